@@ -1,0 +1,79 @@
+"""Ulysses inside groups of neighbouring ranks, a ring (or one exchange) between the groups."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtcp.attention.all_gather import ALL_GATHER, AllGatherAttention
+from dtcp.attention.ring import RING, RingAttention
+from dtcp.attention.ulysses import Ulysses, UlyssesAttention, joined, reorder_tables
+from dtcp.collectives import group_name
+from dtcp.kernels.op import AttentionOp, attention_op
+from dtcp.kernels.spans import TILE
+from dtcp.layout import SequenceLayout
+from dtcp.style import AttentionStyle
+
+ULYSSES_RING = attention_op("ulysses_ring_attention", Ulysses(RING.strategy))
+ULYSSES_ALL_GATHER = attention_op(
+    "ulysses_all_gather_attention", Ulysses(ALL_GATHER.strategy)
+)
+
+
+@dataclass
+class HybridAttention(AttentionStyle):
+    """Heads dealt out among `inner_ranks` neighbours, the sequence streamed between such groups.
+
+    Goes past the number of heads, where Ulysses must stop, and keeps most of the traffic among
+    neighbours: one node's fast links inside, the network outside. Share one instance among the
+    mixers of a plan; each instance makes its own process groups.
+
+    Args:
+        inner: how a group works together.
+        outer: how the groups do.
+        inner_ranks: neighbouring ranks a group; divides the axis.
+
+    Keyword Args:
+        boundary: InGraph() or EagerIsland().
+
+    Traffic per rank: that of Ulysses among u = inner_ranks, plus that of `outer` among n / u
+    shards of u * L tokens, with max(G, u) / u kv heads a rank.
+    From Fang and Zhao 2024, USP, section 3, https://arxiv.org/abs/2405.07719
+    """
+
+    inner: UlyssesAttention = field(default_factory=UlyssesAttention)
+    outer: RingAttention | AllGatherAttention = field(default_factory=RingAttention)
+    inner_ranks: int = field(default=2, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._made: tuple[DeviceMesh, list[str]] | None = None
+
+    @property
+    def op(self) -> AttentionOp:
+        return ULYSSES_RING if isinstance(self.outer, RingAttention) else ULYSSES_ALL_GATHER
+
+    def groups(self, axis: DeviceMesh) -> list[str]:
+        if axis.size() % self.inner_ranks:
+            raise ValueError(
+                f"{self} splits its axis into equal groups, got {axis.size()} ranks with "
+                f"inner_ranks={self.inner_ranks}: choose a divisor."
+            )
+        if self._made is None or self._made[0] is not axis:
+            shape = (axis.size() // self.inner_ranks, self.inner_ranks)
+            split = axis._unflatten(0, shape, ("between_groups", "within_group"))
+            names = [group_name(split["within_group"]), group_name(split["between_groups"])]
+            self._made = (axis, [group_name(axis), *names])
+        return self._made[1]
+
+    def make_tables(
+        self,
+        layout: SequenceLayout,
+        rank: int,
+        intervals: tuple[Tensor, Tensor],
+        *,
+        tile: int = TILE,
+    ) -> tuple[Tensor, ...]:
+        groups = layout.num_shards // self.inner_ranks
+        group = rank // self.inner_ranks
+        between = self.outer.make_tables(joined(layout, groups), group, intervals, tile=tile)
+        return (*reorder_tables(layout, groups, group), *between)

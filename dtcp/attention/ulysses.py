@@ -1,0 +1,228 @@
+"""Trade heads for sequence: each rank attends with some of the heads to the whole sequence."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtcp.collectives import group_of
+from dtcp.kernels.block import accumulation
+from dtcp.kernels.local import Local, LocalTables, local_tables
+from dtcp.kernels.op import AttentionOp, Call, Strategy, attention_op
+from dtcp.kernels.spans import TILE
+from dtcp.layout import SequenceLayout
+from dtcp.style import AttentionStyle
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """Which heads each of n ranks attends with: equal parts, kv heads copied where G < n."""
+
+    heads: int
+    kv_heads: int
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        n, kv = self.num_ranks, self.kv_heads
+        if self.heads % n or (kv % n and n % kv):
+            raise ValueError(
+                f"Ulysses deals out whole heads, so ranks divide heads, and kv heads divide ranks "
+                f"or the other way round, got heads={self.heads}, kv_heads={kv}, ranks={n}: use "
+                f"fewer ranks for it (HybridAttention), or RingAttention."
+            )
+
+    @property
+    def copies(self) -> int:
+        """Ranks that share one kv head."""
+        return max(self.num_ranks // self.kv_heads, 1)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Query heads by rank: [B, L, H, D] -> [n, B, L, H / n, D]."""
+        return x.unflatten(2, (self.num_ranks, -1)).movedim(2, 0)
+
+    def split_kv(self, x: Tensor) -> Tensor:
+        """Kv heads by rank: [B, L, G, D] -> [n, B, L, max(G, n) / n, D]."""
+        return self.split(x.repeat_interleave(self.copies, dim=2))
+
+    def join(self, x: Tensor) -> Tensor:
+        """Inverse of split."""
+        return x.movedim(0, 2).flatten(2, 3)
+
+    def join_kv_gradient(self, x: Tensor) -> Tensor:
+        """Gradient of split_kv: what the ranks sharing a kv head found is summed, in fp32."""
+        copied = self.join(x.to(accumulation(x.dtype)))
+        return copied.unflatten(2, (self.kv_heads, self.copies)).sum(3)
+
+
+class Ulysses:
+    """all_to_all to heads, another strategy on them (attending locally, or a ring), and back."""
+
+    def __init__(self, outer: Strategy) -> None:
+        self.outer = outer
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call
+    ) -> tuple[Tensor, list[Tensor]]:
+        order, restore, outer_call = self._parts(call)
+        share = _share(q, k, call.groups)
+        parts = _to_sequence((share.split(q), share.split_kv(k), share.split_kv(v)), order, call)
+        sink = None if sink is None else sink[_own_heads(share, call.groups)]
+        out, saved = self.outer.forward(*parts, sink, outer_call)
+        (local,) = _to_heads((out,), restore, call)
+        return share.join(local), [*parts, out, *saved]
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        out: Tensor,
+        saved: list[Tensor],
+        call: Call,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        order, restore, outer_call = self._parts(call)
+        share = _share(q, k, call.groups)
+        own = _own_heads(share, call.groups)
+        (grad,) = _to_sequence((share.split(grad_out),), order, call)
+        own_sink = None if sink is None else sink[own]
+        inner_q, inner_k, inner_v, inner_out, *rest = saved
+        *grads, d_own_sink = self.outer.backward(
+            grad, inner_q, inner_k, inner_v, own_sink, inner_out, rest, outer_call
+        )
+        wire = [x.to(q.dtype) for x in grads]
+        dq, dk, dv = _to_heads(wire, restore, call)
+        dsink = None
+        if sink is not None:
+            dsink = torch.zeros_like(sink)
+            dsink[own] = d_own_sink
+        return share.join(dq), share.join_kv_gradient(dk), share.join_kv_gradient(dv), dsink
+
+    def saved_like(self, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[str]) -> list[Tensor]:
+        share = _share(q, k, groups)
+        batch, length = q.shape[:2]
+        whole = (batch, length * share.num_ranks)
+        kv_heads = max(share.kv_heads, share.num_ranks) // share.num_ranks
+        inner_q = q.new_empty(*whole, share.heads // share.num_ranks, q.shape[-1])
+        inner_k = k.new_empty(*whole, kv_heads, k.shape[-1])
+        inner_v = v.new_empty(*whole, kv_heads, v.shape[-1])
+        out = q.new_empty(*inner_q.shape[:-1], v.shape[-1])
+        rest = self.outer.saved_like(inner_q, inner_k, inner_v, groups)
+        return [inner_q, inner_k, inner_v, out, *rest]
+
+    def _parts(self, call: Call) -> tuple[Tensor, Tensor, Call]:
+        order, restore, *outer_tables = call.tables
+        return order, restore, Call(call.op, outer_tables, call.how, call.groups)
+
+
+def _inner_group(groups: Sequence[str]) -> dist.ProcessGroup:
+    """groups is (axis,), or (axis, inner, outer) where the axis is split in two."""
+    return group_of(groups[1] if len(groups) > 1 else groups[0])
+
+
+def _share(q: Tensor, k: Tensor, groups: Sequence[str]) -> HeadShare:
+    return HeadShare(q.shape[2], k.shape[2], dist.get_world_size(_inner_group(groups)))
+
+
+def _own_heads(share: HeadShare, groups: Sequence[str]) -> slice:
+    rank, each = dist.get_rank(_inner_group(groups)), share.heads // share.num_ranks
+    return slice(rank * each, (rank + 1) * each)
+
+
+def _to_sequence(parts: Sequence[Tensor], order: Tensor, call: Call) -> list[Tensor]:
+    """One all_to_all: [n, B, L, heads, D] by receiver -> [B, n * L, heads, D] by position."""
+    n, batch, length = parts[0].shape[:3]
+    rows = _all_to_all(torch.cat([x.flatten(3) for x in parts], dim=-1), call)
+    whole = rows.movedim(0, 1).reshape(batch, n * length, -1)
+    whole = whole if order.numel() == 0 else whole.index_select(1, order)
+    widths = [x.shape[3:].numel() for x in parts]
+    split = whole.split(widths, dim=-1)
+    return [x.unflatten(2, p.shape[3:]).contiguous() for x, p in zip(split, parts, strict=True)]
+
+
+def _to_heads(parts: Sequence[Tensor], restore: Tensor, call: Call) -> list[Tensor]:
+    """The way back: [B, n * L, heads, D] by position -> [n, B, L, heads, D] by owner of heads."""
+    n = dist.get_world_size(_inner_group(call.groups))
+    whole = torch.cat([x.flatten(2) for x in parts], dim=-1)
+    whole = whole if restore.numel() == 0 else whole.index_select(1, restore)
+    rows = _all_to_all(whole.unflatten(1, (n, -1)).movedim(1, 0), call)
+    split = rows.split([x.shape[2:].numel() for x in parts], dim=-1)
+    return [x.unflatten(3, p.shape[2:]) for x, p in zip(split, parts, strict=True)]
+
+
+def _all_to_all(rows: Tensor, call: Call) -> Tensor:
+    """Row i of [n, ...] goes to rank i; equal sizes."""
+    rows = rows.contiguous()
+    n = rows.shape[0]
+    if n == 1:
+        return rows
+    out = torch.empty_like(rows)
+    dist.all_to_all_single(out.view(-1), rows.view(-1), group=_inner_group(call.groups))
+    moved = (n - 1) * rows[0].numel() * rows.element_size()
+    call.moved(sent=moved, received=moved)
+    return out
+
+
+@dataclass(frozen=True)
+class Ascending(SequenceLayout):
+    """What groups of neighbouring ranks of another layout hold together, in ascending order."""
+
+    of: SequenceLayout = field(kw_only=True)
+
+    def runs(self, rank: int) -> list[tuple[int, int]]:
+        each = self.of.num_shards // self.num_shards
+        members = range(rank * each, (rank + 1) * each)
+        return sorted(run for member in members for run in self.of.runs(member))
+
+
+def joined(layout: SequenceLayout, num_shards: int) -> SequenceLayout:
+    """What `num_shards` groups of neighbouring ranks hold together, in ascending order."""
+    return Ascending(layout.seq_len, num_shards, of=layout)
+
+
+def reorder_tables(layout: SequenceLayout, num_shards: int, shard: int) -> tuple[Tensor, Tensor]:
+    """Slots of a joined shard in ascending position, and the way back; empty if they ascend."""
+    held = layout.permutation().view(num_shards, -1)
+    if bool((held.diff(dim=1) > 0).all()):
+        nothing = torch.zeros(0, dtype=torch.int32)
+        return nothing, nothing.clone()
+    order = held[shard].argsort()
+    return order.to(torch.int32), order.argsort().to(torch.int32)
+
+
+ULYSSES = attention_op("ulysses_attention", Ulysses(Local()))
+
+
+@dataclass
+class UlyssesAttention(AttentionStyle):
+    """Attention in which each rank holds the whole sequence for its share of the heads.
+
+    Balanced in every layout. Ranks divide the heads; kv heads divide the ranks or are divided
+    by them, and are then copied to the ranks that share one.
+
+    Keyword Args:
+        boundary: InGraph() or EagerIsland().
+
+    Traffic per rank, received: (n - 1) / n * L * (2 H + 2 max(G, n)) * D elements for equal key
+    and value dims, forward, and the same backward. Kept for backward: q, k, v and out by heads,
+    as large as by sequence (k and v max(G, n) / G times).
+    From Jacobs et al. 2023, DeepSpeed Ulysses, section 3, https://arxiv.org/abs/2309.14509
+    """
+
+    @property
+    def op(self) -> AttentionOp:
+        return ULYSSES
+
+    def make_tables(
+        self,
+        layout: SequenceLayout,
+        rank: int,
+        intervals: tuple[Tensor, Tensor],
+        *,
+        tile: int = TILE,
+    ) -> tuple[Tensor, ...]:
+        tables: LocalTables = local_tables(*intervals, tile=tile)
+        return (*reorder_tables(layout, 1, 0), *tables)

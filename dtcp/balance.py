@@ -1,0 +1,67 @@
+"""Blocks of a sequence to ranks, so that each gets the same number and about the same work.
+
+Ints in, ints out: what a block costs under a mask is counted elsewhere, and what the answer
+means for positions is said by `BlockBalanced`.
+"""
+
+from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
+
+from torch import Tensor
+
+
+def block_work(work: Tensor, block: int) -> list[int]:
+    """Add the work of the tokens of each block.
+
+    Args:
+        work: [S], keys that each token sees.
+        block: tokens.
+    Returns:
+        S / block sums, in position order.
+    """
+    if work.dim() != 1 or block < 1 or work.numel() % block:
+        raise ValueError(
+            f"block_work cuts one row into equal blocks, got work.shape={tuple(work.shape)}, "
+            f"block={block}: choose a block that divides the row's length."
+        )
+    return work.view(-1, block).sum(dim=1).tolist()
+
+
+def assign_blocks(work: Sequence[int], num_shards: int) -> tuple[int, ...]:
+    """Deal blocks to ranks, the heaviest first, each to the rank with the least work so far.
+
+    A rank that has its equal number of blocks is dealt no more. Ties go to the earlier block and
+    the lower rank, so every rank that computes this gets the same answer.
+
+    Args:
+        work: one number a block.
+    Returns:
+        The rank of each block.
+
+    From Graham 1969, "Bounds on multiprocessing timing anomalies" (longest processing time first),
+    https://doi.org/10.1137/0117039
+    """
+    if num_shards < 1 or len(work) % num_shards:
+        raise ValueError(
+            f"assign_blocks deals every rank the same number of blocks, got {len(work)} blocks, "
+            f"num_shards={num_shards}: choose a block so that num_shards divides their number."
+        )
+    room = [len(work) // num_shards] * num_shards
+    loads = [(0, rank) for rank in range(num_shards)]
+    heapify(loads)
+    owners = [0] * len(work)
+    for index in sorted(range(len(work)), key=lambda i: -work[i]):
+        load, rank = heappop(loads)
+        owners[index] = rank
+        room[rank] -= 1
+        if room[rank]:
+            heappush(loads, (load + work[index], rank))
+    return tuple(owners)
+
+
+def imbalance(work: Sequence[int], owners: Sequence[int]) -> float:
+    """The work of the busiest rank over the mean: 1 is perfect, n is one rank doing it all."""
+    loads = [0] * (max(owners) + 1)
+    for load, rank in zip(work, owners, strict=True):
+        loads[rank] += load
+    return max(loads) * len(loads) / sum(loads) if any(loads) else 1.0

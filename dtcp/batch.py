@@ -1,0 +1,255 @@
+"""Shard a batch: what every rank of a cp group read alike becomes each rank's part of it.
+
+Runs on the host, once a batch, with no communication: the ranks of a cp group read the same
+rows, so each picks its own tokens. A table says of each key where its sequence is and what
+padding is made of; keys it does not name are refused, since a tensor sharded by no rule, or
+left whole beside sharded ones, is wrong without a word.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from dtcp import relayout
+from dtcp.documents import Documents
+from dtcp.layout import HeadTail, SequenceLayout
+from dtcp.masks import Causal, Coords, Mask
+from dtcp.mesh import ParallelMesh
+from dtcp.mixers import mixer_tables
+
+IGNORED = -100
+
+
+class Fill(Enum):
+    """A pad rule that is not a constant."""
+
+    COUNT_ON = "each padding token continues from the one before it"
+
+
+@dataclass(frozen=True)
+class TokenField:
+    """How one key of a batch is sharded and padded.
+
+    Args:
+        seq_dim: which of its dims is the sequence; counted from the end if negative.
+        pad: what padding tokens hold: a constant, or Fill.COUNT_ON.
+    """
+
+    seq_dim: int
+    pad: int | float | bool | Fill
+
+
+WHOLE = None
+"""A key that has no sequence dim and goes to every rank as it is."""
+
+DEFAULT_FIELDS: Mapping[str, TokenField | None] = {
+    "input_ids": TokenField(1, 0),
+    "labels": TokenField(1, IGNORED),
+    "loss_mask": TokenField(1, 0),
+    "inputs_embeds": TokenField(1, 0.0),
+    "position": TokenField(-1, Fill.COUNT_ON),
+    "position_ids": TokenField(-1, Fill.COUNT_ON),
+    "mm_token_type_ids": TokenField(1, 0),
+    "token_type_ids": TokenField(1, 0),
+    "padding_mask": TokenField(1, True),
+}
+MASK_FIELDS = ("prefix", "block")
+"""Read by masks before sharding: [B, S]."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a batch was sharded, and how to shard or gather anything else that goes with it.
+
+    Args:
+        tables: what the model's mixers read of this batch; on the device.
+        unpadded_len: tokens a row before padding.
+    """
+
+    layout: SequenceLayout
+    documents: Documents
+    coords: Coords
+    tables: dict[str, Sequence[Tensor]]
+    unpadded_len: int
+    mesh: ParallelMesh
+
+    def shard(self, x: Tensor, *, dim: int = 1, pad: int | float | bool = 0) -> Tensor:
+        """This rank's part of a token-aligned tensor that every rank of the cp group holds.
+
+        Args:
+            x: unpadded_len or seq_len tokens at dim, in position order.
+        """
+        padded = _pad(x, dim % x.ndim, self.layout.seq_len, pad)
+        return self.layout.shard(padded, self.mesh.rank("cp"), dim=dim % x.ndim)
+
+    def gather(self, x: Tensor, *, dim: int = 1) -> Tensor:
+        """All ranks' parts in position order, padding removed; differentiable."""
+        whole = x
+        if self.mesh.cp is not None:
+            whole = relayout.gather(x, self.layout, self.mesh.cp, dim=dim % x.ndim)
+        return whole.narrow(dim, 0, self.unpadded_len)
+
+
+def shard_batch(
+    batch: Mapping[str, Tensor],
+    mesh: ParallelMesh,
+    layout: type[SequenceLayout] = HeadTail,
+    *,
+    model: nn.Module | None = None,
+    documents: Documents | None = None,
+    fields: Mapping[str, TokenField | None] = DEFAULT_FIELDS,
+    device: torch.device | str | None = None,
+    balance_for: Mask | None = None,
+) -> tuple[dict[str, Tensor], BatchPlan]:
+    """Cut a batch into this rank's part, out of place and without communication.
+
+    Args:
+        batch: whole rows on the host, alike on every rank of the cp group. Labels are shifted
+            already (shift_labels): a shard does not hold its neighbour's next token.
+        layout: which tokens go to which rank; a class, made for the batch.
+        model: whose mixers the tables are for; None for none.
+        documents: of every row; None reads them off batch["position"], and without that key
+            takes a row as one document.
+        fields: how each key is sharded and padded. A key of WHOLE stays as it is.
+        device: where the parts go; None leaves them where they are.
+        balance_for: the mask whose work BlockBalanced balances; None for Causal().
+    Returns:
+        the local batch, with `padding_mask` (True: padding) if padding was added or given, and
+        the plan.
+    Raises:
+        ValueError: a key no field names, rows of different lengths, or documents that do not
+            fit the rows.
+    """
+    _check_keys(batch, fields)
+    whole = {key: x for key, x in batch.items() if key not in MASK_FIELDS}
+    rows, seq_len = _shape(whole, fields)
+    documents = _documents(batch, documents, rows, seq_len)
+    num_shards = mesh.size("cp")
+    padded_len = -(-seq_len // layout.multiple(num_shards)) * layout.multiple(num_shards)
+    documents = documents.padded(padded_len)
+    coords = _coords(batch, documents)
+    work = _work(balance_for or Causal(), coords)
+    placed = layout.for_batch(documents, num_shards, work=work)
+
+    tables = {} if model is None else mixer_tables(model, coords, placed)
+    plan = BatchPlan(placed, documents, coords, _to(tables, device), seq_len, mesh)
+    if padded_len > seq_len and "padding_mask" not in whole:
+        whole["padding_mask"] = torch.zeros(rows, seq_len, dtype=torch.bool)
+    local = {}
+    for key, x in whole.items():
+        rule = fields[key]
+        if rule is not None:
+            x = _pad(x, rule.seq_dim % x.ndim, padded_len, rule.pad)
+            x = placed.shard(x, mesh.rank("cp"), dim=rule.seq_dim % x.ndim)
+        local[key] = x if device is None else x.to(device, non_blocking=True)
+    return local, plan
+
+
+def shift_labels(input_ids: Tensor, documents: Documents, *, by: int = 1) -> Tensor:
+    """Labels of next-token prediction: the token `by` places on, in the same document.
+
+    Args:
+        input_ids: [B, S], whole rows.
+        by: 1 for the next token; more for multi-token prediction.
+    Returns:
+        [B, S]; -100 where the document ends first, and in padding.
+    """
+    document = documents.document()
+    if input_ids.shape != document.shape:
+        raise ValueError(
+            f"Labels are shifted in whole rows, got input_ids.shape={tuple(input_ids.shape)} with "
+            f"documents for {tuple(document.shape)}: shift before sharding and padding."
+        )
+    labels = torch.full_like(input_ids, IGNORED)
+    same = (document[:, by:] == document[:, :-by]) & (document[:, by:] >= 0)
+    labels[:, :-by] = torch.where(same.to(input_ids.device), input_ids[:, by:], IGNORED)
+    return labels
+
+
+def _check_keys(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]) -> None:
+    unknown = [key for key in batch if key not in fields and key not in MASK_FIELDS]
+    if unknown:
+        raise ValueError(
+            f"A batch holds keys whose sequence dim is known, got {unknown}: add them to `fields` "
+            f"(WHOLE for what has none)."
+        )
+
+
+def _shape(
+    batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]
+) -> tuple[int, int]:
+    """(rows, tokens a row), the same for every key."""
+    lengths, rows = {}, 0
+    for key, x in batch.items():
+        rule = fields[key]
+        if rule is not None:
+            lengths[key] = x.shape[rule.seq_dim]
+            rows = x.shape[0] if rule.seq_dim == 1 else rows
+    if len(set(lengths.values())) != 1 or rows == 0:
+        raise ValueError(
+            f"The keys of a batch have rows of one length, got tokens={lengths}, rows={rows}: "
+            f"give each [B, S, ...], with input_ids or inputs_embeds among them."
+        )
+    return rows, next(iter(lengths.values()))
+
+
+def _documents(
+    batch: Mapping[str, Tensor], documents: Documents | None, rows: int, seq_len: int
+) -> Documents:
+    if documents is None:
+        position = batch.get("position")
+        documents = (
+            Documents.single(rows, seq_len)
+            if position is None
+            else Documents.from_positions(position)
+        )
+    if (documents.batch, documents.seq_len) != (rows, seq_len):
+        raise ValueError(
+            f"Documents describe the rows of their batch, got documents of {documents.batch} rows "
+            f"of {documents.seq_len} tokens for a batch of {rows} of {seq_len}: build them from it."
+        )
+    return documents
+
+
+def _coords(batch: Mapping[str, Tensor], documents: Documents) -> Coords:
+    extra = {}
+    for key, pad in (("prefix", 0), ("block", -1)):
+        if key in batch:
+            extra[key] = _pad(batch[key].to(torch.int64), 1, documents.seq_len, pad)
+    return Coords.of(documents, **extra)
+
+
+def _work(mask: Mask, coords: Coords) -> Tensor:
+    """Keys each token sees, over all rows: [S]."""
+    first, last = mask.intervals(coords)
+    return (last - first + 1).clamp(min=0).sum(0)
+
+
+def _pad(x: Tensor, dim: int, length: int, pad: int | float | bool | Fill) -> Tensor:
+    missing = length - x.shape[dim]
+    if missing == 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    if isinstance(pad, Fill):
+        steps = torch.arange(1, missing + 1, dtype=x.dtype, device=x.device)
+        steps = steps.view([-1 if d == dim else 1 for d in range(x.ndim)])
+        filling = x.narrow(dim, x.shape[dim] - 1, 1) + steps
+    else:
+        filling = x.new_full(shape, pad)
+    return torch.cat((x, filling), dim=dim)
+
+
+def _to(
+    tables: dict[str, Sequence[Tensor]], device: torch.device | str | None
+) -> dict[str, Sequence[Tensor]]:
+    """Move what kernels read (int32) to the device; what the host reads (int64) stays."""
+    if device is None:
+        return tables
+    return {
+        key: tuple(x.to(device, non_blocking=True) if x.dtype == torch.int32 else x for x in parts)
+        for key, parts in tables.items()
+    }

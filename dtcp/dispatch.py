@@ -1,0 +1,91 @@
+"""DTensor rules: what attention means when its inputs are sharded.
+
+Our ops take DTensors whose sequence is sharded on exactly the axis the op talks over; heads and
+batch may be sharded on other axes. Any other placement raises: a rule that torch applied to
+every axis alike would accept a sequence sharded over tp, and be wrong without a word.
+
+Rules are entries in DTensor's table of handlers (torch 2.11-2.15 keep it in the private
+`DTensor._op_dispatcher`); plain tensors never reach them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.utils._pytree import tree_map_only
+
+from dtcp.collectives import group_name
+from dtcp.kernels.op import AttentionOp
+
+SEQ, HEADS = 1, 2  # dims of [B, L, H, D], and of lse [B, L, H]
+
+
+def install(op: AttentionOp) -> None:
+    """Let an attention op take DTensors. Installing twice is installing once."""
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    handlers[op.forward._opoverload] = _forward  # type: ignore[attr-defined]
+    handlers[op.backward._opoverload] = _backward  # type: ignore[attr-defined]
+
+
+def check_placements(name: str, tensors: Sequence[DTensor], axis: str) -> None:
+    """Refuse inputs unless the sequence, and nothing else of it, is sharded on the axis.
+
+    Args:
+        axis: name of the process group the op talks over.
+    """
+    mesh, placements = tensors[0].device_mesh, tensors[0].placements
+    for tensor in tensors:
+        if tensor.device_mesh != mesh or tensor.placements != placements:
+            raise ValueError(
+                f"{name} takes q, k and v sharded alike, got placements={placements} and "
+                f"{tensor.placements}: redistribute them to one placement."
+            )
+    for index, placement in enumerate(placements):
+        here = group_name(_one_axis(mesh, index)) == axis
+        allowed: tuple[Placement, ...] = (Shard(SEQ),) if here else _ELSEWHERE
+        if placement not in allowed:
+            raise ValueError(
+                f"{name} talks over one mesh axis, on which the sequence is sharded, got "
+                f"placement={placement} on axis {index} of {mesh}: place it as one of {allowed}."
+            )
+    if Shard(SEQ) not in placements:
+        raise ValueError(
+            f"{name} talks over a mesh axis, got inputs on {mesh}, which is not over it: use the "
+            f"mesh the plan was applied on."
+        )
+
+
+_ELSEWHERE = (Replicate(), Shard(0), Shard(HEADS))
+
+
+def _one_axis(mesh: DeviceMesh, index: int) -> DeviceMesh:
+    names = mesh.mesh_dim_names
+    return mesh if mesh.ndim == 1 or names is None else mesh[names[index]]
+
+
+def _forward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    q, k, v = args[:3]
+    groups = args[7]
+    check_placements(str(op), (q, k, v), groups[0])
+    out, saved = op(*_local(args), **kwargs)
+    # What is kept for backward stays local: nobody but the backward op reads it.
+    return _wrap(out, q), saved
+
+
+def _backward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    grad_out, q = args[:2]
+    if grad_out.placements != q.placements:
+        args = (grad_out.redistribute(q.device_mesh, q.placements), *args[1:])
+    *grads, dsink = op(*_local(args), **kwargs)
+    return (*(_wrap(grad, q) for grad in grads), dsink)
+
+
+def _local(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tree_map_only(DTensor, lambda x: x._local_tensor, args)
+
+
+def _wrap(local: Tensor, like: DTensor) -> DTensor:
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False)

@@ -1,0 +1,198 @@
+"""The axes of a run: which ranks split a sequence, which a weight, which the batch.
+
+One device mesh has the axes dp_replicate, dp_shard, cp and tp, the last one fastest. What a
+person asks of it is a 1-D view: `fsdp` for what shards weights, `batch` for who reads which
+sample, `loss` for who has a share in the mean over tokens. The views are attributes, so that a
+typing error is found where it is made.
+
+    dp_shard=2, cp=2, tp=1      global rank:  0  1  2  3
+                                batch rank:   0  0  1  1      ranks of one cp group read one row
+                                cp rank:      0  1  0  1
+                                fsdp rank:    0  1  2  3
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Protocol
+
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+AXES = ("dp_replicate", "dp_shard", "cp", "tp")
+VIEWS = ("cp", "tp", "fsdp", "batch", "loss")
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How many ranks each axis has; their product is the world size."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        for name, degree in asdict(self).items():
+            if degree < 1:
+                raise ValueError(
+                    f"A degree counts ranks, got {name}={degree}: give 1 to leave the axis out."
+                )
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return prod(asdict(self).values())
+
+    def __str__(self) -> str:
+        return " * ".join(f"{name}={degree}" for name, degree in asdict(self).items())
+
+
+class ParallelDims(Protocol):
+    """What we read of torchtitan's `ParallelDims`, without importing it."""
+
+    dp_replicate: int
+    dp_shard: int
+    cp: int
+    tp: int
+
+    @property
+    def world_mesh(self) -> DeviceMesh: ...
+
+    def get_optional_mesh(self, dims: str | list[str]) -> DeviceMesh | None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ParallelMesh:
+    """A device mesh and its views, each None where it would have one rank.
+
+    Build it with a classmethod. The flattened views are kept here: torch deprecates slicing them
+    off their root mesh.
+    """
+
+    degrees: Degrees
+    device_mesh: DeviceMesh = field(repr=False)
+    cp: DeviceMesh | None
+    tp: DeviceMesh | None
+    fsdp: DeviceMesh | None
+    """dp_shard x cp: what shards weights."""
+    batch: DeviceMesh | None
+    """dp_replicate x dp_shard: who reads which sample."""
+    loss: DeviceMesh | None
+    """dp_replicate x dp_shard x cp: whose tokens one mean is taken over."""
+    hsdp: DeviceMesh | None
+    """What `fully_shard` gets: (dp_replicate, fsdp) if weights are replicated, else fsdp."""
+    attention: DeviceMesh | None
+    """What q, k and v are DTensors on: (cp, tp), or the one of the two that has ranks."""
+
+    @classmethod
+    def from_degrees(cls, degrees: Degrees, device_type: str) -> "ParallelMesh":
+        """Lay all ranks out; the default process group must be there.
+
+        Raises:
+            ValueError: the degrees do not multiply to the world size.
+        """
+        world_size = dist.get_world_size()
+        if degrees.world != world_size:
+            raise ValueError(
+                f"The degrees multiply to the world size, got {degrees} = {degrees.world} with "
+                f"world_size={world_size}: change a degree, or start {degrees.world} ranks."
+            )
+        shape = tuple(asdict(degrees)[name] for name in AXES)
+        return cls.from_device_mesh(init_device_mesh(device_type, shape, mesh_dim_names=AXES))
+
+    @classmethod
+    def from_device_mesh(cls, device_mesh: DeviceMesh) -> "ParallelMesh":
+        """Read the axes of an existing mesh by name; an axis that it lacks has one rank.
+
+        Raises:
+            ValueError: an axis has another name, or the axes come in another order.
+        """
+        names = device_mesh.mesh_dim_names or ()
+        if not names or list(names) != [name for name in AXES if name in names]:
+            raise ValueError(
+                f"A mesh has axes out of {AXES}, in this order, got mesh_dim_names={names}: "
+                f"name the axes so, or build the mesh with ParallelMesh.from_degrees."
+            )
+        fsdp = _flat(device_mesh, ("dp_shard", "cp"), "fsdp")
+        cp, tp = _flat(device_mesh, ("cp",), "cp"), _flat(device_mesh, ("tp",), "tp")
+        sizes = dict(zip(names, device_mesh.shape, strict=True))
+        return cls(
+            degrees=Degrees(**sizes),
+            device_mesh=device_mesh,
+            cp=cp,
+            tp=tp,
+            fsdp=fsdp,
+            batch=_flat(device_mesh, ("dp_replicate", "dp_shard"), "batch"),
+            loss=_flat(device_mesh, ("dp_replicate", "dp_shard", "cp"), "loss"),
+            hsdp=_hsdp(device_mesh, fsdp),
+            attention=device_mesh["cp", "tp"] if cp and tp else cp or tp,
+        )
+
+    @classmethod
+    def from_parallel_dims(cls, dims: ParallelDims) -> "ParallelMesh":
+        """Take over the meshes that torchtitan has built, so that groups are made once."""
+
+        def view(*names: str) -> DeviceMesh | None:
+            mesh = dims.get_optional_mesh(list(names))
+            return None if mesh is None or mesh.size() == 1 else mesh
+
+        cp, tp, fsdp = view("cp"), view("tp"), view("fsdp")
+        # Not `view`: beside dp_replicate an fsdp axis of one rank is kept.
+        replicated = dims.get_optional_mesh(["dp_replicate", "fsdp"])
+        return cls(
+            degrees=Degrees(dims.dp_replicate, dims.dp_shard, dims.cp, dims.tp),
+            device_mesh=dims.world_mesh,
+            cp=cp,
+            tp=tp,
+            fsdp=fsdp,
+            batch=view("batch"),
+            loss=view("loss"),
+            hsdp=replicated if dims.dp_replicate > 1 else fsdp,
+            attention=view("cp", "tp") if cp and tp else cp or tp,
+        )
+
+    def size(self, name: str) -> int:
+        """Ranks on a 1-D view."""
+        mesh = self._view(name)
+        return 1 if mesh is None else mesh.size()
+
+    def rank(self, name: str) -> int:
+        """This rank's coordinate on a 1-D view."""
+        mesh = self._view(name)
+        return 0 if mesh is None else mesh.get_local_rank()
+
+    def _view(self, name: str) -> DeviceMesh | None:
+        views = {"cp": self.cp, "tp": self.tp, "fsdp": self.fsdp}
+        views |= {"batch": self.batch, "loss": self.loss}
+        if name not in views:
+            raise ValueError(
+                f"A ParallelMesh has the 1-D views {VIEWS}, got name={name!r}: use one."
+            )
+        return views[name]
+
+
+def _flat(device_mesh: DeviceMesh, axes: Sequence[str], name: str) -> DeviceMesh | None:
+    """The axes of more than one rank as one axis; None if there are none."""
+    names = device_mesh.mesh_dim_names or ()
+    wide = tuple(axis for axis in axes if axis in names and device_mesh[axis].size() > 1)
+    if not wide:
+        return None
+    # Torch documents _flatten and offers no public spelling of it (2.13).
+    return device_mesh[wide[0]] if len(wide) == 1 else device_mesh[wide]._flatten(name)
+
+
+def _hsdp(device_mesh: DeviceMesh, fsdp: DeviceMesh | None) -> DeviceMesh | None:
+    replicate = _flat(device_mesh, ("dp_replicate",), "dp_replicate")
+    if replicate is None:
+        return fsdp
+    if fsdp is None:
+        narrow = [axis for axis in ("dp_shard", "cp") if axis in (device_mesh.mesh_dim_names or ())]
+        if not narrow:
+            raise ValueError(
+                f"Replicated weights need an axis to be sharded on, got "
+                f"mesh_dim_names={device_mesh.mesh_dim_names}: add dp_shard, of size 1."
+            )
+        fsdp = device_mesh[narrow[0]]
+    # The root mesh stays the same, as fully_shard wants it of its mesh and the tp mesh.
+    return DeviceMesh._concatenate([replicate, fsdp])

@@ -1,0 +1,202 @@
+"""Styles: how a mixer is carried out over a mesh axis; plans: which style for which mixer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import ClassVar, cast
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+
+from dtcp.collectives import group_name
+from dtcp.compile import Boundary, EagerIsland, InGraph, island
+from dtcp.dispatch import HEADS, SEQ, check_placements, install
+from dtcp.kernels.op import AttentionOp
+from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
+from dtcp.masks import Coords, Mask
+from dtcp.mixers import Mixer, SoftmaxAttention, Tables
+
+
+@dataclass
+class AttentionStyle(ParallelStyle):
+    """Carry out SoftmaxAttention on a sequence sharded over a mesh axis.
+
+    A strategy names the layouts it accepts, works out once a batch what each rank needs
+    (`make_tables`: data, no communication), and moves and computes in one op. Applied to the
+    1-D axis of the sequence, or to a 2-D mesh of the sequence's and the heads' axes.
+    """
+
+    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (
+        Contiguous,
+        HeadTail,
+        PerDocument,
+        BlockBalanced,
+    )
+    boundary: Boundary = field(default_factory=InGraph, kw_only=True)
+
+    @property
+    def op(self) -> AttentionOp:
+        """The pair of ops that carries this strategy out."""
+        raise NotImplementedError
+
+    def check(self, mask: Mask, layout: SequenceLayout) -> None:
+        """Refuse what this strategy cannot honour, when the batch is built."""
+        if not isinstance(layout, self.layouts):
+            accepted = ", ".join(kind.__name__ for kind in self.layouts)
+            raise ValueError(
+                f"{self} works on the layouts {accepted}, got layout={layout}: use one of them, "
+                f"or another strategy."
+            )
+
+    def make_tables(
+        self, layout: SequenceLayout, rank: int, intervals: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """What the op reads on `rank`: host data, of the same shapes on every rank and batch."""
+        raise NotImplementedError
+
+    def mixer_tables(
+        self, mask: Mask, coords: Coords, layout: SequenceLayout, rank: int
+    ) -> tuple[Tensor, ...]:
+        self.check(mask, layout)
+        return self.make_tables(layout, rank, mask.intervals(coords))
+
+    def groups(self, axis: DeviceMesh) -> list[str]:
+        """Names of the process groups the op talks over; the axis's own first."""
+        return [group_name(axis)]
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if type(module) is not SoftmaxAttention:
+            raise TypeError(
+                f"{self} takes over an unclaimed SoftmaxAttention, got a "
+                f"{type(module).__name__}: name the mixer itself in the plan."
+            )
+        install(self.op)
+        island_wanted = isinstance(self.boundary, EagerIsland)
+        module.__class__ = _IslandAttention if island_wanted else ContextParallelAttention
+        cast(ContextParallelAttention, module).claim(self, device_mesh)
+        return module
+
+
+class ContextParallelAttention(SoftmaxAttention):
+    """A SoftmaxAttention that a style has taken over. Made by the style, never built directly."""
+
+    def claim(self, style: AttentionStyle, mesh: DeviceMesh) -> None:
+        if mesh.ndim > 2:
+            raise ValueError(
+                f"{style} is applied on the axis of the sequence, or on it and the heads' axis, "
+                f"got a mesh of {mesh.ndim} axes: {mesh}. Slice it: mesh['cp', 'tp']."
+            )
+        names = mesh.mesh_dim_names
+        axis = mesh if mesh.ndim == 1 or names is None else mesh[names[0]]
+        self.style = style
+        self.mesh = mesh
+        self.rank, self.num_shards = axis.get_local_rank(), axis.size()
+        self.groups = style.groups(axis)
+        self.placements: tuple[Placement, ...] = (Shard(SEQ), Shard(HEADS))[: mesh.ndim]
+        self.table_key = f"{self.mask} by {style}"
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, *, sink: Tensor | None = None
+    ) -> Tensor:
+        return self.attend(q, k, v, self._own(tables), sink)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], sink: Tensor | None
+    ) -> Tensor:
+        """Local shards in, local shard out; DTensors in, DTensor out."""
+        given = isinstance(q, DTensor)
+        if given:
+            check_placements(repr(self.style), cast(Sequence[DTensor], (q, k, v)), self.groups[0])
+        else:
+            q, k, v = (self._wrap(x) for x in (q, k, v))
+        softmax = self.softmax(q)
+        out = self.style.op(q, k, v, tables, softmax, groups=self.groups, sink=sink)
+        return out if given else cast(DTensor, out).to_local(grad_placements=self.placements)
+
+    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
+        if layout is None or layout.num_shards != self.num_shards:
+            raise ValueError(
+                f"A mixer on {self.num_shards} ranks needs a layout of as many shards, got "
+                f"layout={layout}: build the batch with shard_batch on the mesh of the plan."
+            )
+        return self.style.mixer_tables(self.mask, coords, layout, self.rank)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, style={self.style}, ranks={self.num_shards}"
+
+    def _own(self, tables: Tables) -> Sequence[Tensor]:
+        if tables is None or self.table_key not in tables:
+            raise ValueError(
+                f"A context-parallel mixer reads the tables of its batch, got none for "
+                f"{self.table_key!r}: pass BatchPlan.tables of shard_batch(..., model=model)."
+            )
+        return tables[self.table_key]
+
+    def _wrap(self, x: Tensor) -> DTensor:
+        return DTensor.from_local(x, self.mesh, self.placements, run_check=False)
+
+
+class _IslandAttention(ContextParallelAttention):
+    """The same behind an eager island."""
+
+    @island
+    def forward(  # type: ignore[override]
+        self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, *, sink: Tensor | None = None
+    ) -> Tensor:
+        return self.attend(q, k, v, self._own(tables), sink)
+
+
+def apply_plan(
+    model: nn.Module, mesh: DeviceMesh | None, plan: Mapping[str, ParallelStyle]
+) -> nn.Module:
+    """Apply a plan, module name (or pattern) -> style, to the sequence's axis.
+
+    torch's parallelize_module, and two promises more: a key that matches no module is an error,
+    and so is a mixer that no key matches, which would attend to its own shard only.
+
+    Args:
+        mesh: the 1-D axis of the sequence (or the 2-D mesh of it and the heads' axis); None or
+            one rank: the model runs as it is, the plan is checked all the same.
+    Raises:
+        ValueError: a key without a match, or an unclaimed mixer.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for key in plan:
+        if not any(matches(name, key) for name in names):
+            raise ValueError(
+                f"A plan names modules of its model, got key={key!r}, which matches none of "
+                f"{_some(names)}: correct or remove it."
+            )
+    mixers = [name for name, module in model.named_modules() if isinstance(module, Mixer)]
+    for name in mixers:
+        if not any(matches(name, key) for key in plan):
+            raise ValueError(
+                f"Under a sharded sequence every mixer is claimed, got mixer={name!r} and the "
+                f"keys {list(plan)}: add a style for it."
+            )
+    if mesh is not None and mesh.size() > 1:
+        parallelize_module(model, mesh, dict(plan))
+    return model
+
+
+def matches(name: str, key: str) -> bool:
+    """Whether a plan key names a module: part by part, each part a pattern, as torch reads it."""
+    parts, patterns = name.split("."), key.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
+def _some(names: list[str]) -> str:
+    shown = [name for name in names if name][:12]
+    return f"{shown} and {len(names) - len(shown)} more" if len(names) > len(shown) else f"{shown}"
+
+
+__all__ = [
+    "AttentionStyle",
+    "Boundary",
+    "ContextParallelAttention",
+    "apply_plan",
+    "matches",
+]
+

@@ -1,0 +1,115 @@
+"""What torchtitan 0.3.0 needs to run without a GPU and on torch older than 2.14.
+
+Imported before any other part of torchtitan, which binds the device module at its own import.
+Every patch is guarded by the fact that makes it necessary, and says what breaks without it:
+
+    torch           2.11    2.12    2.13    2.14
+    cpu device      x       x       x       x       only where there is no accelerator
+    set_timeout     x       x       x       -
+    mesh dims       x       -       -       -
+
+torchtitan's wheel names no torch in its requirements, so nobody else checks the pair.
+"""
+
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import torch
+import torch.distributed.distributed_c10d as c10d
+import torch.distributed.fsdp as fsdp
+from torch._utils import _get_available_device_type
+
+PINNED = "0.3.0"
+
+
+class CpuDevice:
+    """`torch.cpu` with the rest of the device interface that torchtitan calls.
+
+    "Device memory" is the resident set of this process; its peak is the kernel's high-water
+    mark, which nobody can reset.
+    """
+
+    def __getattr__(self, name: str):
+        return getattr(torch.cpu, name)
+
+    def current_device(self) -> int:
+        # torch.cpu answers "cpu", and barrier(device_ids=["cpu"]) is a TypeError.
+        return 0
+
+    def get_device_name(self, device: torch.device | None = None) -> str:
+        return platform.processor() or platform.machine()
+
+    def get_device_properties(self, device: torch.device | None = None) -> SimpleNamespace:
+        pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        return SimpleNamespace(total_memory=pages * page)
+
+    def memory_stats(self, device: torch.device | None = None) -> dict[str, int]:
+        peak = resident_peak()
+        return {
+            "active_bytes.all.peak": peak,
+            "reserved_bytes.all.peak": peak,
+            "num_alloc_retries": 0,
+            "num_ooms": 0,
+        }
+
+    def reset_peak_memory_stats(self) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+
+def resident_peak() -> int:
+    """Bytes of the largest resident set this process ever had."""
+    # ru_maxrss counts KiB on Linux and bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class DataParallelMeshDims:
+    """Stands in for the class of torch 2.12; `spmd_backend="partial_dtensor"` never makes one."""
+
+
+def _check_version() -> None:
+    found = version("torchtitan")
+    if found != PINNED:
+        raise ImportError(
+            f"dtcp.torchtitan is written against torchtitan {PINNED}, got torchtitan={found}: "
+            f"pip install torchtitan=={PINNED}."
+        )
+
+
+def _provide_cpu_device() -> None:
+    """Without an accelerator torchtitan falls back to "cuda" and dies in set_device."""
+    if _get_available_device_type() is not None:
+        return
+    if "torchtitan.distributed.utils" in sys.modules:
+        raise ImportError(
+            "dtcp.torchtitan must be imported before torchtitan, which binds its device at "
+            "import, got torchtitan imported first: import dtcp.torchtitan at the top."
+        )
+    import torchtitan.tools.utils as titan_utils
+
+    titan_utils.device_type, titan_utils.device_module = "cpu", CpuDevice()
+    # No table has the peak of a CPU. Infinity reads as 0% and spares a call of lspci a rank.
+    titan_utils.get_peak_flops = lambda device_name: float("inf")
+
+
+def _provide_set_timeout() -> None:
+    """`Trainer.train` calls torch.distributed.set_timeout (2.14) after its first step."""
+    if not hasattr(torch.distributed, "set_timeout"):
+        torch.distributed.set_timeout = c10d._set_pg_timeout
+
+
+def _provide_mesh_dims() -> None:
+    """torchtitan.distributed.fsdp imports the name (2.12) for backends that we do not use."""
+    if not hasattr(fsdp, "DataParallelMeshDims"):
+        fsdp.DataParallelMeshDims = DataParallelMeshDims
+
+
+_check_version()
+_provide_set_timeout()
+_provide_mesh_dims()
+_provide_cpu_device()

@@ -1,0 +1,123 @@
+"""Start the ranks a config asks for, when nobody else did.
+
+`python train.py` is its own launcher: one elastic agent of torch, on this machine, with a free
+port. Under torchrun (or any launcher that sets WORLD_SIZE) nothing here runs.
+"""
+
+import logging
+import math
+import os
+import sys
+import uuid
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torchtitan.config import ParallelismConfig
+
+Device = Literal["auto", "cpu", "accelerator"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many processes to start on this machine, and what they run on."""
+
+    count: int
+    device: Literal["cpu", "accelerator"]
+    because: str = ""
+
+
+def launched() -> bool:
+    """Whether this process is already a rank."""
+    return "WORLD_SIZE" in os.environ
+
+
+def degrees_of(parallelism: ParallelismConfig) -> dict[str, int]:
+    """Degree of each mesh axis by its short name; dp_shard is -1 where it takes what is left."""
+    return {
+        "dp_replicate": parallelism.data_parallel_replicate_degree,
+        "dp_shard": parallelism.data_parallel_shard_degree,
+        "cp": parallelism.context_parallel_degree,
+        "tp": parallelism.tensor_parallel_degree,
+        "pp": parallelism.pipeline_parallel_degree,
+    }
+
+
+def check_world(parallelism: ParallelismConfig, world: int) -> None:
+    """Refuse a world that the mesh of the config does not fill.
+
+    Raises:
+        ValueError: naming the world, the degrees and what to change.
+    """
+    degrees = degrees_of(parallelism)
+    fixed = math.prod(d for d in degrees.values() if d > 0)
+    flexible = degrees["dp_shard"] < 0
+    if world == fixed or (flexible and world % fixed == 0):
+        return
+    shape = " x ".join(f"{axis} {d}" for axis, d in degrees.items() if d > 1) or "one rank"
+    raise ValueError(
+        f"The mesh {shape} fills the world, got world_size={world}: start "
+        f"{'a multiple of ' if flexible else ''}{fixed} ranks, or set the degrees "
+        f"(--parallelism.context_parallel_degree and its like)."
+    )
+
+
+def ranks_for(parallelism: ParallelismConfig, device: Device) -> Ranks:
+    """The ranks one machine runs: one an accelerator, or the mesh's product on the CPU.
+
+    Raises:
+        ValueError: accelerators were asked for, and the mesh does not fit them.
+    """
+    fixed = math.prod(d for d in degrees_of(parallelism).values() if d > 0)
+    accelerators = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if device == "accelerator":
+        check_world(parallelism, accelerators)
+        return Ranks(accelerators, "accelerator")
+    if device == "cpu" or not accelerators:
+        return Ranks(fixed, "cpu")
+    try:
+        check_world(parallelism, accelerators)
+    except ValueError as error:
+        return Ranks(fixed, "cpu", because=f"{error} Running {fixed} ranks on the CPU instead.")
+    return Ranks(accelerators, "accelerator")
+
+
+def launch(ranks: Ranks, script: str, arguments: list[str]) -> int:
+    """Run `script` on the ranks of this machine and return the exit code of the job.
+
+    A rank that fails ends the others. Ranks say what went wrong themselves, once.
+    """
+    _prepare_environment(ranks)
+    # The agent would repeat, for each rank, what the ranks have said.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks.count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        # Port 0 takes a free one. The agent's address would otherwise be looked up by the name
+        # of the machine, which a bare container cannot resolve.
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", script, *arguments)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        return first.exitcode if first.exitcode > 0 else 1
+    return 0
+
+
+def _prepare_environment(ranks: Ranks) -> None:
+    """What the ranks inherit. A choice of the person who starts the run is left alone."""
+    if ranks.device == "cpu":
+        # Ranks bind an accelerator at import where they see one.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks.count)))
+        # Each rank would otherwise start a pool of compiler processes, one a core.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

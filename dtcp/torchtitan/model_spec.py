@@ -1,0 +1,101 @@
+"""Plain nn.Modules as torchtitan's Trainer takes them: same classes, same parameter names.
+
+A model of ours *is* the module it was, with torchtitan's protocol beside it: no wrapper that
+would put a prefix on every name in a checkpoint.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torchtitan.models.utils import get_dense_model_nparams_and_flops
+from torchtitan.protocols.model import BaseModel
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
+
+from dtcp.torchtitan.parallelize import parallelize_llama
+from models.llama import Llama, LlamaConfig, from_hf, to_hf
+
+
+class PlainModel(BaseModel):
+    """What torchtitan asks of a model beyond being an nn.Module."""
+
+    def verify_module_protocol(self) -> None:
+        """Submodules are plain torch modules, and meant to be."""
+
+    def init_states(self, *, buffer_device: torch.device | None = None) -> None:
+        """Draw the weights the model's own way: it has one `init_weights` for all of them."""
+        raise NotImplementedError
+
+
+class TitanLlama(PlainModel, Llama):
+    """models.llama under torchtitan's Trainer."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(PlainModel.Config):
+        shape: LlamaConfig
+
+        @property
+        def vocab_size(self) -> int:
+            return self.shape.vocab_size
+
+        def update_from_config(self, *, config: Any, **_: Any) -> None:
+            """Nothing to take over: positions and masks come with the batch."""
+
+        def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+            return get_dense_model_nparams_and_flops(
+                model,
+                n_layers=self.shape.num_layers,
+                n_heads=self.shape.num_heads,
+                head_dims=2 * self.shape.head_dim,
+                seq_len=seq_len,
+                enable_weight_tying=self.shape.tied,
+            )
+
+    def __init__(self, config: Config) -> None:
+        Llama.__init__(self, config.shape)
+
+    def init_states(self, *, buffer_device: torch.device | None = None) -> None:
+        Llama.init_weights(self)
+
+
+class LlamaStateDictAdapter(BaseStateDictAdapter):
+    """Names of models.llama to and from those of a Hugging Face checkpoint."""
+
+    # None: an export is one file. torchtitan reads a map from here to write several.
+    fqn_to_index_mapping = None
+
+    def __init__(self, model_config: TitanLlama.Config, hf_assets_path: str | None) -> None:
+        self.shape, self.hf_assets_path = model_config.shape, hf_assets_path
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return to_hf(state_dict, self.shape)
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        return from_hf(hf_state_dict, self.shape)
+
+    def get_hf_storage_reader(
+        self, path: str, from_quantized: bool = False
+    ) -> HuggingFaceStorageReader:
+        if from_quantized:
+            raise NotImplementedError(
+                f"Weights are read as they are stored, got quantized ones at path={path}: "
+                f"dequantize them first."
+            )
+        return HuggingFaceStorageReader(path)
+
+
+def llama(flavor: str, shape: LlamaConfig, *, parallelize_fn: Callable = parallelize_llama):
+    """The ModelSpec of a Llama or Qwen3 of this shape."""
+    return ModelSpec(
+        name="llama",
+        flavor=flavor,
+        model=TitanLlama.Config(shape=shape),
+        parallelize_fn=parallelize_fn,
+        pipelining_fn=None,
+        post_optimizer_build_fn=None,
+        state_dict_adapter=LlamaStateDictAdapter,
+    )

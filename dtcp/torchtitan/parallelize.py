@@ -1,0 +1,106 @@
+"""torchtitan's parallelize_fn for our models and for its own, with one order of application.
+
+torchtitan passes its sections and its ParallelDims; the `dtcp` section is bound by our Trainer.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.config import (
+    TORCH_DTYPE_MAP,
+    CompileConfig,
+    ParallelismConfig,
+    TrainingConfig,
+)
+from torchtitan.config.override import derive
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import (
+    ActivationCheckpointing,
+    ActivationCheckpointingConfig,
+    SelectiveAC,
+)
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
+from torchtitan.models.common.decoder import Decoder
+
+from dtcp.compile import communicated_ops
+from dtcp.mesh import ParallelMesh
+from dtcp.style import apply_plan
+from dtcp.torchtitan.overrides import add_mixers
+from dtcp.torchtitan.section import Section
+
+
+class SelectiveCommunicatedAC(SelectiveAC):
+    """torchtitan's selective policy, which also saves what our strategies communicated."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(SelectiveAC.Config):
+        pass
+
+    def get_save_ops(self) -> set:
+        return super().get_save_ops() | set(communicated_ops())
+
+
+def parallelize_decoder(
+    model: Decoder,
+    *,
+    parallel_dims: ParallelDims,
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
+    compile_config: CompileConfig,
+    ac_config: ActivationCheckpointingConfig,
+    dump_folder: str,
+    section: Section,
+) -> nn.Module:
+    """A decoder of torchtitan with our attention: its own TP, AC, compile and FSDP around it."""
+    _check_backend(parallelism)
+    mesh = ParallelMesh.from_parallel_dims(parallel_dims)
+    add_mixers(model)
+    # Inside torchtitan's local_map the mixer sees local heads, so cp is the only axis it knows.
+    apply_plan(
+        model, mesh.cp, {"layers.*.attention.inner_attention.mixer": section.attention_style()}
+    )
+    if parallel_dims.tp_enabled:
+        model.parallelize(parallel_dims)
+    if ac_config is not None:
+        _activation_checkpointing(ac_config, dump_folder).apply(model)
+    if compile_config.enable and "model" in compile_config.components:
+        apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
+    names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
+    apply_fsdp_to_decoder(
+        model,
+        parallel_dims.get_mesh(names),
+        param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+        reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+        pp_enabled=False,
+        cpu_offload=training.enable_cpu_offload,
+        reshard_after_forward_policy=parallelism.fsdp_reshard_after_forward,
+    )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A divide factor of 1 becomes PREMUL_SUM, which gloo does not have. A sum is the same.
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _activation_checkpointing(
+    config: ActivationCheckpointing.Config, dump_folder: str
+) -> ActivationCheckpointing:
+    if type(config) is SelectiveAC.Config:
+        config = derive(config, SelectiveCommunicatedAC.Config)
+    return config.build(dump_folder=dump_folder)
+
+
+def _check_backend(parallelism: ParallelismConfig) -> None:
+    """Raises: ValueError: a backend that shards the sequence its own way, or a degree we lack."""
+    if parallelism.spmd_backend != "partial_dtensor":
+        raise ValueError(
+            f"dtcp shards the sequence outside torchtitan's own types, got "
+            f"parallelism.spmd_backend={parallelism.spmd_backend}: set it to partial_dtensor."
+        )
+    if parallelism.pipeline_parallel_degree > 1:
+        raise NotImplementedError(
+            f"Stages of a pipeline would each need the tables of the batch, got "
+            f"pipeline_parallel_degree={parallelism.pipeline_parallel_degree}: set it to 1."
+        )

@@ -1,0 +1,55 @@
+"""The `dtcp` section of a config: the names a person types, and the classes they stand for."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dtcp.attention import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
+from dtcp.compile import Boundary, EagerIsland, InGraph
+from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
+from dtcp.style import AttentionStyle
+from dtcp.torchtitan.launch import Device
+
+LAYOUTS: dict[str, type[SequenceLayout]] = {
+    "contiguous": Contiguous,
+    "head_tail": HeadTail,
+    "per_document": PerDocument,
+    "block_balanced": BlockBalanced,
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class Section:
+    """How attention is carried out over `parallelism.context_parallel_degree` ranks."""
+
+    strategy: Literal["ring", "all_gather", "ulysses", "hybrid"] = "ring"
+    """Exchange between the ranks of a context-parallel group."""
+
+    ulysses_degree: int = 2
+    """Of the hybrid strategy: ranks that exchange heads; the ring goes over the rest."""
+
+    layout: Literal["contiguous", "head_tail", "per_document", "block_balanced"] = "head_tail"
+    """Which tokens a rank holds."""
+
+    boundary: Literal["in_graph", "eager_island"] = "in_graph"
+    """Collectives inside the compiled block, or one graph break around each attention."""
+
+    device: Device = "auto"
+    """What train.py starts ranks on by itself: "auto" takes accelerators where the mesh fits."""
+
+    verify: int = 0
+    """Run so many steps, repeat them on one device, compare the losses, and stop."""
+
+    def sequence_layout(self) -> type[SequenceLayout]:
+        return LAYOUTS[self.layout]
+
+    def attention_style(self) -> AttentionStyle:
+        boundary: Boundary = InGraph() if self.boundary == "in_graph" else EagerIsland()
+        match self.strategy:
+            case "ring":
+                return RingAttention(boundary=boundary)
+            case "all_gather":
+                return AllGatherAttention(boundary=boundary)
+            case "ulysses":
+                return UlyssesAttention(boundary=boundary)
+            case "hybrid":
+                return HybridAttention(inner_ranks=self.ulysses_degree, boundary=boundary)

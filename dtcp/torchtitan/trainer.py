@@ -1,0 +1,128 @@
+"""torchtitan's Trainer, with the batch cut for context parallelism: the one thing it overrides.
+
+Between the data loader and the model stands `shard_batch`: labels are shifted per document
+already, the row is laid out, and each rank keeps its tokens, with what its mixers need to know.
+The loss stays torchtitan's: the sum over local tokens by the global count of valid ones.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtitan import trainer as titan
+from torchtitan.components.validate import Validator
+from torchtitan.models.common.decoder import Decoder
+
+from dtcp.batch import shard_batch
+from dtcp.documents import Documents
+from dtcp.mesh import ParallelMesh
+from dtcp.torchtitan.progress import describe, say
+from dtcp.torchtitan.section import Section
+
+Batch = tuple[Tensor, Tensor, dict[str, Any]]
+
+
+class Trainer(titan.Trainer):
+    """torchtitan's Trainer over a dtcp mesh."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(titan.Trainer.Config):
+        dtcp: Section = field(default_factory=Section)
+
+    mesh: ParallelMesh
+    resumed_step: int = 0
+
+    def __init__(self, config: Config) -> None:
+        # torchtitan gives parallelize_fn its own sections only.
+        spec = config.model_spec
+        bound = partial(spec.parallelize_fn, section=config.dtcp)
+        super().__init__(replace(config, model_spec=replace(spec, parallelize_fn=bound)))
+        self.mesh = ParallelMesh.from_parallel_dims(self.parallel_dims)
+        self._check_vocabulary()
+        if config.validator.enable:
+            self.validator.mesh, self.validator.section = self.mesh, config.dtcp
+        say(describe(self))
+
+    def post_dataloading_process(self, input_dict: dict[str, Any], labels: Tensor) -> Batch:
+        batch = local_batch(
+            input_dict,
+            labels,
+            mesh=self.mesh,
+            section=self.config.dtcp,
+            model=self.model_parts[0],
+        )
+        self.ntokens_seen += batch[1].numel()
+        return batch
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.resumed_step = self.step
+
+    def _check_vocabulary(self) -> None:
+        tokens, scored = self.tokenizer.get_vocab_size(), self.model_config.vocab_size
+        if tokens > scored:
+            raise ValueError(
+                f"A model embeds every token of its tokenizer, got {tokens} tokens for "
+                f"vocab_size={scored}: choose another --tokenizer.folder or config."
+            )
+
+
+class Validation(Validator):
+    """torchtitan's Validator on the same batches as the Trainer that owns it."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Validator.Config):
+        pass
+
+    # Set by the Trainer: torchtitan builds a validator from its own sections only.
+    mesh: ParallelMesh
+    section: Section
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, Any], labels: Tensor, model_parts: list[nn.Module]
+    ) -> Batch:
+        return local_batch(
+            input_dict, labels, mesh=self.mesh, section=self.section, model=model_parts[0]
+        )
+
+
+def local_batch(
+    input_dict: dict[str, Any],
+    labels: Tensor,
+    *,
+    mesh: ParallelMesh,
+    section: Section,
+    model: nn.Module,
+) -> Batch:
+    """This rank's tokens of a batch, and what the model's forward takes besides.
+
+    Args:
+        input_dict: "input" and "positions" [B, S]; "documents" where the loader knows them on
+            the host, which spares a copy back from the device.
+        labels: [B, S], the next token of each.
+    Returns:
+        tokens and labels [B, L], and the keyword arguments of the forward.
+    """
+    documents = input_dict.get("documents")
+    if documents is None:
+        documents = Documents.from_positions(input_dict["positions"].cpu())
+    whole = {
+        "input_ids": input_dict["input"],
+        "labels": labels,
+        "position": input_dict["positions"],
+    }
+    local, plan = shard_batch(
+        whole,
+        mesh,
+        section.sequence_layout(),
+        model=model,
+        documents=documents,
+        device=labels.device,
+    )
+    names = ("position", "tables")
+    if isinstance(model, Decoder):
+        names = ("positions", "attention_masks")
+    extra = dict(zip(names, (local["position"], plan.tables), strict=True))
+    return local["input_ids"], local["labels"], extra

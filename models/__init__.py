@@ -1,0 +1,1 @@
+"""Single-device models in plain PyTorch. None of them knows of ranks."""

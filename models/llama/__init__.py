@@ -1,0 +1,17 @@
+"""Dense decoders of the Llama and Qwen family."""
+
+from models.llama.config import PRESETS, LlamaConfig, tiny
+from models.llama.model import Attention, Block, Llama
+from models.llama.state_dict import config_from_hf, from_hf, to_hf
+
+__all__ = [
+    "PRESETS",
+    "Attention",
+    "Block",
+    "Llama",
+    "LlamaConfig",
+    "config_from_hf",
+    "from_hf",
+    "tiny",
+    "to_hf",
+]

@@ -1,0 +1,103 @@
+"""A dense decoder of the Llama or Qwen family. The one to read first."""
+
+from torch import Tensor, nn
+
+from dtcp.masks import Causal
+from dtcp.mixers import SoftmaxAttention, Tables
+from models.blocks import SwiGLU
+from models.llama.config import LlamaConfig
+
+
+class Attention(nn.Module):
+    """Projections, rotary positions, and the mixer: where alone tokens meet."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim, self.rope = config.head_dim, config.rope
+        q_dim, kv_dim = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+        self.q_norm = _head_norm(config)
+        self.k_norm = _head_norm(config)
+        self.mixer = SoftmaxAttention(Causal())
+
+    def forward(self, x: Tensor, position: Tensor, tables: Tables) -> Tensor:
+        # The number of heads is what the projection gives: a plan may split the heads over ranks.
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim))  # [B, L, H or G, D]
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = self.rope(self.q_norm(q), position)
+        k = self.rope(self.k_norm(k), position)
+        return self.o_proj(self.mixer(q, k, v, tables).flatten(-2))
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward part; each reads a norm of the stream and adds to it."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = SwiGLU(config.dim, config.hidden_dim)
+
+    def forward(self, x: Tensor, position: Tensor, tables: Tables) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), position, tables)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Llama(nn.Module):
+    """Tokens to logits.
+
+    Weights are torch's default ones until `init_weights` or a checkpoint fills them; build on
+    the meta device, parallelize, `to_empty`, then `init_weights` to start a large model.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self._tie()
+
+    def forward(self, input_ids: Tensor, position: Tensor, tables: Tables) -> Tensor:
+        """Score the next token of every token.
+
+        Args:
+            input_ids: [B, L].
+            position: [B, L], the position of each token in its document.
+            tables: what the batch brings for the mixers.
+        Returns:
+            [B, L, V].
+        """
+        x = self.embedding(input_ids)
+        for block in self.layers:
+            x = block(x, position, tables)
+        return self.lm_head(self.norm(x))
+
+    def init_weights(self, std: float = 0.02) -> None:
+        """Draw all weights; what adds to the stream starts smaller, the deeper the model."""
+        # to_empty gives a shared parameter two new tensors.
+        self._tie()
+        for name, module in self.named_modules():
+            if isinstance(module, nn.RMSNorm):
+                module.reset_parameters()
+            if isinstance(module, nn.Linear | nn.Embedding):
+                adds_to_stream = name.endswith((".o_proj", ".down"))
+                shrink = (2 * self.config.num_layers) ** -0.5 if adds_to_stream else 1.0
+                nn.init.normal_(module.weight, std=std * shrink)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _tie(self) -> None:
+        if self.config.tied:
+            self.lm_head.weight = self.embedding.weight
+
+
+def _head_norm(config: LlamaConfig) -> nn.Module:
+    return nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()

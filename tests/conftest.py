@@ -1,0 +1,36 @@
+"""Order, seeds and the end of the rank pool."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests import rank, spmd
+
+
+def ranks_of(item: pytest.Item) -> int:
+    """Ranks the test needs; 0 where it runs in this process."""
+    mark = item.get_closest_marker("spmd")
+    if mark is None:
+        return 0
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return int(params.get("ranks", mark.args[0]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests without ranks first, then by world size: a change of size makes a new group."""
+    items.sort(key=ranks_of)
+
+
+def pytest_sessionfinish() -> None:
+    """End the ranks; none were started where no test asked for any."""
+    if spmd.the_pool.cache_info().currsize:
+        spmd.the_pool().stop()
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Give each test the same seeds and default dtype, in this process too."""
+    torch.set_num_threads(1)
+    rank.fresh_state()
+    yield

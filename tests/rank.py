@@ -1,0 +1,120 @@
+"""What one rank of the pool does: wait for a job by name, run it, answer."""
+
+import faulthandler
+import functools
+import importlib
+import os
+import pickle
+import random
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class Job:
+    """A function by name, its arguments, and the mesh it runs on."""
+
+    module: str
+    qualname: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    axes: Mapping[str, int]
+    world: str  # names the process group: ranks that hold another one make a new one
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one rank says at the end of a job."""
+
+    kind: str  # "value", "skip", "error" or "lost"
+    value: Any
+
+
+def world_size(axes: Mapping[str, int]) -> int:
+    return functools.reduce(lambda a, b: a * b, axes.values(), 1)
+
+
+def serve(rank: int, pipe: connection.Connection, port: int, stacks: Path) -> None:
+    """Answer jobs until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1, stacks.open("a"), all_threads=False)
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    group = Group(rank, store)
+    while True:
+        try:
+            request = pipe.recv_bytes()
+        except EOFError:
+            # Not sys.exit: gloo's threads have nobody left to say goodbye to.
+            os._exit(0)
+        pipe.send_bytes(_answer(group, request))
+        sys.stdout.flush()
+
+
+def _answer(group: "Group", request: bytes) -> bytes:
+    """Run one job and pickle what came of it; nothing escapes, for the parent is waiting."""
+    try:
+        job = pickle.loads(request)
+        body = importlib.import_module(job.module)
+        for name in job.qualname.split("."):
+            body = getattr(body, name)
+        body = getattr(body, "spmd_body", body)
+        mesh = group.mesh(job.world, job.axes)
+        fresh_state()
+        return pickle.dumps(Answer("value", body(mesh, *job.args, **job.kwargs)))
+    except pytest.skip.Exception as skip:
+        return pickle.dumps(Answer("skip", str(skip)))
+    except BaseException:
+        return pickle.dumps(Answer("error", f"raised\n{traceback.format_exc()}"))
+
+
+def fresh_state() -> None:
+    """Put torch's global state where every test expects it: equal seeds, nothing compiled.
+
+    Memory that torch.empty hands out is full of NaN, so a value that was never written shows.
+    """
+    random.seed(0)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@dataclass
+class Group:
+    """The process group this rank is in, and the meshes already made on it."""
+
+    rank: int
+    store: dist.Store
+    world: str = ""
+    meshes: dict[tuple[tuple[str, int], ...], DeviceMesh] = field(default_factory=dict)
+
+    def mesh(self, world: str, axes: Mapping[str, int]) -> DeviceMesh:
+        """The mesh of these axes over all ranks of the named group."""
+        if world != self.world:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            self.meshes.clear()
+            store = dist.PrefixStore(world, self.store)
+            dist.init_process_group(
+                "gloo", store=store, rank=self.rank, world_size=world_size(axes)
+            )
+            self.world = world
+        key = tuple(axes.items())
+        if key not in self.meshes:
+            self.meshes[key] = init_device_mesh(
+                "cpu", tuple(axes.values()), mesh_dim_names=tuple(axes)
+            )
+        return self.meshes[key]

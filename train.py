@@ -1,0 +1,65 @@
+"""Train a model on long sequences: FSDP x TP x CP, compiled, on whatever machine this is.
+
+    python train.py                         the default config; starts its own ranks
+    python train.py --config NAME           another config of dtcp/torchtitan/config_registry.py
+    python train.py --training.steps 400    any setting of torchtitan's config, and of ours
+    python train.py --dtcp.verify 3         the first steps again on one device, and compare
+    torchrun --nproc-per-node 8 train.py --config NAME          the same on ranks started elsewhere
+
+A run leaves checkpoints, a TensorBoard log and a plot of the loss in --dump_folder, and goes on
+from the last checkpoint when it is started again.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import dtcp.torchtitan  # noqa: F401  (before torchtitan, which binds its device when imported)
+import torch
+from dtcp.torchtitan.launch import check_world, launch, launched, ranks_for
+from dtcp.torchtitan.options import parse
+from dtcp.torchtitan.plot import plot_losses
+from dtcp.torchtitan.progress import quiet, say
+from dtcp.torchtitan.report import report_failures
+from dtcp.torchtitan.trainer import Trainer
+from dtcp.torchtitan.verify import verify
+
+
+def main(arguments: list[str]) -> int:
+    """Start the ranks, or be one of them. Returns the exit code."""
+    report_failures(Path("outputs"))
+    config = parse(arguments)
+    report_failures(Path(config.dump_folder))
+    if not launched():
+        ranks = ranks_for(config.parallelism, config.dtcp.device)
+        if ranks.because:
+            print(ranks.because, flush=True)
+        return launch(ranks, __file__, arguments)
+    check_world(config.parallelism, int(os.environ["WORLD_SIZE"]))
+    quiet()
+    return verify(config) if config.dtcp.verify else train(config)
+
+
+def train(config: Trainer.Config) -> int:
+    """Train to the last step of the config, from the last checkpoint there is."""
+    trainer = config.build()
+    try:
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+        else:
+            trainer.train()
+    finally:
+        trainer.close()
+    if trainer.resumed_step >= config.training.steps:
+        say(
+            f"already trained to step {trainer.resumed_step}; "
+            f"raise --training.steps to go on, or choose another --dump_folder"
+        )
+    elif config.metrics.enable_tensorboard and torch.distributed.get_rank() == 0:
+        say(f"plotted     {plot_losses(Path(config.dump_folder))}")
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
