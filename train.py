@@ -14,8 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-import dtcp.torchtitan  # noqa: F401  (before torchtitan, which binds its device when imported)
 import torch
+
 from dtcp.torchtitan.launch import check_world, launch, launched, ranks_for
 from dtcp.torchtitan.options import parse
 from dtcp.torchtitan.plot import plot_losses
@@ -27,16 +27,17 @@ from dtcp.torchtitan.verify import verify
 
 def main(arguments: list[str]) -> int:
     """Start the ranks, or be one of them. Returns the exit code."""
-    report_failures(Path("outputs"))
+    report_failures(None)
     config = parse(arguments)
-    report_failures(Path(config.dump_folder))
+    config.check()
     if not launched():
         ranks = ranks_for(config.parallelism, config.dtcp.device)
         if ranks.because:
             print(ranks.because, flush=True)
         return launch(ranks, __file__, arguments)
     check_world(config.parallelism, int(os.environ["WORLD_SIZE"]))
-    quiet()
+    report_failures(Path(config.dump_folder))
+    quiet(int(os.environ["RANK"]))
     return verify(config) if config.dtcp.verify else train(config)
 
 

@@ -178,9 +178,7 @@ def _check_keys(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | N
         )
 
 
-def _shape(
-    batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]
-) -> tuple[int, int]:
+def _shape(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]) -> tuple[int, int]:
     """(rows, tokens a row), the same for every key."""
     lengths, rows = {}, 0
     for key, x in batch.items():

@@ -8,7 +8,7 @@ Rules are entries in DTensor's table of handlers (torch 2.11-2.15 keep it in the
 `DTensor._op_dispatcher`); plain tensors never reach them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,13 @@ SEQ, HEADS = 1, 2  # dims of [B, L, H, D], and of lse [B, L, H]
 
 def install(op: AttentionOp) -> None:
     """Let an attention op take DTensors. Installing twice is installing once."""
-    handlers = DTensor._op_dispatcher._custom_op_handlers
-    handlers[op.forward._opoverload] = _forward  # type: ignore[attr-defined]
-    handlers[op.backward._opoverload] = _backward  # type: ignore[attr-defined]
+    handle(op.forward._opoverload, _forward)  # type: ignore[attr-defined]
+    handle(op.backward._opoverload, _backward)  # type: ignore[attr-defined]
+
+
+def handle(op: torch._ops.OpOverload, rule: Callable[..., Any]) -> None:
+    """Give DTensor a rule for an op: rule(op, args, kwargs) -> results."""
+    DTensor._op_dispatcher._custom_op_handlers[op] = rule
 
 
 def check_placements(name: str, tensors: Sequence[DTensor], axis: str) -> None:

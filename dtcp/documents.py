@@ -67,7 +67,7 @@ class Documents:
                 f"place in packed rows; pass Documents(lengths, seq_len) instead."
             )
         seq_len = position.shape[1]
-        rows = [row.nonzero().flatten().tolist() + [seq_len] for row in starts]
+        rows = [[*row.nonzero().flatten().tolist(), seq_len] for row in starts]
         return cls(tuple(tuple(b - a for a, b in pairwise(row)) for row in rows), seq_len)
 
     @classmethod

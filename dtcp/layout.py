@@ -75,6 +75,11 @@ class SequenceLayout(ABC):
         ranks = range(self.num_shards)
         return gcd(*[stop - start for rank in ranks for start, stop in self.runs(rank)])
 
+    def segments(self, rank: int) -> list[Run]:
+        """The rank's runs cut to segment_len, in slot order: as many on every rank."""
+        step = self.segment_len
+        return [(a, a + step) for start, stop in self.runs(rank) for a in range(start, stop, step)]
+
     def positions(self, rank: int) -> Tensor:
         """Position of each of the rank's slots: [L], int64."""
         return torch.cat([torch.arange(start, stop) for start, stop in self.runs(rank)])
@@ -85,7 +90,8 @@ class SequenceLayout(ABC):
 
     def inverse(self) -> Tensor:
         """Slot of every position: [S], int64."""
-        return self.permutation().argsort()
+        permutation = self.permutation()
+        return torch.empty_like(permutation).scatter(0, permutation, torch.arange(self.seq_len))
 
     def shard(self, x: Tensor, rank: int, *, dim: int = 1) -> Tensor:
         """Pick the rank's tokens out of all: S at dim becomes L. No communication."""

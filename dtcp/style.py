@@ -142,7 +142,7 @@ class _IslandAttention(ContextParallelAttention):
     """The same behind an eager island."""
 
     @island
-    def forward(  # type: ignore[override]
+    def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, *, sink: Tensor | None = None
     ) -> Tensor:
         return self.attend(q, k, v, self._own(tables), sink)
@@ -199,4 +199,3 @@ __all__ = [
     "apply_plan",
     "matches",
 ]
-

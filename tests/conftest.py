@@ -1,7 +1,5 @@
 """Order, seeds and the end of the rank pool."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -29,8 +27,7 @@ def pytest_sessionfinish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
+def fresh_state() -> None:
     """Give each test the same seeds and default dtype, in this process too."""
     torch.set_num_threads(1)
     rank.fresh_state()
-    yield

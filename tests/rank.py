@@ -42,6 +42,7 @@ class Answer:
 
 
 def world_size(axes: Mapping[str, int]) -> int:
+    """Ranks in a mesh of these axes."""
     return functools.reduce(lambda a, b: a * b, axes.values(), 1)
 
 
@@ -66,7 +67,7 @@ def _answer(group: "Group", request: bytes) -> bytes:
     """Run one job and pickle what came of it; nothing escapes, for the parent is waiting."""
     try:
         job = pickle.loads(request)
-        body = importlib.import_module(job.module)
+        body: Any = importlib.import_module(job.module)
         for name in job.qualname.split("."):
             body = getattr(body, name)
         body = getattr(body, "spmd_body", body)
@@ -75,7 +76,8 @@ def _answer(group: "Group", request: bytes) -> bytes:
         return pickle.dumps(Answer("value", body(mesh, *job.args, **job.kwargs)))
     except pytest.skip.Exception as skip:
         return pickle.dumps(Answer("skip", str(skip)))
-    except BaseException:
+    # Even what pytest.fail raises: an answer is due, and the parent re-raises it.
+    except BaseException:  # noqa: BLE001
         return pickle.dumps(Answer("error", f"raised\n{traceback.format_exc()}"))
 
 

@@ -69,23 +69,24 @@ def spmd(
     if bool(axes) == bool(ranks):
         raise ValueError(f"spmd takes ranks or axes, got ranks={ranks}, axes={axes}: give one.")
 
+    sizes = (ranks,) if isinstance(ranks, int) else tuple(ranks)
+    several = len(sizes) > 1
+
     def decorate(body: Callable[..., Any]) -> Callable[..., None]:
-        several = not isinstance(ranks, int)
         takes_ranks = "ranks" in inspect.signature(body).parameters
 
         @functools.wraps(body)
         def test(**params: Any) -> None:
             __tracebackhide__ = True
-            size = params.pop("ranks") if several else ranks
+            size = params.pop("ranks", sizes[0])
             if takes_ranks:
                 params["ranks"] = size
             _run(body, (), params, dict(axes or {"cp": size}), timeout)
 
         test.spmd_body = body  # type: ignore[attr-defined]
         test.__signature__ = _test_signature(body, several)  # type: ignore[attr-defined]
-        world = ranks if axes is None else world_size(axes)
-        marked = pytest.mark.spmd(world)(test)
-        return pytest.mark.parametrize("ranks", ranks)(marked) if several else marked
+        marked = pytest.mark.spmd(world_size(axes) if axes else sizes[0])(test)
+        return pytest.mark.parametrize("ranks", sizes)(marked) if several else marked
 
     return decorate
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from transformers import LlamaConfig as HFLlamaConfig
 from transformers import (
     LlamaForCausalLM,
     PretrainedConfig,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
 )
-from transformers import LlamaConfig as HFLlamaConfig
 from transformers import Qwen2Config as HFQwen2Config
 from transformers import Qwen3Config as HFQwen3Config
 

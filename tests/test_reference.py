@@ -27,7 +27,9 @@ def test_attention_equals_dense_sdpa_where_every_query_sees_a_key(rule):
     grad = torch.randn_like(out)
     assert_close(out, expected)
     inputs = (q, k, v)
-    assert_close(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad))
+    assert_close(
+        torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    )
 
 
 def test_gradients_hold_with_softcap_sink_and_blind_queries():

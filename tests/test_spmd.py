@@ -100,7 +100,7 @@ def test_failure_on_a_rank_is_told_and_the_pool_goes_on(fn, match):
 
 
 def test_rank_that_hangs_is_found_by_the_clock():
-    with pytest.raises(RankError, match="rank 1 of 2 was still running after 1 s(.|\n)*sleep_on"):
+    with pytest.raises(RankError, match=r"rank 1 of 2 was still running after 1 s(.|\n)*sleep_on"):
         run_ranks(sleep_on_rank_1, 2, timeout=1)
 
 

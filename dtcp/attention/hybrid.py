@@ -15,9 +15,7 @@ from dtcp.layout import SequenceLayout
 from dtcp.style import AttentionStyle
 
 ULYSSES_RING = attention_op("ulysses_ring_attention", Ulysses(RING.strategy))
-ULYSSES_ALL_GATHER = attention_op(
-    "ulysses_all_gather_attention", Ulysses(ALL_GATHER.strategy)
-)
+ULYSSES_ALL_GATHER = attention_op("ulysses_all_gather_attention", Ulysses(ALL_GATHER.strategy))
 
 
 @dataclass

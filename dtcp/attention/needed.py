@@ -146,9 +146,7 @@ def _union(first: Tensor, last: Tensor, seq_len: int) -> Tensor:
     return edges[:-1].cumsum(0) > 0
 
 
-def _asked_of(
-    layout: SequenceLayout, rank: int, first_key: Tensor, last_key: Tensor
-) -> Tensor:
+def _asked_of(layout: SequenceLayout, rank: int, first_key: Tensor, last_key: Tensor) -> Tensor:
     """Which of this rank's keys each rank needs: [n, L] bool, by local slot.
 
     All queries' intervals are cut down to this shard's positions, so the work is O(S log L).

@@ -67,11 +67,12 @@ class Ulysses:
     ) -> tuple[Tensor, list[Tensor]]:
         order, restore, outer_call = self._parts(call)
         share = _share(q, k, call.groups)
-        parts = _to_sequence((share.split(q), share.split_kv(k), share.split_kv(v)), order, call)
+        by_rank = (share.split(q), share.split_kv(k), share.split_kv(v))
+        q, k, v = _to_sequence(by_rank, order, call)
         sink = None if sink is None else sink[_own_heads(share, call.groups)]
-        out, saved = self.outer.forward(*parts, sink, outer_call)
+        out, saved = self.outer.forward(q, k, v, sink, outer_call)
         (local,) = _to_heads((out,), restore, call)
-        return share.join(local), [*parts, out, *saved]
+        return share.join(local), [q, k, v, out, *saved]
 
     def backward(
         self,
@@ -90,14 +91,12 @@ class Ulysses:
         (grad,) = _to_sequence((share.split(grad_out),), order, call)
         own_sink = None if sink is None else sink[own]
         inner_q, inner_k, inner_v, inner_out, *rest = saved
-        *grads, d_own_sink = self.outer.backward(
+        dq, dk, dv, d_own_sink = self.outer.backward(
             grad, inner_q, inner_k, inner_v, own_sink, inner_out, rest, outer_call
         )
-        wire = [x.to(q.dtype) for x in grads]
-        dq, dk, dv = _to_heads(wire, restore, call)
-        dsink = None
-        if sink is not None:
-            dsink = torch.zeros_like(sink)
+        dq, dk, dv = _to_heads([x.to(q.dtype) for x in (dq, dk, dv)], restore, call)
+        dsink = None if sink is None else torch.zeros_like(sink)
+        if dsink is not None and d_own_sink is not None:
             dsink[own] = d_own_sink
         return share.join(dq), share.join_kv_gradient(dk), share.join_kv_gradient(dv), dsink
 

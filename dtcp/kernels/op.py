@@ -9,7 +9,7 @@ every batch without a new graph; and the op counts its own executions and bytes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -130,9 +130,7 @@ def attention_op(name: str, strategy: Strategy) -> AttentionOp:
 
     make = torch.library.custom_op
     forward_op = make(f"dtcp::{name}", forward, mutates_args=(), schema=SCHEMA)
-    backward_op = make(
-        f"dtcp::{name}_backward", backward, mutates_args=(), schema=BACKWARD_SCHEMA
-    )
+    backward_op = make(f"dtcp::{name}_backward", backward, mutates_args=(), schema=BACKWARD_SCHEMA)
     forward_op.register_fake(forward_fake)
     backward_op.register_fake(backward_fake)
 
@@ -153,7 +151,7 @@ def attention_op(name: str, strategy: Strategy) -> AttentionOp:
         )
         dsink = dsink if ctx.has_sink else None
         # torch takes a list of names for one argument, but an empty list for a list of tensors.
-        no_grad = ([None] * len(tables), None, None, None if ctx.groups else [])
+        no_grad: tuple[Any, ...] = ([None] * len(tables), None, None, None if ctx.groups else [])
         return (*grads, dsink, *no_grad)
 
     forward_op.register_autograd(autograd_backward, setup_context=setup_context)

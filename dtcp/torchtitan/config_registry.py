@@ -4,8 +4,6 @@ A config is torchtitan's, with a `dtcp` section. Its name states the model and, 
 the default one, the mesh. Any value can be set on the command line: --section.key VALUE.
 """
 
-from dataclasses import replace
-
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
@@ -15,15 +13,13 @@ from torchtitan.models.llama3 import model_registry as titan_llama3
 from torchtitan.models.qwen3 import model_registry as titan_qwen3
 from torchtitan.protocols.model_spec import ModelSpec
 
+from dtcp.torchtitan.adopt import ATTENTION, adopt_model
 from dtcp.torchtitan.checkpoint import Checkpoints
 from dtcp.torchtitan.data import PackedDocuments
-from dtcp.torchtitan.parallelize import parallelize_decoder
 from dtcp.torchtitan.progress import Progress
 from dtcp.torchtitan.section import Section
 from dtcp.torchtitan.tokenizer import Tokenizer
 from dtcp.torchtitan.trainer import Trainer, Validation
-
-ATTENTION = "dtcp.torchtitan.overrides.context_parallel_attention"
 
 
 def titan_llama3_tiny() -> Trainer.Config:
@@ -38,7 +34,7 @@ def titan_qwen3_tiny() -> Trainer.Config:
 
 def _titan(spec: ModelSpec, name: str) -> Trainer.Config:
     spec.model.layers = spec.model.layers[:2]
-    config = _tiny(replace(spec, parallelize_fn=parallelize_decoder), name)
+    config = _tiny(adopt_model(spec), name)
     config.override = OverrideConfig(imports=[ATTENTION])
     return config
 

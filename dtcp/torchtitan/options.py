@@ -14,15 +14,24 @@ from types import ModuleType
 from torchtitan.config import ConfigManager
 from torchtitan.experiments import _supported_experiments
 from torchtitan.models import _supported_models
-from torchtitan.trainer import Trainer as TitanTrainer
 
+from dtcp.torchtitan.adopt import adopt
 from dtcp.torchtitan.report import usage_errors_once
+from dtcp.torchtitan.trainer import Trainer
 
 MODULE = "dtcp.torchtitan"
 CONFIG = "llama_tiny"
 
 
-def parse(arguments: list[str]) -> TitanTrainer.Config:
+class Options(ConfigManager):
+    """torchtitan's parser; the options of its own configs have our section too."""
+
+    def _load_config(self, args: list[str]) -> tuple[Trainer.Config, list[str]]:
+        config, rest = super()._load_config(args)
+        return adopt(config), rest
+
+
+def parse(arguments: list[str]) -> Trainer.Config:
     """The config that the arguments name, with their overrides.
 
     Raises:
@@ -33,7 +42,7 @@ def parse(arguments: list[str]) -> TitanTrainer.Config:
     name, rest = _take(rest, "--config", CONFIG)
     _check_name(module, name)
     with usage_errors_once():
-        return ConfigManager().parse_args(["--module", module, "--config", name, *rest])
+        return Options().parse_args(["--module", module, "--config", name, *rest])
 
 
 def config_names(registry: ModuleType) -> list[str]:

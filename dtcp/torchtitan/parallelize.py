@@ -54,7 +54,7 @@ def parallelize_decoder(
     section: Section,
 ) -> nn.Module:
     """A decoder of torchtitan with our attention: its own TP, AC, compile and FSDP around it."""
-    _check_backend(parallelism)
+    check_backend(parallelism)
     mesh = ParallelMesh.from_parallel_dims(parallel_dims)
     add_mixers(model)
     # Inside torchtitan's local_map the mixer sees local heads, so cp is the only axis it knows.
@@ -92,7 +92,7 @@ def _activation_checkpointing(
     return config.build(dump_folder=dump_folder)
 
 
-def _check_backend(parallelism: ParallelismConfig) -> None:
+def check_backend(parallelism: ParallelismConfig) -> None:
     """Raises: ValueError: a backend that shards the sequence its own way, or a degree we lack."""
     if parallelism.spmd_backend != "partial_dtensor":
         raise ValueError(

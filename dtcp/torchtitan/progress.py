@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+import warnings
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,26 @@ GIB = 1024**3
 RECENT = 20  # steps whose mean tells the time to go
 
 
-def quiet() -> None:
-    """Let torchtitan's root logger speak from warnings on, and on rank 0 only."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(message)s", force=True)
+EXPECTED = (
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",  # torchrun sets it, torchtitan sets it otherwise
+    "model.safetensors.index.json not found",  # only exports read it, and they do without
+    "may not have complete support on cpu device mesh",  # why verify starts from whole weights
+)
+
+
+def quiet(rank: int) -> None:
+    """Let libraries speak from warnings on, on rank 0 only, and without what is expected."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    handler.addFilter(lambda record: not any(x in record.getMessage() for x in EXPECTED))
+    logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger().setLevel(logging.WARNING if rank == 0 else logging.CRITICAL)
+    # How DTensor splits a redistribution, once for each kind of tensor and rank.
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
+    if rank != 0:
+        warnings.simplefilter("ignore")
+    for text in EXPECTED:
+        warnings.filterwarnings("ignore", message=f".*{text}")
 
 
 def say(line: str) -> None:

@@ -35,8 +35,12 @@ def first_to_say(text: str) -> bool:
         return True
 
 
-def report_failures(folder: Path) -> None:
-    """From now on, an exception that ends this process is reported as a run's failure."""
+def report_failures(folder: Path | None) -> None:
+    """From now on, an exception that ends this process is reported as a run's failure.
+
+    Args:
+        folder: where tracebacks go; None keeps none of an error that explains itself.
+    """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
@@ -47,26 +51,31 @@ def report_failures(folder: Path) -> None:
     sys.excepthook = hook
 
 
-def say_failure(error: BaseException, folder: Path) -> None:
+def say_failure(error: BaseException, folder: Path | None) -> None:
     """Print the error once, and leave the traceback of each rank in a file.
 
     The first rank that fails prints. A rank that failed with other words adds one line: most
     often it only lost its peer.
     """
     text = str(error).strip() or type(error).__name__
-    path = folder / "errors" / f"rank_{os.environ.get('RANK', '0')}.txt"
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(traceback.format_exception(error)))
+    where = "" if folder is None else f"\n(traceback: {_keep_traceback(error, folder)})"
     if not first_to_say(text):
         return
     if not first_to_say("a failure"):
         line = text.splitlines()[0][:200]
         print(f"rank {os.environ.get('RANK')} then failed too: {line}", file=sys.stderr)
     elif isinstance(error, EXPLAINED):
-        print(f"error: {text}\n(traceback: {path})", file=sys.stderr, flush=True)
+        print(f"error: {text}{where}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
+
+
+def _keep_traceback(error: BaseException, folder: Path) -> Path:
+    path = folder / "errors" / f"rank_{os.environ.get('RANK', '0')}.txt"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(traceback.format_exception(error)))
+    return path
 
 
 @contextlib.contextmanager

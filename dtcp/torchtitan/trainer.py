@@ -9,15 +9,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchtitan import trainer as titan
+from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.components.validate import Validator
 from torchtitan.models.common.decoder import Decoder
 
 from dtcp.batch import shard_batch
 from dtcp.documents import Documents
 from dtcp.mesh import ParallelMesh
+from dtcp.torchtitan.data import PackedDocuments, open_source
+from dtcp.torchtitan.parallelize import check_backend
 from dtcp.torchtitan.progress import describe, say
 from dtcp.torchtitan.section import Section
 
@@ -30,6 +32,25 @@ class Trainer(titan.Trainer):
     @dataclass(kw_only=True, slots=True)
     class Config(titan.Trainer.Config):
         dtcp: Section = field(default_factory=Section)
+
+        def check(self) -> None:
+            """Refuse what cannot work before any rank starts.
+
+            Raises:
+                ValueError: data that is not there, or a part that another part does not honour.
+            """
+            check_backend(self.parallelism)
+            loaders = [self.dataloader, self.validator.dataloader]
+            for loader in loaders[: 1 + self.validator.enable]:
+                if isinstance(loader, PackedDocuments.Config):
+                    open_source(loader)
+            assert self.model_spec is not None
+            whole_head = isinstance(self.model_spec.model, Decoder.Config)
+            if isinstance(self.loss, ChunkedLossWrapper.Config) and not whole_head:
+                raise ValueError(
+                    f"A chunked loss calls the head itself, which {self.model_spec.name} does "
+                    f"not leave to it, got loss=ChunkedLossWrapper: use CrossEntropyLoss."
+                )
 
     mesh: ParallelMesh
     resumed_step: int = 0

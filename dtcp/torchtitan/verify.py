@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed.utils import clip_grad_norm_
 from torchtitan.models.common.decoder import Decoder
@@ -29,9 +29,7 @@ def verify(config: Trainer.Config) -> int:
     """Run `config.dtcp.verify` steps twice and compare. Returns the exit code, on every rank."""
     config = _shortened(config)
     trainer = config.build()
-    # Whole tensors, on rank 0 only.
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(trainer.model_parts[0], options=options)
+    weights = whole_weights(trainer.model_parts[0])
     try:
         trainer.train()
     finally:
@@ -46,7 +44,17 @@ def verify(config: Trainer.Config) -> int:
     return verdict[0]
 
 
-def one_device_losses(trainer: Trainer, weights: dict[str, Any]) -> dict[int, float]:
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with every tensor whole, on the host; empty but on rank 0."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if dist.get_rank() == 0:
+            weights[name] = whole.detach().cpu().clone()
+    return weights
+
+
+def one_device_losses(trainer: Trainer, weights: dict[str, Tensor]) -> dict[int, float]:
     """Train a plain copy of the model over the trainer's rows; its loss by step."""
     config, device = trainer.config, trainer.device
     model = _plain_model(config, weights, device)
@@ -90,12 +98,12 @@ def _accumulate(
         logits = model(tokens, position, tables)
         loss, _ = trainer.loss_fn(logits, labels.to(trainer.device), count)
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total
 
 
 def _plain_model(
-    config: Trainer.Config, weights: dict[str, Any], device: torch.device
+    config: Trainer.Config, weights: dict[str, Tensor], device: torch.device
 ) -> nn.Module:
     with torch.device(device):
         model = config.model_spec.model.build()

@@ -1,9 +1,14 @@
 """Names and settings of Hugging Face's Llama, Qwen2 and Qwen3 checkpoints, both ways.
 
+A checkpoint in one file is read so; torch.distributed.checkpoint's HuggingFaceStorageReader and
+Writer take the same names for larger ones.
+
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     config = config_from_hf(json.loads((folder / "config.json").read_text()))
     model = Llama(config)
     model.load_state_dict(from_hf(weights, config))
+
+Tensors are the same on both sides: rotary pairs lie half a head apart here as there.
 """
 
 from collections.abc import Mapping
@@ -37,7 +42,10 @@ NAMES = NameMap(
             )
         ),
         *(
-            (f"layers.{{i}}.feed_forward.{part}.weight", f"model.layers.{{i}}.mlp.{part}_proj.weight")
+            (
+                f"layers.{{i}}.feed_forward.{part}.weight",
+                f"model.layers.{{i}}.mlp.{part}_proj.weight",
+            )
             for part in ("gate", "up", "down")
         ),
     )
@@ -60,7 +68,9 @@ def from_hf(state_dict: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, 
         ValueError: a name that no model of this family has.
     """
     # Checkpoints of 2023 carry the rotary frequencies, which follow from the config.
-    weights = {name: x for name, x in state_dict.items() if not name.endswith("rotary_emb.inv_freq")}
+    weights = {
+        name: x for name, x in state_dict.items() if not name.endswith("rotary_emb.inv_freq")
+    }
     ours = NAMES.to_ours(weights)
     if config.tied:
         ours[TIED] = ours["embedding.weight"]

@@ -1,0 +1,133 @@
+"""Cross-entropy, averaged over the tokens of all ranks.
+
+A rank's share is its sum of losses over the *global* number of tokens. Shares add up to the
+mean over the batch however unevenly documents, padding and shards fall, so gradients are to be
+summed over ranks, never averaged.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+IGNORED = -100
+"""The label of a token that has no loss."""
+
+CHUNK = 2**24
+"""Logits worked on in fp32 at a time: 64 MiB."""
+
+
+def global_token_count(labels: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """Count the tokens that have a loss, on all ranks.
+
+    Args:
+        labels: [B, L], local.
+        mesh: the ranks whose tokens make up a batch, ParallelMesh.loss; None for this one alone.
+    """
+    tokens = (labels != IGNORED).sum()
+    if mesh is not None:
+        dist.all_reduce(tokens, group=mesh.get_group())
+    return tokens
+
+
+def token_mean_loss(logits: Tensor, labels: Tensor, global_tokens: Tensor | int) -> Tensor:
+    """This rank's share of the mean cross-entropy over all tokens.
+
+    A rank without a token that has a loss gives 0 and gradients of 0. A label that is no entry
+    of the vocabulary gives inf. Nothing of the logits' size is made in forward, and one tensor
+    of it, their gradient in their own dtype, in backward.
+
+    Args:
+        logits: [B, L, V]; or a DTensor with the vocabulary sharded over a 1-D mesh, as a
+            column-wise head gives them.
+        labels: [B, L], shifted already; -100 where a token has no loss.
+        global_tokens: from `global_token_count`.
+    Returns:
+        A scalar, fp32 (fp64 for fp64), the same on all ranks that share these tokens.
+    Raises:
+        ValueError: logits placed in any other way.
+
+    Traffic per rank, sharded vocabulary only: (n - 1) * B * L * 2 numbers, forward.
+    """
+    first, mesh = 0, None
+    if isinstance(logits, DTensor):
+        first, mesh = _vocabulary_shard(logits)
+        logits = logits.to_local(grad_placements=logits.placements)
+    flat = logits.flatten(0, -2)
+    total = cast(Tensor, _SummedCrossEntropy.apply(flat, labels.flatten() - first, labels, mesh))
+    return total / global_tokens
+
+
+def _vocabulary_shard(logits: DTensor) -> tuple[int, DeviceMesh | None]:
+    """The first entry of the vocabulary that this rank holds, and the ranks that share it."""
+    mesh, vocabulary = logits.device_mesh, logits.ndim - 1
+    if logits.placements == (Replicate(),):
+        return 0, None
+    if logits.placements != (Shard(vocabulary),):
+        raise ValueError(
+            f"A loss takes logits that are whole or sharded in the vocabulary over one axis, got "
+            f"logits.placements={logits.placements}: redistribute them to (Shard({vocabulary}),)."
+        )
+    # The shards of a DTensor are those of torch.chunk: all full, but for the last ones.
+    full = -(-logits.shape[vocabulary] // mesh.size())
+    return full * mesh.get_local_rank(), mesh
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(logits)[label], by chunks of rows and, maybe, shards of columns."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, column: Tensor, labels: Tensor, mesh: DeviceMesh | None
+    ) -> Tensor:
+        """Take logits [T, V], columns of them that the labels stand for [T], labels [B, L]."""
+        has_loss = labels.flatten() != IGNORED
+        mine = (column >= 0) & (column < logits.shape[1]) & has_loss
+        column = column.where(mine, 0)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        lse, target = logits.new_full((2, len(logits)), -torch.inf, dtype=dtype)
+        for rows in _chunks(logits):
+            chunk = logits[rows].to(dtype)
+            lse[rows] = chunk.logsumexp(dim=1)
+            target[rows] = chunk.gather(1, column[rows, None])[:, 0]
+        # Whoever has no such column says -inf, so that a label nobody has makes the loss inf.
+        target = target.masked_fill(~mine, -torch.inf)
+        if mesh is not None:
+            lse, target = _over_shards(lse, target, mesh)
+        ctx.save_for_backward(logits, column, mine, has_loss, lse)
+        return (lse - target).masked_fill(~has_loss, 0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, column, mine, has_loss, lse = ctx.saved_tensors
+        grad_logits = torch.empty_like(logits)
+        for rows in _chunks(logits):
+            chunk = (logits[rows].to(lse.dtype) - lse[rows, None]).exp()
+            chunk.scatter_add_(1, column[rows, None], -mine[rows, None].to(chunk.dtype))
+            chunk.masked_fill_(~has_loss[rows, None], 0)
+            grad_logits[rows] = chunk.mul_(grad).to(logits.dtype)
+        return grad_logits, None, None, None
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    # A shard beyond the end of a small vocabulary has nothing to add.
+    if not logits.shape[1]:
+        return
+    rows = max(1, CHUNK // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        yield slice(start, start + rows)
+
+
+def _over_shards(lse: Tensor, target: Tensor, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
+    """lse over the whole vocabulary, and the target's logit from the rank that has it: [T]."""
+    mine = torch.stack((lse, target))
+    parts = [torch.empty_like(mine) for _ in range(mesh.size())]
+    dist.all_gather(parts, mine, group=mesh.get_group())
+    everyones = torch.stack(parts)
+    return everyones[:, 0].logsumexp(dim=0), everyones[:, 1].amax(dim=0)

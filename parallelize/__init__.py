@@ -1,0 +1,23 @@
+"""Plans: what each module of a model becomes on a mesh, and the order in which it does."""
+
+from parallelize.activation_checkpoint import (
+    ActivationCheckpoint,
+    FullCheckpoint,
+    NoCheckpoint,
+    SelectiveCheckpoint,
+)
+from parallelize.apply import Compile, ParallelPlan, parallelize
+from parallelize.fsdp import FSDP
+from parallelize.llama import llama_plan
+
+__all__ = [
+    "FSDP",
+    "ActivationCheckpoint",
+    "Compile",
+    "FullCheckpoint",
+    "NoCheckpoint",
+    "ParallelPlan",
+    "SelectiveCheckpoint",
+    "llama_plan",
+    "parallelize",
+]

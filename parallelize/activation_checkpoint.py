@@ -1,0 +1,96 @@
+"""What a block keeps for its backward pass, and what it computes a second time."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from dtcp.compile import communicated_ops
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class NoCheckpoint:
+    """Keep every activation."""
+
+    def wrap(self, forward: Forward) -> Forward:
+        return forward
+
+
+@dataclass(frozen=True)
+class FullCheckpoint:
+    """Keep a block's inputs only; compute, and communicate, all of it again."""
+
+    def wrap(self, forward: Forward) -> Forward:
+        def checkpointed(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+        return checkpointed
+
+
+@dataclass(frozen=True)
+class SelectiveCheckpoint:
+    """Keep what was communicated and every `matmul_every`-th matmul; compute the rest again.
+
+    Attention is kept whole, so recomputation neither attends nor talks to other ranks.
+    """
+
+    matmul_every: int = 2
+
+    def __post_init__(self) -> None:
+        if self.matmul_every < 1:
+            raise ValueError(
+                f"SelectiveCheckpoint keeps every n-th matmul, got "
+                f"matmul_every={self.matmul_every}: 1 keeps all of them."
+            )
+
+    def wrap(self, forward: Forward) -> Forward:
+        kept = frozenset([*communicated_ops(), *_TENSOR_PARALLEL])
+
+        def contexts() -> Any:
+            return create_selective_checkpoint_contexts(_Policy(kept, self.matmul_every))
+
+        def checkpointed(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+        return checkpointed
+
+
+ActivationCheckpoint = NoCheckpoint | FullCheckpoint | SelectiveCheckpoint
+
+_MATMULS = frozenset(
+    [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
+)
+
+# What tensor parallelism sends. DTensor has no public list of them (torch 2.11 to 2.15).
+_TENSOR_PARALLEL = (
+    torch.ops._c10d_functional.all_reduce.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_gather_into_tensor.default,
+)
+
+
+class _Policy:
+    """One block's decisions; forward and recomputation count their matmuls alike."""
+
+    def __init__(self, kept: frozenset[Any], matmul_every: int) -> None:
+        self.kept, self.matmul_every = kept, matmul_every
+        self.matmuls: Counter[bool] = Counter()
+
+    def __call__(
+        self, ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
+    ) -> CheckpointPolicy:
+        keep = op in self.kept
+        if op in _MATMULS:
+            self.matmuls[ctx.is_recompute] += 1
+            keep = self.matmuls[ctx.is_recompute] % self.matmul_every == 0
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

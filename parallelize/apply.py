@@ -1,0 +1,134 @@
+"""Turn a single-device model into a parallel one, in the one order that is right.
+
+1. Styles, tensor then context: they change what modules compute, so they come first.
+2. Activation checkpointing and compile, block by block. Where a block is one graph, the graph
+   holds the checkpoint, so the partitioner sees what is kept; where it breaks at an eager
+   island, the checkpoint goes around the compiled parts, since a break inside a checkpoint
+   would leave the whole block uncompiled, without a word.
+3. FSDP, whose hooks gather and free parameters outside of the graphs.
+
+All of it replaces `forward` of a block and nothing else: modules keep their names, so do
+checkpoints, and dynamo guards what it compiles.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+
+from dtcp.compile import EagerIsland
+from dtcp.mesh import ParallelMesh
+from dtcp.style import AttentionStyle, apply_plan, matches
+from parallelize.activation_checkpoint import ActivationCheckpoint, Forward, NoCheckpoint
+from parallelize.fsdp import FSDP, shard_parameters
+from parallelize.ties import find_ties, restore_ties
+
+KEEP_ALL = NoCheckpoint()
+PLAIN_FSDP = FSDP()
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """What a model's modules become on each axis; a name may hold patterns: `layers.*.norm`.
+
+    Args:
+        tp: styles on the axis tp, by module name.
+        cp: styles of the mixers on the axis cp, by module name.
+        blocks: the repeated parts, each compiled, checkpointed and sharded on its own.
+        units: parts outside the blocks whose parameters are gathered together, in the order of
+            their use. Parameters that are shared must lie in one unit, or in none.
+    """
+
+    tp: Mapping[str, ParallelStyle]
+    cp: Mapping[str, AttentionStyle]
+    blocks: tuple[str, ...]
+    units: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Compile:
+    """Compile each block on its own: equal blocks share one graph."""
+
+    backend: str = "inductor"
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: ParallelMesh,
+    plan: ParallelPlan,
+    *,
+    activation_checkpoint: ActivationCheckpoint = KEEP_ALL,
+    compile: Compile | None = None,
+    fsdp: FSDP = PLAIN_FSDP,
+) -> nn.Module:
+    """Parallelize a model in place.
+
+    On the meta device too: then `to_empty` and `init_weights` follow.
+
+    Args:
+        compile: None to stay eager.
+    Returns:
+        The model. Its gradients are sums over ranks: divide losses by the global token count.
+    Raises:
+        ValueError: a name in the plan that matches no module, a mixer without a style, or a
+            shared parameter that two styles shard differently.
+    """
+    blocks = find(model, plan.blocks)
+    units = [list(find(model, names).values()) for names in plan.units]
+    find(model, tuple(plan.tp))
+
+    ties = find_ties(model)
+    if mesh.tp is not None:
+        parallelize_module(model, mesh.tp, dict(plan.tp))
+        restore_ties(model, ties)
+    apply_plan(model, mesh.cp, plan.cp)
+
+    for name, block in blocks.items():
+        whole = mesh.cp is None or not _has_island(name, block, plan.cp)
+        block.forward = _prepared(block.forward, activation_checkpoint, compile, whole=whole)
+
+    if mesh.hsdp is not None:
+        shard_parameters(model, mesh.hsdp, fsdp, blocks=list(blocks.values()), units=units)
+    return model
+
+
+def find(model: nn.Module, keys: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules that a plan's keys name.
+
+    Raises:
+        ValueError: a key that names none.
+    """
+    found: dict[str, nn.Module] = {}
+    for key in keys:
+        of_key = {name: module for name, module in model.named_modules() if matches(name, key)}
+        if not of_key:
+            raise ValueError(
+                f"A plan names modules of its model, got key={key!r}, which matches none of "
+                f"{type(model).__name__}: correct or remove it."
+            )
+        found |= of_key
+    return found
+
+
+def _prepared(
+    forward: Forward, checkpoint: ActivationCheckpoint, compile: Compile | None, *, whole: bool
+) -> Forward:
+    """Checkpoint and compile a block's forward, the one in the other as its graph allows."""
+    if compile is None:
+        return checkpoint.wrap(forward)
+    how: dict[str, Any] = {"backend": compile.backend, "fullgraph": whole}
+    if whole:
+        return torch.compile(checkpoint.wrap(forward), **how)
+    return checkpoint.wrap(torch.compile(forward, **how))
+
+
+def _has_island(name: str, block: nn.Module, plan: Mapping[str, AttentionStyle]) -> bool:
+    inside = [f"{name}.{part}" for part, _ in block.named_modules() if part]
+    return any(
+        isinstance(style.boundary, EagerIsland)
+        for key, style in plan.items()
+        if any(matches(part, key) for part in inside)
+    )

@@ -1,0 +1,69 @@
+"""Parameters sharded over ranks, gradients summed over them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+
+@dataclass(frozen=True)
+class FSDP:
+    """Options of torch's fully_shard.
+
+    Args:
+        reshard_after_forward: gather a block's parameters again for its backward pass, rather
+            than keep them.
+    """
+
+    mixed_precision: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
+    offload: OffloadPolicy = field(default_factory=OffloadPolicy)
+    reshard_after_forward: bool = True
+
+
+def shard_parameters(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    options: FSDP,
+    *,
+    blocks: Sequence[nn.Module],
+    units: Sequence[Sequence[nn.Module]],
+) -> None:
+    """Shard a model's parameters: one gather a block, one a unit, one for what is left.
+
+    Args:
+        mesh: ParallelMesh.hsdp.
+        units: modules outside the blocks, gathered together; the last one stays gathered
+            after forward, for backward starts with it.
+    """
+    shared: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": options.mixed_precision,
+        "offload_policy": options.offload,
+    }
+    for block in blocks:
+        fully_shard(block, **shared, reshard_after_forward=options.reshard_after_forward)
+    for index, unit in enumerate(units):
+        last = index == len(units) - 1
+        again = options.reshard_after_forward and not last
+        fully_shard(list(unit), **shared, reshard_after_forward=again)
+    fully_shard(model, **shared)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            _sum_gradients(module)
+
+
+def _sum_gradients(module: FSDPModule) -> None:
+    """The loss is over the global token count already, so nothing is left to divide by.
+
+    The sum is forced since gloo has none that scales.
+    """
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,76 @@
+"""The plan of models/llama."""
+
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+)
+
+from dtcp.dispatch import HEADS
+from dtcp.mesh import ParallelMesh
+from dtcp.style import AttentionStyle
+from models.llama import LlamaConfig
+from parallelize.apply import ParallelPlan
+from parallelize.tensor_parallel import PerToken, Waited
+
+
+def llama_plan(config: LlamaConfig, mesh: ParallelMesh, attention: AttentionStyle) -> ParallelPlan:
+    """Split heads, feed-forward channels and vocabulary over tp, the sequence over cp.
+
+    Under tp, logits come as a DTensor sharded in the vocabulary: token_mean_loss takes them.
+
+    Args:
+        attention: the strategy on the axis cp.
+    Raises:
+        ValueError: what tp would split is not a multiple of it.
+    """
+    _check_divisible(config, mesh.size("tp"))
+    return ParallelPlan(
+        tp=tensor_plan(config),
+        cp={"layers.*.attention.mixer": attention},
+        blocks=("layers.*",),
+        # A shared weight is gathered once, with the rest of the model.
+        units=() if config.tied else (("embedding",), ("norm", "lm_head")),
+    )
+
+
+def tensor_plan(config: LlamaConfig) -> dict[str, ParallelStyle]:
+    """Megatron's pairs: columns, then rows, one all-reduce for each pair and direction.
+
+    From Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053
+    """
+    plan: dict[str, ParallelStyle] = {
+        "embedding": Waited(RowwiseParallel(input_layouts=Replicate())),
+        "layers.*.attention_norm": PerToken(),
+        # Entering once for q, k and v, their input gradients are reduced once, not three times.
+        "layers.*.attention": PrepareModuleInput(
+            input_layouts=(Replicate(), None, None),
+            desired_input_layouts=(Replicate(), None, None),
+        ),
+        "layers.*.attention.[qkv]_proj": ColwiseParallel(),
+        "layers.*.attention.o_proj": RowwiseParallel(),
+        "layers.*.feed_forward_norm": PerToken(),
+        "layers.*.feed_forward": PrepareModuleInput(
+            input_layouts=Replicate(), desired_input_layouts=Replicate()
+        ),
+        "layers.*.feed_forward.gate": ColwiseParallel(),
+        "layers.*.feed_forward.up": ColwiseParallel(),
+        "layers.*.feed_forward.down": RowwiseParallel(),
+        "norm": PerToken(),
+        "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
+    }
+    if config.qk_norm:
+        plan["layers.*.attention.[qk]_norm"] = PerToken(Shard(HEADS))
+    return plan
+
+
+def _check_divisible(config: LlamaConfig, tp: int) -> None:
+    for name in ("num_heads", "num_kv_heads", "hidden_dim", "vocab_size"):
+        size = getattr(config, name)
+        if size % tp:
+            raise ValueError(
+                f"Tensor parallelism splits {name} into equal parts, got {name}={size} with "
+                f"tp={tp}: choose a tp that divides it, and give the ranks to cp instead."
+            )

@@ -1,0 +1,38 @@
+"""Parameters that two modules share, kept shared while styles replace them."""
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+Ties = tuple[tuple[str, ...], ...]
+
+
+def find_ties(model: nn.Module) -> Ties:
+    """Names of every parameter that has more than one."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)
+
+
+def restore_ties(model: nn.Module, ties: Ties) -> None:
+    """Share again what a style that replaces parameters has torn apart.
+
+    Raises:
+        ValueError: the styles have placed the two in different ways.
+    """
+    for first, *others in ties:
+        parameter = model.get_parameter(first)
+        for other in others:
+            torn = model.get_parameter(other)
+            if _placements(torn) != _placements(parameter):
+                raise ValueError(
+                    f"Styles place a shared parameter alike, got {first} placed as "
+                    f"{_placements(parameter)} and {other} as {_placements(torn)}: change a "
+                    f"style in the plan, or untie them."
+                )
+            module, _, name = other.rpartition(".")
+            model.get_submodule(module).register_parameter(name, parameter)
+
+
+def _placements(parameter: Tensor) -> object:
+    return parameter.placements if isinstance(parameter, DTensor) else "not distributed"

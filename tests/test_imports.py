@@ -1,0 +1,333 @@
+"""The tree keeps its own law: who imports whom, where private and optional imports live, sizes.
+
+Read with ast, so lazy and guarded imports count as well.
+"""
+
+import ast
+import functools
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CODE = ("dtcp", "models", "parallelize")
+
+# Lowest first. A module imports from its own floor and from those below it.
+FLOORS = (
+    ("dtcp.mesh", "dtcp.documents", "dtcp.layout", "dtcp.balance"),
+    (
+        "dtcp.collectives",
+        "dtcp.relayout",
+        "dtcp.scan",
+        "dtcp.compile",
+        "dtcp.traffic",
+        "dtcp.route",
+    ),
+    ("dtcp.kernels",),
+    ("dtcp.style", "dtcp.dispatch", "dtcp.mixers", "dtcp.masks"),
+    ("dtcp.attention", "dtcp.recurrent", "dtcp.sparse"),
+    ("dtcp.batch", "dtcp.loss", "dtcp.frozen"),
+    ("dtcp.planner", "dtcp.check", "dtcp.cp_utils"),
+    ("dtcp",),
+    ("models",),
+    ("parallelize",),
+    ("dtcp.torchtitan",),
+    ("train",),
+)
+MODELS_MAY_IMPORT = ("dtcp.mixers", "dtcp.masks", "models", "torch")
+PRIVATE_TORCH_HOMES = ("dtcp/collectives.py", "dtcp/dispatch.py", "dtcp/compile.py")
+OPTIONAL = ("fla", "flash_attn", "flash_attn_interface", "flash_attn_3")
+# torchrun speaks to its ranks through the environment, and launching is speaking to torchrun.
+ENVIRONMENT_HOMES = ("dtcp/torchtitan/launch.py", "dtcp/torchtitan/report.py")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the project, parsed."""
+
+    path: str  # from the root, with slashes
+    text: str
+
+    @functools.cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text, self.path)
+
+    @functools.cached_property
+    def module(self) -> str:
+        return self.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+    def imports(self) -> Iterator[tuple[str, str]]:
+        """(place, full name) of everything imported; `from a import b` gives a.b."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from ((self.place(node), alias.name) for alias in node.names)
+            if isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{self.place(node)}: imports are absolute"
+                yield from ((self.place(node), f"{node.module}.{a.name}") for a in node.names)
+
+    def place(self, node: ast.AST) -> str:
+        return f"{self.path}:{getattr(node, 'lineno', 0)}"
+
+
+@functools.cache
+def files(*tops: str) -> tuple[File, ...]:
+    """The Python files under these folders (or the files of that name), in order of path."""
+    paths = [p for top in tops for p in ([ROOT / top] if top.endswith(".py") else tree_of(top))]
+    return tuple(
+        File(path.relative_to(ROOT).as_posix(), path.read_text("utf-8"))
+        for path in paths
+        if path.exists()
+    )
+
+
+def tree_of(top: str) -> list[Path]:
+    return sorted((ROOT / top).rglob("*.py"))
+
+
+def within(name: str, packages: tuple[str, ...]) -> bool:
+    """Whether the dotted name is one of the packages or lies inside one."""
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def floor(module: str) -> int:
+    """Index of the floor: that of the longest name that fits."""
+    fits = [
+        (len(name), level)
+        for level, names in enumerate(FLOORS)
+        for name in names
+        if module == name or (name != "dtcp" and within(module, (name,)))
+    ]
+    assert fits, f"{module} has no floor: add it to FLOORS, at the height it imports from"
+    return max(fits)[1]
+
+
+@functools.cache
+def graph() -> dict[str, tuple[tuple[str, str], ...]]:
+    """For every module of the project, (place, module) of each import of another one."""
+    project = files(*CODE, "train.py")
+    modules = {file.module for file in project}
+
+    def resolve(name: str) -> str | None:
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return name or None
+
+    return {
+        file.module: tuple(
+            (place, target)
+            for place, name in file.imports()
+            if (target := resolve(name)) not in (None, file.module)
+        )
+        for file in project
+    }
+
+
+def test_imports_run_downward_only():
+    upward = [
+        f"{place} imports {target}"
+        for module, edges in graph().items()
+        for place, target in edges
+        if floor(target) > floor(module)
+    ]
+    assert upward == []
+
+
+def test_imports_have_no_cycles():
+    sorter = graphlib.TopologicalSorter(
+        {module: {target for _, target in edges} for module, edges in graph().items()}
+    )
+    sorter.prepare()
+
+
+def test_only_the_adapter_and_train_import_the_adapter():
+    """The core and the plans serve trainers that are not torchtitan's."""
+    lifts = [
+        f"{place} imports {target}"
+        for module, edges in graph().items()
+        for place, target in edges
+        if within(target, ("dtcp.torchtitan",)) and not within(module, ("dtcp.torchtitan", "train"))
+    ]
+    assert lifts == []
+
+
+def test_only_the_adapter_imports_torchtitan():
+    assert foreign_imports(("torchtitan",), homes=("dtcp/torchtitan/",)) == []
+
+
+def test_optional_kernels_are_imported_in_kernels_only():
+    assert foreign_imports(OPTIONAL, homes=("dtcp/kernels/",)) == []
+
+
+def foreign_imports(packages: tuple[str, ...], homes: tuple[str, ...]) -> list[str]:
+    return [
+        f"{place} imports {name}"
+        for file in files(*CODE, "train.py")
+        if not file.path.startswith(homes)
+        for place, name in file.imports()
+        if within(name, packages)
+    ]
+
+
+def test_models_import_torch_and_the_seams_only():
+    foreign = [
+        f"{place} imports {name}"
+        for file in files("models")
+        for place, name in file.imports()
+        if not within(name, MODELS_MAY_IMPORT)
+        and name.partition(".")[0] not in sys.stdlib_module_names
+    ]
+    assert foreign == []
+
+
+def test_private_torch_stays_in_its_three_homes():
+    homes = (*PRIVATE_TORCH_HOMES, "dtcp/torchtitan/")
+    found = [
+        f"{place} uses {name}"
+        for file in files(*CODE, "train.py")
+        if not file.path.startswith(homes)
+        for place, name in [*file.imports(), *torch_attributes(file)]
+        if name.startswith("torch.") and is_private(name)
+    ]
+    assert found == []
+
+
+def is_private(name: str) -> bool:
+    """Whether a part of the dotted name is private.
+
+    Operators are not: their schemas are versioned. Nor is `torch._check`, which torch documents.
+    """
+    if name.startswith(("torch.ops.", "torch._check")):
+        return False
+    return any(p.startswith("_") and not p.startswith("__") for p in name.split("."))
+
+
+def torch_attributes(file: File) -> Iterator[tuple[str, str]]:
+    """Every attribute read off torch: torch.ops.aten.mm, torch._dynamo.reset."""
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Attribute) and dotted(node).startswith("torch."):
+            yield file.place(node), dotted(node)
+
+
+def dotted(node: ast.AST) -> str:
+    """The name a chain of attributes spells; empty where it starts from a call or an index."""
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        return f"{base}.{node.attr}" if base else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def test_compiler_is_switched_off_in_one_file():
+    disabled = [
+        place
+        for file in files(*CODE)
+        if file.path != "dtcp/compile.py"
+        for place, name in torch_attributes(file)
+        if name == "torch.compiler.disable"
+    ]
+    assert disabled == []
+
+
+def test_environment_is_not_read():
+    reads = [
+        file.place(node)
+        for file in files(*CODE)
+        if file.path not in ENVIRONMENT_HOMES
+        for node in ast.walk(file.tree)
+        if isinstance(node, ast.Attribute) and dotted(node) in ("os.environ", "os.getenv")
+    ]
+    assert reads == []
+
+
+def test_modules_hold_no_mutable_state():
+    mutable = [
+        file.place(node)
+        for file in files("dtcp")
+        if file.path != "dtcp/traffic.py"
+        for node in module_level(file.tree)
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and is_mutable(node.value)
+        and not is_read_only(node)
+    ]
+    assert mutable == []
+
+
+def module_level(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Statements that run at import, those under a module-level if or try included."""
+    stack = list(tree.body)
+    while stack:
+        node = stack.pop()
+        yield node
+        if isinstance(node, ast.If | ast.Try | ast.With | ast.For):
+            stack += [child for child in ast.walk(node) if isinstance(child, ast.Assign)]
+
+
+def is_mutable(value: ast.expr | None) -> bool:
+    containers = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+    makers = ("list", "dict", "set", "defaultdict", "OrderedDict", "Counter", "deque")
+    if isinstance(value, ast.Call):
+        return dotted(value.func).rpartition(".")[2] in makers
+    return isinstance(value, containers)
+
+
+def is_read_only(node: ast.Assign | ast.AnnAssign) -> bool:
+    """Whether the type checker keeps the value as it is: a table annotated as a Mapping."""
+    if isinstance(node, ast.AnnAssign):
+        return ast.unparse(node.annotation).startswith("Mapping[")
+    return ast.unparse(node.targets[0]) == "__all__"
+
+
+def test_no_module_is_patched_at_import():
+    """Importing dtcp changes nobody's behaviour; only the adapter's shim does, and says so."""
+    patches = [
+        file.place(node)
+        for file in files("dtcp", "models", "parallelize")
+        if file.path != "dtcp/torchtitan/compat.py"
+        for node in module_level(file.tree)
+        if isinstance(node, ast.Assign)
+        and any(isinstance(target, ast.Attribute | ast.Subscript) for target in node.targets)
+    ]
+    assert patches == []
+
+
+@pytest.mark.parametrize(
+    ("top", "ceiling"), [("dtcp", 400), ("models", 500), ("parallelize", 400), ("train.py", 400)]
+)
+def test_files_can_be_read_in_one_sitting(top, ceiling):
+    long = {f.path: n for f in files(top) if (n := f.text.count("\n")) > ceiling}
+    assert long == {}
+
+
+def test_functions_fit_on_a_screen():
+    long = {
+        f"{file.place(node)} {node.name}": length
+        for file in files(*CODE, "train.py")
+        for node in ast.walk(file.tree)
+        if isinstance(node, ast.FunctionDef)
+        and (length := (node.end_lineno or 0) - node.lineno + 1) > 60
+    }
+    assert long == {}
+
+
+def test_source_is_ascii():
+    odd = [file.path for file in files(*CODE, "tests", "train.py") if not file.text.isascii()]
+    assert odd == []
+
+
+def test_core_is_imported_without_torchtitan_or_optional_packages():
+    """In a process of its own, every module of the core at once."""
+    core = [f.module for f in files("dtcp") if not f.path.startswith("dtcp/torchtitan")]
+    unwanted = ("torchtitan", "transformers", "datasets", *OPTIONAL)
+    script = (
+        f"import sys, importlib\n"
+        f"for name in {core}: importlib.import_module(name)\n"
+        f"print(*({{name.partition('.')[0] for name in sys.modules}} & set({unwanted})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
