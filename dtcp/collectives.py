@@ -38,7 +38,7 @@ def group_name(mesh: DeviceMesh) -> str:
 
 def group_of(name: str) -> dist.ProcessGroup:
     """The process group of that name, inside an op's body."""
-    return _resolve_process_group(cast(dist.GroupName, name))
+    return _resolve_process_group(cast("dist.GroupName", name))
 
 
 def all_gather(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:

@@ -141,6 +141,10 @@ class Contiguous(SequenceLayout):
         self._check_rank(rank)
         return [(rank * self.shard_len, (rank + 1) * self.shard_len)]
 
+    @property
+    def segment_len(self) -> int:
+        return self.shard_len
+
 
 @dataclass(frozen=True)
 class HeadTail(SequenceLayout):
@@ -161,6 +165,11 @@ class HeadTail(SequenceLayout):
         half = self.shard_len // 2
         head, tail = rank * half, (2 * self.num_shards - 1 - rank) * half
         return _joined([(head, head + half), (tail, tail + half)])
+
+    @property
+    def segment_len(self) -> int:
+        """One chunk: two segments on every rank, also where they are neighbours."""
+        return self.shard_len // 2
 
     @classmethod
     def multiple(cls, num_shards: int) -> int:

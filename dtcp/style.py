@@ -19,6 +19,34 @@ from dtcp.masks import Coords, Mask
 from dtcp.mixers import Mixer, SoftmaxAttention, Tables
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of an attention call: what its traffic depends on, beside layout and mask."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    element_size: int
+
+    @property
+    def key_row(self) -> int:
+        """Bytes of one token's K and V."""
+        return self.batch * self.kv_heads * (self.key_dim + self.value_dim) * self.element_size
+
+
+@dataclass(frozen=True)
+class Received:
+    """Bytes that one rank receives from others, in a forward and in a backward pass."""
+
+    forward: int
+    backward: int
+
+    def __add__(self, other: "Received") -> "Received":
+        return Received(self.forward + other.forward, self.backward + other.backward)
+
+
 @dataclass
 class AttentionStyle(ParallelStyle):
     """Carry out SoftmaxAttention on a sequence sharded over a mesh axis.
@@ -54,6 +82,16 @@ class AttentionStyle(ParallelStyle):
         self, layout: SequenceLayout, rank: int, intervals: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, ...]:
         """What the op reads on `rank`: host data, of the same shapes on every rank and batch."""
+        raise NotImplementedError
+
+    def received(
+        self,
+        layout: SequenceLayout,
+        rank: int,
+        intervals: tuple[Tensor, Tensor],
+        shape: AttentionShape,
+    ) -> Received:
+        """What `rank` will receive: a formula, to plan with; tests hold the op's count to it."""
         raise NotImplementedError
 
     def mixer_tables(

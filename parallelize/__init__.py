@@ -6,7 +6,8 @@ from parallelize.activation_checkpoint import (
     NoCheckpoint,
     SelectiveCheckpoint,
 )
-from parallelize.apply import Compile, ParallelPlan, parallelize
+from parallelize.apply import ParallelPlan, parallelize
+from parallelize.compile import Compile
 from parallelize.fsdp import FSDP
 from parallelize.llama import llama_plan
 

@@ -13,9 +13,7 @@ checkpoints, and dynamo guards what it compiles.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
@@ -23,8 +21,9 @@ from dtcp.compile import EagerIsland
 from dtcp.mesh import ParallelMesh
 from dtcp.style import AttentionStyle, apply_plan, matches
 from parallelize.activation_checkpoint import ActivationCheckpoint, Forward, NoCheckpoint
+from parallelize.compile import Compile
 from parallelize.fsdp import FSDP, shard_parameters
-from parallelize.ties import find_ties, restore_ties
+from parallelize.ties import check_ties, find_ties, restore_ties
 
 KEEP_ALL = NoCheckpoint()
 PLAIN_FSDP = FSDP()
@@ -39,20 +38,13 @@ class ParallelPlan:
         cp: styles of the mixers on the axis cp, by module name.
         blocks: the repeated parts, each compiled, checkpointed and sharded on its own.
         units: parts outside the blocks whose parameters are gathered together, in the order of
-            their use. Parameters that are shared must lie in one unit, or in none.
+            their use. A shared parameter must lie in one of them, or in none.
     """
 
     tp: Mapping[str, ParallelStyle]
     cp: Mapping[str, AttentionStyle]
     blocks: tuple[str, ...]
     units: tuple[tuple[str, ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class Compile:
-    """Compile each block on its own: equal blocks share one graph."""
-
-    backend: str = "inductor"
 
 
 def parallelize(
@@ -74,24 +66,26 @@ def parallelize(
         The model. Its gradients are sums over ranks: divide losses by the global token count.
     Raises:
         ValueError: a name in the plan that matches no module, a mixer without a style, or a
-            shared parameter that two styles shard differently.
+            shared parameter that styles place differently or units gather apart.
     """
     blocks = find(model, plan.blocks)
-    units = [list(find(model, names).values()) for names in plan.units]
+    units = [find(model, names) for names in plan.units]
     find(model, tuple(plan.tp))
-
     ties = find_ties(model)
+    check_ties(ties, [*([name] for name in blocks), *map(list, units)])
+
     if mesh.tp is not None:
         parallelize_module(model, mesh.tp, dict(plan.tp))
         restore_ties(model, ties)
     apply_plan(model, mesh.cp, plan.cp)
 
     for name, block in blocks.items():
-        whole = mesh.cp is None or not _has_island(name, block, plan.cp)
-        block.forward = _prepared(block.forward, activation_checkpoint, compile, whole=whole)
+        island = mesh.cp is not None and _has_island(name, block, plan.cp)
+        block.forward = _prepared(block.forward, activation_checkpoint, compile, island=island)
 
     if mesh.hsdp is not None:
-        shard_parameters(model, mesh.hsdp, fsdp, blocks=list(blocks.values()), units=units)
+        parts = [list(unit.values()) for unit in units]
+        shard_parameters(model, mesh.hsdp, fsdp, blocks=list(blocks.values()), units=parts)
     return model
 
 
@@ -114,15 +108,14 @@ def find(model: nn.Module, keys: Sequence[str]) -> dict[str, nn.Module]:
 
 
 def _prepared(
-    forward: Forward, checkpoint: ActivationCheckpoint, compile: Compile | None, *, whole: bool
+    forward: Forward, checkpoint: ActivationCheckpoint, compile: Compile | None, *, island: bool
 ) -> Forward:
     """Checkpoint and compile a block's forward, the one in the other as its graph allows."""
     if compile is None:
         return checkpoint.wrap(forward)
-    how: dict[str, Any] = {"backend": compile.backend, "fullgraph": whole}
-    if whole:
-        return torch.compile(checkpoint.wrap(forward), **how)
-    return checkpoint.wrap(torch.compile(forward, **how))
+    if island:
+        return checkpoint.wrap(compile.around_islands(forward))
+    return compile.whole(checkpoint.wrap(forward))
 
 
 def _has_island(name: str, block: nn.Module, plan: Mapping[str, AttentionStyle]) -> bool:

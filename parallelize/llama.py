@@ -4,7 +4,6 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
-    PrepareModuleInput,
     RowwiseParallel,
 )
 
@@ -13,7 +12,7 @@ from dtcp.mesh import ParallelMesh
 from dtcp.style import AttentionStyle
 from models.llama import LlamaConfig
 from parallelize.apply import ParallelPlan
-from parallelize.tensor_parallel import PerToken, Waited
+from parallelize.tensor_parallel import Entered, PerToken, Waited
 
 
 def llama_plan(config: LlamaConfig, mesh: ParallelMesh, attention: AttentionStyle) -> ParallelPlan:
@@ -44,17 +43,11 @@ def tensor_plan(config: LlamaConfig) -> dict[str, ParallelStyle]:
     plan: dict[str, ParallelStyle] = {
         "embedding": Waited(RowwiseParallel(input_layouts=Replicate())),
         "layers.*.attention_norm": PerToken(),
-        # Entering once for q, k and v, their input gradients are reduced once, not three times.
-        "layers.*.attention": PrepareModuleInput(
-            input_layouts=(Replicate(), None, None),
-            desired_input_layouts=(Replicate(), None, None),
-        ),
+        "layers.*.attention": Entered(),
         "layers.*.attention.[qkv]_proj": ColwiseParallel(),
         "layers.*.attention.o_proj": RowwiseParallel(),
         "layers.*.feed_forward_norm": PerToken(),
-        "layers.*.feed_forward": PrepareModuleInput(
-            input_layouts=Replicate(), desired_input_layouts=Replicate()
-        ),
+        "layers.*.feed_forward": Entered(),
         "layers.*.feed_forward.gate": ColwiseParallel(),
         "layers.*.feed_forward.up": ColwiseParallel(),
         "layers.*.feed_forward.down": RowwiseParallel(),

@@ -38,6 +38,25 @@ class PerToken(ParallelStyle):
 
 
 @dataclass
+class Entered(ParallelStyle):
+    """Hand a module its first input as a DTensor, whole on every rank of the axis.
+
+    What several column-wise projections read enters once, so that its gradient, a sum over
+    ranks, is reduced once and not by every projection.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        forward = module.forward
+
+        def enter(x: Tensor, *rest: Any) -> Any:
+            whole = [Replicate()]
+            return forward(DTensor.from_local(x, device_mesh, whole, run_check=False), *rest)
+
+        module.forward = enter
+        return module
+
+
+@dataclass
 class Waited(ParallelStyle):
     """Apply a style, and have the module's output arrive before anyone reads it.
 

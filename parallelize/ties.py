@@ -1,5 +1,7 @@
 """Parameters that two modules share, kept shared while styles replace them."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -12,6 +14,20 @@ def find_ties(model: nn.Module) -> Ties:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     return tuple(tuple(group) for group in names.values() if len(group) > 1)
+
+
+def check_ties(ties: Ties, units: Sequence[Sequence[str]]) -> None:
+    """Refuse to gather a shared parameter in two places: each would free it under the other.
+
+    Args:
+        units: names of the modules that are gathered together; the rest is one unit more.
+    """
+    for names in ties:
+        if len({_unit_of(name, units) for name in names}) > 1:
+            raise ValueError(
+                f"A shared parameter is gathered in one place, got {names} in several of the "
+                f"plan's blocks and units: put the modules into one unit, or leave them out."
+            )
 
 
 def restore_ties(model: nn.Module, ties: Ties) -> None:
@@ -32,6 +48,13 @@ def restore_ties(model: nn.Module, ties: Ties) -> None:
                 )
             module, _, name = other.rpartition(".")
             model.get_submodule(module).register_parameter(name, parameter)
+
+
+def _unit_of(parameter: str, units: Sequence[Sequence[str]]) -> int:
+    for index, modules in enumerate(units):
+        if any(parameter.startswith(f"{module}.") for module in modules):
+            return index
+    return len(units)
 
 
 def _placements(parameter: Tensor) -> object:

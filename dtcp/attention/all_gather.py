@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtcp.attention.needed import KeyTables, all_at_once_tables
+from dtcp.attention.needed import KeyTables, keys_received, all_at_once_tables
 from dtcp.attention.transport import add_home, exchange, pack, unpack
 from dtcp.kernels.attend import (
     Final,
@@ -23,7 +23,7 @@ from dtcp.kernels.block import accumulation
 from dtcp.kernels.op import AttentionOp, Call, attention_op
 from dtcp.kernels.spans import TILE
 from dtcp.layout import SequenceLayout
-from dtcp.style import AttentionStyle
+from dtcp.style import AttentionShape, AttentionStyle, Received
 
 
 class _AllGather:
@@ -118,3 +118,12 @@ class AllGatherAttention(AttentionStyle):
         tile: int = TILE,
     ) -> tuple[Tensor, ...]:
         return all_at_once_tables(layout, rank, intervals, tile=tile)
+
+    def received(
+        self,
+        layout: SequenceLayout,
+        rank: int,
+        intervals: tuple[Tensor, Tensor],
+        shape: AttentionShape,
+    ) -> Received:
+        return keys_received(layout, rank, intervals, shape)

@@ -1,18 +1,24 @@
 """Ulysses inside groups of neighbouring ranks, a ring (or one exchange) between the groups."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.attention.all_gather import ALL_GATHER, AllGatherAttention
 from dtcp.attention.ring import RING, RingAttention
-from dtcp.attention.ulysses import Ulysses, UlyssesAttention, joined, reorder_tables
+from dtcp.attention.ulysses import (
+    Ulysses,
+    UlyssesAttention,
+    heads_received,
+    joined,
+    reorder_tables,
+)
 from dtcp.collectives import group_name
 from dtcp.kernels.op import AttentionOp, attention_op
 from dtcp.kernels.spans import TILE
 from dtcp.layout import SequenceLayout
-from dtcp.style import AttentionStyle
+from dtcp.style import AttentionShape, AttentionStyle, Received
 
 ULYSSES_RING = attention_op("ulysses_ring_attention", Ulysses(RING.strategy))
 ULYSSES_ALL_GATHER = attention_op("ulysses_all_gather_attention", Ulysses(ALL_GATHER.strategy))
@@ -75,3 +81,17 @@ class HybridAttention(AttentionStyle):
         group = rank // self.inner_ranks
         between = self.outer.make_tables(joined(layout, groups), group, intervals, tile=tile)
         return (*reorder_tables(layout, groups, group), *between)
+
+    def received(
+        self,
+        layout: SequenceLayout,
+        rank: int,
+        intervals: tuple[Tensor, Tensor],
+        shape: AttentionShape,
+    ) -> Received:
+        inner = self.inner_ranks
+        groups, kv_heads = layout.num_shards // inner, max(shape.kv_heads, inner) // inner
+        within = heads_received(layout.shard_len, inner, shape)
+        each = replace(shape, heads=shape.heads // inner, kv_heads=kv_heads)
+        joint = joined(layout, groups)
+        return within + self.outer.received(joint, rank // inner, intervals, each)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dtcp.kernels.spans import TILE, UNUSED, key_spans
 from dtcp.layout import SequenceLayout
+from dtcp.style import AttentionShape, Received
 
 
 class KeyTables(NamedTuple):
@@ -60,6 +61,19 @@ def needs(layout: SequenceLayout, rank: int, first_key: Tensor, last_key: Tensor
         receive.append(theirs[wanted[theirs]])
         send.append(asked[(rank + step) % n].nonzero().flatten())
     return Needs(send, receive)
+
+
+def keys_received(
+    layout: SequenceLayout,
+    rank: int,
+    intervals: tuple[Tensor, Tensor],
+    shape: AttentionShape,
+) -> Received:
+    """Needed keys come forward and again backward, and gradients of sent keys come home."""
+    found = needs(layout, rank, *intervals)
+    sent = sum(x.numel() for x in found.send_slots)
+    keys = found.received_tokens * shape.key_row
+    return Received(keys, keys + sent * shape.key_row)
 
 
 def all_at_once_tables(

@@ -13,7 +13,7 @@ from dtcp.kernels.local import Local, LocalTables, local_tables
 from dtcp.kernels.op import AttentionOp, Call, Strategy, attention_op
 from dtcp.kernels.spans import TILE
 from dtcp.layout import SequenceLayout
-from dtcp.style import AttentionStyle
+from dtcp.style import AttentionShape, AttentionStyle, Received
 
 
 @dataclass(frozen=True)
@@ -225,3 +225,21 @@ class UlyssesAttention(AttentionStyle):
     ) -> tuple[Tensor, ...]:
         tables: LocalTables = local_tables(*intervals, tile=tile)
         return (*reorder_tables(layout, 1, 0), *tables)
+
+    def received(
+        self,
+        layout: SequenceLayout,
+        rank: int,
+        intervals: tuple[Tensor, Tensor],
+        shape: AttentionShape,
+    ) -> Received:
+        return heads_received(layout.shard_len, layout.num_shards, shape)
+
+
+def heads_received(shard_len: int, num_ranks: int, shape: AttentionShape) -> Received:
+    """q, k, v go out by heads and out comes back; backward moves their gradients alike."""
+    kv_heads = max(shape.kv_heads, num_ranks)
+    widths = (shape.heads + kv_heads) * (shape.key_dim + shape.value_dim)
+    tokens = shape.batch * shard_len * (num_ranks - 1)
+    moved = tokens * widths * shape.element_size // num_ranks
+    return Received(moved, moved)

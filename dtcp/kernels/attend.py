@@ -15,6 +15,9 @@ from torch import Tensor
 from dtcp.kernels.block import accumulation, block_attention, block_attention_backward
 from dtcp.kernels.merge import NOTHING_SEEN, add_sink, merge_into, sink_gradient
 
+MOST_KEYS = 8192
+"""Keys a call of the block kernel, which may hold a score for each and each of its queries."""
+
 
 @dataclass(frozen=True)
 class Softmax:
@@ -137,8 +140,8 @@ def _calls(
                     (full_stop, stop, True),
                 ]
             for piece_start, piece_stop, masked in pieces:
-                if piece_start < piece_stop:
-                    to = slice(piece_start, piece_stop)
+                for at_key in range(piece_start, piece_stop, MOST_KEYS):
+                    to = slice(at_key, min(at_key + MOST_KEYS, piece_stop))
                     bias = _bias(queries, keys.position[to], rows, at) if masked else None
                     yield rows, at, to, bias
 

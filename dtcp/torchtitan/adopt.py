@@ -7,12 +7,12 @@
 from dataclasses import replace
 
 from torchtitan import trainer as titan
-from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.config.override import OverrideConfig, derive
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.protocols.model_spec import ModelSpec
 
 from dtcp.torchtitan.checkpoint import Checkpoints
+from dtcp.torchtitan.loss import TokenLoss
 from dtcp.torchtitan.parallelize import parallelize_decoder
 from dtcp.torchtitan.progress import Progress
 from dtcp.torchtitan.trainer import Trainer, Validation
@@ -38,8 +38,8 @@ def adopt(config: titan.Trainer.Config) -> Trainer.Config:
         checkpoint=derive(config.checkpoint, Checkpoints.Config),
         metrics=derive(config.metrics, Progress.Config),
         validator=derive(config.validator, Validation.Config),
-        # The chunked loss crashes on torch 2.11's CPU.
-        loss=CrossEntropyLoss.Config(),
+        # The chunked one crashes on torch 2.11's CPU; ours works in chunks by itself.
+        loss=TokenLoss.Config(),
     )
 
 

@@ -93,12 +93,12 @@ class PackedDocuments(BaseDataLoader):
         self.cursor = Cursor()
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        rows, cursor = [], self.cursor
-        for row, cursor in self._rows(cursor):
+        rows = []
+        for row, behind in self._rows(self.cursor):
             rows.append(row)
             if len(rows) == self.ranks * self.rows_per_rank:
                 # Set before the batch is used: a checkpoint after its step must not repeat it.
-                self.cursor = cursor
+                self.cursor = behind
                 yield self._batch(rows)
                 rows = []
 

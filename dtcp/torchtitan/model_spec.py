@@ -4,8 +4,8 @@ A model of ours *is* the module it was, with torchtitan's protocol beside it: no
 would put a prefix on every name in a checkpoint.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
-from dtcp.torchtitan.parallelize import parallelize_llama
+from dtcp.torchtitan.parallelize import parallelize_plain
 from models.llama import Llama, LlamaConfig, from_hf, to_hf
+from parallelize import llama_plan
 
 
 class PlainModel(BaseModel):
@@ -88,13 +89,13 @@ class LlamaStateDictAdapter(BaseStateDictAdapter):
         return HuggingFaceStorageReader(path)
 
 
-def llama(flavor: str, shape: LlamaConfig, *, parallelize_fn: Callable = parallelize_llama):
-    """The ModelSpec of a Llama or Qwen3 of this shape."""
+def llama(flavor: str, shape: LlamaConfig) -> ModelSpec:
+    """The ModelSpec of a Llama or Qwen of this shape."""
     return ModelSpec(
         name="llama",
         flavor=flavor,
         model=TitanLlama.Config(shape=shape),
-        parallelize_fn=parallelize_fn,
+        parallelize_fn=partial(parallelize_plain, make_plan=llama_plan),
         pipelining_fn=None,
         post_optimizer_build_fn=None,
         state_dict_adapter=LlamaStateDictAdapter,

@@ -1,12 +1,20 @@
-"""torchtitan's parallelize_fn for our models and for its own, with one order of application.
+"""torchtitan's parallelize_fn for our models and for its own.
 
 torchtitan passes its sections and its ParallelDims; the `dtcp` section is bound by our Trainer.
+The order of application is not decided here: ours is in `parallelize`, its own in torchtitan.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+)
 from torchtitan.config import (
     TORCH_DTYPE_MAP,
     CompileConfig,
@@ -18,6 +26,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import (
     ActivationCheckpointing,
     ActivationCheckpointingConfig,
+    FullAC,
     SelectiveAC,
 )
 from torchtitan.distributed.compile import apply_compile
@@ -26,9 +35,71 @@ from torchtitan.models.common.decoder import Decoder
 
 from dtcp.compile import communicated_ops
 from dtcp.mesh import ParallelMesh
-from dtcp.style import apply_plan
+from dtcp.style import AttentionStyle, apply_plan
 from dtcp.torchtitan.overrides import add_mixers
 from dtcp.torchtitan.section import Section
+from parallelize import (
+    FSDP,
+    ActivationCheckpoint,
+    Compile,
+    FullCheckpoint,
+    NoCheckpoint,
+    ParallelPlan,
+    SelectiveCheckpoint,
+    parallelize,
+)
+
+MakePlan = Callable[[Any, ParallelMesh, AttentionStyle], ParallelPlan]
+
+
+def parallelize_plain(
+    model: nn.Module,
+    *,
+    parallel_dims: ParallelDims,
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
+    compile_config: CompileConfig,
+    ac_config: ActivationCheckpointingConfig,
+    dump_folder: str,
+    section: Section,
+    make_plan: MakePlan,
+) -> nn.Module:
+    """A model of ours, by its plan.
+
+    Args:
+        make_plan: model config, mesh and attention style to a plan, as `llama_plan`.
+    """
+    mesh = ParallelMesh.from_parallel_dims(parallel_dims)
+    compiled = compile_config.enable and "model" in compile_config.components
+    return parallelize(
+        model,
+        mesh,
+        make_plan(model.config, mesh, section.attention_style()),
+        activation_checkpoint=_activation_checkpoint(ac_config),
+        compile=Compile(compile_config.backend) if compiled else None,
+        fsdp=FSDP(
+            mixed_precision=MixedPrecisionPolicy(
+                param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+                reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+            ),
+            offload=CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy(),
+            reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",
+        ),
+    )
+
+
+def _activation_checkpoint(config: ActivationCheckpointingConfig) -> ActivationCheckpoint:
+    match config:
+        case None:
+            return NoCheckpoint()
+        case FullAC.Config():
+            return FullCheckpoint()
+        case SelectiveAC.Config():
+            return SelectiveCheckpoint()
+    raise NotImplementedError(
+        f"Blocks are checkpointed in full or selectively, got activation_checkpoint={config}: "
+        f"the compiler's memory budget knows nothing of what an op communicates."
+    )
 
 
 class SelectiveCommunicatedAC(SelectiveAC):

@@ -17,6 +17,7 @@ Part = Literal["train", "validation", "all"]
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 HELD_OUT = 20  # one document in so many is kept for validation
+WINDOW = 4096  # documents in memory, to mix those of one file with others
 
 
 class Source(Protocol):
@@ -29,8 +30,8 @@ class TextFiles:
     """Documents of files on this machine: whole texts, parts of them, or the lines of a JSONL.
 
     Whether a document is held out for validation depends on its text alone, so training and
-    validation never meet, whatever the order. Files are shuffled anew each epoch; the documents
-    of one file stay together.
+    validation never meet, whatever the order. Files, and then documents within a window, are
+    shuffled anew each epoch.
     """
 
     files: tuple[Path, ...]
@@ -40,12 +41,12 @@ class TextFiles:
     seed: int = 0
 
     def documents(self, epoch: int) -> Iterator[str]:
+        order = random.Random(self.seed + epoch)
         files = list(self.files)
-        random.Random(self.seed + epoch).shuffle(files)
-        for file in files:
-            for text in self._read(file):
-                if text.strip() and self._wanted(text):
-                    yield text
+        order.shuffle(files)
+        texts = (text for file in files for text in self._read(file))
+        wanted = (text for text in texts if text.strip() and self._wanted(text))
+        return shuffled(wanted, order)
 
     def _read(self, file: Path) -> Iterator[str]:
         if file.suffix == ".jsonl":
@@ -68,6 +69,20 @@ class TextFiles:
     def _wanted(self, text: str) -> bool:
         held_out = zlib.crc32(text.encode("utf-8", "replace")) % HELD_OUT == 0
         return self.part == "all" or held_out == (self.part == "validation")
+
+
+def shuffled(documents: Iterator[str], order: random.Random) -> Iterator[str]:
+    """The documents in another order, looking no further ahead than a window."""
+    window: list[str] = []
+    for document in documents:
+        if len(window) < WINDOW:
+            window.append(document)
+            continue
+        chosen = order.randrange(WINDOW)
+        yield window[chosen]
+        window[chosen] = document
+    order.shuffle(window)
+    yield from window
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, tables: Tables) -> Tensor:
         # The number of heads is what the projection gives: a plan may split the heads over ranks.
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim))  # [B, L, H or G, D]
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q = self.rope(self.q_norm(q), position)
-        k = self.rope(self.k_norm(k), position)
+        heads = (-1, self.head_dim)
+        q = self.q_proj(x).unflatten(-1, heads)  # [B, L, H, D]
+        k = self.k_proj(x).unflatten(-1, heads)  # [B, L, G, D]
+        v = self.v_proj(x).unflatten(-1, heads)  # [B, L, G, D]
+        q, k = self.rope(self.q_norm(q), position), self.rope(self.k_norm(k), position)
         return self.o_proj(self.mixer(q, k, v, tables).flatten(-2))
 
 

@@ -1,0 +1,60 @@
+"""How long a block takes to compile with context parallelism, beside the same block without."""
+
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor.parallel import parallelize_module
+
+from dtcp.attention import RingAttention
+from dtcp.batch import shard_batch
+from dtcp.documents import Documents
+from dtcp.layout import HeadTail
+from dtcp.mesh import Degrees, ParallelMesh
+from dtcp.mixers import batch_tables
+from models.llama import tiny
+from models.llama.model import Block
+
+REPEATS = 3
+
+
+def compile_line() -> str:
+    """One sentence: seconds to compile a block, both ways, one rank of one, cold each time."""
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    plain, parallel = [], []
+    _compile_block(context_parallel=False)  # the first compile also loads the compiler
+    for _ in range(REPEATS):
+        plain.append(_compile_block(context_parallel=False))
+        parallel.append(_compile_block(context_parallel=True))
+    dist.destroy_process_group()
+    without, with_cp = statistics.median(plain), statistics.median(parallel)
+    return (
+        f"Compiling a Llama block, forward and backward, inductor, cold: {without:.1f} s without, "
+        f"{with_cp:.1f} s with ring attention: {with_cp / without:.2f}x (median of {REPEATS})."
+    )
+
+
+def _compile_block(*, context_parallel: bool) -> float:
+    torch._dynamo.reset()
+    config = tiny()
+    block = nn.Sequential(Block(config))
+    documents = Documents.single(1, 64)
+    tables = batch_tables(block, documents)
+    if context_parallel:
+        mesh = ParallelMesh.from_degrees(Degrees(), "cpu")
+        # A plan on one rank is a no-op; torch's own function applies the style all the same.
+        axis = mesh.device_mesh["cp"]
+        parallelize_module(block, axis, {"0.attention.mixer": RingAttention()})
+        ids = torch.zeros(1, 64, dtype=torch.int64)
+        _, plan = shard_batch({"input_ids": ids}, mesh, HeadTail, model=block)
+        tables = plan.tables
+    x = torch.randn(1, 64, config.dim, requires_grad=True)
+    position = torch.arange(64)[None]
+    with torch._inductor.config.patch(force_disable_caches=True):
+        start = time.perf_counter()
+        compiled = torch.compile(block[0], fullgraph=True)
+        compiled(x, position, tables).sum().backward()
+        return time.perf_counter() - start
