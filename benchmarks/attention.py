@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from benchmarks.compile_time import compile_line
 from benchmarks.report import conditions, table, write
@@ -144,9 +145,7 @@ def _measure(case: Case, mesh: ParallelMesh, seq_len: int, repeats: int) -> Meas
     sharded = SoftmaxAttention(case.mask)
     apply_plan(torch.nn.Sequential(sharded), mesh.cp, {"0": case.style})
     ids = torch.zeros(1, seq_len, dtype=torch.int64)
-    _, plan = shard_batch(
-        {"input_ids": ids}, mesh, case.layout, model=sharded, documents=documents
-    )
+    _, plan = shard_batch({"input_ids": ids}, mesh, case.layout, model=sharded, documents=documents)
     local = [plan.shard(x.detach()).requires_grad_() for x in whole]
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(_weigh(kept), lambda x: x), count() as forward:
@@ -161,7 +160,9 @@ def _measure(case: Case, mesh: ParallelMesh, seq_len: int, repeats: int) -> Meas
     lse = 4 * out.shape[1] * HEADS
     size = sum(x.numel() * x.element_size() for x in (*local, out)) + lse
     step = _seconds(lambda: _step(sharded, local, plan, cotangent), repeats, together=True)
-    ideal = _seconds(lambda: _step_alone(alone, whole, tables, cotangent), repeats) / mesh.size("cp")
+    ideal = _seconds(lambda: _step_alone(alone, whole, tables, cotangent), repeats) / mesh.size(
+        "cp"
+    )
     received = (forward.received, backward.received)
     return Measured(received, formula, sum(kept) / size, step, ideal)
 
@@ -178,7 +179,8 @@ def _weigh(kept: list[int]) -> Callable[[Tensor], Tensor]:
 
     def pack(x: Tensor) -> Tensor:
         if x.is_floating_point():
-            kept.append(x.numel() * x.element_size())
+            part = x.to_local() if isinstance(x, DTensor) else x
+            kept.append(part.numel() * part.element_size())
         return x
 
     return pack

@@ -9,6 +9,7 @@ Rules are entries in DTensor's table of handlers (torch 2.11-2.15 keep it in the
 """
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dtcp.collectives import group_name
 from dtcp.kernels.op import AttentionOp
 
 SEQ, HEADS = 1, 2  # dims of [B, L, H, D], and of lse [B, L, H]
+KV_HEADS = 7  # its place among a backward op's arguments after grad_out
 
 
 def install(op: AttentionOp) -> None:
@@ -80,11 +82,20 @@ def _forward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[An
 
 
 def _backward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    grad_out, q = args[:2]
-    if grad_out.placements != q.placements:
-        args = (grad_out.redistribute(q.device_mesh, q.placements), *args[1:])
-    *grads, dsink = op(*_local(args), **kwargs)
-    return (*(_wrap(grad, q) for grad in grads), dsink)
+    grad_out, *rest = args
+    like = next(x for x in (*rest, grad_out) if isinstance(x, DTensor))
+    if grad_out.placements != like.placements:
+        grad_out = grad_out.redistribute(like.device_mesh, like.placements)
+    kv_heads = rest[KV_HEADS] // _shards(like, HEADS)
+    rest = [*rest[:KV_HEADS], kv_heads, *rest[KV_HEADS + 1 :]]
+    *grads, dsink = op(*_local((grad_out, *rest)), **kwargs)
+    return (*(_wrap(grad, like) for grad in grads), dsink)
+
+
+def _shards(x: DTensor, dim: int) -> int:
+    """Parts that a dim is cut into."""
+    sizes = (x.device_mesh.size(i) for i, p in enumerate(x.placements) if p == Shard(dim))
+    return prod(sizes)
 
 
 def _local(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -55,6 +55,7 @@ class ParallelDims(Protocol):
     dp_shard: int
     cp: int
     tp: int
+    spmd_backend: str
 
     @property
     def world_mesh(self) -> DeviceMesh: ...
@@ -131,7 +132,17 @@ class ParallelMesh:
 
     @classmethod
     def from_parallel_dims(cls, dims: ParallelDims) -> "ParallelMesh":
-        """Take over the meshes that torchtitan has built, so that groups are made once."""
+        """Take over the meshes that torchtitan has built, so that groups are made once.
+
+        Raises:
+            ValueError: a backend of torchtitan that has no fsdp axis.
+        """
+        if dims.spmd_backend != "partial_dtensor":
+            raise ValueError(
+                f"ParallelMesh shards weights over torchtitan's fsdp axis, got "
+                f"spmd_backend={dims.spmd_backend!r}: set parallelism.spmd_backend to "
+                f"'partial_dtensor'."
+            )
 
         def view(*names: str) -> DeviceMesh | None:
             mesh = dims.get_optional_mesh(list(names))

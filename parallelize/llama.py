@@ -1,6 +1,6 @@
 """The plan of models/llama."""
 
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -12,7 +12,7 @@ from dtcp.mesh import ParallelMesh
 from dtcp.style import AttentionStyle
 from models.llama import LlamaConfig
 from parallelize.apply import ParallelPlan
-from parallelize.tensor_parallel import Entered, PerToken, Waited
+from parallelize.tensor_parallel import Entered, PerToken, VocabularySharded
 
 
 def llama_plan(config: LlamaConfig, mesh: ParallelMesh, attention: AttentionStyle) -> ParallelPlan:
@@ -41,7 +41,7 @@ def tensor_plan(config: LlamaConfig) -> dict[str, ParallelStyle]:
     From Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053
     """
     plan: dict[str, ParallelStyle] = {
-        "embedding": Waited(RowwiseParallel(input_layouts=Replicate())),
+        "embedding": VocabularySharded(),
         "layers.*.attention_norm": PerToken(),
         "layers.*.attention": Entered(),
         "layers.*.attention.[qkv]_proj": ColwiseParallel(),

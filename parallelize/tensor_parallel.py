@@ -1,12 +1,20 @@
 """The styles that a tensor-parallel plan needs beside torch's own."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.nn import functional as F
 
 
 @dataclass
@@ -57,21 +65,29 @@ class Entered(ParallelStyle):
 
 
 @dataclass
-class Waited(ParallelStyle):
-    """Apply a style, and have the module's output arrive before anyone reads it.
+class VocabularySharded(ParallelStyle):
+    """Split the rows of an embedding over the axis; a rank looks up the tokens whose row it has.
 
-    DTensor hands out tensors that are waited for at their first use. One that enters a compiled
-    block loses its gradient without a word (torch 2.13 and 2.15), so the last eager module before
-    a block ends in a copy, which waits.
+    torch's RowwiseParallel does the same, but makes the gradient of the whole vocabulary on
+    every rank before it takes its part (2.13). The vocabulary is a multiple of the axis.
     """
 
-    style: ParallelStyle
-
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module = self.style._apply(module, device_mesh)
-        module.register_forward_hook(_arrived)
+        rows, whole = [Shard(0)], [Replicate()]
+        weight = distribute_tensor(module.get_parameter("weight"), device_mesh, rows)
+        module.register_parameter("weight", nn.Parameter(weight, weight.requires_grad))
+
+        def look_up(input_ids: Tensor) -> Tensor:
+            weight = cast(DTensor, module.weight).to_local(grad_placements=rows)
+            row = input_ids - device_mesh.get_local_rank() * len(weight)
+            mine = (row >= 0) & (row < len(weight))
+            found = F.embedding(row.where(mine, 0), weight).where(mine[..., None], 0)
+            part = DTensor.from_local(found, device_mesh, [Partial()], run_check=False)
+            # Waited for here: a tensor still on its way that enters a compiled block loses its
+            # gradient without a word (torch 2.13, 2.15). RowwiseParallel hands such tensors out.
+            x = part.redistribute(placements=whole, async_op=False)
+            # Copied, for FSDP warns of modules that return views.
+            return x.to_local(grad_placements=whole).clone()
+
+        module.forward = look_up
         return module
-
-
-def _arrived(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output.clone()

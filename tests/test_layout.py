@@ -94,6 +94,8 @@ def test_layouts_are_as_drawn():
     assert Contiguous(8, 2).permutation().tolist() == list(range(8))
     drawn = PerDocument(12, 2, (4, 5)).permutation().tolist()
     assert drawn == [0, 3, 4, 5, 8, 9, 1, 2, 6, 7, 10, 11]
+    # A rank's second odd token lengthens its tail chunk.
+    assert PerDocument(6, 2, (3, 3)).permutation().tolist() == [0, 2, 3, 1, 4, 5]
     drawn = BlockBalanced(8, 2, 2, (0, 1, 1, 0)).permutation().tolist()
     assert drawn == [0, 1, 6, 7, 2, 3, 4, 5]
 

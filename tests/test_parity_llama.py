@@ -1,4 +1,4 @@
-"""A parallel dense decoder is the one-device decoder: its loss, and the gradient of every weight."""
+"""A parallel dense decoder equals the one-device decoder: its loss, and every gradient."""
 
 from dataclasses import replace
 
@@ -18,6 +18,7 @@ from dtcp.layout import Contiguous, HeadTail
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.mesh import Degrees, ParallelMesh
 from dtcp.mixers import batch_tables
+from dtcp.style import AttentionStyle
 from dtcp.traffic import Traffic, count
 from models.llama import Llama, LlamaConfig
 from parallelize import (
@@ -42,6 +43,7 @@ CONFIG = LlamaConfig(
     qkv_bias=True,
     qk_norm=True,
 )
+RING, KEEP_ALL = RingAttention(), NoCheckpoint()
 SEQ_LEN = 32
 ROWS = ((9, 16, 6), (32,), (1, 20, 11), (5, 5, 5))
 """Documents of four rows: some cut by every shard border, two rows with padding."""
@@ -100,9 +102,9 @@ def assert_parity(
     degrees: Degrees,
     *,
     config: LlamaConfig = CONFIG,
-    attention=None,
+    attention: AttentionStyle = RING,
     layout: type = HeadTail,
-    checkpoint: ActivationCheckpoint = NoCheckpoint(),
+    checkpoint: ActivationCheckpoint = KEEP_ALL,
     compile: Compile | None = None,
 ) -> Traffic:
     """Assert parity on ranks laid out as `degrees`; return what one step communicated."""
@@ -110,7 +112,7 @@ def assert_parity(
     model = Llama(config).double()
     model.load_state_dict(reference.state_dict())
     mesh = ParallelMesh.from_degrees(degrees, "cpu")
-    plan = llama_plan(config, mesh, attention or RingAttention())
+    plan = llama_plan(config, mesh, attention)
     parallelize(model, mesh, plan, activation_checkpoint=checkpoint, compile=compile)
 
     torch.manual_seed(1)
@@ -132,7 +134,7 @@ FOUR = [
     Degrees(dp_replicate=2, tp=2),
     Degrees(cp=4),
 ]
-CHECKPOINTS = [NoCheckpoint(), FullCheckpoint(), SelectiveCheckpoint(), SelectiveCheckpoint(1)]
+CHECKPOINTS = [KEEP_ALL, FullCheckpoint(), SelectiveCheckpoint(), SelectiveCheckpoint(1)]
 GRAPHS = Compile("aot_eager")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtcp.attention.needed import KeyTables, keys_received, all_at_once_tables
+from dtcp.attention.needed import KeyTables, all_at_once_tables, keys_received
 from dtcp.attention.transport import add_home, exchange, pack, unpack
 from dtcp.kernels.attend import (
     Final,
@@ -28,6 +28,8 @@ from dtcp.style import AttentionShape, AttentionStyle, Received
 
 class _AllGather:
     """One all_to_all out; backward brings the keys again and sends their gradients home."""
+
+    keeps_own_form = False
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call

@@ -31,6 +31,8 @@ _GRADIENTS = 1  # tag of gradient transfers; keys travel under 0
 class _Ring:
     """n steps; at most two shards' keys are held: the one attended to and the one arriving."""
 
+    keeps_own_form = False
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call
     ) -> tuple[Tensor, list[Tensor]]:

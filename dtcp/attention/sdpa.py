@@ -44,6 +44,8 @@ SDPA_HEADS, SDPA_SEQ = 1, 2  # dims of torch's [B, H, L, D]
 class _ContiguousRows:
     """A strategy on contiguous shards of one document a row; it makes its own tables."""
 
+    keeps_own_form = False
+
     def __init__(self, strategy: Strategy, mask: Mask) -> None:
         self.strategy, self.mask = strategy, mask
 
@@ -73,7 +75,7 @@ class _ContiguousRows:
         group = group_of(call.groups[0])
         n, rank = dist.get_world_size(group), dist.get_rank(group)
         tables = _contiguous_tables(self.mask, q.shape[1] * n, n, rank, q.device)
-        return Call(call.op, tables, call.how, call.groups)
+        return Call(call.op, tables, call.how, call.groups, call.kv_heads)
 
 
 CAUSAL = attention_op("causal_sdpa", _ContiguousRows(RING.strategy, Causal()))
@@ -273,7 +275,15 @@ def _backward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ours: AttentionOp = CAUSAL if call.get("is_causal", False) else BIDIRECTIONAL
     inputs = [_to_ours(x) for x in (grad, q, k, v)]
     *grads, _ = ours.backward(
-        *inputs, None, _to_ours(out), [_to_ours(lse)], [], _scale(call, q), 0.0, groups
+        *inputs,
+        None,
+        _to_ours(out),
+        [_to_ours(lse)],
+        [],
+        inputs[2].shape[2],
+        _scale(call, q),
+        0.0,
+        groups,
     )
     none = [None] * (len(op._schema.returns) - 3)
     return (*(_to_torch(x, q) for x in grads), *none)

@@ -38,6 +38,11 @@ class HeadShare:
         """Ranks that share one kv head."""
         return max(self.num_ranks // self.kv_heads, 1)
 
+    @property
+    def kv_heads_each(self) -> int:
+        """Kv heads a rank attends with."""
+        return max(self.kv_heads // self.num_ranks, 1)
+
     def split(self, x: Tensor) -> Tensor:
         """Query heads by rank: [B, L, H, D] -> [n, B, L, H / n, D]."""
         return x.unflatten(2, (self.num_ranks, -1)).movedim(2, 0)
@@ -57,7 +62,12 @@ class HeadShare:
 
 
 class Ulysses:
-    """all_to_all to heads, another strategy on them (attending locally, or a ring), and back."""
+    """all_to_all to heads, another strategy on them (attending locally, or a ring), and back.
+
+    Keeps q, k, v and out by heads: bringing them again would cost what forward cost.
+    """
+
+    keeps_own_form = True
 
     def __init__(self, outer: Strategy) -> None:
         self.outer = outer
@@ -65,8 +75,8 @@ class Ulysses:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call
     ) -> tuple[Tensor, list[Tensor]]:
-        order, restore, outer_call = self._parts(call)
-        share = _share(q, k, call.groups)
+        share = _share(q.shape[2], call)
+        order, restore, outer_call = self._parts(call, share)
         by_rank = (share.split(q), share.split_kv(k), share.split_kv(v))
         q, k, v = _to_sequence(by_rank, order, call)
         sink = None if sink is None else sink[_own_heads(share, call.groups)]
@@ -85,14 +95,13 @@ class Ulysses:
         saved: list[Tensor],
         call: Call,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        order, restore, outer_call = self._parts(call)
-        share = _share(q, k, call.groups)
+        share = _share(grad_out.shape[2], call)
+        order, restore, outer_call = self._parts(call, share)
         own = _own_heads(share, call.groups)
         (grad,) = _to_sequence((share.split(grad_out),), order, call)
         own_sink = None if sink is None else sink[own]
-        inner_q, inner_k, inner_v, inner_out, *rest = saved
         dq, dk, dv, d_own_sink = self.outer.backward(
-            grad, inner_q, inner_k, inner_v, own_sink, inner_out, rest, outer_call
+            grad, q, k, v, own_sink, out, saved, outer_call
         )
         dq, dk, dv = _to_heads([x.to(q.dtype) for x in (dq, dk, dv)], restore, call)
         dsink = None if sink is None else torch.zeros_like(sink)
@@ -101,20 +110,20 @@ class Ulysses:
         return share.join(dq), share.join_kv_gradient(dk), share.join_kv_gradient(dv), dsink
 
     def saved_like(self, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[str]) -> list[Tensor]:
-        share = _share(q, k, groups)
+        share = HeadShare(q.shape[2], k.shape[2], dist.get_world_size(_inner_group(groups)))
         batch, length = q.shape[:2]
         whole = (batch, length * share.num_ranks)
-        kv_heads = max(share.kv_heads, share.num_ranks) // share.num_ranks
         inner_q = q.new_empty(*whole, share.heads // share.num_ranks, q.shape[-1])
-        inner_k = k.new_empty(*whole, kv_heads, k.shape[-1])
-        inner_v = v.new_empty(*whole, kv_heads, v.shape[-1])
+        inner_k = k.new_empty(*whole, share.kv_heads_each, k.shape[-1])
+        inner_v = v.new_empty(*whole, share.kv_heads_each, v.shape[-1])
         out = q.new_empty(*inner_q.shape[:-1], v.shape[-1])
         rest = self.outer.saved_like(inner_q, inner_k, inner_v, groups)
         return [inner_q, inner_k, inner_v, out, *rest]
 
-    def _parts(self, call: Call) -> tuple[Tensor, Tensor, Call]:
+    def _parts(self, call: Call, share: HeadShare) -> tuple[Tensor, Tensor, Call]:
         order, restore, *outer_tables = call.tables
-        return order, restore, Call(call.op, outer_tables, call.how, call.groups)
+        kv_heads = share.kv_heads_each
+        return order, restore, Call(call.op, outer_tables, call.how, call.groups, kv_heads)
 
 
 def _inner_group(groups: Sequence[str]) -> dist.ProcessGroup:
@@ -122,8 +131,8 @@ def _inner_group(groups: Sequence[str]) -> dist.ProcessGroup:
     return group_of(groups[1] if len(groups) > 1 else groups[0])
 
 
-def _share(q: Tensor, k: Tensor, groups: Sequence[str]) -> HeadShare:
-    return HeadShare(q.shape[2], k.shape[2], dist.get_world_size(_inner_group(groups)))
+def _share(heads: int, call: Call) -> HeadShare:
+    return HeadShare(heads, call.kv_heads, dist.get_world_size(_inner_group(call.groups)))
 
 
 def _own_heads(share: HeadShare, groups: Sequence[str]) -> slice:

@@ -44,6 +44,8 @@ def local_tables(first_key: Tensor, last_key: Tensor, *, tile: int = TILE) -> Lo
 class Local:
     """No exchange at all; also what Ulysses does with its heads once it holds the sequence."""
 
+    keeps_own_form = False
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call
     ) -> tuple[Tensor, list[Tensor]]:

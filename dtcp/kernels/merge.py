@@ -14,12 +14,13 @@ NOTHING_SEEN = float("-inf")
 
 def merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     """Add one more set of keys to (out [B, Q, H, V], lse [B, Q, H]), in place."""
-    merged = torch.logaddexp(lse, part_lse)
+    # exp(part_lse - merged) would be the same but for the rounding of merged: these weights add
+    # up to 1 whatever the size of the scores.
+    weight = torch.sigmoid(part_lse - lse)
     # Where neither set was seen the difference is -inf - -inf; the weight there is 0.
-    safe = merged.masked_fill(merged == NOTHING_SEEN, 0.0)
-    out.mul_(torch.exp(lse - safe)[..., None])
-    out.add_(part_out * torch.exp(part_lse - safe)[..., None])
-    lse.copy_(merged)
+    weight = weight.masked_fill(part_lse == NOTHING_SEEN, 0.0)
+    out.lerp_(part_out, weight[..., None])
+    torch.logaddexp(lse, part_lse, out=lse)
 
 
 def add_sink(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:

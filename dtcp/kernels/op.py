@@ -23,7 +23,7 @@ SCHEMA = (
 )
 BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor out, Tensor[] saved,"
-    " Tensor[] tables, float scale, float softcap, str[] groups)"
+    " Tensor[] tables, int kv_heads, float scale, float softcap, str[] groups)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -33,7 +33,12 @@ class Strategy(Protocol):
 
     q [B, L, H, D], k [B, L, G, D], v [B, L, G, V], sink [H] or None; `tables` is what the style
     worked out for the batch; `groups` names the process groups to talk over.
+
+    Backward is given the q, k, v and out of forward, unless the strategy keeps its own form of
+    them, by heads say: then these are the first four that forward saves, and kept alone.
     """
+
+    keeps_own_form: bool
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: "Call"
@@ -68,6 +73,7 @@ class Call:
     tables: Sequence[Tensor]
     how: Softmax
     groups: Sequence[str]
+    kv_heads: int
 
     def moved(self, *, sent: int, received: int) -> None:
         """Count bytes that crossed between ranks in this call."""
@@ -102,7 +108,7 @@ def attention_op(name: str, strategy: Strategy) -> AttentionOp:
 
     def forward(q, k, v, sink, tables, scale, softcap, groups):  # type: ignore[no-untyped-def]
         LEDGER.record(f"dtcp::{name}")
-        call = Call(f"dtcp::{name}", tables, Softmax(scale, softcap), groups)
+        call = Call(f"dtcp::{name}", tables, Softmax(scale, softcap), groups, k.shape[2])
         out, saved = strategy.forward(q, k, v, sink, call)
         return out.contiguous(), [x.contiguous() for x in saved]
 
@@ -111,10 +117,10 @@ def attention_op(name: str, strategy: Strategy) -> AttentionOp:
         return out, strategy.saved_like(q, k, v, groups)
 
     def backward(  # type: ignore[no-untyped-def]
-        grad_out, q, k, v, sink, out, saved, tables, scale, softcap, groups
+        grad_out, q, k, v, sink, out, saved, tables, kv_heads, scale, softcap, groups
     ):
         LEDGER.record(f"dtcp::{name}_backward")
-        call = Call(f"dtcp::{name}_backward", tables, Softmax(scale, softcap), groups)
+        call = Call(f"dtcp::{name}_backward", tables, Softmax(scale, softcap), groups, kv_heads)
         dq, dk, dv, dsink = strategy.backward(grad_out, q, k, v, sink, out, saved, call)
         dsink = q.new_zeros(0) if dsink is None else dsink
         return (
@@ -123,9 +129,11 @@ def attention_op(name: str, strategy: Strategy) -> AttentionOp:
         )
 
     def backward_fake(  # type: ignore[no-untyped-def]
-        grad_out, q, k, v, sink, out, saved, tables, scale, softcap, groups
+        grad_out, q, k, v, sink, out, saved, tables, kv_heads, scale, softcap, groups
     ):
-        empty = [x.new_empty(x.shape) for x in (q, k, v)]
+        tokens, heads = grad_out.shape[:2], grad_out.shape[2]
+        sizes = ((heads, q.shape[-1]), (kv_heads, k.shape[-1]), (kv_heads, v.shape[-1]))
+        empty = [q.new_empty((*tokens, *size)) for size in sizes]
         return (*empty, q.new_empty(0) if sink is None else sink.new_empty(sink.shape))
 
     make = torch.library.custom_op
@@ -137,18 +145,17 @@ def attention_op(name: str, strategy: Strategy) -> AttentionOp:
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         q, k, v, sink, tables, ctx.scale, ctx.softcap, ctx.groups = inputs
         out, saved = output
-        ctx.has_sink, ctx.num_saved = sink is not None, len(saved)
-        extra = [] if sink is None else [sink]
-        ctx.save_for_backward(q, k, v, out, *extra, *saved, *tables)
+        ctx.kv_heads, ctx.has_sink, ctx.num_tables = k.shape[2], sink is not None, len(tables)
+        kept = saved if strategy.keeps_own_form else [q, k, v, out, *saved]
+        ctx.save_for_backward(*tables, *([sink] if ctx.has_sink else []), *kept)
         ctx.mark_non_differentiable(*saved)
 
     def autograd_backward(ctx, grad_out, _):  # type: ignore[no-untyped-def]
-        q, k, v, out, *rest = ctx.saved_tensors
-        sink = rest.pop(0) if ctx.has_sink else None
-        saved, tables = rest[: ctx.num_saved], rest[ctx.num_saved :]
-        *grads, dsink = backward_op(
-            grad_out, q, k, v, sink, out, saved, tables, ctx.scale, ctx.softcap, ctx.groups
-        )
+        tables, rest = ctx.saved_tensors[: ctx.num_tables], ctx.saved_tensors[ctx.num_tables :]
+        sink, rest = (rest[0], rest[1:]) if ctx.has_sink else (None, rest)
+        q, k, v, out, *saved = rest
+        how = (ctx.kv_heads, ctx.scale, ctx.softcap, ctx.groups)
+        *grads, dsink = backward_op(grad_out, q, k, v, sink, out, saved, list(tables), *how)
         dsink = dsink if ctx.has_sink else None
         # torch takes a list of names for one argument, but an empty list for a list of tensors.
         no_grad: tuple[Any, ...] = ([None] * len(tables), None, None, None if ctx.groups else [])

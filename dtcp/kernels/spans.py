@@ -40,8 +40,8 @@ def key_spans(
     batch, length = first_key.shape
     tiles = -(-length // tile)
     first, last = (_tiled(x.to(torch.int64), tiles, tile) for x in (first_key, last_key))
-    blind, beyond = last < first, torch.iinfo(torch.int64).max
     real = (torch.arange(tiles * tile) < length).view(tiles, tile)
+    blind, beyond = (last < first) | ~real, torch.iinfo(torch.int64).max
     low = first.masked_fill(blind, beyond).amin(-1)
     high = last.masked_fill(blind, -1).amax(-1)
     all_see = ~(blind & real).any(-1)
@@ -61,6 +61,6 @@ def key_spans(
 
 
 def _tiled(x: Tensor, tiles: int, tile: int) -> Tensor:
-    """[B, L] -> [B, tiles, tile]; the last tile is filled up with queries that see nothing."""
+    """[B, L] -> [B, tiles, tile]; the last tile is filled up with queries that are none."""
     rest = tiles * tile - x.shape[1]
     return torch.nn.functional.pad(x, (0, rest), value=-1).view(x.shape[0], tiles, tile)

@@ -161,7 +161,7 @@ def describe(trainer: Any) -> str:
         "model": f"{spec.name} {spec.flavor}, {layers} layers, {count:,} parameters, {compiled}",
         "layout": f"{config.dtcp.sequence_layout().__name__}, {training.seq_len // dims.cp} "
         f"of {training.seq_len} tokens a rank",
-        "strategy": f"{config.dtcp.attention_style()}",
+        "strategy": f"{config.dtcp.attention_style()}" if dims.cp > 1 else "none, rows are whole",
         "data": f"{config.dataloader.dataset}, {rows * steps} rows a step"
         + (f" in {steps} parts" if steps > 1 else ""),
         "output": config.dump_folder,

@@ -110,20 +110,21 @@ class HuggingFace:
 
 
 def standard_library(part: Part, seed: int = 0) -> TextFiles:
-    """The source of the running Python, a document for each top-level definition or so.
+    """The source of the running Python, a document for each stretch without a blank line.
 
-    Every machine that runs this has it. Two blank lines separate top-level definitions (PEP 8),
-    which makes documents of 50 to 5000 bytes.
+    Every machine that runs this has it. A stretch is a method, a table or a comment, of a few
+    hundred bytes, so that a row of a tiny model holds several documents.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    # Other people's packages, tests, and tables that would drown the code.
+    skipped = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
     files = tuple(p for p in sorted(root.rglob("*.py")) if not skipped & set(p.parts))
     if not files:
         raise ValueError(
             f"The standard library comes as source files, got none in folder={root}: "
             f"set --dataloader.dataset folder --dataloader.dataset_path PATH."
         )
-    return TextFiles(files, part, separator="\n\n\n", seed=seed)
+    return TextFiles(files, part, separator="\n\n", seed=seed)
 
 
 def folder(path: str | None, part: Part, *, text_key: str, seed: int = 0) -> TextFiles:
