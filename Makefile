@@ -20,6 +20,7 @@ train: $(VENV)/train.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -27,10 +28,12 @@ clean:
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/test.stamp: $(VENV)/train.stamp
+	@echo 'Installing what the tests need into $(VENV)'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 $(VENV)/train.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing torch and torchtitan into $(VENV): a few minutes, some 2 GB'
 	$(BIN)/python -m pip install --quiet '$(TORCH)' 2>/dev/null \
 	    || $(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .

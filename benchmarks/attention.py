@@ -110,8 +110,8 @@ def main() -> None:
         _row(case, [measured[index, rank] for rank in range(args.ranks)])
         for index, case in enumerate(cases(args.ranks))
     ]
-    options = {key: value for key, value in vars(args).items() if key != "write"}
-    text = f"{conditions('benchmarks.attention', options)}\n"
+    given = {key: value for key, value in vars(args).items() if key != "write"}
+    text = f"{conditions('benchmarks.attention', given)}\n"
     text += f"heads {HEADS}, kv heads {KV_HEADS}, head dim {HEAD_DIM}, fp32, window {WINDOW}\n\n"
     text += f"{table(HEAD, rows)}\n\n{compile_line()}\n"
     print(text)

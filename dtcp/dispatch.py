@@ -27,8 +27,8 @@ KV_HEADS = 7  # its place among a backward op's arguments after grad_out
 
 def install(op: AttentionOp) -> None:
     """Let an attention op take DTensors. Installing twice is installing once."""
-    handle(op.forward._opoverload, _forward)  # type: ignore[attr-defined]
-    handle(op.backward._opoverload, _backward)  # type: ignore[attr-defined]
+    handle(op.forward._opoverload, _forward)
+    handle(op.backward._opoverload, _backward)
 
 
 def handle(op: torch._ops.OpOverload, rule: Callable[..., Any]) -> None:

@@ -228,7 +228,7 @@ def errors(case: Case, result: Result, plan: BatchPlan, group: Any = None) -> di
         found[name] = (grad, plan.shard(whole))
     if dsink:
         # The sink is a parameter: each rank has the gradient that its own queries give it.
-        total = dsink[0].double()
+        total = dsink[0].double().clone()
         dist.all_reduce(total, group=group)
         found["dsink"] = (total, expected.grads[3])
     wholes = dict(

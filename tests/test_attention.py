@@ -95,14 +95,17 @@ def test_attention_on_odd_ranks_equals_one_device(mesh, layout, ranks):
 @pytest.mark.parametrize("boundary", [InGraph(), EagerIsland()])
 @spmd(ranks=(1, 2, 3, 4))
 def test_compiled_attention_equals_one_device(mesh, boundary, ranks):
-    """One compiled block for all layouts and batches of a style."""
+    """One compiled block a style, for all layouts and two batches."""
+    everywhere = LAYOUTS if ranks in (2, 4) else (HeadTail,)
     for style in styles(ranks, boundary=boundary):
-        style = in_tiles(style, TILE)
-        mixer = mixer_on(mesh, style, IMAGES_IN_WINDOW.mask)
+        torch._dynamo.reset()
+        mixer = mixer_on(mesh, in_tiles(style, TILE), IMAGES_IN_WINDOW.mask)
         attend = compiled(mixer, boundary)
         with count_graphs() as graphs:
-            for layout, packing in product(LAYOUTS, (cases.across_borders, cases.two_rows)):
-                case = Case(IMAGES_IN_WINDOW, packing, **heads_for(ranks))
+            for layout, packing in product(everywhere, (cases.equal_rows, cases.two_rows)):
+                # 64 tokens suit all layouts as they are, 48 suit 3 ranks.
+                seq_len = 48 if ranks == 3 else 64
+                case = Case(IMAGES_IN_WINDOW, packing, seq_len=seq_len, **heads_for(ranks))
                 if accepts(style, layout, case, ranks):
                     assert_equals_one_device(case, attend, mixer, mesh, layout)
         assert graphs.graphs >= 1
@@ -111,6 +114,7 @@ def test_compiled_attention_equals_one_device(mesh, boundary, ranks):
 @spmd(ranks=2)
 def test_compiled_attention_equals_one_device_under_every_mask(mesh):
     for boundary, sight in product((InGraph(), EagerIsland()), SIGHTS):
+        torch._dynamo.reset()
         mixer = mixer_on(mesh, in_tiles(RingAttention(boundary=boundary), TILE), sight.mask)
         attend = compiled(mixer, boundary)
         case = Case(sight, cases.one_token_documents)
@@ -172,7 +176,8 @@ def test_rows_padded_to_fit_the_layout_equal_one_device(mesh, layout, ranks):
 
 @spmd(ranks=(2, 4))
 def test_rank_that_holds_only_padding_has_no_part_in_anything(mesh, ranks):
-    """Its output and gradients are zero, and the other ranks' are exact."""
+    """Its output and gradients are zero, and the other ranks' are exact; in Ulysses it still
+    attends for others, with its share of the heads, so that its part of dsink is not zero."""
     for style in styles(ranks):
         case = Case(WINDOW, cases.last_shard_padding)
         mixer = mixer_on(mesh, style, WINDOW.mask)
@@ -181,18 +186,16 @@ def test_rank_that_holds_only_padding_has_no_part_in_anything(mesh, ranks):
         assert max(errors(case, result, plan).values()) <= 1e-12
         if mesh.get_local_rank() == ranks - 1:
             assert (plan.shard(plan.documents.document()) < 0).all()
-            assert not any(x.any() for x in (result.out, *result.grads))
+            assert not any(x.any() for x in (result.out, *result.grads[:3]))
 
 
-@pytest.mark.parametrize("boundary", [None, InGraph(), EagerIsland()])
 @spmd(ranks=(2, 4))
-def test_fp32_attention_equals_one_device(mesh, boundary, ranks):
-    for style, layout in product(styles(ranks, boundary=boundary or InGraph()), LAYOUTS):
-        case = Case(WINDOW, dtype=torch.float32)
-        if accepts(style, layout, case, ranks) and (boundary is None or layout is HeadTail):
-            mixer = mixer_on(mesh, in_tiles(style, TILE), WINDOW.mask)
-            attend = mixer if boundary is None else compiled(mixer, boundary)
-            assert_equals_one_device(case, attend, mixer, mesh, layout)
+def test_fp32_attention_equals_one_device(mesh, ranks):
+    for style, layout in product(styles(ranks), LAYOUTS):
+        case = Case(IMAGES_IN_WINDOW, dtype=torch.float32)
+        if accepts(style, layout, case, ranks):
+            mixer = mixer_on(mesh, in_tiles(style, TILE), case.sight.mask)
+            assert_equals_one_device(case, mixer, mixer, mesh, layout)
 
 
 @spmd(ranks=(2, 4))
@@ -232,6 +235,7 @@ def test_heads_sharded_over_tp_equal_one_device(mesh, boundary):
     """Each tp rank has half of the heads, and of the sinks, on local tensors."""
     tp, case = mesh["tp"], Case(IMAGES_IN_WINDOW, heads=8, kv_heads=4)
     for style in styles(2, boundary=boundary or InGraph()):
+        torch._dynamo.reset()
         mixer = mixer_on(mesh, in_tiles(style, TILE), case.sight.mask)
         attend = mixer if boundary is None else compiled(mixer, boundary)
         plan = plan_of(case, mixer, mesh, Contiguous)

@@ -26,15 +26,8 @@ from parallelize import (
     llama_plan,
     parallelize,
 )
+from tests.parity import CONFIG, GRAPHS, ROWS, gradients, on_mesh, one_device
 from tests.spmd import spmd
-from tests.test_parity_llama import (
-    CONFIG,
-    GRAPHS,
-    ROWS,
-    gradients,
-    on_mesh,
-    one_device,
-)
 
 
 def a_pair(

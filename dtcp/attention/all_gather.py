@@ -20,7 +20,7 @@ from dtcp.kernels.attend import (
     zeros_for,
 )
 from dtcp.kernels.block import accumulation
-from dtcp.kernels.op import AttentionOp, Call, attention_op
+from dtcp.kernels.op import AttentionOp, Call
 from dtcp.kernels.spans import TILE
 from dtcp.layout import SequenceLayout
 from dtcp.style import AttentionShape, AttentionStyle, Received
@@ -89,7 +89,7 @@ def _line_up(tables: KeyTables, local: int) -> Tensor:
     return tables.line_up[: local + int(tables.counts[1].sum())]
 
 
-ALL_GATHER = attention_op("all_gather_attention", _AllGather())
+ALL_GATHER = AttentionOp("all_gather_attention", _AllGather())
 
 
 @dataclass

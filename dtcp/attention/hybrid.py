@@ -15,13 +15,13 @@ from dtcp.attention.ulysses import (
     reorder_tables,
 )
 from dtcp.collectives import group_name
-from dtcp.kernels.op import AttentionOp, attention_op
+from dtcp.kernels.op import AttentionOp
 from dtcp.kernels.spans import TILE
 from dtcp.layout import SequenceLayout
 from dtcp.style import AttentionShape, AttentionStyle, Received
 
-ULYSSES_RING = attention_op("ulysses_ring_attention", Ulysses(RING.strategy))
-ULYSSES_ALL_GATHER = attention_op("ulysses_all_gather_attention", Ulysses(ALL_GATHER.strategy))
+ULYSSES_RING = AttentionOp("ulysses_ring_attention", Ulysses(RING.strategy))
+ULYSSES_ALL_GATHER = AttentionOp("ulysses_all_gather_attention", Ulysses(ALL_GATHER.strategy))
 
 
 @dataclass

@@ -20,7 +20,7 @@ from dtcp.kernels.attend import (
     zeros_for,
 )
 from dtcp.kernels.block import accumulation
-from dtcp.kernels.op import AttentionOp, Call, attention_op
+from dtcp.kernels.op import AttentionOp, Call
 from dtcp.kernels.spans import TILE
 from dtcp.layout import SequenceLayout
 from dtcp.style import AttentionShape, AttentionStyle, Received
@@ -96,7 +96,7 @@ def _steps(k: Tensor, v: Tensor, tables: KeyTables, call: Call):  # type: ignore
         yield step, Keys(k_here, v_here, tables.key_position[step, : k_here.shape[1]])
 
 
-RING = attention_op("ring_attention", _Ring())
+RING = AttentionOp("ring_attention", _Ring())
 
 
 @dataclass

@@ -33,7 +33,7 @@ from dtcp.collectives import group_name, group_of
 from dtcp.dispatch import handle, install
 from dtcp.documents import Documents
 from dtcp.kernels.attend import Softmax
-from dtcp.kernels.op import AttentionOp, Call, Strategy, attention_op
+from dtcp.kernels.op import AttentionOp, Call, Strategy
 from dtcp.layout import Contiguous, SequenceLayout
 from dtcp.masks import Bidirectional, Causal, Coords, Mask
 from dtcp.style import AttentionStyle
@@ -78,8 +78,8 @@ class _ContiguousRows:
         return Call(call.op, tables, call.how, call.groups, call.kv_heads)
 
 
-CAUSAL = attention_op("causal_sdpa", _ContiguousRows(RING.strategy, Causal()))
-BIDIRECTIONAL = attention_op("bidirectional_sdpa", _ContiguousRows(RING.strategy, Bidirectional()))
+CAUSAL = AttentionOp("causal_sdpa", _ContiguousRows(RING.strategy, Causal()))
+BIDIRECTIONAL = AttentionOp("bidirectional_sdpa", _ContiguousRows(RING.strategy, Bidirectional()))
 
 
 def install_sdpa_rules() -> None:

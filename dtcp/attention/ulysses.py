@@ -10,7 +10,7 @@ from torch import Tensor
 from dtcp.collectives import group_of
 from dtcp.kernels.block import accumulation
 from dtcp.kernels.local import Local, LocalTables, local_tables
-from dtcp.kernels.op import AttentionOp, Call, Strategy, attention_op
+from dtcp.kernels.op import AttentionOp, Call, Strategy
 from dtcp.kernels.spans import TILE
 from dtcp.layout import SequenceLayout
 from dtcp.style import AttentionShape, AttentionStyle, Received
@@ -201,7 +201,7 @@ def reorder_tables(layout: SequenceLayout, num_shards: int, shard: int) -> tuple
     return order.to(torch.int32), order.argsort().to(torch.int32)
 
 
-ULYSSES = attention_op("ulysses_attention", Ulysses(Local()))
+ULYSSES = AttentionOp("ulysses_attention", Ulysses(Local()))
 
 
 @dataclass

@@ -18,7 +18,7 @@ from dtcp.kernels.attend import (
     zeros_for,
 )
 from dtcp.kernels.block import accumulation
-from dtcp.kernels.op import Call, attention_op
+from dtcp.kernels.op import AttentionOp, Call
 from dtcp.kernels.spans import TILE, key_spans
 
 
@@ -79,4 +79,4 @@ class Local:
         return [q.new_empty(q.shape[:-1], dtype=accumulation(q.dtype))]
 
 
-ATTENTION = attention_op("attention", Local())
+ATTENTION = AttentionOp("attention", Local())

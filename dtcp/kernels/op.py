@@ -7,7 +7,7 @@ keep an op's output and so never communicates again; how much each rank sends ma
 every batch without a new graph; and the op counts its own executions and bytes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -80,14 +80,19 @@ class Call:
         LEDGER.record(self.op, calls=0, sent=sent, received=received)
 
 
-@dataclass(frozen=True)
 class AttentionOp:
-    """An attention strategy as a pair of ops."""
+    """An attention strategy as a pair of ops, `dtcp::<name>` and `dtcp::<name>_backward`."""
 
-    name: str
-    strategy: Strategy
-    forward: Callable[..., tuple[Tensor, list[Tensor]]]
-    backward: Callable[..., tuple[Tensor, ...]]
+    def __init__(self, name: str, strategy: Strategy) -> None:
+        make = torch.library.custom_op
+        self.name, self.strategy = name, strategy
+        self.forward = make(f"dtcp::{name}", self._forward, mutates_args=(), schema=SCHEMA)
+        self.backward = make(
+            f"dtcp::{name}_backward", self._backward, mutates_args=(), schema=BACKWARD_SCHEMA
+        )
+        self.forward.register_fake(self._forward_fake)
+        self.backward.register_fake(self._backward_fake)
+        self.forward.register_autograd(self._differentiate, setup_context=self._keep)
 
     def __call__(
         self,
@@ -102,64 +107,51 @@ class AttentionOp:
     ) -> Tensor:
         return self.forward(q, k, v, sink, list(tables), how.scale, how.softcap, list(groups))[0]
 
-
-def attention_op(name: str, strategy: Strategy) -> AttentionOp:
-    """Register `dtcp::<name>` and `dtcp::<name>_backward` for a strategy."""
-
-    def forward(q, k, v, sink, tables, scale, softcap, groups):  # type: ignore[no-untyped-def]
-        LEDGER.record(f"dtcp::{name}")
-        call = Call(f"dtcp::{name}", tables, Softmax(scale, softcap), groups, k.shape[2])
-        out, saved = strategy.forward(q, k, v, sink, call)
+    def _forward(self, q, k, v, sink, tables, scale, softcap, groups):  # type: ignore[no-untyped-def]
+        LEDGER.record(f"dtcp::{self.name}")
+        how = Softmax(scale, softcap)
+        call = Call(f"dtcp::{self.name}", tables, how, groups, k.shape[2])
+        out, saved = self.strategy.forward(q, k, v, sink, call)
         return out.contiguous(), [x.contiguous() for x in saved]
 
-    def forward_fake(q, k, v, sink, tables, scale, softcap, groups):  # type: ignore[no-untyped-def]
+    def _forward_fake(self, q, k, v, sink, tables, scale, softcap, groups):  # type: ignore[no-untyped-def]
         out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-        return out, strategy.saved_like(q, k, v, groups)
+        return out, self.strategy.saved_like(q, k, v, groups)
 
-    def backward(  # type: ignore[no-untyped-def]
-        grad_out, q, k, v, sink, out, saved, tables, kv_heads, scale, softcap, groups
+    def _backward(  # type: ignore[no-untyped-def]
+        self, grad_out, q, k, v, sink, out, saved, tables, kv_heads, scale, softcap, groups
     ):
-        LEDGER.record(f"dtcp::{name}_backward")
-        call = Call(f"dtcp::{name}_backward", tables, Softmax(scale, softcap), groups, kv_heads)
-        dq, dk, dv, dsink = strategy.backward(grad_out, q, k, v, sink, out, saved, call)
+        LEDGER.record(f"dtcp::{self.name}_backward")
+        how = Softmax(scale, softcap)
+        call = Call(f"dtcp::{self.name}_backward", tables, how, groups, kv_heads)
+        *grads, dsink = self.strategy.backward(grad_out, q, k, v, sink, out, saved, call)
         dsink = q.new_zeros(0) if dsink is None else dsink
-        return (
-            *(d.to(x.dtype).contiguous() for d, x in ((dq, q), (dk, k), (dv, v))),
-            dsink,
-        )
+        wanted = zip(grads, (q, k, v), strict=True)
+        return (*(grad.to(x.dtype).contiguous() for grad, x in wanted), dsink)
 
-    def backward_fake(  # type: ignore[no-untyped-def]
-        grad_out, q, k, v, sink, out, saved, tables, kv_heads, scale, softcap, groups
+    def _backward_fake(  # type: ignore[no-untyped-def]
+        self, grad_out, q, k, v, sink, out, saved, tables, kv_heads, scale, softcap, groups
     ):
         tokens, heads = grad_out.shape[:2], grad_out.shape[2]
         sizes = ((heads, q.shape[-1]), (kv_heads, k.shape[-1]), (kv_heads, v.shape[-1]))
         empty = [q.new_empty((*tokens, *size)) for size in sizes]
         return (*empty, q.new_empty(0) if sink is None else sink.new_empty(sink.shape))
 
-    make = torch.library.custom_op
-    forward_op = make(f"dtcp::{name}", forward, mutates_args=(), schema=SCHEMA)
-    backward_op = make(f"dtcp::{name}_backward", backward, mutates_args=(), schema=BACKWARD_SCHEMA)
-    forward_op.register_fake(forward_fake)
-    backward_op.register_fake(backward_fake)
-
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    def _keep(self, ctx, inputs, output):  # type: ignore[no-untyped-def]
         q, k, v, sink, tables, ctx.scale, ctx.softcap, ctx.groups = inputs
         out, saved = output
         ctx.kv_heads, ctx.has_sink, ctx.num_tables = k.shape[2], sink is not None, len(tables)
-        kept = saved if strategy.keeps_own_form else [q, k, v, out, *saved]
+        kept = saved if self.strategy.keeps_own_form else [q, k, v, out, *saved]
         ctx.save_for_backward(*tables, *([sink] if ctx.has_sink else []), *kept)
         ctx.mark_non_differentiable(*saved)
 
-    def autograd_backward(ctx, grad_out, _):  # type: ignore[no-untyped-def]
+    def _differentiate(self, ctx, grad_out, _):  # type: ignore[no-untyped-def]
         tables, rest = ctx.saved_tensors[: ctx.num_tables], ctx.saved_tensors[ctx.num_tables :]
         sink, rest = (rest[0], rest[1:]) if ctx.has_sink else (None, rest)
         q, k, v, out, *saved = rest
         how = (ctx.kv_heads, ctx.scale, ctx.softcap, ctx.groups)
-        *grads, dsink = backward_op(grad_out, q, k, v, sink, out, saved, list(tables), *how)
+        *grads, dsink = self.backward(grad_out, q, k, v, sink, out, saved, list(tables), *how)
         dsink = dsink if ctx.has_sink else None
         # torch takes a list of names for one argument, but an empty list for a list of tensors.
         no_grad: tuple[Any, ...] = ([None] * len(tables), None, None, None if ctx.groups else [])
         return (*grads, dsink, *no_grad)
-
-    forward_op.register_autograd(autograd_backward, setup_context=setup_context)
-    return AttentionOp(name, strategy, forward_op, backward_op)

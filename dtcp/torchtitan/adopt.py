@@ -1,7 +1,7 @@
 """A config of torchtitan's own as one of ours: its model, data and schedule, our attention.
 
-    python train.py --module llama3 --config llama3_debugmodel
-        --parallelism.context_parallel_degree 4 --tokenizer.folder ... (and the rest as ever)
+python train.py --module llama3 --config llama3_debugmodel
+    --parallelism.context_parallel_degree 4 --tokenizer.folder ... (and the rest as ever)
 """
 
 from dataclasses import replace
