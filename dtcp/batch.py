@@ -9,6 +9,7 @@ left whole beside sharded ones, is wrong without a word.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,10 @@ from torch import Tensor, nn
 from dtcp import relayout
 from dtcp.documents import Documents
 from dtcp.layout import HeadTail, SequenceLayout
+from dtcp.loss import IGNORED
 from dtcp.masks import Causal, Coords, Mask
 from dtcp.mesh import ParallelMesh
 from dtcp.mixers import mixer_tables
-
-IGNORED = -100
 
 
 class Fill(Enum):
@@ -72,7 +72,7 @@ class BatchPlan:
     layout: SequenceLayout
     documents: Documents
     coords: Coords
-    tables: dict[str, Sequence[Tensor]]
+    tables: Mapping[str, Sequence[Tensor]]
     unpadded_len: int
     mesh: ParallelMesh
 
@@ -242,12 +242,17 @@ def _pad(x: Tensor, dim: int, length: int, pad: int | float | bool | Fill) -> Te
 
 
 def _to(
-    tables: dict[str, Sequence[Tensor]], device: torch.device | str | None
-) -> dict[str, Sequence[Tensor]]:
-    """Move what kernels read (int32) to the device; what the host reads (int64) stays."""
-    if device is None:
-        return tables
-    return {
-        key: tuple(x.to(device, non_blocking=True) if x.dtype == torch.int32 else x for x in parts)
-        for key, parts in tables.items()
-    }
+    tables: Mapping[str, Sequence[Tensor]], device: torch.device | str | None
+) -> Mapping[str, Sequence[Tensor]]:
+    """Move what kernels read (int32) to the device; what the host reads (int64) stays.
+
+    Read-only, and so no dict: FSDP moves every tensor in the dicts and tuples that its root is
+    given to the device, and the host would have to wait for its own numbers.
+    """
+    return MappingProxyType(
+        {key: tuple(_placed(x, device) for x in parts) for key, parts in tables.items()}
+    )
+
+
+def _placed(x: Tensor, device: torch.device | str | None) -> Tensor:
+    return x.to(device, non_blocking=True) if device and x.dtype == torch.int32 else x

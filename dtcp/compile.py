@@ -47,6 +47,24 @@ def island(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def compile_around_islands(function: Callable[P, R], *, backend: str) -> Callable[P, R]:
+    """Compile code that holds an eager island: one graph before it and one after.
+
+    However deep in the code the island lies: without nested breaks every module around it breaks
+    too, two breaks an attention. The option is new in torch 2.13, and off there.
+    """
+    compiled = torch.compile(function, backend=backend)
+    if not hasattr(torch._dynamo.config, "nested_graph_breaks"):
+        return compiled
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch._dynamo.config.patch(nested_graph_breaks=True):
+            return compiled(*args, **kwargs)
+
+    return run
+
+
 def communicated_ops() -> list[torch._ops.OpOverload]:
     """The forward ops whose results came over the network: what a selective policy saves.
 

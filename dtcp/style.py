@@ -1,6 +1,6 @@
 """Styles: how a mixer is carried out over a mesh axis; plans: which style for which mixer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import ClassVar, cast
@@ -200,13 +200,7 @@ def apply_plan(
     Raises:
         ValueError: a key without a match, or an unclaimed mixer.
     """
-    names = [name for name, _ in model.named_modules()]
-    for key in plan:
-        if not any(matches(name, key) for name in names):
-            raise ValueError(
-                f"A plan names modules of its model, got key={key!r}, which matches none of "
-                f"{_some(names)}: correct or remove it."
-            )
+    find(model, plan)
     mixers = [name for name, module in model.named_modules() if isinstance(module, Mixer)]
     for name in mixers:
         if not any(matches(name, key) for key in plan):
@@ -217,6 +211,25 @@ def apply_plan(
     if mesh is not None and mesh.size() > 1:
         parallelize_module(model, mesh, dict(plan))
     return model
+
+
+def find(model: nn.Module, keys: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules that a plan's keys name.
+
+    Raises:
+        ValueError: a key that names none.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, nn.Module] = {}
+    for key in keys:
+        named = {name: module for name, module in modules.items() if matches(name, key)}
+        if not named:
+            raise ValueError(
+                f"A plan names modules of its model, got key={key!r}, which matches none of "
+                f"{_some(list(modules))}: correct or remove it."
+            )
+        found |= named
+    return found
 
 
 def matches(name: str, key: str) -> bool:
@@ -235,5 +248,6 @@ __all__ = [
     "Boundary",
     "ContextParallelAttention",
     "apply_plan",
+    "find",
     "matches",
 ]

@@ -11,7 +11,7 @@ All of it replaces `forward` of a block and nothing else: modules keep their nam
 checkpoints, and dynamo guards what it compiles.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from dtcp.compile import EagerIsland
 from dtcp.mesh import ParallelMesh
-from dtcp.style import AttentionStyle, apply_plan, matches
+from dtcp.style import AttentionStyle, apply_plan, find, matches
 from parallelize.activation_checkpoint import ActivationCheckpoint, Forward, NoCheckpoint
 from parallelize.compile import Compile
 from parallelize.fsdp import FSDP, shard_parameters
@@ -87,24 +87,6 @@ def parallelize(
         parts = [list(unit.values()) for unit in units]
         shard_parameters(model, mesh.hsdp, fsdp, blocks=list(blocks.values()), units=parts)
     return model
-
-
-def find(model: nn.Module, keys: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules that a plan's keys name.
-
-    Raises:
-        ValueError: a key that names none.
-    """
-    found: dict[str, nn.Module] = {}
-    for key in keys:
-        of_key = {name: module for name, module in model.named_modules() if matches(name, key)}
-        if not of_key:
-            raise ValueError(
-                f"A plan names modules of its model, got key={key!r}, which matches none of "
-                f"{type(model).__name__}: correct or remove it."
-            )
-        found |= of_key
-    return found
 
 
 def _prepared(

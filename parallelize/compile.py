@@ -1,10 +1,10 @@
 """Each block compiled on its own."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from dtcp.compile import compile_around_islands
 from parallelize.activation_checkpoint import Forward
 
 
@@ -24,12 +24,4 @@ class Compile:
 
     def around_islands(self, forward: Forward) -> Forward:
         """One graph before an eager island and one after, however deep in the block it lies."""
-        compiled = torch.compile(forward, backend=self.backend)
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            # Without it every module around the island breaks too: two breaks an attention,
-            # four graphs (torch 2.13, where the option is new and off).
-            with torch._dynamo.config.patch(nested_graph_breaks=True):
-                return compiled(*args, **kwargs)
-
-        return run
+        return compile_around_islands(forward, backend=self.backend)

@@ -298,6 +298,8 @@ def _rank_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         # Else each rank starts a pool of compiler processes of its own.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        # Else the profiler says when it starts and stops.
+        "KINETO_LOG_LEVEL": "6",
     }
 
 

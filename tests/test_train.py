@@ -41,9 +41,9 @@ def larger() -> Trainer.Config:
 
 
 def diverging() -> Trainer.Config:
-    """The second step makes the weights infinite."""
+    """The first step makes weights so large that the second has no finite loss."""
     config = micro()
-    config.optimizer.param_groups[0].optimizer_kwargs["lr"] = 1e38
+    config.optimizer.param_groups[0].optimizer_kwargs["lr"] = 1e18
     config.checkpoint.interval = 1
     return config
 
@@ -142,12 +142,12 @@ def test_verify_repeats_the_steps_of_four_ranks_on_one_device(axis, tmp_path):
     assert not (tmp_path / "checkpoint").exists()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+def test_a_loss_that_is_not_finite_is_one_error_and_the_last_checkpoint_stays(tmp_path):
     code, output = train("--dump_folder", str(tmp_path), config="diverging")
     assert code == 1
-    assert output.count("error:") == 1 and "not finite" in output or "finite when" in output
-    assert "Traceback" not in output
-    assert not (tmp_path / "checkpoint/step-4").exists()
+    assert output.count("error:") == 1 and "Traceback" not in output
+    assert "at step=2" in output and "The last checkpoint is of step 1" in output
+    assert [path.name for path in tmp_path.glob("checkpoint/*")] == ["step-1"]
 
 
 def test_a_torn_checkpoint_is_one_error_and_nothing_is_written(copy):
@@ -174,26 +174,7 @@ def test_a_save_that_was_cut_short_is_passed_over(copy):
     assert "cut short" in output and list(losses(output)) == [3, 4]
 
 
-MISTAKES = {
-    "config": (["--config", "micor"], "did you mean micro?"),
-    "option": (["--training.stepz", "3"], "--training.steps"),
-    "module": (["--module", "nowhere"], "--module nowhere"),
-    "folder": (
-        ["--dataloader.dataset", "folder", "--dataloader.dataset_path", "/nowhere"],
-        "dataset_path=/nowhere",
-    ),
-    "pipeline": (["--parallelism.pipeline_parallel_degree", "2"], "pipeline_parallel_degree=2"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "says"), MISTAKES.values(), ids=list(MISTAKES))
-def test_a_mistake_is_told_before_any_rank_starts(arguments, says):
-    code, output = train(*arguments)
-    assert code != 0 and says in output
+def test_a_mistake_is_told_before_any_rank_starts():
+    code, output = train("--training.stepz", "3")
+    assert code == 2 and "--training.steps" in output
     assert "Traceback" not in output and "[rank" not in output
-
-
-def test_a_world_that_does_not_fit_the_mesh_is_refused_by_every_rank():
-    code, output = train(WORLD_SIZE="3", RANK="0", LOCAL_RANK="0")
-    assert code == 1
-    assert "The mesh cp 2" in output and "world_size=3" in output

@@ -146,7 +146,9 @@ class AttentionOp:
         ctx.mark_non_differentiable(*saved)
 
     def _differentiate(self, ctx, grad_out, _):  # type: ignore[no-untyped-def]
-        tables, rest = ctx.saved_tensors[: ctx.num_tables], ctx.saved_tensors[ctx.num_tables :]
+        # Read once: checkpointing recomputes at the first look and refuses a second.
+        kept = ctx.saved_tensors
+        tables, rest = kept[: ctx.num_tables], kept[ctx.num_tables :]
         sink, rest = (rest[0], rest[1:]) if ctx.has_sink else (None, rest)
         q, k, v, out, *saved = rest
         how = (ctx.kv_heads, ctx.scale, ctx.softcap, ctx.groups)

@@ -1,10 +1,11 @@
-"""torchtitan's Trainer, with the batch cut for context parallelism: the one thing it overrides.
+"""torchtitan's Trainer, with the batch cut for context parallelism before the model sees it.
 
 Between the data loader and the model stands `shard_batch`: labels are shifted per document
 already, the row is laid out, and each rank keeps its tokens, with what its mixers need to know.
 The loss stays torchtitan's: the sum over local tokens by the global count of valid ones.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -76,6 +77,19 @@ class Trainer(titan.Trainer):
         )
         self.ntokens_seen += batch[1].numel()
         return batch
+
+    def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], Tensor]]) -> None:
+        """One step of torchtitan's; where it found a loss that is not finite, say what is left."""
+        try:
+            super().train_step(data_iterator)
+        except RuntimeError as error:
+            if "Loss is not finite" not in str(error):
+                raise
+            raise ValueError(
+                f"A loss is finite, got NaN or infinity at step={self.step}: no rank goes on, and "
+                f"nothing was saved since. {self.checkpointer.newest()}; lower the learning rate, "
+                f"or look at the data of this step."
+            ) from error
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
