@@ -3,11 +3,13 @@
 import faulthandler
 import functools
 import importlib
+import multiprocessing
 import os
 import pickle
 import random
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -51,6 +53,7 @@ def serve(rank: int, pipe: connection.Connection, port: int, stacks: Path) -> No
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, stacks.open("a"), all_threads=False)
     torch.set_num_threads(1)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     group = Group(rank, store)
     while True:
@@ -61,6 +64,14 @@ def serve(rank: int, pipe: connection.Connection, port: int, stacks: Path) -> No
             os._exit(0)
         pipe.send_bytes(_answer(group, request))
         sys.stdout.flush()
+
+
+def _die_with_parent() -> None:
+    """A rank that waits in a collective would not notice that a session was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _answer(group: "Group", request: bytes) -> bytes:

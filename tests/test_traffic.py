@@ -4,6 +4,7 @@ What must move is worked out here from dense tables of who sees whom; what does 
 torch's profiler, once, in eager code.
 """
 
+import contextlib
 from itertools import product
 from math import prod
 from threading import Thread
@@ -88,8 +89,7 @@ def test_traffic_is_what_was_counted_inside():
 
 
 def test_traffic_of_work_that_fails_is_counted():
-    traffic = Traffic()
-    with pytest.raises(KeyError), count() as traffic:
+    with contextlib.suppress(KeyError), count() as traffic:
         LEDGER.record("dtcp::test")
         raise KeyError
     assert traffic.calls == 1

@@ -1,0 +1,42 @@
+"""What the README says runs, runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_as_printed(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    script = tmp_path / "example.py"
+    script.write_text(example)
+    command = "torch.distributed.run --standalone --nproc-per-node 2".split()
+    ran = subprocess.run(
+        [sys.executable, "-m", *command, str(script)],
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("(1, 512, 64) of (1, 1024, 64)") == 2
+
+
+def test_its_commands_name_configs_and_files_that_exist():
+    registry = (ROOT / "dtcp/torchtitan/config_registry.py").read_text()
+    named = re.findall(r"--config (\w+)", README)
+    assert named
+    assert [name for name in named if f"def {name}()" not in registry] == []
+    paths = re.findall(r"`((?:dtcp|parallelize|models|docs|benchmarks)/[\w/]+\.\w+)`", README)
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_ci_runs_the_readme_test_command():
+    commands = re.findall(r"^(make \w+) ", README, re.MULTILINE)
+    assert "make test" in commands
+    assert "make test" in (ROOT / ".ci/run").read_text()
