@@ -36,19 +36,19 @@ def handle(op: torch._ops.OpOverload, rule: Callable[..., Any]) -> None:
     DTensor._op_dispatcher._custom_op_handlers[op] = rule
 
 
-def check_placements(name: str, tensors: Sequence[DTensor], axis: str) -> None:
+def check_placements(name: str, tensors: Sequence[Tensor], axis: str) -> None:
     """Refuse inputs unless the sequence, and nothing else of it, is sharded on the axis.
 
     Args:
         axis: name of the process group the op talks over.
     """
-    mesh, placements = tensors[0].device_mesh, tensors[0].placements
-    for tensor in tensors:
-        if tensor.device_mesh != mesh or tensor.placements != placements:
-            raise ValueError(
-                f"{name} takes q, k and v sharded alike, got placements={placements} and "
-                f"{tensor.placements}: redistribute them to one placement."
-            )
+    found = [(x.device_mesh, x.placements) if isinstance(x, DTensor) else None for x in tensors]
+    if found[0] is None or any(at != found[0] for at in found):
+        raise ValueError(
+            f"{name} takes q, k and v sharded alike, got (mesh, placements)={found}, None for a "
+            f"plain tensor: redistribute them to one placement."
+        )
+    mesh, placements = found[0]
     for index, placement in enumerate(placements):
         here = group_name(_one_axis(mesh, index)) == axis
         allowed: tuple[Placement, ...] = (Shard(SEQ),) if here else _ELSEWHERE

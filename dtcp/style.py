@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from dtcp.collectives import group_name
 from dtcp.compile import Boundary, EagerIsland, InGraph, island
-from dtcp.dispatch import HEADS, SEQ, check_placements, install
+from dtcp.dispatch import HEADS, SEQ, install
 from dtcp.kernels.op import AttentionOp
 from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
 from dtcp.masks import Coords, Mask
@@ -143,11 +143,12 @@ class ContextParallelAttention(SoftmaxAttention):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], sink: Tensor | None
     ) -> Tensor:
-        """Local shards in, local shard out; DTensors in, DTensor out."""
-        given = isinstance(q, DTensor)
-        if given:
-            check_placements(repr(self.style), cast(Sequence[DTensor], (q, k, v)), self.groups[0])
-        else:
+        """Local shards in, local shard out; DTensors in, DTensor out.
+
+        The op's rule checks their placements (dispatch.py), not traced code.
+        """
+        given = any(isinstance(x, DTensor) for x in (q, k, v))
+        if not given:
             q, k, v = (self._wrap(x) for x in (q, k, v))
         softmax = self.softmax(q)
         out = self.style.op(q, k, v, tables, softmax, groups=self.groups, sink=sink)

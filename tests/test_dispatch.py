@@ -82,12 +82,9 @@ def assert_equals_one_device(function, mesh, placements, *, causal=True, order=N
 
 @compiled_or_not
 @pytest.mark.parametrize("causal", [True, False])
-@spmd(ranks=(1, 2, 3, 4))
-def test_bare_attention_on_a_sharded_sequence_is_over_the_whole(mesh, causal, compiled, ranks):
-    """3 ranks have shards of 11, 11 and 10 tokens: refused, so they get 33 less 1."""
+@spmd(ranks=(1, 2, 4))
+def test_bare_attention_on_a_sharded_sequence_is_over_the_whole(mesh, causal, compiled):
     install_sdpa_rules()
-    if ranks == 3:
-        return assert_uneven_is_refused(mesh)
     function = maybe_compiled(lambda q, k, v: attend(q, k, v, causal), compiled)
     with count() as traffic:
         assert_equals_one_device(function, mesh, [Shard(2)], causal=causal)
@@ -95,10 +92,11 @@ def test_bare_attention_on_a_sharded_sequence_is_over_the_whole(mesh, causal, co
     assert traffic[name].calls == traffic[f"{name}_backward"].calls == 1
 
 
-def assert_uneven_is_refused(mesh):
+@spmd(ranks=3)
+def test_shards_of_unequal_length_are_refused(mesh):
+    install_sdpa_rules()
     q, k, v, _ = sharded(whole_inputs(), mesh, [Shard(2)])
-    with pytest.raises(ValueError, match=r"divides it, got seq_len=32 on axes of \[3\] ranks"):
-        attend(q, k, v)
+    refused(r"divides it, got seq_len=32 on axes of \[3\] ranks", lambda: attend(q, k, v))
 
 
 @compiled_or_not
@@ -150,10 +148,11 @@ def test_bare_attention_of_other_shapes_is_over_the_whole(mesh, how):
 def test_bare_attention_that_no_fused_kernel_takes_is_exact_or_raises(mesh):
     """Torch takes another value dim apart into plain maths before any rule is asked."""
     install_sdpa_rules()
-    try:
-        assert_equals_one_device(attend, mesh, [Shard(2)], value_dim=4)
-    except RuntimeError as error:
-        assert "DTensor" in str(error)  # noqa: PT017
+    expected, _ = on_one_device(False, value_dim=4)
+    q, k, v, _ = sharded(whole_inputs(value_dim=4), mesh, [Shard(2)])
+    assert_close(attend(q, k, v, causal=False).full_tensor(), expected)
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        attend(q, k, v)
 
 
 @spmd(ranks=2)
@@ -291,12 +290,18 @@ def test_what_no_rule_honours_is_refused(mesh, layout):
 
 
 @spmd(ranks=2)
-def test_dropout_on_a_sharded_sequence_is_refused(mesh):
-    """Bare, torch may take it apart before a rule is asked, and then fails by itself."""
+def test_dropout_is_refused_or_dropout_over_the_whole_sequence(mesh):
+    """Torch takes it apart before any rule is asked: with values that show the weights, each
+    is either dropped or scaled up."""
     install_sdpa_rules()
-    q, k, v, _ = sharded(whole_inputs(kv_heads=8), mesh, [Shard(2)])
-    with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
-        F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+    q, k, *_ = whole_inputs(kv_heads=8)
+    eye = torch.eye(SEQ_LEN, dtype=torch.float64).expand(2, 8, -1, -1)
+    weights = F.scaled_dot_product_attention(q, k, eye)
+    q, k, v = sharded((q, k, eye), mesh, [Shard(2)])
+    dropped = F.scaled_dot_product_attention(q, k, v, dropout_p=0.25).full_tensor()
+    kept = dropped != 0
+    assert 0.6 < kept.double().mean() < 0.9
+    assert_close(dropped[kept], weights[kept] / 0.75)
 
 
 @spmd(ranks=2)
@@ -346,22 +351,19 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize("boundary", [InGraph(), EagerIsland()])
 @pytest.mark.parametrize("placements", [wrong for wrong, _ in WRONG], ids=[why for _, why in WRONG])
 @spmd(axes={"cp": 2, "tp": 2})
-def test_our_op_refuses_any_other_placement(mesh, placements):
-    """From the mixer, and from the op itself, eager and compiled."""
-    for boundary in (InGraph(), EagerIsland()):
-        mixer = mixer_on(mesh, RingAttention(boundary=boundary), CAUSAL.mask)
-        plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
-        refused("on which the sequence is sharded", lambda: ours(mesh, placements, mixer, plan))
-        local = [plan.shard(x) for x in truth(Case(CAUSAL), 2).inputs[:3]]
-        inputs = [DTensor.from_local(x, mesh, placements, run_check=False) for x in local]
-        tables = plan.tables[mixer.table_key]
-
-        def op(q, k, v):
-            return mixer.style.op(q, k, v, tables, mixer.softmax(q), groups=mixer.groups)
-
-        refused("on which the sequence is sharded", lambda: op(*inputs))
+def test_our_op_refuses_any_other_placement(mesh, placements, boundary):
+    """From the mixer, and from the op itself."""
+    mixer = mixer_on(mesh, RingAttention(boundary=boundary), CAUSAL.mask)
+    plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
+    refused("on which the sequence is sharded", lambda: ours(mesh, placements, mixer, plan))
+    local = [plan.shard(x) for x in truth(Case(CAUSAL), 2).inputs[:3]]
+    inputs = [DTensor.from_local(x, mesh, placements, run_check=False) for x in local]
+    tables, how = plan.tables[mixer.table_key], mixer.softmax(local[0])
+    op, groups = mixer.style.op, mixer.groups
+    refused("on which the sequence", lambda: op(*inputs, tables, how, groups=groups))
 
 
 @spmd(axes={"cp": 2, "tp": 2})
@@ -380,12 +382,25 @@ def test_our_op_refuses_a_mesh_that_is_not_over_its_axis(mesh):
 
 
 @spmd(axes={"cp": 2, "tp": 2})
-def test_compiled_op_refuses_any_other_placement(mesh):
+def test_our_op_refuses_plain_tensors_beside_dtensors(mesh):
+    mixer = mixer_on(mesh, RingAttention(), CAUSAL.mask)
+    plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
+    q, k, v = (plan.shard(x) for x in truth(Case(CAUSAL), 2).inputs[:3])
+    placed = DTensor.from_local(q, mesh, [Shard(1), Shard(2)], run_check=False)
+    refused("None for a plain tensor", lambda: mixer(placed, k, v, plan.tables))
+    placed = DTensor.from_local(v, mesh, [Shard(1), Shard(2)], run_check=False)
+    refused("None for a plain tensor", lambda: mixer(q, k, placed, plan.tables))
+
+
+@spmd(axes={"cp": 2, "tp": 2})
+def test_compiled_op_takes_dtensors_and_refuses_any_other_placement(mesh):
     mixer = mixer_on(mesh, RingAttention(), CAUSAL.mask)
     plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
     attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=True)
-    with pytest.raises(Exception, match="on which the sequence is sharded"):
-        ours(mesh, [Shard(2), Shard(1)], attend, plan)
     with count_graphs() as graphs:
         out = ours(mesh, [Shard(1), Shard(2)], attend, plan)
     assert out.placements == (Shard(1), Shard(2)) and graphs.graphs == 1
+    eager = ours(mesh, [Shard(1), Shard(2)], mixer, plan)
+    assert_close(out.to_local(), eager.to_local())
+    with pytest.raises(Exception, match="on which the sequence is sharded"):
+        ours(mesh, [Shard(2), Shard(1)], attend, plan)

@@ -44,11 +44,6 @@ def test_unwritten_memory_is_nan(mesh):
     assert torch.empty(1000).isnan().all()
 
 
-@spmd(ranks=2)
-def test_skip_on_every_rank_skips(mesh):
-    pytest.skip("the point of this test is to be skipped")
-
-
 def rank_plus(mesh, number):
     return mesh.get_local_rank() + number
 
@@ -73,6 +68,10 @@ def sleep_on_rank_1(mesh):
 def skip_on_rank_1(mesh):
     if mesh.get_local_rank() == 1:
         pytest.skip("not here")
+
+
+def skip_on_every_rank(mesh):
+    pytest.skip("nowhere")
 
 
 def return_a_lambda(mesh):
@@ -102,6 +101,11 @@ def test_failure_on_a_rank_is_told_and_the_pool_goes_on(fn, match):
 def test_rank_that_hangs_is_found_by_the_clock():
     with pytest.raises(RankError, match=r"rank 1 of 2 was still running after 1 s(.|\n)*sleep_on"):
         run_ranks(sleep_on_rank_1, 2, timeout=1)
+
+
+def test_skip_on_every_rank_skips_the_test():
+    with pytest.raises(pytest.skip.Exception, match="nowhere"):
+        run_ranks(skip_on_every_rank, 2)
 
 
 def test_skip_on_some_ranks_only_is_an_error():

@@ -12,7 +12,7 @@ Two ways in, and no third that would be silently local:
 What cannot be honoured raises: masks as tensors, dropout, cross-attention, mixed placements.
 One case torch decides before any rule is asked: a bare call that no fused kernel takes (value
 dim unlike key dim, dropout on CPU) becomes plain maths on DTensors, which gathers the sequence:
-slow, and right.
+slow, and right; or, if it is causal, an error of torch's own.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

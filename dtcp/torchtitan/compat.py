@@ -15,6 +15,7 @@ import os
 import platform
 import resource
 import sys
+from typing import Any
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ class CpuDevice:
     mark, which nobody can reset.
     """
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
 
     def current_device(self) -> int:

@@ -1,5 +1,6 @@
 """The `dtcp` section of a config: the names a person types, and the classes they stand for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, Sequen
 from dtcp.style import AttentionStyle
 from dtcp.torchtitan.launch import Device
 
-LAYOUTS: dict[str, type[SequenceLayout]] = {
+LAYOUTS: Mapping[str, type[SequenceLayout]] = {
     "contiguous": Contiguous,
     "head_tail": HeadTail,
     "per_document": PerDocument,
