@@ -13,7 +13,7 @@ def test_the_example_runs_as_printed(tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     script = tmp_path / "example.py"
     script.write_text(example)
-    command = "torch.distributed.run --standalone --nproc-per-node 2".split()
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ran = subprocess.run(
         [sys.executable, "-m", *command, str(script)],
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},

@@ -59,9 +59,10 @@ def batches(data: PackedDocuments, count: int) -> list[tuple[torch.Tensor, torch
 def test_the_cpu_device_answers_all_that_torchtitan_asks():
     device = compat.CpuDevice()
     assert device.current_device() == 0
-    assert device.get_device_properties().total_memory > device.memory_stats()[
-        "reserved_bytes.all.peak"
-    ]
+    assert (
+        device.get_device_properties().total_memory
+        > device.memory_stats()["reserved_bytes.all.peak"]
+    )
     device.synchronize()
 
 

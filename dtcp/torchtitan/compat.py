@@ -15,9 +15,9 @@ import os
 import platform
 import resource
 import sys
-from typing import Any
 from importlib.metadata import version
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed.distributed_c10d as c10d

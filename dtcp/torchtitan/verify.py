@@ -90,8 +90,9 @@ def _accumulate(
     total = 0.0
     for batch, labels in parts:
         tables = {
-            key: [table.to(trainer.device) for table in value]
-            for key, value in batch_tables(model, batch["documents"]).items()
+            # Kernels read int32; the rest is for the host.
+            key: [x.to(trainer.device) if x.dtype == torch.int32 else x for x in parts]
+            for key, parts in batch_tables(model, batch["documents"]).items()
         }
         tokens, position = (batch[key].to(trainer.device) for key in ("input", "positions"))
         # torchtitan's decoders take masks where ours take tables: third in both.

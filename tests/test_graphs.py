@@ -1,0 +1,324 @@
+"""What is compiled, how often, and that it lives; what is kept for backward, and what never made.
+
+Ops count themselves: a dispatch mode would make dynamo run eager, and a dead collective pass.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.tensor import DTensor
+from torch.profiler import profile
+
+from dtcp.attention import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
+from dtcp.attention.needed import needs
+from dtcp.batch import shard_batch
+from dtcp.compile import ISLAND, EagerIsland, InGraph, communicated_ops, count_graphs
+from dtcp.documents import Documents
+from dtcp.kernels.block import accumulation
+from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
+from dtcp.masks import Causal, SlidingWindow
+from dtcp.mesh import ParallelMesh
+from dtcp.mixers import SoftmaxAttention
+from dtcp.style import apply_plan
+from dtcp.traffic import count
+from tests import cases
+from tests.on_mesh import (
+    CAUSAL,
+    WINDOW,
+    Block,
+    Case,
+    accepts,
+    assert_equals_one_device,
+    local_inputs,
+    mixer_on,
+    plan_of,
+    run,
+    styles,
+)
+from tests.spmd import spmd
+
+SEQ_LEN, BATCHES = 64, 20
+boundaries = pytest.mark.parametrize("boundary", [InGraph(), EagerIsland()])
+
+
+class Layers(nn.Module):
+    """Two attentions with per-token parts around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = SoftmaxAttention(Causal() & SlidingWindow(7))
+        self.second = SoftmaxAttention(Causal() & SlidingWindow(7))
+
+    def forward(self, x, tables):
+        x = x + self.first(x.sin(), x, x.cos(), tables)
+        return x + self.second(x.sin(), x, x.cos(), tables)
+
+
+def random_documents(batch: int, rng: random.Random) -> Documents:
+    """Rows cut at random, some with padding."""
+    rows = []
+    for _ in range(batch):
+        cuts = sorted(rng.sample(range(1, SEQ_LEN + 1), rng.randrange(1, 6)))
+        rows.append(tuple(b - a for a, b in zip([0, *cuts], cuts, strict=False)))
+    return Documents(tuple(rows), SEQ_LEN)
+
+
+def batch_of(documents: Documents) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.zeros(documents.batch, SEQ_LEN, dtype=torch.int64)}
+
+
+def run_batches(step, model, mesh, layout, batches=BATCHES):
+    """Forward and backward over batches that all have other documents."""
+    rng = random.Random(0)
+    rows = 1 if layout in (PerDocument, BlockBalanced) else 2
+    for _ in range(batches):
+        documents = random_documents(rows, rng)
+        whole = ParallelMesh.from_device_mesh(mesh)
+        plan = shard_batch(batch_of(documents), whole, layout, model=model, documents=documents)[1]
+        x = torch.randn(rows, plan.layout.shard_len, 4, 8, requires_grad=True)
+        step(x, plan.tables).sum().backward()
+
+
+@pytest.mark.parametrize("layout", [Contiguous, HeadTail, PerDocument, BlockBalanced])
+@spmd(ranks=2)
+def test_batches_of_other_documents_make_at_most_one_recompile(mesh, layout):
+    """Under fullgraph, so without a break; what the ranks exchange changes with every batch."""
+    for style in styles(2):
+        if layout not in style.layouts:
+            continue
+        torch._dynamo.reset()
+        model = apply_plan(Layers(), mesh, {"*": style})
+        step = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with count_graphs() as graphs, count() as traffic:
+            run_batches(step, model, mesh, layout)
+        assert graphs.breaks == 0 and 1 <= graphs.graphs <= 2, f"{graphs} with {style}"
+        assert traffic[f"dtcp::{style.op.name}"].calls == 2 * BATCHES
+        assert traffic[f"dtcp::{style.op.name}_backward"].calls == 2 * BATCHES
+
+
+@spmd(ranks=2)
+def test_island_is_exactly_one_break_an_attention(mesh):
+    """And three graphs, with the per-token parts in them; batches make no more."""
+    for style in styles(2, boundary=EagerIsland()):
+        torch._dynamo.reset()
+        model = apply_plan(Layers(), mesh, {"*": style})
+        step = torch.compile(model, backend="aot_eager")
+        with count_graphs() as graphs, count() as traffic:
+            run_batches(step, model, mesh, HeadTail)
+        assert (graphs.breaks, graphs.graphs) == (2, 3), f"{graphs} with {style}"
+        assert traffic[ISLAND].calls == traffic[f"dtcp::{style.op.name}"].calls == 2 * BATCHES
+
+
+@spmd(ranks=2)
+def test_nothing_is_counted_that_does_not_run(mesh):
+    """Tracing does not count, and every execution does."""
+    model = apply_plan(Layers(), mesh, {"*": RingAttention()})
+    step = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        with count() as traffic:
+            run_batches(step, model, mesh, HeadTail, batches=1)
+        calls = {op: counted.calls for op, counted in traffic.by_op.items()}
+        assert calls == {"dtcp::ring_attention": 2, "dtcp::ring_attention_backward": 2}
+
+
+@boundaries
+@spmd(ranks=2, timeout=600)
+def test_inductor_keeps_attention_exact_and_alive(mesh, boundary):
+    mixer = mixer_on(mesh, RingAttention(boundary=boundary), WINDOW.mask)
+    attend = torch.compile(Block(mixer), fullgraph=isinstance(boundary, InGraph))
+    for packing in (cases.across_borders, cases.one_document):
+        with count() as traffic:
+            assert_equals_one_device(Case(WINDOW, packing), attend, mixer, mesh, Contiguous)
+        assert traffic["dtcp::ring_attention"].calls == 1
+        assert traffic["dtcp::ring_attention_backward"].calls == 1
+        assert traffic.received > 0
+
+
+def graph_texts(mixer, mesh, layout, case):
+    """The text of every forward and backward graph of a step."""
+    texts = []
+
+    def keep(graph, example_inputs):
+        texts.append(graph.print_readable(print_output=False))
+        return graph
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    attend = torch.compile(Block(mixer), backend=backend, fullgraph=True)
+    plan = plan_of(case, mixer, mesh, layout)
+    run(case, attend, plan, local_inputs(case, plan))
+    # A group has a name of its own wherever the axis is split into several.
+    for index, name in enumerate(mixer.groups):
+        texts = [text.replace(f"'{name}'", f"'group {index}'") for text in texts]
+    return texts
+
+
+@pytest.mark.parametrize("layout", [Contiguous, HeadTail, PerDocument, BlockBalanced])
+@spmd(ranks=(2, 4))
+def test_all_ranks_have_the_same_graphs(mesh, layout, ranks):
+    """To the letter, though no two of them need the same keys."""
+    for style in styles(ranks):
+        case = Case(WINDOW, cases.one_token_documents, seq_len=SEQ_LEN)
+        if not accepts(style, layout, case, ranks):
+            continue
+        torch._dynamo.reset()
+        mixer = mixer_on(mesh, style, WINDOW.mask)
+        texts = graph_texts(mixer, mesh, layout, case)
+        everyones = [None] * ranks
+        dist.all_gather_object(everyones, texts)
+        assert len(texts) == 2 and all(other == texts for other in everyones), f"{style}"
+        assert texts[0].count(f"dtcp.{style.op.name}.default") == 1
+        assert texts[1].count(f"dtcp.{style.op.name}_backward.default") == 1
+
+
+@spmd(axes={"cp": 2, "tp": 2})
+def test_all_ranks_of_an_axis_have_the_same_graphs(mesh):
+    """With heads on another axis too."""
+    mixer = mixer_on(mesh, RingAttention(), WINDOW.mask)
+    texts = graph_texts(mixer, mesh, Contiguous, Case(WINDOW, heads=4, kv_heads=2))
+    everyones = [None] * 4
+    dist.all_gather_object(everyones, texts)
+    assert all(other == texts for other in everyones)
+
+
+@spmd(ranks=2)
+def test_ops_keep_the_contract_of_torch_library(mesh):
+    """Schema, fake against real, autograd registration, and AOT dispatch, of every strategy."""
+    case = Case(WINDOW, seq_len=32)
+    for style in styles(2):
+        mixer = mixer_on(mesh, style, WINDOW.mask)
+        plan = plan_of(case, mixer, mesh, Contiguous)
+        q, k, v, sink = local_inputs(case, plan)
+        tables = list(plan.tables[mixer.table_key])
+        args = (q, k, v, sink, tables, 0.3, 0.0, mixer.groups)
+        torch.library.opcheck(style.op.forward, args)
+
+
+@spmd(ranks=1)
+def test_selective_policy_knows_every_op_that_communicates(mesh):
+    names = {op.name() for op in communicated_ops()}
+    assert {f"dtcp::{style.op.name}" for style in styles(1)} <= names
+    assert {"dtcp::all_gather", "dtcp::exchange", "dtcp::causal_sdpa"} <= names
+    assert not any("backward" in name for name in names)
+
+
+@contextmanager
+def saved_bytes() -> Iterator[dict[int, int]]:
+    """Bytes of the floating-point memory that autograd keeps, by address."""
+    kept: dict[int, int] = {}
+
+    def pack(x):
+        local = x._local_tensor if isinstance(x, DTensor) else x
+        if local.is_floating_point():
+            storage = local.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield kept
+
+
+def local_bytes(case, plan, kv_copies=1):
+    """q, k, v, out and lse of one rank, and its sinks."""
+    tokens = plan.documents.batch * plan.layout.shard_len
+    size = torch.finfo(case.dtype).bits // 8
+    query = case.heads * (case.key_dim + case.value_dim) * size
+    key = case.kv_heads * (case.key_dim + case.value_dim) * size * kv_copies
+    lse = case.heads * accumulation(case.dtype).itemsize
+    return tokens * (query + key + lse) + case.heads * size * case.sink
+
+
+@pytest.mark.parametrize("boundary", [None, InGraph(), EagerIsland()])
+@spmd(ranks=4)
+def test_kept_for_backward_is_at_most_what_is_local(mesh, boundary):
+    """q, k, v, out and lse; Ulysses keeps copies where ranks share a kv head."""
+    for style, kv_heads in product(styles(4, boundary=boundary or InGraph()), (4, 2)):
+        case = Case(WINDOW, cases.two_rows, heads=8, kv_heads=kv_heads, dtype=torch.float32)
+        torch._dynamo.reset()
+        mixer = mixer_on(mesh, style, WINDOW.mask)
+        plan = plan_of(case, mixer, mesh, Contiguous)
+        attend = mixer
+        if boundary is not None:
+            whole = isinstance(boundary, InGraph)
+            attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=whole)
+        q, k, v, sink = local_inputs(case, plan)
+        with saved_bytes() as kept:
+            out = attend(q, k, v, plan.tables, sink=sink)
+        ranks = 4 if isinstance(style, UlyssesAttention) else 1
+        copies = max(ranks, kv_heads) // kv_heads
+        assert sum(kept.values()) <= local_bytes(case, plan, copies), f"{style}"
+        out.sum().backward()
+
+
+def largest_allocation(work):
+    """Bytes of the largest piece of memory that was taken while the work ran."""
+    with profile(profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("how", [{}, {"softcap": 5.0}, {"value_dim": 4}], ids=repr)
+@spmd(ranks=2)
+def test_nothing_of_the_size_of_a_score_table_is_made(mesh, how):
+    """Not even one byte for each of L x S pairs; making the tables of the batch counts too."""
+    seq_len, row = 4096, 2 * 4 * 4
+    for style, mask in product(styles(2), (Causal(), Causal() & SlidingWindow(7))):
+        if isinstance(style, AllGatherAttention) and "Halo" in f"{style}" and mask == Causal():
+            continue
+        softmax = {"softcap": how.get("softcap", 0.0)}
+        mixer = mixer_on(mesh, style, mask, **softmax)
+        documents = Documents(((seq_len // 2 + 5, seq_len // 4),), seq_len)
+        batch = {"input_ids": torch.zeros(1, seq_len, dtype=torch.int64)}
+        whole = ParallelMesh.from_device_mesh(mesh)
+
+        def step():
+            _, plan = shard_batch(batch, whole, HeadTail, model=mixer, documents=documents)  # noqa: B023
+            shape = (1, plan.layout.shard_len, 2, 8)
+            q, k = (torch.randn(shape, requires_grad=True) for _ in range(2))
+            v = torch.randn(*shape[:3], how.get("value_dim", 8), requires_grad=True)
+            mixer(q, k, v, plan.tables).sum().backward()  # noqa: B023
+
+        largest = largest_allocation(step)
+        assert seq_len // 2 * row <= largest < seq_len // 2 * seq_len, f"{style}"
+
+
+@spmd(ranks=4)
+def test_ring_holds_two_shards_of_keys_and_no_more(mesh):
+    """However many ranks there are; one exchange for all holds the whole sequence."""
+    seq_len = 8192
+    documents = Documents.single(1, seq_len)
+    batch = {"input_ids": torch.zeros(1, seq_len, dtype=torch.int64)}
+    whole, largest = ParallelMesh.from_device_mesh(mesh), {}
+    for style in (RingAttention(), AllGatherAttention(), HybridAttention()):
+        mixer = mixer_on(mesh, style, CAUSAL.mask)
+        _, plan = shard_batch(batch, whole, HeadTail, model=mixer, documents=documents)
+        q, k, v = (torch.randn(1, seq_len // 4, 8, 64) for _ in range(3))
+        largest[type(style)] = largest_allocation(lambda: mixer(q, k, v, plan.tables))  # noqa: B023
+    shard = seq_len // 4 * 8 * 64 * 4
+    assert largest[RingAttention] <= 2 * shard
+    assert largest[AllGatherAttention] >= 4 * shard
+
+
+@spmd(ranks=4)
+def test_windows_need_no_table_of_the_whole_sequence(mesh):
+    """What a rank receives is data of the batch: of fixed shape, with room for the most."""
+    layout = HeadTail(SEQ_LEN, 4)
+    documents = Documents.single(1, SEQ_LEN)
+    whole = ParallelMesh.from_device_mesh(mesh)
+    shapes = set()
+    for mask in (Causal(), Causal() & SlidingWindow(3)):
+        mixer = mixer_on(mesh, RingAttention(), mask)
+        _, plan = shard_batch(
+            batch_of(documents), whole, HeadTail, model=mixer, documents=documents
+        )
+        shapes.add(tuple(table.shape for table in plan.tables[mixer.table_key]))
+        found = needs(layout, mesh.get_local_rank(), *mask.intervals(plan.coords))
+        assert found.received_tokens <= 3 * layout.shard_len
+    assert len(shapes) == 1
