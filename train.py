@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from dtcp.torchtitan.compiler import use_what_works
 from dtcp.torchtitan.launch import check_world, launch, launched, ranks_for
 from dtcp.torchtitan.options import parse
 from dtcp.torchtitan.plot import plot_losses
@@ -38,6 +39,9 @@ def main(arguments: list[str]) -> int:
     check_world(config.parallelism, int(os.environ["WORLD_SIZE"]))
     report_failures(Path(config.dump_folder))
     quiet(int(os.environ["RANK"]))
+    told = use_what_works(config.compile)
+    if told and os.environ["RANK"] == "0":
+        print(told, flush=True)
     return verify(config) if config.dtcp.verify else train(config)
 
 

@@ -82,6 +82,12 @@ class BatchPlan:
         Args:
             x: unpadded_len or seq_len tokens at dim, in position order.
         """
+        if x.shape[dim] not in (self.unpadded_len, self.layout.seq_len):
+            raise ValueError(
+                f"A batch plan shards what goes with its rows of {self.unpadded_len} tokens "
+                f"({self.layout.seq_len} padded), got x.shape={tuple(x.shape)}, dim={dim}: name "
+                f"the sequence's dim, or use the plan of that batch."
+            )
         padded = _pad(x, dim % x.ndim, self.layout.seq_len, pad)
         return self.layout.shard(padded, self.mesh.rank("cp"), dim=dim % x.ndim)
 

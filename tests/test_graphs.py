@@ -16,7 +16,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.tensor import DTensor
 from torch.profiler import profile
 
-from dtcp.attention import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
+from dtcp.attention import (
+    AllGatherAttention,
+    HaloAttention,
+    HybridAttention,
+    RingAttention,
+    UlyssesAttention,
+)
 from dtcp.attention.needed import needs
 from dtcp.batch import shard_batch
 from dtcp.compile import ISLAND, EagerIsland, InGraph, communicated_ops, count_graphs
@@ -252,7 +258,8 @@ def test_kept_for_backward_is_at_most_what_is_local(mesh, boundary):
             out = attend(q, k, v, plan.tables, sink=sink)
         ranks = 4 if isinstance(style, UlyssesAttention) else 1
         copies = max(ranks, kv_heads) // kv_heads
-        assert sum(kept.values()) <= local_bytes(case, plan, copies), f"{style}"
+        bound = local_bytes(case, plan, copies)
+        assert bound / 2 < sum(kept.values()) <= bound, f"{style}"
         out.sum().backward()
 
 
@@ -270,7 +277,7 @@ def test_nothing_of_the_size_of_a_score_table_is_made(mesh, how):
     """Not even one byte for each of L x S pairs; making the tables of the batch counts too."""
     seq_len, row = 4096, 2 * 4 * 4
     for style, mask in product(styles(2), (Causal(), Causal() & SlidingWindow(7))):
-        if isinstance(style, AllGatherAttention) and "Halo" in f"{style}" and mask == Causal():
+        if isinstance(style, HaloAttention) and mask == Causal():
             continue
         softmax = {"softcap": how.get("softcap", 0.0)}
         mixer = mixer_on(mesh, style, mask, **softmax)

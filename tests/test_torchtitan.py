@@ -17,7 +17,7 @@ from dtcp.torchtitan import compat, config_registry
 from dtcp.torchtitan.adopt import adopt, adopt_model
 from dtcp.torchtitan.data import PackedDocuments
 from dtcp.torchtitan.launch import check_world, ranks_for
-from dtcp.torchtitan.model_spec import LlamaStateDictAdapter
+from dtcp.torchtitan.model_spec import LlamaStateDictAdapter, llama
 from dtcp.torchtitan.options import config_names, parse
 from dtcp.torchtitan.overrides import MixerAttention
 from dtcp.torchtitan.plot import TRAINING, plot_losses, read_losses
@@ -26,6 +26,7 @@ from dtcp.torchtitan.section import LAYOUTS, Section
 from dtcp.torchtitan.sources import folder, standard_library
 from dtcp.torchtitan.tokenizer import Tokenizer
 from dtcp.torchtitan.trainer import Trainer
+from models.llama import PRESETS, config_from_hf
 
 CONFIGS = config_names(config_registry)
 TOKENIZER = Tokenizer.Config().build(tokenizer_path="")
@@ -250,6 +251,13 @@ def test_weights_go_to_hugging_face_names_and_back():
     ours = adapter.from_hf(theirs)
     assert ours.keys() == weights.keys()
     assert all(torch.equal(ours[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("name", [*PRESETS])
+def test_an_exported_config_is_read_back(name):
+    spec = llama(name, PRESETS[name])
+    theirs = LlamaStateDictAdapter(spec.model, None).hf_config()
+    assert config_from_hf(json.loads(json.dumps(theirs))) == PRESETS[name]
 
 
 def test_a_plot_shows_a_step_as_it_was_last(tmp_path):

@@ -3,6 +3,7 @@
 One short run is shared by most tests; those that go on from it work on copies of its folder.
 """
 
+import json
 import os
 import re
 import shutil
@@ -12,10 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from dtcp.documents import Documents
+from dtcp.mixers import batch_tables
 from dtcp.torchtitan.config_registry import BYTE_SHAPE, llama_tiny
 from dtcp.torchtitan.model_spec import llama
 from dtcp.torchtitan.trainer import Trainer
+from models.llama import Llama, config_from_hf, from_hf
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 240
@@ -72,7 +77,7 @@ def losses(output: str) -> dict[int, float]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     """A run of four steps on cp 2: its folder, exit code and output."""
     folder = tmp_path_factory.mktemp("run")
-    code, output = train("--dump_folder", str(folder))
+    code, output = train("--dump_folder", str(folder), "--checkpoint.export_hf")
     return folder, code, output
 
 
@@ -99,6 +104,30 @@ def test_a_run_leaves_checkpoint_log_and_plot(run):
     assert "validation loss" in output
 
 
+def test_transformers_reads_the_export(run):
+    """And computes with it what our model does with the same weights."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run[0] / "hf")
+    ours = Llama(config_from_hf(json.loads((run[0] / "hf/config.json").read_text())))
+    ours.load_state_dict(from_hf(theirs.state_dict(), ours.config))
+    tokens = torch.arange(40)[None] * 5
+    tables = batch_tables(ours, Documents.single(1, 40))
+    torch.testing.assert_close(
+        ours(tokens, torch.arange(40)[None], tables), theirs(tokens).logits, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_an_export_starts_another_run(run, tmp_path):
+    code, output = train(
+        *("--dump_folder", str(tmp_path), "--training.steps", "1", "--checkpoint.load_only"),
+        *("--checkpoint.initial_load_path", str(run[0] / "hf")),
+        *("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_model_only"),
+    )
+    assert code == 0, output
+    # The first rows again, with weights that have seen them.
+    assert losses(output)[1] < losses(run[2])[1]
+
+
 def test_a_second_start_resumes_on_another_mesh_with_the_same_losses(run, copy):
     """From step 2 on cp 2 to two ranks of FSDP: steps 3 and 4 lose the same again."""
     shutil.rmtree(copy / "checkpoint/step-4")
@@ -106,7 +135,7 @@ def test_a_second_start_resumes_on_another_mesh_with_the_same_losses(run, copy):
     mesh += ["--parallelism.data_parallel_shard_degree", "2"]
     code, output = train("--dump_folder", str(copy), *mesh, "--training.local_batch_size", "2")
     assert code == 0, output
-    assert "resumed" in output and "step-2" in output
+    assert "loaded" in output and "step-2" in output
     before, after = losses(run[2]), losses(output)
     assert list(after) == [3, 4]
     assert after[3] == pytest.approx(before[3], rel=1e-5)

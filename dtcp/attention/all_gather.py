@@ -36,8 +36,8 @@ class _AllGather:
     ) -> tuple[Tensor, list[Tensor]]:
         tables = KeyTables(*call.tables)
         partial = Partial.empty(q, v.shape[-1])
+        queries = Queries.of(q, tables.first_key, tables.last_key)
         keys = self._bring(k, v, tables, call)
-        queries = Queries(q, tables.first_key, tables.last_key)
         attend(partial, queries, keys, tables.spans[0], call.how)
         out, lse = partial.finish(sink, q.dtype)
         return out, [lse]
@@ -57,7 +57,7 @@ class _AllGather:
         final = Final(grad_out, out, saved[0])
         keys = self._bring(k, v, tables, call)
         grads = Gradients(zeros_for(q), zeros_for(keys.k), zeros_for(keys.v))
-        queries = Queries(q, tables.first_key, tables.last_key)
+        queries = Queries.of(q, tables.first_key, tables.last_key)
         attend_backward(grads, final, queries, keys, tables.spans[0], call.how)
 
         length = k.shape[1]

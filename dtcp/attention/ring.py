@@ -38,7 +38,7 @@ class _Ring:
     ) -> tuple[Tensor, list[Tensor]]:
         tables = KeyTables(*call.tables)
         partial = Partial.empty(q, v.shape[-1])
-        queries = Queries(q, tables.first_key, tables.last_key)
+        queries = Queries.of(q, tables.first_key, tables.last_key)
         for step, keys in _steps(k, v, tables, call):
             attend(partial, queries, keys, tables.spans[step], call.how)
         out, lse = partial.finish(sink, q.dtype)
@@ -57,7 +57,7 @@ class _Ring:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         tables = KeyTables(*call.tables)
         final = Final(grad_out, out, saved[0])
-        queries = Queries(q, tables.first_key, tables.last_key)
+        queries = Queries.of(q, tables.first_key, tables.last_key)
         dq, dk, dv = zeros_for(q), zeros_for(k), zeros_for(v)
         sent = tables.counts[0].tolist()
         slots = tables.send_slot[: sum(sent)].split(sent)

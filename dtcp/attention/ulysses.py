@@ -143,6 +143,11 @@ def _own_heads(share: HeadShare, groups: Sequence[str]) -> slice:
 def _to_sequence(parts: Sequence[Tensor], order: Tensor, call: Call) -> list[Tensor]:
     """One all_to_all: [n, B, L, heads, D] by receiver -> [B, n * L, heads, D] by position."""
     n, batch, length = parts[0].shape[:3]
+    if order.numel() not in (0, n * length):
+        raise ValueError(
+            f"Attention reads the tables of its own batch, got tables for {order.numel()} tokens "
+            f"on {n} ranks with {length} each: pass the tables that were made with this batch."
+        )
     rows = _all_to_all(torch.cat([x.flatten(3) for x in parts], dim=-1), call)
     whole = rows.movedim(0, 1).reshape(batch, n * length, -1)
     whole = whole if order.numel() == 0 else whole.index_select(1, order)

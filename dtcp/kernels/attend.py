@@ -42,6 +42,17 @@ class Queries(NamedTuple):
     first_key: Tensor  # [B, L]
     last_key: Tensor  # [B, L]
 
+    @classmethod
+    def of(cls, q: Tensor, first_key: Tensor, last_key: Tensor) -> "Queries":
+        """Check the tables first: all ranks refuse those of another batch, and none waits."""
+        if first_key.shape[0] not in (1, q.shape[0]) or first_key.shape[1] != q.shape[1]:
+            raise ValueError(
+                f"Attention reads the tables of its own batch, got tables for "
+                f"{tuple(first_key.shape)} queries with q.shape={tuple(q.shape)}: pass the "
+                f"tables that were made with this batch."
+            )
+        return cls(q, first_key, last_key)
+
 
 class Partial(NamedTuple):
     """Attention over the keys met so far; starts empty and is added to in place."""
@@ -125,7 +136,6 @@ def _calls(
     queries: Queries, keys: Keys, spans: Tensor
 ) -> Iterator[tuple[slice, slice, slice, Tensor | None]]:
     """(batch rows, queries, keys, bias) of every call of the block kernel."""
-    _check_tables(queries, keys, spans)
     alike = bool((spans == spans[:1]).all())
     batch = queries.q.shape[0]
     row_groups = [slice(0, batch)] if alike else [slice(b, b + 1) for b in range(batch)]
@@ -145,24 +155,6 @@ def _calls(
                     to = slice(at_key, min(at_key + MOST_KEYS, piece_stop))
                     bias = _bias(queries, keys.position[to], rows, at) if masked else None
                     yield rows, at, to, bias
-
-
-def _check_tables(queries: Queries, keys: Keys, spans: Tensor) -> None:
-    """Tables of another batch would leave queries out without a word: refuse them."""
-    batch, length = queries.q.shape[:2]
-    rows = {queries.first_key.shape[0], spans.shape[0]}
-    if (
-        not rows <= {1, batch}
-        or queries.first_key.shape[1] != length
-        or int(spans[0, -1, 1]) != length
-        or keys.position.shape[0] != keys.k.shape[1]
-    ):
-        raise ValueError(
-            f"Attention reads the tables of its own batch, got tables for "
-            f"{tuple(queries.first_key.shape)} queries and {keys.position.shape[0]} keys with "
-            f"q.shape={tuple(queries.q.shape)}, k.shape={tuple(keys.k.shape)}: pass the tables "
-            f"that were made with this batch."
-        )
 
 
 def _bias(queries: Queries, position: Tensor, rows: slice, at: slice) -> Tensor:

@@ -51,7 +51,7 @@ class Local:
     ) -> tuple[Tensor, list[Tensor]]:
         tables = LocalTables(*call.tables)
         partial = Partial.empty(q, v.shape[-1])
-        queries = Queries(q, tables.first_key, tables.last_key)
+        queries = Queries.of(q, tables.first_key, tables.last_key)
         attend(partial, queries, Keys(k, v, tables.key_position), tables.spans, call.how)
         out, lse = partial.finish(sink, q.dtype)
         return out, [lse]
@@ -70,7 +70,7 @@ class Local:
         tables = LocalTables(*call.tables)
         final = Final(grad_out, out, saved[0])
         grads = Gradients(zeros_for(q), zeros_for(k), zeros_for(v))
-        queries = Queries(q, tables.first_key, tables.last_key)
+        queries = Queries.of(q, tables.first_key, tables.last_key)
         keys = Keys(k, v, tables.key_position)
         attend_backward(grads, final, queries, keys, tables.spans, call.how)
         return (*grads, local_sink_gradient(final, sink))

@@ -5,12 +5,15 @@ global shape: it loads onto any mesh. DCP writes `.metadata` last, so a save tha
 has none, and is passed over.
 """
 
+import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
@@ -18,6 +21,7 @@ from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.components.checkpointer.dcp import AsyncMode
 
+from dtcp.torchtitan.model_spec import LlamaStateDictAdapter
 from dtcp.torchtitan.progress import say
 
 STATE_PREFIXES = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
@@ -52,7 +56,7 @@ class Checkpoints(CheckpointManager):
         except CheckpointException as error:
             raise ValueError(self._explain(step, error)) from error
         if loaded:
-            say(f"resumed     {self._path(step)}")
+            say(f"loaded      {self._path(step)}")
         return loaded
 
     def dcp_load(
@@ -73,13 +77,21 @@ class Checkpoints(CheckpointManager):
     def _save_last_step(self, curr_step: int) -> None:
         super()._save_last_step(curr_step)
         if self.export_hf:
-            path = Path(self.folder).parent / "hf"
-            weights = {
-                name: value.to(self.export_dtype)
-                for name, value in self.states[MODEL].state_dict().items()
-            }
-            self.dcp_save(weights, str(path), AsyncMode.DISABLED, to_hf=True)
-            say(f"exported    {path}")
+            self._export(Path(self.folder).parent / "hf")
+
+    def _export(self, path: Path) -> None:
+        """Write weights and config as transformers reads them."""
+        weights = {
+            name: value.to(self.export_dtype)
+            for name, value in self.states[MODEL].state_dict().items()
+        }
+        self.dcp_save(weights, str(path), AsyncMode.DISABLED, to_hf=True)
+        if dist.get_rank() == 0:
+            # Each rank's part, from which torchtitan has put the whole together.
+            shutil.rmtree(path / "sharded", ignore_errors=True)
+            if isinstance(self.sd_adapter, LlamaStateDictAdapter):
+                (path / "config.json").write_text(json.dumps(self.sd_adapter.hf_config(), indent=1))
+        say(f"exported    {path}")
 
     def _refuse_foreign(self, path: Path) -> None:
         """DCP reads the weights it looks for and ignores the rest: refuse a larger model."""
@@ -102,7 +114,7 @@ class Checkpoints(CheckpointManager):
             [~_local(value).isfinite().all() for value in self.states[MODEL].state_dict().values()]
         ).any()
         flag = bad.to(torch.int32)
-        torch.distributed.all_reduce(flag)
+        dist.all_reduce(flag)
         if flag.item():
             raise ValueError(
                 f"Weights are finite when they are saved, got NaN or infinity at step={step}: "

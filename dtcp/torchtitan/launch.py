@@ -7,12 +7,14 @@ port. Under torchrun (or any launcher that sets WORLD_SIZE) nothing here runs.
 import logging
 import math
 import os
+import signal
 import sys
 import uuid
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torchtitan.config import ParallelismConfig
@@ -107,8 +109,15 @@ def launch(ranks: Ranks, script: str, arguments: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-u", script, *arguments)
     except ChildFailedError as error:
-        _, first = error.get_first_failure()
+        rank, first = error.get_first_failure()
+        if first.exitcode < 0:
+            # A killed rank had no chance to speak.
+            name = signal.Signals(-first.exitcode).name
+            print(f"error: rank {rank} was killed by {name}.", file=sys.stderr, flush=True)
         return first.exitcode if first.exitcode > 0 else 1
+    except SignalException as stopped:
+        print(f"stopped by {stopped.sigval.name}; ranks are ended", file=sys.stderr, flush=True)
+        return 128 + stopped.sigval
     return 0
 
 

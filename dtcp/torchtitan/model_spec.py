@@ -78,6 +78,35 @@ class LlamaStateDictAdapter(BaseStateDictAdapter):
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
         return from_hf(hf_state_dict, self.shape)
 
+    def hf_config(self) -> dict[str, Any]:
+        """The `config.json` that goes with the weights: Llama, Qwen2 or Qwen3 by its parts."""
+        shape, scaling = self.shape, self.shape.rope_scaling
+        kind = "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else "llama"
+        config = {
+            "architectures": [f"{kind.capitalize()}ForCausalLM"],
+            "model_type": kind,
+            "vocab_size": shape.vocab_size,
+            "hidden_size": shape.dim,
+            "intermediate_size": shape.hidden_dim,
+            "num_hidden_layers": shape.num_layers,
+            "num_attention_heads": shape.num_heads,
+            "num_key_value_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "rope_theta": shape.rope_theta,
+            "rms_norm_eps": shape.norm_eps,
+            "tie_word_embeddings": shape.tied,
+            "hidden_act": "silu",
+        }
+        if scaling is not None:
+            config["rope_scaling"] = {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low,
+                "high_freq_factor": scaling.high,
+                "original_max_position_embeddings": scaling.original_seq_len,
+            }
+        return config
+
     def get_hf_storage_reader(
         self, path: str, from_quantized: bool = False
     ) -> HuggingFaceStorageReader:

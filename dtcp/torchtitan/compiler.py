@@ -1,0 +1,41 @@
+"""What inductor needs of a machine, and what to do where it is missing."""
+
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+from torchtitan.config import CompileConfig
+from torchtitan.tools.utils import device_type
+
+FALLBACK = "aot_eager"
+
+
+def missing_for_inductor() -> str:
+    """What keeps inductor from compiling for this machine's CPU, or nothing.
+
+    It writes C++ and loads the result as a Python extension.
+    """
+    wanted = torch._inductor.config.cpp.cxx
+    names = [name for name in (wanted if isinstance(wanted, tuple) else (wanted,)) if name]
+    if not any(shutil.which(name) for name in (*names, "g++", "clang++")):
+        return "a C++ compiler (g++ or clang++)"
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        return f"Python's headers ({headers / 'Python.h'})"
+    return ""
+
+
+def use_what_works(compile: CompileConfig) -> str:
+    """Trace with another backend where inductor cannot work: same graphs, no fused kernels.
+
+    Returns:
+        what to tell the person, or nothing.
+    """
+    if not compile.enable or compile.backend != "inductor" or device_type != "cpu":
+        return ""
+    missing = missing_for_inductor()
+    if not missing:
+        return ""
+    compile.backend = FALLBACK
+    return f"compile     {FALLBACK}: inductor lacks {missing} here; install it for fused kernels"

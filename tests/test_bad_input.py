@@ -1,0 +1,289 @@
+"""What cannot be right is refused: one clear error on every rank, and no rank is left waiting.
+
+What concerns one value alone is in that value's own test: documents, layouts, masks, batches.
+"""
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from dtcp.attention import (
+    AllGatherAttention,
+    HaloAttention,
+    HybridAttention,
+    RingAttention,
+    UlyssesAttention,
+)
+from dtcp.batch import shard_batch
+from dtcp.compile import EagerIsland
+from dtcp.documents import Documents
+from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
+from dtcp.masks import Bidirectional, BlockBidirectional, Causal, PrefixLM, SlidingWindow
+from dtcp.mesh import Degrees, ParallelMesh
+from dtcp.mixers import SoftmaxAttention, batch_tables
+from dtcp.style import apply_plan
+from tests import cases
+from tests.on_mesh import CAUSAL, WINDOW, Block, Case, local_inputs, mixer_on, plan_of, run, styles
+from tests.spmd import spmd
+
+
+def refused(match, call, error=ValueError):
+    """Assert that it raises on this rank and on every other, and that they can go on."""
+    with pytest.raises(error, match=match):
+        call()
+    reached = torch.ones(())
+    dist.all_reduce(reached)
+    assert reached == dist.get_world_size()
+
+
+def two_attentions():
+    """A model of two blocks, each a mixer and something that is none."""
+    blocks = [nn.ModuleDict({"mixer": SoftmaxAttention(Causal()), "norm": nn.LayerNorm(8)})]
+    blocks += [nn.ModuleDict({"mixer": SoftmaxAttention(Causal()), "norm": nn.LayerNorm(8)})]
+    return nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+
+
+def plan_for(mesh, mixer, layout, documents=None, **batch):
+    """shard_batch on this mesh, of rows of 32 tokens if no documents are given."""
+    documents = documents or Documents.single(1, 32)
+    batch["input_ids"] = torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64)
+    whole = ParallelMesh.from_device_mesh(mesh)
+    return shard_batch(batch, whole, layout, model=mixer, documents=documents)[1]
+
+
+@pytest.mark.parametrize(
+    "key", ["layers.*.attention", "layers.2.mixer", "mixer", "layers.mixer", "layers.*.mixer.q", ""]
+)
+@spmd(ranks=2)
+def test_plan_key_without_a_match_is_refused(mesh, key):
+    """Where torch warns and goes on."""
+    plan = {"layers.*.mixer": RingAttention(), key: RingAttention()}
+    if key == "":
+        # The root itself is no mixer.
+        return refused("takes over an unclaimed", lambda: apply(mesh, plan), TypeError)
+    return refused(
+        rf"got key='{key}', which matches none of \['layers'".replace("*", r"\*"),
+        lambda: apply(mesh, plan),
+    )
+
+
+def apply(mesh, plan):
+    return apply_plan(two_attentions(), mesh, plan)
+
+
+@spmd(ranks=2)
+def test_plan_is_checked_on_one_rank_too(mesh):
+    """So that a plan that runs on a laptop runs on a cluster."""
+    refused("matches none of", lambda: apply(None, {"layer.*.mixer": RingAttention()}))
+    refused("every mixer is claimed", lambda: apply(None, {"layers.0.mixer": RingAttention()}))
+
+
+@spmd(ranks=2)
+def test_unclaimed_mixer_is_refused(mesh):
+    """It would attend to its own shard only."""
+    refused(
+        r"got mixer='layers\.1\.mixer' and the keys \['layers\.0\.mixer'\]",
+        lambda: apply(mesh, {"layers.0.mixer": RingAttention()}),
+    )
+    refused("got mixer='layers.0.mixer'", lambda: apply(mesh, {}))
+
+
+@spmd(ranks=2)
+def test_mixer_claimed_by_torchs_function_alone_is_refused_when_the_batch_is_built(mesh):
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    model = two_attentions()
+    parallelize_module(model, mesh, {"layers.0.mixer": RingAttention()})
+    refused("unclaimed SoftmaxAttention", lambda: plan_for(mesh, model, HeadTail))
+
+
+@spmd(ranks=2)
+def test_what_is_no_mixer_cannot_be_claimed(mesh):
+    plan = {"layers.*.mixer": RingAttention(), "layers.*.norm": RingAttention()}
+    refused("got a LayerNorm: name the mixer itself", lambda: apply(mesh, plan), TypeError)
+
+
+@spmd(ranks=2)
+def test_mixer_claimed_twice_is_refused(mesh):
+    mixer = mixer_on(mesh, RingAttention(), Causal())
+    refused(
+        "got a ContextParallelAttention",
+        lambda: UlyssesAttention()._apply(mixer, mesh),
+        TypeError,
+    )
+
+
+@spmd(axes={"dp_shard": 2, "cp": 1, "tp": 2})
+def test_mesh_of_three_axes_is_refused(mesh):
+    refused(
+        "got a mesh of 3 axes",
+        lambda: RingAttention()._apply(SoftmaxAttention(Causal()), mesh),
+    )
+
+
+@pytest.mark.parametrize(
+    ("style", "layout", "match"),
+    [
+        (HaloAttention(4), PerDocument, "works on the layouts Contiguous, HeadTail, got"),
+        (HaloAttention(4), BlockBalanced, "works on the layouts Contiguous, HeadTail, got"),
+    ],
+)
+@spmd(ranks=2)
+def test_layout_that_a_style_cannot_carry_out_is_refused(mesh, style, layout, match):
+    mixer = mixer_on(mesh, style, WINDOW.mask)
+    refused(f"{match} layout={layout.__name__}", lambda: plan_for(mesh, mixer, layout))
+
+
+@pytest.mark.parametrize(
+    ("mask", "match"),
+    [
+        (Causal(), "sees 31 tokens to the left and 0 to the right"),
+        (Bidirectional(), "sees 31 tokens to the left and 31 to the right"),
+        (SlidingWindow(4), "sees 3 tokens to the left and 31 to the right"),
+        (Causal() & SlidingWindow(5), "sees 4 tokens to the left and 0 to the right"),
+        (SlidingWindow(4, right=1), "sees 3 tokens to the left and 1 to the right"),
+    ],
+)
+@spmd(ranks=2)
+def test_mask_that_sees_beyond_the_halo_is_refused(mesh, mask, match):
+    mixer = mixer_on(mesh, HaloAttention(4), mask)
+    refused(match, lambda: plan_for(mesh, mixer, Contiguous))
+
+
+@pytest.mark.parametrize("how", [{"window": 0}, {"window": 3, "right": -1}])
+@spmd(ranks=2)
+def test_halo_without_the_token_itself_is_refused(mesh, how):
+    refused("window >= 1 and right >= 0", lambda: HaloAttention(**how))
+
+
+@pytest.mark.parametrize(
+    ("mask", "field"), [(PrefixLM(), "prefix"), (BlockBidirectional(), "block")]
+)
+@spmd(ranks=2)
+def test_mask_without_what_it_reads_is_refused(mesh, mask, field):
+    mixer = mixer_on(mesh, RingAttention(), mask)
+    refused(f"coords.{field}=None", lambda: plan_for(mesh, mixer, HeadTail))
+
+
+@pytest.mark.parametrize("layout", [PerDocument, BlockBalanced])
+@spmd(ranks=2)
+def test_rows_packed_differently_are_refused_by_layouts_that_read_them(mesh, layout):
+    mixer = mixer_on(mesh, RingAttention(), Causal())
+    documents = cases.two_rows(32, 2)
+    refused("rows of differing documents", lambda: plan_for(mesh, mixer, layout, documents))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (2, 2), (12, 3), (12, 6)])
+@pytest.mark.parametrize("boundary", ["eager", "graph", "island"])
+@spmd(ranks=4)
+def test_heads_that_ranks_do_not_divide_are_refused(mesh, heads, kv_heads, boundary):
+    """By Ulysses; a ring does not mind."""
+    case = Case(CAUSAL, heads=heads, kv_heads=kv_heads)
+    how = {"boundary": EagerIsland()} if boundary == "island" else {}
+    mixer = mixer_on(mesh, UlyssesAttention(**how), CAUSAL.mask)
+    plan = plan_of(case, mixer, mesh, HeadTail)
+    attend = mixer
+    if boundary != "eager":
+        attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=boundary == "graph")
+    match = f"got heads={heads}, kv_heads={kv_heads}, ranks=4: use fewer ranks"
+    error = Exception if boundary == "graph" else ValueError
+    refused(match, lambda: run(case, attend, plan, local_inputs(case, plan)), error)
+    ring = mixer_on(mesh, RingAttention(), CAUSAL.mask)
+    plan = plan_of(case, ring, mesh, HeadTail)
+    run(case, ring, plan, local_inputs(case, plan))
+
+
+@spmd(ranks=4)
+def test_inner_ranks_that_do_not_divide_the_axis_are_refused(mesh):
+    for inner in (3, 8):
+        style = HybridAttention(inner_ranks=inner)
+        refused(
+            f"got 4 ranks with inner_ranks={inner}: choose a divisor",
+            lambda style=style: mixer_on(mesh, style, Causal()),
+        )
+
+
+@pytest.mark.parametrize("layout", [Contiguous, HeadTail])
+@spmd(ranks=2)
+def test_tables_of_another_batch_are_refused(mesh, layout):
+    """They would leave queries out, or read keys that are not there."""
+    for style in styles(2):
+        mixer = mixer_on(mesh, style, WINDOW.mask)
+        case, longer = Case(WINDOW), Case(WINDOW, seq_len=64)
+        plan, other = (plan_of(c, mixer, mesh, layout) for c in (case, longer))
+        inputs, long_inputs = local_inputs(case, plan), local_inputs(longer, other)
+        match = "reads the tables of its own batch"
+        for (q, k, v, _), tables in ((inputs, other.tables), (long_inputs, plan.tables)):
+            refused(match, lambda q=q, k=k, v=v, t=tables: mixer(q, k, v, t))  # noqa: B023
+
+
+@spmd(ranks=2)
+def test_batch_without_tables_is_refused(mesh):
+    mixer, other = (mixer_on(mesh, RingAttention(), mask) for mask in (Causal(), Bidirectional()))
+    case = Case(CAUSAL)
+    plan = plan_of(case, mixer, mesh, HeadTail)
+    q, k, v, _ = local_inputs(case, plan)
+    for tables in ({}, plan_of(case, other, mesh, HeadTail).tables):
+        refused("got none for 'Causal", lambda tables=tables: mixer(q, k, v, tables))
+    # Nor will those of one device do.
+    one = batch_tables(SoftmaxAttention(Causal()), case.documents(2))
+    refused("got none for 'Causal", lambda: mixer(q, k, v, one))
+
+
+@spmd(ranks=2)
+def test_layout_of_another_mesh_is_refused(mesh):
+    mixer = mixer_on(mesh, RingAttention(), Causal())
+    coords = plan_for(mesh, mixer, HeadTail).coords
+    for layout in (HeadTail(32, 4), None):
+        refused(
+            "needs a layout of as many shards, got layout=",
+            lambda layout=layout: mixer.make_tables(coords, layout),
+        )
+    refused("batch_tables|as many shards", lambda: batch_tables(mixer, Documents.single(1, 32)))
+
+
+@spmd(ranks=2)
+def test_degrees_that_do_not_fit_the_world_are_refused(mesh):
+    refused(
+        r"dp_replicate=1 \* dp_shard=2 \* cp=2 \* tp=1 = 4 with world_size=2: change a degree",
+        lambda: ParallelMesh.from_degrees(Degrees(dp_shard=2, cp=2), "cpu"),
+    )
+    refused("got tp=0: give 1", lambda: Degrees(tp=0))
+
+
+@spmd(ranks=2)
+def test_rows_shorter_than_the_ranks_are_padded(mesh):
+    """A sequence that no layout divides is no error: padding is added, and told."""
+    mixer = mixer_on(mesh, RingAttention(), Causal())
+    for layout in (Contiguous, HeadTail, PerDocument, BlockBalanced):
+        plan = plan_for(mesh, mixer, layout, Documents.single(1, 1))
+        assert plan.layout.seq_len == layout.multiple(2)
+        x = torch.randn(1, 1, 2, 8)
+        q = plan.shard(x)
+        out = plan.gather(mixer(q, q, q, plan.tables))
+        torch.testing.assert_close(out, x)
+
+
+@spmd(ranks=2)
+def test_batch_of_padding_alone_attends_to_nothing(mesh):
+    for style in styles(2):
+        mixer = mixer_on(mesh, style, WINDOW.mask)
+        plan = plan_for(mesh, mixer, Contiguous, Documents(((),), 32))
+        q = torch.randn(1, 16, 4, 8, requires_grad=True)
+        out = mixer(q, q, q, plan.tables)
+        out.sum().backward()
+        assert not out.any() and not q.grad.any()
+
+
+@spmd(ranks=2)
+def test_batch_without_rows_or_heads_of_zero_are_no_crash(mesh):
+    """A query that is not a number makes its own output none, and no other."""
+    case = Case(CAUSAL)
+    for style in (RingAttention(), AllGatherAttention(), UlyssesAttention()):
+        mixer = mixer_on(mesh, style, CAUSAL.mask)
+        plan = plan_of(case, mixer, mesh, Contiguous)
+        q, k, v, _ = (x.detach() for x in local_inputs(case, plan))
+        q[0, 3, 0] = torch.nan
+        broken = mixer(q, k, v, plan.tables).isnan().any(-1).nonzero().tolist()
+        assert broken == [[0, 3, 0]]

@@ -1,0 +1,327 @@
+"""A batch is sharded by its table of keys: every token keeps what belongs to it."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dtcp.attention import RingAttention
+from dtcp.batch import (
+    DEFAULT_FIELDS,
+    IGNORED,
+    WHOLE,
+    Fill,
+    TokenField,
+    shard_batch,
+    shift_labels,
+)
+from dtcp.documents import Documents
+from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
+from dtcp.masks import Causal, SlidingWindow
+from dtcp.mesh import Degrees, ParallelMesh
+from dtcp.mixers import SoftmaxAttention
+from tests import cases
+from tests.on_mesh import LAYOUTS, mixer_on
+from tests.spmd import spmd
+
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def a_batch(documents, embed=3):
+    """Every key of the table, each token with numbers of its own."""
+    B, S = documents.batch, documents.seq_len
+    token = torch.arange(1, B * S + 1).view(B, S)
+    return {
+        "input_ids": token,
+        "labels": shift_labels(token, documents),
+        "loss_mask": token * 2,
+        "inputs_embeds": (token[..., None] + torch.arange(embed) / embed).float(),
+        "position": documents.position_in_document(),
+        "position_ids": torch.stack((token, token * 3, token * 5)),
+        "mm_token_type_ids": token % 2,
+        "token_type_ids": token % 3,
+    }
+
+
+def on_one_rank(batch, documents, layout=HeadTail, **how):
+    """shard_batch where the cp axis has one rank; no process group is needed."""
+    return shard_batch(batch, ONE_RANK, layout, documents=documents, **how)
+
+
+ONE_RANK = ParallelMesh(Degrees(), None, *[None] * 7)
+"""Nothing to communicate over."""
+
+
+@layouts
+@spmd(ranks=(1, 2, 3, 4))
+def test_every_key_is_cut_along_its_own_sequence_dim(mesh, layout, ranks):
+    documents = cases.equal_rows(48, ranks)
+    batch = a_batch(documents)
+    before = {key: x.clone() for key, x in batch.items()}
+    whole = ParallelMesh.from_device_mesh(mesh)
+    local, plan = shard_batch(batch, whole, layout, documents=documents)
+    length, positions = plan.layout.shard_len, plan.layout.positions(mesh.get_local_rank())
+    real = positions < 48
+    for key, x in batch.items():
+        dim = DEFAULT_FIELDS[key].seq_dim % x.ndim
+        assert local[key].shape[dim] == length
+        kept = local[key].movedim(dim, 0)[real]
+        assert_close(kept, x.movedim(dim, 0)[positions[real]])
+        assert_close(x, before[key], rtol=0, atol=0)
+
+
+@layouts
+@spmd(ranks=(2, 3, 4))
+def test_gather_inverts_shard(mesh, layout, ranks):
+    """Of any tensor with a token dim, padded or not; with gradients."""
+    documents = cases.equal_rows(41, ranks)
+    whole = ParallelMesh.from_device_mesh(mesh)
+    batch = {"input_ids": torch.zeros(2, 41, dtype=torch.int64)}
+    _, plan = shard_batch(batch, whole, layout, documents=documents)
+    for shape, dim in (((2, 41, 3), 1), ((41, 2), 0), ((2, 3, 41), -1)):
+        x = torch.randn(shape, dtype=torch.float64)
+        local = plan.shard(x, dim=dim).requires_grad_()
+        back = plan.gather(local, dim=dim)
+        assert_close(back, x)
+        grad = torch.randn_like(back)
+        (actual,) = torch.autograd.grad(back, local, grad / ranks)
+        assert_close(actual, plan.shard(grad, dim=dim))
+
+
+@spmd(ranks=4)
+def test_padding_follows_the_table(mesh):
+    """Constants, counting on, and a mask that says where; 41 tokens become 48."""
+    documents = Documents(((20, 21),), 41)
+    batch = a_batch(documents)
+    whole = ParallelMesh.from_device_mesh(mesh)
+    local, plan = shard_batch(batch, whole, HeadTail, documents=documents)
+    assert (plan.layout.seq_len, plan.unpadded_len) == (48, 41)
+    padded = {}
+    for key, x in local.items():
+        dim = DEFAULT_FIELDS[key].seq_dim % x.ndim
+        parts = [torch.empty_like(x) for _ in range(4)]
+        torch.distributed.all_gather(parts, x)
+        padded[key] = plan.layout.restore(torch.cat(parts, dim=dim), dim=dim)
+    tail = slice(41, None)
+    assert not padded["input_ids"][:, tail].any()
+    assert (padded["labels"][:, tail] == IGNORED).all()
+    assert not padded["inputs_embeds"][:, tail].any()
+    assert padded["position"][0, tail].tolist() == list(range(21, 28))
+    assert padded["position_ids"][1, 0, tail].tolist() == list(range(41 * 3 + 1, 41 * 3 + 8))
+    assert padded["padding_mask"][0].tolist() == [False] * 41 + [True] * 7
+    assert (plan.documents.document()[:, tail] == -1).all()
+    assert padded["padding_mask"].dtype == torch.bool
+
+
+@spmd(ranks=2)
+def test_padding_mask_is_there_if_and_only_if_there_is_padding(mesh):
+    whole = ParallelMesh.from_device_mesh(mesh)
+
+    def keys(seq_len, **extra):
+        batch = {"input_ids": torch.zeros(1, seq_len, dtype=torch.int64), **extra}
+        return shard_batch(batch, whole, HeadTail)[0]
+
+    assert "padding_mask" not in keys(16)
+    assert "padding_mask" in keys(15)
+    given = torch.arange(15)[None] >= 12
+    mask = keys(15, padding_mask=given)["padding_mask"]
+    assert_close(mask, HeadTail(16, 2).shard(torch.arange(16)[None] >= 12, mesh.get_local_rank()))
+
+
+def test_one_rank_has_the_whole_batch():
+    documents = cases.two_rows(24, 1)
+    batch = a_batch(documents)
+    local, plan = on_one_rank(batch, documents)
+    assert_close(local, batch)
+    assert_close(plan.gather(plan.shard(batch["labels"])), batch["labels"])
+
+
+def test_rows_are_padded_on_the_way_to_a_layout_on_one_rank_too():
+    documents = Documents.single(1, 9)
+    local, plan = on_one_rank(a_batch(documents), documents, BlockBalanced)
+    assert plan.layout.seq_len == 16
+    assert local["padding_mask"].sum() == 7
+
+
+def test_labels_are_the_next_token_of_the_same_document():
+    """None at the end of a document, and none in padding."""
+    documents = Documents(((3, 1, 4), (8,)), 10)
+    token = torch.arange(20).view(2, 10)
+    labels = shift_labels(token, documents)
+    assert labels.tolist() == [
+        [1, 2, IGNORED, IGNORED, 5, 6, 7, IGNORED, IGNORED, IGNORED],
+        [11, 12, 13, 14, 15, 16, 17, IGNORED, IGNORED, IGNORED],
+    ]
+
+
+@pytest.mark.parametrize("by", [1, 2, 3])
+@pytest.mark.parametrize("packing", cases.PACKINGS)
+def test_labels_some_tokens_on_stay_in_their_document(packing, by):
+    documents = packing(24, 4)
+    token = torch.arange(documents.batch * 24).view(documents.batch, 24)
+    labels, document = shift_labels(token, documents, by=by), documents.document()
+    for row in range(documents.batch):
+        for i in range(24):
+            inside = i + by < 24 and document[row, i] == document[row, i + by] >= 0
+            assert labels[row, i] == (token[row, i + by] if inside else IGNORED)
+
+
+@layouts
+@spmd(ranks=(2, 3, 4))
+def test_labels_at_shard_borders_are_the_next_shards_tokens(mesh, layout, ranks):
+    """Shifted first and cut after: what each rank has is a part of the whole row's labels."""
+    documents = cases.across_borders(48, ranks)
+    token = torch.arange(48)[None]
+    batch = {"input_ids": token, "labels": shift_labels(token, documents)}
+    whole = ParallelMesh.from_device_mesh(mesh)
+    local, _ = shard_batch(batch, whole, layout, documents=documents)
+    has_label = local["labels"] != IGNORED
+    assert_close(local["labels"][has_label], local["input_ids"][has_label] + 1)
+    total = has_label.sum()
+    torch.distributed.all_reduce(total)
+    assert total == 48 - len(documents.lengths[0])
+
+
+def test_documents_are_read_off_positions_where_none_are_given():
+    documents = cases.on_borders(24, 4)
+    batch = {"input_ids": torch.zeros(1, 24), "position": documents.position_in_document()}
+    assert on_one_rank(batch, None)[1].documents == documents
+    assert on_one_rank({"input_ids": torch.zeros(2, 24)}, None)[1].documents == Documents.single(
+        2, 24
+    )
+
+
+def test_key_of_no_sequence_goes_to_every_rank_as_it_is():
+    fields = {**DEFAULT_FIELDS, "sample": WHOLE}
+    batch = {"input_ids": torch.zeros(2, 9), "sample": torch.arange(2)}
+    local, _ = on_one_rank(batch, None, fields=fields)
+    assert_close(local["sample"], torch.arange(2))
+
+
+def test_further_keys_are_sharded_by_a_table_of_ones_own():
+    fields = {**DEFAULT_FIELDS, "weight": TokenField(-1, 0.5), "time": TokenField(0, Fill.COUNT_ON)}
+    batch = {
+        "input_ids": torch.zeros(2, 9),
+        "weight": torch.ones(2, 4, 9),
+        "time": torch.arange(9)[:, None] * torch.ones(1, 2, dtype=torch.int64),
+    }
+    local, _ = on_one_rank(batch, None, fields=fields)
+    assert_close(local["weight"][..., 9:], torch.full((2, 4, 1), 0.5))
+    assert local["time"].tolist() == [[i, i] for i in range(10)]
+
+
+def test_masks_are_told_what_the_batch_says_of_tokens():
+    """prefix and block are read by masks, and go no further."""
+    documents = cases.equal_rows(24, 1)
+    extra = {
+        "prefix": cases.prefix_of_tokens(documents).int(),
+        "block": cases.blocks_of_tokens(documents),
+    }
+    local, plan = on_one_rank({"input_ids": torch.zeros(2, 23), **trimmed(extra)}, None)
+    assert set(local) == {"input_ids", "padding_mask"}
+    assert_close(plan.coords.prefix[:, :23], extra["prefix"][:, :23].long())
+    assert plan.coords.prefix[:, 23].tolist() == [0, 0]
+    assert plan.coords.block[:, 23].tolist() == [-1, -1]
+
+
+def trimmed(extra):
+    return {key: x[:, :23] for key, x in extra.items()}
+
+
+@spmd(ranks=2)
+def test_tables_are_made_once_a_kind_of_mixer(mesh):
+    whole = ParallelMesh.from_device_mesh(mesh)
+    kinds = (Causal(), Causal(), Causal() & SlidingWindow(4))
+    model = torch.nn.ModuleList(mixer_on(mesh, RingAttention(), mask) for mask in kinds)
+    batch = {"input_ids": torch.zeros(1, 16)}
+    _, plan = shard_batch(batch, whole, HeadTail, model=model)
+    assert len(plan.tables) == 2
+    assert {mixer.table_key for mixer in model} == set(plan.tables)
+    assert all(x.dtype in (torch.int32, torch.int64) for t in plan.tables.values() for x in t)
+
+
+@spmd(ranks=2)
+def test_what_kernels_read_goes_to_the_device_and_what_the_host_reads_stays(mesh):
+    whole = ParallelMesh.from_device_mesh(mesh)
+    mixer = mixer_on(mesh, RingAttention(), Causal())
+    batch = {"input_ids": torch.zeros(1, 16)}
+    local, plan = shard_batch(batch, whole, HeadTail, model=mixer, device="meta")
+    assert local["input_ids"].device.type == "meta"
+    for table in plan.tables[mixer.table_key]:
+        assert (table.dtype, table.device.type) in ((torch.int32, "meta"), (torch.int64, "cpu"))
+
+
+@spmd(ranks=4)
+def test_work_is_balanced_for_the_mask_asked_for(mesh):
+    """A causal mask makes the last blocks dear, a window makes all alike."""
+    whole = ParallelMesh.from_device_mesh(mesh)
+    batch = {"input_ids": torch.zeros(1, 64)}
+    shares = {}
+    for mask in (None, SlidingWindow(1, right=0)):
+        _, plan = shard_batch(batch, whole, BlockBalanced, balance_for=mask)
+        sees = (mask or Causal()).intervals(plan.coords)
+        work = (sees[1] - sees[0] + 1)[0]
+        shares[mask] = [int(work[plan.layout.positions(r)].sum()) for r in range(4)]
+        assert max(shares[mask]) <= 1.05 * sum(shares[mask]) / 4
+    causal, window = (shard_batch(batch, whole, BlockBalanced, balance_for=m)[1] for m in shares)
+    assert causal.layout != window.layout
+
+
+@pytest.mark.parametrize("layout", [PerDocument, BlockBalanced])
+def test_layout_by_document_refuses_rows_that_differ(layout):
+    documents = cases.two_rows(24, 1)
+    with pytest.raises(ValueError, match=r"rows of differing documents.*use HeadTail, or one row"):
+        on_one_rank(a_batch(documents), documents, layout)
+
+
+def test_unknown_key_is_refused():
+    with pytest.raises(ValueError, match=r"got \['attention_mask', 'extra'\]: add them to"):
+        on_one_rank(
+            {
+                "input_ids": torch.zeros(1, 8),
+                "attention_mask": torch.ones(1, 8),
+                "extra": torch.ones(1),
+            },
+            None,
+        )
+
+
+def test_rows_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match=r"rows of one length, got tokens=.*'labels': 7"):
+        on_one_rank({"input_ids": torch.zeros(1, 8), "labels": torch.zeros(1, 7)}, None)
+
+
+def test_batch_without_rows_is_refused():
+    with pytest.raises(ValueError, match=r"with input_ids or inputs_embeds among them"):
+        on_one_rank({"position_ids": torch.zeros(3, 1, 8)}, None)
+    with pytest.raises(ValueError, match=r"rows of one length, got tokens=\{\}"):
+        on_one_rank({}, None)
+
+
+@pytest.mark.parametrize("documents", [Documents.single(1, 8), Documents.single(2, 6)])
+def test_documents_of_another_batch_are_refused(documents):
+    with pytest.raises(ValueError, match=r"for a batch of 2 of 8: build them from it"):
+        on_one_rank({"input_ids": torch.zeros(2, 8)}, documents)
+
+
+def test_labels_of_a_shard_are_refused():
+    """A shard does not hold its neighbour's next token."""
+    with pytest.raises(ValueError, match=r"shifted in whole rows, got input_ids.shape=\(1, 4\)"):
+        shift_labels(torch.zeros(1, 4, dtype=torch.int64), Documents.single(1, 8))
+
+
+@spmd(ranks=2)
+def test_tensor_that_is_no_row_is_refused(mesh):
+    whole = ParallelMesh.from_device_mesh(mesh)
+    _, plan = shard_batch({"input_ids": torch.zeros(1, 16)}, whole, Contiguous)
+    for length in (15, 17, 8):
+        with pytest.raises(ValueError, match=rf"rows of 16 tokens.*x.shape=\(1, {length}\)"):
+            plan.shard(torch.zeros(1, length))
+    with pytest.raises(ValueError, match="shard of 8 tokens"):
+        plan.gather(torch.zeros(1, 9))
+
+
+def test_mixer_that_no_plan_claims_is_refused_on_a_sharded_sequence():
+    model = SoftmaxAttention(Causal())
+    coords_of_two = HeadTail(16, 2)
+    with pytest.raises(ValueError, match="unclaimed SoftmaxAttention"):
+        model.make_tables(None, coords_of_two)
