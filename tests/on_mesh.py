@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -252,3 +253,12 @@ def assert_equals_one_device(
     found = errors(case, run(case, attend, plan, local_inputs(case, plan)), plan)
     worst = {name: error for name, error in found.items() if not error <= BOUND[case.dtype]}
     assert not worst, f"{worst} with {mixer}, {plan.layout} and {case}"
+
+
+def refused(match: str, call: Callable[[], Any], error: type[Exception] = ValueError) -> None:
+    """Assert that it raises on this rank and on every other, and that they can go on."""
+    with pytest.raises(error, match=match):
+        call()
+    reached = torch.ones(())
+    dist.all_reduce(reached)
+    assert reached == dist.get_world_size()

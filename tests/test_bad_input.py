@@ -5,8 +5,8 @@ What concerns one value alone is in that value's own test: documents, layouts, m
 
 import pytest
 import torch
-from torch import distributed as dist
 from torch import nn
+from torch.distributed.tensor.parallel import parallelize_module
 
 from dtcp.attention import (
     AllGatherAttention,
@@ -24,17 +24,19 @@ from dtcp.mesh import Degrees, ParallelMesh
 from dtcp.mixers import SoftmaxAttention, batch_tables
 from dtcp.style import apply_plan
 from tests import cases
-from tests.on_mesh import CAUSAL, WINDOW, Block, Case, local_inputs, mixer_on, plan_of, run, styles
+from tests.on_mesh import (
+    CAUSAL,
+    WINDOW,
+    Block,
+    Case,
+    local_inputs,
+    mixer_on,
+    plan_of,
+    refused,
+    run,
+    styles,
+)
 from tests.spmd import spmd
-
-
-def refused(match, call, error=ValueError):
-    """Assert that it raises on this rank and on every other, and that they can go on."""
-    with pytest.raises(error, match=match):
-        call()
-    reached = torch.ones(())
-    dist.all_reduce(reached)
-    assert reached == dist.get_world_size()
 
 
 def two_attentions():
@@ -91,8 +93,6 @@ def test_unclaimed_mixer_is_refused(mesh):
 
 @spmd(ranks=2)
 def test_mixer_claimed_by_torchs_function_alone_is_refused_when_the_batch_is_built(mesh):
-    from torch.distributed.tensor.parallel import parallelize_module
-
     model = two_attentions()
     parallelize_module(model, mesh, {"layers.0.mixer": RingAttention()})
     refused("unclaimed SoftmaxAttention", lambda: plan_for(mesh, model, HeadTail))
@@ -277,8 +277,7 @@ def test_batch_of_padding_alone_attends_to_nothing(mesh):
 
 
 @spmd(ranks=2)
-def test_batch_without_rows_or_heads_of_zero_are_no_crash(mesh):
-    """A query that is not a number makes its own output none, and no other."""
+def test_query_that_is_no_number_makes_its_own_output_none_and_no_other(mesh):
     case = Case(CAUSAL)
     for style in (RingAttention(), AllGatherAttention(), UlyssesAttention()):
         mixer = mixer_on(mesh, style, CAUSAL.mask)

@@ -23,7 +23,7 @@ from dtcp.torchtitan.overrides import MixerAttention
 from dtcp.torchtitan.plot import TRAINING, plot_losses, read_losses
 from dtcp.torchtitan.report import say_failure
 from dtcp.torchtitan.section import LAYOUTS, Section
-from dtcp.torchtitan.sources import folder, standard_library
+from dtcp.torchtitan.sources import TextFiles, folder, standard_library
 from dtcp.torchtitan.tokenizer import Tokenizer
 from dtcp.torchtitan.trainer import Trainer
 from models.llama import PRESETS, config_from_hf
@@ -133,6 +133,12 @@ def test_an_epoch_is_an_order_of_the_same_documents():
     assert first == again != second and sorted(first) == sorted(second)
 
 
+def test_documents_beyond_the_longest_are_left_out(tmp_path):
+    (tmp_path / "a.txt").write_text("short\n\n" + "long " * 20)
+    source = TextFiles((tmp_path / "a.txt",), separator="\n\n", longest=50)
+    assert list(source.documents(0)) == ["short"]
+
+
 def test_a_folder_gives_texts_and_the_lines_of_a_jsonl(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.jsonl").write_text('{"body": "two"}\n{"body": "three"}\n')
@@ -158,7 +164,11 @@ def test_a_source_without_documents_is_refused():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_is_one_that_can_start(name):
+def test_every_config_is_one_that_can_start(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for needed in ("texts/a.txt", "Llama-3.1-8B/tokenizer.json"):
+        Path(needed).parent.mkdir()
+        Path(needed).touch()
     config = getattr(config_registry, name)()
     assert isinstance(config, Trainer.Config) and getattr(config_registry, name).__doc__
     config.check()
@@ -196,6 +206,8 @@ def test_an_unknown_config_is_refused(arguments, says):
     ("option", "says"),
     [
         (["--dataloader.dataset", "folder"], "dataset_path=None: no such folder"),
+        (["--tokenizer.folder", "/nowhere"], "--tokenizer.folder /nowhere: no such folder"),
+        (["--checkpoint.initial_load_path", "/nowhere"], "initial_load_path /nowhere: no such"),
         (["--parallelism.spmd_backend", "spmd_types"], "set it to partial_dtensor"),
         (["--parallelism.pipeline_parallel_degree", "2"], "pipeline_parallel_degree=2"),
     ],

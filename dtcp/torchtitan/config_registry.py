@@ -5,6 +5,7 @@ the default one, the mesh. Any value can be set on the command line: --section.k
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
@@ -91,27 +92,34 @@ def qwen3_tiny() -> Trainer.Config:
 def llama3_8b_128k() -> Trainer.Config:
     """Continue Llama 3.1 8B on rows of 131,072 tokens.
 
-    Command: torchrun --nproc-per-node 8 train.py --config llama3_8b_128k
-        --tokenizer.folder HF --checkpoint.initial_load_path HF
-        --dataloader.dataset folder --dataloader.dataset_path TEXTS
-        (HF: the absolute path of the model's Hugging Face folder)
+    Command: torchrun --nproc-per-node 8 train.py --config llama3_8b_128k, in a folder that holds
+        Llama-3.1-8B (weights and tokenizer from Hugging Face) and texts (text or JSONL).
     Hardware: one node of eight 80 GB GPUs, cp 8; more nodes add rows (dp_shard takes the rest).
     Expect (worked out, not yet measured): 16 bytes a parameter over 8 ranks are 16 GB a GPU, block
         inputs of 16,384 tokens 4.3 GB, logits and their gradient 8.4 GB; received for attention
-        are at most 1.9 GB a layer and direction less what causality and documents spare. The loss
-        starts where the published model is on the text, near 2 nats a token on web text.
+        are at most 0.5 GB a layer and direction, less what causality and documents spare. The loss
+        starts where the published model is on the texts, near 2 nats a token on web text.
     """
+    weights = Path("Llama-3.1-8B").absolute()
     config = _tiny(llama("llama3.1-8b", PRESETS["llama3.1-8b"]), "llama3_8b_128k")
+    config.tokenizer = Tokenizer.Config(folder=str(weights))
+    texts = PackedDocuments.Config(dataset="folder", dataset_path="texts")
+    config.dataloader = texts
+    config.validator.dataloader = replace(texts, part="validation")
+    config.validator.freq = 100
     config.optimizer = default_adamw(lr=2e-5)
     config.lr_scheduler = LRSchedulersContainer.Config(warmup_steps=50, min_lr_factor=0.1)
     config.training = TrainingConfig(
         local_batch_size=1, seq_len=131_072, steps=1000, disable_cuda_graphs=True
     )
     config.activation_checkpoint = FullAC.Config()
-    config.checkpoint.interval = 100
-    config.checkpoint.initial_load_in_hf = True
-    config.checkpoint.initial_load_model_only = True
-    config.validator.freq = 100
+    config.checkpoint = replace(
+        config.checkpoint,
+        interval=100,
+        initial_load_path=str(weights),
+        initial_load_in_hf=True,
+        initial_load_model_only=True,
+    )
     config.dtcp.device = "accelerator"
     return _on(config, context_parallel_degree=8)
 

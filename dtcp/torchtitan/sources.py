@@ -6,6 +6,7 @@ mesh. Packing them into rows is the work of `data`.
 
 import json
 import random
+import sys
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ class TextFiles:
     part: Part = "all"
     separator: str = ""
     text_key: str = "text"
+    longest: int = sys.maxsize
+    """Characters; documents beyond it are left out."""
     seed: int = 0
 
     def documents(self, epoch: int) -> Iterator[str]:
@@ -45,8 +48,7 @@ class TextFiles:
         files = list(self.files)
         order.shuffle(files)
         texts = (text for file in files for text in self._read(file))
-        wanted = (text for text in texts if text.strip() and self._wanted(text))
-        return shuffled(wanted, order)
+        return shuffled(filter(self._wanted, texts), order)
 
     def _read(self, file: Path) -> Iterator[str]:
         if file.suffix == ".jsonl":
@@ -67,6 +69,8 @@ class TextFiles:
                     ) from error
 
     def _wanted(self, text: str) -> bool:
+        if not text.strip() or len(text) > self.longest:
+            return False
         held_out = zlib.crc32(text.encode("utf-8", "replace")) % HELD_OUT == 0
         return self.part == "all" or held_out == (self.part == "validation")
 
@@ -124,7 +128,7 @@ def standard_library(part: Part, seed: int = 0) -> TextFiles:
             f"The standard library comes as source files, got none in folder={root}: "
             f"set --dataloader.dataset folder --dataloader.dataset_path PATH."
         )
-    return TextFiles(files, part, separator="\n\n", seed=seed)
+    return TextFiles(files, part, separator="\n\n", longest=4096, seed=seed)
 
 
 def folder(path: str | None, part: Part, *, text_key: str, seed: int = 0) -> TextFiles:

@@ -8,6 +8,7 @@ The loss stays torchtitan's: the sum over local tokens by the global count of va
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from dtcp.torchtitan.data import PackedDocuments, open_source
 from dtcp.torchtitan.parallelize import check_backend
 from dtcp.torchtitan.progress import describe, say
 from dtcp.torchtitan.section import Section
+from dtcp.torchtitan.tokenizer import Tokenizer
 
 Batch = tuple[Tensor, Tensor, dict[str, Any]]
 
@@ -41,16 +43,15 @@ class Trainer(titan.Trainer):
                 ValueError: data that is not there, or a part that another part does not honour.
             """
             check_backend(self.parallelism)
-            loaders = [self.dataloader, self.validator.dataloader]
-            for loader in loaders[: 1 + self.validator.enable]:
-                if isinstance(loader, PackedDocuments.Config):
-                    open_source(loader)
-            assert self.model_spec is not None
-            whole_head = isinstance(self.model_spec.model, Decoder.Config)
-            if isinstance(self.loss, ChunkedLossWrapper.Config) and not whole_head:
+            _check_data(self)
+            _check_start(self)
+            spec = self.model_spec
+            if isinstance(self.loss, ChunkedLossWrapper.Config) and not isinstance(
+                spec.model, Decoder.Config
+            ):
                 raise ValueError(
-                    f"A chunked loss calls the head itself, which {self.model_spec.name} does "
-                    f"not leave to it, got loss=ChunkedLossWrapper: use CrossEntropyLoss."
+                    f"A chunked loss calls the head itself, which {spec.name} does not leave to "
+                    f"it, got loss=ChunkedLossWrapper: use dtcp.torchtitan.loss.TokenLoss."
                 )
 
     mesh: ParallelMesh
@@ -140,9 +141,6 @@ def local_batch(
     Returns:
         tokens and labels [B, L], and the keyword arguments of the forward.
     """
-    documents = input_dict.get("documents")
-    if documents is None:
-        documents = Documents.from_positions(input_dict["positions"].cpu())
     whole = {
         "input_ids": input_dict["input"],
         "labels": labels,
@@ -153,7 +151,7 @@ def local_batch(
         mesh,
         section.sequence_layout(),
         model=model,
-        documents=documents,
+        documents=documents_of(input_dict),
         device=labels.device,
     )
     names = ("position", "tables")
@@ -161,3 +159,45 @@ def local_batch(
         names = ("positions", "attention_masks")
     extra = dict(zip(names, (local["position"], plan.tables), strict=True))
     return local["input_ids"], local["labels"], extra
+
+
+def documents_of(input_dict: dict[str, Any]) -> Documents:
+    """The documents of a batch: ours come with it, other loaders' are read off positions."""
+    documents = input_dict.get("documents")
+    if documents is None:
+        documents = Documents.from_positions(input_dict["positions"].cpu())
+    return documents
+
+
+def _check_data(config: Trainer.Config) -> None:
+    loaders = [config.dataloader]
+    if config.validator.enable:
+        loaders.append(config.validator.dataloader)
+    for loader in loaders:
+        if isinstance(loader, PackedDocuments.Config):
+            open_source(loader)
+        elif config.dtcp.verify:
+            raise ValueError(
+                f"Verifying reads the same rows on any number of ranks, got "
+                f"dataloader={type(loader).__qualname__}: use PackedDocuments."
+            )
+    tokenizer = config.tokenizer
+    named = tokenizer.folder if isinstance(tokenizer, Tokenizer.Config) else ""
+    if named and not Path(named).is_dir():
+        raise ValueError(
+            f"A tokenizer is read from a folder, got --tokenizer.folder {named}: no such folder."
+        )
+
+
+def _check_start(config: Trainer.Config) -> None:
+    start = config.checkpoint
+    if start.enable and start.initial_load_in_hf and not start.initial_load_path:
+        raise ValueError(
+            "Hugging Face weights are loaded from a folder, got --checkpoint.initial_load_in_hf "
+            "without --checkpoint.initial_load_path: give its absolute path."
+        )
+    if start.initial_load_path and not Path(start.initial_load_path).is_dir():
+        raise ValueError(
+            f"A run starts from a folder of weights, got --checkpoint.initial_load_path "
+            f"{start.initial_load_path}: no such folder."
+        )

@@ -19,7 +19,7 @@ from torchtitan.models.common.decoder import Decoder
 from dtcp.mixers import batch_tables
 from dtcp.torchtitan.overrides import add_mixers
 from dtcp.torchtitan.progress import say
-from dtcp.torchtitan.trainer import Trainer
+from dtcp.torchtitan.trainer import Trainer, documents_of
 
 TOLERANCE = 1e-5
 """Largest relative difference of a loss; fp32 sums in another order differ by 1e-7 or so."""
@@ -92,7 +92,7 @@ def _accumulate(
         tables = {
             # Kernels read int32; the rest is for the host.
             key: [x.to(trainer.device) if x.dtype == torch.int32 else x for x in parts]
-            for key, parts in batch_tables(model, batch["documents"]).items()
+            for key, parts in batch_tables(model, documents_of(batch)).items()
         }
         tokens, position = (batch[key].to(trainer.device) for key in ("input", "positions"))
         # torchtitan's decoders take masks where ours take tables: third in both.
