@@ -48,14 +48,17 @@ def main(arguments: list[str]) -> int:
 def train(config: Trainer.Config) -> int:
     """Train to the last step of the config, from the last checkpoint there is."""
     trainer = config.build()
+    seed_only = config.checkpoint.create_seed_checkpoint
     try:
-        if config.checkpoint.create_seed_checkpoint:
+        if seed_only:
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:
             trainer.train()
     finally:
         trainer.close()
-    if trainer.resumed_step >= config.training.steps:
+    if seed_only:
+        say("a checkpoint of step 0 for other runs to start from; nothing was trained")
+    elif trainer.resumed_step >= config.training.steps:
         say(
             f"already trained to step {trainer.resumed_step}; "
             f"raise --training.steps to go on, or choose another --dump_folder"

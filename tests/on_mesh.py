@@ -103,7 +103,11 @@ def truth(case: Case, num_shards: int) -> Truth:
     documents = case.documents(num_shards)
     generator = torch.Generator().manual_seed(1)
     B, S, H, G = documents.batch, case.seq_len, case.heads, case.kv_heads
-    shapes = [(B, S, H, case.key_dim), (B, S, G, case.key_dim), (B, S, G, case.value_dim)]
+    shapes: list[tuple[int, ...]] = [
+        (B, S, H, case.key_dim),
+        (B, S, G, case.key_dim),
+        (B, S, G, case.value_dim),
+    ]
     shapes += [(H,)] if case.sink else []
     # The truth starts from what the ranks are given, rounded to their dtype.
     inputs = tuple(
@@ -144,7 +148,7 @@ def styles(num_shards: int, **how: Any) -> list[AttentionStyle]:
 def in_tiles(style: AttentionStyle, tile: int) -> AttentionStyle:
     """The same style with so many queries a tile: short sequences then have several tiles."""
     style = copy(style)
-    style.make_tables = functools.partial(style.make_tables, tile=tile)  # type: ignore[method-assign]
+    style.make_tables = functools.partial(style.make_tables, tile=tile)  # type: ignore[method-assign, call-arg]
     return style
 
 
@@ -178,9 +182,9 @@ def mixer_on(
     mesh: DeviceMesh, style: AttentionStyle, mask: Mask, **softmax: Any
 ) -> SoftmaxAttention:
     """A mixer that the style has taken over, by torch's own function: on one rank too."""
-    model = nn.Sequential(SoftmaxAttention(mask, **softmax))
-    parallelize_module(model, mesh, {"0": style})
-    return model[0]
+    mixer = SoftmaxAttention(mask, **softmax)
+    parallelize_module(nn.Sequential(mixer), mesh, {"0": style})
+    return mixer
 
 
 def plan_of(

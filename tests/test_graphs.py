@@ -23,6 +23,7 @@ from dtcp.masks import Causal, SlidingWindow
 from dtcp.mesh import ParallelMesh
 from dtcp.mixers import SoftmaxAttention
 from dtcp.style import apply_plan
+from dtcp.torchtitan.compiler import missing_for_inductor
 from dtcp.traffic import count
 from tests import cases
 from tests.on_mesh import (
@@ -123,6 +124,7 @@ def test_nothing_is_counted_that_does_not_run(mesh):
         assert calls == {"dtcp::ring_attention": 2, "dtcp::ring_attention_backward": 2}
 
 
+@pytest.mark.skipif(bool(missing_for_inductor()), reason=f"lacks {missing_for_inductor()}")
 @boundaries
 @spmd(ranks=2, timeout=600)
 def test_inductor_keeps_attention_exact_and_alive(mesh, boundary):
@@ -154,18 +156,18 @@ def graph_texts(mixer, mesh, layout, case):
     return texts
 
 
-@pytest.mark.parametrize("layout", [Contiguous, HeadTail, PerDocument, BlockBalanced])
-@spmd(ranks=(2, 4))
-def test_all_ranks_have_the_same_graphs(mesh, layout, ranks):
+@pytest.mark.parametrize("layout", [Contiguous, PerDocument])
+@spmd(ranks=4)
+def test_all_ranks_have_the_same_graphs(mesh, layout):
     """To the letter, though no two of them need the same keys."""
-    for style in styles(ranks):
+    for style in styles(4):
         case = Case(WINDOW, cases.one_token_documents, seq_len=SEQ_LEN)
-        if not accepts(style, layout, case, ranks):
+        if not accepts(style, layout, case, 4):
             continue
         torch._dynamo.reset()
         mixer = mixer_on(mesh, style, WINDOW.mask)
         texts = graph_texts(mixer, mesh, layout, case)
-        everyones = [None] * ranks
+        everyones = [None] * 4
         dist.all_gather_object(everyones, texts)
         assert len(texts) == 2 and all(other == texts for other in everyones), f"{style}"
         assert texts[0].count(f"dtcp.{style.op.name}.default") == 1
