@@ -89,7 +89,7 @@ class Documents:
                 f"{(padding != (index >= lengths[:, None])).any(1).nonzero().flatten().tolist()}: "
                 f"move their padding to the end."
             )
-        rows = []
+        rows: list[tuple[int, ...]] = []
         for row, length in enumerate(lengths.tolist()):
             if length == 0 or position is None:
                 rows.append((length,) if length else ())

@@ -37,7 +37,7 @@ def attach_context_parallel_hooks(model: nn.Module) -> None:
                 f"sliding_window={window}: give the layer a mixer, SoftmaxAttention with "
                 f"SlidingWindow({window})."
             )
-        parameters = inspect.signature(module.forward).parameters
+        parameters = _parameters(module)
         free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if "is_causal" not in parameters and not free:
             raise ValueError(
@@ -123,12 +123,20 @@ def _self_attention(model: nn.Module) -> dict[str, nn.Module]:
 def _claim(module: Any, name: str, how: type[nn.Module]) -> None:
     if isinstance(module, how):
         return
-    places = list(inspect.signature(module.forward).parameters)
+    places = list(_parameters(module))
     if how is _TakesIsCausal:
         at = places.index("attention_mask") if "attention_mask" in places else len(places)
         module.cp_place = at if at < len(places) else 1 << 30
     module.cp_name = name
     module.__class__ = _claimed(cast(Hashable, type(module)), cast(Hashable, how))
+
+
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """What the forward of a module's own class takes, claimed already or not."""
+    ours = (_OverAllShards, _TakesIsCausal)
+    own = next(c for c in type(module).__mro__ if "forward" in vars(c) and c not in ours)
+    found = dict(inspect.signature(vars(own)["forward"]).parameters)
+    return {name: found[name] for name in list(found)[1:]}
 
 
 @lru_cache(maxsize=128)
