@@ -92,8 +92,12 @@ def test_step_on_ranks_equals_step_on_one(mesh, ranks, lengths, compiled):
     """Loss and every gradient; two batches, one graph a layer; no patch, nothing left."""
     model = Decoder(own_mask=True)
     before = F.scaled_dot_product_attention
-    attach_context_parallel_hooks(model)
-    attach_cp_sdpa_hooks(model, mesh)
+    attach = [
+        lambda: attach_context_parallel_hooks(model),
+        lambda: attach_cp_sdpa_hooks(model, mesh),
+    ]
+    for hook in attach[:: 1 if compiled else -1]:
+        hook()
     if compiled:
         for layer in model.layers:
             layer.compile(backend="aot_eager", fullgraph=True)
