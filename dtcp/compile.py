@@ -1,12 +1,13 @@
 """The boundary between compiled code and collectives, and what is known of compiled graphs."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from dtcp.traffic import LEDGER
 
@@ -63,6 +64,43 @@ def compile_around_islands(function: Callable[P, R], *, backend: str) -> Callabl
             return compiled(*args, **kwargs)
 
     return run
+
+
+def assert_in_graph(condition: Tensor, message: str) -> None:
+    """Stop the program when traced code finds the condition false; the host does not wait."""
+    # torch has no public spelling of it (2.11-2.15).
+    torch._assert_async(condition, message)
+
+
+def backward_unasked(
+    loss: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Sequence[Tensor] | None = None,
+) -> None:
+    """`loss.backward(...)` for a function mode that answers it and stays on while it runs.
+
+    torch's own would ask the mode once more. Straight to the engine (private, torch 2.11-2.15).
+    """
+    if gradient is None and loss.numel() != 1:
+        raise ValueError(
+            f"A backward pass starts from a scalar or a gradient, got a loss of shape "
+            f"{tuple(loss.shape)}: give gradient, or reduce it."
+        )
+    gradient = torch.ones_like(loss) if gradient is None else gradient
+    keep = create_graph if retain_graph is None else retain_graph
+    wanted = () if inputs is None else tuple(inputs)
+    how = {"allow_unreachable": True, "accumulate_grad": True}
+    torch.autograd.graph._engine_run_backward(
+        (loss,), (gradient,), keep, create_graph, wanted, **how
+    )
+
+
+def compiled_autograd() -> AbstractContextManager[Any]:
+    """Compile backward passes inside, as torchtitan does: by torch's private switch (2.11-2.15)."""
+    context: AbstractContextManager[Any] = torch._dynamo.utils.maybe_enable_compiled_autograd(True)
+    return context
 
 
 def communicated_ops() -> list[torch._ops.OpOverload]:

@@ -71,6 +71,33 @@ class Documents:
         return cls(tuple(tuple(b - a for a, b in pairwise(row)) for row in rows), seq_len)
 
     @classmethod
+    def from_padded(cls, position: Tensor | None, padding: Tensor) -> "Documents":
+        """Read the documents of rows that are padded on the right.
+
+        Args:
+            position: [B, S], restarting at 0 with each document; not read where there is padding.
+                None for one document a row.
+            padding: [B, S], bool, True for padding.
+        Raises:
+            ValueError: padding that tokens follow, or positions that `from_positions` refuses.
+        """
+        lengths = (~padding).sum(1)
+        index = torch.arange(padding.shape[1], device=padding.device)
+        if bool((padding != (index >= lengths[:, None])).any()):
+            raise ValueError(
+                f"Rows are padded on the right, got padding before tokens in rows "
+                f"{(padding != (index >= lengths[:, None])).any(1).nonzero().flatten().tolist()}: "
+                f"move their padding to the end."
+            )
+        rows: list[tuple[int, ...]] = []
+        for row, length in enumerate(lengths.tolist()):
+            if length == 0 or position is None:
+                rows.append((length,) if length else ())
+            else:
+                rows.append(cls.from_positions(position[row : row + 1, :length]).lengths[0])
+        return cls(tuple(rows), padding.shape[1])
+
+    @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Sequence[int], seq_len: int) -> "Documents":
         """One row from its document boundaries: [N + 1] ints that start at 0."""
         return cls((tuple(b - a for a, b in pairwise(cu_seqlens)),), seq_len)

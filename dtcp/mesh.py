@@ -131,6 +131,26 @@ class ParallelMesh:
         )
 
     @classmethod
+    def of_sequence(cls, axis: DeviceMesh) -> "ParallelMesh":
+        """The sequence's axis alone, whatever its name: for a caller that has no more to give."""
+        if axis.ndim != 1:
+            raise ValueError(
+                f"A sequence is sharded over one axis, got {axis}: slice it, as in mesh['cp']."
+            )
+        cp = axis if axis.size() > 1 else None
+        return cls(
+            degrees=Degrees(cp=axis.size()),
+            device_mesh=axis,
+            cp=cp,
+            tp=None,
+            fsdp=cp,
+            batch=None,
+            loss=cp,
+            hsdp=cp,
+            attention=cp,
+        )
+
+    @classmethod
     def from_parallel_dims(cls, dims: ParallelDims) -> "ParallelMesh":
         """Take over the meshes that torchtitan has built, so that groups are made once.
 

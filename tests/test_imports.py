@@ -31,7 +31,7 @@ FLOORS = (
     ("dtcp.kernels",),
     ("dtcp.style", "dtcp.dispatch", "dtcp.mixers", "dtcp.masks"),
     ("dtcp.attention", "dtcp.recurrent", "dtcp.sparse"),
-    ("dtcp.batch", "dtcp.loss", "dtcp.frozen"),
+    ("dtcp.batch", "dtcp.loss", "dtcp.frozen", "dtcp.thd"),
     ("dtcp.planner", "dtcp.check", "dtcp.cp_utils"),
     ("dtcp",),
     ("models",),

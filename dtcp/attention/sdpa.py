@@ -17,7 +17,7 @@ slow, and right; or, if it is causal, an error of torch's own.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -138,15 +138,20 @@ class sequence_layout(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and _is_sharded(args, kwargs):
-            return self._attend(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            query = args[0] if args else kwargs["query"]
+            if self._is_sharded(query):
+                return self._attend(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _is_sharded(self, query: Tensor) -> bool:
+        return isinstance(query, DTensor) and Shard(SDPA_SEQ) in query.placements
 
     def _attend(
         self,
-        query: DTensor,
-        key: DTensor,
-        value: DTensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
@@ -184,13 +189,9 @@ def _placed(tables: Sequence[Tensor], device: torch.device | str) -> list[Tensor
     return [x.to(device) if x.dtype == torch.int32 else x for x in tables]
 
 
-def _is_sharded(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    query = args[0] if args else kwargs.get("query")
-    return isinstance(query, DTensor) and Shard(SDPA_SEQ) in query.placements
-
-
-def _check(q: DTensor, k: DTensor, v: DTensor, mask: Tensor | None, dropout_p: float) -> None:
-    """Refuse what no rule honours."""
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> None:
+    """Refuse what no rule honours; q is a DTensor."""
+    q = cast(DTensor, q)
     if mask is not None:
         raise ValueError(
             f"Attention on a sharded sequence takes no mask as a tensor, got "

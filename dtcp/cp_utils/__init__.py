@@ -1,0 +1,26 @@
+"""Context parallelism for a training loop that shards its batch and opens a context around a step.
+
+The names and signatures are NeMo Automodel's (nemo_automodel.components.distributed.cp_utils).
+Batches are sharded when they are made, out of place; a context only says what the shards are,
+inside it alone: nothing of torch is replaced, and backward passes need no context.
+"""
+
+from dtcp.cp_utils.batch import BatchSharder, _build_position_ids, make_cp_batch_and_ctx
+from dtcp.cp_utils.context import create_context_parallel_ctx, get_train_context
+from dtcp.cp_utils.hooks import attach_context_parallel_hooks, attach_cp_sdpa_hooks
+from dtcp.cp_utils.packed import _shard_thd_chunk_for_te, make_cp_batch_for_te
+from dtcp.cp_utils.target import gather_cp_seq, make_target_cp_ctx
+
+__all__ = [
+    "BatchSharder",
+    "_build_position_ids",
+    "_shard_thd_chunk_for_te",
+    "attach_context_parallel_hooks",
+    "attach_cp_sdpa_hooks",
+    "create_context_parallel_ctx",
+    "gather_cp_seq",
+    "get_train_context",
+    "make_cp_batch_and_ctx",
+    "make_cp_batch_for_te",
+    "make_target_cp_ctx",
+]

@@ -1,0 +1,172 @@
+"""The contexts of a step: whose shards the tensors are, and what else a training loop opens."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import loss_parallel
+
+from dtcp.attention.all_gather import AllGatherAttention
+from dtcp.attention.ring import RingAttention
+from dtcp.attention.shards import local_shards
+from dtcp.compile import compiled_autograd
+from dtcp.layout import HeadTail
+from dtcp.style import AttentionStyle
+
+Context = AbstractContextManager[Any]
+ContextFactory = Callable[[], Context]
+
+ROTATE_METHODS: Mapping[str, AttentionStyle] = {
+    "allgather": AllGatherAttention(),
+    "alltoall": RingAttention(),
+}
+
+
+def create_context_parallel_ctx(
+    cp_mesh: DeviceMesh,
+    cp_buffers: list[Tensor],
+    cp_seq_dims: list[int],
+    cp_no_restore_buffers: set[Tensor],
+    cp_rotate_method: str | None = None,
+) -> Context:
+    """A context in which buffers hold this rank's tokens, head-tail, and attention is over all.
+
+    Entering gives each buffer its shard in place of its data; leaving gives the whole data back,
+    which was never copied, except to the buffers that are not to be restored.
+
+    Args:
+        cp_mesh: the 1-D axis of the sequence; None or one rank: the context does nothing.
+        cp_buffers: whole, on every rank of the axis; one document a row.
+        cp_seq_dims: the sequence's dim of each.
+        cp_no_restore_buffers: those of the buffers, by identity, that stay sharded.
+        cp_rotate_method: "allgather" brings all keys before attending, "alltoall" streams them.
+            None streams.
+    Raises:
+        ValueError: buffers that do not fit each other or the axis, or want gradients; a method
+            that is neither.
+    """
+    style = _style(cp_rotate_method)
+    if cp_mesh is None or cp_mesh.size() == 1:
+        return nullcontext()
+    _check_buffers(cp_buffers, cp_seq_dims, cp_no_restore_buffers)
+    layout = HeadTail(cp_buffers[0].shape[cp_seq_dims[0]], cp_mesh.size())
+    mode = local_shards(layout, cp_mesh, style=style, device=cp_buffers[0].device)
+    kept = {id(x) for x in cp_no_restore_buffers}
+    return _ShardedBuffers(mode, list(zip(cp_buffers, cp_seq_dims, strict=True)), kept)
+
+
+def get_train_context(
+    enable_loss_parallel: bool,
+    enable_compiled_autograd: bool,
+    cp_context: Context | None = None,
+) -> ContextFactory:
+    """A function that opens what a training step runs in; it may be called for every step.
+
+    Args:
+        enable_loss_parallel: torch's cross-entropy on logits sharded in the vocabulary.
+        enable_compiled_autograd: compile the backward pass.
+        cp_context: from `create_context_parallel_ctx`; entered last.
+    """
+
+    def open_all() -> Context:
+        with ExitStack() as stack:
+            if enable_loss_parallel:
+                stack.enter_context(loss_parallel())
+            if enable_compiled_autograd:
+                stack.enter_context(compiled_autograd())
+            if cp_context is not None:
+                stack.enter_context(cp_context)
+            return stack.pop_all()
+        raise AssertionError("an exit stack swallows nothing")
+
+    return lambda: _Opened(open_all)
+
+
+class _Opened(AbstractContextManager[None]):
+    """Opens on entry, not before: a context made and never entered leaves nothing open."""
+
+    def __init__(self, open_all: ContextFactory) -> None:
+        self.open_all = open_all
+
+    def __enter__(self) -> None:
+        self.opened = self.open_all()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self.opened.__exit__(kind, error, trace)
+
+
+class _ShardedBuffers(AbstractContextManager[None]):
+    """Buffers that are shards inside, and the attention that knows it."""
+
+    def __init__(
+        self, mode: local_shards, buffers: list[tuple[Tensor, int]], kept: Collection[int]
+    ) -> None:
+        self.mode, self.buffers, self.kept = mode, buffers, kept
+        self.whole: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> None:
+        layout, rank = self.mode.layout, self.mode.axis.get_local_rank()
+        for buffer, dim in self.buffers:
+            # A buffer that stays sharded is so already when the context is entered again.
+            if buffer.shape[dim] == layout.seq_len:
+                if id(buffer) not in self.kept:
+                    self.whole.append((buffer, buffer.data))
+                buffer.data = layout.shard(buffer.data, rank, dim=dim)
+        self.mode.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.mode.__exit__(kind, error, trace)
+        while self.whole:
+            buffer, data = self.whole.pop()
+            buffer.data = data
+
+
+def _style(method: str | None) -> AttentionStyle:
+    if method is None:
+        return RingAttention()
+    if method not in ROTATE_METHODS:
+        raise ValueError(
+            f"Keys are brought by one of {list(ROTATE_METHODS)}, got "
+            f"cp_rotate_method={method!r}: use one, or None."
+        )
+    return ROTATE_METHODS[method]
+
+
+def _check_buffers(
+    buffers: Sequence[Tensor], dims: Sequence[int], kept: Collection[Tensor]
+) -> None:
+    if not buffers or len(buffers) != len(dims):
+        raise ValueError(
+            f"Every buffer has a sequence dim, got {len(buffers)} buffers and {len(dims)} dims: "
+            f"give one each, and one buffer at least."
+        )
+    lengths = [x.shape[dim] for x, dim in zip(buffers, dims, strict=True)]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"Buffers are sharded alike, got lengths={lengths} at dims={list(dims)}: pad them to "
+            f"one length, or name the sequence's dims."
+        )
+    known = {id(x) for x in buffers}
+    if any(id(x) not in known for x in kept):
+        raise ValueError(
+            f"Buffers that stay sharded are among the buffers, got {len(kept)} of which some are "
+            f"not: pass the same tensors in both."
+        )
+    if any(x.requires_grad for x in buffers):
+        raise ValueError(
+            "Buffers are sharded in place, which gradients do not follow, got one that requires "
+            "grad: give it to make_cp_batch_and_ctx, or shard it by dtcp.relayout.shard."
+        )

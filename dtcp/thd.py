@@ -1,0 +1,284 @@
+"""Packed rows without a batch dim (THD): one after another, each document in a slot of its own.
+
+A slot is a document and the padding behind it. Every slot is dealt head-tail by itself, in 2n
+chunks: the rule of Transformer Engine's thd_get_partitioned_indices, which PerDocument follows
+wherever 2n divides a slot.
+
+    slots of 4 and 8 tokens, n=2        rank 0: 0 3 4 5 10 11        rank 1: 1 2 6 7 8 9
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtcp.attention.ring import RingAttention
+from dtcp.documents import PADDING, Documents
+from dtcp.kernels.attend import Softmax
+from dtcp.kernels.local import ATTENTION, local_tables
+from dtcp.kernels.op import AttentionOp
+from dtcp.layout import PerDocument
+from dtcp.loss import IGNORED
+from dtcp.masks import Causal, Coords, Mask
+from dtcp.style import AttentionStyle
+
+Batch = Mapping[str, Any]
+Slots = tuple[tuple[int, int], ...]
+"""(tokens of the document, tokens of its slot), first to last."""
+
+SENTINEL = -1000
+"""Fills up the lengths of rows that have fewer documents than others."""
+
+
+def thd_layout(cu_seqlens_padded: Sequence[int], total: int, num_shards: int) -> PerDocument:
+    """Which tokens each rank holds.
+
+    Args:
+        cu_seqlens_padded: where slots start and end: [N + 1].
+        total: tokens; the slots fill them.
+    Raises:
+        ValueError: slots that leave tokens over, or that 2n does not divide.
+    """
+    lengths = tuple(b - a for a, b in pairwise(cu_seqlens_padded))
+    lengths = tuple(length for length in lengths if length)
+    odd = [length for length in lengths if length % (2 * num_shards)]
+    if odd:
+        raise ValueError(
+            f"THD deals every slot in 2 * num_shards equal chunks, got seq_lens_padded={odd[:8]} "
+            f"with num_shards={num_shards}: pad documents to multiples of {2 * num_shards}."
+        )
+    if sum(lengths) != total:
+        raise ValueError(
+            f"Slots fill the rows, got {sum(lengths)} tokens in slots of {total}: lengthen the "
+            f"last one."
+        )
+    return PerDocument(total, num_shards, lengths)
+
+
+def partition_indices(cu_seqlens_padded: Tensor, total: int, num_shards: int, rank: int) -> Tensor:
+    """Positions of a rank's tokens, in its order: [total / n], int64.
+
+    Args:
+        cu_seqlens_padded: [N + 1]; entries below zero are left out.
+    """
+    bounds = [x for x in cu_seqlens_padded.tolist() if x >= 0]
+    return thd_layout(bounds, total, num_shards).positions(rank)
+
+
+def to_thd(batch: Batch, *, seq_lens_padding_value: int = SENTINEL) -> dict[str, Any]:
+    """Take the batch dim off packed rows: [B, S, ...] to [B * S, ...].
+
+    Args:
+        batch: input_ids [B, S] (or embeddings [B, S, H]) or inputs_embeds, labels [B, S],
+            seq_lens and seq_lens_padded [B, N]; position_ids [B, S] or [axes, B, S], counted
+            through each slot where missing. Other tensors of [B, S, ...] go along; what is
+            neither stays as it is.
+    Returns:
+        the same keys, and cu_seqlens [N + 1] int32, the documents' lengths summed up;
+        cu_seqlens_padded [N + 1] int32, their places; max_seqlen, int32, the longest slot;
+        padding_mask [B * S], True for padding; qkv_format.
+    Raises:
+        KeyError: a key that is missing.
+        ValueError: both or neither of input_ids and inputs_embeds; lengths that do not fit.
+    """
+    rows, seq_len = _check(batch)
+    slots = _slots(batch, rows, seq_len, seq_lens_padding_value)
+    device = batch["labels"].device
+    places = list(accumulate((slot for _, slot in slots), initial=0))
+    out = {key: x for key, x in batch.items() if key not in ("seq_lens", "seq_lens_padded")}
+    out = {key: _flat(key, x, rows, seq_len) for key, x in out.items() if x is not None}
+    position = torch.cat([torch.arange(slot) for _, slot in slots])
+    real = torch.tensor([length for length, _ in slots]).repeat_interleave(
+        torch.tensor([slot for _, slot in slots])
+    )
+    if "position_ids" not in out:
+        out["position_ids"] = position.to(device)
+    out["padding_mask"] = (position >= real).to(device)
+    ends = accumulate((length for length, _ in slots), initial=0)
+    out["cu_seqlens"] = torch.tensor(list(ends), dtype=torch.int32, device=device)
+    out["cu_seqlens_padded"] = torch.tensor(places, dtype=torch.int32, device=device)
+    longest = max(slot for _, slot in slots)
+    out["max_seqlen"] = torch.tensor(longest, dtype=torch.int32, device=device)
+    return {**out, "qkv_format": "thd"}
+
+
+def shard_thd(batch: Batch, axis: DeviceMesh) -> dict[str, Any]:
+    """This rank's tokens of what `to_thd` made; boundaries stay those of the whole.
+
+    No communication. `cp_size` and `cp_rank` are added.
+    """
+    rank, total = axis.get_local_rank(), batch["labels"].shape[0]
+    mine = partition_indices(batch["cu_seqlens_padded"], total, axis.size(), rank)
+    mine = mine.to(batch["labels"].device)
+    out = dict(batch)
+    for key, x in batch.items():
+        if key in _BOUNDARIES or not isinstance(x, Tensor):
+            continue
+        if key == "position_ids":
+            out[key] = x.index_select(x.ndim - 1, mine)
+        elif x.ndim and x.shape[0] == total:
+            out[key] = x.index_select(0, mine)
+    return {**out, "cp_size": axis.size(), "cp_rank": rank}
+
+
+def row_chunks(
+    batch: Batch,
+    num_chunks: int,
+    *,
+    padding_token_id: int = 0,
+    seq_lens_padding_value: int = SENTINEL,
+) -> list[dict[str, Any]]:
+    """Cut a batch into chunks of equally many rows; rows of padding fill up the last ones."""
+    rows, seq_len = _check(batch)
+    if not 1 <= num_chunks <= rows:
+        raise ValueError(
+            f"A chunk has one row at least, got num_chunks={num_chunks} for {rows} rows: use "
+            f"between 1 and {rows}."
+        )
+    per_chunk = -(-rows // num_chunks)
+    missing = per_chunk * num_chunks - rows
+    fill = {"input_ids": padding_token_id, "labels": IGNORED, "padding_mask": True}
+    fill |= dict.fromkeys(("seq_lens", "seq_lens_padded"), seq_lens_padding_value)
+    chunks: list[dict[str, Any]] = [{} for _ in range(num_chunks)]
+    for key, x in batch.items():
+        dim = _row_dim(key, x, rows, seq_len)
+        if dim is None:
+            parts: Sequence[Any] = [x] * num_chunks
+        else:
+            shape = [missing if d == dim else size for d, size in enumerate(x.shape)]
+            whole = torch.cat((x, x.new_full(shape, fill.get(key, 0))), dim=dim)
+            parts = whole.split(per_chunk, dim=dim)
+        for chunk, part in zip(chunks, parts, strict=True):
+            chunk[key] = part
+    return chunks
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """Attention that consumes a THD batch: each document by itself, over all shards.
+
+    Built on the host once a batch; then a function of tensors, traced as one op. Padding sees
+    nothing, is seen by nothing, and its output is zero.
+
+    Args:
+        tables: what the op reads.
+        groups: names of the process groups it talks over; none on one device.
+    """
+
+    op: AttentionOp
+    tables: tuple[Tensor, ...]
+    groups: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        batch: Batch,
+        axis: DeviceMesh | None = None,
+        *,
+        mask: Mask | None = None,
+        style: AttentionStyle | None = None,
+    ) -> "PackedAttention":
+        """Read the boundaries of a batch of `to_thd`, sharded over the axis or, without, whole.
+
+        Args:
+            mask: within a document; None for Causal().
+            style: the strategy; None for RingAttention().
+        """
+        mask, style = mask or Causal(), style or RingAttention()
+        real, padded = (_bounds(batch[key]) for key in ("cu_seqlens", "cu_seqlens_padded"))
+        lengths, slots = ([b - a for a, b in pairwise(x)] for x in (real, padded))
+        coords = _coords(list(zip(lengths, slots, strict=True)))
+        if axis is None:
+            tables: tuple[Tensor, ...] = local_tables(*mask.intervals(coords))
+        else:
+            layout = thd_layout(padded, padded[-1], axis.size())
+            tables = style.mixer_tables(mask, coords, layout, axis.get_local_rank())
+        device = batch["cu_seqlens"].device
+        tables = tuple(x.to(device) if x.dtype == torch.int32 else x for x in tables)
+        if axis is None:
+            return cls(ATTENTION, tables)
+        return cls(style.op, tables, tuple(style.groups(axis)))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """Attend: q [T, H, D], k [T, G, D], v [T, G, V] of this rank's tokens -> [T, H, V]."""
+        softmax = Softmax(q.shape[-1] ** -0.5 if scale is None else scale)
+        return self.op(q[None], k[None], v[None], self.tables, softmax, groups=self.groups)[0]
+
+
+_BOUNDARIES = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
+
+
+def _check(batch: Batch) -> tuple[int, int]:
+    """(rows, tokens a row)."""
+    for key in ("labels", "seq_lens", "seq_lens_padded"):
+        if batch.get(key) is None:
+            raise KeyError(f"{key}: packed rows have it, [B, S] or [B, N] for lengths.")
+    given = [key for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"A batch has either input_ids or inputs_embeds, got {given or 'neither'}: pass one."
+        )
+    rows, seq_len = batch[given[0]].shape[:2]
+    if batch["labels"].shape != (rows, seq_len):
+        raise ValueError(
+            f"Labels go with tokens, got labels.shape={tuple(batch['labels'].shape)} for {rows} "
+            f"rows of {seq_len}: shift and pad them in whole rows."
+        )
+    return rows, seq_len
+
+
+def _slots(batch: Batch, rows: int, seq_len: int, sentinel: int) -> Slots:
+    """The slots of all rows. What a row's slots leave over lengthens its last one."""
+    found: list[tuple[int, int]] = []
+    real, padded = (batch[key].tolist() for key in ("seq_lens", "seq_lens_padded"))
+    for row, (lengths, slots) in enumerate(zip(real, padded, strict=True)):
+        lengths, slots = ([x for x in xs if x != sentinel] for xs in (lengths, slots))
+        fits = len(lengths) == len(slots) and sum(slots) <= seq_len
+        if not fits or any(not 0 <= a <= b for a, b in zip(lengths, slots, strict=True)):
+            raise ValueError(
+                f"Documents fit their slots, and slots their row, got seq_lens={lengths}, "
+                f"seq_lens_padded={slots} in row {row} of {seq_len} tokens: cut or pack fewer."
+            )
+        lengths, slots = (lengths, slots) if slots else ([0], [0])
+        slots[-1] += seq_len - sum(slots)
+        found += zip(lengths, slots, strict=True)
+    return tuple(found)
+
+
+def _flat(key: str, x: Any, rows: int, seq_len: int) -> Any:
+    dim = _row_dim(key, x, rows, seq_len)
+    if dim is None or x.shape[dim + 1 : dim + 2] != (seq_len,):
+        return x
+    flat = x.flatten(dim, dim + 1)
+    # A RoPE of several axes keeps a batch dim of one row: [axes, 1, T].
+    return flat.unsqueeze(1) if dim else flat
+
+
+def _row_dim(key: str, x: Any, rows: int, seq_len: int) -> int | None:
+    """The dim of rows: the first, the second of a RoPE of several axes; None where there is none.
+
+    Only tensors of tokens and the lengths have rows; others may count images, or anything.
+    """
+    if not isinstance(x, Tensor):
+        return None
+    if key == "position_ids" and x.ndim == 3:
+        return 1
+    tokens = x.shape[:2] == (rows, seq_len)
+    return 0 if tokens or key in ("seq_lens", "seq_lens_padded") else None
+
+
+def _bounds(cu_seqlens: Tensor) -> list[int]:
+    return [x for x in cu_seqlens.tolist() if x >= 0]
+
+
+def _coords(slots: Sequence[tuple[int, int]]) -> Coords:
+    """Coordinates of one row of slots: what is behind a document in its slot is padding."""
+    parts = [length for real, slot in slots for length in (real, slot - real)]
+    documents = Documents((tuple(x for x in parts if x),), sum(parts))
+    real = torch.tensor([True, False]).repeat(len(slots)).repeat_interleave(torch.tensor(parts))
+    coords = Coords.of(documents)
+    return replace(coords, document=torch.where(real, coords.document, PADDING))
