@@ -1,0 +1,6 @@
+"""Proof that a model, on a mesh, is the model it was: `python -m dtcp.check --help`."""
+
+from dtcp.check.parity import Options, Report, run
+from dtcp.check.subject import HuggingFaceSubject, MixerSubject, Subject
+
+__all__ = ["HuggingFaceSubject", "MixerSubject", "Options", "Report", "Subject", "run"]
