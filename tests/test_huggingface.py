@@ -16,7 +16,7 @@ from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.masks import Causal, SlidingWindow
 from dtcp.mesh import Degrees, ParallelMesh
 from dtcp.traffic import count
-from parallelize import Compile, FullCheckpoint, NoCheckpoint, SelectiveCheckpoint, parallelize_hf
+from parallelize import Compile, FullCheckpoint, SelectiveCheckpoint, parallelize_hf
 from parallelize.huggingface import RING
 from tests.hf_models import MODELS, build
 from tests.parity import gradients

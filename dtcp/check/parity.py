@@ -1,5 +1,6 @@
 """Run a subject on ranks of this machine and on one device, and say how they differ."""
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -9,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
-from torch import multiprocessing
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
@@ -28,8 +28,6 @@ from dtcp.style import AttentionStyle
 from dtcp.traffic import LEDGER, Count, count, since
 from parallelize import Compile
 
-RING = RingAttention()
-
 
 @dataclass(frozen=True)
 class Options:
@@ -41,7 +39,7 @@ class Options:
     """
 
     degrees: Degrees
-    style: AttentionStyle = RING
+    style: AttentionStyle = field(default_factory=RingAttention)
     layout: type[SequenceLayout] = HeadTail
     seq_len: int = 48
     bound: float = 1e-5
@@ -96,25 +94,10 @@ def run(subject: Subject, options: Options) -> Report:
     return Report(mixing, options.bound, runs)
 
 
-def _rank(rank: int, subject: Subject, options: Options, folder: str) -> None:
-    torch.set_num_threads(1)
-    world = options.degrees.world
-    store = dist.FileStore(os.path.join(folder, "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    try:
-        mesh = ParallelMesh.from_degrees(options.degrees, "cpu")
-        runs = {"eager": _compare(subject, options, mesh, None)}
-        if options.backend:
-            runs[options.backend] = _compare(subject, options, mesh, Compile(options.backend))
-        if rank == 0:
-            torch.save(runs, Path(folder, "runs"))
-    finally:
-        dist.destroy_process_group()
-
-
-def _compare(
+def compare(
     subject: Subject, options: Options, mesh: ParallelMesh, compile: Compile | None
 ) -> Outcome:
+    """One step on the mesh, against the same step on one device."""
     reference = _seeded(subject)
     vocab_size, seq_len = vocabulary(reference), options.seq_len
     rows = [_row(vocab_size, seq_len, index) for index in range(mesh.size("batch"))]
@@ -127,10 +110,24 @@ def _compare(
         found = _on_mesh(subject, model, mesh, options, rows[mesh.rank("batch")])
     errors = {"loss": _error(found, wanted)}
     for name, parameter in reference.named_parameters():
-        grad = model.get_parameter(name).grad
-        whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
-        errors[name] = _error(whole, parameter.grad)
+        errors[name] = _gradient_error(model.get_parameter(name).grad, parameter.grad)
     return Outcome(errors, traffic.by_op, by_layer, graphs)
+
+
+def _rank(rank: int, subject: Subject, options: Options, folder: str) -> None:
+    torch.set_num_threads(1)
+    world = options.degrees.world
+    store = dist.FileStore(os.path.join(folder, "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    try:
+        mesh = ParallelMesh.from_degrees(options.degrees, "cpu")
+        runs = {"eager": compare(subject, options, mesh, None)}
+        if options.backend:
+            runs[options.backend] = compare(subject, options, mesh, Compile(options.backend))
+        if rank == 0:
+            torch.save(runs, Path(folder, "runs"))
+    finally:
+        dist.destroy_process_group()
 
 
 def _seeded(subject: Subject) -> Any:
@@ -211,6 +208,13 @@ def _on_mesh(
     if mesh.loss is not None:
         dist.all_reduce(loss, group=mesh.loss.get_group())
     return loss
+
+
+def _gradient_error(found: Tensor | None, wanted: Tensor | None) -> float:
+    """0 where neither has one, infinite where one alone has."""
+    if found is None or wanted is None:
+        return 0.0 if found is wanted else math.inf
+    return _error(found.full_tensor() if isinstance(found, DTensor) else found, wanted)
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:

@@ -37,9 +37,7 @@ def shard_hf_batch(
     whole["position_ids"] = documents.position_in_document()
     if "labels" in batch:
         whole["labels"] = shift_labels(batch["labels"], documents)
-    local, plan = shard_batch(
-        whole, mesh, layout, model=model, documents=documents, device=device
-    )
+    local, plan = shard_batch(whole, mesh, layout, model=model, documents=documents, device=device)
     return local, plan
 
 
@@ -48,7 +46,9 @@ def documents_of(batch: Mapping[str, Tensor]) -> Documents:
     tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
     rows, seq_len = tokens.shape[:2]
     mask = batch.get("attention_mask", torch.ones(rows, seq_len, dtype=torch.int64))
-    if mask.shape != (rows, seq_len) or bool((mask.diff(dim=1) > 0).any() | ~mask.bool()[:, :1].all()):
+    if mask.shape != (rows, seq_len) or bool(
+        (mask.diff(dim=1) > 0).any() | ~mask.bool()[:, :1].all()
+    ):
         raise ValueError(
             f"An attention_mask is [B, S], 1 for tokens and then 0 for padding on the right, got "
             f"shape {tuple(mask.shape)}: pad on the right; for packed documents pass position_ids."

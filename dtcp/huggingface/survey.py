@@ -103,12 +103,12 @@ class _Recorder:
     ) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in qkv)
         name = self.names[module]
-        read = getattr(mask, _READ, None)
+        read: Mask | None = getattr(mask, _READ, None)
         if mask is None and getattr(module, "is_causal", None) is False:
             read = Bidirectional()
         problems = _problems(q, k, read, how)
         self.refused += [f"{name} ({type(module).__name__}): {problem}" for problem in problems]
-        if not problems:
+        if read is not None and not problems:
             self._note(name, module, read, how)
         return own_value(v, q.shape[2]) if k.shape[1] == q.shape[1] else torch.zeros_like(q)
 
@@ -123,7 +123,7 @@ class _Recorder:
             )
 
 
-def _problems(q: Tensor, k: Tensor, mask: Mask | None, how: dict[str, Any]) -> Iterator[str] | list:
+def _problems(q: Tensor, k: Tensor, mask: Mask | None, how: dict[str, Any]) -> list[str]:
     problems = []
     known = ("scaling", "dropout", "s_aux", "softcap", *HARMLESS)
     asked = [key for key, value in how.items() if key not in known and value not in (None, False)]
