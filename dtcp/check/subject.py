@@ -92,7 +92,8 @@ class HuggingFaceSubject:
             given = json.loads(Path(self.config).read_text())
             config = AutoConfig.for_model(given.pop("model_type"), **{**given, **self.change})
         else:
-            config = AutoConfig.for_model(self.config, **{**TINY, **self.change})
+            tiny = {**TINY, **_layer_kinds(AutoConfig.for_model(self.config)), **self.change}
+            config = AutoConfig.for_model(self.config, **tiny)
         return _counting(AutoModelForCausalLM.from_config(config))
 
     def mixing(self, model: Any, style: AttentionStyle) -> Mixing:
@@ -184,6 +185,15 @@ def vocabulary(model: nn.Module) -> int:
         f"A model is checked on random tokens, got {type(model).__name__} without an nn.Embedding: "
         f"give it one."
     )
+
+
+def _layer_kinds(config: Any) -> dict[str, Any]:
+    """One layer of each kind that a family has, two at least."""
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    if not kinds:
+        return {}
+    layers = kinds if len(kinds) > 1 else kinds * 2
+    return {"layer_types": layers, "num_hidden_layers": len(layers)}
 
 
 def _counting(model: Any) -> Any:
