@@ -9,6 +9,7 @@ from parallelize.activation_checkpoint import (
 from parallelize.apply import ParallelPlan, parallelize
 from parallelize.compile import Compile
 from parallelize.fsdp import FSDP
+from parallelize.huggingface import parallelize_hf
 from parallelize.llama import llama_plan
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "SelectiveCheckpoint",
     "llama_plan",
     "parallelize",
+    "parallelize_hf",
 ]

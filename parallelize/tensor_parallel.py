@@ -47,7 +47,7 @@ class PerToken(ParallelStyle):
 
 @dataclass
 class Entered(ParallelStyle):
-    """Hand a module its first input as a DTensor, whole on every rank of the axis.
+    """Hand a module its first input, by place or by name, as a DTensor, whole on every rank.
 
     What several column-wise projections read enters once, so that its gradient, a sum over
     ranks, is reduced once and not by every projection.
@@ -56,9 +56,14 @@ class Entered(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         forward = module.forward
 
-        def enter(x: Tensor, *rest: Any) -> Any:
-            whole = [Replicate()]
-            return forward(DTensor.from_local(x, device_mesh, whole, run_check=False), *rest)
+        def enter(*args: Any, **kwargs: Any) -> Any:
+            if not args:
+                first = next(iter(kwargs))
+                return forward(**{**kwargs, first: whole(kwargs[first])})
+            return forward(whole(args[0]), *args[1:], **kwargs)
+
+        def whole(x: Tensor) -> DTensor:
+            return DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
 
         module.forward = enter
         return module
@@ -87,6 +92,33 @@ class VocabularySharded(ParallelStyle):
             # gradient without a word (torch 2.13, 2.15). RowwiseParallel hands such tensors out.
             x = part.redistribute(placements=whole, async_op=False)
             # Copied, for FSDP warns of modules that return views.
+            return x.to_local(grad_placements=whole).clone()
+
+        module.forward = look_up
+        return module
+
+
+@dataclass
+class ScaledVocabulary(ParallelStyle):
+    """VocabularySharded for an embedding that does more in its forward than look up.
+
+    The forward runs as it is, on DTensors.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        rows, whole = [Shard(0)], [Replicate()]
+        weight = distribute_tensor(module.get_parameter("weight"), device_mesh, rows)
+        module.register_parameter("weight", nn.Parameter(weight, weight.requires_grad))
+        forward = module.forward
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(
+                name, distribute_tensor(buffer, device_mesh, whole), persistent=False
+            )
+
+        def look_up(input_ids: Tensor) -> Tensor:
+            x = forward(DTensor.from_local(input_ids, device_mesh, whole, run_check=False))
+            # Waited for and copied, as VocabularySharded does.
+            x = x.redistribute(placements=whole, async_op=False)
             return x.to_local(grad_placements=whole).clone()
 
         module.forward = look_up

@@ -29,14 +29,14 @@ FLOORS = (
         "dtcp.route",
     ),
     ("dtcp.kernels",),
-    ("dtcp.style", "dtcp.dispatch", "dtcp.mixers", "dtcp.masks"),
+    ("dtcp.style", "dtcp.dispatch", "dtcp.mixers", "dtcp.masks", "dtcp.mixing"),
     ("dtcp.attention", "dtcp.recurrent", "dtcp.sparse"),
     ("dtcp.batch", "dtcp.loss", "dtcp.frozen", "dtcp.thd"),
-    ("dtcp.planner", "dtcp.check", "dtcp.cp_utils"),
+    ("dtcp.planner", "dtcp.cp_utils", "dtcp.huggingface"),
     ("dtcp",),
     ("models",),
     ("parallelize",),
-    ("dtcp.torchtitan",),
+    ("dtcp.torchtitan", "dtcp.check"),
     ("train",),
 )
 MODELS_MAY_IMPORT = ("dtcp.mixers", "dtcp.masks", "models", "torch")

@@ -1,0 +1,223 @@
+"""Run a subject on ranks of this machine and on one device, and say how they differ."""
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, multiprocessing, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from dtcp.attention import RingAttention
+from dtcp.batch import shard_batch, shift_labels
+from dtcp.check.subject import Mixing, Subject, vocabulary
+from dtcp.compile import Graphs, count_graphs
+from dtcp.documents import Documents
+from dtcp.layout import HeadTail, SequenceLayout
+from dtcp.loss import global_token_count, token_mean_loss
+from dtcp.mesh import Degrees, ParallelMesh
+from dtcp.mixers import Mixer
+from dtcp.style import AttentionStyle
+from dtcp.traffic import LEDGER, Count, count, since
+from parallelize import Compile
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is compared.
+
+    Args:
+        bound: relative error that passes; models with norms in fp32 reach 1e-6 in fp64.
+        backend: of torch.compile for the second of the two runs; empty for one run, eager.
+    """
+
+    degrees: Degrees
+    style: AttentionStyle = field(default_factory=RingAttention)
+    layout: type[SequenceLayout] = HeadTail
+    seq_len: int = 48
+    bound: float = 1e-5
+    backend: str = "aot_eager"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run, eager or compiled, as rank 0 saw it.
+
+    Args:
+        errors: largest difference over largest value, of the loss and of each gradient.
+        by_op: executions and bytes of this rank, forward and backward.
+        by_layer: the same by mixer, forward only; an eager run alone knows.
+    """
+
+    errors: Mapping[str, float]
+    by_op: Mapping[str, Count]
+    by_layer: Mapping[str, Count]
+    graphs: Graphs
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was found; runs is empty where something was refused."""
+
+    mixing: Mixing
+    bound: float
+    runs: Mapping[str, Outcome] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.runs) and not any(self.failures(name) for name in self.runs)
+
+    def failures(self, run: str) -> dict[str, float]:
+        """Errors out of bound; NaN is one."""
+        errors = self.runs[run].errors
+        return {name: error for name, error in errors.items() if not error <= self.bound}
+
+
+def run(subject: Subject, options: Options) -> Report:
+    """Check a subject; ranks are processes of this machine, on its CPU."""
+    mixing = subject.mixing(_seeded(subject), options.style)
+    if mixing.refused:
+        return Report(mixing, options.bound)
+    with tempfile.TemporaryDirectory(prefix="dtcp-check-") as folder:
+        multiprocessing.spawn(
+            _rank, (subject, options, folder), nprocs=options.degrees.world, join=True
+        )
+        # Written by rank 0 a moment ago.
+        runs = torch.load(Path(folder, "runs"), weights_only=False)
+    return Report(mixing, options.bound, runs)
+
+
+def compare(
+    subject: Subject, options: Options, mesh: ParallelMesh, compile: Compile | None
+) -> Outcome:
+    """One step on the mesh, against the same step on one device."""
+    reference = _seeded(subject)
+    vocab_size, seq_len = vocabulary(reference), options.seq_len
+    rows = [_row(vocab_size, seq_len, index) for index in range(mesh.size("batch"))]
+    wanted = _one_device(subject, reference, rows)
+
+    model = subject.parallelize(_seeded(subject), mesh, options.style, compile)
+    by_layer: dict[str, Count] = {}
+    watch = _watch_mixers(model, by_layer) if compile is None else nullcontext()
+    with count() as traffic, count_graphs() as graphs, watch:
+        found = _on_mesh(subject, model, mesh, options, rows[mesh.rank("batch")])
+    errors = {"loss": _error(found, wanted)}
+    for name, parameter in reference.named_parameters():
+        errors[name] = _gradient_error(model.get_parameter(name).grad, parameter.grad)
+    return Outcome(errors, traffic.by_op, by_layer, graphs)
+
+
+def _rank(rank: int, subject: Subject, options: Options, folder: str) -> None:
+    torch.set_num_threads(1)
+    world = options.degrees.world
+    store = dist.FileStore(os.path.join(folder, "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    try:
+        mesh = ParallelMesh.from_degrees(options.degrees, "cpu")
+        runs = {"eager": compare(subject, options, mesh, None)}
+        if options.backend:
+            runs[options.backend] = compare(subject, options, mesh, Compile(options.backend))
+        if rank == 0:
+            torch.save(runs, Path(folder, "runs"))
+    finally:
+        dist.destroy_process_group()
+
+
+def _seeded(subject: Subject) -> Any:
+    torch.manual_seed(0)
+    return subject.build()
+
+
+@contextmanager
+def _watch_mixers(model: nn.Module, by_layer: dict[str, Count]) -> Iterator[None]:
+    """Note what each mixer's forward adds to the ledger."""
+    hooks = []
+    for name, mixer in model.named_modules():
+        if isinstance(mixer, Mixer):
+            started: dict[str, Count] = {}
+
+            def before(module: nn.Module, args: Any, started: dict[str, Count] = started) -> None:
+                started.update(LEDGER.snapshot())
+
+            def after(
+                module: nn.Module,
+                args: Any,
+                out: Any,
+                name: str = name,
+                started: dict[str, Count] = started,
+            ) -> None:
+                by_layer[name] = sum(since(started).by_op.values(), Count())
+
+            hooks += [mixer.register_forward_pre_hook(before), mixer.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of packed documents: [1, S] each."""
+
+    documents: Documents
+    input_ids: Tensor
+    labels: Tensor
+
+
+def _row(vocab_size: int, seq_len: int, index: int) -> _Row:
+    """Three documents, random tokens; shards end inside of documents."""
+    first, second = seq_len // 3 + 1 + index, seq_len // 4 + 1
+    documents = Documents(((first, second, seq_len - first - second),), seq_len)
+    generator = torch.Generator().manual_seed(index)
+    input_ids = torch.randint(1, vocab_size, (1, seq_len), generator=generator)
+    return _Row(documents, input_ids, shift_labels(input_ids, documents))
+
+
+def _one_device(subject: Subject, model: nn.Module, rows: list[_Row]) -> Tensor:
+    losses = []
+    for row in rows:
+        labels = row.labels
+        logits = subject.whole(model, row.input_ids, row.documents).flatten(0, 1)
+        per_token = F.cross_entropy(logits, labels.flatten(), reduction="none")
+        losses.append(per_token[labels.flatten() >= 0])
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    return loss.detach()
+
+
+def _on_mesh(
+    subject: Subject, model: nn.Module, mesh: ParallelMesh, options: Options, row: _Row
+) -> Tensor:
+    documents = row.documents
+    position = documents.position_in_document()
+    batch = {"input_ids": row.input_ids, "labels": row.labels, "position": position}
+    local, plan = shard_batch(batch, mesh, options.layout, model=model, documents=documents)
+    logits = subject.local(model, local, plan)
+    tokens = global_token_count(local["labels"], mesh.loss)
+    share = token_mean_loss(logits, local["labels"], tokens)
+    share.backward()
+    loss = share.detach()
+    if mesh.loss is not None:
+        dist.all_reduce(loss, group=mesh.loss.get_group())
+    return loss
+
+
+def _gradient_error(found: Tensor | None, wanted: Tensor | None) -> float:
+    """0 where neither has one, infinite where one alone has."""
+    if found is None or wanted is None:
+        return 0.0 if found is wanted else math.inf
+    return _error(found.full_tensor() if isinstance(found, DTensor) else found, wanted)
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference over largest value; over 1 where all values are 0."""
+    scale = float(wanted.abs().max())
+    return float((found - wanted).abs().max()) / (scale or 1.0)

@@ -1,0 +1,61 @@
+"""A batch as transformers' collators make it, cut for the ranks."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dtcp.batch import BatchPlan, shard_batch, shift_labels
+from dtcp.documents import Documents
+from dtcp.layout import HeadTail, SequenceLayout
+from dtcp.mesh import ParallelMesh
+
+
+def shard_hf_batch(
+    batch: Mapping[str, Tensor],
+    mesh: ParallelMesh,
+    layout: type[SequenceLayout] = HeadTail,
+    *,
+    model: nn.Module,
+    device: torch.device | str | None = None,
+) -> tuple[dict[str, Tensor], BatchPlan]:
+    """Cut a batch of transformers into this rank's part.
+
+    Args:
+        batch: whole rows on the host: input_ids or inputs_embeds; maybe labels, not shifted, as
+            transformers has them; position_ids, which restart at every packed document;
+            attention_mask [B, S], 0 for padding on the right.
+    Returns:
+        the local batch, with labels shifted and position_ids, and the plan. Call
+        `model(input_ids=..., position_ids=..., tables=plan.tables)`, and take the loss with
+        token_mean_loss: the model's own shifts labels inside a shard.
+    Raises:
+        ValueError: padding on the left or in the middle, or what shard_batch refuses.
+    """
+    documents = documents_of(batch)
+    whole = {key: x for key, x in batch.items() if key != "attention_mask"}
+    whole["position_ids"] = documents.position_in_document()
+    if "labels" in batch:
+        whole["labels"] = shift_labels(batch["labels"], documents)
+    local, plan = shard_batch(whole, mesh, layout, model=model, documents=documents, device=device)
+    return local, plan
+
+
+def documents_of(batch: Mapping[str, Tensor]) -> Documents:
+    """The documents of every row: position_ids restart, attention_mask ends the last one."""
+    tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
+    rows, seq_len = tokens.shape[:2]
+    mask = batch.get("attention_mask", torch.ones(rows, seq_len, dtype=torch.int64))
+    if mask.shape != (rows, seq_len) or bool(
+        (mask.diff(dim=1) > 0).any() | ~mask.bool()[:, :1].all()
+    ):
+        raise ValueError(
+            f"An attention_mask is [B, S], 1 for tokens and then 0 for padding on the right, got "
+            f"shape {tuple(mask.shape)}: pad on the right; for packed documents pass position_ids."
+        )
+    position = batch.get("position_ids", torch.arange(seq_len).expand(rows, seq_len))
+    lengths = []
+    for row, filled in enumerate(mask.bool().sum(dim=1).tolist()):
+        (cuts,) = Documents.from_positions(position[row : row + 1, :filled]).lengths
+        lengths.append(cuts)
+    return Documents(tuple(lengths), seq_len)

@@ -1,0 +1,209 @@
+"""What a model of transformers needs of context parallelism, found by running it on a few tokens.
+
+Attention calls are recorded, with the mask that the model's own code made for them, while each
+token attends to itself alone. What lets tokens meet all the same does not go through the
+registry, and is refused by name.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtcp.huggingface import registry
+from dtcp.huggingface.read_mask import read_mask
+from dtcp.masks import Bidirectional, Mask
+from dtcp.mixers import SoftmaxAttention
+from dtcp.mixing import find_mixing, own_value, probe_length
+
+HARMLESS = ("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits")
+"""Arguments of an attention call that say what mask, positions and the model's call say too."""
+
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention module, and what its mixer has to be."""
+
+    name: str
+    mask: Mask
+    scale: float | None
+    softcap: float
+    sink: bool
+
+    def mixer(self) -> SoftmaxAttention:
+        return SoftmaxAttention(self.mask, scale=self.scale, softcap=self.softcap)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found: attention that mixers can carry out, and what nobody here can."""
+
+    attentions: tuple[Attention, ...]
+    refused: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raises: ValueError: something is refused."""
+        if self.refused:
+            raise ValueError(
+                "A model is context-parallel where all of its mixing can be, got\n  "
+                + "\n  ".join(self.refused)
+            )
+
+
+def survey(model: Any) -> Survey:
+    """Run a model of transformers on a row of tokens and read off where and how tokens meet.
+
+    The model is left as it was. It has to be on a real device, unsharded.
+    """
+    refused = [*_unsuited(model)]
+    if refused:
+        return Survey((), tuple(refused))
+    names = {module: name for name, module in model.named_modules()}
+    recorder = _Recorder(names, refused)
+    seq_len = probe_length(model)
+    device = next(model.parameters()).device
+    run = partial(
+        model,
+        input_ids=torch.arange(seq_len, device=device)[None] % model.config.vocab_size,
+        position_ids=torch.arange(seq_len, device=device)[None],
+        use_cache=False,
+        tables=recorder,
+    )
+    with _looked_at(model):
+        # Training first: dropout shows in training only, and mixing without it only.
+        model.train()
+        with torch.no_grad(), torch.random.fork_rng():
+            run()
+        model.eval()
+        mixing = find_mixing(model, run, seq_len)
+    refused += [
+        f"{name or 'the model'} ({type(model.get_submodule(name)).__name__}): tokens meet in it, "
+        f"and not through the attention registry: write it with a mixer (docs/add_a_model.md)."
+        for name in mixing
+    ]
+    return Survey(tuple(recorder.found.values()), tuple(dict.fromkeys(refused)))
+
+
+class _Recorder:
+    """Notes each attention call; no token sees another meanwhile."""
+
+    def __init__(self, names: dict[nn.Module, str], refused: list[str]) -> None:
+        self.names, self.refused = names, refused
+        self.found: dict[str, Attention] = {}
+
+    def record(
+        self, module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], mask: Any, how: dict[str, Any]
+    ) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in qkv)
+        name = self.names[module]
+        read: Mask | None = getattr(mask, _READ, None)
+        if mask is None and getattr(module, "is_causal", None) is False:
+            read = Bidirectional()
+        problems = _problems(q, k, read, how)
+        self.refused += [f"{name} ({type(module).__name__}): {problem}" for problem in problems]
+        if read is not None and not problems:
+            self._note(name, module, read, how)
+        return own_value(v, q.shape[2]) if k.shape[1] == q.shape[1] else torch.zeros_like(q)
+
+    def _note(self, name: str, module: nn.Module, mask: Mask, how: dict[str, Any]) -> None:
+        sink, softcap = how.get("s_aux") is not None, how.get("softcap") or 0.0
+        now = Attention(name, mask, how.get("scaling"), softcap, sink)
+        before = self.found.setdefault(name, now)
+        if before != now:
+            self.refused.append(
+                f"{name} ({type(module).__name__}): called twice, as {before} and as {now}: give "
+                f"each use a module of its own."
+            )
+
+
+def _problems(q: Tensor, k: Tensor, mask: Mask | None, how: dict[str, Any]) -> list[str]:
+    problems = []
+    known = ("scaling", "dropout", "s_aux", "softcap", *HARMLESS)
+    asked = [key for key, value in how.items() if key not in known and value not in (None, False)]
+    if k.shape[1] != q.shape[1]:
+        problems.append(
+            f"{q.shape[1]} queries meet {k.shape[1]} keys (cross-attention, or a cache): only "
+            f"attention of a sequence to itself is sharded."
+        )
+    elif mask is None:
+        problems.append(
+            "its mask is not one interval of keys around a token, or not made by "
+            "transformers.masking_utils: its meaning is not known."
+        )
+    if how.get("dropout"):
+        problems.append(
+            f"dropout={how['dropout']} in training would depend on the mesh: set "
+            f"config.attention_dropout = 0."
+        )
+    if asked:
+        problems.append(f"it is called with {asked}, which no mixer honours.")
+    return problems
+
+
+_READ = "dtcp_mask"
+
+
+def survey_mask(*, mask_function: Callable[..., Any], **how: Any) -> Tensor:
+    """A dense mask of a few tokens, as sdpa takes it, that knows the mask it is."""
+    from transformers.masking_utils import sdpa_mask
+
+    how |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    dense = sdpa_mask(mask_function=mask_function, **how)
+    assert dense is not None
+    setattr(dense, _READ, read_mask(mask_function))
+    return dense
+
+
+@contextmanager
+def _looked_at(model: Any) -> Iterator[None]:
+    registry.register(survey_mask)
+    before = {module: module.training for module in model.modules()}
+    implementation = model.config._attn_implementation
+    registry.use(model, registry.SURVEY)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+        for module, training in before.items():
+            module.training = training
+
+
+def _unsuited(model: Any) -> Iterator[str]:
+    """What forbids even a look."""
+    name = type(model).__name__
+    if next(model.parameters()).is_meta:
+        yield (
+            f"{name} is on the meta device, where nothing can be run: build it on a real one, on "
+            f"the CPU for instance."
+        )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        yield (
+            f"{name} takes no position_ids: it counts positions from the start of what it is "
+            f"given, and a shard is not the start."
+        )
+    if getattr(model.config, "output_router_logits", False):
+        yield (
+            f"{name} adds a balance loss over all tokens of a batch (output_router_logits): set "
+            f"config.output_router_logits = False."
+        )
+    for kind in _rope_types(getattr(model.config, "rope_parameters", None)):
+        if kind in LENGTH_DEPENDENT_ROPE:
+            yield (
+                f"{name} chooses rotary frequencies by the longest position it sees "
+                f"(rope_type={kind!r}), and ranks see different ones: use another rope_type."
+            )
+
+
+def _rope_types(parameters: Any) -> Iterator[str]:
+    if isinstance(parameters, dict):
+        for key, value in parameters.items():
+            if key == "rope_type":
+                yield value
+            yield from _rope_types(value)

@@ -1,0 +1,168 @@
+"""Any causal language model of transformers, by one call.
+
+The plan is read off the model: mixers from a survey of its attention, blocks from where its
+attention modules stand, tensor parallelism from the plan that transformers keeps of it.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+
+from dtcp.attention import RingAttention
+from dtcp.dispatch import HEADS
+from dtcp.huggingface import Survey, install_mixers
+from dtcp.huggingface.registry import MIXER
+from dtcp.mesh import ParallelMesh
+from dtcp.style import AttentionStyle, matches
+from parallelize.activation_checkpoint import ActivationCheckpoint
+from parallelize.apply import KEEP_ALL, PLAIN_FSDP, ParallelPlan, parallelize
+from parallelize.compile import Compile
+from parallelize.fsdp import FSDP
+from parallelize.tensor_parallel import Entered, PerToken, ScaledVocabulary, VocabularySharded
+
+RING = RingAttention()
+
+
+def parallelize_hf(
+    model: Any,
+    mesh: ParallelMesh,
+    attention: AttentionStyle | Callable[[str], AttentionStyle] = RING,
+    *,
+    activation_checkpoint: ActivationCheckpoint = KEEP_ALL,
+    compile: Compile | None = None,
+    fsdp: FSDP = PLAIN_FSDP,
+) -> Any:
+    """Put an unmodified model of transformers on FSDP x TP x CP, in place.
+
+    Batches come from shard_hf_batch, and the loss is token_mean_loss: gradients are sums over
+    ranks, and under tp logits are a DTensor sharded in the vocabulary.
+
+    Args:
+        model: on a real device, with its weights.
+        attention: the strategy of every attention module, or a function of the module's name.
+    Raises:
+        ValueError: what the model needs and nobody here can give, by the names of the layers.
+    """
+    found = install_mixers(model)
+    plan = hf_plan(model, found, mesh, attention)
+    return parallelize(
+        model, mesh, plan, activation_checkpoint=activation_checkpoint, compile=compile, fsdp=fsdp
+    )
+
+
+def hf_plan(
+    model: Any,
+    found: Survey,
+    mesh: ParallelMesh,
+    attention: AttentionStyle | Callable[[str], AttentionStyle],
+) -> ParallelPlan:
+    """The plan of a model that has its mixers.
+
+    Raises:
+        ValueError: tp is asked for, and something has no style or does not divide.
+    """
+    names = [each.name for each in found.attentions]
+    styles = {
+        f"{name}.{MIXER}": attention if isinstance(attention, AttentionStyle) else attention(name)
+        for name in names
+    }
+    return ParallelPlan(
+        tp=tensor_plan(model, mesh.size("tp")) if mesh.tp is not None else {},
+        cp=styles,
+        blocks=tuple(dict.fromkeys(_block(name) for name in names)),
+        units=_units(model),
+    )
+
+
+def tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
+    """transformers' own plan in our styles; norms run per token, and nothing is left over."""
+    asked = _asked(model)
+    _check_divisible(model, asked, tp)
+    modules = dict(model.named_modules())
+    plan: dict[str, ParallelStyle] = {}
+    for name, module in modules.items():
+        own = [key for key, _ in module.named_parameters(recurse=False)]
+        role = next((role for key, role in asked.items() if matches(name, key)), "")
+        if not own:
+            continue
+        style = _style(model, module, role)
+        if style is None:
+            raise ValueError(
+                f"Tensor parallelism needs a style for each parameter, got {own} of {name} "
+                f"({type(module).__name__}) with the role {role!r} in transformers' plan: set "
+                f"tp=1 and give the ranks to cp, or pass a ParallelPlan to parallelize."
+            )
+        plan[name] = style
+    columns = [name.rpartition(".")[0] for name in plan if _is_columns(plan[name])]
+    # What several projections read enters once, so that its gradient is reduced once.
+    shared = {parent: Entered() for parent in columns if parent and columns.count(parent) > 1}
+    return {**shared, **plan}
+
+
+def _asked(model: Any) -> Mapping[str, str]:
+    asked: Mapping[str, str] = model.tp_plan
+    if not any("layers" in key for key in asked):
+        raise ValueError(
+            f"Tensor parallelism follows the plan that transformers has of a model, got none for "
+            f"the layers of {type(model).__name__}: set tp=1 and give the ranks to cp, or pass a "
+            f"ParallelPlan to parallelize."
+        )
+    return asked
+
+
+def _style(model: Any, module: nn.Module, role: str) -> ParallelStyle | None:
+    if module is model.get_input_embeddings():
+        return VocabularySharded() if type(module) is nn.Embedding else ScaledVocabulary()
+    if module is model.get_output_embeddings():
+        return ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    if role == "replicated_with_grad_allreduce":
+        return PerToken(Shard(HEADS))
+    if role in ("colwise", "rowwise"):
+        return ColwiseParallel() if role == "colwise" else RowwiseParallel()
+    shapes = [p.ndim for p in module.parameters(recurse=False)]
+    return PerToken() if not role and shapes == [1] and "Norm" in type(module).__name__ else None
+
+
+def _check_divisible(model: Any, asked: Mapping[str, str], tp: int) -> None:
+    config = model.config.get_text_config()
+    sizes = {"vocab_size": config.vocab_size, "num_attention_heads": config.num_attention_heads}
+    sizes["num_key_value_heads"] = config.num_key_value_heads or config.num_attention_heads
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            role = next((role for key, role in asked.items() if matches(name, key)), "")
+            size = {"colwise": module.out_features, "rowwise": module.in_features}.get(role, tp)
+            sizes[f"the width of {name}"] = size
+    for name, size in sizes.items():
+        if size % tp:
+            raise ValueError(
+                f"Tensor parallelism splits {name} into equal parts, got {size} with tp={tp}: "
+                f"choose a tp that divides it, and give the ranks to cp instead."
+            )
+
+
+def _is_columns(style: ParallelStyle) -> bool:
+    return isinstance(style, ColwiseParallel)
+
+
+def _block(name: str) -> str:
+    """The repeated part an attention module stands in: up to the first number in its name."""
+    found = re.match(r"(.*?)\.\d+(?=\.|$)", name)
+    if found is None:
+        raise ValueError(
+            f"Blocks are the entries of a list of layers, got the attention module {name!r}, "
+            f"which stands in none: pass a ParallelPlan to parallelize."
+        )
+    return f"{found.group(1)}.*"
+
+
+def _units(model: Any) -> tuple[tuple[str, ...], ...]:
+    """Embedding and head each gathered alone; a weight they share, with the rest of the model."""
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or embedding.weight is head.weight:
+        return ()
+    return (names[embedding],), (names[head],)

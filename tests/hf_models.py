@@ -1,0 +1,49 @@
+"""Tiny random models of transformers, one a family."""
+
+from typing import Any
+
+import torch
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "attention_dropout": 0.0,
+    "pad_token_id": 0,
+}
+WINDOWS = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 7},
+    "gemma3_text": {**WINDOWS, "query_pre_attn_scalar": 16},
+    "gemma2": {**WINDOWS, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
+    "gpt_oss": {**WINDOWS, **EXPERTS, "num_local_experts": 4},
+    "qwen3_moe": {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 24},
+    "mixtral": {**EXPERTS, "num_local_experts": 4, "sliding_window": None},
+}
+REFUSED: dict[str, dict[str, Any]] = {
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
+    "bloom": {"n_layer": 2, "n_head": 4},
+}
+"""Families that have something no mixer carries out."""
+
+
+def build(kind: str, **change: Any) -> Any:
+    """A model in fp64, in training mode, with weights that make every part of it count."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **{**SHAPE, **{**MODELS, **REFUSED}[kind], **change})
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.train()

@@ -1,0 +1,240 @@
+"""Unmodified models of transformers on a mesh, held against themselves on one device."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from dtcp.attention import AllGatherAttention, UlyssesAttention
+from dtcp.compile import EagerIsland, count_graphs
+from dtcp.documents import Documents
+from dtcp.huggingface import documents_of, install_mixers, shard_hf_batch, survey
+from dtcp.layout import Contiguous, HeadTail
+from dtcp.loss import global_token_count, token_mean_loss
+from dtcp.masks import Causal, SlidingWindow
+from dtcp.mesh import Degrees, ParallelMesh
+from dtcp.traffic import count
+from parallelize import Compile, FullCheckpoint, SelectiveCheckpoint, parallelize_hf
+from parallelize.huggingface import RING
+from tests.hf_models import MODELS, build
+from tests.parity import gradients
+from tests.spmd import spmd
+
+pytest.importorskip("transformers")
+
+GRAPHS = Compile("aot_eager")
+BOUND = 1e-5
+"""Relative error: the models' own norms, softmax and rotary tables are fp32 in a model of fp64."""
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+IDS = torch.zeros(1, 8, dtype=torch.int64)
+SEQ_LEN = 48
+PACKED = ((20, 9, 19), (48,))
+PADDED = ((43,), (48,))
+
+
+def a_batch(rows: tuple[tuple[int, ...], ...]) -> dict[str, Tensor]:
+    """Two rows as a collator of transformers makes them."""
+    documents = Documents(rows, SEQ_LEN)
+    input_ids = torch.randint(
+        1, 64, (len(rows), SEQ_LEN), generator=torch.Generator().manual_seed(3)
+    )
+    batch = {"input_ids": input_ids, "labels": input_ids.clone()}
+    if rows == PADDED:
+        filled = (documents.document() >= 0).long()
+        return {**batch, "attention_mask": filled}
+    return {**batch, "position_ids": documents.position_in_document()}
+
+
+def one_device(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The unmodified model's loss, each document a row of its own; fills the gradients.
+
+    Packed rows are no reference: GPT-OSS of transformers 5.23 lets their documents see each other.
+    """
+    losses = []
+    for row, lengths in enumerate(documents_of(batch).lengths):
+        for document in batch["input_ids"][row, : sum(lengths)].split(lengths):
+            logits = model(input_ids=document[None], use_cache=False).logits[0, :-1]
+            losses.append(F.cross_entropy(logits, document[1:], reduction="none"))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    return loss.detach()
+
+
+def on_mesh(
+    model: nn.Module, mesh: ParallelMesh, batch: dict[str, Tensor], layout: type = HeadTail
+) -> Tensor:
+    """The same on a mesh: each batch rank takes its rows, each cp rank its tokens."""
+    mine = slice(mesh.rank("batch"), None, mesh.size("batch"))
+    rows = {key: x[mine] for key, x in batch.items()}
+    local, plan = shard_hf_batch(rows, mesh, layout, model=model)
+    labels = local.pop("labels")
+    local.pop("padding_mask", None)
+    logits = model(**local, tables=plan.tables).logits
+    share = token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
+    share.backward()
+    loss = share.detach()
+    if mesh.loss is not None:
+        dist.all_reduce(loss, group=mesh.loss.get_group())
+    return loss
+
+
+def assert_parity(kind, degrees, *, rows=PACKED, layout=HeadTail, attention=RING, **options):
+    """Assert that loss and all gradients are those of the unmodified model, on one device."""
+    reference, model = build(kind), build(kind)
+    mesh = ParallelMesh.from_degrees(degrees, "cpu")
+    parallelize_hf(model, mesh, attention, **options)
+    batch = a_batch(rows)
+    expected = one_device(reference, batch)
+    with count() as traffic:
+        actual = on_mesh(model, mesh, batch, layout)
+    assert_close(actual, expected, rtol=BOUND, atol=0.0)
+    wanted, found = gradients(reference), gradients(model)
+    assert wanted.keys() == found.keys()
+    worst = {
+        name: error
+        for name, grad in wanted.items()
+        if not (error := float((found[name] - grad).abs().max() / grad.abs().max())) <= BOUND
+    }
+    assert not worst, worst
+    return traffic
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@spmd(ranks=(1, 2))
+def test_packed_rows_equal_the_unmodified_model(mesh, ranks, kind):
+    traffic = assert_parity(kind, Degrees(cp=ranks))
+    assert (traffic.received > 0) == (ranks > 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_oss"])
+@spmd(ranks=2)
+def test_padding_equals_the_unmodified_model(mesh, kind):
+    assert_parity(kind, Degrees(cp=2), rows=PADDED)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("attention", [AllGatherAttention(), UlyssesAttention()])
+@spmd(ranks=2)
+def test_every_strategy_equals_one_device(mesh, kind, attention):
+    assert_parity(kind, Degrees(cp=2), attention=attention, layout=Contiguous)
+
+
+@spmd(ranks=(3, 4))
+def test_more_ranks_equal_one_device(mesh, ranks):
+    assert_parity("gpt_oss", Degrees(cp=ranks))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma3_text", "gemma2"])
+@spmd(ranks=4)
+def test_cp_beside_tp_equals_one_device(mesh, kind):
+    assert_parity(kind, Degrees(cp=2, tp=2))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+@spmd(ranks=4)
+def test_cp_beside_tp_compiled_equals_one_device(mesh, kind):
+    assert_parity(kind, Degrees(cp=2, tp=2), compile=GRAPHS)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+@spmd(ranks=4)
+def test_cp_beside_data_parallel_equals_one_device(mesh, kind):
+    assert_parity(kind, Degrees(dp_shard=2, cp=2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "graphs"), [("llama", 1), ("gemma3_text", 2), ("gpt_oss", 2), ("qwen3_moe", 1)]
+)
+@spmd(ranks=2)
+def test_compiled_is_one_graph_a_kind_of_layer_and_equals_one_device(mesh, kind, graphs):
+    """A layer with another mask reads other tables, and so is another graph."""
+    with count_graphs() as found:
+        assert_parity(kind, Degrees(cp=2), compile=GRAPHS)
+    assert (found.graphs, found.breaks) == (graphs, 0)
+
+
+@pytest.mark.parametrize("checkpoint", [FullCheckpoint(), SelectiveCheckpoint()])
+@spmd(ranks=2)
+def test_checkpointed_and_compiled_equals_one_device(mesh, checkpoint):
+    assert_parity("qwen3", Degrees(cp=2), compile=GRAPHS, activation_checkpoint=checkpoint)
+
+
+@spmd(ranks=2)
+def test_island_in_a_compiled_block_equals_one_device(mesh):
+    with count_graphs() as found:
+        island = AllGatherAttention(boundary=EagerIsland())
+        assert_parity("llama", Degrees(cp=2), attention=island, compile=GRAPHS)
+    assert (found.graphs, found.breaks) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_survey_reads_every_mask_off_the_models_own(kind):
+    """And leaves the model as it was."""
+    model = build(kind)
+    names = list(model.state_dict())
+    found = survey(model)
+    windowed = Causal() & SlidingWindow(7)
+    expected = {"mistral": [windowed] * 2}.get(kind, [Causal()] * 2)
+    if kind in ("gemma2", "gemma3_text", "gpt_oss"):
+        expected = [windowed, Causal()]
+    assert [each.mask for each in found.attentions] == expected
+    assert {each.softcap for each in found.attentions} == {5.0 if kind == "gemma2" else 0.0}
+    assert {each.sink for each in found.attentions} == {kind == "gpt_oss"}
+    assert found.refused == ()
+    assert (model.training, model.config._attn_implementation) == (True, "eager")
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "match"),
+    [
+        ("llama", {"attention_dropout": 0.1}, r"model\.layers\.0\.self_attn .*dropout=0\.1"),
+        ("llama4_text", {}, r"layers\.0\.self_attn .*its meaning is not known"),
+        ("lfm2", {}, r"layers\.0\.conv.*not through the attention registry"),
+        ("llama", {"rope_parameters": DYNAMIC}, r"rope_type='dynamic'"),
+        ("mixtral", {"output_router_logits": True}, "balance loss"),
+        ("bloom", {}, "takes no position_ids"),
+    ],
+)
+def test_what_nobody_can_give_is_refused_by_name(kind, change, match):
+    with pytest.raises(ValueError, match=match):
+        install_mixers(build(kind, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"labels": IDS}, r"with=\['labels'\]"),
+        ({"attention_mask": IDS}, r"with=\['attention_mask'\]"),
+        ({"output_attentions": True}, r"with=\['output_attentions'\]"),
+        ({"use_cache": True}, "use_cache=True"),
+        ({"position_ids": None}, r"without=\['position_ids'\]"),
+        ({"tables": None}, r"without=\['tables'\]"),
+    ],
+)
+def test_call_that_has_no_sharded_form_is_refused(change, match):
+    model = build("llama")
+    install_mixers(model)
+    right = {"input_ids": IDS, "position_ids": IDS, "tables": {}}
+    with pytest.raises(ValueError, match=match):
+        model(**{**right, **change})
+
+
+@pytest.mark.parametrize("mask", [[[0, 1, 1, 1]], [[1, 0, 1, 1]]])
+def test_padding_anywhere_but_on_the_right_is_refused(mask):
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "attention_mask": torch.tensor(mask)}
+    with pytest.raises(ValueError, match="pad on the right"):
+        documents_of(batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [("qwen3_moe", "experts .*set tp=1"), ("gpt_oss", "none for the layers.*set tp=1")],
+)
+@spmd(ranks=2)
+def test_tensor_parallelism_without_a_style_is_refused(mesh, kind, match):
+    with pytest.raises(ValueError, match=match):
+        parallelize_hf(build(kind), ParallelMesh.from_degrees(Degrees(tp=2), "cpu"))
