@@ -32,7 +32,7 @@ from torch import distributed as dist
 
 from tests.rank import Answer, Job, serve, world_size
 
-TIMEOUT = 120.0
+TIMEOUT = 300.0
 """Seconds a test may take on its ranks."""
 
 GRACE = 2.0

@@ -151,7 +151,7 @@ def test_model_of_transformers_without_positions_is_refused(capsys):
     assert "takes no position_ids" in printed and printed.endswith("FAILED\n")
 
 
-@spmd(ranks=2)
+@spmd(ranks=2, timeout=400)
 def test_model_of_transformers_passes(mesh):
     pytest.importorskip("transformers")
     options = Options(Degrees(cp=2))
