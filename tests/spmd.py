@@ -35,6 +35,10 @@ from tests.rank import Answer, Job, serve, world_size
 TIMEOUT = 300.0
 """Seconds a test may take on its ranks."""
 
+JOBS_A_WORLD = 16
+"""Tests before the ranks make their groups anew: those that tests made besides, and gloo's
+threads for each, would pile up to thousands and slow every test."""
+
 GRACE = 2.0
 """Seconds the other ranks have to answer once one rank has failed."""
 
@@ -187,6 +191,7 @@ class Pool:
 
     workers: list[Worker] = field(default_factory=list)
     world: tuple[int, int] = (0, 0)  # (size, how many were made before)
+    jobs_in_world: int = 0
 
     def __post_init__(self) -> None:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -206,8 +211,9 @@ class Pool:
         __tracebackhide__ = True
         size = world_size(axes)
         self._grow(size)
-        if self.world[0] != size:
-            self.world = (size, self.world[1] + 1)
+        if self.world[0] != size or self.jobs_in_world == JOBS_A_WORLD:
+            self.world, self.jobs_in_world = (size, self.world[1] + 1), 0
+        self.jobs_in_world += 1
         world = f"{self.world[1]}"
         request = pickle.dumps(Job(fn.__module__, fn.__qualname__, args, kwargs, axes, world))
         workers = self.workers[:size]
