@@ -2,7 +2,6 @@
 
 import faulthandler
 import functools
-import gc
 import importlib
 import multiprocessing
 import os
@@ -121,7 +120,6 @@ class Group:
             if dist.is_initialized():
                 dist.destroy_process_group()
             self.meshes.clear()
-            gc.collect()  # a group's threads live as long as it does
             store = dist.PrefixStore(world, self.store)
             dist.init_process_group(
                 "gloo", store=store, rank=self.rank, world_size=world_size(axes)

@@ -35,9 +35,9 @@ from tests.rank import Answer, Job, serve, world_size
 TIMEOUT = 300.0
 """Seconds a test may take on its ranks."""
 
-JOBS_A_WORLD = 16
-"""Tests before the ranks make their groups anew: those that tests made besides, and gloo's
-threads for each, would pile up to thousands and slow every test."""
+JOBS_A_POOL = 60
+"""Tests before the ranks are started afresh, which takes a moment: the groups that tests make,
+and gloo's threads for each, would pile up to thousands and slow every test."""
 
 GRACE = 2.0
 """Seconds the other ranks have to answer once one rank has failed."""
@@ -191,7 +191,7 @@ class Pool:
 
     workers: list[Worker] = field(default_factory=list)
     world: tuple[int, int] = (0, 0)  # (size, how many were made before)
-    jobs_in_world: int = 0
+    jobs: int = 0  # since the ranks were started
 
     def __post_init__(self) -> None:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -210,10 +210,12 @@ class Pool:
         """Run one job on the first ranks of the pool and return their answers."""
         __tracebackhide__ = True
         size = world_size(axes)
+        if self.jobs == JOBS_A_POOL:
+            self.stop()
+        self.jobs += 1
         self._grow(size)
-        if self.world[0] != size or self.jobs_in_world == JOBS_A_WORLD:
-            self.world, self.jobs_in_world = (size, self.world[1] + 1), 0
-        self.jobs_in_world += 1
+        if self.world[0] != size:
+            self.world = (size, self.world[1] + 1)
         world = f"{self.world[1]}"
         request = pickle.dumps(Job(fn.__module__, fn.__qualname__, args, kwargs, axes, world))
         workers = self.workers[:size]
@@ -233,7 +235,7 @@ class Pool:
             worker.process.join()
             worker.pipe.close()
         self.workers.clear()
-        self.world = (0, self.world[1])
+        self.world, self.jobs = (0, self.world[1]), 0
 
     def _grow(self, size: int) -> None:
         if not all(worker.process.is_alive() for worker in self.workers):
