@@ -130,6 +130,7 @@ def _run(
         )
     answers = the_pool().run(fn, args, kwargs, axes, timeout)
     skips = [answer.value for answer in answers if answer.kind == "skip"]
+    # Only where every rank skipped: a rank that skips alone is an error, never a pass.
     if len(skips) == len(answers):
         pytest.skip(skips[0])
     if skips:
