@@ -41,6 +41,11 @@ def group_of(name: str) -> dist.ProcessGroup:
     return _resolve_process_group(cast("dist.GroupName", name))
 
 
+def axis_of(name: str, device: torch.device) -> DeviceMesh:
+    """The axis of that group, inside an op's body: what the functions below take."""
+    return DeviceMesh.from_group(group_of(name), device.type)
+
+
 def all_gather(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
     """Concatenate x of every rank along dim, rank 0's first: L to n * L.
 
