@@ -117,9 +117,7 @@ class GatedAttention(nn.Module):
         q, gate = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, L, G, D]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, L, G, D]
-        q, k = (
-            self.rope.rotate(y, *angles) for y in (self.q_norm(q.contiguous()), self.k_norm(k))
-        )
+        q, k = (self.rope.rotate(y, *angles) for y in (self.q_norm(q.contiguous()), self.k_norm(k)))
         out = self.mixer(q, k, v, tables) * gate.sigmoid()
         return self.o_proj(out.flatten(-2))
 
@@ -161,8 +159,7 @@ class Block(nn.Module):
         else:
             self.delta = GatedDeltaNet(config)
         self.feed_forward_norm = ZeroCentredNorm(config.dim, config.norm_eps)
-        dense = isinstance(config.feed_forward, int)
-        self.feed_forward = (SwiGLU if dense else Mixture)(config.dim, config.feed_forward)
+        self.feed_forward = _feed_forward(config.dim, config.feed_forward)
 
     def forward(self, x: Tensor, angles: Angles, tables: Tables) -> Tensor:
         normed = self.mixer_norm(x)
@@ -261,6 +258,10 @@ class Qwen35(nn.Module):
     def _tie(self) -> None:
         if self.config.tied:
             self.lm_head.weight = self.embedding.weight
+
+
+def _feed_forward(dim: int, shape: int | ExpertsConfig) -> nn.Module:
+    return SwiGLU(dim, shape) if isinstance(shape, int) else Mixture(dim, shape)
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
