@@ -93,6 +93,12 @@ class Cell(NamedTuple):
     checkpoint: ActivationCheckpoint = NoCheckpoint()
     compile: Compile | None = None
 
+    def __str__(self) -> str:
+        degrees = self.degrees
+        mesh = f"dp{degrees.dp_shard}-cp{degrees.cp}-tp{degrees.tp}"
+        kinds = (self.layout, type(self.states), type(self.checkpoint))
+        return "-".join((self.model, mesh, *(kind.__name__ for kind in kinds)))
+
 
 def step(mesh: Any, path: Path, cell: Cell) -> tuple[Traffic, int, int]:
     """Assert parity on this rank; what one step communicated, graphs and breaks."""
