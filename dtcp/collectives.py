@@ -41,6 +41,17 @@ def group_of(name: str) -> dist.ProcessGroup:
     return _resolve_process_group(cast("dist.GroupName", name))
 
 
+def connect(name: str) -> None:
+    """Make the links of a group while all of its ranks are here: call where a plan is applied.
+
+    NCCL makes them at the first call on a group and waits for every rank of it; a ring's first
+    transfer may concern two ranks only, where documents leave the others nothing to send.
+    """
+    group = group_of(name)
+    if dist.get_backend(group) == "nccl":
+        dist.barrier(group)
+
+
 def all_gather(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
     """Concatenate x of every rank along dim, rank 0's first: L to n * L.
 
