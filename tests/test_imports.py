@@ -39,7 +39,14 @@ FLOORS = (
     ("dtcp.torchtitan", "dtcp.check"),
     ("train",),
 )
-MODELS_MAY_IMPORT = ("dtcp.mixers", "dtcp.masks", "dtcp.kernels.grouped", "models", "torch")
+MODELS_MAY_IMPORT = (
+    "dtcp.mixers",
+    "dtcp.recurrent.mixers",
+    "dtcp.masks",
+    "dtcp.kernels.grouped",
+    "models",
+    "torch",
+)
 PRIVATE_TORCH_HOMES = ("dtcp/collectives.py", "dtcp/dispatch.py", "dtcp/compile.py")
 OPTIONAL = ("fla", "flash_attn", "flash_attn_interface", "flash_attn_3")
 # torchrun speaks to its ranks through the environment, and launching is speaking to torchrun.
