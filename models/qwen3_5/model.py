@@ -117,9 +117,7 @@ class GatedAttention(nn.Module):
         q, gate = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, L, G, D]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, L, G, D]
-        q, k = (
-            self.rope.rotate(y, *angles) for y in (self.q_norm(q.contiguous()), self.k_norm(k))
-        )
+        q, k = (self.rope.rotate(y, *angles) for y in (self.q_norm(q.contiguous()), self.k_norm(k)))
         out = self.mixer(q, k, v, tables) * gate.sigmoid()
         return self.o_proj(out.flatten(-2))
 
