@@ -29,7 +29,7 @@ FLOORS = (
         "dtcp.route",
     ),
     ("dtcp.kernels",),
-    ("dtcp.style", "dtcp.dispatch", "dtcp.mixers", "dtcp.masks", "dtcp.mixing"),
+    ("dtcp.style", "dtcp.dispatch", "dtcp.mixers", "dtcp.masks", "dtcp.mixing", "dtcp.compressed"),
     ("dtcp.attention", "dtcp.recurrent", "dtcp.sparse"),
     ("dtcp.batch", "dtcp.loss", "dtcp.frozen", "dtcp.thd"),
     ("dtcp.planner", "dtcp.cp_utils", "dtcp.huggingface"),
@@ -41,6 +41,7 @@ FLOORS = (
 )
 MODELS_MAY_IMPORT = (
     "dtcp.mixers",
+    "dtcp.compressed",
     "dtcp.recurrent.mixers",
     "dtcp.masks",
     "dtcp.kernels.grouped",
