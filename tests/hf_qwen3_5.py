@@ -1,5 +1,6 @@
 """transformers' Qwen3.5 as the oracle: in true fp64, document by document."""
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,23 +47,19 @@ class _NoFla:
             raise ModuleNotFoundError(f"hidden: {name}")
 
 
-def modeling(*, experts: bool) -> Any:
-    """The modeling module, on torch's own operations."""
+def modeling(folder: str) -> Any:
+    """The modeling module of a folder of transformers, on torch's own operations."""
     from transformers.utils import import_utils
 
     with without_fla():
         import_utils.is_flash_linear_attention_available.cache_clear()
-        if experts:
-            from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as module
-        else:
-            from transformers.models.qwen3_5 import modeling_qwen3_5 as module
-    return module
+        return importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
 
 
 def build(config: Qwen35Config) -> Any:
     """Their model of our config, in fp64, with weights that make every part of it count."""
     experts = not isinstance(config.feed_forward, int)
-    module = modeling(experts=experts)
+    module = modeling("qwen3_5_moe" if experts else "qwen3_5")
     kind = "Qwen3_5Moe" if experts else "Qwen3_5"
     settings = config_to_hf(config)
     hf_config = getattr(module, f"{kind}TextConfig")(**settings)

@@ -97,7 +97,8 @@ class Cell(NamedTuple):
         degrees = self.degrees
         mesh = f"dp{degrees.dp_shard}-cp{degrees.cp}-tp{degrees.tp}"
         kinds = (self.layout, type(self.states), type(self.checkpoint))
-        return "-".join((self.model, mesh, *(kind.__name__ for kind in kinds)))
+        how = "compiled" if self.compile else "eager"
+        return "-".join((self.model, mesh, *(kind.__name__ for kind in kinds), how))
 
 
 def step(mesh: Any, path: Path, cell: Cell) -> tuple[Traffic, int, int]:
@@ -141,7 +142,7 @@ def compare(
 
 
 SCAN, KEYS = ScanStates(), AllGatherAttention()
-EAGER = [
+CELLS = [
     Cell("dense", Degrees()),
     Cell("experts", Degrees()),
     Cell("dense", Degrees(tp=2)),
@@ -155,8 +156,6 @@ EAGER = [
     Cell("experts", Degrees(cp=2, tp=2)),
     Cell("dense", Degrees(dp_shard=2, cp=2)),
     Cell("experts", Degrees(dp_shard=2, tp=2)),
-]
-COMPILED = [
     Cell("dense", Degrees(cp=2), checkpoint=SelectiveCheckpoint(), compile=GRAPHS),
     Cell("experts", Degrees(cp=3), Contiguous, SCAN, compile=GRAPHS),
     Cell("experts", Degrees(cp=2, tp=2), checkpoint=SelectiveCheckpoint(), compile=GRAPHS),
@@ -164,15 +163,16 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("cell", EAGER, ids=str)
+# By size: DTensor's caches tell meshes apart by their ranks alone, and would hand a compiled cell
+# a mesh whose groups ended when the pool changed its size in between (torch 2.13).
+CELLS.sort(key=lambda cell: cell.degrees.world)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_qwen3_5_on_ranks_equals_transformers(truths, cell):
-    run_ranks(step, cell.degrees.world, truths[cell.model], cell)
-
-
-@pytest.mark.parametrize("cell", COMPILED, ids=str)
-def test_qwen3_5_compiled_is_a_graph_a_kind_of_layer_and_equals_transformers(truths, cell):
+    """Compiled, a graph for each of the two kinds of layer, however many there are."""
     again = 2 if isinstance(cell.checkpoint, FullCheckpoint) else 1
     for traffic, graphs, breaks in run_ranks(step, cell.degrees.world, truths[cell.model], cell):
-        assert (graphs, breaks) == (2, 0)
+        assert (graphs, breaks) == ((2, 0) if cell.compile else (0, 0))
         assert traffic["dtcp::gated_delta_rule"].calls == 2 * again
         assert traffic["dtcp::gated_delta_rule_backward"].calls == 2
