@@ -253,7 +253,7 @@ def _by_formula(seq_len: int = 262_144) -> str:
     rows = []
     for n in (2, 4, 8, 16, 32, 64):
         hidden = seq_len // n * config.dim * 2
-        moved = 1 - HeadTail(4 * n * n, n).shard_len ** -1 * _kept(n)
+        moved = hidden * (1 - _kept(n))
         sizes = (
             summaries_received(n, 2, scan=False) * state,
             summaries_received(n, 2, scan=True) * state,
