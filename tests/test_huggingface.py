@@ -1,5 +1,7 @@
 """Unmodified models of transformers on a mesh, held against themselves on one device."""
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch.testing import assert_close
 from dtcp.attention import AllGatherAttention, UlyssesAttention
 from dtcp.compile import EagerIsland, count_graphs
 from dtcp.documents import Documents
-from dtcp.huggingface import documents_of, install_mixers, shard_hf_batch, survey
+from dtcp.huggingface import causal_lm_loss, documents_of, install_mixers, shard_hf_batch, survey
 from dtcp.layout import Contiguous, HeadTail
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.masks import Causal, SlidingWindow
@@ -81,9 +83,11 @@ def on_mesh(
     return loss
 
 
-def assert_parity(kind, degrees, *, rows=PACKED, layout=HeadTail, attention=RING, **options):
+def assert_parity(
+    kind, degrees, *, rows=PACKED, layout=HeadTail, attention=RING, change=None, **options
+):
     """Assert that loss and all gradients are those of the unmodified model, on one device."""
-    reference, model = build(kind), build(kind)
+    reference, model = build(kind, **(change or {})), build(kind, **(change or {}))
     mesh = ParallelMesh.from_degrees(degrees, "cpu")
     parallelize_hf(model, mesh, attention, **options)
     batch = a_batch(rows)
@@ -230,11 +234,40 @@ def test_padding_anywhere_but_on_the_right_is_refused(mask):
         documents_of(batch)
 
 
-@pytest.mark.parametrize(
-    ("kind", "match"),
-    [("qwen3_moe", "experts .*set tp=1"), ("gpt_oss", "none for the layers.*set tp=1")],
-)
 @spmd(ranks=2)
-def test_tensor_parallelism_without_a_style_is_refused(mesh, kind, match):
-    with pytest.raises(ValueError, match=match):
-        parallelize_hf(build(kind), ParallelMesh.from_degrees(Degrees(tp=2), "cpu"))
+def test_tensor_parallelism_without_a_style_is_refused(mesh):
+    with pytest.raises(ValueError, match=r"q_proj .*'colwise_gather_output'.*set tp=1"):
+        parallelize_hf(build("olmo2"), ParallelMesh.from_degrees(Degrees(tp=2), "cpu"))
+
+
+@spmd(ranks=2)
+def test_experts_that_do_not_divide_are_whole_and_said_to_be(mesh):
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("parallelize.huggingface").addHandler(handler)
+    assert_parity("qwen3_moe", Degrees(tp=2), change={"moe_intermediate_size": 25})
+    assert [f"layers.{i}.mlp.experts is whole" in said[i] for i in range(2)] == [True] * 2
+    assert "tp=2 does not divide its 25 channels" in said[0]
+
+
+@spmd(ranks=2)
+def test_ranks_with_different_weights_are_refused(mesh):
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += mesh.get_local_rank()
+    with pytest.raises(ValueError, match="seed all ranks alike"):
+        parallelize_hf(model, ParallelMesh.from_degrees(Degrees(cp=2), "cpu"))
+
+
+@pytest.mark.parametrize("compile", [GRAPHS, None])
+@spmd(ranks=1)
+def test_loop_over_experts_is_kept_out_of_graphs(mesh, compile):
+    model = build("mixtral", experts_implementation="eager")
+    model = parallelize_hf(model, ParallelMesh.from_degrees(Degrees(), "cpu"), compile=compile)
+    assert model.config._experts_implementation == ("grouped_mm" if compile else "eager")
+
+
+def test_batch_without_labels_has_no_loss():
+    with pytest.raises(ValueError, match="has labels, not shifted"):
+        causal_lm_loss(None, {"input_ids": IDS}, None)
