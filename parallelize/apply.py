@@ -42,7 +42,7 @@ class ParallelPlan:
     """
 
     tp: Mapping[str, ParallelStyle]
-    cp: Mapping[str, AttentionStyle]
+    cp: Mapping[str, ParallelStyle]
     blocks: tuple[str, ...]
     units: tuple[tuple[str, ...], ...] = ()
 
@@ -100,10 +100,10 @@ def _prepared(
     return compile.whole(checkpoint.wrap(forward))
 
 
-def _has_island(name: str, block: nn.Module, plan: Mapping[str, AttentionStyle]) -> bool:
+def _has_island(name: str, block: nn.Module, plan: Mapping[str, ParallelStyle]) -> bool:
     inside = [f"{name}.{part}" for part, _ in block.named_modules() if part]
     return any(
-        isinstance(style.boundary, EagerIsland)
+        isinstance(style, AttentionStyle) and isinstance(style.boundary, EagerIsland)
         for key, style in plan.items()
         if any(matches(part, key) for part in inside)
     )

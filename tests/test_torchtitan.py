@@ -17,7 +17,7 @@ from dtcp.torchtitan import compat, config_registry
 from dtcp.torchtitan.adopt import adopt, adopt_model
 from dtcp.torchtitan.data import PackedDocuments
 from dtcp.torchtitan.launch import check_world, ranks_for
-from dtcp.torchtitan.model_spec import LlamaStateDictAdapter, llama
+from dtcp.torchtitan.model_spec import llama
 from dtcp.torchtitan.options import config_names, parse
 from dtcp.torchtitan.overrides import MixerAttention
 from dtcp.torchtitan.plot import TRAINING, plot_losses, read_losses
@@ -256,7 +256,7 @@ def test_a_model_that_is_no_decoder_is_not_adopted():
 
 def test_weights_go_to_hugging_face_names_and_back():
     spec = config_registry.qwen3_tiny().model_spec
-    adapter = LlamaStateDictAdapter(spec.model, None)
+    adapter = spec.state_dict_adapter(spec.model, None)
     weights = spec.model.build().state_dict()
     theirs = adapter.to_hf(weights)
     assert "model.layers.0.self_attn.q_norm.weight" in theirs and "lm_head.weight" not in theirs
@@ -268,7 +268,7 @@ def test_weights_go_to_hugging_face_names_and_back():
 @pytest.mark.parametrize("name", [*PRESETS])
 def test_an_exported_config_is_read_back(name):
     spec = llama(name, PRESETS[name])
-    theirs = LlamaStateDictAdapter(spec.model, None).hf_config()
+    theirs = spec.state_dict_adapter(spec.model, None).hf_config()
     assert config_from_hf(json.loads(json.dumps(theirs))) == PRESETS[name]
 
 

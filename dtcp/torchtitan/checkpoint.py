@@ -21,7 +21,7 @@ from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.components.checkpointer.dcp import AsyncMode
 
-from dtcp.torchtitan.model_spec import LlamaStateDictAdapter
+from dtcp.torchtitan.model_spec import NameMapAdapter
 from dtcp.torchtitan.progress import say
 
 STATE_PREFIXES = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
@@ -89,7 +89,7 @@ class Checkpoints(CheckpointManager):
         if dist.get_rank() == 0:
             # Each rank's part, from which torchtitan has put the whole together.
             shutil.rmtree(path / "sharded", ignore_errors=True)
-            if isinstance(self.sd_adapter, LlamaStateDictAdapter):
+            if isinstance(self.sd_adapter, NameMapAdapter):
                 (path / "config.json").write_text(json.dumps(self.sd_adapter.hf_config(), indent=1))
         say(f"exported    {path}")
 

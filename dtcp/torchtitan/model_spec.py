@@ -1,11 +1,13 @@
 """Plain nn.Modules as torchtitan's Trainer takes them: same classes, same parameter names.
 
 A model of ours *is* the module it was, with torchtitan's protocol beside it: no wrapper that
-would put a prefix on every name in a checkpoint.
+would put a prefix on every name in a checkpoint. A family is what its folder in models/ and its
+plan in parallelize/ give; adding one is naming its parts here.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +18,60 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
-from dtcp.torchtitan.parallelize import parallelize_plain
-from models.llama import Llama, LlamaConfig, from_hf, to_hf
+from dtcp.torchtitan.parallelize import MakePlan, parallelize_plain
+from models import llama as llamas
 from parallelize import llama_plan
+
+StateDict = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The parts of a model family.
+
+    Args:
+        model: built from its config; `init_weights()` draws its weights. The config has
+            vocab_size, num_layers, num_heads, head_dim and tied.
+        plan: model config, mesh and attention style to a plan.
+        to_hf: a state dict of ours and the config to the names of a Hugging Face checkpoint.
+        from_hf: the way back.
+        config_to_hf: the `config.json` that goes with the weights.
+    """
+
+    name: str
+    model: type[Any]
+    plan: MakePlan
+    to_hf: Callable[[StateDict, Any], StateDict]
+    from_hf: Callable[[StateDict, Any], StateDict]
+    config_to_hf: Callable[[Any], dict[str, Any]]
+
+
+LLAMA = Family(
+    name="llama",
+    model=llamas.Llama,
+    plan=llama_plan,
+    to_hf=llamas.to_hf,
+    from_hf=llamas.from_hf,
+    config_to_hf=llamas.config_to_hf,
+)
+
+
+def spec_of(family: Family, flavor: str, shape: Any) -> ModelSpec:
+    """The ModelSpec of a model of this family and shape."""
+    return ModelSpec(
+        name=family.name,
+        flavor=flavor,
+        model=_titan(family).Config(shape=shape),
+        parallelize_fn=functools.partial(parallelize_plain, make_plan=family.plan),
+        pipelining_fn=None,
+        post_optimizer_build_fn=None,
+        state_dict_adapter=functools.partial(NameMapAdapter, family),
+    )
+
+
+def llama(flavor: str, shape: llamas.LlamaConfig) -> ModelSpec:
+    """The ModelSpec of a Llama or Qwen of this shape."""
+    return spec_of(LLAMA, flavor, shape)
 
 
 class PlainModel(BaseModel):
@@ -27,85 +80,62 @@ class PlainModel(BaseModel):
     def verify_module_protocol(self) -> None:
         """Submodules are plain torch modules, and meant to be."""
 
-    def init_states(self, *, buffer_device: torch.device | None = None) -> None:
-        """Draw the weights the model's own way: it has one `init_weights` for all of them."""
-        raise NotImplementedError
+
+@functools.cache
+def _titan(family: Family) -> Any:
+    """The family's model class with torchtitan's protocol."""
+
+    class Titan(PlainModel, family.model):
+        @dataclass(kw_only=True, slots=True)
+        class Config(PlainModel.Config):
+            shape: Any
+
+            @property
+            def vocab_size(self) -> int:
+                return self.shape.vocab_size
+
+            def update_from_config(self, *, config: Any, **_: Any) -> None:
+                """Nothing to take over: positions and masks come with the batch."""
+
+            def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+                return get_dense_model_nparams_and_flops(
+                    model,
+                    n_layers=self.shape.num_layers,
+                    n_heads=self.shape.num_heads,
+                    head_dims=2 * self.shape.head_dim,
+                    seq_len=seq_len,
+                    enable_weight_tying=self.shape.tied,
+                )
+
+        def __init__(self, config: Any) -> None:
+            family.model.__init__(self, config.shape)
+
+        def init_states(self, *, buffer_device: torch.device | None = None) -> None:
+            """Draw the weights the model's own way: it has one `init_weights` for all of them."""
+            family.model.init_weights(self)
+
+    Titan.__name__ = Titan.__qualname__ = f"Titan{family.model.__name__}"
+    return Titan
 
 
-class TitanLlama(PlainModel, Llama):
-    """models.llama under torchtitan's Trainer."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(PlainModel.Config):
-        shape: LlamaConfig
-
-        @property
-        def vocab_size(self) -> int:
-            return self.shape.vocab_size
-
-        def update_from_config(self, *, config: Any, **_: Any) -> None:
-            """Nothing to take over: positions and masks come with the batch."""
-
-        def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-            return get_dense_model_nparams_and_flops(
-                model,
-                n_layers=self.shape.num_layers,
-                n_heads=self.shape.num_heads,
-                head_dims=2 * self.shape.head_dim,
-                seq_len=seq_len,
-                enable_weight_tying=self.shape.tied,
-            )
-
-    def __init__(self, config: Config) -> None:
-        Llama.__init__(self, config.shape)
-
-    def init_states(self, *, buffer_device: torch.device | None = None) -> None:
-        Llama.init_weights(self)
-
-
-class LlamaStateDictAdapter(BaseStateDictAdapter):
-    """Names of models.llama to and from those of a Hugging Face checkpoint."""
+class NameMapAdapter(BaseStateDictAdapter):
+    """Names of a model of ours to and from those of a Hugging Face checkpoint."""
 
     # None: an export is one file. torchtitan reads a map from here to write several.
     fqn_to_index_mapping = None
 
-    def __init__(self, model_config: TitanLlama.Config, hf_assets_path: str | None) -> None:
-        self.shape, self.hf_assets_path = model_config.shape, hf_assets_path
+    def __init__(self, family: Family, model_config: Any, hf_assets_path: str | None) -> None:
+        self.family, self.shape = family, model_config.shape
+        self.hf_assets_path = hf_assets_path
 
-    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return to_hf(state_dict, self.shape)
+    def to_hf(self, state_dict: StateDict) -> StateDict:
+        return self.family.to_hf(state_dict, self.shape)
 
-    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
-        return from_hf(hf_state_dict, self.shape)
+    def from_hf(self, hf_state_dict: StateDict) -> StateDict:
+        return self.family.from_hf(hf_state_dict, self.shape)
 
     def hf_config(self) -> dict[str, Any]:
-        """The `config.json` that goes with the weights: Llama, Qwen2 or Qwen3 by its parts."""
-        shape, scaling = self.shape, self.shape.rope_scaling
-        kind = "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else "llama"
-        config = {
-            "architectures": [f"{kind.capitalize()}ForCausalLM"],
-            "model_type": kind,
-            "vocab_size": shape.vocab_size,
-            "hidden_size": shape.dim,
-            "intermediate_size": shape.hidden_dim,
-            "num_hidden_layers": shape.num_layers,
-            "num_attention_heads": shape.num_heads,
-            "num_key_value_heads": shape.num_kv_heads,
-            "head_dim": shape.head_dim,
-            "rope_theta": shape.rope_theta,
-            "rms_norm_eps": shape.norm_eps,
-            "tie_word_embeddings": shape.tied,
-            "hidden_act": "silu",
-        }
-        if scaling is not None:
-            config["rope_scaling"] = {
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low,
-                "high_freq_factor": scaling.high,
-                "original_max_position_embeddings": scaling.original_seq_len,
-            }
-        return config
+        return self.family.config_to_hf(self.shape)
 
     def get_hf_storage_reader(
         self, path: str, from_quantized: bool = False
@@ -116,16 +146,3 @@ class LlamaStateDictAdapter(BaseStateDictAdapter):
                 f"dequantize them first."
             )
         return HuggingFaceStorageReader(path)
-
-
-def llama(flavor: str, shape: LlamaConfig) -> ModelSpec:
-    """The ModelSpec of a Llama or Qwen of this shape."""
-    return ModelSpec(
-        name="llama",
-        flavor=flavor,
-        model=TitanLlama.Config(shape=shape),
-        parallelize_fn=partial(parallelize_plain, make_plan=llama_plan),
-        pipelining_fn=None,
-        post_optimizer_build_fn=None,
-        state_dict_adapter=LlamaStateDictAdapter,
-    )

@@ -2,7 +2,7 @@
 
 from models.llama.config import PRESETS, LlamaConfig, tiny
 from models.llama.model import Attention, Block, Llama
-from models.llama.state_dict import config_from_hf, from_hf, to_hf
+from models.llama.state_dict import config_from_hf, config_to_hf, from_hf, to_hf
 
 __all__ = [
     "PRESETS",
@@ -11,6 +11,7 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "config_from_hf",
+    "config_to_hf",
     "from_hf",
     "tiny",
     "to_hf",

@@ -104,6 +104,36 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     )
 
 
+def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
+    """Write the `config.json` that goes with the weights: Llama, Qwen2 or Qwen3 by its parts."""
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    settings = {
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "hidden_act": "silu",
+    }
+    scaling = config.rope_scaling
+    if scaling is not None:
+        settings["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.original_seq_len,
+        }
+    return settings
+
+
 def _rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings in one place, where transformers 5 has them and 4 has not."""
     old = {"rope_theta": config.get("rope_theta", 10_000.0), **(config.get("rope_scaling") or {})}
