@@ -25,6 +25,7 @@ from tests.parity import gradients
 from tests.spmd import spmd
 
 pytest.importorskip("transformers")
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 GRAPHS = Compile("aot_eager")
 BOUND = 1e-5
@@ -128,7 +129,7 @@ def test_every_strategy_equals_one_device(mesh, kind, attention):
 
 @spmd(ranks=(3, 4))
 def test_more_ranks_equal_one_device(mesh, ranks):
-    assert_parity("gpt_oss", Degrees(cp=ranks))
+    assert_parity("gpt_oss", Degrees(cp=ranks), compile=GRAPHS if ranks == 3 else None)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -200,12 +201,38 @@ def test_survey_reads_every_mask_off_the_models_own(kind):
         ("lfm2", {}, r"layers\.0\.conv.*not through the attention registry"),
         ("llama", {"rope_parameters": DYNAMIC}, r"rope_type='dynamic'"),
         ("mixtral", {"output_router_logits": True}, "balance loss"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0"),
+        ("gpt_neox", {"hidden_dropout": 0.1}, r"layers\.0\.post_attention_dropout .*dropout=0\.1"),
         ("bloom", {}, "takes no position_ids"),
     ],
 )
 def test_what_nobody_can_give_is_refused_by_name(kind, change, match):
     with pytest.raises(ValueError, match=match):
         install_mixers(build(kind, **change))
+
+
+def test_cross_attention_is_refused_by_name():
+    """Queries of the sequence meet the keys of five other tokens."""
+    model = build("llama")
+    attention = model.model.layers[1].self_attn
+
+    def crossed(hidden_states, attention_mask=None, **how):
+        heads = (
+            project(x).unflatten(-1, (-1, 8)).transpose(1, 2)
+            for project, x in (
+                (attention.q_proj, hidden_states),
+                (attention.k_proj, hidden_states[:, :5]),
+                (attention.v_proj, hidden_states[:, :5]),
+            )
+        )
+        named = attention.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS[named]
+        out, weights = attend(attention, *heads, None, scaling=attention.scaling, **how)
+        return attention.o_proj(out.flatten(2)), weights
+
+    attention.forward = crossed
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn .*meet 5 keys \(cross-attention"):
+        install_mixers(model)
 
 
 @pytest.mark.parametrize(
