@@ -43,10 +43,9 @@ def lines(report: Report, options: Options) -> list[str]:
 
 def _outcome(outcome: Outcome) -> list[str]:
     text = [f"  error of {name}: {error:.1e}" for name, error in outcome.errors.items()]
-    for name, count in outcome.by_layer.items():
-        text.append(f"  {name}, forward: {count.calls} calls, {count.received} bytes received")
-    for name, count in outcome.by_op.items():
+    for name, count in (*outcome.by_layer.items(), *outcome.by_op.items()):
         text.append(f"  {name}: {count.calls} calls, {count.received} bytes received")
+    text += [f"  {op}, outside of mixers: {calls} calls" for op, calls in outcome.elsewhere.items()]
     graphs = outcome.graphs
     return [*text, f"  graphs: {graphs.graphs}, graph breaks: {graphs.breaks}"]
 
