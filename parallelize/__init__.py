@@ -11,6 +11,7 @@ from parallelize.compile import Compile
 from parallelize.fsdp import FSDP
 from parallelize.huggingface import parallelize_hf
 from parallelize.llama import llama_plan
+from parallelize.qwen3_5 import qwen3_5_plan
 
 __all__ = [
     "FSDP",
@@ -23,4 +24,5 @@ __all__ = [
     "llama_plan",
     "parallelize",
     "parallelize_hf",
+    "qwen3_5_plan",
 ]

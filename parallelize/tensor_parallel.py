@@ -112,6 +112,23 @@ class VocabularySharded(ParallelStyle):
 
 
 @dataclass
+class RowsSplit(ParallelStyle):
+    """Split the rows of a weight over the axis, of a module that hands the weight out as it is.
+
+    For parameters of heads and channels that no projection holds: each rank gets those of the
+    heads it has.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        rows = [Shard(0)]
+        whole = module.get_parameter("weight")
+        weight = distribute_tensor(whole, device_mesh, rows)
+        module.register_parameter("weight", nn.Parameter(weight, whole.requires_grad))
+        module.forward = lambda: cast(DTensor, module.weight).to_local(grad_placements=rows)
+        return module
+
+
+@dataclass
 class ScaledVocabulary(ParallelStyle):
     """VocabularySharded for an embedding that does more in its forward than look up.
 

@@ -20,11 +20,12 @@ from dtcp.torchtitan.adopt import ATTENTION, adopt_model
 from dtcp.torchtitan.checkpoint import Checkpoints
 from dtcp.torchtitan.data import PackedDocuments
 from dtcp.torchtitan.loss import TokenLoss
-from dtcp.torchtitan.model_spec import llama
+from dtcp.torchtitan.model_spec import llama, qwen3_5
 from dtcp.torchtitan.progress import Progress
 from dtcp.torchtitan.section import Section
 from dtcp.torchtitan.tokenizer import Tokenizer
 from dtcp.torchtitan.trainer import Trainer, Validation
+from models import qwen3_5 as qwens
 from models.llama import PRESETS, tiny
 
 BYTE_SHAPE = tiny(vocab_size=272)
@@ -87,6 +88,20 @@ def qwen3_tiny() -> Trainer.Config:
     """Qwen3's shape: norms on query and key heads, wide heads, the head tied to the embedding."""
     shape = replace(BYTE_SHAPE, head_dim=32, rope_theta=1e6, norm_eps=1e-6, tied=True)
     return _tiny(llama("qwen3_tiny", shape), "qwen3_tiny")
+
+
+def qwen3_5_tiny() -> Trainer.Config:
+    """Qwen3.5, dense: three layers of the gated delta rule and one of attention, cp 2 x tp 2.
+
+    Command: python train.py --config qwen3_5_tiny. Hardware: any two CPU cores, no download.
+    """
+    return _tiny(qwen3_5("tiny", qwens.tiny(BYTE_SHAPE.vocab_size)), "qwen3_5_tiny")
+
+
+def qwen3_5_moe_tiny() -> Trainer.Config:
+    """The same with eight experts, of which a byte visits two, and one that all share."""
+    shape = qwens.tiny(BYTE_SHAPE.vocab_size, experts=True)
+    return _tiny(qwen3_5("moe-tiny", shape), "qwen3_5_moe_tiny")
 
 
 def llama3_8b_128k() -> Trainer.Config:

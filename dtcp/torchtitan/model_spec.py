@@ -20,7 +20,8 @@ from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from dtcp.torchtitan.parallelize import MakePlan, parallelize_plain
 from models import llama as llamas
-from parallelize import llama_plan
+from models import qwen3_5 as qwens
+from parallelize import llama_plan, qwen3_5_plan
 
 StateDict = dict[str, Any]
 
@@ -55,6 +56,15 @@ LLAMA = Family(
     config_to_hf=llamas.config_to_hf,
 )
 
+QWEN3_5 = Family(
+    name="qwen3_5",
+    model=qwens.Qwen35,
+    plan=qwen3_5_plan,
+    to_hf=qwens.to_hf,
+    from_hf=qwens.from_hf,
+    config_to_hf=qwens.config_to_hf,
+)
+
 
 def spec_of(family: Family, flavor: str, shape: Any) -> ModelSpec:
     """The ModelSpec of a model of this family and shape."""
@@ -72,6 +82,11 @@ def spec_of(family: Family, flavor: str, shape: Any) -> ModelSpec:
 def llama(flavor: str, shape: llamas.LlamaConfig) -> ModelSpec:
     """The ModelSpec of a Llama or Qwen of this shape."""
     return spec_of(LLAMA, flavor, shape)
+
+
+def qwen3_5(flavor: str, shape: qwens.Qwen35Config) -> ModelSpec:
+    """The ModelSpec of a Qwen3.5 of this shape, dense or with experts."""
+    return spec_of(QWEN3_5, flavor, shape)
 
 
 class PlainModel(BaseModel):
