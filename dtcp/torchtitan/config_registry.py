@@ -20,15 +20,18 @@ from dtcp.torchtitan.adopt import ATTENTION, adopt_model
 from dtcp.torchtitan.checkpoint import Checkpoints
 from dtcp.torchtitan.data import PackedDocuments
 from dtcp.torchtitan.loss import TokenLoss
-from dtcp.torchtitan.model_spec import llama
+from dtcp.torchtitan.model_spec import GEMMA4, llama, spec_of
 from dtcp.torchtitan.progress import Progress
 from dtcp.torchtitan.section import Section
 from dtcp.torchtitan.tokenizer import Tokenizer
 from dtcp.torchtitan.trainer import Trainer, Validation
+from models import gemma4
 from models.llama import PRESETS, tiny
 
-BYTE_SHAPE = tiny(vocab_size=272)
+_BYTES = 272
 """Bytes and two marks, filled up to a multiple of 16."""
+
+BYTE_SHAPE = tiny(vocab_size=_BYTES)
 
 
 def llama_tiny() -> Trainer.Config:
@@ -87,6 +90,25 @@ def qwen3_tiny() -> Trainer.Config:
     """Qwen3's shape: norms on query and key heads, wide heads, the head tied to the embedding."""
     shape = replace(BYTE_SHAPE, head_dim=32, rope_theta=1e6, norm_eps=1e-6, tied=True)
     return _tiny(llama("qwen3_tiny", shape), "qwen3_tiny")
+
+
+def gemma4_tiny() -> Trainer.Config:
+    """Gemma 4's shape: windows by a halo, global layers whose keys are made from values.
+
+    Command: python train.py --config gemma4_tiny. Hardware: any two CPU cores, no download.
+    Expect: three to six minutes on cp 2 x tp 2; the loss falls from 5.6 to below 3.
+    """
+    return _tiny(spec_of(GEMMA4, "tiny", gemma4.tiny(_BYTES)), "gemma4_tiny")
+
+
+def gemma4_tiny_moe() -> Trainer.Config:
+    """The same with experts beside the dense feed-forward part."""
+    return _tiny(spec_of(GEMMA4, "tiny-moe", gemma4.tiny_moe(_BYTES)), "gemma4_tiny_moe")
+
+
+def gemma4_tiny_e() -> Trainer.Config:
+    """The same with per-layer embeddings, and keys that the last layers share."""
+    return _tiny(spec_of(GEMMA4, "tiny-e", gemma4.tiny_e(_BYTES)), "gemma4_tiny_e")
 
 
 def llama3_8b_128k() -> Trainer.Config:

@@ -19,8 +19,9 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from dtcp.torchtitan.parallelize import MakePlan, parallelize_plain
+from models import gemma4 as gemma4s
 from models import llama as llamas
-from parallelize import llama_plan
+from parallelize import gemma4_plan, llama_plan
 
 StateDict = dict[str, Any]
 
@@ -53,6 +54,16 @@ LLAMA = Family(
     to_hf=llamas.to_hf,
     from_hf=llamas.from_hf,
     config_to_hf=llamas.config_to_hf,
+)
+
+
+GEMMA4 = Family(
+    name="gemma4",
+    model=gemma4s.Gemma4,
+    plan=gemma4_plan,
+    to_hf=gemma4s.to_hf,
+    from_hf=gemma4s.from_hf,
+    config_to_hf=gemma4s.config_to_hf,
 )
 
 
