@@ -41,6 +41,22 @@ def group_of(name: str) -> dist.ProcessGroup:
     return _resolve_process_group(cast("dist.GroupName", name))
 
 
+def connect(name: str) -> None:
+    """Make the links of a group while all of its ranks are here: call where a plan is applied.
+
+    NCCL makes them at the first call on a group and waits for every rank of it; a ring's first
+    transfer may concern two ranks only, where documents leave the others nothing to send.
+    """
+    group = group_of(name)
+    if dist.get_backend(group) == "nccl":
+        dist.barrier(group)
+
+
+def axis_of(name: str, device: torch.device) -> DeviceMesh:
+    """The axis of that group, inside an op's body: what the functions below take."""
+    return DeviceMesh.from_group(group_of(name), device.type)
+
+
 def all_gather(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
     """Concatenate x of every rank along dim, rank 0's first: L to n * L.
 
@@ -187,7 +203,7 @@ def _reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
         return _fresh(x)
     rows = x.movedim(dim, 0)
     length = rows.shape[0] // n
-    arrived = _move_rows(rows, [length] * n, [length] * n, group).unflatten(0, (n, length))
+    arrived = move_rows(rows, [length] * n, [length] * n, group).unflatten(0, (n, length))
     return arrived.sum(0, dtype=_sum_dtype(x)).to(x.dtype).movedim(0, dim).contiguous()
 
 
@@ -201,7 +217,7 @@ def _all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: s
     rank, width = dist.get_rank(group_of(group)), _width(x, 0)
     sent, received = (width * (sum(rows) - rows[rank]) for rows in (send, receive))
     _count("all_to_all", x, sent, received)
-    return _move_rows(x, receive, send, group)
+    return move_rows(x, receive, send, group)
 
 
 @_all_to_all.register_fake
@@ -218,7 +234,7 @@ def _ring_shift(x: Tensor, by: int, group: str) -> Tensor:
     _count("ring_shift", x, x.numel(), x.numel())
     send, receive = [0] * n, [0] * n
     send[(rank + by) % n] = receive[(rank - by) % n] = x.numel()
-    return _move_rows(x.reshape(-1), receive, send, group).view(x.shape)
+    return move_rows(x.reshape(-1), receive, send, group).view(x.shape)
 
 
 @_ring_shift.register_fake
@@ -240,7 +256,7 @@ def _exchange(
     _count("exchange", x, *(width * (sum(tokens) - tokens[rank]) for tokens in counts))
     taken = [x.narrow(dim, start, stop - start) for _, start, stop in _hops(send)]
     rows = torch.cat([x.narrow(dim, 0, 0), *taken], dim=dim).movedim(dim, 0)
-    return _put(_move_rows(rows, counts[1], counts[0], group), dim, length, receive)
+    return _put(move_rows(rows, counts[1], counts[0], group), dim, length, receive)
 
 
 @_exchange.register_fake
@@ -298,7 +314,7 @@ def _width(x: Tensor, dim: int) -> int:
     return prod(x.shape[:dim]) * prod(x.shape[dim + 1 :])
 
 
-def _move_rows(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
+def move_rows(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
     """One all_to_all of the rows of dim 0, as they are: new, contiguous memory."""
     if len(send) == 1:
         return _fresh(x)

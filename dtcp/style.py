@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from dtcp.collectives import group_name
+from dtcp.collectives import connect, group_name
 from dtcp.compile import Boundary, EagerIsland, InGraph, island
 from dtcp.dispatch import HEADS, SEQ, install
 from dtcp.kernels.op import AttentionOp
@@ -156,6 +156,8 @@ class ContextParallelMixer(MaskedMixer):
         self.mesh = mesh
         self.rank, self.num_shards = axis.get_local_rank(), axis.size()
         self.groups = style.groups(axis)
+        for name in self.groups:
+            connect(name)
         self.placements: tuple[Placement, ...] = (Shard(SEQ), Shard(HEADS))[: mesh.ndim]
         self.table_key = self.key_of(f"{self.mask} by {style}")
 

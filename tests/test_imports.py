@@ -29,7 +29,7 @@ FLOORS = (
         "dtcp.route",
     ),
     ("dtcp.kernels",),
-    ("dtcp.style", "dtcp.dispatch", "dtcp.mixers", "dtcp.masks", "dtcp.mixing"),
+    ("dtcp.style", "dtcp.dispatch", "dtcp.mixers", "dtcp.masks", "dtcp.mixing", "dtcp.compressed"),
     ("dtcp.attention", "dtcp.recurrent", "dtcp.sparse"),
     ("dtcp.batch", "dtcp.loss", "dtcp.frozen", "dtcp.thd"),
     ("dtcp.planner", "dtcp.cp_utils", "dtcp.huggingface"),
@@ -39,7 +39,15 @@ FLOORS = (
     ("dtcp.torchtitan", "dtcp.check"),
     ("train",),
 )
-MODELS_MAY_IMPORT = ("dtcp.mixers", "dtcp.masks", "dtcp.kernels.grouped", "models", "torch")
+MODELS_MAY_IMPORT = (
+    "dtcp.mixers",
+    "dtcp.compressed",
+    "dtcp.recurrent.mixers",
+    "dtcp.masks",
+    "dtcp.kernels.grouped",
+    "models",
+    "torch",
+)
 PRIVATE_TORCH_HOMES = ("dtcp/collectives.py", "dtcp/dispatch.py", "dtcp/compile.py")
 OPTIONAL = ("fla", "flash_attn", "flash_attn_interface", "flash_attn_3")
 # torchrun speaks to its ranks through the environment, and launching is speaking to torchrun.

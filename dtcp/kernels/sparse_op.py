@@ -1,0 +1,127 @@
+"""Sparse attention as an op: what the tracer does not enter, and what backward keeps.
+
+Saved are its inputs, out and lse: local sizes, and the gathered entries (S / ratio rows of one
+head, to L rows of every head of q).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtcp.kernels.block import accumulation
+from dtcp.kernels.sparse import Gathered, Sight, sparse_backward, sparse_forward
+from dtcp.traffic import LEDGER
+
+
+def sparse_attention(
+    q: Tensor,
+    keys: Tensor,
+    entries: Tensor | None,
+    selected: Tensor | None,
+    sink: Tensor | None,
+    sight: Sight,
+    *,
+    scale: float,
+) -> Tensor:
+    """Attend to raw keys inside the window and to entries, in one softmax.
+
+    Args:
+        q: [B, L, H, D].
+        keys: [B, K, D]; they are the values too.
+        entries: [B, P, D], in the order of their positions.
+        selected: [B, L, k] int32, which entries each query reads; None for all it sees.
+        sink: [H], a score that takes its share and adds nothing.
+    Returns:
+        [B, L, H, D].
+    """
+    parts = (sight.window_first, sight.first, sight.last, sight.key_position, sight.closing)
+    return _forward(q, keys, entries, selected, sink, [*parts, sight.tiles], scale)[0]
+
+
+@torch.library.custom_op("dtcp::sparse_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    keys: Tensor,
+    entries: Tensor | None,
+    selected: Tensor | None,
+    sink: Tensor | None,
+    sight: Sequence[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    LEDGER.record("dtcp::sparse_attention")
+    return sparse_forward(q, Gathered(keys, entries, selected, Sight(*sight)), sink, scale)
+
+
+@_forward.register_fake
+def _(
+    q: Tensor,
+    keys: Tensor,
+    entries: Tensor | None,
+    selected: Tensor | None,
+    sink: Tensor | None,
+    sight: Sequence[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=accumulation(q.dtype))
+
+
+@torch.library.custom_op("dtcp::sparse_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    entries: Tensor | None,
+    selected: Tensor | None,
+    sink: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    sight: Sequence[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    LEDGER.record("dtcp::sparse_attention_backward")
+    given = Gathered(keys, entries, selected, Sight(*sight))
+    dq, dkeys, *rest = sparse_backward(grad_out, q, given, sink, out, lse, scale)
+    dentries, dsink = (q.new_empty(0) if x is None else x for x in rest)
+    return dq, dkeys.to(keys.dtype), dentries.to(keys.dtype), dsink
+
+
+@_backward.register_fake
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    entries: Tensor | None,
+    selected: Tensor | None,
+    sink: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    sight: Sequence[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dentries, dsink = (
+        q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (entries, sink)
+    )
+    return q.new_empty(q.shape), keys.new_empty(keys.shape), dentries, dsink
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, keys, entries, selected, sink, sight, ctx.scale = inputs
+    given = (q, keys, entries, selected, sink, *output)
+    ctx.there = [x is not None for x in given]
+    ctx.save_for_backward(*(x for x in given if x is not None), *sight)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+    kept = list(ctx.saved_tensors)
+    q, keys, entries, selected, sink, out, lse = (kept.pop(0) if x else None for x in ctx.there)
+    grads = _backward(grad_out, q, keys, entries, selected, sink, out, lse, kept, ctx.scale)
+    dq, dkeys, dentries, dsink = grads
+    dentries = None if entries is None else dentries
+    dsink = None if sink is None else dsink
+    return dq, dkeys, dentries, None, dsink, [None] * len(kept), None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,141 @@
+"""Routers of DeepSeek-V4 and the mixture they rule."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.deepseek_v4.config import DeepseekV4Config
+from models.moe import Experts
+
+
+class Mixture(nn.Module):
+    """The experts a router chose, and one that every token visits.
+
+    Args:
+        by_token: experts are looked up by token id.
+    """
+
+    def __init__(self, config: DeepseekV4Config, *, by_token: bool) -> None:
+        super().__init__()
+        self.router = HashRouter(config) if by_token else TopRouter(config)
+        limit = config.expert_limit
+        activation = ClampedSwiGLU(limit)
+        self.experts = Experts(config.dim, config.hidden_dim, config.num_experts, activation)
+        shared = activation if config.clamp_shared else ClampedSwiGLU(float("inf"))
+        self.shared = SharedExpert(config.dim, config.hidden_dim, shared)
+
+    def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        index, weight = self.router(flat, input_ids.flatten())
+        return self.experts(flat, index, weight).view(x.shape) + self.shared(x)
+
+
+class ClampedSwiGLU:
+    """silu(gate) * up, with gate clamped from above and up from both sides."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
+
+
+class SharedExpert(nn.Module):
+    """The expert of every token."""
+
+    def __init__(self, dim: int, hidden_dim: int, activation: ClampedSwiGLU) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate = nn.Linear(dim, hidden_dim, bias=False)
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.gate(x), self.up(x)))
+
+
+class Router(nn.Module):
+    """Scores experts: sqrt(softplus(weight @ x)), in fp32 at least."""
+
+    def __init__(self, config: DeepseekV4Config) -> None:
+        super().__init__()
+        self.per_token, self.scale = config.experts_per_token, config.route_scale
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.dim))
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose experts for tokens x [N, D]: their numbers and shares, [N, k] each."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scores = F.softplus(F.linear(x.to(wide), self.weight.to(wide))).sqrt()
+        index = self.choose(scores, input_ids)
+        weight = scores.gather(1, index)
+        weight = weight / (weight.sum(1, keepdim=True) + 1e-20) * self.scale
+        return index, weight
+
+    def choose(self, scores: Tensor, input_ids: Tensor) -> Tensor:
+        """The experts of each token: [N, E] -> [N, k] int64."""
+        raise NotImplementedError
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        for weight in self.parameters(recurse=False):
+            nn.init.normal_(weight, std=std)
+
+
+class TopRouter(Router):
+    """The experts of the highest scores; a bias keeps their loads even.
+
+    The bias takes part in the choice only. It is no parameter: `balance` moves it after a step,
+    up for experts that had too few tokens.
+    """
+
+    bias: Tensor
+    load: Tensor
+
+    def __init__(self, config: DeepseekV4Config) -> None:
+        super().__init__(config)
+        self.register_buffer("bias", torch.zeros(config.num_experts))
+        self.register_buffer("load", torch.zeros(config.num_experts), persistent=False)
+
+    def choose(self, scores: Tensor, input_ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            index = (scores + self.bias).topk(self.per_token, dim=1).indices
+            if self.training:
+                # A recomputed forward counts twice, for all experts alike: `balance` reads
+                # which loads are above the mean, not how many tokens they are.
+                ones = self.load.new_ones(index.numel())
+                self.load.index_add_(0, index.flatten(), ones)
+        return index
+
+    @torch.no_grad()
+    def balance(self, load: Tensor, speed: float) -> None:
+        """Move the bias against the load [E] of all ranks. From Wang et al. 2024, Auxiliary-
+        Loss-Free Load Balancing, https://arxiv.org/abs/2408.15664."""
+        self.bias += speed * (load.mean() - load).sign()
+        self.load.zero_()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        super().reset_parameters(std)
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+
+
+class HashRouter(Router):
+    """Experts by token id, from a table that is never trained."""
+
+    experts: Tensor
+
+    def __init__(self, config: DeepseekV4Config) -> None:
+        super().__init__(config)
+        shape = (config.vocab_size, config.experts_per_token)
+        self.register_buffer("experts", torch.zeros(shape, dtype=torch.int64))
+        self.reset_parameters()
+
+    def choose(self, scores: Tensor, input_ids: Tensor) -> Tensor:
+        return self.experts[input_ids]
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        super().reset_parameters(std)
+        for experts in self.buffers(recurse=False):
+            token = torch.arange(experts.shape[0], device=experts.device)[:, None]
+            choice = torch.arange(experts.shape[1], device=experts.device)
+            experts.copy_((token * experts.shape[1] + choice) % self.weight.shape[0])
