@@ -18,7 +18,7 @@ from dtcp import relayout
 from dtcp.documents import Documents
 from dtcp.layout import HeadTail, SequenceLayout
 from dtcp.loss import IGNORED
-from dtcp.masks import Causal, Coords, Mask
+from dtcp.masks import Causal, Coords, Mask, vision_blocks
 from dtcp.mesh import ParallelMesh
 from dtcp.mixers import mixer_tables
 
@@ -59,7 +59,7 @@ DEFAULT_FIELDS: Mapping[str, TokenField | None] = {
     "padding_mask": TokenField(1, True),
 }
 MASK_FIELDS = ("prefix", "block")
-"""Read by masks before sharding: [B, S]."""
+"""Read by masks before sharding: [B, S]. Without block, mm_token_type_ids tells the images."""
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,12 @@ def _documents(
 
 
 def _coords(batch: Mapping[str, Tensor], documents: Documents) -> Coords:
-    extra = {}
+    given, extra = {key: batch[key] for key in MASK_FIELDS if key in batch}, {}
+    if "block" not in given and "mm_token_type_ids" in batch:
+        given["block"] = vision_blocks(batch["mm_token_type_ids"].cpu())
     for key, pad in (("prefix", 0), ("block", -1)):
-        if key in batch:
-            extra[key] = _pad(batch[key].to(torch.int64), 1, documents.seq_len, pad)
+        if key in given:
+            extra[key] = _pad(given[key].to(torch.int64), 1, documents.seq_len, pad)
     return Coords.of(documents, **extra)
 
 

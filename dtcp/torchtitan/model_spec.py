@@ -19,9 +19,10 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from dtcp.torchtitan.parallelize import MakePlan, parallelize_plain
+from models import gemma4 as gemma4s
 from models import llama as llamas
 from models import qwen3_5 as qwens
-from parallelize import llama_plan, qwen3_5_plan
+from parallelize import gemma4_plan, llama_plan, qwen3_5_plan
 
 StateDict = dict[str, Any]
 
@@ -65,6 +66,15 @@ QWEN3_5 = Family(
     config_to_hf=qwens.config_to_hf,
 )
 
+GEMMA4 = Family(
+    name="gemma4",
+    model=gemma4s.Gemma4,
+    plan=gemma4_plan,
+    to_hf=gemma4s.to_hf,
+    from_hf=gemma4s.from_hf,
+    config_to_hf=gemma4s.config_to_hf,
+)
+
 
 def spec_of(family: Family, flavor: str, shape: Any) -> ModelSpec:
     """The ModelSpec of a model of this family and shape."""
@@ -82,11 +92,6 @@ def spec_of(family: Family, flavor: str, shape: Any) -> ModelSpec:
 def llama(flavor: str, shape: llamas.LlamaConfig) -> ModelSpec:
     """The ModelSpec of a Llama or Qwen of this shape."""
     return spec_of(LLAMA, flavor, shape)
-
-
-def qwen3_5(flavor: str, shape: qwens.Qwen35Config) -> ModelSpec:
-    """The ModelSpec of a Qwen3.5 of this shape, dense or with experts."""
-    return spec_of(QWEN3_5, flavor, shape)
 
 
 class PlainModel(BaseModel):
