@@ -52,6 +52,11 @@ def connect(name: str) -> None:
         dist.barrier(group)
 
 
+def axis_of(name: str, device: torch.device) -> DeviceMesh:
+    """The axis of that group, inside an op's body: what the functions below take."""
+    return DeviceMesh.from_group(group_of(name), device.type)
+
+
 def all_gather(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
     """Concatenate x of every rank along dim, rank 0's first: L to n * L.
 

@@ -1,9 +1,11 @@
 """The boundary between compiled code and collectives, and what is known of compiled graphs."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -95,6 +97,53 @@ def backward_unasked(
     torch.autograd.graph._engine_run_backward(
         (loss,), (gradient,), keep, create_graph, wanted, **how
     )
+
+
+SWITCH_GRADIENTS = torch._C._set_grad_enabled
+"""What torch.no_grad calls; a function mode sees it (torch 2.11-2.15)."""
+
+
+@dataclass(frozen=True)
+class _RunInside:
+    """A function that is always called inside a context."""
+
+    context: AbstractContextManager[Any]
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.context:
+            return self.function(*args, **kwargs)
+
+
+def recompute_inside(context: AbstractContextManager[Any]) -> None:
+    """Let what is checkpointed reentrantly just now be computed again inside a context.
+
+    For a mode that sees gradients switched off: torch's CheckpointFunction does so in forward,
+    and in backward calls `ctx.run_function` once more, where nobody would notice that the mode
+    is gone. Its frame alone leads to that `ctx` (torch 2.11-2.15).
+    """
+    ctx = _autograd_function(sys._getframe(1))
+    run = getattr(ctx, "run_function", None)
+    if ctx is not None and run is not None and not isinstance(run, _RunInside):
+        ctx.run_function = _RunInside(context, run)
+
+
+def is_recomputed_elsewhere() -> bool:
+    """Whether this call is inside of an autograd function `recompute_inside` could not reach."""
+    ctx = _autograd_function(sys._getframe(1))
+    return ctx is not None and not isinstance(getattr(ctx, "run_function", None), _RunInside)
+
+
+def _autograd_function(frame: FrameType | None) -> Any:
+    """The innermost torch.autograd.Function in whose forward the caller is; None outside of any."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, torch._C._FunctionBase):
+                return first
+        frame = frame.f_back
+    return None
 
 
 def compiled_autograd() -> AbstractContextManager[Any]:

@@ -4,6 +4,7 @@ The plan is read off the model: mixers from a survey of its attention, blocks fr
 attention modules stand, tensor parallelism from the plan that transformers keeps of it.
 """
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,9 +23,31 @@ from parallelize.activation_checkpoint import ActivationCheckpoint
 from parallelize.apply import KEEP_ALL, PLAIN_FSDP, ParallelPlan, parallelize
 from parallelize.compile import Compile
 from parallelize.fsdp import FSDP
-from parallelize.tensor_parallel import Entered, PerToken, ScaledVocabulary, VocabularySharded
+from parallelize.huggingface_experts import ExpertChannels, Whole, why_not_split
+from parallelize.tensor_parallel import (
+    Entered,
+    EnteredWithSinks,
+    PerToken,
+    ScaledVocabulary,
+    VocabularySharded,
+)
 
 RING = RingAttention()
+EXPERTS, SINKS = "moe_tp_experts", "sinks"
+
+PLANS: Mapping[str, Mapping[str, str]] = {
+    "gpt_oss": {
+        "model.layers.*.self_attn": SINKS,
+        "model.layers.*.self_attn.q_proj": "colwise",
+        "model.layers.*.self_attn.k_proj": "colwise",
+        "model.layers.*.self_attn.v_proj": "colwise",
+        "model.layers.*.self_attn.o_proj": "rowwise",
+        "model.layers.*.mlp.experts": EXPERTS,
+    },
+}
+"""In transformers' terms, for families of which it has no plan."""
+
+log = logging.getLogger(__name__)
 
 
 def parallelize_hf(
@@ -83,18 +106,21 @@ def tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     asked = _asked(model)
     _check_divisible(model, asked, tp)
     modules = dict(model.named_modules())
+    roles = {name: _role(name, asked) for name in modules}
+    experts = tuple(name for name, role in roles.items() if role == EXPERTS)
+    mixtures = tuple(f"{name.rpartition('.')[0]}." for name in experts)
     plan: dict[str, ParallelStyle] = {}
     for name, module in modules.items():
         own = [key for key, _ in module.named_parameters(recurse=False)]
-        role = next((role for key, role in asked.items() if matches(name, key)), "")
         if not own:
             continue
-        style = _style(model, module, role)
+        in_mixture = name.startswith(mixtures) and not name.startswith(experts)
+        style = _style(model, name, module, roles[name], tp, in_mixture=in_mixture)
         if style is None:
             raise ValueError(
                 f"Tensor parallelism needs a style for each parameter, got {own} of {name} "
-                f"({type(module).__name__}) with the role {role!r} in transformers' plan: set "
-                f"tp=1 and give the ranks to cp, or pass a ParallelPlan to parallelize."
+                f"({type(module).__name__}) with the role {roles[name]!r} in transformers' plan: "
+                f"set tp=1 and give the ranks to cp, or pass a ParallelPlan to parallelize."
             )
         plan[name] = style
     columns = [name.rpartition(".")[0] for name in plan if _is_columns(plan[name])]
@@ -104,7 +130,7 @@ def tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
 
 
 def _asked(model: Any) -> Mapping[str, str]:
-    asked: Mapping[str, str] = model.tp_plan
+    asked: Mapping[str, str] = PLANS.get(model.config.model_type, model.tp_plan)
     if not any("layers" in key for key in asked):
         raise ValueError(
             f"Tensor parallelism follows the plan that transformers has of a model, got none for "
@@ -114,17 +140,39 @@ def _asked(model: Any) -> Mapping[str, str]:
     return asked
 
 
-def _style(model: Any, module: nn.Module, role: str) -> ParallelStyle | None:
+def _role(name: str, asked: Mapping[str, str]) -> str:
+    return next((role for key, role in asked.items() if matches(name, key)), "")
+
+
+def _style(
+    model: Any, name: str, module: nn.Module, role: str, tp: int, *, in_mixture: bool
+) -> ParallelStyle | None:
     if module is model.get_input_embeddings():
         return VocabularySharded() if type(module) is nn.Embedding else ScaledVocabulary()
     if module is model.get_output_embeddings():
         return ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    if role == EXPERTS:
+        return _experts_style(name, module, tp)
+    if role == SINKS:
+        return EnteredWithSinks()
     if role == "replicated_with_grad_allreduce":
         return PerToken(Shard(HEADS))
     if role in ("colwise", "rowwise"):
         return ColwiseParallel() if role == "colwise" else RowwiseParallel()
+    if in_mixture and not role:
+        # A router, or a shared expert nobody splits: beside the experts, on whole activations.
+        return Whole()
     shapes = [p.ndim for p in module.parameters(recurse=False)]
-    return PerToken() if not role and shapes == [1] and "Norm" in type(module).__name__ else None
+    is_norm = set(shapes) == {1} and "Norm" in type(module).__name__
+    return PerToken() if is_norm and not role else None
+
+
+def _experts_style(name: str, module: nn.Module, tp: int) -> ParallelStyle:
+    why_not = why_not_split(module, tp)
+    if not why_not:
+        return ExpertChannels()
+    log.warning("%s is whole on each of %d tp ranks: %s.", name, tp, why_not)
+    return Whole()
 
 
 def _check_divisible(model: Any, asked: Mapping[str, str], tp: int) -> None:
@@ -133,7 +181,7 @@ def _check_divisible(model: Any, asked: Mapping[str, str], tp: int) -> None:
     sizes["num_key_value_heads"] = config.num_key_value_heads or config.num_attention_heads
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            role = next((role for key, role in asked.items() if matches(name, key)), "")
+            role = _role(name, asked)
             size = {"colwise": module.out_features, "rowwise": module.in_features}.get(role, tp)
             sizes[f"the width of {name}"] = size
     for name, size in sizes.items():

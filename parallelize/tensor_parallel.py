@@ -128,6 +128,19 @@ class Entered(ParallelStyle):
 
 
 @dataclass
+class EnteredWithSinks(Entered):
+    """Entered, for attention that has a sink a head, split with the heads."""
+
+    sinks: str = "sinks"
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        sinks = module.get_parameter(self.sinks)
+        split = distribute_tensor(sinks, device_mesh, [Shard(0)])
+        module.register_parameter(self.sinks, nn.Parameter(split, sinks.requires_grad))
+        return super()._apply(module, device_mesh)
+
+
+@dataclass
 class VocabularySharded(ParallelStyle):
     """Split the rows of an embedding over the axis; a rank looks up the tokens whose row it has.
 

@@ -152,3 +152,70 @@ class Either:
 
     def __call__(self, pair: Pair) -> bool:
         return self.left(pair) or self.right(pair)
+
+
+class DeltaRule(NamedTuple):
+    """Inputs of a gated delta rule, whole rows."""
+
+    q: Tensor  # [B, S, G, K]
+    k: Tensor  # [B, S, G, K]
+    v: Tensor  # [B, S, H, V]
+    g: Tensor  # [B, S, H]
+    beta: Tensor  # [B, S, H]
+
+
+def gated_delta_rule(x: DeltaRule, lengths: Sequence[Sequence[int]]) -> Tensor:
+    """The recurrence token by token, from nothing at each document and each padding token.
+
+    q and k are scaled to length 1 (eps 1e-6 under the root), q then by K ** -0.5.
+
+    Args:
+        lengths: of the documents of every row.
+    Returns:
+        [B, S, H, V].
+    """
+    B, S, H, V = x.v.shape
+    q, k = (y * (y.square().sum(-1, keepdim=True) + 1e-6) ** -0.5 for y in (x.q, x.k))
+    q, k = (y.repeat_interleave(H // y.shape[2], dim=2) for y in (q * q.shape[-1] ** -0.5, k))
+    rows = []
+    for b in range(B):
+        starts, out = document_starts(lengths[b], S), []
+        state = q.new_zeros(H, q.shape[-1], V)
+        for t in range(S):
+            kept = (
+                torch.zeros_like(state) if t in starts else state * x.g[b, t].exp()[:, None, None]
+            )
+            held = torch.einsum("hkv,hk->hv", kept, k[b, t])
+            new = x.beta[b, t, :, None] * (x.v[b, t] - held)
+            state = kept + torch.einsum("hk,hv->hkv", k[b, t], new)
+            out.append(torch.einsum("hkv,hk->hv", state, q[b, t]))
+        rows.append(torch.stack(out))
+    return torch.stack(rows)
+
+
+def causal_conv(x: Tensor, weight: Tensor, lengths: Sequence[Sequence[int]]) -> Tensor:
+    """Taps over what came before in the document: x [B, S, C], weight [C, w] -> [B, S, C]."""
+    B, S, _ = x.shape
+    rows = []
+    for b in range(B):
+        starts, out = document_starts(lengths[b], S), []
+        for t in range(S):
+            total = torch.zeros_like(x[b, t])
+            for back in range(weight.shape[1]):
+                if t - back < 0:
+                    break
+                total = total + weight[:, weight.shape[1] - 1 - back] * x[b, t - back]
+                if t - back in starts:
+                    break
+            out.append(total)
+        rows.append(torch.stack(out))
+    return torch.stack(rows)
+
+
+def document_starts(lengths: Sequence[int], seq_len: int) -> set[int]:
+    """Positions at which a document starts; a padding token is one by itself."""
+    starts, end = set(), 0
+    for length in lengths:
+        starts.add(end)
+        end += length
+    return starts | set(range(end, seq_len))

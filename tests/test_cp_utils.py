@@ -351,22 +351,85 @@ def test_hooks_after_the_first_compiled_call_are_seen(mesh):
         run(ids, torch.arange(4)[None])
 
 
+def checkpointed(model, *, compiled, **how):
+    """Checkpoints around layers, compiled or not, that recompute in the backward pass."""
+    for layer in model.layers:
+        forward = layer.forward
+        if compiled:
+            forward = torch.compile(forward, backend="aot_eager", fullgraph=True)
+        layer.forward = partial(checkpoint, forward, **how)
+
+
+@compiled_or_not
 @pytest.mark.parametrize("claimed", [False, True])
 @spmd(ranks=2)
-def test_checkpointing_recomputes_inside_the_context_or_raises(mesh, claimed):
-    model = Decoder()
-    plain = Decoder()
+def test_reentrant_checkpoint_recomputes_inside_the_context(mesh, claimed, compiled):
+    """Wherever backward is called, in one checkpoint or in another; nothing stays open."""
+    model, plain = Decoder(), Decoder()
+    plain.load_state_dict(model.state_dict())
+    if claimed:
+        attach_cp_sdpa_hooks(model, mesh)
+    checkpointed(model, compiled=compiled, use_reentrant=True)
+    # Ends with a checkpoint: no op inside the context reads what the last layer gives.
+    decode, model.head = model.head, torch.nn.Identity()
+    for nested in (False, True):
+        if nested:
+            layer = model.layers[1]
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=True)
+        batch = batch_of(PACKED)
+        expected = on_one_device(plain, batch, PACKED)
+        model.zero_grad()
+        decode.zero_grad()
+        context, local = make_cp_batch_and_ctx(mesh, batch)
+        with context():
+            hidden = model(local["input_ids"], local["position_ids"])
+        labels = local["labels"]
+        loss = token_mean_loss(decode(hidden), labels, global_token_count(labels, mesh))
+        loss.backward()
+        found = {
+            n: p.grad for n, p in [*model.named_parameters(), *decode.named_parameters("head")]
+        }
+        for grad in found.values():
+            dist.all_reduce(grad)
+        assert_close({name: found[name] for name in expected[1]}, expected[1])
+
+
+@compiled_or_not
+@pytest.mark.parametrize("claimed", [False, True])
+@spmd(ranks=2)
+def test_checkpoint_recomputes_inside_the_context_or_raises(mesh, claimed, compiled):
+    model, plain = Decoder(), Decoder()
     plain.load_state_dict(model.state_dict())
     if claimed:
         attach_cp_sdpa_hooks(model, mesh)
     batch = batch_of(PACKED)
-    for layer in model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    # Unchecked, for the count of what is kept differs too.
+    checkpointed(model, compiled=compiled, use_reentrant=False, determinism_check="none")
     found = on_mesh(model, mesh, batch, keep_open=True)
     assert_close(found, on_one_device(plain, batch, PACKED))
-    error = ValueError if claimed else CheckpointError
-    with pytest.raises(error):
+    refused = (CheckpointError, ValueError, RuntimeError)
+    with pytest.raises(refused, match=r"different number of tensors|runs inside|Observed excep"):
         on_mesh(model, mesh, batch)
+
+
+class Again(torch.autograd.Function):
+    """A checkpoint of somebody's own, that calls forward again by a name of its own."""
+
+    @staticmethod
+    def forward(ctx, layer, x):
+        return layer(x, None)
+
+
+@spmd(ranks=2)
+def test_attention_that_nobody_could_recompute_is_refused(mesh):
+    model = Decoder()
+    context, local = make_cp_batch_and_ctx(mesh, batch_of(PACKED))
+    x = torch.randn(2, local["input_ids"].shape[1], 16, dtype=torch.float64, requires_grad=True)
+    with context():
+        with torch.no_grad():
+            model.layers[0](x, None)
+        with pytest.raises(ValueError, match="not known to open it"):
+            Again.apply(model.layers[0], x)
 
 
 @spmd(axes={"dp_shard": 2, "cp": 2})

@@ -41,8 +41,9 @@ FLOORS = (
 )
 MODELS_MAY_IMPORT = (
     "dtcp.mixers",
-    "dtcp.masks",
     "dtcp.compressed",
+    "dtcp.recurrent.mixers",
+    "dtcp.masks",
     "dtcp.kernels.grouped",
     "models",
     "torch",

@@ -18,7 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from dtcp.attention.sdpa import SDPA_SEQ, sequence_layout
-from dtcp.compile import assert_in_graph, backward_unasked
+from dtcp.compile import (
+    SWITCH_GRADIENTS,
+    assert_in_graph,
+    backward_unasked,
+    is_recomputed_elsewhere,
+    recompute_inside,
+)
 from dtcp.documents import Documents
 from dtcp.layout import SequenceLayout
 from dtcp.style import AttentionStyle
@@ -68,8 +74,9 @@ class local_shards(sequence_layout):
         style: the strategy.
         device: where the tensors are.
 
-    Activation checkpointing runs forward once more in the backward pass: then the backward pass
-    too belongs inside, and torch's checkpoint raises where it is not.
+    Activation checkpointing runs forward once more in the backward pass. torch's reentrant kind
+    does so inside again, wherever backward is called. For the other kind the backward pass too
+    belongs inside, and torch's checkpoint raises where it is not: other tensors are kept.
     """
 
     def __init__(
@@ -107,6 +114,8 @@ class local_shards(sequence_layout):
             return self.attended
         if func is _CAUSAL:
             return self._is_causal(args[0])
+        if func is SWITCH_GRADIENTS and not torch.compiler.is_compiling():
+            recompute_inside(self)
         if func is Tensor.backward:
             return self._backward(*args, **(kwargs or {}))
         if func is Tensor.unflatten:
@@ -129,6 +138,8 @@ class local_shards(sequence_layout):
                 f"A context knows the documents of its batch's rows, got {rows} rows of "
                 f"queries in a context for {self.rows}: make one for each part of the batch."
             )
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            _check_recomputed()
         self.attended = True
         if isinstance(query, DTensor):
             return super()._attend(query, key, value, *args, **how)
@@ -162,3 +173,12 @@ class local_shards(sequence_layout):
             assert_in_graph(verdict, "an attention mask that is_causal does not say")
             return True
         return bool(verdict)
+
+
+def _check_recomputed() -> None:
+    if is_recomputed_elsewhere():
+        raise ValueError(
+            "Attention on shards is computed again where the context is open, got a call inside "
+            "of an autograd function that is not known to open it for its backward pass: "
+            "checkpoint by torch.utils.checkpoint."
+        )

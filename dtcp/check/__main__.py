@@ -5,7 +5,7 @@ import json
 import sys
 
 from dtcp import attention, layout
-from dtcp.check.parity import Options, Outcome, Report, run
+from dtcp.check.parity import REFUSALS, Options, Outcome, Report, run
 from dtcp.check.subject import HuggingFaceSubject, MixerSubject, Subject
 from dtcp.mesh import Degrees
 
@@ -14,7 +14,7 @@ LAYOUTS = ("HeadTail", "Contiguous", "PerDocument", "BlockBalanced")
 
 
 def main(argv: list[str]) -> int:
-    """Check what the arguments name, print what was found, and return 0 if it passed."""
+    """Check what the arguments name, print what was found, and return 0 if it passed, else 1."""
     arguments = _parser().parse_args(argv)
     degrees = Degrees(dp_shard=arguments.dp_shard, cp=arguments.cp, tp=arguments.tp)
     options = Options(
@@ -25,15 +25,22 @@ def main(argv: list[str]) -> int:
         bound=arguments.bound,
         backend=arguments.compile,
     )
-    report = run(_subject(arguments), options)
+    try:
+        report = run(_subject(arguments), options)
+    except (*REFUSALS, ImportError) as error:
+        print("\n".join(["refused:", f"  {error}", "FAILED"]))
+        return 1
     print("\n".join(lines(report, options)))
     return 0 if report.passed else 1
 
 
 def lines(report: Report, options: Options) -> list[str]:
     """The report as a person reads it."""
-    text = [f"mesh: {options.degrees}", "tokens meet in:"]
-    text += [f"  {name}: {what}" for name, what in report.mixing.claimed.items()]
+    mixing = report.mixing
+    text = [*mixing.said, f"mesh: {options.degrees}", "tokens meet in:"]
+    text += [f"  {name}: {what}" for name, what in mixing.claimed.items()]
+    if mixing.split:
+        text += ["split over tp:", *(f"  {name}: {how}" for name, how in mixing.split.items())]
     if report.mixing.refused:
         return [*text, "refused:", *(f"  {line}" for line in report.mixing.refused), "FAILED"]
     for name, outcome in report.runs.items():

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from dtcp.mixers import Mixer
 from dtcp.style import AttentionStyle
 from dtcp.traffic import LEDGER, Count, count, since
 from parallelize import Compile
+
+REFUSALS = (ValueError, NotImplementedError)
+"""What says that something cannot be carried out, rather than that something went wrong."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,23 @@ class Report:
 
 
 def run(subject: Subject, options: Options) -> Report:
-    """Check a subject; ranks are processes of this machine, on its CPU."""
-    mixing = subject.mixing(_seeded(subject), options.style)
+    """Check a subject; ranks are processes of this machine, on its CPU.
+
+    What a rank refuses is refused; any other error of a rank is raised here.
+    """
+    mixing = subject.mixing(_seeded(subject), options.style, options.degrees.tp)
     if mixing.refused:
         return Report(mixing, options.bound)
     with tempfile.TemporaryDirectory(prefix="dtcp-check-") as folder:
-        multiprocessing.spawn(
-            _rank, (subject, options, folder), nprocs=options.degrees.world, join=True
-        )
+        try:
+            multiprocessing.spawn(
+                _rank, (subject, options, folder), nprocs=options.degrees.world, join=True
+            )
+        except multiprocessing.ProcessRaisedException:
+            refusals = {path.read_text() for path in Path(folder).glob("refused-*")}
+            if not refusals:
+                raise
+            return Report(replace(mixing, refused=tuple(sorted(refusals))), options.bound)
         # Written by rank 0 a moment ago.
         runs = torch.load(Path(folder, "runs"), weights_only=False)
     return Report(mixing, options.bound, runs)
@@ -126,6 +138,9 @@ def _rank(rank: int, subject: Subject, options: Options, folder: str) -> None:
             runs[options.backend] = compare(subject, options, mesh, Compile(options.backend))
         if rank == 0:
             torch.save(runs, Path(folder, "runs"))
+    except REFUSALS as error:
+        Path(folder, f"refused-{rank}").write_text(str(error))
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -1,17 +1,17 @@
 """What is checked: a model, how it is called, and what becomes of it on a mesh."""
 
 import importlib
-import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dtcp.batch import BatchPlan
+from dtcp.check.configs import Small, small_config
 from dtcp.documents import Documents
 from dtcp.huggingface import survey
 from dtcp.huggingface.registry import MIXER
@@ -20,33 +20,24 @@ from dtcp.mixers import Mixer, batch_tables
 from dtcp.mixing import find_mixing, mixers_apart, probe_length
 from dtcp.style import AttentionStyle
 from parallelize import Compile, ParallelPlan, parallelize, parallelize_hf
-
-TINY: Mapping[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "experts_implementation": "batched_mm",
-    "sliding_window": 7,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
-"""A model of transformers asked for by its type alone."""
+from parallelize.huggingface import tensor_plan
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """Where tokens meet: module name -> what claims it; and what is refused, in sentences."""
+    """Where tokens meet, and what becomes of it.
+
+    Args:
+        claimed: module name -> what claims it.
+        refused: what nobody can carry out, in sentences.
+        split: module name (or pattern) -> its style under tensor parallelism.
+        said: what else a reader has to know of the model that is checked.
+    """
 
     claimed: Mapping[str, str]
     refused: tuple[str, ...]
+    split: Mapping[str, str] = field(default_factory=dict)
+    said: tuple[str, ...] = ()
 
 
 class Subject(Protocol):
@@ -56,7 +47,7 @@ class Subject(Protocol):
         """The model, in fp64."""
         ...
 
-    def mixing(self, model: Any, style: AttentionStyle) -> Mixing: ...
+    def mixing(self, model: Any, style: AttentionStyle, tp: int) -> Mixing: ...
 
     def parallelize(
         self, model: Any, mesh: ParallelMesh, style: AttentionStyle, compile: Compile | None
@@ -84,22 +75,33 @@ class HuggingFaceSubject:
     change: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> Any:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         if ":" in self.config:
-            return _counting(imported(self.config)())
-        if self.config.endswith(".json"):
-            given = json.loads(Path(self.config).read_text())
-            config = AutoConfig.for_model(given.pop("model_type"), **{**given, **self.change})
+            model = imported(self.config)()
         else:
-            tiny = {**TINY, **_layer_kinds(AutoConfig.for_model(self.config)), **self.change}
-            config = AutoConfig.for_model(self.config, **tiny)
-        return _counting(AutoModelForCausalLM.from_config(config))
+            from transformers import AutoModelForCausalLM
 
-    def mixing(self, model: Any, style: AttentionStyle) -> Mixing:
+            model = AutoModelForCausalLM.from_config(self._small().config)
+        if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
+            # torch has no grouped matmul in fp64 (2.13); what experts compute is the same.
+            model.set_experts_implementation("batched_mm")
+        return _counting(model)
+
+    def mixing(self, model: Any, style: AttentionStyle, tp: int) -> Mixing:
         found = survey(model)
         claimed = {f"{a.name}.{MIXER}": f"{style}, {a.mixer()}" for a in found.attentions}
-        return Mixing(claimed, found.refused)
+        said = () if ":" in self.config else self._small().said
+        if found.refused or tp == 1:
+            return Mixing(claimed, found.refused, said=said)
+        try:
+            split = tensor_plan(model, tp)
+        except ValueError as error:
+            return Mixing(claimed, (str(error),), said=said)
+        # Layers are alike, and their numbers say nothing.
+        named = {re.sub(r"\.\d+(?=\.|$)", ".*", name): f"{each}" for name, each in split.items()}
+        return Mixing(claimed, (), named, said)
+
+    def _small(self) -> Small:
+        return small_config(self.config, self.change)
 
     def parallelize(
         self, model: Any, mesh: ParallelMesh, style: AttentionStyle, compile: Compile | None
@@ -132,7 +134,7 @@ class MixerSubject:
     def build(self) -> nn.Module:
         return _counting(imported(self.model)())
 
-    def mixing(self, model: nn.Module, style: AttentionStyle) -> Mixing:
+    def mixing(self, model: nn.Module, style: AttentionStyle, tp: int) -> Mixing:
         seq_len = probe_length(model)
         documents = Documents.single(1, seq_len)
         input_ids = torch.arange(seq_len)[None] % vocabulary(model)
@@ -172,7 +174,11 @@ def imported(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     if not name:
         raise ValueError(f"A function is named module:function, got {path!r}: add its name.")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    found: Callable[..., Any] | None = getattr(importlib.import_module(module), name, None)
+    if found is None:
+        raise ValueError(
+            f"A function is named module:function, got {path!r}: {module} has no {name}."
+        )
     return found
 
 
@@ -185,15 +191,6 @@ def vocabulary(model: nn.Module) -> int:
         f"A model is checked on random tokens, got {type(model).__name__} without an nn.Embedding: "
         f"give it one."
     )
-
-
-def _layer_kinds(config: Any) -> dict[str, Any]:
-    """One layer of each kind that a family has, two at least."""
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
-    if not kinds:
-        return {}
-    layers = kinds if len(kinds) > 1 else kinds * 2
-    return {"layer_types": layers, "num_hidden_layers": len(layers)}
 
 
 def _counting(model: Any) -> Any:

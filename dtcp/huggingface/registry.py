@@ -9,6 +9,7 @@ that transformers hands on.
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dtcp.mixers import Tables
 
@@ -85,6 +86,9 @@ def attend(
             f"attention_mask={attention_mask}, tables={tables}: pass tables=plan.tables of "
             f"shard_hf_batch, no mask, and set the attention dropout of the config to 0."
         )
+    if isinstance(s_aux, DTensor):
+        # Sharded with the heads: each rank's own.
+        s_aux = s_aux.to_local(grad_placements=s_aux.placements)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return module.get_submodule(MIXER)(q, k, v, tables, sink=s_aux), None
 

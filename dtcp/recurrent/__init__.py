@@ -1,0 +1,20 @@
+"""Recurrent mixers, and how they are carried out on a sharded sequence."""
+
+from dtcp.recurrent.mixers import CausalConv1d, GatedDeltaRule
+from dtcp.recurrent.style import (
+    CausalConvCP,
+    FewestBytes,
+    GatedDeltaCP,
+    GatherStates,
+    ScanStates,
+)
+
+__all__ = [
+    "CausalConv1d",
+    "CausalConvCP",
+    "FewestBytes",
+    "GatedDeltaCP",
+    "GatedDeltaRule",
+    "GatherStates",
+    "ScanStates",
+]

@@ -1,0 +1,192 @@
+"""The gated delta rule as a pair of ops, `dtcp::gated_delta_rule` and its backward.
+
+One op from inputs to output, the exchange of states inside, for the reasons that attention is
+one (kernels/op.py): what it saves is what it says, checkpointing need not communicate again, and
+it counts its own executions; the collectives inside count their bytes.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dtcp.collectives import axis_of
+from dtcp.dispatch import check_placements, handle
+from dtcp.kernels.block import accumulation
+from dtcp.kernels.delta_rule import Carry, Inputs
+from dtcp.kernels.fla import delta_kernel
+from dtcp.layout import SequenceLayout
+from dtcp.masks import Coords
+from dtcp.recurrent.states import entering_by_gather, entering_by_scan
+from dtcp.traffic import LEDGER
+
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor[] tables, bool scan,"
+    " str[] groups) -> (Tensor, Tensor)"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state,"
+    " Tensor[] tables, bool scan, str[] groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+class DeltaTables(NamedTuple):
+    """What the rule reads of a batch. int32 goes to the device, int64 stays on the host."""
+
+    starts: Tensor  # [B, L] int32, 1 where a document starts
+    chain: Tensor  # [n, P] int64, the place of each rank's segments in the sequence
+
+
+def delta_tables(coords: Coords, layout: SequenceLayout | None, rank: int = 0) -> DeltaTables:
+    """Tables of one rank; of whole rows without a layout."""
+    starts = (coords.position == coords.start).to(torch.int32)
+    if layout is None:
+        return DeltaTables(starts, torch.zeros(1, 1, dtype=torch.int64))
+    segments = [layout.segments(r) for r in range(layout.num_shards)]
+    firsts = torch.tensor([[start for start, _ in row] for row in segments])
+    chain = torch.searchsorted(firsts.flatten().sort().values, firsts)
+    return DeltaTables(layout.shard(starts, rank), chain)
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    scan: bool = False,
+    groups: Sequence[str] = (),
+) -> Tensor:
+    """The rule on this rank's segments, states from other ranks included: [B, L, H, V].
+
+    Args:
+        q, k: [B, L, G, K], q scaled.
+        v: [B, L, H, V].
+        g, beta: [B, L, H].
+        tables: DeltaTables.
+        scan: bring states by a scan, rather than by gathering them.
+        groups: the process group of the sequence; none for whole rows.
+
+    Saved for backward: the inputs, and the state that enters each segment.
+    """
+    out: Tensor = _forward(q, k, v, g, beta, list(tables), scan, list(groups))[0]
+    return out
+
+
+@torch.library.custom_op("dtcp::gated_delta_rule", mutates_args=(), schema=SCHEMA)
+def _forward(q, k, v, g, beta, tables, scan, groups):  # type: ignore[no-untyped-def]
+    LEDGER.record("dtcp::gated_delta_rule")
+    at = DeltaTables(*tables)
+    x = _segments(Inputs(q, k, v, g, beta, at.starts), at)
+    out, state = delta_kernel(x).forward(x, _carry(q, at, scan, groups, reverse=False))
+    return out.reshape(v.shape).contiguous(), state.contiguous()
+
+
+@_forward.register_fake
+def _(q, k, v, g, beta, tables, scan, groups):  # type: ignore[no-untyped-def]
+    rows = q.shape[0] * tables[1].shape[1]
+    shape = (rows, v.shape[2], k.shape[3], v.shape[3])
+    return v.new_empty(v.shape), v.new_empty(shape, dtype=accumulation(v.dtype))
+
+
+@torch.library.custom_op("dtcp::gated_delta_rule_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+def _backward(grad_out, q, k, v, g, beta, state, tables, scan, groups):  # type: ignore[no-untyped-def]
+    LEDGER.record("dtcp::gated_delta_rule_backward")
+    at = DeltaTables(*tables)
+    x = _segments(Inputs(q, k, v, g, beta, at.starts), at)
+    carry = _carry(q, at, scan, groups, reverse=True)
+    grads = delta_kernel(x).backward(x, grad_out.reshape(x.v.shape), state, carry)
+    wanted = zip(grads, (q, k, v, g, beta), strict=True)
+    return tuple(_fresh(grad.reshape(part.shape), part) for grad, part in wanted)
+
+
+@_backward.register_fake
+def _(grad_out, q, k, v, g, beta, state, tables, scan, groups):  # type: ignore[no-untyped-def]
+    return tuple(part.new_empty(part.shape) for part in (q, k, v, g, beta))
+
+
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *parts, tables, ctx.scan, ctx.groups = inputs
+    ctx.save_for_backward(*parts, output[1], *tables)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
+    q, k, v, g, beta, state, *tables = ctx.saved_tensors
+    how = (tables, ctx.scan, ctx.groups)
+    grads = _backward(grad_out, q, k, v, g, beta, state, *how)
+    # torch takes a list of names for one argument, but an empty list for a list of tensors.
+    return (*grads, [None] * len(tables), None, None if ctx.groups else [])
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _segments(x: Inputs, at: DeltaTables) -> Inputs:
+    """Segments as rows of their own: [B, L, ...] -> [B * P, T, ...]."""
+    if at.starts.shape != x.v.shape[:2]:
+        raise ValueError(
+            f"The delta rule reads the tables of its own batch, got tables for "
+            f"{tuple(at.starts.shape)} tokens with v.shape={tuple(x.v.shape)}: pass the tables "
+            f"that were made with this batch."
+        )
+    count = at.chain.shape[1]
+    return Inputs(*(part.unflatten(1, (count, -1)).flatten(0, 1).contiguous() for part in x))
+
+
+def _carry(
+    q: Tensor, at: DeltaTables, scan: bool, groups: Sequence[str], *, reverse: bool
+) -> Carry | None:
+    """How summaries of this rank's segments become the states that enter them."""
+    if not groups:
+        return None
+    bring = entering_by_scan if scan else entering_by_gather
+    chain, count = at.chain.tolist(), at.chain.shape[1]
+    bring = partial(bring, chain=chain, axis=axis_of(groups[0], q.device), reverse=reverse)
+
+    def carry(summary: Tensor) -> Tensor:
+        own = summary.unflatten(0, (-1, count)).movedim(1, 0).contiguous()
+        return bring(own).movedim(0, 1).flatten(0, 1)
+
+    return carry
+
+
+def _fresh(grad: Tensor, like: Tensor) -> Tensor:
+    return grad.to(like.dtype).contiguous()
+
+
+def install() -> None:
+    """Let the ops take DTensors: the sequence sharded on the axis they talk over, heads on others.
+
+    Installing twice is installing once.
+    """
+    handle(_forward._opoverload, _forward_on_dtensors)
+    handle(_backward._opoverload, _backward_on_dtensors)
+
+
+def _forward_on_dtensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    check_placements(str(op), args[:5], args[7][0])
+    out, state = op(*_local(args), **kwargs)
+    # What is kept for backward stays local: nobody but the backward op reads it.
+    return _wrap(out, args[2]), state
+
+
+def _backward_on_dtensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    grad_out, *rest = args
+    like = rest[2]
+    if grad_out.placements != like.placements:
+        grad_out = grad_out.redistribute(like.device_mesh, like.placements)
+    return tuple(_wrap(grad, like) for grad in op(*_local((grad_out, *rest)), **kwargs))
+
+
+def _local(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.to_local() if isinstance(x, DTensor) else x for x in args)
+
+
+def _wrap(local: Tensor, like: DTensor) -> DTensor:
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False)

@@ -1,0 +1,199 @@
+"""Recurrent mixers on a sequence sharded over a mesh axis."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from dtcp.collectives import group_name
+from dtcp.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.masks import Coords
+from dtcp.mixers import Mixer, Tables
+from dtcp.recurrent.conv import causal_conv, conv_tables
+from dtcp.recurrent.mixers import CausalConv1d, GatedDeltaRule
+from dtcp.recurrent.op import delta_tables, gated_delta_rule, install
+from dtcp.recurrent.states import summaries_received
+from dtcp.style import Received
+
+
+@dataclass(frozen=True)
+class GatherStates:
+    """Every rank gathers the summaries of all segments, and folds those before its own: 1 round."""
+
+    def scans(self, num_shards: int, segments: int) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class ScanStates:
+    """Ranks compose summaries in windows that double: ceil(log2(n)) rounds."""
+
+    def scans(self, num_shards: int, segments: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class FewestBytes:
+    """Whichever of the two receives less; one round where they receive alike."""
+
+    def scans(self, num_shards: int, segments: int) -> bool:
+        by_scan, by_gather = (
+            summaries_received(num_shards, segments, scan=scan) for scan in (True, False)
+        )
+        return by_scan < by_gather
+
+
+StateExchange = GatherStates | ScanStates | FewestBytes
+FEWEST_BYTES = FewestBytes()
+
+
+@dataclass(frozen=True)
+class DeltaShape:
+    """Sizes of a gated delta rule: what its traffic depends on, beside the layout."""
+
+    batch: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    element_size: int = 4
+    """Of a state: fp32, or fp64 for fp64."""
+
+    @property
+    def summary(self) -> int:
+        """Bytes of one segment's map."""
+        maps = self.batch * self.heads * self.key_dim
+        return maps * (self.key_dim + self.value_dim) * self.element_size
+
+
+@dataclass
+class RecurrentStyle(ParallelStyle):
+    """Take a recurrent mixer over; applied to the 1-D axis of the sequence."""
+
+    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (Contiguous, HeadTail)
+    takes: ClassVar[type[Mixer]]
+    gives: ClassVar[type[Mixer]]
+
+    def check(self, layout: SequenceLayout) -> None:
+        """Refuse a layout whose segments are not of one length, when the batch is built."""
+        if not isinstance(layout, self.layouts):
+            accepted = ", ".join(kind.__name__ for kind in self.layouts)
+            raise ValueError(
+                f"{self} hands on a state from segment to segment of the layouts {accepted}, got "
+                f"layout={layout}: use one of them."
+            )
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if type(module) is not self.takes:
+            raise TypeError(
+                f"{self} takes over an unclaimed {self.takes.__name__}, got a "
+                f"{type(module).__name__}: name the mixer itself in the plan."
+            )
+        if device_mesh.ndim != 1:
+            raise ValueError(
+                f"{self} is applied on the axis of the sequence, got a mesh of "
+                f"{device_mesh.ndim} axes: slice it, as in mesh['cp']."
+            )
+        install()
+        module.__class__ = self.gives
+        claimed = cast("Claimed", module)
+        claimed.style, claimed.mesh = self, device_mesh
+        claimed.groups = [group_name(device_mesh)]
+        claimed.table_key = f"{claimed.table_key} by {self}"
+        return module
+
+
+class Claimed(Mixer):
+    """What the mixers that a style has taken over share. Made by the style."""
+
+    style: Any
+    mesh: DeviceMesh
+    groups: list[str]
+
+    def check_layout(self, layout: SequenceLayout | None) -> SequenceLayout:
+        if layout is None or layout.num_shards != self.mesh.size():
+            raise ValueError(
+                f"A mixer on {self.mesh.size()} ranks needs a layout of as many shards, got "
+                f"layout={layout}: build the batch with shard_batch on the mesh of the plan."
+            )
+        self.style.check(layout)
+        return layout
+
+    def own(self, tables: Tables) -> Sequence[Tensor]:
+        if tables is None or self.table_key not in tables:
+            raise ValueError(
+                f"A context-parallel mixer reads the tables of its batch, got none for "
+                f"{self.table_key!r}: pass BatchPlan.tables of shard_batch(..., model=model)."
+            )
+        return tables[self.table_key]
+
+
+class ContextParallelDeltaRule(Claimed, GatedDeltaRule):
+    """A GatedDeltaRule that a style has taken over."""
+
+    style: "GatedDeltaCP"
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, tables: Tables
+    ) -> Tensor:
+        own = self.own(tables)
+        ranks, segments = own[1].shape
+        scan = self.style.states.scans(ranks, segments)
+        parts = (*self.unit(q, k), v, g, beta)
+        return gated_delta_rule(*parts, own, scan=scan, groups=self.groups)
+
+    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
+        return delta_tables(coords, self.check_layout(layout), self.mesh.get_local_rank())
+
+
+class ContextParallelConv(Claimed, CausalConv1d):
+    """A CausalConv1d that a style has taken over."""
+
+    def forward(self, x: Tensor, weight: Tensor, tables: Tables) -> Tensor:
+        return causal_conv(x, weight, self.own(tables), groups=self.groups)
+
+    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
+        placed = self.check_layout(layout)
+        return conv_tables(coords, self.width, placed, self.mesh.get_local_rank())
+
+
+@dataclass
+class GatedDeltaCP(RecurrentStyle):
+    """The gated delta rule where each rank holds some segments of the sequence.
+
+    A segment is a map of the state that enters it. Ranks exchange these maps, and no activation:
+    what travels does not grow with the sequence, in either layout.
+
+    Args:
+        states: how the maps are brought.
+
+    Traffic per rank, received, each way: with summaries of B * H * K * (K + V) fp32 elements,
+    (n - 1) * P of them if gathered, P segments a rank (1 of Contiguous, 2 of HeadTail);
+    ceil(log2(n)) if scanned, and three times that of HeadTail.
+    """
+
+    takes: ClassVar[type[Mixer]] = GatedDeltaRule
+    gives: ClassVar[type[Mixer]] = ContextParallelDeltaRule
+
+    states: StateExchange = FEWEST_BYTES
+
+    def received(self, layout: SequenceLayout, shape: DeltaShape) -> Received:
+        """What a rank will receive: a formula, to plan with."""
+        ranks, segments = layout.num_shards, len(layout.segments(0))
+        scan = self.states.scans(ranks, segments)
+        one_way = summaries_received(ranks, segments, scan=scan) * shape.summary
+        return Received(one_way, one_way)
+
+
+@dataclass
+class CausalConvCP(RecurrentStyle):
+    """A causal convolution that brings the w - 1 tokens left of each segment.
+
+    Traffic per rank, received: (w - 1) * B * C elements for each segment whose left neighbour
+    another rank holds; as much back.
+    """
+
+    takes: ClassVar[type[Mixer]] = CausalConv1d
+    gives: ClassVar[type[Mixer]] = ContextParallelConv

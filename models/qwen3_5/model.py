@@ -1,0 +1,265 @@
+"""Qwen3.5: three layers in four keep a state of the past, the fourth attends to all of it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dtcp.masks import Causal
+from dtcp.mixers import SoftmaxAttention, Tables
+from dtcp.recurrent.mixers import CausalConv1d, GatedDeltaRule
+from models.blocks import SwiGLU
+from models.moe import Experts
+from models.qwen3_5.config import ExpertsConfig, Qwen35Config
+
+Angles = tuple[Tensor, Tensor]
+
+
+class ZeroCentredNorm(nn.Module):
+    """RMSNorm whose weight is added to one: decay pulls it to no scale at all."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scaled = wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return (scaled * (1.0 + self.weight.to(wide.dtype))).to(x.dtype)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+class Held(nn.Module):
+    """A parameter on its own, as a module: so a plan can name it and split its rows."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class GatedDeltaNet(nn.Module):
+    """Projections, a short convolution, the gated delta rule, a gated norm.
+
+    Queries, keys and values are parts of their own here, where checkpoints have them in one: a
+    plan splits each by its heads.
+    """
+
+    def __init__(self, config: Qwen35Config) -> None:
+        super().__init__()
+        shape, dim = config.delta, config.dim
+        self.key_dim, self.value_dim = shape.key_dim, shape.value_dim
+        keys, values = shape.key_heads * shape.key_dim, shape.value_heads * shape.value_dim
+        self.q_proj = nn.Linear(dim, keys, bias=False)
+        self.k_proj = nn.Linear(dim, keys, bias=False)
+        self.v_proj = nn.Linear(dim, values, bias=False)
+        self.z_proj = nn.Linear(dim, values, bias=False)
+        self.a_proj = nn.Linear(dim, shape.value_heads, bias=False)
+        self.b_proj = nn.Linear(dim, shape.value_heads, bias=False)
+        self.q_taps = Held(keys, shape.conv_width)
+        self.k_taps = Held(keys, shape.conv_width)
+        self.v_taps = Held(values, shape.conv_width)
+        self.log_rate = Held(shape.value_heads)
+        self.step_bias = Held(shape.value_heads)
+        self.norm = nn.RMSNorm(shape.value_dim, config.norm_eps)
+        self.o_proj = nn.Linear(values, dim, bias=False)
+        self.conv = CausalConv1d(shape.conv_width)
+        self.mixer = GatedDeltaRule()
+
+    def forward(self, x: Tensor, tables: Tables) -> Tensor:
+        parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        taps = torch.cat((self.q_taps(), self.k_taps(), self.v_taps()))
+        mixed = F.silu(self.conv(torch.cat(parts, dim=-1), taps, tables))
+        q, k, v = mixed.split([part.shape[-1] for part in parts], dim=-1)
+
+        # The number of heads is what the projection gives: a plan may split the heads over ranks.
+        q, k = (part.unflatten(-1, (-1, self.key_dim)) for part in (q, k))  # [B, L, G, K]
+        v, z = (part.unflatten(-1, (-1, self.value_dim)) for part in (v, self.z_proj(x)))
+        out = self.mixer(q, k, v, self._log_decay(self.a_proj(x)), self.b_proj(x).sigmoid(), tables)
+        return self.o_proj((self.norm(out) * F.silu(z)).flatten(-2))
+
+    def _log_decay(self, step: Tensor) -> Tensor:
+        """Log of the share of the state that each token keeps: [B, L, H], fp32 at least."""
+        wide = torch.promote_types(step.dtype, torch.float32)
+        rate = self.log_rate().to(wide).exp()
+        return -rate * F.softplus(step.to(wide) + self.step_bias().to(wide))
+
+    def reset_parameters(self, std: float) -> None:
+        for taps in (self.q_taps, self.k_taps, self.v_taps):
+            nn.init.normal_(taps.weight, std=std)
+        nn.init.ones_(self.step_bias.weight)
+        nn.init.uniform_(self.log_rate.weight, 0.01, 16)
+        with torch.no_grad():
+            self.log_rate.weight.log_()
+
+
+class GatedAttention(nn.Module):
+    """Softmax attention whose output each query scales by a gate of its own."""
+
+    def __init__(self, config: Qwen35Config) -> None:
+        super().__init__()
+        self.head_dim, self.rope = config.head_dim, config.rope
+        q_dim, kv_dim = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        # Head by head a query, then its gate.
+        self.q_proj = nn.Linear(config.dim, 2 * q_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+        self.q_norm = ZeroCentredNorm(config.head_dim, config.norm_eps)
+        self.k_norm = ZeroCentredNorm(config.head_dim, config.norm_eps)
+        self.mixer = SoftmaxAttention(Causal())
+
+    def forward(self, x: Tensor, angles: Angles, tables: Tables) -> Tensor:
+        q, gate = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, L, G, D]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, L, G, D]
+        q, k = (self.rope.rotate(y, *angles) for y in (self.q_norm(q.contiguous()), self.k_norm(k)))
+        out = self.mixer(q, k, v, tables) * gate.sigmoid()
+        return self.o_proj(out.flatten(-2))
+
+
+class Mixture(nn.Module):
+    """Experts that a router chooses, and one that all tokens share, weighed by a gate."""
+
+    def __init__(self, dim: int, config: ExpertsConfig) -> None:
+        super().__init__()
+        self.top_k = config.top_k
+        self.router = nn.Linear(dim, config.num_experts, bias=False)
+        self.experts = Experts(dim, config.hidden_dim, config.num_experts, _swiglu)
+        self.shared = SwiGLU(dim, config.shared_hidden_dim)
+        self.shared_gate = nn.Linear(dim, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        index, weight = self.route(tokens)
+        chosen = self.experts(tokens, index, weight.to(x.dtype)).unflatten(0, x.shape[:2])
+        return chosen + self.shared_gate(x).sigmoid() * self.shared(x)
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The top_k experts of each token [N, D], and their shares, which sum to one: [N, k]."""
+        logits = self.router(tokens)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        share, index = logits.softmax(-1, dtype=wide).topk(self.top_k, dim=-1)
+        return index, share / share.sum(-1, keepdim=True)
+
+
+class Block(nn.Module):
+    """A mixer, then the feed-forward part; each reads a norm of the stream and adds to it."""
+
+    def __init__(self, config: Qwen35Config, *, attends: bool) -> None:
+        super().__init__()
+        self.attends = attends
+        self.mixer_norm = ZeroCentredNorm(config.dim, config.norm_eps)
+        if attends:
+            self.attention = GatedAttention(config)
+        else:
+            self.delta = GatedDeltaNet(config)
+        self.feed_forward_norm = ZeroCentredNorm(config.dim, config.norm_eps)
+        dense = isinstance(config.feed_forward, int)
+        self.feed_forward = (SwiGLU if dense else Mixture)(config.dim, config.feed_forward)
+
+    def forward(self, x: Tensor, angles: Angles, tables: Tables) -> Tensor:
+        normed = self.mixer_norm(x)
+        if self.attends:
+            x = x + self.attention(normed, angles, tables)
+        else:
+            x = x + self.delta(normed, tables)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Ahead(nn.Module):
+    """Multi-token prediction: a hidden state and the next token, to what comes after that one."""
+
+    def __init__(self, config: Qwen35Config) -> None:
+        super().__init__()
+        self.embedding_norm = ZeroCentredNorm(config.dim, config.norm_eps)
+        self.hidden_norm = ZeroCentredNorm(config.dim, config.norm_eps)
+        self.join = nn.Linear(2 * config.dim, config.dim, bias=False)
+        self.layers = nn.ModuleList([Block(config, attends=True)])
+        self.norm = ZeroCentredNorm(config.dim, config.norm_eps)
+
+    def forward(self, hidden: Tensor, following: Tensor, angles: Angles, tables: Tables) -> Tensor:
+        """hidden [B, L, D], after the model's last norm; following [B, L, D], the next tokens."""
+        pair = torch.cat((self.embedding_norm(following), self.hidden_norm(hidden)), dim=-1)
+        return self.norm(self.layers[0](self.join(pair), angles, tables))
+
+
+class Qwen35(nn.Module):
+    """Tokens to logits.
+
+    Weights are torch's default ones until `init_weights` or a checkpoint fills them; build on
+    the meta device, parallelize, `to_empty`, then `init_weights` to start a large model.
+    """
+
+    def __init__(self, config: Qwen35Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(
+            Block(config, attends=config.attends(i)) for i in range(config.num_layers)
+        )
+        self.norm = ZeroCentredNorm(config.dim, config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.ahead = Ahead(config) if config.mtp_layers else None
+        self._tie()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position: Tensor,
+        tables: Tables,
+        *,
+        next_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Score the next token of every token.
+
+        Args:
+            input_ids: [B, L].
+            position: [B, L], the position of each token in its document; or [3, B, L], its time,
+                height and width.
+            tables: what the batch brings for the mixers.
+            next_ids: [B, L], the token after each one, shifted before sharding; with them the
+                token after that is scored too.
+        Returns:
+            [B, L, V], and the same for the token after the next one where next_ids is given.
+        """
+        angles = self.config.rope.angles(position)
+        x = self.embedding(input_ids)
+        for block in self.layers:
+            x = block(x, angles, tables)
+        hidden = self.norm(x)
+        if next_ids is None:
+            return self.lm_head(hidden)
+        if self.ahead is None:
+            raise ValueError(
+                "A model predicts further ahead with a layer for it, got next_ids with "
+                "mtp_layers=0: leave them out, or set mtp_layers=1."
+            )
+        further = self.ahead(hidden, self.embedding(next_ids), angles, tables)
+        return self.lm_head(hidden), self.lm_head(further)
+
+    def init_weights(self, std: float = 0.02) -> None:
+        """Draw all weights; what adds to the stream starts smaller, the deeper the model."""
+        # to_empty gives a shared parameter two new tensors.
+        self._tie()
+        for name, module in self.named_modules():
+            if isinstance(module, nn.RMSNorm | ZeroCentredNorm):
+                module.reset_parameters()
+            if isinstance(module, GatedDeltaNet | Experts):
+                module.reset_parameters(std)
+            if isinstance(module, nn.Linear | nn.Embedding):
+                adds_to_stream = name.endswith((".o_proj", ".down"))
+                shrink = (2 * self.config.num_layers) ** -0.5 if adds_to_stream else 1.0
+                nn.init.normal_(module.weight, std=std * shrink)
+
+    def _tie(self) -> None:
+        if self.config.tied:
+            self.lm_head.weight = self.embedding.weight
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up

@@ -1,0 +1,69 @@
+"""Rotary positions on part of a head, each frequency read from one of three axes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InterleavedRope:
+    """Rotate the first `rotary_dim` channels of a head; the rest have no position.
+
+    Text has one position a token. Images and videos have three: time, height and width; of every
+    three frequencies the second turns with the height and the third with the width, as far as
+    their sections reach, and all others with the time.
+
+    Args:
+        sections: frequencies of time, height and width; they sum to rotary_dim / 2.
+    """
+
+    rotary_dim: int
+    theta: float
+    sections: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        if self.rotary_dim % 2 or sum(self.sections) != self.rotary_dim // 2:
+            raise ValueError(
+                f"InterleavedRope rotates pairs of channels, one frequency each, got "
+                f"rotary_dim={self.rotary_dim}, sections={self.sections}: make the sections sum "
+                f"to half of an even rotary_dim."
+            )
+
+    def angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin for every token and frequency: [B, L, 1, rotary_dim / 2], fp32.
+
+        Args:
+            position: [B, L], or [3, B, L]: time, height and width.
+        Raises:
+            ValueError: positions of another shape.
+        """
+        if position.ndim == 2:
+            chosen = position[..., None]
+        elif position.ndim == 3 and position.shape[0] == 3:
+            chosen = self._by_frequency(*position)
+        else:
+            raise ValueError(
+                f"Positions are [B, L], or [3, B, L] for time, height and width, got "
+                f"position.shape={tuple(position.shape)}: leave out the row of text positions, "
+                f"which documents take the place of."
+            )
+        pairs = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=position.device)
+        # Angles are fp32 whatever dtype the model has: bf16 tells positions apart up to 256 only.
+        angle = chosen.float() * (1.0 / self.theta ** (pairs / self.rotary_dim))
+        return angle.cos()[:, :, None], angle.sin()[:, :, None]
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate x [B, L, H, D] by `angles`; the dtype of x stays."""
+        turned, rest = x.split((self.rotary_dim, x.shape[-1] - self.rotary_dim), dim=-1)
+        first, second = turned.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+        parts = (first * cos - second * sin, second * cos + first * sin)
+        return torch.cat((*(part.to(x.dtype) for part in parts), rest), dim=-1)
+
+    def _by_frequency(self, time: Tensor, height: Tensor, width: Tensor) -> Tensor:
+        """The position that each frequency reads: three [B, L] -> [B, L, rotary_dim / 2]."""
+        index = torch.arange(self.rotary_dim // 2, device=time.device)
+        tall = (index % 3 == 1) & (index < 3 * self.sections[1])
+        wide = (index % 3 == 2) & (index < 3 * self.sections[2])
+        upright = torch.where(tall, height[..., None], time[..., None])
+        return torch.where(wide, width[..., None], upright)
