@@ -8,7 +8,7 @@ from parallelize.activation_checkpoint import (
 )
 from parallelize.apply import ParallelPlan, parallelize
 from parallelize.compile import Compile
-from parallelize.deepseek_v4 import deepseek_v4_plan
+from parallelize.deepseek_v4 import balance_experts, deepseek_v4_plan
 from parallelize.fsdp import FSDP
 from parallelize.huggingface import parallelize_hf
 from parallelize.llama import llama_plan
@@ -21,6 +21,7 @@ __all__ = [
     "NoCheckpoint",
     "ParallelPlan",
     "SelectiveCheckpoint",
+    "balance_experts",
     "deepseek_v4_plan",
     "llama_plan",
     "parallelize",

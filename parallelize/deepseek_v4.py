@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 
+import torch
+from torch import distributed as dist
+from torch import nn
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -11,7 +14,7 @@ from torch.distributed.tensor.parallel import (
 
 from dtcp.mesh import ParallelMesh
 from dtcp.sparse import CompressedSparseCP
-from models.deepseek_v4 import DeepseekV4Config
+from models.deepseek_v4 import DeepseekV4Config, TopRouter
 from parallelize.apply import ParallelPlan
 from parallelize.experts import ExpertsSplit
 from parallelize.tensor_parallel import Entered, OwnPart, SharedByHeads, VocabularySharded
@@ -42,6 +45,19 @@ def deepseek_v4_plan(
         # Multi-token prediction reads the embedding and the head again, after the blocks.
         units=() if config.num_mtp_layers else (("embedding",), ("head", "norm", "lm_head")),
     )
+
+
+def balance_experts(model: nn.Module, mesh: ParallelMesh, *, speed: float = 1e-3) -> None:
+    """Move the bias of every router by the loads of all ranks; call before a step.
+
+    Outside of autograd, and alike on every rank. Traffic per rank: one all-reduce of the loads.
+    """
+    routers = [module for module in model.modules() if isinstance(module, TopRouter)]
+    loads = torch.stack([router.load for router in routers])
+    if mesh.loss is not None:
+        dist.all_reduce(loads, group=mesh.loss.get_group())
+    for router, load in zip(routers, loads, strict=True):
+        router.balance(load, speed)
 
 
 def tensor_plan(config: DeepseekV4Config, blocks: list[str]) -> dict[str, ParallelStyle]:

@@ -6,7 +6,7 @@ a file, so they need not import transformers.
 
 import functools
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,27 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from dtcp.batch import shard_batch, shift_labels
+from dtcp.batch import look_ahead, shard_batch, shift_labels
 from dtcp.compile import count_graphs
 from dtcp.documents import Documents
 from dtcp.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.loss import global_token_count, token_mean_loss
+from dtcp.loss import global_token_count, mtp_loss, token_mean_loss
 from dtcp.mesh import Degrees, ParallelMesh
 from dtcp.traffic import count
-from models.deepseek_v4 import DeepseekV4, config_from_hf, from_hf
+from models.deepseek_v4 import DeepseekV4, TopRouter, config_from_hf, from_hf, tiny
 from parallelize import (
     ActivationCheckpoint,
     Compile,
     FullCheckpoint,
     NoCheckpoint,
     SelectiveCheckpoint,
+    balance_experts,
     deepseek_v4_plan,
     parallelize,
 )
 from tests import hf_deepseek_v4 as published
 from tests.parity import GRAPHS, gradients
-from tests.spmd import run_ranks
+from tests.spmd import run_ranks, spmd
 
 SEQ_LEN = 96
 ROWS = ((37, 3, 49), (70, 26))
@@ -184,3 +185,108 @@ COMPILED = [
 def test_deepseek_v4_compiled_equals_the_published_model(degrees, layout, checkpoint):
     """A graph for each kind of layer."""
     assert run(degrees, layout, checkpoint, GRAPHS) == (2, 0, 2)
+
+
+@functools.cache
+def truth_ahead() -> str:
+    """A file of the published parts with one depth of multi-token prediction, by document."""
+    layers = ["compressed_sparse_attention", "sliding_attention"]
+    theirs = published.build(num_hidden_layers=2, layer_types=layers, num_hash_layers=1)
+    settings = theirs.config.to_dict()
+    both = published.WithPrediction(theirs)
+    settings |= {"num_hidden_layers": 1, "num_nextn_predict_layers": 1}
+    settings |= {"compress_ratios": [4, 0], "mlp_layer_types": ["hash_moe"]}
+    config = config_from_hf(settings)
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(config.vocab_size, (len(ROWS), SEQ_LEN), generator=generator)
+    losses, counts = torch.zeros(2, dtype=torch.float64), 0
+    with published.in_fp64():
+        for row, lengths in zip(input_ids, ROWS, strict=True):
+            for ids in row[: sum(lengths)].split(lengths):
+                found = both(ids[None])
+                counts += len(ids) - 1
+                # The token after the next one: two places on, if the document goes that far.
+                parts = [
+                    F.cross_entropy(logits[0, :-by], ids[by:], reduction="sum")
+                    for by, logits in enumerate(found, start=1)
+                ]
+                losses = losses + torch.stack(parts)
+    loss = (losses[0] + 0.3 * losses[1]) / counts
+    loss.backward()
+    grads = {name: p.grad for name, p in both.named_parameters() if p.grad is not None}
+    path = Path(tempfile.mkdtemp()) / "ahead.pt"
+    found = {
+        "settings": settings,
+        "weights": published.in_our_names(dict(both.state_dict()), config, 1),
+        "input_ids": input_ids,
+        "loss": loss.detach(),
+        "gradients": {n: x.clone() for n, x in published.in_our_names(grads, config, 1).items()},
+    }
+    torch.save(found, path)
+    return str(path)
+
+
+def check_ahead(
+    mesh: DeviceMesh, path: str, degrees: Degrees, layout: type[SequenceLayout]
+) -> None:
+    """Loss of both tokens and every gradient on this rank."""
+    given = torch.load(path, weights_only=False)
+    config = config_from_hf(given["settings"])
+    model = DeepseekV4(config).double()
+    model.load_state_dict(given["weights"])
+    whole = ParallelMesh.from_degrees(degrees, "cpu")
+    parallelize(model, whole, deepseek_v4_plan(config, whole))
+
+    documents, input_ids = Documents(ROWS, SEQ_LEN), given["input_ids"]
+    labels = shift_labels(input_ids, documents)
+    batch = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position": documents.position_in_document(),
+        **look_ahead(input_ids, labels, documents, depths=1),
+    }
+    local, plan = shard_batch(batch, whole, layout, model=model, documents=documents)
+    tokens = global_token_count(local["labels"], whole.loss)
+    reads = (local["input_ids"], local["position"], plan.tables, local["mtp_input_ids"])
+    logits = model(*reads)
+    share = mtp_loss(logits, local["labels"], local["mtp_labels"], tokens, weight=0.3)
+    share.backward()
+    loss = share.detach()
+    if whole.loss is not None:
+        dist.all_reduce(loss, group=whole.loss.get_group())
+    assert_close(loss, given["loss"])
+    found = {name: x for name, x in gradients(model).items() if x is not None}
+    assert_close(found, given["gradients"])
+
+
+@pytest.mark.parametrize(
+    ("degrees", "layout"),
+    [(Degrees(cp=4), HeadTail), (Degrees(cp=4), Contiguous), (Degrees(cp=2, tp=2), HeadTail)],
+    ids=name_of,
+)
+def test_deepseek_v4_predicts_further_ahead_as_the_published_parts_do(degrees, layout):
+    """The next token lies on another rank, or in another document: shifted before sharding."""
+    run_ranks(check_ahead, degrees.world, truth_ahead(), degrees, layout)
+
+
+@spmd(ranks=2)
+def test_deepseek_v4_routers_are_balanced_by_the_loads_of_all_ranks(mesh):
+    """Each rank moves every bias alike, against the tokens of both."""
+    config = tiny(64)
+    model = DeepseekV4(config)
+    whole = ParallelMesh.of_sequence(mesh)
+    routers = [m for m in model.modules() if isinstance(m, TopRouter)]
+    for router in routers:
+        router.load[mesh.get_local_rank()] = 4.0
+    balance_experts(model, whole, speed=0.5)
+    for router in routers:
+        assert router.bias.tolist() == [-0.5, -0.5, *[0.5] * 6]
+        assert not router.load.any()
+
+
+@spmd(ranks=2)
+def test_deepseek_v4_refuses_a_tp_that_does_not_divide(mesh):
+    config, whole = tiny(64), ParallelMesh.from_degrees(Degrees(tp=2), "cpu")
+    for change in ({"num_heads": 3, "output_groups": 3}, {"output_groups": 1}):
+        with pytest.raises(ValueError, match="into equal parts, got"):
+            deepseek_v4_plan(replace(config, **change), whole)

@@ -20,11 +20,12 @@ from dtcp.torchtitan.adopt import ATTENTION, adopt_model
 from dtcp.torchtitan.checkpoint import Checkpoints
 from dtcp.torchtitan.data import PackedDocuments
 from dtcp.torchtitan.loss import TokenLoss
-from dtcp.torchtitan.model_spec import llama
+from dtcp.torchtitan.model_spec import DEEPSEEK_V4, llama, spec_of
 from dtcp.torchtitan.progress import Progress
 from dtcp.torchtitan.section import Section
 from dtcp.torchtitan.tokenizer import Tokenizer
 from dtcp.torchtitan.trainer import Trainer, Validation
+from models import deepseek_v4
 from models.llama import PRESETS, tiny
 
 BYTE_SHAPE = tiny(vocab_size=272)
@@ -87,6 +88,20 @@ def qwen3_tiny() -> Trainer.Config:
     """Qwen3's shape: norms on query and key heads, wide heads, the head tied to the embedding."""
     shape = replace(BYTE_SHAPE, head_dim=32, rope_theta=1e6, norm_eps=1e-6, tied=True)
     return _tiny(llama("qwen3_tiny", shape), "qwen3_tiny")
+
+
+def deepseek_v4_tiny() -> Trainer.Config:
+    """DeepSeek-V4 with every kind of its layers, on cp 2 x tp 2; predicts two tokens ahead.
+
+    Command: python train.py --config deepseek_v4_tiny. Hardware: any two CPU cores, no download.
+    Expect: ten to fifteen minutes, a third of them to compile; the loss, a tenth of which is that
+        of the second token, falls from 6.2 to below 3.5 in 120 steps. `dtcp.strategy` is not
+        read: its attention is carried out in one way.
+    """
+    shape = deepseek_v4.tiny(vocab_size=BYTE_SHAPE.vocab_size)
+    config = _tiny(spec_of(DEEPSEEK_V4, "tiny", shape), "deepseek_v4_tiny")
+    config.training.local_batch_size = 2
+    return config
 
 
 def llama3_8b_128k() -> Trainer.Config:
