@@ -57,6 +57,8 @@ DEFAULT_FIELDS: Mapping[str, TokenField | None] = {
     "mm_token_type_ids": TokenField(1, 0),
     "token_type_ids": TokenField(1, 0),
     "padding_mask": TokenField(1, True),
+    "mtp_input_ids": TokenField(2, 0),
+    "mtp_labels": TokenField(2, IGNORED),
 }
 MASK_FIELDS = ("prefix", "block")
 """Read by masks before sharding: [B, S]. Without block, mm_token_type_ids tells the images."""
@@ -173,6 +175,29 @@ def shift_labels(input_ids: Tensor, documents: Documents, *, by: int = 1) -> Ten
     same = (document[:, by:] == document[:, :-by]) & (document[:, by:] >= 0)
     labels[:, :-by] = torch.where(same.to(input_ids.device), input_ids[:, by:], IGNORED)
     return labels
+
+
+def look_ahead(
+    input_ids: Tensor, labels: Tensor, documents: Documents, *, depths: int
+) -> dict[str, Tensor]:
+    """What multi-token prediction reads, for a batch's whole rows: shifted before sharding.
+
+    Depth k = 1, 2, .. reads the token k places on and predicts the one after it.
+
+    Args:
+        input_ids: [B, S].
+        labels: [B, S], shifted already: the next token of each.
+    Returns:
+        `mtp_input_ids` and `mtp_labels`, [B, depths, S]: id 0 and label -100 where the document
+        ends first. A depth's last tokens of a document have no token to read and no loss.
+    """
+    ids = [shift_labels(input_ids, documents, by=depth) for depth in range(1, depths + 1)]
+    further = [shift_labels(labels, documents, by=depth) for depth in range(1, depths + 1)]
+    found = torch.stack(ids, dim=1)
+    return {
+        "mtp_input_ids": found.masked_fill(found == IGNORED, 0),
+        "mtp_labels": torch.stack(further, dim=1),
+    }
 
 
 def _check_keys(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]) -> None:

@@ -8,6 +8,7 @@ from parallelize.activation_checkpoint import (
 )
 from parallelize.apply import ParallelPlan, parallelize
 from parallelize.compile import Compile
+from parallelize.deepseek_v4 import balance_experts, deepseek_v4_plan
 from parallelize.fsdp import FSDP
 from parallelize.gemma4 import gemma4_plan
 from parallelize.huggingface import parallelize_hf
@@ -22,6 +23,8 @@ __all__ = [
     "NoCheckpoint",
     "ParallelPlan",
     "SelectiveCheckpoint",
+    "balance_experts",
+    "deepseek_v4_plan",
     "gemma4_plan",
     "llama_plan",
     "parallelize",
