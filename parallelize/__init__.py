@@ -10,6 +10,7 @@ from parallelize.apply import ParallelPlan, parallelize
 from parallelize.compile import Compile
 from parallelize.fsdp import FSDP
 from parallelize.huggingface import parallelize_hf
+from parallelize.huggingface_load import load_hf
 from parallelize.llama import llama_plan
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ParallelPlan",
     "SelectiveCheckpoint",
     "llama_plan",
+    "load_hf",
     "parallelize",
     "parallelize_hf",
 ]

@@ -20,13 +20,14 @@ from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.masks import Causal, SlidingWindow
 from dtcp.mesh import Degrees, ParallelMesh
 from dtcp.traffic import count
-from parallelize import Compile, FullCheckpoint, SelectiveCheckpoint, parallelize_hf
+from parallelize import Compile, FullCheckpoint, SelectiveCheckpoint, load_hf, parallelize_hf
 from parallelize.huggingface import RING
-from tests.hf_models import MODELS, build
+from tests.hf_models import MODELS, build, config_of
 from tests.parity import gradients
 from tests.spmd import spmd
 
 pytest.importorskip("transformers")
+from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 GRAPHS = Compile("aot_eager")
@@ -98,6 +99,10 @@ def assert_parity(
     reference, model = build(kind, **(change or {})), build(kind, **(change or {}))
     mesh = ParallelMesh.from_degrees(degrees, "cpu")
     parallelize_hf(model, mesh, attention, **options)
+    return assert_same_step(reference, model, mesh, rows=rows, layout=layout)
+
+
+def assert_same_step(reference, model, mesh, *, rows=PACKED, layout=HeadTail):
     batch = a_batch(rows)
     expected = one_device(reference, batch)
     with count() as traffic:
@@ -299,6 +304,24 @@ def test_checkpoint_of_split_experts_is_whole_and_another_shape_refused(mesh):
     dcp.save({name: expected.detach()}, checkpoint_id=folders[1])
     with pytest.raises(dcp.api.CheckpointException, match="Size mismatch"):
         dcp.load({name: model.get_parameter(name)}, checkpoint_id=folders[1])
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss", "qwen3_moe"])
+@spmd(ranks=4)
+def test_model_built_on_meta_is_filled_and_equals_one_device(mesh, kind):
+    """No rank ever holds it whole; buffers of no checkpoint are there too."""
+    reference, mesh = build(kind), ParallelMesh.from_degrees(Degrees(cp=2, tp=2), "cpu")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(kind)).double().train()
+    parallelize_hf(model, mesh)
+    weights = dict(reference.named_parameters())  # a weight that is shared, once
+    with pytest.raises(ValueError, match=r"no use for .*more"):
+        load_hf(model, {**weights, "more": torch.zeros(1)}, device="cpu")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    with pytest.raises(ValueError, match=rf"got {name} of \(32, 16\)"):
+        load_hf(model, {**weights, name: weights[name].T}, device="cpu")
+    load_hf(model, weights, device="cpu")
+    assert_same_step(reference, model, mesh)
 
 
 @spmd(ranks=2)
