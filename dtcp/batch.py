@@ -18,7 +18,7 @@ from dtcp import relayout
 from dtcp.documents import Documents
 from dtcp.layout import HeadTail, SequenceLayout
 from dtcp.loss import IGNORED
-from dtcp.masks import Causal, Coords, Mask
+from dtcp.masks import Causal, Coords, Mask, vision_blocks
 from dtcp.mesh import ParallelMesh
 from dtcp.mixers import mixer_tables
 
@@ -49,15 +49,19 @@ DEFAULT_FIELDS: Mapping[str, TokenField | None] = {
     "input_ids": TokenField(1, 0),
     "labels": TokenField(1, IGNORED),
     "loss_mask": TokenField(1, 0),
+    "next_ids": TokenField(1, 0),
+    "next_labels": TokenField(1, IGNORED),
     "inputs_embeds": TokenField(1, 0.0),
     "position": TokenField(-1, Fill.COUNT_ON),
     "position_ids": TokenField(-1, Fill.COUNT_ON),
     "mm_token_type_ids": TokenField(1, 0),
     "token_type_ids": TokenField(1, 0),
     "padding_mask": TokenField(1, True),
+    "mtp_input_ids": TokenField(2, 0),
+    "mtp_labels": TokenField(2, IGNORED),
 }
 MASK_FIELDS = ("prefix", "block")
-"""Read by masks before sharding: [B, S]."""
+"""Read by masks before sharding: [B, S]. Without block, mm_token_type_ids tells the images."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,29 @@ def shift_labels(input_ids: Tensor, documents: Documents, *, by: int = 1) -> Ten
     return labels
 
 
+def look_ahead(
+    input_ids: Tensor, labels: Tensor, documents: Documents, *, depths: int
+) -> dict[str, Tensor]:
+    """What multi-token prediction reads, for a batch's whole rows: shifted before sharding.
+
+    Depth k = 1, 2, .. reads the token k places on and predicts the one after it.
+
+    Args:
+        input_ids: [B, S].
+        labels: [B, S], shifted already: the next token of each.
+    Returns:
+        `mtp_input_ids` and `mtp_labels`, [B, depths, S]: id 0 and label -100 where the document
+        ends first. A depth's last tokens of a document have no token to read and no loss.
+    """
+    ids = [shift_labels(input_ids, documents, by=depth) for depth in range(1, depths + 1)]
+    further = [shift_labels(labels, documents, by=depth) for depth in range(1, depths + 1)]
+    found = torch.stack(ids, dim=1)
+    return {
+        "mtp_input_ids": found.masked_fill(found == IGNORED, 0),
+        "mtp_labels": torch.stack(further, dim=1),
+    }
+
+
 def _check_keys(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]) -> None:
     unknown = [key for key in batch if key not in fields and key not in MASK_FIELDS]
     if unknown:
@@ -217,10 +244,12 @@ def _documents(
 
 
 def _coords(batch: Mapping[str, Tensor], documents: Documents) -> Coords:
-    extra = {}
+    given, extra = {key: batch[key] for key in MASK_FIELDS if key in batch}, {}
+    if "block" not in given and "mm_token_type_ids" in batch:
+        given["block"] = vision_blocks(batch["mm_token_type_ids"].cpu())
     for key, pad in (("prefix", 0), ("block", -1)):
-        if key in batch:
-            extra[key] = _pad(batch[key].to(torch.int64), 1, documents.seq_len, pad)
+        if key in given:
+            extra[key] = _pad(given[key].to(torch.int64), 1, documents.seq_len, pad)
     return Coords.of(documents, **extra)
 
 
