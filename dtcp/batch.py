@@ -18,7 +18,7 @@ from dtcp import relayout
 from dtcp.documents import Documents
 from dtcp.layout import HeadTail, SequenceLayout
 from dtcp.loss import IGNORED
-from dtcp.masks import Causal, Coords, Mask
+from dtcp.masks import Causal, Coords, Mask, vision_blocks
 from dtcp.mesh import ParallelMesh
 from dtcp.mixers import mixer_tables
 
@@ -49,6 +49,8 @@ DEFAULT_FIELDS: Mapping[str, TokenField | None] = {
     "input_ids": TokenField(1, 0),
     "labels": TokenField(1, IGNORED),
     "loss_mask": TokenField(1, 0),
+    "next_ids": TokenField(1, 0),
+    "next_labels": TokenField(1, IGNORED),
     "inputs_embeds": TokenField(1, 0.0),
     "position": TokenField(-1, Fill.COUNT_ON),
     "position_ids": TokenField(-1, Fill.COUNT_ON),
@@ -59,7 +61,7 @@ DEFAULT_FIELDS: Mapping[str, TokenField | None] = {
     "mtp_labels": TokenField(2, IGNORED),
 }
 MASK_FIELDS = ("prefix", "block")
-"""Read by masks before sharding: [B, S]."""
+"""Read by masks before sharding: [B, S]. Without block, mm_token_type_ids tells the images."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,7 @@ class BatchPlan:
                 f"({self.layout.seq_len} padded), got x.shape={tuple(x.shape)}, dim={dim}: name "
                 f"the sequence's dim, or use the plan of that batch."
             )
-        padded = _pad(x, dim % x.ndim, self.layout.seq_len, pad)
-        return self.layout.shard(padded, self.mesh.rank("cp"), dim=dim % x.ndim)
+        return _part(x, self.layout, self.mesh.rank("cp"), dim=dim % x.ndim, pad=pad)
 
     def gather(self, x: Tensor, *, dim: int = 1) -> Tensor:
         """All ranks' parts in position order, padding removed; differentiable."""
@@ -150,8 +151,7 @@ def shard_batch(
     for key, x in whole.items():
         rule = fields[key]
         if rule is not None:
-            x = _pad(x, rule.seq_dim % x.ndim, padded_len, rule.pad)
-            x = placed.shard(x, mesh.rank("cp"), dim=rule.seq_dim % x.ndim)
+            x = _part(x, placed, mesh.rank("cp"), dim=rule.seq_dim % x.ndim, pad=rule.pad)
         local[key] = x if device is None else x.to(device, non_blocking=True)
     return local, plan
 
@@ -244,10 +244,12 @@ def _documents(
 
 
 def _coords(batch: Mapping[str, Tensor], documents: Documents) -> Coords:
-    extra = {}
+    given, extra = {key: batch[key] for key in MASK_FIELDS if key in batch}, {}
+    if "block" not in given and "mm_token_type_ids" in batch:
+        given["block"] = vision_blocks(batch["mm_token_type_ids"].cpu())
     for key, pad in (("prefix", 0), ("block", -1)):
-        if key in batch:
-            extra[key] = _pad(batch[key].to(torch.int64), 1, documents.seq_len, pad)
+        if key in given:
+            extra[key] = _pad(given[key].to(torch.int64), 1, documents.seq_len, pad)
     return Coords.of(documents, **extra)
 
 
@@ -257,19 +259,24 @@ def _work(mask: Mask, coords: Coords) -> Tensor:
     return (last - first + 1).clamp(min=0).sum(0)
 
 
-def _pad(x: Tensor, dim: int, length: int, pad: int | float | bool | Fill) -> Tensor:
-    missing = length - x.shape[dim]
-    if missing == 0:
-        return x
-    shape = list(x.shape)
-    shape[dim] = missing
+def _part(
+    x: Tensor, layout: SequenceLayout, rank: int, *, dim: int, pad: int | float | bool | Fill
+) -> Tensor:
+    """A rank's part of a row that may be shorter than its layout; the whole is never padded."""
+    last = x.shape[dim] - 1
+    if last + 1 == layout.seq_len:
+        return layout.shard(x, rank, dim=dim)
+    at = layout.positions(rank).to(x.device)
+    part = x.index_select(dim, at.clamp(max=last))
+    beyond = (at - last).clamp(min=0).view([-1 if d == dim else 1 for d in range(x.ndim)])
     if isinstance(pad, Fill):
-        steps = torch.arange(1, missing + 1, dtype=x.dtype, device=x.device)
-        steps = steps.view([-1 if d == dim else 1 for d in range(x.ndim)])
-        filling = x.narrow(dim, x.shape[dim] - 1, 1) + steps
-    else:
-        filling = x.new_full(shape, pad)
-    return torch.cat((x, filling), dim=dim)
+        return part + beyond.to(x.dtype)
+    return part.masked_fill(beyond > 0, pad)
+
+
+def _pad(x: Tensor, dim: int, length: int, pad: int) -> Tensor:
+    shape = [length - size if d == dim else size for d, size in enumerate(x.shape)]
+    return torch.cat((x, x.new_full(shape, pad)), dim=dim) if shape[dim] else x
 
 
 def _to(

@@ -224,12 +224,28 @@ class Or(Mask):
         return torch.maximum(first, at.start), torch.minimum(last, at.end)
 
 
+def vision_blocks(mm_token_type_ids: Tensor) -> Tensor:
+    """Number the runs of image and video tokens, from 0 in every row: [B, S], -1 for the rest.
+
+    Whole rows are numbered, before sharding: of two shards, each would start at 0.
+
+    Args:
+        mm_token_type_ids: [B, S], 1 for an image token, 2 for a video token, as transformers'
+            processors give them; audio and text are in no block.
+    """
+    seen = (mm_token_type_ids == 1) | (mm_token_type_ids == 2)
+    starts = seen.clone()
+    starts[:, 1:] &= ~seen[:, :-1]
+    return torch.where(seen, starts.cumsum(1) - 1, -1)
+
+
 def _needs(mask: Mask, coords: Coords, field: str) -> Tensor:
     value = getattr(coords, field)
     if value is None:
+        instead = ", or the mm_token_type_ids that tell its images" if field == "block" else ""
         raise ValueError(
             f"{mask} reads the {field} of every token, got coords.{field}=None: pass "
-            f"{field}=[B, S] with the batch."
+            f"{field}=[B, S] with the batch{instead}."
         )
     return value
 

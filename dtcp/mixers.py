@@ -11,11 +11,13 @@ kind. A model takes tables as an argument and hands them through.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dtcp.documents import Documents
 from dtcp.kernels.attend import Softmax
 from dtcp.kernels.local import ATTENTION, local_tables
+from dtcp.kernels.rotate import rotate
 from dtcp.layout import SequenceLayout
 from dtcp.masks import Coords, Mask
 
@@ -34,8 +36,8 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
 
-class SoftmaxAttention(Mixer):
-    """Scaled dot-product attention under a mask.
+class MaskedMixer(Mixer):
+    """A mixer in which tokens read each other as a mask allows.
 
     Args:
         mask: which keys a query sees, within its document.
@@ -50,7 +52,33 @@ class SoftmaxAttention(Mixer):
         self.mask = mask
         self.scale = scale
         self.softcap = softcap
-        self.table_key = f"{mask}"
+        self.table_key = self.key_of(f"{mask}")
+
+    def key_of(self, read: str) -> str:
+        """The name of this kind's tables, for a mask or for a mask and a style."""
+        return read
+
+    def softmax(self, q: Tensor) -> Softmax:
+        return Softmax(q.shape[-1] ** -0.5 if self.scale is None else self.scale, self.softcap)
+
+    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
+        if layout is not None and layout.num_shards > 1:
+            raise ValueError(
+                f"A sequence is sharded only where every mixer is claimed by a plan, got an "
+                f"unclaimed {self} with {layout}: add a style for it to the plan."
+            )
+        return self.tables_of(coords)
+
+    def tables_of(self, coords: Coords) -> Sequence[Tensor]:
+        """The tables of whole rows, on one device."""
+        return local_tables(*self.mask.intervals(coords))
+
+    def extra_repr(self) -> str:
+        return f"mask={self.mask}, scale={self.scale}, softcap={self.softcap}"
+
+
+class SoftmaxAttention(MaskedMixer):
+    """Scaled dot-product attention under a mask."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, *, sink: Tensor | None = None
@@ -68,19 +96,64 @@ class SoftmaxAttention(Mixer):
         """
         return ATTENTION(q, k, v, tables[self.table_key], self.softmax(q), sink=sink)
 
-    def softmax(self, q: Tensor) -> Softmax:
-        return Softmax(q.shape[-1] ** -0.5 if self.scale is None else self.scale, self.softcap)
 
-    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
-        if layout is not None and layout.num_shards > 1:
-            raise ValueError(
-                f"A sequence is sharded only where every mixer is claimed by a plan, got an "
-                f"unclaimed {self} with {layout}: add a style for it to the plan."
-            )
-        return local_tables(*self.mask.intervals(coords))
+class KeysFromValues(MaskedMixer):
+    """Attention whose keys are made of its values: the key is the value, scaled and rotated.
 
-    def extra_repr(self) -> str:
-        return f"mask={self.mask}, scale={self.scale}, softcap={self.softcap}"
+    Between ranks only values need to travel; a key is made again where its value arrives.
+    """
+
+    def key_of(self, read: str) -> str:
+        return f"{read}, keys from values"
+
+    def forward(
+        self, q: Tensor, v: Tensor, key_scale: Tensor, frequency: Tensor, tables: Tables
+    ) -> Tensor:
+        """Attend to k = rotate(v * key_scale) and v.
+
+        Positions are those of the batch's documents, for queries and keys alike.
+
+        Args:
+            q: [B, L, H, D], not rotated yet.
+            v: [B, L, G, D].
+            key_scale: [D].
+            frequency: [D / 2], radians per token of every pair of channels.
+        Returns:
+            [B, L, H, D].
+        """
+        *read, position = tables[self.table_key]
+        q, k = (rotate(x, position, frequency) for x in (q, v * key_scale))
+        return ATTENTION(q, k, v, read, self.softmax(q))
+
+    def tables_of(self, coords: Coords) -> Sequence[Tensor]:
+        return (*super().tables_of(coords), position_in_document(coords))
+
+
+class KeyExchange(MaskedMixer):
+    """Where a layer hands its keys to all layers that attend to them, its own attention first.
+
+    On one device it hands them on as they are. On a sharded sequence it brings once what the
+    queries of every rank will see, and those layers attend to what was brought.
+    """
+
+    def key_of(self, read: str) -> str:
+        return f"{read}, brought once"
+
+    def forward(self, x: Tensor, tables: Tables) -> Tensor:
+        """Bring the rows of x [B, L, G, W] that this rank's queries see: [B, K, G, W]."""
+        return x
+
+    def position(self, position: Tensor, tables: Tables) -> Tensor:
+        """Positions in their documents of what `forward` brings: [B, K]."""
+        return position
+
+    def tables_of(self, coords: Coords) -> Sequence[Tensor]:
+        return ()
+
+
+def position_in_document(coords: Coords) -> Tensor:
+    """What rotary positions count: [B, S] int32."""
+    return (coords.position - coords.start).to(torch.int32)
 
 
 def mixer_tables(

@@ -14,9 +14,11 @@ from dtcp.collectives import connect, group_name
 from dtcp.compile import Boundary, EagerIsland, InGraph, island
 from dtcp.dispatch import HEADS, SEQ, install
 from dtcp.kernels.op import AttentionOp
+from dtcp.kernels.rotate import rotate
+from dtcp.kernels.values_op import ValuesOp
 from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
 from dtcp.masks import Coords, Mask
-from dtcp.mixers import Mixer, SoftmaxAttention, Tables
+from dtcp.mixers import KeysFromValues, MaskedMixer, Mixer, SoftmaxAttention, Tables
 
 
 @dataclass(frozen=True)
@@ -100,25 +102,47 @@ class AttentionStyle(ParallelStyle):
         self.check(mask, layout)
         return self.make_tables(layout, rank, mask.intervals(coords))
 
+    @property
+    def values_op(self) -> ValuesOp:
+        """The pair of ops for keys made from values.
+
+        Raises:
+            ValueError: this strategy does not carry values alone.
+        """
+        raise ValueError(
+            f"Keys made from values are made again where values arrive, by RingAttention or "
+            f"AllGatherAttention, got {self}: use one of these."
+        )
+
+    def values_tables(
+        self, mask: Mask, coords: Coords, layout: SequenceLayout, rank: int
+    ) -> tuple[Tensor, ...]:
+        """The same for keys made from values, and the positions of queries and of keys."""
+        raise NotImplementedError
+
     def groups(self, axis: DeviceMesh) -> list[str]:
         """Names of the process groups the op talks over; the axis's own first."""
         return [group_name(axis)]
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if type(module) is not SoftmaxAttention:
+        if type(module) not in (SoftmaxAttention, KeysFromValues):
             raise TypeError(
-                f"{self} takes over an unclaimed SoftmaxAttention, got a "
+                f"{self} takes over an unclaimed SoftmaxAttention or KeysFromValues, got a "
                 f"{type(module).__name__}: name the mixer itself in the plan."
             )
-        install(self.op)
-        island_wanted = isinstance(self.boundary, EagerIsland)
-        module.__class__ = _IslandAttention if island_wanted else ContextParallelAttention
-        cast(ContextParallelAttention, module).claim(self, device_mesh)
+        eager = isinstance(self.boundary, EagerIsland)
+        if type(module) is KeysFromValues:
+            assert self.values_op is not None
+            module.__class__ = _IslandValues if eager else ContextParallelValues
+        else:
+            install(self.op)
+            module.__class__ = _IslandAttention if eager else ContextParallelAttention
+        cast(ContextParallelMixer, module).claim(self, device_mesh)
         return module
 
 
-class ContextParallelAttention(SoftmaxAttention):
-    """A SoftmaxAttention that a style has taken over. Made by the style, never built directly."""
+class ContextParallelMixer(MaskedMixer):
+    """A mixer that a style has taken over. Made by the style, never built directly."""
 
     def claim(self, style: AttentionStyle, mesh: DeviceMesh) -> None:
         if mesh.ndim > 2:
@@ -135,12 +159,40 @@ class ContextParallelAttention(SoftmaxAttention):
         for name in self.groups:
             connect(name)
         self.placements: tuple[Placement, ...] = (Shard(SEQ), Shard(HEADS))[: mesh.ndim]
-        self.table_key = f"{self.mask} by {style}"
+        self.table_key = self.key_of(f"{self.mask} by {style}")
+
+    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
+        if layout is None or layout.num_shards != self.num_shards:
+            raise ValueError(
+                f"A mixer on {self.num_shards} ranks needs a layout of as many shards, got "
+                f"layout={layout}: build the batch with shard_batch on the mesh of the plan."
+            )
+        return self.tables_on(coords, layout)
+
+    def tables_on(self, coords: Coords, layout: SequenceLayout) -> Sequence[Tensor]:
+        """This rank's tables of whole rows."""
+        return self.style.mixer_tables(self.mask, coords, layout, self.rank)
+
+    def own(self, tables: Tables) -> Sequence[Tensor]:
+        """This mixer's tables among those of a batch."""
+        if tables is None or self.table_key not in tables:
+            raise ValueError(
+                f"A context-parallel mixer reads the tables of its batch, got none for "
+                f"{self.table_key!r}: pass BatchPlan.tables of shard_batch(..., model=model)."
+            )
+        return tables[self.table_key]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, style={self.style}, ranks={self.num_shards}"
+
+
+class ContextParallelAttention(ContextParallelMixer, SoftmaxAttention):
+    """A SoftmaxAttention that a style has taken over."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, *, sink: Tensor | None = None
     ) -> Tensor:
-        return self.attend(q, k, v, self._own(tables), sink)
+        return self.attend(q, k, v, self.own(tables), sink)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], sink: Tensor | None
@@ -156,25 +208,6 @@ class ContextParallelAttention(SoftmaxAttention):
         out = self.style.op(q, k, v, tables, softmax, groups=self.groups, sink=sink)
         return out if given else cast(DTensor, out).to_local(grad_placements=self.placements)
 
-    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
-        if layout is None or layout.num_shards != self.num_shards:
-            raise ValueError(
-                f"A mixer on {self.num_shards} ranks needs a layout of as many shards, got "
-                f"layout={layout}: build the batch with shard_batch on the mesh of the plan."
-            )
-        return self.style.mixer_tables(self.mask, coords, layout, self.rank)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, style={self.style}, ranks={self.num_shards}"
-
-    def _own(self, tables: Tables) -> Sequence[Tensor]:
-        if tables is None or self.table_key not in tables:
-            raise ValueError(
-                f"A context-parallel mixer reads the tables of its batch, got none for "
-                f"{self.table_key!r}: pass BatchPlan.tables of shard_batch(..., model=model)."
-            )
-        return tables[self.table_key]
-
     def _wrap(self, x: Tensor) -> DTensor:
         return DTensor.from_local(x, self.mesh, self.placements, run_check=False)
 
@@ -186,7 +219,44 @@ class _IslandAttention(ContextParallelAttention):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, *, sink: Tensor | None = None
     ) -> Tensor:
-        return self.attend(q, k, v, self._own(tables), sink)
+        return self.attend(q, k, v, self.own(tables), sink)
+
+
+class ContextParallelValues(ContextParallelMixer, KeysFromValues):
+    """A KeysFromValues that a style has taken over; takes local shards alone."""
+
+    def forward(
+        self, q: Tensor, v: Tensor, key_scale: Tensor, frequency: Tensor, tables: Tables
+    ) -> Tensor:
+        return self.attend(q, v, key_scale, frequency, self.own(tables))
+
+    def attend(
+        self, q: Tensor, v: Tensor, key_scale: Tensor, frequency: Tensor, tables: Sequence[Tensor]
+    ) -> Tensor:
+        *read, position, key_position = tables
+        q = rotate(q, position, frequency)
+        return self.style.values_op(
+            q,
+            v,
+            key_scale,
+            frequency,
+            (*read, key_position),
+            self.softmax(q),
+            groups=self.groups,
+        )
+
+    def tables_on(self, coords: Coords, layout: SequenceLayout) -> Sequence[Tensor]:
+        return self.style.values_tables(self.mask, coords, layout, self.rank)
+
+
+class _IslandValues(ContextParallelValues):
+    """The same behind an eager island."""
+
+    @island
+    def forward(
+        self, q: Tensor, v: Tensor, key_scale: Tensor, frequency: Tensor, tables: Tables
+    ) -> Tensor:
+        return self.attend(q, v, key_scale, frequency, self.own(tables))
 
 
 def apply_plan(
@@ -250,6 +320,7 @@ __all__ = [
     "AttentionStyle",
     "Boundary",
     "ContextParallelAttention",
+    "ContextParallelMixer",
     "apply_plan",
     "find",
     "matches",

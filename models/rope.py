@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtcp.mixers import rotate
+
 
 @dataclass(frozen=True)
 class Llama3Scaling:
@@ -48,12 +50,7 @@ class Rope:
 
     def __call__(self, x: Tensor, position: Tensor) -> Tensor:
         """Rotate x [B, L, H, D] by the angles of position [B, L]; the dtype of x stays."""
-        # Angles are fp32 whatever dtype the model has: bf16 tells positions apart up to 256 only.
-        angle = position[..., None].float() * self._frequencies(x.device)
-        cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]  # [B, L, 1, D/2]
-        first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return turned.to(x.dtype)
+        return rotate(x, position, self._frequencies(x.device))
 
     def _frequencies(self, device: torch.device) -> Tensor:
         """Radians per token of every pair: [D/2], fp32.

@@ -10,8 +10,10 @@ from parallelize.apply import ParallelPlan, parallelize
 from parallelize.compile import Compile
 from parallelize.deepseek_v4 import balance_experts, deepseek_v4_plan
 from parallelize.fsdp import FSDP
+from parallelize.gemma4 import gemma4_plan
 from parallelize.huggingface import parallelize_hf
 from parallelize.llama import llama_plan
+from parallelize.qwen3_5 import qwen3_5_plan
 
 __all__ = [
     "FSDP",
@@ -23,7 +25,9 @@ __all__ = [
     "SelectiveCheckpoint",
     "balance_experts",
     "deepseek_v4_plan",
+    "gemma4_plan",
     "llama_plan",
     "parallelize",
     "parallelize_hf",
+    "qwen3_5_plan",
 ]

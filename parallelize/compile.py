@@ -20,7 +20,9 @@ class Compile:
 
     def whole(self, forward: Forward) -> Forward:
         """One graph, or an error that says what broke it."""
-        return torch.compile(forward, backend=self.backend, fullgraph=True)
+        # Layers of a model may differ in their sizes: dynamo would take such a size for one that
+        # changes from call to call. What does change with every batch is inside of our ops.
+        return torch.compile(forward, backend=self.backend, fullgraph=True, dynamic=False)
 
     def around_islands(self, forward: Forward) -> Forward:
         """One graph before an eager island and one after, however deep in the block it lies."""

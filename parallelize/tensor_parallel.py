@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
@@ -152,12 +153,15 @@ class VocabularySharded(ParallelStyle):
         rows, whole = [Shard(0)], [Replicate()]
         weight = distribute_tensor(module.get_parameter("weight"), device_mesh, rows)
         module.register_parameter("weight", nn.Parameter(weight, weight.requires_grad))
+        untrained = cast(nn.Embedding, module).padding_idx
 
         def look_up(input_ids: Tensor) -> Tensor:
             weight = cast(DTensor, module.weight).to_local(grad_placements=rows)
             row = input_ids - device_mesh.get_local_rank() * len(weight)
             mine = (row >= 0) & (row < len(weight))
             found = F.embedding(row.where(mine, 0), weight).where(mine[..., None], 0)
+            if untrained is not None:
+                found = found.where((input_ids != untrained)[..., None], found.detach())
             part = DTensor.from_local(found, device_mesh, [Partial()], run_check=False)
             # Waited for here: a tensor still on its way that enters a compiled block loses its
             # gradient without a word (torch 2.13, 2.15). RowwiseParallel hands such tensors out.
@@ -166,6 +170,23 @@ class VocabularySharded(ParallelStyle):
             return x.to_local(grad_placements=whole).clone()
 
         module.forward = look_up
+        return module
+
+
+@dataclass
+class RowsSplit(ParallelStyle):
+    """Split the rows of a weight over the axis, of a module that hands the weight out as it is.
+
+    For parameters of heads and channels that no projection holds: each rank gets those of the
+    heads it has.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        rows = [Shard(0)]
+        whole = module.get_parameter("weight")
+        weight = distribute_tensor(whole, device_mesh, rows)
+        module.register_parameter("weight", nn.Parameter(weight, whole.requires_grad))
+        module.forward = lambda: cast(DTensor, module.weight).to_local(grad_placements=rows)
         return module
 
 
@@ -193,4 +214,64 @@ class ScaledVocabulary(ParallelStyle):
             return x.to_local(grad_placements=whole).clone()
 
         module.forward = look_up
+        return module
+
+
+@dataclass
+class LocalWeight(ParallelStyle):
+    """For a module that hands out its weight: replicated over the axis, handed out as local.
+
+    Args:
+        gradient: Partial() where what reads the weight is split over the axis, and each rank has
+            a part of its gradient; Replicate() where all ranks do the same with it.
+    """
+
+    gradient: Placement
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        weight = module.get_parameter("weight")
+        whole = distribute_tensor(weight, device_mesh, [Replicate()])
+        module.register_parameter("weight", nn.Parameter(whole, weight.requires_grad))
+        placements = [self.gradient]
+
+        def hand_out() -> Tensor:
+            return cast(DTensor, module.weight).to_local(grad_placements=placements)
+
+        module.forward = hand_out
+        return module
+
+
+@dataclass
+class CopiedHeads(ParallelStyle):
+    """Project all kv heads on every rank, and keep those that the rank's query heads read.
+
+    For kv heads that the axis does not divide, where it divides the query heads. The weight is
+    whole on every rank; its gradient is summed over them.
+
+    Args:
+        heads, kv_heads: of the whole model.
+    """
+
+    heads: int
+    kv_heads: int
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        weight = module.get_parameter("weight")
+        whole = distribute_tensor(weight, device_mesh, [Replicate()])
+        module.register_parameter("weight", nn.Parameter(whole, weight.requires_grad))
+        forward, mine = module.forward, self.heads // device_mesh.size()
+        group = self.heads // self.kv_heads
+        # A rank whose query heads read several kv heads takes one for each query head, for
+        # ranks may differ in how many they read, and never in their shapes.
+        count = 1 if group % mine == 0 else mine
+        first = device_mesh.get_local_rank() * mine
+
+        def project(x: Tensor) -> Tensor:
+            if not isinstance(x, DTensor):
+                x = DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
+            out = cast(DTensor, forward(x)).to_local(grad_placements=[Partial()])
+            read = (first + torch.arange(count, device=out.device)) // group
+            return out.unflatten(-1, (self.kv_heads, -1)).index_select(-2, read).flatten(-2)
+
+        module.forward = project
         return module

@@ -32,8 +32,10 @@ REFUSED: dict[str, dict[str, Any]] = {
     "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
     "bloom": {"n_layer": 2, "n_head": 4},
+    "gpt_neox": {},
+    "olmo2": {},
 }
-"""Families that have something no mixer carries out."""
+"""Families that have something no mixer, or no style of ours for tp, carries out."""
 
 
 def build(kind: str, **change: Any) -> Any:

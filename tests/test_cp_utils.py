@@ -314,6 +314,34 @@ def test_dense_mask_of_documents_is_understood(mesh):
         assert_close(on_mesh(model, mesh, {**batch, "attention_mask": given}), expected)
 
 
+@spmd(ranks=(2, 3))
+def test_lengths_of_documents_are_heeded(mesh, ranks):
+    """Each document by itself, with the padding behind it in its slot apart."""
+    model, parts = Decoder(), ((6, 3, 10, 2), (17, 4))
+    seen = reference.visible(parts, SEQ_LEN, reference.causal)[:, None]
+    ids = torch.randint(1, VOCAB, (2, SEQ_LEN))
+    real = torch.cat(
+        [torch.arange(n) < 99 * (1 - i % 2) for i, n in enumerate(parts[0] + parts[1])]
+    )
+    labels = ids.roll(1).masked_fill(~real.view(2, SEQ_LEN), -100)
+    logits = model(ids, Documents(((9, 12), (21,)), SEQ_LEN).position_in_document(), seen)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    expected.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    lengths = {
+        "seq_lens": torch.tensor([[6, 10], [17, -7]]),
+        "seq_lens_padded": torch.tensor([[9, 12], [21, -7]]),
+    }
+    batch = {"input_ids": ids, "labels": labels, **lengths}
+    found = on_mesh(model, mesh, batch, seq_lens_padding_value=-7)
+    assert_close(found, (expected.detach(), grads))
+    _, local = make_cp_batch_and_ctx(mesh, batch, seq_lens_padding_value=-7)
+    assert bool(((local["labels"] == -100) >= local["padding_mask"]).all())
+    for key, value in (("seq_lens", torch.tensor([[22], [5]])), ("attention_mask", ids > 0)):
+        with pytest.raises(ValueError, match=r"fit their slots|says once what is padding"):
+            make_cp_batch_and_ctx(mesh, {**batch, key: value}, seq_lens_padding_value=-7)
+
+
 @compiled_or_not
 @spmd(ranks=2)
 def test_claimed_module_outside_its_context_raises(mesh, compiled):

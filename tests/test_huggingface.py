@@ -1,5 +1,7 @@
 """Unmodified models of transformers on a mesh, held against themselves on one device."""
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch.testing import assert_close
 from dtcp.attention import AllGatherAttention, UlyssesAttention
 from dtcp.compile import EagerIsland, count_graphs
 from dtcp.documents import Documents
-from dtcp.huggingface import documents_of, install_mixers, shard_hf_batch, survey
+from dtcp.huggingface import causal_lm_loss, documents_of, install_mixers, shard_hf_batch, survey
 from dtcp.layout import Contiguous, HeadTail
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.masks import Causal, SlidingWindow
@@ -23,6 +25,7 @@ from tests.parity import gradients
 from tests.spmd import spmd
 
 pytest.importorskip("transformers")
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 GRAPHS = Compile("aot_eager")
 BOUND = 1e-5
@@ -81,9 +84,11 @@ def on_mesh(
     return loss
 
 
-def assert_parity(kind, degrees, *, rows=PACKED, layout=HeadTail, attention=RING, **options):
+def assert_parity(
+    kind, degrees, *, rows=PACKED, layout=HeadTail, attention=RING, change=None, **options
+):
     """Assert that loss and all gradients are those of the unmodified model, on one device."""
-    reference, model = build(kind), build(kind)
+    reference, model = build(kind, **(change or {})), build(kind, **(change or {}))
     mesh = ParallelMesh.from_degrees(degrees, "cpu")
     parallelize_hf(model, mesh, attention, **options)
     batch = a_batch(rows)
@@ -124,7 +129,7 @@ def test_every_strategy_equals_one_device(mesh, kind, attention):
 
 @spmd(ranks=(3, 4))
 def test_more_ranks_equal_one_device(mesh, ranks):
-    assert_parity("gpt_oss", Degrees(cp=ranks))
+    assert_parity("gpt_oss", Degrees(cp=ranks), compile=GRAPHS if ranks == 3 else None)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -196,12 +201,38 @@ def test_survey_reads_every_mask_off_the_models_own(kind):
         ("lfm2", {}, r"layers\.0\.conv.*not through the attention registry"),
         ("llama", {"rope_parameters": DYNAMIC}, r"rope_type='dynamic'"),
         ("mixtral", {"output_router_logits": True}, "balance loss"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0"),
+        ("gpt_neox", {"hidden_dropout": 0.1}, r"layers\.0\.post_attention_dropout .*dropout=0\.1"),
         ("bloom", {}, "takes no position_ids"),
     ],
 )
 def test_what_nobody_can_give_is_refused_by_name(kind, change, match):
     with pytest.raises(ValueError, match=match):
         install_mixers(build(kind, **change))
+
+
+def test_cross_attention_is_refused_by_name():
+    """Queries of the sequence meet the keys of five other tokens."""
+    model = build("llama")
+    attention = model.model.layers[1].self_attn
+
+    def crossed(hidden_states, attention_mask=None, **how):
+        heads = (
+            project(x).unflatten(-1, (-1, 8)).transpose(1, 2)
+            for project, x in (
+                (attention.q_proj, hidden_states),
+                (attention.k_proj, hidden_states[:, :5]),
+                (attention.v_proj, hidden_states[:, :5]),
+            )
+        )
+        named = attention.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS[named]
+        out, weights = attend(attention, *heads, None, scaling=attention.scaling, **how)
+        return attention.o_proj(out.flatten(2)), weights
+
+    attention.forward = crossed
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn .*meet 5 keys \(cross-attention"):
+        install_mixers(model)
 
 
 @pytest.mark.parametrize(
@@ -230,11 +261,40 @@ def test_padding_anywhere_but_on_the_right_is_refused(mask):
         documents_of(batch)
 
 
-@pytest.mark.parametrize(
-    ("kind", "match"),
-    [("qwen3_moe", "experts .*set tp=1"), ("gpt_oss", "none for the layers.*set tp=1")],
-)
 @spmd(ranks=2)
-def test_tensor_parallelism_without_a_style_is_refused(mesh, kind, match):
-    with pytest.raises(ValueError, match=match):
-        parallelize_hf(build(kind), ParallelMesh.from_degrees(Degrees(tp=2), "cpu"))
+def test_tensor_parallelism_without_a_style_is_refused(mesh):
+    with pytest.raises(ValueError, match=r"q_proj .*'colwise_gather_output'.*set tp=1"):
+        parallelize_hf(build("olmo2"), ParallelMesh.from_degrees(Degrees(tp=2), "cpu"))
+
+
+@spmd(ranks=2)
+def test_experts_that_do_not_divide_are_whole_and_said_to_be(mesh):
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("parallelize.huggingface").addHandler(handler)
+    assert_parity("qwen3_moe", Degrees(tp=2), change={"moe_intermediate_size": 25})
+    assert [f"layers.{i}.mlp.experts is whole" in said[i] for i in range(2)] == [True] * 2
+    assert "tp=2 does not divide its 25 channels" in said[0]
+
+
+@spmd(ranks=2)
+def test_ranks_with_different_weights_are_refused(mesh):
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += mesh.get_local_rank()
+    with pytest.raises(ValueError, match="seed all ranks alike"):
+        parallelize_hf(model, ParallelMesh.from_degrees(Degrees(cp=2), "cpu"))
+
+
+@pytest.mark.parametrize("compile", [GRAPHS, None])
+@spmd(ranks=1)
+def test_loop_over_experts_is_kept_out_of_graphs(mesh, compile):
+    model = build("mixtral", experts_implementation="eager")
+    model = parallelize_hf(model, ParallelMesh.from_degrees(Degrees(), "cpu"), compile=compile)
+    assert model.config._experts_implementation == ("grouped_mm" if compile else "eager")
+
+
+def test_batch_without_labels_has_no_loss():
+    with pytest.raises(ValueError, match="has labels, not shifted"):
+        causal_lm_loss(None, {"input_ids": IDS}, None)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtcp.attention.needed import KeyTables, all_at_once_tables, keys_received
-from dtcp.attention.transport import add_home, exchange, pack, unpack
+from dtcp.attention.needed import KeyTables, NeededKeysAttention, all_at_once_tables
+from dtcp.attention.transport import add_home, exchange
 from dtcp.kernels.attend import (
     Final,
     Gradients,
@@ -20,10 +20,11 @@ from dtcp.kernels.attend import (
     zeros_for,
 )
 from dtcp.kernels.block import accumulation
+from dtcp.kernels.carried import Carried, Pairs
 from dtcp.kernels.op import AttentionOp, Call
 from dtcp.kernels.spans import TILE
+from dtcp.kernels.values_op import ValuesOp
 from dtcp.layout import SequenceLayout
-from dtcp.style import AttentionShape, AttentionStyle, Received
 
 
 class _AllGather:
@@ -34,12 +35,7 @@ class _AllGather:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call
     ) -> tuple[Tensor, list[Tensor]]:
-        tables = KeyTables(*call.tables)
-        partial = Partial.empty(q, v.shape[-1])
-        queries = Queries.of(q, tables.first_key, tables.last_key)
-        keys = self._bring(k, v, tables, call)
-        attend(partial, queries, keys, tables.spans[0], call.how)
-        out, lse = partial.finish(sink, q.dtype)
+        out, lse = self.attend(q, Pairs(k, v), sink, call)
         return out, [lse]
 
     def backward(
@@ -53,47 +49,68 @@ class _AllGather:
         saved: list[Tensor],
         call: Call,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        tables = KeyTables(*call.tables)
-        final = Final(grad_out, out, saved[0])
-        keys = self._bring(k, v, tables, call)
-        grads = Gradients(zeros_for(q), zeros_for(keys.k), zeros_for(keys.v))
-        queries = Queries.of(q, tables.first_key, tables.last_key)
-        attend_backward(grads, final, queries, keys, tables.spans[0], call.how)
-
-        length = k.shape[1]
-        rows = torch.cat((grads.dk, grads.dv), dim=-1).transpose(0, 1)
-        arrival = torch.empty_like(rows).index_copy_(0, _line_up(tables, length).long(), rows)
-        dk, dv = (x.contiguous() for x in unpack(arrival[:length], k.shape[-1]))
-        send, receive = tables.counts.tolist()
-        home = exchange(arrival[length:].to(k.dtype), receive, send, call)
-        add_home(dk, dv, home, tables.send_slot[: sum(send)])
-        return grads.dq, dk, dv, local_sink_gradient(final, sink)
+        final, pairs = Final(grad_out, out, saved[0]), Pairs(k, v)
+        dq, rows = self.attend_backward(q, pairs, final, call)
+        return dq, *pairs.split(rows), local_sink_gradient(final, sink)
 
     def saved_like(self, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[str]) -> list[Tensor]:
         return [q.new_empty(q.shape[:-1], dtype=accumulation(q.dtype))]
 
-    def _bring(self, k: Tensor, v: Tensor, tables: KeyTables, call: Call) -> Keys:
+    def attend(
+        self, q: Tensor, carried: Carried, sink: Tensor | None, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        tables = KeyTables(*call.tables)
+        queries = Queries.of(q, tables.first_key, tables.last_key)
+        keys = self._bring(carried, q.shape[1], tables, call)
+        partial = Partial.empty(q, keys.v.shape[-1])
+        attend(partial, queries, keys, tables.spans[0], call.how)
+        return partial.finish(sink, q.dtype)
+
+    def attend_backward(
+        self, q: Tensor, carried: Carried, final: Final, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        tables, length = KeyTables(*call.tables), q.shape[1]
+        keys = self._bring(carried, length, tables, call)
+        sums, dq = carried.sums(keys.v.shape[1]), zeros_for(q)
+        queries = Queries.of(q, tables.first_key, tables.last_key)
+        grads = Gradients(dq, sums.dk, sums.dv)
+        attend_backward(grads, final, queries, keys, tables.spans[0], call.how)
+
+        rows = carried.close(sums, keys.v, 0).transpose(0, 1)
+        return dq, send_home(rows, tables, length, q.dtype, call)
+
+    def _bring(self, carried: Carried, length: int, tables: KeyTables, call: Call) -> Keys:
         """Local and needed keys, by ascending position."""
         send, receive = tables.counts.tolist()
-        rows = exchange(pack(k, v, tables.send_slot[: sum(send)]), send, receive, call)
-        far_k, far_v = unpack(rows, k.shape[-1])
-        order = _line_up(tables, k.shape[1])
-        return Keys(
-            torch.cat((k, far_k), dim=1).index_select(1, order),
-            torch.cat((v, far_v), dim=1).index_select(1, order),
-            tables.key_position[0, : order.numel()],
-        )
+        rows = exchange(carried.pack(tables.send_slot[: sum(send)]), send, receive, call)
+        order = line_up(tables, length)
+        k, v = carried.lined_up(rows, order)
+        return Keys(k, v, tables.key_position[0, : order.numel()])
 
 
-def _line_up(tables: KeyTables, local: int) -> Tensor:
+def line_up(tables: KeyTables, local: int) -> Tensor:
+    """Where each lined-up key comes from: the local ones, then those that arrive."""
     return tables.line_up[: local + int(tables.counts[1].sum())]
 
 
+def send_home(
+    rows: Tensor, tables: KeyTables, length: int, dtype: torch.dtype, call: Call
+) -> Tensor:
+    """Gradients of lined-up rows [K, B, G, W], summed where the rows came from: [B, L, G, W]."""
+    arrival = torch.empty_like(rows).index_copy_(0, line_up(tables, length).long(), rows)
+    here = arrival[:length].transpose(0, 1).contiguous()
+    send, receive = tables.counts.tolist()
+    home = exchange(arrival[length:].to(dtype), receive, send, call)
+    add_home(here, home, tables.send_slot[: sum(send)])
+    return here
+
+
 ALL_GATHER = AttentionOp("all_gather_attention", _AllGather())
+ALL_GATHER_VALUES = ValuesOp("all_gather_values_attention", _AllGather())
 
 
 @dataclass
-class AllGatherAttention(AttentionStyle):
+class AllGatherAttention(NeededKeysAttention):
     """Attention that first brings all keys its queries need, in one exchange.
 
     One collective each way, and kernels see one long run of keys; a rank holds all the keys it
@@ -111,6 +128,10 @@ class AllGatherAttention(AttentionStyle):
     def op(self) -> AttentionOp:
         return ALL_GATHER
 
+    @property
+    def values_op(self) -> ValuesOp:
+        return ALL_GATHER_VALUES
+
     def make_tables(
         self,
         layout: SequenceLayout,
@@ -120,12 +141,3 @@ class AllGatherAttention(AttentionStyle):
         tile: int = TILE,
     ) -> tuple[Tensor, ...]:
         return all_at_once_tables(layout, rank, intervals, tile=tile)
-
-    def received(
-        self,
-        layout: SequenceLayout,
-        rank: int,
-        intervals: tuple[Tensor, Tensor],
-        shape: AttentionShape,
-    ) -> Received:
-        return keys_received(layout, rank, intervals, shape)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from dtcp.kernels.spans import TILE, UNUSED, key_spans
 from dtcp.layout import SequenceLayout
-from dtcp.style import AttentionShape, Received
+from dtcp.masks import Coords, Mask
+from dtcp.mixers import position_in_document
+from dtcp.style import AttentionShape, AttentionStyle, Received
 
 
 class KeyTables(NamedTuple):
@@ -30,6 +32,31 @@ class KeyTables(NamedTuple):
     line_up: Tensor  # [K] int32: local and received keys in ascending position (all at once)
     key_position: Tensor  # [parts, K] int32, UNUSED beyond the keys
     spans: Tensor  # [parts, B, tiles, 6] int64
+
+
+class NeededKeysAttention(AttentionStyle):
+    """A strategy that brings to each rank the keys its queries need, and no others."""
+
+    def received(
+        self,
+        layout: SequenceLayout,
+        rank: int,
+        intervals: tuple[Tensor, Tensor],
+        shape: AttentionShape,
+    ) -> Received:
+        return keys_received(layout, rank, intervals, shape)
+
+    def values_tables(
+        self, mask: Mask, coords: Coords, layout: SequenceLayout, rank: int
+    ) -> tuple[Tensor, ...]:
+        tables = KeyTables(*self.mixer_tables(mask, coords, layout, rank))
+        position = position_in_document(coords)
+        return (*tables, layout.shard(position, rank).contiguous(), _at_keys(position, tables))
+
+
+def _at_keys(position: Tensor, tables: KeyTables) -> Tensor:
+    """What [B, S] says of the keys of each part: [parts, B, K], anything where there is none."""
+    return position[:, tables.key_position.clamp(min=0).long()].transpose(0, 1).contiguous()
 
 
 @dataclass(frozen=True)

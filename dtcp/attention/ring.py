@@ -1,13 +1,13 @@
 """Attend to one shard's keys after another while the next ones travel."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dtcp.attention.needed import KeyTables, keys_received, step_by_step_tables
-from dtcp.attention.transport import Transfer, add_home, pack, post, unpack
+from dtcp.attention.needed import KeyTables, NeededKeysAttention, step_by_step_tables
+from dtcp.attention.transport import Transfer, add_home, post
 from dtcp.kernels.attend import (
     Final,
     Gradients,
@@ -20,10 +20,11 @@ from dtcp.kernels.attend import (
     zeros_for,
 )
 from dtcp.kernels.block import accumulation
+from dtcp.kernels.carried import Carried, Pairs
 from dtcp.kernels.op import AttentionOp, Call
 from dtcp.kernels.spans import TILE
+from dtcp.kernels.values_op import ValuesOp
 from dtcp.layout import SequenceLayout
-from dtcp.style import AttentionShape, AttentionStyle, Received
 
 _GRADIENTS = 1  # tag of gradient transfers; keys travel under 0
 
@@ -36,12 +37,7 @@ class _Ring:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call
     ) -> tuple[Tensor, list[Tensor]]:
-        tables = KeyTables(*call.tables)
-        partial = Partial.empty(q, v.shape[-1])
-        queries = Queries.of(q, tables.first_key, tables.last_key)
-        for step, keys in _steps(k, v, tables, call):
-            attend(partial, queries, keys, tables.spans[step], call.how)
-        out, lse = partial.finish(sink, q.dtype)
+        out, lse = self.attend(q, Pairs(k, v), sink, call)
         return out, [lse]
 
     def backward(
@@ -55,52 +51,73 @@ class _Ring:
         saved: list[Tensor],
         call: Call,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        tables = KeyTables(*call.tables)
-        final = Final(grad_out, out, saved[0])
-        queries = Queries.of(q, tables.first_key, tables.last_key)
-        dq, dk, dv = zeros_for(q), zeros_for(k), zeros_for(v)
-        sent = tables.counts[0].tolist()
-        slots = tables.send_slot[: sum(sent)].split(sent)
-        going_home: Transfer | None = None
-        for step, keys in _steps(k, v, tables, call):
-            here = (dk, dv) if step == 0 else (zeros_for(keys.k), zeros_for(keys.v))
-            grads = Gradients(dq, *here)
-            attend_backward(grads, final, queries, keys, tables.spans[step], call.how)
-            if step == 0:
-                continue
-            if going_home is not None:
-                add_home(dk, dv, going_home.wait(), slots[step - 1])
-            rows = torch.cat(here, dim=-1).transpose(0, 1).to(k.dtype).contiguous()
-            going_home = post(rows, sent[step], -step, call, tag=_GRADIENTS)
-        if going_home is not None:
-            add_home(dk, dv, going_home.wait(), slots[-1])
-        return dq, dk, dv, local_sink_gradient(final, sink)
+        final, pairs = Final(grad_out, out, saved[0]), Pairs(k, v)
+        dq, rows = self.attend_backward(q, pairs, final, call)
+        return dq, *pairs.split(rows), local_sink_gradient(final, sink)
 
     def saved_like(self, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[str]) -> list[Tensor]:
         return [q.new_empty(q.shape[:-1], dtype=accumulation(q.dtype))]
 
+    def attend(
+        self, q: Tensor, carried: Carried, sink: Tensor | None, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        tables = KeyTables(*call.tables)
+        queries = Queries.of(q, tables.first_key, tables.last_key)
+        partial = None
+        for step, keys in _steps(carried, tables, call):
+            if partial is None:
+                partial = Partial.empty(q, keys.v.shape[-1])
+            attend(partial, queries, keys, tables.spans[step], call.how)
+        assert partial is not None
+        return partial.finish(sink, q.dtype)
 
-def _steps(k: Tensor, v: Tensor, tables: KeyTables, call: Call):  # type: ignore[no-untyped-def]
+    def attend_backward(
+        self, q: Tensor, carried: Carried, final: Final, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        tables, dq = KeyTables(*call.tables), zeros_for(q)
+        queries = Queries.of(q, tables.first_key, tables.last_key)
+        sent = tables.counts[0].tolist()
+        slots = tables.send_slot[: sum(sent)].split(sent)
+        here, going_home = torch.empty(0), None
+        for step, keys in _steps(carried, tables, call):
+            sums = carried.sums(keys.v.shape[1])
+            grads = Gradients(dq, sums.dk, sums.dv)
+            attend_backward(grads, final, queries, keys, tables.spans[step], call.how)
+            found = carried.close(sums, keys.v, step)
+            if step == 0:
+                here = found
+                continue
+            if going_home is not None:
+                add_home(here, going_home.wait(), slots[step - 1])
+            rows = found.transpose(0, 1).to(q.dtype).contiguous()
+            going_home = post(rows, sent[step], -step, call, tag=_GRADIENTS)
+        if going_home is not None:
+            add_home(here, going_home.wait(), slots[-1])
+        return dq, here
+
+
+def _steps(carried: Carried, tables: KeyTables, call: Call) -> Iterator[tuple[int, Keys]]:
     """(step, keys) from this rank's own on; the next step's transfer is under way already."""
     sent, received = tables.counts.tolist()
     slots = tables.send_slot[: sum(sent)].split(sent)
     arriving: Transfer | None = None
     for step in range(len(sent)):
         if arriving is not None:
-            k_here, v_here = unpack(arriving.wait(), k.shape[-1])
+            k, v = carried.arrived(arriving.wait(), step)
         else:
-            k_here, v_here = k, v
+            k, v = carried.here(step)
         ahead = step + 1
         if ahead < len(sent):
-            arriving = post(pack(k, v, slots[ahead]), received[ahead], ahead, call)
-        yield step, Keys(k_here, v_here, tables.key_position[step, : k_here.shape[1]])
+            arriving = post(carried.pack(slots[ahead]), received[ahead], ahead, call)
+        yield step, Keys(k, v, tables.key_position[step, : k.shape[1]])
 
 
 RING = AttentionOp("ring_attention", _Ring())
+RING_VALUES = ValuesOp("ring_values_attention", _Ring())
 
 
 @dataclass
-class RingAttention(AttentionStyle):
+class RingAttention(NeededKeysAttention):
     """Attention that streams the other shards' keys past its queries.
 
     Step s attends to what came from s ranks back while step s + 1 is on its way. A rank never
@@ -120,6 +137,10 @@ class RingAttention(AttentionStyle):
     def op(self) -> AttentionOp:
         return RING
 
+    @property
+    def values_op(self) -> ValuesOp:
+        return RING_VALUES
+
     def make_tables(
         self,
         layout: SequenceLayout,
@@ -129,12 +150,3 @@ class RingAttention(AttentionStyle):
         tile: int = TILE,
     ) -> tuple[Tensor, ...]:
         return step_by_step_tables(layout, rank, intervals, tile=tile)
-
-    def received(
-        self,
-        layout: SequenceLayout,
-        rank: int,
-        intervals: tuple[Tensor, Tensor],
-        shape: AttentionShape,
-    ) -> Received:
-        return keys_received(layout, rank, intervals, shape)

@@ -1,13 +1,12 @@
 """Moving keys to the ranks that need them, and their gradients home.
 
-K and V of a token travel as one row, in the model's dtype. A gradient travels as one row per
-rank that used the key and is summed at home in fp32: a sum that travelled would be rounded at
-every step (ring-flash-attention issue 42).
+What is carried of a token travels as one row, in the model's dtype. A gradient travels as one
+row per rank that used the key and is summed at home in fp32: a sum that travelled would be
+rounded at every step (ring-flash-attention issue 42).
 """
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -15,23 +14,9 @@ from dtcp.collectives import group_of
 from dtcp.kernels.op import Call
 
 
-def pack(k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-    """Rows of some tokens: k [B, L, G, D], v [B, L, G, V], slots [m] -> [m, B, G, D + V]."""
-    rows = torch.cat((k.index_select(1, slots), v.index_select(1, slots)), dim=-1)
-    return rows.transpose(0, 1).contiguous()
-
-
-def unpack(rows: Tensor, key_dim: int) -> tuple[Tensor, Tensor]:
-    """[m, B, G, D + V] -> k [B, m, G, D], v [B, m, G, V]."""
-    rows = rows.transpose(0, 1)
-    return rows[..., :key_dim], rows[..., key_dim:]
-
-
-def add_home(dk: Tensor, dv: Tensor, rows: Tensor, slots: Tensor) -> None:
-    """Add gradient rows that came home to their tokens: dk [B, L, G, D], dv [B, L, G, V]."""
-    part_k, part_v = unpack(rows.to(dk.dtype), dk.shape[-1])
-    dk.index_add_(1, slots, part_k)
-    dv.index_add_(1, slots, part_v)
+def add_home(sums: Tensor, rows: Tensor, slots: Tensor) -> None:
+    """Add gradient rows [m, B, G, W] that came home to those of their tokens: [B, L, G, W]."""
+    sums.index_add_(1, slots, rows.transpose(0, 1).to(sums.dtype))
 
 
 def exchange(rows: Tensor, send: list[int], receive: list[int], call: Call) -> Tensor:

@@ -132,9 +132,11 @@ class AttentionOp:
     def _backward_fake(  # type: ignore[no-untyped-def]
         self, grad_out, q, k, v, sink, out, saved, tables, kv_heads, scale, softcap, groups
     ):
-        tokens, heads = grad_out.shape[:2], grad_out.shape[2]
-        sizes = ((heads, q.shape[-1]), (kv_heads, k.shape[-1]), (kv_heads, v.shape[-1]))
-        empty = [q.new_empty((*tokens, *size)) for size in sizes]
+        empty = [x.new_empty(x.shape) for x in (q, k, v)]
+        if self.strategy.keeps_own_form:
+            tokens, heads = grad_out.shape[:2], grad_out.shape[2]
+            sizes = ((heads, q.shape[-1]), (kv_heads, k.shape[-1]), (kv_heads, v.shape[-1]))
+            empty = [q.new_empty((*tokens, *size)) for size in sizes]
         return (*empty, q.new_empty(0) if sink is None else sink.new_empty(sink.shape))
 
     def _keep(self, ctx, inputs, output):  # type: ignore[no-untyped-def]

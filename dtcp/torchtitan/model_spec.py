@@ -22,8 +22,16 @@ from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 from dtcp.mesh import ParallelMesh
 from dtcp.torchtitan.parallelize import MakePlan, parallelize_plain
 from models import deepseek_v4
+from models import gemma4 as gemma4s
 from models import llama as llamas
-from parallelize import balance_experts, deepseek_v4_plan, llama_plan
+from models import qwen3_5 as qwens
+from parallelize import (
+    balance_experts,
+    deepseek_v4_plan,
+    gemma4_plan,
+    llama_plan,
+    qwen3_5_plan,
+)
 
 StateDict = dict[str, Any]
 
@@ -59,6 +67,24 @@ LLAMA = Family(
     to_hf=llamas.to_hf,
     from_hf=llamas.from_hf,
     config_to_hf=llamas.config_to_hf,
+)
+
+QWEN3_5 = Family(
+    name="qwen3_5",
+    model=qwens.Qwen35,
+    plan=qwen3_5_plan,
+    to_hf=qwens.to_hf,
+    from_hf=qwens.from_hf,
+    config_to_hf=qwens.config_to_hf,
+)
+
+GEMMA4 = Family(
+    name="gemma4",
+    model=gemma4s.Gemma4,
+    plan=gemma4_plan,
+    to_hf=gemma4s.to_hf,
+    from_hf=gemma4s.from_hf,
+    config_to_hf=gemma4s.config_to_hf,
 )
 
 

@@ -1,0 +1,136 @@
+"""What of a token's key and value travels, and what is made of it where it arrives."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dtcp.kernels.block import accumulation
+from dtcp.kernels.rotate import rotate
+
+
+class Sums(NamedTuple):
+    """Room to sum the gradients of some keys in, in fp32 (fp64 for fp64)."""
+
+    rows: Tensor  # [B, m, G, W], of what travelled; right once `close` was called
+    dk: Tensor  # [B, m, G, D]
+    dv: Tensor  # [B, m, G, V]
+
+
+class Carried(Protocol):
+    """Local keys and values as rows [.., W] that travel. `part` says which step's keys are meant.
+
+    Rows travel in the model's dtype, their gradients as one row per rank that used the key.
+    """
+
+    def pack(self, slots: Tensor) -> Tensor:
+        """Rows of some local tokens, [m] int32: [m, B, G, W]."""
+        ...
+
+    def here(self, part: int) -> tuple[Tensor, Tensor]:
+        """k and v of all local tokens."""
+        ...
+
+    def arrived(self, rows: Tensor, part: int) -> tuple[Tensor, Tensor]:
+        """k and v of rows [m, B, G, W] that came from another rank."""
+        ...
+
+    def lined_up(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v of local tokens and of rows that came, put in order."""
+        ...
+
+    def sums(self, tokens: int) -> Sums:
+        """Room for the gradients of so many keys."""
+        ...
+
+    def close(self, sums: Sums, v: Tensor, part: int) -> Tensor:
+        """Gradients of the rows [B, m, G, W], once dk and dv have been summed."""
+        ...
+
+
+class Pairs:
+    """A key and a value of their own: both travel, in one row.
+
+    Args:
+        k: [B, L, G, D].
+        v: [B, L, G, V].
+    """
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k, v
+
+    def pack(self, slots: Tensor) -> Tensor:
+        pair = (self.k.index_select(1, slots), self.v.index_select(1, slots))
+        return torch.cat(pair, dim=-1).transpose(0, 1).contiguous()
+
+    def here(self, part: int) -> tuple[Tensor, Tensor]:
+        return self.k, self.v
+
+    def arrived(self, rows: Tensor, part: int) -> tuple[Tensor, Tensor]:
+        return self.split(rows.transpose(0, 1))
+
+    def lined_up(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        far_k, far_v = self.arrived(rows, 0)
+        k, v = torch.cat((self.k, far_k), dim=1), torch.cat((self.v, far_v), dim=1)
+        return k.index_select(1, order), v.index_select(1, order)
+
+    def sums(self, tokens: int) -> Sums:
+        width = self.k.shape[-1] + self.v.shape[-1]
+        rows = _zeros(self.v, tokens, width)
+        return Sums(rows, *self.split(rows))
+
+    def close(self, sums: Sums, v: Tensor, part: int) -> Tensor:
+        return sums.rows
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        width = self.k.shape[-1]
+        return rows[..., :width], rows[..., width:]
+
+
+class Values:
+    """Values alone travel: a key is its value, scaled and rotated, and is made again on arrival.
+
+    Args:
+        v: [B, L, G, D].
+        key_scale: [D].
+        frequency: [D / 2].
+        position: [parts, B, K] int32, of the keys of each part in their documents.
+    """
+
+    def __init__(self, v: Tensor, key_scale: Tensor, frequency: Tensor, position: Tensor) -> None:
+        self.v, self.key_scale, self.frequency, self.position = v, key_scale, frequency, position
+        self.scale_gradient = torch.zeros_like(key_scale, dtype=accumulation(v.dtype))
+
+    def pack(self, slots: Tensor) -> Tensor:
+        return self.v.index_select(1, slots).transpose(0, 1).contiguous()
+
+    def here(self, part: int) -> tuple[Tensor, Tensor]:
+        return self._key(self.v, part), self.v
+
+    def arrived(self, rows: Tensor, part: int) -> tuple[Tensor, Tensor]:
+        v = rows.transpose(0, 1)
+        return self._key(v, part), v
+
+    def lined_up(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        v = torch.cat((self.v, rows.transpose(0, 1)), dim=1).index_select(1, order)
+        return self._key(v, 0), v
+
+    def sums(self, tokens: int) -> Sums:
+        dk, dv = (_zeros(self.v, tokens, self.v.shape[-1]) for _ in range(2))
+        return Sums(dv, dk, dv)
+
+    def close(self, sums: Sums, v: Tensor, part: int) -> Tensor:
+        back = rotate(sums.dk, -self._at(v, part), self.frequency)
+        self.scale_gradient += (back * v.to(back.dtype)).sum((0, 1, 2))
+        return sums.rows.add_(back * self.key_scale.to(back.dtype))
+
+    def _key(self, v: Tensor, part: int) -> Tensor:
+        return rotate(v * self.key_scale, self._at(v, part), self.frequency)
+
+    def _at(self, v: Tensor, part: int) -> Tensor:
+        return self.position[part, :, : v.shape[1]]
+
+
+def _zeros(like: Tensor, tokens: int, width: int) -> Tensor:
+    shape = (like.shape[0], tokens, like.shape[2], width)
+    return torch.zeros(shape, dtype=accumulation(like.dtype), device=like.device)

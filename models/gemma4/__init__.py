@@ -1,0 +1,34 @@
+"""Gemma 4 text decoders: dense, with experts, or with per-layer embeddings."""
+
+from models.gemma4.config import (
+    PRESETS,
+    Gemma4Config,
+    HeadShape,
+    MoEShape,
+    Sight,
+    pattern,
+    tiny,
+    tiny_e,
+    tiny_moe,
+)
+from models.gemma4.model import Attention, Block, Gemma4
+from models.gemma4.state_dict import config_from_hf, config_to_hf, from_hf, to_hf
+
+__all__ = [
+    "PRESETS",
+    "Attention",
+    "Block",
+    "Gemma4",
+    "Gemma4Config",
+    "HeadShape",
+    "MoEShape",
+    "Sight",
+    "config_from_hf",
+    "config_to_hf",
+    "from_hf",
+    "pattern",
+    "tiny",
+    "tiny_e",
+    "tiny_moe",
+    "to_hf",
+]

@@ -1,0 +1,248 @@
+"""The shape of a Gemma 4 text decoder: dense, with experts, or with per-layer embeddings."""
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from dtcp.masks import BlockBidirectional, Causal, Mask, SlidingWindow
+from models.gemma4.rope import ProportionalRope
+
+
+class Sight(Enum):
+    """How far the attention of a layer sees."""
+
+    SLIDING = "sliding_attention"
+    GLOBAL = "full_attention"
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The heads of one kind of layer.
+
+    Args:
+        rotated: the share of pairs of channels that rotate; the others carry no position.
+    """
+
+    head_dim: int
+    num_kv_heads: int
+    rope_theta: float
+    rotated: float = 1.0
+
+    @property
+    def rope(self) -> ProportionalRope:
+        return ProportionalRope(self.head_dim, self.rope_theta, rotated=self.rotated)
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """Experts beside the dense feed-forward part."""
+
+    num_experts: int
+    top_k: int
+    hidden_dim: int
+
+
+@dataclass(frozen=True)
+class Gemma4Config:
+    """A Gemma 4 text decoder.
+
+    Args:
+        hidden_dim: of the dense feed-forward part.
+        layers: what each layer sees.
+        window: tokens a query of a sliding layer sees, itself included.
+        keys_from_values: global layers have no values of their own: a value is the normed key
+            projection, and the key is that value scaled and rotated ("K = V").
+        num_shared_layers: the last layers attend to the keys of the last layer before them that
+            sees as far, and have none of their own.
+        double_wide: those layers have twice the feed-forward channels.
+        per_layer_dim: channels of the per-layer embeddings; 0 for none.
+        moe: None for none.
+        softcap: logits become softcap * tanh(logits / softcap); 0 for none.
+        vision_blocks: on sliding layers the tokens of an image see each other.
+        longest_vision_block: tokens; how far right a sliding layer may look.
+        pad_id: the token whose embedding is not trained; None for none.
+    """
+
+    vocab_size: int
+    dim: int
+    hidden_dim: int
+    num_heads: int
+    layers: tuple[Sight, ...]
+    window: int
+    sliding: HeadShape
+    globals: HeadShape
+    keys_from_values: bool = False
+    num_shared_layers: int = 0
+    double_wide: bool = False
+    per_layer_dim: int = 0
+    per_layer_vocab_size: int = 0
+    moe: MoEShape | None = None
+    softcap: float = 0.0
+    vision_blocks: bool = False
+    longest_vision_block: int = 1120
+    norm_eps: float = 1e-6
+    pad_id: int | None = 0
+    tied: bool = True
+
+    def __post_init__(self) -> None:
+        for shape in (self.sliding, self.globals):
+            if self.num_heads % shape.num_kv_heads:
+                raise ValueError(
+                    f"Gemma4Config shares each kv head among equally many query heads, got "
+                    f"num_heads={self.num_heads}, num_kv_heads={shape.num_kv_heads}: make "
+                    f"num_heads a multiple of num_kv_heads."
+                )
+        if self.num_shared_layers and not set(self.layers) <= set(self.own_keys):
+            raise ValueError(
+                f"Gemma4Config shares the keys of a layer that sees as far, got "
+                f"num_shared_layers={self.num_shared_layers} of {len(self.layers)} layers, with "
+                f"none of a kind before them: share fewer layers."
+            )
+        if bool(self.per_layer_dim) != bool(self.per_layer_vocab_size):
+            raise ValueError(
+                f"Per-layer embeddings have channels and a vocabulary, got per_layer_dim="
+                f"{self.per_layer_dim}, per_layer_vocab_size={self.per_layer_vocab_size}: set "
+                f"both, or neither."
+            )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head, averaged over the layers: what their FLOPs are counted by."""
+        return sum(self.heads(i).head_dim for i in range(self.num_layers)) // self.num_layers
+
+    @property
+    def own_keys(self) -> tuple[Sight, ...]:
+        """The layers that have keys of their own."""
+        return self.layers[: self.num_layers - self.num_shared_layers]
+
+    def heads(self, layer: int) -> HeadShape:
+        return self.sliding if self.layers[layer] is Sight.SLIDING else self.globals
+
+    def shares(self, layer: int) -> bool:
+        """Whether a layer attends to the keys of another."""
+        return layer >= len(self.own_keys)
+
+    def shared_by_others(self, layer: int) -> bool:
+        """Whether other layers attend to this layer's keys."""
+        if not self.num_shared_layers or self.shares(layer):
+            return False
+        sight, later = self.layers[layer], self.layers[layer + 1 :]
+        return sight in later[-self.num_shared_layers :] and sight not in self.own_keys[layer + 1 :]
+
+    def makes_keys_from_values(self, layer: int) -> bool:
+        return self.keys_from_values and self.layers[layer] is Sight.GLOBAL
+
+    def mask(self, layer: int) -> Mask:
+        """What a layer sees; images are one block each on sliding layers alone."""
+        if self.layers[layer] is Sight.GLOBAL:
+            return Causal()
+        ahead = Causal() | BlockBidirectional() if self.vision_blocks else Causal()
+        return SlidingWindow(self.window) & ahead
+
+
+def pattern(kinds: str, num_layers: int) -> tuple[Sight, ...]:
+    """Layers from a repeated pattern, "s" sliding and "g" global; the last one is global."""
+    sights = {"s": Sight.SLIDING, "g": Sight.GLOBAL}
+    repeated = [sights[kinds[i % len(kinds)]] for i in range(num_layers)]
+    return (*repeated[:-1], Sight.GLOBAL)
+
+
+def tiny(vocab_size: int = 512) -> Gemma4Config:
+    """Small enough for a laptop's CPU: dense, windows and keys made from values."""
+    return Gemma4Config(
+        vocab_size=vocab_size,
+        dim=128,
+        hidden_dim=384,
+        num_heads=8,
+        layers=pattern("ssg", 6),
+        window=128,
+        sliding=HeadShape(16, 4, 1e4),
+        globals=HeadShape(32, 2, 1e6, rotated=0.25),
+        keys_from_values=True,
+        softcap=30.0,
+    )
+
+
+def tiny_moe(vocab_size: int = 512) -> Gemma4Config:
+    """The same with experts beside the dense feed-forward part."""
+    return replace(tiny(vocab_size), moe=MoEShape(num_experts=8, top_k=2, hidden_dim=64))
+
+
+def tiny_e(vocab_size: int = 512) -> Gemma4Config:
+    """The same with per-layer embeddings, and keys that the last layers share."""
+    return replace(
+        tiny(vocab_size),
+        keys_from_values=False,
+        num_shared_layers=3,
+        double_wide=True,
+        per_layer_dim=16,
+        per_layer_vocab_size=vocab_size,
+    )
+
+
+_VOCABULARY = 262_144
+
+PRESETS: dict[str, Gemma4Config] = {
+    "tiny": tiny(),
+    "tiny-moe": tiny_moe(),
+    "tiny-e": tiny_e(),
+    "gemma4-31b": Gemma4Config(
+        vocab_size=_VOCABULARY,
+        dim=5376,
+        hidden_dim=21_504,
+        num_heads=32,
+        layers=pattern("sssssg", 60),
+        window=1024,
+        sliding=HeadShape(256, 16, 1e4),
+        globals=HeadShape(512, 4, 1e6, rotated=0.25),
+        keys_from_values=True,
+        softcap=30.0,
+        vision_blocks=True,
+    ),
+    "gemma4-26b-a4b": Gemma4Config(
+        vocab_size=_VOCABULARY,
+        dim=2816,
+        hidden_dim=2112,
+        num_heads=16,
+        layers=pattern("sssssg", 30),
+        window=1024,
+        sliding=HeadShape(256, 8, 1e4),
+        globals=HeadShape(512, 2, 1e6, rotated=0.25),
+        keys_from_values=True,
+        moe=MoEShape(num_experts=128, top_k=8, hidden_dim=704),
+        softcap=30.0,
+        vision_blocks=True,
+    ),
+    "gemma4-e4b": Gemma4Config(
+        vocab_size=_VOCABULARY,
+        dim=2560,
+        hidden_dim=10_240,
+        num_heads=8,
+        layers=pattern("sssssg", 42),
+        window=512,
+        sliding=HeadShape(256, 2, 1e4),
+        globals=HeadShape(512, 2, 1e6, rotated=0.25),
+        num_shared_layers=18,
+        per_layer_dim=256,
+        per_layer_vocab_size=_VOCABULARY,
+        softcap=30.0,
+    ),
+    "gemma4-e2b": Gemma4Config(
+        vocab_size=_VOCABULARY,
+        dim=1536,
+        hidden_dim=6144,
+        num_heads=8,
+        layers=pattern("ssssg", 35),
+        window=512,
+        sliding=HeadShape(256, 1, 1e4),
+        globals=HeadShape(512, 1, 1e6, rotated=0.25),
+        num_shared_layers=20,
+        double_wide=True,
+        per_layer_dim=256,
+        per_layer_vocab_size=_VOCABULARY,
+        softcap=30.0,
+    ),
+}

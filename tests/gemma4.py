@@ -1,0 +1,156 @@
+"""transformers' Gemma 4 in fp64, shown each document alone: the truth for ours, on any mesh."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    Gemma4Config as HFConfig,
+)
+from transformers import (
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+)
+
+from dtcp.documents import Documents
+from models.gemma4 import Gemma4Config, config_from_hf, from_hf
+
+S, F = "sliding_attention", "full_attention"
+SEQ_LEN, WINDOW = 48, 8
+ROWS = ((9, 1, 38), (48,), (20, 26), (13, 13, 13))
+"""Documents of four rows: some cut by every shard border, two rows with padding."""
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 2,
+    "sliding_window": WINDOW,
+    "layer_types": [S, F, S, F],
+    "final_logit_softcapping": 5.0,
+    "hidden_size_per_layer_input": 0,
+    "attn_implementation": "eager",
+    "experts_implementation": "eager",
+}
+EXPERTS = {
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 24,
+}
+SHARING = {
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dense": {"attention_k_eq_v": True},
+    "moe": {"attention_k_eq_v": True, "num_global_key_value_heads": 1, **EXPERTS},
+    "e": SHARING,
+    "shared_values": {"attention_k_eq_v": True, **SHARING},
+    "vision": {"attention_k_eq_v": True, "use_bidirectional_attention": "vision"},
+}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """One variant over ROWS: what goes in, and what must come out; names are ours."""
+
+    config: Gemma4Config
+    weights: dict[str, Tensor]
+    input_ids: Tensor  # [B, S]
+    mm_token_type_ids: Tensor | None  # [B, S]
+    grad_logits: Tensor  # [B, S, V], zero in padding
+    logits: Tensor  # [B, S, V], zero in padding
+    gradients: dict[str, Tensor]
+
+    @property
+    def documents(self) -> Documents:
+        return Documents(ROWS, SEQ_LEN)
+
+
+class Wide(TorchFunctionMode):
+    """Leaves fp64 as it is where transformers casts to fp32: in norms and in the router."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        wide = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
+        if wide and func is Tensor.float:
+            return args[0]
+        if wide and func is nn.functional.softmax:
+            kwargs.pop("dtype", None)
+        return func(*args, **kwargs)
+
+
+def published(settings: dict[str, Any]) -> Any:
+    """A random model of transformers in fp64; what starts as ones or zeros is random too."""
+    config = Gemma4TextConfig(**{**SHAPE, **settings})
+    if config.use_bidirectional_attention == "vision":
+        whole = HFConfig(text_config=config, vision_config=None, audio_config=None)
+        whole._attn_implementation = "eager"
+        model: Any = Gemma4ForConditionalGeneration(whole).double()
+    else:
+        model = Gemma4ForCausalLM(config).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.uniform_(0.5, 1.5)
+    return model
+
+
+@functools.cache
+def truth(variant: str) -> Truth:
+    """Forward and backward of the published model, document by document."""
+    torch.manual_seed(0)
+    theirs = published(VARIANTS[variant])
+    config = config_from_hf(theirs.config.to_dict())
+    documents = Documents(ROWS, SEQ_LEN)
+    shape = (documents.batch, documents.seq_len)
+    # 0 is the padding token, which is not trained: one of them is in a document.
+    input_ids = torch.randint(64, shape)
+    types = _images(shape) if config.vision_blocks else None
+    grad = torch.randn(*shape, config.vocab_size, dtype=torch.float64)
+    grad[documents.document() < 0] = 0.0
+
+    rows = []
+    with Wide():
+        for row, lengths in enumerate(documents.lengths):
+            parts, start = [], 0
+            for length in lengths:
+                at = (slice(row, row + 1), slice(start, start + length))
+                extra = {} if types is None else {"mm_token_type_ids": types[at]}
+                parts.append(theirs(input_ids[at], use_cache=False, **extra).logits[0])
+                start += length
+            parts.append(grad.new_zeros(documents.seq_len - start, config.vocab_size))
+            rows.append(torch.cat(parts))
+        logits = torch.stack(rows)
+        logits.backward(grad)
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    return Truth(
+        config,
+        {name: x.detach() for name, x in from_hf(theirs.state_dict(), config).items()},
+        input_ids,
+        types,
+        grad,
+        logits.detach(),
+        from_hf(gradients, config),
+    )
+
+
+def _images(shape: tuple[int, int]) -> Tensor:
+    """Images longer than the window and shorter, across shard borders, one across documents."""
+    types = torch.zeros(shape, dtype=torch.int64)
+    types[0, 5:17], types[0, 22:26], types[1, 11:14], types[1, 20:31] = 1, 2, 1, 1
+    types[2, 0:4], types[2, 34:38], types[3, 10:15] = 2, 1, 1
+    return types
