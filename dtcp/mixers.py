@@ -35,6 +35,12 @@ class Mixer(nn.Module):
         """What this mixer reads of a batch; `coords` are the whole rows', in position order."""
         raise NotImplementedError
 
+    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward if no token read another: of q, k, v the own value, once a query head."""
+        q, _, v = args[:3]
+        own: Tensor = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+        return own
+
 
 class MaskedMixer(Mixer):
     """A mixer in which tokens read each other as a mask allows.
