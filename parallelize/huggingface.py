@@ -67,7 +67,7 @@ def parallelize_hf(
     ranks, and under tp logits are a DTensor sharded in the vocabulary.
 
     Args:
-        model: on a real device, with its weights.
+        model: on a real device, with its weights; or on the meta device: load_hf follows.
         attention: the strategy of every attention module, or a function of the module's name.
     Raises:
         ValueError: what the model needs and nobody here can give, by the names of the layers; or
@@ -136,9 +136,9 @@ def tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
 
 def _check_alike(model: nn.Module, mesh: ParallelMesh) -> None:
     """Refuse a model that ranks have made differently: shards of it would fit no whole."""
-    if mesh.degrees.world == 1:
+    if mesh.degrees.world == 1 or next(model.parameters()).is_meta:
         return
-    sums = [p.detach().sum(dtype=torch.float64) for p in model.parameters() if not p.is_meta]
+    sums = [p.detach().sum(dtype=torch.float64) for p in model.parameters()]
     found = torch.stack([*sums, sums[0].new_tensor(len(sums))]).to(mesh.device_mesh.device_type)
     bounds = torch.stack((found, -found)).nan_to_num()
     highest = bounds.clone()

@@ -38,11 +38,17 @@ REFUSED: dict[str, dict[str, Any]] = {
 """Families that have something no mixer, or no style of ours for tp, carries out."""
 
 
+def config_of(kind: str, **change: Any) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(kind, **{**SHAPE, **{**MODELS, **REFUSED}[kind], **change})
+
+
 def build(kind: str, **change: Any) -> Any:
     """A model in fp64, in training mode, with weights that make every part of it count."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.for_model(kind, **{**SHAPE, **{**MODELS, **REFUSED}[kind], **change})
+    config = config_of(kind, **change)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()

@@ -96,7 +96,10 @@ def test_right_model_passes(mesh, degrees):
     report = Report(subject.mixing(subject.build(), options.style), options.bound, {"e": outcome})
     assert report.passed and set(report.mixing.claimed) == {"layer.mixer"}
     assert outcome.errors.keys() == {"loss", *dict(Small().named_parameters())}
-    assert (outcome.by_layer["layer.mixer"].received > 0) == (degrees.cp > 1)
+    for each in ("forward", "backward"):
+        assert (outcome.by_layer[f"layer.mixer, {each}"].received > 0) == (degrees.cp > 1)
+    # FSDP's gathers, and the count of tokens.
+    assert sum(outcome.elsewhere.values()) > 2
     assert lines(report, options)[-1] == "PASSED"
 
 

@@ -21,10 +21,11 @@ from dtcp.cp_utils import (
     make_cp_batch_and_ctx,
 )
 from dtcp.documents import Documents
+from dtcp.frozen import FrozenTarget
 from dtcp.layout import Contiguous, HeadTail
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.traffic import count
-from tests import reference
+from tests import hf_models, reference
 from tests.spmd import spmd
 from tests.strangers import VOCAB, Attention, Decoder
 
@@ -226,6 +227,36 @@ def test_batch_comes_back_padded_and_consistent(mesh, ranks):
     for key, whole in want.items():
         assert_close(local[key], layout.shard(whole, mesh.get_local_rank()))
         assert local[key].is_contiguous()
+
+
+@pytest.mark.parametrize("rows", [PACKED, PADDED], ids=["packed", "padded"])
+@spmd(ranks=2)
+def test_model_of_transformers_trains_in_the_context_and_is_read(mesh, rows):
+    """Unmodified but for the hooks; as a frozen target too, which has nothing else to do."""
+    pytest.importorskip("transformers")
+    model = hf_models.build("llama")
+    model.set_attn_implementation("sdpa")
+    plain = hf_models.build("llama")
+    attach_context_parallel_hooks(model)
+    attach_cp_sdpa_hooks(model, mesh)
+    batch = with_positions(batch_of(rows))
+    mask = torch.zeros(2, 1, SEQ_LEN, SEQ_LEN, dtype=torch.float64)
+    mask.masked_fill_(~dense_mask(rows), torch.finfo(torch.float64).min)
+    position = Documents(rows, SEQ_LEN).position_in_document()
+    logits = plain(batch["input_ids"], attention_mask=mask, position_ids=position).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    expected.backward()
+    found, grads = on_mesh(
+        model, mesh, batch, run=lambda ids, at: model(ids, position_ids=at, use_cache=False).logits
+    )
+    assert_close(found, expected.detach(), rtol=1e-5, atol=0.0)
+    for name, p in plain.named_parameters():
+        assert (grads[name] - p.grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
+    if rows == PACKED:
+        read = FrozenTarget(model, mesh, taps=["model.layers.0"])(
+            batch["input_ids"], position, use_cache=False
+        )
+        assert_close(read.logits, logits.detach(), rtol=1e-5, atol=1e-6)
 
 
 @spmd(ranks=2)

@@ -243,7 +243,9 @@ def _gradient_error(found: Tensor | None, wanted: Tensor | None) -> float:
     """0 where neither has one, infinite where one alone has."""
     if found is None or wanted is None:
         return 0.0 if found is wanted else math.inf
-    return _error(found.full_tensor() if isinstance(found, DTensor) else found, wanted)
+    whole = found.full_tensor() if isinstance(found, DTensor) else found
+    # A style may give a dim of several parts a dim for the parts.
+    return _error(whole.reshape(wanted.shape), wanted)
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:

@@ -8,7 +8,6 @@ order, or where asked to, it deals the tokens anew in one all-to-all there and o
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self, cast
 
@@ -19,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from dtcp.collectives import all_gather, axis_of, group_name, reduce_scatter
-from dtcp.layout import Contiguous, HeadTail, Run, SequenceLayout
+from dtcp.cp_utils.dealt import layout_of
+from dtcp.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.recurrent.conv import ConvTables, causal_conv, halo_route
 from dtcp.recurrent.mixers import GatedDeltaRule
 from dtcp.recurrent.op import DeltaTables, chain_of, gated_delta_rule
@@ -50,17 +50,6 @@ class _AllGatherConcatFn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         return reduce_scatter(grad_output.contiguous(), ctx.axis, dim=ctx.dim), None, None
-
-
-@dataclass(frozen=True)
-class Dealt(SequenceLayout):
-    """Tokens as some sharder has dealt them: the runs of every rank, in slot order."""
-
-    dealt: tuple[tuple[Run, ...], ...]
-
-    def runs(self, rank: int) -> list[Run]:
-        self._check_rank(rank)
-        return list(self.dealt[rank])
 
 
 class CPAwareGatedDeltaNet(nn.Module):
@@ -301,22 +290,7 @@ class CPAwareGatedDeltaNet(nn.Module):
         return relayout(output, inside, layout, axis)
 
     def _layout(self, place: Tensor, axis: DeviceMesh) -> SequenceLayout:
-        """The layout that every rank's places make up; read on the host."""
-        rows = all_gather(place, axis, dim=0).view(axis.size(), -1).tolist()
-        seq_len = axis.size() * len(rows[0])
-        if sorted(p for row in rows for p in row) != list(range(seq_len)):
-            raise ValueError(
-                f"The ranks' tokens are the places 0 to {seq_len - 1} of a row, each once, got "
-                f"others in layer {self.layer_idx}: pass seq_index, for positions restart with "
-                f"documents and stand still in images."
-            )
-        dealt = tuple(_runs(row) for row in rows)
-        for known in (Contiguous, HeadTail):
-            if seq_len % known.multiple(axis.size()) == 0:
-                layout = known(seq_len, axis.size())
-                if dealt == tuple(tuple(layout.runs(r)) for r in range(axis.size())):
-                    return layout
-        return Dealt(seq_len, axis.size(), dealt)
+        return layout_of(place, axis, reader=f"layer {self.layer_idx}")
 
     def _axis(self) -> DeviceMesh:
         axis = self._cp_mesh
@@ -383,17 +357,6 @@ def _into_document(
         return restart.to(torch.int64).expand(x.shape[0], -1).contiguous()
     # Time, height and width of images do not say where documents start.
     return place.expand(x.shape[0], -1).contiguous()
-
-
-def _runs(row: list[int]) -> tuple[Run, ...]:
-    """The longest runs of neighbours, in slot order."""
-    runs: list[Run] = []
-    for p in row:
-        if runs and runs[-1][1] == p:
-            runs[-1] = (runs[-1][0], p + 1)
-        else:
-            runs.append((p, p + 1))
-    return tuple(runs)
 
 
 def _axis(x: Tensor, group: dist.ProcessGroup) -> DeviceMesh:

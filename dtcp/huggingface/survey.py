@@ -182,8 +182,8 @@ def _unsuited(model: Any) -> Iterator[str]:
     name = type(model).__name__
     if next(model.parameters()).is_meta:
         yield (
-            f"{name} is on the meta device, where nothing can be run: build it on a real one, on "
-            f"the CPU for instance."
+            f"{name} is on the meta device, where nothing can be run: install_mixers and "
+            f"parallelize_hf survey a twin of it."
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         yield (

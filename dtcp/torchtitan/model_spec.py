@@ -22,17 +22,9 @@ from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from dtcp.mesh import ParallelMesh
 from dtcp.torchtitan.parallelize import MakePlan, parallelize_plain
-from models import deepseek_v4
-from models import gemma4 as gemma4s
+from models import deepseek_v4, gemma4, qwen3_5
 from models import llama as llamas
-from models import qwen3_5 as qwens
-from parallelize import (
-    balance_experts,
-    deepseek_v4_plan,
-    gemma4_plan,
-    llama_plan,
-    qwen3_5_plan,
-)
+from parallelize import balance_experts, deepseek_v4_plan, gemma4_plan, llama_plan, qwen3_5_plan
 
 StateDict = dict[str, Any]
 Work = Callable[[nn.Module, DeviceMesh | None], None]
@@ -73,22 +65,21 @@ LLAMA = Family(
 
 QWEN3_5 = Family(
     name="qwen3_5",
-    model=qwens.Qwen35,
+    model=qwen3_5.Qwen35,
     plan=qwen3_5_plan,
-    to_hf=qwens.to_hf,
-    from_hf=qwens.from_hf,
-    config_to_hf=qwens.config_to_hf,
+    to_hf=qwen3_5.to_hf,
+    from_hf=qwen3_5.from_hf,
+    config_to_hf=qwen3_5.config_to_hf,
 )
 
 GEMMA4 = Family(
     name="gemma4",
-    model=gemma4s.Gemma4,
+    model=gemma4.Gemma4,
     plan=gemma4_plan,
-    to_hf=gemma4s.to_hf,
-    from_hf=gemma4s.from_hf,
-    config_to_hf=gemma4s.config_to_hf,
+    to_hf=gemma4.to_hf,
+    from_hf=gemma4.from_hf,
+    config_to_hf=gemma4.config_to_hf,
 )
-
 
 DEEPSEEK_V4 = Family(
     name="deepseek_v4",
