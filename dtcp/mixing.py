@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dtcp.mixers import Mixer
+from dtcp.mixers import KeyExchange, KeysFromValues, Mixer
 
 Calls = Callable[[], object]
 
@@ -65,7 +65,7 @@ def mixers_apart(model: nn.Module) -> Iterator[list[str]]:
     """
     mixers = {name: m for name, m in model.named_modules() if isinstance(m, Mixer)}
     for mixer in mixers.values():
-        mixer.forward = _own_value
+        mixer.forward = _apart(mixer)
     try:
         yield list(mixers)
     finally:
@@ -80,6 +80,15 @@ def own_value(v: Tensor, heads: int) -> Tensor:
 
 def _own_value(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
     return own_value(v, q.shape[2])
+
+
+def _apart(mixer: Mixer) -> Callable[..., Tensor]:
+    match mixer:
+        case KeysFromValues():
+            return lambda q, v, *_: own_value(v, q.shape[2])
+        case KeyExchange():
+            return lambda x, _: x
+    return _own_value
 
 
 def _inside(name: str, outer: str) -> bool:
