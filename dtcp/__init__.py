@@ -11,6 +11,7 @@ from dtcp.attention.sdpa import install_sdpa_rules, sequence_layout
 from dtcp.batch import BatchPlan, TokenField, shard_batch, shift_labels
 from dtcp.compile import EagerIsland, InGraph
 from dtcp.documents import Documents
+from dtcp.huggingface import causal_lm_loss
 from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.masks import Bidirectional, BlockBidirectional, Causal, PrefixLM, SlidingWindow
@@ -44,6 +45,7 @@ __all__ = [
     "UlyssesAttention",
     "apply_plan",
     "batch_tables",
+    "causal_lm_loss",
     "global_token_count",
     "install_sdpa_rules",
     "sequence_layout",

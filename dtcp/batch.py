@@ -49,12 +49,16 @@ DEFAULT_FIELDS: Mapping[str, TokenField | None] = {
     "input_ids": TokenField(1, 0),
     "labels": TokenField(1, IGNORED),
     "loss_mask": TokenField(1, 0),
+    "next_ids": TokenField(1, 0),
+    "next_labels": TokenField(1, IGNORED),
     "inputs_embeds": TokenField(1, 0.0),
     "position": TokenField(-1, Fill.COUNT_ON),
     "position_ids": TokenField(-1, Fill.COUNT_ON),
     "mm_token_type_ids": TokenField(1, 0),
     "token_type_ids": TokenField(1, 0),
     "padding_mask": TokenField(1, True),
+    "mtp_input_ids": TokenField(2, 0),
+    "mtp_labels": TokenField(2, IGNORED),
 }
 MASK_FIELDS = ("prefix", "block")
 """Read by masks before sharding: [B, S]. Without block, mm_token_type_ids tells the images."""
@@ -88,8 +92,7 @@ class BatchPlan:
                 f"({self.layout.seq_len} padded), got x.shape={tuple(x.shape)}, dim={dim}: name "
                 f"the sequence's dim, or use the plan of that batch."
             )
-        padded = _pad(x, dim % x.ndim, self.layout.seq_len, pad)
-        return self.layout.shard(padded, self.mesh.rank("cp"), dim=dim % x.ndim)
+        return _part(x, self.layout, self.mesh.rank("cp"), dim=dim % x.ndim, pad=pad)
 
     def gather(self, x: Tensor, *, dim: int = 1) -> Tensor:
         """All ranks' parts in position order, padding removed; differentiable."""
@@ -148,8 +151,7 @@ def shard_batch(
     for key, x in whole.items():
         rule = fields[key]
         if rule is not None:
-            x = _pad(x, rule.seq_dim % x.ndim, padded_len, rule.pad)
-            x = placed.shard(x, mesh.rank("cp"), dim=rule.seq_dim % x.ndim)
+            x = _part(x, placed, mesh.rank("cp"), dim=rule.seq_dim % x.ndim, pad=rule.pad)
         local[key] = x if device is None else x.to(device, non_blocking=True)
     return local, plan
 
@@ -173,6 +175,29 @@ def shift_labels(input_ids: Tensor, documents: Documents, *, by: int = 1) -> Ten
     same = (document[:, by:] == document[:, :-by]) & (document[:, by:] >= 0)
     labels[:, :-by] = torch.where(same.to(input_ids.device), input_ids[:, by:], IGNORED)
     return labels
+
+
+def look_ahead(
+    input_ids: Tensor, labels: Tensor, documents: Documents, *, depths: int
+) -> dict[str, Tensor]:
+    """What multi-token prediction reads, for a batch's whole rows: shifted before sharding.
+
+    Depth k = 1, 2, .. reads the token k places on and predicts the one after it.
+
+    Args:
+        input_ids: [B, S].
+        labels: [B, S], shifted already: the next token of each.
+    Returns:
+        `mtp_input_ids` and `mtp_labels`, [B, depths, S]: id 0 and label -100 where the document
+        ends first. A depth's last tokens of a document have no token to read and no loss.
+    """
+    ids = [shift_labels(input_ids, documents, by=depth) for depth in range(1, depths + 1)]
+    further = [shift_labels(labels, documents, by=depth) for depth in range(1, depths + 1)]
+    found = torch.stack(ids, dim=1)
+    return {
+        "mtp_input_ids": found.masked_fill(found == IGNORED, 0),
+        "mtp_labels": torch.stack(further, dim=1),
+    }
 
 
 def _check_keys(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]) -> None:
@@ -234,19 +259,24 @@ def _work(mask: Mask, coords: Coords) -> Tensor:
     return (last - first + 1).clamp(min=0).sum(0)
 
 
-def _pad(x: Tensor, dim: int, length: int, pad: int | float | bool | Fill) -> Tensor:
-    missing = length - x.shape[dim]
-    if missing == 0:
-        return x
-    shape = list(x.shape)
-    shape[dim] = missing
+def _part(
+    x: Tensor, layout: SequenceLayout, rank: int, *, dim: int, pad: int | float | bool | Fill
+) -> Tensor:
+    """A rank's part of a row that may be shorter than its layout; the whole is never padded."""
+    last = x.shape[dim] - 1
+    if last + 1 == layout.seq_len:
+        return layout.shard(x, rank, dim=dim)
+    at = layout.positions(rank).to(x.device)
+    part = x.index_select(dim, at.clamp(max=last))
+    beyond = (at - last).clamp(min=0).view([-1 if d == dim else 1 for d in range(x.ndim)])
     if isinstance(pad, Fill):
-        steps = torch.arange(1, missing + 1, dtype=x.dtype, device=x.device)
-        steps = steps.view([-1 if d == dim else 1 for d in range(x.ndim)])
-        filling = x.narrow(dim, x.shape[dim] - 1, 1) + steps
-    else:
-        filling = x.new_full(shape, pad)
-    return torch.cat((x, filling), dim=dim)
+        return part + beyond.to(x.dtype)
+    return part.masked_fill(beyond > 0, pad)
+
+
+def _pad(x: Tensor, dim: int, length: int, pad: int) -> Tensor:
+    shape = [length - size if d == dim else size for d, size in enumerate(x.shape)]
+    return torch.cat((x, x.new_full(shape, pad)), dim=dim) if shape[dim] else x
 
 
 def _to(

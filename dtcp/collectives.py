@@ -65,6 +65,11 @@ def all_gather(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
     return _all_gather(x, dim % x.ndim, group_name(mesh))
 
 
+def all_gather_over(x: Tensor, group: dist.ProcessGroup, *, dim: int) -> Tensor:
+    """all_gather for a caller that has a process group and no mesh."""
+    return _all_gather(x, dim % x.ndim, cast(str, group.group_name))
+
+
 def reduce_scatter(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
     """Sum x over the ranks and keep this rank's part of dim: n * L to L.
 

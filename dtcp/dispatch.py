@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map_only
 
 from dtcp.collectives import group_name
@@ -35,12 +34,6 @@ def install(op: AttentionOp) -> None:
 def handle(op: torch._ops.OpOverload, rule: Callable[..., Any]) -> None:
     """Give DTensor a rule for an op: rule(op, args, kwargs) -> results."""
     DTensor._op_dispatcher._custom_op_handlers[op] = rule
-
-
-def packed_shard(dim: int, parts: int) -> Placement:
-    """Shard each of several equal parts that lie behind one another in a dim; a rank has a piece
-    of each. (torch 2.11-2.15 have no public name for it; it is what FSDP x TP makes.)"""
-    return _StridedShard(dim, split_factor=parts)
 
 
 def check_placements(name: str, tensors: Sequence[Tensor], axis: str) -> None:

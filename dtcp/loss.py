@@ -5,7 +5,7 @@ mean over the batch however unevenly documents, padding and shards fall, so grad
 summed over ranks, never averaged.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -61,6 +61,35 @@ def token_mean_loss(logits: Tensor, labels: Tensor, global_tokens: Tensor | int)
     flat = logits.flatten(0, -2)
     total = cast(Tensor, _SummedCrossEntropy.apply(flat, labels.flatten() - first, labels, mesh))
     return total / global_tokens
+
+
+def mtp_loss(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    mtp_labels: Tensor,
+    global_tokens: Tensor | int,
+    *,
+    weight: float = 0.1,
+) -> Tensor:
+    """token_mean_loss of the next token, and `weight` times the mean of that of all depths.
+
+    All are sums over one number of tokens, that of the next-token loss, as in DeepSeek-V3,
+    https://arxiv.org/abs/2412.19437, section 2.2.
+
+    Args:
+        logits: of the next token, then of each depth; each as for token_mean_loss.
+        mtp_labels: [B, depths, L], of `dtcp.batch.look_ahead`, sharded.
+    """
+    first, *further = logits
+    if len(further) != mtp_labels.shape[1]:
+        raise ValueError(
+            f"Multi-token prediction has labels for each depth, got logits of {len(further)} "
+            f"depths with mtp_labels.shape={tuple(mtp_labels.shape)}: give [B, depths, L]."
+        )
+    total = token_mean_loss(first, labels, global_tokens)
+    for scores, depth in zip(further, mtp_labels.unbind(1), strict=True):
+        total = total + weight / len(further) * token_mean_loss(scores, depth, global_tokens)
+    return total
 
 
 def _vocabulary_shard(logits: DTensor) -> tuple[int, DeviceMesh | None]:

@@ -9,6 +9,7 @@ kind. A model takes tables as an argument and hands them through.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class Mixer(nn.Module):
     """A module in which tokens read each other."""
 
     table_key: str
+    style: Any = None
+    """What has taken the mixer over, once something has."""
 
     def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
         """What this mixer reads of a batch; `coords` are the whole rows', in position order."""

@@ -125,6 +125,28 @@ def shard_thd(batch: Batch, axis: DeviceMesh) -> dict[str, Any]:
     return {**out, "cp_size": axis.size(), "cp_rank": rank}
 
 
+def row_slots(
+    seq_lens: Tensor, seq_lens_padded: Tensor, seq_len: int, sentinel: int = SENTINEL
+) -> list[Slots]:
+    """The slots of each row, from lengths [B, N] that a sentinel fills up.
+
+    Raises:
+        ValueError: lengths that do not fit each other, or the row.
+    """
+    found = []
+    both = zip(seq_lens.tolist(), seq_lens_padded.tolist(), strict=True)
+    for row, (lengths, slots) in enumerate(both):
+        lengths, slots = ([x for x in xs if x != sentinel] for xs in (lengths, slots))
+        fits = len(lengths) == len(slots) and sum(slots) <= seq_len
+        if not fits or any(not 0 <= a <= b for a, b in zip(lengths, slots, strict=True)):
+            raise ValueError(
+                f"Documents fit their slots, and slots their row, got seq_lens={lengths}, "
+                f"seq_lens_padded={slots} in row {row} of {seq_len} tokens: cut or pack fewer."
+            )
+        found.append(tuple(zip(lengths, slots, strict=True)))
+    return found
+
+
 def row_chunks(
     batch: Batch,
     num_chunks: int,
@@ -234,18 +256,10 @@ def _check(batch: Batch) -> tuple[int, int]:
 def _slots(batch: Batch, rows: int, seq_len: int, sentinel: int) -> Slots:
     """The slots of all rows. What a row's slots leave over lengthens its last one."""
     found: list[tuple[int, int]] = []
-    real, padded = (batch[key].tolist() for key in ("seq_lens", "seq_lens_padded"))
-    for row, (lengths, slots) in enumerate(zip(real, padded, strict=True)):
-        lengths, slots = ([x for x in xs if x != sentinel] for xs in (lengths, slots))
-        fits = len(lengths) == len(slots) and sum(slots) <= seq_len
-        if not fits or any(not 0 <= a <= b for a, b in zip(lengths, slots, strict=True)):
-            raise ValueError(
-                f"Documents fit their slots, and slots their row, got seq_lens={lengths}, "
-                f"seq_lens_padded={slots} in row {row} of {seq_len} tokens: cut or pack fewer."
-            )
-        lengths, slots = (lengths, slots) if slots else ([0], [0])
-        slots[-1] += seq_len - sum(slots)
-        found += zip(lengths, slots, strict=True)
+    for slots in row_slots(batch["seq_lens"], batch["seq_lens_padded"], seq_len, sentinel):
+        *before, (length, slot) = slots or ((0, 0),)
+        slot += seq_len - sum(slot for _, slot in (*before, (length, slot)))
+        found += [*before, (length, slot)]
     return tuple(found)
 
 

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
@@ -65,12 +67,15 @@ def parallelize_hf(
     ranks, and under tp logits are a DTensor sharded in the vocabulary.
 
     Args:
-        model: on a real device, with its weights.
+        model: on a real device, with its weights; or on the meta device: load_hf follows.
         attention: the strategy of every attention module, or a function of the module's name.
     Raises:
-        ValueError: what the model needs and nobody here can give, by the names of the layers.
+        ValueError: what the model needs and nobody here can give, by the names of the layers; or
+            weights that are not the same on all ranks.
     """
+    _check_alike(model, mesh)
     found = install_mixers(model)
+    _let_experts_compile(model, compile)
     plan = hf_plan(model, found, mesh, attention)
     return parallelize(
         model, mesh, plan, activation_checkpoint=activation_checkpoint, compile=compile, fsdp=fsdp
@@ -127,6 +132,34 @@ def tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     # What several projections read enters once, so that its gradient is reduced once.
     shared = {parent: Entered() for parent in columns if parent and columns.count(parent) > 1}
     return {**shared, **plan}
+
+
+def _check_alike(model: nn.Module, mesh: ParallelMesh) -> None:
+    """Refuse a model that ranks have made differently: shards of it would fit no whole."""
+    if mesh.degrees.world == 1 or next(model.parameters()).is_meta:
+        return
+    sums = [p.detach().sum(dtype=torch.float64) for p in model.parameters()]
+    found = torch.stack([*sums, sums[0].new_tensor(len(sums))]).to(mesh.device_mesh.device_type)
+    bounds = torch.stack((found, -found)).nan_to_num()
+    highest = bounds.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    if not torch.equal(highest[0], -highest[1]):
+        raise ValueError(
+            f"Ranks hold the same weights before they are sharded, got a {type(model).__name__} "
+            f"whose weights differ: seed all ranks alike, or load the same checkpoint."
+        )
+
+
+def _let_experts_compile(model: Any, compile: Compile | None) -> None:
+    """Take transformers' loop over the experts that were hit out of what is to be one graph."""
+    asked = getattr(model.config, "_experts_implementation", None)
+    if compile is not None and asked == "eager" and model._can_set_experts_implementation():
+        log.warning(
+            "Experts of %s are computed by grouped_mm, for a loop over those that were hit has no "
+            "graph: set experts_implementation to choose another.",
+            type(model).__name__,
+        )
+        model.set_experts_implementation("grouped_mm")
 
 
 def _asked(model: Any) -> Mapping[str, str]:

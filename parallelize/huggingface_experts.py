@@ -3,6 +3,10 @@
 transformers keeps all experts of a layer in one module, as `gate_up_proj` and `down_proj` of
 [E, ..], and computes them by functions that read these off the module. They are given a view of
 it instead, in which this rank's part stands in the place of each parameter.
+
+Where gate and up lie behind one another in a dim of 2F, the parameter becomes [.., 2, F, ..]:
+its shards are then those of any DTensor, in checkpoints too, and a checkpoint of the other shape
+is refused, not read in the wrong order.
 """
 
 from collections.abc import Mapping
@@ -21,8 +25,6 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from dtcp.dispatch import packed_shard
-
 WHOLE, SUMMED = (Replicate(),), (Partial(),)
 
 
@@ -34,11 +36,12 @@ class Whole(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        names = _distribute(module, device_mesh, {})
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            _place(module, name, parameter, device_mesh, Replicate())
         forward = type(module).forward
 
         def on_local(*args: Any, **kwargs: Any) -> Any:
-            own = {name: _local(module, name) for name in names}
+            own = {name: _local(p) for name, p in module.named_parameters(recurse=False)}
             return forward(cast(nn.Module, _View(module, own)), *args, **kwargs)
 
         module.forward = on_local
@@ -54,7 +57,16 @@ class ExpertChannels(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        names = _distribute(module, device_mesh, channel_placements(module))
+        dims = channel_dims(module)
+        packed = _packed(module)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if name in packed:
+                whole = parameter.unflatten(dims[name], (2, -1))
+                _place(module, name, whole, device_mesh, Shard(dims[name] + 1))
+            elif name in dims:
+                _place(module, name, parameter, device_mesh, Shard(dims[name]))
+            else:
+                _place(module, name, parameter, device_mesh, Replicate())
         forward, tp = type(module).forward, device_mesh.size()
 
         def enter(x: Any) -> Any:
@@ -64,9 +76,11 @@ class ExpertChannels(ParallelStyle):
             return whole.to_local(grad_placements=SUMMED)
 
         def on_channels(*args: Any, **kwargs: Any) -> Tensor:
-            own = {name: _local(module, name) for name in names if name != "down_proj_bias"}
-            if "down_proj_bias" in names:
-                own["down_proj_bias"] = _counted_once(_local(module, "down_proj_bias"), tp)
+            own = {name: _local(p) for name, p in module.named_parameters(recurse=False)}
+            for name in packed:
+                own[name] = own[name].flatten(dims[name], dims[name] + 1)
+            if "down_proj_bias" in own:
+                own["down_proj_bias"] = _counted_once(own["down_proj_bias"], tp)
             view = cast(nn.Module, _View(module, own))
             part = forward(view, *map(enter, args), **{k: enter(x) for k, x in kwargs.items()})
             summed = DTensor.from_local(part, device_mesh, SUMMED, run_check=False)
@@ -76,29 +90,29 @@ class ExpertChannels(ParallelStyle):
         return module
 
 
-def channel_placements(module: Any) -> dict[str, Placement]:
-    """How each parameter of an experts module lies on the axis when channels are split."""
+def channel_dims(module: Any) -> dict[str, int]:
+    """The dim of an expert's channels in each parameter that has them."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
-    # Gate and up stand one behind the other, or by turns.
-    packed = module.has_gate and module.is_concatenated
     up_dim, down_dim = (2, 1) if module.is_transposed else (1, 2)
-    return {
-        up: packed_shard(up_dim, 2) if packed else Shard(up_dim),
-        f"{up}_bias": packed_shard(1, 2) if packed else Shard(1),
-        "down_proj": Shard(down_dim),
-        "down_proj_bias": Replicate(),
-    }
+    return {up: up_dim, f"{up}_bias": 1, "down_proj": down_dim}
+
+
+def _packed(module: Any) -> tuple[str, ...]:
+    """The parameters in which gate and up lie behind one another, and not by turns."""
+    if not (module.has_gate and module.is_concatenated):
+        return ()
+    return ("gate_up_proj", "gate_up_proj_bias") if module.has_bias else ("gate_up_proj",)
 
 
 def why_not_split(module: Any, tp: int) -> str:
     """What keeps an experts module of transformers whole; empty where its channels split."""
-    traits = ("has_gate", "is_concatenated", "is_transposed", "has_post_expert_norm")
+    traits = ("has_gate", "has_bias", "is_concatenated", "is_transposed", "has_post_expert_norm")
     if any(trait not in vars(module) for trait in traits):
         return "it does not say how its weights lie"
     if module.has_post_expert_norm:
         return "it has a norm behind each expert, over what would be parts"
     names = {name for name, _ in module.named_parameters(recurse=False)}
-    unknown = names - channel_placements(module).keys()
+    unknown = names - {*channel_dims(module), "down_proj_bias"}
     if unknown:
         return f"its parameters {sorted(unknown)} are not known"
     channels = module.down_proj.shape[1 if module.is_transposed else 2]
@@ -115,22 +129,17 @@ class _View:
         return self.tensors[name] if name in self.tensors else getattr(self.module, name)
 
 
-def _distribute(
-    module: nn.Module, device_mesh: DeviceMesh, placements: Mapping[str, Placement]
-) -> list[str]:
-    """Make the parameters of a module, not those of its parts, DTensors; returns their names."""
-    names = []
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        placed = distribute_tensor(parameter, device_mesh, [placements.get(name, Replicate())])
-        module.register_parameter(name, nn.Parameter(placed, parameter.requires_grad))
-        names.append(name)
-    return names
+def _place(
+    module: nn.Module, name: str, whole: Tensor, device_mesh: DeviceMesh, placement: Placement
+) -> None:
+    placed = distribute_tensor(whole.detach(), device_mesh, [placement])
+    module.register_parameter(name, nn.Parameter(placed, whole.requires_grad))
 
 
-def _local(module: nn.Module, name: str) -> Tensor:
+def _local(parameter: Tensor) -> Tensor:
     """A rank's part; a replicated parameter has the same gradient on every rank."""
-    parameter = cast(DTensor, module.get_parameter(name))
-    return parameter.to_local(grad_placements=parameter.placements)
+    placed = cast(DTensor, parameter)
+    return placed.to_local(grad_placements=placed.placements)
 
 
 def _counted_once(bias: Tensor, parts: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The styles that a tensor-parallel plan needs beside torch's own."""
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -43,6 +44,63 @@ class PerToken(ParallelStyle):
             return out.to_local(grad_placements=placements)
 
         module.forward = on_local
+        return module
+
+
+@dataclass
+class OwnPart(ParallelStyle):
+    """Run a module as it is, on plain tensors, with this rank's part of its own parameters.
+
+    For modules that DTensor's rules do not suit: many small operations, several outputs. Inputs
+    are alike on every rank; a gradient of a whole parameter is, too.
+
+    Args:
+        placement: of every parameter: Replicate(), or Shard(dim) where each rank has outputs of
+            its own, by heads say.
+    """
+
+    placement: Placement = field(default_factory=Replicate)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        names = tuple(name for name, _ in module.named_parameters(recurse=False))
+        for name in names:
+            parameter = module.get_parameter(name)
+            own = distribute_tensor(parameter, device_mesh, [self.placement])
+            module.register_parameter(name, nn.Parameter(own, parameter.requires_grad))
+        forward, own_part = type(module).forward, _OwnPart(module, names, self.placement)
+        module.forward = functools.partial(forward, own_part)
+        return module
+
+
+class _OwnPart:
+    """What a module's forward takes for its self: the module, but plain tensors as parameters."""
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...], placement: Placement) -> None:
+        self._module, self._names, self._placements = module, names, [placement]
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        if name in self._names:
+            return value.to_local(grad_placements=self._placements)
+        return value
+
+
+@dataclass
+class SharedByHeads(ParallelStyle):
+    """Hand on what all heads read, where each rank has some heads: gradients are summed.
+
+    Traffic per rank, backward: an all-reduce of the module's output.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        forward = module.forward
+
+        def shared(*args: Any, **kwargs: Any) -> Tensor:
+            out = forward(*args, **kwargs)
+            whole = DTensor.from_local(out, device_mesh, [Replicate()], run_check=False)
+            return whole.to_local(grad_placements=[Partial()])
+
+        module.forward = shared
         return module
 
 
@@ -112,6 +170,23 @@ class VocabularySharded(ParallelStyle):
             return x.to_local(grad_placements=whole).clone()
 
         module.forward = look_up
+        return module
+
+
+@dataclass
+class RowsSplit(ParallelStyle):
+    """Split the rows of a weight over the axis, of a module that hands the weight out as it is.
+
+    For parameters of heads and channels that no projection holds: each rank gets those of the
+    heads it has.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        rows = [Shard(0)]
+        whole = module.get_parameter("weight")
+        weight = distribute_tensor(whole, device_mesh, rows)
+        module.register_parameter("weight", nn.Parameter(weight, whole.requires_grad))
+        module.forward = lambda: cast(DTensor, module.weight).to_local(grad_placements=rows)
         return module
 
 

@@ -16,14 +16,14 @@ def ranks_of(item: pytest.Item) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests without ranks first, then by world size: a change of size makes a new group."""
+    """Tests without ranks first, then by world size."""
     items.sort(key=ranks_of)
 
 
 def pytest_sessionfinish() -> None:
     """End the ranks; none were started where no test asked for any."""
-    if spmd.the_pool.cache_info().currsize:
-        spmd.the_pool().stop()
+    for pool in spmd.pools().values():
+        pool.stop()
 
 
 @pytest.fixture(autouse=True)

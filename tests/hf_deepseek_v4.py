@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.documents import Documents
+from models.deepseek_v4 import from_hf
 
 SETTINGS: dict[str, Any] = {
     "vocab_size": 64,
@@ -106,3 +107,69 @@ def one_by_one(model: Any, input_ids: Tensor, documents: Documents) -> Tensor:
             logits = torch.cat([model(ids[None], use_cache=False).logits[0] for ids in shown])
             rows.append(nn.functional.pad(logits, (0, 0, 0, len(row) - len(logits))))
     return torch.stack(rows)
+
+
+class WithPrediction(nn.Module):
+    """The published model and, of its parts, what predicts the token after the next one.
+
+    transformers leaves multi-token prediction out. The streams of the last layer and the next
+    token's embedding, both normalized and projected, go through a layer, a head and a norm of
+    their own; embedding and language-model head are the model's.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        dim, eps = model.config.hidden_size, model.config.rms_norm_eps
+        self.model, self.layers = model, model.model.layers[:-1]
+        self.parts = nn.ModuleDict(
+            {
+                "token_norm": nn.RMSNorm(dim, eps),
+                "token_proj": nn.Linear(dim, dim, bias=False),
+                "stream_norm": nn.RMSNorm(dim, eps),
+                "stream_proj": nn.Linear(dim, dim, bias=False),
+                "block": model.model.layers[-1],
+                "head": type(model.model.hc_head)(model.config),
+                "norm": nn.RMSNorm(dim, eps),
+            }
+        ).double()
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(2)
+            for name, parameter in self.parts.named_parameters():
+                if not name.startswith("block."):
+                    parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+        model.model.layers = self.layers
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the next token, and of the one after it, for one document [1, S]."""
+        seen: dict[str, Any] = {}
+
+        def keep(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:
+            seen.update(kwargs, streams=out)
+
+        hook = self.layers[-1].register_forward_hook(keep, with_kwargs=True)
+        logits = self.model(input_ids, use_cache=False).logits
+        hook.remove()
+        parts, streams = self.parts, seen.pop("streams")
+        seen["input_ids"] = nn.functional.pad(input_ids[:, 1:], (0, 1))
+        token = self.model.model.embed_tokens(seen["input_ids"])
+        token = parts["token_proj"](parts["token_norm"](token))[:, :, None]
+        x = token + parts["stream_proj"](parts["stream_norm"](streams))
+        x = parts["norm"](parts["head"](parts["block"](x, **seen)))
+        return logits, self.model.lm_head(x)
+
+
+def in_our_names(weights: dict[str, Tensor], config: Any, depth_block: int) -> dict[str, Tensor]:
+    """Parameters (or gradients) of WithPrediction, for our model with one MTP layer."""
+    base = {n.removeprefix("model."): x for n, x in weights.items() if n.startswith("model.")}
+    block = {
+        n.replace("parts.block.", f"model.layers.{depth_block}."): x
+        for n, x in weights.items()
+        if n.startswith("parts.block.")
+    }
+    ours = from_hf(base, config)
+    for name, x in from_hf(block, config).items():
+        ours[name.replace(f"layers.{depth_block}.", "mtp.0.block.")] = x
+    for name, x in weights.items():
+        if name.startswith("parts.") and not name.startswith("parts.block."):
+            ours[name.replace("parts.", "mtp.0.").replace("head.hc_", "head.")] = x
+    return ours

@@ -32,15 +32,23 @@ REFUSED: dict[str, dict[str, Any]] = {
     "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
     "bloom": {"n_layer": 2, "n_head": 4},
+    "gpt_neox": {},
+    "olmo2": {},
 }
-"""Families that have something no mixer carries out."""
+"""Families that have something no mixer, or no style of ours for tp, carries out."""
+
+
+def config_of(kind: str, **change: Any) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(kind, **{**SHAPE, **{**MODELS, **REFUSED}[kind], **change})
 
 
 def build(kind: str, **change: Any) -> Any:
     """A model in fp64, in training mode, with weights that make every part of it count."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.for_model(kind, **{**SHAPE, **{**MODELS, **REFUSED}[kind], **change})
+    config = config_of(kind, **change)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()

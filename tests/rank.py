@@ -32,7 +32,6 @@ class Job:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     axes: Mapping[str, int]
-    world: str  # names the process group: ranks that hold another one make a new one
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,19 @@ def world_size(axes: Mapping[str, int]) -> int:
     return functools.reduce(lambda a, b: a * b, axes.values(), 1)
 
 
-def serve(rank: int, pipe: connection.Connection, port: int, stacks: Path) -> None:
-    """Answer jobs until the parent is gone."""
+def serve(rank: int, pipe: connection.Connection, port: int, world: str, stacks: Path) -> None:
+    """Answer jobs until the parent is gone.
+
+    Args:
+        port: of the parent's store.
+        world: names these ranks in it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, stacks.open("a"), all_threads=False)
     torch.set_num_threads(1)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-    group = Group(rank, store)
+    group = Group(rank, dist.PrefixStore(world, store))
     while True:
         try:
             request = pipe.recv_bytes()
@@ -82,7 +86,7 @@ def _answer(group: "Group", request: bytes) -> bytes:
         for name in job.qualname.split("."):
             body = getattr(body, name)
         body = getattr(body, "spmd_body", body)
-        mesh = group.mesh(job.world, job.axes)
+        mesh = group.mesh(job.axes)
         fresh_state()
         return pickle.dumps(Answer("value", body(mesh, *job.args, **job.kwargs)))
     # importorskip in a body (transformers is optional to dtcp; `make test` installs it, so CI
@@ -109,24 +113,21 @@ def fresh_state() -> None:
 
 @dataclass
 class Group:
-    """The process group this rank is in, and the meshes already made on it."""
+    """The process group this rank is in for as long as it lives, and the meshes made on it.
+
+    It is never renewed: DTensor keeps the names of groups in caches of its own, by the shape of
+    a mesh, and would look for groups that are gone (torch 2.13).
+    """
 
     rank: int
     store: dist.Store
-    world: str = ""
     meshes: dict[tuple[tuple[str, int], ...], DeviceMesh] = field(default_factory=dict)
 
-    def mesh(self, world: str, axes: Mapping[str, int]) -> DeviceMesh:
-        """The mesh of these axes over all ranks of the named group."""
-        if world != self.world:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            self.meshes.clear()
-            store = dist.PrefixStore(world, self.store)
-            dist.init_process_group(
-                "gloo", store=store, rank=self.rank, world_size=world_size(axes)
-            )
-            self.world = world
+    def mesh(self, axes: Mapping[str, int]) -> DeviceMesh:
+        """The mesh of these axes over all ranks."""
+        if not dist.is_initialized():
+            size = world_size(axes)
+            dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=size)
         key = tuple(axes.items())
         if key not in self.meshes:
             self.meshes[key] = init_device_mesh(

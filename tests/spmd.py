@@ -1,8 +1,9 @@
-"""Run a test on several real ranks, out of one pool of processes for the whole session.
+"""Run a test on several real ranks, out of a pool of processes for the whole session.
 
-Starting four ranks costs seconds, a test costs milliseconds: so ranks are started once, and a
-test is sent to them by name. Each rank is a gloo process with one thread. The parent only waits;
-it never joins a process group, so a rank that dies or hangs fails its test and nothing else.
+Starting four ranks costs seconds, a test costs milliseconds: so ranks are started once, for each
+world size that tests ask for, and a test is sent to them by name. Each rank is a gloo process with
+one thread. The parent only waits; it never joins a process group, so a rank that dies or hangs
+fails its test and nothing else.
 
     @pytest.mark.parametrize("dim", [0, 1])
     @spmd(ranks=4)
@@ -128,7 +129,7 @@ def _run(
             f"run_ranks sends a function by name, got fn={fn.__qualname__}: "
             f"move it to the top level of its module."
         )
-    answers = the_pool().run(fn, args, kwargs, axes, timeout)
+    answers = pool_of(world_size(axes)).run(fn, args, kwargs, axes, timeout)
     skips = [answer.value for answer in answers if answer.kind == "skip"]
     # Only where every rank skipped: a rank that skips alone is an error, never a pass.
     if len(skips) == len(answers):
@@ -188,10 +189,10 @@ class Worker:
 
 @dataclass
 class Pool:
-    """The ranks of this session: started when first asked for, restarted after a failure."""
+    """The ranks of one world size: started when first asked for, afresh after a failure."""
 
+    size: int
     workers: list[Worker] = field(default_factory=list)
-    world: tuple[int, int] = (0, 0)  # (size, how many were made before)
     jobs: int = 0  # since the ranks were started
 
     def __post_init__(self) -> None:
@@ -199,6 +200,7 @@ class Pool:
         self.folder = tempfile.TemporaryDirectory(prefix="dtcp-ranks-")
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(list(PRELOAD))
+        self.starts = 0
 
     def run(
         self,
@@ -208,21 +210,17 @@ class Pool:
         axes: Mapping[str, int],
         timeout: float,
     ) -> list[Answer]:
-        """Run one job on the first ranks of the pool and return their answers."""
+        """Run one job on all ranks of the pool and return their answers."""
         __tracebackhide__ = True
-        size = world_size(axes)
-        if self.jobs == JOBS_A_POOL:
+        if self.jobs == JOBS_A_POOL or not all(w.process.is_alive() for w in self.workers):
             self.stop()
+        if not self.workers:
+            self._start()
         self.jobs += 1
-        self._grow(size)
-        if self.world[0] != size:
-            self.world = (size, self.world[1] + 1)
-        world = f"{self.world[1]}"
-        request = pickle.dumps(Job(fn.__module__, fn.__qualname__, args, kwargs, axes, world))
-        workers = self.workers[:size]
-        for worker in workers:
+        request = pickle.dumps(Job(fn.__module__, fn.__qualname__, args, kwargs, axes))
+        for worker in self.workers:
             worker.ask(request)
-        answers = _collect(workers, timeout)
+        answers = _collect(self.workers, timeout)
         if any(answer.kind in ("error", "lost") for answer in answers):
             self.stop()
             raise RankError(_report(answers)) from None
@@ -236,31 +234,35 @@ class Pool:
             worker.process.join()
             worker.pipe.close()
         self.workers.clear()
-        self.world, self.jobs = (0, self.world[1]), 0
+        self.jobs = 0
 
-    def _grow(self, size: int) -> None:
-        if not all(worker.process.is_alive() for worker in self.workers):
-            self.stop()
+    def _start(self) -> None:
+        self.starts += 1
         with _environment(_rank_environment()):
-            for rank in range(len(self.workers), size):
-                self.workers.append(self._start(rank))
+            self.workers += [self._worker(rank) for rank in range(self.size)]
 
-    def _start(self, rank: int) -> Worker:
+    def _worker(self, rank: int) -> Worker:
         stacks = Path(self.folder.name, f"rank{rank}")
         stacks.touch()
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(
-            target=serve, args=(rank, theirs, self.store.port, stacks), daemon=True
-        )
+        given = (rank, theirs, self.store.port, f"{self.starts}", stacks)
+        process = self.context.Process(target=serve, args=given, daemon=True)
         process.start()
         theirs.close()
         return Worker(rank, process, ours, stacks)
 
 
 @functools.cache
-def the_pool() -> Pool:
-    """The one pool of this session; `stop` ends it, and the next job starts it again."""
-    return Pool()
+def pools() -> dict[int, Pool]:
+    """The session's pools by world size; a stopped one starts again with its next job."""
+    return {}
+
+
+def pool_of(size: int) -> Pool:
+    """The pool of that many ranks."""
+    if size not in pools():
+        pools()[size] = Pool(size)
+    return pools()[size]
 
 
 def _collect(workers: Sequence[Worker], timeout: float) -> list[Answer]:

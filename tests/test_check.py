@@ -1,5 +1,6 @@
 """The parity proof passes what is right, fails what is not, and refuses what cannot be."""
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from torch import nn
 from dtcp.attention import RingAttention
 from dtcp.check import HuggingFaceSubject, MixerSubject, Options, Report, compare, run
 from dtcp.check.__main__ import lines, main
+from dtcp.check.configs import small_config
 from dtcp.compile import EagerIsland
 from dtcp.masks import Causal
 from dtcp.mesh import Degrees, ParallelMesh
@@ -94,7 +96,10 @@ def test_right_model_passes(mesh, degrees):
     report = Report(subject.mixing(subject.build(), options.style), options.bound, {"e": outcome})
     assert report.passed and set(report.mixing.claimed) == {"layer.mixer"}
     assert outcome.errors.keys() == {"loss", *dict(Small().named_parameters())}
-    assert (outcome.by_layer["layer.mixer"].received > 0) == (degrees.cp > 1)
+    for each in ("forward", "backward"):
+        assert (outcome.by_layer[f"layer.mixer, {each}"].received > 0) == (degrees.cp > 1)
+    # FSDP's gathers, and the count of tokens.
+    assert sum(outcome.elsewhere.values()) > 2
     assert lines(report, options)[-1] == "PASSED"
 
 
@@ -149,6 +154,66 @@ def test_model_of_transformers_without_positions_is_refused(capsys):
     assert main(["--hf-config", "bloom", "--cp", "2", "--set", "n_layer=1", "n_head=4"]) == 1
     printed = capsys.readouterr().out
     assert "takes no position_ids" in printed and printed.endswith("FAILED\n")
+
+
+GEMMA = {
+    "model_type": "gemma3",
+    "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "sliding_window": 1024,
+        "torch_dtype": "bfloat16",
+    },
+}
+
+
+def test_config_of_a_big_model_is_shrunk_with_a_layer_of_each_kind(tmp_path):
+    pytest.importorskip("transformers")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(GEMMA))
+    small = small_config(str(path), {"rms_norm_eps": 1e-3})
+    config = small.config
+    assert config.layer_types == ["sliding_attention", "full_attention"]
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
+    assert (config.rms_norm_eps, config.sliding_window, config.hidden_size) == (1e-3, 7, 32)
+    assert "shrunk hidden_size: 2560 -> 32" in small.said
+    assert "shrunk sliding_window: 1024 -> 7" in small.said
+    path.write_text(json.dumps(config.to_dict()))
+    again = small_config(str(path), {})
+    assert again.said == () and again.config.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--hf-config nowhere.json", "a file that exists, got 'nowhere.json'"),
+        ("--hf-config no_such_model", "no_such_model"),
+        ("--hf-model tests.test_check:nothing", "tests.test_check has no nothing"),
+        ("--hf-model no.such:module", "No module named 'no'"),
+        ("--hf-config olmo2 --tp 2", "set tp=1"),
+        ("--hf-config llama --tp 3", "splits vocab_size into equal parts, got 64 with tp=3"),
+        ("--hf-config llama --cp 0", "A degree counts ranks, got cp=0"),
+        ("--hf-config llama --set attention_dropout=0.1", "set config.attention_dropout = 0"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused_in_a_sentence(capsys, arguments, said):
+    pytest.importorskip("transformers")
+    assert main(arguments.split()) == 1
+    printed = capsys.readouterr().out
+    assert said in printed and printed.endswith("FAILED\n")
+
+
+def refusing_plan(model, mesh, style):
+    raise ValueError("only ranks know")
+
+
+def test_what_a_rank_refuses_is_refused_in_a_sentence(capsys):
+    command = "--model tests.test_check:Small --plan tests.test_check:refusing_plan"
+    assert main(command.split()) == 1
+    assert capsys.readouterr().out.endswith("refused:\n  only ranks know\nFAILED\n")
 
 
 @spmd(ranks=2, timeout=400)

@@ -21,10 +21,11 @@ from dtcp.cp_utils import (
     make_cp_batch_and_ctx,
 )
 from dtcp.documents import Documents
+from dtcp.frozen import FrozenTarget
 from dtcp.layout import Contiguous, HeadTail
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.traffic import count
-from tests import reference
+from tests import hf_models, reference
 from tests.spmd import spmd
 from tests.strangers import VOCAB, Attention, Decoder
 
@@ -228,6 +229,36 @@ def test_batch_comes_back_padded_and_consistent(mesh, ranks):
         assert local[key].is_contiguous()
 
 
+@pytest.mark.parametrize("rows", [PACKED, PADDED], ids=["packed", "padded"])
+@spmd(ranks=2)
+def test_model_of_transformers_trains_in_the_context_and_is_read(mesh, rows):
+    """Unmodified but for the hooks; as a frozen target too, which has nothing else to do."""
+    pytest.importorskip("transformers")
+    model = hf_models.build("llama")
+    model.set_attn_implementation("sdpa")
+    plain = hf_models.build("llama")
+    attach_context_parallel_hooks(model)
+    attach_cp_sdpa_hooks(model, mesh)
+    batch = with_positions(batch_of(rows))
+    mask = torch.zeros(2, 1, SEQ_LEN, SEQ_LEN, dtype=torch.float64)
+    mask.masked_fill_(~dense_mask(rows), torch.finfo(torch.float64).min)
+    position = Documents(rows, SEQ_LEN).position_in_document()
+    logits = plain(batch["input_ids"], attention_mask=mask, position_ids=position).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    expected.backward()
+    found, grads = on_mesh(
+        model, mesh, batch, run=lambda ids, at: model(ids, position_ids=at, use_cache=False).logits
+    )
+    assert_close(found, expected.detach(), rtol=1e-5, atol=0.0)
+    for name, p in plain.named_parameters():
+        assert (grads[name] - p.grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
+    if rows == PACKED:
+        read = FrozenTarget(model, mesh, taps=["model.layers.0"])(
+            batch["input_ids"], position, use_cache=False
+        )
+        assert_close(read.logits, logits.detach(), rtol=1e-5, atol=1e-6)
+
+
 @spmd(ranks=2)
 def test_embeddings_and_positions_of_several_axes_are_sharded(mesh):
     """Gradients reach the embeddings: each rank those of its own tokens."""
@@ -312,6 +343,34 @@ def test_dense_mask_of_documents_is_understood(mesh):
     expected = on_one_device(model, batch, lengths)
     for given in (mask, added):
         assert_close(on_mesh(model, mesh, {**batch, "attention_mask": given}), expected)
+
+
+@spmd(ranks=(2, 3))
+def test_lengths_of_documents_are_heeded(mesh, ranks):
+    """Each document by itself, with the padding behind it in its slot apart."""
+    model, parts = Decoder(), ((6, 3, 10, 2), (17, 4))
+    seen = reference.visible(parts, SEQ_LEN, reference.causal)[:, None]
+    ids = torch.randint(1, VOCAB, (2, SEQ_LEN))
+    real = torch.cat(
+        [torch.arange(n) < 99 * (1 - i % 2) for i, n in enumerate(parts[0] + parts[1])]
+    )
+    labels = ids.roll(1).masked_fill(~real.view(2, SEQ_LEN), -100)
+    logits = model(ids, Documents(((9, 12), (21,)), SEQ_LEN).position_in_document(), seen)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    expected.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    lengths = {
+        "seq_lens": torch.tensor([[6, 10], [17, -7]]),
+        "seq_lens_padded": torch.tensor([[9, 12], [21, -7]]),
+    }
+    batch = {"input_ids": ids, "labels": labels, **lengths}
+    found = on_mesh(model, mesh, batch, seq_lens_padding_value=-7)
+    assert_close(found, (expected.detach(), grads))
+    _, local = make_cp_batch_and_ctx(mesh, batch, seq_lens_padding_value=-7)
+    assert bool(((local["labels"] == -100) >= local["padding_mask"]).all())
+    for key, value in (("seq_lens", torch.tensor([[22], [5]])), ("attention_mask", ids > 0)):
+        with pytest.raises(ValueError, match=r"fit their slots|says once what is padding"):
+            make_cp_batch_and_ctx(mesh, {**batch, key: value}, seq_lens_padding_value=-7)
 
 
 @compiled_or_not

@@ -5,15 +5,36 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs_as_printed(tmp_path):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES = re.findall(r"`torchrun --nproc-per-node (\d)`.*?```python\n(.*?)```", README, re.DOTALL)
+PRINTED = (
+    r"\(1, 512, 64\) of \(1, 1024, 64\)",
+    r"this rank's share of the loss: (\d\.\d{3})",
+)
+
+
+def test_every_example_says_how_it_is_run():
+    assert len(EXAMPLES) == README.count("```python") == len(PRINTED)
+
+
+def test_the_transformers_example_has_twelve_lines():
+    _, example = EXAMPLES[1]
+    assert len(example.splitlines()) == 12
+
+
+@pytest.mark.parametrize("index", range(len(PRINTED)))
+def test_the_example_runs_as_printed(tmp_path, index):
+    ranks, example = EXAMPLES[index]
+    if "transformers" in example:
+        pytest.importorskip("transformers")
     script = tmp_path / "example.py"
     script.write_text(example)
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     ran = subprocess.run(
         [sys.executable, "-m", *command, str(script)],
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
@@ -23,7 +44,7 @@ def test_the_example_runs_as_printed(tmp_path):
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("(1, 512, 64) of (1, 1024, 64)") == 2
+    assert len(re.findall(PRINTED[index], ran.stdout)) == int(ranks)
 
 
 def test_its_commands_name_configs_and_files_that_exist():

@@ -115,8 +115,8 @@ def test_skip_on_some_ranks_only_is_an_error():
 
 def test_rank_that_died_between_tests_is_replaced():
     assert run_ranks(rank_plus, 2, 0) == [0, 1]
-    pool.the_pool().workers[1].process.kill()
-    pool.the_pool().workers[1].process.join()
+    pool.pool_of(2).workers[1].process.kill()
+    pool.pool_of(2).workers[1].process.join()
     assert run_ranks(rank_plus, 2, 0) == [0, 1]
 
 

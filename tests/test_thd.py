@@ -13,10 +13,11 @@ from dtcp.thd import PackedAttention, partition_indices, to_thd
 from tests import reference
 from tests.spmd import spmd
 
-LENGTHS = ((10, 3), (24, -1000), (5, 12))
-SLOTS = ((12, 12), (24, -1000), (12, 12))
-SEQ_LEN, ROWS = 24, 3
-REAL, ALL_SLOTS = (10, 3, 24, 5, 12), (12, 12, 24, 12, 12)
+LENGTHS = ((22, 3), (48, -1000), (5, 24))
+SLOTS = ((24, 24), (48, -1000), (24, 24))
+SEQ_LEN, ROWS = 48, 3
+REAL, ALL_SLOTS = (22, 3, 48, 5, 24), (24, 24, 48, 24, 24)
+TOTAL = ROWS * SEQ_LEN
 
 
 def rows(**more):
@@ -41,20 +42,20 @@ def bounds(lengths):
     return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 6])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6])
 def test_partition_is_transformer_engines(n):
     cu_seqlens = torch.tensor([*bounds(ALL_SLOTS), -1000, -1000], dtype=torch.int32)
-    ranks = [partition_indices(cu_seqlens, 72, n, rank).tolist() for rank in range(n)]
+    ranks = [partition_indices(cu_seqlens, TOTAL, n, rank).tolist() for rank in range(n)]
     assert ranks == [te_partition(bounds(ALL_SLOTS), n, rank) for rank in range(n)]
-    assert sorted(chain(*ranks)) == list(range(72))
+    assert sorted(chain(*ranks)) == list(range(TOTAL))
 
 
 def test_rows_become_one_stretch_of_slots():
     batch = to_thd(rows())
-    assert_close(batch["input_ids"], torch.arange(72) + 1)
+    assert_close(batch["input_ids"], torch.arange(TOTAL) + 1)
     assert batch["cu_seqlens"].tolist() == bounds(REAL)
     assert batch["cu_seqlens_padded"].tolist() == bounds(ALL_SLOTS)
-    assert batch["max_seqlen"] == 24 and batch["qkv_format"] == "thd"
+    assert batch["max_seqlen"] == 48 and batch["qkv_format"] == "thd"
     for key in ("cu_seqlens", "cu_seqlens_padded", "max_seqlen"):
         assert batch[key].dtype == torch.int32
     position = [t for slot in ALL_SLOTS for t in range(slot)]
@@ -73,7 +74,7 @@ def test_what_slots_leave_of_a_row_lengthens_the_last():
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2])
-@spmd(ranks=(1, 2, 3))
+@spmd(ranks=(1, 2, 3, 4))
 def test_every_key_and_row_is_kept(mesh, ranks, num_chunks):
     """Three rows in two chunks: padding fills the second; all tokens of all ranks are there."""
     extra = {
@@ -88,12 +89,14 @@ def test_every_key_and_row_is_kept(mesh, ranks, num_chunks):
         pass
     assert local["name"] == "kept" and local["pixels"] is extra["pixels"]
     rank, n = mesh.get_local_rank(), ranks
-    per_chunk = {1: [ALL_SLOTS], 2: [(12, 12, 24), (12, 12, 24)]}[num_chunks]
-    ids = torch.cat((batch["input_ids"].flatten(), torch.zeros(24 * (num_chunks - 1)).long()))
-    weights = torch.cat((extra["weights"].flatten(), torch.zeros(24 * (num_chunks - 1))))
-    at = torch.cat((extra["position_ids"].flatten(1), torch.zeros(3, len(ids) - 72).long()), dim=1)
+    per_chunk = {1: [ALL_SLOTS], 2: [(24, 24, 48), (24, 24, 48)]}[num_chunks]
+    ids = torch.cat((batch["input_ids"].flatten(), torch.zeros(SEQ_LEN * (num_chunks - 1)).long()))
+    weights = torch.cat((extra["weights"].flatten(), torch.zeros(SEQ_LEN * (num_chunks - 1))))
+    at = torch.cat(
+        (extra["position_ids"].flatten(1), torch.zeros(3, len(ids) - TOTAL).long()), dim=1
+    )
     for index, slots in enumerate(per_chunk):
-        mine = torch.tensor(te_partition(bounds(slots), n, rank)) + index * 48
+        mine = torch.tensor(te_partition(bounds(slots), n, rank)) + index * 2 * SEQ_LEN
         of = (
             (lambda key, i=index: local[key])
             if num_chunks == 1
@@ -103,7 +106,7 @@ def test_every_key_and_row_is_kept(mesh, ranks, num_chunks):
         assert_close(of("weights"), weights[mine])
         assert_close(of("position_ids"), at[:, None, mine])
         assert [x for x in of("cu_seqlens_padded").tolist() if x >= 0] == bounds(slots)
-        assert of("max_seqlen") == 24
+        assert of("max_seqlen") == 48
         assert ((of("input_ids") == 0) <= of("padding_mask")).all()
         assert ((of("input_ids") == 0) == (of("labels") == -100)).all()
     if n > 1:
@@ -122,17 +125,17 @@ def test_embeddings_are_sharded_with_their_gradient(mesh):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("style", [RingAttention(), AllGatherAttention()])
-@spmd(ranks=(1, 2, 3))
+@spmd(ranks=(1, 2, 3, 4))
 def test_attention_on_slots_equals_attention_of_each_document(mesh, ranks, style, compiled):
     """Output and gradients; padding in a slot sees nothing, and nothing sees it."""
     batch, n = to_thd(rows()), ranks
     local = _shard_thd_chunk_for_te(batch, mesh, "thd", -1000, 0)
-    q, k, v = (torch.randn(72, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
-    grad = torch.randn(72, 4, 8, dtype=torch.float64)
+    q, k, v = (torch.randn(TOTAL, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    grad = torch.randn(TOTAL, 4, 8, dtype=torch.float64)
     mine = torch.tensor(te_partition(bounds(ALL_SLOTS), n, mesh.get_local_rank()))
     real = ~batch["padding_mask"]
     for mask, rule in ((Causal(), reference.causal), (Bidirectional(), reference.bidirectional)):
-        seen = reference.visible((ALL_SLOTS,), 72, rule) & real[:, None] & real
+        seen = reference.visible((ALL_SLOTS,), TOTAL, rule) & real[:, None] & real
         out, _ = reference.attention(q[None], k[None], v[None], seen)
         expected = torch.autograd.grad(out[0], (q, k, v), grad)
         attend = PackedAttention.of(local, mesh if n > 1 else None, mask=mask, style=style)
@@ -154,10 +157,10 @@ def test_bad_batches_are_refused(mesh):
     for match, change in (
         ("either input_ids or inputs_embeds", {"inputs_embeds": torch.zeros(ROWS, SEQ_LEN, 2)}),
         ("either input_ids or inputs_embeds", {"input_ids": None}),
-        ("fit their slots", {"seq_lens": torch.tensor(LENGTHS) + 9}),
+        ("fit their slots", {"seq_lens": torch.tensor(LENGTHS) + 30}),
         ("slots their row", {"seq_lens_padded": torch.tensor(SLOTS) * 2}),
         ("Labels go with tokens", {"labels": torch.zeros(ROWS, 5)}),
-        ("equal chunks", {"seq_lens_padded": torch.tensor([(14, 10), (24, -1000), (12, 12)])}),
+        ("equal chunks", {"seq_lens_padded": torch.tensor([(26, 22), (48, -1000), (24, 24)])}),
     ):
         with pytest.raises(ValueError, match=match):
             make_cp_batch_for_te(mesh, {**rows(), **change})

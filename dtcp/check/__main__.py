@@ -16,16 +16,8 @@ LAYOUTS = ("HeadTail", "Contiguous", "PerDocument", "BlockBalanced")
 def main(argv: list[str]) -> int:
     """Check what the arguments name, print what was found, and return 0 if it passed, else 1."""
     arguments = _parser().parse_args(argv)
-    degrees = Degrees(dp_shard=arguments.dp_shard, cp=arguments.cp, tp=arguments.tp)
-    options = Options(
-        degrees,
-        style=getattr(attention, arguments.strategy)(),
-        layout=getattr(layout, arguments.layout),
-        seq_len=arguments.seq_len,
-        bound=arguments.bound,
-        backend=arguments.compile,
-    )
     try:
+        options = _options(arguments)
         report = run(_subject(arguments), options)
     except (*REFUSALS, ImportError) as error:
         print("\n".join(["refused:", f"  {error}", "FAILED"]))
@@ -51,12 +43,22 @@ def lines(report: Report, options: Options) -> list[str]:
 
 def _outcome(outcome: Outcome) -> list[str]:
     text = [f"  error of {name}: {error:.1e}" for name, error in outcome.errors.items()]
-    for name, count in outcome.by_layer.items():
-        text.append(f"  {name}, forward: {count.calls} calls, {count.received} bytes received")
-    for name, count in outcome.by_op.items():
+    for name, count in (*outcome.by_layer.items(), *outcome.by_op.items()):
         text.append(f"  {name}: {count.calls} calls, {count.received} bytes received")
+    text += [f"  {op}, outside of mixers: {calls} calls" for op, calls in outcome.elsewhere.items()]
     graphs = outcome.graphs
     return [*text, f"  graphs: {graphs.graphs}, graph breaks: {graphs.breaks}"]
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    return Options(
+        Degrees(dp_shard=arguments.dp_shard, cp=arguments.cp, tp=arguments.tp),
+        style=getattr(attention, arguments.strategy)(),
+        layout=getattr(layout, arguments.layout),
+        seq_len=arguments.seq_len,
+        bound=arguments.bound,
+        backend=arguments.compile,
+    )
 
 
 def _subject(arguments: argparse.Namespace) -> Subject:

@@ -65,7 +65,11 @@ def small_config(source: str, change: Mapping[str, Any]) -> Small:
     if not source.endswith(".json"):
         kinds = _layers(AutoConfig.for_model(source))
         return Small(AutoConfig.for_model(source, **{**TINY, "pad_token_id": 0, **kinds, **change}))
-    given = _text_part(_read(source))
+    whole_file = _read(source)
+    given = _text_part(whole_file)
+    said: tuple[str, ...] = ()
+    if given != whole_file:
+        said = ("of several modalities, the text model alone",)
     given = {key: value for key, value in given.items() if key not in UNUSED}
     kind = given.pop("model_type")
 
@@ -73,15 +77,16 @@ def small_config(source: str, change: Mapping[str, Any]) -> Small:
         return AutoConfig.for_model(kind, **fields)
 
     if _parameters(make, {**given, **change}) <= MOST_PARAMETERS:
-        return Small(make(**{**given, **change}))
+        return Small(make(**{**given, **change}), said)
     whole = make(**given)
     less = {**_shrunk(whole), **_layers(whole), "pad_token_id": 0}
     less = {key: value for key, value in less.items() if value != getattr(whole, key, None)}
-    said = [
-        f"shrunk {key}: {_brief(getattr(whole, key, None))} -> {_brief({**less, **change}[key])}"
-        for key in less
-    ]
-    return Small(make(**{**given, **less, **change}), tuple(said))
+    less = {**less, **change}
+    said += tuple(
+        f"shrunk {key}: {_brief(getattr(whole, key, None))} -> {_brief(small)}"
+        for key, small in less.items()
+    )
+    return Small(make(**{**given, **less}), said)
 
 
 def _read(source: str) -> dict[str, Any]:

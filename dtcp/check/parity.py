@@ -3,8 +3,8 @@
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 
 from dtcp.attention import RingAttention
@@ -56,13 +57,15 @@ class Outcome:
     Args:
         errors: largest difference over largest value, of the loss and of each gradient.
         by_op: executions and bytes of this rank, forward and backward.
-        by_layer: the same by mixer, forward only; an eager run alone knows.
+        by_layer: the same by mixer and pass, "<mixer>, forward"; an eager run alone knows.
+        elsewhere: calls of collectives outside of mixers (of tp and FSDP); an eager run too.
     """
 
     errors: Mapping[str, float]
     by_op: Mapping[str, Count]
     by_layer: Mapping[str, Count]
     graphs: Graphs
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,19 @@ def compare(
 
     model = subject.parallelize(_seeded(subject), mesh, options.style, compile)
     by_layer: dict[str, Count] = {}
-    watch = _watch_mixers(model, by_layer) if compile is None else nullcontext()
-    with count() as traffic, count_graphs() as graphs, watch:
+    others = CommDebugMode()
+    with ExitStack() as watch:
+        traffic, graphs = watch.enter_context(count()), watch.enter_context(count_graphs())
+        if compile is None:
+            # A mode of this kind makes dynamo run eager: of no use where graphs are counted.
+            watch.enter_context(others)
+            watch.enter_context(_watch_mixers(model, by_layer))
         found = _on_mesh(subject, model, mesh, options, rows[mesh.rank("batch")])
     errors = {"loss": _error(found, wanted)}
     for name, parameter in reference.named_parameters():
         errors[name] = _gradient_error(model.get_parameter(name).grad, parameter.grad)
-    return Outcome(errors, traffic.by_op, by_layer, graphs)
+    elsewhere = {f"{op}": calls for op, calls in others.get_comm_counts().items()}
+    return Outcome(errors, traffic.by_op, by_layer, graphs, elsewhere)
 
 
 def _rank(rank: int, subject: Subject, options: Options, folder: str) -> None:
@@ -152,30 +161,35 @@ def _seeded(subject: Subject) -> Any:
 
 @contextmanager
 def _watch_mixers(model: nn.Module, by_layer: dict[str, Count]) -> Iterator[None]:
-    """Note what each mixer's forward adds to the ledger."""
+    """Note what each mixer's forward and backward add to the ledger."""
     hooks = []
     for name, mixer in model.named_modules():
         if isinstance(mixer, Mixer):
-            started: dict[str, Count] = {}
-
-            def before(module: nn.Module, args: Any, started: dict[str, Count] = started) -> None:
-                started.update(LEDGER.snapshot())
-
-            def after(
-                module: nn.Module,
-                args: Any,
-                out: Any,
-                name: str = name,
-                started: dict[str, Count] = started,
-            ) -> None:
-                by_layer[name] = sum(since(started).by_op.values(), Count())
-
+            before, after = _between(by_layer, f"{name}, forward")
             hooks += [mixer.register_forward_pre_hook(before), mixer.register_forward_hook(after)]
+            before, after = _between(by_layer, f"{name}, backward")
+            hooks += [
+                mixer.register_full_backward_pre_hook(before),
+                mixer.register_full_backward_hook(after),
+            ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _between(found: dict[str, Count], name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Two hooks: what was counted from the one's call to the other's."""
+    start: dict[str, Count] = {}
+
+    def before(*_: Any) -> None:
+        start.update(LEDGER.snapshot())
+
+    def after(*_: Any) -> None:
+        found[name] = sum(since(start).by_op.values(), Count())
+
+    return before, after
 
 
 @dataclass(frozen=True)
@@ -229,7 +243,9 @@ def _gradient_error(found: Tensor | None, wanted: Tensor | None) -> float:
     """0 where neither has one, infinite where one alone has."""
     if found is None or wanted is None:
         return 0.0 if found is wanted else math.inf
-    return _error(found.full_tensor() if isinstance(found, DTensor) else found, wanted)
+    whole = found.full_tensor() if isinstance(found, DTensor) else found
+    # A style may give a dim of several parts a dim for the parts.
+    return _error(whole.reshape(wanted.shape), wanted)
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:

@@ -47,7 +47,7 @@ class Subject(Protocol):
         """The model, in fp64."""
         ...
 
-    def mixing(self, model: Any, style: AttentionStyle, tp: int) -> Mixing: ...
+    def mixing(self, model: Any, style: AttentionStyle, tp: int = 1) -> Mixing: ...
 
     def parallelize(
         self, model: Any, mesh: ParallelMesh, style: AttentionStyle, compile: Compile | None
@@ -86,7 +86,7 @@ class HuggingFaceSubject:
             model.set_experts_implementation("batched_mm")
         return _counting(model)
 
-    def mixing(self, model: Any, style: AttentionStyle, tp: int) -> Mixing:
+    def mixing(self, model: Any, style: AttentionStyle, tp: int = 1) -> Mixing:
         found = survey(model)
         claimed = {f"{a.name}.{MIXER}": f"{style}, {a.mixer()}" for a in found.attentions}
         said = () if ":" in self.config else self._small().said
@@ -134,7 +134,7 @@ class MixerSubject:
     def build(self) -> nn.Module:
         return _counting(imported(self.model)())
 
-    def mixing(self, model: nn.Module, style: AttentionStyle, tp: int) -> Mixing:
+    def mixing(self, model: nn.Module, style: AttentionStyle, tp: int = 1) -> Mixing:
         seq_len = probe_length(model)
         documents = Documents.single(1, seq_len)
         input_ids = torch.arange(seq_len)[None] % vocabulary(model)

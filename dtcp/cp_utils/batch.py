@@ -19,6 +19,7 @@ from dtcp.documents import Documents
 from dtcp.layout import HeadTail, SequenceLayout
 from dtcp.mesh import ParallelMesh
 from dtcp.style import AttentionStyle
+from dtcp.thd import SENTINEL, row_slots
 
 Batch = dict[str, Any]
 MODEL_OWNED = "_cp_make_batch_fn"
@@ -65,7 +66,8 @@ def make_cp_batch_and_ctx(
         return nullcontext, make_cp_batch_for_te(cp_mesh, batch, "thd", **how)
     if cp_mesh is None:
         return nullcontext, batch
-    return BatchSharder()(cp_mesh, tp_mesh, batch, padding_token_id=padding_token_id)
+    sharder = BatchSharder(seq_lens_padding_value=seq_lens_padding_value)
+    return sharder(cp_mesh, tp_mesh, batch, padding_token_id=padding_token_id)
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,13 @@ class BatchSharder:
         layout: which tokens go to which rank.
         style: how attention is carried out inside the context.
         fields: keys of the model's own; WHOLE for those without a sequence.
+        seq_lens_padding_value: fills up seq_lens of rows with fewer documents than others.
     """
 
     layout: type[SequenceLayout] = HeadTail
     style: AttentionStyle = field(default_factory=AllGatherAttention)
     fields: Mapping[str, TokenField | None] = field(default_factory=dict)
+    seq_lens_padding_value: int = SENTINEL
 
     def __call__(
         self,
@@ -93,9 +97,10 @@ class BatchSharder:
     ) -> tuple[ContextFactory, Batch]:
         """Shard a batch of whole rows, out of place and without communication.
 
-        Documents are known by `position_ids` that restart at 0, by an `attention_mask` of four
-        dims, or are whole rows; what an `attention_mask` or `padding_mask` takes out of a row is
-        seen by no token. The mask itself does not come back: `padding_mask` does.
+        Documents are known by `seq_lens` (and `seq_lens_padded`, their slots), by `position_ids`
+        that restart at 0, by an `attention_mask` of four dims, or are whole rows; what an
+        `attention_mask` or `padding_mask` takes out of a row is seen by no token. The mask
+        itself does not come back: `padding_mask` does.
 
         Reads masks and positions on the host: pass them before they are moved to the device.
 
@@ -107,8 +112,12 @@ class BatchSharder:
         """
         batch = dict(batch) if loss_mask is None else {**batch, "loss_mask": loss_mask}
         rows, seq_len = _check(batch)
-        position = _positions(batch, rows, seq_len)
-        documents = _documents(batch, position, rows, seq_len)
+        if batch.get("seq_lens") is not None:
+            documents = _slotted(batch, rows, seq_len, self.seq_lens_padding_value)
+            position = _positions(batch, rows, seq_len)
+        else:
+            position = _positions(batch, rows, seq_len)
+            documents = _documents(batch, position, rows, seq_len)
         batch["position_ids"] = position
         tensors = {key: x for key, x in batch.items() if isinstance(x, Tensor)}
         fields = _fields(tensors, self.fields, padding_token_id, seq_len)
@@ -201,6 +210,39 @@ def _documents(batch: Batch, position: Tensor, rows: int, seq_len: int) -> Docum
     return documents
 
 
+def _slotted(batch: Batch, rows: int, seq_len: int, sentinel: int) -> Documents:
+    """Documents of rows whose lengths are given; adds padding_mask and, if missing, positions.
+
+    The padding between two documents is one more: it is seen by no other token, nor sees any.
+    """
+    real, padded = batch["seq_lens"], batch.get("seq_lens_padded")
+    found = row_slots(real, real if padded is None else padded, seq_len, sentinel)
+    padding, positions = torch.ones(rows, seq_len, dtype=torch.bool), torch.arange(seq_len)
+    position, lengths = positions.repeat(rows, 1), []
+    for row, slots in enumerate(found):
+        start = 0
+        for length, slot in slots:
+            padding[row, start : start + length] = False
+            position[row, start:] = positions[: seq_len - start]
+            start += slot
+        parts = [x for length, slot in slots for x in (length, slot - length)]
+        lengths.append(tuple(x for x in parts if x))
+    device = batch["labels"].device
+    batch.setdefault("position_ids", position.to(device))
+    for key, says in (("attention_mask", 0), ("padding_mask", 1)):
+        given = batch.get(key)
+        if given is not None and (
+            given.shape != padding.shape or bool(((given.cpu() == says) != padding).any())
+        ):
+            raise ValueError(
+                f"A batch says once what is padding, got seq_lens and another {key} of shape "
+                f"{tuple(given.shape)}: pass one of them."
+            )
+    batch.pop("attention_mask", None)
+    batch["padding_mask"] = padding.to(device)
+    return Documents(tuple(lengths), seq_len)
+
+
 def _fields(
     tensors: Mapping[str, Tensor],
     own: Mapping[str, TokenField | None],
@@ -209,6 +251,7 @@ def _fields(
 ) -> dict[str, TokenField | None]:
     """The rule of every key; a key that nobody names must not look like one of tokens."""
     fields = {**DEFAULT_FIELDS, "input_ids": TokenField(1, padding_token_id), **own}
+    fields |= dict.fromkeys(("seq_lens", "seq_lens_padded"), WHOLE)
     for key, x in tensors.items():
         if key in fields:
             continue

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dtcp.batch import BatchPlan, shard_batch, shift_labels
 from dtcp.documents import Documents
 from dtcp.layout import HeadTail, SequenceLayout
+from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.mesh import ParallelMesh
 
 
@@ -39,6 +40,36 @@ def shard_hf_batch(
         whole["labels"] = shift_labels(batch["labels"], documents)
     local, plan = shard_batch(whole, mesh, layout, model=model, documents=documents, device=device)
     return local, plan
+
+
+def causal_lm_loss(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    mesh: ParallelMesh,
+    layout: type[SequenceLayout] = HeadTail,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Run a model of parallelize_hf on a batch: this rank's share of the mean loss over tokens.
+
+    Shares add up, over the ranks of mesh.loss, to the mean over all their batches; so do
+    gradients.
+
+    Args:
+        batch: as shard_hf_batch takes it, with labels.
+    Raises:
+        ValueError: no labels, or what shard_hf_batch refuses.
+    """
+    if "labels" not in batch:
+        raise ValueError(
+            f"A batch to train on has labels, not shifted, got {sorted(batch)}: add them, the "
+            f"input_ids themselves for a language model."
+        )
+    local, plan = shard_hf_batch(batch, mesh, layout, model=model, device=device)
+    labels = local.pop("labels")
+    local.pop("padding_mask", None)
+    logits = model(**local, tables=plan.tables).logits
+    return token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
 
 
 def documents_of(batch: Mapping[str, Tensor]) -> Documents:

@@ -6,6 +6,7 @@ from typing import Any
 
 from dtcp.huggingface import registry
 from dtcp.huggingface.survey import Survey, survey, survey_mask
+from dtcp.huggingface.twin import survey_unbuilt
 
 TAKEN = (
     "input_ids",
@@ -30,7 +31,8 @@ def install_mixers(model: Any) -> Survey:
     Raises:
         ValueError: what nobody can carry out, by the names of the layers.
     """
-    found = survey(model)
+    unbuilt = next(model.parameters()).is_meta
+    found = survey_unbuilt(model) if unbuilt else survey(model)
     found.check()
     for attention in found.attentions:
         model.get_submodule(attention.name).add_module(registry.MIXER, attention.mixer())

@@ -24,6 +24,8 @@ from dtcp.mixing import find_mixing, own_value, probe_length
 HARMLESS = ("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits")
 """Arguments of an attention call that say what mask, positions and the model's call say too."""
 
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -180,8 +182,8 @@ def _unsuited(model: Any) -> Iterator[str]:
     name = type(model).__name__
     if next(model.parameters()).is_meta:
         yield (
-            f"{name} is on the meta device, where nothing can be run: build it on a real one, on "
-            f"the CPU for instance."
+            f"{name} is on the meta device, where nothing can be run: install_mixers and "
+            f"parallelize_hf survey a twin of it."
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         yield (
@@ -192,6 +194,18 @@ def _unsuited(model: Any) -> Iterator[str]:
         yield (
             f"{name} adds a balance loss over all tokens of a batch (output_router_logits): set "
             f"config.output_router_logits = False."
+        )
+    for part, module in model.named_modules():
+        rate = getattr(module, "p", 0.0) if isinstance(module, _DROPOUT) else 0.0
+        if rate:
+            yield (
+                f"{part} ({type(module).__name__}): dropout={rate} in training would depend on "
+                f"the mesh: set it to 0 in the config."
+            )
+    if getattr(model.config, "router_jitter_noise", 0.0):
+        yield (
+            f"{name} routes by noise of its own on each rank (router_jitter_noise): set "
+            f"config.router_jitter_noise = 0."
         )
     for kind in _rope_types(getattr(model.config, "rope_parameters", None)):
         if kind in LENGTH_DEPENDENT_ROPE:

@@ -36,6 +36,16 @@ def conv_tables(
     reach = (coords.position - coords.start).clamp(max=width - 1).to(torch.int32)
     if layout is None:
         return ConvTables(reach[:, None], torch.zeros(2, 1, 3, dtype=torch.int64))
+    route = halo_route(layout, width, rank)
+    return ConvTables(layout.shard(reach, rank).unflatten(1, (route.shape[1], -1)), route)
+
+
+def halo_route(layout: SequenceLayout, width: int, rank: int) -> Tensor:
+    """What a rank sends and receives of the tokens left of segments: [2, P, 3] int64.
+
+    Raises:
+        ValueError: segments shorter than what a token reads to its left.
+    """
     if layout.segment_len < width - 1:
         raise ValueError(
             f"A convolution reads {width - 1} tokens from the segment left of its own, got "
@@ -45,8 +55,7 @@ def conv_tables(
     held = [layout.runs(r) for r in ranks]
     wanted = [halo_runs(layout, r, left=width - 1, right=0) for r in ranks]
     route, count = Route.between(held, wanted, rank), len(layout.segments(rank))
-    table = torch.stack([_filled(hops, count) for hops in (route.send, route.receive)])
-    return ConvTables(layout.shard(reach, rank).unflatten(1, (count, -1)), table)
+    return torch.stack([_filled(hops, count) for hops in (route.send, route.receive)])
 
 
 def causal_conv(

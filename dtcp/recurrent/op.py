@@ -45,10 +45,14 @@ def delta_tables(coords: Coords, layout: SequenceLayout | None, rank: int = 0) -
     starts = (coords.position == coords.start).to(torch.int32)
     if layout is None:
         return DeltaTables(starts, torch.zeros(1, 1, dtype=torch.int64))
-    segments = [layout.segments(r) for r in range(layout.num_shards)]
+    return DeltaTables(layout.shard(starts, rank), chain_of(layout))
+
+
+def chain_of(layout: SequenceLayout) -> Tensor:
+    """Place of each rank's segments in the sequence: [n, P] int64."""
+    segments = [layout.segments(rank) for rank in range(layout.num_shards)]
     firsts = torch.tensor([[start for start, _ in row] for row in segments])
-    chain = torch.searchsorted(firsts.flatten().sort().values, firsts)
-    return DeltaTables(layout.shard(starts, rank), chain)
+    return torch.searchsorted(firsts.flatten().sort().values, firsts)
 
 
 def gated_delta_rule(

@@ -20,12 +20,12 @@ from dtcp.torchtitan.adopt import ATTENTION, adopt_model
 from dtcp.torchtitan.checkpoint import Checkpoints
 from dtcp.torchtitan.data import PackedDocuments
 from dtcp.torchtitan.loss import TokenLoss
-from dtcp.torchtitan.model_spec import GEMMA4, llama, spec_of
+from dtcp.torchtitan.model_spec import DEEPSEEK_V4, GEMMA4, QWEN3_5, llama, spec_of
 from dtcp.torchtitan.progress import Progress
 from dtcp.torchtitan.section import Section
 from dtcp.torchtitan.tokenizer import Tokenizer
 from dtcp.torchtitan.trainer import Trainer, Validation
-from models import gemma4
+from models import deepseek_v4, gemma4, qwen3_5
 from models.llama import PRESETS, tiny
 
 _BYTES = 272
@@ -92,6 +92,20 @@ def qwen3_tiny() -> Trainer.Config:
     return _tiny(llama("qwen3_tiny", shape), "qwen3_tiny")
 
 
+def qwen3_5_tiny() -> Trainer.Config:
+    """Qwen3.5, dense: three layers of the gated delta rule and one of attention, cp 2 x tp 2.
+
+    Command: python train.py --config qwen3_5_tiny. Hardware: any two CPU cores, no download.
+    """
+    return _tiny(spec_of(QWEN3_5, "tiny", qwen3_5.tiny(_BYTES)), "qwen3_5_tiny")
+
+
+def qwen3_5_moe_tiny() -> Trainer.Config:
+    """The same with eight experts, of which a byte visits two, and one that all share."""
+    shape = qwen3_5.tiny(_BYTES, experts=True)
+    return _tiny(spec_of(QWEN3_5, "moe-tiny", shape), "qwen3_5_moe_tiny")
+
+
 def gemma4_tiny() -> Trainer.Config:
     """Gemma 4's shape: windows by a halo, global layers whose keys are made from values.
 
@@ -109,6 +123,20 @@ def gemma4_tiny_moe() -> Trainer.Config:
 def gemma4_tiny_e() -> Trainer.Config:
     """The same with per-layer embeddings, and keys that the last layers share."""
     return _tiny(spec_of(GEMMA4, "tiny-e", gemma4.tiny_e(_BYTES)), "gemma4_tiny_e")
+
+
+def deepseek_v4_tiny() -> Trainer.Config:
+    """DeepSeek-V4 with every kind of its layers, on cp 2 x tp 2; predicts two tokens ahead.
+
+    Command: python train.py --config deepseek_v4_tiny. Hardware: any two CPU cores, no download.
+    Expect: ten to fifteen minutes, a third of them to compile; the loss, a tenth of which is that
+        of the second token, falls from 6.2 to below 3.5 in 120 steps. `dtcp.strategy` is not
+        read: its attention is carried out in one way.
+    """
+    shape = deepseek_v4.tiny(vocab_size=_BYTES)
+    config = _tiny(spec_of(DEEPSEEK_V4, "tiny", shape), "deepseek_v4_tiny")
+    config.training.local_batch_size = 2
+    return config
 
 
 def llama3_8b_128k() -> Trainer.Config:

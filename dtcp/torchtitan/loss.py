@@ -1,12 +1,13 @@
 """dtcp's loss as a loss of torchtitan: logits may be sharded in the vocabulary, never copied."""
 
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor
 from torchtitan.components.loss import BaseLoss
 from torchtitan.config import CompileConfig
 
-from dtcp.loss import token_mean_loss
+from dtcp.loss import mtp_loss, token_mean_loss
 
 
 class TokenLoss(BaseLoss):
@@ -18,12 +19,22 @@ class TokenLoss(BaseLoss):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseLoss.Config):
-        pass
+        mtp_weight: float = 0.1
+        """Of the mean loss of all depths of multi-token prediction, in training."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
-        self.fn = summed_loss
+        self.fn = functools.partial(summed_loss, mtp_weight=config.mtp_weight)
 
 
-def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy summed over this rank's tokens; the mean over one token, that is."""
-    return token_mean_loss(logits, labels, 1)
+def summed_loss(
+    logits: Tensor | tuple[Tensor, ...], labels: Tensor, *, mtp_weight: float = 0.1
+) -> Tensor:
+    """Cross-entropy summed over this rank's tokens; the mean over one token, that is.
+
+    Args:
+        logits: a tuple of a model that predicts several tokens.
+        labels: [B, L]; for several tokens [B, 1 + depths, L].
+    """
+    if isinstance(logits, Tensor):
+        return token_mean_loss(logits, labels, 1)
+    return mtp_loss(logits, labels[:, 0], labels[:, 1:], 1, weight=mtp_weight)

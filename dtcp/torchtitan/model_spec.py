@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torchtitan.distributed import ParallelDims
 from torchtitan.models.utils import get_dense_model_nparams_and_flops
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
+from dtcp.mesh import ParallelMesh
 from dtcp.torchtitan.parallelize import MakePlan, parallelize_plain
-from models import gemma4 as gemma4s
+from models import deepseek_v4, gemma4, qwen3_5
 from models import llama as llamas
-from parallelize import gemma4_plan, llama_plan
+from parallelize import balance_experts, deepseek_v4_plan, gemma4_plan, llama_plan, qwen3_5_plan
 
 StateDict = dict[str, Any]
 
@@ -37,6 +39,8 @@ class Family:
         to_hf: a state dict of ours and the config to the names of a Hugging Face checkpoint.
         from_hf: the way back.
         config_to_hf: the `config.json` that goes with the weights.
+        before_step: given the model and the mesh before every step of the optimizer; None for
+            families that have nothing outside of autograd.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Family:
     to_hf: Callable[[StateDict, Any], StateDict]
     from_hf: Callable[[StateDict, Any], StateDict]
     config_to_hf: Callable[[Any], dict[str, Any]]
+    before_step: Callable[[nn.Module, ParallelMesh], None] | None = None
 
 
 LLAMA = Family(
@@ -56,14 +61,33 @@ LLAMA = Family(
     config_to_hf=llamas.config_to_hf,
 )
 
+QWEN3_5 = Family(
+    name="qwen3_5",
+    model=qwen3_5.Qwen35,
+    plan=qwen3_5_plan,
+    to_hf=qwen3_5.to_hf,
+    from_hf=qwen3_5.from_hf,
+    config_to_hf=qwen3_5.config_to_hf,
+)
 
 GEMMA4 = Family(
     name="gemma4",
-    model=gemma4s.Gemma4,
+    model=gemma4.Gemma4,
     plan=gemma4_plan,
-    to_hf=gemma4s.to_hf,
-    from_hf=gemma4s.from_hf,
-    config_to_hf=gemma4s.config_to_hf,
+    to_hf=gemma4.to_hf,
+    from_hf=gemma4.from_hf,
+    config_to_hf=gemma4.config_to_hf,
+)
+
+DEEPSEEK_V4 = Family(
+    name="deepseek_v4",
+    model=deepseek_v4.DeepseekV4,
+    # Its mixers have one strategy of their own.
+    plan=lambda config, mesh, _: deepseek_v4_plan(config, mesh),
+    to_hf=deepseek_v4.to_hf,
+    from_hf=deepseek_v4.from_hf,
+    config_to_hf=deepseek_v4.config_to_hf,
+    before_step=balance_experts,
 )
 
 
@@ -75,9 +99,21 @@ def spec_of(family: Family, flavor: str, shape: Any) -> ModelSpec:
         model=_titan(family).Config(shape=shape),
         parallelize_fn=functools.partial(parallelize_plain, make_plan=family.plan),
         pipelining_fn=None,
-        post_optimizer_build_fn=None,
+        post_optimizer_build_fn=_registered(family.before_step),
         state_dict_adapter=functools.partial(NameMapAdapter, family),
     )
+
+
+def _registered(before_step: Callable[[nn.Module, ParallelMesh], None] | None) -> Any:
+    """Tell torchtitan to call it before every step of its optimizers."""
+    if before_step is None:
+        return None
+
+    def register(optimizers: Any, model_parts: list[nn.Module], dims: ParallelDims) -> None:
+        mesh = ParallelMesh.from_parallel_dims(dims)
+        optimizers.register_step_pre_hook(lambda *_, **__: before_step(model_parts[0], mesh))
+
+    return register
 
 
 def llama(flavor: str, shape: llamas.LlamaConfig) -> ModelSpec:

@@ -5,13 +5,16 @@ import sys
 import time
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch import nn
 from torchtitan.components.metrics import MetricsProcessor
 
+from dtcp.mixers import Mixer
 from dtcp.traffic import LEDGER, since
 
 GIB = 1024**3
@@ -144,6 +147,12 @@ def describe_device() -> str:
     return f"{dist.get_world_size()} ranks on {kind} over {backend}"
 
 
+def _strategies(parts: Sequence[nn.Module]) -> str:
+    """What carries the mixers out, each named once."""
+    mixers = [m for part in parts for m in part.modules() if isinstance(m, Mixer)]
+    return ", ".join(dict.fromkeys(f"{m.style}" for m in mixers if m.style is not None))
+
+
 def describe(trainer: Any) -> str:
     """Mesh, model, layout, strategy and data of a run, a line each."""
     config, dims = trainer.config, trainer.parallel_dims
@@ -162,7 +171,7 @@ def describe(trainer: Any) -> str:
         "model": f"{spec.name} {spec.flavor}, {layers} layers, {count:,} parameters, {compiled}",
         "layout": f"{config.dtcp.sequence_layout().__name__}, {training.seq_len // dims.cp} "
         f"of {training.seq_len} tokens a rank",
-        "strategy": f"{config.dtcp.attention_style()}" if dims.cp > 1 else "none, rows are whole",
+        "strategy": _strategies(trainer.model_parts) or "none, rows are whole",
         "data": f"{config.dataloader.dataset}, {rows * steps} rows a step"
         + (f" in {steps} parts" if steps > 1 else ""),
         "output": config.dump_folder,

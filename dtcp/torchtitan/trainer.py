@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchtitan import trainer as titan
 from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.components.validate import Validator
 from torchtitan.models.common.decoder import Decoder
 
-from dtcp.batch import shard_batch
+from dtcp.batch import look_ahead, shard_batch
 from dtcp.documents import Documents
 from dtcp.mesh import ParallelMesh
 from dtcp.torchtitan.data import PackedDocuments, open_source
@@ -25,6 +26,7 @@ from dtcp.torchtitan.parallelize import check_backend
 from dtcp.torchtitan.progress import describe, say
 from dtcp.torchtitan.section import Section
 from dtcp.torchtitan.tokenizer import Tokenizer
+from models.deepseek_v4 import DeepseekV4
 
 Batch = tuple[Tensor, Tensor, dict[str, Any]]
 
@@ -76,7 +78,7 @@ class Trainer(titan.Trainer):
             section=self.config.dtcp,
             model=self.model_parts[0],
         )
-        self.ntokens_seen += batch[1].numel()
+        self.ntokens_seen += batch[0].numel()
         return batch
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], Tensor]]) -> None:
@@ -139,26 +141,38 @@ def local_batch(
             the host, which spares a copy back from the device.
         labels: [B, S], the next token of each.
     Returns:
-        tokens and labels [B, L], and the keyword arguments of the forward.
+        tokens and labels [B, L], and the keyword arguments of the forward; labels [B, 1 + depths,
+        L] for a model that predicts further ahead.
     """
-    whole = {
-        "input_ids": input_dict["input"],
-        "labels": labels,
-        "position": input_dict["positions"],
-    }
+    documents, tokens = documents_of(input_dict), input_dict["input"]
+    whole = {"input_ids": tokens, "labels": labels, "position": input_dict["positions"]}
+    whole |= ahead_of(model, tokens, labels, documents)
     local, plan = shard_batch(
         whole,
         mesh,
         section.sequence_layout(),
         model=model,
-        documents=documents_of(input_dict),
+        documents=documents,
         device=labels.device,
     )
     names = ("position", "tables")
     if isinstance(model, Decoder):
         names = ("positions", "attention_masks")
     extra = dict(zip(names, (local["position"], plan.tables), strict=True))
-    return local["input_ids"], local["labels"], extra
+    if "mtp_labels" not in local:
+        return local["input_ids"], local["labels"], extra
+    extra["mtp_input_ids"] = local["mtp_input_ids"]
+    all_labels = torch.cat((local["labels"][:, None], local["mtp_labels"]), dim=1)
+    return local["input_ids"], all_labels, extra
+
+
+def ahead_of(
+    model: nn.Module, tokens: Tensor, labels: Tensor, documents: Documents
+) -> dict[str, Tensor]:
+    """What a model reads to predict further ahead than the next token, while it trains."""
+    if not isinstance(model, DeepseekV4) or not model.training or not model.mtp:
+        return {}
+    return look_ahead(tokens, labels, documents, depths=len(model.mtp))
 
 
 def documents_of(input_dict: dict[str, Any]) -> Documents:

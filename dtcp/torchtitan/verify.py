@@ -19,7 +19,7 @@ from torchtitan.models.common.decoder import Decoder
 from dtcp.mixers import batch_tables
 from dtcp.torchtitan.overrides import add_mixers
 from dtcp.torchtitan.progress import say
-from dtcp.torchtitan.trainer import Trainer, documents_of
+from dtcp.torchtitan.trainer import Trainer, ahead_of, documents_of
 
 TOLERANCE = 1e-5
 """Largest relative difference of a loss; fp32 sums in another order differ by 1e-7 or so."""
@@ -95,9 +95,14 @@ def _accumulate(
             for key, parts in batch_tables(model, documents_of(batch)).items()
         }
         tokens, position = (batch[key].to(trainer.device) for key in ("input", "positions"))
+        ahead = ahead_of(model, batch["input"], labels, documents_of(batch)).values()
+        ids, *further = (x.to(trainer.device) for x in ahead) if ahead else (None,)
+        labels = labels.to(trainer.device)
         # torchtitan's decoders take masks where ours take tables: third in both.
-        logits = model(tokens, position, tables)
-        loss, _ = trainer.loss_fn(logits, labels.to(trainer.device), count)
+        logits = model(tokens, position, tables, *([] if ids is None else [ids]))
+        if further:
+            labels = torch.cat((labels[:, None], *further), dim=1)
+        loss, _ = trainer.loss_fn(logits, labels, count)
         loss.backward()
         total += float(loss.detach())
     return total

@@ -111,7 +111,8 @@ class DeepseekV4(nn.Module):
             elif isinstance(module, nn.Linear | nn.Embedding):
                 adds_to_stream = name.endswith((".o_b_proj", ".down"))
                 shrink = (2 * self.config.num_layers) ** -0.5 if adds_to_stream else 1.0
-                nn.init.normal_(module.weight, std=std * shrink)
+                for weight in module.parameters(recurse=False):
+                    nn.init.normal_(weight, std=std * shrink)
             elif isinstance(module, drawn):
                 module.reset_parameters()
 

@@ -149,7 +149,7 @@ PRESETS: dict[str, Qwen35Config] = {
     "tiny-moe": tiny(experts=True),
     "qwen3.5-0.8b": _published(24, 1024, (8, 2), 3584, 16, tied=True),
     "qwen3.5-2b": _published(24, 2048, (8, 2), 6144, 16, tied=True),
-    "qwen3.5-4b": _published(32, 2560, (16, 4), 9216, 32),
+    "qwen3.5-4b": _published(32, 2560, (16, 4), 9216, 32, tied=True),
     "qwen3.5-9b": _published(32, 4096, (16, 4), 12_288, 32),
     "qwen3.5-27b": _published(64, 5120, (24, 4), 17_408, 48),
     "qwen3.5-35b-a3b": _published(40, 2048, (16, 2), ExpertsConfig(256, 8, 512, 512), 32),

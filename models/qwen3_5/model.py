@@ -159,8 +159,7 @@ class Block(nn.Module):
         else:
             self.delta = GatedDeltaNet(config)
         self.feed_forward_norm = ZeroCentredNorm(config.dim, config.norm_eps)
-        dense = isinstance(config.feed_forward, int)
-        self.feed_forward = (SwiGLU if dense else Mixture)(config.dim, config.feed_forward)
+        self.feed_forward = _feed_forward(config.dim, config.feed_forward)
 
     def forward(self, x: Tensor, angles: Angles, tables: Tables) -> Tensor:
         normed = self.mixer_norm(x)
@@ -259,6 +258,10 @@ class Qwen35(nn.Module):
     def _tie(self) -> None:
         if self.config.tied:
             self.lm_head.weight = self.embedding.weight
+
+
+def _feed_forward(dim: int, shape: int | ExpertsConfig) -> nn.Module:
+    return SwiGLU(dim, shape) if isinstance(shape, int) else Mixture(dim, shape)
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:

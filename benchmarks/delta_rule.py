@@ -1,0 +1,317 @@
+"""What a gated delta layer moves and takes over ranks, beside gathering everything.
+
+    python -m benchmarks.delta_rule
+    python -m benchmarks.delta_rule --ranks 4 --seq-len 8192 --write cpu
+
+Ways to carry the layer out on head-tail shards, same weights, same result (or the run fails):
+
+    states, gathered    each segment's map of the state, gathered; no activation moves
+    states, scanned     the same maps, composed in log2(n) rounds
+    relayout            tokens dealt to contiguous shards and back, one all-to-all each
+    gather and sort     hidden states of all ranks gathered, sorted and sliced, and once more on
+                        the way back; backward all-reduces (the published way)
+    gather all          hidden states of all ranks gathered, the whole layer on every rank
+
+Per way: bytes a rank received, forward and backward; median step. Then bytes by formula for a
+published shape, up to 64 ranks; and on a GPU, what the summaries add to the plain kernel.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from benchmarks.report import conditions, table, write
+from dtcp.batch import BatchPlan, shard_batch
+from dtcp.documents import Documents
+from dtcp.kernels.delta_rule import Inputs
+from dtcp.kernels.fla import delta_kernel
+from dtcp.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.mesh import Degrees, ParallelMesh
+from dtcp.mixers import batch_tables
+from dtcp.recurrent import CausalConvCP, GatedDeltaCP, GatherStates, ScanStates
+from dtcp.recurrent.states import summaries_received
+from dtcp.recurrent.style import DeltaShape
+from dtcp.relayout import relayout
+from dtcp.style import apply_plan
+from dtcp.traffic import LEDGER, count
+from models.qwen3_5 import PRESETS, DeltaNetConfig, GatedDeltaNet, Qwen35Config
+
+HEAD = ("way", "layout", "fwd KiB", "bwd KiB", "step ms", "of gather all", "of gather and sort")
+MIB = 2**20
+
+
+class Way(NamedTuple):
+    """A way's name, the layout of the shards it is given, and the layer's call on them."""
+
+    name: str
+    layout: type[SequenceLayout]
+    call: Callable[[Tensor], Tensor]
+
+
+class Measured(NamedTuple):
+    """Bytes received and median seconds of one rank."""
+
+    forward: int
+    backward: int
+    step: float
+
+
+def main() -> None:
+    """Measure every way on real ranks and print the tables."""
+    args = _arguments()
+    given = {key: value for key, value in vars(args).items() if key not in ("write", "ranks")}
+    given["ranks"] = " ".join(map(str, args.ranks))
+    parts = [conditions("benchmarks.delta_rule", given)]
+    for ranks in args.ranks:
+        with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
+            results = manager.dict()
+            mp.spawn(_rank, (f"{folder}/meeting", ranks, args, results), nprocs=ranks)
+            parts += [f"{ranks} ranks:", _rows(dict(results), ranks)]
+    parts.append(_by_formula())
+    if torch.cuda.is_available():
+        parts.append(_summary_overhead())
+    text = "\n\n".join(parts) + "\n"
+    print(text)
+    if args.write:
+        write(Path(__file__).parent / "results", f"delta_rule_{args.write}", text)
+
+
+def _rank(rank: int, meeting: str, ranks: int, args: argparse.Namespace, results: Any) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(meeting, ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    mesh = ParallelMesh.from_degrees(Degrees(cp=ranks), "cpu")
+    shape = Qwen35Config(
+        vocab_size=8,
+        dim=args.dim,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        feed_forward=8,
+        delta=DeltaNetConfig(args.heads, args.heads, args.head_dim, args.head_dim),
+    )
+    for name, way in _measure(shape, mesh, args.seq_len, args.repeats).items():
+        results[name, rank] = way
+    dist.destroy_process_group()
+
+
+def _measure(
+    shape: Qwen35Config, mesh: ParallelMesh, seq_len: int, repeats: int
+) -> dict[tuple[str, str], Measured]:
+    """Every way, checked against one device, then timed in turn, so that noise meets all alike."""
+    documents = Documents(((seq_len // 3, seq_len - seq_len // 3),), seq_len)
+    torch.manual_seed(0)
+    alone = GatedDeltaNet(shape)
+    alone.reset_parameters(0.3)
+    x, grad = (torch.randn(1, seq_len, shape.dim) for _ in range(2))
+    leaf = x.clone().requires_grad_()
+    expected = alone(leaf, batch_tables(alone, documents))
+    (right,) = torch.autograd.grad(expected, leaf, grad)
+
+    found: dict[tuple[str, str], Measured] = {}
+    steps: dict[tuple[str, str], Callable[[], Any]] = {}
+    for way, plan in _ways(alone, mesh, documents):
+        local = plan.shard(x).requires_grad_()
+        inputs = (local, *alone.parameters())
+        cotangent = plan.shard(grad)
+        with count() as forward:
+            out = way.call(local)
+        with count() as backward:
+            dx, *_ = torch.autograd.grad(out, inputs, cotangent)
+        torch.testing.assert_close(out, plan.shard(expected.detach()), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(dx, plan.shard(right), rtol=1e-3, atol=1e-3)
+        key = (way.name, way.layout.__name__)
+        found[key] = Measured(forward.received, backward.received, 0.0)
+        steps[key] = _step(way, inputs, cotangent)
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    for _ in range(repeats + 1):
+        for key, step in steps.items():
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            taken[key].append(time.perf_counter() - start)
+    return {key: m._replace(step=statistics.median(taken[key][1:])) for key, m in found.items()}
+
+
+def _step(way: Way, inputs: tuple[Tensor, ...], cotangent: Tensor) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(way.call(inputs[0]), inputs, cotangent)
+
+
+def _ways(
+    alone: GatedDeltaNet, mesh: ParallelMesh, documents: Documents
+) -> list[tuple[Way, BatchPlan]]:
+    found = []
+    for states in (GatherStates(), ScanStates()):
+        said = "gathered" if isinstance(states, GatherStates) else "scanned"
+        for layout in (HeadTail, Contiguous):
+            layer, plan = _sharded(alone, mesh, documents, layout, GatedDeltaCP(states))
+            call = _bound(layer, plan)
+            found.append((Way(f"states, {said}", layout, call), plan))
+    contiguous, inside = _sharded(alone, mesh, documents, Contiguous, GatedDeltaCP(GatherStates()))
+    call = _bound(contiguous, inside)
+    _, plan = _sharded(alone, mesh, documents, HeadTail, GatedDeltaCP())
+    axis, source, target = mesh.cp, plan.layout, inside.layout
+
+    def dealt(x: Tensor) -> Tensor:
+        return relayout(call(relayout(x, source, target, axis)), target, source, axis)
+
+    def sorted_(x: Tensor) -> Tensor:
+        whole = source.restore(_GatherReduce.apply(x, axis))
+        out = _GatherReduce.apply(call(target.shard(whole, axis.get_local_rank())), axis)
+        return source.shard(out, axis.get_local_rank())
+
+    tables = batch_tables(alone, documents)
+
+    def gathered(x: Tensor) -> Tensor:
+        return plan.shard(alone(source.restore(_GatherReduce.apply(x, axis)), tables))
+
+    ways = (("relayout", dealt), ("gather and sort", sorted_), ("gather all", gathered))
+    return found + [(Way(name, HeadTail, call), plan) for name, call in ways]
+
+
+def _bound(layer: GatedDeltaNet, plan: BatchPlan) -> Callable[[Tensor], Tensor]:
+    return lambda x: layer(x, plan.tables)
+
+
+def _sharded(
+    alone: GatedDeltaNet,
+    mesh: ParallelMesh,
+    documents: Documents,
+    layout: type[SequenceLayout],
+    style: GatedDeltaCP,
+) -> tuple[GatedDeltaNet, BatchPlan]:
+    """The layer over the ranks, its weights shared with `alone`."""
+    with torch.device("meta"):
+        layer = GatedDeltaNet(_shape_of(alone))
+    for name, parameter in alone.named_parameters():
+        module, _, last = name.rpartition(".")
+        layer.get_submodule(module).register_parameter(last, parameter)
+    apply_plan(layer, mesh.cp, {"conv": CausalConvCP(), "mixer": style})
+    ids = torch.zeros(1, documents.seq_len, dtype=torch.int64)
+    return layer, shard_batch({"input_ids": ids}, mesh, layout, model=layer, documents=documents)[1]
+
+
+def _shape_of(layer: GatedDeltaNet) -> Qwen35Config:
+    heads = layer.a_proj.out_features
+    delta = DeltaNetConfig(heads, heads, layer.key_dim, layer.value_dim, layer.conv.width)
+    dim = layer.a_proj.in_features
+    return Qwen35Config(8, dim, 1, 1, 1, feed_forward=8, delta=delta)
+
+
+class _GatherReduce(torch.autograd.Function):
+    """All-gather along the sequence; backward all-reduces the whole gradient and keeps a slice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Any) -> Tensor:
+        ctx.axis, ctx.length = axis, x.shape[1]
+        parts = [torch.empty_like(x) for _ in range(axis.size())]
+        dist.all_gather(parts, x.contiguous(), group=axis.get_group())
+        LEDGER.record("benchmark::gather", received=(len(parts) - 1) * x.numel() * 4)
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad, n = grad.contiguous().clone(), ctx.axis.size()
+        dist.all_reduce(grad, group=ctx.axis.get_group())
+        # A ring reduces and then gathers: (n - 1) / n of the tensor twice.
+        LEDGER.record("benchmark::reduce", received=2 * (n - 1) * grad.numel() // n * 4)
+        return grad.narrow(1, ctx.axis.get_local_rank() * ctx.length, ctx.length), None
+
+
+def _rows(measured: dict[Any, Measured], ranks: int) -> str:
+    names = list(dict.fromkeys(key for key, _ in measured))
+    steps = {key: max(measured[key, rank].step for rank in range(ranks)) for key in names}
+    against = [steps[way, "HeadTail"] for way in ("gather all", "gather and sort")]
+    rows = []
+    for key in names:
+        received = [max(measured[key, rank][way] for rank in range(ranks)) for way in (0, 1)]
+        rows.append(
+            [
+                *key,
+                *(f"{size / 1024:.1f}" for size in received),
+                f"{1000 * steps[key]:.0f}",
+                *(f"{steps[key] / other:.2f}" for other in against),
+            ]
+        )
+    return table(HEAD, rows)
+
+
+def _by_formula(seq_len: int = 262_144) -> str:
+    """MiB received a rank and layer, forward, of Qwen3.5-35B-A3B in bf16 with states in fp32."""
+    config = PRESETS["qwen3.5-35b-a3b"]
+    delta = config.delta
+    state = DeltaShape(1, delta.value_heads, delta.key_dim, delta.value_dim).summary
+    rows = []
+    for n in (2, 4, 8, 16, 32, 64):
+        hidden = seq_len // n * config.dim * 2
+        moved = hidden * (1 - _kept(n))
+        sizes = (
+            summaries_received(n, 2, scan=False) * state,
+            summaries_received(n, 2, scan=True) * state,
+            summaries_received(n, 1, scan=True) * state,
+            2 * moved + summaries_received(n, 1, scan=True) * state,
+            2 * (n - 1) * hidden + summaries_received(n, 1, scan=False) * state,
+        )
+        rows.append([str(n), *(f"{size / MIB:.0f}" for size in sizes)])
+    head = ("ranks", "gathered", "scanned", "scanned, contiguous", "relayout", "gather and sort")
+    title = f"MiB received forward, one layer of qwen3.5-35b-a3b, S = {seq_len}, head-tail:"
+    return f"{title}\n\n{table(head, rows)}"
+
+
+def _kept(n: int) -> float:
+    """Share of a head-tail shard that contiguous shards leave where it is, on the worst rank."""
+    layouts = (HeadTail(2 * n, n), Contiguous(2 * n, n))
+    held, wanted = ([set(x.positions(r).tolist()) for r in range(n)] for x in layouts)
+    return min(len(a & b) for a, b in zip(held, wanted, strict=True)) / 2
+
+
+def _summary_overhead(tokens: int = 131_072, heads: int = 32) -> str:
+    """Time of the kernel with summaries over that without, forward, on this GPU."""
+    make = {"device": "cuda", "dtype": torch.bfloat16}
+    q, k, v = (
+        torch.nn.functional.normalize(torch.randn(1, tokens, heads, 128, **make), dim=-1)
+        for _ in range(3)
+    )
+    g, beta = -torch.rand(1, tokens, heads, device="cuda"), torch.rand(1, tokens, heads, **make)
+    x = Inputs(q, k, v, g, beta, torch.zeros(1, tokens, device="cuda", dtype=torch.int32))
+    kernel = delta_kernel(x)
+    times = []
+    for carry in (None, lambda summary: torch.zeros_like(summary[..., 128:])):
+        taken = []
+        for _ in range(12):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            kernel.forward(x, carry)
+            torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+        times.append(statistics.median(taken[2:]))
+    plain, with_summaries = times
+    return (
+        f"{tokens} tokens, {heads} heads of 128, bf16, forward: plain {1000 * plain:.2f} ms, with "
+        f"summaries {1000 * with_summaries:.2f} ms, {with_summaries / plain - 1:+.1%}"
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--seq-len", type=int, default=8192)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--write", default="", help="hardware name of the file under results/")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""DeepSeek-V4's helpers as NeMo Automodel names them: groups, gathers and the dense mask.
+
+Names and signatures are those of nemo_automodel.components.models.deepseek_v4.cp, for training
+loops written to them. Our own model (dtcp.sparse) needs none of it: it gathers no raw keys,
+builds no mask of [L, S] and asks for no multiple of any ratio.
+"""
+
+from collections.abc import Mapping
+from math import lcm
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from dtcp.collectives import all_gather_over
+
+OVERLAPPING = 4
+"""The ratio whose windows read the one before them, too."""
+
+
+def dsv4_cp_local_seq_multiple(model_or_config: Any) -> int:
+    """Tokens that each rank's shard must be a multiple of, for shards that cut no window.
+
+    Args:
+        model_or_config: has `compress_ratios`, or a `config` that has.
+    Returns:
+        the least common multiple of the ratios, of 8 for a ratio of 4; 1 without any.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    ratios = [int(ratio) for ratio in getattr(config, "compress_ratios", None) or () if ratio]
+    return lcm(*(2 * ratio if ratio == OVERLAPPING else ratio for ratio in ratios if ratio > 0))
+
+
+def dsv4_cp_enabled(cp_group: dist.ProcessGroup | None) -> bool:
+    """Whether there is a group of more than one rank."""
+    there = cp_group is not None and dist.is_available() and dist.is_initialized()
+    return there and dist.get_world_size(cp_group) > 1
+
+
+def dsv4_cp_rank(cp_group: dist.ProcessGroup | None) -> int:
+    """This rank's number in the group; 0 without one."""
+    return dist.get_rank(cp_group) if dsv4_cp_enabled(cp_group) else 0
+
+
+def dsv4_cp_size(cp_group: dist.ProcessGroup | None) -> int:
+    """Ranks in the group; 1 without one."""
+    return dist.get_world_size(cp_group) if dsv4_cp_enabled(cp_group) else 1
+
+
+def dsv4_cp_all_gather(tensor: Tensor, dim: int, cp_group: dist.ProcessGroup | None) -> Tensor:
+    """Concatenate the tensor of all ranks along dim; every rank's has one shape.
+
+    Backward gives each rank the sum, over all ranks, of the gradients of its own part.
+    """
+    if cp_group is None or not dsv4_cp_enabled(cp_group):
+        return tensor
+    return all_gather_over(tensor.contiguous(), cp_group, dim=dim)
+
+
+def dsv4_cp_all_gather_metadata(
+    tensor: Tensor | None, dim: int, cp_group: dist.ProcessGroup | None
+) -> Tensor | None:
+    """The same for masks, positions and ids, which have no gradient; None stays None."""
+    if tensor is None:
+        return None
+    return dsv4_cp_all_gather(tensor.detach(), dim, cp_group)
+
+
+def build_dsv4_cp_causal_padding_mask(
+    position_ids: Tensor,
+    key_len: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    cp_group: dist.ProcessGroup | None,
+    padding_mask: Tensor | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """The mask to add to scores of local queries and all keys: 0 where seen, else dtype's least.
+
+    For one document a row: positions are those in the row. Never -inf, so a query that sees
+    nothing stays finite.
+
+    Args:
+        position_ids: [L] or [B, L] of this rank's queries.
+        key_len: S; keys 0 .. S - 1 in the order of the sequence.
+        padding_mask: [B, L] of this rank, True for padding; all ranks give it or none.
+        sliding_window: keys a query sees, its own included.
+    Returns:
+        [B, 1, L, S].
+
+    Traffic per rank, with padding_mask: an all-gather of it.
+    """
+    position = position_ids.to(device)
+    query = position[None] if position.ndim == 1 else position
+    key = torch.arange(key_len, device=device)
+    seen = key <= query[..., None]  # [B, L, S]
+    if sliding_window is not None:
+        seen = seen & (query[..., None] - key < sliding_window)
+    padding = dsv4_cp_all_gather_metadata(padding_mask, 1, cp_group)
+    if padding is not None:
+        if padding.shape[1] != key_len:
+            raise ValueError(
+                f"A padding mask speaks of every key, got {padding.shape[1]} tokens of all ranks "
+                f"with key_len={key_len}: give each rank's part of one mask."
+            )
+        seen = seen & ~padding.to(device).bool()[:, None]
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def padding_of(batch: Mapping[str, Any]) -> Tensor | None:
+    """[B, S], True for padding: what a batch's padding_mask or attention_mask says of it.
+
+    An attention_mask of four dims is read on its diagonal: a token that does not see itself.
+    """
+    given: Tensor | None = batch.get("padding_mask")
+    mask: Tensor | None = batch.get("attention_mask")
+    if given is not None or mask is None:
+        return given
+    if mask.ndim != 4:
+        return ~mask.bool()
+    diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+    return ~diagonal if mask.dtype == torch.bool else diagonal != 0

@@ -1,0 +1,239 @@
+"""A batch for DeepSeek-V4 as NeMo Automodel shards it: contiguously, in whole windows.
+
+`pad_multiple` keeps shards and packed documents aligned with windows, which the model in
+Automodel needs. Packed rows are built anew, document by document, before they are cut.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtcp.cp_utils.deepseek_v4 import padding_of
+from dtcp.documents import Documents
+from dtcp.loss import IGNORED
+from dtcp.thd import SENTINEL
+
+Context = Callable[[], AbstractContextManager[None]]
+GROUP = "_dsv4_cp_group"
+SEQ_IDS = "_packed_seq_ids"
+POSITION_MAP = "_dsv4_cp_position_map"
+
+
+def make_dsv4_contiguous_shard_cp_batch_and_ctx(
+    cp_mesh: DeviceMesh | None,
+    tp_mesh: DeviceMesh | None,
+    batch: Mapping[str, Any],
+    loss_mask: Tensor | None = None,
+    padding_token_id: int = 0,
+    pad_multiple: int | None = None,
+) -> tuple[Context, dict[str, Any]]:
+    """Keep this rank's stretch of each row; the batch given stays as it is. No communication.
+
+    Args:
+        cp_mesh: the 1-D axis of the sequence; None: one rank.
+        batch: whole rows, alike on every rank: input_ids or inputs_embeds, labels; maybe
+            position_ids, padding_mask or attention_mask. Packed rows have seq_lens [B, documents]
+            (-1000 for none), and seq_lens_padded where documents lie in longer slots.
+        loss_mask: [B, S]; stands for labels where there are none.
+        pad_multiple: what each shard, and each packed document, is padded to a multiple of; of
+            `dsv4_cp_local_seq_multiple`.
+    Returns:
+        a context that does nothing, and the local batch, with the group as `_dsv4_cp_group`.
+        Packed rows come with `_packed_seq_ids` (1, 2, .., 0 for padding), new seq_lens and
+        seq_lens_padded, and `_dsv4_cp_position_map` [B, S], where each token went, -1 for nowhere.
+    Raises:
+        ValueError: both or neither of input_ids and inputs_embeds; padding that tokens follow;
+            documents that do not fit their row.
+        KeyError: no labels and no loss_mask; packed rows without seq_lens.
+        NotImplementedError: cu_seqlens alone, which do not say where rows end.
+    """
+    batch = dict(batch)
+    ranks = 1 if cp_mesh is None else cp_mesh.size()
+    rank = 0 if cp_mesh is None else cp_mesh.get_local_rank()
+    multiple = max(int(pad_multiple or 2), 2)
+    packed = _is_packed(batch)
+    primary = _primary(batch)
+    padding = padding_of(batch)
+    batch.pop("attention_mask", None)
+    if batch.get("labels") is None:
+        if loss_mask is None:
+            raise KeyError("labels: a batch to train on has them, or a loss_mask in their place.")
+        batch["labels"], loss_mask = loss_mask, None
+    if padding is not None:
+        batch["padding_mask"] = padding.expand(len(batch[primary]), -1)
+        if not packed:
+            # Padding that tokens follow would be pooled with them.
+            Documents.from_padded(None, padding.bool().cpu())
+    if loss_mask is not None:
+        batch["loss_mask"] = loss_mask
+    if packed and ranks > 1:
+        batch = _repacked(batch, primary, multiple, padding_token_id)
+    batch = _positioned(batch, primary)
+    fills = _fills(padding_token_id)
+    if not packed or ranks > 1:
+        batch = _padded(batch, primary, ranks * multiple, fills, packed=packed)
+        batch = {key: _part(key, x, rank, ranks, fills) for key, x in batch.items()}
+    if packed:
+        batch["qkv_format"] = "thd"
+    batch[GROUP] = None if cp_mesh is None else _group(cp_mesh)
+    return nullcontext, batch
+
+
+def _fills(padding_token_id: int) -> dict[str, int | float | bool]:
+    """What padding holds, by key; these keys have a sequence, at dim 1."""
+    return {
+        "input_ids": padding_token_id,
+        "inputs_embeds": 0.0,
+        "labels": IGNORED,
+        "loss_mask": 0,
+        "padding_mask": True,
+        SEQ_IDS: 0,
+    }
+
+
+def _is_packed(batch: Mapping[str, Any]) -> bool:
+    if batch.get("seq_lens") is not None:
+        return True
+    if batch.get("cu_seqlens") is not None:
+        raise NotImplementedError(
+            "Packed rows are cut by seq_lens [B, documents], got cu_seqlens without seq_lens, "
+            "which do not say where a row ends: pass seq_lens."
+        )
+    if batch.get("qkv_format") == "thd":
+        raise KeyError("seq_lens: packed rows say how long their documents are, [B, documents].")
+    return False
+
+
+def _primary(batch: Mapping[str, Any]) -> str:
+    given = [key for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"A batch has either input_ids or inputs_embeds, got {given or 'neither'}: pass one."
+        )
+    return given[0]
+
+
+def _positioned(batch: dict[str, Any], primary: str) -> dict[str, Any]:
+    rows, seq_len = batch[primary].shape[:2]
+    if batch.get("position_ids") is None:
+        index = torch.arange(seq_len, device=batch[primary].device)
+        batch["position_ids"] = index.expand(rows, -1).contiguous()
+    return batch
+
+
+def _padded(
+    batch: dict[str, Any],
+    primary: str,
+    multiple: int,
+    fills: Mapping[str, int | float | bool],
+    *,
+    packed: bool,
+) -> dict[str, Any]:
+    """Rows padded on the right; positions count on, but for packed rows, where they are 0."""
+    missing = -batch[primary].shape[1] % multiple
+    if not missing:
+        return batch
+    out = dict(batch)
+    for key, fill in fills.items():
+        if batch.get(key) is not None:
+            out[key] = _longer(batch[key], missing, fill)
+    position: Tensor = batch["position_ids"]
+    steps = torch.arange(1, missing + 1, device=position.device, dtype=position.dtype)
+    more = position[..., -1:] + steps
+    if packed:
+        more = torch.zeros_like(more)
+    out["position_ids"] = torch.cat((position, more), dim=-1)
+    return out
+
+
+def _longer(x: Tensor, missing: int, fill: int | float | bool) -> Tensor:
+    return torch.cat((x, x.new_full((x.shape[0], missing, *x.shape[2:]), fill)), dim=1)
+
+
+def _part(key: str, x: Any, rank: int, ranks: int, fills: Mapping[str, int | float | bool]) -> Any:
+    if not isinstance(x, Tensor) or (key not in fills and key != "position_ids"):
+        return x
+    dim = x.ndim - 1 if key == "position_ids" else 1
+    length = x.shape[dim] // ranks
+    return x.narrow(dim, rank * length, length).contiguous()
+
+
+def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    return mesh.get_group()
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Where the documents of one row are taken from, and where they go."""
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    slots: tuple[int, ...]
+
+    @classmethod
+    def of(cls, row: int, batch: Mapping[str, Any], seq_len: int, multiple: int) -> "_Packing":
+        lengths = [int(x) for x in batch["seq_lens"][row].tolist() if x > 0]
+        given = batch.get("seq_lens_padded")
+        held = lengths if given is None else [int(x) for x in given[row].tolist() if x > 0]
+        fits = len(held) == len(lengths) and all(a <= b for a, b in zip(lengths, held, strict=True))
+        if not fits or sum(held) > seq_len:
+            raise ValueError(
+                f"The documents of a row fit into it and into their slots, got seq_lens={lengths} "
+                f"in slots of {held} in row {row} of {seq_len} tokens: correct them."
+            )
+        starts = [sum(held[:index]) for index in range(len(held))]
+        slots = [-(-length // multiple) * multiple for length in lengths]
+        return cls(tuple(starts), tuple(lengths), tuple(slots))
+
+
+def _repacked(
+    batch: dict[str, Any], primary: str, multiple: int, padding_token_id: int
+) -> dict[str, Any]:
+    """Rows built anew, each document in a slot of a multiple of tokens."""
+    rows, seq_len = batch[primary].shape[:2]
+    packings = [_Packing.of(row, batch, seq_len, multiple) for row in range(rows)]
+    length = max(1, *(sum(packing.slots) for packing in packings))
+    source = torch.full((rows, length), -1)
+    position, ids = torch.zeros_like(source), torch.zeros_like(source)
+    where = torch.full((rows, seq_len), -1)
+    for row, packing in enumerate(packings):
+        start = 0
+        for number, (first, real, slot) in enumerate(
+            zip(packing.starts, packing.lengths, packing.slots, strict=True), start=1
+        ):
+            source[row, start : start + real] = torch.arange(first, first + real)
+            where[row, first : first + real] = torch.arange(start, start + real)
+            position[row, start : start + slot] = torch.arange(slot)
+            ids[row, start : start + slot] = number
+            start += slot
+    out = dict(batch)
+    for key, fill in _fills(padding_token_id).items():
+        if key not in (SEQ_IDS, "padding_mask") and batch.get(key) is not None:
+            out[key] = _picked(batch[key], source, fill)
+    device = batch[primary].device
+    out |= {"padding_mask": (source < 0).to(device), "position_ids": position.to(device)}
+    out |= {SEQ_IDS: ids.to(device), POSITION_MAP: where.to(device)}
+    out["seq_lens"] = _lengths([packing.lengths for packing in packings], device)
+    out["seq_lens_padded"] = _lengths([packing.slots for packing in packings], device)
+    return out
+
+
+def _picked(x: Tensor, source: Tensor, fill: int | float | bool) -> Tensor:
+    """Tokens of x [B, S, ...] at source [B, T], fill where that is -1."""
+    index = source.to(x.device)
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    taken = x[rows, index.clamp(min=0)]
+    none = (index < 0).view(*index.shape, *[1] * (x.ndim - 2))
+    return taken.masked_fill(none, fill)
+
+
+def _lengths(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
+    longest = max(1, *(len(row) for row in rows))
+    filled = [[*row, *[SENTINEL] * (longest - len(row))] for row in rows]
+    return torch.tensor(filled, device=device)

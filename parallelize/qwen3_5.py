@@ -1,0 +1,132 @@
+"""The plan of models/qwen3_5."""
+
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+)
+
+from dtcp.dispatch import HEADS
+from dtcp.mesh import ParallelMesh
+from dtcp.recurrent import CausalConvCP, GatedDeltaCP
+from dtcp.style import AttentionStyle
+from models.qwen3_5 import ExpertsConfig, Qwen35Config
+from parallelize.apply import ParallelPlan
+from parallelize.experts import ExpertsSplit
+from parallelize.tensor_parallel import Entered, PerToken, RowsSplit, VocabularySharded
+
+GATED_DELTA = GatedDeltaCP()
+
+
+def qwen3_5_plan(
+    config: Qwen35Config,
+    mesh: ParallelMesh,
+    attention: AttentionStyle,
+    *,
+    delta: GatedDeltaCP = GATED_DELTA,
+) -> ParallelPlan:
+    """Split heads, experts' channels and vocabulary over tp, the sequence over cp.
+
+    HeadTail is the layout to shard batches with: it balances full attention, and the delta rule
+    reads it as it lies, for two states a rank rather than one.
+
+    Args:
+        attention: the strategy of full attention on the axis cp.
+        delta: that of the gated delta rule.
+    Raises:
+        ValueError: what tp would split is not a multiple of it.
+    """
+    _check_divisible(config, mesh.size("tp"))
+    blocks = ["layers"] * bool(config.num_layers) + ["ahead.layers"] * config.mtp_layers
+    cp: dict[str, ParallelStyle] = {}
+    for index in range(config.num_layers):
+        if config.attends(index):
+            cp[f"layers.{index}.attention.mixer"] = attention
+        else:
+            cp[f"layers.{index}.delta.conv"] = CausalConvCP()
+            cp[f"layers.{index}.delta.mixer"] = delta
+    if config.mtp_layers:
+        cp["ahead.layers.*.attention.mixer"] = attention
+    return ParallelPlan(
+        tp=tensor_plan(config),
+        cp=cp,
+        blocks=tuple(f"{name}.*" for name in blocks),
+        # What is used twice is gathered once, with the rest of the model.
+        units=() if config.tied or config.mtp_layers else (("embedding",), ("norm", "lm_head")),
+    )
+
+
+def tensor_plan(config: Qwen35Config) -> dict[str, ParallelStyle]:
+    """Columns, then rows, in every part of a block: one all-reduce for each and direction."""
+    plan: dict[str, ParallelStyle] = {
+        "embedding": VocabularySharded(),
+        "norm": PerToken(),
+        "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
+    }
+    kinds = [config.attends(index) for index in range(config.num_layers)]
+    for index, attends in enumerate(kinds):
+        plan |= _block_plan(f"layers.{index}", config, attends=attends)
+    if config.mtp_layers:
+        plan |= _block_plan("ahead.layers.0", config, attends=True)
+        names = ("embedding_norm", "hidden_norm", "join", "norm")
+        plan |= {f"ahead.{name}": PerToken() for name in names}
+    return plan
+
+
+def _block_plan(block: str, config: Qwen35Config, *, attends: bool) -> dict[str, ParallelStyle]:
+    parts: dict[str, ParallelStyle] = {"mixer_norm": PerToken(), "feed_forward_norm": PerToken()}
+    if attends:
+        parts |= {
+            "attention": Entered(),
+            "attention.[qkv]_proj": ColwiseParallel(),
+            "attention.[qk]_norm": PerToken(Shard(HEADS)),
+            "attention.o_proj": RowwiseParallel(),
+        }
+    else:
+        parts |= {
+            "delta": Entered(),
+            "delta.[qkvzab]_proj": ColwiseParallel(),
+            "delta.[qkv]_taps": RowsSplit(),
+            "delta.log_rate": RowsSplit(),
+            "delta.step_bias": RowsSplit(),
+            "delta.norm": PerToken(Shard(HEADS)),
+            "delta.o_proj": RowwiseParallel(),
+        }
+    dense = "feed_forward"
+    if isinstance(config.feed_forward, ExpertsConfig):
+        dense = "feed_forward.shared"
+        parts |= {
+            "feed_forward.router": PerToken(),
+            "feed_forward.experts": ExpertsSplit(),
+            "feed_forward.shared_gate": PerToken(),
+        }
+    parts |= {
+        dense: Entered(),
+        f"{dense}.gate": ColwiseParallel(),
+        f"{dense}.up": ColwiseParallel(),
+        f"{dense}.down": RowwiseParallel(),
+    }
+    return {f"{block}.{name}": style for name, style in parts.items()}
+
+
+def _check_divisible(config: Qwen35Config, tp: int) -> None:
+    delta, shape = config.delta, config.feed_forward
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "delta.key_heads": delta.key_heads,
+        "delta.value_heads": delta.value_heads,
+    }
+    if isinstance(shape, ExpertsConfig):
+        sizes["feed_forward.hidden_dim"] = shape.hidden_dim
+        sizes["feed_forward.shared_hidden_dim"] = shape.shared_hidden_dim
+    else:
+        sizes["feed_forward"] = shape
+    for name, size in sizes.items():
+        if size % tp:
+            raise ValueError(
+                f"Tensor parallelism splits {name} into equal parts, got {name}={size} with "
+                f"tp={tp}: choose a tp that divides it, and give the ranks to cp instead."
+            )
