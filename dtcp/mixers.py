@@ -131,6 +131,9 @@ class KeysFromValues(MaskedMixer):
         q, k = (rotate(x, position, frequency) for x in (q, v * key_scale))
         return ATTENTION(q, k, v, read, self.softmax(q))
 
+    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().alone(args[0], args[1], args[1])
+
     def tables_of(self, coords: Coords) -> Sequence[Tensor]:
         return (*super().tables_of(coords), position_in_document(coords))
 
@@ -152,6 +155,10 @@ class KeyExchange(MaskedMixer):
     def position(self, position: Tensor, tables: Tables) -> Tensor:
         """Positions in their documents of what `forward` brings: [B, K]."""
         return position
+
+    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = args[0]
+        return x
 
     def tables_of(self, coords: Coords) -> Sequence[Tensor]:
         return ()

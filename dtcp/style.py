@@ -103,16 +103,17 @@ class AttentionStyle(ParallelStyle):
         return self.make_tables(layout, rank, mask.intervals(coords))
 
     @property
-    def values_op(self) -> ValuesOp:
-        """The pair of ops for keys made from values.
+    def values_op(self) -> ValuesOp | None:
+        """The pair of ops for keys made from values; None: values alone are not carried."""
+        return None
 
-        Raises:
-            ValueError: this strategy does not carry values alone.
-        """
-        raise ValueError(
-            f"Keys made from values are made again where values arrive, by RingAttention or "
-            f"AllGatherAttention, got {self}: use one of these."
-        )
+    def check_values(self) -> None:
+        """Refuse, when the plan is applied, what does not carry values alone."""
+        if self.values_op is None:
+            raise ValueError(
+                f"Keys made from values are made again where values arrive, by RingAttention or "
+                f"AllGatherAttention, got {self}: use one of these."
+            )
 
     def values_tables(
         self, mask: Mask, coords: Coords, layout: SequenceLayout, rank: int
@@ -132,7 +133,7 @@ class AttentionStyle(ParallelStyle):
             )
         eager = isinstance(self.boundary, EagerIsland)
         if type(module) is KeysFromValues:
-            assert self.values_op is not None
+            self.check_values()
             module.__class__ = _IslandValues if eager else ContextParallelValues
         else:
             install(self.op)
@@ -235,7 +236,9 @@ class ContextParallelValues(ContextParallelMixer, KeysFromValues):
     ) -> Tensor:
         *read, position, key_position = tables
         q = rotate(q, position, frequency)
-        return self.style.values_op(
+        op = self.style.values_op
+        assert op is not None
+        return op(
             q,
             v,
             key_scale,

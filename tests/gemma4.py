@@ -1,7 +1,7 @@
 """transformers' Gemma 4 in fp64, shown each document alone: the truth for ours, on any mesh."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ S, F = "sliding_attention", "full_attention"
 SEQ_LEN, WINDOW = 48, 8
 ROWS = ((9, 1, 38), (48,), (20, 26), (13, 13, 13))
 """Documents of four rows: some cut by every shard border, two rows with padding."""
+
+MARKS = (61, 62, 63)
+"""Tokens that no text has."""
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -96,7 +99,10 @@ def published(settings: dict[str, Any]) -> Any:
     """A random model of transformers in fp64; what starts as ones or zeros is random too."""
     config = Gemma4TextConfig(**{**SHAPE, **settings})
     if config.use_bidirectional_attention == "vision":
-        whole = HFConfig(text_config=config, vision_config=None, audio_config=None)
+        kinds = ("image_token_id", "video_token_id", "audio_token_id")
+        # They mark where a tower of its own would put something.
+        marks = dict(zip(kinds, MARKS, strict=True))
+        whole = HFConfig(text_config=config, vision_config=None, audio_config=None, **marks)
         whole._attn_implementation = "eager"
         model: Any = Gemma4ForConditionalGeneration(whole).double()
     else:
@@ -118,7 +124,7 @@ def truth(variant: str) -> Truth:
     documents = Documents(ROWS, SEQ_LEN)
     shape = (documents.batch, documents.seq_len)
     # 0 is the padding token, which is not trained: one of them is in a document.
-    input_ids = torch.randint(64, shape)
+    input_ids = torch.randint(min(MARKS), shape)
     types = _images(shape) if config.vision_blocks else None
     grad = torch.randn(*shape, config.vocab_size, dtype=torch.float64)
     grad[documents.document() < 0] = 0.0
@@ -145,6 +151,73 @@ def truth(variant: str) -> Truth:
         grad,
         logits.detach(),
         from_hf(gradients, config),
+    )
+
+
+class Tower(nn.Module):
+    """Looks at all images of a batch at once; knows nothing of meshes."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.first, self.second = (
+            nn.Linear(6, dim, dtype=torch.float64),
+            nn.Linear(dim, dim).double(),
+        )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[tokens, 6] to features [tokens, dim]; every token sees every other."""
+        x = self.first(pixels)
+        return self.second(x + torch.tanh(x @ x.T / x.numel()) @ x)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A Truth whose images are looked at by a tower: what goes into it, its weights, gradients."""
+
+    truth: Truth
+    pixels: Tensor
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+@functools.cache
+def seen() -> Seen:
+    """The vision variant, features in their tokens' places."""
+    whole = truth("vision")
+    torch.manual_seed(1)
+    theirs = published(VARIANTS["vision"])
+    types = whole.mm_token_type_ids
+    assert types is not None
+    images = types > 0
+    tower, pixels = Tower(whole.config.dim), torch.randn(int(images.sum()), 6).double()
+    text = whole.input_ids.masked_fill(images, 0)
+    embeds = theirs.get_input_embeddings()(text)
+    embeds = embeds.masked_scatter(images[..., None], tower(pixels))
+    rows = []
+    with Wide():
+        for row, lengths in enumerate(ROWS):
+            parts, start = [], 0
+            for length in lengths:
+                at = (slice(row, row + 1), slice(start, start + length))
+                given = {"inputs_embeds": embeds[at], "mm_token_type_ids": types[at]}
+                parts.append(theirs(**given, use_cache=False).logits[0])
+                start += length
+            parts.append(embeds.new_zeros(SEQ_LEN - start, whole.config.vocab_size))
+            rows.append(torch.cat(parts))
+        logits = torch.stack(rows)
+        logits.backward(whole.grad_logits)
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    weights = {name: x.detach() for name, x in from_hf(theirs.state_dict(), whole.config).items()}
+    return Seen(
+        replace(
+            whole,
+            weights=weights,
+            logits=logits.detach(),
+            gradients=from_hf(gradients, whole.config),
+        ),
+        pixels,
+        {name: x.detach() for name, x in tower.state_dict().items()},
+        {name: p.grad for name, p in tower.named_parameters()},
     )
 
 

@@ -111,8 +111,10 @@ def _coords() -> Coords:
 
 REFUSED: list[tuple[Any, str]] = [
     (
-        lambda: Gemma4(tiny_e()).forward(None, torch.zeros(1, 4), {}, inputs_embeds=torch.ones(1)),
-        "per-layer embeddings need the ids",
+        lambda: Gemma4(tiny_e()).forward(
+            None, torch.zeros(1, 4), {}, inputs_embeds=torch.ones(1, 4, 128)
+        ),
+        "looked up by token, got input_ids=None",
     ),
     (
         lambda: batch_tables(Gemma4(replace(tiny(), vision_blocks=True)), Documents.single(1, 8)),
@@ -144,7 +146,7 @@ REFUSED: list[tuple[Any, str]] = [
         ].make_tables(HeadTail(32, 2), 0, _images_of(5)),
         r"sees 4 tokens to the left and 4 to the right.*widen the halo",
     ),
-    (lambda: UlyssesAttention().values_op, "RingAttention or AllGatherAttention"),
+    (lambda: UlyssesAttention().check_values(), "RingAttention or AllGatherAttention"),
     (
         lambda: KeyExchange(Causal()).make_tables(_coords(), Contiguous(32, 2)),
         "unclaimed KeyExchange",

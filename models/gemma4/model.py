@@ -220,12 +220,15 @@ class PerLayerEmbedding(nn.Module):
         self.proj = nn.Linear(config.dim, width, bias=False)
         self.norm = nn.RMSNorm(config.per_layer_dim, config.norm_eps)
 
-    def forward(self, input_ids: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        """[B, L] ids and [B, L, D] embeddings to a [B, L, P] for every layer."""
-        by_layer = (self.num_layers, self.dim)
-        token = scaled(self.tokens(input_ids), self.dim**0.5).unflatten(-1, by_layer)
-        stream = self.norm((self.proj(x) * x.shape[-1] ** -0.5).unflatten(-1, by_layer))
-        return ((stream + token) * 2**-0.5).unbind(-2)
+    def forward(self, token: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """`look_up` of the ids, and [B, L, D] embeddings, to a [B, L, P] for every layer."""
+        stream = (self.proj(x) * x.shape[-1] ** -0.5).unflatten(-1, (self.num_layers, self.dim))
+        return ((self.norm(stream) + token) * 2**-0.5).unbind(-2)
+
+    def look_up(self, input_ids: Tensor) -> Tensor:
+        """[B, L] ids to what tokens are to each layer: [B, L, layers, P]."""
+        token = scaled(self.tokens(input_ids), self.dim**0.5)
+        return token.unflatten(-1, (self.num_layers, self.dim))
 
 
 class Gemma4(nn.Module):
@@ -252,6 +255,7 @@ class Gemma4(nn.Module):
         tables: Tables,
         *,
         inputs_embeds: Tensor | None = None,
+        per_layer_inputs: Tensor | None = None,
     ) -> Tensor:
         """Score the next token of every token.
 
@@ -261,13 +265,15 @@ class Gemma4(nn.Module):
             position: [B, L], the position of each token in its document.
             tables: what the batch brings for the mixers.
             inputs_embeds: [B, L, D], what `embed` gave with images put in their places.
+            per_layer_inputs: [B, L, layers, P], of `per_layer.look_up`, where there are no ids.
         Returns:
             [B, L, V].
         """
         x = self._first(input_ids, inputs_embeds)
         embeddings: Sequence[Tensor | None] = [None] * len(self.layers)
         if self.per_layer is not None:
-            embeddings = self.per_layer(input_ids, x)
+            token = self._tokens(input_ids, per_layer_inputs, self.per_layer)
+            embeddings = self.per_layer(token, x)
         shared: dict[Sight, KeysAndValues] = {}
         for layer, block in enumerate(self.layers):
             sight = self.config.layers[layer]
@@ -305,16 +311,26 @@ class Gemma4(nn.Module):
                 nn.init.ones_(module.layer_scalar)
 
     def _first(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if input_ids is None and (inputs_embeds is None or self.per_layer is not None):
-            raise ValueError(
-                f"Gemma4 reads input_ids or inputs_embeds, and per-layer embeddings need the ids "
-                f"in any case, got input_ids=None with per_layer_dim="
-                f"{self.config.per_layer_dim}: pass input_ids, the padding token for images."
-            )
         if inputs_embeds is not None:
             return inputs_embeds
-        assert input_ids is not None
+        if input_ids is None:
+            raise ValueError(
+                "Gemma4 reads input_ids or inputs_embeds, got neither: pass one of them."
+            )
         return self.embed(input_ids)
+
+    def _tokens(
+        self, input_ids: Tensor | None, given: Tensor | None, per_layer: PerLayerEmbedding
+    ) -> Tensor:
+        if given is not None:
+            return given
+        if input_ids is None:
+            raise ValueError(
+                f"Per-layer embeddings are looked up by token, got input_ids=None with "
+                f"per_layer_dim={self.config.per_layer_dim}: pass input_ids, the padding token "
+                f"where there is an image, or per_layer_inputs."
+            )
+        return per_layer.look_up(input_ids)
 
     def _tie(self) -> None:
         if self.config.tied:

@@ -1,0 +1,244 @@
+"""What windows and global layers of a Gemma 4 cost under context parallelism.
+
+    python -m benchmarks.windows
+    python -m benchmarks.windows --seq-len 8192 --window 512 --write cpu
+
+Bytes received in a forward pass, per layer kind and for whole models, by formula: ours, a ring of
+whole chunks, and an all-gather of all keys (tests/test_windows.py holds ours against what real
+ranks count). Then, measured: the time to build a batch's masks, and a step of a window layer on
+two ranks, ours and two kinds of all-gather in the same run, each checked against the others.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.report import conditions, table, write
+from benchmarks.window_bytes import LayerBytes, all_gather, ours, total, whole_chunk_ring
+from dtcp import collectives
+from dtcp.attention import HaloAttention, RingAttention
+from dtcp.batch import BatchPlan, shard_batch
+from dtcp.documents import Documents
+from dtcp.kernels.attend import Softmax
+from dtcp.kernels.local import ATTENTION, LocalTables
+from dtcp.kernels.spans import key_spans
+from dtcp.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.masks import Causal, Coords, SlidingWindow
+from dtcp.mesh import Degrees, ParallelMesh
+from dtcp.style import apply_plan
+from models.gemma4 import PRESETS, Block, Gemma4Config, HeadShape, Sight, pattern
+
+MODEL = "gemma4-31b"
+LENGTHS, RANKS = (2**17, 2**20), (8, 16, 32, 64)
+WAYS: dict[str, tuple[type[SequenceLayout], LayerBytes]] = {
+    "ours, contiguous": (Contiguous, ours),
+    "ours, head-tail": (HeadTail, ours),
+    "whole-chunk ring": (Contiguous, whole_chunk_ring),
+    "all-gather": (Contiguous, all_gather),
+}
+STEPS = ("halo (ours)", "all-gather, our kernel", "all-gather, dense mask")
+
+
+def main() -> None:
+    """Print every table, and keep them if asked to."""
+    args = _arguments()
+    given = {key: value for key, value in vars(args).items() if key != "write"}
+    parts = [
+        conditions("benchmarks.windows", given),
+        f"## Bytes of whole models\n\n{MODEL} and gemma4-e4b, bf16, one document a row, forward, "
+        f"by formula: GB received by the rank that receives most (and on average).",
+        table(("model", "S", "ranks", *WAYS), [*_models(MODEL), *_models("gemma4-e4b")]),
+        f"## Bytes of a layer\n\n{MODEL}, S = 131072, 8 ranks: MB received, at most.",
+        table(("layer", *WAYS), _kinds()),
+        "## Building masks\n\nOnce a batch and layer kind, on the host, one row of one document, "
+        f"rank 1 of 8, head-tail, {MODEL}: milliseconds, median.",
+        table(("layer", "S = 131072", "S = 1048576"), _building(args.repeats)),
+        _steps_text(args),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    print(text)
+    if args.write:
+        write(Path(__file__).parent / "results", f"windows_{args.write}", text)
+
+
+def _models(name: str) -> list[list[str]]:
+    rows = []
+    for seq_len in LENGTHS:
+        for ranks in RANKS:
+            totals = [
+                total(PRESETS[name], layout(seq_len, ranks), way) for layout, way in WAYS.values()
+            ]
+            found = [f"{x.most / 1e9:.2f} ({x.mean / 1e9:.2f})" for x in totals]
+            rows.append([name, f"{seq_len}", f"{ranks}", *found])
+    return rows
+
+
+def _kinds() -> list[list[str]]:
+    config, rows = PRESETS[MODEL], []
+    for sight in Sight:
+        layer = config.layers.index(sight)
+        cells = []
+        for layout, way in WAYS.values():
+            most = max(way(config, layout(2**17, 8), layer, rank) for rank in range(8))
+            cells.append(f"{most / 1e6:.1f}")
+        rows.append([sight.name.lower(), *cells])
+    return rows
+
+
+def _building(repeats: int) -> list[list[str]]:
+    config = PRESETS[MODEL]
+    window = HaloAttention(config.window)
+    kinds: dict[str, Callable[..., Any]] = {
+        "sliding": partial(window.mixer_tables, Causal() & SlidingWindow(config.window)),
+        "global": partial(RingAttention().values_tables, Causal()),
+    }
+    rows = []
+    for name, build in kinds.items():
+        cells = []
+        for seq_len in LENGTHS:
+            coords = Coords.of(Documents.single(1, seq_len))
+            seconds = _median(partial(build, coords, HeadTail(seq_len, 8), 1), repeats)
+            cells.append(f"{1e3 * seconds:.1f}")
+        rows.append([name, *cells])
+    return rows
+
+
+def _steps_text(args: argparse.Namespace) -> str:
+    with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
+        results = manager.dict()
+        options = (f"{folder}/meeting", args.seq_len, args.window, args.repeats, results)
+        mp.spawn(_rank, options, nprocs=2)
+        found = dict(results)
+    shape = _shape(args.window)
+    rows = []
+    for name in STEPS:
+        attention, layer = (max(found[name, part, r] for r in (0, 1)) for part in (0, 1))
+        first = [max(found[STEPS[0], part, r] for r in (0, 1)) for part in (0, 1)]
+        ratios = (f"{attention / first[0]:.1f}", f"{layer / first[1]:.1f}")
+        rows.append([name, f"{attention:.3f}", ratios[0], f"{layer:.3f}", ratios[1]])
+    head = ("window layer", "attention s", "/ ours", "whole layer s", "/ ours")
+    return (
+        f"## A step of a window layer\n\nForward and backward on two ranks, contiguous, fp32, "
+        f"eager, median of {args.repeats}, the slower rank: S = {args.seq_len}, W = {args.window}, "
+        f"dim {shape.dim}, hidden {shape.hidden_dim}, heads {shape.num_heads}, kv heads "
+        f"{shape.sliding.num_kv_heads}, head dim {shape.sliding.head_dim}. The all-gathers bring "
+        f"all keys and values; one then computes what the window sees, as ours does, the other "
+        f"calls torch's SDPA with a mask of [L, S].\n\n{table(head, rows)}"
+    )
+
+
+def _shape(window: int) -> Gemma4Config:
+    return Gemma4Config(
+        vocab_size=64,
+        dim=512,
+        hidden_dim=2048,
+        num_heads=8,
+        layers=pattern("sg", 2),
+        window=window,
+        sliding=HeadShape(64, 4, 1e4),
+        globals=HeadShape(64, 4, 1e6),
+    )
+
+
+def _rank(rank: int, meeting: str, seq_len: int, window: int, repeats: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(meeting, 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    torch.manual_seed(0)
+    block = Block(_shape(window), 0)
+    apply_plan(block, mesh.cp, {"attention.mixer": HaloAttention(window)})
+    documents = Documents.single(1, seq_len)
+    ids = torch.zeros(1, seq_len, dtype=torch.int64)
+    _, plan = shard_batch({"input_ids": ids}, mesh, Contiguous, model=block, documents=documents)
+
+    halo: Any = block.attention.mixer.forward
+    gathers = (_gathered(plan, window, dense=dense) for dense in (False, True))
+    ways: tuple[Any, ...] = (halo, *gathers)
+    torch.manual_seed(1 + rank)
+    qkv = [torch.randn(1, seq_len // 2, heads, 64, requires_grad=True) for heads in (8, 4, 4)]
+    x = torch.randn(1, seq_len // 2, 512, requires_grad=True)
+    position = torch.arange(seq_len // 2)[None] + rank * seq_len // 2
+    first = _attend(halo, qkv, plan)
+    for way in ways[1:]:
+        for expected, found in zip(first, _attend(way, qkv, plan), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    taken: dict[tuple[str, int], list[float]] = {}
+    # Ways take turns, so that a slow moment of the machine is nobody's alone.
+    for _ in range(repeats + 1):
+        for name, way in zip(STEPS, ways, strict=True):
+            block.attention.mixer.forward = way
+            parts = (partial(_attend, way, qkv, plan), partial(_layer, block, x, position, plan))
+            for part, work in enumerate(parts):
+                dist.barrier()
+                taken.setdefault((name, part), []).append(_seconds(work))
+    for (name, part), seconds in taken.items():
+        results[name, part, rank] = statistics.median(seconds[1:])
+    dist.destroy_process_group()
+
+
+def _gathered(plan: BatchPlan, window: int, *, dense: bool) -> Callable[..., Tensor]:
+    """Attention that brings all keys and values, whatever the window."""
+    axis = plan.mesh.cp
+    assert axis is not None
+    first, last = (Causal() & SlidingWindow(window)).intervals(plan.coords)
+    position = torch.arange(plan.layout.seq_len, dtype=torch.int32)
+    first, last = (plan.layout.shard(x, axis.get_local_rank()) for x in (first, last))
+    tables = LocalTables(first, last, position, key_spans(first, last, position))
+    mask = (position >= first[0, :, None]) & (position <= last[0, :, None])  # [L, S]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
+        k, v = (collectives.all_gather(x, axis, dim=1) for x in (k, v))
+        if not dense:
+            return ATTENTION(q, k, v, tables, Softmax(1.0))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=1.0, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return attend
+
+
+def _attend(way: Any, qkv: list[Tensor], plan: BatchPlan) -> tuple[Tensor, ...]:
+    out = way(*(x / 4 for x in qkv), plan.tables)
+    return (out.detach(), *torch.autograd.grad(out, qkv, torch.ones_like(out)))
+
+
+def _layer(block: Block, x: Tensor, position: Tensor, plan: BatchPlan) -> None:
+    out, _ = block(x, position, plan.tables, None, None)
+    wanted = [x, *(p for p in block.parameters())]
+    torch.autograd.grad(out, wanted, torch.ones_like(out))
+
+
+def _median(work: Callable[[], Any], repeats: int) -> float:
+    """Median seconds after one run to warm up."""
+    return statistics.median([_seconds(work) for _ in range(repeats + 1)][1:])
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seq-len", type=int, default=8192)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--write", default="", help="hardware name of the file under results/")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

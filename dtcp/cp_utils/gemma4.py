@@ -1,0 +1,281 @@
+"""A batch for Gemma 4 as NeMo Automodel shards it: contiguously, by a hook of the model's own.
+
+The names and signatures are those of nemo_automodel.components.models.gemma4_moe.cp_batch. What
+a rank attends to is worked out here as well, from whole rows and without communication: the ring
+over contiguous shards is RingAttention, whose steps each have their part of the mask.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtcp.cp_utils.batch import MODEL_OWNED
+from dtcp.documents import Documents
+from dtcp.layout import Contiguous
+from dtcp.loss import IGNORED
+from dtcp.masks import Coords, vision_blocks
+from dtcp.mixers import mixer_tables
+
+Batch = dict[str, Any]
+Context = Callable[[], AbstractContextManager[None]]
+Prepared = tuple[str, int, Tensor, Tensor, int, Tensor | None]
+
+SEQ_IDS = "_packed_seq_ids"
+GROUPS = "_gemma4_vision_group_ids"
+SEQ_DIMS, PAD_VALUES = "_cp_metadata_seq_dims", "_cp_metadata_pad_values"
+
+
+def prepare_model_inputs_for_cp(
+    model: nn.Module, batch: Mapping[str, Any], *, image_features: Tensor | None = None
+) -> Batch:
+    """What Gemma 4 does to a batch of whole rows before it is sharded.
+
+    Images are numbered in whole rows, features of images take their tokens' places, and the
+    batch is given the model's own way to be sharded, as `_cp_make_batch_fn`. The sharded batch
+    then has `tables`, for the model's forward.
+
+    Args:
+        model: models.gemma4.Gemma4. Under FSDP its `embed` is registered as a forward method
+            (torch's register_fsdp_forward_method) where image_features are given.
+        batch: whole rows, alike on every rank of the axis.
+        image_features: [images' tokens, D], in order; of a tower that no mesh axis shards.
+    Raises:
+        ValueError: the model sees images as blocks, and no mm_token_type_ids say where they are;
+            features that are not as many as the images' tokens.
+    """
+    batch = dict(batch)
+    config: Any = model.config
+    types = batch.get("mm_token_type_ids")
+    if types is None and (config.vision_blocks or image_features is not None):
+        raise ValueError(
+            "Gemma4 sees the tokens of an image as one block, got a batch without "
+            "mm_token_type_ids: pass them, [B, S], zeros where there is no image."
+        )
+    if types is not None:
+        batch[GROUPS] = vision_blocks(types)
+    if image_features is not None:
+        batch = _embedded(model, batch, image_features)
+    batch[MODEL_OWNED] = partial(_shard_for, model)
+    return batch
+
+
+def make_contiguous_shard_cp_batch_and_ctx(
+    cp_mesh: DeviceMesh | None,
+    tp_mesh: DeviceMesh | None,
+    batch: Mapping[str, Any],
+    loss_mask: Tensor | None = None,
+    padding_token_id: int = 0,
+) -> tuple[Context, Batch]:
+    """Prepare a batch and keep this rank's stretch of it; the batch given stays as it is.
+
+    No communication.
+
+    Args:
+        cp_mesh: the 1-D axis of the sequence; None: one rank.
+        batch: whole rows, alike on every rank: input_ids or inputs_embeds, labels; maybe
+            position_ids, padding_mask or attention_mask, `_packed_seq_ids` [B, S] (1, 2, .. by
+            document, 0 for padding), mm_token_type_ids, per_layer_inputs [B, S, layers, P].
+        loss_mask: [B, S]; stands for labels where there are none.
+    Returns:
+        a context that does nothing, and the local batch.
+    Raises:
+        ValueError: both or neither of input_ids and inputs_embeds.
+        KeyError: no labels and no loss_mask.
+    """
+    batch = dict(batch)
+    prepared = _prepare_manual_cp_batch(cp_mesh, tp_mesh, batch, loss_mask)
+    _synthesize_single_document_seq_ids(batch, *prepared[:2])
+    return _make_contiguous_shard_cp_batch(cp_mesh, batch, *prepared, padding_token_id)
+
+
+def _prepare_manual_cp_batch(
+    cp_mesh: DeviceMesh | None, tp_mesh: DeviceMesh | None, batch: Batch, loss_mask: Tensor | None
+) -> Prepared:
+    """Find what is sharded, add positions, and turn an attention_mask into a padding_mask.
+
+    The batch itself changes.
+
+    Returns:
+        (key of what the model reads, tokens a row, labels, position_ids, their sequence dim,
+        loss_mask).
+    """
+    mask = batch.pop("attention_mask", None)
+    if mask is not None and batch.get("padding_mask") is None:
+        batch["padding_mask"] = _padding_of(mask)
+    given = [key for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"A batch has either input_ids or inputs_embeds, got {given or 'neither'}: pass one."
+        )
+    rows, seq_len = batch[given[0]].shape[:2]
+    position = batch.get("position_ids")
+    if position is None:
+        position = torch.arange(seq_len, device=batch[given[0]].device)[None]
+    if position.ndim == 2 and position.shape[0] == 1 and rows > 1:
+        position = position.expand(rows, -1)
+    batch["position_ids"] = position = position.contiguous()
+    labels = batch.get("labels")
+    if labels is None:
+        labels, loss_mask = loss_mask, None
+    if labels is None:
+        raise KeyError("labels: a batch to train on has them, or a loss_mask in their place.")
+    return given[0], seq_len, labels, position, 2 if position.ndim == 3 else 1, loss_mask
+
+
+def _synthesize_single_document_seq_ids(batch: Batch, primary_key: str, seq_len: int) -> None:
+    """Add `_packed_seq_ids` of one document a row where there are none: 1, and 0 for padding.
+
+    Before padding is added, whose id is 0 too.
+    """
+    if batch.get(SEQ_IDS) is not None:
+        return
+    padding = batch.get("padding_mask")
+    if padding is not None:
+        batch[SEQ_IDS] = (~padding.bool()).long()
+    else:
+        like = batch[primary_key]
+        batch[SEQ_IDS] = torch.ones(like.shape[0], seq_len, dtype=torch.int64, device=like.device)
+
+
+def _make_contiguous_shard_cp_batch(
+    cp_mesh: DeviceMesh | None,
+    batch: Mapping[str, Any],
+    primary_key: str,
+    seq_len: int,
+    labels: Tensor,
+    position_ids: Tensor,
+    pos_seq_dim: int,
+    loss_mask: Tensor | None,
+    padding_token_id: int,
+) -> tuple[Context, Batch]:
+    """Pad rows to a multiple of twice the ranks and keep this rank's stretch of every key."""
+    batch = {**batch, "labels": labels, "position_ids": position_ids}
+    if loss_mask is not None:
+        batch["loss_mask"] = loss_mask
+    ranks = 1 if cp_mesh is None else cp_mesh.size()
+    rank = 0 if cp_mesh is None else cp_mesh.get_local_rank()
+    missing = -seq_len % (2 * ranks)
+    layout = Contiguous(seq_len + missing, ranks)
+    pads: dict[str, float | int | bool] = {
+        "input_ids": padding_token_id,
+        "inputs_embeds": 0.0,
+        "mm_token_type_ids": 0,
+        SEQ_IDS: 0,
+        "per_layer_inputs": 0.0,
+        "padding_mask": True,
+        "labels": IGNORED,
+        "loss_mask": 0,
+    }
+    dims = {**dict(batch.pop(SEQ_DIMS, {})), **dict.fromkeys(pads, 1)}
+    pads = {**dict(batch.pop(PAD_VALUES, {})), **pads}
+    for key, dim in dims.items():
+        if batch.get(key) is not None:
+            whole = _pad_tensor_seq_dim_(batch[key], dim, missing, pads.get(key, 0))
+            batch[key] = layout.shard(whole, rank, dim=dim).contiguous()
+    counted = _pad_position_ids_seq_dim_(position_ids, pos_seq_dim, missing)
+    batch["position_ids"] = layout.shard(counted, rank, dim=pos_seq_dim).contiguous()
+    return nullcontext, batch
+
+
+def _pad_tensor_seq_dim_(
+    tensor: Tensor, seq_dim: int, pad_len: int, value: float | int = 0
+) -> Tensor:
+    """The tensor with `value` added on the right of its sequence; itself if nothing is added."""
+    if pad_len <= 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[seq_dim] = pad_len
+    return torch.cat((tensor, tensor.new_full(shape, value)), dim=seq_dim)
+
+
+def _pad_position_ids_seq_dim_(position_ids: Tensor, seq_dim: int, pad_len: int) -> Tensor:
+    """Positions that count on, each row from its last one."""
+    if pad_len <= 0:
+        return position_ids
+    steps = torch.arange(1, pad_len + 1, dtype=position_ids.dtype, device=position_ids.device)
+    shape = [1] * position_ids.ndim
+    shape[seq_dim] = pad_len
+    last = position_ids.narrow(seq_dim, position_ids.shape[seq_dim] - 1, 1)
+    return torch.cat((position_ids, last + steps.view(shape)), dim=seq_dim)
+
+
+def _shard_for(
+    model: nn.Module,
+    cp_mesh: DeviceMesh | None,
+    tp_mesh: DeviceMesh | None,
+    batch: Mapping[str, Any],
+    *,
+    loss_mask: Tensor | None = None,
+    padding_token_id: int = 0,
+) -> tuple[Context, Batch]:
+    """The model's own way to shard: the same, and the tables of its mixers."""
+    whole = dict(batch)
+    key, seq_len, *_ = _prepare_manual_cp_batch(cp_mesh, tp_mesh, whole, loss_mask)
+    _synthesize_single_document_seq_ids(whole, key, seq_len)
+    extra = {SEQ_DIMS: {**batch.get(SEQ_DIMS, {}), GROUPS: 1}}
+    extra[PAD_VALUES] = {**batch.get(PAD_VALUES, {}), GROUPS: -1}
+    context, local = make_contiguous_shard_cp_batch_and_ctx(
+        cp_mesh, tp_mesh, {**batch, **extra}, loss_mask, padding_token_id
+    )
+    ranks = 1 if cp_mesh is None else cp_mesh.size()
+    missing = -seq_len % (2 * ranks)
+    documents = _documents(whole[SEQ_IDS].cpu(), whole.get("padding_mask"), missing)
+    block = whole.get(GROUPS)
+    if block is not None:
+        block = _pad_tensor_seq_dim_(block.cpu(), 1, missing, -1)
+    layout = Contiguous(documents.seq_len, ranks)
+    tables = mixer_tables(model, Coords.of(documents, block=block), layout)
+    device = local[key].device
+    local["tables"] = {
+        name: tuple(x.to(device) if x.dtype == torch.int32 else x for x in parts)
+        for name, parts in tables.items()
+    }
+    return context, local
+
+
+def _documents(seq_ids: Tensor, padding: Tensor | None, missing: int) -> Documents:
+    """Documents by their ids. Padding between tokens is a document of its own, seen by no other."""
+    if padding is not None:
+        seq_ids = seq_ids.masked_fill(padding.bool().cpu(), 0)
+    rows = []
+    for row, ids in enumerate(seq_ids):
+        runs, lengths = ids.unique_consecutive(return_counts=True)
+        real = runs[runs > 0]
+        if real.numel() != real.unique().numel():
+            raise ValueError(
+                f"A document lies in one stretch of its row, got _packed_seq_ids with an id in "
+                f"several stretches of row {row}: give each document an id of its own."
+            )
+        counts = lengths.tolist()
+        rows.append(tuple(counts[:-1] if runs.numel() and runs[-1] == 0 else counts))
+    return Documents(tuple(rows), seq_ids.shape[1] + missing)
+
+
+def _embedded(model: Any, batch: Batch, features: Tensor) -> Batch:
+    """Whole rows of embeddings, features of images in their places; gradients reach both."""
+    config: Any = model.config
+    ids, seen = batch.pop("input_ids"), batch[GROUPS] >= 0
+    if features.shape[0] != int(seen.sum()):
+        raise ValueError(
+            f"Every token of an image has a feature, got {features.shape[0]} of them for "
+            f"{int(seen.sum())} tokens: pass as many, in order."
+        )
+    text = ids if config.pad_id is None else ids.masked_fill(seen, config.pad_id)
+    embeds: Tensor = model.embed(text)
+    batch["inputs_embeds"] = embeds.masked_scatter(seen[..., None], features.to(embeds.dtype))
+    if config.per_layer_dim:
+        batch["per_layer_inputs"] = model.per_layer.look_up(text)
+    return batch
+
+
+def _padding_of(mask: Tensor) -> Tensor:
+    """True for padding, of a mask that has 1 for tokens, or of the diagonal of one of four dims."""
+    if mask.ndim != 4:
+        return mask.bool().logical_not()
+    diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+    return diagonal.logical_not() if mask.dtype == torch.bool else diagonal != 0
