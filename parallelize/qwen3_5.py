@@ -38,7 +38,7 @@ def qwen3_5_plan(
         ValueError: what tp would split is not a multiple of it.
     """
     _check_divisible(config, mesh.size("tp"))
-    blocks = ["layers"] * bool(config.num_layers) + ["ahead.layers"] * config.mtp_layers
+    blocks = ["layers"] * bool(config.num_layers) + ["ahead.layers"] * config.num_mtp_layers
     cp: dict[str, ParallelStyle] = {}
     for index in range(config.num_layers):
         if config.attends(index):
@@ -46,14 +46,14 @@ def qwen3_5_plan(
         else:
             cp[f"layers.{index}.delta.conv"] = CausalConvCP()
             cp[f"layers.{index}.delta.mixer"] = delta
-    if config.mtp_layers:
+    if config.num_mtp_layers:
         cp["ahead.layers.*.attention.mixer"] = attention
     return ParallelPlan(
         tp=tensor_plan(config),
         cp=cp,
         blocks=tuple(f"{name}.*" for name in blocks),
         # What is used twice is gathered once, with the rest of the model.
-        units=() if config.tied or config.mtp_layers else (("embedding",), ("norm", "lm_head")),
+        units=() if config.tied or config.num_mtp_layers else (("embedding",), ("norm", "lm_head")),
     )
 
 
@@ -67,7 +67,7 @@ def tensor_plan(config: Qwen35Config) -> dict[str, ParallelStyle]:
     kinds = [config.attends(index) for index in range(config.num_layers)]
     for index, attends in enumerate(kinds):
         plan |= _block_plan(f"layers.{index}", config, attends=attends)
-    if config.mtp_layers:
+    if config.num_mtp_layers:
         plan |= _block_plan("ahead.layers.0", config, attends=True)
         names = ("embedding_norm", "hidden_norm", "join", "norm")
         plan |= {f"ahead.{name}": PerToken() for name in names}

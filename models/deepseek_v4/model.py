@@ -82,7 +82,7 @@ class DeepseekV4(nn.Module):
                 their experts by token.
             position: [B, L], the position of each token in its document.
             tables: what the batch brings for the mixers.
-            mtp_input_ids: [B, depths, L], the tokens 1, 2, .. ahead (dtcp.batch.shift_ahead);
+            mtp_input_ids: [B, depths, L], the tokens 1, 2, .. ahead (dtcp.batch.look_ahead);
                 None to leave multi-token prediction out.
         Returns:
             [B, L, V]; with mtp_input_ids a tuple of it and of each depth's.
