@@ -17,6 +17,7 @@ from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.masks import Bidirectional, BlockBidirectional, Causal, PrefixLM, SlidingWindow
 from dtcp.mesh import Degrees, ParallelMesh
 from dtcp.mixers import SoftmaxAttention, batch_tables
+from dtcp.recurrent import CausalConv1d, CausalConvCP, GatedDeltaCP, GatedDeltaRule
 from dtcp.style import AttentionStyle, apply_plan
 
 __all__ = [
@@ -27,10 +28,14 @@ __all__ = [
     "BlockBalanced",
     "BlockBidirectional",
     "Causal",
+    "CausalConv1d",
+    "CausalConvCP",
     "Contiguous",
     "Degrees",
     "Documents",
     "EagerIsland",
+    "GatedDeltaCP",
+    "GatedDeltaRule",
     "HaloAttention",
     "HeadTail",
     "HybridAttention",

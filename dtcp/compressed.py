@@ -9,7 +9,7 @@ its last token does, so what a query sees is again one interval of positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,6 +145,11 @@ class CompressedSparseAttention(Mixer):
                 asked = (index.q.detach(), index.weight.detach())
                 selected = select_entries(*asked, index_keys, *seen, number)
         return sparse_attention(q, keys, entries, selected, sink, given.sight, scale=self.scale)
+
+    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
+        q, keys = args[:2]
+        own: Tensor = keys[:, :, None].expand_as(q)
+        return own
 
     def own(self, tables: Tables) -> Sequence[Tensor]:
         """The tables of this kind of mixer."""

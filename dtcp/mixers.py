@@ -35,6 +35,12 @@ class Mixer(nn.Module):
         """What this mixer reads of a batch; `coords` are the whole rows', in position order."""
         raise NotImplementedError
 
+    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward if no token read another: of q, k, v the own value, once a query head."""
+        q, _, v = args[:3]
+        own: Tensor = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+        return own
+
 
 class MaskedMixer(Mixer):
     """A mixer in which tokens read each other as a mask allows.
@@ -125,6 +131,9 @@ class KeysFromValues(MaskedMixer):
         q, k = (rotate(x, position, frequency) for x in (q, v * key_scale))
         return ATTENTION(q, k, v, read, self.softmax(q))
 
+    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().alone(args[0], args[1], args[1])
+
     def tables_of(self, coords: Coords) -> Sequence[Tensor]:
         return (*super().tables_of(coords), position_in_document(coords))
 
@@ -146,6 +155,10 @@ class KeyExchange(MaskedMixer):
     def position(self, position: Tensor, tables: Tables) -> Tensor:
         """Positions in their documents of what `forward` brings: [B, K]."""
         return position
+
+    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = args[0]
+        return x
 
     def tables_of(self, coords: Coords) -> Sequence[Tensor]:
         return ()

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dtcp.mixers import KeyExchange, KeysFromValues, Mixer
+from dtcp.mixers import Mixer
 
 Calls = Callable[[], object]
 
@@ -65,7 +65,7 @@ def mixers_apart(model: nn.Module) -> Iterator[list[str]]:
     """
     mixers = {name: m for name, m in model.named_modules() if isinstance(m, Mixer)}
     for mixer in mixers.values():
-        mixer.forward = _apart(mixer)
+        mixer.forward = mixer.alone
     try:
         yield list(mixers)
     finally:
@@ -76,19 +76,6 @@ def mixers_apart(model: nn.Module) -> Iterator[list[str]]:
 def own_value(v: Tensor, heads: int) -> Tensor:
     """Attention of a token to itself alone: v [B, L, G, V] -> [B, L, H, V]."""
     return v.repeat_interleave(heads // v.shape[2], dim=2)
-
-
-def _own_value(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-    return own_value(v, q.shape[2])
-
-
-def _apart(mixer: Mixer) -> Callable[..., Tensor]:
-    match mixer:
-        case KeysFromValues():
-            return lambda q, v, *_: own_value(v, q.shape[2])
-        case KeyExchange():
-            return lambda x, _: x
-    return _own_value
 
 
 def _inside(name: str, outer: str) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -47,15 +48,20 @@ def deepseek_v4_plan(
     )
 
 
-def balance_experts(model: nn.Module, mesh: ParallelMesh, *, speed: float = 1e-3) -> None:
+def balance_experts(model: nn.Module, axis: DeviceMesh | None, *, speed: float = 1e-3) -> None:
     """Move the bias of every router by the loads of all ranks; call before a step.
 
-    Outside of autograd, and alike on every rank. Traffic per rank: one all-reduce of the loads.
+    Outside of autograd, and alike on every rank.
+
+    Args:
+        axis: the ranks whose tokens make up a batch, ParallelMesh.loss; None for this one alone.
+
+    Traffic per rank: one all-reduce of the loads.
     """
     routers = [module for module in model.modules() if isinstance(module, TopRouter)]
     loads = torch.stack([router.load for router in routers])
-    if mesh.loss is not None:
-        dist.all_reduce(loads, group=mesh.loss.get_group())
+    if axis is not None:
+        dist.all_reduce(loads, group=axis.get_group())
     for router, load in zip(routers, loads, strict=True):
         router.balance(load, speed)
 

@@ -142,7 +142,8 @@ def _check_alike(model: nn.Module, mesh: ParallelMesh) -> None:
     found = torch.stack([*sums, sums[0].new_tensor(len(sums))]).to(mesh.device_mesh.device_type)
     bounds = torch.stack((found, -found)).nan_to_num()
     highest = bounds.clone()
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    for group in mesh.device_mesh.get_all_groups():
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
     if not torch.equal(highest[0], -highest[1]):
         raise ValueError(
             f"Ranks hold the same weights before they are sharded, got a {type(model).__name__} "

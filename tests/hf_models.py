@@ -34,6 +34,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "gpt_neox": {},
     "olmo2": {},
+    "starcoder2": {"sliding_window": None},
 }
 """Families that have something no mixer, or no style of ours for tp, carries out."""
 

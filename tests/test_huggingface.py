@@ -214,6 +214,7 @@ def test_survey_reads_every_mask_off_the_models_own(kind):
         ("llama", {"rope_parameters": DYNAMIC}, r"rope_type='dynamic'"),
         ("mixtral", {"output_router_logits": True}, "balance loss"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0"),
+        ("starcoder2", {"residual_dropout": 0.1}, "Starcoder2ForCausalLM is random in training"),
         ("gpt_neox", {"hidden_dropout": 0.1}, r"layers\.0\.post_attention_dropout .*dropout=0\.1"),
         ("bloom", {}, "takes no position_ids"),
     ],

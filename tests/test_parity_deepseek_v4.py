@@ -274,11 +274,10 @@ def test_deepseek_v4_routers_are_balanced_by_the_loads_of_all_ranks(mesh):
     """Each rank moves every bias alike, against the tokens of both."""
     config = tiny(64)
     model = DeepseekV4(config)
-    whole = ParallelMesh.of_sequence(mesh)
     routers = [m for m in model.modules() if isinstance(m, TopRouter)]
     for router in routers:
         router.load[mesh.get_local_rank()] = 4.0
-    balance_experts(model, whole, speed=0.5)
+    balance_experts(model, mesh, speed=0.5)
     for router in routers:
         assert router.bias.tolist() == [-0.5, -0.5, *[0.5] * 6]
         assert not router.load.any()

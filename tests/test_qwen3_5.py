@@ -18,6 +18,7 @@ from dtcp.documents import Documents
 from dtcp.layout import HeadTail
 from dtcp.mesh import Degrees, ParallelMesh
 from dtcp.mixers import batch_tables
+from dtcp.mixing import find_mixing, mixers_apart
 from models.qwen3_5 import (
     PRESETS,
     Qwen35,
@@ -167,13 +168,13 @@ def losses_ahead(model: Any, batch: dict[str, Tensor], tables: Any) -> Tensor:
 
 @spmd(axes={"dp_shard": 1, "cp": 2})
 def test_both_losses_of_ranks_equal_one_device(mesh):
-    """With FSDP, and the head and the embedding used twice."""
+    """With FSDP, the head and the embedding used twice, and positions of three axes."""
     documents = Documents(ROWS, SEQ_LEN)
     torch.manual_seed(5)
     input_ids = torch.randint(64, (len(ROWS), SEQ_LEN))
     batch = {
         "input_ids": input_ids,
-        "position": documents.position_in_document(),
+        "position": torch.randint(40, (3, len(ROWS), SEQ_LEN)),
         "labels": shift_labels(input_ids, documents),
         "next_ids": shift_labels(input_ids, documents).clamp(min=0),
         "next_labels": shift_labels(input_ids, documents, by=2),
@@ -196,6 +197,19 @@ def refuse(mesh: Any) -> None:
 
 def test_heads_that_tp_does_not_divide_are_refused():
     run_ranks(refuse, 2)
+
+
+def test_tokens_meet_in_mixers_only():
+    """By running it: a token that changes moves no other, once every mixer hands on its own."""
+    model, seq_len = model_of(EXPERTS).eval(), 37
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    at, tables = torch.arange(seq_len)[None], batch_tables(model, Documents.single(1, seq_len))
+    with mixers_apart(model) as names:
+        assert find_mixing(model, lambda: model(at, at, tables), seq_len) == []
+    assert len(names) == 5
+    assert len(find_mixing(model, lambda: model(at, at, tables), seq_len)) == 5
 
 
 def test_bad_input_is_one_error_that_says_what_to_change():

@@ -1,12 +1,14 @@
 """Compressed sparse attention on ranks equals a brute force on one device, in fp64."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.profiler import profile
 from torch.testing import assert_close
 
 from dtcp.batch import BatchPlan, shard_batch
@@ -313,3 +315,44 @@ def test_a_compression_of_nothing_is_refused(ratio, selected):
 def test_a_window_of_nothing_is_refused():
     with pytest.raises(ValueError, match="counts the query itself"):
         CompressedSparseAttention(0, None, scale=1.0)
+
+
+def peak_and_largest(work_done) -> tuple[int, int]:
+    """Most bytes held at once of those that the work allocates, and its largest allocation."""
+    with profile(profile_memory=True) as profiler:
+        work_done()
+    events = profiler.profiler.kineto_results.events()
+    moved = [event for event in events if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(moved, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes)), max(sizes)
+
+
+@pytest.mark.parametrize("kind", [Compression(4, overlap=True, selected=16), Compression(32)])
+@spmd(ranks=2)
+def test_nothing_of_the_size_of_a_score_table_is_made(mesh, kind):
+    """Not even one byte for each of L x S pairs, forward or backward."""
+    seq_len, documents = 4096, Documents(((2500, 1500), (4096,)), 4096)
+    mixer = CompressedSparseAttention(32, kind, scale=1.0)
+    parallelize_module(nn.Sequential(mixer), mesh, {"0": CompressedSparseCP()})
+    whole = ParallelMesh.of_sequence(mesh)
+    batch = {"input_ids": torch.zeros(2, seq_len, dtype=torch.int64)}
+    plan = shard_batch(batch, whole, HeadTail, model=mixer, documents=documents)[1]
+    x = inputs(kind, seq_len)
+    local = {n: v if n in SHARED else plan.shard(v) for n, v in x._asdict().items()}
+    mine = Inputs(**{name: v.detach().requires_grad_() for name, v in local.items()})
+    _, largest = peak_and_largest(lambda: run(mixer, mine, plan.tables).sum().backward())
+    assert largest < seq_len * seq_len // 2
+
+
+def test_the_indexer_of_flash_at_128k_tokens_on_eight_ranks_fits_in_two_gib():
+    """A tile of its queries, the last of the row, against all entries: tiles come one by one."""
+    queries, heads, dim, entries, selected = sparse.TILE, 64, 128, 32_768, 512
+    q = torch.randn(1, queries, heads, dim, dtype=torch.bfloat16)
+    weight = torch.randn(1, queries, heads, dtype=torch.bfloat16)
+    keys = torch.randn(1, entries, dim, dtype=torch.bfloat16)
+    closing = torch.arange(3, 4 * entries, 4, dtype=torch.int32)[None]
+    last = torch.arange(4 * entries - queries, 4 * entries, dtype=torch.int32)[None]
+    tiles = torch.tensor([[[0, queries, 0, queries, 0, entries]]])
+    seen = (torch.zeros_like(last), last, closing, tiles, selected)
+    peak, _ = peak_and_largest(lambda: select_entries(q, weight, keys, *seen))
+    assert peak < 2**28

@@ -53,9 +53,11 @@ def diverging() -> Trainer.Config:
     return config
 
 
-def train(*arguments: str, config: str = "micro", **environment: str) -> tuple[int, str]:
+def train(
+    *arguments: str, config: str = "micro", module: str = "tests.test_train", **environment: str
+) -> tuple[int, str]:
     """Exit code and output of train.py."""
-    command = [sys.executable, "train.py", "--module", "tests.test_train", "--config", config]
+    command = [sys.executable, "train.py", "--module", module, "--config", config]
     done = subprocess.run(
         [*command, *arguments],
         cwd=ROOT,

@@ -1,6 +1,7 @@
 """The recurrent seams: mixers in which a token reads a state of what came before it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,10 @@ class GatedDeltaRule(Mixer):
         """
         return gated_delta_rule(*self.unit(q, k), v, g, beta, tables[self.table_key])
 
+    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
+        v: Tensor = args[2]
+        return v
+
     def unit(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k as the rule takes them."""
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
@@ -73,6 +78,10 @@ class CausalConv1d(Mixer):
     def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
         _refuse_sharded(self, layout)
         return conv_tables(coords, self.width, None)
+
+    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = args[0]
+        return x
 
     def extra_repr(self) -> str:
         return f"width={self.width}"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.utils import get_dense_model_nparams_and_flops
 from torchtitan.protocols.model import BaseModel
@@ -26,6 +27,7 @@ from models import llama as llamas
 from parallelize import balance_experts, deepseek_v4_plan, gemma4_plan, llama_plan, qwen3_5_plan
 
 StateDict = dict[str, Any]
+Work = Callable[[nn.Module, DeviceMesh | None], None]
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Family:
         to_hf: a state dict of ours and the config to the names of a Hugging Face checkpoint.
         from_hf: the way back.
         config_to_hf: the `config.json` that goes with the weights.
-        before_step: given the model and the mesh before every step of the optimizer; None for
-            families that have nothing outside of autograd.
+        before_step: done before every step of the optimizer, with the model and the axis of all
+            ranks that have tokens; None for families with nothing outside of autograd.
     """
 
     name: str
@@ -49,7 +51,7 @@ class Family:
     to_hf: Callable[[StateDict, Any], StateDict]
     from_hf: Callable[[StateDict, Any], StateDict]
     config_to_hf: Callable[[Any], dict[str, Any]]
-    before_step: Callable[[nn.Module, ParallelMesh], None] | None = None
+    before_step: Work | None = None
 
 
 LLAMA = Family(
@@ -91,6 +93,19 @@ DEEPSEEK_V4 = Family(
 )
 
 
+@dataclass(frozen=True)
+class BeforeStep:
+    """What a family does before every step, as torchtitan's post_optimizer_build_fn."""
+
+    work: Work
+
+    def __call__(self, optimizers: Any, model_parts: list[nn.Module], dims: ParallelDims) -> None:
+        self.register(optimizers, model_parts[0], ParallelMesh.from_parallel_dims(dims).loss)
+
+    def register(self, optimizers: Any, model: nn.Module, axis: DeviceMesh | None) -> None:
+        optimizers.register_step_pre_hook(lambda *_, **__: self.work(model, axis))
+
+
 def spec_of(family: Family, flavor: str, shape: Any) -> ModelSpec:
     """The ModelSpec of a model of this family and shape."""
     return ModelSpec(
@@ -99,21 +114,9 @@ def spec_of(family: Family, flavor: str, shape: Any) -> ModelSpec:
         model=_titan(family).Config(shape=shape),
         parallelize_fn=functools.partial(parallelize_plain, make_plan=family.plan),
         pipelining_fn=None,
-        post_optimizer_build_fn=_registered(family.before_step),
+        post_optimizer_build_fn=family.before_step and BeforeStep(family.before_step),
         state_dict_adapter=functools.partial(NameMapAdapter, family),
     )
-
-
-def _registered(before_step: Callable[[nn.Module, ParallelMesh], None] | None) -> Any:
-    """Tell torchtitan to call it before every step of its optimizers."""
-    if before_step is None:
-        return None
-
-    def register(optimizers: Any, model_parts: list[nn.Module], dims: ParallelDims) -> None:
-        mesh = ParallelMesh.from_parallel_dims(dims)
-        optimizers.register_step_pre_hook(lambda *_, **__: before_step(model_parts[0], mesh))
-
-    return register
 
 
 def llama(flavor: str, shape: llamas.LlamaConfig) -> ModelSpec:

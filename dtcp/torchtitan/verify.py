@@ -17,6 +17,7 @@ from torchtitan.distributed.utils import clip_grad_norm_
 from torchtitan.models.common.decoder import Decoder
 
 from dtcp.mixers import batch_tables
+from dtcp.torchtitan.model_spec import BeforeStep
 from dtcp.torchtitan.overrides import add_mixers
 from dtcp.torchtitan.progress import say
 from dtcp.torchtitan.trainer import Trainer, ahead_of, documents_of
@@ -59,6 +60,9 @@ def one_device_losses(trainer: Trainer, weights: dict[str, Tensor]) -> dict[int,
     config, device = trainer.config, trainer.device
     model = _plain_model(config, weights, device)
     optimizers = config.optimizer.build(model_parts=[model])
+    before_step = config.model_spec.post_optimizer_build_fn
+    if isinstance(before_step, BeforeStep):
+        before_step.register(optimizers, model, None)
     schedulers = config.lr_scheduler.build(
         optimizers=optimizers, training_steps=config.training.steps
     )

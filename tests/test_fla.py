@@ -1,0 +1,47 @@
+"""fla's kernels compute the rule of the reference; where they are missing, it says so once."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from dtcp.kernels import fla
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_fla_kernels_equal_the_reference():
+    """In Triton's interpreter, in fp32: states, summaries, every gradient; documents as decay."""
+    pytest.importorskip("fla")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fla_interpreted"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == 13
+    assert {name: error for name, error in errors.items() if not error < 2e-5} == {}
+
+
+def test_a_gpu_without_fla_says_so_once(monkeypatch):
+    """And carries on with the reference."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    fla._has_fla.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="pip install fla-core"):
+            assert not fla._has_fla()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not fla._has_fla()
+    finally:
+        fla._has_fla.cache_clear()
