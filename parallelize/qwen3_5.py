@@ -14,7 +14,13 @@ from dtcp.style import AttentionStyle
 from models.qwen3_5 import ExpertsConfig, Qwen35Config
 from parallelize.apply import ParallelPlan
 from parallelize.experts import ExpertsSplit
-from parallelize.tensor_parallel import Entered, PerToken, RowsSplit, VocabularySharded
+from parallelize.tensor_parallel import (
+    Entered,
+    PerToken,
+    RowsSplit,
+    VocabularySharded,
+    check_divisible,
+)
 
 GATED_DELTA = GatedDeltaCP()
 
@@ -37,7 +43,7 @@ def qwen3_5_plan(
     Raises:
         ValueError: what tp would split is not a multiple of it.
     """
-    _check_divisible(config, mesh.size("tp"))
+    check_divisible(_sizes(config), mesh.size("tp"))
     blocks = ["layers"] * bool(config.num_layers) + ["ahead.layers"] * config.num_mtp_layers
     cp: dict[str, ParallelStyle] = {}
     for index in range(config.num_layers):
@@ -110,7 +116,8 @@ def _block_plan(block: str, config: Qwen35Config, *, attends: bool) -> dict[str,
     return {f"{block}.{name}": style for name, style in parts.items()}
 
 
-def _check_divisible(config: Qwen35Config, tp: int) -> None:
+def _sizes(config: Qwen35Config) -> dict[str, int]:
+    """What the plan splits over tp."""
     delta, shape = config.delta, config.feed_forward
     sizes = {
         "vocab_size": config.vocab_size,
@@ -124,9 +131,4 @@ def _check_divisible(config: Qwen35Config, tp: int) -> None:
         sizes["feed_forward.shared_hidden_dim"] = shape.shared_hidden_dim
     else:
         sizes["feed_forward"] = shape
-    for name, size in sizes.items():
-        if size % tp:
-            raise ValueError(
-                f"Tensor parallelism splits {name} into equal parts, got {name}={size} with "
-                f"tp={tp}: choose a tp that divides it, and give the ranks to cp instead."
-            )
+    return sizes
