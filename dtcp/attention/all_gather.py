@@ -1,6 +1,5 @@
 """Bring every key a rank needs in one exchange, then attend once."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,45 +15,17 @@ from dtcp.kernels.attend import (
     Queries,
     attend,
     attend_backward,
-    local_sink_gradient,
     zeros_for,
 )
-from dtcp.kernels.block import accumulation
-from dtcp.kernels.carried import Carried, Pairs
+from dtcp.kernels.carried import Carried, Carrier
 from dtcp.kernels.op import AttentionOp, Call
 from dtcp.kernels.spans import TILE
 from dtcp.kernels.values_op import ValuesOp
 from dtcp.layout import SequenceLayout
 
 
-class _AllGather:
+class _AllGather(Carrier):
     """One all_to_all out; backward brings the keys again and sends their gradients home."""
-
-    keeps_own_form = False
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call
-    ) -> tuple[Tensor, list[Tensor]]:
-        out, lse = self.attend(q, Pairs(k, v), sink, call)
-        return out, [lse]
-
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink: Tensor | None,
-        out: Tensor,
-        saved: list[Tensor],
-        call: Call,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        final, pairs = Final(grad_out, out, saved[0]), Pairs(k, v)
-        dq, rows = self.attend_backward(q, pairs, final, call)
-        return dq, *pairs.split(rows), local_sink_gradient(final, sink)
-
-    def saved_like(self, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[str]) -> list[Tensor]:
-        return [q.new_empty(q.shape[:-1], dtype=accumulation(q.dtype))]
 
     def attend(
         self, q: Tensor, carried: Carried, sink: Tensor | None, call: Call

@@ -1,6 +1,6 @@
 """Attend to one shard's keys after another while the next ones travel."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,9 @@ from dtcp.kernels.attend import (
     Queries,
     attend,
     attend_backward,
-    local_sink_gradient,
     zeros_for,
 )
-from dtcp.kernels.block import accumulation
-from dtcp.kernels.carried import Carried, Pairs
+from dtcp.kernels.carried import Carried, Carrier
 from dtcp.kernels.op import AttentionOp, Call
 from dtcp.kernels.spans import TILE
 from dtcp.kernels.values_op import ValuesOp
@@ -29,34 +27,8 @@ from dtcp.layout import SequenceLayout
 _GRADIENTS = 1  # tag of gradient transfers; keys travel under 0
 
 
-class _Ring:
+class _Ring(Carrier):
     """n steps; at most two shards' keys are held: the one attended to and the one arriving."""
-
-    keeps_own_form = False
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call
-    ) -> tuple[Tensor, list[Tensor]]:
-        out, lse = self.attend(q, Pairs(k, v), sink, call)
-        return out, [lse]
-
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink: Tensor | None,
-        out: Tensor,
-        saved: list[Tensor],
-        call: Call,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        final, pairs = Final(grad_out, out, saved[0]), Pairs(k, v)
-        dq, rows = self.attend_backward(q, pairs, final, call)
-        return dq, *pairs.split(rows), local_sink_gradient(final, sink)
-
-    def saved_like(self, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[str]) -> list[Tensor]:
-        return [q.new_empty(q.shape[:-1], dtype=accumulation(q.dtype))]
 
     def attend(
         self, q: Tensor, carried: Carried, sink: Tensor | None, call: Call

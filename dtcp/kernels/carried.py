@@ -1,11 +1,14 @@
 """What of a token's key and value travels, and what is made of it where it arrives."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from dtcp.kernels.attend import Final, local_sink_gradient
 from dtcp.kernels.block import accumulation
+from dtcp.kernels.op import Call
 from dtcp.kernels.rotate import rotate
 
 
@@ -129,6 +132,51 @@ class Values:
 
     def _at(self, v: Tensor, part: int) -> Tensor:
         return self.position[part, :, : v.shape[1]]
+
+
+class Carrier:
+    """A strategy that does not look into what it carries: one for pairs is one for values.
+
+    As an op.Strategy it carries pairs.
+    """
+
+    keeps_own_form = False
+
+    def attend(
+        self, q: Tensor, carried: Carried, sink: Tensor | None, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """out [B, L, H, V] in q's dtype and lse [B, L, H]."""
+        raise NotImplementedError
+
+    def attend_backward(
+        self, q: Tensor, carried: Carried, final: Final, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """dq and the gradients of the local rows [B, L, G, W]."""
+        raise NotImplementedError
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call
+    ) -> tuple[Tensor, list[Tensor]]:
+        out, lse = self.attend(q, Pairs(k, v), sink, call)
+        return out, [lse]
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        out: Tensor,
+        saved: list[Tensor],
+        call: Call,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        final, pairs = Final(grad_out, out, saved[0]), Pairs(k, v)
+        dq, rows = self.attend_backward(q, pairs, final, call)
+        return dq, *pairs.split(rows), local_sink_gradient(final, sink)
+
+    def saved_like(self, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[str]) -> list[Tensor]:
+        return [q.new_empty(q.shape[:-1], dtype=accumulation(q.dtype))]
 
 
 def _zeros(like: Tensor, tokens: int, width: int) -> Tensor:

@@ -1,14 +1,14 @@
 """Attention to keys made from values, as a pair of ops: a strategy's, with one tensor to carry."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dtcp.kernels.attend import Final, Softmax
 from dtcp.kernels.block import accumulation
-from dtcp.kernels.carried import Carried, Values
+from dtcp.kernels.carried import Carrier, Values
 from dtcp.kernels.op import Call
 from dtcp.traffic import LEDGER
 
@@ -21,22 +21,6 @@ BACKWARD_SCHEMA = (
     " Tensor lse, Tensor[] tables, float scale, float softcap, str[] groups)"
     " -> (Tensor, Tensor, Tensor)"
 )
-
-
-class Carrier(Protocol):
-    """A strategy that does not look into what it carries."""
-
-    def attend(
-        self, q: Tensor, carried: Carried, sink: Tensor | None, call: Call
-    ) -> tuple[Tensor, Tensor]:
-        """out [B, L, H, V] in q's dtype and lse [B, L, H]."""
-        ...
-
-    def attend_backward(
-        self, q: Tensor, carried: Carried, final: Final, call: Call
-    ) -> tuple[Tensor, Tensor]:
-        """dq and the gradients of the local rows [B, L, G, W]."""
-        ...
 
 
 class ValuesOp:
