@@ -49,8 +49,6 @@ DEFAULT_FIELDS: Mapping[str, TokenField | None] = {
     "input_ids": TokenField(1, 0),
     "labels": TokenField(1, IGNORED),
     "loss_mask": TokenField(1, 0),
-    "next_ids": TokenField(1, 0),
-    "next_labels": TokenField(1, IGNORED),
     "inputs_embeds": TokenField(1, 0.0),
     "position": TokenField(-1, Fill.COUNT_ON),
     "position_ids": TokenField(-1, Fill.COUNT_ON),

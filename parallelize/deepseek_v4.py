@@ -18,7 +18,13 @@ from dtcp.sparse import CompressedSparseCP
 from models.deepseek_v4 import DeepseekV4Config, TopRouter
 from parallelize.apply import ParallelPlan
 from parallelize.experts import ExpertsSplit
-from parallelize.tensor_parallel import Entered, OwnPart, SharedByHeads, VocabularySharded
+from parallelize.tensor_parallel import (
+    Entered,
+    OwnPart,
+    SharedByHeads,
+    VocabularySharded,
+    check_divisible,
+)
 
 SPARSE = CompressedSparseCP()
 
@@ -35,7 +41,8 @@ def deepseek_v4_plan(
     Raises:
         ValueError: what tp would split is not a multiple of it.
     """
-    _check_divisible(config, mesh.size("tp"))
+    split = ("num_heads", "output_groups", "hidden_dim", "vocab_size")
+    check_divisible({name: getattr(config, name) for name in split}, mesh.size("tp"))
     names = ["layers.*", *(["mtp.*.block"] if config.num_mtp_layers else [])]
     blocks = [f"layers.{layer}" for layer in range(config.num_layers)]
     blocks += [f"mtp.{depth}.block" for depth in range(config.num_mtp_layers)]
@@ -116,13 +123,3 @@ def _compressing(config: DeepseekV4Config, ratio: int) -> dict[str, ParallelStyl
         plan["attention.indexer.*_proj"] = OwnPart()
         plan |= {f"attention.indexer.compressor.{part}": OwnPart() for part in parts}
     return plan
-
-
-def _check_divisible(config: DeepseekV4Config, tp: int) -> None:
-    for name in ("num_heads", "output_groups", "hidden_dim", "vocab_size"):
-        size = getattr(config, name)
-        if size % tp:
-            raise ValueError(
-                f"Tensor parallelism splits {name} into equal parts, got {name}={size} with "
-                f"tp={tp}: choose a tp that divides it, and give the ranks to cp instead."
-            )

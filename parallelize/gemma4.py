@@ -22,6 +22,7 @@ from parallelize.tensor_parallel import (
     LocalWeight,
     PerToken,
     VocabularySharded,
+    check_divisible,
 )
 
 
@@ -125,12 +126,7 @@ def _attention_plan(config: Gemma4Config, layer: int, tp: int) -> dict[str, Para
 def _check_divisible(config: Gemma4Config, tp: int) -> None:
     sizes = {name: getattr(config, name) for name in ("num_heads", "hidden_dim", "vocab_size")}
     sizes["per_layer_vocab_size"] = config.per_layer_vocab_size
-    for name, size in sizes.items():
-        if size % tp:
-            raise ValueError(
-                f"Tensor parallelism splits {name} into equal parts, got {name}={size} with "
-                f"tp={tp}: choose a tp that divides it, and give the ranks to cp instead."
-            )
+    check_divisible(sizes, tp)
     for sight in dict.fromkeys(config.layers):
         kv_heads = config.heads(config.layers.index(sight)).num_kv_heads
         if kv_heads % tp:

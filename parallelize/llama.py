@@ -12,7 +12,7 @@ from dtcp.mesh import ParallelMesh
 from dtcp.style import AttentionStyle
 from models.llama import LlamaConfig
 from parallelize.apply import ParallelPlan
-from parallelize.tensor_parallel import Entered, PerToken, VocabularySharded
+from parallelize.tensor_parallel import Entered, PerToken, VocabularySharded, check_divisible
 
 
 def llama_plan(config: LlamaConfig, mesh: ParallelMesh, attention: AttentionStyle) -> ParallelPlan:
@@ -25,7 +25,8 @@ def llama_plan(config: LlamaConfig, mesh: ParallelMesh, attention: AttentionStyl
     Raises:
         ValueError: what tp would split is not a multiple of it.
     """
-    _check_divisible(config, mesh.size("tp"))
+    names = ("num_heads", "num_kv_heads", "hidden_dim", "vocab_size")
+    check_divisible({name: getattr(config, name) for name in names}, mesh.size("tp"))
     return ParallelPlan(
         tp=tensor_plan(config),
         cp={"layers.*.attention.mixer": attention},
@@ -57,13 +58,3 @@ def tensor_plan(config: LlamaConfig) -> dict[str, ParallelStyle]:
     if config.qk_norm:
         plan["layers.*.attention.[qk]_norm"] = PerToken(Shard(HEADS))
     return plan
-
-
-def _check_divisible(config: LlamaConfig, tp: int) -> None:
-    for name in ("num_heads", "num_kv_heads", "hidden_dim", "vocab_size"):
-        size = getattr(config, name)
-        if size % tp:
-            raise ValueError(
-                f"Tensor parallelism splits {name} into equal parts, got {name}={size} with "
-                f"tp={tp}: choose a tp that divides it, and give the ranks to cp instead."
-            )

@@ -14,7 +14,13 @@ from dtcp.style import AttentionStyle
 from models.qwen3_5 import ExpertsConfig, Qwen35Config
 from parallelize.apply import ParallelPlan
 from parallelize.experts import ExpertsSplit
-from parallelize.tensor_parallel import Entered, PerToken, RowsSplit, VocabularySharded
+from parallelize.tensor_parallel import (
+    Entered,
+    PerToken,
+    RowsSplit,
+    VocabularySharded,
+    check_divisible,
+)
 
 GATED_DELTA = GatedDeltaCP()
 
@@ -37,8 +43,8 @@ def qwen3_5_plan(
     Raises:
         ValueError: what tp would split is not a multiple of it.
     """
-    _check_divisible(config, mesh.size("tp"))
-    blocks = ["layers"] * bool(config.num_layers) + ["ahead.layers"] * config.mtp_layers
+    check_divisible(_sizes(config), mesh.size("tp"))
+    blocks = ["layers"] * bool(config.num_layers) + ["ahead.layers"] * config.num_mtp_layers
     cp: dict[str, ParallelStyle] = {}
     for index in range(config.num_layers):
         if config.attends(index):
@@ -46,14 +52,14 @@ def qwen3_5_plan(
         else:
             cp[f"layers.{index}.delta.conv"] = CausalConvCP()
             cp[f"layers.{index}.delta.mixer"] = delta
-    if config.mtp_layers:
+    if config.num_mtp_layers:
         cp["ahead.layers.*.attention.mixer"] = attention
     return ParallelPlan(
         tp=tensor_plan(config),
         cp=cp,
         blocks=tuple(f"{name}.*" for name in blocks),
         # What is used twice is gathered once, with the rest of the model.
-        units=() if config.tied or config.mtp_layers else (("embedding",), ("norm", "lm_head")),
+        units=() if config.tied or config.num_mtp_layers else (("embedding",), ("norm", "lm_head")),
     )
 
 
@@ -67,7 +73,7 @@ def tensor_plan(config: Qwen35Config) -> dict[str, ParallelStyle]:
     kinds = [config.attends(index) for index in range(config.num_layers)]
     for index, attends in enumerate(kinds):
         plan |= _block_plan(f"layers.{index}", config, attends=attends)
-    if config.mtp_layers:
+    if config.num_mtp_layers:
         plan |= _block_plan("ahead.layers.0", config, attends=True)
         names = ("embedding_norm", "hidden_norm", "join", "norm")
         plan |= {f"ahead.{name}": PerToken() for name in names}
@@ -110,7 +116,8 @@ def _block_plan(block: str, config: Qwen35Config, *, attends: bool) -> dict[str,
     return {f"{block}.{name}": style for name, style in parts.items()}
 
 
-def _check_divisible(config: Qwen35Config, tp: int) -> None:
+def _sizes(config: Qwen35Config) -> dict[str, int]:
+    """What the plan splits over tp."""
     delta, shape = config.delta, config.feed_forward
     sizes = {
         "vocab_size": config.vocab_size,
@@ -124,9 +131,4 @@ def _check_divisible(config: Qwen35Config, tp: int) -> None:
         sizes["feed_forward.shared_hidden_dim"] = shape.shared_hidden_dim
     else:
         sizes["feed_forward"] = shape
-    for name, size in sizes.items():
-        if size % tp:
-            raise ValueError(
-                f"Tensor parallelism splits {name} into equal parts, got {name}={size} with "
-                f"tp={tp}: choose a tp that divides it, and give the ranks to cp instead."
-            )
+    return sizes

@@ -1,6 +1,7 @@
 """The styles that a tensor-parallel plan needs beside torch's own."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -275,3 +276,17 @@ class CopiedHeads(ParallelStyle):
 
         module.forward = project
         return module
+
+
+def check_divisible(sizes: Mapping[str, int], tp: int) -> None:
+    """Refuse a plan whose parts would not be equal.
+
+    Args:
+        sizes: what the plan splits, by the names of its config.
+    """
+    for name, size in sizes.items():
+        if size % tp:
+            raise ValueError(
+                f"Tensor parallelism splits {name} into equal parts, got {name}={size} with "
+                f"tp={tp}: choose a tp that divides it, and give the ranks to cp instead."
+            )

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
+from dtcp.batch import look_ahead, shift_labels
 from dtcp.documents import Documents
 from dtcp.mixers import batch_tables
 from models.deepseek_v4 import (
@@ -169,6 +170,27 @@ def test_embeddings_without_ids_are_refused():
     model, documents = DeepseekV4(config), Documents.single(1, 8)
     with pytest.raises(TypeError, match="look experts up by token"):
         model(torch.randn(1, 8, 64), documents.position_in_document(), {})
+
+
+def test_ids_for_another_number_of_tokens_ahead_are_refused():
+    model, documents = DeepseekV4(tiny(64)), Documents.single(1, 8)
+    ids = torch.zeros(1, 2, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="as far ahead as it has MTP layers"):
+        model(ids[:, 0], documents.position_in_document(), {}, ids)
+
+
+def test_a_step_in_bfloat16_gives_finite_gradients():
+    """Streams, routers and softmaxes compute in fp32; what comes out is bfloat16 again."""
+    model, documents = DeepseekV4(tiny(64)).bfloat16(), Documents(((30, 50),), 80)
+    model.init_weights()
+    ids = torch.randint(64, (1, 80))
+    ahead = look_ahead(ids, shift_labels(ids, documents), documents, depths=1)["mtp_input_ids"]
+    tables = batch_tables(model, documents)
+    logits = model(ids, documents.position_in_document(), tables, ahead)
+    sum(x.float().square().mean() for x in logits).backward()
+    assert all(x.dtype == torch.bfloat16 for x in logits)
+    found = gradients(model)
+    assert len(found) > 100 and all(bool(x.isfinite().all()) for x in found.values())
 
 
 def test_checkpoints_of_another_kind_are_refused():

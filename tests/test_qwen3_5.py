@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dtcp.attention import RingAttention
-from dtcp.batch import shard_batch, shift_labels
+from dtcp.batch import look_ahead, shard_batch, shift_labels
 from dtcp.documents import Documents
 from dtcp.layout import HeadTail
 from dtcp.mesh import Degrees, ParallelMesh
@@ -33,7 +33,7 @@ from tests.parity import ROWS, SEQ_LEN, gradients
 from tests.spmd import run_ranks, spmd
 from tests.test_parity_qwen3_5 import DENSE, EXPERTS
 
-AHEAD = replace(DENSE, mtp_layers=1)
+AHEAD = replace(DENSE, num_mtp_layers=1)
 
 
 def model_of(config: Any, weights: dict[str, Tensor] | None = None) -> Qwen35:
@@ -102,7 +102,7 @@ def test_presets_are_the_published_shapes():
         assert config_from_hf(config_to_hf(config)) == config
         if not name.startswith("tiny"):
             with torch.device("meta"):
-                model = Qwen35(replace(config, mtp_layers=0))
+                model = Qwen35(replace(config, num_mtp_layers=0))
             sizes[name] = round(sum(p.numel() for p in model.parameters()) / 1e9, 1)
     assert sizes == {
         "qwen3.5-0.8b": 0.8,
@@ -148,9 +148,9 @@ def test_the_layer_ahead_predicts_from_the_hidden_state_and_the_next_token():
     ours = model_of(AHEAD)
     theirs.load_state_dict(to_hf(ours.state_dict(), AHEAD), strict=False)
     input_ids = torch.randint(64, (1, 13))
-    next_ids = torch.roll(input_ids, -1, dims=1)
+    after = torch.roll(input_ids, -1, dims=1)[:, None]
     tables = batch_tables(ours, Documents.single(1, 13))
-    logits, further = ours(input_ids, torch.arange(13)[None], tables, next_ids=next_ids)
+    logits, further = ours(input_ids, torch.arange(13)[None], tables, mtp_input_ids=after)
     with hf_qwen3_5.TrueFP64():
         assert_close(logits, theirs(input_ids, use_cache=False).logits)
         assert_close(further, ahead_of_theirs(theirs, ours, input_ids))
@@ -158,8 +158,10 @@ def test_the_layer_ahead_predicts_from_the_hidden_state_and_the_next_token():
 
 def losses_ahead(model: Any, batch: dict[str, Tensor], tables: Any) -> Tensor:
     """Sums of both losses over local tokens."""
-    both = model(batch["input_ids"], batch["position"], tables, next_ids=batch["next_ids"])
-    targets = (batch["labels"], batch["next_labels"])
+    names = ("input_ids", "position", "mtp_input_ids")
+    ids, position, after = (batch[name] for name in names)
+    both = model(ids, position, tables, mtp_input_ids=after)
+    targets = (batch["labels"], batch["mtp_labels"][:, 0])
     return sum(
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         for logits, labels in zip(both, targets, strict=True)
@@ -172,12 +174,12 @@ def test_both_losses_of_ranks_equal_one_device(mesh):
     documents = Documents(ROWS, SEQ_LEN)
     torch.manual_seed(5)
     input_ids = torch.randint(64, (len(ROWS), SEQ_LEN))
+    labels = shift_labels(input_ids, documents)
     batch = {
         "input_ids": input_ids,
         "position": torch.randint(40, (3, len(ROWS), SEQ_LEN)),
-        "labels": shift_labels(input_ids, documents),
-        "next_ids": shift_labels(input_ids, documents).clamp(min=0),
-        "next_labels": shift_labels(input_ids, documents, by=2),
+        "labels": labels,
+        **look_ahead(input_ids, labels, documents, depths=1),
     }
     reference, model = model_of(AHEAD), model_of(AHEAD)
     losses_ahead(reference, batch, batch_tables(reference, documents)).backward()
@@ -220,10 +222,10 @@ def test_bad_input_is_one_error_that_says_what_to_change():
             model(ids, torch.zeros(shape), tables)
     with pytest.raises(ValueError, match="tables of its own batch"):
         model(ids[:, :7], torch.arange(7)[None], tables)
-    with pytest.raises(ValueError, match="mtp_layers=0"):
-        model(ids, torch.arange(8)[None], tables, next_ids=ids)
+    with pytest.raises(ValueError, match="num_mtp_layers=0"):
+        model(ids, torch.arange(8)[None], tables, mtp_input_ids=ids[:, None])
     for change, said in (
-        ({"mtp_layers": 2}, "choose 0 or 1"),
+        ({"num_mtp_layers": 2}, "choose 0 or 1"),
         ({"rotary_dim": 32}, "head_dim=16"),
         ({"num_heads": 3}, "multiple of num_kv_heads"),
     ):

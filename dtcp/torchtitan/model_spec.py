@@ -41,6 +41,8 @@ class Family:
         to_hf: a state dict of ours and the config to the names of a Hugging Face checkpoint.
         from_hf: the way back.
         config_to_hf: the `config.json` that goes with the weights.
+        mtp_depths: how many tokens further ahead than the next one a config's model predicts; its
+            forward then takes `mtp_input_ids` and returns a tuple.
         before_step: done before every step of the optimizer, with the model and the axis of all
             ranks that have tokens; None for families with nothing outside of autograd.
     """
@@ -51,6 +53,7 @@ class Family:
     to_hf: Callable[[StateDict, Any], StateDict]
     from_hf: Callable[[StateDict, Any], StateDict]
     config_to_hf: Callable[[Any], dict[str, Any]]
+    mtp_depths: Callable[[Any], int] = lambda _: 0
     before_step: Work | None = None
 
 
@@ -70,6 +73,7 @@ QWEN3_5 = Family(
     to_hf=qwen3_5.to_hf,
     from_hf=qwen3_5.from_hf,
     config_to_hf=qwen3_5.config_to_hf,
+    mtp_depths=lambda config: config.num_mtp_layers,
 )
 
 GEMMA4 = Family(
@@ -89,6 +93,7 @@ DEEPSEEK_V4 = Family(
     to_hf=deepseek_v4.to_hf,
     from_hf=deepseek_v4.from_hf,
     config_to_hf=deepseek_v4.config_to_hf,
+    mtp_depths=lambda config: config.num_mtp_layers,
     before_step=balance_experts,
 )
 
@@ -127,6 +132,8 @@ def llama(flavor: str, shape: llamas.LlamaConfig) -> ModelSpec:
 class PlainModel(BaseModel):
     """What torchtitan asks of a model beyond being an nn.Module."""
 
+    mtp_depths: int
+
     def verify_module_protocol(self) -> None:
         """Submodules are plain torch modules, and meant to be."""
 
@@ -159,6 +166,7 @@ def _titan(family: Family) -> Any:
 
         def __init__(self, config: Any) -> None:
             family.model.__init__(self, config.shape)
+            self.mtp_depths = family.mtp_depths(config.shape)
 
         def init_states(self, *, buffer_device: torch.device | None = None) -> None:
             """Draw the weights the model's own way: it has one `init_weights` for all of them."""

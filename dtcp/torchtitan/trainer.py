@@ -22,11 +22,11 @@ from dtcp.batch import look_ahead, shard_batch
 from dtcp.documents import Documents
 from dtcp.mesh import ParallelMesh
 from dtcp.torchtitan.data import PackedDocuments, open_source
+from dtcp.torchtitan.model_spec import PlainModel
 from dtcp.torchtitan.parallelize import check_backend
 from dtcp.torchtitan.progress import describe, say
 from dtcp.torchtitan.section import Section
 from dtcp.torchtitan.tokenizer import Tokenizer
-from models.deepseek_v4 import DeepseekV4
 
 Batch = tuple[Tensor, Tensor, dict[str, Any]]
 
@@ -170,9 +170,8 @@ def ahead_of(
     model: nn.Module, tokens: Tensor, labels: Tensor, documents: Documents
 ) -> dict[str, Tensor]:
     """What a model reads to predict further ahead than the next token, while it trains."""
-    if not isinstance(model, DeepseekV4) or not model.training or not model.mtp:
-        return {}
-    return look_ahead(tokens, labels, documents, depths=len(model.mtp))
+    depths = model.mtp_depths if isinstance(model, PlainModel) and model.training else 0
+    return look_ahead(tokens, labels, documents, depths=depths) if depths else {}
 
 
 def documents_of(input_dict: dict[str, Any]) -> Documents:

@@ -82,12 +82,12 @@ class DeepseekV4(nn.Module):
                 their experts by token.
             position: [B, L], the position of each token in its document.
             tables: what the batch brings for the mixers.
-            mtp_input_ids: [B, depths, L], the tokens 1, 2, .. ahead (dtcp.batch.shift_ahead);
+            mtp_input_ids: [B, depths, L], the tokens 1, 2, .. ahead (dtcp.batch.look_ahead);
                 None to leave multi-token prediction out.
         Returns:
             [B, L, V]; with mtp_input_ids a tuple of it and of each depth's.
         """
-        self._check(input_ids)
+        self._check(input_ids, mtp_input_ids)
         x = self.embedding(input_ids)[:, :, None].expand(-1, -1, self.config.streams, -1)
         for block in self.layers:
             x = block(x, input_ids, position, tables)
@@ -116,11 +116,17 @@ class DeepseekV4(nn.Module):
             elif isinstance(module, drawn):
                 module.reset_parameters()
 
-    def _check(self, input_ids: Tensor) -> None:
+    def _check(self, input_ids: Tensor, mtp_input_ids: Tensor | None) -> None:
         if input_ids.is_floating_point():
             raise TypeError(
                 f"DeepseekV4 reads token ids, for its hash layers look experts up by token, got "
                 f"input_ids.dtype={input_ids.dtype}: pass ids, not embeddings."
+            )
+        if mtp_input_ids is not None and mtp_input_ids.shape[1] != len(self.mtp):
+            raise ValueError(
+                f"DeepseekV4 predicts as far ahead as it has MTP layers, got "
+                f"mtp_input_ids.shape={tuple(mtp_input_ids.shape)} for num_mtp_layers="
+                f"{len(self.mtp)}: give [B, {len(self.mtp)}, L], or None."
             )
 
 

@@ -58,7 +58,7 @@ class Qwen35Config:
     Args:
         feed_forward: channels of a dense feed-forward part, or its experts.
         rotary_dim: channels of a head that turn with the position.
-        mtp_layers: layers that predict the token after the next one; 0 or 1.
+        num_mtp_layers: layers that predict the token after the next one; 0 or 1.
         tied: the language-model head is the embedding.
     """
 
@@ -75,7 +75,7 @@ class Qwen35Config:
     rope_theta: float = 1e7
     rope_sections: tuple[int, int, int] = (11, 11, 10)
     norm_eps: float = 1e-6
-    mtp_layers: int = 0
+    num_mtp_layers: int = 0
     tied: bool = False
 
     def __post_init__(self) -> None:
@@ -85,10 +85,10 @@ class Qwen35Config:
                 f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}: make num_heads "
                 f"a multiple of num_kv_heads."
             )
-        if self.mtp_layers not in (0, 1):
+        if self.num_mtp_layers not in (0, 1):
             raise ValueError(
                 f"Qwen3.5 predicts one token more with one layer, got "
-                f"mtp_layers={self.mtp_layers}: choose 0 or 1."
+                f"num_mtp_layers={self.num_mtp_layers}: choose 0 or 1."
             )
         if self.rotary_dim > self.head_dim:
             raise ValueError(
@@ -139,7 +139,7 @@ def _published(
         num_kv_heads=heads[1],
         feed_forward=feed_forward,
         delta=DeltaNetConfig(value_heads=value_heads),
-        mtp_layers=1,
+        num_mtp_layers=1,
         tied=tied,
     )
 

@@ -203,7 +203,7 @@ class Qwen35(nn.Module):
         )
         self.norm = ZeroCentredNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.ahead = Ahead(config) if config.mtp_layers else None
+        self.ahead = Ahead(config) if config.num_mtp_layers else None
         self._tie()
 
     def forward(
@@ -211,9 +211,8 @@ class Qwen35(nn.Module):
         input_ids: Tensor,
         position: Tensor,
         tables: Tables,
-        *,
-        next_ids: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        mtp_input_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Score the next token of every token.
 
         Args:
@@ -221,24 +220,24 @@ class Qwen35(nn.Module):
             position: [B, L], the position of each token in its document; or [3, B, L], its time,
                 height and width.
             tables: what the batch brings for the mixers.
-            next_ids: [B, L], the token after each one, shifted before sharding; with them the
-                token after that is scored too.
+            mtp_input_ids: [B, 1, L], the token after each one (dtcp.batch.look_ahead); None to
+                leave multi-token prediction out.
         Returns:
-            [B, L, V], and the same for the token after the next one where next_ids is given.
+            [B, L, V]; with mtp_input_ids a tuple of it and of that for the token after the next.
         """
         angles = self.config.rope.angles(position)
         x = self.embedding(input_ids)
         for block in self.layers:
             x = block(x, angles, tables)
         hidden = self.norm(x)
-        if next_ids is None:
+        if mtp_input_ids is None:
             return self.lm_head(hidden)
         if self.ahead is None:
             raise ValueError(
-                "A model predicts further ahead with a layer for it, got next_ids with "
-                "mtp_layers=0: leave them out, or set mtp_layers=1."
+                "A model predicts further ahead with a layer for it, got mtp_input_ids with "
+                "num_mtp_layers=0: leave them out, or set num_mtp_layers=1."
             )
-        further = self.ahead(hidden, self.embedding(next_ids), angles, tables)
+        further = self.ahead(hidden, self.embedding(mtp_input_ids[:, 0]), angles, tables)
         return self.lm_head(hidden), self.lm_head(further)
 
     def init_weights(self, std: float = 0.02) -> None:

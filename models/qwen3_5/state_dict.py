@@ -137,7 +137,7 @@ def from_hf(state_dict: Mapping[str, Tensor], config: Qwen35Config) -> dict[str,
     )
     ours: dict[str, Tensor] = {}
     for name, x in theirs.items():
-        if name.startswith("mtp.") and not config.mtp_layers:
+        if name.startswith("mtp.") and not config.num_mtp_layers:
             continue
         joined = next((each for each in JOINED if name.endswith(f".{each.theirs}")), None)
         if joined is None:
@@ -185,7 +185,7 @@ def config_from_hf(config: Mapping[str, Any]) -> Qwen35Config:
         rope_theta=rope["rope_theta"],
         rope_sections=tuple(rope.get("mrope_section", (11, 11, 10))),
         norm_eps=config["rms_norm_eps"],
-        mtp_layers=config.get("mtp_num_hidden_layers", 0),
+        num_mtp_layers=config.get("mtp_num_hidden_layers", 0),
         tied=config.get("tie_word_embeddings", False),
     )
     if kinds is not None and list(kinds) != _kinds(shape):
@@ -224,7 +224,7 @@ def config_to_hf(config: Qwen35Config) -> dict[str, Any]:
             "mrope_interleaved": True,
         },
         "rms_norm_eps": config.norm_eps,
-        "mtp_num_hidden_layers": config.mtp_layers,
+        "mtp_num_hidden_layers": config.num_mtp_layers,
         "tie_word_embeddings": config.tied,
     }
     if isinstance(experts, int):
