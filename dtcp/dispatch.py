@@ -8,6 +8,7 @@ Rules are entries in DTensor's table of handlers (torch 2.11-2.15 keep it in the
 `DTensor._op_dispatcher`); plain tensors never reach them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from dtcp.collectives import group_name
@@ -34,6 +36,27 @@ def install(op: AttentionOp) -> None:
 def handle(op: torch._ops.OpOverload, rule: Callable[..., Any]) -> None:
     """Give DTensor a rule for an op: rule(op, args, kwargs) -> results."""
     DTensor._op_dispatcher._custom_op_handlers[op] = rule
+
+
+class CollectiveCalls(TorchDispatchMode):
+    """Counts the collectives of torch inside: those of DTensor and FSDP; ours count themselves.
+
+    torch's own CommDebugMode follows modules, too, and loses its way where one of several is
+    called on DTensors (2.13). Makes dynamo run eager, as every mode of its kind.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            # What it communicates comes by again, on local tensors.
+            return NotImplemented
+        name = func.name()
+        if name.startswith(("_c10d_functional::", "c10d::")) and "wait_tensor" not in name:
+            self.calls[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def check_placements(name: str, tensors: Sequence[Tensor], axis: str) -> None:

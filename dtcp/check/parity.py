@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 
 from dtcp.attention import RingAttention
 from dtcp.batch import shard_batch, shift_labels
 from dtcp.check.subject import Mixing, Subject, vocabulary
 from dtcp.compile import Graphs, count_graphs
+from dtcp.dispatch import CollectiveCalls
 from dtcp.documents import Documents
 from dtcp.layout import HeadTail, SequenceLayout
 from dtcp.loss import global_token_count, token_mean_loss
@@ -120,7 +120,7 @@ def compare(
 
     model = subject.parallelize(_seeded(subject), mesh, options.style, compile)
     by_layer: dict[str, Count] = {}
-    others = CommDebugMode()
+    others = CollectiveCalls()
     with ExitStack() as watch:
         traffic, graphs = watch.enter_context(count()), watch.enter_context(count_graphs())
         if compile is None:
@@ -131,8 +131,7 @@ def compare(
     errors = {"loss": _error(found, wanted)}
     for name, parameter in reference.named_parameters():
         errors[name] = _gradient_error(model.get_parameter(name).grad, parameter.grad)
-    elsewhere = {f"{op}": calls for op, calls in others.get_comm_counts().items()}
-    return Outcome(errors, traffic.by_op, by_layer, graphs, elsewhere)
+    return Outcome(errors, traffic.by_op, by_layer, graphs, dict(others.calls))
 
 
 def _rank(rank: int, subject: Subject, options: Options, folder: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
@@ -81,12 +82,17 @@ class Checkpoints(CheckpointManager):
 
     def _export(self, path: Path) -> None:
         """Write weights and config as transformers reads them."""
+        state = self.states[MODEL].state_dict()
         weights = {
             name: value.to(self.export_dtype)
-            for name, value in self.states[MODEL].state_dict().items()
+            for name, value in state.items()
+            if value.is_floating_point()
         }
         self.dcp_save(weights, str(path), AsyncMode.DISABLED, to_hf=True)
+        others = {name: _whole(value) for name, value in state.items() if name not in weights}
         if dist.get_rank() == 0:
+            if others:
+                _add_to_export(path, self.sd_adapter.to_hf(others))
             # Each rank's part, from which torchtitan has put the whole together.
             shutil.rmtree(path / "sharded", ignore_errors=True)
             if isinstance(self.sd_adapter, NameMapAdapter):
@@ -153,6 +159,20 @@ class Checkpoints(CheckpointManager):
             f"A checkpoint holds the whole state of this model, got {self._path(step)} "
             f"({type(first).__name__}: {cause}): it is torn, or of another model; {remedy}."
         )
+
+
+def _add_to_export(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write integers beside the weights: torch puts ranks' parts together of floats only (2.13)."""
+    file, index_path = "model-integers.safetensors", path / "model.safetensors.index.json"
+    save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path / file)
+    index = json.loads(index_path.read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, file)
+    index["metadata"]["total_size"] += sum(x.nbytes for x in tensors.values())
+    index_path.write_text(json.dumps(index, indent=2))
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:
