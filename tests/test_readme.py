@@ -34,7 +34,9 @@ def test_the_example_runs_as_printed(tmp_path, index):
         pytest.importorskip("transformers")
     script = tmp_path / "example.py"
     script.write_text(example)
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    # A file for each rank: in one pipe the lines of two ranks may run into each other.
+    files = ["--redirects", "3", "--log-dir", str(tmp_path / "ranks")]
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *files]
     ran = subprocess.run(
         [sys.executable, "-m", *command, str(script)],
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
@@ -43,8 +45,10 @@ def test_the_example_runs_as_printed(tmp_path, index):
         timeout=600,
         check=False,
     )
-    assert ran.returncode == 0, ran.stderr
-    assert len(re.findall(PRINTED[index], ran.stdout)) == int(ranks)
+    errors = [path.read_text() for path in sorted(tmp_path.rglob("stderr.log"))]
+    assert ran.returncode == 0, "\n".join((ran.stderr, *errors))
+    printed = [path.read_text() for path in tmp_path.rglob("stdout.log")]
+    assert [len(re.findall(PRINTED[index], out)) for out in printed] == [1] * int(ranks)
 
 
 def test_its_commands_name_configs_and_files_that_exist():
