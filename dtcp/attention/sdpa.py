@@ -33,7 +33,7 @@ from dtcp.collectives import group_name, group_of
 from dtcp.dispatch import handle, install
 from dtcp.documents import Documents
 from dtcp.kernels.attend import Softmax
-from dtcp.kernels.op import AttentionOp, Call, Strategy
+from dtcp.kernels.op import AttentionOp, Call, Given, Kept, Strategy
 from dtcp.layout import Contiguous, SequenceLayout
 from dtcp.masks import Bidirectional, Causal, Coords, Mask
 from dtcp.style import AttentionStyle
@@ -49,27 +49,14 @@ class _ContiguousRows:
     def __init__(self, strategy: Strategy, mask: Mask) -> None:
         self.strategy, self.mask = strategy, mask
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call
-    ) -> tuple[Tensor, list[Tensor]]:
-        return self.strategy.forward(q, k, v, sink, self._with_tables(q, call))
+    def forward(self, x: Given, call: Call) -> Kept:
+        return self.strategy.forward(x, self._with_tables(x.q, call))
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink: Tensor | None,
-        out: Tensor,
-        saved: list[Tensor],
-        call: Call,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        call = self._with_tables(q, call)
-        return self.strategy.backward(grad_out, q, k, v, sink, out, saved, call)
+    def backward(self, grad_out: Tensor, x: Given, kept: Kept, call: Call) -> Given:
+        return self.strategy.backward(grad_out, x, kept, self._with_tables(x.q, call))
 
-    def saved_like(self, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[str]) -> list[Tensor]:
-        return self.strategy.saved_like(q, k, v, groups)
+    def saved_like(self, x: Given, groups: Sequence[str]) -> list[Tensor]:
+        return self.strategy.saved_like(x, groups)
 
     def _with_tables(self, q: Tensor, call: Call) -> Call:
         group = group_of(call.groups[0])
