@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from dtcp.attention.needed import step_by_step_tables
 from dtcp.attention.ring import RING, RingAttention
-from dtcp.collectives import group_name, group_of
+from dtcp.collectives import axis_group_name, group_of
 from dtcp.dispatch import handle, install
 from dtcp.documents import Documents
 from dtcp.kernels.attend import Softmax
@@ -213,9 +213,7 @@ def _rule_inputs(q: Any, k: Any, v: Any, mask: Tensor | None, dropout_p: float) 
     if isinstance(q, DTensor) and Shard(SDPA_SEQ) in q.placements:
         _check(q, k, v, mask, dropout_p)
         index = q.placements.index(Shard(SDPA_SEQ))
-        names = q.device_mesh.mesh_dim_names
-        axis = q.device_mesh if names is None else q.device_mesh[names[index]]
-        return [group_name(axis)]
+        return [axis_group_name(q.device_mesh, index)]
     tensors = [x for x in (q, k, v) if isinstance(x, DTensor)]
     fine = (Replicate(), Shard(0), Shard(SDPA_HEADS))
     if len(tensors) < 3 or any(
