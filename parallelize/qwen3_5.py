@@ -60,6 +60,13 @@ def qwen3_5_plan(
         blocks=tuple(f"{name}.*" for name in blocks),
         # What is used twice is gathered once, with the rest of the model.
         units=() if config.tied or config.num_mtp_layers else (("embedding",), ("norm", "lm_head")),
+        # Decays multiply along a document, and with them what rounding does to a rate.
+        islands=tuple(
+            f"layers.{index}.delta.{name}.weight"
+            for index in range(config.num_layers)
+            if not config.attends(index)
+            for name in ("log_rate", "step_bias")
+        ),
     )
 
 

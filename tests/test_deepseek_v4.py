@@ -24,6 +24,8 @@ from models.deepseek_v4 import (
     tiny,
     to_hf,
 )
+from parallelize.deepseek_v4 import islands
+from parallelize.islands import find_islands
 from tests import hf_deepseek_v4 as published
 
 DOCUMENTS = Documents(((37, 3, 49), (70, 26)), 96)
@@ -63,7 +65,8 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_deepseek_v4_checkpoint_is_read_by_transformers_and_back(tmp_path):
-    """Under the official names, on disk, with the settings beside it."""
+    """Under the official names, on disk, with the settings beside it; what they keep in fp32
+    when they load as bf16 is what a plan keeps."""
     from transformers import DeepseekV4ForCausalLM
 
     theirs, ours, config = pair()
@@ -82,6 +85,10 @@ def test_deepseek_v4_checkpoint_is_read_by_transformers_and_back(tmp_path):
     assert config_from_hf(settings) == config == config_from_hf(loaded.config.to_dict())
     again = from_hf(load_file(tmp_path / "model.safetensors"), config)
     assert_close(again, dict(ours.state_dict()), rtol=0, atol=0)
+
+    rounded = DeepseekV4ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    kept = {n for n, x in from_hf(rounded.state_dict(), config).items() if x.dtype == torch.float32}
+    assert set(find_islands(ours, islands(config))) == kept & set(dict(ours.named_parameters()))
 
 
 def test_deepseek_v4_names_survive_the_round_trip_with_mtp():
