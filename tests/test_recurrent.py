@@ -16,7 +16,7 @@ from dtcp.batch import BatchPlan, shard_batch
 from dtcp.compile import count_graphs
 from dtcp.documents import Documents
 from dtcp.kernels import delta_rule
-from dtcp.layout import BlockBalanced, Contiguous, HeadTail, SequenceLayout
+from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
 from dtcp.mesh import ParallelMesh
 from dtcp.mixers import Tables, batch_tables
 from dtcp.recurrent import (
@@ -26,6 +26,7 @@ from dtcp.recurrent import (
     GatedDeltaCP,
     GatedDeltaRule,
     GatherStates,
+    RelayoutCP,
     ScanStates,
 )
 from dtcp.recurrent.style import DeltaShape
@@ -200,6 +201,49 @@ def test_compiled_is_one_graph_for_every_packing(mesh, ranks):
     assert (found.graphs, found.breaks) == (1, 0)
 
 
+class Whole(nn.Module):
+    """The layer as one that reads hidden states, and tables."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.inner, self.weight = Layer(), nn.Parameter(weight.clone())
+
+    def forward(self, x: Tensor, tables: Tables) -> Tensor:
+        x, g, beta = x.split((CHANNELS, H, H), dim=-1)
+        return self.inner(x, g, beta, self.weight, tables).flatten(2)
+
+
+@pytest.mark.parametrize("inside", [Contiguous, HeadTail])
+@spmd(ranks=[2, 3])
+def test_a_layer_on_tokens_dealt_anew_equals_the_recurrence(mesh, inside, ranks):
+    """From every layout; one graph for all, and the tokens that change owner received twice."""
+    documents, style = Documents(((7, 30, 1, 10),), SEQ_LEN), RelayoutCP(inside)
+    expected = truth(documents)
+    layer = Whole(expected.inputs[3])
+    keys = {"inner.conv": CausalConvCP(), "inner.rule": GatedDeltaCP(), "": style}
+    compiled = torch.compile(apply_plan(layer, mesh, keys), backend="aot_eager", fullgraph=True)
+    whole = torch.cat(expected.inputs[:3], dim=-1)
+    with count_graphs() as found:
+        for layout in (PerDocument, Contiguous, HeadTail, BlockBalanced):
+            plan = plan_of(documents, layer, mesh, layout)
+            x = plan.shard(whole).requires_grad_()
+            with count() as traffic:
+                out = compiled(x, plan.tables)
+                grad, d_weight = torch.autograd.grad(
+                    out, (x, layer.weight), plan.shard(expected.grad_out).flatten(2)
+                )
+            dist.all_reduce(d_weight)
+            assert_close(out, plan.shard(expected.out).flatten(2))
+            assert_close(grad, plan.shard(torch.cat(expected.grads[:3], dim=-1)))
+            assert_close(d_weight, expected.grads[3])
+            # Tokens come as wide as they are and go home as values alone, and so do gradients.
+            sizes = [H * V, CHANNELS + 2 * H]
+            one, two = (style.received(plan.layout, mesh.get_local_rank(), 8 * n) for n in sizes)
+            moved = one + two
+            assert 2 * traffic["dtcp::all_to_all"].received == moved.forward + moved.backward
+    assert (found.graphs, found.breaks) == (1, 0)
+
+
 @spmd(axes={"cp": 2, "tp": 2})
 def test_dtensors_split_by_sequence_and_heads_equal_the_recurrence(mesh):
     documents = cases.across_borders(SEQ_LEN, 2)
@@ -261,6 +305,13 @@ def test_what_cannot_be_honoured_is_refused_on_every_rank(mesh):
         lambda: parallelize_module(layer, mesh, {"conv": GatedDeltaCP()}),
         TypeError,
     )
+    relaid = RelayoutCP()
+    refused("got a Linear", lambda: parallelize_module(nn.Linear(2, 2), mesh, relaid), TypeError)
+    dealt = parallelize_module(layer_on(mesh), mesh, relaid)
+    refused("once, got a Layer", lambda: parallelize_module(dealt, mesh, relaid), TypeError)
+    refused("tables of its batch", lambda: dealt(inputs[0], plan.tables))
+    refused("as many shards", lambda: batch_tables(dealt, documents))
+    refused("segment_len=2", lambda: plan_of(Documents.single(1, 4), dealt, mesh, Contiguous))
     unclaimed = Layer()
     refused("unclaimed", lambda: plan_of(documents, unclaimed, mesh, HeadTail))
     refused("claimed", lambda: apply_plan(unclaimed, mesh, {"rule": GatedDeltaCP()}))

@@ -13,7 +13,14 @@ from dtcp.recurrent.conv import causal_conv, conv_tables
 from dtcp.recurrent.op import delta_tables, gated_delta_rule
 
 
-class GatedDeltaRule(Mixer):
+class RecurrentMixer(Mixer):
+    """A mixer in which a token reads what was handed on from segment to segment."""
+
+    inside: type[SequenceLayout] | None = None
+    """The layout its tokens lie in, where a style has dealt them anew; None: the batch's."""
+
+
+class GatedDeltaRule(RecurrentMixer):
     """Linear attention with a forgetting, self-correcting state, one document at a time.
 
     Args:
@@ -59,7 +66,7 @@ class GatedDeltaRule(Mixer):
         return f"normalize={self.normalize}, scale={self.scale}"
 
 
-class CausalConv1d(Mixer):
+class CausalConv1d(RecurrentMixer):
     """A convolution of each channel with its own taps, over the last w tokens of a document.
 
     Args:
