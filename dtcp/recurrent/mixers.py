@@ -23,6 +23,9 @@ class RecurrentMixer(Mixer):
 class GatedDeltaRule(RecurrentMixer):
     """Linear attention with a forgetting, self-correcting state, one document at a time.
 
+    Where g has a number for each key channel, it is Kimi's (Kimi Delta Attention, 2025,
+    https://arxiv.org/abs/2510.26692).
+
     Args:
         normalize: scale each query and key head to length 1.
         scale: factor on the queries; None for key_dim ** -0.5.
@@ -41,7 +44,8 @@ class GatedDeltaRule(RecurrentMixer):
         Args:
             q, k: [B, L, G, K].
             v: [B, L, H, V], H a multiple of G; value head h reads key head h // (H / G).
-            g: [B, L, H], log of the share of the state that each token keeps.
+            g: [B, L, H], log of the share of the state that each token keeps, at most 0; or
+                [B, L, H, K], of each row of the state.
             beta: [B, L, H], how much of what its key held a token replaces, 0 to 1.
             tables: what the batch brings.
         Returns:
