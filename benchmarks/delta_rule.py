@@ -37,10 +37,9 @@ from dtcp.kernels.fla import delta_kernel
 from dtcp.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.mesh import Degrees, ParallelMesh
 from dtcp.mixers import batch_tables
-from dtcp.recurrent import CausalConvCP, GatedDeltaCP, GatherStates, ScanStates
+from dtcp.recurrent import CausalConvCP, GatedDeltaCP, GatherStates, RelayoutCP, ScanStates
 from dtcp.recurrent.states import summaries_received
 from dtcp.recurrent.style import DeltaShape
-from dtcp.relayout import relayout
 from dtcp.style import apply_plan
 from dtcp.traffic import LEDGER, count
 from models.qwen3_5 import PRESETS, DeltaNetConfig, GatedDeltaNet, Qwen35Config
@@ -156,13 +155,11 @@ def _ways(
             layer, plan = _sharded(alone, mesh, documents, layout, GatedDeltaCP(states))
             call = _bound(layer, plan)
             found.append((Way(f"states, {said}", layout, call), plan))
-    contiguous, inside = _sharded(alone, mesh, documents, Contiguous, GatedDeltaCP(GatherStates()))
+    states = GatedDeltaCP(GatherStates())
+    dealt, plan = _sharded(alone, mesh, documents, HeadTail, states, relayout=True)
+    contiguous, inside = _sharded(alone, mesh, documents, Contiguous, states)
     call = _bound(contiguous, inside)
-    _, plan = _sharded(alone, mesh, documents, HeadTail, GatedDeltaCP())
     axis, source, target = mesh.cp, plan.layout, inside.layout
-
-    def dealt(x: Tensor) -> Tensor:
-        return relayout(call(relayout(x, source, target, axis)), target, source, axis)
 
     def sorted_(x: Tensor) -> Tensor:
         whole = source.restore(_GatherReduce.apply(x, axis))
@@ -174,7 +171,11 @@ def _ways(
     def gathered(x: Tensor) -> Tensor:
         return plan.shard(alone(source.restore(_GatherReduce.apply(x, axis)), tables))
 
-    ways = (("relayout", dealt), ("gather and sort", sorted_), ("gather all", gathered))
+    ways = (
+        ("relayout", _bound(dealt, plan)),
+        ("gather and sort", sorted_),
+        ("gather all", gathered),
+    )
     return found + [(Way(name, HeadTail, call), plan) for name, call in ways]
 
 
@@ -188,6 +189,8 @@ def _sharded(
     documents: Documents,
     layout: type[SequenceLayout],
     style: GatedDeltaCP,
+    *,
+    relayout: bool = False,
 ) -> tuple[GatedDeltaNet, BatchPlan]:
     """The layer over the ranks, its weights shared with `alone`."""
     with torch.device("meta"):
@@ -195,7 +198,8 @@ def _sharded(
     for name, parameter in alone.named_parameters():
         module, _, last = name.rpartition(".")
         layer.get_submodule(module).register_parameter(last, parameter)
-    apply_plan(layer, mesh.cp, {"conv": CausalConvCP(), "mixer": style})
+    styles = {"conv": CausalConvCP(), "mixer": style}
+    apply_plan(layer, mesh.cp, {**styles, **({"": RelayoutCP()} if relayout else {})})
     ids = torch.zeros(1, documents.seq_len, dtype=torch.int64)
     return layer, shard_batch({"input_ids": ids}, mesh, layout, model=layer, documents=documents)[1]
 

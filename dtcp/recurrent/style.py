@@ -13,7 +13,7 @@ from dtcp.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.masks import Coords
 from dtcp.mixers import Mixer, Tables
 from dtcp.recurrent.conv import causal_conv, conv_tables
-from dtcp.recurrent.mixers import CausalConv1d, GatedDeltaRule
+from dtcp.recurrent.mixers import CausalConv1d, GatedDeltaRule, RecurrentMixer
 from dtcp.recurrent.op import delta_tables, gated_delta_rule, install
 from dtcp.recurrent.states import summaries_received
 from dtcp.style import Received
@@ -82,7 +82,7 @@ class RecurrentStyle(ParallelStyle):
             accepted = ", ".join(kind.__name__ for kind in self.layouts)
             raise ValueError(
                 f"{self} hands on a state from segment to segment of the layouts {accepted}, got "
-                f"layout={layout}: use one of them."
+                f"layout={layout}: use one of them, or RelayoutCP on the layer."
             )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -105,7 +105,7 @@ class RecurrentStyle(ParallelStyle):
         return module
 
 
-class Claimed(Mixer):
+class Claimed(RecurrentMixer):
     """What the mixers that a style has taken over share. Made by the style."""
 
     style: Any
@@ -113,13 +113,17 @@ class Claimed(Mixer):
     groups: list[str]
 
     def check_layout(self, layout: SequenceLayout | None) -> SequenceLayout:
+        """The layout that the mixer's own tokens lie in."""
         if layout is None or layout.num_shards != self.mesh.size():
             raise ValueError(
                 f"A mixer on {self.mesh.size()} ranks needs a layout of as many shards, got "
                 f"layout={layout}: build the batch with shard_batch on the mesh of the plan."
             )
-        self.style.check(layout)
-        return layout
+        placed = layout
+        if self.inside is not None:
+            placed = self.inside(layout.seq_len, layout.num_shards)
+        self.style.check(placed)
+        return placed
 
     def own(self, tables: Tables) -> Sequence[Tensor]:
         if tables is None or self.table_key not in tables:
