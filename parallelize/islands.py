@@ -59,7 +59,9 @@ def keep_apart(unit: FSDPModule, islands: Collection[nn.Parameter]) -> None:
         if rest:
             group.fsdp_params = rest
             apart = _empty_like(group)
-            groups.append(apart)
+            # In front: a neighbour of one group prefetches the last of ours alone (torch 2.13),
+            # which then is the large one.
+            groups.insert(0, apart)
         apart.fsdp_params, apart.mp_policy = kept, OWN_DTYPE
 
 
