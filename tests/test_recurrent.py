@@ -288,7 +288,9 @@ def test_dtensors_split_by_sequence_and_heads_equal_the_recurrence(mesh):
 
 
 def test_fewest_bytes_gathers_among_few_and_scans_among_many():
-    choices = {(n, p): FewestBytes().scans(n, p) for n in (2, 4, 8, 64) for p in (1, 2)}
+    """Large states; small ones are gathered, since a round takes longer than they do."""
+    large = DeltaShape(1, 32, 128, 128).summary
+    choices = {(n, p): FewestBytes().scans(n, p, large) for n in (2, 4, 8, 64) for p in (1, 2)}
     assert choices == {
         (2, 1): False,
         (2, 2): False,
@@ -299,6 +301,10 @@ def test_fewest_bytes_gathers_among_few_and_scans_among_many():
         (64, 1): True,
         (64, 2): True,
     }
+    small = DeltaShape(1, 4, 16, 32).summary
+    for n, p in choices:
+        assert not FewestBytes().scans(n, p, small)
+        assert FewestBytes(a_round=0).scans(n, p, small) == choices[n, p]
 
 
 @spmd(ranks=2)
