@@ -175,15 +175,17 @@ def test_a_shape_that_does_not_fit_is_refused(change, message):
 def test_embeddings_without_ids_are_refused():
     config: DeepseekV4Config = tiny(64)
     model, documents = DeepseekV4(config), Documents.single(1, 8)
-    with pytest.raises(TypeError, match="look experts up by token"):
-        model(torch.randn(1, 8, 64), documents.position_in_document(), {})
+    for given in (torch.randn(1, 8, 64), None):
+        with pytest.raises(TypeError, match="look experts up by token"):
+            model(given, documents.position_in_document(), {})
 
 
 def test_ids_for_another_number_of_tokens_ahead_are_refused():
     model, documents = DeepseekV4(tiny(64)), Documents.single(1, 8)
-    ids = torch.zeros(1, 2, 8, dtype=torch.int64)
-    with pytest.raises(ValueError, match="as far ahead as it has MTP layers"):
-        model(ids[:, 0], documents.position_in_document(), {}, ids)
+    for depths, seq_len in ((2, 8), (1, 16)):
+        ids = torch.zeros(1, depths, seq_len, dtype=torch.int64)
+        with pytest.raises(ValueError, match="as far ahead as it has MTP layers"):
+            model(ids[:, 0, :8], documents.position_in_document(), {}, ids)
 
 
 def test_a_step_in_bfloat16_gives_finite_gradients():

@@ -44,6 +44,7 @@ class Attention(nn.Module):
         self.o_b_proj = nn.Linear(o_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, position: Tensor, tables: Tables) -> Tensor:
+        self.mixer.check_position(position, tables)
         query = self.q_norm(self.q_a_proj(x))  # [B, L, query_rank]
         # The number of heads is what the projection gives: a plan may split the heads over ranks.
         q = self.q_b_proj(query).unflatten(-1, (-1, self.head_dim))

@@ -118,16 +118,17 @@ class DeepseekV4(nn.Module):
                 module.reset_parameters()
 
     def _check(self, input_ids: Tensor, mtp_input_ids: Tensor | None) -> None:
-        if input_ids.is_floating_point():
+        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
             raise TypeError(
                 f"DeepseekV4 reads token ids, for its hash layers look experts up by token, got "
-                f"input_ids.dtype={input_ids.dtype}: pass ids, not embeddings."
+                f"input_ids of {getattr(input_ids, 'dtype', input_ids)}: pass ids, not embeddings."
             )
-        if mtp_input_ids is not None and mtp_input_ids.shape[1] != len(self.mtp):
+        wanted = (len(input_ids), len(self.mtp), input_ids.shape[1])
+        if mtp_input_ids is not None and mtp_input_ids.shape != wanted:
             raise ValueError(
                 f"DeepseekV4 predicts as far ahead as it has MTP layers, got "
                 f"mtp_input_ids.shape={tuple(mtp_input_ids.shape)} for num_mtp_layers="
-                f"{len(self.mtp)}: give [B, {len(self.mtp)}, L], or None."
+                f"{len(self.mtp)}: give [B, {len(self.mtp)}, L] = {wanted}, or None."
             )
 
 
