@@ -13,7 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ def main() -> None:
         f"## Bytes of whole models\n\n{MODEL} and gemma4-e4b, bf16, one document a row, forward, "
         f"by formula: GB received by the rank that receives most (and on average).",
         table(("model", "S", "ranks", *WAYS), [*_models(MODEL), *_models("gemma4-e4b")]),
+        _ranks_text(),
         f"## Bytes of a layer\n\n{MODEL}, S = 131072, 8 ranks: MB received, at most.",
         table(("layer", *WAYS), _kinds()),
         "## Building masks\n\nOnce a batch and layer kind, on the host, one row of one document, "
@@ -82,6 +83,34 @@ def _models(name: str) -> list[list[str]]:
             found = [f"{x.most / 1e9:.2f} ({x.mean / 1e9:.2f})" for x in totals]
             rows.append([name, f"{seq_len}", f"{ranks}", *found])
     return rows
+
+
+def _ranks_text() -> str:
+    """Which rank receives what, and what it would take for the worst one to receive less."""
+    config, ranks = PRESETS[MODEL], range(8)
+    rows, sums = [], {}
+    for kind in (Contiguous, HeadTail):
+        layout = kind(2**17, 8)
+        for sight in Sight:
+            layers = [i for i, sees in enumerate(config.layers) if sees is sight]
+            sums[sight] = [sum(ours(config, layout, i, rank) for i in layers) for rank in ranks]
+            rows.append([kind.__name__, sight.name.lower(), *_gigabytes(sums[sight])])
+        rows.append([kind.__name__, "all", *_gigabytes(map(sum, zip(*sums.values(), strict=True)))])
+    halo = (config.window - 1) * 2 * config.sliding.num_kv_heads * config.sliding.head_dim * 2
+    layers = config.layers.count(Sight.SLIDING)
+    return (
+        f"## Bytes by rank\n\n{MODEL}, S = 131072, 8 ranks, forward: GB received by each. HeadTail "
+        f"gives its rank 1 the sixteenth of the row next to last, so {13 / 16:.4f} of all global "
+        f"keys, and two halos of {halo * layers / 1e9:.3f} GB over the {layers} sliding layers. "
+        f"Whatever pairs of stretches a layout makes, a rank whose stretch ends where the last one "
+        f"begins reads what lies between; two halos and that stay below 5.6 GB only if the last "
+        f"stretch is longer than a whole shard (docs/log.md).\n\n"
+        f"{table(('layout', 'layers', *map(str, ranks)), rows)}"
+    )
+
+
+def _gigabytes(sums: Iterable[int]) -> list[str]:
+    return [f"{x / 1e9:.3f}" for x in sums]
 
 
 def _kinds() -> list[list[str]]:

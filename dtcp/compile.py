@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from inspect import signature
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
@@ -50,19 +51,45 @@ def island(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def compile_whole(function: Callable[P, R], *, backend: str) -> Callable[P, R]:
+    """Compile code to one graph, or raise what broke it; sizes are fixed in the graph.
+
+    Layers of one model may differ in their sizes, and dynamo would take such a size for one that
+    changes from call to call. What does change with every batch is inside of our ops.
+    """
+    how: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
+    limit: dict[str, Any] = {"recompile_limit": GRAPHS_A_FUNCTION}
+    if "recompile_limit" in signature(torch.compile).parameters:
+        return torch.compile(function, **how, **limit)
+    # Before torch 2.13 the limit is dynamo's, read when a graph is made.
+    return _configured(torch.compile(function, **how), **limit)
+
+
 def compile_around_islands(function: Callable[P, R], *, backend: str) -> Callable[P, R]:
     """Compile code that holds an eager island: one graph before it and one after.
 
     However deep in the code the island lies: without nested breaks every module around it breaks
     too, two breaks an attention. The option is new in torch 2.13, and off there.
     """
-    compiled = torch.compile(function, backend=backend)
-    if not hasattr(torch._dynamo.config, "nested_graph_breaks"):
-        return compiled
+    how: dict[str, Any] = {"recompile_limit": GRAPHS_A_FUNCTION}
+    if hasattr(torch._dynamo.config, "nested_graph_breaks"):
+        how["nested_graph_breaks"] = True
+    return _configured(torch.compile(function, backend=backend), **how)
 
-    @wraps(function)
+
+GRAPHS_A_FUNCTION = 64
+"""Graphs of one function before dynamo gives up, with an error or, at a break, in eager mode.
+
+All blocks of a model are one function to it, and each kind of block has a graph to train and one
+to validate: its own limit of 8 is too low for a model of five kinds."""
+
+
+def _configured(compiled: Callable[P, R], **how: Any) -> Callable[P, R]:
+    """A compiled function that is traced under these settings of dynamo."""
+
+    @wraps(compiled)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch._dynamo.config.patch(nested_graph_breaks=True):
+        with torch._dynamo.config.patch(**how):
             return compiled(*args, **kwargs)
 
     return run

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-
-from dtcp.compile import compile_around_islands
+from dtcp.compile import compile_around_islands, compile_whole
 from parallelize.activation_checkpoint import Forward
 
 
@@ -20,9 +18,7 @@ class Compile:
 
     def whole(self, forward: Forward) -> Forward:
         """One graph, or an error that says what broke it."""
-        # Layers of a model may differ in their sizes: dynamo would take such a size for one that
-        # changes from call to call. What does change with every batch is inside of our ops.
-        return torch.compile(forward, backend=self.backend, fullgraph=True, dynamic=False)
+        return compile_whole(forward, backend=self.backend)
 
     def around_islands(self, forward: Forward) -> Forward:
         """One graph before an eager island and one after, however deep in the block it lies."""

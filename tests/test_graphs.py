@@ -25,6 +25,7 @@ from dtcp.mixers import SoftmaxAttention
 from dtcp.style import apply_plan
 from dtcp.torchtitan.compiler import missing_for_inductor
 from dtcp.traffic import count
+from parallelize import Compile
 from tests import cases
 from tests.on_mesh import (
     WINDOW,
@@ -217,3 +218,29 @@ def test_tables_have_one_shape_whatever_ranks_need(mesh):
     everyones = [None] * 4
     dist.all_gather_object(everyones, shapes)
     assert len(set().union(*everyones)) == 1
+
+
+class OfWidth(nn.Module):
+    """One function to dynamo, another graph for each width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.linear(x).sum()
+
+
+@pytest.mark.parametrize("compiled", [Compile("eager").whole, Compile("eager").around_islands])
+def test_a_model_may_have_more_kinds_of_blocks_than_dynamo_allows_graphs(compiled):
+    """Twelve, to train and to validate; torch stops at eight, or goes on in eager mode."""
+    blocks = [OfWidth(width) for width in range(1, 13)]
+    calls = [compiled(block.forward) for block in blocks]
+    with count_graphs() as found:
+        for _ in range(2):
+            for block, call in zip(blocks, calls, strict=True):
+                x = torch.ones(2, block.linear.in_features)
+                call(x)
+                with torch.no_grad():
+                    call(x)
+    assert found.graphs == 24

@@ -16,6 +16,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed.utils import clip_grad_norm_
 from torchtitan.models.common.decoder import Decoder
 
+from dtcp.compile import compile_whole
 from dtcp.mixers import batch_tables
 from dtcp.torchtitan.model_spec import BeforeStep
 from dtcp.torchtitan.overrides import add_mixers
@@ -125,7 +126,7 @@ def _plain_model(
         add_mixers(model)
     if config.compile.enable:
         for block in model.layers.children():
-            block.compile(backend=config.compile.backend, fullgraph=True)
+            block.forward = compile_whole(block.forward, backend=config.compile.backend)
     return model.train()
 
 
