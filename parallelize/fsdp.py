@@ -1,7 +1,7 @@
 """Parameters sharded over ranks, gradients summed over them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,7 @@ class FSDP:
     """Options of torch's fully_shard.
 
     Args:
+        mixed_precision: inputs are cast, if asked for, where they enter the model.
         reshard_after_forward: gather a block's parameters again for its backward pass, rather
             than keep them.
     """
@@ -47,18 +48,17 @@ def shard_parameters(
             after forward, for backward starts with it.
         islands: names of parameters that no unit gathers in another dtype than their own.
     """
-    shared: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": options.mixed_precision,
-        "offload_policy": options.offload,
-    }
+    shared: dict[str, Any] = {"mesh": mesh, "offload_policy": options.offload}
+    # What a model hands to its own parts is in the dtype it has chosen: angles are in fp32.
+    inside = replace(options.mixed_precision, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, **shared, reshard_after_forward=options.reshard_after_forward)
+        again = options.reshard_after_forward
+        fully_shard(block, **shared, mp_policy=inside, reshard_after_forward=again)
     for index, unit in enumerate(units):
         last = index == len(units) - 1
         again = options.reshard_after_forward and not last
-        fully_shard(list(unit), **shared, reshard_after_forward=again)
-    fully_shard(model, **shared)
+        fully_shard(list(unit), **shared, mp_policy=inside, reshard_after_forward=again)
+    fully_shard(model, **shared, mp_policy=options.mixed_precision)
     kept = [model.get_parameter(name) for name in islands]
     for module in model.modules():
         if isinstance(module, FSDPModule):

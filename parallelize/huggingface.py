@@ -103,6 +103,7 @@ def hf_plan(
         cp=styles,
         blocks=tuple(dict.fromkeys(_block(name) for name in names)),
         units=_units(model),
+        islands=_islands(model),
     )
 
 
@@ -239,6 +240,13 @@ def _block(name: str) -> str:
             f"which stands in none: pass a ParallelPlan to parallelize."
         )
     return f"{found.group(1)}.*"
+
+
+def _islands(model: Any) -> tuple[str, ...]:
+    """What transformers itself loads in fp32, whatever dtype it is asked for."""
+    strict = model._keep_in_fp32_modules_strict
+    found = re.compile("|".join(key.replace("*", ".*") for key in sorted(strict)))
+    return tuple(name for name, _ in model.named_parameters() if strict and found.search(name))
 
 
 def _units(model: Any) -> tuple[tuple[str, ...], ...]:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -20,14 +21,21 @@ from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.masks import Causal, SlidingWindow
 from dtcp.mesh import Degrees, ParallelMesh
 from dtcp.traffic import count
-from parallelize import Compile, FullCheckpoint, SelectiveCheckpoint, load_hf, parallelize_hf
+from parallelize import (
+    FSDP,
+    Compile,
+    FullCheckpoint,
+    SelectiveCheckpoint,
+    load_hf,
+    parallelize_hf,
+)
 from parallelize.huggingface import RING
-from tests.hf_models import MODELS, build, config_of
+from tests.hf_models import MODELS, SHAPE, build, config_of
 from tests.parity import gradients
 from tests.spmd import spmd
 
 pytest.importorskip("transformers")
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 GRAPHS = Compile("aot_eager")
@@ -332,6 +340,23 @@ def test_ranks_with_different_weights_are_refused(mesh):
         model.lm_head.weight[0, 0] += mesh.get_local_rank()
     with pytest.raises(ValueError, match="seed all ranks alike"):
         parallelize_hf(model, ParallelMesh.from_degrees(Degrees(cp=2), "cpu"))
+
+
+@spmd(ranks=2)
+def test_what_transformers_keeps_in_fp32_is_not_rounded(mesh):
+    """A router whose choice bf16 would change: seen by its forward as it is, trained in fp32."""
+    shape = {**SHAPE, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("ernie4_5_moe", **shape))
+    router = model.model.layers[1].mlp.gate
+    given, seen = router.weight.detach().clone(), []
+    mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    bf16 = FSDP(mixed_precision=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    parallelize_hf(model, mesh, fsdp=bf16)
+    router.register_forward_pre_hook(lambda module, _: seen.append(module.weight.detach().clone()))
+    on_mesh(model, mesh, a_batch(PACKED))
+    assert_close(seen, [given], rtol=0, atol=0)
+    assert router.weight.grad.full_tensor().any()
 
 
 @pytest.mark.parametrize("compile", [GRAPHS, None])

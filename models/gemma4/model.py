@@ -206,7 +206,8 @@ class Block(nn.Module):
         x = x + self.feed_forward_post_norm(fed)
         if self.per_layer is not None:
             x = x + self.per_layer(x, embedding)
-        return x * self.layer_scalar, kept
+        # A buffer, which stays in fp32 where parameters are rounded.
+        return (x * self.layer_scalar).to(x.dtype), kept
 
 
 class PerLayerEmbedding(nn.Module):
