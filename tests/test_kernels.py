@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from dtcp.compile import count_graphs
 from dtcp.documents import Documents
-from dtcp.kernels import attend as attend_module
+from dtcp.kernels import tiles as tiles_module
 from dtcp.kernels.attend import Final, Gradients, Keys, Partial, Queries, Softmax, zeros_for
 from dtcp.kernels.attend import attend as attend_to
 from dtcp.kernels.block import block_attention, block_attention_backward
@@ -173,7 +173,7 @@ def test_keys_out_of_order_are_refused():
 @pytest.mark.parametrize("packing", [cases.two_rows, cases.equal_rows, cases.one_token_documents])
 def test_attend_adds_keys_met_in_parts(monkeypatch, packing, softcap, most_keys):
     """Even and odd keys come one after the other; the sum over both is the whole."""
-    monkeypatch.setattr(attend_module, "MOST_KEYS", most_keys)
+    monkeypatch.setattr(tiles_module, "MOST_KEYS", most_keys)
     documents, how = packing(24, 4), Softmax(0.4, softcap)
     case = Case(IMAGES_IN_WINDOW, packing, scale=0.4, softcap=softcap, sink=False, seq_len=24)
     expected = truth(case, 4)
@@ -197,7 +197,7 @@ def test_attend_adds_keys_met_in_parts(monkeypatch, packing, softcap, most_keys)
     final = Final(expected.grad_out, out, lse)
     for position, keys, spans in parts:
         grads = Gradients(dq, zeros_for(keys.k), zeros_for(keys.v))
-        attend_module.attend_backward(grads, final, queries, keys, spans, how)
+        tiles_module.attend_backward(grads, final, queries, keys, spans, how)
         dk[:, position], dv[:, position] = grads.dk, grads.dv
     assert_close((dq, dk, dv), expected.grads)
 

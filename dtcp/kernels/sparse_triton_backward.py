@@ -35,12 +35,11 @@ def query_gradients(final, out, given, dq, sizes, scale, shape: tl.constexpr):
     """Grid: (blocks of rows, B). Writes dq [B, L, H, D], and delta for the other kernels."""
     rows = rows_of(tl.program_id(0), tl.program_id(1).to(tl.int64), sizes, shape)
     start, at = own_place(rows, sizes)
-    grad = load_rows(final.grad_out, rows, shape)
-    found = load(out + start * shape.dim, at * shape.dim, rows.there, shape)
-    delta = tl.sum(grad.to(tl.float32) * found.to(tl.float32), 1)
+    found = load(out + start * shape.dim, at * shape.dim, rows.there, shape).to(tl.float32)
+    delta = tl.sum(load_rows(final.grad_out, rows, shape).to(tl.float32) * found, 1)
     tl.store(final.delta + start + at, delta, mask=rows.there)
     lse = _finite(tl.load(final.lse + start + at, mask=rows.there, other=0.0))
-    mine = (load_rows(final.q, rows, shape), grad, lse, delta, scale * LOG2E)
+    mine = (_load_in_turns(final, rows, shape), lse, delta, scale * LOG2E)
     sums = tl.zeros([shape.rows, shape.channels], tl.float32)
     sums = walk(_fold_queries, mine, sums, rows, given, sizes, shape)
     store(dq + start * shape.dim, at * shape.dim, sums * scale, rows.there, shape)
@@ -49,10 +48,11 @@ def query_gradients(final, out, given, dq, sizes, scale, shape: tl.constexpr):
 @triton.jit
 def _fold_queries(mine, k, seen, sums, shape: tl.constexpr):
     """What one more block of keys adds to dq / scale."""
-    q, grad, lse, delta, scale = mine
-    scores = tl.dot(q, tl.trans(k), input_precision=shape.precision) * scale
-    weights = tl.exp2(tl.where(seen, scores, float("-inf")) - lse[:, None])
-    from_out = tl.dot(grad, tl.trans(k), input_precision=shape.precision)
+    both, lse, delta, scale = mine
+    products = tl.dot(both, tl.trans(k), input_precision=shape.precision)
+    products = tl.permute(tl.reshape(products, (shape.rows, 2, shape.keys)), (0, 2, 1))
+    scores, from_out = tl.split(products)
+    weights = tl.exp2(tl.where(seen, scores * scale, float("-inf")) - lse[:, None])
     of_scores = weights * (from_out - delta[:, None])
     return tl.dot(of_scores.to(k.dtype), k, acc=sums, input_precision=shape.precision)
 
@@ -114,17 +114,38 @@ def pick_gradients(final, given, dentries, sizes, scale, shape: tl.constexpr):
 
 @triton.jit
 def _fold_readers(final, k, rows, seen, sums, sizes, scale, shape: tl.constexpr):
-    """What one more block of rows adds to the gradient of keys: once as keys, once as values."""
-    q, grad = load_rows(final.q, rows, shape), load_rows(final.grad_out, rows, shape)
+    """What one more block of rows adds to the gradient of keys: once as keys, once as values.
+
+    Rows of q and of grad_out take turns in one matrix, for two products rather than four. That
+    costs no exchange: two columns next to each other are one thread's.
+    """
     start, at = own_place(rows, sizes)
     lse = _finite(tl.load(final.lse + start + at, mask=rows.there, other=0.0))
     delta = tl.load(final.delta + start + at, mask=rows.there, other=0.0)
-    scores = tl.dot(k, tl.trans(q), input_precision=shape.precision) * (scale * LOG2E)
-    weights = tl.exp2(tl.where(seen, scores, float("-inf")) - lse[None, :])
-    from_out = tl.dot(k, tl.trans(grad), input_precision=shape.precision)
+    both = _load_in_turns(final, rows, shape)
+    products = tl.dot(k, tl.trans(both), input_precision=shape.precision)
+    scores, from_out = tl.split(tl.reshape(products, (shape.keys, shape.rows, 2)))
+    scores = tl.where(seen, scores * (scale * LOG2E), float("-inf"))
+    weights = tl.exp2(scores - lse[None, :])
     of_scores = weights * (from_out - delta[None, :]) * scale
-    sums = tl.dot(weights.to(k.dtype), grad, acc=sums, input_precision=shape.precision)
-    return tl.dot(of_scores.to(k.dtype), q, acc=sums, input_precision=shape.precision)
+    taken = tl.reshape(tl.join(of_scores, weights), (shape.keys, 2 * shape.rows))
+    return tl.dot(taken.to(k.dtype), both, acc=sums, input_precision=shape.precision)
+
+
+@triton.jit
+def _load_in_turns(final, rows, shape: tl.constexpr):
+    """Row 2 i is row i of q, row 2 i + 1 that of grad_out: [2 rows, channels]."""
+    m = tl.arange(0, 2 * shape.rows)
+    of_query, of_head, is_grad = m // 2 // shape.heads, m // 2 % shape.heads, m % 2 == 1
+    there = tl.reshape(tl.join(rows.there, rows.there), (2 * shape.rows,))
+    a, b = final.q, final.grad_out
+    q = a.at + rows.row * a.strides[0] + rows.query * a.strides[1] + rows.head * a.strides[2]
+    grad = b.at + rows.row * b.strides[0] + rows.query * b.strides[1] + rows.head * b.strides[2]
+    q += of_query * a.strides[1] + of_head * a.strides[2]
+    grad += of_query * b.strides[1] + of_head * b.strides[2]
+    c = tl.arange(0, shape.channels)
+    at = tl.where(is_grad, grad, q)[:, None] + c[None, :]
+    return tl.load(at, mask=there[:, None] & (c < shape.dim)[None, :], other=0.0)
 
 
 @triton.jit
