@@ -2,12 +2,14 @@
 
     python -m benchmarks.attention
     python -m benchmarks.attention --ranks 4 --seq-len 8192 --write cpu
+    python -m benchmarks.attention --device cuda --write h200
 
 Per strategy: bytes rank 0 .. n-1 received at most, counted by the ops, and over the strategy's
 own formula; bytes kept for backward over the local inputs, output and lse; median step time over
 its ideal share, one device's time for the whole sequence divided by the ranks. Then the time to
 compile a block with the strategy over that of the same block without. A case whose result is not
-one device's is not reported: the run fails.
+one device's is not reported: the run fails. With --device cuda: what the kernels reach there
+instead, on one GPU (attention_kernel.py).
 """
 
 import argparse
@@ -25,6 +27,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from benchmarks import attention_kernel
 from benchmarks.compile_time import compile_line
 from benchmarks.report import conditions, table, write
 from dtcp.attention import (
@@ -101,6 +104,9 @@ def cases(ranks: int) -> list[Case]:
 def main() -> None:
     """Measure every case on real ranks and print the table."""
     args = _arguments()
+    if args.device != "cpu":
+        attention_kernel.main(args.device, args.repeats, args.write)
+        return
     with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
         results = manager.dict()
         options = (f"{folder}/meeting", args.ranks, args.seq_len, args.repeats, results)
@@ -110,7 +116,7 @@ def main() -> None:
         _row(case, [measured[index, rank] for rank in range(args.ranks)])
         for index, case in enumerate(cases(args.ranks))
     ]
-    given = {key: value for key, value in vars(args).items() if key != "write"}
+    given = {key: value for key, value in vars(args).items() if key not in ("write", "device")}
     text = f"{conditions('benchmarks.attention', given)}\n"
     text += f"heads {HEADS}, kv heads {KV_HEADS}, head dim {HEAD_DIM}, fp32, window {WINDOW}\n\n"
     text += f"{table(HEAD, rows)}\n\n{compile_line()}\n"
@@ -233,6 +239,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--write", default="", help="hardware name of the file under results/")
     return parser.parse_args()

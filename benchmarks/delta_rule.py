@@ -12,8 +12,9 @@ Ways to carry the layer out on head-tail shards, same weights, same result (or t
                         the way back; backward all-reduces (the published way)
     gather all          hidden states of all ranks gathered, the whole layer on every rank
 
-Per way: bytes a rank received, forward and backward; median step. Then bytes by formula for a
-published shape, up to 64 ranks; and on a GPU, what the summaries add to the plain kernel.
+Per way: bytes a rank received, forward and backward; median step. Then the exchange of states
+alone, gathered and scanned, for summaries of several sizes; bytes by formula for a published shape,
+up to 64 ranks; and on a GPU, what the summaries add to the plain kernel.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,16 +39,19 @@ from dtcp.kernels.fla import delta_kernel
 from dtcp.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.mesh import Degrees, ParallelMesh
 from dtcp.mixers import batch_tables
-from dtcp.recurrent import CausalConvCP, GatedDeltaCP, GatherStates, ScanStates
-from dtcp.recurrent.states import summaries_received
+from dtcp.recurrent import CausalConvCP, GatedDeltaCP, GatherStates, RelayoutCP, ScanStates
+from dtcp.recurrent.op import chain_of
+from dtcp.recurrent.states import entering_by_gather, entering_by_scan, summaries_received
 from dtcp.recurrent.style import DeltaShape
-from dtcp.relayout import relayout
 from dtcp.style import apply_plan
 from dtcp.traffic import LEDGER, count
 from models.qwen3_5 import PRESETS, DeltaNetConfig, GatedDeltaNet, Qwen35Config
 
 HEAD = ("way", "layout", "fwd KiB", "bwd KiB", "step ms", "of gather all", "of gather and sort")
 MIB = 2**20
+WAYS = ("gathered", "scanned")
+EXCHANGED_HEADS = (1, 4, 16, 32)
+EXCHANGE_REPEATS = 40
 
 
 class Way(NamedTuple):
@@ -75,7 +80,9 @@ def main() -> None:
         with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
             results = manager.dict()
             mp.spawn(_rank, (f"{folder}/meeting", ranks, args, results), nprocs=ranks)
-            parts += [f"{ranks} ranks:", _rows(dict(results), ranks)]
+            found = dict(results)
+            parts += [f"{ranks} ranks:", _rows(found, ranks)]
+            parts += ["States alone, ms, one direction:", _exchange_rows(found)]
     parts.append(_by_formula())
     if torch.cuda.is_available():
         parts.append(_summary_overhead())
@@ -101,6 +108,10 @@ def _rank(rank: int, meeting: str, ranks: int, args: argparse.Namespace, results
     )
     for name, way in _measure(shape, mesh, args.seq_len, args.repeats).items():
         results[name, rank] = way
+    for heads in EXCHANGED_HEADS:
+        taken = _exchange_times(heads, mesh, EXCHANGE_REPEATS)
+        if rank == 0:
+            results["states", heads] = taken
     dist.destroy_process_group()
 
 
@@ -142,6 +153,25 @@ def _measure(
     return {key: m._replace(step=statistics.median(taken[key][1:])) for key, m in found.items()}
 
 
+def _exchange_times(heads: int, mesh: ParallelMesh, repeats: int) -> list[float]:
+    """Median seconds until the slowest rank has its states: gathered, scanned; of each layout."""
+    ways, n = [], mesh.size("cp")
+    for layout in (Contiguous, HeadTail):
+        chain = chain_of(layout(2 * n, n)).tolist()
+        own = torch.randn(len(chain[0]), 1, heads, 128, 256) / 16
+        for bring in (entering_by_gather, entering_by_scan):
+            ways.append(partial(bring, own, chain, mesh.cp))
+    taken: list[list[float]] = [[] for _ in ways]
+    for _ in range(repeats + 1):
+        for bring, times in zip(ways, taken, strict=True):
+            dist.barrier()
+            start = time.perf_counter()
+            bring()
+            dist.barrier()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times[1:]) for times in taken]
+
+
 def _step(way: Way, inputs: tuple[Tensor, ...], cotangent: Tensor) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(way.call(inputs[0]), inputs, cotangent)
 
@@ -156,13 +186,11 @@ def _ways(
             layer, plan = _sharded(alone, mesh, documents, layout, GatedDeltaCP(states))
             call = _bound(layer, plan)
             found.append((Way(f"states, {said}", layout, call), plan))
-    contiguous, inside = _sharded(alone, mesh, documents, Contiguous, GatedDeltaCP(GatherStates()))
+    states = GatedDeltaCP(GatherStates())
+    dealt, plan = _sharded(alone, mesh, documents, HeadTail, states, relayout=True)
+    contiguous, inside = _sharded(alone, mesh, documents, Contiguous, states)
     call = _bound(contiguous, inside)
-    _, plan = _sharded(alone, mesh, documents, HeadTail, GatedDeltaCP())
     axis, source, target = mesh.cp, plan.layout, inside.layout
-
-    def dealt(x: Tensor) -> Tensor:
-        return relayout(call(relayout(x, source, target, axis)), target, source, axis)
 
     def sorted_(x: Tensor) -> Tensor:
         whole = source.restore(_GatherReduce.apply(x, axis))
@@ -174,7 +202,11 @@ def _ways(
     def gathered(x: Tensor) -> Tensor:
         return plan.shard(alone(source.restore(_GatherReduce.apply(x, axis)), tables))
 
-    ways = (("relayout", dealt), ("gather and sort", sorted_), ("gather all", gathered))
+    ways = (
+        ("relayout", _bound(dealt, plan)),
+        ("gather and sort", sorted_),
+        ("gather all", gathered),
+    )
     return found + [(Way(name, HeadTail, call), plan) for name, call in ways]
 
 
@@ -188,6 +220,8 @@ def _sharded(
     documents: Documents,
     layout: type[SequenceLayout],
     style: GatedDeltaCP,
+    *,
+    relayout: bool = False,
 ) -> tuple[GatedDeltaNet, BatchPlan]:
     """The layer over the ranks, its weights shared with `alone`."""
     with torch.device("meta"):
@@ -195,7 +229,8 @@ def _sharded(
     for name, parameter in alone.named_parameters():
         module, _, last = name.rpartition(".")
         layer.get_submodule(module).register_parameter(last, parameter)
-    apply_plan(layer, mesh.cp, {"conv": CausalConvCP(), "mixer": style})
+    styles = {"conv": CausalConvCP(), "mixer": style}
+    apply_plan(layer, mesh.cp, {**styles, **({"": RelayoutCP()} if relayout else {})})
     ids = torch.zeros(1, documents.seq_len, dtype=torch.int64)
     return layer, shard_batch({"input_ids": ids}, mesh, layout, model=layer, documents=documents)[1]
 
@@ -228,7 +263,7 @@ class _GatherReduce(torch.autograd.Function):
 
 
 def _rows(measured: dict[Any, Measured], ranks: int) -> str:
-    names = list(dict.fromkeys(key for key, _ in measured))
+    names = list(dict.fromkeys(key for key, _ in measured if key != "states"))
     steps = {key: max(measured[key, rank].step for rank in range(ranks)) for key in names}
     against = [steps[way, "HeadTail"] for way in ("gather all", "gather and sort")]
     rows = []
@@ -243,6 +278,18 @@ def _rows(measured: dict[Any, Measured], ranks: int) -> str:
             ]
         )
     return table(HEAD, rows)
+
+
+def _exchange_rows(measured: dict[Any, Any]) -> str:
+    rows = [
+        [
+            f"{heads * 128 * 256 * 4 / MIB:.3g}",
+            *(f"{1000 * t:.2f}" for t in measured["states", heads]),
+        ]
+        for heads in EXCHANGED_HEADS
+    ]
+    kinds = [f"{way}, {where}" for where in ("contiguous", "head-tail") for way in WAYS]
+    return table(("MiB a summary", *kinds), rows)
 
 
 def _by_formula(seq_len: int = 262_144) -> str:

@@ -17,7 +17,7 @@ from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.masks import Bidirectional, BlockBidirectional, Causal, PrefixLM, SlidingWindow
 from dtcp.mesh import Degrees, ParallelMesh
 from dtcp.mixers import SoftmaxAttention, batch_tables
-from dtcp.recurrent import CausalConv1d, CausalConvCP, GatedDeltaCP, GatedDeltaRule
+from dtcp.recurrent import CausalConv1d, CausalConvCP, GatedDeltaCP, GatedDeltaRule, RelayoutCP
 from dtcp.style import AttentionStyle, apply_plan
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "ParallelMesh",
     "PerDocument",
     "PrefixLM",
+    "RelayoutCP",
     "RingAttention",
     "SlidingWindow",
     "SoftmaxAttention",

@@ -119,7 +119,7 @@ def shard_batch(
         layout: which tokens go to which rank; a class, made for the batch.
         model: whose mixers the tables are for; None for none.
         documents: of every row; None reads them off batch["position"], and without that key
-            takes a row as one document.
+            takes a row as one document. What a padding_mask marks at the end of a row is in none.
         fields: how each key is sharded and padded. A key of WHOLE stays as it is.
         device: where the parts go; None leaves them where they are.
         balance_for: the mask whose work BlockBalanced balances; None for Causal().
@@ -226,28 +226,49 @@ def _shape(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None])
 def _documents(
     batch: Mapping[str, Tensor], documents: Documents | None, rows: int, seq_len: int
 ) -> Documents:
-    if documents is None:
-        position = batch.get("position")
-        documents = (
-            Documents.single(rows, seq_len)
-            if position is None
-            else Documents.from_positions(position)
-        )
+    position, padding = batch.get("position"), batch.get("padding_mask")
+    if documents is None and padding is not None:
+        documents = Documents.from_padded(position, padding.bool().cpu())
+    elif documents is None and position is not None:
+        documents = Documents.from_positions(position)
+    elif documents is None:
+        documents = Documents.single(rows, seq_len)
     if (documents.batch, documents.seq_len) != (rows, seq_len):
         raise ValueError(
             f"Documents describe the rows of their batch, got documents of {documents.batch} rows "
             f"of {documents.seq_len} tokens for a batch of {rows} of {seq_len}: build them from it."
         )
+    if padding is not None:
+        _check_padding(padding.bool().cpu(), documents)
     return documents
 
 
+def _check_padding(padding: Tensor, documents: Documents) -> None:
+    """Refuse padding that a document's tokens follow, for they would see it."""
+    document = documents.document()
+    same = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
+    followed = padding[:, :-1] & ~padding[:, 1:] & same
+    if bool(followed.any()):
+        row, token = followed.nonzero()[0].tolist()
+        raise ValueError(
+            f"Padding lies behind the tokens of a document, got padding_mask[{row}, {token}]=True "
+            f"with a token of the same document after it: pad on the right, or give documents "
+            f"that leave it out."
+        )
+
+
 def _coords(batch: Mapping[str, Tensor], documents: Documents) -> Coords:
-    given, extra = {key: batch[key] for key in MASK_FIELDS if key in batch}, {}
+    given: dict[str, Tensor] = {key: batch[key] for key in MASK_FIELDS if key in batch}
+    extra: dict[str, Tensor] = {}
     if "block" not in given and "mm_token_type_ids" in batch:
         given["block"] = vision_blocks(batch["mm_token_type_ids"].cpu())
     for key, pad in (("prefix", 0), ("block", -1)):
         if key in given:
             extra[key] = _pad(given[key].to(torch.int64), 1, documents.seq_len, pad)
+    for key in ("position", "position_ids"):
+        if key in batch:
+            extra["rotary"] = _pad(batch[key].cpu(), -1, documents.seq_len, 0)
+            break
     return Coords.of(documents, **extra)
 
 
@@ -273,6 +294,7 @@ def _part(
 
 
 def _pad(x: Tensor, dim: int, length: int, pad: int) -> Tensor:
+    dim %= x.ndim
     shape = [length - size if d == dim else size for d, size in enumerate(x.shape)]
     return torch.cat((x, x.new_full(shape, pad)), dim=dim) if shape[dim] else x
 

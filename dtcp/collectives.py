@@ -33,7 +33,12 @@ def group_name(mesh: DeviceMesh) -> str:
             f"A collective runs along one axis, got mesh.ndim={mesh.ndim}: "
             f"slice the mesh, as in mesh['cp']."
         )
-    return cast(str, mesh.get_group().group_name)
+    return axis_group_name(mesh, 0)
+
+
+def axis_group_name(mesh: DeviceMesh, index: int) -> str:
+    """As group_name of one axis of a mesh; torch 2.11 cannot slice a mesh while it traces."""
+    return cast(str, mesh.get_group(index).group_name)
 
 
 def group_of(name: str) -> dist.ProcessGroup:

@@ -21,7 +21,7 @@ from dtcp.kernels.sparse import TILE, Sight
 from dtcp.kernels.sparse_op import sparse_attention
 from dtcp.layout import Run, SequenceLayout
 from dtcp.masks import Coords
-from dtcp.mixers import Mixer, Tables
+from dtcp.mixers import Mixer, Tables, check_position, rotary_position
 
 __all__ = ["CompressedSparseAttention", "Compression", "Index", "Prepool"]
 
@@ -70,6 +70,7 @@ class SparseTables(NamedTuple):
     window_first: Tensor  # [B, L] int32
     first: Tensor  # [B, L] int32
     last: Tensor  # [B, L] int32
+    rotary: Tensor  # [B, L] int32
     key_position: Tensor  # [K] int32
     closing: Tensor  # [B, P] int32
     end: Tensor  # [B, E] int32
@@ -150,6 +151,11 @@ class CompressedSparseAttention(Mixer):
                 selected = select_entries(*asked, index_keys, *seen, number)
         return sparse_attention(q, keys, entries, selected, sink, given.sight, scale=self.scale)
 
+    def check_position(self, position: Tensor, tables: Tables) -> None:
+        """Stop a model that rotates by other positions [B, L] than entries are rotated by."""
+        given = SparseTables(*self.own(tables))
+        check_position(position, given.rotary, given.last >= 0)
+
     def alone(self, *args: Any, **kwargs: Any) -> Tensor:
         q, keys = args[:2]
         own: Tensor = keys[:, :, None].expand_as(q)
@@ -216,6 +222,7 @@ def sparse_tables(
         segments: stretches of positions that each rank holds, as long and as many on each.
         halo: whether each segment is lined up after the tokens just left of it.
     """
+    _check_counted(coords)
     mine = segments[rank]
     here = torch.cat([torch.arange(*run) for run in mine])
     at = coords.at(here)
@@ -230,6 +237,7 @@ def sparse_tables(
         window_first.int(),
         at.start.int(),
         last.int(),
+        rotary_position(at),
         key_position.clamp(min=-1).int(),
         closing.int(),
         *_own_entries(coords, mine, compression, halo=halo),
@@ -241,6 +249,20 @@ def sparse_tables(
         _tiles(entry_run, mine, window, left, tile),
         torch.zeros(2, 2, 0, 3, dtype=torch.int64),
     )
+
+
+def _check_counted(coords: Coords) -> None:
+    """Refuse positions that do not count a document's tokens: an entry has none of its own."""
+    found = rotary_position(coords)
+    other = (found != coords.position - coords.start) & (coords.document >= 0)
+    if bool(other.any()):
+        row, token = other.nonzero()[0].tolist()
+        raise ValueError(
+            f"Compressed entries stand at the place of their window in its document, so tokens "
+            f"do too, got position[{row}, {token}]={int(found[row, token])} for token "
+            f"{int((coords.position - coords.start)[row, token])} of its document: give "
+            f"positions that count a document's tokens from 0."
+        )
 
 
 def segment_entries(segment_len: int, compression: Compression | None) -> int:

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from dtcp.collectives import group_name
+from dtcp.collectives import axis_group_name
 from dtcp.kernels.op import AttentionOp
 
 SEQ, HEADS = 1, 2  # dims of [B, L, H, D], and of lse [B, L, H]
@@ -73,7 +72,7 @@ def check_placements(name: str, tensors: Sequence[Tensor], axis: str) -> None:
         )
     mesh, placements = found[0]
     for index, placement in enumerate(placements):
-        here = group_name(_one_axis(mesh, index)) == axis
+        here = axis_group_name(mesh, index) == axis
         allowed: tuple[Placement, ...] = (Shard(SEQ),) if here else _ELSEWHERE
         if placement not in allowed:
             raise ValueError(
@@ -88,11 +87,6 @@ def check_placements(name: str, tensors: Sequence[Tensor], axis: str) -> None:
 
 
 _ELSEWHERE = (Replicate(), Shard(0), Shard(HEADS))
-
-
-def _one_axis(mesh: DeviceMesh, index: int) -> DeviceMesh:
-    names = mesh.mesh_dim_names
-    return mesh if mesh.ndim == 1 or names is None else mesh[names[index]]
 
 
 def _forward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

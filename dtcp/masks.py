@@ -26,6 +26,8 @@ class Coords:
         start, end: first and last position of the token's document.
         prefix: tokens at the start of the token's document that all of it sees (PrefixLM).
         block: id of the token's bidirectional block, -1 for none (BlockBidirectional).
+        rotary: what rotary angles are counted by, where not by the place in the document; one
+            a token, or [axes, B, S]. No mask reads it.
     """
 
     position: Tensor
@@ -34,10 +36,16 @@ class Coords:
     end: Tensor
     prefix: Tensor | None = None
     block: Tensor | None = None
+    rotary: Tensor | None = None
 
     @classmethod
     def of(
-        cls, documents: Documents, *, prefix: Tensor | None = None, block: Tensor | None = None
+        cls,
+        documents: Documents,
+        *,
+        prefix: Tensor | None = None,
+        block: Tensor | None = None,
+        rotary: Tensor | None = None,
     ) -> Self:
         """Coordinates of whole rows, in position order."""
         document = documents.document()
@@ -48,12 +56,13 @@ class Coords:
                     f"pass [B, S] = {tuple(document.shape)}, before sharding."
                 )
         position = torch.arange(documents.seq_len).expand_as(document)
-        return cls(position, document, documents.starts(), documents.ends(), prefix, block)
+        starts, ends = documents.starts(), documents.ends()
+        return cls(position, document, starts, ends, prefix, block, rotary)
 
     def at(self, slots: Tensor) -> Self:
         """The coordinates of some tokens of each row: slots [L] -> fields [B, L]."""
         taken = {
-            name: value[:, slots] for name, value in self.__dict__.items() if value is not None
+            name: value[..., slots] for name, value in self.__dict__.items() if value is not None
         }
         return replace(self, **taken)
 

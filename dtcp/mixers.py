@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtcp.compile import assert_in_graph
 from dtcp.documents import Documents
 from dtcp.kernels.attend import Softmax
 from dtcp.kernels.local import ATTENTION, local_tables
@@ -106,36 +107,43 @@ class SoftmaxAttention(MaskedMixer):
 class KeysFromValues(MaskedMixer):
     """Attention whose keys are made of its values: the key is the value, scaled and rotated.
 
-    Between ranks only values need to travel; a key is made again where its value arrives.
+    Between ranks only values need to travel; a key is made again where its value arrives. Its
+    position comes from the batch's tables, and a model whose positions are others is stopped.
     """
 
     def key_of(self, read: str) -> str:
         return f"{read}, keys from values"
 
     def forward(
-        self, q: Tensor, v: Tensor, key_scale: Tensor, frequency: Tensor, tables: Tables
+        self,
+        q: Tensor,
+        v: Tensor,
+        position: Tensor,
+        key_scale: Tensor,
+        frequency: Tensor,
+        tables: Tables,
     ) -> Tensor:
         """Attend to k = rotate(v * key_scale) and v.
-
-        Positions are those of the batch's documents, for queries and keys alike.
 
         Args:
             q: [B, L, H, D], not rotated yet.
             v: [B, L, G, D].
+            position: [B, L], the batch's.
             key_scale: [D].
             frequency: [D / 2], radians per token of every pair of channels.
         Returns:
             [B, L, H, D].
         """
-        *read, position = tables[self.table_key]
-        q, k = (rotate(x, position, frequency) for x in (q, v * key_scale))
+        *read, known = tables[self.table_key]
+        check_position(position, known, read[1] >= read[0])
+        q, k = (rotate(x, known, frequency) for x in (q, v * key_scale))
         return ATTENTION(q, k, v, read, self.softmax(q))
 
     def alone(self, *args: Any, **kwargs: Any) -> Tensor:
         return super().alone(args[0], args[1], args[1])
 
     def tables_of(self, coords: Coords) -> Sequence[Tensor]:
-        return (*super().tables_of(coords), position_in_document(coords))
+        return (*super().tables_of(coords), rotary_position(coords))
 
 
 class KeyExchange(MaskedMixer):
@@ -164,9 +172,48 @@ class KeyExchange(MaskedMixer):
         return ()
 
 
-def position_in_document(coords: Coords) -> Tensor:
-    """What rotary positions count: [B, S] int32."""
-    return (coords.position - coords.start).to(torch.int32)
+def rotary_position(coords: Coords) -> Tensor:
+    """What rotary angles are counted by: [B, S] int32.
+
+    Raises:
+        ValueError: positions on several axes: a mixer that rotates knows one a token.
+    """
+    if coords.rotary is None:
+        return (coords.position - coords.start).to(torch.int32)
+    rows, rotary = coords.position.shape[0], coords.rotary
+    if rotary.ndim == 2 and rotary.shape[0] == 1:
+        rotary = rotary.expand(rows, -1)
+    if rotary.shape != coords.position.shape:
+        raise ValueError(
+            f"A mixer that makes keys where they are read rotates by one position a token, got "
+            f"position.shape={tuple(rotary.shape)}: give [B, S] = "
+            f"{tuple(coords.position.shape)}, or [1, S]."
+        )
+    return rotary.to(torch.int32)
+
+
+def check_position(position: Tensor, known: Tensor, seen: Tensor) -> None:
+    """Stop where a model's positions are not those its batch's tables were made of.
+
+    Queries and keys would be rotated by positions of two kinds, a wrong answer without a word.
+
+    Args:
+        position: [B, L], what the model was given.
+        known: [B, L], of the batch.
+        seen: [B, L] bool, False for padding.
+    """
+    if position.ndim != 2 or position.shape[-1] != known.shape[-1]:
+        raise ValueError(
+            f"A mixer that makes keys where they are read rotates by one position a token, got "
+            f"position.shape={tuple(position.shape)}: give [B, L] = {tuple(known.shape)}."
+        )
+    same = (position == known) | ~seen
+    assert_in_graph(
+        same.all(),
+        "A model's positions are those of its batch, got others than the tables were made of: "
+        "pass the batch's own, sharded with it (batch['position'] of shard_batch), and give "
+        "batch_tables the same where they do not count a document's tokens.",
+    )
 
 
 def mixer_tables(
@@ -186,6 +233,11 @@ def batch_tables(
     *,
     prefix: Tensor | None = None,
     block: Tensor | None = None,
+    position: Tensor | None = None,
 ) -> dict[str, Sequence[Tensor]]:
-    """The tables of a batch of whole rows, for a model on one device."""
-    return mixer_tables(model, Coords.of(documents, prefix=prefix, block=block))
+    """The tables of a batch of whole rows, for a model on one device.
+
+    Args:
+        position: [B, S], what the model is given; None where it counts a document's tokens.
+    """
+    return mixer_tables(model, Coords.of(documents, prefix=prefix, block=block, rotary=position))

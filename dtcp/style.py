@@ -18,7 +18,14 @@ from dtcp.kernels.rotate import rotate
 from dtcp.kernels.values_op import ValuesOp
 from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
 from dtcp.masks import Coords, Mask
-from dtcp.mixers import KeysFromValues, MaskedMixer, Mixer, SoftmaxAttention, Tables
+from dtcp.mixers import (
+    KeysFromValues,
+    MaskedMixer,
+    Mixer,
+    SoftmaxAttention,
+    Tables,
+    check_position,
+)
 
 
 @dataclass(frozen=True)
@@ -227,15 +234,28 @@ class ContextParallelValues(ContextParallelMixer, KeysFromValues):
     """A KeysFromValues that a style has taken over; takes local shards alone."""
 
     def forward(
-        self, q: Tensor, v: Tensor, key_scale: Tensor, frequency: Tensor, tables: Tables
+        self,
+        q: Tensor,
+        v: Tensor,
+        position: Tensor,
+        key_scale: Tensor,
+        frequency: Tensor,
+        tables: Tables,
     ) -> Tensor:
-        return self.attend(q, v, key_scale, frequency, self.own(tables))
+        return self.attend(q, v, position, key_scale, frequency, self.own(tables))
 
     def attend(
-        self, q: Tensor, v: Tensor, key_scale: Tensor, frequency: Tensor, tables: Sequence[Tensor]
+        self,
+        q: Tensor,
+        v: Tensor,
+        position: Tensor,
+        key_scale: Tensor,
+        frequency: Tensor,
+        tables: Sequence[Tensor],
     ) -> Tensor:
-        *read, position, key_position = tables
-        q = rotate(q, position, frequency)
+        *read, known, key_position = tables
+        check_position(position, known, read[1] >= read[0])
+        q = rotate(q, known, frequency)
         op = self.style.values_op
         assert op is not None
         return op(
@@ -257,9 +277,15 @@ class _IslandValues(ContextParallelValues):
 
     @island
     def forward(
-        self, q: Tensor, v: Tensor, key_scale: Tensor, frequency: Tensor, tables: Tables
+        self,
+        q: Tensor,
+        v: Tensor,
+        position: Tensor,
+        key_scale: Tensor,
+        frequency: Tensor,
+        tables: Tables,
     ) -> Tensor:
-        return self.attend(q, v, key_scale, frequency, self.own(tables))
+        return self.attend(q, v, position, key_scale, frequency, self.own(tables))
 
 
 def apply_plan(

@@ -1,7 +1,20 @@
 """Per-token parts that model families share."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, for a weight that may be of a wider dtype than what it scales.
+
+    The product is worked out in the wider of the two, and rounded to the dtype of x once.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        out = F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
+        return out.to(x.dtype)
 
 
 class SwiGLU(nn.Module):

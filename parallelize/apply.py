@@ -23,6 +23,7 @@ from dtcp.style import AttentionStyle, apply_plan, find, matches
 from parallelize.activation_checkpoint import ActivationCheckpoint, Forward, NoCheckpoint
 from parallelize.compile import Compile
 from parallelize.fsdp import FSDP, shard_parameters
+from parallelize.islands import find_islands
 from parallelize.ties import check_ties, find_ties, restore_ties
 
 KEEP_ALL = NoCheckpoint()
@@ -39,12 +40,14 @@ class ParallelPlan:
         blocks: the repeated parts, each compiled, checkpointed and sharded on its own.
         units: parts outside the blocks whose parameters are gathered together, in the order of
             their use. A shared parameter must lie in one of them, or in none.
+        islands: parameters, by name, that mixed precision leaves in their own dtype.
     """
 
     tp: Mapping[str, ParallelStyle]
     cp: Mapping[str, ParallelStyle]
     blocks: tuple[str, ...]
     units: tuple[tuple[str, ...], ...] = ()
+    islands: tuple[str, ...] = ()
 
 
 def parallelize(
@@ -65,12 +68,13 @@ def parallelize(
     Returns:
         The model. Its gradients are sums over ranks: divide losses by the global token count.
     Raises:
-        ValueError: a name in the plan that matches no module, a mixer without a style, or a
-            shared parameter that styles place differently or units gather apart.
+        ValueError: a name in the plan that matches no module or parameter, a mixer without a
+            style, or a shared parameter that styles place differently or units gather apart.
     """
     blocks = find(model, plan.blocks)
     units = [find(model, names) for names in plan.units]
     find(model, tuple(plan.tp))
+    islands = find_islands(model, plan.islands)
     ties = find_ties(model)
     check_ties(ties, [*([name] for name in blocks), *map(list, units)])
 
@@ -85,7 +89,9 @@ def parallelize(
 
     if mesh.hsdp is not None:
         parts = [list(unit.values()) for unit in units]
-        shard_parameters(model, mesh.hsdp, fsdp, blocks=list(blocks.values()), units=parts)
+        shard_parameters(
+            model, mesh.hsdp, fsdp, blocks=list(blocks.values()), units=parts, islands=islands
+        )
     return model
 
 

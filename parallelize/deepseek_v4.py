@@ -44,14 +44,13 @@ def deepseek_v4_plan(
     split = ("num_heads", "output_groups", "hidden_dim", "vocab_size")
     check_divisible({name: getattr(config, name) for name in split}, mesh.size("tp"))
     names = ["layers.*", *(["mtp.*.block"] if config.num_mtp_layers else [])]
-    blocks = [f"layers.{layer}" for layer in range(config.num_layers)]
-    blocks += [f"mtp.{depth}.block" for depth in range(config.num_mtp_layers)]
     return ParallelPlan(
-        tp=tensor_plan(config, blocks),
+        tp=tensor_plan(config),
         cp={f"{name}.attention.mixer": attention for name in names},
         blocks=tuple(names),
         # Multi-token prediction reads the embedding and the head again, after the blocks.
         units=() if config.num_mtp_layers else (("embedding",), ("head", "norm", "lm_head")),
+        islands=islands(config),
     )
 
 
@@ -73,7 +72,7 @@ def balance_experts(model: nn.Module, axis: DeviceMesh | None, *, speed: float =
         router.balance(load, speed)
 
 
-def tensor_plan(config: DeepseekV4Config, blocks: list[str]) -> dict[str, ParallelStyle]:
+def tensor_plan(config: DeepseekV4Config) -> dict[str, ParallelStyle]:
     """Heads are split, what all of them read is computed by every rank: the one head of keys,
     entries, the indexer, low-rank queries; so are streams and routers."""
     plan: dict[str, ParallelStyle] = {
@@ -86,10 +85,26 @@ def tensor_plan(config: DeepseekV4Config, blocks: list[str]) -> dict[str, Parall
         whole = ("token_norm", "token_proj", "stream_norm", "stream_proj", "head", "norm")
         plan |= {f"mtp.*.{name}": OwnPart() for name in whole}
     # Key by key for each block: torch warns of a pattern that some blocks have no part for.
-    for block, ratio in zip(blocks, config.compress_ratios, strict=True):
+    for block, ratio in _blocks(config):
         parts = {**BLOCK, **_compressing(config, ratio)}
         plan |= {f"{block}.{name}": style for name, style in parts.items()}
     return plan
+
+
+def islands(config: DeepseekV4Config) -> tuple[str, ...]:
+    """What the published model never rounds: connections between streams, sinks, what a place
+    adds to a gate, and norms. The bias of routers is a buffer, which FSDP leaves as it is."""
+    names = ["head.*", "norm.weight"]
+    if config.num_mtp_layers:
+        names += [f"mtp.*.{name}" for name in ("head.*", "norm.weight", "*_norm.weight")]
+    for block, ratio in _blocks(config):
+        parts = ["*_streams.*", "*_norm.weight", "attention.*_norm.weight", "attention.sink.weight"]
+        if ratio:
+            parts += ["attention.compressor.place.weight", "attention.compressor.norm.weight"]
+        if ratio == config.sparse_ratio:
+            parts += [f"attention.indexer.compressor.{part}.weight" for part in ("place", "norm")]
+        names += [f"{block}.{part}" for part in parts]
+    return tuple(names)
 
 
 BLOCK: Mapping[str, ParallelStyle] = {
@@ -123,3 +138,10 @@ def _compressing(config: DeepseekV4Config, ratio: int) -> dict[str, ParallelStyl
         plan["attention.indexer.*_proj"] = OwnPart()
         plan |= {f"attention.indexer.compressor.{part}": OwnPart() for part in parts}
     return plan
+
+
+def _blocks(config: DeepseekV4Config) -> list[tuple[str, int]]:
+    """The names of all blocks and what each compresses by."""
+    names = [f"layers.{layer}" for layer in range(config.num_layers)]
+    names += [f"mtp.{depth}.block" for depth in range(config.num_mtp_layers)]
+    return list(zip(names, config.compress_ratios, strict=True))

@@ -13,6 +13,8 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
+from parallelize.islands import keep_apart
+
 
 @dataclass(frozen=True)
 class FSDP:
@@ -35,6 +37,7 @@ def shard_parameters(
     *,
     blocks: Sequence[nn.Module],
     units: Sequence[Sequence[nn.Module]],
+    islands: Sequence[str] = (),
 ) -> None:
     """Shard a model's parameters: one gather a block, one a unit, one for what is left.
 
@@ -42,6 +45,7 @@ def shard_parameters(
         mesh: ParallelMesh.hsdp.
         units: modules outside the blocks, gathered together; the last one stays gathered
             after forward, for backward starts with it.
+        islands: names of parameters that no unit gathers in another dtype than their own.
     """
     shared: dict[str, Any] = {
         "mesh": mesh,
@@ -55,8 +59,10 @@ def shard_parameters(
         again = options.reshard_after_forward and not last
         fully_shard(list(unit), **shared, reshard_after_forward=again)
     fully_shard(model, **shared)
+    kept = [model.get_parameter(name) for name in islands]
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            keep_apart(module, kept)
             _sum_gradients(module)
 
 

@@ -1,7 +1,5 @@
 """The plan of models/gemma4."""
 
-import warnings
-
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -17,12 +15,13 @@ from models.gemma4 import Gemma4Config, Sight
 from parallelize.apply import ParallelPlan
 from parallelize.experts import ExpertsSplit
 from parallelize.tensor_parallel import (
-    CopiedHeads,
     Entered,
     LocalWeight,
     PerToken,
     VocabularySharded,
     check_divisible,
+    kv_columns,
+    warn_of_copies,
 )
 
 
@@ -113,8 +112,7 @@ def _attention_plan(config: Gemma4Config, layer: int, tp: int) -> dict[str, Para
     }
     if config.shares(layer):
         return plan
-    copied = CopiedHeads(config.num_heads, kv_heads)
-    columns: ParallelStyle = ColwiseParallel() if kv_heads % tp == 0 else copied
+    columns = kv_columns(config.num_heads, kv_heads, tp)
     plan[f"{name}.k_proj"] = columns
     if config.makes_keys_from_values(layer):
         plan[f"{name}.k_norm"] = LocalWeight(Partial())
@@ -129,10 +127,4 @@ def _check_divisible(config: Gemma4Config, tp: int) -> None:
     check_divisible(sizes, tp)
     for sight in dict.fromkeys(config.layers):
         kv_heads = config.heads(config.layers.index(sight)).num_kv_heads
-        if kv_heads % tp:
-            warnings.warn(
-                f"tp={tp} does not divide the {kv_heads} kv heads of {sight.name.lower()} "
-                f"layers: every rank of tp projects all of them and keeps what its query heads "
-                f"read.",
-                stacklevel=3,
-            )
+        warn_of_copies(kv_heads, tp, sight.name.lower())

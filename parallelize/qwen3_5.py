@@ -9,7 +9,7 @@ from torch.distributed.tensor.parallel import (
 
 from dtcp.dispatch import HEADS
 from dtcp.mesh import ParallelMesh
-from dtcp.recurrent import CausalConvCP, GatedDeltaCP
+from dtcp.recurrent import CausalConvCP, GatedDeltaCP, RelayoutCP
 from dtcp.style import AttentionStyle
 from models.qwen3_5 import ExpertsConfig, Qwen35Config
 from parallelize.apply import ParallelPlan
@@ -20,6 +20,8 @@ from parallelize.tensor_parallel import (
     RowsSplit,
     VocabularySharded,
     check_divisible,
+    kv_columns,
+    warn_of_copies,
 )
 
 GATED_DELTA = GatedDeltaCP()
@@ -31,19 +33,22 @@ def qwen3_5_plan(
     attention: AttentionStyle,
     *,
     delta: GatedDeltaCP = GATED_DELTA,
+    relayout: RelayoutCP | None = None,
 ) -> ParallelPlan:
     """Split heads, experts' channels and vocabulary over tp, the sequence over cp.
 
+    Kv heads that tp does not divide are copied to every rank of it, with a warning.
     HeadTail is the layout to shard batches with: it balances full attention, and the delta rule
     reads it as it lies, for two states a rank rather than one.
 
     Args:
         attention: the strategy of full attention on the axis cp.
         delta: that of the gated delta rule.
+        relayout: deal the tokens of its layers anew, to shards of one stretch, and back; None to
+            leave every token where it is.
     Raises:
         ValueError: what tp would split is not a multiple of it.
     """
-    check_divisible(_sizes(config), mesh.size("tp"))
     blocks = ["layers"] * bool(config.num_layers) + ["ahead.layers"] * config.num_mtp_layers
     cp: dict[str, ParallelStyle] = {}
     for index in range(config.num_layers):
@@ -52,19 +57,30 @@ def qwen3_5_plan(
         else:
             cp[f"layers.{index}.delta.conv"] = CausalConvCP()
             cp[f"layers.{index}.delta.mixer"] = delta
+            if relayout is not None:
+                cp[f"layers.{index}.delta"] = relayout
     if config.num_mtp_layers:
         cp["ahead.layers.*.attention.mixer"] = attention
     return ParallelPlan(
-        tp=tensor_plan(config),
+        tp=tensor_plan(config, mesh.size("tp")),
         cp=cp,
         blocks=tuple(f"{name}.*" for name in blocks),
         # What is used twice is gathered once, with the rest of the model.
         units=() if config.tied or config.num_mtp_layers else (("embedding",), ("norm", "lm_head")),
+        # Decays multiply along a document, and with them what rounding does to a rate.
+        islands=tuple(
+            f"layers.{index}.delta.{name}.weight"
+            for index in range(config.num_layers)
+            if not config.attends(index)
+            for name in ("log_rate", "step_bias")
+        ),
     )
 
 
-def tensor_plan(config: Qwen35Config) -> dict[str, ParallelStyle]:
+def tensor_plan(config: Qwen35Config, tp: int) -> dict[str, ParallelStyle]:
     """Columns, then rows, in every part of a block: one all-reduce for each and direction."""
+    check_divisible(_sizes(config), tp)
+    warn_of_copies(config.num_kv_heads, tp, "attention")
     plan: dict[str, ParallelStyle] = {
         "embedding": VocabularySharded(),
         "norm": PerToken(),
@@ -72,20 +88,23 @@ def tensor_plan(config: Qwen35Config) -> dict[str, ParallelStyle]:
     }
     kinds = [config.attends(index) for index in range(config.num_layers)]
     for index, attends in enumerate(kinds):
-        plan |= _block_plan(f"layers.{index}", config, attends=attends)
+        plan |= _block_plan(f"layers.{index}", config, tp, attends=attends)
     if config.num_mtp_layers:
-        plan |= _block_plan("ahead.layers.0", config, attends=True)
+        plan |= _block_plan("ahead.layers.0", config, tp, attends=True)
         names = ("embedding_norm", "hidden_norm", "join", "norm")
         plan |= {f"ahead.{name}": PerToken() for name in names}
     return plan
 
 
-def _block_plan(block: str, config: Qwen35Config, *, attends: bool) -> dict[str, ParallelStyle]:
+def _block_plan(
+    block: str, config: Qwen35Config, tp: int, *, attends: bool
+) -> dict[str, ParallelStyle]:
     parts: dict[str, ParallelStyle] = {"mixer_norm": PerToken(), "feed_forward_norm": PerToken()}
     if attends:
         parts |= {
             "attention": Entered(),
-            "attention.[qkv]_proj": ColwiseParallel(),
+            "attention.q_proj": ColwiseParallel(),
+            "attention.[kv]_proj": kv_columns(config.num_heads, config.num_kv_heads, tp),
             "attention.[qk]_norm": PerToken(Shard(HEADS)),
             "attention.o_proj": RowwiseParallel(),
         }
@@ -122,7 +141,6 @@ def _sizes(config: Qwen35Config) -> dict[str, int]:
     sizes = {
         "vocab_size": config.vocab_size,
         "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
         "delta.key_heads": delta.key_heads,
         "delta.value_heads": delta.value_heads,
     }

@@ -1,6 +1,7 @@
 """The styles that a tensor-parallel plan needs beside torch's own."""
 
 import functools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -16,7 +17,7 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
-from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
 from torch.nn import functional as F
 
 
@@ -276,6 +277,21 @@ class CopiedHeads(ParallelStyle):
 
         module.forward = project
         return module
+
+
+def kv_columns(heads: int, kv_heads: int, tp: int) -> ParallelStyle:
+    """The style of a projection to kv heads: split, or copied where tp does not divide them."""
+    return CopiedHeads(heads, kv_heads) if kv_heads % tp else ColwiseParallel()
+
+
+def warn_of_copies(kv_heads: int, tp: int, layers: str) -> None:
+    """Say that kv heads are copied, if they are: it costs what the user may not expect."""
+    if kv_heads % tp:
+        warnings.warn(
+            f"tp={tp} does not divide the {kv_heads} kv heads of {layers} layers: every rank of "
+            f"tp projects all of them and keeps what its query heads read.",
+            stacklevel=4,
+        )
 
 
 def check_divisible(sizes: Mapping[str, int], tp: int) -> None:

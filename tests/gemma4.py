@@ -24,6 +24,9 @@ SEQ_LEN, WINDOW = 48, 8
 ROWS = ((9, 1, 38), (48,), (20, 26), (13, 13, 13))
 """Documents of four rows: some cut by every shard border, two rows with padding."""
 
+SPREAD = 3
+"""Where a variant's positions are not a document's 0, 1, 2, ..: 2, 5, 8, .."""
+
 MARKS = (61, 62, 63)
 """Tokens that no text has."""
 
@@ -63,6 +66,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shared_values": {"attention_k_eq_v": True, **SHARING},
     "vision": {"attention_k_eq_v": True, "use_bidirectional_attention": "vision"},
 }
+SPREAD_OUT = ("moe", "shared_values")
+"""Variants of such positions: keys made from values alone, and shared ones."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Truth:
     weights: dict[str, Tensor]
     input_ids: Tensor  # [B, S]
     mm_token_type_ids: Tensor | None  # [B, S]
+    position: Tensor  # [B, S]
     grad_logits: Tensor  # [B, S, V], zero in padding
     logits: Tensor  # [B, S, V], zero in padding
     gradients: dict[str, Tensor]
@@ -128,6 +134,9 @@ def truth(variant: str) -> Truth:
     types = _images(shape) if config.vision_blocks else None
     grad = torch.randn(*shape, config.vocab_size, dtype=torch.float64)
     grad[documents.document() < 0] = 0.0
+    position = documents.position_in_document()
+    if variant in SPREAD_OUT:
+        position = SPREAD * position + 2
 
     rows = []
     with Wide():
@@ -135,7 +144,11 @@ def truth(variant: str) -> Truth:
             parts, start = [], 0
             for length in lengths:
                 at = (slice(row, row + 1), slice(start, start + length))
-                extra = {} if types is None else {"mm_token_type_ids": types[at]}
+                extra = {"position_ids": position[at]}
+                # Without a mask theirs would read documents off positions that skip.
+                extra["attention_mask"] = torch.ones_like(input_ids[at])
+                if types is not None:
+                    extra["mm_token_type_ids"] = types[at]
                 parts.append(theirs(input_ids[at], use_cache=False, **extra).logits[0])
                 start += length
             parts.append(grad.new_zeros(documents.seq_len - start, config.vocab_size))
@@ -148,6 +161,7 @@ def truth(variant: str) -> Truth:
         {name: x.detach() for name, x in from_hf(theirs.state_dict(), config).items()},
         input_ids,
         types,
+        position,
         grad,
         logits.detach(),
         from_hf(gradients, config),

@@ -160,7 +160,7 @@ class DeltaRule(NamedTuple):
     q: Tensor  # [B, S, G, K]
     k: Tensor  # [B, S, G, K]
     v: Tensor  # [B, S, H, V]
-    g: Tensor  # [B, S, H]
+    g: Tensor  # [B, S, H], or [B, S, H, K] of key channels
     beta: Tensor  # [B, S, H]
 
 
@@ -183,7 +183,7 @@ def gated_delta_rule(x: DeltaRule, lengths: Sequence[Sequence[int]]) -> Tensor:
         state = q.new_zeros(H, q.shape[-1], V)
         for t in range(S):
             kept = (
-                torch.zeros_like(state) if t in starts else state * x.g[b, t].exp()[:, None, None]
+                torch.zeros_like(state) if t in starts else state * x.g[b, t].exp().view(H, -1, 1)
             )
             held = torch.einsum("hkv,hk->hv", kept, k[b, t])
             new = x.beta[b, t, :, None] * (x.v[b, t] - held)

@@ -20,7 +20,7 @@ from dtcp.masks import Causal, SlidingWindow
 from dtcp.mesh import Degrees, ParallelMesh
 from dtcp.mixers import SoftmaxAttention
 from tests import cases
-from tests.on_mesh import LAYOUTS, mixer_on
+from tests.on_mesh import LAYOUTS, mixer_on, refused
 from tests.spmd import spmd
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -125,6 +125,21 @@ def test_padding_mask_is_there_if_and_only_if_there_is_padding(mesh):
     given = torch.arange(15)[None] >= 12
     mask = keys(15, padding_mask=given)["padding_mask"]
     assert_close(mask, HeadTail(16, 2).shard(torch.arange(16)[None] >= 12, mesh.get_local_rank()))
+
+
+@spmd(ranks=2)
+def test_what_a_padding_mask_marks_is_in_no_document(mesh):
+    """And padding that tokens of its document follow, which they would see, is refused."""
+    whole, ids = ParallelMesh.from_device_mesh(mesh), torch.zeros(1, 16, dtype=torch.int64)
+    padding, position = torch.arange(16)[None] >= 12, torch.arange(16)[None] % 5
+    batch = {"input_ids": ids, "position": position, "padding_mask": padding}
+    assert shard_batch(batch, whole)[1].documents == Documents(((5, 5, 2),), 16)
+    batch["padding_mask"] = ~padding
+    refused("padded on the right", lambda: shard_batch(batch, whole))
+    two = Documents(((12, 4),), 16)
+    shard_batch(batch, whole, documents=two)
+    one = Documents.single(1, 16)
+    refused(r"got padding_mask\[0, 11\]=True", lambda: shard_batch(batch, whole, documents=one))
 
 
 def test_one_rank_has_the_whole_batch():

@@ -216,5 +216,6 @@ LEFT = torch.tensor([[0, 0, 1, 1]])
 )
 def test_what_cannot_be_honoured_is_refused(change, error, message):
     batch = {**plain_batch(4, 1), **change}
-    with pytest.raises(error, match=message):
-        make_dsv4_contiguous_shard_cp_batch_and_ctx(Axis(2, 0), None, batch)
+    for axis in (Axis(2, 0), None):
+        with pytest.raises(error, match=message):
+            make_dsv4_contiguous_shard_cp_batch_and_ctx(axis, None, batch)

@@ -24,6 +24,8 @@ from models.deepseek_v4 import (
     tiny,
     to_hf,
 )
+from parallelize.deepseek_v4 import islands
+from parallelize.islands import find_islands
 from tests import hf_deepseek_v4 as published
 
 DOCUMENTS = Documents(((37, 3, 49), (70, 26)), 96)
@@ -63,7 +65,8 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_deepseek_v4_checkpoint_is_read_by_transformers_and_back(tmp_path):
-    """Under the official names, on disk, with the settings beside it."""
+    """Under the official names, on disk, with the settings beside it; what they keep in fp32
+    when they load as bf16 is what a plan keeps."""
     from transformers import DeepseekV4ForCausalLM
 
     theirs, ours, config = pair()
@@ -82,6 +85,10 @@ def test_deepseek_v4_checkpoint_is_read_by_transformers_and_back(tmp_path):
     assert config_from_hf(settings) == config == config_from_hf(loaded.config.to_dict())
     again = from_hf(load_file(tmp_path / "model.safetensors"), config)
     assert_close(again, dict(ours.state_dict()), rtol=0, atol=0)
+
+    rounded = DeepseekV4ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    kept = {n for n, x in from_hf(rounded.state_dict(), config).items() if x.dtype == torch.float32}
+    assert set(find_islands(ours, islands(config))) == kept & set(dict(ours.named_parameters()))
 
 
 def test_deepseek_v4_names_survive_the_round_trip_with_mtp():
@@ -168,15 +175,17 @@ def test_a_shape_that_does_not_fit_is_refused(change, message):
 def test_embeddings_without_ids_are_refused():
     config: DeepseekV4Config = tiny(64)
     model, documents = DeepseekV4(config), Documents.single(1, 8)
-    with pytest.raises(TypeError, match="look experts up by token"):
-        model(torch.randn(1, 8, 64), documents.position_in_document(), {})
+    for given in (torch.randn(1, 8, 64), None):
+        with pytest.raises(TypeError, match="look experts up by token"):
+            model(given, documents.position_in_document(), {})
 
 
 def test_ids_for_another_number_of_tokens_ahead_are_refused():
     model, documents = DeepseekV4(tiny(64)), Documents.single(1, 8)
-    ids = torch.zeros(1, 2, 8, dtype=torch.int64)
-    with pytest.raises(ValueError, match="as far ahead as it has MTP layers"):
-        model(ids[:, 0], documents.position_in_document(), {}, ids)
+    for depths, seq_len in ((2, 8), (1, 16)):
+        ids = torch.zeros(1, depths, seq_len, dtype=torch.int64)
+        with pytest.raises(ValueError, match="as far ahead as it has MTP layers"):
+            model(ids[:, 0, :8], documents.position_in_document(), {}, ids)
 
 
 def test_a_step_in_bfloat16_gives_finite_gradients():

@@ -9,8 +9,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dtcp.kernels import fla
+from dtcp.kernels import delta_rule, fla
+from dtcp.kernels.delta_rule import Inputs
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,3 +48,16 @@ def test_a_gpu_without_fla_says_so_once(monkeypatch):
             assert not fla._has_fla()
     finally:
         fla._has_fla.cache_clear()
+
+
+def test_decays_by_channel_run_on_the_reference_and_a_gpu_says_so_once():
+    """A kernel is chosen by shapes and device alone: these tensors hold nothing."""
+    sizes = {"q": (2, 8), "k": (2, 8), "v": (4, 8), "g": (4, 8), "beta": (4,), "starts": ()}
+    with FakeTensorMode():
+        x = Inputs(**{n: torch.empty(1, 64, *s, device="cuda") for n, s in sizes.items()})
+    fla._say_channels.cache_clear()
+    with pytest.warns(UserWarning, match="decay for each key channel"):
+        assert fla.delta_kernel(x) is delta_rule
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fla.delta_kernel(x) is delta_rule

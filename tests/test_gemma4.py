@@ -38,9 +38,10 @@ def test_gemma4_equals_the_published_model(variant):
     types = expected.mm_token_type_ids
     block = None if types is None else vision_blocks(types)
     documents = expected.documents
-    tables = batch_tables(model, documents, block=block)
+    position = expected.position
+    tables = batch_tables(model, documents, block=block, position=position)
 
-    logits = model(expected.input_ids, documents.position_in_document(), tables)
+    logits = model(expected.input_ids, position, tables)
     logits.backward(expected.grad_logits)
     real = documents.document() >= 0
     assert_close(logits[real], expected.logits[real])

@@ -60,6 +60,7 @@ ALONE = Degrees()
         ({"cp": {"layers.0.attention.mixer": RingAttention()}}, "every mixer is claimed"),
         ({"blocks": ("blocks.*",)}, r"blocks\.\*"),
         ({"units": (("embedding",), ("norm", "head"))}, "'head'"),
+        ({"islands": ("layers.*.attention_norm",)}, "island is a parameter.*attention_norm"),
     ],
 )
 @spmd(ranks=1)

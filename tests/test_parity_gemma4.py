@@ -28,6 +28,7 @@ from tests.parity import gradients
 from tests.spmd import run_ranks
 
 RING, KEEP_ALL, GRAPHS = RingAttention(), NoCheckpoint(), Compile("aot_eager")
+ISLAND = RingAttention(boundary=EagerIsland())
 
 
 def step_on_mesh(
@@ -49,10 +50,7 @@ def step_on_mesh(
     parallelize(model, ranks, plan, activation_checkpoint=checkpoint, compile=compile)
 
     mine = slice(ranks.rank("batch"), None, ranks.size("batch"))
-    batch = {
-        "input_ids": expected.input_ids,
-        "position": expected.documents.position_in_document(),
-    }
+    batch = {"input_ids": expected.input_ids, "position": expected.position}
     if expected.mm_token_type_ids is not None:
         batch["mm_token_type_ids"] = expected.mm_token_type_ids
     local, cut = shard_batch(
@@ -95,18 +93,24 @@ def test_gemma4_on_tp_ranks_equals_the_published_model(variant):
 
 
 @pytest.mark.parametrize(
-    ("variant", "degrees", "attention", "layout"),
+    ("variant", "degrees", "attention", "layout", "checkpoint"),
     [
-        ("dense", Degrees(cp=4), RING, HeadTail),
-        ("vision", Degrees(cp=4), AllGatherAttention(), Contiguous),
-        ("e", Degrees(dp_shard=2, cp=2), RING, HeadTail),
-        ("moe", Degrees(cp=2, tp=2), AllGatherAttention(), HeadTail),
-        ("shared_values", Degrees(cp=2, tp=2), RING, Contiguous),
-        ("vision", Degrees(dp_replicate=2, cp=2), RingAttention(boundary=EagerIsland()), HeadTail),
+        ("dense", Degrees(cp=4), RING, HeadTail, FullCheckpoint()),
+        ("vision", Degrees(cp=4), AllGatherAttention(), Contiguous, KEEP_ALL),
+        ("e", Degrees(dp_shard=2, cp=2), RING, HeadTail, SelectiveCheckpoint()),
+        ("moe", Degrees(cp=2, tp=2), AllGatherAttention(), HeadTail, SelectiveCheckpoint()),
+        ("shared_values", Degrees(cp=2, tp=2), RING, Contiguous, SelectiveCheckpoint()),
+        ("vision", Degrees(dp_replicate=2, cp=2), ISLAND, HeadTail, FullCheckpoint()),
     ],
 )
-def test_gemma4_on_four_ranks_equals_the_published_model(variant, degrees, attention, layout):
-    on_ranks(variant, degrees, attention=attention, layout=layout)
+def test_gemma4_on_four_ranks_equals_the_published_model(
+    variant, degrees, attention, layout, checkpoint
+):
+    """Keys that layers share are brought once, whatever is computed again."""
+    how = {"attention": attention, "layout": layout, "checkpoint": checkpoint}
+    for traffic, *_ in on_ranks(variant, degrees, **how):
+        shares = variant in ("e", "shared_values")
+        assert traffic["dtcp::bring_keys"].calls == 2 * shares
 
 
 @pytest.mark.parametrize(
@@ -122,3 +126,12 @@ def test_gemma4_compiles_to_one_graph_a_layer_kind(variant, checkpoint, kinds):
         if variant == "e":
             assert traffic["dtcp::bring_keys"].calls == 2 * 2
             assert traffic["dtcp::bring_keys_backward"].calls == 2
+
+
+def test_gemma4_compiles_around_islands_that_make_keys_from_values():
+    """A break a layer, two graphs a kind; what was communicated is kept under the checkpoint."""
+    how = {"attention": ISLAND, "checkpoint": SelectiveCheckpoint(), "compile": GRAPHS}
+    for traffic, graphs, breaks in on_ranks("dense", Degrees(cp=2), **how):
+        assert (graphs, breaks) == (4, 2)
+        assert traffic["dtcp::ring_values_attention"].calls == 2
+        assert traffic["dtcp::ring_values_attention_backward"].calls == 2

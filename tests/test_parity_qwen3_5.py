@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing import assert_close
 
-from dtcp.attention import AllGatherAttention, RingAttention
+from dtcp.attention import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from dtcp.batch import shard_batch
 from dtcp.compile import count_graphs
 from dtcp.documents import Documents
 from dtcp.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.mesh import Degrees, ParallelMesh
-from dtcp.recurrent import GatedDeltaCP, GatherStates, ScanStates
+from dtcp.recurrent import GatedDeltaCP, GatherStates, RelayoutCP, ScanStates
 from dtcp.traffic import Traffic, count
 from models.qwen3_5 import DeltaNetConfig, ExpertsConfig, Qwen35, Qwen35Config, from_hf
 from parallelize import (
@@ -45,7 +45,12 @@ DENSE = Qwen35Config(
     rotary_dim=8,
     rope_sections=(2, 1, 1),
 )
-EXPERTS = replace(DENSE, feed_forward=ExpertsConfig(8, 2, hidden_dim=24, shared_hidden_dim=16))
+EXPERTS = replace(
+    DENSE,
+    # One kv head: tp copies it.
+    num_kv_heads=1,
+    feed_forward=ExpertsConfig(8, 2, hidden_dim=24, shared_hidden_dim=16),
+)
 
 
 class Truth(NamedTuple):
@@ -92,13 +97,14 @@ class Cell(NamedTuple):
     attention: Any = RingAttention()
     checkpoint: ActivationCheckpoint = NoCheckpoint()
     compile: Compile | None = None
+    relayout: RelayoutCP | None = None
 
     def __str__(self) -> str:
         degrees = self.degrees
         mesh = f"dp{degrees.dp_shard}-cp{degrees.cp}-tp{degrees.tp}"
         kinds = (self.layout, type(self.states), type(self.checkpoint))
-        how = "compiled" if self.compile else "eager"
-        return "-".join((self.model, mesh, *(kind.__name__ for kind in kinds), how))
+        how = ["compiled" if self.compile else "eager"] + ["relaid"] * bool(self.relayout)
+        return "-".join((self.model, mesh, *(kind.__name__ for kind in kinds), *how))
 
 
 def step(mesh: Any, path: Path, cell: Cell) -> tuple[Traffic, int, int]:
@@ -107,7 +113,8 @@ def step(mesh: Any, path: Path, cell: Cell) -> tuple[Traffic, int, int]:
     model = Qwen35(truth.config).double()
     model.load_state_dict(truth.weights)
     axes = ParallelMesh.from_degrees(cell.degrees, "cpu")
-    plan = qwen3_5_plan(truth.config, axes, cell.attention, delta=GatedDeltaCP(states=cell.states))
+    delta = GatedDeltaCP(states=cell.states)
+    plan = qwen3_5_plan(truth.config, axes, cell.attention, delta=delta, relayout=cell.relayout)
     with count_graphs() as found:
         parallelize(model, axes, plan, activation_checkpoint=cell.checkpoint, compile=cell.compile)
         traffic = compare(model, axes, truth, cell.layout)
@@ -152,14 +159,21 @@ CELLS = [
     Cell("experts", Degrees(cp=3), HeadTail, SCAN),
     Cell("experts", Degrees(cp=3), Contiguous),
     Cell("dense", Degrees(cp=4), Contiguous, SCAN),
-    Cell("experts", Degrees(cp=4), HeadTail),
-    Cell("experts", Degrees(cp=2, tp=2)),
+    Cell("experts", Degrees(cp=4), HeadTail, attention=HybridAttention(inner_ranks=2)),
+    Cell("experts", Degrees(cp=2, tp=2), relayout=RelayoutCP()),
     Cell("dense", Degrees(dp_shard=2, cp=2)),
     Cell("experts", Degrees(dp_shard=2, tp=2)),
     Cell("dense", Degrees(cp=2), checkpoint=SelectiveCheckpoint(), compile=GRAPHS),
     Cell("experts", Degrees(cp=3), Contiguous, SCAN, compile=GRAPHS),
     Cell("experts", Degrees(cp=2, tp=2), checkpoint=SelectiveCheckpoint(), compile=GRAPHS),
-    Cell("dense", Degrees(dp_shard=2, cp=2), checkpoint=FullCheckpoint(), compile=GRAPHS),
+    Cell(
+        "dense",
+        Degrees(dp_shard=2, cp=2),
+        attention=UlyssesAttention(),
+        checkpoint=FullCheckpoint(),
+        compile=GRAPHS,
+        relayout=RelayoutCP(),
+    ),
 ]
 
 
@@ -176,3 +190,5 @@ def test_qwen3_5_on_ranks_equals_transformers(truths, cell):
         assert (graphs, breaks) == ((2, 0) if cell.compile else (0, 0))
         assert traffic["dtcp::gated_delta_rule"].calls == 2 * again
         assert traffic["dtcp::gated_delta_rule_backward"].calls == 2
+        dealt = traffic["dtcp::all_to_all"].calls if cell.relayout else 0
+        assert dealt == 2 * bool(cell.relayout) * (2 * again + 2)

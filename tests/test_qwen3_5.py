@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from dtcp.attention import RingAttention
 from dtcp.batch import look_ahead, shard_batch, shift_labels
 from dtcp.documents import Documents
-from dtcp.layout import HeadTail
+from dtcp.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.mesh import Degrees, ParallelMesh
 from dtcp.mixers import batch_tables
 from dtcp.mixing import find_mixing, mixers_apart
@@ -30,7 +31,7 @@ from models.qwen3_5 import (
 from parallelize import parallelize, qwen3_5_plan
 from tests import hf_qwen3_5
 from tests.parity import ROWS, SEQ_LEN, gradients
-from tests.spmd import run_ranks, spmd
+from tests.spmd import run_ranks
 from tests.test_parity_qwen3_5 import DENSE, EXPERTS
 
 AHEAD = replace(DENSE, num_mtp_layers=1)
@@ -161,6 +162,7 @@ def losses_ahead(model: Any, batch: dict[str, Tensor], tables: Any) -> Tensor:
     names = ("input_ids", "position", "mtp_input_ids")
     ids, position, after = (batch[name] for name in names)
     both = model(ids, position, tables, mtp_input_ids=after)
+    both = [x.full_tensor() if isinstance(x, DTensor) else x for x in both]
     targets = (batch["labels"], batch["mtp_labels"][:, 0])
     return sum(
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
@@ -168,9 +170,8 @@ def losses_ahead(model: Any, batch: dict[str, Tensor], tables: Any) -> Tensor:
     )
 
 
-@spmd(axes={"dp_shard": 1, "cp": 2})
-def test_both_losses_of_ranks_equal_one_device(mesh):
-    """With FSDP, the head and the embedding used twice, and positions of three axes."""
+def both_losses(mesh: Any, degrees: Degrees, layout: type[SequenceLayout]) -> None:
+    """Of the layer ahead and of text, against one device: every gradient."""
     documents = Documents(ROWS, SEQ_LEN)
     torch.manual_seed(5)
     input_ids = torch.randint(64, (len(ROWS), SEQ_LEN))
@@ -183,11 +184,23 @@ def test_both_losses_of_ranks_equal_one_device(mesh):
     }
     reference, model = model_of(AHEAD), model_of(AHEAD)
     losses_ahead(reference, batch, batch_tables(reference, documents)).backward()
-    axes = ParallelMesh.from_device_mesh(mesh)
+    axes = ParallelMesh.from_degrees(degrees, "cpu")
     parallelize(model, axes, qwen3_5_plan(AHEAD, axes, RingAttention()))
-    local, plan = shard_batch(batch, axes, HeadTail, model=model, documents=documents)
+    mine = slice(axes.rank("batch"), None, axes.size("batch"))
+    own = {key: x[:, mine] if key == "position" else x[mine] for key, x in batch.items()}
+    documents = Documents(ROWS[mine], SEQ_LEN)
+    local, plan = shard_batch(own, axes, layout, model=model, documents=documents)
     losses_ahead(model, local, plan.tables).backward()
     assert_close(gradients(model), gradients(reference))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "layout"),
+    [(Degrees(cp=3), HeadTail), (Degrees(cp=2, tp=2), Contiguous)],
+)
+def test_both_losses_of_ranks_equal_one_device(degrees, layout):
+    """With FSDP, the head and the embedding used twice, and positions of three axes."""
+    run_ranks(both_losses, degrees.world, degrees, layout)
 
 
 def refuse(mesh: Any) -> None:

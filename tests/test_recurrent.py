@@ -1,6 +1,7 @@
 """Recurrent mixers on ranks, held against the recurrence token by token in fp64."""
 
 import functools
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +17,7 @@ from dtcp.batch import BatchPlan, shard_batch
 from dtcp.compile import count_graphs
 from dtcp.documents import Documents
 from dtcp.kernels import delta_rule
-from dtcp.layout import BlockBalanced, Contiguous, HeadTail, SequenceLayout
+from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
 from dtcp.mesh import ParallelMesh
 from dtcp.mixers import Tables, batch_tables
 from dtcp.recurrent import (
@@ -26,6 +27,7 @@ from dtcp.recurrent import (
     GatedDeltaCP,
     GatedDeltaRule,
     GatherStates,
+    RelayoutCP,
     ScanStates,
 )
 from dtcp.recurrent.style import DeltaShape
@@ -62,13 +64,17 @@ class Truth(NamedTuple):
 
 
 @functools.cache
-def truth(documents: Documents) -> Truth:
+def truth(documents: Documents, by_channel: bool = False) -> Truth:
     generator = torch.Generator().manual_seed(0)
     B, S = documents.batch, documents.seq_len
     draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
-    x, g, beta = draw(B, S, CHANNELS), -3 * draw(B, S, H).abs(), draw(B, S, H).sigmoid()
+    decays = (H, K) if by_channel else (H,)
+    x, g, beta = draw(B, S, CHANNELS), -3 * draw(B, S, *decays).abs(), draw(B, S, H).sigmoid()
     # Some tokens forget all, some nothing.
     g[:, ::7], g[:, 1::5] = -40.0, 0.0
+    if by_channel:
+        # Of which e^-g is no number any more.
+        g[:, 3::11, :, ::2] = -800.0
     inputs = tuple(t.requires_grad_() for t in (x, g, beta, draw(CHANNELS, WIDTH)))
     mixed = reference.causal_conv(x, inputs[3], documents.lengths)
     q, k, v = mixed.split((G * K, G * K, H * V), dim=-1)
@@ -93,8 +99,10 @@ def plan_of(
     return shard_batch({"input_ids": tokens}, whole, layout, model=layer, documents=documents)[1]
 
 
-def assert_equals_the_recurrence(documents: Documents, layer: Any, plan: BatchPlan) -> Traffic:
-    expected = truth(documents)
+def assert_equals_the_recurrence(
+    documents: Documents, layer: Any, plan: BatchPlan, *, by_channel: bool = False
+) -> Traffic:
+    expected = truth(documents, by_channel)
     x, g, beta, weight = expected.inputs
     local = [plan.shard(t).requires_grad_() for t in (x, g, beta)]
     weight = weight.clone().requires_grad_()
@@ -109,10 +117,11 @@ def assert_equals_the_recurrence(documents: Documents, layer: Any, plan: BatchPl
     return traffic
 
 
+@pytest.mark.parametrize("by_channel", [False, True], ids=["by head", "by channel"])
 @pytest.mark.parametrize("packing", cases.PACKINGS)
-def test_one_device_equals_the_recurrence(packing):
+def test_one_device_equals_the_recurrence(packing, by_channel):
     documents = packing(SEQ_LEN, 2)
-    expected, layer = truth(documents), Layer()
+    expected, layer = truth(documents, by_channel), Layer()
     inputs = [t.clone().requires_grad_() for t in expected.inputs]
     out = layer(*inputs, batch_tables(layer, documents))
     grads = torch.autograd.grad(out, inputs, expected.grad_out)
@@ -123,10 +132,11 @@ def test_one_device_equals_the_recurrence(packing):
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
 def test_kernel_equals_the_recurrence_at_any_length(length):
     documents = Documents(((length,),), length)
-    expected = truth(documents)
-    layer = Layer()
-    actual = layer(*expected.inputs, batch_tables(layer, documents))
-    assert float((actual - expected.out).abs().max()) <= 1e-11
+    for by_channel in (False, True):
+        expected = truth(documents, by_channel)
+        layer = Layer()
+        actual = layer(*expected.inputs, batch_tables(layer, documents))
+        assert float((actual - expected.out).abs().max()) <= 1e-11
 
 
 def test_kernel_in_bf16_is_as_near_as_its_inputs():
@@ -145,14 +155,15 @@ def test_kernel_in_bf16_is_as_near_as_its_inputs():
 @pytest.mark.parametrize("layout", [Contiguous, HeadTail])
 @spmd(ranks=[1, 2, 3, 4])
 def test_ranks_equal_the_recurrence(mesh, layout, states, ranks):
-    """And what is received is what the formulas say."""
+    """And what is received is what the formulas say, of decays by head and by channel alike."""
     style = GatedDeltaCP(states)
     layer = layer_on(mesh, style)
     all_of_them = (ranks, layout, states) == (2, HeadTail, GatherStates())
     for packing in cases.PACKINGS if all_of_them else cases.PACKINGS[2:9:3]:
         documents = packing(SEQ_LEN, ranks)
         plan = plan_of(documents, layer, mesh, layout)
-        traffic = assert_equals_the_recurrence(documents, layer, plan)
+        by_channel = packing is cases.after_borders
+        traffic = assert_equals_the_recurrence(documents, layer, plan, by_channel=by_channel)
         shape = DeltaShape(documents.batch, H, K, V, element_size=8)
         by_formula = style.received(plan.layout, shape)
         kinds = ("dtcp::all_gather", "dtcp::ring_shift")
@@ -170,7 +181,8 @@ def test_segments_of_several_chunks_equal_the_recurrence(mesh, layout):
     layer = layer_on(mesh, GatedDeltaCP(ScanStates()))
     plan = plan_of(documents, layer, mesh, layout)
     assert plan.layout.segment_len > delta_rule.CHUNK
-    assert_equals_the_recurrence(documents, layer, plan)
+    for by_channel in (False, True):
+        assert_equals_the_recurrence(documents, layer, plan, by_channel=by_channel)
 
 
 def conv_bytes(plan: BatchPlan, batch: int) -> int:
@@ -188,15 +200,59 @@ def conv_bytes(plan: BatchPlan, batch: int) -> int:
 
 @spmd(ranks=[2, 3, 4])
 def test_compiled_is_one_graph_for_every_packing(mesh, ranks):
+    """And another for decays by channel."""
     layout = Contiguous if ranks == 3 else HeadTail
     layer = layer_on(mesh)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with count_graphs() as found:
-        for packing in cases.PACKINGS[1:4]:
+        for packing, by_channel in product(cases.PACKINGS[1:4], (False, True)):
             documents = packing(SEQ_LEN, ranks)
             plan = plan_of(documents, layer, mesh, layout)
-            traffic = assert_equals_the_recurrence(documents, compiled, plan)
+            traffic = assert_equals_the_recurrence(documents, compiled, plan, by_channel=by_channel)
             assert traffic["dtcp::gated_delta_rule_backward"].calls == 1
+    assert (found.graphs, found.breaks) == (2, 0)
+
+
+class Whole(nn.Module):
+    """The layer as one that reads hidden states, and tables."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.inner, self.weight = Layer(), nn.Parameter(weight.clone())
+
+    def forward(self, x: Tensor, tables: Tables) -> Tensor:
+        x, g, beta = x.split((CHANNELS, H, H), dim=-1)
+        return self.inner(x, g, beta, self.weight, tables).flatten(2)
+
+
+@pytest.mark.parametrize("inside", [Contiguous, HeadTail])
+@spmd(ranks=[2, 3])
+def test_a_layer_on_tokens_dealt_anew_equals_the_recurrence(mesh, inside, ranks):
+    """From every layout; one graph for all, and the tokens that change owner received twice."""
+    documents, style = Documents(((7, 30, 1, 10),), SEQ_LEN), RelayoutCP(inside)
+    expected = truth(documents)
+    layer = Whole(expected.inputs[3])
+    keys = {"inner.conv": CausalConvCP(), "inner.rule": GatedDeltaCP(), "": style}
+    compiled = torch.compile(apply_plan(layer, mesh, keys), backend="aot_eager", fullgraph=True)
+    whole = torch.cat(expected.inputs[:3], dim=-1)
+    with count_graphs() as found:
+        for layout in (PerDocument, Contiguous, HeadTail, BlockBalanced):
+            plan = plan_of(documents, layer, mesh, layout)
+            x = plan.shard(whole).requires_grad_()
+            with count() as traffic:
+                out = compiled(x, plan.tables)
+                grad, d_weight = torch.autograd.grad(
+                    out, (x, layer.weight), plan.shard(expected.grad_out).flatten(2)
+                )
+            dist.all_reduce(d_weight)
+            assert_close(out, plan.shard(expected.out).flatten(2))
+            assert_close(grad, plan.shard(torch.cat(expected.grads[:3], dim=-1)))
+            assert_close(d_weight, expected.grads[3])
+            # Tokens come as wide as they are and go home as values alone, and so do gradients.
+            sizes = [H * V, CHANNELS + 2 * H]
+            one, two = (style.received(plan.layout, mesh.get_local_rank(), 8 * n) for n in sizes)
+            moved = one + two
+            assert 2 * traffic["dtcp::all_to_all"].received == moved.forward + moved.backward
     assert (found.graphs, found.breaks) == (1, 0)
 
 
@@ -232,7 +288,9 @@ def test_dtensors_split_by_sequence_and_heads_equal_the_recurrence(mesh):
 
 
 def test_fewest_bytes_gathers_among_few_and_scans_among_many():
-    choices = {(n, p): FewestBytes().scans(n, p) for n in (2, 4, 8, 64) for p in (1, 2)}
+    """Large states; small ones are gathered, since a round takes longer than they do."""
+    large = DeltaShape(1, 32, 128, 128).summary
+    choices = {(n, p): FewestBytes().scans(n, p, large) for n in (2, 4, 8, 64) for p in (1, 2)}
     assert choices == {
         (2, 1): False,
         (2, 2): False,
@@ -243,6 +301,10 @@ def test_fewest_bytes_gathers_among_few_and_scans_among_many():
         (64, 1): True,
         (64, 2): True,
     }
+    small = DeltaShape(1, 4, 16, 32).summary
+    for n, p in choices:
+        assert not FewestBytes().scans(n, p, small)
+        assert FewestBytes(a_round=0).scans(n, p, small) == choices[n, p]
 
 
 @spmd(ranks=2)
@@ -254,6 +316,9 @@ def test_what_cannot_be_honoured_is_refused_on_every_rank(mesh):
     refused("tables of its batch", lambda: layer(*truth(documents).inputs, {}))
     plan, inputs = plan_of(documents, layer, mesh, HeadTail), truth(documents).inputs
     refused("tables of its own batch", lambda: layer(*inputs, plan.tables))
+    x, g, beta, weight = (plan.shard(t) if t.ndim > 2 else t for t in inputs)
+    odd = g[..., None].expand(-1, -1, -1, K + 1)
+    refused("key channel of one", lambda: layer(x, odd, beta, weight, plan.tables))
     refused("as many shards", lambda: batch_tables(layer, documents))
     refused("equal parts", lambda: HeadTail(6, 2))
     refused(
@@ -261,6 +326,13 @@ def test_what_cannot_be_honoured_is_refused_on_every_rank(mesh):
         lambda: parallelize_module(layer, mesh, {"conv": GatedDeltaCP()}),
         TypeError,
     )
+    relaid = RelayoutCP()
+    refused("got a Linear", lambda: parallelize_module(nn.Linear(2, 2), mesh, relaid), TypeError)
+    dealt = parallelize_module(layer_on(mesh), mesh, relaid)
+    refused("once, got a Layer", lambda: parallelize_module(dealt, mesh, relaid), TypeError)
+    refused("tables of its batch", lambda: dealt(inputs[0], plan.tables))
+    refused("as many shards", lambda: batch_tables(dealt, documents))
+    refused("segment_len=2", lambda: plan_of(Documents.single(1, 4), dealt, mesh, Contiguous))
     unclaimed = Layer()
     refused("unclaimed", lambda: plan_of(documents, unclaimed, mesh, HeadTail))
     refused("claimed", lambda: apply_plan(unclaimed, mesh, {"rule": GatedDeltaCP()}))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from dtcp.collectives import group_name
 from dtcp.documents import Documents
 from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
-from dtcp.relayout import gather, relayout, roll, shard
+from dtcp.relayout import Dealing, deal, gather, relayout, roll, shard
 from dtcp.traffic import count
 from tests.one_process import BOUNDARIES, assert_equals_one_process, compiled_or_not
 from tests.spmd import spmd
@@ -80,20 +81,31 @@ def test_gather_of_shard_is_the_whole(mesh, compiled, ranks):
     assert_close(out, x, rtol=0, atol=0)
 
 
+def ways(mesh, source, target, dim):
+    """By layouts; and by tables, made for going there or for coming back."""
+    yield lambda x: relayout(x, source, target, mesh, dim=dim)
+    if dim == 1:
+        rank, group = mesh.get_local_rank(), group_name(mesh)
+        there, back = Dealing.between(source, target, rank), Dealing.between(target, source, rank)
+        yield lambda x: deal(x, there, group)
+        yield lambda x: deal(x, back, group, back=True)
+
+
 def check_relayout(mesh, source, target, dim, *, compiled):
     ranks, rank = source.num_shards, mesh.get_local_rank()
     shape = shape_of(source, dim)
-    forward, backward = assert_equals_one_process(
-        mesh,
-        lambda x: relayout(x, source, target, mesh, dim=dim),
-        lambda xs: shards_of(whole_of(xs, source, dim), target, dim),
-        [shape] * ranks,
-        compiled=compiled,
-    )
     held, wanted = (set(layout.positions(rank).tolist()) for layout in (source, target))
     moved = len(wanted - held) * torch.Size(shape).numel() // source.shard_len * FP64
-    assert (forward.calls, backward.calls) == (1, 1)
-    assert forward.received == forward.sent == backward.received == backward.sent == moved
+    for way in ways(mesh, source, target, dim):
+        forward, backward = assert_equals_one_process(
+            mesh,
+            way,
+            lambda xs: shards_of(whole_of(xs, source, dim), target, dim),
+            [shape] * ranks,
+            compiled=compiled,
+        )
+        assert (forward.calls, backward.calls) == (1, 1)
+        assert forward.received == forward.sent == backward.received == backward.sent == moved
 
 
 @spmd(ranks=(1, 2, 3, 4))
@@ -167,3 +179,6 @@ def test_misuse_is_refused(mesh):
         gather(x, Contiguous(16, 2), mesh)
     with pytest.raises(ValueError, match=r"source=Contiguous.seq_len=8.* one sequence and mesh"):
         relayout(x, Contiguous(8, 2), HeadTail(16, 2), mesh)
+    tables = Dealing.between(Contiguous(16, 2), HeadTail(16, 2), mesh.get_local_rank())
+    with pytest.raises(ValueError, match=r"tables for 8 tokens with x.shape=\(1, 4\)"):
+        deal(x, tables, group_name(mesh))

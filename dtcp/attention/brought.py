@@ -18,7 +18,7 @@ from dtcp.kernels.op import AttentionOp, Call
 from dtcp.kernels.spans import TILE
 from dtcp.layout import SequenceLayout
 from dtcp.masks import Coords, Mask
-from dtcp.mixers import KeyExchange, SoftmaxAttention, Tables
+from dtcp.mixers import KeyExchange, SoftmaxAttention, Tables, check_position
 from dtcp.style import AttentionStyle, ContextParallelMixer
 from dtcp.traffic import LEDGER
 
@@ -60,9 +60,8 @@ class BroughtAttention(AttentionStyle):
     def mixer_tables(
         self, mask: Mask, coords: Coords, layout: SequenceLayout, rank: int
     ) -> tuple[Tensor, ...]:
-        """KeyTables, and the positions of the lined-up keys in their documents: [1, B, K]."""
-        *read, _, key_position = self.how.values_tables(mask, coords, layout, rank)
-        return (*read, key_position)
+        """KeyTables, and the positions of queries [B, L] and of lined-up keys [1, B, K]."""
+        return self.how.values_tables(mask, coords, layout, rank)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         claimed: dict[type, type[ContextParallelMixer]] = {
@@ -87,15 +86,16 @@ class _Bring(ContextParallelMixer, KeyExchange):
         return _bring(x, list(self.own(tables)), self.groups[-1])
 
     def position(self, position: Tensor, tables: Tables) -> Tensor:
-        return self.own(tables)[-1][0]
+        *read, known, key_position = self.own(tables)
+        check_position(position, known, read[1] >= read[0])
+        return key_position[0]
 
 
 class _AttendToBrought(ContextParallelMixer, SoftmaxAttention):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, *, sink: Tensor | None = None
     ) -> Tensor:
-        *read, _ = self.own(tables)
-        keys = KeyTables(*read)
+        keys = _keys(self.own(tables))
         local = LocalTables(keys.first_key, keys.last_key, keys.key_position[0], keys.spans[0])
         return ATTENTION(q, k, v, local, self.softmax(q), sink=sink)
 

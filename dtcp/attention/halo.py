@@ -60,7 +60,8 @@ class HaloAttention(AllGatherAttention):
             raise ValueError(
                 f"{self} brings what a window sees, got a mask that sees {left} tokens to the "
                 f"left and {right} to the right: give it `& SlidingWindow({self.window})`, widen "
-                f"the halo, or use AllGatherAttention."
+                f"the halo to window={left + 1}, right={right} (of a plan for images: a "
+                f"longest_vision_block of {right + 1}), or use AllGatherAttention."
             )
         segments = 1 if isinstance(layout, Contiguous) else 2
         halo = segments * (self.window - 1 + self.right)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dtcp.kernels.spans import TILE, UNUSED, key_spans
 from dtcp.layout import SequenceLayout
 from dtcp.masks import Coords, Mask
-from dtcp.mixers import position_in_document
+from dtcp.mixers import rotary_position
 from dtcp.style import AttentionShape, AttentionStyle, Received
 
 
@@ -50,7 +50,7 @@ class NeededKeysAttention(AttentionStyle):
         self, mask: Mask, coords: Coords, layout: SequenceLayout, rank: int
     ) -> tuple[Tensor, ...]:
         tables = KeyTables(*self.mixer_tables(mask, coords, layout, rank))
-        position = position_in_document(coords)
+        position = rotary_position(coords)
         return (*tables, layout.shard(position, rank).contiguous(), _at_keys(position, tables))
 
 

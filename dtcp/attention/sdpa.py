@@ -29,11 +29,11 @@ from torch.overrides import TorchFunctionMode
 
 from dtcp.attention.needed import step_by_step_tables
 from dtcp.attention.ring import RING, RingAttention
-from dtcp.collectives import group_name, group_of
+from dtcp.collectives import axis_group_name, group_of
 from dtcp.dispatch import handle, install
 from dtcp.documents import Documents
 from dtcp.kernels.attend import Softmax
-from dtcp.kernels.op import AttentionOp, Call, Strategy
+from dtcp.kernels.op import AttentionOp, Call, Given, Kept, Strategy
 from dtcp.layout import Contiguous, SequenceLayout
 from dtcp.masks import Bidirectional, Causal, Coords, Mask
 from dtcp.style import AttentionStyle
@@ -49,27 +49,14 @@ class _ContiguousRows:
     def __init__(self, strategy: Strategy, mask: Mask) -> None:
         self.strategy, self.mask = strategy, mask
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call
-    ) -> tuple[Tensor, list[Tensor]]:
-        return self.strategy.forward(q, k, v, sink, self._with_tables(q, call))
+    def forward(self, x: Given, call: Call) -> Kept:
+        return self.strategy.forward(x, self._with_tables(x.q, call))
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink: Tensor | None,
-        out: Tensor,
-        saved: list[Tensor],
-        call: Call,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        call = self._with_tables(q, call)
-        return self.strategy.backward(grad_out, q, k, v, sink, out, saved, call)
+    def backward(self, grad_out: Tensor, x: Given, kept: Kept, call: Call) -> Given:
+        return self.strategy.backward(grad_out, x, kept, self._with_tables(x.q, call))
 
-    def saved_like(self, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[str]) -> list[Tensor]:
-        return self.strategy.saved_like(q, k, v, groups)
+    def saved_like(self, x: Given, groups: Sequence[str]) -> list[Tensor]:
+        return self.strategy.saved_like(x, groups)
 
     def _with_tables(self, q: Tensor, call: Call) -> Call:
         group = group_of(call.groups[0])
@@ -226,9 +213,7 @@ def _rule_inputs(q: Any, k: Any, v: Any, mask: Tensor | None, dropout_p: float) 
     if isinstance(q, DTensor) and Shard(SDPA_SEQ) in q.placements:
         _check(q, k, v, mask, dropout_p)
         index = q.placements.index(Shard(SDPA_SEQ))
-        names = q.device_mesh.mesh_dim_names
-        axis = q.device_mesh if names is None else q.device_mesh[names[index]]
-        return [group_name(axis)]
+        return [axis_group_name(q.device_mesh, index)]
     tensors = [x for x in (q, k, v) if isinstance(x, DTensor)]
     fine = (Replicate(), Shard(0), Shard(SDPA_HEADS))
     if len(tensors) < 3 or any(

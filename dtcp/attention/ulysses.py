@@ -10,7 +10,7 @@ from torch import Tensor
 from dtcp.collectives import group_of
 from dtcp.kernels.block import accumulation
 from dtcp.kernels.local import Local, LocalTables, local_tables
-from dtcp.kernels.op import AttentionOp, Call, Strategy
+from dtcp.kernels.op import AttentionOp, Call, Given, Kept, Strategy
 from dtcp.kernels.spans import TILE
 from dtcp.layout import SequenceLayout
 from dtcp.style import AttentionShape, AttentionStyle, Received
@@ -72,44 +72,31 @@ class Ulysses:
     def __init__(self, outer: Strategy) -> None:
         self.outer = outer
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call
-    ) -> tuple[Tensor, list[Tensor]]:
-        share = _share(q.shape[2], call)
+    def forward(self, x: Given, call: Call) -> Kept:
+        share = _share(x.q.shape[2], call)
         order, restore, outer_call = self._parts(call, share)
-        by_rank = (share.split(q), share.split_kv(k), share.split_kv(v))
+        by_rank = (share.split(x.q), share.split_kv(x.k), share.split_kv(x.v))
         q, k, v = _to_sequence(by_rank, order, call)
-        sink = None if sink is None else sink[_own_heads(share, call.groups)]
-        out, saved = self.outer.forward(q, k, v, sink, outer_call)
+        sink = _own_sink(x.sink, share, call)
+        out, saved = self.outer.forward(Given(q, k, v, sink), outer_call)
         (local,) = _to_heads((out,), restore, call)
-        return share.join(local), [q, k, v, out, *saved]
+        return Kept(share.join(local), [q, k, v, out, *saved])
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink: Tensor | None,
-        out: Tensor,
-        saved: list[Tensor],
-        call: Call,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def backward(self, grad_out: Tensor, x: Given, kept: Kept, call: Call) -> Given:
         share = _share(grad_out.shape[2], call)
         order, restore, outer_call = self._parts(call, share)
-        own = _own_heads(share, call.groups)
         (grad,) = _to_sequence((share.split(grad_out),), order, call)
-        own_sink = None if sink is None else sink[own]
-        dq, dk, dv, d_own_sink = self.outer.backward(
-            grad, q, k, v, own_sink, out, saved, outer_call
-        )
-        dq, dk, dv = _to_heads([x.to(q.dtype) for x in (dq, dk, dv)], restore, call)
-        dsink = None if sink is None else torch.zeros_like(sink)
+        own = x._replace(sink=_own_sink(x.sink, share, call))
+        *grads, d_own_sink = self.outer.backward(grad, own, kept, outer_call)
+        dq, dk, dv = _to_heads([each.to(x.q.dtype) for each in grads], restore, call)
+        dsink = None if x.sink is None else torch.zeros_like(x.sink)
         if dsink is not None and d_own_sink is not None:
-            dsink[own] = d_own_sink
-        return share.join(dq), share.join_kv_gradient(dk), share.join_kv_gradient(dv), dsink
+            dsink[_own_heads(share, call.groups)] = d_own_sink
+        dk, dv = share.join_kv_gradient(dk), share.join_kv_gradient(dv)
+        return Given(share.join(dq), dk, dv, dsink)
 
-    def saved_like(self, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[str]) -> list[Tensor]:
+    def saved_like(self, x: Given, groups: Sequence[str]) -> list[Tensor]:
+        q, k, v, _ = x
         share = HeadShare(q.shape[2], k.shape[2], dist.get_world_size(_inner_group(groups)))
         batch, length = q.shape[:2]
         whole = (batch, length * share.num_ranks)
@@ -117,7 +104,7 @@ class Ulysses:
         inner_k = k.new_empty(*whole, share.kv_heads_each, k.shape[-1])
         inner_v = v.new_empty(*whole, share.kv_heads_each, v.shape[-1])
         out = q.new_empty(*inner_q.shape[:-1], v.shape[-1])
-        rest = self.outer.saved_like(inner_q, inner_k, inner_v, groups)
+        rest = self.outer.saved_like(Given(inner_q, inner_k, inner_v, None), groups)
         return [inner_q, inner_k, inner_v, out, *rest]
 
     def _parts(self, call: Call, share: HeadShare) -> tuple[Tensor, Tensor, Call]:
@@ -138,6 +125,10 @@ def _share(heads: int, call: Call) -> HeadShare:
 def _own_heads(share: HeadShare, groups: Sequence[str]) -> slice:
     rank, each = dist.get_rank(_inner_group(groups)), share.heads // share.num_ranks
     return slice(rank * each, (rank + 1) * each)
+
+
+def _own_sink(sink: Tensor | None, share: HeadShare, call: Call) -> Tensor | None:
+    return None if sink is None else sink[_own_heads(share, call.groups)]
 
 
 def _to_sequence(parts: Sequence[Tensor], order: Tensor, call: Call) -> list[Tensor]:

@@ -72,8 +72,10 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
             Documents.from_padded(None, padding.bool().cpu())
     if loss_mask is not None:
         batch["loss_mask"] = loss_mask
-    if packed and ranks > 1:
-        batch = _repacked(batch, primary, multiple, padding_token_id)
+    if packed:
+        packings = _packings(batch, primary, multiple)
+        if ranks > 1:
+            batch = _repacked(batch, packings, primary, padding_token_id)
     batch = _positioned(batch, primary)
     fills = _fills(padding_token_id)
     if not packed or ranks > 1:
@@ -192,12 +194,16 @@ class _Packing:
         return cls(tuple(starts), tuple(lengths), tuple(slots))
 
 
+def _packings(batch: Mapping[str, Any], primary: str, multiple: int) -> list[_Packing]:
+    rows, seq_len = batch[primary].shape[:2]
+    return [_Packing.of(row, batch, seq_len, multiple) for row in range(rows)]
+
+
 def _repacked(
-    batch: dict[str, Any], primary: str, multiple: int, padding_token_id: int
+    batch: dict[str, Any], packings: list[_Packing], primary: str, padding_token_id: int
 ) -> dict[str, Any]:
     """Rows built anew, each document in a slot of a multiple of tokens."""
     rows, seq_len = batch[primary].shape[:2]
-    packings = [_Packing.of(row, batch, seq_len, multiple) for row in range(rows)]
     length = max(1, *(sum(packing.slots) for packing in packings))
     source = torch.full((rows, length), -1)
     position, ids = torch.zeros_like(source), torch.zeros_like(source)

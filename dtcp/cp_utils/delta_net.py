@@ -23,7 +23,7 @@ from dtcp.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.recurrent.conv import ConvTables, causal_conv, halo_route
 from dtcp.recurrent.mixers import GatedDeltaRule
 from dtcp.recurrent.op import DeltaTables, chain_of, gated_delta_rule
-from dtcp.recurrent.style import FEWEST_BYTES
+from dtcp.recurrent.style import FEWEST_BYTES, DeltaShape
 from dtcp.relayout import relayout
 
 CLASSES: Mapping[str, tuple[str, str]] = {
@@ -204,7 +204,8 @@ class CPAwareGatedDeltaNet(nn.Module):
         v = v.unflatten(-1, (-1, self.head_v_dim))
         wide = torch.promote_types(a.dtype, torch.float32)
         g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias)
-        scan = FEWEST_BYTES.scans(*chain.shape)
+        ranks, segments = chain.shape
+        scan = FEWEST_BYTES.scans(ranks, segments, DeltaShape.of(k, v).summary)
         out = gated_delta_rule(q, k, v, g, b.sigmoid(), rule, scan=scan, groups=groups)
         normed = self.norm(out.flatten(0, 2), z.reshape(-1, self.head_v_dim))
         found: Tensor = self.out_proj(normed.unflatten(0, out.shape[:3]).flatten(2))

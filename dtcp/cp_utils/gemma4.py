@@ -229,7 +229,9 @@ def _shard_for(
     if block is not None:
         block = _pad_tensor_seq_dim_(block.cpu(), 1, missing, -1)
     layout = Contiguous(documents.seq_len, ranks)
-    tables = mixer_tables(model, Coords.of(documents, block=block), layout)
+    position = _pad_position_ids_seq_dim_(whole["position_ids"].cpu(), -1, missing)
+    coords = Coords.of(documents, block=block, rotary=position)
+    tables = mixer_tables(model, coords, layout)
     device = local[key].device
     local["tables"] = {
         name: tuple(x.to(device) if x.dtype == torch.int32 else x for x in parts)

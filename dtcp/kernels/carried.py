@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dtcp.kernels.attend import Final, local_sink_gradient
 from dtcp.kernels.block import accumulation
-from dtcp.kernels.op import Call
+from dtcp.kernels.op import Call, Given, Kept
 from dtcp.kernels.rotate import rotate
 
 
@@ -154,29 +154,17 @@ class Carrier:
         """dq and the gradients of the local rows [B, L, G, W]."""
         raise NotImplementedError
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call
-    ) -> tuple[Tensor, list[Tensor]]:
-        out, lse = self.attend(q, Pairs(k, v), sink, call)
-        return out, [lse]
+    def forward(self, x: Given, call: Call) -> Kept:
+        out, lse = self.attend(x.q, Pairs(x.k, x.v), x.sink, call)
+        return Kept(out, [lse])
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink: Tensor | None,
-        out: Tensor,
-        saved: list[Tensor],
-        call: Call,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        final, pairs = Final(grad_out, out, saved[0]), Pairs(k, v)
-        dq, rows = self.attend_backward(q, pairs, final, call)
-        return dq, *pairs.split(rows), local_sink_gradient(final, sink)
+    def backward(self, grad_out: Tensor, x: Given, kept: Kept, call: Call) -> Given:
+        final, pairs = Final(grad_out, kept.out, kept.saved[0]), Pairs(x.k, x.v)
+        dq, rows = self.attend_backward(x.q, pairs, final, call)
+        return Given(dq, *pairs.split(rows), local_sink_gradient(final, x.sink))
 
-    def saved_like(self, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[str]) -> list[Tensor]:
-        return [q.new_empty(q.shape[:-1], dtype=accumulation(q.dtype))]
+    def saved_like(self, x: Given, groups: Sequence[str]) -> list[Tensor]:
+        return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
 
 
 def _zeros(like: Tensor, tokens: int, width: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The gated delta rule on one stretch of tokens, chunk by chunk: the reference kernel.
 
-Per head, with a state S of [K, V] and log-decay g:
+Per head, with a state S of [K, V] and log-decay g, of the head or of each of its K channels:
 
     S_t = e^g_t S_(t-1) + beta_t k_t (v_t - (e^g_t S_(t-1))^T k_t)^T        o_t = S_t^T q_t
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dtcp.kernels.block import accumulation
+from dtcp.kernels.decay import Decay, decay_of
 
 CHUNK = 64
 """Tokens; the state is carried from chunk to chunk, and inside one all is matmuls."""
@@ -39,7 +40,7 @@ class Inputs(NamedTuple):
     q: Tensor  # [R, T, G, K], scaled
     k: Tensor  # [R, T, G, K]
     v: Tensor  # [R, T, H, V], H a multiple of G
-    g: Tensor  # [R, T, H], log-decay, at most 0
+    g: Tensor  # [R, T, H] or [R, T, H, K], log-decay of heads or of key channels, at most 0
     beta: Tensor  # [R, T, H]
     starts: Tensor  # [R, T] int32, 1 where a document starts
 
@@ -61,9 +62,7 @@ class Chunks(NamedTuple):
     k: Tensor  # [R, H, N, C, K]
     v: Tensor  # [R, H, N, C, V]
     beta: Tensor  # [R, H, N, C, 1]
-    decay: Tensor  # [R, H, N, C, C], from column to row; 0 across documents and upwards
-    enter: Tensor  # [R, H, N, C, 1], from the chunk's start to the token
-    leave: Tensor  # [R, H, N, C, 1], from the token to the chunk's end
+    decay: Decay  # from token to token; its parts [R, H, N, C, 1], or [R, H, N, C, K] by channel
     erase: Tensor  # [R, H, N, C, C], strictly lower: what a token's key takes of earlier writes
     u: Tensor  # [R, H, N, C, V], what is written if the state that enters is 0
     w: Tensor  # [R, H, N, C, K], what is written less of what it holds
@@ -71,8 +70,8 @@ class Chunks(NamedTuple):
 
     @property
     def through(self) -> Tensor:
-        """Decay over a whole chunk: [R, H, N, 1, 1]."""
-        return self.enter[..., -1:, :]
+        """Decay of the state's rows over a whole chunk: [R, H, N, 1, 1] or [R, H, N, K, 1]."""
+        return self.decay.enter[..., -1:, :].mT
 
 
 def forward(x: Inputs, carry: Carry | None) -> tuple[Tensor, Tensor]:
@@ -102,16 +101,17 @@ def backward(x: Inputs, grad_out: Tensor, state: Tensor, carry: Carry | None) ->
 
 def _prepare(x: Inputs) -> Chunks:
     """Solve each chunk: what its tokens write, given the state that enters."""
-    chunk, heads = min(CHUNK, x.v.shape[1]), x.v.shape[2]
+    # A power of two, for decays by channel.
+    chunk, heads = min(CHUNK, 1 << (x.v.shape[1] - 1).bit_length()), x.v.shape[2]
     q, k = (_chunks(_per_head(part, heads), chunk) for part in (x.q, x.k))
     v, beta = _chunks(x.v, chunk), _chunks(x.beta[..., None], chunk)
-    decay, enter, leave = _decays(x, chunk, v.dtype)
+    starts = _chunks(x.starts[..., None, None], chunk)[..., 0]  # [R, 1, N, C]
+    decay = decay_of(_chunks(_by_channel(x.g), chunk), starts)
 
-    erase = (beta * (k @ k.mT) * decay).tril(-1)
-    written = torch.cat((beta * v, beta * enter * k), dim=-1)
+    erase = decay.scores(beta * k, k).tril(-1)
+    written = torch.cat((beta * v, beta * decay.enter * k), dim=-1)
     u, w = _solve(erase, written, v.shape[-1])
-    score = (q @ k.mT) * decay
-    return Chunks(q, k, v, beta, decay, enter, leave, erase, u, w, score)
+    return Chunks(q, k, v, beta, decay, erase, u, w, decay.scores(q, k))
 
 
 def _summary(x: Chunks) -> Tensor:
@@ -126,7 +126,7 @@ def _summary(x: Chunks) -> Tensor:
 def _read(x: Chunks, state: Tensor, length: int) -> Tensor:
     """What the tokens read: [R, T, H, V], given the state [R, H, K, V] that enters."""
     states, new = _states(x, state)
-    out = (x.enter * x.q) @ states + x.score @ new
+    out = (x.decay.enter * x.q) @ states + x.score @ new
     return _tokens(out, length)
 
 
@@ -142,7 +142,7 @@ class Backward(NamedTuple):
 def _meet(x: Chunks, grad_out: Tensor) -> Backward:
     """Bring the gradient [R, T, H, V] of the output to what was read: states and writes."""
     grad = _chunks(grad_out, x.v.shape[3]).to(x.v.dtype)
-    return Backward(x, grad, (x.enter * x.q).mT @ grad, x.score.mT @ grad)
+    return Backward(x, grad, (x.decay.enter * x.q).mT @ grad, x.score.mT @ grad)
 
 
 def _summary_backward(x: Backward) -> Tensor:
@@ -175,8 +175,7 @@ def _differentiate(x: Backward, state: Tensor, grad_state: Tensor, like: Inputs)
 
     d_entering = grad_out @ states.mT  # of enter * q
     d_leaving = new @ d_after.mT  # of leave * k
-    d_score = (grad_out @ new.mT) * chunks.decay
-    d_through = (states * d_after).sum((-2, -1))[..., None] * chunks.through[..., 0]
+    d_through = (states * d_after).sum(-1) * chunks.through[..., 0]
     d_u, d_w = d_new, -(d_new @ states.mT)
     d_written = torch.linalg.solve_triangular(
         chunks.erase.mT, torch.cat((d_u, d_w), dim=-1), upper=True, unitriangular=True
@@ -184,21 +183,19 @@ def _differentiate(x: Backward, state: Tensor, grad_state: Tensor, like: Inputs)
     d_erase = -(d_written @ torch.cat((chunks.u, chunks.w), dim=-1).mT).tril(-1)
     d_bv, d_bk = d_written.split((chunks.v.shape[-1], chunks.k.shape[-1]), dim=-1)
 
-    q, k, beta = chunks.q, chunks.k, chunks.beta
-    d_erase_scores = d_erase * chunks.decay
-    erased = d_erase_scores @ k
-    d_q = d_score @ k + chunks.enter * d_entering
-    d_k = d_score.mT @ q + beta * erased + d_erase_scores.mT @ (beta * k)
-    d_k += chunks.leave * d_leaving + beta * chunks.enter * d_bk
-    d_beta = (erased * k + chunks.enter * d_bk * k).sum(-1) + (d_bv * chunks.v).sum(-1)
+    q, k, beta, decay = chunks.q, chunks.k, chunks.beta, chunks.decay
+    reading, read = decay.scores_backward(grad_out @ new.mT, q, k)
+    erasing, erased = decay.scores_backward(d_erase, beta * k, k)
+    entering, leaving = decay.enter * d_entering, decay.leave * d_leaving
+    writing = decay.enter * d_bk
+    d_q = reading + entering
+    d_k = read + erased + leaving + beta * (erasing + writing)
+    d_beta = ((erasing + writing) * k).sum(-1) + (d_bv * chunks.v).sum(-1)
 
-    # Decays as exponentials of differences of one running sum: each adds at its end and takes
-    # off at its start.
-    pairs = d_score * (q @ k.mT) + d_erase * chunks.erase
-    entering = (chunks.enter * (d_entering * q + beta * d_bk * k)).sum(-1)
-    leaving = (chunks.leave * d_leaving * k).sum(-1)
-    d_sum = pairs.sum(-1) - pairs.sum(-2) + entering - leaving
-    d_sum[..., -1:] += d_through + leaving.sum(-1, keepdim=True)
+    # Decays are exponentials of differences of one running sum: what is read from a token's end
+    # adds to it there, what is read of the token takes off.
+    d_sum = d_q * q + beta * (erasing + writing) * k - (read + erased + leaving) * k
+    d_sum[..., -1, :] += d_through + (leaving * k).sum(-2)
     return _gradients(like, d_q, d_k, beta * d_bv, d_sum, d_beta)
 
 
@@ -207,23 +204,12 @@ def _gradients(
 ) -> InputGradients:
     """From chunks back to the shapes of the inputs."""
     length, groups = like.v.shape[1], like.k.shape[2]
-    d_g = _tokens(d_sum.flip(-1).cumsum(-1).flip(-1)[..., None], length)[..., 0]
-    d_g = d_g.masked_fill(like.starts[..., None] != 0, 0)
+    d_sum = d_sum if like.g.ndim == 4 else d_sum.sum(-1, keepdim=True)
+    d_g = _tokens(d_sum.flip(-2).cumsum(-2).flip(-2), length).reshape(like.g.shape)
+    d_g = d_g.masked_fill(like.starts.view(*like.starts.shape, *(1,) * (d_g.ndim - 2)) != 0, 0)
     d_q, d_k = (_tokens(x, length).unflatten(2, (groups, -1)).sum(3) for x in (d_q, d_k))
     found = (d_q, d_k, _tokens(d_v, length), d_g, _tokens(d_beta[..., None], length)[..., 0])
     return InputGradients(*(x.to(part.dtype) for x, part in zip(found, like, strict=False)))
-
-
-def _decays(x: Inputs, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Decay between the tokens of a chunk, from its start, and to its end."""
-    starts = _chunks(x.starts[..., None, None], chunk)[..., 0]  # [R, 1, N, C]
-    # Nothing is carried into a document's first token, however strongly it would decay.
-    g = _chunks(x.g[..., None], chunk)[..., 0].to(dtype).masked_fill(starts != 0, 0)
-    total, document = g.cumsum(-1), starts.cumsum(-1)
-    same = (document[..., :, None] == document[..., None, :]).tril()
-    between = (total[..., :, None] - total[..., None, :]).masked_fill(~same, -torch.inf).exp()
-    enter = total.masked_fill(document != 0, -torch.inf).exp()
-    return between, enter[..., None], between[..., -1, :, None]
 
 
 def _solve(erase: Tensor, written: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
@@ -245,13 +231,13 @@ def _states(x: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
 
 def _step(x: Chunks, n: int, new: Tensor, state: Tensor) -> Tensor:
     """The state after chunk n."""
-    kept = (x.leave[:, :, n] * x.k[:, :, n]).mT
+    kept = (x.decay.leave[:, :, n] * x.k[:, :, n]).mT
     return x.through[:, :, n] * state + kept @ new
 
 
 def _step_back(x: Chunks, n: int, grad: Tensor, read: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the state before chunk n, and of what its tokens write."""
-    grad_new = new[:, :, n] + (x.leave[:, :, n] * x.k[:, :, n]) @ grad
+    grad_new = new[:, :, n] + (x.decay.leave[:, :, n] * x.k[:, :, n]) @ grad
     before = read[:, :, n] + x.through[:, :, n] * grad - x.w[:, :, n].mT @ grad_new
     return before, grad_new
 
@@ -270,6 +256,11 @@ def _identity(x: Chunks) -> Tensor:
 def _per_head(x: Tensor, heads: int) -> Tensor:
     """Value head h reads key head h // (H / G)."""
     return x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def _by_channel(g: Tensor) -> Tensor:
+    """[R, T, H] or [R, T, H, K] -> [R, T, H, 1 or K]."""
+    return g if g.ndim == 4 else g[..., None]
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:

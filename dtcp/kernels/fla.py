@@ -40,6 +40,9 @@ def delta_kernel(x: Inputs) -> DeltaKernel:
     """fla's kernels on GPUs that they run on, in dtypes that they take; else the reference."""
     if not x.v.is_cuda or x.v.dtype == torch.float64 or x.k.shape[-1] > 256:
         return delta_rule
+    if x.g.ndim == 4:
+        _say_channels()
+        return delta_rule
     if torch.cuda.get_device_capability(x.v.device) < (8, 0) or not _has_fla():
         return delta_rule
     return FlaKernel()
@@ -227,6 +230,16 @@ def _has_fla() -> bool:
             stacklevel=2,
         )
     return found
+
+
+@cache
+def _say_channels() -> None:
+    """Says once that decays by channel have no kernel here."""
+    warnings.warn(
+        "The delta rule with a decay for each key channel runs on torch's own matmuls: fla-core's "
+        "kernels are used for a decay a head only.",
+        stacklevel=2,
+    )
 
 
 def _whole_chunks(x: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def query_gradients(
     add_rows(dq, sums * how.scale, place, length, shape.key_dim, shape.key_block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys"])
 def key_gradients(
     q,
     k,

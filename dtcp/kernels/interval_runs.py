@@ -59,7 +59,8 @@ def find_reach(runs: QueryRuns, num_keys: int, block: int, batch: int) -> View:
     return View(reach, (reach.stride(0) if rows == batch else 0,))
 
 
-@triton.jit
+# How many keys a step has changes with the documents, and makes no other kernel.
+@triton.jit(do_not_specialize=["num_keys", "steps"])
 def query_runs(
     first_key, last_key, position, begin, stop, tiles, length, num_keys, steps, TILE: tl.constexpr
 ):

@@ -18,7 +18,7 @@ from dtcp.kernels.attend import (
     zeros_for,
 )
 from dtcp.kernels.block import accumulation
-from dtcp.kernels.op import AttentionOp, Call
+from dtcp.kernels.op import AttentionOp, Call, Given, Kept
 from dtcp.kernels.spans import TILE, key_spans
 
 
@@ -46,37 +46,25 @@ class Local:
 
     keeps_own_form = False
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call
-    ) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Given, call: Call) -> Kept:
         tables = LocalTables(*call.tables)
-        partial = Partial.empty(q, v.shape[-1])
-        queries = Queries.of(q, tables.first_key, tables.last_key)
-        attend(partial, queries, Keys(k, v, tables.key_position), tables.spans, call.how)
-        out, lse = partial.finish(sink, q.dtype)
-        return out, [lse]
+        partial = Partial.empty(x.q, x.v.shape[-1])
+        queries = Queries.of(x.q, tables.first_key, tables.last_key)
+        attend(partial, queries, Keys(x.k, x.v, tables.key_position), tables.spans, call.how)
+        out, lse = partial.finish(x.sink, x.q.dtype)
+        return Kept(out, [lse])
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink: Tensor | None,
-        out: Tensor,
-        saved: list[Tensor],
-        call: Call,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def backward(self, grad_out: Tensor, x: Given, kept: Kept, call: Call) -> Given:
         tables = LocalTables(*call.tables)
-        final = Final(grad_out, out, saved[0])
-        grads = Gradients(zeros_for(q), zeros_for(k), zeros_for(v))
-        queries = Queries.of(q, tables.first_key, tables.last_key)
-        keys = Keys(k, v, tables.key_position)
+        final = Final(grad_out, kept.out, kept.saved[0])
+        grads = Gradients(zeros_for(x.q), zeros_for(x.k), zeros_for(x.v))
+        queries = Queries.of(x.q, tables.first_key, tables.last_key)
+        keys = Keys(x.k, x.v, tables.key_position)
         attend_backward(grads, final, queries, keys, tables.spans, call.how)
-        return (*grads, local_sink_gradient(final, sink))
+        return Given(*grads, local_sink_gradient(final, x.sink))
 
-    def saved_like(self, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[str]) -> list[Tensor]:
-        return [q.new_empty(q.shape[:-1], dtype=accumulation(q.dtype))]
+    def saved_like(self, x: Given, groups: Sequence[str]) -> list[Tensor]:
+        return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
 
 
 ATTENTION = AttentionOp("attention", Local())

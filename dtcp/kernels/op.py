@@ -9,7 +9,7 @@ every batch without a new graph; and the op counts its own executions and bytes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,11 +28,24 @@ BACKWARD_SCHEMA = (
 )
 
 
-class Strategy(Protocol):
-    """How attention is carried out on an axis, on plain local tensors.
+class Given(NamedTuple):
+    """What attention is of, as plain local tensors; or the gradients of these."""
 
-    q [B, L, H, D], k [B, L, G, D], v [B, L, G, V], sink [H] or None; `tables` is what the style
-    worked out for the batch; `groups` names the process groups to talk over.
+    q: Tensor  # [B, L, H, D]
+    k: Tensor  # [B, L, G, D]
+    v: Tensor  # [B, L, G, V]
+    sink: Tensor | None  # [H]
+
+
+class Kept(NamedTuple):
+    """What forward comes to, and what backward reads again besides what was given."""
+
+    out: Tensor  # [B, L, H, V], in q's dtype
+    saved: list[Tensor]
+
+
+class Strategy(Protocol):
+    """How attention is carried out on an axis.
 
     Backward is given the q, k, v and out of forward, unless the strategy keeps its own form of
     them, by heads say: then these are the first four that forward saves, and kept alone.
@@ -40,27 +53,15 @@ class Strategy(Protocol):
 
     keeps_own_form: bool
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: "Call"
-    ) -> tuple[Tensor, list[Tensor]]:
-        """out [B, L, H, V] in q's dtype, and what backward needs besides inputs and out."""
+    def forward(self, x: Given, call: "Call") -> Kept:
+        """Attend; `call.tables` is what the style worked out for the batch."""
         ...
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink: Tensor | None,
-        out: Tensor,
-        saved: list[Tensor],
-        call: "Call",
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """dq, dk, dv, and dsink where there is a sink."""
+    def backward(self, grad_out: Tensor, x: Given, kept: Kept, call: "Call") -> Given:
+        """The gradients of x."""
         ...
 
-    def saved_like(self, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[str]) -> list[Tensor]:
+    def saved_like(self, x: Given, groups: Sequence[str]) -> list[Tensor]:
         """Empty tensors of the shapes and dtypes of what forward saves."""
         ...
 
@@ -111,12 +112,12 @@ class AttentionOp:
         LEDGER.record(f"dtcp::{self.name}")
         how = Softmax(scale, softcap)
         call = Call(f"dtcp::{self.name}", tables, how, groups, k.shape[2])
-        out, saved = self.strategy.forward(q, k, v, sink, call)
+        out, saved = self.strategy.forward(Given(q, k, v, sink), call)
         return out.contiguous(), [x.contiguous() for x in saved]
 
     def _forward_fake(self, q, k, v, sink, tables, scale, softcap, groups):  # type: ignore[no-untyped-def]
         out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-        return out, self.strategy.saved_like(q, k, v, groups)
+        return out, self.strategy.saved_like(Given(q, k, v, sink), groups)
 
     def _backward(  # type: ignore[no-untyped-def]
         self, grad_out, q, k, v, sink, out, saved, tables, kv_heads, scale, softcap, groups
@@ -124,7 +125,8 @@ class AttentionOp:
         LEDGER.record(f"dtcp::{self.name}_backward")
         how = Softmax(scale, softcap)
         call = Call(f"dtcp::{self.name}_backward", tables, how, groups, kv_heads)
-        *grads, dsink = self.strategy.backward(grad_out, q, k, v, sink, out, saved, call)
+        x, kept = Given(q, k, v, sink), Kept(out, saved)
+        *grads, dsink = self.strategy.backward(grad_out, x, kept, call)
         dsink = q.new_zeros(0) if dsink is None else dsink
         wanted = zip(grads, (q, k, v), strict=True)
         return (*(grad.to(x.dtype).contiguous() for grad, x in wanted), dsink)

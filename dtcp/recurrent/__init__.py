@@ -1,6 +1,7 @@
 """Recurrent mixers, and how they are carried out on a sharded sequence."""
 
 from dtcp.recurrent.mixers import CausalConv1d, GatedDeltaRule
+from dtcp.recurrent.relaid import RelayoutCP
 from dtcp.recurrent.style import (
     CausalConvCP,
     FewestBytes,
@@ -16,5 +17,6 @@ __all__ = [
     "GatedDeltaCP",
     "GatedDeltaRule",
     "GatherStates",
+    "RelayoutCP",
     "ScanStates",
 ]

@@ -13,8 +13,18 @@ from dtcp.recurrent.conv import causal_conv, conv_tables
 from dtcp.recurrent.op import delta_tables, gated_delta_rule
 
 
-class GatedDeltaRule(Mixer):
+class RecurrentMixer(Mixer):
+    """A mixer in which a token reads what was handed on from segment to segment."""
+
+    inside: type[SequenceLayout] | None = None
+    """The layout its tokens lie in, where a style has dealt them anew; None: the batch's."""
+
+
+class GatedDeltaRule(RecurrentMixer):
     """Linear attention with a forgetting, self-correcting state, one document at a time.
+
+    Where g has a number for each key channel, it is Kimi's (Kimi Delta Attention, 2025,
+    https://arxiv.org/abs/2510.26692).
 
     Args:
         normalize: scale each query and key head to length 1.
@@ -34,7 +44,8 @@ class GatedDeltaRule(Mixer):
         Args:
             q, k: [B, L, G, K].
             v: [B, L, H, V], H a multiple of G; value head h reads key head h // (H / G).
-            g: [B, L, H], log of the share of the state that each token keeps.
+            g: [B, L, H], log of the share of the state that each token keeps, at most 0; or
+                [B, L, H, K], of each row of the state.
             beta: [B, L, H], how much of what its key held a token replaces, 0 to 1.
             tables: what the batch brings.
         Returns:
@@ -59,7 +70,7 @@ class GatedDeltaRule(Mixer):
         return f"normalize={self.normalize}, scale={self.scale}"
 
 
-class CausalConv1d(Mixer):
+class CausalConv1d(RecurrentMixer):
     """A convolution of each channel with its own taps, over the last w tokens of a document.
 
     Args:

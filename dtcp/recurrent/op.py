@@ -71,13 +71,20 @@ def gated_delta_rule(
     Args:
         q, k: [B, L, G, K], q scaled.
         v: [B, L, H, V].
-        g, beta: [B, L, H].
+        g: [B, L, H], or [B, L, H, K] for a decay of each key channel.
+        beta: [B, L, H].
         tables: DeltaTables.
         scan: bring states by a scan, rather than by gathering them.
         groups: the process group of the sequence; none for whole rows.
 
     Saved for backward: the inputs, and the state that enters each segment.
     """
+    if g.shape not in (v.shape[:3], (*v.shape[:3], k.shape[-1])):
+        raise ValueError(
+            f"The delta rule decays by value head, or by key channel of one, got g.shape="
+            f"{tuple(g.shape)} with k.shape={tuple(k.shape)}, v.shape={tuple(v.shape)}: give g as "
+            f"[B, L, H] or [B, L, H, K]."
+        )
     out: Tensor = _forward(q, k, v, g, beta, list(tables), scan, list(groups))[0]
     return out
 

@@ -6,14 +6,16 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.collectives import group_name
+from dtcp.kernels.block import accumulation
 from dtcp.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.masks import Coords
 from dtcp.mixers import Mixer, Tables
 from dtcp.recurrent.conv import causal_conv, conv_tables
-from dtcp.recurrent.mixers import CausalConv1d, GatedDeltaRule
+from dtcp.recurrent.mixers import CausalConv1d, GatedDeltaRule, RecurrentMixer
 from dtcp.recurrent.op import delta_tables, gated_delta_rule, install
 from dtcp.recurrent.states import summaries_received
 from dtcp.style import Received
@@ -23,7 +25,8 @@ from dtcp.style import Received
 class GatherStates:
     """Every rank gathers the summaries of all segments, and folds those before its own: 1 round."""
 
-    def scans(self, num_shards: int, segments: int) -> bool:
+    def scans(self, num_shards: int, segments: int, summary: int) -> bool:
+        """Whether to scan, with summaries of so many bytes."""
         return False
 
 
@@ -31,19 +34,28 @@ class GatherStates:
 class ScanStates:
     """Ranks compose summaries in windows that double: ceil(log2(n)) rounds."""
 
-    def scans(self, num_shards: int, segments: int) -> bool:
+    def scans(self, num_shards: int, segments: int, summary: int) -> bool:
         return True
 
 
 @dataclass(frozen=True)
 class FewestBytes:
-    """Whichever of the two receives less; one round where they receive alike."""
+    """Whichever of the two receives less, if what a scan saves is worth the rounds it adds.
 
-    def scans(self, num_shards: int, segments: int) -> bool:
+    Small states are gathered: they cross in less time than one more round takes to begin.
+
+    Args:
+        a_round: bytes that have to be saved for each round beyond the first.
+    """
+
+    a_round: int = 2**20
+
+    def scans(self, num_shards: int, segments: int, summary: int) -> bool:
         by_scan, by_gather = (
             summaries_received(num_shards, segments, scan=scan) for scan in (True, False)
         )
-        return by_scan < by_gather
+        more_rounds = (num_shards - 1).bit_length() - 1
+        return (by_gather - by_scan) * summary > more_rounds * self.a_round
 
 
 StateExchange = GatherStates | ScanStates | FewestBytes
@@ -60,6 +72,13 @@ class DeltaShape:
     value_dim: int
     element_size: int = 4
     """Of a state: fp32, or fp64 for fp64."""
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> "DeltaShape":
+        """That of a rule on k [B, L, G, K] and v [B, L, H, V], of the heads that this rank has."""
+        own = v.to_local() if isinstance(v, DTensor) else v
+        batch, _, heads, value_dim = own.shape
+        return cls(batch, heads, k.shape[3], value_dim, accumulation(v.dtype).itemsize)
 
     @property
     def summary(self) -> int:
@@ -82,7 +101,7 @@ class RecurrentStyle(ParallelStyle):
             accepted = ", ".join(kind.__name__ for kind in self.layouts)
             raise ValueError(
                 f"{self} hands on a state from segment to segment of the layouts {accepted}, got "
-                f"layout={layout}: use one of them."
+                f"layout={layout}: use one of them, or RelayoutCP on the layer."
             )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -105,7 +124,7 @@ class RecurrentStyle(ParallelStyle):
         return module
 
 
-class Claimed(Mixer):
+class Claimed(RecurrentMixer):
     """What the mixers that a style has taken over share. Made by the style."""
 
     style: Any
@@ -113,13 +132,17 @@ class Claimed(Mixer):
     groups: list[str]
 
     def check_layout(self, layout: SequenceLayout | None) -> SequenceLayout:
+        """The layout that the mixer's own tokens lie in."""
         if layout is None or layout.num_shards != self.mesh.size():
             raise ValueError(
                 f"A mixer on {self.mesh.size()} ranks needs a layout of as many shards, got "
                 f"layout={layout}: build the batch with shard_batch on the mesh of the plan."
             )
-        self.style.check(layout)
-        return layout
+        placed = layout
+        if self.inside is not None:
+            placed = self.inside(layout.seq_len, layout.num_shards)
+        self.style.check(placed)
+        return placed
 
     def own(self, tables: Tables) -> Sequence[Tensor]:
         if tables is None or self.table_key not in tables:
@@ -140,7 +163,7 @@ class ContextParallelDeltaRule(Claimed, GatedDeltaRule):
     ) -> Tensor:
         own = self.own(tables)
         ranks, segments = own[1].shape
-        scan = self.style.states.scans(ranks, segments)
+        scan = self.style.states.scans(ranks, segments, DeltaShape.of(k, v).summary)
         parts = (*self.unit(q, k), v, g, beta)
         return gated_delta_rule(*parts, own, scan=scan, groups=self.groups)
 
@@ -182,7 +205,7 @@ class GatedDeltaCP(RecurrentStyle):
     def received(self, layout: SequenceLayout, shape: DeltaShape) -> Received:
         """What a rank will receive: a formula, to plan with."""
         ranks, segments = layout.num_shards, len(layout.segments(0))
-        scan = self.states.scans(ranks, segments)
+        scan = self.states.scans(ranks, segments, shape.summary)
         one_way = summaries_received(ranks, segments, scan=scan) * shape.summary
         return Received(one_way, one_way)
 

@@ -63,7 +63,7 @@ class _PublishedSparse(CompressedSparseAttention):
         whole = [[(0, layout.seq_len)]]
         tables = sparse_tables(coords, whole, 0, self.window, self.compression, halo=False)
         rank = self.mesh.get_local_rank()
-        mine = ("window_first", "first", "last")
+        mine = ("window_first", "first", "last", "rotary")
         return tables._replace(
             **{name: layout.shard(getattr(tables, name), rank).contiguous() for name in mine}
         )

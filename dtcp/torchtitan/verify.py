@@ -93,10 +93,11 @@ def _accumulate(
     count = sum((labels != IGNORE_INDEX).sum() for _, labels in parts).to(trainer.device)
     total = 0.0
     for batch, labels in parts:
+        known = batch["positions"].cpu()
         tables = {
             # Kernels read int32; the rest is for the host.
             key: [x.to(trainer.device) if x.dtype == torch.int32 else x for x in parts]
-            for key, parts in batch_tables(model, documents_of(batch)).items()
+            for key, parts in batch_tables(model, documents_of(batch), position=known).items()
         }
         tokens, position = (batch[key].to(trainer.device) for key in ("input", "positions"))
         ahead = ahead_of(model, batch["input"], labels, documents_of(batch)).values()

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from dtcp.compressed import CompressedSparseAttention, Compression, Index, Prepool
 from dtcp.mixers import Tables
+from models.blocks import RMSNorm
 from models.deepseek_v4.config import DeepseekV4Config
 from models.deepseek_v4.rope import TailRope
 
@@ -22,10 +23,10 @@ class Attention(nn.Module):
         self.head_dim, self.eps, self.rope = config.head_dim, config.norm_eps, config.rope(layer)
         q_dim = config.num_heads * config.head_dim
         self.q_a_proj = nn.Linear(config.dim, config.query_rank, bias=False)
-        self.q_norm = nn.RMSNorm(config.query_rank, config.norm_eps)
+        self.q_norm = RMSNorm(config.query_rank, config.norm_eps)
         self.q_b_proj = nn.Linear(config.query_rank, q_dim, bias=False)
         self.kv_proj = nn.Linear(config.dim, config.head_dim, bias=False)
-        self.kv_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+        self.kv_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.rotate = Rotation(self.rope)
         self.sink = Sink(config.num_heads)
         compression = config.compression(layer)
@@ -43,6 +44,7 @@ class Attention(nn.Module):
         self.o_b_proj = nn.Linear(o_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, position: Tensor, tables: Tables) -> Tensor:
+        self.mixer.check_position(position, tables)
         query = self.q_norm(self.q_a_proj(x))  # [B, L, query_rank]
         # The number of heads is what the projection gives: a plan may split the heads over ranks.
         q = self.q_b_proj(query).unflatten(-1, (-1, self.head_dim))
@@ -65,7 +67,7 @@ class Compressor(nn.Module):
         self.kv_proj = nn.Linear(dim, channels, bias=False)
         self.gate_proj = nn.Linear(dim, channels, bias=False)
         self.place = Place(compression.ratio, channels)
-        self.norm = nn.RMSNorm(head_dim, eps)
+        self.norm = RMSNorm(head_dim, eps)
         self.rotate = Rotation(rope)
 
     def forward(self, x: Tensor) -> Prepool:

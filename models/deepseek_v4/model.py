@@ -5,6 +5,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from dtcp.mixers import Tables
+from models.blocks import RMSNorm
 from models.deepseek_v4.attention import Attention, GroupedLinear, Table
 from models.deepseek_v4.config import DeepseekV4Config
 from models.deepseek_v4.experts import Mixture, Router
@@ -18,10 +19,10 @@ class Block(nn.Module):
     def __init__(self, config: DeepseekV4Config, layer: int) -> None:
         super().__init__()
         self.attention_streams = _connection(config)
-        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config, layer)
         self.mixture_streams = _connection(config)
-        self.mixture_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.mixture_norm = RMSNorm(config.dim, config.norm_eps)
         self.mixture = Mixture(config, by_token=layer < config.num_hash_layers)
 
     def forward(self, x: Tensor, input_ids: Tensor, position: Tensor, tables: Tables) -> Tensor:
@@ -37,13 +38,13 @@ class Prediction(nn.Module):
 
     def __init__(self, config: DeepseekV4Config, depth: int) -> None:
         super().__init__()
-        self.token_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.token_norm = RMSNorm(config.dim, config.norm_eps)
         self.token_proj = nn.Linear(config.dim, config.dim, bias=False)
-        self.stream_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.stream_norm = RMSNorm(config.dim, config.norm_eps)
         self.stream_proj = nn.Linear(config.dim, config.dim, bias=False)
         self.block = Block(config, config.num_layers + depth)
         self.head = _head(config)
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def enter(self, x: Tensor, token: Tensor) -> Tensor:
         """Streams [B, L, N, D] and the embedding of the token ahead [B, L, D], as streams."""
@@ -64,7 +65,7 @@ class DeepseekV4(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.head = _head(config)
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(Prediction(config, k) for k in range(config.num_mtp_layers))
 
@@ -106,7 +107,7 @@ class DeepseekV4(nn.Module):
         """Draw all weights; what adds to the streams starts smaller, the deeper the model."""
         drawn = HyperConnection | HyperHead | GroupedLinear | Table | Router | Experts
         for name, module in self.named_modules():
-            if isinstance(module, nn.RMSNorm):
+            if isinstance(module, RMSNorm):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear | nn.Embedding):
                 adds_to_stream = name.endswith((".o_b_proj", ".down"))
@@ -117,16 +118,17 @@ class DeepseekV4(nn.Module):
                 module.reset_parameters()
 
     def _check(self, input_ids: Tensor, mtp_input_ids: Tensor | None) -> None:
-        if input_ids.is_floating_point():
+        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
             raise TypeError(
                 f"DeepseekV4 reads token ids, for its hash layers look experts up by token, got "
-                f"input_ids.dtype={input_ids.dtype}: pass ids, not embeddings."
+                f"input_ids of {getattr(input_ids, 'dtype', input_ids)}: pass ids, not embeddings."
             )
-        if mtp_input_ids is not None and mtp_input_ids.shape[1] != len(self.mtp):
+        wanted = (len(input_ids), len(self.mtp), input_ids.shape[1])
+        if mtp_input_ids is not None and mtp_input_ids.shape != wanted:
             raise ValueError(
                 f"DeepseekV4 predicts as far ahead as it has MTP layers, got "
                 f"mtp_input_ids.shape={tuple(mtp_input_ids.shape)} for num_mtp_layers="
-                f"{len(self.mtp)}: give [B, {len(self.mtp)}, L], or None."
+                f"{len(self.mtp)}: give [B, {len(self.mtp)}, L] = {wanted}, or None."
             )
 
 

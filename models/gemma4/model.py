@@ -59,7 +59,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # [B, L, H, D]
         if isinstance(self.mixer, KeysFromValues):
             frequency = self.rope.frequencies(x.device)
-            out = self.mixer(q, self._values(x), self.k_norm(), frequency, tables)
+            out = self.mixer(q, self._values(x), position, self.k_norm(), frequency, tables)
             return self.o_proj(out.flatten(-2)), None
         q = self.rope(q, position)
         k, v = self._own(x, position, tables) if shared is None else shared
