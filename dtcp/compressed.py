@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dtcp.kernels.pool import Prepool, Windows, pool
+from dtcp.kernels.readers import entry_runs, key_runs
 from dtcp.kernels.select import select_entries
 from dtcp.kernels.sparse import TILE, Sight
 from dtcp.kernels.sparse_op import sparse_attention
@@ -76,13 +77,16 @@ class SparseTables(NamedTuple):
     has_previous: Tensor  # [B, E] int32
     position: Tensor  # [B, E] int32
     order: Tensor  # [segments of all ranks] int32: where the next segment's entries arrive
+    key_run: Tensor  # [B, L, 2] int32
+    key_readers: Tensor  # [B, K, 2] int32
+    entry_run: Tensor  # [B, L, 2] int32
+    entry_readers: Tensor  # [B, P, 2] int32
     tiles: Tensor  # [B, tiles, 6] int64
     routes: Tensor  # [2 (keys, tokens to pool), 2 (send, receive), hops, 3] int64
 
     @property
     def sight(self) -> Sight:
-        seen = (self.window_first, self.first, self.last, self.key_position, self.closing)
-        return Sight(*seen, self.tiles)
+        return Sight(**{name: getattr(self, name) for name in Sight._fields})
 
     @property
     def windows(self) -> Windows:
@@ -227,6 +231,8 @@ def sparse_tables(
     left = window - 1 if halo else 0
     key_position = torch.cat([torch.arange(start - left, stop) for start, stop in mine])
     closing, order = _all_entries(coords, segments, compression)
+    key_run, key_readers = key_runs(window_first, last, mine, left)
+    entry_run, entry_readers = entry_runs(at.start, last, closing, mine)
     return SparseTables(
         window_first.int(),
         at.start.int(),
@@ -236,7 +242,11 @@ def sparse_tables(
         closing.int(),
         *_own_entries(coords, mine, compression, halo=halo),
         order.int(),
-        _tiles(at.start, last, closing, mine, window, left, tile),
+        key_run.int(),
+        key_readers.int(),
+        entry_run.int(),
+        entry_readers.int(),
+        _tiles(entry_run, mine, window, left, tile),
         torch.zeros(2, 2, 0, 3, dtype=torch.int64),
     )
 
@@ -304,15 +314,7 @@ def _own_entries(
     return end, before, position
 
 
-def _tiles(
-    start: Tensor,
-    last: Tensor,
-    closing: Tensor,
-    mine: Sequence[Run],
-    window: int,
-    left: int,
-    tile: int,
-) -> Tensor:
+def _tiles(entry_run: Tensor, mine: Sequence[Run], window: int, left: int, tile: int) -> Tensor:
     """Tiles of neighbouring queries and the keys and entries they may see: [B, tiles, 6]."""
     spans, base, query = [], 0, 0
     for first, stop in mine:
@@ -322,28 +324,12 @@ def _tiles(
             keys = (base + max(0, left + offset - (window - 1)), base + left + end)
             spans.append((query + offset, query + end, *keys))
         base, query = base + left + length, query + length
-    rows = [_entry_spans(spans, *row) for row in zip(start, last, closing, strict=True)]
-    shared = torch.tensor(spans).expand(len(rows), -1, -1)
-    return torch.cat((shared, torch.stack(rows)), dim=-1)
-
-
-def _entry_spans(
-    spans: Sequence[tuple[int, int, int, int]], start: Tensor, last: Tensor, closing: Tensor
-) -> Tensor:
-    """The run of entries that each tile of one row may see: [tiles, 2]."""
-    places = (closing != NOWHERE).nonzero().flatten()
-    at = closing[places].contiguous()
-    length = len(last)
-    cuts = torch.tensor([span[:2] for span in spans])
-    tile = torch.arange(len(spans)).repeat_interleave(cuts[:, 1] - cuts[:, 0])
-    seeing = last >= 0
-    low = torch.full((len(spans),), NOWHERE).scatter_reduce(
-        0, tile, torch.where(seeing, start, NOWHERE), "amin"
-    )
-    high = torch.full((len(spans),), -1).scatter_reduce(0, tile, last[:length], "amax")
-    low, high = torch.searchsorted(at, low), torch.searchsorted(at, high, right=True)
-    places = torch.cat((places, torch.zeros(1, dtype=torch.int64)))
-    none = high <= low
-    first = torch.where(none, 0, places[low])
-    end = torch.where(none, 0, places[(high - 1).clamp(min=0)] + 1)
-    return torch.stack((first, end), dim=-1)
+    shared = torch.tensor(spans)
+    number = torch.arange(len(spans)).repeat_interleave(shared[:, 1] - shared[:, 0])
+    low, high = entry_run.unbind(-1)
+    low, number = low.where(low < high, NOWHERE), number.expand_as(low)
+    none = low.new_full((len(low), len(spans)), NOWHERE)
+    low = none.scatter_reduce(1, number, low, "amin")
+    high = (0 * none).scatter_reduce(1, number, high, "amax")
+    entries = torch.stack((low.where(low < high, 0), high), dim=-1)
+    return torch.cat((shared.expand(len(low), -1, -1), entries), dim=-1)

@@ -5,12 +5,10 @@ windows are one run of keys; entries are one run too, or, where an indexer selec
 picked for every query. Nothing is ever of the size L x S: a tile's scores are the largest
 temporary, and backward makes them again from the lse.
 
-`attend_tile` and `attend_tile_backward` are the seam for a kernel of a device's own: all they
-are told are the tensors of one tile.
+On a GPU `sparse_gpu.py` does the same: `sparse_op.py` chooses.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,8 +23,7 @@ SCORES = 2**24
 """Numbers a tile of scores may have: 64 MiB in fp32."""
 
 
-@dataclass(frozen=True)
-class Sight:
+class Sight(NamedTuple):
     """What decides which keys and entries a query sees; all on the device but `tiles`."""
 
     window_first: Tensor  # [B, L] int32, the first position in the query's window
@@ -34,6 +31,10 @@ class Sight:
     last: Tensor  # [B, L] int32, its own position; -1 for padding
     key_position: Tensor  # [K] int32, -1 where a slot holds no key
     closing: Tensor  # [B, P] int32, position of an entry's last token
+    key_run: Tensor  # [B, L, 2] int32, the keys that a query reads, from and up to
+    key_readers: Tensor  # [B, K, 2] int32, the queries that read a key, from and up to
+    entry_run: Tensor  # [B, L, 2] int32, the same of entries in sight
+    entry_readers: Tensor  # [B, P, 2] int32
     tiles: Tensor  # [B, tiles, 6] int64: queries, keys and entries, each from and up to
 
     def spans(self, row: int, heads: int, selected: Tensor | None) -> Iterator["Span"]:

@@ -5,14 +5,55 @@ head, to L rows of every head of q).
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dtcp.kernels import sparse
 from dtcp.kernels.block import accumulation
-from dtcp.kernels.sparse import Gathered, Sight, sparse_backward, sparse_forward
+from dtcp.kernels.sparse import Gathered, Sight
+from dtcp.kernels.triton_support import usable
 from dtcp.traffic import LEDGER
+
+WIDEST_HEAD = 512
+"""Channels of which a block of rows fits into the registers of a GPU's processor."""
+
+
+class SparseKernel(Protocol):
+    """A pair of functions as in sparse.py."""
+
+    def sparse_forward(
+        self, q: Tensor, given: Gathered, sink: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def sparse_backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        given: Gathered,
+        sink: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]: ...
+
+
+def sparse_kernel(q: Tensor, given: Gathered) -> SparseKernel:
+    """Triton's kernels on GPUs that they run on, in dtypes and widths that they take.
+
+    Their gradients of picked entries are added up in no fixed order: where torch is told to be
+    deterministic, its own path is taken, which then is.
+    """
+    parts = [x for x in (given.keys, given.entries) if x is not None]
+    alike = all(x.dtype == q.dtype for x in parts)
+    ordered = given.selected is None or not torch.are_deterministic_algorithms_enabled()
+    if not (alike and ordered and q.shape[-1] <= WIDEST_HEAD and usable(q)):
+        return sparse
+    # Holds kernels, so it imports Triton, which not every machine has.
+    from dtcp.kernels import sparse_gpu
+
+    return sparse_gpu
 
 
 def sparse_attention(
@@ -31,13 +72,13 @@ def sparse_attention(
         q: [B, L, H, D].
         keys: [B, K, D]; they are the values too.
         entries: [B, P, D], in the order of their positions.
-        selected: [B, L, k] int32, which entries each query reads; None for all it sees.
+        selected: [B, L, k] int32, which entries each query reads, of `select_entries`: ascending,
+            then -1, and all that it sees where they are k or fewer. None: all it sees.
         sink: [H], a score that takes its share and adds nothing.
     Returns:
         [B, L, H, D].
     """
-    parts = (sight.window_first, sight.first, sight.last, sight.key_position, sight.closing)
-    return _forward(q, keys, entries, selected, sink, [*parts, sight.tiles], scale)[0]
+    return _forward(q, keys, entries, selected, sink, list(sight), scale)[0]
 
 
 @torch.library.custom_op("dtcp::sparse_attention", mutates_args=())
@@ -51,7 +92,8 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     LEDGER.record("dtcp::sparse_attention")
-    return sparse_forward(q, Gathered(keys, entries, selected, Sight(*sight)), sink, scale)
+    given = Gathered(keys, entries, selected, Sight(*sight))
+    return sparse_kernel(q, given).sparse_forward(q, given, sink, scale)
 
 
 @_forward.register_fake
@@ -82,7 +124,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     LEDGER.record("dtcp::sparse_attention_backward")
     given = Gathered(keys, entries, selected, Sight(*sight))
-    dq, dkeys, *rest = sparse_backward(grad_out, q, given, sink, out, lse, scale)
+    kernel = sparse_kernel(q, given)
+    dq, dkeys, *rest = kernel.sparse_backward(grad_out, q, given, sink, out, lse, scale)
     dentries, dsink = (q.new_empty(0) if x is None else x for x in rest)
     return dq, dkeys.to(keys.dtype), dentries.to(keys.dtype), dsink
 
