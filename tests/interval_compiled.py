@@ -1,6 +1,6 @@
-"""Compile the interval kernels for an H100 or H200 without one, just as they are launched.
+"""Compile the interval kernels for an H100, or another GPU, without one, just as they are launched.
 
-    python -m tests.interval_compiled bfloat16,128,128 bfloat16,512,512 float32,96,80,30.0
+    python -m tests.interval_compiled bfloat16,128,128 rtx:bfloat16,256,256 float32,96,80,30.0
 
 Triton is given a GPU that says what it is and does nothing: the launches of forward and backward
 run as they would, on empty CPU tensors, up to the point where the binary would be loaded. Prints
@@ -20,11 +20,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from dtcp.kernels import interval
+from dtcp.kernels import interval, triton_support
 from dtcp.kernels.operands import Final, Gradients, Keys, Partial, Queries, Softmax
 
-SHARED_BYTES = 227 * 1024
 TOKENS, HEADS, KV_HEADS = 256, 4, 2
+
+
+class Gpu(NamedTuple):
+    """What a kernel is compiled for."""
+
+    capability: int
+    shared: int  # bytes that a block of threads may have
+
+
+GPUS = {"h100": Gpu(90, 227 * 1024), "a100": Gpu(80, 163 * 1024), "rtx": Gpu(89, 99 * 1024)}
 
 
 class Used(NamedTuple):
@@ -38,7 +47,8 @@ class Used(NamedTuple):
 class Loads:
     """Where binaries go; they are weighed."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
         self.found: dict[str, Used] = {}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
@@ -46,20 +56,21 @@ class Loads:
         return 0, 0, self.found[name].registers, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_BYTES}
+        return {"max_shared_mem": self.gpu.shared}
 
 
 class NoGpu:
-    """A driver of a compute capability 9.0, whose launches do nothing."""
+    """A driver of some GPU, whose launches do nothing."""
 
-    def __init__(self) -> None:
-        self.utils = Loads()
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu, self.utils = gpu, Loads(gpu)
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton compiles for a device once: every GPU is one of its own.
+        return self.gpu.capability
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.gpu.capability, 32)
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -95,11 +106,12 @@ def launch(dtype: torch.dtype, key_dim: int, value_dim: int, softcap: float) -> 
 
 
 def main() -> None:
-    gpu = NoGpu()
-    driver.set_active(gpu)
     for wanted in sys.argv[1:]:
-        dtype, key_dim, value_dim, *softcap = wanted.split(",")
-        gpu.utils.found.clear()
+        name, _, shape = wanted.rpartition(":")
+        dtype, key_dim, value_dim, *softcap = shape.split(",")
+        gpu = NoGpu(GPUS[name or "h100"])
+        driver.set_active(gpu)
+        triton_support._shared_memory = lambda x, gpu=gpu: gpu.gpu.shared
         launch(getattr(torch, dtype), int(key_dim), int(value_dim), float(*softcap or (0.0,)))
         found = {name: used._asdict() for name, used in gpu.utils.found.items()}
         print(json.dumps({"wanted": wanted, "kernels": found}), flush=True)

@@ -16,7 +16,7 @@ from dtcp.documents import Documents
 from dtcp.kernels.sparse import Gathered
 from dtcp.kernels.sparse_gpu import sparse_backward, sparse_forward
 from dtcp.masks import Coords
-from tests.interval_compiled import NoGpu
+from tests.interval_compiled import GPUS, NoGpu
 
 ENTRIES = 2048
 
@@ -34,7 +34,7 @@ def launch(dtype: torch.dtype, heads: int, dim: int, picks: int) -> None:
 
 
 def main() -> None:
-    gpu = NoGpu()
+    gpu = NoGpu(GPUS["h100"])
     driver.set_active(gpu)
     for wanted in sys.argv[1:]:
         dtype, heads, dim, picks = wanted.split(",")

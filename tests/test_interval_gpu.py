@@ -57,7 +57,12 @@ def test_heads_of_every_width_on_a_gpu(dims, dtype):
 
 def assert_within(at, dtype):
     found = check(at, "cuda")
-    assert {name: error for name, error in found.items() if not error <= BOUND[dtype]} == {}
+    bound = dict.fromkeys(found, BOUND[dtype])
+    if dtype != torch.float32:
+        # That out was rounded, alone, makes an error in gradients of scores: 1.002 bounds in dq, in
+        # fp16 with heads of 512.
+        bound |= dict.fromkeys(("dq", "dk"), 2 * BOUND[dtype])
+    assert {name: error for name, error in found.items() if not error <= bound[name]} == {}
 
 
 def problem(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dtcp.kernels import sparse, sparse_op
+from dtcp.kernels import sparse, sparse_op, triton_support
 from dtcp.kernels.sparse import Gathered, Sight
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +48,15 @@ def test_sparse_kernels_compile_for_hopper(tmp_path):
     assert max(used["stack"] for used in kernels.values()) < 512
 
 
+def test_offsets_of_heads_stay_below_31_bits():
+    """Heads outermost, kernels would number some past it: those are laid out anew."""
+    from dtcp.kernels.sparse_triton import View
+
+    for tokens, kept in ((65_536, False), (65_535, True)):
+        x = torch.empty(64, 1, tokens, 512, device="meta").permute(1, 2, 0, 3)
+        assert (View.of(x).strides == x.stride()[:3]) is kept
+
+
 def test_calls_that_kernels_do_not_take_are_computed_in_torch(monkeypatch):
     """And those that they take in another order, where torch is told to be deterministic."""
     monkeypatch.setattr(sparse_op, "usable", lambda x: x.dtype != torch.float64)
@@ -63,6 +72,9 @@ def test_calls_that_kernels_do_not_take_are_computed_in_torch(monkeypatch):
     assert kernel(torch.float64, torch.float64) is sparse
     assert kernel(keys=torch.bfloat16) is sparse
     assert kernel(dim=576) is sparse
+    monkeypatch.setattr(triton_support, "_shared_memory", lambda x: 163 * 1024)
+    assert kernel(dim=512) is sparse
+    assert kernel(dim=256) is not sparse
     with_kernels = kernel(selected=picks)
     assert with_kernels is not sparse and kernel() is with_kernels
     torch.use_deterministic_algorithms(True)

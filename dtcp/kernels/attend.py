@@ -13,7 +13,7 @@ from dtcp.kernels import tiles
 from dtcp.kernels.block import accumulation
 from dtcp.kernels.merge import sink_gradient
 from dtcp.kernels.operands import Final, Gradients, Keys, Partial, Queries, Softmax
-from dtcp.kernels.triton_support import usable
+from dtcp.kernels.triton_support import TILES_TAKE, tile_width, usable
 
 WIDEST_HEAD = 512
 """Head dim up to which a tile of queries and one of keys fit into a GPU's shared memory."""
@@ -41,7 +41,8 @@ def attention_kernel(queries: Queries, keys: Keys) -> AttentionKernel:
     """Triton's kernels on GPUs that they run on, in dtypes and widths that they take."""
     heads = (queries.q, keys.k, keys.v)
     alike = all(x.dtype == queries.q.dtype for x in heads)
-    if not alike or max(x.shape[-1] for x in heads) > WIDEST_HEAD or not usable(queries.q):
+    widest = tile_width(queries.q, max(x.shape[-1] for x in heads), shared=TILES_TAKE)
+    if not alike or widest > WIDEST_HEAD or not usable(queries.q):
         return tiles
     # Holds kernels, so it imports Triton, which not every machine has.
     from dtcp.kernels import interval

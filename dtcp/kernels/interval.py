@@ -20,6 +20,7 @@ from dtcp.kernels.interval_forward import attend_tile
 from dtcp.kernels.interval_runs import find_reach, find_runs
 from dtcp.kernels.interval_tiles import How, Shape, View
 from dtcp.kernels.operands import Final, Gradients, Keys, Partial, Queries, Softmax
+from dtcp.kernels.triton_support import TILES_TAKE, tile_width
 
 
 class Tiles(NamedTuple):
@@ -55,8 +56,8 @@ FULL_PLANS = (
 
 
 def plan_for(k: Tensor, v: Tensor) -> Plan:
-    """The tiles for these widths and this dtype."""
-    widest = max(k.shape[-1], v.shape[-1])
+    """The tiles for these widths, this dtype and the GPU's shared memory."""
+    widest = tile_width(k, max(k.shape[-1], v.shape[-1]), shared=TILES_TAKE)
     plans = FULL_PLANS if k.dtype == torch.float32 else HALF_PLANS
     return next(plan for width, plan in plans if widest <= width)
 

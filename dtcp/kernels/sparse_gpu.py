@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
 
 def plan_for(dtype: torch.dtype, dim: int) -> Plan:
-    """Blocks that fit into 227 KiB of shared memory; docs/log.md has their registers."""
+    """Blocks that fit where sparse_kernel says so; docs/log.md has their registers."""
     if dtype == torch.float32:
         return Plan(Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1))
     return Plan(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2))

@@ -13,11 +13,13 @@ from torch import Tensor
 from dtcp.kernels import sparse
 from dtcp.kernels.block import accumulation
 from dtcp.kernels.sparse import Gathered, Sight
-from dtcp.kernels.triton_support import usable
+from dtcp.kernels.triton_support import tile_width, usable
 from dtcp.traffic import LEDGER
 
 WIDEST_HEAD = 512
 """Channels of which a block of rows fits into the registers of a GPU's processor."""
+BLOCKS_TAKE = 200 * 1024
+"""Shared memory of a block of rows of so many channels: an A100 has less."""
 
 
 class SparseKernel(Protocol):
@@ -48,7 +50,8 @@ def sparse_kernel(q: Tensor, given: Gathered) -> SparseKernel:
     parts = [x for x in (given.keys, given.entries) if x is not None]
     alike = all(x.dtype == q.dtype for x in parts)
     ordered = given.selected is None or not torch.are_deterministic_algorithms_enabled()
-    if not (alike and ordered and q.shape[-1] <= WIDEST_HEAD and usable(q)):
+    fits = tile_width(q, q.shape[-1], shared=BLOCKS_TAKE) <= WIDEST_HEAD
+    if not (alike and ordered and fits and usable(q)):
         return sparse
     # Holds kernels, so it imports Triton, which not every machine has.
     from dtcp.kernels import sparse_gpu

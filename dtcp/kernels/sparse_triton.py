@@ -19,14 +19,15 @@ NOWHERE = tl.constexpr(2147483647)
 
 
 class View(NamedTuple):
-    """A tensor [B, L, H, D] with its channels next to each other."""
+    """A tensor [B, L, H, D] with its channels next to each other, and no head far from another."""
 
     at: Any  # a tensor on the host, a pointer in a kernel
     strides: tuple[int, ...]
 
     @classmethod
     def of(cls, x: Tensor) -> "View":
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        near = x.stride(2) * x.shape[2] < 2**31
+        x = x if x.stride(-1) == 1 and near else x.contiguous()
         return cls(x, x.stride()[:3])
 
 

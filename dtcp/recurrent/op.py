@@ -94,7 +94,9 @@ def _forward(q, k, v, g, beta, tables, scan, groups):  # type: ignore[no-untyped
     LEDGER.record("dtcp::gated_delta_rule")
     at = DeltaTables(*tables)
     x = _segments(Inputs(q, k, v, g, beta, at.starts), at)
-    out, state = delta_kernel(x).forward(x, _carry(q, at, scan, groups, reverse=False))
+    # Below its public functions, fla's kernels are launched on the device that is current.
+    with torch.cuda.device_of(q):
+        out, state = delta_kernel(x).forward(x, _carry(q, at, scan, groups, reverse=False))
     return out.reshape(v.shape).contiguous(), state.contiguous()
 
 
@@ -111,7 +113,8 @@ def _backward(grad_out, q, k, v, g, beta, state, tables, scan, groups):  # type:
     at = DeltaTables(*tables)
     x = _segments(Inputs(q, k, v, g, beta, at.starts), at)
     carry = _carry(q, at, scan, groups, reverse=True)
-    grads = delta_kernel(x).backward(x, grad_out.reshape(x.v.shape), state, carry)
+    with torch.cuda.device_of(q):
+        grads = delta_kernel(x).backward(x, grad_out.reshape(x.v.shape), state, carry)
     wanted = zip(grads, (q, k, v, g, beta), strict=True)
     return tuple(_fresh(grad.reshape(part.shape), part) for grad, part in wanted)
 
