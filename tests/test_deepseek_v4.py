@@ -190,6 +190,14 @@ def test_ids_for_another_number_of_tokens_ahead_are_refused():
             model(ids[:, 0, :8], documents.position_in_document(), {}, ids)
 
 
+def test_tables_of_other_rows_are_refused():
+    model, position = DeepseekV4(tiny(64)), torch.arange(8).expand(2, -1)
+    for rows, match in ((1, r"tables for \(1, 8\) tokens"), (3, r"give \[B, L\] = \(3, 8\)")):
+        tables = batch_tables(model, Documents.single(rows, 8))
+        with pytest.raises(ValueError, match=match):
+            model(torch.zeros(2, 8, dtype=torch.int64), position, tables)
+
+
 def test_a_step_in_bfloat16_gives_finite_gradients():
     """Streams, routers and softmaxes compute in fp32; what comes out is bfloat16 again."""
     model, documents = DeepseekV4(tiny(64)).bfloat16(), Documents(((30, 50),), 80)
