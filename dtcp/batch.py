@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcp import relayout
-from dtcp.documents import Documents
+from dtcp.documents import Documents, restarts
 from dtcp.layout import HeadTail, SequenceLayout
 from dtcp.loss import IGNORED
 from dtcp.masks import Causal, Coords, Mask, vision_blocks
@@ -137,7 +137,7 @@ def shard_batch(
     num_shards = mesh.size("cp")
     padded_len = -(-seq_len // layout.multiple(num_shards)) * layout.multiple(num_shards)
     documents = documents.padded(padded_len)
-    coords = _coords(batch, documents)
+    coords = _coords(batch, documents, seq_len)
     work = _work(balance_for or Causal(), coords)
     placed = layout.for_batch(documents, num_shards, work=work)
 
@@ -164,6 +164,11 @@ def shift_labels(input_ids: Tensor, documents: Documents, *, by: int = 1) -> Ten
         [B, S]; -100 where the document ends first, and in padding.
     """
     document = documents.document()
+    if by < 1 or not input_ids.dtype.is_signed:
+        raise ValueError(
+            f"Labels are tokens further on, and {IGNORED} where there is none, got by={by}, "
+            f"input_ids of {input_ids.dtype}: shift by 1 or more, ids of int64."
+        )
     if input_ids.shape != document.shape:
         raise ValueError(
             f"Labels are shifted in whole rows, got input_ids.shape={tuple(input_ids.shape)} with "
@@ -189,6 +194,11 @@ def look_ahead(
         `mtp_input_ids` and `mtp_labels`, [B, depths, S]: id 0 and label -100 where the document
         ends first. A depth's last tokens of a document have no token to read and no loss.
     """
+    if depths < 1:
+        raise ValueError(
+            f"Multi-token prediction looks one token ahead or more, got depths={depths}: leave "
+            f"mtp_input_ids out of the batch of a model without MTP layers."
+        )
     ids = [shift_labels(input_ids, documents, by=depth) for depth in range(1, depths + 1)]
     further = [shift_labels(labels, documents, by=depth) for depth in range(1, depths + 1)]
     found = torch.stack(ids, dim=1)
@@ -209,30 +219,40 @@ def _check_keys(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | N
 
 def _shape(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]) -> tuple[int, int]:
     """(rows, tokens a row), the same for every key."""
-    lengths, rows = {}, 0
+    lengths, rows = {}, {}
     for key, x in batch.items():
         rule = fields[key]
-        if rule is not None:
-            lengths[key] = x.shape[rule.seq_dim]
-            rows = x.shape[0] if rule.seq_dim == 1 else rows
-    if len(set(lengths.values())) != 1 or rows == 0:
+        if rule is None:
+            continue
+        if not -x.ndim <= rule.seq_dim < x.ndim:
+            raise ValueError(
+                f"The sequence of {key} is its dim {rule.seq_dim}, got {key}.shape="
+                f"{tuple(x.shape)}: give it all its dims, the batch first."
+            )
+        lengths[key] = x.shape[rule.seq_dim]
+        if rule.seq_dim == 1:
+            rows[key] = x.shape[0]
+    counts = set(rows.values())
+    if len(set(lengths.values())) != 1 or len(counts) != 1 or 0 in counts:
         raise ValueError(
             f"The keys of a batch have rows of one length, got tokens={lengths}, rows={rows}: "
             f"give each [B, S, ...], with input_ids or inputs_embeds among them."
         )
-    return rows, next(iter(lengths.values()))
+    return counts.pop(), next(iter(lengths.values()))
 
 
 def _documents(
     batch: Mapping[str, Tensor], documents: Documents | None, rows: int, seq_len: int
 ) -> Documents:
-    position, padding = batch.get("position"), batch.get("padding_mask")
+    position, padding, told = batch.get("position"), batch.get("padding_mask"), documents
     if documents is None and padding is not None:
         documents = Documents.from_padded(position, padding.bool().cpu())
     elif documents is None and position is not None:
         documents = Documents.from_positions(position)
     elif documents is None:
         documents = Documents.single(rows, seq_len)
+    if told is None and position is None and "position_ids" in batch:
+        _check_counted_once(batch["position_ids"], padding)
     if (documents.batch, documents.seq_len) != (rows, seq_len):
         raise ValueError(
             f"Documents describe the rows of their batch, got documents of {documents.batch} rows "
@@ -241,6 +261,15 @@ def _documents(
     if padding is not None:
         _check_padding(padding.bool().cpu(), documents)
     return documents
+
+
+def _check_counted_once(position_ids: Tensor, padding: Tensor | None) -> None:
+    """Refuse documents that only position_ids tell: a model reads them, documents are not."""
+    if restarts(position_ids.cpu(), None if padding is None else padding.cpu()):
+        raise ValueError(
+            f"Documents are read off position [B, S], got position_ids of shape "
+            f"{tuple(position_ids.shape)} that restart: name them position, or give documents."
+        )
 
 
 def _check_padding(padding: Tensor, documents: Documents) -> None:
@@ -257,12 +286,17 @@ def _check_padding(padding: Tensor, documents: Documents) -> None:
         )
 
 
-def _coords(batch: Mapping[str, Tensor], documents: Documents) -> Coords:
+def _coords(batch: Mapping[str, Tensor], documents: Documents, seq_len: int) -> Coords:
     given: dict[str, Tensor] = {key: batch[key] for key in MASK_FIELDS if key in batch}
     extra: dict[str, Tensor] = {}
     if "block" not in given and "mm_token_type_ids" in batch:
         given["block"] = vision_blocks(batch["mm_token_type_ids"].cpu())
     for key, pad in (("prefix", 0), ("block", -1)):
+        if key in given and given[key].shape[1:] != (seq_len,):
+            raise ValueError(
+                f"Masks read one {key} a token, got {key}.shape={tuple(given[key].shape)} for "
+                f"rows of {seq_len}: give [B, S]."
+            )
         if key in given:
             extra[key] = _pad(given[key].to(torch.int64), 1, documents.seq_len, pad)
     for key in ("position", "position_ids"):

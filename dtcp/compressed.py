@@ -133,6 +133,12 @@ class CompressedSparseAttention(Mixer):
             [B, L, H, D].
         """
         given = SparseTables(*self.own(tables))
+        if given.last.shape != q.shape[:2]:
+            raise ValueError(
+                f"Compressed sparse attention reads the tables of its own batch, got tables for "
+                f"{tuple(given.last.shape)} tokens with q.shape={tuple(q.shape)}: pass the tables "
+                f"that were made with this batch."
+            )
         how = self.compression
         if how is None:
             keys, _ = self.bring(keys, None, given)

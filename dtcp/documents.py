@@ -10,6 +10,21 @@ from torch import Tensor
 PADDING = -1
 
 
+def restarts(position: Tensor, padding: Tensor | None = None) -> bool:
+    """Whether positions count anew somewhere among tokens: packed rows.
+
+    Args:
+        position: [B, S] or [1, S]; of [axes, B, S] the first is read, which an image may hold.
+        padding: [B, S], True where positions say nothing.
+    """
+    first, stays = (position[0], 1) if position.ndim == 3 else (position, 0)
+    again = first.diff(dim=-1) < 1 - stays
+    if padding is not None:
+        real = ~padding.bool().to(position.device)
+        again = again & real[:, 1:] & real[:, :-1]
+    return bool(again.any())
+
+
 @dataclass(frozen=True)
 class Documents:
     """The documents of every row of a batch: lengths in tokens, first to last.
@@ -53,6 +68,11 @@ class Documents:
             ValueError: a row that does not start at 0, or a position that neither restarts nor
                 continues (left padding, positions of an image grid).
         """
+        if position.ndim != 2:
+            raise ValueError(
+                f"Documents are read off one position a token, got position.shape="
+                f"{tuple(position.shape)}: give [B, S], or Documents(lengths, seq_len) beside it."
+            )
         if position.device.type != "cpu":
             raise ValueError(
                 f"Documents are read on the host, got position.device={position.device}: pass "

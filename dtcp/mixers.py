@@ -202,7 +202,8 @@ def check_position(position: Tensor, known: Tensor, seen: Tensor) -> None:
         known: [B, L], of the batch.
         seen: [B, L] bool, False for padding.
     """
-    if position.ndim != 2 or position.shape[-1] != known.shape[-1]:
+    rows = {len(position), len(known)} - {1}
+    if position.ndim != 2 or position.shape[-1] != known.shape[-1] or len(rows) > 1:
         raise ValueError(
             f"A mixer that makes keys where they are read rotates by one position a token, got "
             f"position.shape={tuple(position.shape)}: give [B, L] = {tuple(known.shape)}."

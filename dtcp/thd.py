@@ -133,9 +133,15 @@ def row_slots(
     Raises:
         ValueError: lengths that do not fit each other, or the row.
     """
+    both = (seq_lens, seq_lens_padded)
+    if any(x.ndim != 2 or len(x) != len(seq_lens) for x in both):
+        raise ValueError(
+            f"The documents of each row are counted in a row of their own, got seq_lens.shape="
+            f"{tuple(seq_lens.shape)}, seq_lens_padded.shape={tuple(seq_lens_padded.shape)}: give "
+            f"[B, documents] each, filled with {sentinel}."
+        )
     found = []
-    both = zip(seq_lens.tolist(), seq_lens_padded.tolist(), strict=True)
-    for row, (lengths, slots) in enumerate(both):
+    for row, (lengths, slots) in enumerate(zip(*(x.tolist() for x in both), strict=True)):
         lengths, slots = ([x for x in xs if x != sentinel] for xs in (lengths, slots))
         fits = len(lengths) == len(slots) and sum(slots) <= seq_len
         if not fits or any(not 0 <= a <= b for a, b in zip(lengths, slots, strict=True)):

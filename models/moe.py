@@ -40,7 +40,8 @@ class Experts(nn.Module):
         Returns:
             [N, D].
         """
-        gate, up, down = self.weights()
+        # Under autocast tokens come in a narrower dtype than weights are kept in.
+        gate, up, down = (w.to(x.dtype) for w in self.weights())
         chosen = index.flatten()
         order = chosen.argsort(stable=True)
         experts = torch.arange(len(gate), device=chosen.device)

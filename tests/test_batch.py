@@ -11,6 +11,7 @@ from dtcp.batch import (
     WHOLE,
     Fill,
     TokenField,
+    look_ahead,
     shard_batch,
     shift_labels,
 )
@@ -303,6 +304,45 @@ def test_unknown_key_is_refused():
 def test_rows_of_different_lengths_are_refused():
     with pytest.raises(ValueError, match=r"rows of one length, got tokens=.*'labels': 7"):
         on_one_rank({"input_ids": torch.zeros(1, 8), "labels": torch.zeros(1, 7)}, None)
+
+
+def test_documents_that_position_ids_alone_tell_are_refused():
+    """Taken for one document, packed rows would see each other."""
+    ids, restart = torch.zeros(1, 6, dtype=torch.int64), torch.tensor([[0, 1, 2, 0, 1, 1]])
+    for position in (restart, restart.expand(3, 1, -1)):
+        with pytest.raises(ValueError, match=r"position_ids.*that restart: name them"):
+            on_one_rank({"input_ids": ids, "position_ids": position}, None)
+        batch = {"input_ids": ids, "position_ids": position}
+        _, plan = on_one_rank(batch, Documents(((3, 3),), 6))
+        assert plan.documents.lengths == ((3, 3),)
+    padded = torch.tensor([[False, False, False, True, True, True]])
+    on_one_rank({"input_ids": ids, "position_ids": restart, "padding_mask": padded}, None)
+    image = torch.tensor([[[0, 1, 1, 1, 1, 3]]]).expand(3, 1, -1)
+    on_one_rank({"input_ids": ids, "position_ids": image}, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"labels": torch.zeros(1, 8)}, "rows={'input_ids': 2, 'labels': 1}"),
+        ({"mtp_input_ids": torch.zeros(2, 8)}, "mtp_input_ids is its dim 2"),
+        ({"position": torch.arange(8)}, r"position.shape=\(8,\)"),
+        ({"block": torch.zeros(2, 7)}, r"one block a token, got block.shape=\(2, 7\)"),
+        ({"prefix": torch.zeros(2, 9)}, "one prefix a token"),
+    ],
+)
+def test_keys_of_another_shape_are_refused(change, match):
+    with pytest.raises(ValueError, match=match):
+        on_one_rank({"input_ids": torch.zeros(2, 8), **change}, None)
+
+
+def test_labels_need_a_place_to_look_at_and_a_sign():
+    ids, one = torch.zeros(1, 4, dtype=torch.int64), Documents.single(1, 4)
+    for by, tokens in ((0, ids), (-1, ids), (1, ids.to(torch.uint8))):
+        with pytest.raises(ValueError, match=f"got by={by}, input_ids of {tokens.dtype}"):
+            shift_labels(tokens, one, by=by)
+    with pytest.raises(ValueError, match="got depths=0"):
+        look_ahead(ids, ids, one, depths=0)
 
 
 def test_batch_without_rows_is_refused():

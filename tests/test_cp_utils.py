@@ -324,6 +324,10 @@ def test_bad_batches_are_refused(mesh):
         ("Positions count up", {**plain, "position_ids": position + 1}),
         ("key='weights'", {**plain, "weights": torch.zeros(2, SEQ_LEN)}),
         ("rows of one length", {**plain, "labels": labels[:, 1:]}),
+        ("Positions go with tokens", {**plain, "position_ids": position[0]}),
+        ("where they are read", {**plain, "position_ids": position.expand(3, -1, -1)}),
+        ("where they are read", {**plain, "cu_seqlens": torch.tensor([0, 4])}),
+        ("in a row of their own", {**plain, "seq_lens": torch.tensor([4, 2])}),
     ):
         with pytest.raises(ValueError, match=match):
             make_cp_batch_and_ctx(mesh, batch)

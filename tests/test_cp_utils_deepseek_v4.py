@@ -19,6 +19,7 @@ from dtcp.cp_utils import (
     dsv4_cp_size,
     make_dsv4_contiguous_shard_cp_batch_and_ctx,
 )
+from dtcp.cp_utils.gemma4 import make_contiguous_shard_cp_batch_and_ctx
 from models.deepseek_v4 import PRESETS, DeepseekV4, tiny
 from tests.spmd import spmd
 
@@ -219,3 +220,77 @@ def test_what_cannot_be_honoured_is_refused(change, error, message):
     for axis in (Axis(2, 0), None):
         with pytest.raises(error, match=message):
             make_dsv4_contiguous_shard_cp_batch_and_ctx(axis, None, batch)
+
+
+RESTARTS = torch.tensor([[0, 1, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_mask": torch.ones(1, 1, 4, 4)}, "added to scores"),
+        ({"attention_mask": torch.ones(1, 1, 4, 4, dtype=torch.int64)}, "added to scores"),
+        ({"attention_mask": torch.ones(1, 4, 4)}, "four dims"),
+        ({"attention_mask": torch.tensor([[0.0, 0.0, 0.0, -1e9]])}, "0 for padding"),
+        ({"attention_mask": torch.ones(1, 3)}, "rows of one length"),
+        ({"labels": torch.ones(1, 3)}, "rows of one length"),
+        ({"position_ids": torch.arange(4)}, "Positions go with tokens"),
+    ],
+)
+@pytest.mark.parametrize(
+    "make", [make_dsv4_contiguous_shard_cp_batch_and_ctx, make_contiguous_shard_cp_batch_and_ctx]
+)
+def test_a_mask_or_a_key_of_another_shape_is_refused(make, change, message):
+    """One of four dims with 1 for what is seen would make padding of every token."""
+    with pytest.raises(ValueError, match=message):
+        make(Axis(2, 0), None, {**plain_batch(4, 1), **change})
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"attention_mask": torch.tensor([[1, 1, 2, 2]])},
+        {"position_ids": RESTARTS},
+        {"position_ids": RESTARTS.expand(3, 1, -1)},
+    ],
+)
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (make_dsv4_contiguous_shard_cp_batch_and_ctx, "give seq_lens"),
+        (make_contiguous_shard_cp_batch_and_ctx, "give _packed_seq_ids"),
+    ],
+)
+def test_documents_told_where_nobody_reads_them_are_refused(make, remedy, how):
+    """Taken for one document, they would see each other."""
+    told = {
+        "seq_lens": torch.tensor([[2, 2]]),
+        "_packed_seq_ids": torch.tensor([[1, 1, 2, 2]]),
+    }
+    batch = {**plain_batch(4, 1), **how}
+    with pytest.raises(ValueError, match=f"tells its documents where they are read.*{remedy}"):
+        make(Axis(2, 0), None, batch)
+    _, local = make(Axis(2, 0), None, {**batch, remedy[5:]: told[remedy[5:]]})
+    assert local["input_ids"].shape[1] == 2
+    for key in ("seq_lens", "cu_seqlens") if remedy.endswith("ids") else ():
+        with pytest.raises(ValueError, match=remedy):
+            make(Axis(2, 0), None, {**plain_batch(4, 1), key: torch.tensor([[2, 2]])})
+
+
+def test_positions_of_padding_say_nothing_of_documents():
+    for mask, position in (([1, 1, 1, 0], [0, 1, 2, 1]), ([0, 0, 1, 1], [1, 1, 0, 1])):
+        batch = {"attention_mask": torch.tensor([mask]), "position_ids": torch.tensor([position])}
+        _, local = make_contiguous_shard_cp_batch_and_ctx(
+            Axis(1, 0), None, {**plain_batch(4, 1), **batch}
+        )
+        assert local["_packed_seq_ids"].tolist() == [mask]
+
+
+def test_lengths_that_do_not_fit_their_batch_are_refused():
+    make = make_dsv4_contiguous_shard_cp_batch_and_ctx
+    for lengths in ([4], [[4], [4]]):
+        with pytest.raises(ValueError, match="counted in a row of seq_lens"):
+            make(Axis(2, 0), None, {**plain_batch(4, 1), "seq_lens": torch.tensor(lengths)})
+    padded = {"seq_lens": torch.tensor([[2, 2]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    with pytest.raises(ValueError, match="padding among the tokens 2 to 3 of row 0"):
+        make(Axis(2, 0), None, {**plain_batch(4, 1), **padded})

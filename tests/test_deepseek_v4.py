@@ -165,6 +165,8 @@ def test_the_router_balances_outside_of_autograd():
         ({"output_groups": 3}, "as many heads into each output group"),
         ({"rope_dim": 7}, "rotates pairs"),
         ({"rope_dim": 34}, "no wider than a head"),
+        ({"experts_per_token": 9}, "experts_per_token=9 of num_experts=8"),
+        ({"tied": True}, "head of its own, got tied=True"),
     ],
 )
 def test_a_shape_that_does_not_fit_is_refused(change, message):
@@ -188,6 +190,14 @@ def test_ids_for_another_number_of_tokens_ahead_are_refused():
             model(ids[:, 0, :8], documents.position_in_document(), {}, ids)
 
 
+def test_tables_of_other_rows_are_refused():
+    model, position = DeepseekV4(tiny(64)), torch.arange(8).expand(2, -1)
+    for rows, match in ((1, r"tables for \(1, 8\) tokens"), (3, r"give \[B, L\] = \(3, 8\)")):
+        tables = batch_tables(model, Documents.single(rows, 8))
+        with pytest.raises(ValueError, match=match):
+            model(torch.zeros(2, 8, dtype=torch.int64), position, tables)
+
+
 def test_a_step_in_bfloat16_gives_finite_gradients():
     """Streams, routers and softmaxes compute in fp32; what comes out is bfloat16 again."""
     model, documents = DeepseekV4(tiny(64)).bfloat16(), Documents(((30, 50),), 80)
@@ -202,10 +212,26 @@ def test_a_step_in_bfloat16_gives_finite_gradients():
     assert len(found) > 100 and all(bool(x.isfinite().all()) for x in found.values())
 
 
+def test_experts_take_tokens_in_the_dtype_that_autocast_gives_them():
+    model, documents = DeepseekV4(tiny(64)), Documents.single(1, 16)
+    model.init_weights()
+    ids, position = torch.randint(64, (1, 16)), documents.position_in_document()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids, position, batch_tables(model, documents))
+    assert_close(logits.float(), model(ids, position, batch_tables(model, documents)), **BF16)
+    logits.float().sum().backward()
+    assert model.layers[0].mixture.experts.gate.grad.any()
+
+
+BF16 = {"rtol": 0.0, "atol": 0.1}
+
+
 def test_checkpoints_of_another_kind_are_refused():
     settings = config_to_hf(tiny(64))
     with pytest.raises(ValueError, match="reads scoring_func"):
         config_from_hf({**settings, "scoring_func": "softmax"})
+    with pytest.raises(ValueError, match=r"got attention_dropout=0\.1"):
+        config_from_hf({**settings, "attention_dropout": 0.1})
     with pytest.raises(ValueError, match="by YaRN"):
         config_from_hf({**settings, "rope_scaling": {"rope_type": "linear", "factor": 2.0}})
     with pytest.raises(ValueError, match="dequantize"):

@@ -76,7 +76,8 @@ def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def boundaries() -> Tensor:
-    return torch.tensor([0, *LENGTHS]).cumsum(0)
+    """Filled up as packed rows in chunks have them."""
+    return nn.functional.pad(torch.tensor([0, *LENGTHS]).cumsum(0), (0, 2), value=-1000)
 
 
 def restarting() -> Tensor:
@@ -198,6 +199,7 @@ def refusing(mesh: Any) -> None:
     two = x.expand(2, -1, -1)
     refused("one packed row", call(two, seq_index=place, cu_seqlens=torch.tensor([0, 16])))
     short = torch.arange(2) + 2 * mesh.get_local_rank()
+    refused("got seq_idx in layer 0", call(x, seq_index=torch.arange(4), seq_idx=x))
     refused("segment_len=2", call(x[:, :2], seq_index=short))
     refused("without one", lambda: apply_cp(nn.Linear(2, 2), mesh))
     refused("takes over one of", lambda: CPAwareGatedDeltaNet.adopt(nn.Linear(2, 2)), TypeError)

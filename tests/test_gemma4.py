@@ -17,6 +17,7 @@ from dtcp.mixers import KeyExchange, KeysFromValues, batch_tables
 from models.gemma4 import (
     PRESETS,
     Gemma4,
+    MoEShape,
     config_from_hf,
     config_to_hf,
     from_hf,
@@ -136,6 +137,12 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda: tensor_plan(tiny(), tp=3), "num_heads=8 with tp=3"),
     (lambda: replace(tiny(), num_heads=6), "num_heads=6, num_kv_heads=4"),
     (lambda: replace(tiny_e(), num_shared_layers=6), "num_shared_layers=6 of 6"),
+    (lambda: replace(tiny_e(), num_shared_layers=8), "num_shared_layers=8 of 6"),
+    (lambda: MoEShape(num_experts=4, top_k=5, hidden_dim=8), "top_k=5 of num_experts=4"),
+    (
+        lambda: Gemma4(tiny()).forward(torch.zeros(1, 4).long(), torch.arange(4), {}),
+        r"turns by one position, got position.shape=\(4,\)",
+    ),
     (lambda: replace(tiny(), per_layer_dim=4), "per_layer_vocab_size=0"),
     (
         lambda: from_hf({"model.layers.0.self_attn.q_a_proj.weight": torch.ones(1)}, tiny()),

@@ -250,6 +250,8 @@ def test_bad_input_is_one_error_that_says_what_to_change():
         model_of(replace(DENSE, rope_sections=(1, 1, 1)))(ids, torch.arange(8)[None], tables)
     with pytest.raises(ValueError, match="hidden_act"):
         config_from_hf({**config_to_hf(DENSE), "hidden_act": "gelu"})
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
+        config_from_hf({**config_to_hf(DENSE), "attention_dropout": 0.1})
     kinds = ["full_attention", "linear_attention", "linear_attention"]
     with pytest.raises(ValueError, match="layer_types"):
         config_from_hf({**config_to_hf(DENSE), "layer_types": kinds})

@@ -15,6 +15,7 @@ from dtcp.batch import DEFAULT_FIELDS, WHOLE, TokenField, shard_batch
 from dtcp.cp_utils.context import ContextFactory, get_train_context
 from dtcp.cp_utils.masks import documents_of_mask
 from dtcp.cp_utils.packed import make_cp_batch_for_te
+from dtcp.cp_utils.told import check_one_document, check_rows
 from dtcp.documents import Documents
 from dtcp.layout import HeadTail, SequenceLayout
 from dtcp.mesh import ParallelMesh
@@ -176,8 +177,25 @@ def _check(batch: Batch) -> tuple[int, int]:
         raise KeyError("labels: a batch to train on has them, shifted already, [B, S].")
     for key in [key for key, x in batch.items() if x is None]:
         del batch[key]
+    check_rows(batch, given[0], (given[0], "labels"))
+    if "seq_lens" not in batch:
+        _check_told(batch)
     rows, seq_len = batch[given[0]].shape[:2]
     return rows, seq_len
+
+
+def _check_told(batch: Batch) -> None:
+    """Refuse documents that only what nobody reads would tell; positions of one axis are read."""
+    position = batch.get("position_ids")
+    several = position is not None and position.ndim == 3 and batch.get("attention_mask") is None
+    said = {"position_ids": position if several else None, "qkv_format": batch.get("qkv_format")}
+    said |= {key: batch.get(key) for key in ("seq_lens_padded", "cu_seqlens")}
+    check_one_document(
+        said,
+        batch.get("padding_mask"),
+        remedy="give seq_lens [B, documents]",
+        unread=("seq_lens_padded", "cu_seqlens"),
+    )
 
 
 def _positions(batch: Batch, rows: int, seq_len: int) -> Tensor:

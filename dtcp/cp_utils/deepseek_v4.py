@@ -14,6 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from dtcp.collectives import all_gather_over
+from dtcp.cp_utils.told import padding_of_mask
 
 OVERLAPPING = 4
 """The ratio whose windows read the one before them, too."""
@@ -112,13 +113,9 @@ def build_dsv4_cp_causal_padding_mask(
 def padding_of(batch: Mapping[str, Any]) -> Tensor | None:
     """[B, S], True for padding: what a batch's padding_mask or attention_mask says of it.
 
-    An attention_mask of four dims is read on its diagonal: a token that does not see itself.
+    Raises:
+        ValueError: an attention_mask that `padding_of_mask` refuses.
     """
     given: Tensor | None = batch.get("padding_mask")
     mask: Tensor | None = batch.get("attention_mask")
-    if given is not None or mask is None:
-        return given
-    if mask.ndim != 4:
-        return ~mask.bool()
-    diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-    return ~diagonal if mask.dtype == torch.bool else diagonal != 0
+    return given if given is not None or mask is None else padding_of_mask(mask)

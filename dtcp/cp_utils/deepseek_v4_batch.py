@@ -15,6 +15,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.cp_utils.deepseek_v4 import padding_of
+from dtcp.cp_utils.told import check_one_document, check_rows
 from dtcp.documents import Documents
 from dtcp.loss import IGNORED
 from dtcp.thd import SENTINEL
@@ -48,8 +49,9 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
         Packed rows come with `_packed_seq_ids` (1, 2, .., 0 for padding), new seq_lens and
         seq_lens_padded, and `_dsv4_cp_position_map` [B, S], where each token went, -1 for nowhere.
     Raises:
-        ValueError: both or neither of input_ids and inputs_embeds; padding that tokens follow;
-            documents that do not fit their row.
+        ValueError: both or neither of input_ids and inputs_embeds; rows of several lengths;
+            padding that tokens follow; documents that do not fit their row, or that nothing but
+            positions or a mask tells.
         KeyError: no labels and no loss_mask; packed rows without seq_lens.
         NotImplementedError: cu_seqlens alone, which do not say where rows end.
     """
@@ -60,20 +62,19 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
     packed = _is_packed(batch)
     primary = _primary(batch)
     padding = padding_of(batch)
-    batch.pop("attention_mask", None)
     if batch.get("labels") is None:
         if loss_mask is None:
             raise KeyError("labels: a batch to train on has them, or a loss_mask in their place.")
         batch["labels"], loss_mask = loss_mask, None
     if padding is not None:
         batch["padding_mask"] = padding.expand(len(batch[primary]), -1)
-        if not packed:
-            # Padding that tokens follow would be pooled with them.
-            Documents.from_padded(None, padding.bool().cpu())
     if loss_mask is not None:
         batch["loss_mask"] = loss_mask
+    _check(batch, primary, padding, packed=packed)
+    batch.pop("attention_mask", None)
     if packed:
         packings = _packings(batch, primary, multiple)
+        _check_padding(batch, packings)
         if ranks > 1:
             batch = _repacked(batch, packings, primary, padding_token_id)
     batch = _positioned(batch, primary)
@@ -110,6 +111,18 @@ def _is_packed(batch: Mapping[str, Any]) -> bool:
     if batch.get("qkv_format") == "thd":
         raise KeyError("seq_lens: packed rows say how long their documents are, [B, documents].")
     return False
+
+
+def _check(batch: Mapping[str, Any], primary: str, padding: Tensor | None, *, packed: bool) -> None:
+    """Refuse rows of several lengths, and what rows that are not packed cannot be."""
+    check_rows(batch, primary, _fills(0))
+    if packed:
+        return
+    if padding is not None:
+        # Padding that tokens follow would be pooled with them.
+        Documents.from_padded(None, padding.bool().cpu())
+    if batch.get(SEQ_IDS) is None:
+        check_one_document(batch, padding, remedy="give seq_lens [B, documents]")
 
 
 def _primary(batch: Mapping[str, Any]) -> str:
@@ -196,7 +209,30 @@ class _Packing:
 
 def _packings(batch: Mapping[str, Any], primary: str, multiple: int) -> list[_Packing]:
     rows, seq_len = batch[primary].shape[:2]
+    for key in ("seq_lens", "seq_lens_padded"):
+        given = batch.get(key)
+        if given is not None and (given.ndim != 2 or len(given) != rows):
+            raise ValueError(
+                f"The documents of a row are counted in a row of {key}, got {key}.shape="
+                f"{tuple(given.shape)} for {rows} rows: give [B, documents], filled with "
+                f"{SENTINEL}."
+            )
     return [_Packing.of(row, batch, seq_len, multiple) for row in range(rows)]
+
+
+def _check_padding(batch: Mapping[str, Any], packings: list[_Packing]) -> None:
+    """Refuse padding among the tokens of documents: of the two, one is wrong."""
+    padding = batch.get("padding_mask")
+    if padding is None:
+        return
+    for row, packing in enumerate(packings):
+        for start, length in zip(packing.starts, packing.lengths, strict=True):
+            if bool(padding[row, start : start + length].any()):
+                raise ValueError(
+                    f"A batch says once what is padding, got padding among the tokens {start} to "
+                    f"{start + length - 1} of row {row}, which seq_lens have in a document: pass "
+                    f"one of them, or correct the other."
+                )
 
 
 def _repacked(

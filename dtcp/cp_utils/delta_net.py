@@ -141,6 +141,11 @@ class CPAwareGatedDeltaNet(nn.Module):
                 f"{type(cache_params).__name__} in layer {self.layer_idx}: pass use_cache=False."
             )
         _check(hidden_states, attention_mask, qkv_format, cu_seqlens)
+        if kwargs.get("seq_idx") is not None and cu_seqlens is position_ids is None:
+            raise ValueError(
+                f"Documents are told by cu_seqlens, or by position_ids that restart, got seq_idx "
+                f"in layer {self.layer_idx}: pass cu_seqlens."
+            )
         if attention_mask is not None:
             hidden_states = hidden_states * attention_mask[..., None].to(hidden_states.dtype)
         if sharded:
@@ -350,6 +355,8 @@ def _into_document(
     """How many tokens of its document come before each token: [B, L] int64, never read here."""
     if cu_seqlens is not None:
         starts = cu_seqlens.to(torch.int64).flatten()
+        # Packed rows in chunks fill boundaries up with a negative number: no document starts there.
+        starts = starts.where(starts >= 0, torch.iinfo(torch.int64).max)
         first = starts[torch.searchsorted(starts, place, right=True) - 1]
         return (place - first).expand(x.shape[0], -1).contiguous()
     if restart is not None and restart.ndim == 3 and restart.shape[0] == 4:

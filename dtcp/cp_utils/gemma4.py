@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.cp_utils.batch import MODEL_OWNED
+from dtcp.cp_utils.told import check_one_document, check_rows, padding_of_mask
 from dtcp.documents import Documents
 from dtcp.layout import Contiguous
 from dtcp.loss import IGNORED
@@ -84,7 +85,8 @@ def make_contiguous_shard_cp_batch_and_ctx(
     Returns:
         a context that does nothing, and the local batch.
     Raises:
-        ValueError: both or neither of input_ids and inputs_embeds.
+        ValueError: both or neither of input_ids and inputs_embeds; rows of several lengths, or
+            of several documents without `_packed_seq_ids`.
         KeyError: no labels and no loss_mask.
     """
     batch = dict(batch)
@@ -106,11 +108,19 @@ def _prepare_manual_cp_batch(
     """
     mask = batch.pop("attention_mask", None)
     if mask is not None and batch.get("padding_mask") is None:
-        batch["padding_mask"] = _padding_of(mask)
+        batch["padding_mask"] = padding_of_mask(mask)
     given = [key for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None]
     if len(given) != 1:
         raise ValueError(
             f"A batch has either input_ids or inputs_embeds, got {given or 'neither'}: pass one."
+        )
+    check_rows(batch, given[0], (given[0], "labels", "padding_mask", SEQ_IDS))
+    if batch.get(SEQ_IDS) is None:
+        check_one_document(
+            {**batch, "attention_mask": mask},
+            batch.get("padding_mask"),
+            remedy=f"give {SEQ_IDS} [B, S], 1, 2, .. by document and 0 for padding",
+            unread=("seq_lens", "cu_seqlens"),
         )
     rows, seq_len = batch[given[0]].shape[:2]
     position = batch.get("position_ids")
@@ -273,11 +283,3 @@ def _embedded(model: Any, batch: Batch, features: Tensor) -> Batch:
     if config.per_layer_dim:
         batch["per_layer_inputs"] = model.per_layer.look_up(text)
     return batch
-
-
-def _padding_of(mask: Tensor) -> Tensor:
-    """True for padding, of a mask that has 1 for tokens, or of the diagonal of one of four dims."""
-    if mask.ndim != 4:
-        return mask.bool().logical_not()
-    diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-    return diagonal.logical_not() if mask.dtype == torch.bool else diagonal != 0

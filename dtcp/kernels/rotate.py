@@ -11,7 +11,14 @@ def rotate(x: Tensor, position: Tensor, frequency: Tensor) -> Tensor:
         x: [B, L, H, D]; its dtype stays.
         position: [B, L].
         frequency: [D / 2], radians per token of every pair.
+    Raises:
+        ValueError: positions of another rank, which could turn heads by those of tokens.
     """
+    if position.ndim != 2:
+        raise ValueError(
+            f"A token turns by one position, got position.shape={tuple(position.shape)} with "
+            f"x.shape={tuple(x.shape)}: give [B, L]."
+        )
     # Angles are fp32 whatever dtype the model has: bf16 tells positions apart up to 256 only.
     angle = position[..., None].float() * frequency
     cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]  # [B, L, 1, D/2]

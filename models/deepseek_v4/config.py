@@ -64,6 +64,17 @@ class DeepseekV4Config:
                 f"len(compress_ratios)={len(self.compress_ratios)} with num_layers="
                 f"{self.num_layers}, num_mtp_layers={self.num_mtp_layers}: give {layers}."
             )
+        if self.tied:
+            raise ValueError(
+                "DeepseekV4 has a language-model head of its own, got tied=True: no published one "
+                "shares the embedding, and this model would not."
+            )
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"DeepseekV4Config gives a token some of the experts, got experts_per_token="
+                f"{self.experts_per_token} of num_experts={self.num_experts}: choose 1 to "
+                f"num_experts."
+            )
         if self.num_heads % self.output_groups:
             raise ValueError(
                 f"DeepseekV4Config puts as many heads into each output group, got num_heads="

@@ -335,6 +335,7 @@ def _refuse_foreign(config: Mapping[str, Any]) -> None:
         "num_key_value_heads": (1,),
         "norm_topk_prob": (True,),
         "attention_bias": (False,),
+        "attention_dropout": (0.0, None),
         "mlp_bias": (False,),
         "tie_word_embeddings": (False,),
     }

@@ -40,6 +40,13 @@ class MoEShape:
     top_k: int
     hidden_dim: int
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"MoEShape gives a token some of the experts, got top_k={self.top_k} of "
+                f"num_experts={self.num_experts}: choose 1 to num_experts."
+            )
+
 
 @dataclass(frozen=True)
 class Gemma4Config:
@@ -116,7 +123,7 @@ class Gemma4Config:
     @property
     def own_keys(self) -> tuple[Sight, ...]:
         """The layers that have keys of their own."""
-        return self.layers[: self.num_layers - self.num_shared_layers]
+        return self.layers[: max(0, self.num_layers - self.num_shared_layers)]
 
     def heads(self, layer: int) -> HeadShape:
         return self.sliding if self.layers[layer] is Sight.SLIDING else self.globals

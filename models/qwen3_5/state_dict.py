@@ -261,6 +261,7 @@ def _refuse_foreign(config: Mapping[str, Any]) -> None:
         "model_type": (config["model_type"], ("qwen3_5_text", "qwen3_5_moe_text")),
         "hidden_act": (config.get("hidden_act", "silu"), ("silu",)),
         "attention_bias": (config.get("attention_bias", False), (False,)),
+        "attention_dropout": (config.get("attention_dropout", 0.0), (0.0, None)),
         "rope_type": (rope.get("rope_type", "default"), ("default",)),
     }
     for name, (value, known) in found.items():
