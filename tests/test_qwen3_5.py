@@ -96,6 +96,17 @@ def test_a_vision_checkpoint_gives_its_language_model():
     assert from_hf(theirs, DENSE).keys() == model_of(DENSE).state_dict().keys()
 
 
+def test_part_of_a_checkpoint_is_no_model():
+    """Not what one file of several holds: names that are missing stay missing."""
+    tied = replace(DENSE, tied=True)
+    assert set(from_hf({"model.norm.weight": torch.ones(1)}, tied)) == {"norm.weight"}
+    form = to_hf(model_of(EXPERTS).state_dict(), EXPERTS, per_expert=True)
+    lost = next(name for name in form if name.endswith("experts.1.up_proj.weight"))
+    del form[lost]
+    with pytest.raises(ValueError, match="merge the files"):
+        from_hf(form, EXPERTS)
+
+
 def test_presets_are_the_published_shapes():
     """Their parameters, in billions, are those their names say: without the layer ahead."""
     sizes = {}

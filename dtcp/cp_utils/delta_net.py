@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from dtcp.collectives import all_gather, axis_of, group_name, reduce_scatter
+from dtcp.compile import assert_in_graph
 from dtcp.cp_utils.dealt import layout_of
 from dtcp.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.recurrent.conv import ConvTables, causal_conv, halo_route
@@ -337,10 +338,11 @@ def _check(
             f"A layer takes tokens as bshd or thd, got qkv_format={qkv_format!r}: pass "
             f"[B, L, D], or one row of packed documents."
         )
-    if cu_seqlens is not None and x.shape[0] != 1:
+    if cu_seqlens is not None and (x.shape[0] != 1 or cu_seqlens.numel() != cu_seqlens.shape[-1]):
         raise ValueError(
-            f"cu_seqlens describes one packed row, got hidden_states.shape={tuple(x.shape)}: "
-            f"pass rows one by one, or position_ids that restart, with seq_index."
+            f"cu_seqlens describes one packed row, got hidden_states.shape={tuple(x.shape)} with "
+            f"cu_seqlens.shape={tuple(cu_seqlens.shape)}: pass rows one by one, or position_ids "
+            f"that restart, with seq_index."
         )
     if mask is not None and mask.shape != x.shape[:2]:
         raise ValueError(
@@ -355,6 +357,9 @@ def _into_document(
     """How many tokens of its document come before each token: [B, L] int64, never read here."""
     if cu_seqlens is not None:
         starts = cu_seqlens.to(torch.int64).flatten()
+        assert_in_graph(
+            starts[0] == 0, "cu_seqlens starts at 0, got another start: give the whole row's."
+        )
         # Packed rows in chunks fill boundaries up with a negative number: no document starts there.
         starts = starts.where(starts >= 0, torch.iinfo(torch.int64).max)
         first = starts[torch.searchsorted(starts, place, right=True) - 1]

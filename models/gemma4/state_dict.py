@@ -103,7 +103,7 @@ def from_hf(state_dict: Mapping[str, Tensor], config: Gemma4Config) -> dict[str,
             ours[f"{layer[1]}.moe.experts.up"] = up.contiguous()
         elif not (config.tied and name == TIED):
             ours[NAMES.ours(name)] = x
-    if config.tied:
+    if config.tied and "embedding.weight" in ours:
         ours[TIED] = ours["embedding.weight"]
     return ours
 

@@ -72,7 +72,7 @@ def from_hf(state_dict: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, 
         name: x for name, x in state_dict.items() if not name.endswith("rotary_emb.inv_freq")
     }
     ours = NAMES.to_ours(weights)
-    if config.tied:
+    if config.tied and "embedding.weight" in ours:
         ours[TIED] = ours["embedding.weight"]
     return ours
 

@@ -147,7 +147,7 @@ def from_hf(state_dict: Mapping[str, Tensor], config: Qwen35Config) -> dict[str,
             block = _renamed(name.removesuffix(joined.theirs), back)
             parts = zip(joined.ours, joined.split(x, config), strict=True)
             ours |= {block + part: piece for part, piece in parts}
-    if config.tied:
+    if config.tied and "embedding.weight" in ours:
         ours[TIED] = ours["embedding.weight"]
     return ours
 
@@ -288,9 +288,14 @@ def _together(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             found.setdefault(single[1], {}).setdefault(single[3], {})[int(single[2])] = x
     for stem, parts in found.items():
+        numbers = {part: sorted(parts.get(part, ())) for part in ("gate", "up", "down")}
+        if any(each != list(range(len(numbers["gate"]))) for each in numbers.values()):
+            raise ValueError(
+                f"Experts are stacked where all are there, got {stem} with {numbers}: merge the "
+                f"files of the checkpoint first."
+            )
         gate, up, down = (
-            torch.stack([x for _, x in sorted(parts[part].items())])
-            for part in ("gate", "up", "down")
+            torch.stack([parts[part][number] for number in each]) for part, each in numbers.items()
         )
         rest[f"{stem}.gate_up_proj"] = torch.cat((gate, up), dim=1)
         rest[f"{stem}.down_proj"] = down
