@@ -1,10 +1,7 @@
 """The GPU's attention kernels: interpreted, they are exact; compiled for sm_90, they fit."""
 
-import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,25 +10,10 @@ from dtcp.documents import Documents
 from dtcp.kernels import tiles
 from dtcp.kernels.attend import Keys, Queries, attention_kernel
 from tests import cases
+from tests.scripts import ROOT, lines_of
 
-ROOT = Path(__file__).parents[1]
 BOUND = {"half": 2**-10}
 """Weights and results are rounded to fp16, to half of that each; all else must be fp32's."""
-
-
-def lines_of(module, *args, **environment):
-    """What a script prints, as JSON; Triton reads its environment once, so it is a process."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *args],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_interval_kernels_equal_the_reference():

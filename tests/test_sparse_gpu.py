@@ -1,32 +1,10 @@
 """Sparse attention's kernels: right in Triton's interpreter, and compiled for a GPU without one."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 
 from dtcp.kernels import sparse, sparse_op, triton_support
 from dtcp.kernels.sparse import Gathered, Sight
-
-ROOT = Path(__file__).parents[1]
-
-
-def lines_of(module, *args, **environment):
-    """What a script prints, as JSON; Triton reads its environment once, so it is a process."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *args],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+from tests.scripts import lines_of
 
 
 def test_sparse_kernels_equal_dense_attention():
