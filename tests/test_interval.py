@@ -32,7 +32,7 @@ def test_interval_kernels_equal_the_reference():
 
 def test_interval_kernels_compile_for_gpus_of_each_size(tmp_path):
     """As they are launched; Triton refuses what is past the GPU's shared memory."""
-    shapes = ("bfloat16,64,64", "float16,24,16,30.0", "rtx:bfloat16,128,128")
+    shapes = ("float16,24,16,30.0", "rtx:bfloat16,128,128")
     found = lines_of("tests.interval_compiled", *shapes, TRITON_CACHE_DIR=str(tmp_path))
     for shape in found:
         assert {"attend_tile", "query_gradients", "key_gradients"} <= set(shape["kernels"]), shape

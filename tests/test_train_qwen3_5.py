@@ -19,10 +19,11 @@ from tests.test_train import losses, train
 
 
 def micro_qwen3_5() -> Trainer.Config:
-    """A delta layer and one of attention, experts, rows of 64 tokens, cp 2 x tp 2, eager, bf16."""
+    """A delta layer and one of attention, experts, rows of 64 tokens, two ranks, eager, bf16."""
     config = qwen3_5_moe_tiny()
     shape = replace(tiny(272, experts=True), num_layers=2, full_attention_every=2, dim=32)
     config.model_spec = spec_of(QWEN3_5, "micro", shape)
+    config.parallelism.tensor_parallel_degree = 1
     config.training.seq_len, config.training.steps = 64, 3
     config.training.mixed_precision_param = "bfloat16"
     config.lr_scheduler.warmup_steps = 0
