@@ -134,7 +134,7 @@ def _moved(out: object, again: object, seq_len: int) -> bool:
 
 
 def _tensor_moved(a: Tensor, b: Tensor, seq_len: int) -> bool:
-    if seq_len in a.shape and _seq_dim(a, seq_len) is None:
+    if a.numel() == 0 or (seq_len in a.shape and _seq_dim(a, seq_len) is None):
         return False
     far = (a - b).abs().nan_to_num(nan=torch.inf)
     dim = _seq_dim(a, seq_len)
@@ -142,4 +142,4 @@ def _tensor_moved(a: Tensor, b: Tensor, seq_len: int) -> bool:
         far.select(dim, seq_len // 2).zero_()
     # Kernels may add up in another order where a batch of tokens is cut in another way.
     noise = max(1e-5, 16 * torch.finfo(a.dtype).eps) * float(a.abs().max())
-    return a.numel() > 0 and float(far.max()) > noise
+    return float(far.max()) > noise

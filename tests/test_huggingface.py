@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from dtcp.attention import AllGatherAttention, UlyssesAttention
+from dtcp.check.configs import small_config
 from dtcp.compile import EagerIsland, count_graphs
 from dtcp.documents import Documents
 from dtcp.huggingface import causal_lm_loss, documents_of, install_mixers, shard_hf_batch, survey
@@ -30,6 +31,7 @@ from parallelize import (
     parallelize_hf,
 )
 from parallelize.huggingface import RING
+from tests import hf_qwen3_5
 from tests.hf_models import MODELS, SHAPE, build, config_of
 from tests.parity import gradients
 from tests.spmd import spmd
@@ -230,6 +232,23 @@ def test_survey_reads_every_mask_off_the_models_own(kind):
 def test_what_nobody_can_give_is_refused_by_name(kind, change, match):
     with pytest.raises(ValueError, match=match):
         install_mixers(build(kind, **change))
+
+
+def test_a_state_from_token_to_token_is_refused_before_it_is_run():
+    """On a machine without a GPU transformers could not run it, either, beside fla."""
+    hf_qwen3_5.modeling("qwen3_5")
+    model = AutoModelForCausalLM.from_config(small_config("qwen3_5_text", {}).config)
+    (refused,) = survey(model).refused
+    assert refused.startswith("model.layers.0.linear_attn (Qwen3_5GatedDeltaNet)")
+    assert "dtcp.cp_utils.apply_cp" in refused
+
+
+def test_a_layer_that_gives_nothing_for_so_few_tokens_is_refused_too():
+    """DeepSeek-V4's windows of 128 tokens are longer than what is run: no entries, none moved."""
+    model = AutoModelForCausalLM.from_config(small_config("deepseek_v4", {}).config)
+    refused = survey(model).refused
+    assert any("layers.1.self_attn.compressor" in each for each in refused)
+    assert any("layers.1.self_attn (" in each for each in refused)
 
 
 def test_cross_attention_is_refused_by_name():

@@ -28,6 +28,9 @@ _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
+_RECURRENT = "GatedDeltaNet"
+"""Known by name: where fla is installed transformers runs it by kernels that need a GPU."""
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -209,6 +212,14 @@ def _unsuited(model: Any) -> Iterator[str]:
         yield (
             f"{name} adds a balance loss over all tokens of a batch (output_router_logits): set "
             f"config.output_router_logits = False."
+        )
+    kinds = {part: type(module).__name__ for part, module in model.named_modules()}
+    recurrent = next((part for part, kind in kinds.items() if kind.endswith(_RECURRENT)), None)
+    if recurrent is not None:
+        yield (
+            f"{recurrent} ({kinds[recurrent]}): hands a state from token to token, which is no "
+            f"attention: models/qwen3_5 has such layers and a plan for them, and "
+            f"dtcp.cp_utils.apply_cp takes over those of transformers."
         )
     for part, module in model.named_modules():
         rate = getattr(module, "p", 0.0) if isinstance(module, _DROPOUT) else 0.0
