@@ -129,6 +129,7 @@ def shard_batch(
     Raises:
         ValueError: a key no field names, rows of different lengths, or documents that do not
             fit the rows.
+        TypeError: a value that is no tensor.
     """
     _check_keys(batch, fields)
     whole = {key: x for key, x in batch.items() if key not in MASK_FIELDS}
@@ -215,6 +216,9 @@ def _check_keys(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | N
             f"A batch holds keys whose sequence dim is known, got {unknown}: add them to `fields` "
             f"(WHOLE for what has none)."
         )
+    other = {key: type(x).__name__ for key, x in batch.items() if not isinstance(x, Tensor)}
+    if other:
+        raise TypeError(f"A batch holds tensors, got {other}: leave out what there is none of.")
 
 
 def _shape(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]) -> tuple[int, int]:

@@ -301,6 +301,12 @@ def test_unknown_key_is_refused():
         )
 
 
+@pytest.mark.parametrize("value", [None, [[1, 2]]])
+def test_what_is_no_tensor_is_refused(value):
+    with pytest.raises(TypeError, match="leave out"):
+        on_one_rank({"input_ids": torch.zeros(1, 8), "labels": value}, None)
+
+
 def test_rows_of_different_lengths_are_refused():
     with pytest.raises(ValueError, match=r"rows of one length, got tokens=.*'labels': 7"):
         on_one_rank({"input_ids": torch.zeros(1, 8), "labels": torch.zeros(1, 7)}, None)
