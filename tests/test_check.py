@@ -150,7 +150,6 @@ def test_mixing_is_found_in_modules_of_torch(module, mixes):
 
 
 def test_model_of_transformers_without_positions_is_refused(capsys):
-    pytest.importorskip("transformers")
     assert main(["--hf-config", "bloom", "--cp", "2", "--set", "n_layer=1", "n_head=4"]) == 1
     printed = capsys.readouterr().out
     assert "takes no position_ids" in printed and printed.endswith("FAILED\n")
@@ -171,7 +170,6 @@ GEMMA = {
 
 
 def test_config_of_a_big_model_is_shrunk_with_a_layer_of_each_kind(tmp_path):
-    pytest.importorskip("transformers")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(GEMMA))
     small = small_config(str(path), {"rms_norm_eps": 1e-3})
@@ -200,7 +198,6 @@ def test_config_of_a_big_model_is_shrunk_with_a_layer_of_each_kind(tmp_path):
     ],
 )
 def test_what_cannot_be_checked_is_refused_in_a_sentence(capsys, arguments, said):
-    pytest.importorskip("transformers")
     assert main(arguments.split()) == 1
     printed = capsys.readouterr().out
     assert said in printed and printed.endswith("FAILED\n")
@@ -218,7 +215,6 @@ def test_what_a_rank_refuses_is_refused_in_a_sentence(capsys):
 
 @spmd(ranks=2, timeout=400)
 def test_model_of_transformers_passes(mesh):
-    pytest.importorskip("transformers")
     options = Options(Degrees(cp=2))
     mesh = ParallelMesh.from_degrees(options.degrees, "cpu")
     outcome = compare(HuggingFaceSubject("gpt_oss"), options, mesh, None)
@@ -241,7 +237,6 @@ def test_guide_runs_from_start_to_end(tmp_path):
 
 
 def test_guides_transformers_example_trains(tmp_path):
-    pytest.importorskip("transformers")
     (example,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     (tmp_path / "example.py").write_text(example)
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 4 example.py"

@@ -233,7 +233,6 @@ def test_batch_comes_back_padded_and_consistent(mesh, ranks):
 @spmd(ranks=2)
 def test_model_of_transformers_trains_in_the_context_and_is_read(mesh, rows):
     """Unmodified but for the hooks; as a frozen target too, which has nothing else to do."""
-    pytest.importorskip("transformers")
     model = hf_models.build("llama")
     model.set_attn_implementation("sdpa")
     plain = hf_models.build("llama")

@@ -11,6 +11,8 @@ from torch import distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional as F
 from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dtcp.attention import AllGatherAttention, UlyssesAttention
 from dtcp.check.configs import small_config
@@ -35,10 +37,6 @@ from tests import hf_qwen3_5
 from tests.hf_models import MODELS, SHAPE, build, config_of
 from tests.parity import gradients
 from tests.spmd import spmd
-
-pytest.importorskip("transformers")
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 GRAPHS = Compile("aot_eager")
 BOUND = 1e-5

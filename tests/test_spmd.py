@@ -65,13 +65,8 @@ def sleep_on_rank_1(mesh):
         time.sleep(1000)
 
 
-def skip_on_rank_1(mesh):
-    if mesh.get_local_rank() == 1:
-        pytest.skip("not here")
-
-
-def skip_on_every_rank(mesh):
-    pytest.skip("nowhere")
+def skip_for_a_lack(mesh):
+    pytest.importorskip("no_such_module")
 
 
 def return_a_lambda(mesh):
@@ -89,6 +84,10 @@ def test_values_come_back_in_rank_order():
         (raise_on_rank_1, "rank 1 of 2 raised(.|\n)*KeyError: 'lost my way'"),
         (raise_on_rank_1, "rank 0 of 2 was still running when another rank had failed"),
         (die_on_rank_1, "rank 1 of 2 died with exit code 7"),
+        (
+            skip_for_a_lack,
+            "rank 0, 1 of 2 raised(.|\n)*could not import 'no_such_module'",
+        ),
         (return_a_lambda, "rank 0, 1 of 2 raised(.|\n)*pickle"),
     ],
 )
@@ -101,16 +100,6 @@ def test_failure_on_a_rank_is_told_and_the_pool_goes_on(fn, match):
 def test_rank_that_hangs_is_found_by_the_clock():
     with pytest.raises(RankError, match=r"rank 1 of 2 was still running after 1 s(.|\n)*sleep_on"):
         run_ranks(sleep_on_rank_1, 2, timeout=1)
-
-
-def test_skip_on_every_rank_skips_the_test():
-    with pytest.raises(pytest.skip.Exception, match="nowhere"):
-        run_ranks(skip_on_every_rank, 2)
-
-
-def test_skip_on_some_ranks_only_is_an_error():
-    with pytest.raises(RankError, match="1 of 2 ranks skipped the test: not here"):
-        run_ranks(skip_on_rank_1, 2)
 
 
 def test_rank_that_died_between_tests_is_replaced():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dtcp.documents import Documents
 from dtcp.mixers import batch_tables
@@ -108,8 +109,7 @@ def test_a_run_leaves_checkpoint_log_and_plot(run):
 
 def test_transformers_reads_the_export(run):
     """And computes with it what our model does with the same weights."""
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(run[0] / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(run[0] / "hf")
     ours = Llama(config_from_hf(json.loads((run[0] / "hf/config.json").read_text())))
     ours.load_state_dict(from_hf(theirs.state_dict(), ours.config))
     tokens = torch.arange(40)[None] * 5

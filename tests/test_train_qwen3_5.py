@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dtcp.documents import Documents
 from dtcp.mixers import batch_tables
@@ -48,9 +49,8 @@ def test_a_run_of_qwen3_5_resumes_alike_and_transformers_reads_its_export(tmp_pa
     assert code == 0, output
     assert losses(output) == {3: pytest.approx(first[3], rel=1e-6)}
 
-    transformers = pytest.importorskip("transformers")
     hf_qwen3_5.modeling("qwen3_5_moe")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     ours = Qwen35(config_from_hf(json.loads((tmp_path / "hf/config.json").read_text())))
     ours.load_state_dict(from_hf(theirs.state_dict(), ours.config))
     tokens = torch.arange(40)[None] * 5
