@@ -1,7 +1,7 @@
 """Train a model on long sequences: FSDP x TP x CP, compiled, on whatever machine this is.
 
     python train.py                         the default config; starts its own ranks
-    python train.py --config NAME           another config of dtcp/torchtitan/config_registry.py
+    python train.py --config NAME           another config of dtcp/pretrain/configs.py
     python train.py --training.steps 400    any setting of torchtitan's config, and of ours
     python train.py --dtcp.verify 3         the first steps again on one device, and compare
     torchrun --nproc-per-node 8 train.py --config NAME          the same on ranks started elsewhere
@@ -16,14 +16,19 @@ from pathlib import Path
 
 import torch
 
-from dtcp.torchtitan.compiler import use_what_works
-from dtcp.torchtitan.launch import check_world, launch, launched, ranks_for
-from dtcp.torchtitan.options import parse
-from dtcp.torchtitan.plot import plot_losses
-from dtcp.torchtitan.progress import quiet, say
-from dtcp.torchtitan.report import report_failures
-from dtcp.torchtitan.trainer import Trainer
-from dtcp.torchtitan.verify import verify
+from dtcp.pretrain.compiler import use_what_works
+from dtcp.pretrain.launch import (
+    check_world,
+    launch,
+    launched,
+    ranks_for,
+)
+from dtcp.pretrain.options import parse
+from dtcp.pretrain.plot import plot_losses
+from dtcp.pretrain.progress import quiet, say
+from dtcp.pretrain.report import report_failures
+from dtcp.pretrain.trainer import Trainer
+from dtcp.pretrain.verify import verify
 
 
 def main(arguments: list[str]) -> int:

@@ -30,21 +30,23 @@ from torch.distributed.tensor import DTensor
 from benchmarks import attention_kernel
 from benchmarks.compile_time import compile_line
 from benchmarks.report import conditions, table, write
-from dtcp.attention import (
+from dtcp.batch import BatchPlan, shard_batch
+from dtcp.distributed.ledger import count
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.mixer import batch_tables
+from dtcp.plan import apply_plan
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.masks import Causal, Mask, SlidingWindow
+from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,
     HybridAttention,
     RingAttention,
     UlyssesAttention,
 )
-from dtcp.batch import BatchPlan, shard_batch
-from dtcp.documents import Documents
-from dtcp.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.masks import Causal, Mask, SlidingWindow
-from dtcp.mesh import Degrees, ParallelMesh
-from dtcp.mixers import SoftmaxAttention, batch_tables
-from dtcp.style import AttentionShape, AttentionStyle, apply_plan
-from dtcp.traffic import count
+from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax.style import AttentionShape, AttentionStyle
 
 WINDOW = 512
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import conditions, table, write
-from dtcp.documents import Documents
-from dtcp.kernels import tiles
-from dtcp.kernels.attend import (
+from dtcp.kernels.softmax import reference as tiles
+from dtcp.kernels.softmax.api import (
     AttentionKernel,
     Final,
     Gradients,
@@ -29,8 +28,14 @@ from dtcp.kernels.attend import (
     attention_kernel,
     zeros_for,
 )
-from dtcp.kernels.spans import key_spans
-from dtcp.masks import Causal, Coords, Mask, SlidingWindow
+from dtcp.kernels.softmax.block_ranges import key_spans
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.masks import (
+    Causal,
+    Coords,
+    Mask,
+    SlidingWindow,
+)
 
 WINDOW = 1024
 LENGTHS = (8192, 32_768, 131_072)

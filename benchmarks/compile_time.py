@@ -9,14 +9,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.parallel import parallelize_module
 
-from dtcp.attention import RingAttention
 from dtcp.batch import shard_batch
-from dtcp.documents import Documents
-from dtcp.layout import HeadTail
-from dtcp.mesh import Degrees, ParallelMesh
-from dtcp.mixers import batch_tables
-from models.llama import tiny
-from models.llama.model import Block
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.mixer import batch_tables
+from dtcp.models.llama import tiny
+from dtcp.models.llama.model import Block
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import HeadTail
+from dtcp.softmax import RingAttention
 
 REPEATS = 3
 

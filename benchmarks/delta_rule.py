@@ -33,19 +33,30 @@ from torch import Tensor
 
 from benchmarks.report import conditions, table, write
 from dtcp.batch import BatchPlan, shard_batch
-from dtcp.documents import Documents
-from dtcp.kernels.delta_rule import Inputs
-from dtcp.kernels.fla import delta_kernel
-from dtcp.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.mesh import Degrees, ParallelMesh
-from dtcp.mixers import batch_tables
-from dtcp.recurrent import CausalConvCP, GatedDeltaCP, GatherStates, RelayoutCP, ScanStates
+from dtcp.distributed.ledger import LEDGER, count
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.kernels.delta_rule.fla import delta_kernel
+from dtcp.kernels.delta_rule.reference import Inputs
+from dtcp.mixer import batch_tables
+from dtcp.models.qwen3_5 import (
+    PRESETS,
+    DeltaNetConfig,
+    GatedDeltaNet,
+    Qwen35Config,
+)
+from dtcp.plan import apply_plan
+from dtcp.recurrent import (
+    CausalConvCP,
+    GatedDeltaCP,
+    GatherStates,
+    RelayoutCP,
+    ScanStates,
+)
+from dtcp.recurrent.exchange import entering_by_gather, entering_by_scan, summaries_received
 from dtcp.recurrent.op import chain_of
-from dtcp.recurrent.states import entering_by_gather, entering_by_scan, summaries_received
 from dtcp.recurrent.style import DeltaShape
-from dtcp.style import apply_plan
-from dtcp.traffic import LEDGER, count
-from models.qwen3_5 import PRESETS, DeltaNetConfig, GatedDeltaNet, Qwen35Config
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 
 HEAD = ("way", "layout", "fwd KiB", "bwd KiB", "step ms", "of gather all", "of gather and sort")
 MIB = 2**20

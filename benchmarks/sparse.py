@@ -28,17 +28,17 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from benchmarks.report import conditions, table, write
 from dtcp.batch import shard_batch
-from dtcp.compressed import CompressedSparseAttention, Compression, segment_entries
-from dtcp.documents import Documents
-from dtcp.kernels.select import SCORES as INDEX_SCORES
-from dtcp.kernels.sparse import SCORES, TILE
-from dtcp.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.mesh import Degrees, ParallelMesh
+from dtcp.distributed.ledger import count
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.kernels.sparse.indexer import SCORES as INDEX_SCORES
+from dtcp.kernels.sparse.reference import SCORES, TILE
+from dtcp.models.deepseek_v4 import PRESETS, DeepseekV4Config, tiny
+from dtcp.models.deepseek_v4.attention import Attention
+from dtcp.plan import apply_plan
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sparse import CompressedSparseCP, PublishedSparseCP, SparseShape
-from dtcp.style import apply_plan
-from dtcp.traffic import count
-from models.deepseek_v4 import PRESETS, DeepseekV4Config, tiny
-from models.deepseek_v4.attention import Attention
+from dtcp.sparse.mixer import CompressedSparseAttention, Compression, segment_entries
 
 KINDS: Mapping[str, int] = {"window": 0, "sparse": 4, "heavy": 128}
 FLASH = PRESETS["deepseek-v4-flash"]

@@ -22,16 +22,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.report import conditions, table, write
-from dtcp.attention import RingAttention
 from dtcp.batch import shard_batch, shift_labels
 from dtcp.compile import count_graphs
-from dtcp.documents import Documents
-from dtcp.layout import HeadTail
+from dtcp.distributed.ledger import count
+from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.mesh import Degrees, ParallelMesh
-from dtcp.traffic import count
-from models.llama import Llama, tiny
-from parallelize import Compile, llama_plan, parallelize
+from dtcp.models.llama import Llama, tiny
+from dtcp.parallelize import Compile, llama_plan, parallelize
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import HeadTail
+from dtcp.softmax import RingAttention
 
 MESHES = (
     Degrees(),

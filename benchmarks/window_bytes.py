@@ -8,8 +8,8 @@ values again.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dtcp.layout import SequenceLayout
-from models.gemma4 import Gemma4Config, Sight
+from dtcp.models.gemma4 import Gemma4Config, Sight
+from dtcp.sequence.layout import SequenceLayout
 
 LayerBytes = Callable[[Gemma4Config, SequenceLayout, int, int], int]
 """(config, layout, layer, rank) to bytes, in bfloat16."""

@@ -4,7 +4,7 @@
     python -m benchmarks.windows --seq-len 8192 --window 512 --write cpu
 
 Bytes received in a forward pass, per layer kind and for whole models, by formula: ours, a ring of
-whole chunks, and an all-gather of all keys (tests/test_windows.py holds ours against what real
+whole chunks, and an all-gather of all keys (tests/softmax holds ours against what real
 ranks count). Then, measured: the time to build a batch's masks, and a step of a window layer on
 two ranks, ours and two kinds of all-gather in the same run, each checked against the others.
 """
@@ -25,19 +25,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.report import conditions, table, write
-from benchmarks.window_bytes import LayerBytes, all_gather, ours, total, whole_chunk_ring
-from dtcp import collectives
-from dtcp.attention import HaloAttention, RingAttention
+from benchmarks.window_bytes import (
+    LayerBytes,
+    all_gather,
+    ours,
+    total,
+    whole_chunk_ring,
+)
 from dtcp.batch import BatchPlan, shard_batch
-from dtcp.documents import Documents
-from dtcp.kernels.attend import Softmax
-from dtcp.kernels.local import ATTENTION, LocalTables
-from dtcp.kernels.spans import key_spans
-from dtcp.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.masks import Causal, Coords, SlidingWindow
-from dtcp.mesh import Degrees, ParallelMesh
-from dtcp.style import apply_plan
-from models.gemma4 import PRESETS, Block, Gemma4Config, HeadShape, Sight, pattern
+from dtcp.distributed import collectives
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.kernels.softmax.api import Softmax
+from dtcp.kernels.softmax.block_ranges import key_spans
+from dtcp.models.gemma4 import (
+    PRESETS,
+    Block,
+    Gemma4Config,
+    HeadShape,
+    Sight,
+    pattern,
+)
+from dtcp.plan import apply_plan
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.masks import Causal, Coords, SlidingWindow
+from dtcp.softmax import HaloAttention, RingAttention
+from dtcp.softmax.local import ATTENTION, LocalTables
 
 MODEL = "gemma4-31b"
 LENGTHS, RANKS = (2**17, 2**20), (8, 16, 32, 64)

@@ -1,24 +1,48 @@
 """Context parallelism for long-sequence training: compiled, byte-minimal, never silently wrong."""
 
-from dtcp.attention import (
+from dtcp.batch import (
+    BatchPlan,
+    TokenField,
+    shard_batch,
+    shift_labels,
+)
+from dtcp.compile import EagerIsland, InGraph
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.huggingface import causal_lm_loss
+from dtcp.loss import global_token_count, token_mean_loss
+from dtcp.mixer import batch_tables
+from dtcp.plan import apply_plan
+from dtcp.recurrent import (
+    CausalConv1d,
+    CausalConvCP,
+    GatedDeltaCP,
+    GatedDeltaRule,
+    RelayoutCP,
+)
+from dtcp.sdpa.rules import install_sdpa_rules, sequence_layout
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import (
+    BlockBalanced,
+    Contiguous,
+    HeadTail,
+    PerDocument,
+)
+from dtcp.sequence.masks import (
+    Bidirectional,
+    BlockBidirectional,
+    Causal,
+    PrefixLM,
+    SlidingWindow,
+)
+from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,
     HybridAttention,
     RingAttention,
     UlyssesAttention,
 )
-from dtcp.attention.sdpa import install_sdpa_rules, sequence_layout
-from dtcp.batch import BatchPlan, TokenField, shard_batch, shift_labels
-from dtcp.compile import EagerIsland, InGraph
-from dtcp.documents import Documents
-from dtcp.huggingface import causal_lm_loss
-from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
-from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.masks import Bidirectional, BlockBidirectional, Causal, PrefixLM, SlidingWindow
-from dtcp.mesh import Degrees, ParallelMesh
-from dtcp.mixers import SoftmaxAttention, batch_tables
-from dtcp.recurrent import CausalConv1d, CausalConvCP, GatedDeltaCP, GatedDeltaRule, RelayoutCP
-from dtcp.style import AttentionStyle, apply_plan
+from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax.style import AttentionStyle
 
 __all__ = [
     "AllGatherAttention",

@@ -14,13 +14,18 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from dtcp import relayout
-from dtcp.documents import Documents, restarts
-from dtcp.layout import HeadTail, SequenceLayout
+from dtcp.distributed import relayout
+from dtcp.distributed.mesh import ParallelMesh
 from dtcp.loss import IGNORED
-from dtcp.masks import Causal, Coords, Mask, vision_blocks
-from dtcp.mesh import ParallelMesh
-from dtcp.mixers import mixer_tables
+from dtcp.mixer import mixer_tables
+from dtcp.sequence.documents import Documents, restarts
+from dtcp.sequence.layout import HeadTail, SequenceLayout
+from dtcp.sequence.masks import (
+    Causal,
+    Coords,
+    Mask,
+    vision_blocks,
+)
 
 
 class Fill(Enum):

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from dtcp.traffic import LEDGER
+from dtcp.distributed.ledger import LEDGER
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.attention.ring import RingAttention
-from dtcp.documents import PADDING, Documents
-from dtcp.kernels.attend import Softmax
-from dtcp.kernels.local import ATTENTION, local_tables
-from dtcp.kernels.op import AttentionOp
-from dtcp.layout import PerDocument
+from dtcp.kernels.softmax.api import Softmax
 from dtcp.loss import IGNORED
-from dtcp.masks import Causal, Coords, Mask
-from dtcp.style import AttentionStyle
+from dtcp.sequence.documents import PADDING, Documents
+from dtcp.sequence.layout import PerDocument
+from dtcp.sequence.masks import Causal, Coords, Mask
+from dtcp.softmax.local import ATTENTION, local_tables
+from dtcp.softmax.op import AttentionOp
+from dtcp.softmax.ring import RingAttention
+from dtcp.softmax.style import AttentionStyle
 
 Batch = Mapping[str, Any]
 Slots = tuple[tuple[int, int], ...]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dtcp.kernels.grouped import grouped_linear
+from dtcp.kernels.grouped_linear import grouped_linear
 
 Activation = Callable[[Tensor, Tensor], Tensor]
 """(gate, up) to the hidden channels of a feed-forward part."""

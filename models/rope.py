@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtcp.mixers import rotate
+from dtcp.softmax.mixer import rotate
 
 
 @dataclass(frozen=True)

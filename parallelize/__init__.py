@@ -1,20 +1,20 @@
 """Plans: what each module of a model becomes on a mesh, and the order in which it does."""
 
-from parallelize.activation_checkpoint import (
+from dtcp.parallelize.activation_checkpoint import (
     ActivationCheckpoint,
     FullCheckpoint,
     NoCheckpoint,
     SelectiveCheckpoint,
 )
-from parallelize.apply import ParallelPlan, parallelize
-from parallelize.compile import Compile
-from parallelize.deepseek_v4 import balance_experts, deepseek_v4_plan
-from parallelize.fsdp import FSDP
-from parallelize.gemma4 import gemma4_plan
-from parallelize.huggingface import parallelize_hf
-from parallelize.huggingface_load import load_hf
-from parallelize.llama import llama_plan
-from parallelize.qwen3_5 import qwen3_5_plan
+from dtcp.parallelize.apply import ParallelPlan, parallelize
+from dtcp.parallelize.compile import Compile
+from dtcp.parallelize.fsdp import FSDP
+from dtcp.parallelize.load_hf import load_hf
+from dtcp.parallelize.plans.deepseek_v4 import balance_experts, deepseek_v4_plan
+from dtcp.parallelize.plans.gemma4 import gemma4_plan
+from dtcp.parallelize.plans.huggingface import parallelize_hf
+from dtcp.parallelize.plans.llama import llama_plan
+from dtcp.parallelize.plans.qwen3_5 import qwen3_5_plan
 
 __all__ = [
     "FSDP",

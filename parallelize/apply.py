@@ -18,13 +18,14 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from dtcp.compile import EagerIsland
-from dtcp.mesh import ParallelMesh
-from dtcp.style import AttentionStyle, apply_plan, find, matches
-from parallelize.activation_checkpoint import ActivationCheckpoint, Forward, NoCheckpoint
-from parallelize.compile import Compile
-from parallelize.fsdp import FSDP, shard_parameters
-from parallelize.islands import find_islands
-from parallelize.ties import check_ties, find_ties, restore_ties
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.parallelize.activation_checkpoint import ActivationCheckpoint, Forward, NoCheckpoint
+from dtcp.parallelize.compile import Compile
+from dtcp.parallelize.fsdp import FSDP, shard_parameters
+from dtcp.parallelize.keep_dtype import find_islands
+from dtcp.parallelize.tied_parameters import check_ties, find_ties, restore_ties
+from dtcp.plan import apply_plan, find, matches
+from dtcp.softmax.style import AttentionStyle
 
 KEEP_ALL = NoCheckpoint()
 PLAIN_FSDP = FSDP()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dtcp.compile import compile_around_islands, compile_whole
-from parallelize.activation_checkpoint import Forward
+from dtcp.parallelize.activation_checkpoint import Forward
 
 
 @dataclass(frozen=True)

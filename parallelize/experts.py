@@ -16,7 +16,7 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from models.moe import Experts
+from dtcp.models.moe import Experts
 
 SLICED: Mapping[str, Placement] = {"gate": Shard(1), "up": Shard(1), "down": Shard(2)}
 """The channels between the projections: a dim of each weight."""
@@ -31,14 +31,14 @@ class ExpertsSplit(ParallelStyle):
     would leave ranks idle as routers go.
 
     Raises:
-        TypeError: a module that is no models.moe.Experts.
+        TypeError: a module that is no dtcp.models.moe.Experts.
         ValueError: a number of channels that the axis does not divide.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, Experts):
             raise TypeError(
-                f"{self} splits a models.moe.Experts, got a {type(module).__name__}: name the "
+                f"{self} splits a dtcp.models.moe.Experts, got a {type(module).__name__}: name the "
                 f"experts themselves in the plan."
             )
         channels = module.gate.shape[1]

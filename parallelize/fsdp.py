@@ -13,7 +13,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from parallelize.islands import keep_apart
+from dtcp.parallelize.keep_dtype import keep_apart
 
 
 @dataclass(frozen=True)

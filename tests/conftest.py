@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests import rank, spmd
+from tests.harness import rank, spmd
 
 
 def ranks_of(item: pytest.Item) -> int:

@@ -8,23 +8,35 @@ import torch
 from torch import nn
 from torch.distributed.tensor.parallel import parallelize_module
 
-from dtcp.attention import (
+from dtcp.batch import shard_batch
+from dtcp.compile import EagerIsland
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.mixer import batch_tables
+from dtcp.plan import apply_plan
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import (
+    BlockBalanced,
+    Contiguous,
+    HeadTail,
+    PerDocument,
+)
+from dtcp.sequence.masks import (
+    Bidirectional,
+    BlockBidirectional,
+    Causal,
+    PrefixLM,
+    SlidingWindow,
+)
+from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,
     HybridAttention,
     RingAttention,
     UlyssesAttention,
 )
-from dtcp.batch import shard_batch
-from dtcp.compile import EagerIsland
-from dtcp.documents import Documents
-from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
-from dtcp.masks import Bidirectional, BlockBidirectional, Causal, PrefixLM, SlidingWindow
-from dtcp.mesh import Degrees, ParallelMesh
-from dtcp.mixers import SoftmaxAttention, batch_tables
-from dtcp.style import apply_plan
-from tests import cases
-from tests.on_mesh import (
+from dtcp.softmax.mixer import SoftmaxAttention
+from tests.harness import packings as cases
+from tests.harness.attention_parity import (
     CAUSAL,
     WINDOW,
     Block,
@@ -36,7 +48,7 @@ from tests.on_mesh import (
     run,
     styles,
 )
-from tests.spmd import spmd
+from tests.harness.spmd import spmd
 
 
 def two_attentions():

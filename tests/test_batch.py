@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dtcp.attention import RingAttention
 from dtcp.batch import (
     DEFAULT_FIELDS,
     IGNORED,
@@ -15,14 +14,20 @@ from dtcp.batch import (
     shard_batch,
     shift_labels,
 )
-from dtcp.documents import Documents
-from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
-from dtcp.masks import Causal, SlidingWindow
-from dtcp.mesh import Degrees, ParallelMesh
-from dtcp.mixers import SoftmaxAttention
-from tests import cases
-from tests.on_mesh import LAYOUTS, mixer_on, refused
-from tests.spmd import spmd
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import (
+    BlockBalanced,
+    Contiguous,
+    HeadTail,
+    PerDocument,
+)
+from dtcp.sequence.masks import Causal, SlidingWindow
+from dtcp.softmax import RingAttention
+from dtcp.softmax.mixer import SoftmaxAttention
+from tests.harness import packings as cases
+from tests.harness.attention_parity import LAYOUTS, mixer_on, refused
+from tests.harness.spmd import spmd
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 

@@ -12,22 +12,31 @@ from torch import distributed as dist
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from dtcp.attention import (
-    RingAttention,
-)
 from dtcp.batch import shard_batch
-from dtcp.compile import ISLAND, EagerIsland, InGraph, communicated_ops, count_graphs
-from dtcp.documents import Documents
-from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
-from dtcp.masks import Causal, SlidingWindow
-from dtcp.mesh import ParallelMesh
-from dtcp.mixers import SoftmaxAttention
-from dtcp.style import apply_plan
-from dtcp.torchtitan.compiler import missing_for_inductor
-from dtcp.traffic import count
-from parallelize import Compile
-from tests import cases
-from tests.on_mesh import (
+from dtcp.compile import (
+    ISLAND,
+    EagerIsland,
+    InGraph,
+    communicated_ops,
+    count_graphs,
+)
+from dtcp.distributed.ledger import count
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.parallelize import Compile
+from dtcp.plan import apply_plan
+from dtcp.pretrain.compiler import missing_for_inductor
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import (
+    BlockBalanced,
+    Contiguous,
+    HeadTail,
+    PerDocument,
+)
+from dtcp.sequence.masks import Causal, SlidingWindow
+from dtcp.softmax import RingAttention
+from dtcp.softmax.mixer import SoftmaxAttention
+from tests.harness import packings as cases
+from tests.harness.attention_parity import (
     WINDOW,
     Block,
     Case,
@@ -39,7 +48,7 @@ from tests.on_mesh import (
     run,
     styles,
 )
-from tests.spmd import spmd
+from tests.harness.spmd import spmd
 
 SEQ_LEN, BATCHES = 64, 20
 boundaries = pytest.mark.parametrize("boundary", [InGraph(), EagerIsland()])

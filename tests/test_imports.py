@@ -19,39 +19,37 @@ CODE = ("dtcp", "models", "parallelize")
 
 # Lowest first. A module imports from its own floor and from those below it.
 FLOORS = (
-    ("dtcp.mesh", "dtcp.documents", "dtcp.layout", "dtcp.balance"),
-    (
-        "dtcp.collectives",
-        "dtcp.relayout",
-        "dtcp.scan",
-        "dtcp.compile",
-        "dtcp.traffic",
-        "dtcp.route",
-    ),
+    ("dtcp.sequence",),
+    ("dtcp.distributed", "dtcp.compile"),
     ("dtcp.kernels",),
-    ("dtcp.style", "dtcp.dispatch", "dtcp.mixers", "dtcp.masks", "dtcp.mixing", "dtcp.compressed"),
-    ("dtcp.attention", "dtcp.recurrent", "dtcp.sparse"),
-    ("dtcp.batch", "dtcp.loss", "dtcp.frozen", "dtcp.thd"),
-    ("dtcp.planner", "dtcp.cp_utils", "dtcp.huggingface"),
+    ("dtcp.mixer", "dtcp.plan"),
+    ("dtcp.softmax", "dtcp.recurrent", "dtcp.sparse"),
+    ("dtcp.batch", "dtcp.loss", "dtcp.sdpa", "dtcp.thd"),
+    ("dtcp.huggingface", "dtcp.cp_utils"),
     ("dtcp",),
-    ("models",),
-    ("parallelize",),
+    ("dtcp.models",),
+    ("dtcp.parallelize",),
     ("dtcp.torchtitan", "dtcp.check"),
+    ("dtcp.pretrain",),
     ("train",),
 )
 MODELS_MAY_IMPORT = (
-    "dtcp.mixers",
-    "dtcp.compressed",
-    "dtcp.recurrent.mixers",
-    "dtcp.masks",
-    "dtcp.kernels.grouped",
-    "models",
+    "dtcp.softmax.mixer",
+    "dtcp.sparse.mixer",
+    "dtcp.recurrent.mixer",
+    "dtcp.sequence.masks",
+    "dtcp.kernels.grouped_linear",
+    "dtcp.models",
     "torch",
 )
-PRIVATE_TORCH_HOMES = ("dtcp/collectives.py", "dtcp/dispatch.py", "dtcp/compile.py")
+PRIVATE_TORCH_HOMES = (
+    "dtcp/distributed/collectives.py",
+    "dtcp/distributed/dtensor_rules.py",
+    "dtcp/compile.py",
+)
 OPTIONAL = ("fla", "flash_attn", "flash_attn_interface", "flash_attn_3")
 # torchrun speaks to its ranks through the environment, and launching is speaking to torchrun.
-ENVIRONMENT_HOMES = ("dtcp/torchtitan/launch.py", "dtcp/torchtitan/report.py")
+ENVIRONMENT_HOMES = ("dtcp/pretrain/launch.py", "dtcp/pretrain/report.py")
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,8 @@ class File:
 
     @functools.cached_property
     def module(self) -> str:
-        return self.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        name = self.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        return f"dtcp.{name}" if within(name, ("models", "parallelize")) else name
 
     def imports(self) -> Iterator[tuple[str, str]]:
         """(place, full name) of everything imported; `from a import b` gives a.b."""
@@ -255,7 +254,7 @@ def test_modules_hold_no_mutable_state():
     mutable = [
         file.place(node)
         for file in files("dtcp")
-        if file.path != "dtcp/traffic.py"
+        if file.path != "dtcp/distributed/ledger.py"
         for node in module_level(file.tree)
         if isinstance(node, ast.Assign | ast.AnnAssign)
         and is_mutable(node.value)

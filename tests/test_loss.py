@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from dtcp import loss as loss_module
 from dtcp.loss import IGNORED, global_token_count, token_mean_loss
-from tests.spmd import spmd
+from tests.harness.spmd import spmd
 
 
 def a_batch(dtype=torch.float64, vocab_size=11):

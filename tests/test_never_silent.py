@@ -15,16 +15,15 @@ from torch.nn.functional import scaled_dot_product_attention as captured
 from torch.testing import assert_close
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from dtcp.attention import (
-    RingAttention,
-)
-from dtcp.attention.sdpa import install_sdpa_rules, sequence_layout
 from dtcp.compile import EagerIsland, InGraph, count_graphs
-from dtcp.layout import Contiguous, HeadTail
-from dtcp.mixers import SoftmaxAttention, batch_tables
-from dtcp.style import apply_plan
-from dtcp.traffic import count
-from tests.on_mesh import (
+from dtcp.distributed.ledger import count
+from dtcp.mixer import batch_tables
+from dtcp.plan import apply_plan
+from dtcp.sdpa.rules import install_sdpa_rules, sequence_layout
+from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.softmax import RingAttention
+from dtcp.softmax.mixer import SoftmaxAttention
+from tests.harness.attention_parity import (
     LAYOUTS,
     WINDOW,
     Block,
@@ -37,7 +36,7 @@ from tests.on_mesh import (
     styles,
     truth,
 )
-from tests.spmd import spmd
+from tests.harness.spmd import spmd
 
 SEQ_LEN, HEADS, DIM = 32, 4, 8
 boundaries = pytest.mark.parametrize("boundary", [InGraph(), EagerIsland()])

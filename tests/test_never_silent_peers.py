@@ -11,25 +11,32 @@ from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention as captured
 from torch.testing import assert_close
 
-from dtcp.attention import (
+from dtcp.batch import IGNORED, shard_batch, shift_labels
+from dtcp.compile import EagerIsland, InGraph
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.loss import global_token_count, token_mean_loss
+from dtcp.mixer import batch_tables
+from dtcp.plan import apply_plan
+from dtcp.sdpa.rules import install_sdpa_rules, sequence_layout
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import (
+    BlockBalanced,
+    Contiguous,
+    HeadTail,
+    PerDocument,
+)
+from dtcp.sequence.masks import Causal
+from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,
     HybridAttention,
     RingAttention,
     UlyssesAttention,
 )
-from dtcp.attention.sdpa import install_sdpa_rules, sequence_layout
-from dtcp.batch import IGNORED, shard_batch, shift_labels
-from dtcp.compile import EagerIsland, InGraph
-from dtcp.documents import Documents
-from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
-from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.masks import Causal
-from dtcp.mesh import ParallelMesh
-from dtcp.mixers import SoftmaxAttention, batch_tables
-from dtcp.style import apply_plan
-from tests import cases, reference
-from tests.on_mesh import (
+from dtcp.softmax.mixer import SoftmaxAttention
+from tests.harness import packings as cases
+from tests.harness import reference
+from tests.harness.attention_parity import (
     BIDIRECTIONAL,
     CAUSAL,
     IMAGES_IN_WINDOW,
@@ -47,7 +54,7 @@ from tests.on_mesh import (
     styles,
     truth,
 )
-from tests.spmd import spmd
+from tests.harness.spmd import spmd
 
 SEQ_LEN, HEADS, DIM = 32, 4, 8
 

@@ -50,7 +50,7 @@ def test_the_example_runs_as_printed(tmp_path, index):
 
 
 def test_its_commands_name_configs_and_files_that_exist():
-    registry = (ROOT / "dtcp/torchtitan/config_registry.py").read_text()
+    registry = (ROOT / "dtcp/pretrain/configs.py").read_text()
     named = re.findall(r"--config (\w+)", README)
     assert named
     assert [name for name in named if f"def {name}()" not in registry] == []

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dtcp.attention import AllGatherAttention, RingAttention
 from dtcp.cp_utils import _shard_thd_chunk_for_te, make_cp_batch_and_ctx, make_cp_batch_for_te
-from dtcp.masks import Bidirectional, Causal
+from dtcp.sequence.masks import Bidirectional, Causal
+from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.thd import PackedAttention, partition_indices, to_thd
-from tests import reference
-from tests.spmd import spmd
+from tests.harness import reference
+from tests.harness.spmd import spmd
 
 LENGTHS = ((22, 3), (48, -1000), (5, 24))
 SLOTS = ((24, 24), (48, -1000), (24, 24))

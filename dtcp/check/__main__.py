@@ -4,10 +4,17 @@ import argparse
 import json
 import sys
 
-from dtcp import attention, layout
-from dtcp.check.parity import REFUSALS, Options, Outcome, Report, run
+from dtcp import softmax as attention
+from dtcp.check.parity import (
+    REFUSALS,
+    Options,
+    Outcome,
+    Report,
+    run,
+)
 from dtcp.check.subject import HuggingFaceSubject, MixerSubject, Subject
-from dtcp.mesh import Degrees
+from dtcp.distributed.mesh import Degrees
+from dtcp.sequence import layout
 
 STRATEGIES = ("RingAttention", "AllGatherAttention", "UlyssesAttention")
 LAYOUTS = ("HeadTail", "Contiguous", "PerDocument", "BlockBalanced")

@@ -15,19 +15,24 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from dtcp.attention import RingAttention
 from dtcp.batch import shard_batch, shift_labels
 from dtcp.check.subject import Mixing, Subject, vocabulary
 from dtcp.compile import Graphs, count_graphs
-from dtcp.dispatch import CollectiveCalls
-from dtcp.documents import Documents
-from dtcp.layout import HeadTail, SequenceLayout
+from dtcp.distributed.dtensor_rules import CollectiveCalls
+from dtcp.distributed.ledger import (
+    LEDGER,
+    Count,
+    count,
+    since,
+)
+from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.mesh import Degrees, ParallelMesh
-from dtcp.mixers import Mixer
-from dtcp.style import AttentionStyle
-from dtcp.traffic import LEDGER, Count, count, since
-from parallelize import Compile
+from dtcp.mixer import Mixer
+from dtcp.parallelize import Compile
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import HeadTail, SequenceLayout
+from dtcp.softmax import RingAttention
+from dtcp.softmax.style import AttentionStyle
 
 REFUSALS = (ValueError, NotImplementedError)
 """What says that something cannot be carried out, rather than that something went wrong."""

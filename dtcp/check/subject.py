@@ -12,15 +12,20 @@ from torch import Tensor, nn
 
 from dtcp.batch import BatchPlan
 from dtcp.check.configs import Small, small_config
-from dtcp.documents import Documents
+from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import survey
+from dtcp.huggingface.mixing_probe import find_mixing, mixers_apart, probe_length
 from dtcp.huggingface.registry import MIXER
-from dtcp.mesh import ParallelMesh
-from dtcp.mixers import Mixer, batch_tables
-from dtcp.mixing import find_mixing, mixers_apart, probe_length
-from dtcp.style import AttentionStyle
-from parallelize import Compile, ParallelPlan, parallelize, parallelize_hf
-from parallelize.huggingface import tensor_plan
+from dtcp.mixer import Mixer, batch_tables
+from dtcp.parallelize import (
+    Compile,
+    ParallelPlan,
+    parallelize,
+    parallelize_hf,
+)
+from dtcp.parallelize.plans.huggingface import tensor_plan
+from dtcp.sequence.documents import Documents
+from dtcp.softmax.style import AttentionStyle
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from dtcp.cp_utils.deepseek_v4 import (
 )
 from dtcp.cp_utils.deepseek_v4_batch import make_dsv4_contiguous_shard_cp_batch_and_ctx
 from dtcp.cp_utils.delta_net import CPAwareGatedDeltaNet, _AllGatherConcatFn, apply_cp
+from dtcp.cp_utils.frozen_target import gather_cp_seq, make_target_cp_ctx
 from dtcp.cp_utils.hooks import attach_context_parallel_hooks, attach_cp_sdpa_hooks
-from dtcp.cp_utils.packed import _shard_thd_chunk_for_te, make_cp_batch_for_te
-from dtcp.cp_utils.target import gather_cp_seq, make_target_cp_ctx
+from dtcp.cp_utils.thd import _shard_thd_chunk_for_te, make_cp_batch_for_te
 
 __all__ = [
     "BatchSharder",

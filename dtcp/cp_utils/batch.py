@@ -9,17 +9,22 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.attention.all_gather import AllGatherAttention
-from dtcp.attention.shards import local_shards
-from dtcp.batch import DEFAULT_FIELDS, WHOLE, TokenField, shard_batch
+from dtcp.batch import (
+    DEFAULT_FIELDS,
+    WHOLE,
+    TokenField,
+    shard_batch,
+)
 from dtcp.cp_utils.context import ContextFactory, get_train_context
 from dtcp.cp_utils.masks import documents_of_mask
-from dtcp.cp_utils.packed import make_cp_batch_for_te
-from dtcp.cp_utils.told import check_one_document, check_rows
-from dtcp.documents import Documents
-from dtcp.layout import HeadTail, SequenceLayout
-from dtcp.mesh import ParallelMesh
-from dtcp.style import AttentionStyle
+from dtcp.cp_utils.thd import make_cp_batch_for_te
+from dtcp.cp_utils.validation import check_one_document, check_rows
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.sdpa.local_shards import local_shards
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import HeadTail, SequenceLayout
+from dtcp.softmax.all_gather import AllGatherAttention
+from dtcp.softmax.style import AttentionStyle
 from dtcp.thd import SENTINEL, row_slots
 
 Batch = dict[str, Any]

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import loss_parallel
 
-from dtcp.attention.all_gather import AllGatherAttention
-from dtcp.attention.ring import RingAttention
-from dtcp.attention.shards import local_shards
 from dtcp.compile import compiled_autograd
-from dtcp.layout import HeadTail
-from dtcp.style import AttentionStyle
+from dtcp.sdpa.local_shards import local_shards
+from dtcp.sequence.layout import HeadTail
+from dtcp.softmax.all_gather import AllGatherAttention
+from dtcp.softmax.ring import RingAttention
+from dtcp.softmax.style import AttentionStyle
 
 Context = AbstractContextManager[Any]
 ContextFactory = Callable[[], Context]
@@ -168,5 +168,5 @@ def _check_buffers(
     if any(x.requires_grad for x in buffers):
         raise ValueError(
             "Buffers are sharded in place, which gradients do not follow, got one that requires "
-            "grad: give it to make_cp_batch_and_ctx, or shard it by dtcp.relayout.shard."
+            "grad: give it to make_cp_batch_and_ctx, or shard it by relayout.shard."
         )

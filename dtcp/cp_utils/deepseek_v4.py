@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dtcp.collectives import all_gather_over
-from dtcp.cp_utils.told import padding_of_mask
+from dtcp.cp_utils.validation import padding_of_mask
+from dtcp.distributed.collectives import all_gather_over
 
 OVERLAPPING = 4
 """The ratio whose windows read the one before them, too."""

@@ -15,9 +15,9 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.cp_utils.deepseek_v4 import padding_of
-from dtcp.cp_utils.told import check_one_document, check_rows
-from dtcp.documents import Documents
+from dtcp.cp_utils.validation import check_one_document, check_rows
 from dtcp.loss import IGNORED
+from dtcp.sequence.documents import Documents
 from dtcp.thd import SENTINEL
 
 Context = Callable[[], AbstractContextManager[None]]

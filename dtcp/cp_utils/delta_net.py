@@ -17,15 +17,20 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from dtcp.collectives import all_gather, axis_of, group_name, reduce_scatter
 from dtcp.compile import assert_in_graph
-from dtcp.cp_utils.dealt import layout_of
-from dtcp.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.cp_utils.inferred_layout import layout_of
+from dtcp.distributed.collectives import (
+    all_gather,
+    axis_of,
+    group_name,
+    reduce_scatter,
+)
+from dtcp.distributed.relayout import relayout
 from dtcp.recurrent.conv import ConvTables, causal_conv, halo_route
-from dtcp.recurrent.mixers import GatedDeltaRule
+from dtcp.recurrent.mixer import GatedDeltaRule
 from dtcp.recurrent.op import DeltaTables, chain_of, gated_delta_rule
 from dtcp.recurrent.style import FEWEST_BYTES, DeltaShape
-from dtcp.relayout import relayout
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 
 CLASSES: Mapping[str, tuple[str, str]] = {
     "qwen3_5_text": ("qwen3_5", "Qwen3_5GatedDeltaNet"),

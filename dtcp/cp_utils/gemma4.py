@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.cp_utils.batch import MODEL_OWNED
-from dtcp.cp_utils.told import check_one_document, check_rows, padding_of_mask
-from dtcp.documents import Documents
-from dtcp.layout import Contiguous
+from dtcp.cp_utils.validation import check_one_document, check_rows, padding_of_mask
 from dtcp.loss import IGNORED
-from dtcp.masks import Coords, vision_blocks
-from dtcp.mixers import mixer_tables
+from dtcp.mixer import mixer_tables
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous
+from dtcp.sequence.masks import Coords, vision_blocks
 
 Batch = dict[str, Any]
 Context = Callable[[], AbstractContextManager[None]]
@@ -41,7 +41,7 @@ def prepare_model_inputs_for_cp(
     then has `tables`, for the model's forward.
 
     Args:
-        model: models.gemma4.Gemma4. Under FSDP its `embed` is registered as a forward method
+        model: dtcp.models.gemma4.Gemma4. Under FSDP its `embed` is registered as a forward method
             (torch's register_fsdp_forward_method) where image_features are given.
         batch: whole rows, alike on every rank of the axis.
         image_features: [images' tokens, D], in order; of a tower that no mesh axis shards.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.attention.shards import ask_attended, ask_causal, ask_layout
+from dtcp.sdpa.local_shards import ask_attended, ask_causal, ask_layout
 
 _WRAPPERS = ("._checkpoint_wrapped_module", "._orig_mod")
 

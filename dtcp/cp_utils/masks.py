@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dtcp.documents import Documents
+from dtcp.sequence.documents import Documents
 
 
 def documents_of_mask(mask: Tensor, position: Tensor | None, rows: int, seq_len: int) -> Documents:

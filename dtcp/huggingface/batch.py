@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.batch import BatchPlan, shard_batch, shift_labels
-from dtcp.documents import Documents
-from dtcp.layout import HeadTail, SequenceLayout
+from dtcp.distributed.mesh import ParallelMesh
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.mesh import ParallelMesh
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import HeadTail, SequenceLayout
 
 
 def shard_hf_batch(

@@ -5,8 +5,8 @@ from functools import wraps
 from typing import Any
 
 from dtcp.huggingface import registry
+from dtcp.huggingface.meta_device import survey_unbuilt
 from dtcp.huggingface.survey import Survey, survey, survey_mask
-from dtcp.huggingface.twin import survey_unbuilt
 
 TAKEN = (
     "input_ids",

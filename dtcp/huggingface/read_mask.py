@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtcp.masks import Bidirectional, Causal, Mask, SlidingWindow
+from dtcp.sequence.masks import (
+    Bidirectional,
+    Causal,
+    Mask,
+    SlidingWindow,
+)
 
 FAR = 2**20
 """The query whose keys are counted; a window as wide as this is taken for none."""

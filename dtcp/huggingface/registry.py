@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dtcp.mixers import Tables
+from dtcp.mixer import Tables
 
 IMPLEMENTATION = "dtcp"
 """What `config._attn_implementation` says of a model whose attention is ours."""

@@ -16,10 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.huggingface import registry
+from dtcp.huggingface.mixing_probe import (
+    find_mixing,
+    own_value,
+    probe_length,
+    tensors,
+)
 from dtcp.huggingface.read_mask import read_mask
-from dtcp.masks import Bidirectional, Mask
-from dtcp.mixers import SoftmaxAttention
-from dtcp.mixing import find_mixing, own_value, probe_length, tensors
+from dtcp.sequence.masks import Bidirectional, Mask
+from dtcp.softmax.mixer import SoftmaxAttention
 
 HARMLESS = ("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits")
 """Arguments of an attention call that say what mask, positions and the model's call say too."""

@@ -1,7 +1,7 @@
 """Recurrent mixers, and how they are carried out on a sharded sequence."""
 
-from dtcp.recurrent.mixers import CausalConv1d, GatedDeltaRule
-from dtcp.recurrent.relaid import RelayoutCP
+from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule
+from dtcp.recurrent.relayout_mixer import RelayoutCP
 from dtcp.recurrent.style import (
     CausalConvCP,
     FewestBytes,

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dtcp.collectives import axis_of, exchange
-from dtcp.kernels.block import accumulation
-from dtcp.layout import SequenceLayout
-from dtcp.masks import Coords
-from dtcp.route import Route, halo_runs
+from dtcp.distributed.collectives import axis_of, exchange
+from dtcp.kernels.dtypes import accumulation
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.masks import Coords
+from dtcp.sequence.routes import Route, halo_runs
 
 
 class ConvTables(NamedTuple):

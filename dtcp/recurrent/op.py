@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dtcp.collectives import axis_of
-from dtcp.dispatch import check_placements, handle
-from dtcp.kernels.block import accumulation
-from dtcp.kernels.delta_rule import Carry, Inputs
-from dtcp.kernels.fla import delta_kernel
-from dtcp.layout import SequenceLayout
-from dtcp.masks import Coords
-from dtcp.recurrent.states import entering_by_gather, entering_by_scan
-from dtcp.traffic import LEDGER
+from dtcp.distributed.collectives import axis_of
+from dtcp.distributed.dtensor_rules import check_placements, handle
+from dtcp.distributed.ledger import LEDGER
+from dtcp.kernels.delta_rule.fla import delta_kernel
+from dtcp.kernels.delta_rule.reference import Carry, Inputs
+from dtcp.kernels.dtypes import accumulation
+from dtcp.recurrent.exchange import entering_by_gather, entering_by_scan
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.masks import Coords
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor[] tables, bool scan,"

@@ -9,16 +9,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from dtcp.collectives import group_name
-from dtcp.kernels.block import accumulation
-from dtcp.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.masks import Coords
-from dtcp.mixers import Mixer, Tables
+from dtcp.distributed.collectives import group_name
+from dtcp.kernels.dtypes import accumulation
+from dtcp.mixer import Mixer, Tables
 from dtcp.recurrent.conv import causal_conv, conv_tables
-from dtcp.recurrent.mixers import CausalConv1d, GatedDeltaRule, RecurrentMixer
+from dtcp.recurrent.exchange import summaries_received
+from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, RecurrentMixer
 from dtcp.recurrent.op import delta_tables, gated_delta_rule, install
-from dtcp.recurrent.states import summaries_received
-from dtcp.style import Received
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.masks import Coords
+from dtcp.softmax.style import Received
 
 
 @dataclass(frozen=True)

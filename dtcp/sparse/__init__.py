@@ -1,6 +1,6 @@
 """Compressed sparse attention on a sharded sequence."""
 
-from dtcp.sparse.published import PublishedSparseCP
+from benchmarks.published_sparse import PublishedSparseCP
 from dtcp.sparse.style import CompressedSparseCP, SparseShape
 
 __all__ = ["CompressedSparseCP", "PublishedSparseCP", "SparseShape"]

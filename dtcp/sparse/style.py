@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from dtcp.collectives import all_gather, connect, group_name
-from dtcp.compressed import (
+from dtcp.distributed.collectives import all_gather, connect, group_name
+from dtcp.mixer import Tables
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.masks import Coords
+from dtcp.sequence.routes import halo_runs
+from dtcp.softmax.style import Received
+from dtcp.sparse.exchange import bring_left, halo_routes, line_up
+from dtcp.sparse.mixer import (
     CompressedSparseAttention,
     Compression,
     SparseTables,
     segment_entries,
     sparse_tables,
 )
-from dtcp.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.masks import Coords
-from dtcp.mixers import Tables
-from dtcp.route import halo_runs
-from dtcp.sparse.halo import bring_left, halo_routes, line_up
-from dtcp.style import Received
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,17 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
-from dtcp.mesh import ParallelMesh
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.models import deepseek_v4, gemma4, qwen3_5
+from dtcp.models import llama as llamas
+from dtcp.parallelize import (
+    balance_experts,
+    deepseek_v4_plan,
+    gemma4_plan,
+    llama_plan,
+    qwen3_5_plan,
+)
 from dtcp.torchtitan.parallelize import MakePlan, parallelize_plain
-from models import deepseek_v4, gemma4, qwen3_5
-from models import llama as llamas
-from parallelize import balance_experts, deepseek_v4_plan, gemma4_plan, llama_plan, qwen3_5_plan
 
 StateDict = dict[str, Any]
 Work = Callable[[nn.Module, DeviceMesh | None], None]

@@ -15,8 +15,9 @@ from torchtitan.models.common.attention import FlexAttention
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.protocols.module import Module
 
-from dtcp.masks import Causal
-from dtcp.mixers import SoftmaxAttention, Tables
+from dtcp.mixer import Tables
+from dtcp.sequence.masks import Causal
+from dtcp.softmax.mixer import SoftmaxAttention
 
 
 class MixerAttention(Module):

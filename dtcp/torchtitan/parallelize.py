@@ -34,11 +34,8 @@ from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.models.common.decoder import Decoder
 
 from dtcp.compile import communicated_ops
-from dtcp.mesh import ParallelMesh
-from dtcp.style import AttentionStyle, apply_plan
-from dtcp.torchtitan.overrides import add_mixers
-from dtcp.torchtitan.section import Section
-from parallelize import (
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.parallelize import (
     FSDP,
     ActivationCheckpoint,
     Compile,
@@ -48,6 +45,10 @@ from parallelize import (
     SelectiveCheckpoint,
     parallelize,
 )
+from dtcp.plan import apply_plan
+from dtcp.softmax.style import AttentionStyle
+from dtcp.torchtitan.overrides import add_mixers
+from dtcp.torchtitan.section import Section
 
 MakePlan = Callable[[Any, ParallelMesh, AttentionStyle], ParallelPlan]
 

@@ -4,11 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dtcp.attention import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from dtcp.compile import Boundary, EagerIsland, InGraph
-from dtcp.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
-from dtcp.style import AttentionStyle
-from dtcp.torchtitan.launch import Device
+from dtcp.pretrain.launch import Device
+from dtcp.sequence.layout import (
+    BlockBalanced,
+    Contiguous,
+    HeadTail,
+    PerDocument,
+    SequenceLayout,
+)
+from dtcp.softmax import (
+    AllGatherAttention,
+    HybridAttention,
+    RingAttention,
+    UlyssesAttention,
+)
+from dtcp.softmax.style import AttentionStyle
 
 LAYOUTS: Mapping[str, type[SequenceLayout]] = {
     "contiguous": Contiguous,

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtcp.compressed import CompressedSparseAttention, Compression, Index, Prepool
-from dtcp.mixers import Tables
-from models.blocks import RMSNorm
-from models.deepseek_v4.config import DeepseekV4Config
-from models.deepseek_v4.rope import TailRope
+from dtcp.mixer import Tables
+from dtcp.models.blocks import RMSNorm
+from dtcp.models.deepseek_v4.config import DeepseekV4Config
+from dtcp.models.deepseek_v4.rope import TailRope
+from dtcp.sparse.mixer import (
+    CompressedSparseAttention,
+    Compression,
+    Index,
+    Prepool,
+)
 
 
 class Attention(nn.Module):

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from dtcp.compressed import Compression
-from models.deepseek_v4.rope import TailRope, Yarn
+from dtcp.models.deepseek_v4.rope import TailRope, Yarn
+from dtcp.sparse.mixer import Compression
 
 WINDOW, SPARSE = 0, 4
 """Compress ratios with a meaning of their own: no entries at all; overlap, and an indexer."""

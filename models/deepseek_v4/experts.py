@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.deepseek_v4.config import DeepseekV4Config
-from models.moe import Experts
+from dtcp.models.deepseek_v4.config import DeepseekV4Config
+from dtcp.models.moe import Experts
 
 
 class Mixture(nn.Module):

@@ -4,13 +4,13 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from dtcp.mixers import Tables
-from models.blocks import RMSNorm
-from models.deepseek_v4.attention import Attention, GroupedLinear, Table
-from models.deepseek_v4.config import DeepseekV4Config
-from models.deepseek_v4.experts import Mixture, Router
-from models.deepseek_v4.hyper import HyperConnection, HyperHead, expand
-from models.moe import Experts
+from dtcp.mixer import Tables
+from dtcp.models.blocks import RMSNorm
+from dtcp.models.deepseek_v4.attention import Attention, GroupedLinear, Table
+from dtcp.models.deepseek_v4.config import DeepseekV4Config
+from dtcp.models.deepseek_v4.experts import Mixture, Router
+from dtcp.models.deepseek_v4.hyper import HyperConnection, HyperHead, expand
+from dtcp.models.moe import Experts
 
 
 class Block(nn.Module):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from models.deepseek_v4.config import WINDOW, DeepseekV4Config
-from models.deepseek_v4.rope import Yarn
-from models.names import NameMap
+from dtcp.models.deepseek_v4.config import WINDOW, DeepseekV4Config
+from dtcp.models.deepseek_v4.rope import Yarn
+from dtcp.models.names import NameMap
 
 _ATTENTION = (
     ("q_a_proj.weight", "wq_a.weight", "q_a_proj.weight"),

@@ -1,6 +1,6 @@
 """Gemma 4 text decoders: dense, with experts, or with per-layer embeddings."""
 
-from models.gemma4.config import (
+from dtcp.models.gemma4.config import (
     PRESETS,
     Gemma4Config,
     HeadShape,
@@ -11,8 +11,13 @@ from models.gemma4.config import (
     tiny_e,
     tiny_moe,
 )
-from models.gemma4.model import Attention, Block, Gemma4
-from models.gemma4.state_dict import config_from_hf, config_to_hf, from_hf, to_hf
+from dtcp.models.gemma4.model import Attention, Block, Gemma4
+from dtcp.models.gemma4.state_dict import (
+    config_from_hf,
+    config_to_hf,
+    from_hf,
+    to_hf,
+)
 
 __all__ = [
     "PRESETS",

@@ -3,8 +3,13 @@
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from dtcp.masks import BlockBidirectional, Causal, Mask, SlidingWindow
-from models.gemma4.rope import ProportionalRope
+from dtcp.models.gemma4.rope import ProportionalRope
+from dtcp.sequence.masks import (
+    BlockBidirectional,
+    Causal,
+    Mask,
+    SlidingWindow,
+)
 
 
 class Sight(Enum):

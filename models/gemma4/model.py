@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtcp.mixers import KeyExchange, KeysFromValues, SoftmaxAttention, Tables
-from models.gemma4.config import Gemma4Config, MoEShape, Sight
-from models.moe import Experts
+from dtcp.mixer import Tables
+from dtcp.models.gemma4.config import Gemma4Config, MoEShape, Sight
+from dtcp.models.moe import Experts
+from dtcp.softmax.mixer import KeyExchange, KeysFromValues, SoftmaxAttention
 
 KeysAndValues = tuple[Tensor, Tensor]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.rope import Rope
+from dtcp.models.rope import Rope
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.gemma4.config import Gemma4Config, HeadShape, MoEShape, Sight
-from models.names import NameMap
+from dtcp.models.gemma4.config import (
+    Gemma4Config,
+    HeadShape,
+    MoEShape,
+    Sight,
+)
+from dtcp.models.names import NameMap
 
 LAYER = "layers.{i}"
 THEIRS = "model.layers.{i}"

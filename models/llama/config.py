@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from models.rope import Llama3Scaling, Rope
+from dtcp.models.rope import Llama3Scaling, Rope
 
 
 @dataclass(frozen=True)

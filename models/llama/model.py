@@ -2,10 +2,11 @@
 
 from torch import Tensor, nn
 
-from dtcp.masks import Causal
-from dtcp.mixers import SoftmaxAttention, Tables
-from models.blocks import SwiGLU
-from models.llama.config import LlamaConfig
+from dtcp.mixer import Tables
+from dtcp.models.blocks import SwiGLU
+from dtcp.models.llama.config import LlamaConfig
+from dtcp.sequence.masks import Causal
+from dtcp.softmax.mixer import SoftmaxAttention
 
 
 class Attention(nn.Module):

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from models.llama.config import LlamaConfig
-from models.names import NameMap
-from models.rope import Llama3Scaling
+from dtcp.models.llama.config import LlamaConfig
+from dtcp.models.names import NameMap
+from dtcp.models.rope import Llama3Scaling
 
 NAMES = NameMap(
     (

@@ -1,8 +1,24 @@
 """Qwen3.5: a hybrid of the gated delta rule and full attention, dense or with experts."""
 
-from models.qwen3_5.config import PRESETS, DeltaNetConfig, ExpertsConfig, Qwen35Config, tiny
-from models.qwen3_5.model import Block, GatedAttention, GatedDeltaNet, Qwen35
-from models.qwen3_5.state_dict import config_from_hf, config_to_hf, from_hf, to_hf
+from dtcp.models.qwen3_5.config import (
+    PRESETS,
+    DeltaNetConfig,
+    ExpertsConfig,
+    Qwen35Config,
+    tiny,
+)
+from dtcp.models.qwen3_5.model import (
+    Block,
+    GatedAttention,
+    GatedDeltaNet,
+    Qwen35,
+)
+from dtcp.models.qwen3_5.state_dict import (
+    config_from_hf,
+    config_to_hf,
+    from_hf,
+    to_hf,
+)
 
 __all__ = [
     "PRESETS",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from models.qwen3_5.rope import InterleavedRope
+from dtcp.models.qwen3_5.rope import InterleavedRope
 
 
 @dataclass(frozen=True)

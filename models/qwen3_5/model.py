@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtcp.masks import Causal
-from dtcp.mixers import SoftmaxAttention, Tables
-from dtcp.recurrent.mixers import CausalConv1d, GatedDeltaRule
-from models.blocks import SwiGLU
-from models.moe import Experts
-from models.qwen3_5.config import ExpertsConfig, Qwen35Config
+from dtcp.mixer import Tables
+from dtcp.models.blocks import SwiGLU
+from dtcp.models.moe import Experts
+from dtcp.models.qwen3_5.config import ExpertsConfig, Qwen35Config
+from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule
+from dtcp.sequence.masks import Causal
+from dtcp.softmax.mixer import SoftmaxAttention
 
 Angles = tuple[Tensor, Tensor]
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.names import NameMap
-from models.qwen3_5.config import DeltaNetConfig, ExpertsConfig, Qwen35Config
+from dtcp.models.names import NameMap
+from dtcp.models.qwen3_5.config import DeltaNetConfig, ExpertsConfig, Qwen35Config
 
 _DELTA = {
     "z_proj.weight": "in_proj_z.weight",

@@ -1,0 +1,36 @@
+"""A target that is only read, by the seed's functions; `dtcp.FrozenTarget` does it in one call."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtcp.sdpa.frozen import gather_read, read_shard
+
+
+def make_target_cp_ctx(
+    cp_mesh: DeviceMesh, input_ids: Tensor, position_ids: Tensor | None = None
+) -> tuple[AbstractContextManager[Any], Tensor, Tensor, int]:
+    """Shard what a frozen target reads, contiguously, and make the context it is read in.
+
+    Args:
+        cp_mesh: the 1-D axis of the sequence; None or one rank: whole rows and no context.
+        input_ids: [B, S], whole on every rank of the axis; stays as it is.
+        position_ids: [B, S] or [1, S], restarting with each document; None counts from 0.
+    Returns:
+        the context, the local ids and positions [B, L], and S, for `gather_cp_seq`.
+    """
+    return read_shard(cp_mesh, input_ids, position_ids)
+
+
+def gather_cp_seq(
+    cp_mesh: DeviceMesh, tensors: list[Tensor], seq_dim: int, orig_len: int
+) -> list[Tensor]:
+    """Whole tensors in order from the shards of `make_target_cp_ctx`; no gradient.
+
+    Args:
+        seq_dim: the sequence's dim of all of them.
+        orig_len: tokens before padding.
+    """
+    return gather_read(cp_mesh, tensors, orig_len, dim=seq_dim)

@@ -1,0 +1,78 @@
+"""What a batch says of its rows where nobody reads it: refused, for it would be lost."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtcp.sequence.documents import restarts
+
+
+def padding_of_mask(mask: Tensor) -> Tensor:
+    """[B, S], True for padding: of an attention_mask that has 0 there, or of one of four dims.
+
+    Of four dims, bool or added to scores, the diagonal is read: a token that does not see itself.
+
+    Raises:
+        ValueError: a mask of another kind, which would be read as its opposite.
+    """
+    if mask.ndim == 4 and (mask.dtype == torch.bool or mask.is_floating_point()):
+        diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        if mask.dtype == torch.bool:
+            return diagonal.logical_not()
+        if not bool((mask > 0).any()):
+            return diagonal != 0
+    elif mask.ndim == 2 and not bool((mask < 0).any()):
+        return mask.bool().logical_not()
+    raise ValueError(
+        f"An attention_mask is [B, S] and 0 for padding, or of four dims and bool, or added to "
+        f"scores, got attention_mask of shape {tuple(mask.shape)}, {mask.dtype}: give a "
+        f"padding_mask [B, S] in its place, True for padding."
+    )
+
+
+def check_rows(batch: Mapping[str, Any], primary: str, keys: Collection[str]) -> None:
+    """Refuse keys [B, S, ...] whose rows are not as long as those of what the model reads.
+
+    Raises:
+        ValueError: such a key, or position_ids that are neither [B, S] nor [axes, B, S].
+    """
+    shapes = {key: tuple(batch[key].shape) for key in keys if isinstance(batch.get(key), Tensor)}
+    seq_len = shapes[primary][1:2]
+    if not seq_len or any(shape[1:2] != seq_len for shape in shapes.values()):
+        raise ValueError(
+            f"The keys of a batch have rows of one length, got shapes={shapes}: give each "
+            f"[B, S, ...], as {primary}."
+        )
+    position = batch.get("position_ids")
+    if position is not None and (position.ndim not in (2, 3) or position.shape[-1:] != seq_len):
+        raise ValueError(
+            f"Positions go with tokens, got position_ids.shape={tuple(position.shape)} for rows "
+            f"of {seq_len[0]}: give [B, S], [1, S], or [axes, B, S]."
+        )
+
+
+def check_one_document(
+    batch: Mapping[str, Any], padding: Tensor | None, *, remedy: str, unread: Collection[str] = ()
+) -> None:
+    """Refuse rows of several documents, told in a way that nobody reads: they would see each other.
+
+    Args:
+        padding: [B, S], True for padding, where positions say nothing.
+        unread: keys that would tell.
+    Raises:
+        ValueError: an attention_mask that numbers documents, positions that restart, a key.
+    """
+    found = [key for key in unread if batch.get(key) is not None]
+    if batch.get("qkv_format") == "thd":
+        found.append("qkv_format='thd'")
+    mask, position = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None and mask.ndim == 2 and bool((mask > 1).any()):
+        found.append("an attention_mask that numbers documents")
+    if position is not None and restarts(position, padding):
+        found.append("position_ids that restart")
+    if found:
+        raise ValueError(
+            f"A batch tells its documents where they are read, got {' and '.join(found)}: {remedy}."
+        )

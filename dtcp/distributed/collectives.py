@@ -1,0 +1,383 @@
+"""Collectives along one axis of a mesh: differentiable, traceable, counted.
+
+Each is an op of our own, so that it is one node in a graph, runs to its end at every execution,
+and counts its calls and the bytes that cross between ranks. Sums are taken in fp32 (in fp64
+where given fp64), in the order of the ranks, so results do not depend on the backend.
+
+All ranks of the mesh call the same collectives in the same order. A mesh of one rank
+communicates nothing.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+# Private in torch 2.11 to 2.15, with no public function from a group's name to the group.
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from dtcp.distributed.ledger import LEDGER
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.routes import Route, halo_runs
+
+
+def group_name(mesh: DeviceMesh) -> str:
+    """The name of a 1-D mesh's process group: what an op takes, since a graph holds no groups."""
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"A collective runs along one axis, got mesh.ndim={mesh.ndim}: "
+            f"slice the mesh, as in mesh['cp']."
+        )
+    return axis_group_name(mesh, 0)
+
+
+def axis_group_name(mesh: DeviceMesh, index: int) -> str:
+    """As group_name of one axis of a mesh; torch 2.11 cannot slice a mesh while it traces."""
+    return cast(str, mesh.get_group(index).group_name)
+
+
+def group_of(name: str) -> dist.ProcessGroup:
+    """The process group of that name, inside an op's body."""
+    return _resolve_process_group(cast("dist.GroupName", name))
+
+
+def connect(name: str) -> None:
+    """Make the links of a group while all of its ranks are here: call where a plan is applied.
+
+    NCCL makes them at the first call on a group and waits for every rank of it; a ring's first
+    transfer may concern two ranks only, where documents leave the others nothing to send.
+    """
+    group = group_of(name)
+    if dist.get_backend(group) == "nccl":
+        dist.barrier(group)
+
+
+def axis_of(name: str, device: torch.device) -> DeviceMesh:
+    """The axis of that group, inside an op's body: what the functions below take."""
+    return DeviceMesh.from_group(group_of(name), device.type)
+
+
+def all_gather(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
+    """Concatenate x of every rank along dim, rank 0's first: L to n * L.
+
+    Backward reduce-scatters. Traffic per rank: (n - 1) * x.numel() elements, and as much back.
+    """
+    return _all_gather(x, dim % x.ndim, group_name(mesh))
+
+
+def all_gather_over(x: Tensor, group: dist.ProcessGroup, *, dim: int) -> Tensor:
+    """all_gather for a caller that has a process group and no mesh."""
+    return _all_gather(x, dim % x.ndim, cast(str, group.group_name))
+
+
+def reduce_scatter(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
+    """Sum x over the ranks and keep this rank's part of dim: n * L to L.
+
+    The summands travel as they are and are added up here: a reduction on the way would round
+    bf16 at every step.
+
+    Backward all-gathers. Traffic per rank: (n - 1) / n * x.numel() elements, and as much back.
+    """
+    if x.shape[dim] % mesh.size():
+        raise ValueError(
+            f"reduce_scatter gives every rank an equal part, got x.shape={tuple(x.shape)}, "
+            f"dim={dim} over {mesh.size()} ranks: pad dim to a multiple of {mesh.size()}."
+        )
+    return _reduce_scatter(x, dim % x.ndim, group_name(mesh))
+
+
+def all_to_all(x: Tensor, mesh: DeviceMesh, *, receive: list[int], send: list[int]) -> Tensor:
+    """Send rows to every rank: the first send[0] to rank 0, the next send[1] to rank 1, on.
+
+    Args:
+        x: [sum(send), ...].
+        receive: rows from each rank; receive[q] on rank r is send[r] on rank q.
+    Returns:
+        [sum(receive), ...], rank 0's rows first.
+
+    Backward sends every row's gradient back. Traffic per rank: the rows to and from others.
+    """
+    n = mesh.size()
+    if len(send) != n or len(receive) != n or sum(send) != x.shape[0]:
+        raise ValueError(
+            f"all_to_all sends every row to one of {n} ranks, got x.shape={tuple(x.shape)}, "
+            f"send={send}, receive={receive}: give {n} counts each, with sum(send) == x.shape[0]."
+        )
+    return _all_to_all(x, receive, send, group_name(mesh))
+
+
+def ring_shift(x: Tensor, mesh: DeviceMesh, *, by: int = 1) -> Tensor:
+    """Send x to the rank `by` places to the right, around the ring.
+
+    Every rank sends and receives, so all ranks trace the same op. What wraps around to rank 0
+    lies in its future; whoever reads it masks it by position.
+
+    Args:
+        x: any shape, the same on every rank.
+    Returns:
+        On rank r, x of rank (r - by) mod n.
+
+    Backward shifts the gradient by -by. Traffic per rank: x.numel() elements each way.
+    """
+    return _ring_shift(x, by, group_name(mesh))
+
+
+def halo(
+    x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, *, left: int, right: int, dim: int = 1
+) -> Tensor:
+    """Bring the tokens next to each segment of this rank's shard, from whoever holds them.
+
+    A layout's segments are its stretches of neighbouring positions: one a rank for Contiguous,
+    two for HeadTail. A halo may reach across several ranks. Before the sequence and after it
+    there is nothing: zeros, which nobody sends.
+
+        Contiguous, S=8, n=2, left=2        rank 0: - -         rank 1: 2 3
+        HeadTail, S=8, n=2, left=1          rank 0: - 5         rank 1: 1 3
+
+    Args:
+        x: L tokens at dim.
+        left, right: tokens; the window that attends to W keys, its own among them, needs W - 1.
+    Returns:
+        L / segment_len * (left + right) tokens at dim: for each segment the left ones, then the
+        right ones. `halo_positions` says which they are.
+
+    Backward sends the gradients home and sums them there. Traffic per rank: those tokens that
+    other ranks hold, and as much back.
+    """
+    if left < 0 or right < 0:
+        raise ValueError(
+            f"A halo counts tokens on either side, got left={left}, right={right}: "
+            f"give 0 for a side that is not read."
+        )
+    check_shard(x, layout, mesh, dim)
+    ranks = range(layout.num_shards)
+    held = [layout.runs(rank) for rank in ranks]
+    wanted = [halo_runs(layout, rank, left=left, right=right) for rank in ranks]
+    return exchange(x, Route.between(held, wanted, mesh.get_local_rank()), mesh, dim=dim)
+
+
+def exchange(x: Tensor, route: Route, mesh: DeviceMesh, *, dim: int = 1) -> Tensor:
+    """Send and receive tokens along a route, all in one all_to_all.
+
+    Args:
+        x: the tokens that this rank holds at dim.
+    Returns:
+        route.wanted_len tokens at dim.
+
+    Backward goes the same way back; gradients of a token that went to several places are summed.
+    Traffic per rank: the tokens to and from other ranks, each way.
+    """
+    send = [number for hop in route.send for number in hop]
+    receive = [number for hop in route.receive for number in hop]
+    return _exchange(x, dim % x.ndim, route.wanted_len, send, receive, group_name(mesh))
+
+
+def check_shard(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, dim: int) -> None:
+    """Refuse a tensor that is not one of the layout's shards, or a layout of another mesh."""
+    if layout.num_shards != mesh.size() or x.shape[dim] != layout.shard_len:
+        raise ValueError(
+            f"A layout has a shard of {layout.shard_len} tokens for each of {layout.num_shards} "
+            f"ranks, got x.shape={tuple(x.shape)}, dim={dim} on {mesh.size()} ranks: make the "
+            f"layout for this mesh and sequence, or name the sequence's dim."
+        )
+
+
+@torch.library.custom_op("dtcp::all_gather", mutates_args=())
+def _all_gather(x: Tensor, dim: int, group: str) -> Tensor:
+    n = dist.get_world_size(group_of(group))
+    _count("all_gather", x, (n - 1) * x.numel(), (n - 1) * x.numel())
+    if n == 1:
+        return _fresh(x)
+    out = x.new_empty(n * x.numel())
+    _gather_flat(out, x.contiguous().view(-1), group=group_of(group))
+    # Moving the ranks next to dim is where the data is copied, if dim is not the first.
+    return out.view(n, *x.shape).movedim(0, dim).flatten(dim, dim + 1).contiguous()
+
+
+@_all_gather.register_fake
+def _(x: Tensor, dim: int, group: str) -> Tensor:
+    return _resized(x, dim, x.shape[dim] * dist.get_world_size(group_of(group)))
+
+
+@torch.library.custom_op("dtcp::reduce_scatter", mutates_args=())
+def _reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
+    n = dist.get_world_size(group_of(group))
+    moved = x.numel() // n * (n - 1)
+    _count("reduce_scatter", x, moved, moved)
+    if n == 1:
+        return _fresh(x)
+    rows = x.movedim(dim, 0)
+    length = rows.shape[0] // n
+    arrived = move_rows(rows, [length] * n, [length] * n, group).unflatten(0, (n, length))
+    return arrived.sum(0, dtype=_sum_dtype(x)).to(x.dtype).movedim(0, dim).contiguous()
+
+
+@_reduce_scatter.register_fake
+def _(x: Tensor, dim: int, group: str) -> Tensor:
+    return _resized(x, dim, x.shape[dim] // dist.get_world_size(group_of(group)))
+
+
+@torch.library.custom_op("dtcp::all_to_all", mutates_args=())
+def _all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
+    rank, width = dist.get_rank(group_of(group)), _width(x, 0)
+    sent, received = (width * (sum(rows) - rows[rank]) for rows in (send, receive))
+    _count("all_to_all", x, sent, received)
+    return move_rows(x, receive, send, group)
+
+
+@_all_to_all.register_fake
+def _(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
+    return _resized(x, 0, sum(receive))
+
+
+@torch.library.custom_op("dtcp::ring_shift", mutates_args=())
+def _ring_shift(x: Tensor, by: int, group: str) -> Tensor:
+    n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
+    if by % n == 0:
+        _count("ring_shift", x, 0, 0)
+        return _fresh(x)
+    _count("ring_shift", x, x.numel(), x.numel())
+    send, receive = [0] * n, [0] * n
+    send[(rank + by) % n] = receive[(rank - by) % n] = x.numel()
+    return move_rows(x.reshape(-1), receive, send, group).view(x.shape)
+
+
+@_ring_shift.register_fake
+def _(x: Tensor, by: int, group: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("dtcp::exchange", mutates_args=())
+def _exchange(
+    x: Tensor, dim: int, length: int, send: Sequence[int], receive: Sequence[int], group: str
+) -> Tensor:
+    """Move runs of dim between ranks; rows that land on one slot are summed.
+
+    send and receive are hops, three ints each: rank, start, stop.
+    """
+    n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
+    counts = [_tokens(send, n), _tokens(receive, n)]
+    width = _width(x, dim)
+    _count("exchange", x, *(width * (sum(tokens) - tokens[rank]) for tokens in counts))
+    taken = [x.narrow(dim, start, stop - start) for _, start, stop in _hops(send)]
+    rows = torch.cat([x.narrow(dim, 0, 0), *taken], dim=dim).movedim(dim, 0)
+    return _put(move_rows(rows, counts[1], counts[0], group), dim, length, receive)
+
+
+@_exchange.register_fake
+def _(
+    x: Tensor, dim: int, length: int, send: Sequence[int], receive: Sequence[int], group: str
+) -> Tensor:
+    return _resized(x, dim, length)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """All that these ops save for backward is their arguments, none of the tensor's data."""
+    x, *ctx.args = inputs
+    ctx.shape = x.shape
+
+
+def _all_gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _reduce_scatter(grad, *ctx.args), None, None
+
+
+def _reduce_scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _all_gather(grad, *ctx.args), None, None
+
+
+def _all_to_all_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    receive, send, group = ctx.args
+    return _all_to_all(grad, send, receive, group), None, None, None
+
+
+def _ring_shift_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    by, group = ctx.args
+    return _ring_shift(grad, -by, group), None, None
+
+
+def _exchange_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dim, _, send, receive, group = ctx.args
+    home = _exchange(grad, dim, ctx.shape[dim], receive, send, group)
+    return home, None, None, None, None, None
+
+
+_all_gather.register_autograd(_all_gather_backward, setup_context=_keep)
+_reduce_scatter.register_autograd(_reduce_scatter_backward, setup_context=_keep)
+_all_to_all.register_autograd(_all_to_all_backward, setup_context=_keep)
+_ring_shift.register_autograd(_ring_shift_backward, setup_context=_keep)
+_exchange.register_autograd(_exchange_backward, setup_context=_keep)
+
+
+def _count(op: str, x: Tensor, sent: int, received: int) -> None:
+    """Count a call and its elements, as bytes."""
+    size = x.element_size()
+    LEDGER.record(f"dtcp::{op}", sent=sent * size, received=received * size)
+
+
+def _width(x: Tensor, dim: int) -> int:
+    """Elements of one token, where there may be no token."""
+    return prod(x.shape[:dim]) * prod(x.shape[dim + 1 :])
+
+
+def move_rows(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
+    """One all_to_all of the rows of dim 0, as they are: new, contiguous memory."""
+    if len(send) == 1:
+        return _fresh(x)
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=group_of(group))
+    return out
+
+
+def _hops(numbers: Sequence[int]) -> list[tuple[int, int, int]]:
+    return list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+
+
+def _tokens(numbers: Sequence[int], num_ranks: int) -> list[int]:
+    """Tokens to or from each rank."""
+    tokens = [0] * num_ranks
+    for rank, start, stop in _hops(numbers):
+        tokens[rank] += stop - start
+    return tokens
+
+
+def _put(rows: Tensor, dim: int, length: int, receive: Sequence[int]) -> Tensor:
+    """Lay rows out at their slots of a dim of `length`, zero elsewhere."""
+    runs = sorted((start, stop) for _, start, stop in _hops(receive))
+    collide = any(after[0] < before[1] for before, after in pairwise(runs))
+    dtype = _sum_dtype(rows) if collide else rows.dtype
+    out = rows.new_zeros((length, *rows.shape[1:]), dtype=dtype).movedim(0, dim).contiguous()
+    first = 0
+    for _, start, stop in _hops(receive):
+        piece = rows[first : first + stop - start].movedim(0, dim)
+        slots = out.narrow(dim, start, stop - start)
+        if collide:
+            slots.add_(piece)
+        else:
+            slots.copy_(piece)
+        first += stop - start
+    return out.to(rows.dtype)
+
+
+def _resized(x: Tensor, dim: int, length: int | torch.SymInt) -> Tensor:
+    return x.new_empty((*x.shape[:dim], length, *x.shape[dim + 1 :]))
+
+
+def _fresh(x: Tensor) -> Tensor:
+    """A copy in contiguous memory: an op's output must not share memory with its input."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
+def _gather_flat(out: Tensor, x: Tensor, *, group: dist.ProcessGroup) -> None:
+    """The one-tensor all-gather under the name that this torch does not warn of."""
+    # Torch 2.13 renames it; the old name alone is in 2.11.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, x, group=group)

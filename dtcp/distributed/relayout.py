@@ -1,0 +1,181 @@
+"""A tensor from one layout to another, to the whole sequence and back, or rolled by a token."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtcp.distributed.collectives import (
+    all_gather,
+    all_to_all,
+    axis_of,
+    check_shard,
+    exchange,
+)
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.routes import Route, rolled
+
+
+def shard(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, *, dim: int = 1) -> Tensor:
+    """Keep this rank's tokens of a tensor that every rank holds whole: S to L.
+
+    One tensor, of which each rank has a copy: so its gradient is that of all ranks' losses
+    together, and every rank gets it whole.
+
+    Backward all-gathers. Traffic per rank: none, and (n - 1) * L tokens back.
+    """
+    if layout.num_shards != mesh.size():
+        raise ValueError(
+            f"A layout has one shard a rank, got num_shards={layout.num_shards} on a mesh of "
+            f"{mesh.size()} ranks: make the layout for this mesh."
+        )
+    local: Tensor = _Shard.apply(x, layout, mesh, dim)
+    return local
+
+
+def gather(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, *, dim: int = 1) -> Tensor:
+    """Give every rank the whole sequence, in position order: L to S.
+
+    The gradient is that of the sum of all ranks' losses: a loss that every rank computes alike
+    from the whole counts n times, so divide it, or let each rank read its own part.
+
+    Backward reduce-scatters. Traffic per rank: (n - 1) * L tokens, and as much back.
+    """
+    check_shard(x, layout, mesh, dim)
+    return layout.restore(all_gather(x, mesh, dim=dim), dim=dim)
+
+
+def relayout(
+    x: Tensor, source: SequenceLayout, target: SequenceLayout, mesh: DeviceMesh, *, dim: int = 1
+) -> Tensor:
+    """Deal tokens anew: from the rank that holds them in source to the one that does in target.
+
+    Args:
+        x: L tokens at dim, laid out as source.
+    Returns:
+        L tokens at dim, laid out as target.
+
+    Backward is the relayout from target to source. Traffic per rank: the tokens that change
+    owner, each way.
+    """
+    _check_same(source, target)
+    check_shard(x, source, mesh, dim)
+    ranks = range(mesh.size())
+    held, wanted = ([layout.runs(rank) for rank in ranks] for layout in (source, target))
+    return exchange(x, Route.between(held, wanted, mesh.get_local_rank()), mesh, dim=dim)
+
+
+def roll(
+    x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, *, shift: int = -1, dim: int = 1
+) -> Tensor:
+    """Move every token `shift` positions along the sequence, as torch.roll would the whole.
+
+    With -1 each position gets the next token, whichever rank holds it: what multi-token
+    prediction reads. The first wraps around to the last position.
+
+    Args:
+        x: L tokens at dim.
+    Returns:
+        L tokens at dim, laid out as x.
+
+    Backward rolls back. Traffic per rank: shift tokens a segment, each way.
+    """
+    check_shard(x, layout, mesh, dim)
+    held = [layout.runs(rank) for rank in range(mesh.size())]
+    wanted = [rolled(runs, shift, layout.seq_len) for runs in held]
+    return exchange(x, Route.between(held, wanted, mesh.get_local_rank()), mesh, dim=dim)
+
+
+class Dealing(NamedTuple):
+    """One rank's part of a relayout, as tables of a batch: of the same shapes for any layouts.
+
+    int32 goes to the device, int64 stays on the host.
+    """
+
+    order: Tensor  # [L] int32, slots of the source, by the rank they go to
+    place: Tensor  # [L] int32, of each slot of the target: its place among the rows that arrive
+    counts: Tensor  # [2, n] int64, rows to and from each rank
+
+    @classmethod
+    def between(cls, source: SequenceLayout, target: SequenceLayout, rank: int) -> "Dealing":
+        """Between two ranks, rows go in the order in which the source holds them."""
+        _check_same(source, target)
+        goes_to = target.inverse()[source.positions(rank)] // target.shard_len
+        slot = source.inverse()[target.positions(rank)]
+        peers = (goes_to, slot // source.shard_len)
+        return cls(
+            order=goes_to.argsort(stable=True).to(torch.int32),
+            place=slot.argsort().argsort().to(torch.int32),
+            counts=torch.stack([peer.bincount(minlength=source.num_shards) for peer in peers]),
+        )
+
+
+def deal(x: Tensor, tables: Sequence[Tensor], group: str, *, back: bool = False) -> Tensor:
+    """`relayout` by tables, for code that is traced once for all batches.
+
+    Args:
+        x: [B, L, ...].
+        tables: Dealing.
+        group: the process group of the sequence.
+        back: from the target to the source.
+
+    Backward goes the other way. Traffic as of `relayout`.
+    """
+    dealt: Tensor = _deal(x, *tables, group, back)
+    return dealt
+
+
+@torch.library.custom_op("dtcp::deal", mutates_args=())
+def _deal(
+    x: Tensor, order: Tensor, place: Tensor, counts: Tensor, group: str, back: bool
+) -> Tensor:
+    if len(order) != x.shape[1]:
+        raise ValueError(
+            f"Tokens are dealt by the tables of their own batch, got tables for {len(order)} "
+            f"tokens with x.shape={tuple(x.shape)}: pass the tables that were made with this batch."
+        )
+    send, receive = counts.flip(0).tolist() if back else counts.tolist()
+    first, last = (place.argsort(), order.argsort()) if back else (order, place)
+    rows = x.transpose(0, 1).index_select(0, first)
+    arrived = all_to_all(rows, axis_of(group, x.device), receive=receive, send=send)
+    return arrived.index_select(0, last).transpose(0, 1).contiguous()
+
+
+@_deal.register_fake
+def _(x: Tensor, order: Tensor, place: Tensor, counts: Tensor, group: str, back: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *tables, ctx.group, ctx.back = inputs
+    ctx.save_for_backward(*tables)
+
+
+def _undo(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _deal(grad, *ctx.saved_tensors, ctx.group, not ctx.back), None, None, None, None, None
+
+
+_deal.register_autograd(_undo, setup_context=_keep)
+
+
+def _check_same(source: SequenceLayout, target: SequenceLayout) -> None:
+    if (source.seq_len, source.num_shards) != (target.seq_len, target.num_shards):
+        raise ValueError(
+            f"relayout deals the same tokens to the same ranks anew, got source={source}, "
+            f"target={target}: make both layouts for one sequence and mesh."
+        )
+
+
+class _Shard(torch.autograd.Function):
+    """Not plain indexing: its gradient would be zero wherever other ranks' tokens are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, dim: int) -> Tensor:
+        ctx.layout, ctx.mesh, ctx.dim = layout, mesh, dim
+        return layout.shard(x, mesh.get_local_rank(), dim=dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return gather(grad, ctx.layout, ctx.mesh, dim=ctx.dim), None, None, None

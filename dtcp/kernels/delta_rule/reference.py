@@ -1,0 +1,276 @@
+"""The gated delta rule on one stretch of tokens, chunk by chunk: the reference kernel.
+
+Per head, with a state S of [K, V] and log-decay g, of the head or of each of its K channels:
+
+    S_t = e^g_t S_(t-1) + beta_t k_t (v_t - (e^g_t S_(t-1))^T k_t)^T        o_t = S_t^T q_t
+
+A chunk of C tokens is an affine map of the state that enters it, and so is a whole stretch:
+S -> M S + b. Its summary is [M | b], of a size that no sequence length changes; with the state
+that enters, worked out from all summaries, every stretch is computed on its own. Backward runs
+the same from the right: the gradient of the state that leaves goes through M^T.
+
+A document's first token starts from no state at all. That is exact here: tokens of different
+documents have no decay between them but zero, and no number is ever divided by a decay.
+
+From Yang et al. 2024, "Gated Delta Networks", https://arxiv.org/abs/2412.06464; the form by
+chunks is that of Yang et al. 2024, https://arxiv.org/abs/2406.06484.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dtcp.kernels.delta_rule.decay import Decay, decay_of
+from dtcp.kernels.dtypes import accumulation
+
+CHUNK = 64
+"""Tokens; the state is carried from chunk to chunk, and inside one all is matmuls."""
+
+Carry = Callable[[Tensor], Tensor]
+"""Summaries of these stretches, [R, H, K, K + V], to the state [R, H, K, V] that enters each; or,
+backward, to the gradient of the state that leaves each."""
+
+
+class Inputs(NamedTuple):
+    """What a delta rule reads of R independent stretches of T tokens."""
+
+    q: Tensor  # [R, T, G, K], scaled
+    k: Tensor  # [R, T, G, K]
+    v: Tensor  # [R, T, H, V], H a multiple of G
+    g: Tensor  # [R, T, H] or [R, T, H, K], log-decay of heads or of key channels, at most 0
+    beta: Tensor  # [R, T, H]
+    starts: Tensor  # [R, T] int32, 1 where a document starts
+
+
+class InputGradients(NamedTuple):
+    """As Inputs, without the starts."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+
+
+class Chunks(NamedTuple):
+    """The stretches cut into N chunks, and what the tokens of a chunk are to each other."""
+
+    q: Tensor  # [R, H, N, C, K], fp32 (fp64 for fp64), as all that follows
+    k: Tensor  # [R, H, N, C, K]
+    v: Tensor  # [R, H, N, C, V]
+    beta: Tensor  # [R, H, N, C, 1]
+    decay: Decay  # from token to token; its parts [R, H, N, C, 1], or [R, H, N, C, K] by channel
+    erase: Tensor  # [R, H, N, C, C], strictly lower: what a token's key takes of earlier writes
+    u: Tensor  # [R, H, N, C, V], what is written if the state that enters is 0
+    w: Tensor  # [R, H, N, C, K], what is written less of what it holds
+    score: Tensor  # [R, H, N, C, C]
+
+    @property
+    def through(self) -> Tensor:
+        """Decay of the state's rows over a whole chunk: [R, H, N, 1, 1] or [R, H, N, K, 1]."""
+        return self.decay.enter[..., -1:, :].mT
+
+
+def forward(x: Inputs, carry: Carry | None) -> tuple[Tensor, Tensor]:
+    """Carry the rule out on every stretch.
+
+    Args:
+        carry: None where each stretch starts from nothing.
+    Returns:
+        out [R, T, H, V] in the dtype of v, and the state [R, H, K, V] that entered.
+    """
+    chunks = _prepare(x)
+    state = _zero_state(chunks) if carry is None else carry(_summary(chunks))
+    return _read(chunks, state, x.v.shape[1]).to(x.v.dtype), state
+
+
+def backward(x: Inputs, grad_out: Tensor, state: Tensor, carry: Carry | None) -> InputGradients:
+    """Gradients of the inputs, all of it computed once more from them and from `state`.
+
+    Args:
+        grad_out: [R, T, H, V].
+        state: what entered, as forward returned it.
+    """
+    met = _meet(_prepare(x), grad_out)
+    after = _zero_state(met.chunks) if carry is None else carry(_summary_backward(met))
+    return _differentiate(met, state, after, x)
+
+
+def _prepare(x: Inputs) -> Chunks:
+    """Solve each chunk: what its tokens write, given the state that enters."""
+    # A power of two, for decays by channel.
+    chunk, heads = min(CHUNK, 1 << (x.v.shape[1] - 1).bit_length()), x.v.shape[2]
+    q, k = (_chunks(_per_head(part, heads), chunk) for part in (x.q, x.k))
+    v, beta = _chunks(x.v, chunk), _chunks(x.beta[..., None], chunk)
+    starts = _chunks(x.starts[..., None, None], chunk)[..., 0]  # [R, 1, N, C]
+    decay = decay_of(_chunks(_by_channel(x.g), chunk), starts)
+
+    erase = decay.scores(beta * k, k).tril(-1)
+    written = torch.cat((beta * v, beta * decay.enter * k), dim=-1)
+    u, w = _solve(erase, written, v.shape[-1])
+    return Chunks(q, k, v, beta, decay, erase, u, w, decay.scores(q, k))
+
+
+def _summary(x: Chunks) -> Tensor:
+    """The map of the state over a whole stretch, [M | b]: [R, H, K, K + V]."""
+    erased = torch.cat((torch.zeros_like(x.w), x.u), dim=-1)
+    state = _identity(x)
+    for n in range(x.u.shape[2]):
+        state = _step(x, n, erased[:, :, n] - x.w[:, :, n] @ state, state)
+    return state
+
+
+def _read(x: Chunks, state: Tensor, length: int) -> Tensor:
+    """What the tokens read: [R, T, H, V], given the state [R, H, K, V] that enters."""
+    states, new = _states(x, state)
+    out = (x.decay.enter * x.q) @ states + x.score @ new
+    return _tokens(out, length)
+
+
+class Backward(NamedTuple):
+    """Chunks met by the gradient of what they put out."""
+
+    chunks: Chunks
+    grad_out: Tensor  # [R, H, N, C, V]
+    read: Tensor  # [R, H, N, K, V], gradient of the state that enters, by what is read of it
+    new: Tensor  # [R, H, N, C, V], gradient of what is written, by what is read of it here
+
+
+def _meet(x: Chunks, grad_out: Tensor) -> Backward:
+    """Bring the gradient [R, T, H, V] of the output to what was read: states and writes."""
+    grad = _chunks(grad_out, x.v.shape[3]).to(x.v.dtype)
+    return Backward(x, grad, (x.decay.enter * x.q).mT @ grad, x.score.mT @ grad)
+
+
+def _summary_backward(x: Backward) -> Tensor:
+    """The map of the state's gradient over a stretch, from its end: [M^T | b], as `_summary`."""
+    identity = _identity(x.chunks)
+    read = torch.cat((x.read.new_zeros(*x.read.shape[:-1], identity.shape[-2]), x.read), dim=-1)
+    new = torch.cat((torch.zeros_like(x.chunks.w), x.new), dim=-1)
+    grad = identity
+    for n in reversed(range(new.shape[2])):
+        grad = _step_back(x.chunks, n, grad, read, new)[0]
+    return grad
+
+
+def _differentiate(x: Backward, state: Tensor, grad_state: Tensor, like: Inputs) -> InputGradients:
+    """Gradients of the inputs.
+
+    Args:
+        state: [R, H, K, V], what entered.
+        grad_state: same, the gradient of what left.
+        like: the inputs; gradients get their shapes and dtypes.
+    """
+    chunks, grad_out = x.chunks, x.grad_out
+    states, new = _states(chunks, state)
+    after, written = [], []
+    for n in reversed(range(new.shape[2])):
+        after.append(grad_state)
+        grad_state, grad_new = _step_back(chunks, n, grad_state, x.read, x.new)
+        written.append(grad_new)
+    d_after, d_new = (torch.stack(parts[::-1], dim=2) for parts in (after, written))
+
+    d_entering = grad_out @ states.mT  # of enter * q
+    d_leaving = new @ d_after.mT  # of leave * k
+    d_through = (states * d_after).sum(-1) * chunks.through[..., 0]
+    d_u, d_w = d_new, -(d_new @ states.mT)
+    d_written = torch.linalg.solve_triangular(
+        chunks.erase.mT, torch.cat((d_u, d_w), dim=-1), upper=True, unitriangular=True
+    )
+    d_erase = -(d_written @ torch.cat((chunks.u, chunks.w), dim=-1).mT).tril(-1)
+    d_bv, d_bk = d_written.split((chunks.v.shape[-1], chunks.k.shape[-1]), dim=-1)
+
+    q, k, beta, decay = chunks.q, chunks.k, chunks.beta, chunks.decay
+    reading, read = decay.scores_backward(grad_out @ new.mT, q, k)
+    erasing, erased = decay.scores_backward(d_erase, beta * k, k)
+    entering, leaving = decay.enter * d_entering, decay.leave * d_leaving
+    writing = decay.enter * d_bk
+    d_q = reading + entering
+    d_k = read + erased + leaving + beta * (erasing + writing)
+    d_beta = ((erasing + writing) * k).sum(-1) + (d_bv * chunks.v).sum(-1)
+
+    # Decays are exponentials of differences of one running sum: what is read from a token's end
+    # adds to it there, what is read of the token takes off.
+    d_sum = d_q * q + beta * (erasing + writing) * k - (read + erased + leaving) * k
+    d_sum[..., -1, :] += d_through + (leaving * k).sum(-2)
+    return _gradients(like, d_q, d_k, beta * d_bv, d_sum, d_beta)
+
+
+def _gradients(
+    like: Inputs, d_q: Tensor, d_k: Tensor, d_v: Tensor, d_sum: Tensor, d_beta: Tensor
+) -> InputGradients:
+    """From chunks back to the shapes of the inputs."""
+    length, groups = like.v.shape[1], like.k.shape[2]
+    d_sum = d_sum if like.g.ndim == 4 else d_sum.sum(-1, keepdim=True)
+    d_g = _tokens(d_sum.flip(-2).cumsum(-2).flip(-2), length).reshape(like.g.shape)
+    d_g = d_g.masked_fill(like.starts.view(*like.starts.shape, *(1,) * (d_g.ndim - 2)) != 0, 0)
+    d_q, d_k = (_tokens(x, length).unflatten(2, (groups, -1)).sum(3) for x in (d_q, d_k))
+    found = (d_q, d_k, _tokens(d_v, length), d_g, _tokens(d_beta[..., None], length)[..., 0])
+    return InputGradients(*(x.to(part.dtype) for x, part in zip(found, like, strict=False)))
+
+
+def _solve(erase: Tensor, written: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    solved = torch.linalg.solve_triangular(erase, written, upper=False, unitriangular=True)
+    u, w = solved.split((value_dim, written.shape[-1] - value_dim), dim=-1)
+    return u, w
+
+
+def _states(x: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state that enters each chunk, and what each token writes."""
+    states, written = [], []
+    for n in range(x.u.shape[2]):
+        new = x.u[:, :, n] - x.w[:, :, n] @ state
+        states.append(state)
+        written.append(new)
+        state = _step(x, n, new, state)
+    return torch.stack(states, dim=2), torch.stack(written, dim=2)
+
+
+def _step(x: Chunks, n: int, new: Tensor, state: Tensor) -> Tensor:
+    """The state after chunk n."""
+    kept = (x.decay.leave[:, :, n] * x.k[:, :, n]).mT
+    return x.through[:, :, n] * state + kept @ new
+
+
+def _step_back(x: Chunks, n: int, grad: Tensor, read: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the state before chunk n, and of what its tokens write."""
+    grad_new = new[:, :, n] + (x.decay.leave[:, :, n] * x.k[:, :, n]) @ grad
+    before = read[:, :, n] + x.through[:, :, n] * grad - x.w[:, :, n].mT @ grad_new
+    return before, grad_new
+
+
+def _zero_state(x: Chunks) -> Tensor:
+    return x.u.new_zeros(*x.u.shape[:2], x.k.shape[-1], x.v.shape[-1])
+
+
+def _identity(x: Chunks) -> Tensor:
+    """The map of nothing, [I | 0]: [R, H, K, K + V]."""
+    rows, heads, key_dim = x.k.shape[0], x.k.shape[1], x.k.shape[-1]
+    eye = torch.eye(key_dim, key_dim + x.v.shape[-1], dtype=x.v.dtype, device=x.v.device)
+    return eye.expand(rows, heads, -1, -1)
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """Value head h reads key head h // (H / G)."""
+    return x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def _by_channel(g: Tensor) -> Tensor:
+    """[R, T, H] or [R, T, H, K] -> [R, T, H, 1 or K]."""
+    return g if g.ndim == 4 else g[..., None]
+
+
+def _chunks(x: Tensor, chunk: int) -> Tensor:
+    """[R, T, H, D] -> [R, H, N, C, D], the last chunk filled up with zeros."""
+    if x.is_floating_point():
+        x = x.to(accumulation(x.dtype))
+    missing = -x.shape[1] % chunk
+    return F.pad(x.transpose(1, 2), (0, 0, 0, missing)).unflatten(2, (-1, chunk)).contiguous()
+
+
+def _tokens(x: Tensor, length: int) -> Tensor:
+    """[R, H, N, C, D] -> [R, T, H, D]."""
+    return x.flatten(2, 3)[:, :, :length].transpose(1, 2)

@@ -1,0 +1,129 @@
+"""Dense attention of some queries to some keys, the unit every strategy is made of.
+
+Two ways to carry it out: aten's CPU flash kernel, and plain torch where that kernel does not
+apply (another device, a softcap, values of another width). Both compute in fp32 at least, since
+the results of blocks are merged: a partial result rounded to bf16 would lose what the merge
+needs (FlashAttention issue 2723).
+"""
+
+import torch
+from torch import Tensor
+
+from dtcp.kernels.dtypes import accumulation
+from dtcp.kernels.softmax.merge import NOTHING_SEEN
+
+
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Attend queries to keys.
+
+    Args:
+        q: [B, Q, H, D].
+        k: [B, K, G, D], K > 0.
+        v: [B, K, G, V].
+        bias: [B or 1, Q, K], 0 where seen and -inf where not, in the dtype of `accumulation`;
+            None: every query sees every key.
+    Returns:
+        out [B, Q, H, V] and lse [B, Q, H], fp32 (fp64 for fp64); a query that sees no key has
+        out 0 and lse -inf.
+    """
+    q, k, v = (_wide(x) for x in (q, k, v))
+    if _flash_applies(q, v, softcap):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *_heads_first(q, k, v), attn_mask=_per_head(bias), scale=scale
+        )
+        out, lse = out.transpose(1, 2), lse.transpose(1, 2)
+    else:
+        scores = _scores(q, k, bias, scale, softcap)
+        lse = scores.logsumexp(dim=-1)
+        weights = torch.exp(scores - lse.nan_to_num(neginf=0.0)[..., None])
+        out = torch.einsum("bghqk,bkgv->bqghv", weights, v).flatten(2, 3)
+        lse = lse.flatten(1, 2).transpose(1, 2)
+    if bias is None:
+        return out, lse
+    # The flash kernel reports lse 0 for a query that sees nothing; a merge would believe it.
+    blind = (bias == float("-inf")).all(dim=-1)[..., None]
+    return out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, NOTHING_SEEN)
+
+
+def block_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one block, given out and lse over *all* keys, not this block's alone.
+
+    With the final lse the block's weights exp(score - lse) are those of the whole softmax, and
+    rowsum(grad_out * out) is the whole row's correction: the sum over blocks is exact.
+
+    Returns:
+        dq [B, Q, H, D], dk [B, K, G, D], dv [B, K, G, V], fp32 (fp64 for fp64).
+    From Dao 2023, FlashAttention-2, section 3.1.2, https://arxiv.org/abs/2307.08691
+    """
+    grad_out, q, k, v, out = (_wide(x) for x in (grad_out, q, k, v, out))
+    # A query that sees nothing has lse -inf; any finite value gives its hidden keys weight 0.
+    lse = lse.masked_fill(lse == NOTHING_SEEN, 0.0)
+    if _flash_applies(q, v, softcap):
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *_heads_first(grad_out, q, k, v, out),
+            lse.transpose(1, 2),
+            0.0,
+            False,
+            attn_mask=_per_head(bias),
+            scale=scale,
+        )
+        dq, dk, dv = (x.transpose(1, 2) for x in grads)
+        return dq, dk, dv
+    groups = k.shape[2]
+    raw = _raw_scores(q, k, scale)
+    capped = raw if softcap == 0.0 else softcap * torch.tanh(raw / softcap)
+    scores = capped if bias is None else capped + bias[:, None, None]
+    by_group = (groups, q.shape[2] // groups)
+    weights = torch.exp(scores - lse.unflatten(2, by_group).permute(0, 2, 3, 1)[..., None])
+    grad_grouped = grad_out.unflatten(2, by_group)
+    dv = torch.einsum("bghqk,bqghv->bkgv", weights, grad_grouped)
+    d_weights = torch.einsum("bqghv,bkgv->bghqk", grad_grouped, v)
+    row = (grad_out * out).sum(-1).unflatten(2, by_group).permute(0, 2, 3, 1)
+    d_scores = weights * (d_weights - row[..., None])
+    if softcap != 0.0:
+        d_scores = d_scores * (1.0 - (capped / softcap) ** 2)
+    dq = torch.einsum("bghqk,bkgd->bqghd", d_scores, k).flatten(2, 3) * scale
+    dk = torch.einsum("bghqk,bqghd->bkgd", d_scores, q.unflatten(2, by_group)) * scale
+    return dq, dk, dv
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(accumulation(x.dtype))
+
+
+def _flash_applies(q: Tensor, v: Tensor, softcap: float) -> bool:
+    return q.device.type == "cpu" and softcap == 0.0 and q.shape[-1] == v.shape[-1]
+
+
+def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.transpose(1, 2) for x in tensors)
+
+
+def _per_head(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias[:, None]
+
+
+def _raw_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    groups = k.shape[2]
+    grouped = q.unflatten(2, (groups, q.shape[2] // groups))
+    return torch.einsum("bqghd,bkgd->bghqk", grouped, k) * scale
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+    scores = _raw_scores(q, k, scale)  # [B, G, H / G, Q, K]
+    if softcap != 0.0:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores if bias is None else scores + bias[:, None, None]

@@ -1,0 +1,3 @@
+"""What train.py is made of: launching, data, progress, verification, configs."""
+
+from dtcp.torchtitan import compat as compat

@@ -1,0 +1,99 @@
+"""The command line: which config, and what to change in it.
+
+    [--module MODULE] [--config NAME] [--section.key VALUE ...]
+
+A config is a function of no arguments that returns a torchtitan `Trainer.Config`; a module is a
+registry of such functions. Both have a default, and the rest is torchtitan's own parser.
+"""
+
+import difflib
+import importlib
+import inspect
+from types import ModuleType
+
+from torchtitan.config import ConfigManager
+from torchtitan.experiments import _supported_experiments
+from torchtitan.models import _supported_models
+
+from dtcp.pretrain.adopt import adopt
+from dtcp.pretrain.report import usage_errors_once
+from dtcp.pretrain.trainer import Trainer
+
+MODULE = "dtcp.torchtitan"
+CONFIG = "llama_tiny"
+
+
+class Options(ConfigManager):
+    """torchtitan's parser; the options of its own configs have our section too."""
+
+    def _load_config(self, args: list[str]) -> tuple[Trainer.Config, list[str]]:
+        config, rest = super()._load_config(args)
+        return adopt(config), rest
+
+
+def parse(arguments: list[str]) -> Trainer.Config:
+    """The config that the arguments name, with their overrides.
+
+    Raises:
+        ValueError: no such module or config.
+        SystemExit: no such option, or --help.
+    """
+    module, rest = _take(arguments, "--module", MODULE)
+    name, rest = _take(rest, "--config", CONFIG)
+    _check_name(module, name)
+    with usage_errors_once():
+        return Options().parse_args(["--module", module, "--config", name, *rest])
+
+
+def config_names(registry: ModuleType) -> list[str]:
+    """The configs of a registry: its public functions that need no argument."""
+    return [
+        name
+        for name, value in vars(registry).items()
+        if inspect.isfunction(value)
+        and value.__module__ == registry.__name__
+        and not name.startswith("_")
+        and not inspect.signature(value).parameters
+    ]
+
+
+def _take(arguments: list[str], option: str, default: str) -> tuple[str, list[str]]:
+    """Split `option VALUE` or `option=VALUE` off the arguments."""
+    rest, value, words = [], default, iter(arguments)
+    for word in words:
+        if word == option:
+            value = next(words, "")
+        elif word.startswith(option + "="):
+            value = word.removeprefix(option + "=")
+        else:
+            rest.append(word)
+    return value, rest
+
+
+def _check_name(module: str, name: str) -> None:
+    if module in _supported_models | _supported_experiments:
+        return  # torchtitan's short names
+    registry = _import_registry(module)
+    if callable(getattr(registry, name, None)):
+        return
+    names = config_names(registry)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]}? There are" if close else "there are"
+    raise ValueError(
+        f"A config is a function of the module, got --config {name} with --module {module}: "
+        f"{hint} {', '.join(names)}."
+    )
+
+
+def _import_registry(module: str) -> ModuleType:
+    for candidate in (f"{module}.config_registry", module):
+        try:
+            return importlib.import_module(candidate)
+        except ModuleNotFoundError as error:
+            # A missing import inside the module is that module's own error.
+            if error.name not in (candidate, module, module.split(".")[0]):
+                raise
+    raise ValueError(
+        f"A module with configs can be imported, got --module {module}: "
+        f"check the name, and that its folder is on PYTHONPATH."
+    )

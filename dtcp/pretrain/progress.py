@@ -1,0 +1,179 @@
+"""What a person sees of a run: its shape at the start, then one line a step."""
+
+import logging
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torchtitan.components.metrics import MetricsProcessor
+
+from dtcp.distributed.ledger import LEDGER, since
+from dtcp.mixer import Mixer
+
+GIB = 1024**3
+RECENT = 20  # steps whose mean tells the time to go
+
+
+EXPECTED = (
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",  # torchrun sets it, torchtitan sets it otherwise
+    "model.safetensors.index.json not found",  # only exports read it, and they do without
+    "please use `get_last_lr",  # torchtitan asks a scheduler that it has just loaded
+    "may not have complete support on cpu device mesh",  # why verify starts from whole weights
+)
+
+
+def quiet(rank: int) -> None:
+    """Let libraries speak from warnings on, on rank 0 only, and without what is expected."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    handler.addFilter(lambda record: not any(x in record.getMessage() for x in EXPECTED))
+    logging.basicConfig(handlers=[handler], force=True)
+    logging.getLogger().setLevel(logging.WARNING if rank == 0 else logging.CRITICAL)
+    # How DTensor splits a redistribution, once for each kind of tensor and rank.
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
+    if rank != 0:
+        warnings.simplefilter("ignore")
+    for text in EXPECTED:
+        warnings.filterwarnings("ignore", message=f".*{text}")
+
+
+def say(line: str) -> None:
+    """Print a line on the first rank."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+class Progress(MetricsProcessor):
+    """torchtitan's metrics (TensorBoard, W&B), and one line a step for the console."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        pass
+
+    def __init__(self, config: Config, *, config_dict: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(config, config_dict=config_dict, **kwargs)
+        self.steps = config_dict["training"]["steps"]
+        self.losses: dict[int, float] = {}
+        self._traffic = LEDGER.snapshot()
+        self._last_step: int | None = None
+        self._seconds: deque[float] = deque(maxlen=RECENT)
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """Send the metrics to the loggers and print the line.
+
+        Bytes are those that the strategies received on rank 0, in forward and backward, as the
+        ops counted them; FSDP's and TP's own collectives are not among them.
+        """
+        now = time.perf_counter()
+        # The first line of a run counts one step, whatever step it resumed at.
+        steps = step - self._last_step if self._last_step is not None else 1
+        seconds = (now - self.time_last_log) / steps
+        batch_ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+        tokens = self.ntokens_since_last_log * batch_ranks / (now - self.time_last_log)
+        received = since(self._traffic).received / steps
+        memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
+        metrics = {
+            "loss_metrics/global_avg_loss": global_avg_loss,
+            "loss_metrics/global_max_loss": global_max_loss,
+            "grad_norm": grad_norm,
+            "throughput(tokens/s)": tokens,
+            "time_metrics/end_to_end(s)": seconds,
+            "time_metrics/data_loading(s)": sum(self.data_loading_times) / steps,
+            "memory/max_reserved(GiB)": memory,
+            "traffic/received(bytes)": received,
+            **(extra_metrics or {}),
+        }
+        self.logger.log(metrics, step)
+        self.losses[step] = global_avg_loss
+        say(
+            f"step {step:>5}/{self.steps}  loss {global_avg_loss:8.5f}  grad {grad_norm:7.4f}  "
+            f"{tokens:9,.0f} tokens/s  {memory:5.2f} GiB  {_bytes(received)}/step  "
+            f"{self._to_go(step, seconds)} to go"
+        )
+        self._last_step = step
+        self._traffic = LEDGER.snapshot()
+        self._reset()
+
+    def log_validation(
+        self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None
+    ) -> None:
+        self.logger.log({"validation_metrics/loss": loss, **(extra_metrics or {})}, step)
+        say(f"step {step:>5}/{self.steps}  validation loss {loss:8.5f}")
+        self._traffic = LEDGER.snapshot()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self.time_last_log = time.perf_counter()
+        self.device_memory_monitor.reset_peak_stats()
+
+    def _to_go(self, step: int, seconds: float) -> str:
+        # The first step compiles, and would make every estimate hours.
+        if self._last_step is not None:
+            self._seconds.append(seconds)
+        if not self._seconds:
+            return "?"
+        left = round((self.steps - step) * sum(self._seconds) / len(self._seconds))
+        return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:6.1f} {unit}"
+        count /= 1024
+    return f"{count:6.1f} GiB"
+
+
+def describe_device() -> str:
+    """What the ranks run on, and over which backend."""
+    backend = dist.get_backend()
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return f"{dist.get_world_size()} ranks on {kind} over {backend}"
+
+
+def _strategies(parts: Sequence[nn.Module]) -> str:
+    """What carries the mixers out, each named once."""
+    mixers = [m for part in parts for m in part.modules() if isinstance(m, Mixer)]
+    return ", ".join(dict.fromkeys(f"{m.style}" for m in mixers if m.style is not None))
+
+
+def describe(trainer: Any) -> str:
+    """Mesh, model, layout, strategy and data of a run, a line each."""
+    config, dims = trainer.config, trainer.parallel_dims
+    axes = {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard}
+    axes |= {"cp": dims.cp, "tp": dims.tp}
+    mesh = " x ".join(f"{axis} {degree}" for axis, degree in axes.items() if degree > 1)
+    spec, training = config.model_spec, config.training
+    count = sum(p.numel() for part in trainer.model_parts for p in part.parameters())
+    layers = len(trainer.model_parts[0].layers)
+    rows = training.local_batch_size * dims.dp_replicate * dims.dp_shard
+    steps = trainer.gradient_accumulation_steps
+    compiled = config.compile.backend if config.compile.enable else "eager"
+    lines = {
+        "ranks": describe_device(),
+        "mesh": f"{mesh or 'one rank'}; weights sharded over {dims.dp_shard * dims.cp} ranks",
+        "model": f"{spec.name} {spec.flavor}, {layers} layers, {count:,} parameters, {compiled}",
+        "layout": f"{config.dtcp.sequence_layout().__name__}, {training.seq_len // dims.cp} "
+        f"of {training.seq_len} tokens a rank",
+        "strategy": _strategies(trainer.model_parts) or "none, rows are whole",
+        "data": f"{config.dataloader.dataset}, {rows * steps} rows a step"
+        + (f" in {steps} parts" if steps > 1 else ""),
+        "output": config.dump_folder,
+    }
+    return "\n".join(f"{name:<12}{value}" for name, value in lines.items())

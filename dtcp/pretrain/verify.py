@@ -1,0 +1,162 @@
+"""Prove a mesh: the first steps on it, and the same steps on one device, must lose the same.
+
+The one device is a plain model with plain tensors: no Trainer, no DTensor, no FSDP and no
+sharded batch, from the same weights, over the same rows. Random weights of sharded parameters
+depend on the sharding on the CPU, so the weights are taken from the mesh, whole.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.distributed.utils import clip_grad_norm_
+from torchtitan.models.common.decoder import Decoder
+
+from dtcp.compile import compile_whole
+from dtcp.mixer import batch_tables
+from dtcp.pretrain.progress import say
+from dtcp.pretrain.trainer import Trainer, ahead_of, documents_of
+from dtcp.torchtitan.model_spec import BeforeStep
+from dtcp.torchtitan.overrides import add_mixers
+
+TOLERANCE = 1e-5
+"""Largest relative difference of a loss; fp32 sums in another order differ by 1e-7 or so."""
+
+
+def verify(config: Trainer.Config) -> int:
+    """Run `config.dtcp.verify` steps twice and compare. Returns the exit code, on every rank."""
+    config = _shortened(config)
+    trainer = config.build()
+    weights = whole_weights(trainer.model_parts[0])
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    verdict = [0]
+    if dist.get_rank() == 0:
+        say("again       on one device, from the same weights")
+        expected = one_device_losses(trainer, weights)
+        verdict = [_compare(trainer.metrics_processor.losses, expected)]
+    dist.broadcast_object_list(verdict, device=trainer.device)
+    dist.destroy_process_group()
+    return verdict[0]
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with every tensor whole, on the host; empty but on rank 0."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if dist.get_rank() == 0:
+            weights[name] = whole.detach().cpu().clone()
+    return weights
+
+
+def one_device_losses(trainer: Trainer, weights: dict[str, Tensor]) -> dict[int, float]:
+    """Train a plain copy of the model over the trainer's rows; its loss by step."""
+    config, device = trainer.config, trainer.device
+    model = _plain_model(config, weights, device)
+    optimizers = config.optimizer.build(model_parts=[model])
+    before_step = config.model_spec.post_optimizer_build_fn
+    if isinstance(before_step, BeforeStep):
+        before_step.register(optimizers, model, None)
+    schedulers = config.lr_scheduler.build(
+        optimizers=optimizers, training_steps=config.training.steps
+    )
+    batches = iter(
+        config.dataloader.build(
+            dp_world_size=1,
+            dp_rank=0,
+            tokenizer=trainer.tokenizer,
+            seq_len=config.training.seq_len,
+            local_batch_size=config.training.local_batch_size * trainer.mesh.size("batch"),
+        )
+    )
+    losses = {}
+    for step in range(1, config.training.steps + 1):
+        parts = [next(batches) for _ in range(trainer.gradient_accumulation_steps)]
+        optimizers.zero_grad()
+        losses[step] = _accumulate(trainer, model, parts)
+        clip_grad_norm_(list(model.parameters()), config.training.max_norm, foreach=True)
+        optimizers.step()
+        schedulers.step()
+    return losses
+
+
+def _accumulate(
+    trainer: Trainer, model: nn.Module, parts: list[tuple[dict[str, Any], Tensor]]
+) -> float:
+    """Gradients of the mean loss over the tokens of all parts; returns that mean."""
+    count = sum((labels != IGNORE_INDEX).sum() for _, labels in parts).to(trainer.device)
+    total = 0.0
+    for batch, labels in parts:
+        known = batch["positions"].cpu()
+        tables = {
+            # Kernels read int32; the rest is for the host.
+            key: [x.to(trainer.device) if x.dtype == torch.int32 else x for x in parts]
+            for key, parts in batch_tables(model, documents_of(batch), position=known).items()
+        }
+        tokens, position = (batch[key].to(trainer.device) for key in ("input", "positions"))
+        ahead = ahead_of(model, batch["input"], labels, documents_of(batch)).values()
+        ids, *further = (x.to(trainer.device) for x in ahead) if ahead else (None,)
+        labels = labels.to(trainer.device)
+        # torchtitan's decoders take masks where ours take tables: third in both.
+        logits = model(tokens, position, tables, *([] if ids is None else [ids]))
+        if further:
+            labels = torch.cat((labels[:, None], *further), dim=1)
+        loss, _ = trainer.loss_fn(logits, labels, count)
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _plain_model(
+    config: Trainer.Config, weights: dict[str, Tensor], device: torch.device
+) -> nn.Module:
+    with torch.device(device):
+        model = config.model_spec.model.build()
+    # Buffers are not in a state dict; the weights it draws are overwritten.
+    model.init_weights(buffer_device=device)
+    model.load_state_dict(weights)
+    if isinstance(model, Decoder):
+        add_mixers(model)
+    if config.compile.enable:
+        for block in model.layers.children():
+            block.forward = compile_whole(block.forward, backend=config.compile.backend)
+    return model.train()
+
+
+def _shortened(config: Trainer.Config) -> Trainer.Config:
+    """The same run, as far as its verified steps: in fp32, nothing loaded and nothing left."""
+    steps = config.dtcp.verify
+    total = config.lr_scheduler.total_steps or config.training.steps
+    return replace(
+        config,
+        # In bfloat16 two orders of a sum differ by more than any bug would.
+        training=replace(config.training, steps=steps, mixed_precision_param="float32"),
+        lr_scheduler=replace(config.lr_scheduler, total_steps=total),
+        checkpoint=replace(config.checkpoint, enable=False),
+        validator=replace(config.validator, enable=False),
+        metrics=replace(config.metrics, log_freq=1, enable_tensorboard=False),
+        # The other ranks wait while the first one compiles and repeats.
+        comm=replace(config.comm, train_timeout_seconds=3600),
+    )
+
+
+def _compare(actual: dict[int, float], expected: dict[int, float]) -> int:
+    worst = 0.0
+    for step, loss in expected.items():
+        difference = abs(actual[step] - loss) / abs(loss)
+        worst = max(worst, difference)
+        say(f"step {step:>5}  mesh {actual[step]:.7f}  one device {loss:.7f}  {difference:.1e}")
+    agrees = worst <= TOLERANCE
+    say(
+        f"verified    the losses of {len(expected)} steps agree to {worst:.1e}"
+        if agrees
+        else f"differs     by {worst:.1e}, more than {TOLERANCE}: this mesh computes another loss"
+    )
+    return 0 if agrees else 1

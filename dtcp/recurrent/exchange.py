@@ -1,0 +1,111 @@
+"""The state that enters each segment of a sharded sequence, from the segments' summaries.
+
+A segment maps the state that enters it to the one that leaves: S -> M S + b, a tensor
+[M | b] of [K, K + V]. Maps compose to maps of the same size, so what came before can be brought
+by gathering every summary, or by a scan of compositions in log2(n) rounds.
+
+    HeadTail, n = 3, segments by position:      h0 h1 h2 t2 t1 t0
+
+Seen from rank r, what lies between its head and its tail is symmetric: the heads of all ranks to
+its right, then their tails in reverse. So one scan from the right, of pairs, composes both.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtcp.distributed.collectives import all_gather
+from dtcp.distributed.scan import State, exclusive_scan
+
+
+def entering_by_gather(
+    own: Tensor, chain: Sequence[Sequence[int]], axis: DeviceMesh, *, reverse: bool = False
+) -> Tensor:
+    """Gather all summaries, and fold those that come before each segment of this rank.
+
+    Args:
+        own: [P, ..., K, K + V], summaries of this rank's P segments.
+        chain: [n][P], the place of every rank's segments among all, by position.
+        reverse: come from the right, for gradients.
+    Returns:
+        [P, ..., K, V].
+
+    Traffic per rank: (n - 1) * own.numel() elements.
+    """
+    summaries = all_gather(own, axis, dim=0).unflatten(0, (len(chain), -1))
+    places = {
+        place: (rank, index) for rank, row in enumerate(chain) for index, place in enumerate(row)
+    }
+    state, entering = _start(own[0]), {}
+    mine = set(chain[axis.get_local_rank()])
+    for place in sorted(places, reverse=reverse):
+        if place in mine:
+            entering[place] = state
+        if len(entering) == len(mine):
+            break
+        state = _through(summaries[places[place]], state)
+    return torch.stack([entering[place] for place in chain[axis.get_local_rank()]])
+
+
+def entering_by_scan(
+    own: Tensor, chain: Sequence[Sequence[int]], axis: DeviceMesh, *, reverse: bool = False
+) -> Tensor:
+    """Compose what comes before, window by window: log2(n) rounds.
+
+    Args and result as of `entering_by_gather`; one segment a rank in order of the ranks
+    (Contiguous), or two (HeadTail).
+
+    Traffic per rank: ceil(log2(n)) summaries, three times that for two segments.
+    """
+    if len(chain[0]) == 1:
+        (before,) = exclusive_scan((own[0],), _then, (_nothing(own[0]),), axis, reverse=reverse)
+        return _state(before)[None]
+    # From the right the tails are the heads.
+    head, tail = reversed(own.unbind()) if reverse else own.unbind()
+    nothing = _nothing(head)
+    (before,) = exclusive_scan((head,), _then, (nothing,), axis)
+    heads, tails = exclusive_scan((head, tail), _around, (nothing, nothing), axis, reverse=True)
+    state = _state(before)
+    later = _through(tails, _through(heads, _through(head, state)))
+    return torch.stack((later, state) if reverse else (state, later))
+
+
+def summaries_received(num_shards: int, segments: int, *, scan: bool) -> int:
+    """How many summaries of a segment a rank receives, in one direction."""
+    if not scan:
+        return (num_shards - 1) * segments
+    return (num_shards - 1).bit_length() * (1 if segments == 1 else 3)
+
+
+def _then(first: State, later: State) -> State:
+    """Both maps, one after the other."""
+    (a,), (b,) = first, later
+    composed = b[..., : a.shape[-2]] @ a
+    return (composed + torch.cat((torch.zeros_like(b[..., : a.shape[-2]]), _state(b)), dim=-1),)
+
+
+def _around(inner: State, outer: State) -> State:
+    """Pairs of what is met on the way in and on the way out."""
+    (heads,), (tails,) = _then(outer[:1], inner[:1]), _then(inner[1:], outer[1:])
+    return heads, tails
+
+
+def _through(summary: Tensor, state: Tensor) -> Tensor:
+    return summary[..., : state.shape[-2]] @ state + _state(summary)
+
+
+def _state(summary: Tensor) -> Tensor:
+    """Where the map takes the state 0."""
+    return summary[..., summary.shape[-2] :]
+
+
+def _start(summary: Tensor) -> Tensor:
+    return torch.zeros_like(_state(summary))
+
+
+def _nothing(summary: Tensor) -> Tensor:
+    """The map that changes nothing."""
+    eye = torch.eye(*summary.shape[-2:], dtype=summary.dtype, device=summary.device)
+    return eye.expand_as(summary).contiguous()

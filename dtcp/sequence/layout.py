@@ -1,0 +1,321 @@
+"""Which rank holds which tokens: a permutation of the sequence, cut into equal shards.
+
+`position = layout.permutation()[slot]`, and rank r owns slots [r * L, (r + 1) * L). A placement
+says that a dim is sharded; a layout says which tokens a shard holds. Every layout is given by
+the runs of neighbouring positions that each rank holds: ints, so that they can be read while a
+graph is traced, and all that an exchange between ranks needs to know.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from dtcp.sequence.balance import assign_blocks, block_work
+from dtcp.sequence.documents import Documents
+
+Run = tuple[int, int]
+"""Positions from start up to stop, without stop."""
+
+
+@dataclass(frozen=True)
+class SequenceLayout(ABC):
+    """A sequence of S positions over n shards of L = S / n slots each.
+
+    A layout is made for a batch by `for_batch`; all rows of the batch share it.
+    """
+
+    seq_len: int
+    num_shards: int
+
+    def __post_init__(self) -> None:
+        if self.num_shards < 1:
+            raise ValueError(
+                f"{type(self).__name__} deals tokens to at least one shard, got "
+                f"num_shards={self.num_shards}: give the size of the cp axis."
+            )
+        self._check_divides(self.num_shards)
+
+    @abstractmethod
+    def runs(self, rank: int) -> list[Run]:
+        """The rank's positions in slot order, as the longest runs of neighbours."""
+
+    @classmethod
+    def multiple(cls, num_shards: int) -> int:
+        """What seq_len must be divisible by."""
+        return num_shards
+
+    @classmethod
+    def for_batch(
+        cls, documents: Documents, num_shards: int, *, work: Tensor | None = None
+    ) -> Self:
+        """The layout of this class that suits the batch.
+
+        Args:
+            work: [S], keys that each token sees; only BlockBalanced reads it.
+        """
+        return cls(documents.seq_len, num_shards)
+
+    @property
+    def shard_len(self) -> int:
+        """Tokens on each rank: L."""
+        return self.seq_len // self.num_shards
+
+    @property
+    def segment_len(self) -> int:
+        """The greatest length into which the runs of all ranks can be cut evenly.
+
+        Every rank then has L / segment_len segments, so code that works segment by segment
+        traces the same graph on all of them.
+        """
+        ranks = range(self.num_shards)
+        return gcd(*[stop - start for rank in ranks for start, stop in self.runs(rank)])
+
+    def segments(self, rank: int) -> list[Run]:
+        """The rank's runs cut to segment_len, in slot order: as many on every rank."""
+        step = self.segment_len
+        return [(a, a + step) for start, stop in self.runs(rank) for a in range(start, stop, step)]
+
+    def positions(self, rank: int) -> Tensor:
+        """Position of each of the rank's slots: [L], int64."""
+        return torch.cat([torch.arange(start, stop) for start, stop in self.runs(rank)])
+
+    def permutation(self) -> Tensor:
+        """Position of every slot, rank 0's slots first: [S], int64."""
+        return torch.cat([self.positions(rank) for rank in range(self.num_shards)])
+
+    def inverse(self) -> Tensor:
+        """Slot of every position: [S], int64."""
+        permutation = self.permutation()
+        return torch.empty_like(permutation).scatter(0, permutation, torch.arange(self.seq_len))
+
+    def shard(self, x: Tensor, rank: int, *, dim: int = 1) -> Tensor:
+        """Pick the rank's tokens out of all: S at dim becomes L. No communication."""
+        self._check_len(x, dim)
+        return torch.cat([x.narrow(dim, a, b - a) for a, b in self.runs(rank)], dim=dim)
+
+    def restore(self, x: Tensor, *, dim: int = 1) -> Tensor:
+        """Put all shards, one after another along dim, back into position order: S to S."""
+        self._check_len(x, dim)
+        return x.index_select(dim, self.inverse().to(x.device))
+
+    def _check_divides(self, multiple: int) -> None:
+        if self.seq_len < multiple or self.seq_len % multiple:
+            raise ValueError(
+                f"{type(self).__name__} cuts the sequence into equal parts, got "
+                f"seq_len={self.seq_len}, num_shards={self.num_shards}: "
+                f"pad seq_len to a multiple of {multiple}."
+            )
+
+    def _check_rank(self, rank: int) -> None:
+        if not 0 <= rank < self.num_shards:
+            raise ValueError(
+                f"{type(self).__name__} counts ranks from 0 to num_shards - 1, got rank={rank}, "
+                f"num_shards={self.num_shards}: take the rank on the cp axis, not the global one."
+            )
+
+    def _check_len(self, x: Tensor, dim: int) -> None:
+        if x.shape[dim] != self.seq_len:
+            raise ValueError(
+                f"{type(self).__name__} reads tensors of seq_len tokens, got "
+                f"x.shape={tuple(x.shape)}, dim={dim}, seq_len={self.seq_len}: "
+                f"pad x or name the sequence's dim."
+            )
+
+
+@dataclass(frozen=True)
+class Contiguous(SequenceLayout):
+    """Rank r holds the r-th of n equal stretches.
+
+    What moves along the sequence, a halo or a recurrent state, comes from the next rank. Under a
+    causal mask the last rank has the most work.
+
+        seq_len=8, n=2        rank 0: 0 1 2 3        rank 1: 4 5 6 7
+    """
+
+    def runs(self, rank: int) -> list[Run]:
+        self._check_rank(rank)
+        return [(rank * self.shard_len, (rank + 1) * self.shard_len)]
+
+    @property
+    def segment_len(self) -> int:
+        return self.shard_len
+
+
+@dataclass(frozen=True)
+class HeadTail(SequenceLayout):
+    """Cut the sequence into 2n chunks; of n ranks, rank r holds chunks r and 2n-1-r.
+
+    Under a causal mask an early chunk is cheap and a late one dear: pairing the r-th from
+    either end gives every rank the same work. Elsewhere called zigzag or round-robin.
+
+        seq_len=8, n=2        rank 0: 0 1 6 7        rank 1: 2 3 4 5
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_divides(2 * self.num_shards)
+
+    def runs(self, rank: int) -> list[Run]:
+        self._check_rank(rank)
+        half = self.shard_len // 2
+        head, tail = rank * half, (2 * self.num_shards - 1 - rank) * half
+        return _joined([(head, head + half), (tail, tail + half)])
+
+    @property
+    def segment_len(self) -> int:
+        """One chunk: two segments on every rank, also where they are neighbours."""
+        return self.shard_len // 2
+
+    @classmethod
+    def multiple(cls, num_shards: int) -> int:
+        return 2 * num_shards
+
+
+@dataclass(frozen=True)
+class PerDocument(SequenceLayout):
+    """Deal every document head-tail by itself, so that packed documents are balanced too.
+
+    Each document is cut into 2n chunks, and rank r holds chunks r and 2n-1-r of it. Where 2n does
+    not divide a document, the tokens left over lengthen single chunks, and the ranks take turns
+    at them, through all documents: so no document needs padding, and all ranks end with L tokens.
+    What follows the documents is dealt like one.
+
+        lengths=(4, 5), seq_len=12, n=2     rank 0: 0 3 4 5 8 9     rank 1: 1 2 6 7 10 11
+
+    Attributes:
+        lengths: tokens of each document, first to last.
+    """
+
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.lengths, default=1) < 1 or sum(self.lengths) > self.seq_len:
+            raise ValueError(
+                f"PerDocument takes documents of one token or more that fit the sequence, got "
+                f"lengths={self.lengths}, seq_len={self.seq_len}: take one row of Documents."
+            )
+
+    def runs(self, rank: int) -> list[Run]:
+        self._check_rank(rank)
+        runs: list[Run] = []
+        start = turn = 0
+        for length in (*self.lengths, self.seq_len - sum(self.lengths)):
+            chunks = _head_tail_chunks(start, length, turn, self.num_shards)
+            runs += [chunks[rank], chunks[2 * self.num_shards - 1 - rank]]
+            turn += length % (2 * self.num_shards)
+            start += length
+        return _joined(runs)
+
+    @classmethod
+    def for_batch(
+        cls, documents: Documents, num_shards: int, *, work: Tensor | None = None
+    ) -> Self:
+        return cls(documents.seq_len, num_shards, _shared_lengths(cls, documents))
+
+
+@dataclass(frozen=True)
+class BlockBalanced(SequenceLayout):
+    """Deal blocks of the sequence to ranks by the work that the batch's mask makes of them.
+
+    Every rank holds the same number of blocks, in ascending position. For masks that no rule
+    balances: sliding windows beside prefixes, documents of any length.
+
+        seq_len=8, n=2, block=2, owners=(0, 1, 1, 0)        rank 0: 0 1 6 7        rank 1: 2 3 4 5
+
+    Attributes:
+        block: tokens.
+        owners: the rank of each block.
+    """
+
+    block: int
+    owners: tuple[int, ...]
+
+    blocks_per_shard: ClassVar[int] = 8
+    """Blocks that a rank holds at least, where for_batch chooses them."""
+    largest_block: ClassVar[int] = 128
+    """Tokens; the tile that kernels skip or compute whole."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block < 1 or self.shard_len % self.block:
+            raise ValueError(
+                f"BlockBalanced fills each shard with whole blocks, got block={self.block}, "
+                f"shard_len={self.shard_len}: choose a block that divides the shard."
+            )
+        counts = [self.owners.count(rank) for rank in range(self.num_shards)]
+        equal = self.shard_len // self.block
+        if len(self.owners) != equal * self.num_shards or set(counts) != {equal}:
+            raise ValueError(
+                f"BlockBalanced gives every rank {equal} blocks, got counts={counts} among "
+                f"{len(self.owners)} owners: let balance.assign_blocks deal them."
+            )
+
+    @property
+    def segment_len(self) -> int:
+        """One block, whatever the batch: the graph must not change with the owners."""
+        return self.block
+
+    def runs(self, rank: int) -> list[Run]:
+        self._check_rank(rank)
+        mine = [index for index, owner in enumerate(self.owners) if owner == rank]
+        return _joined([(index * self.block, (index + 1) * self.block) for index in mine])
+
+    @classmethod
+    def multiple(cls, num_shards: int) -> int:
+        return cls.blocks_per_shard * num_shards
+
+    @classmethod
+    def for_batch(
+        cls, documents: Documents, num_shards: int, *, work: Tensor | None = None
+    ) -> Self:
+        """Balance the work given, or that of a causal mask inside each document."""
+        _shared_lengths(cls, documents)
+        seq_len, per_shard = documents.seq_len, documents.seq_len // num_shards
+        block = gcd(per_shard, max(1, min(cls.largest_block, per_shard // cls.blocks_per_shard)))
+        if work is None:
+            visible = documents.document()[:1] >= 0
+            work = torch.where(visible, documents.position_in_document()[:1] + 1, 0)[0]
+        owners = assign_blocks(block_work(work, block), num_shards)
+        return cls(seq_len, num_shards, block, owners)
+
+
+def _joined(runs: Sequence[Run]) -> list[Run]:
+    """The same positions with neighbours in one run and empty runs left out."""
+    joined: list[Run] = []
+    for start, stop in runs:
+        if joined and start == joined[-1][1]:
+            joined[-1] = (joined[-1][0], stop)
+        elif start < stop:
+            joined.append((start, stop))
+    return joined
+
+
+def _head_tail_chunks(start: int, length: int, turn: int, num_shards: int) -> list[Run]:
+    """Cut a document into 2n runs; its odd tokens go to the ranks from turn mod n on.
+
+    A rank's first odd token lengthens its head chunk, the second its tail chunk. All odd tokens
+    of a sequence are a multiple of n, since S is, so taking turns ends even.
+    """
+    chunk, odd = divmod(length, 2 * num_shards)
+    lengths = [chunk] * (2 * num_shards)
+    for index in range(odd):
+        rank = (turn + index) % num_shards
+        lengths[rank if index < num_shards else 2 * num_shards - 1 - rank] += 1
+    ends = [start + sum(lengths[: index + 1]) for index in range(len(lengths))]
+    return [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+
+def _shared_lengths(layout: type[SequenceLayout], documents: Documents) -> tuple[int, ...]:
+    """The documents that all rows have in common: one permutation serves the whole batch."""
+    if len(set(documents.lengths)) != 1:
+        raise ValueError(
+            f"{layout.__name__} deals all rows of a batch alike, got rows of differing documents, "
+            f"lengths={documents.lengths}: use HeadTail, or one row a batch."
+        )
+    return documents.lengths[0]

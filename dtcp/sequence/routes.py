@@ -1,0 +1,103 @@
+"""Who sends which slots to whom: worked out on the host, before anything moves.
+
+Every rank holds some positions of a sequence and wants some, both known as runs. What it sends
+and where it puts what it receives follow, so the exchange itself needs no negotiation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtcp.sequence.layout import Run, SequenceLayout
+
+Hop = tuple[int, int, int]
+"""A rank, and the slots from start up to stop that go to it or come from it."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """One rank's part of an exchange of tokens.
+
+    Both ends list the rows between them in the same order, so rows travel without labels. A
+    slot may be sent more than once; a slot that nothing is received for is zero.
+    """
+
+    send: tuple[Hop, ...]
+    """Ranks ascending; slots of what this rank holds."""
+    receive: tuple[Hop, ...]
+    """Ranks ascending; slots of what this rank wants."""
+    wanted_len: int
+
+    @classmethod
+    def between(
+        cls, held: Sequence[Sequence[Run]], wanted: Sequence[Sequence[Run]], rank: int
+    ) -> "Route":
+        """Bring each rank what it wants from whoever holds it.
+
+        Args:
+            held, wanted: position runs of every rank, in slot order. A position is held by one
+                rank; wanted positions that nobody holds stay zero.
+        """
+        peers = range(len(held))
+        return cls(
+            send=tuple(
+                (peer, slot, slot + length)
+                for peer in peers
+                for _, slot, length in _overlaps(wanted[peer], held[rank])
+            ),
+            receive=tuple(
+                (peer, slot, slot + length)
+                for peer in peers
+                for slot, _, length in _overlaps(wanted[rank], held[peer])
+            ),
+            wanted_len=sum(stop - start for start, stop in wanted[rank]),
+        )
+
+
+def halo_runs(layout: SequenceLayout, rank: int, *, left: int, right: int) -> list[Run]:
+    """Positions next to each of the rank's segments: its left ones, then its right ones.
+
+    Those that lie before the sequence or after it are below 0 or at least S.
+    """
+    runs: list[Run] = []
+    for start, stop in layout.segments(rank):
+        runs += [(start - left, start), (stop, stop + right)]
+    return runs
+
+
+def halo_positions(layout: SequenceLayout, rank: int, *, left: int, right: int) -> Tensor:
+    """Position of each token that `collectives.halo` returns, -1 where there is none.
+
+    Returns:
+        [segments * (left + right)], int64.
+    """
+    runs = halo_runs(layout, rank, left=left, right=right)
+    position = torch.cat([torch.arange(start, stop) for start, stop in runs])
+    return torch.where((position >= 0) & (position < layout.seq_len), position, -1)
+
+
+def rolled(runs: Sequence[Run], shift: int, seq_len: int) -> list[Run]:
+    """The positions `shift` before those of the runs; before the first comes the last."""
+    cut: list[Run] = []
+    for start, stop in runs:
+        first = (start - shift) % seq_len
+        last = first + stop - start
+        cut += [(first, min(last, seq_len)), (0, max(last - seq_len, 0))]
+    return [(first, last) for first, last in cut if first < last]
+
+
+def _overlaps(wanted: Sequence[Run], held: Sequence[Run]) -> list[tuple[int, int, int]]:
+    """Where wanted runs meet held ones: slot among the wanted, slot among the held, length."""
+    found = []
+    wanted_slot = 0
+    for first, last in wanted:
+        held_slot = 0
+        for start, stop in held:
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                found.append((wanted_slot + low - first, held_slot + low - start, high - low))
+            held_slot += stop - start
+        wanted_slot += last - first
+    return found

@@ -1,0 +1,69 @@
+"""Sliding windows: bring the tokens next to a shard, and nothing else."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dtcp.kernels.softmax.block_ranges import TILE
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.softmax.all_gather import AllGatherAttention
+from dtcp.softmax.required_keys import all_at_once_tables
+
+
+@dataclass
+class HaloAttention(AllGatherAttention):
+    """Sliding-window attention that fetches the `window` - 1 keys left of each segment.
+
+    O(W) traffic a rank, however long the sequence. A shard shorter than the halo takes it from
+    several ranks, in the same single exchange; a document that starts inside the halo shortens
+    it. The mask must be a window: one that sees further is refused when the batch is built.
+
+    Args:
+        window: W, tokens a query sees, itself included.
+
+    Keyword Args:
+        right: tokens right of a segment that a query may see (bidirectional blocks).
+        boundary: InGraph() or EagerIsland().
+
+    Traffic per rank, received: at most (W - 1 + right) tokens a segment (one of Contiguous, two
+    of HeadTail) x B * G * (D + V) elements forward; the same again backward, and gradients home.
+    """
+
+    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (Contiguous, HeadTail)
+
+    window: int
+    right: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.right < 0:
+            raise ValueError(
+                f"HaloAttention counts a query itself, so window >= 1 and right >= 0, got "
+                f"window={self.window}, right={self.right}: give it the mask's window."
+            )
+
+    def make_tables(
+        self,
+        layout: SequenceLayout,
+        rank: int,
+        intervals: tuple[Tensor, Tensor],
+        *,
+        tile: int = TILE,
+    ) -> tuple[Tensor, ...]:
+        first, last = intervals
+        position = torch.arange(layout.seq_len)
+        sees = last >= first
+        left = int((position - first)[sees].max()) if bool(sees.any()) else 0
+        right = int((last - position)[sees].max()) if bool(sees.any()) else 0
+        if left >= self.window or right > self.right:
+            raise ValueError(
+                f"{self} brings what a window sees, got a mask that sees {left} tokens to the "
+                f"left and {right} to the right: give it `& SlidingWindow({self.window})`, widen "
+                f"the halo to window={left + 1}, right={right} (of a plan for images: a "
+                f"longest_vision_block of {right + 1}), or use AllGatherAttention."
+            )
+        segments = 1 if isinstance(layout, Contiguous) else 2
+        halo = segments * (self.window - 1 + self.right)
+        capacity = min(layout.seq_len, layout.shard_len + halo)
+        return all_at_once_tables(layout, rank, intervals, capacity=capacity, tile=tile)

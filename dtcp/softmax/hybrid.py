@@ -1,0 +1,97 @@
+"""Ulysses inside groups of neighbouring ranks, a ring (or one exchange) between the groups."""
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtcp.distributed.collectives import group_name
+from dtcp.kernels.softmax.block_ranges import TILE
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.softmax.all_gather import ALL_GATHER, AllGatherAttention
+from dtcp.softmax.op import AttentionOp
+from dtcp.softmax.ring import RING, RingAttention
+from dtcp.softmax.style import AttentionShape, AttentionStyle, Received
+from dtcp.softmax.ulysses import (
+    Ulysses,
+    UlyssesAttention,
+    heads_received,
+    joined,
+    reorder_tables,
+)
+
+ULYSSES_RING = AttentionOp("ulysses_ring_attention", Ulysses(RING.strategy))
+ULYSSES_ALL_GATHER = AttentionOp("ulysses_all_gather_attention", Ulysses(ALL_GATHER.strategy))
+
+
+@dataclass
+class HybridAttention(AttentionStyle):
+    """Heads dealt out among `inner_ranks` neighbours, the sequence streamed between such groups.
+
+    Goes past the number of heads, where Ulysses must stop, and keeps most of the traffic among
+    neighbours: one node's fast links inside, the network outside. Share one instance among the
+    mixers of a plan; each instance makes its own process groups.
+
+    Args:
+        inner: how a group works together.
+        outer: how the groups do.
+        inner_ranks: neighbouring ranks a group; divides the axis.
+
+    Keyword Args:
+        boundary: InGraph() or EagerIsland().
+
+    Traffic per rank: that of Ulysses among u = inner_ranks, plus that of `outer` among n / u
+    shards of u * L tokens, with max(G, u) / u kv heads a rank.
+    From Fang and Zhao 2024, USP, section 3, https://arxiv.org/abs/2405.07719
+    """
+
+    inner: UlyssesAttention = field(default_factory=UlyssesAttention)
+    outer: RingAttention | AllGatherAttention = field(default_factory=RingAttention)
+    inner_ranks: int = field(default=2, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._made: tuple[DeviceMesh, list[str]] | None = None
+
+    @property
+    def op(self) -> AttentionOp:
+        return ULYSSES_RING if isinstance(self.outer, RingAttention) else ULYSSES_ALL_GATHER
+
+    def groups(self, axis: DeviceMesh) -> list[str]:
+        if axis.size() % self.inner_ranks:
+            raise ValueError(
+                f"{self} splits its axis into equal groups, got {axis.size()} ranks with "
+                f"inner_ranks={self.inner_ranks}: choose a divisor."
+            )
+        if self._made is None or self._made[0] is not axis:
+            shape = (axis.size() // self.inner_ranks, self.inner_ranks)
+            split = axis._unflatten(0, shape, ("between_groups", "within_group"))
+            names = [group_name(split["within_group"]), group_name(split["between_groups"])]
+            self._made = (axis, [group_name(axis), *names])
+        return self._made[1]
+
+    def make_tables(
+        self,
+        layout: SequenceLayout,
+        rank: int,
+        intervals: tuple[Tensor, Tensor],
+        *,
+        tile: int = TILE,
+    ) -> tuple[Tensor, ...]:
+        groups = layout.num_shards // self.inner_ranks
+        group = rank // self.inner_ranks
+        between = self.outer.make_tables(joined(layout, groups), group, intervals, tile=tile)
+        return (*reorder_tables(layout, groups, group), *between)
+
+    def received(
+        self,
+        layout: SequenceLayout,
+        rank: int,
+        intervals: tuple[Tensor, Tensor],
+        shape: AttentionShape,
+    ) -> Received:
+        inner = self.inner_ranks
+        groups, kv_heads = layout.num_shards // inner, max(shape.kv_heads, inner) // inner
+        within = heads_received(layout.shard_len, inner, shape)
+        each = replace(shape, heads=shape.heads // inner, kv_heads=kv_heads)
+        joint = joined(layout, groups)
+        return within + self.outer.received(joint, rank // inner, intervals, each)

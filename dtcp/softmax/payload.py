@@ -1,0 +1,172 @@
+"""What of a token's key and value travels, and what is made of it where it arrives."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dtcp.kernels.dtypes import accumulation
+from dtcp.kernels.rotary import rotate
+from dtcp.kernels.softmax.api import Final, local_sink_gradient
+from dtcp.softmax.op import Call, Given, Kept
+
+
+class Sums(NamedTuple):
+    """Room to sum the gradients of some keys in, in fp32 (fp64 for fp64)."""
+
+    rows: Tensor  # [B, m, G, W], of what travelled; right once `close` was called
+    dk: Tensor  # [B, m, G, D]
+    dv: Tensor  # [B, m, G, V]
+
+
+class Carried(Protocol):
+    """Local keys and values as rows [.., W] that travel. `part` says which step's keys are meant.
+
+    Rows travel in the model's dtype, their gradients as one row per rank that used the key.
+    """
+
+    def pack(self, slots: Tensor) -> Tensor:
+        """Rows of some local tokens, [m] int32: [m, B, G, W]."""
+        ...
+
+    def here(self, part: int) -> tuple[Tensor, Tensor]:
+        """k and v of all local tokens."""
+        ...
+
+    def arrived(self, rows: Tensor, part: int) -> tuple[Tensor, Tensor]:
+        """k and v of rows [m, B, G, W] that came from another rank."""
+        ...
+
+    def lined_up(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v of local tokens and of rows that came, put in order."""
+        ...
+
+    def sums(self, tokens: int) -> Sums:
+        """Room for the gradients of so many keys."""
+        ...
+
+    def close(self, sums: Sums, v: Tensor, part: int) -> Tensor:
+        """Gradients of the rows [B, m, G, W], once dk and dv have been summed."""
+        ...
+
+
+class Pairs:
+    """A key and a value of their own: both travel, in one row.
+
+    Args:
+        k: [B, L, G, D].
+        v: [B, L, G, V].
+    """
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k, v
+
+    def pack(self, slots: Tensor) -> Tensor:
+        pair = (self.k.index_select(1, slots), self.v.index_select(1, slots))
+        return torch.cat(pair, dim=-1).transpose(0, 1).contiguous()
+
+    def here(self, part: int) -> tuple[Tensor, Tensor]:
+        return self.k, self.v
+
+    def arrived(self, rows: Tensor, part: int) -> tuple[Tensor, Tensor]:
+        return self.split(rows.transpose(0, 1))
+
+    def lined_up(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        far_k, far_v = self.arrived(rows, 0)
+        k, v = torch.cat((self.k, far_k), dim=1), torch.cat((self.v, far_v), dim=1)
+        return k.index_select(1, order), v.index_select(1, order)
+
+    def sums(self, tokens: int) -> Sums:
+        width = self.k.shape[-1] + self.v.shape[-1]
+        rows = _zeros(self.v, tokens, width)
+        return Sums(rows, *self.split(rows))
+
+    def close(self, sums: Sums, v: Tensor, part: int) -> Tensor:
+        return sums.rows
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        width = self.k.shape[-1]
+        return rows[..., :width], rows[..., width:]
+
+
+class Values:
+    """Values alone travel: a key is its value, scaled and rotated, and is made again on arrival.
+
+    Args:
+        v: [B, L, G, D].
+        key_scale: [D].
+        frequency: [D / 2].
+        position: [parts, B, K] int32, of the keys of each part in their documents.
+    """
+
+    def __init__(self, v: Tensor, key_scale: Tensor, frequency: Tensor, position: Tensor) -> None:
+        self.v, self.key_scale, self.frequency, self.position = v, key_scale, frequency, position
+        self.scale_gradient = torch.zeros_like(key_scale, dtype=accumulation(v.dtype))
+
+    def pack(self, slots: Tensor) -> Tensor:
+        return self.v.index_select(1, slots).transpose(0, 1).contiguous()
+
+    def here(self, part: int) -> tuple[Tensor, Tensor]:
+        return self._key(self.v, part), self.v
+
+    def arrived(self, rows: Tensor, part: int) -> tuple[Tensor, Tensor]:
+        v = rows.transpose(0, 1)
+        return self._key(v, part), v
+
+    def lined_up(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        v = torch.cat((self.v, rows.transpose(0, 1)), dim=1).index_select(1, order)
+        return self._key(v, 0), v
+
+    def sums(self, tokens: int) -> Sums:
+        dk, dv = (_zeros(self.v, tokens, self.v.shape[-1]) for _ in range(2))
+        return Sums(dv, dk, dv)
+
+    def close(self, sums: Sums, v: Tensor, part: int) -> Tensor:
+        back = rotate(sums.dk, -self._at(v, part), self.frequency)
+        self.scale_gradient += (back * v.to(back.dtype)).sum((0, 1, 2))
+        return sums.rows.add_(back * self.key_scale.to(back.dtype))
+
+    def _key(self, v: Tensor, part: int) -> Tensor:
+        return rotate(v * self.key_scale, self._at(v, part), self.frequency)
+
+    def _at(self, v: Tensor, part: int) -> Tensor:
+        return self.position[part, :, : v.shape[1]]
+
+
+class Carrier:
+    """A strategy that does not look into what it carries: one for pairs is one for values.
+
+    As an op.Strategy it carries pairs.
+    """
+
+    keeps_own_form = False
+
+    def attend(
+        self, q: Tensor, carried: Carried, sink: Tensor | None, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """out [B, L, H, V] in q's dtype and lse [B, L, H]."""
+        raise NotImplementedError
+
+    def attend_backward(
+        self, q: Tensor, carried: Carried, final: Final, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """dq and the gradients of the local rows [B, L, G, W]."""
+        raise NotImplementedError
+
+    def forward(self, x: Given, call: Call) -> Kept:
+        out, lse = self.attend(x.q, Pairs(x.k, x.v), x.sink, call)
+        return Kept(out, [lse])
+
+    def backward(self, grad_out: Tensor, x: Given, kept: Kept, call: Call) -> Given:
+        final, pairs = Final(grad_out, kept.out, kept.saved[0]), Pairs(x.k, x.v)
+        dq, rows = self.attend_backward(x.q, pairs, final, call)
+        return Given(dq, *pairs.split(rows), local_sink_gradient(final, x.sink))
+
+    def saved_like(self, x: Given, groups: Sequence[str]) -> list[Tensor]:
+        return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
+
+
+def _zeros(like: Tensor, tokens: int, width: int) -> Tensor:
+    shape = (like.shape[0], tokens, like.shape[2], width)
+    return torch.zeros(shape, dtype=accumulation(like.dtype), device=like.device)

@@ -1,0 +1,256 @@
+"""Trade heads for sequence: each rank attends with some of the heads to the whole sequence."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtcp.distributed.collectives import group_of
+from dtcp.kernels.dtypes import accumulation
+from dtcp.kernels.softmax.block_ranges import TILE
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.softmax.local import Local, LocalTables, local_tables
+from dtcp.softmax.op import (
+    AttentionOp,
+    Call,
+    Given,
+    Kept,
+    Strategy,
+)
+from dtcp.softmax.style import AttentionShape, AttentionStyle, Received
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """Which heads each of n ranks attends with: equal parts, kv heads copied where G < n."""
+
+    heads: int
+    kv_heads: int
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        n, kv = self.num_ranks, self.kv_heads
+        if self.heads % n or (kv % n and n % kv):
+            raise ValueError(
+                f"Ulysses deals out whole heads, so ranks divide heads, and kv heads divide ranks "
+                f"or the other way round, got heads={self.heads}, kv_heads={kv}, ranks={n}: use "
+                f"fewer ranks for it (HybridAttention), or RingAttention."
+            )
+
+    @property
+    def copies(self) -> int:
+        """Ranks that share one kv head."""
+        return max(self.num_ranks // self.kv_heads, 1)
+
+    @property
+    def kv_heads_each(self) -> int:
+        """Kv heads a rank attends with."""
+        return max(self.kv_heads // self.num_ranks, 1)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Query heads by rank: [B, L, H, D] -> [n, B, L, H / n, D]."""
+        return x.unflatten(2, (self.num_ranks, -1)).movedim(2, 0)
+
+    def split_kv(self, x: Tensor) -> Tensor:
+        """Kv heads by rank: [B, L, G, D] -> [n, B, L, max(G, n) / n, D]."""
+        return self.split(x.repeat_interleave(self.copies, dim=2))
+
+    def join(self, x: Tensor) -> Tensor:
+        """Inverse of split."""
+        return x.movedim(0, 2).flatten(2, 3)
+
+    def join_kv_gradient(self, x: Tensor) -> Tensor:
+        """Gradient of split_kv: what the ranks sharing a kv head found is summed, in fp32."""
+        copied = self.join(x.to(accumulation(x.dtype)))
+        return copied.unflatten(2, (self.kv_heads, self.copies)).sum(3)
+
+
+class Ulysses:
+    """all_to_all to heads, another strategy on them (attending locally, or a ring), and back.
+
+    Keeps q, k, v and out by heads: bringing them again would cost what forward cost.
+    """
+
+    keeps_own_form = True
+
+    def __init__(self, outer: Strategy) -> None:
+        self.outer = outer
+
+    def forward(self, x: Given, call: Call) -> Kept:
+        share = _share(x.q.shape[2], call)
+        order, restore, outer_call = self._parts(call, share)
+        by_rank = (share.split(x.q), share.split_kv(x.k), share.split_kv(x.v))
+        q, k, v = _to_sequence(by_rank, order, call)
+        sink = _own_sink(x.sink, share, call)
+        out, saved = self.outer.forward(Given(q, k, v, sink), outer_call)
+        (local,) = _to_heads((out,), restore, call)
+        return Kept(share.join(local), [q, k, v, out, *saved])
+
+    def backward(self, grad_out: Tensor, x: Given, kept: Kept, call: Call) -> Given:
+        share = _share(grad_out.shape[2], call)
+        order, restore, outer_call = self._parts(call, share)
+        (grad,) = _to_sequence((share.split(grad_out),), order, call)
+        own = x._replace(sink=_own_sink(x.sink, share, call))
+        *grads, d_own_sink = self.outer.backward(grad, own, kept, outer_call)
+        dq, dk, dv = _to_heads([each.to(x.q.dtype) for each in grads], restore, call)
+        dsink = None if x.sink is None else torch.zeros_like(x.sink)
+        if dsink is not None and d_own_sink is not None:
+            dsink[_own_heads(share, call.groups)] = d_own_sink
+        dk, dv = share.join_kv_gradient(dk), share.join_kv_gradient(dv)
+        return Given(share.join(dq), dk, dv, dsink)
+
+    def saved_like(self, x: Given, groups: Sequence[str]) -> list[Tensor]:
+        q, k, v, _ = x
+        share = HeadShare(q.shape[2], k.shape[2], dist.get_world_size(_inner_group(groups)))
+        batch, length = q.shape[:2]
+        whole = (batch, length * share.num_ranks)
+        inner_q = q.new_empty(*whole, share.heads // share.num_ranks, q.shape[-1])
+        inner_k = k.new_empty(*whole, share.kv_heads_each, k.shape[-1])
+        inner_v = v.new_empty(*whole, share.kv_heads_each, v.shape[-1])
+        out = q.new_empty(*inner_q.shape[:-1], v.shape[-1])
+        rest = self.outer.saved_like(Given(inner_q, inner_k, inner_v, None), groups)
+        return [inner_q, inner_k, inner_v, out, *rest]
+
+    def _parts(self, call: Call, share: HeadShare) -> tuple[Tensor, Tensor, Call]:
+        order, restore, *outer_tables = call.tables
+        kv_heads = share.kv_heads_each
+        return order, restore, Call(call.op, outer_tables, call.how, call.groups, kv_heads)
+
+
+def _inner_group(groups: Sequence[str]) -> dist.ProcessGroup:
+    """groups is (axis,), or (axis, inner, outer) where the axis is split in two."""
+    return group_of(groups[1] if len(groups) > 1 else groups[0])
+
+
+def _share(heads: int, call: Call) -> HeadShare:
+    return HeadShare(heads, call.kv_heads, dist.get_world_size(_inner_group(call.groups)))
+
+
+def _own_heads(share: HeadShare, groups: Sequence[str]) -> slice:
+    rank, each = dist.get_rank(_inner_group(groups)), share.heads // share.num_ranks
+    return slice(rank * each, (rank + 1) * each)
+
+
+def _own_sink(sink: Tensor | None, share: HeadShare, call: Call) -> Tensor | None:
+    return None if sink is None else sink[_own_heads(share, call.groups)]
+
+
+def _to_sequence(parts: Sequence[Tensor], order: Tensor, call: Call) -> list[Tensor]:
+    """One all_to_all: [n, B, L, heads, D] by receiver -> [B, n * L, heads, D] by position."""
+    n, batch, length = parts[0].shape[:3]
+    if order.numel() not in (0, n * length):
+        raise ValueError(
+            f"Attention reads the tables of its own batch, got tables for {order.numel()} tokens "
+            f"on {n} ranks with {length} each: pass the tables that were made with this batch."
+        )
+    rows = _all_to_all(torch.cat([x.flatten(3) for x in parts], dim=-1), call)
+    whole = rows.movedim(0, 1).reshape(batch, n * length, -1)
+    whole = whole if order.numel() == 0 else whole.index_select(1, order)
+    widths = [x.shape[3:].numel() for x in parts]
+    split = whole.split(widths, dim=-1)
+    return [x.unflatten(2, p.shape[3:]).contiguous() for x, p in zip(split, parts, strict=True)]
+
+
+def _to_heads(parts: Sequence[Tensor], restore: Tensor, call: Call) -> list[Tensor]:
+    """The way back: [B, n * L, heads, D] by position -> [n, B, L, heads, D] by owner of heads."""
+    n = dist.get_world_size(_inner_group(call.groups))
+    whole = torch.cat([x.flatten(2) for x in parts], dim=-1)
+    whole = whole if restore.numel() == 0 else whole.index_select(1, restore)
+    rows = _all_to_all(whole.unflatten(1, (n, -1)).movedim(1, 0), call)
+    split = rows.split([x.shape[2:].numel() for x in parts], dim=-1)
+    return [x.unflatten(3, p.shape[2:]) for x, p in zip(split, parts, strict=True)]
+
+
+def _all_to_all(rows: Tensor, call: Call) -> Tensor:
+    """Row i of [n, ...] goes to rank i; equal sizes."""
+    rows = rows.contiguous()
+    n = rows.shape[0]
+    if n == 1:
+        return rows
+    out = torch.empty_like(rows)
+    dist.all_to_all_single(out.view(-1), rows.view(-1), group=_inner_group(call.groups))
+    moved = (n - 1) * rows[0].numel() * rows.element_size()
+    call.moved(sent=moved, received=moved)
+    return out
+
+
+@dataclass(frozen=True)
+class Ascending(SequenceLayout):
+    """What groups of neighbouring ranks of another layout hold together, in ascending order."""
+
+    of: SequenceLayout = field(kw_only=True)
+
+    def runs(self, rank: int) -> list[tuple[int, int]]:
+        each = self.of.num_shards // self.num_shards
+        members = range(rank * each, (rank + 1) * each)
+        return sorted(run for member in members for run in self.of.runs(member))
+
+
+def joined(layout: SequenceLayout, num_shards: int) -> SequenceLayout:
+    """What `num_shards` groups of neighbouring ranks hold together, in ascending order."""
+    return Ascending(layout.seq_len, num_shards, of=layout)
+
+
+def reorder_tables(layout: SequenceLayout, num_shards: int, shard: int) -> tuple[Tensor, Tensor]:
+    """Slots of a joined shard in ascending position, and the way back; empty if they ascend."""
+    held = layout.permutation().view(num_shards, -1)
+    if bool((held.diff(dim=1) > 0).all()):
+        nothing = torch.zeros(0, dtype=torch.int32)
+        return nothing, nothing.clone()
+    order = held[shard].argsort()
+    return order.to(torch.int32), order.argsort().to(torch.int32)
+
+
+ULYSSES = AttentionOp("ulysses_attention", Ulysses(Local()))
+
+
+@dataclass
+class UlyssesAttention(AttentionStyle):
+    """Attention in which each rank holds the whole sequence for its share of the heads.
+
+    Balanced in every layout. Ranks divide the heads; kv heads divide the ranks or are divided
+    by them, and are then copied to the ranks that share one.
+
+    Keyword Args:
+        boundary: InGraph() or EagerIsland().
+
+    Traffic per rank, received: (n - 1) / n * L * (2 H + 2 max(G, n)) * D elements for equal key
+    and value dims, forward, and the same backward. Kept for backward: q, k, v and out by heads,
+    as large as by sequence (k and v max(G, n) / G times).
+    From Jacobs et al. 2023, DeepSpeed Ulysses, section 3, https://arxiv.org/abs/2309.14509
+    """
+
+    @property
+    def op(self) -> AttentionOp:
+        return ULYSSES
+
+    def make_tables(
+        self,
+        layout: SequenceLayout,
+        rank: int,
+        intervals: tuple[Tensor, Tensor],
+        *,
+        tile: int = TILE,
+    ) -> tuple[Tensor, ...]:
+        tables: LocalTables = local_tables(*intervals, tile=tile)
+        return (*reorder_tables(layout, 1, 0), *tables)
+
+    def received(
+        self,
+        layout: SequenceLayout,
+        rank: int,
+        intervals: tuple[Tensor, Tensor],
+        shape: AttentionShape,
+    ) -> Received:
+        return heads_received(layout.shard_len, layout.num_shards, shape)
+
+
+def heads_received(shard_len: int, num_ranks: int, shape: AttentionShape) -> Received:
+    """q, k, v go out by heads and out comes back; backward moves their gradients alike."""
+    kv_heads = max(shape.kv_heads, num_ranks)
+    widths = (shape.heads + kv_heads) * (shape.key_dim + shape.value_dim)
+    tokens = shape.batch * shard_len * (num_ranks - 1)
+    moved = tokens * widths * shape.element_size // num_ranks
+    return Received(moved, moved)

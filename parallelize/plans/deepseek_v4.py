@@ -1,0 +1,147 @@
+"""The plan of models/deepseek_v4."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+)
+
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.models.deepseek_v4 import DeepseekV4Config, TopRouter
+from dtcp.parallelize.apply import ParallelPlan
+from dtcp.parallelize.experts import ExpertsSplit
+from dtcp.parallelize.tensor_parallel import (
+    Entered,
+    OwnPart,
+    SharedByHeads,
+    VocabularySharded,
+    check_divisible,
+)
+from dtcp.sparse import CompressedSparseCP
+
+SPARSE = CompressedSparseCP()
+
+
+def deepseek_v4_plan(
+    config: DeepseekV4Config, mesh: ParallelMesh, attention: ParallelStyle = SPARSE
+) -> ParallelPlan:
+    """Split heads with their output groups, experts' channels and vocabulary over tp.
+
+    Under tp, logits come as a DTensor sharded in the vocabulary: token_mean_loss takes them.
+
+    Args:
+        attention: how compressed sparse attention is carried out on the axis cp.
+    Raises:
+        ValueError: what tp would split is not a multiple of it.
+    """
+    split = ("num_heads", "output_groups", "hidden_dim", "vocab_size")
+    check_divisible({name: getattr(config, name) for name in split}, mesh.size("tp"))
+    names = ["layers.*", *(["mtp.*.block"] if config.num_mtp_layers else [])]
+    return ParallelPlan(
+        tp=tensor_plan(config),
+        cp={f"{name}.attention.mixer": attention for name in names},
+        blocks=tuple(names),
+        # Multi-token prediction reads the embedding and the head again, after the blocks.
+        units=() if config.num_mtp_layers else (("embedding",), ("head", "norm", "lm_head")),
+        islands=islands(config),
+    )
+
+
+def balance_experts(model: nn.Module, axis: DeviceMesh | None, *, speed: float = 1e-3) -> None:
+    """Move the bias of every router by the loads of all ranks; call before a step.
+
+    Outside of autograd, and alike on every rank.
+
+    Args:
+        axis: the ranks whose tokens make up a batch, ParallelMesh.loss; None for this one alone.
+
+    Traffic per rank: one all-reduce of the loads.
+    """
+    routers = [module for module in model.modules() if isinstance(module, TopRouter)]
+    loads = torch.stack([router.load for router in routers])
+    if axis is not None:
+        dist.all_reduce(loads, group=axis.get_group())
+    for router, load in zip(routers, loads, strict=True):
+        router.balance(load, speed)
+
+
+def tensor_plan(config: DeepseekV4Config) -> dict[str, ParallelStyle]:
+    """Heads are split, what all of them read is computed by every rank: the one head of keys,
+    entries, the indexer, low-rank queries; so are streams and routers."""
+    plan: dict[str, ParallelStyle] = {
+        "embedding": VocabularySharded(),
+        "head": OwnPart(),
+        "norm": OwnPart(),
+        "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
+    }
+    if config.num_mtp_layers:
+        whole = ("token_norm", "token_proj", "stream_norm", "stream_proj", "head", "norm")
+        plan |= {f"mtp.*.{name}": OwnPart() for name in whole}
+    # Key by key for each block: torch warns of a pattern that some blocks have no part for.
+    for block, ratio in _blocks(config):
+        parts = {**BLOCK, **_compressing(config, ratio)}
+        plan |= {f"{block}.{name}": style for name, style in parts.items()}
+    return plan
+
+
+def islands(config: DeepseekV4Config) -> tuple[str, ...]:
+    """What the published model never rounds: connections between streams, sinks, what a place
+    adds to a gate, and norms. The bias of routers is a buffer, which FSDP leaves as it is."""
+    names = ["head.*", "norm.weight"]
+    if config.num_mtp_layers:
+        names += [f"mtp.*.{name}" for name in ("head.*", "norm.weight", "*_norm.weight")]
+    for block, ratio in _blocks(config):
+        parts = ["*_streams.*", "*_norm.weight", "attention.*_norm.weight", "attention.sink.weight"]
+        if ratio:
+            parts += ["attention.compressor.place.weight", "attention.compressor.norm.weight"]
+        if ratio == config.sparse_ratio:
+            parts += [f"attention.indexer.compressor.{part}.weight" for part in ("place", "norm")]
+        names += [f"{block}.{part}" for part in parts]
+    return tuple(names)
+
+
+BLOCK: Mapping[str, ParallelStyle] = {
+    "*_streams": OwnPart(),
+    "*_norm": OwnPart(),
+    "attention.q_a_proj": OwnPart(),
+    "attention.kv_proj": OwnPart(),
+    "attention.*_norm": OwnPart(),
+    "attention.rotate": SharedByHeads(),
+    "attention.sink": OwnPart(Shard(0)),
+    "attention.q_b_proj": ColwiseParallel(),
+    "attention.o_a_proj": OwnPart(Shard(0)),
+    "attention.o_b_proj": RowwiseParallel(),
+    "mixture.router": OwnPart(),
+    "mixture.experts": ExpertsSplit(),
+    "mixture.shared": Entered(),
+    "mixture.shared.gate": ColwiseParallel(),
+    "mixture.shared.up": ColwiseParallel(),
+    "mixture.shared.down": RowwiseParallel(),
+}
+
+
+def _compressing(config: DeepseekV4Config, ratio: int) -> dict[str, ParallelStyle]:
+    """What a layer with entries has besides."""
+    parts = ("*_proj", "place", "norm")
+    plan: dict[str, ParallelStyle] = {}
+    if ratio:
+        plan |= {f"attention.compressor.{part}": OwnPart() for part in parts}
+        plan["attention.compressor.rotate"] = SharedByHeads()
+    if ratio == config.sparse_ratio:
+        plan["attention.indexer.*_proj"] = OwnPart()
+        plan |= {f"attention.indexer.compressor.{part}": OwnPart() for part in parts}
+    return plan
+
+
+def _blocks(config: DeepseekV4Config) -> list[tuple[str, int]]:
+    """The names of all blocks and what each compresses by."""
+    names = [f"layers.{layer}" for layer in range(config.num_layers)]
+    names += [f"mtp.{depth}.block" for depth in range(config.num_mtp_layers)]
+    return list(zip(names, config.compress_ratios, strict=True))

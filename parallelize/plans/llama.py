@@ -1,0 +1,65 @@
+"""The plan of models/llama."""
+
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+)
+
+from dtcp.distributed.dtensor_rules import HEADS
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.models.llama import LlamaConfig
+from dtcp.parallelize.apply import ParallelPlan
+from dtcp.parallelize.tensor_parallel import (
+    Entered,
+    PerToken,
+    VocabularySharded,
+    check_divisible,
+)
+from dtcp.softmax.style import AttentionStyle
+
+
+def llama_plan(config: LlamaConfig, mesh: ParallelMesh, attention: AttentionStyle) -> ParallelPlan:
+    """Split heads, feed-forward channels and vocabulary over tp, the sequence over cp.
+
+    Under tp, logits come as a DTensor sharded in the vocabulary: token_mean_loss takes them.
+
+    Args:
+        attention: the strategy on the axis cp.
+    Raises:
+        ValueError: what tp would split is not a multiple of it.
+    """
+    names = ("num_heads", "num_kv_heads", "hidden_dim", "vocab_size")
+    check_divisible({name: getattr(config, name) for name in names}, mesh.size("tp"))
+    return ParallelPlan(
+        tp=tensor_plan(config),
+        cp={"layers.*.attention.mixer": attention},
+        blocks=("layers.*",),
+        # A shared weight is gathered once, with the rest of the model.
+        units=() if config.tied else (("embedding",), ("norm", "lm_head")),
+    )
+
+
+def tensor_plan(config: LlamaConfig) -> dict[str, ParallelStyle]:
+    """Megatron's pairs: columns, then rows, one all-reduce for each pair and direction.
+
+    From Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053
+    """
+    plan: dict[str, ParallelStyle] = {
+        "embedding": VocabularySharded(),
+        "layers.*.attention_norm": PerToken(),
+        "layers.*.attention": Entered(),
+        "layers.*.attention.[qkv]_proj": ColwiseParallel(),
+        "layers.*.attention.o_proj": RowwiseParallel(),
+        "layers.*.feed_forward_norm": PerToken(),
+        "layers.*.feed_forward": Entered(),
+        "layers.*.feed_forward.gate": ColwiseParallel(),
+        "layers.*.feed_forward.up": ColwiseParallel(),
+        "layers.*.feed_forward.down": RowwiseParallel(),
+        "norm": PerToken(),
+        "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
+    }
+    if config.qk_norm:
+        plan["layers.*.attention.[qk]_norm"] = PerToken(Shard(HEADS))
+    return plan

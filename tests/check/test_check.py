@@ -1,0 +1,265 @@
+"""The parity proof passes what is right, fails what is not, and refuses what cannot be."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dtcp.check import (
+    HuggingFaceSubject,
+    MixerSubject,
+    Options,
+    Report,
+    compare,
+    run,
+)
+from dtcp.check.__main__ import lines, main
+from dtcp.check.configs import small_config
+from dtcp.compile import EagerIsland
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.huggingface.mixing_probe import find_mixing
+from dtcp.parallelize import Compile, ParallelPlan
+from dtcp.sequence.masks import Causal
+from dtcp.softmax import RingAttention
+from dtcp.softmax.mixer import SoftmaxAttention
+from tests.harness.spmd import spmd
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs/add_a_model.md").read_text()
+
+
+class Layer(nn.Module):
+    """A mixer between two projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.mixer = SoftmaxAttention(Causal())
+
+    def forward(self, x, tables):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(2)
+        return self.out(self.mixer(q, k, v, tables).flatten(2))
+
+
+class Small(nn.Module):
+    """Positions and a layer: enough to get wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(48, 16), nn.Embedding(64, 16)
+        self.layer, self.head = Layer(), nn.Linear(16, 48)
+
+    def forward(self, input_ids, position, tables):
+        return self.head(self.layer(self.tokens(input_ids) + self.places(position), tables))
+
+
+class CountsItsOwnPositions(Small):
+    """Right on one device with one document, and nowhere else."""
+
+    def forward(self, input_ids, position, tables):
+        return super().forward(input_ids, torch.arange(position.shape[1])[None], tables)
+
+
+class Pools(Small):
+    """Tokens meet in a mean, and in no mixer."""
+
+    def forward(self, input_ids, position, tables):
+        out = super().forward(input_ids, position, tables)
+        return out + out.mean(dim=1, keepdim=True)
+
+
+class Convolves(Small):
+    """Tokens meet in a convolution, a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(48, 48, 3, padding=1)
+
+    def forward(self, input_ids, position, tables):
+        out = super().forward(input_ids, position, tables)
+        return self.conv(out.transpose(1, 2)).transpose(1, 2)
+
+
+def plan(model, mesh, style):
+    return ParallelPlan(tp={}, cp={"layer.mixer": style}, blocks=("layer",))
+
+
+def island_plan(model, mesh, style):
+    return plan(model, mesh, RingAttention(boundary=EagerIsland()))
+
+
+@pytest.mark.parametrize("degrees", [Degrees(cp=2), Degrees(dp_shard=2)])
+@spmd(ranks=2)
+def test_right_model_passes(mesh, degrees):
+    options = Options(degrees, bound=1e-12)
+    subject = MixerSubject("tests.check.test_check:Small")
+    outcome = compare(subject, options, ParallelMesh.from_degrees(degrees, "cpu"), None)
+    report = Report(subject.mixing(subject.build(), options.style), options.bound, {"e": outcome})
+    assert report.passed and set(report.mixing.claimed) == {"layer.mixer"}
+    assert outcome.errors.keys() == {"loss", *dict(Small().named_parameters())}
+    for each in ("forward", "backward"):
+        assert (outcome.by_layer[f"layer.mixer, {each}"].received > 0) == (degrees.cp > 1)
+    # FSDP's gathers, and the count of tokens.
+    assert sum(outcome.elsewhere.values()) > 2
+    assert lines(report, options)[-1] == "PASSED"
+
+
+@spmd(ranks=2)
+def test_model_that_counts_its_own_positions_fails(mesh):
+    options = Options(Degrees(cp=2))
+    subject = MixerSubject("tests.check.test_check:CountsItsOwnPositions")
+    outcome = compare(subject, options, ParallelMesh.from_degrees(options.degrees, "cpu"), None)
+    report = Report(subject.mixing(subject.build(), options.style), options.bound, {"e": outcome})
+    assert not report.passed
+    assert "places.weight" in report.failures("e")
+    assert lines(report, options)[-1] == "FAILED"
+
+
+@pytest.mark.parametrize(("how", "graphs", "breaks"), [("plan", 1, 0), ("island_plan", 2, 1)])
+@spmd(ranks=2)
+def test_graphs_and_breaks_are_those_of_the_plan(mesh, how, graphs, breaks):
+    options = Options(Degrees(cp=2))
+    subject = MixerSubject("tests.check.test_check:Small", f"tests.check.test_check:{how}")
+    mesh = ParallelMesh.from_degrees(options.degrees, "cpu")
+    outcome = compare(subject, options, mesh, Compile("aot_eager"))
+    assert (outcome.graphs.graphs, outcome.graphs.breaks) == (graphs, breaks)
+
+
+@pytest.mark.parametrize(("kind", "where"), [("Pools", "the model"), ("Convolves", "conv")])
+def test_mixing_without_a_mixer_is_refused_by_name(kind, where):
+    report = run(MixerSubject(f"tests.check.test_check:{kind}"), Options(Degrees(cp=2)))
+    assert not report.passed and not report.runs
+    (refused,) = report.mixing.refused
+    assert refused.startswith(f"{where} (")
+
+
+@pytest.mark.parametrize(
+    ("module", "mixes"),
+    [
+        (nn.Linear(8, 8), False),
+        (nn.LayerNorm(8), False),
+        (nn.LayerNorm([37, 8]), True),
+        (nn.MultiheadAttention(8, 2, batch_first=True), True),
+        (nn.GRU(8, 8, batch_first=True), True),
+        (nn.Sequential(nn.Linear(8, 8), nn.ReLU()), False),
+    ],
+)
+def test_mixing_is_found_in_modules_of_torch(module, mixes):
+    x = torch.randn(1, 37, 8)
+    takes = (x, x, x) if isinstance(module, nn.MultiheadAttention) else (x,)
+    assert bool(find_mixing(module.eval(), lambda: module(*takes), 37)) == mixes
+
+
+def test_model_of_transformers_without_positions_is_refused(capsys):
+    assert main(["--hf-config", "bloom", "--cp", "2", "--set", "n_layer=1", "n_head=4"]) == 1
+    printed = capsys.readouterr().out
+    assert "takes no position_ids" in printed and printed.endswith("FAILED\n")
+
+
+GEMMA = {
+    "model_type": "gemma3",
+    "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "sliding_window": 1024,
+        "torch_dtype": "bfloat16",
+    },
+}
+
+
+def test_config_of_a_big_model_is_shrunk_with_a_layer_of_each_kind(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(GEMMA))
+    small = small_config(str(path), {"rms_norm_eps": 1e-3})
+    config = small.config
+    assert config.layer_types == ["sliding_attention", "full_attention"]
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
+    assert (config.rms_norm_eps, config.sliding_window, config.hidden_size) == (1e-3, 7, 32)
+    assert "shrunk hidden_size: 2560 -> 32" in small.said
+    assert "shrunk sliding_window: 1024 -> 7" in small.said
+    path.write_text(json.dumps(config.to_dict()))
+    again = small_config(str(path), {})
+    assert again.said == () and again.config.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--hf-config nowhere.json", "a file that exists, got 'nowhere.json'"),
+        ("--hf-config no_such_model", "no_such_model"),
+        ("--hf-model tests.check.test_check:nothing", "tests.check.test_check has no nothing"),
+        ("--hf-model no.such:module", "No module named 'no'"),
+        ("--hf-config olmo2 --tp 2", "set tp=1"),
+        ("--hf-config llama --tp 3", "splits vocab_size into equal parts, got 64 with tp=3"),
+        ("--hf-config llama --cp 0", "A degree counts ranks, got cp=0"),
+        ("--hf-config llama --set attention_dropout=0.1", "set config.attention_dropout = 0"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused_in_a_sentence(capsys, arguments, said):
+    assert main(arguments.split()) == 1
+    printed = capsys.readouterr().out
+    assert said in printed and printed.endswith("FAILED\n")
+
+
+def refusing_plan(model, mesh, style):
+    raise ValueError("only ranks know")
+
+
+def test_what_a_rank_refuses_is_refused_in_a_sentence(capsys):
+    command = "--model tests.check.test_check:Small --plan tests.check.test_check:refusing_plan"
+    assert main(command.split()) == 1
+    assert capsys.readouterr().out.endswith("refused:\n  only ranks know\nFAILED\n")
+
+
+@spmd(ranks=2, timeout=400)
+def test_model_of_transformers_passes(mesh):
+    options = Options(Degrees(cp=2))
+    mesh = ParallelMesh.from_degrees(options.degrees, "cpu")
+    outcome = compare(HuggingFaceSubject("gpt_oss"), options, mesh, None)
+    assert max(outcome.errors.values()) < options.bound
+
+
+def test_guide_runs_from_start_to_end(tmp_path):
+    """On the model it brings along: refused as it was, passed as it became."""
+    blocks = dict(re.findall(r"```python (\w+\.py)\n(.*?)```", GUIDE, re.DOTALL))
+    for name, text in blocks.items():
+        (tmp_path / name).write_text(text)
+    commands = re.findall(r"^\$ python (-m dtcp\.check .*)$", GUIDE, re.MULTILINE)
+    before, after = (python(command.split(), tmp_path) for command in commands)
+
+    assert before.returncode == 1, before.stderr
+    printed = GUIDE.split(commands[0])[1].split("```")[0].strip()
+    assert before.stdout.strip().endswith(printed)
+    assert after.returncode == 0, after.stdout + after.stderr
+    assert "graph breaks: 0" in after.stdout and after.stdout.endswith("PASSED\n")
+
+
+def test_guides_transformers_example_trains(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    (tmp_path / "example.py").write_text(example)
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 4 example.py"
+    ran = python(torchrun.split(), tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", ran.stdout)]
+    assert len(losses) == 12 and len(set(losses)) == 3 and min(losses) < losses[0]
+
+
+def python(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )

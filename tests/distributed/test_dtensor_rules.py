@@ -1,0 +1,95 @@
+"""Our ops on DTensors: the sequence sharded on the axis they talk over, and nothing else."""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.testing import assert_close
+
+from dtcp.compile import EagerIsland, InGraph, count_graphs
+from dtcp.sequence.layout import HeadTail
+from dtcp.softmax import RingAttention
+from tests.harness.attention_parity import (
+    CAUSAL,
+    Block,
+    Case,
+    mixer_on,
+    plan_of,
+    refused,
+    truth,
+)
+from tests.harness.spmd import spmd
+
+
+def ours(mesh, placements, mixer, plan, mixed=False):
+    """Call a mixer on DTensors of these placements; the tables are those of its plan."""
+    inputs = []
+    for index, local in enumerate(truth(Case(CAUSAL), 2).inputs[:3]):
+        shape_of = plan.shard(local)
+        at = [Replicate()] * len(placements) if mixed and index == 2 else placements
+        inputs.append(DTensor.from_local(shape_of, mesh, at, run_check=False))
+    return mixer(*inputs, plan.tables)
+
+
+WRONG = [
+    ([Shard(2), Shard(1)], "sequence on the axis of the heads"),
+    ([Shard(1), Shard(1)], "sequence on both axes"),
+    ([Replicate(), Shard(2)], "sequence on no axis"),
+    ([Shard(1), Partial()], "sum not taken"),
+    ([Shard(1), Shard(3)], "head dim sharded"),
+    ([Partial(), Replicate()], "sum not taken on the axis of the sequence"),
+]
+
+
+@pytest.mark.parametrize("boundary", [InGraph(), EagerIsland()])
+@pytest.mark.parametrize("placements", [wrong for wrong, _ in WRONG], ids=[why for _, why in WRONG])
+@spmd(axes={"cp": 2, "tp": 2})
+def test_our_op_refuses_any_other_placement(mesh, placements, boundary):
+    """From the mixer, and from the op itself."""
+    mixer = mixer_on(mesh, RingAttention(boundary=boundary), CAUSAL.mask)
+    plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
+    refused("on which the sequence is sharded", lambda: ours(mesh, placements, mixer, plan))
+    local = [plan.shard(x) for x in truth(Case(CAUSAL), 2).inputs[:3]]
+    inputs = [DTensor.from_local(x, mesh, placements, run_check=False) for x in local]
+    tables, how = plan.tables[mixer.table_key], mixer.softmax(local[0])
+    op, groups = mixer.style.op, mixer.groups
+    refused("on which the sequence", lambda: op(*inputs, tables, how, groups=groups))
+
+
+@spmd(axes={"cp": 2, "tp": 2})
+def test_our_op_refuses_placements_that_differ(mesh):
+    mixer = mixer_on(mesh, RingAttention(), CAUSAL.mask)
+    plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
+    at = [Shard(1), Shard(2)]
+    refused("sharded alike", lambda: ours(mesh, at, mixer, plan, mixed=True))
+
+
+@spmd(axes={"cp": 2, "tp": 2})
+def test_our_op_refuses_a_mesh_that_is_not_over_its_axis(mesh):
+    mixer = mixer_on(mesh["cp"], RingAttention(), CAUSAL.mask)
+    plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
+    refused("talks over", lambda: ours(mesh["tp"], [Shard(1)], mixer, plan))
+
+
+@spmd(axes={"cp": 2, "tp": 2})
+def test_our_op_refuses_plain_tensors_beside_dtensors(mesh):
+    mixer = mixer_on(mesh, RingAttention(), CAUSAL.mask)
+    plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
+    q, k, v = (plan.shard(x) for x in truth(Case(CAUSAL), 2).inputs[:3])
+    placed = DTensor.from_local(q, mesh, [Shard(1), Shard(2)], run_check=False)
+    refused("None for a plain tensor", lambda: mixer(placed, k, v, plan.tables))
+    placed = DTensor.from_local(v, mesh, [Shard(1), Shard(2)], run_check=False)
+    refused("None for a plain tensor", lambda: mixer(q, k, placed, plan.tables))
+
+
+@spmd(axes={"cp": 2, "tp": 2})
+def test_compiled_op_takes_dtensors_and_refuses_any_other_placement(mesh):
+    mixer = mixer_on(mesh, RingAttention(), CAUSAL.mask)
+    plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
+    attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=True)
+    with count_graphs() as graphs:
+        out = ours(mesh, [Shard(1), Shard(2)], attend, plan)
+    assert out.placements == (Shard(1), Shard(2)) and graphs.graphs == 1
+    eager = ours(mesh, [Shard(1), Shard(2)], mixer, plan)
+    assert_close(out.to_local(), eager.to_local())
+    with pytest.raises(Exception, match="on which the sequence is sharded"):
+        ours(mesh, [Shard(2), Shard(1)], attend, plan)

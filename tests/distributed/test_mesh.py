@@ -1,0 +1,161 @@
+"""Meshes: every view has the right ranks, however the mesh was made."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+from dtcp.distributed.mesh import (
+    AXES,
+    VIEWS,
+    Degrees,
+    ParallelMesh,
+)
+from tests.harness.spmd import spmd
+
+FOUR_RANKS = [
+    Degrees(cp=4),
+    Degrees(dp_shard=2, cp=2),
+    Degrees(cp=2, tp=2),
+    Degrees(dp_replicate=2, cp=2),
+    Degrees(dp_replicate=2, dp_shard=2),
+    Degrees(dp_replicate=2, tp=2),
+    Degrees(tp=4),
+]
+INSIDE = {
+    "cp": ("cp",),
+    "tp": ("tp",),
+    "fsdp": ("dp_shard", "cp"),
+    "batch": ("dp_replicate", "dp_shard"),
+    "loss": ("dp_replicate", "dp_shard", "cp"),
+}
+"""The axes that each view spans."""
+
+
+def check_views(mesh, degrees):
+    """Sizes, ranks and members of all views, from the global rank and the degrees alone."""
+    sizes = list(asdict(degrees).values())
+    grid = torch.arange(degrees.world).view(sizes)
+    here = (grid == dist.get_rank()).nonzero()[0].tolist()
+    assert mesh.degrees == degrees
+    for name in VIEWS:
+        # All ranks that differ from this one only on the view's axes, the last axis fastest.
+        inside = [axis in INSIDE[name] for axis in AXES]
+        index = [slice(None) if free else at for free, at in zip(inside, here, strict=True)]
+        members = grid[tuple(index)].flatten().tolist()
+        assert mesh.size(name) == len(members)
+        assert mesh.rank(name) == members.index(dist.get_rank())
+        view = getattr(mesh, name)
+        assert (view is None) == (len(members) == 1)
+        if view is not None:
+            assert view.mesh.tolist() == members
+            assert dist.get_process_group_ranks(view.get_group()) == members
+
+
+def check_hsdp_and_attention(mesh, degrees):
+    if degrees.dp_replicate > 1:
+        assert mesh.hsdp.shape == (degrees.dp_replicate, degrees.dp_shard * degrees.cp)
+        assert mesh.hsdp.mesh_dim_names[0] == "dp_replicate"
+    else:
+        assert mesh.hsdp is mesh.fsdp
+    if degrees.cp > 1 and degrees.tp > 1:
+        assert mesh.attention.mesh_dim_names == ("cp", "tp")
+        assert mesh.attention.shape == (degrees.cp, degrees.tp)
+    else:
+        assert mesh.attention is (mesh.cp or mesh.tp)
+
+
+@pytest.mark.parametrize("degrees", FOUR_RANKS, ids=str)
+@spmd(ranks=4)
+def test_views_of_degrees_span_the_right_ranks(mesh, degrees):
+    made = ParallelMesh.from_degrees(degrees, "cpu")
+    check_views(made, degrees)
+    check_hsdp_and_attention(made, degrees)
+
+
+@pytest.mark.parametrize(
+    "degrees", [Degrees(cp=2, tp=2), Degrees(dp_replicate=2, cp=2), Degrees(dp_shard=4)], ids=str
+)
+@spmd(ranks=4)
+def test_views_of_torchtitans_meshes_span_the_right_ranks(mesh, degrees):
+    from torchtitan.distributed import ParallelDims
+
+    dims = ParallelDims(**asdict(degrees), pp=1, ep=1, world_size=4, spmd_backend="partial_dtensor")
+    made = ParallelMesh.from_parallel_dims(dims)
+    check_views(made, degrees)
+    check_hsdp_and_attention(made, degrees)
+    dims.spmd_backend = "spmd_types"
+    with pytest.raises(ValueError, match="spmd_backend='spmd_types': set"):
+        ParallelMesh.from_parallel_dims(dims)
+
+
+@spmd(axes={"dp_shard": 2, "cp": 2})
+def test_mesh_without_some_axes_has_one_rank_on_them(mesh):
+    check_views(ParallelMesh.from_device_mesh(mesh), Degrees(dp_shard=2, cp=2))
+
+
+@spmd(ranks=1)
+def test_one_rank_has_no_views(mesh):
+    made = ParallelMesh.from_degrees(Degrees(), "cpu")
+    assert [getattr(made, name) for name in (*VIEWS, "hsdp", "attention")] == [None] * 7
+    assert [made.size(name) for name in VIEWS] == [1] * 5
+    assert [made.rank(name) for name in VIEWS] == [0] * 5
+
+
+@pytest.mark.parametrize(
+    "degrees", [Degrees(dp_replicate=2, cp=2), Degrees(dp_replicate=2, tp=2)], ids=str
+)
+@spmd(ranks=4)
+def test_fully_shard_replicates_and_shards_on_hsdp(mesh, degrees):
+    """Also beside a TP plan, where fully_shard wants both meshes cut out of one."""
+    made = ParallelMesh.from_degrees(degrees, "cpu")
+    linear = nn.Linear(4, 8, bias=False)
+    weight = linear.weight.detach().clone()
+    if made.tp is not None:
+        linear = parallelize_module(
+            linear, made.tp, ColwiseParallel(output_layouts=torch.distributed.tensor.Replicate())
+        )
+    fully_shard(linear, mesh=made.hsdp)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(linear(x), x @ weight.T)
+    linear(x).sum().backward()
+    torch.testing.assert_close(linear.weight.grad.full_tensor(), x.sum(0).expand(8, 4))
+
+
+@spmd(ranks=4)
+def test_degrees_that_do_not_fit_the_world_are_refused(mesh):
+    with pytest.raises(ValueError, match=r"cp=2 \* tp=3 = 6 with world_size=4"):
+        ParallelMesh.from_degrees(Degrees(cp=2, tp=3), "cpu")
+
+
+@spmd(ranks=2)
+def test_axes_of_other_names_or_another_order_are_refused(mesh):
+    for names in [("dp", "cp"), ("cp", "dp_shard")]:
+        other = init_device_mesh("cpu", (1, 2), mesh_dim_names=names)
+        with pytest.raises(ValueError, match="in this order, got mesh_dim_names="):
+            ParallelMesh.from_device_mesh(other)
+    with pytest.raises(ValueError, match="in this order"):
+        ParallelMesh.from_device_mesh(init_device_mesh("cpu", (2,)))
+
+
+@spmd(ranks=2)
+def test_replicas_without_an_axis_to_shard_on_are_refused(mesh):
+    replicas = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_replicate",))
+    with pytest.raises(ValueError, match="add dp_shard, of size 1"):
+        ParallelMesh.from_device_mesh(replicas)
+
+
+@spmd(ranks=2)
+def test_view_of_another_name_is_refused(mesh):
+    with pytest.raises(ValueError, match="got name='dp'"):
+        ParallelMesh.from_degrees(Degrees(cp=2), "cpu").size("dp")
+
+
+def test_degree_below_one_is_refused():
+    with pytest.raises(ValueError, match="got cp=0"):
+        Degrees(cp=0)

@@ -1,0 +1,283 @@
+"""One attention on a mesh of ranks, held against the same attention on one device.
+
+A case is made by the case alone, so every rank knows all inputs and the whole truth. Each rank
+gets its shards, and its output and gradients must be the truth's shards.
+"""
+
+import functools
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import parallelize_module
+
+from dtcp.batch import BatchPlan, shard_batch
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.mixer import Tables
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import (
+    BlockBalanced,
+    Contiguous,
+    HeadTail,
+    PerDocument,
+    SequenceLayout,
+)
+from dtcp.sequence.masks import (
+    Bidirectional,
+    BlockBidirectional,
+    Causal,
+    Mask,
+    PrefixLM,
+    SlidingWindow,
+)
+from dtcp.softmax import (
+    AllGatherAttention,
+    HaloAttention,
+    HybridAttention,
+    RingAttention,
+    UlyssesAttention,
+)
+from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax.style import AttentionStyle
+from tests.harness import packings as cases
+from tests.harness import reference
+
+LAYOUTS = (Contiguous, HeadTail, PerDocument, BlockBalanced)
+BOUND = {torch.float64: 1e-12, torch.float32: 2e-6}
+"""Relative error of output and gradients."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A mask, and the rule of the reference that means the same."""
+
+    mask: Mask
+    rule: Callable[[Documents], reference.Rule]
+
+    def visible(self, documents: Documents) -> Tensor:
+        return reference.visible(documents.lengths, documents.seq_len, self.rule(documents))
+
+
+def _text_and_images(documents: Documents) -> reference.Rule:
+    return reference.Either(reference.causal, reference.Blocks(cases.block_ids(documents)))
+
+
+CAUSAL = Sight(Causal(), lambda _: reference.causal)
+BIDIRECTIONAL = Sight(Bidirectional(), lambda _: reference.bidirectional)
+WINDOW = Sight(
+    Causal() & SlidingWindow(7), lambda _: reference.Both(reference.causal, reference.Window(7))
+)
+TWO_SIDED_WINDOW = Sight(SlidingWindow(5, right=2), lambda _: reference.Window(5, right=2))
+PREFIX = Sight(PrefixLM(), lambda documents: reference.Prefix(cases.prefix_lengths(documents)))
+IMAGES = Sight(Causal() | BlockBidirectional(), _text_and_images)
+IMAGES_IN_WINDOW = Sight(
+    SlidingWindow(7) & (Causal() | BlockBidirectional()),
+    lambda documents: reference.Both(reference.Window(7), _text_and_images(documents)),
+)
+SIGHTS = (CAUSAL, BIDIRECTIONAL, WINDOW, TWO_SIDED_WINDOW, PREFIX, IMAGES, IMAGES_IN_WINDOW)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one attention, and what makes it that one."""
+
+    sight: Sight = CAUSAL
+    packing: cases.Packing = cases.across_borders
+    heads: int = 4
+    kv_heads: int = 2
+    key_dim: int = 8
+    value_dim: int = 8
+    scale: float | None = None
+    softcap: float = 0.0
+    sink: bool = True
+    dtype: torch.dtype = torch.float64
+    seq_len: int = 48
+
+    def documents(self, num_shards: int) -> Documents:
+        return self.packing(self.seq_len, num_shards)
+
+
+class Truth(NamedTuple):
+    """A case on one device, in fp64: whole inputs, and what must come of them."""
+
+    inputs: tuple[Tensor, ...]  # q, k, v, maybe sink
+    grad_out: Tensor
+    out: Tensor
+    grads: tuple[Tensor, ...]
+
+
+@functools.cache
+def truth(case: Case, num_shards: int) -> Truth:
+    """Attend on one device, with random cotangents."""
+    documents = case.documents(num_shards)
+    generator = torch.Generator().manual_seed(1)
+    B, S, H, G = documents.batch, case.seq_len, case.heads, case.kv_heads
+    shapes: list[tuple[int, ...]] = [
+        (B, S, H, case.key_dim),
+        (B, S, G, case.key_dim),
+        (B, S, G, case.value_dim),
+    ]
+    shapes += [(H,)] if case.sink else []
+    # The truth starts from what the ranks are given, rounded to their dtype.
+    inputs = tuple(
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        .to(case.dtype)
+        .double()
+        .requires_grad_()
+        for shape in shapes
+    )
+    q, k, v, *sink = inputs
+    out, _ = reference.attention(
+        q,
+        k,
+        v,
+        case.sight.visible(documents),
+        scale=case.scale,
+        softcap=case.softcap,
+        sink=sink[0] if sink else None,
+    )
+    grad_out = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(case.dtype)
+    grads = torch.autograd.grad(out, inputs, grad_out.double())
+    return Truth(tuple(x.detach() for x in inputs), grad_out, out.detach(), grads)
+
+
+def styles(num_shards: int, **how: Any) -> list[AttentionStyle]:
+    """Every strategy, for windows too, on that many ranks; `how` goes to each."""
+    inner = 2 if num_shards % 2 == 0 else 1
+    return [
+        RingAttention(**how),
+        AllGatherAttention(**how),
+        UlyssesAttention(**how),
+        HybridAttention(inner_ranks=inner, **how),
+        HybridAttention(outer=AllGatherAttention(), inner_ranks=inner, **how),
+        HaloAttention(7, right=4, **how),
+    ]
+
+
+def in_tiles(style: AttentionStyle, tile: int) -> AttentionStyle:
+    """The same style with so many queries a tile: short sequences then have several tiles."""
+    style = copy(style)
+    style.make_tables = functools.partial(style.make_tables, tile=tile)  # type: ignore[method-assign, call-arg]
+    return style
+
+
+def accepts(style: AttentionStyle, layout: type[SequenceLayout], case: Case, n: int) -> bool:
+    """Whether the case is one that this style and layout promise to carry out."""
+    documents = case.documents(n)
+    by_document = layout in (PerDocument, BlockBalanced)
+    if layout not in style.layouts or (by_document and len(set(documents.lengths)) > 1):
+        return False
+    return not isinstance(style, HaloAttention) or case.sight in (
+        WINDOW,
+        TWO_SIDED_WINDOW,
+        IMAGES_IN_WINDOW,
+    )
+
+
+class Block(nn.Module):
+    """A mixer between per-token parts, which change nothing: a block to compile, in small."""
+
+    def __init__(self, mixer: SoftmaxAttention) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, *, sink: Tensor | None = None
+    ) -> Tensor:
+        return -self.mixer(-q, -k, -v, tables, sink=sink)
+
+
+def mixer_on(
+    mesh: DeviceMesh, style: AttentionStyle, mask: Mask, **softmax: Any
+) -> SoftmaxAttention:
+    """A mixer that the style has taken over, by torch's own function: on one rank too."""
+    mixer = SoftmaxAttention(mask, **softmax)
+    parallelize_module(nn.Sequential(mixer), mesh, {"0": style})
+    return mixer
+
+
+def plan_of(
+    case: Case, mixer: nn.Module, mesh: DeviceMesh, layout: type[SequenceLayout]
+) -> BatchPlan:
+    """The case's batch, sharded; `mesh` has an axis cp, and no other that holds a sequence."""
+    documents = case.documents(mesh["cp"].size())
+    batch = {
+        "input_ids": torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64),
+        "prefix": cases.prefix_of_tokens(documents),
+        "block": cases.blocks_of_tokens(documents),
+    }
+    whole = ParallelMesh.from_device_mesh(mesh)
+    return shard_batch(batch, whole, layout, model=mixer, documents=documents)[1]
+
+
+def local_inputs(case: Case, plan: BatchPlan) -> tuple[Tensor, ...]:
+    """This rank's q, k, v, and the sink if there is one: leaves that want gradients."""
+    q, k, v, *sink = (x.to(case.dtype) for x in truth(case, plan.layout.num_shards).inputs)
+    return tuple(x.clone().requires_grad_() for x in (*map(plan.shard, (q, k, v)), *sink))
+
+
+class Result(NamedTuple):
+    """What one rank has of an attention: its part of the output and of the gradients."""
+
+    out: Tensor
+    grads: tuple[Tensor, ...]
+
+
+def run(
+    case: Case, attend: Callable[..., Tensor], plan: BatchPlan, inputs: tuple[Tensor, ...]
+) -> Result:
+    """Forward and backward of a mixer, or of its compiled form, on this rank's shards."""
+    q, k, v, *sink = inputs
+    out = attend(q, k, v, plan.tables, sink=sink[0] if sink else None)
+    grad_out = plan.shard(truth(case, plan.layout.num_shards).grad_out)
+    return Result(out.detach(), torch.autograd.grad(out, inputs, grad_out))
+
+
+def errors(case: Case, result: Result, plan: BatchPlan, group: Any = None) -> dict[str, float]:
+    """Relative error of the output and of every gradient: largest difference / largest value."""
+    expected = truth(case, plan.layout.num_shards)
+    dq, dk, dv, *dsink = result.grads
+    found = {"out": (result.out, plan.shard(expected.out))}
+    for name, grad, whole in zip(("dq", "dk", "dv"), (dq, dk, dv), expected.grads, strict=False):
+        found[name] = (grad, plan.shard(whole))
+    if dsink:
+        # The sink is a parameter: each rank has the gradient that its own queries give it.
+        total = dsink[0].double().clone()
+        dist.all_reduce(total, group=group)
+        found["dsink"] = (total, expected.grads[3])
+    wholes = dict(
+        zip(("out", "dq", "dk", "dv", "dsink"), (expected.out, *expected.grads), strict=False)
+    )
+    return {
+        name: float((actual.double() - right).abs().max() / wholes[name].abs().max())
+        for name, (actual, right) in found.items()
+    }
+
+
+def assert_equals_one_device(
+    case: Case,
+    attend: Callable[..., Tensor],
+    mixer: nn.Module,
+    mesh: DeviceMesh,
+    layout: type[SequenceLayout],
+) -> None:
+    """Run the case and hold every error against the bound of its dtype."""
+    plan = plan_of(case, mixer, mesh, layout)
+    found = errors(case, run(case, attend, plan, local_inputs(case, plan)), plan)
+    worst = {name: error for name, error in found.items() if not error <= BOUND[case.dtype]}
+    assert not worst, f"{worst} with {mixer}, {plan.layout} and {case}"
+
+
+def refused(match: str, call: Callable[[], Any], error: type[Exception] = ValueError) -> None:
+    """Assert that it raises on this rank and on every other, and that they can go on."""
+    with pytest.raises(error, match=match):
+        call()
+    reached = torch.ones(())
+    dist.all_reduce(reached)
+    assert reached == dist.get_world_size()

@@ -1,0 +1,105 @@
+"""transformers' Qwen3.5 as the oracle: in true fp64, document by document."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dtcp.models.qwen3_5 import Qwen35Config, config_to_hf
+
+
+class TrueFP64(TorchFunctionMode):
+    """Casts to fp32 inside become casts to fp64: transformers computes norms and states in fp32."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.float and args[0].is_floating_point():
+            return args[0].double()
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_fla() -> Iterator[None]:
+    """Hide fla: transformers would bind its GPU kernels at import, and they would run on CPUs."""
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name[:3] == "fla"}
+    finder = _NoFla()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        sys.modules.update(hidden)
+
+
+class _NoFla:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] == "fla":
+            raise ModuleNotFoundError(f"hidden: {name}")
+
+
+def modeling(folder: str) -> Any:
+    """The modeling module of a folder of transformers, on torch's own operations."""
+    from transformers.utils import import_utils
+
+    with without_fla():
+        import_utils.is_flash_linear_attention_available.cache_clear()
+        return importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+
+
+def build(config: Qwen35Config) -> Any:
+    """Their model of our config, in fp64, with weights that make every part of it count."""
+    experts = not isinstance(config.feed_forward, int)
+    module = modeling("qwen3_5_moe" if experts else "qwen3_5")
+    kind = "Qwen3_5Moe" if experts else "Qwen3_5"
+    settings = config_to_hf(config)
+    hf_config = getattr(module, f"{kind}TextConfig")(**settings)
+    hf_config._attn_implementation, hf_config._experts_implementation = "eager", "eager"
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = getattr(module, f"{kind}ForCausalLM")(hf_config).double()
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if parameter.ndim > 1 else 0.5
+            parameter.add_(scale * torch.randn_like(parameter))
+            if name.endswith("A_log"):
+                parameter.uniform_(-3, 1)
+    rotary = model.model.rotary_emb
+    angles = rotary.forward
+
+    def in_fp32(*args: Any, **kwargs: Any) -> Any:
+        # Ours are fp32 too, in every dtype of the model.
+        with torch._C.DisableTorchFunction():
+            return angles(*args, **kwargs)
+
+    rotary.forward = in_fp32
+    return model.train()
+
+
+def logits(model: Any, input_ids: Tensor, rows: Any, position: Tensor | None = None) -> Tensor:
+    """Score whole rows document by document: [B, S, V], zero for padding.
+
+    Args:
+        position: [3, B, S]; None for text.
+    """
+    out = []
+    with TrueFP64():
+        for row, lengths in enumerate(rows):
+            parts, end = [], 0
+            for length in lengths:
+                at = (slice(row, row + 1), slice(end, end + length))
+                where = None if position is None else position[:, at[0], at[1]]
+                parts.append(model(input_ids[at], position_ids=where, use_cache=False).logits)
+                end += length
+            missing = input_ids.shape[1] - end
+            padding = parts[0].new_zeros(1, missing, parts[0].shape[-1])
+            out.append(torch.cat((*parts, padding), dim=1))
+    return torch.cat(out)

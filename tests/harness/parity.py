@@ -1,0 +1,83 @@
+"""One step of a tiny decoder over packed rows: on one device, and on a mesh."""
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from dtcp.batch import shard_batch, shift_labels
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.loss import global_token_count, token_mean_loss
+from dtcp.mixer import batch_tables
+from dtcp.models.llama import Llama, LlamaConfig
+from dtcp.parallelize import Compile
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import SequenceLayout
+
+GRAPHS = Compile("aot_eager")
+Rows = tuple[tuple[int, ...], ...]
+
+CONFIG = LlamaConfig(
+    vocab_size=64,
+    dim=32,
+    hidden_dim=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    qkv_bias=True,
+    qk_norm=True,
+)
+SEQ_LEN = 32
+ROWS = ((9, 16, 6), (32,), (1, 20, 11), (5, 5, 5))
+"""Documents of four rows: some cut by every shard border, two rows with padding."""
+
+
+def one_device(model: Llama, rows: Rows) -> Tensor:
+    """The loss of all rows on one device, by torch's own cross-entropy; fills the gradients."""
+    documents = Documents(rows, SEQ_LEN)
+    input_ids = torch.randint(CONFIG.vocab_size, (len(rows), SEQ_LEN))
+    labels = shift_labels(input_ids, documents)
+    position, tables = documents.position_in_document(), batch_tables(model, documents)
+    logits = model(input_ids, position, tables)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss.backward()
+    return loss.detach()
+
+
+def on_mesh(
+    model: nn.Module, mesh: ParallelMesh, rows: Rows, layout: type[SequenceLayout]
+) -> Tensor:
+    """The same on a mesh: each batch rank takes its rows, each cp rank its tokens."""
+    whole = Documents(rows, SEQ_LEN)
+    input_ids = torch.randint(CONFIG.vocab_size, (len(rows), SEQ_LEN))
+    batch = {
+        "input_ids": input_ids,
+        "labels": shift_labels(input_ids, whole),
+        "position": whole.position_in_document(),
+    }
+    mine = slice(mesh.rank("batch"), None, mesh.size("batch"))
+    local, plan = shard_batch(
+        {key: x[mine] for key, x in batch.items()},
+        mesh,
+        layout,
+        model=model,
+        documents=Documents(rows[mine], SEQ_LEN),
+    )
+    tokens = global_token_count(local["labels"], mesh.loss)
+    logits = model(local["input_ids"], local["position"], plan.tables)
+    share = token_mean_loss(logits, local["labels"], tokens)
+    share.backward()
+    loss = share.detach()
+    if mesh.loss is not None:
+        dist.all_reduce(loss, group=mesh.loss.get_group())
+    return loss
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Every gradient, whole."""
+    return {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        for name, p in model.named_parameters()
+    }

@@ -1,0 +1,132 @@
+"""Run sparse attention's kernels in Triton's interpreter against dense fp64: a script, for tests.
+
+Triton reads TRITON_INTERPRET when it is imported, so this is a process of its own. Prints the
+largest error of each result, as a part of its largest number.
+"""
+
+import json
+from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dtcp.kernels.sparse.indexer import select_entries
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.masks import Coords
+from dtcp.sparse import op as sparse_op
+from dtcp.sparse.mixer import Compression, SparseTables
+from dtcp.sparse.op import sparse_attention
+from dtcp.sparse.style import rank_tables
+
+WINDOW = 5
+ROWS = ((9, 2, 20), (32,))
+"""Documents cut anywhere, one shorter than a window; the first row ends in padding."""
+
+
+class Case(NamedTuple):
+    layout: SequenceLayout
+    rank: int
+    kind: Compression | None
+    heads: int
+    dim: int
+    sink: bool
+
+
+HEAD_TAIL, LAST = (HeadTail(32, 2), 1), (Contiguous(32, 4), 3)
+CASES = {
+    "window": Case(*LAST, None, heads=17, dim=16, sink=False),
+    "runs": Case(*HEAD_TAIL, Compression(3), heads=5, dim=24, sink=True),
+    "picks": Case(*HEAD_TAIL, Compression(1, selected=18), heads=17, dim=24, sink=True),
+    "all picked": Case(*LAST, Compression(4, selected=9), heads=3, dim=8, sink=True),
+}
+"""Blocks have 16 rows, so 17 heads are two; 17 entries and more are two as well."""
+
+
+def dense(
+    q: Tensor, keys: Tensor, entries: Tensor, sink: Tensor, seen: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One softmax over all there is: out [B, L, H, D] and lse [B, L, H]."""
+    everything = torch.cat((keys, entries), dim=1)
+    scores = torch.einsum("blhd,bkd->blhk", q, everything) * scale
+    scores = scores.masked_fill(~seen[:, :, None], -inf)
+    scores = torch.cat((scores, sink[:, None].expand(*scores.shape[:3], 1)), dim=-1)
+    weights = scores.softmax(-1).nan_to_num()[..., :-1]
+    return torch.einsum("blhk,bkd->blhd", weights, everything), scores.logsumexp(-1)
+
+
+def chosen_by_index(tables: SparseTables, number: int, generator: torch.Generator) -> Tensor:
+    """[B, L, number], by scores of an indexer with one head."""
+    (rows, queries), entries = tables.first.shape, tables.closing.shape[1]
+    q, keys = (
+        torch.randn(rows, n, 4, generator=generator, dtype=torch.float64)
+        for n in (queries, entries)
+    )
+    seen = (tables.first, tables.last, tables.closing, tables.tiles, number)
+    return select_entries(q[:, :, None], torch.ones(rows, queries, 1).double(), keys, *seen)
+
+
+def predicate(first: Tensor, last: Tensor, position: Tensor) -> Tensor:
+    return (position[:, None] >= first[..., None]) & (position[:, None] <= last[..., None])
+
+
+def errors(case: Case) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(0)
+    coords = Coords.of(Documents(ROWS, 32))
+    tables = rank_tables(coords, case.layout, case.rank, WINDOW, case.kind)
+    (rows, queries), entries = tables.first.shape, tables.closing.shape[1]
+    shape = (rows, queries, case.heads, case.dim)
+    seen = predicate(tables.window_first, tables.last, tables.key_position.expand(rows, -1))
+    # A key may lie in one segment and in the next one's halo, too.
+    segments = len(case.layout.segments(case.rank))
+    number = [torch.arange(n) * segments // n for n in seen.shape[1:]]
+    seen &= number[0][:, None] == number[1]
+    in_sight, selected = predicate(tables.first, tables.last, tables.closing), None
+    if case.kind is not None and case.kind.selected is not None:
+        selected = chosen_by_index(tables, min(case.kind.selected, entries), generator)
+        picked = torch.zeros(rows, queries, entries + 1, dtype=torch.bool)
+        picked.scatter_(2, selected.long().where(selected >= 0, entries), True)
+        in_sight = picked[..., :-1]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    q, keys = random(*shape), random(rows, seen.shape[-1], case.dim)
+    given, sink = random(rows, entries, case.dim), random(case.heads)
+    # Channels next to each other, all else in another order: what a rotation may hand on.
+    grad = random(*(shape[i] for i in (2, 0, 1, 3))).detach().permute(1, 2, 0, 3)
+    exact = [x.detach().double().requires_grad_() for x in (q, keys, given, sink)]
+    nothing = torch.full((case.heads,), -inf, dtype=torch.float64)
+    sees, scale = torch.cat((seen, in_sight), dim=2), case.dim**-0.5
+    right, right_lse = dense(*exact[:3], exact[3] if case.sink else nothing, sees, scale)
+    parts = (None if case.kind is None else given, selected, sink if case.sink else None)
+    out = sparse_attention(q, keys, *parts, tables.sight, scale=scale)
+    _, lse = torch.ops.dtcp.sparse_attention(q, keys, *parts, list(tables.sight), scale)
+    found = {"out": far(out, right), "lse": far(lse, right_lse)}
+    names = ("q", "keys", "entries", "sink")
+    mine = torch.autograd.grad(out, (q, keys, given, sink), grad, allow_unused=True)
+    theirs = torch.autograd.grad(right, exact, grad.double(), allow_unused=True)
+    for name, one, other in zip(names, mine, theirs, strict=True):
+        if one is None:
+            assert other is None or not other.any(), name
+        else:
+            found[f"d{name}"] = far(one, other)
+    return found
+
+
+def far(found: Tensor, wanted: Tensor) -> float:
+    blind = wanted == -inf
+    assert torch.equal(found == -inf, blind)
+    apart = (found - wanted).masked_fill(blind, 0).detach()
+    return float(apart.abs().max() / wanted.detach().masked_fill(blind, 0).abs().max())
+
+
+def main() -> None:
+    assert sparse_op.usable(torch.empty(0))
+    found = {name: errors(case) for name, case in CASES.items()}
+    print(json.dumps({f"{n}: {k}": v for n, case in found.items() for k, v in case.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""Unmodified models of transformers on a mesh, held against themselves on one device."""
+
+import logging
+import tempfile
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn import functional as F
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dtcp.check.configs import small_config
+from dtcp.compile import EagerIsland, count_graphs
+from dtcp.distributed.ledger import count
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.huggingface import (
+    causal_lm_loss,
+    documents_of,
+    install_mixers,
+    shard_hf_batch,
+    survey,
+)
+from dtcp.loss import global_token_count, token_mean_loss
+from dtcp.parallelize import (
+    FSDP,
+    Compile,
+    FullCheckpoint,
+    SelectiveCheckpoint,
+    load_hf,
+    parallelize_hf,
+)
+from dtcp.parallelize.plans.huggingface import RING
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.masks import Causal, SlidingWindow
+from dtcp.softmax import AllGatherAttention, UlyssesAttention
+from tests.harness import hf_qwen3_5
+from tests.harness.hf_models import (
+    MODELS,
+    SHAPE,
+    build,
+    config_of,
+)
+from tests.harness.parity import gradients
+from tests.harness.spmd import spmd
+
+GRAPHS = Compile("aot_eager")
+BOUND = 1e-5
+"""Relative error: the models' own norms, softmax and rotary tables are fp32 in a model of fp64."""
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+IDS = torch.zeros(1, 8, dtype=torch.int64)
+SEQ_LEN = 48
+PACKED = ((20, 9, 19), (48,))
+PADDED = ((43,), (48,))
+
+
+def a_batch(rows: tuple[tuple[int, ...], ...]) -> dict[str, Tensor]:
+    """Two rows as a collator of transformers makes them."""
+    documents = Documents(rows, SEQ_LEN)
+    input_ids = torch.randint(
+        1, 64, (len(rows), SEQ_LEN), generator=torch.Generator().manual_seed(3)
+    )
+    batch = {"input_ids": input_ids, "labels": input_ids.clone()}
+    if rows == PADDED:
+        filled = (documents.document() >= 0).long()
+        return {**batch, "attention_mask": filled}
+    return {**batch, "position_ids": documents.position_in_document()}
+
+
+def one_device(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The unmodified model's loss, each document a row of its own; fills the gradients.
+
+    Packed rows are no reference: GPT-OSS of transformers 5.23 lets their documents see each other.
+    """
+    losses = []
+    for row, lengths in enumerate(documents_of(batch).lengths):
+        for document in batch["input_ids"][row, : sum(lengths)].split(lengths):
+            logits = model(input_ids=document[None], use_cache=False).logits[0, :-1]
+            losses.append(F.cross_entropy(logits, document[1:], reduction="none"))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    return loss.detach()
+
+
+def on_mesh(
+    model: nn.Module, mesh: ParallelMesh, batch: dict[str, Tensor], layout: type = HeadTail
+) -> Tensor:
+    """The same on a mesh: each batch rank takes its rows, each cp rank its tokens."""
+    mine = slice(mesh.rank("batch"), None, mesh.size("batch"))
+    rows = {key: x[mine] for key, x in batch.items()}
+    local, plan = shard_hf_batch(rows, mesh, layout, model=model)
+    labels = local.pop("labels")
+    local.pop("padding_mask", None)
+    logits = model(**local, tables=plan.tables).logits
+    share = token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
+    share.backward()
+    loss = share.detach()
+    if mesh.loss is not None:
+        dist.all_reduce(loss, group=mesh.loss.get_group())
+    return loss
+
+
+def far(found: Tensor, wanted: Tensor) -> Tensor:
+    """Largest difference; gate and up have a dim of their own where tp splits experts."""
+    return (found.reshape(wanted.shape) - wanted).abs().max()
+
+
+def assert_parity(
+    kind, degrees, *, rows=PACKED, layout=HeadTail, attention=RING, change=None, **options
+):
+    """Assert that loss and all gradients are those of the unmodified model, on one device."""
+    reference, model = build(kind, **(change or {})), build(kind, **(change or {}))
+    mesh = ParallelMesh.from_degrees(degrees, "cpu")
+    parallelize_hf(model, mesh, attention, **options)
+    return assert_same_step(reference, model, mesh, rows=rows, layout=layout)
+
+
+def assert_same_step(reference, model, mesh, *, rows=PACKED, layout=HeadTail):
+    batch = a_batch(rows)
+    expected = one_device(reference, batch)
+    with count() as traffic:
+        actual = on_mesh(model, mesh, batch, layout)
+    assert_close(actual, expected, rtol=BOUND, atol=0.0)
+    wanted, found = gradients(reference), gradients(model)
+    assert wanted.keys() == found.keys()
+    worst = {
+        name: error
+        for name, grad in wanted.items()
+        if not (error := float(far(found[name], grad) / grad.abs().max())) <= BOUND
+    }
+    assert not worst, worst
+    return traffic
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@spmd(ranks=(1, 2))
+def test_packed_rows_equal_the_unmodified_model(mesh, ranks, kind):
+    traffic = assert_parity(kind, Degrees(cp=ranks))
+    assert (traffic.received > 0) == (ranks > 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_oss"])
+@spmd(ranks=2)
+def test_padding_equals_the_unmodified_model(mesh, kind):
+    assert_parity(kind, Degrees(cp=2), rows=PADDED)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("attention", [AllGatherAttention(), UlyssesAttention()])
+@spmd(ranks=2)
+def test_every_strategy_equals_one_device(mesh, kind, attention):
+    assert_parity(kind, Degrees(cp=2), attention=attention, layout=Contiguous)
+
+
+@spmd(ranks=(3, 4))
+def test_more_ranks_equal_one_device(mesh, ranks):
+    assert_parity("gpt_oss", Degrees(cp=ranks), compile=GRAPHS if ranks == 3 else None)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@spmd(ranks=4)
+def test_cp_beside_tp_equals_one_device(mesh, kind):
+    assert_parity(kind, Degrees(cp=2, tp=2))
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss"])
+@spmd(ranks=4)
+def test_cp_beside_tp_compiled_equals_one_device(mesh, kind):
+    assert_parity(kind, Degrees(cp=2, tp=2), compile=GRAPHS)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+@spmd(ranks=4)
+def test_cp_beside_data_parallel_equals_one_device(mesh, kind):
+    assert_parity(kind, Degrees(dp_shard=2, cp=2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "graphs"), [("llama", 1), ("gemma3_text", 2), ("gpt_oss", 2), ("qwen3_moe", 1)]
+)
+@spmd(ranks=2)
+def test_compiled_is_one_graph_a_kind_of_layer_and_equals_one_device(mesh, kind, graphs):
+    """A layer with another mask reads other tables, and so is another graph."""
+    with count_graphs() as found:
+        assert_parity(kind, Degrees(cp=2), compile=GRAPHS)
+    assert (found.graphs, found.breaks) == (graphs, 0)
+
+
+@pytest.mark.parametrize("checkpoint", [FullCheckpoint(), SelectiveCheckpoint()])
+@spmd(ranks=2)
+def test_checkpointed_and_compiled_equals_one_device(mesh, checkpoint):
+    assert_parity("qwen3", Degrees(cp=2), compile=GRAPHS, activation_checkpoint=checkpoint)
+
+
+@spmd(ranks=2)
+def test_island_in_a_compiled_block_equals_one_device(mesh):
+    with count_graphs() as found:
+        island = AllGatherAttention(boundary=EagerIsland())
+        assert_parity("llama", Degrees(cp=2), attention=island, compile=GRAPHS)
+    assert (found.graphs, found.breaks) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_survey_reads_every_mask_off_the_models_own(kind):
+    """And leaves the model as it was."""
+    model = build(kind)
+    names = list(model.state_dict())
+    found = survey(model)
+    windowed = Causal() & SlidingWindow(7)
+    expected = {"mistral": [windowed] * 2}.get(kind, [Causal()] * 2)
+    if kind in ("gemma2", "gemma3_text", "gpt_oss"):
+        expected = [windowed, Causal()]
+    assert [each.mask for each in found.attentions] == expected
+    assert {each.softcap for each in found.attentions} == {5.0 if kind == "gemma2" else 0.0}
+    assert {each.sink for each in found.attentions} == {kind == "gpt_oss"}
+    assert found.refused == ()
+    assert (model.training, model.config._attn_implementation) == (True, "eager")
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "match"),
+    [
+        ("llama", {"attention_dropout": 0.1}, r"model\.layers\.0\.self_attn .*dropout=0\.1"),
+        ("llama4_text", {}, r"layers\.0\.self_attn .*its meaning is not known"),
+        ("lfm2", {}, r"layers\.0\.conv.*not through the attention registry"),
+        ("llama", {"rope_parameters": DYNAMIC}, r"rope_type='dynamic'"),
+        ("mixtral", {"output_router_logits": True}, "balance loss"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0"),
+        ("starcoder2", {"residual_dropout": 0.1}, "Starcoder2ForCausalLM is random in training"),
+        ("gpt_neox", {"hidden_dropout": 0.1}, r"layers\.0\.post_attention_dropout .*dropout=0\.1"),
+        ("bloom", {}, "takes no position_ids"),
+    ],
+)
+def test_what_nobody_can_give_is_refused_by_name(kind, change, match):
+    with pytest.raises(ValueError, match=match):
+        install_mixers(build(kind, **change))
+
+
+def test_a_state_from_token_to_token_is_refused_before_it_is_run():
+    """On a machine without a GPU transformers could not run it, either, beside fla."""
+    hf_qwen3_5.modeling("qwen3_5")
+    model = AutoModelForCausalLM.from_config(small_config("qwen3_5_text", {}).config)
+    (refused,) = survey(model).refused
+    assert refused.startswith("model.layers.0.linear_attn (Qwen3_5GatedDeltaNet)")
+    assert "dtcp.cp_utils.apply_cp" in refused
+
+
+def test_a_layer_that_gives_nothing_for_so_few_tokens_is_refused_too():
+    """DeepSeek-V4's windows of 128 tokens are longer than what is run: no entries, none moved."""
+    model = AutoModelForCausalLM.from_config(small_config("deepseek_v4", {}).config)
+    refused = survey(model).refused
+    assert any("layers.1.self_attn.compressor" in each for each in refused)
+    assert any("layers.1.self_attn (" in each for each in refused)
+
+
+def test_cross_attention_is_refused_by_name():
+    """Queries of the sequence meet the keys of five other tokens."""
+    model = build("llama")
+    attention = model.model.layers[1].self_attn
+
+    def crossed(hidden_states, attention_mask=None, **how):
+        heads = (
+            project(x).unflatten(-1, (-1, 8)).transpose(1, 2)
+            for project, x in (
+                (attention.q_proj, hidden_states),
+                (attention.k_proj, hidden_states[:, :5]),
+                (attention.v_proj, hidden_states[:, :5]),
+            )
+        )
+        named = attention.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS[named]
+        out, weights = attend(attention, *heads, None, scaling=attention.scaling, **how)
+        return attention.o_proj(out.flatten(2)), weights
+
+    attention.forward = crossed
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn .*meet 5 keys \(cross-attention"):
+        install_mixers(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"labels": IDS}, r"with=\['labels'\]"),
+        ({"attention_mask": IDS}, r"with=\['attention_mask'\]"),
+        ({"output_attentions": True}, r"with=\['output_attentions'\]"),
+        ({"use_cache": True}, "use_cache=True"),
+        ({"position_ids": None}, r"without=\['position_ids'\]"),
+        ({"tables": None}, r"without=\['tables'\]"),
+    ],
+)
+def test_call_that_has_no_sharded_form_is_refused(change, match):
+    model = build("llama")
+    install_mixers(model)
+    right = {"input_ids": IDS, "position_ids": IDS, "tables": {}}
+    with pytest.raises(ValueError, match=match):
+        model(**{**right, **change})
+
+
+@pytest.mark.parametrize("mask", [[[0, 1, 1, 1]], [[1, 0, 1, 1]]])
+def test_padding_anywhere_but_on_the_right_is_refused(mask):
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "attention_mask": torch.tensor(mask)}
+    with pytest.raises(ValueError, match="pad on the right"):
+        documents_of(batch)
+
+
+@spmd(ranks=2)
+def test_tensor_parallelism_without_a_style_is_refused(mesh):
+    with pytest.raises(ValueError, match=r"q_proj .*'colwise_gather_output'.*set tp=1"):
+        parallelize_hf(build("olmo2"), ParallelMesh.from_degrees(Degrees(tp=2), "cpu"))
+
+
+@spmd(ranks=2)
+def test_experts_that_do_not_divide_are_whole_and_said_to_be(mesh):
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("dtcp.parallelize.plans.huggingface").addHandler(handler)
+    assert_parity("qwen3_moe", Degrees(tp=2), change={"moe_intermediate_size": 25})
+    assert [f"layers.{i}.mlp.experts is whole" in said[i] for i in range(2)] == [True] * 2
+    assert "tp=2 does not divide its 25 channels" in said[0]
+
+
+@spmd(ranks=2)
+def test_checkpoint_of_split_experts_is_whole_and_another_shape_refused(mesh):
+    whole, name = build("qwen3_moe"), "model.layers.1.mlp.experts.gate_up_proj"
+    model = parallelize_hf(build("qwen3_moe"), ParallelMesh.from_degrees(Degrees(tp=2), "cpu"))
+    folders = [tempfile.mkdtemp() if mesh.get_local_rank() == 0 else "" for _ in range(2)]
+    dist.broadcast_object_list(folders)
+    expected = whole.get_parameter(name)
+    dcp.save(model.state_dict(), checkpoint_id=folders[0])
+    found = {name: torch.zeros(4, 2, 24, 32, dtype=torch.float64)}
+    dcp.load(found, checkpoint_id=folders[0])
+    assert torch.equal(found[name].flatten(1, 2), expected)
+    dcp.save({name: expected.detach()}, checkpoint_id=folders[1])
+    with pytest.raises(dcp.api.CheckpointException, match="Size mismatch"):
+        dcp.load({name: model.get_parameter(name)}, checkpoint_id=folders[1])
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss", "qwen3_moe"])
+@spmd(ranks=4)
+def test_model_built_on_meta_is_filled_and_equals_one_device(mesh, kind):
+    """No rank ever holds it whole; buffers of no checkpoint are there too."""
+    reference, mesh = build(kind), ParallelMesh.from_degrees(Degrees(cp=2, tp=2), "cpu")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(kind)).double().train()
+    parallelize_hf(model, mesh)
+    weights = dict(reference.named_parameters())  # a weight that is shared, once
+    with pytest.raises(ValueError, match=r"no use for .*more"):
+        load_hf(model, {**weights, "more": torch.zeros(1)}, device="cpu")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    with pytest.raises(ValueError, match=rf"got {name} of \(32, 16\)"):
+        load_hf(model, {**weights, name: weights[name].T}, device="cpu")
+    load_hf(model, weights, device="cpu")
+    assert_same_step(reference, model, mesh)
+
+
+@spmd(ranks=2)
+def test_ranks_with_different_weights_are_refused(mesh):
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += mesh.get_local_rank()
+    with pytest.raises(ValueError, match="seed all ranks alike"):
+        parallelize_hf(model, ParallelMesh.from_degrees(Degrees(cp=2), "cpu"))
+
+
+@spmd(ranks=2)
+def test_what_transformers_keeps_in_fp32_is_not_rounded(mesh):
+    """A router whose choice bf16 would change: seen by its forward as it is, trained in fp32."""
+    shape = {**SHAPE, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("ernie4_5_moe", **shape))
+    router = model.model.layers[1].mlp.gate
+    given, seen = router.weight.detach().clone(), []
+    mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    bf16 = FSDP(mixed_precision=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    parallelize_hf(model, mesh, fsdp=bf16)
+    router.register_forward_pre_hook(lambda module, _: seen.append(module.weight.detach().clone()))
+    on_mesh(model, mesh, a_batch(PACKED))
+    assert_close(seen, [given], rtol=0, atol=0)
+    assert router.weight.grad.full_tensor().any()
+
+
+@pytest.mark.parametrize("compile", [GRAPHS, None])
+@spmd(ranks=1)
+def test_loop_over_experts_is_kept_out_of_graphs(mesh, compile):
+    model = build("mixtral", experts_implementation="eager")
+    model = parallelize_hf(model, ParallelMesh.from_degrees(Degrees(), "cpu"), compile=compile)
+    assert model.config._experts_implementation == ("grouped_mm" if compile else "eager")
+
+
+def test_batch_without_labels_has_no_loss():
+    with pytest.raises(ValueError, match="has labels, not shifted"):
+        causal_lm_loss(None, {"input_ids": IDS}, None)

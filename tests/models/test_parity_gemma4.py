@@ -1,0 +1,143 @@
+"""A parallel Gemma 4 equals transformers', document by document: logits and every gradient."""
+
+import pytest
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
+from torch.testing import assert_close
+
+from dtcp.batch import shard_batch
+from dtcp.compile import EagerIsland, count_graphs
+from dtcp.distributed.ledger import Traffic, count
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.models.gemma4 import Gemma4
+from dtcp.parallelize import (
+    ActivationCheckpoint,
+    Compile,
+    FullCheckpoint,
+    NoCheckpoint,
+    SelectiveCheckpoint,
+    gemma4_plan,
+    parallelize,
+)
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.softmax import AllGatherAttention, RingAttention
+from dtcp.softmax.style import AttentionStyle
+from tests.harness.hf_gemma4 import (
+    ROWS,
+    SEQ_LEN,
+    VARIANTS,
+    Truth,
+    truth,
+)
+from tests.harness.parity import gradients
+from tests.harness.spmd import run_ranks
+
+RING, KEEP_ALL, GRAPHS = RingAttention(), NoCheckpoint(), Compile("aot_eager")
+ISLAND = RingAttention(boundary=EagerIsland())
+
+
+def step_on_mesh(
+    mesh: object,
+    expected: Truth,
+    degrees: Degrees,
+    *,
+    attention: AttentionStyle = RING,
+    layout: type[SequenceLayout] = HeadTail,
+    checkpoint: ActivationCheckpoint = KEEP_ALL,
+    compile: Compile | None = None,
+) -> tuple[Traffic, int, int]:
+    """One step; asserts on every rank. Returns what it moved, its graphs and its breaks."""
+    config = expected.config
+    model = Gemma4(config).double()
+    model.load_state_dict(expected.weights)
+    ranks = ParallelMesh.from_degrees(degrees, "cpu")
+    plan = gemma4_plan(config, ranks, attention)
+    parallelize(model, ranks, plan, activation_checkpoint=checkpoint, compile=compile)
+
+    mine = slice(ranks.rank("batch"), None, ranks.size("batch"))
+    batch = {"input_ids": expected.input_ids, "position": expected.position}
+    if expected.mm_token_type_ids is not None:
+        batch["mm_token_type_ids"] = expected.mm_token_type_ids
+    local, cut = shard_batch(
+        {key: x[mine] for key, x in batch.items()},
+        ranks,
+        layout,
+        model=model,
+        documents=Documents(ROWS[mine], SEQ_LEN),
+    )
+    with count_graphs() as found, count() as traffic:
+        logits = model(local["input_ids"], local["position"], cut.tables)
+        if isinstance(logits, DTensor):
+            logits = logits.full_tensor(grad_placements=[Replicate()])
+        logits.backward(cut.shard(expected.grad_logits[mine]))
+    real = cut.shard(Documents(ROWS[mine], SEQ_LEN).document(), pad=-1) >= 0
+    assert_close(logits[real], cut.shard(expected.logits[mine])[real])
+    actual = gradients(model)
+    assert_close(actual, {name: expected.gradients[name] for name in actual})
+    dist.barrier()
+    return traffic, found.graphs, found.breaks
+
+
+def on_ranks(variant: str, degrees: Degrees, **how: object) -> list[tuple[Traffic, int, int]]:
+    """The step on so many ranks; the truth is made here, where transformers is imported."""
+    return run_ranks(step_on_mesh, degrees.world, truth(variant), degrees, timeout=300, **how)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cp", [2, 3])
+def test_gemma4_on_cp_ranks_equals_the_published_model(cp, variant):
+    """HeadTail on two ranks, Contiguous on three, where a halo comes from two ranks."""
+    layout = HeadTail if cp == 2 else Contiguous
+    on_ranks(variant, Degrees(cp=cp), layout=layout)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gemma4_on_tp_ranks_equals_the_published_model(variant):
+    """The experts' variant has one kv head on global layers, which both ranks copy."""
+    on_ranks(variant, Degrees(tp=2))
+
+
+@pytest.mark.parametrize(
+    ("variant", "degrees", "attention", "layout", "checkpoint"),
+    [
+        ("dense", Degrees(cp=4), RING, HeadTail, FullCheckpoint()),
+        ("vision", Degrees(cp=4), AllGatherAttention(), Contiguous, KEEP_ALL),
+        ("e", Degrees(dp_shard=2, cp=2), RING, HeadTail, SelectiveCheckpoint()),
+        ("moe", Degrees(cp=2, tp=2), AllGatherAttention(), HeadTail, SelectiveCheckpoint()),
+        ("shared_values", Degrees(cp=2, tp=2), RING, Contiguous, SelectiveCheckpoint()),
+        ("vision", Degrees(dp_replicate=2, cp=2), ISLAND, HeadTail, FullCheckpoint()),
+    ],
+)
+def test_gemma4_on_four_ranks_equals_the_published_model(
+    variant, degrees, attention, layout, checkpoint
+):
+    """Keys that layers share are brought once, whatever is computed again."""
+    how = {"attention": attention, "layout": layout, "checkpoint": checkpoint}
+    for traffic, *_ in on_ranks(variant, degrees, **how):
+        shares = variant in ("e", "shared_values")
+        assert traffic["dtcp::bring_keys"].calls == 2 * shares
+
+
+@pytest.mark.parametrize(
+    ("variant", "checkpoint", "kinds"),
+    [("vision", SelectiveCheckpoint(), 2), ("e", FullCheckpoint(), 4), ("moe", KEEP_ALL, 2)],
+)
+def test_gemma4_compiles_to_one_graph_a_layer_kind(variant, checkpoint, kinds):
+    """And equals the published model; a recomputed block brings its keys a second time."""
+    for traffic, graphs, breaks in on_ranks(
+        variant, Degrees(cp=2), checkpoint=checkpoint, compile=GRAPHS
+    ):
+        assert (graphs, breaks) == (kinds, 0)
+        if variant == "e":
+            assert traffic["dtcp::bring_keys"].calls == 2 * 2
+            assert traffic["dtcp::bring_keys_backward"].calls == 2
+
+
+def test_gemma4_compiles_around_islands_that_make_keys_from_values():
+    """A break a layer, two graphs a kind; what was communicated is kept under the checkpoint."""
+    how = {"attention": ISLAND, "checkpoint": SelectiveCheckpoint(), "compile": GRAPHS}
+    for traffic, graphs, breaks in on_ranks("dense", Degrees(cp=2), **how):
+        assert (graphs, breaks) == (4, 2)
+        assert traffic["dtcp::ring_values_attention"].calls == 2
+        assert traffic["dtcp::ring_values_attention_backward"].calls == 2

@@ -1,0 +1,77 @@
+"""train.py with Gemma 4, all its parts at once: a run, its second start, and its export."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from dtcp.mixer import batch_tables
+from dtcp.models.gemma4 import (
+    Gemma4,
+    HeadShape,
+    config_from_hf,
+    from_hf,
+    pattern,
+    tiny_e,
+    tiny_moe,
+)
+from dtcp.pretrain.configs import gemma4_tiny
+from dtcp.pretrain.trainer import Trainer
+from dtcp.sequence.documents import Documents
+from dtcp.torchtitan.model_spec import GEMMA4, spec_of
+from tests.pretrain import test_train
+from tests.pretrain.test_train import losses
+
+
+def micro() -> Trainer.Config:
+    """Experts, per-layer embeddings, shared keys, keys from values; two ranks, eager."""
+    config = gemma4_tiny()
+    every = replace(
+        tiny_e(272),
+        dim=32,
+        hidden_dim=48,
+        num_heads=4,
+        layers=pattern("sg", 4),
+        num_shared_layers=2,
+        window=24,
+        sliding=HeadShape(8, 2, 1e4),
+        globals=HeadShape(16, 2, 1e6, rotated=0.25),
+        keys_from_values=True,
+        moe=replace(tiny_moe().moe, hidden_dim=16),
+    )
+    config.model_spec = spec_of(GEMMA4, "micro", every)
+    config.parallelism.tensor_parallel_degree = 1
+    config.training.seq_len, config.training.steps = 64, 4
+    config.lr_scheduler.warmup_steps = 0
+    config.compile.enable = config.validator.enable = False
+    config.checkpoint.interval = 2
+    return config
+
+
+def train(*arguments: str) -> tuple[int, str]:
+    return test_train.train(*arguments, "--module", "tests.pretrain.test_train_gemma4")
+
+
+def test_gemma4_trains_resumes_and_exports(tmp_path):
+    code, output = train("--dump_folder", f"{tmp_path}", "--checkpoint.export_hf")
+    assert code == 0, output
+    first = losses(output)
+    assert list(first) == [1, 2, 3, 4] and first[4] < first[1]
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    config = config_from_hf(json.loads((tmp_path / "hf/config.json").read_text()))
+    ours = Gemma4(config)
+    ours.load_state_dict(from_hf(theirs.state_dict(), config))
+    tokens, position = torch.arange(1, 41)[None] * 5, torch.arange(40)[None]
+    logits = ours(tokens, position, batch_tables(ours, Documents.single(1, 40)))
+    assert_close(logits, theirs(tokens, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+
+    shutil.rmtree(tmp_path / "checkpoint/step-4")
+    code, output = train("--dump_folder", f"{tmp_path}")
+    assert code == 0, output
+    again = losses(output)
+    assert "step-2" in output and list(again) == [3, 4]
+    assert_close(torch.tensor(list(again.values())), torch.tensor([first[3], first[4]]))

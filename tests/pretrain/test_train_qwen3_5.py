@@ -1,0 +1,63 @@
+"""train.py with Qwen3.5 and experts: trains, resumes, and exports what transformers loads."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dtcp.mixer import batch_tables
+from dtcp.models.qwen3_5 import (
+    Qwen35,
+    config_from_hf,
+    from_hf,
+    tiny,
+)
+from dtcp.pretrain.configs import qwen3_5_moe_tiny
+from dtcp.pretrain.trainer import Trainer
+from dtcp.sequence.documents import Documents
+from dtcp.torchtitan.model_spec import QWEN3_5, spec_of
+from tests.harness import hf_qwen3_5
+from tests.pretrain.test_train import losses, train
+
+
+def micro_qwen3_5() -> Trainer.Config:
+    """A delta layer and one of attention, experts, rows of 64 tokens, two ranks, eager, bf16."""
+    config = qwen3_5_moe_tiny()
+    shape = replace(tiny(272, experts=True), num_layers=2, full_attention_every=2, dim=32)
+    config.model_spec = spec_of(QWEN3_5, "micro", shape)
+    config.parallelism.tensor_parallel_degree = 1
+    config.training.seq_len, config.training.steps = 64, 3
+    config.training.mixed_precision_param = "bfloat16"
+    config.lr_scheduler.warmup_steps = 0
+    config.compile.enable = False
+    config.checkpoint.interval, config.validator.enable = 2, False
+    return config
+
+
+def run(folder: Path) -> tuple[int, str]:
+    module = ("--module", "tests.pretrain.test_train_qwen3_5")
+    options = ("--dump_folder", str(folder), "--checkpoint.export_hf")
+    return train(*module, *options, config="micro_qwen3_5")
+
+
+def test_a_run_of_qwen3_5_resumes_alike_and_transformers_reads_its_export(tmp_path):
+    code, output = run(tmp_path)
+    assert code == 0, output
+    first = losses(output)
+    assert list(first) == [1, 2, 3] and first[3] < first[1]
+    shutil.rmtree(tmp_path / "checkpoint/step-3")
+    code, output = run(tmp_path)
+    assert code == 0, output
+    assert losses(output) == {3: pytest.approx(first[3], rel=1e-6)}
+
+    hf_qwen3_5.modeling("qwen3_5_moe")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ours = Qwen35(config_from_hf(json.loads((tmp_path / "hf/config.json").read_text())))
+    ours.load_state_dict(from_hf(theirs.state_dict(), ours.config))
+    tokens = torch.arange(40)[None] * 5
+    logits = ours(tokens, torch.arange(40)[None], batch_tables(ours, Documents.single(1, 40)))
+    torch.testing.assert_close(logits, theirs(tokens).logits, rtol=1e-4, atol=1e-5)

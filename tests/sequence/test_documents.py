@@ -1,0 +1,104 @@
+"""Documents are lengths; all that tokens know of their document follows."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dtcp.sequence.documents import PADDING, Documents
+from tests.harness import packings as cases
+
+
+def spelt_out(documents):
+    """(document, position in it, start, end) of every token, by counting: [B, S, 4]."""
+    rows = []
+    for lengths in documents.lengths:
+        row, start = [], 0
+        for index, length in enumerate(lengths):
+            row += [(index, i, start, start + length - 1) for i in range(length)]
+            start += length
+        row += [(PADDING, 0, i, i) for i in range(start, documents.seq_len)]
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("packing", cases.PACKINGS)
+def test_tokens_know_their_document(packing):
+    documents = packing(24, 4)
+    expected = spelt_out(documents).unbind(-1)
+    assert_close(documents.document(), expected[0])
+    assert_close(documents.position_in_document(), expected[1])
+    assert_close(documents.starts(), expected[2])
+    assert_close(documents.ends(), expected[3])
+
+
+@pytest.mark.parametrize("packing", [cases.one_document, cases.across_borders, cases.on_borders])
+def test_documents_are_read_off_positions(packing):
+    documents = packing(24, 4)
+    assert Documents.from_positions(documents.position_in_document()) == documents
+
+
+def test_padding_read_off_positions_is_documents_of_one_token():
+    """Positions alone cannot tell: each sees itself alone, and none is seen."""
+    read = Documents.from_positions(Documents(((3, 2),), 7).position_in_document())
+    assert read.lengths == ((3, 2, 1, 1),)
+
+
+def test_documents_are_read_off_their_boundaries():
+    documents = Documents.from_cu_seqlens([0, 3, 4, 9], 12)
+    assert documents == Documents(((3, 1, 5),), 12)
+
+
+def test_single_fills_every_row():
+    assert Documents.single(3, 5) == Documents(((5,), (5,), (5,)), 5)
+    assert Documents.single(3, 5).batch == 3
+
+
+def test_padding_a_row_adds_tokens_of_no_document():
+    documents = cases.two_rows(24, 4)
+    longer = documents.padded(30)
+    assert_close(longer.document()[:, :24], documents.document())
+    assert (longer.document()[:, 24:] == PADDING).all()
+
+
+def test_positions_count_up_inside_documents_of_any_length():
+    position = Documents(((7, 1, 6),), 14).position_in_document()[0].tolist()
+    assert position == [*range(7), 0, *range(6)]
+    assert all(b in (a + 1, 0) for a, b in pairwise(position))
+
+
+@pytest.mark.parametrize("length", [0, -2])
+def test_empty_document_is_refused(length):
+    with pytest.raises(ValueError, match=f"got length={length} for document 1 of row 1"):
+        Documents(((4,), (4, length)), 8)
+
+
+def test_documents_longer_than_their_row_are_refused():
+    with pytest.raises(ValueError, match="got 9 tokens in row 1 with seq_len=8: cut"):
+        Documents(((8,), (4, 5)), 8)
+    with pytest.raises(ValueError, match="got 8 tokens in row 0 with seq_len=7"):
+        Documents.single(1, 8).padded(7)
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        [1, 2, 3, 4],
+        [0, 1, 3, 4],
+        [0, 0, 2, 3],
+        [0, 1, 1, 2],
+        [-1, -1, 0, 1],
+        [1, 1, 0, 1],
+        [3, 2, 1, 0],
+    ],
+    ids=["late start", "gap", "jump", "repeat", "left padding", "left padding by ones", "down"],
+)
+def test_positions_that_are_no_documents_are_refused(position):
+    with pytest.raises(ValueError, match=r"restart at 0 with each document.*left padding"):
+        Documents.from_positions(torch.tensor([[0, 1, 2, 3], position]))
+
+
+def test_positions_on_a_device_are_refused():
+    with pytest.raises(ValueError, match=r"read on the host, got position\.device=meta"):
+        Documents.from_positions(torch.empty(1, 4, dtype=torch.int64, device="meta"))

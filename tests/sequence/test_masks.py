@@ -1,0 +1,139 @@
+"""A mask's two forms, the predicate and the intervals, mean what the reference's rule means."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.masks import (
+    Bidirectional,
+    BlockBidirectional,
+    Causal,
+    Coords,
+    PrefixLM,
+    SlidingWindow,
+)
+from tests.harness import packings as cases
+from tests.harness.attention_parity import SIGHTS
+
+SEQ_LEN = 24
+
+
+def coords_of(documents: Documents) -> Coords:
+    return Coords.of(
+        documents, prefix=cases.prefix_of_tokens(documents), block=cases.blocks_of_tokens(documents)
+    )
+
+
+def keys_of(first, last, seq_len):
+    """Intervals as a table of who sees whom: [B, S, S]."""
+    key = torch.arange(seq_len)
+    return (key >= first[..., None]) & (key <= last[..., None])
+
+
+@pytest.mark.parametrize("packing", cases.PACKINGS)
+@pytest.mark.parametrize("sight", SIGHTS, ids=lambda sight: f"{sight.mask}")
+def test_predicate_and_intervals_mean_the_rule(sight, packing):
+    documents = packing(SEQ_LEN, 4)
+    coords, expected = coords_of(documents), sight.visible(documents)
+    first, last = sight.mask.intervals(coords)
+    assert_close(sight.mask.visible(coords, coords), expected)
+    assert_close(keys_of(first, last, SEQ_LEN), expected)
+    assert first.dtype == last.dtype == torch.int32
+
+
+@pytest.mark.parametrize("sight", SIGHTS, ids=lambda sight: f"{sight.mask}")
+def test_predicate_of_some_tokens_is_a_part_of_the_whole(sight):
+    coords = coords_of(cases.two_rows(SEQ_LEN, 4))
+    queries, keys = torch.tensor([3, 17, 4]), torch.tensor([23, 0, 5, 16])
+    whole = sight.mask.visible(coords, coords)
+    part = sight.mask.visible(coords.at(queries), coords.at(keys))
+    assert_close(part, whole[:, queries][:, :, keys])
+
+
+@pytest.mark.parametrize("sight", SIGHTS, ids=lambda sight: f"{sight.mask}")
+def test_padding_sees_nothing_and_is_not_seen(sight):
+    documents = cases.last_shard_padding(SEQ_LEN, 4)
+    coords, padding = coords_of(documents), documents.document() < 0
+    first, last = sight.mask.intervals(coords)
+    assert padding.any() and (last[padding] < first[padding]).all()
+    assert not sight.mask.visible(coords, coords)[:, :, padding[0]].any()
+
+
+def test_masks_are_values():
+    assert Causal() & SlidingWindow(4) == Causal() & SlidingWindow(4)
+    assert Causal() & SlidingWindow(4) != Causal() & SlidingWindow(5)
+    assert hash(Causal() | PrefixLM()) == hash(Causal() | PrefixLM())
+    assert Causal() != Bidirectional()
+
+
+def test_block_cut_by_a_document_border_is_two_blocks():
+    block = torch.tensor([[0, 0, 0, 0, -1, -1]])
+    coords = Coords.of(Documents(((2, 4),), 6), block=block)
+    first, last = BlockBidirectional().intervals(coords)
+    assert list(zip(first[0].tolist(), last[0].tolist(), strict=True)) == [
+        (0, 1),
+        (0, 1),
+        (2, 3),
+        (2, 3),
+        (0, -1),
+        (0, -1),
+    ]
+
+
+def test_block_id_in_two_runs_of_a_document_is_refused():
+    block = torch.tensor([[0, 0, -1, 0, 0, -1]])
+    with pytest.raises(ValueError, match=r"blocks of consecutive tokens.*runs of row 0"):
+        BlockBidirectional().intervals(Coords.of(Documents.single(1, 6), block=block))
+    # In two documents the same id is two blocks, which never see each other anyway.
+    BlockBidirectional().intervals(Coords.of(Documents(((3, 3),), 6), block=block))
+
+
+class FirstToken(Causal):
+    """Sees the first token of its document alone."""
+
+    def _interval(self, at):
+        return at.start, at.start
+
+
+def test_union_that_leaves_a_gap_is_refused():
+    coords = Coords.of(Documents.single(1, 8))
+    with pytest.raises(ValueError, match=r"one interval of positions.*leave a gap"):
+        (FirstToken() | SlidingWindow(2)).intervals(coords)
+    # Two tokens from the start, or within documents of two, there is none.
+    (FirstToken() | SlidingWindow(7)).intervals(coords)
+    (FirstToken() | SlidingWindow(2)).intervals(Coords.of(Documents(((2, 2, 3, 1),), 8)))
+
+
+@pytest.mark.parametrize(
+    ("mask", "field"), [(PrefixLM(), "prefix"), (Causal() | BlockBidirectional(), "block")]
+)
+def test_mask_without_the_coordinate_it_reads_is_refused(mask, field):
+    coords = Coords.of(Documents.single(1, 8))
+    for read in (lambda: mask.intervals(coords), lambda: mask.visible(coords, coords)):
+        with pytest.raises(ValueError, match=rf"coords.{field}=None: pass {field}=\[B, S\]"):
+            read()
+
+
+@pytest.mark.parametrize("how", [{"size": 0}, {"size": -3}, {"size": 2, "right": -1}])
+def test_window_without_the_token_itself_is_refused(how):
+    with pytest.raises(ValueError, match="size >= 1 and right >= 0"):
+        SlidingWindow(**how)
+
+
+@pytest.mark.parametrize("name", ["prefix", "block"])
+def test_coordinate_of_another_shape_is_refused(name):
+    extra = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"one {name} a token.*\(1, 4\).*\(1, 8\)"):
+        Coords.of(Documents.single(1, 8), **{name: extra})
+
+
+def test_coords_at_slots_take_every_field():
+    coords = coords_of(cases.two_rows(SEQ_LEN, 4))
+    coords = replace(coords, rotary=torch.stack((coords.position, coords.start)))
+    slots = torch.tensor([7, 0, 20])
+    for field in fields(Coords):
+        taken = getattr(coords.at(slots), field.name)
+        assert_close(taken, getattr(coords, field.name)[..., slots])

@@ -1,0 +1,328 @@
+"""Every strategy, on every layout and mask, is attention on one device.
+
+Output and all gradients, with random cotangents; sinks too. Cases are looped over inside a test,
+since a compiled mixer then serves several, and a failing case names itself.
+"""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from dtcp.batch import shard_batch
+from dtcp.compile import EagerIsland, InGraph, count_graphs
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.mixer import batch_tables
+from dtcp.plan import apply_plan
+from dtcp.sequence.layout import (
+    BlockBalanced,
+    Contiguous,
+    HeadTail,
+    PerDocument,
+)
+from dtcp.softmax import (
+    AllGatherAttention,
+    HybridAttention,
+    RingAttention,
+    UlyssesAttention,
+)
+from dtcp.softmax.mixer import SoftmaxAttention
+from tests.harness import packings as cases
+from tests.harness.attention_parity import (
+    BIDIRECTIONAL,
+    CAUSAL,
+    IMAGES_IN_WINDOW,
+    LAYOUTS,
+    PREFIX,
+    SIGHTS,
+    WINDOW,
+    Block,
+    Case,
+    accepts,
+    assert_equals_one_device,
+    errors,
+    in_tiles,
+    local_inputs,
+    mixer_on,
+    plan_of,
+    run,
+    styles,
+    truth,
+)
+from tests.harness.spmd import spmd
+
+TILE = 5  # does not divide the shards
+PACKINGS = (
+    cases.across_borders,
+    cases.one_token_documents,
+    cases.last_shard_padding,
+    cases.two_rows,
+    cases.equal_rows,
+)
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def heads_for(num_ranks):
+    """Query heads that ranks divide, with kv heads that they divide or that divide them."""
+    return {"heads": 6, "kv_heads": 3} if num_ranks == 3 else {"heads": 4, "kv_heads": 2}
+
+
+def compiled(mixer, boundary):
+    """The mixer in a block compiled as its boundary demands."""
+    whole = isinstance(boundary, InGraph)
+    return torch.compile(Block(mixer), backend="aot_eager", fullgraph=whole)
+
+
+@layouts
+@spmd(ranks=(2, 4))
+def test_attention_equals_one_device(mesh, layout, ranks):
+    """Documents cut by every border, of one token, rows of padding, rows packed differently."""
+    for style in styles(ranks):
+        style = in_tiles(style, TILE)
+        for sight in SIGHTS:
+            mixer = mixer_on(mesh, style, sight.mask)
+            for packing in PACKINGS:
+                case = Case(sight, packing, **heads_for(ranks))
+                if accepts(style, layout, case, ranks):
+                    assert_equals_one_device(case, mixer, mixer, mesh, layout)
+
+
+@layouts
+@spmd(ranks=(1, 3))
+def test_attention_on_odd_ranks_equals_one_device(mesh, layout, ranks):
+    for style, sight in product(styles(ranks), (BIDIRECTIONAL, IMAGES_IN_WINDOW)):
+        style = in_tiles(style, TILE)
+        mixer = mixer_on(mesh, style, sight.mask)
+        for packing in (cases.across_borders, cases.equal_rows):
+            case = Case(sight, packing, **heads_for(ranks))
+            if accepts(style, layout, case, ranks):
+                assert_equals_one_device(case, mixer, mixer, mesh, layout)
+
+
+@pytest.mark.parametrize("boundary", [InGraph(), EagerIsland()])
+@spmd(ranks=(1, 2, 3, 4))
+def test_compiled_attention_equals_one_device(mesh, boundary, ranks):
+    """One compiled block a style, for all layouts and two batches."""
+    everywhere = LAYOUTS if ranks in (2, 4) else (HeadTail,)
+    for style in styles(ranks, boundary=boundary):
+        torch._dynamo.reset()
+        mixer = mixer_on(mesh, in_tiles(style, TILE), IMAGES_IN_WINDOW.mask)
+        attend = compiled(mixer, boundary)
+        with count_graphs() as graphs:
+            for layout, packing in product(everywhere, (cases.equal_rows, cases.two_rows)):
+                # 64 tokens suit all layouts as they are, 48 suit 3 ranks.
+                seq_len = 48 if ranks == 3 else 64
+                case = Case(IMAGES_IN_WINDOW, packing, seq_len=seq_len, **heads_for(ranks))
+                if accepts(style, layout, case, ranks):
+                    assert_equals_one_device(case, attend, mixer, mesh, layout)
+        assert graphs.graphs >= 1
+
+
+@spmd(ranks=2)
+def test_compiled_attention_equals_one_device_under_every_mask(mesh):
+    for boundary, sight in product((InGraph(), EagerIsland()), SIGHTS):
+        torch._dynamo.reset()
+        mixer = mixer_on(mesh, in_tiles(RingAttention(boundary=boundary), TILE), sight.mask)
+        attend = compiled(mixer, boundary)
+        case = Case(sight, cases.one_token_documents)
+        assert_equals_one_device(case, attend, mixer, mesh, HeadTail)
+
+
+@spmd(ranks=(2, 4))
+def test_island_in_eager_code_is_the_same(mesh, ranks):
+    for style in styles(ranks, boundary=EagerIsland()):
+        mixer = mixer_on(mesh, style, WINDOW.mask)
+        assert_equals_one_device(Case(WINDOW), mixer, mixer, mesh, Contiguous)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"softcap": 2.0},
+        {"scale": 0.7, "sink": False},
+        {"value_dim": 3},
+        {"key_dim": 3, "value_dim": 5, "softcap": 4.0},
+        {"heads": 8, "kv_heads": 1},
+        {"heads": 4, "kv_heads": 4},
+        {"heads": 8, "kv_heads": 8},
+    ],
+    ids=repr,
+)
+@spmd(ranks=(2, 4))
+def test_attention_of_other_shapes_equals_one_device(mesh, how, ranks):
+    for style, layout in product(styles(ranks), (HeadTail, PerDocument)):
+        case = Case(IMAGES_IN_WINDOW, cases.across_borders, **how)
+        if accepts(style, layout, case, ranks):
+            softmax = {"scale": case.scale, "softcap": case.softcap}
+            mixer = mixer_on(mesh, in_tiles(style, TILE), case.sight.mask, **softmax)
+            assert_equals_one_device(case, mixer, mixer, mesh, layout)
+
+
+@spmd(ranks=(2, 4))
+def test_hybrid_of_any_inner_size_equals_one_device(mesh, ranks):
+    """From a ring alone to Ulysses alone."""
+    for inner in (1, ranks):
+        mixer = mixer_on(mesh, in_tiles(HybridAttention(inner_ranks=inner), TILE), WINDOW.mask)
+        for layout in LAYOUTS:
+            assert_equals_one_device(Case(WINDOW), mixer, mixer, mesh, layout)
+
+
+@layouts
+@spmd(ranks=(3, 4))
+def test_rows_padded_to_fit_the_layout_equal_one_device(mesh, layout, ranks):
+    """41 tokens fit none; what was added is gone when the output is gathered."""
+    for style in styles(ranks):
+        case = Case(WINDOW, cases.equal_rows, seq_len=41, **heads_for(ranks))
+        if accepts(style, layout, case, ranks):
+            mixer = mixer_on(mesh, in_tiles(style, TILE), WINDOW.mask)
+            assert_equals_one_device(case, mixer, mixer, mesh, layout)
+            plan = plan_of(case, mixer, mesh, layout)
+            out = run(case, mixer, plan, local_inputs(case, plan)).out
+            assert_close(plan.gather(out), truth(case, ranks).out)
+
+
+@spmd(ranks=(2, 4))
+def test_rank_that_holds_only_padding_has_no_part_in_anything(mesh, ranks):
+    """Its output and gradients are zero, and the other ranks' are exact; in Ulysses it still
+    attends for others, with its share of the heads, so that its part of dsink is not zero."""
+    for style in styles(ranks):
+        case = Case(WINDOW, cases.last_shard_padding)
+        mixer = mixer_on(mesh, style, WINDOW.mask)
+        plan = plan_of(case, mixer, mesh, Contiguous)
+        result = run(case, mixer, plan, local_inputs(case, plan))
+        assert max(errors(case, result, plan).values()) <= 1e-12
+        if mesh.get_local_rank() == ranks - 1:
+            assert (plan.shard(plan.documents.document()) < 0).all()
+            assert not any(x.any() for x in (result.out, *result.grads[:3]))
+
+
+@spmd(ranks=(2, 4))
+def test_fp32_attention_equals_one_device(mesh, ranks):
+    for style, layout in product(styles(ranks), LAYOUTS):
+        case = Case(IMAGES_IN_WINDOW, dtype=torch.float32)
+        if accepts(style, layout, case, ranks):
+            mixer = mixer_on(mesh, in_tiles(style, TILE), case.sight.mask)
+            assert_equals_one_device(case, mixer, mixer, mesh, layout)
+
+
+@spmd(ranks=(2, 4))
+def test_bf16_attention_is_as_exact_as_one_device(mesh, ranks):
+    """Error against fp64, output and gradients: at most 1.1 of that of torch's own kernel."""
+    case = Case(CAUSAL, dtype=torch.bfloat16, sink=False, seq_len=192)
+    expected = truth(case, ranks)
+    plain = plain_attention(case, ranks)
+    for style, layout in product(styles(ranks), (Contiguous, HeadTail)):
+        if not accepts(style, layout, case, ranks):
+            continue
+        mixer = mixer_on(mesh, in_tiles(style, 16), CAUSAL.mask)
+        plan = plan_of(case, mixer, mesh, layout)
+        result = run(case, mixer, plan, local_inputs(case, plan))
+        ours = [plan.gather(x).double() for x in (result.out, *result.grads)]
+        wholes = (expected.out, *expected.grads)
+        for mine, torchs, right in zip(ours, plain, wholes, strict=True):
+            error, bound = ((x - right).norm() / right.norm() for x in (mine, torchs))
+            assert error <= 1.1 * bound, f"{error} > 1.1 * {bound} with {style}, {layout}"
+
+
+def plain_attention(case, ranks):
+    """Output and gradients of torch's attention, in the case's dtype on one device."""
+    expected = truth(case, ranks)
+    inputs = [x.to(case.dtype).requires_grad_() for x in expected.inputs]
+    visible = case.sight.visible(case.documents(ranks))[:, None]
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+    out = out.transpose(1, 2)
+    grads = torch.autograd.grad(out, inputs, expected.grad_out)
+    return [x.detach().double() for x in (out, *grads)]
+
+
+@pytest.mark.parametrize("boundary", [None, InGraph(), EagerIsland()])
+@spmd(axes={"cp": 2, "tp": 2})
+def test_heads_sharded_over_tp_equal_one_device(mesh, boundary):
+    """Each tp rank has half of the heads, and of the sinks, on local tensors."""
+    tp, case = mesh["tp"], Case(IMAGES_IN_WINDOW, heads=8, kv_heads=4)
+    for style in styles(2, boundary=boundary or InGraph()):
+        torch._dynamo.reset()
+        mixer = mixer_on(mesh, in_tiles(style, TILE), case.sight.mask)
+        attend = mixer if boundary is None else compiled(mixer, boundary)
+        plan = plan_of(case, mixer, mesh, Contiguous)
+        expected = truth(case, 2)
+
+        def mine(x):
+            return x.chunk(2, dim=2 if x.ndim == 4 else 0)[tp.get_local_rank()]
+
+        inputs = tuple(mine(x).detach().clone().requires_grad_() for x in local_inputs(case, plan))
+        q, k, v, sink = inputs
+        out = attend(q, k, v, plan.tables, sink=sink)
+        grads = torch.autograd.grad(out, inputs, mine(plan.shard(expected.grad_out)))
+        assert_close(out, mine(plan.shard(expected.out)))
+        for grad, whole in zip(grads[:3], expected.grads[:3], strict=True):
+            assert_close(grad, mine(plan.shard(whole)))
+        dsink = grads[3].clone()
+        torch.distributed.all_reduce(dsink, group=mesh["cp"].get_group())
+        assert_close(dsink, mine(expected.grads[3]))
+
+
+@spmd(ranks=2)
+def test_inputs_need_not_be_contiguous(mesh):
+    """Nor the gradient: that of a sum is one number, expanded (NeMo issue 2384)."""
+    case = Case(PREFIX, cases.two_rows, sink=False)
+    for style in styles(2)[:-1]:
+        mixer = mixer_on(mesh, style, PREFIX.mask)
+        plan = plan_of(case, mixer, mesh, HeadTail)
+        inputs = local_inputs(case, plan)
+        turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+        assert not turned[0].is_contiguous()
+        actual = torch.autograd.grad(mixer(*turned, plan.tables).sum(), inputs)
+        whole = [x.clone().requires_grad_() for x in truth(case, 2).inputs]
+        one = SoftmaxAttention(PREFIX.mask)
+        assert_close(actual, one_device_gradients(one, case, plan, whole))
+
+
+def one_device_gradients(mixer, case, plan, inputs):
+    """This rank's part of the gradients of the output's sum, on one device."""
+    documents = case.documents(2)
+    tables = batch_tables(mixer, documents, prefix=cases.prefix_of_tokens(documents))
+    grads = torch.autograd.grad(mixer(*inputs, tables).sum(), inputs)
+    return tuple(plan.shard(x) for x in grads)
+
+
+@pytest.mark.parametrize("boundary", [InGraph(), EagerIsland()])
+@spmd(ranks=2)
+def test_recomputed_attention_equals_one_device(mesh, boundary):
+    """Under activation checkpointing, eager and compiled, in the order that apply.py knows."""
+    mixer = mixer_on(mesh, RingAttention(boundary=boundary), WINDOW.mask)
+
+    def recomputed(function):
+        return lambda *args, **kw: checkpoint(function, *args, use_reentrant=False, **kw)
+
+    block = Block(mixer)
+    if isinstance(boundary, InGraph):
+        both = torch.compile(recomputed(block), backend="aot_eager", fullgraph=True)
+    else:
+        both = recomputed(torch.compile(block, backend="aot_eager"))
+    for attend in (recomputed(block), both):
+        with count_graphs() as graphs:
+            assert_equals_one_device(Case(WINDOW), attend, mixer, mesh, HeadTail)
+        assert graphs.graphs == 0 or attend is both
+
+
+@spmd(ranks=2)
+def test_layers_of_different_kinds_share_a_batch(mesh):
+    """A plan with another strategy for each mask, all reading one batch's tables."""
+    sights = (CAUSAL, WINDOW, BIDIRECTIONAL, CAUSAL)
+    kinds = (RingAttention(), AllGatherAttention(), UlyssesAttention(), UlyssesAttention())
+    mixers = nn.ModuleList(SoftmaxAttention(sight.mask) for sight in sights)
+    apply_plan(mixers, mesh, {f"{index}": kind for index, kind in enumerate(kinds)})
+    documents = cases.across_borders(48, 2)
+    batch = {"input_ids": torch.zeros(1, 48, dtype=torch.int64)}
+    whole = ParallelMesh.from_device_mesh(mesh)
+    _, plan = shard_batch(batch, whole, BlockBalanced, model=mixers, documents=documents)
+    for mixer, sight in zip(mixers, sights, strict=True):
+        case = Case(sight)
+        result = run(case, mixer, plan, local_inputs(case, plan))
+        assert max(errors(case, result, plan).values()) <= 1e-12

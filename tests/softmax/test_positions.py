@@ -1,0 +1,90 @@
+"""Mixers that rotate what they bring: by the positions of the batch, whatever these count.
+
+That other positions than a document's 0, 1, 2, .. are exact is in the models' own tests, whose
+truth is given them too (tests/harness/hf_gemma4.py).
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from dtcp.batch import shard_batch
+from dtcp.compile import EagerIsland
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.mixer import batch_tables
+from dtcp.plan import apply_plan
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.masks import Causal
+from dtcp.softmax import AllGatherAttention, BroughtAttention, RingAttention
+from dtcp.softmax.mixer import KeyExchange, KeysFromValues
+from dtcp.sparse import CompressedSparseCP, PublishedSparseCP
+from dtcp.sparse.mixer import CompressedSparseAttention, Compression
+from tests.harness.attention_parity import refused
+from tests.harness.spmd import spmd
+
+SEQ_LEN = 32
+WHOLE = Documents(((11, 21),), SEQ_LEN)
+FREQUENCY = torch.tensor([1.0, 0.1])
+OTHERS = "positions are those of its batch"
+
+
+def rotated(mixer, position, tables):
+    """Whatever of a mixer reads positions."""
+    if isinstance(mixer, KeysFromValues):
+        x = torch.ones(*position.shape[-2:], 2, 4)
+        return mixer(x, x, position, torch.ones(4), FREQUENCY, tables)
+    if isinstance(mixer, KeyExchange):
+        return mixer.position(position, tables)
+    return mixer.check_position(position, tables)
+
+
+def sparse():
+    return CompressedSparseAttention(4, Compression(4), scale=1.0)
+
+
+STYLES = [
+    (lambda: KeysFromValues(Causal()), RingAttention(), HeadTail),
+    (lambda: KeysFromValues(Causal()), AllGatherAttention(boundary=EagerIsland()), Contiguous),
+    (lambda: KeyExchange(Causal()), BroughtAttention(), HeadTail),
+    (sparse, CompressedSparseCP(), HeadTail),
+    (sparse, PublishedSparseCP(), Contiguous),
+]
+
+
+@spmd(ranks=2)
+def test_positions_of_another_batch_stop_every_rank(mesh):
+    """A shard's own 0, 1, 2, .. is what forgets that there are other shards."""
+    for make, style, layout in STYLES:
+        mixer = make()
+        apply_plan(nn.ModuleList([mixer]), mesh, {"0": style})
+        own = WHOLE.position_in_document()
+        batch = {"input_ids": torch.zeros_like(own), "position": own}
+        ranks = ParallelMesh.of_sequence(mesh)
+        local, plan = shard_batch(batch, ranks, layout, model=mixer, documents=WHOLE)
+        rotated(mixer, local["position"], plan.tables)
+        shard = torch.arange(SEQ_LEN // 2)[None]
+        for position in (shard, shard + 1):
+            with pytest.raises(RuntimeError, match=OTHERS):
+                rotated(mixer, position, plan.tables)
+        several = local["position"].expand(3, 1, -1)
+        refused("one position a token", lambda: rotated(mixer, several, plan.tables))  # noqa: B023
+        batch["position"] = own.expand(3, 1, -1)
+        refused(
+            "one position a token",
+            lambda: shard_batch(batch, ranks, layout, model=mixer, documents=WHOLE),  # noqa: B023
+        )
+
+
+def test_positions_on_one_device_are_those_of_the_tables():
+    model, own = nn.ModuleList([KeysFromValues(Causal())]), WHOLE.position_in_document()
+    tables = batch_tables(model, WHOLE, position=3 * own)
+    rotated(model[0], 3 * own, tables)
+    with pytest.raises(RuntimeError, match=OTHERS):
+        rotated(model[0], own, tables)
+
+
+def test_entries_have_no_position_but_their_place():
+    position = WHOLE.position_in_document() + 2
+    with pytest.raises(ValueError, match=r"got position\[0, 0\]=2 for token 0 of its document"):
+        batch_tables(nn.ModuleList([sparse()]), WHOLE, position=position)

@@ -1,0 +1,364 @@
+"""The bytes that ops count are the bytes that must move, and the bytes that do.
+
+What must move is worked out here from dense tables of who sees whom; what does move is read off
+torch's profiler, once, in eager code.
+"""
+
+import contextlib
+from itertools import product
+from math import prod
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn import functional as F
+from torch.profiler import profile
+
+from dtcp.distributed.ledger import (
+    LEDGER,
+    Count,
+    Ledger,
+    Traffic,
+    count,
+    since,
+)
+from dtcp.sdpa.rules import install_sdpa_rules
+from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
+from dtcp.sequence.masks import Causal, SlidingWindow
+from dtcp.softmax import (
+    AllGatherAttention,
+    HaloAttention,
+    HybridAttention,
+    RingAttention,
+    UlyssesAttention,
+)
+from dtcp.softmax.style import AttentionShape
+from tests.harness import packings as cases
+from tests.harness import reference
+from tests.harness.attention_parity import (
+    BIDIRECTIONAL,
+    CAUSAL,
+    IMAGES_IN_WINDOW,
+    LAYOUTS,
+    PREFIX,
+    SIGHTS,
+    WINDOW,
+    Block,
+    Case,
+    Sight,
+    accepts,
+    local_inputs,
+    mixer_on,
+    plan_of,
+    run,
+    styles,
+    truth,
+)
+from tests.harness.spmd import spmd
+
+SEQ_LEN = 64
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def test_counts_add_up_and_subtract():
+    a, b = Count(1, 20, 300), Count(2, 30, 400)
+    assert a + b == Count(3, 50, 700)
+    assert (a + b) - b == a
+
+
+def test_ledger_counts_by_op_from_any_thread():
+    ledger = Ledger()
+
+    def record():
+        for _ in range(1000):
+            ledger.record("x", sent=1, received=2)
+
+    threads = [Thread(target=record) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ledger.snapshot() == {"x": Count(4000, 4000, 8000)}
+
+
+def test_traffic_is_what_was_counted_inside():
+    LEDGER.record("dtcp::test", received=5)
+    start = LEDGER.snapshot()
+    with count() as traffic:
+        LEDGER.record("dtcp::test", received=7)
+        LEDGER.record("dtcp::other", sent=1)
+    assert traffic["dtcp::test"] == Count(1, 0, 7)
+    assert traffic["dtcp::nothing"] == Count()
+    assert (traffic.calls, traffic.sent, traffic.received) == (2, 1, 7)
+    assert since(start) == Traffic(traffic.by_op)
+
+
+def test_traffic_of_work_that_fails_is_counted():
+    with contextlib.suppress(KeyError), count() as traffic:
+        LEDGER.record("dtcp::test")
+        raise KeyError
+    assert traffic.calls == 1
+
+
+def moved(case, attend, plan):
+    """(forward, backward) traffic of one attention."""
+    q, k, v, *sink = inputs = local_inputs(case, plan)
+    with count() as forward:
+        out = attend(q, k, v, plan.tables, sink=sink[0] if sink else None)
+    with count() as backward:
+        torch.autograd.grad(out, inputs, plan.shard(truth(case, plan.layout.num_shards).grad_out))
+    return forward, backward
+
+
+def tokens_between(visible, shards):
+    """How many keys of each shard the queries of each need: [reader, owner].
+
+    Args:
+        visible: [B, S, S].
+        shards: positions of each.
+    """
+    table = visible.any(dim=0).numpy()
+    needed = [[table[np.ix_(q, k)].any(axis=0).sum() for k in shards] for q in shards]
+    return np.array(needed) * (1 - np.eye(len(shards), dtype=np.int64))
+
+
+def expected_bytes(style, case, layout, rank):
+    """(forward, backward) bytes that the rank has to receive, from who sees whom."""
+    n = layout.num_shards
+    documents = case.documents(n)
+    element = documents.batch * torch.finfo(case.dtype).bits // 8
+    width = case.key_dim + case.value_dim
+    shards = layout.permutation().view(n, -1).numpy()
+    if isinstance(style, UlyssesAttention):
+        return (by_heads(case, layout.shard_len, n) * element,) * 2
+    if isinstance(style, HybridAttention):
+        u = style.inner_ranks
+        shards, rank = shards.reshape(n // u, -1), rank // u
+        kv_heads = max(case.kv_heads, u) // u
+        within = by_heads(case, layout.shard_len, u) * element
+    else:
+        kv_heads, within = case.kv_heads, 0
+    needs = tokens_between(case.sight.visible(documents), shards) * kv_heads * width * element
+    out, home = needs[rank].sum(), needs[:, rank].sum()
+    return within + out, within + out + home
+
+
+def by_heads(case, shard_len, ranks):
+    """Elements of q, k, v and out that change hands so that each rank has its heads' sequence."""
+    heads = case.heads + max(case.kv_heads, ranks)
+    return (ranks - 1) * shard_len * heads * (case.key_dim + case.value_dim) // ranks
+
+
+@layouts
+@spmd(ranks=(1, 2, 3, 4))
+def test_bytes_are_those_of_the_keys_that_are_needed(mesh, layout, ranks):
+    """Both directions, every strategy, mask and packing; and the planner's formula agrees."""
+    rank = mesh.get_local_rank()
+    sights = SIGHTS if ranks == 4 else (CAUSAL, IMAGES_IN_WINDOW)
+    heads = {"heads": 6, "kv_heads": 3} if ranks == 3 else {"heads": 4, "kv_heads": 2}
+    packings = (cases.across_borders, cases.last_shard_padding, cases.two_rows)
+    for style, sight in product(styles(ranks), sights):
+        mixer = mixer_on(mesh, style, sight.mask)
+        for packing in packings:
+            seq_len = 48 if ranks == 3 else SEQ_LEN
+            case = Case(sight, packing, seq_len=seq_len, value_dim=6, sink=False, **heads)
+            if not accepts(style, layout, case, ranks):
+                continue
+            plan = plan_of(case, mixer, mesh, layout)
+            forward, backward = moved(case, mixer, plan)
+            actual = (forward.received, backward.received)
+            where = f"on rank {rank} with {style}, {plan.layout}, {case}"
+            assert actual == expected_bytes(style, case, plan.layout, rank), where
+            shape = AttentionShape(plan.documents.batch, *heads.values(), 8, 6, 8)
+            planned = style.received(plan.layout, rank, sight.mask.intervals(plan.coords), shape)
+            assert actual == (planned.forward, planned.backward), where
+
+
+@spmd(ranks=(2, 4))
+def test_what_all_ranks_send_is_what_all_ranks_receive(mesh, ranks):
+    case = Case(PREFIX, cases.across_borders, seq_len=SEQ_LEN)
+    for style in styles(ranks)[:-1]:
+        mixer = mixer_on(mesh, style, PREFIX.mask)
+        for traffic in moved(case, mixer, plan_of(case, mixer, mesh, PerDocument)):
+            total = torch.tensor([traffic.sent, traffic.received])
+            dist.all_reduce(total)
+            assert total[0] == total[1] > 0
+
+
+@spmd(ranks=(2, 4))
+def test_whole_sequence_costs_all_other_shards(mesh, ranks):
+    """(n - 1) * L * G * (D + V) elements, and three times as much both ways together."""
+    for style, layout in product((RingAttention(), AllGatherAttention()), LAYOUTS):
+        case = Case(BIDIRECTIONAL, cases.one_document, seq_len=SEQ_LEN)
+        mixer = mixer_on(mesh, style, case.sight.mask)
+        forward, backward = moved(case, mixer, plan_of(case, mixer, mesh, layout))
+        bound = (ranks - 1) * (SEQ_LEN // ranks) * 2 * 16 * 8
+        assert (forward.received, backward.received) == (bound, 2 * bound)
+
+
+@spmd(ranks=4)
+def test_causal_mask_needs_nothing_that_lies_ahead(mesh):
+    """Of contiguous shards rank r reads r; of head-tail shards all but the later tails."""
+    rank, row, L = mesh.get_local_rank(), 2 * 16 * 8, SEQ_LEN // 4
+    case = Case(CAUSAL, cases.one_document, seq_len=SEQ_LEN)
+    for style in (RingAttention(), AllGatherAttention()):
+        mixer = mixer_on(mesh, style, CAUSAL.mask)
+        forward, backward = moved(case, mixer, plan_of(case, mixer, mesh, Contiguous))
+        assert forward.received == rank * L * row
+        assert backward.received == (rank + 3 - rank) * L * row
+        forward, _ = moved(case, mixer, plan_of(case, mixer, mesh, HeadTail))
+        # Its tail chunk sees all heads of the others, and the tails before it.
+        assert forward.received == (3 + 3 - rank) * L // 2 * row
+
+
+@pytest.mark.parametrize("window", [1, 2, 8, 17, 40, 64])
+@spmd(ranks=4)
+def test_window_costs_its_halo_however_long_the_sequence(mesh, window):
+    """min(W - 1, what lies left) tokens a segment, over one hop or several."""
+    rank, row, L = mesh.get_local_rank(), 2 * 16 * 8, SEQ_LEN // 4
+    sight = Sight(
+        Causal() & SlidingWindow(window),
+        lambda _: reference.Both(reference.causal, reference.Window(window)),
+    )
+    case = Case(sight, cases.one_document, seq_len=SEQ_LEN)
+    for style in (HaloAttention(window), RingAttention(), AllGatherAttention()):
+        mixer = mixer_on(mesh, style, sight.mask)
+        forward, _ = moved(case, mixer, plan_of(case, mixer, mesh, Contiguous))
+        assert forward.received == min(window - 1, rank * L) * row
+        if window <= L // 2:
+            forward, _ = moved(case, mixer, plan_of(case, mixer, mesh, HeadTail))
+            # Rank 3's two chunks are neighbours; rank 0's first has nothing on its left.
+            segments = 2 - (rank == 0) - (rank == 3)
+            assert forward.received == segments * (window - 1) * row
+
+
+@spmd(ranks=4)
+def test_documents_inside_their_shards_cost_nothing(mesh):
+    case = Case(BIDIRECTIONAL, cases.on_borders, seq_len=SEQ_LEN)
+    for style in (RingAttention(), AllGatherAttention()):
+        mixer = mixer_on(mesh, style, case.sight.mask)
+        for traffic in moved(case, mixer, plan_of(case, mixer, mesh, Contiguous)):
+            assert (traffic.sent, traffic.received) == (0, 0)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+@spmd(ranks=4)
+def test_ulysses_costs_the_same_for_every_mask(mesh, kv_heads):
+    """(n - 1) / n * L * (2 H + 2 max(G, n)) * D elements, each way."""
+    for sight, layout in product((CAUSAL, BIDIRECTIONAL, WINDOW), LAYOUTS):
+        case = Case(sight, heads=8, kv_heads=kv_heads, seq_len=SEQ_LEN)
+        mixer = mixer_on(mesh, UlyssesAttention(), sight.mask)
+        bound = 3 * 16 // 4 * (2 * 8 + 2 * max(kv_heads, 4)) * 8 * 8
+        for traffic in moved(case, mixer, plan_of(case, mixer, mesh, layout)):
+            assert traffic.received == traffic.sent == bound
+
+
+@spmd(ranks=4)
+def test_half_the_precision_costs_half_the_bytes(mesh):
+    """Gradients too travel in the model's dtype."""
+    for style in styles(4):
+        mixer = mixer_on(mesh, style, WINDOW.mask)
+        cost = {}
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            case = Case(WINDOW, dtype=dtype, seq_len=SEQ_LEN)
+            plan = plan_of(case, mixer, mesh, Contiguous)
+            cost[dtype] = [traffic.received for traffic in moved(case, mixer, plan)]
+        assert cost[torch.float64] == [2 * x for x in cost[torch.float32]]
+        assert cost[torch.float32] == [2 * x for x in cost[torch.bfloat16]]
+
+
+@spmd(ranks=2)
+def test_compiled_code_moves_the_same_bytes_in_the_same_ops(mesh):
+    for style in styles(2):
+        torch._dynamo.reset()
+        case = Case(WINDOW, seq_len=SEQ_LEN)
+        mixer = mixer_on(mesh, style, WINDOW.mask)
+        plan = plan_of(case, mixer, mesh, Contiguous)
+        attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=True)
+        name = f"dtcp::{style.op.name}"
+        eager, compiled = moved(case, mixer, plan), moved(case, attend, plan)
+        assert eager == compiled
+        assert [list(traffic.by_op) for traffic in eager] == [[name], [f"{name}_backward"]]
+        assert [traffic.calls for traffic in eager] == [1, 1]
+
+
+def observed(case, mixer, plan):
+    """(collectives, bytes received from other ranks) by torch's profiler, forward and backward."""
+    inputs = local_inputs(case, plan)
+    with profile(record_shapes=True) as profiler:
+        run(case, mixer, plan, inputs)
+    size = torch.finfo(case.dtype).bits // 8
+    calls, elements = 0, 0
+    for event in profiler.events():
+        if event.name == "gloo:recv":
+            elements += prod(event.input_shapes[0])
+        if event.name == "c10d::alltoall_base_":
+            elements += prod(event.input_shapes[0])
+        calls += event.name.startswith("c10d::")
+    return calls, elements * size
+
+
+@layouts
+@spmd(ranks=(2, 4))
+def test_profiler_sees_the_bytes_that_the_ledger_counts(mesh, layout, ranks):
+    """The profiler's all_to_all holds a rank's own part too: a 1 / u share in Ulysses."""
+    for style, packing in product(styles(ranks), (cases.across_borders, cases.one_document)):
+        case = Case(IMAGES_IN_WINDOW, packing, seq_len=SEQ_LEN, sink=False)
+        if not accepts(style, layout, case, ranks):
+            continue
+        mixer = mixer_on(mesh, style, case.sight.mask)
+        plan = plan_of(case, mixer, mesh, layout)
+        with count() as counted:
+            _, seen = observed(case, mixer, plan)
+        own = 0
+        if isinstance(style, UlyssesAttention | HybridAttention):
+            u = ranks if isinstance(style, UlyssesAttention) else style.inner_ranks
+            own = 2 * by_heads(case, plan.layout.shard_len, u) * 8 // (u - 1)
+        assert counted.received + own == seen, f"{style}, {plan.layout}"
+
+
+@spmd(ranks=4)
+def test_number_of_collectives_is_the_strategys(mesh):
+    """One all_to_all brings keys, and one takes gradients home; Ulysses turns twice each way."""
+    expected = [
+        (AllGatherAttention(), 1 + 2),
+        (UlyssesAttention(), 2 + 2),
+        (HybridAttention(outer=AllGatherAttention()), 2 + 2 + 1 + 2),
+        # A ring of 4 sends and receives 3 shards, again backward, and their gradients.
+        (RingAttention(), 3 * 2 * 3),
+        # And between 2 groups, one.
+        (HybridAttention(), 2 + 2 + 2 * 3),
+    ]
+    case = Case(BIDIRECTIONAL, cases.one_document, seq_len=SEQ_LEN)
+    for style, calls in expected:
+        mixer = mixer_on(mesh, style, case.sight.mask)
+        assert observed(case, mixer, plan_of(case, mixer, mesh, HeadTail))[0] == calls, style
+
+
+@spmd(ranks=4)
+def test_ring_posts_no_transfer_for_what_nobody_sees(mesh):
+    case = Case(WINDOW, cases.one_document, seq_len=SEQ_LEN)
+    mixer = mixer_on(mesh, RingAttention(), WINDOW.mask)
+    calls, _ = observed(case, mixer, plan_of(case, mixer, mesh, Contiguous))
+    # Keys from the left and their gradients back, and the same for the right neighbour.
+    assert calls == 3 * ((mesh.get_local_rank() > 0) + (mesh.get_local_rank() < 3))
+
+
+@spmd(ranks=2)
+def test_bare_attention_on_dtensors_counts_as_a_ring_does(mesh):
+    install_sdpa_rules()
+    q, k, v = (
+        distribute_tensor(x.detach().transpose(1, 2), mesh, [Shard(2)]).requires_grad_()
+        for x in cases.qkv(cases.one_document(SEQ_LEN, 2))
+    )
+    with count() as forward:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    with count() as backward:
+        torch.autograd.grad(out.sum().full_tensor(), (q, k, v))
+    shard = SEQ_LEN // 2 * 2 * 16 * 8
+    rank = mesh.get_local_rank()
+    assert forward["dtcp::causal_sdpa"] == Count(1, sent=(1 - rank) * shard, received=rank * shard)
+    assert backward["dtcp::causal_sdpa_backward"].received == shard
