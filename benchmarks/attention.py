@@ -30,10 +30,10 @@ from torch.distributed.tensor import DTensor
 from benchmarks import attention_kernel
 from benchmarks.compile_time import compile_line
 from benchmarks.report import conditions, table, write
-from dtcp.batch import BatchPlan, shard_batch
+from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.distributed.ledger import count
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
@@ -146,8 +146,8 @@ def _measure(case: Case, mesh: ParallelMesh, seq_len: int, repeats: int) -> Meas
     cotangent = torch.randn(1, seq_len, HEADS, HEAD_DIM)
 
     alone = SoftmaxAttention(case.mask)
-    tables = batch_tables(alone, documents)
-    expected = alone(*whole, tables)
+    attn_metadata = batch_metadata(alone, documents)
+    expected = alone(*whole, attn_metadata)
     gradients = torch.autograd.grad(expected, whole, cotangent)
 
     sharded = SoftmaxAttention(case.mask)
@@ -157,7 +157,7 @@ def _measure(case: Case, mesh: ParallelMesh, seq_len: int, repeats: int) -> Meas
     local = [plan.shard(x.detach()).requires_grad_() for x in whole]
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(_weigh(kept), lambda x: x), count() as forward:
-        out = sharded(*local, plan.tables)
+        out = sharded(*local, plan.attn_metadata)
     with count() as backward:
         found = torch.autograd.grad(out, local, plan.shard(cotangent))
     torch.testing.assert_close(out, plan.shard(expected.detach()), rtol=2e-5, atol=2e-5)
@@ -168,14 +168,14 @@ def _measure(case: Case, mesh: ParallelMesh, seq_len: int, repeats: int) -> Meas
     lse = 4 * out.shape[1] * HEADS
     size = sum(x.numel() * x.element_size() for x in (*local, out)) + lse
     step = _seconds(lambda: _step(sharded, local, plan, cotangent), repeats, together=True)
-    ideal = _seconds(lambda: _step_alone(alone, whole, tables, cotangent), repeats) / mesh.size(
-        "cp"
-    )
+    ideal = _seconds(
+        lambda: _step_alone(alone, whole, attn_metadata, cotangent), repeats
+    ) / mesh.size("cp")
     received = (forward.received, backward.received)
     return Measured(received, formula, sum(kept) / size, step, ideal)
 
 
-def _formula(case: Case, plan: BatchPlan, mesh: ParallelMesh) -> tuple[int, int]:
+def _formula(case: Case, plan: ShardedBatch, mesh: ParallelMesh) -> tuple[int, int]:
     shape = AttentionShape(1, HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, 4)
     intervals = case.mask.intervals(plan.coords)
     stated = case.style.received(plan.layout, mesh.rank("cp"), intervals, shape)
@@ -194,12 +194,12 @@ def _weigh(kept: list[int]) -> Callable[[Tensor], Tensor]:
     return pack
 
 
-def _step(module: Any, local: list[Tensor], plan: BatchPlan, cotangent: Tensor) -> None:
-    torch.autograd.grad(module(*local, plan.tables), local, plan.shard(cotangent))
+def _step(module: Any, local: list[Tensor], plan: ShardedBatch, cotangent: Tensor) -> None:
+    torch.autograd.grad(module(*local, plan.attn_metadata), local, plan.shard(cotangent))
 
 
-def _step_alone(module: Any, whole: list[Tensor], tables: Any, cotangent: Tensor) -> None:
-    torch.autograd.grad(module(*whole, tables), whole, cotangent)
+def _step_alone(module: Any, whole: list[Tensor], attn_metadata: Any, cotangent: Tensor) -> None:
+    torch.autograd.grad(module(*whole, attn_metadata), whole, cotangent)
 
 
 def _seconds(work: Callable[[], None], repeats: int, *, together: bool = False) -> float:

@@ -19,16 +19,16 @@ from benchmarks.report import conditions, table, write
 from dtcp.kernels.softmax import reference as tiles
 from dtcp.kernels.softmax.api import (
     AttentionKernel,
-    Final,
-    Gradients,
+    GradAccumulators,
     Keys,
-    Partial,
+    OnlineSoftmax,
     Queries,
-    Softmax,
+    SavedForward,
+    SoftmaxParams,
     attention_kernel,
     zeros_for,
 )
-from dtcp.kernels.softmax.block_ranges import key_spans
+from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import (
     Causal,
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
     queries: Queries
     keys: Keys
     spans: Tensor
-    how: Softmax
+    how: SoftmaxParams
     pairs: int
 
 
@@ -84,7 +84,7 @@ def measure(
 
 def _problem(length: int, dim: int, heads: int, groups: int, mask: Mask, device: str) -> Problem:
     first, last = mask.intervals(Coords.of(Documents.single(1, length)))
-    position = torch.arange(length, dtype=torch.int32)
+    token_index = torch.arange(length, dtype=torch.int32)
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(1, length, count, dim, device=device, dtype=torch.bfloat16)
@@ -92,28 +92,28 @@ def _problem(length: int, dim: int, heads: int, groups: int, mask: Mask, device:
     )
     return Problem(
         Queries.of(q, first.to(device), last.to(device)),
-        Keys(k, v, position.to(device)),
-        key_spans(first, last, position),
-        Softmax(dim**-0.5),
+        Keys(k, v, token_index.to(device)),
+        block_ranges(first, last, token_index),
+        SoftmaxParams(dim**-0.5),
         int((last - first + 1).sum()),
     )
 
 
-def _forward(at: Problem, kernel: AttentionKernel) -> Partial:
-    partial = Partial.empty(at.queries.q, at.keys.v.shape[-1])
+def _forward(at: Problem, kernel: AttentionKernel) -> OnlineSoftmax:
+    partial = OnlineSoftmax.empty(at.queries.q, at.keys.v.shape[-1])
     kernel.attend(partial, at.queries, at.keys, at.spans, at.how)
     return partial
 
 
-def _backward(at: Problem, kernel: AttentionKernel, final: Final) -> Gradients:
-    grads = Gradients(*(zeros_for(x) for x in (at.queries.q, at.keys.k, at.keys.v)))
+def _backward(at: Problem, kernel: AttentionKernel, final: SavedForward) -> GradAccumulators:
+    grads = GradAccumulators(*(zeros_for(x) for x in (at.queries.q, at.keys.k, at.keys.v)))
     kernel.attend_backward(grads, final, at.queries, at.keys, at.spans, at.how)
     return grads
 
 
-def _final(partial: Partial, at: Problem) -> Final:
+def _final(partial: OnlineSoftmax, at: Problem) -> SavedForward:
     out, lse = partial.finish(None, at.queries.q.dtype)
-    return Final(torch.randn_like(out), out, lse)
+    return SavedForward(torch.randn_like(out), out, lse)
 
 
 def _check(at: Problem) -> None:

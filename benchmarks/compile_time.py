@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.models.llama import tiny
 from dtcp.models.llama.model import Block
 from dtcp.sequence.documents import Documents
@@ -43,7 +43,7 @@ def _compile_block(*, context_parallel: bool) -> float:
     config = tiny()
     block = nn.Sequential(Block(config))
     documents = Documents.single(1, 64)
-    tables = batch_tables(block, documents)
+    attn_metadata = batch_metadata(block, documents)
     if context_parallel:
         mesh = ParallelMesh.from_degrees(Degrees(), "cpu")
         # A plan on one rank is a no-op; torch's own function applies the style all the same.
@@ -51,12 +51,12 @@ def _compile_block(*, context_parallel: bool) -> float:
         parallelize_module(block, axis, {"0.attention.mixer": RingAttention()})
         ids = torch.zeros(1, 64, dtype=torch.int64)
         _, plan = shard_batch({"input_ids": ids}, mesh, HeadTail, model=block)
-        tables = plan.tables
+        attn_metadata = plan.attn_metadata
     x = torch.randn(1, 64, config.dim, requires_grad=True)
-    position = torch.arange(64)[None]
+    position_ids = torch.arange(64)[None]
     with torch._inductor.config.patch(force_disable_caches=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="dynamo_pgo")  # another cache that is not read
         start = time.perf_counter()
         compiled = torch.compile(block[0], fullgraph=True)
-        compiled(x, position, tables).sum().backward()
+        compiled(x, position_ids, attn_metadata).sum().backward()
         return time.perf_counter() - start

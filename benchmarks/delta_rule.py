@@ -32,12 +32,12 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from benchmarks.report import conditions, table, write
-from dtcp.batch import BatchPlan, shard_batch
+from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.distributed.ledger import LEDGER, count
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.kernels.delta_rule.fla import delta_kernel
 from dtcp.kernels.delta_rule.reference import Inputs
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.models.qwen3_5 import (
     PRESETS,
     DeltaNetConfig,
@@ -136,7 +136,7 @@ def _measure(
     alone.reset_parameters(0.3)
     x, grad = (torch.randn(1, seq_len, shape.dim) for _ in range(2))
     leaf = x.clone().requires_grad_()
-    expected = alone(leaf, batch_tables(alone, documents))
+    expected = alone(leaf, batch_metadata(alone, documents))
     (right,) = torch.autograd.grad(expected, leaf, grad)
 
     found: dict[tuple[str, str], Measured] = {}
@@ -189,7 +189,7 @@ def _step(way: Way, inputs: tuple[Tensor, ...], cotangent: Tensor) -> Callable[[
 
 def _ways(
     alone: GatedDeltaNet, mesh: ParallelMesh, documents: Documents
-) -> list[tuple[Way, BatchPlan]]:
+) -> list[tuple[Way, ShardedBatch]]:
     found = []
     for states in (GatherStates(), ScanStates()):
         said = "gathered" if isinstance(states, GatherStates) else "scanned"
@@ -208,10 +208,10 @@ def _ways(
         out = _GatherReduce.apply(call(target.shard(whole, axis.get_local_rank())), axis)
         return source.shard(out, axis.get_local_rank())
 
-    tables = batch_tables(alone, documents)
+    attn_metadata = batch_metadata(alone, documents)
 
     def gathered(x: Tensor) -> Tensor:
-        return plan.shard(alone(source.restore(_GatherReduce.apply(x, axis)), tables))
+        return plan.shard(alone(source.restore(_GatherReduce.apply(x, axis)), attn_metadata))
 
     ways = (
         ("relayout", _bound(dealt, plan)),
@@ -221,8 +221,8 @@ def _ways(
     return found + [(Way(name, HeadTail, call), plan) for name, call in ways]
 
 
-def _bound(layer: GatedDeltaNet, plan: BatchPlan) -> Callable[[Tensor], Tensor]:
-    return lambda x: layer(x, plan.tables)
+def _bound(layer: GatedDeltaNet, plan: ShardedBatch) -> Callable[[Tensor], Tensor]:
+    return lambda x: layer(x, plan.attn_metadata)
 
 
 def _sharded(
@@ -233,7 +233,7 @@ def _sharded(
     style: GatedDeltaCP,
     *,
     relayout: bool = False,
-) -> tuple[GatedDeltaNet, BatchPlan]:
+) -> tuple[GatedDeltaNet, ShardedBatch]:
     """The layer over the ranks, its weights shared with `alone`."""
     with torch.device("meta"):
         layer = GatedDeltaNet(_shape_of(alone))
@@ -328,7 +328,7 @@ def _by_formula(seq_len: int = 262_144) -> str:
 def _kept(n: int) -> float:
     """Share of a head-tail shard that contiguous shards leave where it is, on the worst rank."""
     layouts = (HeadTail(2 * n, n), Contiguous(2 * n, n))
-    held, wanted = ([set(x.positions(r).tolist()) for r in range(n)] for x in layouts)
+    held, wanted = ([set(x.token_indices(r).tolist()) for r in range(n)] for x in layouts)
     return min(len(a & b) for a, b in zip(held, wanted, strict=True)) / 2
 
 

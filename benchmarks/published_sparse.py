@@ -17,14 +17,14 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from dtcp.distributed.collectives import all_gather, connect, group_name
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.sparse.pooling import Prepool, pool
-from dtcp.mixer import Tables
+from dtcp.mixer import BatchMetadata
 from dtcp.sequence.layout import Contiguous, SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.sparse.mixer import (
     CompressedSparseAttention,
     Index,
-    SparseTables,
-    sparse_tables,
+    SparseMetadata,
+    sparse_metadata,
 )
 
 
@@ -52,35 +52,35 @@ class _PublishedSparse(CompressedSparseAttention):
     def claim(self, style: PublishedSparseCP, mesh: DeviceMesh) -> None:
         self.style, self.mesh = style, mesh
         connect(group_name(mesh))
-        self.table_key = f"{self.table_key} by {style}"
+        self.metadata_key = f"{self.metadata_key} by {style}"
 
-    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> SparseTables:
+    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> SparseMetadata:
         if not isinstance(layout, Contiguous) or layout.num_shards != self.mesh.size():
             raise ValueError(
                 f"{self.style} works on Contiguous over {self.mesh.size()} ranks, got "
                 f"layout={layout}: shard the batch so, or use CompressedSparseCP."
             )
         whole = [[(0, layout.seq_len)]]
-        tables = sparse_tables(coords, whole, 0, self.window, self.compression, halo=False)
+        attn_metadata = sparse_metadata(coords, whole, 0, self.window, self.compression, halo=False)
         rank = self.mesh.get_local_rank()
-        mine = ("window_first", "first", "last", "rotary")
-        return tables._replace(
-            **{name: layout.shard(getattr(tables, name), rank).contiguous() for name in mine}
+        mine = ("window_first", "first", "last", "position_ids")
+        return attn_metadata._replace(
+            **{name: layout.shard(getattr(attn_metadata, name), rank).contiguous() for name in mine}
         )
 
     def forward(
         self,
         q: Tensor,
         keys: Tensor,
-        tables: Tables,
+        attn_metadata: BatchMetadata,
         *,
         sink: Tensor,
         tokens: Prepool | None = None,
         index: Index | None = None,
     ) -> Tensor:
-        given = SparseTables(*tables[self.table_key])
+        given = SparseMetadata(*attn_metadata[self.metadata_key])
         keys = all_gather(keys, self.mesh, dim=1)
-        seen = _sees(given.window_first, given.last, given.key_position.expand(len(keys), -1))
+        seen = _sees(given.window_first, given.last, given.key_token_index.expand(len(keys), -1))
         if tokens is not None:
             entries = self._all_entries(tokens, given)
             visible = _sees(given.first, given.last, given.closing)
@@ -89,7 +89,7 @@ class _PublishedSparse(CompressedSparseAttention):
             keys, seen = torch.cat((keys, entries), 1), torch.cat((seen, visible), 2)
         return _dense(q, keys, seen, sink, self.scale)
 
-    def _all_entries(self, tokens: Prepool, given: SparseTables) -> Tensor:
+    def _all_entries(self, tokens: Prepool, given: SparseMetadata) -> Tensor:
         wide = accumulation(tokens.value.dtype)
         value, gate = (
             all_gather(x.to(wide), self.mesh, dim=1) for x in (tokens.value, tokens.gate)
@@ -99,7 +99,7 @@ class _PublishedSparse(CompressedSparseAttention):
         pooled = pool(whole, given.windows, overlap=self.compression.overlap)
         return tokens.finish(pooled.to(tokens.value.dtype), given.position)
 
-    def _chosen(self, index: Index, visible: Tensor, given: SparseTables) -> Tensor:
+    def _chosen(self, index: Index, visible: Tensor, given: SparseMetadata) -> Tensor:
         assert self.compression is not None and self.compression.selected is not None
         with torch.no_grad():
             keys = self._all_entries(index.keys, given)

@@ -238,7 +238,7 @@ class _Layer:
         local, self.plan = shard_batch(
             {
                 "input_ids": torch.zeros(1, seq_len, dtype=torch.int64),
-                "position": documents.position_in_document(),
+                "position_ids": documents.position_ids(),
             },
             mesh,
             layout,
@@ -246,10 +246,10 @@ class _Layer:
             documents=documents,
         )
         self.x, self.grad = self.plan.shard(x).requires_grad_(), self.plan.shard(cotangent)
-        self.position = local["position"]
+        self.token_index = local["position_ids"]
 
     def forward(self) -> Tensor:
-        out: Tensor = self.module(self.x, self.position, self.plan.tables)
+        out: Tensor = self.module(self.x, self.token_index, self.plan.attn_metadata)
         return out
 
     def step(self) -> float:

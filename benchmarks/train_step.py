@@ -120,7 +120,7 @@ def _training_step(mesh: ParallelMesh, args: argparse.Namespace) -> Callable[[],
     lengths = (3 * args.seq_len // 16, 9 * args.seq_len // 16, args.seq_len // 4)
     documents = Documents((lengths,) * args.rows, args.seq_len)
     batch = {"input_ids": ids, "labels": shift_labels(ids, documents)}
-    batch["position"] = documents.position_in_document()
+    batch["position_ids"] = documents.position_ids()
 
     share = args.rows // mesh.size("batch")
     own = slice(mesh.rank("batch") * share, (mesh.rank("batch") + 1) * share)
@@ -130,7 +130,7 @@ def _training_step(mesh: ParallelMesh, args: argparse.Namespace) -> Callable[[],
 
     def step() -> float:
         tokens = global_token_count(local["labels"], mesh.loss)
-        logits = model(local["input_ids"], local["position"], placed.tables)
+        logits = model(local["input_ids"], local["position_ids"], placed.attn_metadata)
         loss = token_mean_loss(logits, local["labels"], tokens)
         loss.backward()
         model.zero_grad()

@@ -32,11 +32,11 @@ from benchmarks.window_bytes import (
     total,
     whole_chunk_ring,
 )
-from dtcp.batch import BatchPlan, shard_batch
+from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.distributed import collectives
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.kernels.softmax.api import Softmax
-from dtcp.kernels.softmax.block_ranges import key_spans
+from dtcp.kernels.softmax.api import SoftmaxParams
+from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.models.gemma4 import (
     PRESETS,
     Block,
@@ -50,7 +50,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Causal, Coords, SlidingWindow
 from dtcp.softmax import HaloAttention, RingAttention
-from dtcp.softmax.local import ATTENTION, LocalTables
+from dtcp.softmax.local import ATTENTION, LocalMetadata
 
 MODEL = "gemma4-31b"
 LENGTHS, RANKS = (2**17, 2**20), (8, 16, 32, 64)
@@ -142,8 +142,8 @@ def _building(repeats: int) -> list[list[str]]:
     config = PRESETS[MODEL]
     window = HaloAttention(config.window)
     kinds: dict[str, Callable[..., Any]] = {
-        "sliding": partial(window.mixer_tables, Causal() & SlidingWindow(config.window)),
-        "global": partial(RingAttention().values_tables, Causal()),
+        "sliding": partial(window.collect_metadata, Causal() & SlidingWindow(config.window)),
+        "global": partial(RingAttention().value_only_metadata, Causal()),
     }
     rows = []
     for name, build in kinds.items():
@@ -211,7 +211,7 @@ def _rank(rank: int, meeting: str, seq_len: int, window: int, repeats: int, resu
     torch.manual_seed(1 + rank)
     qkv = [torch.randn(1, seq_len // 2, heads, 64, requires_grad=True) for heads in (8, 4, 4)]
     x = torch.randn(1, seq_len // 2, 512, requires_grad=True)
-    position = torch.arange(seq_len // 2)[None] + rank * seq_len // 2
+    position_ids = torch.arange(seq_len // 2)[None] + rank * seq_len // 2
     first = _attend(halo, qkv, plan)
     for way in ways[1:]:
         for expected, found in zip(first, _attend(way, qkv, plan), strict=True):
@@ -221,7 +221,10 @@ def _rank(rank: int, meeting: str, seq_len: int, window: int, repeats: int, resu
     for _ in range(repeats + 1):
         for name, way in zip(STEPS, ways, strict=True):
             block.attention.mixer.forward = way
-            parts = (partial(_attend, way, qkv, plan), partial(_layer, block, x, position, plan))
+            parts = (
+                partial(_attend, way, qkv, plan),
+                partial(_layer, block, x, position_ids, plan),
+            )
             for part, work in enumerate(parts):
                 dist.barrier()
                 taken.setdefault((name, part), []).append(_seconds(work))
@@ -230,20 +233,22 @@ def _rank(rank: int, meeting: str, seq_len: int, window: int, repeats: int, resu
     dist.destroy_process_group()
 
 
-def _gathered(plan: BatchPlan, window: int, *, dense: bool) -> Callable[..., Tensor]:
+def _gathered(plan: ShardedBatch, window: int, *, dense: bool) -> Callable[..., Tensor]:
     """Attention that brings all keys and values, whatever the window."""
     axis = plan.mesh.cp
     assert axis is not None
     first, last = (Causal() & SlidingWindow(window)).intervals(plan.coords)
-    position = torch.arange(plan.layout.seq_len, dtype=torch.int32)
+    position_ids = torch.arange(plan.layout.seq_len, dtype=torch.int32)
     first, last = (plan.layout.shard(x, axis.get_local_rank()) for x in (first, last))
-    tables = LocalTables(first, last, position, key_spans(first, last, position))
-    mask = (position >= first[0, :, None]) & (position <= last[0, :, None])  # [L, S]
+    attn_metadata = LocalMetadata(
+        first, last, position_ids, block_ranges(first, last, position_ids)
+    )
+    mask = (position_ids >= first[0, :, None]) & (position_ids <= last[0, :, None])  # [L, S]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
         k, v = (collectives.all_gather(x, axis, dim=1) for x in (k, v))
         if not dense:
-            return ATTENTION(q, k, v, tables, Softmax(1.0))
+            return ATTENTION(q, k, v, attn_metadata, SoftmaxParams(1.0))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=1.0, enable_gqa=True)
         return out.transpose(1, 2)
@@ -251,13 +256,13 @@ def _gathered(plan: BatchPlan, window: int, *, dense: bool) -> Callable[..., Ten
     return attend
 
 
-def _attend(way: Any, qkv: list[Tensor], plan: BatchPlan) -> tuple[Tensor, ...]:
-    out = way(*(x / 4 for x in qkv), plan.tables)
+def _attend(way: Any, qkv: list[Tensor], plan: ShardedBatch) -> tuple[Tensor, ...]:
+    out = way(*(x / 4 for x in qkv), plan.attn_metadata)
     return (out.detach(), *torch.autograd.grad(out, qkv, torch.ones_like(out)))
 
 
-def _layer(block: Block, x: Tensor, position: Tensor, plan: BatchPlan) -> None:
-    out, _ = block(x, position, plan.tables, None, None)
+def _layer(block: Block, x: Tensor, position_ids: Tensor, plan: ShardedBatch) -> None:
+    out, _ = block(x, position_ids, plan.attn_metadata, None, None)
     wanted = [x, *(p for p in block.parameters())]
     torch.autograd.grad(out, wanted, torch.ones_like(out))
 

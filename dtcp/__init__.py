@@ -1,7 +1,7 @@
 """Context parallelism for long-sequence training: compiled, byte-minimal, never silently wrong."""
 
 from dtcp.batch import (
-    BatchPlan,
+    ShardedBatch,
     TokenField,
     shard_batch,
     shift_labels,
@@ -10,7 +10,7 @@ from dtcp.compile import EagerIsland, InGraph
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import causal_lm_loss
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
 from dtcp.recurrent import (
     CausalConv1d,
@@ -47,7 +47,6 @@ from dtcp.softmax.style import AttentionStyle
 __all__ = [
     "AllGatherAttention",
     "AttentionStyle",
-    "BatchPlan",
     "Bidirectional",
     "BlockBalanced",
     "BlockBidirectional",
@@ -69,12 +68,13 @@ __all__ = [
     "PrefixLM",
     "RelayoutCP",
     "RingAttention",
+    "ShardedBatch",
     "SlidingWindow",
     "SoftmaxAttention",
     "TokenField",
     "UlyssesAttention",
     "apply_plan",
-    "batch_tables",
+    "batch_metadata",
     "causal_lm_loss",
     "global_token_count",
     "install_sdpa_rules",

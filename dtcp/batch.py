@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dtcp.distributed import relayout
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.loss import IGNORED
-from dtcp.mixer import mixer_tables
+from dtcp.mixer import collect_metadata
 from dtcp.sequence.documents import Documents, restarts
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sequence.masks import (
@@ -55,7 +55,6 @@ DEFAULT_FIELDS: Mapping[str, TokenField | None] = {
     "labels": TokenField(1, IGNORED),
     "loss_mask": TokenField(1, 0),
     "inputs_embeds": TokenField(1, 0.0),
-    "position": TokenField(-1, Fill.COUNT_ON),
     "position_ids": TokenField(-1, Fill.COUNT_ON),
     "mm_token_type_ids": TokenField(1, 0),
     "token_type_ids": TokenField(1, 0),
@@ -68,18 +67,18 @@ MASK_FIELDS = ("prefix", "block")
 
 
 @dataclass(frozen=True)
-class BatchPlan:
+class ShardedBatch:
     """How a batch was sharded, and how to shard or gather anything else that goes with it.
 
     Args:
-        tables: what the model's mixers read of this batch; on the device.
+        attn_metadata: what the model's mixers read of this batch; on the device.
         unpadded_len: tokens a row before padding.
     """
 
     layout: SequenceLayout
     documents: Documents
     coords: Coords
-    tables: Mapping[str, Sequence[Tensor]]
+    attn_metadata: Mapping[str, Sequence[Tensor]]
     unpadded_len: int
     mesh: ParallelMesh
 
@@ -115,7 +114,7 @@ def shard_batch(
     fields: Mapping[str, TokenField | None] = DEFAULT_FIELDS,
     device: torch.device | str | None = None,
     balance_for: Mask | None = None,
-) -> tuple[dict[str, Tensor], BatchPlan]:
+) -> tuple[dict[str, Tensor], ShardedBatch]:
     """Cut a batch into this rank's part, out of place and without communication.
 
     Args:
@@ -123,8 +122,8 @@ def shard_batch(
             already (shift_labels): a shard does not hold its neighbour's next token.
         layout: which tokens go to which rank; a class, made for the batch.
         model: whose mixers the tables are for; None for none.
-        documents: of every row; None reads them off batch["position"], and without that key
-            takes a row as one document. What a padding_mask marks at the end of a row is in none.
+        documents: of every row; None reads them off batch["position_ids"] that restart, and
+            else takes a row as one document. What padding_mask marks is in none.
         fields: how each key is sharded and padded. A key of WHOLE stays as it is.
         device: where the parts go; None leaves them where they are.
         balance_for: the mask whose work BlockBalanced balances; None for Causal().
@@ -147,8 +146,8 @@ def shard_batch(
     work = _work(balance_for or Causal(), coords)
     placed = layout.for_batch(documents, num_shards, work=work)
 
-    tables = {} if model is None else mixer_tables(model, coords, placed)
-    plan = BatchPlan(placed, documents, coords, _to(tables, device), seq_len, mesh)
+    metadata = {} if model is None else collect_metadata(model, coords, placed)
+    plan = ShardedBatch(placed, documents, coords, _to(metadata, device), seq_len, mesh)
     if padded_len > seq_len and "padding_mask" not in whole:
         whole["padding_mask"] = torch.zeros(rows, seq_len, dtype=torch.bool)
     local = {}
@@ -253,15 +252,15 @@ def _shape(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None])
 def _documents(
     batch: Mapping[str, Tensor], documents: Documents | None, rows: int, seq_len: int
 ) -> Documents:
-    position, padding, told = batch.get("position"), batch.get("padding_mask"), documents
-    if documents is None and padding is not None:
-        documents = Documents.from_padded(position, padding.bool().cpu())
-    elif documents is None and position is not None:
-        documents = Documents.from_positions(position)
-    elif documents is None:
-        documents = Documents.single(rows, seq_len)
-    if told is None and position is None and "position_ids" in batch:
-        _check_counted_once(batch["position_ids"], padding)
+    padding = batch.get("padding_mask")
+    if documents is None:
+        restarting = _restarting(batch.get("position_ids"), padding, rows)
+        if padding is not None:
+            documents = Documents.from_padded(restarting, padding.bool().cpu())
+        elif restarting is not None:
+            documents = Documents.from_positions(restarting)
+        else:
+            documents = Documents.single(rows, seq_len)
     if (documents.batch, documents.seq_len) != (rows, seq_len):
         raise ValueError(
             f"Documents describe the rows of their batch, got documents of {documents.batch} rows "
@@ -272,13 +271,23 @@ def _documents(
     return documents
 
 
-def _check_counted_once(position_ids: Tensor, padding: Tensor | None) -> None:
-    """Refuse documents that only position_ids tell: a model reads them, documents are not."""
-    if restarts(position_ids.cpu(), None if padding is None else padding.cpu()):
+def _restarting(position_ids: Tensor | None, padding: Tensor | None, rows: int) -> Tensor | None:
+    """Position ids that say where documents start, [B, S]; None if they count each row through."""
+    if position_ids is None:
+        return None
+    if position_ids.ndim not in (2, 3):
         raise ValueError(
-            f"Documents are read off position [B, S], got position_ids of shape "
-            f"{tuple(position_ids.shape)} that restart: name them position, or give documents."
+            f"Position ids are one a token, or one for each axis, got position_ids.shape="
+            f"{tuple(position_ids.shape)}: give [B, S], [1, S], or [axes, B, S]."
         )
+    if not restarts(position_ids.cpu(), None if padding is None else padding.cpu()):
+        return None
+    if position_ids.ndim != 2:
+        raise ValueError(
+            f"Documents are read off position_ids [B, S], got position_ids.shape="
+            f"{tuple(position_ids.shape)} that restart: give documents beside them."
+        )
+    return position_ids.expand(rows, -1)
 
 
 def _check_padding(padding: Tensor, documents: Documents) -> None:
@@ -308,9 +317,9 @@ def _coords(batch: Mapping[str, Tensor], documents: Documents, seq_len: int) -> 
             )
         if key in given:
             extra[key] = _pad(given[key].to(torch.int64), 1, documents.seq_len, pad)
-    for key in ("position", "position_ids"):
+    for key in ("position_ids", "position_ids"):
         if key in batch:
-            extra["rotary"] = _pad(batch[key].cpu(), -1, documents.seq_len, 0)
+            extra["position_ids"] = _pad(batch[key].cpu(), -1, documents.seq_len, 0)
             break
     return Coords.of(documents, **extra)
 
@@ -328,7 +337,7 @@ def _part(
     last = x.shape[dim] - 1
     if last + 1 == layout.seq_len:
         return layout.shard(x, rank, dim=dim)
-    at = layout.positions(rank).to(x.device)
+    at = layout.token_indices(rank).to(x.device)
     part = x.index_select(dim, at.clamp(max=last))
     beyond = (at - last).clamp(min=0).view([-1 if d == dim else 1 for d in range(x.ndim)])
     if isinstance(pad, Fill):
@@ -343,7 +352,7 @@ def _pad(x: Tensor, dim: int, length: int, pad: int) -> Tensor:
 
 
 def _to(
-    tables: Mapping[str, Sequence[Tensor]], device: torch.device | str | None
+    metadata: Mapping[str, Sequence[Tensor]], device: torch.device | str | None
 ) -> Mapping[str, Sequence[Tensor]]:
     """Move what kernels read (int32) to the device; what the host reads (int64) stays.
 
@@ -351,7 +360,7 @@ def _to(
     given to the device, and the host would have to wait for its own numbers.
     """
     return MappingProxyType(
-        {key: tuple(_placed(x, device) for x in parts) for key, parts in tables.items()}
+        {key: tuple(_placed(x, device) for x in parts) for key, parts in metadata.items()}
     )
 
 

@@ -179,7 +179,7 @@ def compiled_autograd() -> AbstractContextManager[Any]:
     return context
 
 
-def communicated_ops() -> list[torch._ops.OpOverload]:
+def selective_checkpoint_save_ops() -> list[torch._ops.OpOverload]:
     """The forward ops whose results came over the network: what a selective policy saves.
 
     Saving them is what keeps recomputation from communicating a second time.

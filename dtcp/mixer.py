@@ -4,7 +4,7 @@ Everything else in a transformer is per token and needs no context parallelism. 
 parameters and runs on one device as it stands; a style replaces how it is carried out over a mesh
 axis, and no other line of the model knows.
 
-A mixer reads `tables`: what the batch brings, made once on the host (`batch_tables`), by mixer
+A mixer reads `metadata`: what the batch brings, made once on the host (`batch_metadata`), by mixer
 kind. A model takes tables as an argument and hands them through.
 """
 
@@ -19,17 +19,17 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Coords
 
-Tables = Mapping[str, Sequence[Tensor]]
+BatchMetadata = Mapping[str, Sequence[Tensor]]
 
 
 class Mixer(nn.Module):
     """A module in which tokens read each other."""
 
-    table_key: str
+    metadata_key: str
     style: Any = None
     """What has taken the mixer over, once something has."""
 
-    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
+    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
         """What this mixer reads of a batch; `coords` are the whole rows', in position order."""
         raise NotImplementedError
 
@@ -40,73 +40,75 @@ class Mixer(nn.Module):
         return own
 
 
-def rotary_position(coords: Coords) -> Tensor:
+def position_ids_of(coords: Coords) -> Tensor:
     """What rotary angles are counted by: [B, S] int32.
 
     Raises:
         ValueError: positions on several axes: a mixer that rotates knows one a token.
     """
-    if coords.rotary is None:
-        return (coords.position - coords.start).to(torch.int32)
-    rows, rotary = coords.position.shape[0], coords.rotary
-    if rotary.ndim == 2 and rotary.shape[0] == 1:
-        rotary = rotary.expand(rows, -1)
-    if rotary.shape != coords.position.shape:
+    if coords.position_ids is None:
+        return (coords.token_index - coords.start).to(torch.int32)
+    rows, position_ids = coords.token_index.shape[0], coords.position_ids
+    if position_ids.ndim == 2 and position_ids.shape[0] == 1:
+        position_ids = position_ids.expand(rows, -1)
+    if position_ids.shape != coords.token_index.shape:
         raise ValueError(
             f"A mixer that makes keys where they are read rotates by one position a token, got "
-            f"position.shape={tuple(rotary.shape)}: give [B, S] = "
-            f"{tuple(coords.position.shape)}, or [1, S]."
+            f"position_ids.shape={tuple(position_ids.shape)}: give [B, S] = "
+            f"{tuple(coords.token_index.shape)}, or [1, S]."
         )
-    return rotary.to(torch.int32)
+    return position_ids.to(torch.int32)
 
 
-def check_position(position: Tensor, known: Tensor, seen: Tensor) -> None:
+def check_position_ids(position_ids: Tensor, known: Tensor, seen: Tensor) -> None:
     """Stop where a model's positions are not those its batch's tables were made of.
 
     Queries and keys would be rotated by positions of two kinds, a wrong answer without a word.
 
     Args:
-        position: [B, L], what the model was given.
+        position_ids: [B, L], what the model was given.
         known: [B, L], of the batch.
         seen: [B, L] bool, False for padding.
     """
-    rows = {len(position), len(known)} - {1}
-    if position.ndim != 2 or position.shape[-1] != known.shape[-1] or len(rows) > 1:
+    rows = {len(position_ids), len(known)} - {1}
+    if position_ids.ndim != 2 or position_ids.shape[-1] != known.shape[-1] or len(rows) > 1:
         raise ValueError(
             f"A mixer that makes keys where they are read rotates by one position a token, got "
-            f"position.shape={tuple(position.shape)}: give [B, L] = {tuple(known.shape)}."
+            f"position_ids.shape={tuple(position_ids.shape)}: give [B, L] = {tuple(known.shape)}."
         )
-    same = (position == known) | ~seen
+    same = (position_ids == known) | ~seen
     assert_in_graph(
         same.all(),
         "A model's positions are those of its batch, got others than the tables were made of: "
-        "pass the batch's own, sharded with it (batch['position'] of shard_batch), and give "
-        "batch_tables the same where they do not count a document's tokens.",
+        "pass the batch's own, sharded with it (batch['position_ids'] of shard_batch), and give "
+        "batch_metadata the same where they do not count a document's tokens.",
     )
 
 
-def mixer_tables(
+def collect_metadata(
     model: nn.Module, coords: Coords, layout: SequenceLayout | None = None
 ) -> dict[str, Sequence[Tensor]]:
     """What the mixers of a model read of a batch: once a kind of mixer, on the host."""
-    tables: dict[str, Sequence[Tensor]] = {}
+    metadata: dict[str, Sequence[Tensor]] = {}
     for module in model.modules():
-        if isinstance(module, Mixer) and module.table_key not in tables:
-            tables[module.table_key] = module.make_tables(coords, layout)
-    return tables
+        if isinstance(module, Mixer) and module.metadata_key not in metadata:
+            metadata[module.metadata_key] = module.make_metadata(coords, layout)
+    return metadata
 
 
-def batch_tables(
+def batch_metadata(
     model: nn.Module,
     documents: Documents,
     *,
     prefix: Tensor | None = None,
     block: Tensor | None = None,
-    position: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> dict[str, Sequence[Tensor]]:
     """The tables of a batch of whole rows, for a model on one device.
 
     Args:
-        position: [B, S], what the model is given; None where it counts a document's tokens.
+        position_ids: [B, S], what the model is given; None where it counts a document's tokens.
     """
-    return mixer_tables(model, Coords.of(documents, prefix=prefix, block=block, rotary=position))
+    return collect_metadata(
+        model, Coords.of(documents, prefix=prefix, block=block, position_ids=position_ids)
+    )

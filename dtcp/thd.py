@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.kernels.softmax.api import Softmax
+from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.loss import IGNORED
 from dtcp.sequence.documents import PADDING, Documents
 from dtcp.sequence.layout import PerDocument
 from dtcp.sequence.masks import Causal, Coords, Mask
-from dtcp.softmax.local import ATTENTION, local_tables
+from dtcp.softmax.local import ATTENTION, local_metadata
 from dtcp.softmax.op import AttentionOp
 from dtcp.softmax.ring import RingAttention
 from dtcp.softmax.style import AttentionStyle
@@ -66,7 +66,7 @@ def partition_indices(cu_seqlens_padded: Tensor, total: int, num_shards: int, ra
         cu_seqlens_padded: [N + 1]; entries below zero are left out.
     """
     bounds = [x for x in cu_seqlens_padded.tolist() if x >= 0]
-    return thd_layout(bounds, total, num_shards).positions(rank)
+    return thd_layout(bounds, total, num_shards).token_indices(rank)
 
 
 def to_thd(batch: Batch, *, seq_lens_padding_value: int = SENTINEL) -> dict[str, Any]:
@@ -91,13 +91,13 @@ def to_thd(batch: Batch, *, seq_lens_padding_value: int = SENTINEL) -> dict[str,
     places = list(accumulate((slot for _, slot in slots), initial=0))
     out = {key: x for key, x in batch.items() if key not in ("seq_lens", "seq_lens_padded")}
     out = {key: _flat(key, x, rows, seq_len) for key, x in out.items() if x is not None}
-    position = torch.cat([torch.arange(slot) for _, slot in slots])
+    position_ids = torch.cat([torch.arange(slot) for _, slot in slots])
     real = torch.tensor([length for length, _ in slots]).repeat_interleave(
         torch.tensor([slot for _, slot in slots])
     )
     if "position_ids" not in out:
-        out["position_ids"] = position.to(device)
-    out["padding_mask"] = (position >= real).to(device)
+        out["position_ids"] = position_ids.to(device)
+    out["padding_mask"] = (position_ids >= real).to(device)
     ends = accumulate((length for length, _ in slots), initial=0)
     out["cu_seqlens"] = torch.tensor(list(ends), dtype=torch.int32, device=device)
     out["cu_seqlens_padded"] = torch.tensor(places, dtype=torch.int32, device=device)
@@ -193,12 +193,12 @@ class PackedAttention:
     nothing, is seen by nothing, and its output is zero.
 
     Args:
-        tables: what the op reads.
+        metadata: what the op reads.
         groups: names of the process groups it talks over; none on one device.
     """
 
     op: AttentionOp
-    tables: tuple[Tensor, ...]
+    metadata: tuple[Tensor, ...]
     groups: tuple[str, ...] = ()
 
     @classmethod
@@ -221,20 +221,20 @@ class PackedAttention:
         lengths, slots = ([b - a for a, b in pairwise(x)] for x in (real, padded))
         coords = _coords(list(zip(lengths, slots, strict=True)))
         if axis is None:
-            tables: tuple[Tensor, ...] = local_tables(*mask.intervals(coords))
+            metadata: tuple[Tensor, ...] = local_metadata(*mask.intervals(coords))
         else:
             layout = thd_layout(padded, padded[-1], axis.size())
-            tables = style.mixer_tables(mask, coords, layout, axis.get_local_rank())
+            metadata = style.collect_metadata(mask, coords, layout, axis.get_local_rank())
         device = batch["cu_seqlens"].device
-        tables = tuple(x.to(device) if x.dtype == torch.int32 else x for x in tables)
+        metadata = tuple(x.to(device) if x.dtype == torch.int32 else x for x in metadata)
         if axis is None:
-            return cls(ATTENTION, tables)
-        return cls(style.op, tables, tuple(style.groups(axis)))
+            return cls(ATTENTION, metadata)
+        return cls(style.op, metadata, tuple(style.groups(axis)))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Attend: q [T, H, D], k [T, G, D], v [T, G, V] of this rank's tokens -> [T, H, V]."""
-        softmax = Softmax(q.shape[-1] ** -0.5 if scale is None else scale)
-        return self.op(q[None], k[None], v[None], self.tables, softmax, groups=self.groups)[0]
+        softmax = SoftmaxParams(q.shape[-1] ** -0.5 if scale is None else scale)
+        return self.op(q[None], k[None], v[None], self.metadata, softmax, groups=self.groups)[0]
 
 
 _BOUNDARIES = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")

@@ -48,9 +48,9 @@ class Rope:
                 f"Rope rotates pairs of channels, got head_dim={self.head_dim}: make it even."
             )
 
-    def __call__(self, x: Tensor, position: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, position_ids: Tensor) -> Tensor:
         """Rotate x [B, L, H, D] by the angles of position [B, L]; the dtype of x stays."""
-        return rotate(x, position, self._frequencies(x.device))
+        return rotate(x, position_ids, self._frequencies(x.device))
 
     def _frequencies(self, device: torch.device) -> Tensor:
         """Radians per token of every pair: [D/2], fp32.

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from dtcp.compile import communicated_ops
+from dtcp.compile import selective_checkpoint_save_ops
 
 Forward = Callable[..., Any]
 
@@ -54,7 +54,7 @@ class SelectiveCheckpoint:
             )
 
     def wrap(self, forward: Forward) -> Forward:
-        kept = frozenset([*communicated_ops(), *_TENSOR_PARALLEL])
+        kept = frozenset([*selective_checkpoint_save_ops(), *_TENSOR_PARALLEL])
 
         def contexts() -> Any:
             return create_selective_checkpoint_contexts(_Policy(kept, self.matmul_every))

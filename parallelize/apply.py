@@ -39,7 +39,7 @@ class ParallelPlan:
         tp: styles on the axis tp, by module name.
         cp: styles of the mixers on the axis cp, by module name.
         blocks: the repeated parts, each compiled, checkpointed and sharded on its own.
-        units: parts outside the blocks whose parameters are gathered together, in the order of
+        fsdp_units: parts outside the blocks whose parameters are gathered together, in the order of
             their use. A shared parameter must lie in one of them, or in none.
         islands: parameters, by name, that mixed precision leaves in their own dtype.
     """
@@ -47,7 +47,7 @@ class ParallelPlan:
     tp: Mapping[str, ParallelStyle]
     cp: Mapping[str, ParallelStyle]
     blocks: tuple[str, ...]
-    units: tuple[tuple[str, ...], ...] = ()
+    fsdp_units: tuple[tuple[str, ...], ...] = ()
     islands: tuple[str, ...] = ()
 
 
@@ -73,11 +73,11 @@ def parallelize(
             style, or a shared parameter that styles place differently or units gather apart.
     """
     blocks = find(model, plan.blocks)
-    units = [find(model, names) for names in plan.units]
+    fsdp_units = [find(model, names) for names in plan.fsdp_units]
     find(model, tuple(plan.tp))
     islands = find_islands(model, plan.islands)
     ties = find_ties(model)
-    check_ties(ties, [*([name] for name in blocks), *map(list, units)])
+    check_ties(ties, [*([name] for name in blocks), *map(list, fsdp_units)])
 
     if mesh.tp is not None:
         parallelize_module(model, mesh.tp, dict(plan.tp))
@@ -89,9 +89,9 @@ def parallelize(
         block.forward = _prepared(block.forward, activation_checkpoint, compile, island=island)
 
     if mesh.hsdp is not None:
-        parts = [list(unit.values()) for unit in units]
+        parts = [list(unit.values()) for unit in fsdp_units]
         shard_parameters(
-            model, mesh.hsdp, fsdp, blocks=list(blocks.values()), units=parts, islands=islands
+            model, mesh.hsdp, fsdp, blocks=list(blocks.values()), fsdp_units=parts, islands=islands
         )
     return model
 

@@ -37,14 +37,14 @@ def shard_parameters(
     options: FSDP,
     *,
     blocks: Sequence[nn.Module],
-    units: Sequence[Sequence[nn.Module]],
+    fsdp_units: Sequence[Sequence[nn.Module]],
     islands: Sequence[str] = (),
 ) -> None:
     """Shard a model's parameters: one gather a block, one a unit, one for what is left.
 
     Args:
         mesh: ParallelMesh.hsdp.
-        units: modules outside the blocks, gathered together; the last one stays gathered
+        fsdp_units: modules outside the blocks, gathered together; the last one stays gathered
             after forward, for backward starts with it.
         islands: names of parameters that no unit gathers in another dtype than their own.
     """
@@ -54,8 +54,8 @@ def shard_parameters(
     for block in blocks:
         again = options.reshard_after_forward
         fully_shard(block, **shared, mp_policy=inside, reshard_after_forward=again)
-    for index, unit in enumerate(units):
-        last = index == len(units) - 1
+    for index, unit in enumerate(fsdp_units):
+        last = index == len(fsdp_units) - 1
         again = options.reshard_after_forward and not last
         fully_shard(list(unit), **shared, mp_policy=inside, reshard_after_forward=again)
     fully_shard(model, **shared, mp_policy=options.mixed_precision)

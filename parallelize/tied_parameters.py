@@ -16,14 +16,14 @@ def find_ties(model: nn.Module) -> Ties:
     return tuple(tuple(group) for group in names.values() if len(group) > 1)
 
 
-def check_ties(ties: Ties, units: Sequence[Sequence[str]]) -> None:
+def check_ties(ties: Ties, fsdp_units: Sequence[Sequence[str]]) -> None:
     """Refuse to gather a shared parameter in two places: each would free it under the other.
 
     Args:
-        units: names of the modules that are gathered together; the rest is one unit more.
+        fsdp_units: names of the modules that are gathered together; the rest is one unit more.
     """
     for names in ties:
-        if len({_unit_of(name, units) for name in names}) > 1:
+        if len({_unit_of(name, fsdp_units) for name in names}) > 1:
             raise ValueError(
                 f"A shared parameter is gathered in one place, got {names} in several of the "
                 f"plan's blocks and units: put the modules into one unit, or leave them out."
@@ -50,11 +50,11 @@ def restore_ties(model: nn.Module, ties: Ties) -> None:
             model.get_submodule(module).register_parameter(name, parameter)
 
 
-def _unit_of(parameter: str, units: Sequence[Sequence[str]]) -> int:
-    for index, modules in enumerate(units):
+def _unit_of(parameter: str, fsdp_units: Sequence[Sequence[str]]) -> int:
+    for index, modules in enumerate(fsdp_units):
         if any(parameter.startswith(f"{module}.") for module in modules):
             return index
-    return len(units)
+    return len(fsdp_units)
 
 
 def _placements(parameter: Tensor) -> object:

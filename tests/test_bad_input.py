@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
@@ -226,8 +226,11 @@ def test_tables_of_another_batch_are_refused(mesh, layout):
         plan, other = (plan_of(c, mixer, mesh, layout) for c in (case, longer))
         inputs, long_inputs = local_inputs(case, plan), local_inputs(longer, other)
         match = "reads the tables of its own batch"
-        for (q, k, v, _), tables in ((inputs, other.tables), (long_inputs, plan.tables)):
-            refused(match, lambda q=q, k=k, v=v, t=tables: mixer(q, k, v, t))  # noqa: B023
+        for (q, k, v, _), attn_metadata in (
+            (inputs, other.attn_metadata),
+            (long_inputs, plan.attn_metadata),
+        ):
+            refused(match, lambda q=q, k=k, v=v, t=attn_metadata: mixer(q, k, v, t))  # noqa: B023
 
 
 @spmd(ranks=2)
@@ -236,10 +239,13 @@ def test_batch_without_tables_is_refused(mesh):
     case = Case(CAUSAL)
     plan = plan_of(case, mixer, mesh, HeadTail)
     q, k, v, _ = local_inputs(case, plan)
-    for tables in ({}, plan_of(case, other, mesh, HeadTail).tables):
-        refused("got none for 'Causal", lambda tables=tables: mixer(q, k, v, tables))
+    for attn_metadata in ({}, plan_of(case, other, mesh, HeadTail).attn_metadata):
+        refused(
+            "got none for 'Causal",
+            lambda attn_metadata=attn_metadata: mixer(q, k, v, attn_metadata),
+        )
     # Nor will those of one device do.
-    one = batch_tables(SoftmaxAttention(Causal()), case.documents(2))
+    one = batch_metadata(SoftmaxAttention(Causal()), case.documents(2))
     refused("got none for 'Causal", lambda: mixer(q, k, v, one))
 
 
@@ -250,9 +256,9 @@ def test_layout_of_another_mesh_is_refused(mesh):
     for layout in (HeadTail(32, 4), None):
         refused(
             "needs a layout of as many shards, got layout=",
-            lambda layout=layout: mixer.make_tables(coords, layout),
+            lambda layout=layout: mixer.make_metadata(coords, layout),
         )
-    refused("batch_tables|as many shards", lambda: batch_tables(mixer, Documents.single(1, 32)))
+    refused("batch_metadata|as many shards", lambda: batch_metadata(mixer, Documents.single(1, 32)))
 
 
 @spmd(ranks=2)
@@ -273,7 +279,7 @@ def test_rows_shorter_than_the_ranks_are_padded(mesh):
         assert plan.layout.seq_len == layout.multiple(2)
         x = torch.randn(1, 1, 2, 8)
         q = plan.shard(x)
-        out = plan.gather(mixer(q, q, q, plan.tables))
+        out = plan.gather(mixer(q, q, q, plan.attn_metadata))
         torch.testing.assert_close(out, x)
 
 
@@ -283,7 +289,7 @@ def test_batch_of_padding_alone_attends_to_nothing(mesh):
         mixer = mixer_on(mesh, style, WINDOW.mask)
         plan = plan_for(mesh, mixer, Contiguous, Documents(((),), 32))
         q = torch.randn(1, 16, 4, 8, requires_grad=True)
-        out = mixer(q, q, q, plan.tables)
+        out = mixer(q, q, q, plan.attn_metadata)
         out.sum().backward()
         assert not out.any() and not q.grad.any()
 
@@ -296,5 +302,5 @@ def test_query_that_is_no_number_makes_its_own_output_none_and_no_other(mesh):
         plan = plan_of(case, mixer, mesh, Contiguous)
         q, k, v, _ = (x.detach() for x in local_inputs(case, plan))
         q[0, 3, 0] = torch.nan
-        broken = mixer(q, k, v, plan.tables).isnan().any(-1).nonzero().tolist()
+        broken = mixer(q, k, v, plan.attn_metadata).isnan().any(-1).nonzero().tolist()
         assert broken == [[0, 3, 0]]

@@ -41,7 +41,6 @@ def a_batch(documents, embed=3):
         "labels": shift_labels(token, documents),
         "loss_mask": token * 2,
         "inputs_embeds": (token[..., None] + torch.arange(embed) / embed).float(),
-        "position": documents.position_in_document(),
         "position_ids": torch.stack((token, token * 3, token * 5)),
         "mm_token_type_ids": token % 2,
         "token_type_ids": token % 3,
@@ -65,7 +64,7 @@ def test_every_key_is_cut_along_its_own_sequence_dim(mesh, layout, ranks):
     before = {key: x.clone() for key, x in batch.items()}
     whole = ParallelMesh.from_device_mesh(mesh)
     local, plan = shard_batch(batch, whole, layout, documents=documents)
-    length, positions = plan.layout.shard_len, plan.layout.positions(mesh.get_local_rank())
+    length, positions = plan.layout.shard_len, plan.layout.token_indices(mesh.get_local_rank())
     real = positions < 48
     for key, x in batch.items():
         dim = DEFAULT_FIELDS[key].seq_dim % x.ndim
@@ -111,7 +110,7 @@ def test_padding_follows_the_table(mesh):
     assert not padded["input_ids"][:, tail].any()
     assert (padded["labels"][:, tail] == IGNORED).all()
     assert not padded["inputs_embeds"][:, tail].any()
-    assert padded["position"][0, tail].tolist() == list(range(21, 28))
+    assert padded["position_ids"][0, 0, tail].tolist() == list(range(42, 49))
     assert padded["position_ids"][1, 0, tail].tolist() == list(range(41 * 3 + 1, 41 * 3 + 8))
     assert padded["padding_mask"][0].tolist() == [False] * 41 + [True] * 7
     assert (plan.documents.document()[:, tail] == -1).all()
@@ -137,8 +136,8 @@ def test_padding_mask_is_there_if_and_only_if_there_is_padding(mesh):
 def test_what_a_padding_mask_marks_is_in_no_document(mesh):
     """And padding that tokens of its document follow, which they would see, is refused."""
     whole, ids = ParallelMesh.from_device_mesh(mesh), torch.zeros(1, 16, dtype=torch.int64)
-    padding, position = torch.arange(16)[None] >= 12, torch.arange(16)[None] % 5
-    batch = {"input_ids": ids, "position": position, "padding_mask": padding}
+    padding, position_ids = torch.arange(16)[None] >= 12, torch.arange(16)[None] % 5
+    batch = {"input_ids": ids, "position_ids": position_ids, "padding_mask": padding}
     assert shard_batch(batch, whole)[1].documents == Documents(((5, 5, 2),), 16)
     batch["padding_mask"] = ~padding
     refused("padded on the right", lambda: shard_batch(batch, whole))
@@ -204,7 +203,7 @@ def test_labels_at_shard_borders_are_the_next_shards_tokens(mesh, layout, ranks)
 
 def test_documents_are_read_off_positions_where_none_are_given():
     documents = cases.on_borders(24, 4)
-    batch = {"input_ids": torch.zeros(1, 24), "position": documents.position_in_document()}
+    batch = {"input_ids": torch.zeros(1, 24), "position_ids": documents.position_ids()}
     assert on_one_rank(batch, None)[1].documents == documents
     assert on_one_rank({"input_ids": torch.zeros(2, 24)}, None)[1].documents == Documents.single(
         2, 24
@@ -255,9 +254,11 @@ def test_tables_are_made_once_a_kind_of_mixer(mesh):
     model = torch.nn.ModuleList(mixer_on(mesh, RingAttention(), mask) for mask in kinds)
     batch = {"input_ids": torch.zeros(1, 16)}
     _, plan = shard_batch(batch, whole, HeadTail, model=model)
-    assert len(plan.tables) == 2
-    assert {mixer.table_key for mixer in model} == set(plan.tables)
-    assert all(x.dtype in (torch.int32, torch.int64) for t in plan.tables.values() for x in t)
+    assert len(plan.attn_metadata) == 2
+    assert {mixer.metadata_key for mixer in model} == set(plan.attn_metadata)
+    assert all(
+        x.dtype in (torch.int32, torch.int64) for t in plan.attn_metadata.values() for x in t
+    )
 
 
 @spmd(ranks=2)
@@ -267,7 +268,7 @@ def test_what_kernels_read_goes_to_the_device_and_what_the_host_reads_stays(mesh
     batch = {"input_ids": torch.zeros(1, 16)}
     local, plan = shard_batch(batch, whole, HeadTail, model=mixer, device="meta")
     assert local["input_ids"].device.type == "meta"
-    for table in plan.tables[mixer.table_key]:
+    for table in plan.attn_metadata[mixer.metadata_key]:
         assert (table.dtype, table.device.type) in ((torch.int32, "meta"), (torch.int64, "cpu"))
 
 
@@ -281,7 +282,7 @@ def test_work_is_balanced_for_the_mask_asked_for(mesh):
         _, plan = shard_batch(batch, whole, BlockBalanced, balance_for=mask)
         sees = (mask or Causal()).intervals(plan.coords)
         work = (sees[1] - sees[0] + 1)[0]
-        shares[mask] = [int(work[plan.layout.positions(r)].sum()) for r in range(4)]
+        shares[mask] = [int(work[plan.layout.token_indices(r)].sum()) for r in range(4)]
         assert max(shares[mask]) <= 1.05 * sum(shares[mask]) / 4
     causal, window = (shard_batch(batch, whole, BlockBalanced, balance_for=m)[1] for m in shares)
     assert causal.layout != window.layout
@@ -317,13 +318,14 @@ def test_rows_of_different_lengths_are_refused():
         on_one_rank({"input_ids": torch.zeros(1, 8), "labels": torch.zeros(1, 7)}, None)
 
 
-def test_documents_that_position_ids_alone_tell_are_refused():
+def test_documents_that_position_ids_do_not_tell_are_refused():
     """Taken for one document, packed rows would see each other."""
     ids, restart = torch.zeros(1, 6, dtype=torch.int64), torch.tensor([[0, 1, 2, 0, 1, 1]])
-    for position in (restart, restart.expand(3, 1, -1)):
-        with pytest.raises(ValueError, match=r"position_ids.*that restart: name them"):
-            on_one_rank({"input_ids": ids, "position_ids": position}, None)
-        batch = {"input_ids": ids, "position_ids": position}
+    images, counted = "position_ids.*that restart: give documents", "Positions count up by one"
+    for position_ids, match in ((restart, counted), (restart.expand(3, 1, -1), images)):
+        with pytest.raises(ValueError, match=match):
+            on_one_rank({"input_ids": ids, "position_ids": position_ids}, None)
+        batch = {"input_ids": ids, "position_ids": position_ids}
         _, plan = on_one_rank(batch, Documents(((3, 3),), 6))
         assert plan.documents.lengths == ((3, 3),)
     padded = torch.tensor([[False, False, False, True, True, True]])
@@ -337,7 +339,7 @@ def test_documents_that_position_ids_alone_tell_are_refused():
     [
         ({"labels": torch.zeros(1, 8)}, "rows={'input_ids': 2, 'labels': 1}"),
         ({"mtp_input_ids": torch.zeros(2, 8)}, "mtp_input_ids is its dim 2"),
-        ({"position": torch.arange(8)}, r"position.shape=\(8,\)"),
+        ({"position_ids": torch.arange(8)}, r"position_ids.shape=\(8,\)"),
         ({"block": torch.zeros(2, 7)}, r"one block a token, got block.shape=\(2, 7\)"),
         ({"prefix": torch.zeros(2, 9)}, "one prefix a token"),
     ],
@@ -390,4 +392,4 @@ def test_mixer_that_no_plan_claims_is_refused_on_a_sharded_sequence():
     model = SoftmaxAttention(Causal())
     coords_of_two = HeadTail(16, 2)
     with pytest.raises(ValueError, match="unclaimed SoftmaxAttention"):
-        model.make_tables(None, coords_of_two)
+        model.make_metadata(None, coords_of_two)

@@ -17,8 +17,8 @@ from dtcp.compile import (
     ISLAND,
     EagerIsland,
     InGraph,
-    communicated_ops,
     count_graphs,
+    selective_checkpoint_save_ops,
 )
 from dtcp.distributed.ledger import count
 from dtcp.distributed.mesh import ParallelMesh
@@ -62,9 +62,9 @@ class Layers(nn.Module):
         self.first = SoftmaxAttention(Causal() & SlidingWindow(7))
         self.second = SoftmaxAttention(Causal() & SlidingWindow(7))
 
-    def forward(self, x, tables):
-        x = x + self.first(x.sin(), x, x.cos(), tables)
-        return x + self.second(x.sin(), x, x.cos(), tables)
+    def forward(self, x, attn_metadata):
+        x = x + self.first(x.sin(), x, x.cos(), attn_metadata)
+        return x + self.second(x.sin(), x, x.cos(), attn_metadata)
 
 
 def random_documents(batch: int, rng: random.Random) -> Documents:
@@ -89,7 +89,7 @@ def run_batches(step, model, mesh, layout, batches=BATCHES):
         whole = ParallelMesh.from_device_mesh(mesh)
         plan = shard_batch(batch_of(documents), whole, layout, model=model, documents=documents)[1]
         x = torch.randn(rows, plan.layout.shard_len, 4, 8, requires_grad=True)
-        step(x, plan.tables).sum().backward()
+        step(x, plan.attn_metadata).sum().backward()
 
 
 @pytest.mark.parametrize("layout", [Contiguous, HeadTail, PerDocument, BlockBalanced])
@@ -202,14 +202,14 @@ def test_ops_keep_the_contract_of_torch_library(mesh):
         mixer = mixer_on(mesh, style, WINDOW.mask)
         plan = plan_of(case, mixer, mesh, Contiguous)
         q, k, v, sink = local_inputs(case, plan)
-        tables = list(plan.tables[mixer.table_key])
-        args = (q, k, v, sink, tables, 0.3, 0.0, mixer.groups)
+        attn_metadata = list(plan.attn_metadata[mixer.metadata_key])
+        args = (q, k, v, sink, attn_metadata, 0.3, 0.0, mixer.groups)
         torch.library.opcheck(style.op.forward, args)
 
 
 @spmd(ranks=1)
 def test_selective_policy_knows_every_op_that_communicates(mesh):
-    names = {op.name() for op in communicated_ops()}
+    names = {op.name() for op in selective_checkpoint_save_ops()}
     assert {f"dtcp::{style.op.name}" for style in styles(1)} <= names
     assert {"dtcp::all_gather", "dtcp::exchange", "dtcp::causal_sdpa"} <= names
     assert not any("backward" in name for name in names)
@@ -223,7 +223,7 @@ def test_tables_have_one_shape_whatever_ranks_need(mesh):
     for mask, packed in product((Causal(), Causal() & SlidingWindow(3)), documents):
         mixer = mixer_on(mesh, RingAttention(), mask)
         plan = shard_batch(batch_of(packed), whole, HeadTail, model=mixer, documents=packed)[1]
-        shapes.add(tuple(table.shape for table in plan.tables[mixer.table_key]))
+        shapes.add(tuple(table.shape for table in plan.attn_metadata[mixer.metadata_key]))
     everyones = [None] * 4
     dist.all_gather_object(everyones, shapes)
     assert len(set().union(*everyones)) == 1

@@ -34,6 +34,7 @@ FLOORS = (
     ("train",),
 )
 MODELS_MAY_IMPORT = (
+    "dtcp.mixer",
     "dtcp.softmax.mixer",
     "dtcp.sparse.mixer",
     "dtcp.recurrent.mixer",
@@ -157,13 +158,14 @@ def test_only_the_adapter_and_train_import_the_adapter():
         f"{place} imports {target}"
         for module, edges in graph().items()
         for place, target in edges
-        if within(target, ("dtcp.torchtitan",)) and not within(module, ("dtcp.torchtitan", "train"))
+        if within(target, ("dtcp.torchtitan",))
+        and not within(module, ("dtcp.torchtitan", "dtcp.pretrain", "train"))
     ]
     assert lifts == []
 
 
 def test_only_the_adapter_imports_torchtitan():
-    assert foreign_imports(("torchtitan",), homes=("dtcp/torchtitan/",)) == []
+    assert foreign_imports(("torchtitan",), homes=("dtcp/torchtitan/", "dtcp/pretrain/")) == []
 
 
 def test_optional_kernels_are_imported_in_kernels_only():
@@ -192,7 +194,7 @@ def test_models_import_torch_and_the_seams_only():
 
 
 def test_private_torch_stays_in_its_three_homes():
-    homes = (*PRIVATE_TORCH_HOMES, "dtcp/torchtitan/")
+    homes = (*PRIVATE_TORCH_HOMES, "dtcp/torchtitan/", "dtcp/pretrain/")
     found = [
         f"{place} uses {name}"
         for file in files(*CODE, "train.py")
@@ -327,7 +329,11 @@ def test_source_is_ascii():
 
 def test_core_is_imported_without_torchtitan_or_optional_packages():
     """In a process of its own, every module of the core at once."""
-    core = [f.module for f in files("dtcp") if not f.path.startswith("dtcp/torchtitan")]
+    core = [
+        f.module
+        for f in files("dtcp")
+        if not f.path.startswith(("dtcp/torchtitan", "dtcp/pretrain"))
+    ]
     unwanted = ("torchtitan", "transformers", "datasets", *OPTIONAL)
     script = (
         f"import sys, importlib\n"

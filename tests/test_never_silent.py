@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from dtcp.compile import EagerIsland, InGraph, count_graphs
 from dtcp.distributed.ledger import count
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
 from dtcp.sdpa.rules import install_sdpa_rules, sequence_layout
 from dtcp.sequence.layout import Contiguous, HeadTail
@@ -76,7 +76,9 @@ def assert_whole(out, grads, layout):
     assert_close(out.full_tensor().detach(), expected[:, :, order])
     for actual, right in zip(grads, expected_grads, strict=True):
         assert_close(actual.full_tensor(), right[:, :, order])
-    q, k, v, _ = (x[:, :, layout.positions(out.device_mesh.get_local_rank())] for x in whole_qkv())
+    q, k, v, _ = (
+        x[:, :, layout.token_indices(out.device_mesh.get_local_rank())] for x in whole_qkv()
+    )
     # A first contiguous shard sees nothing outside of it; some other rank's must.
     apart = (captured(q, k, v, is_causal=True) - out.to_local()).abs().max().detach()
     dist.all_reduce(apart, op=dist.ReduceOp.MAX)
@@ -107,8 +109,8 @@ def test_m2_style_applied_after_the_first_compiled_call(mesh, boundary):
     attend = torch.compile(model, backend="aot_eager")
     one = truth(case, 2)
     q, k, v, sink = one.inputs
-    tables = batch_tables(model, case.documents(2))
-    assert_close(attend(q, k, v, tables, sink=sink), one.out)
+    attn_metadata = batch_metadata(model, case.documents(2))
+    assert_close(attend(q, k, v, attn_metadata, sink=sink), one.out)
 
     apply_plan(model, mesh, {"mixer": style})
     with count() as traffic:
@@ -116,7 +118,7 @@ def test_m2_style_applied_after_the_first_compiled_call(mesh, boundary):
     assert traffic["dtcp::ring_attention"].calls == 1
     # And the tables of one device, which the warm-up used, are of no use to it now.
     with pytest.raises(ValueError, match="reads the tables of its batch"):
-        attend(q, k, v, tables, sink=sink)
+        attend(q, k, v, attn_metadata, sink=sink)
 
 
 @spmd(ranks=2)
@@ -247,7 +249,7 @@ def test_m8_liveness_is_counted_where_no_mode_can_hide_it(mesh, boundary):
 
     def step():
         q, k, v = local_inputs(case, plan)
-        out = attend(q, k, v, plan.tables)
+        out = attend(q, k, v, plan.attn_metadata)
         out.backward(grad_out)
         return out.detach(), q.grad, k.grad, v.grad
 

@@ -15,7 +15,7 @@ from dtcp.batch import IGNORED, shard_batch, shift_labels
 from dtcp.compile import EagerIsland, InGraph
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
 from dtcp.sdpa.rules import install_sdpa_rules, sequence_layout
 from dtcp.sequence.documents import Documents
@@ -123,7 +123,7 @@ def test_backward_reads_the_keys_of_its_own_step_and_batch(mesh):
             case = Case(WINDOW, packing)
             plan = plan_of(case, mixer, mesh, HeadTail)
             q, k, v, sink = inputs = local_inputs(case, plan)
-            flying.append((case, plan, inputs, mixer(q, k, v, plan.tables, sink=sink)))
+            flying.append((case, plan, inputs, mixer(q, k, v, plan.attn_metadata, sink=sink)))
         for case, plan, inputs, out in (*flying[::-1], flying[0]):
             grad_out = plan.shard(truth(case, 4).grad_out)
             grads = torch.autograd.grad(out, inputs, grad_out, retain_graph=True)
@@ -155,10 +155,10 @@ class TinyLM(nn.Module):
         self.mixer = SoftmaxAttention(Causal())
         self.head = nn.Linear(HEADS * DIM, vocab, dtype=torch.float64)
 
-    def forward(self, input_ids, position, tables):
+    def forward(self, input_ids, position, attn_metadata):
         x = self.embed(input_ids) + position[..., None].double().sin()
         x = x.unflatten(2, (HEADS, DIM))
-        return self.head(self.mixer(x, x, x, tables).flatten(2))
+        return self.head(self.mixer(x, x, x, attn_metadata).flatten(2))
 
 
 UNEVEN = ((3, 20, 1, 9), (30,))
@@ -171,7 +171,7 @@ def one_device_step(model, input_ids, documents):
     for row, lengths in enumerate(documents.lengths):
         for start, stop in pairwise([0, *accumulate(lengths)]):
             labels[row, start : stop - 1] = input_ids[row, start + 1 : stop]
-    logits = model(input_ids, documents.position_in_document(), batch_tables(model, documents))
+    logits = model(input_ids, documents.position_ids(), batch_metadata(model, documents))
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     return loss.detach(), torch.autograd.grad(loss, list(model.parameters()))
 
@@ -181,12 +181,12 @@ def mesh_step(model, input_ids, documents, mesh, layout):
     batch = {
         "input_ids": input_ids,
         "labels": shift_labels(input_ids, documents),
-        "position": documents.position_in_document(),
+        "position_ids": documents.position_ids(),
     }
     whole = ParallelMesh.from_device_mesh(mesh)
     local, plan = shard_batch(batch, whole, layout, model=model, documents=documents)
     tokens = global_token_count(local["labels"], mesh)
-    logits = model(local["input_ids"], local["position"], plan.tables)
+    logits = model(local["input_ids"], local["position_ids"], plan.attn_metadata)
     share = token_mean_loss(logits, local["labels"], tokens)
     grads = torch.autograd.grad(share, list(model.parameters()))
     for x in (loss := share.detach(), *grads):
@@ -227,7 +227,7 @@ def test_tp_with_cp(mesh):
             return DTensor.from_local(local.clone(), mesh, at, run_check=False)  # noqa: B023
 
         q, k, v = (place(x).requires_grad_() for x in expected.inputs)
-        out = mixer(q, k, v, plan.tables)
+        out = mixer(q, k, v, plan.attn_metadata)
         grads = torch.autograd.grad(out, (q, k, v), place(expected.grad_out))
         assert_close(out.to_local(), place(expected.out).to_local())
         for grad, right in zip(grads, expected.grads, strict=True):
@@ -248,20 +248,20 @@ def test_evaluation_on_another_layout_and_mesh_after_training(mesh, boundary):
     train, evaluate, other = (
         torch.compile(block, backend="aot_eager") for block in (model, alone, halves)
     )
-    tables = batch_tables(alone, case.documents(4))
+    attn_metadata = batch_metadata(alone, case.documents(4))
     for layout in (HeadTail, Contiguous):
         assert_equals_one_device(case, train, model, mesh, layout)
         with torch.no_grad():
             q, k, v, sink = truth(case, 4).inputs
-            assert_close(evaluate(q, k, v, tables, sink=sink), truth(case, 4).out)
+            assert_close(evaluate(q, k, v, attn_metadata, sink=sink), truth(case, 4).out)
             two = Case(WINDOW, heads=4, kv_heads=2, sink=False)
             plan = plan_of(two, halves, pairs, layout)
             q, k, v = (x.detach() for x in local_inputs(two, plan))
-            assert_close(other(q, k, v, plan.tables), plan.shard(truth(two, 2).out))
+            assert_close(other(q, k, v, plan.attn_metadata), plan.shard(truth(two, 2).out))
     # A batch that was made for the one is refused by the other.
     plan = plan_of(case, model, mesh, HeadTail)
     with pytest.raises(ValueError, match="needs a layout of as many shards"):
-        halves.mixer.make_tables(plan.coords, plan.layout)
+        halves.mixer.make_metadata(plan.coords, plan.layout)
 
 
 def test_left_padding_is_refused():
@@ -302,7 +302,7 @@ def test_no_token_of_a_document_is_lost(mesh, length):
     expected, _ = reference.attention(q, k, v, visible)
     for layout in LAYOUTS:
         _, plan = shard_batch(batch, whole, layout, model=mixer, documents=documents)
-        out = plan.gather(mixer(*map(plan.shard, (q, k, v)), plan.tables))
+        out = plan.gather(mixer(*map(plan.shard, (q, k, v)), plan.attn_metadata))
         assert_close(out, expected)
 
 
@@ -311,13 +311,13 @@ def test_positions_of_packed_documents_reach_the_ranks_that_hold_them(mesh):
     """Megatron 5243: RoPE's positions were those of the shard."""
     documents = cases.across_borders(48, 4)
     whole = ParallelMesh.from_device_mesh(mesh)
-    position = documents.position_in_document()
-    batch = {"input_ids": torch.zeros(1, 48, dtype=torch.int64), "position": position}
+    position = documents.position_ids()
+    batch = {"input_ids": torch.zeros(1, 48, dtype=torch.int64), "position_ids": position}
     for layout in LAYOUTS:
         local, plan = shard_batch(batch, whole, layout, documents=documents)
-        held = plan.layout.positions(mesh.get_local_rank())
+        held = plan.layout.token_indices(mesh.get_local_rank())
         real = held < 48
-        assert_close(local["position"][0, real], position[0, held[real]])
+        assert_close(local["position_ids"][0, real], position[0, held[real]])
 
 
 @spmd(ranks=4)

@@ -230,8 +230,8 @@ def _on_mesh(
     subject: Subject, model: nn.Module, mesh: ParallelMesh, options: Options, row: _Row
 ) -> Tensor:
     documents = row.documents
-    position = documents.position_in_document()
-    batch = {"input_ids": row.input_ids, "labels": row.labels, "position": position}
+    position_ids = documents.position_ids()
+    batch = {"input_ids": row.input_ids, "labels": row.labels, "position_ids": position_ids}
     local, plan = shard_batch(batch, mesh, options.layout, model=model, documents=documents)
     logits = subject.local(model, local, plan)
     tokens = global_token_count(local["labels"], mesh.loss)

@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import BatchPlan
+from dtcp.batch import ShardedBatch
 from dtcp.check.configs import Small, small_config
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import survey
 from dtcp.huggingface.mixing_probe import find_mixing, mixers_apart, probe_length
 from dtcp.huggingface.registry import MIXER
-from dtcp.mixer import Mixer, batch_tables
+from dtcp.mixer import Mixer, batch_metadata
 from dtcp.parallelize import (
     Compile,
     ParallelPlan,
@@ -62,7 +62,7 @@ class Subject(Protocol):
         """Logits of one row of packed documents, on one device."""
         ...
 
-    def local(self, model: Any, batch: Mapping[str, Tensor], plan: BatchPlan) -> Tensor:
+    def local(self, model: Any, batch: Mapping[str, Tensor], plan: ShardedBatch) -> Tensor:
         """Logits of a rank's part."""
         ...
 
@@ -118,9 +118,9 @@ class HuggingFaceSubject:
         parts = input_ids[0].split(documents.lengths[0])
         return torch.cat([model(input_ids=x[None], use_cache=False).logits for x in parts], dim=1)
 
-    def local(self, model: Any, batch: Mapping[str, Tensor], plan: BatchPlan) -> Tensor:
-        named = {"input_ids": batch["input_ids"], "position_ids": batch["position"]}
-        return model(**named, tables=plan.tables).logits
+    def local(self, model: Any, batch: Mapping[str, Tensor], plan: ShardedBatch) -> Tensor:
+        named = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+        return model(**named, attn_metadata=plan.attn_metadata).logits
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ class MixerSubject:
         seq_len = probe_length(model)
         documents = Documents.single(1, seq_len)
         input_ids = torch.arange(seq_len)[None] % vocabulary(model)
-        tables = batch_tables(model, documents)
-        run = partial(model, input_ids, documents.position_in_document(), tables)
+        attn_metadata = batch_metadata(model, documents)
+        run = partial(model, input_ids, documents.position_ids(), attn_metadata)
         with mixers_apart(model) as names:
             found = find_mixing(model.eval(), run, seq_len)
         model.train()
@@ -167,11 +167,11 @@ class MixerSubject:
         return parallelize(model, mesh, plan, compile=compile)
 
     def whole(self, model: nn.Module, input_ids: Tensor, documents: Documents) -> Tensor:
-        tables = batch_tables(model, documents)
-        return model(input_ids, documents.position_in_document(), tables)
+        attn_metadata = batch_metadata(model, documents)
+        return model(input_ids, documents.position_ids(), attn_metadata)
 
-    def local(self, model: nn.Module, batch: Mapping[str, Tensor], plan: BatchPlan) -> Tensor:
-        return model(batch["input_ids"], batch["position"], plan.tables)
+    def local(self, model: nn.Module, batch: Mapping[str, Tensor], plan: ShardedBatch) -> Tensor:
+        return model(batch["input_ids"], batch["position_ids"], plan.attn_metadata)
 
 
 def imported(path: str) -> Callable[..., Any]:

@@ -120,24 +120,24 @@ class BatchSharder:
         rows, seq_len = _check(batch)
         if batch.get("seq_lens") is not None:
             documents = _slotted(batch, rows, seq_len, self.seq_lens_padding_value)
-            position = _positions(batch, rows, seq_len)
+            position_ids = _positions(batch, rows, seq_len)
         else:
-            position = _positions(batch, rows, seq_len)
-            documents = _documents(batch, position, rows, seq_len)
-        batch["position_ids"] = position
+            position_ids = _positions(batch, rows, seq_len)
+            documents = _documents(batch, position_ids, rows, seq_len)
+        batch["position_ids"] = position_ids
         tensors = {key: x for key, x in batch.items() if isinstance(x, Tensor)}
         fields = _fields(tensors, self.fields, padding_token_id, seq_len)
         mesh = ParallelMesh.of_sequence(cp_mesh)
         local, plan = shard_batch(tensors, mesh, self.layout, documents=documents, fields=fields)
-        device = position.device
+        device = position_ids.device
         if "padding_mask" in local:
             local["padding_mask"] = local["padding_mask"].to(device)
-        seen = local["position_ids"] if position.ndim == 2 else None
+        seen = local["position_ids"] if position_ids.ndim == 2 else None
         context = local_shards(
             plan.layout,
             cp_mesh,
             documents=plan.documents,
-            position=seen,
+            position_ids=seen,
             style=self.style,
             device=device,
         )
@@ -191,9 +191,14 @@ def _check(batch: Batch) -> tuple[int, int]:
 
 def _check_told(batch: Batch) -> None:
     """Refuse documents that only what nobody reads would tell; positions of one axis are read."""
-    position = batch.get("position_ids")
-    several = position is not None and position.ndim == 3 and batch.get("attention_mask") is None
-    said = {"position_ids": position if several else None, "qkv_format": batch.get("qkv_format")}
+    position_ids = batch.get("position_ids")
+    several = (
+        position_ids is not None and position_ids.ndim == 3 and batch.get("attention_mask") is None
+    )
+    said = {
+        "position_ids": position_ids if several else None,
+        "qkv_format": batch.get("qkv_format"),
+    }
     said |= {key: batch.get(key) for key in ("seq_lens_padded", "cu_seqlens")}
     check_one_document(
         said,
@@ -206,19 +211,19 @@ def _check_told(batch: Batch) -> None:
 def _positions(batch: Batch, rows: int, seq_len: int) -> Tensor:
     """[B, S], or [axes, B, S] for a RoPE of several axes."""
     labels: Tensor = batch["labels"]
-    position: Tensor | None = batch.get("position_ids")
-    if position is None:
-        position = torch.arange(seq_len, device=labels.device)[None]
-    if position.ndim == 2 and position.shape[0] == 1:
-        position = position.expand(rows, -1)
-    return position
+    position_ids: Tensor | None = batch.get("position_ids")
+    if position_ids is None:
+        position_ids = torch.arange(seq_len, device=labels.device)[None]
+    if position_ids.ndim == 2 and position_ids.shape[0] == 1:
+        position_ids = position_ids.expand(rows, -1)
+    return position_ids
 
 
-def _documents(batch: Batch, position: Tensor, rows: int, seq_len: int) -> Documents:
+def _documents(batch: Batch, position_ids: Tensor, rows: int, seq_len: int) -> Documents:
     """Which tokens belong together; takes the attention_mask out of the batch."""
     mask = batch.pop("attention_mask", None)
     padding = batch.get("padding_mask")
-    packed = position.cpu() if position.ndim == 2 else None
+    packed = position_ids.cpu() if position_ids.ndim == 2 else None
     if mask is None:
         none = torch.zeros(rows, seq_len, dtype=torch.bool)
         return Documents.from_padded(packed, none if padding is None else padding.bool().cpu())
@@ -229,7 +234,7 @@ def _documents(batch: Batch, position: Tensor, rows: int, seq_len: int) -> Docum
             "A batch says once what is padding, got a padding_mask (True: padding) and an "
             "attention_mask that differ: pass one of them."
         )
-    batch["padding_mask"] = says.to(position.device)
+    batch["padding_mask"] = says.to(position_ids.device)
     return documents
 
 
@@ -241,17 +246,17 @@ def _slotted(batch: Batch, rows: int, seq_len: int, sentinel: int) -> Documents:
     real, padded = batch["seq_lens"], batch.get("seq_lens_padded")
     found = row_slots(real, real if padded is None else padded, seq_len, sentinel)
     padding, positions = torch.ones(rows, seq_len, dtype=torch.bool), torch.arange(seq_len)
-    position, lengths = positions.repeat(rows, 1), []
+    position_ids, lengths = positions.repeat(rows, 1), []
     for row, slots in enumerate(found):
         start = 0
         for length, slot in slots:
             padding[row, start : start + length] = False
-            position[row, start:] = positions[: seq_len - start]
+            position_ids[row, start:] = positions[: seq_len - start]
             start += slot
         parts = [x for length, slot in slots for x in (length, slot - length)]
         lengths.append(tuple(x for x in parts if x))
     device = batch["labels"].device
-    batch.setdefault("position_ids", position.to(device))
+    batch.setdefault("position_ids", position_ids.to(device))
     for key, says in (("attention_mask", 0), ("padding_mask", 1)):
         given = batch.get(key)
         if given is not None and (

@@ -92,8 +92,8 @@ def build_dsv4_cp_causal_padding_mask(
 
     Traffic per rank, with padding_mask: an all-gather of it.
     """
-    position = position_ids.to(device)
-    query = position[None] if position.ndim == 1 else position
+    position_ids = position_ids.to(device)
+    query = position_ids[None] if position_ids.ndim == 1 else position_ids
     key = torch.arange(key_len, device=device)
     seen = key <= query[..., None]  # [B, L, S]
     if sliding_window is not None:

@@ -158,12 +158,12 @@ def _padded(
     for key, fill in fills.items():
         if batch.get(key) is not None:
             out[key] = _longer(batch[key], missing, fill)
-    position: Tensor = batch["position_ids"]
-    steps = torch.arange(1, missing + 1, device=position.device, dtype=position.dtype)
-    more = position[..., -1:] + steps
+    position_ids: Tensor = batch["position_ids"]
+    steps = torch.arange(1, missing + 1, device=position_ids.device, dtype=position_ids.dtype)
+    more = position_ids[..., -1:] + steps
     if packed:
         more = torch.zeros_like(more)
-    out["position_ids"] = torch.cat((position, more), dim=-1)
+    out["position_ids"] = torch.cat((position_ids, more), dim=-1)
     return out
 
 
@@ -242,7 +242,7 @@ def _repacked(
     rows, seq_len = batch[primary].shape[:2]
     length = max(1, *(sum(packing.slots) for packing in packings))
     source = torch.full((rows, length), -1)
-    position, ids = torch.zeros_like(source), torch.zeros_like(source)
+    position_ids, ids = torch.zeros_like(source), torch.zeros_like(source)
     where = torch.full((rows, seq_len), -1)
     for row, packing in enumerate(packings):
         start = 0
@@ -251,7 +251,7 @@ def _repacked(
         ):
             source[row, start : start + real] = torch.arange(first, first + real)
             where[row, first : first + real] = torch.arange(start, start + real)
-            position[row, start : start + slot] = torch.arange(slot)
+            position_ids[row, start : start + slot] = torch.arange(slot)
             ids[row, start : start + slot] = number
             start += slot
     out = dict(batch)
@@ -259,7 +259,7 @@ def _repacked(
         if key not in (SEQ_IDS, "padding_mask") and batch.get(key) is not None:
             out[key] = _picked(batch[key], source, fill)
     device = batch[primary].device
-    out |= {"padding_mask": (source < 0).to(device), "position_ids": position.to(device)}
+    out |= {"padding_mask": (source < 0).to(device), "position_ids": position_ids.to(device)}
     out |= {SEQ_IDS: ids.to(device), POSITION_MAP: where.to(device)}
     out["seq_lens"] = _lengths([packing.lengths for packing in packings], device)
     out["seq_lens_padded"] = _lengths([packing.slots for packing in packings], device)

@@ -26,9 +26,9 @@ from dtcp.distributed.collectives import (
     reduce_scatter,
 )
 from dtcp.distributed.relayout import relayout
-from dtcp.recurrent.conv import ConvTables, causal_conv, halo_route
+from dtcp.recurrent.conv import ConvMetadata, causal_conv, halo_route
 from dtcp.recurrent.mixer import GatedDeltaRule
-from dtcp.recurrent.op import DeltaTables, chain_of, gated_delta_rule
+from dtcp.recurrent.op import DeltaMetadata, chain_of, gated_delta_rule
 from dtcp.recurrent.style import FEWEST_BYTES, DeltaShape
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 
@@ -205,8 +205,8 @@ class CPAwareGatedDeltaNet(nn.Module):
             layout, self.conv_kernel_size, 0 if axis is None else axis.get_local_rank()
         )
         reach = into.clamp(max=self.conv_kernel_size - 1).to(torch.int32)
-        conv = ConvTables(reach.unflatten(1, (chain.shape[1], -1)), route)
-        rule = DeltaTables((into == 0).to(torch.int32), chain)
+        conv = ConvMetadata(reach.unflatten(1, (chain.shape[1], -1)), route)
+        rule = DeltaMetadata((into == 0).to(torch.int32), chain)
 
         mixed, z, b, a = self._project(x)
         mixed = self._conv1d_with_cp(mixed.transpose(1, 2), (conv, groups)).transpose(1, 2)
@@ -232,16 +232,16 @@ class CPAwareGatedDeltaNet(nn.Module):
         return torch.cat([y.flatten(2) for y in (q, k, v)], dim=-1), z, b, a
 
     def _conv1d_with_cp(
-        self, mixed_qkv: Tensor, cp_context: tuple[ConvTables, list[str]]
+        self, mixed_qkv: Tensor, cp_context: tuple[ConvMetadata, list[str]]
     ) -> Tensor:
         """Causal convolution and silu of [B, C, L], tokens left of each segment brought first.
 
         Args:
             cp_context: tables of the batch, and the process group's name.
         """
-        tables, groups = cp_context
+        attn_metadata, groups = cp_context
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        out = causal_conv(mixed_qkv.transpose(1, 2), weight, tables, groups=groups)
+        out = causal_conv(mixed_qkv.transpose(1, 2), weight, attn_metadata, groups=groups)
         return F.silu(out if bias is None else out + bias).transpose(1, 2)
 
     def _extract_local_positions(

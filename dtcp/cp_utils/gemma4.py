@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp.cp_utils.batch import MODEL_OWNED
 from dtcp.cp_utils.validation import check_one_document, check_rows, padding_of_mask
 from dtcp.loss import IGNORED
-from dtcp.mixer import mixer_tables
+from dtcp.mixer import collect_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous
 from dtcp.sequence.masks import Coords, vision_blocks
@@ -38,7 +38,7 @@ def prepare_model_inputs_for_cp(
 
     Images are numbered in whole rows, features of images take their tokens' places, and the
     batch is given the model's own way to be sharded, as `_cp_make_batch_fn`. The sharded batch
-    then has `tables`, for the model's forward.
+    then has `attn_metadata`, for the model's forward.
 
     Args:
         model: dtcp.models.gemma4.Gemma4. Under FSDP its `embed` is registered as a forward method
@@ -123,18 +123,18 @@ def _prepare_manual_cp_batch(
             unread=("seq_lens", "cu_seqlens"),
         )
     rows, seq_len = batch[given[0]].shape[:2]
-    position = batch.get("position_ids")
-    if position is None:
-        position = torch.arange(seq_len, device=batch[given[0]].device)[None]
-    if position.ndim == 2 and position.shape[0] == 1 and rows > 1:
-        position = position.expand(rows, -1)
-    batch["position_ids"] = position = position.contiguous()
+    position_ids = batch.get("position_ids")
+    if position_ids is None:
+        position_ids = torch.arange(seq_len, device=batch[given[0]].device)[None]
+    if position_ids.ndim == 2 and position_ids.shape[0] == 1 and rows > 1:
+        position_ids = position_ids.expand(rows, -1)
+    batch["position_ids"] = position_ids = position_ids.contiguous()
     labels = batch.get("labels")
     if labels is None:
         labels, loss_mask = loss_mask, None
     if labels is None:
         raise KeyError("labels: a batch to train on has them, or a loss_mask in their place.")
-    return given[0], seq_len, labels, position, 2 if position.ndim == 3 else 1, loss_mask
+    return given[0], seq_len, labels, position_ids, 2 if position_ids.ndim == 3 else 1, loss_mask
 
 
 def _synthesize_single_document_seq_ids(batch: Batch, primary_key: str, seq_len: int) -> None:
@@ -239,13 +239,13 @@ def _shard_for(
     if block is not None:
         block = _pad_tensor_seq_dim_(block.cpu(), 1, missing, -1)
     layout = Contiguous(documents.seq_len, ranks)
-    position = _pad_position_ids_seq_dim_(whole["position_ids"].cpu(), -1, missing)
-    coords = Coords.of(documents, block=block, rotary=position)
-    tables = mixer_tables(model, coords, layout)
+    position_ids = _pad_position_ids_seq_dim_(whole["position_ids"].cpu(), -1, missing)
+    coords = Coords.of(documents, block=block, position_ids=position_ids)
+    attn_metadata = collect_metadata(model, coords, layout)
     device = local[key].device
-    local["tables"] = {
+    local["attn_metadata"] = {
         name: tuple(x.to(device) if x.dtype == torch.int32 else x for x in parts)
-        for name, parts in tables.items()
+        for name, parts in attn_metadata.items()
     }
     return context, local
 

@@ -6,21 +6,23 @@ from torch import Tensor
 from dtcp.sequence.documents import Documents
 
 
-def documents_of_mask(mask: Tensor, position: Tensor | None, rows: int, seq_len: int) -> Documents:
+def documents_of_mask(
+    mask: Tensor, position_ids: Tensor | None, rows: int, seq_len: int
+) -> Documents:
     """The documents of rows, by their mask.
 
     Args:
         mask: [B, S], 1 for tokens and 0 for padding on the right; or [B, 1, S, S] (or with equal
             heads), bool, or 0 and the least of its dtype, as added to scores: causal in each
             document, whatever padding sees. On the host.
-        position: [B, S], restarting with each document; with a mask of two dims only.
+        position_ids: [B, S], restarting with each document; with a mask of two dims only.
     Raises:
         ValueError: a mask that says anything else.
     """
     if mask.ndim == 2 and mask.shape == (rows, seq_len):
         if bool(((mask != 0) & (mask != 1)).any()):
             raise _unknown(mask, "it holds values other than 0 and 1")
-        return Documents.from_padded(position, mask == 0)
+        return Documents.from_padded(position_ids, mask == 0)
     if mask.ndim != 4 or mask.shape[-2:] != (seq_len, seq_len) or mask.shape[0] not in (1, rows):
         raise _unknown(mask, f"a batch of {rows} rows of {seq_len} tokens has no such mask")
     allowed = _allowed(mask)

@@ -45,11 +45,13 @@ def check_rows(batch: Mapping[str, Any], primary: str, keys: Collection[str]) ->
             f"The keys of a batch have rows of one length, got shapes={shapes}: give each "
             f"[B, S, ...], as {primary}."
         )
-    position = batch.get("position_ids")
-    if position is not None and (position.ndim not in (2, 3) or position.shape[-1:] != seq_len):
+    position_ids = batch.get("position_ids")
+    if position_ids is not None and (
+        position_ids.ndim not in (2, 3) or position_ids.shape[-1:] != seq_len
+    ):
         raise ValueError(
-            f"Positions go with tokens, got position_ids.shape={tuple(position.shape)} for rows "
-            f"of {seq_len[0]}: give [B, S], [1, S], or [axes, B, S]."
+            f"Positions go with tokens, got position_ids.shape={tuple(position_ids.shape)} for "
+            f"rows of {seq_len[0]}: give [B, S], [1, S], or [axes, B, S]."
         )
 
 
@@ -67,10 +69,10 @@ def check_one_document(
     found = [key for key in unread if batch.get(key) is not None]
     if batch.get("qkv_format") == "thd":
         found.append("qkv_format='thd'")
-    mask, position = batch.get("attention_mask"), batch.get("position_ids")
+    mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None and mask.ndim == 2 and bool((mask > 1).any()):
         found.append("an attention_mask that numbers documents")
-    if position is not None and restarts(position, padding):
+    if position_ids is not None and restarts(position_ids, padding):
         found.append("position_ids that restart")
     if found:
         raise ValueError(

@@ -88,7 +88,7 @@ def roll(
     return exchange(x, Route.between(held, wanted, mesh.get_local_rank()), mesh, dim=dim)
 
 
-class Dealing(NamedTuple):
+class RelayoutRoute(NamedTuple):
     """One rank's part of a relayout, as tables of a batch: of the same shapes for any layouts.
 
     int32 goes to the device, int64 stays on the host.
@@ -99,11 +99,11 @@ class Dealing(NamedTuple):
     counts: Tensor  # [2, n] int64, rows to and from each rank
 
     @classmethod
-    def between(cls, source: SequenceLayout, target: SequenceLayout, rank: int) -> "Dealing":
+    def between(cls, source: SequenceLayout, target: SequenceLayout, rank: int) -> "RelayoutRoute":
         """Between two ranks, rows go in the order in which the source holds them."""
         _check_same(source, target)
-        goes_to = target.inverse()[source.positions(rank)] // target.shard_len
-        slot = source.inverse()[target.positions(rank)]
+        goes_to = target.inverse()[source.token_indices(rank)] // target.shard_len
+        slot = source.inverse()[target.token_indices(rank)]
         peers = (goes_to, slot // source.shard_len)
         return cls(
             order=goes_to.argsort(stable=True).to(torch.int32),
@@ -112,18 +112,18 @@ class Dealing(NamedTuple):
         )
 
 
-def deal(x: Tensor, tables: Sequence[Tensor], group: str, *, back: bool = False) -> Tensor:
+def deal(x: Tensor, metadata: Sequence[Tensor], group: str, *, back: bool = False) -> Tensor:
     """`relayout` by tables, for code that is traced once for all batches.
 
     Args:
         x: [B, L, ...].
-        tables: Dealing.
+        metadata: Dealing.
         group: the process group of the sequence.
         back: from the target to the source.
 
     Backward goes the other way. Traffic as of `relayout`.
     """
-    dealt: Tensor = _deal(x, *tables, group, back)
+    dealt: Tensor = _deal(x, *metadata, group, back)
     return dealt
 
 
@@ -149,8 +149,8 @@ def _(x: Tensor, order: Tensor, place: Tensor, counts: Tensor, group: str, back:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *tables, ctx.group, ctx.back = inputs
-    ctx.save_for_backward(*tables)
+    _, *metadata, ctx.group, ctx.back = inputs
+    ctx.save_for_backward(*metadata)
 
 
 def _undo(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

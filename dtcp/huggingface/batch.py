@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import BatchPlan, shard_batch, shift_labels
+from dtcp.batch import ShardedBatch, shard_batch, shift_labels
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.sequence.documents import Documents
@@ -19,7 +19,7 @@ def shard_hf_batch(
     *,
     model: nn.Module,
     device: torch.device | str | None = None,
-) -> tuple[dict[str, Tensor], BatchPlan]:
+) -> tuple[dict[str, Tensor], ShardedBatch]:
     """Cut a batch of transformers into this rank's part.
 
     Args:
@@ -27,15 +27,15 @@ def shard_hf_batch(
             transformers has them; position_ids, which restart at every packed document;
             attention_mask [B, S], 0 for padding on the right.
     Returns:
-        the local batch, with labels shifted and position_ids, and the plan. Call
-        `model(input_ids=..., position_ids=..., tables=plan.tables)`, and take the loss with
-        token_mean_loss: the model's own shifts labels inside a shard.
+        the local batch, with labels shifted and position_ids, and how it was sharded. Call
+        `model(input_ids=..., position_ids=..., attn_metadata=sharded.attn_metadata)` and take the
+        loss with token_mean_loss: the model's own shifts labels inside a shard.
     Raises:
         ValueError: padding on the left or in the middle, or what shard_batch refuses.
     """
     documents = documents_of(batch)
     whole = {key: x for key, x in batch.items() if key != "attention_mask"}
-    whole["position_ids"] = documents.position_in_document()
+    whole["position_ids"] = documents.position_ids()
     if "labels" in batch:
         whole["labels"] = shift_labels(batch["labels"], documents)
     local, plan = shard_batch(whole, mesh, layout, model=model, documents=documents, device=device)
@@ -68,7 +68,7 @@ def causal_lm_loss(
     local, plan = shard_hf_batch(batch, mesh, layout, model=model, device=device)
     labels = local.pop("labels")
     local.pop("padding_mask", None)
-    logits = model(**local, tables=plan.tables).logits
+    logits = model(**local, attn_metadata=plan.attn_metadata).logits
     return token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
 
 
@@ -84,9 +84,9 @@ def documents_of(batch: Mapping[str, Tensor]) -> Documents:
             f"An attention_mask is [B, S], 1 for tokens and then 0 for padding on the right, got "
             f"shape {tuple(mask.shape)}: pad on the right; for packed documents pass position_ids."
         )
-    position = batch.get("position_ids", torch.arange(seq_len).expand(rows, seq_len))
+    position_ids = batch.get("position_ids", torch.arange(seq_len).expand(rows, seq_len))
     lengths = []
     for row, filled in enumerate(mask.bool().sum(dim=1).tolist()):
-        (cuts,) = Documents.from_positions(position[row : row + 1, :filled]).lengths
+        (cuts,) = Documents.from_positions(position_ids[row : row + 1, :filled]).lengths
         lengths.append(cuts)
     return Documents(tuple(lengths), seq_len)

@@ -12,7 +12,7 @@ TAKEN = (
     "input_ids",
     "inputs_embeds",
     "position_ids",
-    "tables",
+    "attn_metadata",
     "use_cache",
     "return_dict",
     "output_hidden_states",
@@ -26,7 +26,7 @@ def install_mixers(model: Any) -> Survey:
     """Make a model attend by mixers, one in each attention module, and refuse what they cannot.
 
     Parameters keep their names. On one device the model computes what it did; it is called with
-    `tables`, and a plan may then claim the mixers: `<name of the attention>.dtcp_mixer`.
+    `attn_metadata`, and a plan may then claim the mixers: `<name of the attention>.dtcp_mixer`.
 
     Raises:
         ValueError: what nobody can carry out, by the names of the layers.
@@ -55,7 +55,7 @@ def _check_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             f"A model with mixers is called by keywords, got {len(args)} positional arguments: "
             f"pass input_ids=, position_ids= and tables=."
         )
-    off = [key for key in ("position_ids", "tables") if kwargs.get(key) is None]
+    off = [key for key in ("position_ids", "attn_metadata") if kwargs.get(key) is None]
     on = [key for key in TAKEN[-2:] if kwargs.get(key)]
     other = [key for key, x in kwargs.items() if key not in TAKEN and x is not None]
     if off or on or other or kwargs.get("use_cache"):

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dtcp.mixer import Tables
+from dtcp.mixer import BatchMetadata
 
 IMPLEMENTATION = "dtcp"
 """What `config._attn_implementation` says of a model whose attention is ours."""
@@ -68,7 +68,7 @@ def attend(
     attention_mask: Tensor | None,
     *,
     dropout: float = 0.0,
-    tables: Tables | None = None,
+    attn_metadata: BatchMetadata | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -80,17 +80,17 @@ def attend(
     Returns:
         [B, L, H, V].
     """
-    if dropout or attention_mask is not None or tables is None:
+    if dropout or attention_mask is not None or attn_metadata is None:
         raise ValueError(
             f"{describe(module)} attends by the tables of its batch alone, got dropout={dropout}, "
-            f"attention_mask={attention_mask}, tables={tables}: pass tables=plan.tables of "
+            f"attention_mask={attention_mask}, tables={attn_metadata}: pass tables=plan.tables of "
             f"shard_hf_batch, no mask, and set the attention dropout of the config to 0."
         )
     if isinstance(s_aux, DTensor):
         # Sharded with the heads: each rank's own.
         s_aux = s_aux.to_local(grad_placements=s_aux.placements)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return module.get_submodule(MIXER)(q, k, v, tables, sink=s_aux), None
+    return module.get_submodule(MIXER)(q, k, v, attn_metadata, sink=s_aux), None
 
 
 def no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
@@ -115,13 +115,13 @@ def _tell(
     value: Tensor,
     attention_mask: Any,
     *,
-    tables: Recorder | None = None,
+    attn_metadata: Recorder | None = None,
     **how: Any,
 ) -> tuple[Tensor, None]:
-    if tables is None:
+    if attn_metadata is None:
         raise ValueError(
             f"A model hands keyword arguments of its call on to its attention, got "
             f"{describe(module)}, which receives none: write its attention with a mixer "
             f"(docs/add_a_model.md)."
         )
-    return tables.record(module, (query, key, value), attention_mask, how), None
+    return attn_metadata.record(module, (query, key, value), attention_mask, how), None

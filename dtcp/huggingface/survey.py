@@ -84,7 +84,7 @@ def survey(model: Any) -> Survey:
         input_ids=torch.arange(seq_len, device=device)[None] % model.config.vocab_size,
         position_ids=torch.arange(seq_len, device=device)[None],
         use_cache=False,
-        tables=recorder,
+        attn_metadata=recorder,
     )
     with _looked_at(model):
         # Training first: dropout shows in training only, and mixing without it only.

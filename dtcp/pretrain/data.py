@@ -120,7 +120,7 @@ class PackedDocuments(BaseDataLoader):
         documents = HostDocuments(tuple(tuple(row.lengths) for row in mine), self.seq_len)
         batch = {
             "input": torch.tensor([row.tokens for row in mine]),
-            "positions": documents.position_in_document(),
+            "positions": documents.position_ids(),
             "documents": documents,
         }
         return batch, torch.tensor([row.labels for row in mine])

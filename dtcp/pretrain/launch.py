@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torchtitan.config import ParallelismConfig
 
-Device = Literal["auto", "cpu", "accelerator"]
+from dtcp.torchtitan.section import Device
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def local_batch(
         L] for a model that predicts further ahead.
     """
     documents, tokens = documents_of(input_dict), input_dict["input"]
-    whole = {"input_ids": tokens, "labels": labels, "position": input_dict["positions"]}
+    whole = {"input_ids": tokens, "labels": labels, "position_ids": input_dict["positions"]}
     whole |= ahead_of(model, tokens, labels, documents)
     local, plan = shard_batch(
         whole,
@@ -155,10 +155,10 @@ def local_batch(
         documents=documents,
         device=labels.device,
     )
-    names = ("position", "tables")
+    names = ("position_ids", "attn_metadata")
     if isinstance(model, Decoder):
         names = ("positions", "attention_masks")
-    extra = dict(zip(names, (local["position"], plan.tables), strict=True))
+    extra = dict(zip(names, (local["position_ids"], plan.attn_metadata), strict=True))
     if "mtp_labels" not in local:
         return local["input_ids"], local["labels"], extra
     extra["mtp_input_ids"] = local["mtp_input_ids"]

@@ -17,7 +17,7 @@ from torchtitan.distributed.utils import clip_grad_norm_
 from torchtitan.models.common.decoder import Decoder
 
 from dtcp.compile import compile_whole
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.pretrain.progress import say
 from dtcp.pretrain.trainer import Trainer, ahead_of, documents_of
 from dtcp.torchtitan.model_spec import BeforeStep
@@ -95,17 +95,17 @@ def _accumulate(
     total = 0.0
     for batch, labels in parts:
         known = batch["positions"].cpu()
-        tables = {
+        attn_metadata = {
             # Kernels read int32; the rest is for the host.
             key: [x.to(trainer.device) if x.dtype == torch.int32 else x for x in parts]
-            for key, parts in batch_tables(model, documents_of(batch), position=known).items()
+            for key, parts in batch_metadata(model, documents_of(batch), position_ids=known).items()
         }
-        tokens, position = (batch[key].to(trainer.device) for key in ("input", "positions"))
+        tokens, position_ids = (batch[key].to(trainer.device) for key in ("input", "positions"))
         ahead = ahead_of(model, batch["input"], labels, documents_of(batch)).values()
         ids, *further = (x.to(trainer.device) for x in ahead) if ahead else (None,)
         labels = labels.to(trainer.device)
         # torchtitan's decoders take masks where ours take tables: third in both.
-        logits = model(tokens, position, tables, *([] if ids is None else [ids]))
+        logits = model(tokens, position_ids, attn_metadata, *([] if ids is None else [ids]))
         if further:
             labels = torch.cat((labels[:, None], *further), dim=1)
         loss, _ = trainer.loss_fn(logits, labels, count)

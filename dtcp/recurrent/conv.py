@@ -18,26 +18,26 @@ from dtcp.sequence.masks import Coords
 from dtcp.sequence.routes import Route, halo_runs
 
 
-class ConvTables(NamedTuple):
+class ConvMetadata(NamedTuple):
     """What a convolution reads of a batch. int32 goes to the device, int64 stays on the host."""
 
     reach: Tensor  # [B, P, T] int32, tokens before each one in its document, at most w - 1
     route: Tensor  # [2, P, 3] int64, what is sent and what is received: rank, start, stop
 
 
-def conv_tables(
+def conv_metadata(
     coords: Coords, width: int, layout: SequenceLayout | None, rank: int = 0
-) -> ConvTables:
+) -> ConvMetadata:
     """Tables of one rank; of whole rows without a layout.
 
     Raises:
         ValueError: segments shorter than what a token reads to its left.
     """
-    reach = (coords.position - coords.start).clamp(max=width - 1).to(torch.int32)
+    reach = (coords.token_index - coords.start).clamp(max=width - 1).to(torch.int32)
     if layout is None:
-        return ConvTables(reach[:, None], torch.zeros(2, 1, 3, dtype=torch.int64))
+        return ConvMetadata(reach[:, None], torch.zeros(2, 1, 3, dtype=torch.int64))
     route = halo_route(layout, width, rank)
-    return ConvTables(layout.shard(reach, rank).unflatten(1, (route.shape[1], -1)), route)
+    return ConvMetadata(layout.shard(reach, rank).unflatten(1, (route.shape[1], -1)), route)
 
 
 def halo_route(layout: SequenceLayout, width: int, rank: int) -> Tensor:
@@ -59,19 +59,19 @@ def halo_route(layout: SequenceLayout, width: int, rank: int) -> Tensor:
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, tables: Sequence[Tensor], *, groups: Sequence[str] = ()
+    x: Tensor, weight: Tensor, metadata: Sequence[Tensor], *, groups: Sequence[str] = ()
 ) -> Tensor:
     """Each channel's own sum over the last w tokens of the document: [B, L, C].
 
     Args:
         x: [B, L, C].
         weight: [C, w], the token's own tap last.
-        tables: ConvTables.
+        metadata: ConvMetadata.
         groups: the process group of the sequence; none for whole rows.
 
     Traffic per rank: w - 1 tokens a segment, and as much back.
     """
-    reach, route = tables
+    reach, route = metadata
     if reach.shape[0] != x.shape[0] or reach[0].numel() != x.shape[1]:
         raise ValueError(
             f"A convolution reads the tables of its own batch, got tables for "

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtcp.mixer import Mixer, Tables
-from dtcp.recurrent.conv import causal_conv, conv_tables
-from dtcp.recurrent.op import delta_tables, gated_delta_rule
+from dtcp.mixer import BatchMetadata, Mixer
+from dtcp.recurrent.conv import causal_conv, conv_metadata
+from dtcp.recurrent.op import delta_metadata, gated_delta_rule
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Coords
 
@@ -34,10 +34,10 @@ class GatedDeltaRule(RecurrentMixer):
     def __init__(self, *, normalize: bool = True, scale: float | None = None) -> None:
         super().__init__()
         self.normalize, self.scale = normalize, scale
-        self.table_key = "gated delta rule"
+        self.metadata_key = "gated delta rule"
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, tables: Tables
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, metadata: BatchMetadata
     ) -> Tensor:
         """Write each token's value under its key, and read the state with its query.
 
@@ -47,11 +47,11 @@ class GatedDeltaRule(RecurrentMixer):
             g: [B, L, H], log of the share of the state that each token keeps, at most 0; or
                 [B, L, H, K], of each row of the state.
             beta: [B, L, H], how much of what its key held a token replaces, 0 to 1.
-            tables: what the batch brings.
+            metadata: what the batch brings.
         Returns:
             [B, L, H, V].
         """
-        return gated_delta_rule(*self.unit(q, k), v, g, beta, tables[self.table_key])
+        return gated_delta_rule(*self.unit(q, k), v, g, beta, metadata[self.metadata_key])
 
     def alone(self, *args: Any, **kwargs: Any) -> Tensor:
         v: Tensor = args[2]
@@ -62,9 +62,9 @@ class GatedDeltaRule(RecurrentMixer):
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         return (_unit(q) * scale, _unit(k)) if self.normalize else (q * scale, k)
 
-    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
+    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
         _refuse_sharded(self, layout)
-        return delta_tables(coords, None)
+        return delta_metadata(coords, None)
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize}, scale={self.scale}"
@@ -80,15 +80,15 @@ class CausalConv1d(RecurrentMixer):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.table_key = f"causal conv of {width}"
+        self.metadata_key = f"causal conv of {width}"
 
-    def forward(self, x: Tensor, weight: Tensor, tables: Tables) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, metadata: BatchMetadata) -> Tensor:
         """x [B, L, C] and weight [C, w], a token's own tap last -> [B, L, C]."""
-        return causal_conv(x, weight, tables[self.table_key])
+        return causal_conv(x, weight, metadata[self.metadata_key])
 
-    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
+    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
         _refuse_sharded(self, layout)
-        return conv_tables(coords, self.width, None)
+        return conv_metadata(coords, self.width, None)
 
     def alone(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = args[0]

@@ -24,28 +24,28 @@ from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Coords
 
 SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor[] tables, bool scan,"
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor[] metadata, bool scan,"
     " str[] groups) -> (Tensor, Tensor)"
 )
 BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state,"
-    " Tensor[] tables, bool scan, str[] groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " Tensor[] metadata, bool scan, str[] groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-class DeltaTables(NamedTuple):
+class DeltaMetadata(NamedTuple):
     """What the rule reads of a batch. int32 goes to the device, int64 stays on the host."""
 
     starts: Tensor  # [B, L] int32, 1 where a document starts
     chain: Tensor  # [n, P] int64, the place of each rank's segments in the sequence
 
 
-def delta_tables(coords: Coords, layout: SequenceLayout | None, rank: int = 0) -> DeltaTables:
+def delta_metadata(coords: Coords, layout: SequenceLayout | None, rank: int = 0) -> DeltaMetadata:
     """Tables of one rank; of whole rows without a layout."""
-    starts = (coords.position == coords.start).to(torch.int32)
+    starts = (coords.token_index == coords.start).to(torch.int32)
     if layout is None:
-        return DeltaTables(starts, torch.zeros(1, 1, dtype=torch.int64))
-    return DeltaTables(layout.shard(starts, rank), chain_of(layout))
+        return DeltaMetadata(starts, torch.zeros(1, 1, dtype=torch.int64))
+    return DeltaMetadata(layout.shard(starts, rank), chain_of(layout))
 
 
 def chain_of(layout: SequenceLayout) -> Tensor:
@@ -61,7 +61,7 @@ def gated_delta_rule(
     v: Tensor,
     g: Tensor,
     beta: Tensor,
-    tables: Sequence[Tensor],
+    metadata: Sequence[Tensor],
     *,
     scan: bool = False,
     groups: Sequence[str] = (),
@@ -73,7 +73,7 @@ def gated_delta_rule(
         v: [B, L, H, V].
         g: [B, L, H], or [B, L, H, K] for a decay of each key channel.
         beta: [B, L, H].
-        tables: DeltaTables.
+        metadata: DeltaMetadata.
         scan: bring states by a scan, rather than by gathering them.
         groups: the process group of the sequence; none for whole rows.
 
@@ -85,14 +85,14 @@ def gated_delta_rule(
             f"{tuple(g.shape)} with k.shape={tuple(k.shape)}, v.shape={tuple(v.shape)}: give g as "
             f"[B, L, H] or [B, L, H, K]."
         )
-    out: Tensor = _forward(q, k, v, g, beta, list(tables), scan, list(groups))[0]
+    out: Tensor = _forward(q, k, v, g, beta, list(metadata), scan, list(groups))[0]
     return out
 
 
 @torch.library.custom_op("dtcp::gated_delta_rule", mutates_args=(), schema=SCHEMA)
-def _forward(q, k, v, g, beta, tables, scan, groups):  # type: ignore[no-untyped-def]
+def _forward(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule")
-    at = DeltaTables(*tables)
+    at = DeltaMetadata(*metadata)
     x = _segments(Inputs(q, k, v, g, beta, at.starts), at)
     # Below its public functions, fla's kernels are launched on the device that is current.
     with torch.cuda.device_of(q):
@@ -101,16 +101,16 @@ def _forward(q, k, v, g, beta, tables, scan, groups):  # type: ignore[no-untyped
 
 
 @_forward.register_fake
-def _(q, k, v, g, beta, tables, scan, groups):  # type: ignore[no-untyped-def]
-    rows = q.shape[0] * tables[1].shape[1]
+def _(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
+    rows = q.shape[0] * metadata[1].shape[1]
     shape = (rows, v.shape[2], k.shape[3], v.shape[3])
     return v.new_empty(v.shape), v.new_empty(shape, dtype=accumulation(v.dtype))
 
 
 @torch.library.custom_op("dtcp::gated_delta_rule_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
-def _backward(grad_out, q, k, v, g, beta, state, tables, scan, groups):  # type: ignore[no-untyped-def]
+def _backward(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule_backward")
-    at = DeltaTables(*tables)
+    at = DeltaMetadata(*metadata)
     x = _segments(Inputs(q, k, v, g, beta, at.starts), at)
     carry = _carry(q, at, scan, groups, reverse=True)
     with torch.cuda.device_of(q):
@@ -120,28 +120,28 @@ def _backward(grad_out, q, k, v, g, beta, state, tables, scan, groups):  # type:
 
 
 @_backward.register_fake
-def _(grad_out, q, k, v, g, beta, state, tables, scan, groups):  # type: ignore[no-untyped-def]
+def _(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
     return tuple(part.new_empty(part.shape) for part in (q, k, v, g, beta))
 
 
 def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *parts, tables, ctx.scan, ctx.groups = inputs
-    ctx.save_for_backward(*parts, output[1], *tables)
+    *parts, metadata, ctx.scan, ctx.groups = inputs
+    ctx.save_for_backward(*parts, output[1], *metadata)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
-    q, k, v, g, beta, state, *tables = ctx.saved_tensors
-    how = (tables, ctx.scan, ctx.groups)
+    q, k, v, g, beta, state, *metadata = ctx.saved_tensors
+    how = (metadata, ctx.scan, ctx.groups)
     grads = _backward(grad_out, q, k, v, g, beta, state, *how)
     # torch takes a list of names for one argument, but an empty list for a list of tensors.
-    return (*grads, [None] * len(tables), None, None if ctx.groups else [])
+    return (*grads, [None] * len(metadata), None, None if ctx.groups else [])
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _segments(x: Inputs, at: DeltaTables) -> Inputs:
+def _segments(x: Inputs, at: DeltaMetadata) -> Inputs:
     """Segments as rows of their own: [B, L, ...] -> [B * P, T, ...]."""
     if at.starts.shape != x.v.shape[:2]:
         raise ValueError(
@@ -154,7 +154,7 @@ def _segments(x: Inputs, at: DeltaTables) -> Inputs:
 
 
 def _carry(
-    q: Tensor, at: DeltaTables, scan: bool, groups: Sequence[str], *, reverse: bool
+    q: Tensor, at: DeltaMetadata, scan: bool, groups: Sequence[str], *, reverse: bool
 ) -> Carry | None:
     """How summaries of this rank's segments become the states that enter them."""
     if not groups:

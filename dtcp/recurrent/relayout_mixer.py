@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.distributed.collectives import group_name
-from dtcp.distributed.relayout import Dealing, deal
-from dtcp.mixer import Mixer, Tables
+from dtcp.distributed.relayout import RelayoutRoute, deal
+from dtcp.mixer import BatchMetadata, Mixer
 from dtcp.recurrent.mixer import RecurrentMixer
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Coords
@@ -47,8 +47,8 @@ class RelayoutCP(ParallelStyle):
             token: bytes of the hidden state of a token, in all rows.
         """
         inside = self.inside(layout.seq_len, layout.num_shards)
-        had = set(layout.positions(rank).tolist())
-        moved = len(set(inside.positions(rank).tolist()) - had) * token
+        had = set(layout.token_indices(rank).tolist())
+        moved = len(set(inside.token_indices(rank).tolist()) - had) * token
         return Received(2 * moved, 2 * moved)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -61,12 +61,12 @@ class RelayoutCP(ParallelStyle):
             )
         for mixer in mixers:
             mixer.inside = self.inside
-            mixer.table_key = f"{mixer.table_key} inside {self.inside.__name__}"
+            mixer.metadata_key = f"{mixer.metadata_key} inside {self.inside.__name__}"
         forward, dealt = module.forward, Dealt(self, device_mesh)
         module.add_module("dealt", dealt)
 
-        def relaid(x: Tensor, tables: Tables) -> Tensor:
-            return dealt(forward(dealt(x, tables), tables), tables, back=True)
+        def relaid(x: Tensor, metadata: BatchMetadata) -> Tensor:
+            return dealt(forward(dealt(x, metadata), metadata), metadata, back=True)
 
         module.forward = relaid
         return module
@@ -80,29 +80,29 @@ class Dealt(Mixer):
     def __init__(self, style: RelayoutCP, mesh: DeviceMesh) -> None:
         super().__init__()
         self.style, self.mesh, self.group = style, mesh, group_name(mesh)
-        self.table_key = f"dealt by {style}"
+        self.metadata_key = f"dealt by {style}"
 
-    def forward(self, x: Tensor, tables: Tables, *, back: bool = False) -> Tensor:
+    def forward(self, x: Tensor, metadata: BatchMetadata, *, back: bool = False) -> Tensor:
         """x [B, L, D] from the batch's layout to the one inside, or back."""
-        if tables is None or self.table_key not in tables:
+        if metadata is None or self.metadata_key not in metadata:
             raise ValueError(
                 f"A layer on tokens dealt anew reads the tables of its batch, got none for "
-                f"{self.table_key!r}: pass BatchPlan.tables of shard_batch(..., model=model)."
+                f"{self.metadata_key!r}: pass ShardedBatch.tables of shard_batch(..., model=model)."
             )
-        return deal(x, tables[self.table_key], self.group, back=back)
+        return deal(x, metadata[self.metadata_key], self.group, back=back)
 
     def alone(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = args[0]
         return x
 
-    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
+    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
         if layout is None or layout.num_shards != self.mesh.size():
             raise ValueError(
                 f"A layer on {self.mesh.size()} ranks needs a layout of as many shards, got "
                 f"layout={layout}: build the batch with shard_batch on the mesh of the plan."
             )
         inside = self.style.inside(layout.seq_len, layout.num_shards)
-        return Dealing.between(layout, inside, self.mesh.get_local_rank())
+        return RelayoutRoute.between(layout, inside, self.mesh.get_local_rank())
 
     def extra_repr(self) -> str:
         return f"{self.style}"

@@ -11,11 +11,11 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.distributed.collectives import group_name
 from dtcp.kernels.dtypes import accumulation
-from dtcp.mixer import Mixer, Tables
-from dtcp.recurrent.conv import causal_conv, conv_tables
+from dtcp.mixer import BatchMetadata, Mixer
+from dtcp.recurrent.conv import causal_conv, conv_metadata
 from dtcp.recurrent.exchange import summaries_received
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, RecurrentMixer
-from dtcp.recurrent.op import delta_tables, gated_delta_rule, install
+from dtcp.recurrent.op import delta_metadata, gated_delta_rule, install
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.softmax.style import Received
@@ -120,7 +120,7 @@ class RecurrentStyle(ParallelStyle):
         claimed = cast("Claimed", module)
         claimed.style, claimed.mesh = self, device_mesh
         claimed.groups = [group_name(device_mesh)]
-        claimed.table_key = f"{claimed.table_key} by {self}"
+        claimed.metadata_key = f"{claimed.metadata_key} by {self}"
         return module
 
 
@@ -144,13 +144,13 @@ class Claimed(RecurrentMixer):
         self.style.check(placed)
         return placed
 
-    def own(self, tables: Tables) -> Sequence[Tensor]:
-        if tables is None or self.table_key not in tables:
+    def own(self, metadata: BatchMetadata) -> Sequence[Tensor]:
+        if metadata is None or self.metadata_key not in metadata:
             raise ValueError(
                 f"A context-parallel mixer reads the tables of its batch, got none for "
-                f"{self.table_key!r}: pass BatchPlan.tables of shard_batch(..., model=model)."
+                f"{self.metadata_key!r}: pass ShardedBatch.tables of shard_batch(..., model=model)."
             )
-        return tables[self.table_key]
+        return metadata[self.metadata_key]
 
 
 class ContextParallelDeltaRule(Claimed, GatedDeltaRule):
@@ -159,27 +159,27 @@ class ContextParallelDeltaRule(Claimed, GatedDeltaRule):
     style: "GatedDeltaCP"
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, tables: Tables
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, metadata: BatchMetadata
     ) -> Tensor:
-        own = self.own(tables)
+        own = self.own(metadata)
         ranks, segments = own[1].shape
         scan = self.style.states.scans(ranks, segments, DeltaShape.of(k, v).summary)
         parts = (*self.unit(q, k), v, g, beta)
         return gated_delta_rule(*parts, own, scan=scan, groups=self.groups)
 
-    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
-        return delta_tables(coords, self.check_layout(layout), self.mesh.get_local_rank())
+    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
+        return delta_metadata(coords, self.check_layout(layout), self.mesh.get_local_rank())
 
 
 class ContextParallelConv(Claimed, CausalConv1d):
     """A CausalConv1d that a style has taken over."""
 
-    def forward(self, x: Tensor, weight: Tensor, tables: Tables) -> Tensor:
-        return causal_conv(x, weight, self.own(tables), groups=self.groups)
+    def forward(self, x: Tensor, weight: Tensor, metadata: BatchMetadata) -> Tensor:
+        return causal_conv(x, weight, self.own(metadata), groups=self.groups)
 
-    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
+    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
         placed = self.check_layout(layout)
-        return conv_tables(coords, self.width, placed, self.mesh.get_local_rank())
+        return conv_metadata(coords, self.width, placed, self.mesh.get_local_rank())
 
 
 @dataclass

@@ -84,13 +84,13 @@ class FrozenTarget:
 
         Traffic per rank: that of the attention, and (n - 1) * L of the logits and each tap.
         """
-        context, ids, position, length = read_shard(
+        context, ids, position_ids, length = read_shard(
             self.axis, input_ids, position_ids, style=self.style
         )
         for module in self.tapped.values():
             module.tap = None
         with context:
-            out = self.model(input_ids=ids, position_ids=position, **inputs)
+            out = self.model(input_ids=ids, position_ids=position_ids, **inputs)
         if isinstance(context, local_shards) and not context.attended:
             raise ValueError(
                 f"Attention on shards goes by scaled_dot_product_attention, got "
@@ -128,23 +128,23 @@ def read_shard(
     device = input_ids.device
     if position_ids is None:
         position_ids = torch.arange(length)[None]
-    position = position_ids.expand(rows, -1)
+    position_ids = position_ids.expand(rows, -1)
     if axis is None or axis.size() == 1:
-        whole = (input_ids.contiguous(), position.to(device).contiguous())
+        whole = (input_ids.contiguous(), position_ids.to(device).contiguous())
         return ReadShard(nullcontext(), *whole, length)
     n, rank = axis.size(), axis.get_local_rank()
     layout = Contiguous(-(-length // n) * n, n)
-    documents = Documents.from_positions(position.cpu()).padded(layout.seq_len)
+    documents = Documents.from_positions(position_ids.cpu()).padded(layout.seq_len)
     missing = layout.seq_len - length
     ids = torch.nn.functional.pad(input_ids, (0, missing))
     # Padding goes on counting: a model that looks for documents by position finds none there.
-    more = position[:, -1:] + torch.arange(1, missing + 1, device=position.device)
-    position = torch.cat((position, more), dim=1).to(device)
-    ids, position = layout.shard(ids, rank), layout.shard(position, rank)
+    more = position_ids[:, -1:] + torch.arange(1, missing + 1, device=position_ids.device)
+    position_ids = torch.cat((position_ids, more), dim=1).to(device)
+    ids, position_ids = layout.shard(ids, rank), layout.shard(position_ids, rank)
     context = local_shards(
-        layout, axis, documents=documents, position=position, style=style, device=device
+        layout, axis, documents=documents, position_ids=position_ids, style=style, device=device
     )
-    return ReadShard(context, ids, position, length)
+    return ReadShard(context, ids, position_ids, length)
 
 
 @torch.no_grad()

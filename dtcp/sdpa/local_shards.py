@@ -69,7 +69,7 @@ class local_shards(sequence_layout):
         layout: of the sequence, over the ranks of `axis`.
         axis: the 1-D mesh the sequence is sharded on.
         documents: of every row; None for one document a row.
-        position: what the model reads as its tokens' positions, [1 or B, L], this rank's; None
+        position_ids: what the model reads as its tokens' positions, [1 or B, L], this rank's; None
             for their positions in their documents.
         style: the strategy.
         device: where the tensors are.
@@ -85,7 +85,7 @@ class local_shards(sequence_layout):
         axis: DeviceMesh,
         *,
         documents: Documents | None = None,
-        position: Tensor | None = None,
+        position_ids: Tensor | None = None,
         style: AttentionStyle | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -94,9 +94,9 @@ class local_shards(sequence_layout):
         if len(set(documents.lengths)) == 1:
             documents = Documents(documents.lengths[:1], documents.seq_len)
         super().__init__(layout, axis, documents=documents, style=style, device=device)
-        if position is None:
-            position = layout.shard(documents.position_in_document(), axis.get_local_rank())
-        self.position = position.to(device)
+        if position_ids is None:
+            position_ids = layout.shard(documents.position_ids(), axis.get_local_rank())
+        self.position_ids = position_ids.to(device)
         self.axis, self.rows = axis, documents.batch
         self.attended = False
 
@@ -164,9 +164,9 @@ class local_shards(sequence_layout):
         length = self.layout.shard_len
         if mask.ndim != 4 or mask.shape[-2:] != (length, length):
             return False
-        position = self.position[: mask.shape[0]]
+        position_ids = self.position_ids[: mask.shape[0]]
         causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-        run = (position.diff(prepend=position[:, :1] - 1) != 1).cumsum(1)
+        run = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
         in_runs = causal & (run[:, None, :, None] == run[:, None, None, :])  # [1 or B, 1, L, L]
         verdict = ((allowed == causal).all() | (allowed == in_runs).all()) & known.all()
         if torch.compiler.is_compiling():

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from dtcp.distributed.collectives import axis_group_name, group_of
 from dtcp.distributed.dtensor_rules import handle
-from dtcp.kernels.softmax.api import Softmax
+from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, SequenceLayout
 from dtcp.sequence.masks import (
@@ -40,13 +40,13 @@ from dtcp.sequence.masks import (
 )
 from dtcp.softmax.dtensor import install
 from dtcp.softmax.op import (
+    AttentionInputs,
     AttentionOp,
-    Call,
-    Given,
-    Kept,
+    ForwardResult,
+    OpContext,
     Strategy,
 )
-from dtcp.softmax.required_keys import step_by_step_tables
+from dtcp.softmax.required_keys import ring_metadata
 from dtcp.softmax.ring import RING, RingAttention
 from dtcp.softmax.style import AttentionStyle
 
@@ -61,20 +61,22 @@ class _ContiguousRows:
     def __init__(self, strategy: Strategy, mask: Mask) -> None:
         self.strategy, self.mask = strategy, mask
 
-    def forward(self, x: Given, call: Call) -> Kept:
-        return self.strategy.forward(x, self._with_tables(x.q, call))
+    def forward(self, x: AttentionInputs, call: OpContext) -> ForwardResult:
+        return self.strategy.forward(x, self._with_metadata(x.q, call))
 
-    def backward(self, grad_out: Tensor, x: Given, kept: Kept, call: Call) -> Given:
-        return self.strategy.backward(grad_out, x, kept, self._with_tables(x.q, call))
+    def backward(
+        self, grad_out: Tensor, x: AttentionInputs, kept: ForwardResult, call: OpContext
+    ) -> AttentionInputs:
+        return self.strategy.backward(grad_out, x, kept, self._with_metadata(x.q, call))
 
-    def saved_like(self, x: Given, groups: Sequence[str]) -> list[Tensor]:
+    def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
         return self.strategy.saved_like(x, groups)
 
-    def _with_tables(self, q: Tensor, call: Call) -> Call:
+    def _with_metadata(self, q: Tensor, call: OpContext) -> OpContext:
         group = group_of(call.groups[0])
         n, rank = dist.get_world_size(group), dist.get_rank(group)
-        tables = _contiguous_tables(self.mask, q.shape[1] * n, n, rank, q.device)
-        return Call(call.op, tables, call.how, call.groups, call.kv_heads)
+        metadata = _contiguous_metadata(self.mask, q.shape[1] * n, n, rank, q.device)
+        return OpContext(call.op, metadata, call.how, call.groups, call.kv_heads)
 
 
 CAUSAL = AttentionOp("causal_sdpa", _ContiguousRows(RING.strategy, Causal()))
@@ -121,8 +123,8 @@ class sequence_layout(TorchFunctionMode):
         style = RingAttention() if style is None else style
         coords = Coords.of(documents or Documents.single(1, layout.seq_len))
         rank = axis.get_local_rank()
-        self.tables: Mapping[bool, Sequence[Tensor]] = {
-            causal: _placed(style.mixer_tables(mask, coords, layout, rank), device)
+        self.metadata: Mapping[bool, Sequence[Tensor]] = {
+            causal: _placed(style.collect_metadata(mask, coords, layout, rank), device)
             for causal, mask in ((True, Causal()), (False, Bidirectional()))
         }
         self.op, self.groups = style.op, style.groups(axis)
@@ -170,22 +172,22 @@ class sequence_layout(TorchFunctionMode):
                 f"seq_len={query.shape[SDPA_SEQ]} with {self.layout}: leave the context first."
             )
         q, k, v = (x.transpose(SDPA_HEADS, SDPA_SEQ) for x in (query, key, value))
-        how = Softmax(query.shape[-1] ** -0.5 if scale is None else scale)
-        out = self.op(q, k, v, self.tables[is_causal], how, groups=self.groups)
+        how = SoftmaxParams(query.shape[-1] ** -0.5 if scale is None else scale)
+        out = self.op(q, k, v, self.metadata[is_causal], how, groups=self.groups)
         return out.transpose(SDPA_HEADS, SDPA_SEQ)
 
 
 @lru_cache(maxsize=32)
-def _contiguous_tables(
+def _contiguous_metadata(
     mask: Mask, seq_len: int, num_shards: int, rank: int, device: torch.device
 ) -> Sequence[Tensor]:
     coords = Coords.of(Documents.single(1, seq_len))
     layout = Contiguous(seq_len, num_shards)
-    return _placed(step_by_step_tables(layout, rank, mask.intervals(coords)), device)
+    return _placed(ring_metadata(layout, rank, mask.intervals(coords)), device)
 
 
-def _placed(tables: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
-    return [x.to(device) if x.dtype == torch.int32 else x for x in tables]
+def _placed(metadata: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    return [x.to(device) if x.dtype == torch.int32 else x for x in metadata]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> None:

@@ -33,7 +33,7 @@ class Documents:
     to no document and is seen by no token.
 
         lengths=((3, 4),), seq_len=8        document:             0 0 0 1 1 1 1 -1
-                                            position_in_document: 0 1 2 0 1 2 3  0
+                                            position_ids: 0 1 2 0 1 2 3  0
     """
 
     lengths: tuple[tuple[int, ...], ...]
@@ -145,7 +145,7 @@ class Documents:
         ends = self._spread([[end - 1 for end in accumulate(row)] for row in self.lengths], PADDING)
         return torch.where(ends == PADDING, torch.arange(self.seq_len), ends)
 
-    def position_in_document(self) -> Tensor:
+    def position_ids(self) -> Tensor:
         """What RoPE reads: 0 at the start of each document, 0 for padding: [B, S], int64."""
         return torch.arange(self.seq_len) - self.starts()
 

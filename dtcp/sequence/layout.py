@@ -1,6 +1,6 @@
 """Which rank holds which tokens: a permutation of the sequence, cut into equal shards.
 
-`position = layout.permutation()[slot]`, and rank r owns slots [r * L, (r + 1) * L). A placement
+`token_index = layout.permutation()[slot]`, and rank r owns slots [r * L, (r + 1) * L). A placement
 says that a dim is sharded; a layout says which tokens a shard holds. Every layout is given by
 the runs of neighbouring positions that each rank holds: ints, so that they can be read while a
 graph is traced, and all that an exchange between ranks needs to know.
@@ -80,13 +80,13 @@ class SequenceLayout(ABC):
         step = self.segment_len
         return [(a, a + step) for start, stop in self.runs(rank) for a in range(start, stop, step)]
 
-    def positions(self, rank: int) -> Tensor:
+    def token_indices(self, rank: int) -> Tensor:
         """Position of each of the rank's slots: [L], int64."""
         return torch.cat([torch.arange(start, stop) for start, stop in self.runs(rank)])
 
     def permutation(self) -> Tensor:
         """Position of every slot, rank 0's slots first: [S], int64."""
-        return torch.cat([self.positions(rank) for rank in range(self.num_shards)])
+        return torch.cat([self.token_indices(rank) for rank in range(self.num_shards)])
 
     def inverse(self) -> Tensor:
         """Slot of every position: [S], int64."""
@@ -280,7 +280,7 @@ class BlockBalanced(SequenceLayout):
         block = gcd(per_shard, max(1, min(cls.largest_block, per_shard // cls.blocks_per_shard)))
         if work is None:
             visible = documents.document()[:1] >= 0
-            work = torch.where(visible, documents.position_in_document()[:1] + 1, 0)[0]
+            work = torch.where(visible, documents.position_ids()[:1] + 1, 0)[0]
         owners = assign_blocks(block_work(work, block), num_shards)
         return cls(seq_len, num_shards, block, owners)
 

@@ -21,22 +21,22 @@ class Coords:
     """Where tokens stand: all a mask may read. Each field [B, S], int64.
 
     Args:
-        position: index in the row; None stands for 0 .. S - 1 in every row.
+        token_index: index in the row; None stands for 0 .. S - 1 in every row.
         document: index of the document in the row, -1 for padding.
         start, end: first and last position of the token's document.
         prefix: tokens at the start of the token's document that all of it sees (PrefixLM).
         block: id of the token's bidirectional block, -1 for none (BlockBidirectional).
-        rotary: what rotary angles are counted by, where not by the place in the document; one
+        position_ids: what rotary angles are counted by, where not by the place in the document; one
             a token, or [axes, B, S]. No mask reads it.
     """
 
-    position: Tensor
+    token_index: Tensor
     document: Tensor
     start: Tensor
     end: Tensor
     prefix: Tensor | None = None
     block: Tensor | None = None
-    rotary: Tensor | None = None
+    position_ids: Tensor | None = None
 
     @classmethod
     def of(
@@ -45,7 +45,7 @@ class Coords:
         *,
         prefix: Tensor | None = None,
         block: Tensor | None = None,
-        rotary: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Self:
         """Coordinates of whole rows, in position order."""
         document = documents.document()
@@ -55,9 +55,9 @@ class Coords:
                     f"Coords take one {name} a token, got {name}.shape={tuple(extra.shape)}: "
                     f"pass [B, S] = {tuple(document.shape)}, before sharding."
                 )
-        position = torch.arange(documents.seq_len).expand_as(document)
+        token_index = torch.arange(documents.seq_len).expand_as(document)
         starts, ends = documents.starts(), documents.ends()
-        return cls(position, document, starts, ends, prefix, block, rotary)
+        return cls(token_index, document, starts, ends, prefix, block, position_ids)
 
     def at(self, slots: Tensor) -> Self:
         """The coordinates of some tokens of each row: slots [L] -> fields [B, L]."""
@@ -106,7 +106,7 @@ class Bidirectional(Mask):
     """A token sees its whole document."""
 
     def _sees(self, q: Coords, k: Coords) -> Tensor:
-        return torch.ones_like(q.position[:, :, None] == k.position[:, None, :])
+        return torch.ones_like(q.token_index[:, :, None] == k.token_index[:, None, :])
 
     def _interval(self, at: Coords) -> tuple[Tensor, Tensor]:
         return at.start, at.end
@@ -117,10 +117,10 @@ class Causal(Mask):
     """A token sees itself and what comes before it."""
 
     def _sees(self, q: Coords, k: Coords) -> Tensor:
-        return k.position[:, None, :] <= q.position[:, :, None]
+        return k.token_index[:, None, :] <= q.token_index[:, :, None]
 
     def _interval(self, at: Coords) -> tuple[Tensor, Tensor]:
-        return at.start, at.position
+        return at.start, at.token_index
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,13 @@ class SlidingWindow(Mask):
             )
 
     def _sees(self, q: Coords, k: Coords) -> Tensor:
-        back = q.position[:, :, None] - k.position[:, None, :]
+        back = q.token_index[:, :, None] - k.token_index[:, None, :]
         near = back < self.size
         return near if self.right is None else near & (-back <= self.right)
 
     def _interval(self, at: Coords) -> tuple[Tensor, Tensor]:
-        last = at.end if self.right is None else at.position + self.right
-        return at.position - (self.size - 1), last
+        last = at.end if self.right is None else at.token_index + self.right
+        return at.token_index - (self.size - 1), last
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,11 @@ class PrefixLM(Mask):
     """A token sees what comes before it, and the whole prefix of its document."""
 
     def _sees(self, q: Coords, k: Coords) -> Tensor:
-        before = k.position[:, None, :] <= q.position[:, :, None]
-        return before | ((k.position - k.start) < _needs(self, k, "prefix"))[:, None, :]
+        before = k.token_index[:, None, :] <= q.token_index[:, :, None]
+        return before | ((k.token_index - k.start) < _needs(self, k, "prefix"))[:, None, :]
 
     def _interval(self, at: Coords) -> tuple[Tensor, Tensor]:
-        return at.start, torch.maximum(at.position, at.start + _needs(self, at, "prefix") - 1)
+        return at.start, torch.maximum(at.token_index, at.start + _needs(self, at, "prefix") - 1)
 
 
 @dataclass(frozen=True)
@@ -175,15 +175,15 @@ class BlockBidirectional(Mask):
         return (q_block[:, :, None] == k_block[:, None, :]) & (q_block >= 0)[:, :, None]
 
     def _interval(self, at: Coords) -> tuple[Tensor, Tensor]:
-        block, seq_len = _needs(self, at, "block"), at.position.shape[1]
+        block, seq_len = _needs(self, at, "block"), at.token_index.shape[1]
         # A block cut by a document border is two blocks: neither part sees the other.
         border = torch.ones_like(block, dtype=torch.bool)
         border[:, 1:] = (block.diff(dim=1) != 0) | (at.document.diff(dim=1) != 0)
         _check_runs(block, at.document, border)
-        first = torch.where(border, at.position, 0).cummax(dim=1).values
+        first = torch.where(border, at.token_index, 0).cummax(dim=1).values
         ends = torch.ones_like(border)
         ends[:, :-1] = border[:, 1:]
-        last = torch.where(ends, at.position, seq_len - 1).flip(1).cummin(dim=1).values.flip(1)
+        last = torch.where(ends, at.token_index, seq_len - 1).flip(1).cummin(dim=1).values.flip(1)
         outside = block < 0
         return first.masked_fill(outside, 0), last.masked_fill(outside, -1)
 

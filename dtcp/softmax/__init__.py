@@ -4,14 +4,14 @@ from dtcp.softmax.all_gather import AllGatherAttention
 from dtcp.softmax.halo import HaloAttention
 from dtcp.softmax.hybrid import HybridAttention
 from dtcp.softmax.ring import RingAttention
-from dtcp.softmax.shared_kv import BroughtAttention
+from dtcp.softmax.shared_kv import SharedKVAttention
 from dtcp.softmax.ulysses import UlyssesAttention
 
 __all__ = [
     "AllGatherAttention",
-    "BroughtAttention",
     "HaloAttention",
     "HybridAttention",
     "RingAttention",
+    "SharedKVAttention",
     "UlyssesAttention",
 ]

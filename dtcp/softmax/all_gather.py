@@ -6,73 +6,75 @@ import torch
 from torch import Tensor
 
 from dtcp.kernels.softmax.api import (
-    Final,
-    Gradients,
+    GradAccumulators,
     Keys,
-    Partial,
+    OnlineSoftmax,
     Queries,
+    SavedForward,
     attend,
     attend_backward,
     zeros_for,
 )
 from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.softmax.exchange import add_home, exchange
-from dtcp.softmax.op import AttentionOp, Call
-from dtcp.softmax.payload import Carried, Carrier
-from dtcp.softmax.required_keys import KeyTables, NeededKeysAttention, all_at_once_tables
+from dtcp.softmax.exchange import accumulate_returned_grads, all_to_all_rows
+from dtcp.softmax.op import AttentionOp, OpContext
+from dtcp.softmax.payload import ExchangeStrategy, KVPayload
+from dtcp.softmax.required_keys import KeyExchangeMetadata, NeededKeysAttention, all_gather_metadata
 from dtcp.softmax.values_op import ValuesOp
 
 
-class _AllGather(Carrier):
+class _AllGather(ExchangeStrategy):
     """One all_to_all out; backward brings the keys again and sends their gradients home."""
 
     def attend(
-        self, q: Tensor, carried: Carried, sink: Tensor | None, call: Call
+        self, q: Tensor, carried: KVPayload, sink: Tensor | None, call: OpContext
     ) -> tuple[Tensor, Tensor]:
-        tables = KeyTables(*call.tables)
-        queries = Queries.of(q, tables.first_key, tables.last_key)
-        keys = self._bring(carried, q.shape[1], tables, call)
-        partial = Partial.empty(q, keys.v.shape[-1])
-        attend(partial, queries, keys, tables.spans[0], call.how)
+        metadata = KeyExchangeMetadata(*call.metadata)
+        queries = Queries.of(q, metadata.first_key, metadata.last_key)
+        keys = self._bring(carried, q.shape[1], metadata, call)
+        partial = OnlineSoftmax.empty(q, keys.v.shape[-1])
+        attend(partial, queries, keys, metadata.spans[0], call.how)
         return partial.finish(sink, q.dtype)
 
     def attend_backward(
-        self, q: Tensor, carried: Carried, final: Final, call: Call
+        self, q: Tensor, carried: KVPayload, final: SavedForward, call: OpContext
     ) -> tuple[Tensor, Tensor]:
-        tables, length = KeyTables(*call.tables), q.shape[1]
-        keys = self._bring(carried, length, tables, call)
+        metadata, length = KeyExchangeMetadata(*call.metadata), q.shape[1]
+        keys = self._bring(carried, length, metadata, call)
         sums, dq = carried.sums(keys.v.shape[1]), zeros_for(q)
-        queries = Queries.of(q, tables.first_key, tables.last_key)
-        grads = Gradients(dq, sums.dk, sums.dv)
-        attend_backward(grads, final, queries, keys, tables.spans[0], call.how)
+        queries = Queries.of(q, metadata.first_key, metadata.last_key)
+        grads = GradAccumulators(dq, sums.dk, sums.dv)
+        attend_backward(grads, final, queries, keys, metadata.spans[0], call.how)
 
         rows = carried.close(sums, keys.v, 0).transpose(0, 1)
-        return dq, send_home(rows, tables, length, q.dtype, call)
+        return dq, return_grads(rows, metadata, length, q.dtype, call)
 
-    def _bring(self, carried: Carried, length: int, tables: KeyTables, call: Call) -> Keys:
+    def _bring(
+        self, carried: KVPayload, length: int, metadata: KeyExchangeMetadata, call: OpContext
+    ) -> Keys:
         """Local and needed keys, by ascending position."""
-        send, receive = tables.counts.tolist()
-        rows = exchange(carried.pack(tables.send_slot[: sum(send)]), send, receive, call)
-        order = line_up(tables, length)
+        send, receive = metadata.counts.tolist()
+        rows = all_to_all_rows(carried.pack(metadata.send_slot[: sum(send)]), send, receive, call)
+        order = sort_by_index(metadata, length)
         k, v = carried.lined_up(rows, order)
-        return Keys(k, v, tables.key_position[0, : order.numel()])
+        return Keys(k, v, metadata.key_token_index[0, : order.numel()])
 
 
-def line_up(tables: KeyTables, local: int) -> Tensor:
+def sort_by_index(metadata: KeyExchangeMetadata, local: int) -> Tensor:
     """Where each lined-up key comes from: the local ones, then those that arrive."""
-    return tables.line_up[: local + int(tables.counts[1].sum())]
+    return metadata.sort_by_index[: local + int(metadata.counts[1].sum())]
 
 
-def send_home(
-    rows: Tensor, tables: KeyTables, length: int, dtype: torch.dtype, call: Call
+def return_grads(
+    rows: Tensor, metadata: KeyExchangeMetadata, length: int, dtype: torch.dtype, call: OpContext
 ) -> Tensor:
     """Gradients of lined-up rows [K, B, G, W], summed where the rows came from: [B, L, G, W]."""
-    arrival = torch.empty_like(rows).index_copy_(0, line_up(tables, length).long(), rows)
+    arrival = torch.empty_like(rows).index_copy_(0, sort_by_index(metadata, length).long(), rows)
     here = arrival[:length].transpose(0, 1).contiguous()
-    send, receive = tables.counts.tolist()
-    home = exchange(arrival[length:].to(dtype), receive, send, call)
-    add_home(here, home, tables.send_slot[: sum(send)])
+    send, receive = metadata.counts.tolist()
+    home = all_to_all_rows(arrival[length:].to(dtype), receive, send, call)
+    accumulate_returned_grads(here, home, metadata.send_slot[: sum(send)])
     return here
 
 
@@ -103,7 +105,7 @@ class AllGatherAttention(NeededKeysAttention):
     def values_op(self) -> ValuesOp:
         return ALL_GATHER_VALUES
 
-    def make_tables(
+    def make_metadata(
         self,
         layout: SequenceLayout,
         rank: int,
@@ -111,4 +113,4 @@ class AllGatherAttention(NeededKeysAttention):
         *,
         tile: int = TILE,
     ) -> tuple[Tensor, ...]:
-        return all_at_once_tables(layout, rank, intervals, tile=tile)
+        return all_gather_metadata(layout, rank, intervals, tile=tile)

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtcp.distributed.collectives import group_of
-from dtcp.softmax.op import Call
+from dtcp.softmax.op import OpContext
 
 
-def add_home(sums: Tensor, rows: Tensor, slots: Tensor) -> None:
+def accumulate_returned_grads(sums: Tensor, rows: Tensor, slots: Tensor) -> None:
     """Add gradient rows [m, B, G, W] that came home to those of their tokens: [B, L, G, W]."""
     sums.index_add_(1, slots, rows.transpose(0, 1).to(sums.dtype))
 
 
-def exchange(rows: Tensor, send: list[int], receive: list[int], call: Call) -> Tensor:
+def all_to_all_rows(rows: Tensor, send: list[int], receive: list[int], call: OpContext) -> Tensor:
     """One all_to_all of rows, ordered by rank: [sum(send), ...] -> [sum(receive), ...]."""
     group = group_of(call.groups[-1])
     width = rows[:1].numel() if rows.shape[0] else rows.new_empty(1, *rows.shape[1:]).numel()
@@ -51,7 +51,7 @@ class Transfer:
         return self.arrived
 
 
-def post(rows: Tensor, count: int, step: int, call: Call, *, tag: int = 0) -> Transfer:
+def isend_irecv(rows: Tensor, count: int, step: int, call: OpContext, *, tag: int = 0) -> Transfer:
     """Send rows to the rank `step` places on and receive `count` rows from as far back.
 
     Ranks pair up, each on its own link, so no step waits for a neighbour to pass data on, and

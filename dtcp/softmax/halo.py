@@ -9,7 +9,7 @@ from torch import Tensor
 from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.softmax.all_gather import AllGatherAttention
-from dtcp.softmax.required_keys import all_at_once_tables
+from dtcp.softmax.required_keys import all_gather_metadata
 
 
 @dataclass
@@ -43,7 +43,7 @@ class HaloAttention(AllGatherAttention):
                 f"window={self.window}, right={self.right}: give it the mask's window."
             )
 
-    def make_tables(
+    def make_metadata(
         self,
         layout: SequenceLayout,
         rank: int,
@@ -52,10 +52,10 @@ class HaloAttention(AllGatherAttention):
         tile: int = TILE,
     ) -> tuple[Tensor, ...]:
         first, last = intervals
-        position = torch.arange(layout.seq_len)
+        token_index = torch.arange(layout.seq_len)
         sees = last >= first
-        left = int((position - first)[sees].max()) if bool(sees.any()) else 0
-        right = int((last - position)[sees].max()) if bool(sees.any()) else 0
+        left = int((token_index - first)[sees].max()) if bool(sees.any()) else 0
+        right = int((last - token_index)[sees].max()) if bool(sees.any()) else 0
         if left >= self.window or right > self.right:
             raise ValueError(
                 f"{self} brings what a window sees, got a mask that sees {left} tokens to the "
@@ -66,4 +66,4 @@ class HaloAttention(AllGatherAttention):
         segments = 1 if isinstance(layout, Contiguous) else 2
         halo = segments * (self.window - 1 + self.right)
         capacity = min(layout.seq_len, layout.shard_len + halo)
-        return all_at_once_tables(layout, rank, intervals, capacity=capacity, tile=tile)
+        return all_gather_metadata(layout, rank, intervals, capacity=capacity, tile=tile)

@@ -17,7 +17,7 @@ from dtcp.softmax.ulysses import (
     UlyssesAttention,
     heads_received,
     joined,
-    reorder_tables,
+    reorder_indices,
 )
 
 ULYSSES_RING = AttentionOp("ulysses_ring_attention", Ulysses(RING.strategy))
@@ -69,7 +69,7 @@ class HybridAttention(AttentionStyle):
             self._made = (axis, [group_name(axis), *names])
         return self._made[1]
 
-    def make_tables(
+    def make_metadata(
         self,
         layout: SequenceLayout,
         rank: int,
@@ -79,8 +79,8 @@ class HybridAttention(AttentionStyle):
     ) -> tuple[Tensor, ...]:
         groups = layout.num_shards // self.inner_ranks
         group = rank // self.inner_ranks
-        between = self.outer.make_tables(joined(layout, groups), group, intervals, tile=tile)
-        return (*reorder_tables(layout, groups, group), *between)
+        between = self.outer.make_metadata(joined(layout, groups), group, intervals, tile=tile)
+        return (*reorder_indices(layout, groups, group), *between)
 
     def received(
         self,

@@ -8,26 +8,26 @@ from torch import Tensor
 
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import (
-    Final,
-    Gradients,
+    GradAccumulators,
     Keys,
-    Partial,
+    OnlineSoftmax,
     Queries,
+    SavedForward,
     attend,
     attend_backward,
     local_sink_gradient,
     zeros_for,
 )
-from dtcp.kernels.softmax.block_ranges import TILE, key_spans
+from dtcp.kernels.softmax.block_ranges import TILE, block_ranges
 from dtcp.softmax.op import (
+    AttentionInputs,
     AttentionOp,
-    Call,
-    Given,
-    Kept,
+    ForwardResult,
+    OpContext,
 )
 
 
-class LocalTables(NamedTuple):
+class LocalMetadata(NamedTuple):
     """What attention on one device reads: for one mask and one batch.
 
     In all tables, int32 goes to the device of the batch and int64 stays on the host.
@@ -35,15 +35,15 @@ class LocalTables(NamedTuple):
 
     first_key: Tensor  # [B, S] int32
     last_key: Tensor  # [B, S] int32
-    key_position: Tensor  # [S] int32
+    key_token_index: Tensor  # [S] int32
     spans: Tensor  # [B, tiles, 6] int64
 
 
-def local_tables(first_key: Tensor, last_key: Tensor, *, tile: int = TILE) -> LocalTables:
+def local_metadata(first_key: Tensor, last_key: Tensor, *, tile: int = TILE) -> LocalMetadata:
     """Tables for whole rows in position order, from the intervals of a mask: [B, S] each."""
-    position = torch.arange(first_key.shape[1], dtype=torch.int32)
-    spans = key_spans(first_key, last_key, position, tile=tile)
-    return LocalTables(first_key, last_key, position, spans)
+    token_index = torch.arange(first_key.shape[1], dtype=torch.int32)
+    spans = block_ranges(first_key, last_key, token_index, tile=tile)
+    return LocalMetadata(first_key, last_key, token_index, spans)
 
 
 class Local:
@@ -51,24 +51,26 @@ class Local:
 
     keeps_own_form = False
 
-    def forward(self, x: Given, call: Call) -> Kept:
-        tables = LocalTables(*call.tables)
-        partial = Partial.empty(x.q, x.v.shape[-1])
-        queries = Queries.of(x.q, tables.first_key, tables.last_key)
-        attend(partial, queries, Keys(x.k, x.v, tables.key_position), tables.spans, call.how)
+    def forward(self, x: AttentionInputs, call: OpContext) -> ForwardResult:
+        metadata = LocalMetadata(*call.metadata)
+        partial = OnlineSoftmax.empty(x.q, x.v.shape[-1])
+        queries = Queries.of(x.q, metadata.first_key, metadata.last_key)
+        attend(partial, queries, Keys(x.k, x.v, metadata.key_token_index), metadata.spans, call.how)
         out, lse = partial.finish(x.sink, x.q.dtype)
-        return Kept(out, [lse])
+        return ForwardResult(out, [lse])
 
-    def backward(self, grad_out: Tensor, x: Given, kept: Kept, call: Call) -> Given:
-        tables = LocalTables(*call.tables)
-        final = Final(grad_out, kept.out, kept.saved[0])
-        grads = Gradients(zeros_for(x.q), zeros_for(x.k), zeros_for(x.v))
-        queries = Queries.of(x.q, tables.first_key, tables.last_key)
-        keys = Keys(x.k, x.v, tables.key_position)
-        attend_backward(grads, final, queries, keys, tables.spans, call.how)
-        return Given(*grads, local_sink_gradient(final, x.sink))
+    def backward(
+        self, grad_out: Tensor, x: AttentionInputs, kept: ForwardResult, call: OpContext
+    ) -> AttentionInputs:
+        metadata = LocalMetadata(*call.metadata)
+        final = SavedForward(grad_out, kept.out, kept.saved[0])
+        grads = GradAccumulators(zeros_for(x.q), zeros_for(x.k), zeros_for(x.v))
+        queries = Queries.of(x.q, metadata.first_key, metadata.last_key)
+        keys = Keys(x.k, x.v, metadata.key_token_index)
+        attend_backward(grads, final, queries, keys, metadata.spans, call.how)
+        return AttentionInputs(*grads, local_sink_gradient(final, x.sink))
 
-    def saved_like(self, x: Given, groups: Sequence[str]) -> list[Tensor]:
+    def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
         return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
 
 

@@ -4,7 +4,7 @@ Everything else in a transformer is per token and needs no context parallelism. 
 parameters and runs on one device as it stands; a style (style.py) replaces how it is carried
 out over a mesh axis, and no other line of the model knows.
 
-A mixer reads `tables`: what the batch brings, made once on the host (`batch_tables`), by mixer
+A mixer reads `metadata`: what the batch brings, made once on the host (`batch_metadata`), by mixer
 kind. A model takes tables as an argument and hands them through.
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from dtcp.kernels.rotary import rotate
-from dtcp.kernels.softmax.api import Softmax
-from dtcp.mixer import Mixer, Tables, check_position, rotary_position
+from dtcp.kernels.softmax.api import SoftmaxParams
+from dtcp.mixer import BatchMetadata, Mixer, check_position_ids, position_ids_of
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Coords, Mask
-from dtcp.softmax.local import ATTENTION, local_tables
+from dtcp.softmax.local import ATTENTION, local_metadata
 
 
 class MaskedMixer(Mixer):
@@ -37,26 +37,28 @@ class MaskedMixer(Mixer):
         self.mask = mask
         self.scale = scale
         self.softcap = softcap
-        self.table_key = self.key_of(f"{mask}")
+        self.metadata_key = self.key_of(f"{mask}")
 
     def key_of(self, read: str) -> str:
         """The name of this kind's tables, for a mask or for a mask and a style."""
         return read
 
-    def softmax(self, q: Tensor) -> Softmax:
-        return Softmax(q.shape[-1] ** -0.5 if self.scale is None else self.scale, self.softcap)
+    def softmax(self, q: Tensor) -> SoftmaxParams:
+        return SoftmaxParams(
+            q.shape[-1] ** -0.5 if self.scale is None else self.scale, self.softcap
+        )
 
-    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
+    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
         if layout is not None and layout.num_shards > 1:
             raise ValueError(
                 f"A sequence is sharded only where every mixer is claimed by a plan, got an "
                 f"unclaimed {self} with {layout}: add a style for it to the plan."
             )
-        return self.tables_of(coords)
+        return self.whole_row_metadata(coords)
 
-    def tables_of(self, coords: Coords) -> Sequence[Tensor]:
+    def whole_row_metadata(self, coords: Coords) -> Sequence[Tensor]:
         """The tables of whole rows, on one device."""
-        return local_tables(*self.mask.intervals(coords))
+        return local_metadata(*self.mask.intervals(coords))
 
     def extra_repr(self) -> str:
         return f"mask={self.mask}, scale={self.scale}, softcap={self.softcap}"
@@ -66,7 +68,13 @@ class SoftmaxAttention(MaskedMixer):
     """Scaled dot-product attention under a mask."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, *, sink: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        metadata: BatchMetadata,
+        *,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -74,12 +82,12 @@ class SoftmaxAttention(MaskedMixer):
             q: [B, L, H, D].
             k: [B, L, G, D], H a multiple of G; query head h reads kv head h // (H / G).
             v: [B, L, G, V].
-            tables: what the batch brings.
+            metadata: what the batch brings.
             sink: [H], one score a head that takes its share of the softmax and adds nothing.
         Returns:
             [B, L, H, V].
         """
-        return ATTENTION(q, k, v, tables[self.table_key], self.softmax(q), sink=sink)
+        return ATTENTION(q, k, v, metadata[self.metadata_key], self.softmax(q), sink=sink)
 
 
 class KeysFromValues(MaskedMixer):
@@ -96,32 +104,32 @@ class KeysFromValues(MaskedMixer):
         self,
         q: Tensor,
         v: Tensor,
-        position: Tensor,
+        position_ids: Tensor,
         key_scale: Tensor,
         frequency: Tensor,
-        tables: Tables,
+        metadata: BatchMetadata,
     ) -> Tensor:
         """Attend to k = rotate(v * key_scale) and v.
 
         Args:
             q: [B, L, H, D], not rotated yet.
             v: [B, L, G, D].
-            position: [B, L], the batch's.
+            position_ids: [B, L], the batch's.
             key_scale: [D].
             frequency: [D / 2], radians per token of every pair of channels.
         Returns:
             [B, L, H, D].
         """
-        *read, known = tables[self.table_key]
-        check_position(position, known, read[1] >= read[0])
+        *read, known = metadata[self.metadata_key]
+        check_position_ids(position_ids, known, read[1] >= read[0])
         q, k = (rotate(x, known, frequency) for x in (q, v * key_scale))
         return ATTENTION(q, k, v, read, self.softmax(q))
 
     def alone(self, *args: Any, **kwargs: Any) -> Tensor:
         return super().alone(args[0], args[1], args[1])
 
-    def tables_of(self, coords: Coords) -> Sequence[Tensor]:
-        return (*super().tables_of(coords), rotary_position(coords))
+    def whole_row_metadata(self, coords: Coords) -> Sequence[Tensor]:
+        return (*super().whole_row_metadata(coords), position_ids_of(coords))
 
 
 class KeyExchange(MaskedMixer):
@@ -134,17 +142,17 @@ class KeyExchange(MaskedMixer):
     def key_of(self, read: str) -> str:
         return f"{read}, brought once"
 
-    def forward(self, x: Tensor, tables: Tables) -> Tensor:
+    def forward(self, x: Tensor, metadata: BatchMetadata) -> Tensor:
         """Bring the rows of x [B, L, G, W] that this rank's queries see: [B, K, G, W]."""
         return x
 
-    def position(self, position: Tensor, tables: Tables) -> Tensor:
+    def position_ids(self, position_ids: Tensor, metadata: BatchMetadata) -> Tensor:
         """Positions in their documents of what `forward` brings: [B, K]."""
-        return position
+        return position_ids
 
     def alone(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = args[0]
         return x
 
-    def tables_of(self, coords: Coords) -> Sequence[Tensor]:
+    def whole_row_metadata(self, coords: Coords) -> Sequence[Tensor]:
         return ()

@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from dtcp.distributed.ledger import LEDGER
-from dtcp.kernels.softmax.api import Softmax
+from dtcp.kernels.softmax.api import SoftmaxParams
 
 SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor[] tables, float scale, float softcap,"
+    "(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor[] metadata, float scale, float softcap,"
     " str[] groups) -> (Tensor, Tensor[])"
 )
 BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor out, Tensor[] saved,"
-    " Tensor[] tables, int kv_heads, float scale, float softcap, str[] groups)"
+    " Tensor[] metadata, int kv_heads, float scale, float softcap, str[] groups)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-class Given(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What attention is of, as plain local tensors; or the gradients of these."""
 
     q: Tensor  # [B, L, H, D]
@@ -37,7 +37,7 @@ class Given(NamedTuple):
     sink: Tensor | None  # [H]
 
 
-class Kept(NamedTuple):
+class ForwardResult(NamedTuple):
     """What forward comes to, and what backward reads again besides what was given."""
 
     out: Tensor  # [B, L, H, V], in q's dtype
@@ -53,26 +53,28 @@ class Strategy(Protocol):
 
     keeps_own_form: bool
 
-    def forward(self, x: Given, call: "Call") -> Kept:
-        """Attend; `call.tables` is what the style worked out for the batch."""
+    def forward(self, x: AttentionInputs, call: "OpContext") -> ForwardResult:
+        """Attend; `call.metadata` is what the style worked out for the batch."""
         ...
 
-    def backward(self, grad_out: Tensor, x: Given, kept: Kept, call: "Call") -> Given:
+    def backward(
+        self, grad_out: Tensor, x: AttentionInputs, kept: ForwardResult, call: "OpContext"
+    ) -> AttentionInputs:
         """The gradients of x."""
         ...
 
-    def saved_like(self, x: Given, groups: Sequence[str]) -> list[Tensor]:
+    def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
         """Empty tensors of the shapes and dtypes of what forward saves."""
         ...
 
 
 @dataclass(frozen=True)
-class Call:
+class OpContext:
     """What a call carries besides its tensors."""
 
     op: str
-    tables: Sequence[Tensor]
-    how: Softmax
+    metadata: Sequence[Tensor]
+    how: SoftmaxParams
     groups: Sequence[str]
     kv_heads: int
 
@@ -100,39 +102,39 @@ class AttentionOp:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        tables: Sequence[Tensor],
-        how: Softmax,
+        metadata: Sequence[Tensor],
+        how: SoftmaxParams,
         *,
         groups: Sequence[str] = (),
         sink: Tensor | None = None,
     ) -> Tensor:
-        return self.forward(q, k, v, sink, list(tables), how.scale, how.softcap, list(groups))[0]
+        return self.forward(q, k, v, sink, list(metadata), how.scale, how.softcap, list(groups))[0]
 
-    def _forward(self, q, k, v, sink, tables, scale, softcap, groups):  # type: ignore[no-untyped-def]
+    def _forward(self, q, k, v, sink, metadata, scale, softcap, groups):  # type: ignore[no-untyped-def]
         LEDGER.record(f"dtcp::{self.name}")
-        how = Softmax(scale, softcap)
-        call = Call(f"dtcp::{self.name}", tables, how, groups, k.shape[2])
-        out, saved = self.strategy.forward(Given(q, k, v, sink), call)
+        how = SoftmaxParams(scale, softcap)
+        call = OpContext(f"dtcp::{self.name}", metadata, how, groups, k.shape[2])
+        out, saved = self.strategy.forward(AttentionInputs(q, k, v, sink), call)
         return out.contiguous(), [x.contiguous() for x in saved]
 
-    def _forward_fake(self, q, k, v, sink, tables, scale, softcap, groups):  # type: ignore[no-untyped-def]
+    def _forward_fake(self, q, k, v, sink, metadata, scale, softcap, groups):  # type: ignore[no-untyped-def]
         out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-        return out, self.strategy.saved_like(Given(q, k, v, sink), groups)
+        return out, self.strategy.saved_like(AttentionInputs(q, k, v, sink), groups)
 
     def _backward(  # type: ignore[no-untyped-def]
-        self, grad_out, q, k, v, sink, out, saved, tables, kv_heads, scale, softcap, groups
+        self, grad_out, q, k, v, sink, out, saved, metadata, kv_heads, scale, softcap, groups
     ):
         LEDGER.record(f"dtcp::{self.name}_backward")
-        how = Softmax(scale, softcap)
-        call = Call(f"dtcp::{self.name}_backward", tables, how, groups, kv_heads)
-        x, kept = Given(q, k, v, sink), Kept(out, saved)
+        how = SoftmaxParams(scale, softcap)
+        call = OpContext(f"dtcp::{self.name}_backward", metadata, how, groups, kv_heads)
+        x, kept = AttentionInputs(q, k, v, sink), ForwardResult(out, saved)
         *grads, dsink = self.strategy.backward(grad_out, x, kept, call)
         dsink = q.new_zeros(0) if dsink is None else dsink
         wanted = zip(grads, (q, k, v), strict=True)
         return (*(grad.to(x.dtype).contiguous() for grad, x in wanted), dsink)
 
     def _backward_fake(  # type: ignore[no-untyped-def]
-        self, grad_out, q, k, v, sink, out, saved, tables, kv_heads, scale, softcap, groups
+        self, grad_out, q, k, v, sink, out, saved, metadata, kv_heads, scale, softcap, groups
     ):
         empty = [x.new_empty(x.shape) for x in (q, k, v)]
         if self.strategy.keeps_own_form:
@@ -142,22 +144,22 @@ class AttentionOp:
         return (*empty, q.new_empty(0) if sink is None else sink.new_empty(sink.shape))
 
     def _keep(self, ctx, inputs, output):  # type: ignore[no-untyped-def]
-        q, k, v, sink, tables, ctx.scale, ctx.softcap, ctx.groups = inputs
+        q, k, v, sink, metadata, ctx.scale, ctx.softcap, ctx.groups = inputs
         out, saved = output
-        ctx.kv_heads, ctx.has_sink, ctx.num_tables = k.shape[2], sink is not None, len(tables)
+        ctx.kv_heads, ctx.has_sink, ctx.num_metadata = k.shape[2], sink is not None, len(metadata)
         kept = saved if self.strategy.keeps_own_form else [q, k, v, out, *saved]
-        ctx.save_for_backward(*tables, *([sink] if ctx.has_sink else []), *kept)
+        ctx.save_for_backward(*metadata, *([sink] if ctx.has_sink else []), *kept)
         ctx.mark_non_differentiable(*saved)
 
     def _differentiate(self, ctx, grad_out, _):  # type: ignore[no-untyped-def]
         # Read once: checkpointing recomputes at the first look and refuses a second.
         kept = ctx.saved_tensors
-        tables, rest = kept[: ctx.num_tables], kept[ctx.num_tables :]
+        metadata, rest = kept[: ctx.num_metadata], kept[ctx.num_metadata :]
         sink, rest = (rest[0], rest[1:]) if ctx.has_sink else (None, rest)
         q, k, v, out, *saved = rest
         how = (ctx.kv_heads, ctx.scale, ctx.softcap, ctx.groups)
-        *grads, dsink = self.backward(grad_out, q, k, v, sink, out, saved, list(tables), *how)
+        *grads, dsink = self.backward(grad_out, q, k, v, sink, out, saved, list(metadata), *how)
         dsink = dsink if ctx.has_sink else None
         # torch takes a list of names for one argument, but an empty list for a list of tensors.
-        no_grad: tuple[Any, ...] = ([None] * len(tables), None, None, None if ctx.groups else [])
+        no_grad: tuple[Any, ...] = ([None] * len(metadata), None, None, None if ctx.groups else [])
         return (*grads, dsink, *no_grad)

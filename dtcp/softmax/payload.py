@@ -8,11 +8,11 @@ from torch import Tensor
 
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.rotary import rotate
-from dtcp.kernels.softmax.api import Final, local_sink_gradient
-from dtcp.softmax.op import Call, Given, Kept
+from dtcp.kernels.softmax.api import SavedForward, local_sink_gradient
+from dtcp.softmax.op import AttentionInputs, ForwardResult, OpContext
 
 
-class Sums(NamedTuple):
+class GradBuffers(NamedTuple):
     """Room to sum the gradients of some keys in, in fp32 (fp64 for fp64)."""
 
     rows: Tensor  # [B, m, G, W], of what travelled; right once `close` was called
@@ -20,7 +20,7 @@ class Sums(NamedTuple):
     dv: Tensor  # [B, m, G, V]
 
 
-class Carried(Protocol):
+class KVPayload(Protocol):
     """Local keys and values as rows [.., W] that travel. `part` says which step's keys are meant.
 
     Rows travel in the model's dtype, their gradients as one row per rank that used the key.
@@ -42,16 +42,16 @@ class Carried(Protocol):
         """k and v of local tokens and of rows that came, put in order."""
         ...
 
-    def sums(self, tokens: int) -> Sums:
+    def sums(self, tokens: int) -> GradBuffers:
         """Room for the gradients of so many keys."""
         ...
 
-    def close(self, sums: Sums, v: Tensor, part: int) -> Tensor:
+    def close(self, sums: GradBuffers, v: Tensor, part: int) -> Tensor:
         """Gradients of the rows [B, m, G, W], once dk and dv have been summed."""
         ...
 
 
-class Pairs:
+class KeyValuePayload:
     """A key and a value of their own: both travel, in one row.
 
     Args:
@@ -77,12 +77,12 @@ class Pairs:
         k, v = torch.cat((self.k, far_k), dim=1), torch.cat((self.v, far_v), dim=1)
         return k.index_select(1, order), v.index_select(1, order)
 
-    def sums(self, tokens: int) -> Sums:
+    def sums(self, tokens: int) -> GradBuffers:
         width = self.k.shape[-1] + self.v.shape[-1]
         rows = _zeros(self.v, tokens, width)
-        return Sums(rows, *self.split(rows))
+        return GradBuffers(rows, *self.split(rows))
 
-    def close(self, sums: Sums, v: Tensor, part: int) -> Tensor:
+    def close(self, sums: GradBuffers, v: Tensor, part: int) -> Tensor:
         return sums.rows
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,18 +90,25 @@ class Pairs:
         return rows[..., :width], rows[..., width:]
 
 
-class Values:
+class ValueOnlyPayload:
     """Values alone travel: a key is its value, scaled and rotated, and is made again on arrival.
 
     Args:
         v: [B, L, G, D].
         key_scale: [D].
         frequency: [D / 2].
-        position: [parts, B, K] int32, of the keys of each part in their documents.
+        position_ids: [parts, B, K] int32, of the keys of each part in their documents.
     """
 
-    def __init__(self, v: Tensor, key_scale: Tensor, frequency: Tensor, position: Tensor) -> None:
-        self.v, self.key_scale, self.frequency, self.position = v, key_scale, frequency, position
+    def __init__(
+        self, v: Tensor, key_scale: Tensor, frequency: Tensor, position_ids: Tensor
+    ) -> None:
+        self.v, self.key_scale, self.frequency, self.position_ids = (
+            v,
+            key_scale,
+            frequency,
+            position_ids,
+        )
         self.scale_gradient = torch.zeros_like(key_scale, dtype=accumulation(v.dtype))
 
     def pack(self, slots: Tensor) -> Tensor:
@@ -118,11 +125,11 @@ class Values:
         v = torch.cat((self.v, rows.transpose(0, 1)), dim=1).index_select(1, order)
         return self._key(v, 0), v
 
-    def sums(self, tokens: int) -> Sums:
+    def sums(self, tokens: int) -> GradBuffers:
         dk, dv = (_zeros(self.v, tokens, self.v.shape[-1]) for _ in range(2))
-        return Sums(dv, dk, dv)
+        return GradBuffers(dv, dk, dv)
 
-    def close(self, sums: Sums, v: Tensor, part: int) -> Tensor:
+    def close(self, sums: GradBuffers, v: Tensor, part: int) -> Tensor:
         back = rotate(sums.dk, -self._at(v, part), self.frequency)
         self.scale_gradient += (back * v.to(back.dtype)).sum((0, 1, 2))
         return sums.rows.add_(back * self.key_scale.to(back.dtype))
@@ -131,10 +138,10 @@ class Values:
         return rotate(v * self.key_scale, self._at(v, part), self.frequency)
 
     def _at(self, v: Tensor, part: int) -> Tensor:
-        return self.position[part, :, : v.shape[1]]
+        return self.position_ids[part, :, : v.shape[1]]
 
 
-class Carrier:
+class ExchangeStrategy:
     """A strategy that does not look into what it carries: one for pairs is one for values.
 
     As an op.Strategy it carries pairs.
@@ -143,27 +150,29 @@ class Carrier:
     keeps_own_form = False
 
     def attend(
-        self, q: Tensor, carried: Carried, sink: Tensor | None, call: Call
+        self, q: Tensor, carried: KVPayload, sink: Tensor | None, call: OpContext
     ) -> tuple[Tensor, Tensor]:
         """out [B, L, H, V] in q's dtype and lse [B, L, H]."""
         raise NotImplementedError
 
     def attend_backward(
-        self, q: Tensor, carried: Carried, final: Final, call: Call
+        self, q: Tensor, carried: KVPayload, final: SavedForward, call: OpContext
     ) -> tuple[Tensor, Tensor]:
         """dq and the gradients of the local rows [B, L, G, W]."""
         raise NotImplementedError
 
-    def forward(self, x: Given, call: Call) -> Kept:
-        out, lse = self.attend(x.q, Pairs(x.k, x.v), x.sink, call)
-        return Kept(out, [lse])
+    def forward(self, x: AttentionInputs, call: OpContext) -> ForwardResult:
+        out, lse = self.attend(x.q, KeyValuePayload(x.k, x.v), x.sink, call)
+        return ForwardResult(out, [lse])
 
-    def backward(self, grad_out: Tensor, x: Given, kept: Kept, call: Call) -> Given:
-        final, pairs = Final(grad_out, kept.out, kept.saved[0]), Pairs(x.k, x.v)
+    def backward(
+        self, grad_out: Tensor, x: AttentionInputs, kept: ForwardResult, call: OpContext
+    ) -> AttentionInputs:
+        final, pairs = SavedForward(grad_out, kept.out, kept.saved[0]), KeyValuePayload(x.k, x.v)
         dq, rows = self.attend_backward(x.q, pairs, final, call)
-        return Given(dq, *pairs.split(rows), local_sink_gradient(final, x.sink))
+        return AttentionInputs(dq, *pairs.split(rows), local_sink_gradient(final, x.sink))
 
-    def saved_like(self, x: Given, groups: Sequence[str]) -> list[Tensor]:
+    def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
         return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
 
 

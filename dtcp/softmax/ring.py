@@ -7,71 +7,73 @@ import torch
 from torch import Tensor
 
 from dtcp.kernels.softmax.api import (
-    Final,
-    Gradients,
+    GradAccumulators,
     Keys,
-    Partial,
+    OnlineSoftmax,
     Queries,
+    SavedForward,
     attend,
     attend_backward,
     zeros_for,
 )
 from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.softmax.exchange import Transfer, add_home, post
-from dtcp.softmax.op import AttentionOp, Call
-from dtcp.softmax.payload import Carried, Carrier
-from dtcp.softmax.required_keys import KeyTables, NeededKeysAttention, step_by_step_tables
+from dtcp.softmax.exchange import Transfer, accumulate_returned_grads, isend_irecv
+from dtcp.softmax.op import AttentionOp, OpContext
+from dtcp.softmax.payload import ExchangeStrategy, KVPayload
+from dtcp.softmax.required_keys import KeyExchangeMetadata, NeededKeysAttention, ring_metadata
 from dtcp.softmax.values_op import ValuesOp
 
 _GRADIENTS = 1  # tag of gradient transfers; keys travel under 0
 
 
-class _Ring(Carrier):
+class _Ring(ExchangeStrategy):
     """n steps; at most two shards' keys are held: the one attended to and the one arriving."""
 
     def attend(
-        self, q: Tensor, carried: Carried, sink: Tensor | None, call: Call
+        self, q: Tensor, carried: KVPayload, sink: Tensor | None, call: OpContext
     ) -> tuple[Tensor, Tensor]:
-        tables = KeyTables(*call.tables)
-        queries = Queries.of(q, tables.first_key, tables.last_key)
+        metadata = KeyExchangeMetadata(*call.metadata)
+        queries = Queries.of(q, metadata.first_key, metadata.last_key)
         partial = None
-        for step, keys in _steps(carried, tables, call):
+        for step, keys in _steps(carried, metadata, call):
             if partial is None:
-                partial = Partial.empty(q, keys.v.shape[-1])
-            attend(partial, queries, keys, tables.spans[step], call.how)
+                partial = OnlineSoftmax.empty(q, keys.v.shape[-1])
+            attend(partial, queries, keys, metadata.spans[step], call.how)
         assert partial is not None
         return partial.finish(sink, q.dtype)
 
     def attend_backward(
-        self, q: Tensor, carried: Carried, final: Final, call: Call
+        self, q: Tensor, carried: KVPayload, final: SavedForward, call: OpContext
     ) -> tuple[Tensor, Tensor]:
-        tables, dq = KeyTables(*call.tables), zeros_for(q)
-        queries = Queries.of(q, tables.first_key, tables.last_key)
-        sent = tables.counts[0].tolist()
-        slots = tables.send_slot[: sum(sent)].split(sent)
+        metadata, dq = KeyExchangeMetadata(*call.metadata), zeros_for(q)
+        queries = Queries.of(q, metadata.first_key, metadata.last_key)
+        sent = metadata.counts[0].tolist()
+        slots = metadata.send_slot[: sum(sent)].split(sent)
         here, going_home = torch.empty(0), None
-        for step, keys in _steps(carried, tables, call):
+        for step, keys in _steps(carried, metadata, call):
             sums = carried.sums(keys.v.shape[1])
-            grads = Gradients(dq, sums.dk, sums.dv)
-            attend_backward(grads, final, queries, keys, tables.spans[step], call.how)
+            grads = GradAccumulators(dq, sums.dk, sums.dv)
+            attend_backward(grads, final, queries, keys, metadata.spans[step], call.how)
             found = carried.close(sums, keys.v, step)
             if step == 0:
                 here = found
                 continue
             if going_home is not None:
-                add_home(here, going_home.wait(), slots[step - 1])
+                accumulate_returned_grads(here, going_home.wait(), slots[step - 1])
             rows = found.transpose(0, 1).to(q.dtype).contiguous()
-            going_home = post(rows, sent[step], -step, call, tag=_GRADIENTS)
+            going_home = isend_irecv(rows, sent[step], -step, call, tag=_GRADIENTS)
         if going_home is not None:
-            add_home(here, going_home.wait(), slots[-1])
+            accumulate_returned_grads(here, going_home.wait(), slots[-1])
         return dq, here
 
 
-def _steps(carried: Carried, tables: KeyTables, call: Call) -> Iterator[tuple[int, Keys]]:
+def _steps(
+    carried: KVPayload, metadata: KeyExchangeMetadata, call: OpContext
+) -> Iterator[tuple[int, Keys]]:
     """(step, keys) from this rank's own on; the next step's transfer is under way already."""
-    sent, received = tables.counts.tolist()
-    slots = tables.send_slot[: sum(sent)].split(sent)
+    sent, received = metadata.counts.tolist()
+    slots = metadata.send_slot[: sum(sent)].split(sent)
     arriving: Transfer | None = None
     for step in range(len(sent)):
         if arriving is not None:
@@ -80,8 +82,8 @@ def _steps(carried: Carried, tables: KeyTables, call: Call) -> Iterator[tuple[in
             k, v = carried.here(step)
         ahead = step + 1
         if ahead < len(sent):
-            arriving = post(carried.pack(slots[ahead]), received[ahead], ahead, call)
-        yield step, Keys(k, v, tables.key_position[step, : k.shape[1]])
+            arriving = isend_irecv(carried.pack(slots[ahead]), received[ahead], ahead, call)
+        yield step, Keys(k, v, metadata.key_token_index[step, : k.shape[1]])
 
 
 RING = AttentionOp("ring_attention", _Ring())
@@ -113,7 +115,7 @@ class RingAttention(NeededKeysAttention):
     def values_op(self) -> ValuesOp:
         return RING_VALUES
 
-    def make_tables(
+    def make_metadata(
         self,
         layout: SequenceLayout,
         rank: int,
@@ -121,4 +123,4 @@ class RingAttention(NeededKeysAttention):
         *,
         tile: int = TILE,
     ) -> tuple[Tensor, ...]:
-        return step_by_step_tables(layout, rank, intervals, tile=tile)
+        return ring_metadata(layout, rank, intervals, tile=tile)

@@ -10,22 +10,22 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.ledger import LEDGER
 from dtcp.kernels.dtypes import accumulation
-from dtcp.kernels.softmax.api import Softmax
+from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.block_ranges import TILE
-from dtcp.mixer import Tables, check_position
+from dtcp.mixer import BatchMetadata, check_position_ids
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Coords, Mask
-from dtcp.softmax.all_gather import AllGatherAttention, line_up, send_home
-from dtcp.softmax.exchange import exchange
-from dtcp.softmax.local import ATTENTION, LocalTables
+from dtcp.softmax.all_gather import AllGatherAttention, return_grads, sort_by_index
+from dtcp.softmax.exchange import all_to_all_rows
+from dtcp.softmax.local import ATTENTION, LocalMetadata
 from dtcp.softmax.mixer import KeyExchange, SoftmaxAttention
-from dtcp.softmax.op import AttentionOp, Call
-from dtcp.softmax.required_keys import KeyTables
+from dtcp.softmax.op import AttentionOp, OpContext
+from dtcp.softmax.required_keys import KeyExchangeMetadata
 from dtcp.softmax.style import AttentionStyle, ContextParallelMixer
 
 
 @dataclass
-class BroughtAttention(AttentionStyle):
+class SharedKVAttention(AttentionStyle):
     """Carry out a KeyExchange, and every SoftmaxAttention that attends to what it brings.
 
     Keys cross once for all the layers that share them, and their gradients are summed on the
@@ -48,7 +48,7 @@ class BroughtAttention(AttentionStyle):
     def check(self, mask: Mask, layout: SequenceLayout) -> None:
         self.how.check(mask, layout)
 
-    def make_tables(
+    def make_metadata(
         self,
         layout: SequenceLayout,
         rank: int,
@@ -56,13 +56,13 @@ class BroughtAttention(AttentionStyle):
         *,
         tile: int = TILE,
     ) -> tuple[Tensor, ...]:
-        return self.how.make_tables(layout, rank, intervals, tile=tile)
+        return self.how.make_metadata(layout, rank, intervals, tile=tile)
 
-    def mixer_tables(
+    def collect_metadata(
         self, mask: Mask, coords: Coords, layout: SequenceLayout, rank: int
     ) -> tuple[Tensor, ...]:
-        """KeyTables, and the positions of queries [B, L] and of lined-up keys [1, B, K]."""
-        return self.how.values_tables(mask, coords, layout, rank)
+        """KeyExchangeMetadata, and position_ids of queries [B, L] and of keys [1, B, K]."""
+        return self.how.value_only_metadata(mask, coords, layout, rank)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         claimed: dict[type, type[ContextParallelMixer]] = {
@@ -83,79 +83,85 @@ class _Bring(ContextParallelMixer, KeyExchange):
     def key_of(self, read: str) -> str:
         return read
 
-    def forward(self, x: Tensor, tables: Tables) -> Tensor:
-        return _bring(x, list(self.own(tables)), self.groups[-1])
+    def forward(self, x: Tensor, metadata: BatchMetadata) -> Tensor:
+        return _bring(x, list(self.own(metadata)), self.groups[-1])
 
-    def position(self, position: Tensor, tables: Tables) -> Tensor:
-        *read, known, key_position = self.own(tables)
-        check_position(position, known, read[1] >= read[0])
-        return key_position[0]
+    def position_ids(self, position_ids: Tensor, metadata: BatchMetadata) -> Tensor:
+        *read, known, key_token_index = self.own(metadata)
+        check_position_ids(position_ids, known, read[1] >= read[0])
+        return key_token_index[0]
 
 
 class _AttendToBrought(ContextParallelMixer, SoftmaxAttention):
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, *, sink: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        metadata: BatchMetadata,
+        *,
+        sink: Tensor | None = None,
     ) -> Tensor:
-        keys = _keys(self.own(tables))
-        local = LocalTables(keys.first_key, keys.last_key, keys.key_position[0], keys.spans[0])
+        keys = _keys(self.own(metadata))
+        local = LocalMetadata(keys.first_key, keys.last_key, keys.key_token_index[0], keys.spans[0])
         return ATTENTION(q, k, v, local, self.softmax(q), sink=sink)
 
 
-def _keys(tables: Sequence[Tensor]) -> KeyTables:
-    return KeyTables(*tables[: len(KeyTables._fields)])
+def _keys(metadata: Sequence[Tensor]) -> KeyExchangeMetadata:
+    return KeyExchangeMetadata(*metadata[: len(KeyExchangeMetadata._fields)])
 
 
-def _call(op: str, tables: Sequence[Tensor], x: Tensor, group: str) -> Call:
-    return Call(f"dtcp::{op}", tables, Softmax(1.0), [group], x.shape[2])
+def _call(op: str, metadata: Sequence[Tensor], x: Tensor, group: str) -> OpContext:
+    return OpContext(f"dtcp::{op}", metadata, SoftmaxParams(1.0), [group], x.shape[2])
 
 
-@torch.library.custom_op("dtcp::bring_keys", mutates_args=())
-def _bring(x: Tensor, tables: list[Tensor], group: str) -> Tensor:
+@torch.library.custom_op("dtcp::gather_shared_kv", mutates_args=())
+def _bring(x: Tensor, metadata: list[Tensor], group: str) -> Tensor:
     """Line up local and needed rows by position: [B, L, G, W] -> [B, K, G, W], zero behind.
 
     K is the same on every rank and for every batch.
     """
-    keys = _keys(tables)
-    LEDGER.record("dtcp::bring_keys")
+    keys = _keys(metadata)
+    LEDGER.record("dtcp::gather_shared_kv")
     send, receive = keys.counts.tolist()
     rows = x.index_select(1, keys.send_slot[: sum(send)]).transpose(0, 1).contiguous()
-    far = exchange(rows, send, receive, _call("bring_keys", tables, x, group))
+    far = all_to_all_rows(rows, send, receive, _call("gather_shared_kv", metadata, x, group))
     every = torch.cat((x, far.transpose(0, 1)), dim=1)
-    out = x.new_zeros((x.shape[0], keys.key_position.shape[1], *x.shape[2:]))
-    order = line_up(keys, x.shape[1])
+    out = x.new_zeros((x.shape[0], keys.key_token_index.shape[1], *x.shape[2:]))
+    order = sort_by_index(keys, x.shape[1])
     out[:, : order.numel()] = every.index_select(1, order)
     return out
 
 
 @torch.library.custom_op("dtcp::bring_keys_backward", mutates_args=())
-def _bring_backward(grad: Tensor, tables: list[Tensor], group: str) -> Tensor:
-    keys = _keys(tables)
+def _bring_backward(grad: Tensor, metadata: list[Tensor], group: str) -> Tensor:
+    keys = _keys(metadata)
     LEDGER.record("dtcp::bring_keys_backward")
     length = keys.first_key.shape[1]
-    count = line_up(keys, length).numel()
+    count = sort_by_index(keys, length).numel()
     rows = grad[:, :count].transpose(0, 1).to(accumulation(grad.dtype))
-    call = _call("bring_keys_backward", tables, grad, group)
-    return send_home(rows, keys, length, grad.dtype, call).to(grad.dtype)
+    call = _call("bring_keys_backward", metadata, grad, group)
+    return return_grads(rows, keys, length, grad.dtype, call).to(grad.dtype)
 
 
 @_bring.register_fake
-def _(x: Tensor, tables: list[Tensor], group: str) -> Tensor:
-    return x.new_empty((x.shape[0], _keys(tables).key_position.shape[1], *x.shape[2:]))
+def _(x: Tensor, metadata: list[Tensor], group: str) -> Tensor:
+    return x.new_empty((x.shape[0], _keys(metadata).key_token_index.shape[1], *x.shape[2:]))
 
 
 @_bring_backward.register_fake
-def _(grad: Tensor, tables: list[Tensor], group: str) -> Tensor:
-    return grad.new_empty((grad.shape[0], _keys(tables).first_key.shape[1], *grad.shape[2:]))
+def _(grad: Tensor, metadata: list[Tensor], group: str) -> Tensor:
+    return grad.new_empty((grad.shape[0], _keys(metadata).first_key.shape[1], *grad.shape[2:]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, tables, ctx.group = inputs
-    ctx.save_for_backward(*tables)
+    _, metadata, ctx.group = inputs
+    ctx.save_for_backward(*metadata)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    tables = list(ctx.saved_tensors)
-    return _bring_backward(grad, tables, ctx.group), [None] * len(tables), None
+    metadata = list(ctx.saved_tensors)
+    return _bring_backward(grad, metadata, ctx.group), [None] * len(metadata), None
 
 
 _bring.register_autograd(_differentiate, setup_context=_keep)

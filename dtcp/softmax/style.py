@@ -18,7 +18,7 @@ from dtcp.compile import (
 from dtcp.distributed.collectives import connect, group_name
 from dtcp.distributed.dtensor_rules import HEADS, SEQ
 from dtcp.kernels.rotary import rotate
-from dtcp.mixer import Tables, check_position
+from dtcp.mixer import BatchMetadata, check_position_ids
 from dtcp.sequence.layout import (
     BlockBalanced,
     Contiguous,
@@ -66,7 +66,7 @@ class AttentionStyle(ParallelStyle):
     """Carry out SoftmaxAttention on a sequence sharded over a mesh axis.
 
     A strategy names the layouts it accepts, works out once a batch what each rank needs
-    (`make_tables`: data, no communication), and moves and computes in one op. Applied to the
+    (`make_metadata`: data, no communication), and moves and computes in one op. Applied to the
     1-D axis of the sequence, or to a 2-D mesh of the sequence's and the heads' axes.
     """
 
@@ -92,7 +92,7 @@ class AttentionStyle(ParallelStyle):
                 f"or another strategy."
             )
 
-    def make_tables(
+    def make_metadata(
         self, layout: SequenceLayout, rank: int, intervals: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, ...]:
         """What the op reads on `rank`: host data, of the same shapes on every rank and batch."""
@@ -108,11 +108,11 @@ class AttentionStyle(ParallelStyle):
         """What `rank` will receive: a formula, to plan with; tests hold the op's count to it."""
         raise NotImplementedError
 
-    def mixer_tables(
+    def collect_metadata(
         self, mask: Mask, coords: Coords, layout: SequenceLayout, rank: int
     ) -> tuple[Tensor, ...]:
         self.check(mask, layout)
-        return self.make_tables(layout, rank, mask.intervals(coords))
+        return self.make_metadata(layout, rank, mask.intervals(coords))
 
     @property
     def values_op(self) -> ValuesOp | None:
@@ -127,7 +127,7 @@ class AttentionStyle(ParallelStyle):
                 f"AllGatherAttention, got {self}: use one of these."
             )
 
-    def values_tables(
+    def value_only_metadata(
         self, mask: Mask, coords: Coords, layout: SequenceLayout, rank: int
     ) -> tuple[Tensor, ...]:
         """The same for keys made from values, and the positions of queries and of keys."""
@@ -172,28 +172,28 @@ class ContextParallelMixer(MaskedMixer):
         for name in self.groups:
             connect(name)
         self.placements: tuple[Placement, ...] = (Shard(SEQ), Shard(HEADS))[: mesh.ndim]
-        self.table_key = self.key_of(f"{self.mask} by {style}")
+        self.metadata_key = self.key_of(f"{self.mask} by {style}")
 
-    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
+    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
         if layout is None or layout.num_shards != self.num_shards:
             raise ValueError(
                 f"A mixer on {self.num_shards} ranks needs a layout of as many shards, got "
                 f"layout={layout}: build the batch with shard_batch on the mesh of the plan."
             )
-        return self.tables_on(coords, layout)
+        return self.rank_metadata_of(coords, layout)
 
-    def tables_on(self, coords: Coords, layout: SequenceLayout) -> Sequence[Tensor]:
+    def rank_metadata_of(self, coords: Coords, layout: SequenceLayout) -> Sequence[Tensor]:
         """This rank's tables of whole rows."""
-        return self.style.mixer_tables(self.mask, coords, layout, self.rank)
+        return self.style.collect_metadata(self.mask, coords, layout, self.rank)
 
-    def own(self, tables: Tables) -> Sequence[Tensor]:
+    def own(self, metadata: BatchMetadata) -> Sequence[Tensor]:
         """This mixer's tables among those of a batch."""
-        if tables is None or self.table_key not in tables:
+        if metadata is None or self.metadata_key not in metadata:
             raise ValueError(
                 f"A context-parallel mixer reads the tables of its batch, got none for "
-                f"{self.table_key!r}: pass BatchPlan.tables of shard_batch(..., model=model)."
+                f"{self.metadata_key!r}: pass ShardedBatch.tables of shard_batch(..., model=model)."
             )
-        return tables[self.table_key]
+        return metadata[self.metadata_key]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, style={self.style}, ranks={self.num_shards}"
@@ -203,12 +203,18 @@ class ContextParallelAttention(ContextParallelMixer, SoftmaxAttention):
     """A SoftmaxAttention that a style has taken over."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, *, sink: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        metadata: BatchMetadata,
+        *,
+        sink: Tensor | None = None,
     ) -> Tensor:
-        return self.attend(q, k, v, self.own(tables), sink)
+        return self.attend(q, k, v, self.own(metadata), sink)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], sink: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, metadata: Sequence[Tensor], sink: Tensor | None
     ) -> Tensor:
         """Local shards in, local shard out; DTensors in, DTensor out.
 
@@ -218,7 +224,7 @@ class ContextParallelAttention(ContextParallelMixer, SoftmaxAttention):
         if not given:
             q, k, v = (self._wrap(x) for x in (q, k, v))
         softmax = self.softmax(q)
-        out = self.style.op(q, k, v, tables, softmax, groups=self.groups, sink=sink)
+        out = self.style.op(q, k, v, metadata, softmax, groups=self.groups, sink=sink)
         return out if given else cast(DTensor, out).to_local(grad_placements=self.placements)
 
     def _wrap(self, x: Tensor) -> DTensor:
@@ -230,9 +236,15 @@ class _IslandAttention(ContextParallelAttention):
 
     @island
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, *, sink: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        metadata: BatchMetadata,
+        *,
+        sink: Tensor | None = None,
     ) -> Tensor:
-        return self.attend(q, k, v, self.own(tables), sink)
+        return self.attend(q, k, v, self.own(metadata), sink)
 
 
 class ContextParallelValues(ContextParallelMixer, KeysFromValues):
@@ -242,24 +254,24 @@ class ContextParallelValues(ContextParallelMixer, KeysFromValues):
         self,
         q: Tensor,
         v: Tensor,
-        position: Tensor,
+        position_ids: Tensor,
         key_scale: Tensor,
         frequency: Tensor,
-        tables: Tables,
+        metadata: BatchMetadata,
     ) -> Tensor:
-        return self.attend(q, v, position, key_scale, frequency, self.own(tables))
+        return self.attend(q, v, position_ids, key_scale, frequency, self.own(metadata))
 
     def attend(
         self,
         q: Tensor,
         v: Tensor,
-        position: Tensor,
+        position_ids: Tensor,
         key_scale: Tensor,
         frequency: Tensor,
-        tables: Sequence[Tensor],
+        metadata: Sequence[Tensor],
     ) -> Tensor:
-        *read, known, key_position = tables
-        check_position(position, known, read[1] >= read[0])
+        *read, known, key_token_index = metadata
+        check_position_ids(position_ids, known, read[1] >= read[0])
         q = rotate(q, known, frequency)
         op = self.style.values_op
         assert op is not None
@@ -268,13 +280,13 @@ class ContextParallelValues(ContextParallelMixer, KeysFromValues):
             v,
             key_scale,
             frequency,
-            (*read, key_position),
+            (*read, key_token_index),
             self.softmax(q),
             groups=self.groups,
         )
 
-    def tables_on(self, coords: Coords, layout: SequenceLayout) -> Sequence[Tensor]:
-        return self.style.values_tables(self.mask, coords, layout, self.rank)
+    def rank_metadata_of(self, coords: Coords, layout: SequenceLayout) -> Sequence[Tensor]:
+        return self.style.value_only_metadata(self.mask, coords, layout, self.rank)
 
 
 class _IslandValues(ContextParallelValues):
@@ -285,12 +297,12 @@ class _IslandValues(ContextParallelValues):
         self,
         q: Tensor,
         v: Tensor,
-        position: Tensor,
+        position_ids: Tensor,
         key_scale: Tensor,
         frequency: Tensor,
-        tables: Tables,
+        metadata: BatchMetadata,
     ) -> Tensor:
-        return self.attend(q, v, position, key_scale, frequency, self.own(tables))
+        return self.attend(q, v, position_ids, key_scale, frequency, self.own(metadata))
 
 
 __all__ = [

@@ -11,12 +11,12 @@ from dtcp.distributed.collectives import group_of
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.softmax.local import Local, LocalTables, local_tables
+from dtcp.softmax.local import Local, LocalMetadata, local_metadata
 from dtcp.softmax.op import (
+    AttentionInputs,
     AttentionOp,
-    Call,
-    Given,
-    Kept,
+    ForwardResult,
+    OpContext,
     Strategy,
 )
 from dtcp.softmax.style import AttentionShape, AttentionStyle, Received
@@ -78,17 +78,19 @@ class Ulysses:
     def __init__(self, outer: Strategy) -> None:
         self.outer = outer
 
-    def forward(self, x: Given, call: Call) -> Kept:
+    def forward(self, x: AttentionInputs, call: OpContext) -> ForwardResult:
         share = _share(x.q.shape[2], call)
         order, restore, outer_call = self._parts(call, share)
         by_rank = (share.split(x.q), share.split_kv(x.k), share.split_kv(x.v))
         q, k, v = _to_sequence(by_rank, order, call)
         sink = _own_sink(x.sink, share, call)
-        out, saved = self.outer.forward(Given(q, k, v, sink), outer_call)
+        out, saved = self.outer.forward(AttentionInputs(q, k, v, sink), outer_call)
         (local,) = _to_heads((out,), restore, call)
-        return Kept(share.join(local), [q, k, v, out, *saved])
+        return ForwardResult(share.join(local), [q, k, v, out, *saved])
 
-    def backward(self, grad_out: Tensor, x: Given, kept: Kept, call: Call) -> Given:
+    def backward(
+        self, grad_out: Tensor, x: AttentionInputs, kept: ForwardResult, call: OpContext
+    ) -> AttentionInputs:
         share = _share(grad_out.shape[2], call)
         order, restore, outer_call = self._parts(call, share)
         (grad,) = _to_sequence((share.split(grad_out),), order, call)
@@ -99,9 +101,9 @@ class Ulysses:
         if dsink is not None and d_own_sink is not None:
             dsink[_own_heads(share, call.groups)] = d_own_sink
         dk, dv = share.join_kv_gradient(dk), share.join_kv_gradient(dv)
-        return Given(share.join(dq), dk, dv, dsink)
+        return AttentionInputs(share.join(dq), dk, dv, dsink)
 
-    def saved_like(self, x: Given, groups: Sequence[str]) -> list[Tensor]:
+    def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
         q, k, v, _ = x
         share = HeadShare(q.shape[2], k.shape[2], dist.get_world_size(_inner_group(groups)))
         batch, length = q.shape[:2]
@@ -110,13 +112,13 @@ class Ulysses:
         inner_k = k.new_empty(*whole, share.kv_heads_each, k.shape[-1])
         inner_v = v.new_empty(*whole, share.kv_heads_each, v.shape[-1])
         out = q.new_empty(*inner_q.shape[:-1], v.shape[-1])
-        rest = self.outer.saved_like(Given(inner_q, inner_k, inner_v, None), groups)
+        rest = self.outer.saved_like(AttentionInputs(inner_q, inner_k, inner_v, None), groups)
         return [inner_q, inner_k, inner_v, out, *rest]
 
-    def _parts(self, call: Call, share: HeadShare) -> tuple[Tensor, Tensor, Call]:
-        order, restore, *outer_tables = call.tables
+    def _parts(self, call: OpContext, share: HeadShare) -> tuple[Tensor, Tensor, OpContext]:
+        order, restore, *outer_metadata = call.metadata
         kv_heads = share.kv_heads_each
-        return order, restore, Call(call.op, outer_tables, call.how, call.groups, kv_heads)
+        return order, restore, OpContext(call.op, outer_metadata, call.how, call.groups, kv_heads)
 
 
 def _inner_group(groups: Sequence[str]) -> dist.ProcessGroup:
@@ -124,7 +126,7 @@ def _inner_group(groups: Sequence[str]) -> dist.ProcessGroup:
     return group_of(groups[1] if len(groups) > 1 else groups[0])
 
 
-def _share(heads: int, call: Call) -> HeadShare:
+def _share(heads: int, call: OpContext) -> HeadShare:
     return HeadShare(heads, call.kv_heads, dist.get_world_size(_inner_group(call.groups)))
 
 
@@ -133,11 +135,11 @@ def _own_heads(share: HeadShare, groups: Sequence[str]) -> slice:
     return slice(rank * each, (rank + 1) * each)
 
 
-def _own_sink(sink: Tensor | None, share: HeadShare, call: Call) -> Tensor | None:
+def _own_sink(sink: Tensor | None, share: HeadShare, call: OpContext) -> Tensor | None:
     return None if sink is None else sink[_own_heads(share, call.groups)]
 
 
-def _to_sequence(parts: Sequence[Tensor], order: Tensor, call: Call) -> list[Tensor]:
+def _to_sequence(parts: Sequence[Tensor], order: Tensor, call: OpContext) -> list[Tensor]:
     """One all_to_all: [n, B, L, heads, D] by receiver -> [B, n * L, heads, D] by position."""
     n, batch, length = parts[0].shape[:3]
     if order.numel() not in (0, n * length):
@@ -153,7 +155,7 @@ def _to_sequence(parts: Sequence[Tensor], order: Tensor, call: Call) -> list[Ten
     return [x.unflatten(2, p.shape[3:]).contiguous() for x, p in zip(split, parts, strict=True)]
 
 
-def _to_heads(parts: Sequence[Tensor], restore: Tensor, call: Call) -> list[Tensor]:
+def _to_heads(parts: Sequence[Tensor], restore: Tensor, call: OpContext) -> list[Tensor]:
     """The way back: [B, n * L, heads, D] by position -> [n, B, L, heads, D] by owner of heads."""
     n = dist.get_world_size(_inner_group(call.groups))
     whole = torch.cat([x.flatten(2) for x in parts], dim=-1)
@@ -163,7 +165,7 @@ def _to_heads(parts: Sequence[Tensor], restore: Tensor, call: Call) -> list[Tens
     return [x.unflatten(3, p.shape[2:]) for x, p in zip(split, parts, strict=True)]
 
 
-def _all_to_all(rows: Tensor, call: Call) -> Tensor:
+def _all_to_all(rows: Tensor, call: OpContext) -> Tensor:
     """Row i of [n, ...] goes to rank i; equal sizes."""
     rows = rows.contiguous()
     n = rows.shape[0]
@@ -193,7 +195,7 @@ def joined(layout: SequenceLayout, num_shards: int) -> SequenceLayout:
     return Ascending(layout.seq_len, num_shards, of=layout)
 
 
-def reorder_tables(layout: SequenceLayout, num_shards: int, shard: int) -> tuple[Tensor, Tensor]:
+def reorder_indices(layout: SequenceLayout, num_shards: int, shard: int) -> tuple[Tensor, Tensor]:
     """Slots of a joined shard in ascending position, and the way back; empty if they ascend."""
     held = layout.permutation().view(num_shards, -1)
     if bool((held.diff(dim=1) > 0).all()):
@@ -226,7 +228,7 @@ class UlyssesAttention(AttentionStyle):
     def op(self) -> AttentionOp:
         return ULYSSES
 
-    def make_tables(
+    def make_metadata(
         self,
         layout: SequenceLayout,
         rank: int,
@@ -234,8 +236,8 @@ class UlyssesAttention(AttentionStyle):
         *,
         tile: int = TILE,
     ) -> tuple[Tensor, ...]:
-        tables: LocalTables = local_tables(*intervals, tile=tile)
-        return (*reorder_tables(layout, 1, 0), *tables)
+        metadata: LocalMetadata = local_metadata(*intervals, tile=tile)
+        return (*reorder_indices(layout, 1, 0), *metadata)
 
     def received(
         self,

@@ -19,7 +19,7 @@ from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.routes import Hop, Route, halo_runs
 
 
-def line_up(x: Tensor, left: Tensor, segments: int) -> Tensor:
+def prepend_halo(x: Tensor, left: Tensor, segments: int) -> Tensor:
     """Put the tokens left of each segment before it: [B, L, D] -> [B, segments * (left + L'), D].
 
     Args:
@@ -38,8 +38,8 @@ def halo_routes(layout: SequenceLayout, rank: int, left: Sequence[int]) -> Tenso
     """
     found = [_all_routes(layout, reach) for reach in left]
     hops = max(len(part) for routes in found for route in routes for part in route)
-    tables = [[_filled(part, hops) for part in routes[rank]] for routes in found]
-    return torch.tensor(tables, dtype=torch.int64).view(len(left), 2, hops, 3)
+    metadata = [[_filled(part, hops) for part in routes[rank]] for routes in found]
+    return torch.tensor(metadata, dtype=torch.int64).view(len(left), 2, hops, 3)
 
 
 @functools.lru_cache(maxsize=64)
@@ -86,7 +86,7 @@ def _(pieces: Sequence[Tensor], routes: Tensor, lengths: Sequence[int], group: s
 
 
 @torch.library.custom_op("dtcp::bring_left_backward", mutates_args=())
-def _send_home(
+def _return_grads(
     grads: Sequence[Tensor], routes: Tensor, lengths: Sequence[int], group: str
 ) -> list[Tensor]:
     send, receive = routes.unbind(1)
@@ -95,7 +95,7 @@ def _send_home(
     return _move(op, grads, receive.tolist(), send.tolist(), shapes, group)
 
 
-@_send_home.register_fake
+@_return_grads.register_fake
 def _(grads: Sequence[Tensor], routes: Tensor, lengths: Sequence[int], group: str) -> list[Tensor]:
     both = zip(grads, lengths, strict=True)
     return [x.new_empty(x.shape[0], length, x.shape[2]) for x, length in both]
@@ -109,7 +109,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     (routes,) = ctx.saved_tensors
-    return _send_home(list(grads), routes, ctx.lengths, ctx.group), None, None, None
+    return _return_grads(list(grads), routes, ctx.lengths, ctx.group), None, None, None
 
 
 bring_left.register_autograd(_backward, setup_context=_keep)

@@ -18,7 +18,7 @@ from dtcp.kernels.sparse.indexer import select_entries
 from dtcp.kernels.sparse.pooling import Prepool, Windows, pool
 from dtcp.kernels.sparse.read_ranges import entry_runs, key_runs
 from dtcp.kernels.sparse.reference import TILE, Sight
-from dtcp.mixer import Mixer, Tables, check_position, rotary_position
+from dtcp.mixer import BatchMetadata, Mixer, check_position_ids, position_ids_of
 from dtcp.sequence.layout import Run, SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.sparse.op import sparse_attention
@@ -64,14 +64,14 @@ class Index(NamedTuple):
     keys: Prepool
 
 
-class SparseTables(NamedTuple):
+class SparseMetadata(NamedTuple):
     """What the mixer reads of a batch. As in all tables, int64 stays on the host."""
 
     window_first: Tensor  # [B, L] int32
     first: Tensor  # [B, L] int32
     last: Tensor  # [B, L] int32
-    rotary: Tensor  # [B, L] int32
-    key_position: Tensor  # [K] int32
+    position_ids: Tensor  # [B, L] int32
+    key_token_index: Tensor  # [K] int32
     closing: Tensor  # [B, P] int32
     end: Tensor  # [B, E] int32
     has_previous: Tensor  # [B, E] int32
@@ -109,13 +109,13 @@ class CompressedSparseAttention(Mixer):
                 f"A window counts the query itself, got window={window}: 1 sees only itself."
             )
         self.window, self.compression, self.scale = window, compression, scale
-        self.table_key = f"window={window} {compression}"
+        self.metadata_key = f"window={window} {compression}"
 
     def forward(
         self,
         q: Tensor,
         keys: Tensor,
-        tables: Tables,
+        metadata: BatchMetadata,
         *,
         sink: Tensor,
         tokens: Prepool | None = None,
@@ -132,7 +132,7 @@ class CompressedSparseAttention(Mixer):
         Returns:
             [B, L, H, D].
         """
-        given = SparseTables(*self.own(tables))
+        given = SparseMetadata(*self.own(metadata))
         if given.last.shape != q.shape[:2]:
             raise ValueError(
                 f"Compressed sparse attention reads the tables of its own batch, got tables for "
@@ -157,62 +157,62 @@ class CompressedSparseAttention(Mixer):
                 selected = select_entries(*asked, index_keys, *seen, number)
         return sparse_attention(q, keys, entries, selected, sink, given.sight, scale=self.scale)
 
-    def check_position(self, position: Tensor, tables: Tables) -> None:
+    def check_position_ids(self, position: Tensor, metadata: BatchMetadata) -> None:
         """Stop a model that rotates by other positions [B, L] than entries are rotated by."""
-        given = SparseTables(*self.own(tables))
-        check_position(position, given.rotary, given.last >= 0)
+        given = SparseMetadata(*self.own(metadata))
+        check_position_ids(position, given.position_ids, given.last >= 0)
 
     def alone(self, *args: Any, **kwargs: Any) -> Tensor:
         q, keys = args[:2]
         own: Tensor = keys[:, :, None].expand_as(q)
         return own
 
-    def own(self, tables: Tables) -> Sequence[Tensor]:
+    def own(self, metadata: BatchMetadata) -> Sequence[Tensor]:
         """The tables of this kind of mixer."""
-        return tables[self.table_key]
+        return metadata[self.metadata_key]
 
     def bring(
-        self, keys: Tensor, pooled: Tensor | None, tables: SparseTables
+        self, keys: Tensor, pooled: Tensor | None, metadata: SparseMetadata
     ) -> tuple[Tensor, Tensor | None]:
         """Line up the keys and the tokens to pool with those just left of them; here: none are."""
         return keys, pooled
 
-    def gather(self, entries: Tensor, tables: SparseTables) -> Tensor:
+    def gather(self, entries: Tensor, metadata: SparseMetadata) -> Tensor:
         """The entries of the whole sequence, in the order of their positions; here: all are."""
         return entries
 
-    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
+    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
         if layout is not None and layout.num_shards > 1:
             raise ValueError(
                 f"A sequence is sharded only where every mixer is claimed by a plan, got an "
                 f"unclaimed {self} with {layout}: add a style for it to the plan."
             )
-        whole = [[(0, coords.position.shape[1])]]
-        return sparse_tables(coords, whole, 0, self.window, self.compression, halo=False)
+        whole = [[(0, coords.token_index.shape[1])]]
+        return sparse_metadata(coords, whole, 0, self.window, self.compression, halo=False)
 
     def extra_repr(self) -> str:
         return f"window={self.window}, compression={self.compression}, scale={self.scale}"
 
     def _bring(
-        self, keys: Tensor, tokens: Prepool, index: Index | None, tables: SparseTables
+        self, keys: Tensor, tokens: Prepool, index: Index | None, metadata: SparseMetadata
     ) -> tuple[Tensor, list[Prepool]]:
         """Bring keys, and all that is pooled as one tensor: so there is one exchange."""
         pooled = [tokens] if index is None else [tokens, index.keys]
         parts = [x for one in pooled for x in (one.value, one.gate)]
         parts[2:] = [x.detach() for x in parts[2:]]
-        keys, lined_up = self.bring(keys, torch.cat(parts, dim=-1), tables)
+        keys, lined_up = self.bring(keys, torch.cat(parts, dim=-1), metadata)
         assert lined_up is not None
         split = lined_up.split([x.shape[-1] for x in parts], dim=-1)
         pairs = zip(pooled, split[::2], split[1::2], strict=True)
         return keys, [Prepool(value, gate, one.bias, one.finish) for one, value, gate in pairs]
 
-    def _entries(self, tokens: Prepool, tables: SparseTables) -> Tensor:
+    def _entries(self, tokens: Prepool, metadata: SparseMetadata) -> Tensor:
         assert self.compression is not None
-        pooled = pool(tokens, tables.windows, overlap=self.compression.overlap)
-        return tokens.finish(pooled, tables.position)
+        pooled = pool(tokens, metadata.windows, overlap=self.compression.overlap)
+        return tokens.finish(pooled, metadata.position)
 
 
-def sparse_tables(
+def sparse_metadata(
     coords: Coords,
     segments: Sequence[Sequence[Run]],
     rank: int,
@@ -221,7 +221,7 @@ def sparse_tables(
     *,
     halo: bool,
     tile: int = TILE,
-) -> SparseTables:
+) -> SparseMetadata:
     """Work out once a batch, on the host, what the mixer reads on one rank.
 
     Args:
@@ -232,19 +232,19 @@ def sparse_tables(
     mine = segments[rank]
     here = torch.cat([torch.arange(*run) for run in mine])
     at = coords.at(here)
-    last = at.position.masked_fill(at.document < 0, -1)
-    window_first = torch.maximum(at.start, at.position - (window - 1))
+    last = at.token_index.masked_fill(at.document < 0, -1)
+    window_first = torch.maximum(at.start, at.token_index - (window - 1))
     left = window - 1 if halo else 0
-    key_position = torch.cat([torch.arange(start - left, stop) for start, stop in mine])
+    key_token_index = torch.cat([torch.arange(start - left, stop) for start, stop in mine])
     closing, order = _all_entries(coords, segments, compression)
     key_run, key_readers = key_runs(window_first, last, mine, left)
     entry_run, entry_readers = entry_runs(at.start, last, closing, mine)
-    return SparseTables(
+    return SparseMetadata(
         window_first.int(),
         at.start.int(),
         last.int(),
-        rotary_position(at),
-        key_position.clamp(min=-1).int(),
+        position_ids_of(at),
+        key_token_index.clamp(min=-1).int(),
         closing.int(),
         *_own_entries(coords, mine, compression, halo=halo),
         order.int(),
@@ -259,14 +259,14 @@ def sparse_tables(
 
 def _check_counted(coords: Coords) -> None:
     """Refuse positions that do not count a document's tokens: an entry has none of its own."""
-    found = rotary_position(coords)
-    other = (found != coords.position - coords.start) & (coords.document >= 0)
+    found = position_ids_of(coords)
+    other = (found != coords.token_index - coords.start) & (coords.document >= 0)
     if bool(other.any()):
         row, token = other.nonzero()[0].tolist()
         raise ValueError(
             f"Compressed entries stand at the place of their window in its document, so tokens "
             f"do too, got position[{row}, {token}]={int(found[row, token])} for token "
-            f"{int((coords.position - coords.start)[row, token])} of its document: give "
+            f"{int((coords.token_index - coords.start)[row, token])} of its document: give "
             f"positions that count a document's tokens from 0."
         )
 
@@ -280,9 +280,9 @@ def _closings(coords: Coords, run: Run, compression: Compression | None) -> Tens
     """Positions of the tokens in a run that are the last of a window: [B, E], then NOWHERE."""
     start, stop = run
     room = segment_entries(stop - start, compression)
-    found = coords.position.new_full((coords.position.shape[0], room + 1), NOWHERE)
+    found = coords.token_index.new_full((coords.token_index.shape[0], room + 1), NOWHERE)
     if compression is not None:
-        position = coords.position[:, start:stop]
+        position = coords.token_index[:, start:stop]
         within = position - coords.start[:, start:stop] + 1
         closes = (coords.document[:, start:stop] >= 0) & (within % compression.ratio == 0)
         found.scatter_(1, torch.where(closes, closes.cumsum(1) - 1, room), position)

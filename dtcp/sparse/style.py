@@ -14,18 +14,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.distributed.collectives import all_gather, connect, group_name
-from dtcp.mixer import Tables
+from dtcp.mixer import BatchMetadata
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.sequence.routes import halo_runs
 from dtcp.softmax.style import Received
-from dtcp.sparse.exchange import bring_left, halo_routes, line_up
+from dtcp.sparse.exchange import bring_left, halo_routes, prepend_halo
 from dtcp.sparse.mixer import (
     CompressedSparseAttention,
     Compression,
-    SparseTables,
+    SparseMetadata,
     segment_entries,
-    sparse_tables,
+    sparse_metadata,
 )
 
 
@@ -100,10 +100,10 @@ class ContextParallelSparse(CompressedSparseAttention):
         self.style, self.mesh, self.group = style, mesh, group_name(mesh)
         self.rank, self.num_shards = mesh.get_local_rank(), mesh.size()
         connect(self.group)
-        self.table_key = f"{self.table_key} by {style}"
+        self.metadata_key = f"{self.metadata_key} by {style}"
 
     def bring(
-        self, keys: Tensor, pooled: Tensor | None, tables: SparseTables
+        self, keys: Tensor, pooled: Tensor | None, metadata: SparseMetadata
     ) -> tuple[Tensor, Tensor | None]:
         if pooled is not None and pooled.dtype != keys.dtype:
             raise TypeError(
@@ -111,69 +111,71 @@ class ContextParallelSparse(CompressedSparseAttention):
                 f"{keys.dtype} and tokens of {pooled.dtype}: convert them to one."
             )
         pieces = [keys] if pooled is None else [keys, pooled]
-        segments = self._segments(tables)
+        segments = self._segments(metadata)
         reaches = [self.window - 1, *self._reach()]
         lengths = [segments * reach for reach in reaches]
-        halos = bring_left(pieces, tables.routes, lengths, self.group)
-        keys, *rest = (line_up(x, left, segments) for x, left in zip(pieces, halos, strict=True))
+        halos = bring_left(pieces, metadata.routes, lengths, self.group)
+        keys, *rest = (
+            prepend_halo(x, left, segments) for x, left in zip(pieces, halos, strict=True)
+        )
         return keys, rest[0] if rest else None
 
-    def gather(self, entries: Tensor, tables: SparseTables) -> Tensor:
+    def gather(self, entries: Tensor, metadata: SparseMetadata) -> Tensor:
         found = all_gather(entries, self.mesh, dim=1)
-        if self._segments(tables) == 1:
+        if self._segments(metadata) == 1:
             # They arrive in order.
             return found
-        parts = found.unflatten(1, (len(tables.order), -1))
-        return parts.index_select(1, tables.order).flatten(1, 2)
+        parts = found.unflatten(1, (len(metadata.order), -1))
+        return parts.index_select(1, metadata.order).flatten(1, 2)
 
-    def own(self, tables: Tables) -> tuple[Tensor, ...]:
-        if tables is None or self.table_key not in tables:
+    def own(self, metadata: BatchMetadata) -> tuple[Tensor, ...]:
+        if metadata is None or self.metadata_key not in metadata:
             raise ValueError(
                 f"A context-parallel mixer reads the tables of its batch, got none for "
-                f"{self.table_key!r}: pass BatchPlan.tables of shard_batch(..., model=model)."
+                f"{self.metadata_key!r}: pass ShardedBatch.tables of shard_batch(..., model=model)."
             )
-        return tuple(tables[self.table_key])
+        return tuple(metadata[self.metadata_key])
 
-    def make_tables(self, coords: Coords, layout: SequenceLayout | None) -> SparseTables:
+    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> SparseMetadata:
         if layout is None or layout.num_shards != self.num_shards:
             raise ValueError(
                 f"A mixer on {self.num_shards} ranks needs a layout of as many shards, got "
                 f"layout={layout}: build the batch with shard_batch on the mesh of the plan."
             )
         self.style.check(layout)
-        return rank_tables(coords, layout, self.rank, self.window, self.compression)
+        return rank_metadata(coords, layout, self.rank, self.window, self.compression)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, style={self.style}, ranks={self.num_shards}"
 
-    def _segments(self, tables: SparseTables) -> int:
-        return len(tables.order) // self.num_shards
+    def _segments(self, metadata: SparseMetadata) -> int:
+        return len(metadata.order) // self.num_shards
 
     def _reach(self) -> list[int]:
         return [] if self.compression is None else [self.compression.reach]
 
 
-def rank_tables(
+def rank_metadata(
     coords: Coords,
     layout: SequenceLayout,
     rank: int,
     window: int,
     compression: Compression | None,
-) -> SparseTables:
+) -> SparseMetadata:
     """The tables of one rank."""
     segments = [layout.segments(other) for other in range(layout.num_shards)]
-    tables = sparse_tables(coords, segments, rank, window, compression, halo=True)
+    metadata = sparse_metadata(coords, segments, rank, window, compression, halo=True)
     reaches = [window - 1] if compression is None else [window - 1, compression.reach]
-    return tables._replace(routes=halo_routes(layout, rank, reaches))
+    return metadata._replace(routes=halo_routes(layout, rank, reaches))
 
 
-def work(tables: SparseTables, *, selected: int | None) -> tuple[int, int]:
+def work(metadata: SparseMetadata, *, selected: int | None) -> tuple[int, int]:
     """What a rank computes: pairs of query and entry that the indexer scores, and that are read.
 
     Counted in whole tiles, as they are carried out.
     """
     scored = read = 0
-    for start, stop, key_start, key_stop, low, high in tables.tiles.flatten(0, 1).tolist():
+    for start, stop, key_start, key_stop, low, high in metadata.tiles.flatten(0, 1).tolist():
         scores = selected is not None and high - low > selected
         scored += (stop - start) * (high - low) * scores
         seen = high - low if selected is None else min(high - low, selected)
@@ -191,7 +193,7 @@ def _halo_tokens(layout: SequenceLayout, rank: int, left: int) -> int:
 def _asked_tokens(layout: SequenceLayout, rank: int, left: int) -> int:
     """Tokens that go to other ranks, whose gradients come home."""
     mine = torch.zeros(layout.seq_len, dtype=torch.bool)
-    mine[layout.positions(rank)] = True
+    mine[layout.token_indices(rank)] = True
     others = (other for other in range(layout.num_shards) if other != rank)
     runs = (run for other in others for run in _halos(layout, other, left))
     return sum(int(mine[start:stop].sum()) for start, stop in runs)

@@ -15,7 +15,7 @@ from torchtitan.models.common.attention import FlexAttention
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.protocols.module import Module
 
-from dtcp.mixer import Tables
+from dtcp.mixer import BatchMetadata
 from dtcp.sequence.masks import Causal
 from dtcp.softmax.mixer import SoftmaxAttention
 
@@ -43,7 +43,7 @@ class MixerAttention(Module):
         k_BLNH: Tensor,
         v_BLNH: Tensor,
         *,
-        attention_masks: Tables,
+        attention_masks: BatchMetadata,
         scale: float | None = None,
         **_: Any,
     ) -> Tensor:

@@ -33,7 +33,7 @@ from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.models.common.decoder import Decoder
 
-from dtcp.compile import communicated_ops
+from dtcp.compile import selective_checkpoint_save_ops
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.parallelize import (
     FSDP,
@@ -111,7 +111,7 @@ class SelectiveCommunicatedAC(SelectiveAC):
         pass
 
     def get_save_ops(self) -> set:
-        return super().get_save_ops() | set(communicated_ops())
+        return super().get_save_ops() | set(selective_checkpoint_save_ops())
 
 
 def parallelize_decoder(

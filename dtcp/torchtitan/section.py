@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dtcp.compile import Boundary, EagerIsland, InGraph
-from dtcp.pretrain.launch import Device
 from dtcp.sequence.layout import (
     BlockBalanced,
     Contiguous,
@@ -27,6 +26,9 @@ LAYOUTS: Mapping[str, type[SequenceLayout]] = {
     "per_document": PerDocument,
     "block_balanced": BlockBalanced,
 }
+
+
+Device = Literal["auto", "cpu", "accelerator"]
 
 
 @dataclass(kw_only=True, slots=True)

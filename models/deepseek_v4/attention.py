@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtcp.mixer import Tables
+from dtcp.mixer import BatchMetadata
 from dtcp.models.blocks import RMSNorm
 from dtcp.models.deepseek_v4.config import DeepseekV4Config
 from dtcp.models.deepseek_v4.rope import TailRope
@@ -48,17 +48,17 @@ class Attention(nn.Module):
         o_dim = config.output_groups * config.output_rank
         self.o_b_proj = nn.Linear(o_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, position: Tensor, tables: Tables) -> Tensor:
-        self.mixer.check_position(position, tables)
+    def forward(self, x: Tensor, position_ids: Tensor, attn_metadata: BatchMetadata) -> Tensor:
+        self.mixer.check_position_ids(position_ids, attn_metadata)
         query = self.q_norm(self.q_a_proj(x))  # [B, L, query_rank]
         # The number of heads is what the projection gives: a plan may split the heads over ranks.
         q = self.q_b_proj(query).unflatten(-1, (-1, self.head_dim))
-        q = self.rope(F.rms_norm(q, q.shape[-1:], eps=self.eps), position)
-        keys = self.rotate(self.kv_norm(self.kv_proj(x)), position)
+        q = self.rope(F.rms_norm(q, q.shape[-1:], eps=self.eps), position_ids)
+        keys = self.rotate(self.kv_norm(self.kv_proj(x)), position_ids)
         tokens = None if self.compressor is None else self.compressor(x)
-        index = None if self.indexer is None else self.indexer(x, query, position)
-        out = self.mixer(q, keys, tables, sink=self.sink(), tokens=tokens, index=index)
-        return self.o_b_proj(self.o_a_proj(self.rope(out, position, back=True)))
+        index = None if self.indexer is None else self.indexer(x, query, position_ids)
+        out = self.mixer(q, keys, attn_metadata, sink=self.sink(), tokens=tokens, index=index)
+        return self.o_b_proj(self.o_a_proj(self.rope(out, position_ids, back=True)))
 
 
 class Compressor(nn.Module):
@@ -78,8 +78,8 @@ class Compressor(nn.Module):
     def forward(self, x: Tensor) -> Prepool:
         return Prepool(self.kv_proj(x), self.gate_proj(x), self.place(), self.finish)
 
-    def finish(self, pooled: Tensor, position: Tensor) -> Tensor:
-        return self.rotate(self.norm(pooled), position)
+    def finish(self, pooled: Tensor, position_ids: Tensor) -> Tensor:
+        return self.rotate(self.norm(pooled), position_ids)
 
 
 class Indexer(nn.Module):
@@ -99,11 +99,11 @@ class Indexer(nn.Module):
         self.compressor = Compressor(config.dim, dim, compression, rope, config.norm_eps)
         self.requires_grad_(False)
 
-    def forward(self, x: Tensor, query: Tensor, position: Tensor) -> Index:
+    def forward(self, x: Tensor, query: Tensor, position_ids: Tensor) -> Index:
         with torch.no_grad():
             q = self.q_proj(query).unflatten(-1, (-1, self.head_dim))
             weight = self.weight_proj(x) * self.scale
-            return Index(self.rope(q, position), weight, self.compressor(x))
+            return Index(self.rope(q, position_ids), weight, self.compressor(x))
 
 
 class GroupedLinear(nn.Module):
@@ -133,8 +133,8 @@ class Rotation(nn.Module):
         super().__init__()
         self.rope = rope
 
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        return self.rope(x, position)
+    def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        return self.rope(x, position_ids)
 
 
 class Table(nn.Module):

@@ -4,7 +4,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from dtcp.mixer import Tables
+from dtcp.mixer import BatchMetadata
 from dtcp.models.blocks import RMSNorm
 from dtcp.models.deepseek_v4.attention import Attention, GroupedLinear, Table
 from dtcp.models.deepseek_v4.config import DeepseekV4Config
@@ -25,10 +25,14 @@ class Block(nn.Module):
         self.mixture_norm = RMSNorm(config.dim, config.norm_eps)
         self.mixture = Mixture(config, by_token=layer < config.num_hash_layers)
 
-    def forward(self, x: Tensor, input_ids: Tensor, position: Tensor, tables: Tables) -> Tensor:
+    def forward(
+        self, x: Tensor, input_ids: Tensor, position_ids: Tensor, attn_metadata: BatchMetadata
+    ) -> Tensor:
         """Streams to streams, [B, L, N, D]."""
         part, leave, mix = self.attention_streams(x)
-        x = expand(self.attention(self.attention_norm(part), position, tables), x, leave, mix)
+        x = expand(
+            self.attention(self.attention_norm(part), position_ids, attn_metadata), x, leave, mix
+        )
         part, leave, mix = self.mixture_streams(x)
         return expand(self.mixture(self.mixture_norm(part), input_ids), x, leave, mix)
 
@@ -72,8 +76,8 @@ class DeepseekV4(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        position: Tensor,
-        tables: Tables,
+        position_ids: Tensor,
+        attn_metadata: BatchMetadata,
         mtp_input_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Score the next token of every token.
@@ -81,8 +85,8 @@ class DeepseekV4(nn.Module):
         Args:
             input_ids: [B, L]; embeddings alone would not do, for the first layers look up
                 their experts by token.
-            position: [B, L], the position of each token in its document.
-            tables: what the batch brings for the mixers.
+            position_ids: [B, L], the position of each token in its document.
+            attn_metadata: what the batch brings for the mixers.
             mtp_input_ids: [B, depths, L], the tokens 1, 2, .. ahead (dtcp.batch.look_ahead);
                 None to leave multi-token prediction out.
         Returns:
@@ -91,7 +95,7 @@ class DeepseekV4(nn.Module):
         self._check(input_ids, mtp_input_ids)
         x = self.embedding(input_ids)[:, :, None].expand(-1, -1, self.config.streams, -1)
         for block in self.layers:
-            x = block(x, input_ids, position, tables)
+            x = block(x, input_ids, position_ids, attn_metadata)
         logits = self.lm_head(self.norm(self.head(x)))
         if mtp_input_ids is None:
             return cast(Tensor, logits)
@@ -99,7 +103,7 @@ class DeepseekV4(nn.Module):
         for module, ids in zip(self.mtp, mtp_input_ids.unbind(1), strict=True):
             depth = cast(Prediction, module)
             x = depth.enter(x, self.embedding(ids))
-            x = depth.block(x, ids, position, tables)
+            x = depth.block(x, ids, position_ids, attn_metadata)
             found.append(self.lm_head(depth.norm(depth.head(x))))
         return tuple(found)
 

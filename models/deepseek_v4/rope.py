@@ -43,14 +43,14 @@ class TailRope:
     theta: float
     yarn: Yarn | None = None
 
-    def __call__(self, x: Tensor, position: Tensor, *, back: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, position_ids: Tensor, *, back: bool = False) -> Tensor:
         """Rotate x [B, L, ..., D] by the angles of position [B, L]; the dtype of x stays.
 
         Args:
             back: undo the rotation: what attention's output needs, whose values were rotated.
         """
-        angle = position[..., None].float() * self.frequencies(x.device)
-        angle = angle.view(*position.shape, *[1] * (x.ndim - 3), -1)
+        angle = position_ids[..., None].float() * self.frequencies(x.device)
+        angle = angle.view(*position_ids.shape, *[1] * (x.ndim - 3), -1)
         cos, sin = angle.cos(), angle.sin() * (-1 if back else 1)
         kept, turned = x[..., : -self.dim], x[..., -self.dim :]
         wide = turned.to(torch.promote_types(x.dtype, torch.float32))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtcp.mixer import Tables
+from dtcp.mixer import BatchMetadata
 from dtcp.models.gemma4.config import Gemma4Config, MoEShape, Sight
 from dtcp.models.moe import Experts
 from dtcp.softmax.mixer import KeyExchange, KeysFromValues, SoftmaxAttention
@@ -47,7 +47,11 @@ class Attention(nn.Module):
         self.mixer = KeysFromValues(mask, scale=1.0) if alone else SoftmaxAttention(mask, scale=1.0)
 
     def forward(
-        self, x: Tensor, position: Tensor, tables: Tables, shared: KeysAndValues | None
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        attn_metadata: BatchMetadata,
+        shared: KeysAndValues | None,
     ) -> tuple[Tensor, KeysAndValues | None]:
         """Attend.
 
@@ -60,11 +64,13 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # [B, L, H, D]
         if isinstance(self.mixer, KeysFromValues):
             frequency = self.rope.frequencies(x.device)
-            out = self.mixer(q, self._values(x), position, self.k_norm(), frequency, tables)
+            out = self.mixer(
+                q, self._values(x), position_ids, self.k_norm(), frequency, attn_metadata
+            )
             return self.o_proj(out.flatten(-2)), None
-        q = self.rope(q, position)
-        k, v = self._own(x, position, tables) if shared is None else shared
-        out = self.o_proj(self.mixer(q, k, v, tables).flatten(-2))
+        q = self.rope(q, position_ids)
+        k, v = self._own(x, position_ids, attn_metadata) if shared is None else shared
+        out = self.o_proj(self.mixer(q, k, v, attn_metadata).flatten(-2))
         return out, None if self.exchange is None else (k, v)
 
     def _values(self, x: Tensor) -> Tensor:
@@ -72,16 +78,19 @@ class Attention(nn.Module):
         project = self.k_proj if self.from_values else self.v_proj
         return self.v_norm(project(x).unflatten(-1, (-1, self.head_dim)))
 
-    def _own(self, x: Tensor, position: Tensor, tables: Tables) -> KeysAndValues:
+    def _own(self, x: Tensor, position_ids: Tensor, attn_metadata: BatchMetadata) -> KeysAndValues:
         v = self._values(x)
         if self.from_values:
             assert self.exchange is not None
-            v, at = self.exchange(v, tables), self.exchange.position(position, tables)
+            v, at = (
+                self.exchange(v, attn_metadata),
+                self.exchange.position_ids(position_ids, attn_metadata),
+            )
             return self.rope(v * self.k_norm(), at), v
-        k = self.rope(self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))), position)
+        k = self.rope(self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))), position_ids)
         if self.exchange is None:
             return k, v
-        both = self.exchange(torch.cat((k, v), dim=-1), tables)
+        both = self.exchange(torch.cat((k, v), dim=-1), attn_metadata)
         k, v = both.chunk(2, dim=-1)
         return k, v
 
@@ -186,8 +195,8 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        position: Tensor,
-        tables: Tables,
+        position_ids: Tensor,
+        attn_metadata: BatchMetadata,
         embedding: Tensor | None,
         shared: KeysAndValues | None,
     ) -> tuple[Tensor, KeysAndValues | None]:
@@ -199,7 +208,7 @@ class Block(nn.Module):
         Returns:
             [B, L, D], and keys and values for later layers, if they attend to these.
         """
-        out, kept = self.attention(self.attention_norm(x), position, tables, shared)
+        out, kept = self.attention(self.attention_norm(x), position_ids, attn_metadata, shared)
         x = x + self.attention_post_norm(out)
         fed = self.feed_forward(self.feed_forward_norm(x))
         if self.moe is not None:
@@ -253,8 +262,8 @@ class Gemma4(nn.Module):
     def forward(
         self,
         input_ids: Tensor | None,
-        position: Tensor,
-        tables: Tables,
+        position_ids: Tensor,
+        attn_metadata: BatchMetadata,
         *,
         inputs_embeds: Tensor | None = None,
         per_layer_inputs: Tensor | None = None,
@@ -264,8 +273,8 @@ class Gemma4(nn.Module):
         Args:
             input_ids: [B, L]. Beside inputs_embeds they are read by per-layer embeddings alone,
                 which take the padding token where there is an image.
-            position: [B, L], the position of each token in its document.
-            tables: what the batch brings for the mixers.
+            position_ids: [B, L], the position of each token in its document.
+            attn_metadata: what the batch brings for the mixers.
             inputs_embeds: [B, L, D], what `embed` gave with images put in their places.
             per_layer_inputs: [B, L, layers, P], of `per_layer.look_up`, where there are no ids.
         Returns:
@@ -280,7 +289,7 @@ class Gemma4(nn.Module):
         for layer, block in enumerate(self.layers):
             sight = self.config.layers[layer]
             given = shared[sight] if self.config.shares(layer) else None
-            x, kept = block(x, position, tables, embeddings[layer], given)
+            x, kept = block(x, position_ids, attn_metadata, embeddings[layer], given)
             if kept is not None:
                 shared[sight] = kept
         logits = self.lm_head(self.norm(x))

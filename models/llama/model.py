@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dtcp.mixer import Tables
+from dtcp.mixer import BatchMetadata
 from dtcp.models.blocks import SwiGLU
 from dtcp.models.llama.config import LlamaConfig
 from dtcp.sequence.masks import Causal
@@ -24,14 +24,14 @@ class Attention(nn.Module):
         self.k_norm = _head_norm(config)
         self.mixer = SoftmaxAttention(Causal())
 
-    def forward(self, x: Tensor, position: Tensor, tables: Tables) -> Tensor:
+    def forward(self, x: Tensor, position_ids: Tensor, attn_metadata: BatchMetadata) -> Tensor:
         # The number of heads is what the projection gives: a plan may split the heads over ranks.
         heads = (-1, self.head_dim)
         q = self.q_proj(x).unflatten(-1, heads)  # [B, L, H, D]
         k = self.k_proj(x).unflatten(-1, heads)  # [B, L, G, D]
         v = self.v_proj(x).unflatten(-1, heads)  # [B, L, G, D]
-        q, k = self.rope(self.q_norm(q), position), self.rope(self.k_norm(k), position)
-        return self.o_proj(self.mixer(q, k, v, tables).flatten(-2))
+        q, k = self.rope(self.q_norm(q), position_ids), self.rope(self.k_norm(k), position_ids)
+        return self.o_proj(self.mixer(q, k, v, attn_metadata).flatten(-2))
 
 
 class Block(nn.Module):
@@ -44,8 +44,8 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = SwiGLU(config.dim, config.hidden_dim)
 
-    def forward(self, x: Tensor, position: Tensor, tables: Tables) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), position, tables)
+    def forward(self, x: Tensor, position_ids: Tensor, attn_metadata: BatchMetadata) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), position_ids, attn_metadata)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -65,19 +65,21 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self._tie()
 
-    def forward(self, input_ids: Tensor, position: Tensor, tables: Tables) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, attn_metadata: BatchMetadata
+    ) -> Tensor:
         """Score the next token of every token.
 
         Args:
             input_ids: [B, L].
-            position: [B, L], the position of each token in its document.
-            tables: what the batch brings for the mixers.
+            position_ids: [B, L], the position of each token in its document.
+            attn_metadata: what the batch brings for the mixers.
         Returns:
             [B, L, V].
         """
         x = self.embedding(input_ids)
         for block in self.layers:
-            x = block(x, position, tables)
+            x = block(x, position_ids, attn_metadata)
         return self.lm_head(self.norm(x))
 
     def init_weights(self, std: float = 0.02) -> None:

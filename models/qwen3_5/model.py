@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtcp.mixer import Tables
+from dtcp.mixer import BatchMetadata
 from dtcp.models.blocks import SwiGLU
 from dtcp.models.moe import Experts
 from dtcp.models.qwen3_5.config import ExpertsConfig, Qwen35Config
@@ -71,16 +71,18 @@ class GatedDeltaNet(nn.Module):
         self.conv = CausalConv1d(shape.conv_width)
         self.mixer = GatedDeltaRule()
 
-    def forward(self, x: Tensor, tables: Tables) -> Tensor:
+    def forward(self, x: Tensor, attn_metadata: BatchMetadata) -> Tensor:
         parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         taps = torch.cat((self.q_taps(), self.k_taps(), self.v_taps()))
-        mixed = F.silu(self.conv(torch.cat(parts, dim=-1), taps, tables))
+        mixed = F.silu(self.conv(torch.cat(parts, dim=-1), taps, attn_metadata))
         q, k, v = mixed.split([part.shape[-1] for part in parts], dim=-1)
 
         # The number of heads is what the projection gives: a plan may split the heads over ranks.
         q, k = (part.unflatten(-1, (-1, self.key_dim)) for part in (q, k))  # [B, L, G, K]
         v, z = (part.unflatten(-1, (-1, self.value_dim)) for part in (v, self.z_proj(x)))
-        out = self.mixer(q, k, v, self._log_decay(self.a_proj(x)), self.b_proj(x).sigmoid(), tables)
+        out = self.mixer(
+            q, k, v, self._log_decay(self.a_proj(x)), self.b_proj(x).sigmoid(), attn_metadata
+        )
         return self.o_proj((self.norm(out) * F.silu(z)).flatten(-2))
 
     def _log_decay(self, step: Tensor) -> Tensor:
@@ -114,12 +116,12 @@ class GatedAttention(nn.Module):
         self.k_norm = ZeroCentredNorm(config.head_dim, config.norm_eps)
         self.mixer = SoftmaxAttention(Causal())
 
-    def forward(self, x: Tensor, angles: Angles, tables: Tables) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, attn_metadata: BatchMetadata) -> Tensor:
         q, gate = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, L, G, D]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, L, G, D]
         q, k = (self.rope.rotate(y, *angles) for y in (self.q_norm(q.contiguous()), self.k_norm(k)))
-        out = self.mixer(q, k, v, tables) * gate.sigmoid()
+        out = self.mixer(q, k, v, attn_metadata) * gate.sigmoid()
         return self.o_proj(out.flatten(-2))
 
 
@@ -162,12 +164,12 @@ class Block(nn.Module):
         self.feed_forward_norm = ZeroCentredNorm(config.dim, config.norm_eps)
         self.feed_forward = _feed_forward(config.dim, config.feed_forward)
 
-    def forward(self, x: Tensor, angles: Angles, tables: Tables) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, attn_metadata: BatchMetadata) -> Tensor:
         normed = self.mixer_norm(x)
         if self.attends:
-            x = x + self.attention(normed, angles, tables)
+            x = x + self.attention(normed, angles, attn_metadata)
         else:
-            x = x + self.delta(normed, tables)
+            x = x + self.delta(normed, attn_metadata)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -182,10 +184,12 @@ class Ahead(nn.Module):
         self.layers = nn.ModuleList([Block(config, attends=True)])
         self.norm = ZeroCentredNorm(config.dim, config.norm_eps)
 
-    def forward(self, hidden: Tensor, following: Tensor, angles: Angles, tables: Tables) -> Tensor:
+    def forward(
+        self, hidden: Tensor, following: Tensor, angles: Angles, attn_metadata: BatchMetadata
+    ) -> Tensor:
         """hidden [B, L, D], after the model's last norm; following [B, L, D], the next tokens."""
         pair = torch.cat((self.embedding_norm(following), self.hidden_norm(hidden)), dim=-1)
-        return self.norm(self.layers[0](self.join(pair), angles, tables))
+        return self.norm(self.layers[0](self.join(pair), angles, attn_metadata))
 
 
 class Qwen35(nn.Module):
@@ -210,26 +214,26 @@ class Qwen35(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        position: Tensor,
-        tables: Tables,
+        position_ids: Tensor,
+        attn_metadata: BatchMetadata,
         mtp_input_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Score the next token of every token.
 
         Args:
             input_ids: [B, L].
-            position: [B, L], the position of each token in its document; or [3, B, L], its time,
-                height and width.
-            tables: what the batch brings for the mixers.
+            position_ids: [B, L], of each token in its document; or [3, B, L], its time, height
+                and width.
+            attn_metadata: what the batch brings for the mixers.
             mtp_input_ids: [B, 1, L], the token after each one (dtcp.batch.look_ahead); None to
                 leave multi-token prediction out.
         Returns:
             [B, L, V]; with mtp_input_ids a tuple of it and of that for the token after the next.
         """
-        angles = self.config.rope.angles(position)
+        angles = self.config.rope.angles(position_ids)
         x = self.embedding(input_ids)
         for block in self.layers:
-            x = block(x, angles, tables)
+            x = block(x, angles, attn_metadata)
         hidden = self.norm(x)
         if mtp_input_ids is None:
             return self.lm_head(hidden)
@@ -238,7 +242,7 @@ class Qwen35(nn.Module):
                 "A model predicts further ahead with a layer for it, got mtp_input_ids with "
                 "num_mtp_layers=0: leave them out, or set num_mtp_layers=1."
             )
-        further = self.ahead(hidden, self.embedding(mtp_input_ids[:, 0]), angles, tables)
+        further = self.ahead(hidden, self.embedding(mtp_input_ids[:, 0]), angles, attn_metadata)
         return self.lm_head(hidden), self.lm_head(further)
 
     def init_weights(self, std: float = 0.02) -> None:

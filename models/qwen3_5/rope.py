@@ -30,25 +30,25 @@ class InterleavedRope:
                 f"to half of an even rotary_dim."
             )
 
-    def angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
+    def angles(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin for every token and frequency: [B, L, 1, rotary_dim / 2], fp32.
 
         Args:
-            position: [B, L], or [3, B, L]: time, height and width.
+            position_ids: [B, L], or [3, B, L]: time, height and width.
         Raises:
             ValueError: positions of another shape.
         """
-        if position.ndim == 2:
-            chosen = position[..., None]
-        elif position.ndim == 3 and position.shape[0] == 3:
-            chosen = self._by_frequency(*position)
+        if position_ids.ndim == 2:
+            chosen = position_ids[..., None]
+        elif position_ids.ndim == 3 and position_ids.shape[0] == 3:
+            chosen = self._by_frequency(*position_ids)
         else:
             raise ValueError(
                 f"Positions are [B, L], or [3, B, L] for time, height and width, got "
-                f"position.shape={tuple(position.shape)}: leave out the row of text positions, "
-                f"which documents take the place of."
+                f"position_ids.shape={tuple(position_ids.shape)}: leave out the row of text "
+                f"positions, which documents take the place of."
             )
-        pairs = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=position.device)
+        pairs = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=position_ids.device)
         # Angles are fp32 whatever dtype the model has: bf16 tells positions apart up to 256 only.
         angle = chosen.float() * (1.0 / self.theta ** (pairs / self.rotary_dim))
         return angle.cos()[:, :, None], angle.sin()[:, :, None]

@@ -18,10 +18,10 @@ from dtcp.models.deepseek_v4 import DeepseekV4Config, TopRouter
 from dtcp.parallelize.apply import ParallelPlan
 from dtcp.parallelize.experts import ExpertsSplit
 from dtcp.parallelize.tensor_parallel import (
-    Entered,
-    OwnPart,
-    SharedByHeads,
-    VocabularySharded,
+    AllReduceInputGrad,
+    LocalParams,
+    ReplicateInput,
+    VocabParallelEmbedding,
     check_divisible,
 )
 from dtcp.sparse import CompressedSparseCP
@@ -49,7 +49,7 @@ def deepseek_v4_plan(
         cp={f"{name}.attention.mixer": attention for name in names},
         blocks=tuple(names),
         # Multi-token prediction reads the embedding and the head again, after the blocks.
-        units=() if config.num_mtp_layers else (("embedding",), ("head", "norm", "lm_head")),
+        fsdp_units=() if config.num_mtp_layers else (("embedding",), ("head", "norm", "lm_head")),
         islands=islands(config),
     )
 
@@ -76,14 +76,14 @@ def tensor_plan(config: DeepseekV4Config) -> dict[str, ParallelStyle]:
     """Heads are split, what all of them read is computed by every rank: the one head of keys,
     entries, the indexer, low-rank queries; so are streams and routers."""
     plan: dict[str, ParallelStyle] = {
-        "embedding": VocabularySharded(),
-        "head": OwnPart(),
-        "norm": OwnPart(),
+        "embedding": VocabParallelEmbedding(),
+        "head": LocalParams(),
+        "norm": LocalParams(),
         "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
     }
     if config.num_mtp_layers:
         whole = ("token_norm", "token_proj", "stream_norm", "stream_proj", "head", "norm")
-        plan |= {f"mtp.*.{name}": OwnPart() for name in whole}
+        plan |= {f"mtp.*.{name}": LocalParams() for name in whole}
     # Key by key for each block: torch warns of a pattern that some blocks have no part for.
     for block, ratio in _blocks(config):
         parts = {**BLOCK, **_compressing(config, ratio)}
@@ -108,19 +108,19 @@ def islands(config: DeepseekV4Config) -> tuple[str, ...]:
 
 
 BLOCK: Mapping[str, ParallelStyle] = {
-    "*_streams": OwnPart(),
-    "*_norm": OwnPart(),
-    "attention.q_a_proj": OwnPart(),
-    "attention.kv_proj": OwnPart(),
-    "attention.*_norm": OwnPart(),
-    "attention.rotate": SharedByHeads(),
-    "attention.sink": OwnPart(Shard(0)),
+    "*_streams": LocalParams(),
+    "*_norm": LocalParams(),
+    "attention.q_a_proj": LocalParams(),
+    "attention.kv_proj": LocalParams(),
+    "attention.*_norm": LocalParams(),
+    "attention.rotate": AllReduceInputGrad(),
+    "attention.sink": LocalParams(Shard(0)),
     "attention.q_b_proj": ColwiseParallel(),
-    "attention.o_a_proj": OwnPart(Shard(0)),
+    "attention.o_a_proj": LocalParams(Shard(0)),
     "attention.o_b_proj": RowwiseParallel(),
-    "mixture.router": OwnPart(),
+    "mixture.router": LocalParams(),
     "mixture.experts": ExpertsSplit(),
-    "mixture.shared": Entered(),
+    "mixture.shared": ReplicateInput(),
     "mixture.shared.gate": ColwiseParallel(),
     "mixture.shared.up": ColwiseParallel(),
     "mixture.shared.down": RowwiseParallel(),
@@ -132,11 +132,11 @@ def _compressing(config: DeepseekV4Config, ratio: int) -> dict[str, ParallelStyl
     parts = ("*_proj", "place", "norm")
     plan: dict[str, ParallelStyle] = {}
     if ratio:
-        plan |= {f"attention.compressor.{part}": OwnPart() for part in parts}
-        plan["attention.compressor.rotate"] = SharedByHeads()
+        plan |= {f"attention.compressor.{part}": LocalParams() for part in parts}
+        plan["attention.compressor.rotate"] = AllReduceInputGrad()
     if ratio == config.sparse_ratio:
-        plan["attention.indexer.*_proj"] = OwnPart()
-        plan |= {f"attention.indexer.compressor.{part}": OwnPart() for part in parts}
+        plan["attention.indexer.*_proj"] = LocalParams()
+        plan |= {f"attention.indexer.compressor.{part}": LocalParams() for part in parts}
     return plan
 
 

@@ -13,15 +13,15 @@ from dtcp.models.gemma4 import Gemma4Config, Sight
 from dtcp.parallelize.apply import ParallelPlan
 from dtcp.parallelize.experts import ExpertsSplit
 from dtcp.parallelize.tensor_parallel import (
-    Entered,
     LocalWeight,
-    PerToken,
-    VocabularySharded,
+    ReplicatedParams,
+    ReplicateInput,
+    VocabParallelEmbedding,
     check_divisible,
     kv_columns,
     warn_of_copies,
 )
-from dtcp.softmax import AllGatherAttention, BroughtAttention, HaloAttention
+from dtcp.softmax import AllGatherAttention, HaloAttention, SharedKVAttention
 from dtcp.softmax.style import AttentionStyle
 
 
@@ -45,7 +45,7 @@ def gemma4_plan(
         cp=context_plan(config, attention),
         blocks=("layers.*",),
         # A shared weight is gathered once, with the rest of the model.
-        units=() if config.tied else (("embedding",), ("norm", "lm_head")),
+        fsdp_units=() if config.tied else (("embedding",), ("norm", "lm_head")),
     )
 
 
@@ -55,8 +55,8 @@ def context_plan(config: Gemma4Config, attention: AttentionStyle) -> dict[str, P
     window = HaloAttention(config.window, ahead, boundary=attention.boundary)
     alone = {Sight.SLIDING: window, Sight.GLOBAL: attention}
     brought = {
-        Sight.SLIDING: BroughtAttention(window),
-        Sight.GLOBAL: BroughtAttention(AllGatherAttention()),
+        Sight.SLIDING: SharedKVAttention(window),
+        Sight.GLOBAL: SharedKVAttention(AllGatherAttention()),
     }
     plan: dict[str, ParallelStyle] = {}
     for layer, sight in enumerate(config.layers):
@@ -76,38 +76,40 @@ def tensor_plan(config: Gemma4Config, tp: int) -> dict[str, ParallelStyle]:
     """
     _check_divisible(config, tp)
     plan: dict[str, ParallelStyle] = {
-        "embedding": VocabularySharded(),
-        "layers.*.attention*_norm": PerToken(),
-        "layers.*.feed_forward*_norm": PerToken(),
-        "layers.*.feed_forward": Entered(),
+        "embedding": VocabParallelEmbedding(),
+        "layers.*.attention*_norm": ReplicatedParams(),
+        "layers.*.feed_forward*_norm": ReplicatedParams(),
+        "layers.*.feed_forward": ReplicateInput(),
         "layers.*.feed_forward.gate": ColwiseParallel(),
         "layers.*.feed_forward.up": ColwiseParallel(),
         "layers.*.feed_forward.down": RowwiseParallel(),
-        "norm": PerToken(),
+        "norm": ReplicatedParams(),
         "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
     }
     for layer in range(config.num_layers):
         plan |= _attention_plan(config, layer, tp)
     if config.moe:
         plan |= {
-            "layers.*.moe.*_norm": PerToken(),
-            "layers.*.moe.router.proj": PerToken(),
+            "layers.*.moe.*_norm": ReplicatedParams(),
+            "layers.*.moe.router.proj": ReplicatedParams(),
             "layers.*.moe.router.*scale": LocalWeight(Replicate()),
             "layers.*.moe.experts": ExpertsSplit(),
         }
     if config.per_layer_dim:
-        plan |= {"per_layer.tokens": VocabularySharded()}
-        plan |= {f"per_layer.{part}": PerToken() for part in ("proj", "norm")}
-        plan |= {f"layers.*.per_layer.{part}": PerToken() for part in ("gate", "proj", "norm")}
+        plan |= {"per_layer.tokens": VocabParallelEmbedding()}
+        plan |= {f"per_layer.{part}": ReplicatedParams() for part in ("proj", "norm")}
+        plan |= {
+            f"layers.*.per_layer.{part}": ReplicatedParams() for part in ("gate", "proj", "norm")
+        }
     return plan
 
 
 def _attention_plan(config: Gemma4Config, layer: int, tp: int) -> dict[str, ParallelStyle]:
     name, kv_heads = f"layers.{layer}.attention", config.heads(layer).num_kv_heads
     plan: dict[str, ParallelStyle] = {
-        name: Entered(),
+        name: ReplicateInput(),
         f"{name}.q_proj": ColwiseParallel(),
-        f"{name}.q_norm": PerToken(Shard(HEADS)),
+        f"{name}.q_norm": ReplicatedParams(Shard(HEADS)),
         f"{name}.o_proj": RowwiseParallel(),
     }
     if config.shares(layer):
@@ -117,7 +119,7 @@ def _attention_plan(config: Gemma4Config, layer: int, tp: int) -> dict[str, Para
     if config.makes_keys_from_values(layer):
         plan[f"{name}.k_norm"] = LocalWeight(Partial())
     else:
-        plan |= {f"{name}.v_proj": columns, f"{name}.k_norm": PerToken(Shard(HEADS))}
+        plan |= {f"{name}.v_proj": columns, f"{name}.k_norm": ReplicatedParams(Shard(HEADS))}
     return plan
 
 

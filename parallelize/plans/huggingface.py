@@ -30,11 +30,11 @@ from dtcp.parallelize.compile import Compile
 from dtcp.parallelize.fsdp import FSDP
 from dtcp.parallelize.plans.huggingface_experts import ExpertChannels, Whole, why_not_split
 from dtcp.parallelize.tensor_parallel import (
-    Entered,
-    EnteredWithSinks,
-    PerToken,
-    ScaledVocabulary,
-    VocabularySharded,
+    ReplicatedParams,
+    ReplicateInput,
+    ReplicateInputWithSinks,
+    ScaledVocabParallelEmbedding,
+    VocabParallelEmbedding,
 )
 from dtcp.plan import matches
 from dtcp.softmax import RingAttention
@@ -108,7 +108,7 @@ def hf_plan(
         tp=tensor_plan(model, mesh.size("tp")) if mesh.tp is not None else {},
         cp=styles,
         blocks=tuple(dict.fromkeys(_block(name) for name in names)),
-        units=_units(model),
+        fsdp_units=_units(model),
         islands=_islands(model),
     )
 
@@ -137,7 +137,9 @@ def tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
         plan[name] = style
     columns = [name.rpartition(".")[0] for name in plan if _is_columns(plan[name])]
     # What several projections read enters once, so that its gradient is reduced once.
-    shared = {parent: Entered() for parent in columns if parent and columns.count(parent) > 1}
+    shared = {
+        parent: ReplicateInput() for parent in columns if parent and columns.count(parent) > 1
+    }
     return {**shared, **plan}
 
 
@@ -189,15 +191,19 @@ def _style(
     model: Any, name: str, module: nn.Module, role: str, tp: int, *, in_mixture: bool
 ) -> ParallelStyle | None:
     if module is model.get_input_embeddings():
-        return VocabularySharded() if type(module) is nn.Embedding else ScaledVocabulary()
+        return (
+            VocabParallelEmbedding()
+            if type(module) is nn.Embedding
+            else ScaledVocabParallelEmbedding()
+        )
     if module is model.get_output_embeddings():
         return ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
     if role == EXPERTS:
         return _experts_style(name, module, tp)
     if role == SINKS:
-        return EnteredWithSinks()
+        return ReplicateInputWithSinks()
     if role == "replicated_with_grad_allreduce":
-        return PerToken(Shard(HEADS))
+        return ReplicatedParams(Shard(HEADS))
     if role in ("colwise", "rowwise"):
         return ColwiseParallel() if role == "colwise" else RowwiseParallel()
     if in_mixture and not role:
@@ -205,7 +211,7 @@ def _style(
         return Whole()
     shapes = [p.ndim for p in module.parameters(recurse=False)]
     is_norm = set(shapes) == {1} and "Norm" in type(module).__name__
-    return PerToken() if is_norm and not role else None
+    return ReplicatedParams() if is_norm and not role else None
 
 
 def _experts_style(name: str, module: nn.Module, tp: int) -> ParallelStyle:

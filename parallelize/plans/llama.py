@@ -12,9 +12,9 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.models.llama import LlamaConfig
 from dtcp.parallelize.apply import ParallelPlan
 from dtcp.parallelize.tensor_parallel import (
-    Entered,
-    PerToken,
-    VocabularySharded,
+    ReplicatedParams,
+    ReplicateInput,
+    VocabParallelEmbedding,
     check_divisible,
 )
 from dtcp.softmax.style import AttentionStyle
@@ -37,7 +37,7 @@ def llama_plan(config: LlamaConfig, mesh: ParallelMesh, attention: AttentionStyl
         cp={"layers.*.attention.mixer": attention},
         blocks=("layers.*",),
         # A shared weight is gathered once, with the rest of the model.
-        units=() if config.tied else (("embedding",), ("norm", "lm_head")),
+        fsdp_units=() if config.tied else (("embedding",), ("norm", "lm_head")),
     )
 
 
@@ -47,19 +47,19 @@ def tensor_plan(config: LlamaConfig) -> dict[str, ParallelStyle]:
     From Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053
     """
     plan: dict[str, ParallelStyle] = {
-        "embedding": VocabularySharded(),
-        "layers.*.attention_norm": PerToken(),
-        "layers.*.attention": Entered(),
+        "embedding": VocabParallelEmbedding(),
+        "layers.*.attention_norm": ReplicatedParams(),
+        "layers.*.attention": ReplicateInput(),
         "layers.*.attention.[qkv]_proj": ColwiseParallel(),
         "layers.*.attention.o_proj": RowwiseParallel(),
-        "layers.*.feed_forward_norm": PerToken(),
-        "layers.*.feed_forward": Entered(),
+        "layers.*.feed_forward_norm": ReplicatedParams(),
+        "layers.*.feed_forward": ReplicateInput(),
         "layers.*.feed_forward.gate": ColwiseParallel(),
         "layers.*.feed_forward.up": ColwiseParallel(),
         "layers.*.feed_forward.down": RowwiseParallel(),
-        "norm": PerToken(),
+        "norm": ReplicatedParams(),
         "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
     }
     if config.qk_norm:
-        plan["layers.*.attention.[qk]_norm"] = PerToken(Shard(HEADS))
+        plan["layers.*.attention.[qk]_norm"] = ReplicatedParams(Shard(HEADS))
     return plan

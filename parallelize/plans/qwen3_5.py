@@ -13,10 +13,10 @@ from dtcp.models.qwen3_5 import ExpertsConfig, Qwen35Config
 from dtcp.parallelize.apply import ParallelPlan
 from dtcp.parallelize.experts import ExpertsSplit
 from dtcp.parallelize.tensor_parallel import (
-    Entered,
-    PerToken,
-    RowsSplit,
-    VocabularySharded,
+    ReplicatedParams,
+    ReplicateInput,
+    RowShardedWeight,
+    VocabParallelEmbedding,
     check_divisible,
     kv_columns,
     warn_of_copies,
@@ -66,7 +66,9 @@ def qwen3_5_plan(
         cp=cp,
         blocks=tuple(f"{name}.*" for name in blocks),
         # What is used twice is gathered once, with the rest of the model.
-        units=() if config.tied or config.num_mtp_layers else (("embedding",), ("norm", "lm_head")),
+        fsdp_units=()
+        if config.tied or config.num_mtp_layers
+        else (("embedding",), ("norm", "lm_head")),
         # Decays multiply along a document, and with them what rounding does to a rate.
         islands=tuple(
             f"layers.{index}.delta.{name}.weight"
@@ -82,8 +84,8 @@ def tensor_plan(config: Qwen35Config, tp: int) -> dict[str, ParallelStyle]:
     check_divisible(_sizes(config), tp)
     warn_of_copies(config.num_kv_heads, tp, "attention")
     plan: dict[str, ParallelStyle] = {
-        "embedding": VocabularySharded(),
-        "norm": PerToken(),
+        "embedding": VocabParallelEmbedding(),
+        "norm": ReplicatedParams(),
         "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
     }
     kinds = [config.attends(index) for index in range(config.num_layers)]
@@ -92,42 +94,45 @@ def tensor_plan(config: Qwen35Config, tp: int) -> dict[str, ParallelStyle]:
     if config.num_mtp_layers:
         plan |= _block_plan("ahead.layers.0", config, tp, attends=True)
         names = ("embedding_norm", "hidden_norm", "join", "norm")
-        plan |= {f"ahead.{name}": PerToken() for name in names}
+        plan |= {f"ahead.{name}": ReplicatedParams() for name in names}
     return plan
 
 
 def _block_plan(
     block: str, config: Qwen35Config, tp: int, *, attends: bool
 ) -> dict[str, ParallelStyle]:
-    parts: dict[str, ParallelStyle] = {"mixer_norm": PerToken(), "feed_forward_norm": PerToken()}
+    parts: dict[str, ParallelStyle] = {
+        "mixer_norm": ReplicatedParams(),
+        "feed_forward_norm": ReplicatedParams(),
+    }
     if attends:
         parts |= {
-            "attention": Entered(),
+            "attention": ReplicateInput(),
             "attention.q_proj": ColwiseParallel(),
             "attention.[kv]_proj": kv_columns(config.num_heads, config.num_kv_heads, tp),
-            "attention.[qk]_norm": PerToken(Shard(HEADS)),
+            "attention.[qk]_norm": ReplicatedParams(Shard(HEADS)),
             "attention.o_proj": RowwiseParallel(),
         }
     else:
         parts |= {
-            "delta": Entered(),
+            "delta": ReplicateInput(),
             "delta.[qkvzab]_proj": ColwiseParallel(),
-            "delta.[qkv]_taps": RowsSplit(),
-            "delta.log_rate": RowsSplit(),
-            "delta.step_bias": RowsSplit(),
-            "delta.norm": PerToken(Shard(HEADS)),
+            "delta.[qkv]_taps": RowShardedWeight(),
+            "delta.log_rate": RowShardedWeight(),
+            "delta.step_bias": RowShardedWeight(),
+            "delta.norm": ReplicatedParams(Shard(HEADS)),
             "delta.o_proj": RowwiseParallel(),
         }
     dense = "feed_forward"
     if isinstance(config.feed_forward, ExpertsConfig):
         dense = "feed_forward.shared"
         parts |= {
-            "feed_forward.router": PerToken(),
+            "feed_forward.router": ReplicatedParams(),
             "feed_forward.experts": ExpertsSplit(),
-            "feed_forward.shared_gate": PerToken(),
+            "feed_forward.shared_gate": ReplicatedParams(),
         }
     parts |= {
-        dense: Entered(),
+        dense: ReplicateInput(),
         f"{dense}.gate": ColwiseParallel(),
         f"{dense}.up": ColwiseParallel(),
         f"{dense}.down": RowwiseParallel(),

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 
 @dataclass
-class PerToken(ParallelStyle):
+class ReplicatedParams(ParallelStyle):
     """Run a module on local activations, its parameters replicated over the axis.
 
     Every parameter of a model has to live on the same axes, or their gradients have no common
@@ -50,7 +50,7 @@ class PerToken(ParallelStyle):
 
 
 @dataclass
-class OwnPart(ParallelStyle):
+class LocalParams(ParallelStyle):
     """Run a module as it is, on plain tensors, with this rank's part of its own parameters.
 
     For modules that DTensor's rules do not suit: many small operations, several outputs. Inputs
@@ -88,7 +88,7 @@ class _OwnPart:
 
 
 @dataclass
-class SharedByHeads(ParallelStyle):
+class AllReduceInputGrad(ParallelStyle):
     """Hand on what all heads read, where each rank has some heads: gradients are summed.
 
     Traffic per rank, backward: an all-reduce of the module's output.
@@ -107,7 +107,7 @@ class SharedByHeads(ParallelStyle):
 
 
 @dataclass
-class Entered(ParallelStyle):
+class ReplicateInput(ParallelStyle):
     """Hand a module its first input, by place or by name, as a DTensor, whole on every rank.
 
     What several column-wise projections read enters once, so that its gradient, a sum over
@@ -131,7 +131,7 @@ class Entered(ParallelStyle):
 
 
 @dataclass
-class EnteredWithSinks(Entered):
+class ReplicateInputWithSinks(ReplicateInput):
     """Entered, for attention that has a sink a head, split with the heads."""
 
     sinks: str = "sinks"
@@ -144,7 +144,7 @@ class EnteredWithSinks(Entered):
 
 
 @dataclass
-class VocabularySharded(ParallelStyle):
+class VocabParallelEmbedding(ParallelStyle):
     """Split the rows of an embedding over the axis; a rank looks up the tokens whose row it has.
 
     torch's RowwiseParallel does the same, but makes the gradient of the whole vocabulary on
@@ -176,7 +176,7 @@ class VocabularySharded(ParallelStyle):
 
 
 @dataclass
-class RowsSplit(ParallelStyle):
+class RowShardedWeight(ParallelStyle):
     """Split the rows of a weight over the axis, of a module that hands the weight out as it is.
 
     For parameters of heads and channels that no projection holds: each rank gets those of the
@@ -193,8 +193,8 @@ class RowsSplit(ParallelStyle):
 
 
 @dataclass
-class ScaledVocabulary(ParallelStyle):
-    """VocabularySharded for an embedding that does more in its forward than look up.
+class ScaledVocabParallelEmbedding(ParallelStyle):
+    """VocabParallelEmbedding for an embedding that does more in its forward than look up.
 
     The forward runs as it is, on DTensors.
     """
@@ -211,7 +211,7 @@ class ScaledVocabulary(ParallelStyle):
 
         def look_up(input_ids: Tensor) -> Tensor:
             x = forward(DTensor.from_local(input_ids, device_mesh, whole, run_check=False))
-            # Waited for and copied, as VocabularySharded does.
+            # Waited for and copied, as VocabParallelEmbedding does.
             x = x.redistribute(placements=whole, async_op=False)
             return x.to_local(grad_placements=whole).clone()
 
@@ -244,7 +244,7 @@ class LocalWeight(ParallelStyle):
 
 
 @dataclass
-class CopiedHeads(ParallelStyle):
+class ReplicatedKVHeads(ParallelStyle):
     """Project all kv heads on every rank, and keep those that the rank's query heads read.
 
     For kv heads that the axis does not divide, where it divides the query heads. The weight is
@@ -281,7 +281,7 @@ class CopiedHeads(ParallelStyle):
 
 def kv_columns(heads: int, kv_heads: int, tp: int) -> ParallelStyle:
     """The style of a projection to kv heads: split, or copied where tp does not divide them."""
-    return CopiedHeads(heads, kv_heads) if kv_heads % tp else ColwiseParallel()
+    return ReplicatedKVHeads(heads, kv_heads) if kv_heads % tp else ColwiseParallel()
 
 
 def warn_of_copies(kv_heads: int, tp: int, layers: str) -> None:

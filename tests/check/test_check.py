@@ -42,9 +42,9 @@ class Layer(nn.Module):
         self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
         self.mixer = SoftmaxAttention(Causal())
 
-    def forward(self, x, tables):
+    def forward(self, x, attn_metadata):
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(2)
-        return self.out(self.mixer(q, k, v, tables).flatten(2))
+        return self.out(self.mixer(q, k, v, attn_metadata).flatten(2))
 
 
 class Small(nn.Module):
@@ -55,22 +55,24 @@ class Small(nn.Module):
         self.tokens, self.places = nn.Embedding(48, 16), nn.Embedding(64, 16)
         self.layer, self.head = Layer(), nn.Linear(16, 48)
 
-    def forward(self, input_ids, position, tables):
-        return self.head(self.layer(self.tokens(input_ids) + self.places(position), tables))
+    def forward(self, input_ids, position_ids, attn_metadata):
+        return self.head(
+            self.layer(self.tokens(input_ids) + self.places(position_ids), attn_metadata)
+        )
 
 
 class CountsItsOwnPositions(Small):
     """Right on one device with one document, and nowhere else."""
 
-    def forward(self, input_ids, position, tables):
-        return super().forward(input_ids, torch.arange(position.shape[1])[None], tables)
+    def forward(self, input_ids, position_ids, attn_metadata):
+        return super().forward(input_ids, torch.arange(position_ids.shape[1])[None], attn_metadata)
 
 
 class Pools(Small):
     """Tokens meet in a mean, and in no mixer."""
 
-    def forward(self, input_ids, position, tables):
-        out = super().forward(input_ids, position, tables)
+    def forward(self, input_ids, position_ids, attn_metadata):
+        out = super().forward(input_ids, position_ids, attn_metadata)
         return out + out.mean(dim=1, keepdim=True)
 
 
@@ -81,8 +83,8 @@ class Convolves(Small):
         super().__init__()
         self.conv = nn.Conv1d(48, 48, 3, padding=1)
 
-    def forward(self, input_ids, position, tables):
-        out = super().forward(input_ids, position, tables)
+    def forward(self, input_ids, position_ids, attn_metadata):
+        out = super().forward(input_ids, position_ids, attn_metadata)
         return self.conv(out.transpose(1, 2)).transpose(1, 2)
 
 

@@ -42,7 +42,7 @@ def batch_of(lengths, seq_len=SEQ_LEN):
     labels = torch.randint(0, VOCAB, ids.shape).masked_fill(~real, -100)
     batch = {"input_ids": ids, "labels": labels}
     if bool(real.all()):
-        batch["position_ids"] = documents.position_in_document()
+        batch["position_ids"] = documents.position_ids()
     else:
         batch["attention_mask"] = real.long()
     return batch
@@ -55,9 +55,9 @@ def dense_mask(lengths, seq_len=SEQ_LEN):
 
 
 def on_one_device(model, batch, lengths):
-    position = Documents(lengths, SEQ_LEN).position_in_document()
+    position_ids = Documents(lengths, SEQ_LEN).position_ids()
     model.zero_grad()
-    logits = model(batch["input_ids"], position, dense_mask(lengths))
+    logits = model(batch["input_ids"], position_ids, dense_mask(lengths))
     loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -174,7 +174,7 @@ def test_context_shards_buffers_and_gives_them_back(mesh, ranks, style):
         with get_train_context(False, False, ctx)():
             for buffer in (x, kept):
                 assert_close(buffer, layout.shard(whole, rank))
-            assert_close(ids[0], layout.positions(rank))
+            assert_close(ids[0], layout.token_indices(rank))
             mine = x.transpose(1, 2).clone().requires_grad_()
             out = F.scaled_dot_product_attention(mine, mine, mine, is_causal=True)
         (grad,) = torch.autograd.grad(out.square().sum(), mine)
@@ -241,8 +241,8 @@ def test_model_of_transformers_trains_in_the_context_and_is_read(mesh, rows):
     batch = with_positions(batch_of(rows))
     mask = torch.zeros(2, 1, SEQ_LEN, SEQ_LEN, dtype=torch.float64)
     mask.masked_fill_(~dense_mask(rows), torch.finfo(torch.float64).min)
-    position = Documents(rows, SEQ_LEN).position_in_document()
-    logits = plain(batch["input_ids"], attention_mask=mask, position_ids=position).logits
+    position_ids = Documents(rows, SEQ_LEN).position_ids()
+    logits = plain(batch["input_ids"], attention_mask=mask, position_ids=position_ids).logits
     expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
     expected.backward()
     found, grads = on_mesh(
@@ -253,7 +253,7 @@ def test_model_of_transformers_trains_in_the_context_and_is_read(mesh, rows):
         assert (grads[name] - p.grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
     if rows == PACKED:
         read = FrozenTarget(model, mesh, taps=["model.layers.0"])(
-            batch["input_ids"], position, use_cache=False
+            batch["input_ids"], position_ids, use_cache=False
         )
         assert_close(read.logits, logits.detach(), rtol=1e-5, atol=1e-6)
 
@@ -262,11 +262,15 @@ def test_model_of_transformers_trains_in_the_context_and_is_read(mesh, rows):
 def test_embeddings_and_positions_of_several_axes_are_sharded(mesh):
     """Gradients reach the embeddings: each rank those of its own tokens."""
     embeds = torch.randn(2, 8, 16, dtype=torch.float64, requires_grad=True)
-    position = torch.arange(8).expand(3, 2, -1).contiguous()
-    batch = {"inputs_embeds": embeds, "labels": torch.ones(2, 8).long(), "position_ids": position}
+    position_ids = torch.arange(8).expand(3, 2, -1).contiguous()
+    batch = {
+        "inputs_embeds": embeds,
+        "labels": torch.ones(2, 8).long(),
+        "position_ids": position_ids,
+    }
     _, local = make_cp_batch_and_ctx(mesh, batch)
-    mine = HeadTail(8, 2).positions(mesh.get_local_rank())
-    assert_close(local["position_ids"], position[:, :, mine])
+    mine = HeadTail(8, 2).token_indices(mesh.get_local_rank())
+    assert_close(local["position_ids"], position_ids[:, :, mine])
     local["inputs_embeds"].sum().backward()
     assert_close(embeds.grad.sum((0, 2)), torch.zeros(8).double().index_fill(0, mine, 32))
 
@@ -306,7 +310,7 @@ def test_sharder_of_the_models_own_comes_first(mesh):
 @spmd(ranks=2)
 def test_bad_batches_are_refused(mesh):
     good = batch_of(PACKED)
-    ids, labels, position = good["input_ids"], good["labels"], good["position_ids"]
+    ids, labels, position_ids = good["input_ids"], good["labels"], good["position_ids"]
     left = torch.ones(2, SEQ_LEN).long()
     left[1, :3] = 0
     plain = {"input_ids": ids, "labels": labels}
@@ -320,11 +324,11 @@ def test_bad_batches_are_refused(mesh):
         ("see just what came before", {**plain, "attention_mask": window}),
         ("adds other than 0", {**plain, "attention_mask": torch.rand(2, 1, SEQ_LEN, SEQ_LEN)}),
         ("no such mask", {**plain, "attention_mask": left[:, :5]}),
-        ("Positions count up", {**plain, "position_ids": position + 1}),
+        ("Positions count up", {**plain, "position_ids": position_ids + 1}),
         ("key='weights'", {**plain, "weights": torch.zeros(2, SEQ_LEN)}),
         ("rows of one length", {**plain, "labels": labels[:, 1:]}),
-        ("Positions go with tokens", {**plain, "position_ids": position[0]}),
-        ("where they are read", {**plain, "position_ids": position.expand(3, -1, -1)}),
+        ("Positions go with tokens", {**plain, "position_ids": position_ids[0]}),
+        ("where they are read", {**plain, "position_ids": position_ids.expand(3, -1, -1)}),
         ("where they are read", {**plain, "cu_seqlens": torch.tensor([0, 4])}),
         ("in a row of their own", {**plain, "seq_lens": torch.tensor([4, 2])}),
     ):
@@ -342,7 +346,7 @@ def test_dense_mask_of_documents_is_understood(mesh):
     batch = batch_of(lengths)
     mask = dense_mask(lengths) & (Documents(lengths, SEQ_LEN).document() >= 0)[:, None, None]
     added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    batch["position_ids"] = Documents(lengths, SEQ_LEN).position_in_document()
+    batch["position_ids"] = Documents(lengths, SEQ_LEN).position_ids()
     expected = on_one_device(model, batch, lengths)
     for given in (mask, added):
         assert_close(on_mesh(model, mesh, {**batch, "attention_mask": given}), expected)
@@ -358,7 +362,7 @@ def test_lengths_of_documents_are_heeded(mesh, ranks):
         [torch.arange(n) < 99 * (1 - i % 2) for i, n in enumerate(parts[0] + parts[1])]
     )
     labels = ids.roll(1).masked_fill(~real.view(2, SEQ_LEN), -100)
-    logits = model(ids, Documents(((9, 12), (21,)), SEQ_LEN).position_in_document(), seen)
+    logits = model(ids, Documents(((9, 12), (21,)), SEQ_LEN).position_ids(), seen)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     expected.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -521,10 +525,10 @@ def test_windows_and_modules_without_is_causal_are_refused():
 
 def test_hooked_module_outside_a_context_runs_as_it_did():
     model, ids = Decoder(own_mask=True), torch.ones(2, 9).long()
-    position = Documents(((4, 5), (9,)), 9).position_in_document()
-    before = model(ids, position)
+    position_ids = Documents(((4, 5), (9,)), 9).position_ids()
+    before = model(ids, position_ids)
     attach_context_parallel_hooks(model)
-    assert_close(model(ids, position), before)
+    assert_close(model(ids, position_ids), before)
 
 
 def test_position_ids_are_built_only_where_missing():

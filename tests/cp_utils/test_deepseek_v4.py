@@ -103,22 +103,22 @@ def test_the_dense_mask_says_who_sees_whom(mesh):
     rank, group = mesh.get_local_rank(), mesh.get_group()
     padding = torch.zeros(2, 8, dtype=torch.bool)
     padding[1, 6:] = True
-    position = torch.arange(8)[4 * rank : 4 * rank + 4]
+    position_ids = torch.arange(8)[4 * rank : 4 * rank + 4]
     mine = padding[:, 4 * rank : 4 * rank + 4]
     mask = build_dsv4_cp_causal_padding_mask(
-        position, 8, torch.bfloat16, "cpu", group, padding_mask=mine, sliding_window=3
+        position_ids, 8, torch.bfloat16, "cpu", group, padding_mask=mine, sliding_window=3
     )
     assert mask.shape == (2, 1, 4, 8) and mask.dtype == torch.bfloat16
     for row in range(2):
-        for index, query in enumerate(position.tolist()):
+        for index, query in enumerate(position_ids.tolist()):
             for key in range(8):
                 seen = key <= query and query - key < 3 and not padding[row, key]
                 least = torch.finfo(torch.bfloat16).min
                 assert mask[row, 0, index, key] == (0 if seen else least)
-    whole = build_dsv4_cp_causal_padding_mask(position[None], 8, torch.float32, "cpu", group)
-    assert_close(whole[0, 0] == 0, torch.arange(8) <= position[:, None])
+    whole = build_dsv4_cp_causal_padding_mask(position_ids[None], 8, torch.float32, "cpu", group)
+    assert_close(whole[0, 0] == 0, torch.arange(8) <= position_ids[:, None])
     with pytest.raises(ValueError, match="speaks of every key"):
-        build_dsv4_cp_causal_padding_mask(position, 7, torch.float32, "cpu", group, mine)
+        build_dsv4_cp_causal_padding_mask(position_ids, 7, torch.float32, "cpu", group, mine)
 
 
 def test_rows_are_padded_and_cut_in_stretches():
@@ -136,8 +136,8 @@ def test_rows_are_padded_and_cut_in_stretches():
     assert_close(rejoined(parts, "input_ids")[:, :13], batch["input_ids"])
     assert parts[0]["_dsv4_cp_group"] == "group" and "attention_mask" not in parts[0]
     # Without a mask none is made; positions of several axes keep them.
-    position = torch.arange(13).expand(3, 2, -1)
-    parts = shards({**plain_batch(), "position_ids": position}, 3)
+    position_ids = torch.arange(13).expand(3, 2, -1)
+    parts = shards({**plain_batch(), "position_ids": position_ids}, 3)
     assert "padding_mask" not in parts[0]
     assert_close(rejoined(parts, "position_ids", -1), torch.arange(18).expand(3, 2, -1))
 
@@ -278,8 +278,11 @@ def test_documents_told_where_nobody_reads_them_are_refused(make, remedy, how):
 
 
 def test_positions_of_padding_say_nothing_of_documents():
-    for mask, position in (([1, 1, 1, 0], [0, 1, 2, 1]), ([0, 0, 1, 1], [1, 1, 0, 1])):
-        batch = {"attention_mask": torch.tensor([mask]), "position_ids": torch.tensor([position])}
+    for mask, position_ids in (([1, 1, 1, 0], [0, 1, 2, 1]), ([0, 0, 1, 1], [1, 1, 0, 1])):
+        batch = {
+            "attention_mask": torch.tensor([mask]),
+            "position_ids": torch.tensor([position_ids]),
+        }
         _, local = make_contiguous_shard_cp_batch_and_ctx(
             Axis(1, 0), None, {**plain_batch(4, 1), **batch}
         )

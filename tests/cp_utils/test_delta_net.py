@@ -135,7 +135,7 @@ def adopted(mesh: Any) -> None:
         layer, module.Qwen3_5GatedDeltaNet
     )
     assert list(layer.state_dict()) == names
-    rows = HeadTail(64, mesh.size()).positions(mesh.get_local_rank())
+    rows = HeadTail(64, mesh.size()).token_indices(mesh.get_local_rank())
     x = torch.randn(1, len(rows), DIM, dtype=torch.float64, requires_grad=True)
     with count() as traffic:
         layer(x, seq_index=rows)
@@ -165,7 +165,7 @@ def test_all_gather_concat_sends_each_shard_its_gradient(mesh):
 
 def undone(mesh: Any) -> None:
     layer, group = layer_of("qwen3_5_text"), mesh.get_group()
-    place = HeadTail(16, 2).positions(mesh.get_local_rank())
+    place = HeadTail(16, 2).token_indices(mesh.get_local_rank())
     x = place.double()[None, :, None].expand(2, -1, 3)
     with count() as traffic:
         there, order = layer._undo_attention_load_balancing(x, place, group)
@@ -186,7 +186,7 @@ def test_load_balancing_is_undone_and_redone_in_one_exchange_each():
 def refusing(mesh: Any) -> None:
     layer = layer_of("qwen3_5_text")
     layer._cp_mesh = mesh
-    x, place = torch.randn(1, 8, DIM).double(), HeadTail(16, 2).positions(mesh.get_local_rank())
+    x, place = torch.randn(1, 8, DIM).double(), HeadTail(16, 2).token_indices(mesh.get_local_rank())
 
     def call(x: Tensor = x, **how: Any) -> Callable[[], Tensor]:
         return lambda: layer(x, **how)

@@ -48,7 +48,7 @@ def step_by_hook(mesh: Any, expected: Seen) -> None:
         "labels": whole.input_ids,
         "mm_token_type_ids": whole.mm_token_type_ids,
         "_packed_seq_ids": ids,
-        "position_ids": whole.documents.position_in_document(),
+        "position_ids": whole.documents.position_ids(),
         "padding_mask": ids == 0,
     }
     features = tower(expected.pixels)
@@ -56,7 +56,10 @@ def step_by_hook(mesh: Any, expected: Seen) -> None:
     context, local = make_cp_batch_and_ctx(mesh, prepared)
     with context():
         logits = model(
-            None, local["position_ids"], local["tables"], inputs_embeds=local["inputs_embeds"]
+            None,
+            local["position_ids"],
+            local["attn_metadata"],
+            inputs_embeds=local["inputs_embeds"],
         )
     part = Contiguous(whole.input_ids.shape[1], ranks)
     grad, logits_there = (part.shard(x, on.rank("cp")) for x in (whole.grad_logits, whole.logits))
@@ -128,7 +131,7 @@ def test_a_hooked_gemma4_batch_numbers_images_in_whole_rows(mesh):
     _, local = make_cp_batch_and_ctx(mesh, prepare_model_inputs_for_cp(model, batch))
     expected = [[-1, 0, 0, -1], [-1, 1, 1, -1]][mesh.get_local_rank()]
     assert local["_gemma4_vision_group_ids"][0].tolist() == expected
-    assert local["tables"]
+    assert local["attn_metadata"]
 
 
 def test_the_seeds_helpers_for_gemma4_do_as_documented():
@@ -152,9 +155,9 @@ def test_the_seeds_helpers_for_gemma4_do_as_documented():
     four[0, 0, 0, 0] = 0.0
     batch: dict[str, Any] = {"input_ids": x, "attention_mask": four}
     found = _prepare_manual_cp_batch(None, None, batch, torch.tensor([[1, 0]]))
-    key, seq_len, labels, position, dim, loss_mask = found
+    key, seq_len, labels, position_ids, dim, loss_mask = found
     assert (key, seq_len, dim, loss_mask) == ("input_ids", 2, 1, None)
-    assert labels.tolist() == [[1, 0]] and position.tolist() == [[0, 1]]
+    assert labels.tolist() == [[1, 0]] and position_ids.tolist() == [[0, 1]]
     assert batch["padding_mask"].tolist() == [[False, True]]
 
 

@@ -151,7 +151,7 @@ def check_halo(mesh, kind, left, right, ranks, *, compiled):
         [(2, layout.shard_len, 3)] * ranks,
         compiled=compiled,
     )
-    mine = set(layout.positions(mesh.get_local_rank()).tolist()) | {-1}
+    mine = set(layout.token_indices(mesh.get_local_rank()).tolist()) | {-1}
     foreign = [p for p in wanted[mesh.get_local_rank()].tolist() if p not in mine]
     assert forward.received == len(foreign) * 6 * FP64
     assert backward.sent == forward.received and backward.received == forward.sent

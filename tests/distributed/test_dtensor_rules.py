@@ -27,7 +27,7 @@ def ours(mesh, placements, mixer, plan, mixed=False):
         shape_of = plan.shard(local)
         at = [Replicate()] * len(placements) if mixed and index == 2 else placements
         inputs.append(DTensor.from_local(shape_of, mesh, at, run_check=False))
-    return mixer(*inputs, plan.tables)
+    return mixer(*inputs, plan.attn_metadata)
 
 
 WRONG = [
@@ -50,9 +50,9 @@ def test_our_op_refuses_any_other_placement(mesh, placements, boundary):
     refused("on which the sequence is sharded", lambda: ours(mesh, placements, mixer, plan))
     local = [plan.shard(x) for x in truth(Case(CAUSAL), 2).inputs[:3]]
     inputs = [DTensor.from_local(x, mesh, placements, run_check=False) for x in local]
-    tables, how = plan.tables[mixer.table_key], mixer.softmax(local[0])
+    attn_metadata, how = plan.attn_metadata[mixer.metadata_key], mixer.softmax(local[0])
     op, groups = mixer.style.op, mixer.groups
-    refused("on which the sequence", lambda: op(*inputs, tables, how, groups=groups))
+    refused("on which the sequence", lambda: op(*inputs, attn_metadata, how, groups=groups))
 
 
 @spmd(axes={"cp": 2, "tp": 2})
@@ -76,9 +76,9 @@ def test_our_op_refuses_plain_tensors_beside_dtensors(mesh):
     plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
     q, k, v = (plan.shard(x) for x in truth(Case(CAUSAL), 2).inputs[:3])
     placed = DTensor.from_local(q, mesh, [Shard(1), Shard(2)], run_check=False)
-    refused("None for a plain tensor", lambda: mixer(placed, k, v, plan.tables))
+    refused("None for a plain tensor", lambda: mixer(placed, k, v, plan.attn_metadata))
     placed = DTensor.from_local(v, mesh, [Shard(1), Shard(2)], run_check=False)
-    refused("None for a plain tensor", lambda: mixer(q, k, placed, plan.tables))
+    refused("None for a plain tensor", lambda: mixer(q, k, placed, plan.attn_metadata))
 
 
 @spmd(axes={"cp": 2, "tp": 2})

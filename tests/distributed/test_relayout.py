@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from dtcp.distributed.collectives import group_name
 from dtcp.distributed.ledger import count
 from dtcp.distributed.relayout import (
-    Dealing,
+    RelayoutRoute,
     deal,
     gather,
     relayout,
@@ -102,7 +102,10 @@ def ways(mesh, source, target, dim):
     yield lambda x: relayout(x, source, target, mesh, dim=dim)
     if dim == 1:
         rank, group = mesh.get_local_rank(), group_name(mesh)
-        there, back = Dealing.between(source, target, rank), Dealing.between(target, source, rank)
+        there, back = (
+            RelayoutRoute.between(source, target, rank),
+            RelayoutRoute.between(target, source, rank),
+        )
         yield lambda x: deal(x, there, group)
         yield lambda x: deal(x, back, group, back=True)
 
@@ -110,7 +113,7 @@ def ways(mesh, source, target, dim):
 def check_relayout(mesh, source, target, dim, *, compiled):
     ranks, rank = source.num_shards, mesh.get_local_rank()
     shape = shape_of(source, dim)
-    held, wanted = (set(layout.positions(rank).tolist()) for layout in (source, target))
+    held, wanted = (set(layout.token_indices(rank).tolist()) for layout in (source, target))
     moved = len(wanted - held) * torch.Size(shape).numel() // source.shard_len * FP64
     for way in ways(mesh, source, target, dim):
         forward, backward = assert_equals_one_process(
@@ -195,6 +198,6 @@ def test_misuse_is_refused(mesh):
         gather(x, Contiguous(16, 2), mesh)
     with pytest.raises(ValueError, match=r"source=Contiguous.seq_len=8.* one sequence and mesh"):
         relayout(x, Contiguous(8, 2), HeadTail(16, 2), mesh)
-    tables = Dealing.between(Contiguous(16, 2), HeadTail(16, 2), mesh.get_local_rank())
+    attn_metadata = RelayoutRoute.between(Contiguous(16, 2), HeadTail(16, 2), mesh.get_local_rank())
     with pytest.raises(ValueError, match=r"tables for 8 tokens with x.shape=\(1, 4\)"):
-        deal(x, tables, group_name(mesh))
+        deal(x, attn_metadata, group_name(mesh))

@@ -17,9 +17,9 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from dtcp.batch import BatchPlan, shard_batch
+from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.mixer import Tables
+from dtcp.mixer import BatchMetadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
     BlockBalanced,
@@ -163,7 +163,7 @@ def styles(num_shards: int, **how: Any) -> list[AttentionStyle]:
 def in_tiles(style: AttentionStyle, tile: int) -> AttentionStyle:
     """The same style with so many queries a tile: short sequences then have several tiles."""
     style = copy(style)
-    style.make_tables = functools.partial(style.make_tables, tile=tile)  # type: ignore[method-assign, call-arg]
+    style.make_metadata = functools.partial(style.make_metadata, tile=tile)  # type: ignore[method-assign, call-arg]
     return style
 
 
@@ -188,9 +188,15 @@ class Block(nn.Module):
         self.mixer = mixer
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, *, sink: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_metadata: BatchMetadata,
+        *,
+        sink: Tensor | None = None,
     ) -> Tensor:
-        return -self.mixer(-q, -k, -v, tables, sink=sink)
+        return -self.mixer(-q, -k, -v, attn_metadata, sink=sink)
 
 
 def mixer_on(
@@ -204,7 +210,7 @@ def mixer_on(
 
 def plan_of(
     case: Case, mixer: nn.Module, mesh: DeviceMesh, layout: type[SequenceLayout]
-) -> BatchPlan:
+) -> ShardedBatch:
     """The case's batch, sharded; `mesh` has an axis cp, and no other that holds a sequence."""
     documents = case.documents(mesh["cp"].size())
     batch = {
@@ -216,7 +222,7 @@ def plan_of(
     return shard_batch(batch, whole, layout, model=mixer, documents=documents)[1]
 
 
-def local_inputs(case: Case, plan: BatchPlan) -> tuple[Tensor, ...]:
+def local_inputs(case: Case, plan: ShardedBatch) -> tuple[Tensor, ...]:
     """This rank's q, k, v, and the sink if there is one: leaves that want gradients."""
     q, k, v, *sink = (x.to(case.dtype) for x in truth(case, plan.layout.num_shards).inputs)
     return tuple(x.clone().requires_grad_() for x in (*map(plan.shard, (q, k, v)), *sink))
@@ -230,16 +236,16 @@ class Result(NamedTuple):
 
 
 def run(
-    case: Case, attend: Callable[..., Tensor], plan: BatchPlan, inputs: tuple[Tensor, ...]
+    case: Case, attend: Callable[..., Tensor], plan: ShardedBatch, inputs: tuple[Tensor, ...]
 ) -> Result:
     """Forward and backward of a mixer, or of its compiled form, on this rank's shards."""
     q, k, v, *sink = inputs
-    out = attend(q, k, v, plan.tables, sink=sink[0] if sink else None)
+    out = attend(q, k, v, plan.attn_metadata, sink=sink[0] if sink else None)
     grad_out = plan.shard(truth(case, plan.layout.num_shards).grad_out)
     return Result(out.detach(), torch.autograd.grad(out, inputs, grad_out))
 
 
-def errors(case: Case, result: Result, plan: BatchPlan, group: Any = None) -> dict[str, float]:
+def errors(case: Case, result: Result, plan: ShardedBatch, group: Any = None) -> dict[str, float]:
     """Relative error of the output and of every gradient: largest difference / largest value."""
     expected = truth(case, plan.layout.num_shards)
     dq, dk, dv, *dsink = result.grads

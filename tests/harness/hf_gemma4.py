@@ -78,7 +78,7 @@ class Truth:
     weights: dict[str, Tensor]
     input_ids: Tensor  # [B, S]
     mm_token_type_ids: Tensor | None  # [B, S]
-    position: Tensor  # [B, S]
+    position_ids: Tensor  # [B, S]
     grad_logits: Tensor  # [B, S, V], zero in padding
     logits: Tensor  # [B, S, V], zero in padding
     gradients: dict[str, Tensor]
@@ -134,9 +134,9 @@ def truth(variant: str) -> Truth:
     types = _images(shape) if config.vision_blocks else None
     grad = torch.randn(*shape, config.vocab_size, dtype=torch.float64)
     grad[documents.document() < 0] = 0.0
-    position = documents.position_in_document()
+    position_ids = documents.position_ids()
     if variant in SPREAD_OUT:
-        position = SPREAD * position + 2
+        position_ids = SPREAD * position_ids + 2
 
     rows = []
     with Wide():
@@ -144,7 +144,7 @@ def truth(variant: str) -> Truth:
             parts, start = [], 0
             for length in lengths:
                 at = (slice(row, row + 1), slice(start, start + length))
-                extra = {"position_ids": position[at]}
+                extra = {"position_ids": position_ids[at]}
                 # Without a mask theirs would read documents off positions that skip.
                 extra["attention_mask"] = torch.ones_like(input_ids[at])
                 if types is not None:
@@ -161,7 +161,7 @@ def truth(variant: str) -> Truth:
         {name: x.detach() for name, x in from_hf(theirs.state_dict(), config).items()},
         input_ids,
         types,
-        position,
+        position_ids,
         grad,
         logits.detach(),
         from_hf(gradients, config),

@@ -72,23 +72,23 @@ def build(config: Qwen35Config) -> Any:
             parameter.add_(scale * torch.randn_like(parameter))
             if name.endswith("A_log"):
                 parameter.uniform_(-3, 1)
-    rotary = model.model.rotary_emb
-    angles = rotary.forward
+    position_ids = model.model.rotary_emb
+    angles = position_ids.forward
 
     def in_fp32(*args: Any, **kwargs: Any) -> Any:
         # Ours are fp32 too, in every dtype of the model.
         with torch._C.DisableTorchFunction():
             return angles(*args, **kwargs)
 
-    rotary.forward = in_fp32
+    position_ids.forward = in_fp32
     return model.train()
 
 
-def logits(model: Any, input_ids: Tensor, rows: Any, position: Tensor | None = None) -> Tensor:
+def logits(model: Any, input_ids: Tensor, rows: Any, position_ids: Tensor | None = None) -> Tensor:
     """Score whole rows document by document: [B, S, V], zero for padding.
 
     Args:
-        position: [3, B, S]; None for text.
+        position_ids: [3, B, S]; None for text.
     """
     out = []
     with TrueFP64():
@@ -96,7 +96,7 @@ def logits(model: Any, input_ids: Tensor, rows: Any, position: Tensor | None = N
             parts, end = [], 0
             for length in lengths:
                 at = (slice(row, row + 1), slice(end, end + length))
-                where = None if position is None else position[:, at[0], at[1]]
+                where = None if position_ids is None else position_ids[:, at[0], at[1]]
                 parts.append(model(input_ids[at], position_ids=where, use_cache=False).logits)
                 end += length
             missing = input_ids.shape[1] - end

@@ -23,12 +23,12 @@ from triton.runtime import driver
 from dtcp.kernels import triton_support
 from dtcp.kernels.softmax.triton import attention as interval
 from dtcp.kernels.softmax.types import (
-    Final,
-    Gradients,
+    GradAccumulators,
     Keys,
-    Partial,
+    OnlineSoftmax,
     Queries,
-    Softmax,
+    SavedForward,
+    SoftmaxParams,
 )
 
 TOKENS, HEADS, KV_HEADS = 256, 4, 2
@@ -106,11 +106,11 @@ def launch(dtype: torch.dtype, key_dim: int, value_dim: int, softcap: float) -> 
     dq, dk, dv = (torch.empty(x.shape) for x in (q, k, v))
     out = torch.empty(1, TOKENS, HEADS, value_dim, dtype=dtype)
     index = torch.zeros(1, TOKENS, dtype=torch.int32)
-    queries, keys, how = Queries(q, index, index), Keys(k, v, index[0]), Softmax(0.1, softcap)
-    partial = Partial.empty(q, value_dim)
+    queries, keys, how = Queries(q, index, index), Keys(k, v, index[0]), SoftmaxParams(0.1, softcap)
+    partial = OnlineSoftmax.empty(q, value_dim)
     interval.attend(partial, queries, keys, index, how)
-    final = Final(out, out, partial.lse)
-    interval.attend_backward(Gradients(dq, dk, dv), final, queries, keys, index, how)
+    final = SavedForward(out, out, partial.lse)
+    interval.attend_backward(GradAccumulators(dq, dk, dv), final, queries, keys, index, how)
 
 
 def main() -> None:

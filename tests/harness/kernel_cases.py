@@ -12,18 +12,18 @@ from torch import Tensor
 
 from dtcp.kernels.softmax import reference as tiles
 from dtcp.kernels.softmax.api import (
-    Final,
-    Gradients,
+    GradAccumulators,
     Keys,
-    Partial,
+    OnlineSoftmax,
     Queries,
-    Softmax,
+    SavedForward,
+    SoftmaxParams,
     attend,
     attend_backward,
     attention_kernel,
     zeros_for,
 )
-from dtcp.kernels.softmax.block_ranges import UNUSED, key_spans
+from dtcp.kernels.softmax.block_ranges import UNUSED, block_ranges
 from dtcp.sequence.layout import HeadTail
 from dtcp.sequence.masks import Coords
 from tests.harness import packings as cases
@@ -62,7 +62,7 @@ def meetings() -> dict[str, Meeting]:
             packed, torch.arange(44), [torch.arange(p, 44, 2) for p in (0, 1)]
         ),
         "images in windows, head-tail, unused slots": Meeting(
-            images, HeadTail(80, 2).positions(0), [torch.arange(50)], unused=14
+            images, HeadTail(80, 2).token_indices(0), [torch.arange(50)], unused=14
         ),
         "heads of 512": _whole(replace(causal, seq_len=20, key_dim=512, value_dim=500)),
         "half": _whole(half),
@@ -109,22 +109,22 @@ def computed(at: Meeting, grad_out: Tensor, device: str) -> Found:
     )
     first, last = (x[:, at.queries] for x in case.sight.mask.intervals(coords))
     queries = Queries.of(q[:, at.queries], first.to(device), last.to(device))
-    how = Softmax(case.key_dim**-0.5 if case.scale is None else case.scale, case.softcap)
+    how = SoftmaxParams(case.key_dim**-0.5 if case.scale is None else case.scale, case.softcap)
     parts = []
     for tokens in at.parts:
-        position = torch.nn.functional.pad(tokens, (0, at.unused), value=UNUSED).to(torch.int32)
+        token_index = torch.nn.functional.pad(tokens, (0, at.unused), value=UNUSED).to(torch.int32)
         slots = [_with_unused(x[:, tokens], at.unused) for x in (k, v)]
-        parts.append((Keys(*slots, position.to(device)), key_spans(first, last, position)))
+        parts.append((Keys(*slots, token_index.to(device)), block_ranges(first, last, token_index)))
 
-    partial = Partial.empty(queries.q, case.value_dim)
+    partial = OnlineSoftmax.empty(queries.q, case.value_dim)
     for keys, spans in parts:
         assert attention_kernel(queries, keys) is not tiles
         attend(partial, queries, keys, spans, how)
     out, lse = partial.finish(None, case.dtype)
-    final = Final(grad_out.to(device), out, lse)
+    final = SavedForward(grad_out.to(device), out, lse)
     dq, dk, dv = (zeros_for(x) for x in (queries.q, k, v))
     for tokens, (keys, spans) in zip(at.parts, parts, strict=True):
-        grads = Gradients(dq, zeros_for(keys.k), zeros_for(keys.v))
+        grads = GradAccumulators(dq, zeros_for(keys.k), zeros_for(keys.v))
         attend_backward(grads, final, queries, keys, spans, how)
         count = len(tokens)
         assert not grads.dk[:, count:].any() and not grads.dv[:, count:].any()

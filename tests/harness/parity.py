@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from dtcp.batch import shard_batch, shift_labels
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.models.llama import Llama, LlamaConfig
 from dtcp.parallelize import Compile
 from dtcp.sequence.documents import Documents
@@ -39,8 +39,8 @@ def one_device(model: Llama, rows: Rows) -> Tensor:
     documents = Documents(rows, SEQ_LEN)
     input_ids = torch.randint(CONFIG.vocab_size, (len(rows), SEQ_LEN))
     labels = shift_labels(input_ids, documents)
-    position, tables = documents.position_in_document(), batch_tables(model, documents)
-    logits = model(input_ids, position, tables)
+    position_ids, attn_metadata = documents.position_ids(), batch_metadata(model, documents)
+    logits = model(input_ids, position_ids, attn_metadata)
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward()
     return loss.detach()
@@ -55,7 +55,7 @@ def on_mesh(
     batch = {
         "input_ids": input_ids,
         "labels": shift_labels(input_ids, whole),
-        "position": whole.position_in_document(),
+        "position_ids": whole.position_ids(),
     }
     mine = slice(mesh.rank("batch"), None, mesh.size("batch"))
     local, plan = shard_batch(
@@ -66,7 +66,7 @@ def on_mesh(
         documents=Documents(rows[mine], SEQ_LEN),
     )
     tokens = global_token_count(local["labels"], mesh.loss)
-    logits = model(local["input_ids"], local["position"], plan.tables)
+    logits = model(local["input_ids"], local["position_ids"], plan.attn_metadata)
     share = token_mean_loss(logits, local["labels"], tokens)
     share.backward()
     loss = share.detach()

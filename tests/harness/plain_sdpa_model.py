@@ -53,7 +53,7 @@ class Decoder(nn.Module):
     def __init__(self, *, own_mask: bool = False) -> None:
         super().__init__()
         self.own_mask = own_mask
-        self.embed, self.position = nn.Embedding(VOCAB, DIM), nn.Embedding(64, DIM)
+        self.embed, self.token_index = nn.Embedding(VOCAB, DIM), nn.Embedding(64, DIM)
         self.layers = nn.ModuleList(Layer() for _ in range(2))
         self.head = nn.Linear(DIM, VOCAB)
         self.double()
@@ -68,14 +68,14 @@ class Decoder(nn.Module):
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         if self.own_mask:
             attention_mask = mask_by_position(position_ids)
-        x = x + self.position(position_ids)
+        x = x + self.token_index(position_ids)
         for layer in self.layers:
             x = layer(x, attention_mask)
         return self.head(x)
 
 
-def mask_by_position(position: Tensor) -> Tensor:
+def mask_by_position(position_ids: Tensor) -> Tensor:
     """Causal among tokens whose positions follow each other: [B, 1, L, L]."""
-    run = (position.diff(prepend=position[:, :1] - 1) != 1).cumsum(1)
+    run = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
     same = run[:, :, None] == run[:, None]
     return (same & torch.ones_like(same).tril())[:, None]

@@ -15,7 +15,7 @@ from dtcp.kernels.sparse.reference import Gathered
 from dtcp.kernels.sparse.triton.attention import sparse_backward, sparse_forward
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import Coords
-from dtcp.sparse.mixer import Compression, sparse_tables
+from dtcp.sparse.mixer import Compression, sparse_metadata
 from tests.harness.interval_compiled import GPUS, NoGpu
 
 ENTRIES = 2048
@@ -24,10 +24,10 @@ ENTRIES = 2048
 def launch(dtype: torch.dtype, heads: int, dim: int, picks: int) -> None:
     """Forward and backward, as the op does it."""
     coords = Coords.of(Documents.single(1, ENTRIES))
-    tables = sparse_tables(coords, [[(0, ENTRIES)]], 0, 128, Compression(1), halo=False)
+    attn_metadata = sparse_metadata(coords, [[(0, ENTRIES)]], 0, 128, Compression(1), halo=False)
     q, rows = torch.empty(1, ENTRIES, heads, dim, dtype=dtype), torch.empty(1, ENTRIES, dim)
     selected = torch.zeros(1, ENTRIES, picks, dtype=torch.int32) if picks else None
-    given = Gathered(rows.to(dtype), rows.to(dtype), selected, tables.sight)
+    given = Gathered(rows.to(dtype), rows.to(dtype), selected, attn_metadata.sight)
     sink = torch.zeros(heads)
     out, lse = sparse_forward(q, given, sink, 0.1)
     sparse_backward(out, q, given, sink, out, lse, 0.1)

@@ -16,9 +16,9 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.sparse import op as sparse_op
-from dtcp.sparse.mixer import Compression, SparseTables
+from dtcp.sparse.mixer import Compression, SparseMetadata
 from dtcp.sparse.op import sparse_attention
-from dtcp.sparse.style import rank_tables
+from dtcp.sparse.style import rank_metadata
 
 WINDOW = 5
 ROWS = ((9, 2, 20), (32,))
@@ -56,14 +56,22 @@ def dense(
     return torch.einsum("blhk,bkd->blhd", weights, everything), scores.logsumexp(-1)
 
 
-def chosen_by_index(tables: SparseTables, number: int, generator: torch.Generator) -> Tensor:
+def chosen_by_index(
+    attn_metadata: SparseMetadata, number: int, generator: torch.Generator
+) -> Tensor:
     """[B, L, number], by scores of an indexer with one head."""
-    (rows, queries), entries = tables.first.shape, tables.closing.shape[1]
+    (rows, queries), entries = attn_metadata.first.shape, attn_metadata.closing.shape[1]
     q, keys = (
         torch.randn(rows, n, 4, generator=generator, dtype=torch.float64)
         for n in (queries, entries)
     )
-    seen = (tables.first, tables.last, tables.closing, tables.tiles, number)
+    seen = (
+        attn_metadata.first,
+        attn_metadata.last,
+        attn_metadata.closing,
+        attn_metadata.tiles,
+        number,
+    )
     return select_entries(q[:, :, None], torch.ones(rows, queries, 1).double(), keys, *seen)
 
 
@@ -74,17 +82,24 @@ def predicate(first: Tensor, last: Tensor, position: Tensor) -> Tensor:
 def errors(case: Case) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     coords = Coords.of(Documents(ROWS, 32))
-    tables = rank_tables(coords, case.layout, case.rank, WINDOW, case.kind)
-    (rows, queries), entries = tables.first.shape, tables.closing.shape[1]
+    attn_metadata = rank_metadata(coords, case.layout, case.rank, WINDOW, case.kind)
+    (rows, queries), entries = attn_metadata.first.shape, attn_metadata.closing.shape[1]
     shape = (rows, queries, case.heads, case.dim)
-    seen = predicate(tables.window_first, tables.last, tables.key_position.expand(rows, -1))
+    seen = predicate(
+        attn_metadata.window_first,
+        attn_metadata.last,
+        attn_metadata.key_token_index.expand(rows, -1),
+    )
     # A key may lie in one segment and in the next one's halo, too.
     segments = len(case.layout.segments(case.rank))
     number = [torch.arange(n) * segments // n for n in seen.shape[1:]]
     seen &= number[0][:, None] == number[1]
-    in_sight, selected = predicate(tables.first, tables.last, tables.closing), None
+    in_sight, selected = (
+        predicate(attn_metadata.first, attn_metadata.last, attn_metadata.closing),
+        None,
+    )
     if case.kind is not None and case.kind.selected is not None:
-        selected = chosen_by_index(tables, min(case.kind.selected, entries), generator)
+        selected = chosen_by_index(attn_metadata, min(case.kind.selected, entries), generator)
         picked = torch.zeros(rows, queries, entries + 1, dtype=torch.bool)
         picked.scatter_(2, selected.long().where(selected >= 0, entries), True)
         in_sight = picked[..., :-1]
@@ -101,8 +116,8 @@ def errors(case: Case) -> dict[str, float]:
     sees, scale = torch.cat((seen, in_sight), dim=2), case.dim**-0.5
     right, right_lse = dense(*exact[:3], exact[3] if case.sink else nothing, sees, scale)
     parts = (None if case.kind is None else given, selected, sink if case.sink else None)
-    out = sparse_attention(q, keys, *parts, tables.sight, scale=scale)
-    _, lse = torch.ops.dtcp.sparse_attention(q, keys, *parts, list(tables.sight), scale)
+    out = sparse_attention(q, keys, *parts, attn_metadata.sight, scale=scale)
+    _, lse = torch.ops.dtcp.sparse_attention(q, keys, *parts, list(attn_metadata.sight), scale)
     found = {"out": far(out, right), "lse": far(lse, right_lse)}
     names = ("q", "keys", "entries", "sink")
     mine = torch.autograd.grad(out, (q, keys, given, sink), grad, allow_unused=True)

@@ -70,7 +70,7 @@ def a_batch(rows: tuple[tuple[int, ...], ...]) -> dict[str, Tensor]:
     if rows == PADDED:
         filled = (documents.document() >= 0).long()
         return {**batch, "attention_mask": filled}
-    return {**batch, "position_ids": documents.position_in_document()}
+    return {**batch, "position_ids": documents.position_ids()}
 
 
 def one_device(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -97,7 +97,7 @@ def on_mesh(
     local, plan = shard_hf_batch(rows, mesh, layout, model=model)
     labels = local.pop("labels")
     local.pop("padding_mask", None)
-    logits = model(**local, tables=plan.tables).logits
+    logits = model(**local, attn_metadata=plan.attn_metadata).logits
     share = token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
     share.backward()
     loss = share.detach()
@@ -292,13 +292,13 @@ def test_cross_attention_is_refused_by_name():
         ({"output_attentions": True}, r"with=\['output_attentions'\]"),
         ({"use_cache": True}, "use_cache=True"),
         ({"position_ids": None}, r"without=\['position_ids'\]"),
-        ({"tables": None}, r"without=\['tables'\]"),
+        ({"attn_metadata": None}, r"without=\['tables'\]"),
     ],
 )
 def test_call_that_has_no_sharded_form_is_refused(change, match):
     model = build("llama")
     install_mixers(model)
-    right = {"input_ids": IDS, "position_ids": IDS, "tables": {}}
+    right = {"input_ids": IDS, "position_ids": IDS, "attn_metadata": {}}
     with pytest.raises(ValueError, match=match):
         model(**{**right, **change})
 

@@ -53,9 +53,9 @@ def test_without_triton_attention_is_plain_torch():
         "import torch, dtcp\n"
         "from dtcp.sequence.documents import Documents\n"
         "from dtcp.sequence.masks import Causal\n"
-        "from dtcp.softmax.mixer import SoftmaxAttention, batch_tables\n"
+        "from dtcp.softmax.mixer import SoftmaxAttention, batch_metadata\n"
         "mixer, x = SoftmaxAttention(Causal()), torch.ones(1, 8, 2, 4)\n"
-        "print(mixer(x, x, x, batch_tables(mixer, Documents.single(1, 8))).sum().item())\n"
+        "print(mixer(x, x, x, batch_metadata(mixer, Documents.single(1, 8))).sum().item())\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -11,19 +11,19 @@ from torch.testing import assert_close
 
 from dtcp.kernels.softmax import reference as tiles
 from dtcp.kernels.softmax.api import (
-    Final,
-    Gradients,
+    GradAccumulators,
     Keys,
-    Partial,
+    OnlineSoftmax,
     Queries,
-    Softmax,
+    SavedForward,
+    SoftmaxParams,
     attend,
     attend_backward,
     attention_kernel,
     zeros_for,
 )
-from dtcp.kernels.softmax.block_ranges import key_spans
-from dtcp.mixer import batch_tables
+from dtcp.kernels.softmax.block_ranges import block_ranges
+from dtcp.mixer import batch_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import (
     Causal,
@@ -81,21 +81,21 @@ def problem(
         torch.randn(1, length, h, dim, device="cuda", dtype=torch.bfloat16)
         for h in (heads[0], heads[1], heads[1])
     )
-    position = torch.arange(length, dtype=torch.int32)
-    spans = key_spans(first, last, position)
-    return Queries.of(q, first.cuda(), last.cuda()), Keys(k, v, position.cuda()), spans
+    token_index = torch.arange(length, dtype=torch.int32)
+    spans = block_ranges(first, last, token_index)
+    return Queries.of(q, first.cuda(), last.cuda()), Keys(k, v, token_index.cuda()), spans
 
 
 def step(queries: Queries, keys: Keys, spans: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """out, lse, and gradients of random cotangents."""
-    how = Softmax(queries.q.shape[-1] ** -0.5)
-    partial = Partial.empty(queries.q, keys.v.shape[-1])
+    how = SoftmaxParams(queries.q.shape[-1] ** -0.5)
+    partial = OnlineSoftmax.empty(queries.q, keys.v.shape[-1])
     attend(partial, queries, keys, spans, how)
     out, lse = partial.finish(None, queries.q.dtype)
     generator = torch.Generator("cuda").manual_seed(3)
     grad_out = torch.randn(out.shape, device="cuda", generator=generator).to(out.dtype)
-    grads = Gradients(*(zeros_for(x) for x in (queries.q, keys.k, keys.v)))
-    attend_backward(grads, Final(grad_out, out, lse), queries, keys, spans, how)
+    grads = GradAccumulators(*(zeros_for(x) for x in (queries.q, keys.k, keys.v)))
+    attend_backward(grads, SavedForward(grad_out, out, lse), queries, keys, spans, how)
     return out, lse, *grads
 
 
@@ -117,12 +117,12 @@ def test_offsets_on_a_gpu_pass_31_bits():
     length, alone, window = 131_136, 128, 64
     queries, keys, spans = problem(length, (136, 1), 128, Causal() & SlidingWindow(window))
     assert queries.q.numel() > 2**31
-    partial = Partial.empty(queries.q, 128)
-    attend(partial, queries, keys, spans, Softmax(0.1))
+    partial = OnlineSoftmax.empty(queries.q, 128)
+    attend(partial, queries, keys, spans, SoftmaxParams(0.1))
     few = Queries(*(x[:, -alone:] for x in queries))
-    near = Keys(*(x[:, -4 * alone :] for x in keys[:2]), keys.position[-4 * alone :])
-    right = Partial.empty(few.q, 128)
-    attend(right, few, near, spans, Softmax(0.1))
+    near = Keys(*(x[:, -4 * alone :] for x in keys[:2]), keys.token_index[-4 * alone :])
+    right = OnlineSoftmax.empty(few.q, 128)
+    attend(right, few, near, spans, SoftmaxParams(0.1))
     assert_close(partial.out[:, -alone:], right.out, atol=1e-2, rtol=1e-2)
     assert_close(partial.lse[:, -alone:], right.lse, atol=1e-4, rtol=1e-5)
 
@@ -132,13 +132,13 @@ def test_a_mixer_on_a_gpu_equals_plain_torch(compiled):
     """As models call it, eager and in inductor's graph, in fp32; plain blocks say what is right."""
     case = Case(packing=cases.two_rows, seq_len=300, key_dim=64, value_dim=64)
     documents, mixer = case.documents(4), SoftmaxAttention(Causal())
-    tables = batch_tables(mixer, documents)
+    attn_metadata = batch_metadata(mixer, documents)
     placed = {
         key: tuple(x.cuda() if x.dtype == torch.int32 else x for x in parts)
-        for key, parts in tables.items()
+        for key, parts in attn_metadata.items()
     }
     inputs = [x.detach().requires_grad_() for x in cases.qkv(documents, head_dim=64)]
-    right = mixer(*inputs, tables)
+    right = mixer(*inputs, attn_metadata)
     cotangent = torch.randn_like(right)
     right_grads = torch.autograd.grad(right, inputs, cotangent)
     ours = [x.detach().float().cuda().requires_grad_() for x in inputs]

@@ -12,27 +12,27 @@ from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import count
 from dtcp.kernels.softmax import reference as tiles_module
 from dtcp.kernels.softmax.api import (
-    Final,
-    Gradients,
+    GradAccumulators,
     Keys,
-    Partial,
+    OnlineSoftmax,
     Queries,
-    Softmax,
+    SavedForward,
+    SoftmaxParams,
     zeros_for,
 )
 from dtcp.kernels.softmax.api import attend as attend_to
 from dtcp.kernels.softmax.block import block_attention, block_attention_backward
-from dtcp.kernels.softmax.block_ranges import UNUSED, key_spans
+from dtcp.kernels.softmax.block_ranges import UNUSED, block_ranges
 from dtcp.kernels.softmax.merge import (
     NOTHING_SEEN,
     add_sink,
     merge_into,
     sink_gradient,
 )
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import Coords
-from dtcp.softmax.local import ATTENTION, local_tables
+from dtcp.softmax.local import ATTENTION, local_metadata
 from dtcp.softmax.mixer import SoftmaxAttention
 from tests.harness import packings as cases
 from tests.harness import reference
@@ -162,14 +162,14 @@ def test_spans_hold_all_that_is_seen_and_say_what_all_see(packing, tile):
     documents = packing(24, 4)
     keys = torch.tensor([0, 1, 2, 5, 6, 9, 10, 11, 15, 16, 17, 23])
     queries = torch.tensor([2, 3, 4, 8, 9, 11, 12, 13, 20, 21])
-    position = F.pad(keys, (0, 4), value=UNUSED).to(torch.int32)
+    token_index = F.pad(keys, (0, 4), value=UNUSED).to(torch.int32)
     coords = Coords.of(
         documents, prefix=cases.prefix_of_tokens(documents), block=cases.blocks_of_tokens(documents)
     )
     for sight in SIGHTS:
         first, last = (x[:, queries] for x in sight.mask.intervals(coords))
         seen = sight.visible(documents)[:, queries][:, :, keys]
-        spans = key_spans(first, last, position, tile=tile)
+        spans = block_ranges(first, last, token_index, tile=tile)
         assert spans.shape == (documents.batch, -(-10 // tile), 6)
         for row, row_spans in enumerate(spans.tolist()):
             assert [span[0] for span in row_spans] == list(range(0, 10, tile))
@@ -186,9 +186,9 @@ def test_spans_hold_all_that_is_seen_and_say_what_all_see(packing, tile):
 
 def test_keys_out_of_order_are_refused():
     interval = torch.zeros(1, 2, dtype=torch.int32)
-    for position in ([0, 2, 1], [0, 1, 1]):
+    for token_index in ([0, 2, 1], [0, 1, 1]):
         with pytest.raises(ValueError, match="lined up by ascending position"):
-            key_spans(interval, interval, torch.tensor(position))
+            block_ranges(interval, interval, torch.tensor(token_index))
 
 
 @pytest.mark.parametrize("most_keys", [3, 8192])
@@ -197,7 +197,7 @@ def test_keys_out_of_order_are_refused():
 def test_attend_adds_keys_met_in_parts(monkeypatch, packing, softcap, most_keys):
     """Even and odd keys come one after the other; the sum over both is the whole."""
     monkeypatch.setattr(tiles_module, "MOST_KEYS", most_keys)
-    documents, how = packing(24, 4), Softmax(0.4, softcap)
+    documents, how = packing(24, 4), SoftmaxParams(0.4, softcap)
     case = Case(IMAGES_IN_WINDOW, packing, scale=0.4, softcap=softcap, sink=False, seq_len=24)
     expected = truth(case, 4)
     q, k, v = expected.inputs
@@ -207,21 +207,21 @@ def test_attend_adds_keys_met_in_parts(monkeypatch, packing, softcap, most_keys)
 
     parts = []
     for parity in (0, 1):
-        position = torch.arange(parity, 24, 2)
-        keys = Keys(k[:, position], v[:, position], position)
-        parts.append((position, keys, key_spans(first, last, position, tile=5)))
-    partial = Partial.empty(q, 8)
+        token_index = torch.arange(parity, 24, 2)
+        keys = Keys(k[:, token_index], v[:, token_index], token_index)
+        parts.append((token_index, keys, block_ranges(first, last, token_index, tile=5)))
+    partial = OnlineSoftmax.empty(q, 8)
     for _, keys, spans in parts:
         attend_to(partial, queries, keys, spans, how)
     out, lse = partial.finish(None, q.dtype)
     assert_close(out, expected.out)
 
     dq, dk, dv = zeros_for(q), zeros_for(k), zeros_for(v)
-    final = Final(expected.grad_out, out, lse)
-    for position, keys, spans in parts:
-        grads = Gradients(dq, zeros_for(keys.k), zeros_for(keys.v))
+    final = SavedForward(expected.grad_out, out, lse)
+    for token_index, keys, spans in parts:
+        grads = GradAccumulators(dq, zeros_for(keys.k), zeros_for(keys.v))
         tiles_module.attend_backward(grads, final, queries, keys, spans, how)
-        dk[:, position], dv[:, position] = grads.dk, grads.dv
+        dk[:, token_index], dv[:, token_index] = grads.dk, grads.dv
     assert_close((dq, dk, dv), expected.grads)
 
 
@@ -229,7 +229,7 @@ def on_one_device(case, compiled=False):
     """(output, gradients) of the mixer, without any mesh."""
     mixer = SoftmaxAttention(case.sight.mask, scale=case.scale, softcap=case.softcap)
     documents = case.documents(4)
-    tables = batch_tables(
+    attn_metadata = batch_metadata(
         mixer,
         documents,
         prefix=cases.prefix_of_tokens(documents),
@@ -239,7 +239,7 @@ def on_one_device(case, compiled=False):
     expected = truth(case, 4)
     inputs = [x.to(case.dtype).requires_grad_() for x in expected.inputs]
     q, k, v, *sink = inputs
-    out = attend(q, k, v, tables, sink=sink[0] if sink else None)
+    out = attend(q, k, v, attn_metadata, sink=sink[0] if sink else None)
     return out, torch.autograd.grad(out, inputs, expected.grad_out)
 
 
@@ -287,7 +287,7 @@ def test_scores_far_apart_stay_finite_and_exact():
     documents = cases.one_document(24, 4)
     q, k, v = cases.qkv(documents)
     q, k, mixer = 40 * q, 40 * k, SoftmaxAttention(CAUSAL.mask)
-    out = mixer(q, k, v, batch_tables(mixer, documents))
+    out = mixer(q, k, v, batch_metadata(mixer, documents))
     expected, _ = reference.attention(q, k, v, CAUSAL.visible(documents))
     assert_close(out, expected)
 
@@ -336,7 +336,7 @@ def test_op_keeps_the_contract_of_torch_library(sink, value_dim):
     intervals = CAUSAL.mask.intervals(Coords.of(Documents.single(1, 12)))
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if sink else None
     v = v[..., :value_dim].detach().requires_grad_()
-    args = (q, k, v, sinks, list(local_tables(*intervals)), 0.3, 0.0, [])
+    args = (q, k, v, sinks, list(local_metadata(*intervals)), 0.3, 0.0, [])
     torch.library.opcheck(ATTENTION.forward, args)
 
 
@@ -344,10 +344,10 @@ def test_inputs_need_not_be_contiguous():
     """Nor the gradient: that of a sum is one number, expanded (NeMo issue 2384)."""
     case = Case(WINDOW, cases.two_rows, sink=False)
     mixer = SoftmaxAttention(WINDOW.mask)
-    tables = batch_tables(mixer, case.documents(4))
+    attn_metadata = batch_metadata(mixer, case.documents(4))
     inputs = [x.clone().requires_grad_() for x in truth(case, 4).inputs]
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
     assert not turned[0].is_contiguous()
-    grads = torch.autograd.grad(mixer(*turned, tables).sum(), inputs)
+    grads = torch.autograd.grad(mixer(*turned, attn_metadata).sum(), inputs)
     out, _ = reference.attention(*inputs, WINDOW.visible(case.documents(4)))
     assert_close(grads, torch.autograd.grad(out.sum(), inputs))

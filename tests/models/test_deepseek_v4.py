@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from dtcp.batch import look_ahead, shift_labels
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.models.deepseek_v4 import (
     PRESETS,
     DeepseekV4,
@@ -50,8 +50,8 @@ def test_deepseek_v4_equals_the_published_model():
 
     expected = published.one_by_one(theirs, input_ids, DOCUMENTS)
     expected.backward(grad)
-    tables = batch_tables(ours, DOCUMENTS)
-    actual = ours(input_ids, DOCUMENTS.position_in_document(), tables)
+    attn_metadata = batch_metadata(ours, DOCUMENTS)
+    actual = ours(input_ids, DOCUMENTS.position_ids(), attn_metadata)
     actual.backward(grad)
 
     assert_close(actual * real, expected)
@@ -118,9 +118,9 @@ def test_right_padding_changes_nothing_and_left_padding_is_refused():
     model = DeepseekV4(config).double()
     input_ids = torch.randint(64, (1, 50))
     whole = Documents.single(1, 50)
-    expected = model(input_ids, whole.position_in_document(), batch_tables(model, whole))
+    expected = model(input_ids, whole.position_ids(), batch_metadata(model, whole))
     padded, longer = Documents(((50,),), 77), nn.functional.pad(input_ids, (0, 27), value=5)
-    actual = model(longer, padded.position_in_document(), batch_tables(model, padded))
+    actual = model(longer, padded.position_ids(), batch_metadata(model, padded))
     assert_close(actual[:, :50], expected)
     left = torch.arange(77) < 27
     with pytest.raises(ValueError, match="padded on the right"):
@@ -128,10 +128,10 @@ def test_right_padding_changes_nothing_and_left_padding_is_refused():
 
 
 def test_a_rotation_back_undoes_the_rotation():
-    x, position = torch.randn(2, 5, 3, 16).double(), torch.randint(1000, (2, 5))
+    x, position_ids = torch.randn(2, 5, 3, 16).double(), torch.randint(1000, (2, 5))
     rope = TailRope(8, 160_000.0, PRESETS["deepseek-v4-flash"].yarn)
-    turned = rope(x, position)
-    assert_close(rope(turned, position, back=True), x)
+    turned = rope(x, position_ids)
+    assert_close(rope(turned, position_ids, back=True), x)
     assert_close(turned[..., :8], x[..., :8], rtol=0, atol=0)
     assert not torch.allclose(turned, x)
 
@@ -179,7 +179,7 @@ def test_embeddings_without_ids_are_refused():
     model, documents = DeepseekV4(config), Documents.single(1, 8)
     for given in (torch.randn(1, 8, 64), None):
         with pytest.raises(TypeError, match="look experts up by token"):
-            model(given, documents.position_in_document(), {})
+            model(given, documents.position_ids(), {})
 
 
 def test_ids_for_another_number_of_tokens_ahead_are_refused():
@@ -187,15 +187,15 @@ def test_ids_for_another_number_of_tokens_ahead_are_refused():
     for depths, seq_len in ((2, 8), (1, 16)):
         ids = torch.zeros(1, depths, seq_len, dtype=torch.int64)
         with pytest.raises(ValueError, match="as far ahead as it has MTP layers"):
-            model(ids[:, 0, :8], documents.position_in_document(), {}, ids)
+            model(ids[:, 0, :8], documents.position_ids(), {}, ids)
 
 
 def test_tables_of_other_rows_are_refused():
-    model, position = DeepseekV4(tiny(64)), torch.arange(8).expand(2, -1)
+    model, position_ids = DeepseekV4(tiny(64)), torch.arange(8).expand(2, -1)
     for rows, match in ((1, r"tables for \(1, 8\) tokens"), (3, r"give \[B, L\] = \(3, 8\)")):
-        tables = batch_tables(model, Documents.single(rows, 8))
+        attn_metadata = batch_metadata(model, Documents.single(rows, 8))
         with pytest.raises(ValueError, match=match):
-            model(torch.zeros(2, 8, dtype=torch.int64), position, tables)
+            model(torch.zeros(2, 8, dtype=torch.int64), position_ids, attn_metadata)
 
 
 def test_a_step_in_bfloat16_gives_finite_gradients():
@@ -204,8 +204,8 @@ def test_a_step_in_bfloat16_gives_finite_gradients():
     model.init_weights()
     ids = torch.randint(64, (1, 80))
     ahead = look_ahead(ids, shift_labels(ids, documents), documents, depths=1)["mtp_input_ids"]
-    tables = batch_tables(model, documents)
-    logits = model(ids, documents.position_in_document(), tables, ahead)
+    attn_metadata = batch_metadata(model, documents)
+    logits = model(ids, documents.position_ids(), attn_metadata, ahead)
     sum(x.float().square().mean() for x in logits).backward()
     assert all(x.dtype == torch.bfloat16 for x in logits)
     found = gradients(model)
@@ -215,10 +215,10 @@ def test_a_step_in_bfloat16_gives_finite_gradients():
 def test_experts_take_tokens_in_the_dtype_that_autocast_gives_them():
     model, documents = DeepseekV4(tiny(64)), Documents.single(1, 16)
     model.init_weights()
-    ids, position = torch.randint(64, (1, 16)), documents.position_in_document()
+    ids, position_ids = torch.randint(64, (1, 16)), documents.position_ids()
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(ids, position, batch_tables(model, documents))
-    assert_close(logits.float(), model(ids, position, batch_tables(model, documents)), **BF16)
+        logits = model(ids, position_ids, batch_metadata(model, documents))
+    assert_close(logits.float(), model(ids, position_ids, batch_metadata(model, documents)), **BF16)
     logits.float().sum().backward()
     assert model.layers[0].mixture.experts.gate.grad.any()
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.models.gemma4 import (
     PRESETS,
     Gemma4,
@@ -51,10 +51,10 @@ def test_gemma4_equals_the_published_model(variant):
     types = expected.mm_token_type_ids
     block = None if types is None else vision_blocks(types)
     documents = expected.documents
-    position = expected.position
-    tables = batch_tables(model, documents, block=block, position=position)
+    position_ids = expected.position_ids
+    attn_metadata = batch_metadata(model, documents, block=block, position_ids=position_ids)
 
-    logits = model(expected.input_ids, position, tables)
+    logits = model(expected.input_ids, position_ids, attn_metadata)
     logits.backward(expected.grad_logits)
     real = documents.document() >= 0
     assert_close(logits[real], expected.logits[real])
@@ -131,7 +131,7 @@ REFUSED: list[tuple[Any, str]] = [
         "looked up by token, got input_ids=None",
     ),
     (
-        lambda: batch_tables(Gemma4(replace(tiny(), vision_blocks=True)), Documents.single(1, 8)),
+        lambda: batch_metadata(Gemma4(replace(tiny(), vision_blocks=True)), Documents.single(1, 8)),
         "coords.block=None.*mm_token_type_ids",
     ),
     (lambda: config_from_hf(_settings(attention_dropout=0.1)), "attention_dropout=0.1"),
@@ -163,12 +163,12 @@ REFUSED: list[tuple[Any, str]] = [
     (
         lambda: context_plan(replace(tiny(), vision_blocks=True, longest_vision_block=3), RING)[
             "layers.0.attention.mixer"
-        ].make_tables(HeadTail(32, 2), 0, _images_of(5)),
+        ].make_metadata(HeadTail(32, 2), 0, _images_of(5)),
         r"sees 4 tokens to the left and 4 to the right.*widen the halo",
     ),
     (lambda: UlyssesAttention().check_values(), "RingAttention or AllGatherAttention"),
     (
-        lambda: KeyExchange(Causal()).make_tables(_coords(), Contiguous(32, 2)),
+        lambda: KeyExchange(Causal()).make_metadata(_coords(), Contiguous(32, 2)),
         "unclaimed KeyExchange",
     ),
 ]

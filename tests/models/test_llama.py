@@ -16,7 +16,7 @@ from transformers import (
 from transformers import Qwen2Config as HFQwen2Config
 from transformers import Qwen3Config as HFQwen3Config
 
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.models.llama import (
     PRESETS,
     Llama,
@@ -93,8 +93,8 @@ def test_llama_equals_the_published_model(model_class, hf_config, documents):
 
     expected = one_by_one(theirs, input_ids, documents)
     expected.backward(grad)
-    position, tables = documents.position_in_document(), batch_tables(ours, documents)
-    actual = ours(input_ids, position, tables)
+    position_ids, attn_metadata = documents.position_ids(), batch_metadata(ours, documents)
+    actual = ours(input_ids, position_ids, attn_metadata)
     actual.backward(grad)
 
     assert_close(actual, expected)
@@ -145,23 +145,25 @@ def test_settings_of_transformers_4_are_read():
 def test_documents_of_a_row_do_not_read_each_other():
     model = Llama(tiny())
     documents = Documents(((20, 12),), seq_len=32)
-    position, tables = documents.position_in_document(), batch_tables(model, documents)
+    position_ids, attn_metadata = documents.position_ids(), batch_metadata(model, documents)
     input_ids = torch.randint(512, (1, 32))
     changed = input_ids.clone()
     changed[0, :20] = torch.randint(512, (20,))
 
-    logits = model(input_ids, position, tables)
-    assert_close(model(changed, position, tables)[0, 20:], logits[0, 20:], rtol=0, atol=0)
+    logits = model(input_ids, position_ids, attn_metadata)
+    assert_close(
+        model(changed, position_ids, attn_metadata)[0, 20:], logits[0, 20:], rtol=0, atol=0
+    )
 
 
 def test_rope_of_bf16_tells_far_positions_apart():
     """Angles are fp32: in bf16, 4096 and 4097 are one number."""
     rope, x = Rope(head_dim=8), torch.ones(1, 1, 1, 8)
     for at in (4096, 4097):
-        position = torch.tensor([[at]])
-        turned = rope(x.bfloat16(), position)
+        position_ids = torch.tensor([[at]])
+        turned = rope(x.bfloat16(), position_ids)
         assert turned.dtype == torch.bfloat16
-        assert_close(turned.float(), rope(x, position), rtol=2**-8, atol=2**-8)
+        assert_close(turned.float(), rope(x, position_ids), rtol=2**-8, atol=2**-8)
 
 
 def test_meta_build_with_init_weights_fills_every_parameter():

@@ -97,12 +97,12 @@ def step(
     batch = {
         "input_ids": given["input_ids"][mine],
         "labels": given["labels"][mine],
-        "position": whole.position_in_document()[mine],
+        "position_ids": whole.position_ids()[mine],
     }
     documents = Documents(ROWS[mine], SEQ_LEN)
     local, plan = shard_batch(batch, mesh, layout, model=model, documents=documents)
     tokens = global_token_count(local["labels"], mesh.loss)
-    logits = model(local["input_ids"], local["position"], plan.tables)
+    logits = model(local["input_ids"], local["position_ids"], plan.attn_metadata)
     share = token_mean_loss(logits, local["labels"], tokens)
     share.backward()
 
@@ -248,12 +248,12 @@ def check_ahead(
     batch = {
         "input_ids": input_ids,
         "labels": labels,
-        "position": documents.position_in_document(),
+        "position_ids": documents.position_ids(),
         **look_ahead(input_ids, labels, documents, depths=1),
     }
     local, plan = shard_batch(batch, whole, layout, model=model, documents=documents)
     tokens = global_token_count(local["labels"], whole.loss)
-    reads = (local["input_ids"], local["position"], plan.tables, local["mtp_input_ids"])
+    reads = (local["input_ids"], local["position_ids"], plan.attn_metadata, local["mtp_input_ids"])
     logits = model(*reads)
     share = mtp_loss(logits, local["labels"], local["mtp_labels"], tokens, weight=0.3)
     share.backward()

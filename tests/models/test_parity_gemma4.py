@@ -56,7 +56,7 @@ def step_on_mesh(
     parallelize(model, ranks, plan, activation_checkpoint=checkpoint, compile=compile)
 
     mine = slice(ranks.rank("batch"), None, ranks.size("batch"))
-    batch = {"input_ids": expected.input_ids, "position": expected.position}
+    batch = {"input_ids": expected.input_ids, "position_ids": expected.position_ids}
     if expected.mm_token_type_ids is not None:
         batch["mm_token_type_ids"] = expected.mm_token_type_ids
     local, cut = shard_batch(
@@ -67,7 +67,7 @@ def step_on_mesh(
         documents=Documents(ROWS[mine], SEQ_LEN),
     )
     with count_graphs() as found, count() as traffic:
-        logits = model(local["input_ids"], local["position"], cut.tables)
+        logits = model(local["input_ids"], local["position_ids"], cut.attn_metadata)
         if isinstance(logits, DTensor):
             logits = logits.full_tensor(grad_placements=[Replicate()])
         logits.backward(cut.shard(expected.grad_logits[mine]))
@@ -116,7 +116,7 @@ def test_gemma4_on_four_ranks_equals_the_published_model(
     how = {"attention": attention, "layout": layout, "checkpoint": checkpoint}
     for traffic, *_ in on_ranks(variant, degrees, **how):
         shares = variant in ("e", "shared_values")
-        assert traffic["dtcp::bring_keys"].calls == 2 * shares
+        assert traffic["dtcp::gather_shared_kv"].calls == 2 * shares
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_gemma4_compiles_to_one_graph_a_layer_kind(variant, checkpoint, kinds):
     ):
         assert (graphs, breaks) == (kinds, 0)
         if variant == "e":
-            assert traffic["dtcp::bring_keys"].calls == 2 * 2
+            assert traffic["dtcp::gather_shared_kv"].calls == 2 * 2
             assert traffic["dtcp::bring_keys_backward"].calls == 2
 
 

@@ -147,11 +147,11 @@ def compare(
 ) -> Traffic:
     mine = slice(mesh.rank("batch"), None, mesh.size("batch"))
     documents = Documents(ROWS[mine], SEQ_LEN)
-    batch = {"input_ids": truth.input_ids[mine], "position": documents.position_in_document()}
+    batch = {"input_ids": truth.input_ids[mine], "position_ids": documents.position_ids()}
     local, plan = shard_batch(batch, mesh, layout, model=model, documents=documents)
     grad_out = plan.shard(truth.grad_out[mine])
     with count() as traffic:
-        logits = model(local["input_ids"], local["position"], plan.tables)
+        logits = model(local["input_ids"], local["position_ids"], plan.attn_metadata)
         if isinstance(logits, DTensor):
             grad_out = grad_out.chunk(mesh.size("tp"), dim=-1)[mesh.rank("tp")]
             part = logits.to_local(grad_placements=[Shard(2)])

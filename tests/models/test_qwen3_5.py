@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from dtcp.batch import look_ahead, shard_batch, shift_labels
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface.mixing_probe import find_mixing, mixers_apart
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.models.qwen3_5 import (
     PRESETS,
     Qwen35,
@@ -51,14 +51,16 @@ def test_positions_of_images_turn_as_theirs():
     ours = model_of(DENSE, from_hf(theirs.state_dict(), DENSE))
     documents = Documents(ROWS, SEQ_LEN)
     input_ids = torch.randint(64, (len(ROWS), SEQ_LEN))
-    position = torch.randint(40, (3, len(ROWS), SEQ_LEN))
+    position_ids = torch.randint(40, (3, len(ROWS), SEQ_LEN))
     real = (documents.document() >= 0)[..., None]
-    expected = hf_qwen3_5.logits(theirs, input_ids, ROWS, position)
-    actual = ours(input_ids, position, batch_tables(ours, documents))
+    expected = hf_qwen3_5.logits(theirs, input_ids, ROWS, position_ids)
+    actual = ours(input_ids, position_ids, batch_metadata(ours, documents))
     assert_close(actual * real, expected * real)
-    text = position[:1].expand(3, -1, -1)
-    tables = batch_tables(ours, documents)
-    assert_close(ours(input_ids, position[0], tables), ours(input_ids, text, tables))
+    text = position_ids[:1].expand(3, -1, -1)
+    attn_metadata = batch_metadata(ours, documents)
+    assert_close(
+        ours(input_ids, position_ids[0], attn_metadata), ours(input_ids, text, attn_metadata)
+    )
 
 
 @pytest.mark.parametrize("config", [DENSE, EXPERTS, replace(DENSE, tied=True)])
@@ -161,18 +163,18 @@ def test_the_layer_ahead_predicts_from_the_hidden_state_and_the_next_token():
     theirs.load_state_dict(to_hf(ours.state_dict(), AHEAD), strict=False)
     input_ids = torch.randint(64, (1, 13))
     after = torch.roll(input_ids, -1, dims=1)[:, None]
-    tables = batch_tables(ours, Documents.single(1, 13))
-    logits, further = ours(input_ids, torch.arange(13)[None], tables, mtp_input_ids=after)
+    attn_metadata = batch_metadata(ours, Documents.single(1, 13))
+    logits, further = ours(input_ids, torch.arange(13)[None], attn_metadata, mtp_input_ids=after)
     with hf_qwen3_5.TrueFP64():
         assert_close(logits, theirs(input_ids, use_cache=False).logits)
         assert_close(further, ahead_of_theirs(theirs, ours, input_ids))
 
 
-def losses_ahead(model: Any, batch: dict[str, Tensor], tables: Any) -> Tensor:
+def losses_ahead(model: Any, batch: dict[str, Tensor], attn_metadata: Any) -> Tensor:
     """Sums of both losses over local tokens."""
-    names = ("input_ids", "position", "mtp_input_ids")
-    ids, position, after = (batch[name] for name in names)
-    both = model(ids, position, tables, mtp_input_ids=after)
+    names = ("input_ids", "position_ids", "mtp_input_ids")
+    ids, position_ids, after = (batch[name] for name in names)
+    both = model(ids, position_ids, attn_metadata, mtp_input_ids=after)
     both = [x.full_tensor() if isinstance(x, DTensor) else x for x in both]
     targets = (batch["labels"], batch["mtp_labels"][:, 0])
     return sum(
@@ -189,19 +191,19 @@ def both_losses(mesh: Any, degrees: Degrees, layout: type[SequenceLayout]) -> No
     labels = shift_labels(input_ids, documents)
     batch = {
         "input_ids": input_ids,
-        "position": torch.randint(40, (3, len(ROWS), SEQ_LEN)),
+        "position_ids": torch.randint(40, (3, len(ROWS), SEQ_LEN)),
         "labels": labels,
         **look_ahead(input_ids, labels, documents, depths=1),
     }
     reference, model = model_of(AHEAD), model_of(AHEAD)
-    losses_ahead(reference, batch, batch_tables(reference, documents)).backward()
+    losses_ahead(reference, batch, batch_metadata(reference, documents)).backward()
     axes = ParallelMesh.from_degrees(degrees, "cpu")
     parallelize(model, axes, qwen3_5_plan(AHEAD, axes, RingAttention()))
     mine = slice(axes.rank("batch"), None, axes.size("batch"))
-    own = {key: x[:, mine] if key == "position" else x[mine] for key, x in batch.items()}
+    own = {key: x[:, mine] if key == "position_ids" else x[mine] for key, x in batch.items()}
     documents = Documents(ROWS[mine], SEQ_LEN)
     local, plan = shard_batch(own, axes, layout, model=model, documents=documents)
-    losses_ahead(model, local, plan.tables).backward()
+    losses_ahead(model, local, plan.attn_metadata).backward()
     assert_close(gradients(model), gradients(reference))
 
 
@@ -231,23 +233,26 @@ def test_tokens_meet_in_mixers_only():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    at, tables = torch.arange(seq_len)[None], batch_tables(model, Documents.single(1, seq_len))
+    at, attn_metadata = (
+        torch.arange(seq_len)[None],
+        batch_metadata(model, Documents.single(1, seq_len)),
+    )
     with mixers_apart(model) as names:
-        assert find_mixing(model, lambda: model(at, at, tables), seq_len) == []
+        assert find_mixing(model, lambda: model(at, at, attn_metadata), seq_len) == []
     assert len(names) == 5
-    assert len(find_mixing(model, lambda: model(at, at, tables), seq_len)) == 5
+    assert len(find_mixing(model, lambda: model(at, at, attn_metadata), seq_len)) == 5
 
 
 def test_bad_input_is_one_error_that_says_what_to_change():
     model, documents = model_of(DENSE), Documents.single(1, 8)
-    ids, tables = torch.zeros(1, 8, dtype=torch.int64), batch_tables(model, documents)
+    ids, attn_metadata = torch.zeros(1, 8, dtype=torch.int64), batch_metadata(model, documents)
     for shape in ((4, 1, 8), (2, 1, 8), (8,)):
         with pytest.raises(ValueError, match="for time, height and width"):
-            model(ids, torch.zeros(shape), tables)
+            model(ids, torch.zeros(shape), attn_metadata)
     with pytest.raises(ValueError, match="tables of its own batch"):
-        model(ids[:, :7], torch.arange(7)[None], tables)
+        model(ids[:, :7], torch.arange(7)[None], attn_metadata)
     with pytest.raises(ValueError, match="num_mtp_layers=0"):
-        model(ids, torch.arange(8)[None], tables, mtp_input_ids=ids[:, None])
+        model(ids, torch.arange(8)[None], attn_metadata, mtp_input_ids=ids[:, None])
     for change, said in (
         ({"num_mtp_layers": 2}, "choose 0 or 1"),
         ({"rotary_dim": 32}, "head_dim=16"),
@@ -258,7 +263,7 @@ def test_bad_input_is_one_error_that_says_what_to_change():
     with pytest.raises(ValueError, match="1 to num_experts"):
         replace(EXPERTS.feed_forward, top_k=9)
     with pytest.raises(ValueError, match="sections sum"):
-        model_of(replace(DENSE, rope_sections=(1, 1, 1)))(ids, torch.arange(8)[None], tables)
+        model_of(replace(DENSE, rope_sections=(1, 1, 1)))(ids, torch.arange(8)[None], attn_metadata)
     with pytest.raises(ValueError, match="hidden_act"):
         config_from_hf({**config_to_hf(DENSE), "hidden_act": "gelu"})
     with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):

@@ -23,7 +23,7 @@ from dtcp.batch import shard_batch, shift_labels
 from dtcp.compile import count_graphs
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.models import deepseek_v4, gemma4, qwen3_5
 from dtcp.parallelize import (
     FSDP,
@@ -99,7 +99,7 @@ def tokens_of(rows: slice) -> tuple[Documents, dict[str, Tensor]]:
     batch = {
         "input_ids": input_ids,
         "labels": shift_labels(input_ids, whole),
-        "position": whole.position_in_document(),
+        "position_ids": whole.position_ids(),
     }
     return Documents(ROWS[rows], SEQ_LEN), {key: x[rows] for key, x in batch.items()}
 
@@ -108,7 +108,7 @@ def on_one_device(model: nn.Module, rows: slice) -> Tensor:
     """Logits of some rows; gradients are of the mean over the tokens of all."""
     documents, batch = tokens_of(rows)
     tokens = (tokens_of(slice(None))[1]["labels"] >= 0).sum()
-    logits = model(batch["input_ids"], batch["position"], batch_tables(model, documents))
+    logits = model(batch["input_ids"], batch["position_ids"], batch_metadata(model, documents))
     token_mean_loss(logits, batch["labels"], tokens).backward()
     return logits.detach()
 
@@ -116,7 +116,7 @@ def on_one_device(model: nn.Module, rows: slice) -> Tensor:
 def on_mesh(model: nn.Module, mesh: ParallelMesh, layout: Any) -> Tensor:
     documents, batch = tokens_of(slice(mesh.rank("batch"), None, mesh.size("batch")))
     local, plan = shard_batch(batch, mesh, layout, model=model, documents=documents)
-    logits = model(local["input_ids"], local["position"], plan.tables)
+    logits = model(local["input_ids"], local["position_ids"], plan.attn_metadata)
     tokens = global_token_count(local["labels"], mesh.loss)
     token_mean_loss(logits, local["labels"], tokens).backward()
     return (logits.full_tensor() if isinstance(logits, DTensor) else logits).detach()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.models.llama import Llama, config_from_hf, from_hf
 from dtcp.pretrain.configs import BYTE_SHAPE, llama_tiny
 from dtcp.pretrain.trainer import Trainer
@@ -116,9 +116,12 @@ def test_transformers_reads_the_export(run):
     ours = Llama(config_from_hf(json.loads((run[0] / "hf/config.json").read_text())))
     ours.load_state_dict(from_hf(theirs.state_dict(), ours.config))
     tokens = torch.arange(40)[None] * 5
-    tables = batch_tables(ours, Documents.single(1, 40))
+    attn_metadata = batch_metadata(ours, Documents.single(1, 40))
     torch.testing.assert_close(
-        ours(tokens, torch.arange(40)[None], tables), theirs(tokens).logits, rtol=1e-4, atol=1e-5
+        ours(tokens, torch.arange(40)[None], attn_metadata),
+        theirs(tokens).logits,
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 

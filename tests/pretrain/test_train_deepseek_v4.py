@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.models.deepseek_v4 import (
     DeepseekV4,
     config_from_hf,
@@ -72,8 +72,8 @@ def assert_transformers_read(folder: Path) -> None:
     ours = DeepseekV4(config)
     parts = (load_file(path) for path in sorted(folder.glob("*.safetensors")))
     ours.load_state_dict(from_hf({name: x for part in parts for name, x in part.items()}, config))
-    tokens, position = torch.arange(1, 41)[None] * 5, torch.arange(40)[None]
-    logits = ours(tokens, position, batch_tables(ours, Documents.single(1, 40)))
+    tokens, position_ids = torch.arange(1, 41)[None] * 5, torch.arange(40)[None]
+    logits = ours(tokens, position_ids, batch_metadata(ours, Documents.single(1, 40)))
     assert_close(logits, theirs(tokens, use_cache=False).logits, rtol=1e-4, atol=1e-5)
 
 

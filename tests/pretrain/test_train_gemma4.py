@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.models.gemma4 import (
     Gemma4,
     HeadShape,
@@ -65,8 +65,8 @@ def test_gemma4_trains_resumes_and_exports(tmp_path):
     config = config_from_hf(json.loads((tmp_path / "hf/config.json").read_text()))
     ours = Gemma4(config)
     ours.load_state_dict(from_hf(theirs.state_dict(), config))
-    tokens, position = torch.arange(1, 41)[None] * 5, torch.arange(40)[None]
-    logits = ours(tokens, position, batch_tables(ours, Documents.single(1, 40)))
+    tokens, position_ids = torch.arange(1, 41)[None] * 5, torch.arange(40)[None]
+    logits = ours(tokens, position_ids, batch_metadata(ours, Documents.single(1, 40)))
     assert_close(logits, theirs(tokens, use_cache=False).logits, rtol=1e-4, atol=1e-5)
 
     shutil.rmtree(tmp_path / "checkpoint/step-4")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.models.qwen3_5 import (
     Qwen35,
     config_from_hf,
@@ -59,5 +59,5 @@ def test_a_run_of_qwen3_5_resumes_alike_and_transformers_reads_its_export(tmp_pa
     ours = Qwen35(config_from_hf(json.loads((tmp_path / "hf/config.json").read_text())))
     ours.load_state_dict(from_hf(theirs.state_dict(), ours.config))
     tokens = torch.arange(40)[None] * 5
-    logits = ours(tokens, torch.arange(40)[None], batch_tables(ours, Documents.single(1, 40)))
+    logits = ours(tokens, torch.arange(40)[None], batch_metadata(ours, Documents.single(1, 40)))
     torch.testing.assert_close(logits, theirs(tokens).logits, rtol=1e-4, atol=1e-5)

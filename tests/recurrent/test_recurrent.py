@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing import assert_close
 
-from dtcp.batch import BatchPlan, shard_batch
+from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import Traffic, count
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.delta_rule import reference as delta_rule
-from dtcp.mixer import Tables, batch_tables
+from dtcp.mixer import BatchMetadata, batch_metadata
 from dtcp.plan import apply_plan
 from dtcp.recurrent import (
     CausalConv1d,
@@ -55,10 +55,12 @@ class Layer(nn.Module):
         super().__init__()
         self.conv, self.rule = CausalConv1d(WIDTH), GatedDeltaRule()
 
-    def forward(self, x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, tables: Tables) -> Tensor:
-        q, k, v = self.conv(x, weight, tables).split((G * K, G * K, H * V), dim=-1)
+    def forward(
+        self, x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, attn_metadata: BatchMetadata
+    ) -> Tensor:
+        q, k, v = self.conv(x, weight, attn_metadata).split((G * K, G * K, H * V), dim=-1)
         q, k = (y.unflatten(-1, (G, K)) for y in (q, k))
-        return self.rule(q, k, v.unflatten(-1, (H, V)), g, beta, tables)
+        return self.rule(q, k, v.unflatten(-1, (H, V)), g, beta, attn_metadata)
 
 
 class Truth(NamedTuple):
@@ -100,21 +102,21 @@ def layer_on(mesh: DeviceMesh, style: GatedDeltaCP = GatedDeltaCP()) -> Layer:  
 
 def plan_of(
     documents: Documents, layer: nn.Module, mesh: DeviceMesh, layout: type[SequenceLayout]
-) -> BatchPlan:
+) -> ShardedBatch:
     tokens = torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64)
     whole = ParallelMesh.from_device_mesh(mesh)
     return shard_batch({"input_ids": tokens}, whole, layout, model=layer, documents=documents)[1]
 
 
 def assert_equals_the_recurrence(
-    documents: Documents, layer: Any, plan: BatchPlan, *, by_channel: bool = False
+    documents: Documents, layer: Any, plan: ShardedBatch, *, by_channel: bool = False
 ) -> Traffic:
     expected = truth(documents, by_channel)
     x, g, beta, weight = expected.inputs
     local = [plan.shard(t).requires_grad_() for t in (x, g, beta)]
     weight = weight.clone().requires_grad_()
     with count() as traffic:
-        out = layer(*local, weight, plan.tables)
+        out = layer(*local, weight, plan.attn_metadata)
         *grads, d_weight = torch.autograd.grad(out, (*local, weight), plan.shard(expected.grad_out))
     dist.all_reduce(d_weight)
     found = (out, *grads, d_weight)
@@ -130,7 +132,7 @@ def test_one_device_equals_the_recurrence(packing, by_channel):
     documents = packing(SEQ_LEN, 2)
     expected, layer = truth(documents, by_channel), Layer()
     inputs = [t.clone().requires_grad_() for t in expected.inputs]
-    out = layer(*inputs, batch_tables(layer, documents))
+    out = layer(*inputs, batch_metadata(layer, documents))
     grads = torch.autograd.grad(out, inputs, expected.grad_out)
     for actual, right in zip((out, *grads), (expected.out, *expected.grads), strict=True):
         assert float((actual.detach() - right).abs().max()) <= 1e-11
@@ -142,7 +144,7 @@ def test_kernel_equals_the_recurrence_at_any_length(length):
     for by_channel in (False, True):
         expected = truth(documents, by_channel)
         layer = Layer()
-        actual = layer(*expected.inputs, batch_tables(layer, documents))
+        actual = layer(*expected.inputs, batch_metadata(layer, documents))
         assert float((actual - expected.out).abs().max()) <= 1e-11
 
 
@@ -151,9 +153,9 @@ def test_kernel_in_bf16_is_as_near_as_its_inputs():
     expected, layer = truth(documents), Layer()
     x, g, beta, weight = expected.inputs
     rounded = [t.bfloat16() for t in (x, beta, weight)]
-    tables = batch_tables(layer, documents)
-    exact = layer(rounded[0].double(), g, rounded[1].double(), rounded[2].double(), tables)
-    actual = layer(rounded[0], g.float(), rounded[1], rounded[2], tables)
+    attn_metadata = batch_metadata(layer, documents)
+    exact = layer(rounded[0].double(), g, rounded[1].double(), rounded[2].double(), attn_metadata)
+    actual = layer(rounded[0], g.float(), rounded[1], rounded[2], attn_metadata)
     assert actual.dtype == torch.bfloat16
     assert float((actual.double() - exact).norm() / exact.norm()) < 0.01
 
@@ -192,7 +194,7 @@ def test_segments_of_several_chunks_equal_the_recurrence(mesh, layout):
         assert_equals_the_recurrence(documents, layer, plan, by_channel=by_channel)
 
 
-def conv_bytes(plan: BatchPlan, batch: int) -> int:
+def conv_bytes(plan: ShardedBatch, batch: int) -> int:
     """w - 1 tokens for every segment with a neighbour on another rank, forward and back."""
     rank, runs = (
         plan.mesh.rank("cp"),
@@ -227,9 +229,9 @@ class Whole(nn.Module):
         super().__init__()
         self.inner, self.weight = Layer(), nn.Parameter(weight.clone())
 
-    def forward(self, x: Tensor, tables: Tables) -> Tensor:
+    def forward(self, x: Tensor, attn_metadata: BatchMetadata) -> Tensor:
         x, g, beta = x.split((CHANNELS, H, H), dim=-1)
-        return self.inner(x, g, beta, self.weight, tables).flatten(2)
+        return self.inner(x, g, beta, self.weight, attn_metadata).flatten(2)
 
 
 @pytest.mark.parametrize("inside", [Contiguous, HeadTail])
@@ -247,7 +249,7 @@ def test_a_layer_on_tokens_dealt_anew_equals_the_recurrence(mesh, inside, ranks)
             plan = plan_of(documents, layer, mesh, layout)
             x = plan.shard(whole).requires_grad_()
             with count() as traffic:
-                out = compiled(x, plan.tables)
+                out = compiled(x, plan.attn_metadata)
                 grad, d_weight = torch.autograd.grad(
                     out, (x, layer.weight), plan.shard(expected.grad_out).flatten(2)
                 )
@@ -286,7 +288,7 @@ def test_dtensors_split_by_sequence_and_heads_equal_the_recurrence(mesh):
         return plan.shard(x).chunk(2, dim=2)[mesh["tp"].get_local_rank()].contiguous()
 
     local = [DTensor.from_local(part(x), mesh, placed).requires_grad_() for x in whole]
-    out = layer.rule(*local, plan.tables)
+    out = layer.rule(*local, plan.attn_metadata)
     grads = torch.autograd.grad(out, local, DTensor.from_local(part(cotangent), mesh, placed))
     assert_close(out.to_local(), part(expected.detach()))
     for actual, right in zip(grads, wanted, strict=True):
@@ -322,11 +324,11 @@ def test_what_cannot_be_honoured_is_refused_on_every_rank(mesh):
     refused("segment_len=2", lambda: plan_of(short, layer, mesh, HeadTail))
     refused("tables of its batch", lambda: layer(*truth(documents).inputs, {}))
     plan, inputs = plan_of(documents, layer, mesh, HeadTail), truth(documents).inputs
-    refused("tables of its own batch", lambda: layer(*inputs, plan.tables))
+    refused("tables of its own batch", lambda: layer(*inputs, plan.attn_metadata))
     x, g, beta, weight = (plan.shard(t) if t.ndim > 2 else t for t in inputs)
     odd = g[..., None].expand(-1, -1, -1, K + 1)
-    refused("key channel of one", lambda: layer(x, odd, beta, weight, plan.tables))
-    refused("as many shards", lambda: batch_tables(layer, documents))
+    refused("key channel of one", lambda: layer(x, odd, beta, weight, plan.attn_metadata))
+    refused("as many shards", lambda: batch_metadata(layer, documents))
     refused("equal parts", lambda: HeadTail(6, 2))
     refused(
         "unclaimed GatedDeltaRule",
@@ -337,8 +339,8 @@ def test_what_cannot_be_honoured_is_refused_on_every_rank(mesh):
     refused("got a Linear", lambda: parallelize_module(nn.Linear(2, 2), mesh, relaid), TypeError)
     dealt = parallelize_module(layer_on(mesh), mesh, relaid)
     refused("once, got a Layer", lambda: parallelize_module(dealt, mesh, relaid), TypeError)
-    refused("tables of its batch", lambda: dealt(inputs[0], plan.tables))
-    refused("as many shards", lambda: batch_tables(dealt, documents))
+    refused("tables of its batch", lambda: dealt(inputs[0], plan.attn_metadata))
+    refused("as many shards", lambda: batch_metadata(dealt, documents))
     refused("segment_len=2", lambda: plan_of(Documents.single(1, 4), dealt, mesh, Contiguous))
     unclaimed = Layer()
     refused("unclaimed", lambda: plan_of(documents, unclaimed, mesh, HeadTail))
@@ -358,7 +360,7 @@ def test_backward_recomputes_and_keeps_only_inputs_and_one_state():
     q, k, v = x.split((G * K, G * K, H * V), dim=-1)
     heads = (q.unflatten(-1, (G, K)), k.unflatten(-1, (G, K)), v.unflatten(-1, (H, V)))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        GatedDeltaRule(normalize=False)(*heads, g, beta, batch_tables(layer, documents))
+        GatedDeltaRule(normalize=False)(*heads, g, beta, batch_metadata(layer, documents))
     largest = max(t.numel() for t in kept)
     assert largest <= x.shape[1] * H * V
     assert largest < delta_rule.CHUNK**2 * H * 4

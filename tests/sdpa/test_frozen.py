@@ -28,7 +28,7 @@ def truth(model, ids, lengths):
     ]
     mask = reference.visible(lengths, SEQ_LEN, reference.causal)[:, None]
     with torch.no_grad():
-        logits = model(ids, Documents(lengths, SEQ_LEN).position_in_document(), mask)
+        logits = model(ids, Documents(lengths, SEQ_LEN).position_ids(), mask)
     for handle in handles:
         handle.remove()
     return logits, seen
@@ -47,7 +47,7 @@ def test_target_on_ranks_reads_what_one_device_reads(mesh, ranks, compiled):
             for layer in model.layers:
                 layer.compile(backend="aot_eager", fullgraph=True)
         before = ids.clone()
-        found = target(ids, Documents(lengths, SEQ_LEN).position_in_document())
+        found = target(ids, Documents(lengths, SEQ_LEN).position_ids())
         assert_close(found.logits, logits)
         assert_close(found.taps, taps)
         for x in (found.logits, *found.taps.values()):
@@ -58,15 +58,15 @@ def test_target_on_ranks_reads_what_one_device_reads(mesh, ranks, compiled):
 @spmd(ranks=(1, 2, 3))
 def test_seed_functions_shard_and_gather_in_order(mesh, ranks):
     ids = torch.arange(2 * SEQ_LEN).view(2, SEQ_LEN)
-    context, local, position, length = make_target_cp_ctx(mesh, ids)
+    context, local, position_ids, length = make_target_cp_ctx(mesh, ids)
     with context:
         pass
     shard_len = -(-SEQ_LEN // ranks)
-    assert local.shape == position.shape == (2, shard_len) and length == SEQ_LEN
+    assert local.shape == position_ids.shape == (2, shard_len) and length == SEQ_LEN
     hidden = local[..., None].double() * torch.ones(3).double()
     back, where, turned = [
         gather_cp_seq(mesh, [x], dim, length)[0]
-        for x, dim in ((hidden, 1), (position, 1), (hidden.transpose(1, 2), -1))
+        for x, dim in ((hidden, 1), (position_ids, 1), (hidden.transpose(1, 2), -1))
     ]
     assert_close(back[..., 0], ids.double())
     assert_close(where, torch.arange(SEQ_LEN).expand(2, -1))
@@ -87,7 +87,7 @@ def test_reading_a_target_leaves_balanced_training_as_it_was(mesh):
     FrozenTarget(model, mesh, taps=TAPS)(torch.ones(1, 8).long())
     local, after = step()
     assert_close(after, before)
-    assert_close(local["position_ids"][0], HeadTail(8, 2).positions(mesh.get_local_rank()))
+    assert_close(local["position_ids"][0], HeadTail(8, 2).token_indices(mesh.get_local_rank()))
     assert after.requires_grad
 
 

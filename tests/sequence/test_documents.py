@@ -28,7 +28,7 @@ def test_tokens_know_their_document(packing):
     documents = packing(24, 4)
     expected = spelt_out(documents).unbind(-1)
     assert_close(documents.document(), expected[0])
-    assert_close(documents.position_in_document(), expected[1])
+    assert_close(documents.position_ids(), expected[1])
     assert_close(documents.starts(), expected[2])
     assert_close(documents.ends(), expected[3])
 
@@ -36,12 +36,12 @@ def test_tokens_know_their_document(packing):
 @pytest.mark.parametrize("packing", [cases.one_document, cases.across_borders, cases.on_borders])
 def test_documents_are_read_off_positions(packing):
     documents = packing(24, 4)
-    assert Documents.from_positions(documents.position_in_document()) == documents
+    assert Documents.from_positions(documents.position_ids()) == documents
 
 
 def test_padding_read_off_positions_is_documents_of_one_token():
     """Positions alone cannot tell: each sees itself alone, and none is seen."""
-    read = Documents.from_positions(Documents(((3, 2),), 7).position_in_document())
+    read = Documents.from_positions(Documents(((3, 2),), 7).position_ids())
     assert read.lengths == ((3, 2, 1, 1),)
 
 
@@ -63,7 +63,7 @@ def test_padding_a_row_adds_tokens_of_no_document():
 
 
 def test_positions_count_up_inside_documents_of_any_length():
-    position = Documents(((7, 1, 6),), 14).position_in_document()[0].tolist()
+    position = Documents(((7, 1, 6),), 14).position_ids()[0].tolist()
     assert position == [*range(7), 0, *range(6)]
     assert all(b in (a + 1, 0) for a, b in pairwise(position))
 
@@ -82,7 +82,7 @@ def test_documents_longer_than_their_row_are_refused():
 
 
 @pytest.mark.parametrize(
-    "position",
+    "position_ids",
     [
         [1, 2, 3, 4],
         [0, 1, 3, 4],
@@ -94,9 +94,9 @@ def test_documents_longer_than_their_row_are_refused():
     ],
     ids=["late start", "gap", "jump", "repeat", "left padding", "left padding by ones", "down"],
 )
-def test_positions_that_are_no_documents_are_refused(position):
+def test_positions_that_are_no_documents_are_refused(position_ids):
     with pytest.raises(ValueError, match=r"restart at 0 with each document.*left padding"):
-        Documents.from_positions(torch.tensor([[0, 1, 2, 3], position]))
+        Documents.from_positions(torch.tensor([[0, 1, 2, 3], position_ids]))
 
 
 def test_positions_on_a_device_are_refused():

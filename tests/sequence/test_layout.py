@@ -36,7 +36,7 @@ def test_permutation_is_a_bijection_and_inverse_inverts_it(layout):
 def test_rank_owns_the_slots_of_its_shard(layout):
     for rank in range(layout.num_shards):
         slots = slice(rank * layout.shard_len, (rank + 1) * layout.shard_len)
-        assert_close(layout.permutation()[slots], layout.positions(rank))
+        assert_close(layout.permutation()[slots], layout.token_indices(rank))
 
 
 @layouts
@@ -45,7 +45,7 @@ def test_restore_inverts_shard_and_permutes_nothing_else(layout, dim):
     x = torch.arange(2 * 3 * layout.seq_len).view(2, 3, -1).movedim(-1, dim)
     shards = [layout.shard(x, rank, dim=dim) for rank in range(layout.num_shards)]
     assert {shard.shape[dim] for shard in shards} == {layout.shard_len}
-    assert_close(shards[-1], x.index_select(dim, layout.positions(layout.num_shards - 1)))
+    assert_close(shards[-1], x.index_select(dim, layout.token_indices(layout.num_shards - 1)))
     assert_close(layout.restore(torch.cat(shards, dim=dim), dim=dim), x)
 
 
@@ -53,7 +53,7 @@ def test_restore_inverts_shard_and_permutes_nothing_else(layout, dim):
 def test_runs_are_the_longest_in_slot_order(layout):
     for rank in range(layout.num_shards):
         runs = layout.runs(rank)
-        assert [p for a, b in runs for p in range(a, b)] == layout.positions(rank).tolist()
+        assert [p for a, b in runs for p in range(a, b)] == layout.token_indices(rank).tolist()
         assert all(a < b for a, b in runs)
         assert all(before[1] != after[0] for before, after in pairwise(runs))
 
@@ -61,7 +61,7 @@ def test_runs_are_the_longest_in_slot_order(layout):
 @layouts
 def test_positions_ascend_on_every_rank(layout):
     for rank in range(layout.num_shards):
-        assert (layout.positions(rank).diff() > 0).all()
+        assert (layout.token_indices(rank).diff() > 0).all()
 
 
 @layouts
@@ -70,7 +70,7 @@ def test_segments_are_equal_on_all_ranks_and_cover_the_shard(layout):
         segments = layout.segments(rank)
         assert len(segments) == layout.shard_len // layout.segment_len
         assert {b - a for a, b in segments} == {layout.segment_len}
-        assert [p for a, b in segments for p in range(a, b)] == layout.positions(rank).tolist()
+        assert [p for a, b in segments for p in range(a, b)] == layout.token_indices(rank).tolist()
 
 
 @layouts
@@ -90,7 +90,7 @@ def test_sequence_of_the_multiple_can_be_laid_out(kind, num_shards):
 
 def test_head_tail_gives_every_rank_the_same_causal_work():
     layout = HeadTail(48, 4)
-    work = {int((layout.positions(rank) + 1).sum()) for rank in range(4)}
+    work = {int((layout.token_indices(rank) + 1).sum()) for rank in range(4)}
     assert len(work) == 1
 
 
@@ -114,23 +114,23 @@ def test_per_document_deals_any_documents_evenly():
             lengths.append(length)
         layout = PerDocument(seq_len, num_shards, tuple(lengths))
         assert layout.permutation().sort().values.tolist() == list(range(seq_len))
-        assert {layout.positions(rank).numel() for rank in range(num_shards)} == {shard_len}
+        assert {layout.token_indices(rank).numel() for rank in range(num_shards)} == {shard_len}
 
 
 def test_per_document_balances_each_document_to_two_tokens():
     layout = PerDocument(96, 4, DOCUMENTS.lengths[0])
     document = DOCUMENTS.document()[0]
     for index in range(len(DOCUMENTS.lengths[0])):
-        held = [int((document[layout.positions(rank)] == index).sum()) for rank in range(4)]
+        held = [int((document[layout.token_indices(rank)] == index).sum()) for rank in range(4)]
         assert max(held) - min(held) <= 2
 
 
 def test_block_balanced_balances_packed_documents_better_than_head_tail():
     documents = Documents(((2000, 30, 1000, 18),), 4096)
-    work = documents.position_in_document()[0] + 1
+    work = documents.position_ids()[0] + 1
     layout = BlockBalanced.for_batch(documents, 4)
     assert imbalance(block_work(work, layout.block), layout.owners) < 1.05
-    loads = [work[HeadTail(4096, 4).positions(rank)].sum() for rank in range(4)]
+    loads = [work[HeadTail(4096, 4).token_indices(rank)].sum() for rank in range(4)]
     assert max(loads) * 4 / sum(loads) > 1.2
 
 

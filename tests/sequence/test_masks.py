@@ -132,7 +132,7 @@ def test_coordinate_of_another_shape_is_refused(name):
 
 def test_coords_at_slots_take_every_field():
     coords = coords_of(cases.two_rows(SEQ_LEN, 4))
-    coords = replace(coords, rotary=torch.stack((coords.position, coords.start)))
+    coords = replace(coords, position_ids=torch.stack((coords.token_index, coords.start)))
     slots = torch.tensor([7, 0, 20])
     for field in fields(Coords):
         taken = getattr(coords.at(slots), field.name)

@@ -54,5 +54,5 @@ def test_rolled_runs_are_the_rolled_positions():
         positions = torch.arange(24).roll(shift)
         for rank in range(3):
             runs = rolled(HeadTail(24, 3).runs(rank), shift, 24)
-            expected = positions[HeadTail(24, 3).positions(rank)].tolist()
+            expected = positions[HeadTail(24, 3).token_indices(rank)].tolist()
             assert [p for a, b in runs for p in range(a, b)] == expected

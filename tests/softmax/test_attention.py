@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, InGraph, count_graphs
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
 from dtcp.sequence.layout import (
     BlockBalanced,
@@ -257,7 +257,7 @@ def test_heads_sharded_over_tp_equal_one_device(mesh, boundary):
 
         inputs = tuple(mine(x).detach().clone().requires_grad_() for x in local_inputs(case, plan))
         q, k, v, sink = inputs
-        out = attend(q, k, v, plan.tables, sink=sink)
+        out = attend(q, k, v, plan.attn_metadata, sink=sink)
         grads = torch.autograd.grad(out, inputs, mine(plan.shard(expected.grad_out)))
         assert_close(out, mine(plan.shard(expected.out)))
         for grad, whole in zip(grads[:3], expected.grads[:3], strict=True):
@@ -277,7 +277,7 @@ def test_inputs_need_not_be_contiguous(mesh):
         inputs = local_inputs(case, plan)
         turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
         assert not turned[0].is_contiguous()
-        actual = torch.autograd.grad(mixer(*turned, plan.tables).sum(), inputs)
+        actual = torch.autograd.grad(mixer(*turned, plan.attn_metadata).sum(), inputs)
         whole = [x.clone().requires_grad_() for x in truth(case, 2).inputs]
         one = SoftmaxAttention(PREFIX.mask)
         assert_close(actual, one_device_gradients(one, case, plan, whole))
@@ -286,8 +286,8 @@ def test_inputs_need_not_be_contiguous(mesh):
 def one_device_gradients(mixer, case, plan, inputs):
     """This rank's part of the gradients of the output's sum, on one device."""
     documents = case.documents(2)
-    tables = batch_tables(mixer, documents, prefix=cases.prefix_of_tokens(documents))
-    grads = torch.autograd.grad(mixer(*inputs, tables).sum(), inputs)
+    attn_metadata = batch_metadata(mixer, documents, prefix=cases.prefix_of_tokens(documents))
+    grads = torch.autograd.grad(mixer(*inputs, attn_metadata).sum(), inputs)
     return tuple(plan.shard(x) for x in grads)
 
 

@@ -78,7 +78,7 @@ def test_kept_for_backward_is_at_most_what_is_local(mesh, boundary):
             attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=whole)
         q, k, v, sink = local_inputs(case, plan)
         with saved_bytes() as kept:
-            out = attend(q, k, v, plan.tables, sink=sink)
+            out = attend(q, k, v, plan.attn_metadata, sink=sink)
         shares_heads = isinstance(style, UlyssesAttention | HybridAttention)
         copies = 2 // kv_heads if shares_heads else 1
         bound = local_bytes(case, plan, copies)
@@ -113,7 +113,7 @@ def test_nothing_of_the_size_of_a_score_table_is_made(mesh, how):
             shape = (1, plan.layout.shard_len, 2, 8)
             q, k = (torch.randn(shape, requires_grad=True) for _ in range(2))
             v = torch.randn(*shape[:3], how.get("value_dim", 8), requires_grad=True)
-            mixer(q, k, v, plan.tables).sum().backward()  # noqa: B023
+            mixer(q, k, v, plan.attn_metadata).sum().backward()  # noqa: B023
 
         largest = largest_allocation(step)
         assert seq_len // 2 * row <= largest < seq_len // 2 * seq_len, f"{style}"
@@ -130,7 +130,7 @@ def test_ring_holds_two_shards_of_keys_and_no_more(mesh):
         mixer = mixer_on(mesh, style, CAUSAL.mask)
         _, plan = shard_batch(batch, whole, HeadTail, model=mixer, documents=documents)
         q, k, v = (torch.randn(1, seq_len // 4, 8, 64) for _ in range(3))
-        largest[type(style)] = largest_allocation(lambda: mixer(q, k, v, plan.tables))  # noqa: B023
+        largest[type(style)] = largest_allocation(lambda: mixer(q, k, v, plan.attn_metadata))  # noqa: B023
     shard = seq_len // 4 * 8 * 64 * 4
     assert largest[RingAttention] <= 2 * shard
     assert largest[AllGatherAttention] >= 4 * shard

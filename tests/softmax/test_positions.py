@@ -11,12 +11,12 @@ from torch import nn
 from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal
-from dtcp.softmax import AllGatherAttention, BroughtAttention, RingAttention
+from dtcp.softmax import AllGatherAttention, RingAttention, SharedKVAttention
 from dtcp.softmax.mixer import KeyExchange, KeysFromValues
 from dtcp.sparse import CompressedSparseCP, PublishedSparseCP
 from dtcp.sparse.mixer import CompressedSparseAttention, Compression
@@ -29,14 +29,14 @@ FREQUENCY = torch.tensor([1.0, 0.1])
 OTHERS = "positions are those of its batch"
 
 
-def rotated(mixer, position, tables):
+def rotated(mixer, position_ids, attn_metadata):
     """Whatever of a mixer reads positions."""
     if isinstance(mixer, KeysFromValues):
-        x = torch.ones(*position.shape[-2:], 2, 4)
-        return mixer(x, x, position, torch.ones(4), FREQUENCY, tables)
+        x = torch.ones(*position_ids.shape[-2:], 2, 4)
+        return mixer(x, x, position_ids, torch.ones(4), FREQUENCY, attn_metadata)
     if isinstance(mixer, KeyExchange):
-        return mixer.position(position, tables)
-    return mixer.check_position(position, tables)
+        return mixer.token_index(position_ids, attn_metadata)
+    return mixer.check_position_ids(position_ids, attn_metadata)
 
 
 def sparse():
@@ -46,7 +46,7 @@ def sparse():
 STYLES = [
     (lambda: KeysFromValues(Causal()), RingAttention(), HeadTail),
     (lambda: KeysFromValues(Causal()), AllGatherAttention(boundary=EagerIsland()), Contiguous),
-    (lambda: KeyExchange(Causal()), BroughtAttention(), HeadTail),
+    (lambda: KeyExchange(Causal()), SharedKVAttention(), HeadTail),
     (sparse, CompressedSparseCP(), HeadTail),
     (sparse, PublishedSparseCP(), Contiguous),
 ]
@@ -58,18 +58,18 @@ def test_positions_of_another_batch_stop_every_rank(mesh):
     for make, style, layout in STYLES:
         mixer = make()
         apply_plan(nn.ModuleList([mixer]), mesh, {"0": style})
-        own = WHOLE.position_in_document()
-        batch = {"input_ids": torch.zeros_like(own), "position": own}
+        own = WHOLE.position_ids()
+        batch = {"input_ids": torch.zeros_like(own), "position_ids": own}
         ranks = ParallelMesh.of_sequence(mesh)
         local, plan = shard_batch(batch, ranks, layout, model=mixer, documents=WHOLE)
-        rotated(mixer, local["position"], plan.tables)
+        rotated(mixer, local["position_ids"], plan.attn_metadata)
         shard = torch.arange(SEQ_LEN // 2)[None]
-        for position in (shard, shard + 1):
+        for position_ids in (shard, shard + 1):
             with pytest.raises(RuntimeError, match=OTHERS):
-                rotated(mixer, position, plan.tables)
-        several = local["position"].expand(3, 1, -1)
-        refused("one position a token", lambda: rotated(mixer, several, plan.tables))  # noqa: B023
-        batch["position"] = own.expand(3, 1, -1)
+                rotated(mixer, position_ids, plan.attn_metadata)
+        several = local["position_ids"].expand(3, 1, -1)
+        refused("one position a token", lambda: rotated(mixer, several, plan.attn_metadata))  # noqa: B023
+        batch["position_ids"] = own.expand(3, 1, -1)
         refused(
             "one position a token",
             lambda: shard_batch(batch, ranks, layout, model=mixer, documents=WHOLE),  # noqa: B023
@@ -77,14 +77,14 @@ def test_positions_of_another_batch_stop_every_rank(mesh):
 
 
 def test_positions_on_one_device_are_those_of_the_tables():
-    model, own = nn.ModuleList([KeysFromValues(Causal())]), WHOLE.position_in_document()
-    tables = batch_tables(model, WHOLE, position=3 * own)
-    rotated(model[0], 3 * own, tables)
+    model, own = nn.ModuleList([KeysFromValues(Causal())]), WHOLE.position_ids()
+    attn_metadata = batch_metadata(model, WHOLE, position_ids=3 * own)
+    rotated(model[0], 3 * own, attn_metadata)
     with pytest.raises(RuntimeError, match=OTHERS):
-        rotated(model[0], own, tables)
+        rotated(model[0], own, attn_metadata)
 
 
 def test_entries_have_no_position_but_their_place():
-    position = WHOLE.position_in_document() + 2
+    position_ids = WHOLE.position_ids() + 2
     with pytest.raises(ValueError, match=r"got position\[0, 0\]=2 for token 0 of its document"):
-        batch_tables(nn.ModuleList([sparse()]), WHOLE, position=position)
+        batch_metadata(nn.ModuleList([sparse()]), WHOLE, position_ids=position_ids)

@@ -107,7 +107,7 @@ def moved(case, attend, plan):
     """(forward, backward) traffic of one attention."""
     q, k, v, *sink = inputs = local_inputs(case, plan)
     with count() as forward:
-        out = attend(q, k, v, plan.tables, sink=sink[0] if sink else None)
+        out = attend(q, k, v, plan.attn_metadata, sink=sink[0] if sink else None)
     with count() as backward:
         torch.autograd.grad(out, inputs, plan.shard(truth(case, plan.layout.num_shards).grad_out))
     return forward, backward
@@ -141,8 +141,10 @@ def expected_bytes(style, case, layout, rank):
         within = by_heads(case, layout.shard_len, u) * element
     else:
         kv_heads, within = case.kv_heads, 0
-    needs = tokens_between(case.sight.visible(documents), shards) * kv_heads * width * element
-    out, home = needs[rank].sum(), needs[:, rank].sum()
+    required_keys = (
+        tokens_between(case.sight.visible(documents), shards) * kv_heads * width * element
+    )
+    out, home = required_keys[rank].sum(), required_keys[:, rank].sum()
     return within + out, within + out + home
 
 

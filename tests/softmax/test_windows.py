@@ -42,11 +42,11 @@ def moved(mesh: Any, config: Gemma4Config, layout: type[SequenceLayout]) -> tupl
     documents = Documents.single(ROWS, SEQ_LEN)
     batch = {
         "input_ids": torch.randint(config.vocab_size, (ROWS, SEQ_LEN)),
-        "position": documents.position_in_document(),
+        "position_ids": documents.position_ids(),
     }
     local, plan = shard_batch(batch, on, layout, model=model, documents=documents)
     with count() as forward:
-        logits = model(local["input_ids"], local["position"], plan.tables)
+        logits = model(local["input_ids"], local["position_ids"], plan.attn_metadata)
     with count() as backward:
         logits.sum().backward()
     return forward.received, backward.received

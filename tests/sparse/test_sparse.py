@@ -11,14 +11,14 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.profiler import profile
 from torch.testing import assert_close
 
-from dtcp.batch import BatchPlan, shard_batch
+from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import count
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.sparse import indexer as select
 from dtcp.kernels.sparse import reference as sparse
 from dtcp.kernels.sparse.indexer import select_entries
-from dtcp.mixer import batch_tables
+from dtcp.mixer import batch_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
     Contiguous,
@@ -33,9 +33,9 @@ from dtcp.sparse.mixer import (
     Compression,
     Index,
     Prepool,
-    sparse_tables,
+    sparse_metadata,
 )
-from dtcp.sparse.style import rank_tables, work
+from dtcp.sparse.style import rank_metadata, work
 from tests.harness.spmd import spmd
 
 WINDOW, HEADS, DIM, INDEX_HEADS, INDEX_DIM = 9, 3, 8, 4, 4
@@ -86,14 +86,14 @@ def finish(pooled: Tensor, position: Tensor) -> Tensor:
     return torch.tanh(pooled) * (1 + 0.1 * position[..., None].to(pooled.dtype))
 
 
-def run(mixer: nn.Module, x: Inputs, tables: object) -> Tensor:
+def run(mixer: nn.Module, x: Inputs, attn_metadata: object) -> Tensor:
     kind = mixer.compression
     tokens = None if kind is None else Prepool(x.value, x.gate, x.bias, finish)
     index = None
     if kind is not None and kind.selected is not None:
         keys = Prepool(x.index_value, x.index_gate, x.index_bias, finish)
         index = Index(x.index_q, x.index_weight, keys)
-    out: Tensor = mixer(x.q, x.keys, tables, sink=x.sink, tokens=tokens, index=index)
+    out: Tensor = mixer(x.q, x.keys, attn_metadata, sink=x.sink, tokens=tokens, index=index)
     return out
 
 
@@ -172,7 +172,7 @@ def mixer_of(kind: Compression | None) -> CompressedSparseAttention:
 
 def plan_for(
     mixer: nn.Module, mesh: object, layout: type[SequenceLayout], rows: object = ROWS
-) -> BatchPlan:
+) -> ShardedBatch:
     batch = {"input_ids": torch.zeros(len(ROWS), SEQ_LEN, dtype=torch.int64)}
     documents = Documents(rows, SEQ_LEN)
     whole = ParallelMesh.of_sequence(mesh)
@@ -192,7 +192,7 @@ def assert_equals_one_device(mesh, kind, style, layout, compiled):
     mine = Inputs(**{name: x.contiguous().requires_grad_() for name, x in local.items()})
     forward = torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run
     with count() as there:
-        out = forward(mixer, mine, plan.tables)
+        out = forward(mixer, mine, plan.attn_metadata)
     with count() as back:
         grads = torch.autograd.grad(out, mine, plan.shard(expected.grad), allow_unused=True)
     assert_close(out, plan.shard(expected.out))
@@ -212,14 +212,14 @@ def assert_equals_one_device(mesh, kind, style, layout, compiled):
 def test_one_device_equals_brute_force(kind, tile, monkeypatch):
     """In one tile, and in many that are cut again since their scores would be too many."""
     expected, mixer = truth(kind), mixer_of(kind)
-    tables = batch_tables(mixer, Documents(ROWS, SEQ_LEN))
+    attn_metadata = batch_metadata(mixer, Documents(ROWS, SEQ_LEN))
     if tile < sparse.TILE:
         monkeypatch.setattr(sparse, "SCORES", 150)
         monkeypatch.setattr(select, "SCORES", 3 * tile * INDEX_HEADS)
         coords, whole = Coords.of(Documents(ROWS, SEQ_LEN)), [[(0, SEQ_LEN)]]
-        small = sparse_tables(coords, whole, 0, WINDOW, kind, halo=False, tile=tile)
-        tables = {mixer.table_key: small}
-    out = run(mixer, expected.inputs, tables)
+        small = sparse_metadata(coords, whole, 0, WINDOW, kind, halo=False, tile=tile)
+        attn_metadata = {mixer.metadata_key: small}
+    out = run(mixer, expected.inputs, attn_metadata)
     assert_close(out, expected.out)
     grads = torch.autograd.grad(out, expected.inputs, expected.grad, allow_unused=True)
     assert_close(list(grads), list(expected.grads))
@@ -262,11 +262,11 @@ def test_a_compression_with_a_halo_of_one_token_works(mesh):
     """Nothing to the left at all: a window of the query alone, and entries of one token."""
     mixer = CompressedSparseAttention(1, Compression(1), scale=1.0)
     x = inputs(Compression(1))
-    expected = run(mixer, x, batch_tables(mixer, Documents(ROWS, SEQ_LEN)))
+    expected = run(mixer, x, batch_metadata(mixer, Documents(ROWS, SEQ_LEN)))
     parallelize_module(nn.Sequential(mixer), mesh, {"0": CompressedSparseCP()})
     plan = plan_for(mixer, mesh, HeadTail)
     mine = Inputs(**{n: v if n in SHARED else plan.shard(v) for n, v in x._asdict().items()})
-    assert_close(run(mixer, mine, plan.tables), plan.shard(expected))
+    assert_close(run(mixer, mine, plan.attn_metadata), plan.shard(expected))
 
 
 def test_equal_scores_are_won_by_the_earlier_entry(monkeypatch):
@@ -292,7 +292,7 @@ def test_head_tail_balances_the_work():
         for layout in (HeadTail, Contiguous):
             placed = layout(documents.seq_len, 16)
             done = [
-                work(rank_tables(coords, placed, rank, 32, kind), selected=kind.selected)
+                work(rank_metadata(coords, placed, rank, 32, kind), selected=kind.selected)
                 for rank in range(16)
             ]
             loads[layout] = [
@@ -313,7 +313,7 @@ def test_what_cannot_be_honoured_is_refused(mesh):
     with pytest.raises(ValueError, match="works on the layouts Contiguous, HeadTail"):
         plan_for(mixer, mesh, PerDocument, rows=((48,), (48,)))
     with pytest.raises(ValueError, match="needs a layout of as many shards"):
-        batch_tables(mixer, Documents(ROWS, SEQ_LEN))
+        batch_metadata(mixer, Documents(ROWS, SEQ_LEN))
     with pytest.raises(ValueError, match="reads the tables of its batch"):
         run(mixer, inputs(SPARSE), {})
 
@@ -352,7 +352,7 @@ def test_nothing_of_the_size_of_a_score_table_is_made(mesh, kind):
     x = inputs(kind, seq_len)
     local = {n: v if n in SHARED else plan.shard(v) for n, v in x._asdict().items()}
     mine = Inputs(**{name: v.detach().requires_grad_() for name, v in local.items()})
-    _, largest = peak_and_largest(lambda: run(mixer, mine, plan.tables).sum().backward())
+    _, largest = peak_and_largest(lambda: run(mixer, mine, plan.attn_metadata).sum().backward())
     assert largest < seq_len * seq_len // 2
 
 

@@ -13,12 +13,12 @@ from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax import reference as tiles
 from dtcp.kernels.softmax.merge import sink_gradient
 from dtcp.kernels.softmax.types import (
-    Final,
-    Gradients,
+    GradAccumulators,
     Keys,
-    Partial,
+    OnlineSoftmax,
     Queries,
-    Softmax,
+    SavedForward,
+    SoftmaxParams,
 )
 from dtcp.kernels.triton_support import TILES_TAKE, tile_width, usable
 
@@ -30,17 +30,22 @@ class AttentionKernel(Protocol):
     """A pair of functions as in tiles.py."""
 
     def attend(
-        self, partial: Partial, queries: Queries, keys: Keys, spans: Tensor, how: Softmax
+        self,
+        partial: OnlineSoftmax,
+        queries: Queries,
+        keys: Keys,
+        spans: Tensor,
+        how: SoftmaxParams,
     ) -> None: ...
 
     def attend_backward(
         self,
-        grads: Gradients,
-        final: Final,
+        grads: GradAccumulators,
+        final: SavedForward,
         queries: Queries,
         keys: Keys,
         spans: Tensor,
-        how: Softmax,
+        how: SoftmaxParams,
     ) -> None: ...
 
 
@@ -57,17 +62,24 @@ def attention_kernel(queries: Queries, keys: Keys) -> AttentionKernel:
     return interval
 
 
-def attend(partial: Partial, queries: Queries, keys: Keys, spans: Tensor, how: Softmax) -> None:
+def attend(
+    partial: OnlineSoftmax, queries: Queries, keys: Keys, spans: Tensor, how: SoftmaxParams
+) -> None:
     """Add the attention of `queries` to `keys` to `partial`.
 
     Args:
-        spans: [B, tiles, 6], from key_spans for these queries and keys.
+        spans: [B, tiles, 6], from block_ranges for these queries and keys.
     """
     attention_kernel(queries, keys).attend(partial, queries, keys, spans, how)
 
 
 def attend_backward(
-    grads: Gradients, final: Final, queries: Queries, keys: Keys, spans: Tensor, how: Softmax
+    grads: GradAccumulators,
+    final: SavedForward,
+    queries: Queries,
+    keys: Keys,
+    spans: Tensor,
+    how: SoftmaxParams,
 ) -> None:
     """Add the gradients of `attend` over these keys to `grads` (dk, dv: those of `keys`)."""
     kernel = attention_kernel(queries, keys)
@@ -79,5 +91,5 @@ def zeros_for(x: Tensor) -> Tensor:
     return torch.zeros(x.shape, dtype=accumulation(x.dtype), device=x.device)
 
 
-def local_sink_gradient(final: Final, sink: Tensor | None) -> Tensor | None:
+def local_sink_gradient(final: SavedForward, sink: Tensor | None) -> Tensor | None:
     return None if sink is None else sink_gradient(*final, sink)

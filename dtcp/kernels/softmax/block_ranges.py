@@ -19,19 +19,19 @@ FIELDS = ("q_start", "q_stop", "key_start", "full_start", "full_stop", "key_stop
 UNUSED = -1  # the position of a key slot that holds no key
 
 
-def key_spans(
-    first_key: Tensor, last_key: Tensor, key_position: Tensor, *, tile: int = TILE
+def block_ranges(
+    first_key: Tensor, last_key: Tensor, key_token_index: Tensor, *, tile: int = TILE
 ) -> Tensor:
     """The runs of keys each tile of queries sees.
 
     Args:
         first_key, last_key: [B, L], the interval of positions each query sees.
-        key_position: [K], ascending, then UNUSED where a buffer is longer than its keys.
+        key_token_index: [K], ascending, then UNUSED where a buffer is longer than its keys.
         tile: queries a tile.
     Returns:
         [B, ceil(L / tile), 6] int64 on the host: FIELDS, in queries and keys of the local order.
     """
-    keys = key_position[key_position != UNUSED].contiguous()
+    keys = key_token_index[key_token_index != UNUSED].contiguous()
     if bool((keys.diff() <= 0).any()):
         raise ValueError(
             "Keys are lined up by ascending position, got positions that go down or repeat: use "

@@ -13,23 +13,25 @@ from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.block import block_attention, block_attention_backward
 from dtcp.kernels.softmax.merge import NOTHING_SEEN, merge_into
 from dtcp.kernels.softmax.types import (
-    Final,
-    Gradients,
+    GradAccumulators,
     Keys,
-    Partial,
+    OnlineSoftmax,
     Queries,
-    Softmax,
+    SavedForward,
+    SoftmaxParams,
 )
 
 MOST_KEYS = 8192
 """Keys a call of the block kernel, which may hold a score for each and each of its queries."""
 
 
-def attend(partial: Partial, queries: Queries, keys: Keys, spans: Tensor, how: Softmax) -> None:
+def attend(
+    partial: OnlineSoftmax, queries: Queries, keys: Keys, spans: Tensor, how: SoftmaxParams
+) -> None:
     """Add the attention of `queries` to `keys` to `partial`.
 
     Args:
-        spans: [B, tiles, 6], from key_spans for these queries and keys.
+        spans: [B, tiles, 6], from block_ranges for these queries and keys.
     """
     for rows, at, to, bias in _calls(queries, keys, spans):
         out, lse = block_attention(
@@ -44,7 +46,12 @@ def attend(partial: Partial, queries: Queries, keys: Keys, spans: Tensor, how: S
 
 
 def attend_backward(
-    grads: Gradients, final: Final, queries: Queries, keys: Keys, spans: Tensor, how: Softmax
+    grads: GradAccumulators,
+    final: SavedForward,
+    queries: Queries,
+    keys: Keys,
+    spans: Tensor,
+    how: SoftmaxParams,
 ) -> None:
     """Add the gradients of `attend` over these keys to `grads` (dk, dv: those of `keys`)."""
     for rows, at, to, bias in _calls(queries, keys, spans):
@@ -85,14 +92,14 @@ def _calls(
             for piece_start, piece_stop, masked in pieces:
                 for at_key in range(piece_start, piece_stop, MOST_KEYS):
                     to = slice(at_key, min(at_key + MOST_KEYS, piece_stop))
-                    bias = _bias(queries, keys.position[to], rows, at) if masked else None
+                    bias = _bias(queries, keys.token_index[to], rows, at) if masked else None
                     yield rows, at, to, bias
 
 
-def _bias(queries: Queries, position: Tensor, rows: slice, at: slice) -> Tensor:
+def _bias(queries: Queries, token_index: Tensor, rows: slice, at: slice) -> Tensor:
     """0 where a query sees a key and -inf where not: [B, Q, K], Q at most a tile."""
     first = queries.first_key[rows, at, None]
     last = queries.last_key[rows, at, None]
-    hidden = (position < first) | (position > last)
+    hidden = (token_index < first) | (token_index > last)
     zeros = hidden.new_zeros(hidden.shape, dtype=accumulation(queries.q.dtype))
     return zeros.masked_fill(hidden, NOTHING_SEEN)

@@ -11,7 +11,7 @@ from dtcp.kernels.softmax.merge import NOTHING_SEEN, add_sink
 
 
 @dataclass(frozen=True)
-class Softmax:
+class SoftmaxParams:
     """What turns scores into weights: `scale`, and a tanh `softcap` (0: none)."""
 
     scale: float
@@ -23,7 +23,7 @@ class Keys(NamedTuple):
 
     k: Tensor  # [B, K, G, D]
     v: Tensor  # [B, K, G, V]
-    position: Tensor  # [K]
+    token_index: Tensor  # [K]
 
 
 class Queries(NamedTuple):
@@ -45,14 +45,14 @@ class Queries(NamedTuple):
         return cls(q, first_key, last_key)
 
 
-class Partial(NamedTuple):
+class OnlineSoftmax(NamedTuple):
     """Attention over the keys met so far; starts empty and is added to in place."""
 
     out: Tensor  # [B, L, H, V], fp32 (fp64 for fp64)
     lse: Tensor  # [B, L, H], same
 
     @classmethod
-    def empty(cls, q: Tensor, value_dim: int) -> "Partial":
+    def empty(cls, q: Tensor, value_dim: int) -> "OnlineSoftmax":
         dtype = accumulation(q.dtype)
         out = q.new_zeros((*q.shape[:-1], value_dim), dtype=dtype)
         return cls(out, q.new_full(q.shape[:-1], NOTHING_SEEN, dtype=dtype))
@@ -63,7 +63,7 @@ class Partial(NamedTuple):
         return out.to(dtype), lse
 
 
-class Gradients(NamedTuple):
+class GradAccumulators(NamedTuple):
     """Gradients met so far, summed in fp32 (fp64 for fp64), in place."""
 
     dq: Tensor
@@ -71,7 +71,7 @@ class Gradients(NamedTuple):
     dv: Tensor
 
 
-class Final(NamedTuple):
+class SavedForward(NamedTuple):
     """The finished forward and its cotangent: what a backward over any keys reads."""
 
     grad_out: Tensor  # [B, L, H, V]

@@ -29,7 +29,7 @@ class Sight(NamedTuple):
     window_first: Tensor  # [B, L] int32, the first position in the query's window
     first: Tensor  # [B, L] int32, where its document starts
     last: Tensor  # [B, L] int32, its own position; -1 for padding
-    key_position: Tensor  # [K] int32, -1 where a slot holds no key
+    key_token_index: Tensor  # [K] int32, -1 where a slot holds no key
     closing: Tensor  # [B, P] int32, position of an entry's last token
     key_run: Tensor  # [B, L, 2] int32, the keys that a query reads, from and up to
     key_readers: Tensor  # [B, K, 2] int32, the queries that read a key, from and up to
@@ -132,7 +132,7 @@ class Gathered:
 
     def of(self, at: Span, dtype: torch.dtype) -> Seen:
         sight, row = self.sight, at.row
-        position = sight.key_position[at.keys]
+        position = sight.key_token_index[at.keys]
         first, last = sight.window_first[row, at.queries], sight.last[row, at.queries]
         hidden = ~sees(first, last, position)
         shared = self.keys[row, at.keys].to(dtype)

@@ -20,12 +20,12 @@ from dtcp.kernels.softmax.triton.forward import attend_tile
 from dtcp.kernels.softmax.triton.ranges import find_reach, find_runs
 from dtcp.kernels.softmax.triton.tiles import How, Shape, View
 from dtcp.kernels.softmax.types import (
-    Final,
-    Gradients,
+    GradAccumulators,
     Keys,
-    Partial,
+    OnlineSoftmax,
     Queries,
-    Softmax,
+    SavedForward,
+    SoftmaxParams,
 )
 from dtcp.kernels.triton_support import TILES_TAKE, tile_width
 
@@ -69,7 +69,9 @@ def plan_for(k: Tensor, v: Tensor) -> Plan:
     return next(plan for width, plan in plans if widest <= width)
 
 
-def attend(partial: Partial, queries: Queries, keys: Keys, spans: Tensor, how: Softmax) -> None:
+def attend(
+    partial: OnlineSoftmax, queries: Queries, keys: Keys, spans: Tensor, how: SoftmaxParams
+) -> None:
     """Add the attention of `queries` to `keys` to `partial`."""
     if keys.k.shape[1] == 0:
         return
@@ -91,7 +93,12 @@ def attend(partial: Partial, queries: Queries, keys: Keys, spans: Tensor, how: S
 
 
 def attend_backward(
-    grads: Gradients, final: Final, queries: Queries, keys: Keys, spans: Tensor, how: Softmax
+    grads: GradAccumulators,
+    final: SavedForward,
+    queries: Queries,
+    keys: Keys,
+    spans: Tensor,
+    how: SoftmaxParams,
 ) -> None:
     """Add the gradients of `attend` over these keys to `grads`."""
     if keys.k.shape[1] == 0:

@@ -40,7 +40,7 @@ def find_runs(queries: Queries, keys: Keys, tile: int) -> QueryRuns:
     query_runs[(num_tiles, rows)](
         View.of(queries.first_key),
         View.of(queries.last_key),
-        keys.position.contiguous(),
+        keys.token_index.contiguous(),
         *runs,
         length,
         num_keys,
@@ -62,7 +62,16 @@ def find_reach(runs: QueryRuns, num_keys: int, block: int, batch: int) -> View:
 # How many keys a step has changes with the documents, and makes no other kernel.
 @triton.jit(do_not_specialize=["num_keys", "steps"])
 def query_runs(
-    first_key, last_key, position, begin, stop, tiles, length, num_keys, steps, TILE: tl.constexpr
+    first_key,
+    last_key,
+    token_index,
+    begin,
+    stop,
+    tiles,
+    length,
+    num_keys,
+    steps,
+    TILE: tl.constexpr,
 ):
     """Grid: (tiles, rows)."""
     tile, row = tl.program_id(0), tl.program_id(1)
@@ -70,8 +79,8 @@ def query_runs(
     real = query < length
     first = _of_queries(first_key, row, query, length)
     last = _of_queries(last_key, row, query, length)
-    from_key = _look_up(position, num_keys, steps, first)
-    to_key = _look_up(position, num_keys, steps, last + 1)
+    from_key = _look_up(token_index, num_keys, steps, first)
+    to_key = _look_up(token_index, num_keys, steps, last + 1)
     sees = (first <= last) & (from_key < to_key) & real
     from_key, to_key = tl.where(sees, from_key, NOWHERE), tl.where(sees, to_key, 0)
     tl.store(begin + row * length + query, from_key, mask=real)
@@ -92,13 +101,13 @@ def _of_queries(x, row, query, length):
 
 
 @triton.jit
-def _look_up(position, num_keys, steps, wanted):
+def _look_up(token_index, num_keys, steps, wanted):
     """Index of the first key at or after a position; keys ascend, and behind them are UNUSED."""
     low = wanted * 0
     high = low + num_keys
     for _ in range(steps):
         middle = (low + high) // 2
-        found = tl.load(position + middle, mask=middle < num_keys, other=-1).to(tl.int32)
+        found = tl.load(token_index + middle, mask=middle < num_keys, other=-1).to(tl.int32)
         before = (found >= 0) & (found < wanted)
         low = tl.where(before & (low < high), middle + 1, low)
         high = tl.where(before, high, tl.minimum(middle, high))
