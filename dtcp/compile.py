@@ -179,21 +179,6 @@ def compiled_autograd() -> AbstractContextManager[Any]:
     return context
 
 
-def selective_checkpoint_save_ops() -> list[torch._ops.OpOverload]:
-    """The forward ops whose results came over the network: what a selective policy saves.
-
-    Saving them is what keeps recomputation from communicating a second time.
-    """
-    # torch has no public list of a namespace's ops (2.11-2.15).
-    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("dtcp::"))
-    short = {name.removeprefix("dtcp::").partition(".")[0] for name in names}
-    return [
-        getattr(torch.ops.dtcp, name).default
-        for name in sorted(short)
-        if not name.endswith("_backward")
-    ]
-
-
 @dataclass
 class Graphs:
     """What dynamo did during a stretch of work."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from dtcp.compile import selective_checkpoint_save_ops
+from dtcp.distributed.ops import selective_checkpoint_save_ops
 
 Forward = Callable[..., Any]
 
@@ -41,7 +41,7 @@ class FullCheckpoint:
 class SelectiveCheckpoint:
     """Keep what was communicated and every `matmul_every`-th matmul; compute the rest again.
 
-    Attention is kept whole, so recomputation neither attends nor talks to other ranks.
+    An op that communicates is kept whole: recomputation runs no attention across ranks again.
     """
 
     matmul_every: int = 2

@@ -18,10 +18,10 @@ from dtcp.compile import (
     EagerIsland,
     InGraph,
     count_graphs,
-    selective_checkpoint_save_ops,
 )
 from dtcp.distributed.ledger import count
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.distributed.ops import selective_checkpoint_save_ops
 from dtcp.parallelize import Compile
 from dtcp.plan import apply_plan
 from dtcp.pretrain.compiler import missing_for_inductor
@@ -212,7 +212,26 @@ def test_selective_policy_knows_every_op_that_communicates(mesh):
     names = {op.name() for op in selective_checkpoint_save_ops()}
     assert {f"dtcp::{style.op.name}" for style in styles(1)} <= names
     assert {"dtcp::all_gather", "dtcp::exchange", "dtcp::causal_sdpa"} <= names
+    assert {"dtcp::gated_delta_rule", "dtcp::left_halo", "dtcp::bring_left"} <= names
+    assert "dtcp::gather_shared_kv" in names
     assert not any("backward" in name for name in names)
+
+
+def test_selective_policy_computes_again_what_one_device_can():
+    """And nothing else: whoever communicates is told the name of a process group."""
+    ours = {getattr(torch.ops.dtcp, name).default for name in torch.ops.dtcp}
+    forward = {op for op in ours if not op.name().endswith("_backward")}
+    local = forward.difference(selective_checkpoint_save_ops())
+    names = {op.name() for op in local}
+    assert {"dtcp::attention", "dtcp::grouped_linear", "dtcp::select_entries"} <= names
+    assert "dtcp::sparse_attention" in names
+    talking = {op.name() for op in local if {"group", "groups"} & arguments(op)}
+    # One schema for every strategy; that of one device gets no groups.
+    assert talking == {"dtcp::attention"}
+
+
+def arguments(op):
+    return {argument.name for argument in op._schema.arguments}
 
 
 @spmd(ranks=4)

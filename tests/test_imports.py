@@ -19,6 +19,7 @@ CODE = ("dtcp", "models", "parallelize")
 
 # Lowest first. A module imports from its own floor and from those below it.
 FLOORS = (
+    ("dtcp._torch",),
     ("dtcp.sequence",),
     ("dtcp.distributed", "dtcp.compile"),
     ("dtcp.kernels",),
@@ -44,6 +45,7 @@ MODELS_MAY_IMPORT = (
     "torch",
 )
 PRIVATE_TORCH_HOMES = (
+    "dtcp/_torch.py",
     "dtcp/distributed/collectives.py",
     "dtcp/distributed/dtensor_rules.py",
     "dtcp/compile.py",

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from dtcp.distributed.ledger import LEDGER
+from dtcp.distributed.ops import communicating_op
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.routes import Route, halo_runs
 
@@ -187,7 +188,7 @@ def check_shard(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, dim: int) -
         )
 
 
-@torch.library.custom_op("dtcp::all_gather", mutates_args=())
+@communicating_op("dtcp::all_gather")
 def _all_gather(x: Tensor, dim: int, group: str) -> Tensor:
     n = dist.get_world_size(group_of(group))
     _count("all_gather", x, (n - 1) * x.numel(), (n - 1) * x.numel())
@@ -204,7 +205,7 @@ def _(x: Tensor, dim: int, group: str) -> Tensor:
     return _resized(x, dim, x.shape[dim] * dist.get_world_size(group_of(group)))
 
 
-@torch.library.custom_op("dtcp::reduce_scatter", mutates_args=())
+@communicating_op("dtcp::reduce_scatter")
 def _reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
     n = dist.get_world_size(group_of(group))
     moved = x.numel() // n * (n - 1)
@@ -222,7 +223,7 @@ def _(x: Tensor, dim: int, group: str) -> Tensor:
     return _resized(x, dim, x.shape[dim] // dist.get_world_size(group_of(group)))
 
 
-@torch.library.custom_op("dtcp::all_to_all", mutates_args=())
+@communicating_op("dtcp::all_to_all")
 def _all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
     rank, width = dist.get_rank(group_of(group)), _width(x, 0)
     sent, received = (width * (sum(rows) - rows[rank]) for rows in (send, receive))
@@ -235,7 +236,7 @@ def _(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Ten
     return _resized(x, 0, sum(receive))
 
 
-@torch.library.custom_op("dtcp::ring_shift", mutates_args=())
+@communicating_op("dtcp::ring_shift")
 def _ring_shift(x: Tensor, by: int, group: str) -> Tensor:
     n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
     if by % n == 0:
@@ -252,7 +253,7 @@ def _(x: Tensor, by: int, group: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("dtcp::exchange", mutates_args=())
+@communicating_op("dtcp::exchange")
 def _exchange(
     x: Tensor, dim: int, length: int, send: Sequence[int], receive: Sequence[int], group: str
 ) -> Tensor:

@@ -14,6 +14,7 @@ from dtcp.distributed.collectives import (
     check_shard,
     exchange,
 )
+from dtcp.distributed.ops import communicating_op
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.routes import Route, rolled
 
@@ -127,7 +128,7 @@ def deal(x: Tensor, metadata: Sequence[Tensor], group: str, *, back: bool = Fals
     return dealt
 
 
-@torch.library.custom_op("dtcp::deal", mutates_args=())
+@communicating_op("dtcp::deal")
 def _deal(
     x: Tensor, order: Tensor, place: Tensor, counts: Tensor, group: str, back: bool
 ) -> Tensor:

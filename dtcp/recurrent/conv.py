@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dtcp.distributed.collectives import axis_of, exchange
+from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Coords
@@ -100,7 +101,7 @@ def _taps(line: Tensor, weight: Tensor, reach: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("dtcp::left_halo", mutates_args=())
+@communicating_op("dtcp::left_halo")
 def _halo(x: Tensor, route: Tensor, length: int, group: str) -> Tensor:
     """The tokens left of each segment, from whoever holds them: [B, length, C]."""
     send, receive = _hops(route)
@@ -112,7 +113,7 @@ def _(x: Tensor, route: Tensor, length: int, group: str) -> Tensor:
     return x.new_empty(x.shape[0], length, *x.shape[2:])
 
 
-@torch.library.custom_op("dtcp::left_halo_backward", mutates_args=())
+@communicating_op("dtcp::left_halo_backward")
 def _halo_backward(grad: Tensor, route: Tensor, length: int, group: str) -> Tensor:
     """The gradients home, zero elsewhere: [B, L, C]."""
     send, receive = _hops(route)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from dtcp.distributed.collectives import axis_of
 from dtcp.distributed.dtensor_rules import check_placements, handle
 from dtcp.distributed.ledger import LEDGER
+from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.delta_rule.fla import delta_kernel
 from dtcp.kernels.delta_rule.reference import Carry, Inputs
 from dtcp.kernels.dtypes import accumulation
@@ -89,7 +90,7 @@ def gated_delta_rule(
     return out
 
 
-@torch.library.custom_op("dtcp::gated_delta_rule", mutates_args=(), schema=SCHEMA)
+@communicating_op("dtcp::gated_delta_rule", schema=SCHEMA)
 def _forward(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule")
     at = DeltaMetadata(*metadata)
@@ -107,7 +108,7 @@ def _(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
     return v.new_empty(v.shape), v.new_empty(shape, dtype=accumulation(v.dtype))
 
 
-@torch.library.custom_op("dtcp::gated_delta_rule_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+@communicating_op("dtcp::gated_delta_rule_backward", schema=BACKWARD_SCHEMA)
 def _backward(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule_backward")
     at = DeltaMetadata(*metadata)

@@ -9,12 +9,14 @@ every batch without a new graph; and the op counts its own executions and bytes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from dtcp.distributed.ledger import LEDGER
+from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.softmax.api import SoftmaxParams
 
 SCHEMA = (
@@ -84,15 +86,18 @@ class OpContext:
 
 
 class AttentionOp:
-    """An attention strategy as a pair of ops, `dtcp::<name>` and `dtcp::<name>_backward`."""
+    """An attention strategy as a pair of ops, `dtcp::<name>` and `dtcp::<name>_backward`.
 
-    def __init__(self, name: str, strategy: Strategy) -> None:
-        make = torch.library.custom_op
+    Args:
+        communicates: whether ranks exchange anything in it; selective checkpointing keeps what
+            it returns if so.
+    """
+
+    def __init__(self, name: str, strategy: Strategy, *, communicates: bool = True) -> None:
+        make = communicating_op if communicates else partial(custom_op, mutates_args=())
         self.name, self.strategy = name, strategy
-        self.forward = make(f"dtcp::{name}", self._forward, mutates_args=(), schema=SCHEMA)
-        self.backward = make(
-            f"dtcp::{name}_backward", self._backward, mutates_args=(), schema=BACKWARD_SCHEMA
-        )
+        self.forward = make(f"dtcp::{name}", schema=SCHEMA)(self._forward)
+        self.backward = make(f"dtcp::{name}_backward", schema=BACKWARD_SCHEMA)(self._backward)
         self.forward.register_fake(self._forward_fake)
         self.backward.register_fake(self._backward_fake)
         self.forward.register_autograd(self._differentiate, setup_context=self._keep)

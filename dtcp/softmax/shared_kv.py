@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.ledger import LEDGER
+from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.block_ranges import TILE
@@ -115,7 +116,7 @@ def _call(op: str, metadata: Sequence[Tensor], x: Tensor, group: str) -> OpConte
     return OpContext(f"dtcp::{op}", metadata, SoftmaxParams(1.0), [group], x.shape[2])
 
 
-@torch.library.custom_op("dtcp::gather_shared_kv", mutates_args=())
+@communicating_op("dtcp::gather_shared_kv")
 def _bring(x: Tensor, metadata: list[Tensor], group: str) -> Tensor:
     """Line up local and needed rows by position: [B, L, G, W] -> [B, K, G, W], zero behind.
 
@@ -133,7 +134,7 @@ def _bring(x: Tensor, metadata: list[Tensor], group: str) -> Tensor:
     return out
 
 
-@torch.library.custom_op("dtcp::bring_keys_backward", mutates_args=())
+@communicating_op("dtcp::bring_keys_backward")
 def _bring_backward(grad: Tensor, metadata: list[Tensor], group: str) -> Tensor:
     keys = _keys(metadata)
     LEDGER.record("dtcp::bring_keys_backward")

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dtcp.distributed.ledger import LEDGER
+from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import SavedForward, SoftmaxParams
 from dtcp.softmax.op import OpContext
@@ -27,12 +27,10 @@ class ValuesOp:
     """`dtcp::<name>` and `dtcp::<name>_backward`. The last table holds the keys' positions."""
 
     def __init__(self, name: str, carrier: ExchangeStrategy) -> None:
-        make = torch.library.custom_op
         self.name, self.carrier = name, carrier
-        self.forward = make(f"dtcp::{name}", self._forward, mutates_args=(), schema=SCHEMA)
-        self.backward = make(
-            f"dtcp::{name}_backward", self._backward, mutates_args=(), schema=BACKWARD_SCHEMA
-        )
+        self.forward = communicating_op(f"dtcp::{name}", schema=SCHEMA)(self._forward)
+        backward = communicating_op(f"dtcp::{name}_backward", schema=BACKWARD_SCHEMA)
+        self.backward = backward(self._backward)
         self.forward.register_fake(self._forward_fake)
         self.backward.register_fake(self._backward_fake)
         self.forward.register_autograd(self._differentiate, setup_context=self._keep)

@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from dtcp.distributed.collectives import group_of, move_rows
 from dtcp.distributed.ledger import LEDGER
+from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.routes import Hop, Route, halo_runs
@@ -58,7 +59,7 @@ def _filled(hops: Sequence[Hop], number: int) -> list[Hop]:
     return [*hops, *[(0, 0, 0)] * (number - len(hops))]
 
 
-@torch.library.custom_op("dtcp::bring_left", mutates_args=())
+@communicating_op("dtcp::bring_left")
 def bring_left(
     pieces: Sequence[Tensor], routes: Tensor, lengths: Sequence[int], group: str
 ) -> list[Tensor]:
@@ -85,7 +86,7 @@ def _(pieces: Sequence[Tensor], routes: Tensor, lengths: Sequence[int], group: s
     return [x.new_empty(x.shape[0], length, x.shape[2]) for x, length in both]
 
 
-@torch.library.custom_op("dtcp::bring_left_backward", mutates_args=())
+@communicating_op("dtcp::bring_left_backward")
 def _return_grads(
     grads: Sequence[Tensor], routes: Tensor, lengths: Sequence[int], group: str
 ) -> list[Tensor]:

@@ -33,8 +33,8 @@ from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.models.common.decoder import Decoder
 
-from dtcp.compile import selective_checkpoint_save_ops
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.distributed.ops import selective_checkpoint_save_ops
 from dtcp.parallelize import (
     FSDP,
     ActivationCheckpoint,
