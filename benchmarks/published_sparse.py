@@ -5,70 +5,30 @@ mask and softmax are dense, [L, S + P]. It shares with our way the projections b
 predicate on coordinates, and nothing of the exchange, the tiles, the selection or the kernel.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import inf
-from typing import cast
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.parallel import ParallelStyle
+from torch import Tensor
 
-from dtcp.distributed.collectives import all_gather, connect, group_name
+from dtcp.distributed.collectives import all_gather
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.sparse.pooling import Prepool, pool
-from dtcp.mixer import BatchMetadata
+from dtcp.metadata import BatchMetadata
+from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.sequence.layout import Contiguous, SequenceLayout
 from dtcp.sequence.masks import Coords
-from dtcp.sparse.mixer import (
-    CompressedSparseAttention,
-    Index,
-    SparseMetadata,
-    sparse_metadata,
-)
+from dtcp.sparse.metadata import SparseMetadata
+from dtcp.sparse.mixer import CompressedSparseAttention, Index
+from dtcp.style import MixerStyle
 
 
-@dataclass
-class PublishedSparseCP(ParallelStyle):
-    """Carry out CompressedSparseAttention as NeMo Automodel and Miles do: for comparison only.
-
-    Its memory is O(L * S) and its traffic that of all raw keys and tokens to pool. Contiguous.
-    """
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if type(module) is not CompressedSparseAttention:
-            raise TypeError(
-                f"{self} takes over an unclaimed CompressedSparseAttention, got a "
-                f"{type(module).__name__}: name the mixer itself in the plan."
-            )
-        module.__class__ = _PublishedSparse
-        cast(_PublishedSparse, module).claim(self, device_mesh)
-        return module
-
-
-class _PublishedSparse(CompressedSparseAttention):
+class _PublishedSparse(ClaimedMixer, CompressedSparseAttention):
     """A mixer that the style has taken over."""
 
-    def claim(self, style: PublishedSparseCP, mesh: DeviceMesh) -> None:
-        self.style, self.mesh = style, mesh
-        connect(group_name(mesh))
-        self.metadata_key = f"{self.metadata_key} by {style}"
-
-    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> SparseMetadata:
-        if not isinstance(layout, Contiguous) or layout.num_shards != self.mesh.size():
-            raise ValueError(
-                f"{self.style} works on Contiguous over {self.mesh.size()} ranks, got "
-                f"layout={layout}: shard the batch so, or use CompressedSparseCP."
-            )
-        whole = [[(0, layout.seq_len)]]
-        attn_metadata = sparse_metadata(coords, whole, 0, self.window, self.compression, halo=False)
-        rank = self.mesh.get_local_rank()
-        mine = ("window_first", "first", "last", "position_ids")
-        return attn_metadata._replace(
-            **{name: layout.shard(getattr(attn_metadata, name), rank).contiguous() for name in mine}
-        )
-
-    def forward(
+    def carry_out(
         self,
         q: Tensor,
         keys: Tensor,
@@ -78,36 +38,61 @@ class _PublishedSparse(CompressedSparseAttention):
         tokens: Prepool | None = None,
         index: Index | None = None,
     ) -> Tensor:
-        given = SparseMetadata(*attn_metadata[self.metadata_key])
+        metadata: SparseMetadata = self.own(attn_metadata)
         keys = all_gather(keys, self.mesh, dim=1)
-        seen = _sees(given.window_first, given.last, given.key_token_index.expand(len(keys), -1))
+        seen = _sees(
+            metadata.window_first, metadata.last, metadata.key_token_index.expand(len(keys), -1)
+        )
         if tokens is not None:
-            entries = self._all_entries(tokens, given)
-            visible = _sees(given.first, given.last, given.closing)
+            entries = self._all_entries(tokens, metadata)
+            visible = _sees(metadata.first, metadata.last, metadata.closing)
             if index is not None:
-                visible = self._chosen(index, visible, given)
+                visible = self._chosen(index, visible, metadata)
             keys, seen = torch.cat((keys, entries), 1), torch.cat((seen, visible), 2)
         return _dense(q, keys, seen, sink, self.scale)
 
-    def _all_entries(self, tokens: Prepool, given: SparseMetadata) -> Tensor:
+    def _all_entries(self, tokens: Prepool, metadata: SparseMetadata) -> Tensor:
         wide = accumulation(tokens.value.dtype)
         value, gate = (
             all_gather(x.to(wide), self.mesh, dim=1) for x in (tokens.value, tokens.gate)
         )
         assert self.compression is not None
         whole = Prepool(value, gate, tokens.bias, tokens.finish)
-        pooled = pool(whole, given.windows, overlap=self.compression.overlap)
-        return tokens.finish(pooled.to(tokens.value.dtype), given.position)
+        pooled = pool(whole, metadata.windows, overlap=self.compression.overlap)
+        return tokens.finish(pooled.to(tokens.value.dtype), metadata.entry_position_ids)
 
-    def _chosen(self, index: Index, visible: Tensor, given: SparseMetadata) -> Tensor:
+    def _chosen(self, index: Index, visible: Tensor, metadata: SparseMetadata) -> Tensor:
         assert self.compression is not None and self.compression.selected is not None
         with torch.no_grad():
-            keys = self._all_entries(index.keys, given)
+            keys = self._all_entries(index.keys, metadata)
             scores = torch.einsum("blhd,bpd->blhp", index.q, keys).relu()
             scores = torch.einsum("blhp,blh->blp", scores, index.weight)
             best = scores.masked_fill(~visible, -inf)
             chosen = best.topk(min(self.compression.selected, best.shape[-1]), dim=-1).indices
             return visible & torch.zeros_like(visible).scatter(-1, chosen, True)
+
+
+@dataclass
+class PublishedSparseCP(MixerStyle):
+    """Carry out CompressedSparseAttention as NeMo Automodel and Miles do: for comparison only.
+
+    Its memory is O(L * S) and its traffic that of all raw keys and tokens to pool.
+    """
+
+    claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
+        CompressedSparseAttention: _PublishedSparse
+    }
+    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (Contiguous,)
+
+    def make_metadata(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
+    ) -> SparseMetadata:
+        assert isinstance(mixer, CompressedSparseAttention)
+        self.check(mixer, layout)
+        whole = mixer.whole_row_metadata(coords)
+        local = ("window_first", "first", "last", "position_ids")
+        parts = {name: layout.shard(getattr(whole, name), rank).contiguous() for name in local}
+        return replace(whole, **parts)
 
 
 def _sees(first: Tensor, last: Tensor, position: Tensor) -> Tensor:

@@ -50,7 +50,10 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Causal, Coords, SlidingWindow
 from dtcp.softmax import HaloAttention, RingAttention
-from dtcp.softmax.local import ATTENTION, LocalMetadata
+from dtcp.softmax.local import ATTENTION
+from dtcp.softmax.metadata import LocalMetadata
+from dtcp.softmax.mixer import KeysFromValues, SoftmaxAttention
+from dtcp.softmax.op import AttentionInputs
 
 MODEL = "gemma4-31b"
 LENGTHS, RANKS = (2**17, 2**20), (8, 16, 32, 64)
@@ -140,10 +143,10 @@ def _kinds() -> list[list[str]]:
 
 def _building(repeats: int) -> list[list[str]]:
     config = PRESETS[MODEL]
-    window = HaloAttention(config.window)
+    window = SoftmaxAttention(Causal() & SlidingWindow(config.window))
     kinds: dict[str, Callable[..., Any]] = {
-        "sliding": partial(window.collect_metadata, Causal() & SlidingWindow(config.window)),
-        "global": partial(RingAttention().value_only_metadata, Causal()),
+        "sliding": partial(HaloAttention(config.window).make_metadata, window),
+        "global": partial(RingAttention().make_metadata, KeysFromValues(Causal())),
     }
     rows = []
     for name, build in kinds.items():
@@ -238,17 +241,15 @@ def _gathered(plan: ShardedBatch, window: int, *, dense: bool) -> Callable[..., 
     axis = plan.mesh.cp
     assert axis is not None
     first, last = (Causal() & SlidingWindow(window)).intervals(plan.coords)
-    position_ids = torch.arange(plan.layout.seq_len, dtype=torch.int32)
+    index = torch.arange(plan.layout.seq_len, dtype=torch.int32)
     first, last = (plan.layout.shard(x, axis.get_local_rank()) for x in (first, last))
-    attn_metadata = LocalMetadata(
-        first, last, position_ids, block_ranges(first, last, position_ids)
-    )
-    mask = (position_ids >= first[0, :, None]) & (position_ids <= last[0, :, None])  # [L, S]
+    metadata = LocalMetadata(first, last, index, block_ranges(first, last, index))
+    mask = (index >= first[0, :, None]) & (index <= last[0, :, None])  # [L, S]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
         k, v = (collectives.all_gather(x, axis, dim=1) for x in (k, v))
         if not dense:
-            return ATTENTION(q, k, v, attn_metadata, SoftmaxParams(1.0))
+            return ATTENTION(AttentionInputs(q, k, v), metadata, SoftmaxParams(1.0))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=1.0, enable_gqa=True)
         return out.transpose(1, 2)

@@ -6,10 +6,9 @@ padding is made of; keys it does not name are refused, since a tensor sharded by
 left whole beside sharded ones, is wrong without a word.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from dtcp.distributed import relayout
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.loss import IGNORED
+from dtcp.metadata import BatchMetadata
 from dtcp.mixer import collect_metadata
 from dtcp.sequence.documents import Documents, restarts
 from dtcp.sequence.layout import HeadTail, SequenceLayout
@@ -78,7 +78,7 @@ class ShardedBatch:
     layout: SequenceLayout
     documents: Documents
     coords: Coords
-    attn_metadata: Mapping[str, Sequence[Tensor]]
+    attn_metadata: BatchMetadata
     unpadded_len: int
     mesh: ParallelMesh
 
@@ -146,8 +146,9 @@ def shard_batch(
     work = _work(balance_for or Causal(), coords)
     placed = layout.for_batch(documents, num_shards, work=work)
 
-    metadata = {} if model is None else collect_metadata(model, coords, placed)
-    plan = ShardedBatch(placed, documents, coords, _to(metadata, device), seq_len, mesh)
+    metadata = collect_metadata(nn.Module() if model is None else model, coords, placed)
+    metadata = metadata if device is None else metadata.to(device)
+    plan = ShardedBatch(placed, documents, coords, metadata, seq_len, mesh)
     if padded_len > seq_len and "padding_mask" not in whole:
         whole["padding_mask"] = torch.zeros(rows, seq_len, dtype=torch.bool)
     local = {}
@@ -349,20 +350,3 @@ def _pad(x: Tensor, dim: int, length: int, pad: int) -> Tensor:
     dim %= x.ndim
     shape = [length - size if d == dim else size for d, size in enumerate(x.shape)]
     return torch.cat((x, x.new_full(shape, pad)), dim=dim) if shape[dim] else x
-
-
-def _to(
-    metadata: Mapping[str, Sequence[Tensor]], device: torch.device | str | None
-) -> Mapping[str, Sequence[Tensor]]:
-    """Move what kernels read (int32) to the device; what the host reads (int64) stays.
-
-    Read-only, and so no dict: FSDP moves every tensor in the dicts and tuples that its root is
-    given to the device, and the host would have to wait for its own numbers.
-    """
-    return MappingProxyType(
-        {key: tuple(_placed(x, device) for x in parts) for key, parts in metadata.items()}
-    )
-
-
-def _placed(x: Tensor, device: torch.device | str | None) -> Tensor:
-    return x.to(device, non_blocking=True) if device and x.dtype == torch.int32 else x

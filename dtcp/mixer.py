@@ -4,47 +4,131 @@ Everything else in a transformer is per token and needs no context parallelism. 
 parameters and runs on one device as it stands; a style replaces how it is carried out over a mesh
 axis, and no other line of the model knows.
 
-A mixer reads `metadata`: what the batch brings, made once on the host (`batch_metadata`), by mixer
-kind. A model takes tables as an argument and hands them through.
+A mixer reads `attn_metadata`, what the batch brings: made once per batch on the host, a value for
+each kind of mixer. A model takes it as an argument and hands it through.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.compile import assert_in_graph
+from dtcp.compile import EagerIsland, assert_in_graph, island
+from dtcp.distributed.collectives import connect
+from dtcp.metadata import AttentionMetadata, BatchMetadata, metadata_key
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Coords
 
-BatchMetadata = Mapping[str, Sequence[Tensor]]
-
 
 class Mixer(nn.Module):
-    """A module in which tokens read each other."""
+    """A module in which tokens read each other.
 
-    metadata_key: str
+    A subclass ends its constructor with `self.set_metadata_key()`.
+    """
+
     style: Any = None
-    """What has taken the mixer over, once something has."""
+    """The style that has taken the mixer over, once one has."""
 
-    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
-        """What this mixer reads of a batch; `coords` are the whole rows', in position order."""
+    def reads(self) -> tuple[object, ...]:
+        """What this mixer's metadata depend on beside the batch: its mask, its width."""
+        return ()
+
+    def set_metadata_key(self) -> None:
+        """Work out whose metadata this mixer shares: mixers of one type, reading the same."""
+        style = () if self.style is None else (self.style,)
+        self.metadata_key = metadata_key(type(self), *self.reads(), *style)
+
+    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> AttentionMetadata:
+        """What this mixer reads of a batch, on this rank.
+
+        Args:
+            coords: of the whole rows, in token order.
+            layout: how the rows are sharded; None for whole rows.
+        """
+        if layout is not None and layout.num_shards > 1:
+            raise ValueError(
+                f"A sequence is sharded only where every mixer is claimed by a plan, got an "
+                f"unclaimed {self} with {layout}: add a style for it to the plan."
+            )
+        return self.whole_row_metadata(coords)
+
+    def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
+        """What this mixer reads of whole rows, on one device."""
         raise NotImplementedError
 
-    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The forward if no token read another: of q, k, v the own value, once a query head."""
+    def own(self, attn_metadata: BatchMetadata) -> Any:
+        """This mixer's metadata among those of a batch."""
+        if attn_metadata is None or self.metadata_key not in attn_metadata:
+            raise ValueError(
+                f"A mixer reads the metadata of its batch, got none for {self.metadata_key}: pass "
+                f"ShardedBatch.attn_metadata of shard_batch(..., model=model), or "
+                f"batch_metadata(model, documents) on one device."
+            )
+        return attn_metadata[self.metadata_key]
+
+    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward if no token read another: of q, k, v the own value, once per query head."""
         q, _, v = args[:3]
         own: Tensor = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
         return own
+
+
+class ClaimedMixer(Mixer):
+    """A mixer that a style has taken over: made by the style, never built directly.
+
+    Subclasses name the mixer they stand for as their second base and write `carry_out`.
+    """
+
+    def claim(self, style: Any, mesh: DeviceMesh) -> None:
+        """Take the mixer over, on the axis of the sequence or on it and the heads' axis."""
+        if mesh.ndim > 2:
+            raise ValueError(
+                f"{style} is applied on the axis of the sequence, or on it and the heads' axis, "
+                f"got a mesh of {mesh.ndim} axes: {mesh}. Slice it: mesh['cp', 'tp']."
+            )
+        names = mesh.mesh_dim_names
+        axis = mesh if mesh.ndim == 1 or names is None else mesh[names[0]]
+        self.style, self.mesh, self.axis = style, mesh, axis
+        self.rank, self.num_shards = axis.get_local_rank(), axis.size()
+        self.groups = style.groups(axis)
+        for name in self.groups:
+            connect(name)
+        self.set_metadata_key()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the mixer's own: local shards in, local shard out."""
+        if isinstance(self.style.boundary, EagerIsland):
+            return self._on_island(*args, **kwargs)
+        return self.carry_out(*args, **kwargs)
+
+    @island
+    def _on_island(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.carry_out(*args, **kwargs)
+
+    def carry_out(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The mixer's forward over the ranks of its axis."""
+        raise NotImplementedError
+
+    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> AttentionMetadata:
+        if layout is None or layout.num_shards != self.num_shards:
+            raise ValueError(
+                f"A mixer on {self.num_shards} ranks needs a layout of as many shards, got "
+                f"layout={layout}: build the batch with shard_batch on the mesh of the plan."
+            )
+        made: AttentionMetadata = self.style.make_metadata(self, coords, layout, self.rank)
+        return made
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, style={self.style}, ranks={self.num_shards}"
 
 
 def position_ids_of(coords: Coords) -> Tensor:
     """What rotary angles are counted by: [B, S] int32.
 
     Raises:
-        ValueError: positions on several axes: a mixer that rotates knows one a token.
+        ValueError: position ids on several axes: a mixer that rotates knows one per token.
     """
     if coords.position_ids is None:
         return (coords.token_index - coords.start).to(torch.int32)
@@ -53,47 +137,48 @@ def position_ids_of(coords: Coords) -> Tensor:
         position_ids = position_ids.expand(rows, -1)
     if position_ids.shape != coords.token_index.shape:
         raise ValueError(
-            f"A mixer that makes keys where they are read rotates by one position a token, got "
+            f"A mixer that makes keys where they are read rotates by one position per token, got "
             f"position_ids.shape={tuple(position_ids.shape)}: give [B, S] = "
             f"{tuple(coords.token_index.shape)}, or [1, S]."
         )
     return position_ids.to(torch.int32)
 
 
-def check_position_ids(position_ids: Tensor, known: Tensor, seen: Tensor) -> None:
-    """Stop where a model's positions are not those its batch's tables were made of.
+def check_position_ids(position_ids: Tensor, expected: Tensor, seen: Tensor) -> None:
+    """Stop where a model's position ids are not those its batch's metadata were made of.
 
     Queries and keys would be rotated by positions of two kinds, a wrong answer without a word.
 
     Args:
-        position_ids: [B, L], what the model was given.
-        known: [B, L], of the batch.
+        position_ids: [B, L], what the model was called with.
+        expected: [B, L], of the batch.
         seen: [B, L] bool, False for padding.
     """
-    rows = {len(position_ids), len(known)} - {1}
-    if position_ids.ndim != 2 or position_ids.shape[-1] != known.shape[-1] or len(rows) > 1:
+    rows = {len(position_ids), len(expected)} - {1}
+    if position_ids.ndim != 2 or position_ids.shape[-1] != expected.shape[-1] or len(rows) > 1:
         raise ValueError(
-            f"A mixer that makes keys where they are read rotates by one position a token, got "
-            f"position_ids.shape={tuple(position_ids.shape)}: give [B, L] = {tuple(known.shape)}."
+            f"A mixer that makes keys where they are read rotates by one position per token, got "
+            f"position_ids.shape={tuple(position_ids.shape)}: give [B, L] = "
+            f"{tuple(expected.shape)}."
         )
-    same = (position_ids == known) | ~seen
+    same = (position_ids == expected) | ~seen
     assert_in_graph(
         same.all(),
-        "A model's positions are those of its batch, got others than the tables were made of: "
-        "pass the batch's own, sharded with it (batch['position_ids'] of shard_batch), and give "
-        "batch_metadata the same where they do not count a document's tokens.",
+        "A model's position_ids are those of its batch, got others than the metadata were made "
+        "of: pass the batch's own, sharded with it (batch['position_ids'] of shard_batch), and "
+        "give batch_metadata the same where they do not count a document's tokens.",
     )
 
 
 def collect_metadata(
     model: nn.Module, coords: Coords, layout: SequenceLayout | None = None
-) -> dict[str, Sequence[Tensor]]:
-    """What the mixers of a model read of a batch: once a kind of mixer, on the host."""
-    metadata: dict[str, Sequence[Tensor]] = {}
+) -> BatchMetadata:
+    """What the mixers of a model read of a batch: once per kind of mixer, on the host."""
+    made: dict[Any, AttentionMetadata] = {}
     for module in model.modules():
-        if isinstance(module, Mixer) and module.metadata_key not in metadata:
-            metadata[module.metadata_key] = module.make_metadata(coords, layout)
-    return metadata
+        if isinstance(module, Mixer) and module.metadata_key not in made:
+            made[module.metadata_key] = module.make_metadata(coords, layout)
+    return BatchMetadata(made)
 
 
 def batch_metadata(
@@ -103,12 +188,13 @@ def batch_metadata(
     prefix: Tensor | None = None,
     block: Tensor | None = None,
     position_ids: Tensor | None = None,
-) -> dict[str, Sequence[Tensor]]:
-    """The tables of a batch of whole rows, for a model on one device.
+) -> BatchMetadata:
+    """The metadata of a batch of whole rows, for a model on one device.
 
     Args:
-        position_ids: [B, S], what the model is given; None where it counts a document's tokens.
+        prefix, block: [B, S], what `PrefixLM` and `BlockBidirectional` read.
+        position_ids: [B, S], what the model is called with; None where they count a document's
+            tokens.
     """
-    return collect_metadata(
-        model, Coords.of(documents, prefix=prefix, block=block, position_ids=position_ids)
-    )
+    coords = Coords.of(documents, prefix=prefix, block=block, position_ids=position_ids)
+    return collect_metadata(model, coords)

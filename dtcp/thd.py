@@ -18,11 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.loss import IGNORED
+from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.documents import PADDING, Documents
 from dtcp.sequence.layout import PerDocument
 from dtcp.sequence.masks import Causal, Coords, Mask
-from dtcp.softmax.local import ATTENTION, local_metadata
-from dtcp.softmax.op import AttentionOp
+from dtcp.softmax.local import ATTENTION
+from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax.op import AttentionInputs, AttentionOp
 from dtcp.softmax.ring import RingAttention
 from dtcp.softmax.style import AttentionStyle
 
@@ -198,7 +200,7 @@ class PackedAttention:
     """
 
     op: AttentionOp
-    metadata: tuple[Tensor, ...]
+    metadata: AttentionMetadata
     groups: tuple[str, ...] = ()
 
     @classmethod
@@ -220,21 +222,18 @@ class PackedAttention:
         real, padded = (_bounds(batch[key]) for key in ("cu_seqlens", "cu_seqlens_padded"))
         lengths, slots = ([b - a for a, b in pairwise(x)] for x in (real, padded))
         coords = _coords(list(zip(lengths, slots, strict=True)))
+        mixer, device = SoftmaxAttention(mask), batch["cu_seqlens"].device
         if axis is None:
-            metadata: tuple[Tensor, ...] = local_metadata(*mask.intervals(coords))
-        else:
-            layout = thd_layout(padded, padded[-1], axis.size())
-            metadata = style.collect_metadata(mask, coords, layout, axis.get_local_rank())
-        device = batch["cu_seqlens"].device
-        metadata = tuple(x.to(device) if x.dtype == torch.int32 else x for x in metadata)
-        if axis is None:
-            return cls(ATTENTION, metadata)
-        return cls(style.op, metadata, tuple(style.groups(axis)))
+            return cls(ATTENTION, mixer.make_metadata(coords, None).to(device))
+        layout = thd_layout(padded, padded[-1], axis.size())
+        metadata = style.make_metadata(mixer, coords, layout, axis.get_local_rank())
+        return cls(style.op, metadata.to(device), tuple(style.groups(axis)))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Attend: q [T, H, D], k [T, G, D], v [T, G, V] of this rank's tokens -> [T, H, V]."""
         softmax = SoftmaxParams(q.shape[-1] ** -0.5 if scale is None else scale)
-        return self.op(q[None], k[None], v[None], self.metadata, softmax, groups=self.groups)[0]
+        x = AttentionInputs(q[None], k[None], v[None])
+        return self.op(x, self.metadata, softmax, groups=self.groups)[0]
 
 
 _BOUNDARIES = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")

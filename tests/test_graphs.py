@@ -202,8 +202,8 @@ def test_ops_keep_the_contract_of_torch_library(mesh):
         mixer = mixer_on(mesh, style, WINDOW.mask)
         plan = plan_of(case, mixer, mesh, Contiguous)
         q, k, v, sink = local_inputs(case, plan)
-        attn_metadata = list(plan.attn_metadata[mixer.metadata_key])
-        args = (q, k, v, sink, attn_metadata, 0.3, 0.0, mixer.groups)
+        metadata = plan.attn_metadata[mixer.metadata_key].tensors()
+        args = (q, k, v, sink, None, None, metadata, 0.3, 0.0, mixer.groups)
         torch.library.opcheck(style.op.forward, args)
 
 
@@ -235,14 +235,15 @@ def arguments(op):
 
 
 @spmd(ranks=4)
-def test_tables_have_one_shape_whatever_ranks_need(mesh):
+def test_metadata_have_one_shape_whatever_ranks_need(mesh):
     """So that no batch and no mask makes a graph of its own."""
     documents = (Documents.single(1, SEQ_LEN), cases.one_token_documents(SEQ_LEN, 4))
     whole, shapes = ParallelMesh.from_device_mesh(mesh), set()
     for mask, packed in product((Causal(), Causal() & SlidingWindow(3)), documents):
         mixer = mixer_on(mesh, RingAttention(), mask)
         plan = shard_batch(batch_of(packed), whole, HeadTail, model=mixer, documents=packed)[1]
-        shapes.add(tuple(table.shape for table in plan.attn_metadata[mixer.metadata_key]))
+        metadata = plan.attn_metadata[mixer.metadata_key]
+        shapes.add(tuple(x.shape for x in metadata.tensors()))
     everyones = [None] * 4
     dist.all_gather_object(everyones, shapes)
     assert len(set().union(*everyones)) == 1

@@ -20,10 +20,10 @@ CODE = ("dtcp", "models", "parallelize")
 # Lowest first. A module imports from its own floor and from those below it.
 FLOORS = (
     ("dtcp._torch",),
-    ("dtcp.sequence",),
+    ("dtcp.sequence", "dtcp.metadata"),
     ("dtcp.distributed", "dtcp.compile"),
     ("dtcp.kernels",),
-    ("dtcp.mixer", "dtcp.plan"),
+    ("dtcp.mixer", "dtcp.style", "dtcp.plan"),
     ("dtcp.softmax", "dtcp.recurrent", "dtcp.sparse"),
     ("dtcp.batch", "dtcp.loss", "dtcp.sdpa", "dtcp.thd"),
     ("dtcp.huggingface", "dtcp.cp_utils"),
@@ -35,6 +35,7 @@ FLOORS = (
     ("train",),
 )
 MODELS_MAY_IMPORT = (
+    "dtcp.metadata",
     "dtcp.mixer",
     "dtcp.softmax.mixer",
     "dtcp.sparse.mixer",

@@ -26,9 +26,10 @@ from dtcp.distributed.collectives import (
     reduce_scatter,
 )
 from dtcp.distributed.relayout import relayout
-from dtcp.recurrent.conv import ConvMetadata, causal_conv, halo_route
+from dtcp.recurrent.conv import causal_conv
+from dtcp.recurrent.metadata import ConvMetadata, DeltaMetadata, chain_of, halo_route
 from dtcp.recurrent.mixer import GatedDeltaRule
-from dtcp.recurrent.op import DeltaMetadata, chain_of, gated_delta_rule
+from dtcp.recurrent.op import gated_delta_rule
 from dtcp.recurrent.style import FEWEST_BYTES, DeltaShape
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 

@@ -242,11 +242,7 @@ def _shard_for(
     position_ids = _pad_position_ids_seq_dim_(whole["position_ids"].cpu(), -1, missing)
     coords = Coords.of(documents, block=block, position_ids=position_ids)
     attn_metadata = collect_metadata(model, coords, layout)
-    device = local[key].device
-    local["attn_metadata"] = {
-        name: tuple(x.to(device) if x.dtype == torch.int32 else x for x in parts)
-        for name, parts in attn_metadata.items()
-    }
+    local["attn_metadata"] = attn_metadata.to(local[key].device)
     return context, local
 
 

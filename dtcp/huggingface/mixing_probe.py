@@ -65,7 +65,7 @@ def mixers_apart(model: nn.Module) -> Iterator[list[str]]:
     """
     mixers = {name: m for name, m in model.named_modules() if isinstance(m, Mixer)}
     for mixer in mixers.values():
-        mixer.forward = mixer.alone
+        mixer.forward = mixer.forward_without_mixing
     try:
         yield list(mixers)
     finally:

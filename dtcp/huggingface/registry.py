@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dtcp.mixer import BatchMetadata
+from dtcp.metadata import BatchMetadata
 
 IMPLEMENTATION = "dtcp"
 """What `config._attn_implementation` says of a model whose attention is ours."""

@@ -95,11 +95,8 @@ def _accumulate(
     total = 0.0
     for batch, labels in parts:
         known = batch["positions"].cpu()
-        attn_metadata = {
-            # Kernels read int32; the rest is for the host.
-            key: [x.to(trainer.device) if x.dtype == torch.int32 else x for x in parts]
-            for key, parts in batch_metadata(model, documents_of(batch), position_ids=known).items()
-        }
+        attn_metadata = batch_metadata(model, documents_of(batch), position_ids=known)
+        attn_metadata = attn_metadata.to(trainer.device)
         tokens, position_ids = (batch[key].to(trainer.device) for key in ("input", "positions"))
         ahead = ahead_of(model, batch["input"], labels, documents_of(batch)).values()
         ids, *further = (x.to(trainer.device) for x in ahead) if ahead else (None,)

@@ -5,7 +5,6 @@ compiler fuses with what stands around them.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,70 +13,29 @@ from torch.nn import functional as F
 from dtcp.distributed.collectives import axis_of, exchange
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
-from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import Coords
-from dtcp.sequence.routes import Route, halo_runs
-
-
-class ConvMetadata(NamedTuple):
-    """What a convolution reads of a batch. int32 goes to the device, int64 stays on the host."""
-
-    reach: Tensor  # [B, P, T] int32, tokens before each one in its document, at most w - 1
-    route: Tensor  # [2, P, 3] int64, what is sent and what is received: rank, start, stop
-
-
-def conv_metadata(
-    coords: Coords, width: int, layout: SequenceLayout | None, rank: int = 0
-) -> ConvMetadata:
-    """Tables of one rank; of whole rows without a layout.
-
-    Raises:
-        ValueError: segments shorter than what a token reads to its left.
-    """
-    reach = (coords.token_index - coords.start).clamp(max=width - 1).to(torch.int32)
-    if layout is None:
-        return ConvMetadata(reach[:, None], torch.zeros(2, 1, 3, dtype=torch.int64))
-    route = halo_route(layout, width, rank)
-    return ConvMetadata(layout.shard(reach, rank).unflatten(1, (route.shape[1], -1)), route)
-
-
-def halo_route(layout: SequenceLayout, width: int, rank: int) -> Tensor:
-    """What a rank sends and receives of the tokens left of segments: [2, P, 3] int64.
-
-    Raises:
-        ValueError: segments shorter than what a token reads to its left.
-    """
-    if layout.segment_len < width - 1:
-        raise ValueError(
-            f"A convolution reads {width - 1} tokens from the segment left of its own, got "
-            f"segment_len={layout.segment_len} with {layout}: use fewer ranks, or longer rows."
-        )
-    ranks = range(layout.num_shards)
-    held = [layout.runs(r) for r in ranks]
-    wanted = [halo_runs(layout, r, left=width - 1, right=0) for r in ranks]
-    route, count = Route.between(held, wanted, rank), len(layout.segments(rank))
-    return torch.stack([_filled(hops, count) for hops in (route.send, route.receive)])
+from dtcp.recurrent.metadata import ConvMetadata
+from dtcp.sequence.routes import Route
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, metadata: Sequence[Tensor], *, groups: Sequence[str] = ()
+    x: Tensor, weight: Tensor, metadata: ConvMetadata, *, groups: Sequence[str] = ()
 ) -> Tensor:
     """Each channel's own sum over the last w tokens of the document: [B, L, C].
 
     Args:
         x: [B, L, C].
         weight: [C, w], the token's own tap last.
-        metadata: ConvMetadata.
+        metadata: of the batch.
         groups: the process group of the sequence; none for whole rows.
 
     Traffic per rank: w - 1 tokens a segment, and as much back.
     """
-    reach, route = metadata
+    reach, route = metadata.reach, metadata.route
     if reach.shape[0] != x.shape[0] or reach[0].numel() != x.shape[1]:
         raise ValueError(
-            f"A convolution reads the tables of its own batch, got tables for "
-            f"{tuple(reach.shape)} tokens with x.shape={tuple(x.shape)}: pass the tables that "
-            f"were made with this batch."
+            f"A convolution reads the metadata of its own batch, got some for "
+            f"{tuple(reach.shape)} tokens with x.shape={tuple(x.shape)}: pass those made "
+            f"with this batch."
         )
     width, count = weight.shape[1], reach.shape[1]
     segments = x.unflatten(1, (count, -1))
@@ -137,11 +95,6 @@ def _home(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 _halo.register_autograd(_home, setup_context=_keep)
-
-
-def _filled(hops: Sequence[tuple[int, int, int]], count: int) -> Tensor:
-    """A table of `count` hops; those of length zero fill it up, so that all ranks' are alike."""
-    return torch.tensor([*hops, *[(0, 0, 0)] * (count - len(hops))]).view(count, 3)
 
 
 def _hops(route: Tensor) -> tuple[tuple[tuple[int, int, int], ...], ...]:

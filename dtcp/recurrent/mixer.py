@@ -1,14 +1,15 @@
 """The recurrent seams: mixers in which a token reads a state of what came before it."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dtcp.mixer import BatchMetadata, Mixer
-from dtcp.recurrent.conv import causal_conv, conv_metadata
-from dtcp.recurrent.op import delta_metadata, gated_delta_rule
+from dtcp.metadata import BatchMetadata
+from dtcp.mixer import Mixer
+from dtcp.recurrent.conv import causal_conv
+from dtcp.recurrent.metadata import ConvMetadata, DeltaMetadata, conv_metadata, delta_metadata
+from dtcp.recurrent.op import gated_delta_rule
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Coords
 
@@ -17,7 +18,10 @@ class RecurrentMixer(Mixer):
     """A mixer in which a token reads what was handed on from segment to segment."""
 
     inside: type[SequenceLayout] | None = None
-    """The layout its tokens lie in, where a style has dealt them anew; None: the batch's."""
+    """The layout its tokens lie in, where RelayoutCP has moved them; None: the batch's."""
+
+    def reads(self) -> tuple[object, ...]:
+        return (self.inside,)
 
 
 class GatedDeltaRule(RecurrentMixer):
@@ -34,10 +38,10 @@ class GatedDeltaRule(RecurrentMixer):
     def __init__(self, *, normalize: bool = True, scale: float | None = None) -> None:
         super().__init__()
         self.normalize, self.scale = normalize, scale
-        self.metadata_key = "gated delta rule"
+        self.set_metadata_key()
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, metadata: BatchMetadata
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, attn_metadata: BatchMetadata
     ) -> Tensor:
         """Write each token's value under its key, and read the state with its query.
 
@@ -47,13 +51,13 @@ class GatedDeltaRule(RecurrentMixer):
             g: [B, L, H], log of the share of the state that each token keeps, at most 0; or
                 [B, L, H, K], of each row of the state.
             beta: [B, L, H], how much of what its key held a token replaces, 0 to 1.
-            metadata: what the batch brings.
+            attn_metadata: what the batch brings.
         Returns:
             [B, L, H, V].
         """
-        return gated_delta_rule(*self.unit(q, k), v, g, beta, metadata[self.metadata_key])
+        return gated_delta_rule(*self.unit(q, k), v, g, beta, self.own(attn_metadata))
 
-    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         v: Tensor = args[2]
         return v
 
@@ -62,8 +66,7 @@ class GatedDeltaRule(RecurrentMixer):
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         return (_unit(q) * scale, _unit(k)) if self.normalize else (q * scale, k)
 
-    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
-        _refuse_sharded(self, layout)
+    def whole_row_metadata(self, coords: Coords) -> DeltaMetadata:
         return delta_metadata(coords, None)
 
     def extra_repr(self) -> str:
@@ -80,17 +83,19 @@ class CausalConv1d(RecurrentMixer):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.metadata_key = f"causal conv of {width}"
+        self.set_metadata_key()
 
-    def forward(self, x: Tensor, weight: Tensor, metadata: BatchMetadata) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, attn_metadata: BatchMetadata) -> Tensor:
         """x [B, L, C] and weight [C, w], a token's own tap last -> [B, L, C]."""
-        return causal_conv(x, weight, metadata[self.metadata_key])
+        return causal_conv(x, weight, self.own(attn_metadata))
 
-    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
-        _refuse_sharded(self, layout)
+    def reads(self) -> tuple[object, ...]:
+        return (*super().reads(), self.width)
+
+    def whole_row_metadata(self, coords: Coords) -> ConvMetadata:
         return conv_metadata(coords, self.width, None)
 
-    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = args[0]
         return x
 
@@ -101,11 +106,3 @@ class CausalConv1d(RecurrentMixer):
 def _unit(x: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
-
-
-def _refuse_sharded(mixer: Mixer, layout: SequenceLayout | None) -> None:
-    if layout is not None and layout.num_shards > 1:
-        raise ValueError(
-            f"A sequence is sharded only where every mixer is claimed by a plan, got an "
-            f"unclaimed {mixer} with {layout}: add a style for it to the plan."
-        )

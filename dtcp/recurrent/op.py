@@ -7,7 +7,7 @@ it counts its own executions; the collectives inside count their bytes.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from dtcp.kernels.delta_rule.fla import delta_kernel
 from dtcp.kernels.delta_rule.reference import Carry, Inputs
 from dtcp.kernels.dtypes import accumulation
 from dtcp.recurrent.exchange import entering_by_gather, entering_by_scan
-from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import Coords
+from dtcp.recurrent.metadata import DeltaMetadata
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor[] metadata, bool scan,"
@@ -34,35 +33,13 @@ BACKWARD_SCHEMA = (
 )
 
 
-class DeltaMetadata(NamedTuple):
-    """What the rule reads of a batch. int32 goes to the device, int64 stays on the host."""
-
-    starts: Tensor  # [B, L] int32, 1 where a document starts
-    chain: Tensor  # [n, P] int64, the place of each rank's segments in the sequence
-
-
-def delta_metadata(coords: Coords, layout: SequenceLayout | None, rank: int = 0) -> DeltaMetadata:
-    """Tables of one rank; of whole rows without a layout."""
-    starts = (coords.token_index == coords.start).to(torch.int32)
-    if layout is None:
-        return DeltaMetadata(starts, torch.zeros(1, 1, dtype=torch.int64))
-    return DeltaMetadata(layout.shard(starts, rank), chain_of(layout))
-
-
-def chain_of(layout: SequenceLayout) -> Tensor:
-    """Place of each rank's segments in the sequence: [n, P] int64."""
-    segments = [layout.segments(rank) for rank in range(layout.num_shards)]
-    firsts = torch.tensor([[start for start, _ in row] for row in segments])
-    return torch.searchsorted(firsts.flatten().sort().values, firsts)
-
-
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     beta: Tensor,
-    metadata: Sequence[Tensor],
+    metadata: DeltaMetadata,
     *,
     scan: bool = False,
     groups: Sequence[str] = (),
@@ -74,7 +51,7 @@ def gated_delta_rule(
         v: [B, L, H, V].
         g: [B, L, H], or [B, L, H, K] for a decay of each key channel.
         beta: [B, L, H].
-        metadata: DeltaMetadata.
+        metadata: of the batch.
         scan: bring states by a scan, rather than by gathering them.
         groups: the process group of the sequence; none for whole rows.
 
@@ -86,7 +63,7 @@ def gated_delta_rule(
             f"{tuple(g.shape)} with k.shape={tuple(k.shape)}, v.shape={tuple(v.shape)}: give g as "
             f"[B, L, H] or [B, L, H, K]."
         )
-    out: Tensor = _forward(q, k, v, g, beta, list(metadata), scan, list(groups))[0]
+    out: Tensor = _forward(q, k, v, g, beta, metadata.tensors(), scan, list(groups))[0]
     return out
 
 
@@ -146,9 +123,9 @@ def _segments(x: Inputs, at: DeltaMetadata) -> Inputs:
     """Segments as rows of their own: [B, L, ...] -> [B * P, T, ...]."""
     if at.starts.shape != x.v.shape[:2]:
         raise ValueError(
-            f"The delta rule reads the tables of its own batch, got tables for "
-            f"{tuple(at.starts.shape)} tokens with v.shape={tuple(x.v.shape)}: pass the tables "
-            f"that were made with this batch."
+            f"The delta rule reads the metadata of its own batch, got some for "
+            f"{tuple(at.starts.shape)} tokens with v.shape={tuple(x.v.shape)}: pass those "
+            f"made with this batch."
         )
     count = at.chain.shape[1]
     return Inputs(*(part.unflatten(1, (count, -1)).flatten(0, 1).contiguous() for part in x))

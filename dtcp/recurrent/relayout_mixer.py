@@ -7,21 +7,22 @@ One state a rank is handed on then, whatever the layout of the batch, and twice 
 that change owner travel: less only where many ranks hold short shards.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from dtcp.compile import Boundary, InGraph
 from dtcp.distributed.collectives import group_name
 from dtcp.distributed.relayout import RelayoutRoute, deal
-from dtcp.mixer import BatchMetadata, Mixer
+from dtcp.metadata import AttentionMetadata, BatchMetadata, HostTensor
+from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.recurrent.mixer import RecurrentMixer
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Coords
-from dtcp.softmax.style import Received
+from dtcp.style import Received
 
 
 @dataclass
@@ -39,6 +40,7 @@ class RelayoutCP(ParallelStyle):
     """
 
     inside: type[Contiguous] | type[HeadTail] = Contiguous
+    boundary: ClassVar[Boundary] = InGraph()
 
     def received(self, layout: SequenceLayout, rank: int, token: int) -> Received:
         """What a rank will receive: a formula, to plan with.
@@ -52,57 +54,55 @@ class RelayoutCP(ParallelStyle):
         return Received(2 * moved, 2 * moved)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        found = [m for m in module.modules() if isinstance(m, Mixer)]
-        mixers = [m for m in found if isinstance(m, RecurrentMixer) and m.inside is None]
-        if not found or len(mixers) < len(found):
+        inner = [m for m in module.modules() if isinstance(m, Mixer)]
+        mixers = [m for m in inner if isinstance(m, RecurrentMixer) and m.inside is None]
+        if not inner or len(mixers) < len(inner):
             raise TypeError(
                 f"{self} takes a layer of recurrent mixers, once, got a {type(module).__name__} "
-                f"with {[type(m).__name__ for m in found]}: name the layer itself in the plan."
+                f"with {[type(m).__name__ for m in inner]}: name the layer itself in the plan."
             )
         for mixer in mixers:
             mixer.inside = self.inside
-            mixer.metadata_key = f"{mixer.metadata_key} inside {self.inside.__name__}"
-        forward, dealt = module.forward, Dealt(self, device_mesh)
-        module.add_module("dealt", dealt)
+            mixer.set_metadata_key()
+        forward, mover = module.forward, RelayoutMixer(self, device_mesh)
+        module.add_module("relayout", mover)
 
-        def relaid(x: Tensor, metadata: BatchMetadata) -> Tensor:
-            return dealt(forward(dealt(x, metadata), metadata), metadata, back=True)
+        def relaid(x: Tensor, attn_metadata: BatchMetadata) -> Tensor:
+            return mover(forward(mover(x, attn_metadata), attn_metadata), attn_metadata, back=True)
 
         module.forward = relaid
         return module
 
+    def groups(self, axis: DeviceMesh) -> list[str]:
+        return [group_name(axis)]
 
-class Dealt(Mixer):
-    """Deals a layer's tokens anew. Made by the style."""
+    def make_metadata(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
+    ) -> "RelayoutMetadata":
+        inside = self.inside(layout.seq_len, layout.num_shards)
+        return RelayoutMetadata(*RelayoutRoute.between(layout, inside, rank))
 
-    style: RelayoutCP
+
+@dataclass(frozen=True, eq=False)
+class RelayoutMetadata(AttentionMetadata):
+    """What a relayout reads of a batch: the fields of a RelayoutRoute."""
+
+    order: Tensor
+    place: Tensor
+    counts: HostTensor
+
+
+class RelayoutMixer(ClaimedMixer):
+    """Moves a layer's tokens to another layout and back. Made by the style."""
 
     def __init__(self, style: RelayoutCP, mesh: DeviceMesh) -> None:
         super().__init__()
-        self.style, self.mesh, self.group = style, mesh, group_name(mesh)
-        self.metadata_key = f"dealt by {style}"
+        self.claim(style, mesh)
 
-    def forward(self, x: Tensor, metadata: BatchMetadata, *, back: bool = False) -> Tensor:
+    def carry_out(self, x: Tensor, attn_metadata: BatchMetadata, *, back: bool = False) -> Tensor:
         """x [B, L, D] from the batch's layout to the one inside, or back."""
-        if metadata is None or self.metadata_key not in metadata:
-            raise ValueError(
-                f"A layer on tokens dealt anew reads the tables of its batch, got none for "
-                f"{self.metadata_key!r}: pass ShardedBatch.tables of shard_batch(..., model=model)."
-            )
-        return deal(x, metadata[self.metadata_key], self.group, back=back)
+        return deal(x, self.own(attn_metadata).tensors(), self.groups[0], back=back)
 
-    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = args[0]
         return x
-
-    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
-        if layout is None or layout.num_shards != self.mesh.size():
-            raise ValueError(
-                f"A layer on {self.mesh.size()} ranks needs a layout of as many shards, got "
-                f"layout={layout}: build the batch with shard_batch on the mesh of the plan."
-            )
-        inside = self.style.inside(layout.seq_len, layout.num_shards)
-        return RelayoutRoute.between(layout, inside, self.mesh.get_local_rank())
-
-    def extra_repr(self) -> str:
-        return f"{self.style}"

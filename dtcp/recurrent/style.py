@@ -1,24 +1,24 @@
 """Recurrent mixers on a sequence sharded over a mesh axis."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ParallelStyle
 
-from dtcp.distributed.collectives import group_name
 from dtcp.kernels.dtypes import accumulation
-from dtcp.mixer import BatchMetadata, Mixer
-from dtcp.recurrent.conv import causal_conv, conv_metadata
+from dtcp.metadata import AttentionMetadata, BatchMetadata
+from dtcp.mixer import ClaimedMixer, Mixer
+from dtcp.recurrent.conv import causal_conv
 from dtcp.recurrent.exchange import summaries_received
+from dtcp.recurrent.metadata import DeltaMetadata, conv_metadata, delta_metadata
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, RecurrentMixer
-from dtcp.recurrent.op import delta_metadata, gated_delta_rule, install
+from dtcp.recurrent.op import gated_delta_rule, install
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Coords
-from dtcp.softmax.style import Received
+from dtcp.style import MixerStyle, Received
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,33 @@ class DeltaShape:
         return maps * (self.key_dim + self.value_dim) * self.element_size
 
 
+class ContextParallelDeltaRule(ClaimedMixer, GatedDeltaRule):
+    """A GatedDeltaRule that a style has taken over."""
+
+    def carry_out(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, attn_metadata: BatchMetadata
+    ) -> Tensor:
+        metadata: DeltaMetadata = self.own(attn_metadata)
+        ranks, segments = metadata.chain.shape
+        scan = self.style.states.scans(ranks, segments, DeltaShape.of(k, v).summary)
+        parts = (*self.unit(q, k), v, g, beta)
+        return gated_delta_rule(*parts, metadata, scan=scan, groups=self.groups)
+
+
+class ContextParallelConv(ClaimedMixer, CausalConv1d):
+    """A CausalConv1d that a style has taken over."""
+
+    def carry_out(self, x: Tensor, weight: Tensor, attn_metadata: BatchMetadata) -> Tensor:
+        return causal_conv(x, weight, self.own(attn_metadata), groups=self.groups)
+
+
 @dataclass
-class RecurrentStyle(ParallelStyle):
+class RecurrentStyle(MixerStyle):
     """Take a recurrent mixer over; applied to the 1-D axis of the sequence."""
 
     layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (Contiguous, HeadTail)
-    takes: ClassVar[type[Mixer]]
-    gives: ClassVar[type[Mixer]]
 
-    def check(self, layout: SequenceLayout) -> None:
+    def check(self, mixer: Mixer, layout: SequenceLayout) -> None:
         """Refuse a layout whose segments are not of one length, when the batch is built."""
         if not isinstance(layout, self.layouts):
             accepted = ", ".join(kind.__name__ for kind in self.layouts)
@@ -104,82 +122,25 @@ class RecurrentStyle(ParallelStyle):
                 f"layout={layout}: use one of them, or RelayoutCP on the layer."
             )
 
+    def make_metadata(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
+    ) -> AttentionMetadata:
+        assert isinstance(mixer, RecurrentMixer)
+        if mixer.inside is not None:
+            layout = mixer.inside(layout.seq_len, layout.num_shards)
+        self.check(mixer, layout)
+        if isinstance(mixer, CausalConv1d):
+            return conv_metadata(coords, mixer.width, layout, rank)
+        return delta_metadata(coords, layout, rank)
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if type(module) is not self.takes:
-            raise TypeError(
-                f"{self} takes over an unclaimed {self.takes.__name__}, got a "
-                f"{type(module).__name__}: name the mixer itself in the plan."
-            )
         if device_mesh.ndim != 1:
             raise ValueError(
                 f"{self} is applied on the axis of the sequence, got a mesh of "
                 f"{device_mesh.ndim} axes: slice it, as in mesh['cp']."
             )
         install()
-        module.__class__ = self.gives
-        claimed = cast("Claimed", module)
-        claimed.style, claimed.mesh = self, device_mesh
-        claimed.groups = [group_name(device_mesh)]
-        claimed.metadata_key = f"{claimed.metadata_key} by {self}"
-        return module
-
-
-class Claimed(RecurrentMixer):
-    """What the mixers that a style has taken over share. Made by the style."""
-
-    style: Any
-    mesh: DeviceMesh
-    groups: list[str]
-
-    def check_layout(self, layout: SequenceLayout | None) -> SequenceLayout:
-        """The layout that the mixer's own tokens lie in."""
-        if layout is None or layout.num_shards != self.mesh.size():
-            raise ValueError(
-                f"A mixer on {self.mesh.size()} ranks needs a layout of as many shards, got "
-                f"layout={layout}: build the batch with shard_batch on the mesh of the plan."
-            )
-        placed = layout
-        if self.inside is not None:
-            placed = self.inside(layout.seq_len, layout.num_shards)
-        self.style.check(placed)
-        return placed
-
-    def own(self, metadata: BatchMetadata) -> Sequence[Tensor]:
-        if metadata is None or self.metadata_key not in metadata:
-            raise ValueError(
-                f"A context-parallel mixer reads the tables of its batch, got none for "
-                f"{self.metadata_key!r}: pass ShardedBatch.tables of shard_batch(..., model=model)."
-            )
-        return metadata[self.metadata_key]
-
-
-class ContextParallelDeltaRule(Claimed, GatedDeltaRule):
-    """A GatedDeltaRule that a style has taken over."""
-
-    style: "GatedDeltaCP"
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, metadata: BatchMetadata
-    ) -> Tensor:
-        own = self.own(metadata)
-        ranks, segments = own[1].shape
-        scan = self.style.states.scans(ranks, segments, DeltaShape.of(k, v).summary)
-        parts = (*self.unit(q, k), v, g, beta)
-        return gated_delta_rule(*parts, own, scan=scan, groups=self.groups)
-
-    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
-        return delta_metadata(coords, self.check_layout(layout), self.mesh.get_local_rank())
-
-
-class ContextParallelConv(Claimed, CausalConv1d):
-    """A CausalConv1d that a style has taken over."""
-
-    def forward(self, x: Tensor, weight: Tensor, metadata: BatchMetadata) -> Tensor:
-        return causal_conv(x, weight, self.own(metadata), groups=self.groups)
-
-    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
-        placed = self.check_layout(layout)
-        return conv_metadata(coords, self.width, placed, self.mesh.get_local_rank())
+        return super()._apply(module, device_mesh)
 
 
 @dataclass
@@ -197,8 +158,9 @@ class GatedDeltaCP(RecurrentStyle):
     ceil(log2(n)) if scanned, and three times that of HeadTail.
     """
 
-    takes: ClassVar[type[Mixer]] = GatedDeltaRule
-    gives: ClassVar[type[Mixer]] = ContextParallelDeltaRule
+    claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
+        GatedDeltaRule: ContextParallelDeltaRule
+    }
 
     states: StateExchange = FEWEST_BYTES
 
@@ -218,5 +180,4 @@ class CausalConvCP(RecurrentStyle):
     another rank holds; as much back.
     """
 
-    takes: ClassVar[type[Mixer]] = CausalConv1d
-    gives: ClassVar[type[Mixer]] = ContextParallelConv
+    claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {CausalConv1d: ContextParallelConv}

@@ -16,6 +16,7 @@ slow, and right; or, if it is causal, an error of torch's own.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from dtcp.distributed.collectives import axis_group_name, group_of
 from dtcp.distributed.dtensor_rules import handle
 from dtcp.kernels.softmax.api import SoftmaxParams
+from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, SequenceLayout
 from dtcp.sequence.masks import (
@@ -39,14 +41,16 @@ from dtcp.sequence.masks import (
     Mask,
 )
 from dtcp.softmax.dtensor import install
+from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
+from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.op import (
     AttentionInputs,
     AttentionOp,
+    BackwardArguments,
     ForwardResult,
     OpContext,
     Strategy,
 )
-from dtcp.softmax.required_keys import ring_metadata
 from dtcp.softmax.ring import RING, RingAttention
 from dtcp.softmax.style import AttentionStyle
 
@@ -57,30 +61,33 @@ class _ContiguousRows:
     """A strategy on contiguous shards of one document a row; it makes its own tables."""
 
     keeps_own_form = False
+    takes_values_only = False
 
     def __init__(self, strategy: Strategy, mask: Mask) -> None:
         self.strategy, self.mask = strategy, mask
 
-    def forward(self, x: AttentionInputs, call: OpContext) -> ForwardResult:
-        return self.strategy.forward(x, self._with_metadata(x.q, call))
+    def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
+        return self.strategy.forward(x, self._with_metadata(x.q, context))
 
     def backward(
-        self, grad_out: Tensor, x: AttentionInputs, kept: ForwardResult, call: OpContext
+        self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
     ) -> AttentionInputs:
-        return self.strategy.backward(grad_out, x, kept, self._with_metadata(x.q, call))
+        return self.strategy.backward(grad_out, x, result, self._with_metadata(x.q, context))
 
     def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
         return self.strategy.saved_like(x, groups)
 
-    def _with_metadata(self, q: Tensor, call: OpContext) -> OpContext:
-        group = group_of(call.groups[0])
+    def _with_metadata(self, q: Tensor, context: OpContext) -> OpContext:
+        group = group_of(context.groups[0])
         n, rank = dist.get_world_size(group), dist.get_rank(group)
         metadata = _contiguous_metadata(self.mask, q.shape[1] * n, n, rank, q.device)
-        return OpContext(call.op, metadata, call.how, call.groups, call.kv_heads)
+        return replace(context, metadata=metadata.tensors())
 
 
-CAUSAL = AttentionOp("causal_sdpa", _ContiguousRows(RING.strategy, Causal()))
-BIDIRECTIONAL = AttentionOp("bidirectional_sdpa", _ContiguousRows(RING.strategy, Bidirectional()))
+CAUSAL = AttentionOp("causal_sdpa", _ContiguousRows(RING.strategy, Causal()), communicates=True)
+BIDIRECTIONAL = AttentionOp(
+    "bidirectional_sdpa", _ContiguousRows(RING.strategy, Bidirectional()), communicates=True
+)
 
 
 def install_sdpa_rules() -> None:
@@ -123,8 +130,8 @@ class sequence_layout(TorchFunctionMode):
         style = RingAttention() if style is None else style
         coords = Coords.of(documents or Documents.single(1, layout.seq_len))
         rank = axis.get_local_rank()
-        self.metadata: Mapping[bool, Sequence[Tensor]] = {
-            causal: _placed(style.collect_metadata(mask, coords, layout, rank), device)
+        self.metadata: Mapping[bool, AttentionMetadata] = {
+            causal: style.make_metadata(SoftmaxAttention(mask), coords, layout, rank).to(device)
             for causal, mask in ((True, Causal()), (False, Bidirectional()))
         }
         self.op, self.groups = style.op, style.groups(axis)
@@ -172,22 +179,19 @@ class sequence_layout(TorchFunctionMode):
                 f"seq_len={query.shape[SDPA_SEQ]} with {self.layout}: leave the context first."
             )
         q, k, v = (x.transpose(SDPA_HEADS, SDPA_SEQ) for x in (query, key, value))
-        how = SoftmaxParams(query.shape[-1] ** -0.5 if scale is None else scale)
-        out = self.op(q, k, v, self.metadata[is_causal], how, groups=self.groups)
+        softmax = SoftmaxParams(query.shape[-1] ** -0.5 if scale is None else scale)
+        x = AttentionInputs(q, k, v)
+        out = self.op(x, self.metadata[is_causal], softmax, groups=self.groups)
         return out.transpose(SDPA_HEADS, SDPA_SEQ)
 
 
 @lru_cache(maxsize=32)
 def _contiguous_metadata(
     mask: Mask, seq_len: int, num_shards: int, rank: int, device: torch.device
-) -> Sequence[Tensor]:
+) -> KeyExchangeMetadata:
     coords = Coords.of(Documents.single(1, seq_len))
     layout = Contiguous(seq_len, num_shards)
-    return _placed(ring_metadata(layout, rank, mask.intervals(coords)), device)
-
-
-def _placed(metadata: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
-    return [x.to(device) if x.dtype == torch.int32 else x for x in metadata]
+    return ring_metadata(layout, rank, mask.intervals(coords)).to(device)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> None:
@@ -253,9 +257,8 @@ def _forward_rule(extra: Extra) -> Callable[..., Any]:
         if groups is None:
             return _on_local(op, args, kwargs, q)
         ours = CAUSAL if call.get("is_causal", False) else BIDIRECTIONAL
-        out, (lse,) = ours.forward(
-            *(_to_ours(x) for x in (q, k, v)), None, [], _scale(call, q), 0.0, groups
-        )
+        x = AttentionInputs(*(_to_ours(x) for x in (q, k, v)))
+        out, (lse,) = ours.forward(*x, [], _scale(call, q), 0.0, groups)
         return (_to_torch(out, q), _to_torch(lse, q), *extra(out))
 
     return rule
@@ -273,18 +276,19 @@ def _backward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if grad.placements != q.placements:
         grad = grad.redistribute(q.device_mesh, q.placements)
     ours: AttentionOp = CAUSAL if call.get("is_causal", False) else BIDIRECTIONAL
-    inputs = [_to_ours(x) for x in (grad, q, k, v)]
-    *grads, _ = ours.backward(
-        *inputs,
-        None,
-        _to_ours(out),
-        [_to_ours(lse)],
-        [],
-        inputs[2].shape[2],
-        _scale(call, q),
-        0.0,
-        groups,
+    x = AttentionInputs(*(_to_ours(x) for x in (q, k, v)))
+    arguments = BackwardArguments(
+        _to_ours(grad),
+        *x,
+        out=_to_ours(out),
+        saved=[_to_ours(lse)],
+        metadata=[],
+        kv_heads=x.v.shape[2],
+        scale=_scale(call, q),
+        softcap=0.0,
+        groups=groups,
     )
+    grads = ours.backward(*arguments)[:3]
     none = [None] * (len(op._schema.returns) - 3)
     return (*(_to_torch(x, q) for x in grads), *none)
 

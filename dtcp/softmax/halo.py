@@ -6,10 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.softmax.all_gather import AllGatherAttention
-from dtcp.softmax.required_keys import all_gather_metadata
+from dtcp.softmax.metadata import KeyExchangeMetadata, all_gather_metadata
 
 
 @dataclass
@@ -43,14 +42,9 @@ class HaloAttention(AllGatherAttention):
                 f"window={self.window}, right={self.right}: give it the mask's window."
             )
 
-    def make_metadata(
-        self,
-        layout: SequenceLayout,
-        rank: int,
-        intervals: tuple[Tensor, Tensor],
-        *,
-        tile: int = TILE,
-    ) -> tuple[Tensor, ...]:
+    def rank_metadata(
+        self, layout: SequenceLayout, rank: int, intervals: tuple[Tensor, Tensor]
+    ) -> KeyExchangeMetadata:
         first, last = intervals
         token_index = torch.arange(layout.seq_len)
         sees = last >= first
@@ -66,4 +60,4 @@ class HaloAttention(AllGatherAttention):
         segments = 1 if isinstance(layout, Contiguous) else 2
         halo = segments * (self.window - 1 + self.right)
         capacity = min(layout.seq_len, layout.shard_len + halo)
-        return all_gather_metadata(layout, rank, intervals, capacity=capacity, tile=tile)
+        return all_gather_metadata(layout, rank, intervals, capacity=capacity, tile=self.tile)

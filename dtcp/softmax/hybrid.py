@@ -6,7 +6,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.collectives import group_name
-from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.all_gather import ALL_GATHER, AllGatherAttention
 from dtcp.softmax.op import AttentionOp
@@ -15,13 +14,16 @@ from dtcp.softmax.style import AttentionShape, AttentionStyle, Received
 from dtcp.softmax.ulysses import (
     Ulysses,
     UlyssesAttention,
+    UlyssesMetadata,
     heads_received,
     joined,
     reorder_indices,
 )
 
-ULYSSES_RING = AttentionOp("ulysses_ring_attention", Ulysses(RING.strategy))
-ULYSSES_ALL_GATHER = AttentionOp("ulysses_all_gather_attention", Ulysses(ALL_GATHER.strategy))
+ULYSSES_RING = AttentionOp("ulysses_ring_attention", Ulysses(RING.strategy), communicates=True)
+ULYSSES_ALL_GATHER = AttentionOp(
+    "ulysses_all_gather_attention", Ulysses(ALL_GATHER.strategy), communicates=True
+)
 
 
 @dataclass
@@ -48,9 +50,9 @@ class HybridAttention(AttentionStyle):
     inner: UlyssesAttention = field(default_factory=UlyssesAttention)
     outer: RingAttention | AllGatherAttention = field(default_factory=RingAttention)
     inner_ranks: int = field(default=2, kw_only=True)
-
-    def __post_init__(self) -> None:
-        self._made: tuple[DeviceMesh, list[str]] | None = None
+    _made: tuple[DeviceMesh, list[str]] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     @property
     def op(self) -> AttentionOp:
@@ -69,18 +71,14 @@ class HybridAttention(AttentionStyle):
             self._made = (axis, [group_name(axis), *names])
         return self._made[1]
 
-    def make_metadata(
-        self,
-        layout: SequenceLayout,
-        rank: int,
-        intervals: tuple[Tensor, Tensor],
-        *,
-        tile: int = TILE,
-    ) -> tuple[Tensor, ...]:
+    def rank_metadata(
+        self, layout: SequenceLayout, rank: int, intervals: tuple[Tensor, Tensor]
+    ) -> UlyssesMetadata:
         groups = layout.num_shards // self.inner_ranks
         group = rank // self.inner_ranks
-        between = self.outer.make_metadata(joined(layout, groups), group, intervals, tile=tile)
-        return (*reorder_indices(layout, groups, group), *between)
+        outer = replace(self.outer, tile=self.tile)
+        between = outer.rank_metadata(joined(layout, groups), group, intervals)
+        return UlyssesMetadata(*reorder_indices(layout, groups, group), between)
 
     def received(
         self,

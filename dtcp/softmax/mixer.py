@@ -1,24 +1,18 @@
-"""The places where tokens meet: what a model calls, and what a plan may take over.
+"""Softmax attention as a model calls it: three mixers, each for one device as it stands."""
 
-Everything else in a transformer is per token and needs no context parallelism. A mixer has no
-parameters and runs on one device as it stands; a style (style.py) replaces how it is carried
-out over a mesh axis, and no other line of the model knows.
-
-A mixer reads `metadata`: what the batch brings, made once on the host (`batch_metadata`), by mixer
-kind. A model takes tables as an argument and hands them through.
-"""
-
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.api import SoftmaxParams
-from dtcp.mixer import BatchMetadata, Mixer, check_position_ids, position_ids_of
-from dtcp.sequence.layout import SequenceLayout
+from dtcp.metadata import AttentionMetadata, BatchMetadata, NoMetadata
+from dtcp.mixer import Mixer, check_position_ids, position_ids_of
 from dtcp.sequence.masks import Coords, Mask
-from dtcp.softmax.local import ATTENTION, local_metadata
+from dtcp.softmax.local import ATTENTION
+from dtcp.softmax.metadata import local_metadata
+from dtcp.softmax.op import AttentionInputs
 
 
 class MaskedMixer(Mixer):
@@ -37,27 +31,18 @@ class MaskedMixer(Mixer):
         self.mask = mask
         self.scale = scale
         self.softcap = softcap
-        self.metadata_key = self.key_of(f"{mask}")
+        self.set_metadata_key()
 
-    def key_of(self, read: str) -> str:
-        """The name of this kind's tables, for a mask or for a mask and a style."""
-        return read
+    def reads(self) -> tuple[object, ...]:
+        return (self.mask,)
 
     def softmax(self, q: Tensor) -> SoftmaxParams:
+        """What turns the scores of q [B, L, H, D] into weights."""
         return SoftmaxParams(
             q.shape[-1] ** -0.5 if self.scale is None else self.scale, self.softcap
         )
 
-    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> Sequence[Tensor]:
-        if layout is not None and layout.num_shards > 1:
-            raise ValueError(
-                f"A sequence is sharded only where every mixer is claimed by a plan, got an "
-                f"unclaimed {self} with {layout}: add a style for it to the plan."
-            )
-        return self.whole_row_metadata(coords)
-
-    def whole_row_metadata(self, coords: Coords) -> Sequence[Tensor]:
-        """The tables of whole rows, on one device."""
+    def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
         return local_metadata(*self.mask.intervals(coords))
 
     def extra_repr(self) -> str:
@@ -72,7 +57,7 @@ class SoftmaxAttention(MaskedMixer):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        metadata: BatchMetadata,
+        attn_metadata: BatchMetadata,
         *,
         sink: Tensor | None = None,
     ) -> Tensor:
@@ -82,23 +67,21 @@ class SoftmaxAttention(MaskedMixer):
             q: [B, L, H, D].
             k: [B, L, G, D], H a multiple of G; query head h reads kv head h // (H / G).
             v: [B, L, G, V].
-            metadata: what the batch brings.
-            sink: [H], one score a head that takes its share of the softmax and adds nothing.
+            attn_metadata: what the batch brings.
+            sink: [H], one score per head that takes its share of the softmax and adds nothing.
         Returns:
             [B, L, H, V].
         """
-        return ATTENTION(q, k, v, metadata[self.metadata_key], self.softmax(q), sink=sink)
+        x = AttentionInputs(q, k, v, sink)
+        return ATTENTION(x, self.own(attn_metadata), self.softmax(q))
 
 
 class KeysFromValues(MaskedMixer):
-    """Attention whose keys are made of its values: the key is the value, scaled and rotated.
+    """Attention in which a key is its value, scaled and rotated.
 
-    Between ranks only values need to travel; a key is made again where its value arrives. Its
-    position comes from the batch's tables, and a model whose positions are others is stopped.
+    Ranks exchange only values and recompute keys on arrival. The position ids of keys come from
+    the batch's metadata, and a model that is called with others is stopped.
     """
-
-    def key_of(self, read: str) -> str:
-        return f"{read}, keys from values"
 
     def forward(
         self,
@@ -107,7 +90,7 @@ class KeysFromValues(MaskedMixer):
         position_ids: Tensor,
         key_scale: Tensor,
         frequency: Tensor,
-        metadata: BatchMetadata,
+        attn_metadata: BatchMetadata,
     ) -> Tensor:
         """Attend to k = rotate(v * key_scale) and v.
 
@@ -117,42 +100,41 @@ class KeysFromValues(MaskedMixer):
             position_ids: [B, L], the batch's.
             key_scale: [D].
             frequency: [D / 2], radians per token of every pair of channels.
+            attn_metadata: what the batch brings.
         Returns:
             [B, L, H, D].
         """
-        *read, known = metadata[self.metadata_key]
-        check_position_ids(position_ids, known, read[1] >= read[0])
-        q, k = (rotate(x, known, frequency) for x in (q, v * key_scale))
-        return ATTENTION(q, k, v, read, self.softmax(q))
+        own = self.own(attn_metadata)
+        check_position_ids(position_ids, own.position_ids, own.last_key >= own.first_key)
+        q, k = (rotate(x, own.position_ids, frequency) for x in (q, v * key_scale))
+        return ATTENTION(AttentionInputs(q, k, v), own, self.softmax(q))
 
-    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
-        return super().alone(args[0], args[1], args[1])
+    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward_without_mixing(args[0], args[1], args[1])
 
-    def whole_row_metadata(self, coords: Coords) -> Sequence[Tensor]:
-        return (*super().whole_row_metadata(coords), position_ids_of(coords))
+    def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
+        local = local_metadata(*self.mask.intervals(coords))
+        return replace(local, position_ids=position_ids_of(coords))
 
 
-class KeyExchange(MaskedMixer):
+class GatherSharedKV(MaskedMixer):
     """Where a layer hands its keys to all layers that attend to them, its own attention first.
 
-    On one device it hands them on as they are. On a sharded sequence it brings once what the
-    queries of every rank will see, and those layers attend to what was brought.
+    On one device it hands them on as they are. On a sharded sequence it gathers, once, what the
+    queries of every rank will see, and those layers attend to what was gathered.
     """
 
-    def key_of(self, read: str) -> str:
-        return f"{read}, brought once"
-
-    def forward(self, x: Tensor, metadata: BatchMetadata) -> Tensor:
-        """Bring the rows of x [B, L, G, W] that this rank's queries see: [B, K, G, W]."""
+    def forward(self, x: Tensor, attn_metadata: BatchMetadata) -> Tensor:
+        """Gather the rows of x [B, L, G, W] that this rank's queries see: [B, K, G, W]."""
         return x
 
-    def position_ids(self, position_ids: Tensor, metadata: BatchMetadata) -> Tensor:
-        """Positions in their documents of what `forward` brings: [B, K]."""
+    def position_ids(self, position_ids: Tensor, attn_metadata: BatchMetadata) -> Tensor:
+        """Position ids of what `forward` gathers: [B, K]."""
         return position_ids
 
-    def alone(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = args[0]
         return x
 
-    def whole_row_metadata(self, coords: Coords) -> Sequence[Tensor]:
-        return ()
+    def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
+        return NoMetadata()

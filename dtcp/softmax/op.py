@@ -1,7 +1,7 @@
 """One way to make an attention strategy an op: forward, backward, fakes, autograd.
 
 A strategy is an op, its collectives inside, and not a stretch of traced code, for four reasons
-(docs/log.md has the measurements): compiled graphs keep what functional collectives brought,
+(docs/decisions has the measurements): compiled graphs keep what functional collectives brought,
 n times the local size, while an op saves what it says it saves; selective checkpointing can
 keep an op's output and so never communicates again; how much each rank sends may change with
 every batch without a new graph; and the op counts its own executions and bytes.
@@ -10,7 +10,7 @@ every batch without a new graph; and the op counts its own executions and bytes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
 from torch.library import custom_op
@@ -18,49 +18,106 @@ from torch.library import custom_op
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.softmax.api import SoftmaxParams
-
-SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor[] metadata, float scale, float softcap,"
-    " str[] groups) -> (Tensor, Tensor[])"
-)
-BACKWARD_SCHEMA = (
-    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor out, Tensor[] saved,"
-    " Tensor[] metadata, int kv_heads, float scale, float softcap, str[] groups)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
+from dtcp.metadata import AttentionMetadata
 
 
 class AttentionInputs(NamedTuple):
-    """What attention is of, as plain local tensors; or the gradients of these."""
+    """What attention is of, as plain local tensors; or the gradients of these.
+
+    A key and a value of its own, or a value from which the key is made: k is None then, and the
+    key is rotate(v * key_scale).
+    """
 
     q: Tensor  # [B, L, H, D]
-    k: Tensor  # [B, L, G, D]
+    k: Tensor | None  # [B, L, G, D]
     v: Tensor  # [B, L, G, V]
-    sink: Tensor | None  # [H]
+    sink: Tensor | None = None  # [H]
+    key_scale: Tensor | None = None  # [D]
+    frequency: Tensor | None = None  # [D / 2]; has no gradient
+
+
+class ForwardArguments(NamedTuple):
+    """Of an attention op, in the order of its schema."""
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor
+    sink: Tensor | None
+    key_scale: Tensor | None
+    frequency: Tensor | None
+    metadata: list[Tensor]
+    scale: float
+    softcap: float
+    groups: list[str]
+
+    @property
+    def inputs(self) -> AttentionInputs:
+        return AttentionInputs(self.q, self.k, self.v, self.sink, self.key_scale, self.frequency)
+
+
+class BackwardArguments(NamedTuple):
+    """Of an attention op's backward, in the order of its schema."""
+
+    grad_out: Tensor
+    q: Tensor
+    k: Tensor | None
+    v: Tensor
+    sink: Tensor | None
+    key_scale: Tensor | None
+    frequency: Tensor | None
+    out: Tensor
+    saved: list[Tensor]
+    metadata: list[Tensor]
+    kv_heads: int
+    scale: float
+    softcap: float
+    groups: list[str]
+
+    @property
+    def inputs(self) -> AttentionInputs:
+        return AttentionInputs(self.q, self.k, self.v, self.sink, self.key_scale, self.frequency)
 
 
 class ForwardResult(NamedTuple):
-    """What forward comes to, and what backward reads again besides what was given."""
+    """What forward comes to, and what backward reads again besides the inputs."""
 
     out: Tensor  # [B, L, H, V], in q's dtype
     saved: list[Tensor]
 
 
+@dataclass(frozen=True)
+class OpContext:
+    """What a call carries besides its inputs."""
+
+    op: str
+    metadata: Sequence[Tensor]
+    softmax: SoftmaxParams
+    groups: Sequence[str]
+    kv_heads: int
+
+    def count(self, *, sent: int, received: int) -> None:
+        """Count bytes that crossed between ranks in this call."""
+        LEDGER.record(self.op, calls=0, sent=sent, received=received)
+
+
 class Strategy(Protocol):
     """How attention is carried out on an axis.
 
-    Backward is given the q, k, v and out of forward, unless the strategy keeps its own form of
-    them, by heads say: then these are the first four that forward saves, and kept alone.
+    Backward is given the inputs and the output of forward, unless the strategy keeps its own form
+    of them, by heads say: then its q, k, v and out are the first four that forward saves, and the
+    inputs are not kept.
     """
 
     keeps_own_form: bool
+    takes_values_only: bool
+    """Whether a key may be made from its value (`AttentionInputs.k` None)."""
 
-    def forward(self, x: AttentionInputs, call: "OpContext") -> ForwardResult:
-        """Attend; `call.metadata` is what the style worked out for the batch."""
+    def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
+        """Attend; `context.metadata` is what the style worked out for the batch."""
         ...
 
     def backward(
-        self, grad_out: Tensor, x: AttentionInputs, kept: ForwardResult, call: "OpContext"
+        self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
     ) -> AttentionInputs:
         """The gradients of x."""
         ...
@@ -70,101 +127,136 @@ class Strategy(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class OpContext:
-    """What a call carries besides its tensors."""
-
-    op: str
-    metadata: Sequence[Tensor]
-    how: SoftmaxParams
-    groups: Sequence[str]
-    kv_heads: int
-
-    def moved(self, *, sent: int, received: int) -> None:
-        """Count bytes that crossed between ranks in this call."""
-        LEDGER.record(self.op, calls=0, sent=sent, received=received)
-
-
 class AttentionOp:
     """An attention strategy as a pair of ops, `dtcp::<name>` and `dtcp::<name>_backward`.
 
     Args:
-        communicates: whether ranks exchange anything in it; selective checkpointing keeps what
-            it returns if so.
+        communicates: whether ranks exchange anything in it; if so, selective checkpointing keeps
+            what it returns.
     """
 
-    def __init__(self, name: str, strategy: Strategy, *, communicates: bool = True) -> None:
-        make = communicating_op if communicates else partial(custom_op, mutates_args=())
+    def __init__(self, name: str, strategy: Strategy, *, communicates: bool) -> None:
         self.name, self.strategy = name, strategy
-        self.forward = make(f"dtcp::{name}", schema=SCHEMA)(self._forward)
-        self.backward = make(f"dtcp::{name}_backward", schema=BACKWARD_SCHEMA)(self._backward)
+        make = communicating_op if communicates else partial(custom_op, mutates_args=())
+        forward = schema_of(ForwardArguments, "(Tensor, Tensor[])")
+        backward = schema_of(BackwardArguments, "(Tensor, Tensor, Tensor, Tensor, Tensor)")
+        self.forward = make(f"dtcp::{name}", schema=forward)(self._forward)
+        self.backward = make(f"dtcp::{name}_backward", schema=backward)(self._backward)
         self.forward.register_fake(self._forward_fake)
         self.backward.register_fake(self._backward_fake)
         self.forward.register_autograd(self._differentiate, setup_context=self._keep)
 
     def __call__(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        metadata: Sequence[Tensor],
-        how: SoftmaxParams,
+        x: AttentionInputs,
+        metadata: AttentionMetadata,
+        softmax: SoftmaxParams,
         *,
         groups: Sequence[str] = (),
-        sink: Tensor | None = None,
     ) -> Tensor:
-        return self.forward(q, k, v, sink, list(metadata), how.scale, how.softcap, list(groups))[0]
+        """Attend: [B, L, H, V]."""
+        tensors = metadata.tensors()
+        result = self.forward(*x, tensors, softmax.scale, softmax.softcap, list(groups))
+        return cast(Tensor, result[0])
 
-    def _forward(self, q, k, v, sink, metadata, scale, softcap, groups):  # type: ignore[no-untyped-def]
+    def _forward(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+        x = ForwardArguments(*arguments)
         LEDGER.record(f"dtcp::{self.name}")
-        how = SoftmaxParams(scale, softcap)
-        call = OpContext(f"dtcp::{self.name}", metadata, how, groups, k.shape[2])
-        out, saved = self.strategy.forward(AttentionInputs(q, k, v, sink), call)
-        return out.contiguous(), [x.contiguous() for x in saved]
+        context = OpContext(
+            f"dtcp::{self.name}",
+            x.metadata,
+            SoftmaxParams(x.scale, x.softcap),
+            x.groups,
+            x.v.shape[2],
+        )
+        out, saved = self.strategy.forward(x.inputs, context)
+        return out.contiguous(), [each.contiguous() for each in saved]
 
-    def _forward_fake(self, q, k, v, sink, metadata, scale, softcap, groups):  # type: ignore[no-untyped-def]
-        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-        return out, self.strategy.saved_like(AttentionInputs(q, k, v, sink), groups)
+    def _forward_fake(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+        x = ForwardArguments(*arguments)
+        out = x.q.new_empty((*x.q.shape[:-1], x.v.shape[-1]))
+        return out, self.strategy.saved_like(x.inputs, x.groups)
 
-    def _backward(  # type: ignore[no-untyped-def]
-        self, grad_out, q, k, v, sink, out, saved, metadata, kv_heads, scale, softcap, groups
-    ):
+    def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        x = BackwardArguments(*arguments)
         LEDGER.record(f"dtcp::{self.name}_backward")
-        how = SoftmaxParams(scale, softcap)
-        call = OpContext(f"dtcp::{self.name}_backward", metadata, how, groups, kv_heads)
-        x, kept = AttentionInputs(q, k, v, sink), ForwardResult(out, saved)
-        *grads, dsink = self.strategy.backward(grad_out, x, kept, call)
-        dsink = q.new_zeros(0) if dsink is None else dsink
-        wanted = zip(grads, (q, k, v), strict=True)
-        return (*(grad.to(x.dtype).contiguous() for grad, x in wanted), dsink)
+        context = OpContext(
+            f"dtcp::{self.name}_backward",
+            x.metadata,
+            SoftmaxParams(x.scale, x.softcap),
+            x.groups,
+            x.kv_heads,
+        )
+        result = ForwardResult(x.out, x.saved)
+        grads = self.strategy.backward(x.grad_out, x.inputs, result, context)
+        return tuple(
+            x.q.new_zeros(0) if each is None else each.to(like.dtype).contiguous()
+            for each, like in zip(grads[:-1], _like(x.inputs), strict=True)
+        )
 
-    def _backward_fake(  # type: ignore[no-untyped-def]
-        self, grad_out, q, k, v, sink, out, saved, metadata, kv_heads, scale, softcap, groups
-    ):
-        empty = [x.new_empty(x.shape) for x in (q, k, v)]
+    def _backward_fake(self, *arguments: Any) -> tuple[Tensor, ...]:
+        x = BackwardArguments(*arguments)
+        empty = [
+            x.q.new_empty(0) if each is None else each.new_empty(each.shape)
+            for each in x.inputs[:-1]
+        ]
         if self.strategy.keeps_own_form:
-            tokens, heads = grad_out.shape[:2], grad_out.shape[2]
-            sizes = ((heads, q.shape[-1]), (kv_heads, k.shape[-1]), (kv_heads, v.shape[-1]))
-            empty = [q.new_empty((*tokens, *size)) for size in sizes]
-        return (*empty, q.new_empty(0) if sink is None else sink.new_empty(sink.shape))
+            tokens, heads = x.grad_out.shape[:2], x.grad_out.shape[2]
+            sizes = (heads, x.kv_heads, x.kv_heads)
+            for index, (own, size) in enumerate(zip((x.q, x.k, x.v), sizes, strict=True)):
+                assert own is not None
+                empty[index] = own.new_empty((*tokens, size, own.shape[-1]))
+        return tuple(empty)
 
-    def _keep(self, ctx, inputs, output):  # type: ignore[no-untyped-def]
-        q, k, v, sink, metadata, ctx.scale, ctx.softcap, ctx.groups = inputs
-        out, saved = output
-        ctx.kv_heads, ctx.has_sink, ctx.num_metadata = k.shape[2], sink is not None, len(metadata)
-        kept = saved if self.strategy.keeps_own_form else [q, k, v, out, *saved]
-        ctx.save_for_backward(*metadata, *([sink] if ctx.has_sink else []), *kept)
-        ctx.mark_non_differentiable(*saved)
+    def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+        x, result = ForwardArguments(*inputs), ForwardResult(*output)
+        ctx.scale, ctx.softcap, ctx.groups = x.scale, x.softcap, x.groups
+        ctx.kv_heads, ctx.num_metadata = x.v.shape[2], len(x.metadata)
+        kept: tuple[Tensor | None, ...] = (*x.inputs, result.out)
+        if self.strategy.keeps_own_form:
+            # Its own q, k, v and out lead what it saved.
+            kept = (None, None, None, *x.inputs[3:], None)
+        ctx.kept = [each is not None for each in kept]
+        present = [each for each in kept if each is not None]
+        ctx.save_for_backward(*x.metadata, *present, *result.saved)
+        ctx.mark_non_differentiable(*result.saved)
 
-    def _differentiate(self, ctx, grad_out, _):  # type: ignore[no-untyped-def]
+    def _differentiate(self, ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
         # Read once: checkpointing recomputes at the first look and refuses a second.
-        kept = ctx.saved_tensors
-        metadata, rest = kept[: ctx.num_metadata], kept[ctx.num_metadata :]
-        sink, rest = (rest[0], rest[1:]) if ctx.has_sink else (None, rest)
-        q, k, v, out, *saved = rest
-        how = (ctx.kv_heads, ctx.scale, ctx.softcap, ctx.groups)
-        *grads, dsink = self.backward(grad_out, q, k, v, sink, out, saved, list(metadata), *how)
-        dsink = dsink if ctx.has_sink else None
-        # torch takes a list of names for one argument, but an empty list for a list of tensors.
-        no_grad: tuple[Any, ...] = ([None] * len(metadata), None, None, None if ctx.groups else [])
-        return (*grads, dsink, *no_grad)
+        tensors = list(ctx.saved_tensors)
+        metadata, tensors = tensors[: ctx.num_metadata], tensors[ctx.num_metadata :]
+        *inputs, out = (tensors.pop(0) if there else None for there in ctx.kept)
+        x = dict(zip(AttentionInputs._fields, inputs, strict=True))
+        if self.strategy.keeps_own_form:
+            (x["q"], x["k"], x["v"], out), tensors = tensors[:4], tensors[4:]
+        softmax = (ctx.scale, ctx.softcap, ctx.groups)
+        found = self.backward(grad_out, *x.values(), out, tensors, metadata, ctx.kv_heads, *softmax)
+        grads: dict[str, Any] = {
+            name: grad
+            for name, grad in zip(AttentionInputs._fields[:-1], found, strict=True)
+            if x[name] is not None
+        }
+        grads["metadata"] = [None] * len(metadata)
+        # torch takes None for a list of names, but an empty list for an empty one.
+        grads["groups"] = None if ctx.groups else []
+        return tuple(grads.get(name) for name in ForwardArguments._fields)
+
+
+def schema_of(arguments: type[Any], returns: str) -> str:
+    """The schema of an op whose arguments are the fields of a NamedTuple, by name and type."""
+    spelled: dict[Any, str] = {
+        Tensor: "Tensor",
+        Tensor | None: "Tensor?",
+        list[Tensor]: "Tensor[]",
+        list[str]: "str[]",
+        float: "float",
+        int: "int",
+        bool: "bool",
+    }
+    fields = arguments.__annotations__.items()
+    return f"({', '.join(f'{spelled[kind]} {name}' for name, kind in fields)}) -> {returns}"
+
+
+def _like(x: AttentionInputs) -> tuple[Tensor, ...]:
+    """Whose dtype each gradient has."""
+    return tuple(x.q if each is None else each for each in x[:-1])

@@ -9,13 +9,14 @@ from torch import Tensor
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.api import SavedForward, local_sink_gradient
+from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.op import AttentionInputs, ForwardResult, OpContext
 
 
 class GradBuffers(NamedTuple):
     """Room to sum the gradients of some keys in, in fp32 (fp64 for fp64)."""
 
-    rows: Tensor  # [B, m, G, W], of what travelled; right once `close` was called
+    rows: Tensor  # [B, m, G, W], of what travelled; right once `finish` was called
     dk: Tensor  # [B, m, G, D]
     dv: Tensor  # [B, m, G, V]
 
@@ -30,24 +31,28 @@ class KVPayload(Protocol):
         """Rows of some local tokens, [m] int32: [m, B, G, W]."""
         ...
 
-    def here(self, part: int) -> tuple[Tensor, Tensor]:
+    def local(self, part: int) -> tuple[Tensor, Tensor]:
         """k and v of all local tokens."""
         ...
 
-    def arrived(self, rows: Tensor, part: int) -> tuple[Tensor, Tensor]:
-        """k and v of rows [m, B, G, W] that came from another rank."""
+    def received(self, rows: Tensor, part: int) -> tuple[Tensor, Tensor]:
+        """k and v of rows [m, B, G, W] that another rank sent."""
         ...
 
-    def lined_up(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v of local tokens and of rows that came, put in order."""
+    def in_order(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v of local tokens and of received rows, in token order."""
         ...
 
-    def sums(self, tokens: int) -> GradBuffers:
+    def grad_buffers(self, tokens: int) -> GradBuffers:
         """Room for the gradients of so many keys."""
         ...
 
-    def close(self, sums: GradBuffers, v: Tensor, part: int) -> Tensor:
+    def finish(self, buffers: GradBuffers, v: Tensor, part: int) -> Tensor:
         """Gradients of the rows [B, m, G, W], once dk and dv have been summed."""
+        ...
+
+    def input_gradients(self, rows: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Gradients of k, v and key_scale, from those of the local rows [B, L, G, W]."""
         ...
 
 
@@ -66,24 +71,27 @@ class KeyValuePayload:
         pair = (self.k.index_select(1, slots), self.v.index_select(1, slots))
         return torch.cat(pair, dim=-1).transpose(0, 1).contiguous()
 
-    def here(self, part: int) -> tuple[Tensor, Tensor]:
+    def local(self, part: int) -> tuple[Tensor, Tensor]:
         return self.k, self.v
 
-    def arrived(self, rows: Tensor, part: int) -> tuple[Tensor, Tensor]:
+    def received(self, rows: Tensor, part: int) -> tuple[Tensor, Tensor]:
         return self.split(rows.transpose(0, 1))
 
-    def lined_up(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        far_k, far_v = self.arrived(rows, 0)
+    def in_order(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        far_k, far_v = self.received(rows, 0)
         k, v = torch.cat((self.k, far_k), dim=1), torch.cat((self.v, far_v), dim=1)
         return k.index_select(1, order), v.index_select(1, order)
 
-    def sums(self, tokens: int) -> GradBuffers:
+    def grad_buffers(self, tokens: int) -> GradBuffers:
         width = self.k.shape[-1] + self.v.shape[-1]
         rows = _zeros(self.v, tokens, width)
         return GradBuffers(rows, *self.split(rows))
 
-    def close(self, sums: GradBuffers, v: Tensor, part: int) -> Tensor:
-        return sums.rows
+    def finish(self, buffers: GradBuffers, v: Tensor, part: int) -> Tensor:
+        return buffers.rows
+
+    def input_gradients(self, rows: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        return (*self.split(rows), None)
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         width = self.k.shape[-1]
@@ -91,7 +99,7 @@ class KeyValuePayload:
 
 
 class ValueOnlyPayload:
-    """Values alone travel: a key is its value, scaled and rotated, and is made again on arrival.
+    """Only values travel: a key is its value, scaled and rotated, and is recomputed on arrival.
 
     Args:
         v: [B, L, G, D].
@@ -103,74 +111,82 @@ class ValueOnlyPayload:
     def __init__(
         self, v: Tensor, key_scale: Tensor, frequency: Tensor, position_ids: Tensor
     ) -> None:
-        self.v, self.key_scale, self.frequency, self.position_ids = (
-            v,
-            key_scale,
-            frequency,
-            position_ids,
-        )
+        self.v, self.key_scale = v, key_scale
+        self.frequency, self.position_ids = frequency, position_ids
         self.scale_gradient = torch.zeros_like(key_scale, dtype=accumulation(v.dtype))
 
     def pack(self, slots: Tensor) -> Tensor:
         return self.v.index_select(1, slots).transpose(0, 1).contiguous()
 
-    def here(self, part: int) -> tuple[Tensor, Tensor]:
+    def local(self, part: int) -> tuple[Tensor, Tensor]:
         return self._key(self.v, part), self.v
 
-    def arrived(self, rows: Tensor, part: int) -> tuple[Tensor, Tensor]:
+    def received(self, rows: Tensor, part: int) -> tuple[Tensor, Tensor]:
         v = rows.transpose(0, 1)
         return self._key(v, part), v
 
-    def lined_up(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    def in_order(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         v = torch.cat((self.v, rows.transpose(0, 1)), dim=1).index_select(1, order)
         return self._key(v, 0), v
 
-    def sums(self, tokens: int) -> GradBuffers:
+    def grad_buffers(self, tokens: int) -> GradBuffers:
         dk, dv = (_zeros(self.v, tokens, self.v.shape[-1]) for _ in range(2))
         return GradBuffers(dv, dk, dv)
 
-    def close(self, sums: GradBuffers, v: Tensor, part: int) -> Tensor:
-        back = rotate(sums.dk, -self._at(v, part), self.frequency)
+    def finish(self, buffers: GradBuffers, v: Tensor, part: int) -> Tensor:
+        back = rotate(buffers.dk, -self._positions(v, part), self.frequency)
         self.scale_gradient += (back * v.to(back.dtype)).sum((0, 1, 2))
-        return sums.rows.add_(back * self.key_scale.to(back.dtype))
+        return buffers.rows.add_(back * self.key_scale.to(back.dtype))
+
+    def input_gradients(self, rows: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        return None, rows, self.scale_gradient
 
     def _key(self, v: Tensor, part: int) -> Tensor:
-        return rotate(v * self.key_scale, self._at(v, part), self.frequency)
+        return rotate(v * self.key_scale, self._positions(v, part), self.frequency)
 
-    def _at(self, v: Tensor, part: int) -> Tensor:
+    def _positions(self, v: Tensor, part: int) -> Tensor:
         return self.position_ids[part, :, : v.shape[1]]
 
 
-class ExchangeStrategy:
-    """A strategy that does not look into what it carries: one for pairs is one for values.
+def payload_of(x: AttentionInputs, metadata: KeyExchangeMetadata) -> KVPayload:
+    """What travels for these inputs."""
+    if x.k is not None:
+        return KeyValuePayload(x.k, x.v)
+    assert x.key_scale is not None and x.frequency is not None
+    return ValueOnlyPayload(x.v, x.key_scale, x.frequency, metadata.key_position_ids)
 
-    As an op.Strategy it carries pairs.
-    """
+
+class ExchangeStrategy:
+    """A strategy that exchanges keys and does not look into what travels for them."""
 
     keeps_own_form = False
+    takes_values_only = True
 
     def attend(
-        self, q: Tensor, carried: KVPayload, sink: Tensor | None, call: OpContext
+        self, q: Tensor, payload: KVPayload, sink: Tensor | None, context: OpContext
     ) -> tuple[Tensor, Tensor]:
         """out [B, L, H, V] in q's dtype and lse [B, L, H]."""
         raise NotImplementedError
 
     def attend_backward(
-        self, q: Tensor, carried: KVPayload, final: SavedForward, call: OpContext
+        self, q: Tensor, payload: KVPayload, saved: SavedForward, context: OpContext
     ) -> tuple[Tensor, Tensor]:
         """dq and the gradients of the local rows [B, L, G, W]."""
         raise NotImplementedError
 
-    def forward(self, x: AttentionInputs, call: OpContext) -> ForwardResult:
-        out, lse = self.attend(x.q, KeyValuePayload(x.k, x.v), x.sink, call)
+    def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
+        payload = payload_of(x, KeyExchangeMetadata(*context.metadata))
+        out, lse = self.attend(x.q, payload, x.sink, context)
         return ForwardResult(out, [lse])
 
     def backward(
-        self, grad_out: Tensor, x: AttentionInputs, kept: ForwardResult, call: OpContext
+        self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
     ) -> AttentionInputs:
-        final, pairs = SavedForward(grad_out, kept.out, kept.saved[0]), KeyValuePayload(x.k, x.v)
-        dq, rows = self.attend_backward(x.q, pairs, final, call)
-        return AttentionInputs(dq, *pairs.split(rows), local_sink_gradient(final, x.sink))
+        payload = payload_of(x, KeyExchangeMetadata(*context.metadata))
+        saved = SavedForward(grad_out, result.out, result.saved[0])
+        dq, rows = self.attend_backward(x.q, payload, saved, context)
+        dk, dv, dkey_scale = payload.input_gradients(rows)
+        return AttentionInputs(dq, dk, dv, local_sink_gradient(saved, x.sink), dkey_scale)
 
     def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
         return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]

@@ -16,13 +16,12 @@ from dtcp.kernels.softmax.api import (
     attend_backward,
     zeros_for,
 )
-from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.exchange import Transfer, accumulate_returned_grads, isend_irecv
+from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
 from dtcp.softmax.op import AttentionOp, OpContext
 from dtcp.softmax.payload import ExchangeStrategy, KVPayload
-from dtcp.softmax.required_keys import KeyExchangeMetadata, NeededKeysAttention, ring_metadata
-from dtcp.softmax.values_op import ValuesOp
+from dtcp.softmax.style import KeyExchangeAttention
 
 _GRADIENTS = 1  # tag of gradient transfers; keys travel under 0
 
@@ -31,45 +30,46 @@ class _Ring(ExchangeStrategy):
     """n steps; at most two shards' keys are held: the one attended to and the one arriving."""
 
     def attend(
-        self, q: Tensor, carried: KVPayload, sink: Tensor | None, call: OpContext
+        self, q: Tensor, payload: KVPayload, sink: Tensor | None, context: OpContext
     ) -> tuple[Tensor, Tensor]:
-        metadata = KeyExchangeMetadata(*call.metadata)
+        metadata = KeyExchangeMetadata(*context.metadata)
         queries = Queries.of(q, metadata.first_key, metadata.last_key)
         partial = None
-        for step, keys in _steps(carried, metadata, call):
+        for step, keys in _steps(payload, metadata, context):
             if partial is None:
                 partial = OnlineSoftmax.empty(q, keys.v.shape[-1])
-            attend(partial, queries, keys, metadata.spans[step], call.how)
+            attend(partial, queries, keys, metadata.block_ranges[step], context.softmax)
         assert partial is not None
         return partial.finish(sink, q.dtype)
 
     def attend_backward(
-        self, q: Tensor, carried: KVPayload, final: SavedForward, call: OpContext
+        self, q: Tensor, payload: KVPayload, saved: SavedForward, context: OpContext
     ) -> tuple[Tensor, Tensor]:
-        metadata, dq = KeyExchangeMetadata(*call.metadata), zeros_for(q)
+        metadata, dq = KeyExchangeMetadata(*context.metadata), zeros_for(q)
         queries = Queries.of(q, metadata.first_key, metadata.last_key)
         sent = metadata.counts[0].tolist()
         slots = metadata.send_slot[: sum(sent)].split(sent)
-        here, going_home = torch.empty(0), None
-        for step, keys in _steps(carried, metadata, call):
-            sums = carried.sums(keys.v.shape[1])
-            grads = GradAccumulators(dq, sums.dk, sums.dv)
-            attend_backward(grads, final, queries, keys, metadata.spans[step], call.how)
-            found = carried.close(sums, keys.v, step)
+        local, returning = torch.empty(0), None
+        for step, keys in _steps(payload, metadata, context):
+            buffers = payload.grad_buffers(keys.v.shape[1])
+            grads = GradAccumulators(dq, buffers.dk, buffers.dv)
+            ranges = metadata.block_ranges[step]
+            attend_backward(grads, saved, queries, keys, ranges, context.softmax)
+            of_step = payload.finish(buffers, keys.v, step)
             if step == 0:
-                here = found
+                local = of_step
                 continue
-            if going_home is not None:
-                accumulate_returned_grads(here, going_home.wait(), slots[step - 1])
-            rows = found.transpose(0, 1).to(q.dtype).contiguous()
-            going_home = isend_irecv(rows, sent[step], -step, call, tag=_GRADIENTS)
-        if going_home is not None:
-            accumulate_returned_grads(here, going_home.wait(), slots[-1])
-        return dq, here
+            if returning is not None:
+                accumulate_returned_grads(local, returning.wait(), slots[step - 1])
+            rows = of_step.transpose(0, 1).to(q.dtype).contiguous()
+            returning = isend_irecv(rows, sent[step], -step, context, tag=_GRADIENTS)
+        if returning is not None:
+            accumulate_returned_grads(local, returning.wait(), slots[-1])
+        return dq, local
 
 
 def _steps(
-    carried: KVPayload, metadata: KeyExchangeMetadata, call: OpContext
+    payload: KVPayload, metadata: KeyExchangeMetadata, context: OpContext
 ) -> Iterator[tuple[int, Keys]]:
     """(step, keys) from this rank's own on; the next step's transfer is under way already."""
     sent, received = metadata.counts.tolist()
@@ -77,21 +77,21 @@ def _steps(
     arriving: Transfer | None = None
     for step in range(len(sent)):
         if arriving is not None:
-            k, v = carried.arrived(arriving.wait(), step)
+            k, v = payload.received(arriving.wait(), step)
         else:
-            k, v = carried.here(step)
+            k, v = payload.local(step)
         ahead = step + 1
         if ahead < len(sent):
-            arriving = isend_irecv(carried.pack(slots[ahead]), received[ahead], ahead, call)
+            packed = payload.pack(slots[ahead])
+            arriving = isend_irecv(packed, received[ahead], ahead, context)
         yield step, Keys(k, v, metadata.key_token_index[step, : k.shape[1]])
 
 
-RING = AttentionOp("ring_attention", _Ring())
-RING_VALUES = ValuesOp("ring_values_attention", _Ring())
+RING = AttentionOp("ring_attention", _Ring(), communicates=True)
 
 
 @dataclass
-class RingAttention(NeededKeysAttention):
+class RingAttention(KeyExchangeAttention):
     """Attention that streams the other shards' keys past its queries.
 
     Step s attends to what came from s ranks back while step s + 1 is on its way. A rank never
@@ -101,7 +101,7 @@ class RingAttention(NeededKeysAttention):
     Keyword Args:
         boundary: InGraph() or EagerIsland().
 
-    Traffic per rank, received: keys needed from others x B * G * (D + V) elements forward, at
+    Traffic per rank, received: keys required from others x B * G * (D + V) elements forward, at
     most (n - 1) * L of them; the same again backward, and their gradients home.
     From Liu et al. 2023, Ring Attention, section 3, https://arxiv.org/abs/2310.01889; transfers
     go straight from owner to user, so nothing is passed on for others.
@@ -111,16 +111,7 @@ class RingAttention(NeededKeysAttention):
     def op(self) -> AttentionOp:
         return RING
 
-    @property
-    def values_op(self) -> ValuesOp:
-        return RING_VALUES
-
-    def make_metadata(
-        self,
-        layout: SequenceLayout,
-        rank: int,
-        intervals: tuple[Tensor, Tensor],
-        *,
-        tile: int = TILE,
-    ) -> tuple[Tensor, ...]:
-        return ring_metadata(layout, rank, intervals, tile=tile)
+    def rank_metadata(
+        self, layout: SequenceLayout, rank: int, intervals: tuple[Tensor, Tensor]
+    ) -> KeyExchangeMetadata:
+        return ring_metadata(layout, rank, intervals, tile=self.tile)

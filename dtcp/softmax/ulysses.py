@@ -1,7 +1,7 @@
 """Trade heads for sequence: each rank attends with some of the heads to the whole sequence."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dtcp.distributed.collectives import group_of
 from dtcp.kernels.dtypes import accumulation
-from dtcp.kernels.softmax.block_ranges import TILE
+from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.softmax.local import Local, LocalMetadata, local_metadata
+from dtcp.softmax.local import LOCAL
+from dtcp.softmax.metadata import local_metadata
 from dtcp.softmax.op import (
     AttentionInputs,
     AttentionOp,
@@ -67,6 +68,15 @@ class HeadShare:
         return copied.unflatten(2, (self.kv_heads, self.copies)).sum(3)
 
 
+@dataclass(frozen=True, eq=False)
+class UlyssesMetadata(AttentionMetadata):
+    """What Ulysses reads of a batch, before what the strategy inside reads."""
+
+    order: Tensor  # [n L] int32, joined slots in token order; empty where they are in order
+    restore: Tensor  # [n L] int32, the way back; likewise
+    outer: AttentionMetadata
+
+
 class Ulysses:
     """all_to_all to heads, another strategy on them (attending locally, or a ring), and back.
 
@@ -74,37 +84,41 @@ class Ulysses:
     """
 
     keeps_own_form = True
+    takes_values_only = False
 
     def __init__(self, outer: Strategy) -> None:
         self.outer = outer
 
-    def forward(self, x: AttentionInputs, call: OpContext) -> ForwardResult:
-        share = _share(x.q.shape[2], call)
-        order, restore, outer_call = self._parts(call, share)
+    def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
+        assert x.k is not None
+        share = _share(x.q.shape[2], context)
+        order, restore, outer_context = self._parts(context, share)
         by_rank = (share.split(x.q), share.split_kv(x.k), share.split_kv(x.v))
-        q, k, v = _to_sequence(by_rank, order, call)
-        sink = _own_sink(x.sink, share, call)
-        out, saved = self.outer.forward(AttentionInputs(q, k, v, sink), outer_call)
-        (local,) = _to_heads((out,), restore, call)
+        q, k, v = _to_sequence(by_rank, order, context)
+        sink = _own_sink(x.sink, share, context)
+        out, saved = self.outer.forward(AttentionInputs(q, k, v, sink), outer_context)
+        (local,) = _to_heads((out,), restore, context)
         return ForwardResult(share.join(local), [q, k, v, out, *saved])
 
     def backward(
-        self, grad_out: Tensor, x: AttentionInputs, kept: ForwardResult, call: OpContext
+        self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
     ) -> AttentionInputs:
-        share = _share(grad_out.shape[2], call)
-        order, restore, outer_call = self._parts(call, share)
-        (grad,) = _to_sequence((share.split(grad_out),), order, call)
-        own = x._replace(sink=_own_sink(x.sink, share, call))
-        *grads, d_own_sink = self.outer.backward(grad, own, kept, outer_call)
-        dq, dk, dv = _to_heads([each.to(x.q.dtype) for each in grads], restore, call)
+        share = _share(grad_out.shape[2], context)
+        order, restore, outer_context = self._parts(context, share)
+        (grad,) = _to_sequence((share.split(grad_out),), order, context)
+        own = x._replace(sink=_own_sink(x.sink, share, context))
+        grads = self.outer.backward(grad, own, result, outer_context)
+        by_heads = [each.to(x.q.dtype) for each in grads[:3] if each is not None]
+        dq, dk, dv = _to_heads(by_heads, restore, context)
         dsink = None if x.sink is None else torch.zeros_like(x.sink)
-        if dsink is not None and d_own_sink is not None:
-            dsink[_own_heads(share, call.groups)] = d_own_sink
+        if dsink is not None and grads.sink is not None:
+            dsink[_own_heads(share, context.groups)] = grads.sink
         dk, dv = share.join_kv_gradient(dk), share.join_kv_gradient(dv)
         return AttentionInputs(share.join(dq), dk, dv, dsink)
 
     def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
-        q, k, v, _ = x
+        q, k, v = x.q, x.k, x.v
+        assert k is not None
         share = HeadShare(q.shape[2], k.shape[2], dist.get_world_size(_inner_group(groups)))
         batch, length = q.shape[:2]
         whole = (batch, length * share.num_ranks)
@@ -112,13 +126,12 @@ class Ulysses:
         inner_k = k.new_empty(*whole, share.kv_heads_each, k.shape[-1])
         inner_v = v.new_empty(*whole, share.kv_heads_each, v.shape[-1])
         out = q.new_empty(*inner_q.shape[:-1], v.shape[-1])
-        rest = self.outer.saved_like(AttentionInputs(inner_q, inner_k, inner_v, None), groups)
+        rest = self.outer.saved_like(AttentionInputs(inner_q, inner_k, inner_v), groups)
         return [inner_q, inner_k, inner_v, out, *rest]
 
-    def _parts(self, call: OpContext, share: HeadShare) -> tuple[Tensor, Tensor, OpContext]:
-        order, restore, *outer_metadata = call.metadata
-        kv_heads = share.kv_heads_each
-        return order, restore, OpContext(call.op, outer_metadata, call.how, call.groups, kv_heads)
+    def _parts(self, context: OpContext, share: HeadShare) -> tuple[Tensor, Tensor, OpContext]:
+        order, restore, *outer = context.metadata
+        return order, restore, replace(context, metadata=outer, kv_heads=share.kv_heads_each)
 
 
 def _inner_group(groups: Sequence[str]) -> dist.ProcessGroup:
@@ -126,8 +139,9 @@ def _inner_group(groups: Sequence[str]) -> dist.ProcessGroup:
     return group_of(groups[1] if len(groups) > 1 else groups[0])
 
 
-def _share(heads: int, call: OpContext) -> HeadShare:
-    return HeadShare(heads, call.kv_heads, dist.get_world_size(_inner_group(call.groups)))
+def _share(heads: int, context: OpContext) -> HeadShare:
+    num_ranks = dist.get_world_size(_inner_group(context.groups))
+    return HeadShare(heads, context.kv_heads, num_ranks)
 
 
 def _own_heads(share: HeadShare, groups: Sequence[str]) -> slice:
@@ -135,19 +149,19 @@ def _own_heads(share: HeadShare, groups: Sequence[str]) -> slice:
     return slice(rank * each, (rank + 1) * each)
 
 
-def _own_sink(sink: Tensor | None, share: HeadShare, call: OpContext) -> Tensor | None:
-    return None if sink is None else sink[_own_heads(share, call.groups)]
+def _own_sink(sink: Tensor | None, share: HeadShare, context: OpContext) -> Tensor | None:
+    return None if sink is None else sink[_own_heads(share, context.groups)]
 
 
-def _to_sequence(parts: Sequence[Tensor], order: Tensor, call: OpContext) -> list[Tensor]:
+def _to_sequence(parts: Sequence[Tensor], order: Tensor, context: OpContext) -> list[Tensor]:
     """One all_to_all: [n, B, L, heads, D] by receiver -> [B, n * L, heads, D] by position."""
     n, batch, length = parts[0].shape[:3]
     if order.numel() not in (0, n * length):
         raise ValueError(
-            f"Attention reads the tables of its own batch, got tables for {order.numel()} tokens "
-            f"on {n} ranks with {length} each: pass the tables that were made with this batch."
+            f"Attention reads the metadata of its own batch, got some for {order.numel()} tokens "
+            f"on {n} ranks with {length} each: pass those made with this batch."
         )
-    rows = _all_to_all(torch.cat([x.flatten(3) for x in parts], dim=-1), call)
+    rows = _all_to_all(torch.cat([x.flatten(3) for x in parts], dim=-1), context)
     whole = rows.movedim(0, 1).reshape(batch, n * length, -1)
     whole = whole if order.numel() == 0 else whole.index_select(1, order)
     widths = [x.shape[3:].numel() for x in parts]
@@ -155,26 +169,26 @@ def _to_sequence(parts: Sequence[Tensor], order: Tensor, call: OpContext) -> lis
     return [x.unflatten(2, p.shape[3:]).contiguous() for x, p in zip(split, parts, strict=True)]
 
 
-def _to_heads(parts: Sequence[Tensor], restore: Tensor, call: OpContext) -> list[Tensor]:
+def _to_heads(parts: Sequence[Tensor], restore: Tensor, context: OpContext) -> list[Tensor]:
     """The way back: [B, n * L, heads, D] by position -> [n, B, L, heads, D] by owner of heads."""
-    n = dist.get_world_size(_inner_group(call.groups))
+    n = dist.get_world_size(_inner_group(context.groups))
     whole = torch.cat([x.flatten(2) for x in parts], dim=-1)
     whole = whole if restore.numel() == 0 else whole.index_select(1, restore)
-    rows = _all_to_all(whole.unflatten(1, (n, -1)).movedim(1, 0), call)
+    rows = _all_to_all(whole.unflatten(1, (n, -1)).movedim(1, 0), context)
     split = rows.split([x.shape[2:].numel() for x in parts], dim=-1)
     return [x.unflatten(3, p.shape[2:]) for x, p in zip(split, parts, strict=True)]
 
 
-def _all_to_all(rows: Tensor, call: OpContext) -> Tensor:
+def _all_to_all(rows: Tensor, context: OpContext) -> Tensor:
     """Row i of [n, ...] goes to rank i; equal sizes."""
     rows = rows.contiguous()
     n = rows.shape[0]
     if n == 1:
         return rows
     out = torch.empty_like(rows)
-    dist.all_to_all_single(out.view(-1), rows.view(-1), group=_inner_group(call.groups))
+    dist.all_to_all_single(out.view(-1), rows.view(-1), group=_inner_group(context.groups))
     moved = (n - 1) * rows[0].numel() * rows.element_size()
-    call.moved(sent=moved, received=moved)
+    context.count(sent=moved, received=moved)
     return out
 
 
@@ -205,7 +219,7 @@ def reorder_indices(layout: SequenceLayout, num_shards: int, shard: int) -> tupl
     return order.to(torch.int32), order.argsort().to(torch.int32)
 
 
-ULYSSES = AttentionOp("ulysses_attention", Ulysses(Local()))
+ULYSSES = AttentionOp("ulysses_attention", Ulysses(LOCAL), communicates=True)
 
 
 @dataclass
@@ -228,16 +242,11 @@ class UlyssesAttention(AttentionStyle):
     def op(self) -> AttentionOp:
         return ULYSSES
 
-    def make_metadata(
-        self,
-        layout: SequenceLayout,
-        rank: int,
-        intervals: tuple[Tensor, Tensor],
-        *,
-        tile: int = TILE,
-    ) -> tuple[Tensor, ...]:
-        metadata: LocalMetadata = local_metadata(*intervals, tile=tile)
-        return (*reorder_indices(layout, 1, 0), *metadata)
+    def rank_metadata(
+        self, layout: SequenceLayout, rank: int, intervals: tuple[Tensor, Tensor]
+    ) -> UlyssesMetadata:
+        local = local_metadata(*intervals, tile=self.tile)
+        return UlyssesMetadata(*reorder_indices(layout, 1, 0), local)
 
     def received(
         self,

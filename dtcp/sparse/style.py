@@ -5,28 +5,23 @@ close in its shard, and gathers what all ranks pooled. A window's last token dec
 it, so no length of a document or shard has to be a multiple of anything.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.parallel import ParallelStyle
 
-from dtcp.distributed.collectives import all_gather, connect, group_name
-from dtcp.mixer import BatchMetadata
+from dtcp.distributed.collectives import all_gather
+from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.sequence.routes import halo_runs
-from dtcp.softmax.style import Received
-from dtcp.sparse.exchange import bring_left, halo_routes, prepend_halo
-from dtcp.sparse.mixer import (
-    CompressedSparseAttention,
-    Compression,
-    SparseMetadata,
-    segment_entries,
-    sparse_metadata,
-)
+from dtcp.sparse.exchange import bring_left, prepend_halo
+from dtcp.sparse.metadata import SparseMetadata, rank_metadata, segment_entries
+from dtcp.sparse.mixer import CompressedSparseAttention
+from dtcp.style import MixerStyle, Received
 
 
 @dataclass(frozen=True)
@@ -39,68 +34,11 @@ class SparseShape:
     element_size: int
 
 
-@dataclass
-class CompressedSparseCP(ParallelStyle):
-    """Carry out CompressedSparseAttention on a sequence sharded over a mesh axis.
+class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
+    """A CompressedSparseAttention that a style has taken over."""
 
-    Three collectives forward: one exchange of halos (window - 1 raw keys, ratio - 1 tokens to
-    pool or 2 ratio - 1 with overlap, a segment), an all-gather of entries, one of the indexer's
-    keys. Two backward: the entries' gradients are reduce-scattered, the halos' sent home; the
-    indexer has none. Gathered entries are kept for backward, S / ratio rows of one head.
-
-    HeadTail balances the indexer, whose work grows with the position.
-    """
-
-    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (Contiguous, HeadTail)
-
-    def check(self, layout: SequenceLayout) -> None:
-        """Refuse what this strategy cannot honour, when the batch is built."""
-        if not isinstance(layout, self.layouts):
-            accepted = ", ".join(kind.__name__ for kind in self.layouts)
-            raise ValueError(
-                f"{self} works on the layouts {accepted}, got layout={layout}: use one of them."
-            )
-
-    def received(
-        self, mixer: CompressedSparseAttention, layout: SequenceLayout, rank: int, of: SparseShape
-    ) -> Received:
-        """What `rank` will receive in a layer: a formula; tests hold the count to it."""
-        row = of.batch * of.element_size
-        keys = _halo_tokens(layout, rank, mixer.window - 1) * of.head_dim
-        back = _asked_tokens(layout, rank, mixer.window - 1) * of.head_dim
-        how = mixer.compression
-        if how is None:
-            return Received(keys * row, back * row)
-        halves = 2 if how.overlap else 1
-        index = of.index_head_dim if how.selected is not None else 0
-        channels = 2 * halves * (of.head_dim + index)
-        keys += _halo_tokens(layout, rank, how.reach) * channels
-        back += _asked_tokens(layout, rank, how.reach) * channels
-        segments = len(layout.segments(rank))
-        others = (layout.num_shards - 1) * segments * segment_entries(layout.segment_len, how)
-        return Received(
-            (keys + others * (of.head_dim + index)) * row, (back + others * of.head_dim) * row
-        )
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if type(module) is not CompressedSparseAttention:
-            raise TypeError(
-                f"{self} takes over an unclaimed CompressedSparseAttention, got a "
-                f"{type(module).__name__}: name the mixer itself in the plan."
-            )
-        module.__class__ = ContextParallelSparse
-        cast(ContextParallelSparse, module).claim(self, device_mesh)
-        return module
-
-
-class ContextParallelSparse(CompressedSparseAttention):
-    """A mixer that a style has taken over. Made by the style, never built directly."""
-
-    def claim(self, style: CompressedSparseCP, mesh: DeviceMesh) -> None:
-        self.style, self.mesh, self.group = style, mesh, group_name(mesh)
-        self.rank, self.num_shards = mesh.get_local_rank(), mesh.size()
-        connect(self.group)
-        self.metadata_key = f"{self.metadata_key} by {style}"
+    def carry_out(self, *args: Any, **kwargs: Any) -> Tensor:
+        return CompressedSparseAttention.forward(self, *args, **kwargs)
 
     def bring(
         self, keys: Tensor, pooled: Tensor | None, metadata: SparseMetadata
@@ -114,39 +52,19 @@ class ContextParallelSparse(CompressedSparseAttention):
         segments = self._segments(metadata)
         reaches = [self.window - 1, *self._reach()]
         lengths = [segments * reach for reach in reaches]
-        halos = bring_left(pieces, metadata.routes, lengths, self.group)
+        halos = bring_left(pieces, metadata.routes, lengths, self.groups[0])
         keys, *rest = (
             prepend_halo(x, left, segments) for x, left in zip(pieces, halos, strict=True)
         )
         return keys, rest[0] if rest else None
 
     def gather(self, entries: Tensor, metadata: SparseMetadata) -> Tensor:
-        found = all_gather(entries, self.mesh, dim=1)
+        found = all_gather(entries, self.axis, dim=1)
         if self._segments(metadata) == 1:
             # They arrive in order.
             return found
         parts = found.unflatten(1, (len(metadata.order), -1))
         return parts.index_select(1, metadata.order).flatten(1, 2)
-
-    def own(self, metadata: BatchMetadata) -> tuple[Tensor, ...]:
-        if metadata is None or self.metadata_key not in metadata:
-            raise ValueError(
-                f"A context-parallel mixer reads the tables of its batch, got none for "
-                f"{self.metadata_key!r}: pass ShardedBatch.tables of shard_batch(..., model=model)."
-            )
-        return tuple(metadata[self.metadata_key])
-
-    def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> SparseMetadata:
-        if layout is None or layout.num_shards != self.num_shards:
-            raise ValueError(
-                f"A mixer on {self.num_shards} ranks needs a layout of as many shards, got "
-                f"layout={layout}: build the batch with shard_batch on the mesh of the plan."
-            )
-        self.style.check(layout)
-        return rank_metadata(coords, layout, self.rank, self.window, self.compression)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, style={self.style}, ranks={self.num_shards}"
 
     def _segments(self, metadata: SparseMetadata) -> int:
         return len(metadata.order) // self.num_shards
@@ -155,18 +73,60 @@ class ContextParallelSparse(CompressedSparseAttention):
         return [] if self.compression is None else [self.compression.reach]
 
 
-def rank_metadata(
-    coords: Coords,
-    layout: SequenceLayout,
-    rank: int,
-    window: int,
-    compression: Compression | None,
-) -> SparseMetadata:
-    """The tables of one rank."""
-    segments = [layout.segments(other) for other in range(layout.num_shards)]
-    metadata = sparse_metadata(coords, segments, rank, window, compression, halo=True)
-    reaches = [window - 1] if compression is None else [window - 1, compression.reach]
-    return metadata._replace(routes=halo_routes(layout, rank, reaches))
+@dataclass
+class CompressedSparseCP(MixerStyle):
+    """Carry out CompressedSparseAttention on a sequence sharded over a mesh axis.
+
+    Three collectives forward: one exchange of halos (window - 1 raw keys, ratio - 1 tokens to
+    pool or 2 ratio - 1 with overlap, a segment), an all-gather of entries, one of the indexer's
+    keys. Two backward: the entries' gradients are reduce-scattered, the halos' sent home; the
+    indexer has none. Gathered entries are kept for backward, S / ratio rows of one head.
+
+    HeadTail balances the indexer, whose work grows with the position.
+    """
+
+    claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
+        CompressedSparseAttention: ContextParallelSparse
+    }
+    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (Contiguous, HeadTail)
+
+    def make_metadata(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
+    ) -> SparseMetadata:
+        assert isinstance(mixer, CompressedSparseAttention)
+        self.check(mixer, layout)
+        return rank_metadata(coords, layout, rank, mixer.window, mixer.compression)
+
+    def received(
+        self, mixer: CompressedSparseAttention, layout: SequenceLayout, rank: int, of: SparseShape
+    ) -> Received:
+        """What `rank` will receive in a layer: a formula; tests hold the count to it."""
+        row = of.batch * of.element_size
+        keys = _halo_tokens(layout, rank, mixer.window - 1) * of.head_dim
+        back = _asked_tokens(layout, rank, mixer.window - 1) * of.head_dim
+        compression = mixer.compression
+        if compression is None:
+            return Received(keys * row, back * row)
+        halves = 2 if compression.overlap else 1
+        index = of.index_head_dim if compression.selected is not None else 0
+        channels = 2 * halves * (of.head_dim + index)
+        keys += _halo_tokens(layout, rank, compression.reach) * channels
+        back += _asked_tokens(layout, rank, compression.reach) * channels
+        segments = len(layout.segments(rank))
+        others = (
+            (layout.num_shards - 1) * segments * segment_entries(layout.segment_len, compression)
+        )
+        return Received(
+            (keys + others * (of.head_dim + index)) * row, (back + others * of.head_dim) * row
+        )
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if device_mesh.ndim != 1:
+            raise ValueError(
+                f"{self} is applied on the axis of the sequence, got a mesh of "
+                f"{device_mesh.ndim} axes: slice it, as in mesh['cp']."
+            )
+        return super()._apply(module, device_mesh)
 
 
 def work(metadata: SparseMetadata, *, selected: int | None) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torchtitan.models.common.attention import FlexAttention
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.protocols.module import Module
 
-from dtcp.mixer import BatchMetadata
+from dtcp.metadata import BatchMetadata
 from dtcp.sequence.masks import Causal
 from dtcp.softmax.mixer import SoftmaxAttention
 

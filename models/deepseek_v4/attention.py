@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtcp.mixer import BatchMetadata
+from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import RMSNorm
 from dtcp.models.deepseek_v4.config import DeepseekV4Config
 from dtcp.models.deepseek_v4.rope import TailRope

@@ -4,7 +4,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from dtcp.mixer import BatchMetadata
+from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import RMSNorm
 from dtcp.models.deepseek_v4.attention import Attention, GroupedLinear, Table
 from dtcp.models.deepseek_v4.config import DeepseekV4Config

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtcp.mixer import BatchMetadata
+from dtcp.metadata import BatchMetadata
 from dtcp.models.gemma4.config import Gemma4Config, MoEShape, Sight
 from dtcp.models.moe import Experts
-from dtcp.softmax.mixer import KeyExchange, KeysFromValues, SoftmaxAttention
+from dtcp.softmax.mixer import GatherSharedKV, KeysFromValues, SoftmaxAttention
 
 KeysAndValues = tuple[Tensor, Tensor]
 
@@ -42,7 +42,7 @@ class Attention(nn.Module):
             else:
                 self.k_norm = nn.RMSNorm(heads.head_dim, config.norm_eps)
                 self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.exchange = KeyExchange(mask) if config.shared_by_others(layer) else None
+        self.exchange = GatherSharedKV(mask) if config.shared_by_others(layer) else None
         alone = self.from_values and not self.shares and self.exchange is None
         self.mixer = KeysFromValues(mask, scale=1.0) if alone else SoftmaxAttention(mask, scale=1.0)
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dtcp.mixer import BatchMetadata
+from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import SwiGLU
 from dtcp.models.llama.config import LlamaConfig
 from dtcp.sequence.masks import Causal

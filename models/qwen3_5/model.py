@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtcp.mixer import BatchMetadata
+from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import SwiGLU
 from dtcp.models.moe import Experts
 from dtcp.models.qwen3_5.config import ExpertsConfig, Qwen35Config

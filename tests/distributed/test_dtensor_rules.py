@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from dtcp.compile import EagerIsland, InGraph, count_graphs
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import RingAttention
+from dtcp.softmax.op import AttentionInputs
 from tests.harness.attention_parity import (
     CAUSAL,
     Block,
@@ -50,9 +51,10 @@ def test_our_op_refuses_any_other_placement(mesh, placements, boundary):
     refused("on which the sequence is sharded", lambda: ours(mesh, placements, mixer, plan))
     local = [plan.shard(x) for x in truth(Case(CAUSAL), 2).inputs[:3]]
     inputs = [DTensor.from_local(x, mesh, placements, run_check=False) for x in local]
-    attn_metadata, how = plan.attn_metadata[mixer.metadata_key], mixer.softmax(local[0])
+    metadata, softmax = plan.attn_metadata[mixer.metadata_key], mixer.softmax(local[0])
+    x = AttentionInputs(*inputs)
     op, groups = mixer.style.op, mixer.groups
-    refused("on which the sequence", lambda: op(*inputs, attn_metadata, how, groups=groups))
+    refused("on which the sequence", lambda: op(x, metadata, softmax, groups=groups))
 
 
 @spmd(axes={"cp": 2, "tp": 2})

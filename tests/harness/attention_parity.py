@@ -6,8 +6,7 @@ gets its shards, and its output and gradients must be the truth's shards.
 
 import functools
 from collections.abc import Callable
-from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,7 +18,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.mixer import BatchMetadata
+from dtcp.metadata import BatchMetadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
     BlockBalanced,
@@ -162,9 +161,7 @@ def styles(num_shards: int, **how: Any) -> list[AttentionStyle]:
 
 def in_tiles(style: AttentionStyle, tile: int) -> AttentionStyle:
     """The same style with so many queries a tile: short sequences then have several tiles."""
-    style = copy(style)
-    style.make_metadata = functools.partial(style.make_metadata, tile=tile)  # type: ignore[method-assign, call-arg]
-    return style
+    return replace(style, tile=tile)
 
 
 def accepts(style: AttentionStyle, layout: type[SequenceLayout], case: Case, n: int) -> bool:

@@ -32,7 +32,8 @@ from dtcp.kernels.softmax.merge import (
 from dtcp.mixer import batch_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import Coords
-from dtcp.softmax.local import ATTENTION, local_metadata
+from dtcp.softmax.local import ATTENTION
+from dtcp.softmax.metadata import local_metadata
 from dtcp.softmax.mixer import SoftmaxAttention
 from tests.harness import packings as cases
 from tests.harness import reference
@@ -336,7 +337,8 @@ def test_op_keeps_the_contract_of_torch_library(sink, value_dim):
     intervals = CAUSAL.mask.intervals(Coords.of(Documents.single(1, 12)))
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if sink else None
     v = v[..., :value_dim].detach().requires_grad_()
-    args = (q, k, v, sinks, list(local_metadata(*intervals)), 0.3, 0.0, [])
+    metadata = local_metadata(*intervals).tensors()
+    args = (q, k, v, sinks, None, None, metadata, 0.3, 0.0, [])
     torch.library.opcheck(ATTENTION.forward, args)
 
 

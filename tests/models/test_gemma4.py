@@ -33,7 +33,7 @@ from dtcp.sequence.masks import (
     vision_blocks,
 )
 from dtcp.softmax import RingAttention, UlyssesAttention
-from dtcp.softmax.mixer import KeyExchange, KeysFromValues
+from dtcp.softmax.mixer import GatherSharedKV, KeysFromValues
 from tests.harness.hf_gemma4 import (
     SHAPE,
     VARIANTS,
@@ -153,7 +153,7 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda: MoEShape(num_experts=4, top_k=5, hidden_dim=8), "top_k=5 of num_experts=4"),
     (
         lambda: Gemma4(tiny()).forward(torch.zeros(1, 4).long(), torch.arange(4), {}),
-        r"turns by one position, got position.shape=\(4,\)",
+        r"turns by one position, got position_ids.shape=\(4,\)",
     ),
     (lambda: replace(tiny(), per_layer_dim=4), "per_layer_vocab_size=0"),
     (
@@ -163,13 +163,13 @@ REFUSED: list[tuple[Any, str]] = [
     (
         lambda: context_plan(replace(tiny(), vision_blocks=True, longest_vision_block=3), RING)[
             "layers.0.attention.mixer"
-        ].make_metadata(HeadTail(32, 2), 0, _images_of(5)),
+        ].rank_metadata(HeadTail(32, 2), 0, _images_of(5)),
         r"sees 4 tokens to the left and 4 to the right.*widen the halo",
     ),
-    (lambda: UlyssesAttention().check_values(), "RingAttention or AllGatherAttention"),
+    (lambda: UlyssesAttention().check_values_only(), "RingAttention or AllGatherAttention"),
     (
-        lambda: KeyExchange(Causal()).make_metadata(_coords(), Contiguous(32, 2)),
-        "unclaimed KeyExchange",
+        lambda: GatherSharedKV(Causal()).make_metadata(_coords(), Contiguous(32, 2)),
+        "unclaimed GatherSharedKV",
     ),
 ]
 RING = RingAttention()

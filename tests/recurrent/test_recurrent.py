@@ -18,7 +18,8 @@ from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import Traffic, count
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.delta_rule import reference as delta_rule
-from dtcp.mixer import BatchMetadata, batch_metadata
+from dtcp.metadata import BatchMetadata
+from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
 from dtcp.recurrent import (
     CausalConv1d,

@@ -17,7 +17,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal
 from dtcp.softmax import AllGatherAttention, RingAttention, SharedKVAttention
-from dtcp.softmax.mixer import KeyExchange, KeysFromValues
+from dtcp.softmax.mixer import GatherSharedKV, KeysFromValues
 from dtcp.sparse import CompressedSparseCP, PublishedSparseCP
 from dtcp.sparse.mixer import CompressedSparseAttention, Compression
 from tests.harness.attention_parity import refused
@@ -34,7 +34,7 @@ def rotated(mixer, position_ids, attn_metadata):
     if isinstance(mixer, KeysFromValues):
         x = torch.ones(*position_ids.shape[-2:], 2, 4)
         return mixer(x, x, position_ids, torch.ones(4), FREQUENCY, attn_metadata)
-    if isinstance(mixer, KeyExchange):
+    if isinstance(mixer, GatherSharedKV):
         return mixer.token_index(position_ids, attn_metadata)
     return mixer.check_position_ids(position_ids, attn_metadata)
 
@@ -46,7 +46,7 @@ def sparse():
 STYLES = [
     (lambda: KeysFromValues(Causal()), RingAttention(), HeadTail),
     (lambda: KeysFromValues(Causal()), AllGatherAttention(boundary=EagerIsland()), Contiguous),
-    (lambda: KeyExchange(Causal()), SharedKVAttention(), HeadTail),
+    (lambda: GatherSharedKV(Causal()), SharedKVAttention(), HeadTail),
     (sparse, CompressedSparseCP(), HeadTail),
     (sparse, PublishedSparseCP(), Contiguous),
 ]

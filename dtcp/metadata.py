@@ -1,0 +1,140 @@
+"""What a batch tells the mixers: typed values, made once per batch on the host.
+
+Each kind of mixer has a kind of metadata: a frozen dataclass of tensors. Kernels read some of them
+on the device; the host reads the others (`HostTensor`) to know sizes, and those never leave it. A
+batch's metadata are kept by value: mixers that read the same mask, carried out in the same way,
+share one.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Annotated, Any, Self
+
+import torch
+from torch import Tensor
+
+HostTensor = Annotated[Tensor, "read by the host"]
+"""The type of a field that stays on the host when metadata move to a device."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMetadata:
+    """What one kind of mixer reads of a batch on one rank. Subclasses are frozen dataclasses.
+
+    Shapes are the same on every rank and for every batch of one length, so a graph stays valid.
+    """
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same metadata, with what kernels read on the device."""
+        moved: dict[str, Any] = {
+            each.name: value.to(device, non_blocking=True)
+            if isinstance(value, Tensor)
+            else value.to(device)
+            for each in fields(self)
+            if each.type is not HostTensor and (value := getattr(self, each.name)) is not None
+        }
+        return replace(self, **moved)
+
+    def tensors(self) -> list[Tensor]:
+        """All fields in their order, as an op takes them; those of nested metadata in line."""
+        found: list[Tensor] = []
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Tensor):
+                found.append(value)
+            else:
+                found.extend(value.tensors())
+        return found
+
+
+@dataclass(frozen=True)
+class NoMetadata(AttentionMetadata):
+    """Of a mixer that reads nothing of a batch."""
+
+
+@dataclass(frozen=True)
+class MetadataKey:
+    """Which mixers read the same metadata: those of equal keys.
+
+    Args:
+        value: all that the metadata depend on beside the batch.
+        label: for people; not compared.
+    """
+
+    value: tuple[Hashable, ...]
+    label: str = field(compare=False)
+
+    def __str__(self) -> str:
+        return self.label
+
+
+def metadata_key(*parts: object) -> MetadataKey:
+    """The key of a mixer that is told apart by these parts: its type, its mask, its style.
+
+    Raises:
+        TypeError: a part whose value cannot be told (`value_of`).
+    """
+    names = (part.__name__ if isinstance(part, type) else str(part) for part in parts)
+    label = ", ".join(names)
+    return MetadataKey(tuple(value_of(part) for part in parts), label)
+
+
+def value_of(part: object) -> Hashable:
+    """A dataclass as a hashable value: its type and its compared fields, all the way down.
+
+    Raises:
+        TypeError: an object that holds more than its fields say, or a field without a hash. Two
+            of them could be taken for one, and the second would read the first one's metadata.
+    """
+    if is_dataclass(part) and not isinstance(part, type):
+        # torch's parallelize_module leaves src_data_rank on every style.
+        hidden = vars(part).keys() - {each.name for each in fields(part)} - {"src_data_rank"}
+        if hidden:
+            raise TypeError(
+                f"Masks and styles are told apart by their fields, got {type(part).__name__} that "
+                f"holds {sorted(hidden)} beside them: declare it as a dataclass (a mask frozen) "
+                f"with these as fields."
+            )
+        compared = (each.name for each in fields(part) if each.compare)
+        return (type(part), *(value_of(getattr(part, name)) for name in compared))
+    if isinstance(part, tuple | list):
+        return (type(part), *map(value_of, part))
+    try:
+        hash(part)
+    except TypeError as error:
+        raise TypeError(
+            f"Masks and styles are told apart by their fields, got one of "
+            f"{type(part).__name__}, which has no hash: give a number, a tuple or a dataclass."
+        ) from error
+    return part
+
+
+class BatchMetadata:
+    """The metadata of a batch, by the key of the mixers that read them.
+
+    No dict: FSDP moves all tensors in the dicts, tuples and dataclasses that its root module is
+    called with to the device, and the host would wait for its own numbers.
+    """
+
+    def __init__(self, by_key: Mapping[MetadataKey, AttentionMetadata]) -> None:
+        # Keys of their own: dynamo would guard that one is the very object that a mixer holds.
+        self._by_key = {replace(key): value for key, value in by_key.items()}
+
+    def to(self, device: torch.device | str) -> "BatchMetadata":
+        """The same, with what kernels read on the device."""
+        return BatchMetadata({key: each.to(device) for key, each in self._by_key.items()})
+
+    def __getitem__(self, key: MetadataKey) -> AttentionMetadata:
+        return self._by_key[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._by_key
+
+    def __iter__(self) -> Iterator[MetadataKey]:
+        return iter(self._by_key)
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __repr__(self) -> str:
+        return f"BatchMetadata({', '.join(str(key) for key in self._by_key)})"

@@ -1,0 +1,79 @@
+"""The base of styles: how a kind of mixer is carried out over a mesh axis."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from dtcp.compile import Boundary, InGraph
+from dtcp.distributed.collectives import group_name
+from dtcp.metadata import AttentionMetadata
+from dtcp.mixer import ClaimedMixer, Mixer
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.masks import Coords
+
+
+@dataclass(frozen=True)
+class Received:
+    """Bytes that one rank receives from others, in a forward and in a backward pass."""
+
+    forward: int
+    backward: int
+
+    def __add__(self, other: "Received") -> "Received":
+        return Received(self.forward + other.forward, self.backward + other.backward)
+
+
+@dataclass
+class MixerStyle(ParallelStyle):
+    """Carry a kind of mixer out on a sequence sharded over a mesh axis.
+
+    A subclass names the mixers it takes over and the layouts it accepts, and makes the metadata
+    that its mixers read: data, worked out once per batch without communication.
+
+    Keyword Args:
+        boundary: InGraph(), one op in the compiled block, or EagerIsland(), one graph break.
+    """
+
+    claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]]
+    """Which mixers this style takes over, and what each becomes."""
+    layouts: ClassVar[tuple[type[SequenceLayout], ...]]
+
+    boundary: Boundary = field(default_factory=InGraph, kw_only=True)
+
+    def make_metadata(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
+    ) -> AttentionMetadata:
+        """What the mixer reads on `rank`: of the same shapes on every rank and for every batch.
+
+        Args:
+            coords: of the whole rows, in token order.
+        """
+        raise NotImplementedError
+
+    def check(self, mixer: Mixer, layout: SequenceLayout) -> None:
+        """Refuse a layout that this style cannot honour, when the batch is built."""
+        if not isinstance(layout, self.layouts):
+            accepted = ", ".join(kind.__name__ for kind in self.layouts)
+            raise ValueError(
+                f"{self} works on the layouts {accepted}, got layout={layout}: use one of them, "
+                f"or another style."
+            )
+
+    def groups(self, axis: DeviceMesh) -> list[str]:
+        """Names of the process groups this style talks over; the axis's own first."""
+        return [group_name(axis)]
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if type(module) not in self.claims:
+            kinds = " or ".join(kind.__name__ for kind in self.claims)
+            raise TypeError(
+                f"{self} takes over an unclaimed {kinds}, got a {type(module).__name__}: name the "
+                f"mixer itself in the plan."
+            )
+        module.__class__ = self.claims[cast(type[Mixer], type(module))]
+        cast(ClaimedMixer, module).claim(self, device_mesh)
+        return module
