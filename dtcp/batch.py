@@ -121,7 +121,7 @@ def shard_batch(
         batch: whole rows on the host, alike on every rank of the cp group. Labels are shifted
             already (shift_labels): a shard does not hold its neighbour's next token.
         layout: which tokens go to which rank; a class, made for the batch.
-        model: whose mixers the tables are for; None for none.
+        model: whose mixers the metadata are for; None for none.
         documents: of every row; None reads them off batch["position_ids"] that restart, and
             else takes a row as one document. What padding_mask marks is in none.
         fields: how each key is sharded and padded. A key of WHOLE stays as it is.

@@ -116,8 +116,8 @@ def test_m2_style_applied_after_the_first_compiled_call(mesh, boundary):
     with count() as traffic:
         assert_equals_one_device(case, attend, model, mesh, HeadTail)
     assert traffic["dtcp::ring_attention"].calls == 1
-    # And the tables of one device, which the warm-up used, are of no use to it now.
-    with pytest.raises(ValueError, match="reads the tables of its batch"):
+    # And the metadata of one device, which the warm-up used, are of no use to it now.
+    with pytest.raises(ValueError, match="reads the metadata of its batch"):
         attend(q, k, v, attn_metadata, sink=sink)
 
 

@@ -29,7 +29,7 @@ from dtcp.style import Received
 class RelayoutCP(ParallelStyle):
     """Run a layer on tokens dealt anew: in one all-to-all there, and one back.
 
-    For a module called as layer(x, tables), x of [B, L, D], whose mixers are recurrent and have
+    For a module called as layer(x, attn_metadata), x of [B, L, D], whose mixers are recurrent and have
     styles of their own. The batch may be of any layout, also one that those styles do not take.
 
     Args:

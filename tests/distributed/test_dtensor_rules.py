@@ -22,7 +22,7 @@ from tests.harness.spmd import spmd
 
 
 def ours(mesh, placements, mixer, plan, mixed=False):
-    """Call a mixer on DTensors of these placements; the tables are those of its plan."""
+    """Call a mixer on DTensors of these placements; the metadata are those of its batch."""
     inputs = []
     for index, local in enumerate(truth(Case(CAUSAL), 2).inputs[:3]):
         shape_of = plan.shard(local)

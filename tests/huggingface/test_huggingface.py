@@ -186,7 +186,7 @@ def test_cp_beside_data_parallel_equals_one_device(mesh, kind):
 )
 @spmd(ranks=2)
 def test_compiled_is_one_graph_a_kind_of_layer_and_equals_one_device(mesh, kind, graphs):
-    """A layer with another mask reads other tables, and so is another graph."""
+    """A layer with another mask reads other metadata, and so is another graph."""
     with count_graphs() as found:
         assert_parity(kind, Degrees(cp=2), compile=GRAPHS)
     assert (found.graphs, found.breaks) == (graphs, 0)
@@ -292,7 +292,7 @@ def test_cross_attention_is_refused_by_name():
         ({"output_attentions": True}, r"with=\['output_attentions'\]"),
         ({"use_cache": True}, "use_cache=True"),
         ({"position_ids": None}, r"without=\['position_ids'\]"),
-        ({"attn_metadata": None}, r"without=\['tables'\]"),
+        ({"attn_metadata": None}, r"without=\['attn_metadata'\]"),
     ],
 )
 def test_call_that_has_no_sharded_form_is_refused(change, match):

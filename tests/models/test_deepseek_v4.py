@@ -190,9 +190,9 @@ def test_ids_for_another_number_of_tokens_ahead_are_refused():
             model(ids[:, 0, :8], documents.position_ids(), {}, ids)
 
 
-def test_tables_of_other_rows_are_refused():
+def test_metadata_of_other_rows_are_refused():
     model, position_ids = DeepseekV4(tiny(64)), torch.arange(8).expand(2, -1)
-    for rows, match in ((1, r"tables for \(1, 8\) tokens"), (3, r"give \[B, L\] = \(3, 8\)")):
+    for rows, match in ((1, r"got some for \(1, 8\) tokens"), (3, r"give \[B, L\] = \(3, 8\)")):
         attn_metadata = batch_metadata(model, Documents.single(rows, 8))
         with pytest.raises(ValueError, match=match):
             model(torch.zeros(2, 8, dtype=torch.int64), position_ids, attn_metadata)

@@ -249,7 +249,7 @@ def test_bad_input_is_one_error_that_says_what_to_change():
     for shape in ((4, 1, 8), (2, 1, 8), (8,)):
         with pytest.raises(ValueError, match="for time, height and width"):
             model(ids, torch.zeros(shape), attn_metadata)
-    with pytest.raises(ValueError, match="tables of its own batch"):
+    with pytest.raises(ValueError, match="metadata of its own batch"):
         model(ids[:, :7], torch.arange(7)[None], attn_metadata)
     with pytest.raises(ValueError, match="num_mtp_layers=0"):
         model(ids, torch.arange(8)[None], attn_metadata, mtp_input_ids=ids[:, None])

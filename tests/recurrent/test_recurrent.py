@@ -224,7 +224,7 @@ def test_compiled_is_one_graph_for_every_packing(mesh, ranks):
 
 
 class Whole(nn.Module):
-    """The layer as one that reads hidden states, and tables."""
+    """The layer as one that reads hidden states, and metadata."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -323,9 +323,9 @@ def test_what_cannot_be_honoured_is_refused_on_every_rank(mesh):
     refused("of the layouts", lambda: plan_of(documents, layer, mesh, BlockBalanced))
     short = Documents.single(1, 8)
     refused("segment_len=2", lambda: plan_of(short, layer, mesh, HeadTail))
-    refused("tables of its batch", lambda: layer(*truth(documents).inputs, {}))
+    refused("metadata of its batch", lambda: layer(*truth(documents).inputs, {}))
     plan, inputs = plan_of(documents, layer, mesh, HeadTail), truth(documents).inputs
-    refused("tables of its own batch", lambda: layer(*inputs, plan.attn_metadata))
+    refused("metadata of its own batch", lambda: layer(*inputs, plan.attn_metadata))
     x, g, beta, weight = (plan.shard(t) if t.ndim > 2 else t for t in inputs)
     odd = g[..., None].expand(-1, -1, -1, K + 1)
     refused("key channel of one", lambda: layer(x, odd, beta, weight, plan.attn_metadata))
@@ -340,7 +340,7 @@ def test_what_cannot_be_honoured_is_refused_on_every_rank(mesh):
     refused("got a Linear", lambda: parallelize_module(nn.Linear(2, 2), mesh, relaid), TypeError)
     dealt = parallelize_module(layer_on(mesh), mesh, relaid)
     refused("once, got a Layer", lambda: parallelize_module(dealt, mesh, relaid), TypeError)
-    refused("tables of its batch", lambda: dealt(inputs[0], plan.attn_metadata))
+    refused("metadata of its batch", lambda: dealt(inputs[0], plan.attn_metadata))
     refused("as many shards", lambda: batch_metadata(dealt, documents))
     refused("segment_len=2", lambda: plan_of(Documents.single(1, 4), dealt, mesh, Contiguous))
     unclaimed = Layer()

@@ -313,7 +313,7 @@ def test_recomputed_attention_equals_one_device(mesh, boundary):
 
 @spmd(ranks=2)
 def test_layers_of_different_kinds_share_a_batch(mesh):
-    """A plan with another strategy for each mask, all reading one batch's tables."""
+    """A plan with another strategy for each mask, all reading one batch's metadata."""
     sights = (CAUSAL, WINDOW, BIDIRECTIONAL, CAUSAL)
     kinds = (RingAttention(), AllGatherAttention(), UlyssesAttention(), UlyssesAttention())
     mixers = nn.ModuleList(SoftmaxAttention(sight.mask) for sight in sights)

@@ -97,7 +97,7 @@ def largest_allocation(work):
 @pytest.mark.parametrize("how", [{}, {"softcap": 5.0}, {"value_dim": 4}], ids=repr)
 @spmd(ranks=2)
 def test_nothing_of_the_size_of_a_score_table_is_made(mesh, how):
-    """Not even one byte for each of L x S pairs; making the tables of the batch counts too."""
+    """Not even one byte for each of L x S pairs; making the metadata of the batch counts too."""
     seq_len, row = 4096, 2 * 4 * 4
     for style, mask in product(styles(2), (Causal(), Causal() & SlidingWindow(7))):
         if isinstance(style, HaloAttention) and mask == Causal():

@@ -26,7 +26,7 @@ from tests.harness.spmd import spmd
 SEQ_LEN = 32
 WHOLE = Documents(((11, 21),), SEQ_LEN)
 FREQUENCY = torch.tensor([1.0, 0.1])
-OTHERS = "positions are those of its batch"
+OTHERS = "position_ids are those of its batch"
 
 
 def rotated(mixer, position_ids, attn_metadata):
@@ -76,7 +76,7 @@ def test_positions_of_another_batch_stop_every_rank(mesh):
         )
 
 
-def test_positions_on_one_device_are_those_of_the_tables():
+def test_position_ids_on_one_device_are_those_of_the_metadata():
     model, own = nn.ModuleList([KeysFromValues(Causal())]), WHOLE.position_ids()
     attn_metadata = batch_metadata(model, WHOLE, position_ids=3 * own)
     rotated(model[0], 3 * own, attn_metadata)

@@ -314,7 +314,7 @@ def test_what_cannot_be_honoured_is_refused(mesh):
         plan_for(mixer, mesh, PerDocument, rows=((48,), (48,)))
     with pytest.raises(ValueError, match="needs a layout of as many shards"):
         batch_metadata(mixer, Documents(ROWS, SEQ_LEN))
-    with pytest.raises(ValueError, match="reads the tables of its batch"):
+    with pytest.raises(ValueError, match="reads the metadata of its batch"):
         run(mixer, inputs(SPARSE), {})
 
 

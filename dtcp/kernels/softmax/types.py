@@ -35,12 +35,12 @@ class Queries(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, first_key: Tensor, last_key: Tensor) -> "Queries":
-        """Check the tables first: all ranks refuse those of another batch, and none waits."""
+        """Check the metadata first: all ranks refuse those of another batch, and none waits."""
         if first_key.shape[0] not in (1, q.shape[0]) or first_key.shape[1] != q.shape[1]:
             raise ValueError(
-                f"Attention reads the tables of its own batch, got tables for "
-                f"{tuple(first_key.shape)} queries with q.shape={tuple(q.shape)}: pass the "
-                f"tables that were made with this batch."
+                f"Attention reads the metadata of its own batch, got some for "
+                f"{tuple(first_key.shape)} queries with q.shape={tuple(q.shape)}: pass those "
+                f"made with this batch."
             )
         return cls(q, first_key, last_key)
 
