@@ -96,11 +96,13 @@ class ClaimedMixer(Mixer):
         for name in self.groups:
             connect(name)
         self.set_metadata_key()
+        if isinstance(style.boundary, EagerIsland):
+            # Not a branch in forward: the break must come in the frame that calls the mixer. A
+            # method of this very mixer, so that a deep copy has its own.
+            self.forward = self._on_island  # type: ignore[method-assign]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the mixer's own: local shards in, local shard out."""
-        if isinstance(self.style.boundary, EagerIsland):
-            return self._on_island(*args, **kwargs)
         return self.carry_out(*args, **kwargs)
 
     @island

@@ -1,10 +1,10 @@
-"""A recurrent layer carried out on another layout: its tokens dealt there before it, and back.
+"""A recurrent layer carried out on another layout: its tokens move there before it, and back.
 
     HeadTail, n = 2        rank 0: 0 1 6 7        rank 1: 2 3 4 5
     inside the layer       rank 0: 0 1 2 3        rank 1: 4 5 6 7
 
-One state a rank is handed on then, whatever the layout of the batch, and twice the activations
-that change owner travel: less only where many ranks hold short shards.
+Each rank then hands on one state, whatever the layout of the batch, and the activations that
+change owner travel twice: less only where many ranks hold short shards.
 """
 
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ from dtcp.style import Received
 
 @dataclass
 class RelayoutCP(ParallelStyle):
-    """Run a layer on tokens dealt anew: in one all-to-all there, and one back.
+    """Run a layer on another layout: one all-to-all there, and one back.
 
-    For a module called as layer(x, attn_metadata), x of [B, L, D], whose mixers are recurrent and have
-    styles of their own. The batch may be of any layout, also one that those styles do not take.
+    For a module called as layer(x, attn_metadata), x of [B, L, D], whose mixers are recurrent and
+    have styles of their own. The batch may be of any layout, one that those styles refuse too.
 
     Args:
         inside: the layout in which the layer works.

@@ -35,7 +35,7 @@ def rotated(mixer, position_ids, attn_metadata):
         x = torch.ones(*position_ids.shape[-2:], 2, 4)
         return mixer(x, x, position_ids, torch.ones(4), FREQUENCY, attn_metadata)
     if isinstance(mixer, GatherSharedKV):
-        return mixer.token_index(position_ids, attn_metadata)
+        return mixer.position_ids(position_ids, attn_metadata)
     return mixer.check_position_ids(position_ids, attn_metadata)
 
 
@@ -68,10 +68,10 @@ def test_positions_of_another_batch_stop_every_rank(mesh):
             with pytest.raises(RuntimeError, match=OTHERS):
                 rotated(mixer, position_ids, plan.attn_metadata)
         several = local["position_ids"].expand(3, 1, -1)
-        refused("one position a token", lambda: rotated(mixer, several, plan.attn_metadata))  # noqa: B023
+        refused("one position per token", lambda: rotated(mixer, several, plan.attn_metadata))  # noqa: B023
         batch["position_ids"] = own.expand(3, 1, -1)
         refused(
-            "one position a token",
+            "one position per token",
             lambda: shard_batch(batch, ranks, layout, model=mixer, documents=WHOLE),  # noqa: B023
         )
 

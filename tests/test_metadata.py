@@ -1,0 +1,110 @@
+"""Metadata are told apart by the values of masks and styles; fields of the host stay there."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from dtcp.metadata import AttentionMetadata, BatchMetadata, HostTensor, NoMetadata, metadata_key
+from dtcp.mixer import batch_metadata
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.masks import Causal, Mask, SlidingWindow
+from dtcp.softmax.mixer import KeysFromValues, SoftmaxAttention
+
+
+class Undeclared(Mask):
+    """A mask of a user's that keeps its size where no field says so."""
+
+    def __init__(self, size):
+        object.__setattr__(self, "size", size)
+
+    def _sees(self, q, k):
+        return (q.token_index[:, :, None] - k.token_index[:, None, :]).abs() < self.size
+
+    def _interval(self, at):
+        return at.token_index - self.size + 1, at.token_index
+
+
+@dataclass(frozen=True)
+class Declared(Mask):
+    """The same, as a dataclass."""
+
+    size: int
+
+    _sees, _interval = Undeclared._sees, Undeclared._interval
+
+
+def test_masks_that_hold_more_than_their_fields_are_refused():
+    """Two of them would share metadata, and the second layer would see what the first does."""
+    with pytest.raises(TypeError, match=r"Undeclared that holds \['size'\].*as fields"):
+        SoftmaxAttention(Undeclared(2))
+    with pytest.raises(TypeError, match="Undeclared"):
+        SoftmaxAttention(Causal() & Undeclared(2))
+
+
+def test_masks_of_a_users_own_read_their_own_metadata():
+    model = torch.nn.ModuleList(SoftmaxAttention(Declared(size)) for size in (2, 8, 2))
+    metadata = batch_metadata(model, Documents.single(1, 16))
+    assert len(metadata) == 2
+    first, second, third = (mixer.own(metadata) for mixer in model)
+    assert first is third
+    assert not torch.equal(first.first_key, second.first_key)
+    q = torch.randn(1, 16, 1, 4, dtype=torch.float64)
+    for size, mixer in zip((2, 8), model, strict=False):
+        seen = torch.ones(16, 16).tril().triu(-(size - 1)).bool()
+        scores = (q[0, :, 0] @ q[0, :, 0].T / 2).masked_fill(~seen, -torch.inf)
+        torch.testing.assert_close(
+            mixer(q, q, q, metadata)[0, :, 0], scores.softmax(-1) @ q[0, :, 0]
+        )
+
+
+def test_subclasses_are_told_from_their_base():
+    """Of equal fields, but of another meaning."""
+
+    @dataclass(frozen=True)
+    class Backward(SlidingWindow):
+        pass
+
+    assert metadata_key(SlidingWindow(3)) == metadata_key(SlidingWindow(3))
+    assert metadata_key(SlidingWindow(3)) != metadata_key(Backward(3))
+    assert metadata_key(SlidingWindow(3)) != metadata_key(SlidingWindow(4))
+    assert metadata_key(Causal() & SlidingWindow(3)) != metadata_key(Causal() | SlidingWindow(3))
+
+
+def test_kinds_of_mixers_do_not_share_metadata():
+    pair = torch.nn.ModuleList([SoftmaxAttention(Causal()), KeysFromValues(Causal())])
+    assert len(batch_metadata(pair, Documents.single(1, 8))) == 2
+
+
+def test_a_field_without_a_hash_is_refused():
+    @dataclass(frozen=True)
+    class Listed(Mask):
+        sizes: dict
+
+    with pytest.raises(TypeError, match="one of dict, which has no hash"):
+        metadata_key(Listed({}))
+
+
+def test_metadata_of_another_model_are_refused():
+    metadata = batch_metadata(SoftmaxAttention(SlidingWindow(3)), Documents.single(1, 8))
+    x = torch.zeros(1, 8, 1, 4)
+    with pytest.raises(ValueError, match="got none for SoftmaxAttention, Causal"):
+        SoftmaxAttention(Causal())(x, x, x, metadata)
+
+
+def test_what_the_host_reads_stays_there():
+    @dataclass(frozen=True, eq=False)
+    class Inner(AttentionMetadata):
+        sizes: HostTensor
+
+    @dataclass(frozen=True, eq=False)
+    class Outer(AttentionMetadata):
+        index: torch.Tensor
+        inner: Inner
+
+    key = metadata_key(Causal())
+    outer = Outer(torch.zeros(2), Inner(torch.ones(3)))
+    moved = BatchMetadata({key: outer}).to("meta")[key]
+    assert (moved.index.device.type, moved.inner.sizes.device.type) == ("meta", "cpu")
+    assert [x.numel() for x in moved.tensors()] == [2, 3]
+    assert NoMetadata().to("meta").tensors() == []
