@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.harness import rank, spmd
+from tests.harness import forkserver, rank, spmd
 
 
 def ranks_of(item: pytest.Item) -> int:
@@ -24,6 +24,13 @@ def pytest_sessionfinish() -> None:
     """End the ranks; none were started where no test asked for any."""
     for pool in spmd.pools().values():
         pool.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server(request: pytest.FixtureRequest) -> None:
+    """Let the ranks' server import while the tests without ranks run."""
+    if any(map(ranks_of, request.session.items)):
+        forkserver.warm_up()
 
 
 @pytest.fixture(autouse=True)

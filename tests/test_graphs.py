@@ -136,7 +136,7 @@ def test_nothing_is_counted_that_does_not_run(mesh):
 
 @pytest.mark.skipif(bool(missing_for_inductor()), reason=f"lacks {missing_for_inductor()}")
 @boundaries
-@spmd(ranks=2, timeout=600)
+@spmd(ranks=2)
 def test_inductor_keeps_attention_exact_and_alive(mesh, boundary):
     mixer = mixer_on(mesh, RingAttention(boundary=boundary), WINDOW.mask)
     attend = torch.compile(Block(mixer), fullgraph=isinstance(boundary, InGraph))

@@ -6,13 +6,14 @@ Read with ast, so lazy and guarded imports count as well.
 import ast
 import functools
 import graphlib
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.harness.run_script import run_python
 
 ROOT = Path(__file__).parent.parent
 CODE = ("dtcp", "models", "parallelize")
@@ -343,7 +344,5 @@ def test_core_is_imported_without_torchtitan_or_optional_packages():
         f"for name in {core}: importlib.import_module(name)\n"
         f"print(*({{name.partition('.')[0] for name in sys.modules}} & set({unwanted})))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+    ended = run_python("-c", script)
+    assert (ended.code, ended.printed.split()) == (0, []), ended.errors

@@ -1,11 +1,11 @@
 """What the README says runs, runs."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.harness.run_script import run_forked
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,21 +32,9 @@ def test_the_example_runs_as_printed(tmp_path, index):
     ranks, example = EXAMPLES[index]
     script = tmp_path / "example.py"
     script.write_text(example)
-    # A file for each rank: in one pipe the lines of two ranks may run into each other.
-    files = ["--redirects", "3", "--log-dir", str(tmp_path / "ranks")]
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *files]
-    ran = subprocess.run(
-        [sys.executable, "-m", *command, str(script)],
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    errors = [path.read_text() for path in sorted(tmp_path.rglob("stderr.log"))]
-    assert ran.returncode == 0, "\n".join((ran.stderr, *errors))
-    printed = [path.read_text() for path in tmp_path.rglob("stdout.log")]
-    assert [len(re.findall(PRINTED[index], out)) for out in printed] == [1] * int(ranks)
+    ended = run_forked(script, ranks=int(ranks))
+    assert ended.code == 0, ended.errors
+    assert len(re.findall(PRINTED[index], ended.printed)) == int(ranks)
 
 
 def test_its_commands_name_configs_and_files_that_exist():

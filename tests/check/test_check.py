@@ -1,10 +1,7 @@
 """The parity proof passes what is right, fails what is not, and refuses what cannot be."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +25,7 @@ from dtcp.parallelize import Compile, ParallelPlan
 from dtcp.sequence.masks import Causal
 from dtcp.softmax import RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
+from tests.harness.run_script import run_forked, run_python
 from tests.harness.spmd import spmd
 
 ROOT = Path(__file__).parents[2]
@@ -222,7 +220,7 @@ def test_what_a_rank_refuses_is_refused_in_a_sentence(capsys):
     assert capsys.readouterr().out.endswith("refused:\n  only ranks know\nFAILED\n")
 
 
-@spmd(ranks=2, timeout=400)
+@spmd(ranks=2)
 def test_model_of_transformers_passes(mesh):
     options = Options(Degrees(cp=2))
     mesh = ParallelMesh.from_degrees(options.degrees, "cpu")
@@ -236,32 +234,21 @@ def test_guide_runs_from_start_to_end(tmp_path):
     for name, text in blocks.items():
         (tmp_path / name).write_text(text)
     commands = re.findall(r"^\$ python (-m dtcp\.check .*)$", GUIDE, re.MULTILINE)
-    before, after = (python(command.split(), tmp_path) for command in commands)
-
-    assert before.returncode == 1, before.stderr
+    before, after = (
+        run_python(*command.split(), folder=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}")
+        for command in commands
+    )
+    assert before.code == 1, before.errors
     printed = GUIDE.split(commands[0])[1].split("```")[0].strip()
-    assert before.stdout.strip().endswith(printed)
-    assert after.returncode == 0, after.stdout + after.stderr
-    assert "graph breaks: 0" in after.stdout and after.stdout.endswith("PASSED\n")
+    assert before.printed.strip().endswith(printed)
+    assert after.code == 0, after.output
+    assert "graph breaks: 0" in after.printed and after.printed.endswith("PASSED\n")
 
 
 def test_guides_transformers_example_trains(tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     (tmp_path / "example.py").write_text(example)
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 4 example.py"
-    ran = python(torchrun.split(), tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", ran.stdout)]
+    ended = run_forked(tmp_path / "example.py", ranks=4)
+    assert ended.code == 0, ended.errors
+    losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", ended.printed)]
     assert len(losses) == 12 and len(set(losses)) == 3 and min(losses) < losses[0]
-
-
-def python(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )

@@ -56,7 +56,7 @@ def serve(rank: int, pipe: connection.Connection, port: int, world: str, stacks:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, stacks.open("a"), all_threads=False)
     torch.set_num_threads(1)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    exit_with_parent()
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     group = Group(rank, dist.PrefixStore(world, store))
     while True:
@@ -69,12 +69,16 @@ def serve(rank: int, pipe: connection.Connection, port: int, world: str, stacks:
         sys.stdout.flush()
 
 
-def _die_with_parent() -> None:
-    """A rank that waits in a collective would not notice that a session was killed."""
+def exit_with_parent() -> None:
+    """From now on, end when the session does: a rank in a collective would not notice."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _answer(group: "Group", request: bytes) -> bytes:

@@ -1,9 +1,9 @@
 """Run a test on several real ranks, out of a pool of processes for the whole session.
 
-Starting four ranks costs seconds, a test costs milliseconds: so ranks are started once, for each
-world size that tests ask for, and a test is sent to them by name. Each rank is a gloo process with
-one thread. The parent only waits; it never joins a process group, so a rank that dies or hangs
-fails its test and nothing else.
+Ranks are forked from a process that has imported everything (forkserver.py), once for many tests
+of one world size, and a test is sent to them by name. Each rank is a gloo process with one thread.
+The parent only waits; it never joins a process group, so a rank that dies or hangs fails its test
+and nothing else.
 
     @pytest.mark.parametrize("dim", [0, 1])
     @spmd(ranks=4)
@@ -15,14 +15,12 @@ The body runs on every rank with `mesh`, the 1-D axis `cp`; `pytest.raises` belo
 import contextlib
 import functools
 import inspect
-import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
@@ -31,32 +29,19 @@ from typing import Any
 import pytest
 from torch import distributed as dist
 
-from tests.harness.rank import (
-    Answer,
-    Job,
-    serve,
-    world_size,
-)
+from tests.harness import forkserver
+from tests.harness.patience import Patience
+from tests.harness.rank import Answer, Job, serve, world_size
 
 TIMEOUT = 300.0
-"""Seconds a test may take on its ranks."""
+"""Seconds of a quiet machine that a test may take on its ranks."""
 
-JOBS_A_POOL = 60
-"""Tests before the ranks are started afresh, which takes a moment: the groups that tests make,
-and gloo's threads for each, would pile up to thousands and slow every test."""
+JOBS_PER_START = 20
+"""Tests before the ranks are started afresh, in milliseconds: each group that a test makes has
+gloo threads that wake up 100 times a second, and hundreds of them slow every test."""
 
 GRACE = 2.0
-"""Seconds the other ranks have to answer once one rank has failed."""
-
-PRELOAD = (
-    "pytest",
-    "torch",
-    "torch._dynamo",
-    "torch._inductor.compile_fx",
-    "torch.distributed._functional_collectives",
-    "torch.distributed.tensor",
-    "torch.distributed.fsdp",
-)
+"""Seconds of a quiet machine that the other ranks have to answer once one rank has failed."""
 
 
 class RankError(Exception):
@@ -74,7 +59,7 @@ def spmd(
     Args:
         ranks: sizes of the axis `cp`. A test that takes `ranks` itself is told the number.
         axes: instead of ranks, a mesh of several named axes, the last one fastest.
-        timeout: seconds.
+        timeout: seconds of a quiet machine.
     """
     if bool(axes) == bool(ranks):
         raise ValueError(f"spmd takes ranks or axes, got ranks={ranks}, axes={axes}: give one.")
@@ -169,7 +154,7 @@ class Worker:
         try:
             answer = pickle.loads(self.pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
-            self.process.join(GRACE)
+            self.process.join()
             return Answer("lost", f"died with exit code {self.process.exitcode}")
         assert isinstance(answer, Answer)
         return answer
@@ -179,10 +164,9 @@ class Worker:
         before = len(self.stacks.read_text())
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGUSR1)
-        for _ in range(20):
+        patience = Patience(GRACE)
+        while len(self.stacks.read_text()) == before and patience.left():
             time.sleep(0.05)
-            if len(self.stacks.read_text()) > before:
-                break
         return self.stacks.read_text()[before:] or "(no stack: it does not answer signals)"
 
 
@@ -197,8 +181,6 @@ class Pool:
     def __post_init__(self) -> None:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.folder = tempfile.TemporaryDirectory(prefix="dtcp-ranks-")
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(list(PRELOAD))
         self.starts = 0
 
     def run(
@@ -211,7 +193,7 @@ class Pool:
     ) -> list[Answer]:
         """Run one job on all ranks of the pool and return their answers."""
         __tracebackhide__ = True
-        if self.jobs == JOBS_A_POOL or not all(w.process.is_alive() for w in self.workers):
+        if self.jobs == JOBS_PER_START or not all(w.process.is_alive() for w in self.workers):
             self.stop()
         if not self.workers:
             self._start()
@@ -237,16 +219,13 @@ class Pool:
 
     def _start(self) -> None:
         self.starts += 1
-        with _environment(_rank_environment()):
-            self.workers += [self._worker(rank) for rank in range(self.size)]
+        self.workers += [self._worker(rank) for rank in range(self.size)]
 
     def _worker(self, rank: int) -> Worker:
         stacks = Path(self.folder.name, f"rank{rank}")
         stacks.touch()
-        ours, theirs = self.context.Pipe()
-        given = (rank, theirs, self.store.port, f"{self.starts}", stacks)
-        process = self.context.Process(target=serve, args=given, daemon=True)
-        process.start()
+        ours, theirs = forkserver.pipe()
+        process = forkserver.start(serve, rank, theirs, self.store.port, f"{self.starts}", stacks)
         theirs.close()
         return Worker(rank, process, ours, stacks)
 
@@ -258,7 +237,10 @@ def pools() -> dict[int, Pool]:
 
 
 def pool_of(size: int) -> Pool:
-    """The pool of that many ranks."""
+    """The pool of that many ranks; the others are stopped, whose threads would not rest."""
+    for other in pools().values():
+        if other.size != size:
+            other.stop()
     if size not in pools():
         pools()[size] = Pool(size)
     return pools()[size]
@@ -267,18 +249,14 @@ def pool_of(size: int) -> Pool:
 def _collect(workers: Sequence[Worker], timeout: float) -> list[Answer]:
     """Wait for every rank; once one has failed the others get GRACE seconds more."""
     answers: dict[int, Answer] = {}
-    deadline = time.monotonic() + timeout
-    while len(answers) < len(workers):
+    patience, failed = Patience(timeout), False
+    while len(answers) < len(workers) and patience.left():
         waiting = {w.pipe: w for w in workers if w.rank not in answers}
-        ready = connection.wait(list(waiting), max(deadline - time.monotonic(), 0))
-        if not ready:
-            break
-        for pipe in ready:
+        for pipe in connection.wait(list(waiting), min(1.0, patience.left())):
             worker = waiting[pipe]  # type: ignore[index]
             answers[worker.rank] = worker.listen()
-            if answers[worker.rank].kind in ("error", "lost"):
-                deadline = min(deadline, time.monotonic() + GRACE)
-    failed = bool(answers) and any(a.kind in ("error", "lost") for a in answers.values())
+            if answers[worker.rank].kind in ("error", "lost") and not failed:
+                failed, patience = True, Patience(GRACE)
     cause = "when another rank had failed" if failed else f"after {timeout:g} s"
     for worker in workers:
         if worker.rank not in answers:
@@ -298,31 +276,3 @@ def _report(answers: Sequence[Answer]) -> str:
         for (_, text), who in sorted(ranks.items())
     ]
     return "\n\n".join(parts)
-
-
-def _rank_environment() -> dict[str, str]:
-    """What a rank needs to find in its environment before torch is imported."""
-    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-    return {
-        "GLOO_SOCKET_IFNAME": loopback,
-        "OMP_NUM_THREADS": "1",
-        # Else each rank starts a pool of compiler processes of its own.
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        # Else the profiler says when it starts and stops.
-        "KINETO_LOG_LEVEL": "6",
-    }
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the processes started inside."""
-    saved = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -1,12 +1,7 @@
 """fla's kernels compute the rule of the reference; where they are missing, it says so once."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,23 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dtcp.kernels.delta_rule import fla
 from dtcp.kernels.delta_rule import reference as delta_rule
 from dtcp.kernels.delta_rule.reference import Inputs
-
-ROOT = Path(__file__).parents[2]
+from tests.harness.run_script import lines_of
 
 
 def test_fla_kernels_equal_the_reference():
     """In Triton's interpreter, in fp32: states, summaries, every gradient; documents as decay."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.harness.fla_interpreted"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    errors = json.loads(done.stdout.splitlines()[-1])
+    (errors,) = lines_of("tests.harness.fla_interpreted", TRITON_INTERPRET="1")
     assert len(errors) == 13
     assert {name: error for name, error in errors.items() if not error < 2e-5} == {}
 

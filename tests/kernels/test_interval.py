@@ -1,8 +1,5 @@
 """The GPU's attention kernels: interpreted, they are exact; compiled for sm_90, they fit."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -10,7 +7,7 @@ from dtcp.kernels.softmax import reference as tiles
 from dtcp.kernels.softmax.api import Keys, Queries, attention_kernel
 from dtcp.sequence.documents import Documents
 from tests.harness import packings as cases
-from tests.harness.run_script import ROOT, lines_of
+from tests.harness.run_script import lines_of, run_python
 
 BOUND = {"half": 2**-10}
 """Weights and results are rounded to fp16, to half of that each; all else must be fp32's."""
@@ -53,11 +50,10 @@ def test_without_triton_attention_is_plain_torch():
         "import torch, dtcp\n"
         "from dtcp.sequence.documents import Documents\n"
         "from dtcp.sequence.masks import Causal\n"
-        "from dtcp.softmax.mixer import SoftmaxAttention, batch_metadata\n"
+        "from dtcp.mixer import batch_metadata\n"
+        "from dtcp.softmax.mixer import SoftmaxAttention\n"
         "mixer, x = SoftmaxAttention(Causal()), torch.ones(1, 8, 2, 4)\n"
         "print(mixer(x, x, x, batch_metadata(mixer, Documents.single(1, 8))).sum().item())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert (done.returncode, done.stdout.split()) == (0, ["64.0"]), done.stderr[-2000:]
+    ended = run_python("-c", script)
+    assert (ended.code, ended.printed.split()) == (0, ["64.0"]), ended.errors[-2000:]

@@ -81,7 +81,7 @@ def step_on_mesh(
 
 def on_ranks(variant: str, degrees: Degrees, **how: object) -> list[tuple[Traffic, int, int]]:
     """The step on so many ranks; the truth is made here, where transformers is imported."""
-    return run_ranks(step_on_mesh, degrees.world, truth(variant), degrees, timeout=300, **how)
+    return run_ranks(step_on_mesh, degrees.world, truth(variant), degrees, **how)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,15 +1,14 @@
-"""train.py as a person runs it: in processes of its own, which start their own ranks.
+"""train.py on two or four ranks: runs, second starts, exports, and what it says when it fails.
 
-One short run is shared by most tests; those that go on from it work on copies of its folder.
+Three tests start it as a person does: by itself, under torchrun, and into an error. In the others
+the ranks are forked. One short run is shared by most; those that go on from it copy its folder.
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,8 @@ from dtcp.pretrain.configs import BYTE_SHAPE, llama_tiny
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.documents import Documents
 from dtcp.torchtitan.model_spec import llama
-
-ROOT = Path(__file__).parents[2]
-TIMEOUT = 240
+from tests.harness import train_run
+from tests.harness.train_run import losses
 
 
 def micro() -> Trainer.Config:
@@ -54,36 +52,15 @@ def diverging() -> Trainer.Config:
     return config
 
 
-def train(
-    *arguments: str,
-    config: str = "micro",
-    module: str = "tests.pretrain.test_train",
-    **environment: str,
-) -> tuple[int, str]:
-    """Exit code and output of train.py."""
-    command = [sys.executable, "train.py", "--module", module, "--config", config]
-    done = subprocess.run(
-        [*command, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    return done.returncode, done.stdout
-
-
-def losses(output: str) -> dict[int, float]:
-    return {int(s): float(x) for s, x in re.findall(r"^step +(\d+)/\d+  loss +(\S+)", output, re.M)}
+train = partial(train_run.train, module="tests.pretrain.test_train", config="micro")
+launch = partial(train_run.launch, module="tests.pretrain.test_train", config="micro")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
-    """A run of four steps on cp 2: its folder, exit code and output."""
+    """Four steps on cp 2, started as a person does: the run's folder, exit code and output."""
     folder = tmp_path_factory.mktemp("run")
-    code, output = train("--dump_folder", str(folder), "--checkpoint.export_hf")
+    code, output = launch("--dump_folder", str(folder), "--checkpoint.export_hf")
     return folder, code, output
 
 
@@ -137,12 +114,13 @@ def test_an_export_starts_another_run(run, tmp_path):
 
 
 def test_a_second_start_resumes_on_another_mesh_with_the_same_losses(run, copy):
-    """From step 2 on cp 2, for the save of step 4 was cut short, to two ranks of FSDP: steps 3
-    and 4 lose the same again."""
+    """From step 2 on cp 2, for the save of step 4 was cut short, to two ranks of FSDP that
+    torchrun starts: steps 3 and 4 lose the same again."""
     (copy / "checkpoint/step-4/.metadata").unlink()
     mesh = ["--parallelism.context_parallel_degree", "1"]
     mesh += ["--parallelism.data_parallel_shard_degree", "2"]
-    code, output = train("--dump_folder", str(copy), *mesh, "--training.local_batch_size", "2")
+    mesh += ["--training.local_batch_size", "2"]
+    code, output = launch("--dump_folder", str(copy), *mesh, torchrun=2)
     assert code == 0, output
     assert "cut short" in output and "loaded" in output and "step-2" in output
     before, after = losses(run[2]), losses(output)
@@ -174,6 +152,7 @@ def test_verify_repeats_the_steps_of_four_ranks_on_one_device(axis, tmp_path):
         *("--dtcp.verify", "2", "--dump_folder", str(tmp_path)),
         *("--compile.enable", "--compile.backend", "aot_eager"),
         *(f"--parallelism.{axis}_degree", "2"),
+        ranks=4,
     )
     assert code == 0, output
     assert "the losses of 2 steps agree" in output
@@ -181,7 +160,7 @@ def test_verify_repeats_the_steps_of_four_ranks_on_one_device(axis, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_one_error_and_the_last_checkpoint_stays(tmp_path):
-    code, output = train("--dump_folder", str(tmp_path), config="diverging")
+    code, output = launch("--dump_folder", str(tmp_path), config="diverging")
     assert code == 1
     assert output.count("error:") == 1 and "Traceback" not in output
     assert "at step=2" in output and "The last checkpoint is of step 1" in output
@@ -206,6 +185,6 @@ def test_a_checkpoint_of_another_model_is_refused(copy, tmp_path):
 
 
 def test_a_mistake_is_told_before_any_rank_starts():
-    code, output = train("--training.stepz", "3")
+    code, output = train("--training.stepz", "3", ranks=0)
     assert code == 2 and "--training.steps" in output
     assert "Traceback" not in output and "[rank" not in output

@@ -1,4 +1,4 @@
-"""train.py with DeepSeek-V4, as a person runs it: trains, checkpoints, resumes, verifies."""
+"""train.py with DeepSeek-V4: trains, checkpoints, resumes, verifies."""
 
 import json
 import shutil
@@ -23,15 +23,14 @@ from dtcp.pretrain.configs import deepseek_v4_tiny
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.documents import Documents
 from dtcp.torchtitan.model_spec import DEEPSEEK_V4, spec_of
-from tests.pretrain.test_train import losses, train
+from tests.harness import train_run
+from tests.harness.train_run import losses
 
-run_train = partial(
-    train, config="deepseek_v4_micro", module="tests.pretrain.test_train_deepseek_v4"
-)
+train = partial(train_run.train, module="tests.pretrain.test_train_deepseek_v4", config="micro")
 STREAMS = {"dim": 32, "hidden_dim": 32, "streams": 2, "sinkhorn_steps": 2}
 
 
-def deepseek_v4_micro() -> Trainer.Config:
+def micro() -> Trainer.Config:
     """A layer of entries, chosen and not, and one ahead; rows of 64 tokens, two ranks, eager."""
     config = deepseek_v4_tiny()
     shape = replace(tiny(272), num_layers=2, compress_ratios=(4, 16, 0), **STREAMS)
@@ -46,7 +45,7 @@ def deepseek_v4_micro() -> Trainer.Config:
 
 def test_deepseek_v4_trains_and_resumes_on_another_mesh_with_the_same_losses(tmp_path):
     """On cp 2, then from step 2 on tp 2: routers' biases, too, are as they were."""
-    code, output = run_train("--dump_folder", str(tmp_path), "--checkpoint.export_hf")
+    code, output = train("--dump_folder", str(tmp_path), "--checkpoint.export_hf")
     assert code == 0, output
     assert "CompressedSparseCP" in output and "validation loss" in output
     assert_transformers_read(tmp_path / "hf")
@@ -56,7 +55,7 @@ def test_deepseek_v4_trains_and_resumes_on_another_mesh_with_the_same_losses(tmp
     shutil.rmtree(tmp_path / "checkpoint/step-4")
     mesh = ("--parallelism.context_parallel_degree", "1")
     mesh += ("--parallelism.tensor_parallel_degree", "2")
-    code, output = run_train("--dump_folder", str(tmp_path), *mesh)
+    code, output = train("--dump_folder", str(tmp_path), *mesh)
     assert code == 0, output
     assert "loaded" in output and "step-2" in output
     after = losses(output)
@@ -79,6 +78,6 @@ def assert_transformers_read(folder: Path) -> None:
 
 def test_deepseek_v4_on_two_ranks_verifies_against_one_device(tmp_path):
     """Both tokens' losses and the balance of experts are in what is compared."""
-    code, output = run_train("--dtcp.verify", "3", "--dump_folder", str(tmp_path))
+    code, output = train("--dtcp.verify", "3", "--dump_folder", str(tmp_path))
     assert code == 0, output
     assert "the losses of 3 steps agree" in output

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.testing import assert_close
@@ -22,8 +23,10 @@ from dtcp.pretrain.configs import gemma4_tiny
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.documents import Documents
 from dtcp.torchtitan.model_spec import GEMMA4, spec_of
-from tests.pretrain import test_train
-from tests.pretrain.test_train import losses
+from tests.harness import train_run
+from tests.harness.train_run import losses
+
+train = partial(train_run.train, module="tests.pretrain.test_train_gemma4", config="micro")
 
 
 def micro() -> Trainer.Config:
@@ -49,10 +52,6 @@ def micro() -> Trainer.Config:
     config.compile.enable = config.validator.enable = False
     config.checkpoint.interval = 2
     return config
-
-
-def train(*arguments: str) -> tuple[int, str]:
-    return test_train.train(*arguments, "--module", "tests.pretrain.test_train_gemma4")
 
 
 def test_gemma4_trains_resumes_and_exports(tmp_path):

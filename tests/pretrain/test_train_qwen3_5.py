@@ -20,11 +20,11 @@ from dtcp.pretrain.configs import qwen3_5_moe_tiny
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.documents import Documents
 from dtcp.torchtitan.model_spec import QWEN3_5, spec_of
-from tests.harness import hf_qwen3_5
-from tests.pretrain.test_train import losses, train
+from tests.harness import hf_qwen3_5, train_run
+from tests.harness.train_run import losses
 
 
-def micro_qwen3_5() -> Trainer.Config:
+def micro() -> Trainer.Config:
     """A delta layer and one of attention, experts, rows of 64 tokens, two ranks, eager, bf16."""
     config = qwen3_5_moe_tiny()
     shape = replace(tiny(272, experts=True), num_layers=2, full_attention_every=2, dim=32)
@@ -39,9 +39,11 @@ def micro_qwen3_5() -> Trainer.Config:
 
 
 def run(folder: Path) -> tuple[int, str]:
-    module = ("--module", "tests.pretrain.test_train_qwen3_5")
-    options = ("--dump_folder", str(folder), "--checkpoint.export_hf")
-    return train(*module, *options, config="micro_qwen3_5")
+    return train_run.train(
+        *("--dump_folder", str(folder), "--checkpoint.export_hf"),
+        module="tests.pretrain.test_train_qwen3_5",
+        config="micro",
+    )
 
 
 def test_a_run_of_qwen3_5_resumes_alike_and_transformers_reads_its_export(tmp_path):
