@@ -22,10 +22,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.report import conditions, table, write
-from dtcp.batch import shard_batch, shift_labels
+from dtcp.batch import shard_batch
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import count
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.models.llama import Llama, tiny
 from dtcp.parallelize import Compile, llama_plan, parallelize

@@ -1,14 +1,10 @@
 """Context parallelism for long-sequence training: compiled, byte-minimal, never silently wrong."""
 
-from dtcp.batch import (
-    ShardedBatch,
-    TokenField,
-    shard_batch,
-    shift_labels,
-)
+from dtcp.batch import ShardedBatch, TokenField, shard_batch
 from dtcp.compile import EagerIsland, InGraph
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import causal_lm_loss
+from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan

@@ -1,9 +1,9 @@
-"""Shard a batch: what every rank of a cp group read alike becomes each rank's part of it.
+"""Shard a batch: what all ranks of a cp group read alike becomes each rank's part of it.
 
-Runs on the host, once a batch, with no communication: the ranks of a cp group read the same
-rows, so each picks its own tokens. A table says of each key where its sequence is and what
-padding is made of; keys it does not name are refused, since a tensor sharded by no rule, or
-left whole beside sharded ones, is wrong without a word.
+Runs on the host, once per batch, with no communication: the ranks of a cp group read the same
+rows, so each picks its own tokens. A table says where the sequence of each key is and what its
+padding is made of. A key that the table does not name is refused: a tensor sharded by no rule,
+or left whole beside sharded ones, would be wrong without a word.
 """
 
 from collections.abc import Mapping
@@ -15,17 +15,12 @@ from torch import Tensor, nn
 
 from dtcp.distributed import relayout
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.loss import IGNORED
+from dtcp.labels import IGNORED
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import collect_metadata
-from dtcp.sequence.documents import Documents, restarts
+from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail, SequenceLayout
-from dtcp.sequence.masks import (
-    Causal,
-    Coords,
-    Mask,
-    vision_blocks,
-)
+from dtcp.sequence.masks import Causal, Coords, Mask, vision_blocks
 
 
 class Fill(Enum):
@@ -39,7 +34,7 @@ class TokenField:
     """How one key of a batch is sharded and padded.
 
     Args:
-        seq_dim: which of its dims is the sequence; counted from the end if negative.
+        seq_dim: the dim that is the sequence; counted from the end if negative.
         pad: what padding tokens hold: a constant, or Fill.COUNT_ON.
     """
 
@@ -62,8 +57,11 @@ DEFAULT_FIELDS: Mapping[str, TokenField | None] = {
     "mtp_input_ids": TokenField(2, 0),
     "mtp_labels": TokenField(2, IGNORED),
 }
-MASK_FIELDS = ("prefix", "block")
-"""Read by masks before sharding: [B, S]. Without block, mm_token_type_ids tells the images."""
+MASK_FIELDS: Mapping[str, int] = {"prefix": 0, "block": -1}
+"""Keys [B, S] that masks read before sharding, and what stands for padding in them.
+
+Without `block`, the images of mm_token_type_ids are the blocks.
+"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class ShardedBatch:
 
     Args:
         attn_metadata: what the model's mixers read of this batch; on the device.
-        unpadded_len: tokens a row before padding.
+        unpadded_len: tokens per row before padding.
     """
 
     layout: SequenceLayout
@@ -86,18 +84,18 @@ class ShardedBatch:
         """This rank's part of a token-aligned tensor that every rank of the cp group holds.
 
         Args:
-            x: unpadded_len or seq_len tokens at dim, in position order.
+            x: unpadded_len or seq_len tokens in dim, in the order of the row.
         """
         if x.shape[dim] not in (self.unpadded_len, self.layout.seq_len):
             raise ValueError(
-                f"A batch plan shards what goes with its rows of {self.unpadded_len} tokens "
+                f"A ShardedBatch shards what goes with its rows of {self.unpadded_len} tokens "
                 f"({self.layout.seq_len} padded), got x.shape={tuple(x.shape)}, dim={dim}: name "
-                f"the sequence's dim, or use the plan of that batch."
+                f"the sequence's dim, or use the ShardedBatch of that tensor's batch."
             )
         return _part(x, self.layout, self.mesh.rank("cp"), dim=dim % x.ndim, pad=pad)
 
     def gather(self, x: Tensor, *, dim: int = 1) -> Tensor:
-        """All ranks' parts in position order, padding removed; differentiable."""
+        """The parts of all ranks in the order of the row, padding removed; differentiable."""
         whole = x
         if self.mesh.cp is not None:
             whole = relayout.gather(x, self.layout, self.mesh.cp, dim=dim % x.ndim)
@@ -120,98 +118,50 @@ def shard_batch(
     Args:
         batch: whole rows on the host, alike on every rank of the cp group. Labels are shifted
             already (shift_labels): a shard does not hold its neighbour's next token.
-        layout: which tokens go to which rank; a class, made for the batch.
-        model: whose mixers the metadata are for; None for none.
+        layout: which tokens go to which rank; a class, of which the batch gets an instance.
+        model: whose mixers read the metadata; None makes none.
         documents: of every row; None reads them off batch["position_ids"] that restart, and
-            else takes a row as one document. What padding_mask marks is in none.
+            otherwise takes each row as one document. What padding_mask marks is in none.
         fields: how each key is sharded and padded. A key of WHOLE stays as it is.
         device: where the parts go; None leaves them where they are.
         balance_for: the mask whose work BlockBalanced balances; None for Causal().
     Returns:
-        the local batch, with `padding_mask` (True: padding) if padding was added or given, and
-        the plan.
+        the local batch, with `padding_mask` (True: padding) if the batch had one or padding was
+        added, and how it was sharded.
     Raises:
-        ValueError: a key no field names, rows of different lengths, or documents that do not
-            fit the rows.
+        ValueError: a key that no field names, rows of different lengths, or documents that
+            Documents.of_batch refuses.
         TypeError: a value that is no tensor.
     """
     _check_keys(batch, fields)
     whole = {key: x for key, x in batch.items() if key not in MASK_FIELDS}
     rows, seq_len = _shape(whole, fields)
-    documents = _documents(batch, documents, rows, seq_len)
     num_shards = mesh.size("cp")
     padded_len = -(-seq_len // layout.multiple(num_shards)) * layout.multiple(num_shards)
-    documents = documents.padded(padded_len)
+    documents = Documents.of_batch(
+        rows,
+        seq_len,
+        documents=documents,
+        position_ids=batch.get("position_ids"),
+        padding_mask=batch.get("padding_mask"),
+    ).padded(padded_len)
     coords = _coords(batch, documents, seq_len)
-    work = _work(balance_for or Causal(), coords)
-    placed = layout.for_batch(documents, num_shards, work=work)
+    balanced = balance_for or Causal()
+    # Called by the layouts that read it: intervals of long rows take milliseconds.
+    batch_layout = layout.for_batch(documents, num_shards, work=lambda: balanced.work(coords))
 
-    metadata = collect_metadata(nn.Module() if model is None else model, coords, placed)
+    metadata = collect_metadata(nn.Module() if model is None else model, coords, batch_layout)
     metadata = metadata if device is None else metadata.to(device)
-    plan = ShardedBatch(placed, documents, coords, metadata, seq_len, mesh)
+    sharded = ShardedBatch(batch_layout, documents, coords, metadata, seq_len, mesh)
     if padded_len > seq_len and "padding_mask" not in whole:
         whole["padding_mask"] = torch.zeros(rows, seq_len, dtype=torch.bool)
     local = {}
     for key, x in whole.items():
         rule = fields[key]
         if rule is not None:
-            x = _part(x, placed, mesh.rank("cp"), dim=rule.seq_dim % x.ndim, pad=rule.pad)
+            x = _part(x, batch_layout, mesh.rank("cp"), dim=rule.seq_dim % x.ndim, pad=rule.pad)
         local[key] = x if device is None else x.to(device, non_blocking=True)
-    return local, plan
-
-
-def shift_labels(input_ids: Tensor, documents: Documents, *, by: int = 1) -> Tensor:
-    """Labels of next-token prediction: the token `by` places on, in the same document.
-
-    Args:
-        input_ids: [B, S], whole rows.
-        by: 1 for the next token; more for multi-token prediction.
-    Returns:
-        [B, S]; -100 where the document ends first, and in padding.
-    """
-    document = documents.document()
-    if by < 1 or not input_ids.dtype.is_signed:
-        raise ValueError(
-            f"Labels are tokens further on, and {IGNORED} where there is none, got by={by}, "
-            f"input_ids of {input_ids.dtype}: shift by 1 or more, ids of int64."
-        )
-    if input_ids.shape != document.shape:
-        raise ValueError(
-            f"Labels are shifted in whole rows, got input_ids.shape={tuple(input_ids.shape)} with "
-            f"documents for {tuple(document.shape)}: shift before sharding and padding."
-        )
-    labels = torch.full_like(input_ids, IGNORED)
-    same = (document[:, by:] == document[:, :-by]) & (document[:, by:] >= 0)
-    labels[:, :-by] = torch.where(same.to(input_ids.device), input_ids[:, by:], IGNORED)
-    return labels
-
-
-def look_ahead(
-    input_ids: Tensor, labels: Tensor, documents: Documents, *, depths: int
-) -> dict[str, Tensor]:
-    """What multi-token prediction reads, for a batch's whole rows: shifted before sharding.
-
-    Depth k = 1, 2, .. reads the token k places on and predicts the one after it.
-
-    Args:
-        input_ids: [B, S].
-        labels: [B, S], shifted already: the next token of each.
-    Returns:
-        `mtp_input_ids` and `mtp_labels`, [B, depths, S]: id 0 and label -100 where the document
-        ends first. A depth's last tokens of a document have no token to read and no loss.
-    """
-    if depths < 1:
-        raise ValueError(
-            f"Multi-token prediction looks one token ahead or more, got depths={depths}: leave "
-            f"mtp_input_ids out of the batch of a model without MTP layers."
-        )
-    ids = [shift_labels(input_ids, documents, by=depth) for depth in range(1, depths + 1)]
-    further = [shift_labels(labels, documents, by=depth) for depth in range(1, depths + 1)]
-    found = torch.stack(ids, dim=1)
-    return {
-        "mtp_input_ids": found.masked_fill(found == IGNORED, 0),
-        "mtp_labels": torch.stack(further, dim=1),
-    }
+    return local, sharded
 
 
 def _check_keys(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]) -> None:
@@ -219,15 +169,15 @@ def _check_keys(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | N
     if unknown:
         raise ValueError(
             f"A batch holds keys whose sequence dim is known, got {unknown}: add them to `fields` "
-            f"(WHOLE for what has none)."
+            f"(WHOLE for a key that has none)."
         )
     other = {key: type(x).__name__ for key, x in batch.items() if not isinstance(x, Tensor)}
     if other:
-        raise TypeError(f"A batch holds tensors, got {other}: leave out what there is none of.")
+        raise TypeError(f"A batch holds tensors, got {other}: leave out keys that have none.")
 
 
 def _shape(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]) -> tuple[int, int]:
-    """(rows, tokens a row), the same for every key."""
+    """(rows, tokens per row), the same for every key."""
     lengths, rows = {}, {}
     for key, x in batch.items():
         rule = fields[key]
@@ -250,97 +200,33 @@ def _shape(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None])
     return counts.pop(), next(iter(lengths.values()))
 
 
-def _documents(
-    batch: Mapping[str, Tensor], documents: Documents | None, rows: int, seq_len: int
-) -> Documents:
-    padding = batch.get("padding_mask")
-    if documents is None:
-        restarting = _restarting(batch.get("position_ids"), padding, rows)
-        if padding is not None:
-            documents = Documents.from_padded(restarting, padding.bool().cpu())
-        elif restarting is not None:
-            documents = Documents.from_positions(restarting)
-        else:
-            documents = Documents.single(rows, seq_len)
-    if (documents.batch, documents.seq_len) != (rows, seq_len):
-        raise ValueError(
-            f"Documents describe the rows of their batch, got documents of {documents.batch} rows "
-            f"of {documents.seq_len} tokens for a batch of {rows} of {seq_len}: build them from it."
-        )
-    if padding is not None:
-        _check_padding(padding.bool().cpu(), documents)
-    return documents
-
-
-def _restarting(position_ids: Tensor | None, padding: Tensor | None, rows: int) -> Tensor | None:
-    """Position ids that say where documents start, [B, S]; None if they count each row through."""
-    if position_ids is None:
-        return None
-    if position_ids.ndim not in (2, 3):
-        raise ValueError(
-            f"Position ids are one a token, or one for each axis, got position_ids.shape="
-            f"{tuple(position_ids.shape)}: give [B, S], [1, S], or [axes, B, S]."
-        )
-    if not restarts(position_ids.cpu(), None if padding is None else padding.cpu()):
-        return None
-    if position_ids.ndim != 2:
-        raise ValueError(
-            f"Documents are read off position_ids [B, S], got position_ids.shape="
-            f"{tuple(position_ids.shape)} that restart: give documents beside them."
-        )
-    return position_ids.expand(rows, -1)
-
-
-def _check_padding(padding: Tensor, documents: Documents) -> None:
-    """Refuse padding that a document's tokens follow, for they would see it."""
-    document = documents.document()
-    same = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
-    followed = padding[:, :-1] & ~padding[:, 1:] & same
-    if bool(followed.any()):
-        row, token = followed.nonzero()[0].tolist()
-        raise ValueError(
-            f"Padding lies behind the tokens of a document, got padding_mask[{row}, {token}]=True "
-            f"with a token of the same document after it: pad on the right, or give documents "
-            f"that leave it out."
-        )
-
-
 def _coords(batch: Mapping[str, Tensor], documents: Documents, seq_len: int) -> Coords:
-    given: dict[str, Tensor] = {key: batch[key] for key in MASK_FIELDS if key in batch}
-    extra: dict[str, Tensor] = {}
-    if "block" not in given and "mm_token_type_ids" in batch:
-        given["block"] = vision_blocks(batch["mm_token_type_ids"].cpu())
-    for key, pad in (("prefix", 0), ("block", -1)):
-        if key in given and given[key].shape[1:] != (seq_len,):
+    """What masks and mixers read of the whole rows, padded as the documents are."""
+    read = {key: batch[key] for key in MASK_FIELDS if key in batch}
+    if "block" not in read and "mm_token_type_ids" in batch:
+        read["block"] = vision_blocks(batch["mm_token_type_ids"].cpu())
+    for key, x in read.items():
+        if x.shape[1:] != (seq_len,):
             raise ValueError(
-                f"Masks read one {key} a token, got {key}.shape={tuple(given[key].shape)} for "
-                f"rows of {seq_len}: give [B, S]."
+                f"Masks read one {key} per token, got {key}.shape={tuple(x.shape)} for rows of "
+                f"{seq_len}: give [B, S]."
             )
-        if key in given:
-            extra[key] = _pad(given[key].to(torch.int64), 1, documents.seq_len, pad)
-    for key in ("position_ids", "position_ids"):
-        if key in batch:
-            extra["position_ids"] = _pad(batch[key].cpu(), -1, documents.seq_len, 0)
-            break
-    return Coords.of(documents, **extra)
-
-
-def _work(mask: Mask, coords: Coords) -> Tensor:
-    """Keys each token sees, over all rows: [S]."""
-    first, last = mask.intervals(coords)
-    return (last - first + 1).clamp(min=0).sum(0)
+        read[key] = _pad(x.to(torch.int64), 1, documents.seq_len, MASK_FIELDS[key])
+    if "position_ids" in batch:
+        read["position_ids"] = _pad(batch["position_ids"].cpu(), -1, documents.seq_len, 0)
+    return Coords.of(documents, **read)
 
 
 def _part(
     x: Tensor, layout: SequenceLayout, rank: int, *, dim: int, pad: int | float | bool | Fill
 ) -> Tensor:
-    """A rank's part of a row that may be shorter than its layout; the whole is never padded."""
+    """A rank's part of rows that may be shorter than their layout; the whole is never padded."""
     last = x.shape[dim] - 1
     if last + 1 == layout.seq_len:
         return layout.shard(x, rank, dim=dim)
-    at = layout.token_indices(rank).to(x.device)
-    part = x.index_select(dim, at.clamp(max=last))
-    beyond = (at - last).clamp(min=0).view([-1 if d == dim else 1 for d in range(x.ndim)])
+    token_index = layout.token_indices(rank).to(x.device)
+    part = x.index_select(dim, token_index.clamp(max=last))
+    beyond = (token_index - last).clamp(min=0).view([-1 if d == dim else 1 for d in range(x.ndim)])
     if isinstance(pad, Fill):
         return part + beyond.to(x.dtype)
     return part.masked_fill(beyond > 0, pad)

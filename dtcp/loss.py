@@ -15,8 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-IGNORED = -100
-"""The label of a token that has no loss."""
+from dtcp.labels import IGNORED
 
 CHUNK = 2**24
 """Logits worked on in fp32 at a time: 64 MiB."""
@@ -78,7 +77,7 @@ def mtp_loss(
 
     Args:
         logits: of the next token, then of each depth; each as for token_mean_loss.
-        mtp_labels: [B, depths, L], of `dtcp.batch.look_ahead`, sharded.
+        mtp_labels: [B, depths, L], of `dtcp.labels.look_ahead`, sharded.
     """
     first, *further = logits
     if len(further) != mtp_labels.shape[1]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.kernels.softmax.api import SoftmaxParams
-from dtcp.loss import IGNORED
+from dtcp.labels import IGNORED
 from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.documents import PADDING, Documents
 from dtcp.sequence.layout import PerDocument

@@ -4,17 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dtcp.batch import (
-    DEFAULT_FIELDS,
-    IGNORED,
-    WHOLE,
-    Fill,
-    TokenField,
-    look_ahead,
-    shard_batch,
-    shift_labels,
-)
+from dtcp.batch import DEFAULT_FIELDS, WHOLE, Fill, TokenField, shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.labels import IGNORED, shift_labels
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
     BlockBalanced,
@@ -162,29 +154,6 @@ def test_rows_are_padded_on_the_way_to_a_layout_on_one_rank_too():
     assert local["padding_mask"].sum() == 7
 
 
-def test_labels_are_the_next_token_of_the_same_document():
-    """None at the end of a document, and none in padding."""
-    documents = Documents(((3, 1, 4), (8,)), 10)
-    token = torch.arange(20).view(2, 10)
-    labels = shift_labels(token, documents)
-    assert labels.tolist() == [
-        [1, 2, IGNORED, IGNORED, 5, 6, 7, IGNORED, IGNORED, IGNORED],
-        [11, 12, 13, 14, 15, 16, 17, IGNORED, IGNORED, IGNORED],
-    ]
-
-
-@pytest.mark.parametrize("by", [1, 2, 3])
-@pytest.mark.parametrize("packing", cases.PACKINGS)
-def test_labels_some_tokens_on_stay_in_their_document(packing, by):
-    documents = packing(24, 4)
-    token = torch.arange(documents.batch * 24).view(documents.batch, 24)
-    labels, document = shift_labels(token, documents, by=by), documents.document()
-    for row in range(documents.batch):
-        for i in range(24):
-            inside = i + by < 24 and document[row, i] == document[row, i + by] >= 0
-            assert labels[row, i] == (token[row, i + by] if inside else IGNORED)
-
-
 @layouts
 @spmd(ranks=(2, 3, 4))
 def test_labels_at_shard_borders_are_the_next_shards_tokens(mesh, layout, ranks):
@@ -287,6 +256,20 @@ def test_work_is_balanced_for_the_mask_asked_for(mesh):
     assert causal.layout != window.layout
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_work_is_counted_only_for_a_layout_that_reads_it(layout):
+    """Intervals of long rows cost milliseconds a batch."""
+
+    class Counted(Causal):
+        def intervals(self, coords):
+            calls.append(coords)
+            return super().intervals(coords)
+
+    calls = []
+    on_one_rank({"input_ids": torch.zeros(1, 16)}, None, layout, balance_for=Counted())
+    assert len(calls) == (layout is BlockBalanced)
+
+
 @pytest.mark.parametrize("layout", [PerDocument, BlockBalanced])
 def test_layout_by_document_refuses_rows_that_differ(layout):
     documents = cases.two_rows(24, 1)
@@ -320,7 +303,7 @@ def test_rows_of_different_lengths_are_refused():
 def test_documents_that_position_ids_do_not_tell_are_refused():
     """Taken for one document, packed rows would see each other."""
     ids, restart = torch.zeros(1, 6, dtype=torch.int64), torch.tensor([[0, 1, 2, 0, 1, 1]])
-    images, counted = "position_ids.*that restart: give documents", "Positions count up by one"
+    images, counted = "position_ids.*that restart: give documents", "Position ids count up by one"
     for position_ids, match in ((restart, counted), (restart.expand(3, 1, -1), images)):
         with pytest.raises(ValueError, match=match):
             on_one_rank({"input_ids": ids, "position_ids": position_ids}, None)
@@ -339,22 +322,13 @@ def test_documents_that_position_ids_do_not_tell_are_refused():
         ({"labels": torch.zeros(1, 8)}, "rows={'input_ids': 2, 'labels': 1}"),
         ({"mtp_input_ids": torch.zeros(2, 8)}, "mtp_input_ids is its dim 2"),
         ({"position_ids": torch.arange(8)}, r"position_ids.shape=\(8,\)"),
-        ({"block": torch.zeros(2, 7)}, r"one block a token, got block.shape=\(2, 7\)"),
-        ({"prefix": torch.zeros(2, 9)}, "one prefix a token"),
+        ({"block": torch.zeros(2, 7)}, r"one block per token, got block.shape=\(2, 7\)"),
+        ({"prefix": torch.zeros(2, 9)}, "one prefix per token"),
     ],
 )
 def test_keys_of_another_shape_are_refused(change, match):
     with pytest.raises(ValueError, match=match):
         on_one_rank({"input_ids": torch.zeros(2, 8), **change}, None)
-
-
-def test_labels_need_a_place_to_look_at_and_a_sign():
-    ids, one = torch.zeros(1, 4, dtype=torch.int64), Documents.single(1, 4)
-    for by, tokens in ((0, ids), (-1, ids), (1, ids.to(torch.uint8))):
-        with pytest.raises(ValueError, match=f"got by={by}, input_ids of {tokens.dtype}"):
-            shift_labels(tokens, one, by=by)
-    with pytest.raises(ValueError, match="got depths=0"):
-        look_ahead(ids, ids, one, depths=0)
 
 
 def test_batch_without_rows_is_refused():
@@ -368,12 +342,6 @@ def test_batch_without_rows_is_refused():
 def test_documents_of_another_batch_are_refused(documents):
     with pytest.raises(ValueError, match=r"for a batch of 2 of 8: build them from it"):
         on_one_rank({"input_ids": torch.zeros(2, 8)}, documents)
-
-
-def test_labels_of_a_shard_are_refused():
-    """A shard does not hold its neighbour's next token."""
-    with pytest.raises(ValueError, match=r"shifted in whole rows, got input_ids.shape=\(1, 4\)"):
-        shift_labels(torch.zeros(1, 4, dtype=torch.int64), Documents.single(1, 8))
 
 
 @spmd(ranks=2)

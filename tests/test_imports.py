@@ -26,7 +26,7 @@ FLOORS = (
     ("dtcp.kernels",),
     ("dtcp.mixer", "dtcp.style", "dtcp.plan"),
     ("dtcp.softmax", "dtcp.recurrent", "dtcp.sparse"),
-    ("dtcp.batch", "dtcp.loss", "dtcp.sdpa", "dtcp.thd"),
+    ("dtcp.batch", "dtcp.labels", "dtcp.loss", "dtcp.sdpa", "dtcp.thd"),
     ("dtcp.huggingface", "dtcp.cp_utils"),
     ("dtcp",),
     ("dtcp.models",),

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from dtcp import loss as loss_module
-from dtcp.loss import IGNORED, global_token_count, token_mean_loss
+from dtcp.labels import IGNORED
+from dtcp.loss import global_token_count, token_mean_loss
 from tests.harness.spmd import spmd
 
 

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention as captured
 from torch.testing import assert_close
 
-from dtcp.batch import IGNORED, shard_batch, shift_labels
+from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, InGraph
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.labels import IGNORED, shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
@@ -268,7 +269,7 @@ def test_left_padding_is_refused():
     """Positions that start late, or an attention_mask that says where tokens begin."""
     for position in ([1, 1, 0, 1, 2], [-1, -1, 0, 1, 2]):
         with pytest.raises(ValueError, match="left padding"):
-            Documents.from_positions(torch.tensor([position]))
+            Documents.from_position_ids(torch.tensor([position]))
 
 
 @spmd(ranks=2)

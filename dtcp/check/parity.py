@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from dtcp.batch import shard_batch, shift_labels
+from dtcp.batch import shard_batch
 from dtcp.check.subject import Mixing, Subject, vocabulary
 from dtcp.compile import Graphs, count_graphs
 from dtcp.distributed.dtensor_rules import CollectiveCalls
@@ -26,6 +26,7 @@ from dtcp.distributed.ledger import (
     since,
 )
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.mixer import Mixer
 from dtcp.parallelize import Compile

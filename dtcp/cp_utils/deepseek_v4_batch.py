@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.cp_utils.deepseek_v4 import padding_of
 from dtcp.cp_utils.validation import check_one_document, check_rows
-from dtcp.loss import IGNORED
+from dtcp.labels import IGNORED
 from dtcp.sequence.documents import Documents
 from dtcp.thd import SENTINEL
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.cp_utils.batch import MODEL_OWNED
 from dtcp.cp_utils.validation import check_one_document, check_rows, padding_of_mask
-from dtcp.loss import IGNORED
+from dtcp.labels import IGNORED
 from dtcp.mixer import collect_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import ShardedBatch, shard_batch, shift_labels
+from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail, SequenceLayout
@@ -87,6 +88,6 @@ def documents_of(batch: Mapping[str, Tensor]) -> Documents:
     position_ids = batch.get("position_ids", torch.arange(seq_len).expand(rows, seq_len))
     lengths = []
     for row, filled in enumerate(mask.bool().sum(dim=1).tolist()):
-        (cuts,) = Documents.from_positions(position_ids[row : row + 1, :filled]).lengths
+        (cuts,) = Documents.from_position_ids(position_ids[row : row + 1, :filled]).lengths
         lengths.append(cuts)
     return Documents(tuple(lengths), seq_len)

@@ -18,8 +18,9 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.components.validate import Validator
 from torchtitan.models.common.decoder import Decoder
 
-from dtcp.batch import look_ahead, shard_batch
+from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.labels import look_ahead
 from dtcp.pretrain.data import PackedDocuments, open_source
 from dtcp.pretrain.progress import describe, say
 from dtcp.pretrain.tokenizer import Tokenizer
@@ -178,7 +179,7 @@ def documents_of(input_dict: dict[str, Any]) -> Documents:
     """The documents of a batch: ours come with it, other loaders' are read off positions."""
     documents = input_dict.get("documents")
     if documents is None:
-        documents = Documents.from_positions(input_dict["positions"].cpu())
+        documents = Documents.from_position_ids(input_dict["positions"].cpu())
     return documents
 
 

@@ -134,7 +134,7 @@ def read_shard(
         return ReadShard(nullcontext(), *whole, length)
     n, rank = axis.size(), axis.get_local_rank()
     layout = Contiguous(-(-length // n) * n, n)
-    documents = Documents.from_positions(position_ids.cpu()).padded(layout.seq_len)
+    documents = Documents.from_position_ids(position_ids.cpu()).padded(layout.seq_len)
     missing = layout.seq_len - length
     ids = torch.nn.functional.pad(input_ids, (0, missing))
     # Padding goes on counting: a model that looks for documents by position finds none there.

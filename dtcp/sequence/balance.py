@@ -1,7 +1,7 @@
-"""Blocks of a sequence to ranks, so that each gets the same number and about the same work.
+"""Assign blocks of a sequence to ranks: the same number to each, and about the same work.
 
-Ints in, ints out: what a block costs under a mask is counted elsewhere, and what the answer
-means for positions is said by `BlockBalanced`.
+Ints in, ints out: `Mask.work` counts what tokens cost under a mask, and `BlockBalanced` says which
+tokens the answer gives to each rank.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def block_work(work: Tensor, block: int) -> list[int]:
         work: [S], keys that each token sees.
         block: tokens.
     Returns:
-        S / block sums, in position order.
+        S / block sums, in the order of the row.
     """
     if work.dim() != 1 or block < 1 or work.numel() % block:
         raise ValueError(
@@ -28,13 +28,13 @@ def block_work(work: Tensor, block: int) -> list[int]:
 
 
 def assign_blocks(work: Sequence[int], num_shards: int) -> tuple[int, ...]:
-    """Deal blocks to ranks, the heaviest first, each to the rank with the least work so far.
+    """Assign blocks to ranks, the heaviest first, each to the rank with the least work so far.
 
-    A rank that has its equal number of blocks is dealt no more. Ties go to the earlier block and
+    A rank that has its equal number of blocks is given no more. Ties go to the earlier block and
     the lower rank, so every rank that computes this gets the same answer.
 
     Args:
-        work: one number a block.
+        work: one number per block.
     Returns:
         The rank of each block.
 
@@ -43,7 +43,7 @@ def assign_blocks(work: Sequence[int], num_shards: int) -> tuple[int, ...]:
     """
     if num_shards < 1 or len(work) % num_shards:
         raise ValueError(
-            f"assign_blocks deals every rank the same number of blocks, got {len(work)} blocks, "
+            f"assign_blocks gives every rank the same number of blocks, got {len(work)} blocks, "
             f"num_shards={num_shards}: choose a block so that num_shards divides their number."
         )
     room = [len(work) // num_shards] * num_shards
@@ -57,11 +57,3 @@ def assign_blocks(work: Sequence[int], num_shards: int) -> tuple[int, ...]:
         if room[rank]:
             heappush(loads, (load + work[index], rank))
     return tuple(owners)
-
-
-def imbalance(work: Sequence[int], owners: Sequence[int]) -> float:
-    """The work of the busiest rank over the mean: 1 is perfect, n is one rank doing it all."""
-    loads = [0] * (max(owners) + 1)
-    for load, rank in zip(work, owners, strict=True):
-        loads[rank] += load
-    return max(loads) * len(loads) / sum(loads) if any(loads) else 1.0

@@ -8,21 +8,23 @@ import torch
 from torch import Tensor
 
 PADDING = -1
+"""Stands for the document of a token that belongs to none."""
 
 
-def restarts(position: Tensor, padding: Tensor | None = None) -> bool:
-    """Whether positions count anew somewhere among tokens: packed rows.
+def restarts(position_ids: Tensor, padding: Tensor | None = None) -> bool:
+    """Whether position ids count anew somewhere among tokens, as they do in packed rows.
 
     Args:
-        position: [B, S] or [1, S]; of [axes, B, S] the first is read, which an image may hold.
-        padding: [B, S], True where positions say nothing.
+        position_ids: [B, S] or [1, S]. Of [axes, B, S] the first axis is read, which stands still
+            inside an image.
+        padding: [B, S], True where position ids mean nothing.
     """
-    first, stays = (position[0], 1) if position.ndim == 3 else (position, 0)
-    again = first.diff(dim=-1) < 1 - stays
+    first, smallest_step = (position_ids[0], 0) if position_ids.ndim == 3 else (position_ids, 1)
+    restart = first.diff(dim=-1) < smallest_step
     if padding is not None:
-        real = ~padding.bool().to(position.device)
-        again = again & real[:, 1:] & real[:, :-1]
-    return bool(again.any())
+        tokens = ~padding.bool().to(position_ids.device)
+        restart = restart & tokens[:, 1:] & tokens[:, :-1]
+    return bool(restart.any())
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Documents:
     Documents follow each other without gaps; what they leave of a row is padding, which belongs
     to no document and is seen by no token.
 
-        lengths=((3, 4),), seq_len=8        document:             0 0 0 1 1 1 1 -1
+        lengths=((3, 4),), seq_len=8        document:     0 0 0 1 1 1 1 -1
                                             position_ids: 0 1 2 0 1 2 3  0
     """
 
@@ -54,67 +56,114 @@ class Documents:
                 )
 
     @classmethod
+    def of_batch(
+        cls,
+        rows: int,
+        seq_len: int,
+        *,
+        documents: "Documents | None" = None,
+        position_ids: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> "Documents":
+        """The documents of a batch, from all that the batch says of them.
+
+        Explicit documents win; position ids that restart come next; without either a row is one
+        document. What padding_mask marks belongs to none.
+
+        Args:
+            documents: explicit ones, whatever the position ids do.
+            position_ids: [B, S], [1, S] or [axes, B, S]; read only without documents.
+            padding_mask: [B, S], nonzero for padding.
+        Raises:
+            ValueError: documents of other rows; padding before a token of its document; position
+                ids of another shape, or that restart but do not count each document from 0.
+        """
+        padding = None if padding_mask is None else padding_mask.bool().cpu()
+        if documents is None:
+            starting = _document_positions(position_ids, padding, rows)
+            if padding is not None:
+                documents = cls.from_padded(starting, padding)
+            elif starting is not None:
+                documents = cls.from_position_ids(starting)
+            else:
+                documents = cls.single(rows, seq_len)
+        if (documents.batch, documents.seq_len) != (rows, seq_len):
+            raise ValueError(
+                f"Documents describe the rows of their batch, got documents of {documents.batch} "
+                f"rows of {documents.seq_len} tokens for a batch of {rows} of {seq_len}: build "
+                f"them from it."
+            )
+        if padding is not None:
+            documents._check_padding(padding)
+        return documents
+
+    @classmethod
     def single(cls, batch: int, seq_len: int) -> "Documents":
-        """One document a row, filling it."""
+        """One document per row, filling it."""
         return cls(((seq_len,),) * batch, seq_len)
 
     @classmethod
-    def from_positions(cls, position: Tensor) -> "Documents":
-        """Read documents off positions that restart at 0 where a document starts.
+    def from_position_ids(cls, position_ids: Tensor) -> "Documents":
+        """Read documents off position ids that restart at 0 where a document starts.
 
         Args:
-            position: [B, S], on the host: reading a device tensor would stall the step.
+            position_ids: [B, S], on the host: reading a device tensor would stall the step.
         Raises:
-            ValueError: a row that does not start at 0, or a position that neither restarts nor
-                continues (left padding, positions of an image grid).
+            ValueError: a row that does not start at 0, or a position id that neither restarts nor
+                continues (left padding, positions in an image grid).
         """
-        if position.ndim != 2:
+        if position_ids.ndim != 2:
             raise ValueError(
-                f"Documents are read off one position a token, got position.shape="
-                f"{tuple(position.shape)}: give [B, S], or Documents(lengths, seq_len) beside it."
+                f"Documents are read off one position id per token, got position_ids.shape="
+                f"{tuple(position_ids.shape)}: give [B, S], or Documents(lengths, seq_len) beside "
+                f"it."
             )
-        if position.device.type != "cpu":
+        if position_ids.device.type != "cpu":
             raise ValueError(
-                f"Documents are read on the host, got position.device={position.device}: pass "
-                f"the data loader's tensor before it is moved, or Documents(lengths, seq_len)."
+                f"Documents are read on the host, got position_ids.device={position_ids.device}: "
+                f"pass the data loader's tensor before it is moved, or Documents(lengths, seq_len)."
             )
-        starts = position == 0
-        steps = position.diff(dim=1)
+        starts = position_ids == 0
+        steps = position_ids.diff(dim=1)
         if not bool(starts[:, 0].all()) or not bool(((steps == 1) | starts[:, 1:]).all()):
             raise ValueError(
-                f"Positions count up by one and restart at 0 with each document, got "
-                f"position[:, :4]={position[:, :4].tolist()}: left padding and gaps have no "
-                f"place in packed rows; pass Documents(lengths, seq_len) instead."
+                f"Position ids count up by one and restart at 0 with each document, got "
+                f"position_ids[:, :4]={position_ids[:, :4].tolist()}: left padding and gaps have "
+                f"no place in packed rows; pass Documents(lengths, seq_len) instead."
             )
-        seq_len = position.shape[1]
-        rows = [[*row.nonzero().flatten().tolist(), seq_len] for row in starts]
-        return cls(tuple(tuple(b - a for a, b in pairwise(row)) for row in rows), seq_len)
+        seq_len = position_ids.shape[1]
+        bounds = [[*row.nonzero().flatten().tolist(), seq_len] for row in starts]
+        return cls(tuple(tuple(b - a for a, b in pairwise(row)) for row in bounds), seq_len)
 
     @classmethod
-    def from_padded(cls, position: Tensor | None, padding: Tensor) -> "Documents":
+    def from_padded(cls, position_ids: Tensor | None, padding: Tensor) -> "Documents":
         """Read the documents of rows that are padded on the right.
 
         Args:
-            position: [B, S], restarting at 0 with each document; not read where there is padding.
-                None for one document a row.
+            position_ids: [B, S] or [1, S], restarting at 0 with each document; not read where
+                there is padding. None for one document per row.
             padding: [B, S], bool, True for padding.
         Raises:
-            ValueError: padding that tokens follow, or positions that `from_positions` refuses.
+            ValueError: padding that tokens follow, or position ids that `from_position_ids`
+                refuses.
         """
         lengths = (~padding).sum(1)
         index = torch.arange(padding.shape[1], device=padding.device)
-        if bool((padding != (index >= lengths[:, None])).any()):
+        misplaced = (padding != (index >= lengths[:, None])).any(1)
+        if bool(misplaced.any()):
             raise ValueError(
                 f"Rows are padded on the right, got padding before tokens in rows "
-                f"{(padding != (index >= lengths[:, None])).any(1).nonzero().flatten().tolist()}: "
-                f"move their padding to the end."
+                f"{misplaced.nonzero().flatten().tolist()}: move their padding to the end."
             )
+        if position_ids is not None and position_ids.ndim == 2:
+            position_ids = position_ids.expand(len(padding), -1)
         rows: list[tuple[int, ...]] = []
         for row, length in enumerate(lengths.tolist()):
-            if length == 0 or position is None:
+            if length == 0 or position_ids is None:
                 rows.append((length,) if length else ())
             else:
-                rows.append(cls.from_positions(position[row : row + 1, :length]).lengths[0])
+                tokens = position_ids[row : row + 1, :length]
+                rows.append(cls.from_position_ids(tokens).lengths[0])
         return cls(tuple(rows), padding.shape[1])
 
     @classmethod
@@ -135,13 +184,13 @@ class Documents:
         return self._spread([list(range(len(row))) for row in self.lengths], PADDING)
 
     def starts(self) -> Tensor:
-        """First position of each token's document; the token itself for padding: [B, S]."""
+        """Token index where each token's document starts; padding, its own: [B, S], int64."""
         firsts = [list(accumulate(row[:-1], initial=0)) if row else [] for row in self.lengths]
         starts = self._spread(firsts, PADDING)
         return torch.where(starts == PADDING, torch.arange(self.seq_len), starts)
 
     def ends(self) -> Tensor:
-        """Last position of each token's document; the token itself for padding: [B, S]."""
+        """Token index of the last token of each token's document; padding, its own: [B, S]."""
         ends = self._spread([[end - 1 for end in accumulate(row)] for row in self.lengths], PADDING)
         return torch.where(ends == PADDING, torch.arange(self.seq_len), ends)
 
@@ -149,11 +198,45 @@ class Documents:
         """What RoPE reads: 0 at the start of each document, 0 for padding: [B, S], int64."""
         return torch.arange(self.seq_len) - self.starts()
 
+    def _check_padding(self, padding: Tensor) -> None:
+        """Refuse padding that tokens of its document follow, for they would see it."""
+        document = self.document()
+        same = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
+        followed = padding[:, :-1] & ~padding[:, 1:] & same
+        if bool(followed.any()):
+            row, token = followed.nonzero()[0].tolist()
+            raise ValueError(
+                f"Padding lies behind the tokens of a document, got padding_mask[{row}, {token}]="
+                f"True with a token of the same document after it: pad on the right, or give "
+                f"documents that leave it out."
+            )
+
     def _spread(self, values: list[list[int]], padding: int) -> Tensor:
-        """One value a document, repeated over its tokens."""
+        """One value per document, repeated for each of its tokens."""
         out = torch.full((self.batch, self.seq_len), padding, dtype=torch.int64)
         for row, (lengths, row_values) in enumerate(zip(self.lengths, values, strict=True)):
             if lengths:
                 spread = torch.tensor(row_values).repeat_interleave(torch.tensor(lengths))
                 out[row, : spread.numel()] = spread
         return out
+
+
+def _document_positions(
+    position_ids: Tensor | None, padding: Tensor | None, rows: int
+) -> Tensor | None:
+    """Position ids that say where documents start, [B, S]; None if they count each row through."""
+    if position_ids is None:
+        return None
+    if position_ids.ndim not in (2, 3):
+        raise ValueError(
+            f"Position ids are one per token, or one per token and axis, got position_ids.shape="
+            f"{tuple(position_ids.shape)}: give [B, S], [1, S], or [axes, B, S]."
+        )
+    if not restarts(position_ids.cpu(), padding):
+        return None
+    if position_ids.ndim != 2:
+        raise ValueError(
+            f"Documents are read off position_ids [B, S], got position_ids.shape="
+            f"{tuple(position_ids.shape)} that restart: give documents beside them."
+        )
+    return position_ids.expand(rows, -1)

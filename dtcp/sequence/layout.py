@@ -7,7 +7,7 @@ graph is traced, and all that an exchange between ranks needs to know.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import ClassVar, Self
@@ -51,12 +51,12 @@ class SequenceLayout(ABC):
 
     @classmethod
     def for_batch(
-        cls, documents: Documents, num_shards: int, *, work: Tensor | None = None
+        cls, documents: Documents, num_shards: int, *, work: Callable[[], Tensor] | None = None
     ) -> Self:
         """The layout of this class that suits the batch.
 
         Args:
-            work: [S], keys that each token sees; only BlockBalanced reads it.
+            work: counts the keys that each token sees, [S]; only BlockBalanced calls it.
         """
         return cls(documents.seq_len, num_shards)
 
@@ -214,7 +214,7 @@ class PerDocument(SequenceLayout):
 
     @classmethod
     def for_batch(
-        cls, documents: Documents, num_shards: int, *, work: Tensor | None = None
+        cls, documents: Documents, num_shards: int, *, work: Callable[[], Tensor] | None = None
     ) -> Self:
         return cls(documents.seq_len, num_shards, _shared_lengths(cls, documents))
 
@@ -272,16 +272,18 @@ class BlockBalanced(SequenceLayout):
 
     @classmethod
     def for_batch(
-        cls, documents: Documents, num_shards: int, *, work: Tensor | None = None
+        cls, documents: Documents, num_shards: int, *, work: Callable[[], Tensor] | None = None
     ) -> Self:
         """Balance the work given, or that of a causal mask inside each document."""
         _shared_lengths(cls, documents)
         seq_len, per_shard = documents.seq_len, documents.seq_len // num_shards
         block = gcd(per_shard, max(1, min(cls.largest_block, per_shard // cls.blocks_per_shard)))
-        if work is None:
+        if work is not None:
+            keys = work()
+        else:
             visible = documents.document()[:1] >= 0
-            work = torch.where(visible, documents.position_ids()[:1] + 1, 0)[0]
-        owners = assign_blocks(block_work(work, block), num_shards)
+            keys = torch.where(visible, documents.position_ids()[:1] + 1, 0)[0]
+        owners = assign_blocks(block_work(keys, block), num_shards)
         return cls(seq_len, num_shards, block, owners)
 
 

@@ -88,6 +88,11 @@ class Mask:
         first, last = first.masked_fill(none, 0), last.masked_fill(none, -1)
         return first.to(torch.int32), last.to(torch.int32)
 
+    def work(self, coords: Coords) -> Tensor:
+        """Keys that each token sees, added up for all rows: [S]."""
+        first, last = self.intervals(coords)
+        return (last - first + 1).clamp(min=0).sum(0)
+
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, other)
 

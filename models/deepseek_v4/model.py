@@ -87,7 +87,7 @@ class DeepseekV4(nn.Module):
                 their experts by token.
             position_ids: [B, L], the position of each token in its document.
             attn_metadata: what the batch brings for the mixers.
-            mtp_input_ids: [B, depths, L], the tokens 1, 2, .. ahead (dtcp.batch.look_ahead);
+            mtp_input_ids: [B, depths, L], the tokens 1, 2, .. ahead (dtcp.labels.look_ahead);
                 None to leave multi-token prediction out.
         Returns:
             [B, L, V]; with mtp_input_ids a tuple of it and of each depth's.

@@ -225,7 +225,7 @@ class Qwen35(nn.Module):
             position_ids: [B, L], of each token in its document; or [3, B, L], its time, height
                 and width.
             attn_metadata: what the batch brings for the mixers.
-            mtp_input_ids: [B, 1, L], the token after each one (dtcp.batch.look_ahead); None to
+            mtp_input_ids: [B, 1, L], the token after each one (dtcp.labels.look_ahead); None to
                 leave multi-token prediction out.
         Returns:
             [B, L, V]; with mtp_input_ids a tuple of it and of that for the token after the next.

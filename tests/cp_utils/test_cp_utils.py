@@ -324,7 +324,7 @@ def test_bad_batches_are_refused(mesh):
         ("see just what came before", {**plain, "attention_mask": window}),
         ("adds other than 0", {**plain, "attention_mask": torch.rand(2, 1, SEQ_LEN, SEQ_LEN)}),
         ("no such mask", {**plain, "attention_mask": left[:, :5]}),
-        ("Positions count up", {**plain, "position_ids": position_ids + 1}),
+        ("Position ids count up", {**plain, "position_ids": position_ids + 1}),
         ("key='weights'", {**plain, "weights": torch.zeros(2, SEQ_LEN)}),
         ("rows of one length", {**plain, "labels": labels[:, 1:]}),
         ("Positions go with tokens", {**plain, "position_ids": position_ids[0]}),

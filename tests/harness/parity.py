@@ -6,8 +6,9 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from dtcp.batch import shard_batch, shift_labels
+from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.mixer import batch_metadata
 from dtcp.models.llama import Llama, LlamaConfig

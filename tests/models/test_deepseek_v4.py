@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from dtcp.batch import look_ahead, shift_labels
+from dtcp.labels import look_ahead, shift_labels
 from dtcp.mixer import batch_metadata
 from dtcp.models.deepseek_v4 import (
     PRESETS,

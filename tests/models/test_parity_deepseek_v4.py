@@ -19,10 +19,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from dtcp.batch import look_ahead, shard_batch, shift_labels
+from dtcp.batch import shard_batch
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import count
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.labels import look_ahead, shift_labels
 from dtcp.loss import global_token_count, mtp_loss, token_mean_loss
 from dtcp.models.deepseek_v4 import (
     DeepseekV4,

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
-from dtcp.batch import look_ahead, shard_batch, shift_labels
+from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface.mixing_probe import find_mixing, mixers_apart
+from dtcp.labels import look_ahead, shift_labels
 from dtcp.mixer import batch_metadata
 from dtcp.models.qwen3_5 import (
     PRESETS,

@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtcp.batch import shard_batch, shift_labels
+from dtcp.batch import shard_batch
 from dtcp.compile import count_graphs
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.mixer import batch_metadata
 from dtcp.models import deepseek_v4, gemma4, qwen3_5

@@ -106,7 +106,7 @@ def test_targets_that_cannot_be_read_are_refused(mesh):
         FrozenTarget(Local(), mesh)(torch.ones(1, 8).long())
     with pytest.raises(ValueError, match=r"got \['layers.0'\] without one"):
         FrozenTarget(Skips(), mesh, taps=["layers.0"])(torch.ones(1, 8).long())
-    with pytest.raises(ValueError, match="Positions count up"):
+    with pytest.raises(ValueError, match="Position ids count up"):
         make_target_cp_ctx(mesh, torch.ones(1, 8).long(), torch.arange(8)[None] + 1)
 
 

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from dtcp.sequence.balance import assign_blocks, block_work, imbalance
+from dtcp.sequence.balance import assign_blocks, block_work
+
+
+def busiest_over_mean(work, owners):
+    """Work of the busiest rank divided by the mean: 1 is perfect, n is one rank doing it all."""
+    loads = [0] * (max(owners) + 1)
+    for load, rank in zip(work, owners, strict=True):
+        loads[rank] += load
+    return max(loads) * len(loads) / sum(loads)
 
 
 def test_block_work_adds_up_the_tokens_of_each_block():
@@ -20,7 +28,7 @@ def test_every_rank_gets_the_same_number_of_blocks(num_shards):
 @pytest.mark.parametrize("num_shards", [2, 3, 4, 8])
 def test_causal_work_is_balanced_within_one_percent(num_shards):
     work = list(range(1, num_shards * 16 + 1))
-    assert imbalance(work, assign_blocks(work, num_shards)) < 1.01
+    assert busiest_over_mean(work, assign_blocks(work, num_shards)) < 1.01
 
 
 def test_no_rank_exceeds_the_mean_by_more_than_the_heaviest_block():
@@ -29,17 +37,11 @@ def test_no_rank_exceeds_the_mean_by_more_than_the_heaviest_block():
         work = torch.randint(0, 1000, (32,), generator=generator).tolist()
         owners = assign_blocks(work, 4)
         mean = sum(work) / 4
-        assert imbalance(work, owners) * mean <= mean + max(work)
+        assert busiest_over_mean(work, owners) * mean <= mean + max(work)
 
 
 def test_ties_go_to_the_earlier_block_and_the_lower_rank():
     assert assign_blocks([1, 1, 1, 1], 2) == (0, 1, 0, 1)
-
-
-def test_imbalance_is_one_if_perfect_and_n_if_one_rank_does_all():
-    assert imbalance([3, 1, 2, 2], (0, 0, 1, 1)) == 1
-    assert imbalance([4, 0, 0, 0], (0, 0, 1, 1)) == 2
-    assert imbalance([0, 0], (0, 1)) == 1
 
 
 def test_unequal_blocks_are_refused():

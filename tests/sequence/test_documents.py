@@ -36,12 +36,37 @@ def test_tokens_know_their_document(packing):
 @pytest.mark.parametrize("packing", [cases.one_document, cases.across_borders, cases.on_borders])
 def test_documents_are_read_off_positions(packing):
     documents = packing(24, 4)
-    assert Documents.from_positions(documents.position_ids()) == documents
+    assert Documents.from_position_ids(documents.position_ids()) == documents
+
+
+@pytest.mark.parametrize("packing", cases.PACKINGS)
+def test_batch_says_its_documents_in_one_of_three_ways(packing):
+    """Explicitly, by position ids that restart beside a padding mask, or by neither: one a row."""
+    documents = packing(24, 4)
+    position_ids, padding = documents.position_ids(), documents.document() < 0
+    rows = documents.batch
+    assert Documents.of_batch(rows, 24, documents=documents) == documents
+    assert (
+        Documents.of_batch(rows, 24, position_ids=position_ids, padding_mask=padding) == documents
+    )
+    assert Documents.of_batch(rows, 24) == Documents.single(rows, 24)
+    counted = torch.arange(24)[None]
+    ends = Documents(tuple((int(n),) if n else () for n in (~padding).sum(1)), 24)
+    assert Documents.of_batch(rows, 24, position_ids=counted, padding_mask=padding) == ends
+
+
+def test_position_ids_of_one_row_are_those_of_all():
+    """[1, S], as transformers makes them, with and without padding."""
+    position_ids, padding = torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]])
+    assert Documents.of_batch(2, 4, position_ids=position_ids).lengths == ((2, 2),) * 2
+    both = {"position_ids": position_ids, "padding_mask": padding}
+    assert Documents.of_batch(2, 4, **both).lengths == ((2, 2), (2, 1))
+    assert Documents.from_padded(position_ids, padding.bool()).lengths == ((2, 2), (2, 1))
 
 
 def test_padding_read_off_positions_is_documents_of_one_token():
     """Positions alone cannot tell: each sees itself alone, and none is seen."""
-    read = Documents.from_positions(Documents(((3, 2),), 7).position_ids())
+    read = Documents.from_position_ids(Documents(((3, 2),), 7).position_ids())
     assert read.lengths == ((3, 2, 1, 1),)
 
 
@@ -96,9 +121,9 @@ def test_documents_longer_than_their_row_are_refused():
 )
 def test_positions_that_are_no_documents_are_refused(position_ids):
     with pytest.raises(ValueError, match=r"restart at 0 with each document.*left padding"):
-        Documents.from_positions(torch.tensor([[0, 1, 2, 3], position_ids]))
+        Documents.from_position_ids(torch.tensor([[0, 1, 2, 3], position_ids]))
 
 
 def test_positions_on_a_device_are_refused():
-    with pytest.raises(ValueError, match=r"read on the host, got position\.device=meta"):
-        Documents.from_positions(torch.empty(1, 4, dtype=torch.int64, device="meta"))
+    with pytest.raises(ValueError, match=r"read on the host, got position_ids\.device=meta"):
+        Documents.from_position_ids(torch.empty(1, 4, dtype=torch.int64, device="meta"))

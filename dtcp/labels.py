@@ -1,0 +1,67 @@
+"""Labels of whole rows: shifted before sharding, since a shard ends where its neighbour starts."""
+
+import torch
+from torch import Tensor
+
+from dtcp.sequence.documents import Documents
+
+IGNORED = -100
+"""The label of a token that has no loss."""
+
+
+def shift_labels(input_ids: Tensor, documents: Documents, *, by: int = 1) -> Tensor:
+    """Labels of next-token prediction: the token `by` places further on, in the same document.
+
+    Args:
+        input_ids: [B, S], whole rows.
+        by: 1 for the next token; more for multi-token prediction.
+    Returns:
+        [B, S]; -100 where the document ends first, and in padding.
+    Raises:
+        ValueError: by < 1, unsigned input_ids, or rows that are not those of the documents.
+    """
+    document = documents.document()
+    if by < 1 or not input_ids.dtype.is_signed:
+        raise ValueError(
+            f"A label is a token further on, {IGNORED} where there is none, got by={by}, "
+            f"input_ids of {input_ids.dtype}: shift by 1 or more, ids of int64."
+        )
+    if input_ids.shape != document.shape:
+        raise ValueError(
+            f"Labels are shifted in whole rows, got input_ids.shape={tuple(input_ids.shape)} with "
+            f"documents for {tuple(document.shape)}: shift before sharding and padding."
+        )
+    labels = torch.full_like(input_ids, IGNORED)
+    same = (document[:, by:] == document[:, :-by]) & (document[:, by:] >= 0)
+    labels[:, :-by] = torch.where(same.to(input_ids.device), input_ids[:, by:], IGNORED)
+    return labels
+
+
+def look_ahead(
+    input_ids: Tensor, labels: Tensor, documents: Documents, *, depths: int
+) -> dict[str, Tensor]:
+    """What multi-token prediction reads, for a batch's whole rows: shifted before sharding.
+
+    Depth k = 1, 2, .. reads the token k places on and predicts the one after it.
+
+    Args:
+        input_ids: [B, S].
+        labels: [B, S], shifted already: the next token of each.
+        depths: tokens beyond the next one that are predicted.
+    Returns:
+        `mtp_input_ids` and `mtp_labels`, [B, depths, S]: id 0 and label -100 where the document
+        ends first. A depth's last tokens of a document have no token to read and no loss.
+    Raises:
+        ValueError: depths < 1.
+    """
+    if depths < 1:
+        raise ValueError(
+            f"Multi-token prediction looks one token ahead or more, got depths={depths}: leave "
+            f"mtp_input_ids out of the batch of a model without MTP layers."
+        )
+    steps = range(1, depths + 1)
+    ids = torch.stack([shift_labels(input_ids, documents, by=step) for step in steps], dim=1)
+    return {
+        "mtp_input_ids": ids.masked_fill(ids == IGNORED, 0),
+        "mtp_labels": torch.stack([shift_labels(labels, documents, by=x) for x in steps], dim=1),
+    }
