@@ -14,7 +14,7 @@ from dtcp.batch import ShardedBatch
 from dtcp.check.configs import Small, small_config
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import survey
-from dtcp.huggingface.mixing_probe import find_mixing, mixers_apart, probe_length
+from dtcp.huggingface.mixing_probe import find_mixing, mixers_without_mixing, probe_length
 from dtcp.huggingface.registry import MIXER
 from dtcp.mixer import Mixer, batch_metadata
 from dtcp.parallelize import (
@@ -145,7 +145,7 @@ class MixerSubject:
         input_ids = torch.arange(seq_len)[None] % vocabulary(model)
         attn_metadata = batch_metadata(model, documents)
         run = partial(model, input_ids, documents.position_ids(), attn_metadata)
-        with mixers_apart(model) as names:
+        with mixers_without_mixing(model) as names:
             found = find_mixing(model.eval(), run, seq_len)
         model.train()
         mixers = {name: model.get_submodule(name) for name in names}

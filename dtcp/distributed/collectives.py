@@ -145,7 +145,7 @@ def halo(
         left, right: tokens; the window that attends to W keys, its own among them, needs W - 1.
     Returns:
         L / segment_len * (left + right) tokens at dim: for each segment the left ones, then the
-        right ones. `halo_positions` says which they are.
+        right ones. `halo_token_indices` says which they are.
 
     Backward sends the gradients home and sums them there. Traffic per rank: those tokens that
     other ranks hold, and as much back.

@@ -1,14 +1,14 @@
-"""Models of transformers, unmodified: their attention calls, routed to mixers."""
+"""Unmodified models of transformers, whose attention calls go to mixers."""
 
-from dtcp.huggingface.batch import causal_lm_loss, documents_of, shard_hf_batch
+from dtcp.huggingface.batch import causal_lm_loss, documents_of_hf_batch, shard_hf_batch
 from dtcp.huggingface.install import install_mixers
-from dtcp.huggingface.survey import Attention, Survey, survey
+from dtcp.huggingface.survey import Survey, SurveyedAttention, survey
 
 __all__ = [
-    "Attention",
     "Survey",
+    "SurveyedAttention",
     "causal_lm_loss",
-    "documents_of",
+    "documents_of_hf_batch",
     "install_mixers",
     "shard_hf_batch",
     "survey",

@@ -29,18 +29,17 @@ def shard_hf_batch(
             attention_mask [B, S], 0 for padding on the right.
     Returns:
         the local batch, with labels shifted and position_ids, and how it was sharded. Call
-        `model(input_ids=..., position_ids=..., attn_metadata=sharded.attn_metadata)` and take the
-        loss with token_mean_loss: the model's own shifts labels inside a shard.
+        `model(input_ids=..., position_ids=..., attn_metadata=sharded.attn_metadata)` and compute
+        the loss by token_mean_loss: the model's own loss would shift labels inside a shard.
     Raises:
         ValueError: padding on the left or in the middle, or what shard_batch refuses.
     """
-    documents = documents_of(batch)
+    documents = documents_of_hf_batch(batch)
     whole = {key: x for key, x in batch.items() if key != "attention_mask"}
     whole["position_ids"] = documents.position_ids()
     if "labels" in batch:
         whole["labels"] = shift_labels(batch["labels"], documents)
-    local, plan = shard_batch(whole, mesh, layout, model=model, documents=documents, device=device)
-    return local, plan
+    return shard_batch(whole, mesh, layout, model=model, documents=documents, device=device)
 
 
 def causal_lm_loss(
@@ -53,8 +52,8 @@ def causal_lm_loss(
 ) -> Tensor:
     """Run a model of parallelize_hf on a batch: this rank's share of the mean loss over tokens.
 
-    Shares add up, over the ranks of mesh.loss, to the mean over all their batches; so do
-    gradients.
+    The shares of the ranks of mesh.loss add up to the mean loss of all their tokens, and their
+    gradients to its gradient.
 
     Args:
         batch: as shard_hf_batch takes it, with labels.
@@ -63,18 +62,23 @@ def causal_lm_loss(
     """
     if "labels" not in batch:
         raise ValueError(
-            f"A batch to train on has labels, not shifted, got {sorted(batch)}: add them, the "
-            f"input_ids themselves for a language model."
+            f"A batch to train on has labels, not shifted, got {sorted(batch)}: add them; a "
+            f"language model's are its input_ids."
         )
-    local, plan = shard_hf_batch(batch, mesh, layout, model=model, device=device)
+    local, sharded = shard_hf_batch(batch, mesh, layout, model=model, device=device)
     labels = local.pop("labels")
     local.pop("padding_mask", None)
-    logits = model(**local, attn_metadata=plan.attn_metadata).logits
+    logits = model(**local, attn_metadata=sharded.attn_metadata).logits
     return token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
 
 
-def documents_of(batch: Mapping[str, Tensor]) -> Documents:
-    """The documents of every row: position_ids restart, attention_mask ends the last one."""
+def documents_of_hf_batch(batch: Mapping[str, Tensor]) -> Documents:
+    """The documents of every row: position_ids restart, attention_mask ends the last one.
+
+    Raises:
+        ValueError: a mask of another shape, padding anywhere but on the right, or position_ids
+            that do not count each document from 0.
+    """
     tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
     rows, seq_len = tokens.shape[:2]
     mask = batch.get("attention_mask", torch.ones(rows, seq_len, dtype=torch.int64))
@@ -85,9 +89,4 @@ def documents_of(batch: Mapping[str, Tensor]) -> Documents:
             f"An attention_mask is [B, S], 1 for tokens and then 0 for padding on the right, got "
             f"shape {tuple(mask.shape)}: pad on the right; for packed documents pass position_ids."
         )
-    position_ids = batch.get("position_ids", torch.arange(seq_len).expand(rows, seq_len))
-    lengths = []
-    for row, filled in enumerate(mask.bool().sum(dim=1).tolist()):
-        (cuts,) = Documents.from_position_ids(position_ids[row : row + 1, :filled]).lengths
-        lengths.append(cuts)
-    return Documents(tuple(lengths), seq_len)
+    return Documents.from_padded(batch.get("position_ids"), mask == 0)

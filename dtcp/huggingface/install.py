@@ -5,10 +5,10 @@ from functools import wraps
 from typing import Any
 
 from dtcp.huggingface import registry
-from dtcp.huggingface.meta_device import survey_unbuilt
+from dtcp.huggingface.meta_device import survey_on_meta
 from dtcp.huggingface.survey import Survey, survey, survey_mask
 
-TAKEN = (
+ARGUMENTS = (
     "input_ids",
     "inputs_embeds",
     "position_ids",
@@ -19,49 +19,49 @@ TAKEN = (
     "output_attentions",
     "output_router_logits",
 )
-"""What a model with mixers may be called with; the last two only to switch them off."""
+"""What a model with mixers may be called with; the last two only to switch something off."""
 
 
 def install_mixers(model: Any) -> Survey:
-    """Make a model attend by mixers, one in each attention module, and refuse what they cannot.
+    """Let a model attend by mixers, one in each attention module; refuse what mixers cannot do.
 
-    Parameters keep their names. On one device the model computes what it did; it is called with
-    `attn_metadata`, and a plan may then claim the mixers: `<name of the attention>.dtcp_mixer`.
+    Parameters keep their names. On one device the model computes what it did before; its forward
+    takes `attn_metadata`, and a plan may claim the mixers, `<name of the attention>.dtcp_mixer`.
 
     Raises:
-        ValueError: what nobody can carry out, by the names of the layers.
+        ValueError: the model mixes tokens in a way that cannot be sharded; names the layers.
     """
-    unbuilt = next(model.parameters()).is_meta
-    found = survey_unbuilt(model) if unbuilt else survey(model)
-    found.check()
-    for attention in found.attentions:
+    on_meta = next(model.parameters()).is_meta
+    result = survey_on_meta(model) if on_meta else survey(model)
+    result.check()
+    for attention in result.attentions:
         model.get_submodule(attention.name).add_module(registry.MIXER, attention.mixer())
-    registry.register(survey_mask)
-    registry.use(model, registry.IMPLEMENTATION)
+    registry.register_attention(survey_mask)
+    registry.set_attention(model, registry.IMPLEMENTATION)
     forward = model.forward
 
     @wraps(forward)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked_forward(*args: Any, **kwargs: Any) -> Any:
         _check_call(args, kwargs)
         return forward(**{**kwargs, "use_cache": False})
 
-    model.forward = checked
-    return found
+    model.forward = checked_forward
+    return result
 
 
 def _check_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     if args:
         raise TypeError(
             f"A model with mixers is called by keywords, got {len(args)} positional arguments: "
-            f"pass input_ids=, position_ids= and tables=."
+            f"pass input_ids=, position_ids= and attn_metadata=."
         )
-    off = [key for key in ("position_ids", "attn_metadata") if kwargs.get(key) is None]
-    on = [key for key in TAKEN[-2:] if kwargs.get(key)]
-    other = [key for key, x in kwargs.items() if key not in TAKEN and x is not None]
-    if off or on or other or kwargs.get("use_cache"):
+    missing = [key for key in ("position_ids", "attn_metadata") if kwargs.get(key) is None]
+    switched_on = [key for key in ARGUMENTS[-2:] if kwargs.get(key)]
+    unknown = [key for key, x in kwargs.items() if key not in ARGUMENTS and x is not None]
+    if missing or switched_on or unknown or kwargs.get("use_cache"):
         raise ValueError(
-            f"A model with mixers is called with input_ids, position_ids and tables of "
-            f"shard_hf_batch, got without={off}, with={other + on}, "
+            f"A model with mixers is called with the input_ids, position_ids and attn_metadata of "
+            f"shard_hf_batch, got without={missing}, with={unknown + switched_on}, "
             f"use_cache={kwargs.get('use_cache')}: labels go to token_mean_loss, masks to "
             f"shard_hf_batch; a cache, attention weights and balance losses have no sharded form."
         )

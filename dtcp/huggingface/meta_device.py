@@ -1,4 +1,4 @@
-"""A model that has no memory yet is surveyed by a twin: as deep, of the same kinds, but narrow."""
+"""Survey a model on the meta device by a narrow copy: as deep, with the same kinds of layers."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -18,36 +18,37 @@ NARROW: Mapping[str, int] = {
     "n_group": 1,
     "topk_group": 1,
 }
-"""Sizes that neither masks nor scales depend on. Heads keep their width, for scales do."""
+"""Sizes that neither masks nor scales depend on. Scales depend on the width of heads: it stays."""
 
 HEADS = 2
 
 
-def survey_unbuilt(model: Any) -> Survey:
-    """What `survey` would find in a model on the meta device.
+def survey_on_meta(model: Any) -> Survey:
+    """What `survey` would find in a model that is still on the meta device.
 
     Raises:
-        ValueError: a twin that does not resemble the model.
+        ValueError: the model has several modalities, or its narrow copy does not resemble it.
     """
-    found = survey(_twin(model))
-    for each in found.attentions:
-        module = dict(model.named_modules()).get(each.name)
-        scale = getattr(module, "scaling", each.scale)
-        if module is None or scale != each.scale:
+    result = survey(_narrow_copy(model))
+    modules = dict(model.named_modules())
+    for attention in result.attentions:
+        module = modules.get(attention.name)
+        scale = getattr(module, "scaling", attention.scale)
+        if module is None or scale != attention.scale:
             raise ValueError(
-                f"A model on the meta device is surveyed by a narrow twin of its config, got "
-                f"{each.name} with scale={each.scale} in the twin and {scale} in the model: build "
-                f"it on a real device."
+                f"A model on the meta device is surveyed by a narrow copy made from its config, "
+                f"got {attention.name} with scale={attention.scale} in the copy and {scale} in the "
+                f"model: build it on a real device."
             )
-    return found
+    return result
 
 
-def _twin(model: Any) -> Any:
+def _narrow_copy(model: Any) -> Any:
     config = deepcopy(model.config)
     if config.sub_configs:
         raise ValueError(
-            f"A model on the meta device is a text model alone, got {type(model).__name__} of "
-            f"{list(config.sub_configs)}: build it on a real device, or its text model."
+            f"A model on the meta device has one modality, got {type(model).__name__} of "
+            f"{list(config.sub_configs)}: build it on a real device, or build its text model."
         )
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

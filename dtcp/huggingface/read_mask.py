@@ -1,4 +1,4 @@
-"""A mask function of transformers, sees(row, head, query, key), read as a mask of ours."""
+"""Read a mask function of transformers, mask_function(row, head, query, key), as a Mask."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,23 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtcp.sequence.masks import (
-    Bidirectional,
-    Causal,
-    Mask,
-    SlidingWindow,
-)
+from dtcp.sequence.masks import Bidirectional, Causal, Mask, SlidingWindow
 
 FAR = 2**20
-"""The query whose keys are counted; a window as wide as this is taken for none."""
+"""The query whose keys are counted; a window as wide as this counts as none."""
 
 NEAR = 64
-"""Queries from the start, and keys to the right, that are looked at too."""
+"""Queries from the start, and keys to the right of a query, that are tried too."""
 
 
-def read_mask(sees: Callable[..., Any]) -> Mask | None:
-    """The mask that sees the same keys, for all queries that are tried; None if none does."""
-    row = _row(sees, FAR)
+def read_mask(mask_function: Callable[..., Any]) -> Mask | None:
+    """The mask that lets every query tried see the same keys; None if no mask does."""
+    row = _row(mask_function, FAR)
     if row is None or not row.any():
         return None
     keys = row.nonzero().flatten()
@@ -32,23 +27,26 @@ def read_mask(sees: Callable[..., Any]) -> Mask | None:
     queries = [*range(NEAR), 12_345, FAR]
     if left is not None:
         queries += [left - 2, left - 1, left, left + 1, 2 * left + 1, 3 * left]
-    if not all(_agrees(sees, at, left, right) for at in queries if 0 <= at <= FAR):
+    queries = [query for query in queries if 0 <= query <= FAR]
+    if not all(_agrees(mask_function, query, left, right) for query in queries):
         return None
     return _mask(left, right)
 
 
-def _row(sees: Callable[..., Any], query: int) -> Tensor | None:
+def _row(mask_function: Callable[..., Any], query: int) -> Tensor | None:
     zero, keys = torch.tensor(0), torch.arange(query + NEAR)
     try:
-        seen = sees(zero, zero, torch.tensor(query), keys)
+        seen = mask_function(zero, zero, torch.tensor(query), keys)
     except IndexError:
-        # It looks its tokens up in a table, whose meaning is not in the function.
+        # It looks tokens up in a table, whose meaning is not in the function.
         return None
     return torch.as_tensor(seen).expand(len(keys))
 
 
-def _agrees(sees: Callable[..., Any], query: int, left: int | None, right: int | None) -> bool:
-    row = _row(sees, query)
+def _agrees(
+    mask_function: Callable[..., Any], query: int, left: int | None, right: int | None
+) -> bool:
+    row = _row(mask_function, query)
     back = query - torch.arange(query + NEAR)
     expected = torch.ones_like(back, dtype=torch.bool)
     if left is not None:

@@ -1,9 +1,9 @@
 """transformers' attention registry: how a model that calls attention by name calls a mixer.
 
-A model asks the registry for `config._attn_implementation` and calls what it finds with the
-attention module first; so the mixer is a submodule of that module, and nothing is process-wide
-but two names. The tables of a batch come down from the model's own call, as a keyword argument
-that transformers hands on.
+A model looks up `config._attn_implementation` in the registry and calls the function it finds
+there with the attention module first; so the mixer is a submodule of that module, and nothing is
+process-wide but two names. The metadata of a batch comes down from the model's own call, as a
+keyword argument that transformers hands on.
 """
 
 from typing import Any, Protocol
@@ -14,53 +14,57 @@ from torch.distributed.tensor import DTensor
 from dtcp.metadata import BatchMetadata
 
 IMPLEMENTATION = "dtcp"
-"""What `config._attn_implementation` says of a model whose attention is ours."""
+"""The `config._attn_implementation` of a model that attends by mixers."""
 
-SURVEY = "dtcp_survey"
-"""The same while a model is looked at."""
+SURVEY_IMPLEMENTATION = "dtcp_survey"
+"""The same while a model is surveyed."""
 
 MIXER = "dtcp_mixer"
 """The mixer's name in its attention module."""
 
 
 class Recorder(Protocol):
-    """Who is told of attention calls during a survey; comes in the place of the tables."""
+    """Notes the attention calls of a survey; passed in the place of the metadata."""
 
     def record(
-        self, module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], mask: Any, how: dict[str, Any]
+        self,
+        module: nn.Module,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Any,
+        arguments: dict[str, Any],
     ) -> Tensor: ...
 
 
-def register(survey_mask: Any) -> None:
-    """Tell transformers of both implementations. Twice is once."""
+def register_attention(survey_mask: Any) -> None:
+    """Register both implementations with transformers, however often it is called."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(IMPLEMENTATION, attend)
-    AttentionInterface.register(SURVEY, _tell)
+    AttentionInterface.register(IMPLEMENTATION, mixer_attention_forward)
+    AttentionInterface.register(SURVEY_IMPLEMENTATION, _survey_attention_forward)
     # Registered too: for a name without a mask function, masks are dropped without a word.
-    AttentionMaskInterface.register(IMPLEMENTATION, no_mask)
-    AttentionMaskInterface.register(SURVEY, survey_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, refuse_mask)
+    AttentionMaskInterface.register(SURVEY_IMPLEMENTATION, survey_mask)
 
 
-def use(model: Any, implementation: str) -> None:
-    """Make a model call an implementation of attention.
+def set_attention(model: Any, implementation: str) -> None:
+    """Choose the implementation of attention that a model calls.
 
     Raises:
-        ValueError: the model does not ask the registry.
+        ValueError: the model does not look its attention up in the registry.
     """
     model.set_attn_implementation(implementation)
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
-        asked = getattr(config, "_attn_implementation", implementation)
-        if asked != implementation:
+        chosen = getattr(config, "_attn_implementation", implementation)
+        if chosen != implementation:
             raise ValueError(
                 f"A model of transformers takes its attention from the attention registry, got "
                 f"{name or type(model).__name__} ({type(module).__name__}), which keeps "
-                f"{asked!r}: write its attention with a mixer (docs/add_a_model.md)."
+                f"{chosen!r}: write its attention with a mixer (docs/add_a_model.md)."
             )
 
 
-def attend(
+def mixer_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -72,43 +76,47 @@ def attend(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend by the module's mixer: what the survey has read, of mask and scale, is in it.
+    """Attend by the module's mixer, which has the mask and the scale that the survey read.
 
     Args:
         query, key, value: [B, H or G, L, D].
         s_aux: [H], the sinks.
     Returns:
         [B, L, H, V].
+    Raises:
+        ValueError: dropout, a mask, or no metadata.
     """
     if dropout or attention_mask is not None or attn_metadata is None:
+        mask = None if attention_mask is None else tuple(attention_mask.shape)
         raise ValueError(
-            f"{describe(module)} attends by the tables of its batch alone, got dropout={dropout}, "
-            f"attention_mask={attention_mask}, tables={attn_metadata}: pass tables=plan.tables of "
+            f"{layer_label(module)} attends by the metadata of its batch alone, got "
+            f"dropout={dropout}, attention_mask of shape {mask}, attn_metadata of type "
+            f"{type(attn_metadata).__name__}: pass attn_metadata=sharded.attn_metadata of "
             f"shard_hf_batch, no mask, and set the attention dropout of the config to 0."
         )
     if isinstance(s_aux, DTensor):
-        # Sharded with the heads: each rank's own.
+        # Sharded with the heads: each rank has the sinks of its own.
         s_aux = s_aux.to_local(grad_placements=s_aux.placements)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return module.get_submodule(MIXER)(q, k, v, attn_metadata, sink=s_aux), None
 
 
-def no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
-    """The mask of a model whose mixers know what they see: none, of any size."""
+def refuse_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
+    """Make no mask, of whatever size: mixers know what their tokens see."""
     if attention_mask is not None:
         raise ValueError(
-            f"Padding of a sharded batch is in its tables, got an attention_mask of shape "
+            f"Padding of a sharded batch is in its metadata, got an attention_mask of shape "
             f"{tuple(attention_mask.shape)}: give it to shard_hf_batch, not to the model."
         )
 
 
-def describe(module: nn.Module) -> str:
-    """A layer, as far as it knows itself."""
+def layer_label(module: nn.Module) -> str:
+    """The class of a layer and, if it knows it, its index."""
     index = getattr(module, "layer_idx", None)
     return type(module).__name__ if index is None else f"{type(module).__name__} of layer {index}"
 
 
-def _tell(
+def _survey_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -116,12 +124,12 @@ def _tell(
     attention_mask: Any,
     *,
     attn_metadata: Recorder | None = None,
-    **how: Any,
+    **arguments: Any,
 ) -> tuple[Tensor, None]:
     if attn_metadata is None:
         raise ValueError(
             f"A model hands keyword arguments of its call on to its attention, got "
-            f"{describe(module)}, which receives none: write its attention with a mixer "
+            f"{layer_label(module)}, which receives none: write its attention with a mixer "
             f"(docs/add_a_model.md)."
         )
-    return attn_metadata.record(module, (query, key, value), attention_mask, how), None
+    return attn_metadata.record(module, (query, key, value), attention_mask, arguments), None

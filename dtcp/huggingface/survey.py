@@ -1,7 +1,7 @@
-"""What a model of transformers needs of context parallelism, found by running it on a few tokens.
+"""Where and how tokens meet in a model of transformers, found by running it on a few tokens.
 
 Attention calls are recorded, with the mask that the model's own code made for them, while each
-token attends to itself alone. What lets tokens meet all the same does not go through the
+token attends to itself alone. Whatever lets tokens meet all the same does not go through the
 registry, and is refused by name.
 """
 
@@ -27,19 +27,26 @@ from dtcp.sequence.masks import Bidirectional, Mask
 from dtcp.softmax.mixer import SoftmaxAttention
 
 HARMLESS = ("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits")
-"""Arguments of an attention call that say what mask, positions and the model's call say too."""
+"""Arguments of an attention call that repeat what mask, positions and the model's call say."""
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 _RECURRENT = "GatedDeltaNet"
-"""Known by name: where fla is installed transformers runs it by kernels that need a GPU."""
+"""Known by its name: where fla is installed, transformers runs it by kernels that need a GPU."""
 
 
 @dataclass(frozen=True)
-class Attention:
-    """One attention module, and what its mixer has to be."""
+class SurveyedAttention:
+    """One attention module, and what its mixer has to be.
+
+    Args:
+        name: of the module in its model.
+        scale: of scores; None for D ** -0.5.
+        softcap: of scores; 0 for none.
+        sink: whether calls bring sinks.
+    """
 
     name: str
     mask: Mask
@@ -53,24 +60,31 @@ class Attention:
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found: attention that mixers can carry out, and what nobody here can."""
+    """Attention that mixers can carry out; and, in sentences, what has no sharded form here."""
 
-    attentions: tuple[Attention, ...]
+    attentions: tuple[SurveyedAttention, ...]
     refused: tuple[str, ...]
 
     def check(self) -> None:
-        """Raises: ValueError: something is refused."""
+        """Stop where something is refused.
+
+        Raises:
+            ValueError: all that is refused.
+        """
         if self.refused:
             raise ValueError(
-                "A model is context-parallel where all of its mixing can be, got\n  "
+                "A model is context-parallel if all of its mixing can be, got\n  "
                 + "\n  ".join(self.refused)
             )
 
 
 def survey(model: Any) -> Survey:
-    """Run a model of transformers on a row of tokens and read off where and how tokens meet.
+    """Run a model of transformers on a row of tokens and note where and how tokens meet.
 
-    The model is left as it was. It has to be on a real device, unsharded.
+    The model is left as it was.
+
+    Args:
+        model: on a real device, unsharded.
     """
     refused = [*_unsuited(model)]
     if refused:
@@ -86,8 +100,8 @@ def survey(model: Any) -> Survey:
         use_cache=False,
         attn_metadata=recorder,
     )
-    with _looked_at(model):
-        # Training first: dropout shows in training only, and mixing without it only.
+    with _survey_mode(model):
+        # Dropout shows in training mode only, and mixing can be told only without dropout.
         model.train()
         if _is_random(run):
             refused.append(
@@ -101,46 +115,50 @@ def survey(model: Any) -> Survey:
         f"and not through the attention registry: write it with a mixer (docs/add_a_model.md)."
         for name in mixing
     ]
-    return Survey(tuple(recorder.found.values()), tuple(dict.fromkeys(refused)))
+    return Survey(tuple(recorder.attentions.values()), tuple(dict.fromkeys(refused)))
 
 
 def _is_random(run: Callable[[], object]) -> bool:
     """Whether a model's outputs depend on the state of the random generator."""
-    found = []
+    outputs = []
     with torch.no_grad(), torch.random.fork_rng():
         for seed in range(2):
             torch.manual_seed(seed)
-            found.append([x for x in tensors(run()) if x.is_floating_point()])
-    pairs = zip(*found, strict=True)
-    # Other kernels may add up in another order, and no more.
+            outputs.append([x for x in tensors(run()) if x.is_floating_point()])
+    pairs = zip(*outputs, strict=True)
+    # Kernels may sum in another order from run to run: that much is no randomness.
     return any(float((a - b).abs().max()) > 1e-4 * float(a.abs().max()) for a, b in pairs)
 
 
 class _Recorder:
-    """Notes each attention call; no token sees another meanwhile."""
+    """Notes each attention call, in which no token sees another."""
 
     def __init__(self, names: dict[nn.Module, str], refused: list[str]) -> None:
         self.names, self.refused = names, refused
-        self.found: dict[str, Attention] = {}
+        self.attentions: dict[str, SurveyedAttention] = {}
 
     def record(
-        self, module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], mask: Any, how: dict[str, Any]
+        self,
+        module: nn.Module,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Any,
+        arguments: dict[str, Any],
     ) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in qkv)
         name = self.names[module]
-        read: Mask | None = getattr(mask, _READ, None)
+        known_mask: Mask | None = getattr(mask, _MASK, None)
         if mask is None and getattr(module, "is_causal", None) is False:
-            read = Bidirectional()
-        problems = _problems(q, k, read, how)
+            known_mask = Bidirectional()
+        problems = _problems(q, k, known_mask, arguments)
         self.refused += [f"{name} ({type(module).__name__}): {problem}" for problem in problems]
-        if read is not None and not problems:
-            self._note(name, module, read, how)
+        if known_mask is not None and not problems:
+            self._note(name, module, known_mask, arguments)
         return own_value(v, q.shape[2]) if k.shape[1] == q.shape[1] else torch.zeros_like(q)
 
-    def _note(self, name: str, module: nn.Module, mask: Mask, how: dict[str, Any]) -> None:
-        sink, softcap = how.get("s_aux") is not None, how.get("softcap") or 0.0
-        now = Attention(name, mask, how.get("scaling"), softcap, sink)
-        before = self.found.setdefault(name, now)
+    def _note(self, name: str, module: nn.Module, mask: Mask, arguments: dict[str, Any]) -> None:
+        sink, softcap = arguments.get("s_aux") is not None, arguments.get("softcap") or 0.0
+        now = SurveyedAttention(name, mask, arguments.get("scaling"), softcap, sink)
+        before = self.attentions.setdefault(name, now)
         if before != now:
             self.refused.append(
                 f"{name} ({type(module).__name__}): called twice, as {before} and as {now}: give "
@@ -148,10 +166,12 @@ class _Recorder:
             )
 
 
-def _problems(q: Tensor, k: Tensor, mask: Mask | None, how: dict[str, Any]) -> list[str]:
+def _problems(q: Tensor, k: Tensor, mask: Mask | None, arguments: dict[str, Any]) -> list[str]:
     problems = []
     known = ("scaling", "dropout", "s_aux", "softcap", *HARMLESS)
-    asked = [key for key, value in how.items() if key not in known and value not in (None, False)]
+    unknown = [
+        key for key, value in arguments.items() if key not in known and value not in (None, False)
+    ]
     if k.shape[1] != q.shape[1]:
         problems.append(
             f"{q.shape[1]} queries meet {k.shape[1]} keys (cross-attention, or a cache): only "
@@ -162,36 +182,36 @@ def _problems(q: Tensor, k: Tensor, mask: Mask | None, how: dict[str, Any]) -> l
             "its mask is not one interval of keys around a token, or not made by "
             "transformers.masking_utils: its meaning is not known."
         )
-    if how.get("dropout"):
+    if arguments.get("dropout"):
         problems.append(
-            f"dropout={how['dropout']} in training would depend on the mesh: set "
+            f"dropout={arguments['dropout']} in training would depend on the mesh: set "
             f"config.attention_dropout = 0."
         )
-    if asked:
-        problems.append(f"it is called with {asked}, which no mixer honours.")
+    if unknown:
+        problems.append(f"it is called with {unknown}, which no mixer honours.")
     return problems
 
 
-_READ = "dtcp_mask"
+_MASK = "dtcp_mask"
 
 
-def survey_mask(*, mask_function: Callable[..., Any], **how: Any) -> Tensor:
-    """A dense mask of a few tokens, as sdpa takes it, that knows the mask it is."""
+def survey_mask(*, mask_function: Callable[..., Any], **arguments: Any) -> Tensor:
+    """A dense mask of a few tokens, as sdpa takes it, with the Mask it stands for as attribute."""
     from transformers.masking_utils import sdpa_mask
 
-    how |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    dense = sdpa_mask(mask_function=mask_function, **how)
+    arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    dense = sdpa_mask(mask_function=mask_function, **arguments)
     assert dense is not None
-    setattr(dense, _READ, read_mask(mask_function))
+    setattr(dense, _MASK, read_mask(mask_function))
     return dense
 
 
 @contextmanager
-def _looked_at(model: Any) -> Iterator[None]:
-    registry.register(survey_mask)
+def _survey_mode(model: Any) -> Iterator[None]:
+    registry.register_attention(survey_mask)
     before = {module: module.training for module in model.modules()}
     implementation = model.config._attn_implementation
-    registry.use(model, registry.SURVEY)
+    registry.set_attention(model, registry.SURVEY_IMPLEMENTATION)
     try:
         yield
     finally:
@@ -201,17 +221,17 @@ def _looked_at(model: Any) -> Iterator[None]:
 
 
 def _unsuited(model: Any) -> Iterator[str]:
-    """What forbids even a look."""
+    """What refuses a model before it is run, in sentences."""
     name = type(model).__name__
     if next(model.parameters()).is_meta:
         yield (
             f"{name} is on the meta device, where nothing can be run: install_mixers and "
-            f"parallelize_hf survey a twin of it."
+            f"parallelize_hf survey a narrow copy of it."
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         yield (
-            f"{name} takes no position_ids: it counts positions from the start of what it is "
-            f"given, and a shard is not the start."
+            f"{name} takes no position_ids: it counts positions from the start of its input, and a "
+            f"shard does not start where its row does."
         )
     if getattr(model.config, "output_router_logits", False):
         yield (
@@ -223,8 +243,8 @@ def _unsuited(model: Any) -> Iterator[str]:
     if recurrent is not None:
         yield (
             f"{recurrent} ({kinds[recurrent]}): hands a state from token to token, which is no "
-            f"attention: models/qwen3_5 has such layers and a plan for them, and "
-            f"dtcp.cp_utils.apply_cp takes over those of transformers."
+            f"attention: dtcp.models.qwen3_5 has such layers and a plan for them, and "
+            f"dtcp.cp_utils.apply_cp shards those of transformers."
         )
     for part, module in model.named_modules():
         rate = getattr(module, "p", 0.0) if isinstance(module, _DROPOUT) else 0.0

@@ -1,9 +1,9 @@
 """Which rank holds which tokens: a permutation of the sequence, cut into equal shards.
 
 `token_index = layout.permutation()[slot]`, and rank r owns slots [r * L, (r + 1) * L). A placement
-says that a dim is sharded; a layout says which tokens a shard holds. Every layout is given by
-the runs of neighbouring positions that each rank holds: ints, so that they can be read while a
-graph is traced, and all that an exchange between ranks needs to know.
+says that a dim is sharded; a layout says which tokens a shard holds. Every layout is defined by the
+runs of neighbouring tokens that each rank holds: ints, so that they can be read while a graph is
+traced, and all that an exchange between ranks needs to know.
 """
 
 from abc import ABC, abstractmethod
@@ -19,14 +19,14 @@ from dtcp.sequence.balance import assign_blocks, block_work
 from dtcp.sequence.documents import Documents
 
 Run = tuple[int, int]
-"""Positions from start up to stop, without stop."""
+"""Token indices from start up to stop, without stop."""
 
 
 @dataclass(frozen=True)
 class SequenceLayout(ABC):
-    """A sequence of S positions over n shards of L = S / n slots each.
+    """A sequence of S tokens in n shards of L = S / n slots each.
 
-    A layout is made for a batch by `for_batch`; all rows of the batch share it.
+    `for_batch` makes the layout of a batch; all rows of the batch share it.
     """
 
     seq_len: int
@@ -35,14 +35,14 @@ class SequenceLayout(ABC):
     def __post_init__(self) -> None:
         if self.num_shards < 1:
             raise ValueError(
-                f"{type(self).__name__} deals tokens to at least one shard, got "
+                f"{type(self).__name__} cuts the sequence into at least one shard, got "
                 f"num_shards={self.num_shards}: give the size of the cp axis."
             )
         self._check_divides(self.num_shards)
 
     @abstractmethod
     def runs(self, rank: int) -> list[Run]:
-        """The rank's positions in slot order, as the longest runs of neighbours."""
+        """The rank's token indices in slot order, as the longest runs of neighbours."""
 
     @classmethod
     def multiple(cls, num_shards: int) -> int:
@@ -81,25 +81,25 @@ class SequenceLayout(ABC):
         return [(a, a + step) for start, stop in self.runs(rank) for a in range(start, stop, step)]
 
     def token_indices(self, rank: int) -> Tensor:
-        """Position of each of the rank's slots: [L], int64."""
+        """Token index of each of the rank's slots: [L], int64."""
         return torch.cat([torch.arange(start, stop) for start, stop in self.runs(rank)])
 
     def permutation(self) -> Tensor:
-        """Position of every slot, rank 0's slots first: [S], int64."""
+        """Token index of every slot, rank 0's slots first: [S], int64."""
         return torch.cat([self.token_indices(rank) for rank in range(self.num_shards)])
 
     def inverse(self) -> Tensor:
-        """Slot of every position: [S], int64."""
+        """Slot of every token: [S], int64."""
         permutation = self.permutation()
         return torch.empty_like(permutation).scatter(0, permutation, torch.arange(self.seq_len))
 
     def shard(self, x: Tensor, rank: int, *, dim: int = 1) -> Tensor:
-        """Pick the rank's tokens out of all: S at dim becomes L. No communication."""
+        """Pick the rank's tokens out of all: S in dim becomes L. No communication."""
         self._check_len(x, dim)
         return torch.cat([x.narrow(dim, a, b - a) for a, b in self.runs(rank)], dim=dim)
 
     def restore(self, x: Tensor, *, dim: int = 1) -> Tensor:
-        """Put all shards, one after another along dim, back into position order: S to S."""
+        """Put all shards, concatenated along dim, back into the order of the row: S to S."""
         self._check_len(x, dim)
         return x.index_select(dim, self.inverse().to(x.device))
 
@@ -131,8 +131,8 @@ class SequenceLayout(ABC):
 class Contiguous(SequenceLayout):
     """Rank r holds the r-th of n equal stretches.
 
-    What moves along the sequence, a halo or a recurrent state, comes from the next rank. Under a
-    causal mask the last rank has the most work.
+    What moves along the sequence, a halo or a recurrent state, comes from a neighbouring rank.
+    Under a causal mask the last rank has the most work.
 
         seq_len=8, n=2        rank 0: 0 1 2 3        rank 1: 4 5 6 7
     """
@@ -150,8 +150,8 @@ class Contiguous(SequenceLayout):
 class HeadTail(SequenceLayout):
     """Cut the sequence into 2n chunks; of n ranks, rank r holds chunks r and 2n-1-r.
 
-    Under a causal mask an early chunk is cheap and a late one dear: pairing the r-th from
-    either end gives every rank the same work. Elsewhere called zigzag or round-robin.
+    Under a causal mask an early chunk is cheap and a late one dear: pairing the r-th chunk from
+    either end gives every rank the same work. Other libraries call it zigzag or round-robin.
 
         seq_len=8, n=2        rank 0: 0 1 6 7        rank 1: 2 3 4 5
     """
@@ -168,7 +168,7 @@ class HeadTail(SequenceLayout):
 
     @property
     def segment_len(self) -> int:
-        """One chunk: two segments on every rank, also where they are neighbours."""
+        """One chunk: every rank has two segments, the last one too, whose chunks are neighbours."""
         return self.shard_len // 2
 
     @classmethod
@@ -178,12 +178,12 @@ class HeadTail(SequenceLayout):
 
 @dataclass(frozen=True)
 class PerDocument(SequenceLayout):
-    """Deal every document head-tail by itself, so that packed documents are balanced too.
+    """Cut every document head-tail by itself, so that packed documents are balanced too.
 
     Each document is cut into 2n chunks, and rank r holds chunks r and 2n-1-r of it. Where 2n does
-    not divide a document, the tokens left over lengthen single chunks, and the ranks take turns
-    at them, through all documents: so no document needs padding, and all ranks end with L tokens.
-    What follows the documents is dealt like one.
+    not divide a document, each token left over lengthens one chunk, and the ranks take turns,
+    through all documents: so no document needs padding, and every rank ends with L tokens. What
+    follows the documents is cut as if it were one.
 
         lengths=(4, 5), seq_len=12, n=2     rank 0: 0 3 4 5 8 9     rank 1: 1 2 6 7 10 11
 
@@ -221,9 +221,9 @@ class PerDocument(SequenceLayout):
 
 @dataclass(frozen=True)
 class BlockBalanced(SequenceLayout):
-    """Deal blocks of the sequence to ranks by the work that the batch's mask makes of them.
+    """Assign blocks of the sequence to ranks by the work that each is under the batch's mask.
 
-    Every rank holds the same number of blocks, in ascending position. For masks that no rule
+    Every rank holds the same number of blocks, in the order of the row. For masks that no rule
     balances: sliding windows beside prefixes, documents of any length.
 
         seq_len=8, n=2, block=2, owners=(0, 1, 1, 0)        rank 0: 0 1 6 7        rank 1: 2 3 4 5
@@ -237,9 +237,9 @@ class BlockBalanced(SequenceLayout):
     owners: tuple[int, ...]
 
     blocks_per_shard: ClassVar[int] = 8
-    """Blocks that a rank holds at least, where for_batch chooses them."""
+    """The least number of blocks per rank, where for_batch chooses the block."""
     largest_block: ClassVar[int] = 128
-    """Tokens; the tile that kernels skip or compute whole."""
+    """Tokens; the tile that kernels either skip or compute."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,7 +253,7 @@ class BlockBalanced(SequenceLayout):
         if len(self.owners) != equal * self.num_shards or set(counts) != {equal}:
             raise ValueError(
                 f"BlockBalanced gives every rank {equal} blocks, got counts={counts} among "
-                f"{len(self.owners)} owners: let balance.assign_blocks deal them."
+                f"{len(self.owners)} owners: let balance.assign_blocks choose them."
             )
 
     @property
@@ -274,7 +274,7 @@ class BlockBalanced(SequenceLayout):
     def for_batch(
         cls, documents: Documents, num_shards: int, *, work: Callable[[], Tensor] | None = None
     ) -> Self:
-        """Balance the work given, or that of a causal mask inside each document."""
+        """Balance `work`, or that of a causal mask inside each document."""
         _shared_lengths(cls, documents)
         seq_len, per_shard = documents.seq_len, documents.seq_len // num_shards
         block = gcd(per_shard, max(1, min(cls.largest_block, per_shard // cls.blocks_per_shard)))
@@ -288,7 +288,7 @@ class BlockBalanced(SequenceLayout):
 
 
 def _joined(runs: Sequence[Run]) -> list[Run]:
-    """The same positions with neighbours in one run and empty runs left out."""
+    """The same tokens with neighbours in one run and empty runs left out."""
     joined: list[Run] = []
     for start, stop in runs:
         if joined and start == joined[-1][1]:
@@ -299,14 +299,14 @@ def _joined(runs: Sequence[Run]) -> list[Run]:
 
 
 def _head_tail_chunks(start: int, length: int, turn: int, num_shards: int) -> list[Run]:
-    """Cut a document into 2n runs; its odd tokens go to the ranks from turn mod n on.
+    """Cut a document into 2n runs; the tokens left over go to the ranks from turn mod n on.
 
-    A rank's first odd token lengthens its head chunk, the second its tail chunk. All odd tokens
-    of a sequence are a multiple of n, since S is, so taking turns ends even.
+    The first such token of a rank lengthens its head chunk, the second its tail chunk. All of them
+    together are a multiple of n, since S is, so the turns end evenly.
     """
-    chunk, odd = divmod(length, 2 * num_shards)
+    chunk, leftover = divmod(length, 2 * num_shards)
     lengths = [chunk] * (2 * num_shards)
-    for index in range(odd):
+    for index in range(leftover):
         rank = (turn + index) % num_shards
         lengths[rank if index < num_shards else 2 * num_shards - 1 - rank] += 1
     ends = [start + sum(lengths[: index + 1]) for index in range(len(lengths))]
@@ -317,7 +317,7 @@ def _shared_lengths(layout: type[SequenceLayout], documents: Documents) -> tuple
     """The documents that all rows have in common: one permutation serves the whole batch."""
     if len(set(documents.lengths)) != 1:
         raise ValueError(
-            f"{layout.__name__} deals all rows of a batch alike, got rows of differing documents, "
-            f"lengths={documents.lengths}: use HeadTail, or one row a batch."
+            f"{layout.__name__} cuts all rows of a batch alike, got rows of differing documents, "
+            f"lengths={documents.lengths}: use HeadTail, or one row per batch."
         )
     return documents.lengths[0]

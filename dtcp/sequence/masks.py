@@ -1,10 +1,10 @@
 """What a token may see: predicates on coordinates, and the intervals that kernels read.
 
 A mask is defined by `visible`, a predicate on the coordinates of a query and of a key. Every
-mask here has a property that makes it cheap: the keys a query sees are one interval of
-positions. `intervals` states it, as two integers a token, once a batch; strategies and kernels
-read nothing else, so neither knows which mask it serves. Documents never see each other and
-padding is never seen, whatever the mask.
+mask here has a property that makes it cheap: the keys a query sees are one interval of the row.
+`intervals` gives its two ends for each token, once per batch; strategies and kernels read nothing
+else, so neither knows which mask it serves. Documents never see each other and padding is never
+seen, whatever the mask.
 """
 
 from dataclasses import dataclass, replace
@@ -18,16 +18,16 @@ from dtcp.sequence.documents import Documents
 
 @dataclass(frozen=True)
 class Coords:
-    """Where tokens stand: all a mask may read. Each field [B, S], int64.
+    """Where tokens stand: all that a mask may read. Each field [B, S], int64.
 
     Args:
-        token_index: index in the row; None stands for 0 .. S - 1 in every row.
+        token_index: index in the row.
         document: index of the document in the row, -1 for padding.
-        start, end: first and last position of the token's document.
+        start, end: token index of the first and of the last token of the token's document.
         prefix: tokens at the start of the token's document that all of it sees (PrefixLM).
         block: id of the token's bidirectional block, -1 for none (BlockBidirectional).
-        position_ids: what rotary angles are counted by, where not by the place in the document; one
-            a token, or [axes, B, S]. No mask reads it.
+        position_ids: what RoPE reads, where that is not the index in the document; one per token,
+            or [axes, B, S]. No mask reads it.
     """
 
     token_index: Tensor
@@ -47,24 +47,22 @@ class Coords:
         block: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Self:
-        """Coordinates of whole rows, in position order."""
+        """Coordinates of whole rows, in their order."""
         document = documents.document()
         for name, extra in (("prefix", prefix), ("block", block)):
             if extra is not None and extra.shape != document.shape:
                 raise ValueError(
-                    f"Coords take one {name} a token, got {name}.shape={tuple(extra.shape)}: "
+                    f"Coords take one {name} per token, got {name}.shape={tuple(extra.shape)}: "
                     f"pass [B, S] = {tuple(document.shape)}, before sharding."
                 )
         token_index = torch.arange(documents.seq_len).expand_as(document)
         starts, ends = documents.starts(), documents.ends()
         return cls(token_index, document, starts, ends, prefix, block, position_ids)
 
-    def at(self, slots: Tensor) -> Self:
-        """The coordinates of some tokens of each row: slots [L] -> fields [B, L]."""
-        taken = {
-            name: value[..., slots] for name, value in self.__dict__.items() if value is not None
-        }
-        return replace(self, **taken)
+    def select(self, token_index: Tensor) -> Self:
+        """The coordinates of some tokens of each row: [L] to fields of [B, L]."""
+        fields = {name: x for name, x in self.__dict__.items() if x is not None}
+        return replace(self, **{name: x[..., token_index] for name, x in fields.items()})
 
 
 @dataclass(frozen=True)
@@ -77,10 +75,12 @@ class Mask:
         return same_document & (k.document >= 0)[:, None, :] & self._sees(q, k)
 
     def intervals(self, coords: Coords) -> tuple[Tensor, Tensor]:
-        """First and last position each token sees: two [B, S] int32; last < first: sees none.
+        """Token index of the first and last key each token sees; last < first: it sees none.
 
+        Returns:
+            two [B, S], int32.
         Raises:
-            ValueError: the mask is not one interval of positions for some token.
+            ValueError: for some token the mask is not one interval of the row.
         """
         first, last = self._interval(coords)
         first, last = torch.maximum(first, coords.start), torch.minimum(last, coords.end)
@@ -89,7 +89,7 @@ class Mask:
         return first.to(torch.int32), last.to(torch.int32)
 
     def work(self, coords: Coords) -> Tensor:
-        """Keys that each token sees, added up for all rows: [S]."""
+        """Keys that each token sees, summed over rows: [S]."""
         first, last = self.intervals(coords)
         return (last - first + 1).clamp(min=0).sum(0)
 
@@ -102,7 +102,7 @@ class Mask:
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         raise NotImplementedError
 
-    def _interval(self, at: Coords) -> tuple[Tensor, Tensor]:
+    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
 
@@ -113,8 +113,8 @@ class Bidirectional(Mask):
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         return torch.ones_like(q.token_index[:, :, None] == k.token_index[:, None, :])
 
-    def _interval(self, at: Coords) -> tuple[Tensor, Tensor]:
-        return at.start, at.end
+    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+        return coords.start, coords.end
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,16 @@ class Causal(Mask):
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         return k.token_index[:, None, :] <= q.token_index[:, :, None]
 
-    def _interval(self, at: Coords) -> tuple[Tensor, Tensor]:
-        return at.start, at.token_index
+    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+        return coords.start, coords.token_index
 
 
 @dataclass(frozen=True)
 class SlidingWindow(Mask):
-    """A token sees itself and the size - 1 tokens left of it; the right is not limited.
+    """A token sees itself and the size - 1 tokens left of it.
 
     `Causal() & SlidingWindow(W)` is the window of decoders. `right` limits the other side, for
-    encoders: the tokens right of it that a token sees.
+    encoders: how many tokens right of it a token sees; None for all.
     """
 
     size: int
@@ -151,9 +151,9 @@ class SlidingWindow(Mask):
         near = back < self.size
         return near if self.right is None else near & (-back <= self.right)
 
-    def _interval(self, at: Coords) -> tuple[Tensor, Tensor]:
-        last = at.end if self.right is None else at.token_index + self.right
-        return at.token_index - (self.size - 1), last
+    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+        last = coords.end if self.right is None else coords.token_index + self.right
+        return coords.token_index - (self.size - 1), last
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,12 @@ class PrefixLM(Mask):
 
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         before = k.token_index[:, None, :] <= q.token_index[:, :, None]
-        return before | ((k.token_index - k.start) < _needs(self, k, "prefix"))[:, None, :]
+        return before | ((k.token_index - k.start) < _field(self, k, "prefix"))[:, None, :]
 
-    def _interval(self, at: Coords) -> tuple[Tensor, Tensor]:
-        return at.start, torch.maximum(at.token_index, at.start + _needs(self, at, "prefix") - 1)
+    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+        return coords.start, torch.maximum(
+            coords.token_index, coords.start + _field(self, coords, "prefix") - 1
+        )
 
 
 @dataclass(frozen=True)
@@ -176,19 +178,21 @@ class BlockBidirectional(Mask):
     """
 
     def _sees(self, q: Coords, k: Coords) -> Tensor:
-        q_block, k_block = _needs(self, q, "block"), _needs(self, k, "block")
+        q_block, k_block = _field(self, q, "block"), _field(self, k, "block")
         return (q_block[:, :, None] == k_block[:, None, :]) & (q_block >= 0)[:, :, None]
 
-    def _interval(self, at: Coords) -> tuple[Tensor, Tensor]:
-        block, seq_len = _needs(self, at, "block"), at.token_index.shape[1]
+    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+        block, seq_len = _field(self, coords, "block"), coords.token_index.shape[1]
         # A block cut by a document border is two blocks: neither part sees the other.
         border = torch.ones_like(block, dtype=torch.bool)
-        border[:, 1:] = (block.diff(dim=1) != 0) | (at.document.diff(dim=1) != 0)
-        _check_runs(block, at.document, border)
-        first = torch.where(border, at.token_index, 0).cummax(dim=1).values
+        border[:, 1:] = (block.diff(dim=1) != 0) | (coords.document.diff(dim=1) != 0)
+        _check_runs(block, coords.document, border)
+        first = torch.where(border, coords.token_index, 0).cummax(dim=1).values
         ends = torch.ones_like(border)
         ends[:, :-1] = border[:, 1:]
-        last = torch.where(ends, at.token_index, seq_len - 1).flip(1).cummin(dim=1).values.flip(1)
+        last = (
+            torch.where(ends, coords.token_index, seq_len - 1).flip(1).cummin(dim=1).values.flip(1)
+        )
         outside = block < 0
         return first.masked_fill(outside, 0), last.masked_fill(outside, -1)
 
@@ -203,14 +207,17 @@ class And(Mask):
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         return self.left._sees(q, k) & self.right._sees(q, k)
 
-    def _interval(self, at: Coords) -> tuple[Tensor, Tensor]:
-        (a_first, a_last), (b_first, b_last) = self.left._interval(at), self.right._interval(at)
+    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+        (a_first, a_last), (b_first, b_last) = (
+            self.left._interval(coords),
+            self.right._interval(coords),
+        )
         return torch.maximum(a_first, b_first), torch.minimum(a_last, b_last)
 
 
 @dataclass(frozen=True)
 class Or(Mask):
-    """Seen by either; the two must overlap or touch, or the keys are no single interval."""
+    """Seen by either; the two must overlap or touch, or the keys are not one interval."""
 
     left: Mask
     right: Mask
@@ -218,48 +225,48 @@ class Or(Mask):
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         return self.left._sees(q, k) | self.right._sees(q, k)
 
-    def _interval(self, at: Coords) -> tuple[Tensor, Tensor]:
-        a_first, a_last = self._clipped(self.left, at)
-        b_first, b_last = self._clipped(self.right, at)
+    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+        a_first, a_last = self._clipped(self.left, coords)
+        b_first, b_last = self._clipped(self.right, coords)
         no_a, no_b = a_last < a_first, b_last < b_first
         gap = (a_first > b_last + 1) | (b_first > a_last + 1)
-        if bool((gap & ~no_a & ~no_b & (at.document >= 0)).any()):
+        if bool((gap & ~no_a & ~no_b & (coords.document >= 0)).any()):
             raise ValueError(
-                f"A mask is one interval of positions for every token, got mask={self}, whose "
-                f"two sides leave a gap: use masks that overlap."
+                f"A mask is one interval of the row for every token, got mask={self}, whose two "
+                f"sides leave a gap: use masks that overlap."
             )
         first = torch.where(no_a, b_first, torch.where(no_b, a_first, a_first.minimum(b_first)))
         last = torch.where(no_a, b_last, torch.where(no_b, a_last, a_last.maximum(b_last)))
         return first, last
 
     @staticmethod
-    def _clipped(mask: Mask, at: Coords) -> tuple[Tensor, Tensor]:
-        first, last = mask._interval(at)
-        return torch.maximum(first, at.start), torch.minimum(last, at.end)
+    def _clipped(mask: Mask, coords: Coords) -> tuple[Tensor, Tensor]:
+        first, last = mask._interval(coords)
+        return torch.maximum(first, coords.start), torch.minimum(last, coords.end)
 
 
 def vision_blocks(mm_token_type_ids: Tensor) -> Tensor:
     """Number the runs of image and video tokens, from 0 in every row: [B, S], -1 for the rest.
 
-    Whole rows are numbered, before sharding: of two shards, each would start at 0.
+    Whole rows are numbered, before sharding: each shard would start at 0 again.
 
     Args:
         mm_token_type_ids: [B, S], 1 for an image token, 2 for a video token, as transformers'
             processors give them; audio and text are in no block.
     """
-    seen = (mm_token_type_ids == 1) | (mm_token_type_ids == 2)
-    starts = seen.clone()
-    starts[:, 1:] &= ~seen[:, :-1]
-    return torch.where(seen, starts.cumsum(1) - 1, -1)
+    vision = (mm_token_type_ids == 1) | (mm_token_type_ids == 2)
+    starts = vision.clone()
+    starts[:, 1:] &= ~vision[:, :-1]
+    return torch.where(vision, starts.cumsum(1) - 1, -1)
 
 
-def _needs(mask: Mask, coords: Coords, field: str) -> Tensor:
-    value = getattr(coords, field)
+def _field(mask: Mask, coords: Coords, name: str) -> Tensor:
+    value = getattr(coords, name)
     if value is None:
-        instead = ", or the mm_token_type_ids that tell its images" if field == "block" else ""
+        instead = ", or the mm_token_type_ids of its images" if name == "block" else ""
         raise ValueError(
-            f"{mask} reads the {field} of every token, got coords.{field}=None: pass "
-            f"{field}=[B, S] with the batch{instead}."
+            f"{mask} reads the {name} of every token, got coords.{name}=None: pass "
+            f"{name}=[B, S] with the batch{instead}."
         )
     return value
 

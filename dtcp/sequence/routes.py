@@ -1,7 +1,7 @@
 """Who sends which slots to whom: worked out on the host, before anything moves.
 
-Every rank holds some positions of a sequence and wants some, both known as runs. What it sends
-and where it puts what it receives follow, so the exchange itself needs no negotiation.
+Every rank holds some tokens of a sequence and wants some, both known as runs. What it sends and
+where it puts what it receives follow, so the exchange itself needs no negotiation.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ Hop = tuple[int, int, int]
 class Route:
     """One rank's part of an exchange of tokens.
 
-    Both ends list the rows between them in the same order, so rows travel without labels. A
-    slot may be sent more than once; a slot that nothing is received for is zero.
+    Sender and receiver list what passes between them in the same order, so tokens travel without
+    labels. A slot may be sent more than once; a slot that nothing is received for is zero.
     """
 
     send: tuple[Hop, ...]
@@ -34,11 +34,11 @@ class Route:
     def between(
         cls, held: Sequence[Sequence[Run]], wanted: Sequence[Sequence[Run]], rank: int
     ) -> "Route":
-        """Bring each rank what it wants from whoever holds it.
+        """Bring each rank the tokens it wants from the ranks that hold them.
 
         Args:
-            held, wanted: position runs of every rank, in slot order. A position is held by one
-                rank; wanted positions that nobody holds stay zero.
+            held, wanted: the runs of every rank, in slot order. One rank holds a token; slots of
+                wanted tokens that no rank holds stay zero.
         """
         peers = range(len(held))
         return cls(
@@ -57,9 +57,9 @@ class Route:
 
 
 def halo_runs(layout: SequenceLayout, rank: int, *, left: int, right: int) -> list[Run]:
-    """Positions next to each of the rank's segments: its left ones, then its right ones.
+    """Tokens next to each of the rank's segments: its left ones, then its right ones.
 
-    Those that lie before the sequence or after it are below 0 or at least S.
+    Indices below 0 or from S on lie outside of the sequence.
     """
     runs: list[Run] = []
     for start, stop in layout.segments(rank):
@@ -67,19 +67,19 @@ def halo_runs(layout: SequenceLayout, rank: int, *, left: int, right: int) -> li
     return runs
 
 
-def halo_positions(layout: SequenceLayout, rank: int, *, left: int, right: int) -> Tensor:
-    """Position of each token that `collectives.halo` returns, -1 where there is none.
+def halo_token_indices(layout: SequenceLayout, rank: int, *, left: int, right: int) -> Tensor:
+    """Index of each token that `collectives.halo` returns, -1 where there is none.
 
     Returns:
         [segments * (left + right)], int64.
     """
     runs = halo_runs(layout, rank, left=left, right=right)
-    position = torch.cat([torch.arange(start, stop) for start, stop in runs])
-    return torch.where((position >= 0) & (position < layout.seq_len), position, -1)
+    index = torch.cat([torch.arange(start, stop) for start, stop in runs])
+    return torch.where((index >= 0) & (index < layout.seq_len), index, -1)
 
 
 def rolled(runs: Sequence[Run], shift: int, seq_len: int) -> list[Run]:
-    """The positions `shift` before those of the runs; before the first comes the last."""
+    """The tokens `shift` before those of the runs; before the first comes the last."""
     cut: list[Run] = []
     for start, stop in runs:
         first = (start - shift) % seq_len
@@ -90,14 +90,14 @@ def rolled(runs: Sequence[Run], shift: int, seq_len: int) -> list[Run]:
 
 def _overlaps(wanted: Sequence[Run], held: Sequence[Run]) -> list[tuple[int, int, int]]:
     """Where wanted runs meet held ones: slot among the wanted, slot among the held, length."""
-    found = []
+    overlaps = []
     wanted_slot = 0
     for first, last in wanted:
         held_slot = 0
         for start, stop in held:
             low, high = max(first, start), min(last, stop)
             if low < high:
-                found.append((wanted_slot + low - first, held_slot + low - start, high - low))
+                overlaps.append((wanted_slot + low - first, held_slot + low - start, high - low))
             held_slot += stop - start
         wanted_slot += last - first
-    return found
+    return overlaps

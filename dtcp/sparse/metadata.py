@@ -95,7 +95,7 @@ def sparse_metadata(
     _check_counted(coords)
     mine = segments[rank]
     here = torch.cat([torch.arange(*run) for run in mine])
-    at = coords.at(here)
+    at = coords.select(here)
     last = at.token_index.masked_fill(at.document < 0, -1)
     window_first = torch.maximum(at.start, at.token_index - (window - 1))
     left = window - 1 if halo else 0

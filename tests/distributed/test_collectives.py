@@ -13,7 +13,7 @@ from dtcp.sequence.layout import (
     HeadTail,
     PerDocument,
 )
-from dtcp.sequence.routes import Route, halo_positions
+from dtcp.sequence.routes import Route, halo_token_indices
 from tests.harness.collective_reference import BOUNDARIES, assert_equals_one_process
 from tests.harness.spmd import spmd
 
@@ -137,7 +137,7 @@ def test_halo_in_a_graph_brings_the_same(mesh, kind, ranks):
 
 def check_halo(mesh, kind, left, right, ranks, *, compiled):
     layout = kind.for_batch(Documents(((5, 10, 3),), 24), ranks)
-    wanted = [halo_positions(layout, r, left=left, right=right) for r in range(ranks)]
+    wanted = [halo_token_indices(layout, r, left=left, right=right) for r in range(ranks)]
 
     def reference(xs):
         whole = layout.restore(torch.cat(xs, dim=1))
@@ -172,8 +172,8 @@ def test_halo_has_the_same_shape_on_every_rank_of_head_tail(mesh):
     """The last rank's two chunks are neighbours; it is dealt two segments all the same."""
     out = collectives.halo(torch.ones(1, 4, 5), HeadTail(8, 2), mesh, left=1, right=0)
     assert out.shape == (1, 2, 5)
-    assert halo_positions(HeadTail(8, 2), 0, left=1, right=0).tolist() == [-1, 5]
-    assert halo_positions(HeadTail(8, 2), 1, left=1, right=0).tolist() == [1, 3]
+    assert halo_token_indices(HeadTail(8, 2), 0, left=1, right=0).tolist() == [-1, 5]
+    assert halo_token_indices(HeadTail(8, 2), 1, left=1, right=0).tolist() == [1, 3]
 
 
 @spmd(ranks=(1, 2, 4))

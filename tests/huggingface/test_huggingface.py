@@ -20,7 +20,7 @@ from dtcp.distributed.ledger import count
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import (
     causal_lm_loss,
-    documents_of,
+    documents_of_hf_batch,
     install_mixers,
     shard_hf_batch,
     survey,
@@ -79,7 +79,7 @@ def one_device(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     Packed rows are no reference: GPT-OSS of transformers 5.23 lets their documents see each other.
     """
     losses = []
-    for row, lengths in enumerate(documents_of(batch).lengths):
+    for row, lengths in enumerate(documents_of_hf_batch(batch).lengths):
         for document in batch["input_ids"][row, : sum(lengths)].split(lengths):
             logits = model(input_ids=document[None], use_cache=False).logits[0, :-1]
             losses.append(F.cross_entropy(logits, document[1:], reduction="none"))
@@ -307,7 +307,7 @@ def test_call_that_has_no_sharded_form_is_refused(change, match):
 def test_padding_anywhere_but_on_the_right_is_refused(mask):
     batch = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "attention_mask": torch.tensor(mask)}
     with pytest.raises(ValueError, match="pad on the right"):
-        documents_of(batch)
+        documents_of_hf_batch(batch)
 
 
 @spmd(ranks=2)

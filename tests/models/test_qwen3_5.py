@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.huggingface.mixing_probe import find_mixing, mixers_apart
+from dtcp.huggingface.mixing_probe import find_mixing, mixers_without_mixing
 from dtcp.labels import look_ahead, shift_labels
 from dtcp.mixer import batch_metadata
 from dtcp.models.qwen3_5 import (
@@ -238,7 +238,7 @@ def test_tokens_meet_in_mixers_only():
         torch.arange(seq_len)[None],
         batch_metadata(model, Documents.single(1, seq_len)),
     )
-    with mixers_apart(model) as names:
+    with mixers_without_mixing(model) as names:
         assert find_mixing(model, lambda: model(at, at, attn_metadata), seq_len) == []
     assert len(names) == 5
     assert len(find_mixing(model, lambda: model(at, at, attn_metadata), seq_len)) == 5

@@ -104,7 +104,7 @@ def test_layouts_are_as_drawn():
     assert drawn == [0, 1, 6, 7, 2, 3, 4, 5]
 
 
-def test_per_document_deals_any_documents_evenly():
+def test_per_document_cuts_any_documents_evenly():
     draw = random.Random(0)
     for _ in range(200):
         num_shards, shard_len = draw.randint(1, 6), draw.randint(1, 20)
@@ -168,5 +168,7 @@ def test_wrong_rank_or_dim_is_refused():
 
 @pytest.mark.parametrize("kind", [PerDocument, BlockBalanced])
 def test_rows_of_differing_documents_are_refused(kind):
-    with pytest.raises(ValueError, match=r"differing documents.*use HeadTail, or one row a batch"):
+    with pytest.raises(
+        ValueError, match=r"differing documents.*use HeadTail, or one row per batch"
+    ):
         kind.for_batch(Documents(((16,), (8, 8)), 16), 2)

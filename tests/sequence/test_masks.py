@@ -49,7 +49,7 @@ def test_predicate_of_some_tokens_is_a_part_of_the_whole(sight):
     coords = coords_of(cases.two_rows(SEQ_LEN, 4))
     queries, keys = torch.tensor([3, 17, 4]), torch.tensor([23, 0, 5, 16])
     whole = sight.mask.visible(coords, coords)
-    part = sight.mask.visible(coords.at(queries), coords.at(keys))
+    part = sight.mask.visible(coords.select(queries), coords.select(keys))
     assert_close(part, whole[:, queries][:, :, keys])
 
 
@@ -100,7 +100,7 @@ class FirstToken(Causal):
 
 def test_union_that_leaves_a_gap_is_refused():
     coords = Coords.of(Documents.single(1, 8))
-    with pytest.raises(ValueError, match=r"one interval of positions.*leave a gap"):
+    with pytest.raises(ValueError, match=r"one interval of the row.*leave a gap"):
         (FirstToken() | SlidingWindow(2)).intervals(coords)
     # Two tokens from the start, or within documents of two, there is none.
     (FirstToken() | SlidingWindow(7)).intervals(coords)
@@ -135,5 +135,5 @@ def test_coords_at_slots_take_every_field():
     coords = replace(coords, position_ids=torch.stack((coords.token_index, coords.start)))
     slots = torch.tensor([7, 0, 20])
     for field in fields(Coords):
-        taken = getattr(coords.at(slots), field.name)
+        taken = getattr(coords.select(slots), field.name)
         assert_close(taken, getattr(coords, field.name)[..., slots])

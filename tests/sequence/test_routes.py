@@ -9,7 +9,7 @@ from dtcp.sequence.layout import (
     HeadTail,
     PerDocument,
 )
-from dtcp.sequence.routes import Route, halo_positions, rolled
+from dtcp.sequence.routes import Route, halo_token_indices, rolled
 
 DOCUMENTS = Documents(((5, 10, 3),), 24)
 KINDS = [Contiguous, HeadTail, PerDocument, BlockBalanced]
@@ -43,10 +43,10 @@ def test_tokens_that_nobody_holds_are_not_routed():
     assert route == Route((), (), 4)
 
 
-def test_halo_positions_are_those_next_to_the_segments():
-    assert halo_positions(Contiguous(8, 2), 1, left=2, right=1).tolist() == [2, 3, -1]
-    assert halo_positions(HeadTail(8, 2), 0, left=2, right=1).tolist() == [-1, -1, 2, 4, 5, -1]
-    assert halo_positions(Contiguous(4, 4), 1, left=3, right=0).tolist() == [-1, -1, 0]
+def test_halo_token_indices_are_those_next_to_the_segments():
+    assert halo_token_indices(Contiguous(8, 2), 1, left=2, right=1).tolist() == [2, 3, -1]
+    assert halo_token_indices(HeadTail(8, 2), 0, left=2, right=1).tolist() == [-1, -1, 2, 4, 5, -1]
+    assert halo_token_indices(Contiguous(4, 4), 1, left=3, right=0).tolist() == [-1, -1, 0]
 
 
 def test_rolled_runs_are_the_rolled_positions():
