@@ -1,21 +1,21 @@
-"""Proof that a model, on a mesh, is the model it was: `python -m dtcp.check --help`."""
+"""Prove that a model on a mesh is the model it was on one device: `python -m dtcp.check --help`."""
 
+from dtcp.check.checked_model import CheckedHuggingFaceModel, CheckedMixerModel, CheckedModel
 from dtcp.check.parity import (
-    Options,
-    Outcome,
-    Report,
+    CheckOptions,
+    CheckReport,
+    ParityResult,
+    check_model,
     compare,
-    run,
 )
-from dtcp.check.subject import HuggingFaceSubject, MixerSubject, Subject
 
 __all__ = [
-    "HuggingFaceSubject",
-    "MixerSubject",
-    "Options",
-    "Outcome",
-    "Report",
-    "Subject",
+    "CheckOptions",
+    "CheckReport",
+    "CheckedHuggingFaceModel",
+    "CheckedMixerModel",
+    "CheckedModel",
+    "ParityResult",
+    "check_model",
     "compare",
-    "run",
 ]

@@ -4,28 +4,28 @@ import argparse
 import json
 import sys
 
-from dtcp import softmax as attention
+from dtcp import softmax
+from dtcp.check.checked_model import CheckedHuggingFaceModel, CheckedMixerModel, CheckedModel
 from dtcp.check.parity import (
     REFUSALS,
-    Options,
-    Outcome,
-    Report,
-    run,
+    CheckOptions,
+    CheckReport,
+    ParityResult,
+    check_model,
 )
-from dtcp.check.subject import HuggingFaceSubject, MixerSubject, Subject
 from dtcp.distributed.mesh import Degrees
 from dtcp.sequence import layout
 
-STRATEGIES = ("RingAttention", "AllGatherAttention", "UlyssesAttention")
-LAYOUTS = ("HeadTail", "Contiguous", "PerDocument", "BlockBalanced")
+_STRATEGIES = ("RingAttention", "AllGatherAttention", "UlyssesAttention")
+_LAYOUTS = ("HeadTail", "Contiguous", "PerDocument", "BlockBalanced")
 
 
 def main(argv: list[str]) -> int:
-    """Check what the arguments name, print what was found, and return 0 if it passed, else 1."""
+    """Check the model that the arguments name, print the report, return 0 if it passed, else 1."""
     arguments = _parser().parse_args(argv)
     try:
         options = _options(arguments)
-        report = run(_subject(arguments), options)
+        report = check_model(_model(arguments), options)
     except (*REFUSALS, ImportError) as error:
         print("\n".join(["refused:", f"  {error}", "FAILED"]))
         return 1
@@ -33,34 +33,35 @@ def main(argv: list[str]) -> int:
     return 0 if report.passed else 1
 
 
-def lines(report: Report, options: Options) -> list[str]:
+def lines(report: CheckReport, options: CheckOptions) -> list[str]:
     """The report as a person reads it."""
     mixing = report.mixing
-    text = [*mixing.said, f"mesh: {options.degrees}", "tokens meet in:"]
-    text += [f"  {name}: {what}" for name, what in mixing.claimed.items()]
-    if mixing.split:
-        text += ["split over tp:", *(f"  {name}: {how}" for name, how in mixing.split.items())]
-    if report.mixing.refused:
-        return [*text, "refused:", *(f"  {line}" for line in report.mixing.refused), "FAILED"]
-    for name, outcome in report.runs.items():
-        text += [f"{name}, rank 0:", *_outcome(outcome)]
+    text = [*mixing.notes, f"mesh: {options.degrees}", "tokens meet in:"]
+    text += [f"  {name}: {claim}" for name, claim in mixing.claims.items()]
+    if mixing.tp_styles:
+        styles = mixing.tp_styles.items()
+        text += ["split over tp:", *(f"  {name}: {style}" for name, style in styles)]
+    if mixing.refused:
+        return [*text, "refused:", *(f"  {line}" for line in mixing.refused), "FAILED"]
+    for name, result in report.runs.items():
+        text += [f"{name}, rank 0:", *_result_lines(result)]
         text += [f"  OUT OF BOUND {key}: {e:.1e}" for key, e in report.failures(name).items()]
     return [*text, "PASSED" if report.passed else "FAILED"]
 
 
-def _outcome(outcome: Outcome) -> list[str]:
-    text = [f"  error of {name}: {error:.1e}" for name, error in outcome.errors.items()]
-    for name, count in (*outcome.by_layer.items(), *outcome.by_op.items()):
+def _result_lines(result: ParityResult) -> list[str]:
+    text = [f"  error of {name}: {error:.1e}" for name, error in result.errors.items()]
+    for name, count in (*result.by_layer.items(), *result.by_op.items()):
         text.append(f"  {name}: {count.calls} calls, {count.received} bytes received")
-    text += [f"  {op}, outside of mixers: {calls} calls" for op, calls in outcome.elsewhere.items()]
-    graphs = outcome.graphs
+    text += [f"  {op}, outside of mixers: {calls} calls" for op, calls in result.elsewhere.items()]
+    graphs = result.graphs
     return [*text, f"  graphs: {graphs.graphs}, graph breaks: {graphs.breaks}"]
 
 
-def _options(arguments: argparse.Namespace) -> Options:
-    return Options(
+def _options(arguments: argparse.Namespace) -> CheckOptions:
+    return CheckOptions(
         Degrees(dp_shard=arguments.dp_shard, cp=arguments.cp, tp=arguments.tp),
-        style=getattr(attention, arguments.strategy)(),
+        style=getattr(softmax, arguments.strategy)(),
         layout=getattr(layout, arguments.layout),
         seq_len=arguments.seq_len,
         bound=arguments.bound,
@@ -68,11 +69,11 @@ def _options(arguments: argparse.Namespace) -> Options:
     )
 
 
-def _subject(arguments: argparse.Namespace) -> Subject:
+def _model(arguments: argparse.Namespace) -> CheckedModel:
     if arguments.hf_config or arguments.hf_model:
         change = dict(_pair(each) for each in arguments.set)
-        return HuggingFaceSubject(arguments.hf_config or arguments.hf_model, change)
-    return MixerSubject(arguments.model, arguments.plan)
+        return CheckedHuggingFaceModel(arguments.hf_config or arguments.hf_model, change)
+    return CheckedMixerModel(arguments.model, arguments.plan)
 
 
 def _pair(text: str) -> tuple[str, object]:
@@ -91,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cp", type=int, default=2)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dp-shard", type=int, default=1)
-    parser.add_argument("--strategy", choices=STRATEGIES, default=STRATEGIES[0])
-    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0])
+    parser.add_argument("--strategy", choices=_STRATEGIES, default=_STRATEGIES[0])
+    parser.add_argument("--layout", choices=_LAYOUTS, default=_LAYOUTS[0])
     parser.add_argument("--seq-len", type=int, default=48)
     parser.add_argument("--bound", type=float, default=1e-5, help="relative error that passes")
     parser.add_argument("--compile", default="aot_eager", help="a backend, or '' for eager only")

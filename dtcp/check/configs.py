@@ -1,4 +1,4 @@
-"""Configs of transformers' models, small enough to be run here, with all their kinds of layers."""
+"""Configs of transformers' models, small enough to run anywhere, with all their kinds of layers."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 MOST_PARAMETERS = 2**21
-"""Of a model that is run as its config says."""
+"""The largest model that is run as its config says; a larger one is shrunk."""
 
 TINY: Mapping[str, int] = {
     "vocab_size": 64,
@@ -37,26 +37,27 @@ TINY: Mapping[str, int] = {
 }
 NUM_LAYERS = 2
 
-UNUSED = (
+UNRELATED_FIELDS = (
     *("architectures", "auto_map", "dtype", "torch_dtype", "quantization_config"),
     *("transformers_version", "_name_or_path", "bos_token_id", "eos_token_id"),
 )
-"""Fields that say nothing of how tokens meet, and of which some would not fit a small model."""
+"""Fields that have nothing to do with how tokens meet; some would not fit a small model."""
 
 
 @dataclass(frozen=True)
-class Small:
-    """A config, and what was done to it, in words."""
+class SmallConfig:
+    """A config, and what was changed to make it small, in words."""
 
     config: Any
-    said: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def small_config(source: str, change: Mapping[str, Any]) -> Small:
-    """The config of a model type, tiny; or of a config.json, as it is where that can be run.
+def small_config(source: str, change: Mapping[str, Any]) -> SmallConfig:
+    """The tiny config of a model type; or that of a config.json, shrunk if it is too large to run.
 
     Args:
-        change: fields that are something else, whatever else is done.
+        source: a model type of transformers, or the path of a config.json.
+        change: values of fields, in the small config too.
     Raises:
         ValueError: no such file, no such model type, or a file that names none.
     """
@@ -64,42 +65,44 @@ def small_config(source: str, change: Mapping[str, Any]) -> Small:
 
     if not source.endswith(".json"):
         kinds = _layers(AutoConfig.for_model(source))
-        return Small(AutoConfig.for_model(source, **{**TINY, "pad_token_id": 0, **kinds, **change}))
-    whole_file = _read(source)
-    given = _text_part(whole_file)
-    said: tuple[str, ...] = ()
-    if given != whole_file:
-        said = ("of several modalities, the text model alone",)
-    given = {key: value for key, value in given.items() if key not in UNUSED}
-    kind = given.pop("model_type")
+        return SmallConfig(
+            AutoConfig.for_model(source, **{**TINY, "pad_token_id": 0, **kinds, **change})
+        )
+    file_fields = _read(source)
+    fields = _text_part(file_fields)
+    notes: tuple[str, ...] = ()
+    if fields != file_fields:
+        notes = ("of several modalities, the text model alone",)
+    fields = {key: value for key, value in fields.items() if key not in UNRELATED_FIELDS}
+    model_type = fields.pop("model_type")
 
     def make(**fields: Any) -> Any:
-        return AutoConfig.for_model(kind, **fields)
+        return AutoConfig.for_model(model_type, **fields)
 
-    if _parameters(make, {**given, **change}) <= MOST_PARAMETERS:
-        return Small(make(**{**given, **change}), said)
-    whole = make(**given)
-    less = {**_shrunk(whole), **_layers(whole), "pad_token_id": 0}
-    less = {key: value for key, value in less.items() if value != getattr(whole, key, None)}
-    less = {**less, **change}
-    said += tuple(
+    if _parameters(make, {**fields, **change}) <= MOST_PARAMETERS:
+        return SmallConfig(make(**{**fields, **change}), notes)
+    whole = make(**fields)
+    shrunk = {**_shrunk(whole), **_layers(whole), "pad_token_id": 0}
+    shrunk = {key: value for key, value in shrunk.items() if value != getattr(whole, key, None)}
+    shrunk = {**shrunk, **change}
+    notes += tuple(
         f"shrunk {key}: {_brief(getattr(whole, key, None))} -> {_brief(small)}"
-        for key, small in less.items()
+        for key, small in shrunk.items()
     )
-    return Small(make(**{**given, **less}), said)
+    return SmallConfig(make(**{**fields, **shrunk}), notes)
 
 
 def _read(source: str) -> dict[str, Any]:
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"A config is a file that exists, got {source!r}: correct the path.")
-    given: dict[str, Any] = json.loads(path.read_text())
-    return given
+    fields: dict[str, Any] = json.loads(path.read_text())
+    return fields
 
 
-def _text_part(given: dict[str, Any]) -> dict[str, Any]:
-    """What a model of several modalities says of its text model."""
-    text = given.get("text_config", given)
+def _text_part(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the text model, if the model has several modalities."""
+    text = fields.get("text_config", fields)
     if "model_type" not in text:
         raise ValueError(
             f"A config names its model_type, got the fields {sorted(text)[:8]}: add it, or name a "
@@ -117,17 +120,17 @@ def _parameters(make: Callable[..., Any], fields: Mapping[str, Any]) -> int:
 
 
 def _shrunk(config: Any) -> dict[str, Any]:
-    """Sizes that are larger than tiny; heads that share keys go on sharing them."""
+    """Tiny values of the sizes that are larger; as many kv heads as heads, if that is so now."""
     sizes = {key: getattr(config, key, None) for key in TINY}
-    less = {key: TINY[key] for key, size in sizes.items() if size and size > TINY[key]}
+    smaller = {key: TINY[key] for key, size in sizes.items() if size and size > TINY[key]}
     heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if kv_heads and kv_heads == heads:
-        less["num_key_value_heads"] = TINY["num_attention_heads"]
-    return less
+        smaller["num_key_value_heads"] = TINY["num_attention_heads"]
+    return smaller
 
 
 def _layers(config: Any) -> dict[str, Any]:
-    """One layer of each kind that a family has, two at least; of lists, those layers' entries."""
+    """One layer of each kind that a family has, at least two; lists keep those layers' entries."""
     kinds = list(getattr(config, "layer_types", None) or ())
     chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)] or [0, 1]
     chosen = chosen if len(chosen) >= NUM_LAYERS else [chosen[0]] * NUM_LAYERS

@@ -1,4 +1,4 @@
-"""Run a subject on ranks of this machine and on one device, and say how they differ."""
+"""Run a model on ranks of this machine and on one device, and report how the two differ."""
 
 import math
 import os
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from dtcp.batch import shard_batch
-from dtcp.check.subject import Mixing, Subject, vocabulary
+from dtcp.check.checked_model import CheckedModel, Mixing, vocabulary
 from dtcp.compile import Graphs, count_graphs
 from dtcp.distributed.dtensor_rules import CollectiveCalls
 from dtcp.distributed.ledger import (
@@ -36,16 +36,17 @@ from dtcp.softmax import RingAttention
 from dtcp.softmax.style import AttentionStyle
 
 REFUSALS = (ValueError, NotImplementedError)
-"""What says that something cannot be carried out, rather than that something went wrong."""
+"""Errors that say that something cannot be done, rather than that something went wrong."""
 
 
 @dataclass(frozen=True)
-class Options:
+class CheckOptions:
     """What is compared.
 
     Args:
+        seq_len: tokens of each row.
         bound: relative error that passes; models with norms in fp32 reach 1e-6 in fp64.
-        backend: of torch.compile for the second of the two runs; empty for one run, eager.
+        backend: of torch.compile, for the second of the two runs; empty for one run, eager.
     """
 
     degrees: Degrees
@@ -57,14 +58,14 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ParityResult:
     """One run, eager or compiled, as rank 0 saw it.
 
     Args:
-        errors: largest difference over largest value, of the loss and of each gradient.
-        by_op: executions and bytes of this rank, forward and backward.
-        by_layer: the same by mixer and pass, "<mixer>, forward"; an eager run alone knows.
-        elsewhere: calls of collectives outside of mixers (of tp and FSDP); an eager run too.
+        errors: largest difference divided by largest value, of the loss and of each gradient.
+        by_op: calls and bytes received on this rank, forward and backward.
+        by_layer: the same by mixer and pass, "<mixer>, forward"; empty unless the run is eager.
+        elsewhere: calls of collectives outside of mixers (by tp and FSDP); empty unless eager.
     """
 
     errors: Mapping[str, float]
@@ -75,81 +76,81 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Report:
-    """All that was found; runs is empty where something was refused."""
+class CheckReport:
+    """The result of a check; runs is empty if something was refused."""
 
     mixing: Mixing
     bound: float
-    runs: Mapping[str, Outcome] = field(default_factory=dict)
+    runs: Mapping[str, ParityResult] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         return bool(self.runs) and not any(self.failures(name) for name in self.runs)
 
     def failures(self, run: str) -> dict[str, float]:
-        """Errors out of bound; NaN is one."""
+        """Errors out of bound, NaN included."""
         errors = self.runs[run].errors
         return {name: error for name, error in errors.items() if not error <= self.bound}
 
 
-def run(subject: Subject, options: Options) -> Report:
-    """Check a subject; ranks are processes of this machine, on its CPU.
+def check_model(checked: CheckedModel, options: CheckOptions) -> CheckReport:
+    """Check a model; ranks are processes on this machine's CPU.
 
-    What a rank refuses is refused; any other error of a rank is raised here.
+    What a rank refuses is in the report; any other error of a rank is raised here.
     """
-    mixing = subject.mixing(_seeded(subject), options.style, options.degrees.tp)
+    mixing = checked.mixing(_seeded(checked), options.style, options.degrees.tp)
     if mixing.refused:
-        return Report(mixing, options.bound)
+        return CheckReport(mixing, options.bound)
     with tempfile.TemporaryDirectory(prefix="dtcp-check-") as folder:
         try:
             multiprocessing.spawn(
-                _rank, (subject, options, folder), nprocs=options.degrees.world, join=True
+                _rank, (checked, options, folder), nprocs=options.degrees.world, join=True
             )
         except multiprocessing.ProcessRaisedException:
             refusals = {path.read_text() for path in Path(folder).glob("refused-*")}
             if not refusals:
                 raise
-            return Report(replace(mixing, refused=tuple(sorted(refusals))), options.bound)
+            return CheckReport(replace(mixing, refused=tuple(sorted(refusals))), options.bound)
         # Written by rank 0 a moment ago.
         runs = torch.load(Path(folder, "runs"), weights_only=False)
-    return Report(mixing, options.bound, runs)
+    return CheckReport(mixing, options.bound, runs)
 
 
 def compare(
-    subject: Subject, options: Options, mesh: ParallelMesh, compile: Compile | None
-) -> Outcome:
-    """One step on the mesh, against the same step on one device."""
-    reference = _seeded(subject)
+    checked: CheckedModel, options: CheckOptions, mesh: ParallelMesh, compile: Compile | None
+) -> ParityResult:
+    """One step on the mesh, held against the same step on one device."""
+    reference = _seeded(checked)
     vocab_size, seq_len = vocabulary(reference), options.seq_len
     rows = [_row(vocab_size, seq_len, index) for index in range(mesh.size("batch"))]
-    wanted = _one_device(subject, reference, rows)
+    expected = _one_device(checked, reference, rows)
 
-    model = subject.parallelize(_seeded(subject), mesh, options.style, compile)
+    model = checked.parallelize(_seeded(checked), mesh, options.style, compile)
     by_layer: dict[str, Count] = {}
     others = CollectiveCalls()
     with ExitStack() as watch:
         traffic, graphs = watch.enter_context(count()), watch.enter_context(count_graphs())
         if compile is None:
-            # A mode of this kind makes dynamo run eager: of no use where graphs are counted.
+            # Under a dispatch mode dynamo runs eager, and there would be no graphs to count.
             watch.enter_context(others)
             watch.enter_context(_watch_mixers(model, by_layer))
-        found = _on_mesh(subject, model, mesh, options, rows[mesh.rank("batch")])
-    errors = {"loss": _error(found, wanted)}
+        loss = _on_mesh(checked, model, mesh, options, rows[mesh.rank("batch")])
+    errors = {"loss": _error(loss, expected)}
     for name, parameter in reference.named_parameters():
         errors[name] = _gradient_error(model.get_parameter(name).grad, parameter.grad)
-    return Outcome(errors, traffic.by_op, by_layer, graphs, dict(others.calls))
+    return ParityResult(errors, traffic.by_op, by_layer, graphs, dict(others.calls))
 
 
-def _rank(rank: int, subject: Subject, options: Options, folder: str) -> None:
+def _rank(rank: int, checked: CheckedModel, options: CheckOptions, folder: str) -> None:
     torch.set_num_threads(1)
     world = options.degrees.world
     store = dist.FileStore(os.path.join(folder, "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
         mesh = ParallelMesh.from_degrees(options.degrees, "cpu")
-        runs = {"eager": compare(subject, options, mesh, None)}
+        runs = {"eager": compare(checked, options, mesh, None)}
         if options.backend:
-            runs[options.backend] = compare(subject, options, mesh, Compile(options.backend))
+            runs[options.backend] = compare(checked, options, mesh, Compile(options.backend))
         if rank == 0:
             torch.save(runs, Path(folder, "runs"))
     except REFUSALS as error:
@@ -159,14 +160,14 @@ def _rank(rank: int, subject: Subject, options: Options, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def _seeded(subject: Subject) -> Any:
+def _seeded(checked: CheckedModel) -> Any:
     torch.manual_seed(0)
-    return subject.build()
+    return checked.build()
 
 
 @contextmanager
 def _watch_mixers(model: nn.Module, by_layer: dict[str, Count]) -> Iterator[None]:
-    """Note what each mixer's forward and backward add to the ledger."""
+    """Note what the forward and the backward of each mixer add to the ledger."""
     hooks = []
     for name, mixer in model.named_modules():
         if isinstance(mixer, Mixer):
@@ -184,22 +185,24 @@ def _watch_mixers(model: nn.Module, by_layer: dict[str, Count]) -> Iterator[None
             hook.remove()
 
 
-def _between(found: dict[str, Count], name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Two hooks: what was counted from the one's call to the other's."""
+def _between(
+    counts: dict[str, Count], name: str
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Two hooks, and what the ledger counts between their calls."""
     start: dict[str, Count] = {}
 
     def before(*_: Any) -> None:
         start.update(LEDGER.snapshot())
 
     def after(*_: Any) -> None:
-        found[name] = sum(since(start).by_op.values(), Count())
+        counts[name] = sum(since(start).by_op.values(), Count())
 
     return before, after
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of packed documents: [1, S] each."""
+    """A row of packed documents; tensors [1, S]."""
 
     documents: Documents
     input_ids: Tensor
@@ -207,7 +210,7 @@ class _Row:
 
 
 def _row(vocab_size: int, seq_len: int, index: int) -> _Row:
-    """Three documents, random tokens; shards end inside of documents."""
+    """Three documents of random tokens; shards end inside of documents."""
     first, second = seq_len // 3 + 1 + index, seq_len // 4 + 1
     documents = Documents(((first, second, seq_len - first - second),), seq_len)
     generator = torch.Generator().manual_seed(index)
@@ -215,11 +218,11 @@ def _row(vocab_size: int, seq_len: int, index: int) -> _Row:
     return _Row(documents, input_ids, shift_labels(input_ids, documents))
 
 
-def _one_device(subject: Subject, model: nn.Module, rows: list[_Row]) -> Tensor:
+def _one_device(checked: CheckedModel, model: nn.Module, rows: list[_Row]) -> Tensor:
     losses = []
     for row in rows:
         labels = row.labels
-        logits = subject.whole(model, row.input_ids, row.documents).flatten(0, 1)
+        logits = checked.logits_on_one_device(model, row.input_ids, row.documents).flatten(0, 1)
         per_token = F.cross_entropy(logits, labels.flatten(), reduction="none")
         losses.append(per_token[labels.flatten() >= 0])
     loss = torch.cat(losses).mean()
@@ -228,13 +231,13 @@ def _one_device(subject: Subject, model: nn.Module, rows: list[_Row]) -> Tensor:
 
 
 def _on_mesh(
-    subject: Subject, model: nn.Module, mesh: ParallelMesh, options: Options, row: _Row
+    checked: CheckedModel, model: nn.Module, mesh: ParallelMesh, options: CheckOptions, row: _Row
 ) -> Tensor:
     documents = row.documents
     position_ids = documents.position_ids()
     batch = {"input_ids": row.input_ids, "labels": row.labels, "position_ids": position_ids}
-    local, plan = shard_batch(batch, mesh, options.layout, model=model, documents=documents)
-    logits = subject.local(model, local, plan)
+    local, sharded = shard_batch(batch, mesh, options.layout, model=model, documents=documents)
+    logits = checked.local_logits(model, local, sharded)
     tokens = global_token_count(local["labels"], mesh.loss)
     share = token_mean_loss(logits, local["labels"], tokens)
     share.backward()
@@ -244,16 +247,16 @@ def _on_mesh(
     return loss
 
 
-def _gradient_error(found: Tensor | None, wanted: Tensor | None) -> float:
-    """0 where neither has one, infinite where one alone has."""
-    if found is None or wanted is None:
-        return 0.0 if found is wanted else math.inf
-    whole = found.full_tensor() if isinstance(found, DTensor) else found
-    # A style may give a dim of several parts a dim for the parts.
-    return _error(whole.reshape(wanted.shape), wanted)
+def _gradient_error(actual: Tensor | None, expected: Tensor | None) -> float:
+    """0 if there is no gradient on either side, infinite if there is one on one side alone."""
+    if actual is None or expected is None:
+        return 0.0 if actual is expected else math.inf
+    whole = actual.full_tensor() if isinstance(actual, DTensor) else actual
+    # A style may split a dim that holds several parts: one dim for the parts, one for each.
+    return _error(whole.reshape(expected.shape), expected)
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference over largest value; over 1 where all values are 0."""
-    scale = float(wanted.abs().max())
-    return float((found - wanted).abs().max()) / (scale or 1.0)
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference divided by largest value, or by 1 if all values are 0."""
+    scale = float(expected.abs().max())
+    return float((actual - expected).abs().max()) / (scale or 1.0)

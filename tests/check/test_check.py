@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from dtcp.check import (
-    HuggingFaceSubject,
-    MixerSubject,
-    Options,
-    Report,
+    CheckedHuggingFaceModel,
+    CheckedMixerModel,
+    CheckOptions,
+    CheckReport,
+    check_model,
     compare,
-    run,
 )
 from dtcp.check.__main__ import lines, main
 from dtcp.check.configs import small_config
@@ -97,43 +97,49 @@ def island_plan(model, mesh, style):
 @pytest.mark.parametrize("degrees", [Degrees(cp=2), Degrees(dp_shard=2)])
 @spmd(ranks=2)
 def test_right_model_passes(mesh, degrees):
-    options = Options(degrees, bound=1e-12)
-    subject = MixerSubject("tests.check.test_check:Small")
-    outcome = compare(subject, options, ParallelMesh.from_degrees(degrees, "cpu"), None)
-    report = Report(subject.mixing(subject.build(), options.style), options.bound, {"e": outcome})
-    assert report.passed and set(report.mixing.claimed) == {"layer.mixer"}
-    assert outcome.errors.keys() == {"loss", *dict(Small().named_parameters())}
+    options = CheckOptions(degrees, bound=1e-12)
+    checked = CheckedMixerModel("tests.check.test_check:Small")
+    result = compare(checked, options, ParallelMesh.from_degrees(degrees, "cpu"), None)
+    report = CheckReport(
+        checked.mixing(checked.build(), options.style), options.bound, {"e": result}
+    )
+    assert report.passed and set(report.mixing.claims) == {"layer.mixer"}
+    assert result.errors.keys() == {"loss", *dict(Small().named_parameters())}
     for each in ("forward", "backward"):
-        assert (outcome.by_layer[f"layer.mixer, {each}"].received > 0) == (degrees.cp > 1)
+        assert (result.by_layer[f"layer.mixer, {each}"].received > 0) == (degrees.cp > 1)
     # FSDP's gathers, and the count of tokens.
-    assert sum(outcome.elsewhere.values()) > 2
+    assert sum(result.elsewhere.values()) > 2
     assert lines(report, options)[-1] == "PASSED"
 
 
 @spmd(ranks=2)
 def test_model_that_counts_its_own_positions_fails(mesh):
-    options = Options(Degrees(cp=2))
-    subject = MixerSubject("tests.check.test_check:CountsItsOwnPositions")
-    outcome = compare(subject, options, ParallelMesh.from_degrees(options.degrees, "cpu"), None)
-    report = Report(subject.mixing(subject.build(), options.style), options.bound, {"e": outcome})
+    options = CheckOptions(Degrees(cp=2))
+    checked = CheckedMixerModel("tests.check.test_check:CountsItsOwnPositions")
+    result = compare(checked, options, ParallelMesh.from_degrees(options.degrees, "cpu"), None)
+    report = CheckReport(
+        checked.mixing(checked.build(), options.style), options.bound, {"e": result}
+    )
     assert not report.passed
     assert "places.weight" in report.failures("e")
     assert lines(report, options)[-1] == "FAILED"
 
 
-@pytest.mark.parametrize(("how", "graphs", "breaks"), [("plan", 1, 0), ("island_plan", 2, 1)])
+@pytest.mark.parametrize(("plan", "graphs", "breaks"), [("plan", 1, 0), ("island_plan", 2, 1)])
 @spmd(ranks=2)
-def test_graphs_and_breaks_are_those_of_the_plan(mesh, how, graphs, breaks):
-    options = Options(Degrees(cp=2))
-    subject = MixerSubject("tests.check.test_check:Small", f"tests.check.test_check:{how}")
+def test_graphs_and_breaks_are_those_of_the_plan(mesh, plan, graphs, breaks):
+    options = CheckOptions(Degrees(cp=2))
+    checked = CheckedMixerModel("tests.check.test_check:Small", f"tests.check.test_check:{plan}")
     mesh = ParallelMesh.from_degrees(options.degrees, "cpu")
-    outcome = compare(subject, options, mesh, Compile("aot_eager"))
-    assert (outcome.graphs.graphs, outcome.graphs.breaks) == (graphs, breaks)
+    result = compare(checked, options, mesh, Compile("aot_eager"))
+    assert (result.graphs.graphs, result.graphs.breaks) == (graphs, breaks)
 
 
 @pytest.mark.parametrize(("kind", "where"), [("Pools", "the model"), ("Convolves", "conv")])
 def test_mixing_without_a_mixer_is_refused_by_name(kind, where):
-    report = run(MixerSubject(f"tests.check.test_check:{kind}"), Options(Degrees(cp=2)))
+    report = check_model(
+        CheckedMixerModel(f"tests.check.test_check:{kind}"), CheckOptions(Degrees(cp=2))
+    )
     assert not report.passed and not report.runs
     (refused,) = report.mixing.refused
     assert refused.startswith(f"{where} (")
@@ -184,15 +190,15 @@ def test_config_of_a_big_model_is_shrunk_with_a_layer_of_each_kind(tmp_path):
     assert config.layer_types == ["sliding_attention", "full_attention"]
     assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
     assert (config.rms_norm_eps, config.sliding_window, config.hidden_size) == (1e-3, 7, 32)
-    assert "shrunk hidden_size: 2560 -> 32" in small.said
-    assert "shrunk sliding_window: 1024 -> 7" in small.said
+    assert "shrunk hidden_size: 2560 -> 32" in small.notes
+    assert "shrunk sliding_window: 1024 -> 7" in small.notes
     path.write_text(json.dumps(config.to_dict()))
     again = small_config(str(path), {})
-    assert again.said == () and again.config.hidden_size == 32
+    assert again.notes == () and again.config.hidden_size == 32
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ("--hf-config nowhere.json", "a file that exists, got 'nowhere.json'"),
         ("--hf-config no_such_model", "no_such_model"),
@@ -204,10 +210,10 @@ def test_config_of_a_big_model_is_shrunk_with_a_layer_of_each_kind(tmp_path):
         ("--hf-config llama --set attention_dropout=0.1", "set config.attention_dropout = 0"),
     ],
 )
-def test_what_cannot_be_checked_is_refused_in_a_sentence(capsys, arguments, said):
+def test_what_cannot_be_checked_is_refused_in_a_sentence(capsys, arguments, message):
     assert main(arguments.split()) == 1
     printed = capsys.readouterr().out
-    assert said in printed and printed.endswith("FAILED\n")
+    assert message in printed and printed.endswith("FAILED\n")
 
 
 def refusing_plan(model, mesh, style):
@@ -222,10 +228,10 @@ def test_what_a_rank_refuses_is_refused_in_a_sentence(capsys):
 
 @spmd(ranks=2)
 def test_model_of_transformers_passes(mesh):
-    options = Options(Degrees(cp=2))
+    options = CheckOptions(Degrees(cp=2))
     mesh = ParallelMesh.from_degrees(options.degrees, "cpu")
-    outcome = compare(HuggingFaceSubject("gpt_oss"), options, mesh, None)
-    assert max(outcome.errors.values()) < options.bound
+    result = compare(CheckedHuggingFaceModel("gpt_oss"), options, mesh, None)
+    assert max(result.errors.values()) < options.bound
 
 
 def test_guide_runs_from_start_to_end(tmp_path):

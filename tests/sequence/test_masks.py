@@ -126,7 +126,7 @@ def test_window_without_the_token_itself_is_refused(how):
 @pytest.mark.parametrize("name", ["prefix", "block"])
 def test_coordinate_of_another_shape_is_refused(name):
     extra = torch.zeros(1, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=rf"one {name} a token.*\(1, 4\).*\(1, 8\)"):
+    with pytest.raises(ValueError, match=rf"one {name} per token.*\(1, 4\).*\(1, 8\)"):
         Coords.of(Documents.single(1, 8), **{name: extra})
 
 

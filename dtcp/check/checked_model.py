@@ -1,4 +1,4 @@
-"""What is checked: a model, how it is called, and what becomes of it on a mesh."""
+"""A model to check: how it is built and called, on one device and on a mesh."""
 
 import importlib
 import re
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.batch import ShardedBatch
-from dtcp.check.configs import Small, small_config
+from dtcp.check.configs import SmallConfig, small_config
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import survey
 from dtcp.huggingface.mixing_probe import find_mixing, mixers_without_mixing, probe_length
@@ -30,23 +30,23 @@ from dtcp.softmax.style import AttentionStyle
 
 @dataclass(frozen=True)
 class Mixing:
-    """Where tokens meet, and what becomes of it.
+    """Where tokens meet in a model, and which style carries it out.
 
     Args:
-        claimed: module name -> what claims it.
-        refused: what nobody can carry out, in sentences.
-        split: module name (or pattern) -> its style under tensor parallelism.
-        said: what else a reader has to know of the model that is checked.
+        claims: module name -> the style and the mixer that it claims.
+        refused: what cannot be sharded, in sentences.
+        tp_styles: module name (or pattern) -> its style under tensor parallelism.
+        notes: what else a reader has to know of the model that is checked.
     """
 
-    claimed: Mapping[str, str]
+    claims: Mapping[str, str]
     refused: tuple[str, ...]
-    split: Mapping[str, str] = field(default_factory=dict)
-    said: tuple[str, ...] = ()
+    tp_styles: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
-class Subject(Protocol):
-    """A model that can be made again, alike, on every rank."""
+class CheckedModel(Protocol):
+    """A model that every rank can build alike."""
 
     def build(self) -> Any:
         """The model, in fp64."""
@@ -58,22 +58,24 @@ class Subject(Protocol):
         self, model: Any, mesh: ParallelMesh, style: AttentionStyle, compile: Compile | None
     ) -> nn.Module: ...
 
-    def whole(self, model: Any, input_ids: Tensor, documents: Documents) -> Tensor:
-        """Logits of one row of packed documents, on one device."""
+    def logits_on_one_device(self, model: Any, input_ids: Tensor, documents: Documents) -> Tensor:
+        """Logits of one row of packed documents, [1, S, V]."""
         ...
 
-    def local(self, model: Any, batch: Mapping[str, Tensor], plan: ShardedBatch) -> Tensor:
-        """Logits of a rank's part."""
+    def local_logits(
+        self, model: Any, batch: Mapping[str, Tensor], sharded: ShardedBatch
+    ) -> Tensor:
+        """Logits of this rank's part, [1, L, V]."""
         ...
 
 
 @dataclass(frozen=True)
-class HuggingFaceSubject:
+class CheckedHuggingFaceModel:
     """A causal language model of transformers.
 
     Args:
         config: a model type, the path of a config.json, or module:function that returns a model.
-        change: fields of the config that are something else.
+        change: fields of the config, with other values.
     """
 
     config: str
@@ -87,25 +89,25 @@ class HuggingFaceSubject:
 
             model = AutoModelForCausalLM.from_config(self._small().config)
         if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
-            # torch has no grouped matmul in fp64 (2.13); what experts compute is the same.
+            # torch 2.13 has no grouped matmul in fp64; the batched one computes the same.
             model.set_experts_implementation("batched_mm")
-        return _counting(model)
+        return _in_fp64(model)
 
     def mixing(self, model: Any, style: AttentionStyle, tp: int = 1) -> Mixing:
-        found = survey(model)
-        claimed = {f"{a.name}.{MIXER}": f"{style}, {a.mixer()}" for a in found.attentions}
-        said = () if ":" in self.config else self._small().said
-        if found.refused or tp == 1:
-            return Mixing(claimed, found.refused, said=said)
+        surveyed = survey(model)
+        claims = {f"{a.name}.{MIXER}": f"{style}, {a.mixer()}" for a in surveyed.attentions}
+        notes = () if ":" in self.config else self._small().notes
+        if surveyed.refused or tp == 1:
+            return Mixing(claims, surveyed.refused, notes=notes)
         try:
-            split = tensor_plan(model, tp)
+            plan = tensor_plan(model, tp)
         except ValueError as error:
-            return Mixing(claimed, (str(error),), said=said)
-        # Layers are alike, and their numbers say nothing.
-        named = {re.sub(r"\.\d+(?=\.|$)", ".*", name): f"{each}" for name, each in split.items()}
-        return Mixing(claimed, (), named, said)
+            return Mixing(claims, (str(error),), notes=notes)
+        # Layers are alike: one line for the modules that differ by their layer's number alone.
+        styles = {re.sub(r"\.\d+(?=\.|$)", ".*", name): f"{each}" for name, each in plan.items()}
+        return Mixing(claims, (), styles, notes)
 
-    def _small(self) -> Small:
+    def _small(self) -> SmallConfig:
         return small_config(self.config, self.change)
 
     def parallelize(
@@ -113,31 +115,33 @@ class HuggingFaceSubject:
     ) -> nn.Module:
         return parallelize_hf(model, mesh, style, compile=compile)
 
-    def whole(self, model: Any, input_ids: Tensor, documents: Documents) -> Tensor:
-        """Each document alone: not every model of transformers keeps packed ones apart."""
+    def logits_on_one_device(self, model: Any, input_ids: Tensor, documents: Documents) -> Tensor:
+        """Each document by itself: not every model of transformers keeps packed ones apart."""
         parts = input_ids[0].split(documents.lengths[0])
         return torch.cat([model(input_ids=x[None], use_cache=False).logits for x in parts], dim=1)
 
-    def local(self, model: Any, batch: Mapping[str, Tensor], plan: ShardedBatch) -> Tensor:
-        named = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-        return model(**named, attn_metadata=plan.attn_metadata).logits
+    def local_logits(
+        self, model: Any, batch: Mapping[str, Tensor], sharded: ShardedBatch
+    ) -> Tensor:
+        inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+        return model(**inputs, attn_metadata=sharded.attn_metadata).logits
 
 
 @dataclass(frozen=True)
-class MixerSubject:
-    """A model that calls mixers, as model(input_ids, position, tables).
+class CheckedMixerModel:
+    """A model that calls mixers, as model(input_ids, position_ids, attn_metadata).
 
     Args:
         model: module:function that returns it.
-        plan: module:function of (model, mesh, style) that returns a ParallelPlan; empty for one
-            that claims every mixer by the style and leaves the rest.
+        plan: module:function of (model, mesh, style) that returns a ParallelPlan; empty for a plan
+            that claims every mixer by the style and does nothing else.
     """
 
     model: str
     plan: str = ""
 
     def build(self) -> nn.Module:
-        return _counting(imported(self.model)())
+        return _in_fp64(imported(self.model)())
 
     def mixing(self, model: nn.Module, style: AttentionStyle, tp: int = 1) -> Mixing:
         seq_len = probe_length(model)
@@ -146,13 +150,13 @@ class MixerSubject:
         attn_metadata = batch_metadata(model, documents)
         run = partial(model, input_ids, documents.position_ids(), attn_metadata)
         with mixers_without_mixing(model) as names:
-            found = find_mixing(model.eval(), run, seq_len)
+            mixing = find_mixing(model.eval(), run, seq_len)
         model.train()
         mixers = {name: model.get_submodule(name) for name in names}
         refused = tuple(
             f"{name or 'the model'} ({type(model.get_submodule(name)).__name__}): tokens meet in "
             f"it, and in no mixer: call one there (docs/add_a_model.md)."
-            for name in found
+            for name in mixing
         )
         return Mixing({name: f"{style}, {mixer}" for name, mixer in mixers.items()}, refused)
 
@@ -166,29 +170,41 @@ class MixerSubject:
             plan = ParallelPlan(tp={}, cp=mixers, blocks=())
         return parallelize(model, mesh, plan, compile=compile)
 
-    def whole(self, model: nn.Module, input_ids: Tensor, documents: Documents) -> Tensor:
+    def logits_on_one_device(
+        self, model: nn.Module, input_ids: Tensor, documents: Documents
+    ) -> Tensor:
         attn_metadata = batch_metadata(model, documents)
         return model(input_ids, documents.position_ids(), attn_metadata)
 
-    def local(self, model: nn.Module, batch: Mapping[str, Tensor], plan: ShardedBatch) -> Tensor:
-        return model(batch["input_ids"], batch["position_ids"], plan.attn_metadata)
+    def local_logits(
+        self, model: nn.Module, batch: Mapping[str, Tensor], sharded: ShardedBatch
+    ) -> Tensor:
+        return model(batch["input_ids"], batch["position_ids"], sharded.attn_metadata)
 
 
 def imported(path: str) -> Callable[..., Any]:
-    """The function that module:function names."""
+    """Import the function that a path module:function names.
+
+    Raises:
+        ValueError: a path without a function, or a module without that function.
+    """
     module, _, name = path.partition(":")
     if not name:
         raise ValueError(f"A function is named module:function, got {path!r}: add its name.")
-    found: Callable[..., Any] | None = getattr(importlib.import_module(module), name, None)
-    if found is None:
+    function: Callable[..., Any] | None = getattr(importlib.import_module(module), name, None)
+    if function is None:
         raise ValueError(
             f"A function is named module:function, got {path!r}: {module} has no {name}."
         )
-    return found
+    return function
 
 
 def vocabulary(model: nn.Module) -> int:
-    """Tokens a model knows: rows of its first embedding."""
+    """Size of a model's vocabulary: the rows of its first embedding.
+
+    Raises:
+        ValueError: it has none.
+    """
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             return module.num_embeddings
@@ -198,8 +214,8 @@ def vocabulary(model: nn.Module) -> int:
     )
 
 
-def _counting(model: Any) -> Any:
-    """In fp64, with weights of which each counts: fresh norms and gates would hide errors."""
+def _in_fp64(model: Any) -> Any:
+    """In fp64, every weight with noise: fresh norms and gates are ones or zeros and hide errors."""
     model = model.double().train()
     with torch.no_grad():
         for parameter in model.parameters():
