@@ -1,8 +1,8 @@
 """Cross-entropy, averaged over the tokens of all ranks.
 
-A rank's share is its sum of losses over the *global* number of tokens. Shares add up to the
-mean over the batch however unevenly documents, padding and shards fall, so gradients are to be
-summed over ranks, never averaged.
+A rank's share is the sum of its losses divided by the *global* number of tokens. Shares add up to
+the mean loss of the batch however unevenly documents, padding and shards fall, so gradients are to
+be summed over ranks, never averaged.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dtcp.labels import IGNORED
 
-CHUNK = 2**24
-"""Logits worked on in fp32 at a time: 64 MiB."""
+LOGITS_PER_CHUNK = 2**24
+"""Logits converted to fp32 at a time: 64 MiB."""
 
 
 def global_token_count(labels: Tensor, mesh: DeviceMesh | None) -> Tensor:
@@ -26,7 +26,7 @@ def global_token_count(labels: Tensor, mesh: DeviceMesh | None) -> Tensor:
 
     Args:
         labels: [B, L], local.
-        mesh: the ranks whose tokens make up a batch, ParallelMesh.loss; None for this one alone.
+        mesh: the ranks whose tokens make up a batch, ParallelMesh.loss; None for this rank alone.
     """
     tokens = (labels != IGNORED).sum()
     if mesh is not None:
@@ -37,9 +37,9 @@ def global_token_count(labels: Tensor, mesh: DeviceMesh | None) -> Tensor:
 def token_mean_loss(logits: Tensor, labels: Tensor, global_tokens: Tensor | int) -> Tensor:
     """This rank's share of the mean cross-entropy over all tokens.
 
-    A rank without a token that has a loss gives 0 and gradients of 0. A label that is no entry
-    of the vocabulary gives inf. Nothing of the logits' size is made in forward, and one tensor
-    of it, their gradient in their own dtype, in backward.
+    On a rank without a token that has a loss, the share and its gradients are 0. A label outside
+    of the vocabulary makes the loss inf. Forward allocates nothing of the logits' size; backward
+    allocates one such tensor, their gradient, in their own dtype.
 
     Args:
         logits: [B, L, V]; or a DTensor with the vocabulary sharded over a 1-D mesh, as a
@@ -70,9 +70,9 @@ def mtp_loss(
     *,
     weight: float = 0.1,
 ) -> Tensor:
-    """token_mean_loss of the next token, and `weight` times the mean of that of all depths.
+    """token_mean_loss of the next token, plus `weight` times its mean over all depths.
 
-    All are sums over one number of tokens, that of the next-token loss, as in DeepSeek-V3,
+    Every depth is divided by one number of tokens, that of the next-token loss, as in DeepSeek-V3,
     https://arxiv.org/abs/2412.19437, section 2.2.
 
     Args:
@@ -86,8 +86,9 @@ def mtp_loss(
             f"depths with mtp_labels.shape={tuple(mtp_labels.shape)}: give [B, depths, L]."
         )
     total = token_mean_loss(first, labels, global_tokens)
-    for scores, depth in zip(further, mtp_labels.unbind(1), strict=True):
-        total = total + weight / len(further) * token_mean_loss(scores, depth, global_tokens)
+    for depth_logits, depth_labels in zip(further, mtp_labels.unbind(1), strict=True):
+        loss = token_mean_loss(depth_logits, depth_labels, global_tokens)
+        total = total + weight / len(further) * loss
     return total
 
 
@@ -101,7 +102,7 @@ def _vocabulary_shard(logits: DTensor) -> tuple[int, DeviceMesh | None]:
             f"A loss takes logits that are whole or sharded in the vocabulary over one axis, got "
             f"logits.placements={logits.placements}: redistribute them to (Shard({vocabulary}),)."
         )
-    # The shards of a DTensor are those of torch.chunk: all full, but for the last ones.
+    # The shards of a DTensor are those of torch.chunk: all full except the last ones.
     full = -(-logits.shape[vocabulary] // mesh.size())
     return full * mesh.get_local_rank(), mesh
 
@@ -123,10 +124,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
             chunk = logits[rows].to(dtype)
             lse[rows] = chunk.logsumexp(dim=1)
             target[rows] = chunk.gather(1, column[rows, None])[:, 0]
-        # Whoever has no such column says -inf, so that a label nobody has makes the loss inf.
+        # -inf on ranks without that column, so a label that no rank has makes the loss inf.
         target = target.masked_fill(~mine, -torch.inf)
         if mesh is not None:
-            lse, target = _over_shards(lse, target, mesh)
+            lse, target = _across_shards(lse, target, mesh)
         ctx.save_for_backward(logits, column, mine, has_loss, lse)
         return (lse - target).masked_fill(~has_loss, 0).sum()
 
@@ -144,18 +145,18 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    # A shard beyond the end of a small vocabulary has nothing to add.
+    # A shard beyond the end of a small vocabulary has no columns.
     if not logits.shape[1]:
         return
-    rows = max(1, CHUNK // logits.shape[1])
+    rows = max(1, LOGITS_PER_CHUNK // logits.shape[1])
     for start in range(0, len(logits), rows):
         yield slice(start, start + rows)
 
 
-def _over_shards(lse: Tensor, target: Tensor, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
-    """lse over the whole vocabulary, and the target's logit from the rank that has it: [T]."""
-    mine = torch.stack((lse, target))
-    parts = [torch.empty_like(mine) for _ in range(mesh.size())]
-    dist.all_gather(parts, mine, group=mesh.get_group())
-    everyones = torch.stack(parts)
-    return everyones[:, 0].logsumexp(dim=0), everyones[:, 1].amax(dim=0)
+def _across_shards(lse: Tensor, target: Tensor, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
+    """lse over the whole vocabulary, and the target's logit from the rank that has it: [T] each."""
+    local = torch.stack((lse, target))
+    parts = [torch.empty_like(local) for _ in range(mesh.size())]
+    dist.all_gather(parts, local, group=mesh.get_group())
+    shards = torch.stack(parts)
+    return shards[:, 0].logsumexp(dim=0), shards[:, 1].amax(dim=0)

@@ -1,8 +1,8 @@
 """Packed rows without a batch dim (THD): one after another, each document in a slot of its own.
 
-A slot is a document and the padding behind it. Every slot is dealt head-tail by itself, in 2n
-chunks: the rule of Transformer Engine's thd_get_partitioned_indices, which PerDocument follows
-wherever 2n divides a slot.
+A slot is a document and the padding behind it. Every slot is cut head-tail by itself, in 2n chunks:
+the rule of Transformer Engine's thd_get_partitioned_indices, which PerDocument follows wherever 2n
+divides a slot.
 
     slots of 4 and 8 tokens, n=2        rank 0: 0 3 4 5 10 11        rank 1: 1 2 6 7 8 9
 """
@@ -28,7 +28,9 @@ from dtcp.softmax.op import AttentionInputs, AttentionOp
 from dtcp.softmax.ring import RingAttention
 from dtcp.softmax.style import AttentionStyle
 
-Batch = Mapping[str, Any]
+THDBatch = Mapping[str, Any]
+"""Packed rows, with or without a batch dim, and what goes with them."""
+
 Slots = tuple[tuple[int, int], ...]
 """(tokens of the document, tokens of its slot), first to last."""
 
@@ -41,28 +43,28 @@ def thd_layout(cu_seqlens_padded: Sequence[int], total: int, num_shards: int) ->
 
     Args:
         cu_seqlens_padded: where slots start and end: [N + 1].
-        total: tokens; the slots fill them.
+        total: tokens, all of them in slots.
     Raises:
-        ValueError: slots that leave tokens over, or that 2n does not divide.
+        ValueError: tokens outside of slots, or slots that 2n does not divide.
     """
     lengths = tuple(b - a for a, b in pairwise(cu_seqlens_padded))
     lengths = tuple(length for length in lengths if length)
     odd = [length for length in lengths if length % (2 * num_shards)]
     if odd:
         raise ValueError(
-            f"THD deals every slot in 2 * num_shards equal chunks, got seq_lens_padded={odd[:8]} "
+            f"THD cuts every slot in 2 * num_shards equal chunks, got seq_lens_padded={odd[:8]} "
             f"with num_shards={num_shards}: pad documents to multiples of {2 * num_shards}."
         )
     if sum(lengths) != total:
         raise ValueError(
-            f"Slots fill the rows, got {sum(lengths)} tokens in slots of {total}: lengthen the "
+            f"Slots fill the rows, got {sum(lengths)} tokens in slots, of {total}: lengthen the "
             f"last one."
         )
     return PerDocument(total, num_shards, lengths)
 
 
 def partition_indices(cu_seqlens_padded: Tensor, total: int, num_shards: int, rank: int) -> Tensor:
-    """Positions of a rank's tokens, in its order: [total / n], int64.
+    """Indices of a rank's tokens, in its order: [total / n], int64.
 
     Args:
         cu_seqlens_padded: [N + 1]; entries below zero are left out.
@@ -71,17 +73,17 @@ def partition_indices(cu_seqlens_padded: Tensor, total: int, num_shards: int, ra
     return thd_layout(bounds, total, num_shards).token_indices(rank)
 
 
-def to_thd(batch: Batch, *, seq_lens_padding_value: int = SENTINEL) -> dict[str, Any]:
+def to_thd(batch: THDBatch, *, seq_lens_padding_value: int = SENTINEL) -> dict[str, Any]:
     """Take the batch dim off packed rows: [B, S, ...] to [B * S, ...].
 
     Args:
-        batch: input_ids [B, S] (or embeddings [B, S, H]) or inputs_embeds, labels [B, S],
+        batch: input_ids [B, S] (or embeddings [B, S, E]) or inputs_embeds, labels [B, S],
             seq_lens and seq_lens_padded [B, N]; position_ids [B, S] or [axes, B, S], counted
-            through each slot where missing. Other tensors of [B, S, ...] go along; what is
-            neither stays as it is.
+            through each slot if missing. Other tensors of [B, S, ...] are flattened likewise; any
+            other value stays as it is.
     Returns:
-        the same keys, and cu_seqlens [N + 1] int32, the documents' lengths summed up;
-        cu_seqlens_padded [N + 1] int32, their places; max_seqlen, int32, the longest slot;
+        the same keys, and cu_seqlens [N + 1] int32, the cumulated lengths of documents;
+        cu_seqlens_padded [N + 1] int32, those of slots; max_seqlen, int32, the longest slot;
         padding_mask [B * S], True for padding; qkv_format.
     Raises:
         KeyError: a key that is missing.
@@ -90,7 +92,7 @@ def to_thd(batch: Batch, *, seq_lens_padding_value: int = SENTINEL) -> dict[str,
     rows, seq_len = _check(batch)
     slots = _slots(batch, rows, seq_len, seq_lens_padding_value)
     device = batch["labels"].device
-    places = list(accumulate((slot for _, slot in slots), initial=0))
+    bounds = list(accumulate((slot for _, slot in slots), initial=0))
     out = {key: x for key, x in batch.items() if key not in ("seq_lens", "seq_lens_padded")}
     out = {key: _flat(key, x, rows, seq_len) for key, x in out.items() if x is not None}
     position_ids = torch.cat([torch.arange(slot) for _, slot in slots])
@@ -102,13 +104,13 @@ def to_thd(batch: Batch, *, seq_lens_padding_value: int = SENTINEL) -> dict[str,
     out["padding_mask"] = (position_ids >= real).to(device)
     ends = accumulate((length for length, _ in slots), initial=0)
     out["cu_seqlens"] = torch.tensor(list(ends), dtype=torch.int32, device=device)
-    out["cu_seqlens_padded"] = torch.tensor(places, dtype=torch.int32, device=device)
+    out["cu_seqlens_padded"] = torch.tensor(bounds, dtype=torch.int32, device=device)
     longest = max(slot for _, slot in slots)
     out["max_seqlen"] = torch.tensor(longest, dtype=torch.int32, device=device)
     return {**out, "qkv_format": "thd"}
 
 
-def shard_thd(batch: Batch, axis: DeviceMesh) -> dict[str, Any]:
+def shard_thd(batch: THDBatch, axis: DeviceMesh) -> dict[str, Any]:
     """This rank's tokens of what `to_thd` made; boundaries stay those of the whole.
 
     No communication. `cp_size` and `cp_rank` are added.
@@ -127,6 +129,20 @@ def shard_thd(batch: Batch, axis: DeviceMesh) -> dict[str, Any]:
     return {**out, "cp_size": axis.size(), "cp_rank": rank}
 
 
+def primary_key(batch: Mapping[str, Any]) -> str:
+    """The key of what the model reads, input_ids or inputs_embeds.
+
+    Raises:
+        ValueError: both or neither.
+    """
+    present = [key for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None]
+    if len(present) != 1:
+        raise ValueError(
+            f"A batch has either input_ids or inputs_embeds, got {present or 'neither'}: pass one."
+        )
+    return present[0]
+
+
 def row_slots(
     seq_lens: Tensor, seq_lens_padded: Tensor, seq_len: int, sentinel: int = SENTINEL
 ) -> list[Slots]:
@@ -142,7 +158,7 @@ def row_slots(
             f"{tuple(seq_lens.shape)}, seq_lens_padded.shape={tuple(seq_lens_padded.shape)}: give "
             f"[B, documents] each, filled with {sentinel}."
         )
-    found = []
+    rows = []
     for row, (lengths, slots) in enumerate(zip(*(x.tolist() for x in both), strict=True)):
         lengths, slots = ([x for x in xs if x != sentinel] for xs in (lengths, slots))
         fits = len(lengths) == len(slots) and sum(slots) <= seq_len
@@ -151,12 +167,12 @@ def row_slots(
                 f"Documents fit their slots, and slots their row, got seq_lens={lengths}, "
                 f"seq_lens_padded={slots} in row {row} of {seq_len} tokens: cut or pack fewer."
             )
-        found.append(tuple(zip(lengths, slots, strict=True)))
-    return found
+        rows.append(tuple(zip(lengths, slots, strict=True)))
+    return rows
 
 
 def row_chunks(
-    batch: Batch,
+    batch: THDBatch,
     num_chunks: int,
     *,
     padding_token_id: int = 0,
@@ -189,9 +205,9 @@ def row_chunks(
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """Attention that consumes a THD batch: each document by itself, over all shards.
+    """Attention on a THD batch: each document by itself, across all shards.
 
-    Built on the host once a batch; then a function of tensors, traced as one op. Padding sees
+    Built on the host once per batch; then a function of tensors, traced as one op. Padding sees
     nothing, is seen by nothing, and its output is zero.
 
     Args:
@@ -206,7 +222,7 @@ class PackedAttention:
     @classmethod
     def of(
         cls,
-        batch: Batch,
+        batch: THDBatch,
         axis: DeviceMesh | None = None,
         *,
         mask: Mask | None = None,
@@ -239,17 +255,12 @@ class PackedAttention:
 _BOUNDARIES = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 
 
-def _check(batch: Batch) -> tuple[int, int]:
+def _check(batch: THDBatch) -> tuple[int, int]:
     """(rows, tokens a row)."""
     for key in ("labels", "seq_lens", "seq_lens_padded"):
         if batch.get(key) is None:
             raise KeyError(f"{key}: packed rows have it, [B, S] or [B, N] for lengths.")
-    given = [key for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None]
-    if len(given) != 1:
-        raise ValueError(
-            f"A batch has either input_ids or inputs_embeds, got {given or 'neither'}: pass one."
-        )
-    rows, seq_len = batch[given[0]].shape[:2]
+    rows, seq_len = batch[primary_key(batch)].shape[:2]
     if batch["labels"].shape != (rows, seq_len):
         raise ValueError(
             f"Labels go with tokens, got labels.shape={tuple(batch['labels'].shape)} for {rows} "
@@ -258,14 +269,14 @@ def _check(batch: Batch) -> tuple[int, int]:
     return rows, seq_len
 
 
-def _slots(batch: Batch, rows: int, seq_len: int, sentinel: int) -> Slots:
-    """The slots of all rows. What a row's slots leave over lengthens its last one."""
-    found: list[tuple[int, int]] = []
+def _slots(batch: THDBatch, rows: int, seq_len: int, sentinel: int) -> Slots:
+    """The slots of all rows; the tokens behind a row's slots lengthen its last one."""
+    filled: list[tuple[int, int]] = []
     for slots in row_slots(batch["seq_lens"], batch["seq_lens_padded"], seq_len, sentinel):
         *before, (length, slot) = slots or ((0, 0),)
         slot += seq_len - sum(slot for _, slot in (*before, (length, slot)))
-        found += [*before, (length, slot)]
-    return tuple(found)
+        filled += [*before, (length, slot)]
+    return tuple(filled)
 
 
 def _flat(key: str, x: Any, rows: int, seq_len: int) -> Any:
@@ -278,9 +289,9 @@ def _flat(key: str, x: Any, rows: int, seq_len: int) -> Any:
 
 
 def _row_dim(key: str, x: Any, rows: int, seq_len: int) -> int | None:
-    """The dim of rows: the first, the second of a RoPE of several axes; None where there is none.
+    """The dim of rows: the first, or the second of a RoPE of several axes; None without rows.
 
-    Only tensors of tokens and the lengths have rows; others may count images, or anything.
+    Only tensors of tokens and the lengths have rows; others may count images, or anything else.
     """
     if not isinstance(x, Tensor):
         return None

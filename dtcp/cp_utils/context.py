@@ -1,4 +1,4 @@
-"""The contexts of a step: whose shards the tensors are, and what else a training loop opens."""
+"""The contexts of a step: how its tensors are sharded, and what else a training loop opens."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -18,6 +18,7 @@ from dtcp.softmax.style import AttentionStyle
 
 Context = AbstractContextManager[Any]
 ContextFactory = Callable[[], Context]
+"""Opens the context of a step; called once per step."""
 
 ROTATE_METHODS: Mapping[str, AttentionStyle] = {
     "allgather": AllGatherAttention(),
@@ -32,21 +33,21 @@ def create_context_parallel_ctx(
     cp_no_restore_buffers: set[Tensor],
     cp_rotate_method: str | None = None,
 ) -> Context:
-    """A context in which buffers hold this rank's tokens, head-tail, and attention is over all.
+    """A context in which buffers hold this rank's tokens, head-tail, and attention spans all ranks.
 
-    Entering gives each buffer its shard in place of its data; leaving gives the whole data back,
-    which was never copied, except to the buffers that are not to be restored.
+    On entry each buffer's shard replaces its data; on exit it has its whole data back, which was
+    never copied, unless it is among cp_no_restore_buffers.
 
     Args:
         cp_mesh: the 1-D axis of the sequence; None or one rank: the context does nothing.
-        cp_buffers: whole, on every rank of the axis; one document a row.
+        cp_buffers: whole, on every rank of the axis; one document per row.
         cp_seq_dims: the sequence's dim of each.
         cp_no_restore_buffers: those of the buffers, by identity, that stay sharded.
-        cp_rotate_method: "allgather" brings all keys before attending, "alltoall" streams them.
-            None streams.
+        cp_rotate_method: "allgather" gathers all keys before attending, "alltoall" passes them
+            around a ring; None is the ring.
     Raises:
-        ValueError: buffers that do not fit each other or the axis, or want gradients; a method
-            that is neither.
+        ValueError: buffers that do not fit each other or the axis, or that require gradients; a
+            method that is neither.
     """
     style = _style(cp_rotate_method)
     if cp_mesh is None or cp_mesh.size() == 1:
@@ -63,7 +64,7 @@ def get_train_context(
     enable_compiled_autograd: bool,
     cp_context: Context | None = None,
 ) -> ContextFactory:
-    """A function that opens what a training step runs in; it may be called for every step.
+    """Return a function that opens what a training step runs in; call it for every step.
 
     Args:
         enable_loss_parallel: torch's cross-entropy on logits sharded in the vocabulary.
@@ -86,7 +87,7 @@ def get_train_context(
 
 
 class _Opened(AbstractContextManager[None]):
-    """Opens on entry, not before: a context made and never entered leaves nothing open."""
+    """Opens on entry, not before: a context that is never entered leaves nothing open."""
 
     def __init__(self, open_all: ContextFactory) -> None:
         self.open_all = open_all
@@ -104,7 +105,7 @@ class _Opened(AbstractContextManager[None]):
 
 
 class _ShardedBuffers(AbstractContextManager[None]):
-    """Buffers that are shards inside, and the attention that knows it."""
+    """Inside, buffers are shards and attention runs across ranks."""
 
     def __init__(
         self, mode: local_shards, buffers: list[tuple[Tensor, int]], kept: Collection[int]
@@ -115,7 +116,7 @@ class _ShardedBuffers(AbstractContextManager[None]):
     def __enter__(self) -> None:
         layout, rank = self.mode.layout, self.mode.axis.get_local_rank()
         for buffer, dim in self.buffers:
-            # A buffer that stays sharded is so already when the context is entered again.
+            # A buffer that stays sharded is sharded already on the second entry.
             if buffer.shape[dim] == layout.seq_len:
                 if id(buffer) not in self.kept:
                     self.whole.append((buffer, buffer.data))
@@ -139,7 +140,7 @@ def _style(method: str | None) -> AttentionStyle:
         return RingAttention()
     if method not in ROTATE_METHODS:
         raise ValueError(
-            f"Keys are brought by one of {list(ROTATE_METHODS)}, got "
+            f"Ranks exchange keys by one of {list(ROTATE_METHODS)}, got "
             f"cp_rotate_method={method!r}: use one, or None."
         )
     return ROTATE_METHODS[method]
@@ -151,7 +152,7 @@ def _check_buffers(
     if not buffers or len(buffers) != len(dims):
         raise ValueError(
             f"Every buffer has a sequence dim, got {len(buffers)} buffers and {len(dims)} dims: "
-            f"give one each, and one buffer at least."
+            f"give one dim per buffer, and at least one buffer."
         )
     lengths = [x.shape[dim] for x, dim in zip(buffers, dims, strict=True)]
     if len(set(lengths)) > 1:

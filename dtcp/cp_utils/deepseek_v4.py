@@ -1,8 +1,8 @@
 """DeepSeek-V4's helpers as NeMo Automodel names them: groups, gathers and the dense mask.
 
 Names and signatures are those of nemo_automodel.components.models.deepseek_v4.cp, for training
-loops written to them. Our own model (dtcp.sparse) needs none of it: it gathers no raw keys,
-builds no mask of [L, S] and asks for no multiple of any ratio.
+loops written against them. Our own model (dtcp.models.deepseek_v4) needs none of it: it gathers no
+raw keys, builds no mask of [L, S], and its shards need not be multiples of any ratio.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ from dtcp.cp_utils.validation import padding_of_mask
 from dtcp.distributed.collectives import all_gather_over
 
 OVERLAPPING = 4
-"""The ratio whose windows read the one before them, too."""
+"""The ratio whose windows read the window before them, too."""
 
 
 def dsv4_cp_local_seq_multiple(model_or_config: Any) -> int:
-    """Tokens that each rank's shard must be a multiple of, for shards that cut no window.
+    """What a shard's length must be a multiple of, so that no window is cut.
 
     Args:
         model_or_config: has `compress_ratios`, or a `config` that has.
@@ -50,9 +50,9 @@ def dsv4_cp_size(cp_group: dist.ProcessGroup | None) -> int:
 
 
 def dsv4_cp_all_gather(tensor: Tensor, dim: int, cp_group: dist.ProcessGroup | None) -> Tensor:
-    """Concatenate the tensor of all ranks along dim; every rank's has one shape.
+    """Concatenate the tensors of all ranks along dim; all have the same shape.
 
-    Backward gives each rank the sum, over all ranks, of the gradients of its own part.
+    In backward each rank gets its own part's gradient, summed over the ranks.
     """
     if cp_group is None or not dsv4_cp_enabled(cp_group):
         return tensor
@@ -77,15 +77,15 @@ def build_dsv4_cp_causal_padding_mask(
     padding_mask: Tensor | None = None,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """The mask to add to scores of local queries and all keys: 0 where seen, else dtype's least.
+    """The mask to add to scores of local queries and all keys: 0 for keys seen, else dtype's min.
 
-    For one document a row: positions are those in the row. Never -inf, so a query that sees
-    nothing stays finite.
+    For one document per row: position_ids are indices in the row. Never -inf, so the output of a
+    query that sees nothing stays finite.
 
     Args:
         position_ids: [L] or [B, L] of this rank's queries.
         key_len: S; keys 0 .. S - 1 in the order of the sequence.
-        padding_mask: [B, L] of this rank, True for padding; all ranks give it or none.
+        padding_mask: [B, L] of this rank, True for padding; given by all ranks or by none.
         sliding_window: keys a query sees, its own included.
     Returns:
         [B, 1, L, S].
@@ -102,7 +102,7 @@ def build_dsv4_cp_causal_padding_mask(
     if padding is not None:
         if padding.shape[1] != key_len:
             raise ValueError(
-                f"A padding mask speaks of every key, got {padding.shape[1]} tokens of all ranks "
+                f"A padding mask covers every key, got {padding.shape[1]} tokens of all ranks "
                 f"with key_len={key_len}: give each rank's part of one mask."
             )
         seen = seen & ~padding.to(device).bool()[:, None]
@@ -111,11 +111,11 @@ def build_dsv4_cp_causal_padding_mask(
 
 
 def padding_of(batch: Mapping[str, Any]) -> Tensor | None:
-    """[B, S], True for padding: what a batch's padding_mask or attention_mask says of it.
+    """[B, S], True for padding: a batch's padding_mask, or what its attention_mask says.
 
     Raises:
         ValueError: an attention_mask that `padding_of_mask` refuses.
     """
-    given: Tensor | None = batch.get("padding_mask")
+    padding: Tensor | None = batch.get("padding_mask")
     mask: Tensor | None = batch.get("attention_mask")
-    return given if given is not None or mask is None else padding_of_mask(mask)
+    return padding if padding is not None or mask is None else padding_of_mask(mask)

@@ -1,11 +1,11 @@
 """A batch for DeepSeek-V4 as NeMo Automodel shards it: contiguously, in whole windows.
 
-`pad_multiple` keeps shards and packed documents aligned with windows, which the model in
-Automodel needs. Packed rows are built anew, document by document, before they are cut.
+`pad_multiple` keeps shards and packed documents aligned with windows, which Automodel's model
+needs. Packed rows are rebuilt, document by document, before they are cut.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtcp.cp_utils.batch import PACKED_SEQ_IDS
+from dtcp.cp_utils.context import ContextFactory
 from dtcp.cp_utils.deepseek_v4 import padding_of
 from dtcp.cp_utils.validation import check_one_document, check_rows
 from dtcp.labels import IGNORED
 from dtcp.sequence.documents import Documents
-from dtcp.thd import SENTINEL
+from dtcp.thd import SENTINEL, primary_key
 
-Context = Callable[[], AbstractContextManager[None]]
 GROUP = "_dsv4_cp_group"
-SEQ_IDS = "_packed_seq_ids"
 POSITION_MAP = "_dsv4_cp_position_map"
 
 
@@ -33,8 +33,8 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
     loss_mask: Tensor | None = None,
     padding_token_id: int = 0,
     pad_multiple: int | None = None,
-) -> tuple[Context, dict[str, Any]]:
-    """Keep this rank's stretch of each row; the batch given stays as it is. No communication.
+) -> tuple[ContextFactory, dict[str, Any]]:
+    """Keep this rank's stretch of each row; the batch passed in stays as it is. No communication.
 
     Args:
         cp_mesh: the 1-D axis of the sequence; None: one rank.
@@ -42,7 +42,7 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
             position_ids, padding_mask or attention_mask. Packed rows have seq_lens [B, documents]
             (-1000 for none), and seq_lens_padded where documents lie in longer slots.
         loss_mask: [B, S]; stands for labels where there are none.
-        pad_multiple: what each shard, and each packed document, is padded to a multiple of; of
+        pad_multiple: each shard, and each packed document, is padded to a multiple of it; from
             `dsv4_cp_local_seq_multiple`.
     Returns:
         a context that does nothing, and the local batch, with the group as `_dsv4_cp_group`.
@@ -50,8 +50,8 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
         seq_lens_padded, and `_dsv4_cp_position_map` [B, S], where each token went, -1 for nowhere.
     Raises:
         ValueError: both or neither of input_ids and inputs_embeds; rows of several lengths;
-            padding that tokens follow; documents that do not fit their row, or that nothing but
-            positions or a mask tells.
+            padding that tokens follow; documents that do not fit their row, or that only
+            positions or a mask could tell.
         KeyError: no labels and no loss_mask; packed rows without seq_lens.
         NotImplementedError: cu_seqlens alone, which do not say where rows end.
     """
@@ -60,7 +60,7 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
     rank = 0 if cp_mesh is None else cp_mesh.get_local_rank()
     multiple = max(int(pad_multiple or 2), 2)
     packed = _is_packed(batch)
-    primary = _primary(batch)
+    primary = primary_key(batch)
     padding = padding_of(batch)
     if batch.get("labels") is None:
         if loss_mask is None:
@@ -89,14 +89,14 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
 
 
 def _fills(padding_token_id: int) -> dict[str, int | float | bool]:
-    """What padding holds, by key; these keys have a sequence, at dim 1."""
+    """What padding holds, by key; the sequence of these keys is dim 1."""
     return {
         "input_ids": padding_token_id,
         "inputs_embeds": 0.0,
         "labels": IGNORED,
         "loss_mask": 0,
         "padding_mask": True,
-        SEQ_IDS: 0,
+        PACKED_SEQ_IDS: 0,
     }
 
 
@@ -109,29 +109,20 @@ def _is_packed(batch: Mapping[str, Any]) -> bool:
             "which do not say where a row ends: pass seq_lens."
         )
     if batch.get("qkv_format") == "thd":
-        raise KeyError("seq_lens: packed rows say how long their documents are, [B, documents].")
+        raise KeyError("seq_lens: packed rows have the lengths of documents, [B, documents].")
     return False
 
 
 def _check(batch: Mapping[str, Any], primary: str, padding: Tensor | None, *, packed: bool) -> None:
-    """Refuse rows of several lengths, and what rows that are not packed cannot be."""
+    """Refuse rows of several lengths, and unpacked rows with several documents."""
     check_rows(batch, primary, _fills(0))
     if packed:
         return
     if padding is not None:
         # Padding that tokens follow would be pooled with them.
         Documents.from_padded(None, padding.bool().cpu())
-    if batch.get(SEQ_IDS) is None:
+    if batch.get(PACKED_SEQ_IDS) is None:
         check_one_document(batch, padding, remedy="give seq_lens [B, documents]")
-
-
-def _primary(batch: Mapping[str, Any]) -> str:
-    given = [key for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None]
-    if len(given) != 1:
-        raise ValueError(
-            f"A batch has either input_ids or inputs_embeds, got {given or 'neither'}: pass one."
-        )
-    return given[0]
 
 
 def _positioned(batch: dict[str, Any], primary: str) -> dict[str, Any]:
@@ -150,7 +141,7 @@ def _padded(
     *,
     packed: bool,
 ) -> dict[str, Any]:
-    """Rows padded on the right; positions count on, but for packed rows, where they are 0."""
+    """Rows padded on the right, where positions count on; in packed rows they are 0 there."""
     missing = -batch[primary].shape[1] % multiple
     if not missing:
         return batch
@@ -185,7 +176,7 @@ def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
 
 @dataclass(frozen=True)
 class _Packing:
-    """Where the documents of one row are taken from, and where they go."""
+    """Where the documents of one row start, and how long they and their new slots are."""
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -194,15 +185,16 @@ class _Packing:
     @classmethod
     def of(cls, row: int, batch: Mapping[str, Any], seq_len: int, multiple: int) -> "_Packing":
         lengths = [int(x) for x in batch["seq_lens"][row].tolist() if x > 0]
-        given = batch.get("seq_lens_padded")
-        held = lengths if given is None else [int(x) for x in given[row].tolist() if x > 0]
-        fits = len(held) == len(lengths) and all(a <= b for a, b in zip(lengths, held, strict=True))
-        if not fits or sum(held) > seq_len:
+        padded, old = batch.get("seq_lens_padded"), lengths
+        if padded is not None:
+            old = [int(x) for x in padded[row].tolist() if x > 0]
+        fits = len(old) == len(lengths) and all(a <= b for a, b in zip(lengths, old, strict=True))
+        if not fits or sum(old) > seq_len:
             raise ValueError(
                 f"The documents of a row fit into it and into their slots, got seq_lens={lengths} "
-                f"in slots of {held} in row {row} of {seq_len} tokens: correct them."
+                f"in slots of {old} in row {row} of {seq_len} tokens: correct them."
             )
-        starts = [sum(held[:index]) for index in range(len(held))]
+        starts = [sum(old[:index]) for index in range(len(old))]
         slots = [-(-length // multiple) * multiple for length in lengths]
         return cls(tuple(starts), tuple(lengths), tuple(slots))
 
@@ -210,18 +202,18 @@ class _Packing:
 def _packings(batch: Mapping[str, Any], primary: str, multiple: int) -> list[_Packing]:
     rows, seq_len = batch[primary].shape[:2]
     for key in ("seq_lens", "seq_lens_padded"):
-        given = batch.get(key)
-        if given is not None and (given.ndim != 2 or len(given) != rows):
+        counts = batch.get(key)
+        if counts is not None and (counts.ndim != 2 or len(counts) != rows):
             raise ValueError(
                 f"The documents of a row are counted in a row of {key}, got {key}.shape="
-                f"{tuple(given.shape)} for {rows} rows: give [B, documents], filled with "
+                f"{tuple(counts.shape)} for {rows} rows: give [B, documents], filled with "
                 f"{SENTINEL}."
             )
     return [_Packing.of(row, batch, seq_len, multiple) for row in range(rows)]
 
 
 def _check_padding(batch: Mapping[str, Any], packings: list[_Packing]) -> None:
-    """Refuse padding among the tokens of documents: of the two, one is wrong."""
+    """Refuse padding among the tokens of a document: the padding or the document is wrong."""
     padding = batch.get("padding_mask")
     if padding is None:
         return
@@ -238,36 +230,36 @@ def _check_padding(batch: Mapping[str, Any], packings: list[_Packing]) -> None:
 def _repacked(
     batch: dict[str, Any], packings: list[_Packing], primary: str, padding_token_id: int
 ) -> dict[str, Any]:
-    """Rows built anew, each document in a slot of a multiple of tokens."""
+    """Rows rebuilt, each document in a slot whose length is the multiple of its packing."""
     rows, seq_len = batch[primary].shape[:2]
     length = max(1, *(sum(packing.slots) for packing in packings))
     source = torch.full((rows, length), -1)
     position_ids, ids = torch.zeros_like(source), torch.zeros_like(source)
-    where = torch.full((rows, seq_len), -1)
+    target = torch.full((rows, seq_len), -1)
     for row, packing in enumerate(packings):
         start = 0
         for number, (first, real, slot) in enumerate(
             zip(packing.starts, packing.lengths, packing.slots, strict=True), start=1
         ):
             source[row, start : start + real] = torch.arange(first, first + real)
-            where[row, first : first + real] = torch.arange(start, start + real)
+            target[row, first : first + real] = torch.arange(start, start + real)
             position_ids[row, start : start + slot] = torch.arange(slot)
             ids[row, start : start + slot] = number
             start += slot
     out = dict(batch)
     for key, fill in _fills(padding_token_id).items():
-        if key not in (SEQ_IDS, "padding_mask") and batch.get(key) is not None:
+        if key not in (PACKED_SEQ_IDS, "padding_mask") and batch.get(key) is not None:
             out[key] = _picked(batch[key], source, fill)
     device = batch[primary].device
     out |= {"padding_mask": (source < 0).to(device), "position_ids": position_ids.to(device)}
-    out |= {SEQ_IDS: ids.to(device), POSITION_MAP: where.to(device)}
+    out |= {PACKED_SEQ_IDS: ids.to(device), POSITION_MAP: target.to(device)}
     out["seq_lens"] = _lengths([packing.lengths for packing in packings], device)
     out["seq_lens_padded"] = _lengths([packing.slots for packing in packings], device)
     return out
 
 
 def _picked(x: Tensor, source: Tensor, fill: int | float | bool) -> Tensor:
-    """Tokens of x [B, S, ...] at source [B, T], fill where that is -1."""
+    """The tokens of x [B, S, ...] with the indices in source [B, T]; fill for an index of -1."""
     index = source.to(x.device)
     rows = torch.arange(len(x), device=x.device)[:, None]
     taken = x[rows, index.clamp(min=0)]

@@ -1,4 +1,4 @@
-"""A target that is only read, by the seed's functions; `dtcp.FrozenTarget` does it in one call."""
+"""A target model that is only read; `dtcp.sdpa.frozen.FrozenTarget` does it in one call."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,8 +15,9 @@ def make_target_cp_ctx(
     """Shard what a frozen target reads, contiguously, and make the context it is read in.
 
     Args:
-        cp_mesh: the 1-D axis of the sequence; None or one rank: whole rows and no context.
-        input_ids: [B, S], whole on every rank of the axis; stays as it is.
+        cp_mesh: the 1-D axis of the sequence; None or one rank: whole rows, and a context that
+            does nothing.
+        input_ids: [B, S], whole on every rank of the axis; not changed.
         position_ids: [B, S] or [1, S], restarting with each document; None counts from 0.
     Returns:
         the context, the local ids and positions [B, L], and S, for `gather_cp_seq`.
@@ -27,7 +28,7 @@ def make_target_cp_ctx(
 def gather_cp_seq(
     cp_mesh: DeviceMesh, tensors: list[Tensor], seq_dim: int, orig_len: int
 ) -> list[Tensor]:
-    """Whole tensors in order from the shards of `make_target_cp_ctx`; no gradient.
+    """Gather whole tensors, in order, from the shards of `make_target_cp_ctx`; no gradient.
 
     Args:
         seq_dim: the sequence's dim of all of them.

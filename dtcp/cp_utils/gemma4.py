@@ -1,12 +1,12 @@
 """A batch for Gemma 4 as NeMo Automodel shards it: contiguously, by a hook of the model's own.
 
 The names and signatures are those of nemo_automodel.components.models.gemma4_moe.cp_batch. What
-a rank attends to is worked out here as well, from whole rows and without communication: the ring
-over contiguous shards is RingAttention, whose steps each have their part of the mask.
+each rank attends to is worked out here as well, from whole rows and without communication: the
+ring of contiguous shards is RingAttention, each step of which has its part of the mask.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,40 +14,40 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.cp_utils.batch import MODEL_OWNED
+from dtcp.cp_utils.batch import MODEL_OWNED, PACKED_SEQ_IDS, BatchDict
+from dtcp.cp_utils.context import ContextFactory
 from dtcp.cp_utils.validation import check_one_document, check_rows, padding_of_mask
 from dtcp.labels import IGNORED
 from dtcp.mixer import collect_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous
 from dtcp.sequence.masks import Coords, vision_blocks
+from dtcp.thd import primary_key
 
-Batch = dict[str, Any]
-Context = Callable[[], AbstractContextManager[None]]
-Prepared = tuple[str, int, Tensor, Tensor, int, Tensor | None]
+PreparedBatch = tuple[str, int, Tensor, Tensor, int, Tensor | None]
+"""What `_prepare_manual_cp_batch` returns."""
 
-SEQ_IDS = "_packed_seq_ids"
 GROUPS = "_gemma4_vision_group_ids"
 SEQ_DIMS, PAD_VALUES = "_cp_metadata_seq_dims", "_cp_metadata_pad_values"
 
 
 def prepare_model_inputs_for_cp(
     model: nn.Module, batch: Mapping[str, Any], *, image_features: Tensor | None = None
-) -> Batch:
-    """What Gemma 4 does to a batch of whole rows before it is sharded.
+) -> BatchDict:
+    """Prepare a batch of whole rows for sharding, as Gemma 4 needs it.
 
-    Images are numbered in whole rows, features of images take their tokens' places, and the
-    batch is given the model's own way to be sharded, as `_cp_make_batch_fn`. The sharded batch
-    then has `attn_metadata`, for the model's forward.
+    Images are numbered in whole rows, image features replace the embeddings of their tokens, and
+    `_cp_make_batch_fn` becomes the model's own sharder. The sharded batch then has
+    `attn_metadata`, for the model's forward.
 
     Args:
         model: dtcp.models.gemma4.Gemma4. Under FSDP its `embed` is registered as a forward method
             (torch's register_fsdp_forward_method) where image_features are given.
         batch: whole rows, alike on every rank of the axis.
-        image_features: [images' tokens, D], in order; of a tower that no mesh axis shards.
+        image_features: [tokens of images, E], in order; from a tower that no mesh axis shards.
     Raises:
-        ValueError: the model sees images as blocks, and no mm_token_type_ids say where they are;
-            features that are not as many as the images' tokens.
+        ValueError: no mm_token_type_ids, although the model sees images as blocks; another number
+            of features than of image tokens.
     """
     batch = dict(batch)
     config: Any = model.config
@@ -71,8 +71,8 @@ def make_contiguous_shard_cp_batch_and_ctx(
     batch: Mapping[str, Any],
     loss_mask: Tensor | None = None,
     padding_token_id: int = 0,
-) -> tuple[Context, Batch]:
-    """Prepare a batch and keep this rank's stretch of it; the batch given stays as it is.
+) -> tuple[ContextFactory, BatchDict]:
+    """Prepare a batch and keep this rank's stretch of it; the batch passed in stays as it is.
 
     No communication.
 
@@ -96,36 +96,35 @@ def make_contiguous_shard_cp_batch_and_ctx(
 
 
 def _prepare_manual_cp_batch(
-    cp_mesh: DeviceMesh | None, tp_mesh: DeviceMesh | None, batch: Batch, loss_mask: Tensor | None
-) -> Prepared:
-    """Find what is sharded, add positions, and turn an attention_mask into a padding_mask.
+    cp_mesh: DeviceMesh | None,
+    tp_mesh: DeviceMesh | None,
+    batch: BatchDict,
+    loss_mask: Tensor | None,
+) -> PreparedBatch:
+    """Find what is sharded, add position_ids, and turn an attention_mask into a padding_mask.
 
     The batch itself changes.
 
     Returns:
-        (key of what the model reads, tokens a row, labels, position_ids, their sequence dim,
+        (key of what the model reads, tokens per row, labels, position_ids, their sequence dim,
         loss_mask).
     """
     mask = batch.pop("attention_mask", None)
     if mask is not None and batch.get("padding_mask") is None:
         batch["padding_mask"] = padding_of_mask(mask)
-    given = [key for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None]
-    if len(given) != 1:
-        raise ValueError(
-            f"A batch has either input_ids or inputs_embeds, got {given or 'neither'}: pass one."
-        )
-    check_rows(batch, given[0], (given[0], "labels", "padding_mask", SEQ_IDS))
-    if batch.get(SEQ_IDS) is None:
+    primary = primary_key(batch)
+    check_rows(batch, primary, (primary, "labels", "padding_mask", PACKED_SEQ_IDS))
+    if batch.get(PACKED_SEQ_IDS) is None:
         check_one_document(
             {**batch, "attention_mask": mask},
             batch.get("padding_mask"),
-            remedy=f"give {SEQ_IDS} [B, S], 1, 2, .. by document and 0 for padding",
+            remedy=f"give {PACKED_SEQ_IDS} [B, S], 1, 2, .. by document and 0 for padding",
             unread=("seq_lens", "cu_seqlens"),
         )
-    rows, seq_len = batch[given[0]].shape[:2]
+    rows, seq_len = batch[primary].shape[:2]
     position_ids = batch.get("position_ids")
     if position_ids is None:
-        position_ids = torch.arange(seq_len, device=batch[given[0]].device)[None]
+        position_ids = torch.arange(seq_len, device=batch[primary].device)[None]
     if position_ids.ndim == 2 and position_ids.shape[0] == 1 and rows > 1:
         position_ids = position_ids.expand(rows, -1)
     batch["position_ids"] = position_ids = position_ids.contiguous()
@@ -134,22 +133,24 @@ def _prepare_manual_cp_batch(
         labels, loss_mask = loss_mask, None
     if labels is None:
         raise KeyError("labels: a batch to train on has them, or a loss_mask in their place.")
-    return given[0], seq_len, labels, position_ids, 2 if position_ids.ndim == 3 else 1, loss_mask
+    return primary, seq_len, labels, position_ids, 2 if position_ids.ndim == 3 else 1, loss_mask
 
 
-def _synthesize_single_document_seq_ids(batch: Batch, primary_key: str, seq_len: int) -> None:
-    """Add `_packed_seq_ids` of one document a row where there are none: 1, and 0 for padding.
+def _synthesize_single_document_seq_ids(batch: BatchDict, primary_key: str, seq_len: int) -> None:
+    """Add `_packed_seq_ids` of one document per row if there are none: 1, and 0 for padding.
 
-    Before padding is added, whose id is 0 too.
+    Runs before padding is added, whose id is 0 too.
     """
-    if batch.get(SEQ_IDS) is not None:
+    if batch.get(PACKED_SEQ_IDS) is not None:
         return
     padding = batch.get("padding_mask")
     if padding is not None:
-        batch[SEQ_IDS] = (~padding.bool()).long()
+        batch[PACKED_SEQ_IDS] = (~padding.bool()).long()
     else:
         like = batch[primary_key]
-        batch[SEQ_IDS] = torch.ones(like.shape[0], seq_len, dtype=torch.int64, device=like.device)
+        batch[PACKED_SEQ_IDS] = torch.ones(
+            like.shape[0], seq_len, dtype=torch.int64, device=like.device
+        )
 
 
 def _make_contiguous_shard_cp_batch(
@@ -162,7 +163,7 @@ def _make_contiguous_shard_cp_batch(
     pos_seq_dim: int,
     loss_mask: Tensor | None,
     padding_token_id: int,
-) -> tuple[Context, Batch]:
+) -> tuple[ContextFactory, BatchDict]:
     """Pad rows to a multiple of twice the ranks and keep this rank's stretch of every key."""
     batch = {**batch, "labels": labels, "position_ids": position_ids}
     if loss_mask is not None:
@@ -175,7 +176,7 @@ def _make_contiguous_shard_cp_batch(
         "input_ids": padding_token_id,
         "inputs_embeds": 0.0,
         "mm_token_type_ids": 0,
-        SEQ_IDS: 0,
+        PACKED_SEQ_IDS: 0,
         "per_layer_inputs": 0.0,
         "padding_mask": True,
         "labels": IGNORED,
@@ -195,7 +196,7 @@ def _make_contiguous_shard_cp_batch(
 def _pad_tensor_seq_dim_(
     tensor: Tensor, seq_dim: int, pad_len: int, value: float | int = 0
 ) -> Tensor:
-    """The tensor with `value` added on the right of its sequence; itself if nothing is added."""
+    """The tensor with `value` on the right of its sequence; itself if pad_len is 0."""
     if pad_len <= 0:
         return tensor
     shape = list(tensor.shape)
@@ -204,7 +205,7 @@ def _pad_tensor_seq_dim_(
 
 
 def _pad_position_ids_seq_dim_(position_ids: Tensor, seq_dim: int, pad_len: int) -> Tensor:
-    """Positions that count on, each row from its last one."""
+    """Position ids with padding that counts on from the last one of each row."""
     if pad_len <= 0:
         return position_ids
     steps = torch.arange(1, pad_len + 1, dtype=position_ids.dtype, device=position_ids.device)
@@ -222,8 +223,8 @@ def _shard_for(
     *,
     loss_mask: Tensor | None = None,
     padding_token_id: int = 0,
-) -> tuple[Context, Batch]:
-    """The model's own way to shard: the same, and the tables of its mixers."""
+) -> tuple[ContextFactory, BatchDict]:
+    """The model's own sharder: the same, plus the metadata of its mixers."""
     whole = dict(batch)
     key, seq_len, *_ = _prepare_manual_cp_batch(cp_mesh, tp_mesh, whole, loss_mask)
     _synthesize_single_document_seq_ids(whole, key, seq_len)
@@ -234,7 +235,7 @@ def _shard_for(
     )
     ranks = 1 if cp_mesh is None else cp_mesh.size()
     missing = -seq_len % (2 * ranks)
-    documents = _documents(whole[SEQ_IDS].cpu(), whole.get("padding_mask"), missing)
+    documents = _documents(whole[PACKED_SEQ_IDS].cpu(), whole.get("padding_mask"), missing)
     block = whole.get(GROUPS)
     if block is not None:
         block = _pad_tensor_seq_dim_(block.cpu(), 1, missing, -1)
@@ -247,7 +248,7 @@ def _shard_for(
 
 
 def _documents(seq_ids: Tensor, padding: Tensor | None, missing: int) -> Documents:
-    """Documents by their ids. Padding between tokens is a document of its own, seen by no other."""
+    """Documents by their ids. Padding between tokens is a document that no other token sees."""
     if padding is not None:
         seq_ids = seq_ids.masked_fill(padding.bool().cpu(), 0)
     rows = []
@@ -264,18 +265,18 @@ def _documents(seq_ids: Tensor, padding: Tensor | None, missing: int) -> Documen
     return Documents(tuple(rows), seq_ids.shape[1] + missing)
 
 
-def _embedded(model: Any, batch: Batch, features: Tensor) -> Batch:
-    """Whole rows of embeddings, features of images in their places; gradients reach both."""
+def _embedded(model: Any, batch: BatchDict, features: Tensor) -> BatchDict:
+    """Whole rows of embeddings, image features in their places; gradients reach both."""
     config: Any = model.config
-    ids, seen = batch.pop("input_ids"), batch[GROUPS] >= 0
-    if features.shape[0] != int(seen.sum()):
+    ids, vision = batch.pop("input_ids"), batch[GROUPS] >= 0
+    if features.shape[0] != int(vision.sum()):
         raise ValueError(
             f"Every token of an image has a feature, got {features.shape[0]} of them for "
-            f"{int(seen.sum())} tokens: pass as many, in order."
+            f"{int(vision.sum())} tokens: pass as many, in order."
         )
-    text = ids if config.pad_id is None else ids.masked_fill(seen, config.pad_id)
+    text = ids if config.pad_id is None else ids.masked_fill(vision, config.pad_id)
     embeds: Tensor = model.embed(text)
-    batch["inputs_embeds"] = embeds.masked_scatter(seen[..., None], features.to(embeds.dtype))
+    batch["inputs_embeds"] = embeds.masked_scatter(vision[..., None], features.to(embeds.dtype))
     if config.per_layer_dim:
         batch["per_layer_inputs"] = model.per_layer.look_up(text)
     return batch

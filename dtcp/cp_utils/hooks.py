@@ -1,8 +1,8 @@
-"""Attention modules of a model nobody here wrote, made to heed the context they run in.
+"""Make the attention modules of any model respect the context they run in.
 
-A module is claimed by giving it a class of its own, never by a forward hook: a compiled graph
-looks at the class and does not see hooks that come late. Inside, attention is one op in the
-graph: no break, where wrapping torch's function costs one an attention.
+A module is claimed by a class of its own, never by a forward hook: a compiled graph guards the
+class of a module, not hooks that are attached later. Inside, attention is one op in the graph,
+without the break per attention that wrapping torch's function would cost.
 """
 
 import inspect
@@ -22,18 +22,19 @@ _WRAPPERS = ("._checkpoint_wrapped_module", "._orig_mod")
 def attach_context_parallel_hooks(model: nn.Module) -> None:
     """Inside a context, let `self_attn` modules ask for causal attention instead of a mask.
 
-    A mask made of a shard's positions means nothing across shards. One that says no more than
-    causal is replaced by `is_causal=True`; one that says more raises, for what it says would be
-    lost. Outside a context a module runs as it did. Twice is once.
+    A mask built from a shard's positions is wrong across shards. A causal one is replaced by
+    `is_causal=True`; any other raises, for it would be lost. Outside a context a module runs as
+    before. A second call changes nothing.
 
     Raises:
-        ValueError: a `self_attn` whose window, or other need, would be lost with its mask.
+        ValueError: a `self_attn` with a window, which would be lost with its mask, or without
+            an `is_causal` argument.
     """
     for name, module in _self_attention(model).items():
         window = getattr(module, "sliding_window", None)
         if window is not None:
             raise ValueError(
-                f"is_causal stands for a mask that is causal and no more, got {name} with "
+                f"is_causal replaces a mask that is causal and no more, got {name} with "
                 f"sliding_window={window}: give the layer a mixer, SoftmaxAttention with "
                 f"SlidingWindow({window})."
             )
@@ -48,19 +49,19 @@ def attach_context_parallel_hooks(model: nn.Module) -> None:
 
 
 def attach_cp_sdpa_hooks(model: nn.Module, cp_mesh: DeviceMesh) -> None:
-    """Let `self_attn` modules run only where their attention is over the whole sequence.
+    """Let `self_attn` modules run only where their attention spans the whole sequence.
 
-    Inside a context it is, compiled or not; with this, a call outside one raises instead of
-    attending to its shard, and so does a module that computes attention by anything but torch's
-    scaled_dot_product_attention. Twice is once; on one rank nothing is done.
+    That is inside a context, compiled or not. A call outside one then raises instead of attending
+    to its shard, and so does a module that computes attention by anything but torch's
+    scaled_dot_product_attention. A second call changes nothing; nor does a call on one rank.
     """
     if cp_mesh is None or cp_mesh.size() == 1:
         return
     for name, module in _self_attention(model).items():
-        _claim(module, name, _OverAllShards)
+        _claim(module, name, _AcrossShards)
 
 
-class _OverAllShards(nn.Module):
+class _AcrossShards(nn.Module):
     cp_name: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +74,7 @@ class _OverAllShards(nn.Module):
         out = super().forward(*args, **kwargs)
         if not ask_attended(probe):
             raise ValueError(
-                f"Attention on shards goes by scaled_dot_product_attention, got {self.cp_name} "
+                f"Attention on shards is by scaled_dot_product_attention, got {self.cp_name} "
                 f"without a call of it: choose it (attn_implementation='sdpa')."
             )
         return out
@@ -81,13 +82,14 @@ class _OverAllShards(nn.Module):
 
 class _TakesIsCausal(nn.Module):
     cp_name: str
-    cp_place: int  # of attention_mask among the positional arguments; beyond them where it has none
+    cp_mask_index: int
+    """Of attention_mask among the positional arguments; beyond them if it is none of them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = len(args) > self.cp_place
-        if (given or "attention_mask" in kwargs) and ask_layout(_first_tensor(args, kwargs)):
-            mask = args[self.cp_place] if given else kwargs["attention_mask"]
-            # An encoder says so of itself, and stays one.
+        positional = len(args) > self.cp_mask_index
+        if (positional or "attention_mask" in kwargs) and ask_layout(_first_tensor(args, kwargs)):
+            mask = args[self.cp_mask_index] if positional else kwargs["attention_mask"]
+            # An encoder's modules have is_causal=False, and stay bidirectional.
             causal = getattr(self, "is_causal", True)
             if mask is not None and not (causal and ask_causal(mask)):
                 raise ValueError(
@@ -96,54 +98,54 @@ class _TakesIsCausal(nn.Module):
                     f"documents and padding to make_cp_batch_and_ctx."
                 )
             kwargs["is_causal"] = causal
-            if given:
-                args = (*args[: self.cp_place], None, *args[self.cp_place + 1 :])
+            if positional:
+                args = (*args[: self.cp_mask_index], None, *args[self.cp_mask_index + 1 :])
             else:
                 kwargs["attention_mask"] = None
         return super().forward(*args, **kwargs)
 
 
 def _self_attention(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules named self_attn, those inside a wrapper in its place."""
-    found = {}
+    """Modules named self_attn; of a wrapped one, the module inside."""
+    modules = {}
     for name, module in model.named_modules():
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")
-        # What is wrapped comes after its wrapper.
+        # The wrapped module comes after its wrapper, under the same name.
         if name.endswith("self_attn"):
-            found[name] = module
-    if not found:
+            modules[name] = module
+    if not modules:
         raise ValueError(
             f"A model has modules named self_attn, got {type(model).__name__} without: rename "
             f"them, or use SoftmaxAttention and a plan."
         )
-    return found
+    return modules
 
 
-def _claim(module: Any, name: str, how: type[nn.Module]) -> None:
-    if isinstance(module, how):
+def _claim(module: Any, name: str, claim: type[nn.Module]) -> None:
+    if isinstance(module, claim):
         return
-    places = list(_parameters(module))
-    if how is _TakesIsCausal:
-        at = places.index("attention_mask") if "attention_mask" in places else len(places)
-        module.cp_place = at if at < len(places) else 1 << 30
+    names = list(_parameters(module))
+    if claim is _TakesIsCausal:
+        has_mask = "attention_mask" in names
+        module.cp_mask_index = names.index("attention_mask") if has_mask else 1 << 30
     module.cp_name = name
-    module.__class__ = _claimed(cast(Hashable, type(module)), cast(Hashable, how))
+    module.__class__ = _claimed_class(cast(Hashable, type(module)), cast(Hashable, claim))
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    """What the forward of a module's own class takes, claimed already or not."""
-    ours = (_OverAllShards, _TakesIsCausal)
-    own = next(c for c in type(module).__mro__ if "forward" in vars(c) and c not in ours)
-    found = dict(inspect.signature(vars(own)["forward"]).parameters)
-    return {name: found[name] for name in list(found)[1:]}
+    """Parameters of the forward of a module's own class, whether it is claimed already or not."""
+    claims = (_AcrossShards, _TakesIsCausal)
+    own = next(c for c in type(module).__mro__ if "forward" in vars(c) and c not in claims)
+    _, *parameters = inspect.signature(vars(own)["forward"]).parameters.items()
+    return dict(parameters)
 
 
 @lru_cache(maxsize=128)
-def _claimed(cls: Hashable, how: Hashable) -> type[nn.Module]:
-    """One class a pair: modules of a class share their compiled code."""
-    own, ours = cast(type[nn.Module], cls), cast(type[nn.Module], how)
-    return type(f"{own.__name__}{ours.__name__}", (ours, own), {})
+def _claimed_class(cls: Hashable, claim: Hashable) -> type[nn.Module]:
+    """One class per pair, so that modules of a class share their compiled code."""
+    own, mixin = cast(type[nn.Module], cls), cast(type[nn.Module], claim)
+    return type(f"{own.__name__}{mixin.__name__}", (mixin, own), {})
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The layout of a sequence that somebody else has sharded, read off its tokens' places."""
+"""Infer the layout of a sequence that other code has sharded, from the indices of its tokens."""
 
 from dataclasses import dataclass
 
@@ -6,57 +6,58 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.collectives import all_gather
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    Run,
-    SequenceLayout,
-)
+from dtcp.sequence.layout import Contiguous, HeadTail, Run, SequenceLayout
 
 
 @dataclass(frozen=True)
-class Dealt(SequenceLayout):
-    """Tokens as some sharder has dealt them: the runs of every rank, in slot order."""
+class InferredLayout(SequenceLayout):
+    """Tokens where some sharder has put them.
 
-    dealt: tuple[tuple[Run, ...], ...]
+    Attributes:
+        rank_runs: the runs of every rank, in slot order.
+    """
+
+    rank_runs: tuple[tuple[Run, ...], ...]
 
     def runs(self, rank: int) -> list[Run]:
         self._check_rank(rank)
-        return list(self.dealt[rank])
+        return list(self.rank_runs[rank])
 
 
-def layout_of(place: Tensor, axis: DeviceMesh, *, reader: str) -> SequenceLayout:
-    """The layout that every rank's places make up; gathered, and read on the host.
+def infer_layout(token_index: Tensor, axis: DeviceMesh, *, reader: str) -> SequenceLayout:
+    """Infer the layout of which every rank knows its part; gathered, and read on the host.
 
     Args:
-        place: [L] int64, where each local token stands in the whole row.
+        token_index: [L] int64, the index of each local token in the whole row.
         reader: who asks, for the error.
     Raises:
-        ValueError: places that are not those of one row, each once.
+        ValueError: indices that are not those of one row, each once.
+
+    Traffic per rank: L (n - 1) int64.
     """
-    rows = all_gather(place, axis, dim=0).view(axis.size(), -1).tolist()
+    rows = all_gather(token_index, axis, dim=0).view(axis.size(), -1).tolist()
     seq_len = axis.size() * len(rows[0])
-    if sorted(p for row in rows for p in row) != list(range(seq_len)):
+    if sorted(index for row in rows for index in row) != list(range(seq_len)):
         raise ValueError(
             f"The ranks' tokens are the places 0 to {seq_len - 1} of a row, each once, got "
             f"others in {reader}: pass seq_index, for positions restart with documents and "
             f"stand still in images."
         )
-    dealt = tuple(_runs(row) for row in rows)
+    rank_runs = tuple(_runs(row) for row in rows)
     for known in (Contiguous, HeadTail):
         if seq_len % known.multiple(axis.size()) == 0:
             layout = known(seq_len, axis.size())
-            if dealt == tuple(tuple(layout.runs(rank)) for rank in range(axis.size())):
+            if rank_runs == tuple(tuple(layout.runs(rank)) for rank in range(axis.size())):
                 return layout
-    return Dealt(seq_len, axis.size(), dealt)
+    return InferredLayout(seq_len, axis.size(), rank_runs)
 
 
 def _runs(row: list[int]) -> tuple[Run, ...]:
     """The longest runs of neighbours, in slot order."""
     runs: list[Run] = []
-    for p in row:
-        if runs and runs[-1][1] == p:
-            runs[-1] = (runs[-1][0], p + 1)
+    for index in row:
+        if runs and runs[-1][1] == index:
+            runs[-1] = (runs[-1][0], index + 1)
         else:
-            runs.append((p, p + 1))
+            runs.append((index, index + 1))
     return tuple(runs)

@@ -1,4 +1,4 @@
-"""What an attention_mask given with a batch means, where it means something known."""
+"""Read the documents and the padding of a batch off its attention_mask."""
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ def documents_of_mask(
         mask: [B, S], 1 for tokens and 0 for padding on the right; or [B, 1, S, S] (or with equal
             heads), bool, or 0 and the least of its dtype, as added to scores: causal in each
             document, whatever padding sees. On the host.
-        position_ids: [B, S], restarting with each document; with a mask of two dims only.
+        position_ids: [B, S], restarting with each document; read with a mask of two dims only.
     Raises:
-        ValueError: a mask that says anything else.
+        ValueError: a mask that means anything else.
     """
     if mask.ndim == 2 and mask.shape == (rows, seq_len):
         if bool(((mask != 0) & (mask != 1)).any()):
@@ -30,15 +30,14 @@ def documents_of_mask(
         raise _unknown(mask, "its heads differ")
     seen = allowed[:, 0].expand(rows, -1, -1)  # [B, S, S]
     padding = ~seen.diagonal(dim1=1, dim2=2)
-    first = seen.int().argmax(dim=2)  # the first key each token sees
+    first = seen.int().argmax(dim=2)  # [B, S]
     index = torch.arange(seq_len)
-    # A token that sees itself first starts a document.
+    # A token whose first visible key is itself starts a document.
     within = index - torch.where(first == index, index, 0).cummax(dim=1).values
     documents = Documents.from_padded(within, padding)
     document = documents.document()
     same = (document[:, :, None] == document[:, None]) & (index <= index[:, None])
-    real = ~padding
-    wrong = (seen != same) & real[:, :, None]
+    wrong = (seen != same) & ~padding[:, :, None]
     if bool(wrong.any()):
         raise _unknown(mask, "its tokens do not see just what came before in their document")
     return documents
@@ -55,9 +54,9 @@ def _allowed(mask: Tensor) -> Tensor:
     return ~hidden
 
 
-def _unknown(mask: Tensor, why: str) -> ValueError:
+def _unknown(mask: Tensor, reason: str) -> ValueError:
     return ValueError(
         f"An attention_mask says which tokens are padding, or that documents are causal, got "
-        f"attention_mask of shape {tuple(mask.shape)}, {mask.dtype}: {why}. Leave it out and give "
-        f"padding_mask, position_ids that restart with each document, or a model with a Mask."
+        f"attention_mask of shape {tuple(mask.shape)}, {mask.dtype}: {reason}. Leave it out and "
+        f"give padding_mask, position_ids that restart with each document, or a model with a Mask."
     )

@@ -28,13 +28,13 @@ def make_cp_batch_for_te(
     Args:
         cp_mesh: the 1-D axis of the sequence; None or one rank: THD form, not sharded.
         batch: what `dtcp.thd.to_thd` takes.
-        num_chunks: groups of rows, each by itself. Where they do not divide the rows, rows of
-            padding fill up the last ones, so no row is lost.
+        num_chunks: groups of rows, each by itself. If their number does not divide that of the
+            rows, rows of padding fill up the last ones, so no row is lost.
     Returns:
         input_ids, labels, position_ids, padding_mask, and every other key of tokens: [T] of this
-        rank, or [num_chunks, T]; cu_seqlens, cu_seqlens_padded [N + 1] or [num_chunks, N + 1],
-        the whole's, filled up with seq_lens_padding_value; max_seqlen; qkv_format; cp_size and
-        cp_rank where sharded; other keys as they came.
+        rank, or [num_chunks, T]; cu_seqlens, cu_seqlens_padded [N + 1] or [num_chunks, N + 1] of
+        the whole, filled up with seq_lens_padding_value; max_seqlen; qkv_format; cp_size and
+        cp_rank if sharded; other keys as they came.
     Raises:
         ValueError: another qkv_format, lengths that do not fit, slots that 2n does not divide.
         KeyError: labels, seq_lens or seq_lens_padded are missing.
@@ -47,12 +47,12 @@ def make_cp_batch_for_te(
     rows = row_chunks(batch, num_chunks, padding_token_id=pad, seq_lens_padding_value=sentinel)
     chunks = [to_thd(chunk, seq_lens_padding_value=sentinel) for chunk in rows]
     tokens = chunks[0]["labels"].shape[0]
-    stacked = {key: _together(key, chunks, tokens, sentinel) for key in chunks[0]}
+    whole_keys = {key: _stacked(key, chunks, tokens, sentinel) for key in chunks[0]}
     parts = [_shard_thd_chunk_for_te(c, cp_mesh, qkv_format, sentinel, pad) for c in chunks]
     return {
         key: torch.stack([part[key] for part in parts])
-        if _is_of_tokens(key, chunks[0], tokens)
-        else stacked.get(key, parts[0][key])
+        if _holds_tokens(key, chunks[0], tokens)
+        else whole_keys.get(key, parts[0][key])
         for key in parts[0]
     }
 
@@ -88,15 +88,15 @@ def _check_format(qkv_format: str) -> None:
         )
 
 
-def _is_of_tokens(key: str, chunk: Mapping[str, Any], tokens: int) -> bool:
+def _holds_tokens(key: str, chunk: Mapping[str, Any], tokens: int) -> bool:
     x = chunk.get(key)
     if not isinstance(x, Tensor) or key.startswith("cu_seqlens"):
         return False
     return key == "position_ids" or (x.ndim > 0 and x.shape[0] == tokens)
 
 
-def _together(key: str, chunks: list[dict[str, Any]], tokens: int, sentinel: int) -> Any:
-    """What chunks have besides tokens: boundaries, stacked; what goes with no row, once."""
+def _stacked(key: str, chunks: list[dict[str, Any]], tokens: int, sentinel: int) -> Any:
+    """What chunks hold besides tokens: boundaries are stacked, the rest is the same in each."""
     values = [chunk[key] for chunk in chunks]
     if key == "max_seqlen":
         return torch.stack(values)

@@ -1,4 +1,4 @@
-"""What a batch says of its rows where nobody reads it: refused, for it would be lost."""
+"""Refuse what a batch says of its rows in a place that is not read: it would be lost."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -10,9 +10,13 @@ from dtcp.sequence.documents import restarts
 
 
 def padding_of_mask(mask: Tensor) -> Tensor:
-    """[B, S], True for padding: of an attention_mask that has 0 there, or of one of four dims.
+    """Read padding off an attention_mask: [B, S], True for padding.
 
-    Of four dims, bool or added to scores, the diagonal is read: a token that does not see itself.
+    Args:
+        mask: [B, S], 0 for padding; or of four dims, bool or added to scores, in which a token of
+            padding does not see itself.
+    Returns:
+        [B, S], bool.
 
     Raises:
         ValueError: a mask of another kind, which would be read as its opposite.
@@ -33,8 +37,10 @@ def padding_of_mask(mask: Tensor) -> Tensor:
 
 
 def check_rows(batch: Mapping[str, Any], primary: str, keys: Collection[str]) -> None:
-    """Refuse keys [B, S, ...] whose rows are not as long as those of what the model reads.
+    """Refuse keys [B, S, ...] whose rows are not as long as those that the model reads.
 
+    Args:
+        primary: the key that the model reads.
     Raises:
         ValueError: such a key, or position_ids that are neither [B, S] nor [axes, B, S].
     """
@@ -50,7 +56,7 @@ def check_rows(batch: Mapping[str, Any], primary: str, keys: Collection[str]) ->
         position_ids.ndim not in (2, 3) or position_ids.shape[-1:] != seq_len
     ):
         raise ValueError(
-            f"Positions go with tokens, got position_ids.shape={tuple(position_ids.shape)} for "
+            f"Position ids go with tokens, got position_ids.shape={tuple(position_ids.shape)} for "
             f"rows of {seq_len[0]}: give [B, S], [1, S], or [axes, B, S]."
         )
 
@@ -58,23 +64,24 @@ def check_rows(batch: Mapping[str, Any], primary: str, keys: Collection[str]) ->
 def check_one_document(
     batch: Mapping[str, Any], padding: Tensor | None, *, remedy: str, unread: Collection[str] = ()
 ) -> None:
-    """Refuse rows of several documents, told in a way that nobody reads: they would see each other.
+    """Refuse rows whose documents only unread keys tell apart: they would see each other.
 
     Args:
-        padding: [B, S], True for padding, where positions say nothing.
-        unread: keys that would tell.
+        padding: [B, S], True for padding, where position ids mean nothing.
+        remedy: how to give the documents instead.
+        unread: keys that are not read, of which any would tell documents apart.
     Raises:
-        ValueError: an attention_mask that numbers documents, positions that restart, a key.
+        ValueError: an attention_mask that numbers documents, position ids that restart, such a key.
     """
-    found = [key for key in unread if batch.get(key) is not None]
+    hints = [key for key in unread if batch.get(key) is not None]
     if batch.get("qkv_format") == "thd":
-        found.append("qkv_format='thd'")
+        hints.append("qkv_format='thd'")
     mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None and mask.ndim == 2 and bool((mask > 1).any()):
-        found.append("an attention_mask that numbers documents")
+        hints.append("an attention_mask that numbers documents")
     if position_ids is not None and restarts(position_ids, padding):
-        found.append("position_ids that restart")
-    if found:
+        hints.append("position_ids that restart")
+    if hints:
         raise ValueError(
-            f"A batch tells its documents where they are read, got {' and '.join(found)}: {remedy}."
+            f"A batch gives its documents where they are read, got {' and '.join(hints)}: {remedy}."
         )

@@ -327,7 +327,7 @@ def test_bad_batches_are_refused(mesh):
         ("Position ids count up", {**plain, "position_ids": position_ids + 1}),
         ("key='weights'", {**plain, "weights": torch.zeros(2, SEQ_LEN)}),
         ("rows of one length", {**plain, "labels": labels[:, 1:]}),
-        ("Positions go with tokens", {**plain, "position_ids": position_ids[0]}),
+        ("Position ids go with tokens", {**plain, "position_ids": position_ids[0]}),
         ("where they are read", {**plain, "position_ids": position_ids.expand(3, -1, -1)}),
         ("where they are read", {**plain, "cu_seqlens": torch.tensor([0, 4])}),
         ("in a row of their own", {**plain, "seq_lens": torch.tensor([4, 2])}),

@@ -117,7 +117,7 @@ def test_the_dense_mask_says_who_sees_whom(mesh):
                 assert mask[row, 0, index, key] == (0 if seen else least)
     whole = build_dsv4_cp_causal_padding_mask(position_ids[None], 8, torch.float32, "cpu", group)
     assert_close(whole[0, 0] == 0, torch.arange(8) <= position_ids[:, None])
-    with pytest.raises(ValueError, match="speaks of every key"):
+    with pytest.raises(ValueError, match="covers every key"):
         build_dsv4_cp_causal_padding_mask(position_ids, 7, torch.float32, "cpu", group, mine)
 
 
@@ -234,7 +234,7 @@ RESTARTS = torch.tensor([[0, 1, 0, 1]])
         ({"attention_mask": torch.tensor([[0.0, 0.0, 0.0, -1e9]])}, "0 for padding"),
         ({"attention_mask": torch.ones(1, 3)}, "rows of one length"),
         ({"labels": torch.ones(1, 3)}, "rows of one length"),
-        ({"position_ids": torch.arange(4)}, "Positions go with tokens"),
+        ({"position_ids": torch.arange(4)}, "Position ids go with tokens"),
     ],
 )
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_documents_told_where_nobody_reads_them_are_refused(make, remedy, how):
         "_packed_seq_ids": torch.tensor([[1, 1, 2, 2]]),
     }
     batch = {**plain_batch(4, 1), **how}
-    with pytest.raises(ValueError, match=f"tells its documents where they are read.*{remedy}"):
+    with pytest.raises(ValueError, match=f"gives its documents where they are read.*{remedy}"):
         make(Axis(2, 0), None, batch)
     _, local = make(Axis(2, 0), None, {**batch, remedy[5:]: told[remedy[5:]]})
     assert local["input_ids"].shape[1] == 2

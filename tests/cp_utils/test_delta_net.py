@@ -195,7 +195,7 @@ def refusing(mesh: Any) -> None:
     refused("neither seq_index nor position_ids", call())
     refused("places 0 to 15", call(position_ids=torch.arange(8)[None]))
     refused("as bshd or thd", call(seq_index=place, qkv_format="sbhd"))
-    refused("one value a local token", call(seq_index=place, attention_mask=torch.ones(1, 16)))
+    refused("one value per local token", call(seq_index=place, attention_mask=torch.ones(1, 16)))
     two = x.expand(2, -1, -1)
     refused("one packed row", call(two, seq_index=place, cu_seqlens=torch.tensor([0, 16])))
     chunks, late = torch.tensor([[0, 8], [0, 16]]), torch.tensor([4, 16])
