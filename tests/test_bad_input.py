@@ -163,10 +163,10 @@ def test_mask_that_sees_beyond_the_halo_is_refused(mesh, mask, match):
     refused(match, lambda: plan_for(mesh, mixer, Contiguous))
 
 
-@pytest.mark.parametrize("how", [{"window": 0}, {"window": 3, "right": -1}])
+@pytest.mark.parametrize("sides", [{"window": 0}, {"window": 3, "right": -1}])
 @spmd(ranks=2)
-def test_halo_without_the_token_itself_is_refused(mesh, how):
-    refused("window >= 1 and right >= 0", lambda: HaloAttention(**how))
+def test_halo_without_the_token_itself_is_refused(mesh, sides):
+    refused("window >= 1 and right >= 0", lambda: HaloAttention(**sides))
 
 
 @pytest.mark.parametrize(
@@ -192,8 +192,8 @@ def test_rows_packed_differently_are_refused_by_layouts_that_read_them(mesh, lay
 def test_heads_that_ranks_do_not_divide_are_refused(mesh, heads, kv_heads, boundary):
     """By Ulysses; a ring does not mind."""
     case = Case(CAUSAL, heads=heads, kv_heads=kv_heads)
-    how = {"boundary": EagerIsland()} if boundary == "island" else {}
-    mixer = mixer_on(mesh, UlyssesAttention(**how), CAUSAL.mask)
+    options = {"boundary": EagerIsland()} if boundary == "island" else {}
+    mixer = mixer_on(mesh, UlyssesAttention(**options), CAUSAL.mask)
     plan = plan_of(case, mixer, mesh, HeadTail)
     attend = mixer
     if boundary != "eager":
@@ -272,7 +272,7 @@ def test_degrees_that_do_not_fit_the_world_are_refused(mesh):
 
 @spmd(ranks=2)
 def test_rows_shorter_than_the_ranks_are_padded(mesh):
-    """A sequence that no layout divides is no error: padding is added, and told."""
+    """A sequence that no layout divides is no error: padding is added, and marked."""
     mixer = mixer_on(mesh, RingAttention(), Causal())
     for layout in (Contiguous, HeadTail, PerDocument, BlockBalanced):
         plan = plan_for(mesh, mixer, layout, Documents.single(1, 1))

@@ -1,4 +1,4 @@
-"""A batch is sharded by its table of keys: every token keeps what belongs to it."""
+"""A batch is sharded by the rule of each key: every token keeps what belongs to it."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def a_batch(documents, embed=3):
-    """Every key of the table, each token with numbers of its own."""
+    """Every key that has a rule, each token with numbers of its own."""
     B, S = documents.batch, documents.seq_len
     token = torch.arange(1, B * S + 1).view(B, S)
     return {
@@ -39,9 +39,9 @@ def a_batch(documents, embed=3):
     }
 
 
-def on_one_rank(batch, documents, layout=HeadTail, **how):
+def on_one_rank(batch, documents, layout=HeadTail, **options):
     """shard_batch where the cp axis has one rank; no process group is needed."""
-    return shard_batch(batch, ONE_RANK, layout, documents=documents, **how)
+    return shard_batch(batch, ONE_RANK, layout, documents=documents, **options)
 
 
 ONE_RANK = ParallelMesh(Degrees(), None, *[None] * 7)
@@ -55,12 +55,15 @@ def test_every_key_is_cut_along_its_own_sequence_dim(mesh, layout, ranks):
     batch = a_batch(documents)
     before = {key: x.clone() for key, x in batch.items()}
     whole = ParallelMesh.from_device_mesh(mesh)
-    local, plan = shard_batch(batch, whole, layout, documents=documents)
-    length, positions = plan.layout.shard_len, plan.layout.token_indices(mesh.get_local_rank())
+    local, sharded = shard_batch(batch, whole, layout, documents=documents)
+    length, positions = (
+        sharded.layout.shard_len,
+        sharded.layout.token_indices(mesh.get_local_rank()),
+    )
     real = positions < 48
     for key, x in batch.items():
         dim = DEFAULT_FIELDS[key].seq_dim % x.ndim
-        assert local[key].shape[dim] == length
+        assert local[key].shape[dim] == sharded.layout.shard_len
         kept = local[key].movedim(dim, 0)[real]
         assert_close(kept, x.movedim(dim, 0)[positions[real]])
         assert_close(x, before[key], rtol=0, atol=0)
@@ -73,31 +76,31 @@ def test_gather_inverts_shard(mesh, layout, ranks):
     documents = cases.equal_rows(41, ranks)
     whole = ParallelMesh.from_device_mesh(mesh)
     batch = {"input_ids": torch.zeros(2, 41, dtype=torch.int64)}
-    _, plan = shard_batch(batch, whole, layout, documents=documents)
+    _, sharded = shard_batch(batch, whole, layout, documents=documents)
     for shape, dim in (((2, 41, 3), 1), ((41, 2), 0), ((2, 3, 41), -1)):
         x = torch.randn(shape, dtype=torch.float64)
-        local = plan.shard(x, dim=dim).requires_grad_()
-        back = plan.gather(local, dim=dim)
+        local = sharded.shard(x, dim=dim).requires_grad_()
+        back = sharded.gather(local, dim=dim)
         assert_close(back, x)
         grad = torch.randn_like(back)
         (actual,) = torch.autograd.grad(back, local, grad / ranks)
-        assert_close(actual, plan.shard(grad, dim=dim))
+        assert_close(actual, sharded.shard(grad, dim=dim))
 
 
 @spmd(ranks=4)
-def test_padding_follows_the_table(mesh):
+def test_padding_follows_the_rules(mesh):
     """Constants, counting on, and a mask that says where; 41 tokens become 48."""
     documents = Documents(((20, 21),), 41)
     batch = a_batch(documents)
     whole = ParallelMesh.from_device_mesh(mesh)
-    local, plan = shard_batch(batch, whole, HeadTail, documents=documents)
-    assert (plan.layout.seq_len, plan.unpadded_len) == (48, 41)
+    local, sharded = shard_batch(batch, whole, HeadTail, documents=documents)
+    assert (sharded.layout.seq_len, sharded.unpadded_len) == (48, 41)
     padded = {}
     for key, x in local.items():
         dim = DEFAULT_FIELDS[key].seq_dim % x.ndim
         parts = [torch.empty_like(x) for _ in range(4)]
         torch.distributed.all_gather(parts, x)
-        padded[key] = plan.layout.restore(torch.cat(parts, dim=dim), dim=dim)
+        padded[key] = sharded.layout.restore(torch.cat(parts, dim=dim), dim=dim)
     tail = slice(41, None)
     assert not padded["input_ids"][:, tail].any()
     assert (padded["labels"][:, tail] == IGNORED).all()
@@ -105,7 +108,7 @@ def test_padding_follows_the_table(mesh):
     assert padded["position_ids"][0, 0, tail].tolist() == list(range(42, 49))
     assert padded["position_ids"][1, 0, tail].tolist() == list(range(41 * 3 + 1, 41 * 3 + 8))
     assert padded["padding_mask"][0].tolist() == [False] * 41 + [True] * 7
-    assert (plan.documents.document()[:, tail] == -1).all()
+    assert (sharded.documents.document()[:, tail] == -1).all()
     assert padded["padding_mask"].dtype == torch.bool
 
 
@@ -119,8 +122,8 @@ def test_padding_mask_is_there_if_and_only_if_there_is_padding(mesh):
 
     assert "padding_mask" not in keys(16)
     assert "padding_mask" in keys(15)
-    given = torch.arange(15)[None] >= 12
-    mask = keys(15, padding_mask=given)["padding_mask"]
+    padding_mask = torch.arange(15)[None] >= 12
+    mask = keys(15, padding_mask=padding_mask)["padding_mask"]
     assert_close(mask, HeadTail(16, 2).shard(torch.arange(16)[None] >= 12, mesh.get_local_rank()))
 
 
@@ -142,15 +145,15 @@ def test_what_a_padding_mask_marks_is_in_no_document(mesh):
 def test_one_rank_has_the_whole_batch():
     documents = cases.two_rows(24, 1)
     batch = a_batch(documents)
-    local, plan = on_one_rank(batch, documents)
+    local, sharded = on_one_rank(batch, documents)
     assert_close(local, batch)
-    assert_close(plan.gather(plan.shard(batch["labels"])), batch["labels"])
+    assert_close(sharded.gather(sharded.shard(batch["labels"])), batch["labels"])
 
 
 def test_rows_are_padded_on_the_way_to_a_layout_on_one_rank_too():
     documents = Documents.single(1, 9)
-    local, plan = on_one_rank(a_batch(documents), documents, BlockBalanced)
-    assert plan.layout.seq_len == 16
+    local, sharded = on_one_rank(a_batch(documents), documents, BlockBalanced)
+    assert sharded.layout.seq_len == 16
     assert local["padding_mask"].sum() == 7
 
 
@@ -186,7 +189,7 @@ def test_key_of_no_sequence_goes_to_every_rank_as_it_is():
     assert_close(local["sample"], torch.arange(2))
 
 
-def test_further_keys_are_sharded_by_a_table_of_ones_own():
+def test_further_keys_are_sharded_by_rules_of_ones_own():
     fields = {**DEFAULT_FIELDS, "weight": TokenField(-1, 0.5), "time": TokenField(0, Fill.COUNT_ON)}
     batch = {
         "input_ids": torch.zeros(2, 9),
@@ -198,18 +201,18 @@ def test_further_keys_are_sharded_by_a_table_of_ones_own():
     assert local["time"].tolist() == [[i, i] for i in range(10)]
 
 
-def test_masks_are_told_what_the_batch_says_of_tokens():
+def test_masks_read_what_the_batch_says_of_tokens():
     """prefix and block are read by masks, and go no further."""
     documents = cases.equal_rows(24, 1)
     extra = {
         "prefix": cases.prefix_of_tokens(documents).int(),
         "block": cases.blocks_of_tokens(documents),
     }
-    local, plan = on_one_rank({"input_ids": torch.zeros(2, 23), **trimmed(extra)}, None)
+    local, sharded = on_one_rank({"input_ids": torch.zeros(2, 23), **trimmed(extra)}, None)
     assert set(local) == {"input_ids", "padding_mask"}
-    assert_close(plan.coords.prefix[:, :23], extra["prefix"][:, :23].long())
-    assert plan.coords.prefix[:, 23].tolist() == [0, 0]
-    assert plan.coords.block[:, 23].tolist() == [-1, -1]
+    assert_close(sharded.coords.prefix[:, :23], extra["prefix"][:, :23].long())
+    assert sharded.coords.prefix[:, 23].tolist() == [0, 0]
+    assert sharded.coords.block[:, 23].tolist() == [-1, -1]
 
 
 def trimmed(extra):
@@ -222,10 +225,10 @@ def test_metadata_are_made_once_per_kind_of_mixer(mesh):
     kinds = (Causal(), Causal(), Causal() & SlidingWindow(4))
     model = torch.nn.ModuleList(mixer_on(mesh, RingAttention(), mask) for mask in kinds)
     batch = {"input_ids": torch.zeros(1, 16)}
-    _, plan = shard_batch(batch, whole, HeadTail, model=model)
-    assert len(plan.attn_metadata) == 2
-    assert {mixer.metadata_key for mixer in model} == set(plan.attn_metadata)
-    read = (x for key in plan.attn_metadata for x in plan.attn_metadata[key].tensors())
+    _, sharded = shard_batch(batch, whole, HeadTail, model=model)
+    assert len(sharded.attn_metadata) == 2
+    assert {mixer.metadata_key for mixer in model} == set(sharded.attn_metadata)
+    read = (x for key in sharded.attn_metadata for x in sharded.attn_metadata[key].tensors())
     assert all(x.dtype in (torch.int32, torch.int64) for x in read)
 
 
@@ -234,9 +237,9 @@ def test_what_kernels_read_goes_to_the_device_and_what_the_host_reads_stays(mesh
     whole = ParallelMesh.from_device_mesh(mesh)
     mixer = mixer_on(mesh, RingAttention(), Causal())
     batch = {"input_ids": torch.zeros(1, 16)}
-    local, plan = shard_batch(batch, whole, HeadTail, model=mixer, device="meta")
+    local, sharded = shard_batch(batch, whole, HeadTail, model=mixer, device="meta")
     assert local["input_ids"].device.type == "meta"
-    for x in plan.attn_metadata[mixer.metadata_key].tensors():
+    for x in sharded.attn_metadata[mixer.metadata_key].tensors():
         assert (x.dtype, x.device.type) in ((torch.int32, "meta"), (torch.int64, "cpu"))
 
 
@@ -247,10 +250,10 @@ def test_work_is_balanced_for_the_mask_asked_for(mesh):
     batch = {"input_ids": torch.zeros(1, 64)}
     shares = {}
     for mask in (None, SlidingWindow(1, right=0)):
-        _, plan = shard_batch(batch, whole, BlockBalanced, balance_for=mask)
-        sees = (mask or Causal()).intervals(plan.coords)
+        _, sharded = shard_batch(batch, whole, BlockBalanced, balance_for=mask)
+        sees = (mask or Causal()).intervals(sharded.coords)
         work = (sees[1] - sees[0] + 1)[0]
-        shares[mask] = [int(work[plan.layout.token_indices(r)].sum()) for r in range(4)]
+        shares[mask] = [int(work[sharded.layout.token_indices(r)].sum()) for r in range(4)]
         assert max(shares[mask]) <= 1.05 * sum(shares[mask]) / 4
     causal, window = (shard_batch(batch, whole, BlockBalanced, balance_for=m)[1] for m in shares)
     assert causal.layout != window.layout
@@ -300,7 +303,7 @@ def test_rows_of_different_lengths_are_refused():
         on_one_rank({"input_ids": torch.zeros(1, 8), "labels": torch.zeros(1, 7)}, None)
 
 
-def test_documents_that_position_ids_do_not_tell_are_refused():
+def test_position_ids_that_restart_but_do_not_count_documents_are_refused():
     """Taken for one document, packed rows would see each other."""
     ids, restart = torch.zeros(1, 6, dtype=torch.int64), torch.tensor([[0, 1, 2, 0, 1, 1]])
     images, counted = "position_ids.*that restart: give documents", "Position ids count up by one"
@@ -308,8 +311,8 @@ def test_documents_that_position_ids_do_not_tell_are_refused():
         with pytest.raises(ValueError, match=match):
             on_one_rank({"input_ids": ids, "position_ids": position_ids}, None)
         batch = {"input_ids": ids, "position_ids": position_ids}
-        _, plan = on_one_rank(batch, Documents(((3, 3),), 6))
-        assert plan.documents.lengths == ((3, 3),)
+        _, sharded = on_one_rank(batch, Documents(((3, 3),), 6))
+        assert sharded.documents.lengths == ((3, 3),)
     padded = torch.tensor([[False, False, False, True, True, True]])
     on_one_rank({"input_ids": ids, "position_ids": restart, "padding_mask": padded}, None)
     image = torch.tensor([[[0, 1, 1, 1, 1, 3]]]).expand(3, 1, -1)
@@ -347,12 +350,12 @@ def test_documents_of_another_batch_are_refused(documents):
 @spmd(ranks=2)
 def test_tensor_that_is_no_row_is_refused(mesh):
     whole = ParallelMesh.from_device_mesh(mesh)
-    _, plan = shard_batch({"input_ids": torch.zeros(1, 16)}, whole, Contiguous)
+    _, sharded = shard_batch({"input_ids": torch.zeros(1, 16)}, whole, Contiguous)
     for length in (15, 17, 8):
         with pytest.raises(ValueError, match=rf"rows of 16 tokens.*x.shape=\(1, {length}\)"):
-            plan.shard(torch.zeros(1, length))
+            sharded.shard(torch.zeros(1, length))
     with pytest.raises(ValueError, match="shard of 8 tokens"):
-        plan.gather(torch.zeros(1, 9))
+        sharded.gather(torch.zeros(1, 9))
 
 
 def test_mixer_that_no_plan_claims_is_refused_on_a_sharded_sequence():

@@ -32,8 +32,8 @@ def te_partition(cu_seqlens, n, rank):
     for start, stop in pairwise(cu_seqlens):
         chunk = (stop - start) // (2 * n)
         for index in range(start, stop):
-            at = (index - start) // chunk
-            if min(at, 2 * n - 1 - at) == rank:
+            part = (index - start) // chunk
+            if min(part, 2 * n - 1 - part) == rank:
                 taken.append(index)
     return taken
 
@@ -92,7 +92,7 @@ def test_every_key_and_row_is_kept(mesh, ranks, num_chunks):
     per_chunk = {1: [ALL_SLOTS], 2: [(24, 24, 48), (24, 24, 48)]}[num_chunks]
     ids = torch.cat((batch["input_ids"].flatten(), torch.zeros(SEQ_LEN * (num_chunks - 1)).long()))
     weights = torch.cat((extra["weights"].flatten(), torch.zeros(SEQ_LEN * (num_chunks - 1))))
-    at = torch.cat(
+    position_ids = torch.cat(
         (extra["position_ids"].flatten(1), torch.zeros(3, len(ids) - TOTAL).long()), dim=1
     )
     for index, slots in enumerate(per_chunk):
@@ -104,7 +104,7 @@ def test_every_key_and_row_is_kept(mesh, ranks, num_chunks):
         )
         assert_close(of("input_ids"), ids[mine])
         assert_close(of("weights"), weights[mine])
-        assert_close(of("position_ids"), at[:, None, mine])
+        assert_close(of("position_ids"), position_ids[:, None, mine])
         assert [x for x in of("cu_seqlens_padded").tolist() if x >= 0] == bounds(slots)
         assert of("max_seqlen") == 48
         assert ((of("input_ids") == 0) <= of("padding_mask")).all()
@@ -145,10 +145,10 @@ def test_attention_on_slots_equals_attention_of_each_document(mesh, ranks, style
             else attend
         )
         inputs = [x[mine].detach().requires_grad_() for x in (q, k, v)]
-        found = run(*inputs)
-        assert_close(found, out[0, mine])
+        actual = run(*inputs)
+        assert_close(actual, out[0, mine])
         assert_close(
-            torch.autograd.grad(found, inputs, grad[mine]), tuple(x[mine] for x in expected)
+            torch.autograd.grad(actual, inputs, grad[mine]), tuple(x[mine] for x in expected)
         )
 
 

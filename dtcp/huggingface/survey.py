@@ -101,7 +101,7 @@ def survey(model: Any) -> Survey:
         attn_metadata=recorder,
     )
     with _survey_mode(model):
-        # Dropout shows in training mode only, and mixing can be told only without dropout.
+        # Dropout shows in training mode only, and hides mixing: the probe runs in eval mode.
         model.train()
         if _is_random(run):
             refused.append(

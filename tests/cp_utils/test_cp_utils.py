@@ -63,10 +63,10 @@ def on_one_device(model, batch, lengths):
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
-def on_mesh(model, mesh, batch, *, run=None, keep_open=False, **how):
+def on_mesh(model, mesh, batch, *, run=None, keep_open=False, **options):
     """Loss and gradients of all ranks together; backward outside the context unless kept open."""
     model.zero_grad()
-    context, local = make_cp_batch_and_ctx(mesh, batch, **how)
+    context, local = make_cp_batch_and_ctx(mesh, batch, **options)
     tokens = global_token_count(local["labels"], mesh)
     with context():
         logits = (run or model)(local["input_ids"], local.get("position_ids"))
@@ -105,11 +105,11 @@ def test_step_on_ranks_equals_step_on_one(mesh, ranks, lengths, compiled):
     with count_graphs() as graphs:
         for _ in range(2):
             batch = with_positions(batch_of(lengths))
-            found = on_mesh(model, mesh, batch)
+            actual = on_mesh(model, mesh, batch)
             assert F.scaled_dot_product_attention is before
             plain = Decoder()
             plain.load_state_dict(model.state_dict())
-            assert_close(found, on_one_device(plain, batch, lengths))
+            assert_close(actual, on_one_device(plain, batch, lengths))
     # Layers share their code, but their parameters' versions do not split it.
     assert graphs.graphs <= 2 * compiled and graphs.breaks == 0
 
@@ -245,10 +245,12 @@ def test_model_of_transformers_trains_in_the_context_and_is_read(mesh, rows):
     logits = plain(batch["input_ids"], attention_mask=mask, position_ids=position_ids).logits
     expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
     expected.backward()
-    found, grads = on_mesh(
-        model, mesh, batch, run=lambda ids, at: model(ids, position_ids=at, use_cache=False).logits
-    )
-    assert_close(found, expected.detach(), rtol=1e-5, atol=0.0)
+
+    def run(ids, position_ids):
+        return model(ids, position_ids=position_ids, use_cache=False).logits
+
+    loss, grads = on_mesh(model, mesh, batch, run=run)
+    assert_close(loss, expected.detach(), rtol=1e-5, atol=0.0)
     for name, p in plain.named_parameters():
         assert (grads[name] - p.grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
     if rows == PACKED:
@@ -348,8 +350,8 @@ def test_dense_mask_of_documents_is_understood(mesh):
     added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
     batch["position_ids"] = Documents(lengths, SEQ_LEN).position_ids()
     expected = on_one_device(model, batch, lengths)
-    for given in (mask, added):
-        assert_close(on_mesh(model, mesh, {**batch, "attention_mask": given}), expected)
+    for attention_mask in (mask, added):
+        assert_close(on_mesh(model, mesh, {**batch, "attention_mask": attention_mask}), expected)
 
 
 @spmd(ranks=(2, 3))
@@ -371,8 +373,8 @@ def test_lengths_of_documents_are_heeded(mesh, ranks):
         "seq_lens_padded": torch.tensor([[9, 12], [21, -7]]),
     }
     batch = {"input_ids": ids, "labels": labels, **lengths}
-    found = on_mesh(model, mesh, batch, seq_lens_padding_value=-7)
-    assert_close(found, (expected.detach(), grads))
+    actual = on_mesh(model, mesh, batch, seq_lens_padding_value=-7)
+    assert_close(actual, (expected.detach(), grads))
     _, local = make_cp_batch_and_ctx(mesh, batch, seq_lens_padding_value=-7)
     assert bool(((local["labels"] == -100) >= local["padding_mask"]).all())
     for key, value in (("seq_lens", torch.tensor([[22], [5]])), ("attention_mask", ids > 0)):
@@ -417,13 +419,13 @@ def test_hooks_after_the_first_compiled_call_are_seen(mesh):
         run(ids, torch.arange(4)[None])
 
 
-def checkpointed(model, *, compiled, **how):
+def checkpointed(model, *, compiled, **options):
     """Checkpoints around layers, compiled or not, that recompute in the backward pass."""
     for layer in model.layers:
         forward = layer.forward
         if compiled:
             forward = torch.compile(forward, backend="aot_eager", fullgraph=True)
-        layer.forward = partial(checkpoint, forward, **how)
+        layer.forward = partial(checkpoint, forward, **options)
 
 
 @compiled_or_not
@@ -452,12 +454,12 @@ def test_reentrant_checkpoint_recomputes_inside_the_context(mesh, claimed, compi
         labels = local["labels"]
         loss = token_mean_loss(decode(hidden), labels, global_token_count(labels, mesh))
         loss.backward()
-        found = {
+        gradients = {
             n: p.grad for n, p in [*model.named_parameters(), *decode.named_parameters("head")]
         }
-        for grad in found.values():
+        for grad in gradients.values():
             dist.all_reduce(grad)
-        assert_close({name: found[name] for name in expected[1]}, expected[1])
+        assert_close({name: gradients[name] for name in expected[1]}, expected[1])
 
 
 @compiled_or_not
@@ -471,8 +473,8 @@ def test_checkpoint_recomputes_inside_the_context_or_raises(mesh, claimed, compi
     batch = batch_of(PACKED)
     # Unchecked, for the count of what is kept differs too.
     checkpointed(model, compiled=compiled, use_reentrant=False, determinism_check="none")
-    found = on_mesh(model, mesh, batch, keep_open=True)
-    assert_close(found, on_one_device(plain, batch, PACKED))
+    actual = on_mesh(model, mesh, batch, keep_open=True)
+    assert_close(actual, on_one_device(plain, batch, PACKED))
     refused = (CheckpointError, ValueError, RuntimeError)
     with pytest.raises(refused, match=r"different number of tensors|runs inside|Observed excep"):
         on_mesh(model, mesh, batch)
@@ -535,8 +537,8 @@ def test_position_ids_are_built_only_where_missing():
     batch = {"input_ids": torch.zeros(2, 3)}
     assert _build_position_ids(batch, "cpu") is batch
     assert torch.equal(batch["position_ids"], torch.arange(3)[None])
-    given = {"input_ids": torch.zeros(2, 3), "position_ids": torch.ones(2, 3)}
-    assert torch.equal(_build_position_ids(given, "cpu")["position_ids"], torch.ones(2, 3))
+    present = {"input_ids": torch.zeros(2, 3), "position_ids": torch.ones(2, 3)}
+    assert torch.equal(_build_position_ids(present, "cpu")["position_ids"], torch.ones(2, 3))
     with pytest.raises(KeyError, match="input_ids"):
         _build_position_ids({}, "cpu")
 

@@ -160,7 +160,7 @@ def test_embeddings_and_a_loss_mask_stand_in():
     assert "loss_mask" not in parts[0]
 
 
-def test_packed_rows_are_built_anew_in_whole_windows():
+def test_packed_rows_are_rebuilt_in_whole_windows():
     """Documents of 3 and 5 tokens, the first in a slot of 4, and one of 6: slots of 4, 8 and 8."""
     batch = plain_batch(12)
     batch["seq_lens"] = torch.tensor([[3, 5], [6, -1000]])
@@ -247,7 +247,7 @@ def test_a_mask_or_a_key_of_another_shape_is_refused(make, change, message):
 
 
 @pytest.mark.parametrize(
-    "how",
+    "documents",
     [
         {"attention_mask": torch.tensor([[1, 1, 2, 2]])},
         {"position_ids": RESTARTS},
@@ -261,16 +261,16 @@ def test_a_mask_or_a_key_of_another_shape_is_refused(make, change, message):
         (make_contiguous_shard_cp_batch_and_ctx, "give _packed_seq_ids"),
     ],
 )
-def test_documents_told_where_nobody_reads_them_are_refused(make, remedy, how):
+def test_documents_in_keys_that_are_not_read_are_refused(make, remedy, documents):
     """Taken for one document, they would see each other."""
-    told = {
+    read_keys = {
         "seq_lens": torch.tensor([[2, 2]]),
         "_packed_seq_ids": torch.tensor([[1, 1, 2, 2]]),
     }
-    batch = {**plain_batch(4, 1), **how}
+    batch = {**plain_batch(4, 1), **documents}
     with pytest.raises(ValueError, match=f"gives its documents where they are read.*{remedy}"):
         make(Axis(2, 0), None, batch)
-    _, local = make(Axis(2, 0), None, {**batch, remedy[5:]: told[remedy[5:]]})
+    _, local = make(Axis(2, 0), None, {**batch, remedy[5:]: read_keys[remedy[5:]]})
     assert local["input_ids"].shape[1] == 2
     for key in ("seq_lens", "cu_seqlens") if remedy.endswith("ids") else ():
         with pytest.raises(ValueError, match=remedy):

@@ -97,12 +97,12 @@ def compare(mesh: Any, path: Path, kind: str) -> None:
     for rows, relaid, documents in ways:
         layer._cp_relayout = relaid
         mine = rows[mesh.get_local_rank()]
-        how = {"cu_seqlens": boundaries()}
+        arguments = {"cu_seqlens": boundaries()}
         if documents == "position_ids":
-            how = {"position_ids": restarting()[mine][None]}
+            arguments = {"position_ids": restarting()[mine][None]}
         x = truth.x[:, mine].clone().requires_grad_()
         with hf_qwen3_5.TrueFP64():
-            out = layer(x, seq_index=mine, **how)
+            out = layer(x, seq_index=mine, **arguments)
         dx, *grads = torch.autograd.grad(out, (x, *layer.parameters()), truth.grad_out[:, mine])
         assert_close(out, truth.out[:, mine])
         assert_close(dx, truth.grads[0][:, mine])
@@ -188,8 +188,8 @@ def refusing(mesh: Any) -> None:
     layer._cp_mesh = mesh
     x, place = torch.randn(1, 8, DIM).double(), HeadTail(16, 2).token_indices(mesh.get_local_rank())
 
-    def call(x: Tensor = x, **how: Any) -> Callable[[], Tensor]:
-        return lambda: layer(x, **how)
+    def call(x: Tensor = x, **arguments: Any) -> Callable[[], Tensor]:
+        return lambda: layer(x, **arguments)
 
     refused("use_cache=False", call(cache_params=object(), seq_index=place))
     refused("neither seq_index nor position_ids", call())

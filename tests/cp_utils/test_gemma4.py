@@ -154,8 +154,8 @@ def test_the_seeds_helpers_for_gemma4_do_as_documented():
     four = torch.full((1, 1, 2, 2), torch.finfo(torch.float32).min)
     four[0, 0, 0, 0] = 0.0
     batch: dict[str, Any] = {"input_ids": x, "attention_mask": four}
-    found = _prepare_manual_cp_batch(None, None, batch, torch.tensor([[1, 0]]))
-    key, seq_len, labels, position_ids, dim, loss_mask = found
+    prepared = _prepare_manual_cp_batch(None, None, batch, torch.tensor([[1, 0]]))
+    key, seq_len, labels, position_ids, dim, loss_mask = prepared
     assert (key, seq_len, dim, loss_mask) == ("input_ids", 2, 1, None)
     assert labels.tolist() == [[1, 0]] and position_ids.tolist() == [[0, 1]]
     assert batch["padding_mask"].tolist() == [[False, True]]

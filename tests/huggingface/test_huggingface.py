@@ -94,10 +94,10 @@ def on_mesh(
     """The same on a mesh: each batch rank takes its rows, each cp rank its tokens."""
     mine = slice(mesh.rank("batch"), None, mesh.size("batch"))
     rows = {key: x[mine] for key, x in batch.items()}
-    local, plan = shard_hf_batch(rows, mesh, layout, model=model)
+    local, sharded = shard_hf_batch(rows, mesh, layout, model=model)
     labels = local.pop("labels")
     local.pop("padding_mask", None)
-    logits = model(**local, attn_metadata=plan.attn_metadata).logits
+    logits = model(**local, attn_metadata=sharded.attn_metadata).logits
     share = token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
     share.backward()
     loss = share.detach()
@@ -106,9 +106,9 @@ def on_mesh(
     return loss
 
 
-def far(found: Tensor, wanted: Tensor) -> Tensor:
+def far(actual: Tensor, expected: Tensor) -> Tensor:
     """Largest difference; gate and up have a dim of their own where tp splits experts."""
-    return (found.reshape(wanted.shape) - wanted).abs().max()
+    return (actual.reshape(expected.shape) - expected).abs().max()
 
 
 def assert_parity(
@@ -127,12 +127,12 @@ def assert_same_step(reference, model, mesh, *, rows=PACKED, layout=HeadTail):
     with count() as traffic:
         actual = on_mesh(model, mesh, batch, layout)
     assert_close(actual, expected, rtol=BOUND, atol=0.0)
-    wanted, found = gradients(reference), gradients(model)
-    assert wanted.keys() == found.keys()
+    expected_grads, grads = gradients(reference), gradients(model)
+    assert expected_grads.keys() == grads.keys()
     worst = {
         name: error
-        for name, grad in wanted.items()
-        if not (error := float(far(found[name], grad) / grad.abs().max())) <= BOUND
+        for name, grad in expected_grads.items()
+        if not (error := float(far(grads[name], grad) / grad.abs().max())) <= BOUND
     }
     assert not worst, worst
     return traffic
@@ -187,9 +187,9 @@ def test_cp_beside_data_parallel_equals_one_device(mesh, kind):
 @spmd(ranks=2)
 def test_compiled_is_one_graph_a_kind_of_layer_and_equals_one_device(mesh, kind, graphs):
     """A layer with another mask reads other metadata, and so is another graph."""
-    with count_graphs() as found:
+    with count_graphs() as counted:
         assert_parity(kind, Degrees(cp=2), compile=GRAPHS)
-    assert (found.graphs, found.breaks) == (graphs, 0)
+    assert (counted.graphs, counted.breaks) == (graphs, 0)
 
 
 @pytest.mark.parametrize("checkpoint", [FullCheckpoint(), SelectiveCheckpoint()])
@@ -200,10 +200,10 @@ def test_checkpointed_and_compiled_equals_one_device(mesh, checkpoint):
 
 @spmd(ranks=2)
 def test_island_in_a_compiled_block_equals_one_device(mesh):
-    with count_graphs() as found:
+    with count_graphs() as counted:
         island = AllGatherAttention(boundary=EagerIsland())
         assert_parity("llama", Degrees(cp=2), attention=island, compile=GRAPHS)
-    assert (found.graphs, found.breaks) == (2, 1)
+    assert (counted.graphs, counted.breaks) == (2, 1)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -211,15 +211,15 @@ def test_survey_reads_every_mask_off_the_models_own(kind):
     """And leaves the model as it was."""
     model = build(kind)
     names = list(model.state_dict())
-    found = survey(model)
+    surveyed = survey(model)
     windowed = Causal() & SlidingWindow(7)
     expected = {"mistral": [windowed] * 2}.get(kind, [Causal()] * 2)
     if kind in ("gemma2", "gemma3_text", "gpt_oss"):
         expected = [windowed, Causal()]
-    assert [each.mask for each in found.attentions] == expected
-    assert {each.softcap for each in found.attentions} == {5.0 if kind == "gemma2" else 0.0}
-    assert {each.sink for each in found.attentions} == {kind == "gpt_oss"}
-    assert found.refused == ()
+    assert [each.mask for each in surveyed.attentions] == expected
+    assert {each.softcap for each in surveyed.attentions} == {5.0 if kind == "gemma2" else 0.0}
+    assert {each.sink for each in surveyed.attentions} == {kind == "gpt_oss"}
+    assert surveyed.refused == ()
     assert (model.training, model.config._attn_implementation) == (True, "eager")
     assert list(model.state_dict()) == names
 
@@ -265,7 +265,7 @@ def test_cross_attention_is_refused_by_name():
     model = build("llama")
     attention = model.model.layers[1].self_attn
 
-    def crossed(hidden_states, attention_mask=None, **how):
+    def crossed(hidden_states, attention_mask=None, **arguments):
         heads = (
             project(x).unflatten(-1, (-1, 8)).transpose(1, 2)
             for project, x in (
@@ -276,7 +276,7 @@ def test_cross_attention_is_refused_by_name():
         )
         named = attention.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS[named]
-        out, weights = attend(attention, *heads, None, scaling=attention.scaling, **how)
+        out, weights = attend(attention, *heads, None, scaling=attention.scaling, **arguments)
         return attention.o_proj(out.flatten(2)), weights
 
     attention.forward = crossed
@@ -335,9 +335,9 @@ def test_checkpoint_of_split_experts_is_whole_and_another_shape_refused(mesh):
     dist.broadcast_object_list(folders)
     expected = whole.get_parameter(name)
     dcp.save(model.state_dict(), checkpoint_id=folders[0])
-    found = {name: torch.zeros(4, 2, 24, 32, dtype=torch.float64)}
-    dcp.load(found, checkpoint_id=folders[0])
-    assert torch.equal(found[name].flatten(1, 2), expected)
+    loaded = {name: torch.zeros(4, 2, 24, 32, dtype=torch.float64)}
+    dcp.load(loaded, checkpoint_id=folders[0])
+    assert torch.equal(loaded[name].flatten(1, 2), expected)
     dcp.save({name: expected.detach()}, checkpoint_id=folders[1])
     with pytest.raises(dcp.api.CheckpointException, match="Size mismatch"):
         dcp.load({name: model.get_parameter(name)}, checkpoint_id=folders[1])
@@ -377,13 +377,13 @@ def test_what_transformers_keeps_in_fp32_is_not_rounded(mesh):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("ernie4_5_moe", **shape))
     router = model.model.layers[1].mlp.gate
-    given, seen = router.weight.detach().clone(), []
+    weight, seen = router.weight.detach().clone(), []
     mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
     bf16 = FSDP(mixed_precision=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     parallelize_hf(model, mesh, fsdp=bf16)
     router.register_forward_pre_hook(lambda module, _: seen.append(module.weight.detach().clone()))
     on_mesh(model, mesh, a_batch(PACKED))
-    assert_close(seen, [given], rtol=0, atol=0)
+    assert_close(seen, [weight], rtol=0, atol=0)
     assert router.weight.grad.full_tensor().any()
 
 

@@ -94,8 +94,8 @@ def test_block_id_in_two_runs_of_a_document_is_refused():
 class FirstToken(Causal):
     """Sees the first token of its document alone."""
 
-    def _interval(self, at):
-        return at.start, at.start
+    def _interval(self, coords):
+        return coords.start, coords.start
 
 
 def test_union_that_leaves_a_gap_is_refused():
@@ -117,10 +117,10 @@ def test_mask_without_the_coordinate_it_reads_is_refused(mask, field):
             read()
 
 
-@pytest.mark.parametrize("how", [{"size": 0}, {"size": -3}, {"size": 2, "right": -1}])
-def test_window_without_the_token_itself_is_refused(how):
+@pytest.mark.parametrize("sides", [{"size": 0}, {"size": -3}, {"size": 2, "right": -1}])
+def test_window_without_the_token_itself_is_refused(sides):
     with pytest.raises(ValueError, match="size >= 1 and right >= 0"):
-        SlidingWindow(**how)
+        SlidingWindow(**sides)
 
 
 @pytest.mark.parametrize("name", ["prefix", "block"])
