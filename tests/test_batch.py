@@ -56,10 +56,7 @@ def test_every_key_is_cut_along_its_own_sequence_dim(mesh, layout, ranks):
     before = {key: x.clone() for key, x in batch.items()}
     whole = ParallelMesh.from_device_mesh(mesh)
     local, sharded = shard_batch(batch, whole, layout, documents=documents)
-    length, positions = (
-        sharded.layout.shard_len,
-        sharded.layout.token_indices(mesh.get_local_rank()),
-    )
+    positions = sharded.layout.token_indices(mesh.get_local_rank())
     real = positions < 48
     for key, x in batch.items():
         dim = DEFAULT_FIELDS[key].seq_dim % x.ndim
