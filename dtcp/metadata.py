@@ -37,14 +37,14 @@ class AttentionMetadata:
 
     def tensors(self) -> list[Tensor]:
         """All fields in their order, as an op takes them; those of nested metadata in line."""
-        found: list[Tensor] = []
+        tensors: list[Tensor] = []
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, Tensor):
-                found.append(value)
+                tensors.append(value)
             else:
-                found.extend(value.tensors())
-        return found
+                tensors.extend(value.tensors())
+        return tensors
 
 
 @dataclass(frozen=True)

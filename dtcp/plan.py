@@ -44,7 +44,7 @@ def find(model: nn.Module, keys: Iterable[str]) -> dict[str, nn.Module]:
         ValueError: a key that names none.
     """
     modules = dict(model.named_modules())
-    found: dict[str, nn.Module] = {}
+    modules_named: dict[str, nn.Module] = {}
     for key in keys:
         named = {name: module for name, module in modules.items() if matches(name, key)}
         if not named:
@@ -52,8 +52,8 @@ def find(model: nn.Module, keys: Iterable[str]) -> dict[str, nn.Module]:
                 f"A plan names modules of its model, got key={key!r}, which matches none of "
                 f"{_some(list(modules))}: correct or remove it."
             )
-        found |= named
-    return found
+        modules_named |= named
+    return modules_named
 
 
 def matches(name: str, key: str) -> bool:

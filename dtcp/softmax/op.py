@@ -229,11 +229,11 @@ class AttentionOp:
         x = dict(zip(AttentionInputs._fields, inputs, strict=True))
         if self.strategy.keeps_own_form:
             (x["q"], x["k"], x["v"], out), tensors = tensors[:4], tensors[4:]
-        softmax = (ctx.scale, ctx.softcap, ctx.groups)
-        found = self.backward(grad_out, *x.values(), out, tensors, metadata, ctx.kv_heads, *softmax)
+        rest = (metadata, ctx.kv_heads, ctx.scale, ctx.softcap, ctx.groups)
+        results = self.backward(grad_out, *x.values(), out, tensors, *rest)
         grads: dict[str, Any] = {
             name: grad
-            for name, grad in zip(AttentionInputs._fields[:-1], found, strict=True)
+            for name, grad in zip(AttentionInputs._fields[:-1], results, strict=True)
             if x[name] is not None
         }
         grads["metadata"] = [None] * len(metadata)

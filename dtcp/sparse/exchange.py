@@ -37,10 +37,10 @@ def halo_routes(layout: SequenceLayout, rank: int, left: Sequence[int]) -> Tenso
         [reaches, 2 (send, receive), hops, 3] int64: rank, and slots from and up to; as many hops
         on every rank, some of them empty.
     """
-    found = [_all_routes(layout, reach) for reach in left]
-    hops = max(len(part) for routes in found for route in routes for part in route)
-    metadata = [[_filled(part, hops) for part in routes[rank]] for routes in found]
-    return torch.tensor(metadata, dtype=torch.int64).view(len(left), 2, hops, 3)
+    routes_by_reach = [_all_routes(layout, reach) for reach in left]
+    hops = max(len(part) for routes in routes_by_reach for route in routes for part in route)
+    filled = [[_filled(part, hops) for part in routes[rank]] for routes in routes_by_reach]
+    return torch.tensor(filled, dtype=torch.int64).view(len(left), 2, hops, 3)
 
 
 @functools.lru_cache(maxsize=64)

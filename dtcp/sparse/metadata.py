@@ -95,19 +95,19 @@ def sparse_metadata(
     _check_counted(coords)
     mine = segments[rank]
     here = torch.cat([torch.arange(*run) for run in mine])
-    at = coords.select(here)
-    last = at.token_index.masked_fill(at.document < 0, -1)
-    window_first = torch.maximum(at.start, at.token_index - (window - 1))
+    local = coords.select(here)
+    last = local.token_index.masked_fill(local.document < 0, -1)
+    window_first = torch.maximum(local.start, local.token_index - (window - 1))
     left = window - 1 if halo else 0
     key_token_index = torch.cat([torch.arange(start - left, stop) for start, stop in mine])
     closing, order = _all_entries(coords, segments, compression)
     key_run, key_readers = key_runs(window_first, last, mine, left)
-    entry_run, entry_readers = entry_runs(at.start, last, closing, mine)
+    entry_run, entry_readers = entry_runs(local.start, last, closing, mine)
     return SparseMetadata(
         window_first.int(),
-        at.start.int(),
+        local.start.int(),
         last.int(),
-        position_ids_of(at),
+        position_ids_of(local),
         key_token_index.clamp(min=-1).int(),
         closing.int(),
         *_own_entries(coords, mine, compression, halo=halo),
@@ -137,13 +137,13 @@ def rank_metadata(
 
 def _check_counted(coords: Coords) -> None:
     """Refuse positions that do not count a document's tokens: an entry has none of its own."""
-    found = position_ids_of(coords)
-    other = (found != coords.token_index - coords.start) & (coords.document >= 0)
+    position_ids = position_ids_of(coords)
+    other = (position_ids != coords.token_index - coords.start) & (coords.document >= 0)
     if bool(other.any()):
         row, token = other.nonzero()[0].tolist()
         raise ValueError(
             f"Compressed entries stand at the place of their window in its document, so tokens "
-            f"do too, got position[{row}, {token}]={int(found[row, token])} for token "
+            f"do too, got position_ids[{row}, {token}]={int(position_ids[row, token])} for token "
             f"{int((coords.token_index - coords.start)[row, token])} of its document: give "
             f"positions that count a document's tokens from 0."
         )
@@ -158,13 +158,13 @@ def _closings(coords: Coords, run: Run, compression: Compression | None) -> Tens
     """Positions of the tokens in a run that are the last of a window: [B, E], then NOWHERE."""
     start, stop = run
     room = segment_entries(stop - start, compression)
-    found = coords.token_index.new_full((coords.token_index.shape[0], room + 1), NOWHERE)
+    closing = coords.token_index.new_full((coords.token_index.shape[0], room + 1), NOWHERE)
     if compression is not None:
-        position = coords.token_index[:, start:stop]
-        within = position - coords.start[:, start:stop] + 1
+        token_index = coords.token_index[:, start:stop]
+        within = token_index - coords.start[:, start:stop] + 1
         closes = (coords.document[:, start:stop] >= 0) & (within % compression.ratio == 0)
-        found.scatter_(1, torch.where(closes, closes.cumsum(1) - 1, room), position)
-    return found[:, :room]
+        closing.scatter_(1, torch.where(closes, closes.cumsum(1) - 1, room), token_index)
+    return closing[:, :room]
 
 
 def _all_entries(
@@ -200,19 +200,19 @@ def _own_entries(
 
 def _tiles(entry_run: Tensor, mine: Sequence[Run], window: int, left: int, tile: int) -> Tensor:
     """Tiles of neighbouring queries and the keys and entries they may see: [B, tiles, 6]."""
-    spans, base, query = [], 0, 0
+    ranges, base, query = [], 0, 0
     for first, stop in mine:
         length = stop - first
         for offset in range(0, length, tile):
             end = min(offset + tile, length)
             keys = (base + max(0, left + offset - (window - 1)), base + left + end)
-            spans.append((query + offset, query + end, *keys))
+            ranges.append((query + offset, query + end, *keys))
         base, query = base + left + length, query + length
-    shared = torch.tensor(spans)
-    number = torch.arange(len(spans)).repeat_interleave(shared[:, 1] - shared[:, 0])
+    shared = torch.tensor(ranges)
+    number = torch.arange(len(ranges)).repeat_interleave(shared[:, 1] - shared[:, 0])
     low, high = entry_run.unbind(-1)
     low, number = low.where(low < high, NOWHERE), number.expand_as(low)
-    none = low.new_full((len(low), len(spans)), NOWHERE)
+    none = low.new_full((len(low), len(ranges)), NOWHERE)
     low = none.scatter_reduce(1, number, low, "amin")
     high = (0 * none).scatter_reduce(1, number, high, "amax")
     entries = torch.stack((low.where(low < high, 0), high), dim=-1)

@@ -80,22 +80,22 @@ class CompressedSparseAttention(Mixer):
                 f"{tuple(metadata.last.shape)} tokens with q.shape={tuple(q.shape)}: pass those "
                 f"made with this batch."
             )
-        how = self.compression
-        if how is None:
+        compression = self.compression
+        if compression is None:
             keys, _ = self.bring(keys, None, metadata)
             return sparse_attention(q, keys, None, None, sink, metadata.sight, scale=self.scale)
         assert tokens is not None
         keys, (tokens, *of_index) = self._bring(keys, tokens, index, metadata)
         entries = self.gather(self._entries(tokens, metadata), metadata)
         selected = None
-        if how.selected is not None:
+        if compression.selected is not None:
             assert index is not None
             with torch.no_grad():
                 index_keys = self.gather(self._entries(of_index[0], metadata), metadata)
-                seen = (metadata.first, metadata.last, metadata.closing, metadata.tiles)
-                number = min(how.selected, entries.shape[1])
-                asked = (index.q.detach(), index.weight.detach())
-                selected = select_entries(*asked, index_keys, *seen, number)
+                visible = (metadata.first, metadata.last, metadata.closing, metadata.tiles)
+                number = min(compression.selected, entries.shape[1])
+                queries = (index.q.detach(), index.weight.detach())
+                selected = select_entries(*queries, index_keys, *visible, number)
         return sparse_attention(q, keys, entries, selected, sink, metadata.sight, scale=self.scale)
 
     def check_position_ids(self, position_ids: Tensor, attn_metadata: BatchMetadata) -> None:

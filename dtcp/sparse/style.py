@@ -59,11 +59,11 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
         return keys, rest[0] if rest else None
 
     def gather(self, entries: Tensor, metadata: SparseMetadata) -> Tensor:
-        found = all_gather(entries, self.axis, dim=1)
+        gathered = all_gather(entries, self.axis, dim=1)
         if self._segments(metadata) == 1:
             # They arrive in order.
-            return found
-        parts = found.unflatten(1, (len(metadata.order), -1))
+            return gathered
+        parts = gathered.unflatten(1, (len(metadata.order), -1))
         return parts.index_select(1, metadata.order).flatten(1, 2)
 
     def _segments(self, metadata: SparseMetadata) -> int:
