@@ -112,6 +112,7 @@ class Truth(NamedTuple):
 
 
 @functools.cache
+@torch.enable_grad()
 def truth(case: Case, num_shards: int) -> Truth:
     """Attend on one device, with random cotangents."""
     documents = case.documents(num_shards)

@@ -86,5 +86,5 @@ def test_position_ids_on_one_device_are_those_of_the_metadata():
 
 def test_entries_have_no_position_but_their_place():
     position_ids = WHOLE.position_ids() + 2
-    with pytest.raises(ValueError, match=r"got position\[0, 0\]=2 for token 0 of its document"):
+    with pytest.raises(ValueError, match=r"got position_ids\[0, 0\]=2 for token 0 of its document"):
         batch_metadata(nn.ModuleList([sparse()]), WHOLE, position_ids=position_ids)
