@@ -37,9 +37,10 @@ def global_token_count(labels: Tensor, mesh: DeviceMesh | None) -> Tensor:
 def token_mean_loss(logits: Tensor, labels: Tensor, global_tokens: Tensor | int) -> Tensor:
     """This rank's share of the mean cross-entropy over all tokens.
 
-    On a rank without a token that has a loss, the share and its gradients are 0. A label outside
-    of the vocabulary makes the loss inf. Forward allocates nothing of the logits' size; backward
-    allocates one such tensor, their gradient, in their own dtype.
+    On a rank without a token that has a loss, the share and its gradients are 0; so they are on
+    every rank where no rank has one. A label outside of the vocabulary makes the loss inf. Forward
+    allocates nothing of the logits' size; backward allocates one such tensor, their gradient, in
+    their own dtype.
 
     Args:
         logits: [B, L, V]; or a DTensor with the vocabulary sharded over a 1-D mesh, as a
@@ -59,7 +60,7 @@ def token_mean_loss(logits: Tensor, labels: Tensor, global_tokens: Tensor | int)
         logits = logits.to_local(grad_placements=logits.placements)
     flat = logits.flatten(0, -2)
     total = cast(Tensor, _SummedCrossEntropy.apply(flat, labels.flatten() - first, labels, mesh))
-    return total / global_tokens
+    return total / _at_least_one(global_tokens)
 
 
 def mtp_loss(
@@ -90,6 +91,11 @@ def mtp_loss(
         loss = token_mean_loss(depth_logits, depth_labels, global_tokens)
         total = total + weight / len(further) * loss
     return total
+
+
+def _at_least_one(tokens: Tensor | int) -> Tensor | int:
+    """What to divide by: where there is no token there is nothing to divide, and 0 / 0 is NaN."""
+    return tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1)
 
 
 def _vocabulary_shard(logits: DTensor) -> tuple[int, DeviceMesh | None]:

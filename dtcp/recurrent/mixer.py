@@ -87,7 +87,16 @@ class CausalConv1d(RecurrentMixer):
 
     def forward(self, x: Tensor, weight: Tensor, attn_metadata: BatchMetadata) -> Tensor:
         """x [B, L, C] and weight [C, w], a token's own tap last -> [B, L, C]."""
+        self.check_weight(x, weight)
         return causal_conv(x, weight, self.own(attn_metadata))
+
+    def check_weight(self, x: Tensor, weight: Tensor) -> None:
+        """Refuse taps of another width than the metadata are of, or of other channels."""
+        if weight.shape != (x.shape[-1], self.width):
+            raise ValueError(
+                f"A convolution of width {self.width} has so many taps per channel, got "
+                f"weight.shape={tuple(weight.shape)} with x.shape={tuple(x.shape)}: give [C, w]."
+            )
 
     def reads(self) -> tuple[object, ...]:
         return (*super().reads(), self.width)

@@ -63,6 +63,18 @@ def gated_delta_rule(
             f"{tuple(g.shape)} with k.shape={tuple(k.shape)}, v.shape={tuple(v.shape)}: give g as "
             f"[B, L, H] or [B, L, H, K]."
         )
+    if (
+        q.shape != k.shape
+        or q.shape[:2] != v.shape[:2]
+        or v.shape[2] % q.shape[2]
+        or beta.shape != v.shape[:3]
+    ):
+        raise ValueError(
+            f"The delta rule takes one query, key, value and beta per token and head, got q.shape="
+            f"{tuple(q.shape)}, k.shape={tuple(k.shape)}, v.shape={tuple(v.shape)}, beta.shape="
+            f"{tuple(beta.shape)}: give q, k [B, L, G, K], v [B, L, H, V] and beta [B, L, H], H a "
+            f"multiple of G."
+        )
     out: Tensor = _forward(q, k, v, g, beta, metadata.tensors(), scan, list(groups))[0]
     return out
 

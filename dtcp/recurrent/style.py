@@ -104,6 +104,7 @@ class ContextParallelConv(ClaimedMixer, CausalConv1d):
     """A CausalConv1d that a style has taken over."""
 
     def carry_out(self, x: Tensor, weight: Tensor, attn_metadata: BatchMetadata) -> Tensor:
+        self.check_weight(x, weight)
         return causal_conv(x, weight, self.own(attn_metadata), groups=self.groups)
 
 

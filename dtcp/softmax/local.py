@@ -17,7 +17,13 @@ from dtcp.kernels.softmax.api import (
     zeros_for,
 )
 from dtcp.softmax.metadata import LocalMetadata
-from dtcp.softmax.op import AttentionInputs, AttentionOp, ForwardResult, OpContext
+from dtcp.softmax.op import (
+    AttentionInputs,
+    AttentionOp,
+    ForwardResult,
+    OpContext,
+    check_key_count,
+)
 
 
 class _Local:
@@ -29,6 +35,7 @@ class _Local:
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
         assert x.k is not None
         metadata = LocalMetadata(*context.metadata)
+        check_key_count(x, metadata.key_token_index.numel())
         partial = OnlineSoftmax.empty(x.q, x.v.shape[-1])
         queries = Queries.of(x.q, metadata.first_key, metadata.last_key)
         keys = Keys(x.k, x.v, metadata.key_token_index)

@@ -154,7 +154,13 @@ class AttentionOp:
         *,
         groups: Sequence[str] = (),
     ) -> Tensor:
-        """Attend: [B, L, H, V]."""
+        """Attend: [B, L, H, V].
+
+        Raises:
+            ValueError: inputs whose dims do not fit together.
+            TypeError: inputs of several dtypes.
+        """
+        check_inputs(x)
         tensors = metadata.tensors()
         result = self.forward(*x, tensors, softmax.scale, softmax.softcap, list(groups))
         return cast(Tensor, result[0])
@@ -240,6 +246,53 @@ class AttentionOp:
         # torch takes None for a list of names, but an empty list for an empty one.
         grads["groups"] = None if ctx.groups else []
         return tuple(grads.get(name) for name in ForwardArguments._fields)
+
+
+def check_inputs(x: AttentionInputs) -> None:
+    """Refuse inputs that do not fit together, on all ranks alike and before anything moves.
+
+    How many tokens there are is checked where the metadata are read.
+    """
+    named = {"q": x.q, "k": x.k, "v": x.v}
+    shapes = {name: tuple(each.shape) for name, each in named.items() if each is not None}
+    dtypes = {name: each.dtype for name, each in named.items() if each is not None}
+    if any(len(shape) != 4 for shape in shapes.values()):
+        raise ValueError(
+            f"Attention takes q [B, L, H, D], k [B, L, G, D] and v [B, L, G, V], got {shapes}: "
+            f"give each its heads' dim."
+        )
+    if len(set(dtypes.values())) > 1 or not x.q.is_floating_point():
+        raise TypeError(
+            f"Attention computes in one floating dtype, got {dtypes}: convert q, k and v to one."
+        )
+    key_width = x.v.shape[3] if x.k is None else x.k.shape[3]
+    tokens = {shape[:2] for name, shape in shapes.items() if name != "q"}
+    heads = {shape[2] for name, shape in shapes.items() if name != "q"}
+    if len(tokens) > 1 or len(heads) > 1 or x.q.shape[0] != x.v.shape[0]:
+        raise ValueError(
+            f"Keys and values are of the same tokens and heads, in the rows of the queries, got "
+            f"{shapes}: give k and v one [B, L, G], and q the same B."
+        )
+    if x.q.shape[2] % x.v.shape[2] or x.q.shape[3] != key_width:
+        raise ValueError(
+            f"Each kv head serves as many query heads, of its own width, got {shapes}: give q as "
+            f"[B, L, H, D] with H a multiple of the G kv heads and D the keys' width."
+        )
+    if x.sink is not None and x.sink.shape != x.q.shape[2:3]:
+        raise ValueError(
+            f"A sink is one score per query head, got sink.shape={tuple(x.sink.shape)} with "
+            f"{x.q.shape[2]} heads: give [H]."
+        )
+
+
+def check_key_count(x: AttentionInputs, expected: int) -> None:
+    """Refuse more or fewer keys than the metadata are of: some would be left out without a word."""
+    if x.v.shape[1] != expected:
+        raise ValueError(
+            f"Attention reads the keys of its own batch, got {x.v.shape[1]} keys where the batch "
+            f"has {expected}: give every token its key. Keys of another sequence (cross attention) "
+            f"have no place here."
+        )
 
 
 def schema_of(arguments: type[Any], returns: str) -> str:

@@ -10,7 +10,7 @@ from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.api import SavedForward, local_sink_gradient
 from dtcp.softmax.metadata import KeyExchangeMetadata
-from dtcp.softmax.op import AttentionInputs, ForwardResult, OpContext
+from dtcp.softmax.op import AttentionInputs, ForwardResult, OpContext, check_key_count
 
 
 class GradBuffers(NamedTuple):
@@ -175,7 +175,9 @@ class ExchangeStrategy:
         raise NotImplementedError
 
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
-        payload = payload_of(x, KeyExchangeMetadata(*context.metadata))
+        metadata = KeyExchangeMetadata(*context.metadata)
+        check_key_count(x, metadata.first_key.shape[1])
+        payload = payload_of(x, metadata)
         out, lse = self.attend(x.q, payload, x.sink, context)
         return ForwardResult(out, [lse])
 

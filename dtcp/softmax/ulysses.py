@@ -19,6 +19,7 @@ from dtcp.softmax.op import (
     ForwardResult,
     OpContext,
     Strategy,
+    check_key_count,
 )
 from dtcp.softmax.style import AttentionShape, AttentionStyle, Received
 
@@ -91,6 +92,7 @@ class Ulysses:
 
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
         assert x.k is not None
+        check_key_count(x, x.q.shape[1])
         share = _share(x.q.shape[2], context)
         order, restore, outer_context = self._parts(context, share)
         by_rank = (share.split(x.q), share.split_kv(x.k), share.split_kv(x.v))
