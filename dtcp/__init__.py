@@ -15,7 +15,8 @@ from dtcp.recurrent import (
     GatedDeltaRule,
     RelayoutCP,
 )
-from dtcp.sdpa.rules import install_sdpa_rules, sequence_layout
+from dtcp.sdpa.aten_rules import install_sdpa_rules
+from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
     BlockBalanced,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.compile import EagerIsland, assert_in_graph, island
+from dtcp._torch import assert_in_graph
+from dtcp.compile import EagerIsland, island
 from dtcp.distributed.collectives import connect
 from dtcp.metadata import AttentionMetadata, BatchMetadata, metadata_key
 from dtcp.sequence.documents import Documents

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
+from dtcp._torch import empty_param_group_like, fsdp_param_groups
 from dtcp.plan import matches
 
 OWN_DTYPE = MixedPrecisionPolicy()
@@ -58,7 +59,7 @@ def keep_apart(unit: FSDPModule, islands: Collection[nn.Parameter]) -> None:
         apart = group
         if rest:
             group.fsdp_params = rest
-            apart = _empty_like(group)
+            apart = empty_param_group_like(group)
             # In front: a neighbour of one group prefetches the last of ours alone (torch 2.13),
             # which then is the large one.
             groups.insert(0, apart)
@@ -72,24 +73,10 @@ def _groups(unit: FSDPModule) -> list[Any]:
     them, nor to a dtype for each. All that follows from a group's dtypes is worked out at the
     first step.
     """
-    groups: list[Any] | None = getattr(unit._get_fsdp_state(), "_fsdp_param_groups", None)
+    groups = fsdp_param_groups(unit)
     if groups is None:
         raise NotImplementedError(
             f"Islands are gathered in a group of their own, and units of this torch have one "
             f"group only, got torch {torch.__version__}: use torch 2.13, or no param_dtype."
         )
     return groups
-
-
-def _empty_like(group: Any) -> Any:
-    """A group without parameters, on the mesh and under the policies of another."""
-    return type(group)(
-        [],
-        group.modules,
-        group.mesh_info,
-        group.post_forward_mesh_info,
-        group.device,
-        None,
-        group.mp_policy,
-        group.offload_policy,
-    )

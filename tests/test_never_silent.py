@@ -19,7 +19,8 @@ from dtcp.compile import EagerIsland, InGraph, count_graphs
 from dtcp.distributed.ledger import count
 from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
-from dtcp.sdpa.rules import install_sdpa_rules, sequence_layout
+from dtcp.sdpa.aten_rules import install_sdpa_rules
+from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.softmax import RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention

@@ -18,7 +18,8 @@ from dtcp.labels import IGNORED, shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
-from dtcp.sdpa.rules import install_sdpa_rules, sequence_layout
+from dtcp.sdpa.aten_rules import install_sdpa_rules
+from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
     Contiguous,

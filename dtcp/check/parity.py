@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from dtcp.batch import shard_batch
 from dtcp.check.checked_model import CheckedModel, Mixing, vocabulary
+from dtcp.check.collective_calls import CollectiveCalls
 from dtcp.compile import Graphs, count_graphs
-from dtcp.distributed.dtensor_rules import CollectiveCalls
 from dtcp.distributed.ledger import (
     LEDGER,
     Count,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from dtcp.compile import assert_in_graph
+from dtcp._torch import assert_in_graph
 from dtcp.distributed.collectives import group_name
 from dtcp.recurrent.metadata import ConvMetadata, DeltaMetadata, chain_of, halo_route
 from dtcp.recurrent.mixer import GatedDeltaRule
@@ -119,7 +119,7 @@ def index_in_document(
 
 def _project(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k and v in one [B, L, C], and z, b, a."""
-    if "in_proj_qkv" in layer._modules:
+    if hasattr(layer, "in_proj_qkv"):
         return layer.in_proj_qkv(x), layer.in_proj_z(x), layer.in_proj_b(x), layer.in_proj_a(x)
     q, k, v, z, b, a = layer.fix_query_key_value_ordering(
         layer.in_proj_qkvz(x), layer.in_proj_ba(x)

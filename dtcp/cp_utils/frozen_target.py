@@ -6,13 +6,13 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.sdpa.frozen import gather_read, read_shard
+from dtcp.sdpa.frozen import gather_outputs, shard_target_inputs
 
 
 def make_target_cp_ctx(
     cp_mesh: DeviceMesh, input_ids: Tensor, position_ids: Tensor | None = None
 ) -> tuple[AbstractContextManager[Any], Tensor, Tensor, int]:
-    """Shard what a frozen target reads, contiguously, and make the context it is read in.
+    """Shard the inputs of a frozen target, contiguously, and make the context to run it in.
 
     Args:
         cp_mesh: the 1-D axis of the sequence; None or one rank: whole rows, and a context that
@@ -22,7 +22,7 @@ def make_target_cp_ctx(
     Returns:
         the context, the local ids and positions [B, L], and S, for `gather_cp_seq`.
     """
-    return read_shard(cp_mesh, input_ids, position_ids)
+    return shard_target_inputs(cp_mesh, input_ids, position_ids)
 
 
 def gather_cp_seq(
@@ -34,4 +34,4 @@ def gather_cp_seq(
         seq_dim: the sequence's dim of all of them.
         orig_len: tokens before padding.
     """
-    return gather_read(cp_mesh, tensors, orig_len, dim=seq_dim)
+    return gather_outputs(cp_mesh, tensors, orig_len, dim=seq_dim)

@@ -18,9 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-# Private in torch 2.11 to 2.15, with no public function from a group's name to the group.
-from torch.distributed.distributed_c10d import _resolve_process_group
-
+from dtcp._torch import process_group
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
 from dtcp.sequence.layout import SequenceLayout
@@ -44,7 +42,7 @@ def axis_group_name(mesh: DeviceMesh, index: int) -> str:
 
 def group_of(name: str) -> dist.ProcessGroup:
     """The process group of that name, inside an op's body."""
-    return _resolve_process_group(cast("dist.GroupName", name))
+    return process_group(name)
 
 
 def connect(name: str) -> None:

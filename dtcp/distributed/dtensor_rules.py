@@ -1,88 +1,89 @@
-"""DTensor rules: what attention means when its inputs are sharded.
+"""What the DTensor rules of our ops share: what they accept, and the way to local tensors and back.
 
-Our ops take DTensors whose sequence is sharded on exactly the axis the op talks over; heads and
-batch may be sharded on other axes. Any other placement raises: a rule that torch applied to
-every axis alike would accept a sequence sharded over tp, and be wrong without a word.
+Our ops take DTensors whose sequence is sharded on exactly the axis the op communicates over;
+heads and batch may be sharded on other axes. Any other placement raises: a rule that torch
+applied to every axis alike would accept a sequence sharded over tp, and be silently wrong.
 
-Rules are entries in DTensor's table of handlers (torch 2.11-2.15 keep it in the private
-`DTensor._op_dispatcher`); plain tensors never reach them.
+Example::
+    def forward_rule(op, args, kwargs):
+        call = bind(op, args, kwargs)
+        check_placements(str(op), (call["q"], call["k"], call["v"]), call["groups"][0])
+        out, saved = op(**to_local(call))
+        return wrap(out, call["q"]), saved
+
+    set_dtensor_rule(forward, forward_rule)
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
+from dtcp._torch import OpOverload, argument_names, local_tensor
 from dtcp.distributed.collectives import axis_group_name
 
 SEQ, HEADS = 1, 2  # dims of [B, L, H, D], and of lse [B, L, H]
 
-
-def handle(op: torch._ops.OpOverload, rule: Callable[..., Any]) -> None:
-    """Give DTensor a rule for an op: rule(op, args, kwargs) -> results."""
-    DTensor._op_dispatcher._custom_op_handlers[op] = rule
+Tree = TypeVar("Tree")
 
 
-class CollectiveCalls(TorchDispatchMode):
-    """Counts the collectives of torch inside: those of DTensor and FSDP; ours count themselves.
+def bind(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of the op's schema, in its order, defaults left out."""
+    return {**dict(zip(argument_names(op), args, strict=False)), **kwargs}
 
-    torch's own CommDebugMode follows modules, too, and loses its way where one of several is
-    called on DTensors (2.13). Makes dynamo run eager, as every mode of its kind.
-    """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
+def to_local(tree: Tree) -> Tree:
+    """The same arguments or results with every DTensor replaced by its shard."""
+    local: Any = tree
+    if isinstance(tree, DTensor):
+        local = local_tensor(tree)
+    elif isinstance(tree, dict):
+        local = {name: to_local(value) for name, value in tree.items()}
+    elif isinstance(tree, (list, tuple)):
+        local = [to_local(value) for value in tree]
+        local = tuple(local) if isinstance(tree, tuple) else local
+    return cast(Tree, local)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            # What it communicates comes by again, on local tensors.
-            return NotImplemented
-        name = func.name()
-        if name.startswith(("_c10d_functional::", "c10d::")) and "wait_tensor" not in name:
-            self.calls[name] += 1
-        return func(*args, **(kwargs or {}))
+
+def wrap(local: Tensor, like: DTensor) -> DTensor:
+    """A shard as a DTensor on the mesh of another, placed as it is."""
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False)
+
+
+def num_shards(x: DTensor, dim: int) -> int:
+    """How many parts a dim is cut into."""
+    sizes = (x.device_mesh.size(i) for i, p in enumerate(x.placements) if p == Shard(dim))
+    return prod(sizes)
 
 
 def check_placements(name: str, tensors: Sequence[Tensor], axis: str) -> None:
     """Refuse inputs unless the sequence, and nothing else of it, is sharded on the axis.
 
     Args:
-        axis: name of the process group the op talks over.
+        axis: name of the process group the op communicates over.
     """
-    found = [(x.device_mesh, x.placements) if isinstance(x, DTensor) else None for x in tensors]
-    if found[0] is None or any(at != found[0] for at in found):
+    placed = [(x.device_mesh, x.placements) if isinstance(x, DTensor) else None for x in tensors]
+    if placed[0] is None or any(each != placed[0] for each in placed):
         raise ValueError(
-            f"{name} takes q, k and v sharded alike, got (mesh, placements)={found}, None for a "
+            f"{name} takes q, k and v sharded alike, got (mesh, placements)={placed}, None for a "
             f"plain tensor: redistribute them to one placement."
         )
-    mesh, placements = found[0]
+    mesh, placements = placed[0]
     for index, placement in enumerate(placements):
         here = axis_group_name(mesh, index) == axis
         allowed: tuple[Placement, ...] = (Shard(SEQ),) if here else _ELSEWHERE
         if placement not in allowed:
             raise ValueError(
-                f"{name} talks over one mesh axis, on which the sequence is sharded, got "
+                f"{name} communicates over one mesh axis, on which the sequence is sharded, got "
                 f"placement={placement} on axis {index} of {mesh}: place it as one of {allowed}."
             )
     if Shard(SEQ) not in placements:
         raise ValueError(
-            f"{name} talks over a mesh axis, got inputs on {mesh}, which is not over it: use the "
-            f"mesh the plan was applied on."
+            f"{name} communicates over an axis of its inputs' mesh, got inputs on {mesh}, which "
+            f"lacks it: use the mesh the plan was applied on."
         )
 
 
 _ELSEWHERE = (Replicate(), Shard(0), Shard(HEADS))
-
-
-def _local(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tree_map_only(DTensor, lambda x: x._local_tensor, args)
-
-
-def _wrap(local: Tensor, like: DTensor) -> DTensor:
-    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False)

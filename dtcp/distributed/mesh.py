@@ -19,6 +19,8 @@ from typing import Protocol
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from dtcp._torch import concatenated, flattened
+
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 VIEWS = ("cp", "tp", "fsdp", "batch", "loss")
 
@@ -209,8 +211,7 @@ def _flat(device_mesh: DeviceMesh, axes: Sequence[str], name: str) -> DeviceMesh
     wide = tuple(axis for axis in axes if axis in names and device_mesh[axis].size() > 1)
     if not wide:
         return None
-    # Torch documents _flatten and offers no public spelling of it (2.13).
-    return device_mesh[wide[0]] if len(wide) == 1 else device_mesh[wide]._flatten(name)
+    return device_mesh[wide[0]] if len(wide) == 1 else flattened(device_mesh[wide], name)
 
 
 def _hsdp(device_mesh: DeviceMesh, fsdp: DeviceMesh | None) -> DeviceMesh | None:
@@ -226,4 +227,4 @@ def _hsdp(device_mesh: DeviceMesh, fsdp: DeviceMesh | None) -> DeviceMesh | None
             )
         fsdp = device_mesh[narrow[0]]
     # The root mesh stays the same, as fully_shard wants it of its mesh and the tp mesh.
-    return DeviceMesh._concatenate([replicate, fsdp])
+    return concatenated([replicate, fsdp])

@@ -4,9 +4,10 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-import torch
 from torchtitan.config import CompileConfig
 from torchtitan.tools.utils import device_type
+
+from dtcp._torch import inductor_compilers
 
 FALLBACK = "aot_eager"
 
@@ -16,9 +17,7 @@ def missing_for_inductor() -> str:
 
     It writes C++ and loads the result as a Python extension.
     """
-    wanted = torch._inductor.config.cpp.cxx
-    names = [name for name in (wanted if isinstance(wanted, tuple) else (wanted,)) if name]
-    if not any(shutil.which(name) for name in (*names, "g++", "clang++")):
+    if not any(shutil.which(name) for name in (*inductor_compilers(), "g++", "clang++")):
         return "a C++ compiler (g++ or clang++)"
     headers = Path(sysconfig.get_path("include"))
     if not (headers / "Python.h").exists():

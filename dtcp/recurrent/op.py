@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from dtcp._torch import set_dtensor_rule
 from dtcp.distributed.collectives import axis_of
-from dtcp.distributed.dtensor_rules import check_placements, handle
+from dtcp.distributed.dtensor_rules import bind, check_placements, to_local, wrap
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.delta_rule.fla import delta_kernel
@@ -165,32 +165,26 @@ def _fresh(grad: Tensor, like: Tensor) -> Tensor:
 
 
 def install() -> None:
-    """Let the ops take DTensors: the sequence sharded on the axis they talk over, heads on others.
+    """Let the ops take DTensors: the sequence on the axis they communicate over, heads on others.
 
     Installing twice is installing once.
     """
-    handle(_forward._opoverload, _forward_on_dtensors)
-    handle(_backward._opoverload, _backward_on_dtensors)
+    set_dtensor_rule(_forward, _forward_on_dtensors)
+    set_dtensor_rule(_backward, _backward_on_dtensors)
 
 
 def _forward_on_dtensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    check_placements(str(op), args[:5], args[7][0])
-    out, state = op(*_local(args), **kwargs)
+    call = bind(op, args, kwargs)
+    tensors = [call[name] for name in ("q", "k", "v", "g", "beta")]
+    check_placements(str(op), tensors, call["groups"][0])
+    out, state = op(**to_local(call))
     # What is kept for backward stays local: nobody but the backward op reads it.
-    return _wrap(out, args[2]), state
+    return wrap(out, call["v"]), state
 
 
 def _backward_on_dtensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    grad_out, *rest = args
-    like = rest[2]
+    call = bind(op, args, kwargs)
+    grad_out, like = call["grad_out"], call["v"]
     if grad_out.placements != like.placements:
-        grad_out = grad_out.redistribute(like.device_mesh, like.placements)
-    return tuple(_wrap(grad, like) for grad in op(*_local((grad_out, *rest)), **kwargs))
-
-
-def _local(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x.to_local() if isinstance(x, DTensor) else x for x in args)
-
-
-def _wrap(local: Tensor, like: DTensor) -> DTensor:
-    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False)
+        call["grad_out"] = grad_out.redistribute(like.device_mesh, like.placements)
+    return tuple(wrap(grad, like) for grad in op(**to_local(call)))

@@ -1,8 +1,8 @@
-"""A model that is only read: its forward sharded over the sequence, what was asked for whole.
+"""The forward pass of a frozen model on a sharded sequence, its outputs whole on every rank.
 
-A draft model learns from the hidden states and logits of a target that is not trained (EAGLE-3).
-The target reads contiguous shards: nothing is kept for a backward pass, so balance buys little,
-and its results are whole again after one all-gather each.
+A draft model learns from the hidden states and logits of a target that is not trained (EAGLE-3,
+https://arxiv.org/abs/2503.01840). The target runs on contiguous shards: nothing is kept for a
+backward pass, so balance gains little, and each output is whole again after one all-gather.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -24,8 +24,8 @@ from dtcp.sequence.layout import Contiguous
 from dtcp.softmax.style import AttentionStyle
 
 
-class ReadShard(NamedTuple):
-    """This rank's part of what a target reads, and the context it is read in."""
+class TargetShard(NamedTuple):
+    """This rank's inputs of a target, and the context to run it in."""
 
     context: AbstractContextManager[Any]
     input_ids: Tensor  # [B, L]
@@ -33,11 +33,11 @@ class ReadShard(NamedTuple):
     unpadded_len: int
 
 
-class Reading(NamedTuple):
-    """What a target gave, whole and in order, on every rank."""
+class TargetOutputs(NamedTuple):
+    """What a target computed, whole and in order, on every rank."""
 
     logits: Tensor  # [B, S, V]
-    taps: dict[str, Tensor]  # [B, S, D] by module name
+    hidden_states: dict[str, Tensor]  # [B, S, D] by module name
 
 
 class FrozenTarget:
@@ -46,10 +46,14 @@ class FrozenTarget:
     Args:
         model: called with input_ids and position_ids; returns logits, or a mapping with them.
         axis: the 1-D axis of the sequence; None: one device.
-        taps: names of modules (or patterns) whose output is wanted.
+        capture: names of modules (or patterns) whose outputs are wanted beside the logits.
         style: how attention is carried out; None for RingAttention().
     Raises:
-        ValueError: a model that takes no position_ids, or a tap that names no module.
+        ValueError: a model that takes no position_ids, or a name that matches no module.
+
+    Example::
+        target = FrozenTarget(model, mesh.cp, capture=("model.layers.2", "model.layers.17"))
+        logits, hidden_states = target(input_ids)
     """
 
     def __init__(
@@ -57,67 +61,68 @@ class FrozenTarget:
         model: nn.Module,
         axis: DeviceMesh | None,
         *,
-        taps: Sequence[str] = (),
+        capture: Sequence[str] = (),
         style: AttentionStyle | None = None,
     ) -> None:
         if "position_ids" not in signature(model.forward).parameters:
             raise ValueError(
-                f"A target on shards is told the position of its tokens, got "
+                f"A target on shards reads the positions of its tokens, got "
                 f"{type(model).__name__}, whose forward has no position_ids: add the argument."
             )
         self.model, self.axis, self.style = model, axis, style
-        found = find(model, taps) if taps else {}
-        self.tapped = {name: _tap(module) for name, module in found.items()}
+        modules = find(model, capture) if capture else {}
+        self.captured = {name: _capturing(module) for name, module in modules.items()}
 
     @torch.no_grad()
     def __call__(
         self, input_ids: Tensor, position_ids: Tensor | None = None, **inputs: Any
-    ) -> Reading:
-        """Read whole rows, alike on every rank of the axis.
+    ) -> TargetOutputs:
+        """Run on whole rows, equal on every rank of the axis.
 
         Args:
             input_ids: [B, S].
             position_ids: [B, S] or [1, S], restarting with each document; None counts from 0.
-            inputs: anything else the model takes, as it is.
+            inputs: anything else the model takes, passed on unchanged.
         Raises:
             ValueError: positions that do not count up, or attention that did not run sharded.
 
-        Traffic per rank: that of the attention, and (n - 1) * L of the logits and each tap.
+        Traffic per rank: that of the attention, and (n - 1) * L of the logits and of each
+        captured output.
         """
-        context, ids, position_ids, length = read_shard(
+        context, ids, position_ids, length = shard_target_inputs(
             self.axis, input_ids, position_ids, style=self.style
         )
-        for module in self.tapped.values():
-            module.tap = None
+        for module in self.captured.values():
+            module.captured_output = None
         with context:
             out = self.model(input_ids=ids, position_ids=position_ids, **inputs)
         if isinstance(context, local_shards) and not context.attended:
             raise ValueError(
-                f"Attention on shards goes by scaled_dot_product_attention, got "
+                f"Attention on shards goes through scaled_dot_product_attention, got "
                 f"{type(self.model).__name__}, which did not call it: choose it."
             )
         logits = out["logits"] if isinstance(out, Mapping) else out
-        names = list(self.tapped)
-        missed = [name for name in names if self.tapped[name].tap is None]
+        names = list(self.captured)
+        missed = [name for name in names if self.captured[name].captured_output is None]
         if missed:
             raise ValueError(
-                f"A tap is a module that runs and returns a tensor first, got {missed} without "
-                f"one: name others."
+                f"A module whose output is captured runs and returns a tensor first, got "
+                f"{missed} without one: name others."
             )
-        parts = [logits, *(self.tapped[name].tap for name in names)]
-        for module in self.tapped.values():
-            module.tap = None
-        logits, *hidden = gather_read(self.axis, parts, length)
-        return Reading(logits, dict(zip(names, hidden, strict=True)))
+        local = [logits, *(self.captured[name].captured_output for name in names)]
+        for module in self.captured.values():
+            module.captured_output = None
+        logits, *hidden = gather_outputs(self.axis, local, length)
+        return TargetOutputs(logits, dict(zip(names, hidden, strict=True)))
 
 
-def read_shard(
+def shard_target_inputs(
     axis: DeviceMesh | None,
     input_ids: Tensor,
     position_ids: Tensor | None = None,
     *,
     style: AttentionStyle | None = None,
-) -> ReadShard:
+) -> TargetShard:
     """Cut whole rows into contiguous shards, out of place; padding on the right fills the last.
 
     Args:
@@ -131,7 +136,7 @@ def read_shard(
     position_ids = position_ids.expand(rows, -1)
     if axis is None or axis.size() == 1:
         whole = (input_ids.contiguous(), position_ids.to(device).contiguous())
-        return ReadShard(nullcontext(), *whole, length)
+        return TargetShard(nullcontext(), *whole, length)
     n, rank = axis.size(), axis.get_local_rank()
     layout = Contiguous(-(-length // n) * n, n)
     documents = Documents.from_position_ids(position_ids.cpu()).padded(layout.seq_len)
@@ -144,11 +149,11 @@ def read_shard(
     context = local_shards(
         layout, axis, documents=documents, position_ids=position_ids, style=style, device=device
     )
-    return ReadShard(context, ids, position_ids, length)
+    return TargetShard(context, ids, position_ids, length)
 
 
 @torch.no_grad()
-def gather_read(
+def gather_outputs(
     axis: DeviceMesh | None, tensors: Sequence[Tensor], unpadded_len: int, *, dim: int = 1
 ) -> list[Tensor]:
     """Whole tensors in order from contiguous shards, padding taken off; contiguous.
@@ -165,25 +170,26 @@ def gather_read(
     return whole
 
 
-class _Tapped(nn.Module):
+class _Capturing(nn.Module):
     """Keeps what its last call returned. A class, not a hook, which compiled code may not see."""
 
-    tap: Any = None
+    captured_output: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().forward(*args, **kwargs)
-        first = out[0] if isinstance(out, tuple) else out
-        self.tap = first.detach()
-        return out
+        result = super().forward(*args, **kwargs)
+        first = result[0] if isinstance(result, tuple) else result
+        self.captured_output = first.detach()
+        return result
 
 
-def _tap(module: nn.Module) -> _Tapped:
-    if not isinstance(module, _Tapped):
-        module.__class__ = _tapped(cast(Hashable, type(module)))
-    return cast(_Tapped, module)
+def _capturing(module: nn.Module) -> _Capturing:
+    """Give a module a class that keeps its output."""
+    if not isinstance(module, _Capturing):
+        module.__class__ = _capturing_class(cast(Hashable, type(module)))
+    return cast(_Capturing, module)
 
 
 @lru_cache(maxsize=128)
-def _tapped(cls: Hashable) -> type[nn.Module]:
-    kind = cast(type[nn.Module], cls)
-    return type(f"Tapped{kind.__name__}", (_Tapped, kind), {})
+def _capturing_class(cls: Hashable) -> type[nn.Module]:
+    base = cast(type[nn.Module], cls)
+    return type(f"Capturing{base.__name__}", (_Capturing, base), {})

@@ -2,46 +2,49 @@
 
 A model that calls F.scaled_dot_product_attention on plain tensors is given a shard of every row.
 Inside `local_shards` each such call attends over the whole sequence, eager or in a graph, and its
-backward needs no context. A module can ask whether such a context is open, so that what must not
-attend to its shard alone can refuse to (`ask_layout`, `ask_attended`).
+backward needs no context. A module can ask whether such a context is open, so that a module that
+must not attend to its shard alone can refuse to (`ask_layout`, `ask_attended`).
 
-Questions are ops: a mode sees ops wherever they are called, traced code included, so nobody has
-to keep which context is open in a place that all would share.
+Questions are ops: a mode sees ops wherever they are called, traced code included, so which
+context is open needs no global variable.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from dtcp.compile import (
-    SWITCH_GRADIENTS,
+from dtcp._torch import (
+    SET_GRAD_ENABLED,
+    OpOverload,
     assert_in_graph,
-    backward_unasked,
     is_recomputed_elsewhere,
+    overload_of,
     recompute_inside,
+    run_backward,
 )
-from dtcp.sdpa.rules import SDPA_SEQ, sequence_layout
+from dtcp.sdpa.arguments import SDPA_SEQ
+from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.style import AttentionStyle
 
 
-def _question(name: str) -> Callable[..., Any]:
-    """An op that says nothing: an open context answers True or False in its place.
+def _question(name: str) -> OpOverload:
+    """An op that answers nothing: an open context answers True or False in its place.
 
     It returns a tensor since graphs hold no other results.
     """
 
-    def nobody_answers(x: Tensor) -> Tensor:
+    def no_answer(x: Tensor) -> Tensor:
         return x.new_empty(0)
 
-    op = torch.library.custom_op(f"dtcp::{name}", nobody_answers, mutates_args=())
-    op.register_fake(nobody_answers)
-    return op._opoverload
+    op = torch.library.custom_op(f"dtcp::{name}", no_answer, mutates_args=())
+    op.register_fake(no_answer)
+    return overload_of(op)
 
 
 _LAYOUT, _ATTENDED, _CAUSAL = (_question(f"ask_{x}") for x in ("layout", "attended", "causal"))
@@ -68,15 +71,16 @@ class local_shards(sequence_layout):
     Args:
         layout: of the sequence, over the ranks of `axis`.
         axis: the 1-D mesh the sequence is sharded on.
-        documents: of every row; None for one document a row.
-        position_ids: what the model reads as its tokens' positions, [1 or B, L], this rank's; None
-            for their positions in their documents.
-        style: the strategy.
+        documents: of every row; None for one document per row.
+        position_ids: [1 or B, L], this rank's, as the model reads them; None for each token's
+            place in its document.
+        style: the strategy; None for RingAttention().
         device: where the tensors are.
 
     Activation checkpointing runs forward once more in the backward pass. torch's reentrant kind
-    does so inside again, wherever backward is called. For the other kind the backward pass too
-    belongs inside, and torch's checkpoint raises where it is not: other tensors are kept.
+    recomputes inside the context again, wherever backward is called. With the other kind call
+    backward inside as well: torch's checkpoint raises where it is outside, since recomputation
+    then keeps other tensors than forward did.
     """
 
     def __init__(
@@ -114,7 +118,7 @@ class local_shards(sequence_layout):
             return self.attended
         if func is _CAUSAL:
             return self._is_causal(args[0])
-        if func is SWITCH_GRADIENTS and not torch.compiler.is_compiling():
+        if func is SET_GRAD_ENABLED and not torch.compiler.is_compiling():
             recompute_inside(self)
         if func is Tensor.backward:
             return self._backward(*args, **(kwargs or {}))
@@ -123,15 +127,17 @@ class local_shards(sequence_layout):
             return torch.unflatten(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
-    def _backward(self, loss: Tensor, *args: Any, **how: Any) -> None:
+    def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """A mode is off while it answers; what checkpointing recomputes must find it on."""
         with self:
-            backward_unasked(loss, *args, **how)
+            run_backward(loss, *args, **kwargs)
 
     def _is_sharded(self, query: Tensor) -> bool:
         return not isinstance(query, DTensor) or super()._is_sharded(query)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **how: Any) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         rows = query.shape[0]
         if self.rows != 1 and self.rows != rows:
             raise ValueError(
@@ -142,25 +148,26 @@ class local_shards(sequence_layout):
             _check_recomputed()
         self.attended = True
         if isinstance(query, DTensor):
-            return super()._attend(query, key, value, *args, **how)
-        at = (Shard(SDPA_SEQ),)
+            return super()._attend(query, key, value, *args, **kwargs)
+        placements = (Shard(SDPA_SEQ),)
         q, k, v = (
-            DTensor.from_local(x, self.axis, at, run_check=False) for x in (query, key, value)
+            DTensor.from_local(x, self.axis, placements, run_check=False)
+            for x in (query, key, value)
         )
-        out = super()._attend(q, k, v, *args, **how)
-        assert isinstance(out, DTensor)
-        return out.to_local(grad_placements=at)
+        out = cast(DTensor, super()._attend(q, k, v, *args, **kwargs))
+        return out.to_local(grad_placements=placements)
 
     def _is_causal(self, mask: Tensor) -> bool:
-        """Compare with what a model makes of a shard's positions, by index and by their runs.
+        """Compare a mask with those that a causal model makes of this shard.
 
-        A shard's positions jump where its stretches meet, and a model that finds documents by
-        such jumps masks across them. It means no more than causal; the documents are known here.
+        One is causal by index. The other is causal within runs of consecutive positions: where
+        two segments of a shard meet, its positions jump, and a model that finds documents by
+        such jumps masks across them. Both mean causal; the context knows the documents.
         """
         allowed = mask if mask.dtype == torch.bool else mask == 0
-        known = torch.ones_like(allowed)
+        allows_or_forbids = torch.ones_like(allowed)
         if mask.is_floating_point():
-            known = allowed | (mask <= torch.finfo(mask.dtype).min)
+            allows_or_forbids = allowed | (mask <= torch.finfo(mask.dtype).min)
         length = self.layout.shard_len
         if mask.ndim != 4 or mask.shape[-2:] != (length, length):
             return False
@@ -168,7 +175,7 @@ class local_shards(sequence_layout):
         causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
         run = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
         in_runs = causal & (run[:, None, :, None] == run[:, None, None, :])  # [1 or B, 1, L, L]
-        verdict = ((allowed == causal).all() | (allowed == in_runs).all()) & known.all()
+        verdict = ((allowed == causal).all() | (allowed == in_runs).all()) & allows_or_forbids.all()
         if torch.compiler.is_compiling():
             assert_in_graph(verdict, "an attention mask that is_causal does not say")
             return True
@@ -178,7 +185,7 @@ class local_shards(sequence_layout):
 def _check_recomputed() -> None:
     if is_recomputed_elsewhere():
         raise ValueError(
-            "Attention on shards is computed again where the context is open, got a call inside "
-            "of an autograd function that is not known to open it for its backward pass: "
-            "checkpoint by torch.utils.checkpoint."
+            "Attention on shards is recomputed where its context is open, got a call inside an "
+            "autograd function that is not known to open it for its backward pass: checkpoint "
+            "with torch.utils.checkpoint."
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtcp._torch import unflattened
 from dtcp.distributed.collectives import group_name
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.all_gather import ALL_GATHER, AllGatherAttention
@@ -66,7 +67,7 @@ class HybridAttention(AttentionStyle):
             )
         if self._made is None or self._made[0] is not axis:
             shape = (axis.size() // self.inner_ranks, self.inner_ranks)
-            split = axis._unflatten(0, shape, ("between_groups", "within_group"))
+            split = unflattened(axis, shape, ("between_groups", "within_group"))
             names = [group_name(split["within_group"]), group_name(split["between_groups"])]
             self._made = (axis, [group_name(axis), *names])
         return self._made[1]

@@ -20,9 +20,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed.distributed_c10d as c10d
 import torch.distributed.fsdp as fsdp
-from torch._utils import _get_available_device_type
+
+from dtcp._torch import SET_PROCESS_GROUP_TIMEOUT, available_device_type
 
 PINNED = "0.3.0"
 
@@ -84,7 +84,7 @@ def _check_version() -> None:
 
 def _provide_cpu_device() -> None:
     """Without an accelerator torchtitan falls back to "cuda" and dies in set_device."""
-    if _get_available_device_type() is not None:
+    if available_device_type() is not None:
         return
     if "torchtitan.distributed.utils" in sys.modules:
         raise ImportError(
@@ -101,7 +101,7 @@ def _provide_cpu_device() -> None:
 def _provide_set_timeout() -> None:
     """`Trainer.train` calls torch.distributed.set_timeout (2.14) after its first step."""
     if not hasattr(torch.distributed, "set_timeout"):
-        torch.distributed.set_timeout = c10d._set_pg_timeout
+        torch.distributed.set_timeout = SET_PROCESS_GROUP_TIMEOUT
 
 
 def _provide_mesh_dims() -> None:

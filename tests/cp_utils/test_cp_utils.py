@@ -254,7 +254,7 @@ def test_model_of_transformers_trains_in_the_context_and_is_read(mesh, rows):
     for name, p in plain.named_parameters():
         assert (grads[name] - p.grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
     if rows == PACKED:
-        read = FrozenTarget(model, mesh, taps=["model.layers.0"])(
+        read = FrozenTarget(model, mesh, capture=["model.layers.0"])(
             batch["input_ids"], position_ids, use_cache=False
         )
         assert_close(read.logits, logits.detach(), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Our ops on DTensors: the sequence sharded on the axis they talk over, and nothing else."""
+"""Our ops on DTensors: the sequence sharded on the axis they communicate over, and nothing else."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_our_op_refuses_placements_that_differ(mesh):
 def test_our_op_refuses_a_mesh_that_is_not_over_its_axis(mesh):
     mixer = mixer_on(mesh["cp"], RingAttention(), CAUSAL.mask)
     plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
-    refused("talks over", lambda: ours(mesh["tp"], [Shard(1)], mixer, plan))
+    refused("communicates over", lambda: ours(mesh["tp"], [Shard(1)], mixer, plan))
 
 
 @spmd(axes={"cp": 2, "tp": 2})

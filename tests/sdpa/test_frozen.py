@@ -14,17 +14,17 @@ from tests.harness.spmd import spmd
 
 SEQ_LEN = 13
 LENGTHS = ((13,), (5, 8))
-TAPS = ("layers.0", "layers.1.mlp")
+CAPTURED = ("layers.0", "layers.1.mlp")
 
 
 def truth(model, ids, lengths):
-    """Logits and taps of one device, under the reference's mask."""
+    """Logits and hidden states of one device, under the reference's mask."""
     seen = {}
     handles = [
         model.get_submodule(name).register_forward_hook(
             lambda module, args, out, name=name: seen.update({name: out})
         )
-        for name in TAPS
+        for name in CAPTURED
     ]
     mask = reference.visible(lengths, SEQ_LEN, reference.causal)[:, None]
     with torch.no_grad():
@@ -41,16 +41,16 @@ def test_target_on_ranks_reads_what_one_device_reads(mesh, ranks, compiled):
     model = Decoder()
     for lengths in (LENGTHS[:1], LENGTHS[:1] if ranks == 1 else LENGTHS):
         ids = torch.randint(0, VOCAB, (len(lengths), SEQ_LEN))
-        logits, taps = truth(model, ids, lengths)
-        target = FrozenTarget(model, mesh, taps=TAPS)
+        logits, hidden_states = truth(model, ids, lengths)
+        target = FrozenTarget(model, mesh, capture=CAPTURED)
         if compiled:
             for layer in model.layers:
                 layer.compile(backend="aot_eager", fullgraph=True)
         before = ids.clone()
         found = target(ids, Documents(lengths, SEQ_LEN).position_ids())
         assert_close(found.logits, logits)
-        assert_close(found.taps, taps)
-        for x in (found.logits, *found.taps.values()):
+        assert_close(found.hidden_states, hidden_states)
+        for x in (found.logits, *found.hidden_states.values()):
             assert x.is_contiguous() and not x.requires_grad
         assert torch.equal(ids, before)
 
@@ -84,7 +84,7 @@ def test_reading_a_target_leaves_balanced_training_as_it_was(mesh):
             return local, model(local["input_ids"], local["position_ids"])
 
     _, before = step()
-    FrozenTarget(model, mesh, taps=TAPS)(torch.ones(1, 8).long())
+    FrozenTarget(model, mesh, capture=CAPTURED)(torch.ones(1, 8).long())
     local, after = step()
     assert_close(after, before)
     assert_close(local["position_ids"][0], HeadTail(8, 2).token_indices(mesh.get_local_rank()))
@@ -96,7 +96,7 @@ def test_targets_that_cannot_be_read_are_refused(mesh):
     with pytest.raises(ValueError, match="whose forward has no position_ids"):
         FrozenTarget(torch.nn.Linear(1, 1), mesh)
     with pytest.raises(ValueError, match="which matches none"):
-        FrozenTarget(Decoder(), mesh, taps=["layers.7"])
+        FrozenTarget(Decoder(), mesh, capture=["layers.7"])
 
     class Local(Decoder):
         def forward(self, input_ids, position_ids):
@@ -105,7 +105,7 @@ def test_targets_that_cannot_be_read_are_refused(mesh):
     with pytest.raises(ValueError, match="did not call it"):
         FrozenTarget(Local(), mesh)(torch.ones(1, 8).long())
     with pytest.raises(ValueError, match=r"got \['layers.0'\] without one"):
-        FrozenTarget(Skips(), mesh, taps=["layers.0"])(torch.ones(1, 8).long())
+        FrozenTarget(Skips(), mesh, capture=["layers.0"])(torch.ones(1, 8).long())
     with pytest.raises(ValueError, match="Position ids count up"):
         make_target_cp_ctx(mesh, torch.ones(1, 8).long(), torch.arange(8)[None] + 1)
 

@@ -11,7 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention as captured
 from torch.testing import assert_close
 
 from dtcp.distributed.ledger import count
-from dtcp.sdpa.rules import install_sdpa_rules, sequence_layout
+from dtcp.sdpa.aten_rules import install_sdpa_rules
+from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
 from dtcp.softmax import AllGatherAttention, UlyssesAttention
 from tests.harness import packings as cases
@@ -275,7 +276,7 @@ def test_what_no_rule_honours_is_refused(mesh, layout):
     refused("self-attention, got 32 queries and 16 keys", lambda: call(q, half[1], half[2]))
     if layout is not None:
         refused("has no dropout", lambda: call(q, k, v, dropout_p=0.1))
-        refused("sequences are its own, got seq_len=16", lambda: call(*half[:3]))
+        refused("as long as the layout, got seq_len=16", lambda: call(*half[:3]))
 
 
 @spmd(ranks=2)

@@ -25,7 +25,7 @@ from dtcp.distributed.ledger import (
     count,
     since,
 )
-from dtcp.sdpa.rules import install_sdpa_rules
+from dtcp.sdpa.aten_rules import install_sdpa_rules
 from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import (

@@ -1,0 +1,29 @@
+"""How often the collectives of torch ran: those of DTensor and FSDP; ours count themselves."""
+
+from collections import Counter
+from typing import Any
+
+from torch.distributed.tensor import DTensor
+
+from dtcp._torch import TorchDispatchMode
+
+
+class CollectiveCalls(TorchDispatchMode):
+    """Counts the collectives of torch that run inside.
+
+    torch's own CommDebugMode follows modules, too, and loses its way where one of several is
+    called on DTensors (2.13). Like every dispatch mode it makes dynamo run eager.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            # What it communicates comes by again, on local tensors.
+            return NotImplemented
+        name = func.name()
+        if name.startswith(("_c10d_functional::", "c10d::")) and "wait_tensor" not in name:
+            self.calls[name] += 1
+        return func(*args, **(kwargs or {}))

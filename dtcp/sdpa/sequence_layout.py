@@ -1,0 +1,117 @@
+"""A context in which F.scaled_dot_product_attention knows the layout of sharded sequences.
+
+It sees the call before autograd and puts our op in its place, so backward needs no context, and
+a model that kept torch's function under a name of its own is served like any other.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.overrides import TorchFunctionMode
+
+from dtcp.kernels.softmax.api import SoftmaxParams
+from dtcp.metadata import AttentionMetadata
+from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.masks import Bidirectional, Causal, Coords
+from dtcp.softmax.dtensor import install
+from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax.op import AttentionInputs
+from dtcp.softmax.ring import RingAttention
+from dtcp.softmax.style import AttentionStyle
+
+
+class sequence_layout(TorchFunctionMode):
+    """Inside, sequence-sharded DTensors hold `layout`: their attention is context-parallel.
+
+    Args:
+        layout: of the sequence, over the ranks of `axis`.
+        axis: the 1-D mesh the sequence is sharded on.
+        documents: packed in each row, the same in all rows; None for one document per row.
+        style: the strategy; None for RingAttention().
+        device: where the tensors are.
+    Raises:
+        ValueError: a layout for another number of ranks; inside, a call that cannot be honoured.
+
+    Example::
+        with sequence_layout(HeadTail(seq_len, mesh.cp.size()), mesh.cp):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # DTensors
+    """
+
+    def __init__(
+        self,
+        layout: SequenceLayout,
+        axis: DeviceMesh,
+        *,
+        documents: Documents | None = None,
+        style: AttentionStyle | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        if layout.num_shards != axis.size():
+            raise ValueError(
+                f"A layout has a shard for each rank of its axis, got {layout} on "
+                f"{axis.size()} ranks: build it with num_shards={axis.size()}."
+            )
+        style = RingAttention() if style is None else style
+        coords = Coords.of(documents or Documents.single(1, layout.seq_len))
+        rank = axis.get_local_rank()
+        self.metadata: Mapping[bool, AttentionMetadata] = {
+            causal: style.make_metadata(SoftmaxAttention(mask), coords, layout, rank).to(device)
+            for causal, mask in ((True, Causal()), (False, Bidirectional()))
+        }
+        self.op, self.groups = style.op, style.groups(axis)
+        self.layout = layout
+        install(style.op)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query = args[0] if args else kwargs["query"]
+            if self._is_sharded(query):
+                return self._attend(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _is_sharded(self, query: Tensor) -> bool:
+        return isinstance(query, DTensor) and Shard(SDPA_SEQ) in query.placements
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        check_arguments(cast(DTensor, query), key, value, attn_mask, dropout_p)
+        heads, kv_heads = query.shape[SDPA_HEADS], key.shape[SDPA_HEADS]
+        if heads != kv_heads and not enable_gqa:
+            raise ValueError(
+                f"Attention with fewer kv heads asks for enable_gqa=True, got heads={heads}, "
+                f"kv_heads={kv_heads}: set it, or repeat the kv heads."
+            )
+        if query.shape[SDPA_SEQ] != self.layout.seq_len:
+            raise ValueError(
+                f"Inside sequence_layout a sequence is as long as the layout, got "
+                f"seq_len={query.shape[SDPA_SEQ]} with {self.layout}: leave the context first."
+            )
+        q, k, v = (x.transpose(SDPA_HEADS, SDPA_SEQ) for x in (query, key, value))
+        softmax = SoftmaxParams(query.shape[-1] ** -0.5 if scale is None else scale)
+        x = AttentionInputs(q, k, v)
+        out = self.op(x, self.metadata[is_causal], softmax, groups=self.groups)
+        return out.transpose(SDPA_HEADS, SDPA_SEQ)
