@@ -31,7 +31,7 @@ from benchmarks import attention_kernel
 from benchmarks.compile_time import compile_line
 from benchmarks.report import conditions, table, write
 from dtcp.batch import ShardedBatch, shard_batch
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
@@ -156,9 +156,12 @@ def _measure(case: Case, mesh: ParallelMesh, seq_len: int, repeats: int) -> Meas
     _, plan = shard_batch({"input_ids": ids}, mesh, case.layout, model=sharded, documents=documents)
     local = [plan.shard(x.detach()).requires_grad_() for x in whole]
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(_weigh(kept), lambda x: x), count() as forward:
+    with (
+        torch.autograd.graph.saved_tensors_hooks(_weigh(kept), lambda x: x),
+        count_traffic() as forward,
+    ):
         out = sharded(*local, plan.attn_metadata)
-    with count() as backward:
+    with count_traffic() as backward:
         found = torch.autograd.grad(out, local, plan.shard(cotangent))
     torch.testing.assert_close(out, plan.shard(expected.detach()), rtol=2e-5, atol=2e-5)
     for ours, theirs in zip(found, gradients, strict=True):

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from benchmarks.report import conditions, table, write
 from dtcp.batch import ShardedBatch, shard_batch
-from dtcp.distributed.ledger import LEDGER, count
+from dtcp.distributed.ledger import LEDGER, count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.kernels.delta_rule.fla import delta_kernel
 from dtcp.kernels.delta_rule.reference import Inputs
@@ -145,9 +145,9 @@ def _measure(
         local = plan.shard(x).requires_grad_()
         inputs = (local, *alone.parameters())
         cotangent = plan.shard(grad)
-        with count() as forward:
+        with count_traffic() as forward:
             out = way.call(local)
-        with count() as backward:
+        with count_traffic() as backward:
             dx, *_ = torch.autograd.grad(out, inputs, cotangent)
         torch.testing.assert_close(out, plan.shard(expected.detach()), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(dx, plan.shard(right), rtol=1e-3, atol=1e-3)

@@ -28,7 +28,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from benchmarks.report import conditions, table, write
 from dtcp.batch import shard_batch
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.kernels.sparse.indexer import SCORES as INDEX_SCORES
 from dtcp.kernels.sparse.reference import SCORES, TILE
@@ -260,9 +260,9 @@ class _Layer:
         return time.perf_counter() - start
 
     def measure(self, repeats: int) -> Measured:
-        with count() as forward:
+        with count_traffic() as forward:
             out = self.forward()
-        with count() as backward:
+        with count_traffic() as backward:
             torch.autograd.grad(out, self.x, self.grad)
         del out
         seconds = statistics.median(self.step() for _ in range(repeats))

@@ -24,7 +24,7 @@ import torch.multiprocessing as mp
 from benchmarks.report import conditions, table, write
 from dtcp.batch import shard_batch
 from dtcp.compile import count_graphs
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
@@ -99,7 +99,7 @@ def _measure(mesh: ParallelMesh, args: argparse.Namespace) -> Measured:
         loss = step()
         first = time.perf_counter() - start
     taken = []
-    with count() as traffic:
+    with count_traffic() as traffic:
         for _ in range(args.repeats):
             dist.barrier()
             start = time.perf_counter()

@@ -19,7 +19,7 @@ from dtcp.compile import (
     InGraph,
     count_graphs,
 )
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.ops import selective_checkpoint_save_ops
 from dtcp.parallelize import Compile
@@ -102,7 +102,7 @@ def test_batches_of_other_documents_make_at_most_one_recompile(mesh, layout):
         torch._dynamo.reset()
         model = apply_plan(Layers(), mesh, {"*": style})
         step = torch.compile(model, backend="aot_eager", fullgraph=True)
-        with count_graphs() as graphs, count() as traffic:
+        with count_graphs() as graphs, count_traffic() as traffic:
             run_batches(step, model, mesh, layout)
         assert graphs.breaks == 0 and 1 <= graphs.graphs <= 2, f"{graphs} with {style}"
         assert traffic[f"dtcp::{style.op.name}"].calls == 2 * BATCHES
@@ -116,7 +116,7 @@ def test_island_is_exactly_one_break_an_attention(mesh):
         torch._dynamo.reset()
         model = apply_plan(Layers(), mesh, {"*": style})
         step = torch.compile(model, backend="aot_eager")
-        with count_graphs() as graphs, count() as traffic:
+        with count_graphs() as graphs, count_traffic() as traffic:
             run_batches(step, model, mesh, HeadTail)
         assert (graphs.breaks, graphs.graphs) == (2, 3), f"{graphs} with {style}"
         assert traffic[ISLAND].calls == traffic[f"dtcp::{style.op.name}"].calls == 2 * BATCHES
@@ -128,7 +128,7 @@ def test_nothing_is_counted_that_does_not_run(mesh):
     model = apply_plan(Layers(), mesh, {"*": RingAttention()})
     step = torch.compile(model, backend="aot_eager", fullgraph=True)
     for _ in range(3):
-        with count() as traffic:
+        with count_traffic() as traffic:
             run_batches(step, model, mesh, HeadTail, batches=1)
         calls = {op: counted.calls for op, counted in traffic.by_op.items()}
         assert calls == {"dtcp::ring_attention": 2, "dtcp::ring_attention_backward": 2}
@@ -141,7 +141,7 @@ def test_inductor_keeps_attention_exact_and_alive(mesh, boundary):
     mixer = mixer_on(mesh, RingAttention(boundary=boundary), WINDOW.mask)
     attend = torch.compile(Block(mixer), fullgraph=isinstance(boundary, InGraph))
     for packing in (cases.across_borders, cases.one_document):
-        with count() as traffic:
+        with count_traffic() as traffic:
             assert_equals_one_device(Case(WINDOW, packing), attend, mixer, mesh, Contiguous)
         assert traffic["dtcp::ring_attention"].calls == 1
         assert traffic["dtcp::ring_attention_backward"].calls == 1
@@ -211,7 +211,7 @@ def test_ops_keep_the_contract_of_torch_library(mesh):
 def test_selective_policy_knows_every_op_that_communicates(mesh):
     names = {op.name() for op in selective_checkpoint_save_ops()}
     assert {f"dtcp::{style.op.name}" for style in styles(1)} <= names
-    assert {"dtcp::all_gather", "dtcp::exchange", "dtcp::causal_sdpa"} <= names
+    assert {"dtcp::all_gather", "dtcp::exchange_tokens", "dtcp::causal_sdpa"} <= names
     assert {"dtcp::gated_delta_rule", "dtcp::left_halo", "dtcp::bring_left"} <= names
     assert "dtcp::gather_shared_kv" in names
     assert not any("backward" in name for name in names)

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from dtcp.compile import EagerIsland, InGraph, count_graphs
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
 from dtcp.sdpa.aten_rules import install_sdpa_rules
@@ -94,7 +94,7 @@ def test_m1_function_captured_before_the_context(mesh, compiled):
     attend = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
     layout = HeadTail(SEQ_LEN, 2)
     inputs, grad = sharded_qkv(mesh, layout)
-    with sequence_layout(layout, mesh), count() as traffic:
+    with sequence_layout(layout, mesh), count_traffic() as traffic:
         out = attend(*inputs)
         grads = torch.autograd.grad(out, inputs, grad)
     assert_whole(out, grads, layout)
@@ -114,7 +114,7 @@ def test_m2_style_applied_after_the_first_compiled_call(mesh, boundary):
     assert_close(attend(q, k, v, attn_metadata, sink=sink), one.out)
 
     apply_plan(model, mesh, {"mixer": style})
-    with count() as traffic:
+    with count_traffic() as traffic:
         assert_equals_one_device(case, attend, model, mesh, HeadTail)
     assert traffic["dtcp::ring_attention"].calls == 1
     # And the metadata of one device, which the warm-up used, are of no use to it now.
@@ -201,7 +201,7 @@ def test_m6_backward_outside_the_context(mesh, compiled):
     inputs, grad = sharded_qkv(mesh, layout)
     with sequence_layout(layout, mesh):
         out = attend(*inputs)
-    with count() as traffic:
+    with count_traffic() as traffic:
         grads = torch.autograd.grad(out, inputs, grad)
     assert_whole(out, grads, layout)
     assert traffic["dtcp::ring_attention_backward"].calls == 1
@@ -230,7 +230,7 @@ def test_m7_recomputation_outside_the_context(mesh):
         def attend(*args, **kwargs):
             return checkpoint(mixer, *args, use_reentrant=False, **kwargs)  # noqa: B023
 
-        with count() as traffic:
+        with count_traffic() as traffic:
             assert_equals_one_device(Case(WINDOW), attend, mixer, mesh, HeadTail)
         assert traffic[f"dtcp::{style.op.name}"].calls == 2
 
@@ -254,12 +254,12 @@ def test_m8_liveness_is_counted_where_no_mode_can_hide_it(mesh, boundary):
         out.backward(grad_out)
         return out.detach(), q.grad, k.grad, v.grad
 
-    with count_graphs() as graphs, count() as traffic:
+    with count_graphs() as graphs, count_traffic() as traffic:
         result = step()
     assert graphs.graphs >= 1
     assert traffic["dtcp::ring_attention"].calls == 1 and traffic.received > 0
     for actual, whole in zip(result, (truth(case, 2).out, *truth(case, 2).grads), strict=True):
         assert_close(actual, plan.shard(whole))
-    with CommDebugMode(), count() as watched:
+    with CommDebugMode(), count_traffic() as watched:
         assert_close(step(), result)
     assert watched.by_op == traffic.by_op

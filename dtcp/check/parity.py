@@ -21,9 +21,9 @@ from dtcp.check.collective_calls import CollectiveCalls
 from dtcp.compile import Graphs, count_graphs
 from dtcp.distributed.ledger import (
     LEDGER,
-    Count,
-    count,
-    since,
+    OpCount,
+    count_traffic,
+    traffic_since,
 )
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.labels import shift_labels
@@ -69,8 +69,8 @@ class ParityResult:
     """
 
     errors: Mapping[str, float]
-    by_op: Mapping[str, Count]
-    by_layer: Mapping[str, Count]
+    by_op: Mapping[str, OpCount]
+    by_layer: Mapping[str, OpCount]
     graphs: Graphs
     elsewhere: Mapping[str, int] = field(default_factory=dict)
 
@@ -126,10 +126,10 @@ def compare(
     expected = _one_device(checked, reference, rows)
 
     model = checked.parallelize(_seeded(checked), mesh, options.style, compile)
-    by_layer: dict[str, Count] = {}
+    by_layer: dict[str, OpCount] = {}
     others = CollectiveCalls()
     with ExitStack() as watch:
-        traffic, graphs = watch.enter_context(count()), watch.enter_context(count_graphs())
+        traffic, graphs = watch.enter_context(count_traffic()), watch.enter_context(count_graphs())
         if compile is None:
             # Under a dispatch mode dynamo runs eager, and there would be no graphs to count.
             watch.enter_context(others)
@@ -166,7 +166,7 @@ def _seeded(checked: CheckedModel) -> Any:
 
 
 @contextmanager
-def _watch_mixers(model: nn.Module, by_layer: dict[str, Count]) -> Iterator[None]:
+def _watch_mixers(model: nn.Module, by_layer: dict[str, OpCount]) -> Iterator[None]:
     """Note what the forward and the backward of each mixer add to the ledger."""
     hooks = []
     for name, mixer in model.named_modules():
@@ -186,16 +186,16 @@ def _watch_mixers(model: nn.Module, by_layer: dict[str, Count]) -> Iterator[None
 
 
 def _between(
-    counts: dict[str, Count], name: str
+    counts: dict[str, OpCount], name: str
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     """Two hooks, and what the ledger counts between their calls."""
-    start: dict[str, Count] = {}
+    start: dict[str, OpCount] = {}
 
     def before(*_: Any) -> None:
         start.update(LEDGER.snapshot())
 
     def after(*_: Any) -> None:
-        counts[name] = sum(since(start).by_op.values(), Count())
+        counts[name] = sum(traffic_since(start).by_op.values(), OpCount())
 
     return before, after
 

@@ -36,7 +36,7 @@ def group_name(mesh: DeviceMesh) -> str:
 
 
 def axis_group_name(mesh: DeviceMesh, index: int) -> str:
-    """As group_name of one axis of a mesh; torch 2.11 cannot slice a mesh while it traces."""
+    """`group_name` of one axis of a larger mesh; torch 2.11 cannot slice a mesh while tracing."""
     return cast(str, mesh.get_group(index).group_name)
 
 
@@ -48,7 +48,7 @@ def group_of(name: str) -> dist.ProcessGroup:
 def connect(name: str) -> None:
     """Make the links of a group while all of its ranks are here: call where a plan is applied.
 
-    NCCL makes them at the first call on a group and waits for every rank of it; a ring's first
+    NCCL makes them at the first call on a group and waits for all of its ranks; a ring's first
     transfer may concern two ranks only, where documents leave the others nothing to send.
     """
     group = group_of(name)
@@ -70,28 +70,28 @@ def all_gather(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
 
 
 def all_gather_over(x: Tensor, group: dist.ProcessGroup, *, dim: int) -> Tensor:
-    """all_gather for a caller that has a process group and no mesh."""
+    """`all_gather` for a caller that has a process group and no mesh."""
     return _all_gather(x, dim % x.ndim, cast(str, group.group_name))
 
 
 def reduce_scatter(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
     """Sum x over the ranks and keep this rank's part of dim: n * L to L.
 
-    The summands travel as they are and are added up here: a reduction on the way would round
-    bf16 at every step.
+    The summands travel unreduced and are added up here: a reduction on the way would round bf16
+    at every step.
 
     Backward all-gathers. Traffic per rank: (n - 1) / n * x.numel() elements, and as much back.
     """
     if x.shape[dim] % mesh.size():
         raise ValueError(
             f"reduce_scatter gives every rank an equal part, got x.shape={tuple(x.shape)}, "
-            f"dim={dim} over {mesh.size()} ranks: pad dim to a multiple of {mesh.size()}."
+            f"dim={dim} on {mesh.size()} ranks: pad dim to a multiple of {mesh.size()}."
         )
     return _reduce_scatter(x, dim % x.ndim, group_name(mesh))
 
 
 def all_to_all(x: Tensor, mesh: DeviceMesh, *, receive: list[int], send: list[int]) -> Tensor:
-    """Send rows to every rank: the first send[0] to rank 0, the next send[1] to rank 1, on.
+    """Send rows to every rank: the first send[0] to rank 0, the next send[1] to rank 1, and so on.
 
     Args:
         x: [sum(send), ...].
@@ -131,9 +131,9 @@ def halo(
 ) -> Tensor:
     """Bring the tokens next to each segment of this rank's shard, from whoever holds them.
 
-    A layout's segments are its stretches of neighbouring positions: one a rank for Contiguous,
-    two for HeadTail. A halo may reach across several ranks. Before the sequence and after it
-    there is nothing: zeros, which nobody sends.
+    A layout's segments are its stretches of neighbouring positions: one per rank for
+    Contiguous, two for HeadTail. A halo may reach across several ranks. Before the sequence and
+    after it there is nothing: zeros, which nobody sends.
 
         Contiguous, S=8, n=2, left=2        rank 0: - -         rank 1: 2 3
         HeadTail, S=8, n=2, left=1          rank 0: - 5         rank 1: 1 3
@@ -157,10 +157,10 @@ def halo(
     ranks = range(layout.num_shards)
     held = [layout.runs(rank) for rank in ranks]
     wanted = [halo_runs(layout, rank, left=left, right=right) for rank in ranks]
-    return exchange(x, Route.between(held, wanted, mesh.get_local_rank()), mesh, dim=dim)
+    return exchange_tokens(x, Route.between(held, wanted, mesh.get_local_rank()), mesh, dim=dim)
 
 
-def exchange(x: Tensor, route: Route, mesh: DeviceMesh, *, dim: int = 1) -> Tensor:
+def exchange_tokens(x: Tensor, route: Route, mesh: DeviceMesh, *, dim: int = 1) -> Tensor:
     """Send and receive tokens along a route, all in one all_to_all.
 
     Args:
@@ -173,7 +173,7 @@ def exchange(x: Tensor, route: Route, mesh: DeviceMesh, *, dim: int = 1) -> Tens
     """
     send = [number for hop in route.send for number in hop]
     receive = [number for hop in route.receive for number in hop]
-    return _exchange(x, dim % x.ndim, route.wanted_len, send, receive, group_name(mesh))
+    return _exchange_tokens(x, dim % x.ndim, route.wanted_len, send, receive, group_name(mesh))
 
 
 def check_shard(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, dim: int) -> None:
@@ -191,7 +191,7 @@ def _all_gather(x: Tensor, dim: int, group: str) -> Tensor:
     n = dist.get_world_size(group_of(group))
     _count("all_gather", x, (n - 1) * x.numel(), (n - 1) * x.numel())
     if n == 1:
-        return _fresh(x)
+        return _copy(x)
     out = x.new_empty(n * x.numel())
     _gather_flat(out, x.contiguous().view(-1), group=group_of(group))
     # Moving the ranks next to dim is where the data is copied, if dim is not the first.
@@ -209,7 +209,7 @@ def _reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
     moved = x.numel() // n * (n - 1)
     _count("reduce_scatter", x, moved, moved)
     if n == 1:
-        return _fresh(x)
+        return _copy(x)
     rows = x.movedim(dim, 0)
     length = rows.shape[0] // n
     arrived = move_rows(rows, [length] * n, [length] * n, group).unflatten(0, (n, length))
@@ -239,7 +239,7 @@ def _ring_shift(x: Tensor, by: int, group: str) -> Tensor:
     n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
     if by % n == 0:
         _count("ring_shift", x, 0, 0)
-        return _fresh(x)
+        return _copy(x)
     _count("ring_shift", x, x.numel(), x.numel())
     send, receive = [0] * n, [0] * n
     send[(rank + by) % n] = receive[(rank - by) % n] = x.numel()
@@ -251,8 +251,8 @@ def _(x: Tensor, by: int, group: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@communicating_op("dtcp::exchange")
-def _exchange(
+@communicating_op("dtcp::exchange_tokens")
+def _exchange_tokens(
     x: Tensor, dim: int, length: int, send: Sequence[int], receive: Sequence[int], group: str
 ) -> Tensor:
     """Move runs of dim between ranks; rows that land on one slot are summed.
@@ -262,13 +262,13 @@ def _exchange(
     n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
     counts = [_tokens(send, n), _tokens(receive, n)]
     width = _width(x, dim)
-    _count("exchange", x, *(width * (sum(tokens) - tokens[rank]) for tokens in counts))
+    _count("exchange_tokens", x, *(width * (sum(tokens) - tokens[rank]) for tokens in counts))
     taken = [x.narrow(dim, start, stop - start) for _, start, stop in _hops(send)]
     rows = torch.cat([x.narrow(dim, 0, 0), *taken], dim=dim).movedim(dim, 0)
-    return _put(move_rows(rows, counts[1], counts[0], group), dim, length, receive)
+    return _place_rows(move_rows(rows, counts[1], counts[0], group), dim, length, receive)
 
 
-@_exchange.register_fake
+@_exchange_tokens.register_fake
 def _(
     x: Tensor, dim: int, length: int, send: Sequence[int], receive: Sequence[int], group: str
 ) -> Tensor:
@@ -299,9 +299,9 @@ def _ring_shift_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _ring_shift(grad, -by, group), None, None
 
 
-def _exchange_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _exchange_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dim, _, send, receive, group = ctx.args
-    home = _exchange(grad, dim, ctx.shape[dim], receive, send, group)
+    home = _exchange_tokens(grad, dim, ctx.shape[dim], receive, send, group)
     return home, None, None, None, None, None
 
 
@@ -309,7 +309,7 @@ _all_gather.register_autograd(_all_gather_backward, setup_context=_keep)
 _reduce_scatter.register_autograd(_reduce_scatter_backward, setup_context=_keep)
 _all_to_all.register_autograd(_all_to_all_backward, setup_context=_keep)
 _ring_shift.register_autograd(_ring_shift_backward, setup_context=_keep)
-_exchange.register_autograd(_exchange_backward, setup_context=_keep)
+_exchange_tokens.register_autograd(_exchange_tokens_backward, setup_context=_keep)
 
 
 def _count(op: str, x: Tensor, sent: int, received: int) -> None:
@@ -326,7 +326,7 @@ def _width(x: Tensor, dim: int) -> int:
 def move_rows(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
     """One all_to_all of the rows of dim 0, as they are: new, contiguous memory."""
     if len(send) == 1:
-        return _fresh(x)
+        return _copy(x)
     out = x.new_empty(sum(receive), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=group_of(group))
     return out
@@ -344,7 +344,7 @@ def _tokens(numbers: Sequence[int], num_ranks: int) -> list[int]:
     return tokens
 
 
-def _put(rows: Tensor, dim: int, length: int, receive: Sequence[int]) -> Tensor:
+def _place_rows(rows: Tensor, dim: int, length: int, receive: Sequence[int]) -> Tensor:
     """Lay rows out at their slots of a dim of `length`, zero elsewhere."""
     runs = sorted((start, stop) for _, start, stop in _hops(receive))
     collide = any(after[0] < before[1] for before, after in pairwise(runs))
@@ -366,7 +366,7 @@ def _resized(x: Tensor, dim: int, length: int | torch.SymInt) -> Tensor:
     return x.new_empty((*x.shape[:dim], length, *x.shape[dim + 1 :]))
 
 
-def _fresh(x: Tensor) -> Tensor:
+def _copy(x: Tensor) -> Tensor:
     """A copy in contiguous memory: an op's output must not share memory with its input."""
     return x.clone(memory_format=torch.contiguous_format)
 

@@ -13,20 +13,20 @@ from threading import Lock
 
 
 @dataclass(frozen=True)
-class Count:
+class OpCount:
     """Executions of one op on this rank, and its bytes from and to other ranks."""
 
     calls: int = 0
     sent: int = 0
     received: int = 0
 
-    def __add__(self, other: "Count") -> "Count":
-        return Count(
+    def __add__(self, other: "OpCount") -> "OpCount":
+        return OpCount(
             self.calls + other.calls, self.sent + other.sent, self.received + other.received
         )
 
-    def __sub__(self, other: "Count") -> "Count":
-        return Count(
+    def __sub__(self, other: "OpCount") -> "OpCount":
+        return OpCount(
             self.calls - other.calls, self.sent - other.sent, self.received - other.received
         )
 
@@ -35,15 +35,15 @@ class Ledger:
     """Counts by op name, from the start of the process."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, Count] = {}
+        self._counts: dict[str, OpCount] = {}
         self._lock = Lock()
 
     def record(self, op: str, *, calls: int = 1, sent: int = 0, received: int = 0) -> None:
         """Add executions of an op and the bytes that crossed to and from other ranks."""
         with self._lock:
-            self._counts[op] = self._counts.get(op, Count()) + Count(calls, sent, received)
+            self._counts[op] = self._counts.get(op, OpCount()) + OpCount(calls, sent, received)
 
-    def snapshot(self) -> dict[str, Count]:
+    def snapshot(self) -> dict[str, OpCount]:
         """All counts so far; subtract two snapshots to know what happened between them."""
         with self._lock:
             return dict(self._counts)
@@ -56,13 +56,13 @@ LEDGER = Ledger()
 class Traffic:
     """Counts of one stretch of work, by op; reading it as a whole sums over the ops."""
 
-    by_op: dict[str, Count] = field(default_factory=dict)
+    by_op: dict[str, OpCount] = field(default_factory=dict)
 
-    def __getitem__(self, op: str) -> Count:
-        return self.by_op.get(op, Count())
+    def __getitem__(self, op: str) -> OpCount:
+        return self.by_op.get(op, OpCount())
 
-    def _total(self) -> Count:
-        return sum(self.by_op.values(), Count())
+    def _total(self) -> OpCount:
+        return sum(self.by_op.values(), OpCount())
 
     @property
     def calls(self) -> int:
@@ -77,19 +77,19 @@ class Traffic:
         return self._total().received
 
 
-def since(start: dict[str, Count]) -> Traffic:
+def traffic_since(start: dict[str, OpCount]) -> Traffic:
     """What was counted after the snapshot `start` was taken."""
     now = LEDGER.snapshot()
-    moved = {op: count - start.get(op, Count()) for op, count in now.items()}
-    return Traffic({op: count for op, count in moved.items() if count != Count()})
+    moved = {op: count - start.get(op, OpCount()) for op, count in now.items()}
+    return Traffic({op: count for op, count in moved.items() if count != OpCount()})
 
 
 @contextmanager
-def count() -> Iterator[Traffic]:
+def count_traffic() -> Iterator[Traffic]:
     """Count the ops that run inside the block, on every thread of this process.
 
     Example::
-        with count() as traffic:
+        with count_traffic() as traffic:
             loss.backward()
         traffic.received, traffic["dtcp::ring_attention_backward"].calls
     """
@@ -97,4 +97,4 @@ def count() -> Iterator[Traffic]:
     try:
         yield traffic
     finally:
-        traffic.by_op = since(start).by_op
+        traffic.by_op = traffic_since(start).by_op

@@ -1,7 +1,7 @@
 """A tensor from one layout to another, to the whole sequence and back, or rolled by a token."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from dtcp.distributed.collectives import (
     all_to_all,
     axis_of,
     check_shard,
-    exchange,
+    exchange_tokens,
 )
 from dtcp.distributed.ops import communicating_op
+from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.routes import Route, rolled
 
@@ -22,14 +23,14 @@ from dtcp.sequence.routes import Route, rolled
 def shard(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, *, dim: int = 1) -> Tensor:
     """Keep this rank's tokens of a tensor that every rank holds whole: S to L.
 
-    One tensor, of which each rank has a copy: so its gradient is that of all ranks' losses
-    together, and every rank gets it whole.
+    The ranks' copies are one tensor: its gradient is that of the sum of all ranks' losses, and
+    every rank gets it whole.
 
     Backward all-gathers. Traffic per rank: none, and (n - 1) * L tokens back.
     """
     if layout.num_shards != mesh.size():
         raise ValueError(
-            f"A layout has one shard a rank, got num_shards={layout.num_shards} on a mesh of "
+            f"A layout has one shard per rank, got num_shards={layout.num_shards} on a mesh of "
             f"{mesh.size()} ranks: make the layout for this mesh."
         )
     local: Tensor = _Shard.apply(x, layout, mesh, dim)
@@ -51,7 +52,7 @@ def gather(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, *, dim: int = 1)
 def relayout(
     x: Tensor, source: SequenceLayout, target: SequenceLayout, mesh: DeviceMesh, *, dim: int = 1
 ) -> Tensor:
-    """Deal tokens anew: from the rank that holds them in source to the one that does in target.
+    """Move every token from the rank that holds it in source to the rank that holds it in target.
 
     Args:
         x: L tokens at dim, laid out as source.
@@ -65,7 +66,7 @@ def relayout(
     check_shard(x, source, mesh, dim)
     ranks = range(mesh.size())
     held, wanted = ([layout.runs(rank) for rank in ranks] for layout in (source, target))
-    return exchange(x, Route.between(held, wanted, mesh.get_local_rank()), mesh, dim=dim)
+    return exchange_tokens(x, Route.between(held, wanted, mesh.get_local_rank()), mesh, dim=dim)
 
 
 def roll(
@@ -81,90 +82,106 @@ def roll(
     Returns:
         L tokens at dim, laid out as x.
 
-    Backward rolls back. Traffic per rank: shift tokens a segment, each way.
+    Backward rolls back. Traffic per rank: `shift` tokens per segment, each way.
     """
     check_shard(x, layout, mesh, dim)
     held = [layout.runs(rank) for rank in range(mesh.size())]
     wanted = [rolled(runs, shift, layout.seq_len) for runs in held]
-    return exchange(x, Route.between(held, wanted, mesh.get_local_rank()), mesh, dim=dim)
+    return exchange_tokens(x, Route.between(held, wanted, mesh.get_local_rank()), mesh, dim=dim)
 
 
-class RelayoutRoute(NamedTuple):
-    """One rank's part of a relayout, as tables of a batch: of the same shapes for any layouts.
+@dataclass(frozen=True, eq=False)
+class RelayoutMetadata(AttentionMetadata):
+    """One rank's part of a relayout: of the same shapes for any two layouts of a sequence."""
 
-    int32 goes to the device, int64 stays on the host.
-    """
-
-    order: Tensor  # [L] int32, slots of the source, by the rank they go to
-    place: Tensor  # [L] int32, of each slot of the target: its place among the rows that arrive
-    counts: Tensor  # [2, n] int64, rows to and from each rank
+    send_order: Tensor  # [L] int32, slots of the source, by the rank they go to
+    arrival_index: Tensor  # [L] int32, for each slot of the target its place among the arrivals
+    counts: HostTensor  # [2, n] int64, rows to and from each rank
 
     @classmethod
-    def between(cls, source: SequenceLayout, target: SequenceLayout, rank: int) -> "RelayoutRoute":
-        """Between two ranks, rows go in the order in which the source holds them."""
+    def between(
+        cls, source: SequenceLayout, target: SequenceLayout, rank: int
+    ) -> "RelayoutMetadata":
+        """Between two ranks, rows travel in the order in which the source holds them."""
         _check_same(source, target)
         goes_to = target.inverse()[source.token_indices(rank)] // target.shard_len
         slot = source.inverse()[target.token_indices(rank)]
         peers = (goes_to, slot // source.shard_len)
         return cls(
-            order=goes_to.argsort(stable=True).to(torch.int32),
-            place=slot.argsort().argsort().to(torch.int32),
+            send_order=goes_to.argsort(stable=True).to(torch.int32),
+            arrival_index=slot.argsort().argsort().to(torch.int32),
             counts=torch.stack([peer.bincount(minlength=source.num_shards) for peer in peers]),
         )
 
 
-def deal(x: Tensor, metadata: Sequence[Tensor], group: str, *, back: bool = False) -> Tensor:
-    """`relayout` by tables, for code that is traced once for all batches.
+def apply_relayout(
+    x: Tensor, metadata: RelayoutMetadata, group: str, *, reverse: bool = False
+) -> Tensor:
+    """`relayout` from metadata, for code that is traced once for all batches.
 
     Args:
         x: [B, L, ...].
-        metadata: Dealing.
-        group: the process group of the sequence.
-        back: from the target to the source.
+        group: name of the process group of the sequence.
+        reverse: from the target to the source.
 
     Backward goes the other way. Traffic as of `relayout`.
     """
-    dealt: Tensor = _deal(x, *metadata, group, back)
-    return dealt
+    moved: Tensor = _relayout(x, *metadata.tensors(), group, reverse)
+    return moved
 
 
-@communicating_op("dtcp::deal")
-def _deal(
-    x: Tensor, order: Tensor, place: Tensor, counts: Tensor, group: str, back: bool
+@communicating_op("dtcp::relayout")
+def _relayout(
+    x: Tensor,
+    send_order: Tensor,
+    arrival_index: Tensor,
+    counts: Tensor,
+    group: str,
+    reverse: bool,
 ) -> Tensor:
-    if len(order) != x.shape[1]:
+    if len(send_order) != x.shape[1]:
         raise ValueError(
-            f"Tokens are dealt by the tables of their own batch, got tables for {len(order)} "
-            f"tokens with x.shape={tuple(x.shape)}: pass the tables that were made with this batch."
+            f"A relayout reads the metadata of its own batch, got metadata for {len(send_order)} "
+            f"tokens with x.shape={tuple(x.shape)}: pass what was made with this batch."
         )
-    send, receive = counts.flip(0).tolist() if back else counts.tolist()
-    first, last = (place.argsort(), order.argsort()) if back else (order, place)
+    send, receive = counts.flip(0).tolist() if reverse else counts.tolist()
+    first, last = send_order, arrival_index
+    if reverse:
+        first, last = arrival_index.argsort(), send_order.argsort()
     rows = x.transpose(0, 1).index_select(0, first)
     arrived = all_to_all(rows, axis_of(group, x.device), receive=receive, send=send)
     return arrived.index_select(0, last).transpose(0, 1).contiguous()
 
 
-@_deal.register_fake
-def _(x: Tensor, order: Tensor, place: Tensor, counts: Tensor, group: str, back: bool) -> Tensor:
+@_relayout.register_fake
+def _(
+    x: Tensor,
+    send_order: Tensor,
+    arrival_index: Tensor,
+    counts: Tensor,
+    group: str,
+    reverse: bool,
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *metadata, ctx.group, ctx.back = inputs
+    _, *metadata, ctx.group, ctx.reverse = inputs
     ctx.save_for_backward(*metadata)
 
 
-def _undo(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _deal(grad, *ctx.saved_tensors, ctx.group, not ctx.back), None, None, None, None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    moved_back = _relayout(grad, *ctx.saved_tensors, ctx.group, not ctx.reverse)
+    return moved_back, None, None, None, None, None
 
 
-_deal.register_autograd(_undo, setup_context=_keep)
+_relayout.register_autograd(_backward, setup_context=_keep)
 
 
 def _check_same(source: SequenceLayout, target: SequenceLayout) -> None:
     if (source.seq_len, source.num_shards) != (target.seq_len, target.num_shards):
         raise ValueError(
-            f"relayout deals the same tokens to the same ranks anew, got source={source}, "
+            f"relayout moves the same tokens between the same ranks, got source={source}, "
             f"target={target}: make both layouts for one sequence and mesh."
         )
 

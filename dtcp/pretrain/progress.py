@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch import nn
 from torchtitan.components.metrics import MetricsProcessor
 
-from dtcp.distributed.ledger import LEDGER, since
+from dtcp.distributed.ledger import LEDGER, traffic_since
 from dtcp.mixer import Mixer
 
 GIB = 1024**3
@@ -84,7 +84,7 @@ class Progress(MetricsProcessor):
         seconds = (now - self.time_last_log) / steps
         batch_ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
         tokens = self.ntokens_since_last_log * batch_ranks / (now - self.time_last_log)
-        received = since(self._traffic).received / steps
+        received = traffic_since(self._traffic).received / steps
         memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
         metrics = {
             "loss_metrics/global_avg_loss": global_avg_loss,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dtcp.distributed.collectives import axis_of, exchange
+from dtcp.distributed.collectives import axis_of, exchange_tokens
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.recurrent.metadata import ConvMetadata
@@ -63,7 +63,7 @@ def _taps(line: Tensor, weight: Tensor, reach: Tensor) -> Tensor:
 def _halo(x: Tensor, route: Tensor, length: int, group: str) -> Tensor:
     """The tokens left of each segment, from whoever holds them: [B, length, C]."""
     send, receive = _hops(route)
-    return exchange(x, Route(send, receive, length), axis_of(group, x.device))
+    return exchange_tokens(x, Route(send, receive, length), axis_of(group, x.device))
 
 
 @_halo.register_fake
@@ -75,7 +75,7 @@ def _(x: Tensor, route: Tensor, length: int, group: str) -> Tensor:
 def _halo_backward(grad: Tensor, route: Tensor, length: int, group: str) -> Tensor:
     """The gradients home, zero elsewhere: [B, L, C]."""
     send, receive = _hops(route)
-    return exchange(grad, Route(receive, send, length), axis_of(group, grad.device))
+    return exchange_tokens(grad, Route(receive, send, length), axis_of(group, grad.device))
 
 
 @_halo_backward.register_fake

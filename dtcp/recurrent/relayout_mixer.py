@@ -16,8 +16,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.compile import Boundary, InGraph
 from dtcp.distributed.collectives import group_name
-from dtcp.distributed.relayout import RelayoutRoute, deal
-from dtcp.metadata import AttentionMetadata, BatchMetadata, HostTensor
+from dtcp.distributed.relayout import RelayoutMetadata, apply_relayout
+from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.recurrent.mixer import RecurrentMixer
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
@@ -68,7 +68,8 @@ class RelayoutCP(ParallelStyle):
         module.add_module("relayout", mover)
 
         def relaid(x: Tensor, attn_metadata: BatchMetadata) -> Tensor:
-            return mover(forward(mover(x, attn_metadata), attn_metadata), attn_metadata, back=True)
+            inner = forward(mover(x, attn_metadata), attn_metadata)
+            return mover(inner, attn_metadata, reverse=True)
 
         module.forward = relaid
         return module
@@ -78,18 +79,9 @@ class RelayoutCP(ParallelStyle):
 
     def make_metadata(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
-    ) -> "RelayoutMetadata":
+    ) -> RelayoutMetadata:
         inside = self.inside(layout.seq_len, layout.num_shards)
-        return RelayoutMetadata(*RelayoutRoute.between(layout, inside, rank))
-
-
-@dataclass(frozen=True, eq=False)
-class RelayoutMetadata(AttentionMetadata):
-    """What a relayout reads of a batch: the fields of a RelayoutRoute."""
-
-    order: Tensor
-    place: Tensor
-    counts: HostTensor
+        return RelayoutMetadata.between(layout, inside, rank)
 
 
 class RelayoutMixer(ClaimedMixer):
@@ -99,9 +91,11 @@ class RelayoutMixer(ClaimedMixer):
         super().__init__()
         self.claim(style, mesh)
 
-    def carry_out(self, x: Tensor, attn_metadata: BatchMetadata, *, back: bool = False) -> Tensor:
+    def carry_out(
+        self, x: Tensor, attn_metadata: BatchMetadata, *, reverse: bool = False
+    ) -> Tensor:
         """x [B, L, D] from the batch's layout to the one inside, or back."""
-        return deal(x, self.own(attn_metadata).tensors(), self.groups[0], back=back)
+        return apply_relayout(x, self.own(attn_metadata), self.groups[0], reverse=reverse)
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = args[0]

@@ -20,7 +20,7 @@ from dtcp.cp_utils import (
     get_train_context,
     make_cp_batch_and_ctx,
 )
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.sdpa.frozen import FrozenTarget
 from dtcp.sequence.documents import Documents
@@ -183,7 +183,7 @@ def test_context_shards_buffers_and_gives_them_back(mesh, ranks, style):
         assert_close(x, whole)
         assert_close(kept, layout.shard(whole, rank))
     if n > 1:
-        with count() as traffic:
+        with count_traffic() as traffic:
             F.scaled_dot_product_attention(mine, mine, mine)
         assert traffic.calls == 0
 

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch.testing import assert_close
 
 from dtcp.cp_utils import CPAwareGatedDeltaNet, _AllGatherConcatFn, apply_cp
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.sequence.layout import Contiguous, HeadTail
 from tests.harness import hf_qwen3_5
 from tests.harness.attention_parity import refused
@@ -137,7 +137,7 @@ def adopted(mesh: Any) -> None:
     assert list(layer.state_dict()) == names
     rows = HeadTail(64, mesh.size()).token_indices(mesh.get_local_rank())
     x = torch.randn(1, len(rows), DIM, dtype=torch.float64, requires_grad=True)
-    with count() as traffic:
+    with count_traffic() as traffic:
         layer(x, seq_index=rows)
     places, states, tokens = 8 * len(rows), 2 * 4 * 6 * 11 * 8, 2 * 3 * layer.conv_dim * 8
     # Rank 0 has the start of the row, rank 1 its middle, whose halves are neighbours.
@@ -156,7 +156,7 @@ def test_all_gather_concat_sends_each_shard_its_gradient(mesh):
     whole = _AllGatherConcatFn.apply(shard, mesh.get_group(), 1)
     assert whole.shape == (3, 8, 2)
     weights = torch.randn(2, 3, 8, 2, dtype=torch.float64)
-    with count() as traffic:
+    with count_traffic() as traffic:
         (grad,) = torch.autograd.grad(whole, shard, weights[mesh.get_local_rank()])
     first = 4 * mesh.get_local_rank()
     assert_close(grad, weights.sum(0)[:, first : first + 4])
@@ -167,12 +167,12 @@ def undone(mesh: Any) -> None:
     layer, group = layer_of("qwen3_5_text"), mesh.get_group()
     place = HeadTail(16, 2).token_indices(mesh.get_local_rank())
     x = place.double()[None, :, None].expand(2, -1, 3)
-    with count() as traffic:
+    with count_traffic() as traffic:
         there, order = layer._undo_attention_load_balancing(x, place, group)
     assert torch.equal(there[0, :, 0], torch.arange(8.0).double() + 8 * mesh.get_local_rank())
     assert torch.equal(order, torch.arange(16))
     # Half of a shard changes its owner, in one all-to-all.
-    assert traffic["dtcp::exchange"].received == 4 * 2 * 3 * 8
+    assert traffic["dtcp::exchange_tokens"].received == 4 * 2 * 3 * 8
     back = layer._redo_attention_load_balancing(there, place, order, group)
     assert torch.equal(back, x)
     whole = layer._all_gather_concat(x.requires_grad_(), group, dim=-2)

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from dtcp.distributed import collectives
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
     BlockBalanced,
@@ -95,7 +95,7 @@ def test_all_to_all_sends_uneven_and_empty_parts(mesh, compiled, ranks):
 @spmd(ranks=2)
 def test_all_to_all_counts_what_a_rank_without_rows_receives(mesh):
     send, receive = ([2, 3], [2, 0]) if mesh.get_local_rank() == 0 else ([0, 0], [3, 0])
-    with count() as moved:
+    with count_traffic() as moved:
         out = collectives.all_to_all(torch.ones(sum(send), 4), mesh, receive=receive, send=send)
     assert out.shape == (sum(receive), 4)
     assert moved.received == (0 if mesh.get_local_rank() == 0 else 3 * 4 * 4)
@@ -161,7 +161,7 @@ def check_halo(mesh, kind, left, right, ranks, *, compiled):
 @spmd(ranks=3)
 def test_halo_of_contiguous_shards_moves_exactly_its_tokens(mesh):
     rank = mesh.get_local_rank()
-    with count() as moved:
+    with count_traffic() as moved:
         collectives.halo(torch.ones(1, 4, 5), Contiguous(12, 3), mesh, left=3, right=1)
     assert moved.received == 4 * 5 * ((3 if rank > 0 else 0) + (1 if rank < 2 else 0))
     assert moved.sent == 4 * 5 * ((3 if rank < 2 else 0) + (1 if rank > 0 else 0))
@@ -169,7 +169,7 @@ def test_halo_of_contiguous_shards_moves_exactly_its_tokens(mesh):
 
 @spmd(ranks=2)
 def test_halo_has_the_same_shape_on_every_rank_of_head_tail(mesh):
-    """The last rank's two chunks are neighbours; it is dealt two segments all the same."""
+    """The last rank's two chunks are neighbours; it owns two segments all the same."""
     out = collectives.halo(torch.ones(1, 4, 5), HeadTail(8, 2), mesh, left=1, right=0)
     assert out.shape == (1, 2, 5)
     assert halo_token_indices(HeadTail(8, 2), 0, left=1, right=0).tolist() == [-1, 5]
@@ -185,7 +185,7 @@ def test_empty_tensors_pass_through_every_collective(mesh, ranks):
     none = [0] * ranks
     rows = collectives.all_to_all(torch.empty(0, 3), mesh, receive=none, send=none)
     assert rows.shape == (0, 3)
-    assert collectives.exchange(x, Route((), (), 4), mesh).eq(0).all()
+    assert collectives.exchange_tokens(x, Route((), (), 4), mesh).eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -217,7 +217,7 @@ def test_sums_are_rounded_once(mesh, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @spmd(ranks=2)
 def test_collectives_move_half_the_bytes_in_half_the_width(mesh, dtype):
-    with count() as moved:
+    with count_traffic() as moved:
         collectives.all_gather(torch.ones(5, 3, dtype=dtype), mesh, dim=1)
     assert moved.received == moved.sent == 15 * dtype.itemsize
 
@@ -233,13 +233,13 @@ def test_outputs_share_no_memory_with_inputs(mesh, ranks):
         collectives.reduce_scatter(x, mesh, dim=0),
         collectives.all_to_all(x, mesh, receive=counts, send=counts),
         collectives.ring_shift(x, mesh, by=ranks),
-        collectives.exchange(x, route, mesh, dim=0),
+        collectives.exchange_tokens(x, route, mesh, dim=0),
     ):
         assert out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize(
-    "op", ["all_gather", "reduce_scatter", "all_to_all", "ring_shift", "exchange"]
+    "op", ["all_gather", "reduce_scatter", "all_to_all", "ring_shift", "exchange_tokens"]
 )
 @spmd(ranks=2)
 def test_op_keeps_the_contract_of_torch_library(mesh, op):
@@ -254,7 +254,7 @@ def test_op_keeps_the_contract_of_torch_library(mesh, op):
         "reduce_scatter": (1, name),
         "ring_shift": (1, name),
         "all_to_all": (counts, counts, name),
-        "exchange": (1, 4, send, receive, name),
+        "exchange_tokens": (1, 4, send, receive, name),
     }[op]
     x = torch.randn(4, 3, 2, requires_grad=True).transpose(0, 1)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

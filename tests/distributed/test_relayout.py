@@ -7,10 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from dtcp.distributed.collectives import group_name
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.relayout import (
-    RelayoutRoute,
-    deal,
+    RelayoutMetadata,
+    apply_relayout,
     gather,
     relayout,
     roll,
@@ -78,9 +78,9 @@ def check_shard(mesh, layout, compiled, ranks):
     rank = mesh.get_local_rank()
     x = torch.randn(2, 24, 3, dtype=torch.float64, requires_grad=True)
     cotangent = torch.randn_like(x)
-    with count() as forward:
+    with count_traffic() as forward:
         out = compiled_or_not(lambda x: shard(x, layout, mesh), compiled)(x)
-    with count() as backward:
+    with count_traffic() as backward:
         (grad,) = torch.autograd.grad(out, x, layout.shard(cotangent, rank))
     assert_close(out, layout.shard(x, rank))
     assert_close(grad, cotangent)
@@ -98,16 +98,16 @@ def test_gather_of_shard_is_the_whole(mesh, compiled, ranks):
 
 
 def ways(mesh, source, target, dim):
-    """By layouts; and by tables, made for going there or for coming back."""
+    """By layouts; and by metadata, made for the way there or for the way back."""
     yield lambda x: relayout(x, source, target, mesh, dim=dim)
     if dim == 1:
         rank, group = mesh.get_local_rank(), group_name(mesh)
         there, back = (
-            RelayoutRoute.between(source, target, rank),
-            RelayoutRoute.between(target, source, rank),
+            RelayoutMetadata.between(source, target, rank),
+            RelayoutMetadata.between(target, source, rank),
         )
-        yield lambda x: deal(x, there, group)
-        yield lambda x: deal(x, back, group, back=True)
+        yield lambda x: apply_relayout(x, there, group)
+        yield lambda x: apply_relayout(x, back, group, reverse=True)
 
 
 def check_relayout(mesh, source, target, dim, *, compiled):
@@ -183,7 +183,7 @@ def test_tokens_arrive_bit_for_bit(mesh, dtype):
     source, target = Contiguous(24, 2), HeadTail(24, 2)
     whole = torch.randn(2, 24, 3).mul(100).to(dtype)
     rank = mesh.get_local_rank()
-    with count() as moved:
+    with count_traffic() as moved:
         out = relayout(source.shard(whole, rank), source, target, mesh)
     assert_close(out, target.shard(whole, rank), rtol=0, atol=0)
     assert moved.received == 2 * 6 * 3 * dtype.itemsize
@@ -198,6 +198,8 @@ def test_misuse_is_refused(mesh):
         gather(x, Contiguous(16, 2), mesh)
     with pytest.raises(ValueError, match=r"source=Contiguous.seq_len=8.* one sequence and mesh"):
         relayout(x, Contiguous(8, 2), HeadTail(16, 2), mesh)
-    attn_metadata = RelayoutRoute.between(Contiguous(16, 2), HeadTail(16, 2), mesh.get_local_rank())
-    with pytest.raises(ValueError, match=r"tables for 8 tokens with x.shape=\(1, 4\)"):
-        deal(x, attn_metadata, group_name(mesh))
+    attn_metadata = RelayoutMetadata.between(
+        Contiguous(16, 2), HeadTail(16, 2), mesh.get_local_rank()
+    )
+    with pytest.raises(ValueError, match=r"metadata for 8 tokens with x.shape=\(1, 4\)"):
+        apply_relayout(x, attn_metadata, group_name(mesh))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.scan import exclusive_scan
 from tests.harness.collective_reference import BOUNDARIES, compiled_or_not
 from tests.harness.spmd import spmd
@@ -23,7 +23,7 @@ def then(first, second):
 
 
 def summaries(ranks, dtype=torch.float64):
-    """One affine map a rank: matrices [B, 3, 3] and offsets [B, 3, 2]."""
+    """One affine map per rank: matrices [B, 3, 3] and offsets [B, 3, 2]."""
     return [
         (torch.randn(2, 3, 3, dtype=dtype), torch.randn(2, 3, 2, dtype=dtype)) for _ in range(ranks)
     ]
@@ -63,7 +63,7 @@ def test_scan_of_affine_maps_equals_a_loop(mesh, reverse, compiled, ranks):
         state = (matrix, offset)
         return exclusive_scan(state, then, identity_of(*state), mesh, reverse=reverse)
 
-    with count() as forward:
+    with count_traffic() as forward:
         outs = compiled_or_not(scan, compiled)(*mine)
     assert_close(outs, expected[rank])
     rounds = math.ceil(math.log2(ranks))
@@ -71,7 +71,7 @@ def test_scan_of_affine_maps_equals_a_loop(mesh, reverse, compiled, ranks):
     assert forward.received == forward.sent == rounds * 2 * (9 + 6) * 8
 
     if ranks > 1:
-        with count() as backward:
+        with count_traffic() as backward:
             loss = sum((o * c).sum() for o, c in zip(outs, cotangents[rank], strict=True))
             grads = torch.autograd.grad(loss, mine)
         assert_close(grads, tuple(expected_grads[2 * rank : 2 * rank + 2]))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing import assert_close
 
-from dtcp.distributed.ledger import Traffic, count
+from dtcp.distributed.ledger import Traffic, count_traffic
 
 BOUNDARIES = [False, True]
 """Eager and compiled."""
@@ -46,9 +46,9 @@ def assert_equals_one_process(
     expected_grads = torch.autograd.grad(loss, inputs, materialize_grads=True)
 
     x = inputs[rank].detach().clone().requires_grad_()
-    with count() as forward:
+    with count_traffic() as forward:
         out = compiled_or_not(op, compiled)(x)
-    with count() as backward:
+    with count_traffic() as backward:
         (grad,) = torch.autograd.grad(out, x, cotangents[rank])
     assert_close(out, expected[rank])
     assert_close(grad, expected_grads[rank])

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dtcp.check.configs import small_config
 from dtcp.compile import EagerIsland, count_graphs
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import (
     causal_lm_loss,
@@ -124,7 +124,7 @@ def assert_parity(
 def assert_same_step(reference, model, mesh, *, rows=PACKED, layout=HeadTail):
     batch = a_batch(rows)
     expected = one_device(reference, batch)
-    with count() as traffic:
+    with count_traffic() as traffic:
         actual = on_mesh(model, mesh, batch, layout)
     assert_close(actual, expected, rtol=BOUND, atol=0.0)
     expected_grads, grads = gradients(reference), gradients(model)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from dtcp.compile import count_graphs
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.kernels.softmax import reference as tiles_module
 from dtcp.kernels.softmax.api import (
     GradAccumulators,
@@ -322,7 +322,7 @@ def relative_norms(result, expected):
 
 def test_compiled_attention_is_one_graph_with_one_live_op():
     case = Case(IMAGES_IN_WINDOW, cases.two_rows)
-    with count_graphs() as graphs, count() as traffic:
+    with count_graphs() as graphs, count_traffic() as traffic:
         result = on_one_device(case, compiled=True)
     assert (graphs.graphs, graphs.breaks) == (1, 0)
     assert traffic["dtcp::attention"].calls == traffic["dtcp::attention_backward"].calls == 1

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 from dtcp.batch import shard_batch
 from dtcp.compile import count_graphs
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.labels import look_ahead, shift_labels
 from dtcp.loss import global_token_count, mtp_loss, token_mean_loss
@@ -133,7 +133,7 @@ def check(
     whole = ParallelMesh.from_degrees(degrees, "cpu")
     plan = deepseek_v4_plan(config, whole)
     parallelize(model, whole, plan, activation_checkpoint=checkpoint, compile=compile)
-    with count_graphs() as graphs, count() as traffic:
+    with count_graphs() as graphs, count_traffic() as traffic:
         loss = step(model, whole, layout, given)
     assert_close(loss, given["loss"])
     found = {name: x for name, x in gradients(model).items() if x is not None}

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, count_graphs
-from dtcp.distributed.ledger import Traffic, count
+from dtcp.distributed.ledger import Traffic, count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.models.gemma4 import Gemma4
 from dtcp.parallelize import (
@@ -66,7 +66,7 @@ def step_on_mesh(
         model=model,
         documents=Documents(ROWS[mine], SEQ_LEN),
     )
-    with count_graphs() as found, count() as traffic:
+    with count_graphs() as found, count_traffic() as traffic:
         logits = model(local["input_ids"], local["position_ids"], cut.attn_metadata)
         if isinstance(logits, DTensor):
             logits = logits.full_tensor(grad_placements=[Replicate()])

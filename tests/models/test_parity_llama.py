@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from dtcp.compile import EagerIsland, count_graphs
-from dtcp.distributed.ledger import Traffic, count
+from dtcp.distributed.ledger import Traffic, count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.models.llama import Llama, LlamaConfig
 from dtcp.parallelize import (
@@ -55,7 +55,7 @@ def assert_parity(
     torch.manual_seed(1)
     expected = one_device(reference, ROWS)
     torch.manual_seed(1)
-    with count() as traffic:
+    with count_traffic() as traffic:
         actual = on_mesh(model, mesh, ROWS, layout)
     assert_close(actual, expected)
     assert_close(gradients(model), gradients(reference))

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from dtcp.batch import shard_batch
 from dtcp.compile import count_graphs
-from dtcp.distributed.ledger import Traffic, count
+from dtcp.distributed.ledger import Traffic, count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.models.qwen3_5 import (
     DeltaNetConfig,
@@ -150,7 +150,7 @@ def compare(
     batch = {"input_ids": truth.input_ids[mine], "position_ids": documents.position_ids()}
     local, plan = shard_batch(batch, mesh, layout, model=model, documents=documents)
     grad_out = plan.shard(truth.grad_out[mine])
-    with count() as traffic:
+    with count_traffic() as traffic:
         logits = model(local["input_ids"], local["position_ids"], plan.attn_metadata)
         if isinstance(logits, DTensor):
             grad_out = grad_out.chunk(mesh.size("tp"), dim=-1)[mesh.rank("tp")]

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.compile import count_graphs
-from dtcp.distributed.ledger import Traffic, count
+from dtcp.distributed.ledger import Traffic, count_traffic
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.delta_rule import reference as delta_rule
 from dtcp.metadata import BatchMetadata
@@ -116,7 +116,7 @@ def assert_equals_the_recurrence(
     x, g, beta, weight = expected.inputs
     local = [plan.shard(t).requires_grad_() for t in (x, g, beta)]
     weight = weight.clone().requires_grad_()
-    with count() as traffic:
+    with count_traffic() as traffic:
         out = layer(*local, weight, plan.attn_metadata)
         *grads, d_weight = torch.autograd.grad(out, (*local, weight), plan.shard(expected.grad_out))
     dist.all_reduce(d_weight)
@@ -179,8 +179,8 @@ def test_ranks_equal_the_recurrence(mesh, layout, states, ranks):
         kinds = ("dtcp::all_gather", "dtcp::ring_shift")
         moved = sum(traffic[kind].received for kind in kinds)
         assert moved == by_formula.forward + by_formula.backward
-        assert traffic["dtcp::exchange"].received == conv_bytes(plan, documents.batch)
-        assert traffic.received == moved + traffic["dtcp::exchange"].received
+        assert traffic["dtcp::exchange_tokens"].received == conv_bytes(plan, documents.batch)
+        assert traffic.received == moved + traffic["dtcp::exchange_tokens"].received
 
 
 @pytest.mark.parametrize("layout", [Contiguous, HeadTail])
@@ -249,7 +249,7 @@ def test_a_layer_on_tokens_dealt_anew_equals_the_recurrence(mesh, inside, ranks)
         for layout in (PerDocument, Contiguous, HeadTail, BlockBalanced):
             plan = plan_of(documents, layer, mesh, layout)
             x = plan.shard(whole).requires_grad_()
-            with count() as traffic:
+            with count_traffic() as traffic:
                 out = compiled(x, plan.attn_metadata)
                 grad, d_weight = torch.autograd.grad(
                     out, (x, layer.weight), plan.shard(expected.grad_out).flatten(2)

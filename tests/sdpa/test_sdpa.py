@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention as captured
 from torch.testing import assert_close
 
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.sdpa.aten_rules import install_sdpa_rules
 from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
@@ -85,7 +85,7 @@ def assert_equals_one_device(function, mesh, placements, *, causal=True, order=N
 def test_bare_attention_on_a_sharded_sequence_is_over_the_whole(mesh, causal, compiled):
     install_sdpa_rules()
     function = maybe_compiled(lambda q, k, v: attend(q, k, v, causal), compiled)
-    with count() as traffic:
+    with count_traffic() as traffic:
         assert_equals_one_device(function, mesh, [Shard(2)], causal=causal)
     name = "dtcp::causal_sdpa" if causal else "dtcp::bidirectional_sdpa"
     assert traffic[name].calls == traffic[f"{name}_backward"].calls == 1
@@ -109,7 +109,7 @@ def test_bare_attention_with_heads_on_another_axis_is_over_the_whole(mesh, compi
 
 @spmd(axes={"cp": 2, "tp": 2})
 def test_bare_attention_takes_the_sequence_on_whichever_axis_holds_it(mesh):
-    """It talks over the axis that the placements name, so none is the wrong one."""
+    """It communicates over the axis that the placements name, so none is the wrong one."""
     install_sdpa_rules()
     for placements in ([Shard(1), Shard(2)], [Shard(0), Shard(2)], [Shard(2), Replicate()]):
         assert_equals_one_device(attend, mesh, placements)
@@ -119,7 +119,7 @@ def test_bare_attention_takes_the_sequence_on_whichever_axis_holds_it(mesh):
 def test_attention_on_sharded_batch_or_heads_stays_local(mesh):
     install_sdpa_rules()
     for placement in (Shard(0), Shard(1), Replicate()):
-        with count() as traffic:
+        with count_traffic() as traffic:
             assert_equals_one_device(attend, mesh, [placement])
         assert traffic.calls == 0
 
@@ -130,17 +130,17 @@ def test_rules_change_nothing_for_plain_tensors(mesh):
     before = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
     install_sdpa_rules()
     install_sdpa_rules()
-    with count() as traffic:
+    with count_traffic() as traffic:
         after = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
     assert_close(after, before, rtol=0, atol=0)
     assert traffic.calls == 0
 
 
-@pytest.mark.parametrize("how", [{"kv_heads": 1}, {"kv_heads": 8}, {"batch": 1}], ids=repr)
+@pytest.mark.parametrize("shapes", [{"kv_heads": 1}, {"kv_heads": 8}, {"batch": 1}], ids=repr)
 @spmd(ranks=2)
-def test_bare_attention_of_other_shapes_is_over_the_whole(mesh, how):
+def test_bare_attention_of_other_shapes_is_over_the_whole(mesh, shapes):
     install_sdpa_rules()
-    assert_equals_one_device(attend, mesh, [Shard(2)], **how)
+    assert_equals_one_device(attend, mesh, [Shard(2)], **shapes)
 
 
 @spmd(ranks=2)
@@ -262,11 +262,11 @@ def test_what_no_rule_honours_is_refused(mesh, layout):
     replicated = q.redistribute(mesh, [Replicate()])
     half = sharded([x[:, :, ::2] for x in whole_inputs(kv_heads=8)], mesh, [Shard(2)], slice(None))
 
-    def call(*inputs, **how):
+    def call(*inputs, **options):
         if layout is None:
-            return F.scaled_dot_product_attention(*inputs, **how)
+            return F.scaled_dot_product_attention(*inputs, **options)
         with sequence_layout(layout, mesh):
-            return F.scaled_dot_product_attention(*inputs, **how)
+            return F.scaled_dot_product_attention(*inputs, **options)
 
     table = torch.zeros(SEQ_LEN, SEQ_LEN, dtype=torch.float64)
     table = distribute_tensor(table, mesh, [Replicate()])

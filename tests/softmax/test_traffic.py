@@ -4,10 +4,8 @@ What must move is worked out here from dense tables of who sees whom; what does 
 torch's profiler, once, in eager code.
 """
 
-import contextlib
 from itertools import product
 from math import prod
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -18,12 +16,8 @@ from torch.nn import functional as F
 from torch.profiler import profile
 
 from dtcp.distributed.ledger import (
-    LEDGER,
-    Count,
-    Ledger,
-    Traffic,
-    count,
-    since,
+    OpCount,
+    count_traffic,
 )
 from dtcp.sdpa.aten_rules import install_sdpa_rules
 from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
@@ -63,52 +57,12 @@ SEQ_LEN = 64
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def test_counts_add_up_and_subtract():
-    a, b = Count(1, 20, 300), Count(2, 30, 400)
-    assert a + b == Count(3, 50, 700)
-    assert (a + b) - b == a
-
-
-def test_ledger_counts_by_op_from_any_thread():
-    ledger = Ledger()
-
-    def record():
-        for _ in range(1000):
-            ledger.record("x", sent=1, received=2)
-
-    threads = [Thread(target=record) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert ledger.snapshot() == {"x": Count(4000, 4000, 8000)}
-
-
-def test_traffic_is_what_was_counted_inside():
-    LEDGER.record("dtcp::test", received=5)
-    start = LEDGER.snapshot()
-    with count() as traffic:
-        LEDGER.record("dtcp::test", received=7)
-        LEDGER.record("dtcp::other", sent=1)
-    assert traffic["dtcp::test"] == Count(1, 0, 7)
-    assert traffic["dtcp::nothing"] == Count()
-    assert (traffic.calls, traffic.sent, traffic.received) == (2, 1, 7)
-    assert since(start) == Traffic(traffic.by_op)
-
-
-def test_traffic_of_work_that_fails_is_counted():
-    with contextlib.suppress(KeyError), count() as traffic:
-        LEDGER.record("dtcp::test")
-        raise KeyError
-    assert traffic.calls == 1
-
-
 def moved(case, attend, plan):
     """(forward, backward) traffic of one attention."""
     q, k, v, *sink = inputs = local_inputs(case, plan)
-    with count() as forward:
+    with count_traffic() as forward:
         out = attend(q, k, v, plan.attn_metadata, sink=sink[0] if sink else None)
-    with count() as backward:
+    with count_traffic() as backward:
         torch.autograd.grad(out, inputs, plan.shard(truth(case, plan.layout.num_shards).grad_out))
     return forward, backward
 
@@ -313,7 +267,7 @@ def test_profiler_sees_the_bytes_that_the_ledger_counts(mesh, layout, ranks):
             continue
         mixer = mixer_on(mesh, style, case.sight.mask)
         plan = plan_of(case, mixer, mesh, layout)
-        with count() as counted:
+        with count_traffic() as counted:
             _, seen = observed(case, mixer, plan)
         own = 0
         if isinstance(style, UlyssesAttention | HybridAttention):
@@ -356,11 +310,13 @@ def test_bare_attention_on_dtensors_counts_as_a_ring_does(mesh):
         distribute_tensor(x.detach().transpose(1, 2), mesh, [Shard(2)]).requires_grad_()
         for x in cases.qkv(cases.one_document(SEQ_LEN, 2))
     )
-    with count() as forward:
+    with count_traffic() as forward:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    with count() as backward:
+    with count_traffic() as backward:
         torch.autograd.grad(out.sum().full_tensor(), (q, k, v))
     shard = SEQ_LEN // 2 * 2 * 16 * 8
     rank = mesh.get_local_rank()
-    assert forward["dtcp::causal_sdpa"] == Count(1, sent=(1 - rank) * shard, received=rank * shard)
+    assert forward["dtcp::causal_sdpa"] == OpCount(
+        1, sent=(1 - rank) * shard, received=rank * shard
+    )
     assert backward["dtcp::causal_sdpa_backward"].received == shard

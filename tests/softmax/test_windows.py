@@ -13,7 +13,7 @@ from benchmarks.window_bytes import (
     whole_chunk_ring,
 )
 from dtcp.batch import shard_batch
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.models.gemma4 import (
     PRESETS,
@@ -45,9 +45,9 @@ def moved(mesh: Any, config: Gemma4Config, layout: type[SequenceLayout]) -> tupl
         "position_ids": documents.position_ids(),
     }
     local, plan = shard_batch(batch, on, layout, model=model, documents=documents)
-    with count() as forward:
+    with count_traffic() as forward:
         logits = model(local["input_ids"], local["position_ids"], plan.attn_metadata)
-    with count() as backward:
+    with count_traffic() as backward:
         logits.sum().backward()
     return forward.received, backward.received
 

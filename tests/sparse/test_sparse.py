@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.compile import count_graphs
-from dtcp.distributed.ledger import count
+from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.sparse import indexer as select
 from dtcp.kernels.sparse import reference as sparse
@@ -191,9 +191,9 @@ def assert_equals_one_device(mesh, kind, style, layout, compiled):
     }
     mine = Inputs(**{name: x.contiguous().requires_grad_() for name, x in local.items()})
     forward = torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run
-    with count() as there:
+    with count_traffic() as there:
         out = forward(mixer, mine, plan.attn_metadata)
-    with count() as back:
+    with count_traffic() as back:
         grads = torch.autograd.grad(out, mine, plan.shard(expected.grad), allow_unused=True)
     assert_close(out, plan.shard(expected.out))
     for name, actual, whole in zip(Inputs._fields, grads, expected.grads, strict=True):
