@@ -222,6 +222,22 @@ def test_private_names_of_torch_stay_in_their_home():
     assert elsewhere == []
 
 
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        ("import torch._inductor", "torch._inductor"),
+        ("from torch._C import _set_grad_enabled", "torch._C._set_grad_enabled"),
+        ("torch._dynamo.reset()", "torch._dynamo"),
+        ("mesh._flatten('x')", "_flatten"),
+        ("first().rest[0]._local_tensor", "_local_tensor"),
+        ("getattr(unit, '_get_fsdp_state')()", "_get_fsdp_state"),
+    ],
+)
+def test_private_names_of_torch_are_seen(code, name):
+    assert name in [name for _, name in private_names(File("code.py", code))]
+    assert name.rpartition(".")[2] not in own_private_names()
+
+
 def test_the_home_of_private_names_is_the_lowest_floor():
     assert [target for _, target in graph()["dtcp._torch"]] == []
 

@@ -6,6 +6,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing import assert_close
 
 from dtcp.compile import EagerIsland, InGraph, count_graphs
+from dtcp.distributed.dtensor_rules import bind, to_local, wrap
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import RingAttention
 from dtcp.softmax.op import AttentionInputs
@@ -19,6 +20,25 @@ from tests.harness.attention_parity import (
     truth,
 )
 from tests.harness.spmd import spmd
+
+
+def test_arguments_are_bound_by_the_names_of_the_schema():
+    x, out, weight = torch.ones(2, 3), torch.ones(2, 2), torch.ones(3, 2)
+    bound = bind(torch.ops.aten.addmm.default, (out, x, weight), {"alpha": 2})
+    assert list(bound) == ["self", "mat1", "mat2", "alpha"]
+    assert bound["mat1"] is x and bound["alpha"] == 2
+
+
+@spmd(ranks=2)
+def test_local_arguments_keep_their_structure(mesh):
+    x = torch.ones(2, 3)
+    placed = DTensor.from_local(x, mesh, [Shard(0)], run_check=False)
+    local = to_local({"q": placed, "saved": [placed, x, None], "groups": ("cp",)})
+    assert local["groups"] == ("cp",) and local["saved"][2] is None
+    for each in (local["q"], *local["saved"][:2]):
+        assert not isinstance(each, DTensor) and each.data_ptr() == x.data_ptr()
+    back = wrap(local["q"], placed)
+    assert (back.placements, back.shape) == (placed.placements, (4, 3))
 
 
 def ours(mesh, placements, mixer, plan, mixed=False):
