@@ -278,7 +278,7 @@ def test_two_batches_of_one_shape_make_one_graph(mesh):
 @spmd(ranks=2)
 def test_misuse_is_refused(mesh):
     x = torch.ones(1, 3, 2)
-    with pytest.raises(ValueError, match="dim=1 over 2 ranks: pad dim to a multiple of 2"):
+    with pytest.raises(ValueError, match="dim=1 on 2 ranks: pad dim to a multiple of 2"):
         collectives.reduce_scatter(x, mesh, dim=1)
     with pytest.raises(ValueError, match=r"send=\[3\], receive=\[1, 0\]: give 2 counts each"):
         collectives.all_to_all(x, mesh, receive=[1, 0], send=[3])
