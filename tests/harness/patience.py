@@ -16,7 +16,7 @@ class Patience:
 
     seconds: float
     spent: float = 0.0
-    _last: float = field(default_factory=time.monotonic)
+    _last: float = field(default_factory=lambda: time.monotonic())
 
     def left(self) -> float:
         """Seconds of a quiet machine that are left; 0 at the end."""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def serve(rank: int, pipe: connection.Connection, port: int, world: str, stacks:
     faulthandler.register(signal.SIGUSR1, stacks.open("a"), all_threads=False)
     torch.set_num_threads(1)
     exit_with_parent()
+    # By default a semaphore of the system's, which a rank that is killed would leave behind.
+    tqdm.set_lock(threading.RLock())
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     group = Group(rank, dist.PrefixStore(world, store))
     while True:
