@@ -8,7 +8,8 @@ A mixer reads `attn_metadata`, what the batch brings: made once per batch on the
 each kind of mixer. A model takes it as an argument and hands it through.
 """
 
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,23 @@ class ClaimedMixer(Mixer):
     @island
     def _on_island(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.carry_out(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A mixer over the same ranks: process groups are the process's and are not copied."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        # Hooks and the like, which nn.Module keeps in dicts, are its own.
+        own = {name: copy(x) if isinstance(x, dict) else x for name, x in vars(self).items()}
+        copied.__dict__.update(own)
+        if isinstance(self.style.boundary, EagerIsland):
+            copied.forward = copied._on_island  # type: ignore[method-assign]
+        return copied
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"A mixer that a style has taken over belongs to the ranks of this process, got {self} "
+            f"to pickle: save model.state_dict(), and apply the plan to a new model."
+        )
 
     def carry_out(self, *args: Any, **kwargs: Any) -> Tensor:
         """The mixer's forward over the ranks of its axis."""

@@ -1,15 +1,23 @@
 """Metadata are told apart by the values of masks and styles; fields of the host stay there."""
 
+import copy
+import pickle
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from dtcp.compile import EagerIsland, InGraph
 from dtcp.metadata import AttentionMetadata, BatchMetadata, HostTensor, NoMetadata, metadata_key
 from dtcp.mixer import batch_metadata
+from dtcp.plan import apply_plan
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import HeadTail
 from dtcp.sequence.masks import Causal, Mask, SlidingWindow
+from dtcp.softmax import RingAttention
 from dtcp.softmax.mixer import KeysFromValues, SoftmaxAttention
+from tests.harness.attention_parity import WINDOW, Block, Case, assert_equals_one_device
+from tests.harness.spmd import spmd
 
 
 class Undeclared(Mask):
@@ -108,3 +116,17 @@ def test_what_the_host_reads_stays_there():
     assert (moved.index.device.type, moved.inner.sizes.device.type) == ("meta", "cpu")
     assert [x.numel() for x in moved.tensors()] == [2, 3]
     assert NoMetadata().to("meta").tensors() == []
+
+
+@pytest.mark.parametrize("boundary", [InGraph(), EagerIsland()])
+@spmd(ranks=2)
+def test_a_copied_model_is_carried_out_like_the_model(mesh, boundary):
+    """As a reference model of DPO, or an average of weights: over the same ranks, by itself."""
+    block = Block(SoftmaxAttention(WINDOW.mask))
+    apply_plan(block, mesh, {"mixer": RingAttention(boundary=boundary)})
+    copied = copy.deepcopy(block)
+    assert copied.mixer is not block.mixer and copied.mixer.metadata_key == block.mixer.metadata_key
+    block.mixer.scale = 100.0
+    assert_equals_one_device(Case(WINDOW), copied, copied, mesh, HeadTail)
+    with pytest.raises(TypeError, match=r"belongs to the ranks of this process.*state_dict"):
+        pickle.dumps(block)
