@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.library import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # Ops.
 
@@ -118,14 +118,14 @@ def dynamo_has(setting: str) -> bool:
     return hasattr(torch._dynamo.config, setting)
 
 
-def traced_with(compiled: Callable[P, R], settings: Mapping[str, Any]) -> Callable[P, R]:
+def traced_with(compiled: Callable[_P, _R], settings: Mapping[str, Any]) -> Callable[_P, _R]:
     """A compiled function that is traced under these settings of dynamo, read when it runs.
 
     torch.compile takes some of them as arguments from 2.13 on, others never (2.15).
     """
 
     @wraps(compiled)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         with torch._dynamo.config.patch(**settings):
             return compiled(*args, **kwargs)
 

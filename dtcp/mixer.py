@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp._torch import assert_in_graph
 from dtcp.compile import EagerIsland, island
-from dtcp.distributed.collectives import connect
+from dtcp.distributed.groups import connect
 from dtcp.metadata import AttentionMetadata, BatchMetadata, metadata_key
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout

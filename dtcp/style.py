@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.compile import Boundary, InGraph
-from dtcp.distributed.collectives import group_name
+from dtcp.distributed.groups import group_name
 from dtcp.metadata import AttentionMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.sequence.layout import SequenceLayout

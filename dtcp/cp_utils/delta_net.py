@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from dtcp.cp_utils.delta_net_segments import check_call, forward_on_segments, index_in_document
 from dtcp.cp_utils.inferred_layout import infer_layout
-from dtcp.distributed.collectives import all_gather, axis_of, reduce_scatter
+from dtcp.distributed.collectives import all_gather, reduce_scatter
+from dtcp.distributed.groups import axis_of
 from dtcp.distributed.relayout import relayout
 from dtcp.recurrent.conv import causal_conv
 from dtcp.recurrent.metadata import ConvMetadata

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from dtcp._torch import assert_in_graph
-from dtcp.distributed.collectives import group_name
+from dtcp.distributed.groups import group_name
 from dtcp.recurrent.metadata import ConvMetadata, DeltaMetadata, chain_of, halo_route
 from dtcp.recurrent.mixer import GatedDeltaRule
 from dtcp.recurrent.op import gated_delta_rule

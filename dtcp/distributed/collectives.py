@@ -18,47 +18,11 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp._torch import process_group
+from dtcp.distributed.groups import group_name, group_of
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.routes import Route, halo_runs
-
-
-def group_name(mesh: DeviceMesh) -> str:
-    """The name of a 1-D mesh's process group: what an op takes, since a graph holds no groups."""
-    if mesh.ndim != 1:
-        raise ValueError(
-            f"A collective runs along one axis, got mesh.ndim={mesh.ndim}: "
-            f"slice the mesh, as in mesh['cp']."
-        )
-    return axis_group_name(mesh, 0)
-
-
-def axis_group_name(mesh: DeviceMesh, index: int) -> str:
-    """`group_name` of one axis of a larger mesh; torch 2.11 cannot slice a mesh while tracing."""
-    return cast(str, mesh.get_group(index).group_name)
-
-
-def group_of(name: str) -> dist.ProcessGroup:
-    """The process group of that name, inside an op's body."""
-    return process_group(name)
-
-
-def connect(name: str) -> None:
-    """Make the links of a group while all of its ranks are here: call where a plan is applied.
-
-    NCCL makes them at the first call on a group and waits for all of its ranks; a ring's first
-    transfer may concern two ranks only, where documents leave the others nothing to send.
-    """
-    group = group_of(name)
-    if dist.get_backend(group) == "nccl":
-        dist.barrier(group)
-
-
-def axis_of(name: str, device: torch.device) -> DeviceMesh:
-    """The axis of that group, inside an op's body: what the functions below take."""
-    return DeviceMesh.from_group(group_of(name), device.type)
 
 
 def all_gather(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:

@@ -7,13 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.distributed.collectives import (
-    all_gather,
-    all_to_all,
-    axis_of,
-    check_shard,
-    exchange_tokens,
-)
+from dtcp.distributed.collectives import all_gather, all_to_all, check_shard, exchange_tokens
+from dtcp.distributed.groups import axis_of
 from dtcp.distributed.ops import communicating_op
 from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.sequence.layout import SequenceLayout

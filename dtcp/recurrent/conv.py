@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dtcp.distributed.collectives import axis_of, exchange_tokens
+from dtcp.distributed.collectives import exchange_tokens
+from dtcp.distributed.groups import axis_of
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.recurrent.metadata import ConvMetadata

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dtcp._torch import set_dtensor_rule
-from dtcp.distributed.collectives import axis_of
 from dtcp.distributed.dtensor_rules import bind, check_placements, to_local, wrap
+from dtcp.distributed.groups import axis_of
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.delta_rule.fla import delta_kernel

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.compile import Boundary, InGraph
-from dtcp.distributed.collectives import group_name
+from dtcp.distributed.groups import group_name
 from dtcp.distributed.relayout import RelayoutMetadata, apply_relayout
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer

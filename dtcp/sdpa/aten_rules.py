@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dtcp._torch import OpOverload, num_results, set_dtensor_rule
-from dtcp.distributed.collectives import axis_group_name, group_of
 from dtcp.distributed.dtensor_rules import bind, to_local, wrap
+from dtcp.distributed.groups import axis_group_name, group_of
 from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous

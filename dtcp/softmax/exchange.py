@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dtcp.distributed.collectives import group_of
+from dtcp.distributed.groups import group_of
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.op import OpContext
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp._torch import unflattened
-from dtcp.distributed.collectives import group_name
+from dtcp.distributed.groups import group_name
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.all_gather import ALL_GATHER, AllGatherAttention
 from dtcp.softmax.op import AttentionOp

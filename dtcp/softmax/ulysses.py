@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dtcp.distributed.collectives import group_of
+from dtcp.distributed.groups import group_of
 from dtcp.kernels.dtypes import accumulation
 from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.layout import SequenceLayout

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dtcp.distributed.collectives import group_of, move_rows
+from dtcp.distributed.collectives import move_rows
+from dtcp.distributed.groups import group_of
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation

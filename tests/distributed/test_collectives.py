@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from dtcp.distributed import collectives
+from dtcp.distributed.groups import group_name
 from dtcp.distributed.ledger import count_traffic
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
@@ -244,7 +245,7 @@ def test_outputs_share_no_memory_with_inputs(mesh, ranks):
 @spmd(ranks=2)
 def test_op_keeps_the_contract_of_torch_library(mesh, op):
     """Schema, fake, autograd and aot_autograd agree, on inputs of awkward strides too."""
-    name = collectives.group_name(mesh)
+    name = group_name(mesh)
     counts = [[2, 1], [1, 2]][mesh.get_local_rank()]
     # Each rank keeps one token and sends the other rank two.
     send = [[0, 0, 1, 1, 1, 3], [0, 1, 3, 1, 0, 1]][mesh.get_local_rank()]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dtcp.distributed.collectives import group_name
+from dtcp.distributed.groups import group_name
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.relayout import (
     RelayoutMetadata,
