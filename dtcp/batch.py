@@ -164,6 +164,15 @@ def shard_batch(
     return local, sharded
 
 
+def pad_end(x: Tensor, missing: int, pad: int | float | bool, *, dim: int) -> Tensor:
+    """Lengthen dim by `missing` entries of one value, at its end; x itself if none is missing."""
+    if missing <= 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat((x, x.new_full(shape, pad)), dim=dim)
+
+
 def _check_keys(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]) -> None:
     unknown = [key for key in batch if key not in fields and key not in MASK_FIELDS]
     if unknown:
@@ -205,15 +214,16 @@ def _coords(batch: Mapping[str, Tensor], documents: Documents, seq_len: int) -> 
     read = {key: batch[key] for key in MASK_FIELDS if key in batch}
     if "block" not in read and "mm_token_type_ids" in batch:
         read["block"] = vision_blocks(batch["mm_token_type_ids"].cpu())
+    missing = documents.seq_len - seq_len
     for key, x in read.items():
         if x.shape[1:] != (seq_len,):
             raise ValueError(
                 f"Masks read one {key} per token, got {key}.shape={tuple(x.shape)} for rows of "
                 f"{seq_len}: give [B, S]."
             )
-        read[key] = _pad(x.to(torch.int64), 1, documents.seq_len, MASK_FIELDS[key])
+        read[key] = pad_end(x.to(torch.int64), missing, MASK_FIELDS[key], dim=1)
     if "position_ids" in batch:
-        read["position_ids"] = _pad(batch["position_ids"].cpu(), -1, documents.seq_len, 0)
+        read["position_ids"] = pad_end(batch["position_ids"].cpu(), missing, 0, dim=-1)
     return Coords.of(documents, **read)
 
 
@@ -230,9 +240,3 @@ def _part(
     if isinstance(pad, Fill):
         return part + beyond.to(x.dtype)
     return part.masked_fill(beyond > 0, pad)
-
-
-def _pad(x: Tensor, dim: int, length: int, pad: int) -> Tensor:
-    dim %= x.ndim
-    shape = [length - size if d == dim else size for d, size in enumerate(x.shape)]
-    return torch.cat((x, x.new_full(shape, pad)), dim=dim) if shape[dim] else x

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtcp.batch import pad_end
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.labels import IGNORED
 from dtcp.metadata import AttentionMetadata
@@ -195,9 +196,7 @@ def row_chunks(
         if dim is None:
             parts: Sequence[Any] = [x] * num_chunks
         else:
-            shape = [missing if d == dim else size for d, size in enumerate(x.shape)]
-            whole = torch.cat((x, x.new_full(shape, fill.get(key, 0))), dim=dim)
-            parts = whole.split(per_chunk, dim=dim)
+            parts = pad_end(x, missing, fill.get(key, 0), dim=dim).split(per_chunk, dim=dim)
         for chunk, part in zip(chunks, parts, strict=True):
             chunk[key] = part
     return chunks
@@ -256,7 +255,7 @@ _BOUNDARIES = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 
 
 def _check(batch: THDBatch) -> tuple[int, int]:
-    """(rows, tokens a row)."""
+    """(rows, tokens per row)."""
     for key in ("labels", "seq_lens", "seq_lens_padded"):
         if batch.get(key) is None:
             raise KeyError(f"{key}: packed rows have it, [B, S] or [B, N] for lengths.")

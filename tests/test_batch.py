@@ -56,13 +56,13 @@ def test_every_key_is_cut_along_its_own_sequence_dim(mesh, layout, ranks):
     before = {key: x.clone() for key, x in batch.items()}
     whole = ParallelMesh.from_device_mesh(mesh)
     local, sharded = shard_batch(batch, whole, layout, documents=documents)
-    positions = sharded.layout.token_indices(mesh.get_local_rank())
-    real = positions < 48
+    token_index = sharded.layout.token_indices(mesh.get_local_rank())
+    real = token_index < 48
     for key, x in batch.items():
         dim = DEFAULT_FIELDS[key].seq_dim % x.ndim
         assert local[key].shape[dim] == sharded.layout.shard_len
         kept = local[key].movedim(dim, 0)[real]
-        assert_close(kept, x.movedim(dim, 0)[positions[real]])
+        assert_close(kept, x.movedim(dim, 0)[token_index[real]])
         assert_close(x, before[key], rtol=0, atol=0)
 
 
@@ -170,7 +170,7 @@ def test_labels_at_shard_borders_are_the_next_shards_tokens(mesh, layout, ranks)
     assert total == 48 - len(documents.lengths[0])
 
 
-def test_documents_are_read_off_positions_where_none_are_given():
+def test_documents_are_read_off_position_ids_if_none_are_passed():
     documents = cases.on_borders(24, 4)
     batch = {"input_ids": torch.zeros(1, 24), "position_ids": documents.position_ids()}
     assert on_one_rank(batch, None)[1].documents == documents
@@ -258,7 +258,7 @@ def test_work_is_balanced_for_the_mask_asked_for(mesh):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_work_is_counted_only_for_a_layout_that_reads_it(layout):
-    """Intervals of long rows cost milliseconds a batch."""
+    """Intervals of long rows cost milliseconds per batch."""
 
     class Counted(Causal):
         def intervals(self, coords):

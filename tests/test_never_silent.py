@@ -57,7 +57,7 @@ def whole_qkv():
 
 
 def on_one_device():
-    """(output, gradients) of causal attention over the whole sequence, by position."""
+    """(output, gradients) of causal attention over the whole sequence, in its order."""
     *inputs, grad = whole_qkv()
     inputs = [x.requires_grad_() for x in inputs]
     out = captured(*inputs, is_causal=True)

@@ -123,8 +123,8 @@ class TinyLM(nn.Module):
         self.mixer = SoftmaxAttention(Causal())
         self.head = nn.Linear(HEADS * DIM, vocab, dtype=torch.float64)
 
-    def forward(self, input_ids, position, attn_metadata):
-        x = self.embed(input_ids) + position[..., None].double().sin()
+    def forward(self, input_ids, position_ids, attn_metadata):
+        x = self.embed(input_ids) + position_ids[..., None].double().sin()
         x = x.unflatten(2, (HEADS, DIM))
         return self.head(self.mixer(x, x, x, attn_metadata).flatten(2))
 
@@ -234,9 +234,9 @@ def test_evaluation_on_another_layout_and_mesh_after_training(mesh, boundary):
 
 def test_left_padding_is_refused():
     """Positions that start late, or an attention_mask that says where tokens begin."""
-    for position in ([1, 1, 0, 1, 2], [-1, -1, 0, 1, 2]):
+    for position_ids in ([1, 1, 0, 1, 2], [-1, -1, 0, 1, 2]):
         with pytest.raises(ValueError, match="left padding"):
-            Documents.from_position_ids(torch.tensor([position]))
+            Documents.from_position_ids(torch.tensor([position_ids]))
 
 
 @spmd(ranks=2)
@@ -279,13 +279,13 @@ def test_positions_of_packed_documents_reach_the_ranks_that_hold_them(mesh):
     """Megatron 5243: RoPE's positions were those of the shard."""
     documents = cases.across_borders(48, 4)
     whole = ParallelMesh.from_device_mesh(mesh)
-    position = documents.position_ids()
-    batch = {"input_ids": torch.zeros(1, 48, dtype=torch.int64), "position_ids": position}
+    position_ids = documents.position_ids()
+    batch = {"input_ids": torch.zeros(1, 48, dtype=torch.int64), "position_ids": position_ids}
     for layout in LAYOUTS:
         local, plan = shard_batch(batch, whole, layout, documents=documents)
         held = plan.layout.token_indices(mesh.get_local_rank())
         real = held < 48
-        assert_close(local["position_ids"][0, real], position[0, held[real]])
+        assert_close(local["position_ids"][0, real], position_ids[0, held[real]])
 
 
 @spmd(ranks=4)

@@ -58,9 +58,9 @@ def test_rows_become_one_stretch_of_slots():
     assert batch["max_seqlen"] == 48 and batch["qkv_format"] == "thd"
     for key in ("cu_seqlens", "cu_seqlens_padded", "max_seqlen"):
         assert batch[key].dtype == torch.int32
-    position = [t for slot in ALL_SLOTS for t in range(slot)]
+    position_ids = [t for slot in ALL_SLOTS for t in range(slot)]
     padding = [t >= real for real, s in zip(REAL, ALL_SLOTS, strict=True) for t in range(s)]
-    assert batch["position_ids"].tolist() == position
+    assert batch["position_ids"].tolist() == position_ids
     assert batch["padding_mask"].tolist() == padding
     assert "seq_lens" not in batch
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtcp.batch import pad_end
 from dtcp.cp_utils.batch import PACKED_SEQ_IDS
 from dtcp.cp_utils.context import ContextFactory
 from dtcp.cp_utils.deepseek_v4 import padding_of
@@ -148,7 +149,7 @@ def _padded(
     out = dict(batch)
     for key, fill in fills.items():
         if batch.get(key) is not None:
-            out[key] = _longer(batch[key], missing, fill)
+            out[key] = pad_end(batch[key], missing, fill, dim=1)
     position_ids: Tensor = batch["position_ids"]
     steps = torch.arange(1, missing + 1, device=position_ids.device, dtype=position_ids.dtype)
     more = position_ids[..., -1:] + steps
@@ -156,10 +157,6 @@ def _padded(
         more = torch.zeros_like(more)
     out["position_ids"] = torch.cat((position_ids, more), dim=-1)
     return out
-
-
-def _longer(x: Tensor, missing: int, fill: int | float | bool) -> Tensor:
-    return torch.cat((x, x.new_full((x.shape[0], missing, *x.shape[2:]), fill)), dim=1)
 
 
 def _part(key: str, x: Any, rank: int, ranks: int, fills: Mapping[str, int | float | bool]) -> Any:

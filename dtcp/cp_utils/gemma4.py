@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtcp.batch import pad_end
 from dtcp.cp_utils.batch import MODEL_OWNED, PACKED_SEQ_IDS, BatchDict
 from dtcp.cp_utils.context import ContextFactory
 from dtcp.cp_utils.validation import check_one_document, check_rows, padding_of_mask
@@ -197,11 +198,7 @@ def _pad_tensor_seq_dim_(
     tensor: Tensor, seq_dim: int, pad_len: int, value: float | int = 0
 ) -> Tensor:
     """The tensor with `value` on the right of its sequence; itself if pad_len is 0."""
-    if pad_len <= 0:
-        return tensor
-    shape = list(tensor.shape)
-    shape[seq_dim] = pad_len
-    return torch.cat((tensor, tensor.new_full(shape, value)), dim=seq_dim)
+    return pad_end(tensor, pad_len, value, dim=seq_dim)
 
 
 def _pad_position_ids_seq_dim_(position_ids: Tensor, seq_dim: int, pad_len: int) -> Tensor:

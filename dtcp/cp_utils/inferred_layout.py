@@ -39,8 +39,8 @@ def infer_layout(token_index: Tensor, axis: DeviceMesh, *, reader: str) -> Seque
     seq_len = axis.size() * len(rows[0])
     if sorted(index for row in rows for index in row) != list(range(seq_len)):
         raise ValueError(
-            f"The ranks' tokens are the places 0 to {seq_len - 1} of a row, each once, got "
-            f"others in {reader}: pass seq_index, for positions restart with documents and "
+            f"The ranks' tokens are those of one row, indices 0 to {seq_len - 1}, each once, got "
+            f"others in {reader}: pass seq_index, for position_ids restart with documents and "
             f"stand still in images."
         )
     rank_runs = tuple(_runs(row) for row in rows)

@@ -193,7 +193,7 @@ def refusing(mesh: Any) -> None:
 
     refused("use_cache=False", call(cache_params=object(), seq_index=place))
     refused("neither seq_index nor position_ids", call())
-    refused("places 0 to 15", call(position_ids=torch.arange(8)[None]))
+    refused("indices 0 to 15", call(position_ids=torch.arange(8)[None]))
     refused("as bshd or thd", call(seq_index=place, qkv_format="sbhd"))
     refused("one value per local token", call(seq_index=place, attention_mask=torch.ones(1, 16)))
     two = x.expand(2, -1, -1)

@@ -11,7 +11,7 @@ from tests.harness import packings as cases
 
 
 def spelt_out(documents):
-    """(document, position in it, start, end) of every token, by counting: [B, S, 4]."""
+    """(document, position id, start, end) of every token, by counting: [B, S, 4]."""
     rows = []
     for lengths in documents.lengths:
         row, start = [], 0
@@ -34,14 +34,14 @@ def test_tokens_know_their_document(packing):
 
 
 @pytest.mark.parametrize("packing", [cases.one_document, cases.across_borders, cases.on_borders])
-def test_documents_are_read_off_positions(packing):
+def test_documents_are_read_off_position_ids(packing):
     documents = packing(24, 4)
     assert Documents.from_position_ids(documents.position_ids()) == documents
 
 
 @pytest.mark.parametrize("packing", cases.PACKINGS)
 def test_batch_says_its_documents_in_one_of_three_ways(packing):
-    """Explicitly, by position ids that restart beside a padding mask, or by neither: one a row."""
+    """Explicitly, by position ids that restart beside a padding mask, or by neither: whole rows."""
     documents = packing(24, 4)
     position_ids, padding = documents.position_ids(), documents.document() < 0
     rows = documents.batch
@@ -64,8 +64,8 @@ def test_position_ids_of_one_row_are_those_of_all():
     assert Documents.from_padded(position_ids, padding.bool()).lengths == ((2, 2), (2, 1))
 
 
-def test_padding_read_off_positions_is_documents_of_one_token():
-    """Positions alone cannot tell: each sees itself alone, and none is seen."""
+def test_padding_read_off_position_ids_is_documents_of_one_token():
+    """Position ids do not show what is padding: each such token sees itself alone."""
     read = Documents.from_position_ids(Documents(((3, 2),), 7).position_ids())
     assert read.lengths == ((3, 2, 1, 1),)
 
@@ -87,10 +87,10 @@ def test_padding_a_row_adds_tokens_of_no_document():
     assert (longer.document()[:, 24:] == PADDING).all()
 
 
-def test_positions_count_up_inside_documents_of_any_length():
-    position = Documents(((7, 1, 6),), 14).position_ids()[0].tolist()
-    assert position == [*range(7), 0, *range(6)]
-    assert all(b in (a + 1, 0) for a, b in pairwise(position))
+def test_position_ids_count_up_inside_documents_of_any_length():
+    position_ids = Documents(((7, 1, 6),), 14).position_ids()[0].tolist()
+    assert position_ids == [*range(7), 0, *range(6)]
+    assert all(b in (a + 1, 0) for a, b in pairwise(position_ids))
 
 
 @pytest.mark.parametrize("length", [0, -2])
@@ -119,11 +119,11 @@ def test_documents_longer_than_their_row_are_refused():
     ],
     ids=["late start", "gap", "jump", "repeat", "left padding", "left padding by ones", "down"],
 )
-def test_positions_that_are_no_documents_are_refused(position_ids):
+def test_position_ids_that_are_no_documents_are_refused(position_ids):
     with pytest.raises(ValueError, match=r"restart at 0 with each document.*left padding"):
         Documents.from_position_ids(torch.tensor([[0, 1, 2, 3], position_ids]))
 
 
-def test_positions_on_a_device_are_refused():
+def test_position_ids_on_a_device_are_refused():
     with pytest.raises(ValueError, match=r"read on the host, got position_ids\.device=meta"):
         Documents.from_position_ids(torch.empty(1, 4, dtype=torch.int64, device="meta"))

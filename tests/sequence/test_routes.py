@@ -51,8 +51,8 @@ def test_halo_token_indices_are_those_next_to_the_segments():
 
 def test_rolled_runs_are_the_rolled_positions():
     for shift in (-1, 1, 5, -23, 24, 100):
-        positions = torch.arange(24).roll(shift)
+        token_index = torch.arange(24).roll(shift)
         for rank in range(3):
             runs = rolled(HeadTail(24, 3).runs(rank), shift, 24)
-            expected = positions[HeadTail(24, 3).token_indices(rank)].tolist()
+            expected = token_index[HeadTail(24, 3).token_indices(rank)].tolist()
             assert [p for a, b in runs for p in range(a, b)] == expected
