@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dtcp.mixer import Mixer
 
-Forward = Callable[[], object]
+RunModel = Callable[[], object]
 
 
 def probe_length(model: nn.Module) -> int:
@@ -23,7 +23,7 @@ def probe_length(model: nn.Module) -> int:
     return next(length for length in range(37, 37 + 2 * len(sizes) + 2, 2) if length not in sizes)
 
 
-def find_mixing(model: nn.Module, run: Forward, seq_len: int) -> list[str]:
+def find_mixing(model: nn.Module, run: RunModel, seq_len: int) -> list[str]:
     """Names of the innermost modules in which tokens meet, in the order they run.
 
     Args:
