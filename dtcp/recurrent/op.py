@@ -82,11 +82,11 @@ def gated_delta_rule(
 @communicating_op("dtcp::gated_delta_rule", schema=SCHEMA)
 def _forward(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule")
-    at = DeltaMetadata(*metadata)
-    x = _segments(Inputs(q, k, v, g, beta, at.starts), at)
+    batch = DeltaMetadata(*metadata)
+    x = _segments(Inputs(q, k, v, g, beta, batch.starts), batch)
     # Below its public functions, fla's kernels are launched on the device that is current.
     with torch.cuda.device_of(q):
-        out, state = delta_kernel(x).forward(x, _carry(q, at, scan, groups, reverse=False))
+        out, state = delta_kernel(x).forward(x, _carry(q, batch, scan, groups, reverse=False))
     return out.reshape(v.shape).contiguous(), state.contiguous()
 
 
@@ -100,9 +100,9 @@ def _(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
 @communicating_op("dtcp::gated_delta_rule_backward", schema=BACKWARD_SCHEMA)
 def _backward(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule_backward")
-    at = DeltaMetadata(*metadata)
-    x = _segments(Inputs(q, k, v, g, beta, at.starts), at)
-    carry = _carry(q, at, scan, groups, reverse=True)
+    batch = DeltaMetadata(*metadata)
+    x = _segments(Inputs(q, k, v, g, beta, batch.starts), batch)
+    carry = _carry(q, batch, scan, groups, reverse=True)
     with torch.cuda.device_of(q):
         grads = delta_kernel(x).backward(x, grad_out.reshape(x.v.shape), state, carry)
     wanted = zip(grads, (q, k, v, g, beta), strict=True)
@@ -122,8 +122,8 @@ def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
     q, k, v, g, beta, state, *metadata = ctx.saved_tensors
-    how = (metadata, ctx.scan, ctx.groups)
-    grads = _backward(grad_out, q, k, v, g, beta, state, *how)
+    rest = (metadata, ctx.scan, ctx.groups)
+    grads = _backward(grad_out, q, k, v, g, beta, state, *rest)
     # torch takes a list of names for one argument, but an empty list for a list of tensors.
     return (*grads, [None] * len(metadata), None, None if ctx.groups else [])
 
@@ -131,31 +131,31 @@ def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _segments(x: Inputs, at: DeltaMetadata) -> Inputs:
+def _segments(x: Inputs, metadata: DeltaMetadata) -> Inputs:
     """Segments as rows of their own: [B, L, ...] -> [B * P, T, ...]."""
-    if at.starts.shape != x.v.shape[:2]:
+    if metadata.starts.shape != x.v.shape[:2]:
         raise ValueError(
             f"The delta rule reads the metadata of its own batch, got some for "
-            f"{tuple(at.starts.shape)} tokens with v.shape={tuple(x.v.shape)}: pass those "
+            f"{tuple(metadata.starts.shape)} tokens with v.shape={tuple(x.v.shape)}: pass those "
             f"made with this batch."
         )
-    count = at.chain.shape[1]
-    return Inputs(*(part.unflatten(1, (count, -1)).flatten(0, 1).contiguous() for part in x))
+    segments = metadata.chain.shape[1]
+    return Inputs(*(part.unflatten(1, (segments, -1)).flatten(0, 1).contiguous() for part in x))
 
 
 def _carry(
-    q: Tensor, at: DeltaMetadata, scan: bool, groups: Sequence[str], *, reverse: bool
+    q: Tensor, metadata: DeltaMetadata, scan: bool, groups: Sequence[str], *, reverse: bool
 ) -> Carry | None:
     """How summaries of this rank's segments become the states that enter them."""
     if not groups:
         return None
-    bring = entering_by_scan if scan else entering_by_gather
-    chain, count = at.chain.tolist(), at.chain.shape[1]
-    bring = partial(bring, chain=chain, axis=axis_of(groups[0], q.device), reverse=reverse)
+    entering = entering_by_scan if scan else entering_by_gather
+    chain, segments = metadata.chain.tolist(), metadata.chain.shape[1]
+    entering = partial(entering, chain=chain, axis=axis_of(groups[0], q.device), reverse=reverse)
 
     def carry(summary: Tensor) -> Tensor:
-        own = summary.unflatten(0, (-1, count)).movedim(1, 0).contiguous()
-        return bring(own).movedim(0, 1).flatten(0, 1)
+        own = summary.unflatten(0, (-1, segments)).movedim(1, 0).contiguous()
+        return entering(own).movedim(0, 1).flatten(0, 1)
 
     return carry
 
@@ -164,7 +164,7 @@ def _fresh(grad: Tensor, like: Tensor) -> Tensor:
     return grad.to(like.dtype).contiguous()
 
 
-def install() -> None:
+def install_delta_rules() -> None:
     """Let the ops take DTensors: the sequence on the axis they communicate over, heads on others.
 
     Installing twice is installing once.

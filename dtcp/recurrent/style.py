@@ -15,7 +15,7 @@ from dtcp.recurrent.conv import causal_conv
 from dtcp.recurrent.exchange import summaries_received
 from dtcp.recurrent.metadata import DeltaMetadata, conv_metadata, delta_metadata
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, RecurrentMixer
-from dtcp.recurrent.op import gated_delta_rule, install
+from dtcp.recurrent.op import gated_delta_rule, install_delta_rules
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.style import MixerStyle, Received
@@ -140,7 +140,7 @@ class RecurrentStyle(MixerStyle):
                 f"{self} is applied on the axis of the sequence, got a mesh of "
                 f"{device_mesh.ndim} axes: slice it, as in mesh['cp']."
             )
-        install()
+        install_delta_rules()
         return super()._apply(module, device_mesh)
 
 

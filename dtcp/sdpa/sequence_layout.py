@@ -20,7 +20,7 @@ from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Bidirectional, Causal, Coords
-from dtcp.softmax.dtensor import install
+from dtcp.softmax.dtensor import install_attention_rules
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.op import AttentionInputs
 from dtcp.softmax.ring import RingAttention
@@ -68,7 +68,7 @@ class sequence_layout(TorchFunctionMode):
         }
         self.op, self.groups = style.op, style.groups(axis)
         self.layout = layout
-        install(style.op)
+        install_attention_rules(style.op)
 
     def __torch_function__(
         self,

@@ -16,7 +16,7 @@ from dtcp.distributed.dtensor_rules import (
 from dtcp.softmax.op import AttentionOp, BackwardArguments, ForwardArguments
 
 
-def install(op: AttentionOp) -> None:
+def install_attention_rules(op: AttentionOp) -> None:
     """Let an attention op take DTensors. Installing twice is installing once."""
     set_dtensor_rule(op.forward, _forward)
     set_dtensor_rule(op.backward, _backward)

@@ -15,7 +15,7 @@ from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids, position_ids_of
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
 from dtcp.sequence.masks import Coords
-from dtcp.softmax.dtensor import install
+from dtcp.softmax.dtensor import install_attention_rules
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.mixer import KeysFromValues, MaskedMixer, SoftmaxAttention
 from dtcp.softmax.op import AttentionInputs, AttentionOp
@@ -162,7 +162,7 @@ class AttentionStyle(MixerStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if type(module) is KeysFromValues:
             self.check_values_only()
-        install(self.op)
+        install_attention_rules(self.op)
         return super()._apply(module, device_mesh)
 
 
