@@ -1,4 +1,4 @@
-"""What a block keeps for its backward pass, and what it computes a second time."""
+"""What a block keeps for its backward pass, and what it recomputes there."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class NoCheckpoint:
 
 @dataclass(frozen=True)
 class FullCheckpoint:
-    """Keep a block's inputs only; compute, and communicate, all of it again."""
+    """Keep only a block's inputs; recompute, and communicate again, everything else."""
 
     def wrap(self, forward: Forward) -> Forward:
         def checkpointed(*args: Any, **kwargs: Any) -> Any:
@@ -39,9 +39,9 @@ class FullCheckpoint:
 
 @dataclass(frozen=True)
 class SelectiveCheckpoint:
-    """Keep what was communicated and every `matmul_every`-th matmul; compute the rest again.
+    """Keep what was communicated and every `matmul_every`-th matmul; recompute the rest.
 
-    An op that communicates is kept whole: recomputation runs no attention across ranks again.
+    Attention across ranks is not run again: an op that communicates is kept whole.
     """
 
     matmul_every: int = 2
@@ -50,7 +50,7 @@ class SelectiveCheckpoint:
         if self.matmul_every < 1:
             raise ValueError(
                 f"SelectiveCheckpoint keeps every n-th matmul, got "
-                f"matmul_every={self.matmul_every}: 1 keeps all of them."
+                f"matmul_every={self.matmul_every}: give 1 to keep all, 2 for every other one."
             )
 
     def wrap(self, forward: Forward) -> Forward:
@@ -71,7 +71,7 @@ _MATMULS = frozenset(
     [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
 )
 
-# What tensor parallelism sends. DTensor has no public list of them (torch 2.11 to 2.15).
+# The collectives of tensor parallelism. DTensor has no public list of them (torch 2.11 to 2.15).
 _TENSOR_PARALLEL = (
     torch.ops._c10d_functional.all_reduce.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
@@ -80,7 +80,7 @@ _TENSOR_PARALLEL = (
 
 
 class _Policy:
-    """One block's decisions; forward and recomputation count their matmuls alike."""
+    """The decisions for one block; forward and recomputation count their matmuls alike."""
 
     def __init__(self, kept: frozenset[Any], matmul_every: int) -> None:
         self.kept, self.matmul_every = kept, matmul_every

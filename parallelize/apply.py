@@ -1,14 +1,15 @@
 """Turn a single-device model into a parallel one, in the one order that is right.
 
-1. Styles, tensor then context: they change what modules compute, so they come first.
+1. Styles, tensor parallel, then context parallel: they change what modules compute, so they come
+   first.
 2. Activation checkpointing and compile, block by block. Where a block is one graph, the graph
-   holds the checkpoint, so the partitioner sees what is kept; where it breaks at an eager
-   island, the checkpoint goes around the compiled parts, since a break inside a checkpoint
-   would leave the whole block uncompiled, without a word.
+   holds the checkpoint, so the partitioner sees what is kept. Where it breaks at an eager
+   island, the checkpoint goes around the compiled parts: a break inside a checkpoint would
+   leave the whole block uncompiled, without a word.
 3. FSDP, whose hooks gather and free parameters outside of the graphs.
 
-All of it replaces `forward` of a block and nothing else: modules keep their names, so do
-checkpoints, and dynamo guards what it compiles.
+Checkpointing and compile replace a block's `forward` and nothing else: modules keep their names,
+so do checkpoints, and dynamo guards what it compiles.
 """
 
 from collections.abc import Mapping
@@ -22,8 +23,12 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.parallelize.activation_checkpoint import ActivationCheckpoint, Forward, NoCheckpoint
 from dtcp.parallelize.compile import Compile
 from dtcp.parallelize.fsdp import FSDP, shard_parameters
-from dtcp.parallelize.keep_dtype import find_islands
-from dtcp.parallelize.tied_parameters import check_ties, find_ties, restore_ties
+from dtcp.parallelize.keep_dtype import keep_dtype_names
+from dtcp.parallelize.tied_parameters import (
+    check_tied_parameters,
+    find_tied_parameters,
+    restore_tied_parameters,
+)
 from dtcp.plan import apply_plan, find, matches
 from dtcp.softmax.style import AttentionStyle
 
@@ -38,17 +43,17 @@ class ParallelPlan:
     Args:
         tp: styles on the axis tp, by module name.
         cp: styles of the mixers on the axis cp, by module name.
-        blocks: the repeated parts, each compiled, checkpointed and sharded on its own.
-        fsdp_units: parts outside the blocks whose parameters are gathered together, in the order of
-            their use. A shared parameter must lie in one of them, or in none.
-        islands: parameters, by name, that mixed precision leaves in their own dtype.
+        blocks: the repeated modules, each compiled, checkpointed and sharded on its own.
+        fsdp_units: modules outside the blocks whose parameters are gathered together, in the order
+            of their use. A shared parameter must lie in one of them, or in none.
+        keep_dtype: parameters, by name, that mixed precision leaves in their own dtype.
     """
 
     tp: Mapping[str, ParallelStyle]
     cp: Mapping[str, ParallelStyle]
     blocks: tuple[str, ...]
     fsdp_units: tuple[tuple[str, ...], ...] = ()
-    islands: tuple[str, ...] = ()
+    keep_dtype: tuple[str, ...] = ()
 
 
 def parallelize(
@@ -62,7 +67,7 @@ def parallelize(
 ) -> nn.Module:
     """Parallelize a model in place.
 
-    On the meta device too: then `to_empty` and `init_weights` follow.
+    A model on the meta device is parallelized too; `to_empty` and `init_weights` follow.
 
     Args:
         compile: None to stay eager.
@@ -70,47 +75,53 @@ def parallelize(
         The model. Its gradients are sums over ranks: divide losses by the global token count.
     Raises:
         ValueError: a name in the plan that matches no module or parameter, a mixer without a
-            style, or a shared parameter that styles place differently or units gather apart.
+            style, or a shared parameter that styles place in two ways or two units gather.
     """
     blocks = find(model, plan.blocks)
     fsdp_units = [find(model, names) for names in plan.fsdp_units]
     find(model, tuple(plan.tp))
-    islands = find_islands(model, plan.islands)
-    ties = find_ties(model)
-    check_ties(ties, [*([name] for name in blocks), *map(list, fsdp_units)])
+    keep_dtype = keep_dtype_names(model, plan.keep_dtype)
+    tied = find_tied_parameters(model)
+    check_tied_parameters(tied, [*([name] for name in blocks), *map(list, fsdp_units)])
 
     if mesh.tp is not None:
         parallelize_module(model, mesh.tp, dict(plan.tp))
-        restore_ties(model, ties)
+        restore_tied_parameters(model, tied)
     apply_plan(model, mesh.cp, plan.cp)
 
     for name, block in blocks.items():
-        island = mesh.cp is not None and _has_island(name, block, plan.cp)
-        block.forward = _prepared(block.forward, activation_checkpoint, compile, island=island)
+        has_island = mesh.cp is not None and _has_eager_island(name, block, plan.cp)
+        block.forward = _checkpointed_and_compiled(
+            block.forward, activation_checkpoint, compile, has_island=has_island
+        )
 
     if mesh.hsdp is not None:
-        parts = [list(unit.values()) for unit in fsdp_units]
         shard_parameters(
-            model, mesh.hsdp, fsdp, blocks=list(blocks.values()), fsdp_units=parts, islands=islands
+            model,
+            mesh.hsdp,
+            fsdp,
+            blocks=list(blocks.values()),
+            fsdp_units=[list(unit.values()) for unit in fsdp_units],
+            keep_dtype=keep_dtype,
         )
     return model
 
 
-def _prepared(
-    forward: Forward, checkpoint: ActivationCheckpoint, compile: Compile | None, *, island: bool
+def _checkpointed_and_compiled(
+    forward: Forward, checkpoint: ActivationCheckpoint, compile: Compile | None, *, has_island: bool
 ) -> Forward:
-    """Checkpoint and compile a block's forward, the one in the other as its graph allows."""
+    """Checkpoint and compile a block's forward, one inside the other as its graph allows."""
     if compile is None:
         return checkpoint.wrap(forward)
-    if island:
+    if has_island:
         return checkpoint.wrap(compile.around_islands(forward))
     return compile.whole(checkpoint.wrap(forward))
 
 
-def _has_island(name: str, block: nn.Module, plan: Mapping[str, ParallelStyle]) -> bool:
-    inside = [f"{name}.{part}" for part, _ in block.named_modules() if part]
+def _has_eager_island(name: str, block: nn.Module, plan: Mapping[str, ParallelStyle]) -> bool:
+    submodules = [f"{name}.{part}" for part, _ in block.named_modules() if part]
     return any(
         isinstance(style, AttentionStyle) and isinstance(style.boundary, EagerIsland)
         for key, style in plan.items()
-        if any(matches(part, key) for part in inside)
+        if any(matches(submodule, key) for submodule in submodules)
     )

@@ -1,4 +1,4 @@
-"""Experts over the axis tp: each rank has a slice of every expert's channels."""
+"""Experts under tensor parallelism: each rank has a slice of every expert's hidden channels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,29 +6,27 @@ from typing import cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import (
-    DTensor,
-    Partial,
-    Placement,
-    Replicate,
-    Shard,
-    distribute_tensor,
-)
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.models.moe import Experts
+from dtcp.parallelize.tensor_parallel import (
+    copy_to_region,
+    distribute_parameter,
+    reduce_from_region,
+)
 
-SLICED: Mapping[str, Placement] = {"gate": Shard(1), "up": Shard(1), "down": Shard(2)}
-"""The channels between the projections: a dim of each weight."""
+HIDDEN_CHANNELS: Mapping[str, Placement] = {"gate": Shard(1), "up": Shard(1), "down": Shard(2)}
+"""The dim of the channels between the projections, in each weight."""
 
 
 @dataclass
-class ExpertsSplit(ParallelStyle):
-    """Split the hidden channels of all experts over the axis, Megatron's way within each.
+class ExpertTensorParallel(ParallelStyle):
+    """Split the hidden channels of all experts over the axis, as Megatron splits one MLP.
 
-    Every rank sees every token and chooses alike, so nothing is sent to an expert: one
-    all-reduce of the output, one of the gradients of the inputs. Sharding experts themselves
-    would leave ranks idle as routers go.
+    Every rank sees every token and chooses alike, so no token is sent to an expert: one
+    all-reduce of the output, one of the gradients of the inputs. If the experts themselves were
+    sharded, ranks whose experts a router does not choose would idle.
 
     Raises:
         TypeError: a module that is no dtcp.models.moe.Experts.
@@ -47,34 +45,25 @@ class ExpertsSplit(ParallelStyle):
                 f"Tensor parallelism splits an expert's channels into equal parts, got "
                 f"hidden_dim={channels} with tp={device_mesh.size()}: choose a tp that divides it."
             )
-        for name, placement in SLICED.items():
-            whole = getattr(module, name)
-            part = distribute_tensor(whole, device_mesh, [placement])
-            module.register_parameter(name, nn.Parameter(part, whole.requires_grad))
-        module.__class__ = _SplitExperts
-        cast(_SplitExperts, module).axis = device_mesh
+        for name, placement in HIDDEN_CHANNELS.items():
+            distribute_parameter(module, name, device_mesh, placement)
+        module.__class__ = _TensorParallelExperts
+        cast(_TensorParallelExperts, module).mesh = device_mesh
         return module
 
 
-class _SplitExperts(Experts):
+class _TensorParallelExperts(Experts):
     """Experts that a style has split. Made by the style, never built directly."""
 
-    axis: DeviceMesh
+    mesh: DeviceMesh
 
     def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        out = super().forward(self._enter(x), index, self._enter(weight))
-        part = DTensor.from_local(out, self.axis, [Partial()], run_check=False)
-        whole = part.redistribute(placements=[Replicate()], async_op=False)
-        return whole.to_local(grad_placements=[Replicate()])
+        x, weight = copy_to_region(x, self.mesh), copy_to_region(weight, self.mesh)
+        return reduce_from_region(super().forward(x, index, weight), self.mesh)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, down = (
             cast(DTensor, getattr(self, name)).to_local(grad_placements=[placement])
-            for name, placement in SLICED.items()
+            for name, placement in HIDDEN_CHANNELS.items()
         )
         return gate, up, down
-
-    def _enter(self, x: Tensor) -> Tensor:
-        """The same values; their gradients are summed over the ranks, each of which has a part."""
-        whole = DTensor.from_local(x, self.axis, [Replicate()], run_check=False)
-        return whole.to_local(grad_placements=[Partial()])

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from dtcp.parallelize.keep_dtype import keep_apart
+from dtcp.parallelize.keep_dtype import gather_in_own_dtype
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class FSDP:
     """Options of torch's fully_shard.
 
     Args:
-        mixed_precision: inputs are cast, if asked for, where they enter the model.
-        reshard_after_forward: gather a block's parameters again for its backward pass, rather
-            than keep them.
+        mixed_precision: its cast of inputs is done once, where they enter the model.
+        reshard_after_forward: free a block's parameters after its forward pass and gather them
+            again for its backward pass.
     """
 
     mixed_precision: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
@@ -38,38 +38,38 @@ def shard_parameters(
     *,
     blocks: Sequence[nn.Module],
     fsdp_units: Sequence[Sequence[nn.Module]],
-    islands: Sequence[str] = (),
+    keep_dtype: Sequence[str] = (),
 ) -> None:
-    """Shard a model's parameters: one gather a block, one a unit, one for what is left.
+    """Shard a model's parameters: one gather per block, one per unit, one for the rest.
 
     Args:
         mesh: ParallelMesh.hsdp.
-        fsdp_units: modules outside the blocks, gathered together; the last one stays gathered
-            after forward, for backward starts with it.
-        islands: names of parameters that no unit gathers in another dtype than their own.
+        fsdp_units: modules outside the blocks, each unit gathered together; the last one stays
+            gathered after forward, for backward starts with it.
+        keep_dtype: names of parameters that are gathered in their own dtype.
     """
     shared: dict[str, Any] = {"mesh": mesh, "offload_policy": options.offload}
-    # What a model hands to its own parts is in the dtype it has chosen: angles are in fp32.
-    inside = replace(options.mixed_precision, cast_forward_inputs=False)
+    # What a model hands to its own modules is in the dtype it has chosen: angles are in fp32.
+    uncast = replace(options.mixed_precision, cast_forward_inputs=False)
     for block in blocks:
-        again = options.reshard_after_forward
-        fully_shard(block, **shared, mp_policy=inside, reshard_after_forward=again)
+        reshard = options.reshard_after_forward
+        fully_shard(block, **shared, mp_policy=uncast, reshard_after_forward=reshard)
     for index, unit in enumerate(fsdp_units):
-        last = index == len(fsdp_units) - 1
-        again = options.reshard_after_forward and not last
-        fully_shard(list(unit), **shared, mp_policy=inside, reshard_after_forward=again)
+        is_last = index == len(fsdp_units) - 1
+        reshard = options.reshard_after_forward and not is_last
+        fully_shard(list(unit), **shared, mp_policy=uncast, reshard_after_forward=reshard)
     fully_shard(model, **shared, mp_policy=options.mixed_precision)
-    kept = [model.get_parameter(name) for name in islands]
+    kept = [model.get_parameter(name) for name in keep_dtype]
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            keep_apart(module, kept)
+            gather_in_own_dtype(module, kept)
             _sum_gradients(module)
 
 
 def _sum_gradients(module: FSDPModule) -> None:
-    """The loss is over the global token count already, so nothing is left to divide by.
+    """Sum gradients: the loss is divided by the global token count already.
 
-    The sum is forced since gloo has none that scales.
+    The sum is forced since gloo has no reduction that scales.
     """
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)

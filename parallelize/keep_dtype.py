@@ -1,7 +1,7 @@
-"""Islands: parameters that are computed with in the dtype they are kept in.
+"""Parameters that mixed precision leaves in the dtype they are kept in.
 
-Under mixed precision FSDP gathers a unit's parameters in one narrower dtype, and a unit's
-gradients are reduced as one tensor of one dtype. What must not be rounded, as the rates of a
+Under mixed precision FSDP gathers a unit's parameters in one narrower dtype, and reduces a unit's
+gradients as one tensor of one dtype. What must not be rounded, for example the rates of a
 recurrence or the maps between residual streams, is gathered beside the rest of its unit: by the
 same hooks and at the same time, so outside of every graph, in its own dtype, and reduced in it.
 """
@@ -19,51 +19,53 @@ from dtcp.plan import matches
 OWN_DTYPE = MixedPrecisionPolicy()
 
 
-def find_islands(model: nn.Module, keys: Iterable[str]) -> tuple[str, ...]:
+def keep_dtype_names(model: nn.Module, keys: Iterable[str]) -> tuple[str, ...]:
     """The names of the parameters that a plan's keys name.
 
     Raises:
         ValueError: a key that names none.
     """
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    found: dict[str, None] = {}
+    chosen: dict[str, None] = {}
     for key in keys:
-        named = [name for name in names if matches(name, key)]
-        if not named:
+        matching = [name for name in names if matches(name, key)]
+        if not matching:
             raise ValueError(
-                f"An island is a parameter of its model, got key={key!r} in the plan's islands, "
-                f"which matches none of the {len(names)} parameters of "
-                f"{type(model).__name__}: correct or remove it."
+                f"keep_dtype names parameters of the model, got key={key!r}, which matches none "
+                f"of the {len(names)} parameters of {type(model).__name__}: correct or remove it."
             )
-        found |= dict.fromkeys(named)
-    return tuple(found)
+        chosen |= dict.fromkeys(matching)
+    return tuple(chosen)
 
 
-def keep_apart(unit: FSDPModule, islands: Collection[nn.Parameter]) -> None:
-    """Let a unit gather its islands in their own dtype, beside its other parameters.
+def gather_in_own_dtype(unit: FSDPModule, parameters: Collection[nn.Parameter]) -> None:
+    """Let an FSDP unit gather some of its parameters in their own dtype, beside the others.
 
     A unit that gathers everything in that dtype stays as it is.
 
-    Traffic per rank: what the unit's gathers and reductions were, in two messages rather than
-    one, and for an island in its own dtype.
+    Args:
+        parameters: of the whole model; those of other units are not touched.
+
+    Traffic per rank: the parameters move in their own dtype, and the unit sends two messages
+    where it sent one.
     """
-    mine = {id(parameter) for parameter in islands}
-    groups = _groups(unit) if mine else []
+    kept_ids = {id(parameter) for parameter in parameters}
+    groups = _groups(unit) if kept_ids else []
     for group in list(groups):
-        kept = [p for p in group.fsdp_params if id(p.sharded_param) in mine]
-        rest = [p for p in group.fsdp_params if id(p.sharded_param) not in mine]
-        asked = group.mp_policy.param_dtype
-        gathered = {asked or p.sharded_param.dtype for p in group.fsdp_params}
+        kept = [p for p in group.fsdp_params if id(p.sharded_param) in kept_ids]
+        rest = [p for p in group.fsdp_params if id(p.sharded_param) not in kept_ids]
+        param_dtype = group.mp_policy.param_dtype
+        gathered = {param_dtype or p.sharded_param.dtype for p in group.fsdp_params}
         if not kept or gathered == {p.sharded_param.dtype for p in kept}:
             continue
-        apart = group
+        own_group = group
         if rest:
             group.fsdp_params = rest
-            apart = empty_param_group_like(group)
-            # In front: a neighbour of one group prefetches the last of ours alone (torch 2.13),
+            own_group = empty_param_group_like(group)
+            # In front: a neighbour with one group prefetches only the last of ours (torch 2.13),
             # which then is the large one.
-            groups.insert(0, apart)
-        apart.fsdp_params, apart.mp_policy = kept, OWN_DTYPE
+            groups.insert(0, own_group)
+        own_group.fsdp_params, own_group.mp_policy = kept, OWN_DTYPE
 
 
 def _groups(unit: FSDPModule) -> list[Any]:
@@ -76,7 +78,8 @@ def _groups(unit: FSDPModule) -> list[Any]:
     groups = fsdp_param_groups(unit)
     if groups is None:
         raise NotImplementedError(
-            f"Islands are gathered in a group of their own, and units of this torch have one "
-            f"group only, got torch {torch.__version__}: use torch 2.13, or no param_dtype."
+            f"Parameters that keep their dtype are gathered in a group of their own, and units of "
+            f"this torch have one group only, got torch {torch.__version__}: use torch 2.13, or "
+            f"no param_dtype."
         )
     return groups

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-Ties = tuple[tuple[str, ...], ...]
+TiedParameters = tuple[tuple[str, ...], ...]
+"""The names of each parameter that has several."""
 
 
-def find_ties(model: nn.Module) -> Ties:
+def find_tied_parameters(model: nn.Module) -> TiedParameters:
     """Names of every parameter that has more than one."""
     names: dict[Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -16,34 +17,36 @@ def find_ties(model: nn.Module) -> Ties:
     return tuple(tuple(group) for group in names.values() if len(group) > 1)
 
 
-def check_ties(ties: Ties, fsdp_units: Sequence[Sequence[str]]) -> None:
+def check_tied_parameters(tied: TiedParameters, fsdp_units: Sequence[Sequence[str]]) -> None:
     """Refuse to gather a shared parameter in two places: each would free it under the other.
 
     Args:
         fsdp_units: names of the modules that are gathered together; the rest is one unit more.
+    Raises:
+        ValueError: a parameter whose names lie in two units.
     """
-    for names in ties:
+    for names in tied:
         if len({_unit_of(name, fsdp_units) for name in names}) > 1:
             raise ValueError(
                 f"A shared parameter is gathered in one place, got {names} in several of the "
-                f"plan's blocks and units: put the modules into one unit, or leave them out."
+                f"plan's blocks and fsdp_units: put the modules into one unit, or leave them out."
             )
 
 
-def restore_ties(model: nn.Module, ties: Ties) -> None:
-    """Share again what a style that replaces parameters has torn apart.
+def restore_tied_parameters(model: nn.Module, tied: TiedParameters) -> None:
+    """Share again what styles, which replace parameters, have separated.
 
     Raises:
         ValueError: the styles have placed the two in different ways.
     """
-    for first, *others in ties:
+    for first, *others in tied:
         parameter = model.get_parameter(first)
         for other in others:
-            torn = model.get_parameter(other)
-            if _placements(torn) != _placements(parameter):
+            separated = model.get_parameter(other)
+            if _placements(separated) != _placements(parameter):
                 raise ValueError(
                     f"Styles place a shared parameter alike, got {first} placed as "
-                    f"{_placements(parameter)} and {other} as {_placements(torn)}: change a "
+                    f"{_placements(parameter)} and {other} as {_placements(separated)}: change a "
                     f"style in the plan, or untie them."
                 )
             module, _, name = other.rpartition(".")

@@ -23,7 +23,7 @@ from dtcp.parallelize import (
     parallelize,
     parallelize_hf,
 )
-from dtcp.parallelize.plans.huggingface import tensor_plan
+from dtcp.parallelize.plans.huggingface import hf_tensor_plan
 from dtcp.sequence.documents import Documents
 from dtcp.softmax.style import AttentionStyle
 
@@ -100,7 +100,7 @@ class CheckedHuggingFaceModel:
         if surveyed.refused or tp == 1:
             return Mixing(claims, surveyed.refused, notes=notes)
         try:
-            plan = tensor_plan(model, tp)
+            plan = hf_tensor_plan(model, tp)
         except ValueError as error:
             return Mixing(claims, (str(error),), notes=notes)
         # Layers are alike: one line for the modules that differ by their layer's number alone.

@@ -1,4 +1,4 @@
-"""The plan of models/deepseek_v4."""
+"""The plan of a DeepSeek-V4: models/deepseek_v4."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import (
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.models.deepseek_v4 import DeepseekV4Config, TopRouter
 from dtcp.parallelize.apply import ParallelPlan
-from dtcp.parallelize.experts import ExpertsSplit
+from dtcp.parallelize.experts import ExpertTensorParallel
 from dtcp.parallelize.tensor_parallel import (
     AllReduceInputGrad,
     LocalParams,
@@ -34,7 +34,7 @@ def deepseek_v4_plan(
 ) -> ParallelPlan:
     """Split heads with their output groups, experts' channels and vocabulary over tp.
 
-    Under tp, logits come as a DTensor sharded in the vocabulary: token_mean_loss takes them.
+    Under tp, logits are a DTensor sharded in the vocabulary, which token_mean_loss takes.
 
     Args:
         attention: how compressed sparse attention is carried out on the axis cp.
@@ -45,22 +45,22 @@ def deepseek_v4_plan(
     check_divisible({name: getattr(config, name) for name in split}, mesh.size("tp"))
     names = ["layers.*", *(["mtp.*.block"] if config.num_mtp_layers else [])]
     return ParallelPlan(
-        tp=tensor_plan(config),
+        tp=_tensor_plan(config),
         cp={f"{name}.attention.mixer": attention for name in names},
         blocks=tuple(names),
         # Multi-token prediction reads the embedding and the head again, after the blocks.
         fsdp_units=() if config.num_mtp_layers else (("embedding",), ("head", "norm", "lm_head")),
-        islands=islands(config),
+        keep_dtype=deepseek_v4_keep_dtype(config),
     )
 
 
 def balance_experts(model: nn.Module, axis: DeviceMesh | None, *, speed: float = 1e-3) -> None:
-    """Move the bias of every router by the loads of all ranks; call before a step.
+    """Move the bias of every router by the loads of all ranks; call before an optimizer step.
 
-    Outside of autograd, and alike on every rank.
+    Runs outside of autograd, with the same result on every rank.
 
     Args:
-        axis: the ranks whose tokens make up a batch, ParallelMesh.loss; None for this one alone.
+        axis: the ranks whose tokens make up a batch, ParallelMesh.loss; None for this rank only.
 
     Traffic per rank: one all-reduce of the loads.
     """
@@ -72,9 +72,9 @@ def balance_experts(model: nn.Module, axis: DeviceMesh | None, *, speed: float =
         router.balance(load, speed)
 
 
-def tensor_plan(config: DeepseekV4Config) -> dict[str, ParallelStyle]:
-    """Heads are split, what all of them read is computed by every rank: the one head of keys,
-    entries, the indexer, low-rank queries; so are streams and routers."""
+def _tensor_plan(config: DeepseekV4Config) -> dict[str, ParallelStyle]:
+    """Heads are split; what all of them read, every rank computes whole: the one kv head,
+    compressed entries, the indexer, low-rank queries. So are residual streams and routers."""
     plan: dict[str, ParallelStyle] = {
         "embedding": VocabParallelEmbedding(),
         "head": LocalParams(),
@@ -82,18 +82,18 @@ def tensor_plan(config: DeepseekV4Config) -> dict[str, ParallelStyle]:
         "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
     }
     if config.num_mtp_layers:
-        whole = ("token_norm", "token_proj", "stream_norm", "stream_proj", "head", "norm")
-        plan |= {f"mtp.*.{name}": LocalParams() for name in whole}
-    # Key by key for each block: torch warns of a pattern that some blocks have no part for.
+        replicated = ("token_norm", "token_proj", "stream_norm", "stream_proj", "head", "norm")
+        plan |= {f"mtp.*.{name}": LocalParams() for name in replicated}
+    # Spelt out for each block: torch warns where a pattern matches in some blocks only.
     for block, ratio in _blocks(config):
-        parts = {**BLOCK, **_compressing(config, ratio)}
+        parts = {**BLOCK, **_compression_plan(config, ratio)}
         plan |= {f"{block}.{name}": style for name, style in parts.items()}
     return plan
 
 
-def islands(config: DeepseekV4Config) -> tuple[str, ...]:
-    """What the published model never rounds: connections between streams, sinks, what a place
-    adds to a gate, and norms. The bias of routers is a buffer, which FSDP leaves as it is."""
+def deepseek_v4_keep_dtype(config: DeepseekV4Config) -> tuple[str, ...]:
+    """What the published model never rounds: hyper-connections, sinks, the compressor's position
+    bias, and norms. The bias of routers is a buffer, which FSDP leaves as it is."""
     names = ["head.*", "norm.weight"]
     if config.num_mtp_layers:
         names += [f"mtp.*.{name}" for name in ("head.*", "norm.weight", "*_norm.weight")]
@@ -119,7 +119,7 @@ BLOCK: Mapping[str, ParallelStyle] = {
     "attention.o_a_proj": LocalParams(Shard(0)),
     "attention.o_b_proj": RowwiseParallel(),
     "mixture.router": LocalParams(),
-    "mixture.experts": ExpertsSplit(),
+    "mixture.experts": ExpertTensorParallel(),
     "mixture.shared": ReplicateInput(),
     "mixture.shared.gate": ColwiseParallel(),
     "mixture.shared.up": ColwiseParallel(),
@@ -127,8 +127,8 @@ BLOCK: Mapping[str, ParallelStyle] = {
 }
 
 
-def _compressing(config: DeepseekV4Config, ratio: int) -> dict[str, ParallelStyle]:
-    """What a layer with entries has besides."""
+def _compression_plan(config: DeepseekV4Config, ratio: int) -> dict[str, ParallelStyle]:
+    """Styles for what only layers with compressed entries have."""
     parts = ("*_proj", "place", "norm")
     plan: dict[str, ParallelStyle] = {}
     if ratio:
@@ -141,7 +141,7 @@ def _compressing(config: DeepseekV4Config, ratio: int) -> dict[str, ParallelStyl
 
 
 def _blocks(config: DeepseekV4Config) -> list[tuple[str, int]]:
-    """The names of all blocks and what each compresses by."""
+    """The names of all blocks, and the compress ratio of each."""
     names = [f"layers.{layer}" for layer in range(config.num_layers)]
     names += [f"mtp.{depth}.block" for depth in range(config.num_mtp_layers)]
     return list(zip(names, config.compress_ratios, strict=True))

@@ -1,4 +1,4 @@
-"""The plan of models/gemma4."""
+"""The plan of a Gemma 4: models/gemma4."""
 
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -11,15 +11,15 @@ from dtcp.distributed.dtensor_rules import HEADS
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.models.gemma4 import Gemma4Config, Sight
 from dtcp.parallelize.apply import ParallelPlan
-from dtcp.parallelize.experts import ExpertsSplit
+from dtcp.parallelize.experts import ExpertTensorParallel
 from dtcp.parallelize.tensor_parallel import (
-    LocalWeight,
     ReplicatedParams,
+    ReplicatedWeight,
     ReplicateInput,
     VocabParallelEmbedding,
     check_divisible,
-    kv_columns,
-    warn_of_copies,
+    kv_projection_style,
+    warn_of_replicated_kv_heads,
 )
 from dtcp.softmax import AllGatherAttention, HaloAttention, SharedKVAttention
 from dtcp.softmax.style import AttentionStyle
@@ -28,33 +28,41 @@ from dtcp.softmax.style import AttentionStyle
 def gemma4_plan(
     config: Gemma4Config, mesh: ParallelMesh, attention: AttentionStyle
 ) -> ParallelPlan:
-    """Windows by a halo, global layers by `attention`, shared keys brought once.
+    """Sliding layers fetch a halo, global layers attend by `attention`, shared keys move once.
 
-    Under tp, logits come as a DTensor sharded in the vocabulary: token_mean_loss takes them.
-    Kv heads that tp does not divide are copied to every rank of it, with a warning.
+    Under tp, logits are a DTensor sharded in the vocabulary, which token_mean_loss takes.
+    Kv heads that tp does not divide are replicated on all its ranks, with a warning.
+
+    In Gemma 4's global layers a key is its value, scaled and rotated; ranks exchange only values
+    and recompute keys on arrival, which halves the traffic.
 
     Args:
-        attention: the strategy of global layers on the axis cp, RingAttention or
-            AllGatherAttention where their keys are made from values. A window fits any layout
-            of one or two stretches a rank: Contiguous or HeadTail.
+        attention: the strategy of global layers on the axis cp: RingAttention or
+            AllGatherAttention where a key is made from its value. Sliding layers take any layout
+            with one or two contiguous pieces per rank: Contiguous or HeadTail.
     Raises:
         ValueError: what tp would split is not a multiple of it.
     """
     return ParallelPlan(
-        tp=tensor_plan(config, mesh.size("tp")) if mesh.tp is not None else {},
-        cp=context_plan(config, attention),
+        tp=gemma4_tensor_plan(config, mesh.size("tp")) if mesh.tp is not None else {},
+        cp=gemma4_context_plan(config, attention),
         blocks=("layers.*",),
-        # A shared weight is gathered once, with the rest of the model.
+        # A tied weight is gathered once, with the rest of the model.
         fsdp_units=() if config.tied else (("embedding",), ("norm", "lm_head")),
     )
 
 
-def context_plan(config: Gemma4Config, attention: AttentionStyle) -> dict[str, ParallelStyle]:
-    """The style of every mixer on the axis cp."""
+def gemma4_context_plan(
+    config: Gemma4Config, attention: AttentionStyle
+) -> dict[str, ParallelStyle]:
+    """The style of every mixer on the axis cp.
+
+    A layer whose keys others share gathers what all of those read, once for all of them.
+    """
     ahead = config.longest_vision_block - 1 if config.vision_blocks else 0
     window = HaloAttention(config.window, ahead, boundary=attention.boundary)
-    alone = {Sight.SLIDING: window, Sight.GLOBAL: attention}
-    brought = {
+    own_kv = {Sight.SLIDING: window, Sight.GLOBAL: attention}
+    shared_kv = {
         Sight.SLIDING: SharedKVAttention(window),
         Sight.GLOBAL: SharedKVAttention(AllGatherAttention()),
     }
@@ -63,14 +71,14 @@ def context_plan(config: Gemma4Config, attention: AttentionStyle) -> dict[str, P
         name = f"layers.{layer}.attention"
         gives = config.shared_by_others(layer)
         if gives:
-            plan[f"{name}.exchange"] = brought[sight]
+            plan[f"{name}.exchange"] = shared_kv[sight]
         shared = gives or config.shares(layer)
-        plan[f"{name}.mixer"] = (brought if shared else alone)[sight]
+        plan[f"{name}.mixer"] = (shared_kv if shared else own_kv)[sight]
     return plan
 
 
-def tensor_plan(config: Gemma4Config, tp: int) -> dict[str, ParallelStyle]:
-    """Megatron's pairs: columns, then rows, one all-reduce for each pair and direction.
+def gemma4_tensor_plan(config: Gemma4Config, tp: int) -> dict[str, ParallelStyle]:
+    """Megatron's pairs, column-wise, then row-wise: one all-reduce per pair, forward and backward.
 
     From Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053
     """
@@ -92,8 +100,8 @@ def tensor_plan(config: Gemma4Config, tp: int) -> dict[str, ParallelStyle]:
         plan |= {
             "layers.*.moe.*_norm": ReplicatedParams(),
             "layers.*.moe.router.proj": ReplicatedParams(),
-            "layers.*.moe.router.*scale": LocalWeight(Replicate()),
-            "layers.*.moe.experts": ExpertsSplit(),
+            "layers.*.moe.router.*scale": ReplicatedWeight(Replicate()),
+            "layers.*.moe.experts": ExpertTensorParallel(),
         }
     if config.per_layer_dim:
         plan |= {"per_layer.tokens": VocabParallelEmbedding()}
@@ -114,10 +122,10 @@ def _attention_plan(config: Gemma4Config, layer: int, tp: int) -> dict[str, Para
     }
     if config.shares(layer):
         return plan
-    columns = kv_columns(config.num_heads, kv_heads, tp)
+    columns = kv_projection_style(config.num_heads, kv_heads, tp)
     plan[f"{name}.k_proj"] = columns
     if config.makes_keys_from_values(layer):
-        plan[f"{name}.k_norm"] = LocalWeight(Partial())
+        plan[f"{name}.k_norm"] = ReplicatedWeight(Partial())
     else:
         plan |= {f"{name}.v_proj": columns, f"{name}.k_norm": ReplicatedParams(Shard(HEADS))}
     return plan
@@ -129,4 +137,4 @@ def _check_divisible(config: Gemma4Config, tp: int) -> None:
     check_divisible(sizes, tp)
     for sight in dict.fromkeys(config.layers):
         kv_heads = config.heads(config.layers.index(sight)).num_kv_heads
-        warn_of_copies(kv_heads, tp, sight.name.lower())
+        warn_of_replicated_kv_heads(kv_heads, tp, sight.name.lower())

@@ -1,7 +1,7 @@
 """Any causal language model of transformers, by one call.
 
-The plan is read off the model: mixers from a survey of its attention, blocks from where its
-attention modules stand, tensor parallelism from the plan that transformers keeps of it.
+The plan is read off the model: mixers from a survey of its attention, blocks from the lists that
+hold its attention modules, tensor parallelism from the plan that transformers has for it.
 """
 
 import logging
@@ -28,8 +28,12 @@ from dtcp.parallelize.apply import (
 )
 from dtcp.parallelize.compile import Compile
 from dtcp.parallelize.fsdp import FSDP
-from dtcp.parallelize.plans.huggingface_experts import ExpertChannels, Whole, why_not_split
+from dtcp.parallelize.plans.huggingface_experts import (
+    HFExpertTensorParallel,
+    why_not_split,
+)
 from dtcp.parallelize.tensor_parallel import (
+    LocalParams,
     ReplicatedParams,
     ReplicateInput,
     ReplicateInputWithSinks,
@@ -43,7 +47,7 @@ from dtcp.softmax.style import AttentionStyle
 RING = RingAttention()
 EXPERTS, SINKS = "moe_tp_experts", "sinks"
 
-PLANS: Mapping[str, Mapping[str, str]] = {
+TP_PLANS: Mapping[str, Mapping[str, str]] = {
     "gpt_oss": {
         "model.layers.*.self_attn": SINKS,
         "model.layers.*.self_attn.q_proj": "colwise",
@@ -53,7 +57,7 @@ PLANS: Mapping[str, Mapping[str, str]] = {
         "model.layers.*.mlp.experts": EXPERTS,
     },
 }
-"""In transformers' terms, for families of which it has no plan."""
+"""Tensor-parallel plans in transformers' terms, for families that it has none for."""
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +80,13 @@ def parallelize_hf(
         model: on a real device, with its weights; or on the meta device: load_hf follows.
         attention: the strategy of every attention module, or a function of the module's name.
     Raises:
-        ValueError: what the model needs and nobody here can give, by the names of the layers; or
+        ValueError: what the model needs and no mixer here does, by the names of the layers; or
             weights that are not the same on all ranks.
     """
-    _check_alike(model, mesh)
-    found = install_mixers(model)
-    _let_experts_compile(model, compile)
-    plan = hf_plan(model, found, mesh, attention)
+    _check_same_weights(model, mesh)
+    survey = install_mixers(model)
+    _make_experts_compilable(model, compile)
+    plan = hf_plan(model, survey, mesh, attention)
     return parallelize(
         model, mesh, plan, activation_checkpoint=activation_checkpoint, compile=compile, fsdp=fsdp
     )
@@ -90,105 +94,119 @@ def parallelize_hf(
 
 def hf_plan(
     model: Any,
-    found: Survey,
+    survey: Survey,
     mesh: ParallelMesh,
     attention: AttentionStyle | Callable[[str], AttentionStyle],
 ) -> ParallelPlan:
     """The plan of a model that has its mixers.
 
     Raises:
-        ValueError: tp is asked for, and something has no style or does not divide.
+        ValueError: the mesh has an axis tp, and a parameter has no style or tp does not divide it.
     """
-    names = [each.name for each in found.attentions]
+    names = [attention_module.name for attention_module in survey.attentions]
     styles = {
         f"{name}.{MIXER}": attention if isinstance(attention, AttentionStyle) else attention(name)
         for name in names
     }
     return ParallelPlan(
-        tp=tensor_plan(model, mesh.size("tp")) if mesh.tp is not None else {},
+        tp=hf_tensor_plan(model, mesh.size("tp")) if mesh.tp is not None else {},
         cp=styles,
         blocks=tuple(dict.fromkeys(_block(name) for name in names)),
-        fsdp_units=_units(model),
-        islands=_islands(model),
+        fsdp_units=_fsdp_units(model),
+        keep_dtype=_keep_dtype(model),
     )
 
 
-def tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
-    """transformers' own plan in our styles; norms run per token, and nothing is left over."""
-    asked = _asked(model)
-    _check_divisible(model, asked, tp)
+def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
+    """transformers' own plan in our styles, with styles for norms and routers added.
+
+    Raises:
+        ValueError: a parameter without a style, or a size that tp does not divide.
+    """
+    tp_plan = _tp_plan(model)
+    _check_divisible(model, tp_plan, tp)
     modules = dict(model.named_modules())
-    roles = {name: _role(name, asked) for name in modules}
+    roles = {name: _role(name, tp_plan) for name in modules}
     experts = tuple(name for name, role in roles.items() if role == EXPERTS)
-    mixtures = tuple(f"{name.rpartition('.')[0]}." for name in experts)
+    moes = tuple(f"{name.rpartition('.')[0]}." for name in experts)
     plan: dict[str, ParallelStyle] = {}
     for name, module in modules.items():
-        own = [key for key, _ in module.named_parameters(recurse=False)]
-        if not own:
+        parameters = [key for key, _ in module.named_parameters(recurse=False)]
+        if not parameters:
             continue
-        in_mixture = name.startswith(mixtures) and not name.startswith(experts)
-        style = _style(model, name, module, roles[name], tp, in_mixture=in_mixture)
+        beside_experts = name.startswith(moes) and not name.startswith(experts)
+        style = _style(model, name, module, roles[name], tp, beside_experts=beside_experts)
         if style is None:
             raise ValueError(
-                f"Tensor parallelism needs a style for each parameter, got {own} of {name} "
+                f"Tensor parallelism needs a style for each parameter, got {parameters} of {name} "
                 f"({type(module).__name__}) with the role {roles[name]!r} in transformers' plan: "
                 f"set tp=1 and give the ranks to cp, or pass a ParallelPlan to parallelize."
             )
         plan[name] = style
-    columns = [name.rpartition(".")[0] for name in plan if _is_columns(plan[name])]
-    # What several projections read enters once, so that its gradient is reduced once.
-    shared = {
-        parent: ReplicateInput() for parent in columns if parent and columns.count(parent) > 1
+    parents = [
+        name.rpartition(".")[0]
+        for name, style in plan.items()
+        if isinstance(style, ColwiseParallel)
+    ]
+    # What several projections read becomes a DTensor once, so that its gradient is reduced once.
+    shared_inputs = {
+        parent: ReplicateInput() for parent in parents if parent and parents.count(parent) > 1
     }
-    return {**shared, **plan}
+    return {**shared_inputs, **plan}
 
 
-def _check_alike(model: nn.Module, mesh: ParallelMesh) -> None:
-    """Refuse a model that ranks have made differently: shards of it would fit no whole."""
+def _check_same_weights(model: nn.Module, mesh: ParallelMesh) -> None:
+    """Refuse a model whose weights differ between ranks: their shards would not fit together."""
     if mesh.degrees.world == 1 or next(model.parameters()).is_meta:
         return
     sums = [p.detach().sum(dtype=torch.float64) for p in model.parameters()]
-    found = torch.stack([*sums, sums[0].new_tensor(len(sums))]).to(mesh.device_mesh.device_type)
-    bounds = torch.stack((found, -found)).nan_to_num()
-    highest = bounds.clone()
+    sums.append(sums[0].new_tensor(len(sums)))
+    local = torch.stack(sums).to(mesh.device_mesh.device_type)
+    # The largest of x and of -x over all ranks: the same number where all have the same x.
+    largest = torch.stack((local, -local)).nan_to_num()
     for group in mesh.device_mesh.get_all_groups():
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-    if not torch.equal(highest[0], -highest[1]):
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    if not torch.equal(largest[0], -largest[1]):
         raise ValueError(
             f"Ranks hold the same weights before they are sharded, got a {type(model).__name__} "
             f"whose weights differ: seed all ranks alike, or load the same checkpoint."
         )
 
 
-def _let_experts_compile(model: Any, compile: Compile | None) -> None:
-    """Take transformers' loop over the experts that were hit out of what is to be one graph."""
-    asked = getattr(model.config, "_experts_implementation", None)
-    if compile is not None and asked == "eager" and model._can_set_experts_implementation():
+def _make_experts_compilable(model: Any, compile: Compile | None) -> None:
+    """Replace transformers' loop over the chosen experts, which has no graph."""
+    implementation = getattr(model.config, "_experts_implementation", None)
+    if (
+        compile is not None
+        and implementation == "eager"
+        and model._can_set_experts_implementation()
+    ):
         log.warning(
-            "Experts of %s are computed by grouped_mm, for a loop over those that were hit has no "
+            "Experts of %s are computed by grouped_mm, for a loop over the chosen ones has no "
             "graph: set experts_implementation to choose another.",
             type(model).__name__,
         )
         model.set_experts_implementation("grouped_mm")
 
 
-def _asked(model: Any) -> Mapping[str, str]:
-    asked: Mapping[str, str] = PLANS.get(model.config.model_type, model.tp_plan)
-    if not any("layers" in key for key in asked):
+def _tp_plan(model: Any) -> Mapping[str, str]:
+    """Roles by module name or pattern, in transformers' terms."""
+    tp_plan: Mapping[str, str] = TP_PLANS.get(model.config.model_type, model.tp_plan)
+    if not any("layers" in key for key in tp_plan):
         raise ValueError(
             f"Tensor parallelism follows the plan that transformers has of a model, got none for "
             f"the layers of {type(model).__name__}: set tp=1 and give the ranks to cp, or pass a "
             f"ParallelPlan to parallelize."
         )
-    return asked
+    return tp_plan
 
 
-def _role(name: str, asked: Mapping[str, str]) -> str:
-    return next((role for key, role in asked.items() if matches(name, key)), "")
+def _role(name: str, tp_plan: Mapping[str, str]) -> str:
+    return next((role for key, role in tp_plan.items() if matches(name, key)), "")
 
 
 def _style(
-    model: Any, name: str, module: nn.Module, role: str, tp: int, *, in_mixture: bool
+    model: Any, name: str, module: nn.Module, role: str, tp: int, *, beside_experts: bool
 ) -> ParallelStyle | None:
     if module is model.get_input_embeddings():
         return (
@@ -206,29 +224,29 @@ def _style(
         return ReplicatedParams(Shard(HEADS))
     if role in ("colwise", "rowwise"):
         return ColwiseParallel() if role == "colwise" else RowwiseParallel()
-    if in_mixture and not role:
-        # A router, or a shared expert nobody splits: beside the experts, on whole activations.
-        return Whole()
+    if beside_experts and not role:
+        # A router, or a shared expert that the plan does not split: on whole activations.
+        return LocalParams()
     shapes = [p.ndim for p in module.parameters(recurse=False)]
     is_norm = set(shapes) == {1} and "Norm" in type(module).__name__
     return ReplicatedParams() if is_norm and not role else None
 
 
 def _experts_style(name: str, module: nn.Module, tp: int) -> ParallelStyle:
-    why_not = why_not_split(module, tp)
-    if not why_not:
-        return ExpertChannels()
-    log.warning("%s is whole on each of %d tp ranks: %s.", name, tp, why_not)
-    return Whole()
+    reason = why_not_split(module, tp)
+    if not reason:
+        return HFExpertTensorParallel()
+    log.warning("%s is whole on each of %d tp ranks: %s.", name, tp, reason)
+    return LocalParams()
 
 
-def _check_divisible(model: Any, asked: Mapping[str, str], tp: int) -> None:
+def _check_divisible(model: Any, tp_plan: Mapping[str, str], tp: int) -> None:
     config = model.config.get_text_config()
     sizes = {"vocab_size": config.vocab_size, "num_attention_heads": config.num_attention_heads}
     sizes["num_key_value_heads"] = config.num_key_value_heads or config.num_attention_heads
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            role = _role(name, asked)
+            role = _role(name, tp_plan)
             size = {"colwise": module.out_features, "rowwise": module.in_features}.get(role, tp)
             sizes[f"the width of {name}"] = size
     for name, size in sizes.items():
@@ -239,29 +257,25 @@ def _check_divisible(model: Any, asked: Mapping[str, str], tp: int) -> None:
             )
 
 
-def _is_columns(style: ParallelStyle) -> bool:
-    return isinstance(style, ColwiseParallel)
-
-
 def _block(name: str) -> str:
-    """The repeated part an attention module stands in: up to the first number in its name."""
-    found = re.match(r"(.*?)\.\d+(?=\.|$)", name)
-    if found is None:
+    """The repeated block that holds an attention module: up to the first number in its name."""
+    prefix = re.match(r"(.*?)\.\d+(?=\.|$)", name)
+    if prefix is None:
         raise ValueError(
             f"Blocks are the entries of a list of layers, got the attention module {name!r}, "
-            f"which stands in none: pass a ParallelPlan to parallelize."
+            f"which is in no list: pass a ParallelPlan to parallelize."
         )
-    return f"{found.group(1)}.*"
+    return f"{prefix.group(1)}.*"
 
 
-def _islands(model: Any) -> tuple[str, ...]:
+def _keep_dtype(model: Any) -> tuple[str, ...]:
     """What transformers itself loads in fp32, whatever dtype it is asked for."""
-    strict = model._keep_in_fp32_modules_strict
-    found = re.compile("|".join(key.replace("*", ".*") for key in sorted(strict)))
-    return tuple(name for name, _ in model.named_parameters() if strict and found.search(name))
+    keys = model._keep_in_fp32_modules_strict
+    pattern = re.compile("|".join(key.replace("*", ".*") for key in sorted(keys)))
+    return tuple(name for name, _ in model.named_parameters() if keys and pattern.search(name))
 
 
-def _units(model: Any) -> tuple[tuple[str, ...], ...]:
+def _fsdp_units(model: Any) -> tuple[tuple[str, ...], ...]:
     """Embedding and head each gathered alone; a weight they share, with the rest of the model."""
     names = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -1,4 +1,4 @@
-"""The plan of models/llama."""
+"""The plan of a Llama: models/llama."""
 
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import (
@@ -23,7 +23,7 @@ from dtcp.softmax.style import AttentionStyle
 def llama_plan(config: LlamaConfig, mesh: ParallelMesh, attention: AttentionStyle) -> ParallelPlan:
     """Split heads, feed-forward channels and vocabulary over tp, the sequence over cp.
 
-    Under tp, logits come as a DTensor sharded in the vocabulary: token_mean_loss takes them.
+    Under tp, logits are a DTensor sharded in the vocabulary, which token_mean_loss takes.
 
     Args:
         attention: the strategy on the axis cp.
@@ -33,16 +33,16 @@ def llama_plan(config: LlamaConfig, mesh: ParallelMesh, attention: AttentionStyl
     names = ("num_heads", "num_kv_heads", "hidden_dim", "vocab_size")
     check_divisible({name: getattr(config, name) for name in names}, mesh.size("tp"))
     return ParallelPlan(
-        tp=tensor_plan(config),
+        tp=_tensor_plan(config),
         cp={"layers.*.attention.mixer": attention},
         blocks=("layers.*",),
-        # A shared weight is gathered once, with the rest of the model.
+        # A tied weight is gathered once, with the rest of the model.
         fsdp_units=() if config.tied else (("embedding",), ("norm", "lm_head")),
     )
 
 
-def tensor_plan(config: LlamaConfig) -> dict[str, ParallelStyle]:
-    """Megatron's pairs: columns, then rows, one all-reduce for each pair and direction.
+def _tensor_plan(config: LlamaConfig) -> dict[str, ParallelStyle]:
+    """Megatron's pairs, column-wise, then row-wise: one all-reduce per pair, forward and backward.
 
     From Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053
     """

@@ -1,4 +1,4 @@
-"""The plan of models/qwen3_5."""
+"""The plan of a Qwen3.5: models/qwen3_5."""
 
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import (
@@ -11,15 +11,15 @@ from dtcp.distributed.dtensor_rules import HEADS
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.models.qwen3_5 import ExpertsConfig, Qwen35Config
 from dtcp.parallelize.apply import ParallelPlan
-from dtcp.parallelize.experts import ExpertsSplit
+from dtcp.parallelize.experts import ExpertTensorParallel
 from dtcp.parallelize.tensor_parallel import (
     ReplicatedParams,
     ReplicateInput,
     RowShardedWeight,
     VocabParallelEmbedding,
     check_divisible,
-    kv_columns,
-    warn_of_copies,
+    kv_projection_style,
+    warn_of_replicated_kv_heads,
 )
 from dtcp.recurrent import CausalConvCP, GatedDeltaCP, RelayoutCP
 from dtcp.softmax.style import AttentionStyle
@@ -37,19 +37,20 @@ def qwen3_5_plan(
 ) -> ParallelPlan:
     """Split heads, experts' channels and vocabulary over tp, the sequence over cp.
 
-    Kv heads that tp does not divide are copied to every rank of it, with a warning.
+    Kv heads that tp does not divide are replicated on all its ranks, with a warning.
     HeadTail is the layout to shard batches with: it balances full attention, and the delta rule
-    reads it as it lies, for two states a rank rather than one.
+    takes it as it is, at the price of two states per rank rather than one.
 
     Args:
         attention: the strategy of full attention on the axis cp.
         delta: that of the gated delta rule.
-        relayout: deal the tokens of its layers anew, to shards of one stretch, and back; None to
-            leave every token where it is.
+        relayout: move the tokens to contiguous shards before each layer of the delta rule, and
+            back after it; None to leave every token where it is.
     Raises:
         ValueError: what tp would split is not a multiple of it.
     """
-    blocks = ["layers"] * bool(config.num_layers) + ["ahead.layers"] * config.num_mtp_layers
+    blocks = ["layers.*"] if config.num_layers else []
+    blocks += ["ahead.layers.*"] if config.num_mtp_layers else []
     cp: dict[str, ParallelStyle] = {}
     for index in range(config.num_layers):
         if config.attends(index):
@@ -62,15 +63,15 @@ def qwen3_5_plan(
     if config.num_mtp_layers:
         cp["ahead.layers.*.attention.mixer"] = attention
     return ParallelPlan(
-        tp=tensor_plan(config, mesh.size("tp")),
+        tp=_tensor_plan(config, mesh.size("tp")),
         cp=cp,
-        blocks=tuple(f"{name}.*" for name in blocks),
-        # What is used twice is gathered once, with the rest of the model.
+        blocks=tuple(blocks),
+        # A weight that is used twice is gathered once, with the rest of the model.
         fsdp_units=()
         if config.tied or config.num_mtp_layers
         else (("embedding",), ("norm", "lm_head")),
-        # Decays multiply along a document, and with them what rounding does to a rate.
-        islands=tuple(
+        # Decays multiply along a document, and the rounding error of a rate with them.
+        keep_dtype=tuple(
             f"layers.{index}.delta.{name}.weight"
             for index in range(config.num_layers)
             if not config.attends(index)
@@ -79,18 +80,17 @@ def qwen3_5_plan(
     )
 
 
-def tensor_plan(config: Qwen35Config, tp: int) -> dict[str, ParallelStyle]:
-    """Columns, then rows, in every part of a block: one all-reduce for each and direction."""
+def _tensor_plan(config: Qwen35Config, tp: int) -> dict[str, ParallelStyle]:
+    """Column-wise, then row-wise, in attention and feed-forward: one all-reduce each, both ways."""
     check_divisible(_sizes(config), tp)
-    warn_of_copies(config.num_kv_heads, tp, "attention")
+    warn_of_replicated_kv_heads(config.num_kv_heads, tp, "attention")
     plan: dict[str, ParallelStyle] = {
         "embedding": VocabParallelEmbedding(),
         "norm": ReplicatedParams(),
         "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
     }
-    kinds = [config.attends(index) for index in range(config.num_layers)]
-    for index, attends in enumerate(kinds):
-        plan |= _block_plan(f"layers.{index}", config, tp, attends=attends)
+    for index in range(config.num_layers):
+        plan |= _block_plan(f"layers.{index}", config, tp, attends=config.attends(index))
     if config.num_mtp_layers:
         plan |= _block_plan("ahead.layers.0", config, tp, attends=True)
         names = ("embedding_norm", "hidden_norm", "join", "norm")
@@ -109,7 +109,7 @@ def _block_plan(
         parts |= {
             "attention": ReplicateInput(),
             "attention.q_proj": ColwiseParallel(),
-            "attention.[kv]_proj": kv_columns(config.num_heads, config.num_kv_heads, tp),
+            "attention.[kv]_proj": kv_projection_style(config.num_heads, config.num_kv_heads, tp),
             "attention.[qk]_norm": ReplicatedParams(Shard(HEADS)),
             "attention.o_proj": RowwiseParallel(),
         }
@@ -123,19 +123,19 @@ def _block_plan(
             "delta.norm": ReplicatedParams(Shard(HEADS)),
             "delta.o_proj": RowwiseParallel(),
         }
-    dense = "feed_forward"
+    mlp = "feed_forward"
     if isinstance(config.feed_forward, ExpertsConfig):
-        dense = "feed_forward.shared"
+        mlp = "feed_forward.shared"
         parts |= {
             "feed_forward.router": ReplicatedParams(),
-            "feed_forward.experts": ExpertsSplit(),
+            "feed_forward.experts": ExpertTensorParallel(),
             "feed_forward.shared_gate": ReplicatedParams(),
         }
     parts |= {
-        dense: ReplicateInput(),
-        f"{dense}.gate": ColwiseParallel(),
-        f"{dense}.up": ColwiseParallel(),
-        f"{dense}.down": RowwiseParallel(),
+        mlp: ReplicateInput(),
+        f"{mlp}.gate": ColwiseParallel(),
+        f"{mlp}.up": ColwiseParallel(),
+        f"{mlp}.down": RowwiseParallel(),
     }
     return {f"{block}.{name}": style for name, style in parts.items()}
 

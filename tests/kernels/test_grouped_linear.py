@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from dtcp.compile import count_graphs
 from dtcp.models.moe import Experts
-from dtcp.parallelize.experts import ExpertsSplit
+from dtcp.parallelize.experts import ExpertTensorParallel
 from tests.harness.spmd import spmd
 
 N, K, E, DIM, HIDDEN = 13, 3, 5, 6, 8
@@ -84,7 +84,7 @@ def test_split_experts_equal_whole_ones(mesh, compiled):
     whole, inputs, cotangent = a_case()
     split = Experts(DIM, HIDDEN, E, gated).double()
     split.load_state_dict(whole.state_dict())
-    parallelize_module(split, mesh, ExpertsSplit())
+    parallelize_module(split, mesh, ExpertTensorParallel())
     x, index, weight = leaves(*inputs)
     expected = whole(x, index, weight)
     wanted = gradients(expected, cotangent, x, weight, *whole.parameters())
@@ -97,6 +97,6 @@ def test_split_experts_equal_whole_ones(mesh, compiled):
 @spmd(ranks=3)
 def test_experts_that_tp_does_not_divide_are_refused(mesh):
     with pytest.raises(ValueError, match=r"hidden_dim=8 with tp=3"):
-        parallelize_module(Experts(DIM, HIDDEN, E, gated), mesh, ExpertsSplit())
+        parallelize_module(Experts(DIM, HIDDEN, E, gated), mesh, ExpertTensorParallel())
     with pytest.raises(TypeError, match=r"got a Linear"):
-        parallelize_module(torch.nn.Linear(2, 2), mesh, ExpertsSplit())
+        parallelize_module(torch.nn.Linear(2, 2), mesh, ExpertTensorParallel())

@@ -23,8 +23,8 @@ from dtcp.models.deepseek_v4 import (
     tiny,
     to_hf,
 )
-from dtcp.parallelize.keep_dtype import find_islands
-from dtcp.parallelize.plans.deepseek_v4 import islands
+from dtcp.parallelize.keep_dtype import keep_dtype_names
+from dtcp.parallelize.plans.deepseek_v4 import deepseek_v4_keep_dtype
 from dtcp.sequence.documents import Documents
 from tests.harness import hf_deepseek_v4 as published
 
@@ -88,7 +88,8 @@ def test_deepseek_v4_checkpoint_is_read_by_transformers_and_back(tmp_path):
 
     rounded = DeepseekV4ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     kept = {n for n, x in from_hf(rounded.state_dict(), config).items() if x.dtype == torch.float32}
-    assert set(find_islands(ours, islands(config))) == kept & set(dict(ours.named_parameters()))
+    in_plan = keep_dtype_names(ours, deepseek_v4_keep_dtype(config))
+    assert set(in_plan) == kept & set(dict(ours.named_parameters()))
 
 
 def test_deepseek_v4_names_survive_the_round_trip_with_mtp():

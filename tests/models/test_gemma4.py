@@ -22,7 +22,7 @@ from dtcp.models.gemma4 import (
     tiny_moe,
     to_hf,
 )
-from dtcp.parallelize.plans.gemma4 import context_plan, tensor_plan
+from dtcp.parallelize.plans.gemma4 import gemma4_context_plan, gemma4_tensor_plan
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import (
@@ -146,7 +146,7 @@ REFUSED: list[tuple[Any, str]] = [
         ),
         "one head shape for each kind",
     ),
-    (lambda: tensor_plan(tiny(), tp=3), "num_heads=8 with tp=3"),
+    (lambda: gemma4_tensor_plan(tiny(), tp=3), "num_heads=8 with tp=3"),
     (lambda: replace(tiny(), num_heads=6), "num_heads=6, num_kv_heads=4"),
     (lambda: replace(tiny_e(), num_shared_layers=6), "num_shared_layers=6 of 6"),
     (lambda: replace(tiny_e(), num_shared_layers=8), "num_shared_layers=8 of 6"),
@@ -161,9 +161,9 @@ REFUSED: list[tuple[Any, str]] = [
         "knows every parameter.*q_a_proj",
     ),
     (
-        lambda: context_plan(replace(tiny(), vision_blocks=True, longest_vision_block=3), RING)[
-            "layers.0.attention.mixer"
-        ].rank_metadata(HeadTail(32, 2), 0, _images_of(5)),
+        lambda: gemma4_context_plan(
+            replace(tiny(), vision_blocks=True, longest_vision_block=3), RING
+        )["layers.0.attention.mixer"].rank_metadata(HeadTail(32, 2), 0, _images_of(5)),
         r"sees 4 tokens to the left and 4 to the right.*widen the halo",
     ),
     (lambda: UlyssesAttention().check_values_only(), "RingAttention or AllGatherAttention"),
@@ -194,7 +194,7 @@ def test_what_gemma4_cannot_honour_is_refused(call, match):
 
 def test_gemma4_says_aloud_which_kv_heads_are_copied():
     with pytest.warns(UserWarning, match="tp=4 does not divide the 2 kv heads of global"):
-        tensor_plan(tiny(), tp=4)
+        gemma4_tensor_plan(tiny(), tp=4)
 
 
 def test_gemma4_shares_keys_made_from_values_too():

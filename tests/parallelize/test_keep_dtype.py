@@ -1,4 +1,4 @@
-"""Islands: parameters that mixed precision leaves as they are, wherever they lie in a model.
+"""keep_dtype: parameters that mixed precision leaves as they are, wherever they are in a model.
 
 The truth is one device that computes with its other parameters rounded, or widened, by hand.
 """
@@ -46,7 +46,7 @@ SEQ_LEN = 48
 ROWS = ((19, 3, 26), (30, 11), (48,), (7, 9))
 NARROW = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
 WIDE = MixedPrecisionPolicy(param_dtype=torch.float64)
-"""Other parameters are wider than islands: so that every sum over ranks shows in fp32."""
+"""Other parameters are wider than those kept, so that every sum over ranks shows in fp32."""
 
 STREAMS = {"dim": 32, "hidden_dim": 32, "streams": 2, "sinkhorn_steps": 2, "num_selected": 4}
 DEEPSEEK = replace(
@@ -60,11 +60,11 @@ FAMILIES: dict[str, tuple[type[nn.Module], Any, Any]] = {
     "gemma4": (gemma4.Gemma4, GEMMA, partial(gemma4_plan, attention=RingAttention())),
 }
 ROUNDED = ("_proj.weight", "experts", "router", "shared", "embedding", "lm_head")
-"""What is no island of DeepSeek-V4, by the ends of names; transformers' list is held to the
+"""What DeepSeek-V4 does not keep, by parts of names; transformers' list is held to the
 plan's in tests/models/test_deepseek_v4.py."""
 
 
-def is_island(family: str, name: str) -> bool:
+def keeps_dtype(family: str, name: str) -> bool:
     if family == "gemma4":
         return False
     if family == "qwen3_5":
@@ -72,8 +72,8 @@ def is_island(family: str, name: str) -> bool:
     return not any(part in name for part in ROUNDED)
 
 
-def a_pair(family: str, degrees: Degrees, policy: MixedPrecisionPolicy, **how: Any):
-    """A model whose islands hold what bf16 cannot; the same parallel; its mesh."""
+def a_pair(family: str, degrees: Degrees, policy: MixedPrecisionPolicy, **options: Any):
+    """A model whose kept parameters hold what bf16 cannot; the same parallel; its mesh."""
     mesh = ParallelMesh.from_degrees(degrees, "cpu")
     make, config, plan_of = FAMILIES[family]
     plan = plan_of(config, mesh)
@@ -82,13 +82,13 @@ def a_pair(family: str, degrees: Degrees, policy: MixedPrecisionPolicy, **how: A
     reference.init_weights()
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
-            if is_island(family, name):
+            if keeps_dtype(family, name):
                 parameter.add_(torch.rand_like(parameter).clamp(min=2**-12) / 2)
                 assert (parameter != parameter.bfloat16()).any(), name
     model.load_state_dict(reference.state_dict())
-    parallelize(model, mesh, plan, fsdp=FSDP(mixed_precision=policy), **how)
+    parallelize(model, mesh, plan, fsdp=FSDP(mixed_precision=policy), **options)
     for name, parameter in reference.named_parameters():
-        if not is_island(family, name):
+        if not keeps_dtype(family, name):
             parameter.data = parameter.data.to(policy.param_dtype)
     return reference, model, mesh
 
@@ -124,7 +124,7 @@ def on_mesh(model: nn.Module, mesh: ParallelMesh, layout: Any) -> Tensor:
 
 
 class Received(TorchDispatchMode):
-    """Bytes that FSDP brought of each dtype, this rank's own part not counted."""
+    """Bytes of each dtype that FSDP received, this rank's own part not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,13 +132,13 @@ class Received(TorchDispatchMode):
         self.reduced: dict[torch.dtype, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for name, found in (
+        for name, received in (
             ("_allgather_base_", self.gathered),
             ("_reduce_scatter_base_", self.reduced),
         ):
             if func is getattr(torch.ops.c10d, name).default:
                 moved = abs(args[0].nbytes - args[1].nbytes)
-                found[args[0].dtype] = found.get(args[0].dtype, 0) + moved
+                received[args[0].dtype] = received.get(args[0].dtype, 0) + moved
         return func(*args, **(kwargs or {}))
 
 
@@ -149,11 +149,11 @@ def padded_bytes(parameter: nn.Parameter, ranks: int) -> int:
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 @spmd(ranks=2)
-def test_islands_are_neither_rounded_nor_reduced_in_bf16(mesh, family):
-    """Logits to the last bit, and gradients, of one device; bytes as many as islands have.
+def test_kept_parameters_are_neither_rounded_nor_reduced_in_bf16(mesh, family):
+    """Logits to the last bit, and gradients, of one device; bytes as many as the parameters have.
 
-    The angles of positions, too, which Qwen3.5 hands to its blocks, stay in fp32. Gemma 4 has
-    no islands, as published; its streams stay in bf16 although its layers' scalars do not.
+    The angles of positions, too, which Qwen3.5 hands to its blocks, stay in fp32. Gemma 4 keeps
+    no parameter, as published; its streams stay in bf16 although its layers' scalars do not.
     """
     reference, model, mesh = a_pair(family, Degrees(dp_shard=2), NARROW)
     with Received() as received:
@@ -161,16 +161,16 @@ def test_islands_are_neither_rounded_nor_reduced_in_bf16(mesh, family):
     mine = slice(mesh.rank("batch"), None, mesh.size("batch"))
     assert torch.equal(logits, on_one_device(reference, mine))
 
-    islands = {n: p for n, p in reference.named_parameters() if is_island(family, n)}
-    found = gradients(model)
-    trained = {name: p.grad for name, p in islands.items() if p.grad is not None}
+    kept = {n: p for n, p in reference.named_parameters() if keeps_dtype(family, n)}
+    actual = gradients(model)
+    trained = {name: p.grad for name, p in kept.items() if p.grad is not None}
     for name, grad in trained.items():
         dist.all_reduce(grad)
-        assert found[name].dtype == torch.float32
-        assert_close(found[name], grad, msg=lambda text, name=name: f"{name}: {text}")
+        assert actual[name].dtype == torch.float32
+        assert_close(actual[name], grad, msg=lambda text, name=name: f"{name}: {text}")
 
     # A block is gathered again for its backward pass, and so is all but the last unit.
-    parts = {name: padded_bytes(p, 2) for name, p in islands.items()}
+    parts = {name: padded_bytes(p, 2) for name, p in kept.items()}
     twice = sum(size for name, size in parts.items() if name.startswith("layers."))
     reduced = sum(parts[name] for name in trained)
     assert received.gathered.pop(torch.float32, 0) == sum(parts.values()) + twice
@@ -191,13 +191,13 @@ KEEP_ALL, FULL, SELECTIVE = NoCheckpoint(), FullCheckpoint(), SelectiveCheckpoin
     ],
 )
 @spmd(ranks=4)
-def test_gradients_of_islands_equal_one_device_on_every_mesh(
+def test_gradients_of_kept_parameters_equal_one_device_on_every_mesh(
     mesh, family, degrees, layout, checkpoint, compile
 ):
     """After two passes, of which one is reduced; blocks stay one graph each, and gradients have
     a common norm."""
-    how = {"activation_checkpoint": checkpoint, "compile": compile}
-    reference, model, mesh = a_pair(family, degrees, WIDE, **how)
+    options = {"activation_checkpoint": checkpoint, "compile": compile}
+    reference, model, mesh = a_pair(family, degrees, WIDE, **options)
     assert len({p.device_mesh for p in model.parameters()}) == 1
     with count_graphs() as graphs:
         for reduced in (False, True):
@@ -205,23 +205,25 @@ def test_gradients_of_islands_equal_one_device_on_every_mesh(
             on_one_device(reference, slice(None))
             on_mesh(model, mesh, layout)
     assert (graphs.graphs, graphs.breaks) == (2 if compile else 0, 0)
-    found = {name: x for name, x in gradients(model).items() if x is not None}
-    assert_close(found, {n: p.grad.float() for n, p in reference.named_parameters() if n in found})
+    actual = {name: x for name, x in gradients(model).items() if x is not None}
+    assert_close(
+        actual, {n: p.grad.float() for n, p in reference.named_parameters() if n in actual}
+    )
     norms = [nn.utils.clip_grad_norm_(m.parameters(), 0.1) for m in (model, reference)]
     assert_close(norms[0].full_tensor(), norms[1].float())
 
 
 @spmd(ranks=2)
 def test_units_stay_whole_where_nothing_is_rounded(mesh):
-    """No mixed precision, or one that changes no dtype: one gather a unit, as before."""
+    """No mixed precision, or one that changes no dtype: one gather per unit, as before."""
     for policy in (
         MixedPrecisionPolicy(),
         MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32),
     ):
         with_plan = ParallelMesh.from_degrees(Degrees(dp_shard=2), "cpu")
         calls = []
-        for islands in ((), deepseek_v4_plan(DEEPSEEK, with_plan).islands):
-            plan = replace(deepseek_v4_plan(DEEPSEEK, with_plan), islands=islands)
+        for names in ((), deepseek_v4_plan(DEEPSEEK, with_plan).keep_dtype):
+            plan = replace(deepseek_v4_plan(DEEPSEEK, with_plan), keep_dtype=names)
             model = deepseek_v4.DeepseekV4(DEEPSEEK)
             parallelize(model, with_plan, plan, fsdp=FSDP(mixed_precision=policy))
             with Received() as received:
@@ -231,7 +233,7 @@ def test_units_stay_whole_where_nothing_is_rounded(mesh):
 
 
 @spmd(ranks=2)
-def test_a_state_with_islands_goes_on_elsewhere(mesh):
+def test_a_state_with_kept_parameters_resumes_on_another_mesh(mesh):
     """Saved after a step on two ranks of FSDP in bf16; loaded on tp, and on one device."""
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]
@@ -259,7 +261,7 @@ def test_a_state_with_islands_goes_on_elsewhere(mesh):
 
 def whole_of(states: Any) -> dict[str, Tensor]:
     """Parameters and the moments of the optimizer, whole."""
-    found = dict(states[0])
+    tensors = dict(states[0])
     for name, moments in states[1]["state"].items():
-        found |= {f"{name} {key}": x for key, x in moments.items()}
-    return {n: x.full_tensor() if isinstance(x, DTensor) else x.clone() for n, x in found.items()}
+        tensors |= {f"{name} {key}": x for key, x in moments.items()}
+    return {n: x.full_tensor() if isinstance(x, DTensor) else x.clone() for n, x in tensors.items()}

@@ -66,8 +66,8 @@ ALONE = Degrees()
         ({"cp": {"layers.*.attention.mixers": RingAttention()}}, "attention.mixers"),
         ({"cp": {"layers.0.attention.mixer": RingAttention()}}, "every mixer is claimed"),
         ({"blocks": ("blocks.*",)}, r"blocks\.\*"),
-        ({"units": (("embedding",), ("norm", "head"))}, "'head'"),
-        ({"islands": ("layers.*.attention_norm",)}, "island is a parameter.*attention_norm"),
+        ({"fsdp_units": (("embedding",), ("norm", "head"))}, "'head'"),
+        ({"keep_dtype": ("layers.*.attention_norm",)}, "keep_dtype names.*attention_norm"),
     ],
 )
 @spmd(ranks=1)
@@ -79,7 +79,7 @@ def test_name_without_a_module_is_refused_even_on_one_rank(mesh, change, match):
 @spmd(ranks=1)
 def test_tied_parameter_in_two_units_is_refused(mesh):
     with pytest.raises(ValueError, match=r"gathered in one place, got .*embedding\.weight"):
-        a_pair(ALONE, replace(CONFIG, tied=True), plan=plan_of({"units": (("embedding",),)}))
+        a_pair(ALONE, replace(CONFIG, tied=True), plan=plan_of({"fsdp_units": (("embedding",),)}))
 
 
 @spmd(ranks=2)

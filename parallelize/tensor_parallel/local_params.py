@@ -1,0 +1,57 @@
+"""A module that computes on plain tensors: the local parts of its own parameters."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
+
+
+@dataclass
+class LocalParams(ParallelStyle):
+    """Run a module as it is, on plain tensors, with this rank's part of its own parameters.
+
+    For modules that DTensor's rules do not suit: many small operations, several outputs. Inputs
+    are the same on every rank, and so is the gradient of a replicated parameter.
+
+    Args:
+        placement: of every parameter: Replicate(), or Shard(dim) where each rank computes
+            outputs of its own, those of its heads for example.
+    """
+
+    placement: Placement = field(default_factory=Replicate)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, _ in list(module.named_parameters(recurse=False)):
+            distribute_parameter(module, name, device_mesh, self.placement)
+        forward = type(module).forward
+
+        def on_local(*args: Any, **kwargs: Any) -> Any:
+            view = ModuleView(module, local_parameters(module))
+            return forward(cast(nn.Module, view), *args, **kwargs)
+
+        module.forward = on_local
+        return module
+
+
+class ModuleView:
+    """What a module's forward takes for its self: the module, with other tensors as parameters."""
+
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self._module, self._tensors = module, tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return self._tensors[name] if name in self._tensors else getattr(self._module, name)
+
+
+def local_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The local parts of a module's own parameters; gradients are placed as the parameters are."""
+    parameters = {
+        name: cast(DTensor, parameter) for name, parameter in module.named_parameters(recurse=False)
+    }
+    return {name: x.to_local(grad_placements=x.placements) for name, x in parameters.items()}

@@ -1,0 +1,64 @@
+"""What every part of a split module reads: its gradient is summed over the ranks, once."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
+from dtcp.parallelize.tensor_parallel.regions import copy_to_region
+
+
+@dataclass
+class ReplicateInput(ParallelStyle):
+    """Hand a module its first input, positional or by name, as a DTensor replicated over the axis.
+
+    What several column-wise projections read becomes a DTensor once, so that its gradient, a sum
+    over ranks, is reduced once and not once per projection.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        forward = module.forward
+
+        def replicate_first(*args: Any, **kwargs: Any) -> Any:
+            if not args:
+                first = next(iter(kwargs))
+                return forward(**{**kwargs, first: replicated(kwargs[first])})
+            return forward(replicated(args[0]), *args[1:], **kwargs)
+
+        def replicated(x: Tensor) -> DTensor:
+            return DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
+
+        module.forward = replicate_first
+        return module
+
+
+@dataclass
+class ReplicateInputWithSinks(ReplicateInput):
+    """ReplicateInput for attention with one sink per head: the sinks are split with the heads."""
+
+    sinks: str = "sinks"
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        distribute_parameter(module, self.sinks, device_mesh, Shard(0))
+        return super()._apply(module, device_mesh)
+
+
+@dataclass
+class AllReduceInputGrad(ParallelStyle):
+    """Sum the gradients of a module's output, the input of heads of which each rank has some.
+
+    Traffic per rank: backward, an all-reduce of the module's output.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        forward = module.forward
+
+        def read_by_heads(*args: Any, **kwargs: Any) -> Tensor:
+            return copy_to_region(forward(*args, **kwargs), device_mesh)
+
+        module.forward = read_by_heads
+        return module
