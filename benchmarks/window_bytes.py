@@ -8,7 +8,7 @@ values again.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dtcp.models.gemma4 import Gemma4Config, Sight
+from dtcp.models.gemma4 import Gemma4Config, LayerType
 from dtcp.sequence.layout import SequenceLayout
 
 LayerBytes = Callable[[Gemma4Config, SequenceLayout, int, int], int]
@@ -39,11 +39,11 @@ def ours(
 
     min(W - 1, what lies before) a segment; one tensor of keys made from values, else two.
     """
-    if config.shares(layer):
+    if config.reads_shared_kv(layer):
         return 0
-    sliding = config.layers[layer] is Sight.SLIDING
+    sliding = config.layer_types[layer] is LayerType.SLIDING
     tokens = needed_tokens(layout, rank, config.window - 1 if sliding else layout.seq_len)
-    tensors = 1 if config.makes_keys_from_values(layer) else 2
+    tensors = 1 if config.has_keys_from_values(layer) else 2
     return tokens * tensors * _row(config, layer, element)
 
 
@@ -55,7 +55,7 @@ def whole_chunk_ring(
     As NeMo Automodel's ring over contiguous shards does; layers that share keys send them again.
     """
     length, others = layout.shard_len, layout.num_shards - 1
-    if config.layers[layer] is Sight.SLIDING:
+    if config.layer_types[layer] is LayerType.SLIDING:
         others = min(others, -(-config.window // length))
     return others * length * 2 * _row(config, layer, element)
 

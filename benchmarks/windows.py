@@ -42,8 +42,8 @@ from dtcp.models.gemma4 import (
     Block,
     Gemma4Config,
     HeadShape,
-    Sight,
-    pattern,
+    LayerType,
+    layer_pattern,
 )
 from dtcp.plan import apply_plan
 from dtcp.sequence.documents import Documents
@@ -107,13 +107,21 @@ def _ranks_text() -> str:
     rows, sums = [], {}
     for kind in (Contiguous, HeadTail):
         layout = kind(2**17, 8)
-        for sight in Sight:
-            layers = [i for i, sees in enumerate(config.layers) if sees is sight]
-            sums[sight] = [sum(ours(config, layout, i, rank) for i in layers) for rank in ranks]
-            rows.append([kind.__name__, sight.name.lower(), *_gigabytes(sums[sight])])
+        for layer_type in LayerType:
+            layers = [i for i, sees in enumerate(config.layer_types) if sees is layer_type]
+            sums[layer_type] = [
+                sum(ours(config, layout, i, rank) for i in layers) for rank in ranks
+            ]
+            rows.append([kind.__name__, layer_type.name.lower(), *_gigabytes(sums[layer_type])])
         rows.append([kind.__name__, "all", *_gigabytes(map(sum, zip(*sums.values(), strict=True)))])
-    halo = (config.window - 1) * 2 * config.sliding.num_kv_heads * config.sliding.head_dim * 2
-    layers = config.layers.count(Sight.SLIDING)
+    halo = (
+        (config.window - 1)
+        * 2
+        * config.sliding_heads.num_kv_heads
+        * config.sliding_heads.head_dim
+        * 2
+    )
+    layers = config.layer_types.count(LayerType.SLIDING)
     return (
         f"## Bytes by rank\n\n{MODEL}, S = 131072, 8 ranks, forward: GB received by each. HeadTail "
         f"gives its rank 1 the sixteenth of the row next to last, so {13 / 16:.4f} of all global "
@@ -131,13 +139,13 @@ def _gigabytes(sums: Iterable[int]) -> list[str]:
 
 def _kinds() -> list[list[str]]:
     config, rows = PRESETS[MODEL], []
-    for sight in Sight:
-        layer = config.layers.index(sight)
+    for layer_type in LayerType:
+        layer = config.layer_types.index(layer_type)
         cells = []
         for layout, way in WAYS.values():
             most = max(way(config, layout(2**17, 8), layer, rank) for rank in range(8))
             cells.append(f"{most / 1e6:.1f}")
-        rows.append([sight.name.lower(), *cells])
+        rows.append([layer_type.name.lower(), *cells])
     return rows
 
 
@@ -189,10 +197,10 @@ def _shape(window: int) -> Gemma4Config:
         dim=512,
         hidden_dim=2048,
         num_heads=8,
-        layers=pattern("sg", 2),
+        layer_types=layer_pattern("sg", 2),
         window=window,
-        sliding=HeadShape(64, 4, 1e4),
-        globals=HeadShape(64, 4, 1e6),
+        sliding_heads=HeadShape(64, 4, 1e4),
+        global_heads=HeadShape(64, 4, 1e6),
     )
 
 

@@ -1,4 +1,4 @@
-"""Per-token parts that model families share."""
+"""Per-token modules that model families share."""
 
 import torch
 from torch import Tensor, nn
@@ -6,15 +6,34 @@ from torch.nn import functional as F
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, for a weight that may be of a wider dtype than what it scales.
+    """torch's RMSNorm for a weight that may have a wider dtype than its input.
 
-    The product is worked out in the wider of the two, and rounded to the dtype of x once.
+    The product is computed in the wider of the two, and rounded to the dtype of x once.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, self.weight.dtype)
         out = F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
         return out.to(x.dtype)
+
+
+class ParameterModule(nn.Module):
+    """A parameter as a module of its own: so a plan can name it and place it on a mesh.
+
+    Args:
+        fill: the value of every element at the start.
+    """
+
+    def __init__(self, *shape: int, fill: float = 0.0) -> None:
+        super().__init__()
+        self.fill = fill
+        self.weight = nn.Parameter(torch.full(shape, fill))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.fill)
 
 
 class SwiGLU(nn.Module):

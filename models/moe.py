@@ -1,7 +1,7 @@
-"""Experts of a mixture: every token through the few that its router chose, none dropped.
+"""Experts: every token goes through the few that its router chose, and none is dropped.
 
-Routers differ from family to family and live there; they hand over which experts and how much
-of each.
+Routers differ between families and are defined there; they return the chosen experts of each
+token and the weight of each.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from dtcp.kernels.grouped_linear import grouped_linear
 
 Activation = Callable[[Tensor, Tensor], Tensor]
-"""(gate, up) to the hidden channels of a feed-forward part."""
+"""(gate, up) -> the hidden channels of a feed-forward part."""
 
 
 class Experts(nn.Module):
-    """E feed-forward parts, down(activation(gate(x), up(x))), of which a token visits k.
+    """E feed-forward parts, down(activation(gate(x), up(x))), of which each token goes through k.
 
     Args:
-        activation: (gate, up) to hidden channels, all [M, F].
+        activation: (gate, up) -> hidden channels, all [M, F].
     """
 
     def __init__(self, dim: int, hidden_dim: int, num_experts: int, activation: Activation) -> None:
@@ -31,16 +31,16 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """Mix the outputs of each token's experts.
+        """Sum the weighted outputs of each token's experts.
 
         Args:
             x: [N, D].
             index: [N, k] int64, the experts of each token.
-            weight: [N, k], their shares.
+            weight: [N, k], of each expert's output.
         Returns:
             [N, D].
         """
-        # Under autocast tokens come in a narrower dtype than weights are kept in.
+        # Under autocast, tokens have a narrower dtype than weights.
         gate, up, down = (w.to(x.dtype) for w in self.weights())
         chosen = index.flatten()
         order = chosen.argsort(stable=True)

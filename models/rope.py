@@ -1,7 +1,7 @@
-"""Rotary positions, computed from the position of every token.
+"""Rotary embeddings, computed from the position of every token.
 
-No table indexed by position is kept. A table would be one more tensor that a sharded sequence
-has to cut the right way; positions travel with their tokens, whatever the layout.
+No table indexed by position is kept. A table would be one more tensor to shard the right way;
+position_ids move with their tokens, whatever the layout.
 """
 
 import math
@@ -15,10 +15,10 @@ from dtcp.softmax.mixer import rotate
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Stretch the slow rotations of a model trained on short rows, keep the fast ones.
+    """Slow down the slow rotations of a model trained on short rows, keep the fast ones.
 
-    Wavelengths above original_seq_len / low are stretched by `factor`, those below
-    original_seq_len / high are kept, and in between the two are mixed.
+    Wavelengths above original_seq_len / low are multiplied by `factor`, those below
+    original_seq_len / high are kept, and in between the two are interpolated.
     From Llama 3.1, https://arxiv.org/abs/2407.21783.
     """
 
@@ -49,14 +49,14 @@ class Rope:
             )
 
     def __call__(self, x: Tensor, position_ids: Tensor) -> Tensor:
-        """Rotate x [B, L, H, D] by the angles of position [B, L]; the dtype of x stays."""
+        """Rotate x [B, L, H, D] by position_ids [B, L]; the dtype of x stays."""
         return rotate(x, position_ids, self._frequencies(x.device))
 
     def _frequencies(self, device: torch.device) -> Tensor:
         """Radians per token of every pair: [D/2], fp32.
 
-        Worked out where it is used, so there is no buffer to fill after a meta-device build, to
-        shard, or to be cast to the parameters' dtype with the rest of the model.
+        Computed where it is used, so there is no buffer to fill after a build on the meta device,
+        to shard, or to be cast to the parameters' dtype with the rest of the model.
         """
         pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
         frequency = 1.0 / self.theta ** (pairs / self.head_dim)

@@ -1,5 +1,11 @@
 """Plans: what each module of a model becomes on a mesh, and the order in which it does."""
 
+if __name__ != "dtcp.parallelize":
+    raise ImportError(
+        f"The plans are imported as dtcp.parallelize, got {__name__}: write dtcp.parallelize in "
+        f"the import, for two names make two copies of every class."
+    )
+
 from dtcp.parallelize.activation_checkpoint import (
     ActivationCheckpoint,
     FullCheckpoint,

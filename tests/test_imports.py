@@ -6,6 +6,8 @@ Read with ast, so lazy and guarded imports count as well.
 import ast
 import functools
 import graphlib
+import importlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -201,6 +203,25 @@ def test_models_import_torch_and_the_seams_only():
         and name.partition(".")[0] not in sys.stdlib_module_names
     ]
     assert foreign == []
+
+
+def test_models_and_plans_have_one_name():
+    """That of a wheel, dtcp.models and dtcp.parallelize; under two names classes exist twice."""
+    imports = [
+        f"{place} imports {name}"
+        for file in files(*CODE, "tests", "benchmarks", "train.py")
+        for place, name in file.imports()
+        if within(name, ("models", "parallelize"))
+    ]
+    short = re.compile(r"^ *(from |import (.*, ?)?)(models|parallelize)\b", re.MULTILINE)
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    assert imports == [path.name for path in documents if short.search(path.read_text())] == []
+
+
+@pytest.mark.parametrize("name", ["models", "parallelize"])
+def test_the_short_names_of_models_and_plans_are_refused(name):
+    with pytest.raises(ImportError, match=f"imported as dtcp.{name}, got {name}: write dtcp"):
+        importlib.import_module(name)
 
 
 def test_private_names_of_torch_stay_in_their_home():

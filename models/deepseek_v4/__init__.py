@@ -1,7 +1,8 @@
 """DeepSeek-V4: compressed sparse attention, experts, hyper-connections."""
 
+from dtcp.models.deepseek_v4.attention import Attention
 from dtcp.models.deepseek_v4.config import PRESETS, DeepseekV4Config, tiny
-from dtcp.models.deepseek_v4.experts import TopRouter
+from dtcp.models.deepseek_v4.experts import TopKRouter
 from dtcp.models.deepseek_v4.model import Block, DeepseekV4
 from dtcp.models.deepseek_v4.rope import TailRope, Yarn
 from dtcp.models.deepseek_v4.state_dict import (
@@ -13,11 +14,12 @@ from dtcp.models.deepseek_v4.state_dict import (
 
 __all__ = [
     "PRESETS",
+    "Attention",
     "Block",
     "DeepseekV4",
     "DeepseekV4Config",
     "TailRope",
-    "TopRouter",
+    "TopKRouter",
     "Yarn",
     "config_from_hf",
     "config_to_hf",

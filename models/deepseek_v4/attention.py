@@ -1,7 +1,7 @@
-"""Attention of DeepSeek-V4: low-rank queries, one shared head of keys, compressed entries.
+"""Attention of DeepSeek-V4: low-rank queries, one shared kv head, compressed entries.
 
-Sizes: H query heads of D channels read one key a token, which is its value too. Its rotation
-is in the values, so the output is rotated back. Tokens meet in the mixer only.
+H query heads of D channels read one key per token, which is its value too. Values are therefore
+rotated, and the output is rotated back. Tokens read each other in the mixer only.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dtcp.metadata import BatchMetadata
-from dtcp.models.blocks import RMSNorm
+from dtcp.models.blocks import ParameterModule, RMSNorm
 from dtcp.models.deepseek_v4.config import DeepseekV4Config
 from dtcp.models.deepseek_v4.rope import TailRope
 from dtcp.sparse.mixer import (
@@ -21,7 +21,7 @@ from dtcp.sparse.mixer import (
 
 
 class Attention(nn.Module):
-    """Projections, rotary positions and the mixer of one layer."""
+    """Projections, rotary embedding, and the mixer: where tokens read each other."""
 
     def __init__(self, config: DeepseekV4Config, layer: int) -> None:
         super().__init__()
@@ -32,8 +32,9 @@ class Attention(nn.Module):
         self.q_b_proj = nn.Linear(config.query_rank, q_dim, bias=False)
         self.kv_proj = nn.Linear(config.dim, config.head_dim, bias=False)
         self.kv_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.rotate = Rotation(self.rope)
-        self.sink = Sink(config.num_heads)
+        self.rotate = RotaryEmbedding(self.rope)
+        # One score per head, in the denominator of its softmax only.
+        self.sink = ParameterModule(config.num_heads)
         compression = config.compression(layer)
         self.compressor = self.indexer = None
         if compression is not None:
@@ -51,7 +52,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, attn_metadata: BatchMetadata) -> Tensor:
         self.mixer.check_position_ids(position_ids, attn_metadata)
         query = self.q_norm(self.q_a_proj(x))  # [B, L, query_rank]
-        # The number of heads is what the projection gives: a plan may split the heads over ranks.
+        # The projection's width tells the number of heads: a plan may split heads over ranks.
         q = self.q_b_proj(query).unflatten(-1, (-1, self.head_dim))
         q = self.rope(F.rms_norm(q, q.shape[-1:], eps=self.eps), position_ids)
         keys = self.rotate(self.kv_norm(self.kv_proj(x)), position_ids)
@@ -62,7 +63,7 @@ class Attention(nn.Module):
 
 
 class Compressor(nn.Module):
-    """What tokens give to the entries they are pooled into."""
+    """Projects tokens to the keys and gates that are pooled into compressed entries."""
 
     def __init__(
         self, dim: int, head_dim: int, compression: Compression, rope: TailRope, eps: float
@@ -71,21 +72,23 @@ class Compressor(nn.Module):
         channels = head_dim * (2 if compression.overlap else 1)
         self.kv_proj = nn.Linear(dim, channels, bias=False)
         self.gate_proj = nn.Linear(dim, channels, bias=False)
-        self.place = Place(compression.ratio, channels)
+        # Added to a token's gates by its index in the window: an absolute position embedding.
+        self.place = ParameterModule(compression.ratio, channels)
         self.norm = RMSNorm(head_dim, eps)
-        self.rotate = Rotation(rope)
+        self.rotate = RotaryEmbedding(rope)
 
     def forward(self, x: Tensor) -> Prepool:
         return Prepool(self.kv_proj(x), self.gate_proj(x), self.place(), self.finish)
 
     def finish(self, pooled: Tensor, position_ids: Tensor) -> Tensor:
+        """Norm and rotate pooled entries."""
         return self.rotate(self.norm(pooled), position_ids)
 
 
 class Indexer(nn.Module):
-    """Scores entries for each query, to pick those it reads.
+    """Scores compressed entries for each query, to select those it reads.
 
-    A choice has no gradient, so neither have these parameters: they are frozen, for a weight
+    A selection has no gradient, so neither have these parameters: they are frozen, since weight
     decay would move them all the same.
     """
 
@@ -107,7 +110,7 @@ class Indexer(nn.Module):
 
 
 class GroupedLinear(nn.Module):
-    """One projection a group of heads: a block-diagonal matrix."""
+    """One projection per group of heads: a block-diagonal matrix."""
 
     def __init__(self, in_dim: int, groups: int, rank: int) -> None:
         super().__init__()
@@ -116,7 +119,7 @@ class GroupedLinear(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, H, D] -> [B, L, groups * rank]; groups are of neighbouring heads."""
+        """[B, L, H, D] -> [B, L, groups * rank]; a group is a run of adjacent heads."""
         weight = self.weight.unflatten(0, (-1, self.rank))  # [groups, rank, channels]
         grouped = x.flatten(-2).unflatten(-1, (len(weight), -1))
         return torch.einsum("blgc,grc->blgr", grouped, weight).flatten(-2)
@@ -126,8 +129,8 @@ class GroupedLinear(nn.Module):
             nn.init.normal_(weight, std=std)
 
 
-class Rotation(nn.Module):
-    """A rotation as a module: where keys and entries become what every head reads."""
+class RotaryEmbedding(nn.Module):
+    """A rotation as a module, so a plan can name the place where all heads read the result."""
 
     def __init__(self, rope: TailRope) -> None:
         super().__init__()
@@ -135,26 +138,3 @@ class Rotation(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
         return self.rope(x, position_ids)
-
-
-class Table(nn.Module):
-    """A parameter of its own, zero at the start."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(shape))
-
-    def forward(self) -> Tensor:
-        return self.weight
-
-    def reset_parameters(self) -> None:
-        for weight in self.parameters():
-            nn.init.zeros_(weight)
-
-
-class Sink(Table):
-    """One score a head, in the denominator of its softmax only: [H]."""
-
-
-class Place(Table):
-    """What the place of a token in its window adds to its gates: [ratio, channels]."""

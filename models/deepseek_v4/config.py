@@ -1,4 +1,4 @@
-"""The shape of a DeepSeek-V4 decoder, and the published ones."""
+"""Sizes of a DeepSeek-V4 decoder, and those of the published models."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from dtcp.models.deepseek_v4.rope import TailRope, Yarn
 from dtcp.sparse.mixer import Compression
 
 WINDOW, SPARSE = 0, 4
-"""Compress ratios with a meaning of their own: no entries at all; overlap, and an indexer."""
+"""Compress ratios of layers without compressed entries, and of those with an indexer."""
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,14 @@ class DeepseekV4Config:
 
     Args:
         compress_ratios: of each layer, then of each MTP layer: 0 for the window alone,
-            `sparse_ratio` for overlapping entries chosen by an indexer, else entries all read.
-        num_hash_layers: first layers whose experts are looked up by token, not chosen.
-        hidden_dim: of one expert, and of the shared one.
-        output_groups, output_rank: heads are projected group by group to `output_rank` channels.
+            `sparse_ratio` for overlapping entries that an indexer selects, any other number for
+            entries of so many tokens that are all read.
+        num_hash_layers: the first layers, which look up a token's experts by its id.
+        hidden_dim: channels of each expert, and of the shared one.
+        output_groups, output_rank: each group of heads is projected to `output_rank` channels.
         streams: residual streams, mixed by the hyper-connections.
-        expert_limit: clamp of what goes into an expert's product.
-        clamp_shared: clamp the shared expert, too.
+        expert_limit: the bound that an expert's gate and up are clamped to.
+        clamp_shared: clamp those of the shared expert, too.
     """
 
     vocab_size: int
@@ -60,7 +61,7 @@ class DeepseekV4Config:
         layers = self.num_layers + self.num_mtp_layers
         if len(self.compress_ratios) != layers:
             raise ValueError(
-                f"DeepseekV4Config has one compress ratio a layer, MTP layers last, got "
+                f"DeepseekV4Config has one compress ratio per layer, MTP layers last, got "
                 f"len(compress_ratios)={len(self.compress_ratios)} with num_layers="
                 f"{self.num_layers}, num_mtp_layers={self.num_mtp_layers}: give {layers}."
             )
@@ -71,13 +72,13 @@ class DeepseekV4Config:
             )
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
-                f"DeepseekV4Config gives a token some of the experts, got experts_per_token="
+                f"DeepseekV4Config routes each token to some of the experts, got experts_per_token="
                 f"{self.experts_per_token} of num_experts={self.num_experts}: choose 1 to "
                 f"num_experts."
             )
         if self.num_heads % self.output_groups:
             raise ValueError(
-                f"DeepseekV4Config puts as many heads into each output group, got num_heads="
+                f"DeepseekV4Config puts equally many heads in each output group, got num_heads="
                 f"{self.num_heads}, output_groups={self.output_groups}: make num_heads a multiple."
             )
         if self.rope_dim % 2 or self.rope_dim > min(self.head_dim, self.index_head_dim):
@@ -88,7 +89,7 @@ class DeepseekV4Config:
             )
 
     def compression(self, layer: int) -> Compression | None:
-        """What a layer attends to beside its window."""
+        """How a layer compresses what it reads beside its window; None for the window alone."""
         ratio = self.compress_ratios[layer]
         if ratio == WINDOW:
             return None
@@ -97,14 +98,14 @@ class DeepseekV4Config:
         return Compression(ratio)
 
     def rope(self, layer: int) -> TailRope:
-        """Layers that compress have rotations of their own."""
+        """The rotary embedding of a layer; layers that compress have one of their own."""
         if self.compress_ratios[layer] == WINDOW:
             return TailRope(self.rope_dim, self.rope_theta)
         return TailRope(self.rope_dim, self.compress_rope_theta, self.yarn)
 
 
 def tiny(vocab_size: int = 512) -> DeepseekV4Config:
-    """Small enough for a laptop's CPU, with every part that the large ones have."""
+    """Small enough for a laptop's CPU, with every kind of module that the large ones have."""
     return DeepseekV4Config(
         vocab_size=vocab_size,
         dim=64,

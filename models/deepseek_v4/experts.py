@@ -1,4 +1,4 @@
-"""Routers of DeepSeek-V4 and the mixture they rule."""
+"""Experts of DeepSeek-V4 and their routers."""
 
 import torch
 from torch import Tensor, nn
@@ -8,18 +8,17 @@ from dtcp.models.deepseek_v4.config import DeepseekV4Config
 from dtcp.models.moe import Experts
 
 
-class Mixture(nn.Module):
-    """The experts a router chose, and one that every token visits.
+class MoE(nn.Module):
+    """The experts that a router chooses, and a shared one for all tokens.
 
     Args:
-        by_token: experts are looked up by token id.
+        by_token: look experts up by token id.
     """
 
     def __init__(self, config: DeepseekV4Config, *, by_token: bool) -> None:
         super().__init__()
-        self.router = HashRouter(config) if by_token else TopRouter(config)
-        limit = config.expert_limit
-        activation = ClampedSwiGLU(limit)
+        self.router = HashRouter(config) if by_token else TopKRouter(config)
+        activation = ClampedSwiGLU(config.expert_limit)
         self.experts = Experts(config.dim, config.hidden_dim, config.num_experts, activation)
         shared = activation if config.clamp_shared else ClampedSwiGLU(float("inf"))
         self.shared = SharedExpert(config.dim, config.hidden_dim, shared)
@@ -31,7 +30,7 @@ class Mixture(nn.Module):
 
 
 class ClampedSwiGLU:
-    """silu(gate) * up, with gate clamped from above and up from both sides."""
+    """silu(gate) * up, with gate clamped from above and up clamped on both sides."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
@@ -41,7 +40,7 @@ class ClampedSwiGLU:
 
 
 class SharedExpert(nn.Module):
-    """The expert of every token."""
+    """A feed-forward part that every token goes through."""
 
     def __init__(self, dim: int, hidden_dim: int, activation: ClampedSwiGLU) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose experts for tokens x [N, D]: their numbers and shares, [N, k] each."""
+        """Choose experts for tokens x [N, D]: their indices and weights, [N, k] each."""
         wide = torch.promote_types(x.dtype, torch.float32)
         scores = F.softplus(F.linear(x.to(wide), self.weight.to(wide))).sqrt()
         index = self.choose(scores, input_ids)
@@ -81,11 +80,11 @@ class Router(nn.Module):
             nn.init.normal_(weight, std=std)
 
 
-class TopRouter(Router):
-    """The experts of the highest scores; a bias keeps their loads even.
+class TopKRouter(Router):
+    """The experts with the highest scores; a bias keeps their loads even.
 
-    The bias takes part in the choice only. It is no parameter: `balance` moves it after a step,
-    up for experts that had too few tokens.
+    The bias takes part in the choice only. It is not a parameter: `balance` moves it after a
+    step, up for experts that had too few tokens.
     """
 
     bias: Tensor
@@ -100,16 +99,19 @@ class TopRouter(Router):
         with torch.no_grad():
             index = (scores + self.bias).topk(self.per_token, dim=1).indices
             if self.training:
-                # A recomputed forward counts twice, for all experts alike: `balance` reads
-                # which loads are above the mean, not how many tokens they are.
+                # A recomputed forward counts twice, for all experts alike: `balance` asks only
+                # which loads are above the mean.
                 ones = self.load.new_ones(index.numel())
                 self.load.index_add_(0, index.flatten(), ones)
         return index
 
     @torch.no_grad()
     def balance(self, load: Tensor, speed: float) -> None:
-        """Move the bias against the load [E] of all ranks. From Wang et al. 2024, Auxiliary-
-        Loss-Free Load Balancing, https://arxiv.org/abs/2408.15664."""
+        """Move the bias by `speed` against the load [E], summed over all ranks.
+
+        From Wang et al. 2024, Auxiliary-Loss-Free Load Balancing,
+        https://arxiv.org/abs/2408.15664.
+        """
         self.bias += speed * (load.mean() - load).sign()
         self.load.zero_()
 
@@ -120,7 +122,7 @@ class TopRouter(Router):
 
 
 class HashRouter(Router):
-    """Experts by token id, from a table that is never trained."""
+    """Experts looked up by token id, in a table that is never trained."""
 
     experts: Tensor
 

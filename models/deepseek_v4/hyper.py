@@ -1,7 +1,7 @@
-"""Hyper-connections: several residual streams, mixed anew around every part of a block.
+"""Hyper-connections: several residual streams, mixed before attention and before the experts.
 
 From Xie et al. 2025, "mHC: Manifold-Constrained Hyper-Connections",
-https://arxiv.org/abs/2512.24880. Weights are worked out in fp32 and per token.
+https://arxiv.org/abs/2512.24880. Mixing weights are computed in fp32, per token.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class HyperConnection(nn.Module):
-    """How the streams enter a part of a block, and how its output goes back to them.
+    """How the streams enter a module of a block, and how its output goes back to them.
 
     Args:
         streams: N.
@@ -27,26 +27,26 @@ class HyperConnection(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Collapse the streams [B, L, N, D] to the part's input.
+        """Collapse the streams [B, L, N, D] to the module's input.
 
         Returns:
-            [B, L, D]; the share of each stream in the part's output [B, L, N]; and how the
-            streams are mixed [B, L, N, N], from the first N to the second.
+            [B, L, D]; the weight of the module's output in each stream [B, L, N]; and the mixing
+            matrix of the streams [B, L, N, N], from the first N to the second.
         """
         n = self.streams
         sizes = [n, n, n * n]
         parts = _project(x, self.fn, self.norm_eps).split(sizes, dim=-1)
         biases, scales = self.base.split(sizes), self.scale.unbind(0)
-        enter, leave, mix = (
+        pre, post, mix = (
             part * scale + bias for part, scale, bias in zip(parts, scales, biases, strict=True)
         )
-        enter = enter.sigmoid() + self.eps
+        pre = pre.sigmoid() + self.eps
         mix = self._doubly_stochastic(mix.unflatten(-1, (n, n)))
-        collapsed = (enter[..., None] * x).sum(2).to(x.dtype)
-        return collapsed, (2 * leave.sigmoid()).to(x.dtype), mix.to(x.dtype)
+        collapsed = (pre[..., None] * x).sum(2).to(x.dtype)
+        return collapsed, (2 * post.sigmoid()).to(x.dtype), mix.to(x.dtype)
 
     def _doubly_stochastic(self, scores: Tensor) -> Tensor:
-        """Rows and columns that sum to one: normalize either in turn, columns last."""
+        """Make rows and columns sum to one: normalize them in turn, columns last."""
         mix = scores.softmax(-1) + self.eps
         mix = mix / (mix.sum(-2, keepdim=True) + self.eps)
         for _ in range(self.steps - 1):
@@ -59,7 +59,7 @@ class HyperConnection(nn.Module):
 
 
 class HyperHead(nn.Module):
-    """The streams back to one, at the end of the decoder."""
+    """Collapses the streams to one at the end of the decoder."""
 
     def __init__(self, dim: int, streams: int, *, eps: float, norm_eps: float) -> None:
         super().__init__()
@@ -78,19 +78,19 @@ class HyperHead(nn.Module):
         _reset(self, std)
 
 
-def expand(out: Tensor, x: Tensor, leave: Tensor, mix: Tensor) -> Tensor:
-    """A part's output [B, L, D] to the streams, beside the mixed streams x: [B, L, N, D]."""
-    return leave[..., None] * out[..., None, :] + mix.mT @ x
+def expand(out: Tensor, x: Tensor, post: Tensor, mix: Tensor) -> Tensor:
+    """Add a module's output [B, L, D] to the mixed streams x: [B, L, N, D]."""
+    return post[..., None] * out[..., None, :] + mix.mT @ x
 
 
 def _project(x: Tensor, fn: Tensor, eps: float) -> Tensor:
-    """The normalized streams of each token, all together, through fn; fp32 at least."""
+    """Project the streams of each token, normalized together, by fn; fp32 at least."""
     flat = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
     return F.linear(F.rms_norm(flat, flat.shape[-1:], eps=eps), fn.to(flat.dtype))
 
 
 def _reset(module: nn.Module, std: float) -> None:
-    # By name: a plan may hand forward other tensors than the parameters themselves.
+    # By name: a plan may give forward other tensors than the parameters.
     parameters = dict(module.named_parameters(recurse=False))
     nn.init.normal_(parameters["fn"], std=std)
     nn.init.zeros_(parameters["base"])

@@ -1,20 +1,20 @@
-"""DeepSeek-V4: tokens to logits, and to those of the tokens after the next (MTP)."""
+"""DeepSeek-V4: tokens to logits of the next token and, by MTP, of those after it."""
 
 from typing import cast
 
 from torch import Tensor, nn
 
 from dtcp.metadata import BatchMetadata
-from dtcp.models.blocks import RMSNorm
-from dtcp.models.deepseek_v4.attention import Attention, GroupedLinear, Table
+from dtcp.models.blocks import ParameterModule, RMSNorm
+from dtcp.models.deepseek_v4.attention import Attention, GroupedLinear
 from dtcp.models.deepseek_v4.config import DeepseekV4Config
-from dtcp.models.deepseek_v4.experts import Mixture, Router
+from dtcp.models.deepseek_v4.experts import MoE, Router
 from dtcp.models.deepseek_v4.hyper import HyperConnection, HyperHead, expand
 from dtcp.models.moe import Experts
 
 
 class Block(nn.Module):
-    """Attention, then experts; each reads what the streams are collapsed to."""
+    """Attention, then experts; each reads the collapsed residual streams and adds to them."""
 
     def __init__(self, config: DeepseekV4Config, layer: int) -> None:
         super().__init__()
@@ -23,22 +23,21 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mixture_streams = _connection(config)
         self.mixture_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mixture = Mixture(config, by_token=layer < config.num_hash_layers)
+        self.mixture = MoE(config, by_token=layer < config.num_hash_layers)
 
     def forward(
         self, x: Tensor, input_ids: Tensor, position_ids: Tensor, attn_metadata: BatchMetadata
     ) -> Tensor:
-        """Streams to streams, [B, L, N, D]."""
-        part, leave, mix = self.attention_streams(x)
-        x = expand(
-            self.attention(self.attention_norm(part), position_ids, attn_metadata), x, leave, mix
-        )
-        part, leave, mix = self.mixture_streams(x)
-        return expand(self.mixture(self.mixture_norm(part), input_ids), x, leave, mix)
+        """Residual streams to residual streams, [B, L, N, D]."""
+        collapsed, post, mix = self.attention_streams(x)
+        out = self.attention(self.attention_norm(collapsed), position_ids, attn_metadata)
+        x = expand(out, x, post, mix)
+        collapsed, post, mix = self.mixture_streams(x)
+        return expand(self.mixture(self.mixture_norm(collapsed), input_ids), x, post, mix)
 
 
-class Prediction(nn.Module):
-    """One depth of multi-token prediction: the streams and the next token, through a block."""
+class MultiTokenPrediction(nn.Module):
+    """One depth of multi-token prediction: the streams and a token ahead, through a block."""
 
     def __init__(self, config: DeepseekV4Config, depth: int) -> None:
         super().__init__()
@@ -50,8 +49,8 @@ class Prediction(nn.Module):
         self.head = _head(config)
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def enter(self, x: Tensor, token: Tensor) -> Tensor:
-        """Streams [B, L, N, D] and the embedding of the token ahead [B, L, D], as streams."""
+    def join(self, x: Tensor, token: Tensor) -> Tensor:
+        """Add the embedding of the token ahead [B, L, D] to each of the streams [B, L, N, D]."""
         token = self.token_proj(self.token_norm(token))
         return token[:, :, None] + self.stream_proj(self.stream_norm(x))
 
@@ -59,8 +58,8 @@ class Prediction(nn.Module):
 class DeepseekV4(nn.Module):
     """Tokens to logits.
 
-    Weights are drawn small until `init_weights` or a checkpoint fills them; build on the meta
-    device, parallelize, `to_empty`, then `init_weights` to start a large model.
+    Weights are drawn small until `init_weights` or a checkpoint fills them. To start a large
+    model, build it on the meta device, parallelize it, then `to_empty` and `init_weights`.
     """
 
     def __init__(self, config: DeepseekV4Config) -> None:
@@ -71,7 +70,9 @@ class DeepseekV4(nn.Module):
         self.head = _head(config)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.mtp = nn.ModuleList(Prediction(config, k) for k in range(config.num_mtp_layers))
+        self.mtp = nn.ModuleList(
+            MultiTokenPrediction(config, depth) for depth in range(config.num_mtp_layers)
+        )
 
     def forward(
         self,
@@ -83,14 +84,17 @@ class DeepseekV4(nn.Module):
         """Score the next token of every token.
 
         Args:
-            input_ids: [B, L]; embeddings alone would not do, for the first layers look up
-                their experts by token.
-            position_ids: [B, L], the position of each token in its document.
-            attn_metadata: what the batch brings for the mixers.
+            input_ids: [B, L]; embeddings would not do, for the first layers look up their
+                experts by token.
+            position_ids: [B, L], of each token in its document.
+            attn_metadata: of the batch, for the mixers: from batch_metadata or shard_batch.
             mtp_input_ids: [B, depths, L], the tokens 1, 2, .. ahead (dtcp.labels.look_ahead);
                 None to leave multi-token prediction out.
         Returns:
-            [B, L, V]; with mtp_input_ids a tuple of it and of each depth's.
+            [B, L, V]; with mtp_input_ids a tuple of it and of one per depth.
+        Raises:
+            TypeError: embeddings instead of ids.
+            ValueError: mtp_input_ids for another number of depths or tokens.
         """
         self._check(input_ids, mtp_input_ids)
         x = self.embedding(input_ids)[:, :, None].expand(-1, -1, self.config.streams, -1)
@@ -99,17 +103,17 @@ class DeepseekV4(nn.Module):
         logits = self.lm_head(self.norm(self.head(x)))
         if mtp_input_ids is None:
             return cast(Tensor, logits)
-        found = [logits]
+        all_logits = [logits]
         for module, ids in zip(self.mtp, mtp_input_ids.unbind(1), strict=True):
-            depth = cast(Prediction, module)
-            x = depth.enter(x, self.embedding(ids))
+            depth = cast(MultiTokenPrediction, module)
+            x = depth.join(x, self.embedding(ids))
             x = depth.block(x, ids, position_ids, attn_metadata)
-            found.append(self.lm_head(depth.norm(depth.head(x))))
-        return tuple(found)
+            all_logits.append(self.lm_head(depth.norm(depth.head(x))))
+        return tuple(all_logits)
 
     def init_weights(self, std: float = 0.02) -> None:
-        """Draw all weights; what adds to the streams starts smaller, the deeper the model."""
-        drawn = HyperConnection | HyperHead | GroupedLinear | Table | Router | Experts
+        """Draw all weights; what adds to the streams starts smaller in deeper models."""
+        own_init = HyperConnection | HyperHead | GroupedLinear | ParameterModule | Router | Experts
         for name, module in self.named_modules():
             if isinstance(module, RMSNorm):
                 module.reset_parameters()
@@ -118,7 +122,7 @@ class DeepseekV4(nn.Module):
                 shrink = (2 * self.config.num_layers) ** -0.5 if adds_to_stream else 1.0
                 for weight in module.parameters(recurse=False):
                     nn.init.normal_(weight, std=std * shrink)
-            elif isinstance(module, drawn):
+            elif isinstance(module, own_init):
                 module.reset_parameters()
 
     def _check(self, input_ids: Tensor, mtp_input_ids: Tensor | None) -> None:
@@ -127,12 +131,12 @@ class DeepseekV4(nn.Module):
                 f"DeepseekV4 reads token ids, for its hash layers look experts up by token, got "
                 f"input_ids of {getattr(input_ids, 'dtype', input_ids)}: pass ids, not embeddings."
             )
-        wanted = (len(input_ids), len(self.mtp), input_ids.shape[1])
-        if mtp_input_ids is not None and mtp_input_ids.shape != wanted:
+        expected = (len(input_ids), len(self.mtp), input_ids.shape[1])
+        if mtp_input_ids is not None and mtp_input_ids.shape != expected:
             raise ValueError(
                 f"DeepseekV4 predicts as far ahead as it has MTP layers, got "
                 f"mtp_input_ids.shape={tuple(mtp_input_ids.shape)} for num_mtp_layers="
-                f"{len(self.mtp)}: give [B, {len(self.mtp)}, L] = {wanted}, or None."
+                f"{len(self.mtp)}: give [B, {len(self.mtp)}, L] = {expected}, or None."
             )
 
 

@@ -1,8 +1,8 @@
 """Names and settings of DeepSeek-V4's published checkpoints, both ways.
 
 Two sets of names are read: those on disk, as DeepSeek publishes them and transformers loads
-them, and those of a model in memory in transformers. Written are the first. Experts lie on disk
-one by one, here in one tensor a projection.
+them, and those of a transformers model in memory. The first are written. On disk each expert has
+tensors of its own; here all experts of a layer share one tensor per projection.
 """
 
 import re
@@ -101,24 +101,24 @@ ON_DISK = NameMap(
 IN_MEMORY = NameMap(tuple((ours, memory) for ours, _, memory in _TOP))
 
 _PROJECTIONS: Mapping[str, str] = {"gate": "w1", "up": "w3", "down": "w2"}
-_STACKED = re.compile(r"(?P<mixture>.*)\.mixture\.experts\.(?P<part>gate|up|down)")
+_STACKED = re.compile(r"(?P<block>.*)\.mixture\.experts\.(?P<part>gate|up|down)")
 _SINGLE = re.compile(r"(?P<block>.*)\.ffn\.experts\.(?P<number>\d+)\.(?P<part>w[123])\.weight")
 _PACKED = re.compile(r"(?P<block>.*)\.mlp\.experts\.(?P<part>gate_up|down)_proj")
 
 
 def to_hf(state_dict: Mapping[str, Tensor], config: DeepseekV4Config) -> dict[str, Tensor]:
-    """Our state dict under the published names, experts one by one."""
+    """Our state dict under the published names, with tensors of its own for each expert."""
     out: dict[str, Tensor] = {}
     for name, x in state_dict.items():
-        found = _STACKED.fullmatch(name)
-        if found is None:
+        experts = _STACKED.fullmatch(name)
+        if experts is None:
             # The published table of experts by token is int32.
             out[ON_DISK.theirs(name)] = x.int() if name.endswith(".router.experts") else x
             continue
-        block = found["mixture"].replace(".block", "")
+        block = experts["block"].replace(".block", "")
         whole = x.full_tensor() if isinstance(x, DTensor) else x
         for number, expert in enumerate(whole.unbind(0)):
-            part = _PROJECTIONS[found["part"]]
+            part = _PROJECTIONS[experts["part"]]
             out[f"{block}.ffn.experts.{number}.{part}.weight"] = expert.contiguous()
     return out
 
@@ -146,19 +146,19 @@ def from_hf(state_dict: Mapping[str, Tensor], config: DeepseekV4Config) -> dict[
 def _without_experts(
     state_dict: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What is renamed only, and the experts, stacked, under our names."""
+    """Their weights but the experts, under their names; and the experts, stacked, under ours."""
     plain: dict[str, Tensor] = {}
     stacked: dict[str, Tensor] = {}
     single: dict[str, dict[int, Tensor]] = {}
     parts = {theirs: ours for ours, theirs in _PROJECTIONS.items()}
     for name, x in state_dict.items():
-        if found := _SINGLE.fullmatch(name):
-            block = re.sub(r"^(mtp\.\d+)", r"\1.block", found["block"])
-            of = single.setdefault(f"{block}.mixture.experts.{parts[found['part']]}", {})
-            of[int(found["number"])] = x
-        elif found := _PACKED.fullmatch(name):
-            block = f"{found['block'].removeprefix('model.')}.mixture.experts"
-            if found["part"] == "down":
+        if match := _SINGLE.fullmatch(name):
+            block = re.sub(r"^(mtp\.\d+)", r"\1.block", match["block"])
+            numbered = single.setdefault(f"{block}.mixture.experts.{parts[match['part']]}", {})
+            numbered[int(match["number"])] = x
+        elif match := _PACKED.fullmatch(name):
+            block = f"{match['block'].removeprefix('model.')}.mixture.experts"
+            if match["part"] == "down":
                 stacked[f"{block}.down"] = x
             else:
                 gate, up = x.chunk(2, dim=1)
@@ -181,21 +181,14 @@ def config_from_hf(config: Mapping[str, Any]) -> DeepseekV4Config:
     mtp = config.get("num_nextn_predict_layers", 0) if "compress_ratios" in config else 0
     sparse, ratios = _ratios(config, layers + mtp)
     main, compress = _rope_settings(config)
-    kinds = config.get("mlp_layer_types")
-    hashed = config.get("num_hash_layers", 3) if kinds is None else kinds.count("hash_moe")
-    if kinds is not None and kinds != ["hash_moe"] * hashed + ["moe"] * (len(kinds) - hashed):
-        raise ValueError(
-            f"DeepseekV4 looks experts up by token in its first layers only, got "
-            f"mlp_layer_types={kinds}: this checkpoint needs a model of its own."
-        )
-    factor = config.get("partial_rotary_factor")
+    rotary_factor = config.get("partial_rotary_factor") or 0.125
     return DeepseekV4Config(
         vocab_size=config["vocab_size"],
         dim=config["hidden_size"],
         hidden_dim=config["moe_intermediate_size"],
         num_heads=config["num_attention_heads"],
         head_dim=head_dim,
-        rope_dim=config.get("qk_rope_head_dim") or round(head_dim * (factor or 0.125)),
+        rope_dim=config.get("qk_rope_head_dim") or round(head_dim * rotary_factor),
         query_rank=config["q_lora_rank"],
         output_groups=config["o_groups"],
         output_rank=config["o_lora_rank"],
@@ -208,7 +201,7 @@ def config_from_hf(config: Mapping[str, Any]) -> DeepseekV4Config:
         num_selected=config["index_topk"],
         num_layers=layers,
         num_mtp_layers=mtp,
-        num_hash_layers=min(hashed, layers),
+        num_hash_layers=min(_num_hash_layers(config), layers),
         window=config["sliding_window"],
         sparse_ratio=sparse,
         streams=config["hc_mult"],
@@ -286,19 +279,33 @@ def _kind(config: DeepseekV4Config, ratio: int) -> str:
     return _KINDS[1] if ratio == config.sparse_ratio else _KINDS[2]
 
 
+def _num_hash_layers(config: Mapping[str, Any]) -> int:
+    """How many layers, the first ones, look experts up by token."""
+    kinds = config.get("mlp_layer_types")
+    if kinds is None:
+        return int(config.get("num_hash_layers", 3))
+    count = int(kinds.count("hash_moe"))
+    if kinds != ["hash_moe"] * count + ["moe"] * (len(kinds) - count):
+        raise ValueError(
+            f"DeepseekV4 looks experts up by token in its first layers only, got "
+            f"mlp_layer_types={kinds}: this checkpoint needs a model of its own."
+        )
+    return count
+
+
 def _ratios(config: Mapping[str, Any], layers: int) -> tuple[int, tuple[int, ...]]:
     """The ratio of layers with an indexer, and that of every layer."""
     rates = config.get("compress_rates") or {}
-    of_kind = {_KINDS[0]: WINDOW, _KINDS[1]: rates.get(_KINDS[1], 4)}
-    of_kind[_KINDS[2]] = rates.get(_KINDS[2], 128)
-    given = config.get("compress_ratios")
-    if given is None:
-        given = [of_kind[kind] for kind in config["layer_types"]]
-    return of_kind[_KINDS[1]], tuple(given[:layers])
+    by_kind = {_KINDS[0]: WINDOW, _KINDS[1]: rates.get(_KINDS[1], 4)}
+    by_kind[_KINDS[2]] = rates.get(_KINDS[2], 128)
+    ratios = config.get("compress_ratios")
+    if ratios is None:
+        ratios = [by_kind[kind] for kind in config["layer_types"]]
+    return by_kind[_KINDS[1]], tuple(ratios[:layers])
 
 
 def _rope_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rotary settings of window layers and of those that compress."""
+    """Rotary settings of window layers, and of layers that compress."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if "main" in rope and "compress" in rope:
         return dict(rope["main"]), dict(rope["compress"])

@@ -1,4 +1,4 @@
-"""The shape of a Gemma 4 text decoder: dense, with experts, or with per-layer embeddings."""
+"""Sizes of a Gemma 4 text decoder: dense, with experts, or with per-layer embeddings."""
 
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -12,8 +12,8 @@ from dtcp.sequence.masks import (
 )
 
 
-class Sight(Enum):
-    """How far the attention of a layer sees."""
+class LayerType(Enum):
+    """What the attention of a layer sees; values are Hugging Face's words."""
 
     SLIDING = "sliding_attention"
     GLOBAL = "full_attention"
@@ -21,10 +21,10 @@ class Sight(Enum):
 
 @dataclass(frozen=True)
 class HeadShape:
-    """The heads of one kind of layer.
+    """The attention heads of one type of layer.
 
     Args:
-        rotated: the share of pairs of channels that rotate; the others carry no position.
+        rotated: the fraction of channel pairs that rotate; the others carry no position.
     """
 
     head_dim: int
@@ -38,8 +38,8 @@ class HeadShape:
 
 
 @dataclass(frozen=True)
-class MoEShape:
-    """Experts beside the dense feed-forward part."""
+class MoEConfig:
+    """Experts beside the dense feed-forward part, top_k of them for each token."""
 
     num_experts: int
     top_k: int
@@ -48,7 +48,7 @@ class MoEShape:
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
-                f"MoEShape gives a token some of the experts, got top_k={self.top_k} of "
+                f"MoEConfig routes each token to some of the experts, got top_k={self.top_k} of "
                 f"num_experts={self.num_experts}: choose 1 to num_experts."
             )
 
@@ -59,18 +59,18 @@ class Gemma4Config:
 
     Args:
         hidden_dim: of the dense feed-forward part.
-        layers: what each layer sees.
-        window: tokens a query of a sliding layer sees, itself included.
-        keys_from_values: global layers have no values of their own: a value is the normed key
-            projection, and the key is that value scaled and rotated ("K = V").
-        num_shared_layers: the last layers attend to the keys of the last layer before them that
-            sees as far, and have none of their own.
-        double_wide: those layers have twice the feed-forward channels.
+        layer_types: what each layer sees.
+        window: tokens that a query of a sliding layer sees, itself included.
+        keys_from_values: in global layers one projection, normalized, is the value, and the key
+            is that value scaled and rotated ("K = V").
+        num_shared_layers: so many last layers have no keys and values of their own, and attend
+            to those of the last layer before them that is of their type.
+        double_wide: those layers have twice as many feed-forward channels.
         per_layer_dim: channels of the per-layer embeddings; 0 for none.
-        moe: None for none.
+        moe: None for no experts.
         softcap: logits become softcap * tanh(logits / softcap); 0 for none.
-        vision_blocks: on sliding layers the tokens of an image see each other.
-        longest_vision_block: tokens; how far right a sliding layer may look.
+        vision_blocks: in sliding layers the tokens of an image see each other.
+        longest_vision_block: tokens; how far to the right a sliding layer may look.
         pad_id: the token whose embedding is not trained; None for none.
     """
 
@@ -78,16 +78,16 @@ class Gemma4Config:
     dim: int
     hidden_dim: int
     num_heads: int
-    layers: tuple[Sight, ...]
+    layer_types: tuple[LayerType, ...]
     window: int
-    sliding: HeadShape
-    globals: HeadShape
+    sliding_heads: HeadShape
+    global_heads: HeadShape
     keys_from_values: bool = False
     num_shared_layers: int = 0
     double_wide: bool = False
     per_layer_dim: int = 0
     per_layer_vocab_size: int = 0
-    moe: MoEShape | None = None
+    moe: MoEConfig | None = None
     softcap: float = 0.0
     vision_blocks: bool = False
     longest_vision_block: int = 1120
@@ -96,18 +96,18 @@ class Gemma4Config:
     tied: bool = True
 
     def __post_init__(self) -> None:
-        for shape in (self.sliding, self.globals):
+        for shape in (self.sliding_heads, self.global_heads):
             if self.num_heads % shape.num_kv_heads:
                 raise ValueError(
                     f"Gemma4Config shares each kv head among equally many query heads, got "
                     f"num_heads={self.num_heads}, num_kv_heads={shape.num_kv_heads}: make "
                     f"num_heads a multiple of num_kv_heads."
                 )
-        if self.num_shared_layers and not set(self.layers) <= set(self.own_keys):
+        if self.num_shared_layers and not set(self.layer_types) <= set(self.own_kv_layer_types):
             raise ValueError(
-                f"Gemma4Config shares the keys of a layer that sees as far, got "
-                f"num_shared_layers={self.num_shared_layers} of {len(self.layers)} layers, with "
-                f"none of a kind before them: share fewer layers."
+                f"Gemma4Config shares the keys of a layer of the same type, got "
+                f"num_shared_layers={self.num_shared_layers} of {self.num_layers} layers, with "
+                f"none of a type before them: share fewer layers."
             )
         if bool(self.per_layer_dim) != bool(self.per_layer_vocab_size):
             raise ValueError(
@@ -118,73 +118,79 @@ class Gemma4Config:
 
     @property
     def num_layers(self) -> int:
-        return len(self.layers)
+        return len(self.layer_types)
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head, averaged over the layers: what their FLOPs are counted by."""
+        """Channels of a head, averaged over the layers, as FLOPs are counted."""
         return sum(self.heads(i).head_dim for i in range(self.num_layers)) // self.num_layers
 
     @property
-    def own_keys(self) -> tuple[Sight, ...]:
-        """The layers that have keys of their own."""
-        return self.layers[: max(0, self.num_layers - self.num_shared_layers)]
+    def own_kv_layer_types(self) -> tuple[LayerType, ...]:
+        """The types of the layers that have keys and values of their own: all but the last."""
+        return self.layer_types[: max(0, self.num_layers - self.num_shared_layers)]
 
     def heads(self, layer: int) -> HeadShape:
-        return self.sliding if self.layers[layer] is Sight.SLIDING else self.globals
+        return (
+            self.sliding_heads
+            if self.layer_types[layer] is LayerType.SLIDING
+            else self.global_heads
+        )
 
-    def shares(self, layer: int) -> bool:
-        """Whether a layer attends to the keys of another."""
-        return layer >= len(self.own_keys)
+    def reads_shared_kv(self, layer: int) -> bool:
+        """Whether a layer attends to the keys and values of an earlier one."""
+        return layer >= len(self.own_kv_layer_types)
 
-    def shared_by_others(self, layer: int) -> bool:
-        """Whether other layers attend to this layer's keys."""
-        if not self.num_shared_layers or self.shares(layer):
+    def gives_shared_kv(self, layer: int) -> bool:
+        """Whether later layers attend to this layer's keys and values."""
+        if not self.num_shared_layers or self.reads_shared_kv(layer):
             return False
-        sight, later = self.layers[layer], self.layers[layer + 1 :]
-        return sight in later[-self.num_shared_layers :] and sight not in self.own_keys[layer + 1 :]
+        layer_type = self.layer_types[layer]
+        is_read = layer_type in self.layer_types[-self.num_shared_layers :]
+        return is_read and layer_type not in self.own_kv_layer_types[layer + 1 :]
 
-    def makes_keys_from_values(self, layer: int) -> bool:
-        return self.keys_from_values and self.layers[layer] is Sight.GLOBAL
+    def has_keys_from_values(self, layer: int) -> bool:
+        """Whether a key of the layer is its value, scaled and rotated."""
+        return self.keys_from_values and self.layer_types[layer] is LayerType.GLOBAL
 
     def mask(self, layer: int) -> Mask:
-        """What a layer sees; images are one block each on sliding layers alone."""
-        if self.layers[layer] is Sight.GLOBAL:
+        """What a layer sees; only in sliding layers is each image a block."""
+        if self.layer_types[layer] is LayerType.GLOBAL:
             return Causal()
         ahead = Causal() | BlockBidirectional() if self.vision_blocks else Causal()
         return SlidingWindow(self.window) & ahead
 
 
-def pattern(kinds: str, num_layers: int) -> tuple[Sight, ...]:
-    """Layers from a repeated pattern, "s" sliding and "g" global; the last one is global."""
-    sights = {"s": Sight.SLIDING, "g": Sight.GLOBAL}
-    repeated = [sights[kinds[i % len(kinds)]] for i in range(num_layers)]
-    return (*repeated[:-1], Sight.GLOBAL)
+def layer_pattern(pattern: str, num_layers: int) -> tuple[LayerType, ...]:
+    """Layer types by a repeated pattern of "s", sliding, and "g", global; the last is global."""
+    types = {"s": LayerType.SLIDING, "g": LayerType.GLOBAL}
+    repeated = [types[pattern[i % len(pattern)]] for i in range(num_layers)]
+    return (*repeated[:-1], LayerType.GLOBAL)
 
 
 def tiny(vocab_size: int = 512) -> Gemma4Config:
-    """Small enough for a laptop's CPU: dense, windows and keys made from values."""
+    """Small enough for a laptop's CPU: dense, with sliding windows and keys from values."""
     return Gemma4Config(
         vocab_size=vocab_size,
         dim=128,
         hidden_dim=384,
         num_heads=8,
-        layers=pattern("ssg", 6),
+        layer_types=layer_pattern("ssg", 6),
         window=128,
-        sliding=HeadShape(16, 4, 1e4),
-        globals=HeadShape(32, 2, 1e6, rotated=0.25),
+        sliding_heads=HeadShape(16, 4, 1e4),
+        global_heads=HeadShape(32, 2, 1e6, rotated=0.25),
         keys_from_values=True,
         softcap=30.0,
     )
 
 
 def tiny_moe(vocab_size: int = 512) -> Gemma4Config:
-    """The same with experts beside the dense feed-forward part."""
-    return replace(tiny(vocab_size), moe=MoEShape(num_experts=8, top_k=2, hidden_dim=64))
+    """As tiny, with experts beside the dense feed-forward part."""
+    return replace(tiny(vocab_size), moe=MoEConfig(num_experts=8, top_k=2, hidden_dim=64))
 
 
 def tiny_e(vocab_size: int = 512) -> Gemma4Config:
-    """The same with per-layer embeddings, and keys that the last layers share."""
+    """As tiny, with per-layer embeddings, and with keys and values that the last layers share."""
     return replace(
         tiny(vocab_size),
         keys_from_values=False,
@@ -206,10 +212,10 @@ PRESETS: dict[str, Gemma4Config] = {
         dim=5376,
         hidden_dim=21_504,
         num_heads=32,
-        layers=pattern("sssssg", 60),
+        layer_types=layer_pattern("sssssg", 60),
         window=1024,
-        sliding=HeadShape(256, 16, 1e4),
-        globals=HeadShape(512, 4, 1e6, rotated=0.25),
+        sliding_heads=HeadShape(256, 16, 1e4),
+        global_heads=HeadShape(512, 4, 1e6, rotated=0.25),
         keys_from_values=True,
         softcap=30.0,
         vision_blocks=True,
@@ -219,12 +225,12 @@ PRESETS: dict[str, Gemma4Config] = {
         dim=2816,
         hidden_dim=2112,
         num_heads=16,
-        layers=pattern("sssssg", 30),
+        layer_types=layer_pattern("sssssg", 30),
         window=1024,
-        sliding=HeadShape(256, 8, 1e4),
-        globals=HeadShape(512, 2, 1e6, rotated=0.25),
+        sliding_heads=HeadShape(256, 8, 1e4),
+        global_heads=HeadShape(512, 2, 1e6, rotated=0.25),
         keys_from_values=True,
-        moe=MoEShape(num_experts=128, top_k=8, hidden_dim=704),
+        moe=MoEConfig(num_experts=128, top_k=8, hidden_dim=704),
         softcap=30.0,
         vision_blocks=True,
     ),
@@ -233,10 +239,10 @@ PRESETS: dict[str, Gemma4Config] = {
         dim=2560,
         hidden_dim=10_240,
         num_heads=8,
-        layers=pattern("sssssg", 42),
+        layer_types=layer_pattern("sssssg", 42),
         window=512,
-        sliding=HeadShape(256, 2, 1e4),
-        globals=HeadShape(512, 2, 1e6, rotated=0.25),
+        sliding_heads=HeadShape(256, 2, 1e4),
+        global_heads=HeadShape(512, 2, 1e6, rotated=0.25),
         num_shared_layers=18,
         per_layer_dim=256,
         per_layer_vocab_size=_VOCABULARY,
@@ -247,10 +253,10 @@ PRESETS: dict[str, Gemma4Config] = {
         dim=1536,
         hidden_dim=6144,
         num_heads=8,
-        layers=pattern("ssssg", 35),
+        layer_types=layer_pattern("ssssg", 35),
         window=512,
-        sliding=HeadShape(256, 1, 1e4),
-        globals=HeadShape(512, 1, 1e6, rotated=0.25),
+        sliding_heads=HeadShape(256, 1, 1e4),
+        global_heads=HeadShape(512, 1, 1e6, rotated=0.25),
         num_shared_layers=20,
         double_wide=True,
         per_layer_dim=256,

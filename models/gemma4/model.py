@@ -1,7 +1,7 @@
-"""A Gemma 4 text decoder: windows and global layers, experts, per-layer embeddings.
+"""A Gemma 4 text decoder: sliding and global layers, experts, per-layer embeddings.
 
-Every layer is one `Block`; what a layer has (its head shape, keys of its own, experts, a
-per-layer input) follows from the config and its index, and is fixed when it is built.
+Every layer is one `Block`; what it has (its head shape, its own keys, experts, a per-layer
+input) follows from the config and its index, and is fixed when it is built.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dtcp.metadata import BatchMetadata
-from dtcp.models.gemma4.config import Gemma4Config, MoEShape, Sight
+from dtcp.models.blocks import ParameterModule
+from dtcp.models.gemma4.config import Gemma4Config, LayerType, MoEConfig
 from dtcp.models.moe import Experts
 from dtcp.softmax.mixer import GatherSharedKV, KeysFromValues, SoftmaxAttention
 
@@ -19,48 +20,50 @@ KeysAndValues = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """Projections, head norms, rotary positions, and the mixer: where alone tokens meet.
+    """Projections, head norms, rotary embedding, and the mixer: where tokens read each other.
 
-    Three kinds: a layer with keys and values of its own; one whose keys are made from its
-    values; one that attends to the keys and values of a layer before it.
+    Of three kinds: a layer projects its own keys and values; or its key is its value, scaled and
+    rotated; or it attends to the keys and values of an earlier layer.
     """
 
     def __init__(self, config: Gemma4Config, layer: int) -> None:
         super().__init__()
         heads, mask = config.heads(layer), config.mask(layer)
         self.head_dim, self.rope = heads.head_dim, heads.rope
-        self.shares, self.from_values = config.shares(layer), config.makes_keys_from_values(layer)
+        reads_shared_kv = config.reads_shared_kv(layer)
+        self.keys_from_values = config.has_keys_from_values(layer)
         q_dim, kv_dim = (n * heads.head_dim for n in (config.num_heads, heads.num_kv_heads))
         self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
         self.q_norm = nn.RMSNorm(heads.head_dim, config.norm_eps)
         self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
-        if not self.shares:
+        if not reads_shared_kv:
             self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
             self.v_norm = nn.RMSNorm(heads.head_dim, config.norm_eps, elementwise_affine=False)
-            if self.from_values:
-                self.k_norm: nn.Module = Scale(heads.head_dim)
+            if self.keys_from_values:
+                self.k_norm: nn.Module = ParameterModule(heads.head_dim, fill=1.0)
             else:
                 self.k_norm = nn.RMSNorm(heads.head_dim, config.norm_eps)
                 self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.exchange = GatherSharedKV(mask) if config.shared_by_others(layer) else None
-        alone = self.from_values and not self.shares and self.exchange is None
-        self.mixer = KeysFromValues(mask, scale=1.0) if alone else SoftmaxAttention(mask, scale=1.0)
+        self.exchange = GatherSharedKV(mask) if config.gives_shared_kv(layer) else None
+        has_own_kv = not reads_shared_kv and self.exchange is None
+        mixer = KeysFromValues if self.keys_from_values and has_own_kv else SoftmaxAttention
+        self.mixer = mixer(mask, scale=1.0)
 
     def forward(
         self,
         x: Tensor,
         position_ids: Tensor,
         attn_metadata: BatchMetadata,
-        shared: KeysAndValues | None,
+        shared_kv: KeysAndValues | None,
     ) -> tuple[Tensor, KeysAndValues | None]:
         """Attend.
 
         Args:
-            shared: keys and values of the layer this one shares them with; None: its own.
+            shared_kv: of the earlier layer whose keys and values this one reads; None for its own.
         Returns:
-            [B, L, D], and keys and values that other layers will attend to, if there are any.
+            [B, L, D], and the keys and values that later layers will read, or None.
         """
-        # The number of heads is what the projection gives: a plan may split the heads over ranks.
+        # The projection's width tells the number of heads: a plan may split heads over ranks.
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # [B, L, H, D]
         if isinstance(self.mixer, KeysFromValues):
             frequency = self.rope.frequencies(x.device)
@@ -69,49 +72,35 @@ class Attention(nn.Module):
             )
             return self.o_proj(out.flatten(-2)), None
         q = self.rope(q, position_ids)
-        k, v = self._own(x, position_ids, attn_metadata) if shared is None else shared
+        k, v = self._own_kv(x, position_ids, attn_metadata) if shared_kv is None else shared_kv
         out = self.o_proj(self.mixer(q, k, v, attn_metadata).flatten(-2))
         return out, None if self.exchange is None else (k, v)
 
     def _values(self, x: Tensor) -> Tensor:
-        """[B, L, G, D], without position."""
-        project = self.k_proj if self.from_values else self.v_proj
+        """[B, L, G, D], not rotated."""
+        project = self.k_proj if self.keys_from_values else self.v_proj
         return self.v_norm(project(x).unflatten(-1, (-1, self.head_dim)))
 
-    def _own(self, x: Tensor, position_ids: Tensor, attn_metadata: BatchMetadata) -> KeysAndValues:
+    def _own_kv(
+        self, x: Tensor, position_ids: Tensor, attn_metadata: BatchMetadata
+    ) -> KeysAndValues:
+        """Keys and values [B, K, G, D], gathered for all that read them: K is L on one device."""
         v = self._values(x)
-        if self.from_values:
+        if self.keys_from_values:
             assert self.exchange is not None
-            v, at = (
-                self.exchange(v, attn_metadata),
-                self.exchange.position_ids(position_ids, attn_metadata),
-            )
-            return self.rope(v * self.k_norm(), at), v
+            v = self.exchange(v, attn_metadata)
+            key_position_ids = self.exchange.position_ids(position_ids, attn_metadata)
+            return self.rope(v * self.k_norm(), key_position_ids), v
         k = self.rope(self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))), position_ids)
         if self.exchange is None:
             return k, v
-        both = self.exchange(torch.cat((k, v), dim=-1), attn_metadata)
-        k, v = both.chunk(2, dim=-1)
+        kv = self.exchange(torch.cat((k, v), dim=-1), attn_metadata)
+        k, v = kv.chunk(2, dim=-1)
         return k, v
 
 
-class Scale(nn.Module):
-    """A weight on its own: what it scales is made elsewhere."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self) -> Tensor:
-        return self.weight
-
-
-def gelu_gated(gate: Tensor, up: Tensor) -> Tensor:
-    return F.gelu(gate, approximate="tanh") * up
-
-
-class FeedForward(nn.Module):
-    """down(gelu(gate(x)) * up(x))."""
+class GeGLU(nn.Module):
+    """down(gelu(gate(x)) * up(x)). From Shazeer 2020, https://arxiv.org/abs/2002.05202."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -120,19 +109,19 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(gelu_gated(self.gate(x), self.up(x)))
+        return self.down(_geglu(self.gate(x), self.up(x)))
 
 
 class Router(nn.Module):
-    """Choose each token's experts by a softmax over all, and share out one among the chosen."""
+    """Choose each token's experts by a softmax over all; the weights of the chosen sum to one."""
 
-    def __init__(self, dim: int, shape: MoEShape, norm_eps: float) -> None:
+    def __init__(self, dim: int, config: MoEConfig, norm_eps: float) -> None:
         super().__init__()
-        self.top_k = shape.top_k
+        self.top_k = config.top_k
         self.norm = nn.RMSNorm(dim, norm_eps, elementwise_affine=False)
-        self.scale = Scale(dim)
-        self.proj = nn.Linear(dim, shape.num_experts, bias=False)
-        self.per_expert_scale = Scale(shape.num_experts)
+        self.scale = ParameterModule(dim, fill=1.0)
+        self.proj = nn.Linear(dim, config.num_experts, bias=False)
+        self.per_expert_scale = ParameterModule(config.num_experts, fill=1.0)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Experts [N, k] int64 of tokens x [N, D], and their weights [N, k]."""
@@ -144,25 +133,25 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """Experts beside the dense feed-forward part; the router reads the stream as it is."""
+    """Experts beside the dense feed-forward part; the router reads the residual stream."""
 
-    def __init__(self, config: Gemma4Config, shape: MoEShape) -> None:
+    def __init__(self, config: Gemma4Config, moe: MoEConfig) -> None:
         super().__init__()
-        self.router = Router(config.dim, shape, config.norm_eps)
-        self.experts = Experts(config.dim, shape.hidden_dim, shape.num_experts, gelu_gated)
+        self.router = Router(config.dim, moe, config.norm_eps)
+        self.experts = Experts(config.dim, moe.hidden_dim, moe.num_experts, _geglu)
         self.dense_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.pre_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.post_norm = nn.RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, x: Tensor, dense: Tensor) -> Tensor:
-        """Add the experts' output for x [B, L, D] to the dense part's."""
+        """Add the experts' output for x [B, L, D] to that of the dense part."""
         index, weight = self.router(x.flatten(0, 1))
-        mixed = self.experts(self.pre_norm(x).flatten(0, 1), index, weight)
-        return self.dense_norm(dense) + self.post_norm(mixed.view_as(x))
+        out = self.experts(self.pre_norm(x).flatten(0, 1), index, weight)
+        return self.dense_norm(dense) + self.post_norm(out.view_as(x))
 
 
 class PerLayerInput(nn.Module):
-    """What a layer's own embedding of each token adds to the stream."""
+    """What a layer's own embedding of each token adds to the residual stream."""
 
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
@@ -171,22 +160,22 @@ class PerLayerInput(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.norm(self.proj(gelu_gated(self.gate(x), embedding)))
+        return self.norm(self.proj(_geglu(self.gate(x), embedding)))
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward part, each between two norms; then the layer's scalar."""
+    """Attention, then feed-forward, each between two norms; then the layer's scalar."""
 
     layer_scalar: Tensor
 
     def __init__(self, config: Gemma4Config, layer: int) -> None:
         super().__init__()
-        wide = 2 if config.double_wide and config.shares(layer) else 1
+        width = 2 if config.double_wide and config.reads_shared_kv(layer) else 1
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config, layer)
         self.attention_post_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.feed_forward_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config.dim, wide * config.hidden_dim)
+        self.feed_forward = GeGLU(config.dim, width * config.hidden_dim)
         self.feed_forward_post_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.moe = MoE(config, config.moe) if config.moe else None
         self.per_layer = PerLayerInput(config) if config.per_layer_dim else None
@@ -198,30 +187,30 @@ class Block(nn.Module):
         position_ids: Tensor,
         attn_metadata: BatchMetadata,
         embedding: Tensor | None,
-        shared: KeysAndValues | None,
+        shared_kv: KeysAndValues | None,
     ) -> tuple[Tensor, KeysAndValues | None]:
-        """One layer.
+        """Residual stream to residual stream, [B, L, D].
 
         Args:
             embedding: [B, L, P], this layer's own embedding of the tokens, if it has one.
-            shared: keys and values of an earlier layer, if it attends to those.
+            shared_kv: of an earlier layer, if this one reads its keys and values.
         Returns:
-            [B, L, D], and keys and values for later layers, if they attend to these.
+            [B, L, D], and the keys and values that later layers will read, or None.
         """
-        out, kept = self.attention(self.attention_norm(x), position_ids, attn_metadata, shared)
+        out, kv = self.attention(self.attention_norm(x), position_ids, attn_metadata, shared_kv)
         x = x + self.attention_post_norm(out)
-        fed = self.feed_forward(self.feed_forward_norm(x))
+        out = self.feed_forward(self.feed_forward_norm(x))
         if self.moe is not None:
-            fed = self.moe(x, fed)
-        x = x + self.feed_forward_post_norm(fed)
+            out = self.moe(x, out)
+        x = x + self.feed_forward_post_norm(out)
         if self.per_layer is not None:
             x = x + self.per_layer(x, embedding)
         # A buffer, which stays in fp32 where parameters are rounded.
-        return (x * self.layer_scalar).to(x.dtype), kept
+        return (x * self.layer_scalar).to(x.dtype), kv
 
 
 class PerLayerEmbedding(nn.Module):
-    """Every layer's own embedding of the tokens: by what they are, and by the stream's start."""
+    """Every layer's own embedding of the tokens: from their ids, and from their first embedding."""
 
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
@@ -232,21 +221,28 @@ class PerLayerEmbedding(nn.Module):
         self.norm = nn.RMSNorm(config.per_layer_dim, config.norm_eps)
 
     def forward(self, token: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        """`look_up` of the ids, and [B, L, D] embeddings, to a [B, L, P] for every layer."""
-        stream = (self.proj(x) * x.shape[-1] ** -0.5).unflatten(-1, (self.num_layers, self.dim))
-        return ((self.norm(stream) + token) * 2**-0.5).unbind(-2)
+        """Embed for every layer.
+
+        Args:
+            token: [B, L, layers, P], of `look_up`.
+            x: [B, L, D], the start of the residual stream.
+        Returns:
+            [B, L, P] for every layer.
+        """
+        projected = (self.proj(x) * x.shape[-1] ** -0.5).unflatten(-1, (self.num_layers, self.dim))
+        return ((self.norm(projected) + token) * 2**-0.5).unbind(-2)
 
     def look_up(self, input_ids: Tensor) -> Tensor:
-        """[B, L] ids to what tokens are to each layer: [B, L, layers, P]."""
-        token = scaled(self.tokens(input_ids), self.dim**0.5)
+        """Ids [B, L] to the embedding of each token for each layer: [B, L, layers, P]."""
+        token = _scaled(self.tokens(input_ids), self.dim**0.5)
         return token.unflatten(-1, (self.num_layers, self.dim))
 
 
 class Gemma4(nn.Module):
     """Tokens to logits.
 
-    Weights are torch's default ones until `init_weights` or a checkpoint fills them; build on
-    the meta device, parallelize, `to_empty`, then `init_weights` to start a large model.
+    Weights have torch's defaults until `init_weights` or a checkpoint fills them. To start a
+    large model, build it on the meta device, parallelize it, then `to_empty` and `init_weights`.
     """
 
     def __init__(self, config: Gemma4Config) -> None:
@@ -271,38 +267,40 @@ class Gemma4(nn.Module):
         """Score the next token of every token.
 
         Args:
-            input_ids: [B, L]. Beside inputs_embeds they are read by per-layer embeddings alone,
-                which take the padding token where there is an image.
-            position_ids: [B, L], the position of each token in its document.
-            attn_metadata: what the batch brings for the mixers.
-            inputs_embeds: [B, L, D], what `embed` gave with images put in their places.
-            per_layer_inputs: [B, L, layers, P], of `per_layer.look_up`, where there are no ids.
+            input_ids: [B, L]. Beside inputs_embeds, only per-layer embeddings read them; give the
+                padding token where there is an image.
+            position_ids: [B, L], of each token in its document.
+            attn_metadata: of the batch, for the mixers: from batch_metadata or shard_batch.
+            inputs_embeds: [B, L, D], the output of `embed` with images in their places.
+            per_layer_inputs: [B, L, layers, P], of `per_layer.look_up`, if there are no ids.
         Returns:
             [B, L, V].
+        Raises:
+            ValueError: neither ids nor embeddings.
         """
-        x = self._first(input_ids, inputs_embeds)
+        x = self._first_embedding(input_ids, inputs_embeds)
         embeddings: Sequence[Tensor | None] = [None] * len(self.layers)
         if self.per_layer is not None:
-            token = self._tokens(input_ids, per_layer_inputs, self.per_layer)
+            token = self._per_layer_tokens(input_ids, per_layer_inputs, self.per_layer)
             embeddings = self.per_layer(token, x)
-        shared: dict[Sight, KeysAndValues] = {}
+        shared_kv: dict[LayerType, KeysAndValues] = {}
         for layer, block in enumerate(self.layers):
-            sight = self.config.layers[layer]
-            given = shared[sight] if self.config.shares(layer) else None
-            x, kept = block(x, position_ids, attn_metadata, embeddings[layer], given)
-            if kept is not None:
-                shared[sight] = kept
+            layer_type = self.config.layer_types[layer]
+            read_kv = shared_kv[layer_type] if self.config.reads_shared_kv(layer) else None
+            x, kv = block(x, position_ids, attn_metadata, embeddings[layer], read_kv)
+            if kv is not None:
+                shared_kv[layer_type] = kv
         logits = self.lm_head(self.norm(x))
         cap = self.config.softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """[B, L] ids to the start of the stream: [B, L, D]."""
-        return scaled(self.embedding(input_ids), self.config.dim**0.5)
+        """Ids [B, L] to the start of the residual stream: [B, L, D]."""
+        return _scaled(self.embedding(input_ids), self.config.dim**0.5)
 
     def init_weights(self, std: float = 0.02) -> None:
         """Draw all weights."""
-        # to_empty gives a shared parameter two new tensors.
+        # to_empty makes two tensors of a shared parameter.
         self._tie()
         for module in self.modules():
             if isinstance(module, nn.RMSNorm):
@@ -316,12 +314,12 @@ class Gemma4(nn.Module):
                     nn.init.normal_(module.weight, std=std)
             elif isinstance(module, Experts):
                 module.reset_parameters(std)
-            elif isinstance(module, Scale):
-                nn.init.ones_(module.weight)
+            elif isinstance(module, ParameterModule):
+                module.reset_parameters()
             elif isinstance(module, Block):
                 nn.init.ones_(module.layer_scalar)
 
-    def _first(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _first_embedding(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if inputs_embeds is not None:
             return inputs_embeds
         if input_ids is None:
@@ -330,11 +328,14 @@ class Gemma4(nn.Module):
             )
         return self.embed(input_ids)
 
-    def _tokens(
-        self, input_ids: Tensor | None, given: Tensor | None, per_layer: PerLayerEmbedding
+    def _per_layer_tokens(
+        self,
+        input_ids: Tensor | None,
+        per_layer_inputs: Tensor | None,
+        per_layer: PerLayerEmbedding,
     ) -> Tensor:
-        if given is not None:
-            return given
+        if per_layer_inputs is not None:
+            return per_layer_inputs
         if input_ids is None:
             raise ValueError(
                 f"Per-layer embeddings are looked up by token, got input_ids=None with "
@@ -348,13 +349,17 @@ class Gemma4(nn.Module):
             self.lm_head.weight = self.embedding.weight
 
 
-def scaled(x: Tensor, factor: float) -> Tensor:
-    """x times a factor that is rounded to fp32, then to the dtype of x: part of the model."""
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    """x times a factor that is rounded to fp32, then to the dtype of x, as the model has it."""
     return x * torch.full((), factor, dtype=torch.float32, device=x.device).to(x.dtype)
+
+
+def _geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh") * up
 
 
 @torch.no_grad()
 def _zero_row(weight: Tensor, row: int) -> None:
-    """By arithmetic, not by index: a row of a sharded weight would be a copy."""
+    """By arithmetic, not by index: an indexed row of a sharded weight would be a copy."""
     index = torch.ones_like(weight[:, :1]).cumsum(0) - 1
     weight.mul_(index != row)

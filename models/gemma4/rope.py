@@ -1,4 +1,4 @@
-"""Rotary positions of which only some pairs of channels turn."""
+"""A rotary embedding that rotates only some pairs of channels."""
 
 from dataclasses import dataclass
 
@@ -10,19 +10,18 @@ from dtcp.models.rope import Rope
 
 @dataclass(frozen=True)
 class ProportionalRope(Rope):
-    """Turn the first `rotated` share of the pairs; the others stand still, at frequency 0.
+    """Rotate the first pairs, a fraction `rotated` of them; the others have frequency 0.
 
-    Frequencies are those of a head that turns whole, so more channels carry no position, and
-    the ones that do are the fast ones.
+    Frequencies are those of a head that rotates whole, so the pairs that rotate are the fast ones.
     """
 
     rotated: float = 1.0
 
     def frequencies(self, device: torch.device) -> Tensor:
         """Radians per token of every pair: [D/2], fp32."""
-        turning = int(self.rotated * self.head_dim // 2)
-        every = super()._frequencies(device)
-        return every * (torch.arange(self.head_dim // 2, device=device) < turning)
+        num_rotated = int(self.rotated * self.head_dim // 2)
+        is_rotated = torch.arange(self.head_dim // 2, device=device) < num_rotated
+        return super()._frequencies(device) * is_rotated
 
     def _frequencies(self, device: torch.device) -> Tensor:
         return self.frequencies(device)

@@ -1,8 +1,8 @@
 """Names and settings of Hugging Face's Gemma 4 checkpoints, both ways.
 
 Text checkpoints name their layers `model.layers`, those with a vision tower beside the decoder
-`model.language_model.layers`: both are read, and what belongs to a tower is left out. Experts
-are two tensors there, gate and up in one; here gate, up and down are three.
+`model.language_model.layers`: both are read, and what belongs to a tower is left out. They keep
+experts in two tensors, gate and up in one; here gate, up and down are three.
 """
 
 import re
@@ -15,8 +15,9 @@ from torch import Tensor
 from dtcp.models.gemma4.config import (
     Gemma4Config,
     HeadShape,
-    MoEShape,
-    Sight,
+    LayerType,
+    MoEConfig,
+    layer_pattern,
 )
 from dtcp.models.names import NameMap
 
@@ -63,16 +64,16 @@ NAMES = NameMap(
 )
 
 TIED = "lm_head.weight"
-"""The name that a tied checkpoint leaves out."""
+"""The name that a checkpoint with a tied head leaves out."""
 
 TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
-SHARED = re.compile(r"model\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.weight")
+KV_WEIGHT = re.compile(r"model\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.weight")
 GATE = re.compile(r"(layers\.\d+\.moe\.experts)\.gate")
 GATE_UP = re.compile(r"model\.(layers\.\d+)\.experts\.gate_up_proj")
 
 
 def to_hf(state_dict: Mapping[str, Tensor], config: Gemma4Config) -> dict[str, Tensor]:
-    """A state dict of ours under the names of Hugging Face's text model."""
+    """Our state dict under the names of Hugging Face's text model."""
     theirs: dict[str, Tensor] = {}
     for name, x in state_dict.items():
         if config.tied and name == TIED:
@@ -89,8 +90,8 @@ def to_hf(state_dict: Mapping[str, Tensor], config: Gemma4Config) -> dict[str, T
 def from_hf(state_dict: Mapping[str, Tensor], config: Gemma4Config) -> dict[str, Tensor]:
     """A Hugging Face state dict, of a text model or one with towers, under our names.
 
-    Keys and values of layers that share another's are left out: checkpoints have them, and no
-    model reads them.
+    Projections to keys and values are left out for layers that read another's: checkpoints have
+    them, and no model reads them.
 
     Raises:
         ValueError: a name that no model of this family has.
@@ -98,9 +99,9 @@ def from_hf(state_dict: Mapping[str, Tensor], config: Gemma4Config) -> dict[str,
     ours: dict[str, Tensor] = {}
     for full_name, x in state_dict.items():
         name = full_name.replace("model.language_model.", "model.", 1)
-        shared = SHARED.fullmatch(name)
-        dead = shared is not None and config.shares(int(shared[1]))
-        if dead or name.removeprefix("model.").startswith(TOWERS):
+        kv = KV_WEIGHT.fullmatch(name)
+        is_unread = kv is not None and config.reads_shared_kv(int(kv[1]))
+        if is_unread or name.removeprefix("model.").startswith(TOWERS):
             continue
         if layer := GATE_UP.fullmatch(name):
             gate, up = x.chunk(2, dim=1)
@@ -121,24 +122,24 @@ def config_from_hf(config: Mapping[str, Any]) -> Gemma4Config:
     """
     text = config.get("text_config") or config
     _refuse_foreign(text)
-    layers = _layers(text)
+    layer_types = _layer_types(text)
     rope = text.get("rope_parameters") or _ROPE
-    kinds = {sight: _head_shape(text, layers, sight, rope) for sight in Sight}
-    embeds = text.get("hidden_size_per_layer_input") or 0
+    heads = {kind: _head_shape(text, layer_types, kind, rope) for kind in LayerType}
+    per_layer_dim = text.get("hidden_size_per_layer_input") or 0
     return Gemma4Config(
         vocab_size=text["vocab_size"],
         dim=text["hidden_size"],
         hidden_dim=text["intermediate_size"],
         num_heads=text["num_attention_heads"],
-        layers=layers,
+        layer_types=layer_types,
         window=text["sliding_window"],
-        sliding=kinds[Sight.SLIDING],
-        globals=kinds[Sight.GLOBAL],
+        sliding_heads=heads[LayerType.SLIDING],
+        global_heads=heads[LayerType.GLOBAL],
         keys_from_values=text.get("attention_k_eq_v", False),
         num_shared_layers=text.get("num_kv_shared_layers", 0),
         double_wide=text.get("use_double_wide_mlp", False),
-        per_layer_dim=embeds,
-        per_layer_vocab_size=text.get("vocab_size_per_layer_input", 0) if embeds else 0,
+        per_layer_dim=per_layer_dim,
+        per_layer_vocab_size=text.get("vocab_size_per_layer_input", 0) if per_layer_dim else 0,
         moe=_moe(text),
         softcap=text.get("final_logit_softcapping") or 0.0,
         vision_blocks=text.get("use_bidirectional_attention") == "vision",
@@ -159,21 +160,21 @@ def config_to_hf(config: Gemma4Config) -> dict[str, Any]:
         "intermediate_size": config.hidden_dim,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.sliding.num_kv_heads,
-        "head_dim": config.sliding.head_dim,
+        "num_key_value_heads": config.sliding_heads.num_kv_heads,
+        "head_dim": config.sliding_heads.head_dim,
         "per_layer_config": {
             str(i): {
-                "head_dim": config.globals.head_dim,
-                "num_key_value_heads": config.globals.num_kv_heads,
+                "head_dim": config.global_heads.head_dim,
+                "num_key_value_heads": config.global_heads.num_kv_heads,
             }
-            for i, sight in enumerate(config.layers)
-            if sight is Sight.GLOBAL
+            for i, kind in enumerate(config.layer_types)
+            if kind is LayerType.GLOBAL
         },
-        "layer_types": [sight.value for sight in config.layers],
+        "layer_types": [kind.value for kind in config.layer_types],
         "sliding_window": config.window,
         "rope_parameters": {
-            sight.value: _rope_to_hf(shape)
-            for sight, shape in ((Sight.SLIDING, config.sliding), (Sight.GLOBAL, config.globals))
+            LayerType.SLIDING.value: _rope_to_hf(config.sliding_heads),
+            LayerType.GLOBAL.value: _rope_to_hf(config.global_heads),
         },
         "attention_k_eq_v": config.keys_from_values,
         "num_kv_shared_layers": config.num_shared_layers,
@@ -203,49 +204,48 @@ _ROPE: Mapping[str, Any] = {
 }
 
 
-def _layers(text: Mapping[str, Any]) -> tuple[Sight, ...]:
-    kinds = text.get("layer_types")
-    if kinds is None:
-        count = text["num_hidden_layers"]
-        kinds = [
-            "full_attention" if i % 6 == 5 or i == count - 1 else "sliding_attention"
-            for i in range(count)
-        ]
-    return tuple(Sight(kind) for kind in kinds)
+def _layer_types(text: Mapping[str, Any]) -> tuple[LayerType, ...]:
+    names = text.get("layer_types")
+    if names is None:
+        return layer_pattern("sssssg", text["num_hidden_layers"])
+    return tuple(LayerType(name) for name in names)
 
 
 def _head_shape(
-    text: Mapping[str, Any], layers: tuple[Sight, ...], sight: Sight, rope: Mapping[str, Any]
+    text: Mapping[str, Any],
+    layer_types: tuple[LayerType, ...],
+    kind: LayerType,
+    rope: Mapping[str, Any],
 ) -> HeadShape:
-    """Heads of a kind of layer: fields of their own in published files, by layer in saved ones."""
+    """Heads of one layer type; published files have fields for it, saved ones settings by layer."""
     shape = {name: text[name] for name in ("head_dim", "num_key_value_heads")}
     by_layer = text.get("per_layer_config")
     if by_layer is not None:
         own = {str(i): dict(settings) for i, settings in by_layer.items()}
-        given = [own.get(str(i), {}) for i, kind in enumerate(layers) if kind is sight]
-        if any(settings != given[0] for settings in given):
+        of_kind = [own.get(str(i), {}) for i, each in enumerate(layer_types) if each is kind]
+        if any(settings != of_kind[0] for settings in of_kind):
             raise ValueError(
-                f"Gemma4 has one head shape for each kind of layer, got per_layer_config="
+                f"Gemma4 has one head shape for each type of layer, got per_layer_config="
                 f"{by_layer}: this checkpoint needs a model of its own."
             )
-        shape |= given[0] if given else {}
-    elif sight is Sight.GLOBAL:
+        shape |= of_kind[0] if of_kind else {}
+    elif kind is LayerType.GLOBAL:
         shape["head_dim"] = text.get("global_head_dim", 512)
         if text.get("attention_k_eq_v") and text.get("num_global_key_value_heads"):
             shape["num_key_value_heads"] = text["num_global_key_value_heads"]
-    turn = rope[sight.value]
-    kinds = ("default", "proportional")
-    if turn.get("rope_type", "default") not in kinds or turn.get("factor", 1.0) != 1.0:
+    own_rope = rope[kind.value]
+    known = ("default", "proportional")
+    if own_rope.get("rope_type", "default") not in known or own_rope.get("factor", 1.0) != 1.0:
         raise ValueError(
-            f"Gemma4 turns heads in the ways {kinds} and unscaled, got rope_parameters={turn}: "
-            f"take a checkpoint without it, or add the rule to models/gemma4/rope.py."
+            f"Gemma4 rotates heads in the ways {known} and unscaled, got rope_parameters="
+            f"{own_rope}: take a checkpoint without it, or add the rule to models/gemma4/rope.py."
         )
-    proportional = turn.get("rope_type") == "proportional"
+    is_proportional = own_rope.get("rope_type") == "proportional"
     return HeadShape(
         head_dim=shape["head_dim"],
         num_kv_heads=shape["num_key_value_heads"],
-        rope_theta=turn["rope_theta"],
-        rotated=turn.get("partial_rotary_factor", 1.0) if proportional else 1.0,
+        rope_theta=own_rope["rope_theta"],
+        rotated=own_rope.get("partial_rotary_factor", 1.0) if is_proportional else 1.0,
     )
 
 
@@ -259,10 +259,10 @@ def _rope_to_hf(shape: HeadShape) -> dict[str, Any]:
     }
 
 
-def _moe(text: Mapping[str, Any]) -> MoEShape | None:
+def _moe(text: Mapping[str, Any]) -> MoEConfig | None:
     if not text.get("enable_moe_block"):
         return None
-    return MoEShape(text["num_experts"], text["top_k_experts"], text["moe_intermediate_size"])
+    return MoEConfig(text["num_experts"], text["top_k_experts"], text["moe_intermediate_size"])
 
 
 def _refuse_foreign(text: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The shape of a dense decoder of the Llama or Qwen family, and the published ones."""
+"""Sizes of a dense decoder of the Llama or Qwen family, and those of the published models."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ class LlamaConfig:
     """A dense decoder.
 
     Args:
-        qkv_bias: as Qwen2 has.
-        qk_norm: RMSNorm on every query and key head, as Qwen3 has.
-        tied: the language-model head is the embedding.
+        qkv_bias: on the projections to queries, keys and values, as in Qwen2.
+        qk_norm: RMSNorm of every query and key head, as in Qwen3.
+        tied: the language-model head shares the embedding's weight.
     """
 
     vocab_size: int
@@ -43,7 +43,7 @@ class LlamaConfig:
 
 
 def tiny(vocab_size: int = 512) -> LlamaConfig:
-    """Small enough for a laptop's CPU, with every part that the large ones have."""
+    """Small enough for a laptop's CPU, with every kind of module that the large ones have."""
     return LlamaConfig(
         vocab_size=vocab_size,
         dim=128,

@@ -1,4 +1,4 @@
-"""A dense decoder of the Llama or Qwen family. The one to read first."""
+"""A dense decoder of the Llama or Qwen family. Read this model first."""
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ from dtcp.softmax.mixer import SoftmaxAttention
 
 
 class Attention(nn.Module):
-    """Projections, rotary positions, and the mixer: where alone tokens meet."""
+    """Projections, rotary embedding, and the mixer: the one place where tokens read each other."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Attention(nn.Module):
         self.mixer = SoftmaxAttention(Causal())
 
     def forward(self, x: Tensor, position_ids: Tensor, attn_metadata: BatchMetadata) -> Tensor:
-        # The number of heads is what the projection gives: a plan may split the heads over ranks.
+        # The projection's width tells the number of heads: a plan may split heads over ranks.
         heads = (-1, self.head_dim)
         q = self.q_proj(x).unflatten(-1, heads)  # [B, L, H, D]
         k = self.k_proj(x).unflatten(-1, heads)  # [B, L, G, D]
@@ -35,7 +35,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward part; each reads a norm of the stream and adds to it."""
+    """Attention, then feed-forward; each reads a norm of the residual stream and adds to it."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -52,8 +52,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Tokens to logits.
 
-    Weights are torch's default ones until `init_weights` or a checkpoint fills them; build on
-    the meta device, parallelize, `to_empty`, then `init_weights` to start a large model.
+    Weights have torch's defaults until `init_weights` or a checkpoint fills them. To start a
+    large model, build it on the meta device, parallelize it, then `to_empty` and `init_weights`.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -72,8 +72,8 @@ class Llama(nn.Module):
 
         Args:
             input_ids: [B, L].
-            position_ids: [B, L], the position of each token in its document.
-            attn_metadata: what the batch brings for the mixers.
+            position_ids: [B, L], of each token in its document.
+            attn_metadata: of the batch, for the mixers: from batch_metadata or shard_batch.
         Returns:
             [B, L, V].
         """
@@ -83,8 +83,8 @@ class Llama(nn.Module):
         return self.lm_head(self.norm(x))
 
     def init_weights(self, std: float = 0.02) -> None:
-        """Draw all weights; what adds to the stream starts smaller, the deeper the model."""
-        # to_empty gives a shared parameter two new tensors.
+        """Draw all weights; what adds to the residual stream starts smaller in deeper models."""
+        # to_empty makes two tensors of a shared parameter.
         self._tie()
         for name, module in self.named_modules():
             if isinstance(module, nn.RMSNorm):

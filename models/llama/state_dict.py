@@ -1,14 +1,14 @@
 """Names and settings of Hugging Face's Llama, Qwen2 and Qwen3 checkpoints, both ways.
 
-A checkpoint in one file is read so; torch.distributed.checkpoint's HuggingFaceStorageReader and
-Writer take the same names for larger ones.
+A checkpoint in one file is read as below; for larger ones, the HuggingFaceStorageReader and
+Writer of torch.distributed.checkpoint take the same names.
 
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     config = config_from_hf(json.loads((folder / "config.json").read_text()))
     model = Llama(config)
     model.load_state_dict(from_hf(weights, config))
 
-Tensors are the same on both sides: rotary pairs lie half a head apart here as there.
+Tensors are the same on both sides: the channels of a rotary pair are half a head apart in both.
 """
 
 from collections.abc import Mapping
@@ -52,11 +52,11 @@ NAMES = NameMap(
 )
 
 TIED = "lm_head.weight"
-"""The name that a tied checkpoint leaves out."""
+"""The name that a checkpoint with a tied head leaves out."""
 
 
 def to_hf(state_dict: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
-    """Rename our state dict for Hugging Face; a tied head is left out, as there."""
+    """Rename our state dict for Hugging Face; a tied head is left out, as in their files."""
     kept = {name: x for name, x in state_dict.items() if not (config.tied and name == TIED)}
     return NAMES.to_theirs(kept)
 
@@ -135,7 +135,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings in one place, where transformers 5 has them and 4 has not."""
+    """Rotary settings in one mapping, as transformers 5 has them; 4 has two fields."""
     old = {"rope_theta": config.get("rope_theta", 10_000.0), **(config.get("rope_scaling") or {})}
     return dict(config.get("rope_parameters") or old)
 

@@ -3,13 +3,13 @@
 from dtcp.models.qwen3_5.config import (
     PRESETS,
     DeltaNetConfig,
-    ExpertsConfig,
+    MoEConfig,
     Qwen35Config,
     tiny,
 )
 from dtcp.models.qwen3_5.model import (
+    Attention,
     Block,
-    GatedAttention,
     GatedDeltaNet,
     Qwen35,
 )
@@ -22,11 +22,11 @@ from dtcp.models.qwen3_5.state_dict import (
 
 __all__ = [
     "PRESETS",
+    "Attention",
     "Block",
     "DeltaNetConfig",
-    "ExpertsConfig",
-    "GatedAttention",
     "GatedDeltaNet",
+    "MoEConfig",
     "Qwen35",
     "Qwen35Config",
     "config_from_hf",

@@ -1,4 +1,4 @@
-"""The shape of a Qwen3.5, dense or with experts, and the published ones."""
+"""Sizes of a Qwen3.5, dense or with experts, and those of the published models."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class DeltaNetConfig:
     """A layer of the gated delta rule.
 
     Args:
-        conv_width: tokens that the convolution before the rule reads.
+        conv_width: tokens that the convolution in front of the rule reads.
     """
 
     key_heads: int = 16
@@ -29,13 +29,12 @@ class DeltaNetConfig:
 
 
 @dataclass(frozen=True)
-class ExpertsConfig:
-    """A mixture of experts, and one that every token visits.
+class MoEConfig:
+    """Experts, top_k of them for each token, and one shared expert for all tokens.
 
     Args:
-        top_k: experts of a token.
         hidden_dim: channels of each expert.
-        shared_hidden_dim: channels of the expert that all tokens share.
+        shared_hidden_dim: channels of the shared expert.
     """
 
     num_experts: int
@@ -46,7 +45,7 @@ class ExpertsConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
-                f"ExpertsConfig gives a token some of the experts, got top_k={self.top_k} of "
+                f"MoEConfig routes each token to some of the experts, got top_k={self.top_k} of "
                 f"num_experts={self.num_experts}: choose 1 to num_experts."
             )
 
@@ -57,9 +56,10 @@ class Qwen35Config:
 
     Args:
         feed_forward: channels of a dense feed-forward part, or its experts.
-        rotary_dim: channels of a head that turn with the position.
+        rotary_dim: channels of a head that rotate with the position.
+        rope_sections: frequencies of time, height and width.
         num_mtp_layers: layers that predict the token after the next one; 0 or 1.
-        tied: the language-model head is the embedding.
+        tied: the language-model head shares the embedding's weight.
     """
 
     vocab_size: int
@@ -67,7 +67,7 @@ class Qwen35Config:
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    feed_forward: int | ExpertsConfig
+    feed_forward: int | MoEConfig
     head_dim: int = 256
     delta: DeltaNetConfig = DeltaNetConfig()
     full_attention_every: int = 4
@@ -87,13 +87,13 @@ class Qwen35Config:
             )
         if self.num_mtp_layers not in (0, 1):
             raise ValueError(
-                f"Qwen3.5 predicts one token more with one layer, got "
+                f"Qwen3.5 predicts one more token with one more layer, got "
                 f"num_mtp_layers={self.num_mtp_layers}: choose 0 or 1."
             )
         if self.rotary_dim > self.head_dim:
             raise ValueError(
                 f"Qwen35Config rotates part of a head, got rotary_dim={self.rotary_dim} of "
-                f"head_dim={self.head_dim}: choose at most the head."
+                f"head_dim={self.head_dim}: choose at most head_dim."
             )
 
     @property
@@ -101,13 +101,13 @@ class Qwen35Config:
         return InterleavedRope(self.rotary_dim, self.rope_theta, self.rope_sections)
 
     def attends(self, layer: int) -> bool:
-        """Whether a layer is one of full attention."""
+        """Whether a layer has full attention; the others have the gated delta rule."""
         return (layer + 1) % self.full_attention_every == 0
 
 
 def tiny(vocab_size: int = 512, *, experts: bool = False) -> Qwen35Config:
-    """Small enough for a laptop's CPU, with every part that the large ones have."""
-    mixture = ExpertsConfig(num_experts=8, top_k=2, hidden_dim=64, shared_hidden_dim=64)
+    """Small enough for a laptop's CPU, with every kind of module that the large ones have."""
+    moe = MoEConfig(num_experts=8, top_k=2, hidden_dim=64, shared_hidden_dim=64)
     return Qwen35Config(
         vocab_size=vocab_size,
         dim=128,
@@ -115,7 +115,7 @@ def tiny(vocab_size: int = 512, *, experts: bool = False) -> Qwen35Config:
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
-        feed_forward=mixture if experts else 384,
+        feed_forward=moe if experts else 384,
         delta=DeltaNetConfig(key_heads=2, value_heads=4, key_dim=16, value_dim=32),
         rotary_dim=8,
         rope_sections=(2, 1, 1),
@@ -126,7 +126,7 @@ def _published(
     num_layers: int,
     dim: int,
     heads: tuple[int, int],
-    feed_forward: int | ExpertsConfig,
+    feed_forward: int | MoEConfig,
     value_heads: int,
     *,
     tied: bool = False,
@@ -152,7 +152,7 @@ PRESETS: dict[str, Qwen35Config] = {
     "qwen3.5-4b": _published(32, 2560, (16, 4), 9216, 32, tied=True),
     "qwen3.5-9b": _published(32, 4096, (16, 4), 12_288, 32),
     "qwen3.5-27b": _published(64, 5120, (24, 4), 17_408, 48),
-    "qwen3.5-35b-a3b": _published(40, 2048, (16, 2), ExpertsConfig(256, 8, 512, 512), 32),
-    "qwen3.5-122b-a10b": _published(48, 3072, (32, 2), ExpertsConfig(256, 8, 1024, 1024), 64),
-    "qwen3.5-397b-a17b": _published(60, 4096, (32, 2), ExpertsConfig(512, 10, 1024, 1024), 64),
+    "qwen3.5-35b-a3b": _published(40, 2048, (16, 2), MoEConfig(256, 8, 512, 512), 32),
+    "qwen3.5-122b-a10b": _published(48, 3072, (32, 2), MoEConfig(256, 8, 1024, 1024), 64),
+    "qwen3.5-397b-a17b": _published(60, 4096, (32, 2), MoEConfig(512, 10, 1024, 1024), 64),
 }

@@ -1,22 +1,23 @@
-"""Qwen3.5: three layers in four keep a state of the past, the fourth attends to all of it."""
+"""Qwen3.5: three layers in four are recurrent (gated delta rule), the fourth attends."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dtcp.metadata import BatchMetadata
-from dtcp.models.blocks import SwiGLU
+from dtcp.models.blocks import ParameterModule, SwiGLU
 from dtcp.models.moe import Experts
-from dtcp.models.qwen3_5.config import ExpertsConfig, Qwen35Config
+from dtcp.models.qwen3_5.config import MoEConfig, Qwen35Config
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule
 from dtcp.sequence.masks import Causal
 from dtcp.softmax.mixer import SoftmaxAttention
 
 Angles = tuple[Tensor, Tensor]
+"""cos and sin of every token and frequency."""
 
 
 class ZeroCentredNorm(nn.Module):
-    """RMSNorm whose weight is added to one: decay pulls it to no scale at all."""
+    """RMSNorm whose weight is added to one, so that weight decay pulls the scale to one."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -32,22 +33,11 @@ class ZeroCentredNorm(nn.Module):
         nn.init.zeros_(self.weight)
 
 
-class Held(nn.Module):
-    """A parameter on its own, as a module: so a plan can name it and split its rows."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(shape))
-
-    def forward(self) -> Tensor:
-        return self.weight
-
-
 class GatedDeltaNet(nn.Module):
     """Projections, a short convolution, the gated delta rule, a gated norm.
 
-    Queries, keys and values are parts of their own here, where checkpoints have them in one: a
-    plan splits each by its heads.
+    Queries, keys and values have projections of their own here, where checkpoints have one for
+    all three: so a plan can split each by its heads.
     """
 
     def __init__(self, config: Qwen35Config) -> None:
@@ -61,32 +51,32 @@ class GatedDeltaNet(nn.Module):
         self.z_proj = nn.Linear(dim, values, bias=False)
         self.a_proj = nn.Linear(dim, shape.value_heads, bias=False)
         self.b_proj = nn.Linear(dim, shape.value_heads, bias=False)
-        self.q_taps = Held(keys, shape.conv_width)
-        self.k_taps = Held(keys, shape.conv_width)
-        self.v_taps = Held(values, shape.conv_width)
-        self.log_rate = Held(shape.value_heads)
-        self.step_bias = Held(shape.value_heads)
+        self.q_taps = ParameterModule(keys, shape.conv_width)
+        self.k_taps = ParameterModule(keys, shape.conv_width)
+        self.v_taps = ParameterModule(values, shape.conv_width)
+        self.log_rate = ParameterModule(shape.value_heads)
+        self.step_bias = ParameterModule(shape.value_heads)
         self.norm = nn.RMSNorm(shape.value_dim, config.norm_eps)
         self.o_proj = nn.Linear(values, dim, bias=False)
         self.conv = CausalConv1d(shape.conv_width)
         self.mixer = GatedDeltaRule()
 
     def forward(self, x: Tensor, attn_metadata: BatchMetadata) -> Tensor:
-        parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         taps = torch.cat((self.q_taps(), self.k_taps(), self.v_taps()))
-        mixed = F.silu(self.conv(torch.cat(parts, dim=-1), taps, attn_metadata))
-        q, k, v = mixed.split([part.shape[-1] for part in parts], dim=-1)
+        qkv = F.silu(self.conv(torch.cat(projected, dim=-1), taps, attn_metadata))
+        q, k, v = qkv.split([y.shape[-1] for y in projected], dim=-1)
 
-        # The number of heads is what the projection gives: a plan may split the heads over ranks.
-        q, k = (part.unflatten(-1, (-1, self.key_dim)) for part in (q, k))  # [B, L, G, K]
-        v, z = (part.unflatten(-1, (-1, self.value_dim)) for part in (v, self.z_proj(x)))
+        # The projection's width tells the number of heads: a plan may split heads over ranks.
+        q, k = (y.unflatten(-1, (-1, self.key_dim)) for y in (q, k))  # [B, L, G, K]
+        v, z = (y.unflatten(-1, (-1, self.value_dim)) for y in (v, self.z_proj(x)))
         out = self.mixer(
             q, k, v, self._log_decay(self.a_proj(x)), self.b_proj(x).sigmoid(), attn_metadata
         )
         return self.o_proj((self.norm(out) * F.silu(z)).flatten(-2))
 
     def _log_decay(self, step: Tensor) -> Tensor:
-        """Log of the share of the state that each token keeps: [B, L, H], fp32 at least."""
+        """Log of the fraction of the state that each token keeps: [B, L, H], fp32 at least."""
         wide = torch.promote_types(step.dtype, torch.float32)
         rate = self.log_rate().to(wide).exp()
         return -rate * F.softplus(step.to(wide) + self.step_bias().to(wide))
@@ -100,14 +90,14 @@ class GatedDeltaNet(nn.Module):
             self.log_rate.weight.log_()
 
 
-class GatedAttention(nn.Module):
-    """Softmax attention whose output each query scales by a gate of its own."""
+class Attention(nn.Module):
+    """Softmax attention with a gate: each query scales its output by a sigmoid of its own."""
 
     def __init__(self, config: Qwen35Config) -> None:
         super().__init__()
         self.head_dim, self.rope = config.head_dim, config.rope
         q_dim, kv_dim = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-        # Head by head a query, then its gate.
+        # For each head its query, then its gate.
         self.q_proj = nn.Linear(config.dim, 2 * q_dim, bias=False)
         self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
         self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
@@ -125,10 +115,10 @@ class GatedAttention(nn.Module):
         return self.o_proj(out.flatten(-2))
 
 
-class Mixture(nn.Module):
-    """Experts that a router chooses, and one that all tokens share, weighed by a gate."""
+class MoE(nn.Module):
+    """Experts that a router chooses, and a shared one with a gate."""
 
-    def __init__(self, dim: int, config: ExpertsConfig) -> None:
+    def __init__(self, dim: int, config: MoEConfig) -> None:
         super().__init__()
         self.top_k = config.top_k
         self.router = nn.Linear(dim, config.num_experts, bias=False)
@@ -139,26 +129,26 @@ class Mixture(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)
         index, weight = self.route(tokens)
-        chosen = self.experts(tokens, index, weight.to(x.dtype)).unflatten(0, x.shape[:2])
-        return chosen + self.shared_gate(x).sigmoid() * self.shared(x)
+        routed = self.experts(tokens, index, weight.to(x.dtype)).unflatten(0, x.shape[:2])
+        return routed + self.shared_gate(x).sigmoid() * self.shared(x)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The top_k experts of each token [N, D], and their shares, which sum to one: [N, k]."""
+        """The top_k experts of each token [N, D], and their weights, which sum to one: [N, k]."""
         logits = self.router(tokens)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        share, index = logits.softmax(-1, dtype=wide).topk(self.top_k, dim=-1)
-        return index, share / share.sum(-1, keepdim=True)
+        weight, index = logits.softmax(-1, dtype=wide).topk(self.top_k, dim=-1)
+        return index, weight / weight.sum(-1, keepdim=True)
 
 
 class Block(nn.Module):
-    """A mixer, then the feed-forward part; each reads a norm of the stream and adds to it."""
+    """A mixer, then feed-forward; each reads a norm of the residual stream and adds to it."""
 
     def __init__(self, config: Qwen35Config, *, attends: bool) -> None:
         super().__init__()
         self.attends = attends
         self.mixer_norm = ZeroCentredNorm(config.dim, config.norm_eps)
         if attends:
-            self.attention = GatedAttention(config)
+            self.attention = Attention(config)
         else:
             self.delta = GatedDeltaNet(config)
         self.feed_forward_norm = ZeroCentredNorm(config.dim, config.norm_eps)
@@ -173,8 +163,8 @@ class Block(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
-class Ahead(nn.Module):
-    """Multi-token prediction: a hidden state and the next token, to what comes after that one."""
+class MultiTokenPrediction(nn.Module):
+    """From a hidden state and the next token, the hidden state that predicts the one after."""
 
     def __init__(self, config: Qwen35Config) -> None:
         super().__init__()
@@ -185,18 +175,25 @@ class Ahead(nn.Module):
         self.norm = ZeroCentredNorm(config.dim, config.norm_eps)
 
     def forward(
-        self, hidden: Tensor, following: Tensor, angles: Angles, attn_metadata: BatchMetadata
+        self, hidden: Tensor, next_token: Tensor, angles: Angles, attn_metadata: BatchMetadata
     ) -> Tensor:
-        """hidden [B, L, D], after the model's last norm; following [B, L, D], the next tokens."""
-        pair = torch.cat((self.embedding_norm(following), self.hidden_norm(hidden)), dim=-1)
+        """Predict one token further.
+
+        Args:
+            hidden: [B, L, D], after the model's last norm.
+            next_token: [B, L, D], the embedding of each next token.
+        Returns:
+            [B, L, D], for the model's head.
+        """
+        pair = torch.cat((self.embedding_norm(next_token), self.hidden_norm(hidden)), dim=-1)
         return self.norm(self.layers[0](self.join(pair), angles, attn_metadata))
 
 
 class Qwen35(nn.Module):
     """Tokens to logits.
 
-    Weights are torch's default ones until `init_weights` or a checkpoint fills them; build on
-    the meta device, parallelize, `to_empty`, then `init_weights` to start a large model.
+    Weights have torch's defaults until `init_weights` or a checkpoint fills them. To start a
+    large model, build it on the meta device, parallelize it, then `to_empty` and `init_weights`.
     """
 
     def __init__(self, config: Qwen35Config) -> None:
@@ -208,7 +205,7 @@ class Qwen35(nn.Module):
         )
         self.norm = ZeroCentredNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.ahead = Ahead(config) if config.num_mtp_layers else None
+        self.ahead = MultiTokenPrediction(config) if config.num_mtp_layers else None
         self._tie()
 
     def forward(
@@ -224,11 +221,13 @@ class Qwen35(nn.Module):
             input_ids: [B, L].
             position_ids: [B, L], of each token in its document; or [3, B, L], its time, height
                 and width.
-            attn_metadata: what the batch brings for the mixers.
+            attn_metadata: of the batch, for the mixers: from batch_metadata or shard_batch.
             mtp_input_ids: [B, 1, L], the token after each one (dtcp.labels.look_ahead); None to
                 leave multi-token prediction out.
         Returns:
             [B, L, V]; with mtp_input_ids a tuple of it and of that for the token after the next.
+        Raises:
+            ValueError: mtp_input_ids for a model without an MTP layer.
         """
         angles = self.config.rope.angles(position_ids)
         x = self.embedding(input_ids)
@@ -246,8 +245,8 @@ class Qwen35(nn.Module):
         return self.lm_head(hidden), self.lm_head(further)
 
     def init_weights(self, std: float = 0.02) -> None:
-        """Draw all weights; what adds to the stream starts smaller, the deeper the model."""
-        # to_empty gives a shared parameter two new tensors.
+        """Draw all weights; what adds to the residual stream starts smaller in deeper models."""
+        # to_empty makes two tensors of a shared parameter.
         self._tie()
         for name, module in self.named_modules():
             if isinstance(module, nn.RMSNorm | ZeroCentredNorm):
@@ -264,8 +263,8 @@ class Qwen35(nn.Module):
             self.lm_head.weight = self.embedding.weight
 
 
-def _feed_forward(dim: int, shape: int | ExpertsConfig) -> nn.Module:
-    return SwiGLU(dim, shape) if isinstance(shape, int) else Mixture(dim, shape)
+def _feed_forward(dim: int, shape: int | MoEConfig) -> nn.Module:
+    return SwiGLU(dim, shape) if isinstance(shape, int) else MoE(dim, shape)
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:

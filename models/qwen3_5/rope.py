@@ -1,4 +1,4 @@
-"""Rotary positions on part of a head, each frequency read from one of three axes."""
+"""A rotary embedding of part of a head, each frequency counted along one of three axes."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class InterleavedRope:
-    """Rotate the first `rotary_dim` channels of a head; the rest have no position.
+    """Rotate the first `rotary_dim` channels of a head; the rest carry no position.
 
-    Text has one position a token. Images and videos have three: time, height and width; of every
-    three frequencies the second turns with the height and the third with the width, as far as
-    their sections reach, and all others with the time.
+    A text token has one position. A token of an image or video has three: time, height and width.
+    Of every three frequencies the second rotates with the height and the third with the width, as
+    far as their sections reach, and all others with the time.
 
     Args:
         sections: frequencies of time, height and width; they sum to rotary_dim / 2.
@@ -39,31 +39,31 @@ class InterleavedRope:
             ValueError: positions of another shape.
         """
         if position_ids.ndim == 2:
-            chosen = position_ids[..., None]
+            by_frequency = position_ids[..., None]
         elif position_ids.ndim == 3 and position_ids.shape[0] == 3:
-            chosen = self._by_frequency(*position_ids)
+            by_frequency = self._by_frequency(*position_ids)
         else:
             raise ValueError(
                 f"Positions are [B, L], or [3, B, L] for time, height and width, got "
                 f"position_ids.shape={tuple(position_ids.shape)}: leave out the row of text "
-                f"positions, which documents take the place of."
+                f"positions, for documents say the same."
             )
         pairs = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=position_ids.device)
-        # Angles are fp32 whatever dtype the model has: bf16 tells positions apart up to 256 only.
-        angle = chosen.float() * (1.0 / self.theta ** (pairs / self.rotary_dim))
+        # Angles are fp32 whatever the model's dtype: bf16 tells positions apart only up to 256.
+        angle = by_frequency.float() * (1.0 / self.theta ** (pairs / self.rotary_dim))
         return angle.cos()[:, :, None], angle.sin()[:, :, None]
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate x [B, L, H, D] by `angles`; the dtype of x stays."""
-        turned, rest = x.split((self.rotary_dim, x.shape[-1] - self.rotary_dim), dim=-1)
-        first, second = turned.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+        rotated, rest = x.split((self.rotary_dim, x.shape[-1] - self.rotary_dim), dim=-1)
+        first, second = rotated.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
         parts = (first * cos - second * sin, second * cos + first * sin)
         return torch.cat((*(part.to(x.dtype) for part in parts), rest), dim=-1)
 
     def _by_frequency(self, time: Tensor, height: Tensor, width: Tensor) -> Tensor:
-        """The position that each frequency reads: three [B, L] -> [B, L, rotary_dim / 2]."""
+        """The position of each frequency: three of [B, L] -> [B, L, rotary_dim / 2]."""
         index = torch.arange(self.rotary_dim // 2, device=time.device)
-        tall = (index % 3 == 1) & (index < 3 * self.sections[1])
-        wide = (index % 3 == 2) & (index < 3 * self.sections[2])
-        upright = torch.where(tall, height[..., None], time[..., None])
-        return torch.where(wide, width[..., None], upright)
+        is_height = (index % 3 == 1) & (index < 3 * self.sections[1])
+        is_width = (index % 3 == 2) & (index < 3 * self.sections[2])
+        time_or_height = torch.where(is_height, height[..., None], time[..., None])
+        return torch.where(is_width, width[..., None], time_or_height)

@@ -5,9 +5,9 @@
     model = Qwen35(config)
     model.load_state_dict(from_hf(weights, config))
 
-Theirs has queries, keys and values of a delta layer in one weight, and the gate and up
-projections of all experts in one, or every expert by itself; both forms are read. The vision
-part of a checkpoint is left out.
+Their checkpoints hold queries, keys and values of a delta layer in one weight. They hold the gate
+and up projections of all experts in one weight, or each expert's alone: both forms are read. The
+vision tower of a checkpoint is left out.
 """
 
 import re
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dtcp.models.names import NameMap
-from dtcp.models.qwen3_5.config import DeltaNetConfig, ExpertsConfig, Qwen35Config
+from dtcp.models.qwen3_5.config import DeltaNetConfig, MoEConfig, Qwen35Config
 
 _DELTA = {
     "z_proj.weight": "in_proj_z.weight",
@@ -64,24 +64,24 @@ NAMES = NameMap(
         *_block_pairs("ahead.layers.{i}", "mtp.layers.{i}"),
     )
 )
-"""Weights that are the same tensor on both sides."""
+"""Names of weights that are the same tensor on both sides."""
 
 TIED = "lm_head.weight"
-"""The name that a tied checkpoint leaves out."""
+"""The name that a checkpoint with a tied head leaves out."""
 
 
 @dataclass(frozen=True)
-class Joined:
-    """Parts of ours that are one weight of theirs, in a block."""
+class FusedWeight:
+    """Weights of a block of ours that are one weight of theirs."""
 
     ours: tuple[str, ...]
     theirs: str
 
-    def join(self, parts: list[Tensor]) -> Tensor:
+    def fuse(self, parts: list[Tensor]) -> Tensor:
         if self.theirs == EXPERTS:
             return torch.cat(parts, dim=1)
-        whole = torch.cat(parts)
-        return whole[:, None] if self.theirs == TAPS else whole
+        fused = torch.cat(parts)
+        return fused[:, None] if self.theirs == TAPS else fused
 
     def split(self, x: Tensor, config: Qwen35Config) -> tuple[Tensor, ...]:
         if self.theirs == EXPERTS:
@@ -93,10 +93,10 @@ class Joined:
 
 EXPERTS, TAPS = "mlp.experts.gate_up_proj", "linear_attn.conv1d.weight"
 _QKV = ("q", "k", "v")
-JOINED = (
-    Joined(tuple(f"delta.{x}_proj.weight" for x in _QKV), "linear_attn.in_proj_qkv.weight"),
-    Joined(tuple(f"delta.{x}_taps.weight" for x in _QKV), TAPS),
-    Joined(("feed_forward.experts.gate", "feed_forward.experts.up"), EXPERTS),
+FUSED = (
+    FusedWeight(tuple(f"delta.{x}_proj.weight" for x in _QKV), "linear_attn.in_proj_qkv.weight"),
+    FusedWeight(tuple(f"delta.{x}_taps.weight" for x in _QKV), TAPS),
+    FusedWeight(("feed_forward.experts.gate", "feed_forward.experts.up"), EXPERTS),
 )
 _BLOCKS = (("ahead.layers.", "mtp.layers."), ("layers.", "model.layers."))
 _ONE_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -105,21 +105,21 @@ _ONE_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weigh
 def to_hf(
     state_dict: Mapping[str, Tensor], config: Qwen35Config, *, per_expert: bool = False
 ) -> dict[str, Tensor]:
-    """Our state dict under Hugging Face's names; a tied head is left out, as there.
+    """Our state dict under Hugging Face's names; a tied head is left out, as in their files.
 
     Args:
-        per_expert: write every expert by itself, rather than all in one weight.
+        per_expert: write one weight per expert, rather than one for all.
     """
     ours = {name: x for name, x in state_dict.items() if not (config.tied and name == TIED)}
     theirs: dict[str, Tensor] = {}
     for name in list(ours):
-        joined = next((each for each in JOINED if name.endswith(each.ours[0])), None)
-        if joined is not None:
-            block = name.removesuffix(joined.ours[0])
-            whole = joined.join([ours.pop(block + part) for part in joined.ours])
-            theirs[_renamed(block, _BLOCKS) + joined.theirs] = whole
+        fused = next((each for each in FUSED if name.endswith(each.ours[0])), None)
+        if fused is not None:
+            block = name.removesuffix(fused.ours[0])
+            weight = fused.fuse([ours.pop(block + part) for part in fused.ours])
+            theirs[_renamed(block, _BLOCKS) + fused.theirs] = weight
     theirs |= NAMES.to_theirs(ours)
-    return _apart(theirs) if per_expert else theirs
+    return _unstack_experts(theirs) if per_expert else theirs
 
 
 def from_hf(state_dict: Mapping[str, Tensor], config: Qwen35Config) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ def from_hf(state_dict: Mapping[str, Tensor], config: Qwen35Config) -> dict[str,
     Raises:
         ValueError: a name that no model of this family has.
     """
-    theirs = _together(
+    theirs = _stack_experts(
         {
             name.replace("model.language_model.", "model."): x
             for name, x in state_dict.items()
@@ -139,14 +139,14 @@ def from_hf(state_dict: Mapping[str, Tensor], config: Qwen35Config) -> dict[str,
     for name, x in theirs.items():
         if name.startswith("mtp.") and not config.num_mtp_layers:
             continue
-        joined = next((each for each in JOINED if name.endswith(f".{each.theirs}")), None)
-        if joined is None:
+        fused = next((each for each in FUSED if name.endswith(f".{each.theirs}")), None)
+        if fused is None:
             ours[NAMES.ours(name)] = x
         else:
-            back = tuple((b, a) for a, b in _BLOCKS)
-            block = _renamed(name.removesuffix(joined.theirs), back)
-            parts = zip(joined.ours, joined.split(x, config), strict=True)
-            ours |= {block + part: piece for part, piece in parts}
+            to_ours = tuple((theirs, ours) for ours, theirs in _BLOCKS)
+            block = _renamed(name.removesuffix(fused.theirs), to_ours)
+            parts = zip(fused.ours, fused.split(x, config), strict=True)
+            ours |= {block + part: weight for part, weight in parts}
     if config.tied and "embedding.weight" in ours:
         ours[TIED] = ours["embedding.weight"]
     return ours
@@ -161,11 +161,11 @@ def config_from_hf(config: Mapping[str, Any]) -> Qwen35Config:
     config = config.get("text_config", config)
     _refuse_foreign(config)
     rope = config["rope_parameters"]
-    kinds = config.get("layer_types")
+    layer_types = config.get("layer_types")
     every = config.get("full_attention_interval") or (
-        kinds.index("full_attention") + 1 if kinds else 4
+        layer_types.index("full_attention") + 1 if layer_types else 4
     )
-    shape = Qwen35Config(
+    ours = Qwen35Config(
         vocab_size=config["vocab_size"],
         dim=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
@@ -188,18 +188,18 @@ def config_from_hf(config: Mapping[str, Any]) -> Qwen35Config:
         num_mtp_layers=config.get("mtp_num_hidden_layers", 0),
         tied=config.get("tie_word_embeddings", False),
     )
-    if kinds is not None and list(kinds) != _kinds(shape):
+    if layer_types is not None and list(layer_types) != _layer_types(ours):
         raise ValueError(
-            f"Every n-th layer of Qwen3.5 attends, got layer_types={kinds}: this checkpoint "
+            f"Every n-th layer of Qwen3.5 attends, got layer_types={layer_types}: this checkpoint "
             f"needs a model of its own."
         )
-    return shape
+    return ours
 
 
 def config_to_hf(config: Qwen35Config) -> dict[str, Any]:
     """Write the `config.json` that goes with the weights."""
-    delta, experts = config.delta, config.feed_forward
-    dense = isinstance(experts, int)
+    delta, feed_forward = config.delta, config.feed_forward
+    dense = isinstance(feed_forward, int)
     settings: dict[str, Any] = {
         "architectures": [f"Qwen3_5{'' if dense else 'Moe'}ForCausalLM"],
         "model_type": "qwen3_5_text" if dense else "qwen3_5_moe_text",
@@ -210,7 +210,7 @@ def config_to_hf(config: Qwen35Config) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "layer_types": _kinds(config),
+        "layer_types": _layer_types(config),
         "linear_num_key_heads": delta.key_heads,
         "linear_num_value_heads": delta.value_heads,
         "linear_key_head_dim": delta.key_dim,
@@ -227,21 +227,21 @@ def config_to_hf(config: Qwen35Config) -> dict[str, Any]:
         "mtp_num_hidden_layers": config.num_mtp_layers,
         "tie_word_embeddings": config.tied,
     }
-    if isinstance(experts, int):
-        return {**settings, "intermediate_size": experts}
+    if isinstance(feed_forward, int):
+        return {**settings, "intermediate_size": feed_forward}
     return {
         **settings,
-        "num_experts": experts.num_experts,
-        "num_experts_per_tok": experts.top_k,
-        "moe_intermediate_size": experts.hidden_dim,
-        "shared_expert_intermediate_size": experts.shared_hidden_dim,
+        "num_experts": feed_forward.num_experts,
+        "num_experts_per_tok": feed_forward.top_k,
+        "moe_intermediate_size": feed_forward.hidden_dim,
+        "shared_expert_intermediate_size": feed_forward.shared_hidden_dim,
     }
 
 
-def _feed_forward(config: Mapping[str, Any]) -> int | ExpertsConfig:
+def _feed_forward(config: Mapping[str, Any]) -> int | MoEConfig:
     if config["model_type"] == "qwen3_5_text":
         return int(config["intermediate_size"])
-    return ExpertsConfig(
+    return MoEConfig(
         num_experts=config["num_experts"],
         top_k=config["num_experts_per_tok"],
         hidden_dim=config["moe_intermediate_size"],
@@ -249,7 +249,7 @@ def _feed_forward(config: Mapping[str, Any]) -> int | ExpertsConfig:
     )
 
 
-def _kinds(config: Qwen35Config) -> list[str]:
+def _layer_types(config: Qwen35Config) -> list[str]:
     names = ("linear_attention", "full_attention")
     return [names[config.attends(layer)] for layer in range(config.num_layers)]
 
@@ -257,14 +257,14 @@ def _kinds(config: Qwen35Config) -> list[str]:
 def _refuse_foreign(config: Mapping[str, Any]) -> None:
     """Refuse what would load but compute something else."""
     rope = config.get("rope_parameters", {})
-    found = {
+    settings = {
         "model_type": (config["model_type"], ("qwen3_5_text", "qwen3_5_moe_text")),
         "hidden_act": (config.get("hidden_act", "silu"), ("silu",)),
         "attention_bias": (config.get("attention_bias", False), (False,)),
         "attention_dropout": (config.get("attention_dropout", 0.0), (0.0, None)),
         "rope_type": (rope.get("rope_type", "default"), ("default",)),
     }
-    for name, (value, known) in found.items():
+    for name, (value, known) in settings.items():
         if value not in known:
             raise ValueError(
                 f"Qwen3.5 reads {name} in {known}, got {name}={value}: this checkpoint needs a "
@@ -277,17 +277,21 @@ def _renamed(block: str, pairs: tuple[tuple[str, str], ...]) -> str:
     return theirs + block.removeprefix(ours)
 
 
-def _together(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Experts that stand each by itself, stacked to what the fused form has."""
-    found: dict[str, dict[str, dict[int, Tensor]]] = {}
-    rest: dict[str, Tensor] = {}
+def _stack_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with one tensor for all experts of a layer, where they had one per expert.
+
+    Raises:
+        ValueError: an expert, or a part of it, that is missing.
+    """
+    stacked: dict[str, Tensor] = {}
+    experts: dict[str, dict[str, dict[int, Tensor]]] = {}
     for name, x in weights.items():
-        single = _ONE_EXPERT.fullmatch(name)
-        if single is None:
-            rest[name] = x
+        match = _ONE_EXPERT.fullmatch(name)
+        if match is None:
+            stacked[name] = x
         else:
-            found.setdefault(single[1], {}).setdefault(single[3], {})[int(single[2])] = x
-    for stem, parts in found.items():
+            experts.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = x
+    for stem, parts in experts.items():
         numbers = {part: sorted(parts.get(part, ())) for part in ("gate", "up", "down")}
         if any(each != list(range(len(numbers["gate"]))) for each in numbers.values()):
             raise ValueError(
@@ -297,23 +301,23 @@ def _together(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         gate, up, down = (
             torch.stack([parts[part][number] for number in each]) for part, each in numbers.items()
         )
-        rest[f"{stem}.gate_up_proj"] = torch.cat((gate, up), dim=1)
-        rest[f"{stem}.down_proj"] = down
-    return rest
+        stacked[f"{stem}.gate_up_proj"] = torch.cat((gate, up), dim=1)
+        stacked[f"{stem}.down_proj"] = down
+    return stacked
 
 
-def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fused experts, each by itself."""
-    single: dict[str, Tensor] = {}
+def _unstack_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with one tensor per expert, where they had one for all of a layer."""
+    unstacked: dict[str, Tensor] = {}
     for name, x in weights.items():
         if name.endswith(".experts.gate_up_proj"):
             stem = name.removesuffix(".gate_up_proj")
             for expert, (gate, up) in enumerate(zip(*x.chunk(2, dim=1), strict=True)):
-                single[f"{stem}.{expert}.gate_proj.weight"] = gate
-                single[f"{stem}.{expert}.up_proj.weight"] = up
+                unstacked[f"{stem}.{expert}.gate_proj.weight"] = gate
+                unstacked[f"{stem}.{expert}.up_proj.weight"] = up
         elif name.endswith(".experts.down_proj"):
             stem = name.removesuffix(".down_proj")
-            single |= {f"{stem}.{i}.down_proj.weight": down for i, down in enumerate(x)}
+            unstacked |= {f"{stem}.{i}.down_proj.weight": down for i, down in enumerate(x)}
         else:
-            single[name] = x
-    return single
+            unstacked[name] = x
+    return unstacked

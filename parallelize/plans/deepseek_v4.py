@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.models.deepseek_v4 import DeepseekV4Config, TopRouter
+from dtcp.models.deepseek_v4 import DeepseekV4Config, TopKRouter
 from dtcp.parallelize.apply import ParallelPlan
 from dtcp.parallelize.experts import ExpertTensorParallel
 from dtcp.parallelize.tensor_parallel import (
@@ -64,7 +64,7 @@ def balance_experts(model: nn.Module, axis: DeviceMesh | None, *, speed: float =
 
     Traffic per rank: one all-reduce of the loads.
     """
-    routers = [module for module in model.modules() if isinstance(module, TopRouter)]
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
     loads = torch.stack([router.load for router in routers])
     if axis is not None:
         dist.all_reduce(loads, group=axis.get_group())

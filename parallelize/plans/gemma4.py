@@ -9,7 +9,7 @@ from torch.distributed.tensor.parallel import (
 
 from dtcp.distributed.dtensor_rules import HEADS
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.models.gemma4 import Gemma4Config, Sight
+from dtcp.models.gemma4 import Gemma4Config, LayerType
 from dtcp.parallelize.apply import ParallelPlan
 from dtcp.parallelize.experts import ExpertTensorParallel
 from dtcp.parallelize.tensor_parallel import (
@@ -61,19 +61,19 @@ def gemma4_context_plan(
     """
     ahead = config.longest_vision_block - 1 if config.vision_blocks else 0
     window = HaloAttention(config.window, ahead, boundary=attention.boundary)
-    own_kv = {Sight.SLIDING: window, Sight.GLOBAL: attention}
+    own_kv = {LayerType.SLIDING: window, LayerType.GLOBAL: attention}
     shared_kv = {
-        Sight.SLIDING: SharedKVAttention(window),
-        Sight.GLOBAL: SharedKVAttention(AllGatherAttention()),
+        LayerType.SLIDING: SharedKVAttention(window),
+        LayerType.GLOBAL: SharedKVAttention(AllGatherAttention()),
     }
     plan: dict[str, ParallelStyle] = {}
-    for layer, sight in enumerate(config.layers):
+    for layer, layer_type in enumerate(config.layer_types):
         name = f"layers.{layer}.attention"
-        gives = config.shared_by_others(layer)
+        gives = config.gives_shared_kv(layer)
         if gives:
-            plan[f"{name}.exchange"] = shared_kv[sight]
-        shared = gives or config.shares(layer)
-        plan[f"{name}.mixer"] = (shared_kv if shared else own_kv)[sight]
+            plan[f"{name}.exchange"] = shared_kv[layer_type]
+        shared = gives or config.reads_shared_kv(layer)
+        plan[f"{name}.mixer"] = (shared_kv if shared else own_kv)[layer_type]
     return plan
 
 
@@ -120,11 +120,11 @@ def _attention_plan(config: Gemma4Config, layer: int, tp: int) -> dict[str, Para
         f"{name}.q_norm": ReplicatedParams(Shard(HEADS)),
         f"{name}.o_proj": RowwiseParallel(),
     }
-    if config.shares(layer):
+    if config.reads_shared_kv(layer):
         return plan
     columns = kv_projection_style(config.num_heads, kv_heads, tp)
     plan[f"{name}.k_proj"] = columns
-    if config.makes_keys_from_values(layer):
+    if config.has_keys_from_values(layer):
         plan[f"{name}.k_norm"] = ReplicatedWeight(Partial())
     else:
         plan |= {f"{name}.v_proj": columns, f"{name}.k_norm": ReplicatedParams(Shard(HEADS))}
@@ -135,6 +135,6 @@ def _check_divisible(config: Gemma4Config, tp: int) -> None:
     sizes = {name: getattr(config, name) for name in ("num_heads", "hidden_dim", "vocab_size")}
     sizes["per_layer_vocab_size"] = config.per_layer_vocab_size
     check_divisible(sizes, tp)
-    for sight in dict.fromkeys(config.layers):
-        kv_heads = config.heads(config.layers.index(sight)).num_kv_heads
-        warn_of_replicated_kv_heads(kv_heads, tp, sight.name.lower())
+    for layer_type in dict.fromkeys(config.layer_types):
+        kv_heads = config.heads(config.layer_types.index(layer_type)).num_kv_heads
+        warn_of_replicated_kv_heads(kv_heads, tp, layer_type.name.lower())

@@ -28,17 +28,15 @@ from dtcp.parallelize.apply import (
 )
 from dtcp.parallelize.compile import Compile
 from dtcp.parallelize.fsdp import FSDP
-from dtcp.parallelize.plans.huggingface_experts import (
-    HFExpertTensorParallel,
-    why_not_split,
-)
 from dtcp.parallelize.tensor_parallel import (
+    HFExpertTensorParallel,
     LocalParams,
     ReplicatedParams,
     ReplicateInput,
     ReplicateInputWithSinks,
     ScaledVocabParallelEmbedding,
     VocabParallelEmbedding,
+    why_not_split,
 )
 from dtcp.plan import matches
 from dtcp.softmax import RingAttention

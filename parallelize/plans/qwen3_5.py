@@ -9,7 +9,7 @@ from torch.distributed.tensor.parallel import (
 
 from dtcp.distributed.dtensor_rules import HEADS
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.models.qwen3_5 import ExpertsConfig, Qwen35Config
+from dtcp.models.qwen3_5 import MoEConfig, Qwen35Config
 from dtcp.parallelize.apply import ParallelPlan
 from dtcp.parallelize.experts import ExpertTensorParallel
 from dtcp.parallelize.tensor_parallel import (
@@ -124,7 +124,7 @@ def _block_plan(
             "delta.o_proj": RowwiseParallel(),
         }
     mlp = "feed_forward"
-    if isinstance(config.feed_forward, ExpertsConfig):
+    if isinstance(config.feed_forward, MoEConfig):
         mlp = "feed_forward.shared"
         parts |= {
             "feed_forward.router": ReplicatedParams(),
@@ -149,7 +149,7 @@ def _sizes(config: Qwen35Config) -> dict[str, int]:
         "delta.key_heads": delta.key_heads,
         "delta.value_heads": delta.value_heads,
     }
-    if isinstance(shape, ExpertsConfig):
+    if isinstance(shape, MoEConfig):
         sizes["feed_forward.hidden_dim"] = shape.hidden_dim
         sizes["feed_forward.shared_hidden_dim"] = shape.shared_hidden_dim
     else:

@@ -2,6 +2,10 @@
 
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 from dtcp.parallelize.tensor_parallel.divisible import check_divisible
+from dtcp.parallelize.tensor_parallel.huggingface_experts import (
+    HFExpertTensorParallel,
+    why_not_split,
+)
 from dtcp.parallelize.tensor_parallel.kv_heads import (
     ReplicatedKVHeads,
     kv_projection_style,
@@ -27,6 +31,7 @@ from dtcp.parallelize.tensor_parallel.weight_modules import ReplicatedWeight, Ro
 
 __all__ = [
     "AllReduceInputGrad",
+    "HFExpertTensorParallel",
     "LocalParams",
     "ModuleView",
     "ReplicateInput",
@@ -44,4 +49,5 @@ __all__ = [
     "local_parameters",
     "reduce_from_region",
     "warn_of_replicated_kv_heads",
+    "why_not_split",
 ]

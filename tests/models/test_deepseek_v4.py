@@ -16,7 +16,7 @@ from dtcp.models.deepseek_v4 import (
     DeepseekV4,
     DeepseekV4Config,
     TailRope,
-    TopRouter,
+    TopKRouter,
     config_from_hf,
     config_to_hf,
     from_hf,
@@ -65,8 +65,8 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_deepseek_v4_checkpoint_is_read_by_transformers_and_back(tmp_path):
-    """Under the official names, on disk, with the settings beside it; what they keep in fp32
-    when they load as bf16 is what a plan keeps."""
+    """Under the official names, on disk, with the settings beside it; what transformers keeps in
+    fp32 when it loads as bf16 is what a plan keeps."""
     from transformers import DeepseekV4ForCausalLM
 
     theirs, ours, config = pair()
@@ -102,16 +102,16 @@ def test_deepseek_v4_names_survive_the_round_trip_with_mtp():
 
 
 def test_deepseek_v4_presets_have_the_published_sizes():
-    """Parameters in all, and how many layers of each kind."""
-    found = {}
+    """The number of parameters, and of layers of each kind."""
+    sizes = {}
     for name in ("deepseek-v4-flash", "deepseek-v4-pro"):
         config = PRESETS[name]
         with torch.device("meta"):
             model = DeepseekV4(config)
         total = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("mtp."))
         ratios = config.compress_ratios[: config.num_layers]
-        found[name] = (round(total / 1e9), *(ratios.count(r) for r in (0, 4, 128)))
-    assert found == {"deepseek-v4-flash": (284, 2, 21, 20), "deepseek-v4-pro": (1573, 0, 30, 31)}
+        sizes[name] = (round(total / 1e9), *(ratios.count(r) for r in (0, 4, 128)))
+    assert sizes == {"deepseek-v4-flash": (284, 2, 21, 20), "deepseek-v4-pro": (1573, 0, 30, 31)}
 
 
 def test_right_padding_changes_nothing_and_left_padding_is_refused():
@@ -131,15 +131,15 @@ def test_right_padding_changes_nothing_and_left_padding_is_refused():
 def test_a_rotation_back_undoes_the_rotation():
     x, position_ids = torch.randn(2, 5, 3, 16).double(), torch.randint(1000, (2, 5))
     rope = TailRope(8, 160_000.0, PRESETS["deepseek-v4-flash"].yarn)
-    turned = rope(x, position_ids)
-    assert_close(rope(turned, position_ids, back=True), x)
-    assert_close(turned[..., :8], x[..., :8], rtol=0, atol=0)
-    assert not torch.allclose(turned, x)
+    rotated = rope(x, position_ids)
+    assert_close(rope(rotated, position_ids, back=True), x)
+    assert_close(rotated[..., :8], x[..., :8], rtol=0, atol=0)
+    assert not torch.allclose(rotated, x)
 
 
 def test_the_router_balances_outside_of_autograd():
-    """Its bias rises for experts with too few tokens; the choice counts, the shares do not."""
-    router = TopRouter(replace(tiny(64), experts_per_token=1, num_experts=4))
+    """Its bias rises for experts with too few tokens; it changes the choice, not the weights."""
+    router = TopKRouter(replace(tiny(64), experts_per_token=1, num_experts=4))
     with torch.no_grad():
         router.weight.zero_()[2] = 1
     x, ids = torch.ones(6, 64), torch.zeros(6, dtype=torch.int64)
@@ -162,8 +162,8 @@ def test_the_router_balances_outside_of_autograd():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"compress_ratios": (0, 4, 16, 4)}, "one compress ratio a layer"),
-        ({"output_groups": 3}, "as many heads into each output group"),
+        ({"compress_ratios": (0, 4, 16, 4)}, "one compress ratio per layer"),
+        ({"output_groups": 3}, "equally many heads in each output group"),
         ({"rope_dim": 7}, "rotates pairs"),
         ({"rope_dim": 34}, "no wider than a head"),
         ({"experts_per_token": 9}, "experts_per_token=9 of num_experts=8"),
@@ -178,9 +178,9 @@ def test_a_shape_that_does_not_fit_is_refused(change, message):
 def test_embeddings_without_ids_are_refused():
     config: DeepseekV4Config = tiny(64)
     model, documents = DeepseekV4(config), Documents.single(1, 8)
-    for given in (torch.randn(1, 8, 64), None):
+    for embeddings in (torch.randn(1, 8, 64), None):
         with pytest.raises(TypeError, match="look experts up by token"):
-            model(given, documents.position_ids(), {})
+            model(embeddings, documents.position_ids(), {})
 
 
 def test_ids_for_another_number_of_tokens_ahead_are_refused():
@@ -191,7 +191,7 @@ def test_ids_for_another_number_of_tokens_ahead_are_refused():
             model(ids[:, 0, :8], documents.position_ids(), {}, ids)
 
 
-def test_metadata_of_other_rows_are_refused():
+def test_metadata_of_other_rows_is_refused():
     model, position_ids = DeepseekV4(tiny(64)), torch.arange(8).expand(2, -1)
     for rows, match in ((1, r"got some for \(1, 8\) tokens"), (3, r"give \[B, L\] = \(3, 8\)")):
         attn_metadata = batch_metadata(model, Documents.single(rows, 8))
@@ -209,8 +209,8 @@ def test_a_step_in_bfloat16_gives_finite_gradients():
     logits = model(ids, documents.position_ids(), attn_metadata, ahead)
     sum(x.float().square().mean() for x in logits).backward()
     assert all(x.dtype == torch.bfloat16 for x in logits)
-    found = gradients(model)
-    assert len(found) > 100 and all(bool(x.isfinite().all()) for x in found.values())
+    grads = gradients(model)
+    assert len(grads) > 100 and all(bool(x.isfinite().all()) for x in grads.values())
 
 
 def test_experts_take_tokens_in_the_dtype_that_autocast_gives_them():

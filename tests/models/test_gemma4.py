@@ -13,7 +13,7 @@ from dtcp.mixer import batch_metadata
 from dtcp.models.gemma4 import (
     PRESETS,
     Gemma4,
-    MoEShape,
+    MoEConfig,
     config_from_hf,
     config_to_hf,
     from_hf,
@@ -144,13 +144,13 @@ REFUSED: list[tuple[Any, str]] = [
         lambda: config_from_hf(
             _settings(per_layer_config={1: {"head_dim": 8}, 3: {"head_dim": 16}})
         ),
-        "one head shape for each kind",
+        "one head shape for each type",
     ),
     (lambda: gemma4_tensor_plan(tiny(), tp=3), "num_heads=8 with tp=3"),
     (lambda: replace(tiny(), num_heads=6), "num_heads=6, num_kv_heads=4"),
     (lambda: replace(tiny_e(), num_shared_layers=6), "num_shared_layers=6 of 6"),
     (lambda: replace(tiny_e(), num_shared_layers=8), "num_shared_layers=8 of 6"),
-    (lambda: MoEShape(num_experts=4, top_k=5, hidden_dim=8), "top_k=5 of num_experts=4"),
+    (lambda: MoEConfig(num_experts=4, top_k=5, hidden_dim=8), "top_k=5 of num_experts=4"),
     (
         lambda: Gemma4(tiny()).forward(torch.zeros(1, 4).long(), torch.arange(4), {}),
         r"turns by one position, got position_ids.shape=\(4,\)",
@@ -192,16 +192,15 @@ def test_what_gemma4_cannot_honour_is_refused(call, match):
         call()
 
 
-def test_gemma4_says_aloud_which_kv_heads_are_copied():
+def test_gemma4_warns_of_replicated_kv_heads():
     with pytest.warns(UserWarning, match="tp=4 does not divide the 2 kv heads of global"):
         gemma4_tensor_plan(tiny(), tp=4)
 
 
-def test_gemma4_shares_keys_made_from_values_too():
-    """Then they are made once, where values were brought, and not inside of attention."""
+def test_gemma4_shares_keys_computed_from_values_too():
+    """Then keys are computed once, where values were gathered, and not inside attention."""
     model = Gemma4(replace(tiny(), num_shared_layers=3))
-    alone = [isinstance(block.attention.mixer, KeysFromValues) for block in model.layers]
-    assert not any(alone)
+    assert not any(isinstance(block.attention.mixer, KeysFromValues) for block in model.layers)
     assert [block.attention.exchange is not None for block in model.layers] == [
         layer in (1, 2) for layer in range(6)
     ]

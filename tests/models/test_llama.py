@@ -60,7 +60,7 @@ DOCUMENTS = [
 
 
 def published(model_class: type[nn.Module], config: PretrainedConfig) -> nn.Module:
-    """A random model of transformers in fp64, norms in fp64 too: there they are always fp32."""
+    """A random model of transformers in fp64, and its norms too, which are fp32 by themselves."""
     model = model_class(config).double()
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
@@ -72,7 +72,7 @@ def published(model_class: type[nn.Module], config: PretrainedConfig) -> nn.Modu
 
 
 def one_by_one(model: nn.Module, input_ids: torch.Tensor, documents: Documents) -> torch.Tensor:
-    """Logits of a published model that is shown each document alone: [B, S, V]."""
+    """Logits of a published model that gets each document alone: [B, S, V]."""
     rows = [
         torch.cat([model(document[None]).logits[0] for document in row.split(lengths)])
         for row, lengths in zip(input_ids, documents.lengths, strict=True)
@@ -159,11 +159,11 @@ def test_documents_of_a_row_do_not_read_each_other():
 def test_rope_of_bf16_tells_far_positions_apart():
     """Angles are fp32: in bf16, 4096 and 4097 are one number."""
     rope, x = Rope(head_dim=8), torch.ones(1, 1, 1, 8)
-    for at in (4096, 4097):
-        position_ids = torch.tensor([[at]])
-        turned = rope(x.bfloat16(), position_ids)
-        assert turned.dtype == torch.bfloat16
-        assert_close(turned.float(), rope(x, position_ids), rtol=2**-8, atol=2**-8)
+    for position in (4096, 4097):
+        position_ids = torch.tensor([[position]])
+        rotated = rope(x.bfloat16(), position_ids)
+        assert rotated.dtype == torch.bfloat16
+        assert_close(rotated.float(), rope(x, position_ids), rtol=2**-8, atol=2**-8)
 
 
 def test_meta_build_with_init_weights_fills_every_parameter():

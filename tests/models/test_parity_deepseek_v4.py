@@ -27,7 +27,7 @@ from dtcp.labels import look_ahead, shift_labels
 from dtcp.loss import global_token_count, mtp_loss, token_mean_loss
 from dtcp.models.deepseek_v4 import (
     DeepseekV4,
-    TopRouter,
+    TopKRouter,
     config_from_hf,
     from_hf,
     tiny,
@@ -59,12 +59,12 @@ TWO_LAYERS = {
     "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
     "num_hash_layers": 1,
 }
-"""What compiles in half the time and still has every part but a layer of the window alone."""
+"""Compiles in half the time and has every kind of layer but that of the window alone."""
 
 
 @functools.cache
 def truth(*, small: bool = False) -> str:
-    """A file of what the published model is and gives, in fp64."""
+    """A file of the published model's weights and results, in fp64."""
     theirs = published.build(**(TWO_LAYERS if small else {}))
     settings = theirs.config.to_dict()
     config, documents = config_from_hf(settings), Documents(ROWS, SEQ_LEN)
@@ -74,30 +74,30 @@ def truth(*, small: bool = False) -> str:
     logits = published.one_by_one(theirs, input_ids, documents)
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward()
-    given = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     path = Path(tempfile.mkdtemp()) / "published.pt"
-    found: dict[str, Any] = {
+    expected: dict[str, Any] = {
         "settings": settings,
         "weights": from_hf(theirs.state_dict(), config),
         "input_ids": input_ids,
         "labels": labels,
         "logits": logits.detach(),
         "loss": loss.detach(),
-        "gradients": {name: x.clone() for name, x in from_hf(given, config).items()},
+        "gradients": {name: x.clone() for name, x in from_hf(grads, config).items()},
     }
-    torch.save(found, path)
+    torch.save(expected, path)
     return str(path)
 
 
 def step(
-    model: nn.Module, mesh: ParallelMesh, layout: type[SequenceLayout], given: dict[str, Any]
+    model: nn.Module, mesh: ParallelMesh, layout: type[SequenceLayout], expected: dict[str, Any]
 ) -> Tensor:
     """One step on the mesh; checks this rank's logits and returns the loss of all ranks."""
     whole = Documents(ROWS, SEQ_LEN)
     mine = slice(mesh.rank("batch"), None, mesh.size("batch"))
     batch = {
-        "input_ids": given["input_ids"][mine],
-        "labels": given["labels"][mine],
+        "input_ids": expected["input_ids"][mine],
+        "labels": expected["labels"][mine],
         "position_ids": whole.position_ids()[mine],
     }
     documents = Documents(ROWS[mine], SEQ_LEN)
@@ -107,9 +107,9 @@ def step(
     share = token_mean_loss(logits, local["labels"], tokens)
     share.backward()
 
-    found = logits.full_tensor() if isinstance(logits, DTensor) else logits
+    local_logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
     real = plan.shard((documents.document() >= 0)[..., None])
-    assert_close(found * real, plan.shard(given["logits"][mine]))
+    assert_close(local_logits * real, plan.shard(expected["logits"][mine]))
     loss = share.detach()
     if mesh.loss is not None:
         dist.all_reduce(loss, group=mesh.loss.get_group())
@@ -126,19 +126,19 @@ def check(
     op: str,
 ) -> tuple[int, int, int]:
     """Logits, loss and every gradient on this rank; (graphs, breaks, calls of an op)."""
-    given = torch.load(path, weights_only=False)
-    config = config_from_hf(given["settings"])
+    expected = torch.load(path, weights_only=False)
+    config = config_from_hf(expected["settings"])
     model = DeepseekV4(config).double()
-    model.load_state_dict(given["weights"])
+    model.load_state_dict(expected["weights"])
     whole = ParallelMesh.from_degrees(degrees, "cpu")
     plan = deepseek_v4_plan(config, whole)
     parallelize(model, whole, plan, activation_checkpoint=checkpoint, compile=compile)
     with count_graphs() as graphs, count_traffic() as traffic:
-        loss = step(model, whole, layout, given)
-    assert_close(loss, given["loss"])
-    found = {name: x for name, x in gradients(model).items() if x is not None}
-    assert_close(found, given["gradients"])
-    assert not any(".indexer." in name for name in found)
+        loss = step(model, whole, layout, expected)
+    assert_close(loss, expected["loss"])
+    actual = {name: x for name, x in gradients(model).items() if x is not None}
+    assert_close(actual, expected["gradients"])
+    assert not any(".indexer." in name for name in actual)
     return graphs.graphs, graphs.breaks, traffic[op].calls
 
 
@@ -151,9 +151,9 @@ def run(
 ) -> tuple[int, int, int]:
     ranks = degrees.world
     path = truth(small=compile is not None)
-    found = run_ranks(check, ranks, path, degrees, layout, checkpoint, compile, op)
-    assert len(set(found)) == 1
-    return found[0]
+    results = run_ranks(check, ranks, path, degrees, layout, checkpoint, compile, op)
+    assert len(set(results)) == 1
+    return results[0]
 
 
 def name_of(value: object) -> str:
@@ -214,26 +214,26 @@ def truth_ahead() -> str:
     with published.in_fp64():
         for row, lengths in zip(input_ids, ROWS, strict=True):
             for ids in row[: sum(lengths)].split(lengths):
-                found = both(ids[None])
+                both_logits = both(ids[None])
                 counts += len(ids) - 1
-                # The token after the next one: two places on, if the document goes that far.
+                # The token after the next one: shifted by two, if the document goes that far.
                 parts = [
-                    F.cross_entropy(logits[0, :-by], ids[by:], reduction="sum")
-                    for by, logits in enumerate(found, start=1)
+                    F.cross_entropy(logits[0, :-shift], ids[shift:], reduction="sum")
+                    for shift, logits in enumerate(both_logits, start=1)
                 ]
                 losses = losses + torch.stack(parts)
     loss = (losses[0] + 0.3 * losses[1]) / counts
     loss.backward()
     grads = {name: p.grad for name, p in both.named_parameters() if p.grad is not None}
     path = Path(tempfile.mkdtemp()) / "ahead.pt"
-    found = {
+    expected = {
         "settings": settings,
         "weights": published.in_our_names(dict(both.state_dict()), config, 1),
         "input_ids": input_ids,
         "loss": loss.detach(),
         "gradients": {n: x.clone() for n, x in published.in_our_names(grads, config, 1).items()},
     }
-    torch.save(found, path)
+    torch.save(expected, path)
     return str(path)
 
 
@@ -241,14 +241,14 @@ def check_ahead(
     mesh: DeviceMesh, path: str, degrees: Degrees, layout: type[SequenceLayout]
 ) -> None:
     """Loss of both tokens and every gradient on this rank."""
-    given = torch.load(path, weights_only=False)
-    config = config_from_hf(given["settings"])
+    expected = torch.load(path, weights_only=False)
+    config = config_from_hf(expected["settings"])
     model = DeepseekV4(config).double()
-    model.load_state_dict(given["weights"])
+    model.load_state_dict(expected["weights"])
     whole = ParallelMesh.from_degrees(degrees, "cpu")
     parallelize(model, whole, deepseek_v4_plan(config, whole))
 
-    documents, input_ids = Documents(ROWS, SEQ_LEN), given["input_ids"]
+    documents, input_ids = Documents(ROWS, SEQ_LEN), expected["input_ids"]
     labels = shift_labels(input_ids, documents)
     batch = {
         "input_ids": input_ids,
@@ -265,9 +265,9 @@ def check_ahead(
     loss = share.detach()
     if whole.loss is not None:
         dist.all_reduce(loss, group=whole.loss.get_group())
-    assert_close(loss, given["loss"])
-    found = {name: x for name, x in gradients(model).items() if x is not None}
-    assert_close(found, given["gradients"])
+    assert_close(loss, expected["loss"])
+    actual = {name: x for name, x in gradients(model).items() if x is not None}
+    assert_close(actual, expected["gradients"])
 
 
 @pytest.mark.parametrize(
@@ -276,16 +276,16 @@ def check_ahead(
     ids=name_of,
 )
 def test_deepseek_v4_predicts_further_ahead_as_the_published_parts_do(degrees, layout):
-    """The next token lies on another rank, or in another document: shifted before sharding."""
+    """The next token is on another rank, or in another document: shifted before sharding."""
     run_ranks(check_ahead, degrees.world, truth_ahead(), degrees, layout)
 
 
 @spmd(ranks=2)
 def test_deepseek_v4_routers_are_balanced_by_the_loads_of_all_ranks(mesh):
-    """Each rank moves every bias alike, against the tokens of both."""
+    """Each rank moves every bias in the same way, by the tokens of both."""
     config = tiny(64)
     model = DeepseekV4(config)
-    routers = [m for m in model.modules() if isinstance(m, TopRouter)]
+    routers = [m for m in model.modules() if isinstance(m, TopKRouter)]
     for router in routers:
         router.load[mesh.get_local_rank()] = 4.0
     balance_experts(model, mesh, speed=0.5)

@@ -66,7 +66,7 @@ def step_on_mesh(
         model=model,
         documents=Documents(ROWS[mine], SEQ_LEN),
     )
-    with count_graphs() as found, count_traffic() as traffic:
+    with count_graphs() as counted, count_traffic() as traffic:
         logits = model(local["input_ids"], local["position_ids"], cut.attn_metadata)
         if isinstance(logits, DTensor):
             logits = logits.full_tensor(grad_placements=[Replicate()])
@@ -76,12 +76,12 @@ def step_on_mesh(
     actual = gradients(model)
     assert_close(actual, {name: expected.gradients[name] for name in actual})
     dist.barrier()
-    return traffic, found.graphs, found.breaks
+    return traffic, counted.graphs, counted.breaks
 
 
-def on_ranks(variant: str, degrees: Degrees, **how: object) -> list[tuple[Traffic, int, int]]:
-    """The step on so many ranks; the truth is made here, where transformers is imported."""
-    return run_ranks(step_on_mesh, degrees.world, truth(variant), degrees, **how)
+def on_ranks(variant: str, degrees: Degrees, **options: object) -> list[tuple[Traffic, int, int]]:
+    """The step on all ranks; the truth is computed here, where transformers is imported."""
+    return run_ranks(step_on_mesh, degrees.world, truth(variant), degrees, **options)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -94,7 +94,7 @@ def test_gemma4_on_cp_ranks_equals_the_published_model(cp, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gemma4_on_tp_ranks_equals_the_published_model(variant):
-    """The experts' variant has one kv head on global layers, which both ranks copy."""
+    """The variant with experts has one kv head in global layers, replicated on both ranks."""
     on_ranks(variant, Degrees(tp=2))
 
 
@@ -112,9 +112,9 @@ def test_gemma4_on_tp_ranks_equals_the_published_model(variant):
 def test_gemma4_on_four_ranks_equals_the_published_model(
     variant, degrees, attention, layout, checkpoint
 ):
-    """Keys that layers share are brought once, whatever is computed again."""
-    how = {"attention": attention, "layout": layout, "checkpoint": checkpoint}
-    for traffic, *_ in on_ranks(variant, degrees, **how):
+    """Keys that layers share are gathered once, whatever is recomputed."""
+    options = {"attention": attention, "layout": layout, "checkpoint": checkpoint}
+    for traffic, *_ in on_ranks(variant, degrees, **options):
         shares = variant in ("e", "shared_values")
         assert traffic["dtcp::gather_shared_kv"].calls == 2 * shares
 
@@ -123,21 +123,21 @@ def test_gemma4_on_four_ranks_equals_the_published_model(
     ("variant", "checkpoint", "kinds"),
     [("vision", SelectiveCheckpoint(), 2), ("e", FullCheckpoint(), 4), ("moe", KEEP_ALL, 2)],
 )
-def test_gemma4_compiles_to_one_graph_a_layer_kind(variant, checkpoint, kinds):
-    """And equals the published model; a recomputed block brings its keys a second time."""
+def test_gemma4_compiles_to_one_graph_per_layer_kind(variant, checkpoint, kinds):
+    """And equals the published model; a recomputed block gathers its keys a second time."""
     for traffic, graphs, breaks in on_ranks(
         variant, Degrees(cp=2), checkpoint=checkpoint, compile=GRAPHS
     ):
         assert (graphs, breaks) == (kinds, 0)
         if variant == "e":
             assert traffic["dtcp::gather_shared_kv"].calls == 2 * 2
-            assert traffic["dtcp::bring_keys_backward"].calls == 2
+            assert traffic["dtcp::gather_shared_kv_backward"].calls == 2
 
 
-def test_gemma4_compiles_around_islands_that_make_keys_from_values():
-    """A break a layer, two graphs a kind; what was communicated is kept under the checkpoint."""
-    how = {"attention": ISLAND, "checkpoint": SelectiveCheckpoint(), "compile": GRAPHS}
-    for traffic, graphs, breaks in on_ranks("dense", Degrees(cp=2), **how):
+def test_gemma4_compiles_around_islands_that_compute_keys_from_values():
+    """One break per layer, two graphs per kind; the checkpoint keeps what was communicated."""
+    options = {"attention": ISLAND, "checkpoint": SelectiveCheckpoint(), "compile": GRAPHS}
+    for traffic, graphs, breaks in on_ranks("dense", Degrees(cp=2), **options):
         assert (graphs, breaks) == (4, 2)
         assert traffic["dtcp::ring_values_attention"].calls == 2
         assert traffic["dtcp::ring_values_attention_backward"].calls == 2

@@ -89,7 +89,7 @@ def test_four_ranks_equal_one_device(mesh, degrees):
 @pytest.mark.parametrize("degrees", [Degrees(tp=2), Degrees(dp_shard=2)])
 @spmd(ranks=2)
 def test_tied_embedding_stays_tied(mesh, degrees):
-    """Its gradient is that of both its uses, on an axis of the vocabulary and on one of FSDP."""
+    """Its gradient is that of both its uses, split by vocabulary and sharded by FSDP."""
     assert_parity(degrees, config=replace(CONFIG, tied=True))
 
 
@@ -103,7 +103,7 @@ def test_every_strategy_and_layout_equals_one_device(mesh, attention, layout):
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @spmd(ranks=4)
 def test_checkpointing_changes_nothing_but_what_is_kept(mesh, checkpoint):
-    """And recomputes attention, with what it communicates, only where all is recomputed."""
+    """Attention, with what it communicates, is recomputed only where everything is."""
     traffic = assert_parity(Degrees(cp=2, tp=2), checkpoint=checkpoint)
     assert traffic["dtcp::ring_attention"].calls == attended(checkpoint)
 
@@ -111,22 +111,22 @@ def test_checkpointing_changes_nothing_but_what_is_kept(mesh, checkpoint):
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @spmd(ranks=2)
 def test_compiled_block_is_one_graph_and_equals_one_device(mesh, checkpoint):
-    with count_graphs() as found:
+    with count_graphs() as counted:
         traffic = assert_parity(Degrees(cp=2), checkpoint=checkpoint, compile=GRAPHS)
-    assert (found.graphs, found.breaks) == (1, 0)
+    assert (counted.graphs, counted.breaks) == (1, 0)
     assert traffic["dtcp::ring_attention"].calls == attended(checkpoint)
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS[:3])
 @spmd(ranks=2)
 def test_block_around_an_island_is_two_graphs_and_equals_one_device(mesh, checkpoint):
-    """The checkpoint is outside: inside, the break would leave no graph at all."""
+    """The checkpoint goes around: a break inside it would leave no graph at all."""
     attention = RingAttention(boundary=EagerIsland())
-    with count_graphs() as found:
+    with count_graphs() as counted:
         traffic = assert_parity(
             Degrees(cp=2), attention=attention, checkpoint=checkpoint, compile=GRAPHS
         )
-    assert (found.graphs, found.breaks) == (2, 1)
+    assert (counted.graphs, counted.breaks) == (2, 1)
     assert traffic["dtcp::ring_attention"].calls == attended(checkpoint)
 
 
@@ -141,9 +141,9 @@ def test_block_around_an_island_is_two_graphs_and_equals_one_device(mesh, checkp
 )
 @spmd(ranks=4)
 def test_compiled_on_four_ranks_equals_one_device(mesh, degrees, attention, checkpoint, graphs):
-    with count_graphs() as found:
+    with count_graphs() as counted:
         assert_parity(degrees, attention=attention, checkpoint=checkpoint, compile=GRAPHS)
-    assert found.graphs == graphs
+    assert counted.graphs == graphs
 
 
 @spmd(ranks=2)
@@ -152,5 +152,5 @@ def test_inductor_equals_one_device(mesh):
 
 
 def attended(checkpoint: ActivationCheckpoint) -> int:
-    """How often a rank attends in one step: once a layer, twice where all is recomputed."""
+    """How often each rank attends in one step: once per layer, twice where all is recomputed."""
     return CONFIG.num_layers * (2 if isinstance(checkpoint, FullCheckpoint) else 1)

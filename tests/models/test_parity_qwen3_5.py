@@ -16,7 +16,7 @@ from dtcp.distributed.ledger import Traffic, count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.models.qwen3_5 import (
     DeltaNetConfig,
-    ExpertsConfig,
+    MoEConfig,
     Qwen35,
     Qwen35Config,
     from_hf,
@@ -70,7 +70,7 @@ EXPERTS = replace(
     DENSE,
     # One kv head: tp copies it.
     num_kv_heads=1,
-    feed_forward=ExpertsConfig(8, 2, hidden_dim=24, shared_hidden_dim=16),
+    feed_forward=MoEConfig(8, 2, hidden_dim=24, shared_hidden_dim=16),
 )
 
 
@@ -100,7 +100,7 @@ def truth_of(config: Qwen35Config) -> Truth:
 
 @pytest.fixture(scope="module")
 def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Files of a truth, which ranks read."""
+    """Files of what transformers computes, which ranks read."""
     folder = tmp_path_factory.mktemp("truth")
     paths = {"dense": folder / "dense", "experts": folder / "experts"}
     for name, config in (("dense", DENSE), ("experts", EXPERTS)):
@@ -109,7 +109,7 @@ def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class Cell(NamedTuple):
-    """One way to carry the step out."""
+    """A model, a mesh, and the options of one step."""
 
     model: str
     degrees: Degrees
@@ -124,8 +124,8 @@ class Cell(NamedTuple):
         degrees = self.degrees
         mesh = f"dp{degrees.dp_shard}-cp{degrees.cp}-tp{degrees.tp}"
         kinds = (self.layout, type(self.states), type(self.checkpoint))
-        how = ["compiled" if self.compile else "eager"] + ["relaid"] * bool(self.relayout)
-        return "-".join((self.model, mesh, *(kind.__name__ for kind in kinds), *how))
+        options = ["compiled" if self.compile else "eager"] + ["relaid"] * bool(self.relayout)
+        return "-".join((self.model, mesh, *(kind.__name__ for kind in kinds), *options))
 
 
 def step(mesh: Any, path: Path, cell: Cell) -> tuple[Traffic, int, int]:
@@ -136,10 +136,10 @@ def step(mesh: Any, path: Path, cell: Cell) -> tuple[Traffic, int, int]:
     axes = ParallelMesh.from_degrees(cell.degrees, "cpu")
     delta = GatedDeltaCP(states=cell.states)
     plan = qwen3_5_plan(truth.config, axes, cell.attention, delta=delta, relayout=cell.relayout)
-    with count_graphs() as found:
+    with count_graphs() as counted:
         parallelize(model, axes, plan, activation_checkpoint=cell.checkpoint, compile=cell.compile)
         traffic = compare(model, axes, truth, cell.layout)
-    return traffic, found.graphs, found.breaks
+    return traffic, counted.graphs, counted.breaks
 
 
 def compare(
@@ -161,9 +161,9 @@ def compare(
             logits.backward(grad_out)
     real = (documents.document() >= 0)[..., None]
     assert_close(plan.gather(logits.detach()) * real, truth.logits[mine] * real)
-    found = gradients(model)
-    assert found.keys() == truth.grads.keys()
-    for name, grad in found.items():
+    actual = gradients(model)
+    assert actual.keys() == truth.grads.keys()
+    for name, grad in actual.items():
         largest = float(truth.grads[name].abs().max())
         assert float((grad - truth.grads[name]).abs().max()) <= 1e-11 * max(1.0, largest), name
     return traffic
@@ -198,18 +198,18 @@ CELLS = [
 ]
 
 
-# By size: DTensor's caches tell meshes apart by their ranks alone, and would hand a compiled cell
+# By size: DTensor's caches tell meshes apart only by their ranks, and would give a compiled cell
 # a mesh whose groups ended when the pool changed its size in between (torch 2.13).
 CELLS.sort(key=lambda cell: cell.degrees.world)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_qwen3_5_on_ranks_equals_transformers(truths, cell):
-    """Compiled, a graph for each of the two kinds of layer, however many there are."""
+    """Compiled, one graph per kind of layer, however many layers there are."""
     again = 2 if isinstance(cell.checkpoint, FullCheckpoint) else 1
     for traffic, graphs, breaks in run_ranks(step, cell.degrees.world, truths[cell.model], cell):
         assert (graphs, breaks) == ((2, 0) if cell.compile else (0, 0))
         assert traffic["dtcp::gated_delta_rule"].calls == 2 * again
         assert traffic["dtcp::gated_delta_rule_backward"].calls == 2
-        dealt = traffic["dtcp::all_to_all"].calls if cell.relayout else 0
-        assert dealt == 2 * bool(cell.relayout) * (2 * again + 2)
+        relayouts = traffic["dtcp::all_to_all"].calls if cell.relayout else 0
+        assert relayouts == 2 * bool(cell.relayout) * (2 * again + 2)

@@ -46,8 +46,8 @@ def model_of(config: Any, weights: dict[str, Tensor] | None = None) -> Qwen35:
     return model
 
 
-def test_positions_of_images_turn_as_theirs():
-    """Time, height and width, each for its own frequencies."""
+def test_positions_of_images_rotate_as_theirs():
+    """Time, height and width, each for frequencies of its own."""
     theirs = hf_qwen3_5.build(DENSE)
     ours = model_of(DENSE, from_hf(theirs.state_dict(), DENSE))
     documents = Documents(ROWS, SEQ_LEN)
@@ -111,7 +111,7 @@ def test_part_of_a_checkpoint_is_no_model():
 
 
 def test_presets_are_the_published_shapes():
-    """Their parameters, in billions, are those their names say: without the layer ahead."""
+    """Parameters in billions, without the MTP layer, are what their names say."""
     sizes = {}
     for name, config in PRESETS.items():
         assert config_from_hf(config_to_hf(config)) == config
@@ -132,15 +132,15 @@ def test_presets_are_the_published_shapes():
 
 
 def ahead_of_theirs(theirs: Any, ours: Qwen35, input_ids: Tensor) -> Tensor:
-    """One document's logits of the token after the next, from modules of theirs."""
+    """One document's logits of the token after the next, by their modules."""
     module = hf_qwen3_5.modeling("qwen3_5")
     weights = to_hf(ours.state_dict(), ours.config)
     config = theirs.config
 
     def norm(name: str) -> Any:
-        made = module.Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps).double()
-        made.load_state_dict({"weight": weights[name]})
-        return made
+        rms_norm = module.Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps).double()
+        rms_norm.load_state_dict({"weight": weights[name]})
+        return rms_norm
 
     layer = module.Qwen3_5DecoderLayer(config, config.layer_types.index("full_attention")).double()
     stem = "mtp.layers.0."
@@ -158,7 +158,7 @@ def ahead_of_theirs(theirs: Any, ours: Qwen35, input_ids: Tensor) -> Tensor:
     return theirs.lm_head(norm("mtp.norm.weight")(x))
 
 
-def test_the_layer_ahead_predicts_from_the_hidden_state_and_the_next_token():
+def test_the_mtp_layer_predicts_from_the_hidden_state_and_the_next_token():
     theirs = hf_qwen3_5.build(AHEAD)
     ours = model_of(AHEAD)
     theirs.load_state_dict(to_hf(ours.state_dict(), AHEAD), strict=False)
@@ -185,7 +185,7 @@ def losses_ahead(model: Any, batch: dict[str, Tensor], attn_metadata: Any) -> Te
 
 
 def both_losses(mesh: Any, degrees: Degrees, layout: type[SequenceLayout]) -> None:
-    """Of the layer ahead and of text, against one device: every gradient."""
+    """Of the MTP layer and of the model, against one device: every gradient."""
     documents = Documents(ROWS, SEQ_LEN)
     torch.manual_seed(5)
     input_ids = torch.randint(64, (len(ROWS), SEQ_LEN))
@@ -229,19 +229,17 @@ def test_heads_that_tp_does_not_divide_are_refused():
 
 
 def test_tokens_meet_in_mixers_only():
-    """By running it: a token that changes moves no other, once every mixer hands on its own."""
+    """By running it: a changed token changes no other's output once mixers mix nothing."""
     model, seq_len = model_of(EXPERTS).eval(), 37
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    at, attn_metadata = (
-        torch.arange(seq_len)[None],
-        batch_metadata(model, Documents.single(1, seq_len)),
-    )
+    ids = torch.arange(seq_len)[None]
+    attn_metadata = batch_metadata(model, Documents.single(1, seq_len))
     with mixers_without_mixing(model) as names:
-        assert find_mixing(model, lambda: model(at, at, attn_metadata), seq_len) == []
+        assert find_mixing(model, lambda: model(ids, ids, attn_metadata), seq_len) == []
     assert len(names) == 5
-    assert len(find_mixing(model, lambda: model(at, at, attn_metadata), seq_len)) == 5
+    assert len(find_mixing(model, lambda: model(ids, ids, attn_metadata), seq_len)) == 5
 
 
 def test_bad_input_is_one_error_that_says_what_to_change():
@@ -254,12 +252,12 @@ def test_bad_input_is_one_error_that_says_what_to_change():
         model(ids[:, :7], torch.arange(7)[None], attn_metadata)
     with pytest.raises(ValueError, match="num_mtp_layers=0"):
         model(ids, torch.arange(8)[None], attn_metadata, mtp_input_ids=ids[:, None])
-    for change, said in (
+    for change, message in (
         ({"num_mtp_layers": 2}, "choose 0 or 1"),
         ({"rotary_dim": 32}, "head_dim=16"),
         ({"num_heads": 3}, "multiple of num_kv_heads"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             replace(DENSE, **change)
     with pytest.raises(ValueError, match="1 to num_experts"):
         replace(EXPERTS.feed_forward, top_k=9)
@@ -269,8 +267,8 @@ def test_bad_input_is_one_error_that_says_what_to_change():
         config_from_hf({**config_to_hf(DENSE), "hidden_act": "gelu"})
     with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
         config_from_hf({**config_to_hf(DENSE), "attention_dropout": 0.1})
-    kinds = ["full_attention", "linear_attention", "linear_attention"]
+    layer_types = ["full_attention", "linear_attention", "linear_attention"]
     with pytest.raises(ValueError, match="layer_types"):
-        config_from_hf({**config_to_hf(DENSE), "layer_types": kinds})
+        config_from_hf({**config_to_hf(DENSE), "layer_types": layer_types})
     with pytest.raises(ValueError, match="knows every parameter"):
         from_hf({"model.layers.0.linear_attn.in_proj_qkvz.weight": ids}, DENSE)

@@ -1,4 +1,4 @@
-"""The order of application: what it promises of parameters, graphs and gradients, and refuses."""
+"""parallelize: what it promises of parameters, graphs and gradients, and what it refuses."""
 
 from dataclasses import replace
 
@@ -191,10 +191,10 @@ def test_further_batches_make_no_further_graphs(mesh, attention):
     model = Llama(CONFIG)
     parallelize(model, mesh, llama_plan(CONFIG, mesh, attention), compile=GRAPHS)
     on_mesh(model, mesh, ((32,), (1, 31)), HeadTail)
-    with count_graphs() as found:
+    with count_graphs() as counted:
         for rows in (((9, 16, 6), (32,)), ((16, 16), (3, 3)), ((1,), (1, 1, 1))):
             on_mesh(model, mesh, rows, HeadTail)
-    assert found.graphs == 0
+    assert counted.graphs == 0
 
 
 @spmd(ranks=4)

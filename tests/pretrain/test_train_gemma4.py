@@ -15,7 +15,7 @@ from dtcp.models.gemma4 import (
     HeadShape,
     config_from_hf,
     from_hf,
-    pattern,
+    layer_pattern,
     tiny_e,
     tiny_moe,
 )
@@ -37,11 +37,11 @@ def micro() -> Trainer.Config:
         dim=32,
         hidden_dim=48,
         num_heads=4,
-        layers=pattern("sg", 4),
+        layer_types=layer_pattern("sg", 4),
         num_shared_layers=2,
         window=24,
-        sliding=HeadShape(8, 2, 1e4),
-        globals=HeadShape(16, 2, 1e6, rotated=0.25),
+        sliding_heads=HeadShape(8, 2, 1e4),
+        global_heads=HeadShape(16, 2, 1e6, rotated=0.25),
         keys_from_values=True,
         moe=replace(tiny_moe().moe, hidden_dim=16),
     )

@@ -19,7 +19,7 @@ from dtcp.models.gemma4 import (
     PRESETS,
     Gemma4,
     Gemma4Config,
-    Sight,
+    LayerType,
 )
 from dtcp.parallelize import gemma4_plan, parallelize
 from dtcp.sequence.documents import Documents
@@ -68,7 +68,7 @@ def test_gemma4_receives_what_the_formula_says(variant, ranks, layout):
     cut, every = layout(SEQ_LEN, ranks), range(config.num_layers)
     stated = [[ROWS * ours(config, cut, i, r, element=4) for i in every] for r in range(ranks)]
     assert [forward for forward, _ in found] == [sum(layers) for layers in stated]
-    again = [1 if config.shared_by_others(i) else 2 for i in every]
+    again = [1 if config.gives_shared_kv(i) else 2 for i in every]
     home = sum(n * times for layers in stated for n, times in zip(layers, again, strict=True))
     assert sum(backward for _, backward in found) == home
 
@@ -86,7 +86,7 @@ def test_the_windows_formula_is_the_strategys(layout, window):
 
 def test_a_window_costs_the_same_however_long_the_sequence_and_many_the_ranks():
     config = PRESETS["gemma4-31b"]
-    layer = config.layers.index(Sight.SLIDING)
+    layer = config.layer_types.index(LayerType.SLIDING)
     for layout in (Contiguous, HeadTail):
         segments = 1 if layout is Contiguous else 2
         for seq_len, ranks in ((2**17, 8), (2**20, 8), (2**20, 64)):

@@ -17,13 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from dtcp.parallelize.tensor_parallel import (
-    ModuleView,
-    copy_to_region,
-    distribute_parameter,
-    local_parameters,
-    reduce_from_region,
-)
+from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
+from dtcp.parallelize.tensor_parallel.local_params import ModuleView, local_parameters
+from dtcp.parallelize.tensor_parallel.regions import copy_to_region, reduce_from_region
 
 
 @dataclass
