@@ -1,9 +1,9 @@
-"""How fast the attention kernels are on one device, at one rank's share: for attention.py.
+"""How fast the attention kernels are on one device, at the size of one rank: for attention.py.
 
-A rank's own tokens against themselves, as in a ring's first step, bf16: forward merges into a
-partial result, backward adds to sums in fp32, both as every strategy calls them. Operations are
-those of the pairs that the mask leaves, 2 (D + V) a pair and head forward, and 2.5 times that
-backward. The kernels are held against plain torch's first, at 512 tokens.
+A rank's own tokens against themselves, as in the first step of a ring, in bf16: forward merges
+into an online softmax, backward adds to sums in fp32, both as every strategy calls them. Only
+pairs that the mask leaves count as work, 2 (D + V) operations per pair and head forward, and 2.5
+times that backward. At 512 tokens the kernels are first compared with plain torch.
 """
 
 import statistics
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import conditions, table, write
-from dtcp.kernels.softmax import reference as tiles
 from dtcp.kernels.softmax.api import (
     AttentionKernel,
     GradAccumulators,
@@ -29,6 +28,7 @@ from dtcp.kernels.softmax.api import (
     zeros_for,
 )
 from dtcp.kernels.softmax.block_ranges import block_ranges
+from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import (
     Causal,
@@ -46,19 +46,19 @@ HEAD = ("head dim", "heads", "tokens", "mask", "fwd ms", "fwd TFLOP/s", "bwd ms"
 
 
 class Problem(NamedTuple):
-    """One call's arguments, and the pairs of a query and a key it sees."""
+    """The arguments of a call, and how many pairs of a query and a key the mask leaves."""
 
     queries: Queries
     keys: Keys
-    spans: Tensor
-    how: SoftmaxParams
+    block_ranges: Tensor
+    params: SoftmaxParams
     pairs: int
 
 
 def main(device: str, repeats: int, name: str) -> None:
     """Measure and print the table."""
-    given = {"device": device, "repeats": repeats}
-    text = f"{conditions('benchmarks.attention', given)}\n\n{measure(device, repeats)}\n"
+    settings = {"device": device, "repeats": repeats}
+    text = f"{conditions('benchmarks.attention', settings)}\n\n{measure(device, repeats)}\n"
     print(text)
     if name:
         write(Path(__file__).parent / "results", f"attention_{name}", text)
@@ -73,12 +73,12 @@ def measure(
     """The table, by head dim, length and mask."""
     rows = []
     for dim, count, groups in heads:
-        for mask, said in ((Causal(), "causal"), (Causal() & SlidingWindow(WINDOW), "window")):
+        for mask, mask_name in ((Causal(), "causal"), (Causal() & SlidingWindow(WINDOW), "window")):
             _check(_problem(512, dim, count, groups, mask, device))
             for length in lengths:
-                at = _problem(length, dim, count, groups, mask, device)
-                row = [f"{dim}", f"{count} / {groups}", f"{length}", said]
-                rows.append(row + _numbers(at, repeats))
+                problem = _problem(length, dim, count, groups, mask, device)
+                row = [f"{dim}", f"{count} / {groups}", f"{length}", mask_name]
+                rows.append(row + _numbers(problem, repeats))
     return table(HEAD, rows)
 
 
@@ -99,45 +99,48 @@ def _problem(length: int, dim: int, heads: int, groups: int, mask: Mask, device:
     )
 
 
-def _forward(at: Problem, kernel: AttentionKernel) -> OnlineSoftmax:
-    partial = OnlineSoftmax.empty(at.queries.q, at.keys.v.shape[-1])
-    kernel.attend(partial, at.queries, at.keys, at.spans, at.how)
-    return partial
+def _forward(problem: Problem, kernel: AttentionKernel) -> OnlineSoftmax:
+    state = OnlineSoftmax.empty(problem.queries.q, problem.keys.v.shape[-1])
+    kernel.attend(state, *problem[:4])
+    return state
 
 
-def _backward(at: Problem, kernel: AttentionKernel, final: SavedForward) -> GradAccumulators:
-    grads = GradAccumulators(*(zeros_for(x) for x in (at.queries.q, at.keys.k, at.keys.v)))
-    kernel.attend_backward(grads, final, at.queries, at.keys, at.spans, at.how)
+def _backward(problem: Problem, kernel: AttentionKernel, saved: SavedForward) -> GradAccumulators:
+    grads = GradAccumulators(
+        *(zeros_for(x) for x in (problem.queries.q, problem.keys.k, problem.keys.v))
+    )
+    kernel.attend_backward(grads, saved, *problem[:4])
     return grads
 
 
-def _final(partial: OnlineSoftmax, at: Problem) -> SavedForward:
-    out, lse = partial.finish(None, at.queries.q.dtype)
+def _saved(state: OnlineSoftmax, problem: Problem) -> SavedForward:
+    out, lse = state.finish(None, problem.queries.q.dtype)
     return SavedForward(torch.randn_like(out), out, lse)
 
 
-def _check(at: Problem) -> None:
-    """The kernels' results against plain torch's, from the same rounded inputs."""
-    kernel = attention_kernel(at.queries, at.keys)
-    found, right = _forward(at, kernel), _forward(at, tiles)
-    final = _final(right, at)
-    results = (*found, *_backward(at, kernel, final))
-    for a, b in zip(results, (*right, *_backward(at, tiles, final)), strict=True):
+def _check(problem: Problem) -> None:
+    """Compare the kernels' results with plain torch's, from the same rounded inputs."""
+    kernel = attention_kernel(problem.queries, problem.keys)
+    plain = ReferenceAttention()
+    ours, right = _forward(problem, kernel), _forward(problem, plain)
+    saved = _saved(right, problem)
+    results = (*ours, *_backward(problem, kernel, saved))
+    for a, b in zip(results, (*right, *_backward(problem, plain, saved)), strict=True):
         error = float((a - b).abs().max() / b.abs().max())
         if not error <= CLOSE:
             raise ValueError(
                 f"A kernel is timed if it is right, got error={error:.1e} with "
-                f"heads of {at.queries.q.shape[-1]}: run python -m pytest -m gpu."
+                f"heads of {problem.queries.q.shape[-1]}: run python -m pytest -m gpu."
             )
 
 
-def _numbers(at: Problem, repeats: int) -> list[str]:
+def _numbers(problem: Problem, repeats: int) -> list[str]:
     """Milliseconds and TFLOP/s, forward and backward."""
-    kernel, q = attention_kernel(at.queries, at.keys), at.queries.q
-    final = _final(_forward(at, kernel), at)
-    work = 2 * at.pairs * q.shape[2] * (q.shape[-1] + at.keys.v.shape[-1])
-    forward = _seconds(lambda: _forward(at, kernel), repeats, q.device)
-    backward = _seconds(lambda: _backward(at, kernel, final), repeats, q.device)
+    kernel, q = attention_kernel(problem.queries, problem.keys), problem.queries.q
+    saved = _saved(_forward(problem, kernel), problem)
+    work = 2 * problem.pairs * q.shape[2] * (q.shape[-1] + problem.keys.v.shape[-1])
+    forward = _seconds(lambda: _forward(problem, kernel), repeats, q.device)
+    backward = _seconds(lambda: _backward(problem, kernel, saved), repeats, q.device)
     cells = []
     for seconds, operations in ((forward, work), (backward, 2.5 * work)):
         cells += [f"{1e3 * seconds:.2f}", f"{operations / seconds / 1e12:.1f}"]
@@ -146,14 +149,14 @@ def _numbers(at: Problem, repeats: int) -> list[str]:
 
 def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Median, after two calls that compile and warm up."""
-    taken = []
+    times = []
     for _ in range(repeats + 2):
         _wait(device)
         start = time.perf_counter()
         call()
         _wait(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[2:])
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
 
 
 def _wait(device: torch.device) -> None:

@@ -35,8 +35,7 @@ from benchmarks.report import conditions, table, write
 from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.distributed.ledger import LEDGER, count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.kernels.delta_rule.fla import delta_kernel
-from dtcp.kernels.delta_rule.reference import Inputs
+from dtcp.kernels.delta_rule.api import DeltaInputs, delta_kernel
 from dtcp.mixer import batch_metadata
 from dtcp.models.qwen3_5 import (
     PRESETS,
@@ -340,7 +339,7 @@ def _summary_overhead(tokens: int = 131_072, heads: int = 32) -> str:
         for _ in range(3)
     )
     g, beta = -torch.rand(1, tokens, heads, device="cuda"), torch.rand(1, tokens, heads, **make)
-    x = Inputs(q, k, v, g, beta, torch.zeros(1, tokens, device="cuda", dtype=torch.int32))
+    x = DeltaInputs(q, k, v, g, beta, torch.zeros(1, tokens, device="cuda", dtype=torch.int32))
     kernel = delta_kernel(x)
     times = []
     for carry in (None, lambda summary: torch.zeros_like(summary[..., 128:])):

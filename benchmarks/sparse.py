@@ -30,8 +30,9 @@ from benchmarks.report import conditions, table, write
 from dtcp.batch import shard_batch
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.kernels.sparse.indexer import SCORES as INDEX_SCORES
-from dtcp.kernels.sparse.reference import SCORES, TILE
+from dtcp.kernels.sparse.indexer import MAX_INDEX_SCORES
+from dtcp.kernels.sparse.reference import MAX_TILE_SCORES
+from dtcp.kernels.sparse.types import SPARSE_TILE
 from dtcp.models.deepseek_v4 import PRESETS, DeepseekV4Config, tiny
 from dtcp.models.deepseek_v4.attention import Attention
 from dtcp.plan import apply_plan
@@ -85,17 +86,17 @@ def ours(config: DeepseekV4Config, ratio: int, seq_len: int, ranks: int) -> Stat
 
 def _tile(config: DeepseekV4Config, how: Compression | None, layout: SequenceLayout) -> int:
     """Scores of a tile, or the entries picked for it, or the indexer's scores: the largest."""
-    heads, keys = config.num_heads, TILE + config.window - 1
+    heads, keys = config.num_heads, SPARSE_TILE + config.window - 1
     if how is None:
-        return TILE * heads * keys * FP32
+        return SPARSE_TILE * heads * keys * FP32
     entries = 2 * layout.num_shards * segment_entries(layout.segment_len, how)
     if how.selected is None:
-        rows = min(TILE, max(1, SCORES // (heads * (keys + entries))))
+        rows = min(SPARSE_TILE, max(1, MAX_TILE_SCORES // (heads * (keys + entries))))
         return rows * heads * (keys + entries) * FP32
     chosen = min(how.selected, entries)
-    picked = TILE * chosen * config.head_dim * FP32
-    scored = min(INDEX_SCORES, TILE * config.index_heads * entries) * FP32
-    return max(TILE * heads * (keys + chosen) * FP32, picked, scored)
+    picked = SPARSE_TILE * chosen * config.head_dim * FP32
+    scored = min(MAX_INDEX_SCORES, SPARSE_TILE * config.index_heads * entries) * FP32
+    return max(SPARSE_TILE * heads * (keys + chosen) * FP32, picked, scored)
 
 
 def published(config: DeepseekV4Config, ratio: int, seq_len: int, ranks: int) -> Stated:

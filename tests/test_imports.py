@@ -184,6 +184,29 @@ def test_optional_kernels_are_imported_in_kernels_only():
     assert foreign_imports(OPTIONAL, homes=("dtcp/kernels/",)) == []
 
 
+def test_kernels_know_one_device():
+    """No groups, no collectives, no counting: what communicates is an op, above the kernels."""
+    talk = [
+        f"{place} imports {name}"
+        for file in files("dtcp/kernels")
+        for place, name in [*file.imports(), *torch_attributes(file)]
+        if within(name, ("torch.distributed", "dtcp.distributed", "dtcp.compile"))
+    ]
+    assert talk == []
+
+
+def test_fast_kernels_do_not_import_the_reference():
+    """What a backend needs of it stands in a file of its own, such as types.py."""
+    reference = [
+        f"{place} imports {target}"
+        for module, edges in graph().items()
+        if within(module, ("dtcp.kernels",))
+        for place, target in edges
+        if target.endswith(".reference") and not module.endswith(".api")
+    ]
+    assert reference == []
+
+
 def foreign_imports(packages: tuple[str, ...], homes: tuple[str, ...]) -> list[str]:
     return [
         f"{place} imports {name}"

@@ -1,8 +1,11 @@
-"""One matrix product a group of rows: what the experts of a mixture compute.
+"""One matrix product per group of rows: what the experts of a mixture compute.
 
-Rows come sorted by group, with the end of every group as a tensor, so no shape depends on data:
-one node in a graph, whatever the router decides. torch's own grouped product has no fp64, wants
-rows of 16 bytes and, on the CPU, loops as this does.
+Rows arrive sorted by group, and a tensor says where each group ends, so no shape depends on the
+data: whatever the router decides, the graph has one node. torch's own grouped product takes no
+fp64, needs rows whose size is a multiple of 16 bytes, and on CPU loops over groups as this does.
+
+These ops stay here, unlike those of token mixers: they communicate nothing, so there is nothing
+to count.
 """
 
 import itertools
@@ -14,19 +17,19 @@ from torch.nn import functional as F
 
 @torch.library.custom_op("dtcp::grouped_linear", mutates_args=())
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiply the rows of each group by the group's own weight.
+    """Multiply the rows of each group by that group's weight.
 
     Args:
         x: [M, D], sorted by group.
         weight: [E, F, D].
-        ends: [E] int32, the row after the last one of each group; the last one is M.
+        ends: [E] int32, one past the last row of each group; the last one is M.
     Returns:
         [M, F].
     """
-    if _in_one_kernel(x):
+    if _has_grouped_mm(x):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     out = x.new_empty(len(x), weight.shape[1])
-    for group, rows in enumerate(_rows(ends)):
+    for group, rows in enumerate(_group_rows(ends)):
         torch.mm(x[rows], weight[group].T, out=out[rows])
     return out
 
@@ -38,11 +41,11 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("dtcp::grouped_weight_gradient", mutates_args=())
 def grouped_weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """Gradient of the weight: grad.T @ x of each group's rows, [E, F, D]; zero without rows."""
-    if _in_one_kernel(x):
+    """Gradient of the weight: grad.T @ x over each group's rows, [E, F, D]; 0 for empty groups."""
+    if _has_grouped_mm(x):
         return F.grouped_mm(grad.T, x, offs=ends)
     out = x.new_empty(len(ends), grad.shape[1], x.shape[1])
-    for group, rows in enumerate(_rows(ends)):
+    for group, rows in enumerate(_group_rows(ends)):
         torch.mm(grad[rows].T, x[rows], out=out[group])
     return out
 
@@ -52,11 +55,11 @@ def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(len(ends), grad.shape[1], x.shape[1])
 
 
-def _in_one_kernel(x: Tensor) -> bool:
+def _has_grouped_mm(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64
 
 
-def _rows(ends: Tensor) -> list[slice]:
+def _group_rows(ends: Tensor) -> list[slice]:
     bounds = [0, *ends.tolist()]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 

@@ -17,8 +17,7 @@ from dtcp.distributed.dtensor_rules import bind, check_placements, to_local, wra
 from dtcp.distributed.groups import axis_of
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
-from dtcp.kernels.delta_rule.fla import delta_kernel
-from dtcp.kernels.delta_rule.reference import Carry, Inputs
+from dtcp.kernels.delta_rule.api import Carry, DeltaInputs, delta_kernel
 from dtcp.kernels.dtypes import accumulation
 from dtcp.recurrent.exchange import entering_by_gather, entering_by_scan
 from dtcp.recurrent.metadata import DeltaMetadata
@@ -83,7 +82,7 @@ def gated_delta_rule(
 def _forward(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule")
     batch = DeltaMetadata(*metadata)
-    x = _segments(Inputs(q, k, v, g, beta, batch.starts), batch)
+    x = _segments(DeltaInputs(q, k, v, g, beta, batch.starts), batch)
     # Below its public functions, fla's kernels are launched on the device that is current.
     with torch.cuda.device_of(q):
         out, state = delta_kernel(x).forward(x, _carry(q, batch, scan, groups, reverse=False))
@@ -101,7 +100,7 @@ def _(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
 def _backward(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule_backward")
     batch = DeltaMetadata(*metadata)
-    x = _segments(Inputs(q, k, v, g, beta, batch.starts), batch)
+    x = _segments(DeltaInputs(q, k, v, g, beta, batch.starts), batch)
     carry = _carry(q, batch, scan, groups, reverse=True)
     with torch.cuda.device_of(q):
         grads = delta_kernel(x).backward(x, grad_out.reshape(x.v.shape), state, carry)
@@ -131,7 +130,7 @@ def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _segments(x: Inputs, metadata: DeltaMetadata) -> Inputs:
+def _segments(x: DeltaInputs, metadata: DeltaMetadata) -> DeltaInputs:
     """Segments as rows of their own: [B, L, ...] -> [B * P, T, ...]."""
     if metadata.starts.shape != x.v.shape[:2]:
         raise ValueError(
@@ -140,7 +139,9 @@ def _segments(x: Inputs, metadata: DeltaMetadata) -> Inputs:
             f"made with this batch."
         )
     segments = metadata.chain.shape[1]
-    return Inputs(*(part.unflatten(1, (segments, -1)).flatten(0, 1).contiguous() for part in x))
+    return DeltaInputs(
+        *(part.unflatten(1, (segments, -1)).flatten(0, 1).contiguous() for part in x)
+    )
 
 
 def _carry(

@@ -8,15 +8,12 @@ from torch import Tensor
 
 from dtcp.kernels.sparse.pooling import Windows
 from dtcp.kernels.sparse.read_ranges import entry_runs, key_runs
-from dtcp.kernels.sparse.reference import TILE, Sight
+from dtcp.kernels.sparse.types import NOWHERE, SPARSE_TILE, Sight
 from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.mixer import position_ids_of
 from dtcp.sequence.layout import Run, SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.sparse.exchange import halo_routes
-
-NOWHERE = torch.iinfo(torch.int32).max
-"""Position of an entry that is none: ahead of every query."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def sparse_metadata(
     compression: Compression | None,
     *,
     halo: bool,
-    tile: int = TILE,
+    tile: int = SPARSE_TILE,
 ) -> SparseMetadata:
     """Work out once a batch, on the host, what the mixer reads on one rank.
 

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dtcp.kernels.sparse.indexer import select_entries
 from dtcp.kernels.sparse.pooling import Prepool, pool
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import Mixer, check_position_ids
 from dtcp.sequence.masks import Coords
 from dtcp.sparse.metadata import Compression, SparseMetadata, sparse_metadata
-from dtcp.sparse.op import sparse_attention
+from dtcp.sparse.op import select_entries, sparse_attention
 
 __all__ = ["CompressedSparseAttention", "Compression", "Index", "Prepool"]
 

@@ -1,62 +1,49 @@
-"""Sparse attention as an op: what the tracer does not enter, and what backward keeps.
+"""Sparse attention and the indexer's selection as ops: what the tracer does not enter.
 
-Saved are its inputs, out and lse: local sizes, and the gathered entries (S / ratio rows of one
-head, to L rows of every head of q).
+Saved for backward are the inputs of attention, out and lse: local sizes, and the gathered entries
+(S / ratio rows of one head, against the L rows of each head of q).
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dtcp.distributed.ledger import LEDGER
 from dtcp.kernels.dtypes import accumulation
-from dtcp.kernels.sparse import reference as sparse
-from dtcp.kernels.sparse.reference import Gathered, Sight
-from dtcp.kernels.triton_support import tile_width, usable
-
-WIDEST_HEAD = 512
-"""Channels of which a block of rows fits into the registers of a GPU's processor."""
-BLOCKS_TAKE = 200 * 1024
-"""Shared memory of a block of rows of so many channels: an A100 has less."""
+from dtcp.kernels.sparse.api import Sight, SparseKeys, sparse_backward, sparse_forward
+from dtcp.kernels.sparse.indexer import top_entries
 
 
-class SparseKernel(Protocol):
-    """A pair of functions as in sparse.py."""
-
-    def sparse_forward(
-        self, q: Tensor, given: Gathered, sink: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def sparse_backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        given: Gathered,
-        sink: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]: ...
+@torch.library.custom_op("dtcp::select_entries", mutates_args=())
+def select_entries(
+    q: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    first: Tensor,
+    last: Tensor,
+    closing: Tensor,
+    tiles: Tensor,
+    num_selected: int,
+) -> Tensor:
+    """`top_entries` as an op, [B, L, num_selected] int32. Has no gradient."""
+    LEDGER.record("dtcp::select_entries")
+    return top_entries(q, weight, keys, first, last, closing, tiles, num_selected)
 
 
-def sparse_kernel(q: Tensor, given: Gathered) -> SparseKernel:
-    """Triton's kernels on GPUs that they run on, in dtypes and widths that they take.
-
-    Their gradients of picked entries are added up in no fixed order: where torch is told to be
-    deterministic, its own path is taken, which then is.
-    """
-    parts = [x for x in (given.keys, given.entries) if x is not None]
-    alike = all(x.dtype == q.dtype for x in parts)
-    ordered = given.selected is None or not torch.are_deterministic_algorithms_enabled()
-    fits = tile_width(q, q.shape[-1], shared=BLOCKS_TAKE) <= WIDEST_HEAD
-    if not (alike and ordered and fits and usable(q)):
-        return sparse
-    # Holds kernels, so it imports Triton, which not every machine has.
-    from dtcp.kernels.sparse.triton import attention as sparse_gpu
-
-    return sparse_gpu
+@select_entries.register_fake
+def _(
+    q: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    first: Tensor,
+    last: Tensor,
+    closing: Tensor,
+    tiles: Tensor,
+    num_selected: int,
+) -> Tensor:
+    return q.new_empty((*q.shape[:2], num_selected), dtype=torch.int32)
 
 
 def sparse_attention(
@@ -95,8 +82,7 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     LEDGER.record("dtcp::sparse_attention")
-    given = Gathered(keys, entries, selected, Sight(*sight))
-    return sparse_kernel(q, given).sparse_forward(q, given, sink, scale)
+    return sparse_forward(q, SparseKeys(keys, entries, selected, Sight(*sight)), sink, scale)
 
 
 @_forward.register_fake
@@ -126,9 +112,8 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     LEDGER.record("dtcp::sparse_attention_backward")
-    given = Gathered(keys, entries, selected, Sight(*sight))
-    kernel = sparse_kernel(q, given)
-    dq, dkeys, *rest = kernel.sparse_backward(grad_out, q, given, sink, out, lse, scale)
+    sources = SparseKeys(keys, entries, selected, Sight(*sight))
+    dq, dkeys, *rest = sparse_backward(grad_out, q, sources, sink, out, lse, scale)
     dentries, dsink = (q.new_empty(0) if x is None else x for x in rest)
     return dq, dkeys.to(keys.dtype), dentries.to(keys.dtype), dsink
 

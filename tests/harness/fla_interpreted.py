@@ -1,8 +1,8 @@
-"""Run fla's kernels in Triton's interpreter against the reference: a script, for test_fla.py.
+"""Run fla's kernels in Triton's interpreter against the reference, for test_fla.py.
 
-Triton reads TRITON_INTERPRET when it is imported, so this is a process of its own. The interpreter
-lacks what an autotuner measures with and tensors as loop counters; both are put in their place.
-Prints the largest error of each result.
+Triton reads TRITON_INTERPRET when it is imported, so this script runs in a process of its own. The
+interpreter has no timer for an autotuner and takes no tensor as a loop bound: this script replaces
+both. Prints the largest error of each result, divided by its largest value.
 """
 
 import importlib
@@ -17,9 +17,9 @@ from torch import Tensor
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import TensorHandle
 
-from dtcp.kernels.delta_rule import reference as delta_rule
-from dtcp.kernels.delta_rule.fla import FlaKernel
-from dtcp.kernels.delta_rule.reference import Inputs
+from dtcp.kernels.delta_rule.fla import FlaDeltaRule
+from dtcp.kernels.delta_rule.reference import ReferenceDeltaRule
+from dtcp.kernels.delta_rule.types import DeltaInputs
 
 KERNELS = (
     "fla.ops.common.chunk_delta_h",
@@ -40,14 +40,14 @@ def first_config(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def counters(*bounds: Any) -> Iterator[Any]:
-    """range, of tensors."""
+    """`range` that takes tensors as bounds."""
     numbers = [int(b.handle.data.reshape(-1)[0]) if hasattr(b, "handle") else b for b in bounds]
     for i in range(*numbers):
         yield tl.tensor(TensorHandle(np.array([i], dtype=np.int32), tl.int32), tl.int32)
 
 
 def prepare_fla() -> Any:
-    """Make fla's kernels run here; returns the module whose guards the caller sets."""
+    """Make fla's kernels run in the interpreter; return the module whose guards the caller sets."""
     Autotuner.run = first_config
     importlib.import_module("fla.ops.utils.cache").CachedAutotuner.run = first_config
     modules = [importlib.import_module(name) for name in KERNELS]
@@ -57,8 +57,8 @@ def prepare_fla() -> Any:
     return modules[1]
 
 
-def inputs() -> tuple[Inputs, Tensor, Tensor]:
-    """Two rows that end inside a chunk, documents in the first; a state, and a cotangent."""
+def inputs() -> tuple[DeltaInputs, Tensor, Tensor]:
+    """Two rows that end inside a chunk, documents in the first; a state, and a gradient."""
     rows, length, groups, heads, width = 2, 80, 1, 2, 16
     torch.manual_seed(0)
     unit = torch.nn.functional.normalize
@@ -67,43 +67,43 @@ def inputs() -> tuple[Inputs, Tensor, Tensor]:
     g, beta = -torch.rand(rows, length, heads), torch.rand(rows, length, heads)
     starts = torch.zeros(rows, length, dtype=torch.int32)
     starts[0, [0, 3, 4, 70]] = 1
-    return Inputs(q, k, v, g, beta, starts), torch.randn(rows, heads, width, width), grad
+    return DeltaInputs(q, k, v, g, beta, starts), torch.randn(rows, heads, width, width), grad
 
 
 def main() -> None:
     chunk_o = prepare_fla()
     x, state, grad = inputs()
-    exact = Inputs(*(part.double() if part.is_floating_point() else part for part in x))
+    exact = DeltaInputs(*(part.double() if part.is_floating_point() else part for part in x))
     seen: dict[str, Tensor] = {}
 
-    def carry(name: str, given: Tensor) -> Callable[[Tensor], Tensor]:
+    def carry(name: str, entering: Tensor) -> Callable[[Tensor], Tensor]:
         def keep(summary: Tensor) -> Tensor:
             seen[name] = summary
-            return given
+            return entering
 
         return keep
 
-    kernel, errors = FlaKernel(), {}
+    kernel, exactly, errors = FlaDeltaRule(), ReferenceDeltaRule(), {}
     out, _ = kernel.forward(x, carry("forward", state))
-    right, _ = delta_rule.forward(exact, carry("forward exactly", state.double()))
-    rights = delta_rule.backward(
+    right, _ = exactly.forward(exact, carry("forward exactly", state.double()))
+    rights = exactly.backward(
         exact, grad.double(), state.double(), carry("backward exactly", state.double())
     )
-    errors["out"] = far(out, right)
+    errors["out"] = relative_error(out, right)
     for hopper in (False, True):
         # As on a Hopper with triton 3.6, whose kernel fla refuses to run.
         chunk_o.IS_NVIDIA_HOPPER = chunk_o.TRITON_ABOVE_3_4_0 = hopper
         chunk_o.TRITON_ABOVE_3_7_1 = not hopper
         grads = kernel.backward(x, grad, state, carry("backward", state))
-        for name, found, wanted in zip(grads._fields, grads, rights, strict=True):
-            errors[f"{name}, guarded {hopper}"] = far(found, wanted)
+        for name, ours, right in zip(grads._fields, grads, rights, strict=True):
+            errors[f"{name}, guarded {hopper}"] = relative_error(ours, right)
     for way in ("forward", "backward"):
-        errors[f"summary {way}"] = far(seen[way], seen[f"{way} exactly"])
+        errors[f"summary {way}"] = relative_error(seen[way], seen[f"{way} exactly"])
     print(json.dumps(errors))
 
 
-def far(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
+def relative_error(ours: Tensor, right: Tensor) -> float:
+    return float((ours - right).abs().max() / right.abs().max())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Run the interval kernels in Triton's interpreter against the reference: for test_interval.py.
+"""Run attention's kernels in Triton's interpreter against the reference, for test_interval.py.
 
-Triton reads TRITON_INTERPRET when it is imported, so this is a process of its own; two, which
-share the cases out and then are the ranks of a ring. Nothing is put in the kernels' place: where
-Triton interprets, attention of CPU tensors in fp32 and fp16 is theirs (triton_support.usable).
+Triton reads TRITON_INTERPRET when it is imported, so this script runs in processes of its own:
+two, which share the cases and then become the ranks of a ring. No kernel is replaced: where
+Triton interprets, attention of CPU tensors in fp32 and fp16 runs on Triton's kernels
+(triton_support.triton_runs_on).
 
-Prints the largest error of every result, over the largest value.
+Prints the largest error of each result, divided by its largest value.
 """
 
 import json
@@ -17,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
-from dtcp.kernels.softmax.triton import ranges as interval_runs
+from dtcp.kernels.softmax.triton import ranges
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import RingAttention
 from tests.harness import packings as cases
@@ -30,13 +31,13 @@ from tests.harness.attention_parity import (
     plan_of,
     run,
 )
-from tests.harness.kernel_cases import check, meetings
+from tests.harness.kernel_cases import kernel_cases, kernel_errors
 
 RANKS = 2
 
 
 def ring() -> dict[str, float]:
-    """The seam under a strategy: nothing of a ring knows which kernel it was."""
+    """The kernels under a strategy: a ring does not know which backend computes."""
     mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("cp",))
     case = Case(CAUSAL, cases.two_rows, seq_len=64, heads=2, kv_heads=1, dtype=torch.float32)
     mixer = mixer_on(mesh, RingAttention(), case.sight.mask)
@@ -44,29 +45,30 @@ def ring() -> dict[str, float]:
     return errors(case, run(case, mixer, plan, local_inputs(case, plan)), plan)
 
 
-def rank_main(rank: int, meeting: str, results: Any) -> None:
+def rank_main(rank: int, store_path: str, results: Any) -> None:
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # the interpreter computes what a mask then hides
-    found = {name: check(at) for name, at in list(meetings().items())[rank::RANKS]}
-    store = dist.FileStore(meeting, RANKS)
+    warnings.simplefilter("ignore")  # of NaNs that the interpreter computes and a mask hides
+    own = list(kernel_cases().items())[rank::RANKS]
+    errors_of = {name: kernel_errors(case) for name, case in own}
+    store = dist.FileStore(store_path, RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    found[f"ring, rank {rank}"] = ring()
+    errors_of[f"ring, rank {rank}"] = ring()
     dist.destroy_process_group()
-    results.put(found)
+    results.put(errors_of)
 
 
 def main() -> None:
-    interval_runs.SCAN = 2  # else no row here has tiles for a second look
-    results, found = mp.get_context("fork").SimpleQueue(), {}
+    ranges.SCAN = 2  # so that rows as short as these need several steps
+    results, errors_of = mp.get_context("fork").SimpleQueue(), {}
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.start_processes(
-            rank_main, (f"{folder}/meeting", results), RANKS, join=False, start_method="fork"
+            rank_main, (f"{folder}/store", results), RANKS, join=False, start_method="fork"
         )
         while not ranks.join():
             pass
     for _ in range(RANKS):
-        found.update(results.get())
-    print(json.dumps(found))
+        errors_of.update(results.get())
+    print(json.dumps(errors_of))
 
 
 if __name__ == "__main__":

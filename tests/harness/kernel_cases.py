@@ -1,6 +1,7 @@
-"""Queries that meet keys through the seam of the kernels, and what must come of it.
+"""Cases for attention kernels, and their errors against the reference in fp64.
 
-Attention is taken at kernels.attend, below the mixers: any queries, keys in parts, empty slots.
+They call `dtcp.kernels.softmax.api.attend`, below the mixers: with any queries, with keys in
+several parts, and with empty slots behind the keys.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dtcp.kernels.softmax import reference as tiles
 from dtcp.kernels.softmax.api import (
     GradAccumulators,
     Keys,
@@ -24,6 +24,7 @@ from dtcp.kernels.softmax.api import (
     zeros_for,
 )
 from dtcp.kernels.softmax.block_ranges import UNUSED, block_ranges
+from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.sequence.layout import HeadTail
 from dtcp.sequence.masks import Coords
 from tests.harness import packings as cases
@@ -40,28 +41,28 @@ from tests.harness.attention_parity import (
 ONE_HEAD = {"heads": 1, "kv_heads": 1, "sink": False, "dtype": torch.float32}
 
 
-class Meeting(NamedTuple):
-    """Queries of a case, and the keys they meet, one part after another."""
+class KernelCase(NamedTuple):
+    """Queries of a case, and the keys they attend to, one part after another."""
 
     case: Case
     queries: Tensor
     parts: Sequence[Tensor]
-    unused: int = 0  # slots behind each part's keys
+    unused: int = 0  # empty slots behind each part's keys
 
 
-def meetings() -> dict[str, Meeting]:
-    """All widths of tile, both ends of runs, both ways through them."""
+def kernel_cases() -> dict[str, KernelCase]:
+    """Every width of tile, partial blocks at both ends of a range, with full blocks and without."""
     causal = Case(CAUSAL, cases.one_document, seq_len=110, key_dim=16, value_dim=16, **ONE_HEAD)
     packed = replace(causal, packing=cases.two_rows, seq_len=44, softcap=2.0, scale=0.4)
     packed = replace(packed, heads=4, kv_heads=2, key_dim=24, value_dim=5)
     images = replace(causal, sight=IMAGES_IN_WINDOW, packing=cases.empty_row, seq_len=80)
     half = replace(causal, dtype=torch.float16, seq_len=200)
-    found = {
+    return {
         "causal": _whole(causal),
-        "packed, capped, keys in two parts": Meeting(
+        "packed, capped, keys in two parts": KernelCase(
             packed, torch.arange(44), [torch.arange(p, 44, 2) for p in (0, 1)]
         ),
-        "images in windows, head-tail, unused slots": Meeting(
+        "images in windows, head-tail, unused slots": KernelCase(
             images, HeadTail(80, 2).token_indices(0), [torch.arange(50)], unused=14
         ),
         "heads of 512": _whole(replace(causal, seq_len=20, key_dim=512, value_dim=500)),
@@ -69,14 +70,13 @@ def meetings() -> dict[str, Meeting]:
         "half, window": _whole(replace(half, sight=WINDOW, packing=cases.across_borders)),
         "prefix": _whole(replace(causal, sight=PREFIX, packing=cases.on_borders, seq_len=80)),
     }
-    return found
 
 
-def _whole(case: Case) -> Meeting:
-    return Meeting(case, torch.arange(case.seq_len), [torch.arange(case.seq_len)])
+def _whole(case: Case) -> KernelCase:
+    return KernelCase(case, torch.arange(case.seq_len), [torch.arange(case.seq_len)])
 
 
-class Found(NamedTuple):
+class Results(NamedTuple):
     out: Tensor
     lse: Tensor
     dq: Tensor
@@ -84,52 +84,55 @@ class Found(NamedTuple):
     dv: Tensor
 
 
-def expected(at: Meeting) -> tuple[Found, Tensor]:
-    """The truth, with gradients of the queries met, and their cotangent."""
-    case, inputs = at.case, truth(at.case, 4).inputs
+def expected(case: KernelCase) -> tuple[Results, Tensor]:
+    """The truth in fp64, and the gradient of the output it is for."""
+    base, inputs = case.case, truth(case.case, 4).inputs
     q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
-    visible = case.sight.visible(case.documents(4))
-    met = torch.zeros(case.seq_len, dtype=torch.bool)
-    met[torch.cat(list(at.parts))] = True
-    out, lse = reference.attention(q, k, v, visible & met, scale=case.scale, softcap=case.softcap)
-    out, lse = out[:, at.queries], lse[:, at.queries]
+    visible = base.sight.visible(base.documents(4))
+    present = torch.zeros(base.seq_len, dtype=torch.bool)
+    present[torch.cat(list(case.parts))] = True
+    scores = {"scale": base.scale, "softcap": base.softcap}
+    out, lse = reference.attention(q, k, v, visible & present, **scores)
+    out, lse = out[:, case.queries], lse[:, case.queries]
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-    grad_out = grad_out.to(case.dtype)
+    grad_out = grad_out.to(base.dtype)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad_out.double())
-    return Found(out.detach(), lse.detach(), dq[:, at.queries], dk, dv), grad_out
+    return Results(out.detach(), lse.detach(), dq[:, case.queries], dk, dv), grad_out
 
 
-def computed(at: Meeting, grad_out: Tensor, device: str) -> Found:
-    """Every part's keys in turn, forward and then backward."""
-    case = at.case
-    q, k, v = (x.to(device, case.dtype) for x in truth(case, 4).inputs[:3])
-    documents = case.documents(4)
+def computed(case: KernelCase, grad_out: Tensor, device: str) -> Results:
+    """Forward over every part's keys in turn, then backward."""
+    base = case.case
+    q, k, v = (x.to(device, base.dtype) for x in truth(base, 4).inputs[:3])
+    documents = base.documents(4)
     coords = Coords.of(
         documents, prefix=cases.prefix_of_tokens(documents), block=cases.blocks_of_tokens(documents)
     )
-    first, last = (x[:, at.queries] for x in case.sight.mask.intervals(coords))
-    queries = Queries.of(q[:, at.queries], first.to(device), last.to(device))
-    how = SoftmaxParams(case.key_dim**-0.5 if case.scale is None else case.scale, case.softcap)
+    first, last = (x[:, case.queries] for x in base.sight.mask.intervals(coords))
+    queries = Queries.of(q[:, case.queries], first.to(device), last.to(device))
+    params = SoftmaxParams(base.key_dim**-0.5 if base.scale is None else base.scale, base.softcap)
     parts = []
-    for tokens in at.parts:
-        token_index = torch.nn.functional.pad(tokens, (0, at.unused), value=UNUSED).to(torch.int32)
-        slots = [_with_unused(x[:, tokens], at.unused) for x in (k, v)]
-        parts.append((Keys(*slots, token_index.to(device)), block_ranges(first, last, token_index)))
+    for tokens in case.parts:
+        token_index = torch.nn.functional.pad(tokens, (0, case.unused), value=UNUSED)
+        token_index = token_index.to(torch.int32)
+        slots = [_with_unused(x[:, tokens], case.unused) for x in (k, v)]
+        keys = Keys(*slots, token_index.to(device))
+        parts.append((keys, block_ranges(first, last, token_index)))
 
-    partial = OnlineSoftmax.empty(queries.q, case.value_dim)
-    for keys, spans in parts:
-        assert attention_kernel(queries, keys) is not tiles
-        attend(partial, queries, keys, spans, how)
-    out, lse = partial.finish(None, case.dtype)
-    final = SavedForward(grad_out.to(device), out, lse)
+    state = OnlineSoftmax.empty(queries.q, base.value_dim)
+    for keys, ranges in parts:
+        assert not isinstance(attention_kernel(queries, keys), ReferenceAttention)
+        attend(state, queries, keys, ranges, params)
+    out, lse = state.finish(None, base.dtype)
+    saved = SavedForward(grad_out.to(device), out, lse)
     dq, dk, dv = (zeros_for(x) for x in (queries.q, k, v))
-    for tokens, (keys, spans) in zip(at.parts, parts, strict=True):
+    for tokens, (keys, ranges) in zip(case.parts, parts, strict=True):
         grads = GradAccumulators(dq, zeros_for(keys.k), zeros_for(keys.v))
-        attend_backward(grads, final, queries, keys, spans, how)
+        attend_backward(grads, saved, queries, keys, ranges, params)
         count = len(tokens)
         assert not grads.dk[:, count:].any() and not grads.dv[:, count:].any()
         dk[:, tokens], dv[:, tokens] = grads.dk[:, :count], grads.dv[:, :count]
-    return Found(*(x.cpu() for x in (out, lse, dq, dk, dv)))
+    return Results(*(x.cpu() for x in (out, lse, dq, dk, dv)))
 
 
 def _with_unused(x: Tensor, slots: int) -> Tensor:
@@ -138,18 +141,18 @@ def _with_unused(x: Tensor, slots: int) -> Tensor:
     return padded.transpose(0, 2).contiguous().transpose(0, 2)
 
 
-def check(at: Meeting, device: str = "cpu") -> dict[str, float]:
-    """Error of each result."""
-    right, grad_out = expected(at)
-    found = computed(at, grad_out, device)
+def kernel_errors(case: KernelCase, device: str = "cpu") -> dict[str, float]:
+    """The relative error of each result."""
+    right, grad_out = expected(case)
+    ours = computed(case, grad_out, device)
     blind = right.lse == -torch.inf
-    assert torch.equal(found.lse == -torch.inf, blind) and not found.out[blind].any()
-    pairs = zip(Found._fields, found, right, strict=True)
-    return {name: far(a, b) for name, a, b in pairs}
+    assert torch.equal(ours.lse == -torch.inf, blind) and not ours.out[blind].any()
+    pairs = zip(Results._fields, ours, right, strict=True)
+    return {name: relative_error(a, b) for name, a, b in pairs}
 
 
-def far(found: Tensor, right: Tensor) -> float:
-    """The largest difference where the truth is finite, over its largest value."""
+def relative_error(ours: Tensor, right: Tensor) -> float:
+    """The largest difference where the truth is finite, divided by the truth's largest value."""
     finite = right.isfinite()
-    found, right = found[finite].double(), right[finite]
-    return float((found - right).abs().max() / right.abs().max())
+    ours, right = ours[finite].double(), right[finite]
+    return float((ours - right).abs().max() / right.abs().max())

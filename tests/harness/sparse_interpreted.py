@@ -1,7 +1,7 @@
-"""Run sparse attention's kernels in Triton's interpreter against dense fp64: a script, for tests.
+"""Run sparse attention's kernels in Triton's interpreter against dense fp64, for tests.
 
-Triton reads TRITON_INTERPRET when it is imported, so this is a process of its own. Prints the
-largest error of each result, as a part of its largest number.
+Triton reads TRITON_INTERPRET when it is imported, so this script runs in a process of its own.
+Prints the largest error of each result, divided by its largest value.
 """
 
 import json
@@ -11,18 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dtcp.kernels.sparse.indexer import select_entries
+from dtcp.kernels.sparse.indexer import top_entries
+from dtcp.kernels.triton_support import triton_runs_on
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Coords
-from dtcp.sparse import op as sparse_op
 from dtcp.sparse.mixer import Compression, SparseMetadata
 from dtcp.sparse.op import sparse_attention
 from dtcp.sparse.style import rank_metadata
 
 WINDOW = 5
 ROWS = ((9, 2, 20), (32,))
-"""Documents cut anywhere, one shorter than a window; the first row ends in padding."""
+"""Documents with borders anywhere, one shorter than a window; the first row ends in padding."""
 
 
 class Case(NamedTuple):
@@ -41,7 +41,7 @@ CASES = {
     "picks": Case(*HEAD_TAIL, Compression(1, selected=18), heads=17, dim=24, sink=True),
     "all picked": Case(*LAST, Compression(4, selected=9), heads=3, dim=8, sink=True),
 }
-"""Blocks have 16 rows, so 17 heads are two; 17 entries and more are two as well."""
+"""Blocks have 16 rows and 16 keys, so 17 heads take two blocks, and so do 17 entries."""
 
 
 def dense(
@@ -59,7 +59,7 @@ def dense(
 def chosen_by_index(
     attn_metadata: SparseMetadata, number: int, generator: torch.Generator
 ) -> Tensor:
-    """[B, L, number], by scores of an indexer with one head."""
+    """[B, L, number], selected by an indexer with one head."""
     (rows, queries), entries = attn_metadata.first.shape, attn_metadata.closing.shape[1]
     q, keys = (
         torch.randn(rows, n, 4, generator=generator, dtype=torch.float64)
@@ -72,7 +72,7 @@ def chosen_by_index(
         attn_metadata.tiles,
         number,
     )
-    return select_entries(q[:, :, None], torch.ones(rows, queries, 1).double(), keys, *seen)
+    return top_entries(q[:, :, None], torch.ones(rows, queries, 1).double(), keys, *seen)
 
 
 def predicate(first: Tensor, last: Tensor, position: Tensor) -> Tensor:
@@ -108,39 +108,39 @@ def errors(case: Case) -> dict[str, float]:
         return torch.randn(shape, generator=generator).requires_grad_()
 
     q, keys = random(*shape), random(rows, seen.shape[-1], case.dim)
-    given, sink = random(rows, entries, case.dim), random(case.heads)
-    # Channels next to each other, all else in another order: what a rotation may hand on.
+    entry_rows, sink = random(rows, entries, case.dim), random(case.heads)
+    # Channels adjacent, all else in another order: as a rotation may pass a gradient on.
     grad = random(*(shape[i] for i in (2, 0, 1, 3))).detach().permute(1, 2, 0, 3)
-    exact = [x.detach().double().requires_grad_() for x in (q, keys, given, sink)]
+    exact = [x.detach().double().requires_grad_() for x in (q, keys, entry_rows, sink)]
     nothing = torch.full((case.heads,), -inf, dtype=torch.float64)
     sees, scale = torch.cat((seen, in_sight), dim=2), case.dim**-0.5
     right, right_lse = dense(*exact[:3], exact[3] if case.sink else nothing, sees, scale)
-    parts = (None if case.kind is None else given, selected, sink if case.sink else None)
+    parts = (None if case.kind is None else entry_rows, selected, sink if case.sink else None)
     out = sparse_attention(q, keys, *parts, attn_metadata.sight, scale=scale)
     _, lse = torch.ops.dtcp.sparse_attention(q, keys, *parts, list(attn_metadata.sight), scale)
-    found = {"out": far(out, right), "lse": far(lse, right_lse)}
+    result = {"out": relative_error(out, right), "lse": relative_error(lse, right_lse)}
     names = ("q", "keys", "entries", "sink")
-    mine = torch.autograd.grad(out, (q, keys, given, sink), grad, allow_unused=True)
-    theirs = torch.autograd.grad(right, exact, grad.double(), allow_unused=True)
-    for name, one, other in zip(names, mine, theirs, strict=True):
+    ours = torch.autograd.grad(out, (q, keys, entry_rows, sink), grad, allow_unused=True)
+    exact_grads = torch.autograd.grad(right, exact, grad.double(), allow_unused=True)
+    for name, one, other in zip(names, ours, exact_grads, strict=True):
         if one is None:
             assert other is None or not other.any(), name
         else:
-            found[f"d{name}"] = far(one, other)
-    return found
+            result[f"d{name}"] = relative_error(one, other)
+    return result
 
 
-def far(found: Tensor, wanted: Tensor) -> float:
-    blind = wanted == -inf
-    assert torch.equal(found == -inf, blind)
-    apart = (found - wanted).masked_fill(blind, 0).detach()
-    return float(apart.abs().max() / wanted.detach().masked_fill(blind, 0).abs().max())
+def relative_error(ours: Tensor, right: Tensor) -> float:
+    blind = right == -inf
+    assert torch.equal(ours == -inf, blind)
+    error = (ours - right).masked_fill(blind, 0).detach()
+    return float(error.abs().max() / right.detach().masked_fill(blind, 0).abs().max())
 
 
 def main() -> None:
-    assert sparse_op.usable(torch.empty(0))
-    found = {name: errors(case) for name, case in CASES.items()}
-    print(json.dumps({f"{n}: {k}": v for n, case in found.items() for k, v in case.items()}))
+    assert triton_runs_on(torch.empty(0))
+    results = {name: errors(case) for name, case in CASES.items()}
+    print(json.dumps({f"{n}: {k}": v for n, case in results.items() for k, v in case.items()}))
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def a_case(dtype: torch.dtype = torch.float64) -> tuple[Experts, list[Tensor], T
 
 
 def gradients(out: Tensor, cotangent: Tensor, *inputs: Tensor) -> list[Tensor]:
-    found = torch.autograd.grad(out, inputs, cotangent)
-    return [g.full_tensor() if isinstance(g, DTensor) else g for g in found]
+    grads = torch.autograd.grad(out, inputs, cotangent)
+    return [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]
 
 
 def leaves(x: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

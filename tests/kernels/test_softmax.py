@@ -1,4 +1,4 @@
-"""Attention on one device, and the pieces that every strategy is made of."""
+"""Attention on one device, and the pieces that every strategy is built from."""
 
 import itertools
 from math import log
@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import count_traffic
-from dtcp.kernels.softmax import reference as tiles_module
+from dtcp.kernels.softmax import reference as reference_kernel
 from dtcp.kernels.softmax.api import (
     GradAccumulators,
     Keys,
@@ -18,9 +18,10 @@ from dtcp.kernels.softmax.api import (
     Queries,
     SavedForward,
     SoftmaxParams,
+    attend,
+    attend_backward,
     zeros_for,
 )
-from dtcp.kernels.softmax.api import attend as attend_to
 from dtcp.kernels.softmax.block import block_attention, block_attention_backward
 from dtcp.kernels.softmax.block_ranges import UNUSED, block_ranges
 from dtcp.kernels.softmax.merge import (
@@ -74,11 +75,11 @@ def bias_of(visible, dtype=torch.float64):
     return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -torch.inf)
 
 
-def dense(q, k, v, visible, **how):
+def dense(q, k, v, visible, **params):
     """The reference on blocks with fewer queries than keys."""
     missing = k.shape[1] - q.shape[1]
     padded = F.pad(q, (0, 0, 0, 0, 0, missing))
-    out, lse = reference.attention(padded, k, v, F.pad(visible, (0, 0, 0, missing)), **how)
+    out, lse = reference.attention(padded, k, v, F.pad(visible, (0, 0, 0, missing)), **params)
     return out[:, : q.shape[1]], lse[:, : q.shape[1]]
 
 
@@ -158,8 +159,8 @@ def test_sink_is_one_more_key_whose_value_is_zero():
 
 @pytest.mark.parametrize("tile", [1, 3, 4, 7, 24, 100])
 @pytest.mark.parametrize("packing", cases.PACKINGS)
-def test_spans_hold_all_that_is_seen_and_say_what_all_see(packing, tile):
-    """And no key before the first position, or after the last, that a query of the tile sees."""
+def test_block_ranges_hold_every_key_that_is_seen_and_full_blocks_are_seen_by_all(packing, tile):
+    """And no key before the first token, or after the last, that a query of the tile sees."""
     documents = packing(24, 4)
     keys = torch.tensor([0, 1, 2, 5, 6, 9, 10, 11, 15, 16, 17, 23])
     queries = torch.tensor([2, 3, 4, 8, 9, 11, 12, 13, 20, 21])
@@ -170,11 +171,11 @@ def test_spans_hold_all_that_is_seen_and_say_what_all_see(packing, tile):
     for sight in SIGHTS:
         first, last = (x[:, queries] for x in sight.mask.intervals(coords))
         seen = sight.visible(documents)[:, queries][:, :, keys]
-        spans = block_ranges(first, last, token_index, tile=tile)
-        assert spans.shape == (documents.batch, -(-10 // tile), 6)
-        for row, row_spans in enumerate(spans.tolist()):
-            assert [span[0] for span in row_spans] == list(range(0, 10, tile))
-            for q_start, q_stop, start, full_start, full_stop, stop in row_spans:
+        ranges = block_ranges(first, last, token_index, tile=tile)
+        assert ranges.shape == (documents.batch, -(-10 // tile), 6)
+        for row, row_ranges in enumerate(ranges.tolist()):
+            assert [q_start for q_start, *_ in row_ranges] == list(range(0, 10, tile))
+            for q_start, q_stop, start, full_start, full_stop, stop in row_ranges:
                 some = seen[row, q_start:q_stop].any(0).nonzero().flatten().tolist()
                 assert not some or start <= some[0] <= some[-1] < stop
                 sees = (last >= first)[row, q_start:q_stop]
@@ -188,7 +189,7 @@ def test_spans_hold_all_that_is_seen_and_say_what_all_see(packing, tile):
 def test_keys_out_of_order_are_refused():
     interval = torch.zeros(1, 2, dtype=torch.int32)
     for token_index in ([0, 2, 1], [0, 1, 1]):
-        with pytest.raises(ValueError, match="lined up by ascending position"):
+        with pytest.raises(ValueError, match="lined up by ascending token index"):
             block_ranges(interval, interval, torch.tensor(token_index))
 
 
@@ -196,9 +197,9 @@ def test_keys_out_of_order_are_refused():
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("packing", [cases.two_rows, cases.equal_rows, cases.one_token_documents])
 def test_attend_adds_keys_met_in_parts(monkeypatch, packing, softcap, most_keys):
-    """Even and odd keys come one after the other; the sum over both is the whole."""
-    monkeypatch.setattr(tiles_module, "MOST_KEYS", most_keys)
-    documents, how = packing(24, 4), SoftmaxParams(0.4, softcap)
+    """Even keys and then odd keys: the merge of both is attention over all."""
+    monkeypatch.setattr(reference_kernel, "MAX_BLOCK_KEYS", most_keys)
+    documents, params = packing(24, 4), SoftmaxParams(0.4, softcap)
     case = Case(IMAGES_IN_WINDOW, packing, scale=0.4, softcap=softcap, sink=False, seq_len=24)
     expected = truth(case, 4)
     q, k, v = expected.inputs
@@ -211,17 +212,17 @@ def test_attend_adds_keys_met_in_parts(monkeypatch, packing, softcap, most_keys)
         token_index = torch.arange(parity, 24, 2)
         keys = Keys(k[:, token_index], v[:, token_index], token_index)
         parts.append((token_index, keys, block_ranges(first, last, token_index, tile=5)))
-    partial = OnlineSoftmax.empty(q, 8)
-    for _, keys, spans in parts:
-        attend_to(partial, queries, keys, spans, how)
-    out, lse = partial.finish(None, q.dtype)
+    state = OnlineSoftmax.empty(q, 8)
+    for _, keys, ranges in parts:
+        attend(state, queries, keys, ranges, params)
+    out, lse = state.finish(None, q.dtype)
     assert_close(out, expected.out)
 
     dq, dk, dv = zeros_for(q), zeros_for(k), zeros_for(v)
-    final = SavedForward(expected.grad_out, out, lse)
-    for token_index, keys, spans in parts:
+    saved = SavedForward(expected.grad_out, out, lse)
+    for token_index, keys, ranges in parts:
         grads = GradAccumulators(dq, zeros_for(keys.k), zeros_for(keys.v))
-        tiles_module.attend_backward(grads, final, queries, keys, spans, how)
+        attend_backward(grads, saved, queries, keys, ranges, params)
         dk[:, token_index], dv[:, token_index] = grads.dk, grads.dv
     assert_close((dq, dk, dv), expected.grads)
 
@@ -236,11 +237,11 @@ def on_one_device(case, compiled=False):
         prefix=cases.prefix_of_tokens(documents),
         block=cases.blocks_of_tokens(documents),
     )
-    attend = torch.compile(mixer, backend="aot_eager", fullgraph=True) if compiled else mixer
+    call = torch.compile(mixer, backend="aot_eager", fullgraph=True) if compiled else mixer
     expected = truth(case, 4)
     inputs = [x.to(case.dtype).requires_grad_() for x in expected.inputs]
     q, k, v, *sink = inputs
-    out = attend(q, k, v, attn_metadata, sink=sink[0] if sink else None)
+    out = call(q, k, v, attn_metadata, sink=sink[0] if sink else None)
     return out, torch.autograd.grad(out, inputs, expected.grad_out)
 
 
@@ -259,7 +260,7 @@ def test_attention_on_one_device_equals_the_reference(sight, dtype):
 
 
 @pytest.mark.parametrize(
-    "how",
+    "shape",
     [
         {"softcap": 2.0},
         {"scale": 0.7},
@@ -272,9 +273,9 @@ def test_attention_on_one_device_equals_the_reference(sight, dtype):
     ],
     ids=repr,
 )
-def test_attention_of_other_shapes_equals_the_reference(how):
+def test_attention_of_other_shapes_equals_the_reference(shape):
     for dtype, bound in BOUND.items():
-        case = Case(IMAGES_IN_WINDOW, cases.two_rows, dtype=dtype, **how)
+        case = Case(IMAGES_IN_WINDOW, cases.two_rows, dtype=dtype, **shape)
         assert max(relative_errors(case, *on_one_device(case))) <= bound
 
 

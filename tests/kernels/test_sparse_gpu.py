@@ -1,61 +1,65 @@
-"""Sparse attention's kernels: right in Triton's interpreter, and compiled for a GPU without one."""
+"""Sparse attention's kernels without a GPU: interpreted, they are exact; compiled, they fit."""
 
 import torch
 
 from dtcp.kernels import triton_support
-from dtcp.kernels.sparse import reference as sparse
-from dtcp.kernels.sparse.reference import Gathered, Sight
-from dtcp.sparse import op as sparse_op
+from dtcp.kernels.sparse import api
+from dtcp.kernels.sparse.reference import ReferenceSparseAttention
+from dtcp.kernels.sparse.types import Sight, SparseKeys
 from tests.harness.run_script import lines_of
 
 
 def test_sparse_kernels_equal_dense_attention():
-    """In fp32: out, lse and every gradient of windows, runs of entries, and picked ones."""
+    """In fp32: out, lse and every gradient; windows, runs of entries, selected entries."""
     (errors,) = lines_of("tests.harness.sparse_interpreted", TRITON_INTERPRET="1")
     assert len(errors) == 4 + 3 * 6
     assert {name: error for name, error in errors.items() if not error < 2e-6} == {}
 
 
 def test_sparse_kernels_compile_for_hopper(tmp_path):
-    """At the sizes of Flash, as they are launched: in shared memory, with no sums spilled."""
-    (found,) = lines_of(
+    """As they are launched at the sizes of V4-Flash: in shared memory, with no sums spilled."""
+    (report,) = lines_of(
         "tests.harness.sparse_compiled", "bfloat16,64,512,512", TRITON_CACHE_DIR=str(tmp_path)
     )
-    kernels = found["kernels"]
-    assert set(kernels) == {"attend", "query_gradients", "run_gradients", "pick_gradients"}
+    kernels = report["kernels"]
+    assert set(kernels) == {
+        "sparse_forward_kernel",
+        "sparse_query_gradient_kernel",
+        "sparse_key_gradient_kernel",
+        "selected_gradient_kernel",
+    }
     assert max(used["shared"] for used in kernels.values()) <= 227 * 1024
-    # A block's sums are 128 registers of each thread: spilled, they alone were 512 bytes.
+    # A block's sums take 128 registers of each thread: spilled, they alone are 512 bytes.
     assert max(used["stack"] for used in kernels.values()) < 512
 
 
 def test_offsets_of_heads_stay_below_31_bits():
-    """Heads outermost, kernels would number some past it: those are laid out anew."""
-    from dtcp.kernels.sparse.triton.forward import View
+    """With heads outermost in memory some offsets would be larger: those tensors are copied."""
+    from dtcp.kernels.sparse.triton.forward import head_rows
 
     for tokens, kept in ((65_536, False), (65_535, True)):
         x = torch.empty(64, 1, tokens, 512, device="meta").permute(1, 2, 0, 3)
-        assert (View.of(x).strides == x.stride()[:3]) is kept
+        assert (head_rows(x).strides == x.stride()[:3]) is kept
 
 
 def test_calls_that_kernels_do_not_take_are_computed_in_torch(monkeypatch):
-    """And those that they take in another order, where torch is told to be deterministic."""
-    monkeypatch.setattr(sparse_op, "usable", lambda x: x.dtype != torch.float64)
+    """And, where torch is asked for deterministic algorithms, those that sum in any order."""
+    monkeypatch.setattr(api, "triton_runs_on", lambda x: x.dtype != torch.float64)
     torch.use_deterministic_algorithms(False)
     nothing = Sight(*[torch.empty(0)] * len(Sight._fields))
 
-    def kernel(dtype=torch.float32, keys=torch.float32, dim=8, selected=None):
+    def in_torch(dtype=torch.float32, key_dtype=torch.float32, dim=8, selected=None):
         q = torch.empty(1, 2, 3, dim, dtype=dtype)
-        given = Gathered(torch.empty(1, 2, dim, dtype=keys), None, selected, nothing)
-        return sparse_op.sparse_kernel(q, given)
+        keys = SparseKeys(torch.empty(1, 2, dim, dtype=key_dtype), None, selected, nothing)
+        return isinstance(api.sparse_kernel(q, keys), ReferenceSparseAttention)
 
-    picks = torch.empty(1, 2, 4)
-    assert kernel(torch.float64, torch.float64) is sparse
-    assert kernel(keys=torch.bfloat16) is sparse
-    assert kernel(dim=576) is sparse
+    selected = torch.empty(1, 2, 4)
+    assert in_torch(torch.float64, torch.float64)
+    assert in_torch(key_dtype=torch.bfloat16)
+    assert in_torch(dim=576)
     monkeypatch.setattr(triton_support, "_shared_memory", lambda x: 163 * 1024)
-    assert kernel(dim=512) is sparse
-    assert kernel(dim=256) is not sparse
-    with_kernels = kernel(selected=picks)
-    assert with_kernels is not sparse and kernel() is with_kernels
+    assert in_torch(dim=512)
+    assert not in_torch(dim=256)
+    assert not in_torch(selected=selected) and not in_torch()
     torch.use_deterministic_algorithms(True)
-    assert kernel(selected=picks) is sparse and kernel() is with_kernels
+    assert in_torch(selected=selected) and not in_torch()

@@ -190,7 +190,7 @@ def test_segments_of_several_chunks_equal_the_recurrence(mesh, layout):
     documents = Documents(((230, 70),), 300)
     layer = layer_on(mesh, GatedDeltaCP(ScanStates()))
     plan = plan_of(documents, layer, mesh, layout)
-    assert plan.layout.segment_len > delta_rule.CHUNK
+    assert plan.layout.segment_len > delta_rule.CHUNK_LEN
     for by_channel in (False, True):
         assert_equals_the_recurrence(documents, layer, plan, by_channel=by_channel)
 
@@ -364,4 +364,4 @@ def test_backward_recomputes_and_keeps_only_inputs_and_one_state():
         GatedDeltaRule(normalize=False)(*heads, g, beta, batch_metadata(layer, documents))
     largest = max(t.numel() for t in kept)
     assert largest <= x.shape[1] * H * V
-    assert largest < delta_rule.CHUNK**2 * H * 4
+    assert largest < delta_rule.CHUNK_LEN**2 * H * 4

@@ -15,9 +15,8 @@ from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.kernels.sparse import indexer as select
-from dtcp.kernels.sparse import reference as sparse
-from dtcp.kernels.sparse.indexer import select_entries
+from dtcp.kernels.sparse import indexer, reference
+from dtcp.kernels.sparse.types import SPARSE_TILE
 from dtcp.mixer import batch_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
@@ -35,6 +34,7 @@ from dtcp.sparse.mixer import (
     Prepool,
     sparse_metadata,
 )
+from dtcp.sparse.op import select_entries
 from dtcp.sparse.style import rank_metadata, work
 from tests.harness.spmd import spmd
 
@@ -207,15 +207,15 @@ def assert_equals_one_device(mesh, kind, style, layout, compiled):
     return mixer, plan, there, back
 
 
-@pytest.mark.parametrize("tile", [sparse.TILE, 8])
+@pytest.mark.parametrize("tile", [SPARSE_TILE, 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_device_equals_brute_force(kind, tile, monkeypatch):
     """In one tile, and in many that are cut again since their scores would be too many."""
     expected, mixer = truth(kind), mixer_of(kind)
     attn_metadata = batch_metadata(mixer, Documents(ROWS, SEQ_LEN))
-    if tile < sparse.TILE:
-        monkeypatch.setattr(sparse, "SCORES", 150)
-        monkeypatch.setattr(select, "SCORES", 3 * tile * INDEX_HEADS)
+    if tile < SPARSE_TILE:
+        monkeypatch.setattr(reference, "MAX_TILE_SCORES", 150)
+        monkeypatch.setattr(indexer, "MAX_INDEX_SCORES", 3 * tile * INDEX_HEADS)
         coords, whole = Coords.of(Documents(ROWS, SEQ_LEN)), [[(0, SEQ_LEN)]]
         small = sparse_metadata(coords, whole, 0, WINDOW, kind, halo=False, tile=tile)
         attn_metadata = {mixer.metadata_key: small}
@@ -277,8 +277,8 @@ def test_equal_scores_are_won_by_the_earlier_entry(monkeypatch):
     first = torch.tensor([[0, 0, 2]], dtype=torch.int32)
     last = torch.tensor([[7, 4, 5]], dtype=torch.int32)
     tiles = torch.tensor([[[0, 3, 0, 3, 0, 8]]])
-    for scores in (1, 6, 9, select.SCORES):
-        monkeypatch.setattr(select, "SCORES", scores)
+    for scores in (1, 6, 9, indexer.MAX_INDEX_SCORES):
+        monkeypatch.setattr(indexer, "MAX_INDEX_SCORES", scores)
         chosen = select_entries(q, weight, keys, first, last, closing, tiles, 3)
         assert chosen.tolist() == [[[1, 2, 4], [1, 2, 4], [2, 4, 5]]]
 
@@ -358,7 +358,7 @@ def test_nothing_of_the_size_of_a_score_table_is_made(mesh, kind):
 
 def test_the_indexer_of_flash_at_128k_tokens_on_eight_ranks_fits_in_two_gib():
     """A tile of its queries, the last of the row, against all entries: tiles come one by one."""
-    queries, heads, dim, entries, selected = sparse.TILE, 64, 128, 32_768, 512
+    queries, heads, dim, entries, selected = SPARSE_TILE, 64, 128, 32_768, 512
     q = torch.randn(1, queries, heads, dim, dtype=torch.bfloat16)
     weight = torch.randn(1, queries, heads, dtype=torch.bfloat16)
     keys = torch.randn(1, entries, dim, dtype=torch.bfloat16)

@@ -1,16 +1,16 @@
-"""How much of a token's write is left for a later token of its chunk, by head or by channel.
+"""How much of a token's write is left for a later token of its chunk, per head or per channel.
 
-With G the running sum of log-decay in a chunk, what token i reads of token j is
+With G the running sum of log-decay in a chunk, token i reads of token j
 
-    sum_c a_ic b_jc e^(G_ic - G_jc)        for j <= i, in one document
+    sum_c a_ic b_jc e^(G_ic - G_jc)        for j <= i in one document
 
-G is one number a head (gated delta net) or one a channel of the key (Kimi delta attention). A
-head's decay comes out of the sum; a channel's does not, and e^(-G) alone overflows. So a chunk is
-halved again and again: between the two halves of a stretch, with r the first token of the second,
+G has one value per head (gated delta net) or one per key channel (Kimi delta attention). A head's
+decay can be taken out of the sum. A channel's cannot, and e^(-G) alone overflows; so a chunk is
+halved again and again. Between the two halves of a stretch, with r the first token of the second,
 
     e^(G_i - G_j) = e^(G_i - G_r) e^(G_r - G_j)
 
-and both factors are at most 1. That is a product of matrices for every level, log2(C) of them.
+and both factors are at most 1. That is one matrix product per level, log2(C) in all.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,9 @@ from torch import Tensor
 class HeadDecay:
     """One decay for all channels of a head."""
 
-    between: Tensor  # [R, H, N, C, C], from column to row; 0 across documents and upwards
+    between: (
+        Tensor  # [R, H, N, C, C], from column to row; 0 across documents and above the diagonal
+    )
     enter: Tensor  # [R, H, N, C, 1], from the chunk's start to the token
     leave: Tensor  # [R, H, N, C, 1], from the token to the chunk's end
 
@@ -35,7 +37,7 @@ class HeadDecay:
         return cls(between, enter, between[..., -1, :, None])
 
     def scores(self, a: Tensor, b: Tensor) -> Tensor:
-        """What rows a [R, H, N, C, K] read of rows b, decayed: [R, H, N, C, C]."""
+        """What rows a [R, H, N, C, K] read of rows b [R, H, N, C, K], decayed: [R, H, N, C, C]."""
         return (a @ b.mT) * self.between
 
     def scores_backward(self, grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,19 +47,19 @@ class HeadDecay:
 
 
 class Level(NamedTuple):
-    """A chunk cut into stretches, and each into two halves of `half` tokens."""
+    """A chunk cut into S stretches, and each stretch into two halves of `half` tokens."""
 
     half: int
-    down: Tensor  # [R, H, N, S, half, K], from the second half's first token to each of it
-    up: Tensor  # [R, H, N, S, half, K], from each token of the first half to there
+    down: Tensor  # [R, H, N, S, half, K], from the second half's first token to each token of it
+    up: Tensor  # [R, H, N, S, half, K], from each token of the first half to the second's first
 
 
 @dataclass(frozen=True)
 class ChannelDecay:
-    """A decay for each channel of a head's key; chunks are of 2^m tokens."""
+    """One decay per channel of a head's key; a chunk must have a power of two tokens."""
 
     total: Tensor  # [R, H, N, C, K]
-    same: Tensor  # [R, 1, N, C, C], whether the column's token comes before, in one document
+    same: Tensor  # [R, 1, N, C, C], whether the column's token is not later, in the same document
     enter: Tensor  # [R, H, N, C, K]
     leave: Tensor  # [R, H, N, C, K]
 
@@ -68,12 +70,12 @@ class ChannelDecay:
         return cls(total, same, enter, leave)
 
     def scores(self, a: Tensor, b: Tensor) -> Tensor:
-        """What rows a [R, H, N, C, K] read of rows b, decayed: [R, H, N, C, C]."""
-        found = torch.diag_embed((a * b).sum(-1))
+        """What rows a [R, H, N, C, K] read of rows b [R, H, N, C, K], decayed: [R, H, N, C, C]."""
+        scores = torch.diag_embed((a * b).sum(-1))
         for level in self._levels():
             early, late = _halves(b, level.half)[0], _halves(a, level.half)[1]
-            _blocks(found, level.half).copy_((late * level.down) @ (early * level.up).mT)
-        return found.where(self.same, 0)
+            _blocks(scores, level.half).copy_((late * level.down) @ (early * level.up).mT)
+        return scores.where(self.same, 0)
 
     def scores_backward(self, grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of a and b."""
@@ -103,10 +105,10 @@ def decay_of(g: Tensor, starts: Tensor) -> Decay:
     """The decay inside chunks.
 
     Args:
-        g: [R, H, N, C, 1] log-decay of heads, or [R, H, N, C, K] of channels.
+        g: [R, H, N, C, 1] log-decay per head, or [R, H, N, C, K] per channel.
         starts: [R, 1, N, C], 1 where a document starts.
     """
-    # Nothing is carried into a document's first token, however strongly it would decay.
+    # Nothing is carried into a document's first token, whatever its own decay.
     total, document = g.masked_fill(starts[..., None] != 0, 0).cumsum(-2), starts.cumsum(-1)
     same = (document[..., :, None] == document[..., None, :]).tril()
     enter = total.masked_fill(document[..., None] != 0, -torch.inf).exp()
@@ -121,6 +123,6 @@ def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(x: Tensor, half: int) -> Tensor:
-    """A view of what second halves read of first ones: [.., C, C] -> [.., S, half, half]."""
+    """A view of what second halves read of first halves: [.., C, C] -> [.., S, half, half]."""
     cut = x.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))
     return cut.diagonal(dim1=-6, dim2=-3)[..., 1, :, 0, :, :].movedim(-1, -3)

@@ -1,22 +1,23 @@
-"""The gated delta rule on one stretch of tokens, chunk by chunk: the reference kernel.
+"""The gated delta rule in plain torch, chunk by chunk, on independent stretches of tokens.
 
-Per head, with a state S of [K, V] and log-decay g, of the head or of each of its K channels:
+Per head, with a state S [K, V] and log-decay g, one per head or one per each of its K channels:
 
     S_t = e^g_t S_(t-1) + beta_t k_t (v_t - (e^g_t S_(t-1))^T k_t)^T        o_t = S_t^T q_t
 
-A chunk of C tokens is an affine map of the state that enters it, and so is a whole stretch:
-S -> M S + b. Its summary is [M | b], of a size that no sequence length changes; with the state
-that enters, worked out from all summaries, every stretch is computed on its own. Backward runs
-the same from the right: the gradient of the state that leaves goes through M^T.
+A chunk of C tokens is an affine map of the state that enters it, S -> M S + b, and so is a whole
+stretch. Its summary [M | b] has a size that does not depend on the number of tokens. Once the
+state that enters a stretch is known, from the summaries of those before it, the stretch is
+computed by itself. Backward does the same from the right: the gradient of the state that leaves a
+stretch goes through M^T.
 
-A document's first token starts from no state at all. That is exact here: tokens of different
-documents have no decay between them but zero, and no number is ever divided by a decay.
+A document's first token starts from a zero state. That is exact here: between tokens of different
+documents the decay factor is 0, and nothing is ever divided by a decay.
 
-From Yang et al. 2024, "Gated Delta Networks", https://arxiv.org/abs/2412.06464; the form by
-chunks is that of Yang et al. 2024, https://arxiv.org/abs/2406.06484.
+From Yang et al. 2024, "Gated Delta Networks", https://arxiv.org/abs/2412.06464; in chunks as in
+Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
+https://arxiv.org/abs/2406.06484.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,49 +25,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dtcp.kernels.delta_rule.decay import Decay, decay_of
+from dtcp.kernels.delta_rule.types import Carry, DeltaGradients, DeltaInputs
 from dtcp.kernels.dtypes import accumulation
 
-CHUNK = 64
-"""Tokens; the state is carried from chunk to chunk, and inside one all is matmuls."""
-
-Carry = Callable[[Tensor], Tensor]
-"""Summaries of these stretches, [R, H, K, K + V], to the state [R, H, K, V] that enters each; or,
-backward, to the gradient of the state that leaves each."""
-
-
-class Inputs(NamedTuple):
-    """What a delta rule reads of R independent stretches of T tokens."""
-
-    q: Tensor  # [R, T, G, K], scaled
-    k: Tensor  # [R, T, G, K]
-    v: Tensor  # [R, T, H, V], H a multiple of G
-    g: Tensor  # [R, T, H] or [R, T, H, K], log-decay of heads or of key channels, at most 0
-    beta: Tensor  # [R, T, H]
-    starts: Tensor  # [R, T] int32, 1 where a document starts
-
-
-class InputGradients(NamedTuple):
-    """As Inputs, without the starts."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    beta: Tensor
+CHUNK_LEN = 64
+"""Tokens per chunk: the state is carried from chunk to chunk, inside a chunk all is matmuls."""
 
 
 class Chunks(NamedTuple):
-    """The stretches cut into N chunks, and what the tokens of a chunk are to each other."""
+    """The stretches cut into N chunks, and how the tokens of a chunk act on each other."""
 
     q: Tensor  # [R, H, N, C, K], fp32 (fp64 for fp64), as all that follows
     k: Tensor  # [R, H, N, C, K]
     v: Tensor  # [R, H, N, C, V]
     beta: Tensor  # [R, H, N, C, 1]
-    decay: Decay  # from token to token; its parts [R, H, N, C, 1], or [R, H, N, C, K] by channel
-    erase: Tensor  # [R, H, N, C, C], strictly lower: what a token's key takes of earlier writes
-    u: Tensor  # [R, H, N, C, V], what is written if the state that enters is 0
-    w: Tensor  # [R, H, N, C, K], what is written less of what it holds
-    score: Tensor  # [R, H, N, C, C]
+    decay: Decay  # from token to token; [R, H, N, C, 1] per head, [R, H, N, C, K] per channel
+    erase: Tensor  # [R, H, N, C, C], strictly lower: how much a token reads of earlier writes
+    u: Tensor  # [R, H, N, C, V], what each token writes if the state that enters is 0
+    w: Tensor  # [R, H, N, C, K]: a token writes u - w @ state
+    score: Tensor  # [R, H, N, C, C], what each query reads of the writes of its chunk
 
     @property
     def through(self) -> Tensor:
@@ -74,35 +51,28 @@ class Chunks(NamedTuple):
         return self.decay.enter[..., -1:, :].mT
 
 
-def forward(x: Inputs, carry: Carry | None) -> tuple[Tensor, Tensor]:
-    """Carry the rule out on every stretch.
+class ReferenceDeltaRule:
+    """`DeltaKernel` in plain torch, on any device and in any dtype."""
 
-    Args:
-        carry: None where each stretch starts from nothing.
-    Returns:
-        out [R, T, H, V] in the dtype of v, and the state [R, H, K, V] that entered.
-    """
-    chunks = _prepare(x)
-    state = _zero_state(chunks) if carry is None else carry(_summary(chunks))
-    return _read(chunks, state, x.v.shape[1]).to(x.v.dtype), state
+    def forward(self, x: DeltaInputs, carry: Carry | None) -> tuple[Tensor, Tensor]:
+        chunks = _prepare(x)
+        state = _zero_state(chunks) if carry is None else carry(_summary(chunks))
+        return _read(chunks, state, x.v.shape[1]).to(x.v.dtype), state
 
-
-def backward(x: Inputs, grad_out: Tensor, state: Tensor, carry: Carry | None) -> InputGradients:
-    """Gradients of the inputs, all of it computed once more from them and from `state`.
-
-    Args:
-        grad_out: [R, T, H, V].
-        state: what entered, as forward returned it.
-    """
-    met = _meet(_prepare(x), grad_out)
-    after = _zero_state(met.chunks) if carry is None else carry(_summary_backward(met))
-    return _differentiate(met, state, after, x)
+    def backward(
+        self, x: DeltaInputs, grad_out: Tensor, state: Tensor, carry: Carry | None
+    ) -> DeltaGradients:
+        chunks = _prepare_backward(_prepare(x), grad_out)
+        grad_state = (
+            _zero_state(chunks.forward) if carry is None else carry(_summary_backward(chunks))
+        )
+        return _differentiate(chunks, state, grad_state, x)
 
 
-def _prepare(x: Inputs) -> Chunks:
-    """Solve each chunk: what its tokens write, given the state that enters."""
-    # A power of two, for decays by channel.
-    chunk, heads = min(CHUNK, 1 << (x.v.shape[1] - 1).bit_length()), x.v.shape[2]
+def _prepare(x: DeltaInputs) -> Chunks:
+    """Solve each chunk for what its tokens write, as a function of the state that enters."""
+    # A power of two, as decays by channel need.
+    chunk, heads = min(CHUNK_LEN, 1 << (x.v.shape[1] - 1).bit_length()), x.v.shape[2]
     q, k = (_chunks(_per_head(part, heads), chunk) for part in (x.q, x.k))
     v, beta = _chunks(x.v, chunk), _chunks(x.beta[..., None], chunk)
     starts = _chunks(x.starts[..., None, None], chunk)[..., 0]  # [R, 1, N, C]
@@ -124,47 +94,49 @@ def _summary(x: Chunks) -> Tensor:
 
 
 def _read(x: Chunks, state: Tensor, length: int) -> Tensor:
-    """What the tokens read: [R, T, H, V], given the state [R, H, K, V] that enters."""
+    """The output [R, T, H, V], given the state [R, H, K, V] that enters."""
     states, new = _states(x, state)
     out = (x.decay.enter * x.q) @ states + x.score @ new
     return _tokens(out, length)
 
 
-class Backward(NamedTuple):
-    """Chunks met by the gradient of what they put out."""
+class BackwardChunks(NamedTuple):
+    """Chunks, and the part of the gradients that comes from their own output."""
 
-    chunks: Chunks
+    forward: Chunks
     grad_out: Tensor  # [R, H, N, C, V]
-    read: Tensor  # [R, H, N, K, V], gradient of the state that enters, by what is read of it
-    new: Tensor  # [R, H, N, C, V], gradient of what is written, by what is read of it here
+    read: Tensor  # [R, H, N, K, V], of the state that enters a chunk
+    new: Tensor  # [R, H, N, C, V], of what the chunk's tokens write
 
 
-def _meet(x: Chunks, grad_out: Tensor) -> Backward:
-    """Bring the gradient [R, T, H, V] of the output to what was read: states and writes."""
+def _prepare_backward(x: Chunks, grad_out: Tensor) -> BackwardChunks:
+    """From the gradient [R, T, H, V] of the output to that of what it reads: states and writes."""
     grad = _chunks(grad_out, x.v.shape[3]).to(x.v.dtype)
-    return Backward(x, grad, (x.decay.enter * x.q).mT @ grad, x.score.mT @ grad)
+    return BackwardChunks(x, grad, (x.decay.enter * x.q).mT @ grad, x.score.mT @ grad)
 
 
-def _summary_backward(x: Backward) -> Tensor:
-    """The map of the state's gradient over a stretch, from its end: [M^T | b], as `_summary`."""
-    identity = _identity(x.chunks)
+def _summary_backward(x: BackwardChunks) -> Tensor:
+    """The map of the state's gradient from a stretch's end to its start: [M^T | b]."""
+    identity = _identity(x.forward)
     read = torch.cat((x.read.new_zeros(*x.read.shape[:-1], identity.shape[-2]), x.read), dim=-1)
-    new = torch.cat((torch.zeros_like(x.chunks.w), x.new), dim=-1)
+    new = torch.cat((torch.zeros_like(x.forward.w), x.new), dim=-1)
     grad = identity
     for n in reversed(range(new.shape[2])):
-        grad = _step_back(x.chunks, n, grad, read, new)[0]
+        grad = _step_back(x.forward, n, grad, read, new)[0]
     return grad
 
 
-def _differentiate(x: Backward, state: Tensor, grad_state: Tensor, like: Inputs) -> InputGradients:
+def _differentiate(
+    x: BackwardChunks, state: Tensor, grad_state: Tensor, like: DeltaInputs
+) -> DeltaGradients:
     """Gradients of the inputs.
 
     Args:
-        state: [R, H, K, V], what entered.
-        grad_state: same, the gradient of what left.
-        like: the inputs; gradients get their shapes and dtypes.
+        state: [R, H, K, V], the state that entered.
+        grad_state: [R, H, K, V], gradient of the state that left.
+        like: the inputs, whose shapes and dtypes the gradients get.
     """
-    chunks, grad_out = x.chunks, x.grad_out
+    chunks, grad_out = x.forward, x.grad_out
     states, new = _states(chunks, state)
     after, written = [], []
     for n in reversed(range(new.shape[2])):
@@ -192,24 +164,24 @@ def _differentiate(x: Backward, state: Tensor, grad_state: Tensor, like: Inputs)
     d_k = read + erased + leaving + beta * (erasing + writing)
     d_beta = ((erasing + writing) * k).sum(-1) + (d_bv * chunks.v).sum(-1)
 
-    # Decays are exponentials of differences of one running sum: what is read from a token's end
-    # adds to it there, what is read of the token takes off.
+    # Decays are exponentials of differences of one running sum: what a token reads has a positive
+    # share in the sum's gradient at that token, what others read of the token a negative one.
     d_sum = d_q * q + beta * (erasing + writing) * k - (read + erased + leaving) * k
     d_sum[..., -1, :] += d_through + (leaving * k).sum(-2)
     return _gradients(like, d_q, d_k, beta * d_bv, d_sum, d_beta)
 
 
 def _gradients(
-    like: Inputs, d_q: Tensor, d_k: Tensor, d_v: Tensor, d_sum: Tensor, d_beta: Tensor
-) -> InputGradients:
-    """From chunks back to the shapes of the inputs."""
+    like: DeltaInputs, d_q: Tensor, d_k: Tensor, d_v: Tensor, d_sum: Tensor, d_beta: Tensor
+) -> DeltaGradients:
+    """From chunks back to the shapes and dtypes of the inputs."""
     length, groups = like.v.shape[1], like.k.shape[2]
     d_sum = d_sum if like.g.ndim == 4 else d_sum.sum(-1, keepdim=True)
     d_g = _tokens(d_sum.flip(-2).cumsum(-2).flip(-2), length).reshape(like.g.shape)
     d_g = d_g.masked_fill(like.starts.view(*like.starts.shape, *(1,) * (d_g.ndim - 2)) != 0, 0)
     d_q, d_k = (_tokens(x, length).unflatten(2, (groups, -1)).sum(3) for x in (d_q, d_k))
-    found = (d_q, d_k, _tokens(d_v, length), d_g, _tokens(d_beta[..., None], length)[..., 0])
-    return InputGradients(*(x.to(part.dtype) for x, part in zip(found, like, strict=False)))
+    grads = (d_q, d_k, _tokens(d_v, length), d_g, _tokens(d_beta[..., None], length)[..., 0])
+    return DeltaGradients(*(x.to(part.dtype) for x, part in zip(grads, like, strict=False)))
 
 
 def _solve(erase: Tensor, written: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
@@ -247,7 +219,7 @@ def _zero_state(x: Chunks) -> Tensor:
 
 
 def _identity(x: Chunks) -> Tensor:
-    """The map of nothing, [I | 0]: [R, H, K, K + V]."""
+    """The identity map of the state, [I | 0]: [R, H, K, K + V]."""
     rows, heads, key_dim = x.k.shape[0], x.k.shape[1], x.k.shape[-1]
     eye = torch.eye(key_dim, key_dim + x.v.shape[-1], dtype=x.v.dtype, device=x.v.device)
     return eye.expand(rows, heads, -1, -1)
@@ -264,7 +236,7 @@ def _by_channel(g: Tensor) -> Tensor:
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:
-    """[R, T, H, D] -> [R, H, N, C, D], the last chunk filled up with zeros."""
+    """[R, T, H, D] -> [R, H, N, C, D], the last chunk padded with zeros."""
     if x.is_floating_point():
         x = x.to(accumulation(x.dtype))
     missing = -x.shape[1] % chunk

@@ -1,18 +1,16 @@
-"""Attention of local queries to lined-up keys: what every strategy computes with.
+"""Attention of local queries over keys that are on this rank: what every strategy computes with.
 
-Two ways to carry it out, one result: Triton's kernels on a GPU (interval.py), and plain torch
-where they do not run (tiles.py).
+Two backends give the same result: Triton's kernels on a GPU, plain torch where those do not run.
 """
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dtcp.kernels.dtypes import accumulation
-from dtcp.kernels.softmax import reference as tiles
 from dtcp.kernels.softmax.merge import sink_gradient
+from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.kernels.softmax.types import (
+    AttentionKernel,
     GradAccumulators,
     Keys,
     OnlineSoftmax,
@@ -20,76 +18,74 @@ from dtcp.kernels.softmax.types import (
     SavedForward,
     SoftmaxParams,
 )
-from dtcp.kernels.triton_support import TILES_TAKE, tile_width, usable
+from dtcp.kernels.triton_support import ATTENTION_SHARED_MEMORY, tile_width, triton_runs_on
+
+__all__ = [
+    "AttentionKernel",
+    "GradAccumulators",
+    "Keys",
+    "OnlineSoftmax",
+    "Queries",
+    "SavedForward",
+    "SoftmaxParams",
+    "attend",
+    "attend_backward",
+    "attention_kernel",
+    "local_sink_gradient",
+    "zeros_for",
+]
 
 WIDEST_HEAD = 512
 """Head dim up to which a tile of queries and one of keys fit into a GPU's shared memory."""
 
 
-class AttentionKernel(Protocol):
-    """A pair of functions as in tiles.py."""
-
-    def attend(
-        self,
-        partial: OnlineSoftmax,
-        queries: Queries,
-        keys: Keys,
-        spans: Tensor,
-        how: SoftmaxParams,
-    ) -> None: ...
-
-    def attend_backward(
-        self,
-        grads: GradAccumulators,
-        final: SavedForward,
-        queries: Queries,
-        keys: Keys,
-        spans: Tensor,
-        how: SoftmaxParams,
-    ) -> None: ...
-
-
 def attention_kernel(queries: Queries, keys: Keys) -> AttentionKernel:
-    """Triton's kernels on GPUs that they run on, in dtypes and widths that they take."""
-    heads = (queries.q, keys.k, keys.v)
-    alike = all(x.dtype == queries.q.dtype for x in heads)
-    widest = tile_width(queries.q, max(x.shape[-1] for x in heads), shared=TILES_TAKE)
-    if not alike or widest > WIDEST_HEAD or not usable(queries.q):
-        return tiles
-    # Holds kernels, so it imports Triton, which not every machine has.
-    from dtcp.kernels.softmax.triton import attention as interval
+    """Triton's kernels where they run and take these dtypes and widths, else plain torch."""
+    tensors = (queries.q, keys.k, keys.v)
+    same_dtype = all(x.dtype == queries.q.dtype for x in tensors)
+    widest = max(x.shape[-1] for x in tensors)
+    width = tile_width(queries.q, widest, shared=ATTENTION_SHARED_MEMORY)
+    if not same_dtype or width > WIDEST_HEAD or not triton_runs_on(queries.q):
+        return ReferenceAttention()
+    # Imports Triton, which not every machine has.
+    from dtcp.kernels.softmax.triton.attention import TritonAttention
 
-    return interval
+    return TritonAttention()
 
 
 def attend(
-    partial: OnlineSoftmax, queries: Queries, keys: Keys, spans: Tensor, how: SoftmaxParams
+    state: OnlineSoftmax,
+    queries: Queries,
+    keys: Keys,
+    block_ranges: Tensor,
+    params: SoftmaxParams,
 ) -> None:
-    """Add the attention of `queries` to `keys` to `partial`.
+    """Merge the attention of `queries` over `keys` into `state`.
 
     Args:
-        spans: [B, tiles, 6], from block_ranges for these queries and keys.
+        block_ranges: [B, tiles, 6], what `block_ranges` gave for these queries and keys.
     """
-    attention_kernel(queries, keys).attend(partial, queries, keys, spans, how)
+    attention_kernel(queries, keys).attend(state, queries, keys, block_ranges, params)
 
 
 def attend_backward(
     grads: GradAccumulators,
-    final: SavedForward,
+    saved: SavedForward,
     queries: Queries,
     keys: Keys,
-    spans: Tensor,
-    how: SoftmaxParams,
+    block_ranges: Tensor,
+    params: SoftmaxParams,
 ) -> None:
-    """Add the gradients of `attend` over these keys to `grads` (dk, dv: those of `keys`)."""
+    """Add the gradients of `attend` over these keys to `grads`; dk and dv are of `keys`."""
     kernel = attention_kernel(queries, keys)
-    kernel.attend_backward(grads, final, queries, keys, spans, how)
+    kernel.attend_backward(grads, saved, queries, keys, block_ranges, params)
 
 
 def zeros_for(x: Tensor) -> Tensor:
-    """Room to sum gradients of x in."""
+    """Zeros to sum gradients of x into, in the dtype of `accumulation`."""
     return torch.zeros(x.shape, dtype=accumulation(x.dtype), device=x.device)
 
 
-def local_sink_gradient(final: SavedForward, sink: Tensor | None) -> Tensor | None:
-    return None if sink is None else sink_gradient(*final, sink)
+def local_sink_gradient(saved: SavedForward, sink: Tensor | None) -> Tensor | None:
+    """Gradient of the sinks over this rank's queries, [H]; None without sinks."""
+    return None if sink is None else sink_gradient(*saved, sink)

@@ -1,9 +1,9 @@
-"""Dense attention of some queries to some keys, the unit every strategy is made of.
+"""Dense attention of one block of queries over one block of keys: the unit of the reference.
 
-Two ways to carry it out: aten's CPU flash kernel, and plain torch where that kernel does not
-apply (another device, a softcap, values of another width). Both compute in fp32 at least, since
-the results of blocks are merged: a partial result rounded to bf16 would lose what the merge
-needs (FlashAttention issue 2723).
+aten's CPU flash kernel computes it where it can, plain torch elsewhere (on another device, with a
+softcap, with values of another width than keys). Both compute in fp32 at least, since the results
+of blocks are merged: a block's result rounded to bf16 would lose digits that the merge needs
+(FlashAttention issue 2723).
 """
 
 import torch
@@ -22,8 +22,8 @@ def block_attention(
         q: [B, Q, H, D].
         k: [B, K, G, D], K > 0.
         v: [B, K, G, V].
-        bias: [B or 1, Q, K], 0 where seen and -inf where not, in the dtype of `accumulation`;
-            None: every query sees every key.
+        bias: [B or 1, Q, K], 0 where a query sees a key and -inf where not, in the dtype of
+            `accumulation`; None where every query sees every key.
     Returns:
         out [B, Q, H, V] and lse [B, Q, H], fp32 (fp64 for fp64); a query that sees no key has
         out 0 and lse -inf.
@@ -42,7 +42,7 @@ def block_attention(
         lse = lse.flatten(1, 2).transpose(1, 2)
     if bias is None:
         return out, lse
-    # The flash kernel reports lse 0 for a query that sees nothing; a merge would believe it.
+    # The flash kernel returns lse 0 for a query that sees nothing, which a merge would count.
     blind = (bias == float("-inf")).all(dim=-1)[..., None]
     return out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, NOTHING_SEEN)
 
@@ -59,17 +59,18 @@ def block_attention_backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one block, given out and lse over *all* keys, not this block's alone.
+    """Gradients of one block, from out and lse over *all* keys, not only this block's.
 
     With the final lse the block's weights exp(score - lse) are those of the whole softmax, and
-    rowsum(grad_out * out) is the whole row's correction: the sum over blocks is exact.
+    delta = rowsum(grad_out * out) corrects for all keys: the sum over blocks is exact.
 
     Returns:
         dq [B, Q, H, D], dk [B, K, G, D], dv [B, K, G, V], fp32 (fp64 for fp64).
+
     From Dao 2023, FlashAttention-2, section 3.1.2, https://arxiv.org/abs/2307.08691
     """
     grad_out, q, k, v, out = (_wide(x) for x in (grad_out, q, k, v, out))
-    # A query that sees nothing has lse -inf; any finite value gives its hidden keys weight 0.
+    # A query that sees nothing has lse -inf; with any finite value its hidden keys have weight 0.
     lse = lse.masked_fill(lse == NOTHING_SEEN, 0.0)
     if _flash_applies(q, v, softcap):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -91,8 +92,8 @@ def block_attention_backward(
     grad_grouped = grad_out.unflatten(2, by_group)
     dv = torch.einsum("bghqk,bqghv->bkgv", weights, grad_grouped)
     d_weights = torch.einsum("bqghv,bkgv->bghqk", grad_grouped, v)
-    row = (grad_out * out).sum(-1).unflatten(2, by_group).permute(0, 2, 3, 1)
-    d_scores = weights * (d_weights - row[..., None])
+    delta = (grad_out * out).sum(-1).unflatten(2, by_group).permute(0, 2, 3, 1)
+    d_scores = weights * (d_weights - delta[..., None])
     if softcap != 0.0:
         d_scores = d_scores * (1.0 - (capped / softcap) ** 2)
     dq = torch.einsum("bghqk,bkgd->bqghd", d_scores, k).flatten(2, 3) * scale

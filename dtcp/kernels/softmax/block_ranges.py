@@ -1,40 +1,42 @@
-"""Which keys a tile of queries sees, worked out on the host once a batch.
+"""Which keys each tile of queries sees, worked out on the host once per batch.
 
-Every mask is one interval of positions per query (masks.py) and keys are lined up by ascending
-position, so a tile of neighbouring queries sees one run of keys, and an inner run of it is seen
-by all of its queries:
+Every mask is one interval of token indices per query (dtcp/sequence/masks.py), and keys are in
+ascending order. So a tile of neighbouring queries sees one range of keys, and an inner part of it
+is seen by every query of the tile; in FlexAttention's words, full blocks between partial ones:
 
     key_start      full_start            full_stop       key_stop
-        |  some see    |   every query sees   |   some see   |
+        |  partial     |         full          |  partial    |
 
-Only the outer parts need a mask at all, and what lies outside is never touched. Tables have
-one row a tile of queries, never one a pair of tokens.
+Only the partial ends need a mask, and keys outside the range are never read. The table has one
+row per tile of queries, never one entry per pair of tokens.
 """
 
 import torch
 from torch import Tensor
 
 TILE = 128
-FIELDS = ("q_start", "q_stop", "key_start", "full_start", "full_stop", "key_stop")
-UNUSED = -1  # the position of a key slot that holds no key
+UNUSED = -1  # the token index of a slot that holds no key
 
 
 def block_ranges(
     first_key: Tensor, last_key: Tensor, key_token_index: Tensor, *, tile: int = TILE
 ) -> Tensor:
-    """The runs of keys each tile of queries sees.
+    """The range of keys that each tile of queries sees, and the full part of it.
 
     Args:
-        first_key, last_key: [B, L], the interval of positions each query sees.
+        first_key, last_key: [B, L], the interval of token indices that each query sees.
         key_token_index: [K], ascending, then UNUSED where a buffer is longer than its keys.
-        tile: queries a tile.
+        tile: queries per tile.
     Returns:
-        [B, ceil(L / tile), 6] int64 on the host: FIELDS, in queries and keys of the local order.
+        [B, ceil(L / tile), 6] int64 on the host: q_start, q_stop, key_start, full_start,
+        full_stop, key_stop, which count this rank's queries and these keys.
+    Raises:
+        ValueError: token indices of keys repeat or descend.
     """
     keys = key_token_index[key_token_index != UNUSED].contiguous()
     if bool((keys.diff() <= 0).any()):
         raise ValueError(
-            "Keys are lined up by ascending position, got positions that go down or repeat: use "
+            "Keys are lined up by ascending token index, got indices that descend or repeat: use "
             "a layout whose shards ascend."
         )
     batch, length = first_key.shape
@@ -61,6 +63,6 @@ def block_ranges(
 
 
 def _tiled(x: Tensor, tiles: int, tile: int) -> Tensor:
-    """[B, L] -> [B, tiles, tile]; the last tile is filled up with queries that are none."""
+    """[B, L] -> [B, tiles, tile]; -1 in place of the queries that the last tile lacks."""
     rest = tiles * tile - x.shape[1]
     return torch.nn.functional.pad(x, (0, rest), value=-1).view(x.shape[0], tiles, tile)

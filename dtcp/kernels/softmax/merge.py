@@ -1,8 +1,9 @@
-"""Combine attention over disjoint sets of keys, and attention sinks.
+"""Merge attention over disjoint sets of keys; attention sinks.
 
-For a query, let out_i and lse_i = log(sum of exp of its scores) be its attention over key set i.
-Over the union, lse = log(exp(lse_1) + exp(lse_2)) and each out_i counts with weight
-exp(lse_i - lse). A set in which the query sees no key has lse -inf, and weight 0.
+For a query, let out_i be its attention over key set i, and lse_i the log of the sum of exp of its
+scores there. Over the union, lse = log(exp(lse_1) + exp(lse_2)), and each out_i has weight
+exp(lse_i - lse). A set in which the query sees no key has lse -inf, so weight 0.
+
 From Liu et al. 2023, Ring Attention, section 3, https://arxiv.org/abs/2310.01889
 """
 
@@ -13,24 +14,27 @@ NOTHING_SEEN = float("-inf")
 
 
 def merge_into(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """Add one more set of keys to (out [B, Q, H, V], lse [B, Q, H]), in place."""
-    # exp(part_lse - merged) would be the same but for the rounding of merged: these weights add
-    # up to 1 whatever the size of the scores.
+    """Merge one more set of keys into (out [B, Q, H, V], lse [B, Q, H]), in place."""
+    # exp(part_lse - merged lse) is the same but for the rounding of the merged lse: with the
+    # sigmoid both weights add up to 1 whatever the size of the scores.
     weight = torch.sigmoid(part_lse - lse)
-    # Where neither set was seen the difference is -inf - -inf; the weight there is 0.
+    # Where the query sees neither set the difference is -inf - -inf, and the weight must be 0.
     weight = weight.masked_fill(part_lse == NOTHING_SEEN, 0.0)
     out.lerp_(part_out, weight[..., None])
     torch.logaddexp(lse, part_lse, out=lse)
 
 
 def add_sink(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Let each head's sink take its share of the softmax: one more key, whose value is 0.
+    """Give each head's sink its share of the softmax: that of one more key, whose value is 0.
 
-    out * sigmoid(lse - sink) is the published form; folding the sink into lse as well makes
-    the backward of attention with a sink the backward of attention (block.py).
+    out * sigmoid(lse - sink) is the published form. With the sink in lse as well, the backward of
+    attention with a sink is the backward of attention itself (block.py).
 
     Args:
-        sink: [H], a score a head; None for none.
+        sink: [H], one score per head; None for no sinks.
+    Returns:
+        out and lse, new tensors.
+
     From Xiao et al. 2023, StreamingLLM, section 3, https://arxiv.org/abs/2309.17453
     """
     if sink is None:
@@ -40,6 +44,6 @@ def add_sink(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Ten
 
 
 def sink_gradient(grad_out: Tensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
-    """Gradient of the sinks: [H]. lse is the one that add_sink returned."""
-    row = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [B, L, H]
-    return -(torch.exp(sink.to(lse.dtype) - lse) * row).sum((0, 1)).to(sink.dtype)
+    """Gradient of the sinks, [H]; out and lse are those that add_sink returned."""
+    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [B, L, H]
+    return -(torch.exp(sink.to(lse.dtype) - lse) * delta).sum((0, 1)).to(sink.dtype)

@@ -1,11 +1,11 @@
-"""Attention of local queries to lined-up keys in plain torch, tile by tile.
+"""Attention of local queries over keys in plain torch, tile by tile.
 
-Nothing of size L x K is made: a tile of queries meets its run of keys in at most three calls of
-the block kernel, and only the calls at the run's ends carry a mask, built on the spot from the
-queries' intervals.
+Nothing of size L x K is ever made: a tile of queries takes its range of keys in pieces, and only
+the partial blocks at both ends carry a mask, built on the spot from the queries' intervals.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,85 +21,93 @@ from dtcp.kernels.softmax.types import (
     SoftmaxParams,
 )
 
-MOST_KEYS = 8192
-"""Keys a call of the block kernel, which may hold a score for each and each of its queries."""
+MAX_BLOCK_KEYS = 8192
+"""Keys in one block, which may hold a score for each of them and each of its queries."""
 
 
-def attend(
-    partial: OnlineSoftmax, queries: Queries, keys: Keys, spans: Tensor, how: SoftmaxParams
-) -> None:
-    """Add the attention of `queries` to `keys` to `partial`.
+class ReferenceAttention:
+    """`AttentionKernel` in plain torch, on any device and in any dtype."""
 
-    Args:
-        spans: [B, tiles, 6], from block_ranges for these queries and keys.
-    """
-    for rows, at, to, bias in _calls(queries, keys, spans):
-        out, lse = block_attention(
-            queries.q[rows, at],
-            keys.k[rows, to],
-            keys.v[rows, to],
-            bias,
-            scale=how.scale,
-            softcap=how.softcap,
-        )
-        merge_into(partial.out[rows, at], partial.lse[rows, at], out, lse)
+    def attend(
+        self,
+        state: OnlineSoftmax,
+        queries: Queries,
+        keys: Keys,
+        block_ranges: Tensor,
+        params: SoftmaxParams,
+    ) -> None:
+        for block in _blocks(queries, keys, block_ranges):
+            out, lse = block_attention(
+                queries.q[block.queries],
+                keys.k[block.keys],
+                keys.v[block.keys],
+                block.bias,
+                scale=params.scale,
+                softcap=params.softcap,
+            )
+            merge_into(state.out[block.queries], state.lse[block.queries], out, lse)
+
+    def attend_backward(
+        self,
+        grads: GradAccumulators,
+        saved: SavedForward,
+        queries: Queries,
+        keys: Keys,
+        block_ranges: Tensor,
+        params: SoftmaxParams,
+    ) -> None:
+        for block in _blocks(queries, keys, block_ranges):
+            dq, dk, dv = block_attention_backward(
+                saved.grad_out[block.queries],
+                queries.q[block.queries],
+                keys.k[block.keys],
+                keys.v[block.keys],
+                saved.out[block.queries],
+                saved.lse[block.queries],
+                block.bias,
+                scale=params.scale,
+                softcap=params.softcap,
+            )
+            grads.dq[block.queries] += dq
+            grads.dk[block.keys] += dk
+            grads.dv[block.keys] += dv
 
 
-def attend_backward(
-    grads: GradAccumulators,
-    final: SavedForward,
-    queries: Queries,
-    keys: Keys,
-    spans: Tensor,
-    how: SoftmaxParams,
-) -> None:
-    """Add the gradients of `attend` over these keys to `grads` (dk, dv: those of `keys`)."""
-    for rows, at, to, bias in _calls(queries, keys, spans):
-        dq, dk, dv = block_attention_backward(
-            final.grad_out[rows, at],
-            queries.q[rows, at],
-            keys.k[rows, to],
-            keys.v[rows, to],
-            final.out[rows, at],
-            final.lse[rows, at],
-            bias,
-            scale=how.scale,
-            softcap=how.softcap,
-        )
-        grads.dq[rows, at] += dq
-        grads.dk[rows, to] += dk
-        grads.dv[rows, to] += dv
+class _Block(NamedTuple):
+    """Some queries and some keys, as indices of [B, L, ...] and [B, K, ...] tensors."""
+
+    queries: tuple[slice, slice]
+    keys: tuple[slice, slice]
+    bias: Tensor | None  # [B or 1, Q, K]; None where every query sees every key
 
 
-def _calls(
-    queries: Queries, keys: Keys, spans: Tensor
-) -> Iterator[tuple[slice, slice, slice, Tensor | None]]:
-    """(batch rows, queries, keys, bias) of every call of the block kernel."""
-    alike = bool((spans == spans[:1]).all())
+def _blocks(queries: Queries, keys: Keys, block_ranges: Tensor) -> Iterator[_Block]:
+    """All blocks that some query sees; rows with the same ranges share theirs."""
     batch = queries.q.shape[0]
-    row_groups = [slice(0, batch)] if alike else [slice(b, b + 1) for b in range(batch)]
+    same_rows = bool((block_ranges == block_ranges[:1]).all())
+    row_groups = [slice(0, batch)] if same_rows else [slice(b, b + 1) for b in range(batch)]
     for rows in row_groups:
-        for q_start, q_stop, start, full_start, full_stop, stop in spans[rows.start].tolist():
-            at = slice(q_start, q_stop)
-            if full_start == full_stop:
-                pieces = [(start, stop, True)]
-            else:
-                pieces = [
-                    (start, full_start, True),
-                    (full_start, full_stop, False),
-                    (full_stop, stop, True),
-                ]
-            for piece_start, piece_stop, masked in pieces:
-                for at_key in range(piece_start, piece_stop, MOST_KEYS):
-                    to = slice(at_key, min(at_key + MOST_KEYS, piece_stop))
-                    bias = _bias(queries, keys.token_index[to], rows, at) if masked else None
-                    yield rows, at, to, bias
+        for q_start, q_stop, *key_range in block_ranges[rows.start].tolist():
+            tile = slice(q_start, q_stop)
+            for start, stop, partial in _pieces(*key_range):
+                for first in range(start, stop, MAX_BLOCK_KEYS):
+                    block = slice(first, min(first + MAX_BLOCK_KEYS, stop))
+                    token_index = keys.token_index[block]
+                    bias = _bias(queries, token_index, rows, tile) if partial else None
+                    yield _Block((rows, tile), (rows, block), bias)
 
 
-def _bias(queries: Queries, token_index: Tensor, rows: slice, at: slice) -> Tensor:
-    """0 where a query sees a key and -inf where not: [B, Q, K], Q at most a tile."""
-    first = queries.first_key[rows, at, None]
-    last = queries.last_key[rows, at, None]
+def _pieces(start: int, full_start: int, full_stop: int, stop: int) -> list[tuple[int, int, bool]]:
+    """(start, stop, whether it is partial) of the parts of a range of keys."""
+    if full_start == full_stop:
+        return [(start, stop, True)]
+    return [(start, full_start, True), (full_start, full_stop, False), (full_stop, stop, True)]
+
+
+def _bias(queries: Queries, token_index: Tensor, rows: slice, tile: slice) -> Tensor:
+    """0 where a query sees a key and -inf where it does not: [B, Q, K], Q at most a tile."""
+    first = queries.first_key[rows, tile, None]
+    last = queries.last_key[rows, tile, None]
     hidden = (token_index < first) | (token_index > last)
     zeros = hidden.new_zeros(hidden.shape, dtype=accumulation(queries.q.dtype))
     return zeros.masked_fill(hidden, NOTHING_SEEN)

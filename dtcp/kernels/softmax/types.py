@@ -1,7 +1,7 @@
-"""What attention is given, and what it adds to: plain tensors, named."""
+"""The tensors that attention reads and accumulates, by name, and the contract of a backend."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,14 +12,19 @@ from dtcp.kernels.softmax.merge import NOTHING_SEEN, add_sink
 
 @dataclass(frozen=True)
 class SoftmaxParams:
-    """What turns scores into weights: `scale`, and a tanh `softcap` (0: none)."""
+    """What turns products of queries and keys into scores.
+
+    Args:
+        scale: factor on the products.
+        softcap: c in c * tanh(score / c); 0 for no cap.
+    """
 
     scale: float
     softcap: float = 0.0
 
 
 class Keys(NamedTuple):
-    """Keys brought to this rank, by ascending position."""
+    """Keys that are on this rank, in ascending order of their places in the sequence."""
 
     k: Tensor  # [B, K, G, D]
     v: Tensor  # [B, K, G, V]
@@ -27,7 +32,7 @@ class Keys(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Local queries and the interval of positions each of them sees."""
+    """Local queries, and the interval of token indices that each of them sees."""
 
     q: Tensor  # [B, L, H, D]
     first_key: Tensor  # [B, L]
@@ -35,7 +40,12 @@ class Queries(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, first_key: Tensor, last_key: Tensor) -> "Queries":
-        """Check the metadata first: all ranks refuse those of another batch, and none waits."""
+        """Check first that the intervals belong to q.
+
+        Raises:
+            ValueError: they are those of another batch. Every rank raises, so none is left
+                waiting in a collective.
+        """
         if first_key.shape[0] not in (1, q.shape[0]) or first_key.shape[1] != q.shape[1]:
             raise ValueError(
                 f"Attention reads the metadata of its own batch, got some for "
@@ -46,7 +56,7 @@ class Queries(NamedTuple):
 
 
 class OnlineSoftmax(NamedTuple):
-    """Attention over the keys met so far; starts empty and is added to in place."""
+    """Attention over the keys met so far; starts empty, and is updated in place."""
 
     out: Tensor  # [B, L, H, V], fp32 (fp64 for fp64)
     lse: Tensor  # [B, L, H], same
@@ -58,13 +68,13 @@ class OnlineSoftmax(NamedTuple):
         return cls(out, q.new_full(q.shape[:-1], NOTHING_SEEN, dtype=dtype))
 
     def finish(self, sink: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(out in the model's dtype, lse), with the sinks' share taken off."""
+        """out in the model's dtype, and lse; both with the sinks' share of the softmax."""
         out, lse = add_sink(self.out, self.lse, sink)
         return out.to(dtype), lse
 
 
 class GradAccumulators(NamedTuple):
-    """Gradients met so far, summed in fp32 (fp64 for fp64), in place."""
+    """Sums of gradients, in fp32 (fp64 for fp64), updated in place."""
 
     dq: Tensor
     dk: Tensor
@@ -72,8 +82,40 @@ class GradAccumulators(NamedTuple):
 
 
 class SavedForward(NamedTuple):
-    """The finished forward and its cotangent: what a backward over any keys reads."""
+    """The finished forward and the gradient of its output: what backward reads beside the inputs.
+
+    `out` and `lse` are over all keys, whichever keys a call of backward is about.
+    """
 
     grad_out: Tensor  # [B, L, H, V]
     out: Tensor  # [B, L, H, V]
     lse: Tensor  # [B, L, H]
+
+
+class AttentionKernel(Protocol):
+    """A backend: forward and backward of local queries over some keys.
+
+    `block_ranges` are those of `dtcp.kernels.softmax.block_ranges` for these queries and keys:
+    [B, tiles, 6] int64 on the host.
+    """
+
+    def attend(
+        self,
+        state: OnlineSoftmax,
+        queries: Queries,
+        keys: Keys,
+        block_ranges: Tensor,
+        params: SoftmaxParams,
+    ) -> None:
+        """Merge the attention of `queries` over `keys` into `state`."""
+
+    def attend_backward(
+        self,
+        grads: GradAccumulators,
+        saved: SavedForward,
+        queries: Queries,
+        keys: Keys,
+        block_ranges: Tensor,
+        params: SoftmaxParams,
+    ) -> None:
+        """Add the gradients of `attend` over these keys to `grads`; dk and dv are of `keys`."""

@@ -1,4 +1,4 @@
-"""Compression of tokens: windows of them, each pooled into one entry by a softmax per channel."""
+"""Compression: each window of tokens is pooled into one entry, by a softmax per channel."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,35 +9,40 @@ from torch import Tensor
 from dtcp.kernels.dtypes import accumulation
 
 Finish = Callable[[Tensor, Tensor], Tensor]
-"""Pooled windows [B, E, D] and the positions of their first tokens [B, E] -> entries [B, E, D]."""
+"""From pooled windows [B, E, D] and the position ids of their first tokens [B, E] to entries
+[B, E, D]."""
 
 
 class Prepool(NamedTuple):
-    """Tokens before they are pooled, and how.
+    """Tokens to pool, with the parameters of the pooling.
 
-    With overlap each has twice the entries' channels: the first half is what a token gives to
-    the entry of the window after its own, the second what it gives to its own window's.
+    With overlap a token has twice the channels of an entry: the first half goes into the entry
+    of the next window, the second half into the entry of its own window.
     """
 
     value: Tensor  # [B, L, D] or [B, L, 2 D]
-    gate: Tensor  # as value: scores of the softmax over a window's tokens
-    bias: Tensor  # [ratio, D] or [ratio, 2 D]: added to the gates, by place in the window
+    gate: Tensor  # same shape: scores of the softmax over a window's tokens
+    bias: Tensor  # [ratio, D] or [ratio, 2 D]: added to the gates, per place in the window
     finish: Finish
 
 
 class Windows(NamedTuple):
-    """Where the tokens of each window stand among the tokens at hand."""
+    """Where each window lies among the tokens that are on this rank."""
 
-    end: Tensor  # [B, E] int32: index of the last token; some token where there is no window
-    has_previous: Tensor  # [B, E] int32, 1 or 0: whether its document has a window before it
-    position: Tensor  # [B, E] int32: position of the first token in its document
+    end: Tensor  # [B, E] int32: index of its last token; of any token where there is no window
+    has_previous: Tensor  # [B, E] int32: 1 if its document has a window before it, else 0
+    position_ids: Tensor  # [B, E] int32: position id of its first token
 
 
 def pool(tokens: Prepool, windows: Windows, *, overlap: bool) -> Tensor:
-    """Pool every window into an entry: [B, E, D].
+    """Pool every window into an entry, [B, E, D].
 
-    The softmax runs over the tokens of the window, with overlap over those of the window before
-    it too, each channel by itself, in fp32 at least.
+    The softmax runs over the window's tokens (with overlap also over those of the previous
+    window), for each channel by itself, in fp32 at least.
+
+    Args:
+        tokens: L tokens on this rank.
+        windows: E windows of as many tokens as `tokens.bias` has rows.
     """
     ratio = tokens.bias.shape[0]
     places = torch.arange(1 - ratio, 1, device=windows.end.device, dtype=torch.int32)
@@ -59,9 +64,9 @@ def _mix(value: Tensor, gate: Tensor) -> Tensor:
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x [B, K, D] at index [B, E, ratio], each row of the batch by itself."""
+    """Tokens of x [B, L, D] at index [B, E, ratio], within the same row: [B, E, ratio, D]."""
     batch, length = x.shape[:2]
     first = torch.arange(batch, device=x.device, dtype=torch.int32)[:, None, None] * length
-    # A window that is none, or has none before it, may start before the first token.
+    # A window that does not exist, or has none before it, may start before the first token.
     flat = (index.clamp(min=0) + first).flatten()
     return x.flatten(0, 1).index_select(0, flat).unflatten(0, index.shape)

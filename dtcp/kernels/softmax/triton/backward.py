@@ -1,7 +1,9 @@
-"""Interval attention in Triton, backward, given out and lse over all keys.
+"""Attention in Triton, backward, given out and lse over all keys.
 
-Two kernels, so that every sum has one owner and no order of arrival changes a bit: a tile of
-queries sums dq over its keys, a block of keys sums dk and dv over its queries.
+Two kernels, so that each sum is computed by one program and in one order, with the same bits
+every time: a tile of queries sums dq over its keys, a block of keys sums dk and dv over its
+queries.
+
 From Dao 2023, FlashAttention-2, section 3.1.2, https://arxiv.org/abs/2307.08691
 """
 
@@ -11,79 +13,93 @@ import triton
 import triton.language as tl
 
 from dtcp.kernels.softmax.triton.tiles import (
-    LOG2_E,
-    NOWHERE,
-    Place,
-    add_rows,
-    block_run,
-    load_rows,
-    masked_block,
-    row_pointers,
-    run_ends,
+    NO_KEY,
+    TokenTile,
+    add_to_tile,
+    cut_into_blocks,
+    load_tile,
+    partial_block,
+    range_ends,
     scores_of,
+    token_pointers,
 )
+from dtcp.kernels.triton_constants import LOG2_E
 
 
-class Queries(NamedTuple):
-    """What a block of keys reads of the queries it meets, in a kernel."""
+class QueryOperands(NamedTuple):
+    """What a block of keys reads of the queries that see it, in a kernel."""
 
     q: Any
     grad_out: Any
     lse: Any
     delta: Any
-    runs: Any
+    ranges: Any
     length: Any
 
 
 @triton.jit
-def query_gradients(
-    q, k, v, grad_out, out, lse, delta, dq, runs, length, group_size, how, shape: tl.constexpr
+def query_gradient_kernel(
+    q,
+    k,
+    v,
+    grad_out,
+    out,
+    lse,
+    delta,
+    dq,
+    ranges,
+    length,
+    group_size,
+    score_params,
+    shape: tl.constexpr,
 ):
-    """Grid: (tiles, H, B). Adds to dq; leaves rowsum(grad_out * out) in delta [B, L, H]."""
+    """Grid: (tiles, H, B). Adds to dq; writes rowsum(grad_out * out) to delta [B, L, H]."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * shape.queries
-    place = Place(tl.program_id(2), tl.program_id(1), first, tl.arange(0, shape.queries))
-    group = place.head // group_size
-    grads = load_rows(grad_out, place, length, shape.value_dim, shape.value_block, True)
-    outs = load_rows(out, place, length, shape.value_dim, shape.value_block, True)
-    row = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
-    # Of every tile, even one that sees nothing: key_gradients may come past it.
-    tl.store(row_pointers(delta, place), row, mask=first + place.rows < length)
+    tile = TokenTile(tl.program_id(2), tl.program_id(1), first, tl.arange(0, shape.queries))
+    group = tile.head // group_size
+    grads = load_tile(grad_out, tile, length, shape.value_dim, shape.value_block, True)
+    outs = load_tile(out, tile, length, shape.value_dim, shape.value_block, True)
+    row_delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
+    # Written for every tile, even one that sees nothing: key_gradient_kernel may visit it.
+    tl.store(token_pointers(delta, tile), row_delta, mask=first + tile.rows < length)
 
-    from_key = run_ends(runs.begin, place, length)
-    to_key = run_ends(runs.stop, place, length)
+    from_key = range_ends(ranges.begin, tile, length)
+    to_key = range_ends(ranges.stop, tile, length)
     begin, stop = tl.min(from_key), tl.max(to_key)
     if begin >= stop:
         return
-    full, full_begin, others = block_run(begin, tl.max(from_key), tl.min(to_key), stop, shape.keys)
-    queries = load_rows(q, place, length, shape.key_dim, shape.key_block, True)
+    full, full_begin, partial = cut_into_blocks(
+        begin, tl.max(from_key), tl.min(to_key), stop, shape.keys
+    )
+    queries = load_tile(q, tile, length, shape.key_dim, shape.key_block, True)
     grads = grads.to(queries.dtype)
-    level = _level(lse, place, length)
+    level = _lse_in_log2(lse, tile, length)
     sums = tl.zeros((shape.queries, shape.key_block), tl.float32)
     rows = tl.arange(0, shape.keys)
-    for index in range(others):
-        start = masked_block(index, begin, full_begin, full, shape.keys)
-        at = Place(place.batch, group, start, rows)
-        keys = load_rows(k, at, stop, shape.key_dim, shape.key_block, True)
-        values = load_rows(v, at, stop, shape.value_dim, shape.value_block, True)
-        scores, ratio = _scores(queries, keys, how, shape)
+    for index in range(partial):
+        start = partial_block(index, begin, full_begin, full, shape.keys)
+        block = TokenTile(tile.batch, group, start, rows)
+        keys = load_tile(k, block, stop, shape.key_dim, shape.key_block, True)
+        values = load_tile(v, block, stop, shape.value_dim, shape.value_block, True)
+        scores, tanh = _scores(queries, keys, score_params, shape)
         key = (start + rows)[None, :]
         seen = (key >= from_key[:, None]) & (key < to_key[:, None])
         weights = tl.exp2(tl.where(seen, scores, float("-inf")) - level[:, None])
-        found = _score_gradients(weights, grads, values, row[:, None], ratio, shape)
-        sums = tl.dot(found.to(keys.dtype), keys, sums, input_precision="ieee")
+        d_scores = _score_gradients(weights, grads, values, row_delta[:, None], tanh, shape)
+        sums = tl.dot(d_scores.to(keys.dtype), keys, sums, input_precision="ieee")
     for index in range(full):
-        at = Place(place.batch, group, full_begin + index * shape.keys, rows)
-        keys = load_rows(k, at, stop, shape.key_dim, shape.key_block, False)
-        values = load_rows(v, at, stop, shape.value_dim, shape.value_block, False)
-        scores, ratio = _scores(queries, keys, how, shape)
+        block = TokenTile(tile.batch, group, full_begin + index * shape.keys, rows)
+        keys = load_tile(k, block, stop, shape.key_dim, shape.key_block, False)
+        values = load_tile(v, block, stop, shape.value_dim, shape.value_block, False)
+        scores, tanh = _scores(queries, keys, score_params, shape)
         weights = tl.exp2(scores - level[:, None])
-        found = _score_gradients(weights, grads, values, row[:, None], ratio, shape)
-        sums = tl.dot(found.to(keys.dtype), keys, sums, input_precision="ieee")
-    add_rows(dq, sums * how.scale, place, length, shape.key_dim, shape.key_block)
+        d_scores = _score_gradients(weights, grads, values, row_delta[:, None], tanh, shape)
+        sums = tl.dot(d_scores.to(keys.dtype), keys, sums, input_precision="ieee")
+    add_to_tile(dq, sums * score_params.scale, tile, length, shape.key_dim, shape.key_block)
 
 
 @triton.jit(do_not_specialize=["num_keys"])
-def key_gradients(
+def key_gradient_kernel(
     q,
     k,
     v,
@@ -92,89 +108,99 @@ def key_gradients(
     delta,
     dk,
     dv,
-    runs,
-    reach,
+    ranges,
+    query_tiles,
     length,
     num_keys,
     group_size,
-    how,
+    score_params,
     shape: tl.constexpr,
 ):
     """Grid: (blocks of keys, G, B). Adds to dk and dv, over the heads that share the keys."""
     block, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tiles = reach.at + batch * reach.strides[0] + block * 4
+    tiles = query_tiles.pointer + batch * query_tiles.strides[0] + block * 4
     begin, stop = tl.load(tiles) * shape.queries, tl.load(tiles + 3) * shape.queries
     if begin >= stop:
         return
     full_begin, full_stop = tl.load(tiles + 1) * shape.queries, tl.load(tiles + 2) * shape.queries
-    full, full_begin, others = block_run(begin, full_begin, full_stop, stop, shape.queries)
-    place = Place(batch, group, block * shape.keys, tl.arange(0, shape.keys))
-    keys = load_rows(k, place, num_keys, shape.key_dim, shape.key_block, True)
-    values = load_rows(v, place, num_keys, shape.value_dim, shape.value_block, True)
+    full, full_begin, partial = cut_into_blocks(begin, full_begin, full_stop, stop, shape.queries)
+    own = TokenTile(batch, group, block * shape.keys, tl.arange(0, shape.keys))
+    keys = load_tile(k, own, num_keys, shape.key_dim, shape.key_block, True)
+    values = load_tile(v, own, num_keys, shape.value_dim, shape.value_block, True)
     key_sums = tl.zeros((shape.keys, shape.key_block), tl.float32)
     value_sums = tl.zeros((shape.keys, shape.value_block), tl.float32)
-    sources = Queries(q, grad_out, lse, delta, runs, length)
+    operands = QueryOperands(q, grad_out, lse, delta, ranges, length)
     rows = tl.arange(0, shape.queries)
     for shared in range(group_size):
         head = group * group_size + shared
-        for index in range(others):
-            start = masked_block(index, begin, full_begin, full, shape.queries)
-            at = Place(batch, head, start, rows)
-            key_sums, value_sums = _meet_queries(
-                key_sums, value_sums, keys, values, place, sources, at, how, shape, True
+        for index in range(partial):
+            start = partial_block(index, begin, full_begin, full, shape.queries)
+            tile = TokenTile(batch, head, start, rows)
+            key_sums, value_sums = _add_queries(
+                key_sums, value_sums, keys, values, own, operands, tile, score_params, shape, True
             )
         for index in range(full):
-            at = Place(batch, head, full_begin + index * shape.queries, rows)
-            key_sums, value_sums = _meet_queries(
-                key_sums, value_sums, keys, values, place, sources, at, how, shape, False
+            tile = TokenTile(batch, head, full_begin + index * shape.queries, rows)
+            key_sums, value_sums = _add_queries(
+                key_sums, value_sums, keys, values, own, operands, tile, score_params, shape, False
             )
-    add_rows(dk, key_sums * how.scale, place, num_keys, shape.key_dim, shape.key_block)
-    add_rows(dv, value_sums, place, num_keys, shape.value_dim, shape.value_block)
+    add_to_tile(dk, key_sums * score_params.scale, own, num_keys, shape.key_dim, shape.key_block)
+    add_to_tile(dv, value_sums, own, num_keys, shape.value_dim, shape.value_block)
 
 
 @triton.jit
-def _meet_queries(
-    key_sums, value_sums, keys, values, place, x, at, how, shape: tl.constexpr, MASKED: tl.constexpr
+def _add_queries(
+    key_sums,
+    value_sums,
+    keys,
+    values,
+    own,
+    x,
+    tile,
+    score_params,
+    shape: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """Both sums, with what the tile of queries `at` adds; scores are [keys, queries] here."""
-    queries = load_rows(x.q, at, x.length, shape.key_dim, shape.key_block, MASKED)
-    scores, ratio = _scores(keys, queries, how, shape)
-    real = at.first + at.rows < x.length
+    """Both sums with the share of one tile of queries; scores are [keys, queries] here."""
+    queries = load_tile(x.q, tile, x.length, shape.key_dim, shape.key_block, MASKED)
+    scores, tanh = _scores(keys, queries, score_params, shape)
+    real = tile.first + tile.rows < x.length
     if MASKED:
-        from_key = tl.where(real, run_ends(x.runs.begin, at, x.length), NOWHERE)
-        to_key = run_ends(x.runs.stop, at, x.length)
-        key = (place.first + place.rows)[:, None]
+        from_key = tl.where(real, range_ends(x.ranges.begin, tile, x.length), NO_KEY)
+        to_key = range_ends(x.ranges.stop, tile, x.length)
+        key = (own.first + own.rows)[:, None]
         seen = (key >= from_key[None, :]) & (key < to_key[None, :])
         scores = tl.where(seen, scores, float("-inf"))
-    weights = tl.exp2(scores - _level(x.lse, at, x.length)[None, :])
-    grads = load_rows(x.grad_out, at, x.length, shape.value_dim, shape.value_block, MASKED)
+    weights = tl.exp2(scores - _lse_in_log2(x.lse, tile, x.length)[None, :])
+    grads = load_tile(x.grad_out, tile, x.length, shape.value_dim, shape.value_block, MASKED)
     grads = grads.to(values.dtype)
-    row = tl.load(row_pointers(x.delta, at), mask=real, other=0.0)
-    found = _score_gradients(weights, values, grads, row[None, :], ratio, shape)
+    row_delta = tl.load(token_pointers(x.delta, tile), mask=real, other=0.0)
+    d_scores = _score_gradients(weights, values, grads, row_delta[None, :], tanh, shape)
     value_sums = tl.dot(weights.to(grads.dtype), grads, value_sums, input_precision="ieee")
-    key_sums = tl.dot(found.to(queries.dtype), queries, key_sums, input_precision="ieee")
+    key_sums = tl.dot(d_scores.to(queries.dtype), queries, key_sums, input_precision="ieee")
     return key_sums, value_sums
 
 
 @triton.jit
-def _scores(left, right, how, shape: tl.constexpr):
-    """Of queries x keys, or keys x queries."""
-    return scores_of(tl.dot(left, tl.trans(right), input_precision="ieee"), how, shape.capped)
+def _scores(left, right, score_params, shape: tl.constexpr):
+    """Of queries @ keys.T, or of keys @ queries.T."""
+    products = tl.dot(left, tl.trans(right), input_precision="ieee")
+    return scores_of(products, score_params, shape.capped)
 
 
 @triton.jit
-def _score_gradients(weights, left, right, row, ratio, shape: tl.constexpr):
-    """From gradients x values, or values x gradients; without the scale."""
-    weight_gradients = tl.dot(left, tl.trans(right), input_precision="ieee")
-    found = weights * (weight_gradients - row)
+def _score_gradients(weights, left, right, delta, tanh, shape: tl.constexpr):
+    """From grad_out @ values.T, or values @ grad_out.T; the scale is left out."""
+    d_weights = tl.dot(left, tl.trans(right), input_precision="ieee")
+    d_scores = weights * (d_weights - delta)
     if shape.capped:
-        found = found * (1.0 - ratio * ratio)
-    return found
+        d_scores = d_scores * (1.0 - tanh * tanh)
+    return d_scores
 
 
 @triton.jit
-def _level(lse, place, length):
-    """lse in units of log 2; inf (weight 0) of queries that see nothing or are none."""
-    inside = place.first + place.rows < length
-    found = tl.load(row_pointers(lse, place), mask=inside, other=float("inf")).to(tl.float32)
-    return tl.where(found == float("-inf"), float("inf"), found * LOG2_E)
+def _lse_in_log2(lse, tile, length):
+    """lse in units of log 2; inf (so weight 0) for queries that see nothing or do not exist."""
+    real = tile.first + tile.rows < length
+    value = tl.load(token_pointers(lse, tile), mask=real, other=float("inf")).to(tl.float32)
+    return tl.where(value == float("-inf"), float("inf"), value * LOG2_E)

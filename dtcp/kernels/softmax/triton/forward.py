@@ -1,101 +1,105 @@
-"""Interval attention in Triton, forward: a tile of queries of one head meets its run of keys.
+"""Attention in Triton, forward: a tile of queries of one head walks over its range of keys.
 
-From Dao 2023, FlashAttention-2, section 3.1, https://arxiv.org/abs/2307.08691; here the mask is
-a run of keys a query, and what earlier calls found is merged on the way out (merge.py).
+From Dao 2023, FlashAttention-2, section 3.1, https://arxiv.org/abs/2307.08691. Here the mask is a
+range of keys per query, and the results of earlier calls are merged at the end (softmax/merge.py).
 """
 
 import triton
 import triton.language as tl
 
 from dtcp.kernels.softmax.triton.tiles import (
-    LN_2,
-    Place,
-    block_run,
-    load_rows,
-    masked_block,
-    pointers,
-    row_pointers,
-    run_ends,
+    TokenTile,
+    channel_pointers,
+    cut_into_blocks,
+    inside,
+    load_tile,
+    partial_block,
+    range_ends,
     scores_of,
-    within,
+    token_pointers,
 )
+from dtcp.kernels.triton_constants import LN_2
 
 
 @triton.jit
-def attend_tile(q, k, v, out, lse, runs, length, group_size, how, shape: tl.constexpr):
+def forward_kernel(
+    q, k, v, out, lse, ranges, length, group_size, score_params, shape: tl.constexpr
+):
     """Grid: (tiles, H, B). Merges into out [B, L, H, V] and lse [B, L, H]."""
-    # Under a causal mask the last tiles have most to do: they start first.
+    # Under a causal mask the last tiles have the most work: they start first.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * shape.queries
-    place = Place(tl.program_id(2), tl.program_id(1), first, tl.arange(0, shape.queries))
-    group = place.head // group_size
-    from_key = run_ends(runs.begin, place, length)
-    to_key = run_ends(runs.stop, place, length)
+    tile = TokenTile(tl.program_id(2), tl.program_id(1), first, tl.arange(0, shape.queries))
+    group = tile.head // group_size
+    from_key = range_ends(ranges.begin, tile, length)
+    to_key = range_ends(ranges.stop, tile, length)
     begin, stop = tl.min(from_key), tl.max(to_key)
     if begin >= stop:
         return
-    full, full_begin, others = block_run(begin, tl.max(from_key), tl.min(to_key), stop, shape.keys)
-    queries = load_rows(q, place, length, shape.key_dim, shape.key_block, True)
+    full, full_begin, partial = cut_into_blocks(
+        begin, tl.max(from_key), tl.min(to_key), stop, shape.keys
+    )
+    queries = load_tile(q, tile, length, shape.key_dim, shape.key_block, True)
     total = tl.zeros((shape.queries,), tl.float32)
     peak = total - float("inf")
     sums = tl.zeros((shape.queries, shape.value_block), tl.float32)
     rows = tl.arange(0, shape.keys)
-    for index in range(others):
-        start = masked_block(index, begin, full_begin, full, shape.keys)
-        keys = Place(place.batch, group, start, rows)
+    for index in range(partial):
+        start = partial_block(index, begin, full_begin, full, shape.keys)
+        keys = TokenTile(tile.batch, group, start, rows)
         products, values = _products(queries, k, v, keys, stop, shape, True)
-        scores, _ = scores_of(products, how, shape.capped)
+        scores, _ = scores_of(products, score_params, shape.capped)
         key = (start + rows)[None, :]
         seen = (key >= from_key[:, None]) & (key < to_key[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
-        # Where nothing was seen yet, -inf - -inf would be no number.
+        # Where nothing was seen yet, -inf - -inf would be NaN.
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
-        sums, total = _add(sums, total, peak, anchor, scores, values)
+        sums, total = _add_block(sums, total, peak, anchor, scores, values)
         peak = higher
     for index in range(full):
-        keys = Place(place.batch, group, full_begin + index * shape.keys, rows)
+        keys = TokenTile(tile.batch, group, full_begin + index * shape.keys, rows)
         products, values = _products(queries, k, v, keys, stop, shape, False)
-        scores, _ = scores_of(products, how, shape.capped)
+        scores, _ = scores_of(products, score_params, shape.capped)
         higher = tl.maximum(peak, tl.max(scores, 1))
-        sums, total = _add(sums, total, peak, higher, scores, values)
+        sums, total = _add_block(sums, total, peak, higher, scores, values)
         peak = higher
-    _merge(out, lse, sums, peak, total, place, length, shape)
+    _merge(out, lse, sums, peak, total, tile, length, shape)
 
 
 @triton.jit
-def _products(queries, k, v, place, stop, shape: tl.constexpr, CUT: tl.constexpr):
-    """queries x keys, and the values of these keys."""
-    keys = load_rows(k, place, stop, shape.key_dim, shape.key_block, CUT)
-    values = load_rows(v, place, stop, shape.value_dim, shape.value_block, CUT)
+def _products(queries, k, v, tile, stop, shape: tl.constexpr, CUT: tl.constexpr):
+    """queries @ keys.T, and the values of these keys."""
+    keys = load_tile(k, tile, stop, shape.key_dim, shape.key_block, CUT)
+    values = load_tile(v, tile, stop, shape.value_dim, shape.value_block, CUT)
     return tl.dot(queries, tl.trans(keys), input_precision="ieee"), values
 
 
 @triton.jit
-def _add(sums, total, peak, anchor, scores, values):
-    """Weighted sums of values, and sums of weights, all in terms of the new anchor."""
+def _add_block(sums, total, peak, anchor, scores, values):
+    """Weighted sums of values, and sums of weights, both relative to the new anchor."""
     weights = tl.exp2(scores - anchor[:, None])
-    kept = tl.exp2(peak - anchor)
-    sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None], input_precision="ieee")
-    return sums, total * kept + tl.sum(weights, 1)
+    rescale = tl.exp2(peak - anchor)
+    sums = tl.dot(weights.to(values.dtype), values, sums * rescale[:, None], input_precision="ieee")
+    return sums, total * rescale + tl.sum(weights, 1)
 
 
 @triton.jit
-def _merge(out, lse, sums, peak, total, place, length, shape: tl.constexpr):
-    """Add to what is known, with the weights of merge_into, which add up to 1."""
-    real = place.first + place.rows < length
+def _merge(out, lse, sums, peak, total, tile, length, shape: tl.constexpr):
+    """Merge into out and lse, with the weights of merge_into, which add up to 1."""
+    real = tile.first + tile.rows < length
     seen = total > 0.0
     total = tl.where(seen, total, 1.0)
-    found = tl.where(seen, (peak + tl.log2(total)) * LN_2, float("-inf"))
-    at = row_pointers(lse, place)
-    known = tl.load(at, mask=real, other=0.0)
-    weight = tl.where(seen, tl.sigmoid(tl.where(seen, found - known, 0.0)), 0.0)
-    high = tl.maximum(found, known)
+    part_lse = tl.where(seen, (peak + tl.log2(total)) * LN_2, float("-inf"))
+    lse_pointers = token_pointers(lse, tile)
+    old_lse = tl.load(lse_pointers, mask=real, other=0.0)
+    weight = tl.where(seen, tl.sigmoid(tl.where(seen, part_lse - old_lse, 0.0)), 0.0)
+    high = tl.maximum(part_lse, old_lse)
     some = high > float("-inf")
-    apart = tl.where(some, tl.minimum(found, known) - high, 0.0)
-    tl.store(at, high + tl.where(some, tl.log(1.0 + tl.exp(apart)), 0.0), mask=real)
+    gap = tl.where(some, tl.minimum(part_lse, old_lse) - high, 0.0)
+    tl.store(lse_pointers, high + tl.where(some, tl.log(1.0 + tl.exp(gap)), 0.0), mask=real)
 
-    inside = within(place, length, shape.value_dim, shape.value_block)
-    at = pointers(out, place, shape.value_block)
-    before = tl.load(at, mask=inside, other=0.0)
-    part = sums / total[:, None]
-    tl.store(at, before + weight[:, None] * (part - before), mask=inside)
+    mask = inside(tile, length, shape.value_dim, shape.value_block)
+    out_pointers = channel_pointers(out, tile, shape.value_block)
+    old_out = tl.load(out_pointers, mask=mask, other=0.0)
+    part_out = sums / total[:, None]
+    tl.store(out_pointers, old_out + weight[:, None] * (part_out - old_out), mask=mask)

@@ -1,13 +1,13 @@
-"""What the interval kernels share: tensors and tiles as a kernel takes them, scores, block runs.
+"""What the kernels share: tiles of tokens as a kernel loads them, scores, ranges cut into blocks.
 
-A query's interval of positions is a run of keys once it is looked up in the keys' positions
-(interval_runs.py). From then on everything is an index, of a query or of a key:
+A query's interval of token indices becomes a range of keys once ranges.py has looked it up. From
+then on everything is an index of a query or of a key:
 
     begin        full_begin           full_stop        stop
-      |  some see    |  every query sees  |   some see   |
+      |  partial   |        full           |  partial   |
 
-A query that sees none of these keys has begin NOWHERE and stop 0, so that minima and maxima over
-a tile pass it by, and no run is full where one is in the tile.
+A query that sees none of these keys has begin NO_KEY and stop 0, so that minima and maxima over a
+tile ignore it, and a tile that holds one has no full part.
 """
 
 from typing import Any, NamedTuple
@@ -16,117 +16,111 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NOWHERE = tl.constexpr(1 << 30)
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from dtcp.kernels.triton_constants import LOG2_E
+from dtcp.kernels.triton_support import StridedTensor
+
+NO_KEY = tl.constexpr(1 << 30)
+"""Where the range of a query that sees no key begins."""
 
 
-class View(NamedTuple):
-    """A tensor [B, tokens, heads, width], or the first of these dims, of any strides."""
+class RangeOperands(NamedTuple):
+    """The range of keys that each query sees, as a kernel takes it."""
 
-    at: Any  # a tensor on the host, a pointer in a kernel
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of(cls, x: Tensor) -> "View":
-        return cls(x, x.stride())
+    begin: StridedTensor  # [B, L] int32
+    stop: StridedTensor  # [B, L] int32
 
 
-class Runs(NamedTuple):
-    """The run of keys that each query sees."""
-
-    begin: View  # [B, L] int32
-    stop: View  # [B, L] int32
-
-
-class How(NamedTuple):
-    """Of the softmax, as numbers of the launch."""
+class ScoreOperands(NamedTuple):
+    """SoftmaxParams as numbers of a launch; Triton refuses a kernel argument named `params`."""
 
     scale: float
-    softcap: float  # anything where there is none
+    softcap: float  # not read where the kernel is compiled without a cap
 
 
-class Shape(NamedTuple):
-    """What a kernel is compiled for; blocks are powers of two, at least 16."""
+class TileShape(NamedTuple):
+    """What a kernel is compiled for; `*_block` and tiles are powers of two, at least 16."""
 
     key_dim: Any
     value_dim: Any
     key_block: Any  # columns that hold key_dim
-    value_block: Any
-    queries: Any  # a tile
-    keys: Any
+    value_block: Any  # columns that hold value_dim
+    queries: Any  # per tile
+    keys: Any  # per tile
     capped: Any
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, tile: tuple[int, int], softcap: float) -> "Shape":
+    def of(cls, k: Tensor, v: Tensor, tile: tuple[int, int], softcap: float) -> "TileShape":
         dims = (k.shape[-1], v.shape[-1])
         blocks = (max(16, triton.next_power_of_2(dim)) for dim in dims)
         return cls(*(tl.constexpr(x) for x in (*dims, *blocks, *tile, softcap != 0.0)))
 
 
-class Place(NamedTuple):
-    """Some tokens of one head, in a kernel."""
+class TokenTile(NamedTuple):
+    """Neighbouring tokens of one head, in a kernel."""
 
     batch: Any
     head: Any
     first: Any
-    rows: Any  # 0, 1, .. as many as a tile has
+    rows: Any  # 0, 1, .. up to the number of tokens in the tile
 
 
 @triton.jit
-def row_pointers(x, place):
-    """One pointer a token; only here may offsets pass 2**31."""
-    at = x.at + place.batch.to(tl.int64) * x.strides[0] + place.head.to(tl.int64) * x.strides[2]
-    return at + place.first.to(tl.int64) * x.strides[1] + place.rows * x.strides[1]
-
-
-@triton.jit
-def pointers(x, place, BLOCK: tl.constexpr):
-    """[rows, BLOCK] pointers."""
-    column = tl.arange(0, BLOCK)
-    return row_pointers(x, place)[:, None] + (column * x.strides[3])[None, :]
-
-
-@triton.jit
-def within(place, stop, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[rows, BLOCK] bool: before token `stop` and column WIDTH."""
-    return (place.first + place.rows < stop)[:, None] & (tl.arange(0, BLOCK) < WIDTH)[None, :]
-
-
-@triton.jit
-def load_rows(x, place, stop, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CUT: tl.constexpr):
-    """[rows, BLOCK], with zeros past WIDTH and, if CUT, from token `stop` on."""
-    if CUT:
-        found = tl.load(pointers(x, place, BLOCK), within(place, stop, WIDTH, BLOCK), other=0.0)
-    elif WIDTH != BLOCK:
-        inside = (tl.arange(0, BLOCK) < WIDTH)[None, :]
-        found = tl.load(pointers(x, place, BLOCK), mask=inside, other=0.0)
-    else:
-        found = tl.load(pointers(x, place, BLOCK))
-    return found
-
-
-@triton.jit
-def add_rows(x, found, place, stop, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Add [rows, BLOCK] to x in place."""
-    at, inside = pointers(x, place, BLOCK), within(place, stop, WIDTH, BLOCK)
-    tl.store(at, tl.load(at, mask=inside, other=0.0) + found, mask=inside)
-
-
-@triton.jit
-def run_ends(x, place, length):
-    """One end of the runs of some queries; past the last query, that of the last."""
-    return tl.load(
-        x.at + place.batch * x.strides[0] + tl.minimum(place.first + place.rows, length - 1)
+def token_pointers(x, tile):
+    """One pointer per token, [rows]; only here may offsets pass 2**31."""
+    base = (
+        x.pointer + tile.batch.to(tl.int64) * x.strides[0] + tile.head.to(tl.int64) * x.strides[2]
     )
+    return base + tile.first.to(tl.int64) * x.strides[1] + tile.rows * x.strides[1]
 
 
 @triton.jit
-def block_run(begin, full_begin, full_stop, stop, BLOCK: tl.constexpr):
-    """Cut [begin, stop) into blocks: those inside the full run are whole, and need no mask.
+def channel_pointers(x, tile, BLOCK: tl.constexpr):
+    """One pointer per token and channel, [rows, BLOCK]."""
+    column = tl.arange(0, BLOCK)
+    return token_pointers(x, tile)[:, None] + (column * x.strides[3])[None, :]
 
-    Returns how many these are, where the first of them starts, and how many others there are,
-    left of them and then right of them; `masked_block` says where those start.
+
+@triton.jit
+def inside(tile, stop, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[rows, BLOCK] bool: before token `stop` and column WIDTH."""
+    return (tile.first + tile.rows < stop)[:, None] & (tl.arange(0, BLOCK) < WIDTH)[None, :]
+
+
+@triton.jit
+def load_tile(x, tile, stop, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CUT: tl.constexpr):
+    """[rows, BLOCK], with zeros past column WIDTH and, if CUT, from token `stop` on."""
+    if CUT:
+        mask = inside(tile, stop, WIDTH, BLOCK)
+        values = tl.load(channel_pointers(x, tile, BLOCK), mask, other=0.0)
+    elif WIDTH != BLOCK:
+        columns = (tl.arange(0, BLOCK) < WIDTH)[None, :]
+        values = tl.load(channel_pointers(x, tile, BLOCK), mask=columns, other=0.0)
+    else:
+        values = tl.load(channel_pointers(x, tile, BLOCK))
+    return values
+
+
+@triton.jit
+def add_to_tile(x, values, tile, stop, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Add values [rows, BLOCK] to x in place."""
+    pointers, mask = channel_pointers(x, tile, BLOCK), inside(tile, stop, WIDTH, BLOCK)
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + values, mask=mask)
+
+
+@triton.jit
+def range_ends(x, tile, length):
+    """Begin or stop of each query's range, [rows]; past the last query, that of the last one."""
+    query = tl.minimum(tile.first + tile.rows, length - 1)
+    return tl.load(x.pointer + tile.batch * x.strides[0] + query)
+
+
+@triton.jit
+def cut_into_blocks(begin, full_begin, full_stop, stop, BLOCK: tl.constexpr):
+    """Cut [begin, stop) into blocks; those inside the full part need no mask.
+
+    Returns how many blocks are full, where the first of them starts, and how many are partial:
+    first those to the left of the full ones, then those to the right. `partial_block` says where
+    the partial ones start.
     """
     full_begin = begin + tl.cdiv(tl.maximum(full_begin - begin, 0), BLOCK) * BLOCK
     full = tl.maximum(full_stop - full_begin, 0) // BLOCK
@@ -136,20 +130,20 @@ def block_run(begin, full_begin, full_stop, stop, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def masked_block(index, begin, full_begin, full, BLOCK: tl.constexpr):
-    """Where the index-th block outside of the full run starts."""
+def partial_block(index, begin, full_begin, full, BLOCK: tl.constexpr):
+    """Where the index-th partial block starts."""
     start = begin + index * BLOCK
     return tl.where(start < full_begin, start, start + full * BLOCK)
 
 
 @triton.jit
-def scores_of(products, how, CAPPED: tl.constexpr):
-    """Products of queries and keys -> scores in units of log 2; tanh of the score over the cap."""
+def scores_of(products, score_params, CAPPED: tl.constexpr):
+    """Scores in units of log 2, and, where capped, tanh(score / softcap)."""
     if CAPPED:
-        # tanh, which the interpreter has not: off by one rounding of 1 at most.
-        ratio = 2.0 * tl.sigmoid(2.0 * how.scale / how.softcap * products) - 1.0
-        scores = how.softcap * LOG2_E * ratio
+        # Triton's interpreter has no tanh; this differs by one rounding of 1 at most.
+        tanh = 2.0 * tl.sigmoid(2.0 * score_params.scale / score_params.softcap * products) - 1.0
+        scores = score_params.softcap * LOG2_E * tanh
     else:
-        ratio = products
-        scores = products * (how.scale * LOG2_E)
-    return scores, ratio
+        tanh = products
+        scores = products * (score_params.scale * LOG2_E)
+    return scores, tanh

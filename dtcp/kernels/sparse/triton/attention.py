@@ -1,13 +1,13 @@
-"""Sparse attention by Triton's kernels: the functions of sparse.py, on a GPU.
+"""Sparse attention by Triton's kernels.
 
-Backward is in three. Queries walk over their keys again and give dq; blocks of keys walk over
-the queries that read them and give the gradients of keys, and of entries that are read in runs,
-added up in one order. Only picked entries have no run of readers: their gradients are added in
-fp32 as they come, by atomics, so two runs may differ in the last bits. Sorting the picks would
-avoid that at a price: a reader brings all heads of q and of the gradient, 128 KiB at the sizes of
-Flash, where an entry is one row of 1 KiB.
+Backward has three parts. Queries walk over their keys again, which gives dq. Blocks of keys walk
+over the queries that read them, which gives the gradients of keys, and of entries that are read
+in runs, summed in one order. Only selected entries have no run of readers: their gradients are
+added in fp32 by atomics as they come, so two runs of a program may differ in the last bits.
+Sorting the selection would avoid that at a price: each reader loads all heads of q and of the
+gradient, 128 KiB at the sizes of DeepSeek-V4-Flash, where an entry is one row of 1 KiB.
 
-This module imports Triton, so sparse_op.py imports it where it is used.
+This module imports Triton, so api.py imports it only where it is used.
 """
 
 from typing import NamedTuple
@@ -17,29 +17,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dtcp.kernels.sparse.reference import Gathered
 from dtcp.kernels.sparse.triton.backward import (
-    Final,
-    pick_gradients,
-    query_gradients,
-    run_gradients,
+    SavedOperands,
+    selected_gradient_kernel,
+    sparse_key_gradient_kernel,
+    sparse_query_gradient_kernel,
 )
 from dtcp.kernels.sparse.triton.forward import (
-    Given,
-    Shape,
-    Sizes,
-    View,
-    attend,
+    BlockShape,
+    SparseOperands,
+    SparseSizes,
+    head_rows,
+    sparse_forward_kernel,
 )
+from dtcp.kernels.sparse.types import SparseGradients, SparseKeys
 
 PROGRAMS = 512
-"""Programs that keep a GPU busy; where keys are too few for that, their readers are split."""
+"""Programs that keep a GPU busy; where there are too few blocks of keys, readers are split."""
 LEAST_READERS = 16
-"""Queries a split, at least."""
+"""Queries per split, at least."""
 
 
-class Blocks(NamedTuple):
-    """How a kernel is cut, and run: rows are queries times heads."""
+class BlockConfig(NamedTuple):
+    """Rows (queries times heads) and keys that a program holds, and how Triton runs it."""
 
     rows: int
     keys: int
@@ -47,165 +47,176 @@ class Blocks(NamedTuple):
     stages: int
 
 
-class Plan(NamedTuple):
-    """The blocks of each pass."""
+class SparseBlocks(NamedTuple):
+    """The blocks of each kernel."""
 
-    forward: Blocks
-    queries: Blocks
-    keys: Blocks
+    forward: BlockConfig
+    query_gradients: BlockConfig
+    key_gradients: BlockConfig
 
 
-def plan_for(dtype: torch.dtype, dim: int) -> Plan:
-    """Blocks that fit where sparse_kernel says so; docs/log.md has their registers."""
+def sparse_blocks(dtype: torch.dtype) -> SparseBlocks:
+    """Blocks that fit into a GPU where sparse_kernel says so; docs/log.md has their registers."""
     if dtype == torch.float32:
-        return Plan(Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1))
-    return Plan(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2))
+        return SparseBlocks(*(BlockConfig(16, 16, 8, 1),) * 3)
+    by_queries = BlockConfig(64, 32, 8, 2)
+    return SparseBlocks(by_queries, by_queries, BlockConfig(32, 64, 8, 2))
 
 
-class Call(NamedTuple):
-    """Operands as kernels take them."""
+class SparseLaunch(NamedTuple):
+    """The inputs of a call as kernels take them."""
 
-    given: Given
-    sizes: Sizes
+    operands: SparseOperands
+    sizes: SparseSizes
     batch: int
     dim: int
     has_sink: bool
     has_entries: bool
-    has_picks: bool
+    has_selection: bool
 
     @classmethod
-    def of(cls, q: Tensor, at: Gathered, sink: Tensor | None) -> "Call":
-        keys, sight = at.keys.contiguous(), at.sight
-        entries = keys[:, :0] if at.entries is None else at.entries.contiguous()
+    def of(cls, q: Tensor, keys: SparseKeys, sink: Tensor | None) -> "SparseLaunch":
+        raw, sight = keys.keys.contiguous(), keys.sight
+        entries = raw[:, :0] if keys.entries is None else keys.entries.contiguous()
         number, runs = entries.shape[1], (sight.key_run, sight.entry_run, sight.closing)
-        # An indexer that may pick as many as there are picks all that a query sees.
-        has_picks = at.selected is not None and at.selected.shape[-1] < number
-        selected = at.selected.contiguous() if at.selected is not None else sight.closing
+        # An indexer that may select as many entries as there are selects all that a query sees.
+        has_selection = keys.selected is not None and keys.selected.shape[-1] < number
+        selected = sight.closing if keys.selected is None else keys.selected.contiguous()
+        num_selected = selected.shape[-1] if has_selection else 0
         batch, length, heads, dim = q.shape
         return cls(
-            Given(keys, entries, selected, *runs),
-            Sizes(length, heads, keys.shape[1], number, selected.shape[-1] if has_picks else 0),
+            SparseOperands(raw, entries, selected, *runs),
+            SparseSizes(length, heads, raw.shape[1], number, num_selected),
             batch,
             dim,
             sink is not None,
             number > 0,
-            has_picks,
+            has_selection,
         )
 
-    def shape(self, block: Blocks, *, dtype: torch.dtype, picks: bool) -> Shape:
-        """What a kernel is compiled for; a block reads the picks of one query."""
-        heads = block.rows if picks else min(block.rows, triton.next_power_of_2(self.sizes.heads))
+    def shape(self, block: BlockConfig, *, dtype: torch.dtype, selection: bool) -> BlockShape:
+        """What a kernel is compiled for; with a selection, a block of rows is of one query."""
+        heads = min(block.rows, triton.next_power_of_2(self.sizes.heads))
+        heads = block.rows if selection else heads
         channels = max(16, triton.next_power_of_2(self.dim))
-        # fp32 as three products of tensor cores, which keep its digits but for the last.
+        # fp32 as three products on tensor cores, which keep all of its digits but the last.
         precision = "tf32x3" if dtype == torch.float32 else "ieee"
-        reads = (self.has_sink, self.has_entries, self.has_picks)
-        cut = (heads, block.rows, block.keys, self.dim, channels)
-        return Shape(*(tl.constexpr(x) for x in (*cut, *reads, precision)))
+        reads = (self.has_sink, self.has_entries, self.has_selection)
+        sizes = (heads, block.rows, block.keys, self.dim, channels)
+        return BlockShape(*(tl.constexpr(x) for x in (*sizes, *reads, precision)))
 
-    def grid(self, shape: Shape) -> tuple[int, int]:
+    def grid(self, shape: BlockShape) -> tuple[int, int]:
         """Blocks of rows, and rows of the batch."""
         heads, queries = shape.heads.value, shape.rows.value // shape.heads.value
         blocks = triton.cdiv(self.sizes.queries, queries) * triton.cdiv(self.sizes.heads, heads)
         return blocks, self.batch
 
 
-def sparse_forward(
-    q: Tensor, given: Gathered, sink: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend all queries: out [B, L, H, D] in q's dtype, and lse [B, L, H]."""
-    call, block = Call.of(q, given, sink), plan_for(q.dtype, q.shape[-1]).forward
-    shape = call.shape(block, dtype=q.dtype, picks=call.has_picks)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    with torch.cuda.device_of(q):
-        attend[call.grid(shape)](
-            View.of(q),
-            lse if sink is None else sink.float().contiguous(),
-            call.given,
-            out,
-            lse,
-            call.sizes,
-            scale,
-            shape,
-            num_warps=block.warps,
-            num_stages=block.stages,
-        )
-    return out, lse
+class TritonSparseAttention:
+    """`SparseKernel` for the tensors that `triton_runs_on` accepts."""
+
+    def forward(
+        self, q: Tensor, keys: SparseKeys, sink: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        launch, block = SparseLaunch.of(q, keys, sink), sparse_blocks(q.dtype).forward
+        shape = launch.shape(block, dtype=q.dtype, selection=launch.has_selection)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+        with torch.cuda.device_of(q):
+            sparse_forward_kernel[launch.grid(shape)](
+                head_rows(q),
+                lse if sink is None else sink.float().contiguous(),
+                launch.operands,
+                out,
+                lse,
+                launch.sizes,
+                scale,
+                shape,
+                num_warps=block.warps,
+                num_stages=block.stages,
+            )
+        return out, lse
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        keys: SparseKeys,
+        sink: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+    ) -> SparseGradients:
+        launch, block = SparseLaunch.of(q, keys, sink), sparse_blocks(q.dtype).query_gradients
+        shape = launch.shape(block, dtype=q.dtype, selection=launch.has_selection)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        saved = SavedOperands(head_rows(q), head_rows(grad_out), lse, torch.empty_like(lse))
+        with torch.cuda.device_of(q):
+            sparse_query_gradient_kernel[launch.grid(shape)](
+                saved,
+                out.contiguous(),
+                launch.operands,
+                dq,
+                launch.sizes,
+                scale,
+                shape,
+                num_warps=block.warps,
+                num_stages=block.stages,
+            )
+            readers = keys.sight.key_readers
+            dkeys = _run_gradients(saved, launch, readers, launch.operands.keys, scale)
+            dentries = None
+            if keys.entries is not None:
+                dentries = _entry_gradients(saved, launch, keys.sight.entry_readers, scale)
+        dsink = None
+        if sink is not None:
+            dsink = -(torch.exp(sink.float() - lse) * saved.delta).sum((0, 1)).to(sink.dtype)
+        return SparseGradients(dq, dkeys, dentries, dsink)
 
 
-def sparse_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    given: Gathered,
-    sink: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q, keys, entries and sink; of keys and entries in fp32."""
-    call, plan = Call.of(q, given, sink), plan_for(q.dtype, q.shape[-1])
-    shape = call.shape(plan.queries, dtype=q.dtype, picks=call.has_picks)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    final = Final(View.of(q), View.of(grad_out), lse, torch.empty_like(lse))
-    with torch.cuda.device_of(q):
-        query_gradients[call.grid(shape)](
-            final,
-            out.contiguous(),
-            call.given,
-            dq,
-            call.sizes,
-            scale,
-            shape,
-            num_warps=plan.queries.warps,
-            num_stages=plan.queries.stages,
-        )
-        dkeys = _run_gradients(final, call, given.sight.key_readers, call.given.keys, scale)
-        dentries = None if given.entries is None else _entry_gradients(final, call, given, scale)
-    dsink = None
-    if sink is not None:
-        dsink = -(torch.exp(sink.float() - lse) * final.delta).sum((0, 1)).to(sink.dtype)
-    return dq, dkeys, dentries, dsink
-
-
-def _entry_gradients(final: Final, call: Call, given: Gathered, scale: float) -> Tensor:
-    """[B, P, D] fp32."""
-    entries = call.given.entries
-    if not call.has_picks:
-        return _run_gradients(final, call, given.sight.entry_readers, entries, scale)
-    found = torch.zeros(entries.shape, dtype=torch.float32, device=entries.device)
-    block = plan_for(entries.dtype, call.dim).keys
-    blocks = triton.cdiv(call.sizes.picks, block.keys)
-    pick_gradients[call.sizes.queries, blocks, call.batch](
-        final,
-        call.given,
-        found,
-        call.sizes,
+def _entry_gradients(
+    saved: SavedOperands, launch: SparseLaunch, readers: Tensor, scale: float
+) -> Tensor:
+    """Gradients of entries, [B, P, D] fp32."""
+    entries = launch.operands.entries
+    if not launch.has_selection:
+        return _run_gradients(saved, launch, readers, entries, scale)
+    dentries = torch.zeros(entries.shape, dtype=torch.float32, device=entries.device)
+    block = sparse_blocks(entries.dtype).key_gradients
+    blocks = triton.cdiv(launch.sizes.selected, block.keys)
+    selected_gradient_kernel[launch.sizes.queries, blocks, launch.batch](
+        saved,
+        launch.operands,
+        dentries,
+        launch.sizes,
         scale,
-        call.shape(block, dtype=entries.dtype, picks=True),
+        launch.shape(block, dtype=entries.dtype, selection=True),
         num_warps=block.warps,
         num_stages=block.stages,
     )
-    return found
+    return dentries
 
 
-def _run_gradients(final: Final, call: Call, readers: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Gradient of keys, or of entries, that are read in runs: [B, K, D] fp32."""
-    batch, number, dim = keys.shape
-    block = plan_for(keys.dtype, dim).keys
+def _run_gradients(
+    saved: SavedOperands, launch: SparseLaunch, readers: Tensor, keys: Tensor, scale: float
+) -> Tensor:
+    """Gradients of keys, or of entries, that are read in runs: [B, K, D] fp32."""
+    batch, number, _ = keys.shape
+    block = sparse_blocks(keys.dtype).key_gradients
     blocks = triton.cdiv(number, block.keys)
-    most = call.sizes.queries // LEAST_READERS
+    most = launch.sizes.queries // LEAST_READERS
     splits = max(1, min(PROGRAMS // max(1, blocks * batch), most))
-    found = torch.empty((splits, *keys.shape), dtype=torch.float32, device=keys.device)
+    grads = torch.empty((splits, *keys.shape), dtype=torch.float32, device=keys.device)
     if number > 0:
-        run_gradients[blocks, splits, batch](
-            final,
+        sparse_key_gradient_kernel[blocks, splits, batch](
+            saved,
             keys,
             readers,
-            found,
-            call.sizes._replace(keys=number),
+            grads,
+            launch.sizes._replace(keys=number),
             scale,
-            call.shape(block, dtype=keys.dtype, picks=False),
+            launch.shape(block, dtype=keys.dtype, selection=False),
             num_warps=block.warps,
             num_stages=block.stages,
         )
-    return found.sum(0) if splits > 1 else found[0]
+    return grads.sum(0) if splits > 1 else grads[0]

@@ -1,11 +1,11 @@
-"""Sparse attention in Triton, forward, and what all kernels share: how a block of rows reads keys.
+"""Sparse attention in Triton, forward, and how a block of rows reads keys, which backward shares.
 
-A block of rows is some heads of one query, or of a few queries where heads are few. All rows
-read the one head of keys, which is what makes products of matrices out of it. A run of keys is
-read as it lies; picked entries are gathered while they are read.
+A block of rows is some heads of one query, or of a few queries where heads are few. All rows read
+the one head of keys, which makes the products matrix products. Runs of keys are read in order;
+selected entries are gathered as they are read.
 
-Scores are in units of log 2. Where a block starts is one int64 number, what lies in it is
-numbered in int32: that saves registers.
+Scores are in units of log 2. Where a block starts is one int64 number, and places in it are
+int32: that saves registers.
 """
 
 from typing import Any, NamedTuple
@@ -14,25 +14,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-NOWHERE = tl.constexpr(2147483647)
+from dtcp.kernels.sparse.types import NOWHERE
+from dtcp.kernels.triton_constants import LOG2_E
+from dtcp.kernels.triton_support import StridedTensor
+
+_NOWHERE = tl.constexpr(NOWHERE)
 
 
-class View(NamedTuple):
-    """A tensor [B, L, H, D] with its channels next to each other, and no head far from another."""
+def head_rows(x: Tensor) -> StridedTensor:
+    """x [B, L, H, D] for a kernel, copied unless channels are adjacent and heads are near.
 
-    at: Any  # a tensor on the host, a pointer in a kernel
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of(cls, x: Tensor) -> "View":
-        near = x.stride(2) * x.shape[2] < 2**31
-        x = x if x.stride(-1) == 1 and near else x.contiguous()
-        return cls(x, x.stride()[:3])
+    Offsets of heads are int32, so all heads of a token must lie within 2**31 numbers.
+    """
+    near = x.stride(2) * x.shape[2] < 2**31
+    x = x if x.stride(-1) == 1 and near else x.contiguous()
+    return StridedTensor(x, x.stride()[:3])
 
 
-class Given(NamedTuple):
-    """What a query may read; contiguous."""
+class SparseOperands(NamedTuple):
+    """What a query may read, as a kernel takes it; all contiguous."""
 
     keys: Any  # [B, K, D]
     entries: Any  # [B, P, D]
@@ -42,174 +42,181 @@ class Given(NamedTuple):
     closing: Any  # [B, P]
 
 
-class Sizes(NamedTuple):
-    """Numbers of a launch."""
+class SparseSizes(NamedTuple):
+    """Sizes as numbers of a launch."""
 
     queries: Any
     heads: Any
     keys: Any
     entries: Any
-    picks: Any
+    selected: Any  # entries per query; 0 where there is no selection
 
 
-class Shape(NamedTuple):
-    """What a kernel is compiled for; all but `dim` are powers of two."""
+class BlockShape(NamedTuple):
+    """What a kernel is compiled for; all sizes but `dim` are powers of two."""
 
-    heads: Any  # of a query, in a block of rows
+    heads: Any  # of one query, in a block of rows
     rows: Any
     keys: Any
     dim: Any
-    channels: Any  # that hold dim
+    channels: Any  # columns that hold dim
     has_sink: Any
     has_entries: Any
-    has_picks: Any
+    has_selection: Any
     precision: Any
 
 
-class Rows(NamedTuple):
-    """A block of rows, in a kernel."""
+class RowBlock(NamedTuple):
+    """A block of rows, in a kernel: where it starts, and the offset of each row from there."""
 
-    row: Any  # of the batch
+    batch: Any
     query: Any
     head: Any
-    offset_query: Any
-    offset_head: Any
-    there: Any
+    query_offset: Any  # [rows]
+    head_offset: Any  # [rows]
+    real: Any  # [rows] bool, whether the query and the head exist
 
 
 @triton.jit
-def rows_of(block, row, sizes, shape: tl.constexpr):
-    """The blocks of a query's heads are neighbours."""
+def row_block(block, batch, sizes, shape: tl.constexpr):
+    """The blocks of one query's heads are neighbours."""
     parts = tl.cdiv(sizes.heads, shape.heads)
     query = (block // parts) * (shape.rows // shape.heads)
     head = (block % parts) * shape.heads
     m = tl.arange(0, shape.rows)
-    of_query, of_head = m // shape.heads, m % shape.heads
-    there = (query + of_query < sizes.queries) & (head + of_head < sizes.heads)
-    return Rows(row, tl.cast(query, tl.int64), head, of_query, of_head, there)
+    query_offset, head_offset = m // shape.heads, m % shape.heads
+    real = (query + query_offset < sizes.queries) & (head + head_offset < sizes.heads)
+    return RowBlock(batch, tl.cast(query, tl.int64), head, query_offset, head_offset, real)
 
 
 @triton.jit
-def load(x, at, there, shape: tl.constexpr):
-    """Channels that start at x + at: [len(at), channels], zeros where there is nothing."""
+def load_channels(x, offsets, mask, shape: tl.constexpr):
+    """The channels at x + offsets: [len(offsets), channels], zeros where masked."""
     c = tl.arange(0, shape.channels)
-    mask = there[:, None] & (c < shape.dim)[None, :]
-    return tl.load(x + at[:, None] + c[None, :], mask=mask, other=0.0)
+    mask = mask[:, None] & (c < shape.dim)[None, :]
+    return tl.load(x + offsets[:, None] + c[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store(x, at, values, there, shape: tl.constexpr):
+def store_channels(x, offsets, values, mask, shape: tl.constexpr):
     c = tl.arange(0, shape.channels)
-    mask = there[:, None] & (c < shape.dim)[None, :]
-    tl.store(x + at[:, None] + c[None, :], values.to(x.dtype.element_ty), mask=mask)
+    mask = mask[:, None] & (c < shape.dim)[None, :]
+    tl.store(x + offsets[:, None] + c[None, :], values.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_rows(x, rows, shape: tl.constexpr):
-    start = rows.row * x.strides[0] + rows.query * x.strides[1] + rows.head * x.strides[2]
-    at = rows.offset_query * x.strides[1] + rows.offset_head * x.strides[2]
-    return load(x.at + start, at, rows.there, shape)
+    start = rows.batch * x.strides[0] + rows.query * x.strides[1] + rows.head * x.strides[2]
+    offsets = rows.query_offset * x.strides[1] + rows.head_offset * x.strides[2]
+    return load_channels(x.pointer + start, offsets, rows.real, shape)
 
 
 @triton.jit
-def own_place(rows, sizes):
-    """Where a block's results start among [B, L, H] rows, and each of them from there."""
-    start = (rows.row * sizes.queries + rows.query) * sizes.heads + rows.head
-    return start, rows.offset_query * sizes.heads + rows.offset_head
+def result_offsets(rows, sizes):
+    """Where a block's results start among the rows of [B, L, H], and each row's offset from it."""
+    start = (rows.batch * sizes.queries + rows.query) * sizes.heads + rows.head
+    return start, rows.query_offset * sizes.heads + rows.head_offset
 
 
 @triton.jit
-def run_of(runs, at, there):
-    """From where and up to where each one reads, and from where and up to where any does."""
-    start = tl.load(runs + at * 2, mask=there, other=0)
-    stop = tl.load(runs + at * 2 + 1, mask=there, other=0)
+def load_runs(runs, offsets, mask):
+    """Start and stop of each run; then the least start and the largest stop of nonempty runs."""
+    start = tl.load(runs + offsets * 2, mask=mask, other=0)
+    stop = tl.load(runs + offsets * 2 + 1, mask=mask, other=0)
     high = tl.max(stop, 0)
-    return start, stop, tl.minimum(tl.min(tl.where(start < stop, start, NOWHERE), 0), high), high
+    low = tl.minimum(tl.min(tl.where(start < stop, start, _NOWHERE), 0), high)
+    return start, stop, low, high
 
 
 @triton.jit
-def walk(step: tl.constexpr, mine, state, rows, given, sizes, shape: tl.constexpr):
-    """Take a step with each block of keys that a block of rows reads: its window, then entries."""
-    token = rows.row * sizes.queries + rows.query
-    run = run_of(given.key_run + token * 2, rows.offset_query, rows.there)
-    keys = given.keys + rows.row * sizes.keys * shape.dim
-    state = _walk_run(step, mine, state, keys, run, given.closing, False, shape)
+def walk(step: tl.constexpr, inputs, state, rows, operands, sizes, shape: tl.constexpr):
+    """Fold each block of keys that a block of rows reads into `state`: its window, then entries.
+
+    `step` maps (inputs, keys, seen, state, shape) to the next state.
+    """
+    token = rows.batch * sizes.queries + rows.query
+    run = load_runs(operands.key_run + token * 2, rows.query_offset, rows.real)
+    keys = operands.keys + rows.batch * sizes.keys * shape.dim
+    state = _walk_run(step, inputs, state, keys, run, operands.closing, False, shape)
     if shape.has_entries:
-        run = run_of(given.entry_run + token * 2, rows.offset_query, rows.there)
-        entries = given.entries + rows.row * sizes.entries * shape.dim
-        if shape.has_picks:
-            # All rows are of one query. Its picks come first, and no more than are in sight.
-            number = tl.minimum(sizes.picks, run[3] - run[2])
-            chosen = given.selected + token * sizes.picks
-            state = _walk_picks(step, mine, state, entries, chosen, number, rows.there, shape)
+        run = load_runs(operands.entry_run + token * 2, rows.query_offset, rows.real)
+        entries = operands.entries + rows.batch * sizes.entries * shape.dim
+        if shape.has_selection:
+            # All rows are of one query. No more entries are selected than it sees.
+            number = tl.minimum(sizes.selected, run[3] - run[2])
+            selected = operands.selected + token * sizes.selected
+            state = _walk_selected(step, inputs, state, entries, selected, number, rows.real, shape)
         else:
-            closing = given.closing + rows.row * sizes.entries
-            state = _walk_run(step, mine, state, entries, run, closing, True, shape)
+            closing = operands.closing + rows.batch * sizes.entries
+            state = _walk_run(step, inputs, state, entries, run, closing, True, shape)
     return state
 
 
 @triton.jit
 def _walk_run(
-    step: tl.constexpr, mine, state, keys, run, closing, HOLES: tl.constexpr, shape: tl.constexpr
+    step: tl.constexpr, inputs, state, keys, run, closing, HOLES: tl.constexpr, shape: tl.constexpr
 ):
-    """A run as it lies; with HOLES, what closes nowhere is no entry."""
+    """A run in order; with HOLES, places that close nowhere hold no entry."""
     start, stop, low, high = run
     n = tl.arange(0, shape.keys)
     for first in range(low, high, shape.keys):
         left = high - first
-        at = first + n
-        k = load(keys + tl.cast(first, tl.int64) * shape.dim, n * shape.dim, n < left, shape)
+        place = first + n
+        block = keys + tl.cast(first, tl.int64) * shape.dim
+        k = load_channels(block, n * shape.dim, n < left, shape)
         if HOLES:
-            closes = tl.load(closing + at, mask=n < left, other=NOWHERE)
-            at = tl.where(closes < NOWHERE, at, -1)
-        seen = (at[None, :] >= start[:, None]) & (at[None, :] < stop[:, None])
-        state = step(mine, k, seen, state, shape)
+            closes = tl.load(closing + place, mask=n < left, other=_NOWHERE)
+            place = tl.where(closes < _NOWHERE, place, -1)
+        seen = (place[None, :] >= start[:, None]) & (place[None, :] < stop[:, None])
+        state = step(inputs, k, seen, state, shape)
     return state
 
 
 @triton.jit
-def _walk_picks(
-    step: tl.constexpr, mine, state, entries, chosen, number, there, shape: tl.constexpr
+def _walk_selected(
+    step: tl.constexpr, inputs, state, entries, selected, number, real, shape: tl.constexpr
 ):
+    """The first `number` entries of a selection, gathered."""
     n = tl.arange(0, shape.keys)
     for first in range(0, number, shape.keys):
-        place = tl.load(chosen + first + n, mask=n < number - first, other=-1).to(tl.int64)
-        k = load(entries, place * shape.dim, place >= 0, shape)
-        state = step(mine, k, (place >= 0)[None, :] & there[:, None], state, shape)
+        place = tl.load(selected + first + n, mask=n < number - first, other=-1).to(tl.int64)
+        k = load_channels(entries, place * shape.dim, place >= 0, shape)
+        state = step(inputs, k, (place >= 0)[None, :] & real[:, None], state, shape)
     return state
 
 
 @triton.jit
-def attend(q, sink, given, out, lse, sizes, scale, shape: tl.constexpr):
+def sparse_forward_kernel(q, sink, operands, out, lse, sizes, scale, shape: tl.constexpr):
     """Grid: (blocks of rows, B). Writes out [B, L, H, D] and lse [B, L, H]."""
-    rows = rows_of(tl.program_id(0), tl.program_id(1).to(tl.int64), sizes, shape)
+    rows = row_block(tl.program_id(0), tl.program_id(1).to(tl.int64), sizes, shape)
     total = tl.zeros([shape.rows], tl.float32)
-    most = total - float("inf")
+    peak = total - float("inf")
     if shape.has_sink:
-        most = tl.load(sink + rows.head + rows.offset_head, mask=rows.there, other=0.0) * LOG2E
+        peak = tl.load(sink + rows.head + rows.head_offset, mask=rows.real, other=0.0) * LOG2_E
         total += 1.0
-    mine = (load_rows(q, rows, shape), scale * LOG2E)
-    state = (tl.zeros([shape.rows, shape.channels], tl.float32), most, total)
-    sums, most, total = walk(_fold, mine, state, rows, given, sizes, shape)
-    start, at = own_place(rows, sizes)
+    inputs = (load_rows(q, rows, shape), scale * LOG2_E)
+    state = (tl.zeros([shape.rows, shape.channels], tl.float32), peak, total)
+    sums, peak, total = walk(_attend_block, inputs, state, rows, operands, sizes, shape)
+    start, offsets = result_offsets(rows, sizes)
     blind = total == 0.0
     total = tl.where(blind, 1.0, total)
-    store(out + start * shape.dim, at * shape.dim, sums / total[:, None], rows.there, shape)
-    tl.store(lse + start + at, (most + tl.log2(total)) / LOG2E, mask=rows.there)
+    means = sums / total[:, None]
+    store_channels(out + start * shape.dim, offsets * shape.dim, means, rows.real, shape)
+    tl.store(lse + start + offsets, (peak + tl.log2(total)) / LOG2_E, mask=rows.real)
 
 
 @triton.jit
-def _fold(mine, k, seen, state, shape: tl.constexpr):
-    """One more block of keys, which are values too, in a softmax that goes along."""
-    q, scale = mine
-    sums, most, total = state
+def _attend_block(inputs, k, seen, state, shape: tl.constexpr):
+    """One step of the online softmax; keys are the values too."""
+    q, scale = inputs
+    sums, peak, total = state
     scores = tl.dot(q, tl.trans(k), input_precision=shape.precision) * scale
     scores = tl.where(seen, scores, float("-inf"))
-    new = tl.maximum(most, tl.max(scores, 1))
+    higher = tl.maximum(peak, tl.max(scores, 1))
     # Rows that have seen nothing yet keep weight 0, where -inf - -inf would be NaN.
-    base = tl.where(new == float("-inf"), 0.0, new)
-    weights = tl.exp2(scores - base[:, None])
-    rest = tl.exp2(most - base)
-    sums = sums * rest[:, None]
+    anchor = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores - anchor[:, None])
+    rescale = tl.exp2(peak - anchor)
+    sums = sums * rescale[:, None]
     sums = tl.dot(weights.to(k.dtype), k, acc=sums, input_precision=shape.precision)
-    return sums, new, total * rest + tl.sum(weights, 1)
+    return sums, higher, total * rescale + tl.sum(weights, 1)
