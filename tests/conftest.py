@@ -15,9 +15,14 @@ def ranks_of(item: pytest.Item) -> int:
     return int(params.get("ranks", mark.args[0]))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests without ranks first, then by world size."""
+    """Tests without ranks first, then by world size; `slow_where` becomes `slow`."""
     items.sort(key=ranks_of)
+    for item in items:
+        condition = item.get_closest_marker("slow_where")
+        if condition is not None and condition.args[0](**item.callspec.params):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_sessionfinish() -> None:

@@ -28,6 +28,7 @@ def test_interval_kernels_equal_the_reference():
     assert far == {}
 
 
+@pytest.mark.slow
 def test_interval_kernels_compile_for_gpus_of_each_size(tmp_path):
     """As they are launched; Triton refuses what exceeds the GPU's shared memory."""
     shapes = ("float16,24,16,30.0", "rtx:bfloat16,128,128")

@@ -1,5 +1,6 @@
 """Sparse attention's kernels without a GPU: interpreted, they are exact; compiled, they fit."""
 
+import pytest
 import torch
 
 from dtcp.kernels import triton_support
@@ -16,6 +17,7 @@ def test_sparse_kernels_equal_dense_attention():
     assert {name: error for name, error in errors.items() if not error < 2e-6} == {}
 
 
+@pytest.mark.slow
 def test_sparse_kernels_compile_for_hopper(tmp_path):
     """As they are launched at the sizes of V4-Flash: in shared memory, with no sums spilled."""
     (report,) = lines_of(

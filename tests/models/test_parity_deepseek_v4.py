@@ -188,7 +188,7 @@ def test_deepseek_v4_checkpointed_equals_the_published_model(checkpoint):
 
 COMPILED = [
     (Degrees(cp=2), HeadTail, KEEP_ALL),
-    (Degrees(cp=2, tp=2), Contiguous, SelectiveCheckpoint()),
+    pytest.param(*(Degrees(cp=2, tp=2), Contiguous, SelectiveCheckpoint()), marks=pytest.mark.slow),
 ]
 
 

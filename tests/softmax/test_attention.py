@@ -116,6 +116,7 @@ def test_attention_on_odd_ranks_equals_one_device(mesh, layout, ranks):
                 assert_equals_one_device(case, mixer, mixer, mesh, layout)
 
 
+@pytest.mark.slow_where(lambda boundary, ranks: ranks != 2)
 @pytest.mark.parametrize("boundary", [InGraph(), EagerIsland()])
 @spmd(ranks=(1, 2, 3, 4))
 def test_compiled_attention_equals_one_device(mesh, boundary, ranks):
