@@ -1,8 +1,15 @@
-# make train and make test need Python 3.11 or newer and nothing else: set-up goes into .venv.
+# Every target needs Python 3.11 or newer and nothing else: set-up goes into .venv.
+#
+#   make train      train the default config; settings in ARGS="--training.steps 10"
+#   make test       lint, types and the fast part of the suite; ARGS="tests/sequence" for a part
+#   make test-all   the same with the slow part, as CI runs it
+#   make docs       build the documentation into build/site
+#   make wheel      build sdist and wheel into dist, and check them
 
 PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
 ARGS ?=
 
 # Local builds of torch (+cpu, +cu130) sort by name, so pip alone may take the wrong one of them.
@@ -13,30 +20,47 @@ else
 TORCH := torch==2.13.0,!=2.13.0+cpu
 endif
 
-.PHONY: train test clean
+.PHONY: train test test-all lint docs wheel clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python train.py $(ARGS)
 
-test: $(VENV)/test.stamp
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: lint
+	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+
+lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/mkdocs build --strict
+
+wheel: $(VENV)/test.stamp
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache
-
-$(VENV)/test.stamp: $(VENV)/train.stamp
-	@echo 'Installing what the tests need into $(VENV)'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	touch $@
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/train.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing torch and torchtitan into $(VENV): a few minutes, some 2 GB'
-	$(BIN)/python -m pip install --quiet '$(TORCH)' 2>/dev/null \
-	    || $(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(PIP) '$(TORCH)' 2>/dev/null || $(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable '.[train]'
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/train.stamp
+	@echo 'Installing what the tests need into $(VENV)'
+	$(PIP) --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/train.stamp
+	@echo 'Installing what builds the documentation into $(VENV)'
+	$(PIP) --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 $(BIN)/python:

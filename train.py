@@ -7,71 +7,39 @@
     torchrun --nproc-per-node 8 train.py --config NAME          the same on ranks started elsewhere
 
 A run leaves checkpoints, a TensorBoard log and a plot of the loss in --dump_folder, and goes on
-from the last checkpoint when it is started again.
+from the last checkpoint when it is started again. What it is made of is in dtcp/pretrain/:
+
+    run         the order of a run: settings, ranks, training or verification
+    configs     the runnable configs          options     the command line
+    launch      how ranks are started         report      what a run says when it fails
+    sources     where documents come from     data        documents to packed rows
+    trainer     torchtitan's Trainer over context-parallel batches
 """
 
 import os
 import sys
-from pathlib import Path
+from importlib.util import find_spec
 
-import torch
-
-from dtcp.pretrain.compiler import use_what_works
-from dtcp.pretrain.launch import (
-    check_world,
-    launch,
-    launched,
-    ranks_for,
-)
-from dtcp.pretrain.options import parse
-from dtcp.pretrain.plot import plot_losses
-from dtcp.pretrain.progress import quiet, say
-from dtcp.pretrain.report import report_failures
-from dtcp.pretrain.trainer import Trainer
-from dtcp.pretrain.verify import verify
+REQUIRED = ("torch", "torchtitan", "tensorboard", "matplotlib")
 
 
 def main(arguments: list[str]) -> int:
-    """Start the ranks, or be one of them. Returns the exit code."""
-    report_failures(None)
-    config = parse(arguments)
-    config.check()
-    if not launched():
-        ranks = ranks_for(config.parallelism, config.dtcp.device)
-        if ranks.because:
-            print(ranks.because, flush=True)
-        return launch(ranks, __file__, arguments)
-    check_world(config.parallelism, int(os.environ["WORLD_SIZE"]))
-    report_failures(Path(config.dump_folder))
-    quiet(int(os.environ["RANK"]))
-    told = use_what_works(config.compile)
-    if told and os.environ["RANK"] == "0":
-        print(told, flush=True)
-    return verify(config) if config.dtcp.verify else train(config)
-
-
-def train(config: Trainer.Config) -> int:
-    """Train to the last step of the config, from the last checkpoint there is."""
-    trainer = config.build()
-    seed_only = config.checkpoint.create_seed_checkpoint
-    try:
-        if seed_only:
-            trainer.checkpointer.save(curr_step=0, last_step=True)
-        else:
-            trainer.train()
-    finally:
-        trainer.close()
-    if seed_only:
-        say("a checkpoint of step 0 for other runs to start from; nothing was trained")
-    elif trainer.resumed_step >= config.training.steps:
-        say(
-            f"already trained to step {trainer.resumed_step}; "
-            f"raise --training.steps to go on, or choose another --dump_folder"
+    """Say what is about to happen, then run. Returns the exit code."""
+    missing = [name for name in REQUIRED if find_spec(name) is None]
+    if missing:
+        print(
+            f"error: train.py needs packages that are not installed, got missing={missing}: "
+            f"pip install 'dtcp[train]' (in a checkout: make train).",
+            file=sys.stderr,
         )
-    elif config.metrics.enable_tensorboard and torch.distributed.get_rank() == 0:
-        say(f"plotted     {plot_losses(Path(config.dump_folder))}")
-    torch.distributed.destroy_process_group()
-    return 0
+        return 2
+    if os.environ.get("RANK", "0") == "0":
+        settings = " ".join(arguments) or "all settings as in the default config"
+        print(f"start       {settings}; loading torch and torchtitan", flush=True)
+    # Importing torch and torchtitan takes seconds: nobody should wait for them in silence.
+    from dtcp.pretrain.run import run
+
+    return run(arguments, command=(__file__,))
 
 
 if __name__ == "__main__":

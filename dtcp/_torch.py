@@ -150,6 +150,14 @@ def inductor_compilers() -> list[str]:
     return [name for name in (names if isinstance(names, tuple) else (names,)) if name]
 
 
+def set_inductor_processes(count: int) -> None:
+    """Let inductor compile in so many processes, with 1 in this one.
+
+    It reads the environment when it is imported, which is too late in a forked process (2.11-2.15).
+    """
+    torch._inductor.config.compile_threads = count
+
+
 def assert_in_graph(condition: Tensor, message: str) -> None:
     """Stop the program when traced code finds the condition false; the host does not wait.
 

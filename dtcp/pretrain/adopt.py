@@ -6,6 +6,9 @@ python train.py --module llama3 --config llama3_debugmodel
 
 from dataclasses import replace
 
+from dtcp.torchtitan.loss import TokenLoss
+from dtcp.torchtitan.parallelize import parallelize_decoder
+
 from torchtitan import trainer as titan
 from torchtitan.config.override import OverrideConfig, derive
 from torchtitan.models.common.decoder import Decoder
@@ -14,8 +17,6 @@ from torchtitan.protocols.model_spec import ModelSpec
 from dtcp.pretrain.checkpoint import Checkpoints
 from dtcp.pretrain.progress import Progress
 from dtcp.pretrain.trainer import Trainer, Validation
-from dtcp.torchtitan.loss import TokenLoss
-from dtcp.torchtitan.parallelize import parallelize_decoder
 
 ATTENTION = "dtcp.torchtitan.overrides.context_parallel_attention"
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtcp.torchtitan.model_spec import NameMapAdapter
+
 import torch
 from safetensors.torch import save_file
 from torch import distributed as dist
@@ -23,7 +25,6 @@ from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.components.checkpointer.dcp import AsyncMode
 
 from dtcp.pretrain.progress import say
-from dtcp.torchtitan.model_spec import NameMapAdapter
 
 STATE_PREFIXES = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
 

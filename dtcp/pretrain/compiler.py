@@ -3,13 +3,20 @@
 import shutil
 import sysconfig
 from pathlib import Path
+from typing import Protocol
 
-from torchtitan.config import CompileConfig
-from torchtitan.tools.utils import device_type
+import torch
 
 from dtcp._torch import inductor_compilers
 
 FALLBACK = "aot_eager"
+
+
+class CompileSettings(Protocol):
+    """What is read and set of torchtitan's `CompileConfig`, without importing it."""
+
+    enable: bool
+    backend: str
 
 
 def missing_for_inductor() -> str:
@@ -25,13 +32,15 @@ def missing_for_inductor() -> str:
     return ""
 
 
-def use_what_works(compile: CompileConfig) -> str:
+def use_what_works(compile: CompileSettings) -> str:
     """Trace with another backend where inductor cannot work: same graphs, no fused kernels.
 
     Returns:
         what to tell the person, or nothing.
     """
-    if not compile.enable or compile.backend != "inductor" or device_type != "cpu":
+    if not compile.enable or compile.backend != "inductor":
+        return ""
+    if torch.accelerator.is_available():
         return ""
     missing = missing_for_inductor()
     if not missing:

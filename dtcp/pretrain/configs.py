@@ -7,6 +7,16 @@ the default one, the mesh. Any value can be set on the command line: --section.k
 from dataclasses import replace
 from pathlib import Path
 
+from dtcp.torchtitan.loss import TokenLoss
+from dtcp.torchtitan.model_spec import (
+    DEEPSEEK_V4,
+    GEMMA4,
+    QWEN3_5,
+    llama,
+    spec_of,
+)
+from dtcp.torchtitan.section import Section
+
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import CommConfig, DebugConfig
@@ -24,15 +34,6 @@ from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.progress import Progress
 from dtcp.pretrain.tokenizer import Tokenizer
 from dtcp.pretrain.trainer import Trainer, Validation
-from dtcp.torchtitan.loss import TokenLoss
-from dtcp.torchtitan.model_spec import (
-    DEEPSEEK_V4,
-    GEMMA4,
-    QWEN3_5,
-    llama,
-    spec_of,
-)
-from dtcp.torchtitan.section import Section
 
 _BYTES = 272
 """Bytes and two marks, filled up to a multiple of 16."""

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dtcp.torchtitan import compat as compat
+
 import torch
 from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader

@@ -2,6 +2,10 @@
 
 `python train.py` is its own launcher: one elastic agent of torch, on this machine, with a free
 port. Under torchrun (or any launcher that sets WORLD_SIZE) nothing here runs.
+
+On a machine without accelerators the ranks are forked from the launcher, with all that it has
+imported and read: importing torch and torchtitan again would cost each of them seconds. A driver
+does not survive a fork, so elsewhere ranks are processes of their own.
 """
 
 import logging
@@ -10,16 +14,28 @@ import os
 import signal
 import sys
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torchtitan.config import ParallelismConfig
 
-from dtcp.torchtitan.section import Device
+from dtcp._torch import set_inductor_processes
+
+Device = Literal["auto", "cpu", "accelerator"]
+
+
+class Parallelism(Protocol):
+    """What is read of torchtitan's `ParallelismConfig`, without importing it."""
+
+    data_parallel_replicate_degree: int
+    data_parallel_shard_degree: int
+    context_parallel_degree: int
+    tensor_parallel_degree: int
+    pipeline_parallel_degree: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,7 @@ def launched() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
-def degrees_of(parallelism: ParallelismConfig) -> dict[str, int]:
+def degrees_of(parallelism: Parallelism) -> dict[str, int]:
     """Degree of each mesh axis by its short name; dp_shard is -1 where it takes what is left."""
     return {
         "dp_replicate": parallelism.data_parallel_replicate_degree,
@@ -47,7 +63,7 @@ def degrees_of(parallelism: ParallelismConfig) -> dict[str, int]:
     }
 
 
-def check_world(parallelism: ParallelismConfig, world: int) -> None:
+def check_world(parallelism: Parallelism, world: int) -> None:
     """Refuse a world that the mesh of the config does not fill.
 
     Raises:
@@ -66,8 +82,8 @@ def check_world(parallelism: ParallelismConfig, world: int) -> None:
     )
 
 
-def ranks_for(parallelism: ParallelismConfig, device: Device) -> Ranks:
-    """The ranks one machine runs: one an accelerator, or the mesh's product on the CPU.
+def ranks_for(parallelism: Parallelism, device: Device) -> Ranks:
+    """The ranks one machine runs: one per accelerator, or the product of the mesh on the CPU.
 
     Raises:
         ValueError: accelerators were asked for, and the mesh does not fit them.
@@ -86,14 +102,19 @@ def ranks_for(parallelism: ParallelismConfig, device: Device) -> Ranks:
     return Ranks(accelerators, "accelerator")
 
 
-def launch(ranks: Ranks, script: str, arguments: list[str]) -> int:
-    """Run `script` on the ranks of this machine and return the exit code of the job.
+def launch(ranks: Ranks, work: Callable[[], int], command: Sequence[str]) -> int:
+    """Run the ranks of a job on this machine and return the exit code of the job.
 
     A rank that fails ends the others. Ranks say what went wrong themselves, once.
+
+    Args:
+        work: what a forked rank does; returns its exit code.
+        command: what the interpreter runs as a rank where none can be forked.
     """
-    _prepare_environment(ranks)
+    threads = _prepare_environment(ranks)
     # The agent would repeat, for each rank, what the ranks have said.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -105,9 +126,13 @@ def launch(ranks: Ranks, script: str, arguments: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
+        start_method="fork",
     )
     try:
-        elastic_launch(config, sys.executable)("-u", script, *arguments)
+        if can_fork():
+            elastic_launch(config, _forked_rank)(work, threads)
+        else:
+            elastic_launch(config, sys.executable)("-u", *command)
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         if first.exitcode < 0:
@@ -121,12 +146,39 @@ def launch(ranks: Ranks, script: str, arguments: list[str]) -> int:
     return 0
 
 
-def _prepare_environment(ranks: Ranks) -> None:
-    """What the ranks inherit. A choice of the person who starts the run is left alone."""
-    if ranks.device == "cpu":
-        # Ranks bind an accelerator at import where they see one.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks.count)))
-        # Each rank would otherwise start a pool of compiler processes, one a core.
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+def can_fork() -> bool:
+    """Whether ranks can be forked: Linux, and no driver that this process has spoken to."""
+    return sys.platform == "linux" and not torch.accelerator.is_available()
+
+
+def _forked_rank(work: Callable[[], int], threads: int | None) -> None:
+    # The agent's handlers came along with the fork. A rank that is told to end has nothing to say.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    # torch read the environment when the launcher imported it.
+    if threads is not None:
+        torch.set_num_threads(threads)
+    set_inductor_processes(int(os.environ["TORCHINDUCTOR_COMPILE_THREADS"]))
+    code = work()
+    if code:
+        sys.exit(code)
+
+
+def _prepare_environment(ranks: Ranks) -> int | None:
+    """Set what the ranks inherit. A choice of the person who starts the run is left alone.
+
+    Returns:
+        the threads of a rank, where that person did not choose.
+    """
+    if ranks.device != "cpu":
+        return None
+    # Ranks bind an accelerator at import where they see one.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Each rank would otherwise start a pool of compiler processes, one per core.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    if "OMP_NUM_THREADS" in os.environ:
+        return None
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    threads = max(1, cores // ranks.count)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    return threads

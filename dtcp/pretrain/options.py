@@ -11,6 +11,8 @@ import importlib
 import inspect
 from types import ModuleType
 
+from dtcp.torchtitan import compat as compat
+
 from torchtitan.config import ConfigManager
 from torchtitan.experiments import _supported_experiments
 from torchtitan.models import _supported_models
@@ -19,11 +21,11 @@ from dtcp.pretrain.adopt import adopt
 from dtcp.pretrain.report import usage_errors_once
 from dtcp.pretrain.trainer import Trainer
 
-MODULE = "dtcp.torchtitan"
+MODULE = "dtcp.pretrain.configs"
 CONFIG = "llama_tiny"
 
 
-class Options(ConfigManager):
+class OptionParser(ConfigManager):
     """torchtitan's parser; the options of its own configs have our section too."""
 
     def _load_config(self, args: list[str]) -> tuple[Trainer.Config, list[str]]:
@@ -42,7 +44,7 @@ def parse(arguments: list[str]) -> Trainer.Config:
     name, rest = _take(rest, "--config", CONFIG)
     _check_name(module, name)
     with usage_errors_once():
-        return Options().parse_args(["--module", module, "--config", name, *rest])
+        return OptionParser().parse_args(["--module", module, "--config", name, *rest])
 
 
 def config_names(registry: ModuleType) -> list[str]:

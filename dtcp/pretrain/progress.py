@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dtcp.torchtitan import compat as compat
+
 import torch
 from torch import distributed as dist
 from torch import nn

@@ -1,4 +1,4 @@
-"""What a run says when it fails: once, in one line, whichever ranks it failed on."""
+"""What a run says when it fails: once, in one line, whichever ranks fail."""
 
 import contextlib
 import hashlib
@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -35,20 +36,29 @@ def first_to_say(text: str) -> bool:
         return True
 
 
-def report_failures(folder: Path | None) -> None:
-    """From now on, an exception that ends this process is reported as a run's failure.
+@dataclass(frozen=True)
+class FailureReport:
+    """A context whose exceptions are reported as failures of a run, and end it with code 1.
+
+    An interruption from the keyboard and a request to exit pass through.
 
     Args:
         folder: where tracebacks go; None keeps none of an error that explains itself.
     """
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, KeyboardInterrupt):
-            sys.__excepthook__(kind, error, trace)
-        else:
-            say_failure(error, folder)
+    folder: Path | None = None
 
-    sys.excepthook = hook
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception):
+            say_failure(error, self.folder)
+            raise SystemExit(1) from error
 
 
 def say_failure(error: BaseException, folder: Path | None) -> None:

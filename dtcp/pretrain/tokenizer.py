@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from dtcp.torchtitan import compat as compat
+
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 BYTES = 256

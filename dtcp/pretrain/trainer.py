@@ -11,6 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dtcp.torchtitan.model_spec import PlainModel
+from dtcp.torchtitan.parallelize import check_backend
+from dtcp.torchtitan.section import Section
+
 import torch
 from torch import Tensor, nn
 from torchtitan import trainer as titan
@@ -25,9 +29,6 @@ from dtcp.pretrain.data import PackedDocuments, open_source
 from dtcp.pretrain.progress import describe, say
 from dtcp.pretrain.tokenizer import Tokenizer
 from dtcp.sequence.documents import Documents
-from dtcp.torchtitan.model_spec import PlainModel
-from dtcp.torchtitan.parallelize import check_backend
-from dtcp.torchtitan.section import Section
 
 Batch = tuple[Tensor, Tensor, dict[str, Any]]
 

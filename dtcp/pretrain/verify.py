@@ -8,6 +8,9 @@ depend on the sharding on the CPU, so the weights are taken from the mesh, whole
 from dataclasses import replace
 from typing import Any
 
+from dtcp.torchtitan.model_spec import BeforeStep
+from dtcp.torchtitan.overrides import add_mixers
+
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -20,8 +23,6 @@ from dtcp.compile import compile_whole
 from dtcp.mixer import batch_metadata
 from dtcp.pretrain.progress import say
 from dtcp.pretrain.trainer import Trainer, ahead_of, documents_of
-from dtcp.torchtitan.model_spec import BeforeStep
-from dtcp.torchtitan.overrides import add_mixers
 
 TOLERANCE = 1e-5
 """Largest relative difference of a loss; fp32 sums in another order differ by 1e-7 or so."""

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dtcp.torchtitan.parallelize import MakePlan, parallelize_plain
+
 import torch
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -30,7 +32,6 @@ from dtcp.parallelize import (
     llama_plan,
     qwen3_5_plan,
 )
-from dtcp.torchtitan.parallelize import MakePlan, parallelize_plain
 
 StateDict = dict[str, Any]
 Work = Callable[[nn.Module, DeviceMesh | None], None]

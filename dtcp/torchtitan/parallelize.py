@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dtcp.torchtitan.overrides import add_mixers
+from dtcp.torchtitan.section import Section
+
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -47,8 +50,6 @@ from dtcp.parallelize import (
 )
 from dtcp.plan import apply_plan
 from dtcp.softmax.style import AttentionStyle
-from dtcp.torchtitan.overrides import add_mixers
-from dtcp.torchtitan.section import Section
 
 MakePlan = Callable[[Any, ParallelMesh, AttentionStyle], ParallelPlan]
 

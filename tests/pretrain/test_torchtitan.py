@@ -7,6 +7,11 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from dtcp.torchtitan import compat
+from dtcp.torchtitan.model_spec import llama
+from dtcp.torchtitan.overrides import MixerAttention
+from dtcp.torchtitan.section import LAYOUTS, Section
+
 import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -24,10 +29,6 @@ from dtcp.pretrain.tokenizer import Tokenizer
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.style import AttentionStyle
-from dtcp.torchtitan import compat
-from dtcp.torchtitan.model_spec import llama
-from dtcp.torchtitan.overrides import MixerAttention
-from dtcp.torchtitan.section import LAYOUTS, Section
 
 CONFIGS = config_names(config_registry)
 TOKENIZER = Tokenizer.Config().build(tokenizer_path="")

@@ -11,6 +11,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from dtcp.torchtitan.model_spec import llama
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -20,7 +22,6 @@ from dtcp.models.llama import Llama, config_from_hf, from_hf
 from dtcp.pretrain.configs import BYTE_SHAPE, llama_tiny
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.documents import Documents
-from dtcp.torchtitan.model_spec import llama
 from tests.harness import train_run
 from tests.harness.train_run import losses
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from dtcp.torchtitan.model_spec import DEEPSEEK_V4, spec_of
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +24,6 @@ from dtcp.models.deepseek_v4 import (
 from dtcp.pretrain.configs import deepseek_v4_tiny
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.documents import Documents
-from dtcp.torchtitan.model_spec import DEEPSEEK_V4, spec_of
 from tests.harness import train_run
 from tests.harness.train_run import losses
 

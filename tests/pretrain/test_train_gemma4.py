@@ -5,6 +5,8 @@ import shutil
 from dataclasses import replace
 from functools import partial
 
+from dtcp.torchtitan.model_spec import GEMMA4, spec_of
+
 import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -22,7 +24,6 @@ from dtcp.models.gemma4 import (
 from dtcp.pretrain.configs import gemma4_tiny
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.documents import Documents
-from dtcp.torchtitan.model_spec import GEMMA4, spec_of
 from tests.harness import train_run
 from tests.harness.train_run import losses
 

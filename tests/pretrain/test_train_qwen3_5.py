@@ -5,6 +5,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from dtcp.torchtitan.model_spec import QWEN3_5, spec_of
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,7 +21,6 @@ from dtcp.models.qwen3_5 import (
 from dtcp.pretrain.configs import qwen3_5_moe_tiny
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.documents import Documents
-from dtcp.torchtitan.model_spec import QWEN3_5, spec_of
 from tests.harness import hf_qwen3_5, train_run
 from tests.harness.train_run import losses
 
