@@ -18,7 +18,7 @@ from dtcp.pretrain.checkpoint import Checkpoints
 from dtcp.pretrain.progress import Progress
 from dtcp.pretrain.trainer import Trainer, Validation
 
-ATTENTION = "dtcp.torchtitan.overrides.context_parallel_attention"
+ATTENTION_OVERRIDE = "dtcp.torchtitan.overrides.context_parallel_attention"
 
 
 def adopt(config: titan.Trainer.Config) -> Trainer.Config:
@@ -33,7 +33,7 @@ def adopt(config: titan.Trainer.Config) -> Trainer.Config:
         config,
         Trainer.Config,
         model_spec=adopt_model(config.model_spec),
-        override=OverrideConfig(imports=[*config.override.imports, ATTENTION]),
+        override=OverrideConfig(imports=[*config.override.imports, ATTENTION_OVERRIDE]),
         parallelism=replace(config.parallelism, spmd_backend="partial_dtensor"),
         training=replace(config.training, disable_cuda_graphs=True),
         checkpoint=derive(config.checkpoint, Checkpoints.Config),

@@ -147,7 +147,7 @@ class Checkpoints(CheckpointManager):
         return self._create_checkpoint_id(step)
 
     def _explain(self, step: int, error: CheckpointException) -> str:
-        """One line for what DCP reports once a rank, as nested tracebacks."""
+        """One line for what DCP reports once per rank, as nested tracebacks."""
         first = next(iter(error.failures.values()))[0]
         cause = re.sub(r"\s+", " ", str(first))[:300]
         earlier = [p for p in _complete(Path(self.folder)) if str(p) != self._path(step)]

@@ -28,7 +28,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from dtcp.models import deepseek_v4, gemma4, qwen3_5
 from dtcp.models.llama import PRESETS, tiny
-from dtcp.pretrain.adopt import ATTENTION, adopt_model
+from dtcp.pretrain.adopt import ATTENTION_OVERRIDE, adopt_model
 from dtcp.pretrain.checkpoint import Checkpoints
 from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.progress import Progress
@@ -45,7 +45,7 @@ def llama_tiny() -> Trainer.Config:
     """The default: cp 2 x tp 2 on four ranks, a ring over head-tail shards, compiled.
 
     Command: make train (python train.py). Hardware: any two CPU cores, no download.
-    Expect: two to four minutes; the loss falls from 5.6 to about 2.5 nats a byte in 120 steps.
+    Expect: two to four minutes; the loss falls from 5.6 to about 2.5 nats per byte in 120 steps.
     """
     return _tiny(llama("tiny", BYTE_SHAPE), "llama_tiny")
 
@@ -58,7 +58,7 @@ def llama_tiny_fsdp2_cp2() -> Trainer.Config:
 
 
 def llama_tiny_fsdp4() -> Trainer.Config:
-    """No context parallelism at all: a row on each of four ranks."""
+    """No context parallelism: each of four ranks has a row of its own."""
     config = _tiny(llama("tiny", BYTE_SHAPE), "llama_tiny_fsdp4")
     config.training.local_batch_size = 1
     return _on(config, data_parallel_shard_degree=4)
@@ -72,14 +72,14 @@ def llama_tiny_hsdp2_cp2() -> Trainer.Config:
 
 
 def llama_tiny_cp4_hybrid() -> Trainer.Config:
-    """Four ranks a row: heads dealt out in pairs, a ring between the pairs."""
+    """Four ranks per row: pairs exchange heads, and a ring runs between the pairs."""
     config = _tiny(llama("tiny", BYTE_SHAPE), "llama_tiny_cp4_hybrid")
     config.dtcp.strategy = "hybrid"
     return _on(config, context_parallel_degree=4)
 
 
 def llama_tiny_cp4_per_document() -> Trainer.Config:
-    """Four ranks a row, every document balanced by itself; one row a batch, as that needs."""
+    """Four ranks per row, each document balanced by itself; one row per batch, as that needs."""
     config = _tiny(llama("tiny", BYTE_SHAPE), "llama_tiny_cp4_per_document")
     config.dtcp.layout, config.dtcp.strategy = "per_document", "all_gather"
     config.training.local_batch_size, config.training.global_batch_size = 1, 4
@@ -114,11 +114,11 @@ def qwen3_5_moe_tiny() -> Trainer.Config:
 
 
 def gemma4_tiny() -> Trainer.Config:
-    """Gemma 4's shape: windows by a halo, global layers whose keys are made from values.
+    """Gemma 4's shape: windows by a halo, global layers whose keys are computed from values.
 
     Command: python train.py --config gemma4_tiny. Hardware: any two CPU cores, no download.
-    Expect: minutes, the first of them for compiling a graph a layer kind; the loss
-        starts at 5.6 nats a byte and falls from the first step on.
+    Expect: minutes, the first of them for compiling one graph per kind of layer; the loss
+        starts at 5.6 nats per byte and falls from the first step on.
     """
     return _tiny(spec_of(GEMMA4, "tiny", gemma4.tiny(_BYTES)), "gemma4_tiny")
 
@@ -154,10 +154,11 @@ def llama3_8b_128k() -> Trainer.Config:
     Command: torchrun --nproc-per-node 8 train.py --config llama3_8b_128k, in a folder that holds
         Llama-3.1-8B (weights and tokenizer from Hugging Face) and texts (text or JSONL).
     Hardware: one node of eight 80 GB GPUs, cp 8; more nodes add rows (dp_shard takes the rest).
-    Expect (worked out, not yet measured): 16 bytes a parameter over 8 ranks are 16 GB a GPU, block
-        inputs of 16,384 tokens 4.3 GB, logits and their gradient 8.4 GB; received for attention
-        are at most 0.5 GB a layer and direction, less what causality and documents spare. The loss
-        starts where the published model is on the texts, near 2 nats a token on web text.
+    Expect (worked out, not yet measured): per GPU, 16 GB for weights, gradients and AdamW's state
+        (16 bytes per parameter, over 8 ranks), 4.3 GB for block inputs of 16,384 tokens, 8.4 GB for
+        logits and their gradient. Each layer receives at most 0.5 GB for attention in each
+        direction, less what causality and documents spare. The loss starts where the published
+        model is on the texts, near 2 nats per token on web text.
     """
     weights = Path("Llama-3.1-8B").absolute()
     config = _tiny(llama("llama3.1-8b", PRESETS["llama3.1-8b"]), "llama3_8b_128k")
@@ -196,7 +197,7 @@ def titan_qwen3_tiny() -> Trainer.Config:
 def _titan(spec: ModelSpec, name: str) -> Trainer.Config:
     spec.model.layers = spec.model.layers[:2]
     config = _tiny(adopt_model(spec), name)
-    config.override = OverrideConfig(imports=[ATTENTION])
+    config.override = OverrideConfig(imports=[ATTENTION_OVERRIDE])
     return config
 
 
@@ -207,7 +208,7 @@ def _on(config: Trainer.Config, **degrees: int) -> Trainer.Config:
 
 
 def _tiny(spec: ModelSpec, name: str) -> Trainer.Config:
-    """Minutes on two CPU cores: the standard library as text, a byte a token, in float32."""
+    """Minutes on two CPU cores: the standard library as text, one token per byte, in float32."""
     return Trainer.Config(
         model_spec=spec,
         dump_folder=f"outputs/{name}",

@@ -1,4 +1,4 @@
-"""Documents to packed rows, dealt to the data-parallel ranks; stateful, the same on every mesh.
+"""Documents to packed rows, shared out over the data-parallel ranks; the same on every mesh.
 
 The rows of a run are one stream, whatever the mesh: documents follow each other, a row takes the
 next S tokens, a document that does not fit goes on in the next row as a new one. A global
@@ -8,7 +8,7 @@ and a run resumed on another mesh goes on exactly where it stopped.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dtcp.torchtitan import compat as compat
@@ -28,7 +28,7 @@ from dtcp.pretrain.tokenizer import Tokenizer
 from dtcp.sequence.documents import Documents
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cursor:
     """Where the stream stands: tokens before `offset` of this document are already in rows."""
 
@@ -102,11 +102,11 @@ class PackedDocuments(BaseDataLoader):
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         rows = []
-        for row, behind in self._rows(self.cursor):
+        for row, next_cursor in self._rows(self.cursor):
             rows.append(row)
             if len(rows) == self.ranks * self.rows_per_rank:
                 # Set before the batch is used: a checkpoint after its step must not repeat it.
-                self.cursor = behind
+                self.cursor = next_cursor
                 yield self._batch(rows)
                 rows = []
 
@@ -128,19 +128,19 @@ class PackedDocuments(BaseDataLoader):
         return batch, torch.tensor([row.labels for row in mine])
 
     def _rows(self, start: Cursor) -> Iterator[tuple[Row, Cursor]]:
-        """Full rows from a cursor on, each with the cursor behind it."""
+        """Full rows from a cursor on, each with the cursor of the row after it."""
         row = Row([], [], [])
-        for at, tokens in self._documents(start):
-            while at.offset < len(tokens) - 1:
-                piece = slice(at.offset, at.offset + self.seq_len - len(row.tokens))
+        for cursor, tokens in self._documents(start):
+            while cursor.offset < len(tokens) - 1:
+                piece = slice(cursor.offset, cursor.offset + self.seq_len - len(row.tokens))
                 # The last token is only ever a label.
                 inputs, labels = tokens[:-1][piece], tokens[1:][piece]
                 row.tokens += inputs
                 row.labels += labels
                 row.lengths.append(len(inputs))
-                at = Cursor(at.epoch, at.document, at.offset + len(inputs))
+                cursor = replace(cursor, offset=cursor.offset + len(inputs))
                 if len(row.tokens) == self.seq_len:
-                    yield row, at
+                    yield row, cursor
                     row = Row([], [], [])
 
     def _documents(self, start: Cursor) -> Iterator[tuple[Cursor, list[int]]]:

@@ -45,11 +45,22 @@ class Ranks:
     count: int
     device: Literal["cpu", "accelerator"]
     because: str = ""
+    """What to tell the person who wished for something else."""
 
 
 def launched() -> bool:
     """Whether this process is already a rank."""
     return "WORLD_SIZE" in os.environ
+
+
+def rank() -> int:
+    """Of this process among all that were launched."""
+    return int(os.environ["RANK"])
+
+
+def world_size() -> int:
+    """Processes that were launched."""
+    return int(os.environ["WORLD_SIZE"])
 
 
 def degrees_of(parallelism: Parallelism) -> dict[str, int]:
@@ -63,20 +74,20 @@ def degrees_of(parallelism: Parallelism) -> dict[str, int]:
     }
 
 
-def check_world(parallelism: Parallelism, world: int) -> None:
-    """Refuse a world that the mesh of the config does not fill.
+def check_world(parallelism: Parallelism, ranks: int) -> None:
+    """Refuse a number of ranks that the mesh of the config does not fill.
 
     Raises:
-        ValueError: naming the world, the degrees and what to change.
+        ValueError: naming the ranks, the degrees and what to change.
     """
     degrees = degrees_of(parallelism)
     fixed = math.prod(d for d in degrees.values() if d > 0)
     flexible = degrees["dp_shard"] < 0
-    if world == fixed or (flexible and world % fixed == 0):
+    if ranks == fixed or (flexible and ranks % fixed == 0):
         return
     shape = " x ".join(f"{axis} {d}" for axis, d in degrees.items() if d > 1) or "one rank"
     raise ValueError(
-        f"The mesh {shape} fills the world, got world_size={world}: start "
+        f"The mesh {shape} fills the world, got world_size={ranks}: start "
         f"{'a multiple of ' if flexible else ''}{fixed} ranks, or set the degrees "
         f"(--parallelism.context_parallel_degree and its like)."
     )
@@ -134,11 +145,11 @@ def launch(ranks: Ranks, work: Callable[[], int], command: Sequence[str]) -> int
         else:
             elastic_launch(config, sys.executable)("-u", *command)
     except ChildFailedError as error:
-        rank, first = error.get_first_failure()
+        number, first = error.get_first_failure()
         if first.exitcode < 0:
             # A killed rank had no chance to speak.
             name = signal.Signals(-first.exitcode).name
-            print(f"error: rank {rank} was killed by {name}.", file=sys.stderr, flush=True)
+            print(f"error: rank {number} was killed by {name}.", file=sys.stderr, flush=True)
         return first.exitcode if first.exitcode > 0 else 1
     except SignalException as stopped:
         print(f"stopped by {stopped.sigval.name}; ranks are ended", file=sys.stderr, flush=True)

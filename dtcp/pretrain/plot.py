@@ -42,7 +42,7 @@ def plot_losses(folder: Path, *, title: str = "") -> Path:
     axes.plot(list(training), list(training.values()), linewidth=1.2, label="training")
     if validation:
         axes.plot(list(validation), list(validation.values()), "o-", label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     path = folder / "loss.png"

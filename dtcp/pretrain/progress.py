@@ -1,4 +1,4 @@
-"""What a person sees of a run: its shape at the start, then one line a step."""
+"""What a person sees of a run: its shape at the start, then one line per step."""
 
 import logging
 import sys
@@ -19,9 +19,7 @@ from torchtitan.components.metrics import MetricsProcessor
 from dtcp.distributed.ledger import LEDGER, traffic_since
 from dtcp.mixer import Mixer
 
-GIB = 1024**3
-RECENT = 20  # steps whose mean tells the time to go
-
+RECENT = 20  # steps whose mean duration predicts the time that is left
 
 EXPECTED = (
     "TORCH_NCCL_ASYNC_ERROR_HANDLING",  # torchrun sets it, torchtitan sets it otherwise
@@ -53,7 +51,7 @@ def say(line: str) -> None:
 
 
 class Progress(MetricsProcessor):
-    """torchtitan's metrics (TensorBoard, W&B), and one line a step for the console."""
+    """torchtitan's metrics (TensorBoard, W&B), and one line per step for the console."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
@@ -77,8 +75,8 @@ class Progress(MetricsProcessor):
     ) -> None:
         """Send the metrics to the loggers and print the line.
 
-        Bytes are those that the strategies received on rank 0, in forward and backward, as the
-        ops counted them; FSDP's and TP's own collectives are not among them.
+        Bytes per step are those that rank 0 received for context parallelism, in forward and
+        backward, as the ops counted them; FSDP's and TP's own collectives are not among them.
         """
         now = time.perf_counter()
         # The first line of a run counts one step, whatever step it resumed at.
@@ -96,15 +94,15 @@ class Progress(MetricsProcessor):
             "time_metrics/end_to_end(s)": seconds,
             "time_metrics/data_loading(s)": sum(self.data_loading_times) / steps,
             "memory/max_reserved(GiB)": memory,
-            "traffic/received(bytes)": received,
+            "context_parallel/received(bytes)": received,
             **(extra_metrics or {}),
         }
         self.logger.log(metrics, step)
         self.losses[step] = global_avg_loss
         say(
             f"step {step:>5}/{self.steps}  loss {global_avg_loss:8.5f}  grad {grad_norm:7.4f}  "
-            f"{tokens:9,.0f} tokens/s  {memory:5.2f} GiB  {_bytes(received)}/step  "
-            f"{self._to_go(step, seconds)} to go"
+            f"{tokens:9,.0f} tokens/s  {memory:5.2f} GiB  "
+            f"rank 0 received {_bytes(received)} for cp  {self._time_left(step, seconds)} left"
         )
         self._last_step = step
         self._traffic = LEDGER.snapshot()
@@ -124,7 +122,7 @@ class Progress(MetricsProcessor):
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
 
-    def _to_go(self, step: int, seconds: float) -> str:
+    def _time_left(self, step: int, seconds: float) -> str:
         # The first step compiles, and would make every estimate hours.
         if self._last_step is not None:
             self._seconds.append(seconds)
@@ -150,13 +148,13 @@ def describe_device() -> str:
 
 
 def _strategies(parts: Sequence[nn.Module]) -> str:
-    """What carries the mixers out, each named once."""
+    """The styles that carry out the mixers, each named once."""
     mixers = [m for part in parts for m in part.modules() if isinstance(m, Mixer)]
     return ", ".join(dict.fromkeys(f"{m.style}" for m in mixers if m.style is not None))
 
 
-def describe(trainer: Any) -> str:
-    """Mesh, model, layout, strategy and data of a run, a line each."""
+def describe_run(trainer: Any) -> str:
+    """Mesh, model, layout, strategy and data of a run, one line each."""
     config, dims = trainer.config, trainer.parallel_dims
     axes = {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard}
     axes |= {"cp": dims.cp, "tp": dims.tp}
@@ -172,9 +170,9 @@ def describe(trainer: Any) -> str:
         "mesh": f"{mesh or 'one rank'}; weights sharded over {dims.dp_shard * dims.cp} ranks",
         "model": f"{spec.name} {spec.flavor}, {layers} layers, {count:,} parameters, {compiled}",
         "layout": f"{config.dtcp.sequence_layout().__name__}, {training.seq_len // dims.cp} "
-        f"of {training.seq_len} tokens a rank",
+        f"of {training.seq_len} tokens per rank",
         "strategy": _strategies(trainer.model_parts) or "none, rows are whole",
-        "data": f"{config.dataloader.dataset}, {rows * steps} rows a step"
+        "data": f"{config.dataloader.dataset}, {rows * steps} rows per step"
         + (f" in {steps} parts" if steps > 1 else ""),
         "output": config.dump_folder,
     }

@@ -1,13 +1,12 @@
 """The order of a run: read its settings, start the ranks or be one of them, train or verify."""
 
 import functools
-import os
 from pathlib import Path
 
 import torch
 
 from dtcp.pretrain.compiler import use_what_works
-from dtcp.pretrain.launch import check_world, launch, launched, ranks_for
+from dtcp.pretrain.launch import check_world, launch, launched, rank, ranks_for, world_size
 from dtcp.pretrain.options import parse
 from dtcp.pretrain.plot import plot_losses
 from dtcp.pretrain.progress import quiet, say
@@ -26,7 +25,7 @@ def run(arguments: list[str], *, command: tuple[str, ...]) -> int:
         config = parse(arguments)
         config.check()
         if launched():
-            check_world(config.parallelism, int(os.environ["WORLD_SIZE"]))
+            check_world(config.parallelism, world_size())
             return run_rank(config)
         ranks = ranks_for(config.parallelism, config.dtcp.device)
         if ranks.because:
@@ -37,10 +36,9 @@ def run(arguments: list[str], *, command: tuple[str, ...]) -> int:
 def run_rank(config: Trainer.Config) -> int:
     """Be one rank, which the environment describes: train or verify. Returns the exit code."""
     with FailureReport(Path(config.dump_folder)):
-        rank = int(os.environ["RANK"])
-        quiet(rank)
+        quiet(rank())
         message = use_what_works(config.compile)
-        if message and rank == 0:
+        if message and rank() == 0:
             print(message, flush=True)
         return verify(config) if config.dtcp.verify else train(config)
 

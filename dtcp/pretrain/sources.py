@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 Part = Literal["train", "validation", "all"]
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-HELD_OUT = 20  # one document in so many is kept for validation
+HELD_OUT = 20  # one document in 20 is kept for validation
 WINDOW = 4096  # documents in memory, to mix those of one file with others
 
 
@@ -114,13 +114,13 @@ class HuggingFace:
 
 
 def standard_library(part: Part, seed: int = 0) -> TextFiles:
-    """The source of the running Python, a document for each stretch without a blank line.
+    """The source code of the running Python; each stretch without a blank line is a document.
 
     Every machine that runs this has it. A stretch is a method, a table or a comment, of a few
     hundred bytes, so that a row of a tiny model holds several documents.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    # Other people's packages, tests, and tables that would drown the code.
+    # Other people's packages, tests, and tables that would outweigh the code.
     skipped = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
     files = tuple(p for p in sorted(root.rglob("*.py")) if not skipped & set(p.parts))
     if not files:

@@ -1,4 +1,4 @@
-"""Text to token ids: one byte one token, or the tokenizer of a Hugging Face folder."""
+"""Text to token ids: one token per byte, or the tokenizer of a Hugging Face folder."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Tokenizer(BaseTokenizer):
     @dataclass(kw_only=True, slots=True)
     class Config(BaseTokenizer.Config):
         folder: str = ""
-        """Folder that holds tokenizer.json; empty for one token a byte."""
+        """Folder that holds tokenizer.json; empty for one token per byte."""
 
     def __init__(self, config: Config, *, tokenizer_path: str):
         super().__init__()

@@ -2,7 +2,7 @@
 
 Between the data loader and the model stands `shard_batch`: labels are shifted per document
 already, the row is laid out, and each rank keeps its tokens, with what its mixers need to know.
-The loss stays torchtitan's: the sum over local tokens by the global count of valid ones.
+The loss stays torchtitan's: the sum over local tokens, divided by the global count of valid ones.
 """
 
 from collections.abc import Iterator
@@ -26,11 +26,11 @@ from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import look_ahead
 from dtcp.pretrain.data import PackedDocuments, open_source
-from dtcp.pretrain.progress import describe, say
+from dtcp.pretrain.progress import describe_run, say
 from dtcp.pretrain.tokenizer import Tokenizer
 from dtcp.sequence.documents import Documents
 
-Batch = tuple[Tensor, Tensor, dict[str, Any]]
+LocalBatch = tuple[Tensor, Tensor, dict[str, Any]]
 
 
 class Trainer(titan.Trainer):
@@ -70,9 +70,9 @@ class Trainer(titan.Trainer):
         self._check_vocabulary()
         if config.validator.enable:
             self.validator.mesh, self.validator.section = self.mesh, config.dtcp
-        say(describe(self))
+        say(describe_run(self))
 
-    def post_dataloading_process(self, input_dict: dict[str, Any], labels: Tensor) -> Batch:
+    def post_dataloading_process(self, input_dict: dict[str, Any], labels: Tensor) -> LocalBatch:
         batch = local_batch(
             input_dict,
             labels,
@@ -84,7 +84,7 @@ class Trainer(titan.Trainer):
         return batch
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], Tensor]]) -> None:
-        """One step of torchtitan's; where it found a loss that is not finite, say what is left."""
+        """One step of torchtitan's; where its loss is not finite, say what can be done."""
         try:
             super().train_step(data_iterator)
         except RuntimeError as error:
@@ -122,7 +122,7 @@ class Validation(Validator):
 
     def post_dataloading_process(
         self, input_dict: dict[str, Any], labels: Tensor, model_parts: list[nn.Module]
-    ) -> Batch:
+    ) -> LocalBatch:
         return local_batch(
             input_dict, labels, mesh=self.mesh, section=self.section, model=model_parts[0]
         )
@@ -135,7 +135,7 @@ def local_batch(
     mesh: ParallelMesh,
     section: Section,
     model: nn.Module,
-) -> Batch:
+) -> LocalBatch:
     """This rank's tokens of a batch, and what the model's forward takes besides.
 
     Args:
@@ -146,10 +146,10 @@ def local_batch(
         tokens and labels [B, L], and the keyword arguments of the forward; labels [B, 1 + depths,
         L] for a model that predicts further ahead.
     """
-    documents, tokens = documents_of(input_dict), input_dict["input"]
+    documents, tokens = batch_documents(input_dict), input_dict["input"]
     whole = {"input_ids": tokens, "labels": labels, "position_ids": input_dict["positions"]}
     whole |= ahead_of(model, tokens, labels, documents)
-    local, plan = shard_batch(
+    local, sharded = shard_batch(
         whole,
         mesh,
         section.sequence_layout(),
@@ -160,7 +160,7 @@ def local_batch(
     names = ("position_ids", "attn_metadata")
     if isinstance(model, Decoder):
         names = ("positions", "attention_masks")
-    extra = dict(zip(names, (local["position_ids"], plan.attn_metadata), strict=True))
+    extra = dict(zip(names, (local["position_ids"], sharded.attn_metadata), strict=True))
     if "mtp_labels" not in local:
         return local["input_ids"], local["labels"], extra
     extra["mtp_input_ids"] = local["mtp_input_ids"]
@@ -176,8 +176,8 @@ def ahead_of(
     return look_ahead(tokens, labels, documents, depths=depths) if depths else {}
 
 
-def documents_of(input_dict: dict[str, Any]) -> Documents:
-    """The documents of a batch: ours come with it, other loaders' are read off positions."""
+def batch_documents(input_dict: dict[str, Any]) -> Documents:
+    """The documents of a batch: our loader names them, other loaders' positions imply them."""
     documents = input_dict.get("documents")
     if documents is None:
         documents = Documents.from_position_ids(input_dict["positions"].cpu())

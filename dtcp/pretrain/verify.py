@@ -1,4 +1,4 @@
-"""Prove a mesh: the first steps on it, and the same steps on one device, must lose the same.
+"""Prove a mesh: the first steps on it and the same steps on one device must have the same loss.
 
 The one device is a plain model with plain tensors: no Trainer, no DTensor, no FSDP and no
 sharded batch, from the same weights, over the same rows. Random weights of sharded parameters
@@ -22,7 +22,7 @@ from torchtitan.models.common.decoder import Decoder
 from dtcp.compile import compile_whole
 from dtcp.mixer import batch_metadata
 from dtcp.pretrain.progress import say
-from dtcp.pretrain.trainer import Trainer, ahead_of, documents_of
+from dtcp.pretrain.trainer import Trainer, ahead_of, batch_documents
 
 TOLERANCE = 1e-5
 """Largest relative difference of a loss; fp32 sums in another order differ by 1e-7 or so."""
@@ -48,7 +48,7 @@ def verify(config: Trainer.Config) -> int:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with every tensor whole, on the host; empty but on rank 0."""
+    """The state dict with every tensor whole, on the host of rank 0; elsewhere it is empty."""
     weights = {}
     for name, value in model.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
@@ -95,17 +95,16 @@ def _accumulate(
     count = sum((labels != IGNORE_INDEX).sum() for _, labels in parts).to(trainer.device)
     total = 0.0
     for batch, labels in parts:
-        known = batch["positions"].cpu()
-        attn_metadata = batch_metadata(model, documents_of(batch), position_ids=known)
-        attn_metadata = attn_metadata.to(trainer.device)
-        tokens, position_ids = (batch[key].to(trainer.device) for key in ("input", "positions"))
-        ahead = ahead_of(model, batch["input"], labels, documents_of(batch)).values()
-        ids, *further = (x.to(trainer.device) for x in ahead) if ahead else (None,)
-        labels = labels.to(trainer.device)
-        # torchtitan's decoders take masks where ours take tables: third in both.
-        logits = model(tokens, position_ids, attn_metadata, *([] if ids is None else [ids]))
+        documents, position_ids = batch_documents(batch), batch["positions"].cpu()
+        attn_metadata = batch_metadata(model, documents, position_ids=position_ids)
+        further = ahead_of(model, batch["input"], labels, documents)
+        # torchtitan's decoders take masks where ours take metadata: third in both.
+        inputs: list[Any] = [batch["input"], position_ids, attn_metadata]
         if further:
-            labels = torch.cat((labels[:, None], *further), dim=1)
+            inputs.append(further["mtp_input_ids"])
+            labels = torch.cat((labels[:, None], further["mtp_labels"]), dim=1)
+        logits = model(*(value.to(trainer.device) for value in inputs))
+        labels = labels.to(trainer.device)
         loss, _ = trainer.loss_fn(logits, labels, count)
         loss.backward()
         total += float(loss.detach())

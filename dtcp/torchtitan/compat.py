@@ -31,7 +31,7 @@ class CpuDevice:
     """`torch.cpu` with the rest of the device interface that torchtitan calls.
 
     "Device memory" is the resident set of this process; its peak is the kernel's high-water
-    mark, which nobody can reset.
+    mark, which cannot be reset.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -74,10 +74,10 @@ class DataParallelMeshDims:
 
 
 def _check_version() -> None:
-    found = version("torchtitan")
-    if found != PINNED:
+    installed = version("torchtitan")
+    if installed != PINNED:
         raise ImportError(
-            f"dtcp.torchtitan is written against torchtitan {PINNED}, got torchtitan={found}: "
+            f"dtcp.torchtitan is written against torchtitan {PINNED}, got torchtitan={installed}: "
             f"pip install torchtitan=={PINNED}."
         )
 
@@ -94,7 +94,7 @@ def _provide_cpu_device() -> None:
     import torchtitan.tools.utils as titan_utils
 
     titan_utils.device_type, titan_utils.device_module = "cpu", CpuDevice()
-    # No table has the peak of a CPU. Infinity reads as 0% and spares a call of lspci a rank.
+    # No table has the peak of a CPU. Infinity reads as 0% and spares each rank a call of lspci.
     titan_utils.get_peak_flops = lambda device_name: float("inf")
 
 

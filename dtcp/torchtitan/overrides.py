@@ -3,7 +3,7 @@
     --override.imports dtcp.torchtitan.overrides.context_parallel_attention
 
 A decoder of torchtitan calls `inner_attention(q, k, v, attention_masks=...)` on local shards. The
-override puts a mixer there, and the tables of the batch travel in place of the mask.
+override puts a mixer there, and the metadata of the batch travels in place of the mask.
 """
 
 from dataclasses import dataclass

@@ -166,7 +166,12 @@ def _activation_checkpointing(
 
 
 def check_backend(parallelism: ParallelismConfig) -> None:
-    """Raises: ValueError: a backend that shards the sequence its own way, or a degree we lack."""
+    """Refuse what our attention cannot run under.
+
+    Raises:
+        ValueError: a backend that shards the sequence its own way.
+        NotImplementedError: pipeline stages.
+    """
     if parallelism.spmd_backend != "partial_dtensor":
         raise ValueError(
             f"dtcp shards the sequence outside torchtitan's own types, got "
@@ -174,6 +179,6 @@ def check_backend(parallelism: ParallelismConfig) -> None:
         )
     if parallelism.pipeline_parallel_degree > 1:
         raise NotImplementedError(
-            f"Stages of a pipeline would each need the tables of the batch, got "
+            f"Stages of a pipeline would each need the metadata of the batch, got "
             f"pipeline_parallel_degree={parallelism.pipeline_parallel_degree}: set it to 1."
         )

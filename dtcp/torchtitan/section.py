@@ -1,4 +1,4 @@
-"""The `dtcp` section of a config: the names a person types, and the classes they stand for."""
+"""The `dtcp` section of a config: names that a person types, and the classes they stand for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,15 +20,12 @@ from dtcp.softmax import (
 )
 from dtcp.softmax.style import AttentionStyle
 
-LAYOUTS: Mapping[str, type[SequenceLayout]] = {
+LAYOUT_CLASSES: Mapping[str, type[SequenceLayout]] = {
     "contiguous": Contiguous,
     "head_tail": HeadTail,
     "per_document": PerDocument,
     "block_balanced": BlockBalanced,
 }
-
-
-Device = Literal["auto", "cpu", "accelerator"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,19 +39,19 @@ class Section:
     """Of the hybrid strategy: ranks that exchange heads; the ring goes over the rest."""
 
     layout: Literal["contiguous", "head_tail", "per_document", "block_balanced"] = "head_tail"
-    """Which tokens a rank holds."""
+    """Which tokens each rank holds."""
 
     boundary: Literal["in_graph", "eager_island"] = "in_graph"
     """Collectives inside the compiled block, or one graph break around each attention."""
 
-    device: Device = "auto"
+    device: Literal["auto", "cpu", "accelerator"] = "auto"
     """What train.py starts ranks on by itself: "auto" takes accelerators where the mesh fits."""
 
     verify: int = 0
-    """Run so many steps, repeat them on one device, compare the losses, and stop."""
+    """Run this many steps, repeat them on one device, compare the losses, and stop."""
 
     def sequence_layout(self) -> type[SequenceLayout]:
-        return LAYOUTS[self.layout]
+        return LAYOUT_CLASSES[self.layout]
 
     def attention_style(self) -> AttentionStyle:
         boundary: Boundary = InGraph() if self.boundary == "in_graph" else EagerIsland()

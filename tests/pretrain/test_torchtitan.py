@@ -10,7 +10,7 @@ from typing import Any
 from dtcp.torchtitan import compat
 from dtcp.torchtitan.model_spec import llama
 from dtcp.torchtitan.overrides import MixerAttention
-from dtcp.torchtitan.section import LAYOUTS, Section
+from dtcp.torchtitan.section import LAYOUT_CLASSES, Section
 
 import pytest
 import torch
@@ -233,7 +233,7 @@ def test_a_world_that_the_mesh_does_not_fill_is_refused():
 def test_a_section_names_classes(strategy, boundary):
     section = Section(strategy=strategy, boundary=boundary)
     assert isinstance(section.attention_style(), AttentionStyle)
-    assert all(issubclass(layout, SequenceLayout) for layout in LAYOUTS.values())
+    assert all(issubclass(layout, SequenceLayout) for layout in LAYOUT_CLASSES.values())
 
 
 def test_a_config_of_torchtitan_is_adopted_with_our_attention():

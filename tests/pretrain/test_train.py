@@ -77,7 +77,7 @@ def test_a_run_trains_and_says_what_it_is(run):
     assert "cp 2" in output and "RingAttention" in output and "HeadTail" in output
     steps = losses(output)
     assert list(steps) == [1, 2, 3, 4] and steps[4] < steps[1]
-    assert re.search(r"tokens/s .* GiB .* KiB/step .* to go", output)
+    assert re.search(r"tokens/s .* GiB .* rank 0 received .* KiB for cp .* left", output)
 
 
 def test_a_run_leaves_checkpoint_log_and_plot(run):
