@@ -41,7 +41,7 @@ docs: $(VENV)/docs.stamp
 
 wheel: $(VENV)/test.stamp
 	rm -rf dist
-	$(BIN)/python -m build
+	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
 
 clean:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from inspect import signature
 from typing import Any, ParamSpec, TypeVar
 
@@ -37,8 +37,13 @@ Boundary = InGraph | EagerIsland
 ISLAND = "dtcp::eager_island"
 
 
+@cache
 def island(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function in eager mode wherever it is called from, and count its executions."""
+    """Run a function in eager mode wherever it is called from, and count its executions.
+
+    One function has one island: compiled code guards which function it calls. Not for use as a
+    decorator at import, for it brings in dynamo, which takes longer than all of dtcp.
+    """
 
     @torch.compiler.disable(recursive=True)
     @wraps(function)

@@ -9,6 +9,7 @@ each kind of mixer. A model takes it as an argument and hands it through.
 """
 
 from copy import copy
+from types import MethodType
 from typing import Any, Self
 
 import torch
@@ -99,17 +100,17 @@ class ClaimedMixer(Mixer):
             connect(name)
         self.set_metadata_key()
         if isinstance(style.boundary, EagerIsland):
-            # Not a branch in forward: the break must come in the frame that calls the mixer. A
-            # method of this very mixer, so that a deep copy has its own.
-            self.forward = self._on_island  # type: ignore[method-assign]
+            self._run_on_island()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the mixer's own: local shards in, local shard out."""
         return self.carry_out(*args, **kwargs)
 
-    @island
-    def _on_island(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.carry_out(*args, **kwargs)
+    def _run_on_island(self) -> None:
+        """Break the graph in the frame that calls the mixer: no branch in forward would do that."""
+        # A method of this very mixer, so that a copy has its own.
+        on_island = MethodType(island(type(self).carry_out), self)
+        self.forward = on_island  # type: ignore[method-assign]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A mixer over the same ranks: process groups are the process's and are not copied."""
@@ -119,7 +120,7 @@ class ClaimedMixer(Mixer):
         own = {name: copy(x) if isinstance(x, dict) else x for name, x in vars(self).items()}
         copied.__dict__.update(own)
         if isinstance(self.style.boundary, EagerIsland):
-            copied.forward = copied._on_island  # type: ignore[method-assign]
+            copied._run_on_island()
         return copied
 
     def __reduce__(self) -> Any:

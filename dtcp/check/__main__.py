@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 
 from dtcp import softmax
 from dtcp.check.checked_model import CheckedHuggingFaceModel, CheckedMixerModel, CheckedModel
@@ -23,6 +24,13 @@ _LAYOUTS = ("HeadTail", "Contiguous", "PerDocument", "BlockBalanced")
 def main(argv: list[str]) -> int:
     """Check the model that the arguments name, print the report, return 0 if it passed, else 1."""
     arguments = _parser().parse_args(argv)
+    if not arguments.model and find_spec("transformers") is None:
+        print(
+            "error: --hf-config and --hf-model need transformers, which is not installed: "
+            "pip install 'dtcp[hf]'.",
+            file=sys.stderr,
+        )
+        return 2
     try:
         options = _options(arguments)
         report = check_model(_model(arguments), options)

@@ -1,0 +1,154 @@
+"""One package, the same from a checkout and from a wheel, whatever folders lie beside it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import train
+from dtcp.check.__main__ import main as check
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ("dtcp", "models", "parallelize", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+EXAMPLES = re.findall(
+    r"`torchrun --nproc-per-node (\d)`.*?```python\n(.*?)```",
+    (ROOT / "README.md").read_text(),
+    re.DOTALL,
+)
+
+
+def python(*arguments: str, folder: Path, path: Path | None = None) -> str:
+    """What this Python prints in a folder, with one more place to import from; it must succeed."""
+    ran = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(path or ""), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout
+    return ran.stdout
+
+
+def test_importing_dtcp_brings_in_no_extra():
+    """Nor what compiles: dynamo takes longer to import than all of dtcp."""
+    extras = {"torchtitan", "transformers", "matplotlib", "tensorboard", "fla", "triton"}
+    script = f"import sys, dtcp; print(*({extras | {'torch._dynamo'}} & set(sys.modules)))"
+    assert python("-c", script, folder=ROOT).split() == []
+
+
+@pytest.mark.parametrize("name", ["launch", "compiler", "sources", "plot", "report"])
+def test_the_launcher_does_not_need_torchtitan(name):
+    text = (ROOT / f"dtcp/pretrain/{name}.py").read_text()
+    assert not re.search(r"^\s*(from|import) (torchtitan|dtcp\.torchtitan)", text, re.MULTILINE)
+
+
+def test_the_shim_is_imported_before_torchtitan():
+    """torchtitan binds its device when it is imported."""
+    importing = re.compile(r"^(?:from|import) (dtcp\.torchtitan|torchtitan)\b", re.MULTILINE)
+    first = {
+        path.name: importing.findall(path.read_text())[:1]
+        for path in (ROOT / "dtcp/pretrain").glob("*.py")
+    }
+    assert {names[0] for names in first.values() if names} == {"dtcp.torchtitan"}
+
+
+def test_training_without_its_extra_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchtitan", None)
+    assert train.main([]) == 2
+    said = capsys.readouterr()
+    assert "missing=['torchtitan']: pip install 'dtcp[train]'" in said.err and not said.out
+
+
+def test_checking_a_model_of_transformers_without_it_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert check(["--hf-config", "llama"]) == 2
+    said = capsys.readouterr()
+    assert "pip install 'dtcp[hf]'" in said.err and not said.out
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an sdist and a wheel, made of a checkout without git."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    for name in SOURCE:
+        place = ROOT / name
+        if place.is_dir():
+            shutil.copytree(place, checkout / name, symlinks=True)
+        else:
+            shutil.copy(place, checkout)
+    python("-m", "build", "--no-isolation", folder=checkout)
+    return checkout / "dist"
+
+
+@pytest.fixture(scope="module")
+def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the wheel has been installed."""
+    target = tmp_path_factory.mktemp("site")
+    (wheel,) = dist.glob("*.whl")
+    pip = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target))
+    python(*pip, str(wheel), folder=dist)
+    return target
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A repository of somebody's own, whose folders have the names of ours."""
+    for name in ("models", "parallelize", "tests"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("THEIRS = True\n")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_one_package_and_an_sdist_makes_the_same_wheel(dist, tmp_path):
+    """`python -m build` makes its wheel of the sdist; the other one is made of the checkout."""
+    python("-m", "twine", "check", "--strict", *map(str, dist.iterdir()), folder=tmp_path)
+    arguments = ("--no-isolation", "--wheel", "--outdir", str(tmp_path))
+    python("-m", "build", *arguments, folder=dist.parent)
+    by_sdist, by_checkout = (
+        zipfile.ZipFile(wheel) for folder in (dist, tmp_path) for wheel in folder.glob("*.whl")
+    )
+    names = by_sdist.namelist()
+    assert {name.partition("/")[0] for name in names} == {"dtcp", "dtcp-0.1.0.dist-info"}
+    assert {"dtcp/models/llama/model.py", "dtcp/parallelize/apply.py", "dtcp/py.typed"} < {*names}
+    assert sorted(names) == sorted(by_checkout.namelist())
+    assert all(by_sdist.read(name) == by_checkout.read(name) for name in names)
+
+
+@pytest.mark.slow
+def test_a_wheel_is_imported_beside_folders_of_the_same_names(installed, work):
+    script = """
+import models, parallelize, tests
+import dtcp, dtcp.check, dtcp.models, dtcp.parallelize, dtcp.pretrain.launch
+from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
+from dtcp.parallelize import parallelize_hf
+assert models.THEIRS and parallelize.THEIRS and tests.THEIRS
+print(dtcp.__file__, llama.__file__, dtcp.parallelize.__file__, sep="\\n")
+"""
+    places = python("-c", script, folder=work, path=installed).splitlines()
+    assert all(Path(place).is_relative_to(installed / "dtcp") for place in places)
+
+
+@pytest.mark.slow
+def test_a_wheel_trains(installed, work):
+    command = ("-m", "dtcp.pretrain", "--config", "llama_tiny_fsdp4", "--training.steps", "1")
+    output = python(*command, "--no-compile.enable", folder=work, path=installed)
+    assert re.search(r"^step +1/1  loss  5\.", output, re.MULTILINE), output
+    assert (work / "outputs/llama_tiny_fsdp4/loss.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(EXAMPLES)))
+def test_the_examples_of_the_readme_run_from_a_wheel(installed, work, index):
+    ranks, example = EXAMPLES[index]
+    (work / "example.py").write_text(example)
+    agent = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
+    assert python(*agent, "example.py", folder=work, path=installed)
