@@ -5,11 +5,12 @@ mesh. Packing them into rows is the work of `data`.
 """
 
 import json
+import os
 import random
 import sys
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -19,6 +20,9 @@ Part = Literal["train", "validation", "all"]
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 HELD_OUT = 20  # one document in 20 is kept for validation
 WINDOW = 4096  # documents in memory, to mix those of one file with others
+
+NOT_THE_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data")
+"""Folders of a Python: other people's packages, tests, and tables that would outweigh the code."""
 
 
 class Source(Protocol):
@@ -120,9 +124,7 @@ def standard_library(part: Part, seed: int = 0) -> TextFiles:
     hundred bytes, so that a row of a tiny model holds several documents.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    # Other people's packages, tests, and tables that would outweigh the code.
-    skipped = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
-    files = tuple(p for p in sorted(root.rglob("*.py")) if not skipped & set(p.parts))
+    files = _files_below(root, (".py",), skipped=NOT_THE_LIBRARY)
     if not files:
         raise ValueError(
             f"The standard library comes as source files, got none in folder={root}: "
@@ -143,11 +145,22 @@ def folder(path: str | None, part: Part, *, text_key: str, seed: int = 0) -> Tex
             f"Data is read from a folder, got dataset_path={path}: no such folder; "
             f"set --dataloader.dataset_path."
         )
-    suffixes = {*TEXT_SUFFIXES, ".jsonl"}
-    files = tuple(p for p in sorted(root.rglob("*")) if p.suffix in suffixes and p.is_file())
+    suffixes = (*TEXT_SUFFIXES, ".jsonl")
+    files = _files_below(root, suffixes)
     if not files:
         raise ValueError(
             f"A data folder holds files that end in {', '.join(sorted(suffixes))}, got none in "
             f"dataset_path={path}: convert them, or name another folder."
         )
     return TextFiles(files, part, text_key=text_key, seed=seed)
+
+
+def _files_below(
+    root: Path, suffixes: tuple[str, ...], skipped: Collection[str] = ()
+) -> tuple[Path, ...]:
+    """Files with one of the suffixes, sorted; folders of a skipped name are not entered."""
+    paths: list[Path] = []
+    for parent, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in skipped]
+        paths += [Path(parent, name) for name in names]
+    return tuple(sorted(path for path in paths if path.suffix in suffixes and path.is_file()))
