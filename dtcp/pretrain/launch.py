@@ -122,10 +122,10 @@ def launch(ranks: Ranks, work: Callable[[], int], command: Sequence[str]) -> int
         work: what a forked rank does; returns its exit code.
         command: what the interpreter runs as a rank where none can be forked.
     """
+    fork = can_fork()  # while this process still sees all of the machine
     threads = _prepare_environment(ranks)
     # The agent would repeat, for each rank, what the ranks have said.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -137,10 +137,12 @@ def launch(ranks: Ranks, work: Callable[[], int], command: Sequence[str]) -> int
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
+        # Seconds. A rank that was killed is to be noticed before its peers fail for want of it.
+        monitor_interval=0.02,
         start_method="fork",
     )
     try:
-        if can_fork():
+        if fork:
             elastic_launch(config, _forked_rank)(work, threads)
         else:
             elastic_launch(config, sys.executable)("-u", *command)
@@ -163,7 +165,8 @@ def can_fork() -> bool:
 
 
 def _forked_rank(work: Callable[[], int], threads: int | None) -> None:
-    # The agent's handlers came along with the fork. A rank that is told to end has nothing to say.
+    # The agent's settings came along with the fork. A rank that is told to end has nothing to say.
+    logging.disable(logging.NOTSET)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     # torch read the environment when the launcher imported it.
