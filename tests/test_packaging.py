@@ -12,6 +12,7 @@ import pytest
 
 import train
 from dtcp.check.__main__ import main as check
+from dtcp.pretrain.__main__ import main as pretrain
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ("dtcp", "models", "parallelize", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
@@ -60,11 +61,12 @@ def test_the_shim_is_imported_before_torchtitan():
     assert {names[0] for names in first.values() if names} == {"dtcp.torchtitan"}
 
 
-def test_training_without_its_extra_is_one_sentence(monkeypatch, capsys):
+@pytest.mark.parametrize("main", [train.main, pretrain])
+def test_training_without_its_extra_is_one_sentence(main, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torchtitan", None)
-    assert train.main([]) == 2
+    assert main([]) == 2
     said = capsys.readouterr()
-    assert "missing=['torchtitan']: pip install 'dtcp[train]'" in said.err and not said.out
+    assert "torchtitan" in said.err and "pip install 'dtcp[train]'" in said.err and not said.out
 
 
 def test_checking_a_model_of_transformers_without_it_is_one_sentence(monkeypatch, capsys):

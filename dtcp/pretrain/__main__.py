@@ -1,8 +1,18 @@
 """train.py for those who installed a wheel: python -m dtcp.pretrain --config NAME."""
 
 import sys
+from importlib.util import find_spec
 
-from dtcp.pretrain.run import run
+
+def main(arguments: list[str]) -> int:
+    """Run as train.py does, where its extra is installed. Returns the exit code."""
+    if find_spec("torchtitan") is None:
+        print("error: training needs torchtitan: pip install 'dtcp[train]'.", file=sys.stderr)
+        return 2
+    from dtcp.pretrain.run import run
+
+    return run(arguments, command=("-m", "dtcp.pretrain"))
+
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], command=("-m", "dtcp.pretrain")))
+    sys.exit(main(sys.argv[1:]))
