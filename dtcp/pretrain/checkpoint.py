@@ -103,10 +103,9 @@ class Checkpoints(CheckpointManager):
     def _refuse_foreign(self, path: Path) -> None:
         """DCP reads the weights it looks for and ignores the rest: refuse a larger model."""
         saved = FileSystemReader(path).read_metadata().state_dict_metadata
+        known = self.states[MODEL].state_dict()
         extra = [
-            name
-            for name in saved
-            if not name.startswith(STATE_PREFIXES) and name not in self.states[MODEL].state_dict()
+            name for name in saved if not name.startswith(STATE_PREFIXES) and name not in known
         ]
         if extra:
             raise ValueError(
