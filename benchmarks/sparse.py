@@ -26,6 +26,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from benchmarks.published_sparse import PublishedSparseCP
 from benchmarks.report import conditions, table, write
 from dtcp.batch import shard_batch
 from dtcp.distributed.ledger import count_traffic
@@ -38,7 +39,7 @@ from dtcp.models.deepseek_v4.attention import Attention
 from dtcp.plan import apply_plan
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.sparse import CompressedSparseCP, PublishedSparseCP, SparseShape
+from dtcp.sparse import CompressedSparseCP, SparseShape
 from dtcp.sparse.mixer import CompressedSparseAttention, Compression, segment_entries
 
 KINDS: Mapping[str, int] = {"window": 0, "sparse": 4, "heavy": 128}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.published_sparse import PublishedSparseCP
 from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import ParallelMesh
@@ -18,7 +19,7 @@ from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal
 from dtcp.softmax import AllGatherAttention, RingAttention, SharedKVAttention
 from dtcp.softmax.mixer import GatherSharedKV, KeysFromValues
-from dtcp.sparse import CompressedSparseCP, PublishedSparseCP
+from dtcp.sparse import CompressedSparseCP
 from dtcp.sparse.mixer import CompressedSparseAttention, Compression
 from tests.harness.attention_parity import refused
 from tests.harness.spmd import spmd

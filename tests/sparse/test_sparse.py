@@ -11,6 +11,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.profiler import profile
 from torch.testing import assert_close
 
+from benchmarks.published_sparse import PublishedSparseCP
 from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import count_traffic
@@ -26,7 +27,7 @@ from dtcp.sequence.layout import (
     SequenceLayout,
 )
 from dtcp.sequence.masks import Coords
-from dtcp.sparse import CompressedSparseCP, PublishedSparseCP, SparseShape
+from dtcp.sparse import CompressedSparseCP, SparseShape
 from dtcp.sparse.mixer import (
     CompressedSparseAttention,
     Compression,
