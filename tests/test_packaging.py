@@ -17,7 +17,7 @@ from dtcp.pretrain.__main__ import main as pretrain
 ROOT = Path(__file__).parent.parent
 SOURCE = ("dtcp", "models", "parallelize", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 EXAMPLES = re.findall(
-    r"`torchrun --nproc-per-node (\d)`.*?```python\n(.*?)```",
+    r"`torchrun --nproc-per-node (\d)`.*?```python[^\n]*\n(.*?)```",
     (ROOT / "README.md").read_text(),
     re.DOTALL,
 )
