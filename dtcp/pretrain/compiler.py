@@ -38,9 +38,7 @@ def use_what_works(compile: CompileSettings) -> str:
     Returns:
         what to tell the person, or nothing.
     """
-    if not compile.enable or compile.backend != "inductor":
-        return ""
-    if torch.accelerator.is_available():
+    if not compile.enable or compile.backend != "inductor" or torch.accelerator.is_available():
         return ""
     missing = missing_for_inductor()
     if not missing:
