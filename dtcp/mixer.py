@@ -107,7 +107,7 @@ class ClaimedMixer(Mixer):
         return self.carry_out(*args, **kwargs)
 
     def _run_on_island(self) -> None:
-        """Break the graph in the frame that calls the mixer: no branch in forward would do that."""
+        """Leave the graph in the frame of the caller; a branch in forward would leave it later."""
         # A method of this very mixer, so that a copy has its own.
         on_island = MethodType(island(type(self).carry_out), self)
         self.forward = on_island  # type: ignore[method-assign]
