@@ -23,7 +23,7 @@ from dtcp.parallelize import (
     parallelize,
     parallelize_hf,
 )
-from dtcp.parallelize.plans.huggingface import hf_tensor_plan
+from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.sequence.documents import Documents
 from dtcp.softmax.style import AttentionStyle
 

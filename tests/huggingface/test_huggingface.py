@@ -322,7 +322,7 @@ def test_experts_that_do_not_divide_are_whole_and_said_to_be(mesh):
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("dtcp.parallelize.plans.huggingface").addHandler(handler)
+    logging.getLogger("dtcp.parallelize.plans").addHandler(handler)
     assert_parity("qwen3_moe", Degrees(tp=2), change={"moe_intermediate_size": 25})
     assert [f"layers.{i}.mlp.experts is whole" in said[i] for i in range(2)] == [True] * 2
     assert "tp=2 does not divide its 25 channels" in said[0]

@@ -182,8 +182,8 @@ def test_deepseek_v4_on_a_mesh_equals_the_published_model(degrees, layout):
 def test_deepseek_v4_checkpointed_equals_the_published_model(checkpoint):
     """Attention reads what was exchanged before: it runs again, the exchange only in full."""
     exchanged = 8 if isinstance(checkpoint, FullCheckpoint) else 4
-    found = run(Degrees(cp=2), checkpoint=checkpoint, op="dtcp::bring_left")
-    assert found == (0, 0, exchanged)
+    counts = run(Degrees(cp=2), checkpoint=checkpoint, op="dtcp::bring_left")
+    assert counts == (0, 0, exchanged)
 
 
 COMPILED = [
