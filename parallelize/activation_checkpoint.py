@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +32,8 @@ class FullCheckpoint:
     """Keep only a block's inputs; recompute, and communicate again, everything else."""
 
     def wrap(self, forward: Forward) -> Forward:
-        def checkpointed(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-        return checkpointed
+        # Not closures over the forward: a deep copy of the block checkpoints its own.
+        return partial(checkpoint, forward, use_reentrant=False)
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,7 @@ class SelectiveCheckpoint:
         def contexts() -> Any:
             return create_selective_checkpoint_contexts(_Policy(kept, self.matmul_every))
 
-        def checkpointed(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-        return checkpointed
+        return partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
 
 
 ActivationCheckpoint = NoCheckpoint | FullCheckpoint | SelectiveCheckpoint

@@ -1,6 +1,10 @@
 """How blocks are compiled."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from dtcp.compile import compile_around_islands, compile_whole
 from dtcp.parallelize.activation_checkpoint import Forward
@@ -18,8 +22,22 @@ class Compile:
 
     def whole(self, forward: Forward) -> Forward:
         """Compile to one graph, or raise an error that says what broke it."""
-        return compile_whole(forward, backend=self.backend)
+        return CompiledForward(partial(compile_whole, backend=self.backend), forward)
 
     def around_islands(self, forward: Forward) -> Forward:
         """Compile to one graph before an eager island and one after, however deep it lies."""
-        return compile_around_islands(forward, backend=self.backend)
+        return CompiledForward(partial(compile_around_islands, backend=self.backend), forward)
+
+
+class CompiledForward:
+    """A block's forward, compiled; a deep copy of the block compiles its own."""
+
+    def __init__(self, compiler: Callable[[Forward], Forward], forward: Forward) -> None:
+        self.compiler, self.forward = compiler, forward
+        self.compiled = compiler(forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.compiled(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledForward":
+        return CompiledForward(self.compiler, copy.deepcopy(self.forward, memo))

@@ -1,9 +1,9 @@
 """Give the attention modules of a model of transformers their mixers."""
 
-from collections.abc import Mapping
-from functools import wraps
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from dtcp.forward import wrap_forward
 from dtcp.huggingface import registry
 from dtcp.huggingface.meta_device import survey_on_meta
 from dtcp.huggingface.survey import Survey, survey, survey_mask
@@ -38,15 +38,13 @@ def install_mixers(model: Any) -> Survey:
         model.get_submodule(attention.name).add_module(registry.MIXER, attention.mixer())
     registry.register_attention(survey_mask)
     registry.set_attention(model, registry.IMPLEMENTATION)
-    forward = model.forward
-
-    @wraps(forward)
-    def checked_forward(*args: Any, **kwargs: Any) -> Any:
-        _check_call(args, kwargs)
-        return forward(**{**kwargs, "use_cache": False})
-
-    model.forward = checked_forward
+    wrap_forward(model, _checked_forward)
     return result
+
+
+def _checked_forward(_: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    _check_call(args, kwargs)
+    return forward(**{**kwargs, "use_cache": False})
 
 
 def _check_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

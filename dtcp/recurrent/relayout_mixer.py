@@ -7,6 +7,7 @@ Each rank then hands on one state, whatever the layout of the batch, and the act
 change owner travel twice: less only where many ranks hold short shards.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from dtcp.compile import Boundary, InGraph
 from dtcp.distributed.groups import group_name
 from dtcp.distributed.relayout import RelayoutMetadata, apply_relayout
+from dtcp.forward import wrap_forward
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.recurrent.mixer import RecurrentMixer
@@ -64,14 +66,16 @@ class RelayoutCP(ParallelStyle):
         for mixer in mixers:
             mixer.inside = self.inside
             mixer.set_metadata_key()
-        forward, mover = module.forward, RelayoutMixer(self, device_mesh)
-        module.add_module("relayout", mover)
+        module.add_module("relayout", RelayoutMixer(self, device_mesh))
 
-        def relaid(x: Tensor, attn_metadata: BatchMetadata) -> Tensor:
-            inner = forward(mover(x, attn_metadata), attn_metadata)
-            return mover(inner, attn_metadata, reverse=True)
+        def on_inside_layout(
+            layer: Any, forward: Callable[..., Tensor], x: Tensor, attn_metadata: BatchMetadata
+        ) -> Tensor:
+            inner = forward(layer.relayout(x, attn_metadata), attn_metadata)
+            moved: Tensor = layer.relayout(inner, attn_metadata, reverse=True)
+            return moved
 
-        module.forward = relaid
+        wrap_forward(module, on_inside_layout)
         return module
 
     def groups(self, axis: DeviceMesh) -> list[str]:

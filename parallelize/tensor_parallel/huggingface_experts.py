@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from dtcp.forward import wrap_forward
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 from dtcp.parallelize.tensor_parallel.local_params import ModuleView, local_parameters
 from dtcp.parallelize.tensor_parallel.regions import copy_to_region, reduce_from_region
@@ -41,23 +42,23 @@ class HFExpertTensorParallel(ParallelStyle):
             else:
                 placement = Shard(dims[name]) if name in dims else Replicate()
                 distribute_parameter(module, name, device_mesh, placement)
-        forward, tp = type(module).forward, device_mesh.size()
+        unbound, tp = type(module).forward, device_mesh.size()
 
         def copied(x: Any) -> Any:
             is_float = isinstance(x, Tensor) and x.is_floating_point()
             return copy_to_region(x, device_mesh) if is_float else x
 
-        def on_channels(*args: Any, **kwargs: Any) -> Tensor:
-            local = local_parameters(module)
+        def on_channels(experts: nn.Module, _: Any, *args: Any, **kwargs: Any) -> Tensor:
+            local = local_parameters(experts)
             for name in gate_up:
                 local[name] = local[name].flatten(dims[name], dims[name] + 1)
             if "down_proj_bias" in local:
                 local["down_proj_bias"] = _share_of_bias(local["down_proj_bias"], tp)
-            view = cast(nn.Module, ModuleView(module, local))
-            part = forward(view, *map(copied, args), **{k: copied(x) for k, x in kwargs.items()})
+            view = cast(nn.Module, ModuleView(experts, local))
+            part = unbound(view, *map(copied, args), **{k: copied(x) for k, x in kwargs.items()})
             return reduce_from_region(part, device_mesh)
 
-        module.forward = on_channels
+        wrap_forward(module, on_channels)
         return module
 
 

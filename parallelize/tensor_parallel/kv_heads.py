@@ -1,8 +1,9 @@
 """Projections to kv heads, whether tp divides their number or not."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
 
+from dtcp.forward import wrap_forward
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 
 
@@ -29,21 +31,21 @@ class ReplicatedKVHeads(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         distribute_parameter(module, "weight", device_mesh, Replicate())
-        forward, local_heads = module.forward, self.heads // device_mesh.size()
+        local_heads = self.heads // device_mesh.size()
         group = self.heads // self.kv_heads
         # A rank whose query heads read several kv heads takes one for each query head: ranks may
         # differ in how many they read, but never in their shapes.
         count = 1 if group % local_heads == 0 else local_heads
         first = device_mesh.get_local_rank() * local_heads
 
-        def project(x: Tensor) -> Tensor:
+        def project(_: nn.Module, forward: Callable[..., Any], x: Tensor) -> Tensor:
             if not isinstance(x, DTensor):
                 x = DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
             out = cast(DTensor, forward(x)).to_local(grad_placements=[Partial()])
             index = (first + torch.arange(count, device=out.device)) // group
             return out.unflatten(-1, (self.kv_heads, -1)).index_select(-2, index).flatten(-2)
 
-        module.forward = project
+        wrap_forward(module, project)
         return module
 
 

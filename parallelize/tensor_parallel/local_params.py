@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from dtcp.forward import wrap_forward
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 
 
@@ -29,13 +30,13 @@ class LocalParams(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for name, _ in list(module.named_parameters(recurse=False)):
             distribute_parameter(module, name, device_mesh, self.placement)
-        forward = type(module).forward
+        unbound = type(module).forward
 
-        def on_local(*args: Any, **kwargs: Any) -> Any:
+        def on_local(module: nn.Module, _: Any, *args: Any, **kwargs: Any) -> Any:
             view = ModuleView(module, local_parameters(module))
-            return forward(cast(nn.Module, view), *args, **kwargs)
+            return unbound(cast(nn.Module, view), *args, **kwargs)
 
-        module.forward = on_local
+        wrap_forward(module, on_local)
         return module
 
 

@@ -1,5 +1,6 @@
 """What every part of a split module reads: its gradient is summed over the ranks, once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from dtcp.forward import wrap_forward
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 from dtcp.parallelize.tensor_parallel.regions import copy_to_region
 
@@ -21,9 +23,9 @@ class ReplicateInput(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        forward = module.forward
-
-        def replicate_first(*args: Any, **kwargs: Any) -> Any:
+        def replicate_first(
+            _: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+        ) -> Any:
             if not args:
                 first = next(iter(kwargs))
                 return forward(**{**kwargs, first: replicated(kwargs[first])})
@@ -32,7 +34,7 @@ class ReplicateInput(ParallelStyle):
         def replicated(x: Tensor) -> DTensor:
             return DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
 
-        module.forward = replicate_first
+        wrap_forward(module, replicate_first)
         return module
 
 
@@ -55,10 +57,10 @@ class AllReduceInputGrad(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        forward = module.forward
-
-        def read_by_heads(*args: Any, **kwargs: Any) -> Tensor:
+        def read_by_heads(
+            _: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any
+        ) -> Tensor:
             return copy_to_region(forward(*args, **kwargs), device_mesh)
 
-        module.forward = read_by_heads
+        wrap_forward(module, read_by_heads)
         return module

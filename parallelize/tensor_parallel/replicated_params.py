@@ -1,12 +1,15 @@
 """A module on whole activations or on a shard of them, its parameters replicated over tp."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from dtcp.forward import wrap_forward
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 
 
@@ -27,11 +30,12 @@ class ReplicatedParams(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for name, _ in list(module.named_parameters(recurse=False)):
             distribute_parameter(module, name, device_mesh, Replicate())
-        forward, placements = module.forward, (self.activation,)
+        placements = (self.activation,)
 
-        def on_local(x: Tensor) -> Tensor:
+        def on_local(_: nn.Module, forward: Callable[..., Any], x: Tensor) -> Tensor:
             out = forward(DTensor.from_local(x, device_mesh, placements, run_check=False))
-            return out.to_local(grad_placements=placements)
+            local: Tensor = out.to_local(grad_placements=placements)
+            return local
 
-        module.forward = on_local
+        wrap_forward(module, on_local)
         return module

@@ -1,7 +1,8 @@
 """Embeddings split by vocabulary over tp."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -9,6 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import functional as F
 
+from dtcp.forward import wrap_forward
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 from dtcp.parallelize.tensor_parallel.regions import reduce_from_region
 
@@ -27,7 +29,7 @@ class VocabParallelEmbedding(ParallelStyle):
         distribute_parameter(module, "weight", device_mesh, Shard(0))
         padding_idx = cast(nn.Embedding, module).padding_idx
 
-        def look_up(input_ids: Tensor) -> Tensor:
+        def look_up(module: nn.Module, _: Any, input_ids: Tensor) -> Tensor:
             weight = cast(DTensor, module.weight).to_local(grad_placements=[Shard(0)])
             row = input_ids - device_mesh.get_local_rank() * len(weight)
             is_local = (row >= 0) & (row < len(weight))
@@ -38,7 +40,7 @@ class VocabParallelEmbedding(ParallelStyle):
             # Copied, for FSDP warns of modules that return views.
             return reduce_from_region(part, device_mesh).clone()
 
-        module.forward = look_up
+        wrap_forward(module, look_up)
         return module
 
 
@@ -55,13 +57,13 @@ class ScaledVocabParallelEmbedding(ParallelStyle):
         for name, buffer in list(module.named_buffers(recurse=False)):
             placed = distribute_tensor(buffer, device_mesh, replicated)
             module.register_buffer(name, placed, persistent=False)
-        forward = module.forward
 
-        def look_up(input_ids: Tensor) -> Tensor:
+        def look_up(_: nn.Module, forward: Callable[..., Any], input_ids: Tensor) -> Tensor:
             x = forward(DTensor.from_local(input_ids, device_mesh, replicated, run_check=False))
             # Waited for and copied, as VocabParallelEmbedding does.
             x = x.redistribute(placements=replicated, async_op=False)
-            return x.to_local(grad_placements=replicated).clone()
+            local: Tensor = x.to_local(grad_placements=replicated).clone()
+            return local
 
-        module.forward = look_up
+        wrap_forward(module, look_up)
         return module

@@ -1,13 +1,14 @@
 """Styles of modules that hold one weight and return it: what another module computes with."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from dtcp.forward import wrap_forward
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 
 
@@ -42,8 +43,8 @@ class ReplicatedWeight(ParallelStyle):
 def _return_local(module: nn.Module, gradient: Placement) -> nn.Module:
     placements = (gradient,)
 
-    def local_weight() -> Tensor:
+    def local_weight(module: nn.Module, _: Any) -> Tensor:
         return cast(DTensor, module.weight).to_local(grad_placements=placements)
 
-    module.forward = local_weight
+    wrap_forward(module, local_weight)
     return module
