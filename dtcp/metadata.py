@@ -69,10 +69,10 @@ class MetadataKey:
 
 
 def metadata_key(*parts: object) -> MetadataKey:
-    """The key of a mixer that is told apart by these parts: its type, its mask, its style.
+    """The key of a mixer that these parts identify: its type, its mask, its style.
 
     Raises:
-        TypeError: a part whose value cannot be told (`value_of`).
+        TypeError: a part whose value is not known (`value_of`).
     """
     names = (part.__name__ if isinstance(part, type) else str(part) for part in parts)
     label = ", ".join(names)
@@ -91,7 +91,7 @@ def value_of(part: object) -> Hashable:
         hidden = vars(part).keys() - {each.name for each in fields(part)} - {"src_data_rank"}
         if hidden:
             raise TypeError(
-                f"Masks and styles are told apart by their fields, got {type(part).__name__} that "
+                f"Masks and styles are identified by their fields, got {type(part).__name__} that "
                 f"holds {sorted(hidden)} beside them: declare it as a dataclass (a mask frozen) "
                 f"with these as fields."
             )
@@ -103,7 +103,7 @@ def value_of(part: object) -> Hashable:
         hash(part)
     except TypeError as error:
         raise TypeError(
-            f"Masks and styles are told apart by their fields, got one of "
+            f"Masks and styles are identified by their fields, got one of "
             f"{type(part).__name__}, which has no hash: give a number, a tuple or a dataclass."
         ) from error
     return part

@@ -218,7 +218,7 @@ def test_selective_policy_knows_every_op_that_communicates(mesh):
 
 
 def test_selective_policy_computes_again_what_one_device_can():
-    """And nothing else: whoever communicates is told the name of a process group."""
+    """And nothing else: whoever communicates has the name of a process group."""
     ours = {getattr(torch.ops.dtcp, name).default for name in torch.ops.dtcp}
     forward = {op for op in ours if not op.name().endswith("_backward")}
     local = forward.difference(selective_checkpoint_save_ops())

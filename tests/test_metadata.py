@@ -1,4 +1,4 @@
-"""Metadata are told apart by the values of masks and styles; fields of the host stay there."""
+"""Metadata are identified by the values of masks and styles; fields of the host stay there."""
 
 import copy
 import pickle
@@ -66,7 +66,7 @@ def test_masks_of_a_users_own_read_their_own_metadata():
         )
 
 
-def test_subclasses_are_told_from_their_base():
+def test_subclasses_differ_from_their_base():
     """Of equal fields, but of another meaning."""
 
     @dataclass(frozen=True)

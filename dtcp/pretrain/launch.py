@@ -165,7 +165,7 @@ def can_fork() -> bool:
 
 
 def _forked_rank(work: Callable[[], int], threads: int | None) -> None:
-    # The agent's settings came along with the fork. A rank that is told to end has nothing to say.
+    # The agent's settings came along with the fork. A rank that has to end says nothing.
     logging.disable(logging.NOTSET)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)

@@ -105,7 +105,7 @@ def prefix_lengths(documents: Documents) -> tuple[tuple[int, ...], ...]:
 
 
 def prefix_of_tokens(documents: Documents) -> Tensor:
-    """The same, told to every token: [B, S], int64, 0 for padding."""
+    """The same, for every token: [B, S], int64, 0 for padding."""
     prefix = torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64)
     for row, lengths in enumerate(documents.lengths):
         start = 0

@@ -57,7 +57,7 @@ def spmd(
     """Run the test on `ranks` ranks, once for each number where there are several.
 
     Args:
-        ranks: sizes of the axis `cp`. A test that takes `ranks` itself is told the number.
+        ranks: sizes of the axis `cp`. A test that takes `ranks` itself gets the number.
         axes: instead of ranks, a mesh of several named axes, the last one fastest.
         timeout: seconds of a quiet machine.
     """

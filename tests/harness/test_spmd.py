@@ -1,4 +1,4 @@
-"""The rank pool: ranks are real, failures are told, nothing hangs."""
+"""The rank pool: ranks are real, failures are reported, nothing hangs."""
 
 import os
 import time
