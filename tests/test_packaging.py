@@ -12,7 +12,7 @@ import pytest
 
 import train
 from dtcp.check.__main__ import main as check
-from dtcp.pretrain.__main__ import main as pretrain
+from dtcp.pretrain.__main__ import start_training
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ("dtcp", "models", "parallelize", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
@@ -61,10 +61,10 @@ def test_the_shim_is_imported_before_torchtitan():
     assert {names[0] for names in first.values() if names} == {"dtcp.torchtitan"}
 
 
-@pytest.mark.parametrize("main", [train.main, pretrain])
-def test_training_without_its_extra_is_one_sentence(main, monkeypatch, capsys):
+@pytest.mark.parametrize("start", [train.main, start_training])
+def test_training_without_its_extra_is_one_sentence(start, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torchtitan", None)
-    assert main([]) == 2
+    assert start([]) == 2
     said = capsys.readouterr()
     assert "torchtitan" in said.err and "pip install 'dtcp[train]'" in said.err and not said.out
 

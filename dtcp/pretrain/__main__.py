@@ -4,7 +4,7 @@ import sys
 from importlib.util import find_spec
 
 
-def main(arguments: list[str]) -> int:
+def start_training(arguments: list[str]) -> int:
     """Run as train.py does, where its extra is installed. Returns the exit code."""
     if find_spec("torchtitan") is None:
         print("error: training needs torchtitan: pip install 'dtcp[train]'.", file=sys.stderr)
@@ -15,4 +15,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start_training(sys.argv[1:]))
