@@ -142,7 +142,7 @@ print(dtcp.__file__, llama.__file__, dtcp.parallelize.__file__, sep="\\n")
 @pytest.mark.slow
 def test_a_wheel_trains(installed, work):
     command = ("-m", "dtcp.pretrain", "--config", "llama_tiny_fsdp4", "--training.steps", "1")
-    output = python(*command, "--no-compile.enable", folder=work, path=installed)
+    output = python(*command, "--compile.no-enable", folder=work, path=installed)
     assert re.search(r"^step +1/1  loss  5\.", output, re.MULTILINE), output
     assert (work / "outputs/llama_tiny_fsdp4/loss.png").is_file()
 
