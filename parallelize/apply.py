@@ -45,7 +45,7 @@ class ParallelPlan:
         cp: styles of the mixers on the axis cp, by module name.
         blocks: the repeated modules, each compiled, checkpointed and sharded on its own.
         fsdp_units: modules outside the blocks whose parameters are gathered together, in the order
-            of their use. A shared parameter must lie in one of them, or in none.
+            of their use. A shared parameter must be in one of them, or in none.
         keep_dtype: parameters, by name, that mixed precision leaves in their own dtype.
     """
 

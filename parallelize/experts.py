@@ -24,7 +24,7 @@ HIDDEN_CHANNELS: Mapping[str, Placement] = {"gate": Shard(1), "up": Shard(1), "d
 class ExpertTensorParallel(ParallelStyle):
     """Split the hidden channels of all experts over the axis, as Megatron splits one MLP.
 
-    Every rank sees every token and chooses alike, so no token is sent to an expert: one
+    Every rank sees every token and makes the same choice, so no token is sent to an expert: one
     all-reduce of the output, one of the gradients of the inputs. If the experts themselves were
     sharded, ranks whose experts a router does not choose would idle.
 

@@ -23,7 +23,7 @@ def check_tied_parameters(tied: TiedParameters, fsdp_units: Sequence[Sequence[st
     Args:
         fsdp_units: names of the modules that are gathered together; the rest is one unit more.
     Raises:
-        ValueError: a parameter whose names lie in two units.
+        ValueError: a parameter with names in two units.
     """
     for names in tied:
         if len({_unit_of(name, fsdp_units) for name in names}) > 1:

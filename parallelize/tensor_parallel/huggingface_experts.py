@@ -4,7 +4,7 @@ transformers keeps all experts of a layer in one module, as `gate_up_proj` and `
 [E, ..], and computes them by functions that read these off the module. Here they read a view of
 the module, with this rank's part in the place of each parameter.
 
-Where gate and up lie one after the other in a dim of 2F, the parameter becomes [.., 2, F, ..]:
+Where gate comes before up in a dim of 2F, the parameter becomes [.., 2, F, ..]:
 its shards are then those of any DTensor, in checkpoints too, and a checkpoint of the other shape
 is refused rather than read in the wrong order.
 """
@@ -73,7 +73,7 @@ def why_not_split(module: Any, tp: int) -> str:
     """Why an experts module of transformers stays whole; empty where its channels can be split."""
     traits = ("has_gate", "has_bias", "is_concatenated", "is_transposed", "has_post_expert_norm")
     if any(trait not in vars(module) for trait in traits):
-        return "it does not say how its weights lie"
+        return "it does not say how its weights are laid out"
     if module.has_post_expert_norm:
         return "it normalizes the output of each expert, of which a rank would have a part"
     names = {name for name, _ in module.named_parameters(recurse=False)}
