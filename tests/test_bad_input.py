@@ -35,7 +35,7 @@ from dtcp.softmax import (
     UlyssesAttention,
 )
 from dtcp.softmax.mixer import SoftmaxAttention
-from tests.harness import packings as cases
+from tests.harness import packings
 from tests.harness.attention_parity import (
     CAUSAL,
     WINDOW,
@@ -43,9 +43,9 @@ from tests.harness.attention_parity import (
     Case,
     local_inputs,
     mixer_on,
-    plan_of,
     refused,
     run,
+    shard_case,
     styles,
 )
 from tests.harness.spmd import spmd
@@ -58,7 +58,7 @@ def two_attentions():
     return nn.ModuleDict({"layers": nn.ModuleList(blocks)})
 
 
-def plan_for(mesh, mixer, layout, documents=None, **batch):
+def sharded_for(mesh, mixer, layout, documents=None, **batch):
     """shard_batch on this mesh, of rows of 32 tokens if no documents are given."""
     documents = documents or Documents.single(1, 32)
     batch["input_ids"] = torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64)
@@ -107,7 +107,7 @@ def test_unclaimed_mixer_is_refused(mesh):
 def test_mixer_claimed_by_torchs_function_alone_is_refused_when_the_batch_is_built(mesh):
     model = two_attentions()
     parallelize_module(model, mesh, {"layers.0.mixer": RingAttention()})
-    refused("unclaimed SoftmaxAttention", lambda: plan_for(mesh, model, HeadTail))
+    refused("unclaimed SoftmaxAttention", lambda: sharded_for(mesh, model, HeadTail))
 
 
 @spmd(ranks=2)
@@ -144,7 +144,7 @@ def test_mesh_of_three_axes_is_refused(mesh):
 @spmd(ranks=2)
 def test_layout_that_a_style_cannot_carry_out_is_refused(mesh, style, layout, match):
     mixer = mixer_on(mesh, style, WINDOW.mask)
-    refused(f"{match} layout={layout.__name__}", lambda: plan_for(mesh, mixer, layout))
+    refused(f"{match} layout={layout.__name__}", lambda: sharded_for(mesh, mixer, layout))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_layout_that_a_style_cannot_carry_out_is_refused(mesh, style, layout, ma
 @spmd(ranks=2)
 def test_mask_that_sees_beyond_the_halo_is_refused(mesh, mask, match):
     mixer = mixer_on(mesh, HaloAttention(4), mask)
-    refused(match, lambda: plan_for(mesh, mixer, Contiguous))
+    refused(match, lambda: sharded_for(mesh, mixer, Contiguous))
 
 
 @pytest.mark.parametrize("sides", [{"window": 0}, {"window": 3, "right": -1}])
@@ -175,15 +175,15 @@ def test_halo_without_the_token_itself_is_refused(mesh, sides):
 @spmd(ranks=2)
 def test_mask_without_what_it_reads_is_refused(mesh, mask, field):
     mixer = mixer_on(mesh, RingAttention(), mask)
-    refused(f"coords.{field}=None", lambda: plan_for(mesh, mixer, HeadTail))
+    refused(f"coords.{field}=None", lambda: sharded_for(mesh, mixer, HeadTail))
 
 
 @pytest.mark.parametrize("layout", [PerDocument, BlockBalanced])
 @spmd(ranks=2)
 def test_rows_packed_differently_are_refused_by_layouts_that_read_them(mesh, layout):
     mixer = mixer_on(mesh, RingAttention(), Causal())
-    documents = cases.two_rows(32, 2)
-    refused("rows of differing documents", lambda: plan_for(mesh, mixer, layout, documents))
+    documents = packings.two_rows(32, 2)
+    refused("rows of differing documents", lambda: sharded_for(mesh, mixer, layout, documents))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (2, 2), (12, 3), (12, 6)])
@@ -194,16 +194,16 @@ def test_heads_that_ranks_do_not_divide_are_refused(mesh, heads, kv_heads, bound
     case = Case(CAUSAL, heads=heads, kv_heads=kv_heads)
     options = {"boundary": EagerIsland()} if boundary == "island" else {}
     mixer = mixer_on(mesh, UlyssesAttention(**options), CAUSAL.mask)
-    plan = plan_of(case, mixer, mesh, HeadTail)
+    sharded = shard_case(case, mixer, mesh, HeadTail)
     attend = mixer
     if boundary != "eager":
         attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=boundary == "graph")
     match = f"got heads={heads}, kv_heads={kv_heads}, ranks=4: use fewer ranks"
     error = Exception if boundary == "graph" else ValueError
-    refused(match, lambda: run(case, attend, plan, local_inputs(case, plan)), error)
+    refused(match, lambda: run(case, attend, sharded, local_inputs(case, sharded)), error)
     ring = mixer_on(mesh, RingAttention(), CAUSAL.mask)
-    plan = plan_of(case, ring, mesh, HeadTail)
-    run(case, ring, plan, local_inputs(case, plan))
+    sharded = shard_case(case, ring, mesh, HeadTail)
+    run(case, ring, sharded, local_inputs(case, sharded))
 
 
 @spmd(ranks=4)
@@ -223,12 +223,12 @@ def test_metadata_of_another_batch_are_refused(mesh, layout):
     for style in styles(2):
         mixer = mixer_on(mesh, style, WINDOW.mask)
         case, longer = Case(WINDOW), Case(WINDOW, seq_len=64)
-        plan, other = (plan_of(c, mixer, mesh, layout) for c in (case, longer))
-        inputs, long_inputs = local_inputs(case, plan), local_inputs(longer, other)
+        sharded, other = (shard_case(c, mixer, mesh, layout) for c in (case, longer))
+        inputs, long_inputs = local_inputs(case, sharded), local_inputs(longer, other)
         match = "reads the (metadata|keys) of its own batch"
         for (q, k, v, _), attn_metadata in (
             (inputs, other.attn_metadata),
-            (long_inputs, plan.attn_metadata),
+            (long_inputs, sharded.attn_metadata),
         ):
             refused(match, lambda q=q, k=k, v=v, t=attn_metadata: mixer(q, k, v, t))  # noqa: B023
 
@@ -237,9 +237,9 @@ def test_metadata_of_another_batch_are_refused(mesh, layout):
 def test_batch_without_metadata_is_refused(mesh):
     mixer, other = (mixer_on(mesh, RingAttention(), mask) for mask in (Causal(), Bidirectional()))
     case = Case(CAUSAL)
-    plan = plan_of(case, mixer, mesh, HeadTail)
-    q, k, v, _ = local_inputs(case, plan)
-    for attn_metadata in ({}, plan_of(case, other, mesh, HeadTail).attn_metadata):
+    sharded = shard_case(case, mixer, mesh, HeadTail)
+    q, k, v, _ = local_inputs(case, sharded)
+    for attn_metadata in ({}, shard_case(case, other, mesh, HeadTail).attn_metadata):
         refused(
             "got none for .*Causal",
             lambda attn_metadata=attn_metadata: mixer(q, k, v, attn_metadata),
@@ -252,7 +252,7 @@ def test_batch_without_metadata_is_refused(mesh):
 @spmd(ranks=2)
 def test_layout_of_another_mesh_is_refused(mesh):
     mixer = mixer_on(mesh, RingAttention(), Causal())
-    coords = plan_for(mesh, mixer, HeadTail).coords
+    coords = sharded_for(mesh, mixer, HeadTail).coords
     for layout in (HeadTail(32, 4), None):
         refused(
             "needs a layout of as many shards, got layout=",
@@ -275,11 +275,11 @@ def test_rows_shorter_than_the_ranks_are_padded(mesh):
     """A sequence that no layout divides is no error: padding is added, and marked."""
     mixer = mixer_on(mesh, RingAttention(), Causal())
     for layout in (Contiguous, HeadTail, PerDocument, BlockBalanced):
-        plan = plan_for(mesh, mixer, layout, Documents.single(1, 1))
-        assert plan.layout.seq_len == layout.multiple(2)
+        sharded = sharded_for(mesh, mixer, layout, Documents.single(1, 1))
+        assert sharded.layout.seq_len == layout.multiple(2)
         x = torch.randn(1, 1, 2, 8)
-        q = plan.shard(x)
-        out = plan.gather(mixer(q, q, q, plan.attn_metadata))
+        q = sharded.shard(x)
+        out = sharded.gather(mixer(q, q, q, sharded.attn_metadata))
         torch.testing.assert_close(out, x)
 
 
@@ -287,9 +287,9 @@ def test_rows_shorter_than_the_ranks_are_padded(mesh):
 def test_batch_of_padding_alone_attends_to_nothing(mesh):
     for style in styles(2):
         mixer = mixer_on(mesh, style, WINDOW.mask)
-        plan = plan_for(mesh, mixer, Contiguous, Documents(((),), 32))
+        sharded = sharded_for(mesh, mixer, Contiguous, Documents(((),), 32))
         q = torch.randn(1, 16, 4, 8, requires_grad=True)
-        out = mixer(q, q, q, plan.attn_metadata)
+        out = mixer(q, q, q, sharded.attn_metadata)
         out.sum().backward()
         assert not out.any() and not q.grad.any()
 
@@ -299,8 +299,8 @@ def test_query_that_is_no_number_makes_its_own_output_none_and_no_other(mesh):
     case = Case(CAUSAL)
     for style in (RingAttention(), AllGatherAttention(), UlyssesAttention()):
         mixer = mixer_on(mesh, style, CAUSAL.mask)
-        plan = plan_of(case, mixer, mesh, Contiguous)
-        q, k, v, _ = (x.detach() for x in local_inputs(case, plan))
+        sharded = shard_case(case, mixer, mesh, Contiguous)
+        q, k, v, _ = (x.detach() for x in local_inputs(case, sharded))
         q[0, 3, 0] = torch.nan
-        broken = mixer(q, k, v, plan.attn_metadata).isnan().any(-1).nonzero().tolist()
+        broken = mixer(q, k, v, sharded.attn_metadata).isnan().any(-1).nonzero().tolist()
         assert broken == [[0, 3, 0]]

@@ -17,7 +17,7 @@ from dtcp.sequence.layout import (
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
-from tests.harness import packings as cases
+from tests.harness import packings
 from tests.harness.attention_parity import LAYOUTS, mixer_on, refused
 from tests.harness.spmd import spmd
 
@@ -51,7 +51,7 @@ ONE_RANK = ParallelMesh(Degrees(), None, *[None] * 7)
 @layouts
 @spmd(ranks=(1, 2, 3, 4))
 def test_every_key_is_cut_along_its_own_sequence_dim(mesh, layout, ranks):
-    documents = cases.equal_rows(48, ranks)
+    documents = packings.equal_rows(48, ranks)
     batch = a_batch(documents)
     before = {key: x.clone() for key, x in batch.items()}
     whole = ParallelMesh.from_device_mesh(mesh)
@@ -70,7 +70,7 @@ def test_every_key_is_cut_along_its_own_sequence_dim(mesh, layout, ranks):
 @spmd(ranks=(2, 3, 4))
 def test_gather_inverts_shard(mesh, layout, ranks):
     """Of any tensor with a token dim, padded or not; with gradients."""
-    documents = cases.equal_rows(41, ranks)
+    documents = packings.equal_rows(41, ranks)
     whole = ParallelMesh.from_device_mesh(mesh)
     batch = {"input_ids": torch.zeros(2, 41, dtype=torch.int64)}
     _, sharded = shard_batch(batch, whole, layout, documents=documents)
@@ -140,7 +140,7 @@ def test_what_a_padding_mask_marks_is_in_no_document(mesh):
 
 
 def test_one_rank_has_the_whole_batch():
-    documents = cases.two_rows(24, 1)
+    documents = packings.two_rows(24, 1)
     batch = a_batch(documents)
     local, sharded = on_one_rank(batch, documents)
     assert_close(local, batch)
@@ -158,7 +158,7 @@ def test_rows_are_padded_on_the_way_to_a_layout_on_one_rank_too():
 @spmd(ranks=(2, 3, 4))
 def test_labels_at_shard_borders_are_the_next_shards_tokens(mesh, layout, ranks):
     """Shifted first and cut after: what each rank has is a part of the whole row's labels."""
-    documents = cases.across_borders(48, ranks)
+    documents = packings.across_borders(48, ranks)
     token = torch.arange(48)[None]
     batch = {"input_ids": token, "labels": shift_labels(token, documents)}
     whole = ParallelMesh.from_device_mesh(mesh)
@@ -171,7 +171,7 @@ def test_labels_at_shard_borders_are_the_next_shards_tokens(mesh, layout, ranks)
 
 
 def test_documents_are_read_off_position_ids_if_none_are_passed():
-    documents = cases.on_borders(24, 4)
+    documents = packings.on_borders(24, 4)
     batch = {"input_ids": torch.zeros(1, 24), "position_ids": documents.position_ids()}
     assert on_one_rank(batch, None)[1].documents == documents
     assert on_one_rank({"input_ids": torch.zeros(2, 24)}, None)[1].documents == Documents.single(
@@ -200,10 +200,10 @@ def test_further_keys_are_sharded_by_rules_of_ones_own():
 
 def test_masks_read_what_the_batch_says_of_tokens():
     """prefix and block are read by masks, and go no further."""
-    documents = cases.equal_rows(24, 1)
+    documents = packings.equal_rows(24, 1)
     extra = {
-        "prefix": cases.prefix_of_tokens(documents).int(),
-        "block": cases.blocks_of_tokens(documents),
+        "prefix": packings.prefix_of_tokens(documents).int(),
+        "block": packings.blocks_of_tokens(documents),
     }
     local, sharded = on_one_rank({"input_ids": torch.zeros(2, 23), **trimmed(extra)}, None)
     assert set(local) == {"input_ids", "padding_mask"}
@@ -272,7 +272,7 @@ def test_work_is_counted_only_for_a_layout_that_reads_it(layout):
 
 @pytest.mark.parametrize("layout", [PerDocument, BlockBalanced])
 def test_layout_by_document_refuses_rows_that_differ(layout):
-    documents = cases.two_rows(24, 1)
+    documents = packings.two_rows(24, 1)
     with pytest.raises(ValueError, match=r"rows of differing documents.*use HeadTail, or one row"):
         on_one_rank(a_batch(documents), documents, layout)
 

@@ -35,7 +35,7 @@ from dtcp.sequence.layout import (
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
-from tests.harness import packings as cases
+from tests.harness import packings
 from tests.harness.attention_parity import (
     WINDOW,
     Block,
@@ -44,8 +44,8 @@ from tests.harness.attention_parity import (
     assert_equals_one_device,
     local_inputs,
     mixer_on,
-    plan_of,
     run,
+    shard_case,
     styles,
 )
 from tests.harness.spmd import spmd
@@ -87,9 +87,11 @@ def run_batches(step, model, mesh, layout, batches=BATCHES):
     for _ in range(batches):
         documents = random_documents(rows, rng)
         whole = ParallelMesh.from_device_mesh(mesh)
-        plan = shard_batch(batch_of(documents), whole, layout, model=model, documents=documents)[1]
-        x = torch.randn(rows, plan.layout.shard_len, 4, 8, requires_grad=True)
-        step(x, plan.attn_metadata).sum().backward()
+        sharded = shard_batch(batch_of(documents), whole, layout, model=model, documents=documents)[
+            1
+        ]
+        x = torch.randn(rows, sharded.layout.shard_len, 4, 8, requires_grad=True)
+        step(x, sharded.attn_metadata).sum().backward()
 
 
 @pytest.mark.parametrize("layout", [Contiguous, HeadTail, PerDocument, BlockBalanced])
@@ -140,7 +142,7 @@ def test_nothing_is_counted_that_does_not_run(mesh):
 def test_inductor_keeps_attention_exact_and_alive(mesh, boundary):
     mixer = mixer_on(mesh, RingAttention(boundary=boundary), WINDOW.mask)
     attend = torch.compile(Block(mixer), fullgraph=isinstance(boundary, InGraph))
-    for packing in (cases.across_borders, cases.one_document):
+    for packing in (packings.across_borders, packings.one_document):
         with count_traffic() as traffic:
             assert_equals_one_device(Case(WINDOW, packing), attend, mixer, mesh, Contiguous)
         assert traffic["dtcp::ring_attention"].calls == 1
@@ -158,8 +160,8 @@ def graph_texts(mixer, mesh, layout, case):
 
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     attend = torch.compile(Block(mixer), backend=backend, fullgraph=True)
-    plan = plan_of(case, mixer, mesh, layout)
-    run(case, attend, plan, local_inputs(case, plan))
+    sharded = shard_case(case, mixer, mesh, layout)
+    run(case, attend, sharded, local_inputs(case, sharded))
     # A group has a name of its own wherever the axis is split into several.
     for index, name in enumerate(mixer.groups):
         texts = [text.replace(f"'{name}'", f"'group {index}'") for text in texts]
@@ -171,7 +173,7 @@ def graph_texts(mixer, mesh, layout, case):
 def test_all_ranks_have_the_same_graphs(mesh, layout):
     """To the letter, though no two of them need the same keys."""
     for style in styles(4):
-        case = Case(WINDOW, cases.one_token_documents, seq_len=SEQ_LEN)
+        case = Case(WINDOW, packings.one_token_documents, seq_len=SEQ_LEN)
         if not accepts(style, layout, case, 4):
             continue
         torch._dynamo.reset()
@@ -200,9 +202,9 @@ def test_ops_keep_the_contract_of_torch_library(mesh):
     case = Case(WINDOW, seq_len=32)
     for style in styles(2):
         mixer = mixer_on(mesh, style, WINDOW.mask)
-        plan = plan_of(case, mixer, mesh, Contiguous)
-        q, k, v, sink = local_inputs(case, plan)
-        metadata = plan.attn_metadata[mixer.metadata_key].tensors()
+        sharded = shard_case(case, mixer, mesh, Contiguous)
+        q, k, v, sink = local_inputs(case, sharded)
+        metadata = sharded.attn_metadata[mixer.metadata_key].tensors()
         args = (q, k, v, sink, None, None, metadata, 0.3, 0.0, mixer.groups)
         torch.library.opcheck(style.op.forward, args)
 
@@ -237,12 +239,12 @@ def arguments(op):
 @spmd(ranks=4)
 def test_metadata_have_one_shape_whatever_ranks_need(mesh):
     """So that no batch and no mask makes a graph of its own."""
-    documents = (Documents.single(1, SEQ_LEN), cases.one_token_documents(SEQ_LEN, 4))
+    documents = (Documents.single(1, SEQ_LEN), packings.one_token_documents(SEQ_LEN, 4))
     whole, shapes = ParallelMesh.from_device_mesh(mesh), set()
     for mask, packed in product((Causal(), Causal() & SlidingWindow(3)), documents):
         mixer = mixer_on(mesh, RingAttention(), mask)
-        plan = shard_batch(batch_of(packed), whole, HeadTail, model=mixer, documents=packed)[1]
-        metadata = plan.attn_metadata[mixer.metadata_key]
+        sharded = shard_batch(batch_of(packed), whole, HeadTail, model=mixer, documents=packed)[1]
+        metadata = sharded.attn_metadata[mixer.metadata_key]
         shapes.add(tuple(x.shape for x in metadata.tensors()))
     everyones = [None] * 4
     dist.all_gather_object(everyones, shapes)
@@ -265,11 +267,11 @@ def test_a_model_may_have_more_kinds_of_blocks_than_dynamo_allows_graphs(compile
     """Twelve, to train and to validate; torch stops at eight, or goes on in eager mode."""
     blocks = [OfWidth(width) for width in range(1, 13)]
     calls = [compiled(block.forward) for block in blocks]
-    with count_graphs() as found:
+    with count_graphs() as graphs:
         for _ in range(2):
             for block, call in zip(blocks, calls, strict=True):
                 x = torch.ones(2, block.linear.in_features)
                 call(x)
                 with torch.no_grad():
                     call(x)
-    assert found.graphs == 24
+    assert graphs.graphs == 24

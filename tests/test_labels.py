@@ -5,7 +5,7 @@ import torch
 
 from dtcp.labels import IGNORED, look_ahead, shift_labels
 from dtcp.sequence.documents import Documents
-from tests.harness import packings as cases
+from tests.harness import packings
 
 
 def test_labels_are_the_next_token_of_the_same_document():
@@ -20,7 +20,7 @@ def test_labels_are_the_next_token_of_the_same_document():
 
 
 @pytest.mark.parametrize("by", [1, 2, 3])
-@pytest.mark.parametrize("packing", cases.PACKINGS)
+@pytest.mark.parametrize("packing", packings.PACKINGS)
 def test_labels_some_tokens_on_stay_in_their_document(packing, by):
     documents = packing(24, 4)
     token = torch.arange(documents.batch * 24).view(documents.batch, 24)

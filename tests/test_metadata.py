@@ -29,8 +29,8 @@ class Undeclared(Mask):
     def _sees(self, q, k):
         return (q.token_index[:, :, None] - k.token_index[:, None, :]).abs() < self.size
 
-    def _interval(self, at):
-        return at.token_index - self.size + 1, at.token_index
+    def _interval(self, coords):
+        return coords.token_index - self.size + 1, coords.token_index
 
 
 @dataclass(frozen=True)

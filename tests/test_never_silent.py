@@ -33,7 +33,7 @@ from tests.harness.attention_parity import (
     in_tiles,
     local_inputs,
     mixer_on,
-    plan_of,
+    shard_case,
     styles,
     truth,
 )
@@ -245,12 +245,12 @@ def test_m8_liveness_is_counted_where_no_mode_can_hide_it(mesh, boundary):
     case = Case(WINDOW, sink=False)
     mixer = mixer_on(mesh, RingAttention(boundary=boundary), WINDOW.mask)
     attend = torch.compile(Block(mixer), backend="aot_eager")
-    plan = plan_of(case, mixer, mesh, Contiguous)
-    grad_out = plan.shard(truth(case, 2).grad_out)
+    sharded = shard_case(case, mixer, mesh, Contiguous)
+    grad_out = sharded.shard(truth(case, 2).grad_out)
 
     def step():
-        q, k, v = local_inputs(case, plan)
-        out = attend(q, k, v, plan.attn_metadata)
+        q, k, v = local_inputs(case, sharded)
+        out = attend(q, k, v, sharded.attn_metadata)
         out.backward(grad_out)
         return out.detach(), q.grad, k.grad, v.grad
 
@@ -259,7 +259,7 @@ def test_m8_liveness_is_counted_where_no_mode_can_hide_it(mesh, boundary):
     assert graphs.graphs >= 1
     assert traffic["dtcp::ring_attention"].calls == 1 and traffic.received > 0
     for actual, whole in zip(result, (truth(case, 2).out, *truth(case, 2).grads), strict=True):
-        assert_close(actual, plan.shard(whole))
+        assert_close(actual, sharded.shard(whole))
     with CommDebugMode(), count_traffic() as watched:
         assert_close(step(), result)
     assert watched.by_op == traffic.by_op

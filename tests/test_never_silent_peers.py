@@ -33,8 +33,7 @@ from dtcp.softmax import (
     UlyssesAttention,
 )
 from dtcp.softmax.mixer import SoftmaxAttention
-from tests.harness import packings as cases
-from tests.harness import reference
+from tests.harness import packings, reference
 from tests.harness.attention_parity import (
     CAUSAL,
     LAYOUTS,
@@ -46,8 +45,8 @@ from tests.harness.attention_parity import (
     in_tiles,
     local_inputs,
     mixer_on,
-    plan_of,
     run,
+    shard_case,
     styles,
     truth,
 )
@@ -87,29 +86,29 @@ def test_backward_reads_the_keys_of_its_own_step_and_batch(mesh):
     for style in styles(4):
         mixer = mixer_on(mesh, style, WINDOW.mask)
         flying = []
-        for packing in (cases.across_borders, cases.equal_rows):
+        for packing in (packings.across_borders, packings.equal_rows):
             case = Case(WINDOW, packing)
-            plan = plan_of(case, mixer, mesh, HeadTail)
-            q, k, v, sink = inputs = local_inputs(case, plan)
-            flying.append((case, plan, inputs, mixer(q, k, v, plan.attn_metadata, sink=sink)))
-        for case, plan, inputs, out in (*flying[::-1], flying[0]):
-            grad_out = plan.shard(truth(case, 4).grad_out)
+            sharded = shard_case(case, mixer, mesh, HeadTail)
+            q, k, v, sink = inputs = local_inputs(case, sharded)
+            flying.append((case, sharded, inputs, mixer(q, k, v, sharded.attn_metadata, sink=sink)))
+        for case, sharded, inputs, out in (*flying[::-1], flying[0]):
+            grad_out = sharded.shard(truth(case, 4).grad_out)
             grads = torch.autograd.grad(out, inputs, grad_out, retain_graph=True)
-            result = type(run(case, mixer, plan, inputs))(out.detach(), grads)
-            assert max(errors(case, result, plan).values()) <= 1e-12
+            result = type(run(case, mixer, sharded, inputs))(out.detach(), grads)
+            assert max(errors(case, result, sharded).values()) <= 1e-12
 
 
 @spmd(ranks=4)
 def test_partial_results_are_held_in_fp32(mesh):
     """ring-flash-attention 42: bf16 partial results are catastrophic in backward; a ring of
     four shards must be as exact as one exchange for all."""
-    case = Case(CAUSAL, cases.one_document, dtype=torch.bfloat16, sink=False, seq_len=128)
+    case = Case(CAUSAL, packings.one_document, dtype=torch.bfloat16, sink=False, seq_len=128)
     by_style = {}
     for style in (RingAttention(), AllGatherAttention()):
         mixer = mixer_on(mesh, in_tiles(style, 8), CAUSAL.mask)
-        plan = plan_of(case, mixer, mesh, HeadTail)
-        result = run(case, mixer, plan, local_inputs(case, plan))
-        by_style[type(style)] = errors(case, result, plan)
+        sharded = shard_case(case, mixer, mesh, HeadTail)
+        result = run(case, mixer, sharded, local_inputs(case, sharded))
+        by_style[type(style)] = errors(case, result, sharded)
     for name, error in by_style[RingAttention].items():
         assert error <= 1.1 * by_style[AllGatherAttention][name]
 
@@ -152,9 +151,9 @@ def mesh_step(model, input_ids, documents, mesh, layout):
         "position_ids": documents.position_ids(),
     }
     whole = ParallelMesh.from_device_mesh(mesh)
-    local, plan = shard_batch(batch, whole, layout, model=model, documents=documents)
+    local, sharded = shard_batch(batch, whole, layout, model=model, documents=documents)
     tokens = global_token_count(local["labels"], mesh)
-    logits = model(local["input_ids"], local["position_ids"], plan.attn_metadata)
+    logits = model(local["input_ids"], local["position_ids"], sharded.attn_metadata)
     share = token_mean_loss(logits, local["labels"], tokens)
     grads = torch.autograd.grad(share, list(model.parameters()))
     for x in (loss := share.detach(), *grads):
@@ -187,15 +186,15 @@ def test_tp_with_cp(mesh):
     expected = truth(case, 2)
     for style in styles(2):
         mixer = mixer_on(mesh, style, WINDOW.mask)
-        plan = plan_of(case, mixer, mesh, HeadTail)
+        sharded = shard_case(case, mixer, mesh, HeadTail)
         placements = [Shard(1), Shard(2)]
 
         def place(x):
-            local = plan.shard(x).chunk(2, dim=2)[mesh["tp"].get_local_rank()]  # noqa: B023
+            local = sharded.shard(x).chunk(2, dim=2)[mesh["tp"].get_local_rank()]  # noqa: B023
             return DTensor.from_local(local.clone(), mesh, placements, run_check=False)  # noqa: B023
 
         q, k, v = (place(x).requires_grad_() for x in expected.inputs)
-        out = mixer(q, k, v, plan.attn_metadata)
+        out = mixer(q, k, v, sharded.attn_metadata)
         grads = torch.autograd.grad(out, (q, k, v), place(expected.grad_out))
         assert_close(out.to_local(), place(expected.out).to_local())
         for grad, right in zip(grads, expected.grads, strict=True):
@@ -223,13 +222,13 @@ def test_evaluation_on_another_layout_and_mesh_after_training(mesh, boundary):
             q, k, v, sink = truth(case, 4).inputs
             assert_close(evaluate(q, k, v, attn_metadata, sink=sink), truth(case, 4).out)
             two = Case(WINDOW, heads=4, kv_heads=2, sink=False)
-            plan = plan_of(two, halves, pairs, layout)
-            q, k, v = (x.detach() for x in local_inputs(two, plan))
-            assert_close(other(q, k, v, plan.attn_metadata), plan.shard(truth(two, 2).out))
+            sharded = shard_case(two, halves, pairs, layout)
+            q, k, v = (x.detach() for x in local_inputs(two, sharded))
+            assert_close(other(q, k, v, sharded.attn_metadata), sharded.shard(truth(two, 2).out))
     # A batch that was made for the one is refused by the other.
-    plan = plan_of(case, model, mesh, HeadTail)
+    sharded = shard_case(case, model, mesh, HeadTail)
     with pytest.raises(ValueError, match="needs a layout of as many shards"):
-        halves.mixer.make_metadata(plan.coords, plan.layout)
+        halves.mixer.make_metadata(sharded.coords, sharded.layout)
 
 
 def test_left_padding_is_refused():
@@ -265,25 +264,25 @@ def test_no_token_of_a_document_is_lost(mesh, length):
     whole = ParallelMesh.from_device_mesh(mesh)
     mixer = mixer_on(mesh, RingAttention(), Causal())
     batch = {"input_ids": torch.zeros(1, documents.seq_len, dtype=torch.int64)}
-    q, k, v = cases.qkv(documents, heads=HEADS, kv_heads=HEADS)
+    q, k, v = packings.qkv(documents, heads=HEADS, kv_heads=HEADS)
     visible = reference.visible(documents.lengths, documents.seq_len, reference.causal)
     expected, _ = reference.attention(q, k, v, visible)
     for layout in LAYOUTS:
-        _, plan = shard_batch(batch, whole, layout, model=mixer, documents=documents)
-        out = plan.gather(mixer(*map(plan.shard, (q, k, v)), plan.attn_metadata))
+        _, sharded = shard_batch(batch, whole, layout, model=mixer, documents=documents)
+        out = sharded.gather(mixer(*map(sharded.shard, (q, k, v)), sharded.attn_metadata))
         assert_close(out, expected)
 
 
 @spmd(ranks=4)
 def test_positions_of_packed_documents_reach_the_ranks_that_hold_them(mesh):
     """Megatron 5243: RoPE's positions were those of the shard."""
-    documents = cases.across_borders(48, 4)
+    documents = packings.across_borders(48, 4)
     whole = ParallelMesh.from_device_mesh(mesh)
     position_ids = documents.position_ids()
     batch = {"input_ids": torch.zeros(1, 48, dtype=torch.int64), "position_ids": position_ids}
     for layout in LAYOUTS:
-        local, plan = shard_batch(batch, whole, layout, documents=documents)
-        held = plan.layout.token_indices(mesh.get_local_rank())
+        local, sharded = shard_batch(batch, whole, layout, documents=documents)
+        held = sharded.layout.token_indices(mesh.get_local_rank())
         real = held < 48
         assert_close(local["position_ids"][0, real], position_ids[0, held[real]])
 
@@ -293,7 +292,7 @@ def test_heads_that_do_not_divide_are_refused_and_never_cut(mesh):
     case = Case(CAUSAL, heads=6, kv_heads=2)
     for style in (UlyssesAttention(), HybridAttention(inner_ranks=4)):
         mixer = mixer_on(mesh, style, CAUSAL.mask)
-        plan = plan_of(case, mixer, mesh, HeadTail)
+        sharded = shard_case(case, mixer, mesh, HeadTail)
         with pytest.raises(ValueError, match="got heads=6, kv_heads=2, ranks=4"):
-            run(case, mixer, plan, local_inputs(case, plan))
+            run(case, mixer, sharded, local_inputs(case, sharded))
         dist.barrier()

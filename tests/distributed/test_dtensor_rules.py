@@ -15,8 +15,8 @@ from tests.harness.attention_parity import (
     Block,
     Case,
     mixer_on,
-    plan_of,
     refused,
+    shard_case,
     truth,
 )
 from tests.harness.spmd import spmd
@@ -41,14 +41,14 @@ def test_local_arguments_keep_their_structure(mesh):
     assert (back.placements, back.shape) == (placed.placements, (4, 3))
 
 
-def ours(mesh, placements, mixer, plan, mixed=False):
+def ours(mesh, placements, mixer, sharded, mixed=False):
     """Call a mixer on DTensors of these placements; the metadata are those of its batch."""
     inputs = []
     for index, local in enumerate(truth(Case(CAUSAL), 2).inputs[:3]):
-        shape_of = plan.shard(local)
-        at = [Replicate()] * len(placements) if mixed and index == 2 else placements
-        inputs.append(DTensor.from_local(shape_of, mesh, at, run_check=False))
-    return mixer(*inputs, plan.attn_metadata)
+        shape_of = sharded.shard(local)
+        placed = [Replicate()] * len(placements) if mixed and index == 2 else placements
+        inputs.append(DTensor.from_local(shape_of, mesh, placed, run_check=False))
+    return mixer(*inputs, sharded.attn_metadata)
 
 
 WRONG = [
@@ -67,11 +67,11 @@ WRONG = [
 def test_our_op_refuses_any_other_placement(mesh, placements, boundary):
     """From the mixer, and from the op itself."""
     mixer = mixer_on(mesh, RingAttention(boundary=boundary), CAUSAL.mask)
-    plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
-    refused("on which the sequence is sharded", lambda: ours(mesh, placements, mixer, plan))
-    local = [plan.shard(x) for x in truth(Case(CAUSAL), 2).inputs[:3]]
+    sharded = shard_case(Case(CAUSAL), mixer, mesh, HeadTail)
+    refused("on which the sequence is sharded", lambda: ours(mesh, placements, mixer, sharded))
+    local = [sharded.shard(x) for x in truth(Case(CAUSAL), 2).inputs[:3]]
     inputs = [DTensor.from_local(x, mesh, placements, run_check=False) for x in local]
-    metadata, softmax = plan.attn_metadata[mixer.metadata_key], mixer.softmax(local[0])
+    metadata, softmax = sharded.attn_metadata[mixer.metadata_key], mixer.softmax(local[0])
     x = AttentionInputs(*inputs)
     op, groups = mixer.style.op, mixer.groups
     refused("on which the sequence", lambda: op(x, metadata, softmax, groups=groups))
@@ -80,38 +80,38 @@ def test_our_op_refuses_any_other_placement(mesh, placements, boundary):
 @spmd(axes={"cp": 2, "tp": 2})
 def test_our_op_refuses_placements_that_differ(mesh):
     mixer = mixer_on(mesh, RingAttention(), CAUSAL.mask)
-    plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
-    at = [Shard(1), Shard(2)]
-    refused("sharded alike", lambda: ours(mesh, at, mixer, plan, mixed=True))
+    sharded = shard_case(Case(CAUSAL), mixer, mesh, HeadTail)
+    placements = [Shard(1), Shard(2)]
+    refused("sharded alike", lambda: ours(mesh, placements, mixer, sharded, mixed=True))
 
 
 @spmd(axes={"cp": 2, "tp": 2})
 def test_our_op_refuses_a_mesh_that_is_not_over_its_axis(mesh):
     mixer = mixer_on(mesh["cp"], RingAttention(), CAUSAL.mask)
-    plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
-    refused("communicates over", lambda: ours(mesh["tp"], [Shard(1)], mixer, plan))
+    sharded = shard_case(Case(CAUSAL), mixer, mesh, HeadTail)
+    refused("communicates over", lambda: ours(mesh["tp"], [Shard(1)], mixer, sharded))
 
 
 @spmd(axes={"cp": 2, "tp": 2})
 def test_our_op_refuses_plain_tensors_beside_dtensors(mesh):
     mixer = mixer_on(mesh, RingAttention(), CAUSAL.mask)
-    plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
-    q, k, v = (plan.shard(x) for x in truth(Case(CAUSAL), 2).inputs[:3])
+    sharded = shard_case(Case(CAUSAL), mixer, mesh, HeadTail)
+    q, k, v = (sharded.shard(x) for x in truth(Case(CAUSAL), 2).inputs[:3])
     placed = DTensor.from_local(q, mesh, [Shard(1), Shard(2)], run_check=False)
-    refused("None for a plain tensor", lambda: mixer(placed, k, v, plan.attn_metadata))
+    refused("None for a plain tensor", lambda: mixer(placed, k, v, sharded.attn_metadata))
     placed = DTensor.from_local(v, mesh, [Shard(1), Shard(2)], run_check=False)
-    refused("None for a plain tensor", lambda: mixer(q, k, placed, plan.attn_metadata))
+    refused("None for a plain tensor", lambda: mixer(q, k, placed, sharded.attn_metadata))
 
 
 @spmd(axes={"cp": 2, "tp": 2})
 def test_compiled_op_takes_dtensors_and_refuses_any_other_placement(mesh):
     mixer = mixer_on(mesh, RingAttention(), CAUSAL.mask)
-    plan = plan_of(Case(CAUSAL), mixer, mesh, HeadTail)
+    sharded = shard_case(Case(CAUSAL), mixer, mesh, HeadTail)
     attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=True)
     with count_graphs() as graphs:
-        out = ours(mesh, [Shard(1), Shard(2)], attend, plan)
+        out = ours(mesh, [Shard(1), Shard(2)], attend, sharded)
     assert out.placements == (Shard(1), Shard(2)) and graphs.graphs == 1
-    eager = ours(mesh, [Shard(1), Shard(2)], mixer, plan)
+    eager = ours(mesh, [Shard(1), Shard(2)], mixer, sharded)
     assert_close(out.to_local(), eager.to_local())
     with pytest.raises(Exception, match="on which the sequence is sharded"):
-        ours(mesh, [Shard(2), Shard(1)], attend, plan)
+        ours(mesh, [Shard(2), Shard(1)], attend, sharded)

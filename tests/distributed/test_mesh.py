@@ -46,7 +46,7 @@ def check_views(mesh, degrees):
     for name in VIEWS:
         # All ranks that differ from this one only on the view's axes, the last axis fastest.
         inside = [axis in INSIDE[name] for axis in AXES]
-        index = [slice(None) if free else at for free, at in zip(inside, here, strict=True)]
+        index = [slice(None) if free else place for free, place in zip(inside, here, strict=True)]
         members = grid[tuple(index)].flatten().tolist()
         assert mesh.size(name) == len(members)
         assert mesh.rank(name) == members.index(dist.get_rank())

@@ -45,7 +45,7 @@ def shards_of(whole, layout, dim):
 
 
 def shape_of(layout, dim):
-    return [layout.shard_len if at == dim % 3 else at + 2 for at in range(3)]
+    return [layout.shard_len if index == dim % 3 else index + 2 for index in range(3)]
 
 
 @spmd(ranks=(1, 2, 3, 4))

@@ -1,7 +1,7 @@
-"""One attention on a mesh of ranks, held against the same attention on one device.
+"""One attention on a mesh of ranks, compared with the same attention on one device.
 
-A case is made by the case alone, so every rank knows all inputs and the whole truth. Each rank
-gets its shards, and its output and gradients must be the truth's shards.
+A case alone determines its random inputs, so every rank knows all inputs and the whole truth. Each
+rank computes on its shards, and its output and gradients must be the truth's shards.
 """
 
 import functools
@@ -44,8 +44,7 @@ from dtcp.softmax import (
 )
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.style import AttentionStyle
-from tests.harness import packings as cases
-from tests.harness import reference
+from tests.harness import packings, reference
 
 LAYOUTS = (Contiguous, HeadTail, PerDocument, BlockBalanced)
 BOUND = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -53,8 +52,8 @@ BOUND = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
 @dataclass(frozen=True)
-class Sight:
-    """A mask, and the rule of the reference that means the same."""
+class MaskCase:
+    """A mask, and the rule of `reference` that means the same."""
 
     mask: Mask
     rule: Callable[[Documents], reference.Rule]
@@ -64,30 +63,32 @@ class Sight:
 
 
 def _text_and_images(documents: Documents) -> reference.Rule:
-    return reference.Either(reference.causal, reference.Blocks(cases.block_ids(documents)))
+    return reference.Either(reference.causal, reference.Blocks(packings.block_ids(documents)))
 
 
-CAUSAL = Sight(Causal(), lambda _: reference.causal)
-BIDIRECTIONAL = Sight(Bidirectional(), lambda _: reference.bidirectional)
-WINDOW = Sight(
+CAUSAL = MaskCase(Causal(), lambda _: reference.causal)
+BIDIRECTIONAL = MaskCase(Bidirectional(), lambda _: reference.bidirectional)
+WINDOW = MaskCase(
     Causal() & SlidingWindow(7), lambda _: reference.Both(reference.causal, reference.Window(7))
 )
-TWO_SIDED_WINDOW = Sight(SlidingWindow(5, right=2), lambda _: reference.Window(5, right=2))
-PREFIX = Sight(PrefixLM(), lambda documents: reference.Prefix(cases.prefix_lengths(documents)))
-IMAGES = Sight(Causal() | BlockBidirectional(), _text_and_images)
-IMAGES_IN_WINDOW = Sight(
+TWO_SIDED_WINDOW = MaskCase(SlidingWindow(5, right=2), lambda _: reference.Window(5, right=2))
+PREFIX = MaskCase(
+    PrefixLM(), lambda documents: reference.Prefix(packings.prefix_lengths(documents))
+)
+IMAGES = MaskCase(Causal() | BlockBidirectional(), _text_and_images)
+IMAGES_IN_WINDOW = MaskCase(
     SlidingWindow(7) & (Causal() | BlockBidirectional()),
     lambda documents: reference.Both(reference.Window(7), _text_and_images(documents)),
 )
-SIGHTS = (CAUSAL, BIDIRECTIONAL, WINDOW, TWO_SIDED_WINDOW, PREFIX, IMAGES, IMAGES_IN_WINDOW)
+MASK_CASES = (CAUSAL, BIDIRECTIONAL, WINDOW, TWO_SIDED_WINDOW, PREFIX, IMAGES, IMAGES_IN_WINDOW)
 
 
 @dataclass(frozen=True)
 class Case:
     """Inputs of one attention, and what makes it that one."""
 
-    sight: Sight = CAUSAL
-    packing: cases.Packing = cases.across_borders
+    mask_case: MaskCase = CAUSAL
+    packing: packings.Packing = packings.across_borders
     heads: int = 4
     kv_heads: int = 2
     key_dim: int = 8
@@ -124,7 +125,7 @@ def truth(case: Case, num_shards: int) -> Truth:
         (B, S, G, case.value_dim),
     ]
     shapes += [(H,)] if case.sink else []
-    # The truth starts from what the ranks are given, rounded to their dtype.
+    # The truth starts from the ranks' inputs, which are rounded to their dtype.
     inputs = tuple(
         torch.randn(shape, generator=generator, dtype=torch.float64)
         .to(case.dtype)
@@ -137,7 +138,7 @@ def truth(case: Case, num_shards: int) -> Truth:
         q,
         k,
         v,
-        case.sight.visible(documents),
+        case.mask_case.visible(documents),
         scale=case.scale,
         softcap=case.softcap,
         sink=sink[0] if sink else None,
@@ -147,31 +148,31 @@ def truth(case: Case, num_shards: int) -> Truth:
     return Truth(tuple(x.detach() for x in inputs), grad_out, out.detach(), grads)
 
 
-def styles(num_shards: int, **how: Any) -> list[AttentionStyle]:
-    """Every strategy, for windows too, on that many ranks; `how` goes to each."""
+def styles(num_shards: int, **options: Any) -> list[AttentionStyle]:
+    """Every strategy on that many ranks, those for windows too, each with `options`."""
     inner = 2 if num_shards % 2 == 0 else 1
     return [
-        RingAttention(**how),
-        AllGatherAttention(**how),
-        UlyssesAttention(**how),
-        HybridAttention(inner_ranks=inner, **how),
-        HybridAttention(outer=AllGatherAttention(), inner_ranks=inner, **how),
-        HaloAttention(7, right=4, **how),
+        RingAttention(**options),
+        AllGatherAttention(**options),
+        UlyssesAttention(**options),
+        HybridAttention(inner_ranks=inner, **options),
+        HybridAttention(outer=AllGatherAttention(), inner_ranks=inner, **options),
+        HaloAttention(7, right=4, **options),
     ]
 
 
 def in_tiles(style: AttentionStyle, tile: int) -> AttentionStyle:
-    """The same style with so many queries a tile: short sequences then have several tiles."""
+    """The same style with so many queries per tile: short sequences then have several tiles."""
     return replace(style, tile=tile)
 
 
 def accepts(style: AttentionStyle, layout: type[SequenceLayout], case: Case, n: int) -> bool:
-    """Whether the case is one that this style and layout promise to carry out."""
+    """Whether this style and layout promise to compute the case."""
     documents = case.documents(n)
     by_document = layout in (PerDocument, BlockBalanced)
     if layout not in style.layouts or (by_document and len(set(documents.lengths)) > 1):
         return False
-    return not isinstance(style, HaloAttention) or case.sight in (
+    return not isinstance(style, HaloAttention) or case.mask_case in (
         WINDOW,
         TWO_SIDED_WINDOW,
         IMAGES_IN_WINDOW,
@@ -179,7 +180,7 @@ def accepts(style: AttentionStyle, layout: type[SequenceLayout], case: Case, n: 
 
 
 class Block(nn.Module):
-    """A mixer between per-token parts, which change nothing: a block to compile, in small."""
+    """A mixer between per-token operations that cancel: a small block to compile."""
 
     def __init__(self, mixer: SoftmaxAttention) -> None:
         super().__init__()
@@ -200,67 +201,70 @@ class Block(nn.Module):
 def mixer_on(
     mesh: DeviceMesh, style: AttentionStyle, mask: Mask, **softmax: Any
 ) -> SoftmaxAttention:
-    """A mixer that the style has taken over, by torch's own function: on one rank too."""
+    """A mixer that the style has claimed through torch's parallelize_module, on one rank too."""
     mixer = SoftmaxAttention(mask, **softmax)
     parallelize_module(nn.Sequential(mixer), mesh, {"0": style})
     return mixer
 
 
-def plan_of(
+def shard_case(
     case: Case, mixer: nn.Module, mesh: DeviceMesh, layout: type[SequenceLayout]
 ) -> ShardedBatch:
     """The case's batch, sharded; `mesh` has an axis cp, and no other that holds a sequence."""
     documents = case.documents(mesh["cp"].size())
     batch = {
         "input_ids": torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64),
-        "prefix": cases.prefix_of_tokens(documents),
-        "block": cases.blocks_of_tokens(documents),
+        "prefix": packings.prefix_of_tokens(documents),
+        "block": packings.blocks_of_tokens(documents),
     }
     whole = ParallelMesh.from_device_mesh(mesh)
     return shard_batch(batch, whole, layout, model=mixer, documents=documents)[1]
 
 
-def local_inputs(case: Case, plan: ShardedBatch) -> tuple[Tensor, ...]:
-    """This rank's q, k, v, and the sink if there is one: leaves that want gradients."""
-    q, k, v, *sink = (x.to(case.dtype) for x in truth(case, plan.layout.num_shards).inputs)
-    return tuple(x.clone().requires_grad_() for x in (*map(plan.shard, (q, k, v)), *sink))
+def local_inputs(case: Case, sharded: ShardedBatch) -> tuple[Tensor, ...]:
+    """This rank's q, k and v, and the sink if there is one: leaves that require gradients."""
+    q, k, v, *sink = (x.to(case.dtype) for x in truth(case, sharded.layout.num_shards).inputs)
+    return tuple(x.clone().requires_grad_() for x in (*map(sharded.shard, (q, k, v)), *sink))
 
 
 class Result(NamedTuple):
-    """What one rank has of an attention: its part of the output and of the gradients."""
+    """One rank's part of the output and of the gradients."""
 
     out: Tensor
     grads: tuple[Tensor, ...]
 
 
 def run(
-    case: Case, attend: Callable[..., Tensor], plan: ShardedBatch, inputs: tuple[Tensor, ...]
+    case: Case, attend: Callable[..., Tensor], sharded: ShardedBatch, inputs: tuple[Tensor, ...]
 ) -> Result:
     """Forward and backward of a mixer, or of its compiled form, on this rank's shards."""
     q, k, v, *sink = inputs
-    out = attend(q, k, v, plan.attn_metadata, sink=sink[0] if sink else None)
-    grad_out = plan.shard(truth(case, plan.layout.num_shards).grad_out)
+    out = attend(q, k, v, sharded.attn_metadata, sink=sink[0] if sink else None)
+    grad_out = sharded.shard(truth(case, sharded.layout.num_shards).grad_out)
     return Result(out.detach(), torch.autograd.grad(out, inputs, grad_out))
 
 
-def errors(case: Case, result: Result, plan: ShardedBatch, group: Any = None) -> dict[str, float]:
-    """Relative error of the output and of every gradient: largest difference / largest value."""
-    expected = truth(case, plan.layout.num_shards)
+def errors(
+    case: Case, result: Result, sharded: ShardedBatch, group: Any = None
+) -> dict[str, float]:
+    """Relative error of the output and of every gradient: largest difference divided by
+    the largest value."""
+    expected = truth(case, sharded.layout.num_shards)
     dq, dk, dv, *dsink = result.grads
-    found = {"out": (result.out, plan.shard(expected.out))}
+    pairs = {"out": (result.out, sharded.shard(expected.out))}
     for name, grad, whole in zip(("dq", "dk", "dv"), (dq, dk, dv), expected.grads, strict=False):
-        found[name] = (grad, plan.shard(whole))
+        pairs[name] = (grad, sharded.shard(whole))
     if dsink:
-        # The sink is a parameter: each rank has the gradient that its own queries give it.
+        # The sink is a parameter: each rank has the gradient from its own queries.
         total = dsink[0].double().clone()
         dist.all_reduce(total, group=group)
-        found["dsink"] = (total, expected.grads[3])
+        pairs["dsink"] = (total, expected.grads[3])
     wholes = dict(
         zip(("out", "dq", "dk", "dv", "dsink"), (expected.out, *expected.grads), strict=False)
     )
     return {
         name: float((actual.double() - right).abs().max() / wholes[name].abs().max())
-        for name, (actual, right) in found.items()
+        for name, (actual, right) in pairs.items()
     }
 
 
@@ -271,15 +275,16 @@ def assert_equals_one_device(
     mesh: DeviceMesh,
     layout: type[SequenceLayout],
 ) -> None:
-    """Run the case and hold every error against the bound of its dtype."""
-    plan = plan_of(case, mixer, mesh, layout)
-    found = errors(case, run(case, attend, plan, local_inputs(case, plan)), plan)
-    worst = {name: error for name, error in found.items() if not error <= BOUND[case.dtype]}
-    assert not worst, f"{worst} with {mixer}, {plan.layout} and {case}"
+    """Run the case and assert that every error is within the bound of its dtype."""
+    sharded = shard_case(case, mixer, mesh, layout)
+    result = run(case, attend, sharded, local_inputs(case, sharded))
+    relative = errors(case, result, sharded)
+    worst = {name: error for name, error in relative.items() if not error <= BOUND[case.dtype]}
+    assert not worst, f"{worst} with {mixer}, {sharded.layout} and {case}"
 
 
 def refused(match: str, call: Callable[[], Any], error: type[Exception] = ValueError) -> None:
-    """Assert that it raises on this rank and on every other, and that they can go on."""
+    """Assert that the call raises on every rank, and that the ranks can go on."""
     with pytest.raises(error, match=match):
         call()
     reached = torch.ones(())

@@ -73,7 +73,7 @@ def build(**change: Any) -> Any:
                 buffer.copy_((first[:, None] + torch.arange(2)) % config.n_routed_experts)
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "DeepseekV4RMSNorm":
-            # Theirs computes in fp32 whatever it is given.
+            # Theirs computes in fp32 whatever the dtype of its input.
             norm = nn.RMSNorm(len(module.weight), config.rms_norm_eps, dtype=torch.float64)
             norm.load_state_dict(module.state_dict())
             model.set_submodule(name, norm)

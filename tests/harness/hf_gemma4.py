@@ -143,13 +143,13 @@ def truth(variant: str) -> Truth:
         for row, lengths in enumerate(documents.lengths):
             parts, start = [], 0
             for length in lengths:
-                at = (slice(row, row + 1), slice(start, start + length))
-                extra = {"position_ids": position_ids[at]}
+                tokens = (slice(row, row + 1), slice(start, start + length))
+                extra = {"position_ids": position_ids[tokens]}
                 # Without a mask theirs would read documents off positions that skip.
-                extra["attention_mask"] = torch.ones_like(input_ids[at])
+                extra["attention_mask"] = torch.ones_like(input_ids[tokens])
                 if types is not None:
-                    extra["mm_token_type_ids"] = types[at]
-                parts.append(theirs(input_ids[at], use_cache=False, **extra).logits[0])
+                    extra["mm_token_type_ids"] = types[tokens]
+                parts.append(theirs(input_ids[tokens], use_cache=False, **extra).logits[0])
                 start += length
             parts.append(grad.new_zeros(documents.seq_len - start, config.vocab_size))
             rows.append(torch.cat(parts))
@@ -212,9 +212,9 @@ def seen() -> Seen:
         for row, lengths in enumerate(ROWS):
             parts, start = [], 0
             for length in lengths:
-                at = (slice(row, row + 1), slice(start, start + length))
-                given = {"inputs_embeds": embeds[at], "mm_token_type_ids": types[at]}
-                parts.append(theirs(**given, use_cache=False).logits[0])
+                tokens = (slice(row, row + 1), slice(start, start + length))
+                inputs = {"inputs_embeds": embeds[tokens], "mm_token_type_ids": types[tokens]}
+                parts.append(theirs(**inputs, use_cache=False).logits[0])
                 start += length
             parts.append(embeds.new_zeros(SEQ_LEN - start, whole.config.vocab_size))
             rows.append(torch.cat(parts))

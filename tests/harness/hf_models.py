@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, one a family."""
+"""Tiny random models of transformers, one per family."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "starcoder2": {"sliding_window": None},
 }
-"""Families that have something no mixer, or no style of ours for tp, carries out."""
+"""Families with a part that no mixer, or no tensor-parallel style of ours, computes."""
 
 
 def config_of(kind: str, **change: Any) -> Any:

@@ -95,9 +95,9 @@ def logits(model: Any, input_ids: Tensor, rows: Any, position_ids: Tensor | None
         for row, lengths in enumerate(rows):
             parts, end = [], 0
             for length in lengths:
-                at = (slice(row, row + 1), slice(end, end + length))
-                where = None if position_ids is None else position_ids[:, at[0], at[1]]
-                parts.append(model(input_ids[at], position_ids=where, use_cache=False).logits)
+                tokens = (slice(row, row + 1), slice(end, end + length))
+                where = None if position_ids is None else position_ids[:, tokens[0], tokens[1]]
+                parts.append(model(input_ids[tokens], position_ids=where, use_cache=False).logits)
                 end += length
             missing = input_ids.shape[1] - end
             padding = parts[0].new_zeros(1, missing, parts[0].shape[-1])

@@ -21,15 +21,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from dtcp.kernels.softmax.triton import ranges
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import RingAttention
-from tests.harness import packings as cases
+from tests.harness import packings
 from tests.harness.attention_parity import (
     CAUSAL,
     Case,
     errors,
     local_inputs,
     mixer_on,
-    plan_of,
     run,
+    shard_case,
 )
 from tests.harness.kernel_cases import kernel_cases, kernel_errors
 
@@ -39,10 +39,10 @@ RANKS = 2
 def ring() -> dict[str, float]:
     """The kernels under a strategy: a ring does not know which backend computes."""
     mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("cp",))
-    case = Case(CAUSAL, cases.two_rows, seq_len=64, heads=2, kv_heads=1, dtype=torch.float32)
-    mixer = mixer_on(mesh, RingAttention(), case.sight.mask)
-    plan = plan_of(case, mixer, mesh, HeadTail)
-    return errors(case, run(case, mixer, plan, local_inputs(case, plan)), plan)
+    case = Case(CAUSAL, packings.two_rows, seq_len=64, heads=2, kv_heads=1, dtype=torch.float32)
+    mixer = mixer_on(mesh, RingAttention(), case.mask_case.mask)
+    sharded = shard_case(case, mixer, mesh, HeadTail)
+    return errors(case, run(case, mixer, sharded, local_inputs(case, sharded)), sharded)
 
 
 def rank_main(rank: int, store_path: str, results: Any) -> None:

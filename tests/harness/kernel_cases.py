@@ -27,8 +27,7 @@ from dtcp.kernels.softmax.block_ranges import UNUSED, block_ranges
 from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.sequence.layout import HeadTail
 from dtcp.sequence.masks import Coords
-from tests.harness import packings as cases
-from tests.harness import reference
+from tests.harness import packings, reference
 from tests.harness.attention_parity import (
     CAUSAL,
     IMAGES_IN_WINDOW,
@@ -52,10 +51,10 @@ class KernelCase(NamedTuple):
 
 def kernel_cases() -> dict[str, KernelCase]:
     """Every width of tile, partial blocks at both ends of a range, with full blocks and without."""
-    causal = Case(CAUSAL, cases.one_document, seq_len=110, key_dim=16, value_dim=16, **ONE_HEAD)
-    packed = replace(causal, packing=cases.two_rows, seq_len=44, softcap=2.0, scale=0.4)
+    causal = Case(CAUSAL, packings.one_document, seq_len=110, key_dim=16, value_dim=16, **ONE_HEAD)
+    packed = replace(causal, packing=packings.two_rows, seq_len=44, softcap=2.0, scale=0.4)
     packed = replace(packed, heads=4, kv_heads=2, key_dim=24, value_dim=5)
-    images = replace(causal, sight=IMAGES_IN_WINDOW, packing=cases.empty_row, seq_len=80)
+    images = replace(causal, mask_case=IMAGES_IN_WINDOW, packing=packings.empty_row, seq_len=80)
     half = replace(causal, dtype=torch.float16, seq_len=200)
     return {
         "causal": _whole(causal),
@@ -67,8 +66,10 @@ def kernel_cases() -> dict[str, KernelCase]:
         ),
         "heads of 512": _whole(replace(causal, seq_len=20, key_dim=512, value_dim=500)),
         "half": _whole(half),
-        "half, window": _whole(replace(half, sight=WINDOW, packing=cases.across_borders)),
-        "prefix": _whole(replace(causal, sight=PREFIX, packing=cases.on_borders, seq_len=80)),
+        "half, window": _whole(replace(half, mask_case=WINDOW, packing=packings.across_borders)),
+        "prefix": _whole(
+            replace(causal, mask_case=PREFIX, packing=packings.on_borders, seq_len=80)
+        ),
     }
 
 
@@ -88,7 +89,7 @@ def expected(case: KernelCase) -> tuple[Results, Tensor]:
     """The truth in fp64, and the gradient of the output it is for."""
     base, inputs = case.case, truth(case.case, 4).inputs
     q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
-    visible = base.sight.visible(base.documents(4))
+    visible = base.mask_case.visible(base.documents(4))
     present = torch.zeros(base.seq_len, dtype=torch.bool)
     present[torch.cat(list(case.parts))] = True
     scores = {"scale": base.scale, "softcap": base.softcap}
@@ -106,9 +107,11 @@ def computed(case: KernelCase, grad_out: Tensor, device: str) -> Results:
     q, k, v = (x.to(device, base.dtype) for x in truth(base, 4).inputs[:3])
     documents = base.documents(4)
     coords = Coords.of(
-        documents, prefix=cases.prefix_of_tokens(documents), block=cases.blocks_of_tokens(documents)
+        documents,
+        prefix=packings.prefix_of_tokens(documents),
+        block=packings.blocks_of_tokens(documents),
     )
-    first, last = (x[:, case.queries] for x in base.sight.mask.intervals(coords))
+    first, last = (x[:, case.queries] for x in base.mask_case.mask.intervals(coords))
     queries = Queries.of(q[:, case.queries], first.to(device), last.to(device))
     params = SoftmaxParams(base.key_dim**-0.5 if base.scale is None else base.scale, base.softcap)
     parts = []

@@ -139,7 +139,7 @@ def qkv(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random q [B, S, H, D], k and v [B, S, G, D], leaves that want gradients; by seed alone."""
+    """Random q [B, S, H, D], k and v [B, S, G, D]: leaves that require gradients; by seed alone."""
     generator = torch.Generator().manual_seed(seed)
     B, S = documents.batch, documents.seq_len
     shapes = [(B, S, count, head_dim) for count in (heads, kv_heads, kv_heads)]

@@ -59,7 +59,7 @@ def on_mesh(
         "position_ids": whole.position_ids(),
     }
     mine = slice(mesh.rank("batch"), None, mesh.size("batch"))
-    local, plan = shard_batch(
+    local, sharded = shard_batch(
         {key: x[mine] for key, x in batch.items()},
         mesh,
         layout,
@@ -67,7 +67,7 @@ def on_mesh(
         documents=Documents(rows[mine], SEQ_LEN),
     )
     tokens = global_token_count(local["labels"], mesh.loss)
-    logits = model(local["input_ids"], local["position_ids"], plan.attn_metadata)
+    logits = model(local["input_ids"], local["position_ids"], sharded.attn_metadata)
     share = token_mean_loss(logits, local["labels"], tokens)
     share.backward()
     loss = share.detach()

@@ -46,14 +46,14 @@ class Decoder(nn.Module):
     """Two layers; positions are learned, so a wrong one shows.
 
     Args:
-        own_mask: makes a mask of its own where it finds documents by position, as transformers'
+        own_mask: makes its own mask, and finds documents by their positions, as transformers'
             models do.
     """
 
     def __init__(self, *, own_mask: bool = False) -> None:
         super().__init__()
         self.own_mask = own_mask
-        self.embed, self.token_index = nn.Embedding(VOCAB, DIM), nn.Embedding(64, DIM)
+        self.embed, self.positions = nn.Embedding(VOCAB, DIM), nn.Embedding(64, DIM)
         self.layers = nn.ModuleList(Layer() for _ in range(2))
         self.head = nn.Linear(DIM, VOCAB)
         self.double()
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         if self.own_mask:
             attention_mask = mask_by_position(position_ids)
-        x = x + self.token_index(position_ids)
+        x = x + self.positions(position_ids)
         for layer in self.layers:
             x = layer(x, attention_mask)
         return self.head(x)

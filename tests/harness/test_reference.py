@@ -5,11 +5,10 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tests.harness import packings as cases
-from tests.harness import reference
+from tests.harness import packings, reference
 
 
-@pytest.mark.parametrize("packing", cases.PACKINGS)
+@pytest.mark.parametrize("packing", packings.PACKINGS)
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4])
 def test_packings_fit_their_row_at_every_number_of_shards(packing, num_shards):
     documents = packing(24, num_shards)
@@ -18,8 +17,8 @@ def test_packings_fit_their_row_at_every_number_of_shards(packing, num_shards):
 
 @pytest.mark.parametrize("rule", [reference.causal, reference.bidirectional, reference.Window(3)])
 def test_attention_equals_dense_sdpa_where_every_query_sees_a_key(rule):
-    documents = cases.across_borders(12, 2)
-    q, k, v = cases.qkv(documents)
+    documents = packings.across_borders(12, 2)
+    q, k, v = packings.qkv(documents)
     visible = reference.visible(documents.lengths, 12, rule)
     out, _ = reference.attention(q, k, v, visible)
     expected = F.scaled_dot_product_attention(
@@ -34,8 +33,8 @@ def test_attention_equals_dense_sdpa_where_every_query_sees_a_key(rule):
 
 
 def test_gradients_hold_with_softcap_sink_and_blind_queries():
-    documents = cases.last_shard_padding(6, 3)
-    q, k, v = cases.qkv(documents, head_dim=3)
+    documents = packings.last_shard_padding(6, 3)
+    q, k, v = packings.qkv(documents, head_dim=3)
     sink = torch.randn(4, dtype=torch.float64, requires_grad=True)
     visible = reference.visible(documents.lengths, 6, reference.causal)
 
@@ -47,8 +46,8 @@ def test_gradients_hold_with_softcap_sink_and_blind_queries():
 
 
 def test_query_that_sees_nothing_has_zero_out_and_lse_minus_infinity():
-    documents = cases.last_shard_padding(6, 3)
-    q, k, v = cases.qkv(documents)
+    documents = packings.last_shard_padding(6, 3)
+    q, k, v = packings.qkv(documents)
     visible = reference.visible(documents.lengths, 6, reference.causal)
     out, lse = reference.attention(q, k, v, visible)
     blind = ~visible.any(dim=-1)
@@ -58,8 +57,8 @@ def test_query_that_sees_nothing_has_zero_out_and_lse_minus_infinity():
 
 
 def test_sink_scales_the_output_by_its_share():
-    documents = cases.one_document(6, 1)
-    q, k, v = cases.qkv(documents)
+    documents = packings.one_document(6, 1)
+    q, k, v = packings.qkv(documents)
     sink = torch.randn(4, dtype=torch.float64)
     visible = reference.visible(documents.lengths, 6, reference.causal)
     without, lse = reference.attention(q, k, v, visible)

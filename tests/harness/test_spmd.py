@@ -91,7 +91,7 @@ def test_values_come_back_in_rank_order():
         (return_a_lambda, "rank 0, 1 of 2 raised(.|\n)*pickle"),
     ],
 )
-def test_failure_on_a_rank_is_told_and_the_pool_goes_on(fn, match):
+def test_failure_on_a_rank_is_reported_and_the_pool_goes_on(fn, match):
     with pytest.raises(RankError, match=match):
         run_ranks(fn, 2)
     assert run_ranks(rank_plus, 2, 0) == [0, 1]

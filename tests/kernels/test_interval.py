@@ -6,7 +6,7 @@ import torch
 from dtcp.kernels.softmax.api import Keys, Queries, attention_kernel
 from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.sequence.documents import Documents
-from tests.harness import packings as cases
+from tests.harness import packings
 from tests.harness.run_script import lines_of, run_python
 
 BOUND = {"half": 2**-10}
@@ -40,7 +40,7 @@ def test_interval_kernels_compile_for_gpus_of_each_size(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_without_a_gpu_attention_is_plain_torch(dtype):
-    q, k, v = cases.qkv(Documents.single(1, 8), dtype=dtype)
+    q, k, v = packings.qkv(Documents.single(1, 8), dtype=dtype)
     interval = torch.zeros(1, 8, dtype=torch.int32)
     kernel = attention_kernel(Queries(q, interval, interval), Keys(k, v, interval[0]))
     assert isinstance(kernel, ReferenceAttention)

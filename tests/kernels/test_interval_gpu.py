@@ -32,7 +32,7 @@ from dtcp.sequence.masks import (
     SlidingWindow,
 )
 from dtcp.softmax.mixer import SoftmaxAttention
-from tests.harness import packings as cases
+from tests.harness import packings
 from tests.harness.attention_parity import IMAGES_IN_WINDOW, Case
 from tests.harness.kernel_cases import kernel_cases, kernel_errors
 
@@ -55,11 +55,13 @@ def test_heads_of_every_width_on_a_gpu(dims, dtype):
     """Long enough for every loop of every kernel; heads of 512 are among the cases above."""
     half = kernel_cases()["half"]
     widths = {"key_dim": dims[0], "value_dim": dims[1], "heads": 4, "kv_heads": 2}
-    for sight, packing in (
-        (half.case.sight, cases.one_document),
-        (IMAGES_IN_WINDOW, cases.two_rows),
+    for mask_case, packing in (
+        (half.case.mask_case, packings.one_document),
+        (IMAGES_IN_WINDOW, packings.two_rows),
     ):
-        case = replace(half.case, sight=sight, packing=packing, dtype=dtype, seq_len=600, **widths)
+        case = replace(
+            half.case, mask_case=mask_case, packing=packing, dtype=dtype, seq_len=600, **widths
+        )
         tokens = torch.arange(600)
         assert_within(half._replace(case=case, queries=tokens, parts=[tokens]), dtype)
 
@@ -133,14 +135,14 @@ def test_offsets_on_a_gpu_pass_31_bits():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_mixer_on_a_gpu_equals_plain_torch(compiled):
     """As models call it, in fp32, eager and in inductor's graph, against the reference in fp64."""
-    case = Case(packing=cases.two_rows, seq_len=300, key_dim=64, value_dim=64)
+    case = Case(packing=packings.two_rows, seq_len=300, key_dim=64, value_dim=64)
     documents, mixer = case.documents(4), SoftmaxAttention(Causal())
     attn_metadata = batch_metadata(mixer, documents)
     placed = {
         key: tuple(x.cuda() if x.dtype == torch.int32 else x for x in parts)
         for key, parts in attn_metadata.items()
     }
-    inputs = [x.detach().requires_grad_() for x in cases.qkv(documents, head_dim=64)]
+    inputs = [x.detach().requires_grad_() for x in packings.qkv(documents, head_dim=64)]
     right = mixer(*inputs, attn_metadata)
     cotangent = torch.randn_like(right)
     right_grads = torch.autograd.grad(right, inputs, cotangent)

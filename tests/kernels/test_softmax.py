@@ -36,13 +36,12 @@ from dtcp.sequence.masks import Coords
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import local_metadata
 from dtcp.softmax.mixer import SoftmaxAttention
-from tests.harness import packings as cases
-from tests.harness import reference
+from tests.harness import packings, reference
 from tests.harness.attention_parity import (
     BOUND,
     CAUSAL,
     IMAGES_IN_WINDOW,
-    SIGHTS,
+    MASK_CASES,
     WINDOW,
     Case,
     truth,
@@ -158,7 +157,7 @@ def test_sink_is_one_more_key_whose_value_is_zero():
 
 
 @pytest.mark.parametrize("tile", [1, 3, 4, 7, 24, 100])
-@pytest.mark.parametrize("packing", cases.PACKINGS)
+@pytest.mark.parametrize("packing", packings.PACKINGS)
 def test_block_ranges_hold_every_key_that_is_seen_and_full_blocks_are_seen_by_all(packing, tile):
     """And no key before the first token, or after the last, that a query of the tile sees."""
     documents = packing(24, 4)
@@ -166,11 +165,13 @@ def test_block_ranges_hold_every_key_that_is_seen_and_full_blocks_are_seen_by_al
     queries = torch.tensor([2, 3, 4, 8, 9, 11, 12, 13, 20, 21])
     token_index = F.pad(keys, (0, 4), value=UNUSED).to(torch.int32)
     coords = Coords.of(
-        documents, prefix=cases.prefix_of_tokens(documents), block=cases.blocks_of_tokens(documents)
+        documents,
+        prefix=packings.prefix_of_tokens(documents),
+        block=packings.blocks_of_tokens(documents),
     )
-    for sight in SIGHTS:
-        first, last = (x[:, queries] for x in sight.mask.intervals(coords))
-        seen = sight.visible(documents)[:, queries][:, :, keys]
+    for mask_case in MASK_CASES:
+        first, last = (x[:, queries] for x in mask_case.mask.intervals(coords))
+        seen = mask_case.visible(documents)[:, queries][:, :, keys]
         ranges = block_ranges(first, last, token_index, tile=tile)
         assert ranges.shape == (documents.batch, -(-10 // tile), 6)
         for row, row_ranges in enumerate(ranges.tolist()):
@@ -195,7 +196,9 @@ def test_keys_out_of_order_are_refused():
 
 @pytest.mark.parametrize("most_keys", [3, 8192])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize("packing", [cases.two_rows, cases.equal_rows, cases.one_token_documents])
+@pytest.mark.parametrize(
+    "packing", [packings.two_rows, packings.equal_rows, packings.one_token_documents]
+)
 def test_attend_adds_keys_met_in_parts(monkeypatch, packing, softcap, most_keys):
     """Even keys and then odd keys: the merge of both is attention over all."""
     monkeypatch.setattr(reference_kernel, "MAX_BLOCK_KEYS", most_keys)
@@ -203,8 +206,8 @@ def test_attend_adds_keys_met_in_parts(monkeypatch, packing, softcap, most_keys)
     case = Case(IMAGES_IN_WINDOW, packing, scale=0.4, softcap=softcap, sink=False, seq_len=24)
     expected = truth(case, 4)
     q, k, v = expected.inputs
-    coords = Coords.of(documents, block=cases.blocks_of_tokens(documents))
-    first, last = case.sight.mask.intervals(coords)
+    coords = Coords.of(documents, block=packings.blocks_of_tokens(documents))
+    first, last = case.mask_case.mask.intervals(coords)
     queries = Queries(q, first, last)
 
     parts = []
@@ -229,13 +232,13 @@ def test_attend_adds_keys_met_in_parts(monkeypatch, packing, softcap, most_keys)
 
 def on_one_device(case, compiled=False):
     """(output, gradients) of the mixer, without any mesh."""
-    mixer = SoftmaxAttention(case.sight.mask, scale=case.scale, softcap=case.softcap)
+    mixer = SoftmaxAttention(case.mask_case.mask, scale=case.scale, softcap=case.softcap)
     documents = case.documents(4)
     attn_metadata = batch_metadata(
         mixer,
         documents,
-        prefix=cases.prefix_of_tokens(documents),
-        block=cases.blocks_of_tokens(documents),
+        prefix=packings.prefix_of_tokens(documents),
+        block=packings.blocks_of_tokens(documents),
     )
     call = torch.compile(mixer, backend="aot_eager", fullgraph=True) if compiled else mixer
     expected = truth(case, 4)
@@ -252,10 +255,10 @@ def relative_errors(case, out, grads):
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("sight", SIGHTS, ids=lambda sight: f"{sight.mask}")
-def test_attention_on_one_device_equals_the_reference(sight, dtype):
-    for packing in cases.PACKINGS:
-        case = Case(sight, packing, dtype=dtype)
+@pytest.mark.parametrize("mask_case", MASK_CASES, ids=lambda mask_case: f"{mask_case.mask}")
+def test_attention_on_one_device_equals_the_reference(mask_case, dtype):
+    for packing in packings.PACKINGS:
+        case = Case(mask_case, packing, dtype=dtype)
         assert max(relative_errors(case, *on_one_device(case))) <= BOUND[dtype], case
 
 
@@ -275,26 +278,26 @@ def test_attention_on_one_device_equals_the_reference(sight, dtype):
 )
 def test_attention_of_other_shapes_equals_the_reference(shape):
     for dtype, bound in BOUND.items():
-        case = Case(IMAGES_IN_WINDOW, cases.two_rows, dtype=dtype, **shape)
+        case = Case(IMAGES_IN_WINDOW, packings.two_rows, dtype=dtype, **shape)
         assert max(relative_errors(case, *on_one_device(case))) <= bound
 
 
 def test_long_rows_take_several_tiles():
-    for packing in (cases.one_document, cases.two_rows):
+    for packing in (packings.one_document, packings.two_rows):
         case = Case(WINDOW, packing, heads=2, kv_heads=1, seq_len=300)
         assert max(relative_errors(case, *on_one_device(case))) <= 1e-12
 
 
 def test_scores_far_apart_stay_finite_and_exact():
-    documents = cases.one_document(24, 4)
-    q, k, v = cases.qkv(documents)
+    documents = packings.one_document(24, 4)
+    q, k, v = packings.qkv(documents)
     q, k, mixer = 40 * q, 40 * k, SoftmaxAttention(CAUSAL.mask)
     out = mixer(q, k, v, batch_metadata(mixer, documents))
     expected, _ = reference.attention(q, k, v, CAUSAL.visible(documents))
     assert_close(out, expected)
 
 
-@pytest.mark.parametrize("packing", [cases.one_document, cases.across_borders])
+@pytest.mark.parametrize("packing", [packings.one_document, packings.across_borders])
 def test_bf16_is_as_exact_as_plain_attention_in_bf16(packing):
     """Error against fp64 truth, of output and gradients: at most 1.1 of torch's own kernel's."""
     case = Case(CAUSAL, packing, dtype=torch.bfloat16, sink=False, seq_len=192)
@@ -308,7 +311,7 @@ def plain_attention(case):
     """(output, gradients) of torch's attention, in the case's dtype."""
     expected = truth(case, 4)
     inputs = [x.to(case.dtype).requires_grad_() for x in expected.inputs]
-    visible = case.sight.visible(case.documents(4))[:, None]
+    visible = case.mask_case.visible(case.documents(4))[:, None]
     out = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in inputs), attn_mask=visible, enable_gqa=True
     ).transpose(1, 2)
@@ -322,7 +325,7 @@ def relative_norms(result, expected):
 
 
 def test_compiled_attention_is_one_graph_with_one_live_op():
-    case = Case(IMAGES_IN_WINDOW, cases.two_rows)
+    case = Case(IMAGES_IN_WINDOW, packings.two_rows)
     with count_graphs() as graphs, count_traffic() as traffic:
         result = on_one_device(case, compiled=True)
     assert (graphs.graphs, graphs.breaks) == (1, 0)
@@ -334,7 +337,7 @@ def test_compiled_attention_is_one_graph_with_one_live_op():
 @pytest.mark.parametrize("value_dim", [8, 3])
 def test_op_keeps_the_contract_of_torch_library(sink, value_dim):
     """Schema, fake against real, autograd registration, and AOT dispatch."""
-    q, k, v = cases.qkv(Documents.single(1, 12))
+    q, k, v = packings.qkv(Documents.single(1, 12))
     intervals = CAUSAL.mask.intervals(Coords.of(Documents.single(1, 12)))
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if sink else None
     v = v[..., :value_dim].detach().requires_grad_()
@@ -345,7 +348,7 @@ def test_op_keeps_the_contract_of_torch_library(sink, value_dim):
 
 def test_inputs_need_not_be_contiguous():
     """Nor the gradient: that of a sum is one number, expanded (NeMo issue 2384)."""
-    case = Case(WINDOW, cases.two_rows, sink=False)
+    case = Case(WINDOW, packings.two_rows, sink=False)
     mixer = SoftmaxAttention(WINDOW.mask)
     attn_metadata = batch_metadata(mixer, case.documents(4))
     inputs = [x.clone().requires_grad_() for x in truth(case, 4).inputs]

@@ -101,15 +101,15 @@ def step(
         "position_ids": whole.position_ids()[mine],
     }
     documents = Documents(ROWS[mine], SEQ_LEN)
-    local, plan = shard_batch(batch, mesh, layout, model=model, documents=documents)
+    local, sharded = shard_batch(batch, mesh, layout, model=model, documents=documents)
     tokens = global_token_count(local["labels"], mesh.loss)
-    logits = model(local["input_ids"], local["position_ids"], plan.attn_metadata)
+    logits = model(local["input_ids"], local["position_ids"], sharded.attn_metadata)
     share = token_mean_loss(logits, local["labels"], tokens)
     share.backward()
 
     local_logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
-    real = plan.shard((documents.document() >= 0)[..., None])
-    assert_close(local_logits * real, plan.shard(expected["logits"][mine]))
+    real = sharded.shard((documents.document() >= 0)[..., None])
+    assert_close(local_logits * real, sharded.shard(expected["logits"][mine]))
     loss = share.detach()
     if mesh.loss is not None:
         dist.all_reduce(loss, group=mesh.loss.get_group())
@@ -256,9 +256,14 @@ def check_ahead(
         "position_ids": documents.position_ids(),
         **look_ahead(input_ids, labels, documents, depths=1),
     }
-    local, plan = shard_batch(batch, whole, layout, model=model, documents=documents)
+    local, sharded = shard_batch(batch, whole, layout, model=model, documents=documents)
     tokens = global_token_count(local["labels"], whole.loss)
-    reads = (local["input_ids"], local["position_ids"], plan.attn_metadata, local["mtp_input_ids"])
+    reads = (
+        local["input_ids"],
+        local["position_ids"],
+        sharded.attn_metadata,
+        local["mtp_input_ids"],
+    )
     logits = model(*reads)
     share = mtp_loss(logits, local["labels"], local["mtp_labels"], tokens, weight=0.3)
     share.backward()

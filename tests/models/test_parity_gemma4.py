@@ -60,7 +60,7 @@ def step_on_mesh(
     batch = {"input_ids": expected.input_ids, "position_ids": expected.position_ids}
     if expected.mm_token_type_ids is not None:
         batch["mm_token_type_ids"] = expected.mm_token_type_ids
-    local, cut = shard_batch(
+    local, sharded = shard_batch(
         {key: x[mine] for key, x in batch.items()},
         ranks,
         layout,
@@ -68,12 +68,12 @@ def step_on_mesh(
         documents=Documents(ROWS[mine], SEQ_LEN),
     )
     with count_graphs() as counted, count_traffic() as traffic:
-        logits = model(local["input_ids"], local["position_ids"], cut.attn_metadata)
+        logits = model(local["input_ids"], local["position_ids"], sharded.attn_metadata)
         if isinstance(logits, DTensor):
             logits = logits.full_tensor(grad_placements=[Replicate()])
-        logits.backward(cut.shard(expected.grad_logits[mine]))
-    real = cut.shard(Documents(ROWS[mine], SEQ_LEN).document(), pad=-1) >= 0
-    assert_close(logits[real], cut.shard(expected.logits[mine])[real])
+        logits.backward(sharded.shard(expected.grad_logits[mine]))
+    real = sharded.shard(Documents(ROWS[mine], SEQ_LEN).document(), pad=-1) >= 0
+    assert_close(logits[real], sharded.shard(expected.logits[mine])[real])
     actual = gradients(model)
     assert_close(actual, {name: expected.gradients[name] for name in actual})
     dist.barrier()

@@ -148,10 +148,10 @@ def compare(
     mine = slice(mesh.rank("batch"), None, mesh.size("batch"))
     documents = Documents(ROWS[mine], SEQ_LEN)
     batch = {"input_ids": truth.input_ids[mine], "position_ids": documents.position_ids()}
-    local, plan = shard_batch(batch, mesh, layout, model=model, documents=documents)
-    grad_out = plan.shard(truth.grad_out[mine])
+    local, sharded = shard_batch(batch, mesh, layout, model=model, documents=documents)
+    grad_out = sharded.shard(truth.grad_out[mine])
     with count_traffic() as traffic:
-        logits = model(local["input_ids"], local["position_ids"], plan.attn_metadata)
+        logits = model(local["input_ids"], local["position_ids"], sharded.attn_metadata)
         if isinstance(logits, DTensor):
             grad_out = grad_out.chunk(mesh.size("tp"), dim=-1)[mesh.rank("tp")]
             part = logits.to_local(grad_placements=[Shard(2)])
@@ -160,7 +160,7 @@ def compare(
         else:
             logits.backward(grad_out)
     real = (documents.document() >= 0)[..., None]
-    assert_close(plan.gather(logits.detach()) * real, truth.logits[mine] * real)
+    assert_close(sharded.gather(logits.detach()) * real, truth.logits[mine] * real)
     actual = gradients(model)
     assert actual.keys() == truth.grads.keys()
     for name, grad in actual.items():

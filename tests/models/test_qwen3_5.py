@@ -203,8 +203,8 @@ def both_losses(mesh: Any, degrees: Degrees, layout: type[SequenceLayout]) -> No
     mine = slice(axes.rank("batch"), None, axes.size("batch"))
     own = {key: x[:, mine] if key == "position_ids" else x[mine] for key, x in batch.items()}
     documents = Documents(ROWS[mine], SEQ_LEN)
-    local, plan = shard_batch(own, axes, layout, model=model, documents=documents)
-    losses_ahead(model, local, plan.attn_metadata).backward()
+    local, sharded = shard_batch(own, axes, layout, model=model, documents=documents)
+    losses_ahead(model, local, sharded.attn_metadata).backward()
     assert_close(gradients(model), gradients(reference))
 
 

@@ -116,8 +116,8 @@ def on_one_device(model: nn.Module, rows: slice) -> Tensor:
 
 def on_mesh(model: nn.Module, mesh: ParallelMesh, layout: Any) -> Tensor:
     documents, batch = tokens_of(slice(mesh.rank("batch"), None, mesh.size("batch")))
-    local, plan = shard_batch(batch, mesh, layout, model=model, documents=documents)
-    logits = model(local["input_ids"], local["position_ids"], plan.attn_metadata)
+    local, sharded = shard_batch(batch, mesh, layout, model=model, documents=documents)
+    logits = model(local["input_ids"], local["position_ids"], sharded.attn_metadata)
     tokens = global_token_count(local["labels"], mesh.loss)
     token_mean_loss(logits, local["labels"], tokens).backward()
     return (logits.full_tensor() if isinstance(logits, DTensor) else logits).detach()

@@ -40,8 +40,7 @@ from dtcp.sequence.layout import (
     PerDocument,
     SequenceLayout,
 )
-from tests.harness import packings as cases
-from tests.harness import reference
+from tests.harness import packings, reference
 from tests.harness.attention_parity import refused
 from tests.harness.spmd import spmd
 
@@ -101,7 +100,7 @@ def layer_on(mesh: DeviceMesh, style: GatedDeltaCP = GatedDeltaCP()) -> Layer:  
     return layer
 
 
-def plan_of(
+def shard_case(
     documents: Documents, layer: nn.Module, mesh: DeviceMesh, layout: type[SequenceLayout]
 ) -> ShardedBatch:
     tokens = torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64)
@@ -110,25 +109,27 @@ def plan_of(
 
 
 def assert_equals_the_recurrence(
-    documents: Documents, layer: Any, plan: ShardedBatch, *, by_channel: bool = False
+    documents: Documents, layer: Any, sharded: ShardedBatch, *, by_channel: bool = False
 ) -> Traffic:
     expected = truth(documents, by_channel)
     x, g, beta, weight = expected.inputs
-    local = [plan.shard(t).requires_grad_() for t in (x, g, beta)]
+    local = [sharded.shard(t).requires_grad_() for t in (x, g, beta)]
     weight = weight.clone().requires_grad_()
     with count_traffic() as traffic:
-        out = layer(*local, weight, plan.attn_metadata)
-        *grads, d_weight = torch.autograd.grad(out, (*local, weight), plan.shard(expected.grad_out))
+        out = layer(*local, weight, sharded.attn_metadata)
+        *grads, d_weight = torch.autograd.grad(
+            out, (*local, weight), sharded.shard(expected.grad_out)
+        )
     dist.all_reduce(d_weight)
-    found = (out, *grads, d_weight)
-    wanted = (*map(plan.shard, (expected.out, *expected.grads[:3])), expected.grads[3])
-    for actual, right in zip(found, wanted, strict=True):
+    computed = (out, *grads, d_weight)
+    wanted = (*map(sharded.shard, (expected.out, *expected.grads[:3])), expected.grads[3])
+    for actual, right in zip(computed, wanted, strict=True):
         assert float((actual - right).abs().max()) <= 1e-11
     return traffic
 
 
 @pytest.mark.parametrize("by_channel", [False, True], ids=["by head", "by channel"])
-@pytest.mark.parametrize("packing", cases.PACKINGS)
+@pytest.mark.parametrize("packing", packings.PACKINGS)
 def test_one_device_equals_the_recurrence(packing, by_channel):
     documents = packing(SEQ_LEN, 2)
     expected, layer = truth(documents, by_channel), Layer()
@@ -169,17 +170,17 @@ def test_ranks_equal_the_recurrence(mesh, layout, states, ranks):
     style = GatedDeltaCP(states)
     layer = layer_on(mesh, style)
     all_of_them = (ranks, layout, states) == (2, HeadTail, GatherStates())
-    for packing in cases.PACKINGS if all_of_them else cases.PACKINGS[2:9:3]:
+    for packing in packings.PACKINGS if all_of_them else packings.PACKINGS[2:9:3]:
         documents = packing(SEQ_LEN, ranks)
-        plan = plan_of(documents, layer, mesh, layout)
-        by_channel = packing is cases.after_borders
-        traffic = assert_equals_the_recurrence(documents, layer, plan, by_channel=by_channel)
+        sharded = shard_case(documents, layer, mesh, layout)
+        by_channel = packing is packings.after_borders
+        traffic = assert_equals_the_recurrence(documents, layer, sharded, by_channel=by_channel)
         shape = DeltaShape(documents.batch, H, K, V, element_size=8)
-        by_formula = style.received(plan.layout, shape)
+        by_formula = style.received(sharded.layout, shape)
         kinds = ("dtcp::all_gather", "dtcp::ring_shift")
         moved = sum(traffic[kind].received for kind in kinds)
         assert moved == by_formula.forward + by_formula.backward
-        assert traffic["dtcp::exchange_tokens"].received == conv_bytes(plan, documents.batch)
+        assert traffic["dtcp::exchange_tokens"].received == conv_bytes(sharded, documents.batch)
         assert traffic.received == moved + traffic["dtcp::exchange_tokens"].received
 
 
@@ -189,22 +190,22 @@ def test_segments_of_several_chunks_equal_the_recurrence(mesh, layout):
     """A document that spans segments, with chunks of them cut short at the end."""
     documents = Documents(((230, 70),), 300)
     layer = layer_on(mesh, GatedDeltaCP(ScanStates()))
-    plan = plan_of(documents, layer, mesh, layout)
-    assert plan.layout.segment_len > delta_rule.CHUNK_LEN
+    sharded = shard_case(documents, layer, mesh, layout)
+    assert sharded.layout.segment_len > delta_rule.CHUNK_LEN
     for by_channel in (False, True):
-        assert_equals_the_recurrence(documents, layer, plan, by_channel=by_channel)
+        assert_equals_the_recurrence(documents, layer, sharded, by_channel=by_channel)
 
 
-def conv_bytes(plan: ShardedBatch, batch: int) -> int:
+def conv_bytes(sharded: ShardedBatch, batch: int) -> int:
     """w - 1 tokens for every segment with a neighbour on another rank, forward and back."""
     rank, runs = (
-        plan.mesh.rank("cp"),
-        [plan.layout.segments(r) for r in range(plan.mesh.size("cp"))],
+        sharded.mesh.rank("cp"),
+        [sharded.layout.segments(r) for r in range(sharded.mesh.size("cp"))],
     )
     owner = {p: r for r, row in enumerate(runs) for a, b in row for p in (a, b - 1)}
     own = {p for p, r in owner.items() if r == rank}
     left = sum(a > 0 and a - 1 not in own for a, _ in runs[rank])
-    right = sum(b < plan.layout.seq_len and b not in own for _, b in runs[rank])
+    right = sum(b < sharded.layout.seq_len and b not in own for _, b in runs[rank])
     return (left + right) * (WIDTH - 1) * batch * CHANNELS * 8
 
 
@@ -214,13 +215,15 @@ def test_compiled_is_one_graph_for_every_packing(mesh, ranks):
     layout = Contiguous if ranks == 3 else HeadTail
     layer = layer_on(mesh)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    with count_graphs() as found:
-        for packing, by_channel in product(cases.PACKINGS[1:4], (False, True)):
+    with count_graphs() as graphs:
+        for packing, by_channel in product(packings.PACKINGS[1:4], (False, True)):
             documents = packing(SEQ_LEN, ranks)
-            plan = plan_of(documents, layer, mesh, layout)
-            traffic = assert_equals_the_recurrence(documents, compiled, plan, by_channel=by_channel)
+            sharded = shard_case(documents, layer, mesh, layout)
+            traffic = assert_equals_the_recurrence(
+                documents, compiled, sharded, by_channel=by_channel
+            )
             assert traffic["dtcp::gated_delta_rule_backward"].calls == 1
-    assert (found.graphs, found.breaks) == (2, 0)
+    assert (graphs.graphs, graphs.breaks) == (2, 0)
 
 
 class Whole(nn.Module):
@@ -245,32 +248,32 @@ def test_a_layer_on_tokens_dealt_anew_equals_the_recurrence(mesh, inside, ranks)
     keys = {"inner.conv": CausalConvCP(), "inner.rule": GatedDeltaCP(), "": style}
     compiled = torch.compile(apply_plan(layer, mesh, keys), backend="aot_eager", fullgraph=True)
     whole = torch.cat(expected.inputs[:3], dim=-1)
-    with count_graphs() as found:
+    with count_graphs() as graphs:
         for layout in (PerDocument, Contiguous, HeadTail, BlockBalanced):
-            plan = plan_of(documents, layer, mesh, layout)
-            x = plan.shard(whole).requires_grad_()
+            sharded = shard_case(documents, layer, mesh, layout)
+            x = sharded.shard(whole).requires_grad_()
             with count_traffic() as traffic:
-                out = compiled(x, plan.attn_metadata)
+                out = compiled(x, sharded.attn_metadata)
                 grad, d_weight = torch.autograd.grad(
-                    out, (x, layer.weight), plan.shard(expected.grad_out).flatten(2)
+                    out, (x, layer.weight), sharded.shard(expected.grad_out).flatten(2)
                 )
             dist.all_reduce(d_weight)
-            assert_close(out, plan.shard(expected.out).flatten(2))
-            assert_close(grad, plan.shard(torch.cat(expected.grads[:3], dim=-1)))
+            assert_close(out, sharded.shard(expected.out).flatten(2))
+            assert_close(grad, sharded.shard(torch.cat(expected.grads[:3], dim=-1)))
             assert_close(d_weight, expected.grads[3])
             # Tokens come as wide as they are and go home as values alone, and so do gradients.
             sizes = [H * V, CHANNELS + 2 * H]
-            one, two = (style.received(plan.layout, mesh.get_local_rank(), 8 * n) for n in sizes)
+            one, two = (style.received(sharded.layout, mesh.get_local_rank(), 8 * n) for n in sizes)
             moved = one + two
             assert 2 * traffic["dtcp::all_to_all"].received == moved.forward + moved.backward
-    assert (found.graphs, found.breaks) == (1, 0)
+    assert (graphs.graphs, graphs.breaks) == (1, 0)
 
 
 @spmd(axes={"cp": 2, "tp": 2})
 def test_dtensors_split_by_sequence_and_heads_equal_the_recurrence(mesh):
-    documents = cases.across_borders(SEQ_LEN, 2)
+    documents = packings.across_borders(SEQ_LEN, 2)
     layer = layer_on(mesh["cp"])
-    plan = plan_of(documents, layer, mesh["cp"], HeadTail)
+    sharded = shard_case(documents, layer, mesh["cp"], HeadTail)
     generator = torch.Generator().manual_seed(3)
     shapes = ((G, K), (G, K), (H, V), (H,), (H,))
     whole = [
@@ -286,10 +289,10 @@ def test_dtensors_split_by_sequence_and_heads_equal_the_recurrence(mesh):
     placed = (Shard(1), Shard(2))
 
     def part(x: Tensor) -> Tensor:
-        return plan.shard(x).chunk(2, dim=2)[mesh["tp"].get_local_rank()].contiguous()
+        return sharded.shard(x).chunk(2, dim=2)[mesh["tp"].get_local_rank()].contiguous()
 
     local = [DTensor.from_local(part(x), mesh, placed).requires_grad_() for x in whole]
-    out = layer.rule(*local, plan.attn_metadata)
+    out = layer.rule(*local, sharded.attn_metadata)
     grads = torch.autograd.grad(out, local, DTensor.from_local(part(cotangent), mesh, placed))
     assert_close(out.to_local(), part(expected.detach()))
     for actual, right in zip(grads, wanted, strict=True):
@@ -319,16 +322,16 @@ def test_fewest_bytes_gathers_among_few_and_scans_among_many():
 
 @spmd(ranks=2)
 def test_what_cannot_be_honoured_is_refused_on_every_rank(mesh):
-    layer, documents = layer_on(mesh), cases.across_borders(SEQ_LEN, 2)
-    refused("of the layouts", lambda: plan_of(documents, layer, mesh, BlockBalanced))
+    layer, documents = layer_on(mesh), packings.across_borders(SEQ_LEN, 2)
+    refused("of the layouts", lambda: shard_case(documents, layer, mesh, BlockBalanced))
     short = Documents.single(1, 8)
-    refused("segment_len=2", lambda: plan_of(short, layer, mesh, HeadTail))
+    refused("segment_len=2", lambda: shard_case(short, layer, mesh, HeadTail))
     refused("metadata of its batch", lambda: layer(*truth(documents).inputs, {}))
-    plan, inputs = plan_of(documents, layer, mesh, HeadTail), truth(documents).inputs
-    refused("metadata of its own batch", lambda: layer(*inputs, plan.attn_metadata))
-    x, g, beta, weight = (plan.shard(t) if t.ndim > 2 else t for t in inputs)
+    sharded, inputs = shard_case(documents, layer, mesh, HeadTail), truth(documents).inputs
+    refused("metadata of its own batch", lambda: layer(*inputs, sharded.attn_metadata))
+    x, g, beta, weight = (sharded.shard(t) if t.ndim > 2 else t for t in inputs)
     odd = g[..., None].expand(-1, -1, -1, K + 1)
-    refused("key channel of one", lambda: layer(x, odd, beta, weight, plan.attn_metadata))
+    refused("key channel of one", lambda: layer(x, odd, beta, weight, sharded.attn_metadata))
     refused("as many shards", lambda: batch_metadata(layer, documents))
     refused("equal parts", lambda: HeadTail(6, 2))
     refused(
@@ -340,11 +343,11 @@ def test_what_cannot_be_honoured_is_refused_on_every_rank(mesh):
     refused("got a Linear", lambda: parallelize_module(nn.Linear(2, 2), mesh, relaid), TypeError)
     dealt = parallelize_module(layer_on(mesh), mesh, relaid)
     refused("once, got a Layer", lambda: parallelize_module(dealt, mesh, relaid), TypeError)
-    refused("metadata of its batch", lambda: dealt(inputs[0], plan.attn_metadata))
+    refused("metadata of its batch", lambda: dealt(inputs[0], sharded.attn_metadata))
     refused("as many shards", lambda: batch_metadata(dealt, documents))
-    refused("segment_len=2", lambda: plan_of(Documents.single(1, 4), dealt, mesh, Contiguous))
+    refused("segment_len=2", lambda: shard_case(Documents.single(1, 4), dealt, mesh, Contiguous))
     unclaimed = Layer()
-    refused("unclaimed", lambda: plan_of(documents, unclaimed, mesh, HeadTail))
+    refused("unclaimed", lambda: shard_case(documents, unclaimed, mesh, HeadTail))
     refused("claimed", lambda: apply_plan(unclaimed, mesh, {"rule": GatedDeltaCP()}))
 
 

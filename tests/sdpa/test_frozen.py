@@ -48,10 +48,10 @@ def test_target_on_ranks_reads_what_one_device_reads(mesh, ranks, compiled):
             for layer in model.layers:
                 layer.compile(backend="aot_eager", fullgraph=True)
         before = ids.clone()
-        found = target(ids, Documents(lengths, SEQ_LEN).position_ids())
-        assert_close(found.logits, logits)
-        assert_close(found.hidden_states, hidden_states)
-        for x in (found.logits, *found.hidden_states.values()):
+        output = target(ids, Documents(lengths, SEQ_LEN).position_ids())
+        assert_close(output.logits, logits)
+        assert_close(output.hidden_states, hidden_states)
+        for x in (output.logits, *output.hidden_states.values()):
             assert x.is_contiguous() and not x.requires_grad
         assert torch.equal(ids, before)
 

@@ -15,7 +15,7 @@ from dtcp.sdpa.aten_rules import install_sdpa_rules
 from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
 from dtcp.softmax import AllGatherAttention, UlyssesAttention
-from tests.harness import packings as cases
+from tests.harness import packings
 from tests.harness.attention_parity import refused
 from tests.harness.spmd import spmd
 
@@ -201,7 +201,7 @@ def test_attention_inside_a_layout_with_heads_on_another_axis(mesh, compiled):
 @pytest.mark.parametrize("causal", [True, False])
 @spmd(ranks=2)
 def test_attention_inside_a_layout_heeds_documents(mesh, causal):
-    documents = cases.across_borders(SEQ_LEN, 2)
+    documents = packings.across_borders(SEQ_LEN, 2)
     layout = PerDocument.for_batch(documents, 2)
 
     def inside(q, k, v):
@@ -218,7 +218,7 @@ def test_compiled_code_heeds_the_layout_it_is_called_in(mesh):
     """One compiled function: bare, inside one layout, another, with documents, and bare again."""
     install_sdpa_rules()
     function = torch.compile(attend, backend="aot_eager", fullgraph=True)
-    documents = cases.across_borders(SEQ_LEN, 2)
+    documents = packings.across_borders(SEQ_LEN, 2)
     contexts = [
         None,
         (HeadTail(SEQ_LEN, 2), None),

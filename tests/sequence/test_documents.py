@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from dtcp.sequence.documents import PADDING, Documents
-from tests.harness import packings as cases
+from tests.harness import packings
 
 
 def spelt_out(documents):
@@ -23,7 +23,7 @@ def spelt_out(documents):
     return torch.tensor(rows)
 
 
-@pytest.mark.parametrize("packing", cases.PACKINGS)
+@pytest.mark.parametrize("packing", packings.PACKINGS)
 def test_tokens_know_their_document(packing):
     documents = packing(24, 4)
     expected = spelt_out(documents).unbind(-1)
@@ -33,13 +33,15 @@ def test_tokens_know_their_document(packing):
     assert_close(documents.ends(), expected[3])
 
 
-@pytest.mark.parametrize("packing", [cases.one_document, cases.across_borders, cases.on_borders])
+@pytest.mark.parametrize(
+    "packing", [packings.one_document, packings.across_borders, packings.on_borders]
+)
 def test_documents_are_read_off_position_ids(packing):
     documents = packing(24, 4)
     assert Documents.from_position_ids(documents.position_ids()) == documents
 
 
-@pytest.mark.parametrize("packing", cases.PACKINGS)
+@pytest.mark.parametrize("packing", packings.PACKINGS)
 def test_batch_says_its_documents_in_one_of_three_ways(packing):
     """Explicitly, by position ids that restart beside a padding mask, or by neither: whole rows."""
     documents = packing(24, 4)
@@ -81,7 +83,7 @@ def test_single_fills_every_row():
 
 
 def test_padding_a_row_adds_tokens_of_no_document():
-    documents = cases.two_rows(24, 4)
+    documents = packings.two_rows(24, 4)
     longer = documents.padded(30)
     assert_close(longer.document()[:, :24], documents.document())
     assert (longer.document()[:, 24:] == PADDING).all()

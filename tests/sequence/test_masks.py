@@ -15,15 +15,17 @@ from dtcp.sequence.masks import (
     PrefixLM,
     SlidingWindow,
 )
-from tests.harness import packings as cases
-from tests.harness.attention_parity import SIGHTS
+from tests.harness import packings
+from tests.harness.attention_parity import MASK_CASES
 
 SEQ_LEN = 24
 
 
 def coords_of(documents: Documents) -> Coords:
     return Coords.of(
-        documents, prefix=cases.prefix_of_tokens(documents), block=cases.blocks_of_tokens(documents)
+        documents,
+        prefix=packings.prefix_of_tokens(documents),
+        block=packings.blocks_of_tokens(documents),
     )
 
 
@@ -33,33 +35,33 @@ def keys_of(first, last, seq_len):
     return (key >= first[..., None]) & (key <= last[..., None])
 
 
-@pytest.mark.parametrize("packing", cases.PACKINGS)
-@pytest.mark.parametrize("sight", SIGHTS, ids=lambda sight: f"{sight.mask}")
-def test_predicate_and_intervals_mean_the_rule(sight, packing):
+@pytest.mark.parametrize("packing", packings.PACKINGS)
+@pytest.mark.parametrize("mask_case", MASK_CASES, ids=lambda mask_case: f"{mask_case.mask}")
+def test_predicate_and_intervals_mean_the_rule(mask_case, packing):
     documents = packing(SEQ_LEN, 4)
-    coords, expected = coords_of(documents), sight.visible(documents)
-    first, last = sight.mask.intervals(coords)
-    assert_close(sight.mask.visible(coords, coords), expected)
+    coords, expected = coords_of(documents), mask_case.visible(documents)
+    first, last = mask_case.mask.intervals(coords)
+    assert_close(mask_case.mask.visible(coords, coords), expected)
     assert_close(keys_of(first, last, SEQ_LEN), expected)
     assert first.dtype == last.dtype == torch.int32
 
 
-@pytest.mark.parametrize("sight", SIGHTS, ids=lambda sight: f"{sight.mask}")
-def test_predicate_of_some_tokens_is_a_part_of_the_whole(sight):
-    coords = coords_of(cases.two_rows(SEQ_LEN, 4))
+@pytest.mark.parametrize("mask_case", MASK_CASES, ids=lambda mask_case: f"{mask_case.mask}")
+def test_predicate_of_some_tokens_is_a_part_of_the_whole(mask_case):
+    coords = coords_of(packings.two_rows(SEQ_LEN, 4))
     queries, keys = torch.tensor([3, 17, 4]), torch.tensor([23, 0, 5, 16])
-    whole = sight.mask.visible(coords, coords)
-    part = sight.mask.visible(coords.select(queries), coords.select(keys))
+    whole = mask_case.mask.visible(coords, coords)
+    part = mask_case.mask.visible(coords.select(queries), coords.select(keys))
     assert_close(part, whole[:, queries][:, :, keys])
 
 
-@pytest.mark.parametrize("sight", SIGHTS, ids=lambda sight: f"{sight.mask}")
-def test_padding_sees_nothing_and_is_not_seen(sight):
-    documents = cases.last_shard_padding(SEQ_LEN, 4)
+@pytest.mark.parametrize("mask_case", MASK_CASES, ids=lambda mask_case: f"{mask_case.mask}")
+def test_padding_sees_nothing_and_is_not_seen(mask_case):
+    documents = packings.last_shard_padding(SEQ_LEN, 4)
     coords, padding = coords_of(documents), documents.document() < 0
-    first, last = sight.mask.intervals(coords)
+    first, last = mask_case.mask.intervals(coords)
     assert padding.any() and (last[padding] < first[padding]).all()
-    assert not sight.mask.visible(coords, coords)[:, :, padding[0]].any()
+    assert not mask_case.mask.visible(coords, coords)[:, :, padding[0]].any()
 
 
 def test_masks_are_values():
@@ -131,7 +133,7 @@ def test_coordinate_of_another_shape_is_refused(name):
 
 
 def test_coords_at_slots_take_every_field():
-    coords = coords_of(cases.two_rows(SEQ_LEN, 4))
+    coords = coords_of(packings.two_rows(SEQ_LEN, 4))
     coords = replace(coords, position_ids=torch.stack((coords.token_index, coords.start)))
     slots = torch.tensor([7, 0, 20])
     for field in fields(Coords):

@@ -31,14 +31,14 @@ from dtcp.softmax import (
     UlyssesAttention,
 )
 from dtcp.softmax.mixer import SoftmaxAttention
-from tests.harness import packings as cases
+from tests.harness import packings
 from tests.harness.attention_parity import (
     BIDIRECTIONAL,
     CAUSAL,
     IMAGES_IN_WINDOW,
     LAYOUTS,
+    MASK_CASES,
     PREFIX,
-    SIGHTS,
     WINDOW,
     Block,
     Case,
@@ -48,8 +48,8 @@ from tests.harness.attention_parity import (
     in_tiles,
     local_inputs,
     mixer_on,
-    plan_of,
     run,
+    shard_case,
     styles,
     truth,
 )
@@ -57,11 +57,11 @@ from tests.harness.spmd import spmd
 
 TILE = 5  # does not divide the shards
 PACKINGS = (
-    cases.across_borders,
-    cases.one_token_documents,
-    cases.last_shard_padding,
-    cases.two_rows,
-    cases.equal_rows,
+    packings.across_borders,
+    packings.one_token_documents,
+    packings.last_shard_padding,
+    packings.two_rows,
+    packings.equal_rows,
 )
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -88,10 +88,10 @@ def test_attention_equals_one_device(mesh, layout, ranks):
     assert_masks_differ(ranks)
     for style in styles(ranks):
         style = in_tiles(style, TILE)
-        for sight in SIGHTS:
-            mixer = mixer_on(mesh, style, sight.mask)
+        for mask_case in MASK_CASES:
+            mixer = mixer_on(mesh, style, mask_case.mask)
             for packing in PACKINGS:
-                case = Case(sight, packing, **heads_for(ranks))
+                case = Case(mask_case, packing, **heads_for(ranks))
                 if accepts(style, layout, case, ranks):
                     assert_equals_one_device(case, mixer, mixer, mesh, layout)
 
@@ -99,19 +99,19 @@ def test_attention_equals_one_device(mesh, layout, ranks):
 def assert_masks_differ(ranks):
     """By more than rounding: a test that cannot see that a mask was dropped proves nothing."""
     causal = truth(Case(CAUSAL, **heads_for(ranks)), ranks).out
-    for sight in SIGHTS:
-        difference = truth(Case(sight, **heads_for(ranks)), ranks).out - causal
-        assert (difference.abs().max() > 0.01) == (sight is not CAUSAL)
+    for mask_case in MASK_CASES:
+        difference = truth(Case(mask_case, **heads_for(ranks)), ranks).out - causal
+        assert (difference.abs().max() > 0.01) == (mask_case is not CAUSAL)
 
 
 @layouts
 @spmd(ranks=(1, 3))
 def test_attention_on_odd_ranks_equals_one_device(mesh, layout, ranks):
-    for style, sight in product(styles(ranks), (BIDIRECTIONAL, IMAGES_IN_WINDOW)):
+    for style, mask_case in product(styles(ranks), (BIDIRECTIONAL, IMAGES_IN_WINDOW)):
         style = in_tiles(style, TILE)
-        mixer = mixer_on(mesh, style, sight.mask)
-        for packing in (cases.across_borders, cases.equal_rows):
-            case = Case(sight, packing, **heads_for(ranks))
+        mixer = mixer_on(mesh, style, mask_case.mask)
+        for packing in (packings.across_borders, packings.equal_rows):
+            case = Case(mask_case, packing, **heads_for(ranks))
             if accepts(style, layout, case, ranks):
                 assert_equals_one_device(case, mixer, mixer, mesh, layout)
 
@@ -127,7 +127,7 @@ def test_compiled_attention_equals_one_device(mesh, boundary, ranks):
         mixer = mixer_on(mesh, in_tiles(style, TILE), IMAGES_IN_WINDOW.mask)
         attend = compiled(mixer, boundary)
         with count_graphs() as graphs:
-            for layout, packing in product(everywhere, (cases.equal_rows, cases.two_rows)):
+            for layout, packing in product(everywhere, (packings.equal_rows, packings.two_rows)):
                 # 64 tokens suit all layouts as they are, 48 suit 3 ranks.
                 seq_len = 48 if ranks == 3 else 64
                 case = Case(IMAGES_IN_WINDOW, packing, seq_len=seq_len, **heads_for(ranks))
@@ -138,11 +138,11 @@ def test_compiled_attention_equals_one_device(mesh, boundary, ranks):
 
 @spmd(ranks=2)
 def test_compiled_attention_equals_one_device_under_every_mask(mesh):
-    for boundary, sight in product((InGraph(), EagerIsland()), SIGHTS):
+    for boundary, mask_case in product((InGraph(), EagerIsland()), MASK_CASES):
         torch._dynamo.reset()
-        mixer = mixer_on(mesh, in_tiles(RingAttention(boundary=boundary), TILE), sight.mask)
+        mixer = mixer_on(mesh, in_tiles(RingAttention(boundary=boundary), TILE), mask_case.mask)
         attend = compiled(mixer, boundary)
-        case = Case(sight, cases.one_token_documents)
+        case = Case(mask_case, packings.one_token_documents)
         assert_equals_one_device(case, attend, mixer, mesh, HeadTail)
 
 
@@ -154,7 +154,7 @@ def test_island_in_eager_code_is_the_same(mesh, ranks):
 
 
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [
         {"softcap": 2.0},
         {"scale": 0.7, "sink": False},
@@ -167,12 +167,12 @@ def test_island_in_eager_code_is_the_same(mesh, ranks):
     ids=repr,
 )
 @spmd(ranks=(2, 4))
-def test_attention_of_other_shapes_equals_one_device(mesh, how, ranks):
+def test_attention_of_other_shapes_equals_one_device(mesh, options, ranks):
     for style, layout in product(styles(ranks), (HeadTail, PerDocument)):
-        case = Case(IMAGES_IN_WINDOW, cases.across_borders, **how)
+        case = Case(IMAGES_IN_WINDOW, packings.across_borders, **options)
         if accepts(style, layout, case, ranks):
             softmax = {"scale": case.scale, "softcap": case.softcap}
-            mixer = mixer_on(mesh, in_tiles(style, TILE), case.sight.mask, **softmax)
+            mixer = mixer_on(mesh, in_tiles(style, TILE), case.mask_case.mask, **softmax)
             assert_equals_one_device(case, mixer, mixer, mesh, layout)
 
 
@@ -190,13 +190,13 @@ def test_hybrid_of_any_inner_size_equals_one_device(mesh, ranks):
 def test_rows_padded_to_fit_the_layout_equal_one_device(mesh, layout, ranks):
     """41 tokens fit none; what was added is gone when the output is gathered."""
     for style in styles(ranks):
-        case = Case(WINDOW, cases.equal_rows, seq_len=41, **heads_for(ranks))
+        case = Case(WINDOW, packings.equal_rows, seq_len=41, **heads_for(ranks))
         if accepts(style, layout, case, ranks):
             mixer = mixer_on(mesh, in_tiles(style, TILE), WINDOW.mask)
             assert_equals_one_device(case, mixer, mixer, mesh, layout)
-            plan = plan_of(case, mixer, mesh, layout)
-            out = run(case, mixer, plan, local_inputs(case, plan)).out
-            assert_close(plan.gather(out), truth(case, ranks).out)
+            sharded = shard_case(case, mixer, mesh, layout)
+            out = run(case, mixer, sharded, local_inputs(case, sharded)).out
+            assert_close(sharded.gather(out), truth(case, ranks).out)
 
 
 @spmd(ranks=(2, 4))
@@ -204,13 +204,13 @@ def test_rank_that_holds_only_padding_has_no_part_in_anything(mesh, ranks):
     """Its output and gradients are zero, and the other ranks' are exact; in Ulysses it still
     attends for others, with its share of the heads, so that its part of dsink is not zero."""
     for style in styles(ranks):
-        case = Case(WINDOW, cases.last_shard_padding)
+        case = Case(WINDOW, packings.last_shard_padding)
         mixer = mixer_on(mesh, style, WINDOW.mask)
-        plan = plan_of(case, mixer, mesh, Contiguous)
-        result = run(case, mixer, plan, local_inputs(case, plan))
-        assert max(errors(case, result, plan).values()) <= 1e-12
+        sharded = shard_case(case, mixer, mesh, Contiguous)
+        result = run(case, mixer, sharded, local_inputs(case, sharded))
+        assert max(errors(case, result, sharded).values()) <= 1e-12
         if mesh.get_local_rank() == ranks - 1:
-            assert (plan.shard(plan.documents.document()) < 0).all()
+            assert (sharded.shard(sharded.documents.document()) < 0).all()
             assert not any(x.any() for x in (result.out, *result.grads[:3]))
 
 
@@ -219,7 +219,7 @@ def test_fp32_attention_equals_one_device(mesh, ranks):
     for style, layout in product(styles(ranks), LAYOUTS):
         case = Case(IMAGES_IN_WINDOW, dtype=torch.float32)
         if accepts(style, layout, case, ranks):
-            mixer = mixer_on(mesh, in_tiles(style, TILE), case.sight.mask)
+            mixer = mixer_on(mesh, in_tiles(style, TILE), case.mask_case.mask)
             assert_equals_one_device(case, mixer, mixer, mesh, layout)
 
 
@@ -233,9 +233,9 @@ def test_bf16_attention_is_as_exact_as_one_device(mesh, ranks):
         if not accepts(style, layout, case, ranks):
             continue
         mixer = mixer_on(mesh, in_tiles(style, 16), CAUSAL.mask)
-        plan = plan_of(case, mixer, mesh, layout)
-        result = run(case, mixer, plan, local_inputs(case, plan))
-        ours = [plan.gather(x).double() for x in (result.out, *result.grads)]
+        sharded = shard_case(case, mixer, mesh, layout)
+        result = run(case, mixer, sharded, local_inputs(case, sharded))
+        ours = [sharded.gather(x).double() for x in (result.out, *result.grads)]
         wholes = (expected.out, *expected.grads)
         for mine, torchs, right in zip(ours, plain, wholes, strict=True):
             error, bound = ((x - right).norm() / right.norm() for x in (mine, torchs))
@@ -246,7 +246,7 @@ def plain_attention(case, ranks):
     """Output and gradients of torch's attention, in the case's dtype on one device."""
     expected = truth(case, ranks)
     inputs = [x.to(case.dtype).requires_grad_() for x in expected.inputs]
-    visible = case.sight.visible(case.documents(ranks))[:, None]
+    visible = case.mask_case.visible(case.documents(ranks))[:, None]
     q, k, v = (x.transpose(1, 2) for x in inputs)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
     out = out.transpose(1, 2)
@@ -261,21 +261,23 @@ def test_heads_sharded_over_tp_equal_one_device(mesh, boundary):
     tp, case = mesh["tp"], Case(IMAGES_IN_WINDOW, heads=8, kv_heads=4)
     for style in styles(2, boundary=boundary or InGraph()):
         torch._dynamo.reset()
-        mixer = mixer_on(mesh, in_tiles(style, TILE), case.sight.mask)
+        mixer = mixer_on(mesh, in_tiles(style, TILE), case.mask_case.mask)
         attend = mixer if boundary is None else compiled(mixer, boundary)
-        plan = plan_of(case, mixer, mesh, Contiguous)
+        sharded = shard_case(case, mixer, mesh, Contiguous)
         expected = truth(case, 2)
 
         def mine(x):
             return x.chunk(2, dim=2 if x.ndim == 4 else 0)[tp.get_local_rank()]
 
-        inputs = tuple(mine(x).detach().clone().requires_grad_() for x in local_inputs(case, plan))
+        inputs = tuple(
+            mine(x).detach().clone().requires_grad_() for x in local_inputs(case, sharded)
+        )
         q, k, v, sink = inputs
-        out = attend(q, k, v, plan.attn_metadata, sink=sink)
-        grads = torch.autograd.grad(out, inputs, mine(plan.shard(expected.grad_out)))
-        assert_close(out, mine(plan.shard(expected.out)))
+        out = attend(q, k, v, sharded.attn_metadata, sink=sink)
+        grads = torch.autograd.grad(out, inputs, mine(sharded.shard(expected.grad_out)))
+        assert_close(out, mine(sharded.shard(expected.out)))
         for grad, whole in zip(grads[:3], expected.grads[:3], strict=True):
-            assert_close(grad, mine(plan.shard(whole)))
+            assert_close(grad, mine(sharded.shard(whole)))
         dsink = grads[3].clone()
         torch.distributed.all_reduce(dsink, group=mesh["cp"].get_group())
         assert_close(dsink, mine(expected.grads[3]))
@@ -284,25 +286,25 @@ def test_heads_sharded_over_tp_equal_one_device(mesh, boundary):
 @spmd(ranks=2)
 def test_inputs_need_not_be_contiguous(mesh):
     """Nor the gradient: that of a sum is one number, expanded (NeMo issue 2384)."""
-    case = Case(PREFIX, cases.two_rows, sink=False)
+    case = Case(PREFIX, packings.two_rows, sink=False)
     for style in styles(2)[:-1]:
         mixer = mixer_on(mesh, style, PREFIX.mask)
-        plan = plan_of(case, mixer, mesh, HeadTail)
-        inputs = local_inputs(case, plan)
+        sharded = shard_case(case, mixer, mesh, HeadTail)
+        inputs = local_inputs(case, sharded)
         turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
         assert not turned[0].is_contiguous()
-        actual = torch.autograd.grad(mixer(*turned, plan.attn_metadata).sum(), inputs)
+        actual = torch.autograd.grad(mixer(*turned, sharded.attn_metadata).sum(), inputs)
         whole = [x.clone().requires_grad_() for x in truth(case, 2).inputs]
         one = SoftmaxAttention(PREFIX.mask)
-        assert_close(actual, one_device_gradients(one, case, plan, whole))
+        assert_close(actual, one_device_gradients(one, case, sharded, whole))
 
 
-def one_device_gradients(mixer, case, plan, inputs):
+def one_device_gradients(mixer, case, sharded, inputs):
     """This rank's part of the gradients of the output's sum, on one device."""
     documents = case.documents(2)
-    attn_metadata = batch_metadata(mixer, documents, prefix=cases.prefix_of_tokens(documents))
+    attn_metadata = batch_metadata(mixer, documents, prefix=packings.prefix_of_tokens(documents))
     grads = torch.autograd.grad(mixer(*inputs, attn_metadata).sum(), inputs)
-    return tuple(plan.shard(x) for x in grads)
+    return tuple(sharded.shard(x) for x in grads)
 
 
 @pytest.mark.parametrize("boundary", [InGraph(), EagerIsland()])
@@ -328,15 +330,15 @@ def test_recomputed_attention_equals_one_device(mesh, boundary):
 @spmd(ranks=2)
 def test_layers_of_different_kinds_share_a_batch(mesh):
     """A plan with another strategy for each mask, all reading one batch's metadata."""
-    sights = (CAUSAL, WINDOW, BIDIRECTIONAL, CAUSAL)
+    masks = (CAUSAL, WINDOW, BIDIRECTIONAL, CAUSAL)
     kinds = (RingAttention(), AllGatherAttention(), UlyssesAttention(), UlyssesAttention())
-    mixers = nn.ModuleList(SoftmaxAttention(sight.mask) for sight in sights)
+    mixers = nn.ModuleList(SoftmaxAttention(mask_case.mask) for mask_case in masks)
     apply_plan(mixers, mesh, {f"{index}": kind for index, kind in enumerate(kinds)})
-    documents = cases.across_borders(48, 2)
+    documents = packings.across_borders(48, 2)
     batch = {"input_ids": torch.zeros(1, 48, dtype=torch.int64)}
     whole = ParallelMesh.from_device_mesh(mesh)
-    _, plan = shard_batch(batch, whole, BlockBalanced, model=mixers, documents=documents)
-    for mixer, sight in zip(mixers, sights, strict=True):
-        case = Case(sight)
-        result = run(case, mixer, plan, local_inputs(case, plan))
-        assert max(errors(case, result, plan).values()) <= 1e-12
+    _, sharded = shard_batch(batch, whole, BlockBalanced, model=mixers, documents=documents)
+    for mixer, mask_case in zip(mixers, masks, strict=True):
+        case = Case(mask_case)
+        result = run(case, mixer, sharded, local_inputs(case, sharded))
+        assert max(errors(case, result, sharded).values()) <= 1e-12

@@ -23,7 +23,7 @@ from dtcp.softmax import (
     RingAttention,
     UlyssesAttention,
 )
-from tests.harness import packings as cases
+from tests.harness import packings
 from tests.harness.attention_parity import (
     CAUSAL,
     WINDOW,
@@ -31,7 +31,7 @@ from tests.harness.attention_parity import (
     Case,
     local_inputs,
     mixer_on,
-    plan_of,
+    shard_case,
     styles,
 )
 from tests.harness.spmd import spmd
@@ -53,9 +53,9 @@ def saved_bytes() -> Iterator[dict[int, int]]:
         yield kept
 
 
-def local_bytes(case, plan, kv_copies=1):
+def local_bytes(case, sharded, kv_copies=1):
     """q, k, v, out and lse of one rank, and its sinks."""
-    tokens = plan.documents.batch * plan.layout.shard_len
+    tokens = sharded.documents.batch * sharded.layout.shard_len
     size = torch.finfo(case.dtype).bits // 8
     query = case.heads * (case.key_dim + case.value_dim) * size
     key = case.kv_heads * (case.key_dim + case.value_dim) * size * kv_copies
@@ -68,20 +68,20 @@ def local_bytes(case, plan, kv_copies=1):
 def test_kept_for_backward_is_at_most_what_is_local(mesh, boundary):
     """q, k, v, out and lse; Ulysses keeps copies where ranks share a kv head."""
     for style, kv_heads in product(styles(2, boundary=boundary or InGraph()), (2, 1)):
-        case = Case(WINDOW, cases.two_rows, heads=4, kv_heads=kv_heads, dtype=torch.float32)
+        case = Case(WINDOW, packings.two_rows, heads=4, kv_heads=kv_heads, dtype=torch.float32)
         torch._dynamo.reset()
         mixer = mixer_on(mesh, style, WINDOW.mask)
-        plan = plan_of(case, mixer, mesh, Contiguous)
+        sharded = shard_case(case, mixer, mesh, Contiguous)
         attend = mixer
         if boundary is not None:
             whole = isinstance(boundary, InGraph)
             attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=whole)
-        q, k, v, sink = local_inputs(case, plan)
+        q, k, v, sink = local_inputs(case, sharded)
         with saved_bytes() as kept:
-            out = attend(q, k, v, plan.attn_metadata, sink=sink)
+            out = attend(q, k, v, sharded.attn_metadata, sink=sink)
         shares_heads = isinstance(style, UlyssesAttention | HybridAttention)
         copies = 2 // kv_heads if shares_heads else 1
-        bound = local_bytes(case, plan, copies)
+        bound = local_bytes(case, sharded, copies)
         assert bound / 2 < sum(kept.values()) <= bound, f"{style}"
         out.sum().backward()
 
@@ -94,26 +94,26 @@ def largest_allocation(work):
     return max(event.nbytes() for event in events if event.name() == "[memory]")
 
 
-@pytest.mark.parametrize("how", [{}, {"softcap": 5.0}, {"value_dim": 4}], ids=repr)
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"value_dim": 4}], ids=repr)
 @spmd(ranks=2)
-def test_nothing_of_the_size_of_a_score_table_is_made(mesh, how):
+def test_nothing_of_the_size_of_a_score_table_is_made(mesh, options):
     """Not even one byte for each of L x S pairs; making the metadata of the batch counts too."""
     seq_len, row = 4096, 2 * 4 * 4
     for style, mask in product(styles(2), (Causal(), Causal() & SlidingWindow(7))):
         if isinstance(style, HaloAttention) and mask == Causal():
             continue
-        softmax = {"softcap": how.get("softcap", 0.0)}
+        softmax = {"softcap": options.get("softcap", 0.0)}
         mixer = mixer_on(mesh, style, mask, **softmax)
         documents = Documents(((seq_len // 2 + 5, seq_len // 4),), seq_len)
         batch = {"input_ids": torch.zeros(1, seq_len, dtype=torch.int64)}
         whole = ParallelMesh.from_device_mesh(mesh)
 
         def step():
-            _, plan = shard_batch(batch, whole, HeadTail, model=mixer, documents=documents)  # noqa: B023
-            shape = (1, plan.layout.shard_len, 2, 8)
+            _, sharded = shard_batch(batch, whole, HeadTail, model=mixer, documents=documents)  # noqa: B023
+            shape = (1, sharded.layout.shard_len, 2, 8)
             q, k = (torch.randn(shape, requires_grad=True) for _ in range(2))
-            v = torch.randn(*shape[:3], how.get("value_dim", 8), requires_grad=True)
-            mixer(q, k, v, plan.attn_metadata).sum().backward()  # noqa: B023
+            v = torch.randn(*shape[:3], options.get("value_dim", 8), requires_grad=True)
+            mixer(q, k, v, sharded.attn_metadata).sum().backward()  # noqa: B023
 
         largest = largest_allocation(step)
         assert seq_len // 2 * row <= largest < seq_len // 2 * seq_len, f"{style}"
@@ -128,9 +128,9 @@ def test_ring_holds_two_shards_of_keys_and_no_more(mesh):
     whole, largest = ParallelMesh.from_device_mesh(mesh), {}
     for style in (RingAttention(), AllGatherAttention(), HybridAttention()):
         mixer = mixer_on(mesh, style, CAUSAL.mask)
-        _, plan = shard_batch(batch, whole, HeadTail, model=mixer, documents=documents)
+        _, sharded = shard_batch(batch, whole, HeadTail, model=mixer, documents=documents)
         q, k, v = (torch.randn(1, seq_len // 4, 8, 64) for _ in range(3))
-        largest[type(style)] = largest_allocation(lambda: mixer(q, k, v, plan.attn_metadata))  # noqa: B023
+        largest[type(style)] = largest_allocation(lambda: mixer(q, k, v, sharded.attn_metadata))  # noqa: B023
     shard = seq_len // 4 * 8 * 64 * 4
     assert largest[RingAttention] <= 2 * shard
     assert largest[AllGatherAttention] >= 4 * shard

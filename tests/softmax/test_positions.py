@@ -62,14 +62,14 @@ def test_positions_of_another_batch_stop_every_rank(mesh):
         own = WHOLE.position_ids()
         batch = {"input_ids": torch.zeros_like(own), "position_ids": own}
         ranks = ParallelMesh.of_sequence(mesh)
-        local, plan = shard_batch(batch, ranks, layout, model=mixer, documents=WHOLE)
-        rotated(mixer, local["position_ids"], plan.attn_metadata)
+        local, sharded = shard_batch(batch, ranks, layout, model=mixer, documents=WHOLE)
+        rotated(mixer, local["position_ids"], sharded.attn_metadata)
         shard = torch.arange(SEQ_LEN // 2)[None]
         for position_ids in (shard, shard + 1):
             with pytest.raises(RuntimeError, match=OTHERS):
-                rotated(mixer, position_ids, plan.attn_metadata)
+                rotated(mixer, position_ids, sharded.attn_metadata)
         several = local["position_ids"].expand(3, 1, -1)
-        refused("one position per token", lambda: rotated(mixer, several, plan.attn_metadata))  # noqa: B023
+        refused("one position per token", lambda: rotated(mixer, several, sharded.attn_metadata))  # noqa: B023
         batch["position_ids"] = own.expand(3, 1, -1)
         refused(
             "one position per token",

@@ -30,24 +30,23 @@ from dtcp.softmax import (
     UlyssesAttention,
 )
 from dtcp.softmax.style import AttentionShape
-from tests.harness import packings as cases
-from tests.harness import reference
+from tests.harness import packings, reference
 from tests.harness.attention_parity import (
     BIDIRECTIONAL,
     CAUSAL,
     IMAGES_IN_WINDOW,
     LAYOUTS,
+    MASK_CASES,
     PREFIX,
-    SIGHTS,
     WINDOW,
     Block,
     Case,
-    Sight,
+    MaskCase,
     accepts,
     local_inputs,
     mixer_on,
-    plan_of,
     run,
+    shard_case,
     styles,
     truth,
 )
@@ -57,13 +56,15 @@ SEQ_LEN = 64
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def moved(case, attend, plan):
+def moved(case, attend, sharded):
     """(forward, backward) traffic of one attention."""
-    q, k, v, *sink = inputs = local_inputs(case, plan)
+    q, k, v, *sink = inputs = local_inputs(case, sharded)
     with count_traffic() as forward:
-        out = attend(q, k, v, plan.attn_metadata, sink=sink[0] if sink else None)
+        out = attend(q, k, v, sharded.attn_metadata, sink=sink[0] if sink else None)
     with count_traffic() as backward:
-        torch.autograd.grad(out, inputs, plan.shard(truth(case, plan.layout.num_shards).grad_out))
+        torch.autograd.grad(
+            out, inputs, sharded.shard(truth(case, sharded.layout.num_shards).grad_out)
+        )
     return forward, backward
 
 
@@ -96,7 +97,7 @@ def expected_bytes(style, case, layout, rank):
     else:
         kv_heads, within = case.kv_heads, 0
     required_keys = (
-        tokens_between(case.sight.visible(documents), shards) * kv_heads * width * element
+        tokens_between(case.mask_case.visible(documents), shards) * kv_heads * width * element
     )
     out, home = required_keys[rank].sum(), required_keys[:, rank].sum()
     return within + out, within + out + home
@@ -113,32 +114,34 @@ def by_heads(case, shard_len, ranks):
 def test_bytes_are_those_of_the_keys_that_are_needed(mesh, layout, ranks):
     """Both directions, every strategy, mask and packing; and the planner's formula agrees."""
     rank = mesh.get_local_rank()
-    sights = SIGHTS if ranks == 4 else (CAUSAL, IMAGES_IN_WINDOW)
+    masks = MASK_CASES if ranks == 4 else (CAUSAL, IMAGES_IN_WINDOW)
     heads = {"heads": 6, "kv_heads": 3} if ranks == 3 else {"heads": 4, "kv_heads": 2}
-    packings = (cases.across_borders, cases.last_shard_padding, cases.two_rows)
-    for style, sight in product(styles(ranks), sights):
-        mixer = mixer_on(mesh, style, sight.mask)
-        for packing in packings:
+    rows = (packings.across_borders, packings.last_shard_padding, packings.two_rows)
+    for style, mask_case in product(styles(ranks), masks):
+        mixer = mixer_on(mesh, style, mask_case.mask)
+        for packing in rows:
             seq_len = 48 if ranks == 3 else SEQ_LEN
-            case = Case(sight, packing, seq_len=seq_len, value_dim=6, sink=False, **heads)
+            case = Case(mask_case, packing, seq_len=seq_len, value_dim=6, sink=False, **heads)
             if not accepts(style, layout, case, ranks):
                 continue
-            plan = plan_of(case, mixer, mesh, layout)
-            forward, backward = moved(case, mixer, plan)
+            sharded = shard_case(case, mixer, mesh, layout)
+            forward, backward = moved(case, mixer, sharded)
             actual = (forward.received, backward.received)
-            where = f"on rank {rank} with {style}, {plan.layout}, {case}"
-            assert actual == expected_bytes(style, case, plan.layout, rank), where
-            shape = AttentionShape(plan.documents.batch, *heads.values(), 8, 6, 8)
-            planned = style.received(plan.layout, rank, sight.mask.intervals(plan.coords), shape)
+            where = f"on rank {rank} with {style}, {sharded.layout}, {case}"
+            assert actual == expected_bytes(style, case, sharded.layout, rank), where
+            shape = AttentionShape(sharded.documents.batch, *heads.values(), 8, 6, 8)
+            planned = style.received(
+                sharded.layout, rank, mask_case.mask.intervals(sharded.coords), shape
+            )
             assert actual == (planned.forward, planned.backward), where
 
 
 @spmd(ranks=(2, 4))
 def test_what_all_ranks_send_is_what_all_ranks_receive(mesh, ranks):
-    case = Case(PREFIX, cases.across_borders, seq_len=SEQ_LEN)
+    case = Case(PREFIX, packings.across_borders, seq_len=SEQ_LEN)
     for style in styles(ranks)[:-1]:
         mixer = mixer_on(mesh, style, PREFIX.mask)
-        for traffic in moved(case, mixer, plan_of(case, mixer, mesh, PerDocument)):
+        for traffic in moved(case, mixer, shard_case(case, mixer, mesh, PerDocument)):
             total = torch.tensor([traffic.sent, traffic.received])
             dist.all_reduce(total)
             assert total[0] == total[1] > 0
@@ -148,9 +151,9 @@ def test_what_all_ranks_send_is_what_all_ranks_receive(mesh, ranks):
 def test_whole_sequence_costs_all_other_shards(mesh, ranks):
     """(n - 1) * L * G * (D + V) elements, and three times as much both ways together."""
     for style, layout in product((RingAttention(), AllGatherAttention()), LAYOUTS):
-        case = Case(BIDIRECTIONAL, cases.one_document, seq_len=SEQ_LEN)
-        mixer = mixer_on(mesh, style, case.sight.mask)
-        forward, backward = moved(case, mixer, plan_of(case, mixer, mesh, layout))
+        case = Case(BIDIRECTIONAL, packings.one_document, seq_len=SEQ_LEN)
+        mixer = mixer_on(mesh, style, case.mask_case.mask)
+        forward, backward = moved(case, mixer, shard_case(case, mixer, mesh, layout))
         bound = (ranks - 1) * (SEQ_LEN // ranks) * 2 * 16 * 8
         assert (forward.received, backward.received) == (bound, 2 * bound)
 
@@ -159,13 +162,13 @@ def test_whole_sequence_costs_all_other_shards(mesh, ranks):
 def test_causal_mask_needs_nothing_that_lies_ahead(mesh):
     """Of contiguous shards rank r reads r; of head-tail shards all but the later tails."""
     rank, row, L = mesh.get_local_rank(), 2 * 16 * 8, SEQ_LEN // 4
-    case = Case(CAUSAL, cases.one_document, seq_len=SEQ_LEN)
+    case = Case(CAUSAL, packings.one_document, seq_len=SEQ_LEN)
     for style in (RingAttention(), AllGatherAttention()):
         mixer = mixer_on(mesh, style, CAUSAL.mask)
-        forward, backward = moved(case, mixer, plan_of(case, mixer, mesh, Contiguous))
+        forward, backward = moved(case, mixer, shard_case(case, mixer, mesh, Contiguous))
         assert forward.received == rank * L * row
         assert backward.received == (rank + 3 - rank) * L * row
-        forward, _ = moved(case, mixer, plan_of(case, mixer, mesh, HeadTail))
+        forward, _ = moved(case, mixer, shard_case(case, mixer, mesh, HeadTail))
         # Its tail chunk sees all heads of the others, and the tails before it.
         assert forward.received == (3 + 3 - rank) * L // 2 * row
 
@@ -175,17 +178,17 @@ def test_causal_mask_needs_nothing_that_lies_ahead(mesh):
 def test_window_costs_its_halo_however_long_the_sequence(mesh, window):
     """min(W - 1, what lies left) tokens a segment, over one hop or several."""
     rank, row, L = mesh.get_local_rank(), 2 * 16 * 8, SEQ_LEN // 4
-    sight = Sight(
+    mask_case = MaskCase(
         Causal() & SlidingWindow(window),
         lambda _: reference.Both(reference.causal, reference.Window(window)),
     )
-    case = Case(sight, cases.one_document, seq_len=SEQ_LEN)
+    case = Case(mask_case, packings.one_document, seq_len=SEQ_LEN)
     for style in (HaloAttention(window), RingAttention(), AllGatherAttention()):
-        mixer = mixer_on(mesh, style, sight.mask)
-        forward, _ = moved(case, mixer, plan_of(case, mixer, mesh, Contiguous))
+        mixer = mixer_on(mesh, style, mask_case.mask)
+        forward, _ = moved(case, mixer, shard_case(case, mixer, mesh, Contiguous))
         assert forward.received == min(window - 1, rank * L) * row
         if window <= L // 2:
-            forward, _ = moved(case, mixer, plan_of(case, mixer, mesh, HeadTail))
+            forward, _ = moved(case, mixer, shard_case(case, mixer, mesh, HeadTail))
             # Rank 3's two chunks are neighbours; rank 0's first has nothing on its left.
             segments = 2 - (rank == 0) - (rank == 3)
             assert forward.received == segments * (window - 1) * row
@@ -193,10 +196,10 @@ def test_window_costs_its_halo_however_long_the_sequence(mesh, window):
 
 @spmd(ranks=4)
 def test_documents_inside_their_shards_cost_nothing(mesh):
-    case = Case(BIDIRECTIONAL, cases.on_borders, seq_len=SEQ_LEN)
+    case = Case(BIDIRECTIONAL, packings.on_borders, seq_len=SEQ_LEN)
     for style in (RingAttention(), AllGatherAttention()):
-        mixer = mixer_on(mesh, style, case.sight.mask)
-        for traffic in moved(case, mixer, plan_of(case, mixer, mesh, Contiguous)):
+        mixer = mixer_on(mesh, style, case.mask_case.mask)
+        for traffic in moved(case, mixer, shard_case(case, mixer, mesh, Contiguous)):
             assert (traffic.sent, traffic.received) == (0, 0)
 
 
@@ -204,11 +207,11 @@ def test_documents_inside_their_shards_cost_nothing(mesh):
 @spmd(ranks=4)
 def test_ulysses_costs_the_same_for_every_mask(mesh, kv_heads):
     """(n - 1) / n * L * (2 H + 2 max(G, n)) * D elements, each way."""
-    for sight, layout in product((CAUSAL, BIDIRECTIONAL, WINDOW), LAYOUTS):
-        case = Case(sight, heads=8, kv_heads=kv_heads, seq_len=SEQ_LEN)
-        mixer = mixer_on(mesh, UlyssesAttention(), sight.mask)
+    for mask_case, layout in product((CAUSAL, BIDIRECTIONAL, WINDOW), LAYOUTS):
+        case = Case(mask_case, heads=8, kv_heads=kv_heads, seq_len=SEQ_LEN)
+        mixer = mixer_on(mesh, UlyssesAttention(), mask_case.mask)
         bound = 3 * 16 // 4 * (2 * 8 + 2 * max(kv_heads, 4)) * 8 * 8
-        for traffic in moved(case, mixer, plan_of(case, mixer, mesh, layout)):
+        for traffic in moved(case, mixer, shard_case(case, mixer, mesh, layout)):
             assert traffic.received == traffic.sent == bound
 
 
@@ -220,8 +223,8 @@ def test_half_the_precision_costs_half_the_bytes(mesh):
         cost = {}
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             case = Case(WINDOW, dtype=dtype, seq_len=SEQ_LEN)
-            plan = plan_of(case, mixer, mesh, Contiguous)
-            cost[dtype] = [traffic.received for traffic in moved(case, mixer, plan)]
+            sharded = shard_case(case, mixer, mesh, Contiguous)
+            cost[dtype] = [traffic.received for traffic in moved(case, mixer, sharded)]
         assert cost[torch.float64] == [2 * x for x in cost[torch.float32]]
         assert cost[torch.float32] == [2 * x for x in cost[torch.bfloat16]]
 
@@ -232,20 +235,20 @@ def test_compiled_code_moves_the_same_bytes_in_the_same_ops(mesh):
         torch._dynamo.reset()
         case = Case(WINDOW, seq_len=SEQ_LEN)
         mixer = mixer_on(mesh, style, WINDOW.mask)
-        plan = plan_of(case, mixer, mesh, Contiguous)
+        sharded = shard_case(case, mixer, mesh, Contiguous)
         attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=True)
         name = f"dtcp::{style.op.name}"
-        eager, compiled = moved(case, mixer, plan), moved(case, attend, plan)
+        eager, compiled = moved(case, mixer, sharded), moved(case, attend, sharded)
         assert eager == compiled
         assert [list(traffic.by_op) for traffic in eager] == [[name], [f"{name}_backward"]]
         assert [traffic.calls for traffic in eager] == [1, 1]
 
 
-def observed(case, mixer, plan):
+def observed(case, mixer, sharded):
     """(collectives, bytes received from other ranks) by torch's profiler, forward and backward."""
-    inputs = local_inputs(case, plan)
+    inputs = local_inputs(case, sharded)
     with profile(record_shapes=True) as profiler:
-        run(case, mixer, plan, inputs)
+        run(case, mixer, sharded, inputs)
     size = torch.finfo(case.dtype).bits // 8
     calls, elements = 0, 0
     for event in profiler.events():
@@ -261,19 +264,19 @@ def observed(case, mixer, plan):
 @spmd(ranks=(2, 4))
 def test_profiler_sees_the_bytes_that_the_ledger_counts(mesh, layout, ranks):
     """The profiler's all_to_all holds a rank's own part too: a 1 / u share in Ulysses."""
-    for style, packing in product(styles(ranks), (cases.across_borders, cases.one_document)):
+    for style, packing in product(styles(ranks), (packings.across_borders, packings.one_document)):
         case = Case(IMAGES_IN_WINDOW, packing, seq_len=SEQ_LEN, sink=False)
         if not accepts(style, layout, case, ranks):
             continue
-        mixer = mixer_on(mesh, style, case.sight.mask)
-        plan = plan_of(case, mixer, mesh, layout)
+        mixer = mixer_on(mesh, style, case.mask_case.mask)
+        sharded = shard_case(case, mixer, mesh, layout)
         with count_traffic() as counted:
-            _, seen = observed(case, mixer, plan)
+            _, seen = observed(case, mixer, sharded)
         own = 0
         if isinstance(style, UlyssesAttention | HybridAttention):
             u = ranks if isinstance(style, UlyssesAttention) else style.inner_ranks
-            own = 2 * by_heads(case, plan.layout.shard_len, u) * 8 // (u - 1)
-        assert counted.received + own == seen, f"{style}, {plan.layout}"
+            own = 2 * by_heads(case, sharded.layout.shard_len, u) * 8 // (u - 1)
+        assert counted.received + own == seen, f"{style}, {sharded.layout}"
 
 
 @spmd(ranks=4)
@@ -288,17 +291,17 @@ def test_number_of_collectives_is_the_strategys(mesh):
         # And between 2 groups, one.
         (HybridAttention(), 2 + 2 + 2 * 3),
     ]
-    case = Case(BIDIRECTIONAL, cases.one_document, seq_len=SEQ_LEN)
+    case = Case(BIDIRECTIONAL, packings.one_document, seq_len=SEQ_LEN)
     for style, calls in expected:
-        mixer = mixer_on(mesh, style, case.sight.mask)
-        assert observed(case, mixer, plan_of(case, mixer, mesh, HeadTail))[0] == calls, style
+        mixer = mixer_on(mesh, style, case.mask_case.mask)
+        assert observed(case, mixer, shard_case(case, mixer, mesh, HeadTail))[0] == calls, style
 
 
 @spmd(ranks=4)
 def test_ring_posts_no_transfer_for_what_nobody_sees(mesh):
-    case = Case(WINDOW, cases.one_document, seq_len=SEQ_LEN)
+    case = Case(WINDOW, packings.one_document, seq_len=SEQ_LEN)
     mixer = mixer_on(mesh, RingAttention(), WINDOW.mask)
-    calls, _ = observed(case, mixer, plan_of(case, mixer, mesh, Contiguous))
+    calls, _ = observed(case, mixer, shard_case(case, mixer, mesh, Contiguous))
     # Keys from the left and their gradients back, and the same for the right neighbour.
     assert calls == 3 * ((mesh.get_local_rank() > 0) + (mesh.get_local_rank() < 3))
 
@@ -308,7 +311,7 @@ def test_bare_attention_on_dtensors_counts_as_a_ring_does(mesh):
     install_sdpa_rules()
     q, k, v = (
         distribute_tensor(x.detach().transpose(1, 2), mesh, [Shard(2)]).requires_grad_()
-        for x in cases.qkv(cases.one_document(SEQ_LEN, 2))
+        for x in packings.qkv(packings.one_document(SEQ_LEN, 2))
     )
     with count_traffic() as forward:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -44,9 +44,9 @@ def moved(mesh: Any, config: Gemma4Config, layout: type[SequenceLayout]) -> tupl
         "input_ids": torch.randint(config.vocab_size, (ROWS, SEQ_LEN)),
         "position_ids": documents.position_ids(),
     }
-    local, plan = shard_batch(batch, on, layout, model=model, documents=documents)
+    local, sharded = shard_batch(batch, on, layout, model=model, documents=documents)
     with count_traffic() as forward:
-        logits = model(local["input_ids"], local["position_ids"], plan.attn_metadata)
+        logits = model(local["input_ids"], local["position_ids"], sharded.attn_metadata)
     with count_traffic() as backward:
         logits.sum().backward()
     return forward.received, backward.received
@@ -64,13 +64,13 @@ def moved(mesh: Any, config: Gemma4Config, layout: type[SequenceLayout]) -> tupl
 def test_gemma4_receives_what_the_formula_says(variant, ranks, layout):
     """Backward: keys once more, and gradients home; gradients alone where keys were kept."""
     config = truth(variant).config
-    found = run_ranks(moved, ranks, config, layout)
+    traffic = run_ranks(moved, ranks, config, layout)
     cut, every = layout(SEQ_LEN, ranks), range(config.num_layers)
     stated = [[ROWS * ours(config, cut, i, r, element=4) for i in every] for r in range(ranks)]
-    assert [forward for forward, _ in found] == [sum(layers) for layers in stated]
+    assert [forward for forward, _ in traffic] == [sum(layers) for layers in stated]
     again = [1 if config.gives_shared_kv(i) else 2 for i in every]
     home = sum(n * times for layers in stated for n, times in zip(layers, again, strict=True))
-    assert sum(backward for _, backward in found) == home
+    assert sum(backward for _, backward in traffic) == home
 
 
 @pytest.mark.parametrize("layout", [Contiguous(96, 4), HeadTail(96, 4), HeadTail(96, 6)])
@@ -90,8 +90,10 @@ def test_a_window_costs_the_same_however_long_the_sequence_and_many_the_ranks():
     for layout in (Contiguous, HeadTail):
         segments = 1 if layout is Contiguous else 2
         for seq_len, ranks in ((2**17, 8), (2**20, 8), (2**20, 64)):
-            found = {ours(config, layout(seq_len, ranks), layer, rank) for rank in range(1, ranks)}
-            assert max(found) == segments * 1023 * 2 * 16 * 256 * 2
+            received = {
+                ours(config, layout(seq_len, ranks), layer, rank) for rank in range(1, ranks)
+            }
+            assert max(received) == segments * 1023 * 2 * 16 * 256 * 2
 
 
 def test_gemma4_31b_receives_a_fraction_of_what_others_do():

@@ -122,16 +122,16 @@ def one_document(x: Inputs, kind: Compression | None) -> Tensor:
     if kind is not None:
         entries = pooled(x.value, x.gate, x.bias, kind)
         index_entries = pooled(x.index_value, x.index_gate, x.index_bias, kind)
-    for at in range(len(x.q)):
-        keys = x.keys[max(0, at - WINDOW + 1) : at + 1]
+    for query in range(len(x.q)):
+        keys = x.keys[max(0, query - WINDOW + 1) : query + 1]
         if kind is not None and entries is not None and index_entries is not None:
-            closed = (at + 1) // kind.ratio
+            closed = (query + 1) // kind.ratio
             chosen = torch.arange(closed)
             if kind.selected is not None and closed > kind.selected:
-                scores = (x.index_q[at] @ index_entries[:closed].T).relu()
-                chosen = (x.index_weight[at] @ scores).topk(kind.selected).indices
+                scores = (x.index_q[query] @ index_entries[:closed].T).relu()
+                chosen = (x.index_weight[query] @ scores).topk(kind.selected).indices
             keys = torch.cat((keys, entries[chosen]))
-        scores = torch.cat((x.q[at] @ keys.T * DIM**-0.5, x.sink[:, None]), dim=1)
+        scores = torch.cat((x.q[query] @ keys.T * DIM**-0.5, x.sink[:, None]), dim=1)
         out.append(scores.softmax(1)[:, :-1] @ keys)
     return torch.stack(out)
 
@@ -171,7 +171,7 @@ def mixer_of(kind: Compression | None) -> CompressedSparseAttention:
     return CompressedSparseAttention(WINDOW, kind, scale=DIM**-0.5)
 
 
-def plan_for(
+def sharded_for(
     mixer: nn.Module, mesh: object, layout: type[SequenceLayout], rows: object = ROWS
 ) -> ShardedBatch:
     batch = {"input_ids": torch.zeros(len(ROWS), SEQ_LEN, dtype=torch.int64)}
@@ -185,18 +185,18 @@ def assert_equals_one_device(mesh, kind, style, layout, compiled):
     expected = truth(kind)
     mixer = mixer_of(kind)
     parallelize_module(nn.Sequential(mixer), mesh, {"0": style})
-    plan = plan_for(mixer, mesh, layout)
+    sharded = sharded_for(mixer, mesh, layout)
     local = {
-        name: x.detach() if name in SHARED else plan.shard(x.detach())
+        name: x.detach() if name in SHARED else sharded.shard(x.detach())
         for name, x in expected.inputs._asdict().items()
     }
     mine = Inputs(**{name: x.contiguous().requires_grad_() for name, x in local.items()})
     forward = torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run
     with count_traffic() as there:
-        out = forward(mixer, mine, plan.attn_metadata)
+        out = forward(mixer, mine, sharded.attn_metadata)
     with count_traffic() as back:
-        grads = torch.autograd.grad(out, mine, plan.shard(expected.grad), allow_unused=True)
-    assert_close(out, plan.shard(expected.out))
+        grads = torch.autograd.grad(out, mine, sharded.shard(expected.grad), allow_unused=True)
+    assert_close(out, sharded.shard(expected.out))
     for name, actual, whole in zip(Inputs._fields, grads, expected.grads, strict=True):
         if whole is None:
             assert actual is None or not actual.any(), f"{name} has no gradient"
@@ -204,8 +204,10 @@ def assert_equals_one_device(mesh, kind, style, layout, compiled):
             torch.distributed.all_reduce(actual, group=mesh.get_group())
             assert_close(actual, whole, msg=lambda text, name=name: f"{name}: {text}")
         else:
-            assert_close(actual, plan.shard(whole), msg=lambda text, name=name: f"{name}: {text}")
-    return mixer, plan, there, back
+            assert_close(
+                actual, sharded.shard(whole), msg=lambda text, name=name: f"{name}: {text}"
+            )
+    return mixer, sharded, there, back
 
 
 @pytest.mark.parametrize("tile", [SPARSE_TILE, 8])
@@ -232,9 +234,9 @@ def test_one_device_equals_brute_force(kind, tile, monkeypatch):
 def test_ranks_equal_brute_force_and_move_what_the_formula_says(mesh, ranks, kind, layout):
     """Halos longer than a segment too: at four ranks of HeadTail one has six tokens."""
     style = CompressedSparseCP()
-    mixer, plan, there, back = assert_equals_one_device(mesh, kind, style, layout, False)
+    mixer, sharded, there, back = assert_equals_one_device(mesh, kind, style, layout, False)
     shape = SparseShape(len(ROWS), DIM, INDEX_DIM, 8)
-    formula = style.received(mixer, plan.layout, mesh.get_local_rank(), shape)
+    formula = style.received(mixer, sharded.layout, mesh.get_local_rank(), shape)
     assert (there.received, back.received) == (formula.forward, formula.backward)
     assert collectives(there) <= 3 and collectives(back) <= 3
 
@@ -253,9 +255,9 @@ def test_the_published_way_equals_brute_force(mesh, kind):
 @pytest.mark.parametrize(("kind", "layout"), [(HEAVY, HeadTail), (SPARSE, Contiguous)])
 @spmd(ranks=2)
 def test_compiled_mixer_is_one_graph_and_equals_brute_force(mesh, kind, layout):
-    with count_graphs() as found:
+    with count_graphs() as graphs:
         assert_equals_one_device(mesh, kind, CompressedSparseCP(), layout, True)
-    assert (found.graphs, found.breaks) == (1, 0)
+    assert (graphs.graphs, graphs.breaks) == (1, 0)
 
 
 @spmd(ranks=2)
@@ -265,9 +267,9 @@ def test_a_compression_with_a_halo_of_one_token_works(mesh):
     x = inputs(Compression(1))
     expected = run(mixer, x, batch_metadata(mixer, Documents(ROWS, SEQ_LEN)))
     parallelize_module(nn.Sequential(mixer), mesh, {"0": CompressedSparseCP()})
-    plan = plan_for(mixer, mesh, HeadTail)
-    mine = Inputs(**{n: v if n in SHARED else plan.shard(v) for n, v in x._asdict().items()})
-    assert_close(run(mixer, mine, plan.attn_metadata), plan.shard(expected))
+    sharded = sharded_for(mixer, mesh, HeadTail)
+    mine = Inputs(**{n: v if n in SHARED else sharded.shard(v) for n, v in x._asdict().items()})
+    assert_close(run(mixer, mine, sharded.attn_metadata), sharded.shard(expected))
 
 
 def test_equal_scores_are_won_by_the_earlier_entry(monkeypatch):
@@ -307,12 +309,12 @@ def test_head_tail_balances_the_work():
 def test_what_cannot_be_honoured_is_refused(mesh):
     style, mixer = CompressedSparseCP(), mixer_of(SPARSE)
     with pytest.raises(ValueError, match="unclaimed CompressedSparseAttention"):
-        plan_for(mixer, mesh, Contiguous)
+        sharded_for(mixer, mesh, Contiguous)
     with pytest.raises(TypeError, match="takes over an unclaimed"):
         parallelize_module(nn.Sequential(nn.Linear(2, 2)), mesh, {"0": style})
     parallelize_module(nn.Sequential(mixer), mesh, {"0": style})
     with pytest.raises(ValueError, match="works on the layouts Contiguous, HeadTail"):
-        plan_for(mixer, mesh, PerDocument, rows=((48,), (48,)))
+        sharded_for(mixer, mesh, PerDocument, rows=((48,), (48,)))
     with pytest.raises(ValueError, match="needs a layout of as many shards"):
         batch_metadata(mixer, Documents(ROWS, SEQ_LEN))
     with pytest.raises(ValueError, match="reads the metadata of its batch"):
@@ -349,11 +351,11 @@ def test_nothing_of_the_size_of_a_score_table_is_made(mesh, kind):
     parallelize_module(nn.Sequential(mixer), mesh, {"0": CompressedSparseCP()})
     whole = ParallelMesh.of_sequence(mesh)
     batch = {"input_ids": torch.zeros(2, seq_len, dtype=torch.int64)}
-    plan = shard_batch(batch, whole, HeadTail, model=mixer, documents=documents)[1]
+    sharded = shard_batch(batch, whole, HeadTail, model=mixer, documents=documents)[1]
     x = inputs(kind, seq_len)
-    local = {n: v if n in SHARED else plan.shard(v) for n, v in x._asdict().items()}
+    local = {n: v if n in SHARED else sharded.shard(v) for n, v in x._asdict().items()}
     mine = Inputs(**{name: v.detach().requires_grad_() for name, v in local.items()})
-    _, largest = peak_and_largest(lambda: run(mixer, mine, plan.attn_metadata).sum().backward())
+    _, largest = peak_and_largest(lambda: run(mixer, mine, sharded.attn_metadata).sum().backward())
     assert largest < seq_len * seq_len // 2
 
 
