@@ -13,7 +13,13 @@ from dtcp.distributed.dtensor_rules import (
     to_local,
     wrap,
 )
-from dtcp.softmax.op import AttentionOp, BackwardArguments, ForwardArguments
+from dtcp.softmax.op import (
+    AttentionInputs,
+    AttentionOp,
+    BackwardArguments,
+    ForwardArguments,
+    check_inputs,
+)
 
 
 def install_attention_rules(op: AttentionOp) -> None:
@@ -26,7 +32,9 @@ def _forward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[An
     x = ForwardArguments(**bind(op, args, kwargs))
     keys = () if x.k is None else (x.k,)
     check_placements(str(op), (x.q, *keys, x.v), x.groups[0])
-    out, saved = op(*to_local(x))
+    local = ForwardArguments(*to_local(x))
+    check_inputs(AttentionInputs(local.q, local.k, local.v, local.sink))
+    out, saved = op(*local)
     # What is kept for backward stays local: nobody but the backward op reads it.
     return wrap(out, cast(DTensor, x.q)), saved
 
