@@ -433,6 +433,22 @@ def test_functions_fit_on_a_screen():
     assert long == {}
 
 
+def test_no_two_public_definitions_share_a_name():
+    """But in models, where each family has its Attention and its from_hf."""
+    places: dict[str, list[str]] = {}
+    for file in files("dtcp", "parallelize"):
+        for name, place in public_definitions(file):
+            places.setdefault(name, []).append(place)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def public_definitions(file: File) -> Iterator[tuple[str, str]]:
+    """(name, place) of every class and function at a module's top level without an underscore."""
+    for node in file.tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            yield node.name, file.place(node)
+
+
 def test_source_is_ascii():
     odd = [file.path for file in files(*CODE, "tests", "train.py") if not file.text.isascii()]
     assert odd == []
