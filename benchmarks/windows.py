@@ -128,7 +128,7 @@ def _ranks_text() -> str:
         f"keys, and two halos of {halo * layers / 1e9:.3f} GB over the {layers} sliding layers. "
         f"Whatever pairs of stretches a layout makes, a rank whose stretch ends where the last one "
         f"begins reads what lies between; two halos and that stay below 5.6 GB only if the last "
-        f"stretch is longer than a whole shard (docs/log.md).\n\n"
+        f"stretch is longer than a whole shard (docs/decisions.md).\n\n"
         f"{table(('layout', 'layers', *map(str, ranks)), rows)}"
     )
 
