@@ -56,7 +56,7 @@ class SparseBlocks(NamedTuple):
 
 
 def sparse_blocks(dtype: torch.dtype) -> SparseBlocks:
-    """Blocks that fit into a GPU where sparse_kernel says so; docs/log.md has their registers."""
+    """Blocks that fit into a GPU, where sparse_kernel says so; registers: docs/decisions.md."""
     if dtype == torch.float32:
         return SparseBlocks(*(BlockConfig(16, 16, 8, 1),) * 3)
     by_queries = BlockConfig(64, 32, 8, 2)
