@@ -1,0 +1,82 @@
+"""Ranks that a launcher starts: forked or as processes of their own, and how they end."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import os, signal, sys, time
+import torch
+from dtcp.pretrain import launch as launcher
+
+def forked():
+    print("rank", launcher.rank(), "has threads:", torch.get_num_threads(), flush=True)
+    return 0
+
+def failed():
+    return 3 if launcher.rank() == 1 else time.sleep(600)
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL) if launcher.rank() == 1 else time.sleep(600)
+
+def stopped():
+    os.kill(os.getppid(), signal.SIGTERM) if launcher.rank() == 1 else None
+    time.sleep(600)
+
+def launch(work, *command):
+    print("case", work.__name__, flush=True)
+    print("exit", launcher.launch(launcher.Ranks(2, "cpu"), work, command), flush=True)
+
+def processes():
+    sys.exit("a rank was forked")
+
+for work in (forked, failed, killed, stopped):
+    launch(work)
+launcher.can_fork = lambda: False
+launch(processes, "-c", "import os; print('rank', os.environ['RANK'], 'is a process')")
+"""
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, tuple[int, list[str]]]:
+    """What became of each launch: its exit code and the lines of its ranks, in order."""
+    environment = {name: x for name, x in os.environ.items() if name != "OMP_NUM_THREADS"}
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout
+    parts = re.findall(r"^case (\w+)\n(.*?)^exit (\d+)$", ran.stdout, re.MULTILINE | re.DOTALL)
+    return {case: (int(code), sorted(text.splitlines())) for case, text, code in parts}
+
+
+def test_forked_ranks_share_the_cores(cases):
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert cases["forked"] == (0, [f"rank {rank} has threads: {threads}" for rank in range(2)])
+
+
+def test_a_rank_that_fails_takes_the_others_along(cases):
+    assert cases["failed"] == (3, [])
+
+
+def test_a_rank_that_is_killed_is_named(cases):
+    assert cases["killed"] == (1, ["error: rank 1 was killed by SIGKILL."])
+
+
+def test_a_launcher_that_is_stopped_ends_its_ranks(cases):
+    assert cases["stopped"] == (128 + 15, ["stopped by SIGTERM; ranks are ended"])
+
+
+def test_ranks_that_cannot_be_forked_are_processes_of_their_own(cases):
+    assert cases["processes"] == (0, [f"rank {rank} is a process" for rank in range(2)])
