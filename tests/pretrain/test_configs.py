@@ -1,0 +1,97 @@
+"""Configs and the command line: what can start, and what is refused before any rank does."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from dtcp.torchtitan.overrides import MixerAttention
+
+import pytest
+from torchtitan.config.override import apply_overrides
+from torchtitan.models.llama3.config_registry import llama3_debugmodel
+
+from dtcp.pretrain import configs
+from dtcp.pretrain.adopt import adopt, adopt_model
+from dtcp.pretrain.launch import check_world, ranks_for
+from dtcp.pretrain.options import config_names, parse
+from dtcp.pretrain.trainer import Trainer
+
+CONFIGS = config_names(configs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_one_that_can_start(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for needed in ("texts/a.txt", "Llama-3.1-8B/tokenizer.json"):
+        Path(needed).parent.mkdir()
+        Path(needed).touch()
+    config = getattr(configs, name)()
+    assert isinstance(config, Trainer.Config) and getattr(configs, name).__doc__
+    config.check()
+    assert config.dump_folder == f"outputs/{name}"
+    world = ranks_for(config.parallelism, "cpu").count
+    check_world(config.parallelism, world)
+
+
+def test_the_default_config_is_cp_2_x_tp_2_on_four_ranks():
+    config = parse([])
+    assert config.parallelism.context_parallel_degree == 2
+    assert config.parallelism.tensor_parallel_degree == 2
+    assert ranks_for(config.parallelism, "cpu").count == 4
+    assert config.compile.enable
+
+
+def test_options_change_a_config():
+    config = parse(["--config=llama_tiny", "--dtcp.strategy", "ulysses", "--training.steps", "7"])
+    assert config.dtcp.strategy == "ulysses" and config.training.steps == 7
+
+
+MISTAKES = [
+    (["--config", "lama_tiny"], "did you mean llama_tiny"),
+    (["--module", "nowhere"], "--module nowhere: check the name"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), MISTAKES)
+def test_an_unknown_config_is_refused(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (["--dataloader.dataset", "folder"], "dataset_path=None: no such folder"),
+        (["--tokenizer.folder", "/nowhere"], "--tokenizer.folder /nowhere: no such folder"),
+        (["--checkpoint.initial_load_path", "/nowhere"], "initial_load_path /nowhere: no such"),
+        (["--parallelism.spmd_backend", "spmd_types"], "set it to partial_dtensor"),
+        (["--parallelism.pipeline_parallel_degree", "2"], "pipeline_parallel_degree=2"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_before_ranks_start(option, says):
+    with pytest.raises((ValueError, NotImplementedError), match=says):
+        parse(option).check()
+
+
+def test_a_world_that_the_mesh_does_not_fill_is_refused():
+    mesh = configs.llama_tiny().parallelism
+    check_world(mesh, 8)
+    with pytest.raises(ValueError, match=r"cp 2 x tp 2 .* world_size=6: start a multiple of 4"):
+        check_world(mesh, 6)
+    with pytest.raises(ValueError, match="world_size=8: start 4 ranks"):
+        check_world(replace(mesh, data_parallel_shard_degree=1), 8)
+
+
+def test_a_config_of_torchtitan_is_adopted_with_our_attention():
+    config = adopt(llama3_debugmodel())
+    assert isinstance(config, Trainer.Config) and adopt(config) is config
+    assert config.parallelism.spmd_backend == "partial_dtensor"
+    apply_overrides(config.override, config)
+    assert all(
+        isinstance(layer.attention.inner_attention, MixerAttention.Config)
+        for layer in config.model_spec.model.layers
+    )
+
+
+def test_a_model_that_is_no_decoder_is_not_adopted():
+    with pytest.raises(ValueError, match="got the model none"):
+        adopt_model(None)

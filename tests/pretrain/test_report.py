@@ -1,0 +1,33 @@
+"""What is left of a run: a plot of its loss, one line for its failure."""
+
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from dtcp.pretrain.plot import TRAINING, plot_losses, read_losses
+from dtcp.pretrain.report import say_failure
+
+
+def test_a_plot_shows_a_step_as_it_was_last(tmp_path):
+    for start, values in enumerate(([3.0, 2.0, 9.0], [1.5, 1.0])):
+        with SummaryWriter(str(tmp_path / f"tb/{start}")) as log:
+            for step, value in enumerate(values, start=1 if start == 0 else 3):
+                log.add_scalar(TRAINING, value, step)
+    assert read_losses(tmp_path, TRAINING) == {1: 3.0, 2: 2.0, 3: 1.5, 4: 1.0}
+    assert plot_losses(tmp_path).stat().st_size > 1000
+
+
+def test_a_plot_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="got none in folder"):
+        plot_losses(tmp_path)
+
+
+def test_a_failure_is_one_line_and_a_file(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    say_failure(ValueError("x is y, got x=1: set it to 2."), tmp_path)
+    assert capsys.readouterr().err.startswith("error: x is y, got x=1: set it to 2.\n(traceback")
+    assert "ValueError" in (tmp_path / "errors/rank_0.txt").read_text()
+    monkeypatch.setenv("RANK", "1")
+    say_failure(ValueError("x is y, got x=1: set it to 2."), tmp_path)
+    assert not capsys.readouterr().err

@@ -1,0 +1,39 @@
+"""Where documents come from, and which of them are held out."""
+
+import pytest
+
+from dtcp.pretrain.sources import TextFiles, folder, standard_library
+
+
+def test_training_and_validation_share_no_document():
+    parts = [set(standard_library(part).documents(0)) for part in ("train", "validation")]
+    assert parts[0] and parts[1] and not parts[0] & parts[1]
+
+
+def test_an_epoch_is_an_order_of_the_same_documents():
+    source = standard_library("validation")
+    first, again, second = (list(source.documents(epoch)) for epoch in (0, 0, 1))
+    assert first == again != second and sorted(first) == sorted(second)
+
+
+def test_documents_beyond_the_longest_are_left_out(tmp_path):
+    (tmp_path / "a.txt").write_text("short\n\n" + "long " * 20)
+    source = TextFiles((tmp_path / "a.txt",), separator="\n\n", longest=50)
+    assert list(source.documents(0)) == ["short"]
+
+
+def test_a_folder_gives_texts_and_the_lines_of_a_jsonl(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"body": "two"}\n{"body": "three"}\n')
+    source = folder(str(tmp_path), "all", text_key="body")
+    assert sorted(source.documents(0)) == ["one", "three", "two"]
+
+
+def test_data_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="dataset_path=/nowhere: no such folder"):
+        folder("/nowhere", "all", text_key="text")
+    with pytest.raises(ValueError, match="got none in"):
+        folder(str(tmp_path), "all", text_key="text")
+    (tmp_path / "x.jsonl").write_text('{"text": "fine"}\nbroken\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl:2='broken"):
+        list(folder(str(tmp_path), "all", text_key="text").documents(0))

@@ -1,0 +1,51 @@
+"""The parts of the adapter, in this process and without ranks."""
+
+import json
+
+from dtcp.torchtitan import compat
+from dtcp.torchtitan.model_spec import llama
+from dtcp.torchtitan.section import LAYOUT_CLASSES, Section
+
+import pytest
+import torch
+
+from dtcp.models.llama import PRESETS, config_from_hf
+from dtcp.pretrain import configs
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.softmax.style import AttentionStyle
+
+
+def test_the_cpu_device_answers_all_that_torchtitan_asks():
+    device = compat.CpuDevice()
+    assert device.current_device() == 0
+    assert (
+        device.get_device_properties().total_memory
+        > device.memory_stats()["reserved_bytes.all.peak"]
+    )
+    device.synchronize()
+
+
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses", "hybrid"])
+@pytest.mark.parametrize("boundary", ["in_graph", "eager_island"])
+def test_a_section_names_classes(strategy, boundary):
+    section = Section(strategy=strategy, boundary=boundary)
+    assert isinstance(section.attention_style(), AttentionStyle)
+    assert all(issubclass(layout, SequenceLayout) for layout in LAYOUT_CLASSES.values())
+
+
+def test_weights_go_to_hugging_face_names_and_back():
+    spec = configs.qwen3_tiny().model_spec
+    adapter = spec.state_dict_adapter(spec.model, None)
+    weights = spec.model.build().state_dict()
+    theirs = adapter.to_hf(weights)
+    assert "model.layers.0.self_attn.q_norm.weight" in theirs and "lm_head.weight" not in theirs
+    ours = adapter.from_hf(theirs)
+    assert ours.keys() == weights.keys()
+    assert all(torch.equal(ours[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("name", [*PRESETS])
+def test_an_exported_config_is_read_back(name):
+    spec = llama(name, PRESETS[name])
+    theirs = spec.state_dict_adapter(spec.model, None).hf_config()
+    assert config_from_hf(json.loads(json.dumps(theirs))) == PRESETS[name]
