@@ -1,4 +1,4 @@
-"""torchtitan's Trainer with our models, plans and batch sharding: the only importer of torchtitan.
+"""The adapter: models, plans and losses of ours as torchtitan's Trainer takes them.
 
 `compat` comes first: torchtitan binds its device when it is imported.
 """

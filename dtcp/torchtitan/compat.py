@@ -16,6 +16,7 @@ import platform
 import resource
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,11 +75,11 @@ class DataParallelMeshDims:
 
 
 def _check_version() -> None:
-    installed = version("torchtitan")
+    installed = version("torchtitan") if find_spec("torchtitan") else "none"
     if installed != PINNED:
         raise ImportError(
             f"dtcp.torchtitan is written against torchtitan {PINNED}, got torchtitan={installed}: "
-            f"pip install torchtitan=={PINNED}."
+            f"pip install 'dtcp[train]', or torchtitan=={PINNED}."
         )
 
 
