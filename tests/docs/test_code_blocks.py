@@ -16,10 +16,10 @@ import pytest
 from torch import distributed as dist
 
 from dtcp.check import CheckedMixerModel, CheckOptions, CheckReport, compare
-from dtcp.check.__main__ import lines
+from dtcp.check.__main__ import lines, main
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.parallelize import Compile
-from dtcp.sequence.layout import Contiguous
+from dtcp.sequence.layout import Contiguous, HeadTail
 from tests.docs.blocks import BLOCKS, PYTHON, ROOT, commands_of, files_of, pages_with
 from tests.harness.run_script import run_forked, run_python
 from tests.harness.spmd import spmd
@@ -28,6 +28,10 @@ SINGLE = pages_with([block for block in PYTHON if not block.ranks and not block.
 SHARDED = pages_with([block for block in PYTHON if block.ranks])
 SCRIPTS = sorted({(page, block.ranks) for page, blocks in SHARDED.items() for block in blocks})
 
+GUIDE_COMMANDS = {
+    page: [command for on, command in commands_of(BLOCKS) if on == page and "dtcp.check" in command]
+    for page in ("docs/add_a_model.md", "docs/write_a_mixer.md")
+}
 PRINTED = {
     ("docs/index.md", 2): r"\(1, 512, 64\) of \(1, 1024, 64\)",
     ("docs/index.md", 4): r"this rank's share of the loss: (\d\.\d{3})",
@@ -73,23 +77,6 @@ def test_blocks_of_ranks_run(page, ranks, tmp_path):
         assert len(found) == 12 and len(set(found)) == 3 and min(found) < found[0]
 
 
-def test_the_guide_to_models_runs_from_start_to_end(tmp_path):
-    """On the model it brings along: refused as it was, passed as it became."""
-    for name, text in files_of("docs/add_a_model.md").items():
-        (tmp_path / name).write_text(text)
-    guide = (ROOT / "docs/add_a_model.md").read_text()
-    commands = re.findall(r"^\$ python (-m dtcp\.check .*)$", guide, re.MULTILINE)
-    before, after = (
-        run_python(*command.split(), folder=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}")
-        for command in commands
-    )
-    assert before.code == 1, before.errors
-    printed = guide.split(commands[0])[1].split("```")[0].strip()
-    assert before.printed.strip().endswith(printed)
-    assert after.code == 0, after.output
-    assert "graph breaks: 0" in after.printed and after.printed.endswith("PASSED\n")
-
-
 @contextlib.contextmanager
 def importable(files: dict[str, str], folder: Path) -> Iterator[None]:
     """Write files whose modules can be imported meanwhile."""
@@ -104,31 +91,54 @@ def importable(files: dict[str, str], folder: Path) -> Iterator[None]:
             sys.modules.pop(Path(name).stem, None)
 
 
+@pytest.mark.parametrize(
+    ("page", "names", "layout"),
+    [
+        ("docs/add_a_model.md", ("after:SideBySide", "after:plan"), HeadTail),
+        ("docs/write_a_mixer.md", ("running_mean:Model", "running_mean:plan"), Contiguous),
+    ],
+)
 @spmd(ranks=2)
-def test_the_mixer_of_the_guide_is_right(mesh, tmp_path):
-    """What its command runs, on the pool: packed documents, every gradient, one graph."""
+def test_what_a_guide_builds_is_right(mesh, page, names, layout, tmp_path):
+    """What its command runs, on the pool: packed documents, every gradient, no graph break."""
     folder = tmp_path / f"rank{dist.get_rank()}"
     folder.mkdir()
-    with importable(files_of("docs/write_a_mixer.md"), folder):
-        checked = CheckedMixerModel("running_mean:Model", "running_mean:plan")
-        options = CheckOptions(Degrees(cp=2), layout=Contiguous, bound=1e-12)
+    with importable(files_of(page), folder):
+        checked = CheckedMixerModel(*names)
+        options = CheckOptions(Degrees(cp=2), layout=layout, bound=1e-12)
         mesh = ParallelMesh.from_degrees(options.degrees, "cpu")
         result = compare(checked, options, mesh, Compile("aot_eager"))
         mixing = checked.mixing(checked.build(), options.style)
     report = CheckReport(mixing, options.bound, {"aot_eager": result})
     assert report.passed, lines(report, options)
     assert (result.graphs.graphs, result.graphs.breaks) == (1, 0)
-    # ceil(log2(2)) * B * (C + 1) numbers of 8 bytes each way: the bytes its docstring promises.
-    assert result.by_op["dtcp::ring_shift"].received == 2 * 17 * 8
+    if page == "docs/write_a_mixer.md":
+        # ceil(log2(2)) * B * (C + 1) numbers of 8 bytes each way, as its docstring promises.
+        assert result.by_op["dtcp::ring_shift"].received == 2 * 17 * 8
+
+
+def test_what_a_guide_starts_from_is_refused_as_printed(tmp_path, capsys):
+    guide = (ROOT / "docs/add_a_model.md").read_text()
+    (command, _) = GUIDE_COMMANDS["docs/add_a_model.md"]
+    with importable(files_of("docs/add_a_model.md"), tmp_path):
+        assert main(command.split()[3:]) == 1
+    printed = guide.split(command)[1].split("```")[0].strip()
+    assert capsys.readouterr().out.strip().endswith(printed)
 
 
 @pytest.mark.slow
-def test_the_command_of_the_guide_to_mixers_passes(tmp_path):
-    for name, text in files_of("docs/write_a_mixer.md").items():
+@pytest.mark.parametrize("page", GUIDE_COMMANDS)
+def test_the_commands_of_a_guide_run_from_start_to_end(page, tmp_path):
+    """In processes of their own: refused as it was, passed as it became."""
+    for name, text in files_of(page).items():
         (tmp_path / name).write_text(text)
-    (command,) = [c for page, c in commands_of(BLOCKS) if page == "docs/write_a_mixer.md"]
-    ended = run_python(*command.split()[1:], folder=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}")
-    assert ended.code == 0 and ended.printed.endswith("PASSED\n"), ended.output
+    *refused, passed = [
+        run_python(*command.split()[1:], folder=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}")
+        for command in GUIDE_COMMANDS[page]
+    ]
+    assert all(ended.code == 1 and ended.printed.endswith("FAILED\n") for ended in refused)
+    assert passed.code == 0, passed.output
+    assert "graph breaks: 0" in passed.printed and passed.printed.endswith("PASSED\n")
 
 
 def test_commands_name_what_exists():
