@@ -149,6 +149,7 @@ def test_compiled_on_four_ranks_equals_one_device(mesh, degrees, attention, chec
     assert counted.graphs == graphs
 
 
+@pytest.mark.slow
 @spmd(ranks=2)
 def test_inductor_equals_one_device(mesh):
     assert_parity(Degrees(cp=2), checkpoint=SelectiveCheckpoint(), compile=Compile("inductor"))
