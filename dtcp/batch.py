@@ -9,16 +9,18 @@ or left whole beside sharded ones, would be wrong without a word.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dtcp.distributed import relayout
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.labels import IGNORED
+from dtcp.labels import IGNORED, check_labels
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import collect_metadata
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.gate import DOCUMENT_KEYS, documents_of_batch, padding_of_mask
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sequence.masks import Causal, Coords, Mask, vision_blocks
 
@@ -103,7 +105,7 @@ class ShardedBatch:
 
 
 def shard_batch(
-    batch: Mapping[str, Tensor],
+    batch: Mapping[str, Any],
     mesh: ParallelMesh,
     layout: type[SequenceLayout] = HeadTail,
     *,
@@ -118,10 +120,14 @@ def shard_batch(
     Args:
         batch: whole rows on the host, alike on every rank of the cp group. Labels are shifted
             already (shift_labels): a shard does not hold its neighbour's next token.
+            DOCUMENT_KEYS may tell documents: document_ids (or seq_idx) [B, S], seq_lens [B, N],
+            cu_seqlens (or cu_seq_lens_q, cu_seq_lens_k) [N + 1] through all rows or [B, N + 1];
+            they are read and go no further.
         layout: which tokens go to which rank; a class, of which the batch gets an instance.
         model: whose mixers read the metadata; None makes none.
-        documents: of every row; None reads them off batch["position_ids"] that restart, and
-            otherwise takes each row as one document. What padding_mask marks is in none.
+        documents: of every row; None reads them off the batch: a document key, position_ids
+            that restart, and otherwise each row is one document. What padding_mask marks is in
+            none. What the batch says twice it says alike.
         fields: how each key is sharded and padded. A key of WHOLE stays as it is.
         device: where the parts go; None leaves them where they are.
         balance_for: the mask whose work BlockBalanced balances; None for Causal().
@@ -129,23 +135,15 @@ def shard_batch(
         the local batch, with `padding_mask` (True: padding) if the batch had one or padding was
         added, and how it was sharded.
     Raises:
-        ValueError: a key that no field names, rows of different lengths, or documents that
-            Documents.of_batch refuses.
+        ValueError: a key that no field names, rows of different lengths, documents, position ids
+            and padding that contradict each other (by row and token), or labels in padding.
         TypeError: a value that is no tensor.
     """
-    _check_keys(batch, fields)
-    whole = {key: x for key, x in batch.items() if key not in MASK_FIELDS}
-    rows, seq_len = _shape(whole, fields)
-    num_shards = mesh.size("cp")
+    rows = _Rows.of(batch, fields, documents)
+    num_shards, seq_len = mesh.size("cp"), rows.documents.seq_len
     padded_len = -(-seq_len // layout.multiple(num_shards)) * layout.multiple(num_shards)
-    documents = Documents.of_batch(
-        rows,
-        seq_len,
-        documents=documents,
-        position_ids=batch.get("position_ids"),
-        padding_mask=batch.get("padding_mask"),
-    ).padded(padded_len)
-    coords = _coords(batch, documents, seq_len)
+    documents = rows.documents.padded(padded_len)
+    coords = _coords({**rows.for_masks, **rows.tokens}, documents, seq_len)
     balanced = balance_for or Causal()
     # Called by the layouts that read it: intervals of long rows take milliseconds.
     batch_layout = layout.for_batch(documents, num_shards, work=lambda: balanced.work(coords))
@@ -153,15 +151,48 @@ def shard_batch(
     metadata = collect_metadata(nn.Module() if model is None else model, coords, batch_layout)
     metadata = metadata if device is None else metadata.to(device)
     sharded = ShardedBatch(batch_layout, documents, coords, metadata, seq_len, mesh)
-    if padded_len > seq_len and "padding_mask" not in whole:
-        whole["padding_mask"] = torch.zeros(rows, seq_len, dtype=torch.bool)
+    tokens = dict(rows.tokens)
+    if padded_len > seq_len:
+        tokens.setdefault("padding_mask", torch.zeros(documents.batch, seq_len, dtype=torch.bool))
     local = {}
-    for key, x in whole.items():
+    for key, x in tokens.items():
         rule = fields[key]
         if rule is not None:
             x = _part(x, batch_layout, mesh.rank("cp"), dim=rule.seq_dim % x.ndim, pad=rule.pad)
         local[key] = x if device is None else x.to(device, non_blocking=True)
     return local, sharded
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Whole rows as a batch says them, held against each other."""
+
+    tokens: Mapping[str, Tensor]  # what is cut
+    for_masks: Mapping[str, Tensor]
+    documents: Documents
+
+    @classmethod
+    def of(
+        cls,
+        batch: Mapping[str, Any],
+        fields: Mapping[str, TokenField | None],
+        documents: Documents | None,
+    ) -> "_Rows":
+        # A key that `fields` names is a key of the model, whatever it is called.
+        keys = [key for key in batch if key in DOCUMENT_KEYS and key not in fields]
+        said = {key: batch[key] for key in (*keys, "position_ids", "padding_mask") if key in batch}
+        batch = {key: x for key, x in batch.items() if key not in keys}
+        if batch.get("padding_mask", 0) is None:
+            del batch["padding_mask"]
+        _check_keys(batch, fields)
+        tokens = {key: x for key, x in batch.items() if key not in MASK_FIELDS}
+        rows, seq_len = _shape(tokens, fields)
+        documents = documents_of_batch(said, rows, seq_len, documents=documents)
+        padding = padding_of_mask(said.get("padding_mask"), rows, seq_len)
+        if padding is not None:
+            tokens["padding_mask"] = padding.to(batch["padding_mask"].device)
+        check_labels(tokens, documents, padding)
+        return cls(tokens, {key: batch[key] for key in MASK_FIELDS if key in batch}, documents)
 
 
 def pad_end(x: Tensor, missing: int, pad: int | float | bool, *, dim: int) -> Tensor:
