@@ -19,6 +19,7 @@ from dtcp.cp_utils.batch import PACKED_SEQ_IDS
 from dtcp.cp_utils.context import ContextFactory
 from dtcp.cp_utils.deepseek_v4 import padding_of
 from dtcp.cp_utils.validation import check_one_document, check_rows
+from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
 from dtcp.sequence.documents import Documents
 from dtcp.thd import SENTINEL, primary_key
@@ -35,7 +36,7 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
     padding_token_id: int = 0,
     pad_multiple: int | None = None,
 ) -> tuple[ContextFactory, dict[str, Any]]:
-    """Keep this rank's stretch of each row; the batch passed in stays as it is. No communication.
+    """Keep this rank's stretch of each row; the batch passed in stays as it is.
 
     Args:
         cp_mesh: the 1-D axis of the sequence; None: one rank.
@@ -56,6 +57,20 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
         KeyError: no labels and no loss_mask; packed rows without seq_lens.
         NotImplementedError: cu_seqlens alone, which do not say where rows end.
     """
+    return prepared_alike(
+        (cp_mesh, tp_mesh),
+        lambda: _made(cp_mesh, batch, loss_mask, padding_token_id, pad_multiple),
+        lambda _: compared_keys(batch),
+    )
+
+
+def _made(
+    cp_mesh: DeviceMesh | None,
+    batch: Mapping[str, Any],
+    loss_mask: Tensor | None,
+    padding_token_id: int,
+    pad_multiple: int | None,
+) -> tuple[ContextFactory, dict[str, Any]]:
     batch = dict(batch)
     ranks = 1 if cp_mesh is None else cp_mesh.size()
     rank = 0 if cp_mesh is None else cp_mesh.get_local_rank()

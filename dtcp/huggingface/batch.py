@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import ShardedBatch, shard_batch
+from dtcp.batch import DEFAULT_FIELDS, Rows, ShardedBatch, shard_rows
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
@@ -27,6 +27,7 @@ def shard_hf_batch(
     *,
     model: nn.Module,
     device: torch.device | str | None = None,
+    compare_ranks: bool = True,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
     """Cut a batch of transformers into this rank's part.
 
@@ -36,6 +37,7 @@ def shard_hf_batch(
             attention_mask [B, S], 0 for padding on the right, or numbering packed documents from
             1; and what flattening collators add (cu_seq_lens_q, max_length_q, seq_idx, ..). A
             value of None is left out.
+        compare_ranks: as for shard_batch.
     Returns:
         the local batch, with labels shifted and position_ids, and how it was sharded. Call
         `model(input_ids=..., position_ids=..., attn_metadata=sharded.attn_metadata)` and compute
@@ -44,13 +46,14 @@ def shard_hf_batch(
         ValueError: padding on the left or in the middle, keys that contradict each other, or what
             shard_batch refuses.
     """
-    rows = {key: x for key, x in batch.items() if x is not None}
-    documents = documents_of_hf_batch(rows)
-    whole = {key: x for key, x in rows.items() if key not in (*DOCUMENT_KEYS, "attention_mask")}
-    whole["position_ids"] = documents.position_ids()
-    if "labels" in rows:
-        whole["labels"] = shift_labels(rows["labels"], documents)
-    return shard_batch(whole, mesh, layout, model=model, documents=documents, device=device)
+    return shard_rows(
+        lambda: _rows_of(batch),
+        mesh,
+        layout,
+        model=model,
+        device=device,
+        compare_ranks=compare_ranks,
+    )
 
 
 def causal_lm_loss(
@@ -60,6 +63,7 @@ def causal_lm_loss(
     layout: type[SequenceLayout] = HeadTail,
     *,
     device: torch.device | str | None = None,
+    compare_ranks: bool = True,
 ) -> Tensor:
     """Run a model of parallelize_hf on a batch: this rank's share of the mean loss over tokens.
 
@@ -68,19 +72,38 @@ def causal_lm_loss(
 
     Args:
         batch: as shard_hf_batch takes it, with labels.
+        compare_ranks: as for shard_batch.
     Raises:
         ValueError: no labels, or what shard_hf_batch refuses.
     """
-    if batch.get("labels") is None:
-        raise ValueError(
-            f"A batch to train on has labels, not shifted, got {sorted(batch)}: add them; a "
-            f"language model's are its input_ids."
-        )
-    local, sharded = shard_hf_batch(batch, mesh, layout, model=model, device=device)
+    local, sharded = shard_rows(
+        lambda: _rows_of(batch, with_labels=True),
+        mesh,
+        layout,
+        model=model,
+        device=device,
+        compare_ranks=compare_ranks,
+    )
     labels = local.pop("labels")
     local.pop("padding_mask", None)
     logits = model(**local, attn_metadata=sharded.attn_metadata).logits
     return token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
+
+
+def _rows_of(batch: Mapping[str, Any], *, with_labels: bool = False) -> Rows:
+    """A batch of transformers as shard_batch takes it."""
+    rows = {key: x for key, x in batch.items() if x is not None}
+    if with_labels and "labels" not in rows:
+        raise ValueError(
+            f"A batch to train on has labels, not shifted, got {sorted(batch)}: add them; a "
+            f"language model's are its input_ids."
+        )
+    documents = documents_of_hf_batch(rows)
+    whole = {key: x for key, x in rows.items() if key not in (*DOCUMENT_KEYS, "attention_mask")}
+    whole["position_ids"] = documents.position_ids()
+    if "labels" in rows:
+        whole["labels"] = shift_labels(rows["labels"], documents)
+    return Rows.of(whole, DEFAULT_FIELDS, documents)
 
 
 def documents_of_hf_batch(batch: Mapping[str, Any]) -> Documents:
