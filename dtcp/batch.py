@@ -23,7 +23,7 @@ from dtcp.labels import IGNORED, check_labels
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import collect_metadata
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.gate import DOCUMENT_KEYS, documents_of_batch, padding_of_mask
+from dtcp.sequence.gate import DOCUMENT_KEYS, documents_of_batch, read_padding_mask
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sequence.masks import Causal, Coords, Mask, vision_blocks
 
@@ -258,7 +258,7 @@ class Rows:
         tokens = {key: x for key, x in batch.items() if key not in MASK_FIELDS}
         rows, seq_len = _shape(tokens, fields)
         documents = documents_of_batch(said, rows, seq_len, documents=documents)
-        padding = padding_of_mask(said.get("padding_mask"), rows, seq_len)
+        padding = read_padding_mask(said.get("padding_mask"), rows, seq_len)
         if padding is not None:
             tokens["padding_mask"] = padding.to(batch["padding_mask"].device)
         check_labels(tokens, documents, padding)

@@ -21,7 +21,7 @@ from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.labels import IGNORED
 from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.documents import PADDING, Documents
-from dtcp.sequence.gate import check_position_ids, padding_of_mask
+from dtcp.sequence.gate import check_restarts, read_padding_mask
 from dtcp.sequence.layout import PerDocument
 from dtcp.sequence.masks import Causal, Coords, Mask
 from dtcp.softmax.local import ATTENTION
@@ -298,8 +298,8 @@ def _check_agrees(batch: THDBatch, slots: Slots, rows: int, seq_len: int) -> Non
     padding = documents.position_ids() >= real.view(rows, seq_len)
     position_ids, mask = batch.get("position_ids"), batch.get("padding_mask")
     if position_ids is not None:
-        check_position_ids(documents, position_ids, padding, name="seq_lens")
-    mask = padding_of_mask(mask, rows, seq_len)
+        check_restarts(documents, position_ids, padding, name="seq_lens")
+    mask = read_padding_mask(mask, rows, seq_len)
     if mask is not None and not torch.equal(mask, padding):
         row, token = (mask != padding).nonzero()[0].tolist()
         raise ValueError(

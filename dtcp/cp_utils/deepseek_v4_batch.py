@@ -22,6 +22,7 @@ from dtcp.cp_utils.validation import check_one_document, check_rows
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.gate import check_restarts_in_stretches
 from dtcp.thd import SENTINEL, primary_key
 
 GROUP = "_dsv4_cp_group"
@@ -91,6 +92,7 @@ def _made(
     if packed:
         packings = _packings(batch, primary, multiple)
         _check_padding(batch, packings)
+        _check_positions(batch, packings, batch[primary].shape[1])
         if ranks > 1:
             batch = _repacked(batch, packings, primary, padding_token_id)
     batch = _positioned(batch, primary)
@@ -139,6 +141,9 @@ def _check(batch: Mapping[str, Any], primary: str, padding: Tensor | None, *, pa
         Documents.from_padded(None, padding.bool().cpu())
     if batch.get(PACKED_SEQ_IDS) is None:
         check_one_document(batch, padding, remedy="give seq_lens [B, documents]")
+    elif batch.get("position_ids") is not None:
+        ids, position_ids = batch[PACKED_SEQ_IDS], batch["position_ids"]
+        check_restarts_in_stretches(ids, position_ids, name=PACKED_SEQ_IDS)
 
 
 def _positioned(batch: dict[str, Any], primary: str) -> dict[str, Any]:
@@ -237,6 +242,18 @@ def _check_padding(batch: Mapping[str, Any], packings: list[_Packing]) -> None:
                     f"{start + length - 1} of row {row}, which seq_lens have in a document: pass "
                     f"one of them, or correct the other."
                 )
+
+
+def _check_positions(batch: Mapping[str, Any], packings: list[_Packing], seq_len: int) -> None:
+    """Refuse position ids that restart inside a document of seq_lens."""
+    if batch.get("position_ids") is None:
+        return
+    numbers = torch.zeros(len(packings), seq_len, dtype=torch.int64)
+    for row, packing in enumerate(packings):
+        documents = zip(packing.starts, packing.lengths, strict=True)
+        for number, (start, length) in enumerate(documents, start=1):
+            numbers[row, start : start + length] = number
+    check_restarts_in_stretches(numbers, batch["position_ids"], name="seq_lens")
 
 
 def _repacked(

@@ -37,13 +37,14 @@ def prepared_alike(
     NCCL alone on the device, and then the host waits for what the device has in hand.
 
     Args:
-        axes: whose ranks read the same rows; None for an axis of one rank.
+        axes: whose ranks read the same rows; None for an axis of one rank. What is no DeviceMesh
+            has no ranks to ask.
         prepare: what may refuse the batch on this rank.
         contents: what is compared of the result.
     Raises:
         ValueError: ranks that differ, named with row; the same sentence on every rank.
     """
-    wide = [axis for axis in axes if axis is not None and axis.size() > 1]
+    wide = [axis for axis in axes if isinstance(axis, DeviceMesh) and axis.size() > 1]
     if not wide:
         return prepare()
     hashes = torch.zeros(0, len(ASPECTS), dtype=torch.int64)

@@ -15,7 +15,7 @@ from dtcp.sequence.gate import (
     DOCUMENT_KEYS,
     documents_of_batch,
     documents_of_ids,
-    padding_of_mask,
+    read_padding_mask,
 )
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 
@@ -123,7 +123,7 @@ def documents_of_hf_batch(batch: Mapping[str, Any]) -> Documents:
         if bool((mask > 1).any()):
             # Numbers from 1 on, as collators of packed rows have them.
             explicit = documents_of_ids(mask - 1, name="attention_mask less 1,")
-        padding = padding_of_mask(said["padding_mask"], rows, seq_len)
+        padding = read_padding_mask(said["padding_mask"], rows, seq_len)
         if padding is not None and not torch.equal(padding, mask == 0):
             raise ValueError(
                 "A batch says once what is padding, got an attention_mask (0: padding) and a "

@@ -50,7 +50,7 @@ def documents_of_batch(
         ValueError: keys that contradict each other, named with row and token, or that describe
             no documents of these rows.
     """
-    padding = padding_of_mask(batch.get("padding_mask"), rows, seq_len)
+    padding = read_padding_mask(batch.get("padding_mask"), rows, seq_len)
     sources = {} if documents is None else {name: documents}
     for key in DOCUMENT_KEYS:
         value = batch.get(key)
@@ -69,12 +69,12 @@ def documents_of_batch(
         if key != first:
             _check_same(str(first), _trimmed(chosen, padding), key, _trimmed(other, padding))
     if first is not None and position_ids is not None:
-        check_position_ids(chosen, position_ids, padding, name=first)
+        check_restarts(chosen, position_ids, padding, name=first)
     _check_longest(batch, chosen)
     return chosen
 
 
-def padding_of_mask(mask: Any, rows: int, seq_len: int) -> Tensor | None:
+def read_padding_mask(mask: Any, rows: int, seq_len: int) -> Tensor | None:
     """A padding_mask as bool on the host: [B, S], True for padding; None for None.
 
     Raises:
@@ -139,6 +139,17 @@ def documents_of_ids(ids: Tensor, *, name: str = "document_ids") -> Documents:
     return Documents(tuple(rows), seq_len)
 
 
+def check_restarts_in_stretches(numbers: Tensor, position_ids: Tensor, *, name: str) -> None:
+    """`check_restarts` for documents numbered from 1, where 0 is padding, in any place.
+
+    Args:
+        numbers: [B, S].
+    """
+    numbers = numbers.cpu()
+    stretches = (numbers.diff(dim=1, prepend=numbers[:, :1]) != 0).cumsum(1)
+    check_restarts(documents_of_ids(stretches), position_ids, numbers == 0, name=name)
+
+
 def documents_of_lengths(lengths: Tensor, rows: int, seq_len: int) -> Documents:
     """Read documents off their lengths: [B, N], filled up by 0 or by a negative number."""
     if lengths.ndim != 2 or len(lengths) != rows or lengths.dtype.is_floating_point:
@@ -189,7 +200,7 @@ def documents_of_boundaries(
     return Documents(tuple(tuple(b - a for a, b in pairwise(x) if b > a) for x in lists), seq_len)
 
 
-def check_position_ids(
+def check_restarts(
     documents: Documents, position_ids: Tensor, padding: Tensor | None, *, name: str = "documents"
 ) -> None:
     """Refuse position ids that restart elsewhere than documents start.

@@ -9,6 +9,8 @@ import torch
 from transformers import DataCollatorWithFlattening
 
 from dtcp.batch import DEFAULT_FIELDS, shard_batch
+from dtcp.cp_utils.deepseek_v4_batch import make_dsv4_contiguous_shard_cp_batch_and_ctx
+from dtcp.cp_utils.gemma4 import make_contiguous_shard_cp_batch_and_ctx
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import documents_of_hf_batch, shard_hf_batch
 from dtcp.labels import IGNORED, shift_labels
@@ -296,3 +298,20 @@ def test_packed_rows_without_a_batch_dim_are_held_to_their_slots_A5():
     to_thd({**batch, "padding_mask": padding})
     with pytest.raises(ValueError, match=r"padding_mask\[0, 0\]=True with token 0 of row 0 in"):
         to_thd({**batch, "padding_mask": ~padding})
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "value"),
+    [
+        (make_dsv4_contiguous_shard_cp_batch_and_ctx, "seq_lens", torch.tensor([[3, 5], [4, 4]])),
+        (make_dsv4_contiguous_shard_cp_batch_and_ctx, "_packed_seq_ids", WHOLE.document() + 1),
+        (make_contiguous_shard_cp_batch_and_ctx, "_packed_seq_ids", WHOLE.document() + 1),
+    ],
+    ids=["A5-dsv4-seq_lens", "A5-dsv4-ids", "A5-gemma4-ids"],
+)
+def test_contiguous_batches_hold_position_ids_to_their_documents(make, key, value):
+    batch = {"input_ids": IDS, "labels": IDS, key: value}
+    make(None, None, {**batch, "position_ids": WHOLE.position_ids()})
+    make(None, None, {**batch, "position_ids": torch.arange(8).expand(2, -1)})
+    with pytest.raises(ValueError, match=f"0 at token 4 of row 0, inside a document by {key}"):
+        make(None, None, {**batch, "position_ids": SHIFTED.position_ids()})

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from dtcp.batch import shard_batch
 from dtcp.cp_utils.batch import make_cp_batch_and_ctx
 from dtcp.cp_utils.deepseek_v4_batch import make_dsv4_contiguous_shard_cp_batch_and_ctx
+from dtcp.cp_utils.gemma4 import make_contiguous_shard_cp_batch_and_ctx
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import causal_lm_loss, shard_hf_batch
 from dtcp.sequence.documents import Documents
@@ -115,6 +116,7 @@ def test_every_entry_compares_the_ranks_A3(mesh):
             use_te=True,
         ),
         "dsv4": lambda: make_dsv4_contiguous_shard_cp_batch_and_ctx(axis, None, batch),
+        "gemma4": lambda: make_contiguous_shard_cp_batch_and_ctx(axis, None, batch),
     }
     for call in calls.values():
         with pytest.raises(ValueError, match="cp rank 2 has other token ids in row 0"):
