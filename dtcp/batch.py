@@ -1,24 +1,29 @@
 """Shard a batch: what all ranks of a cp group read alike becomes each rank's part of it.
 
-Runs on the host, once per batch, with no communication: the ranks of a cp group read the same
-rows, so each picks its own tokens. A table says where the sequence of each key is and what its
+Runs on the host, once per batch: the ranks of a cp and tp group read the same rows, so each picks
+its own tokens. Nothing is sent but a few numbers by which they find out if one of them reads other
+rows (`dtcp.distributed.same_rows`). A table says where the sequence of each key is and what its
 padding is made of. A key that the table does not name is refused: a tensor sharded by no rule,
 or left whole beside sharded ones, would be wrong without a word.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed import relayout
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.labels import IGNORED
+from dtcp.distributed.same_rows import prepared_alike
+from dtcp.labels import IGNORED, check_labels
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import collect_metadata
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.gate import DOCUMENT_KEYS, documents_of_batch, read_padding_mask
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sequence.masks import Causal, Coords, Mask, vision_blocks
 
@@ -94,16 +99,48 @@ class ShardedBatch:
             )
         return _part(x, self.layout, self.mesh.rank("cp"), dim=dim % x.ndim, pad=pad)
 
-    def gather(self, x: Tensor, *, dim: int = 1) -> Tensor:
-        """The parts of all ranks in the order of the row, padding removed; differentiable."""
+    def gather(self, x: Tensor, *, dim: int = 1, replicated_loss: bool = False) -> Tensor:
+        """The parts of all ranks in the order of the row, padding removed; differentiable.
+
+        By default the gradient is that of the sum of all ranks' losses, as it is right where each
+        rank has a share of the loss (token_mean_loss). A loss that every rank computes alike from
+        the whole row, of pooled tokens or of log-probabilities of whole answers as in DPO, would
+        count once for each cp rank: the right loss with gradients cp times too large. Gather with
+        replicated_loss=True for it.
+
+        Args:
+            replicated_loss: every rank of the cp group computes one and the same loss from the
+                result; its gradient is not summed: each rank keeps that of its own tokens.
+                Gradients of weights are to be summed over cp, as they are for shares.
+
+        Traffic per rank: (n - 1) * L tokens, and as much back; nothing back if replicated_loss.
+        """
         whole = x
         if self.mesh.cp is not None:
-            whole = relayout.gather(x, self.layout, self.mesh.cp, dim=dim % x.ndim)
+            gather = _GatherReplicated.apply if replicated_loss else _gather
+            whole = gather(x, self.layout, self.mesh.cp, dim % x.ndim)
         return whole.narrow(dim, 0, self.unpadded_len)
 
 
+def _gather(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, dim: int) -> Tensor:
+    return relayout.gather(x, layout, mesh, dim=dim)
+
+
+class _GatherReplicated(torch.autograd.Function):
+    """Whose gradient is the same on every rank already, so it is cut and not summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, dim: int) -> Tensor:
+        ctx.layout, ctx.rank, ctx.dim = layout, mesh.get_local_rank(), dim
+        return _gather(x, layout, mesh, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.layout.shard(grad, ctx.rank, dim=ctx.dim), None, None, None
+
+
 def shard_batch(
-    batch: Mapping[str, Tensor],
+    batch: Mapping[str, Any],
     mesh: ParallelMesh,
     layout: type[SequenceLayout] = HeadTail,
     *,
@@ -112,40 +149,69 @@ def shard_batch(
     fields: Mapping[str, TokenField | None] = DEFAULT_FIELDS,
     device: torch.device | str | None = None,
     balance_for: Mask | None = None,
+    compare_ranks: bool = True,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
-    """Cut a batch into this rank's part, out of place and without communication.
+    """Cut a batch into this rank's part, out of place.
 
     Args:
         batch: whole rows on the host, alike on every rank of the cp group. Labels are shifted
             already (shift_labels): a shard does not hold its neighbour's next token.
+            DOCUMENT_KEYS may tell documents: document_ids (or seq_idx) [B, S], seq_lens [B, N],
+            cu_seqlens (or cu_seq_lens_q, cu_seq_lens_k) [N + 1] through all rows or [B, N + 1];
+            they are read and go no further.
         layout: which tokens go to which rank; a class, of which the batch gets an instance.
         model: whose mixers read the metadata; None makes none.
-        documents: of every row; None reads them off batch["position_ids"] that restart, and
-            otherwise takes each row as one document. What padding_mask marks is in none.
+        documents: of every row; None reads them off the batch: a document key, position_ids
+            that restart, and otherwise each row is one document. What padding_mask marks is in
+            none. What the batch says twice it says alike.
         fields: how each key is sharded and padded. A key of WHOLE stays as it is.
         device: where the parts go; None leaves them where they are.
         balance_for: the mask whose work BlockBalanced balances; None for Causal().
+        compare_ranks: whether the ranks of a cp and tp group first compare shape, documents and a
+            hash of every key, about 1 ms for a row of 128K tokens on one CPU core; what differs
+            is named on all of them. They call this together.
     Returns:
         the local batch, with `padding_mask` (True: padding) if the batch had one or padding was
         added, and how it was sharded.
     Raises:
-        ValueError: a key that no field names, rows of different lengths, or documents that
-            Documents.of_batch refuses.
+        ValueError: a key that no field names, rows of different lengths, documents, position ids
+            and padding that contradict each other (by row and token), or labels in padding.
         TypeError: a value that is no tensor.
     """
-    _check_keys(batch, fields)
-    whole = {key: x for key, x in batch.items() if key not in MASK_FIELDS}
-    rows, seq_len = _shape(whole, fields)
-    num_shards = mesh.size("cp")
+    return shard_rows(
+        lambda: Rows.of(batch, fields, documents),
+        mesh,
+        layout,
+        model=model,
+        device=device,
+        balance_for=balance_for,
+        compare_ranks=compare_ranks,
+    )
+
+
+def shard_rows(
+    prepare: "Callable[[], Rows]",
+    mesh: ParallelMesh,
+    layout: type[SequenceLayout] = HeadTail,
+    *,
+    model: nn.Module | None = None,
+    device: torch.device | str | None = None,
+    balance_for: Mask | None = None,
+    compare_ranks: bool = True,
+    axes: Sequence[DeviceMesh] = (),
+) -> tuple[dict[str, Tensor], ShardedBatch]:
+    """`shard_batch` for a caller whose own preparation may refuse a batch on one rank only.
+
+    Args:
+        prepare: makes the rows; what it raises, the other ranks hear of.
+        axes: of ranks that read the same rows, besides those of the mesh.
+    """
+    compared = (mesh.cp, mesh.tp, *axes) if compare_ranks else ()
+    rows = prepared_alike(compared, prepare, Rows.contents)
+    num_shards, seq_len = mesh.size("cp"), rows.documents.seq_len
     padded_len = -(-seq_len // layout.multiple(num_shards)) * layout.multiple(num_shards)
-    documents = Documents.of_batch(
-        rows,
-        seq_len,
-        documents=documents,
-        position_ids=batch.get("position_ids"),
-        padding_mask=batch.get("padding_mask"),
-    ).padded(padded_len)
-    coords = _coords(batch, documents, seq_len)
+    documents = rows.documents.padded(padded_len)
+    coords = _coords({**rows.for_masks, **rows.tokens}, documents, seq_len)
     balanced = balance_for or Causal()
     # Called by the layouts that read it: intervals of long rows take milliseconds.
     batch_layout = layout.for_batch(documents, num_shards, work=lambda: balanced.work(coords))
@@ -153,15 +219,56 @@ def shard_batch(
     metadata = collect_metadata(nn.Module() if model is None else model, coords, batch_layout)
     metadata = metadata if device is None else metadata.to(device)
     sharded = ShardedBatch(batch_layout, documents, coords, metadata, seq_len, mesh)
-    if padded_len > seq_len and "padding_mask" not in whole:
-        whole["padding_mask"] = torch.zeros(rows, seq_len, dtype=torch.bool)
+    tokens = dict(rows.tokens)
+    if padded_len > seq_len:
+        tokens.setdefault("padding_mask", torch.zeros(documents.batch, seq_len, dtype=torch.bool))
     local = {}
-    for key, x in whole.items():
-        rule = fields[key]
+    for key, x in tokens.items():
+        rule = rows.fields[key]
         if rule is not None:
             x = _part(x, batch_layout, mesh.rank("cp"), dim=rule.seq_dim % x.ndim, pad=rule.pad)
         local[key] = x if device is None else x.to(device, non_blocking=True)
     return local, sharded
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Whole rows as a batch says them, held against each other."""
+
+    tokens: Mapping[str, Tensor]  # what is cut
+    for_masks: Mapping[str, Tensor]
+    documents: Documents
+    fields: Mapping[str, TokenField | None]
+
+    @classmethod
+    def of(
+        cls,
+        batch: Mapping[str, Any],
+        fields: Mapping[str, TokenField | None],
+        documents: Documents | None,
+    ) -> "Rows":
+        """Read a batch as `shard_batch` takes it."""
+        # A key that `fields` names is a key of the model, whatever it is called.
+        keys = [key for key in batch if key in DOCUMENT_KEYS and key not in fields]
+        said = {key: batch[key] for key in (*keys, "position_ids", "padding_mask") if key in batch}
+        batch = {key: x for key, x in batch.items() if key not in keys}
+        if batch.get("padding_mask", 0) is None:
+            del batch["padding_mask"]
+        _check_keys(batch, fields)
+        tokens = {key: x for key, x in batch.items() if key not in MASK_FIELDS}
+        rows, seq_len = _shape(tokens, fields)
+        documents = documents_of_batch(said, rows, seq_len, documents=documents)
+        padding = read_padding_mask(said.get("padding_mask"), rows, seq_len)
+        if padding is not None:
+            tokens["padding_mask"] = padding.to(batch["padding_mask"].device)
+        check_labels(tokens, documents, padding)
+        for_masks = {key: batch[key] for key in MASK_FIELDS if key in batch}
+        return cls(tokens, for_masks, documents, fields)
+
+    def contents(self) -> tuple[Mapping[str, Tensor], Documents]:
+        """What ranks compare."""
+        keys = {key: x for key, x in self.tokens.items() if self.fields[key] is not None}
+        return {**keys, **self.for_masks}, self.documents
 
 
 def pad_end(x: Tensor, missing: int, pad: int | float | bool, *, dim: int) -> Tensor:

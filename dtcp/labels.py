@@ -1,5 +1,7 @@
 """Labels of whole rows: shifted before sharding, since a shard ends where its neighbour starts."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -65,3 +67,27 @@ def look_ahead(
         "mtp_input_ids": ids.masked_fill(ids == IGNORED, 0),
         "mtp_labels": torch.stack([shift_labels(labels, documents, by=x) for x in steps], dim=1),
     }
+
+
+def check_labels(batch: Mapping[str, Tensor], documents: Documents, padding: Tensor | None) -> None:
+    """Refuse a loss on a token of padding: either the label or the padding is wrong.
+
+    Args:
+        batch: maybe labels [B, S], shifted already, and loss_mask [B, S], 0 where there is no loss.
+        padding: [B, S] bool on the host, True for padding. What is in no document is padding too.
+    """
+    labels, loss_mask = batch.get("labels"), batch.get("loss_mask")
+    index = torch.arange(documents.seq_len)
+    outside = index >= torch.tensor([[sum(row)] for row in documents.lengths])
+    padding = outside if padding is None else outside | padding
+    if labels is None or not bool(padding.any()):
+        return
+    wrong = padding & (labels.cpu() != IGNORED)
+    if loss_mask is not None:
+        wrong = wrong & (loss_mask.cpu() != 0)
+    if bool(wrong.any()):
+        row, token = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"Padding has no loss, got labels[{row}, {token}]={labels[row, token].item()} at a "
+            f"token of padding: set it to {IGNORED} (shift_labels does), or correct the padding."
+        )

@@ -21,6 +21,7 @@ from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.labels import IGNORED
 from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.documents import PADDING, Documents
+from dtcp.sequence.gate import check_restarts, read_padding_mask
 from dtcp.sequence.layout import PerDocument
 from dtcp.sequence.masks import Causal, Coords, Mask
 from dtcp.softmax.local import ATTENTION
@@ -92,6 +93,7 @@ def to_thd(batch: THDBatch, *, seq_lens_padding_value: int = SENTINEL) -> dict[s
     """
     rows, seq_len = _check(batch)
     slots = _slots(batch, rows, seq_len, seq_lens_padding_value)
+    _check_agrees(batch, slots, rows, seq_len)
     device = batch["labels"].device
     bounds = list(accumulate((slot for _, slot in slots), initial=0))
     out = {key: x for key, x in batch.items() if key not in ("seq_lens", "seq_lens_padded")}
@@ -276,6 +278,36 @@ def _slots(batch: THDBatch, rows: int, seq_len: int, sentinel: int) -> Slots:
         slot += seq_len - sum(slot for _, slot in (*before, (length, slot)))
         filled += [*before, (length, slot)]
     return tuple(filled)
+
+
+def _check_agrees(batch: THDBatch, slots: Slots, rows: int, seq_len: int) -> None:
+    """Refuse position ids and padding that contradict the slots."""
+    ends = list(accumulate(slot for _, slot in slots))
+    lengths: list[tuple[int, ...]] = []
+    for row in range(rows):
+        inside = [
+            slot
+            for (_, slot), end in zip(slots, ends, strict=True)
+            if slot and row * seq_len < end <= (row + 1) * seq_len
+        ]
+        lengths.append(tuple(inside))
+    documents = Documents(tuple(lengths), seq_len)
+    real = torch.tensor([length for length, _ in slots]).repeat_interleave(
+        torch.tensor([slot for _, slot in slots])
+    )
+    padding = documents.position_ids() >= real.view(rows, seq_len)
+    position_ids, mask = batch.get("position_ids"), batch.get("padding_mask")
+    if position_ids is not None:
+        check_restarts(documents, position_ids, padding, name="seq_lens")
+    mask = read_padding_mask(mask, rows, seq_len)
+    if mask is not None and not torch.equal(mask, padding):
+        row, token = (mask != padding).nonzero()[0].tolist()
+        raise ValueError(
+            f"A batch says once what is padding, got padding_mask[{row}, {token}]="
+            f"{bool(mask[row, token])} with token {token} of row {row} in "
+            f"{'padding' if padding[row, token] else 'a document'} by seq_lens: correct one of "
+            f"them, or leave padding_mask out."
+        )
 
 
 def _flat(key: str, x: Any, rows: int, seq_len: int) -> Any:

@@ -133,8 +133,8 @@ def test_what_a_padding_mask_marks_is_in_no_document(mesh):
     assert shard_batch(batch, whole)[1].documents == Documents(((5, 5, 2),), 16)
     batch["padding_mask"] = ~padding
     refused("padded on the right", lambda: shard_batch(batch, whole))
-    two = Documents(((12, 4),), 16)
-    shard_batch(batch, whole, documents=two)
+    two = Documents(((12, 3, 1),), 16)
+    assert shard_batch(batch, whole, documents=two)[1].documents == two
     one = Documents.single(1, 16)
     refused(r"got padding_mask\[0, 11\]=True", lambda: shard_batch(batch, whole, documents=one))
 

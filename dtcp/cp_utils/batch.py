@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.batch import DEFAULT_FIELDS, WHOLE, TokenField, shard_batch
+from dtcp.batch import DEFAULT_FIELDS, WHOLE, Rows, TokenField, shard_rows
 from dtcp.cp_utils.context import ContextFactory, get_train_context
 from dtcp.cp_utils.masks import documents_of_mask
 from dtcp.cp_utils.thd import make_cp_batch_for_te
@@ -106,7 +106,7 @@ class BatchSharder:
         loss_mask: Tensor | None = None,
         padding_token_id: int = 0,
     ) -> tuple[ContextFactory, BatchDict]:
-        """Shard a batch of whole rows, out of place and without communication.
+        """Shard a batch of whole rows, out of place.
 
         Documents are read off `seq_lens` (and `seq_lens_padded`, their slots), `position_ids` that
         restart at 0, or an `attention_mask` of four dims; otherwise each row is one. What an
@@ -121,19 +121,15 @@ class BatchSharder:
                 the right; a mask or position ids of unknown meaning; a key whose sequence dim is
                 not known.
         """
+        axes = () if tp_mesh is None else (tp_mesh,)
         batch = dict(batch) if loss_mask is None else {**batch, "loss_mask": loss_mask}
-        rows, seq_len = _check(batch)
-        if batch.get("seq_lens") is not None:
-            documents = _documents_of_slots(batch, rows, seq_len, self.seq_lens_padding_value)
-            position_ids = _position_ids(batch, rows, seq_len)
-        else:
-            position_ids = _position_ids(batch, rows, seq_len)
-            documents = _documents(batch, position_ids, rows, seq_len)
-        batch["position_ids"] = position_ids
-        tensors = {key: x for key, x in batch.items() if isinstance(x, Tensor)}
-        fields = _fields(tensors, self.fields, padding_token_id, seq_len)
-        mesh = ParallelMesh.of_sequence(cp_mesh)
-        local, sharded = shard_batch(tensors, mesh, self.layout, documents=documents, fields=fields)
+        local, sharded = shard_rows(
+            lambda: self._rows(batch, padding_token_id),
+            ParallelMesh.of_sequence(cp_mesh),
+            self.layout,
+            axes=axes,
+        )
+        position_ids = batch["position_ids"]
         device = position_ids.device
         if "padding_mask" in local:
             local["padding_mask"] = local["padding_mask"].to(device)
@@ -146,6 +142,20 @@ class BatchSharder:
             device=device,
         )
         return get_train_context(False, False, context), {**batch, **local}
+
+    def _rows(self, batch: BatchDict, padding_token_id: int) -> Rows:
+        """Hold what a batch says against each other; adds position_ids and padding_mask to it."""
+        rows, seq_len = _check(batch)
+        if batch.get("seq_lens") is not None:
+            documents = _documents_of_slots(batch, rows, seq_len, self.seq_lens_padding_value)
+            position_ids = _position_ids(batch, rows, seq_len)
+        else:
+            position_ids = _position_ids(batch, rows, seq_len)
+            documents = _documents(batch, position_ids, rows, seq_len)
+        batch["position_ids"] = position_ids
+        tensors = {key: x for key, x in batch.items() if isinstance(x, Tensor)}
+        fields = _fields(tensors, self.fields, padding_token_id, seq_len)
+        return Rows.of(tensors, fields, documents)
 
 
 def _build_position_ids(batch: BatchDict, device: torch.device | str) -> BatchDict:

@@ -19,8 +19,10 @@ from dtcp.cp_utils.batch import PACKED_SEQ_IDS
 from dtcp.cp_utils.context import ContextFactory
 from dtcp.cp_utils.deepseek_v4 import padding_of
 from dtcp.cp_utils.validation import check_one_document, check_rows
+from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.gate import check_restarts_in_stretches
 from dtcp.thd import SENTINEL, primary_key
 
 GROUP = "_dsv4_cp_group"
@@ -35,7 +37,7 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
     padding_token_id: int = 0,
     pad_multiple: int | None = None,
 ) -> tuple[ContextFactory, dict[str, Any]]:
-    """Keep this rank's stretch of each row; the batch passed in stays as it is. No communication.
+    """Keep this rank's stretch of each row; the batch passed in stays as it is.
 
     Args:
         cp_mesh: the 1-D axis of the sequence; None: one rank.
@@ -56,6 +58,20 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
         KeyError: no labels and no loss_mask; packed rows without seq_lens.
         NotImplementedError: cu_seqlens alone, which do not say where rows end.
     """
+    return prepared_alike(
+        (cp_mesh, tp_mesh),
+        lambda: _made(cp_mesh, batch, loss_mask, padding_token_id, pad_multiple),
+        lambda _: compared_keys(batch),
+    )
+
+
+def _made(
+    cp_mesh: DeviceMesh | None,
+    batch: Mapping[str, Any],
+    loss_mask: Tensor | None,
+    padding_token_id: int,
+    pad_multiple: int | None,
+) -> tuple[ContextFactory, dict[str, Any]]:
     batch = dict(batch)
     ranks = 1 if cp_mesh is None else cp_mesh.size()
     rank = 0 if cp_mesh is None else cp_mesh.get_local_rank()
@@ -76,6 +92,7 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
     if packed:
         packings = _packings(batch, primary, multiple)
         _check_padding(batch, packings)
+        _check_positions(batch, packings, batch[primary].shape[1])
         if ranks > 1:
             batch = _repacked(batch, packings, primary, padding_token_id)
     batch = _positioned(batch, primary)
@@ -124,6 +141,9 @@ def _check(batch: Mapping[str, Any], primary: str, padding: Tensor | None, *, pa
         Documents.from_padded(None, padding.bool().cpu())
     if batch.get(PACKED_SEQ_IDS) is None:
         check_one_document(batch, padding, remedy="give seq_lens [B, documents]")
+    elif batch.get("position_ids") is not None:
+        ids, position_ids = batch[PACKED_SEQ_IDS], batch["position_ids"]
+        check_restarts_in_stretches(ids, position_ids, name=PACKED_SEQ_IDS)
 
 
 def _positioned(batch: dict[str, Any], primary: str) -> dict[str, Any]:
@@ -222,6 +242,18 @@ def _check_padding(batch: Mapping[str, Any], packings: list[_Packing]) -> None:
                     f"{start + length - 1} of row {row}, which seq_lens have in a document: pass "
                     f"one of them, or correct the other."
                 )
+
+
+def _check_positions(batch: Mapping[str, Any], packings: list[_Packing], seq_len: int) -> None:
+    """Refuse position ids that restart inside a document of seq_lens."""
+    if batch.get("position_ids") is None:
+        return
+    numbers = torch.zeros(len(packings), seq_len, dtype=torch.int64)
+    for row, packing in enumerate(packings):
+        documents = zip(packing.starts, packing.lengths, strict=True)
+        for number, (start, length) in enumerate(documents, start=1):
+            numbers[row, start : start + length] = number
+    check_restarts_in_stretches(numbers, batch["position_ids"], name="seq_lens")
 
 
 def _repacked(

@@ -18,9 +18,11 @@ from dtcp.batch import pad_end
 from dtcp.cp_utils.batch import MODEL_OWNED, PACKED_SEQ_IDS, BatchDict
 from dtcp.cp_utils.context import ContextFactory
 from dtcp.cp_utils.validation import check_one_document, check_rows, padding_of_mask
+from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
 from dtcp.mixer import collect_metadata
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.gate import check_restarts_in_stretches
 from dtcp.sequence.layout import Contiguous
 from dtcp.sequence.masks import Coords, vision_blocks
 from dtcp.thd import primary_key
@@ -75,8 +77,6 @@ def make_contiguous_shard_cp_batch_and_ctx(
 ) -> tuple[ContextFactory, BatchDict]:
     """Prepare a batch and keep this rank's stretch of it; the batch passed in stays as it is.
 
-    No communication.
-
     Args:
         cp_mesh: the 1-D axis of the sequence; None: one rank.
         batch: whole rows, alike on every rank: input_ids or inputs_embeds, labels; maybe
@@ -90,10 +90,17 @@ def make_contiguous_shard_cp_batch_and_ctx(
             of several documents without `_packed_seq_ids`.
         KeyError: no labels and no loss_mask.
     """
-    batch = dict(batch)
-    prepared = _prepare_manual_cp_batch(cp_mesh, tp_mesh, batch, loss_mask)
-    _synthesize_single_document_seq_ids(batch, *prepared[:2])
-    return _make_contiguous_shard_cp_batch(cp_mesh, batch, *prepared, padding_token_id)
+    whole = dict(batch)
+
+    def prepare() -> PreparedBatch:
+        prepared = _prepare_manual_cp_batch(cp_mesh, tp_mesh, whole, loss_mask)
+        _synthesize_single_document_seq_ids(whole, *prepared[:2])
+        ids, position_ids = whole[PACKED_SEQ_IDS], whole["position_ids"]
+        check_restarts_in_stretches(ids, position_ids, name=PACKED_SEQ_IDS)
+        return prepared
+
+    prepared = prepared_alike((cp_mesh, tp_mesh), prepare, lambda _: compared_keys(batch))
+    return _make_contiguous_shard_cp_batch(cp_mesh, whole, *prepared, padding_token_id)
 
 
 def _prepare_manual_cp_batch(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.thd import (
     SENTINEL,
     row_chunks,
@@ -39,8 +40,23 @@ def make_cp_batch_for_te(
         ValueError: another qkv_format, lengths that do not fit, slots that 2n does not divide.
         KeyError: labels, seq_lens or seq_lens_padded are missing.
     """
-    _check_format(qkv_format)
     sentinel, pad = seq_lens_padding_value, padding_token_id
+    return prepared_alike(
+        (cp_mesh,),
+        lambda: _make_chunks(cp_mesh, batch, qkv_format, pad, num_chunks, sentinel),
+        lambda _: compared_keys(batch),
+    )
+
+
+def _make_chunks(
+    cp_mesh: DeviceMesh | None,
+    batch: Mapping[str, Any],
+    qkv_format: str,
+    pad: int,
+    num_chunks: int,
+    sentinel: int,
+) -> dict[str, Any]:
+    _check_format(qkv_format)
     if num_chunks <= 1:
         whole = to_thd(batch, seq_lens_padding_value=sentinel)
         return _shard_thd_chunk_for_te(whole, cp_mesh, qkv_format, sentinel, pad)

@@ -1,54 +1,69 @@
 """A batch as transformers' collators make it, cut for the ranks."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import ShardedBatch, shard_batch
+from dtcp.batch import DEFAULT_FIELDS, Rows, ShardedBatch, shard_rows
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.gate import (
+    DOCUMENT_KEYS,
+    documents_of_batch,
+    documents_of_ids,
+    read_padding_mask,
+)
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 
 
 def shard_hf_batch(
-    batch: Mapping[str, Tensor],
+    batch: Mapping[str, Any],
     mesh: ParallelMesh,
     layout: type[SequenceLayout] = HeadTail,
     *,
     model: nn.Module,
     device: torch.device | str | None = None,
+    compare_ranks: bool = True,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
     """Cut a batch of transformers into this rank's part.
 
     Args:
         batch: whole rows on the host: input_ids or inputs_embeds; maybe labels, not shifted, as
             transformers has them; position_ids, which restart at every packed document;
-            attention_mask [B, S], 0 for padding on the right.
+            attention_mask [B, S], 0 for padding on the right, or numbering packed documents from
+            1; and what flattening collators add (cu_seq_lens_q, max_length_q, seq_idx, ..). A
+            value of None is left out.
+        compare_ranks: as for shard_batch.
     Returns:
         the local batch, with labels shifted and position_ids, and how it was sharded. Call
         `model(input_ids=..., position_ids=..., attn_metadata=sharded.attn_metadata)` and compute
         the loss by token_mean_loss: the model's own loss would shift labels inside a shard.
     Raises:
-        ValueError: padding on the left or in the middle, or what shard_batch refuses.
+        ValueError: padding on the left or in the middle, keys that contradict each other, or what
+            shard_batch refuses.
     """
-    documents = documents_of_hf_batch(batch)
-    whole = {key: x for key, x in batch.items() if key != "attention_mask"}
-    whole["position_ids"] = documents.position_ids()
-    if "labels" in batch:
-        whole["labels"] = shift_labels(batch["labels"], documents)
-    return shard_batch(whole, mesh, layout, model=model, documents=documents, device=device)
+    return shard_rows(
+        lambda: _rows_of(batch),
+        mesh,
+        layout,
+        model=model,
+        device=device,
+        compare_ranks=compare_ranks,
+    )
 
 
 def causal_lm_loss(
     model: nn.Module,
-    batch: Mapping[str, Tensor],
+    batch: Mapping[str, Any],
     mesh: ParallelMesh,
     layout: type[SequenceLayout] = HeadTail,
     *,
     device: torch.device | str | None = None,
+    compare_ranks: bool = True,
 ) -> Tensor:
     """Run a model of parallelize_hf on a batch: this rank's share of the mean loss over tokens.
 
@@ -57,36 +72,113 @@ def causal_lm_loss(
 
     Args:
         batch: as shard_hf_batch takes it, with labels.
+        compare_ranks: as for shard_batch.
     Raises:
         ValueError: no labels, or what shard_hf_batch refuses.
     """
-    if "labels" not in batch:
-        raise ValueError(
-            f"A batch to train on has labels, not shifted, got {sorted(batch)}: add them; a "
-            f"language model's are its input_ids."
-        )
-    local, sharded = shard_hf_batch(batch, mesh, layout, model=model, device=device)
+    local, sharded = shard_rows(
+        lambda: _rows_of(batch, with_labels=True),
+        mesh,
+        layout,
+        model=model,
+        device=device,
+        compare_ranks=compare_ranks,
+    )
     labels = local.pop("labels")
     local.pop("padding_mask", None)
     logits = model(**local, attn_metadata=sharded.attn_metadata).logits
     return token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
 
 
-def documents_of_hf_batch(batch: Mapping[str, Tensor]) -> Documents:
-    """The documents of every row: position_ids restart, attention_mask ends the last one.
+def _rows_of(batch: Mapping[str, Any], *, with_labels: bool = False) -> Rows:
+    """A batch of transformers as shard_batch takes it."""
+    rows = {key: x for key, x in batch.items() if x is not None}
+    if with_labels and "labels" not in rows:
+        raise ValueError(
+            f"A batch to train on has labels, not shifted, got {sorted(batch)}: add them; a "
+            f"language model's are its input_ids."
+        )
+    documents = documents_of_hf_batch(rows)
+    whole = {key: x for key, x in rows.items() if key not in (*DOCUMENT_KEYS, "attention_mask")}
+    whole["position_ids"] = documents.position_ids()
+    if "labels" in rows:
+        whole["labels"] = shift_labels(rows["labels"], documents)
+    return Rows.of(whole, DEFAULT_FIELDS, documents)
+
+
+def documents_of_hf_batch(batch: Mapping[str, Any]) -> Documents:
+    """The documents of every row, from every key that transformers' collators have for them.
 
     Raises:
-        ValueError: a mask of another shape, padding anywhere but on the right, or position_ids
-            that do not count each document from 0.
+        ValueError: keys that contradict each other, padding anywhere but on the right, a mask of
+            another shape or meaning, or position_ids that do not count each document from 0.
     """
-    tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
+    tokens = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
     rows, seq_len = tokens.shape[:2]
-    mask = batch.get("attention_mask", torch.ones(rows, seq_len, dtype=torch.int64))
-    if mask.shape != (rows, seq_len) or bool(
-        (mask.diff(dim=1) > 0).any() | ~mask.bool()[:, :1].all()
-    ):
+    said = {key: batch.get(key) for key in ("position_ids", "padding_mask", *DOCUMENT_KEYS)}
+    mask = batch.get("attention_mask")
+    explicit = None
+    if mask is not None:
+        mask = _checked_mask(mask, rows, seq_len)
+        if bool((mask > 1).any()):
+            # Numbers from 1 on, as collators of packed rows have them.
+            explicit = documents_of_ids(mask - 1, name="attention_mask less 1,")
+        padding = read_padding_mask(said["padding_mask"], rows, seq_len)
+        if padding is not None and not torch.equal(padding, mask == 0):
+            raise ValueError(
+                "A batch says once what is padding, got an attention_mask (0: padding) and a "
+                "padding_mask (1: padding) that differ: pass one of them."
+            )
+        said["padding_mask"] = mask == 0
+    documents = documents_of_batch(said, rows, seq_len, documents=explicit, name="attention_mask")
+    if said["position_ids"] is not None:
+        _check_counted(said["position_ids"], documents)
+    return documents
+
+
+def _checked_mask(mask: Tensor, rows: int, seq_len: int) -> Tensor:
+    """An attention_mask [B, S] on the host, of whole numbers: 0 for padding on the right."""
+    if mask.shape != (rows, seq_len):
         raise ValueError(
             f"An attention_mask is [B, S], 1 for tokens and then 0 for padding on the right, got "
-            f"shape {tuple(mask.shape)}: pad on the right; for packed documents pass position_ids."
+            f"shape {tuple(mask.shape)} for {rows} rows of {seq_len}: pad on the right; for packed "
+            f"documents pass position_ids."
         )
-    return Documents.from_padded(batch.get("position_ids"), mask == 0)
+    mask = mask.cpu()
+    odd = (mask != mask.long()) | (mask < 0)
+    if bool(odd.any()):
+        row, token = odd.nonzero()[0].tolist()
+        raise ValueError(
+            f"An attention_mask [B, S] is 1 for tokens and 0 for padding, got attention_mask[{row},"
+            f" {token}]={mask[row, token].item()}: give the mask of the tokenizer, not one that "
+            f"is added to scores."
+        )
+    mask = mask.long()
+    left = (mask[:, 1:] != 0) & (mask[:, :-1] == 0)
+    if bool(left.any()):
+        row, token = left.nonzero()[0].tolist()
+        raise ValueError(
+            f"An attention_mask is 1 for tokens and then 0 for padding on the right, got padding "
+            f"at token {token} of row {row} with a token after it: pad on the right; for packed "
+            f"documents pass position_ids."
+        )
+    return mask
+
+
+def _check_counted(position_ids: Tensor, documents: Documents) -> None:
+    """Refuse position ids that the documents' own could not stand for."""
+    counted, document = documents.position_ids(), documents.document()
+    if position_ids.ndim != 2:
+        raise ValueError(
+            f"Position ids of transformers' text models are one per token, got position_ids.shape="
+            f"{tuple(position_ids.shape)}: give [B, S], or shard the batch by shard_batch."
+        )
+    wrong = (position_ids.cpu() != counted) & (document >= 0)
+    if bool(wrong.any()):
+        row, token = wrong.nonzero()[0].tolist()
+        given = position_ids.expand(documents.batch, -1)[row, token].item()
+        raise ValueError(
+            f"Position ids count each document from 0, got position_ids[{row}, {token}]={given} "
+            f"at token {counted[row, token].item()} of document {document[row, token].item()}: "
+            f"leave position_ids out, or shard the batch by shard_batch to keep others."
+        )

@@ -398,4 +398,4 @@ def test_loop_over_experts_is_kept_out_of_graphs(mesh, compile):
 
 def test_batch_without_labels_has_no_loss():
     with pytest.raises(ValueError, match="has labels, not shifted"):
-        causal_lm_loss(None, {"input_ids": IDS}, None)
+        causal_lm_loss(nn.Module(), {"input_ids": IDS}, ParallelMesh(Degrees(), None, *[None] * 7))

@@ -1,0 +1,159 @@
+"""Ranks that share a batch compare what they read of it, before anything else is exchanged.
+
+Each rank of a cp and tp group reads the rows itself. Where one reads others, which a distributed
+sampler makes easy, a loss comes out that belongs to no batch, or a collective never ends. So a few
+numbers go around first, from the host; a rank that refused its batch says so there, and no other
+waits for it.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtcp.sequence.documents import Documents
+
+T = TypeVar("T")
+Contents = tuple[Mapping[str, Tensor], Documents | None]
+"""What is compared of a batch: its tensors, and the documents of its rows."""
+
+ASPECTS = ("documents", "token ids", "labels, positions or other keys")
+"""What is compared in each row, in the order of its three hashes."""
+IDS = ("input_ids", "inputs_embeds")
+
+
+def prepared_alike(
+    axes: Sequence[DeviceMesh | None], prepare: Callable[[], T], contents: Callable[[T], Contents]
+) -> T:
+    """Prepare a batch, and refuse it on every rank if one rank has another or refused its own.
+
+    Traffic per rank: 7 numbers from each rank of the axes, in one all_gather per axis; if they
+    differ, 3 for each row as well. Cost: 0.4 ms for the hashes of three keys of 128K tokens on one
+    CPU core, and the exchange. A group with a backend for the host (gloo) exchanges there; one of
+    NCCL alone on the device, and then the host waits for what the device has in hand.
+
+    Args:
+        axes: whose ranks read the same rows; None for an axis of one rank. What is no DeviceMesh
+            has no ranks to ask.
+        prepare: what may refuse the batch on this rank.
+        contents: what is compared of the result.
+    Raises:
+        ValueError: ranks that differ, named with row; the same sentence on every rank.
+    """
+    wide = [axis for axis in axes if isinstance(axis, DeviceMesh) and axis.size() > 1]
+    if not wide:
+        return prepare()
+    hashes = torch.zeros(0, len(ASPECTS), dtype=torch.int64)
+    head, error, result = [0, 0, 0, 0], None, None
+    try:
+        result = prepare()
+        tensors, documents = contents(result)
+        hashes, seq_len = _hashes(tensors, documents)
+        head = [1, len(hashes), seq_len, zlib.crc32(" ".join(sorted(tensors)).encode())]
+    except Exception as raised:  # noqa: BLE001
+        # Whatever it is, the other ranks must hear of it before this one leaves.
+        error = raised
+    whole = (hashes * _weights(len(hashes), hashes.device)[:, None]).sum(0)
+    heard = _everyone(torch.cat((torch.tensor(head), whole)), wide)
+    rows_agree = bool((heard[:, 0] == 1).all()) and len(heard[:, 1].unique()) == 1
+    differ = bool((heard != heard[0]).any())
+    every_row = _everyone(hashes, wide) if differ and rows_agree else None
+    if error is not None:
+        raise error
+    if differ:
+        raise ValueError(_sentence(heard, every_row, wide))
+    return result  # type: ignore[return-value]
+
+
+def compared_keys(batch: Mapping[str, Any]) -> Contents:
+    """What is compared of a batch whose documents stand in tensors."""
+    return {key: x for key, x in batch.items() if isinstance(x, Tensor) and x.numel()}, None
+
+
+def _everyone(x: Tensor, axes: Sequence[DeviceMesh]) -> Tensor:
+    """x of every rank of the axes: [ranks, ...], on the host; the first axis is the fastest."""
+    x = x[None]
+    for axis in axes:
+        group = axis.get_group()
+        on_host = "cpu:" in str(dist.get_backend_config(group))
+        local = x.contiguous().to("cpu" if on_host else axis.device_type)
+        parts = [torch.empty_like(local) for _ in range(axis.size())]
+        dist.all_gather(parts, local, group=group)
+        x = torch.cat(parts).cpu()
+    return x
+
+
+def _hashes(tensors: Mapping[str, Tensor], documents: Documents | None) -> tuple[Tensor, int]:
+    """Three hashes of every row, [B, 3], and the tokens of a row."""
+    ids = next(key for key in IDS if key in tensors)
+    rows, seq_len = tensors[ids].shape[:2]
+    hashes = torch.zeros(rows, len(ASPECTS), dtype=torch.int64)
+    if documents is not None:
+        hashes[:, 0] = torch.tensor([hash(row) for row in documents.lengths])
+    weights: dict[tuple[int, torch.device], Tensor] = {}
+    for key, x in tensors.items():
+        numbers = _numbers(x)
+        numbers = numbers.reshape(rows if len(numbers) == rows else 1, -1)
+        place = (numbers.shape[1], x.device)
+        if place not in weights:
+            weights[place] = _weights(*place)
+        hashed = (numbers * weights[place]).sum(1)
+        hashes[:, 1 if key == ids else 2] += hashed.cpu() * _odd(key)
+    return hashes, seq_len
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """Whole numbers that change with x: of vectors per token the first entry's bits."""
+    x = x.detach()
+    if not x.is_floating_point():
+        return x.long()
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return (x[..., 0] if x.ndim > 2 else x).contiguous().view(bits).long()
+
+
+def _weights(length: int, device: torch.device) -> Tensor:
+    """An odd weight for each place: a sum of numbers times these tells any one change."""
+    weights = torch.arange(1, length + 1, device=device) * 0x9E3779B97F4A7C1
+    weights ^= weights >> 29
+    return weights * 0x3F58476D1CE4E5B9 | 1
+
+
+def _odd(key: str) -> int:
+    return zlib.crc32(key.encode()) | 1
+
+
+def _sentence(heard: Tensor, every_row: Tensor | None, axes: Sequence[DeviceMesh]) -> str:
+    """What differs, where: every rank is compared with the first one."""
+    said = []
+    for index in range(len(heard)):
+        name, head = _rank_name(index, axes), heard[index].tolist()
+        first = heard[0].tolist()
+        if head[0] == 0:
+            said.append(f"{name} refused its batch (its own error says why)")
+        elif first[0] and head[1:3] != first[1:3]:
+            said.append(
+                f"{name} has {head[1]} rows of {head[2]} tokens, not {first[1]} of {first[2]}"
+            )
+        elif first[0] and head[3] != first[3]:
+            said.append(f"{name} has other keys")
+        if every_row is not None:
+            for row, aspect in (every_row[index] != every_row[0]).nonzero()[:3].tolist():
+                said.append(f"{name} has other {ASPECTS[aspect]} in row {row}")
+    return (
+        f"The ranks of a cp and tp group read the same rows, got, compared with "
+        f"{_rank_name(0, axes)}: {'; '.join(said)}: give them one batch, by a sampler of "
+        f"mesh.size('batch') replicas and rank mesh.rank('batch')."
+    )
+
+
+def _rank_name(index: int, axes: Sequence[DeviceMesh]) -> str:
+    names = []
+    for axis in axes:
+        name = (axis.mesh_dim_names or ("cp",))[0]
+        names.append(f"{name} rank {index % axis.size()}")
+        index //= axis.size()
+    return ", ".join(names)
