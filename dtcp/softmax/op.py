@@ -269,9 +269,9 @@ def check_inputs(x: AttentionInputs) -> None:
             f"Attention computes in one floating dtype, got {dtypes}: convert q, k and v to one."
         )
     key_width = x.v.shape[3] if x.k is None else x.k.shape[3]
-    tokens = {shape[:2] for name, shape in shapes.items() if name != "q"}
-    heads = {shape[2] for name, shape in shapes.items() if name != "q"}
-    if len(tokens) > 1 or len(heads) > 1 or x.q.shape[0] != x.v.shape[0]:
+    # Compared, not put in a set: sizes that a graph does not know have no hash.
+    of_keys = [shape[:3] for name, shape in shapes.items() if name != "q"]
+    if any(shape != of_keys[0] for shape in of_keys) or x.q.shape[0] != x.v.shape[0]:
         raise ValueError(
             f"Keys and values are of the same tokens and heads, in the rows of the queries, got "
             f"{shapes}: give k and v one [B, L, G], and q the same B."
