@@ -241,14 +241,13 @@ def check_restarts(
 def _restarts(position_ids: Tensor) -> Tensor:
     """Where position ids go back, or stay at 0: [B, S - 1] for the tokens from the second on.
 
-    One that repeats another number stands in an image, or in padding.
+    One that repeats another number stands in an image, or in padding. On several axes they place
+    images and may go back inside a document: a document starts where all of them are 0.
     """
     if position_ids.ndim == 3:
-        zeros = (position_ids == 0).all(0)
-        position_ids = position_ids[0]
-    else:
-        zeros = position_ids == 0
-    step = position_ids.diff(dim=-1)
+        zeros, step = (position_ids == 0).all(0), position_ids[0].diff(dim=-1)
+        return zeros[:, 1:] & (step <= 0)
+    zeros, step = position_ids == 0, position_ids.diff(dim=-1)
     return (step < 0) | ((step == 0) & zeros[:, 1:] & zeros[:, :-1])
 
 
