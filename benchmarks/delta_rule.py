@@ -52,7 +52,7 @@ from dtcp.recurrent import (
     ScanStates,
 )
 from dtcp.recurrent.exchange import entering_by_gather, entering_by_scan, summaries_received
-from dtcp.recurrent.op import chain_of
+from dtcp.recurrent.metadata import chain_of
 from dtcp.recurrent.style import DeltaShape
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout

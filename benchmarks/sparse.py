@@ -40,7 +40,8 @@ from dtcp.plan import apply_plan
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sparse import CompressedSparseCP, SparseShape
-from dtcp.sparse.mixer import CompressedSparseAttention, Compression, segment_entries
+from dtcp.sparse.metadata import segment_entries
+from dtcp.sparse.mixer import CompressedSparseAttention, Compression
 
 KINDS: Mapping[str, int] = {"window": 0, "sparse": 4, "heavy": 128}
 FLASH = PRESETS["deepseek-v4-flash"]
