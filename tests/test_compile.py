@@ -94,6 +94,7 @@ def run_batches(step, model, mesh, layout, batches=BATCHES):
         step(x, sharded.attn_metadata).sum().backward()
 
 
+@pytest.mark.slow_where(lambda layout: layout in (Contiguous, PerDocument))
 @pytest.mark.parametrize("layout", [Contiguous, HeadTail, PerDocument, BlockBalanced])
 @spmd(ranks=2)
 def test_batches_of_other_documents_make_at_most_one_recompile(mesh, layout):
