@@ -186,8 +186,8 @@ def _steps_text(args: argparse.Namespace) -> str:
         f"eager, median of {args.repeats}, the slower rank: S = {args.seq_len}, W = {args.window}, "
         f"dim {shape.dim}, hidden {shape.hidden_dim}, heads {shape.num_heads}, kv heads "
         f"{shape.sliding_heads.num_kv_heads}, head dim {shape.sliding_heads.head_dim}. The "
-        f"all-gathers bring all keys and values; one then computes what the window sees, as ours does, the other "
-        f"calls torch's SDPA with a mask of [L, S].\n\n{table(head, rows)}"
+        f"all-gathers bring all keys and values; one then computes what the window sees, as ours "
+        f"does, the other calls torch's SDPA with a mask of [L, S].\n\n{table(head, rows)}"
     )
 
 
