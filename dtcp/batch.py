@@ -168,8 +168,8 @@ def shard_batch(
         device: where the parts go; None leaves them where they are.
         balance_for: the mask whose work BlockBalanced balances; None for Causal().
         compare_ranks: whether the ranks of a cp and tp group first compare shape, documents and a
-            hash of every key, about 1 ms for a row of 128K tokens on one CPU core; what differs
-            is named on all of them. They call this together.
+            hash of every key (0.4 ms for three keys of 128K tokens on one CPU core, and the
+            exchange); what differs is named on all of them. They call this together.
     Returns:
         the local batch, with `padding_mask` (True: padding) if the batch had one or padding was
         added, and how it was sharded.

@@ -55,7 +55,9 @@ def prepared_alike(
         hashes, seq_len = _hashes(tensors, documents)
         head = [1, len(hashes), seq_len, zlib.crc32(" ".join(sorted(tensors)).encode())]
     except Exception as raised:  # noqa: BLE001
-        # Whatever it is, the other ranks must hear of it before this one leaves.
+        # Held back, never swallowed: it is raised below. A rank that left without a word, for
+        # whatever error, would leave the others waiting in the exchange. No BaseException: who
+        # presses Ctrl-C waits for nobody.
         error = raised
     whole = (hashes * _weights(len(hashes), hashes.device)[:, None]).sum(0)
     heard = _everyone(torch.cat((torch.tensor(head), whole)), wide)
