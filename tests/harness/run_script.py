@@ -153,8 +153,9 @@ def _be_a_rank(
     for stream, file in zip((sys.stdout, sys.stderr), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream.fileno())
         assert isinstance(stream, io.TextIOWrapper)
-        # Whole lines, so that those of two ranks do not run into each other.
-        stream.reconfigure(line_buffering=True)
+        # Whole lines, so that those of two ranks do not run into each other: with PYTHONUNBUFFERED
+        # a line's end is a write of its own.
+        stream.reconfigure(line_buffering=True, write_through=False)
     sys.argv = [str(script), *arguments]
     try:
         runpy.run_path(str(script), run_name="__main__")

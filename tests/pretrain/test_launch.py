@@ -46,7 +46,9 @@ launch(processes, "-c", "import os; print('rank', os.environ['RANK'], 'is a proc
 @pytest.fixture(scope="module")
 def cases() -> dict[str, tuple[int, list[str]]]:
     """What became of each launch: its exit code and the lines of its ranks, in order."""
-    environment = {name: x for name, x in os.environ.items() if name != "OMP_NUM_THREADS"}
+    # Unbuffered, a line's end is a write of its own, and the lines of two ranks run together.
+    left_out = ("OMP_NUM_THREADS", "PYTHONUNBUFFERED")
+    environment = {name: x for name, x in os.environ.items() if name not in left_out}
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         cwd=ROOT,
