@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dtcp.sequence.arguments import check_ints, check_tensor
 from dtcp.sequence.documents import Documents
 
 IGNORED = -100
@@ -22,8 +23,12 @@ def shift_labels(input_ids: Tensor, documents: Documents, *, by: int = 1) -> Ten
     Raises:
         ValueError: by < 1, unsigned input_ids, or rows that are not those of the documents.
     """
+    check_tensor("Labels of next tokens", shape="[B, S]", input_ids=input_ids)
+    check_ints("Labels of next tokens", by=by)
+    _check_documents(documents)
     document = documents.document()
-    if by < 1 or not input_ids.dtype.is_signed:
+    floats = input_ids.is_floating_point() or input_ids.is_complex()
+    if by < 1 or floats or not input_ids.dtype.is_signed:
         raise ValueError(
             f"A label is a token further on, {IGNORED} where there is none, got by={by}, "
             f"input_ids of {input_ids.dtype}: shift by 1 or more, ids of int64."
@@ -56,6 +61,8 @@ def look_ahead(
     Raises:
         ValueError: depths < 1.
     """
+    check_ints("Multi-token prediction", depths=depths)
+    check_tensor("Multi-token prediction", input_ids=input_ids, labels=labels)
     if depths < 1:
         raise ValueError(
             f"Multi-token prediction looks one token ahead or more, got depths={depths}: leave "
@@ -90,4 +97,12 @@ def check_labels(batch: Mapping[str, Tensor], documents: Documents, padding: Ten
         raise ValueError(
             f"Padding has no loss, got labels[{row}, {token}]={labels[row, token].item()} at a "
             f"token of padding: set it to {IGNORED} (shift_labels does), or correct the padding."
+        )
+
+
+def _check_documents(documents: Documents) -> None:
+    if not isinstance(documents, Documents):
+        raise TypeError(
+            f"Labels end with their Documents, got documents of type {type(documents).__name__}: "
+            f"give Documents(lengths, seq_len), or Documents.single(rows, seq_len)."
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dtcp.metadata import AttentionMetadata, HostTensor
+from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.sequence.routes import Route, halo_runs
@@ -64,6 +65,7 @@ def halo_route(layout: SequenceLayout, width: int, rank: int) -> Tensor:
     Raises:
         ValueError: segments shorter than what a token reads to its left.
     """
+    check_ints("A convolution", least=1, width=width)
     if layout.segment_len < width - 1:
         raise ValueError(
             f"A convolution reads {width - 1} tokens from the segment left of its own, got "

@@ -9,6 +9,8 @@ from heapq import heapify, heappop, heappush
 
 from torch import Tensor
 
+from dtcp.sequence.arguments import check_ints, check_tensor
+
 
 def block_work(work: Tensor, block: int) -> list[int]:
     """Add the work of the tokens of each block.
@@ -19,6 +21,8 @@ def block_work(work: Tensor, block: int) -> list[int]:
     Returns:
         S / block sums, in the order of the row.
     """
+    check_tensor("block_work", shape="[S]", work=work)
+    check_ints("block_work", block=block)
     if work.dim() != 1 or block < 1 or work.numel() % block:
         raise ValueError(
             f"block_work cuts one row into equal blocks, got work.shape={tuple(work.shape)}, "
@@ -41,6 +45,11 @@ def assign_blocks(work: Sequence[int], num_shards: int) -> tuple[int, ...]:
     From Graham 1969, "Bounds on multiprocessing timing anomalies" (longest processing time first),
     https://doi.org/10.1137/0117039
     """
+    check_ints("assign_blocks", num_shards=num_shards)
+    if not isinstance(work, Sequence) or not all(isinstance(x, int | float) for x in work):
+        raise TypeError(
+            f"assign_blocks weighs one number per block, got work={work!r}: give a list of them."
+        )
     if num_shards < 1 or len(work) % num_shards:
         raise ValueError(
             f"assign_blocks gives every rank the same number of blocks, got {len(work)} blocks, "

@@ -7,6 +7,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from dtcp.sequence.arguments import BOOL, WHOLE_NUMBERS, check_ints, check_tensor, is_whole
+
 PADDING = -1
 """Stands for the document of a token that belongs to none."""
 
@@ -42,6 +44,14 @@ class Documents:
     seq_len: int
 
     def __post_init__(self) -> None:
+        check_ints("A row of documents", least=1, seq_len=self.seq_len)
+        if not isinstance(self.lengths, tuple) or not all(
+            isinstance(row, tuple) and all(map(is_whole, row)) for row in self.lengths
+        ):
+            raise TypeError(
+                f"Documents are a tuple of lengths for every row, in whole tokens, got lengths="
+                f"{self.lengths!r}: give ((3, 4), (7,)) for two rows, of two documents and of one."
+            )
         for row, lengths in enumerate(self.lengths):
             for index, length in enumerate(lengths):
                 if length < 1:
@@ -78,8 +88,17 @@ class Documents:
             ValueError: documents of other rows; padding before a token of its document; position
                 ids of another shape, or that restart but do not count each document from 0.
         """
-        padding = None if padding_mask is None else padding_mask.bool().cpu()
+        padding = None
+        if padding_mask is not None:
+            check_tensor("A batch", shape="[B, S]", ndim=2, padding_mask=padding_mask)
+            if padding_mask.shape != (rows, seq_len):
+                raise ValueError(
+                    f"A padding_mask marks the tokens of its batch, got padding_mask.shape="
+                    f"{tuple(padding_mask.shape)} for {rows} rows of {seq_len}: give [B, S]."
+                )
+            padding = padding_mask.bool().cpu()
         if documents is None:
+            _check_position_ids(position_ids, rows, seq_len)
             starting = _document_positions(position_ids, padding, rows)
             if padding is not None:
                 documents = cls.from_padded(starting, padding)
@@ -87,6 +106,11 @@ class Documents:
                 documents = cls.from_position_ids(starting)
             else:
                 documents = cls.single(rows, seq_len)
+        if not isinstance(documents, Documents):
+            raise TypeError(
+                f"The documents of a batch are Documents, got documents of type "
+                f"{type(documents).__name__}: give Documents(lengths, seq_len)."
+            )
         if (documents.batch, documents.seq_len) != (rows, seq_len):
             raise ValueError(
                 f"Documents describe the rows of their batch, got documents of {documents.batch} "
@@ -100,6 +124,7 @@ class Documents:
     @classmethod
     def single(cls, batch: int, seq_len: int) -> "Documents":
         """One document per row, filling it."""
+        check_ints("Rows of one document each", least=0, batch=batch)
         return cls(((seq_len,),) * batch, seq_len)
 
     @classmethod
@@ -109,9 +134,11 @@ class Documents:
         Args:
             position_ids: [B, S], on the host: reading a device tensor would stall the step.
         Raises:
+            TypeError: position ids that are no tensor of whole numbers.
             ValueError: a row that does not start at 0, or a position id that neither restarts nor
                 continues (left padding, positions in an image grid).
         """
+        check_tensor("Packed rows", shape="[B, S]", dtypes=WHOLE_NUMBERS, position_ids=position_ids)
         if position_ids.ndim != 2:
             raise ValueError(
                 f"Documents are read off one position id per token, got position_ids.shape="
@@ -123,6 +150,12 @@ class Documents:
                 f"Documents are read on the host, got position_ids.device={position_ids.device}: "
                 f"pass the data loader's tensor before it is moved, or Documents(lengths, seq_len)."
             )
+        if not position_ids.shape[1]:
+            raise ValueError(
+                f"Documents are read off rows of one token or more, got position_ids.shape="
+                f"{tuple(position_ids.shape)}: leave empty rows out."
+            )
+        position_ids = position_ids.long()  # a uint8 would count down from 0 to 255
         starts = position_ids == 0
         steps = position_ids.diff(dim=1)
         if not bool(starts[:, 0].all()) or not bool(((steps == 1) | starts[:, 1:]).all()):
@@ -144,9 +177,12 @@ class Documents:
                 there is padding. None for one document per row.
             padding: [B, S], bool, True for padding.
         Raises:
-            ValueError: padding that tokens follow, or position ids that `from_position_ids`
-                refuses.
+            TypeError: padding that is not bool.
+            ValueError: padding that tokens follow, position ids of other rows, or such that
+                `from_position_ids` refuses.
         """
+        check_tensor("Padded rows", shape="[B, S]", ndim=2, dtypes=BOOL, padding=padding)
+        _check_position_ids(position_ids, *padding.shape)
         lengths = (~padding).sum(1)
         index = torch.arange(padding.shape[1], device=padding.device)
         misplaced = (padding != (index >= lengths[:, None])).any(1)
@@ -167,8 +203,30 @@ class Documents:
         return cls(tuple(rows), padding.shape[1])
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Sequence[int], seq_len: int) -> "Documents":
-        """One row from its document boundaries: [N + 1] ints that start at 0."""
+    def from_cu_seqlens(cls, cu_seqlens: Sequence[int] | Tensor, seq_len: int) -> "Documents":
+        """One row from its document boundaries: [N + 1] ints that start at 0 and ascend.
+
+        Raises:
+            TypeError: boundaries that are not whole numbers: floats, bools, a tensor of these.
+            ValueError: boundaries that start elsewhere, do not ascend or lie beyond the row. What
+                fills up a buffer of boundaries is none: cut it off.
+        """
+        if isinstance(cu_seqlens, Tensor):
+            dtypes = WHOLE_NUMBERS
+            check_tensor("One row", shape="[N + 1]", ndim=1, dtypes=dtypes, cu_seqlens=cu_seqlens)
+            cu_seqlens = cu_seqlens.tolist()
+        if not isinstance(cu_seqlens, Sequence) or not all(map(is_whole, cu_seqlens)):
+            raise TypeError(
+                f"The boundaries of a row's documents are whole numbers, got cu_seqlens="
+                f"{cu_seqlens!r}: give [N + 1] ints that start at 0."
+            )
+        starts_at_0 = len(cu_seqlens) > 0 and cu_seqlens[0] == 0
+        if not starts_at_0 or any(b <= a for a, b in pairwise(cu_seqlens)):
+            raise ValueError(
+                f"The boundaries of a row's documents start at 0 and ascend, got cu_seqlens="
+                f"{list(cu_seqlens)}: give where each document starts and the last one ends, "
+                f"without empty ones and without what fills up a buffer."
+            )
         return cls((tuple(b - a for a, b in pairwise(cu_seqlens)),), seq_len)
 
     @property
@@ -221,17 +279,25 @@ class Documents:
         return out
 
 
+def _check_position_ids(position_ids: Tensor | None, rows: int, seq_len: int) -> None:
+    """Refuse position ids that are no tensor, or none of these rows."""
+    if position_ids is None:
+        return
+    check_tensor("A batch", shape="[B, S]", dtypes=WHOLE_NUMBERS, position_ids=position_ids)
+    shape = tuple(position_ids.shape)
+    if len(shape) not in (2, 3) or shape[-1] != seq_len or shape[-2] not in (1, rows):
+        raise ValueError(
+            f"Position ids are one per token, or one per token and axis, got position_ids.shape="
+            f"{shape} for {rows} rows of {seq_len}: give [B, S], [1, S], or [axes, B, S]."
+        )
+
+
 def _document_positions(
     position_ids: Tensor | None, padding: Tensor | None, rows: int
 ) -> Tensor | None:
     """Position ids that say where documents start, [B, S]; None if they count each row through."""
     if position_ids is None:
         return None
-    if position_ids.ndim not in (2, 3):
-        raise ValueError(
-            f"Position ids are one per token, or one per token and axis, got position_ids.shape="
-            f"{tuple(position_ids.shape)}: give [B, S], [1, S], or [axes, B, S]."
-        )
     if not restarts(position_ids.cpu(), padding):
         return None
     if position_ids.ndim != 2:

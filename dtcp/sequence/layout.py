@@ -15,6 +15,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from dtcp.sequence.arguments import check_dim, check_ints, check_rank, is_whole
 from dtcp.sequence.balance import assign_blocks, block_work
 from dtcp.sequence.documents import Documents
 
@@ -33,9 +34,11 @@ class SequenceLayout(ABC):
     num_shards: int
 
     def __post_init__(self) -> None:
+        kind = type(self).__name__
+        check_ints(kind, seq_len=self.seq_len, num_shards=self.num_shards)
         if self.num_shards < 1:
             raise ValueError(
-                f"{type(self).__name__} cuts the sequence into at least one shard, got "
+                f"{kind} cuts the sequence into at least one shard, got "
                 f"num_shards={self.num_shards}: give the size of the cp axis."
             )
         self._check_divides(self.num_shards)
@@ -58,6 +61,7 @@ class SequenceLayout(ABC):
         Args:
             work: counts the keys that each token sees, [S]; only BlockBalanced calls it.
         """
+        _check_documents(cls, documents)
         return cls(documents.seq_len, num_shards)
 
     @property
@@ -112,13 +116,10 @@ class SequenceLayout(ABC):
             )
 
     def _check_rank(self, rank: int) -> None:
-        if not 0 <= rank < self.num_shards:
-            raise ValueError(
-                f"{type(self).__name__} counts ranks from 0 to num_shards - 1, got rank={rank}, "
-                f"num_shards={self.num_shards}: take the rank on the cp axis, not the global one."
-            )
+        check_rank(type(self).__name__, rank, self.num_shards)
 
     def _check_len(self, x: Tensor, dim: int) -> None:
+        check_dim(type(self).__name__, x, dim)
         if x.shape[dim] != self.seq_len:
             raise ValueError(
                 f"{type(self).__name__} reads tensors of seq_len tokens, got "
@@ -195,6 +196,7 @@ class PerDocument(SequenceLayout):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_tuple_of_ints("PerDocument", lengths=self.lengths)
         if min(self.lengths, default=1) < 1 or sum(self.lengths) > self.seq_len:
             raise ValueError(
                 f"PerDocument takes documents of one token or more that fit the sequence, got "
@@ -216,7 +218,8 @@ class PerDocument(SequenceLayout):
     def for_batch(
         cls, documents: Documents, num_shards: int, *, work: Callable[[], Tensor] | None = None
     ) -> Self:
-        return cls(documents.seq_len, num_shards, _shared_lengths(cls, documents))
+        lengths = _shared_lengths(cls, documents)
+        return cls(documents.seq_len, num_shards, lengths)
 
 
 @dataclass(frozen=True)
@@ -243,6 +246,8 @@ class BlockBalanced(SequenceLayout):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_ints("BlockBalanced", block=self.block)
+        _check_tuple_of_ints("BlockBalanced", owners=self.owners)
         if self.block < 1 or self.shard_len % self.block:
             raise ValueError(
                 f"BlockBalanced fills each shard with whole blocks, got block={self.block}, "
@@ -276,8 +281,14 @@ class BlockBalanced(SequenceLayout):
     ) -> Self:
         """Balance `work`, or that of a causal mask inside each document."""
         _shared_lengths(cls, documents)
+        check_ints(cls.__name__, least=1, num_shards=num_shards)
         seq_len, per_shard = documents.seq_len, documents.seq_len // num_shards
         block = gcd(per_shard, max(1, min(cls.largest_block, per_shard // cls.blocks_per_shard)))
+        if not block:
+            raise ValueError(
+                f"{cls.__name__} gives every rank a token at least, got num_shards={num_shards} "
+                f"with documents.seq_len={seq_len}: use fewer ranks, or longer rows."
+            )
         if work is not None:
             keys = work()
         else:
@@ -315,9 +326,27 @@ def _head_tail_chunks(start: int, length: int, turn: int, num_shards: int) -> li
 
 def _shared_lengths(layout: type[SequenceLayout], documents: Documents) -> tuple[int, ...]:
     """The documents that all rows have in common: one permutation serves the whole batch."""
+    _check_documents(layout, documents)
     if len(set(documents.lengths)) != 1:
         raise ValueError(
             f"{layout.__name__} cuts all rows of a batch alike, got rows of differing documents, "
             f"lengths={documents.lengths}: use HeadTail, or one row per batch."
         )
     return documents.lengths[0]
+
+
+def _check_documents(layout: type[SequenceLayout], documents: Documents) -> None:
+    if not isinstance(documents, Documents):
+        raise TypeError(
+            f"{layout.__name__} suits the Documents of a batch, got documents of type "
+            f"{type(documents).__name__}: give Documents(lengths, seq_len)."
+        )
+
+
+def _check_tuple_of_ints(kind: str, **values: tuple[int, ...]) -> None:
+    for name, value in values.items():
+        if not isinstance(value, tuple) or not all(map(is_whole, value)):
+            raise TypeError(
+                f"{kind} takes a tuple of whole numbers, got {name}={value!r}: give a tuple of "
+                f"ints, so that the layout has a hash."
+            )

@@ -8,11 +8,12 @@ seen, whatever the mask.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from dtcp.sequence.arguments import WHOLE_NUMBERS, check_ints, check_tensor
 from dtcp.sequence.documents import Documents
 
 
@@ -48,9 +49,18 @@ class Coords:
         position_ids: Tensor | None = None,
     ) -> Self:
         """Coordinates of whole rows, in their order."""
+        if not isinstance(documents, Documents):
+            raise TypeError(
+                f"Coords are of the Documents of a batch, got documents of type "
+                f"{type(documents).__name__}: give Documents(lengths, seq_len)."
+            )
         document = documents.document()
         for name, extra in (("prefix", prefix), ("block", block)):
-            if extra is not None and extra.shape != document.shape:
+            if extra is None:
+                continue
+            named: dict[str, Any] = {name: extra}
+            check_tensor("Coords", shape="[B, S]", dtypes=WHOLE_NUMBERS, **named)
+            if extra.shape != document.shape:
                 raise ValueError(
                     f"Coords take one {name} per token, got {name}.shape={tuple(extra.shape)}: "
                     f"pass [B, S] = {tuple(document.shape)}, before sharding."
@@ -61,6 +71,13 @@ class Coords:
 
     def select(self, token_index: Tensor) -> Self:
         """The coordinates of some tokens of each row: [L] to fields of [B, L]."""
+        check_tensor("Coords", shape="[L]", dtypes=WHOLE_NUMBERS, token_index=token_index)
+        seq_len = self.token_index.shape[-1]
+        if bool(((token_index < 0) | (token_index >= seq_len)).any()):
+            raise ValueError(
+                f"Coords are of the {seq_len} tokens of a row, got token_index from "
+                f"{int(token_index.min())} to {int(token_index.max())}: give indices of tokens."
+            )
         fields = {name: x for name, x in self.__dict__.items() if x is not None}
         return replace(self, **{name: x[..., token_index] for name, x in fields.items()})
 
@@ -140,6 +157,8 @@ class SlidingWindow(Mask):
     right: int | None = None
 
     def __post_init__(self) -> None:
+        check_ints("SlidingWindow", size=self.size)
+        check_ints("SlidingWindow", right=0 if self.right is None else self.right)
         if self.size < 1 or (self.right is not None and self.right < 0):
             raise ValueError(
                 f"SlidingWindow counts a token itself, so size >= 1 and right >= 0, got "
@@ -158,16 +177,19 @@ class SlidingWindow(Mask):
 
 @dataclass(frozen=True)
 class PrefixLM(Mask):
-    """A token sees what comes before it, and the whole prefix of its document."""
+    """A token sees what comes before it, and the whole prefix of its document.
+
+    All tokens of a document have its prefix, in tokens: no longer one and no shorter one.
+    """
 
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         before = k.token_index[:, None, :] <= q.token_index[:, :, None]
         return before | ((k.token_index - k.start) < _field(self, k, "prefix"))[:, None, :]
 
     def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
-        return coords.start, torch.maximum(
-            coords.token_index, coords.start + _field(self, coords, "prefix") - 1
-        )
+        prefix = _field(self, coords, "prefix")
+        _check_prefix(prefix, coords)
+        return coords.start, torch.maximum(coords.token_index, coords.start + prefix - 1)
 
 
 @dataclass(frozen=True)
@@ -204,6 +226,9 @@ class And(Mask):
     left: Mask
     right: Mask
 
+    def __post_init__(self) -> None:
+        _check_masks(self.left, self.right)
+
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         return self.left._sees(q, k) & self.right._sees(q, k)
 
@@ -221,6 +246,9 @@ class Or(Mask):
 
     left: Mask
     right: Mask
+
+    def __post_init__(self) -> None:
+        _check_masks(self.left, self.right)
 
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         return self.left._sees(q, k) | self.right._sees(q, k)
@@ -254,10 +282,21 @@ def vision_blocks(mm_token_type_ids: Tensor) -> Tensor:
         mm_token_type_ids: [B, S], 1 for an image token, 2 for a video token, as transformers'
             processors give them; audio and text are in no block.
     """
+    kinds = {"mm_token_type_ids": mm_token_type_ids}
+    check_tensor("Blocks of images", shape="[B, S]", ndim=2, dtypes=WHOLE_NUMBERS, **kinds)
     vision = (mm_token_type_ids == 1) | (mm_token_type_ids == 2)
     starts = vision.clone()
     starts[:, 1:] &= ~vision[:, :-1]
     return torch.where(vision, starts.cumsum(1) - 1, -1)
+
+
+def _check_masks(*sides: Mask) -> None:
+    for side in sides:
+        if not isinstance(side, Mask):
+            raise TypeError(
+                f"A mask is combined with another one, got {side!r} of type "
+                f"{type(side).__name__}: give a Mask, as Causal() & SlidingWindow(128)."
+            )
 
 
 def _field(mask: Mask, coords: Coords, name: str) -> Tensor:
@@ -269,6 +308,19 @@ def _field(mask: Mask, coords: Coords, name: str) -> Tensor:
             f"{name}=[B, S] with the batch{instead}."
         )
     return value
+
+
+def _check_prefix(prefix: Tensor, coords: Coords) -> None:
+    """A document has one prefix: tokens that differ in it would each see another one."""
+    first = prefix.gather(1, coords.start)
+    wrong = ((prefix != first) | (prefix < 0)) & (coords.document >= 0)
+    if bool(wrong.any()):
+        row, token = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"PrefixLM reads one prefix >= 0 for all tokens of a document, got prefix[{row}, "
+            f"{token}]={int(prefix[row, token])} in a document that starts with "
+            f"{int(first[row, token])}: give every token its document's number."
+        )
 
 
 def _check_runs(block: Tensor, document: Tensor, border: Tensor) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtcp.sequence.arguments import check_ints, check_rank
 from dtcp.sequence.layout import Run, SequenceLayout
 
 Hop = tuple[int, int, int]
@@ -40,6 +41,12 @@ class Route:
             held, wanted: the runs of every rank, in slot order. One rank holds a token; slots of
                 wanted tokens that no rank holds stay zero.
         """
+        if not isinstance(wanted, Sequence) or len(held) != len(wanted):
+            raise ValueError(
+                f"A route is between the ranks of one axis, got held={held}, wanted={wanted}: give "
+                f"the runs of every rank in both."
+            )
+        check_rank("A route", rank, len(held))
         peers = range(len(held))
         return cls(
             send=tuple(
@@ -61,6 +68,7 @@ def halo_runs(layout: SequenceLayout, rank: int, *, left: int, right: int) -> li
 
     Indices below 0 or from S on lie outside of the sequence.
     """
+    check_ints("A halo", least=0, left=left, right=right)
     runs: list[Run] = []
     for start, stop in layout.segments(rank):
         runs += [(start - left, start), (stop, stop + right)]
@@ -80,6 +88,8 @@ def halo_token_indices(layout: SequenceLayout, rank: int, *, left: int, right: i
 
 def rolled(runs: Sequence[Run], shift: int, seq_len: int) -> list[Run]:
     """The tokens `shift` before those of the runs; before the first comes the last."""
+    check_ints("A roll of the tokens of a row", least=1, seq_len=seq_len)
+    check_ints("A roll of the tokens of a row", shift=shift)
     cut: list[Run] = []
     for start, stop in runs:
         first = (start - shift) % seq_len

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtcp.kernels.softmax.block_ranges import check_intervals
+from dtcp.sequence.arguments import check_rank
 from dtcp.sequence.layout import SequenceLayout
 
 
@@ -34,12 +36,12 @@ def required_keys(
     Args:
         first_key, last_key: [B, S] in token order, the whole row's.
     """
+    requested = keys_requested_by(layout, rank, first_key, last_key)  # [n, L] bool
     n = layout.num_shards
     held = [layout.token_indices(r) for r in range(n)]
     mine = held[rank]
     wanted = _union(first_key[:, mine], last_key[:, mine], layout.seq_len)  # [S] bool
     receive, send = [mine], [mine[:0]]
-    requested = keys_requested_by(layout, rank, first_key, last_key)  # [n, L] bool
     for step in range(1, n):
         theirs = held[(rank - step) % n]
         receive.append(theirs[wanted[theirs]])
@@ -54,6 +56,7 @@ def keys_requested_by(
 
     All queries' intervals are cut down to this shard's tokens, so the work is O(S log L).
     """
+    _check(layout, rank, first_key, last_key)
     n, length = layout.num_shards, layout.shard_len
     mine = layout.token_indices(rank)  # ascending
     owner = torch.empty(layout.seq_len, dtype=torch.int64)
@@ -68,6 +71,23 @@ def keys_requested_by(
     edges.index_add_(0, row + start[some], ones)
     edges.index_add_(0, row + stop[some], -ones)
     return edges.view(n, length + 1)[:, :-1].cumsum(1) > 0
+
+
+def _check(layout: SequenceLayout, rank: int, first_key: Tensor, last_key: Tensor) -> None:
+    """Refuse intervals that are not of the layout's whole rows."""
+    check_rank(type(layout).__name__, rank, layout.num_shards)
+    check_intervals(first_key, last_key)
+    if (
+        first_key.shape[1] != layout.seq_len
+        or not first_key.shape[0]
+        or int(first_key.amin()) < 0
+        or int(last_key.amax()) >= layout.seq_len
+    ):
+        raise ValueError(
+            f"The intervals of a mask are those of whole rows, got first_key.shape="
+            f"{tuple(first_key.shape)} with {layout}: take them from Mask.intervals of the "
+            f"batch's coords."
+        )
 
 
 def _union(first: Tensor, last: Tensor, seq_len: int) -> Tensor:

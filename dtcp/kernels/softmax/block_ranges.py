@@ -14,6 +14,8 @@ row per tile of queries, never one entry per pair of tokens.
 import torch
 from torch import Tensor
 
+from dtcp.sequence.arguments import WHOLE_NUMBERS, check_ints, check_tensor
+
 TILE = 128
 UNUSED = -1  # the token index of a slot that holds no key
 
@@ -31,13 +33,19 @@ def block_ranges(
         [B, ceil(L / tile), 6] int64 on the host: q_start, q_stop, key_start, full_start,
         full_stop, key_stop, which count this rank's queries and these keys.
     Raises:
-        ValueError: token indices of keys repeat or descend.
+        TypeError, ValueError: what is no interval per query, or token indices of keys that
+            repeat, descend or follow UNUSED.
     """
-    keys = key_token_index[key_token_index != UNUSED].contiguous()
-    if bool((keys.diff() <= 0).any()):
+    check_ints("A tile of queries", least=1, tile=tile)
+    check_intervals(first_key, last_key)
+    name = {"key_token_index": key_token_index}
+    check_tensor("A tile of queries", shape="[K]", ndim=1, dtypes=WHOLE_NUMBERS, **name)
+    used = key_token_index != UNUSED
+    keys = key_token_index[used].contiguous()
+    if bool((keys.diff() <= 0).any()) or not bool(used[: len(keys)].all()):
         raise ValueError(
-            "Keys are lined up by ascending token index, got indices that descend or repeat: use "
-            "a layout whose shards ascend."
+            "Keys are lined up by ascending token index and then UNUSED, got indices that descend, "
+            "repeat or follow UNUSED: use a layout whose shards ascend."
         )
     batch, length = first_key.shape
     tiles = -(-length // tile)
@@ -60,6 +68,18 @@ def block_ranges(
     q_start = (torch.arange(tiles) * tile).expand(batch, tiles)
     q_stop = (q_start + tile).clamp(max=length)
     return torch.stack((q_start, q_stop, key_start, full_start, full_stop, key_stop), dim=-1)
+
+
+def check_intervals(first_key: Tensor, last_key: Tensor) -> None:
+    """Refuse what is no interval per query, [B, L] each."""
+    named = {"first_key": first_key, "last_key": last_key}
+    check_tensor("Attention", shape="[B, L]", ndim=2, dtypes=WHOLE_NUMBERS, **named)
+    if first_key.shape != last_key.shape:
+        raise ValueError(
+            f"A query sees the keys from a first to a last one, got first_key.shape="
+            f"{tuple(first_key.shape)}, last_key.shape={tuple(last_key.shape)}: take both from "
+            f"Mask.intervals."
+        )
 
 
 def _tiled(x: Tensor, tiles: int, tile: int) -> Tensor:

@@ -1,0 +1,97 @@
+"""Arguments as functions read them: whole numbers, dims that a tensor has, tensors of tokens.
+
+Each check refuses in one sentence what Python or torch would stumble on further in, without a word
+of whose argument it was, or would take for something else: True for 1, a rank of -1 for the last
+one, a float for an index.
+"""
+
+from collections.abc import Collection
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""What token ids, document ids and position ids come in."""
+BOOL = (torch.bool,)
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is an int of Python or numpy; True and False are none."""
+    return isinstance(value, int | Integral) and not isinstance(value, bool)
+
+
+def check_ints(subject: str, *, least: int | None = None, **values: Any) -> None:
+    """Refuse what is no int, or one below `least`.
+
+    Args:
+        subject: what reads the values, as the sentence begins.
+    Raises:
+        TypeError, ValueError: as above.
+    """
+    for name, value in values.items():
+        if not is_whole(value):
+            raise TypeError(
+                f"{subject} takes whole numbers, got {name}={value!r} of type "
+                f"{type(value).__name__}: give an int."
+            )
+        if least is not None and value < least:
+            raise ValueError(
+                f"{subject} takes {name} >= {least}, got {name}={value}: give {least} or more."
+            )
+
+
+def check_rank(subject: str, rank: int, num_shards: int) -> None:
+    """Refuse what is no rank of an axis of so many."""
+    check_ints(subject, rank=rank)
+    if not 0 <= rank < num_shards:
+        raise ValueError(
+            f"{subject} counts ranks from 0 to num_shards - 1, got rank={rank}, "
+            f"num_shards={num_shards}: take the rank on the cp axis, not the global one."
+        )
+
+
+def check_dim(subject: str, x: Tensor, dim: int) -> None:
+    """Refuse what is no tensor, or a dim that it does not have."""
+    check_tensor(subject, x=x)
+    check_ints(subject, dim=dim)
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(
+            f"{subject} reads one dim of a tensor, got x.shape={tuple(x.shape)}, dim={dim}: name "
+            f"the sequence's dim, from {-x.ndim} to {x.ndim - 1}."
+        )
+
+
+def check_tensor(
+    subject: str,
+    *,
+    shape: str = "",
+    ndim: int | None = None,
+    dtypes: Collection[torch.dtype] = (),
+    **tensors: Any,
+) -> None:
+    """Refuse what is no tensor, or one of other dims or another dtype.
+
+    Args:
+        shape: as the sentence gives it, in brackets.
+        dtypes: that are read; none for all.
+    Raises:
+        TypeError: no tensor, or another dtype.
+        ValueError: other dims.
+    """
+    for name, x in tensors.items():
+        wanted = f"{name} {shape}".strip()
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{subject} reads a tensor, got {name} of type {type(x).__name__}: give {wanted}."
+            )
+        if ndim is not None and x.ndim != ndim:
+            raise ValueError(
+                f"{subject} reads {wanted}, got {name}.shape={tuple(x.shape)}: give all its dims."
+            )
+        if dtypes and x.dtype not in dtypes:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise TypeError(
+                f"{subject} reads {wanted}, got {name}.dtype={x.dtype}: convert it to {names}."
+            )
