@@ -22,6 +22,7 @@ from dtcp.distributed.same_rows import prepared_alike
 from dtcp.labels import IGNORED, check_labels
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import collect_metadata
+from dtcp.sequence.arguments import check_batch, check_dim
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import DOCUMENT_KEYS, documents_of_batch, read_padding_mask
 from dtcp.sequence.layout import HeadTail, SequenceLayout
@@ -91,6 +92,7 @@ class ShardedBatch:
         Args:
             x: unpadded_len or seq_len tokens in dim, in the order of the row.
         """
+        check_dim("A ShardedBatch", x, dim)
         if x.shape[dim] not in (self.unpadded_len, self.layout.seq_len):
             raise ValueError(
                 f"A ShardedBatch shards what goes with its rows of {self.unpadded_len} tokens "
@@ -115,6 +117,7 @@ class ShardedBatch:
 
         Traffic per rank: (n - 1) * L tokens, and as much back; nothing back if replicated_loss.
         """
+        check_dim("A ShardedBatch", x, dim)
         whole = x
         if self.mesh.cp is not None:
             gather = _GatherReplicated.apply if replicated_loss else _gather
@@ -207,7 +210,12 @@ def shard_rows(
         axes: of ranks that read the same rows, besides those of the mesh.
     """
     compared = (mesh.cp, mesh.tp, *axes) if compare_ranks else ()
-    rows = prepared_alike(compared, prepare, Rows.contents)
+
+    def prepared() -> Rows:
+        _check_layout(layout)
+        return prepare()
+
+    rows = prepared_alike(compared, prepared, Rows.contents)
     num_shards, seq_len = mesh.size("cp"), rows.documents.seq_len
     padded_len = -(-seq_len // layout.multiple(num_shards)) * layout.multiple(num_shards)
     documents = rows.documents.padded(padded_len)
@@ -248,6 +256,7 @@ class Rows:
         documents: Documents | None,
     ) -> "Rows":
         """Read a batch as `shard_batch` takes it."""
+        check_batch("A batch", batch)
         # A key that `fields` names is a key of the model, whatever it is called.
         keys = [key for key in batch if key in DOCUMENT_KEYS and key not in fields]
         said = {key: batch[key] for key in (*keys, "position_ids", "padding_mask") if key in batch}
@@ -278,6 +287,14 @@ def pad_end(x: Tensor, missing: int, pad: int | float | bool, *, dim: int) -> Te
     shape = list(x.shape)
     shape[dim] = missing
     return torch.cat((x, x.new_full(shape, pad)), dim=dim)
+
+
+def _check_layout(layout: type[SequenceLayout]) -> None:
+    if not isinstance(layout, type) or not issubclass(layout, SequenceLayout):
+        raise TypeError(
+            f"A batch is cut by a class of layouts, of which it gets an instance, got "
+            f"layout={layout!r}: give HeadTail, say."
+        )
 
 
 def _check_keys(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]) -> None:

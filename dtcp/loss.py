@@ -16,6 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dtcp.labels import IGNORED
+from dtcp.sequence.arguments import FLOATS, check_ints, check_tensor
+
+LABEL_DTYPES = (torch.int64, torch.int32)
 
 LOGITS_PER_CHUNK = 2**24
 """Logits converted to fp32 at a time: 64 MiB."""
@@ -28,6 +31,7 @@ def global_token_count(labels: Tensor, mesh: DeviceMesh | None) -> Tensor:
         labels: [B, L], local.
         mesh: the ranks whose tokens make up a batch, ParallelMesh.loss; None for this rank alone.
     """
+    check_tensor("A count of tokens", shape="[B, L]", dtypes=LABEL_DTYPES, labels=labels)
     tokens = (labels != IGNORED).sum()
     if mesh is not None:
         dist.all_reduce(tokens, group=mesh.get_group())
@@ -50,10 +54,18 @@ def token_mean_loss(logits: Tensor, labels: Tensor, global_tokens: Tensor | int)
     Returns:
         A scalar, fp32 (fp64 for fp64), the same on all ranks that share these tokens.
     Raises:
-        ValueError: logits placed in any other way.
+        TypeError: logits that are not floating, labels that are not whole numbers.
+        ValueError: logits placed in any other way, or of other tokens than the labels.
 
     Traffic per rank, sharded vocabulary only: (n - 1) * B * L * 2 numbers, forward.
     """
+    check_tensor("A loss", shape="[B, L, V]", dtypes=FLOATS, logits=logits)
+    check_tensor("A loss", shape="[B, L]", dtypes=LABEL_DTYPES, labels=labels)
+    if logits.shape[:-1] != labels.shape or not logits.ndim:
+        raise ValueError(
+            f"A loss has a label for each token, got logits.shape={tuple(logits.shape)}, "
+            f"labels.shape={tuple(labels.shape)}: give [B, L, V] and [B, L]."
+        )
     first, mesh = 0, None
     if isinstance(logits, DTensor):
         first, mesh = _vocabulary_shard(logits)
@@ -80,6 +92,12 @@ def mtp_loss(
         logits: of the next token, then of each depth; each as for token_mean_loss.
         mtp_labels: [B, depths, L], of `dtcp.labels.look_ahead`, sharded.
     """
+    check_tensor("Multi-token prediction", shape="[B, depths, L]", ndim=3, mtp_labels=mtp_labels)
+    if not isinstance(logits, Sequence) or not logits:
+        raise TypeError(
+            f"Multi-token prediction has logits of the next token and of each depth, got logits of "
+            f"type {type(logits).__name__}: give them in a tuple."
+        )
     first, *further = logits
     if len(further) != mtp_labels.shape[1]:
         raise ValueError(
@@ -95,6 +113,8 @@ def mtp_loss(
 
 def _at_least_one(tokens: Tensor | int) -> Tensor | int:
     """What to divide by: where there is no token there is nothing to divide, and 0 / 0 is NaN."""
+    if not isinstance(tokens, Tensor):
+        check_ints("A mean over tokens", least=0, global_tokens=tokens)
     return tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1)
 
 

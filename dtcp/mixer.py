@@ -63,7 +63,8 @@ class Mixer(nn.Module):
 
     def own(self, attn_metadata: BatchMetadata) -> Any:
         """This mixer's metadata among those of a batch."""
-        if attn_metadata is None or self.metadata_key not in attn_metadata:
+        known = isinstance(attn_metadata, BatchMetadata)
+        if not known or self.metadata_key not in attn_metadata:
             raise ValueError(
                 f"A mixer reads the metadata of its batch, got none for {self.metadata_key}: pass "
                 f"ShardedBatch.attn_metadata of shard_batch(..., model=model), or "

@@ -20,6 +20,16 @@ from dtcp.batch import pad_end
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.labels import IGNORED
 from dtcp.metadata import AttentionMetadata
+from dtcp.sequence.arguments import (
+    FLOATS,
+    WHOLE_NUMBERS,
+    check_batch,
+    check_ints,
+    check_rank,
+    check_tensor,
+    is_whole,
+    rows_of,
+)
 from dtcp.sequence.documents import PADDING, Documents
 from dtcp.sequence.gate import check_restarts, read_padding_mask
 from dtcp.sequence.layout import PerDocument
@@ -49,6 +59,8 @@ def thd_layout(cu_seqlens_padded: Sequence[int], total: int, num_shards: int) ->
     Raises:
         ValueError: tokens outside of slots, or slots that 2n does not divide.
     """
+    check_ints("THD", least=1, total=total, num_shards=num_shards)
+    _check_bounds("cu_seqlens_padded", cu_seqlens_padded)
     lengths = tuple(b - a for a, b in pairwise(cu_seqlens_padded))
     lengths = tuple(length for length in lengths if length)
     odd = [length for length in lengths if length % (2 * num_shards)]
@@ -71,7 +83,9 @@ def partition_indices(cu_seqlens_padded: Tensor, total: int, num_shards: int, ra
     Args:
         cu_seqlens_padded: [N + 1]; entries below zero are left out.
     """
-    bounds = [x for x in cu_seqlens_padded.tolist() if x >= 0]
+    bounds = _bounds("cu_seqlens_padded", cu_seqlens_padded)
+    check_ints("THD", least=1, num_shards=num_shards)
+    check_rank("THD", rank, num_shards)
     return thd_layout(bounds, total, num_shards).token_indices(rank)
 
 
@@ -138,6 +152,7 @@ def primary_key(batch: Mapping[str, Any]) -> str:
     Raises:
         ValueError: both or neither.
     """
+    check_batch("A batch", batch)
     present = [key for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None]
     if len(present) != 1:
         raise ValueError(
@@ -155,6 +170,8 @@ def row_slots(
         ValueError: lengths that do not fit each other, or the row.
     """
     both = (seq_lens, seq_lens_padded)
+    named: dict[str, Any] = {"seq_lens": seq_lens, "seq_lens_padded": seq_lens_padded}
+    check_tensor("Packed rows", shape="[B, documents]", dtypes=WHOLE_NUMBERS, **named)
     if any(x.ndim != 2 or len(x) != len(seq_lens) for x in both):
         raise ValueError(
             f"The documents of each row are counted in a row of their own, got seq_lens.shape="
@@ -183,6 +200,7 @@ def row_chunks(
 ) -> list[dict[str, Any]]:
     """Cut a batch into chunks of equally many rows; rows of padding fill up the last ones."""
     rows, seq_len = _check(batch)
+    check_ints("A batch cut into chunks", num_chunks=num_chunks)
     if not 1 <= num_chunks <= rows:
         raise ValueError(
             f"A chunk has one row at least, got num_chunks={num_chunks} for {rows} rows: use "
@@ -236,8 +254,14 @@ class PackedAttention:
             style: the strategy; None for RingAttention().
         """
         mask, style = mask or Causal(), style or RingAttention()
-        real, padded = (_bounds(batch[key]) for key in ("cu_seqlens", "cu_seqlens_padded"))
+        check_batch("A THD batch", batch, "cu_seqlens", "cu_seqlens_padded")
+        real, padded = (_bounds(key, batch[key]) for key in ("cu_seqlens", "cu_seqlens_padded"))
         lengths, slots = ([b - a for a, b in pairwise(x)] for x in (real, padded))
+        if len(lengths) != len(slots) or any(a > b for a, b in zip(lengths, slots, strict=True)):
+            raise ValueError(
+                f"Documents fit their slots, got cu_seqlens={real}, cu_seqlens_padded={padded}: "
+                f"take both from to_thd."
+            )
         coords = _coords(list(zip(lengths, slots, strict=True)))
         mixer, device = SoftmaxAttention(mask), batch["cu_seqlens"].device
         if axis is None:
@@ -248,6 +272,8 @@ class PackedAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Attend: q [T, H, D], k [T, G, D], v [T, G, V] of this rank's tokens -> [T, H, V]."""
+        shape = "[T, heads, width]"
+        check_tensor("Attention on THD", shape=shape, ndim=3, dtypes=FLOATS, q=q, k=k, v=v)
         softmax = SoftmaxParams(q.shape[-1] ** -0.5 if scale is None else scale)
         x = AttentionInputs(q[None], k[None], v[None])
         return self.op(x, self.metadata, softmax, groups=self.groups)[0]
@@ -258,10 +284,19 @@ _BOUNDARIES = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 
 def _check(batch: THDBatch) -> tuple[int, int]:
     """(rows, tokens per row)."""
-    for key in ("labels", "seq_lens", "seq_lens_padded"):
-        if batch.get(key) is None:
-            raise KeyError(f"{key}: packed rows have it, [B, S] or [B, N] for lengths.")
-    rows, seq_len = batch[primary_key(batch)].shape[:2]
+    lengths = ("seq_lens", "seq_lens_padded")
+    check_batch("A batch of packed rows", batch, "labels", *lengths)
+    primary = primary_key(batch)
+    rows, seq_len = rows_of("A batch of packed rows", primary, batch[primary])
+    check_tensor("Packed rows", shape="[B, S]", labels=batch["labels"])
+    for key in lengths:
+        named: dict[str, Any] = {key: batch[key]}
+        check_tensor("Packed rows", shape="[B, documents]", dtypes=WHOLE_NUMBERS, **named)
+        if batch[key].ndim != 2 or len(batch[key]) != rows:
+            raise ValueError(
+                f"The documents of each row are counted in a row of {key}, got {key}.shape="
+                f"{tuple(batch[key].shape)} for {rows} rows: give [B, documents]."
+            )
     if batch["labels"].shape != (rows, seq_len):
         raise ValueError(
             f"Labels go with tokens, got labels.shape={tuple(batch['labels'].shape)} for {rows} "
@@ -332,8 +367,26 @@ def _row_dim(key: str, x: Any, rows: int, seq_len: int) -> int | None:
     return 0 if tokens or key in ("seq_lens", "seq_lens_padded") else None
 
 
-def _bounds(cu_seqlens: Tensor) -> list[int]:
-    return [x for x in cu_seqlens.tolist() if x >= 0]
+def _bounds(name: str, cu_seqlens: Tensor) -> list[int]:
+    """Boundaries without what fills them up, which is below zero."""
+    named: dict[str, Any] = {name: cu_seqlens}
+    check_tensor("THD", shape="[N + 1]", ndim=1, dtypes=WHOLE_NUMBERS, **named)
+    bounds: list[int] = [x for x in cu_seqlens.tolist() if x >= 0]
+    _check_bounds(name, bounds)
+    return bounds
+
+
+def _check_bounds(name: str, bounds: Sequence[int]) -> None:
+    """Refuse boundaries that do not start at 0, or that descend: tokens would move."""
+    if not isinstance(bounds, Sequence) or not all(map(is_whole, bounds)):
+        raise TypeError(
+            f"Boundaries of THD are whole numbers, got {name}={bounds!r}: give [N + 1] ints."
+        )
+    if list(bounds[:1]) != [0] or any(b < a for a, b in pairwise(bounds)):
+        raise ValueError(
+            f"Boundaries of THD start at 0 and do not descend, got {name}={list(bounds)}: give "
+            f"where each document starts and the last one ends."
+        )
 
 
 def _coords(slots: Sequence[tuple[int, int]]) -> Coords:

@@ -16,6 +16,7 @@ from dtcp.cp_utils.thd import make_cp_batch_for_te
 from dtcp.cp_utils.validation import check_one_document, check_rows
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.sdpa.local_shards import local_shards
+from dtcp.sequence.arguments import check_batch, rows_of
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.softmax.all_gather import AllGatherAttention
@@ -56,6 +57,7 @@ def make_cp_batch_and_ctx(
         KeyError: no labels.
         ValueError: what BatchSharder refuses.
     """
+    check_batch("A batch", batch)
     batch = dict(batch)
     cp_mesh, tp_mesh = _axis(device_mesh, "cp"), _axis(device_mesh, "tp")
     model_sharder = batch.pop(MODEL_OWNED, None)
@@ -164,8 +166,10 @@ def _build_position_ids(batch: BatchDict, device: torch.device | str) -> BatchDi
     Raises:
         KeyError: no input_ids.
     """
+    check_batch("A batch", batch)
     if "position_ids" not in batch:
-        seq_len = batch["input_ids"].shape[1]
+        check_batch("A batch", batch, "input_ids")
+        _, seq_len = rows_of("A batch", "input_ids", batch["input_ids"])
         batch["position_ids"] = torch.arange(seq_len, device=device)[None]
     return batch
 

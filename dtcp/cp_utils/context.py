@@ -11,6 +11,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from dtcp._torch import compiled_autograd
 from dtcp.sdpa.local_shards import local_shards
+from dtcp.sequence.arguments import check_dim
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax.all_gather import AllGatherAttention
 from dtcp.softmax.ring import RingAttention
@@ -149,11 +150,24 @@ def _style(method: str | None) -> AttentionStyle:
 def _check_buffers(
     buffers: Sequence[Tensor], dims: Sequence[int], kept: Collection[Tensor]
 ) -> None:
+    for name, given in (("cp_buffers", buffers), ("cp_seq_dims", dims)):
+        if not isinstance(given, Sequence):
+            raise TypeError(
+                f"A context shards a list of buffers, each in one dim, got {name} of type "
+                f"{type(given).__name__}: give a list."
+            )
+    if not isinstance(kept, Collection):
+        raise TypeError(
+            f"Buffers that stay sharded are a set of tensors, got cp_no_restore_buffers={kept!r}: "
+            f"give set() for none."
+        )
     if not buffers or len(buffers) != len(dims):
         raise ValueError(
             f"Every buffer has a sequence dim, got {len(buffers)} buffers and {len(dims)} dims: "
             f"give one dim per buffer, and at least one buffer."
         )
+    for x, dim in zip(buffers, dims, strict=True):
+        check_dim("A context", x, dim)
     lengths = [x.shape[dim] for x, dim in zip(buffers, dims, strict=True)]
     if len(set(lengths)) > 1:
         raise ValueError(

@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 from dtcp.cp_utils.validation import padding_of_mask
 from dtcp.distributed.collectives import all_gather_over
+from dtcp.sequence.arguments import FLOATS, WHOLE_NUMBERS, check_ints, check_tensor
 
 OVERLAPPING = 4
 """The ratio whose windows read the window before them, too."""
@@ -92,6 +93,17 @@ def build_dsv4_cp_causal_padding_mask(
 
     Traffic per rank, with padding_mask: an all-gather of it.
     """
+    subject = "The mask of DeepSeek-V4"
+    check_tensor(subject, shape="[B, L]", dtypes=WHOLE_NUMBERS, position_ids=position_ids)
+    check_ints(subject, least=0, key_len=key_len)
+    check_ints(subject, least=1, sliding_window=1 if sliding_window is None else sliding_window)
+    if padding_mask is not None:
+        check_tensor(subject, shape="[B, L]", ndim=2, padding_mask=padding_mask)
+    if position_ids.ndim not in (1, 2) or dtype not in FLOATS:
+        raise ValueError(
+            f"{subject} is added to scores of queries with a position each, got position_ids."
+            f"shape={tuple(position_ids.shape)}, dtype={dtype}: give [B, L] and the scores' dtype."
+        )
     position_ids = position_ids.to(device)
     query = position_ids[None] if position_ids.ndim == 1 else position_ids
     key = torch.arange(key_len, device=device)

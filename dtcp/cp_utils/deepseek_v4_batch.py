@@ -21,6 +21,7 @@ from dtcp.cp_utils.deepseek_v4 import padding_of
 from dtcp.cp_utils.validation import check_one_document, check_rows
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
+from dtcp.sequence.arguments import check_batch, check_ints
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import check_restarts_in_stretches
 from dtcp.thd import SENTINEL, primary_key
@@ -72,6 +73,9 @@ def _made(
     padding_token_id: int,
     pad_multiple: int | None,
 ) -> tuple[ContextFactory, dict[str, Any]]:
+    check_batch("A batch", batch)
+    if pad_multiple is not None:
+        check_ints("A shard of DeepSeek-V4", pad_multiple=pad_multiple)
     batch = dict(batch)
     ranks = 1 if cp_mesh is None else cp_mesh.size()
     rank = 0 if cp_mesh is None else cp_mesh.get_local_rank()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dtcp.sequence.arguments import check_ints, check_tensor
 from dtcp.sequence.documents import Documents
 
 
@@ -19,6 +20,8 @@ def documents_of_mask(
     Raises:
         ValueError: a mask that means anything else.
     """
+    check_tensor("A batch", attention_mask=mask)
+    check_ints("A batch", least=1, rows=rows, seq_len=seq_len)
     if mask.ndim == 2 and mask.shape == (rows, seq_len):
         if bool(((mask != 0) & (mask != 1)).any()):
             raise _unknown(mask, "it holds values other than 0 and 1")
@@ -30,6 +33,8 @@ def documents_of_mask(
         raise _unknown(mask, "its heads differ")
     seen = allowed[:, 0].expand(rows, -1, -1)  # [B, S, S]
     padding = ~seen.diagonal(dim1=1, dim2=2)
+    if bool((padding.all(1) & seen.any(dim=2).any(1)).any()):
+        raise _unknown(mask, "its tokens see others but not themselves, as in an inverted one")
     first = seen.int().argmax(dim=2)  # [B, S]
     index = torch.arange(seq_len)
     # A token whose first visible key is itself starts a document.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtcp.sequence.arguments import check_tensor, rows_of
 from dtcp.sequence.documents import restarts
 
 
@@ -21,12 +22,14 @@ def padding_of_mask(mask: Tensor) -> Tensor:
     Raises:
         ValueError: a mask of another kind, which would be read as its opposite.
     """
+    check_tensor("A batch", attention_mask=mask)
     if mask.ndim == 4 and (mask.dtype == torch.bool or mask.is_floating_point()):
-        diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        if mask.dtype == torch.bool:
-            return diagonal.logical_not()
-        if not bool((mask > 0).any()):
-            return diagonal != 0
+        seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+        padding = seen.diagonal(dim1=-2, dim2=-1).logical_not()
+        # Tokens that see others but not themselves are those of an inverted mask.
+        inverted = padding.all(-1) & seen.any(-1).any(-1)
+        if not bool((mask > 0).any() if mask.is_floating_point() else inverted.any()):
+            return padding
     elif mask.ndim == 2 and not bool((mask < 0).any()):
         return mask.bool().logical_not()
     raise ValueError(
@@ -44,6 +47,11 @@ def check_rows(batch: Mapping[str, Any], primary: str, keys: Collection[str]) ->
     Raises:
         ValueError: such a key, or position_ids that are neither [B, S] nor [axes, B, S].
     """
+    rows_of("A batch", primary, batch[primary])
+    for key in keys:
+        if batch.get(key) is not None:
+            named: dict[str, Any] = {key: batch[key]}
+            check_tensor("A batch", shape="[B, S, ...]", **named)
     shapes = {key: tuple(batch[key].shape) for key in keys if isinstance(batch.get(key), Tensor)}
     seq_len = shapes[primary][1:2]
     if not seq_len or any(shape[1:2] != seq_len for shape in shapes.values()):
@@ -52,6 +60,8 @@ def check_rows(batch: Mapping[str, Any], primary: str, keys: Collection[str]) ->
             f"[B, S, ...], as {primary}."
         )
     position_ids = batch.get("position_ids")
+    if position_ids is not None:
+        check_tensor("A batch", shape="[B, S]", position_ids=position_ids)
     if position_ids is not None and (
         position_ids.ndim not in (2, 3) or position_ids.shape[-1:] != seq_len
     ):

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp.distributed.groups import group_name, group_of
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
+from dtcp.sequence.arguments import check_dim, check_ints, check_tensor
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.routes import Route, halo_runs
 
@@ -30,11 +31,13 @@ def all_gather(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
 
     Backward reduce-scatters. Traffic per rank: (n - 1) * x.numel() elements, and as much back.
     """
+    check_dim("all_gather", x, dim)
     return _all_gather(x, dim % x.ndim, group_name(mesh))
 
 
 def all_gather_over(x: Tensor, group: dist.ProcessGroup, *, dim: int) -> Tensor:
     """`all_gather` for a caller that has a process group and no mesh."""
+    check_dim("all_gather", x, dim)
     return _all_gather(x, dim % x.ndim, cast(str, group.group_name))
 
 
@@ -46,6 +49,7 @@ def reduce_scatter(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
 
     Backward all-gathers. Traffic per rank: (n - 1) / n * x.numel() elements, and as much back.
     """
+    check_dim("reduce_scatter", x, dim)
     if x.shape[dim] % mesh.size():
         raise ValueError(
             f"reduce_scatter gives every rank an equal part, got x.shape={tuple(x.shape)}, "
@@ -66,6 +70,15 @@ def all_to_all(x: Tensor, mesh: DeviceMesh, *, receive: list[int], send: list[in
     Backward sends every row's gradient back. Traffic per rank: the rows to and from others.
     """
     n = mesh.size()
+    check_dim("all_to_all", x, 0)
+    for counts in (send, receive):
+        if not isinstance(counts, list):
+            raise TypeError(
+                f"all_to_all counts the rows of every rank, got send={send}, receive={receive}: "
+                f"give a list of {n} each."
+            )
+        for count in counts:
+            check_ints("all_to_all", least=0, rows=count)
     if len(send) != n or len(receive) != n or sum(send) != x.shape[0]:
         raise ValueError(
             f"all_to_all sends every row to one of {n} ranks, got x.shape={tuple(x.shape)}, "
@@ -87,6 +100,8 @@ def ring_shift(x: Tensor, mesh: DeviceMesh, *, by: int = 1) -> Tensor:
 
     Backward shifts the gradient by -by. Traffic per rank: x.numel() elements each way.
     """
+    check_tensor("ring_shift", x=x)
+    check_ints("ring_shift", by=by)
     return _ring_shift(x, by, group_name(mesh))
 
 
@@ -112,6 +127,7 @@ def halo(
     Backward sends the gradients home and sums them there. Traffic per rank: those tokens that
     other ranks hold, and as much back.
     """
+    check_ints("A halo", left=left, right=right)
     if left < 0 or right < 0:
         raise ValueError(
             f"A halo counts tokens on either side, got left={left}, right={right}: "
@@ -135,6 +151,7 @@ def exchange_tokens(x: Tensor, route: Route, mesh: DeviceMesh, *, dim: int = 1) 
     Backward goes the same way back; gradients of a token that went to several places are summed.
     Traffic per rank: the tokens to and from other ranks, each way.
     """
+    check_dim("An exchange of tokens", x, dim)
     send = [number for hop in route.send for number in hop]
     receive = [number for hop in route.receive for number in hop]
     return _exchange_tokens(x, dim % x.ndim, route.wanted_len, send, receive, group_name(mesh))
@@ -142,6 +159,12 @@ def exchange_tokens(x: Tensor, route: Route, mesh: DeviceMesh, *, dim: int = 1) 
 
 def check_shard(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, dim: int) -> None:
     """Refuse a tensor that is not one of the layout's shards, or a layout of another mesh."""
+    if not isinstance(layout, SequenceLayout):
+        raise TypeError(
+            f"A shard is one of a layout, got layout={layout!r}: give an instance, as "
+            f"HeadTail(seq_len, mesh.size())."
+        )
+    check_dim("A layout", x, dim)
     if layout.num_shards != mesh.size() or x.shape[dim] != layout.shard_len:
         raise ValueError(
             f"A layout has a shard of {layout.shard_len} tokens for each of {layout.num_shards} "

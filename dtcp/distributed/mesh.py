@@ -20,6 +20,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtcp._torch import concatenated, flattened
+from dtcp.sequence.arguments import check_ints
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 VIEWS = ("cp", "tp", "fsdp", "batch", "loss")
@@ -36,6 +37,7 @@ class Degrees:
 
     def __post_init__(self) -> None:
         for name, degree in asdict(self).items():
+            check_ints("A mesh", **{name: degree})
             if degree < 1:
                 raise ValueError(
                     f"A degree counts ranks, got {name}={degree}: give 1 to leave the axis out."

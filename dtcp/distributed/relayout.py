@@ -23,10 +23,10 @@ def shard(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, *, dim: int = 1) 
 
     Backward all-gathers. Traffic per rank: none, and (n - 1) * L tokens back.
     """
-    if layout.num_shards != mesh.size():
+    if not isinstance(layout, SequenceLayout) or layout.num_shards != mesh.size():
         raise ValueError(
-            f"A layout has one shard per rank, got num_shards={layout.num_shards} on a mesh of "
-            f"{mesh.size()} ranks: make the layout for this mesh."
+            f"A layout has one shard per rank, got layout={layout} on a mesh of {mesh.size()} "
+            f"ranks: make the layout for this mesh."
         )
     local: Tensor = _Shard.apply(x, layout, mesh, dim)
     return local
@@ -174,6 +174,12 @@ _relayout.register_autograd(_backward, setup_context=_keep)
 
 
 def _check_same(source: SequenceLayout, target: SequenceLayout) -> None:
+    for layout in (source, target):
+        if not isinstance(layout, SequenceLayout):
+            raise TypeError(
+                f"relayout moves tokens from one layout to another, got {layout!r} of type "
+                f"{type(layout).__name__}: give an instance."
+            )
     if (source.seq_len, source.num_shards) != (target.seq_len, target.num_shards):
         raise ValueError(
             f"relayout moves the same tokens between the same ranks, got source={source}, "

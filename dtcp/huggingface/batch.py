@@ -10,6 +10,7 @@ from dtcp.batch import DEFAULT_FIELDS, Rows, ShardedBatch, shard_rows
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
+from dtcp.sequence.arguments import check_batch, check_tensor, rows_of
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import (
     DOCUMENT_KEYS,
@@ -92,6 +93,7 @@ def causal_lm_loss(
 
 def _rows_of(batch: Mapping[str, Any], *, with_labels: bool = False) -> Rows:
     """A batch of transformers as shard_batch takes it."""
+    check_batch("A batch", batch)
     rows = {key: x for key, x in batch.items() if x is not None}
     if with_labels and "labels" not in rows:
         raise ValueError(
@@ -113,8 +115,9 @@ def documents_of_hf_batch(batch: Mapping[str, Any]) -> Documents:
         ValueError: keys that contradict each other, padding anywhere but on the right, a mask of
             another shape or meaning, or position_ids that do not count each document from 0.
     """
-    tokens = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
-    rows, seq_len = tokens.shape[:2]
+    primary = "input_ids" if batch.get("input_ids") is not None else "inputs_embeds"
+    check_batch("A batch", batch, primary)
+    rows, seq_len = rows_of("A batch", primary, batch[primary])
     said = {key: batch.get(key) for key in ("position_ids", "padding_mask", *DOCUMENT_KEYS)}
     mask = batch.get("attention_mask")
     explicit = None
@@ -138,6 +141,7 @@ def documents_of_hf_batch(batch: Mapping[str, Any]) -> Documents:
 
 def _checked_mask(mask: Tensor, rows: int, seq_len: int) -> Tensor:
     """An attention_mask [B, S] on the host, of whole numbers: 0 for padding on the right."""
+    check_tensor("A batch", shape="[B, S]", attention_mask=mask)
     if mask.shape != (rows, seq_len):
         raise ValueError(
             f"An attention_mask is [B, S], 1 for tokens and then 0 for padding on the right, got "

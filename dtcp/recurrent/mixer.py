@@ -10,6 +10,7 @@ from dtcp.mixer import Mixer
 from dtcp.recurrent.conv import causal_conv
 from dtcp.recurrent.metadata import ConvMetadata, DeltaMetadata, conv_metadata, delta_metadata
 from dtcp.recurrent.op import gated_delta_rule
+from dtcp.sequence.arguments import FLOATS, check_ints, check_tensor
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Coords
 
@@ -63,6 +64,7 @@ class GatedDeltaRule(RecurrentMixer):
 
     def unit(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k as the rule takes them."""
+        check_tensor("The delta rule", shape="[B, L, G, K]", ndim=4, dtypes=FLOATS, q=q, k=k)
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         return (_unit(q) * scale, _unit(k)) if self.normalize else (q * scale, k)
 
@@ -82,6 +84,7 @@ class CausalConv1d(RecurrentMixer):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        check_ints("CausalConv1d", least=1, width=width)
         self.width = width
         self.set_metadata_key()
 
@@ -92,6 +95,8 @@ class CausalConv1d(RecurrentMixer):
 
     def check_weight(self, x: Tensor, weight: Tensor) -> None:
         """Refuse taps of another width than the metadata are of, or of other channels."""
+        check_tensor("A convolution", shape="[B, L, C]", ndim=3, dtypes=FLOATS, x=x)
+        check_tensor("A convolution", shape="[C, w]", ndim=2, dtypes=FLOATS, weight=weight)
         if weight.shape != (x.shape[-1], self.width):
             raise ValueError(
                 f"A convolution of width {self.width} has so many taps per channel, got "

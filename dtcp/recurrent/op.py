@@ -21,6 +21,7 @@ from dtcp.kernels.delta_rule.api import Carry, DeltaInputs, delta_kernel
 from dtcp.kernels.dtypes import accumulation
 from dtcp.recurrent.exchange import entering_by_gather, entering_by_scan
 from dtcp.recurrent.metadata import DeltaMetadata
+from dtcp.sequence.arguments import FLOATS, check_tensor
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor[] metadata, bool scan,"
@@ -56,6 +57,18 @@ def gated_delta_rule(
 
     Saved for backward: the inputs, and the state that enters each segment.
     """
+    named: dict[str, Any] = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+    check_tensor("The delta rule", dtypes=FLOATS, **named)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"The delta rule computes in one floating dtype, got q.dtype={q.dtype}, "
+            f"k.dtype={k.dtype}, v.dtype={v.dtype}: convert q, k and v to one."
+        )
+    if v.ndim != 4:
+        raise ValueError(
+            f"The delta rule writes a value per token and head, got v.shape={tuple(v.shape)}: "
+            f"give [B, L, H, V]."
+        )
     if g.shape not in (v.shape[:3], (*v.shape[:3], k.shape[-1])):
         raise ValueError(
             f"The delta rule decays by value head, or by key channel of one, got g.shape="

@@ -16,6 +16,7 @@ from dtcp.recurrent.exchange import summaries_received
 from dtcp.recurrent.metadata import DeltaMetadata, conv_metadata, delta_metadata
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, RecurrentMixer
 from dtcp.recurrent.op import gated_delta_rule, install_delta_rules
+from dtcp.sequence.arguments import check_tensor
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.style import MixerStyle, Received
@@ -76,6 +77,8 @@ class DeltaShape:
     @classmethod
     def of(cls, k: Tensor, v: Tensor) -> "DeltaShape":
         """That of a rule on k [B, L, G, K] and v [B, L, H, V], of the heads that this rank has."""
+        check_tensor("The delta rule", shape="[B, L, G, K]", ndim=4, k=k)
+        check_tensor("The delta rule", shape="[B, L, H, V]", ndim=4, v=v)
         own = v.to_local() if isinstance(v, DTensor) else v
         batch, _, heads, value_dim = own.shape
         return cls(batch, heads, k.shape[3], value_dim, accumulation(v.dtype).itemsize)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from dtcp.distributed import relayout
 from dtcp.plan import find
 from dtcp.sdpa.local_shards import local_shards
+from dtcp.sequence.arguments import check_dim, check_ints, check_tensor, rows_of
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous
 from dtcp.softmax.style import AttentionStyle
@@ -129,10 +130,17 @@ def shard_target_inputs(
         input_ids: [B, S].
         position_ids: [B, S] or [1, S], restarting with each document; None counts from 0.
     """
-    rows, length = input_ids.shape
+    check_tensor("A target", shape="[B, S]", ndim=2, input_ids=input_ids)
+    rows, length = rows_of("A target", "input_ids", input_ids)
     device = input_ids.device
     if position_ids is None:
         position_ids = torch.arange(length)[None]
+    check_tensor("A target", shape="[B, S]", ndim=2, position_ids=position_ids)
+    if position_ids.shape not in ((rows, length), (1, length)):
+        raise ValueError(
+            f"A target reads the positions of its tokens, got position_ids.shape="
+            f"{tuple(position_ids.shape)} for {rows} rows of {length}: give [B, S] or [1, S]."
+        )
     position_ids = position_ids.expand(rows, -1)
     if axis is None or axis.size() == 1:
         whole = (input_ids.contiguous(), position_ids.to(device).contiguous())
@@ -160,12 +168,25 @@ def gather_outputs(
 
     Traffic per rank: (n - 1) * L tokens of each.
     """
+    if not isinstance(tensors, Sequence):
+        raise TypeError(
+            f"The outputs of a target are a list, got tensors of type {type(tensors).__name__}: "
+            f"give [x] for one."
+        )
+    check_ints("A target", least=0, unpadded_len=unpadded_len)
     whole = []
     for x in tensors:
+        check_dim("A target", x, dim)
         local = x.to_local() if isinstance(x, DTensor) else x
         if axis is not None and axis.size() > 1:
             layout = Contiguous(local.shape[dim] * axis.size(), axis.size())
             local = relayout.gather(local, layout, axis, dim=dim % local.ndim)
+        if local.shape[dim] < unpadded_len:
+            raise ValueError(
+                f"Padding is taken off the outputs of a target, got unpadded_len={unpadded_len} "
+                f"with whole shape {tuple(local.shape)}, dim={dim}: give what the target's "
+                f"inputs were before padding."
+            )
         whole.append(local.narrow(dim, 0, unpadded_len).contiguous())
     return whole
 

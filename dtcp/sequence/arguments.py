@@ -5,7 +5,7 @@ of whose argument it was, or would take for something else: True for 1, a rank o
 one, a float for an index.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 """What token ids, document ids and position ids come in."""
 BOOL = (torch.bool,)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_whole(value: object) -> bool:
@@ -63,6 +64,23 @@ def check_dim(subject: str, x: Tensor, dim: int) -> None:
         )
 
 
+def check_batch(subject: str, batch: Mapping[str, Any], *keys: str) -> None:
+    """Refuse what is no mapping, or lacks one of these keys.
+
+    Raises:
+        TypeError: no mapping.
+        KeyError: a key that is missing, or None.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"{subject} is a mapping of keys to tensors, got batch of type "
+            f"{type(batch).__name__}: give a dict."
+        )
+    for key in keys:
+        if batch.get(key) is None:
+            raise KeyError(f"{key}: {subject[:1].lower()}{subject[1:]} has it, got none.")
+
+
 def check_tensor(
     subject: str,
     *,
@@ -95,3 +113,20 @@ def check_tensor(
             raise TypeError(
                 f"{subject} reads {wanted}, got {name}.dtype={x.dtype}: convert it to {names}."
             )
+
+
+def rows_of(subject: str, name: str, x: Any) -> tuple[int, int]:
+    """(rows, tokens per row) of what a model reads, [B, S, ...].
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: no rows, or rows without a token.
+    """
+    tensors: dict[str, Any] = {name: x}
+    check_tensor(subject, shape="[B, S, ...]", **tensors)
+    if x.ndim < 2 or not x.shape[0] or not x.shape[1]:
+        raise ValueError(
+            f"{subject} has rows of one token or more, got {name}.shape={tuple(x.shape)}: give "
+            f"[B, S], or embeddings [B, S, E]."
+        )
+    return x.shape[0], x.shape[1]

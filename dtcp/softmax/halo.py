@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.softmax.all_gather import AllGatherAttention
 from dtcp.softmax.metadata import KeyExchangeMetadata, all_gather_metadata
@@ -36,6 +37,8 @@ class HaloAttention(AllGatherAttention):
     right: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ints("HaloAttention", window=self.window, right=self.right)
         if self.window < 1 or self.right < 0:
             raise ValueError(
                 f"HaloAttention counts a query itself, so window >= 1 and right >= 0, got "

@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp._torch import unflattened
 from dtcp.distributed.groups import group_name
+from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.all_gather import ALL_GATHER, AllGatherAttention
 from dtcp.softmax.op import AttentionOp
@@ -58,6 +59,10 @@ class HybridAttention(AttentionStyle):
     @property
     def op(self) -> AttentionOp:
         return ULYSSES_RING if isinstance(self.outer, RingAttention) else ULYSSES_ALL_GATHER
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ints("HybridAttention", least=1, inner_ranks=self.inner_ranks)
 
     def groups(self, axis: DeviceMesh) -> list[str]:
         if axis.size() % self.inner_ranks:

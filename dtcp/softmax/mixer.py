@@ -9,6 +9,7 @@ from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.metadata import AttentionMetadata, BatchMetadata, NoMetadata
 from dtcp.mixer import Mixer, check_position_ids, position_ids_of
+from dtcp.sequence.arguments import FLOATS, WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.masks import Coords, Mask
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import local_metadata
@@ -28,6 +29,21 @@ class MaskedMixer(Mixer):
 
     def __init__(self, mask: Mask, *, scale: float | None = None, softcap: float = 0.0) -> None:
         super().__init__()
+        if not isinstance(mask, Mask):
+            raise TypeError(
+                f"A mixer attends as a mask allows, got mask={mask!r}: give a Mask, as Causal()."
+            )
+        for name, factor in (("scale", 1.0 if scale is None else scale), ("softcap", softcap)):
+            if isinstance(factor, bool) or not isinstance(factor, int | float):
+                raise TypeError(
+                    f"Scores are scaled by one number, got {name}={factor!r} of type "
+                    f"{type(factor).__name__}: give a float."
+                )
+        if softcap < 0:
+            raise ValueError(
+                f"A softcap bounds scores on both sides, got softcap={softcap}: give a bound "
+                f"above 0, or 0 for none."
+            )
         self.mask = mask
         self.scale = scale
         self.softcap = softcap
@@ -38,6 +54,7 @@ class MaskedMixer(Mixer):
 
     def softmax(self, q: Tensor) -> SoftmaxParams:
         """What turns the scores of q [B, L, H, D] into weights."""
+        check_tensor("Attention", shape="[B, L, H, D]", q=q)
         return SoftmaxParams(
             q.shape[-1] ** -0.5 if self.scale is None else self.scale, self.softcap
         )
@@ -104,10 +121,27 @@ class KeysFromValues(MaskedMixer):
         Returns:
             [B, L, H, D].
         """
+        self.check_operands(q, v, position_ids, key_scale, frequency)
         own = self.own(attn_metadata)
         check_position_ids(position_ids, own.position_ids, own.last_key >= own.first_key)
         q, k = (rotate(x, own.position_ids, frequency) for x in (q, v * key_scale))
         return ATTENTION(AttentionInputs(q, k, v), own, self.softmax(q))
+
+    def check_operands(
+        self, q: Tensor, v: Tensor, position_ids: Tensor, key_scale: Tensor, frequency: Tensor
+    ) -> None:
+        """Refuse what rotating would broadcast: one row's queries for all rows, say."""
+        subject = "Attention with keys made from values"
+        check_tensor(subject, shape="[B, L, heads, D]", ndim=4, dtypes=FLOATS, q=q, v=v)
+        check_tensor(subject, shape="[B, L]", dtypes=WHOLE_NUMBERS, position_ids=position_ids)
+        check_tensor(subject, dtypes=FLOATS, key_scale=key_scale, frequency=frequency)
+        width = v.shape[3]
+        if (key_scale.shape, frequency.shape) != ((width,), (width // 2,)):
+            raise ValueError(
+                f"{subject} scales and rotates all channels, got v.shape={tuple(v.shape)}, "
+                f"key_scale.shape={tuple(key_scale.shape)}, frequency.shape="
+                f"{tuple(frequency.shape)}: give [D] and [D / 2]."
+            )
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward_without_mixing(args[0], args[1], args[1])

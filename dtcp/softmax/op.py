@@ -20,6 +20,7 @@ from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.metadata import AttentionMetadata
+from dtcp.sequence.arguments import check_tensor
 
 
 class AttentionInputs(NamedTuple):
@@ -256,9 +257,14 @@ def check_inputs(x: AttentionInputs) -> None:
 
     How many tokens there are is checked where the metadata are read.
     """
-    named = {"q": x.q, "k": x.k, "v": x.v}
-    shapes = {name: tuple(each.shape) for name, each in named.items() if each is not None}
-    dtypes = {name: each.dtype for name, each in named.items() if each is not None}
+    named: dict[str, Any] = {"q": x.q, "k": x.k, "v": x.v}
+    if x.k is None and x.key_scale is not None:
+        del named["k"]
+    check_tensor("Attention", **named)
+    if x.sink is not None:
+        check_tensor("Attention", sink=x.sink)
+    shapes = {name: tuple(each.shape) for name, each in named.items()}
+    dtypes = {name: each.dtype for name, each in named.items()}
     if any(len(shape) != 4 for shape in shapes.values()):
         raise ValueError(
             f"Attention takes q [B, L, H, D], k [B, L, G, D] and v [B, L, G, V], got {shapes}: "

@@ -13,6 +13,7 @@ from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids, position_ids_of
+from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.softmax.dtensor import install_attention_rules
@@ -85,6 +86,7 @@ class ContextParallelKeysFromValues(ClaimedMixer, KeysFromValues):
         frequency: Tensor,
         attn_metadata: BatchMetadata,
     ) -> Tensor:
+        self.check_operands(q, v, position_ids, key_scale, frequency)
         metadata: KeyExchangeMetadata = self.own(attn_metadata)
         seen = metadata.last_key >= metadata.first_key
         check_position_ids(position_ids, metadata.position_ids, seen)
@@ -118,6 +120,9 @@ class AttentionStyle(MixerStyle):
         BlockBalanced,
     )
     tile: int = field(default=TILE, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_ints(type(self).__name__, least=1, tile=self.tile)
 
     @property
     def op(self) -> AttentionOp:

@@ -11,6 +11,7 @@ from dtcp.kernels.sparse.read_ranges import entry_runs, key_runs
 from dtcp.kernels.sparse.types import NOWHERE, SPARSE_TILE, Sight
 from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.mixer import position_ids_of
+from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.layout import Run, SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.sparse.exchange import halo_routes
@@ -31,6 +32,8 @@ class Compression:
     selected: int | None = None
 
     def __post_init__(self) -> None:
+        selected = 1 if self.selected is None else self.selected
+        check_ints("Compression", ratio=self.ratio, selected=selected)
         if self.ratio < 1 or (self.selected is not None and self.selected < 1):
             raise ValueError(
                 f"Compression pools ratio >= 1 tokens and reads selected >= 1 entries, got "

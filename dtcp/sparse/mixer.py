@@ -15,6 +15,7 @@ from torch import Tensor
 from dtcp.kernels.sparse.pooling import Prepool, pool
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import Mixer, check_position_ids
+from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.masks import Coords
 from dtcp.sparse.metadata import Compression, SparseMetadata, sparse_metadata
 from dtcp.sparse.op import select_entries, sparse_attention
@@ -41,6 +42,7 @@ class CompressedSparseAttention(Mixer):
 
     def __init__(self, window: int, compression: Compression | None, *, scale: float) -> None:
         super().__init__()
+        check_ints("A window of raw keys", window=window)
         if window < 1:
             raise ValueError(
                 f"A window counts the query itself, got window={window}: 1 sees only itself."

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dtcp.cp_utils.masks import documents_of_mask
+from dtcp.cp_utils.validation import padding_of_mask
 from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.labels import shift_labels
 from dtcp.sequence.balance import block_work
@@ -171,3 +173,12 @@ def test_key_slots_that_hold_none_before_those_that_do_are_refused_A9():
     first, last = torch.zeros(1, 4).int(), torch.arange(4)[None].int()
     with pytest.raises(ValueError, match="follow UNUSED"):
         block_ranges(first, last, torch.tensor([-1, 0, 1, 2]))
+
+
+def test_an_inverted_mask_is_not_read_as_padding_A9():
+    """Each token saw others and not itself, so all were padding: no loss, and not a word."""
+    causal = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    assert documents_of_mask(causal, None, 2, 6) == Documents.single(2, 6)
+    for read in (lambda mask: documents_of_mask(mask, None, 2, 6), padding_of_mask):
+        with pytest.raises(ValueError, match=r"An attention_mask .* got attention_mask of shape"):
+            read(~causal)
