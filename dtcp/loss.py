@@ -61,15 +61,15 @@ def token_mean_loss(logits: Tensor, labels: Tensor, global_tokens: Tensor | int)
     """
     check_tensor("A loss", shape="[B, L, V]", dtypes=FLOATS, logits=logits)
     check_tensor("A loss", shape="[B, L]", dtypes=LABEL_DTYPES, labels=labels)
+    first, mesh = 0, None
+    if isinstance(logits, DTensor):
+        first, mesh = _vocabulary_shard(logits)
+        logits = logits.to_local(grad_placements=logits.placements)
     if logits.shape[:-1] != labels.shape or not logits.ndim:
         raise ValueError(
             f"A loss has a label for each token, got logits.shape={tuple(logits.shape)}, "
             f"labels.shape={tuple(labels.shape)}: give [B, L, V] and [B, L]."
         )
-    first, mesh = 0, None
-    if isinstance(logits, DTensor):
-        first, mesh = _vocabulary_shard(logits)
-        logits = logits.to_local(grad_placements=logits.placements)
     flat = logits.flatten(0, -2)
     total = cast(Tensor, _SummedCrossEntropy.apply(flat, labels.flatten() - first, labels, mesh))
     return total / _at_least_one(global_tokens)

@@ -16,7 +16,7 @@ from dtcp.cp_utils.thd import make_cp_batch_for_te
 from dtcp.cp_utils.validation import check_one_document, check_rows
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.sdpa.local_shards import local_shards
-from dtcp.sequence.arguments import check_batch, rows_of
+from dtcp.sequence.arguments import check_batch, check_tensor, rows_of
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.softmax.all_gather import AllGatherAttention
@@ -240,6 +240,7 @@ def _documents(batch: BatchDict, position_ids: Tensor, rows: int, seq_len: int) 
         if padding is None:
             padding = torch.zeros(rows, seq_len, dtype=torch.bool)
         return Documents.from_padded(restarting, padding.bool().cpu())
+    check_tensor("A batch", attention_mask=mask)
     documents = documents_of_mask(mask.cpu(), restarting, rows, seq_len)
     masked = documents.document() < 0
     if padding is not None and bool((padding.bool().cpu() != masked).any()):

@@ -73,13 +73,9 @@ def _made(
     padding_token_id: int,
     pad_multiple: int | None,
 ) -> tuple[ContextFactory, dict[str, Any]]:
-    check_batch("A batch", batch)
-    if pad_multiple is not None:
-        check_ints("A shard of DeepSeek-V4", pad_multiple=pad_multiple)
-    batch = dict(batch)
+    batch, multiple = _arguments(batch, pad_multiple)
     ranks = 1 if cp_mesh is None else cp_mesh.size()
     rank = 0 if cp_mesh is None else cp_mesh.get_local_rank()
-    multiple = max(int(pad_multiple or 2), 2)
     packed = _is_packed(batch)
     primary = primary_key(batch)
     padding = padding_of(batch)
@@ -108,6 +104,14 @@ def _made(
         batch["qkv_format"] = "thd"
     batch[GROUP] = None if cp_mesh is None else _group(cp_mesh)
     return nullcontext, batch
+
+
+def _arguments(batch: Mapping[str, Any], pad_multiple: int | None) -> tuple[dict[str, Any], int]:
+    """A copy of the batch, and what shards and documents are padded to a multiple of."""
+    check_batch("A batch", batch)
+    multiple = 2 if pad_multiple is None else pad_multiple
+    check_ints("A shard of DeepSeek-V4", pad_multiple=multiple)
+    return dict(batch), max(multiple, 2)
 
 
 def _fills(padding_token_id: int) -> dict[str, int | float | bool]:

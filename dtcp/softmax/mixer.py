@@ -135,6 +135,12 @@ class KeysFromValues(MaskedMixer):
         check_tensor(subject, shape="[B, L, heads, D]", ndim=4, dtypes=FLOATS, q=q, v=v)
         check_tensor(subject, shape="[B, L]", dtypes=WHOLE_NUMBERS, position_ids=position_ids)
         check_tensor(subject, dtypes=FLOATS, key_scale=key_scale, frequency=frequency)
+        if q.shape[:2] != v.shape[:2] or position_ids.shape[-1:] != q.shape[1:2]:
+            raise ValueError(
+                f"{subject} has a query, a value and a position for each token, got q.shape="
+                f"{tuple(q.shape)}, v.shape={tuple(v.shape)}, position_ids.shape="
+                f"{tuple(position_ids.shape)}: give each [B, L, ...]."
+            )
         width = v.shape[3]
         if (key_scale.shape, frequency.shape) != ((width,), (width // 2,)):
             raise ValueError(

@@ -13,7 +13,7 @@ from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids, position_ids_of
-from dtcp.sequence.arguments import check_ints
+from dtcp.sequence.arguments import check_ints, check_tensor
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.softmax.dtensor import install_attention_rules
@@ -57,6 +57,7 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
 
         The op's rule checks their placements (dtensor.py), not traced code.
         """
+        check_tensor("Attention", shape="[B, L, heads, width]", q=q, k=k, v=v)
         metadata, softmax = self.own(attn_metadata), self.softmax(q)
         distributed = any(isinstance(x, DTensor) for x in (q, k, v))
         if not distributed:
