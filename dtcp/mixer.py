@@ -8,6 +8,7 @@ A mixer reads `attn_metadata`, what the batch brings: made once per batch on the
 each kind of mixer. A model takes it as an argument and hands it through.
 """
 
+from collections.abc import Mapping
 from copy import copy
 from types import MethodType
 from typing import Any, Self
@@ -63,7 +64,7 @@ class Mixer(nn.Module):
 
     def own(self, attn_metadata: BatchMetadata) -> Any:
         """This mixer's metadata among those of a batch."""
-        known = isinstance(attn_metadata, BatchMetadata)
+        known = isinstance(attn_metadata, BatchMetadata | Mapping)
         if not known or self.metadata_key not in attn_metadata:
             raise ValueError(
                 f"A mixer reads the metadata of its batch, got none for {self.metadata_key}: pass "

@@ -23,10 +23,15 @@ def shard(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, *, dim: int = 1) 
 
     Backward all-gathers. Traffic per rank: none, and (n - 1) * L tokens back.
     """
-    if not isinstance(layout, SequenceLayout) or layout.num_shards != mesh.size():
+    if not isinstance(layout, SequenceLayout):
+        raise TypeError(
+            f"A tensor is sharded by a layout, got layout={layout!r}: give an instance, as "
+            f"HeadTail(seq_len, mesh.size())."
+        )
+    if layout.num_shards != mesh.size():
         raise ValueError(
-            f"A layout has one shard per rank, got layout={layout} on a mesh of {mesh.size()} "
-            f"ranks: make the layout for this mesh."
+            f"A layout has one shard per rank, got num_shards={layout.num_shards} on a mesh of "
+            f"{mesh.size()} ranks: make the layout for this mesh."
         )
     local: Tensor = _Shard.apply(x, layout, mesh, dim)
     return local

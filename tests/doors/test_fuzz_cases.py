@@ -3,17 +3,28 @@
 import pytest
 import torch
 
+from dtcp.cp_utils import build_dsv4_cp_causal_padding_mask
 from dtcp.cp_utils.masks import documents_of_mask
-from dtcp.cp_utils.validation import padding_of_mask
+from dtcp.cp_utils.validation import check_rows, padding_of_mask
 from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.labels import shift_labels
+from dtcp.loss import token_mean_loss
+from dtcp.recurrent import CausalConv1d
 from dtcp.sequence.balance import block_work
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
 from dtcp.sequence.masks import Causal, Coords, PrefixLM, SlidingWindow, vision_blocks
 from dtcp.sequence.routes import halo_runs, rolled
+from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.required_keys import required_keys
+from dtcp.thd import thd_layout, to_thd
 
+THD = {
+    "input_ids": torch.zeros(1, 8).long(),
+    "labels": torch.zeros(1, 8).long(),
+    "seq_lens": torch.tensor([[3, 4]]),
+    "seq_lens_padded": torch.tensor([[4, 4]]),
+}
 TWO = Documents(((3, 4), (7,)), 8)
 
 
@@ -159,6 +170,32 @@ def test_a_negative_prefix_throughout_a_document_is_refused_A6():
             lambda: required_keys(HeadTail(16, 2), 0, *Causal().intervals(Coords.of(TWO))),
             ValueError,
             r"whole rows, got first_key\.shape=\(2, 8\)",
+        ),
+        (lambda: to_thd(THD | {"seq_lens": torch.tensor([[3.0, 4.0]])}), TypeError, "float32"),
+        (lambda: to_thd(THD | {"labels": [[0] * 8]}), TypeError, "got labels of type list"),
+        (lambda: to_thd(None), TypeError, "got batch of type NoneType"),
+        (lambda: thd_layout([1, 5, 9], 8, 1), ValueError, r"got cu_seqlens_padded=\[1, 5, 9\]"),
+        (lambda: padding_of_mask(torch.ones(2, 8, 8) > 0), ValueError, r"shape \(2, 8, 8\)"),
+        (lambda: check_rows({"input_ids": [[0]]}, "input_ids", ()), TypeError, "of type list"),
+        (
+            lambda: token_mean_loss(torch.zeros(2, 8, 3), torch.zeros(8, 2).long(), 16),
+            ValueError,
+            r"labels\.shape=\(8, 2\)",
+        ),
+        (
+            lambda: token_mean_loss(torch.zeros(2, 8, 3), torch.zeros(2, 8), 16),
+            TypeError,
+            r"labels\.dtype=torch\.float32",
+        ),
+        (lambda: SoftmaxAttention("causal"), TypeError, "got mask='causal'"),
+        (lambda: SoftmaxAttention(Causal(), softcap=-1.0), ValueError, "got softcap=-1.0"),
+        (lambda: CausalConv1d(0), ValueError, "got width=0"),
+        (
+            lambda: build_dsv4_cp_causal_padding_mask(
+                torch.arange(4), 4, torch.float32, "cpu", None, sliding_window=0
+            ),
+            ValueError,
+            "got sliding_window=0",
         ),
     ],
     ids="A9-{}".format,
