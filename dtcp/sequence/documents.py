@@ -1,6 +1,6 @@
 """Which document every token of a packed row belongs to, known on the host from lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -98,7 +98,8 @@ class Documents:
                 )
             padding = padding_mask.bool().cpu()
         if documents is None:
-            _check_position_ids(position_ids, rows, seq_len)
+            if position_ids is not None:
+                check_token_positions(position_ids, rows, seq_len, dtypes=WHOLE_NUMBERS)
             starting = _document_positions(position_ids, padding, rows)
             if padding is not None:
                 documents = cls.from_padded(starting, padding)
@@ -182,7 +183,8 @@ class Documents:
                 `from_position_ids` refuses.
         """
         check_tensor("Padded rows", shape="[B, S]", ndim=2, dtypes=BOOL, padding=padding)
-        _check_position_ids(position_ids, *padding.shape)
+        if position_ids is not None:
+            check_token_positions(position_ids, *padding.shape, dtypes=WHOLE_NUMBERS)
         lengths = (~padding).sum(1)
         index = torch.arange(padding.shape[1], device=padding.device)
         misplaced = (padding != (index >= lengths[:, None])).any(1)
@@ -279,11 +281,15 @@ class Documents:
         return out
 
 
-def _check_position_ids(position_ids: Tensor | None, rows: int, seq_len: int) -> None:
-    """Refuse position ids that are no tensor, or none of these rows."""
-    if position_ids is None:
-        return
-    check_tensor("A batch", shape="[B, S]", dtypes=WHOLE_NUMBERS, position_ids=position_ids)
+def check_token_positions(
+    position_ids: Tensor, rows: int, seq_len: int, *, dtypes: Collection[torch.dtype] = ()
+) -> None:
+    """Refuse position ids that are no tensor, or none of these rows.
+
+    Args:
+        dtypes: that are read; none for all.
+    """
+    check_tensor("A batch", shape="[B, S]", dtypes=dtypes, position_ids=position_ids)
     shape = tuple(position_ids.shape)
     if len(shape) not in (2, 3) or shape[-1] != seq_len or shape[-2] not in (1, rows):
         raise ValueError(

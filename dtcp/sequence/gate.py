@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtcp.sequence.documents import PADDING, Documents
+from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
+from dtcp.sequence.documents import PADDING, Documents, check_token_positions
 
 ID_KEYS = ("document_ids", "seq_idx")
 """Keys of document numbers per token, [B, S]; a negative number is padding."""
@@ -108,11 +109,8 @@ def documents_of_ids(ids: Tensor, *, name: str = "document_ids") -> Documents:
     Raises:
         ValueError: padding before tokens, or a number that comes back after another one.
     """
-    if ids.ndim != 2 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
-        raise ValueError(
-            f"A document's number stands at each of its tokens, got {name}.shape="
-            f"{tuple(ids.shape)}, {ids.dtype}: give [B, S] of int64."
-        )
+    named: dict[str, Any] = {name: ids}
+    check_tensor("Documents", shape="[B, S]", ndim=2, dtypes=WHOLE_NUMBERS, **named)
     ids = ids.cpu()
     seq_len, rows = ids.shape[1], []
     for row, numbers in enumerate(ids):
@@ -152,11 +150,12 @@ def check_restarts_in_stretches(numbers: Tensor, position_ids: Tensor, *, name: 
 
 def documents_of_lengths(lengths: Tensor, rows: int, seq_len: int) -> Documents:
     """Read documents off their lengths: [B, N], filled up by 0 or by a negative number."""
-    if lengths.ndim != 2 or len(lengths) != rows or lengths.dtype.is_floating_point:
+    named = {LENGTH_KEY: lengths}
+    check_tensor("Documents", shape="[B, documents]", ndim=2, dtypes=WHOLE_NUMBERS, **named)
+    if len(lengths) != rows:
         raise ValueError(
             f"The documents of each row are counted in a row of their own, got {LENGTH_KEY}.shape="
-            f"{tuple(lengths.shape)}, {lengths.dtype} for {rows} rows: give [B, documents] of "
-            f"int64."
+            f"{tuple(lengths.shape)} for {rows} rows: give [B, documents]."
         )
     return Documents(tuple(tuple(x for x in row if x > 0) for row in lengths.tolist()), seq_len)
 
@@ -173,10 +172,12 @@ def documents_of_boundaries(
     Raises:
         ValueError: boundaries of another kind, or a document that two rows share.
     """
-    if bounds.ndim not in (1, 2) or bounds.dtype.is_floating_point:
+    named: dict[str, Any] = {name: bounds}
+    check_tensor("Documents", shape="[N + 1] or [B, N + 1]", dtypes=WHOLE_NUMBERS, **named)
+    if bounds.ndim not in (1, 2):
         raise ValueError(
-            f"Boundaries are whole numbers, got {name}.shape={tuple(bounds.shape)}, "
-            f"{bounds.dtype}: give [N + 1] for all rows, or [B, N + 1]."
+            f"Boundaries ascend in one dim, got {name}.shape={tuple(bounds.shape)}: give [N + 1] "
+            f"for all rows, or [B, N + 1]."
         )
     per_row = bounds.ndim == 2 and (rows == len(bounds))
     if bounds.ndim == 2 and not per_row:
@@ -212,8 +213,9 @@ def check_restarts(
         padding: [B, S] bool, where position ids mean nothing.
         name: where the documents come from.
     """
-    back = _restarts(position_ids.cpu())
     rows, seq_len = documents.batch, documents.seq_len
+    check_token_positions(position_ids, rows, seq_len)
+    back = _restarts(position_ids.cpu())
     tokens = torch.arange(1, seq_len) < torch.tensor([[sum(row)] for row in documents.lengths])
     if padding is not None:
         tokens = tokens & ~padding[:, 1:] & ~padding[:, :-1]
@@ -328,7 +330,12 @@ def _check_longest(batch: Mapping[str, Any], documents: Documents) -> None:
         value = batch.get(key)
         if value is None:
             continue
-        most = _tensor(key, value).max().item()
+        number = _tensor(key, value)
+        named: dict[str, Any] = {key: number}
+        check_tensor("The longest document", dtypes=WHOLE_NUMBERS, **named)
+        if not number.numel():
+            raise ValueError(f"{key} is a number, got {key}={value!r}: leave it out.")
+        most = number.max().item()
         for row, lengths in enumerate(documents.lengths):
             longest = max(lengths, default=0)
             if longest > most:

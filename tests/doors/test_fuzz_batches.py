@@ -57,6 +57,7 @@ class OneOfMany:
     ranks: int
     mine: int
     cp: None = None
+    tp: None = None
 
     def size(self, name):
         return self.ranks
@@ -90,11 +91,15 @@ def sharded_batches(draw):
     wrong = [ids[0, 0], ids[:, :0], None, ids.tolist(), ids[:0]]
     batch = {"input_ids": draw.bad("input_ids", ids, *wrong)}
     pads = {"input_ids": 0, "labels": IGNORED, "inputs_embeds": 0.0, "loss_mask": 0}
-    whole = {"input_ids": ids, "labels": ids, "inputs_embeds": embeds, "loss_mask": ids > 9}
+    padding = of_rows(documents.lengths, seq_len, 0) < 0
+    labels, scored = ids.masked_fill(padding, IGNORED), (ids > 9) | padding
+    whole = {"input_ids": ids, "labels": labels, "inputs_embeds": embeds, "loss_mask": scored}
     for key in ("labels", "inputs_embeds", "loss_mask"):
         if draw.chance(0.4):
             x = whole[key]
             wrong = [torch.cat((x, x), 1), torch.cat((x, x)), x[0, 0], None, "x"]
+            if key == "labels" and bool(padding.any()):
+                wrong.append(ids)
             batch[key] = draw.bad(key, x, *wrong)
     extra = draw.bad("further key", None, "weights", "attention_mask", 3)
     batch |= {} if extra is None else {extra: ids}

@@ -87,7 +87,7 @@ def test_operands_that_are_none_are_refused_by_name_A9(mesh, style):
         ((q, q.float(), q), "one floating dtype"),
     ):
         refused(match, lambda parts=parts: mixer(*parts, metadata), TypeError)
-    refused("got none for SoftmaxAttention", lambda: mixer(q, q, q, None))
+    refused("got none for ContextParallelAttention", lambda: mixer(q, q, q, None))
     assert mixer(q, q, q, metadata).shape == q.shape
 
 

@@ -23,7 +23,7 @@ from dtcp.cp_utils import (
 from dtcp.distributed import relayout
 from dtcp.distributed.collectives import all_gather, all_to_all, halo, reduce_scatter, ring_shift
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.labels import IGNORED
+from dtcp.labels import IGNORED, shift_labels
 from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
 from dtcp.recurrent import CausalConv1d, CausalConvCP, GatedDeltaCP, GatedDeltaRule
@@ -324,9 +324,39 @@ def targets_of_ranks(draw, mesh, known):
     assert torch.equal(whole, ids.double()[..., None].expand(-1, -1, 3))
 
 
+def rows_of_one_rank(draw, mesh, known):
+    """One rank reads another batch than the others, or one that is refused there."""
+    n, rank = mesh.size(), mesh.get_local_rank()
+    kind = draw.choice((Contiguous, HeadTail))
+    rows, seq_len = draw.integer(1, 3), draw.integer(2, 16)
+    documents = Documents(draw.rows(rows, seq_len), seq_len)
+    ids = draw.ids(rows, seq_len)
+    batch = {"input_ids": ids, "document_ids": documents.document()}
+    if draw.chance():
+        batch["labels"] = shift_labels(ids, documents)
+    numbers, apart = batch["document_ids"], torch.arange(seq_len).repeat(rows, 1)
+    others = [
+        {"input_ids": torch.cat((ids[:, :1] + 1, ids[:, 1:]), 1)},
+        {"input_ids": ids[:, 1:], "document_ids": numbers[:, 1:]},
+        {"input_ids": torch.cat((ids, ids)), "document_ids": torch.cat((numbers, numbers))},
+        {"document_ids": apart if not torch.equal(apart, numbers) else apart * 0},
+        {"input_ids": None},
+        {"weights": ids},
+        {"loss_mask": torch.ones(rows, seq_len)},
+    ]
+    changed = draw.bad("the batch of one rank", None, *others) if n > 1 else None
+    one = draw.integer(0, n - 1)
+    if changed is not None and rank == one:
+        batch |= changed
+    local, sharded = shard_batch(batch, ParallelMesh.from_device_mesh(mesh), kind)
+    assert torch.equal(local["input_ids"], picked(ids, tokens_of(sharded.layout)[rank], 1, 0))
+    assert torch.equal(sharded.gather(local["input_ids"]), ids)
+
+
 SUBJECTS = (
     attention_across_ranks,
     attention_across_ranks,
+    rows_of_one_rank,
     keys_from_values_across_ranks,
     recurrence_across_ranks,
     collectives_of_ranks,
