@@ -146,7 +146,7 @@ def _sentence(heard: Tensor, every_row: Tensor | None, axes: Sequence[DeviceMesh
             for row, aspect in (every_row[index] != every_row[0]).nonzero()[:3].tolist():
                 said.append(f"{name} has other {ASPECTS[aspect]} in row {row}")
     return (
-        f"The ranks of a cp and tp group read the same rows, got, compared with "
+        f"The ranks of a cp and tp group read the same rows, got others than those of "
         f"{_rank_name(0, axes)}: {'; '.join(said)}: give them one batch, by a sampler of "
         f"mesh.size('batch') replicas and rank mesh.rank('batch')."
     )
