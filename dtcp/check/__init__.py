@@ -1,13 +1,10 @@
 """Prove that a model on a mesh is the model it was on one device: `python -m dtcp.check --help`."""
 
-from dtcp.check.checked_model import CheckedHuggingFaceModel, CheckedMixerModel, CheckedModel
-from dtcp.check.parity import (
-    CheckOptions,
-    CheckReport,
-    ParityResult,
-    check_model,
-    compare,
-)
+from dtcp.check.checked_hf import CheckedHuggingFaceModel
+from dtcp.check.checked_mixers import CheckedMixerModel
+from dtcp.check.checked_model import CheckedModel
+from dtcp.check.parity import CheckOptions, ParityResult, compare
+from dtcp.check.ranks import CheckReport, check_model
 
 __all__ = [
     "CheckOptions",

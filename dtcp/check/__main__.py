@@ -5,15 +5,15 @@ import json
 import sys
 from importlib.util import find_spec
 
+import torch
+from torch.multiprocessing import ProcessExitedException
+
 from dtcp import softmax
-from dtcp.check.checked_model import CheckedHuggingFaceModel, CheckedMixerModel, CheckedModel
-from dtcp.check.parity import (
-    REFUSALS,
-    CheckOptions,
-    CheckReport,
-    ParityResult,
-    check_model,
-)
+from dtcp.check.checked_hf import CheckedHuggingFaceModel
+from dtcp.check.checked_mixers import CheckedMixerModel
+from dtcp.check.checked_model import CheckedModel
+from dtcp.check.parity import CheckOptions, ParityResult
+from dtcp.check.ranks import REFUSALS, CheckReport, RankFailed, check_model
 from dtcp.distributed.mesh import Degrees
 from dtcp.sequence import layout
 
@@ -31,11 +31,28 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    # Ranks are forked from here, and threads do not survive a fork.
+    torch.set_num_threads(1)
     try:
         options = _options(arguments)
         report = check_model(_model(arguments), options)
     except (*REFUSALS, ImportError) as error:
         print("\n".join(["refused:", f"  {error}", "FAILED"]))
+        return 1
+    except ProcessExitedException as error:
+        print(
+            f"refused:\n  A rank ended before its answer ({error}): where memory ran out, check a "
+            f"smaller model or fewer ranks.\nFAILED"
+        )
+        return 1
+    except RankFailed as error:
+        print(error, file=sys.stderr)
+        first = " ".join(error.error.split())
+        print(
+            f"refused:\n  A rank raised what one device did not ({first}): where the model reads "
+            f"whole rows, give it what it needs of them as inputs; the traceback is on stderr."
+            f"\nFAILED"
+        )
         return 1
     print("\n".join(lines(report, options)))
     return 0 if report.passed else 1
@@ -45,7 +62,7 @@ def lines(report: CheckReport, options: CheckOptions) -> list[str]:
     """The report as a person reads it."""
     mixing = report.mixing
     text = [*mixing.notes, f"mesh: {options.degrees}", "tokens meet in:"]
-    text += [f"  {name}: {claim}" for name, claim in mixing.claims.items()]
+    text += [f"  {name}: {claim}" for name, claim in report.claims.items()]
     if mixing.tp_styles:
         styles = mixing.tp_styles.items()
         text += ["split over tp:", *(f"  {name}: {style}" for name, style in styles)]
@@ -78,15 +95,26 @@ def _options(arguments: argparse.Namespace) -> CheckOptions:
 
 
 def _model(arguments: argparse.Namespace) -> CheckedModel:
+    change = dict(_pair(each) for each in arguments.set)
+    if arguments.plan and not arguments.model:
+        raise ValueError(
+            f"--plan says how a model with mixers is sharded, got --plan {arguments.plan} without "
+            f"--model: leave it out; parallelize_hf makes the plan of a model of transformers."
+        )
     if arguments.hf_config or arguments.hf_model:
-        change = dict(_pair(each) for each in arguments.set)
         return CheckedHuggingFaceModel(arguments.hf_config or arguments.hf_model, change)
-    return CheckedMixerModel(arguments.model, arguments.plan)
+    return CheckedMixerModel(arguments.model, arguments.plan, change)
 
 
 def _pair(text: str) -> tuple[str, object]:
-    key, _, value = text.partition("=")
-    return key, json.loads(value)
+    key, equals, value = text.partition("=")
+    try:
+        return (key, json.loads(value)) if equals else (key, json.loads(""))
+    except ValueError:
+        raise ValueError(
+            f"--set takes key=json, got {text!r}: write a number, true, false, null, or a string "
+            f"in quotes, --set hidden_act='\"gelu\"'."
+        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,7 +124,14 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--hf-model", help="module:function that returns a transformers model")
     model.add_argument("--model", help="module:function that returns a model with mixers")
     parser.add_argument("--plan", default="", help="module:function (model, mesh, style) -> plan")
-    parser.add_argument("--set", nargs="*", default=[], help="config fields, key=json")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="KEY=JSON",
+        help="fields of the config, text_config.key for one inside; arguments of the function",
+    )
     parser.add_argument("--cp", type=int, default=2)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dp-shard", type=int, default=1)

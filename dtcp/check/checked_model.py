@@ -1,29 +1,19 @@
 """A model to check: how it is built and called, on one device and on a mesh."""
 
 import importlib
-import re
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dtcp.batch import ShardedBatch
-from dtcp.check.configs import SmallConfig, small_config
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.huggingface import survey
-from dtcp.huggingface.mixing_probe import find_mixing, mixers_without_mixing, probe_length
-from dtcp.huggingface.registry import MIXER
-from dtcp.mixer import Mixer, batch_metadata
-from dtcp.parallelize import (
-    Compile,
-    ParallelPlan,
-    parallelize,
-    parallelize_hf,
-)
-from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
+from dtcp.parallelize import Compile
 from dtcp.sequence.documents import Documents
 from dtcp.softmax.style import AttentionStyle
 
@@ -48,6 +38,10 @@ class Mixing:
 class CheckedModel(Protocol):
     """A model that every rank can build alike."""
 
+    def parameter_count(self) -> int:
+        """How many numbers the model's parameters hold."""
+        ...
+
     def build(self) -> Any:
         """The model, in fp64."""
         ...
@@ -59,127 +53,41 @@ class CheckedModel(Protocol):
     ) -> nn.Module: ...
 
     def logits_on_one_device(self, model: Any, input_ids: Tensor, documents: Documents) -> Tensor:
-        """Logits of one row of packed documents, [1, S, V]."""
+        """Logits of one row of packed documents, [1, S, C]."""
         ...
 
     def local_logits(
         self, model: Any, batch: Mapping[str, Tensor], sharded: ShardedBatch
     ) -> Tensor:
-        """Logits of this rank's part, [1, L, V]."""
+        """Logits of this rank's part, [1, L, C]."""
         ...
 
 
-@dataclass(frozen=True)
-class CheckedHuggingFaceModel:
-    """A causal language model of transformers.
+class ModelRefused(ValueError):
+    """What a model cannot do, in a sentence that names the place."""
 
-    Args:
-        config: a model type, the path of a config.json, or module:function that returns a model.
-        change: fields of the config, with other values.
+
+@contextmanager
+def own_errors(did: str, remedy: str) -> Iterator[None]:
+    """Say in a sentence what a model of somebody else raises by itself.
+
+    Raises:
+        ValueError: whatever is raised inside.
     """
-
-    config: str
-    change: Mapping[str, Any] = field(default_factory=dict)
-
-    def build(self) -> Any:
-        if ":" in self.config:
-            model = imported(self.config)()
-        else:
-            from transformers import AutoModelForCausalLM
-
-            model = AutoModelForCausalLM.from_config(self._small().config)
-        if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
-            # torch 2.13 has no grouped matmul in fp64; the batched one computes the same.
-            model.set_experts_implementation("batched_mm")
-        return _in_fp64(model)
-
-    def mixing(self, model: Any, style: AttentionStyle, tp: int = 1) -> Mixing:
-        surveyed = survey(model)
-        claims = {f"{a.name}.{MIXER}": f"{style}, {a.mixer()}" for a in surveyed.attentions}
-        notes = () if ":" in self.config else self._small().notes
-        if surveyed.refused or tp == 1:
-            return Mixing(claims, surveyed.refused, notes=notes)
-        try:
-            plan = hf_tensor_plan(model, tp)
-        except ValueError as error:
-            return Mixing(claims, (str(error),), notes=notes)
-        # Layers are alike: one line for the modules that differ by their layer's number alone.
-        styles = {re.sub(r"\.\d+(?=\.|$)", ".*", name): f"{each}" for name, each in plan.items()}
-        return Mixing(claims, (), styles, notes)
-
-    def _small(self) -> SmallConfig:
-        return small_config(self.config, self.change)
-
-    def parallelize(
-        self, model: Any, mesh: ParallelMesh, style: AttentionStyle, compile: Compile | None
-    ) -> nn.Module:
-        return parallelize_hf(model, mesh, style, compile=compile)
-
-    def logits_on_one_device(self, model: Any, input_ids: Tensor, documents: Documents) -> Tensor:
-        """Each document by itself: not every model of transformers keeps packed ones apart."""
-        parts = input_ids[0].split(documents.lengths[0])
-        return torch.cat([model(input_ids=x[None], use_cache=False).logits for x in parts], dim=1)
-
-    def local_logits(
-        self, model: Any, batch: Mapping[str, Tensor], sharded: ShardedBatch
-    ) -> Tensor:
-        inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
-        return model(**inputs, attn_metadata=sharded.attn_metadata).logits
-
-
-@dataclass(frozen=True)
-class CheckedMixerModel:
-    """A model that calls mixers, as model(input_ids, position_ids, attn_metadata).
-
-    Args:
-        model: module:function that returns it.
-        plan: module:function of (model, mesh, style) that returns a ParallelPlan; empty for a plan
-            that claims every mixer by the style and does nothing else.
-    """
-
-    model: str
-    plan: str = ""
-
-    def build(self) -> nn.Module:
-        return _in_fp64(imported(self.model)())
-
-    def mixing(self, model: nn.Module, style: AttentionStyle, tp: int = 1) -> Mixing:
-        seq_len = probe_length(model)
-        documents = Documents.single(1, seq_len)
-        input_ids = torch.arange(seq_len)[None] % vocabulary(model)
-        attn_metadata = batch_metadata(model, documents)
-        run = partial(model, input_ids, documents.position_ids(), attn_metadata)
-        with mixers_without_mixing(model) as names:
-            mixing = find_mixing(model.eval(), run, seq_len)
-        model.train()
-        mixers = {name: model.get_submodule(name) for name in names}
-        refused = tuple(
-            f"{name or 'the model'} ({type(model.get_submodule(name)).__name__}): tokens meet in "
-            f"it, and in no mixer: call one there (docs/add_a_model.md)."
-            for name in mixing
-        )
-        return Mixing({name: f"{style}, {mixer}" for name, mixer in mixers.items()}, refused)
-
-    def parallelize(
-        self, model: nn.Module, mesh: ParallelMesh, style: AttentionStyle, compile: Compile | None
-    ) -> nn.Module:
-        if self.plan:
-            plan = imported(self.plan)(model, mesh, style)
-        else:
-            mixers = {n: style for n, m in model.named_modules() if isinstance(m, Mixer)}
-            plan = ParallelPlan(tp={}, cp=mixers, blocks=())
-        return parallelize(model, mesh, plan, compile=compile)
-
-    def logits_on_one_device(
-        self, model: nn.Module, input_ids: Tensor, documents: Documents
-    ) -> Tensor:
-        attn_metadata = batch_metadata(model, documents)
-        return model(input_ids, documents.position_ids(), attn_metadata)
-
-    def local_logits(
-        self, model: nn.Module, batch: Mapping[str, Tensor], sharded: ShardedBatch
-    ) -> Tensor:
-        return model(batch["input_ids"], batch["position_ids"], sharded.attn_metadata)
+    try:
+        yield
+    except ModelRefused:
+        raise
+    # Whatever code of the user's or of transformers raises, it is the answer to the question.
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(str(error).split())
+        # The rest of a long message adds little to where it was raised.
+        reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
+        raise ValueError(
+            f"{did}, got {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno} "
+            f"({reason.rstrip('.')}): {remedy}."
+        ) from error
 
 
 def imported(path: str) -> Callable[..., Any]:
@@ -199,6 +107,31 @@ def imported(path: str) -> Callable[..., Any]:
     return function
 
 
+def made_by(path: str, change: Mapping[str, Any]) -> nn.Module:
+    """The model that a function returns.
+
+    Args:
+        path: module:function.
+        change: its keyword arguments.
+    Raises:
+        ValueError: the function fails, or returns something else.
+    """
+    function = imported(path)
+    remedy = "give a function that returns the model; --set gives its keyword arguments, key=json"
+    with own_errors(f"A checked model is built by {path}({_keywords(change)})", remedy):
+        model = function(**change)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"A function of --model returns an nn.Module, got {type(model).__name__} from {path}: "
+            f"return the model."
+        )
+    return model
+
+
+def _keywords(change: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in change.items())
+
+
 def vocabulary(model: nn.Module) -> int:
     """Size of a model's vocabulary: the rows of its first embedding.
 
@@ -214,7 +147,23 @@ def vocabulary(model: nn.Module) -> int:
     )
 
 
-def _in_fp64(model: Any) -> Any:
+def check_logits(model: nn.Module, logits: Any, seq_len: int) -> Tensor:
+    """The logits of a model on a row of seq_len tokens, if they are that.
+
+    Raises:
+        ValueError: anything but a vector for each token.
+    """
+    if isinstance(logits, Tensor) and logits.shape[:-1] == (1, seq_len):
+        return logits
+    got = f"a tensor of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits)
+    raise ValueError(
+        f"A checked model returns logits [B, S, C], one vector for each token, got {got} from "
+        f"{type(model).__name__} for [1, {seq_len}] tokens: check a model without what pools or "
+        f"gathers them (docs/not_supported.md says how to pool)."
+    )
+
+
+def in_fp64(model: Any) -> Any:
     """In fp64, every weight with noise: fresh norms and gates are ones or zeros and hide errors."""
     model = model.double().train()
     with torch.no_grad():

@@ -1,47 +1,36 @@
 """Configs of transformers' models, small enough to run anywhere, with all their kinds of layers."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dtcp.check.checked_model import own_errors
+from dtcp.check.plain_torch import without_gpu_kernels
+from dtcp.check.sizes import FAMILIES, REQUIRED, TINY
+
+_REMEDY = "correct the config, by --set or in its file, or pass --hf-model module:function"
+
 MOST_PARAMETERS = 2**21
 """The largest model that is run as its config says; a larger one is shrunk."""
-
-TINY: Mapping[str, int] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 24,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "sliding_window": 7,
-    "max_position_embeddings": 128,
-}
-NUM_LAYERS = 2
 
 UNRELATED_FIELDS = (
     *("architectures", "auto_map", "dtype", "torch_dtype", "quantization_config"),
     *("transformers_version", "_name_or_path", "bos_token_id", "eos_token_id"),
 )
 """Fields that have nothing to do with how tokens meet; some would not fit a small model."""
+
+NUM_LAYERS, MOST_LAYERS = 2, 6
+
+_SPECIAL_TOKENS: Mapping[str, int] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+
+Fields = dict[str, Any]
+"""Values of a config's fields; those of a config inside of it are such a dict, too."""
 
 
 @dataclass(frozen=True)
@@ -55,91 +44,235 @@ class SmallConfig:
 def small_config(source: str, change: Mapping[str, Any]) -> SmallConfig:
     """The tiny config of a model type; or that of a config.json, shrunk if it is too large to run.
 
+    Configs inside of a config (text_config, vision_config) are shrunk with it.
+
     Args:
         source: a model type of transformers, or the path of a config.json.
-        change: values of fields, in the small config too.
+        change: values of fields, in the small config too; "text_config.field" for one inside.
     Raises:
-        ValueError: no such file, no such model type, or a file that names none.
+        ValueError: no such file, model type or field, or values that the config refuses.
     """
-    from transformers import AutoConfig
+    is_file = source.endswith(".json")
+    given = _related(_read(source)) if is_file else {"model_type": source}
+    whole = _made(given)
+    changed = _changed_fields(whole, change)
+    if is_file and parameter_count(_made(_merged(given, changed))) <= MOST_PARAMETERS:
+        return SmallConfig(_made(_merged(given, changed)))
+    shrunk = _merged({"pad_token_id": 0, **_shrunk(whole, changed)}, changed)
+    notes = tuple(_notes(whole, shrunk)) if is_file else ()
+    return SmallConfig(_made(_merged(given, shrunk)), notes)
 
-    if not source.endswith(".json"):
-        kinds = _layers(AutoConfig.for_model(source))
-        return SmallConfig(
-            AutoConfig.for_model(source, **{**TINY, "pad_token_id": 0, **kinds, **change})
-        )
-    file_fields = _read(source)
-    fields = _text_part(file_fields)
-    notes: tuple[str, ...] = ()
-    if fields != file_fields:
-        notes = ("of several modalities, the text model alone",)
-    fields = {key: value for key, value in fields.items() if key not in UNRELATED_FIELDS}
-    model_type = fields.pop("model_type")
 
-    def make(**fields: Any) -> Any:
-        return AutoConfig.for_model(model_type, **fields)
+def model_of(config: Any) -> Any:
+    """A language model of a config, with fresh weights: causal; masked, if it is an encoder's.
 
-    if _parameters(make, {**fields, **change}) <= MOST_PARAMETERS:
-        return SmallConfig(make(**{**fields, **change}), notes)
-    whole = make(**fields)
-    shrunk = {**_shrunk(whole), **_layers(whole), "pad_token_id": 0}
-    shrunk = {key: value for key, value in shrunk.items() if value != getattr(whole, key, None)}
-    shrunk = {**shrunk, **change}
-    notes += tuple(
-        f"shrunk {key}: {_brief(getattr(whole, key, None))} -> {_brief(small)}"
-        for key, small in shrunk.items()
+    Raises:
+        ValueError: transformers has neither for it.
+    """
+    from transformers.models.auto import modeling_auto
+
+    kinds = [
+        (modeling_auto.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
+        (modeling_auto.AutoModelForMaskedLM, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING),
+    ]
+    if not (getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)):
+        kinds.reverse()
+    for kind, models in kinds:
+        if type(config) in models:
+            did = f"transformers builds a model of {config.model_type!r}"
+            with own_errors(did, _REMEDY), without_gpu_kernels():
+                return kind.from_config(config)
+    raise ValueError(
+        f"A model type that is checked has a causal or a masked language model, got "
+        f"{config.model_type!r}: pass --hf-model module:function, which returns the model."
     )
-    return SmallConfig(make(**{**fields, **shrunk}), notes)
 
 
-def _read(source: str) -> dict[str, Any]:
-    path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"A config is a file that exists, got {source!r}: correct the path.")
-    fields: dict[str, Any] = json.loads(path.read_text())
-    return fields
-
-
-def _text_part(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the text model, if the model has several modalities."""
-    text = fields.get("text_config", fields)
-    if "model_type" not in text:
-        raise ValueError(
-            f"A config names its model_type, got the fields {sorted(text)[:8]}: add it, or name a "
-            f"model type instead of a file."
-        )
-    return dict(text)
-
-
-def _parameters(make: Callable[..., Any], fields: Mapping[str, Any]) -> int:
-    from transformers import AutoModelForCausalLM
-
+def parameter_count(config: Any) -> int:
+    """Parameters of a config's language model, without making them."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(make(**fields))
+        model = model_of(config)
     return sum(p.numel() for p in model.parameters())
 
 
-def _shrunk(config: Any) -> dict[str, Any]:
-    """Tiny values of the sizes that are larger; as many kv heads as heads, if that is so now."""
-    sizes = {key: getattr(config, key, None) for key in TINY}
-    smaller = {key: TINY[key] for key, size in sizes.items() if size and size > TINY[key]}
-    heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
-    if kv_heads and kv_heads == heads:
-        smaller["num_key_value_heads"] = TINY["num_attention_heads"]
-    return smaller
-
-
-def _layers(config: Any) -> dict[str, Any]:
-    """One layer of each kind that a family has, at least two; lists keep those layers' entries."""
-    kinds = list(getattr(config, "layer_types", None) or ())
-    chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)] or [0, 1]
-    chosen = chosen if len(chosen) >= NUM_LAYERS else [chosen[0]] * NUM_LAYERS
-    count = getattr(config, "num_hidden_layers", None)
-    fields: dict[str, Any] = {"num_hidden_layers": len(chosen)}
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and count and len(value) == count:
-            fields[key] = [value[index % count] for index in chosen]
+def _read(source: str) -> Fields:
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"A config is a file that exists, got {source!r}: correct the path.")
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"A config is a file of JSON, got {source!r}, where {error}: name the config.json that "
+            f"save_pretrained wrote."
+        ) from None
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise ValueError(
+            f"A config names its model_type, got the fields {sorted(fields)[:8]}: add it, or name "
+            f"a model type instead of a file."
+        )
     return fields
+
+
+def _related(fields: Fields) -> Fields:
+    """Fields, and those of configs inside, without the ones that have nothing to do with tokens."""
+    return {
+        key: _related(value) if isinstance(value, dict) and "model_type" in value else value
+        for key, value in fields.items()
+        if key not in UNRELATED_FIELDS
+    }
+
+
+def _made(fields: Fields) -> Any:
+    """The config of these fields.
+
+    Raises:
+        ValueError: transformers does not know the model type, or refuses a value.
+    """
+    from transformers import AutoConfig
+
+    fields = dict(fields)
+    model_type = fields.pop("model_type")
+    with own_errors(f"transformers makes a config of {model_type!r}", _REMEDY):
+        return AutoConfig.for_model(model_type, **fields)
+
+
+def _changed_fields(config: Any, change: Mapping[str, Any]) -> Fields:
+    """Where the changed fields lie: in the config, or in that of its text model.
+
+    Raises:
+        ValueError: a field that neither has.
+    """
+    changed: Fields = {}
+    for name, value in change.items():
+        path = name.split(".")
+        key, parts = path[-1], path[:-1]
+        if not parts and not _has(config, key):
+            text = config.get_text_config(decoder=True)
+            parts = [part for part, inner in _inner(config).items() if inner is text]
+        owners = [config]
+        for part in parts:
+            owners.append(getattr(owners[-1], part, None))
+        if owners[-1] is None or not _has(owners[-1], key):
+            raise ValueError(
+                f"--set changes fields that a config has, got {name!r}, which that of "
+                f"{config.model_type!r} has not: name one of {sorted(_fields(config))}."
+            )
+        now = _fields(owners[-1]).get(owners[-1].attribute_map.get(key, key))
+        # A config of floats refuses 0.
+        value = float(value) if type(now) is float and type(value) is int else value
+        fields: Fields = {key: value}
+        for part, owner in zip(reversed(parts), reversed(owners[1:]), strict=True):
+            fields = {part: {"model_type": owner.model_type, **fields}}
+        changed = _merged(changed, fields)
+    return changed
+
+
+def _has(config: Any, key: str) -> bool:
+    return key in config.attribute_map or key in vars(config) or f"_{key}" in vars(config)
+
+
+def _fields(config: Any) -> Fields:
+    """All fields, those too that differ from layer to layer, which attributes would refuse."""
+    return {key: value for key, value in vars(config).items() if not key.startswith("_")}
+
+
+def _inner(config: Any) -> dict[str, Any]:
+    """The configs inside of a config, by the names of their fields."""
+    return {key: x for key, x in _fields(config).items() if hasattr(x, "to_diff_dict")}
+
+
+def _merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> Fields:
+    """Fields with changes, which reach into configs inside."""
+    merged = dict(fields)
+    for key, value in changes.items():
+        inner = merged.get(key)
+        if isinstance(inner, dict) and isinstance(value, dict) and "model_type" in value:
+            merged[key] = _merged(inner, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _shrunk(config: Any, changed: Fields) -> Fields:
+    """What to change in a config to make it tiny: sizes that are larger, and how many layers."""
+    true_names = config.attribute_map
+    names = {true: name for name, true in true_names.items()}
+    values = _fields(config)
+    fields: Fields = {}
+    for key, value in values.items():
+        most = TINY.get(key, TINY.get(names.get(key, "")))
+        missing = value is None and key in REQUIRED
+        if most and (missing or (type(value) is int and value > most)):
+            fields[key] = most
+    for key, token in _SPECIAL_TOKENS.items():
+        if type(values.get(key)) is int and values[key] >= TINY["vocab_size"]:
+            fields[key] = token
+    for key, inner in _inner(config).items():
+        fields[key] = {"model_type": inner.model_type, **_shrunk(inner, changed.get(key, {}))}
+    heads, kv_heads = (true_names.get(key, key) for key in _HEADS)
+    if heads in fields and kv_heads in fields and values[heads] == values[kv_heads]:
+        fields[kv_heads] = fields[heads]
+    return _merged({**fields, **_layers(config, changed)}, FAMILIES.get(config.model_type, {}))
+
+
+def _layers(config: Any, changed: Fields) -> Fields:
+    """One layer of each kind that a config has, at least two; lists keep those layers' entries.
+
+    Where the number of layers is changed by hand, the kinds take turns.
+    """
+    true_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    wanted = changed.get("num_hidden_layers", changed.get(true_name))
+    values = _fields(config)
+    count = values.get(true_name)
+    if not isinstance(count, int) or count < 1:
+        return {}
+    lists = {key: x for key, x in values.items() if isinstance(x, list)}
+    per_layer = {key: x for key, x in lists.items() if len(x) == count}
+    indices = {key: x for key, x in lists.items() if key not in per_layer and _are_layers(key, x)}
+    overrides = config.to_dict().get("per_layer_config") or {}
+    overrides = {int(layer): fields for layer, fields in overrides.items()}
+
+    def kind(i: int) -> str:
+        numbered = [i in x for x in indices.values()]
+        return str(([x[i] for x in per_layer.values()], numbered, overrides.get(i)))
+
+    kinds = [kind(i) for i in range(count)]
+    chosen = sorted(kinds.index(kind) for kind in dict.fromkeys(kinds))[:MOST_LAYERS]
+    if isinstance(wanted, int) and wanted > 0:
+        chosen = [chosen[i % len(chosen)] for i in range(wanted)]
+    elif len(chosen) < NUM_LAYERS:
+        chosen = [chosen[0]] * NUM_LAYERS
+    fields: Fields = {true_name: len(chosen)}
+    fields |= {key: [_tiny(key, x[i]) for i in chosen] for key, x in per_layer.items()}
+    fields |= {key: [n for n, i in enumerate(chosen) if i in x] for key, x in indices.items()}
+    if overrides:
+        # Twice the size, so that layers go on to differ.
+        fields["per_layer_config"] = {
+            n: {key: _tiny(key, x, 2) for key, x in overrides[i].items()}
+            for n, i in enumerate(chosen)
+            if i in overrides
+        }
+    return fields
+
+
+def _are_layers(key: str, value: list[Any]) -> bool:
+    """Whether a list holds numbers of layers."""
+    return all(type(x) is int for x in value) and ("layer" in key or key == "full_attn_idxs")
+
+
+def _tiny(key: str, value: Any, factor: int = 1) -> Any:
+    most = TINY.get(key.removesuffix("_per_layer"))
+    return min(value, factor * most) if most and type(value) is int else value
+
+
+def _notes(whole: Any, shrunk: Fields, prefix: str = "") -> Iterator[str]:
+    for key, small in shrunk.items():
+        value = getattr(whole, key, None)
+        if isinstance(small, dict) and "model_type" in small:
+            yield from _notes(value, small, f"{prefix}{key}.")
+        elif key != "model_type" and small != value:
+            yield f"shrunk {prefix}{key}: {_brief(value)} -> {_brief(small)}"
 
 
 def _brief(value: Any) -> str:

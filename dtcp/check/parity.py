@@ -1,22 +1,20 @@
-"""Run a model on ranks of this machine and on one device, and report how the two differ."""
+"""A step of a model on a mesh, held against the same step on one device."""
 
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from dtcp.batch import shard_batch
-from dtcp.check.checked_model import CheckedModel, Mixing, vocabulary
+from dtcp.check.auxiliary import auxiliary_losses
+from dtcp.check.checked_model import CheckedModel, vocabulary
 from dtcp.check.collective_calls import CollectiveCalls
 from dtcp.compile import Graphs, count_graphs
 from dtcp.distributed.ledger import (
@@ -26,17 +24,19 @@ from dtcp.distributed.ledger import (
     traffic_since,
 )
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.labels import shift_labels
+from dtcp.labels import IGNORED, shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.mixer import Mixer
+from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.parallelize import Compile
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.softmax import RingAttention
 from dtcp.softmax.style import AttentionStyle
 
-REFUSALS = (ValueError, NotImplementedError)
-"""Errors that say that something cannot be done, rather than that something went wrong."""
+FLOOR = 1e-2
+"""An error is relative to the gradient's largest value, or to this part of the model's scale: the
+median of those values. A key's bias without rotary positions has the gradient 0, and what is left
+of it on either side is noise."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,16 @@ class CheckOptions:
 
 @dataclass(frozen=True)
 class ParityResult:
-    """One run, eager or compiled, as rank 0 saw it.
+    """One run, eager or compiled.
 
     Args:
-        errors: largest difference divided by largest value, of the loss and of each gradient.
+        errors: the largest of all ranks, of the loss, of losses that modules keep, and of each
+            gradient: the largest difference divided by the largest value, or by FLOOR of the
+            model's scale.
         by_op: calls and bytes received on this rank, forward and backward.
         by_layer: the same by mixer and pass, "<mixer>, forward"; empty unless the run is eager.
         elsewhere: calls of collectives outside of mixers (by tp and FSDP); empty unless eager.
+        claims: mixer -> the style that took it over, and the mixer.
     """
 
     errors: Mapping[str, float]
@@ -73,59 +76,21 @@ class ParityResult:
     by_layer: Mapping[str, OpCount]
     graphs: Graphs
     elsewhere: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """The result of a check; runs is empty if something was refused."""
-
-    mixing: Mixing
-    bound: float
-    runs: Mapping[str, ParityResult] = field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        return bool(self.runs) and not any(self.failures(name) for name in self.runs)
-
-    def failures(self, run: str) -> dict[str, float]:
-        """Errors out of bound, NaN included."""
-        errors = self.runs[run].errors
-        return {name: error for name, error in errors.items() if not error <= self.bound}
-
-
-def check_model(checked: CheckedModel, options: CheckOptions) -> CheckReport:
-    """Check a model; ranks are processes on this machine's CPU.
-
-    What a rank refuses is in the report; any other error of a rank is raised here.
-    """
-    mixing = checked.mixing(_seeded(checked), options.style, options.degrees.tp)
-    if mixing.refused:
-        return CheckReport(mixing, options.bound)
-    with tempfile.TemporaryDirectory(prefix="dtcp-check-") as folder:
-        try:
-            multiprocessing.spawn(
-                _rank, (checked, options, folder), nprocs=options.degrees.world, join=True
-            )
-        except multiprocessing.ProcessRaisedException:
-            refusals = {path.read_text() for path in Path(folder).glob("refused-*")}
-            if not refusals:
-                raise
-            return CheckReport(replace(mixing, refused=tuple(sorted(refusals))), options.bound)
-        # Written by rank 0 a moment ago.
-        runs = torch.load(Path(folder, "runs"), weights_only=False)
-    return CheckReport(mixing, options.bound, runs)
+    claims: Mapping[str, str] = field(default_factory=dict)
 
 
 def compare(
     checked: CheckedModel, options: CheckOptions, mesh: ParallelMesh, compile: Compile | None
 ) -> ParityResult:
-    """One step on the mesh, held against the same step on one device."""
-    reference = _seeded(checked)
-    vocab_size, seq_len = vocabulary(reference), options.seq_len
-    rows = [_row(vocab_size, seq_len, index) for index in range(mesh.size("batch"))]
-    expected = _one_device(checked, reference, rows)
+    """One step on the mesh, held against the same step on one device; the same on every rank.
 
-    model = checked.parallelize(_seeded(checked), mesh, options.style, compile)
+    Raises:
+        ValueError: a step on one device that proves nothing: no gradient, or one not finite.
+    """
+    reference = seeded(checked)
+    rows, expected = _on_one_device(checked, reference, mesh, options)
+
+    model = checked.parallelize(seeded(checked), mesh, options.style, compile)
     by_layer: dict[str, OpCount] = {}
     others = CollectiveCalls()
     with ExitStack() as watch:
@@ -134,50 +99,48 @@ def compare(
             # Under a dispatch mode dynamo runs eager, and there would be no graphs to count.
             watch.enter_context(others)
             watch.enter_context(_watch_mixers(model, by_layer))
-        loss = _on_mesh(checked, model, mesh, options, rows[mesh.rank("batch")])
-    errors = {"loss": _error(loss, expected)}
+        losses = _on_mesh(checked, model, mesh, options, rows[mesh.rank("batch")])
+    errors = {name: _error(losses.get(name), value, 1e-6) for name, value in expected.items()}
+    floor = FLOOR * _scale(reference)
     for name, parameter in reference.named_parameters():
-        errors[name] = _gradient_error(model.get_parameter(name).grad, parameter.grad)
-    return ParityResult(errors, traffic.by_op, by_layer, graphs, dict(others.calls))
+        errors[name] = _gradient_error(model.get_parameter(name).grad, parameter.grad, floor)
+    errors = _largest(errors)
+    claims = {name: _claim(mixer) for name, mixer in _mixers(model) if mixer.style is not None}
+    return ParityResult(errors, traffic.by_op, by_layer, graphs, dict(others.calls), claims)
 
 
-def _rank(rank: int, checked: CheckedModel, options: CheckOptions, folder: str) -> None:
-    torch.set_num_threads(1)
-    world = options.degrees.world
-    store = dist.FileStore(os.path.join(folder, "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    try:
-        mesh = ParallelMesh.from_degrees(options.degrees, "cpu")
-        runs = {"eager": compare(checked, options, mesh, None)}
-        if options.backend:
-            runs[options.backend] = compare(checked, options, mesh, Compile(options.backend))
-        if rank == 0:
-            torch.save(runs, Path(folder, "runs"))
-    except REFUSALS as error:
-        Path(folder, f"refused-{rank}").write_text(str(error))
-        raise
-    finally:
-        dist.destroy_process_group()
-
-
-def _seeded(checked: CheckedModel) -> Any:
+def seeded(checked: CheckedModel) -> Any:
+    """The model, with the same weights wherever it is built."""
     torch.manual_seed(0)
     return checked.build()
+
+
+def _mixers(model: nn.Module) -> Iterator[tuple[str, Mixer]]:
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, Mixer))
+
+
+def _claim(mixer: Mixer) -> str:
+    """The style that took a mixer over, and the mixer as it was before."""
+    kind = next(
+        kind
+        for kind in type(mixer).__mro__
+        if issubclass(kind, Mixer) and not issubclass(kind, ClaimedMixer)
+    )
+    return f"{mixer.style}, {kind.__name__}({kind.extra_repr(mixer)})"
 
 
 @contextmanager
 def _watch_mixers(model: nn.Module, by_layer: dict[str, OpCount]) -> Iterator[None]:
     """Note what the forward and the backward of each mixer add to the ledger."""
     hooks = []
-    for name, mixer in model.named_modules():
-        if isinstance(mixer, Mixer):
-            before, after = _between(by_layer, f"{name}, forward")
-            hooks += [mixer.register_forward_pre_hook(before), mixer.register_forward_hook(after)]
-            before, after = _between(by_layer, f"{name}, backward")
-            hooks += [
-                mixer.register_full_backward_pre_hook(before),
-                mixer.register_full_backward_hook(after),
-            ]
+    for name, mixer in _mixers(model):
+        before, after = _between(by_layer, f"{name}, forward")
+        hooks += [mixer.register_forward_pre_hook(before), mixer.register_forward_hook(after)]
+        before, after = _between(by_layer, f"{name}, backward")
+        hooks += [
+            mixer.register_full_backward_pre_hook(before),
+            mixer.register_full_backward_hook(after),
+        ]
     try:
         yield
     finally:
@@ -206,57 +169,127 @@ class _Row:
 
     documents: Documents
     input_ids: Tensor
-    labels: Tensor
 
 
-def _row(vocab_size: int, seq_len: int, index: int) -> _Row:
+def _row(vocab_size: int, seq_len: int, index: int, *, packed: bool) -> _Row:
     """Three documents of random tokens; shards end inside of documents."""
     first, second = seq_len // 3 + 1 + index, seq_len // 4 + 1
-    documents = Documents(((first, second, seq_len - first - second),), seq_len)
+    lengths = (first, second, seq_len - first - second) if packed else (seq_len,)
     generator = torch.Generator().manual_seed(index)
     input_ids = torch.randint(1, vocab_size, (1, seq_len), generator=generator)
-    return _Row(documents, input_ids, shift_labels(input_ids, documents))
+    return _Row(Documents((lengths,), seq_len), input_ids)
 
 
-def _one_device(checked: CheckedModel, model: nn.Module, rows: list[_Row]) -> Tensor:
-    losses = []
+def _labels(row: _Row, width: int) -> Tensor:
+    """The next token of each, as a head of this width can name it: [1, S]."""
+    labels = shift_labels(row.input_ids, row.documents)
+    return labels.where(labels == IGNORED, labels % max(width, 2))
+
+
+def _on_one_device(
+    checked: CheckedModel, model: nn.Module, mesh: ParallelMesh, options: CheckOptions
+) -> tuple[list[_Row], dict[str, Tensor]]:
+    """The rows of all batch ranks, and the losses on them; fills the model's gradients.
+
+    Rows are single documents where modules keep losses of their own: a model that is run on one
+    document after the other would not say what it keeps of the whole row.
+    """
+    vocab_size, indices = vocabulary(model), range(mesh.size("batch"))
+    rows = [_row(vocab_size, options.seq_len, index, packed=True) for index in indices]
+    losses = _losses(checked, model, rows)
+    if len(losses) > 1:
+        rows = [_row(vocab_size, options.seq_len, index, packed=False) for index in indices]
+        losses = _losses(checked, model, rows)
+    sum(losses.values(), torch.zeros(())).backward()
+    values = {name: loss.detach() for name, loss in losses.items()}
+    if not all(bool(value.isfinite()) for value in values.values()):
+        found = {name: value.item() for name, value in values.items()}
+        raise ValueError(
+            f"A step to compare has a finite loss on one device, got {found} from "
+            f"{type(model).__name__}: correct the model, or its config by --set."
+        )
+    if not _scale(model) > 0:
+        raise ValueError(
+            f"A step to compare has gradients on one device, got none in {type(model).__name__}: "
+            f"its logits depend on no parameter that is trained."
+        )
+    return rows, values
+
+
+def _losses(checked: CheckedModel, model: nn.Module, rows: list[_Row]) -> dict[str, Tensor]:
+    """The mean loss over the tokens of all rows, and the sums of what modules keep of each row."""
+    per_token, kept = [], dict[str, Tensor]()
     for row in rows:
-        labels = row.labels
-        logits = checked.logits_on_one_device(model, row.input_ids, row.documents).flatten(0, 1)
-        per_token = F.cross_entropy(logits, labels.flatten(), reduction="none")
-        losses.append(per_token[labels.flatten() >= 0])
-    loss = torch.cat(losses).mean()
-    loss.backward()
-    return loss.detach()
+        logits = _two_or_more(
+            checked.logits_on_one_device(model, row.input_ids, row.documents)
+        ).flatten(0, 1)
+        labels = _labels(row, logits.shape[-1]).flatten()
+        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+        per_token.append(losses[labels != IGNORED])
+        for name, loss in auxiliary_losses(model).items():
+            kept[name] = kept[name] + loss if name in kept else loss
+    return {"loss": torch.cat(per_token).mean(), **kept}
 
 
 def _on_mesh(
     checked: CheckedModel, model: nn.Module, mesh: ParallelMesh, options: CheckOptions, row: _Row
-) -> Tensor:
+) -> dict[str, Tensor]:
+    """The same losses on the mesh, whose shares all ranks add up."""
     documents = row.documents
-    position_ids = documents.position_ids()
-    batch = {"input_ids": row.input_ids, "labels": row.labels, "position_ids": position_ids}
+    batch = {"input_ids": row.input_ids, "position_ids": documents.position_ids()}
+    batch["labels"] = shift_labels(row.input_ids, documents)
     local, sharded = shard_batch(batch, mesh, options.layout, model=model, documents=documents)
-    logits = checked.local_logits(model, local, sharded)
-    tokens = global_token_count(local["labels"], mesh.loss)
-    share = token_mean_loss(logits, local["labels"], tokens)
-    share.backward()
-    loss = share.detach()
+    logits = _two_or_more(checked.local_logits(model, local, sharded))
+    labels = local["labels"]
+    labels = labels.where(labels == IGNORED, labels % logits.shape[-1])
+    share = token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
+    losses = {"loss": share, **auxiliary_losses(model)}
+    sum(losses.values(), torch.zeros(())).backward()
+    shares = {name: loss.detach() for name, loss in losses.items()}
     if mesh.loss is not None:
-        dist.all_reduce(loss, group=mesh.loss.get_group())
-    return loss
+        for loss in shares.values():
+            dist.all_reduce(loss, group=mesh.loss.get_group())
+    return shares
 
 
-def _gradient_error(actual: Tensor | None, expected: Tensor | None) -> float:
-    """0 if there is no gradient on either side, infinite if there is one on one side alone."""
-    if actual is None or expected is None:
-        return 0.0 if actual is expected else math.inf
+def _two_or_more(logits: Tensor) -> Tensor:
+    """Logits of at least two classes: of one class alone, the loss would always be 0."""
+    return logits if logits.shape[-1] > 1 else F.pad(logits, (0, 1))
+
+
+def _scale(model: nn.Module) -> float:
+    """Of a model's gradients: the median of their largest values, those that are not 0."""
+    largest = [float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None]
+    largest = sorted(value for value in largest if value != 0)
+    return largest[len(largest) // 2] if largest else 0.0
+
+
+def _gradient_error(actual: Tensor | None, expected: Tensor | None, floor: float) -> float:
+    """0 if there is no gradient on either side; one that is missing is one of zeros."""
+    if expected is None or actual is None:
+        given = actual if expected is None else expected
+        if given is None:
+            return 0.0
+        expected = torch.zeros_like(given) if expected is None else expected
+        actual = torch.zeros_like(given) if actual is None else actual
+    return _error(actual, expected, floor)
+
+
+def _error(actual: Tensor | None, expected: Tensor, floor: float) -> float:
+    """Largest difference divided by largest value, or by the floor; infinite if one is missing."""
+    if actual is None:
+        return math.inf
     whole = actual.full_tensor() if isinstance(actual, DTensor) else actual
     # A style may split a dim that holds several parts: one dim for the parts, one for each.
-    return _error(whole.reshape(expected.shape), expected)
+    difference = whole.reshape(expected.shape) - expected
+    return float(difference.abs().max()) / max(float(expected.abs().max()), floor)
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference divided by largest value, or by 1 if all values are 0."""
-    scale = float(expected.abs().max())
-    return float((actual - expected).abs().max()) / (scale or 1.0)
+def _largest(errors: dict[str, float]) -> dict[str, float]:
+    """The largest error of all ranks: what a rank alone gets wrong is wrong."""
+    values = torch.tensor(list(errors.values()), dtype=torch.float64)
+    if dist.is_initialized():
+        # The largest of NaN and a number is not NaN everywhere.
+        values = values.nan_to_num(nan=math.inf)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return dict(zip(errors, values.tolist(), strict=True))

@@ -7,6 +7,7 @@ its own shard only.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -59,18 +60,28 @@ def find_mixing(model: nn.Module, run: RunModel, seq_len: int) -> list[str]:
 
 @contextmanager
 def mixers_without_mixing(model: nn.Module) -> Iterator[list[str]]:
-    """Inside, every mixer of dtcp hands each token its own value; yields the mixers' names.
+    """Inside, every mixer of dtcp hands each token its own operands; yields the mixers' names.
 
-    Where tokens still meet, they meet outside of mixers.
+    Where tokens still meet, they meet outside of mixers, on the way to any operand of one.
     """
     mixers = {name: m for name, m in model.named_modules() if isinstance(m, Mixer)}
     for mixer in mixers.values():
-        mixer.forward = mixer.forward_without_mixing
+        mixer.forward = partial(_own_operands, mixer)
     try:
         yield list(mixers)
     finally:
         for mixer in mixers.values():
             del mixer.forward
+
+
+def _own_operands(mixer: Mixer, *args: Any, **kwargs: Any) -> Tensor:
+    """A mixer's output without mixing, and what its other operands bring for the same token."""
+    out = mixer.forward_without_mixing(*args, **kwargs)
+    for x in tensors((args, kwargs)):
+        if x.is_floating_point() and x.shape[:2] == out.shape[:2]:
+            per_token = x.flatten(2).mean(-1) if x.ndim > 2 else x
+            out = out + per_token.view(*per_token.shape, *(1,) * (out.ndim - 2))
+    return out
 
 
 def own_value(v: Tensor, heads: int) -> Tensor:

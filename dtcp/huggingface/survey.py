@@ -95,7 +95,8 @@ def survey(model: Any) -> Survey:
     device = next(model.parameters()).device
     run = partial(
         model,
-        input_ids=torch.arange(seq_len, device=device)[None] % model.config.vocab_size,
+        input_ids=torch.arange(seq_len, device=device)[None]
+        % model.get_input_embeddings().weight.shape[0],
         position_ids=torch.arange(seq_len, device=device)[None],
         use_cache=False,
         attn_metadata=recorder,
@@ -170,7 +171,9 @@ def _problems(q: Tensor, k: Tensor, mask: Mask | None, arguments: dict[str, Any]
     problems = []
     known = ("scaling", "dropout", "s_aux", "softcap", *HARMLESS)
     unknown = [
-        key for key, value in arguments.items() if key not in known and value not in (None, False)
+        key
+        for key, value in arguments.items()
+        if key not in known and value is not None and value is not False
     ]
     if k.shape[1] != q.shape[1]:
         problems.append(

@@ -181,14 +181,15 @@ def test_config_of_a_big_model_is_shrunk_with_a_layer_of_each_kind(tmp_path):
     path.write_text(json.dumps(GEMMA))
     small = small_config(str(path), {"rms_norm_eps": 1e-3})
     config = small.config
-    assert config.layer_types == ["sliding_attention", "full_attention"]
-    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
-    assert (config.rms_norm_eps, config.sliding_window, config.hidden_size) == (1e-3, 7, 32)
-    assert "shrunk hidden_size: 2560 -> 32" in small.notes
-    assert "shrunk sliding_window: 1024 -> 7" in small.notes
+    text = config.text_config
+    assert text.layer_types == ["sliding_attention", "full_attention"]
+    assert (text.num_attention_heads, text.num_key_value_heads) == (4, 2)
+    assert (text.rms_norm_eps, text.sliding_window, text.hidden_size) == (1e-3, 7, 32)
+    assert "shrunk text_config.hidden_size: 2560 -> 32" in small.notes
+    assert "shrunk text_config.sliding_window: 1024 -> 7" in small.notes
     path.write_text(json.dumps(config.to_dict()))
     again = small_config(str(path), {})
-    assert again.notes == () and again.config.hidden_size == 32
+    assert again.notes == () and again.config.text_config.hidden_size == 32
 
 
 @pytest.mark.parametrize(

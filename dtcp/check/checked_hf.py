@@ -1,0 +1,107 @@
+"""A language model of transformers, to check."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtcp.batch import ShardedBatch
+from dtcp.check.checked_model import Mixing, check_logits, in_fp64, made_by, own_errors
+from dtcp.check.configs import SmallConfig, model_of, parameter_count, small_config
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.huggingface import survey
+from dtcp.huggingface.registry import MIXER
+from dtcp.parallelize import Compile, parallelize_hf
+from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
+from dtcp.sequence.documents import Documents
+from dtcp.softmax.style import AttentionStyle
+
+_PROBED = 12
+"""Tokens of the row that a model runs on by itself, before anything of it is changed."""
+
+
+@dataclass(frozen=True)
+class CheckedHuggingFaceModel:
+    """A causal or masked language model of transformers.
+
+    Args:
+        config: a model type, the path of a config.json, or module:function that returns a model.
+        change: fields of the config, with other values; keyword arguments of the function.
+    """
+
+    config: str
+    change: Mapping[str, Any] = field(default_factory=dict)
+
+    def parameter_count(self) -> int:
+        if ":" in self.config:
+            return sum(p.numel() for p in made_by(self.config, self.change).parameters())
+        return parameter_count(self._small().config)
+
+    def build(self) -> Any:
+        if ":" in self.config:
+            model: Any = made_by(self.config, self.change)
+        else:
+            model = model_of(self._small().config)
+        if not hasattr(model, "set_attn_implementation"):
+            raise ValueError(
+                f"--hf-model names a function that returns a model of transformers, got "
+                f"{type(model).__name__} from {self.config}: check models of other kinds by "
+                f"--model."
+            )
+        if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
+            # torch 2.13 has no grouped matmul in fp64; the batched one computes the same.
+            model.set_experts_implementation("batched_mm")
+        return in_fp64(model)
+
+    def mixing(self, model: Any, style: AttentionStyle, tp: int = 1) -> Mixing:
+        notes = () if ":" in self.config else self._small().notes
+        try:
+            self._run_alone(model)
+            surveyed = survey(model)
+        except ValueError as error:
+            return Mixing({}, (str(error),), notes=notes)
+        claims = {f"{a.name}.{MIXER}": f"{style}, {a.mixer()}" for a in surveyed.attentions}
+        if surveyed.refused or tp == 1:
+            return Mixing(claims, surveyed.refused, notes=notes)
+        try:
+            plan = hf_tensor_plan(model, tp)
+        except ValueError as error:
+            return Mixing(claims, (str(error),), notes=notes)
+        # Layers are alike: one line for the modules that differ by their layer's number alone.
+        styles = {re.sub(r"\.\d+(?=\.|$)", ".*", name): f"{each}" for name, each in plan.items()}
+        return Mixing(claims, (), styles, notes)
+
+    def parallelize(
+        self, model: Any, mesh: ParallelMesh, style: AttentionStyle, compile: Compile | None
+    ) -> nn.Module:
+        parallelized: nn.Module = parallelize_hf(model, mesh, style, compile=compile)
+        return parallelized
+
+    def logits_on_one_device(self, model: Any, input_ids: Tensor, documents: Documents) -> Tensor:
+        """Each document by itself: not every model of transformers keeps packed ones apart."""
+        parts = input_ids[0].split(documents.lengths[0])
+        logits = [model(input_ids=x[None], use_cache=False).logits for x in parts]
+        for part, each in zip(parts, logits, strict=True):
+            check_logits(model, each, len(part))
+        return torch.cat(logits, dim=1)
+
+    def local_logits(
+        self, model: Any, batch: Mapping[str, Tensor], sharded: ShardedBatch
+    ) -> Tensor:
+        inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+        logits: Tensor = model(**inputs, attn_metadata=sharded.attn_metadata).logits
+        return logits
+
+    def _small(self) -> SmallConfig:
+        return small_config(self.config, self.change)
+
+    def _run_alone(self, model: Any) -> None:
+        """Run the unmodified model on a few tokens: what fails here, no mesh has to do with."""
+        name, input_ids = type(model).__name__, torch.arange(1, 1 + _PROBED)[None]
+        remedy = "check it by hand, in a dtype and with inputs that it takes"
+        with torch.no_grad(), own_errors(f"{name} runs by itself, in fp64 on a CPU", remedy):
+            out = model(input_ids=input_ids, use_cache=False)
+        check_logits(model, getattr(out, "logits", out), _PROBED)

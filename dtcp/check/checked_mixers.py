@@ -1,0 +1,125 @@
+"""A model that calls mixers, to check."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtcp.batch import ShardedBatch
+from dtcp.check.checked_model import (
+    Mixing,
+    ModelRefused,
+    check_logits,
+    imported,
+    in_fp64,
+    made_by,
+    own_errors,
+    vocabulary,
+)
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.huggingface.mixing_probe import find_mixing, mixers_without_mixing, probe_length
+from dtcp.mixer import Mixer, batch_metadata
+from dtcp.parallelize import Compile, ParallelPlan, parallelize
+from dtcp.sequence.documents import Documents
+from dtcp.softmax.style import AttentionStyle
+
+
+@dataclass(frozen=True)
+class CheckedMixerModel:
+    """A model that calls mixers, as model(input_ids, position_ids, attn_metadata).
+
+    Args:
+        model: module:function that returns it.
+        plan: module:function of (model, mesh, style) that returns a ParallelPlan; empty for a plan
+            that claims every mixer by the style and does nothing else.
+        change: keyword arguments of the function that returns the model.
+    """
+
+    model: str
+    plan: str = ""
+    change: Mapping[str, Any] = field(default_factory=dict)
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in made_by(self.model, self.change).parameters())
+
+    def build(self) -> nn.Module:
+        model: nn.Module = in_fp64(made_by(self.model, self.change))
+        return model
+
+    def mixing(self, model: nn.Module, style: AttentionStyle, tp: int = 1) -> Mixing:
+        seq_len = probe_length(model)
+        documents = Documents.single(1, seq_len)
+        input_ids = torch.arange(seq_len)[None] % vocabulary(model)
+        self.logits_on_one_device(model, input_ids, documents)
+        attn_metadata = batch_metadata(model, documents)
+        run = partial(model, input_ids, documents.position_ids(), attn_metadata)
+        with mixers_without_mixing(model) as names:
+            mixing = find_mixing(model.eval(), run, seq_len)
+        model.train()
+        refused = tuple(
+            f"{name or 'the model'} ({type(model.get_submodule(name)).__name__}): tokens meet in "
+            f"it, and in no mixer: call one there (docs/add_a_model.md)."
+            for name in mixing
+        )
+        # What a plan makes of them, its ranks say.
+        claimed = f"claimed by {self.plan}" if self.plan else f"{style}"
+        mixers = {name: model.get_submodule(name) for name in names}
+        return Mixing({name: f"{claimed}, {mixer}" for name, mixer in mixers.items()}, refused)
+
+    def parallelize(
+        self, model: nn.Module, mesh: ParallelMesh, style: AttentionStyle, compile: Compile | None
+    ) -> nn.Module:
+        if self.plan:
+            plan = imported(self.plan)(model, mesh, style)
+        else:
+            mixers = {n: style for n, m in model.named_modules() if isinstance(m, Mixer)}
+            plan = ParallelPlan(tp={}, cp=mixers, blocks=())
+        return parallelize(model, mesh, plan, compile=compile)
+
+    def logits_on_one_device(
+        self, model: nn.Module, input_ids: Tensor, documents: Documents
+    ) -> Tensor:
+        position_ids = documents.position_ids()
+        remedy = "correct the model; it is called as model(input_ids, position_ids, attn_metadata)"
+        with own_errors(f"{type(model).__name__} runs on one device", remedy), _named(model):
+            logits = model(input_ids, position_ids, batch_metadata(model, documents))
+        return check_logits(model, logits, input_ids.shape[1])
+
+    def local_logits(
+        self, model: nn.Module, batch: Mapping[str, Tensor], sharded: ShardedBatch
+    ) -> Tensor:
+        logits: Tensor = model(batch["input_ids"], batch["position_ids"], sharded.attn_metadata)
+        return logits
+
+
+@contextmanager
+def _named(model: nn.Module) -> Iterator[None]:
+    """Name the mixer in what a mixer refuses: cross attention, heads that do not fit."""
+    running: list[str] = []
+    hooks = []
+    for name, mixer in model.named_modules():
+        if isinstance(mixer, Mixer):
+            hooks.append(mixer.register_forward_pre_hook(partial(_enter, running, name)))
+            hooks.append(mixer.register_forward_hook(partial(_leave, running)))
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not running:
+            raise
+        kind = type(model.get_submodule(running[-1])).__name__
+        raise ModelRefused(f"{running[-1]} ({kind}): {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _enter(running: list[str], name: str, *_: Any) -> None:
+    running.append(name)
+
+
+def _leave(running: list[str], *_: Any) -> None:
+    running.pop()

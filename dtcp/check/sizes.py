@@ -1,0 +1,88 @@
+"""Sizes of tiny models, by the names that transformers' configs have for them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_BY_SIZE: Mapping[int, str] = {
+    64: """vocab_size vocab_size_per_layer_input audio_vocab_size decoder_vocab_size codebook_size
+        unpadded_vocab_size entity_vocab_size shape_vocab_size pronunciation_vocab_size
+        encoder_hash_byte_group_vocab ngram_vocab_size_base num_position_embeddings""",
+    32: """hidden_size d_model n_embd dim emb_dim embedding_dim embedding_size hidden_size_global
+        out_hidden_size attention_hidden_size word_embed_proj_dim input_embedding_size
+        output_embedding_size entity_emb_size vision_output_dim projector_input_dim
+        projector_output_dim pooler_hidden_size prediction_head_size lru_width true_hidden_size
+        backbone_hidden_size output_channels adapter_out_dim adapter_in_dim adapter_input_size
+        pronunciation_embed_dim shape_embed_dim router_hidden_size d_latents
+        output_num_channels mamba_d_ssm codebook_dim attention_head_width""",
+    48: """intermediate_size intermediate_size_mlp ffn_hidden_size ffn_dim dense_intermediate_size
+        decoder_ffn_dim encoder_ffn_dim dim_ff d_ff dff d_inner hidden_dim feed_forward_size
+        mlp_dim shared_intermediate_size downsample_hidden_size prompt_mid_dim""",
+    24: """moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size
+        moe_shared_expert_intermediate_size expert_ffn_hidden_size""",
+    16: """q_lora_rank kv_lora_rank o_lora_rank index_head_dim intra_bottleneck_size laurel_rank
+        mamba_d_state state_size ssm_state_size swa_head_dim hidden_size_per_layer_input
+        ple_embed_dim hc_lowrank adapter_rank embedding_rank base_channels num_landmarks
+        segment_means_seq_len num_latents d_rel gated_norm_rank index_block_size""",
+    8: """head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim kv_channels attention_head_size
+        d_head dim_head d_kv linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_head
+        mamba_head_dim time_step_rank mamba_dt_rank local_attention_window_len
+        num_centroids chunk_size mamba_chunk_size attention_chunk_size block_size
+        local_attn_chunk_length lsh_attn_chunk_length num_filters index_topk
+        attention_window keep_window_size""",
+    7: """sliding_window sliding_window_size window_size local_attention attention_window_size""",
+    4: """num_attention_heads n_head n_heads num_heads encoder_attention_heads
+        decoder_attention_heads attention_heads num_encoder_attention_heads
+        num_decoder_attention_heads swa_num_attention_heads index_n_heads num_experts
+        num_local_experts n_routed_experts moe_num_experts linear_num_heads mamba_n_heads
+        mamba_num_heads linear_num_value_heads split_ngram_parts
+        centroid_intermediate_top_k num_attention_heads_per_layer zero_expert_num rotary_dim""",
+    2: """num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads
+        num_query_groups num_experts_per_tok moe_topk index_topk_blocks
+        num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers
+        num_encoder_layers num_decoder_layers num_blocks depth conf_num_hidden_layers
+        num_self_attends_per_block num_layers_per_stack""",
+    1: "n_group topk_group first_k_dense_replace n_groups mamba_ngroups mamba_n_groups",
+    128: "max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length",
+}
+
+TINY: Mapping[str, int] = {name: size for size, names in _BY_SIZE.items() for name in names.split()}
+"""The largest size of each field in a tiny model."""
+
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "bamba": {"mamba_n_heads": 8},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note_text": {"head_dim": 16, "num_key_value_heads": 4, "per_layer_config": {}},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "intermediate_size": [48] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "num_kv_shared_layers": 2,
+    },
+    "granitemoehybrid": {"mamba_n_heads": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "mobilebert": {"intra_bottleneck_size": 32},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "neomme": {"head_dim": 16},
+    "reformer": {"axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 4},
+}
+"""What else has to change in the tiny config of a model type, for its own reasons."""
+
+REQUIRED = ("head_dim", "num_key_value_heads", "vocab_size")
+"""Fields that a model needs though its config's default is None."""
