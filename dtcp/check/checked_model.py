@@ -132,13 +132,15 @@ def _keywords(change: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in change.items())
 
 
-def vocabulary(model: nn.Module) -> int:
-    """Size of a model's vocabulary: the rows of its first embedding.
+def vocabulary(model: Any) -> int:
+    """Size of a model's vocabulary: the rows of its embedding, or of its first one.
 
     Raises:
         ValueError: it has none.
     """
-    for module in model.modules():
+    # A model of transformers says which; that of images may come first.
+    of_tokens = getattr(model, "get_input_embeddings", lambda: None)()
+    for module in (of_tokens, *model.modules()):
         if isinstance(module, nn.Embedding):
             return module.num_embeddings
     raise ValueError(

@@ -133,7 +133,8 @@ def _change_token(x: Tensor, seq_len: int) -> Tensor:
         spread = x.std() + 1e-3
         token += spread * torch.randn_like(token)
     else:
-        token.copy_(x.select(dim, 0) + 1).clamp_(max=int(x.max()))
+        most = int(x.max())
+        token.copy_(x.select(dim, 0) + 1).clamp_(max=most)
     return x
 
 

@@ -134,7 +134,8 @@ def _experts_style(name: str, module: nn.Module, tp: int) -> ParallelStyle:
 def _check_divisible(model: Any, tp_plan: Mapping[str, str], tp: int) -> None:
     config = model.config.get_text_config()
     sizes = {"vocab_size": config.vocab_size, "num_attention_heads": config.num_attention_heads}
-    sizes["num_key_value_heads"] = config.num_key_value_heads or config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    sizes["num_key_value_heads"] = kv_heads or config.num_attention_heads
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             role = _role(name, tp_plan)

@@ -8,11 +8,13 @@ from torch import nn
 
 from dtcp.check import CheckedHuggingFaceModel, CheckedMixerModel, CheckOptions, compare
 from dtcp.check.__main__ import main
+from dtcp.check.checked_model import vocabulary
 from dtcp.check.configs import MOST_PARAMETERS, model_of, parameter_count, small_config
 from dtcp.check.memory import MemoryEstimate
 from dtcp.check.parity import FLOOR
 from dtcp.check.ranks import CheckReport
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.huggingface.mixing_probe import find_mixing
 from dtcp.parallelize import ParallelPlan
 from dtcp.sequence.masks import Bidirectional
 from dtcp.softmax import RingAttention, UlyssesAttention
@@ -262,13 +264,21 @@ def test_B7_memory_is_said_before_it_is_taken_and_refused_beyond_what_is_free(ca
     [
         *("falcon", "mamba2", "bamba", "granitemoehybrid", "dots1", "lfm2_moe", "kimi_linear"),
         *("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "gemma3", "llama4"),
+        *("gpt_neox", "hrm_text"),
     ],
 )
 def test_B8_a_family_passes_the_survey_or_is_refused_in_sentences(kind):
     checked = CheckedHuggingFaceModel(kind)
-    mixing = checked.mixing(checked.build(), RingAttention(), tp=2)
+    model = checked.build()
+    mixing = checked.mixing(model, RingAttention(), tp=2)
     assert mixing.refused or mixing.claims
+    assert vocabulary(model) == model.get_input_embeddings().num_embeddings == 64
     assert all(": " in sentence and sentence.endswith(".") for sentence in mixing.refused)
+
+
+def test_B8_a_changed_id_is_one_of_those_there_are():
+    types = nn.Embedding(1, 8)
+    assert find_mixing(types, lambda: types(torch.zeros(1, 37, dtype=torch.int64)), 37) == []
 
 
 def test_B8_a_remedy_that_sets_zero_works_where_a_config_wants_a_float():
