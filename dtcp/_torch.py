@@ -113,6 +113,11 @@ def empty_param_group_like(group: Any) -> Any:
 # Compiling.
 
 
+def is_dynamo_error(error: BaseException) -> bool:
+    """Whether dynamo could not make the graph that it was asked for."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
 def dynamo_has(setting: str) -> bool:
     """Whether this torch's dynamo knows a setting: `nested_graph_breaks` is new in 2.13."""
     return hasattr(torch._dynamo.config, setting)

@@ -1,8 +1,10 @@
 """Check a model on ranks of this machine: processes forked from this one, on its CPU."""
 
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
+from dtcp._torch import is_dynamo_error
 from dtcp.check.checked_model import CheckedModel, Mixing
 from dtcp.check.memory import MemoryEstimate
 from dtcp.check.parity import CheckOptions, ParityResult, compare, seeded
@@ -113,7 +116,8 @@ def _rank(rank: int, checked: CheckedModel, options: CheckOptions, folder: str) 
         mesh = ParallelMesh.from_degrees(options.degrees, "cpu")
         runs = {"eager": compare(checked, options, mesh, None)}
         if options.backend:
-            runs[options.backend] = compare(checked, options, mesh, Compile(options.backend))
+            with _no_graph(runs["eager"], options):
+                runs[options.backend] = compare(checked, options, mesh, Compile(options.backend))
         if rank == 0:
             torch.save(runs, Path(folder, "runs"))
     except REFUSALS as error:
@@ -125,6 +129,25 @@ def _rank(rank: int, checked: CheckedModel, options: CheckOptions, folder: str) 
         raise
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _no_graph(eager: ParityResult, options: CheckOptions) -> Iterator[None]:
+    """Say in a sentence that a block has no whole graph, and what that leaves."""
+    try:
+        yield
+    except Exception as error:
+        if not is_dynamo_error(error):
+            raise
+        cause = re.search(r"Caused by: (.*?) \(", f"{error}")
+        said = cause[1] if cause else f"{error}".strip().splitlines()[0]
+        worst = max(eager.errors.values())
+        right = "right" if worst <= options.bound else "wrong"
+        raise ValueError(
+            f"Compile makes one graph of each block, got one without ({type(error).__name__}: "
+            f"{said}): leave compile out, here by --compile ''; eager the model is {right}, with "
+            f"a largest error of {worst:.0e}."
+        ) from error
 
 
 def _first(paths: Iterable[Path]) -> str:

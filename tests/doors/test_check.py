@@ -19,7 +19,7 @@ from dtcp.parallelize import ParallelPlan
 from dtcp.sequence.masks import Bidirectional
 from dtcp.softmax import RingAttention, UlyssesAttention
 from dtcp.softmax.mixer import SoftmaxAttention
-from tests.check.test_check import CountsItsOwnPositions, Small
+from tests.check.test_check import CountsItsOwnPositions, Layer, Small
 from tests.harness.spmd import spmd
 
 HERE = "tests.doors.test_check"
@@ -130,6 +130,24 @@ class WantsWholeRows(Small):
         return super().forward(input_ids, position_ids, attn_metadata)
 
 
+class Branches(Layer):
+    """Of a layer that no graph holds: a branch on what it computed."""
+
+    def forward(self, x, attn_metadata):
+        out = super().forward(x, attn_metadata)
+        return out if out.sum().item() > 0 else out.clone()
+
+
+class HasNoGraph(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Branches()
+
+
+def blocks_plan(model, mesh, style):
+    return ParallelPlan(tp={}, cp={"layer.mixer": style}, blocks=("layer",))
+
+
 def ulysses_plan(model, mesh, style):
     return ParallelPlan(tp={}, cp={"layer.mixer": UlyssesAttention()}, blocks=())
 
@@ -200,6 +218,10 @@ def test_B7_claims_of_a_plan_that_no_rank_has_applied_name_the_plan():
         (f"--model {HERE}:Blind --compile=", "has gradients on one device, got none in Blind"),
         (f"--model {HERE}:Infinite --compile=", "has a finite loss on one device, got"),
         (f"--model {HERE}:WantsWholeRows --compile=", "did not (RuntimeError: whole rows)"),
+        (
+            f"--model {HERE}:HasNoGraph --plan {HERE}:blocks_plan",
+            "leave compile out, here by --compile ''; eager the model is right",
+        ),
         (f"--model {HERE}:Head", "Head.__init__() missing 1 required"),
         (f"--model {HERE}:Head --set classes=3 width=2", "unexpected keyword argument 'width'"),
         (f"--model {HERE}:Head --set classes", "--set takes key=json, got 'classes'"),
