@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.batch import pad_end
 from dtcp.cp_utils.batch import MODEL_OWNED, PACKED_SEQ_IDS, BatchDict
 from dtcp.cp_utils.context import ContextFactory
 from dtcp.cp_utils.validation import check_one_document, check_rows, padding_of_mask
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
 from dtcp.mixer import collect_metadata
+from dtcp.rows import pad_end
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import check_restarts_in_stretches
 from dtcp.sequence.layout import Contiguous

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import ParameterModule, SwiGLU
+from dtcp.models.inputs import check_model_inputs
 from dtcp.models.moe import Experts
 from dtcp.models.qwen3_5.config import MoEConfig, Qwen35Config
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule
@@ -229,6 +230,7 @@ class Qwen35(nn.Module):
         Raises:
             ValueError: mtp_input_ids for a model without an MTP layer.
         """
+        check_model_inputs("Qwen35", input_ids, position_ids, self.config.vocab_size, axes=3)
         angles = self.config.rope.angles(position_ids)
         x = self.embedding(input_ids)
         for block in self.layers:
