@@ -20,7 +20,7 @@ from dtcp.sequence.gate import (
     documents_of_lengths,
     read_padding_mask,
 )
-from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
 from tests.doors.test_fuzz_batches import OneOfMany, of_rows, picked
 from tests.doors.test_fuzz_planning import tokens_of
 from tests.harness.fuzz import run_cases
@@ -242,15 +242,18 @@ def a_rule(draw):
 def batches_in_buckets(draw):
     ranks = draw.integer(1, 3)
     mesh = OneOfMany(ranks, draw.integer(0, ranks - 1))
-    kind = draw.choice((Contiguous, HeadTail))
-    documents = some_documents(draw)
-    rows, seq_len = documents.batch, documents.seq_len
+    kind = draw.choice((Contiguous, HeadTail, PerDocument, BlockBalanced))
+    alike = kind in (PerDocument, BlockBalanced)
+    rows, seq_len = draw.integer(1, 3), draw.integer(2, 16)
+    documents = Documents(draw.rows(rows, seq_len, alike=alike), seq_len)
     tokens, sizes, most = a_rule(draw)
     several = draw.choice((None, OneOf((3, 5)), MultiplesOf(2)))
     buckets = Buckets(tokens, rows=draw.bad("rows", several, 3, OneOf, "1"))
     if most is not None and seq_len > most:
         draw.unsound.append("a row longer than any bucket")
         draw.is_bad = True
+    if alike and several is not None:
+        draw.may_be_refused("rows of padding beside others, in a layout for rows alike")
     ids = draw.ids(rows, seq_len)
     batch = {"input_ids": ids, "position_ids": documents.position_ids()}
     batch["labels"] = shift_labels(ids, documents)

@@ -276,7 +276,8 @@ def test_batches_of_training_loops_in_buckets_are_exact(mesh, case):
         expected.backward()
         assert_close(loss, expected.detach())
         assert_close(grads, gradients(plain))
-    assert made[0] > 0 == sum(made[1:]), made
+    # Where all rows are alike the context keeps one, which is another graph.
+    assert made == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("case", ["A10"])
