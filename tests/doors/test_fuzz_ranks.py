@@ -41,6 +41,7 @@ from tests.doors.test_fuzz_planning import (
     the_rule,
     tokens_of,
 )
+from tests.doors.test_fuzz_sparse import compressed_attention_across_ranks
 from tests.harness import reference
 from tests.harness.attention_parity import mixer_on, styles
 from tests.harness.fuzz import Tally, run_case
@@ -357,6 +358,7 @@ SUBJECTS = (
     attention_across_ranks,
     attention_across_ranks,
     rows_of_one_rank,
+    compressed_attention_across_ranks,
     keys_from_values_across_ranks,
     recurrence_across_ranks,
     collectives_of_ranks,
