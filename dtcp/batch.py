@@ -19,7 +19,7 @@ from dtcp.distributed.same_rows import prepared_alike
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import collect_metadata
 from dtcp.rows import DEFAULT_FIELDS, MASK_FIELDS, Fill, Rows, TokenField, pad_end
-from dtcp.sequence.arguments import check_dim
+from dtcp.sequence.arguments import check_dim, check_kind
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail, SequenceLayout
@@ -200,10 +200,11 @@ def shard_rows(
         prepare: makes the rows; what it raises, the other ranks hear of.
         axes: of ranks that read the same rows, besides those of the mesh.
     """
+    check_kind("A batch", ParallelMesh, mesh=mesh)
     compared = (mesh.cp, mesh.tp, *axes) if compare_ranks else ()
 
     def prepared() -> Rows:
-        _check_arguments(layout, buckets)
+        _check_arguments(layout, buckets, model, balance_for)
         return prepare()
 
     rows = prepared_alike(compared, prepared, Rows.contents)
@@ -234,17 +235,21 @@ def shard_rows(
     return local, sharded
 
 
-def _check_arguments(layout: type[SequenceLayout], buckets: Buckets | None) -> None:
+def _check_arguments(
+    layout: type[SequenceLayout],
+    buckets: Buckets | None,
+    model: nn.Module | None,
+    balance_for: Mask | None,
+) -> None:
     if not isinstance(layout, type) or not issubclass(layout, SequenceLayout):
         raise TypeError(
             f"A batch is cut by a class of layouts, of which it gets an instance, got "
             f"layout={layout!r}: give HeadTail, say."
         )
-    if buckets is not None and not isinstance(buckets, Buckets):
-        raise TypeError(
-            f"A batch is padded to Buckets, got buckets={buckets!r}: give Buckets(PowersOfTwo()), "
-            f"say."
-        )
+    nothing = type(None)
+    check_kind("A batch", (Buckets, nothing), buckets=buckets)
+    check_kind("A batch", (nn.Module, nothing), model=model)
+    check_kind("A batch", (Mask, nothing), balance_for=balance_for)
 
 
 def _coords(batch: Mapping[str, Tensor], documents: Documents, seq_len: int) -> Coords:

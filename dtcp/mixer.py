@@ -21,6 +21,7 @@ from dtcp._torch import assert_in_graph
 from dtcp.compile import EagerIsland, island
 from dtcp.distributed.groups import connect
 from dtcp.metadata import AttentionMetadata, BatchMetadata, metadata_key
+from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Coords
@@ -204,6 +205,7 @@ def collect_metadata(
     model: nn.Module, coords: Coords, layout: SequenceLayout | None = None
 ) -> BatchMetadata:
     """What the mixers of a model read of a batch: once per kind of mixer, on the host."""
+    check_kind("Metadata", nn.Module, model=model)
     made: dict[Any, AttentionMetadata] = {}
     for module in model.modules():
         if isinstance(module, Mixer) and module.metadata_key not in made:

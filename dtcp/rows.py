@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dtcp.labels import IGNORED, check_labels
-from dtcp.sequence.arguments import check_batch
+from dtcp.sequence.arguments import check_batch, check_ints, check_kind
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import DOCUMENT_KEYS, documents_of_batch, read_padding_mask
 
@@ -39,6 +39,10 @@ class TokenField:
     seq_dim: int
     pad: int | float | bool | Fill
     rows_dim: int = 0
+
+    def __post_init__(self) -> None:
+        check_ints("A TokenField", seq_dim=self.seq_dim, rows_dim=self.rows_dim)
+        check_kind("A TokenField", (int, float, bool, Fill), pad=self.pad)
 
 
 WHOLE = None
@@ -81,6 +85,7 @@ class Rows:
     ) -> "Rows":
         """Read a batch as `shard_batch` takes it."""
         check_batch("A batch", batch)
+        check_kind("A batch", Mapping, fields=fields)
         # A key that `fields` names is a key of the model, whatever it is called.
         keys = [key for key in batch if key in DOCUMENT_KEYS and key not in fields]
         said = {key: batch[key] for key in (*keys, "position_ids", "padding_mask") if key in batch}

@@ -8,7 +8,7 @@ from typing import Any
 
 from dtcp.compile import compile_around_islands, compile_whole
 from dtcp.parallelize.activation_checkpoint import Forward
-from dtcp.sequence.arguments import check_ints
+from dtcp.sequence.arguments import check_ints, check_kind
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Compile:
     max_graphs: int | None = None
 
     def __post_init__(self) -> None:
+        check_kind("Compile", str, backend=self.backend)
         if self.max_graphs is not None:
             check_ints("Compile", least=1, max_graphs=self.max_graphs)
 

@@ -11,7 +11,7 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.rows import DEFAULT_FIELDS, Rows
-from dtcp.sequence.arguments import check_batch, check_tensor, rows_of
+from dtcp.sequence.arguments import check_batch, check_kind, check_tensor, rows_of
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import (
@@ -82,6 +82,7 @@ def causal_lm_loss(
     Raises:
         ValueError: no labels, or what shard_hf_batch refuses.
     """
+    check_kind("causal_lm_loss", nn.Module, model=model)
     local, sharded = shard_rows(
         lambda: _rows_of(batch, with_labels=True),
         mesh,

@@ -4,7 +4,6 @@ A batch is sharded for a rank of several without the others: nothing is communic
 the dense reference, or a loop over tokens.
 """
 
-from dataclasses import dataclass
 from itertools import accumulate
 
 import pytest
@@ -22,7 +21,7 @@ from dtcp.cp_utils import (
 )
 from dtcp.cp_utils.masks import documents_of_mask
 from dtcp.cp_utils.validation import check_rows, padding_of_mask
-from dtcp.distributed.mesh import Degrees
+from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface.batch import documents_of_hf_batch
 from dtcp.labels import IGNORED
 from dtcp.loss import global_token_count, mtp_loss, token_mean_loss
@@ -50,17 +49,15 @@ CASES = 480
 MANY = 12_000
 
 
-@dataclass(frozen=True)
-class OneOfMany:
+class OneOfMany(ParallelMesh):
     """A rank of an axis whose other ranks are not there."""
 
-    ranks: int
-    mine: int
-    cp: None = None
-    tp: None = None
+    def __init__(self, ranks, mine):
+        super().__init__(Degrees(cp=ranks), None, *[None] * 7)
+        object.__setattr__(self, "mine", mine)
 
     def size(self, name):
-        return self.ranks
+        return self.degrees.cp
 
     def rank(self, name):
         return self.mine
