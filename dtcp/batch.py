@@ -19,7 +19,7 @@ from dtcp.distributed.same_rows import prepared_alike
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import collect_metadata
 from dtcp.rows import DEFAULT_FIELDS, MASK_FIELDS, Fill, Rows, TokenField, pad_end
-from dtcp.sequence.arguments import check_dim, check_kind
+from dtcp.sequence.arguments import WHOLE_NUMBERS, check_dim, check_kind, check_tensor
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail, SequenceLayout
@@ -259,6 +259,8 @@ def _coords(batch: Mapping[str, Tensor], documents: Documents, seq_len: int) -> 
         read["block"] = vision_blocks(batch["mm_token_type_ids"].cpu())
     missing = documents.seq_len - seq_len
     for key, x in read.items():
+        named: dict[str, Any] = {key: x}
+        check_tensor("A mask", shape="[B, S]", dtypes=WHOLE_NUMBERS, **named)
         if x.shape[1:] != (seq_len,):
             raise ValueError(
                 f"Masks read one {key} per token, got {key}.shape={tuple(x.shape)} for rows of "

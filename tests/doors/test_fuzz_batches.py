@@ -132,7 +132,7 @@ def batches_that_tell_their_documents(draw):
     ids = draw.ids(rows, seq_len)
     wrong = [position_ids[:, 1:], position_ids[0], position_ids.double() + 0.5, None, "0"]
     positions = draw.bad("position_ids", position_ids, *wrong)
-    wrong = [padding[:, 1:], padding[0], torch.cat((padding, padding)), None, 1]
+    wrong = [padding[:, 1:], padding[0], torch.cat((padding, padding)), 1]
     marks = draw.bad("padding_mask", padding, *wrong)
     batch = {"input_ids": ids, "position_ids": positions, "padding_mask": marks}
     local, sharded = shard_batch(batch, mesh, draw.choice((Contiguous, HeadTail)))
@@ -274,14 +274,17 @@ def masks_of_batches(draw):
     if draw.chance():
         mask, expected = (~padding).long(), tuple((sum(x),) if x else () for x in lengths)
         restarting = None
-        others = [mask + 2, mask * 2 - 1, mask[0], mask[:, :0], mask.double() - 0.5, None, [1]]
+        others = [mask + 2, mask[0], mask[:, :0], mask.double() - 0.5, None, [1]]
+        others += [mask * 2 - 1] if bool(padding.any()) else []
     else:
         seen = reference.visible(lengths, seq_len, reference.causal)[:, None]
         least = torch.finfo(torch.float32).min
         mask = seen if draw.chance() else torch.zeros(seen.shape).masked_fill(~seen, least)
         expected, restarting = lengths, draw.choice((None, position_ids))
         others = [mask[0], mask[:, 0], mask[..., :0], mask.long(), None]
-        others += [~mask if mask.dtype == torch.bool else mask + 1]
+        # Of one token it says that all are padding.
+        if seq_len > 1 or mask.dtype != torch.bool:
+            others += [~mask if mask.dtype == torch.bool else mask + 1]
     marks = padding_of_mask(draw.bad("mask", mask, *[x for x in others if not readable(x)]))
     assert torch.equal(marks, padding)
     given = draw.bad("mask", mask, *others)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from dtcp.batch import shard_batch
 from dtcp.cp_utils import build_dsv4_cp_causal_padding_mask
 from dtcp.cp_utils.masks import documents_of_mask
 from dtcp.cp_utils.validation import check_rows, padding_of_mask
+from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.labels import shift_labels
 from dtcp.loss import token_mean_loss
@@ -232,3 +234,12 @@ def test_places_in_a_window_are_as_many_as_its_tokens(shape):
     tokens = Prepool(keys, keys, torch.randn(shape), lambda pooled, position_ids: pooled)
     with pytest.raises(ValueError, match=r"got tokens\.bias\.shape=.* give \(3, 6\)"):
         mixer(q, keys, metadata, sink=torch.zeros(2), tokens=tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids="A6-{}".format)
+@pytest.mark.parametrize("key", ["prefix", "block"])
+def test_what_masks_read_of_a_batch_are_whole_numbers(key, dtype):
+    """2.7 was taken for 2."""
+    batch = {"input_ids": torch.zeros(1, 8).long(), key: torch.full((1, 8), 2.7).to(dtype)}
+    with pytest.raises(TypeError, match=rf"got {key}\.dtype={dtype}"):
+        shard_batch(batch, ParallelMesh(Degrees(), None, *[None] * 7))

@@ -97,7 +97,7 @@ def told_batch(draw, documents):
         if key in ("document_ids", "seq_idx"):
             others += [x[:, 1:], x[0], torch.cat((x, x))]
         if key == "seq_lens":
-            others += [torch.cat((x, x)), x[0], x + documents.seq_len, (x * 2).abs() + 1]
+            others += [torch.cat((x, x)), x[0], x.abs() + documents.seq_len + 1]
         if key.startswith("cu"):
             others += [x + 1, x + documents.seq_len * 9]
         batch[key] = draw.bad(key, x, *others)
