@@ -259,13 +259,13 @@ def _coords(batch: Mapping[str, Tensor], documents: Documents, seq_len: int) -> 
         read["block"] = vision_blocks(batch["mm_token_type_ids"].cpu())
     missing = documents.seq_len - seq_len
     for key, x in read.items():
-        named: dict[str, Any] = {key: x}
-        check_tensor("A mask", shape="[B, S]", dtypes=WHOLE_NUMBERS, **named)
         if x.shape[1:] != (seq_len,):
             raise ValueError(
                 f"Masks read one {key} per token, got {key}.shape={tuple(x.shape)} for rows of "
                 f"{seq_len}: give [B, S]."
             )
+        named: dict[str, Any] = {key: x}
+        check_tensor("A mask", shape="[B, S]", dtypes=WHOLE_NUMBERS, **named)
         read[key] = pad_end(x.to(torch.int64), missing, MASK_FIELDS[key], dim=1)
     if "position_ids" in batch:
         read["position_ids"] = pad_end(batch["position_ids"].cpu(), missing, 0, dim=-1)
