@@ -1,6 +1,6 @@
 """Context parallelism for long-sequence training: compiled, byte-minimal, never silently wrong."""
 
-from dtcp.batch import ShardedBatch, TokenField, shard_batch
+from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.compile import EagerIsland, InGraph
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import causal_lm_loss
@@ -15,6 +15,7 @@ from dtcp.recurrent import (
     GatedDeltaRule,
     RelayoutCP,
 )
+from dtcp.rows import TokenField
 from dtcp.sdpa.aten_rules import install_sdpa_rules
 from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.documents import Documents

@@ -137,6 +137,25 @@ def traced_with(compiled: Callable[_P, _R], settings: Mapping[str, Any]) -> Call
     return run
 
 
+def dynamo_limits() -> tuple[int, int]:
+    """Graphs of one function that dynamo allows now, and graphs for all of its modules (2.11-2.15).
+
+    The first for modules that it guards alike; no public reader.
+    """
+    config = torch._dynamo.config
+    return config.recompile_limit, config.accumulated_recompile_limit
+
+
+def is_graph_limit(error: Exception) -> bool:
+    """Whether dynamo stopped at its limit of graphs: the error has no public name (2.11-2.15)."""
+    return isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
+
+
+def graphs_made() -> int:
+    """Graphs made by this process so far: no public counter (2.11-2.15)."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def graphs_and_breaks() -> tuple[int, int]:
     """Graphs made and graph breaks met by this process: no public counters (2.11-2.15)."""
     counters = torch._dynamo.utils.counters

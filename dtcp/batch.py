@@ -2,14 +2,11 @@
 
 Runs on the host, once per batch: the ranks of a cp and tp group read the same rows, so each picks
 its own tokens. Nothing is sent but a few numbers by which they find out if one of them reads other
-rows (`dtcp.distributed.same_rows`). A table says where the sequence of each key is and what its
-padding is made of. A key that the table does not name is refused: a tensor sharded by no rule,
-or left whole beside sharded ones, would be wrong without a word.
+rows (`dtcp.distributed.same_rows`). What a batch says is read in `dtcp.rows`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -19,55 +16,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp.distributed import relayout
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.same_rows import prepared_alike
-from dtcp.labels import IGNORED, check_labels
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import collect_metadata
-from dtcp.sequence.arguments import check_batch, check_dim
+from dtcp.rows import DEFAULT_FIELDS, MASK_FIELDS, Fill, Rows, TokenField, pad_end
+from dtcp.sequence.arguments import WHOLE_NUMBERS, check_dim, check_kind, check_tensor
+from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.gate import DOCUMENT_KEYS, documents_of_batch, read_padding_mask
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sequence.masks import Causal, Coords, Mask, vision_blocks
-
-
-class Fill(Enum):
-    """A pad rule that is not a constant."""
-
-    COUNT_ON = "each padding token continues from the one before it"
-
-
-@dataclass(frozen=True)
-class TokenField:
-    """How one key of a batch is sharded and padded.
-
-    Args:
-        seq_dim: the dim that is the sequence; counted from the end if negative.
-        pad: what padding tokens hold: a constant, or Fill.COUNT_ON.
-    """
-
-    seq_dim: int
-    pad: int | float | bool | Fill
-
-
-WHOLE = None
-"""A key that has no sequence dim and goes to every rank as it is."""
-
-DEFAULT_FIELDS: Mapping[str, TokenField | None] = {
-    "input_ids": TokenField(1, 0),
-    "labels": TokenField(1, IGNORED),
-    "loss_mask": TokenField(1, 0),
-    "inputs_embeds": TokenField(1, 0.0),
-    "position_ids": TokenField(-1, Fill.COUNT_ON),
-    "mm_token_type_ids": TokenField(1, 0),
-    "token_type_ids": TokenField(1, 0),
-    "padding_mask": TokenField(1, True),
-    "mtp_input_ids": TokenField(2, 0),
-    "mtp_labels": TokenField(2, IGNORED),
-}
-MASK_FIELDS: Mapping[str, int] = {"prefix": 0, "block": -1}
-"""Keys [B, S] that masks read before sharding, and what stands for padding in them.
-
-Without `block`, the images of mm_token_type_ids are the blocks.
-"""
 
 
 @dataclass(frozen=True)
@@ -77,6 +33,7 @@ class ShardedBatch:
     Args:
         attn_metadata: what the model's mixers read of this batch; on the device.
         unpadded_len: tokens per row before padding.
+        unpadded_rows: rows before padding.
     """
 
     layout: SequenceLayout
@@ -84,13 +41,24 @@ class ShardedBatch:
     coords: Coords
     attn_metadata: BatchMetadata
     unpadded_len: int
+    unpadded_rows: int
     mesh: ParallelMesh
+
+    @property
+    def padding_fraction(self) -> float:
+        """The share of tokens that this batch was padded by: from 0 to below 1.
+
+        What it costs: every layer computes them as it does tokens, attention but for their scores.
+        """
+        whole = self.documents.batch * self.documents.seq_len
+        return 1 - self.unpadded_rows * self.unpadded_len / whole
 
     def shard(self, x: Tensor, *, dim: int = 1, pad: int | float | bool = 0) -> Tensor:
         """This rank's part of a token-aligned tensor that every rank of the cp group holds.
 
         Args:
-            x: unpadded_len or seq_len tokens in dim, in the order of the row.
+            x: unpadded_len or seq_len tokens in dim, in the order of the row; of a batch that was
+                padded by rows its dim 0 is the rows, padded or not.
         """
         check_dim("A ShardedBatch", x, dim)
         if x.shape[dim] not in (self.unpadded_len, self.layout.seq_len):
@@ -99,10 +67,14 @@ class ShardedBatch:
                 f"({self.layout.seq_len} padded), got x.shape={tuple(x.shape)}, dim={dim}: name "
                 f"the sequence's dim, or use the ShardedBatch of that tensor's batch."
             )
+        if self._has_rows(x, dim) and x.shape[0] == self.unpadded_rows:
+            x = pad_end(x, self.documents.batch - self.unpadded_rows, pad, dim=0)
         return _part(x, self.layout, self.mesh.rank("cp"), dim=dim % x.ndim, pad=pad)
 
     def gather(self, x: Tensor, *, dim: int = 1, replicated_loss: bool = False) -> Tensor:
         """The parts of all ranks in the order of the row, padding removed; differentiable.
+
+        Rows that were added as padding are removed from dim 0.
 
         By default the gradient is that of the sum of all ranks' losses, as it is right where each
         rank has a share of the loss (token_mean_loss). A loss that every rank computes alike from
@@ -122,7 +94,21 @@ class ShardedBatch:
         if self.mesh.cp is not None:
             gather = _GatherReplicated.apply if replicated_loss else _gather
             whole = gather(x, self.layout, self.mesh.cp, dim % x.ndim)
+        if self._has_rows(x, dim):
+            whole = whole.narrow(0, 0, self.unpadded_rows)
         return whole.narrow(dim, 0, self.unpadded_len)
+
+    def _has_rows(self, x: Tensor, dim: int) -> bool:
+        """Whether dim 0 of x are rows some of which are padding."""
+        rows = (self.unpadded_rows, self.documents.batch)
+        if rows[0] == rows[1] or dim % x.ndim == 0:
+            return False
+        if x.shape[0] not in rows:
+            raise ValueError(
+                f"Of a batch padded from {rows[0]} rows to {rows[1]} dim 0 are the rows, got "
+                f"x.shape={tuple(x.shape)}, dim={dim}: move them there."
+            )
+        return True
 
 
 def _gather(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, dim: int) -> Tensor:
@@ -153,6 +139,7 @@ def shard_batch(
     device: torch.device | str | None = None,
     balance_for: Mask | None = None,
     compare_ranks: bool = True,
+    buckets: Buckets | None = None,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
     """Cut a batch into this rank's part, out of place.
 
@@ -173,6 +160,8 @@ def shard_batch(
         compare_ranks: whether the ranks of a cp and tp group first compare shape, documents and a
             hash of every key (0.4 ms for three keys of 128K tokens on one CPU core, and the
             exchange); what differs is named on all of them. They call this together.
+        buckets: sizes that the batch is padded to, so that a compiled model has few graphs; None
+            pads no further than the layout needs. ShardedBatch.padding_fraction says what it cost.
     Returns:
         the local batch, with `padding_mask` (True: padding) if the batch had one or padding was
         added, and how it was sharded.
@@ -189,6 +178,7 @@ def shard_batch(
         device=device,
         balance_for=balance_for,
         compare_ranks=compare_ranks,
+        buckets=buckets,
     )
 
 
@@ -201,6 +191,7 @@ def shard_rows(
     device: torch.device | str | None = None,
     balance_for: Mask | None = None,
     compare_ranks: bool = True,
+    buckets: Buckets | None = None,
     axes: Sequence[DeviceMesh] = (),
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
     """`shard_batch` for a caller whose own preparation may refuse a batch on one rank only.
@@ -209,15 +200,20 @@ def shard_rows(
         prepare: makes the rows; what it raises, the other ranks hear of.
         axes: of ranks that read the same rows, besides those of the mesh.
     """
+    check_kind("A batch", ParallelMesh, mesh=mesh)
     compared = (mesh.cp, mesh.tp, *axes) if compare_ranks else ()
 
     def prepared() -> Rows:
-        _check_layout(layout)
+        _check_arguments(layout, buckets, model, balance_for)
         return prepare()
 
     rows = prepared_alike(compared, prepared, Rows.contents)
-    num_shards, seq_len = mesh.size("cp"), rows.documents.seq_len
-    padded_len = -(-seq_len // layout.multiple(num_shards)) * layout.multiple(num_shards)
+    unpadded_rows, seq_len = rows.documents.batch, rows.documents.seq_len
+    num_shards, padded_len = mesh.size("cp"), seq_len
+    if buckets is not None:
+        rows = rows.padded(buckets.padded_rows(unpadded_rows))
+        padded_len = buckets.padded_tokens(seq_len)
+    padded_len = -(-padded_len // layout.multiple(num_shards)) * layout.multiple(num_shards)
     documents = rows.documents.padded(padded_len)
     coords = _coords({**rows.for_masks, **rows.tokens}, documents, seq_len)
     balanced = balance_for or Causal()
@@ -226,111 +222,34 @@ def shard_rows(
 
     metadata = collect_metadata(nn.Module() if model is None else model, coords, batch_layout)
     metadata = metadata if device is None else metadata.to(device)
-    sharded = ShardedBatch(batch_layout, documents, coords, metadata, seq_len, mesh)
+    sharded = ShardedBatch(batch_layout, documents, coords, metadata, seq_len, unpadded_rows, mesh)
     tokens = dict(rows.tokens)
     if padded_len > seq_len:
         tokens.setdefault("padding_mask", torch.zeros(documents.batch, seq_len, dtype=torch.bool))
     local = {}
     for key, x in tokens.items():
-        rule = rows.fields[key]
+        rule = rows.rule(key)
         if rule is not None:
             x = _part(x, batch_layout, mesh.rank("cp"), dim=rule.seq_dim % x.ndim, pad=rule.pad)
         local[key] = x if device is None else x.to(device, non_blocking=True)
     return local, sharded
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Whole rows as a batch says them, held against each other."""
-
-    tokens: Mapping[str, Tensor]  # what is cut
-    for_masks: Mapping[str, Tensor]
-    documents: Documents
-    fields: Mapping[str, TokenField | None]
-
-    @classmethod
-    def of(
-        cls,
-        batch: Mapping[str, Any],
-        fields: Mapping[str, TokenField | None],
-        documents: Documents | None,
-    ) -> "Rows":
-        """Read a batch as `shard_batch` takes it."""
-        check_batch("A batch", batch)
-        # A key that `fields` names is a key of the model, whatever it is called.
-        keys = [key for key in batch if key in DOCUMENT_KEYS and key not in fields]
-        said = {key: batch[key] for key in (*keys, "position_ids", "padding_mask") if key in batch}
-        batch = {key: x for key, x in batch.items() if key not in keys}
-        if batch.get("padding_mask", 0) is None:
-            del batch["padding_mask"]
-        _check_keys(batch, fields)
-        tokens = {key: x for key, x in batch.items() if key not in MASK_FIELDS}
-        rows, seq_len = _shape(tokens, fields)
-        documents = documents_of_batch(said, rows, seq_len, documents=documents)
-        padding = read_padding_mask(said.get("padding_mask"), rows, seq_len)
-        if padding is not None:
-            tokens["padding_mask"] = padding.to(batch["padding_mask"].device)
-        check_labels(tokens, documents, padding)
-        for_masks = {key: batch[key] for key in MASK_FIELDS if key in batch}
-        return cls(tokens, for_masks, documents, fields)
-
-    def contents(self) -> tuple[Mapping[str, Tensor], Documents]:
-        """What ranks compare."""
-        keys = {key: x for key, x in self.tokens.items() if self.fields[key] is not None}
-        return {**keys, **self.for_masks}, self.documents
-
-
-def pad_end(x: Tensor, missing: int, pad: int | float | bool, *, dim: int) -> Tensor:
-    """Lengthen dim by `missing` entries of one value, at its end; x itself if none is missing."""
-    if missing <= 0:
-        return x
-    shape = list(x.shape)
-    shape[dim] = missing
-    return torch.cat((x, x.new_full(shape, pad)), dim=dim)
-
-
-def _check_layout(layout: type[SequenceLayout]) -> None:
+def _check_arguments(
+    layout: type[SequenceLayout],
+    buckets: Buckets | None,
+    model: nn.Module | None,
+    balance_for: Mask | None,
+) -> None:
     if not isinstance(layout, type) or not issubclass(layout, SequenceLayout):
         raise TypeError(
             f"A batch is cut by a class of layouts, of which it gets an instance, got "
             f"layout={layout!r}: give HeadTail, say."
         )
-
-
-def _check_keys(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]) -> None:
-    unknown = [key for key in batch if key not in fields and key not in MASK_FIELDS]
-    if unknown:
-        raise ValueError(
-            f"A batch holds keys whose sequence dim is known, got {unknown}: add them to `fields` "
-            f"(WHOLE for a key that has none)."
-        )
-    other = {key: type(x).__name__ for key, x in batch.items() if not isinstance(x, Tensor)}
-    if other:
-        raise TypeError(f"A batch holds tensors, got {other}: leave out keys that have none.")
-
-
-def _shape(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]) -> tuple[int, int]:
-    """(rows, tokens per row), the same for every key."""
-    lengths, rows = {}, {}
-    for key, x in batch.items():
-        rule = fields[key]
-        if rule is None:
-            continue
-        if not -x.ndim <= rule.seq_dim < x.ndim:
-            raise ValueError(
-                f"The sequence of {key} is its dim {rule.seq_dim}, got {key}.shape="
-                f"{tuple(x.shape)}: give it all its dims, the batch first."
-            )
-        lengths[key] = x.shape[rule.seq_dim]
-        if rule.seq_dim == 1:
-            rows[key] = x.shape[0]
-    counts = set(rows.values())
-    if len(set(lengths.values())) != 1 or len(counts) != 1 or 0 in counts:
-        raise ValueError(
-            f"The keys of a batch have rows of one length, got tokens={lengths}, rows={rows}: "
-            f"give each [B, S, ...], with input_ids or inputs_embeds among them."
-        )
-    return counts.pop(), next(iter(lengths.values()))
+    nothing = type(None)
+    check_kind("A batch", (Buckets, nothing), buckets=buckets)
+    check_kind("A batch", (nn.Module, nothing), model=model)
+    check_kind("A batch", (Mask, nothing), balance_for=balance_for)
 
 
 def _coords(batch: Mapping[str, Tensor], documents: Documents, seq_len: int) -> Coords:
@@ -345,6 +264,8 @@ def _coords(batch: Mapping[str, Tensor], documents: Documents, seq_len: int) -> 
                 f"Masks read one {key} per token, got {key}.shape={tuple(x.shape)} for rows of "
                 f"{seq_len}: give [B, S]."
             )
+        named: dict[str, Any] = {key: x}
+        check_tensor("A mask", shape="[B, S]", dtypes=WHOLE_NUMBERS, **named)
         read[key] = pad_end(x.to(torch.int64), missing, MASK_FIELDS[key], dim=1)
     if "position_ids" in batch:
         read["position_ids"] = pad_end(batch["position_ids"].cpu(), missing, 0, dim=-1)

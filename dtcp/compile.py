@@ -1,15 +1,23 @@
 """The seam to torch.compile: which code is one graph, which stays eager, and what dynamo made."""
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
 from inspect import signature
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
-from dtcp._torch import dynamo_has, graphs_and_breaks, traced_with
+from dtcp._torch import (
+    dynamo_has,
+    dynamo_limits,
+    graphs_and_breaks,
+    graphs_made,
+    is_graph_limit,
+    traced_with,
+)
 from dtcp.distributed.ledger import LEDGER
 
 P = ParamSpec("P")
@@ -61,30 +69,123 @@ All blocks of a model are one function to it, and each kind of block has a graph
 to validate: dynamo's own limit of 8 is too low for a model of five kinds."""
 
 
-def compile_whole(function: Callable[P, R], *, backend: str) -> Callable[P, R]:
+def graph_limit() -> int:
+    """Graphs of one function that are allowed where nobody says: dynamo's limit if higher."""
+    return max(GRAPHS_PER_FUNCTION, dynamo_limits()[0])
+
+
+def compile_whole(
+    function: Callable[P, R], *, backend: str, max_graphs: int | None = None
+) -> Callable[P, R]:
     """Compile code to one graph, or raise what broke it; sizes are constants of the graph.
 
     Layers of one model may differ in their sizes, and dynamo would take such a size for one that
     changes from call to call. What does change with every batch is inside our ops.
+
+    Args:
+        max_graphs: of this function; None for graph_limit().
+    Raises:
+        ValueError: when called, sizes that would make one graph more.
     """
     options: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
-    limit: dict[str, Any] = {"recompile_limit": GRAPHS_PER_FUNCTION}
+    limit = graph_limit() if max_graphs is None else max_graphs
+    limits = _limits(limit)
     if "recompile_limit" in signature(torch.compile).parameters:
-        return torch.compile(function, **options, **limit)
+        options["recompile_limit"] = limits.pop("recompile_limit")
     # Before torch 2.13 the limit is dynamo's, read when a graph is made.
-    return traced_with(torch.compile(function, **options), limit)
+    compiled = torch.compile(function, **options)
+    return FewGraphs(traced_with(compiled, limits) if limits else compiled, limit)
 
 
-def compile_around_islands(function: Callable[P, R], *, backend: str) -> Callable[P, R]:
+def compile_around_islands(
+    function: Callable[P, R], *, backend: str, max_graphs: int | None = None
+) -> Callable[P, R]:
     """Compile code that holds an eager island: one graph before it and one after.
 
     However deep in the code the island lies: without nested breaks every module around it breaks
     too, so that each attention breaks twice. The setting is new in torch 2.13, and off there.
+
+    Args:
+        max_graphs: of this function; None for graph_limit().
+    Raises:
+        ValueError: when called, sizes that would make one graph more.
     """
-    settings: dict[str, Any] = {"recompile_limit": GRAPHS_PER_FUNCTION}
+    limit = graph_limit() if max_graphs is None else max_graphs
+    settings = _limits(limit)
+    # Else dynamo would go on in eager mode, without a word.
+    settings["fail_on_recompile_limit_hit"] = True
     if dynamo_has("nested_graph_breaks"):
         settings["nested_graph_breaks"] = True
-    return traced_with(torch.compile(function, backend=backend), settings)
+    return FewGraphs(traced_with(torch.compile(function, backend=backend), settings), limit)
+
+
+def _limits(max_graphs: int) -> dict[str, Any]:
+    """Settings of dynamo that allow so many graphs."""
+    settings = {"recompile_limit": max_graphs}
+    if max_graphs > dynamo_limits()[1]:
+        settings["accumulated_recompile_limit"] = max_graphs
+    return settings
+
+
+MANY_SIZES = 8
+"""Sizes of one input that are worth a warning: as many graphs as dynamo allows by itself."""
+
+
+class FewGraphs(Generic[P, R]):
+    """Compiled code that says in a sentence when its sizes make more graphs than are allowed.
+
+    Each size costs a compilation, so it warns before: at MANY_SIZES, or half of the limit.
+    """
+
+    def __init__(self, compiled: Callable[P, R], max_graphs: int) -> None:
+        self.compiled, self.max_graphs = compiled, max_graphs
+        self.sizes: list[tuple[int, ...]] = []
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return self.compiled(*args, **kwargs)
+        graphs = graphs_made()
+        try:
+            result = self.compiled(*args, **kwargs)
+        except Exception as error:
+            if not is_graph_limit(error):
+                raise
+            raise ValueError(
+                f"Compiled code makes a graph for each size of its input and no more than "
+                f"max_graphs={self.max_graphs}, got {_size((*args, *kwargs.values()))} after "
+                f"{self._seen()}: {REMEDY}; or allow more by Compile(max_graphs=..)."
+            ) from None
+        if graphs_made() != graphs:
+            self._remember(_size((*args, *kwargs.values())))
+        return result
+
+    def _remember(self, size: tuple[int, ...]) -> None:
+        if size in self.sizes:
+            return
+        self.sizes.append(size)
+        if len(self.sizes) == max(2, min(MANY_SIZES, self.max_graphs // 2)):
+            warnings.warn(
+                f"Compiled code has made a graph for each of {self._seen()}, which takes as long "
+                f"as the first one did, and refuses more than {self.max_graphs} graphs: {REMEDY}.",
+                stacklevel=3,
+            )
+
+    def _seen(self) -> str:
+        shown = ", ".join(map(str, self.sizes[-3:]))
+        more = ".., " if len(self.sizes) > 3 else ""
+        return f"{len(self.sizes)} sizes ({more}{shown})"
+
+
+REMEDY = (
+    "pad batches to few sizes, as shard_batch(.., buckets=Buckets(PowersOfTwo())) does; "
+    "TORCH_LOGS=recompiles says what else differs"
+)
+
+
+def _size(inputs: Iterable[Any]) -> tuple[int, ...]:
+    """The shape of the first tensor, by which sizes are told apart."""
+    first = next((x for x in inputs if isinstance(x, torch.Tensor)), None)
+    return () if first is None else tuple(first.shape)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from dtcp.mixer import Mixer
+from dtcp.sequence.arguments import check_kind
 
 
 def apply_plan(
@@ -24,6 +25,11 @@ def apply_plan(
     Raises:
         ValueError: a key without a match, or an unclaimed mixer.
     """
+    check_kind("apply_plan", nn.Module, model=model)
+    check_kind("apply_plan", Mapping, plan=plan)
+    for key, style in plan.items():
+        check_kind(f"The key {key!r} of a plan", ParallelStyle, style=style)
+    check_kind("apply_plan", (DeviceMesh, type(None)), mesh=mesh)
     find(model, plan)
     mixers = [name for name, module in model.named_modules() if isinstance(module, Mixer)]
     for name in mixers:

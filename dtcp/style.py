@@ -8,10 +8,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from dtcp.compile import Boundary, InGraph
+from dtcp.compile import Boundary, EagerIsland, InGraph
 from dtcp.distributed.groups import group_name
 from dtcp.metadata import AttentionMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
+from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Coords
 
@@ -43,6 +44,9 @@ class MixerStyle(ParallelStyle):
     layouts: ClassVar[tuple[type[SequenceLayout], ...]]
 
     boundary: Boundary = field(default_factory=InGraph, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_kind(type(self).__name__, (InGraph, EagerIsland), boundary=self.boundary)
 
     def make_metadata(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.batch import pad_end
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.labels import IGNORED
 from dtcp.metadata import AttentionMetadata
+from dtcp.rows import pad_end
 from dtcp.sequence.arguments import (
     FLOATS,
     WHOLE_NUMBERS,

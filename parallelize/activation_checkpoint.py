@@ -62,6 +62,7 @@ class SelectiveCheckpoint:
 
 
 ActivationCheckpoint = NoCheckpoint | FullCheckpoint | SelectiveCheckpoint
+KINDS = (NoCheckpoint, FullCheckpoint, SelectiveCheckpoint)
 
 _MATMULS = frozenset(
     [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]

@@ -20,7 +20,12 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.parallelize.activation_checkpoint import ActivationCheckpoint, Forward, NoCheckpoint
+from dtcp.parallelize.activation_checkpoint import (
+    KINDS,
+    ActivationCheckpoint,
+    Forward,
+    NoCheckpoint,
+)
 from dtcp.parallelize.compile import Compile
 from dtcp.parallelize.fsdp import FSDP, shard_parameters
 from dtcp.parallelize.keep_dtype import keep_dtype_names
@@ -30,6 +35,7 @@ from dtcp.parallelize.tied_parameters import (
     restore_tied_parameters,
 )
 from dtcp.plan import apply_plan, find, matches
+from dtcp.sequence.arguments import check_kind
 from dtcp.softmax.style import AttentionStyle
 
 KEEP_ALL = NoCheckpoint()
@@ -77,6 +83,12 @@ def parallelize(
         ValueError: a name in the plan that matches no module or parameter, a mixer without a
             style, or a shared parameter that styles place in two ways or two units gather.
     """
+    check_kind("parallelize", nn.Module, model=model)
+    check_kind("parallelize", ParallelMesh, mesh=mesh)
+    check_kind("parallelize", ParallelPlan, plan=plan)
+    check_kind("parallelize", KINDS, activation_checkpoint=activation_checkpoint)
+    check_kind("parallelize", (Compile, type(None)), compile=compile)
+    check_kind("parallelize", FSDP, fsdp=fsdp)
     blocks = find(model, plan.blocks)
     fsdp_units = [find(model, names) for names in plan.fsdp_units]
     find(model, tuple(plan.tp))

@@ -8,6 +8,7 @@ from typing import Any
 
 from dtcp.compile import compile_around_islands, compile_whole
 from dtcp.parallelize.activation_checkpoint import Forward
+from dtcp.sequence.arguments import check_ints, check_kind
 
 
 @dataclass(frozen=True)
@@ -16,17 +17,35 @@ class Compile:
 
     Only `forward` is compiled, not the module's call: hooks that FSDP adds later run outside of
     the graph, and the module keeps its name and class.
+
+    A graph is made for each size of batches, and takes its time: pad them to few sizes
+    (dtcp.sequence.buckets.Buckets).
+
+    Args:
+        backend: of torch.compile.
+        max_graphs: of one function, which all blocks of a kind share: its kinds times the sizes of
+            batches, and twice that if it is validated too. One more is refused with the sizes seen.
+            None: 64, or dynamo's limit (torch._dynamo.config.recompile_limit) where that is higher.
     """
 
     backend: str = "inductor"
+    max_graphs: int | None = None
+
+    def __post_init__(self) -> None:
+        check_kind("Compile", str, backend=self.backend)
+        if self.max_graphs is not None:
+            check_ints("Compile", least=1, max_graphs=self.max_graphs)
 
     def whole(self, forward: Forward) -> Forward:
         """Compile to one graph, or raise an error that says what broke it."""
-        return CompiledForward(partial(compile_whole, backend=self.backend), forward)
+        return CompiledForward(partial(compile_whole, **self._options()), forward)
 
     def around_islands(self, forward: Forward) -> Forward:
         """Compile to one graph before an eager island and one after, however deep it lies."""
-        return CompiledForward(partial(compile_around_islands, backend=self.backend), forward)
+        return CompiledForward(partial(compile_around_islands, **self._options()), forward)
+
+    def _options(self) -> dict[str, Any]:
+        return {"backend": self.backend, "max_graphs": self.max_graphs}
 
 
 class CompiledForward:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import (
 )
 
 from dtcp.parallelize.keep_dtype import gather_in_own_dtype
+from dtcp.sequence.arguments import check_kind
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class FSDP:
     mixed_precision: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
     offload: OffloadPolicy = field(default_factory=OffloadPolicy)
     reshard_after_forward: bool = True
+
+    def __post_init__(self) -> None:
+        check_kind("FSDP", MixedPrecisionPolicy, mixed_precision=self.mixed_precision)
+        check_kind("FSDP", OffloadPolicy, offload=self.offload)
+        check_kind("FSDP", bool, reshard_after_forward=self.reshard_after_forward)
 
 
 def shard_parameters(

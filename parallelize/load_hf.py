@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dtcp.sequence.arguments import check_kind
+
 
 @torch.no_grad()
 def load_hf(model: Any, weights: Mapping[str, Tensor], *, device: torch.device | str) -> Any:
@@ -18,6 +20,8 @@ def load_hf(model: Any, weights: Mapping[str, Tensor], *, device: torch.device |
     Raises:
         ValueError: a weight that is missing, left over, or of another shape.
     """
+    check_kind("load_hf", nn.Module, model=model)
+    check_kind("load_hf", Mapping, weights=weights)
     model.to_empty(device=device)
     _fill_buffers(model)
     names: dict[Tensor, list[str]] = {}

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dtcp.batch import DEFAULT_FIELDS, WHOLE, Fill, TokenField, shard_batch
+from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.labels import IGNORED, shift_labels
+from dtcp.rows import DEFAULT_FIELDS, WHOLE, Fill, TokenField
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
     BlockBalanced,

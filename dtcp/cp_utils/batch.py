@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.batch import DEFAULT_FIELDS, WHOLE, Rows, TokenField, shard_rows
+from dtcp.batch import shard_rows
 from dtcp.cp_utils.context import ContextFactory, get_train_context
 from dtcp.cp_utils.masks import documents_of_mask
 from dtcp.cp_utils.thd import make_cp_batch_for_te
 from dtcp.cp_utils.validation import check_one_document, check_rows
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.rows import DEFAULT_FIELDS, WHOLE, Rows, TokenField, pad_end
 from dtcp.sdpa.local_shards import local_shards
 from dtcp.sequence.arguments import check_batch, check_tensor, rows_of
+from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.softmax.all_gather import AllGatherAttention
@@ -92,12 +94,15 @@ class BatchSharder:
         style: how attention is carried out inside the context.
         fields: further keys that the model reads; WHOLE for those without a sequence.
         seq_lens_padding_value: fills up seq_lens of rows with fewer documents than others.
+        buckets: sizes that batches are padded to, so that a compiled model has few graphs; None
+            pads no further than the layout needs.
     """
 
     layout: type[SequenceLayout] = HeadTail
     style: AttentionStyle = field(default_factory=AllGatherAttention)
     fields: Mapping[str, TokenField | None] = field(default_factory=dict)
     seq_lens_padding_value: int = SENTINEL
+    buckets: Buckets | None = None
 
     def __call__(
         self,
@@ -130,6 +135,7 @@ class BatchSharder:
             ParallelMesh.of_sequence(cp_mesh),
             self.layout,
             axes=axes,
+            buckets=self.buckets,
         )
         position_ids = batch["position_ids"]
         device = position_ids.device
@@ -143,6 +149,10 @@ class BatchSharder:
             style=self.style,
             device=device,
         )
+        missing = sharded.documents.batch - sharded.unpadded_rows
+        for key in ("seq_lens", "seq_lens_padded"):
+            if key in local:
+                local[key] = pad_end(local[key], missing, self.seq_lens_padding_value, dim=0)
         return get_train_context(False, False, context), {**batch, **local}
 
     def _rows(self, batch: BatchDict, padding_token_id: int) -> Rows:

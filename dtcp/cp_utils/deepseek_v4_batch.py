@@ -14,13 +14,13 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.batch import pad_end
 from dtcp.cp_utils.batch import PACKED_SEQ_IDS
 from dtcp.cp_utils.context import ContextFactory
 from dtcp.cp_utils.deepseek_v4 import padding_of
 from dtcp.cp_utils.validation import check_one_document, check_rows
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
+from dtcp.rows import pad_end
 from dtcp.sequence.arguments import check_batch, check_ints
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import check_restarts_in_stretches

@@ -24,6 +24,7 @@ from dtcp.distributed.groups import axis_of
 from dtcp.distributed.relayout import relayout
 from dtcp.recurrent.conv import causal_conv
 from dtcp.recurrent.metadata import ConvMetadata
+from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 
 CLASSES: Mapping[str, tuple[str, str]] = {
@@ -279,6 +280,7 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh) -> nn.Module:
     Raises:
         ValueError: a model that has none.
     """
+    check_kind("apply_cp", nn.Module, model=model)
     names = {name for _, name in CLASSES.values()}
     layers = [m for m in model.modules() if type(m).__name__ in names]
     if not layers:

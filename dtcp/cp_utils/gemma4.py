@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.batch import pad_end
 from dtcp.cp_utils.batch import MODEL_OWNED, PACKED_SEQ_IDS, BatchDict
 from dtcp.cp_utils.context import ContextFactory
 from dtcp.cp_utils.validation import check_one_document, check_rows, padding_of_mask
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
 from dtcp.mixer import collect_metadata
+from dtcp.rows import pad_end
+from dtcp.sequence.arguments import check_batch, check_kind
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import check_restarts_in_stretches
 from dtcp.sequence.layout import Contiguous
@@ -52,6 +53,8 @@ def prepare_model_inputs_for_cp(
         ValueError: no mm_token_type_ids, although the model sees images as blocks; another number
             of features than of image tokens.
     """
+    check_kind("prepare_model_inputs_for_cp", nn.Module, model=model)
+    check_batch("A batch", batch)
     batch = dict(batch)
     config: Any = model.config
     types = batch.get("mm_token_type_ids")
@@ -90,6 +93,7 @@ def make_contiguous_shard_cp_batch_and_ctx(
             of several documents without `_packed_seq_ids`.
         KeyError: no labels and no loss_mask.
     """
+    check_batch("A batch", batch)
     whole = dict(batch)
 
     def prepare() -> PreparedBatch:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.sdpa.local_shards import ask_attended, ask_causal, ask_layout
+from dtcp.sequence.arguments import check_kind
 
 _WRAPPERS = ("._checkpoint_wrapped_module", "._orig_mod")
 
@@ -30,6 +31,7 @@ def attach_context_parallel_hooks(model: nn.Module) -> None:
         ValueError: a `self_attn` with a window, which would be lost with its mask, or without
             an `is_causal` argument.
     """
+    check_kind("attach_context_parallel_hooks", nn.Module, model=model)
     for name, module in _self_attention(model).items():
         window = getattr(module, "sliding_window", None)
         if window is not None:
@@ -55,6 +57,8 @@ def attach_cp_sdpa_hooks(model: nn.Module, cp_mesh: DeviceMesh) -> None:
     to its shard, and so does a module that computes attention by anything but torch's
     scaled_dot_product_attention. A second call changes nothing; nor does a call on one rank.
     """
+    check_kind("attach_cp_sdpa_hooks", nn.Module, model=model)
+    check_kind("attach_cp_sdpa_hooks", (DeviceMesh, type(None)), cp_mesh=cp_mesh)
     if cp_mesh is None or cp_mesh.size() == 1:
         return
     for name, module in _self_attention(model).items():

@@ -20,7 +20,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtcp._torch import concatenated, flattened
-from dtcp.sequence.arguments import check_ints
+from dtcp.sequence.arguments import check_ints, check_kind
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 VIEWS = ("cp", "tp", "fsdp", "batch", "loss")
@@ -97,6 +97,13 @@ class ParallelMesh:
         Raises:
             ValueError: the degrees do not multiply to the world size.
         """
+        check_kind("A ParallelMesh", Degrees, degrees=degrees)
+        check_kind("A ParallelMesh", str, device_type=device_type)
+        if not dist.is_initialized():
+            raise ValueError(
+                f"A ParallelMesh lays out the ranks of the default process group, got {degrees} "
+                f"and no group: call torch.distributed.init_process_group first."
+            )
         world_size = dist.get_world_size()
         if degrees.world != world_size:
             raise ValueError(
@@ -113,6 +120,7 @@ class ParallelMesh:
         Raises:
             ValueError: an axis has another name, or the axes come in another order.
         """
+        check_kind("A ParallelMesh", DeviceMesh, device_mesh=device_mesh)
         names = device_mesh.mesh_dim_names or ()
         if not names or list(names) != [name for name in AXES if name in names]:
             raise ValueError(
@@ -137,6 +145,7 @@ class ParallelMesh:
     @classmethod
     def of_sequence(cls, axis: DeviceMesh) -> "ParallelMesh":
         """The sequence's axis alone, whatever its name: for a caller that has no more to give."""
+        check_kind("A ParallelMesh", DeviceMesh, axis=axis)
         if axis.ndim != 1:
             raise ValueError(
                 f"A sequence is sharded over one axis, got {axis}: slice it, as in mesh['cp']."

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import DEFAULT_FIELDS, Rows, ShardedBatch, shard_rows
+from dtcp.batch import ShardedBatch, shard_rows
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.sequence.arguments import check_batch, check_tensor, rows_of
+from dtcp.rows import DEFAULT_FIELDS, Rows
+from dtcp.sequence.arguments import check_batch, check_kind, check_tensor, rows_of
+from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import (
     DOCUMENT_KEYS,
@@ -29,6 +31,7 @@ def shard_hf_batch(
     model: nn.Module,
     device: torch.device | str | None = None,
     compare_ranks: bool = True,
+    buckets: Buckets | None = None,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
     """Cut a batch of transformers into this rank's part.
 
@@ -38,7 +41,7 @@ def shard_hf_batch(
             attention_mask [B, S], 0 for padding on the right, or numbering packed documents from
             1; and what flattening collators add (cu_seq_lens_q, max_length_q, seq_idx, ..). A
             value of None is left out.
-        compare_ranks: as for shard_batch.
+        compare_ranks, buckets: as for shard_batch.
     Returns:
         the local batch, with labels shifted and position_ids, and how it was sharded. Call
         `model(input_ids=..., position_ids=..., attn_metadata=sharded.attn_metadata)` and compute
@@ -54,6 +57,7 @@ def shard_hf_batch(
         model=model,
         device=device,
         compare_ranks=compare_ranks,
+        buckets=buckets,
     )
 
 
@@ -65,6 +69,7 @@ def causal_lm_loss(
     *,
     device: torch.device | str | None = None,
     compare_ranks: bool = True,
+    buckets: Buckets | None = None,
 ) -> Tensor:
     """Run a model of parallelize_hf on a batch: this rank's share of the mean loss over tokens.
 
@@ -73,10 +78,11 @@ def causal_lm_loss(
 
     Args:
         batch: as shard_hf_batch takes it, with labels.
-        compare_ranks: as for shard_batch.
+        compare_ranks, buckets: as for shard_batch.
     Raises:
         ValueError: no labels, or what shard_hf_batch refuses.
     """
+    check_kind("causal_lm_loss", nn.Module, model=model)
     local, sharded = shard_rows(
         lambda: _rows_of(batch, with_labels=True),
         mesh,
@@ -84,6 +90,7 @@ def causal_lm_loss(
         model=model,
         device=device,
         compare_ranks=compare_ranks,
+        buckets=buckets,
     )
     labels = local.pop("labels")
     local.pop("padding_mask", None)

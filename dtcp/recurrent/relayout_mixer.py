@@ -44,6 +44,13 @@ class RelayoutCP(ParallelStyle):
     inside: type[Contiguous] | type[HeadTail] = Contiguous
     boundary: ClassVar[Boundary] = InGraph()
 
+    def __post_init__(self) -> None:
+        if self.inside not in (Contiguous, HeadTail):
+            raise TypeError(
+                f"RelayoutCP works on the class Contiguous or HeadTail, got inside="
+                f"{self.inside!r}: give one of them."
+            )
+
     def received(self, layout: SequenceLayout, rank: int, token: int) -> Received:
         """What a rank will receive: a formula, to plan with.
 

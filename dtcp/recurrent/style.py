@@ -16,7 +16,7 @@ from dtcp.recurrent.exchange import summaries_received
 from dtcp.recurrent.metadata import DeltaMetadata, conv_metadata, delta_metadata
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, RecurrentMixer
 from dtcp.recurrent.op import gated_delta_rule, install_delta_rules
-from dtcp.sequence.arguments import check_tensor
+from dtcp.sequence.arguments import check_kind, check_tensor
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.style import MixerStyle, Received
@@ -167,6 +167,10 @@ class GatedDeltaCP(RecurrentStyle):
     }
 
     states: StateExchange = FEWEST_BYTES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kind("GatedDeltaCP", (GatherStates, ScanStates, FewestBytes), states=self.states)
 
     def received(self, layout: SequenceLayout, shape: DeltaShape) -> Received:
         """What a rank will receive: a formula, to plan with."""

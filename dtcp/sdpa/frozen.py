@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from dtcp.distributed import relayout
 from dtcp.plan import find
 from dtcp.sdpa.local_shards import local_shards
-from dtcp.sequence.arguments import check_dim, check_ints, check_tensor, rows_of
+from dtcp.sequence.arguments import check_dim, check_ints, check_kind, check_tensor, rows_of
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous
 from dtcp.softmax.style import AttentionStyle
@@ -65,6 +65,10 @@ class FrozenTarget:
         capture: Sequence[str] = (),
         style: AttentionStyle | None = None,
     ) -> None:
+        check_kind("FrozenTarget", nn.Module, model=model)
+        check_kind("FrozenTarget", (DeviceMesh, type(None)), axis=axis)
+        check_kind("FrozenTarget", (AttentionStyle, type(None)), style=style)
+        check_kind("FrozenTarget", (list, tuple, set, frozenset), capture=capture)
         if "position_ids" not in signature(model.forward).parameters:
             raise ValueError(
                 f"A target on shards reads the positions of its tokens, got "

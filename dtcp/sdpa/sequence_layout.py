@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.metadata import AttentionMetadata
 from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
+from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Bidirectional, Causal, Coords
@@ -54,6 +55,9 @@ class sequence_layout(TorchFunctionMode):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
+        check_kind("A sequence_layout", SequenceLayout, layout=layout)
+        check_kind("A sequence_layout", DeviceMesh, axis=axis)
+        check_kind("A sequence_layout", (AttentionStyle, type(None)), style=style)
         if layout.num_shards != axis.size():
             raise ValueError(
                 f"A layout has a shard for each rank of its axis, got {layout} on "

@@ -43,6 +43,19 @@ def check_ints(subject: str, *, least: int | None = None, **values: Any) -> None
             )
 
 
+def check_kind(subject: str, kinds: type | tuple[type, ...], /, **values: Any) -> None:
+    """Refuse what is of another class: a class where an instance is read, True for a choice.
+
+    Raises:
+        TypeError: as above.
+    """
+    for name, value in values.items():
+        if not isinstance(value, kinds):
+            several = kinds if isinstance(kinds, tuple) else (kinds,)
+            names = " or ".join("None" if k is type(None) else k.__name__ for k in several)
+            raise TypeError(f"{subject} takes {name} of {names}, got {name}={value!r}: give one.")
+
+
 def check_rank(subject: str, rank: int, num_shards: int) -> None:
     """Refuse what is no rank of an axis of so many."""
     check_ints(subject, rank=rank)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_ints, check_tensor
-from dtcp.sequence.documents import Documents
+from dtcp.sequence.documents import Documents, check_token_positions
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Coords:
                     f"Coords take one {name} per token, got {name}.shape={tuple(extra.shape)}: "
                     f"pass [B, S] = {tuple(document.shape)}, before sharding."
                 )
+        if position_ids is not None:
+            check_token_positions(position_ids, documents.batch, documents.seq_len)
         token_index = torch.arange(documents.seq_len).expand_as(document)
         starts, ends = documents.starts(), documents.ends()
         return cls(token_index, document, starts, ends, prefix, block, position_ids)

@@ -123,6 +123,7 @@ class AttentionStyle(MixerStyle):
     tile: int = field(default=TILE, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_ints(type(self).__name__, least=1, tile=self.tile)
 
     @property

@@ -19,6 +19,7 @@ from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.masks import Coords
 from dtcp.sparse.metadata import Compression, SparseMetadata, sparse_metadata
 from dtcp.sparse.op import select_entries, sparse_attention
+from dtcp.sparse.operands import check_sparse_operands
 
 __all__ = ["CompressedSparseAttention", "Compression", "Index", "Prepool"]
 
@@ -74,6 +75,7 @@ class CompressedSparseAttention(Mixer):
         Returns:
             [B, L, H, D].
         """
+        check_sparse_operands(q, keys, sink, tokens, index, self.compression)
         metadata: SparseMetadata = self.own(attn_metadata)
         if metadata.last.shape != q.shape[:2]:
             raise ValueError(
@@ -81,7 +83,6 @@ class CompressedSparseAttention(Mixer):
                 f"{tuple(metadata.last.shape)} tokens with q.shape={tuple(q.shape)}: pass those "
                 f"made with this batch."
             )
-        self._check_operands(q, keys, tokens, index)
         compression = self.compression
         if compression is None:
             keys, _ = self.bring(keys, None, metadata)
@@ -126,31 +127,6 @@ class CompressedSparseAttention(Mixer):
 
     def extra_repr(self) -> str:
         return f"window={self.window}, compression={self.compression}, scale={self.scale}"
-
-    def _check_operands(
-        self, q: Tensor, keys: Tensor, tokens: Prepool | None, index: Index | None
-    ) -> None:
-        """Refuse operands of other tokens than the queries', and those that nobody reads."""
-        compression = self.compression
-        parts = {"keys": keys}
-        if tokens is not None:
-            parts |= {"tokens.value": tokens.value, "tokens.gate": tokens.gate}
-        if index is not None:
-            parts |= {"index.q": index.q, "index.weight": index.weight}
-            parts |= {"index.keys.value": index.keys.value, "index.keys.gate": index.keys.gate}
-        others = {name: tuple(x.shape) for name, x in parts.items() if x.shape[:2] != q.shape[:2]}
-        if others:
-            raise ValueError(
-                f"Every operand of compressed sparse attention has a row per token, got {others} "
-                f"with q.shape={tuple(q.shape)}: give each [B, L, ...]."
-            )
-        selects = compression is not None and compression.selected is not None
-        if (tokens is None) != (compression is None) or (index is None) == selects:
-            raise ValueError(
-                f"{self} reads tokens to pool if it has a compression, and an index if that "
-                f"selects, got tokens={'None' if tokens is None else 'given'}, "
-                f"index={'None' if index is None else 'given'}: leave out what is not read."
-            )
 
     def _bring(
         self, keys: Tensor, tokens: Prepool, index: Index | None, metadata: SparseMetadata

@@ -10,6 +10,7 @@ from dtcp.models.deepseek_v4.attention import Attention, GroupedLinear
 from dtcp.models.deepseek_v4.config import DeepseekV4Config
 from dtcp.models.deepseek_v4.experts import MoE, Router
 from dtcp.models.deepseek_v4.hyper import HyperConnection, HyperHead, expand
+from dtcp.models.inputs import check_model_inputs
 from dtcp.models.moe import Experts
 
 
@@ -97,6 +98,7 @@ class DeepseekV4(nn.Module):
             ValueError: mtp_input_ids for another number of depths or tokens.
         """
         self._check(input_ids, mtp_input_ids)
+        check_model_inputs("DeepseekV4", input_ids, position_ids, self.config.vocab_size)
         x = self.embedding(input_ids)[:, :, None].expand(-1, -1, self.config.streams, -1)
         for block in self.layers:
             x = block(x, input_ids, position_ids, attn_metadata)
@@ -131,7 +133,7 @@ class DeepseekV4(nn.Module):
                 f"DeepseekV4 reads token ids, for its hash layers look experts up by token, got "
                 f"input_ids of {getattr(input_ids, 'dtype', input_ids)}: pass ids, not embeddings."
             )
-        expected = (len(input_ids), len(self.mtp), input_ids.shape[1])
+        expected = (*input_ids.shape[:1], len(self.mtp), *input_ids.shape[1:])
         if mtp_input_ids is not None and mtp_input_ids.shape != expected:
             raise ValueError(
                 f"DeepseekV4 predicts as far ahead as it has MTP layers, got "

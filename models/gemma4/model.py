@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import ParameterModule
 from dtcp.models.gemma4.config import Gemma4Config, LayerType, MoEConfig
+from dtcp.models.inputs import check_ids, check_positions
 from dtcp.models.moe import Experts
+from dtcp.sequence.arguments import check_tensor
 from dtcp.softmax.mixer import GatherSharedKV, KeysFromValues, SoftmaxAttention
 
 KeysAndValues = tuple[Tensor, Tensor]
@@ -279,6 +281,7 @@ class Gemma4(nn.Module):
             ValueError: neither ids nor embeddings.
         """
         x = self._first_embedding(input_ids, inputs_embeds)
+        check_positions("Gemma4", position_ids, x.shape[:2])
         embeddings: Sequence[Tensor | None] = [None] * len(self.layers)
         if self.per_layer is not None:
             token = self._per_layer_tokens(input_ids, per_layer_inputs, self.per_layer)
@@ -321,11 +324,13 @@ class Gemma4(nn.Module):
 
     def _first_embedding(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if inputs_embeds is not None:
+            check_tensor("Gemma4", shape="[B, L, D]", ndim=3, inputs_embeds=inputs_embeds)
             return inputs_embeds
         if input_ids is None:
             raise ValueError(
                 "Gemma4 reads input_ids or inputs_embeds, got neither: pass one of them."
             )
+        check_ids("Gemma4", input_ids, self.config.vocab_size)
         return self.embed(input_ids)
 
     def _per_layer_tokens(

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import SwiGLU
+from dtcp.models.inputs import check_model_inputs
 from dtcp.models.llama.config import LlamaConfig
 from dtcp.sequence.masks import Causal
 from dtcp.softmax.mixer import SoftmaxAttention
@@ -77,6 +78,7 @@ class Llama(nn.Module):
         Returns:
             [B, L, V].
         """
+        check_model_inputs("Llama", input_ids, position_ids, self.config.vocab_size)
         x = self.embedding(input_ids)
         for block in self.layers:
             x = block(x, position_ids, attn_metadata)

@@ -6,9 +6,11 @@ from torch.nn import functional as F
 
 from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import ParameterModule, SwiGLU
+from dtcp.models.inputs import check_model_inputs
 from dtcp.models.moe import Experts
 from dtcp.models.qwen3_5.config import MoEConfig, Qwen35Config
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule
+from dtcp.sequence.arguments import check_tensor
 from dtcp.sequence.masks import Causal
 from dtcp.softmax.mixer import SoftmaxAttention
 
@@ -229,7 +231,9 @@ class Qwen35(nn.Module):
         Raises:
             ValueError: mtp_input_ids for a model without an MTP layer.
         """
+        check_tensor("Qwen35", shape="[B, L] or [3, B, L]", position_ids=position_ids)
         angles = self.config.rope.angles(position_ids)
+        check_model_inputs("Qwen35", input_ids, position_ids, self.config.vocab_size, axes=3)
         x = self.embedding(input_ids)
         for block in self.layers:
             x = block(x, angles, attn_metadata)

@@ -26,6 +26,7 @@ from dtcp.parallelize.apply import (
 from dtcp.parallelize.compile import Compile
 from dtcp.parallelize.fsdp import FSDP
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
+from dtcp.sequence.arguments import check_kind
 from dtcp.softmax import RingAttention
 from dtcp.softmax.style import AttentionStyle
 
@@ -54,6 +55,8 @@ def parallelize_hf(
         ValueError: what the model needs and no mixer here does, by the names of the layers; or
             weights that are not the same on all ranks.
     """
+    check_kind("parallelize_hf", nn.Module, model=model)
+    check_kind("parallelize_hf", ParallelMesh, mesh=mesh)
     _check_same_weights(model, mesh)
     survey = install_mixers(model)
     _make_experts_compilable(model, compile)

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from dtcp.batch import TokenField
 from dtcp.compile import count_graphs
 from dtcp.cp_utils import (
     BatchSharder,
@@ -22,6 +21,7 @@ from dtcp.cp_utils import (
 )
 from dtcp.distributed.ledger import count_traffic
 from dtcp.loss import global_token_count, token_mean_loss
+from dtcp.rows import TokenField
 from dtcp.sdpa.frozen import FrozenTarget
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail

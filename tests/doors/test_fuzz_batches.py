@@ -4,7 +4,6 @@ A batch is sharded for a rank of several without the others: nothing is communic
 the dense reference, or a loop over tokens.
 """
 
-from dataclasses import dataclass
 from itertools import accumulate
 
 import pytest
@@ -22,7 +21,7 @@ from dtcp.cp_utils import (
 )
 from dtcp.cp_utils.masks import documents_of_mask
 from dtcp.cp_utils.validation import check_rows, padding_of_mask
-from dtcp.distributed.mesh import Degrees
+from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface.batch import documents_of_hf_batch
 from dtcp.labels import IGNORED
 from dtcp.loss import global_token_count, mtp_loss, token_mean_loss
@@ -50,17 +49,15 @@ CASES = 480
 MANY = 12_000
 
 
-@dataclass(frozen=True)
-class OneOfMany:
+class OneOfMany(ParallelMesh):
     """A rank of an axis whose other ranks are not there."""
 
-    ranks: int
-    mine: int
-    cp: None = None
-    tp: None = None
+    def __init__(self, ranks, mine):
+        super().__init__(Degrees(cp=ranks), None, *[None] * 7)
+        object.__setattr__(self, "mine", mine)
 
     def size(self, name):
-        return self.ranks
+        return self.degrees.cp
 
     def rank(self, name):
         return self.mine
@@ -135,7 +132,7 @@ def batches_that_tell_their_documents(draw):
     ids = draw.ids(rows, seq_len)
     wrong = [position_ids[:, 1:], position_ids[0], position_ids.double() + 0.5, None, "0"]
     positions = draw.bad("position_ids", position_ids, *wrong)
-    wrong = [padding[:, 1:], padding[0], torch.cat((padding, padding)), None, 1]
+    wrong = [padding[:, 1:], padding[0], torch.cat((padding, padding)), 1]
     marks = draw.bad("padding_mask", padding, *wrong)
     batch = {"input_ids": ids, "position_ids": positions, "padding_mask": marks}
     local, sharded = shard_batch(batch, mesh, draw.choice((Contiguous, HeadTail)))
@@ -277,14 +274,17 @@ def masks_of_batches(draw):
     if draw.chance():
         mask, expected = (~padding).long(), tuple((sum(x),) if x else () for x in lengths)
         restarting = None
-        others = [mask + 2, mask * 2 - 1, mask[0], mask[:, :0], mask.double() - 0.5, None, [1]]
+        others = [mask + 2, mask[0], mask[:, :0], mask.double() - 0.5, None, [1]]
+        others += [mask * 2 - 1] if bool(padding.any()) else []
     else:
         seen = reference.visible(lengths, seq_len, reference.causal)[:, None]
         least = torch.finfo(torch.float32).min
         mask = seen if draw.chance() else torch.zeros(seen.shape).masked_fill(~seen, least)
         expected, restarting = lengths, draw.choice((None, position_ids))
         others = [mask[0], mask[:, 0], mask[..., :0], mask.long(), None]
-        others += [~mask if mask.dtype == torch.bool else mask + 1]
+        # Of one token it says that all are padding.
+        if seq_len > 1 or mask.dtype != torch.bool:
+            others += [~mask if mask.dtype == torch.bool else mask + 1]
     marks = padding_of_mask(draw.bad("mask", mask, *[x for x in others if not readable(x)]))
     assert torch.equal(marks, padding)
     given = draw.bad("mask", mask, *others)

@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from dtcp.batch import shard_batch
 from dtcp.cp_utils import build_dsv4_cp_causal_padding_mask
 from dtcp.cp_utils.masks import documents_of_mask
 from dtcp.cp_utils.validation import check_rows, padding_of_mask
+from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.labels import shift_labels
 from dtcp.loss import token_mean_loss
+from dtcp.mixer import batch_metadata
 from dtcp.recurrent import CausalConv1d
 from dtcp.sequence.balance import block_work
 from dtcp.sequence.documents import Documents
@@ -17,6 +20,7 @@ from dtcp.sequence.masks import Causal, Coords, PrefixLM, SlidingWindow, vision_
 from dtcp.sequence.routes import halo_runs, rolled
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.required_keys import required_keys
+from dtcp.sparse.mixer import CompressedSparseAttention, Compression, Prepool
 from dtcp.thd import thd_layout, to_thd
 
 THD = {
@@ -219,3 +223,23 @@ def test_an_inverted_mask_is_not_read_as_padding_A9():
     for read in (lambda mask: documents_of_mask(mask, None, 2, 6), padding_of_mask):
         with pytest.raises(ValueError, match=r"An attention_mask .* got attention_mask of shape"):
             read(~causal)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (1, 6), (6,), (2, 3, 6)], ids="A9-{}".format)
+def test_places_in_a_window_are_as_many_as_its_tokens(shape):
+    """Their number was taken for the window's length: other entries were pooled."""
+    mixer = CompressedSparseAttention(4, Compression(3), scale=1.0)
+    metadata = batch_metadata(mixer, Documents.single(1, 12))
+    q, keys = torch.randn(1, 12, 2, 6), torch.randn(1, 12, 6)
+    tokens = Prepool(keys, keys, torch.randn(shape), lambda pooled, position_ids: pooled)
+    with pytest.raises(ValueError, match=r"got tokens\.bias\.shape=.* give \(3, 6\)"):
+        mixer(q, keys, metadata, sink=torch.zeros(2), tokens=tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids="A6-{}".format)
+@pytest.mark.parametrize("key", ["prefix", "block"])
+def test_what_masks_read_of_a_batch_are_whole_numbers(key, dtype):
+    """2.7 was taken for 2."""
+    batch = {"input_ids": torch.zeros(1, 8).long(), key: torch.full((1, 8), 2.7).to(dtype)}
+    with pytest.raises(TypeError, match=rf"got {key}\.dtype={dtype}"):
+        shard_batch(batch, ParallelMesh(Degrees(), None, *[None] * 7))

@@ -11,6 +11,7 @@ import torch
 from dtcp.batch import shard_batch
 from dtcp.huggingface.batch import shard_hf_batch
 from dtcp.labels import IGNORED, shift_labels
+from dtcp.sequence.buckets import Buckets, MultiplesOf, OneOf, PowersOfTwo
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import (
     documents_of_batch,
@@ -19,7 +20,7 @@ from dtcp.sequence.gate import (
     documents_of_lengths,
     read_padding_mask,
 )
-from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
 from tests.doors.test_fuzz_batches import OneOfMany, of_rows, picked
 from tests.doors.test_fuzz_planning import tokens_of
 from tests.harness.fuzz import run_cases
@@ -96,7 +97,7 @@ def told_batch(draw, documents):
         if key in ("document_ids", "seq_idx"):
             others += [x[:, 1:], x[0], torch.cat((x, x))]
         if key == "seq_lens":
-            others += [torch.cat((x, x)), x[0], x + documents.seq_len, (x * 2).abs() + 1]
+            others += [torch.cat((x, x)), x[0], x.abs() + documents.seq_len + 1]
         if key.startswith("cu"):
             others += [x + 1, x + documents.seq_len * 9]
         batch[key] = draw.bad(key, x, *others)
@@ -214,7 +215,69 @@ def keys_one_by_one(draw):
         assert torch.equal(read_padding_mask(given, rows, seq_len), padding)
 
 
+def a_rule(draw):
+    """A rule, what it rounds to, and the most that it takes."""
+    kind = draw.integer(0, 2)
+    if kind == 0:
+        least = 2 ** draw.integer(0, 3)
+        most = draw.choice((None, least + draw.integer(0, 30)))
+        wrong = [3, 0, -1, 1.5, None]
+        rule = PowersOfTwo(draw.bad("least", least, *wrong), draw.bad("most", most, -1, 0.5, "1"))
+        sizes = [least * 2**power for power in range(8)]
+    elif kind == 1:
+        step = draw.integer(1, 7)
+        most = draw.choice((None, step + draw.integer(0, 30)))
+        rule = MultiplesOf(draw.bad("step", step, 0, -1, 1.5, None), most)
+        sizes = [step * count for count in range(1, 60)]
+    else:
+        sizes = sorted({draw.integer(1, 40) for _ in range(draw.integer(1, 4))})
+        most = sizes[-1]
+        wrong = [(), (0, *sizes), (*sizes, sizes[-1]), list(sizes), (1.5,), None, 4]
+        rule = OneOf(draw.bad("sizes", tuple(sizes), *wrong))
+    if most is not None:
+        sizes = [x for x in sizes if x < most] + [most]
+    return rule, sizes, most
+
+
+def batches_in_buckets(draw):
+    ranks = draw.integer(1, 3)
+    mesh = OneOfMany(ranks, draw.integer(0, ranks - 1))
+    kind = draw.choice((Contiguous, HeadTail, PerDocument, BlockBalanced))
+    alike = kind in (PerDocument, BlockBalanced)
+    rows, seq_len = draw.integer(1, 3), draw.integer(2, 16)
+    documents = Documents(draw.rows(rows, seq_len, alike=alike), seq_len)
+    tokens, sizes, most = a_rule(draw)
+    several = draw.choice((None, OneOf((3, 5)), MultiplesOf(2)))
+    buckets = Buckets(tokens, rows=draw.bad("rows", several, 3, OneOf, "1"))
+    if most is not None and seq_len > most:
+        draw.unsound.append("a row longer than any bucket")
+        draw.is_bad = True
+    if alike and several is not None:
+        draw.may_be_refused("rows of padding beside others, in a layout for rows alike")
+    ids = draw.ids(rows, seq_len)
+    batch = {"input_ids": ids, "position_ids": documents.position_ids()}
+    batch["labels"] = shift_labels(ids, documents)
+    batch["mm_token_type_ids"] = torch.zeros_like(ids)
+    given = draw.bad("buckets", buckets, 256, Buckets, tokens)
+    local, sharded = shard_batch(batch, mesh, kind, documents=documents, buckets=given)
+    more = {None: rows, 3: 3 if rows <= 3 else 5, 2: -(-rows // 2) * 2}
+    count = more[None if several is None else (3 if isinstance(several, OneOf) else 2)]
+    length = min(x for x in sizes if x >= seq_len)
+    length = -(-length // kind.multiple(ranks)) * kind.multiple(ranks)
+    assert (sharded.documents.batch, sharded.layout.seq_len) == (count, length)
+    assert sharded.padding_fraction == 1 - rows * seq_len / (count * length)
+    mine = tokens_of(sharded.layout)[mesh.mine]
+    for key, pad in (("input_ids", 0), ("labels", IGNORED), ("mm_token_type_ids", 0)):
+        expected = picked(batch[key], mine, 1, pad)
+        assert torch.equal(local[key][:rows], expected)
+        assert bool((local[key][rows:] == pad).all())
+    assert sharded.documents.lengths == (*documents.lengths, *[()] * (count - rows))
+    x = draw.floats(rows, seq_len, 2)
+    assert torch.equal(sharded.shard(x)[:rows], picked(x, mine, 1, 0))
+
+
 SUBJECTS = (
+    batches_in_buckets,
     documents_that_keys_tell,
     batches_cut_by_their_keys,
     batches_of_transformers,

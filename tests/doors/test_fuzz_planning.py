@@ -29,8 +29,8 @@ from dtcp.softmax.required_keys import keys_requested_by, required_keys
 from tests.harness import reference
 from tests.harness.fuzz import run_cases
 
-CASES = 1400
-MANY = 36_000
+CASES = 1240
+MANY = 31_000
 NO_INTS = (2.0, None, "3", True)
 NO_TENSORS = (None, [[0, 1]], 3)
 

@@ -41,6 +41,7 @@ from tests.doors.test_fuzz_planning import (
     the_rule,
     tokens_of,
 )
+from tests.doors.test_fuzz_sparse import compressed_attention_across_ranks
 from tests.harness import reference
 from tests.harness.attention_parity import mixer_on, styles
 from tests.harness.fuzz import Tally, run_case
@@ -249,6 +250,13 @@ def tokens_that_move(draw, mesh, known):
             assert torch.equal(moved, picked(whole, expected, dim, 0))
 
 
+def one_rank_reads_nothing(draw, ranks):
+    """Nothing is cut on one rank, so nothing has to be refused there."""
+    if ranks == 1:
+        draw.may_be_refused("one rank")
+        draw.is_bad = False
+
+
 def contexts_of_a_step(draw, mesh, known):
     """F.scaled_dot_product_attention on buffers that the context shards."""
     n, rank = mesh.size(), mesh.get_local_rank()
@@ -263,6 +271,7 @@ def contexts_of_a_step(draw, mesh, known):
     kept = draw.bad("cp_no_restore_buffers", set(), {x}, None)
     method = draw.choice((None, "allgather", "alltoall"))
     method = draw.bad("cp_rotate_method", method, "ring", 3)
+    one_rank_reads_nothing(draw, n)
     with create_context_parallel_ctx(mesh, given, dims, kept, method):
         tokens = tokens_of(HeadTail(seq_len, n))[rank]
         assert torch.equal(buffers[1], x[:, tokens])
@@ -299,6 +308,10 @@ def batches_of_training_loops(draw, mesh, known):
     wrong = [mask[0], mask - 2, mask[:, :0], 3, mask * 2]
     batch["attention_mask"] = draw.bad("attention_mask", mask, *wrong)
     opened, local = make_cp_batch_and_ctx(mesh, batch)
+    if n == 1:
+        one_rank_reads_nothing(draw, n)
+        assert local["labels"] is batch["labels"]
+        return
     padded = -(-seq_len // (2 * n)) * 2 * n
     mine = tokens_of(HeadTail(padded, n))[rank]
     assert torch.equal(local["labels"], picked(ids, mine, 1, IGNORED))
@@ -314,6 +327,7 @@ def targets_of_ranks(draw, mesh, known):
     positions = torch.arange(seq_len)[None]
     wrong = [positions[:, :0], positions[0], positions + 1, positions.double() + 0.5, 3]
     positions = draw.bad("position_ids", positions, *wrong)
+    one_rank_reads_nothing(draw, n)
     context, local, _, length = make_target_cp_ctx(mesh, given, positions)
     with context:
         x = local.double()[..., None].expand(-1, -1, 3)
@@ -357,6 +371,7 @@ SUBJECTS = (
     attention_across_ranks,
     attention_across_ranks,
     rows_of_one_rank,
+    compressed_attention_across_ranks,
     keys_from_values_across_ranks,
     recurrence_across_ranks,
     collectives_of_ranks,

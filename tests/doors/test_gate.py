@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
-from dtcp.batch import DEFAULT_FIELDS, shard_batch
+from dtcp.batch import shard_batch
 from dtcp.cp_utils.deepseek_v4_batch import make_dsv4_contiguous_shard_cp_batch_and_ctx
 from dtcp.cp_utils.gemma4 import make_contiguous_shard_cp_batch_and_ctx
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import documents_of_hf_batch, shard_hf_batch
 from dtcp.labels import IGNORED, shift_labels
+from dtcp.rows import DEFAULT_FIELDS
 from dtcp.sequence.documents import Documents
 from dtcp.thd import to_thd
 

@@ -153,7 +153,7 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda: MoEConfig(num_experts=4, top_k=5, hidden_dim=8), "top_k=5 of num_experts=4"),
     (
         lambda: Gemma4(tiny()).forward(torch.zeros(1, 4).long(), torch.arange(4), {}),
-        r"turns by one position, got position_ids.shape=\(4,\)",
+        r"a position for each token, got position_ids.shape=\(4,\)",
     ),
     (lambda: replace(tiny(), per_layer_dim=4), "per_layer_vocab_size=0"),
     (

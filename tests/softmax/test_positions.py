@@ -66,7 +66,7 @@ def test_positions_of_another_batch_stop_every_rank(mesh):
         rotated(mixer, local["position_ids"], sharded.attn_metadata)
         shard = torch.arange(SEQ_LEN // 2)[None]
         for position_ids in (shard, shard + 1):
-            with pytest.raises(RuntimeError, match=OTHERS):
+            with pytest.raises(ValueError, match=OTHERS):
                 rotated(mixer, position_ids, sharded.attn_metadata)
         several = local["position_ids"].expand(3, 1, -1)
         refused("one position per token", lambda: rotated(mixer, several, sharded.attn_metadata))  # noqa: B023
@@ -81,7 +81,7 @@ def test_position_ids_on_one_device_are_those_of_the_metadata():
     model, own = nn.ModuleList([KeysFromValues(Causal())]), WHOLE.position_ids()
     attn_metadata = batch_metadata(model, WHOLE, position_ids=3 * own)
     rotated(model[0], 3 * own, attn_metadata)
-    with pytest.raises(RuntimeError, match=OTHERS):
+    with pytest.raises(ValueError, match=OTHERS):
         rotated(model[0], own, attn_metadata)
 
 

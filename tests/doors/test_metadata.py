@@ -42,7 +42,7 @@ class Declared(Mask):
     _sees, _interval = Undeclared._sees, Undeclared._interval
 
 
-def test_masks_that_hold_more_than_their_fields_are_refused():
+def test_masks_that_hold_more_than_their_fields_are_refused_A1():
     """Two of them would share metadata, and the second layer would see what the first does."""
     with pytest.raises(TypeError, match=r"Undeclared that holds \['size'\].*as fields"):
         SoftmaxAttention(Undeclared(2))
@@ -50,7 +50,7 @@ def test_masks_that_hold_more_than_their_fields_are_refused():
         SoftmaxAttention(Causal() & Undeclared(2))
 
 
-def test_masks_of_a_users_own_read_their_own_metadata():
+def test_masks_of_a_users_own_read_their_own_metadata_A1():
     model = torch.nn.ModuleList(SoftmaxAttention(Declared(size)) for size in (2, 8, 2))
     metadata = batch_metadata(model, Documents.single(1, 16))
     assert len(metadata) == 2
@@ -66,7 +66,7 @@ def test_masks_of_a_users_own_read_their_own_metadata():
         )
 
 
-def test_subclasses_differ_from_their_base():
+def test_subclasses_differ_from_their_base_A1():
     """Of equal fields, but of another meaning."""
 
     @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def test_subclasses_differ_from_their_base():
     assert metadata_key(Causal() & SlidingWindow(3)) != metadata_key(Causal() | SlidingWindow(3))
 
 
-def test_kinds_of_mixers_do_not_share_metadata():
+def test_kinds_of_mixers_do_not_share_metadata_A1():
     pair = torch.nn.ModuleList([SoftmaxAttention(Causal()), KeysFromValues(Causal())])
     assert len(batch_metadata(pair, Documents.single(1, 8))) == 2
 
@@ -93,7 +93,7 @@ def test_a_field_without_a_hash_is_refused():
         metadata_key(Listed({}))
 
 
-def test_metadata_of_another_model_are_refused():
+def test_metadata_of_another_model_are_refused_A1():
     metadata = batch_metadata(SoftmaxAttention(SlidingWindow(3)), Documents.single(1, 8))
     x = torch.zeros(1, 8, 1, 4)
     with pytest.raises(ValueError, match="got none for SoftmaxAttention, Causal"):

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from dtcp.batch import shard_batch
-from dtcp.distributed.mesh import ParallelMesh
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.huggingface import causal_lm_loss
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.mixer import batch_metadata
+from dtcp.parallelize import parallelize_hf
 from dtcp.plan import apply_plan
 from dtcp.recurrent import CausalConv1d, CausalConvCP, GatedDeltaCP, GatedDeltaRule
 from dtcp.sequence.documents import Documents
@@ -15,6 +17,8 @@ from dtcp.sequence.masks import Bidirectional, Causal
 from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.mixer import SoftmaxAttention
 from tests.harness.attention_parity import refused
+from tests.harness.hf_models import build
+from tests.harness.parity import gradients
 from tests.harness.spmd import spmd
 
 WHOLE = Documents.single(2, 24)
@@ -37,7 +41,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("inputs", "match", "error"), WRONG)
-def test_operands_of_attention_fit_together_on_one_device(inputs, match, error):
+def test_operands_of_attention_fit_together_on_one_device_A2(inputs, match, error):
     mixer = SoftmaxAttention(Bidirectional())
     metadata = batch_metadata(mixer, WHOLE)
     with pytest.raises(error, match=match):
@@ -46,7 +50,7 @@ def test_operands_of_attention_fit_together_on_one_device(inputs, match, error):
 
 @pytest.mark.parametrize("style", [RingAttention(), AllGatherAttention(), UlyssesAttention()])
 @spmd(ranks=2)
-def test_operands_of_attention_fit_together_on_every_rank(mesh, style):
+def test_operands_of_attention_fit_together_on_every_rank_A2(mesh, style):
     """Longer keys would be cut, shorter ones read past their end, other dtypes never arrive."""
     mixer = SoftmaxAttention(Bidirectional())
     apply_plan(torch.nn.ModuleList([mixer]), mesh, {"0": style})
@@ -68,7 +72,7 @@ def test_operands_of_attention_fit_together_on_every_rank(mesh, style):
 
 
 @spmd(ranks=2)
-def test_operands_of_recurrent_mixers_fit_together_on_every_rank(mesh):
+def test_operands_of_recurrent_mixers_fit_together_on_every_rank_A2(mesh):
     rule, conv = GatedDeltaRule(), CausalConv1d(3)
     layer = torch.nn.ModuleList([rule, conv])
     apply_plan(layer, mesh, {"0": GatedDeltaCP(), "1": CausalConvCP()})
@@ -86,7 +90,7 @@ def test_operands_of_recurrent_mixers_fit_together_on_every_rank(mesh):
 
 
 @spmd(ranks=2)
-def test_a_batch_without_a_valid_token_has_zero_loss_and_gradients(mesh):
+def test_a_batch_without_a_valid_token_has_zero_loss_and_gradients_A4(mesh):
     """Divided by the count of 0, both would be NaN."""
     logits = torch.randn(2, 6, 9, dtype=torch.float64, requires_grad=True)
     labels = torch.full((2, 6), -100)
@@ -99,6 +103,17 @@ def test_a_batch_without_a_valid_token_has_zero_loss_and_gradients(mesh):
     count = global_token_count(labels, mesh)
     share = token_mean_loss(logits, labels, count)
     assert count == 2 and (share > 0) == bool(mesh.get_local_rank())
+
+
+@spmd(ranks=2)
+def test_a_batch_of_transformers_without_a_valid_label_has_zero_loss_and_gradients_A4(mesh):
+    mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    model = parallelize_hf(build("llama"), mesh)
+    ids = torch.randint(1, 64, (2, 16))
+    batch = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    loss = causal_lm_loss(model, batch, mesh)
+    loss.backward()
+    assert loss == 0 and not any(bool(grad.any()) for grad in gradients(model).values())
 
 
 def test_masks_of_causal_models_are_still_answered():
