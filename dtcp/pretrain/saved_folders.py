@@ -99,7 +99,12 @@ class SavedFolders:
             except ValueError:
                 aside = self.set_aside([final])
                 said = f"moved       {final.name} to {aside}: it is in the way, and no save of ours"
-        staging.rename(final)
+        try:
+            staging.rename(final)
+        except OSError:
+            if hidden is not None:
+                hidden.rename(final)
+            raise
         sync_folder(final.parent)
         if hidden is not None:
             shutil.rmtree(hidden, ignore_errors=True)

@@ -159,7 +159,7 @@ def test_survive_E5_hugging_face_weights_of_more_layers_are_refused(published):
     """They would be ignored: the model would be the lower part of another."""
     with pytest.raises(ValueError, match=r"takes every weight .*got model.layers.1.* and \d+ more"):
         read(published, num_layers=1)
-    assert read(published, "model.layers.1.*", num_layers=1)
+    assert read(published, "model.layers.[1-9]*", num_layers=1)
 
 
 def test_survive_E5_hugging_face_weights_of_another_shape_are_refused(published):

@@ -5,6 +5,7 @@ checkpoints around a small model. Ranks are in test_survive_kill.py.
 """
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -212,7 +213,6 @@ def test_torn_E3_without_checksums_sizes_and_small_files_are_compared(folder, mo
     assert run.step == 6 and "no checksums" in capsys.readouterr().out
     cut_shard(folder / "checkpoint/step-6")
     assert SmallRun(folder, verify_checksums=False).resume().step == 4
-    metadata_of_another_step(folder / "checkpoint/step-4")
     flipped_metadata(folder / "checkpoint/step-4")
     assert SmallRun(folder, verify_checksums=False).resume().step == 2
 
@@ -261,7 +261,7 @@ def test_torn_E3_a_re_save_that_is_cut_leaves_a_whole_step(folder, monkeypatch, 
     # torch renames its metadata by itself, first.
     renames = iter(range(-1, 10))
     monkeypatch.setattr(Path, "rename", cut)
-    with pytest.raises(Cut):
+    with pytest.raises(ValueError, match="Cut"):
         run.checkpoints.save(6)
     monkeypatch.undo()
     again = SmallRun(folder).resume()
@@ -295,7 +295,7 @@ def test_survive_E4_only_what_the_run_wrote_is_deleted(tmp_path):
     run = SmallRun(tmp_path, keep_latest_k=2).resume()
     assert run.step == 2
     run.train(10).checkpoints.close()
-    assert all(path.exists() for path in before)
+    assert all(os.path.lexists(path) for path in before)
     assert SavedFolders(run.root).whole() == [8, 10]
     assert SmallRun(tmp_path, keep_latest_k=2).resume().step == 10
 
