@@ -8,7 +8,6 @@ all of it is on the disk (checkpoint_writer, saved_folders); a start looks for t
 
 import re
 import uuid
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from torchtitan.components.checkpointer.base import (
 from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools.utils import GarbageCollection
 
-from dtcp.checkpoint import SafeLoadPlanner, SafeReader
+from dtcp.checkpoint import SafeHuggingFaceReader, SafeLoadPlanner, SafeReader
 from dtcp.pretrain.checkpoint_choice import agree, choose, first_rank, verified
 from dtcp.pretrain.checkpoint_fit import Fingerprinted, refuse_other_model
 from dtcp.pretrain.checkpoint_writer import CheckpointWriter
@@ -80,8 +79,9 @@ class Checkpoints(CheckpointManager):
         Raises:
             ValueError: there is none that is whole, or it is of another model, data or run.
         """
-        if first_rank() and not self.load_only:
-            self.folders.clear()
+        if not self.load_only:
+            agree(self.folders.clear)
+            agree(SavedFolders(self.folders.root.parent).clear)
         choice = choose(self.folders, step, checksums=self.checksums)
         if choice is None:
             return self._start()
@@ -136,6 +136,8 @@ class Checkpoints(CheckpointManager):
     ) -> None:
         path = Path(checkpoint_id)
         if from_quantized:
+            # torchtitan's reader knows scales; that the files are whole and in place is known here.
+            SafeHuggingFaceReader(path)
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
         elif from_hf:
             weights = read_hf_weights(self.sd_adapter, state_dict, path, ignore=self.hf_ignore)
@@ -187,11 +189,7 @@ class Checkpoints(CheckpointManager):
         holds: Holds = "state" if TRAIN_STATE in state_dict else "weights"
         manifest = self._manifest("huggingface" if to_hf else holds)
         if to_hf:
-            staging = self.folders.staging(final.name, manifest.save)
-            super().dcp_save(state_dict, str(staging), AsyncMode.DISABLED, to_hf=True)
-            self._publish(
-                staging, final, manifest, lambda: complete_export(staging, self.sd_adapter, {})
-            )
+            self._save_hf(state_dict, final, manifest, {})
             return None
         writer = CheckpointWriter(self.folders, final.name, manifest=manifest)
         if async_mode == AsyncMode.DISABLED:
@@ -233,8 +231,11 @@ class Checkpoints(CheckpointManager):
         say(f"saved       {self.folders.path(step)}")
         if not self.keep_latest_k or not first_rank():
             return
-        for path in self.folders.remove(self.folders.whole()[: -self.keep_latest_k]):
-            self.purge_queue.put(str(path))
+        try:
+            for path in self.folders.remove(self.folders.whole()[: -self.keep_latest_k]):
+                self.purge_queue.put(str(path))
+        except OSError as error:
+            say(f"kept        older checkpoints, which cannot be removed ({error})")
 
     def _purge_stale_checkpoints(self) -> None:
         """Done by `_after_save`: a save in the background is not there yet when this is called."""
@@ -274,26 +275,28 @@ class Checkpoints(CheckpointManager):
             for name, value in state.items()
             if value.is_floating_point()
         }
-        manifest = self._manifest("huggingface")
-        staging = self.folders.staging(final.name, manifest.save)
-        super().dcp_save(weights, str(staging), AsyncMode.DISABLED, to_hf=True)
         others = {name: _whole(value) for name, value in state.items() if name not in weights}
-        self._publish(
-            staging, final, manifest, lambda: complete_export(staging, self.sd_adapter, others)
-        )
+        self._save_hf(weights, final, self._manifest("huggingface"), others)
         say(f"exported    {final}")
 
-    def _publish(
-        self, staging: Path, final: Path, manifest: Manifest, complete: Callable[[], None]
+    def _save_hf(
+        self, weights: dict[str, Any], final: Path, manifest: Manifest, others: dict[str, Any]
     ) -> None:
-        """On the first rank, make a folder visible that torchtitan has written."""
-        said = ""
-        if first_rank():
-            complete()
+        """torchtitan's files of safetensors, written beside on the same file system."""
+        folders = SavedFolders(final.parent)
+        staging = folders.staging(final.name, manifest.save)
+        super().dcp_save(weights, str(staging), AsyncMode.DISABLED, to_hf=True)
+
+        def publish() -> str:
+            complete_export(staging, self.sd_adapter, others)
             sync_files(staging)
-            replace(manifest, files=record_files(staging)).write(staging)
-            said = self.folders.publish(staging, final)
-        if agree(lambda: said):
+            # The weights; a config may be edited by hand.
+            files = record_files(staging, ".safetensors", ".safetensors.index.json")
+            replace(manifest, files=files).write(staging)
+            return folders.publish(staging, final)
+
+        said = agree(publish)
+        if said:
             say(said)
 
     def _refuse_unfit(self, manifest: Manifest) -> None:

@@ -38,11 +38,27 @@ def first_rank() -> bool:
 
 
 def agree(decide: Callable[[], T]) -> T:
-    """What the first rank decides, on every rank."""
-    values = [decide() if first_rank() else None]
+    """What the first rank decides or does, on every rank.
+
+    Raises:
+        ValueError: it could not, for want of a file or a right. On every rank alike.
+    """
+    outcome: list[T | _Failure | None] = [None]
+    if first_rank():
+        try:
+            outcome = [decide()]
+        except (OSError, ValueError) as error:
+            outcome = [_Failure(str(error))]
     if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return cast("T", values[0])
+        dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], _Failure):
+        raise ValueError(outcome[0].text)
+    return cast("T", outcome[0])
+
+
+@dataclass(frozen=True)
+class _Failure:
+    text: str
 
 
 def choose(folders: SavedFolders, step: int, *, checksums: bool) -> Choice | None:
@@ -95,7 +111,10 @@ def verified(folder: Path, *, checksums: bool) -> Manifest | None:
     manifest = read_manifest(folder)
     problem = misfit(folder, manifest) or changed(folder, manifest, checksums=checksums)
     if problem:
-        raise ValueError(f"A run starts from a whole folder of weights, got {problem}.")
+        raise ValueError(
+            f"A run starts from a whole folder of weights, got {problem}: take another, or remove "
+            f"its {NAME} if the change is yours."
+        )
     return manifest
 
 

@@ -97,10 +97,14 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def record_files(folder: Path) -> dict[str, FileRecord]:
-    """Every file of a folder that was written by somebody else's code, read once more."""
+def record_files(folder: Path, *suffixes: str) -> dict[str, FileRecord]:
+    """Files of a folder that somebody else's code wrote, read once more; by name's end, or all."""
     paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != NAME)
-    return {path.name: FileRecord(path.stat().st_size, checksum(path)) for path in paths}
+    return {
+        path.name: FileRecord(path.stat().st_size, checksum(path))
+        for path in paths
+        if not suffixes or path.name.endswith(suffixes)
+    }
 
 
 def misfit(folder: Path, manifest: Manifest) -> str:

@@ -9,6 +9,7 @@ Nothing is assumed of the file system but that a rename within it happens as a w
 fsync brings data onto the disk.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -108,6 +109,10 @@ class SavedFolders:
         sync_folder(final.parent)
         if hidden is not None:
             shutil.rmtree(hidden, ignore_errors=True)
+        for parent in (self.root / SAVING, self.root / REMOVING):
+            # Tidy where nothing else is on its way.
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         return said
 
     def _is_whole(self, step: int) -> bool:
@@ -122,7 +127,7 @@ class SavedFolders:
         if path.is_symlink() or not re.fullmatch(r"[0-9a-f]{32}", save):
             raise ValueError(f"{path} is not a folder that a run has made")
         hidden = self.root / REMOVING / f"{path.name}.{save}"
-        hidden.parent.mkdir(exist_ok=True)
+        hidden.parent.mkdir(parents=True, exist_ok=True)
         if hidden.exists():
             shutil.rmtree(hidden)
         path.rename(hidden)

@@ -13,7 +13,6 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from dtcp.torchtitan import compat as compat
 
@@ -26,21 +25,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 from dtcp.checkpoint import SafeHuggingFaceReader, SafeLoadPlanner, SafeReader
 from dtcp.checkpoint.metadata import parse_metadata, read_metadata
 from dtcp.pretrain.tokenizer import Tokenizer
-from tests.harness.small_run import SmallRun, forge_manifest
+from tests.harness.small_run import Payload, SmallRun, forge_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-
-class Payload:
-    """Leaves a file where it is unpickled, and gives something innocent back."""
-
-    def __init__(self, trace: Path, call: str = "open") -> None:
-        self.trace, self.call = str(trace), call
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self.call == "open":
-            return open, (self.trace, "w")
-        return os.system, (f"touch {self.trace}",)
 
 
 @pytest.fixture

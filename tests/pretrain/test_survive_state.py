@@ -293,7 +293,7 @@ def test_survive_E9_a_disk_that_fills_up_is_one_sentence_and_the_last_step_stays
     with failing_writes(), pytest.raises(ValueError, match=r"at step=4 in .*is of step 2; make"):
         run.train(4)
     assert SavedFolders(run.root).steps() == [2]
-    assert not list((run.root / ".saving").iterdir())
+    assert not list(run.root.glob(".saving/*"))
     # With room again, the run goes on.
     assert SmallRun(tmp_path).resume().train(4).checkpoints.newest().endswith("step 4")
 
