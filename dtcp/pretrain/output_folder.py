@@ -1,5 +1,6 @@
 """Whether a run can write what it is going to, told before any rank starts."""
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -26,16 +27,22 @@ def check_output(config: Any) -> None:
     if saves:
         _check_settings(config)
     folder = folder / config.checkpoint.folder if saves else folder
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_trial(folder)
+        if saves and not config.checkpoint.load_only:
+            _check_room(folder, config)
     except OSError as error:
         raise ValueError(
             f"A run writes into its folder, got {folder} ({error.strerror}): mend it, or choose "
             f"another --dump_folder."
         ) from error
-    if saves and not config.checkpoint.load_only:
-        _check_room(folder, config)
+    finally:
+        # A run that is refused for something else leaves nothing.
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _check_settings(config: Any) -> None:
