@@ -5,8 +5,9 @@
 
 One process saves and loads weights and two moments of AdamW, in turn with torch's own writer and
 reader and with ours, into a folder on the disk (written through, with fsync) and into one in
-memory, where nothing hides what the processor does. Loads read what is in the page cache. What was
-loaded is compared with what was saved before anything is reported.
+memory, where nothing hides what the processor does. Loads read what is in the page cache. Seconds
+of the clock are what a run waits; seconds of the processor, user and system, do not depend on who
+else uses the machine. What was loaded is compared with what was saved before anything is reported.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from dtcp.pretrain.manifest import Manifest
 from dtcp.pretrain.saved_folders import SavedFolders
 
 LAYERS = 32
-HEAD = ("", "torch alone, s", "ours, s", "ours / torch, pairs", "of which")
+HEAD = ("", "torch alone, s", "ours, s", "ours / torch, pairs", "processor, s", "of which")
 State = Mapping[str, Tensor]
 
 
@@ -63,42 +64,52 @@ def _measure(name: str, state: State, folder: Path, repeats: int) -> list[tuple[
     folders = SavedFolders(folder / "ours")
     plain = folder / "plain/step-1"
     saves = _in_turn(partial(_save_plain, state, plain), partial(_save, state, folders), repeats)
-    seconds, total = _seconds(partial(not_finite, state)), sum(x.nbytes for x in state.values())
+    look, total = _took(partial(not_finite, state)), sum(x.nbytes for x in state.values())
     loaded = {key: torch.empty_like(x) for key, x in state.items()}
     loads = _in_turn(partial(_load_plain, loaded, plain), partial(_load, loaded, folders), repeats)
     if not all(torch.equal(loaded[key], x) for key, x in state.items()):
         raise SystemExit("What was loaded is not what was saved.")
-    verify = _seconds(partial(choose, folders, -1, checksums=True))
+    verify = _took(partial(choose, folders, -1, checksums=True))
     size = f"{total / 1e9:.2f} GB"
     return [
-        _row(f"save {size}, {name}", *saves, f"look for NaN {seconds:.3f} s"),
-        _row(f"load {size}, {name}", *loads, f"checksums {verify:.3f} s"),
+        _row(f"save {size}, {name}", *saves, f"look for NaN {look.processor:.3f}"),
+        _row(f"load {size}, {name}", *loads, f"checksums {verify.processor:.3f}"),
     ]
 
 
-def _row(name: str, torchs: list[float], ours: list[float], part: str) -> tuple[str, ...]:
-    ratios = [mine / theirs for mine, theirs in zip(ours, torchs, strict=True)]
+@dataclass(frozen=True)
+class Took:
+    """Seconds by the clock, and of the processor."""
+
+    clock: float
+    processor: float
+
+
+def _row(name: str, torchs: list[Took], ours: list[Took], part: str) -> tuple[str, ...]:
+    ratios = [mine.clock / theirs.clock for mine, theirs in zip(ours, torchs, strict=True)]
+    clocks = [f"{statistics.median(x.clock for x in took):.3f}" for took in (torchs, ours)]
+    processor = [f"{statistics.median(x.processor for x in took):.3f}" for took in (torchs, ours)]
     spread = f"{statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    return name, *(f"{statistics.median(x):.3f}" for x in (torchs, ours)), spread, part
+    return name, *clocks, spread, " and ".join(processor), part
 
 
 def _in_turn(
     first: Callable[[], object], second: Callable[[], object], repeats: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of both, measured in turn, after one warm-up each; who goes first alternates."""
-    times: tuple[list[float], list[float]] = ([], [])
+) -> tuple[list[Took], list[Took]]:
+    """What both took, measured in turn, after one warm-up each; who goes first alternates."""
+    times: tuple[list[Took], list[Took]] = ([], [])
     for work in (first, second):
         work()
     for number in range(repeats):
         for which in ((0, 1), (1, 0))[number % 2]:
-            times[which].append(_seconds((first, second)[which]))
+            times[which].append(_took((first, second)[which]))
     return times
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _took(work: Callable[[], object]) -> Took:
+    clock, processor = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return Took(time.perf_counter() - clock, time.process_time() - processor)
 
 
 def _save_plain(state: State, folder: Path) -> None:
@@ -112,7 +123,7 @@ def _save(state: State, folders: SavedFolders) -> None:
     if not_finite(state):
         raise SystemExit("The state is not finite.")
     manifest = Manifest(step=1, run=uuid.uuid4().hex, save=uuid.uuid4().hex, holds="state")
-    writer = CheckpointWriter(folders, "step-1", manifest=replace(manifest))
+    writer = CheckpointWriter(folders, "step-1", manifest=manifest)
     dcp.save(dict(state), storage_writer=writer)
 
 
