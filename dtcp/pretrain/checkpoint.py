@@ -7,6 +7,7 @@ all of it is on the disk (checkpoint_writer, saved_folders); a start looks for t
 """
 
 import re
+import threading
 import uuid
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -168,6 +169,7 @@ class Checkpoints(CheckpointManager):
             self._after_save(curr_step)
         else:
             say(f"saving      {self.folders.path(curr_step)} in the background")
+            self._told = threading.Event()
             self.save_future.add_done_callback(lambda done: self._in_background(curr_step, done))
         return bool(saved)
 
@@ -176,6 +178,8 @@ class Checkpoints(CheckpointManager):
             super()._wait_for_saving()
         except CheckpointException as error:
             raise ValueError(self._explain_save(-1, error)) from error
+        # The future wakes who waits for it before it calls back.
+        self._told.wait()
 
     def dcp_save(
         self,
@@ -224,8 +228,11 @@ class Checkpoints(CheckpointManager):
 
     def _in_background(self, step: int, done: Future[Any]) -> None:
         # A failure is raised where the future is waited for, on every rank.
-        if done.exception() is None:
-            self._after_save(step)
+        try:
+            if done.exception() is None:
+                self._after_save(step)
+        finally:
+            self._told.set()
 
     def _after_save(self, step: int) -> None:
         say(f"saved       {self.folders.path(step)}")

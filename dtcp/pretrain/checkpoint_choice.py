@@ -158,11 +158,11 @@ def _explain(
             f"A run goes on from a step that was saved, got --checkpoint.load_step {step} for "
             f"{folders.root} with whole checkpoints of steps {list(whole)}: name one of them."
         )
-    before = [s for s in whole if s != step]
+    sound = [s for s in whole if s != step]
+    back = max([s for s in sound if s < step] or sound, default=None)
     remedy = (
-        f"go back to step {max([s for s in before if s < step] or before)} with "
-        f"--checkpoint.load_step"
-        if before
-        else "choose another --dump_folder"
+        "choose another --dump_folder"
+        if back is None
+        else f"go back to step {back} with --checkpoint.load_step {back}"
     )
     return f"A run goes on from a whole checkpoint, got {problems[0]}; {remedy}."

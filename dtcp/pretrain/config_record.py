@@ -12,7 +12,7 @@ def config_record(config: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for key, value in config.to_dict().items():
         if key not in LEFT_OUT:
-            _flatten(key, value, found)
+            _walk(key, value, found)
     return found
 
 
@@ -25,12 +25,12 @@ def config_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[st
     ]
 
 
-def _flatten(name: str, value: Any, found: dict[str, str]) -> None:
+def _walk(name: str, value: Any, found: dict[str, str]) -> None:
     if isinstance(value, dict):
         for key, inner in value.items():
-            _flatten(f"{name}.{key}", inner, found)
+            _walk(f"{name}.{key}", inner, found)
     elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
         for number, inner in enumerate(value):
-            _flatten(f"{name}.{number}", inner, found)
+            _walk(f"{name}.{number}", inner, found)
     else:
         found[name] = str(value)
