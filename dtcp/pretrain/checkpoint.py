@@ -6,6 +6,7 @@ all of it is on the disk (checkpoint_writer, saved_folders); a start looks for t
 (checkpoint_choice); nothing that a folder holds is run (dtcp.checkpoint).
 """
 
+import pickle
 import re
 import threading
 import uuid
@@ -358,6 +359,11 @@ class Checkpoints(CheckpointManager):
         if isinstance(first, ValueError) and str(first).startswith("A checkpoint "):
             # Of our planner, which knows the entry and not the folder.
             return f"{str(first).rstrip('.')} ({path}); {self._way_back(step)}."
+        if isinstance(first, pickle.UnpicklingError):
+            return (
+                f"A checkpoint holds data and no code, got a tensor in {path} that torch refuses "
+                f"to read as data: nothing of it was run; {self._way_back(step)}."
+            )
         return (
             f"A checkpoint holds the whole state of this model, got {path} ({_cause(error)}): it "
             f"is damaged, or of another model; {self._way_back(step)}."

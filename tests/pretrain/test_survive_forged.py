@@ -73,6 +73,11 @@ def code_in_an_entry(step: Path, payload: Payload, name: str = "train_state.step
     (step / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def code_in_a_tensor(step: Path, payload: Payload) -> None:
+    """Where torch has read a tensor with weights_only before it looks at its kind."""
+    code_in_an_entry(step, payload, name="1.weight")
+
+
 def code_in_a_pickle_in_an_entry(step: Path, payload: Payload) -> None:
     """Bytes, which weights_only lets through, and torchtitan's data loaders unpickle."""
     code_in_an_entry(step, pickle.dumps(payload), name="dataloader.document")
@@ -110,6 +115,7 @@ FORGERIES = [
     code_in_a_protocol_of_1996,
     code_in_an_entry,
     code_in_a_pickle_in_an_entry,
+    code_in_a_tensor,
     path_upward,
     path_absolute,
     link_out,
