@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch._utils import _get_available_device_type
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group, _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
@@ -275,6 +277,15 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+# Checkpoints.
+
+StorageInfo = _StorageInfo
+"""File, offset and length of an entry, as a checkpoint's metadata hold them (2.11-2.15)."""
+
+set_nested = set_element
+"""Sets a value in nested dicts and lists by its path, as load planners do (2.11-2.15)."""
 
 
 # What torchtitan's adapter needs of torch.

@@ -69,7 +69,7 @@ def lines(report: CheckReport, options: CheckOptions) -> list[str]:
     if mixing.refused:
         return [*text, "refused:", *(f"  {line}" for line in mixing.refused), "FAILED"]
     for name, result in report.runs.items():
-        text += [f"{name}, rank 0:", *_result_lines(result)]
+        text += [f"{name}, errors of all ranks, traffic of rank 0:", *_result_lines(result)]
         text += [f"  OUT OF BOUND {key}: {e:.1e}" for key, e in report.failures(name).items()]
     return [*text, "PASSED" if report.passed else "FAILED"]
 

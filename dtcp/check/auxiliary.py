@@ -1,32 +1,42 @@
 """Losses that modules keep as attributes for a trainer to add: of balance, of routers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
-    """What the last forward left on modules: single numbers with a gradient, by their names."""
+def auxiliary_losses(model: nn.Module, before: Collection[Tensor] = ()) -> dict[str, Tensor]:
+    """What a forward left on modules: single numbers with a gradient, by their names.
+
+    Args:
+        before: what the forwards before it had left, in a list that grows for one.
+    """
+    known = {id(loss) for loss in before}
     return {
         f"auxiliary loss {name}": loss
         for part, module in model.named_modules()
         for key, value in vars(module).items()
         # Parameters, buffers and submodules, which are no losses.
-        if not key.startswith(("_parameters", "_buffers", "_modules"))
-        for name, loss in _losses(f"{part}.{key}".lstrip("."), value)
+        if key not in ("_parameters", "_buffers", "_modules")
+        for name, loss in _losses(f"{part}.{key}".lstrip("."), value, known)
     }
 
 
-def _losses(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+def _losses(name: str, value: Any, known: Collection[int]) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
-        if value.grad_fn is not None and value.numel() == 1 and value.is_floating_point():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            yield name, whole.reshape(())
+        if id(value) not in known and value.grad_fn is not None and value.numel() == 1:
+            yield name, value
     elif isinstance(value, Mapping):
         for key, part in value.items():
-            yield from _losses(f"{name}[{key!r}]", part)
+            yield from _losses(f"{name}[{key!r}]", part, known)
     elif isinstance(value, list | tuple):
-        for index, part in enumerate(value):
-            yield from _losses(f"{name}[{index}]", part)
+        new = [part for part in value if id(part) not in known]
+        for index, part in enumerate(new):
+            yield from _losses(f"{name}[{index}]", part, known)
+
+
+def whole(loss: Tensor) -> Tensor:
+    """A loss as a number: [], the same on all ranks of tp."""
+    return (loss.full_tensor() if isinstance(loss, DTensor) else loss).reshape(())

@@ -99,7 +99,9 @@ def imported(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     if not name:
         raise ValueError(f"A function is named module:function, got {path!r}: add its name.")
-    function: Callable[..., Any] | None = getattr(importlib.import_module(module), name, None)
+    with own_errors(f"{module} is imported", "correct it, or the path of Python (PYTHONPATH)"):
+        found = importlib.import_module(module)
+    function: Callable[..., Any] | None = getattr(found, name, None)
     if function is None:
         raise ValueError(
             f"A function is named module:function, got {path!r}: {module} has no {name}."

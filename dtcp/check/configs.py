@@ -47,11 +47,13 @@ def small_config(source: str, change: Mapping[str, Any]) -> SmallConfig:
     Configs inside of a config (text_config, vision_config) are shrunk with it.
 
     Args:
-        source: a model type of transformers, or the path of a config.json.
+        source: a model type of transformers, or the path of a config.json or of its folder.
         change: values of fields, in the small config too; "text_config.field" for one inside.
     Raises:
         ValueError: no such file, model type or field, or values that the config refuses.
     """
+    if Path(source).is_dir():
+        source = str(Path(source, "config.json"))
     is_file = source.endswith(".json")
     given = _related(_read(source)) if is_file else {"model_type": source}
     whole = _made(given)

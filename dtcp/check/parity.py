@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from dtcp.batch import shard_batch
-from dtcp.check.auxiliary import auxiliary_losses
+from dtcp.check.auxiliary import auxiliary_losses, whole
 from dtcp.check.checked_model import CheckedModel, vocabulary
 from dtcp.check.collective_calls import CollectiveCalls
 from dtcp.compile import Graphs, count_graphs
@@ -87,9 +87,7 @@ def compare(
     Raises:
         ValueError: a step on one device that proves nothing: no gradient, or one not finite.
     """
-    reference = seeded(checked)
-    rows, expected = _on_one_device(checked, reference, mesh, options)
-
+    reference, rows, expected = _on_one_device(checked, mesh, options)
     model = checked.parallelize(seeded(checked), mesh, options.style, compile)
     by_layer: dict[str, OpCount] = {}
     others = CollectiveCalls()
@@ -187,18 +185,21 @@ def _labels(row: _Row, width: int) -> Tensor:
 
 
 def _on_one_device(
-    checked: CheckedModel, model: nn.Module, mesh: ParallelMesh, options: CheckOptions
-) -> tuple[list[_Row], dict[str, Tensor]]:
-    """The rows of all batch ranks, and the losses on them; fills the model's gradients.
+    checked: CheckedModel, mesh: ParallelMesh, options: CheckOptions
+) -> tuple[nn.Module, list[_Row], dict[str, Tensor]]:
+    """The model with its gradients, the rows of all batch ranks, and the losses on them.
 
     Rows are single documents where modules keep losses of their own: a model that is run on one
     document after the other would not say what it keeps of the whole row.
     """
-    vocab_size, indices = vocabulary(model), range(mesh.size("batch"))
-    rows = [_row(vocab_size, options.seq_len, index, packed=True) for index in indices]
+    model, indices = seeded(checked), range(mesh.size("batch"))
+    size = vocabulary(model)
+    rows = [_row(size, options.seq_len, index, packed=True) for index in indices]
     losses = _losses(checked, model, rows)
     if len(losses) > 1:
-        rows = [_row(vocab_size, options.seq_len, index, packed=False) for index in indices]
+        # Anew: a loss may add itself to those before.
+        model = seeded(checked)
+        rows = [_row(size, options.seq_len, index, packed=False) for index in indices]
         losses = _losses(checked, model, rows)
     sum(losses.values(), torch.zeros(())).backward()
     values = {name: loss.detach() for name, loss in losses.items()}
@@ -213,21 +214,22 @@ def _on_one_device(
             f"A step to compare has gradients on one device, got none in {type(model).__name__}: "
             f"its logits depend on no parameter that is trained."
         )
-    return rows, values
+    return model, rows, values
 
 
 def _losses(checked: CheckedModel, model: nn.Module, rows: list[_Row]) -> dict[str, Tensor]:
     """The mean loss over the tokens of all rows, and the sums of what modules keep of each row."""
     per_token, kept = [], dict[str, Tensor]()
     for row in rows:
+        before = auxiliary_losses(model).values()
         logits = _two_or_more(
             checked.logits_on_one_device(model, row.input_ids, row.documents)
         ).flatten(0, 1)
         labels = _labels(row, logits.shape[-1]).flatten()
         losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
         per_token.append(losses[labels != IGNORED])
-        for name, loss in auxiliary_losses(model).items():
-            kept[name] = kept[name] + loss if name in kept else loss
+        for name, loss in auxiliary_losses(model, before).items():
+            kept[name] = kept.get(name, torch.zeros(())) + whole(loss)
     return {"loss": torch.cat(per_token).mean(), **kept}
 
 
@@ -243,7 +245,8 @@ def _on_mesh(
     labels = local["labels"]
     labels = labels.where(labels == IGNORED, labels % logits.shape[-1])
     share = token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
-    losses = {"loss": share, **auxiliary_losses(model)}
+    kept = {name: whole(loss) for name, loss in auxiliary_losses(model).items()}
+    losses = {"loss": share, **kept}
     sum(losses.values(), torch.zeros(())).backward()
     shares = {name: loss.detach() for name, loss in losses.items()}
     if mesh.loss is not None:
@@ -279,9 +282,9 @@ def _error(actual: Tensor | None, expected: Tensor, floor: float) -> float:
     """Largest difference divided by largest value, or by the floor; infinite if one is missing."""
     if actual is None:
         return math.inf
-    whole = actual.full_tensor() if isinstance(actual, DTensor) else actual
+    actual = actual.full_tensor() if isinstance(actual, DTensor) else actual
     # A style may split a dim that holds several parts: one dim for the parts, one for each.
-    difference = whole.reshape(expected.shape) - expected
+    difference = actual.reshape(expected.shape) - expected
     return float(difference.abs().max()) / max(float(expected.abs().max()), floor)
 
 

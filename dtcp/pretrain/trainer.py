@@ -26,7 +26,9 @@ from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import look_ahead
 from dtcp.pretrain.data import PackedDocuments, open_source
+from dtcp.pretrain.output_folder import check_output
 from dtcp.pretrain.progress import describe_run, say
+from dtcp.pretrain.start_weights import check_start
 from dtcp.pretrain.tokenizer import Tokenizer
 from dtcp.sequence.documents import Documents
 
@@ -48,7 +50,8 @@ class Trainer(titan.Trainer):
             """
             check_backend(self.parallelism)
             _check_data(self)
-            _check_start(self)
+            check_start(self)
+            check_output(self)
             spec = self.model_spec
             if isinstance(self.loss, ChunkedLossWrapper.Config) and not isinstance(
                 spec.model, Decoder.Config
@@ -201,18 +204,4 @@ def _check_data(config: Trainer.Config) -> None:
     if named and not Path(named).is_dir():
         raise ValueError(
             f"A tokenizer is read from a folder, got --tokenizer.folder {named}: no such folder."
-        )
-
-
-def _check_start(config: Trainer.Config) -> None:
-    start = config.checkpoint
-    if start.enable and start.initial_load_in_hf and not start.initial_load_path:
-        raise ValueError(
-            "Hugging Face weights are loaded from a folder, got --checkpoint.initial_load_in_hf "
-            "without --checkpoint.initial_load_path: give its absolute path."
-        )
-    if start.initial_load_path and not Path(start.initial_load_path).is_dir():
-        raise ValueError(
-            f"A run starts from a folder of weights, got --checkpoint.initial_load_path "
-            f"{start.initial_load_path}: no such folder."
         )

@@ -58,15 +58,25 @@ class Faint(CountsItsOwnPositions):
 
 
 class KeepsLoss(Small):
-    """A loss of all tokens in an attribute: a sum, of which ranks have parts, or a mean."""
+    """A loss of all tokens in an attribute: a sum, of which ranks have parts, or a mean.
 
-    def __init__(self, mean: bool) -> None:
+    In a dict, in a list that grows, or added to the losses before.
+    """
+
+    def __init__(self, mean: bool, kept: str) -> None:
         super().__init__()
-        self.mean, self.losses = mean, {}
+        self.mean, self.kept = mean, kept
+        self.losses, self.total = {"balance": []}, 0.0
 
     def forward(self, input_ids, position_ids, attn_metadata):
         square = self.tokens(input_ids).square()
-        self.losses["balance"] = square.mean() if self.mean else square.sum()
+        loss = square.mean() if self.mean else square.sum()
+        if self.kept == "dict":
+            self.losses["balance"] = loss
+        elif self.kept == "list":
+            self.losses["balance"].append(loss)
+        else:
+            self.total = self.total + loss
         return super().forward(input_ids, position_ids, attn_metadata)
 
 
@@ -184,13 +194,17 @@ def test_B7_heads_of_any_width_are_compared(mesh, classes):
     assert "places.weight" in wrong.failures("e")
 
 
+@pytest.mark.parametrize(
+    ("kept", "name"),
+    [("dict", "losses['balance']"), ("list", "losses['balance'][0]"), ("", "total")],
+)
 @spmd(ranks=2)
-def test_B7_losses_that_modules_keep_are_compared(mesh):
-    name = "auxiliary loss losses['balance']"
-    _, mean = compared(mesh, "KeepsLoss", mean=True)
-    assert mean.failures("e")[name] > 0.5 and "tokens.weight" in mean.failures("e")
-    _, parts = compared(mesh, "KeepsLoss", mean=False)
-    assert parts.passed and parts.runs["e"].errors[name] < 1e-12
+def test_B7_losses_that_modules_keep_are_compared(mesh, kept, name):
+    _, mean = compared(mesh, "KeepsLoss", mean=True, kept=kept)
+    failures = mean.failures("e")
+    assert failures[f"auxiliary loss {name}"] > 0.5 and "tokens.weight" in failures
+    _, parts = compared(mesh, "KeepsLoss", mean=False, kept=kept)
+    assert parts.passed and parts.runs["e"].errors[f"auxiliary loss {name}"] < 1e-12
 
 
 @spmd(ranks=2)
@@ -222,6 +236,7 @@ def test_B7_claims_of_a_plan_that_no_rank_has_applied_name_the_plan():
             f"--model {HERE}:HasNoGraph --plan {HERE}:blocks_plan",
             "leave compile out, here by --compile ''; eager the model is right",
         ),
+        ("--model tests.doors.no_python:Model", "tests.doors.no_python is imported, got"),
         (f"--model {HERE}:Head", "Head.__init__() missing 1 required"),
         (f"--model {HERE}:Head --set classes=3 width=2", "unexpected keyword argument 'width'"),
         (f"--model {HERE}:Head --set classes", "--set takes key=json, got 'classes'"),

@@ -5,6 +5,7 @@ forked one has them from the fork server that the pool's ranks come from (spmd.p
 torchrun's in all else: the same environment, the agent's store, the exit code, the output.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -87,20 +88,38 @@ def run_forked(script: Path | str, *arguments: str, ranks: int, seconds: float =
     Returns:
         the exit code of the first rank to fail, or 0; the output of all.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.NamedTemporaryFile() as printed, tempfile.NamedTemporaryFile() as errors:
         files = (printed.name, errors.name)
-        processes = [
-            forkserver.start(
-                _be_a_rank, ROOT / script, arguments, _environment(rank, ranks, store.port), files
-            )
-            for rank in range(max(ranks, 1))
-        ]
-        code = _wait(processes, seconds)
+        with forked_ranks(script, arguments, ranks=ranks, files=files) as processes:
+            code = _wait(processes, seconds)
         texts = _read(printed), _read(errors)
     if code is None:
         raise TimeoutError(f"{script} still ran after {seconds:g} s:\n{''.join(texts)}")
     return Ended(code, *texts)
+
+
+@contextlib.contextmanager
+def forked_ranks(
+    script: Path | str, arguments: Sequence[str], *, ranks: int, files: tuple[str, str]
+) -> Iterator[list[Any]]:
+    """Ranks that run a script, with the store that torchrun's agent would have for them.
+
+    Args:
+        files: where all of them print, and where their errors go.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [
+        forkserver.start(
+            _be_a_rank, ROOT / script, arguments, _environment(rank, ranks, store.port), files
+        )
+        for rank in range(max(ranks, 1))
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def _read(file: IO[bytes]) -> str:

@@ -5,6 +5,7 @@ the ranks are forked. One short run is shared by most; those that go on from it 
 """
 
 import json
+import pickle
 import re
 import shutil
 from dataclasses import replace
@@ -23,6 +24,7 @@ from dtcp.pretrain.configs import BYTE_SHAPE, llama_tiny
 from dtcp.pretrain.trainer import Trainer
 from dtcp.sequence.documents import Documents
 from tests.harness import train_run
+from tests.harness.small_run import Payload, forge_manifest
 from tests.harness.train_run import losses
 
 
@@ -123,7 +125,8 @@ def test_a_second_start_resumes_on_another_mesh_with_the_same_losses(run, copy):
     mesh += ["--training.local_batch_size", "2"]
     code, output = launch("--dump_folder", str(copy), *mesh, torchrun=2)
     assert code == 0, output
-    assert "cut short" in output and "loaded" in output and "step-2" in output
+    assert "step-4/.metadata is missing" in output and "going on from step 2" in output
+    assert re.search(r"^loaded .*step-2$", output, re.M)
     before, after = losses(run[2]), losses(output)
     assert list(after) == [3, 4]
     assert after[3] == pytest.approx(before[3], rel=1e-5)
@@ -166,17 +169,42 @@ def test_a_loss_that_is_not_finite_is_one_error_and_the_last_checkpoint_stays(tm
     assert code == 1
     assert output.count("error:") == 1 and "Traceback" not in output
     assert "at step=2" in output and "The last checkpoint is of step 1" in output
-    assert [path.name for path in tmp_path.glob("checkpoint/*")] == ["step-1"]
+    assert [path.name for path in tmp_path.glob("checkpoint/step-*")] == ["step-1"]
 
 
-def test_a_torn_checkpoint_is_one_error_and_nothing_is_written(copy):
+def test_a_torn_checkpoint_that_is_asked_for_is_one_error_and_nothing_is_written(copy):
     for data in (copy / "checkpoint/step-4").glob("*.distcp"):
         data.write_bytes(data.read_bytes()[:100])
-    code, output = train("--dump_folder", str(copy), "--training.steps", "6")
+    code, output = train(
+        "--dump_folder", str(copy), "--training.steps", "6", "--checkpoint.load_step", "4"
+    )
     assert code == 1
     assert output.count("error:") == 1 and "Traceback" not in output
-    assert "step-4" in output and "--checkpoint.load_step 2" in output
+    assert "step-4/__" in output and "--checkpoint.load_step 2" in output
     assert not (copy / "checkpoint/step-6").exists()
+
+
+WAYS_IN = ("resume", "initial_load_path")
+
+
+@pytest.mark.slow_where(lambda start, way: (start, way) != ("forked", "resume"))
+@pytest.mark.parametrize("way", WAYS_IN)
+@pytest.mark.parametrize("start", ["forked", "launched"])
+def test_forged_E1_a_checkpoint_that_names_code_is_one_error_on_all_ranks(
+    start, way, copy, tmp_path
+):
+    """In a folder whose manifest fits, from the ranks' own start and from the launcher's."""
+    step, trace = copy / "checkpoint/step-4", tmp_path / "trace"
+    (step / ".metadata").write_bytes(pickle.dumps(Payload(trace)))
+    forge_manifest(step)
+    arguments = ["--dump_folder", str(copy), "--training.steps", "6"]
+    if way == "initial_load_path":
+        arguments[1] = str(tmp_path / "other")
+        arguments += ["--checkpoint.initial_load_path", str(step)]
+    code, output = {"forked": train, "launched": launch}[start](*arguments)
+    assert code == 1 and not trace.exists()
+    assert output.count("error:") == 1 and "Traceback" not in output
+    assert "which names io.open: nothing of it was run" in output
 
 
 def test_a_checkpoint_of_another_model_is_refused(copy, tmp_path):

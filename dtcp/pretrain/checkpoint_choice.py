@@ -1,0 +1,168 @@
+"""Which checkpoint a run goes on from: the newest whole one, decided by all ranks together."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, cast
+
+from torch import distributed as dist
+
+from dtcp.pretrain.manifest import (
+    NAME,
+    Manifest,
+    changed_file,
+    misfit,
+    read_manifest,
+    small_files,
+)
+from dtcp.pretrain.saved_folders import SavedFolders
+
+T = TypeVar("T")
+THREADS = 4
+"""That read at once; a checksum takes less time than its file takes from the disk."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A checkpoint to go on from, and what was passed over on the way."""
+
+    manifest: Manifest
+    skipped: tuple[str, ...] = ()
+
+
+def first_rank() -> bool:
+    """Whether this is the rank that decides, and that moves folders."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def agree(decide: Callable[[], T]) -> T:
+    """What the first rank decides or does, on every rank.
+
+    Raises:
+        ValueError: it could not, for want of a file or a right. On every rank alike.
+    """
+    outcome: list[T | _Failure | None] = [None]
+    if first_rank():
+        try:
+            outcome = [decide()]
+        except (OSError, ValueError) as error:
+            outcome = [_Failure(str(error))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], _Failure):
+        raise ValueError(outcome[0].text)
+    return cast("T", outcome[0])
+
+
+@dataclass(frozen=True)
+class _Failure:
+    text: str
+
+
+def choose(folders: SavedFolders, step: int, *, checksums: bool) -> Choice | None:
+    """The checkpoint of a step, or the newest whole one for -1; None where there is none at all.
+
+    Each rank reads its share of the files whose checksums are compared.
+
+    Raises:
+        ValueError: that step is not whole, or none is; the folder mixes runs. On every rank alike.
+    """
+    found = agree(lambda: _look(folders, step))
+    problems: list[str] = []
+    for at, manifest in found:
+        problem = manifest if isinstance(manifest, str) else ""
+        if not isinstance(manifest, str):
+            problem = changed(folders.path(at), manifest, checksums=checksums)
+            if not problem:
+                if step < 0:
+                    _refuse_mixed_runs(folders, manifest, found)
+                return Choice(manifest, tuple(problems))
+        problems.append(problem)
+    if not found and step < 0:
+        return None
+    raise ValueError(_explain(folders, step, problems, agree(folders.whole)))
+
+
+def changed(folder: Path, manifest: Manifest, *, checksums: bool) -> str:
+    """What is wrong with the files of a folder by checksum, for all ranks; or nothing."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    names = list(manifest.files) if checksums else small_files(manifest)
+    names.sort(key=lambda name: manifest.files[name].size, reverse=True)
+    mine = names[rank::ranks]
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        problem = next(filter(None, pool.map(lambda n: changed_file(folder, manifest, [n]), mine)),
+                       "")  # fmt: skip
+    problems = [problem] * ranks
+    if dist.is_initialized():
+        dist.all_gather_object(problems, problem)
+    return next(filter(None, problems), "")
+
+
+def verified(folder: Path, *, checksums: bool) -> Manifest | None:
+    """The manifest of a folder somewhere else, after a look at its files; None if it has none.
+
+    Raises:
+        ValueError: a file is not what was saved.
+    """
+    if not agree((folder / NAME).exists):
+        return None
+    manifest = read_manifest(folder)
+    problem = misfit(folder, manifest) or changed(folder, manifest, checksums=checksums)
+    if problem:
+        raise ValueError(
+            f"A run starts from a whole folder of weights, got {problem}: take another, or remove "
+            f"its {NAME} if the change is yours."
+        )
+    return manifest
+
+
+def _look(folders: SavedFolders, step: int) -> list[tuple[int, Manifest | str]]:
+    """Steps to try, the newest first, each with its manifest or why it is not whole."""
+    steps = folders.steps() if step < 0 else [step]
+    found: list[tuple[int, Manifest | str]] = []
+    for at in reversed(steps):
+        try:
+            found.append((at, folders.manifest(at)))
+        except ValueError as error:
+            found.append((at, str(error)))
+    return found
+
+
+def _refuse_mixed_runs(
+    folders: SavedFolders, newest: Manifest, found: Sequence[tuple[int, Manifest | str]]
+) -> None:
+    """Going on from another run's checkpoint is a choice to make, not one to guess."""
+    others = [m.step for _, m in found if isinstance(m, Manifest) and m.run != newest.run]
+    if others:
+        raise ValueError(
+            f"The checkpoints of a folder are of one run, got {folders.path(newest.step)} of "
+            f"another run than step {others[0]}: say which to go on from, with "
+            f"--checkpoint.load_step {others[0]} or --checkpoint.load_step {newest.step}."
+        )
+
+
+def _explain(
+    folders: SavedFolders, step: int, problems: Sequence[str], whole: Sequence[int]
+) -> str:
+    if step < 0:
+        others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        return (
+            f"A run goes on from a whole checkpoint, got none in {folders.root}: "
+            f"{problems[0]}{others}; move the folder away to start anew, or from a step of it that "
+            f"you trust with --checkpoint.initial_load_path."
+        )
+    if not folders.path(step).is_dir():
+        return (
+            f"A run goes on from a step that was saved, got --checkpoint.load_step {step} for "
+            f"{folders.root} with whole checkpoints of steps {list(whole)}: name one of them."
+        )
+    sound = [s for s in whole if s != step]
+    back = max([s for s in sound if s < step] or sound, default=None)
+    remedy = (
+        "choose another --dump_folder"
+        if back is None
+        else f"go back to step {back} with --checkpoint.load_step {back}"
+    )
+    return f"A run goes on from a whole checkpoint, got {problems[0]}; {remedy}."

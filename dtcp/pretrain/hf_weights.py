@@ -1,0 +1,118 @@
+"""Hugging Face weights into a model: all of its tensors, no others, each with a finite content."""
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+
+from dtcp.checkpoint import SafeHuggingFaceReader
+from dtcp.checkpoint.huggingface import weight_files
+from dtcp.pretrain.finite import not_finite
+
+StateDict = dict[str, Any]
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+
+
+def read_hf_weights(
+    adapter: Any, state: StateDict, path: Path, *, ignore: Sequence[str]
+) -> StateDict:
+    """A model's state dict, filled from a folder of safetensors.
+
+    Args:
+        adapter: torchtitan's, with `to_hf` and `from_hf`.
+        state: the model's tensors by its own names; they are written in place where they can be.
+        ignore: patterns of tensors that the model is to do without.
+    Raises:
+        ValueError: a tensor is missing, of another shape, left over, or not finite; by its name.
+    """
+    reader, wanted = SafeHuggingFaceReader(path), adapter.to_hf(state)
+    _compare(reader.shapes(), wanted, path, adapter=adapter, ignore=ignore)
+    dcp.load(wanted, storage_reader=reader)
+    refuse_not_finite_weights(wanted, path)
+    loaded: StateDict = adapter.from_hf(wanted)
+    return loaded
+
+
+def refuse_not_finite_weights(state: Mapping[str, Any], path: Path) -> None:
+    """Refuse weights that would be found at the first save, hours later.
+
+    Raises:
+        ValueError: naming the first such tensor. On every rank alike.
+    """
+    bad = not_finite(state)
+    if bad:
+        raise ValueError(
+            f"Weights are finite, got NaN or infinity in {bad[0]}{_more(bad)} of {path}: convert "
+            f"them again, or start from others."
+        )
+
+
+def _compare(
+    shapes: Mapping[str, torch.Size],
+    wanted: Mapping[str, Tensor],
+    path: Path,
+    *,
+    adapter: Any,
+    ignore: Sequence[str],
+) -> None:
+    missing = sorted(wanted.keys() - shapes.keys())
+    if missing:
+        raise ValueError(
+            f"A folder has every weight of the model, got {path} without {missing[0]}"
+            f"{_more(missing)}: take weights of this config, or the config of these weights."
+        )
+    other = [name for name, x in wanted.items() if shapes[name] != x.shape]
+    if other:
+        raise ValueError(
+            f"A weight has the shape of its parameter, got {other[0]} of "
+            f"{list(shapes[other[0]])} for {list(wanted[other[0]].shape)}{_more(other)} in {path}: "
+            f"take weights of this config, or the config of these weights."
+        )
+    extra = [
+        name
+        for name in sorted(shapes.keys() - wanted.keys())
+        if not any(fnmatch(name, pattern) for pattern in ignore)
+        and not _is_left_out(adapter.from_hf, name, shapes[name])
+        and not _repeats_embedding(path, name, shapes)
+    ]
+    if extra:
+        raise ValueError(
+            f"A model takes every weight of a folder, got {extra[0]}{_more(extra)} in {path}, for "
+            f"which it has no place: take the config of these weights, or leave them out on "
+            f"purpose with --checkpoint.hf_ignore {extra[0]}."
+        )
+
+
+def _is_left_out(from_hf: Callable[[StateDict], StateDict], name: str, shape: torch.Size) -> bool:
+    """Whether the family knows the name and does without, as it does without a vision tower."""
+    try:
+        return not from_hf({name: torch.empty(shape, device="meta")})
+    except (ValueError, KeyError):
+        return False
+
+
+def _repeats_embedding(path: Path, name: str, shapes: Mapping[str, torch.Size]) -> bool:
+    """Whether this is the head of a model that ties it to its embedding, and is that again."""
+    twins = [other for other in shapes if other.endswith(EMBEDDING)]
+    if name != HEAD or len(twins) != 1 or shapes[twins[0]] != shapes[name]:
+        return False
+    head, embedding = (_slices(path, wanted) for wanted in (name, twins[0]))
+    rows = range(0, shapes[name][0], 4096)
+    return all(torch.equal(head[r : r + 4096], embedding[r : r + 4096]) for r in rows)
+
+
+def _slices(path: Path, name: str) -> Any:
+    for file in weight_files(path):
+        opened = safe_open(file, framework="pt")
+        if name in opened.keys():  # noqa: SIM118
+            return opened.get_slice(name)
+    raise KeyError(name)
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
