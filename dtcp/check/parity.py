@@ -56,6 +56,14 @@ class CheckOptions:
     bound: float = 1e-5
     backend: str = "aot_eager"
 
+    def __post_init__(self) -> None:
+        least = 12 + 2 * self.degrees.dp_shard * self.degrees.dp_replicate
+        if self.seq_len < least:
+            raise ValueError(
+                f"A check packs three documents into each row, got seq_len={self.seq_len}: give "
+                f"at least {least} tokens."
+            )
+
 
 @dataclass(frozen=True)
 class ParityResult:

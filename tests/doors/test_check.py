@@ -237,6 +237,7 @@ def test_B7_claims_of_a_plan_that_no_rank_has_applied_name_the_plan():
             "leave compile out, here by --compile ''; eager the model is right",
         ),
         ("--model tests.doors.no_python:Model", "tests.doors.no_python is imported, got"),
+        ("--hf-config llama --seq-len 8", "into each row, got seq_len=8: give at least 14"),
         (f"--model {HERE}:Head", "Head.__init__() missing 1 required"),
         (f"--model {HERE}:Head --set classes=3 width=2", "unexpected keyword argument 'width'"),
         (f"--model {HERE}:Head --set classes", "--set takes key=json, got 'classes'"),
