@@ -11,6 +11,7 @@ else uses the machine. What was loaded is compared with what was saved before an
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -37,7 +38,7 @@ from dtcp.pretrain.manifest import Manifest
 from dtcp.pretrain.saved_folders import SavedFolders
 
 LAYERS = 32
-HEAD = ("", "torch alone, s", "ours, s", "ours / torch, pairs", "processor, s", "of which")
+HEAD = ("", "torch, s", "ours, s", "ours / torch, pairs", "torch, CPU s", "ours, CPU s", "of which")
 State = Mapping[str, Tensor]
 
 
@@ -53,7 +54,9 @@ def main() -> None:
             rows += _measure(name, state, Path(folder), args.repeats)
     options = {"gigabytes": args.gigabytes, "repeats": args.repeats}
     text = f"{conditions('benchmarks.checkpoint', options)}\n"
-    text += f"{len(state)} tensors, medians; disk is {args.disk}, memory is {args.memory}\n\n"
+    load = f"load of the machine {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+    text += f"{len(state)} tensors, medians (and the least); {load}\n"
+    text += f"disk is {args.disk}, memory is {args.memory}\n\n"
     text += f"{table(HEAD, rows)}\n"
     print(text)
     if args.write:
@@ -87,10 +90,14 @@ class Took:
 
 def _row(name: str, torchs: list[Took], ours: list[Took], part: str) -> tuple[str, ...]:
     ratios = [mine.clock / theirs.clock for mine, theirs in zip(ours, torchs, strict=True)]
-    clocks = [f"{statistics.median(x.clock for x in took):.3f}" for took in (torchs, ours)]
-    processor = [f"{statistics.median(x.processor for x in took):.3f}" for took in (torchs, ours)]
+    clocks = [_median_and_least([x.clock for x in took]) for took in (torchs, ours)]
+    processor = [_median_and_least([x.processor for x in took]) for took in (torchs, ours)]
     spread = f"{statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    return name, *clocks, spread, " and ".join(processor), part
+    return name, *clocks, spread, *processor, part
+
+
+def _median_and_least(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.3f} ({min(seconds):.3f})"
 
 
 def _in_turn(

@@ -35,10 +35,16 @@ def trace(tmp_path: Path) -> Path:
     return tmp_path / "trace"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with whole checkpoints of steps 2 and 4."""
-    return SmallRun(tmp_path / "run").train(4).folder
+    return SmallRun(tmp_path_factory.mktemp("trained")).train(4).folder
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be forged."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def saved_metadata(step: Path) -> Metadata:

@@ -22,10 +22,16 @@ from tests.harness.small_run import SmallRun, forge_manifest
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with whole checkpoints of steps 2, 4 and 6."""
-    return SmallRun(tmp_path / "run").train(6).folder
+    return SmallRun(tmp_path_factory.mktemp("trained")).train(6).folder
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
