@@ -3,13 +3,22 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dtcp.batch import ShardedBatch
-from dtcp.check.checked_model import Mixing, check_logits, in_fp64, made_by, own_errors
+from dtcp.check.checked_model import (
+    Mixing,
+    ModelRefused,
+    check_logits,
+    in_fp64,
+    made_by,
+    own_errors,
+)
 from dtcp.check.configs import SmallConfig, model_of, parameter_count, small_config
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import survey
@@ -102,6 +111,24 @@ class CheckedHuggingFaceModel:
         """Run the unmodified model on a few tokens: what fails here, no mesh has to do with."""
         name, input_ids = type(model).__name__, torch.arange(1, 1 + _PROBED)[None]
         remedy = "check it by hand, in a dtype and with inputs that it takes"
+        run = partial(model, input_ids=input_ids, use_cache=False)
         with torch.no_grad(), own_errors(f"{name} runs by itself, in fp64 on a CPU", remedy):
-            out = model(input_ids=input_ids, use_cache=False)
-        check_logits(model, getattr(out, "logits", out), _PROBED)
+            out = run()
+            check_logits(model, getattr(out, "logits", out), _PROBED)
+            if "position_ids" in signature(model.forward).parameters:
+                # Dropout would tell the two apart, and is for the survey to refuse.
+                model.eval()
+                counted = run(position_ids=torch.arange(_PROBED)[None]).logits
+                _check_counts(name, run().logits, counted)
+                model.train()
+
+
+def _check_counts(name: str, logits: Tensor, counted: Tensor) -> None:
+    """Refuse a model that counts positions in a way of its own: a batch's are other ones."""
+    difference = float((logits - counted).abs().max())
+    if difference > 1e-4 * float(logits.abs().max()):
+        raise ModelRefused(
+            f"A batch counts the positions of a row from 0, got {name}, whose logits differ by "
+            f"{difference:.1e} without position_ids: it counts in a way of its own; write it with "
+            f"mixers (docs/add_a_model.md)."
+        )
