@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from dtcp.checkpoint.metadata import NAME as METADATA
-from dtcp.pretrain.manifest import FileRecord, Manifest
+from dtcp.pretrain.manifest import FileRecord, Manifest, misfit
 from dtcp.pretrain.saved_folders import SavedFolders
 
 
@@ -61,7 +61,11 @@ class CheckpointWriter(FileSystemWriter):
         records = {file.name.removesuffix(".tmp"): file.record for file in files}
         assert METADATA in records, sorted(records)
         staging = Path(self.path)
-        replace(self.manifest, files=records).write(staging)
+        manifest = replace(self.manifest, files=records)
+        problem = misfit(staging, manifest)
+        if problem:
+            raise ValueError(f"Ranks write into one folder, which all hosts share, got {problem}")
+        manifest.write(staging)
         self.said = self.folders.publish(staging, self.final)
 
 

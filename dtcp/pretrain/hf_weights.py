@@ -92,7 +92,7 @@ def _is_left_out(from_hf: Callable[[StateDict], StateDict], name: str, shape: to
     """Whether the family knows the name and does without, as it does without a vision tower."""
     try:
         return not from_hf({name: torch.empty(shape, device="meta")})
-    except (ValueError, KeyError):
+    except (ValueError, LookupError, AttributeError):
         return False
 
 

@@ -23,11 +23,11 @@ from torch import distributed as dist
 
 from dtcp.models.llama import Llama, tiny
 from dtcp.pretrain import output_folder
-from dtcp.pretrain.checkpoint_writer import CheckpointWriter
+from dtcp.pretrain.checkpoint_writer import CheckpointWriter, WrittenFile
 from dtcp.pretrain.configs import llama_tiny
 from dtcp.pretrain.finite import not_finite
 from dtcp.pretrain.hf_weights import read_hf_weights
-from dtcp.pretrain.manifest import record_files
+from dtcp.pretrain.manifest import FileRecord, record_files
 from dtcp.pretrain.output_folder import check_output, checkpoint_size
 from dtcp.pretrain.saved_folders import SavedFolders
 from tests.harness.small_run import SmallRun
@@ -296,6 +296,22 @@ def test_survive_E9_a_disk_that_fills_up_is_one_sentence_and_the_last_step_stays
     assert not list(run.root.glob(".saving/*"))
     # With room again, the run goes on.
     assert SmallRun(tmp_path).resume().train(4).checkpoints.newest().endswith("step 4")
+
+
+def test_survive_E9_a_folder_that_hosts_do_not_share_is_told_at_the_first_save(
+    tmp_path, monkeypatch
+):
+    """A rank wrote where the first one does not see it."""
+    elsewhere = WrittenFile("__8_0.distcp", FileRecord(10, "0"))
+    finish = CheckpointWriter.finish
+
+    def with_another(self, metadata, results):
+        finish(self, metadata, [*results, [elsewhere]])
+
+    monkeypatch.setattr(CheckpointWriter, "finish", with_another)
+    with pytest.raises(ValueError, match=r"all hosts share, got .*__8_0.distcp is missing"):
+        SmallRun(tmp_path).train(2)
+    assert SavedFolders(tmp_path / "checkpoint").steps() == []
 
 
 def test_survive_E9_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path):
