@@ -248,6 +248,21 @@ class Checkpoints(CheckpointManager):
     def _purge_stale_checkpoints(self) -> None:
         """Done by `_after_save`: a save in the background is not there yet when this is called."""
 
+    def save_now(self, step: int) -> bool:
+        """Save the whole state of a step that may be followed by no other, and wait for it.
+
+        Returns:
+            whether this step can be gone on from.
+        """
+        if not self.enable or self.load_only:
+            return False
+        if not self._should_save(step):
+            self.interval, interval = 1, self.interval
+            self.save(step)
+            self.interval = interval
+        self.maybe_wait_for_saving()
+        return True
+
     def _save_last_step(self, curr_step: int) -> None:
         super()._save_last_step(curr_step)
         if self.export_hf:

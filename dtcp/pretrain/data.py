@@ -7,16 +7,21 @@ share of them. So every rank packs every row (cheap beside a step), two meshes s
 and a run resumed on another mesh goes on exactly where it stopped.
 """
 
+import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from dtcp.torchtitan import compat as compat
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 
+from dtcp.pretrain.fingerprint import changes
+from dtcp.pretrain.packing import Cursor, Row, pack
+from dtcp.pretrain.progress import say
 from dtcp.pretrain.sources import (
     HuggingFace,
     Part,
@@ -24,17 +29,9 @@ from dtcp.pretrain.sources import (
     folder,
     standard_library,
 )
+from dtcp.pretrain.text_files import DataError
 from dtcp.pretrain.tokenizer import Tokenizer
 from dtcp.sequence.documents import Documents
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """Where the stream stands: tokens before `offset` of this document are already in rows."""
-
-    epoch: int = 0
-    document: int = 0
-    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,15 +40,6 @@ class HostDocuments(Documents):
 
     def to(self, device: Any) -> "HostDocuments":
         return self
-
-
-@dataclass
-class Row:
-    """A full row: S tokens, the token after each, and the documents they come from."""
-
-    tokens: list[int]
-    labels: list[int]
-    lengths: list[int]
 
 
 class PackedDocuments(BaseDataLoader):
@@ -84,6 +72,12 @@ class PackedDocuments(BaseDataLoader):
         seed: int = 0
         """Seed of the order of the files; the same on every rank."""
 
+        replace_invalid: bool = False
+        """Read bytes of a folder's files that are no UTF-8 as U+FFFD, instead of refusing them."""
+
+        accept_changes: bool = False
+        """Go on from a checkpoint though its data were others, from the same place in the new."""
+
     def __init__(
         self,
         config: Config,
@@ -99,73 +93,84 @@ class PackedDocuments(BaseDataLoader):
         self.ranks, self.rank, self.rows_per_rank = dp_world_size, dp_rank, local_batch_size
         self.source = open_source(config)
         self.cursor = Cursor()
+        self.last_read = "nothing yet"
+        """Documents of the last micro-batch, for who looks for the cause of a failed step."""
+        self._fingerprint: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        rows = []
-        for row, next_cursor in self._rows(self.cursor):
+        rows: list[Row] = []
+        stream = pack(
+            self.source,
+            self.tokenizer,
+            self.seq_len,
+            self.cursor,
+            infinite=self.config.infinite,
+            name=f"dataset={self.config.dataset}, part={self.config.part}",
+        )
+        for row in stream:
             rows.append(row)
             if len(rows) == self.ranks * self.rows_per_rank:
                 # Set before the batch is used: a checkpoint after its step must not repeat it.
-                self.cursor = next_cursor
+                self.cursor = row.next
+                self.last_read = f"{rows[0].first} to {rows[-1].last}"
                 yield self._batch(rows)
                 rows = []
+        if self.cursor == Cursor():
+            raise DataError(
+                f"A step takes {self.ranks * self.rows_per_rank} rows of {self.seq_len} tokens, "
+                f"got {len(rows)} from all documents of dataset={self.config.dataset}, "
+                f"part={self.config.part}: add documents, take fewer or shorter rows, or read "
+                f"them again (--dataloader.infinite)."
+            )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes the rows of this loader: the documents, their order, and how they are cut."""
+        if self._fingerprint is None:
+            self._fingerprint = {
+                "dataset": self.config.dataset,
+                **self.source.fingerprint(),
+                "tokenizer": self.tokenizer.fingerprint(),
+                "tokens of a row (--training.seq_len)": self.seq_len,
+            }
+        return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
-        return asdict(self.cursor)
+        # One string, for a checkpoint has an entry for every leaf.
+        return asdict(self.cursor) | {"fingerprint": json.dumps(self.fingerprint())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.cursor = Cursor(**state_dict)
+        """Go on from a place in the data, if they are the data it was a place in.
+
+        Raises:
+            ValueError: other data, naming what changed; unless `accept_changes` is set.
+        """
+        self._compare(json.loads(state_dict["fingerprint"]))
+        names = [field.name for field in fields(Cursor)]
+        self.cursor = Cursor(**{name: state_dict[name] for name in names})
+
+    def _compare(self, before: dict[str, Any]) -> None:
+        found = changes(before, self.fingerprint())
+        if not found:
+            return
+        what = "; ".join(found)
+        if not self.config.accept_changes:
+            raise ValueError(
+                f"A resumed run reads the data it began with, got other data ({what}): bring them "
+                f"back, or set --dataloader.accept_changes to go on at the same place in the new, "
+                f"where some documents come twice or never."
+            )
+        say(f"data        changed and accepted: {what}")
 
     def _batch(self, rows: list[Row]) -> tuple[dict[str, Any], Tensor]:
         """This rank's rows of a global micro-batch, as torchtitan wants them."""
         mine = rows[self.rank * self.rows_per_rank : (self.rank + 1) * self.rows_per_rank]
         documents = HostDocuments(tuple(tuple(row.lengths) for row in mine), self.seq_len)
         batch = {
-            "input": torch.tensor([row.tokens for row in mine]),
+            "input": torch.from_numpy(np.stack([row.tokens for row in mine])),
             "positions": documents.position_ids(),
             "documents": documents,
         }
-        return batch, torch.tensor([row.labels for row in mine])
-
-    def _rows(self, start: Cursor) -> Iterator[tuple[Row, Cursor]]:
-        """Full rows from a cursor on, each with the cursor of the row after it."""
-        row = Row([], [], [])
-        for cursor, tokens in self._documents(start):
-            while cursor.offset < len(tokens) - 1:
-                piece = slice(cursor.offset, cursor.offset + self.seq_len - len(row.tokens))
-                # The last token is only ever a label.
-                inputs, labels = tokens[:-1][piece], tokens[1:][piece]
-                row.tokens += inputs
-                row.labels += labels
-                row.lengths.append(len(inputs))
-                cursor = replace(cursor, offset=cursor.offset + len(inputs))
-                if len(row.tokens) == self.seq_len:
-                    yield row, cursor
-                    row = Row([], [], [])
-
-    def _documents(self, start: Cursor) -> Iterator[tuple[Cursor, list[int]]]:
-        """Token ids of each document from a cursor on, with the cursor at its first unused token.
-
-        Raises:
-            ValueError: the source has no document at all.
-        """
-        epoch = start.epoch
-        while True:
-            number = -1
-            for number, text in enumerate(self.source.documents(epoch)):
-                if (epoch, number) < (start.epoch, start.document):
-                    continue
-                first = (epoch, number) == (start.epoch, start.document)
-                tokens = self.tokenizer.encode(text, add_bos=True, add_eos=True)
-                yield Cursor(epoch, number, start.offset if first else 0), tokens
-            if number < 0:
-                raise ValueError(
-                    f"A data source has documents, got none from dataset={self.config.dataset}, "
-                    f"part={self.config.part}: name another --dataloader.dataset_path."
-                )
-            if not self.config.infinite:
-                return
-            epoch += 1
+        return batch, torch.from_numpy(np.stack([row.labels for row in mine]))
 
 
 def open_source(config: PackedDocuments.Config) -> Source:
@@ -173,7 +178,13 @@ def open_source(config: PackedDocuments.Config) -> Source:
     if config.dataset == "stdlib":
         return standard_library(config.part, config.seed)
     if config.dataset == "folder":
-        return folder(config.dataset_path, config.part, text_key=config.text_key, seed=config.seed)
+        return folder(
+            config.dataset_path,
+            config.part,
+            text_key=config.text_key,
+            seed=config.seed,
+            replace_invalid=config.replace_invalid,
+        )
     return HuggingFace(
         config.dataset,
         config.dataset_path,

@@ -1,7 +1,7 @@
 """Start the ranks a config asks for, when nobody else did.
 
-`python train.py` is its own launcher: one elastic agent of torch, on this machine, with a free
-port. Under torchrun (or any launcher that sets WORLD_SIZE) nothing here runs.
+`python train.py` is its own launcher: one elastic agent of torch, on this machine, and nothing
+that listens beyond it. Under torchrun (or any launcher that sets WORLD_SIZE) nothing here runs.
 
 On a machine without accelerators the ranks are forked from the launcher, with all that it has
 imported and read: importing torch and torchtitan again would cost each of them seconds. A driver
@@ -12,20 +12,27 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from dtcp._torch import set_inductor_processes
+from dtcp.pretrain.processes import die_with
+from dtcp.pretrain.rendezvous import LoopbackRendezvous
 
 Device = Literal["auto", "cpu", "accelerator"]
+
+OF_LAUNCHER = "dtcp-launcher-"
+"""What the id of a run starts with where this launcher gave it; its process id follows."""
 
 
 class Parallelism(Protocol):
@@ -46,6 +53,16 @@ class Ranks:
     device: Literal["cpu", "accelerator"]
     because: str = ""
     """What to tell the person who wished for something else."""
+
+
+@dataclass(frozen=True)
+class Care:
+    """What a launcher does for ranks that end before their work is done."""
+
+    max_restarts: int = 0
+    """Times that ranks are started again after one has failed."""
+    stop_seconds: int = 120
+    """How long ranks may take to save once they are told to stop; then they are killed."""
 
 
 def launched() -> bool:
@@ -113,10 +130,13 @@ def ranks_for(parallelism: Parallelism, device: Device) -> Ranks:
     return Ranks(accelerators, "accelerator")
 
 
-def launch(ranks: Ranks, work: Callable[[], int], command: Sequence[str]) -> int:
+def launch(
+    ranks: Ranks, work: Callable[[], int], command: Sequence[str], care: Care = Care()
+) -> int:
     """Run the ranks of a job on this machine and return the exit code of the job.
 
-    A rank that fails ends the others. Ranks say what went wrong themselves, once.
+    A rank that fails ends the others, and all start again as often as `care` says. Ranks say what
+    went wrong themselves, once.
 
     Args:
         work: what a forked rank does; returns its exit code.
@@ -126,37 +146,79 @@ def launch(ranks: Ranks, work: Callable[[], int], command: Sequence[str]) -> int
     threads = _prepare_environment(ranks)
     # The agent would repeat, for each rank, what the ranks have said.
     logging.disable(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks.count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        # Port 0 takes a free one. The agent's address would otherwise be looked up by the name
-        # of the machine, which a bare container cannot resolve.
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
+    entrypoint: Callable[..., None] | str = _forked_rank if fork else sys.executable
+    args = (work, threads, os.getpid()) if fork else ("-u", *command)
+    code = 0
+    for restarts in range(care.max_restarts + 1):
+        if restarts:
+            _warn(f"restart     {restarts} of {care.max_restarts}, from the last checkpoint")
+        code = _attempt(ranks, entrypoint, args, care)
+        if code == 0 or code > 128:
+            break
+    return code
+
+
+def _attempt(
+    ranks: Ranks, entrypoint: Callable[..., None] | str, args: tuple[Any, ...], care: Care
+) -> int:
+    """Start the ranks once and return the exit code of the first to fail, or 0."""
+    spec = WorkerSpec(
+        role="ranks",
+        local_world_size=ranks.count,
+        entrypoint=entrypoint,
+        args=args,
+        rdzv_handler=LoopbackRendezvous(f"{OF_LAUNCHER}{os.getpid()}-{uuid.uuid4().hex}"),
+        max_restarts=0,  # here: a new start has a new store, and says why
         # Seconds. A rank that was killed is to be noticed before its peers fail for want of it.
         monitor_interval=0.02,
-        start_method="fork",
     )
+    agent = Agent(spec, care.stop_seconds)
     try:
-        if fork:
-            elastic_launch(config, _forked_rank)(work, threads)
-        else:
-            elastic_launch(config, sys.executable)("-u", *command)
-    except ChildFailedError as error:
-        number, first = error.get_first_failure()
-        if first.exitcode < 0:
-            # A killed rank had no chance to speak.
-            name = signal.Signals(-first.exitcode).name
-            print(f"error: rank {number} was killed by {name}.", file=sys.stderr, flush=True)
-        return first.exitcode if first.exitcode > 0 else 1
+        failures = agent.run().failures
     except SignalException as stopped:
-        print(f"stopped by {stopped.sigval.name}; ranks are ended", file=sys.stderr, flush=True)
+        _warn(f"stopped by {stopped.sigval.name}; ranks are ended")
         return 128 + stopped.sigval
-    return 0
+    if not failures:
+        return 0
+    number, first = min(failures.items(), key=lambda item: item[1].timestamp)
+    return _exit_code(number, first)
+
+
+def _exit_code(number: int, failure: ProcessFailure) -> int:
+    if failure.exitcode >= 0:
+        return failure.exitcode
+    # A killed rank had no chance to speak.
+    _warn(f"error: rank {number} was killed by {signal.Signals(-failure.exitcode).name}.")
+    return 1
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class Agent(LocalElasticAgent):
+    """torch's agent of one machine, which ends ranks in the way each end asks for.
+
+    Args:
+        stop_seconds: how long ranks have to save when this process is told to stop.
+    """
+
+    def __init__(self, spec: WorkerSpec, stop_seconds: int) -> None:
+        super().__init__(spec, DefaultLogsSpecs(os.devnull), start_method="fork")
+        self.stop_seconds, self._is_closing = stop_seconds, False
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        # One rank is gone: the others wait for it in a collective, and cannot save. A rank that
+        # is stopped (SIGSTOP) heeds no other signal.
+        self._shutdown(signal.SIGKILL)
+
+    def _shutdown(
+        self, death_sig: signal.Signals = signal.SIGTERM, timeout: int | None = None
+    ) -> None:
+        # Again, where a second signal has cut the first wait short: it is not to wait any longer.
+        death_sig = signal.SIGKILL if self._is_closing else death_sig
+        self._is_closing = True
+        super()._shutdown(death_sig, self.stop_seconds)
 
 
 def can_fork() -> bool:
@@ -164,11 +226,30 @@ def can_fork() -> bool:
     return sys.platform == "linux" and not torch.accelerator.is_available()
 
 
-def _forked_rank(work: Callable[[], int], threads: int | None) -> None:
+def heeded() -> list[signal.Signals]:
+    """Signals that end a run, without those that it was started to ignore, as under nohup."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def end_with_launcher() -> None:
+    """Of a rank that some agent started as a process: not to outlive that agent."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if run.startswith(OF_LAUNCHER):
+        # It may be gone before a rank has imported this.
+        die_with(int(run.removeprefix(OF_LAUNCHER).partition("-")[0]))
+    elif run:
+        die_with(os.getppid())
+
+
+def _forked_rank(work: Callable[[], int], threads: int | None, launcher: int) -> None:
+    # A terminal's Ctrl-C reaches the launcher, which tells the ranks.
+    os.setpgid(0, 0)
     # The agent's settings came along with the fork. A rank that has to end says nothing.
     logging.disable(logging.NOTSET)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    for number in heeded():
         signal.signal(number, signal.SIG_DFL)
+    die_with(launcher)
     # torch read the environment when the launcher imported it.
     if threads is not None:
         torch.set_num_threads(threads)
@@ -184,6 +265,12 @@ def _prepare_environment(ranks: Ranks) -> int | None:
     Returns:
         the threads of a rank, where that person did not choose.
     """
+    # The agent would heed what nohup makes a process ignore.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(each.name for each in heeded())
+    # Ranks of one machine have nothing to say to others.
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
     if ranks.device != "cpu":
         return None
     # Ranks bind an accelerator at import where they see one.

@@ -11,6 +11,7 @@ import torch
 from torch.optim import SGD
 
 TRIAL = 1 << 20  # bytes
+TRIES = 20
 GIB = 1 << 30
 
 
@@ -29,10 +30,7 @@ def check_output(config: Any) -> None:
     folder = folder / config.checkpoint.folder if saves else folder
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_trial(folder)
-        if saves and not config.checkpoint.load_only:
-            _check_room(folder, config)
+        _try(folder, config, room=saves and not config.checkpoint.load_only)
     except OSError as error:
         raise ValueError(
             f"A run writes into its folder, got {folder} ({error.strerror}): mend it, or choose "
@@ -43,6 +41,21 @@ def check_output(config: Any) -> None:
         for path in missing:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def _try(folder: Path, config: Any, *, room: bool) -> None:
+    for attempt in range(TRIES):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_trial(folder)
+            if room:
+                _check_room(folder, config)
+        except FileNotFoundError:
+            # Ranks that torchrun starts do this side by side: one has removed what it had made.
+            if attempt == TRIES - 1:
+                raise
+        else:
+            return
 
 
 def _check_settings(config: Any) -> None:

@@ -1,42 +1,74 @@
-"""What a run says when it fails: once, in one line, whichever ranks fail."""
+"""What a run says when it fails: once, in one line, whichever ranks fail.
+
+A rank with an error of its own says it at once. A rank that only lost another one waits until it
+is known whether that rank said why, and names it if it did not.
+"""
 
 import contextlib
 import hashlib
 import io
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
-from torch.distributed import DistNetworkError, DistStoreError, TCPStore
+from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from dtcp.pretrain.attempt import (
+    GONE,
+    Attempt,
+    agent_address,
+    attempt_name,
+    attempt_store,
+    has_agent_store,
+)
 
 # Errors that state a contract, its value and its remedy: their text is all there is to know.
 EXPLAINED = (ValueError, TypeError, FileNotFoundError, NotImplementedError)
 
+OF_PEERS = (DistBackendError, DistNetworkError, DistStoreError)
+"""What torch raises when another rank is gone. gloo says so in the text of a RuntimeError."""
+
+IN_GLOO = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+
+A_FAILURE = "a failure"
+"""Said by the first rank that reports an error of its own."""
+
 
 def first_to_say(text: str) -> bool:
-    """Whether this rank is the first to report this text. Alone, it always is.
+    """Whether this rank is the first of its attempt to report this text. Alone, it always is.
 
     Ranks meet in the launcher's store, which stands before a process group does and after it
-    broke.
+    broke; if that is gone, ranks of one machine meet in its folder of temporary files.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not has_agent_store():
         return os.environ.get("RANK", "0") == "0"
-    key = "dtcp/said/" + hashlib.sha256(text.encode()).hexdigest()
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    digest = hashlib.sha256(text.encode()).hexdigest()
     try:
-        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
-        return store.add(key, 1) == 1
-    except (DistNetworkError, DistStoreError):
-        # The launcher is gone: better twice than never.
+        return attempt_store().add(f"said/{digest}", 1) == 1
+    except GONE:
+        name = f"dtcp-{os.environ.get('TORCHELASTIC_RUN_ID')}-{attempt_name()}-{digest}"
+        path = Path(tempfile.gettempdir(), hashlib.sha256(name.encode()).hexdigest())
+        with contextlib.suppress(OSError):
+            try:
+                path.open("x").close()
+            except FileExistsError:
+                return False
         return True
 
 
-@dataclass(frozen=True)
+def was_said(text: str) -> bool:
+    """Whether some rank of this attempt has reported this text."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return has_agent_store() and attempt_store().add(f"said/{digest}", 0) > 0
+
+
+@dataclass
 class FailureReport:
     """A context whose exceptions are reported as failures of a run, and end it with code 1.
 
@@ -47,8 +79,11 @@ class FailureReport:
     """
 
     folder: Path | None = None
+    attempt: Attempt | None = None
+    """Set once ranks have met: who can be named if it is lost."""
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> "FailureReport":
+        return self
 
     def __exit__(
         self,
@@ -56,28 +91,65 @@ class FailureReport:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, Exception):
-            say_failure(error, self.folder)
+        # DCP's exception, which holds those of the ranks, is not an Exception.
+        if isinstance(error, Exception | CheckpointException):
+            say_failure(error, self.folder, self.attempt)
             raise SystemExit(1) from error
 
 
-def say_failure(error: BaseException, folder: Path | None) -> None:
+def say_failure(error: BaseException, folder: Path | None, attempt: Attempt | None = None) -> None:
     """Print the error once, and leave the traceback of each rank in a file.
 
-    The first rank that fails prints. A rank that failed with other words adds one line: most
-    often it only lost its peer.
+    The first rank that fails prints. A rank that failed with other words of its own adds a line;
+    one that lost another rank speaks only where nobody else knows why.
     """
+    where = "" if folder is None else f" (traceback: {_keep_traceback(error, folder)})"
+    if attempt is not None and attempt.peers and _is_of_peers(error):
+        _say_loss(error, attempt, where)
+        return
     text = str(error).strip() or type(error).__name__
-    where = "" if folder is None else f"\n(traceback: {_keep_traceback(error, folder)})"
     if not first_to_say(text):
         return
-    if not first_to_say("a failure"):
+    if not first_to_say(A_FAILURE):
         line = text.splitlines()[0][:200]
         print(f"rank {os.environ.get('RANK')} then failed too: {line}", file=sys.stderr)
     elif isinstance(error, EXPLAINED):
         print(f"error: {text}{where}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
+
+
+def _say_loss(error: BaseException, attempt: Attempt, where: str) -> None:
+    """Name the ranks that this one waited for in vain, unless they have spoken themselves."""
+    try:
+        lost = attempt.lost()
+        if was_said(A_FAILURE):
+            return
+    except GONE:
+        host, port = agent_address()
+        text = (
+            f"error: the launcher of rank 0 at {host}:{port} is out of reach: its machine ended, "
+            f"or the network to it was cut; start again to go on from the last checkpoint."
+        )
+    else:
+        named = ", ".join(map(str, lost[:8])) + (f" and {len(lost) - 8} more" if lost[8:] else "")
+        cause = " ".join(str(error).split())[:200]
+        text = (
+            f"error: {named} gave no sign of life any more: killed, stopped or cut off; "
+            f"start again to go on from the last checkpoint."
+            if lost
+            else f"error: ranks lost each other, and all are alive ({cause}): look at the network, "
+            f"or raise --comm.train_timeout_seconds."
+        )
+    if first_to_say("a loss"):
+        print(f"{text}{where}", file=sys.stderr, flush=True)
+
+
+def _is_of_peers(error: BaseException) -> bool:
+    """Whether another rank's end is what this one failed for."""
+    if isinstance(error, CheckpointException):
+        return any(_is_of_peers(each) for each, _ in error.failures.values())
+    return isinstance(error, OF_PEERS) or any(text in str(error) for text in IN_GLOO)
 
 
 def _keep_traceback(error: BaseException, folder: Path) -> Path:

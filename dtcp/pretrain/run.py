@@ -5,8 +5,19 @@ from pathlib import Path
 
 import torch
 
+from dtcp.pretrain.attempt import Attempt
 from dtcp.pretrain.compiler import use_what_works
-from dtcp.pretrain.launch import check_world, launch, launched, rank, ranks_for, world_size
+from dtcp.pretrain.folder_lock import FolderLock, refuse_held
+from dtcp.pretrain.launch import (
+    Care,
+    check_world,
+    end_with_launcher,
+    launch,
+    launched,
+    rank,
+    ranks_for,
+    world_size,
+)
 from dtcp.pretrain.options import parse
 from dtcp.pretrain.plot import plot_losses
 from dtcp.pretrain.progress import quiet, say
@@ -22,30 +33,66 @@ def run(arguments: list[str], *, command: tuple[str, ...]) -> int:
         command: what runs this again when it follows the interpreter: a script, or -m and a module.
     """
     with FailureReport():
+        if launched():
+            end_with_launcher()
         config = parse(arguments)
         config.check()
         if launched():
             check_world(config.parallelism, world_size())
             return run_rank(config)
         ranks = ranks_for(config.parallelism, config.dtcp.device)
+        if not config.dtcp.verify:
+            refuse_held(Path(config.dump_folder))
         if ranks.because:
             print(ranks.because, flush=True)
-        return launch(ranks, functools.partial(run_rank, config), (*command, *arguments))
+        care = Care(config.dtcp.max_restarts, config.dtcp.stop_seconds)
+        work = functools.partial(run_rank, config)
+        return launch(ranks, work, (*command, *arguments), care)
 
 
 def run_rank(config: Trainer.Config) -> int:
     """Be one rank, which the environment describes: train or verify. Returns the exit code."""
-    with FailureReport(Path(config.dump_folder)):
+    with FailureReport(Path(config.dump_folder)) as report:
         quiet(rank())
+        lock, refusal = _lock_folder(config)
+        seconds = float(config.comm.init_timeout_seconds)
+        report.attempt = Attempt(seconds=seconds, refusal=refusal)
         message = use_what_works(config.compile)
         if message and rank() == 0:
             print(message, flush=True)
-        return verify(config) if config.dtcp.verify else train(config)
+        code = verify(config) if config.dtcp.verify else train(config, lock)
+        report.attempt.leave()
+        if lock is not None:
+            lock.release()
+        return code
 
 
-def train(config: Trainer.Config) -> int:
-    """Train to the last step of the config, from the last checkpoint there is."""
+def _lock_folder(config: Trainer.Config) -> tuple[FolderLock | None, str]:
+    """On rank 0, the right to write the run's folder, or why it cannot be had."""
+    if rank() or config.dtcp.verify:
+        return None, ""
+    try:
+        lock = FolderLock(Path(config.dump_folder))
+    except ValueError as error:
+        return None, str(error)
+    if lock.taken_over:
+        print(
+            f"took over   {config.dump_folder} from {lock.taken_over}, which ended without a word",
+            flush=True,
+        )
+    return lock, ""
+
+
+def train(config: Trainer.Config, lock: FolderLock | None) -> int:
+    """Train to the last step of the config, from the last checkpoint there is.
+
+    Args:
+        lock: of the run's folder, on the rank that holds it.
+    Returns:
+        0, or 128 and the number of the signal that stopped the run.
+    """
     trainer = config.build()
+    trainer.lock = lock
     seed_only = config.checkpoint.create_seed_checkpoint
     try:
         if seed_only:
@@ -61,7 +108,9 @@ def train(config: Trainer.Config) -> int:
             f"already trained to step {trainer.resumed_step}; "
             f"raise --training.steps to go on, or choose another --dump_folder"
         )
-    elif config.metrics.enable_tensorboard and torch.distributed.get_rank() == 0:
+    elif trainer.metrics_processor.losses and config.metrics.enable_tensorboard and not rank():
         say(f"plotted     {plot_losses(Path(config.dump_folder))}")
+    # A rank that ended with a code of its own would have the others killed.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    return 0
+    return 128 + trainer.stopped_by if trainer.stopped_by else 0

@@ -4,30 +4,36 @@ A source is a sequence of texts in a fixed order for each epoch, the same on eve
 mesh. Packing them into rows is the work of `data`.
 """
 
-import json
 import os
 import random
 import sys
 import sysconfig
 import zlib
+from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+
+from dtcp.pretrain.fingerprint import fingerprints_of
+from dtcp.pretrain.text_files import TEXT_SUFFIXES, DataError, Document, read_documents
 
 Part = Literal["train", "validation", "all"]
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 HELD_OUT = 20  # one document in 20 is kept for validation
 WINDOW = 4096  # documents in memory, to mix those of one file with others
+WINDOW_CHARACTERS = 1 << 26  # in memory, however few documents hold them
 
 NOT_THE_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data")
 """Folders of a Python: other people's packages, tests, and tables that would outweigh the code."""
 
 
 class Source(Protocol):
-    def documents(self, epoch: int) -> Iterator[str]:
+    def documents(self, epoch: int) -> Iterator[Document]:
         """Every document of the source once, in this epoch's order."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes the documents and their order, by name, as JSON holds it."""
 
 
 @dataclass(frozen=True)
@@ -46,51 +52,78 @@ class TextFiles:
     longest: int = sys.maxsize
     """Characters; documents beyond it are left out."""
     seed: int = 0
+    replace_invalid: bool = False
+    """Read bytes that are no UTF-8 as U+FFFD; otherwise they are an error."""
+    root: Path | None = None
+    """The folder that the files lie in: a fingerprint names them from there."""
 
-    def documents(self, epoch: int) -> Iterator[str]:
+    def documents(self, epoch: int) -> Iterator[Document]:
         order = random.Random(self.seed + epoch)
         files = list(self.files)
         order.shuffle(files)
-        texts = (text for file in files for text in self._read(file))
-        return shuffled(filter(self._wanted, texts), order)
+        return shuffled(self._wanted(files), order)
 
-    def _read(self, file: Path) -> Iterator[str]:
-        if file.suffix == ".jsonl":
-            yield from self._read_lines(file)
-            return
-        text = file.read_text(encoding="utf-8", errors="replace")
-        yield from text.split(self.separator) if self.separator else [text]
+    def is_empty(self, limit: int) -> bool:
+        """Whether there is no document, as far as reading files of `limit` bytes in all tells."""
+        read = 0
+        for file in self.files:
+            for _ in self._wanted([file]):
+                return False
+            read += file.stat().st_size
+            if read > limit:
+                return False
+        return True
 
-    def _read_lines(self, file: Path) -> Iterator[str]:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    yield json.loads(line)[self.text_key]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"A line of a JSONL file is an object with the key {self.text_key!r}, got "
-                        f"{file}:{number}={line[:40]!r}: mend it, or set --dataloader.text_key."
-                    ) from error
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "files": fingerprints_of(self.files, self.root),
+            "part": self.part,
+            "separator": self.separator,
+            "text_key": self.text_key,
+            "longest document": self.longest,
+            "seed": self.seed,
+            "invalid bytes": "replaced" if self.replace_invalid else "refused",
+        }
 
-    def _wanted(self, text: str) -> bool:
-        if not text.strip() or len(text) > self.longest:
+    def _wanted(self, files: Collection[Path]) -> Iterator[Document]:
+        for file in files:
+            for document in read_documents(
+                file, self.separator, text_key=self.text_key, replace_invalid=self.replace_invalid
+            ):
+                if self._is_wanted(document.text):
+                    yield document
+
+    def _is_wanted(self, text: str) -> bool:
+        if not text or text.isspace() or len(text) > self.longest:
             return False
+        if self.part == "all":
+            return True
         held_out = zlib.crc32(text.encode("utf-8", "replace")) % HELD_OUT == 0
-        return self.part == "all" or held_out == (self.part == "validation")
+        return held_out == (self.part == "validation")
 
 
-def shuffled(documents: Iterator[str], order: random.Random) -> Iterator[str]:
+def shuffled(documents: Iterator[Document], order: random.Random) -> Iterator[Document]:
     """The documents in another order, looking no further ahead than a window."""
-    window: list[str] = []
+    window: list[Document] = []
+    held = 0
     for document in documents:
-        if len(window) < WINDOW:
-            window.append(document)
+        if len(document.text) > WINDOW_CHARACTERS // 8:
+            yield document  # mixed enough by its own length, and no reason to empty the window
             continue
-        chosen = order.randrange(WINDOW)
-        yield window[chosen]
-        window[chosen] = document
+        window.append(document)
+        held += len(document.text)
+        while window and (len(window) > WINDOW or held > WINDOW_CHARACTERS):
+            # The last one takes the place of the one that leaves: nothing is moved.
+            chosen = order.randrange(max(1, len(window) - 1))
+            window[chosen], window[-1] = window[-1], window[chosen]
+            leaving = window.pop()
+            held -= len(leaving.text)
+            yield leaving
     order.shuffle(window)
-    yield from window
+    rest = deque(window)
+    window.clear()
+    while rest:
+        yield rest.popleft()
 
 
 @dataclass(frozen=True)
@@ -103,18 +136,53 @@ class HuggingFace:
     text_key: str = "text"
     seed: int = 0
 
-    def documents(self, epoch: int) -> Iterator[str]:
+    def documents(self, epoch: int) -> Iterator[Document]:
         # The hub's library takes seconds to import, and most runs do without.
         from datasets import load_dataset
 
-        rows = load_dataset(self.name, self.subset, split=self.split, streaming=True)
-        for row in rows.shuffle(seed=self.seed + epoch):
-            if self.text_key not in row:
-                raise ValueError(
-                    f"A row of {self.name} has the key {self.text_key!r}, got keys={sorted(row)}: "
-                    f"set --dataloader.text_key."
-                )
-            yield row[self.text_key]
+        number = -1
+        try:
+            rows = load_dataset(self.name, self.subset, split=self.split, streaming=True)
+            for number, row in enumerate(rows.shuffle(seed=self.seed + epoch)):
+                yield self._document(row, number)
+        except DataError:
+            raise
+        # Of the network, of the hub, of a row's format: whatever it is, it was this dataset.
+        except Exception as error:
+            where = "before its first row" if number < 0 else f"after row {number} of the epoch"
+            raise DataError(
+                f"A dataset of Hugging Face can be streamed, got {self.name} "
+                f"({self.subset or 'default'}, {self.split}), which failed {where} "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): look at "
+                f"--dataloader.dataset, --dataloader.dataset_path and --dataloader.split."
+            ) from error
+
+    def fingerprint(self) -> dict[str, Any]:
+        local = Path(self.name)
+        files = tuple(sorted(p for p in local.rglob("*") if p.is_file())) if local.is_dir() else ()
+        return {
+            "dataset": self.name,
+            "subset": self.subset,
+            "split": self.split,
+            "files": fingerprints_of(files, local),
+            "text_key": self.text_key,
+            "seed": self.seed,
+        }
+
+    def _document(self, row: dict[str, Any], number: int) -> Document:
+        place = f"row {number} of {self.name} (shuffled by seed {self.seed})"
+        if self.text_key not in row:
+            raise DataError(
+                f"A row of {self.name} has the key {self.text_key!r}, got {place} with "
+                f"keys={sorted(row)}: set --dataloader.text_key."
+            )
+        text = row[self.text_key]
+        if not isinstance(text, str):
+            raise DataError(
+                f"The text of a row is a string, got {place} with {self.text_key}="
+                f"{str(text)[:40]!r} of type {type(text).__name__}: set --dataloader.text_key."
+            )
+        return Document(text, place)
 
 
 def standard_library(part: Part, seed: int = 0) -> TextFiles:
@@ -130,10 +198,21 @@ def standard_library(part: Part, seed: int = 0) -> TextFiles:
             f"The standard library comes as source files, got none in folder={root}: "
             f"set --dataloader.dataset folder --dataloader.dataset_path PATH."
         )
-    return TextFiles(files, part, separator="\n\n", longest=4096, seed=seed)
+    return TextFiles(
+        files,
+        part,
+        separator="\n\n",
+        longest=4096,
+        seed=seed,
+        # A few files are there to test other encodings.
+        replace_invalid=True,
+        root=root,
+    )
 
 
-def folder(path: str | None, part: Part, *, text_key: str, seed: int = 0) -> TextFiles:
+def folder(
+    path: str | None, part: Part, *, text_key: str, seed: int = 0, replace_invalid: bool = False
+) -> TextFiles:
     """Text and JSONL files below a folder; each text file, or line of a JSONL, is a document.
 
     Raises:
@@ -152,7 +231,9 @@ def folder(path: str | None, part: Part, *, text_key: str, seed: int = 0) -> Tex
             f"A data folder holds files that end in {', '.join(sorted(suffixes))}, got none in "
             f"dataset_path={path}: convert them, or name another folder."
         )
-    return TextFiles(files, part, text_key=text_key, seed=seed)
+    return TextFiles(
+        files, part, text_key=text_key, seed=seed, replace_invalid=replace_invalid, root=root
+    )
 
 
 def _files_below(
@@ -160,7 +241,14 @@ def _files_below(
 ) -> tuple[Path, ...]:
     """Files with one of the suffixes, sorted; folders of a skipped name are not entered."""
     paths: list[Path] = []
-    for parent, folders, names in os.walk(root):
+    for parent, folders, names in os.walk(root, onerror=_refuse_folder):
         folders[:] = [name for name in folders if name not in skipped]
-        paths += [Path(parent, name) for name in names]
+        paths += [Path(parent, name) for name in names if name.endswith(suffixes)]
     return tuple(sorted(path for path in paths if path.suffix in suffixes and path.is_file()))
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(
+        f"A data folder can be read with all that is below it, got {error.filename} "
+        f"({error.strerror}): mend its rights, or move it elsewhere."
+    ) from error

@@ -1,13 +1,33 @@
 """Text to token ids: one token per byte, or the tokenizer of a Hugging Face folder."""
 
+import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from dtcp.torchtitan import compat as compat
 
+import numpy as np
+import numpy.typing as npt
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+
+from dtcp.pretrain.text_files import DataError
 
 BYTES = 256
 BOS, EOS = BYTES, BYTES + 1
+
+PIECE = 1 << 21
+"""Characters that a tokenizer is given at once: its memory is a hundred times its text."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+Ids = npt.NDArray[np.int64]
 
 
 class Tokenizer(BaseTokenizer):
@@ -20,19 +40,53 @@ class Tokenizer(BaseTokenizer):
 
     def __init__(self, config: Config, *, tokenizer_path: str):
         super().__init__()
-        self.inner = (
-            HuggingFaceTokenizer(tokenizer_path=config.folder) if config.folder else ByteTokenizer()
-        )
+        self.folder = config.folder
+        self.inner = _from_folder(config.folder) if config.folder else ByteTokenizer()
         self.bos_id, self.eos_id = self.inner.bos_id, self.inner.eos_id
 
     def encode(self, text: str, *, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         return self.inner.encode(text, add_bos=add_bos, add_eos=add_eos)
+
+    def pieces(self, text: str) -> Iterator[Ids]:
+        """The ids of a document with its marks, in arrays that follow each other.
+
+        A text of more than 2 M characters is cut into pieces before spaces, which tokens do not
+        run across in most tokenizers, and not at all in that of bytes: memory stays that of the
+        text, and time is linear.
+        """
+        if len(text) <= PIECE:
+            yield np.array(self.encode(text, add_bos=True, add_eos=True), dtype=np.int64)
+            return
+        marks = [[] if mark is None else [mark] for mark in (self.bos_id, self.eos_id)]
+        yield np.array(marks[0], dtype=np.int64)
+        start = 0
+        while start < len(text):
+            end = _end_of_piece(text, start)
+            yield self._unmarked(text[start:end])
+            start = end
+        yield np.array(marks[1], dtype=np.int64)
 
     def decode(self, ids: list[int]) -> str:
         return self.inner.decode(ids)
 
     def get_vocab_size(self) -> int:
         return self.inner.get_vocab_size()
+
+    def fingerprint(self) -> str:
+        """What tells this tokenizer from another one."""
+        if not self.folder:
+            return "bytes"
+        content = hashlib.sha256()
+        for name in TOKENIZER_FILES:
+            path = Path(self.folder, name)
+            content.update(path.read_bytes() if path.is_file() else b"")
+        return content.hexdigest()[:16]
+
+    def _unmarked(self, text: str) -> Ids:
+        if isinstance(self.inner, ByteTokenizer):
+            return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64)
+        ids = self.inner.tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=np.int64)
 
 
 class ByteTokenizer(BaseTokenizer):
@@ -54,3 +108,58 @@ class ByteTokenizer(BaseTokenizer):
 
     def get_vocab_size(self) -> int:
         return BYTES + 2
+
+
+def check_tokenizer_folder(folder: str) -> None:
+    """Refuse a folder that holds no tokenizer, before any rank starts.
+
+    Raises:
+        ValueError: no such folder, no tokenizer in it, or one whose JSON is broken.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"A tokenizer is read from a folder, got --tokenizer.folder {folder}: no such folder."
+        )
+    found = [Path(folder, name) for name in TOKENIZER_FILES if Path(folder, name).is_file()]
+    for path in found:
+        if path.suffix != ".json":
+            continue
+        try:
+            json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise _broken(path, error) from error
+    if not any(path.name in ("tokenizer.json", "vocab.json", "vocab.txt") for path in found):
+        raise ValueError(
+            f"A tokenizer's folder holds tokenizer.json, or vocab.json with merges.txt, got "
+            f"--tokenizer.folder {folder} without: name the folder that the model came in."
+        )
+
+
+def _from_folder(folder: str) -> HuggingFaceTokenizer:
+    check_tokenizer_folder(folder)
+    try:
+        tokenizer = HuggingFaceTokenizer(tokenizer_path=folder)
+    # The library's parser, in Rust, raises bare Exceptions.
+    except Exception as error:
+        raise _broken(Path(folder), error) from error
+    # Such settings are for batches of a model that reads short texts.
+    tokenizer.tokenizer.no_truncation()
+    tokenizer.tokenizer.no_padding()
+    return tokenizer
+
+
+def _broken(path: Path, error: BaseException) -> DataError:
+    text = " ".join(str(error).split())[:200]
+    return DataError(
+        f"A tokenizer can be read, got {path} ({type(error).__name__}: {text}): fetch it anew, or "
+        f"name another --tokenizer.folder."
+    )
+
+
+def _end_of_piece(text: str, start: int) -> int:
+    """Before the last space of a piece, or at its full length where there is none near its end."""
+    end = start + PIECE
+    if end >= len(text):
+        return len(text)
+    space = text.rfind(" ", end - PIECE // 16, end)
+    return end if space <= start else space

@@ -5,10 +5,11 @@ already, the row is laid out, and each rank keeps its tokens, with what its mixe
 The loss stays torchtitan's: the sum over local tokens, divided by the global count of valid ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
-from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from dtcp.torchtitan.model_spec import PlainModel
@@ -18,6 +19,7 @@ from dtcp.torchtitan.section import Section
 import torch
 from torch import Tensor, nn
 from torchtitan import trainer as titan
+from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.components.validate import Validator
 from torchtitan.models.common.decoder import Decoder
@@ -26,10 +28,15 @@ from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import look_ahead
 from dtcp.pretrain.data import PackedDocuments, open_source
+from dtcp.pretrain.folder_lock import FolderLock
 from dtcp.pretrain.output_folder import check_output
 from dtcp.pretrain.progress import describe_run, say
+from dtcp.pretrain.settings import EMPTY_AFTER, check_counts, check_optimizer
+from dtcp.pretrain.sources import TextFiles
 from dtcp.pretrain.start_weights import check_start
-from dtcp.pretrain.tokenizer import Tokenizer
+from dtcp.pretrain.stop import StopRequest
+from dtcp.pretrain.text_files import DataError
+from dtcp.pretrain.tokenizer import Tokenizer, check_tokenizer_folder
 from dtcp.sequence.documents import Documents
 
 LocalBatch = tuple[Tensor, Tensor, dict[str, Any]]
@@ -49,6 +56,8 @@ class Trainer(titan.Trainer):
                 ValueError: data that is not there, or a part that another part does not honour.
             """
             check_backend(self.parallelism)
+            check_counts(self)
+            check_optimizer(self)
             _check_data(self)
             check_start(self)
             check_output(self)
@@ -63,6 +72,10 @@ class Trainer(titan.Trainer):
 
     mesh: ParallelMesh
     resumed_step: int = 0
+    stopped_by: int = 0
+    """The signal that all ranks stopped for; 0 where none did."""
+    lock: FolderLock | None = None
+    """Rank 0's right to write the run's folder."""
 
     def __init__(self, config: Config) -> None:
         # torchtitan gives parallelize_fn its own sections only.
@@ -74,6 +87,53 @@ class Trainer(titan.Trainer):
         if config.validator.enable:
             self.validator.mesh, self.validator.section = self.mesh, config.dtcp
         say(describe_run(self))
+
+    def train(self) -> None:
+        """Train to the last step; or to a signal or the end of the data, and save there."""
+        self.stop = StopRequest(timedelta(seconds=self.config.comm.init_timeout_seconds))
+        self._out_of_data = False
+        try:
+            super().train()
+            self.stop.settle()
+        finally:
+            self.stop.close()
+        if self._out_of_data:
+            self._end_with_data()
+        elif self.stop.signal and super().should_continue_training():
+            self._end_with_signal(self.stop.signal)
+
+    def should_continue_training(self) -> bool:
+        if self.lock is not None:
+            self.lock.check()
+        return super().should_continue_training() and not self.stop.agreed()
+
+    def batch_generator(
+        self, data_iterable: Iterable[tuple[dict[str, Any], Tensor]]
+    ) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """The loader's batches; an error of the data says in which step it came up."""
+        batches = super().batch_generator(data_iterable)
+        while True:
+            try:
+                batch = next(batches)
+            except DataloaderExhaustedError:
+                self._out_of_data = True
+                raise
+            except DataError as error:
+                # Every rank reads every row, and says the same.
+                raise DataError(f"{error} (read on all ranks for step {self.step})") from error
+            yield batch
+
+    def _end_with_data(self) -> None:
+        self.step -= 1  # the step that found no rows
+        say(f"end of data after step {self.step}; rows for {self.config.training.steps} were due")
+        if self.step > self.resumed_step:
+            self.checkpointer.save(self.step, last_step=True)
+
+    def _end_with_signal(self, number: int) -> None:
+        self.stopped_by = number
+        saved = self.checkpointer.save_now(self.step)
+        left = "start again to go on" if saved else "nothing was saved, as the config wants it"
+        say(f"stopped     by {Signals(number).name} after step {self.step}; {left}")
 
     def post_dataloading_process(self, input_dict: dict[str, Any], labels: Tensor) -> LocalBatch:
         batch = local_batch(
@@ -96,12 +156,16 @@ class Trainer(titan.Trainer):
             raise ValueError(
                 f"A loss is finite, got NaN or infinity at step={self.step}: no rank goes on, and "
                 f"nothing was saved since. {self.checkpointer.newest()}; lower the learning rate, "
-                f"or look at the data of this step."
+                f"or look at the data of this step{self._data_read()}."
             ) from error
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.resumed_step = self.step
+
+    def _data_read(self) -> str:
+        loader = self.dataloader
+        return f": {loader.last_read}" if isinstance(loader, PackedDocuments) else ""
 
     def _check_vocabulary(self) -> None:
         tokens, scored = self.tokenizer.get_vocab_size(), self.model_config.vocab_size
@@ -193,15 +257,18 @@ def _check_data(config: Trainer.Config) -> None:
         loaders.append(config.validator.dataloader)
     for loader in loaders:
         if isinstance(loader, PackedDocuments.Config):
-            open_source(loader)
+            source = open_source(loader)
+            if isinstance(source, TextFiles) and source.is_empty(EMPTY_AFTER):
+                raise ValueError(
+                    f"A data source has documents, got none for part={loader.part} in "
+                    f"{len(source.files)} files of dataset={loader.dataset}: add documents, or set "
+                    f"--validator.no-enable where it is validation that has none."
+                )
         elif config.dtcp.verify:
             raise ValueError(
                 f"Verifying reads the same rows on any number of ranks, got "
                 f"dataloader={type(loader).__qualname__}: use PackedDocuments."
             )
     tokenizer = config.tokenizer
-    named = tokenizer.folder if isinstance(tokenizer, Tokenizer.Config) else ""
-    if named and not Path(named).is_dir():
-        raise ValueError(
-            f"A tokenizer is read from a folder, got --tokenizer.folder {named}: no such folder."
-        )
+    if isinstance(tokenizer, Tokenizer.Config) and tokenizer.folder:
+        check_tokenizer_folder(tokenizer.folder)

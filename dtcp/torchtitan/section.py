@@ -50,6 +50,12 @@ class Section:
     verify: int = 0
     """Run this many steps, repeat them on one device, compare the losses, and stop."""
 
+    max_restarts: int = 0
+    """Of ranks that train.py starts by itself: how often all start again after one has failed."""
+
+    stop_seconds: int = 120
+    """How long ranks may take to save on SIGTERM or Ctrl-C before train.py kills them."""
+
     def sequence_layout(self) -> type[SequenceLayout]:
         return LAYOUT_CLASSES[self.layout]
 

@@ -3,13 +3,16 @@
 import re
 import sys
 
-from tests.harness.run_script import run_forked, run_process
+from tests.harness.run_script import ROOT as ROOT
+from tests.harness.run_script import SECONDS, run_forked, run_process
 
 # A busy machine is no reason for a collective to give up.
 PATIENT = ("--comm.init_timeout_seconds", "3600", "--comm.train_timeout_seconds", "3600")
 
 
-def train(*arguments: str, module: str, config: str, ranks: int = 2) -> tuple[int, str]:
+def train(
+    *arguments: str, module: str, config: str, ranks: int = 2, seconds: float = SECONDS
+) -> tuple[int, str]:
     """Be the ranks of train.py, without what it takes to start them.
 
     Args:
@@ -19,7 +22,7 @@ def train(*arguments: str, module: str, config: str, ranks: int = 2) -> tuple[in
         exit code and output.
     """
     named = ("--module", module, "--config", config, *PATIENT)
-    ended = run_forked("train.py", *named, *arguments, ranks=ranks)
+    ended = run_forked("train.py", *named, *arguments, ranks=ranks, seconds=seconds)
     return ended.code, ended.output
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dtcp.pretrain.data import PackedDocuments
+from dtcp.pretrain.text_files import Document
 from dtcp.pretrain.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.Config().build(tokenizer_path="")
@@ -21,8 +22,12 @@ class Texts:
 
     texts: tuple[str, ...]
 
-    def documents(self, epoch: int) -> Iterator[str]:
-        return iter(self.texts if epoch % 2 == 0 else self.texts[::-1])
+    def documents(self, epoch: int) -> Iterator[Document]:
+        texts = self.texts if epoch % 2 == 0 else self.texts[::-1]
+        return (Document(text, f"text {text[:8]!r}") for text in texts)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"texts": list(self.texts)}
 
 
 TEXTS = Texts(("a", "bcdefghijklmnopqrstuvwxyz" * 3, "0123456789", "xy", "end"))

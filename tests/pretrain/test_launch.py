@@ -39,7 +39,8 @@ def processes():
 for work in (forked, failed, killed, stopped):
     launch(work)
 launcher.can_fork = lambda: False
-launch(processes, "-c", "import os; print('rank', os.environ['RANK'], 'is a process')")
+whole_line = "import os; print('rank ' + os.environ['RANK'] + ' is a process\\\\n', end='')"
+launch(processes, "-c", whole_line)
 """
 
 

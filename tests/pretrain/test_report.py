@@ -26,7 +26,7 @@ def test_a_plot_of_nothing_is_refused(tmp_path):
 def test_a_failure_is_one_line_and_a_file(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     say_failure(ValueError("x is y, got x=1: set it to 2."), tmp_path)
-    assert capsys.readouterr().err.startswith("error: x is y, got x=1: set it to 2.\n(traceback")
+    assert capsys.readouterr().err.startswith("error: x is y, got x=1: set it to 2. (traceback")
     assert "ValueError" in (tmp_path / "errors/rank_0.txt").read_text()
     monkeypatch.setenv("RANK", "1")
     say_failure(ValueError("x is y, got x=1: set it to 2."), tmp_path)

@@ -1,0 +1,99 @@
+"""Settings that cannot work, told before any rank starts."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from dtcp.torchtitan import compat as compat
+
+from torchtitan.config import ParallelismConfig
+
+EMPTY_AFTER = 1 << 23
+"""Bytes of data that are read to find one document of a part before a run starts."""
+
+
+def check_counts(config: Any) -> None:
+    """Refuse counts that no run can have, and batches that the mesh does not divide.
+
+    Raises:
+        ValueError: naming the setting, its value and what would work.
+    """
+    for name, value, least in _counts(config):
+        if value < least:
+            raise ValueError(
+                f"A run counts from {least} on, got --{name} {value}: give {least} or more."
+            )
+    _check_rows(config.training, config.parallelism)
+    _check_seq_len(config.training.seq_len, config.parallelism)
+
+
+def _counts(config: Any) -> Iterator[tuple[str, float, float]]:
+    """Each count by its option, with the least that works."""
+    training, section = config.training, config.dtcp
+    yield "training.steps", training.steps, 1
+    yield "training.local_batch_size", training.local_batch_size, 1
+    yield "training.seq_len", training.seq_len, 1
+    yield "training.gc_freq", training.gc_freq, 1
+    yield "metrics.log_freq", config.metrics.log_freq, 1
+    yield "comm.init_timeout_seconds", config.comm.init_timeout_seconds, 1
+    yield "comm.train_timeout_seconds", config.comm.train_timeout_seconds, 1
+    yield "dtcp.max_restarts", section.max_restarts, 0
+    yield "dtcp.stop_seconds", section.stop_seconds, 1
+    yield "dtcp.verify", section.verify, 0
+    yield "checkpoint.load_step", config.checkpoint.load_step, -1
+    if config.validator.enable:
+        yield "validator.freq", config.validator.freq, 1
+
+
+def _check_rows(training: Any, parallelism: ParallelismConfig) -> None:
+    """The rows of a step are whole parts of every data-parallel rank's rows."""
+    rows, local = training.global_batch_size, training.local_batch_size
+    if rows < 0:
+        return  # torchtitan's sign for one part per step
+    shards = parallelism.data_parallel_shard_degree
+    ranks = parallelism.data_parallel_replicate_degree * max(shards, 1)
+    if rows == 0 or rows % (local * ranks):
+        raise ValueError(
+            f"A step has whole parts of local_batch_size x data-parallel ranks = {local} x {ranks} "
+            f"rows, got --training.global_batch_size {rows}: give a multiple of {local * ranks}."
+        )
+
+
+def _check_seq_len(seq_len: int, parallelism: ParallelismConfig) -> None:
+    """torchtitan cuts a row into two parts per cp rank, and each for sequence parallelism."""
+    cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
+    parts = (tp if parallelism.enable_sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
+    if parts > 0 and seq_len % parts:
+        near = max(1, round(seq_len / parts)) * parts
+        raise ValueError(
+            f"A row is cut into {parts} parts by cp {cp} and tp {tp}, got --training.seq_len "
+            f"{seq_len}: give a multiple, as {near}."
+        )
+
+
+def check_optimizer(config: Any) -> None:
+    """Refuse NaN, infinity and what cannot be stepped by, and a schedule that ends too early.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    for group in config.optimizer.param_groups:
+        for name, value in group.optimizer_kwargs.items():
+            if isinstance(value, float) and (not math.isfinite(value) or value < 0):
+                raise ValueError(
+                    f"The optimizer's numbers are finite and not negative, got {name}={value}: "
+                    f"give another."
+                )
+    total, steps = config.lr_scheduler.total_steps, config.training.steps
+    if total is not None and total < steps:
+        # Beyond its end torchtitan's schedule goes below zero, or fails.
+        raise ValueError(
+            f"A schedule of learning rates has all steps of a run, got --lr_scheduler.total_steps "
+            f"{total} for --training.steps {steps}: give {steps} or more."
+        )
+    norm = config.training.max_norm
+    if math.isnan(norm) or norm <= 0:
+        raise ValueError(
+            f"Gradients are clipped to a positive norm, got --training.max_norm {norm}: give a "
+            f"positive number, or inf to leave them alone."
+        )

@@ -1,0 +1,64 @@
+"""SIGTERM and Ctrl-C: all ranks stop after the same step, with everything saved."""
+
+import signal
+from datetime import timedelta
+from types import FrameType
+
+import torch
+from torch import distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The last is what a terminal sends that is closed."""
+
+
+class StopRequest:
+    """What this rank was told, and what the ranks agreed on.
+
+    A signal may reach one rank alone, and none in the same step, so ranks tell each other before
+    every step: 4 bytes, summed up on the host while the step before it runs.
+
+    Args:
+        timeout: of the exchange, as long as any step may take.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        self.signal = 0
+        """The number of the signal that all ranks stop for; 0 as long as there is none."""
+        self._heard = 0
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._work: dist.Work | None = None
+        # On an accelerator's own group the host would have to wait for the device.
+        on_host = dist.get_backend() == "gloo"
+        self._group = None if on_host else dist.new_group(backend="gloo", timeout=timeout)
+        self._before = {
+            number: signal.signal(number, self._hear)
+            for number in SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
+
+    def agreed(self) -> bool:
+        """Whether to stop here; called by every rank before every step.
+
+        What a rank hears while a step runs is known to all after the next one.
+        """
+        self.settle()
+        if not self.signal:
+            self._flag = torch.tensor([self._heard], dtype=torch.int32)
+            self._work = dist.all_reduce(
+                self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True
+            )
+        return self.signal != 0
+
+    def settle(self) -> None:
+        """Finish the exchange that is under way, before the ranks part."""
+        if self._work is not None:
+            self._work.wait()
+            self.signal, self._work = int(self._flag), None
+
+    def close(self) -> None:
+        """Leave signals to whom they were left before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._heard = self._heard or number
