@@ -249,11 +249,7 @@ class Checkpoints(CheckpointManager):
         """Done by `_after_save`: a save in the background is not there yet when this is called."""
 
     def save_now(self, step: int) -> bool:
-        """Save the whole state of a step that may be followed by no other, and wait for it.
-
-        Returns:
-            whether this step can be gone on from.
-        """
+        """Save the whole state, whatever the interval, and wait for it; False if none is saved."""
         if not self.enable or self.load_only:
             return False
         if not self._should_save(step):

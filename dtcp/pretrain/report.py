@@ -32,9 +32,10 @@ from dtcp.pretrain.attempt import (
 EXPLAINED = (ValueError, TypeError, FileNotFoundError, NotImplementedError)
 
 OF_PEERS = (DistBackendError, DistNetworkError, DistStoreError)
-"""What torch raises when another rank is gone. gloo says so in the text of a RuntimeError."""
+"""What torch raises when another rank is gone."""
 
-IN_GLOO = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+OF_GLOO = ("gloo/", "closed by peer", "reset by peer", "Timed out waiting", "pair closure")
+"""gloo says so in the text of a RuntimeError."""
 
 A_FAILURE = "a failure"
 """Said by the first rank that reports an error of its own."""
@@ -149,7 +150,7 @@ def _is_of_peers(error: BaseException) -> bool:
     """Whether another rank's end is what this one failed for."""
     if isinstance(error, CheckpointException):
         return any(_is_of_peers(each) for each, _ in error.failures.values())
-    return isinstance(error, OF_PEERS) or any(text in str(error) for text in IN_GLOO)
+    return isinstance(error, OF_PEERS) or any(text in str(error) for text in OF_GLOO)
 
 
 def _keep_traceback(error: BaseException, folder: Path) -> Path:
