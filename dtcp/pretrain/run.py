@@ -3,7 +3,10 @@
 import functools
 from pathlib import Path
 
+from dtcp.torchtitan import compat as compat
+
 import torch
+from torchtitan.observability import structured_logger
 
 from dtcp.pretrain.attempt import Attempt
 from dtcp.pretrain.compiler import use_what_works
@@ -57,6 +60,11 @@ def run_rank(config: Trainer.Config) -> int:
         lock, refusal = _lock_folder(config)
         seconds = float(config.comm.init_timeout_seconds)
         report.attempt = Attempt(seconds=seconds, refusal=refusal)
+        structured_logger.init_structured_logger(
+            source="training",
+            output_dir=config.dump_folder,
+            enable=config.debug.enable_structured_logging,
+        )
         message = use_what_works(config.compile)
         if message and rank() == 0:
             print(message, flush=True)
