@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import check_ints, check_tensor
-from dtcp.sequence.documents import Documents
+from dtcp.sequence.documents import Documents, anywhere
 
 IGNORED = -100
 """The label of a token that has no loss."""
@@ -84,16 +84,20 @@ def check_labels(batch: Mapping[str, Tensor], documents: Documents, padding: Ten
         padding: [B, S] bool on the host, True for padding. What is in no document is padding too.
     """
     labels, loss_mask = batch.get("labels"), batch.get("loss_mask")
-    index = torch.arange(documents.seq_len)
-    outside = index >= torch.tensor([[sum(row)] for row in documents.lengths])
-    padding = outside if padding is None else outside | padding
-    if labels is None or not bool(padding.any()):
+    used = [sum(row) for row in documents.lengths]
+    if labels is None or (padding is None and min(used, default=0) == documents.seq_len):
         return
-    wrong = padding & (labels.cpu() != IGNORED)
+    # Where documents alone say what is padding, it starts where the first of them ends.
+    first = min(used, default=0) if padding is None else 0
+    outside = torch.arange(first, documents.seq_len) >= torch.tensor(used)[:, None]
+    wrong = (labels[:, first:].cpu() != IGNORED) & (
+        outside if padding is None else outside | padding
+    )
     if loss_mask is not None:
-        wrong = wrong & (loss_mask.cpu() != 0)
-    if bool(wrong.any()):
+        wrong = wrong & (loss_mask[:, first:].cpu() != 0)
+    if anywhere(wrong):
         row, token = wrong.nonzero()[0].tolist()
+        token += first
         raise ValueError(
             f"Padding has no loss, got labels[{row}, {token}]={labels[row, token].item()} at a "
             f"token of padding: set it to {IGNORED} (shift_labels does), or correct the padding."

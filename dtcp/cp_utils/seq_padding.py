@@ -6,7 +6,7 @@ Both pages have the two functions. Despite their names they change nothing in pl
 import torch
 from torch import Tensor
 
-from dtcp.batch import pad_end
+from dtcp.rows import pad_end
 
 
 def _pad_tensor_seq_dim_(
