@@ -41,29 +41,32 @@ def check_settings(config: Any) -> None:
             raise ValueError(text)
 
 
-def check_overrides(config: Any) -> None:
-    """Apply torchtitan's overrides to a copy, to see what becomes of the layers.
+def check_model(config: Any) -> None:
+    """Let torchtitan look at a copy, as its trainer does on each rank: sizes, then overrides.
 
     Raises:
-        ValueError: an override that replaces nothing, or a layer's attention.
+        ValueError: a model that the mesh does not divide, or whose positions end before the row;
+            an override that replaces nothing, or a layer's attention.
     """
-    if not config.override.imports:
+    spec = config.model_spec
+    if not isinstance(spec.model, Decoder.Config) and not config.override.imports:
         return
     copied = deepcopy(config)
     try:
+        copied.model_spec.model.update_from_config(config=copied)
         replaced = apply_overrides(copied.override, copied)
-    except ImportError as error:
+    except (ImportError, NotImplementedError) as error:
         raise ValueError(
-            f"Overrides are imported, got override.imports={config.override.imports}: {error}."
+            f"torchtitan takes its own model and overrides, got {spec.name} with "
+            f"override.imports={config.override.imports}: {error}."
         ) from error
-    if not replaced:
+    if config.override.imports and not replaced:
         raise ValueError(
             f"An override replaces a part of the config, got override.imports="
             f"{config.override.imports}, which replace none: leave them out."
         )
     check_settings(copied)
-    model = config.model_spec.model
-    if isinstance(model, Decoder.Config):
+    if isinstance(spec.model, Decoder.Config):
         before, after = (foreign_modules(x.model_spec.model) for x in (config, copied))
         for where in sorted(after.keys() - before.keys()):
             raise ValueError(
@@ -71,6 +74,33 @@ def check_overrides(config: Any) -> None:
                 f"{after[where].__module__}.{after[where].__qualname__}: if it treats every token "
                 f"alone, put it into the config and say adopt_model(spec, per_token=...)."
             )
+
+
+def check_batch_size(config: Any, ranks: int) -> None:
+    """Refuse rows that the ranks cannot share, as torchtitan would on each of them.
+
+    Raises:
+        ValueError: a row whose length the mesh does not divide, or a batch that micro-batches do
+            not make up.
+    """
+    degrees, training = config.parallelism, config.training
+    cp, tp = degrees.context_parallel_degree, degrees.tensor_parallel_degree
+    multiple = (tp if degrees.enable_sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
+    if training.seq_len % multiple:
+        raise ValueError(
+            f"Every rank has as many tokens of a row, in two chunks under cp, got "
+            f"training.seq_len={training.seq_len} on cp {cp} x tp {tp}: give a multiple of "
+            f"{multiple}."
+        )
+    rows = training.local_batch_size * (ranks // (cp * tp))
+    if training.global_batch_size >= 0 and (
+        training.global_batch_size == 0 or training.global_batch_size % rows
+    ):
+        raise ValueError(
+            f"A step is made of whole micro-batches, got training.global_batch_size="
+            f"{training.global_batch_size} with {rows} rows in a micro-batch of all ranks "
+            f"(training.local_batch_size={training.local_batch_size}): give a multiple of {rows}."
+        )
 
 
 def _loss_refusal(config: Any) -> str:

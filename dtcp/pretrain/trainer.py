@@ -26,7 +26,7 @@ from torchtitan.models.common.decoder import Decoder
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import look_ahead
-from dtcp.pretrain.config_check import check_overrides, check_settings
+from dtcp.pretrain.config_check import check_model, check_settings
 from dtcp.pretrain.data import PackedDocuments, open_source
 from dtcp.pretrain.folder_lock import FolderLock
 from dtcp.pretrain.output_folder import check_output
@@ -56,9 +56,9 @@ class Trainer(titan.Trainer):
                 ValueError: data that is not there, or a part that another part does not honour.
             """
             check_settings(self)
-            check_overrides(self)
             check_counts(self)
             check_optimizer(self)
+            check_model(self)
             _check_data(self)
             check_start(self)
             check_output(self)

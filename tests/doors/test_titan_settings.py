@@ -27,7 +27,7 @@ from torchtitan.models.muse_glimmer.config_registry import muse_glimmer_debugmod
 from docs.torchtitan_tables import PAGE
 from dtcp.pretrain import config_check, configs
 from dtcp.pretrain.adopt import adopt, replaced_parts
-from dtcp.pretrain.config_check import check_settings
+from dtcp.pretrain.config_check import check_batch_size, check_settings
 from dtcp.pretrain.options import config_names, parse
 from dtcp.pretrain.trainer import Trainer, local_batch
 
@@ -243,7 +243,7 @@ def test_C2_a_section_that_a_subclass_adds_to_is_refused_where_it_says_something
     ("imports", "says"),
     [
         pytest.param(
-            ["torchtitan.overrides.nowhere.nothing"], "Overrides are imported", id="C2-missing"
+            ["torchtitan.overrides.nowhere.nothing"], "could not be imported", id="C2-missing"
         ),
         pytest.param(
             ["torchtitan.overrides.fused_swiglu.fused_grouped_experts"],
@@ -267,6 +267,33 @@ def test_an_override_is_looked_at_before_ranks_start(imports, says):
     config.override = replace(config.override, imports=imports)
     with pytest.raises(ValueError, match=says):
         config.check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["--parallelism.tensor_parallel_degree", "3"],
+            r"tensor_parallel_degree \(3\) must divide",
+        ),
+        (["--training.seq_len", "262144"], "262144 exceeds"),
+    ],
+    ids=["C3-heads", "C3-positions"],
+)
+def test_what_torchtitan_refuses_on_ranks_is_refused_on_the_launcher(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        parse(["--config", "titan_llama3_tiny", *arguments]).check()
+
+
+def test_C3_rows_and_batches_that_ranks_cannot_share_are_refused_on_the_launcher():
+    config = ours()
+    check_batch_size(config, 4)
+    config.training.seq_len = 1022
+    with pytest.raises(ValueError, match=r"training.seq_len=1022 on cp 2 x tp 2: .* 8"):
+        check_batch_size(config, 4)
+    config.training.seq_len, config.training.global_batch_size = 1024, 6
+    with pytest.raises(ValueError, match=r"global_batch_size=6 with 4 rows .* multiple of 4"):
+        check_batch_size(config, 4)
 
 
 def test_C2_an_override_of_torchtitans_own_is_taken():
