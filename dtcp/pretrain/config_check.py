@@ -134,6 +134,12 @@ def _package_refusal(config: Any) -> str:
             "Memory snapshots are of CUDA's allocator, got profiler.enable_memory_snapshot=True "
             "without CUDA: leave it out."
         )
+    accelerated = torch.accelerator.is_available() and config.dtcp.device != "cpu"
+    if config.training.enable_cpu_offload and not accelerated:
+        return (
+            "Parameters are offloaded from an accelerator, got training.enable_cpu_offload=True "
+            "for ranks on the CPU: leave it out."
+        )
     return ""
 
 

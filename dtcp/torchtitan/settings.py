@@ -53,7 +53,7 @@ TRAINING: Mapping[str, Setting] = {
     "seq_len": used("the data loader and the layout: tokens of a whole row"),
     "max_norm": used(),
     "steps": used(),
-    "enable_cpu_offload": used("FSDP"),
+    "enable_cpu_offload": used("FSDP; refused for ranks on the CPU"),
     "disable_cuda_graphs": limited(
         "lengths of documents change from batch to batch, and a graph is captured for one",
         True,
