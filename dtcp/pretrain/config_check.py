@@ -129,11 +129,16 @@ def _package_refusal(config: Any) -> str:
             "Metrics go to Weights & Biases through its package, got metrics.enable_wandb=True "
             "without it: pip install wandb."
         )
-    if config.profiler.enable_memory_snapshot and not torch.cuda.is_available():
-        return (
-            "Memory snapshots are of CUDA's allocator, got profiler.enable_memory_snapshot=True "
-            "without CUDA: leave it out."
-        )
+    of_cuda = {
+        "profiler.enable_memory_snapshot": config.profiler.enable_memory_snapshot,
+        "training.gc_debug": config.training.gc_debug,
+    }
+    for name, asked in of_cuda.items():
+        if asked and not torch.cuda.is_available():
+            return (
+                f"What is recorded of memory is recorded by CUDA's allocator, got {name}=True "
+                f"without CUDA: leave it out."
+            )
     accelerated = torch.accelerator.is_available() and config.dtcp.device != "cpu"
     if config.training.enable_cpu_offload and not accelerated:
         return (

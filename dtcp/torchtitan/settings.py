@@ -63,7 +63,7 @@ TRAINING: Mapping[str, Setting] = {
     "mixed_precision_param": used("FSDP"),
     "mixed_precision_reduce": used("FSDP"),
     "gc_freq": used(),
-    "gc_debug": used(),
+    "gc_debug": used("torchtitan's trainer; refused without CUDA"),
 }
 
 PARALLELISM: Mapping[str, Setting] = {

@@ -33,7 +33,13 @@ from dtcp.pretrain.trainer import local_batch
 
 ACTIVATION_CHECKPOINTS = [FullAC.Config(), SelectiveAC.Config()]
 
-LOOKED_AT_BELOW = ("dataloader", "enable_memory_snapshot", "enable_wandb", "enable_cpu_offload")
+LOOKED_AT_BELOW = (
+    "dataloader",
+    "enable_memory_snapshot",
+    "enable_wandb",
+    "enable_cpu_offload",
+    "gc_debug",
+)
 
 CASES = [
     (section, name)
@@ -158,6 +164,7 @@ ON_THE_LAUNCHER = {
     "C2-components": (["--compile.components", "loss"], r"compile.components=\['loss'\]"),
     "C2-fake": (["--comm.mode", "fake_backend"], "comm.mode='fake_backend'"),
     "C2-offload": (["--training.enable_cpu_offload"], "training.enable_cpu_offload=True"),
+    "C2-garbage": (["--training.gc_debug"], "training.gc_debug=True without CUDA"),
     "C2-snapshot": (["--profiler.enable_memory_snapshot"], "profiler.enable_memory_snapshot=True"),
 }
 
