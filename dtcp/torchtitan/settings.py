@@ -335,6 +335,7 @@ def unlisted(config: Any) -> list[str]:
 def settings_table() -> str:
     """The table as Markdown, a row per setting."""
     rows = ["| setting | taken | what reads it, or why there is no choice |", "|---|---|---|"]
+    rows += [_row(name, setting) for name, setting in TOP.items()]
     for section, table in SECTIONS.items():
         rows += [_row(f"{section}.{name}", setting) for name, setting in table.items()]
     return "\n".join(rows)
