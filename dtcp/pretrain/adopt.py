@@ -4,7 +4,7 @@ python train.py --module llama3 --config llama3_debugmodel
     --parallelism.context_parallel_degree 4 --tokenizer.folder ... (and the rest as ever)
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -103,7 +103,7 @@ def replaced_parts(config: titan.Trainer.Config) -> Iterator[str]:
         yield "CUDA graphs: off, for lengths of documents change from batch to batch"
 
 
-_REPLACED: dict[str, type] = {
+_REPLACED: Mapping[str, type] = {
     "checkpoint": CheckpointManager.Config,
     "metrics": MetricsProcessor.Config,
     "validator": Validator.Config,

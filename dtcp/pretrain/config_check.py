@@ -41,7 +41,7 @@ def check_settings(config: Any) -> None:
             raise ValueError(text)
 
 
-def check_model(config: Any) -> None:
+def check_by_torchtitan(config: Any) -> None:
     """Let torchtitan look at a copy, as its trainer does on each rank: sizes, then overrides.
 
     Raises:

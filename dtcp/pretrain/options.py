@@ -9,7 +9,6 @@ registry of such functions. Both have a default, and the rest is torchtitan's ow
 import difflib
 import importlib
 import inspect
-import os
 from types import ModuleType
 
 from dtcp.torchtitan import compat as compat
@@ -19,6 +18,7 @@ from torchtitan.experiments import _supported_experiments
 from torchtitan.models import _supported_models
 
 from dtcp.pretrain.adopt import adopt, replaced_parts
+from dtcp.pretrain.launch import launched, rank
 from dtcp.pretrain.report import usage_errors_once
 from dtcp.pretrain.trainer import Trainer
 
@@ -38,7 +38,7 @@ class OptionParser(ConfigManager):
             ) from error
         adopted = adopt(config)
         for line in replaced_parts(config):
-            if os.environ.get("RANK", "0") == "0":
+            if not launched() or rank() == 0:
                 print(f"adopted     {line}", flush=True)
         return adopted, rest
 

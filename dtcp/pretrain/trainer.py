@@ -26,7 +26,7 @@ from torchtitan.models.common.decoder import Decoder
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import look_ahead
-from dtcp.pretrain.config_check import check_model, check_settings
+from dtcp.pretrain.config_check import check_by_torchtitan, check_settings
 from dtcp.pretrain.data import PackedDocuments, open_source
 from dtcp.pretrain.folder_lock import FolderLock
 from dtcp.pretrain.output_folder import check_output
@@ -58,7 +58,7 @@ class Trainer(titan.Trainer):
             check_settings(self)
             check_counts(self)
             check_optimizer(self)
-            check_model(self)
+            check_by_torchtitan(self)
             _check_data(self)
             check_start(self)
             check_output(self)

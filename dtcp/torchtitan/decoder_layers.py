@@ -20,6 +20,7 @@ from torchtitan.models.common.token_dispatcher import (
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.module import Module
 
+from dtcp._torch import config_owner
 from dtcp.sequence.masks import Bidirectional, Causal, Mask, SlidingWindow
 
 INSTEAD = (
@@ -224,7 +225,8 @@ def _known(
 
     A subclass may rename; it may not add, for nobody would read what it adds.
     """
-    for base in type(config).__mro__:
+    kind = type(config)
+    for base in kind.__mro__:
         name = _short(base)
         if refused and name in refused:
             raise ValueError(f"{where} is not adopted, got {_title(base)}: {refused[name]}.")
@@ -241,11 +243,11 @@ def _known(
             f"Fields of {where} that are read are {table[name].split()}, got {sorted(added)} of "
             f"{_title(type(config))} besides: {INSTEAD}."
         )
-    owner, listed = config._owner, getattr(base, "_owner", None)
-    overridden = sorted(set(_overridden(owner, listed)))
+    owner = config_owner(config)
+    overridden = sorted(set(_overridden(owner, config_owner(base))))
     if overridden:
         raise ValueError(
-            f"{where} computes as torchtitan's {name}, got {_title(owner)} with its "
+            f"{where} computes as torchtitan's {name}, got {_title(owner or kind)} with its "
             f"own {overridden}: {INSTEAD}."
         )
     return name

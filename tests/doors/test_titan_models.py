@@ -71,7 +71,7 @@ def check_on_ranks(mesh, name, style):
     tokens, documents = titan.rows()
     whole = {"input_ids": tokens, "position_ids": documents.position_ids()}
     local, sharded = shard_batch(
-        whole, ParallelMesh(mesh), HeadTail, model=model, documents=documents
+        whole, ParallelMesh.of_sequence(mesh), HeadTail, model=model, documents=documents
     )
     with titan.settled():
         logits = model(

@@ -16,9 +16,11 @@ from dtcp.torchtitan.attention import add_mixers
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_mask
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, create_mask
 from torchtitan.distributed import utils as titan_utils
+from torchtitan.models.common import attention as titan_attention
 from torchtitan.models.common.attention import FlexAttention
+from torchtitan.models.common.embedding import Embedding
 from torchtitan.models.common.moe import MoE
 from torchtitan.protocols.model_spec import ModelSpec
 
@@ -31,6 +33,8 @@ ROWS = ((30, 34), (7, 57))
 SEQ_LEN = 64
 
 WINDOW = 9
+
+VOCABULARY = 200
 
 
 def _spec(family: str, flavor: str = "debugmodel", **options: Any) -> ModelSpec:
@@ -95,6 +99,9 @@ def small(make: Callable[[], ModelSpec]) -> ModelSpec:
     spec.model.layers = [layers[0], layers[others[0] if others else 1]]
     for _, moe, _, _ in spec.model.traverse(MoE.Config):
         _few_experts(moe)
+    for _, embedding, _, _ in spec.model.traverse(Embedding.Config):
+        embedding.num_embeddings = VOCABULARY
+    spec.model.vocab_size = spec.model.lm_head.out_features = VOCABULARY
     return spec
 
 
@@ -136,7 +143,7 @@ def rows() -> tuple[Tensor, Documents]:
     """Tokens [2, 64] and their documents."""
     documents = Documents(ROWS, SEQ_LEN)
     generator = torch.Generator().manual_seed(7)
-    return torch.randint(2000, (2, SEQ_LEN), generator=generator), documents
+    return torch.randint(VOCABULARY, (2, SEQ_LEN), generator=generator), documents
 
 
 def cotangent(logits: Tensor) -> Tensor:
@@ -220,6 +227,8 @@ def settled() -> Iterator[None]:
         with (
             mock.patch.object(Tensor, "bfloat16", lambda x: x),
             mock.patch.object(torch, "_grouped_mm", _grouped_mm),
+            # Compiled, it takes as long as all the rest.
+            mock.patch.object(titan_attention, "_compiled_create_block_mask", create_block_mask),
         ):
             yield
     finally:

@@ -256,12 +256,12 @@ def test_the_published_way_equals_brute_force(mesh, kind):
 @spmd(ranks=2)
 def test_the_published_way_gathers_entries_where_windows_do_not_overlap(mesh, kind):
     """Raw keys of all other tokens; then entries, or values and gates of all tokens to pool."""
-    packing = ((16, 8, 20), (48,)) if kind is HEAVY else ROWS
+    packing = ((16, 8, 20), (48,)) if kind == HEAVY else ROWS
     *_, there, back = assert_equals_one_device(
         mesh, kind, PublishedSparseCP(), Contiguous, False, packing
     )
     others, keys = SEQ_LEN // 2 * len(ROWS) * 8, DIM
-    if kind is HEAVY:
+    if kind == HEAVY:
         assert there.received == back.received == others * (keys + DIM / kind.ratio)
     else:
         pooled, index = 2 * 2 * DIM, 2 * 2 * INDEX_DIM
