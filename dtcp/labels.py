@@ -87,12 +87,11 @@ def check_labels(batch: Mapping[str, Tensor], documents: Documents, padding: Ten
     used = [sum(row) for row in documents.lengths]
     if labels is None or (padding is None and min(used, default=0) == documents.seq_len):
         return
-    # Where documents alone say what is padding, it starts where the first of them ends.
-    first = min(used, default=0) if padding is None else 0
-    outside = torch.arange(first, documents.seq_len) >= torch.tensor(used)[:, None]
-    wrong = (labels[:, first:].cpu() != IGNORED) & (
-        outside if padding is None else outside | padding
-    )
+    first = _first_padding(used, padding)
+    wrong = torch.arange(first, documents.seq_len) >= torch.tensor(used)[:, None]
+    if padding is not None:
+        wrong = wrong | padding[:, first:]
+    wrong = wrong & (labels[:, first:].cpu() != IGNORED)
     if loss_mask is not None:
         wrong = wrong & (loss_mask[:, first:].cpu() != 0)
     if anywhere(wrong):
@@ -102,6 +101,16 @@ def check_labels(batch: Mapping[str, Tensor], documents: Documents, padding: Ten
             f"Padding has no loss, got labels[{row}, {token}]={labels[row, token].item()} at a "
             f"token of padding: set it to {IGNORED} (shift_labels does), or correct the padding."
         )
+
+
+def _first_padding(used: list[int], padding: Tensor | None) -> int:
+    """A column before which no row has padding: labels there need not be read."""
+    first = min(used, default=0)
+    if padding is None:
+        return first
+    if anywhere(padding[:, :-1] & ~padding[:, 1:]):
+        return 0  # between documents
+    return min(first, padding.shape[1] - int(padding.sum(1).max()))
 
 
 def _check_documents(documents: Documents) -> None:

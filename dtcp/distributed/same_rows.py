@@ -63,8 +63,9 @@ def prepared_alike(
         error = raised
     whole = _weights(len(hashes), hashes.device) @ hashes
     heard = _everyone(torch.cat((torch.tensor(head), whole)), wide)
-    rows_agree = bool((heard[:, 0] == 1).all()) and len(heard[:, 1].unique()) == 1
-    differ = bool((heard != heard[0]).any())
+    said = heard.tolist()
+    rows_agree = all(each[0] == 1 and each[1] == said[0][1] for each in said)
+    differ = any(each != said[0] for each in said)
     every_row = _everyone(hashes, wide) if differ and rows_agree else None
     if error is not None:
         raise error
@@ -109,6 +110,8 @@ def _hashes(tensors: Mapping[str, Tensor], documents: Documents | None) -> tuple
 def _numbers(x: Tensor) -> Tensor:
     """Whole numbers that change with x: of vectors per token the first entry's bits."""
     x = x.detach()
+    if x.dtype == torch.bool and x.ndim == 2 and x.is_contiguous() and x.shape[1] % 8 == 0:
+        return x.view(torch.int64)  # eight at once
     if not x.is_floating_point():
         return x.long()
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
-from dtcp.sequence.documents import PADDING, Documents, anywhere, check_token_positions
+from dtcp.sequence.documents import PADDING, Documents, anywhere, check_token_positions, true_places
 
 ID_KEYS = ("document_ids", "seq_idx")
 """Keys of document numbers per token, [B, S]; a negative number is padding."""
@@ -277,7 +277,7 @@ def _restarts(position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """
     first = position_ids[0] if position_ids.ndim == 3 else position_ids
     # One pass over all tokens; the rest looks at the few that do not count on.
-    row, token = (first[:, 1:] <= first[:, :-1]).nonzero(as_tuple=True)
+    row, token = true_places(first[:, 1:] <= first[:, :-1])
     token = token + 1
     before, here = position_ids[..., row, token - 1], position_ids[..., row, token]
     kept = (here == 0).all(0) if position_ids.ndim == 3 else (here < before) | (here == 0)
