@@ -22,7 +22,6 @@ from dtcp.cp_utils.seq_padding import _pad_position_ids_seq_dim_, _pad_tensor_se
 from dtcp.cp_utils.validation import check_one_document, check_rows
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
-from dtcp.rows import pad_end
 from dtcp.sequence.arguments import check_batch, check_ints
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import check_restarts_in_stretches

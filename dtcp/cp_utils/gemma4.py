@@ -21,7 +21,6 @@ from dtcp.cp_utils.validation import check_one_document, check_rows, padding_of_
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
 from dtcp.mixer import collect_metadata
-from dtcp.rows import pad_end
 from dtcp.sequence.arguments import check_batch, check_kind
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import check_restarts_in_stretches

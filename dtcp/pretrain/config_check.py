@@ -80,22 +80,12 @@ def check_batch_size(config: Any, ranks: int) -> None:
     """Refuse rows that the ranks cannot share, as torchtitan would on each of them.
 
     Raises:
-        ValueError: a row whose length the mesh does not divide, or a batch that micro-batches do
-            not make up.
+        ValueError: a batch that micro-batches of all ranks do not make up.
     """
     degrees, training = config.parallelism, config.training
-    cp, tp = degrees.context_parallel_degree, degrees.tensor_parallel_degree
-    multiple = (tp if degrees.enable_sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
-    if training.seq_len % multiple:
-        raise ValueError(
-            f"Every rank has as many tokens of a row, in two chunks under cp, got "
-            f"training.seq_len={training.seq_len} on cp {cp} x tp {tp}: give a multiple of "
-            f"{multiple}."
-        )
-    rows = training.local_batch_size * (ranks // (cp * tp))
-    if training.global_batch_size >= 0 and (
-        training.global_batch_size == 0 or training.global_batch_size % rows
-    ):
+    replicas = ranks // (degrees.context_parallel_degree * degrees.tensor_parallel_degree)
+    rows = training.local_batch_size * replicas
+    if training.global_batch_size >= 0 and training.global_batch_size % rows:
         raise ValueError(
             f"A step is made of whole micro-batches, got training.global_batch_size="
             f"{training.global_batch_size} with {rows} rows in a micro-batch of all ranks "
