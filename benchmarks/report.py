@@ -1,5 +1,6 @@
 """Tables with the conditions they were measured under."""
 
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -10,13 +11,18 @@ import torch
 
 
 def conditions(command: str, options: Mapping[str, Any]) -> str:
-    """The command, the software and the machine, in one line each."""
+    """The command, the software and the machine, in one line each.
+
+    With the load average of the last minute: seconds of a busy machine are not those of a quiet
+    one.
+    """
     given = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, gloo"
+    busy = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     return (
         f"    python -m {command} {given}\n\n"
         f"torch {torch.__version__}, Python {platform.python_version()}, {device}, "
-        f"one thread a rank, {date.today().isoformat()}"
+        f"one thread a rank, {busy}, {date.today().isoformat()}"
     )
 
 

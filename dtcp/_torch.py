@@ -295,3 +295,9 @@ SET_PROCESS_GROUP_TIMEOUT = _set_pg_timeout
 
 available_device_type = _get_available_device_type
 """The accelerator of this machine, as torchtitan asks for it; None for a CPU (2.11-2.15)."""
+
+
+def config_owner(config: object) -> type | None:
+    """The class that a config of torchtitan builds (0.3.0: Configurable wires it)."""
+    owner: type | None = getattr(config, "_owner", None)
+    return owner

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import check_ints, check_tensor
-from dtcp.sequence.documents import Documents
+from dtcp.sequence.documents import Documents, anywhere
 
 IGNORED = -100
 """The label of a token that has no loss."""
@@ -84,20 +84,33 @@ def check_labels(batch: Mapping[str, Tensor], documents: Documents, padding: Ten
         padding: [B, S] bool on the host, True for padding. What is in no document is padding too.
     """
     labels, loss_mask = batch.get("labels"), batch.get("loss_mask")
-    index = torch.arange(documents.seq_len)
-    outside = index >= torch.tensor([[sum(row)] for row in documents.lengths])
-    padding = outside if padding is None else outside | padding
-    if labels is None or not bool(padding.any()):
+    used = [sum(row) for row in documents.lengths]
+    if labels is None or (padding is None and min(used, default=0) == documents.seq_len):
         return
-    wrong = padding & (labels.cpu() != IGNORED)
+    first = _first_padding(used, padding)
+    wrong = torch.arange(first, documents.seq_len) >= torch.tensor(used)[:, None]
+    if padding is not None:
+        wrong = wrong | padding[:, first:]
+    wrong = wrong & (labels[:, first:].cpu() != IGNORED)
     if loss_mask is not None:
-        wrong = wrong & (loss_mask.cpu() != 0)
-    if bool(wrong.any()):
+        wrong = wrong & (loss_mask[:, first:].cpu() != 0)
+    if anywhere(wrong):
         row, token = wrong.nonzero()[0].tolist()
+        token += first
         raise ValueError(
             f"Padding has no loss, got labels[{row}, {token}]={labels[row, token].item()} at a "
             f"token of padding: set it to {IGNORED} (shift_labels does), or correct the padding."
         )
+
+
+def _first_padding(used: list[int], padding: Tensor | None) -> int:
+    """A column before which no row has padding: labels there need not be read."""
+    first = min(used, default=0)
+    if padding is None:
+        return first
+    if anywhere(padding[:, :-1] & ~padding[:, 1:]):
+        return 0  # between documents
+    return min(first, padding.shape[1] - int(padding.sum(1).max()))
 
 
 def _check_documents(documents: Documents) -> None:

@@ -95,8 +95,8 @@ class Rows:
         _check_keys(batch, fields)
         tokens = {key: x for key, x in batch.items() if key not in MASK_FIELDS}
         rows, seq_len = _shape(tokens, fields)
+        padding = said["padding_mask"] = read_padding_mask(said.get("padding_mask"), rows, seq_len)
         documents = documents_of_batch(said, rows, seq_len, documents=documents)
-        padding = read_padding_mask(said.get("padding_mask"), rows, seq_len)
         if padding is not None:
             tokens["padding_mask"] = padding.to(batch["padding_mask"].device)
         check_labels(tokens, documents, padding)

@@ -52,7 +52,8 @@ def make_cp_batch_and_ctx(
     Args:
         device_mesh: with an axis "cp"; None, or no such axis: one rank.
         batch: whole rows, alike on every rank of the axis. Labels are shifted already.
-        loss_mask: [B, S]; returned sharded, in the batch.
+        loss_mask: [B, S]; returned sharded, in the batch. On one rank, where nothing is done, it
+            is the caller's still.
     Returns:
         a function that opens the context, any number of times, and the local batch.
     Raises:
@@ -68,6 +69,8 @@ def make_cp_batch_and_ctx(
             cp_mesh, tp_mesh, batch, loss_mask=loss_mask, padding_token_id=padding_token_id
         )
         return result
+    if cp_mesh is None and not use_te:
+        return nullcontext, batch
     if loss_mask is not None:
         batch["loss_mask"] = loss_mask
     if use_te:
@@ -79,8 +82,7 @@ def make_cp_batch_and_ctx(
             num_chunks=num_chunks,
             seq_lens_padding_value=seq_lens_padding_value,
         )
-    if cp_mesh is None:
-        return nullcontext, batch
+    assert cp_mesh is not None
     sharder = BatchSharder(seq_lens_padding_value=seq_lens_padding_value)
     return sharder(cp_mesh, tp_mesh, batch, padding_token_id=padding_token_id)
 

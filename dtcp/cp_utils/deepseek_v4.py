@@ -6,6 +6,7 @@ raw keys, builds no mask of [L, S], and its shards need not be multiples of any 
 """
 
 from collections.abc import Mapping
+from functools import reduce
 from math import lcm
 from typing import Any
 
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from dtcp.cp_utils.seq_padding import (
+    _pad_position_ids_seq_dim_ as _pad_position_ids_seq_dim_,
+)
+from dtcp.cp_utils.seq_padding import _pad_tensor_seq_dim_ as _pad_tensor_seq_dim_
 from dtcp.cp_utils.validation import padding_of_mask
 from dtcp.distributed.collectives import all_gather_over
 from dtcp.sequence.arguments import FLOATS, WHOLE_NUMBERS, check_ints, check_tensor
@@ -31,7 +36,13 @@ def dsv4_cp_local_seq_multiple(model_or_config: Any) -> int:
     """
     config = getattr(model_or_config, "config", model_or_config)
     ratios = [int(ratio) for ratio in getattr(config, "compress_ratios", None) or () if ratio]
-    return lcm(*(2 * ratio if ratio == OVERLAPPING else ratio for ratio in ratios if ratio > 0))
+    multiples = (2 * ratio if ratio == OVERLAPPING else ratio for ratio in ratios if ratio > 0)
+    return reduce(_lcm, multiples, 1)
+
+
+def _lcm(a: int, b: int) -> int:
+    """The least common multiple; of a number and 0, which asks for nothing, the number."""
+    return lcm(a, b) if a and b else max(a, b)
 
 
 def dsv4_cp_enabled(cp_group: dist.ProcessGroup | None) -> bool:

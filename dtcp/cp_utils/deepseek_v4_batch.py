@@ -7,6 +7,7 @@ needs. Packed rows are rebuilt, document by document, before they are cut.
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp.cp_utils.batch import PACKED_SEQ_IDS
 from dtcp.cp_utils.context import ContextFactory
 from dtcp.cp_utils.deepseek_v4 import padding_of
+from dtcp.cp_utils.seq_padding import _pad_position_ids_seq_dim_, _pad_tensor_seq_dim_
 from dtcp.cp_utils.validation import check_one_document, check_rows
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
-from dtcp.rows import pad_end
 from dtcp.sequence.arguments import check_batch, check_ints
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import check_restarts_in_stretches
@@ -177,13 +178,9 @@ def _padded(
     out = dict(batch)
     for key, fill in fills.items():
         if batch.get(key) is not None:
-            out[key] = pad_end(batch[key], missing, fill, dim=1)
-    position_ids: Tensor = batch["position_ids"]
-    steps = torch.arange(1, missing + 1, device=position_ids.device, dtype=position_ids.dtype)
-    more = position_ids[..., -1:] + steps
-    if packed:
-        more = torch.zeros_like(more)
-    out["position_ids"] = torch.cat((position_ids, more), dim=-1)
+            out[key] = _pad_tensor_seq_dim_(batch[key], 1, missing, fill)
+    pad = partial(_pad_tensor_seq_dim_, value=0) if packed else _pad_position_ids_seq_dim_
+    out["position_ids"] = pad(batch["position_ids"], -1, missing)
     return out
 
 

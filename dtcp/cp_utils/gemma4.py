@@ -16,11 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.cp_utils.batch import MODEL_OWNED, PACKED_SEQ_IDS, BatchDict
 from dtcp.cp_utils.context import ContextFactory
+from dtcp.cp_utils.seq_padding import _pad_position_ids_seq_dim_, _pad_tensor_seq_dim_
 from dtcp.cp_utils.validation import check_one_document, check_rows, padding_of_mask
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
 from dtcp.mixer import collect_metadata
-from dtcp.rows import pad_end
 from dtcp.sequence.arguments import check_batch, check_kind
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import check_restarts_in_stretches
@@ -203,24 +203,6 @@ def _make_contiguous_shard_cp_batch(
     counted = _pad_position_ids_seq_dim_(position_ids, pos_seq_dim, missing)
     batch["position_ids"] = layout.shard(counted, rank, dim=pos_seq_dim).contiguous()
     return nullcontext, batch
-
-
-def _pad_tensor_seq_dim_(
-    tensor: Tensor, seq_dim: int, pad_len: int, value: float | int = 0
-) -> Tensor:
-    """The tensor with `value` on the right of its sequence; itself if pad_len is 0."""
-    return pad_end(tensor, pad_len, value, dim=seq_dim)
-
-
-def _pad_position_ids_seq_dim_(position_ids: Tensor, seq_dim: int, pad_len: int) -> Tensor:
-    """Position ids with padding that counts on from the last one of each row."""
-    if pad_len <= 0:
-        return position_ids
-    steps = torch.arange(1, pad_len + 1, dtype=position_ids.dtype, device=position_ids.device)
-    shape = [1] * position_ids.ndim
-    shape[seq_dim] = pad_len
-    last = position_ids.narrow(seq_dim, position_ids.shape[seq_dim] - 1, 1)
-    return torch.cat((position_ids, last + steps.view(shape)), dim=seq_dim)
 
 
 def _shard_for(

@@ -4,37 +4,46 @@ python train.py --module llama3 --config llama3_debugmodel
     --parallelism.context_parallel_degree 4 --tokenizer.folder ... (and the rest as ever)
 """
 
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any
 
+from dtcp.torchtitan.decoder_layers import with_mixers
 from dtcp.torchtitan.loss import TokenLoss
 from dtcp.torchtitan.parallelize import parallelize_decoder
 
 from torchtitan import trainer as titan
-from torchtitan.config.override import OverrideConfig, derive
-from torchtitan.models.common.decoder import Decoder
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.validate import Validator
+from torchtitan.config import ParallelismConfig
+from torchtitan.config.override import derive
 from torchtitan.protocols.model_spec import ModelSpec
 
 from dtcp.pretrain.checkpoint import Checkpoints
 from dtcp.pretrain.progress import Progress
 from dtcp.pretrain.trainer import Trainer, Validation
 
-ATTENTION_OVERRIDE = "dtcp.torchtitan.overrides.context_parallel_attention"
-
 
 def adopt(config: titan.Trainer.Config) -> Trainer.Config:
     """Put our parts where torchtitan has its own; a config that is ours is returned as it is.
 
     Raises:
-        ValueError: the model is none that our attention can be put into.
+        ValueError: a model, a part or a setting that ours would not carry out.
     """
     if isinstance(config, Trainer.Config):
         return config
+    if not isinstance(config, titan.Trainer.Config):
+        raise ValueError(
+            f"A config to run is one of torchtitan's trainer, got {_title(config)}: name another."
+        )
+    _check_parts(config)
     return derive(
         config,
         Trainer.Config,
         model_spec=adopt_model(config.model_spec),
-        override=OverrideConfig(imports=[*config.override.imports, ATTENTION_OVERRIDE]),
-        parallelism=replace(config.parallelism, spmd_backend="partial_dtensor"),
+        parallelism=_without_stages(config.parallelism),
         training=replace(config.training, disable_cuda_graphs=True),
         checkpoint=derive(config.checkpoint, Checkpoints.Config),
         metrics=derive(config.metrics, Progress.Config),
@@ -44,12 +53,89 @@ def adopt(config: titan.Trainer.Config) -> Trainer.Config:
     )
 
 
-def adopt_model(spec: ModelSpec | None) -> ModelSpec:
-    """The spec of a decoder of torchtitan, parallelized our way."""
-    if spec is None or not isinstance(spec.model, Decoder.Config):
-        name = "none" if spec is None else spec.name
+def _without_stages(parallelism: ParallelismConfig) -> ParallelismConfig:
+    """What torchtitan's configs say of pipeline stages, for runs that have some, is left out."""
+    reset = dict(_stage_settings(parallelism)) if parallelism.pipeline_parallel_degree == 1 else {}
+    return replace(parallelism, spmd_backend="partial_dtensor", **reset)
+
+
+def _stage_settings(parallelism: ParallelismConfig) -> Iterator[tuple[str, Any]]:
+    """Settings of pipeline stages that are not torchtitan's defaults, and these defaults."""
+    for each in fields(parallelism):
+        if each.name.startswith("pipeline_") and getattr(parallelism, each.name) != each.default:
+            yield each.name, each.default
+
+
+def adopt_model(spec: ModelSpec | None, *, per_token: Collection[type] = ()) -> ModelSpec:
+    """The spec of a decoder of torchtitan with our attention, parallelized our way.
+
+    What each layer asks of its attention (window, sinks, scale) is read and carried out.
+
+    Args:
+        per_token: classes of configs, not torchtitan's, whose modules treat every token alone.
+    Raises:
+        ValueError: a model, a layer or a field that is not read; named, with the reason.
+    """
+    if spec is None:
         raise ValueError(
-            f"Our attention goes into decoders of torchtitan, got the model {name}: write a "
+            "Our attention goes into a model, got model_spec=None: name a config that has one."
+        )
+    model = with_mixers(spec, per_token=per_token)
+    return replace(spec, model=model, parallelize_fn=parallelize_decoder)
+
+
+def replaced_parts(config: titan.Trainer.Config) -> Iterator[str]:
+    """What adopt puts in the place of torchtitan's own, one line each."""
+    if isinstance(config, Trainer.Config):
+        return
+    yield "attention: dtcp's, carried out as --dtcp.strategy and --dtcp.layout say"
+    yield f"spmd_backend: {config.parallelism.spmd_backend} -> partial_dtensor"
+    chunks = isinstance(config.loss, ChunkedLossWrapper.Config)
+    yield (
+        f"loss: {type(config.loss).__qualname__.removesuffix('.Config')}"
+        + (f" of {config.loss.num_chunks} chunks" if chunks else "")
+        + " -> TokenLoss, the same sum in chunks of its own"
+    )
+    if config.parallelism.pipeline_parallel_degree == 1:
+        for name, default in _stage_settings(config.parallelism):
+            yield f"{name}: {getattr(config.parallelism, name)} -> {default}, without stages"
+    if not config.training.disable_cuda_graphs:
+        yield "CUDA graphs: off, for lengths of documents change from batch to batch"
+
+
+_REPLACED: Mapping[str, type] = {
+    "checkpoint": CheckpointManager.Config,
+    "metrics": MetricsProcessor.Config,
+    "validator": Validator.Config,
+}
+
+
+def _check_parts(config: titan.Trainer.Config) -> None:
+    """Refuse parts and settings that would be left behind."""
+    known = {each.name for each in fields(Trainer.Config)}
+    added = sorted(each.name for each in fields(config) if each.name not in known)
+    if added:
+        raise ValueError(
+            f"Settings of torchtitan's own trainer are taken over, got {added} of "
+            f"{_title(config)} besides: write a config that "
+            f"returns dtcp.pretrain.trainer.Trainer.Config."
+        )
+    for name, expected in _REPLACED.items():
+        _check_type(name, getattr(config, name), expected)
+    loss: Any = config.loss
+    if isinstance(loss, ChunkedLossWrapper.Config):
+        loss = loss.loss_fn
+    _check_type("loss", loss, CrossEntropyLoss.Config)
+
+
+def _check_type(name: str, part: Any, expected: type) -> None:
+    if type(part) is not expected:
+        raise ValueError(
+            f"The {name} that dtcp replaces is torchtitan's {expected.__qualname__}, got "
+            f"{_title(part)}, which would be dropped: write a "
             f"config that returns dtcp.pretrain.trainer.Trainer.Config."
         )
-    return replace(spec, parallelize_fn=parallelize_decoder)
+
+
+def _title(config: Any) -> str:
+    return f"{type(config).__module__}.{type(config).__qualname__}"

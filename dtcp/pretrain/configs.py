@@ -20,7 +20,6 @@ from dtcp.torchtitan.section import Section
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import CommConfig, DebugConfig
-from torchtitan.config.override import OverrideConfig
 from torchtitan.distributed.activation_checkpoint import FullAC
 from torchtitan.models.llama3 import model_registry as titan_llama3
 from torchtitan.models.qwen3 import model_registry as titan_qwen3
@@ -28,7 +27,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from dtcp.models import deepseek_v4, gemma4, qwen3_5
 from dtcp.models.llama import PRESETS, tiny
-from dtcp.pretrain.adopt import ATTENTION_OVERRIDE, adopt_model
+from dtcp.pretrain.adopt import adopt_model
 from dtcp.pretrain.checkpoint import Checkpoints
 from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.progress import Progress
@@ -196,9 +195,7 @@ def titan_qwen3_tiny() -> Trainer.Config:
 
 def _titan(spec: ModelSpec, name: str) -> Trainer.Config:
     spec.model.layers = spec.model.layers[:2]
-    config = _tiny(adopt_model(spec), name)
-    config.override = OverrideConfig(imports=[ATTENTION_OVERRIDE])
-    return config
+    return _tiny(adopt_model(spec), name)
 
 
 def _on(config: Trainer.Config, **degrees: int) -> Trainer.Config:

@@ -17,7 +17,8 @@ from torchtitan.config import ConfigManager
 from torchtitan.experiments import _supported_experiments
 from torchtitan.models import _supported_models
 
-from dtcp.pretrain.adopt import adopt
+from dtcp.pretrain.adopt import adopt, replaced_parts
+from dtcp.pretrain.launch import launched, rank
 from dtcp.pretrain.report import usage_errors_once
 from dtcp.pretrain.trainer import Trainer
 
@@ -29,8 +30,17 @@ class OptionParser(ConfigManager):
     """torchtitan's parser; the options of its own configs have our section too."""
 
     def _load_config(self, args: list[str]) -> tuple[Trainer.Config, list[str]]:
-        config, rest = super()._load_config(args)
-        return adopt(config), rest
+        try:
+            config, rest = super()._load_config(args)
+        except ImportError as error:
+            raise ValueError(
+                f"A config needs what it imports, got {' '.join(args[:4])}: {error}."
+            ) from error
+        adopted = adopt(config)
+        for line in replaced_parts(config):
+            if not launched() or rank() == 0:
+                print(f"adopted     {line}", flush=True)
+        return adopted, rest
 
 
 def parse(arguments: list[str]) -> Trainer.Config:
@@ -74,7 +84,8 @@ def _take(arguments: list[str], option: str, default: str) -> tuple[str, list[st
 
 def _check_name(module: str, name: str) -> None:
     if module in _supported_models | _supported_experiments:
-        return  # torchtitan's short names
+        _check_titans_registry(module)
+        return
     registry = _import_registry(module)
     if callable(getattr(registry, name, None)):
         return
@@ -85,6 +96,20 @@ def _check_name(module: str, name: str) -> None:
         f"A config is a function of the module, got --config {name} with --module {module}: "
         f"{hint} {', '.join(names)}."
     )
+
+
+def _check_titans_registry(module: str) -> None:
+    """Name the package that a registry of torchtitan's own needs, which torchtitan does not."""
+    for parent in ("torchtitan.models", "torchtitan.experiments"):
+        try:
+            importlib.import_module(f"{parent}.{module}.config_registry")
+            return
+        except ModuleNotFoundError as error:
+            if not f"{parent}.{module}.config_registry".startswith(error.name or ""):
+                raise ValueError(
+                    f"torchtitan's configs of {module} need the package {error.name}, got "
+                    f"--module {module} where it is not installed: pip install {error.name}."
+                ) from error
 
 
 def _import_registry(module: str) -> ModuleType:

@@ -3,10 +3,14 @@
 import functools
 from pathlib import Path
 
+from dtcp.torchtitan import compat as compat
+
 import torch
+from torchtitan.observability import structured_logger
 
 from dtcp.pretrain.attempt import Attempt
 from dtcp.pretrain.compiler import use_what_works
+from dtcp.pretrain.config_check import check_batch_size
 from dtcp.pretrain.folder_lock import FolderLock, refuse_held
 from dtcp.pretrain.launch import (
     Care,
@@ -39,8 +43,10 @@ def run(arguments: list[str], *, command: tuple[str, ...]) -> int:
         config.check()
         if launched():
             check_world(config.parallelism, world_size())
+            check_batch_size(config, world_size())
             return run_rank(config)
         ranks = ranks_for(config.parallelism, config.dtcp.device)
+        check_batch_size(config, ranks.count)
         if not config.dtcp.verify:
             refuse_held(Path(config.dump_folder))
         if ranks.because:
@@ -57,6 +63,11 @@ def run_rank(config: Trainer.Config) -> int:
         lock, refusal = _lock_folder(config)
         seconds = float(config.comm.init_timeout_seconds)
         report.attempt = Attempt(seconds=seconds, refusal=refusal)
+        structured_logger.init_structured_logger(
+            source="training",
+            output_dir=config.dump_folder,
+            enable=config.debug.enable_structured_logging,
+        )
         message = use_what_works(config.compile)
         if message and rank() == 0:
             print(message, flush=True)

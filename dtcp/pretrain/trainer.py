@@ -5,6 +5,7 @@ already, the row is laid out, and each rank keeps its tokens, with what its mixe
 The loss stays torchtitan's: the sum over local tokens, divided by the global count of valid ones.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -13,20 +14,19 @@ from signal import Signals
 from typing import Any
 
 from dtcp.torchtitan.model_spec import PlainModel
-from dtcp.torchtitan.parallelize import check_backend
 from dtcp.torchtitan.section import Section
 
 import torch
 from torch import Tensor, nn
 from torchtitan import trainer as titan
 from torchtitan.components.dataloader import DataloaderExhaustedError
-from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.components.validate import Validator
 from torchtitan.models.common.decoder import Decoder
 
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import look_ahead
+from dtcp.pretrain.config_check import check_by_torchtitan, check_settings
 from dtcp.pretrain.data import PackedDocuments, open_source
 from dtcp.pretrain.folder_lock import FolderLock
 from dtcp.pretrain.output_folder import check_output
@@ -55,20 +55,18 @@ class Trainer(titan.Trainer):
             Raises:
                 ValueError: data that is not there, or a part that another part does not honour.
             """
-            check_backend(self.parallelism)
+            check_settings(self)
             check_counts(self)
             check_optimizer(self)
+            check_by_torchtitan(self)
             _check_data(self)
             check_start(self)
             check_output(self)
-            spec = self.model_spec
-            if isinstance(self.loss, ChunkedLossWrapper.Config) and not isinstance(
-                spec.model, Decoder.Config
-            ):
-                raise ValueError(
-                    f"A chunked loss calls the head itself, which {spec.name} does not leave to "
-                    f"it, got loss=ChunkedLossWrapper: use dtcp.torchtitan.loss.TokenLoss."
-                )
+
+        def maybe_log(self) -> None:
+            titan.Trainer.Config.maybe_log(self)
+            if self.debug.print_config:
+                say(json.dumps(self.to_dict(), indent=2, ensure_ascii=False))
 
     mesh: ParallelMesh
     resumed_step: int = 0
@@ -78,6 +76,7 @@ class Trainer(titan.Trainer):
     """Rank 0's right to write the run's folder."""
 
     def __init__(self, config: Config) -> None:
+        check_settings(config)
         # torchtitan gives parallelize_fn its own sections only.
         spec = config.model_spec
         bound = partial(spec.parallelize_fn, section=config.dtcp)
@@ -213,6 +212,12 @@ def local_batch(
         tokens and labels [B, L], and the keyword arguments of the forward; labels [B, 1 + depths,
         L] for a model that predicts further ahead.
     """
+    unread = input_dict.keys() - {"input", "positions", "documents"}
+    if unread:
+        raise ValueError(
+            f"A batch is tokens, their positions and documents, got {sorted(unread)} besides: use "
+            f"a loader of text, for what is not cut with the rows would be left out."
+        )
     documents, tokens = batch_documents(input_dict), input_dict["input"]
     whole = {"input_ids": tokens, "labels": labels, "position_ids": input_dict["positions"]}
     whole |= ahead_of(model, tokens, labels, documents)
@@ -224,15 +229,20 @@ def local_batch(
         documents=documents,
         device=labels.device,
     )
-    names = ("position_ids", "attn_metadata")
-    if isinstance(model, Decoder):
-        names = ("positions", "attention_masks")
-    extra = dict(zip(names, (local["position_ids"], sharded.attn_metadata), strict=True))
+    inputs = (local["position_ids"], sharded.attn_metadata)
+    extra = dict(zip(forward_names(model), inputs, strict=True))
     if "mtp_labels" not in local:
         return local["input_ids"], local["labels"], extra
     extra["mtp_input_ids"] = local["mtp_input_ids"]
     all_labels = torch.cat((local["labels"][:, None], local["mtp_labels"]), dim=1)
     return local["input_ids"], all_labels, extra
+
+
+def forward_names(model: nn.Module) -> tuple[str, str]:
+    """What a model's forward calls its position ids and the metadata of the batch."""
+    if isinstance(model, Decoder):
+        return "positions", "attention_masks"
+    return "position_ids", "attn_metadata"
 
 
 def ahead_of(

@@ -8,8 +8,8 @@ depend on the sharding on the CPU, so the weights are taken from the mesh, whole
 from dataclasses import replace
 from typing import Any
 
+from dtcp.torchtitan.attention import add_mixers
 from dtcp.torchtitan.model_spec import BeforeStep
-from dtcp.torchtitan.overrides import add_mixers
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torchtitan.models.common.decoder import Decoder
 from dtcp.compile import compile_whole
 from dtcp.mixer import batch_metadata
 from dtcp.pretrain.progress import say
-from dtcp.pretrain.trainer import Trainer, ahead_of, batch_documents
+from dtcp.pretrain.trainer import Trainer, ahead_of, batch_documents, forward_names
 
 TOLERANCE = 1e-5
 """Largest relative difference of a loss; fp32 sums in another order differ by 1e-7 or so."""
@@ -98,12 +98,15 @@ def _accumulate(
         documents, position_ids = batch_documents(batch), batch["positions"].cpu()
         attn_metadata = batch_metadata(model, documents, position_ids=position_ids)
         further = ahead_of(model, batch["input"], labels, documents)
-        # torchtitan's decoders take masks where ours take metadata: third in both.
-        inputs: list[Any] = [batch["input"], position_ids, attn_metadata]
+        names = forward_names(model)
+        inputs = dict(zip(names, (position_ids, attn_metadata), strict=True))
         if further:
-            inputs.append(further["mtp_input_ids"])
+            inputs["mtp_input_ids"] = further["mtp_input_ids"]
             labels = torch.cat((labels[:, None], further["mtp_labels"]), dim=1)
-        logits = model(*(value.to(trainer.device) for value in inputs))
+        device = trainer.device
+        logits = model(
+            batch["input"].to(device), **{name: value.to(device) for name, value in inputs.items()}
+        )
         labels = labels.to(trainer.device)
         loss, _ = trainer.loss_fn(logits, labels, count)
         loss.backward()

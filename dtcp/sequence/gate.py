@@ -5,7 +5,7 @@ padding as a mask. Whoever cuts a batch reads them here, whatever the keys are c
 differ are refused by row and token, for one of them would be wrong without a word.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
-from dtcp.sequence.documents import PADDING, Documents, check_token_positions
+from dtcp.sequence.documents import PADDING, Documents, anywhere, check_token_positions, true_places
 
 ID_KEYS = ("document_ids", "seq_idx")
 """Keys of document numbers per token, [B, S]; a negative number is padding."""
@@ -91,8 +91,12 @@ def read_padding_mask(mask: Any, rows: int, seq_len: int) -> Tensor | None:
         )
     if mask.dtype == torch.bool:
         return mask
+    if not mask.dtype.is_floating_point and mask.numel():
+        least, most = mask.aminmax()
+        if least >= 0 and most <= 1:
+            return mask.bool()
     odd = (mask != 0) & (mask != 1)
-    if bool(odd.any()):
+    if anywhere(odd):
         row, token = odd.nonzero()[0].tolist()
         raise ValueError(
             f"A padding_mask holds 1 for padding and 0 for tokens, got padding_mask[{row}, "
@@ -215,42 +219,69 @@ def check_restarts(
     """
     rows, seq_len = documents.batch, documents.seq_len
     check_token_positions(position_ids, rows, seq_len)
-    back = _restarts(position_ids.cpu())
-    tokens = torch.arange(1, seq_len) < torch.tensor([[sum(row)] for row in documents.lengths])
-    if padding is not None:
-        tokens = tokens & ~padding[:, 1:] & ~padding[:, :-1]
-    back = back.expand(rows, -1) & tokens
-    if not bool(back.any()):
+    position_ids = position_ids.cpu()
+    row, token = _restarts(position_ids)
+    if rows > position_ids.shape[-2]:
+        row = torch.arange(rows).repeat_interleave(len(token))
+        token = token.repeat(rows)
+    tokens = _Tokens(documents, padding)
+    row, token = tokens.among(row, token)
+    if not len(row):
         return
-    starts = torch.zeros_like(tokens)
-    for row, lengths in enumerate(documents.lengths):
-        starts[row, [end - 1 for end in accumulate(lengths[:-1])]] = True
-    inside = back & ~starts
-    first = position_ids[0] if position_ids.ndim == 3 else position_ids
-    through = starts & tokens & (first.cpu().diff(dim=-1) == 1)
-    for wrong, position in ((inside, "inside a document"), (through, "where one starts")):
-        if bool(wrong.any()):
-            row, token = wrong.nonzero()[0].tolist()
-            token += 1
-            before, at = first.expand(rows, -1)[row, token - 1 : token + 1].tolist()
-            raise ValueError(
-                f"Position ids restart where documents start and nowhere else, got position_ids "
-                f"{before} and then {at} at token {token} of row {row}, {position} by {name}: "
-                f"correct one of them, or leave position_ids out."
-            )
+    starts = torch.zeros(rows, seq_len, dtype=torch.bool)
+    starting = [(index, end) for index, x in enumerate(documents.lengths) for end in _inner(x)]
+    at_starts = torch.tensor(starting, dtype=torch.int64).view(-1, 2).unbind(1)
+    starts[at_starts] = True
+    first = (position_ids[0] if position_ids.ndim == 3 else position_ids).expand(rows, -1)
+    inside = ~starts[row, token]
+    found = row[inside], token[inside], "inside a document"
+    if not bool(inside.any()):
+        row, token = tokens.among(*at_starts)
+        through = first[row, token] - first[row, token - 1] == 1
+        found = row[through], token[through], "where one starts"
+    if not len(found[0]):
+        return
+    at, index = int(found[0][0]), int(found[1][0])
+    raise ValueError(
+        f"Position ids restart where documents start and nowhere else, got position_ids "
+        f"{first[at, index - 1].item()} and then {first[at, index].item()} at token {index} of row "
+        f"{at}, {found[2]} by {name}: correct one of them, or leave position_ids out."
+    )
 
 
-def _restarts(position_ids: Tensor) -> Tensor:
-    """Where position ids go back, or stay at 0: [B, S - 1] for the tokens from the second on.
+def _inner(lengths: Sequence[int]) -> Iterable[int]:
+    """Where the documents of a row start, but for the first."""
+    return accumulate(lengths[:-1])
+
+
+class _Tokens:
+    """Which tokens, with the one before them, are no padding."""
+
+    def __init__(self, documents: Documents, padding: Tensor | None) -> None:
+        self.used = torch.tensor([sum(row) for row in documents.lengths])
+        self.padding = padding
+
+    def among(self, row: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the tokens at (row, token); token > 0."""
+        kept = token < self.used[row]
+        if self.padding is not None:
+            kept &= ~self.padding[row, token] & ~self.padding[row, token - 1]
+        return row[kept], token[kept]
+
+
+def _restarts(position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, token) of the tokens, from the second on, where position ids go back or stay at 0.
 
     One that repeats another number stands in an image, or in padding. On several axes they place
     images and may go back inside a document: a document starts where all of them are 0.
     """
-    if position_ids.ndim == 3:
-        zeros, step = (position_ids == 0).all(0), position_ids[0].diff(dim=-1)
-        return zeros[:, 1:] & (step <= 0)
-    zeros, step = position_ids == 0, position_ids.diff(dim=-1)
-    return (step < 0) | ((step == 0) & zeros[:, 1:] & zeros[:, :-1])
+    first = position_ids[0] if position_ids.ndim == 3 else position_ids
+    # One pass over all tokens; the rest looks at the few that do not count on.
+    row, token = true_places(first[:, 1:] <= first[:, :-1])
+    token = token + 1
+    before, here = position_ids[..., row, token - 1], position_ids[..., row, token]
+    kept = (here == 0).all(0) if position_ids.ndim == 3 else (here < before) | (here == 0)
+    return row[kept], token[kept]
 
 
 def _tensor(key: str, value: Any) -> Tensor:
@@ -297,10 +328,13 @@ def _split(bounds: Sequence[int], rows: int, seq_len: int, name: str) -> list[li
 
 def _trimmed(documents: Documents, padding: Tensor | None) -> Documents:
     """Documents without the padding behind the last token of each row."""
-    if padding is None or not bool(padding[:, -1:].any()):
+    if padding is None or not anywhere(padding[:, -1:]):
         return documents
-    index = torch.arange(1, documents.seq_len + 1)
-    last = torch.where(padding, 0, index).amax(1).tolist()
+    if anywhere(padding[:, :-1] & ~padding[:, 1:]):
+        index = torch.arange(1, documents.seq_len + 1)
+        last = torch.where(padding, 0, index).amax(1).tolist()
+    else:
+        last = (~padding).sum(1).tolist()
     rows = []
     for lengths, end in zip(documents.lengths, last, strict=True):
         ends = [min(x, end) for x in accumulate(lengths, initial=0)]

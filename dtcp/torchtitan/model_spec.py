@@ -6,8 +6,9 @@ plan in parallelize/ give; adding one is naming its parts here.
 """
 
 import functools
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dtcp.torchtitan.parallelize import MakePlan, parallelize_plain
@@ -157,6 +158,13 @@ def _titan(family: Family) -> Any:
             @property
             def vocab_size(self) -> int:
                 return self.shape.vocab_size
+
+            def to_dict(self) -> dict[str, Any]:
+                """As torchtitan prints and saves a config: names for members of enums."""
+                shape = json.dumps(
+                    asdict(self.shape), default=lambda x: getattr(x, "value", str(x))
+                )
+                return {"shape": json.loads(shape)}
 
             def update_from_config(self, *, config: Any, **_: Any) -> None:
                 """Nothing to take over: positions and masks come with the batch."""

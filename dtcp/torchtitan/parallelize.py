@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dtcp.torchtitan.overrides import add_mixers
+from dtcp.torchtitan.attention import add_mixers
 from dtcp.torchtitan.section import Section
 
 from torch import nn
@@ -30,6 +30,7 @@ from torchtitan.distributed.activation_checkpoint import (
     ActivationCheckpointing,
     ActivationCheckpointingConfig,
     FullAC,
+    MemoryBudgetAC,
     SelectiveAC,
 )
 from torchtitan.distributed.compile import apply_compile
@@ -98,9 +99,27 @@ def _activation_checkpoint(config: ActivationCheckpointingConfig) -> ActivationC
             return FullCheckpoint()
         case SelectiveAC.Config():
             return SelectiveCheckpoint()
-    raise NotImplementedError(
-        f"Blocks are checkpointed in full or selectively, got activation_checkpoint={config}: "
-        f"the compiler's memory budget knows nothing of what an op communicates."
+    raise ValueError(checkpoint_refusal(config))
+
+
+def checkpoint_refusal(config: ActivationCheckpointingConfig, *, ours: bool = True) -> str:
+    """Why blocks are not recomputed this way, or nothing.
+
+    Args:
+        ours: whether the model is one of dtcp's, whose plan carries out torchtitan's two policies
+            itself; a decoder of torchtitan's takes any policy that wraps blocks.
+    """
+    taken = (type(None), FullAC.Config, SelectiveAC.Config)
+    if isinstance(config, MemoryBudgetAC.Config):
+        why = "the compiler's memory budget knows nothing of what an op communicates"
+    elif ours and type(config) not in taken:
+        why = "blocks of dtcp's models are recomputed in full, selectively or not at all"
+    else:
+        return ""
+    return (
+        f"Blocks are recomputed in full or selectively, got activation_checkpoint="
+        f"{type(config).__qualname__}: {why}; choose activation_checkpoint:selective, :full or "
+        f":none."
     )
 
 
@@ -127,7 +146,6 @@ def parallelize_decoder(
     section: Section,
 ) -> nn.Module:
     """A decoder of torchtitan with our attention: its own TP, AC, compile and FSDP around it."""
-    check_backend(parallelism)
     mesh = ParallelMesh.from_parallel_dims(parallel_dims)
     add_mixers(model)
     # Inside torchtitan's local_map the mixer sees local heads, so cp is the only axis it knows.
@@ -163,22 +181,3 @@ def _activation_checkpointing(
     if type(config) is SelectiveAC.Config:
         config = derive(config, SelectiveCommunicatedAC.Config)
     return config.build(dump_folder=dump_folder)
-
-
-def check_backend(parallelism: ParallelismConfig) -> None:
-    """Refuse what our attention cannot run under.
-
-    Raises:
-        ValueError: a backend that shards the sequence its own way.
-        NotImplementedError: pipeline stages.
-    """
-    if parallelism.spmd_backend != "partial_dtensor":
-        raise ValueError(
-            f"dtcp shards the sequence outside torchtitan's own types, got "
-            f"parallelism.spmd_backend={parallelism.spmd_backend}: set it to partial_dtensor."
-        )
-    if parallelism.pipeline_parallel_degree > 1:
-        raise NotImplementedError(
-            f"Stages of a pipeline would each need the metadata of the batch, got "
-            f"pipeline_parallel_degree={parallelism.pipeline_parallel_degree}: set it to 1."
-        )

@@ -144,10 +144,10 @@ class Truth(NamedTuple):
 
 
 @functools.cache
-def truth(kind: Compression | None) -> Truth:
+def truth(kind: Compression | None, packing: tuple[tuple[int, ...], ...] = ROWS) -> Truth:
     x = inputs(kind)
     rows = []
-    for row, lengths in enumerate(ROWS):
+    for row, lengths in enumerate(packing):
         one = Inputs(*(v if name in SHARED else v[row] for name, v in x._asdict().items()))
         start, parts = 0, []
         for length in lengths:
@@ -159,7 +159,7 @@ def truth(kind: Compression | None) -> Truth:
         rows.append(nn.functional.pad(out, (0, 0, 0, 0, 0, SEQ_LEN - start)))
     out = torch.stack(rows)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)
-    grad = grad * (Documents(ROWS, SEQ_LEN).document() >= 0)[..., None, None]
+    grad = grad * (Documents(packing, SEQ_LEN).document() >= 0)[..., None, None]
     return Truth(x, grad, out.detach(), torch.autograd.grad(out, x, grad, allow_unused=True))
 
 
@@ -180,12 +180,12 @@ def sharded_for(
     return shard_batch(batch, whole, layout, model=mixer, documents=documents)[1]
 
 
-def assert_equals_one_device(mesh, kind, style, layout, compiled):
+def assert_equals_one_device(mesh, kind, style, layout, compiled, packing=ROWS):
     """Output and every gradient; returns what was communicated, forward and backward."""
-    expected = truth(kind)
+    expected = truth(kind, packing)
     mixer = mixer_of(kind)
     parallelize_module(nn.Sequential(mixer), mesh, {"0": style})
-    sharded = sharded_for(mixer, mesh, layout)
+    sharded = sharded_for(mixer, mesh, layout, packing)
     local = {
         name: x.detach() if name in SHARED else sharded.shard(x.detach())
         for name, x in expected.inputs._asdict().items()
@@ -250,6 +250,23 @@ def collectives(traffic) -> int:
 @spmd(ranks=3)
 def test_the_published_way_equals_brute_force(mesh, kind):
     assert_equals_one_device(mesh, kind, PublishedSparseCP(), Contiguous, False)
+
+
+@pytest.mark.parametrize("kind", [HEAVY, SPARSE], ids=["D-heavy", "D-sparse"])
+@spmd(ranks=2)
+def test_the_published_way_gathers_entries_where_windows_do_not_overlap(mesh, kind):
+    """Raw keys of all other tokens; then entries, or values and gates of all tokens to pool."""
+    packing = ((16, 8, 20), (48,)) if kind == HEAVY else ROWS
+    *_, there, back = assert_equals_one_device(
+        mesh, kind, PublishedSparseCP(), Contiguous, False, packing
+    )
+    others, keys = SEQ_LEN // 2 * len(ROWS) * 8, DIM
+    if kind == HEAVY:
+        assert there.received == back.received == others * (keys + DIM / kind.ratio)
+    else:
+        pooled, index = 2 * 2 * DIM, 2 * 2 * INDEX_DIM
+        assert there.received == others * (keys + pooled + index)
+        assert back.received == others * (keys + pooled)
 
 
 @pytest.mark.parametrize(("kind", "layout"), [(HEAVY, HeadTail), (SPARSE, Contiguous)])

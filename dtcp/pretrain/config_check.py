@@ -1,0 +1,152 @@
+"""What a config asks for that would not be done: refused on the launcher, before ranks start."""
+
+from copy import deepcopy
+from importlib.util import find_spec
+from typing import Any
+
+from dtcp.torchtitan.decoder_layers import (
+    SPMD_TYPES_ONLY,
+    check_layers,
+    foreign_modules,
+    model_name,
+)
+from dtcp.torchtitan.loss import TokenLoss
+from dtcp.torchtitan.parallelize import checkpoint_refusal
+from dtcp.torchtitan.settings import SECTIONS, refusals
+
+import torch
+from torchtitan.components.loss import ChunkedLossWrapper, MSELoss
+from torchtitan.config.override import apply_overrides
+from torchtitan.models.common.decoder import Decoder
+
+
+def check_settings(config: Any) -> None:
+    """Refuse settings that nothing reads, by name, with the value and the remedy.
+
+    Args:
+        config: a `Trainer.Config`.
+    Raises:
+        ValueError: see dtcp/torchtitan/settings.py.
+    """
+    model = config.model_spec.model
+    ours = not isinstance(model, Decoder.Config)
+    refused = [checkpoint_refusal(config.activation_checkpoint, ours=ours)]
+    for section in SECTIONS:
+        values = getattr(config, section)
+        if values is not None:
+            refused += refusals(section, values, ours=ours)
+    refused += [_loss_refusal(config), _package_refusal(config), _model_refusal(config)]
+    for text in refused:
+        if text:
+            raise ValueError(text)
+
+
+def check_by_torchtitan(config: Any) -> None:
+    """Let torchtitan look at a copy, as its trainer does on each rank: sizes, then overrides.
+
+    Raises:
+        ValueError: a model that the mesh does not divide, or whose positions end before the row;
+            an override that replaces nothing, or a layer's attention.
+    """
+    spec = config.model_spec
+    if not isinstance(spec.model, Decoder.Config) and not config.override.imports:
+        return
+    copied = deepcopy(config)
+    try:
+        copied.model_spec.model.update_from_config(config=copied)
+        replaced = apply_overrides(copied.override, copied)
+    except (ImportError, NotImplementedError) as error:
+        raise ValueError(
+            f"torchtitan takes its own model and overrides, got {spec.name} with "
+            f"override.imports={config.override.imports}: {error}."
+        ) from error
+    if config.override.imports and not replaced:
+        raise ValueError(
+            f"An override replaces a part of the config, got override.imports="
+            f"{config.override.imports}, which replace none: leave them out."
+        )
+    check_settings(copied)
+    if isinstance(spec.model, Decoder.Config):
+        before, after = (foreign_modules(x.model_spec.model) for x in (config, copied))
+        for where in sorted(after.keys() - before.keys()):
+            raise ValueError(
+                f"Overrides put modules of torchtitan's in, got {where} of "
+                f"{after[where].__module__}.{after[where].__qualname__}: if it treats every token "
+                f"alone, put it into the config and say adopt_model(spec, per_token=...)."
+            )
+
+
+def check_batch_size(config: Any, ranks: int) -> None:
+    """Refuse rows that the ranks cannot share, as torchtitan would on each of them.
+
+    Raises:
+        ValueError: a batch that micro-batches of all ranks do not make up.
+    """
+    degrees, training = config.parallelism, config.training
+    replicas = ranks // (degrees.context_parallel_degree * degrees.tensor_parallel_degree)
+    rows = training.local_batch_size * replicas
+    if training.global_batch_size >= 0 and training.global_batch_size % rows:
+        raise ValueError(
+            f"A step is made of whole micro-batches, got training.global_batch_size="
+            f"{training.global_batch_size} with {rows} rows in a micro-batch of all ranks "
+            f"(training.local_batch_size={training.local_batch_size}): give a multiple of {rows}."
+        )
+
+
+def _loss_refusal(config: Any) -> str:
+    """A loss other than dtcp's is the person's own, but for those that cannot work."""
+    loss = config.loss
+    if isinstance(loss, ChunkedLossWrapper.Config):
+        why = "it calls the head itself, which a sharded model does not leave to it"
+    elif isinstance(loss, MSELoss.Config):
+        why = "labels are token ids"
+    elif type(loss).__qualname__ == "MTPLoss.Config":
+        why = "it shifts labels inside shards of rows"
+    elif type(loss).__qualname__ == "BaseLoss.Config":
+        why = "it is no loss of its own"
+    else:
+        return ""
+    return (
+        f"Losses are summed over the tokens of a shard, got loss={type(loss).__qualname__}: {why}; "
+        f"use dtcp.torchtitan.loss.{TokenLoss.__name__}, which works in chunks."
+    )
+
+
+def _package_refusal(config: Any) -> str:
+    """Settings whose reader is missing on this machine."""
+    if config.metrics.enable_wandb and find_spec("wandb") is None:
+        return (
+            "Metrics go to Weights & Biases through its package, got metrics.enable_wandb=True "
+            "without it: pip install wandb."
+        )
+    of_cuda = {
+        "profiler.enable_memory_snapshot": config.profiler.enable_memory_snapshot,
+        "training.gc_debug": config.training.gc_debug,
+    }
+    for name, asked in of_cuda.items():
+        if asked and not torch.cuda.is_available():
+            return (
+                f"What is recorded of memory is recorded by CUDA's allocator, got {name}=True "
+                f"without CUDA: leave it out."
+            )
+    accelerated = torch.accelerator.is_available() and config.dtcp.device != "cpu"
+    if config.training.enable_cpu_offload and not accelerated:
+        return (
+            "Parameters are offloaded from an accelerator, got training.enable_cpu_offload=True "
+            "for ranks on the CPU: leave it out."
+        )
+    return ""
+
+
+def _model_refusal(config: Any) -> str:
+    """A decoder of torchtitan that is not adopted, or not for this mesh."""
+    spec, degrees = config.model_spec, config.parallelism
+    if not isinstance(spec.model, Decoder.Config):
+        return ""
+    check_layers(spec)
+    if degrees.tensor_parallel_degree > 1 and model_name(spec.model) in SPMD_TYPES_ONLY:
+        return (
+            f"torchtitan shards the heads of {spec.name} under spmd_types alone, got "
+            f"parallelism.tensor_parallel_degree={degrees.tensor_parallel_degree}: set it to 1."
+        )
+    return ""
