@@ -30,7 +30,7 @@ def wrap_forward(module: nn.Module, around: Callable[..., Any]) -> None:
         return around(self, getattr(self, name), *args, **kwargs)
 
     module.forward = MethodType(forward, module)
-    module._refuses_pickle = RefusesPickle()  # type: ignore[assignment]
+    module.refuses_pickle = RefusesPickle()  # type: ignore[assignment]
 
 
 class RefusesPickle:
