@@ -1,5 +1,7 @@
 """B1, B2: models of transformers with other heads than a language model's, and inner entries."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
@@ -67,12 +69,14 @@ def assert_rows_equal(kind, degrees, layout=HeadTail, pad=PAD, change=None, **op
     assert_same_gradients(model, reference)
 
 
+@pytest.mark.slow_where(lambda kind: kind in ("gemma3_text", "gpt_oss"))
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_moe", "gpt_oss"])
 @spmd(ranks=2)
 def test_B1_classifier_reads_the_last_token_of_the_row_and_not_of_the_shard(mesh, kind):
     assert_rows_equal(kind, Degrees(cp=2))
 
 
+@pytest.mark.slow_where(lambda layout: layout is Contiguous)
 @pytest.mark.parametrize("layout", [Contiguous, HeadTail])
 @spmd(ranks=3)
 def test_B1_classifier_on_more_ranks_compiled_and_checkpointed(mesh, layout):
@@ -238,6 +242,15 @@ def test_B1_positions_that_a_model_does_not_count_from_0_are_refused():
 IDS = torch.zeros(1, 8, dtype=torch.int64)
 
 
+@cache
+def with_mixers(head):
+    """A model, and what it may be called with."""
+    model = build("llama", head=head, **HEAD)
+    install_mixers(model)
+    local, sharded = shard_hf_batch({"input_ids": IDS + 1}, one(), model=model)
+    return model, {**local, "attn_metadata": sharded.attn_metadata}
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -250,10 +263,7 @@ IDS = torch.zeros(1, 8, dtype=torch.int64)
 @pytest.mark.parametrize("entry", ["", "model"])
 @pytest.mark.parametrize("head", ["CausalLM", "SequenceClassification"])
 def test_B2_inner_entries_are_held_to_the_same_rules(head, entry, change, match):
-    model = build("llama", head=head, **HEAD)
-    install_mixers(model)
-    local, sharded = shard_hf_batch({"input_ids": IDS + 1}, one(), model=model)
-    right = {**local, "attn_metadata": sharded.attn_metadata}
+    model, right = with_mixers(head)
     called = model.get_submodule(entry)
     if entry:
         called(**right)
