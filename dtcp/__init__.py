@@ -5,7 +5,7 @@ from dtcp.compile import EagerIsland, InGraph
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import causal_lm_loss
 from dtcp.labels import shift_labels
-from dtcp.loss import global_token_count, token_mean_loss
+from dtcp.loss import global_token_count, token_log_probs, token_mean_loss
 from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
 from dtcp.recurrent import (
@@ -79,5 +79,6 @@ __all__ = [
     "sequence_layout",
     "shard_batch",
     "shift_labels",
+    "token_log_probs",
     "token_mean_loss",
 ]

@@ -15,6 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed import relayout
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.distributed.replicated_loss import (
+    gather_for_replicated_loss,
+    sum_for_replicated_loss,
+)
 from dtcp.distributed.same_rows import prepared_alike
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import collect_metadata
@@ -92,8 +96,8 @@ class ShardedBatch:
         check_dim("A ShardedBatch", x, dim)
         whole = x
         if self.mesh.cp is not None:
-            gather = _GatherReplicated.apply if replicated_loss else _gather
-            whole = gather(x, self.layout, self.mesh.cp, dim % x.ndim)
+            gather = gather_for_replicated_loss if replicated_loss else relayout.gather
+            whole = gather(x, self.layout, self.mesh.cp, dim=dim % x.ndim)
         if self._has_rows(x, dim):
             whole = whole.narrow(0, 0, self.unpadded_rows)
         return whole.narrow(dim, 0, self.unpadded_len)
@@ -110,22 +114,36 @@ class ShardedBatch:
             )
         return True
 
+    def sum_by_document(self, x: Tensor) -> Tensor:
+        """Sum a number of each token over every document, on all ranks alike; differentiable.
 
-def _gather(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, dim: int) -> Tensor:
-    return relayout.gather(x, layout, mesh, dim=dim)
+        Of token_log_probs it gives the log-probability of each document (or of an answer, where
+        the tokens of its question have the label -100). Every rank of the cp group computes one
+        and the same loss from the sums, so its gradient is not summed over them: each rank gets
+        that of its own tokens, and gradients of weights are to be summed over cp.
 
+        Args:
+            x: [B, L], of this rank's tokens.
+        Returns:
+            [B, N], N the most documents that a row has; 0 for one that a row does not have.
+        Raises:
+            ValueError: another shape.
 
-class _GatherReplicated(torch.autograd.Function):
-    """Whose gradient is the same on every rank already, so it is cut and not summed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, dim: int) -> Tensor:
-        ctx.layout, ctx.rank, ctx.dim = layout, mesh.get_local_rank(), dim
-        return _gather(x, layout, mesh, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.layout.shard(grad, ctx.rank, dim=ctx.dim), None, None, None
+        Traffic per rank: (n - 1) * B * N numbers, and none back.
+        """
+        rows, num_shards = self.documents.batch, self.layout.num_shards
+        if x.shape != (rows, self.layout.shard_len):
+            raise ValueError(
+                f"A ShardedBatch sums a number of each token, got x.shape={tuple(x.shape)}: give "
+                f"[B, L] = {(rows, self.layout.shard_len)}."
+            )
+        token_index = self.layout.token_indices(self.mesh.rank("cp") if num_shards > 1 else 0)
+        document = self.coords.document[:, token_index].to(x.device)
+        count = max(len(lengths) for lengths in self.documents.lengths)
+        # What is in no document is summed in a place that is cut off.
+        place = document.where(document >= 0, count)
+        sums = x.new_zeros(rows, count + 1).scatter_add(1, place, x)[:, :count]
+        return sums if self.mesh.cp is None else sum_for_replicated_loss(sums, self.mesh.cp)
 
 
 def shard_batch(

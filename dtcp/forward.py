@@ -1,4 +1,8 @@
-"""Put something around a module's forward, so that a deep copy of the module has its own."""
+"""Put something around a module's forward, so that a deep copy of the module has its own.
+
+pickle would lose it: of a bound method it stores the name, and finds the forward of the class under
+it. So a module with something around its forward refuses to be pickled.
+"""
 
 from collections.abc import Callable
 from types import MethodType
@@ -26,3 +30,19 @@ def wrap_forward(module: nn.Module, around: Callable[..., Any]) -> None:
         return around(self, getattr(self, name), *args, **kwargs)
 
     module.forward = MethodType(forward, module)
+    module.refuses_pickle = RefusesPickle()  # type: ignore[assignment]
+
+
+class RefusesPickle:
+    """What a module holds that cannot be pickled, with the reason."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "A module that a plan or install_mixers has changed is not pickled, for its forward "
+            "would be that of its class again, got one to pickle or to torch.save: save "
+            "model.state_dict(), or torch.distributed.checkpoint's of it, and apply the plan to a "
+            "new model."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RefusesPickle":
+        return self

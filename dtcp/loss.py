@@ -59,6 +59,31 @@ def token_mean_loss(logits: Tensor, labels: Tensor, global_tokens: Tensor | int)
 
     Traffic per rank, sharded vocabulary only: (n - 1) * B * L * 2 numbers, forward.
     """
+    return _token_losses(logits, labels).sum() / _at_least_one(global_tokens)
+
+
+def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each token's log-probability of its label, 0 where it has none.
+
+    What preference and policy losses are made of: sum it over documents by
+    `ShardedBatch.sum_by_document`. Memory is that of token_mean_loss.
+
+    Args:
+        logits: [B, L, V]; or a DTensor with the vocabulary sharded over a 1-D mesh.
+        labels: [B, L], shifted already; -100 where a token has none. Another label outside of the
+            vocabulary gives -inf.
+    Returns:
+        [B, L], fp32 (fp64 for fp64), the same on all ranks that share these tokens.
+    Raises:
+        TypeError, ValueError: as token_mean_loss.
+
+    Traffic per rank, sharded vocabulary only: (n - 1) * B * L * 2 numbers, forward.
+    """
+    return -_token_losses(logits, labels)
+
+
+def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each token, [B, L]; 0 where it has no label."""
     check_tensor("A loss", shape="[B, L, V]", dtypes=FLOATS, logits=logits)
     check_tensor("A loss", shape="[B, L]", dtypes=LABEL_DTYPES, labels=labels)
     first, mesh = 0, None
@@ -71,8 +96,8 @@ def token_mean_loss(logits: Tensor, labels: Tensor, global_tokens: Tensor | int)
             f"labels.shape={tuple(labels.shape)}: give [B, L, V] and [B, L]."
         )
     flat = logits.flatten(0, -2)
-    total = cast(Tensor, _SummedCrossEntropy.apply(flat, labels.flatten() - first, labels, mesh))
-    return total / _at_least_one(global_tokens)
+    losses = _TokenCrossEntropy.apply(flat, labels.flatten() - first, labels, mesh)
+    return cast(Tensor, losses).view(labels.shape)
 
 
 def mtp_loss(
@@ -133,8 +158,8 @@ def _vocabulary_shard(logits: DTensor) -> tuple[int, DeviceMesh | None]:
     return full * mesh.get_local_rank(), mesh
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(logits)[label], by chunks of rows and, maybe, shards of columns."""
+class _TokenCrossEntropy(torch.autograd.Function):
+    """-log softmax(logits)[label], by chunks of rows and, maybe, shards of columns: [T]."""
 
     @staticmethod
     def forward(
@@ -155,7 +180,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         if mesh is not None:
             lse, target = _across_shards(lse, target, mesh)
         ctx.save_for_backward(logits, column, mine, has_loss, lse)
-        return (lse - target).masked_fill(~has_loss, 0).sum()
+        return (lse - target).masked_fill(~has_loss, 0)
 
     @staticmethod
     @once_differentiable
@@ -166,7 +191,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             chunk = (logits[rows].to(lse.dtype) - lse[rows, None]).exp()
             chunk.scatter_add_(1, column[rows, None], -mine[rows, None].to(chunk.dtype))
             chunk.masked_fill_(~has_loss[rows, None], 0)
-            grad_logits[rows] = chunk.mul_(grad).to(logits.dtype)
+            grad_logits[rows] = chunk.mul_(grad[rows, None]).to(logits.dtype)
         return grad_logits, None, None, None
 
 

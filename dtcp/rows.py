@@ -99,7 +99,8 @@ class Rows:
         documents = documents_of_batch(said, rows, seq_len, documents=documents)
         if padding is not None:
             tokens["padding_mask"] = padding.to(batch["padding_mask"].device)
-        check_labels(tokens, documents, padding)
+        if fields.get("labels", WHOLE) is not WHOLE:
+            check_labels(tokens, documents, padding)
         for_masks = {key: batch[key] for key in MASK_FIELDS if key in batch}
         return cls(tokens, for_masks, documents, fields)
 
@@ -131,7 +132,12 @@ class Rows:
 
     def contents(self) -> tuple[Mapping[str, Tensor], Documents]:
         """What ranks compare."""
-        keys = {key: x for key, x in self.tokens.items() if self.fields[key] is not None}
+        rows = (self.documents.batch,)
+        keys = {
+            key: x
+            for key, x in self.tokens.items()
+            if self.fields[key] is not WHOLE or x.shape[:1] == rows
+        }
         return {**keys, **self.for_masks}, self.documents
 
 

@@ -1,43 +1,61 @@
 """Load the weights of a transformers model that was parallelized on the meta device."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dtcp.parallelize.hf_files import WeightFiles, weight_groups
+from dtcp.parallelize.tied_parameters import find_tied_parameters, restore_tied_parameters
 from dtcp.sequence.arguments import check_kind
 
 
 @torch.no_grad()
-def load_hf(model: Any, weights: Mapping[str, Tensor], *, device: torch.device | str) -> Any:
+def load_hf(
+    model: Any, weights: Mapping[str, Tensor] | str | Path, *, device: torch.device | str
+) -> Any:
     """Allocate a model that `parallelize_hf` got on the meta device; load each rank's shards.
 
     Args:
-        weights: whole tensors by transformers' names, as safetensors files hold them; a weight
-            that two modules share may have only one of its names. They are read one at a time.
+        weights: the folder that save_pretrained wrote, in one file or in several with an index; or
+            whole tensors, by the names of such files or of the model. A weight that two modules
+            share may have only one of its names. They are read one parameter at a time.
     Raises:
-        ValueError: a weight that is missing, left over, or of another shape.
+        ValueError: a weight that is missing, left over, of another shape or not finite; a folder
+            or a file that is not there.
     """
     check_kind("load_hf", nn.Module, model=model)
-    check_kind("load_hf", Mapping, weights=weights)
+    check_kind("load_hf", (Mapping, str, Path), weights=weights)
+    files = weights if isinstance(weights, Mapping) else WeightFiles(Path(weights))
+    groups, left_over = weight_groups(model, files)
+    _check_names(model, [], left_over)
+    tied = find_tied_parameters(model)
     model.to_empty(device=device)
+    if find_tied_parameters(model) != tied:
+        # Parameters that FSDP does not hold leave the meta device one name at a time (torch 2.13).
+        restore_tied_parameters(model, tied)
     _fill_buffers(model)
-    names: dict[Tensor, list[str]] = {}
-    for name, x in model.state_dict(keep_vars=True).items():
-        names.setdefault(x, []).append(name)
-    missing = [aliases for aliases in names.values() if not weights.keys() & set(aliases)]
-    left_over = weights.keys() - {name for aliases in names.values() for name in aliases}
+    parameters = model.state_dict(keep_vars=True)
+    filled: set[Tensor] = set()
+    for group in groups:
+        for name, whole in group.weights(model, files).items():
+            _copy_shard(name, parameters[name], whole)
+            filled.add(parameters[name])
+    missing = [name for name, x in parameters.items() if x not in filled]
+    _check_names(model, missing, [])
+    return model
+
+
+def _check_names(model: nn.Module, missing: Sequence[str], left_over: Sequence[str]) -> None:
     if missing or left_over:
         raise ValueError(
-            f"Weights are those of the model, got none for {missing[:4]} and no use for "
-            f"{sorted(left_over)[:4]}: load the checkpoint of this config."
+            f"Weights are those of the model, got none for {list(missing[:4])} and no use for "
+            f"{sorted(left_over)[:4]} in {type(model).__name__}: load the checkpoint of this "
+            f"config."
         )
-    for x, aliases in names.items():
-        name = next(name for name in aliases if name in weights)
-        _copy_shard(name, x, weights[name])
-    return model
 
 
 def _copy_shard(name: str, x: Tensor, whole: Tensor) -> None:
@@ -45,6 +63,11 @@ def _copy_shard(name: str, x: Tensor, whole: Tensor) -> None:
         raise ValueError(
             f"Weights have the shape of their parameter, got {name} of {tuple(whole.shape)} for "
             f"{tuple(x.shape)}: load the checkpoint of this config."
+        )
+    if whole.is_floating_point() and not bool(whole.isfinite().all()):
+        raise ValueError(
+            f"Weights are finite, got {name} with {int((~whole.isfinite()).sum())} entries of NaN "
+            f"or infinity: load another checkpoint; training from this one would be lost."
         )
     whole = whole.reshape(x.shape).to(x.device, x.dtype)
     if isinstance(x, DTensor):

@@ -57,6 +57,7 @@ OF_TRANSFORMERS = (
     "_from_config",
     "_init_weights",
     "_keep_in_fp32_modules_strict",
+    "_keys_to_ignore_on_load_unexpected",
 )
 OF_TORCHTITAN = ("_create_checkpoint_id", "_find_load_step", "_should_save")
 # Part of what a NamedTuple is: Python documents them, the underscore keeps fields' names free.

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from dtcp.batch import ShardedBatch, shard_rows
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.huggingface.pooled_head import check_last_tokens, last_token_mixer
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.rows import DEFAULT_FIELDS, Rows
+from dtcp.rows import DEFAULT_FIELDS, WHOLE, Rows
 from dtcp.sequence.arguments import check_batch, check_kind, check_tensor, rows_of
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.documents import Documents
@@ -21,6 +22,11 @@ from dtcp.sequence.gate import (
     read_padding_mask,
 )
 from dtcp.sequence.layout import HeadTail, SequenceLayout
+
+LABELED_IN_PLACE = ("ForTokenClassification", "ForMaskedLM")
+"""Kinds of models, in transformers' terms (`model.loss_type`), whose labels are not shifted."""
+ANSWER_KEYS = ("start_positions", "end_positions")
+"""Labels of question answering, [B]: tokens of whole rows."""
 
 
 def shard_hf_batch(
@@ -41,17 +47,22 @@ def shard_hf_batch(
             attention_mask [B, S], 0 for padding on the right, or numbering packed documents from
             1; and what flattening collators add (cu_seq_lens_q, max_length_q, seq_idx, ..). A
             value of None is left out.
+        model: of parallelize_hf. Its kind says what labels are: those of a language model are
+            shifted; those of a token classifier stay at their tokens; those of rows, and the
+            start_positions and end_positions of answers, stay whole.
         compare_ranks, buckets: as for shard_batch.
     Returns:
-        the local batch, with labels shifted and position_ids, and how it was sharded. Call
+        the local batch, with labels and position_ids, and how it was sharded. Call
         `model(input_ids=..., position_ids=..., attn_metadata=sharded.attn_metadata)` and compute
-        the loss by token_mean_loss: the model's own loss would shift labels inside a shard.
+        the loss by token_mean_loss: the model's own loss would shift labels inside a shard. What
+        a head gives for rows is the same on all ranks of the cp group, and a loss of it as well;
+        its gradients are to be summed over them.
     Raises:
         ValueError: padding on the left or in the middle, keys that contradict each other, or what
             shard_batch refuses.
     """
     return shard_rows(
-        lambda: _rows_of(batch),
+        lambda: _rows_of(batch, model),
         mesh,
         layout,
         model=model,
@@ -80,11 +91,11 @@ def causal_lm_loss(
         batch: as shard_hf_batch takes it, with labels.
         compare_ranks, buckets: as for shard_batch.
     Raises:
-        ValueError: no labels, or what shard_hf_batch refuses.
+        ValueError: no labels, a model that gives outputs for rows, or what shard_hf_batch refuses.
     """
     check_kind("causal_lm_loss", nn.Module, model=model)
     local, sharded = shard_rows(
-        lambda: _rows_of(batch, with_labels=True),
+        lambda: _rows_of(batch, model, for_token_loss=True),
         mesh,
         layout,
         model=model,
@@ -98,21 +109,40 @@ def causal_lm_loss(
     return token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
 
 
-def _rows_of(batch: Mapping[str, Any], *, with_labels: bool = False) -> Rows:
+def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool = False) -> Rows:
     """A batch of transformers as shard_batch takes it."""
     check_batch("A batch", batch)
     rows = {key: x for key, x in batch.items() if x is not None}
-    if with_labels and "labels" not in rows:
-        raise ValueError(
-            f"A batch to train on has labels, not shifted, got {sorted(batch)}: add them; a "
-            f"language model's are its input_ids."
-        )
+    pooling = last_token_mixer(model)
+    if for_token_loss:
+        _check_token_loss(model, rows, pooled=pooling is not None)
     documents = documents_of_hf_batch(rows)
     whole = {key: x for key, x in rows.items() if key not in (*DOCUMENT_KEYS, "attention_mask")}
     whole["position_ids"] = documents.position_ids()
-    if "labels" in rows:
+    fields = DEFAULT_FIELDS
+    if pooling is not None:
+        if "input_ids" in rows:
+            check_last_tokens(rows["input_ids"], documents, pooling.pad_token_id)
+        fields = {**fields, "labels": WHOLE}
+    elif "labels" in rows and getattr(model, "loss_type", None) not in LABELED_IN_PLACE:
         whole["labels"] = shift_labels(rows["labels"], documents)
-    return Rows.of(whole, DEFAULT_FIELDS, documents)
+    if getattr(model, "loss_type", None) == "ForQuestionAnswering":
+        fields = {**fields, **dict.fromkeys(ANSWER_KEYS, WHOLE)}
+    return Rows.of(whole, fields, documents)
+
+
+def _check_token_loss(model: nn.Module, rows: Mapping[str, Any], *, pooled: bool) -> None:
+    if pooled or getattr(model, "loss_type", None) == "ForQuestionAnswering":
+        raise ValueError(
+            f"A loss of tokens is computed of one output per token, got {type(model).__name__}: "
+            f"call shard_hf_batch and the model, and compute the loss of its rows "
+            f"(docs/transformers.md)."
+        )
+    if "labels" not in rows:
+        raise ValueError(
+            f"A batch to train on has labels, not shifted, got {sorted(rows)}: add them; a "
+            f"language model's are its input_ids."
+        )
 
 
 def documents_of_hf_batch(batch: Mapping[str, Any]) -> Documents:

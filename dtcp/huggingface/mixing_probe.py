@@ -1,12 +1,13 @@
 """Find where tokens meet in a model written elsewhere: by running it, not by reading names.
 
-A module is run a second time with one token of its input changed. If its output at another token
-moves, tokens meet in it; and on a sharded sequence, any such module that no plan claims would see
-its own shard only.
+A module is run again with some tokens of its input changed: the one in the middle, then the first
+and the last. If its output at another token moves, or one that belongs to no token, tokens meet
+in it; and on a sharded sequence, any such module that no plan claims would see its own shard only.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -24,16 +25,30 @@ def probe_length(model: nn.Module) -> int:
     return next(length for length in range(37, 37 + 2 * len(sizes) + 2, 2) if length not in sizes)
 
 
-def find_mixing(model: nn.Module, run: RunModel, seq_len: int) -> list[str]:
+def probe_ids(model: Any, seq_len: int) -> Tensor:
+    """A row of tokens to run a model of transformers with, none of them padding: [1, S]."""
+    embedding = model.get_input_embeddings().weight
+    ids = torch.arange(1, seq_len + 1, device=embedding.device) % len(embedding)
+    padding = model.config.get_text_config().pad_token_id
+    if padding is not None:
+        ids = ids.where(ids != padding, (ids + 1) % len(embedding))
+    return ids[None]
+
+
+def find_mixing(model: nn.Module, run: RunModel, seq_len: int, *, pools: bool = False) -> list[str]:
     """Names of the innermost modules in which tokens meet, in the order they run.
 
     Args:
         run: one forward of the model on one row of seq_len tokens, in eval mode.
         seq_len: from probe_length.
+        pools: what the model gives for a row is known: outputs of the model itself that have no
+            sequence are not looked at.
     """
     names = {module: name for name, module in model.named_modules()}
     mixing: list[str] = []
     replaying = False
+    # One at the start or at the end may be all that a module reads of a row.
+    probes = ((seq_len // 2,), (0, seq_len - 1))
 
     def replay(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         nonlocal replaying
@@ -41,11 +56,15 @@ def find_mixing(model: nn.Module, run: RunModel, seq_len: int) -> list[str]:
             return
         replaying = True
         try:
-            changed_args, changed_kwargs = _change(args, kwargs, seq_len)
-            changed_out = module.forward(*changed_args, **changed_kwargs)
+            moved = False
+            for tokens in probes:
+                changed_args, changed_kwargs = _change(args, kwargs, seq_len, tokens)
+                changed_out = module.forward(*changed_args, **changed_kwargs)
+                by_token = pools and module is model
+                moved = moved or _moved(out, changed_out, seq_len, tokens, by_token=by_token)
         finally:
             replaying = False
-        if _moved(out, changed_out, seq_len):
+        if moved:
             mixing.append(names[module])
 
     hooks = [m.register_forward_hook(replay, with_kwargs=True) for m in names]
@@ -56,6 +75,31 @@ def find_mixing(model: nn.Module, run: RunModel, seq_len: int) -> list[str]:
         for hook in hooks:
             hook.remove()
     return [name for name in mixing if not any(_inside(other, name) for other in mixing)]
+
+
+@contextmanager
+def calls(model: nn.Module) -> Iterator[list[str]]:
+    """Inside, the names of the modules that are being run, the innermost last.
+
+    After an error they are those that it was raised in.
+    """
+    running: list[str] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    hooks: list[Any] = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(enter(name)))
+        hooks.append(module.register_forward_hook(leave))
+    try:
+        yield running
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -94,9 +138,11 @@ def _inside(name: str, outer: str) -> bool:
 
 
 def tensors(value: object) -> list[Tensor]:
-    """The tensors in nested tuples, lists and mappings."""
+    """The tensors in nested tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         return [value]
+    if is_dataclass(value) and not isinstance(value, Mapping | type):
+        value = {each.name: getattr(value, each.name) for each in fields(value)}
     if isinstance(value, Mapping):
         value = tuple(value.values())
     return [x for part in value for x in tensors(part)] if isinstance(value, tuple | list) else []
@@ -108,11 +154,11 @@ def _seq_dim(x: Tensor, seq_len: int) -> int | None:
     return dims[0] if len(dims) == 1 else None
 
 
-def _change(args: Any, kwargs: Any, seq_len: int) -> tuple[Any, Any]:
-    """The same inputs with the token in the middle changed: features, or ids without features."""
+def _change(args: Any, kwargs: Any, seq_len: int, tokens: Sequence[int]) -> tuple[Any, Any]:
+    """The same inputs with some tokens changed: features, or ids without features."""
     sequences = [x for x in tensors((args, kwargs)) if _seq_dim(x, seq_len) is not None]
     features = [x for x in sequences if x.is_floating_point()]
-    changed = {id(x): _change_token(x, seq_len) for x in features or sequences[:1]}
+    changed = {id(x): _change_tokens(x, seq_len, tokens) for x in features or sequences[:1]}
 
     def replaced(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -126,34 +172,42 @@ def _change(args: Any, kwargs: Any, seq_len: int) -> tuple[Any, Any]:
     return replaced(args), replaced(kwargs)
 
 
-def _change_token(x: Tensor, seq_len: int) -> Tensor:
-    dim, x = cast(int, _seq_dim(x, seq_len)), x.clone()
-    token = x.select(dim, seq_len // 2)
-    if x.is_floating_point():
-        spread = x.std() + 1e-3
-        token += spread * torch.randn_like(token)
-    else:
-        most = int(x.max())
-        token.copy_(x.select(dim, 0) + 1).clamp_(max=most)
+def _change_tokens(x: Tensor, seq_len: int, tokens: Sequence[int]) -> Tensor:
+    dim, before = cast(int, _seq_dim(x, seq_len)), x
+    x = x.clone()
+    for index in tokens:
+        token = x.select(dim, index)
+        if x.is_floating_point():
+            spread = x.std() + 1e-3
+            token += spread * torch.randn_like(token)
+        else:
+            other = before.select(dim, seq_len // 3)
+            token.copy_(other + 1).clamp_(max=int(before.max()))
     return x
 
 
-def _moved(out: object, changed_out: object, seq_len: int) -> bool:
-    """Whether an output differs at any token but the changed one."""
+def _moved(
+    out: object, changed_out: object, seq_len: int, tokens: Sequence[int], *, by_token: bool
+) -> bool:
+    """Whether an output differs at any token but the changed ones, or is of no token and differs.
+
+    Args:
+        by_token: look at outputs of tokens only.
+    """
     return any(
-        _tensor_moved(a, b, seq_len)
+        _tensor_moved(a, b, seq_len, tokens)
         for a, b in zip(tensors(out), tensors(changed_out), strict=True)
-        if a.is_floating_point()
+        if a.is_floating_point() and not (by_token and seq_len not in a.shape)
     )
 
 
-def _tensor_moved(a: Tensor, b: Tensor, seq_len: int) -> bool:
+def _tensor_moved(a: Tensor, b: Tensor, seq_len: int, tokens: Sequence[int]) -> bool:
     if a.numel() == 0 or (seq_len in a.shape and _seq_dim(a, seq_len) is None):
         return False
     difference = (a - b).abs().nan_to_num(nan=torch.inf)
     dim = _seq_dim(a, seq_len)
     if dim is not None:
-        difference.select(dim, seq_len // 2).zero_()
+        difference.index_fill_(dim, torch.tensor(tokens, device=a.device), 0)
     # Kernels may sum in another order if tokens are grouped in another way.
     noise = max(1e-5, 16 * torch.finfo(a.dtype).eps) * float(a.abs().max())
     return float(difference.max()) > noise

@@ -23,6 +23,10 @@ MIXER = "dtcp_mixer"
 """The mixer's name in its attention module."""
 
 
+class UnreadAttentionError(ValueError):
+    """A model's attention cannot be surveyed: it receives nothing of the model's call."""
+
+
 class Recorder(Protocol):
     """Notes the attention calls of a survey; passed in the place of the metadata."""
 
@@ -56,7 +60,9 @@ def set_attention(model: Any, implementation: str) -> None:
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         chosen = getattr(config, "_attn_implementation", implementation)
-        if chosen != implementation:
+        # Rotary tables, for one, keep a config of their own; they have no weights and attend to
+        # nothing.
+        if chosen != implementation and next(module.parameters(), None) is not None:
             raise ValueError(
                 f"A model of transformers takes its attention from the attention registry, got "
                 f"{name or type(model).__name__} ({type(module).__name__}), which keeps "
@@ -92,7 +98,7 @@ def mixer_attention_forward(
             f"{layer_label(module)} attends by the metadata of its batch alone, got "
             f"dropout={dropout}, attention_mask of shape {mask}, attn_metadata of type "
             f"{type(attn_metadata).__name__}: pass attn_metadata=sharded.attn_metadata of "
-            f"shard_hf_batch, no mask, and set the attention dropout of the config to 0."
+            f"shard_hf_batch, no mask, and set the attention dropout of the config to 0.0."
         )
     if isinstance(s_aux, DTensor):
         # Sharded with the heads: each rank has the sinks of its own.
@@ -127,7 +133,7 @@ def _survey_attention_forward(
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     if attn_metadata is None:
-        raise ValueError(
+        raise UnreadAttentionError(
             f"A model hands keyword arguments of its call on to its attention, got "
             f"{layer_label(module)}, which receives none: write its attention with a mixer "
             f"(docs/add_a_model.md)."

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from dtcp.huggingface import registry
 from dtcp.huggingface.mixing_probe import (
+    calls,
     find_mixing,
     own_value,
+    probe_ids,
     probe_length,
     tensors,
 )
+from dtcp.huggingface.pooled_head import PooledHead, find_pooled_head, outputs_of_rows
 from dtcp.huggingface.read_mask import read_mask
 from dtcp.sequence.masks import Bidirectional, Mask
 from dtcp.softmax.mixer import SoftmaxAttention
@@ -64,6 +67,7 @@ class Survey:
 
     attentions: tuple[SurveyedAttention, ...]
     refused: tuple[str, ...]
+    pooled_head: PooledHead | None = None
 
     def check(self) -> None:
         """Stop where something is refused.
@@ -89,45 +93,91 @@ def survey(model: Any) -> Survey:
     refused = [*_unsuited(model)]
     if refused:
         return Survey((), tuple(refused))
-    names = {module: name for name, module in model.named_modules()}
-    recorder = _Recorder(names, refused)
+    recorder = _Recorder({module: name for name, module in model.named_modules()}, refused)
+    pooled_head = None
+    with _survey_mode(model), calls(model) as running:
+        try:
+            pooled_head = _probe(model, recorder)
+        except registry.UnreadAttentionError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            # Code of others, on rows it may not be made for: whatever it raises, this is what
+            # stopped the survey, and the module that raised it is what the reader has to know.
+            refused.append(_stopped(model, running, error))
+    return Survey(tuple(recorder.attentions.values()), tuple(dict.fromkeys(refused)), pooled_head)
+
+
+def _probe(model: Any, recorder: "_Recorder") -> PooledHead | None:
+    """Run a model and note in the recorder what is found; return its head if it pools."""
     seq_len = probe_length(model)
-    device = next(model.parameters()).device
-    run = partial(
-        model,
-        input_ids=torch.arange(seq_len, device=device)[None]
-        % model.get_input_embeddings().weight.shape[0],
-        position_ids=torch.arange(seq_len, device=device)[None],
-        use_cache=False,
-        attn_metadata=recorder,
-    )
-    with _survey_mode(model):
-        # Dropout shows in training mode only, and hides mixing: the probe runs in eval mode.
-        model.train()
-        if _is_random(run):
-            refused.append(
-                f"{type(model).__name__} is random in training (a dropout, or noise), which would "
-                f"depend on the mesh: set it to 0 in the config."
-            )
-        model.eval()
-        mixing = find_mixing(model, run, seq_len)
-    refused += [
+    input_ids = probe_ids(model, seq_len)
+    position_ids = torch.arange(seq_len, device=input_ids.device)[None]
+    arguments = {"position_ids": position_ids, "use_cache": False, "attn_metadata": recorder}
+    run = partial(model, input_ids=input_ids, **arguments)
+    # Dropout shows in training mode only, and hides mixing: the probe runs in eval mode.
+    model.train()
+    if _differ(run, run):
+        recorder.refused.append(
+            f"{type(model).__name__} is random in training (a dropout, or noise), which would "
+            f"depend on the mesh: set it to 0.0 in the config."
+        )
+    model.eval()
+    if _differ(run, partial(run, position_ids=None)):
+        recorder.refused.append(
+            f"{type(model).__name__} does not count the positions of a row from 0, as the batches "
+            f"of shard_hf_batch do: write it with mixers (docs/add_a_model.md)."
+        )
+    with torch.no_grad():
+        of_rows = outputs_of_rows(run(), seq_len)
+    pooled_head = None
+    if of_rows:
+        pooled_head = find_pooled_head(model, partial(_run_rows, model, arguments), seq_len)
+        if pooled_head is None:
+            recorder.refused.append(_unknown_outputs(model, of_rows))
+    recorder.refused += [
         f"{name or 'the model'} ({type(model.get_submodule(name)).__name__}): tokens meet in it, "
         f"and not through the attention registry: write it with a mixer (docs/add_a_model.md)."
-        for name in mixing
+        for name in find_mixing(model, run, seq_len, pools=bool(of_rows))
     ]
-    return Survey(tuple(recorder.attentions.values()), tuple(dict.fromkeys(refused)))
+    return pooled_head
 
 
-def _is_random(run: Callable[[], object]) -> bool:
-    """Whether a model's outputs depend on the state of the random generator."""
+def _stopped(model: nn.Module, running: list[str], error: Exception) -> str:
+    """What refuses a model that cannot be run on a few tokens."""
+    name = running[-1] if running else ""
+    kind, device = type(model.get_submodule(name)).__name__, next(model.parameters()).device
+    said = " ".join(str(error).split())[:200]
+    return (
+        f"{name or 'the model'} ({kind}): cannot be run on a few tokens on {device} "
+        f"({type(error).__name__}: {said}), so how tokens meet in it is not known: run it where "
+        f"its kernels can be, or write it with a mixer (docs/add_a_model.md)."
+    )
+
+
+def _run_rows(model: Any, arguments: dict[str, Any], input_ids: Tensor) -> object:
+    position_ids = arguments["position_ids"].expand(len(input_ids), -1)
+    return model(input_ids=input_ids, **{**arguments, "position_ids": position_ids})
+
+
+def _unknown_outputs(model: nn.Module, outputs: list[Tensor]) -> str:
+    """What refuses a model that gives outputs of no token."""
+    return (
+        f"{type(model).__name__}: gives outputs of shapes {[tuple(x.shape) for x in outputs]} for "
+        f"a row of tokens, and not those of one module for its last token, so each rank would give "
+        f"those of its shard: parallelize the model without its head, gather the hidden states "
+        f"(ShardedBatch.gather) and pool them (docs/not_supported.md)."
+    )
+
+
+def _differ(*runs: Callable[[], object]) -> bool:
+    """Whether two runs of a model give different outputs; each starts from a seed of its own."""
     outputs = []
     with torch.no_grad(), torch.random.fork_rng():
-        for seed in range(2):
+        for seed, run in enumerate(runs):
             torch.manual_seed(seed)
             outputs.append([x for x in tensors(run()) if x.is_floating_point()])
     pairs = zip(*outputs, strict=True)
-    # Kernels may sum in another order from run to run: that much is no randomness.
+    # Kernels may sum in another order from run to run: that much is no difference.
     return any(float((a - b).abs().max()) > 1e-4 * float(a.abs().max()) for a, b in pairs)
 
 
@@ -183,12 +233,12 @@ def _problems(q: Tensor, k: Tensor, mask: Mask | None, arguments: dict[str, Any]
     elif mask is None:
         problems.append(
             "its mask is not one interval of keys around a token, or not made by "
-            "transformers.masking_utils: its meaning is not known."
+            "transformers.masking_utils of positions alone: its meaning is not known."
         )
     if arguments.get("dropout"):
         problems.append(
             f"dropout={arguments['dropout']} in training would depend on the mesh: set "
-            f"config.attention_dropout = 0."
+            f"config.attention_dropout = 0.0."
         )
     if unknown:
         problems.append(f"it is called with {unknown}, which no mixer honours.")
@@ -205,7 +255,9 @@ def survey_mask(*, mask_function: Callable[..., Any], **arguments: Any) -> Tenso
     arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     dense = sdpa_mask(mask_function=mask_function, **arguments)
     assert dense is not None
-    setattr(dense, _MASK, read_mask(mask_function))
+    # One of the model's own making, for it is called without: it would be as long as a shard.
+    is_own = arguments.get("attention_mask") is not None
+    setattr(dense, _MASK, None if is_own else read_mask(mask_function))
     return dense
 
 
@@ -254,12 +306,12 @@ def _unsuited(model: Any) -> Iterator[str]:
         if rate:
             yield (
                 f"{part} ({type(module).__name__}): dropout={rate} in training would depend on "
-                f"the mesh: set it to 0 in the config."
+                f"the mesh: set it to 0.0 in the config."
             )
     if getattr(model.config, "router_jitter_noise", 0.0):
         yield (
             f"{name} routes by noise of its own on each rank (router_jitter_noise): set "
-            f"config.router_jitter_noise = 0."
+            f"config.router_jitter_noise = 0.0."
         )
     for kind in _rope_types(getattr(model.config, "rope_parameters", None)):
         if kind in LENGTH_DEPENDENT_ROPE:

@@ -7,6 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 from dtcp.torchtitan import compat as compat
@@ -86,6 +87,9 @@ class Progress(MetricsProcessor):
         tokens = self.ntokens_since_last_log * batch_ranks / (now - self.time_last_log)
         received = traffic_since(self._traffic).received / steps
         memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
+        if isnan(global_max_loss):
+            # That of a rank without a token that has a loss: torchtitan (0.3.0) divides 0 by 0.
+            global_max_loss = global_avg_loss
         metrics = {
             "loss_metrics/global_avg_loss": global_avg_loss,
             "loss_metrics/global_max_loss": global_max_loss,

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torchtitan.components.loss import BaseLoss
@@ -24,6 +25,18 @@ class TokenLoss(BaseLoss):
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         self.fn = functools.partial(summed_loss, mtp_weight=config.mtp_weight)
+
+    def __call__(
+        self,
+        pred: Tensor | tuple[Tensor, ...],
+        labels: Tensor,
+        global_valid_tokens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As BaseLoss, but a step without a single token that has a loss has the loss 0."""
+        if global_valid_tokens is not None:
+            global_valid_tokens = global_valid_tokens.clamp(min=1)
+        return super().__call__(pred, labels, global_valid_tokens, **kwargs)
 
 
 def summed_loss(

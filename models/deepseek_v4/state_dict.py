@@ -1,8 +1,9 @@
 """Names and settings of DeepSeek-V4's published checkpoints, both ways.
 
-Two sets of names are read: those on disk, as DeepSeek publishes them and transformers loads
-them, and those of a transformers model in memory. The first are written. On disk each expert has
-tensors of its own; here all experts of a layer share one tensor per projection.
+Three sets of names are read: those on disk, as DeepSeek publishes them and transformers loads
+them, those of a transformers model in memory, and those that its save_pretrained writes, a mixture
+of both. The first are written. On disk each expert has tensors of its own; here all experts of a
+layer share one tensor per projection.
 """
 
 import re
@@ -99,6 +100,16 @@ ON_DISK = NameMap(
     )
 )
 IN_MEMORY = NameMap(tuple((ours, memory) for ours, _, memory in _TOP))
+SAVED = NameMap(
+    (
+        ("lm_head.weight", "head.weight"),
+        # transformers (5.23) has one rule for this norm and for those of the compressors.
+        ("layers.{i}.attention.kv_norm.weight", "model.layers.{i}.attn.norm.weight"),
+        *((f"layers.{{i}}.{ours}", f"model.layers.{{i}}.{disk}") for ours, disk, _ in _BLOCK),
+    )
+)
+"""What save_pretrained of transformers writes where it differs from both."""
+_READ = NameMap((*ON_DISK.pairs, *IN_MEMORY.pairs, *SAVED.pairs))
 
 _PROJECTIONS: Mapping[str, str] = {"gate": "w1", "up": "w3", "down": "w2"}
 _STACKED = re.compile(r"(?P<block>.*)\.mixture\.experts\.(?P<part>gate|up|down)")
@@ -124,7 +135,7 @@ def to_hf(state_dict: Mapping[str, Tensor], config: DeepseekV4Config) -> dict[st
 
 
 def from_hf(state_dict: Mapping[str, Tensor], config: DeepseekV4Config) -> dict[str, Tensor]:
-    """A published state dict, or one of transformers' model, for our model.
+    """A published state dict, or one of transformers' model or of its files, for our model.
 
     Raises:
         ValueError: a name that no model of this family has, or quantized weights.
@@ -135,9 +146,8 @@ def from_hf(state_dict: Mapping[str, Tensor], config: DeepseekV4Config) -> dict[
             f"DeepseekV4 reads weights as they are, got quantized ones with {scaled[0]}: "
             f"dequantize the checkpoint first."
         )
-    in_memory = any(name.startswith("model.") for name in state_dict)
     plain, experts = _without_experts(state_dict)
-    ours = (IN_MEMORY if in_memory else ON_DISK).to_ours(plain)
+    ours = _READ.to_ours(plain)
     for name in [name for name in ours if name.endswith(".router.experts")]:
         ours[name] = ours[name].long()
     return {**ours, **experts}
@@ -153,7 +163,8 @@ def _without_experts(
     parts = {theirs: ours for ours, theirs in _PROJECTIONS.items()}
     for name, x in state_dict.items():
         if match := _SINGLE.fullmatch(name):
-            block = re.sub(r"^(mtp\.\d+)", r"\1.block", match["block"])
+            block = match["block"].removeprefix("model.")
+            block = re.sub(r"^(mtp\.\d+)", r"\1.block", block)
             numbered = single.setdefault(f"{block}.mixture.experts.{parts[match['part']]}", {})
             numbered[int(match["number"])] = x
         elif match := _PACKED.fullmatch(name):

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import Survey, install_mixers
+from dtcp.huggingface.last_token import LastTokenCP
 from dtcp.huggingface.registry import MIXER
 from dtcp.parallelize.activation_checkpoint import ActivationCheckpoint
 from dtcp.parallelize.apply import (
@@ -26,6 +28,7 @@ from dtcp.parallelize.apply import (
 from dtcp.parallelize.compile import Compile
 from dtcp.parallelize.fsdp import FSDP
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
+from dtcp.parallelize.tensor_parallel import separate_gate_and_up
 from dtcp.sequence.arguments import check_kind
 from dtcp.softmax import RingAttention
 from dtcp.softmax.style import AttentionStyle
@@ -46,7 +49,8 @@ def parallelize_hf(
     """Put an unmodified model of transformers on FSDP x TP x CP, in place.
 
     Batches come from shard_hf_batch, and the loss is token_mean_loss: gradients are sums over
-    ranks, and under tp logits are a DTensor sharded in the vocabulary.
+    ranks, and under tp a language model's logits are a DTensor sharded in the vocabulary. A head
+    that gives one output per row, that of its last token, gives it on every rank of cp.
 
     Args:
         model: on a real device, with its weights; or on the meta device: load_hf follows.
@@ -60,6 +64,7 @@ def parallelize_hf(
     _check_same_weights(model, mesh)
     survey = install_mixers(model)
     _make_experts_compilable(model, compile)
+    separate_gate_and_up(model)
     plan = hf_plan(model, survey, mesh, attention)
     return parallelize(
         model, mesh, plan, activation_checkpoint=activation_checkpoint, compile=compile, fsdp=fsdp
@@ -78,10 +83,12 @@ def hf_plan(
         ValueError: the mesh has an axis tp, and a parameter has no style or tp does not divide it.
     """
     names = [attention_module.name for attention_module in survey.attentions]
-    styles = {
+    styles: dict[str, ParallelStyle] = {
         f"{name}.{MIXER}": attention if isinstance(attention, AttentionStyle) else attention(name)
         for name in names
     }
+    if survey.pooled_head is not None:
+        styles[f"{survey.pooled_head.name}.{MIXER}"] = LastTokenCP()
     return ParallelPlan(
         tp=hf_tensor_plan(model, mesh.size("tp")) if mesh.tp is not None else {},
         cp=styles,

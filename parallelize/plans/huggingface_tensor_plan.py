@@ -21,6 +21,7 @@ from dtcp.parallelize.tensor_parallel import (
     ReplicateInputWithSinks,
     ScaledVocabParallelEmbedding,
     VocabParallelEmbedding,
+    WholeExperts,
     why_not_split,
 )
 from dtcp.plan import matches
@@ -115,8 +116,10 @@ def _style(
         return ReplicatedParams(Shard(HEADS))
     if role in ("colwise", "rowwise"):
         return ColwiseParallel() if role == "colwise" else RowwiseParallel()
-    if beside_experts and not role:
-        # A router, or a shared expert that the plan does not split: on whole activations.
+    on_top = "." not in name and module is not model.base_model
+    if (beside_experts or on_top) and not role:
+        # A router, a shared expert that the plan does not split, or the head of a classifier: on
+        # whole activations.
         return LocalParams()
     shapes = [p.ndim for p in module.parameters(recurse=False)]
     is_norm = set(shapes) == {1} and "Norm" in type(module).__name__
@@ -128,7 +131,7 @@ def _experts_style(name: str, module: nn.Module, tp: int) -> ParallelStyle:
     if not reason:
         return HFExpertTensorParallel()
     log.warning("%s is whole on each of %d tp ranks: %s.", name, tp, reason)
-    return LocalParams()
+    return WholeExperts()
 
 
 def _check_divisible(model: Any, tp_plan: Mapping[str, str], tp: int) -> None:

@@ -4,6 +4,8 @@ from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 from dtcp.parallelize.tensor_parallel.divisible import check_divisible
 from dtcp.parallelize.tensor_parallel.huggingface_experts import (
     HFExpertTensorParallel,
+    WholeExperts,
+    separate_gate_and_up,
     why_not_split,
 )
 from dtcp.parallelize.tensor_parallel.kv_heads import (
@@ -42,12 +44,14 @@ __all__ = [
     "RowShardedWeight",
     "ScaledVocabParallelEmbedding",
     "VocabParallelEmbedding",
+    "WholeExperts",
     "check_divisible",
     "copy_to_region",
     "distribute_parameter",
     "kv_projection_style",
     "local_parameters",
     "reduce_from_region",
+    "separate_gate_and_up",
     "warn_of_replicated_kv_heads",
     "why_not_split",
 ]

@@ -1,16 +1,17 @@
-"""Experts of transformers under tensor parallelism: the channels of every expert are split.
+"""Experts of transformers: the form of their weights, and their channels split over tp.
 
 transformers keeps all experts of a layer in one module, as `gate_up_proj` and `down_proj` of
 [E, ..], and computes them by functions that read these off the module. Here they read a view of
 the module, with this rank's part in the place of each parameter.
 
-Where gate comes before up in a dim of 2F, the parameter becomes [.., 2, F, ..]:
-its shards are then those of any DTensor, in checkpoints too, and a checkpoint of the other shape
-is refused rather than read in the wrong order.
+Where gate comes before up in a dim of 2F, the parameter becomes [.., 2, F, ..], on every mesh:
+its shards are then those of any DTensor, and a checkpoint of one mesh is one of all. The other
+shape is refused rather than read in the wrong order.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,6 +24,44 @@ from dtcp.parallelize.tensor_parallel.local_params import ModuleView, local_para
 from dtcp.parallelize.tensor_parallel.regions import copy_to_region, reduce_from_region
 
 
+def separate_gate_and_up(model: nn.Module) -> None:
+    """Give gate and up a dim of their own, [.., 2, F, ..], in all experts that have them joined."""
+    for module in model.modules():
+        dims = _joined_dims(module)
+        for name, dim in dims.items():
+            parameter = module.get_parameter(name)
+            separate = nn.Parameter(parameter.detach().unflatten(dim, (2, -1)))
+            separate.requires_grad = parameter.requires_grad
+            module.register_parameter(name, separate)
+        if dims:
+            vars(module)[_SEPARATE] = dims
+            wrap_forward(module, _on_joined)
+
+
+_SEPARATE = "dtcp_separate_dims"
+"""Where a module keeps the dims of 2, by the names of the parameters that have them."""
+
+
+def _on_joined(module: nn.Module, _: Any, *args: Any, **kwargs: Any) -> Any:
+    parameters = dict(module.named_parameters(recurse=False))
+    return _view(module, parameters).forward_of_type(*args, **kwargs)
+
+
+@dataclass
+class WholeExperts(ParallelStyle):
+    """Keep all of every expert on each rank of the axis."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, _ in list(module.named_parameters(recurse=False)):
+            distribute_parameter(module, name, device_mesh, Replicate())
+        wrap_forward(module, _on_local_experts)
+        return module
+
+
+def _on_local_experts(module: nn.Module, _: Any, *args: Any, **kwargs: Any) -> Any:
+    return _view(module, local_parameters(module)).forward_of_type(*args, **kwargs)
+
+
 @dataclass
 class HFExpertTensorParallel(ParallelStyle):
     """Split the hidden channels of every expert over the axis; each rank has a part of each.
@@ -32,17 +71,11 @@ class HFExpertTensorParallel(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        dims = channel_dims(module)
-        gate_up = _concatenated_gate_up(module)
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if name in gate_up:
-                value = parameter.unflatten(dims[name], (2, -1))
-                shard = Shard(dims[name] + 1)
-                distribute_parameter(module, name, device_mesh, shard, value=value)
-            else:
-                placement = Shard(dims[name]) if name in dims else Replicate()
-                distribute_parameter(module, name, device_mesh, placement)
-        unbound, tp = type(module).forward, device_mesh.size()
+        dims, separate = channel_dims(module), vars(module).get(_SEPARATE, {})
+        for name, _ in list(module.named_parameters(recurse=False)):
+            placement = Shard(dims[name] + (name in separate)) if name in dims else Replicate()
+            distribute_parameter(module, name, device_mesh, placement)
+        tp = device_mesh.size()
 
         def copied(x: Any) -> Any:
             is_float = isinstance(x, Tensor) and x.is_floating_point()
@@ -50,16 +83,21 @@ class HFExpertTensorParallel(ParallelStyle):
 
         def on_channels(experts: nn.Module, _: Any, *args: Any, **kwargs: Any) -> Tensor:
             local = local_parameters(experts)
-            for name in gate_up:
-                local[name] = local[name].flatten(dims[name], dims[name] + 1)
             if "down_proj_bias" in local:
                 local["down_proj_bias"] = _share_of_bias(local["down_proj_bias"], tp)
-            view = cast(nn.Module, ModuleView(experts, local))
-            part = unbound(view, *map(copied, args), **{k: copied(x) for k, x in kwargs.items()})
+            view, args = _view(experts, local), tuple(map(copied, args))
+            part = view.forward_of_type(*args, **{k: copied(x) for k, x in kwargs.items()})
             return reduce_from_region(part, device_mesh)
 
         wrap_forward(module, on_channels)
         return module
+
+
+def _view(experts: nn.Module, tensors: Mapping[str, Tensor]) -> ModuleView:
+    """The module with these parameters, gate and up joined again."""
+    separate = vars(experts).get(_SEPARATE, {})
+    joined = {name: tensors[name].flatten(dim, dim + 1) for name, dim in separate.items()}
+    return ModuleView(experts, {**tensors, **joined})
 
 
 def channel_dims(module: Any) -> dict[str, int]:
@@ -69,10 +107,13 @@ def channel_dims(module: Any) -> dict[str, int]:
     return {up: up_dim, f"{up}_bias": 1, "down_proj": down_dim}
 
 
+TRAITS = ("has_gate", "has_bias", "is_concatenated", "is_transposed", "has_post_expert_norm")
+"""What an experts module of transformers says of the layout of its weights."""
+
+
 def why_not_split(module: Any, tp: int) -> str:
     """Why an experts module of transformers stays whole; empty where its channels can be split."""
-    traits = ("has_gate", "has_bias", "is_concatenated", "is_transposed", "has_post_expert_norm")
-    if any(trait not in vars(module) for trait in traits):
+    if any(trait not in vars(module) for trait in TRAITS):
         return "it does not say how its weights are laid out"
     if module.has_post_expert_norm:
         return "it normalizes the output of each expert, of which a rank would have a part"
@@ -84,11 +125,15 @@ def why_not_split(module: Any, tp: int) -> str:
     return f"tp={tp} does not divide its {channels} channels" if channels % tp else ""
 
 
-def _concatenated_gate_up(module: Any) -> tuple[str, ...]:
-    """The parameters in which gate comes before up; elsewhere their channels alternate."""
+def _joined_dims(module: Any) -> dict[str, int]:
+    """The dims in which gate comes before up; elsewhere their channels alternate, if it has any."""
+    if any(trait not in vars(module) for trait in TRAITS):
+        return {}
     if not (module.has_gate and module.is_concatenated):
-        return ()
-    return ("gate_up_proj", "gate_up_proj_bias") if module.has_bias else ("gate_up_proj",)
+        return {}
+    dims, names = channel_dims(module), ("gate_up_proj", "gate_up_proj_bias")
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    return {name: dims[name] for name in names if name in own}
 
 
 def _share_of_bias(bias: Tensor, tp: int) -> Tensor:

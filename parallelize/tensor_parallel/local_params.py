@@ -30,11 +30,9 @@ class LocalParams(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for name, _ in list(module.named_parameters(recurse=False)):
             distribute_parameter(module, name, device_mesh, self.placement)
-        unbound = type(module).forward
 
         def on_local(module: nn.Module, _: Any, *args: Any, **kwargs: Any) -> Any:
-            view = ModuleView(module, local_parameters(module))
-            return unbound(cast(nn.Module, view), *args, **kwargs)
+            return ModuleView(module, local_parameters(module)).forward_of_type(*args, **kwargs)
 
         wrap_forward(module, on_local)
         return module
@@ -45,6 +43,10 @@ class ModuleView:
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         self._module, self._tensors = module, tensors
+
+    def forward_of_type(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the module's class on it."""
+        return type(self._module).forward(cast(nn.Module, self), *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return self._tensors[name] if name in self._tensors else getattr(self._module, name)

@@ -1,6 +1,8 @@
 """A8: a copied model computes with its own weights, whatever was put on it; or says it cannot."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -81,3 +83,46 @@ def test_A8_copies_that_fsdp_would_share_are_refused(mesh):
     parallelize(model, whole, llama_plan(CONFIG, whole, RingAttention()))
     with pytest.raises(AssertionError, match=r"FSDP does not support deepcopy.*state dict"):
         copy.deepcopy(model)
+
+
+def assert_refuses_pickle(model):
+    for store in (pickle.dumps, lambda model: torch.save(model, io.BytesIO())):
+        with pytest.raises(TypeError, match=r"save model.state_dict\(\)"):
+            store(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@spmd(axes={"tp": 2})
+def test_A8_copies_of_a_tensor_parallel_model_of_transformers_have_their_own_weights(mesh, kind):
+    whole = ParallelMesh.from_device_mesh(mesh)
+    model = parallelize_hf(build(kind), whole)
+    local, sharded = shard_hf_batch({"input_ids": torch.arange(8)[None]}, whole, model=model)
+
+    def run(each):
+        return each(**local, attn_metadata=sharded.attn_metadata).logits.full_tensor()
+
+    assert_independent(model, run)
+    assert_refuses_pickle(model)
+
+
+@spmd(ranks=2)
+def test_A8_pickles_of_a_context_parallel_model_of_transformers_are_refused(mesh):
+    model = parallelize_hf(build("llama"), ParallelMesh.from_device_mesh(mesh))
+    assert_refuses_pickle(model.model.layers[0].self_attn)
+    with pytest.raises(pickle.PicklingError, match="FSDPLlamaForCausalLM"):  # torch's own
+        pickle.dumps(model)
+
+
+@pytest.mark.parametrize("head", ["CausalLM", "SequenceClassification"])
+def test_A8_pickles_of_a_model_with_mixers_are_refused_and_copies_are_exact(head):
+    model = build("llama", head=head, num_labels=3)
+    one = ParallelMesh(Degrees(), None, *[None] * 7)
+    parallelize_hf(model, one)
+    assert_refuses_pickle(model)
+    batch = {"input_ids": torch.arange(1, 9)[None]}
+    local, sharded = shard_hf_batch(batch, one, model=model)
+
+    def run(each):
+        return each(**local, attn_metadata=sharded.attn_metadata).logits
+
+    assert_independent(model, run)

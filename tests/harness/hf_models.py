@@ -42,17 +42,22 @@ REFUSED: dict[str, dict[str, Any]] = {
 def config_of(kind: str, **change: Any) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(kind, **{**SHAPE, **{**MODELS, **REFUSED}[kind], **change})
+    return AutoConfig.for_model(kind, **{**SHAPE, **{**MODELS, **REFUSED}.get(kind, {}), **change})
 
 
-def build(kind: str, **change: Any) -> Any:
-    """A model in fp64, in training mode, with weights that make every part of it count."""
-    from transformers import AutoModelForCausalLM
+def build(kind: str, *, head: str = "CausalLM", **change: Any) -> Any:
+    """A model in fp64, in training mode, with weights that make every part of it count.
 
+    Args:
+        head: of the AutoModelFor class that makes it; empty for AutoModel.
+    """
+    import transformers
+
+    auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
     config = config_of(kind, **change)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
+        model = auto.from_config(config, attn_implementation="eager").double()
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model.train()

@@ -1,0 +1,120 @@
+"""Heads that give one output per row: found by running the model, and spread by a mixer.
+
+Which module is the head, and which token it reads, is tried and not read from names: rows of
+several lengths are run, and what the model gives for a row has to be what one of its own modules
+gave for the row's last token.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtcp.forward import wrap_forward
+from dtcp.huggingface import registry
+from dtcp.huggingface.last_token import LastToken
+from dtcp.huggingface.mixing_probe import probe_ids, tensors
+from dtcp.sequence.documents import Documents
+
+
+@dataclass(frozen=True)
+class PooledHead:
+    """The module whose outputs for a row's last token are the model's outputs for the row."""
+
+    name: str
+    pad_token_id: int | None
+
+
+def outputs_of_rows(out: object, seq_len: int) -> list[Tensor]:
+    """What a model that ran on one row of seq_len tokens gave for no token of it."""
+    return [x for x in tensors(out) if x.is_floating_point() and seq_len not in x.shape]
+
+
+def find_pooled_head(
+    model: Any, run: Callable[[Tensor], object], seq_len: int
+) -> PooledHead | None:
+    """The head of a model that gives outputs for rows; None if it is not one of the last token.
+
+    Args:
+        run: one forward of the model on input_ids, in eval mode.
+    """
+    pad_token_id = model.config.get_text_config().pad_token_id
+    lengths, ids = [seq_len], probe_ids(model, seq_len)
+    if pad_token_id is not None:
+        lengths = [seq_len, seq_len // 2, 3]
+        in_row = torch.arange(seq_len) < torch.tensor(lengths)[:, None]
+        ids = ids.where(in_row.to(ids.device), pad_token_id)
+    given: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def keep(_: nn.Module, __: Any, out: object) -> None:
+            if isinstance(out, Tensor) and out.shape[:2] == ids.shape:
+                given[name] = out
+
+        return keep
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in _heads(model)]
+    try:
+        with torch.no_grad():
+            outputs = outputs_of_rows(run(ids), seq_len)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    last = [length - 1 for length in lengths]
+    for name, out in reversed(given.items()):
+        expected = out[torch.arange(len(lengths)), last].flatten()
+        if all(x.numel() == len(expected) and x.flatten().allclose(expected) for x in outputs):
+            return PooledHead(name, pad_token_id)
+    return None
+
+
+def install_pooled_head(model: nn.Module, head: PooledHead) -> None:
+    """Let the mixer stand behind the head, and see each batch that the model is called with."""
+    module = model.get_submodule(head.name)
+    module.add_module(registry.MIXER, LastToken(head.pad_token_id))
+    # Nothing is compiled here, and a style of tensor parallelism may replace the forward.
+    module.register_forward_hook(_spread)
+    wrap_forward(model, _read_batch)
+
+
+def last_token_mixer(model: nn.Module) -> LastToken | None:
+    """The mixer behind the head of a model that pools."""
+    return next((m for m in model.modules() if isinstance(m, LastToken)), None)
+
+
+def check_last_tokens(input_ids: Tensor, documents: Documents, pad_token_id: int | None) -> None:
+    """Refuse rows whose last token is another one by the ids than by the padding.
+
+    Args:
+        input_ids: [B, S].
+    """
+    counts = torch.ones_like(input_ids) if pad_token_id is None else input_ids != pad_token_id
+    last = (torch.arange(input_ids.shape[1]) * counts.cpu()).argmax(1)
+    for row, (token, lengths) in enumerate(zip(last.tolist(), documents.lengths, strict=True)):
+        if token >= sum(lengths):
+            raise ValueError(
+                f"A head that pools reads a row's last token with another id than "
+                f"config.pad_token_id={pad_token_id}, got token {token} of row {row}, which is "
+                f"padding by the attention_mask: pad rows with config.pad_token_id."
+            )
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    trunk = getattr(model, "base_model", model)
+    for name, module in model.named_children():
+        if module is not trunk:
+            yield name, module
+
+
+def _spread(head: nn.Module, _: Any, out: Tensor) -> Tensor:
+    spread: Tensor = head.get_submodule(registry.MIXER)(out)
+    return spread
+
+
+def _read_batch(model: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    mixer = last_token_mixer(model)
+    assert mixer is not None
+    with mixer.reading(kwargs.get("input_ids"), kwargs["attn_metadata"]):
+        return forward(*args, **kwargs)

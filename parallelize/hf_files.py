@@ -1,0 +1,122 @@
+"""Weights of transformers as their files hold them, and what they become in a model.
+
+transformers (5) writes weights under the names and in the shapes that a family was published with:
+one tensor for each expert where the model has one for all, for example. The rules are its own.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dtcp.checkpoint.huggingface import weight_files
+
+
+class WeightFiles(Mapping[str, Tensor]):
+    """The weights in a folder of safetensors files, each read from disk when it is asked for.
+
+    Raises:
+        ValueError: a folder that is not there, or whose files are missing or lie elsewhere; one
+            that is no safetensors file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ValueError(
+                f"Weights are read from the folder that save_pretrained wrote, got {folder}, which "
+                f"is none: correct the path."
+            )
+        self.file_of: dict[str, Path] = {}
+        for path in weight_files(folder):
+            try:
+                with safe_open(path, "pt") as file:
+                    self.file_of |= dict.fromkeys(file.keys(), path)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"Weights are read from whole safetensors files, got {path} ({error}): copy it "
+                    f"again."
+                ) from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.file_of[name], "pt") as file:
+            weight: Tensor = file.get_tensor(name)
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file_of)
+
+    def __len__(self) -> int:
+        return len(self.file_of)
+
+
+@dataclass
+class WeightGroup:
+    """Weights of files that together become one weight of a model, or several.
+
+    Args:
+        target: the first of them, by the model's name.
+        rule: what makes them; None: it is the weight itself.
+        sources: names in the files, each with the part of the rule that reads it.
+    """
+
+    target: str
+    rule: Any = None
+    sources: list[tuple[str, str]] = field(default_factory=list)
+
+    def weights(self, model: Any, files: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Read the group: whole weights by the model's names.
+
+        Raises:
+            ValueError: weights of shapes that do not go together, or too few of them.
+        """
+        if self.rule is None:
+            return {self.target: files[self.sources[0][0]]}
+        rule = deepcopy(self.rule)
+        for name, pattern in self.sources:
+            rule.add_tensor(self.target, name, pattern, files[name])
+        try:
+            made = rule.convert(self.target, model=model, config=model.config)
+        except RuntimeError as error:
+            raise ValueError(
+                f"Weights of one parameter go together, got {len(self.sources)} for {self.target} "
+                f"({self.sources[0][0]}, ..) that do not ({error}): copy all files of the "
+                f"checkpoint."
+            ) from error
+        return {name: x[0] if isinstance(x, list) else x for name, x in made.items()}
+
+
+def weight_groups(model: Any, files: Mapping[str, Tensor]) -> tuple[list[WeightGroup], list[str]]:
+    """What each weight of the files becomes in a model, and those that it has no use for."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    own, prefix = model.state_dict(), model.base_model_prefix
+    ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
+    groups: dict[str, WeightGroup] = {}
+    left_over = []
+    # In the order of their numbers: that of the experts in the weight that has all of them.
+    for name in sorted(files, key=dot_natural_key):
+        target, pattern = name, None
+        if name not in own:
+            target, pattern = rename_source_key(name, renamings, converters, prefix, own)
+        if target in own:
+            rule = None if pattern is None else by_pattern[pattern]
+            group = groups.setdefault(target, WeightGroup(target, rule))
+            group.sources.append((name, pattern or name))
+        elif not any(each.search(name) for each in ignored):
+            left_over.append(name)
+    return list(groups.values()), left_over
