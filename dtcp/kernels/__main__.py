@@ -6,7 +6,7 @@ python -m dtcp.kernels --markdown     # without this machine, as docs/kernels.md
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -14,11 +14,17 @@ from dtcp.kernels.softmax.backends import BACKENDS, Ability, Backend
 from dtcp.kernels.softmax.calls import CallKind
 from dtcp.kernels.softmax.demand import missing, version_of
 
-GPUS = {8: "Ampere, Ada", 9: "Hopper", 10: "Blackwell", 12: "RTX Blackwell", 0: "CPU"}
+GPUS: Mapping[int, str] = {
+    8: "Ampere, Ada",
+    9: "Hopper",
+    10: "Blackwell",
+    12: "RTX Blackwell",
+    0: "CPU",
+}
 HEAD = ("backend", "on", "heads", "masks", "packed", "softcap", "repeats itself", "TFLOP/s")
 
 
-def main(arguments: Sequence[str]) -> int:
+def print_backends(arguments: Sequence[str]) -> int:
     """Print the table; the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m dtcp.kernels", description="The backends of attention, as a table."
@@ -79,4 +85,4 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(print_backends(sys.argv[1:]))

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtcp.kernels.__main__ import main
+from dtcp.kernels.__main__ import print_backends
 from dtcp.kernels.softmax import api, demand
 from dtcp.kernels.softmax.backends import BACKENDS, backend_named
 from dtcp.kernels.softmax.calls import CallKind
-from dtcp.kernels.softmax.choice import choose, say
+from dtcp.kernels.softmax.choice import choose, log_choice
 from dtcp.kernels.softmax.demand import Demand, missing, refusal
 from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.kernels.softmax.self_test import fault_of
@@ -112,7 +112,7 @@ def test_a_backend_that_fails_its_self_test_is_passed_over_and_that_is_said(
     assert made.backend.name == "cudnn"
     assert [name for name, _ in made.passed_over] == ["flash3", "flash"]
     with caplog.at_level(logging.INFO, "dtcp.kernels"):
-        say(made)
+        log_choice(made)
     assert "computed by cudnn; faster ones passed over: flash3 failed its self-test" in caplog.text
 
 
@@ -120,8 +120,8 @@ def test_losing_half_the_speed_of_a_backend_is_a_warning(monkeypatch, caplog):
     """And says how to get it back; less is information."""
     monkeypatch.setattr(demand, "missing", lambda p: p and p.name != "triton" and f"needs {p.name}")
     with caplog.at_level(logging.INFO, "dtcp.kernels"):
-        say(choose(replace(HOPPER, arch=100, kinds=INTERVAL), "auto", passed))
-        say(choose(HOPPER, "auto", passed))
+        log_choice(choose(replace(HOPPER, arch=100, kinds=INTERVAL), "auto", passed))
+        log_choice(choose(HOPPER, "auto", passed))
     first, second = caplog.records
     assert first.levelname == "WARNING" and "flash needs flash-attn-4 (up to 2.7" in first.message
     assert second.levelname == "INFO"
@@ -249,11 +249,11 @@ def test_the_self_test_finds_a_backend_that_is_wrong(spoil, text):
 
 
 def test_the_table_of_backends_is_printed_and_its_page_is_current(capsys):
-    assert main([]) == 0
+    assert print_backends([]) == 0
     printed = capsys.readouterr().out
     for backend in BACKENDS:
         assert f"| {backend.name} " in printed
     assert "not installed" in printed and "installed here" in printed
-    assert main(["--markdown"]) == 0
+    assert print_backends(["--markdown"]) == 0
     page = (Path(__file__).parents[2] / "docs/kernels.md").read_text()
     assert capsys.readouterr().out.strip() in page

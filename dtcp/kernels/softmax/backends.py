@@ -109,7 +109,7 @@ class Backend:
     package: Package | None = None
 
 
-_SQUARE = {"packed": False, "skewed": False, "softcap": False}
+_SQUARE: Mapping[str, bool] = {"packed": False, "skewed": False, "softcap": False}
 PLAIN = frozenset({RECTANGLE, CAUSAL, WINDOW})
 DIAGONAL = frozenset({RECTANGLE, CAUSAL})
 ANY_MASK = frozenset(CallKind)

@@ -77,7 +77,7 @@ def choose(demand: Demand, name: str, self_test: SelfTest) -> Choice:
     raise AssertionError("the reference computes everything")
 
 
-def say(choice: Choice) -> None:
+def log_choice(choice: Choice) -> None:
     """Say once what was chosen; louder where a kernel of twice the speed was passed over."""
     LOG.log(logging.WARNING if choice.lost >= 2 else logging.INFO, "%s", choice)
 

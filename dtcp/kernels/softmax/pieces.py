@@ -109,7 +109,8 @@ def _pieces_of_row(row: int, begin: Tensor, stop: Tensor) -> list[Piece]:
     pieces = []
     for low, high in zip([0, *ends], [*ends, len(begin)], strict=True):
         k_start, k_stop = int(begin[low]), int(stop[high - 1])
-        if k_stop - k_start == high - low <= MOST_ALONE and int(stop[low]) == k_start + 1:
+        diagonal = int(begin[high - 1]) == k_stop - 1 == k_start + high - 1 - low
+        if diagonal and int(stop[low]) == k_start + 1 and 1 < high - low <= MOST_ALONE:
             # Documents of one token, each a piece that fits a window of any size.
             pieces += [
                 Piece(row, low + i, low + i + 1, k_start + i, k_start + i + 1, *ANY_WINDOW)
