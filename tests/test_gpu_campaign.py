@@ -15,7 +15,8 @@ from dtcp.kernels.softmax import api
 from tests.harness.stand_in_kernels import StandInKernels
 
 
-def test_without_a_gpu_the_campaign_says_what_it_would_run(capsys):
+def test_without_a_gpu_the_campaign_says_what_it_would_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     assert main([]) == 0
     said = capsys.readouterr().out
     assert "There is no GPU here" in said and "No packages are prepared" in said
