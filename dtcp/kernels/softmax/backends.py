@@ -100,6 +100,7 @@ class Backend:
     Args:
         on: what it does, by the major compute capability of a GPU; 0 is any other device.
         dtypes: of q, k and v.
+        mixed: whether these may be of several dtypes.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     repeats: Repeats
     package: Package | None = None
+    mixed: bool = False
 
 
 _SQUARE: Mapping[str, bool] = {"packed": False, "skewed": False, "softcap": False}
@@ -199,6 +201,7 @@ BACKENDS = (
         {major: (Ability(ANY_WIDTH, ANY_MASK, 0),) for major in (0, 7, 8, 9, 10, 11, 12)},
         (*HALF, torch.float32, torch.float64),
         Repeats.ALWAYS,
+        mixed=True,
     ),
 )
 """The fastest first where an architecture has a number for both."""

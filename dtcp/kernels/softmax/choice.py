@@ -8,7 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dtcp.kernels.softmax.backends import BACKENDS, Backend, backend_named
-from dtcp.kernels.softmax.demand import Demand, ability_for, refusal, refusal_of_inputs
+from dtcp.kernels.softmax.demand import (
+    Demand,
+    ability_for,
+    is_able,
+    refusal,
+    refusal_of_inputs,
+)
 from dtcp.kernels.softmax.types import AUTO
 
 LOG = logging.getLogger("dtcp.kernels")
@@ -23,7 +29,8 @@ class Choice:
 
     Args:
         passed_over: name and reason of the backends that would have been faster.
-        lost: how many times as fast the fastest of those is expected to be; 1 for none.
+        lost: how many times as fast the fastest of those is expected to be that could do it, were
+            it installed and right; 0 for none.
     """
 
     backend: Backend
@@ -70,10 +77,10 @@ def choose(demand: Demand, name: str, self_test: SelfTest) -> Choice:
         reason = refusal(backend, demand) or self_test(backend, demand)
         speed = _speed(backend, demand)
         if reason is None:
-            return Choice(backend, demand, tuple(passed_over), fastest / speed if speed else 1.0)
+            return Choice(backend, demand, tuple(passed_over), fastest / speed if speed else 0.0)
         if speed or backend.name == name:
             passed_over.append((backend.name, reason))
-            fastest = max(fastest, speed)
+            fastest = max(fastest, speed if is_able(backend, demand) else 0)
     raise AssertionError("the reference computes everything")
 
 

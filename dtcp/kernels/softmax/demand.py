@@ -96,6 +96,11 @@ def refusal(backend: Backend, demand: Demand) -> str | None:
     return refusal_of_inputs(backend, demand) or _refusal_of_mask(backend, demand)
 
 
+def is_able(backend: Backend, demand: Demand) -> bool:
+    """Whether it could do what is asked, if it were installed."""
+    return _incapable(backend, demand) is None and _refusal_of_mask(backend, demand) is None
+
+
 def refusal_of_inputs(backend: Backend, demand: Demand) -> str | None:
     """Why it cannot take such tensors on this device, whatever the mask: the same on every rank."""
     return _incapable(backend, demand) or missing(backend.package)
@@ -108,7 +113,7 @@ def _incapable(backend: Backend, demand: Demand) -> str | None:
     reason = None
     if not abilities:
         reason = f"does not run on {demand.place}"
-    elif len(dtypes) > 1 or demand.dtypes[0] not in backend.dtypes:
+    elif not set(demand.dtypes) <= set(backend.dtypes) or (len(dtypes) > 1 and not backend.mixed):
         takes = " or ".join(str(x).removeprefix("torch.") for x in backend.dtypes)
         reason = f"takes {takes}, got {', '.join(sorted(dtypes))}"
     elif ability is None:
