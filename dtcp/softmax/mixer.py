@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.api import SoftmaxParams
@@ -76,6 +76,18 @@ class MaskedMixer(Mixer):
 
     def extra_repr(self) -> str:
         return f"mask={self.mask}, scale={self.scale}, softcap={self.softcap}"
+
+
+def name_kernel(model: nn.Module, kernel: str) -> None:
+    """Let one backend compute all attention of a model, claimed by a style or not.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    check_kernel_name(kernel)
+    for module in model.modules():
+        if isinstance(module, MaskedMixer):
+            module.kernel = kernel
 
 
 class SoftmaxAttention(MaskedMixer):

@@ -5,6 +5,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from dtcp.torchtitan.section import Section
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ from dtcp.mixer import batch_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import Causal
 from dtcp.softmax import RingAttention
-from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax.mixer import SoftmaxAttention, name_kernel
 from tests.harness.attention_parity import mixer_on
 from tests.harness.spmd import spmd
 from tests.harness.stand_in_kernels import (
@@ -143,6 +145,15 @@ def test_a_backend_of_no_known_name_is_refused():
     names = "auto, flash, flash3, cudnn, ffpa, flash2, aten_flash, triton, reference"
     with pytest.raises(ValueError, match=f"one of {names}, got kernel='fastest'"):
         SoftmaxAttention(Causal(), kernel="fastest")
+
+
+def test_a_config_names_the_backend_of_all_mixers():
+    model = torch.nn.Sequential(*(SoftmaxAttention(Causal()) for _ in range(2)))
+    name_kernel(model, "reference")
+    assert [mixer.kernel for mixer in model] == ["reference"] * 2
+    with pytest.raises(ValueError, match="got kernel='tritton'"):
+        name_kernel(model, "tritton")
+    assert Section().kernel == "auto"
 
 
 @spmd(ranks=1)
