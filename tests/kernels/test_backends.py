@@ -14,7 +14,7 @@ from dtcp.kernels.__main__ import print_backends
 from dtcp.kernels.softmax import api, demand
 from dtcp.kernels.softmax.backends import BACKENDS, backend_named
 from dtcp.kernels.softmax.calls import CallKind
-from dtcp.kernels.softmax.choice import choose, log_choice
+from dtcp.kernels.softmax.choice import choose_kernel, log_choice
 from dtcp.kernels.softmax.demand import Demand, missing, refusal
 from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.kernels.softmax.self_test import fault_of
@@ -63,7 +63,7 @@ def passed(_backend, _demand):
 
 
 def chosen(asked, name="auto"):
-    return choose(asked, name, passed).backend.name
+    return choose_kernel(asked, name, passed).backend.name
 
 
 @pytest.mark.usefixtures("everything_installed")
@@ -80,7 +80,8 @@ def chosen(asked, name="auto"):
         ({"kinds": WINDOW, "softcap": True}, "flash3"),
         ({"key_width": 512, "value_width": 512, "triton_width": 512}, "ffpa"),
         ({"key_width": 512, "value_width": 512, "kinds": INTERVAL}, "triton"),
-        ({"key_width": 192}, "flash"),
+        ({"key_width": 192}, "triton"),
+        ({"key_width": 192, "arch": 100}, "flash"),
         ({"dtypes": (torch.float32,) * 3}, "triton"),
         ({"dtypes": (torch.float64,) * 3}, "reference"),
         ({"dtypes": (torch.bfloat16, torch.float16, torch.float16)}, "reference"),
@@ -110,7 +111,7 @@ def test_a_backend_that_fails_its_self_test_is_passed_over_and_that_is_said(
     def fails(backend, _):
         return "failed its self-test (causal)" if backend.name.startswith("flash") else None
 
-    made = choose(HOPPER, "auto", fails)
+    made = choose_kernel(HOPPER, "auto", fails)
     assert made.backend.name == "cudnn"
     assert [name for name, _ in made.passed_over] == ["flash3", "flash"]
     with caplog.at_level(logging.INFO, "dtcp.kernels"):
@@ -122,8 +123,8 @@ def test_losing_half_the_speed_of_a_backend_is_a_warning(monkeypatch, caplog):
     """And says how to get it back; less is information."""
     monkeypatch.setattr(demand, "missing", lambda p: p and p.name != "triton" and f"needs {p.name}")
     with caplog.at_level(logging.INFO, "dtcp.kernels"):
-        log_choice(choose(replace(HOPPER, arch=100, kinds=INTERVAL), "auto", passed))
-        log_choice(choose(HOPPER, "auto", passed))
+        log_choice(choose_kernel(replace(HOPPER, arch=100, kinds=INTERVAL), "auto", passed))
+        log_choice(choose_kernel(HOPPER, "auto", passed))
     first, second = caplog.records
     assert first.levelname == "WARNING" and "flash needs flash-attn-4;" in first.message
     assert "(up to 2.7 times as fast)" in first.message
@@ -186,12 +187,12 @@ def test_a_named_backend_is_refused_by_what_is_alike_on_all_ranks(
     everything_installed, name, change, reason
 ):
     with pytest.raises(ValueError, match=reason):
-        choose(replace(HOPPER, **change), name, passed)
+        choose_kernel(replace(HOPPER, **change), name, passed)
 
 
 def test_a_mask_that_a_named_backend_cannot_do_is_left_to_another(everything_installed):
     """It may be plain on other ranks, which are not left waiting."""
-    made = choose(replace(HOPPER, packed=True), "cudnn", passed)
+    made = choose_kernel(replace(HOPPER, packed=True), "cudnn", passed)
     assert (made.backend.name, made.passed_over[0]) == (
         "flash3",
         ("cudnn", "does not take packed documents"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.backends import Backend
 from dtcp.kernels.softmax.calls import Call, calls_of
-from dtcp.kernels.softmax.choice import Choice, choose, log_choice
+from dtcp.kernels.softmax.choice import KernelChoice, choose_kernel, log_choice
 from dtcp.kernels.softmax.demand import Demand, demand_of
 from dtcp.kernels.softmax.libraries.load import library_kernel
 from dtcp.kernels.softmax.merge import add_sink, sink_gradient
@@ -69,9 +69,9 @@ def attention_kernel(
 
 
 @cache
-def chosen(demand: Demand, name: str) -> Choice:
+def chosen(demand: Demand, name: str) -> KernelChoice:
     """The choice for a demand; said when it is first made."""
-    choice = choose(demand, name, _self_test)
+    choice = choose_kernel(demand, name, _self_test)
     log_choice(choice)
     return choice
 

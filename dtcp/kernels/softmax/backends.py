@@ -115,14 +115,15 @@ _SQUARE: Mapping[str, bool] = {"packed": False, "skewed": False, "softcap": Fals
 PLAIN = frozenset({RECTANGLE, CAUSAL, WINDOW})
 DIAGONAL = frozenset({RECTANGLE, CAUSAL})
 ANY_MASK = frozenset(CallKind)
-UP_TO_128 = HeadWidths(8, 128, unequal=True)
+UP_TO_128 = HeadWidths(8, 128)
 ANY_WIDTH = HeadWidths(1, 1 << 20, 1, unequal=True)
 
 BACKENDS = (
     Backend(
         "flash",
         {
-            9: (Ability(HeadWidths(8, 256, unequal=True), ANY_MASK, 650, repeats_interval=False),),
+            # Its backward with shared kv heads takes values of the keys' width only.
+            9: (Ability(HeadWidths(8, 256), ANY_MASK, 650, repeats_interval=False),),
             10: (
                 Ability(UP_TO_128, ANY_MASK, 1613, measured=True, repeats_interval=False),
                 Ability(HeadWidths(256, 256), DIAGONAL, 1200, softcap=False),

@@ -24,7 +24,7 @@ SelfTest = Callable[[Backend, Demand], str | None]
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """The backend that computes what a demand asks for.
 
     Args:
@@ -48,7 +48,7 @@ class Choice:
         return text
 
 
-def choose(demand: Demand, name: str, self_test: SelfTest) -> Choice:
+def choose_kernel(demand: Demand, name: str, self_test: SelfTest) -> KernelChoice:
     """The fastest backend that does what is asked, or the one that is named.
 
     A mask may be plain on one rank and not on another, so a named backend that cannot do the mask
@@ -77,14 +77,16 @@ def choose(demand: Demand, name: str, self_test: SelfTest) -> Choice:
         reason = refusal(backend, demand) or self_test(backend, demand)
         speed = _speed(backend, demand)
         if reason is None:
-            return Choice(backend, demand, tuple(passed_over), fastest / speed if speed else 0.0)
+            return KernelChoice(
+                backend, demand, tuple(passed_over), fastest / speed if speed else 0.0
+            )
         if speed or backend.name == name:
             passed_over.append((backend.name, reason))
             fastest = max(fastest, speed if is_able(backend, demand) else 0)
     raise AssertionError("the reference computes everything")
 
 
-def log_choice(choice: Choice) -> None:
+def log_choice(choice: KernelChoice) -> None:
     """Say once what was chosen; louder where a kernel of twice the speed was passed over."""
     LOG.log(logging.WARNING if choice.lost >= 2 else logging.INFO, "%s", choice)
 
