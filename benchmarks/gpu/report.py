@@ -14,6 +14,7 @@ def write_report(results: Path, folder: Path) -> str:
     lines = [line for path in sorted(results.glob("*.jsonl")) for line in read_lines(path)]
     if not lines:
         return f"There are no results in {results}: run python -m benchmarks.gpu on a GPU first."
+    folder.mkdir(exist_ok=True)
     card = lines[-1]["card"].replace(" ", "_")
     name = f"gpu_{card}_{date.today():%Y%m}"
     text = (
@@ -27,7 +28,6 @@ def write_report(results: Path, folder: Path) -> str:
         written.append(folder / f"{name}.svg")
         _plot(speeds, written[-1])
         text += f"\n![TFLOP/s by length]({written[-1].name})\n"
-    folder.mkdir(exist_ok=True)
     written[0].write_text(text)
     return f"wrote {', '.join(str(path) for path in written)}"
 

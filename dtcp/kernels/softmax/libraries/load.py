@@ -19,6 +19,7 @@ from dtcp.kernels.softmax.libraries.flash4 import (
     FlashIntervalAttention,
     block_size,
 )
+from dtcp.kernels.softmax.libraries.flash4_mask import interval_mask_function
 from dtcp.kernels.softmax.plain import PlainAttention, PlainKernel
 from dtcp.kernels.softmax.types import AttentionKernel
 
@@ -60,7 +61,7 @@ def _flash4() -> Flash4Functions:
     return Flash4Functions(
         *functions_of("flash_attn.cute.interface", *names),
         *functions_of("flash_attn.cute.block_sparsity", "BlockSparseTensorsTorch"),
-        *functions_of("dtcp.kernels.softmax.libraries.flash4_mask", "interval_mask"),
+        interval_mask_function(),
     )
 
 
