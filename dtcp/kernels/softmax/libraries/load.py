@@ -58,11 +58,9 @@ def functions_of(module: str, *names: str) -> list[Callable[..., Any]]:
 
 def _flash4() -> Flash4Functions:
     names = ("_flash_attn_fwd", "_flash_attn_bwd")
-    return Flash4Functions(
-        *functions_of("flash_attn.cute.interface", *names),
-        *functions_of("flash_attn.cute.block_sparsity", "BlockSparseTensorsTorch"),
-        interval_mask_function(),
-    )
+    forward, backward = functions_of("flash_attn.cute.interface", *names)
+    (tensors,) = functions_of("flash_attn.cute.block_sparsity", "BlockSparseTensorsTorch")
+    return Flash4Functions(forward, backward, tensors, interval_mask_function())
 
 
 def _flash3() -> FlashAttention3:
