@@ -62,7 +62,7 @@ OF_TRANSFORMERS = (
 OF_TORCHTITAN = ("_create_checkpoint_id", "_find_load_step", "_should_save")
 # Part of what a NamedTuple is: Python documents them, the underscore keeps fields' names free.
 NAMED_TUPLE = ("_asdict", "_fields", "_make", "_replace")
-OPTIONAL = ("fla", "flash_attn", "flash_attn_interface", "flash_attn_3")
+OPTIONAL = ("fla", "cutlass", "ffpa_attn", "flash_attn", "flash_attn_interface", "flash_attn_3")
 # torchrun speaks to its ranks through the environment, and launching is speaking to torchrun.
 ENVIRONMENT_HOMES = (
     "dtcp/pretrain/launch.py",

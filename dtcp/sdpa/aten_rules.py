@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from dtcp._torch import OpOverload, num_results, set_dtensor_rule
 from dtcp.distributed.dtensor_rules import bind, to_local, wrap
 from dtcp.distributed.groups import axis_group_name, group_of
+from dtcp.kernels.softmax.types import AUTO
 from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous
@@ -106,7 +107,7 @@ def _forward_rule(results_not_read: ResultsNotRead) -> Callable[..., Any]:
         if groups is None:
             return _on_local(op, call)
         x = AttentionInputs(*(_ours(call[name]) for name in ("query", "key", "value")))
-        out, (lse,) = _op(call).forward(*x, [], _scale(call), 0.0, groups)
+        out, (lse,) = _op(call).forward(*x, [], _scale(call), 0.0, groups, AUTO)
         return (_torchs(out, q), _torchs(lse, q), *results_not_read(out))
 
     return rule
@@ -132,6 +133,7 @@ def _backward_rule(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
         scale=_scale(call),
         softcap=0.0,
         groups=groups,
+        kernel=AUTO,
     )
     grads = _op(call).backward(*arguments)[:3]
     # Of a bias and the like, which nobody gave.

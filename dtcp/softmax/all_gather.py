@@ -7,11 +7,10 @@ from torch import Tensor
 from dtcp.kernels.softmax.api import (
     GradAccumulators,
     Keys,
-    OnlineSoftmax,
     Queries,
     SavedForward,
-    attend,
     attend_backward,
+    attend_once,
     zeros_for,
 )
 from dtcp.sequence.layout import SequenceLayout
@@ -31,9 +30,8 @@ class _AllGather(ExchangeStrategy):
         metadata = KeyExchangeMetadata(*context.metadata)
         queries = Queries.of(q, metadata.first_key, metadata.last_key)
         keys = self._gather(payload, q.shape[1], metadata, context)
-        partial = OnlineSoftmax.empty(q, keys.v.shape[-1])
-        attend(partial, queries, keys, metadata.block_ranges[0], context.softmax)
-        return partial.finish(sink, q.dtype)
+        ranges, pieces = metadata.block_ranges[0], metadata.pieces[0]
+        return attend_once(queries, keys, ranges, context.softmax, pieces=pieces, sink=sink)
 
     def attend_backward(
         self, q: Tensor, payload: KVPayload, saved: SavedForward, context: OpContext
@@ -43,7 +41,8 @@ class _AllGather(ExchangeStrategy):
         buffers, dq = payload.grad_buffers(keys.v.shape[1]), zeros_for(q)
         queries = Queries.of(q, metadata.first_key, metadata.last_key)
         grads = GradAccumulators(dq, buffers.dk, buffers.dv)
-        attend_backward(grads, saved, queries, keys, metadata.block_ranges[0], context.softmax)
+        ranges, pieces = metadata.block_ranges[0], metadata.pieces[0]
+        attend_backward(grads, saved, queries, keys, ranges, context.softmax, pieces=pieces)
 
         rows = payload.finish(buffers, keys.v, 0).transpose(0, 1)
         return dq, return_grads(rows, metadata, length, q.dtype, context)

@@ -6,15 +6,12 @@ from torch import Tensor
 
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import (
-    GradAccumulators,
     Keys,
-    OnlineSoftmax,
     Queries,
     SavedForward,
-    attend,
-    attend_backward,
+    attend_once,
+    attend_once_backward,
     local_sink_gradient,
-    zeros_for,
 )
 from dtcp.softmax.metadata import LocalMetadata
 from dtcp.softmax.op import (
@@ -36,11 +33,16 @@ class _Local:
         assert x.k is not None
         metadata = LocalMetadata(*context.metadata)
         check_key_count(x, metadata.key_token_index.numel())
-        partial = OnlineSoftmax.empty(x.q, x.v.shape[-1])
         queries = Queries.of(x.q, metadata.first_key, metadata.last_key)
         keys = Keys(x.k, x.v, metadata.key_token_index)
-        attend(partial, queries, keys, metadata.block_ranges, context.softmax)
-        out, lse = partial.finish(x.sink, x.q.dtype)
+        out, lse = attend_once(
+            queries,
+            keys,
+            metadata.block_ranges,
+            context.softmax,
+            pieces=metadata.pieces,
+            sink=x.sink,
+        )
         return ForwardResult(out, [lse])
 
     def backward(
@@ -49,10 +51,10 @@ class _Local:
         assert x.k is not None
         metadata = LocalMetadata(*context.metadata)
         saved = SavedForward(grad_out, result.out, result.saved[0])
-        grads = GradAccumulators(zeros_for(x.q), zeros_for(x.k), zeros_for(x.v))
         queries = Queries.of(x.q, metadata.first_key, metadata.last_key)
         keys = Keys(x.k, x.v, metadata.key_token_index)
-        attend_backward(grads, saved, queries, keys, metadata.block_ranges, context.softmax)
+        ranges, pieces = metadata.block_ranges, metadata.pieces
+        grads = attend_once_backward(saved, queries, keys, ranges, context.softmax, pieces=pieces)
         return AttentionInputs(*grads, local_sink_gradient(saved, x.sink))
 
     def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dtcp.kernels.softmax.block_ranges import TILE, UNUSED, block_ranges
+from dtcp.kernels.softmax.pieces import find_pieces, no_pieces
 from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.required_keys import required_keys
@@ -25,6 +26,7 @@ class LocalMetadata(AttentionMetadata):
     key_token_index: Tensor  # [S] int32
     block_ranges: HostTensor  # [B, tiles, 6] int64
     position_ids: Tensor = field(default_factory=_none)  # [B, S] int32, for keys made from values
+    pieces: HostTensor = field(default_factory=no_pieces)  # [C, 9] int64, of find_pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,7 @@ class KeyExchangeMetadata(AttentionMetadata):
     block_ranges: HostTensor  # [parts, B, tiles, 6] int64
     position_ids: Tensor = field(default_factory=_none)  # [B, L] int32, for keys made from values
     key_position_ids: Tensor = field(default_factory=_none)  # [parts, B, K] int32, likewise
+    pieces: HostTensor = field(default_factory=no_pieces)  # [parts, C, 9] int64, of find_pieces
 
     def with_position_ids(self, position_ids: Tensor, layout: SequenceLayout, rank: int) -> Self:
         """The same, for keys that are made from values where they arrive.
@@ -59,7 +62,8 @@ def local_metadata(first_key: Tensor, last_key: Tensor, *, tile: int = TILE) -> 
     """Metadata of whole rows in token order, from the intervals of a mask: [B, S] each."""
     token_index = torch.arange(first_key.shape[1], dtype=torch.int32)
     ranges = block_ranges(first_key, last_key, token_index, tile=tile)
-    return LocalMetadata(first_key, last_key, token_index, ranges)
+    pieces = find_pieces(first_key, last_key, token_index, tiles=ranges.shape[1])
+    return LocalMetadata(first_key, last_key, token_index, ranges, pieces=pieces)
 
 
 def all_gather_metadata(
@@ -94,6 +98,7 @@ def all_gather_metadata(
         _filled(order, capacity, 0),
         _filled(token_index, capacity, UNUSED)[None],
         ranges[None],
+        pieces=find_pieces(first, last, token_index, tiles=ranges.shape[1])[None],
     )
 
 
@@ -108,6 +113,8 @@ def ring_metadata(
     required = required_keys(layout, rank, *intervals)
     first, last = _local(layout, rank, intervals)
     steps = required.receive_tokens
+    ranges = torch.stack([block_ranges(first, last, x, tile=tile) for x in steps])
+    pieces = [find_pieces(first, last, x, tiles=ranges.shape[2]) for x in steps]
     return KeyExchangeMetadata(
         first,
         last,
@@ -115,7 +122,8 @@ def ring_metadata(
         _sizes(required.send_slots, [required.receive_tokens[0][:0], *required.receive_tokens[1:]]),
         torch.zeros(0, dtype=torch.int32),
         torch.stack([_filled(x, layout.shard_len, UNUSED) for x in steps]),
-        torch.stack([block_ranges(first, last, x, tile=tile) for x in steps]),
+        ranges,
+        pieces=torch.stack(pieces),
     )
 
 

@@ -3,10 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.api import SoftmaxParams
+from dtcp.kernels.softmax.backends import check_kernel_name
+from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata, BatchMetadata, NoMetadata
 from dtcp.mixer import Mixer, check_position_ids, position_ids_of
 from dtcp.sequence.arguments import FLOATS, WHOLE_NUMBERS, check_tensor
@@ -23,11 +25,20 @@ class MaskedMixer(Mixer):
         mask: which keys a query sees, within its document.
         scale: factor on the scores; None for head_dim ** -0.5.
         softcap: scores become softcap * tanh(scores / softcap); 0 for none.
+        kernel: the backend that computes it (`python -m dtcp.kernels` lists them); by default the
+            fastest that can.
 
     There is no attention dropout: on a sharded sequence its pattern would depend on the mesh.
     """
 
-    def __init__(self, mask: Mask, *, scale: float | None = None, softcap: float = 0.0) -> None:
+    def __init__(
+        self,
+        mask: Mask,
+        *,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        kernel: str = AUTO,
+    ) -> None:
         super().__init__()
         if not isinstance(mask, Mask):
             raise TypeError(
@@ -44,9 +55,11 @@ class MaskedMixer(Mixer):
                 f"A softcap bounds scores on both sides, got softcap={softcap}: give a bound "
                 f"above 0, or 0 for none."
             )
+        check_kernel_name(kernel)
         self.mask = mask
         self.scale = scale
         self.softcap = softcap
+        self.kernel = kernel
         self.set_metadata_key()
 
     def reads(self) -> tuple[object, ...]:
@@ -55,15 +68,26 @@ class MaskedMixer(Mixer):
     def softmax(self, q: Tensor) -> SoftmaxParams:
         """What turns the scores of q [B, L, H, D] into weights."""
         check_tensor("Attention", shape="[B, L, H, D]", q=q)
-        return SoftmaxParams(
-            q.shape[-1] ** -0.5 if self.scale is None else self.scale, self.softcap
-        )
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return SoftmaxParams(scale, self.softcap, self.kernel)
 
     def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
         return local_metadata(*self.mask.intervals(coords))
 
     def extra_repr(self) -> str:
         return f"mask={self.mask}, scale={self.scale}, softcap={self.softcap}"
+
+
+def name_kernel(model: nn.Module, kernel: str) -> None:
+    """Let one backend compute all attention of a model, claimed by a style or not.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    check_kernel_name(kernel)
+    for module in model.modules():
+        if isinstance(module, MaskedMixer):
+            module.kernel = kernel
 
 
 class SoftmaxAttention(MaskedMixer):

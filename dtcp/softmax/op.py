@@ -51,6 +51,7 @@ class ForwardArguments(NamedTuple):
     scale: float
     softcap: float
     groups: list[str]
+    kernel: str
 
     @property
     def inputs(self) -> AttentionInputs:
@@ -74,6 +75,7 @@ class BackwardArguments(NamedTuple):
     scale: float
     softcap: float
     groups: list[str]
+    kernel: str
 
     @property
     def inputs(self) -> AttentionInputs:
@@ -166,7 +168,8 @@ class AttentionOp:
             # The op's DTensor rule checks the shards: a sink is of this rank's heads.
             check_inputs(x)
         tensors = metadata.tensors()
-        result = self.forward(*x, tensors, softmax.scale, softmax.softcap, list(groups))
+        rest = (softmax.scale, softmax.softcap, list(groups), softmax.kernel)
+        result = self.forward(*x, tensors, *rest)
         return cast(Tensor, result[0])
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -175,7 +178,7 @@ class AttentionOp:
         context = OpContext(
             f"dtcp::{self.name}",
             x.metadata,
-            SoftmaxParams(x.scale, x.softcap),
+            SoftmaxParams(x.scale, x.softcap, x.kernel),
             x.groups,
             x.v.shape[2],
         )
@@ -193,7 +196,7 @@ class AttentionOp:
         context = OpContext(
             f"dtcp::{self.name}_backward",
             x.metadata,
-            SoftmaxParams(x.scale, x.softcap),
+            SoftmaxParams(x.scale, x.softcap, x.kernel),
             x.groups,
             x.kv_heads,
         )
@@ -220,7 +223,7 @@ class AttentionOp:
 
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
         x, result = ForwardArguments(*inputs), ForwardResult(*output)
-        ctx.scale, ctx.softcap, ctx.groups = x.scale, x.softcap, x.groups
+        ctx.scale, ctx.softcap, ctx.groups, ctx.kernel = x.scale, x.softcap, x.groups, x.kernel
         ctx.kv_heads, ctx.num_metadata = x.v.shape[2], len(x.metadata)
         kept: tuple[Tensor | None, ...] = (*x.inputs, result.out)
         if self.strategy.keeps_own_form:
@@ -239,7 +242,7 @@ class AttentionOp:
         x = dict(zip(AttentionInputs._fields, inputs, strict=True))
         if self.strategy.keeps_own_form:
             (x["q"], x["k"], x["v"], out), tensors = tensors[:4], tensors[4:]
-        rest = (metadata, ctx.kv_heads, ctx.scale, ctx.softcap, ctx.groups)
+        rest = (metadata, ctx.kv_heads, ctx.scale, ctx.softcap, ctx.groups, ctx.kernel)
         results = self.backward(grad_out, *x.values(), out, tensors, *rest)
         grads: dict[str, Any] = {
             name: grad
@@ -313,6 +316,7 @@ def schema_of(arguments: type[Any], returns: str) -> str:
         list[str]: "str[]",
         float: "float",
         int: "int",
+        str: "str",
         bool: "bool",
     }
     fields = arguments.__annotations__.items()

@@ -38,7 +38,8 @@ class _Ring(ExchangeStrategy):
         for step, keys in _steps(payload, metadata, context):
             if partial is None:
                 partial = OnlineSoftmax.empty(q, keys.v.shape[-1])
-            attend(partial, queries, keys, metadata.block_ranges[step], context.softmax)
+            ranges, pieces = metadata.block_ranges[step], metadata.pieces[step]
+            attend(partial, queries, keys, ranges, context.softmax, pieces=pieces)
         assert partial is not None
         return partial.finish(sink, q.dtype)
 
@@ -53,8 +54,8 @@ class _Ring(ExchangeStrategy):
         for step, keys in _steps(payload, metadata, context):
             buffers = payload.grad_buffers(keys.v.shape[1])
             grads = GradAccumulators(dq, buffers.dk, buffers.dv)
-            ranges = metadata.block_ranges[step]
-            attend_backward(grads, saved, queries, keys, ranges, context.softmax)
+            ranges, pieces = metadata.block_ranges[step], metadata.pieces[step]
+            attend_backward(grads, saved, queries, keys, ranges, context.softmax, pieces=pieces)
             of_step = payload.finish(buffers, keys.v, step)
             if step == 0:
                 local = of_step

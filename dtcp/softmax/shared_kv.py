@@ -52,7 +52,11 @@ class AttentionToSharedKV(ClaimedMixer, SoftmaxAttention):
     ) -> Tensor:
         keys: KeyExchangeMetadata = self.own(attn_metadata)
         local = LocalMetadata(
-            keys.first_key, keys.last_key, keys.key_token_index[0], keys.block_ranges[0]
+            keys.first_key,
+            keys.last_key,
+            keys.key_token_index[0],
+            keys.block_ranges[0],
+            pieces=keys.pieces[0],
         )
         return ATTENTION(AttentionInputs(q, k, v, sink), local, self.softmax(q))
 

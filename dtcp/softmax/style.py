@@ -10,7 +10,9 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 
 from dtcp.distributed.dtensor_rules import HEADS, SEQ
 from dtcp.kernels.rotary import rotate
+from dtcp.kernels.softmax.backends import check_kernel_name
 from dtcp.kernels.softmax.block_ranges import TILE
+from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids, position_ids_of
 from dtcp.sequence.arguments import check_ints, check_tensor
@@ -108,6 +110,8 @@ class AttentionStyle(MixerStyle):
     Keyword Args:
         boundary: InGraph() or EagerIsland().
         tile: queries for which the host works out one range of keys.
+        kernel: the backend that computes it (`python -m dtcp.kernels` lists them); by default the
+            mixer's own choice.
     """
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
@@ -121,6 +125,7 @@ class AttentionStyle(MixerStyle):
         BlockBalanced,
     )
     tile: int = field(default=TILE, kw_only=True)
+    kernel: str = field(default=AUTO, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,8 +174,12 @@ class AttentionStyle(MixerStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if type(module) is KeysFromValues:
             self.check_values_only()
+        check_kernel_name(self.kernel)
         install_attention_rules(self.op)
-        return super()._apply(module, device_mesh)
+        claimed = super()._apply(module, device_mesh)
+        if isinstance(claimed, MaskedMixer) and self.kernel != AUTO:
+            claimed.kernel = self.kernel
+        return claimed
 
 
 class KeyExchangeAttention(AttentionStyle):

@@ -50,6 +50,7 @@ from dtcp.parallelize import (
     parallelize,
 )
 from dtcp.plan import apply_plan
+from dtcp.softmax.mixer import name_kernel
 from dtcp.softmax.style import AttentionStyle
 
 MakePlan = Callable[[Any, ParallelMesh, AttentionStyle], ParallelPlan]
@@ -73,6 +74,7 @@ def parallelize_plain(
         make_plan: model config, mesh and attention style to a plan, as `llama_plan`.
     """
     mesh = ParallelMesh.from_parallel_dims(parallel_dims)
+    name_kernel(model, section.kernel)
     compiled = compile_config.enable and "model" in compile_config.components
     return parallelize(
         model,
@@ -148,6 +150,7 @@ def parallelize_decoder(
     """A decoder of torchtitan with our attention: its own TP, AC, compile and FSDP around it."""
     mesh = ParallelMesh.from_parallel_dims(parallel_dims)
     add_mixers(model)
+    name_kernel(model, section.kernel)
     # Inside torchtitan's local_map the mixer sees local heads, so cp is the only axis it knows.
     apply_plan(
         model, mesh.cp, {"layers.*.attention.inner_attention.mixer": section.attention_style()}

@@ -44,6 +44,9 @@ class Section:
     boundary: Literal["in_graph", "eager_island"] = "in_graph"
     """Collectives inside the compiled block, or one graph break around each attention."""
 
+    kernel: str = "auto"
+    """What computes attention, by a name of `python -m dtcp.kernels`; "auto" for the fastest."""
+
     device: Literal["auto", "cpu", "accelerator"] = "auto"
     """What train.py starts ranks on by itself: "auto" takes accelerators where the mesh fits."""
 

@@ -24,7 +24,6 @@ from dtcp.kernels.softmax.api import (
     zeros_for,
 )
 from dtcp.kernels.softmax.block_ranges import UNUSED, block_ranges
-from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.sequence.layout import HeadTail
 from dtcp.sequence.masks import Coords
 from tests.harness import packings, reference
@@ -113,7 +112,8 @@ def computed(case: KernelCase, grad_out: Tensor, device: str) -> Results:
     )
     first, last = (x[:, case.queries] for x in base.mask_case.mask.intervals(coords))
     queries = Queries.of(q[:, case.queries], first.to(device), last.to(device))
-    params = SoftmaxParams(base.key_dim**-0.5 if base.scale is None else base.scale, base.softcap)
+    scale = base.key_dim**-0.5 if base.scale is None else base.scale
+    params = SoftmaxParams(scale, base.softcap, "triton")
     parts = []
     for tokens in case.parts:
         token_index = torch.nn.functional.pad(tokens, (0, case.unused), value=UNUSED)
@@ -124,7 +124,7 @@ def computed(case: KernelCase, grad_out: Tensor, device: str) -> Results:
 
     state = OnlineSoftmax.empty(queries.q, base.value_dim)
     for keys, ranges in parts:
-        assert not isinstance(attention_kernel(queries, keys), ReferenceAttention)
+        assert type(attention_kernel(queries, keys, params=params)).__name__ == "TritonAttention"
         attend(state, queries, keys, ranges, params)
     out, lse = state.finish(None, base.dtype)
     saved = SavedForward(grad_out.to(device), out, lse)

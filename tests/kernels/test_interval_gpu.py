@@ -93,7 +93,7 @@ def problem(
 
 def step(queries: Queries, keys: Keys, ranges: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """out, lse, and gradients of random cotangents."""
-    params = SoftmaxParams(queries.q.shape[-1] ** -0.5)
+    params = SoftmaxParams(queries.q.shape[-1] ** -0.5, kernel="triton")
     state = OnlineSoftmax.empty(queries.q, keys.v.shape[-1])
     attend(state, queries, keys, ranges, params)
     out, lse = state.finish(None, queries.q.dtype)
@@ -123,11 +123,11 @@ def test_offsets_on_a_gpu_pass_31_bits():
     queries, keys, ranges = problem(length, (136, 1), 128, Causal() & SlidingWindow(window))
     assert queries.q.numel() > 2**31
     state = OnlineSoftmax.empty(queries.q, 128)
-    attend(state, queries, keys, ranges, SoftmaxParams(0.1))
+    attend(state, queries, keys, ranges, SoftmaxParams(0.1, kernel="triton"))
     few = Queries(*(x[:, -alone:] for x in queries))
     near = Keys(*(x[:, -4 * alone :] for x in keys[:2]), keys.token_index[-4 * alone :])
     right = OnlineSoftmax.empty(few.q, 128)
-    attend(right, few, near, ranges, SoftmaxParams(0.1))
+    attend(right, few, near, ranges, SoftmaxParams(0.1, kernel="triton"))
     assert_close(state.out[:, -alone:], right.out, atol=1e-2, rtol=1e-2)
     assert_close(state.lse[:, -alone:], right.lse, atol=1e-4, rtol=1e-5)
 
@@ -138,10 +138,7 @@ def test_a_mixer_on_a_gpu_equals_plain_torch(compiled):
     case = Case(packing=packings.two_rows, seq_len=300, key_dim=64, value_dim=64)
     documents, mixer = case.documents(4), SoftmaxAttention(Causal())
     attn_metadata = batch_metadata(mixer, documents)
-    placed = {
-        key: tuple(x.cuda() if x.dtype == torch.int32 else x for x in parts)
-        for key, parts in attn_metadata.items()
-    }
+    placed = attn_metadata.to("cuda")
     inputs = [x.detach().requires_grad_() for x in packings.qkv(documents, head_dim=64)]
     right = mixer(*inputs, attn_metadata)
     cotangent = torch.randn_like(right)
@@ -157,7 +154,8 @@ def test_a_mixer_on_a_gpu_equals_plain_torch(compiled):
 def test_a_gpu_runs_tritons_kernels():
     """And fp64 in plain torch."""
     queries, keys, _ = problem(8, (1, 1), 16, Causal())
-    assert type(attention_kernel(queries, keys)).__name__ == "TritonAttention"
+    named = SoftmaxParams(0.1, kernel="triton")
+    assert type(attention_kernel(queries, keys, params=named)).__name__ == "TritonAttention"
     wide = keys._replace(k=keys.k.double(), v=keys.v.double())
     kernel = attention_kernel(queries._replace(q=queries.q.double()), wide)
     assert isinstance(kernel, ReferenceAttention)

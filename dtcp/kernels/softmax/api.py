@@ -1,24 +1,33 @@
 """Attention of local queries over keys that are on this rank: what every strategy computes with.
 
-Two backends give the same result: Triton's kernels on a GPU, plain torch where those do not run.
+All backends give the same result (`python -m dtcp.kernels` lists them): kernels of flash attention
+and cuDNN where the mask is plain, Triton's for every mask, plain torch where those do not run.
 """
+
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from dtcp.kernels.dtypes import accumulation
-from dtcp.kernels.softmax.merge import sink_gradient
+from dtcp.kernels.softmax.backends import Backend
+from dtcp.kernels.softmax.calls import Call, calls_of
+from dtcp.kernels.softmax.choice import KernelChoice, choose_kernel, log_choice
+from dtcp.kernels.softmax.demand import Demand, demand_of
+from dtcp.kernels.softmax.libraries.load import library_kernel
+from dtcp.kernels.softmax.merge import add_sink, sink_gradient
 from dtcp.kernels.softmax.reference import ReferenceAttention
+from dtcp.kernels.softmax.self_test import fault_of
 from dtcp.kernels.softmax.types import (
     AttentionKernel,
     GradAccumulators,
     Keys,
+    OneGoAttention,
     OnlineSoftmax,
     Queries,
     SavedForward,
     SoftmaxParams,
 )
-from dtcp.kernels.triton_support import ATTENTION_SHARED_MEMORY, tile_width, triton_runs_on
 
 __all__ = [
     "AttentionKernel",
@@ -30,27 +39,41 @@ __all__ = [
     "SoftmaxParams",
     "attend",
     "attend_backward",
+    "attend_once",
+    "attend_once_backward",
     "attention_kernel",
     "local_sink_gradient",
     "zeros_for",
 ]
 
-WIDEST_HEAD = 512
-"""Head dim up to which a tile of queries and one of keys fit into a GPU's shared memory."""
+
+_UNSCALED = SoftmaxParams(1.0)
 
 
-def attention_kernel(queries: Queries, keys: Keys) -> AttentionKernel:
-    """Triton's kernels where they run and take these dtypes and widths, else plain torch."""
-    tensors = (queries.q, keys.k, keys.v)
-    same_dtype = all(x.dtype == queries.q.dtype for x in tensors)
-    widest = max(x.shape[-1] for x in tensors)
-    width = tile_width(queries.q, widest, shared=ATTENTION_SHARED_MEMORY)
-    if not same_dtype or width > WIDEST_HEAD or not triton_runs_on(queries.q):
-        return ReferenceAttention()
-    # Imports Triton, which not every machine has.
-    from dtcp.kernels.softmax.triton.attention import TritonAttention
+def attention_kernel(
+    queries: Queries,
+    keys: Keys,
+    pieces: Tensor | None = None,
+    params: SoftmaxParams = _UNSCALED,
+) -> AttentionKernel:
+    """The backend that `params` names, or the fastest that does what these tensors ask for.
 
-    return TritonAttention()
+    Args:
+        pieces: what `find_pieces` gave for these queries and keys; None for any interval mask.
+    Raises:
+        ValueError: the named backend cannot, or there is none of that name.
+    """
+    calls = _calls(queries, keys, pieces)
+    demand = demand_of(queries, keys, calls, params)
+    return _made(chosen(demand, params.kernel).backend, demand, calls)
+
+
+@cache
+def chosen(demand: Demand, name: str) -> KernelChoice:
+    """The choice for a demand; said when it is first made."""
+    choice = choose_kernel(demand, name, _self_test)
+    log_choice(choice)
+    return choice
 
 
 def attend(
@@ -59,13 +82,17 @@ def attend(
     keys: Keys,
     block_ranges: Tensor,
     params: SoftmaxParams,
+    *,
+    pieces: Tensor | None = None,
 ) -> None:
     """Merge the attention of `queries` over `keys` into `state`.
 
     Args:
         block_ranges: [B, tiles, 6], what `block_ranges` gave for these queries and keys.
+        pieces: what `find_pieces` gave for them; None for any interval mask.
     """
-    attention_kernel(queries, keys).attend(state, queries, keys, block_ranges, params)
+    kernel = attention_kernel(queries, keys, pieces, params)
+    kernel.attend(state, queries, keys, block_ranges, params)
 
 
 def attend_backward(
@@ -75,10 +102,49 @@ def attend_backward(
     keys: Keys,
     block_ranges: Tensor,
     params: SoftmaxParams,
+    *,
+    pieces: Tensor | None = None,
 ) -> None:
     """Add the gradients of `attend` over these keys to `grads`; dk and dv are of `keys`."""
-    kernel = attention_kernel(queries, keys)
+    kernel = attention_kernel(queries, keys, pieces, params)
     kernel.attend_backward(grads, saved, queries, keys, block_ranges, params)
+
+
+def attend_once(
+    queries: Queries,
+    keys: Keys,
+    block_ranges: Tensor,
+    params: SoftmaxParams,
+    *,
+    pieces: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention where there are no other keys: out [B, L, H, V] in q's dtype and lse [B, L, H]."""
+    kernel = attention_kernel(queries, keys, pieces, params)
+    if isinstance(kernel, OneGoAttention):
+        out, lse = add_sink(*kernel.attend_once(queries, keys, params), sink)
+        return out.to(queries.q.dtype), lse
+    state = OnlineSoftmax.empty(queries.q, keys.v.shape[-1])
+    kernel.attend(state, queries, keys, block_ranges, params)
+    return state.finish(sink, queries.q.dtype)
+
+
+def attend_once_backward(
+    saved: SavedForward,
+    queries: Queries,
+    keys: Keys,
+    block_ranges: Tensor,
+    params: SoftmaxParams,
+    *,
+    pieces: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of `attend_once`."""
+    kernel = attention_kernel(queries, keys, pieces, params)
+    if isinstance(kernel, OneGoAttention):
+        return kernel.attend_once_backward(saved, queries, keys, params)
+    grads = GradAccumulators(zeros_for(queries.q), zeros_for(keys.k), zeros_for(keys.v))
+    kernel.attend_backward(grads, saved, queries, keys, block_ranges, params)
+    return grads.dq, grads.dk, grads.dv
 
 
 def zeros_for(x: Tensor) -> Tensor:
@@ -89,3 +155,39 @@ def zeros_for(x: Tensor) -> Tensor:
 def local_sink_gradient(saved: SavedForward, sink: Tensor | None) -> Tensor | None:
     """Gradient of the sinks over this rank's queries, [H]; None without sinks."""
     return None if sink is None else sink_gradient(*saved, sink)
+
+
+def _calls(queries: Queries, keys: Keys, pieces: Tensor | None) -> tuple[Call, ...] | None:
+    """What the mask comes to; where only kernels for any interval run, nobody needs to know."""
+    if pieces is None or not queries.q.is_cuda:
+        return None
+    batch, length = queries.q.shape[:2]
+    sizes = (batch, length, keys.k.shape[1])
+    return _read_calls(pieces.numpy().tobytes(), pieces.shape[1], *sizes)
+
+
+@lru_cache(maxsize=256)
+def _read_calls(
+    table: bytes, width: int, batch: int, length: int, num_keys: int
+) -> tuple[Call, ...] | None:
+    """All layers, and all steps over equal documents, read the same table."""
+    pieces = torch.frombuffer(bytearray(table), dtype=torch.int64).view(-1, width)
+    return calls_of(pieces, batch=batch, length=length, num_keys=num_keys)
+
+
+def _made(backend: Backend, demand: Demand, calls: tuple[Call, ...] | None) -> AttentionKernel:
+    """The kernel of a backend; imports what it needs, which not every machine has."""
+    if backend.name == "reference":
+        return ReferenceAttention()
+    if backend.name == "triton":
+        from dtcp.kernels.softmax.triton.attention import TritonAttention
+
+        return TritonAttention()
+    return library_kernel(backend.name, demand, calls)
+
+
+def _self_test(backend: Backend, demand: Demand) -> str | None:
+    """What is wrong with a backend's results; the reference, and hosts, are what others obey."""
+    if backend.name == "reference" or not demand.arch:
+        return None
+    return fault_of(partial(_made, backend, demand), ReferenceAttention(), demand)

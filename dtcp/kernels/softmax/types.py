@@ -1,13 +1,16 @@
 """The tensors that attention reads and accumulates, by name, and the contract of a backend."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.merge import NOTHING_SEEN, add_sink
+
+AUTO = "auto"
+"""In the place of a backend's name: the fastest that does what a call asks for."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +20,12 @@ class SoftmaxParams:
     Args:
         scale: factor on the products.
         softcap: c in c * tanh(score / c); 0 for no cap.
+        kernel: the backend that computes it, by its name in `python -m dtcp.kernels`.
     """
 
     scale: float
     softcap: float = 0.0
+    kernel: str = AUTO
 
 
 class Keys(NamedTuple):
@@ -119,3 +124,18 @@ class AttentionKernel(Protocol):
         params: SoftmaxParams,
     ) -> None:
         """Add the gradients of `attend` over these keys to `grads`; dk and dv are of `keys`."""
+
+
+@runtime_checkable
+class OneGoAttention(Protocol):
+    """A backend that returns results in the model's dtype where nothing is to be merged."""
+
+    def attend_once(
+        self, queries: Queries, keys: Keys, params: SoftmaxParams
+    ) -> tuple[Tensor, Tensor]:
+        """out [B, L, H, V] in q's dtype and lse [B, L, H] over these keys and no others."""
+
+    def attend_once_backward(
+        self, saved: SavedForward, queries: Queries, keys: Keys, params: SoftmaxParams
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv over these keys, in any floating dtype."""

@@ -1,0 +1,78 @@
+"""Stage 1: is every backend right on this card, forward and backward, for every kind of mask?
+
+Truth is plain torch in fp64 on the same card, from the same rounded numbers. Errors are norms
+relative to the truth's; `bound` is what rounding weights and results to the dtype may cost.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.problems import Case, Heads, Problem, whole_problem
+from dtcp.kernels.softmax.api import SavedForward, SoftmaxParams, attention_kernel
+from dtcp.kernels.softmax.backends import BACKENDS
+from dtcp.kernels.softmax.reference import ReferenceAttention
+from dtcp.kernels.softmax.types import GradAccumulators, OnlineSoftmax
+
+LENGTH = 2000
+WIDTHS = (64, 128, 256, 512)
+MASKS = ("causal", "full", "documents", "window", "images")
+BOUND = 2.0**-7
+
+
+def cases(device: str, length: int = LENGTH) -> list[Case]:
+    """Every backend but the reference, at every width, under every mask, and with a softcap."""
+    wanted = [(mask, 0.0) for mask in MASKS] + [("causal", 30.0)]
+    return [
+        Case(
+            f"{backend.name} {width} {mask}{' softcap' if softcap else ''}",
+            _run(backend.name, Heads(4, 2, width), mask, softcap, device, length),
+        )
+        for width in WIDTHS
+        for mask, softcap in wanted
+        for backend in BACKENDS
+        if backend.name != "reference"
+    ]
+
+
+def _run(name: str, heads: Heads, mask: str, softcap: float, device: str, length: int) -> Any:
+    def run() -> dict[str, Any]:
+        problem = whole_problem(mask, length, heads, device)
+        params = SoftmaxParams(heads.width**-0.5, softcap, name)
+        try:
+            kernel = attention_kernel(problem.queries, problem.keys, problem.pieces, params)
+        except ValueError as refused:
+            return {"refused": str(refused)}
+        sink = torch.linspace(-1, 1, heads.queries, device=device)
+        errors = relative_errors(problem, params, sink)
+        worst = max(errors.values())
+        return {"kernel": type(kernel).__name__, **errors, "right": worst <= BOUND}
+
+    return run
+
+
+def relative_errors(problem: Problem, params: SoftmaxParams, sink: Tensor) -> dict[str, float]:
+    """Of out, lse and the gradients, against plain torch in fp64."""
+    wide, q = problem.to(torch.float64), problem.queries.q
+    truth = ReferenceAttention()
+    plain = SoftmaxParams(params.scale, params.softcap)
+    state = OnlineSoftmax.empty(wide.queries.q, wide.keys.v.shape[-1])
+    truth.attend(state, wide.queries, wide.keys, problem.block_ranges, plain)
+    right_out, right_lse = state.finish(sink.double(), torch.float64)
+    grad_out = torch.randn(
+        right_out.shape, device=q.device, generator=torch.Generator(q.device).manual_seed(1)
+    ).to(q.dtype)
+    sums = GradAccumulators(*(torch.zeros_like(x) for x in (wide.queries.q, *wide.keys[:2])))
+    saved = SavedForward(grad_out.double(), right_out, right_lse)
+    truth.attend_backward(sums, saved, wide.queries, wide.keys, problem.block_ranges, plain)
+
+    out, lse = problem.forward(params, sink)
+    grads = problem.backward(SavedForward(grad_out, out, lse), params)
+    pairs = zip(
+        ("out", "lse", "dq", "dk", "dv"),
+        (out, lse, *grads),
+        (right_out, right_lse, *sums),
+        strict=True,
+    )
+    return {name: float((a.double() - b).norm() / b.norm()) for name, a, b in pairs}

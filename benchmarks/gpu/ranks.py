@@ -1,0 +1,207 @@
+"""Stages 2 and 4: what ranks of a strategy compute, one rank after another on one card.
+
+No rank talks to another here: the keys that a rank would have received are taken from the whole
+row. Right: out, lse and gradients of all ranks together are those of one device. Fast: the slowest
+rank's time, times the ranks, against the whole row's.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.kernels import BOUND
+from benchmarks.gpu.problems import MASKS, Case, Heads, Problem, image_blocks, problem_of
+from benchmarks.gpu.timing import seconds_of
+from dtcp.kernels.softmax.api import (
+    GradAccumulators,
+    Keys,
+    OnlineSoftmax,
+    Queries,
+    SavedForward,
+    SoftmaxParams,
+    attend,
+    attend_backward,
+)
+from dtcp.kernels.softmax.reference import ReferenceAttention
+from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
+from dtcp.sequence.masks import Coords
+from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention
+from dtcp.softmax.style import KeyExchangeAttention
+
+HEADS = Heads(32, 8, 128)
+SMALL = Heads(4, 2, 128)
+LAYOUTS = (Contiguous, HeadTail, PerDocument, BlockBalanced)
+STRATEGIES: tuple[tuple[str, KeyExchangeAttention], ...] = (
+    ("ring", RingAttention()),
+    ("all-gather", AllGatherAttention()),
+)
+
+
+def right_cases(device: str, length: int = 4096) -> list[Case]:
+    """Strategies in their layouts on 2 and 4 ranks, against one device."""
+    found = [
+        (name, style, layout, mask, ranks)
+        for name, style in STRATEGIES
+        for layout in LAYOUTS
+        for mask in ("causal", "documents", "images")
+        for ranks in (2, 4)
+    ]
+    found += [
+        ("halo", HaloAttention(1024), layout, "window", ranks)
+        for layout in (Contiguous, HeadTail)
+        for ranks in (2, 4)
+    ]
+    return [
+        Case(
+            f"{name} {layout.__name__} {mask} {ranks} ranks",
+            _right(style, layout, mask, ranks, device, length),
+        )
+        for name, style, layout, mask, ranks in found
+    ]
+
+
+def _right(
+    style: KeyExchangeAttention,
+    layout: type[SequenceLayout],
+    mask: str,
+    ranks: int,
+    device: str,
+    length: int,
+) -> Any:
+    def run() -> dict[str, Any]:
+        rule, documents = MASKS[mask](length)
+        intervals = rule.intervals(Coords.of(documents, block=image_blocks(length)))
+        whole = problem_of(intervals, torch.arange(length), SMALL, device)
+        shards, params = layout.for_batch(documents, ranks), SoftmaxParams(SMALL.width**-0.5)
+        results = [
+            _rank_results(style, shards, rank, intervals, whole, params) for rank in range(ranks)
+        ]
+        out, lse, grad_out, dq = (
+            torch.cat(x, dim=1) for x in zip(*(r[:4] for r in results), strict=True)
+        )
+        dk, dv = (sum(x) for x in zip(*(r[4:] for r in results), strict=True))
+        order = shards.permutation().to(device)
+        wide = whole.to(torch.float64)
+        truth, state = ReferenceAttention(), OnlineSoftmax.empty(wide.queries.q, SMALL.width)
+        truth.attend(state, wide.queries, wide.keys, whole.block_ranges, params)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(length, device=device))
+        saved = SavedForward(grad_out[:, back].double(), state.out, state.lse)
+        sums = GradAccumulators(*(torch.zeros_like(x) for x in (wide.queries.q, *wide.keys[:2])))
+        truth.attend_backward(sums, saved, wide.queries, wide.keys, whole.block_ranges, params)
+        ours = (out[:, back], lse[:, back], dq[:, back], dk, dv)
+        names = ("out", "lse", "dq", "dk", "dv")
+        pairs = zip(names, ours, (*state, *sums), strict=True)
+        errors = {name: float((a.double() - b).norm() / b.norm()) for name, a, b in pairs}
+        return {**errors, "right": max(errors.values()) <= BOUND}
+
+    return run
+
+
+def _parts(
+    style: KeyExchangeAttention,
+    layout: SequenceLayout,
+    rank: int,
+    intervals: tuple[torch.Tensor, torch.Tensor],
+    whole: Problem,
+) -> Iterator[Problem]:
+    """What a rank attends to, step after step, with the keys it would have received."""
+    metadata = style.rank_metadata(layout, rank, intervals)
+    device = whole.queries.q.device
+    mine = layout.token_indices(rank).to(device)
+    queries = Queries.of(
+        whole.queries.q[:, mine], metadata.first_key.to(device), metadata.last_key.to(device)
+    )
+    for index, ranges, pieces in zip(
+        metadata.key_token_index, metadata.block_ranges, metadata.pieces, strict=True
+    ):
+        held = index[index >= 0].to(device)
+        keys = Keys(whole.keys.k[:, held], whole.keys.v[:, held], held)
+        yield Problem(queries, keys, ranges, pieces, 0)
+
+
+def _rank_results(
+    style: KeyExchangeAttention,
+    layout: SequenceLayout,
+    rank: int,
+    intervals: tuple[torch.Tensor, torch.Tensor],
+    whole: Problem,
+    params: SoftmaxParams,
+) -> tuple[torch.Tensor, ...]:
+    """out, lse, grad_out and dq of this rank's queries, and dk and dv of the whole row."""
+    parts = list(_parts(style, layout, rank, intervals, whole))
+    q, (k, v, _) = parts[0].queries.q, whole.keys
+    state = OnlineSoftmax.empty(q, v.shape[-1])
+    for part in parts:
+        attend(state, *part[:3], params, pieces=part.pieces)
+    out, lse = state.finish(None, q.dtype)
+    generator = torch.Generator(q.device).manual_seed(1 + rank)
+    grad_out = torch.randn(out.shape, device=q.device, generator=generator).to(q.dtype)
+    saved = SavedForward(grad_out, out, lse)
+    dq, dk, dv = (torch.zeros(x.shape, device=x.device) for x in (q, k, v))
+    for part in parts:
+        buffers = (torch.zeros(x.shape, device=x.device) for x in part.keys[:2])
+        grads = GradAccumulators(dq, *buffers)
+        attend_backward(grads, saved, *part[:3], params, pieces=part.pieces)
+        index = part.keys.token_index.long()
+        dk.index_add_(1, index, grads.dk)
+        dv.index_add_(1, index, grads.dv)
+    return out, lse, grad_out, dq, dk, dv
+
+
+def balance_cases(device: str, length: int = 131_072) -> list[Case]:
+    """The slowest rank of 8 and of 64, by layout; and the memory of a rank of 8 at 1M tokens."""
+    found = [
+        Case(
+            f"{mask} {layout.__name__} {ranks} ranks", _slowest(layout, mask, ranks, device, length)
+        )
+        for mask in ("causal", "documents")
+        for layout in LAYOUTS
+        for ranks in (8, 64)
+    ]
+    return [*found, Case("memory at 1M tokens, cp 8", _memory(device, 8 * length))]
+
+
+def _slowest(layout: type[SequenceLayout], mask: str, ranks: int, device: str, length: int) -> Any:
+    def run() -> dict[str, Any]:
+        rule, documents = MASKS[mask](length)
+        intervals = rule.intervals(Coords.of(documents, block=image_blocks(length)))
+        whole = problem_of(intervals, torch.arange(length), HEADS, device)
+        params = SoftmaxParams(HEADS.width**-0.5)
+        shards, style = layout.for_batch(documents, ranks), AllGatherAttention()
+        took = seconds_of(lambda: whole.forward(params), whole.queries.q.device)
+        # Of 64 ranks, every eighth and the last: neighbours have nearly the same work.
+        measured = sorted({*range(0, ranks, max(1, ranks // 8)), ranks - 1})
+        times = []
+        for rank in measured:
+            (part,) = _parts(style, shards, rank, intervals, whole)
+            call = _forward(part, params)
+            times.append(seconds_of(call, whole.queries.q.device))
+        return {
+            "whole_ms": 1e3 * took,
+            "slowest_ms": 1e3 * max(times),
+            "efficiency": took / (ranks * max(times)),
+        }
+
+    return run
+
+
+def _forward(part: Problem, params: SoftmaxParams) -> Any:
+    return lambda: part.forward(params)
+
+
+def _memory(device: str, length: int) -> Any:
+    """The peak of one attention, forward and backward, of the last rank of 8."""
+
+    def run() -> dict[str, Any]:
+        intervals = MASKS["causal"](length)[0].intervals(Coords.of(MASKS["causal"](length)[1]))
+        mine = HeadTail(length, 8).token_indices(7)
+        own = tuple(x[:, mine] for x in intervals)
+        torch.cuda.reset_peak_memory_stats()
+        problem = problem_of((own[0], own[1]), torch.arange(length), HEADS, device)
+        params = SoftmaxParams(HEADS.width**-0.5)
+        out, lse = problem.forward(params)
+        problem.backward(SavedForward(torch.randn_like(out), out, lse), params)
+        return {"peak_GB": torch.cuda.max_memory_allocated() / 1e9}
+
+    return run

@@ -1,0 +1,138 @@
+"""Stage 3: TFLOP/s of every backend that can, forward and backward, and what our wrapper costs.
+
+Work is 4 D operations per pair of a query and a key that the mask leaves, and head, forward, and
+2.5 times that backward. torch's own attention and FlexAttention stand beside, in the same run.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.gpu.problems import WINDOW, Case, Heads, whole_problem
+from benchmarks.gpu.timing import seconds_of
+from dtcp.kernels.softmax.api import SavedForward, SoftmaxParams, attention_kernel
+from dtcp.kernels.softmax.backends import BACKENDS
+from dtcp.mixer import batch_metadata
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.masks import Causal
+from dtcp.softmax.mixer import SoftmaxAttention
+
+HEADS = Heads(32, 8, 128)
+LENGTHS = (8192, 32_768, 131_072)
+MASKS = ("causal", "full", "documents", "window")
+
+
+def cases(device: str, lengths: tuple[int, ...] = LENGTHS) -> list[Case]:
+    """The longest causal row first: what is reached in the time is worth most."""
+    found = [
+        Case(f"{backend.name} {mask} {length}", _backend(backend.name, mask, length, device))
+        for length in reversed(lengths)
+        for mask in MASKS
+        for backend in BACKENDS
+        if backend.name != "reference"
+    ]
+    for length in reversed(lengths[:2]):
+        found += [
+            Case(f"torch sdpa causal {length}", _sdpa(length, device)),
+            Case(f"torch flex_attention causal {length}", _flex(length, device, None)),
+            Case(f"torch flex_attention window {length}", _flex(length, device, WINDOW)),
+        ]
+    return [*found, Case("wrapper at n = 1, causal 32768", _wrapper(lengths[1], device))]
+
+
+def tflops(pairs: int, seconds: float, factor: float = 1.0) -> float:
+    return factor * 4 * pairs * HEADS.queries * HEADS.width / seconds / 1e12
+
+
+def _backend(name: str, mask: str, length: int, device: str) -> Any:
+    def run() -> dict[str, Any]:
+        problem = whole_problem(mask, length, HEADS, device)
+        params = SoftmaxParams(HEADS.width**-0.5, kernel=name)
+        try:
+            kernel = attention_kernel(problem.queries, problem.keys, problem.pieces, params)
+        except ValueError as refused:
+            return {"refused": str(refused)}
+        out, lse = problem.forward(params)
+        saved = SavedForward(torch.randn_like(out), out, lse)
+        forward = seconds_of(lambda: problem.forward(params), out.device)
+        backward = seconds_of(lambda: problem.backward(saved, params), out.device)
+        return {
+            "kernel": type(kernel).__name__,
+            "forward_ms": 1e3 * forward,
+            "backward_ms": 1e3 * backward,
+            "forward_tflops": tflops(problem.pairs, forward),
+            "backward_tflops": tflops(problem.pairs, backward, 2.5),
+        }
+
+    return run
+
+
+def _heads_first(length: int, device: str) -> list[torch.Tensor]:
+    problem = whole_problem("causal", length, HEADS, device)
+    tensors = (problem.queries.q, problem.keys.k, problem.keys.v)
+    return [x.transpose(1, 2).contiguous().requires_grad_() for x in tensors]
+
+
+def _timed(call: Any, inputs: list[torch.Tensor], pairs: int) -> dict[str, Any]:
+    out = call()
+    grad_out = torch.randn_like(out)
+    forward = seconds_of(call, out.device)
+    backward = seconds_of(
+        lambda: torch.autograd.grad(out, inputs, grad_out, retain_graph=True), out.device
+    )
+    return {
+        "forward_ms": 1e3 * forward,
+        "backward_ms": 1e3 * backward,
+        "forward_tflops": tflops(pairs, forward),
+        "backward_tflops": tflops(pairs, backward, 2.5),
+    }
+
+
+def _sdpa(length: int, device: str) -> Any:
+    def run() -> dict[str, Any]:
+        q, k, v = _heads_first(length, device)
+        call = lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
+        return _timed(call, [q, k, v], length * (length + 1) // 2)
+
+    return run
+
+
+def _flex(length: int, device: str, window: int | None) -> Any:
+    def run() -> dict[str, Any]:
+        def seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            causal = key <= query
+            return causal if window is None else causal & (query - key < window)
+
+        mask = create_block_mask(seen, None, None, length, length, device=device)
+        q, k, v = _heads_first(length, device)
+        attend = torch.compile(flex_attention)
+        size = length if window is None else window
+        pairs = size * (size + 1) // 2 + (length - size) * size
+        return _timed(lambda: attend(q, k, v, block_mask=mask, enable_gqa=True), [q, k, v], pairs)
+
+    return run
+
+
+def _wrapper(length: int, device: str) -> Any:
+    """The mixer's whole step over the kernel's alone: what metadata, op and autograd add."""
+
+    def run() -> dict[str, Any]:
+        problem = whole_problem("causal", length, HEADS, device)
+        params, mixer = SoftmaxParams(HEADS.width**-0.5), SoftmaxAttention(Causal())
+        metadata = batch_metadata(mixer, Documents.single(1, length)).to(device)
+        q, k, v = (x.detach().requires_grad_() for x in (problem.queries.q, *problem.keys[:2]))
+        grad_out = torch.randn_like(q)
+
+        def step() -> None:
+            torch.autograd.grad(mixer(q, k, v, metadata), (q, k, v), grad_out)
+
+        def kernel() -> None:
+            out, lse = problem.forward(params)
+            problem.backward(SavedForward(grad_out, out, lse), params)
+
+        whole, alone = (seconds_of(call, q.device) for call in (step, kernel))
+        return {"mixer_ms": 1e3 * whole, "kernel_ms": 1e3 * alone, "overhead": whole / alone - 1}
+
+    return run

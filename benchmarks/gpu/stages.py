@@ -1,0 +1,31 @@
+"""The stages of the campaign, in order of what they are worth, each within its own time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.gpu import kernels, ranks, speed
+from benchmarks.gpu.problems import Case
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A question to the card.
+
+    Args:
+        seconds: after which no further case is started.
+        cases: for a device, the most valuable first.
+    """
+
+    name: str
+    question: str
+    seconds: float
+    cases: Callable[[str], list[Case]]
+
+
+STAGES = (
+    Stage("kernels", "Is every backend right, forward and backward?", 150, kernels.cases),
+    Stage("strategies", "Do all ranks of a strategy come to one device?", 80, ranks.right_cases),
+    Stage("speed", "How many TFLOP/s, and what does the wrapper cost?", 130, speed.cases),
+    Stage("ranks", "How even is the work of 8 and 64 ranks?", 90, ranks.balance_cases),
+)
+"""450 seconds in all; imports and the last case of each stage take the rest of 8 minutes."""

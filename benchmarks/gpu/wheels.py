@@ -1,0 +1,104 @@
+"""What a machine without a network lacks, fetched and packed where there is one.
+
+Wheels are unpacked and packed again into one archive, which is compressed better than they are, and
+cut into parts that a transfer takes. On the other side `add_packages` puts them on the path.
+"""
+
+import io
+import lzma
+import shutil
+import site
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+TRANSFER = Path("build/gpu/transfer")
+PACKAGES = Path("build/gpu/packages")
+PART = 60 * 2**20
+"""Bytes; a transfer takes 64 MiB."""
+PYTHON = "3.12"
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux2014_x86_64")
+WHEELS = (
+    "flash-attn-4==4.0.0b36",
+    "quack-kernels==0.6.4",
+    "ffpa-attn==0.2.4",
+    "nvidia-cutlass-dsl==4.6.2",
+    "nvidia-cutlass-dsl-libs-base==4.6.2",
+    "nvidia-cutlass-dsl-libs-core==4.6.2",
+    "nvidia-cutlass-dsl-libs-cu13==4.6.2",
+    "apache-tvm-ffi<0.2",
+    "torch-c-dlpack-ext",
+    "cuda-python<14",
+    "cuda-bindings<14",
+    "cuda-pathfinder",
+    "protobuf<7",
+    "nvidia-cuda-nvdisasm<14",
+    "einops",
+    "fla-core==0.6.0",
+    "packaging",
+)
+"""With --no-deps: torch, triton and numpy are there already."""
+
+
+def prepare(transfer: Path = TRANSFER) -> str:
+    """Fetch the wheels and pack them; what lies where."""
+    with tempfile.TemporaryDirectory() as folder:
+        wheels, packages = Path(folder) / "wheels", Path(folder) / "packages"
+        platforms = [each for name in PLATFORMS for each in ("--platform", name)]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary", ":all:", "--python-version", PYTHON, *platforms]
+        subprocess.run([*command, "--dest", str(wheels), *WHEELS], check=True)
+        for wheel in sorted(wheels.glob("*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(packages)
+        pack(packages, transfer)
+    return describe_transfer(transfer)
+
+
+def pack(packages: Path, transfer: Path, *, part: int = PART) -> None:
+    """Compress a folder into parts of at most `part` bytes."""
+    buffer = io.BytesIO()
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
+    with (
+        lzma.open(buffer, "wb", filters=filters) as compressed,
+        tarfile.open(fileobj=compressed, mode="w|") as archive,
+    ):
+        archive.add(packages, arcname=".")
+    shutil.rmtree(transfer, ignore_errors=True)
+    transfer.mkdir(parents=True)
+    data = buffer.getvalue()
+    for index, start in enumerate(range(0, len(data), part)):
+        (transfer / f"packages.tar.xz.{index}").write_bytes(data[start : start + part])
+
+
+def unpack(transfer: Path, packages: Path) -> None:
+    """Put the parts together and unpack them."""
+    data = b"".join(path.read_bytes() for path in sorted(transfer.glob("packages.tar.xz.*")))
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:xz") as archive:
+        archive.extractall(packages, filter="data")
+
+
+def add_packages(transfer: Path = TRANSFER, packages: Path = PACKAGES) -> str:
+    """Make what was transferred importable; what came of it."""
+    if not packages.exists() and transfer.exists():
+        unpack(transfer, packages)
+    if not packages.exists():
+        return "No packages were transferred: what is installed here is measured."
+    site.addsitedir(str(packages.resolve()))
+    return f"Packages of {packages} are on the path."
+
+
+def describe_transfer(transfer: Path = TRANSFER) -> str:
+    """What is prepared for a machine without a network."""
+    parts = sorted(transfer.glob("packages.tar.xz.*"))
+    if not parts:
+        return (
+            f"No packages are prepared for a machine without a network: "
+            f"python -m benchmarks.gpu --prepare fetches {', '.join(WHEELS[:4])} and what they "
+            f"need into {transfer}."
+        )
+    sizes = ", ".join(f"{path.name} {path.stat().st_size / 2**20:.1f} MiB" for path in parts)
+    return f"Prepared in {transfer}, for Python {PYTHON}: {sizes}; a transfer takes 64 MiB."

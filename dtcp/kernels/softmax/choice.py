@@ -1,0 +1,97 @@
+"""Which backend computes a call of attention: the fastest that can, and why not a faster one.
+
+A choice depends on a `Demand` alone. It is made once for each, and so is what is said of it.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dtcp.kernels.softmax.backends import BACKENDS, Backend, backend_named
+from dtcp.kernels.softmax.demand import (
+    Demand,
+    ability_for,
+    is_able,
+    refusal,
+    refusal_of_inputs,
+)
+from dtcp.kernels.softmax.types import AUTO
+
+LOG = logging.getLogger("dtcp.kernels")
+
+SelfTest = Callable[[Backend, Demand], str | None]
+"""What is wrong with the results of a backend on this device; None if they are right."""
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The backend that computes what a demand asks for.
+
+    Args:
+        passed_over: name and reason of the backends that would have been faster.
+        lost: how many times as fast the fastest of those is expected to be that could do it, were
+            it installed and right; 0 for none.
+    """
+
+    backend: Backend
+    demand: Demand
+    passed_over: tuple[tuple[str, str], ...]
+    lost: float
+
+    def __str__(self) -> str:
+        text = f"attention ({self.demand}) is computed by {self.backend.name}"
+        if self.passed_over:
+            reasons = "; ".join(f"{name} {reason}" for name, reason in self.passed_over)
+            text += f"; faster ones passed over: {reasons}"
+        if self.lost >= 2:
+            text += f" (up to {self.lost:.1f} times as fast)"
+        return text
+
+
+def choose_kernel(demand: Demand, name: str, self_test: SelfTest) -> KernelChoice:
+    """The fastest backend that does what is asked, or the one that is named.
+
+    A mask may be plain on one rank and not on another, so a named backend that cannot do the mask
+    of a call leaves that call to the fastest that can, and says so; an error would stop one rank
+    while others wait for it.
+
+    Raises:
+        ValueError: no backend has that name, or it cannot take such tensors on this device, or is
+            not installed: what is the same on every rank.
+    """
+    ranked = sorted(BACKENDS, key=lambda backend: -_speed(backend, demand))
+    if name != AUTO:
+        named = backend_named(name)
+        reason = refusal_of_inputs(named, demand)
+        if reason is not None:
+            able = [each.name for each in ranked if refusal(each, demand) is None]
+            raise ValueError(
+                f"Attention is computed by a kernel that can, got kernel={name!r}, which {reason}, "
+                f"for {demand}: name one of {', '.join([AUTO, *able])}."
+            )
+        ranked.remove(named)
+        ranked.insert(0, named)
+    passed_over: list[tuple[str, str]] = []
+    fastest = 0
+    for backend in ranked:
+        reason = refusal(backend, demand) or self_test(backend, demand)
+        speed = _speed(backend, demand)
+        if reason is None:
+            return KernelChoice(
+                backend, demand, tuple(passed_over), fastest / speed if speed else 0.0
+            )
+        if speed or backend.name == name:
+            passed_over.append((backend.name, reason))
+            fastest = max(fastest, speed if is_able(backend, demand) else 0)
+    raise AssertionError("the reference computes everything")
+
+
+def log_choice(choice: KernelChoice) -> None:
+    """Say once what was chosen; louder where a kernel of twice the speed was passed over."""
+    LOG.log(logging.WARNING if choice.lost >= 2 else logging.INFO, "%s", choice)
+
+
+def _speed(backend: Backend, demand: Demand) -> int:
+    """Expected TFLOP/s on this device; 0 where it has nothing for it."""
+    ability = ability_for(backend, demand)
+    return 0 if ability is None else ability.speed

@@ -1,0 +1,170 @@
+"""A check of a backend against the reference on the device it will run on: once, some milliseconds.
+
+It has the widths, dtype and kinds of mask that were asked for, so what it compiles is used later.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dtcp.kernels.softmax.block_ranges import block_ranges
+from dtcp.kernels.softmax.calls import Call, CallKind, calls_of
+from dtcp.kernels.softmax.demand import Demand
+from dtcp.kernels.softmax.pieces import find_pieces
+from dtcp.kernels.softmax.types import (
+    AttentionKernel,
+    GradAccumulators,
+    Keys,
+    OnlineSoftmax,
+    Queries,
+    SavedForward,
+    SoftmaxParams,
+)
+
+LENGTHS = (160, 288)
+"""Queries and keys: more than one block of any kernel, and no whole number of them."""
+KV_HEADS = 2
+BOUND = 3e-2
+"""Of the largest value; weights and results are rounded to half precision, by 4e-3 of theirs."""
+
+MakeKernel = Callable[[tuple[Call, ...] | None], AttentionKernel]
+
+
+class Problem(NamedTuple):
+    """Queries, keys, and the calls of a kernel that their mask comes to."""
+
+    queries: Queries
+    keys: Keys
+    block_ranges: Tensor
+    calls: tuple[Call, ...] | None
+    grad_out: Tensor
+
+
+def fault_of(make_kernel: MakeKernel, reference: AttentionKernel, demand: Demand) -> str | None:
+    """What is wrong with the results of a kernel, in a few words; None if they are right."""
+    mode = torch.cuda.get_sync_debug_mode() if demand.arch else 0
+    try:
+        if demand.arch:
+            # The check itself waits for the device, which a step must not.
+            torch.cuda.set_sync_debug_mode(0)
+        for name, first, last in _masks(demand):
+            problem = _problem(first, last, demand)
+            wrong = _largest_error(make_kernel(problem.calls), reference, problem, demand)
+            if not wrong <= BOUND:
+                return f"failed its self-test ({name}: an error of {wrong:.1e})"
+    except _failures() as error:
+        text = str(error).strip().splitlines() or [""]
+        return f"failed its self-test ({type(error).__name__}: {text[0][:200]})"
+    finally:
+        if demand.arch:
+            torch.cuda.set_sync_debug_mode(mode)
+    return None
+
+
+def _masks(demand: Demand) -> list[tuple[str, Tensor, Tensor]]:
+    """First and last key of every query, for each kind of call that is asked for."""
+    length, num_keys = LENGTHS
+    query = torch.arange(length)
+    # Under a diagonal, the queries are those of the last keys.
+    token = query + (num_keys - length if demand.skewed else 0)
+    made = {
+        CallKind.RECTANGLE: (torch.zeros_like(query), torch.full_like(query, num_keys - 1)),
+        CallKind.CAUSAL: (torch.zeros_like(query), token),
+        CallKind.WINDOW: ((token - 63).clamp(min=0), token),
+        # Blocks of tokens that see each other, among others that are causal.
+        CallKind.INTERVAL: (query // 100 * 100, torch.where(query % 50 < 20, query | 15, query)),
+    }
+    masks = [(kind.value, *made[kind]) for kind in CallKind if kind in demand.kinds]
+    if demand.packed:
+        # Two documents, between which some queries see nothing and some keys are not seen.
+        second = query >= 90
+        first, last = torch.where(second, 110, 0), torch.where(second, query + 60, query)
+        if CallKind.RECTANGLE in demand.kinds:
+            last = torch.where(second, 249, 69)
+        elif CallKind.WINDOW in demand.kinds:
+            first = torch.maximum(first, last - 31)
+        masks.append(("documents", first, last.masked_fill((query >= 70) & ~second, -1)))
+    return masks
+
+
+def _problem(first: Tensor, last: Tensor, demand: Demand) -> Problem:
+    length, num_keys = LENGTHS
+    square = not demand.skewed and not demand.packed and demand.kinds <= {CallKind.CAUSAL}
+    num_keys = length if square else num_keys
+    first, last = (x[None].to(torch.int32) for x in (first, last))
+    index = torch.arange(num_keys, dtype=torch.int32)
+    table = find_pieces(first, last, index, tiles=0)
+    calls = calls_of(table, batch=1, length=length, num_keys=num_keys)
+    if CallKind.INTERVAL in demand.kinds:
+        calls = None
+    device, dtype = demand.device, demand.dtypes[0]
+    generator = torch.Generator(device).manual_seed(0)
+    noise = partial(torch.randn, generator=generator, device=device)
+    heads, (key, value) = demand.group * KV_HEADS, (demand.key_width, demand.value_width)
+    q, k, v, grad_out = (
+        noise(1, tokens, count, width).to(dtype)
+        for tokens, count, width in (
+            (length, heads, key),
+            (num_keys, KV_HEADS, key),
+            (num_keys, KV_HEADS, value),
+            (length, heads, value),
+        )
+    )
+    return Problem(
+        Queries(q, first.to(device), last.to(device)),
+        Keys(k, v, index.to(device)),
+        block_ranges(first, last, index),
+        calls,
+        grad_out,
+    )
+
+
+def _largest_error(
+    kernel: AttentionKernel, reference: AttentionKernel, problem: Problem, demand: Demand
+) -> float:
+    """The largest relative error of out, lse and the gradients; both read the same out and lse."""
+    params = SoftmaxParams(demand.key_width**-0.5, 20.0 if demand.softcap else 0.0)
+    queries, keys, ranges = problem.queries, problem.keys, problem.block_ranges
+    value_width = keys.v.shape[-1]
+    right, ours = (OnlineSoftmax.empty(queries.q, value_width) for _ in range(2))
+    reference.attend(right, queries, keys, ranges, params)
+    kernel.attend(ours, queries, keys, ranges, params)
+    out, lse = right.finish(None, queries.q.dtype)
+    saved = SavedForward(problem.grad_out, out, lse)
+    like = (queries.q, *keys[:2])
+    sums = [GradAccumulators(*(torch.zeros_like(x, dtype=lse.dtype) for x in like)) for _ in "ab"]
+    for each, grads in zip((reference, kernel), sums, strict=True):
+        each.attend_backward(grads, saved, queries, keys, ranges, params)
+    blind = right.lse == -torch.inf
+    if not torch.equal(ours.lse == -torch.inf, blind):
+        return float("inf")
+    pairs = [
+        (ours.out, right.out),
+        (ours.lse.masked_fill(blind, 0), right.lse.masked_fill(blind, 0)),
+    ]
+    pairs += zip(sums[1], sums[0], strict=True)
+    errors = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-9)) for a, b in pairs]
+    return float("nan") if any(error != error for error in errors) else max(errors)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What kernels of others raise where they cannot compile or run."""
+    raised: tuple[type[Exception], ...] = (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    )
+    try:
+        from cutlass.base_dsl.common import DSLBaseError
+    except ImportError:
+        return raised
+    return (*raised, DSLBaseError)

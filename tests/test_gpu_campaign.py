@@ -1,0 +1,127 @@
+"""The campaign for a GPU, as far as a machine without one goes."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.gpu import kernels, ranks, report
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.problems import Case, Heads
+from benchmarks.gpu.run import read_lines, run_stage, summary
+from benchmarks.gpu.stages import STAGES, Stage
+from benchmarks.gpu.wheels import PART, describe_transfer, pack, unpack
+from dtcp.kernels.softmax import api
+from tests.harness.stand_in_kernels import StandInKernels
+
+
+def test_without_a_gpu_the_campaign_says_what_it_would_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert "There is no GPU here" in said and "No packages are prepared" in said
+    for stage in STAGES:
+        assert stage.name in said and f"{len(stage.cases('cuda'))} cases" in said
+    assert sum(stage.seconds for stage in STAGES) <= 8 * 60
+
+
+def test_a_campaign_without_results_reports_that(capsys, tmp_path):
+    assert main(["--report", "--results", str(tmp_path)]) == 0
+    assert "There are no results" in capsys.readouterr().out
+
+
+def counting(names, seconds=60.0):
+    """A stage that counts how often each case ran; `fails` raises."""
+    ran = dict.fromkeys(names, 0)
+
+    def run(name):
+        def measure():
+            ran[name] += 1
+            if name == "fails":
+                raise RuntimeError("CUDA error")
+            return {"forward_tflops": 100.0 + len(name), "right": name != "wrong"}
+
+        return measure
+
+    cases = [Case(name, run(name)) for name in names]
+    return Stage("speed", "How?", seconds, lambda device: cases), ran
+
+
+def test_the_campaign_goes_on_where_it_was_stopped(tmp_path):
+    names = ["a 8192", "wrong", "fails", "b 8192"]
+    stage, ran = counting(names)
+    first, _ = counting(names[:2])
+    assert run_stage(first, tmp_path, again=False, device="cpu") == 1
+    assert run_stage(stage, tmp_path, again=False, device="cpu") == 1
+    assert ran == {"a 8192": 0, "wrong": 0, "fails": 1, "b 8192": 1}
+    lines = read_lines(tmp_path / "speed.jsonl")
+    assert [line["case"] for line in lines] == names
+    assert "RuntimeError: CUDA error" in lines[2]["failed"]
+    assert all(line["torch"] == torch.__version__ and "card" in line for line in lines)
+    assert run_stage(stage, tmp_path, again=True, device="cpu") == 2
+    assert "| a 8192" in summary(tmp_path)
+
+
+def test_a_stage_of_the_campaign_ends_with_its_time(tmp_path, capsys):
+    stage, ran = counting(["a", "b"], seconds=-1.0)
+    assert run_stage(stage, tmp_path, again=False, device="cpu") == 0
+    assert "2 cases left" in capsys.readouterr().out and sum(ran.values()) == 0
+
+
+def test_the_campaign_makes_a_page_and_a_plot(tmp_path):
+    stage, _ = counting(["flash causal 8192", "flash causal 32768"])
+    run_stage(stage, tmp_path / "lines", again=False, device="cpu")
+    said = report.write_report(tmp_path / "lines", tmp_path / "pages")
+    page, plot = sorted((tmp_path / "pages").iterdir())
+    assert page.suffix == ".md" and plot.suffix == ".svg" and plot.name in page.read_text()
+    assert str(page) in said and "| flash causal 8192 " in page.read_text()
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """flash-attn-4's stand-in in the place of a GPU."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    made = StandInKernels("flash")
+    monkeypatch.setattr(api, "attention_kernel", made)
+    monkeypatch.setattr(kernels, "attention_kernel", made)
+    return made
+
+
+def test_the_campaign_measures_errors_of_a_backend(flash):
+    for case in kernels.cases("cpu", length=90):
+        if case.name.startswith("flash 64"):
+            result = case.run()
+            assert result["right"] and 1e-4 < result["out"] < 2**-7, (case.name, result)
+
+
+@pytest.mark.parametrize("layout", ["Contiguous", "HeadTail", "PerDocument", "BlockBalanced"])
+def test_the_campaign_puts_ranks_together(flash, layout, monkeypatch):
+    monkeypatch.setattr(ranks, "SMALL", Heads(2, 1, 16))
+    for case in ranks.right_cases("cpu", length=96):
+        if layout in case.name and "2 ranks" in case.name:
+            result = case.run()
+            assert result["right"], (case.name, result)
+    assert flash.used
+
+
+def test_packages_for_a_gpu_are_cut_into_transfers(tmp_path):
+    packages, back = tmp_path / "packages", tmp_path / "back"
+    packages.mkdir()
+    (packages / "module.py").write_text("answer = 42\n")
+    noise = torch.randint(0, 256, (4000,), generator=torch.Generator().manual_seed(0))
+    (packages / "library.so").write_bytes(bytes(noise.tolist()))
+    pack(packages, tmp_path / "transfer", part=1500)
+    parts = sorted((tmp_path / "transfer").iterdir())
+    assert len(parts) >= 3 and all(path.stat().st_size <= 1500 for path in parts)
+    unpack(tmp_path / "transfer", back)
+    for path in packages.iterdir():
+        assert (back / path.name).read_bytes() == path.read_bytes()
+    assert "packages.tar.xz.0" in describe_transfer(tmp_path / "transfer")
+    assert PART <= 64 * 2**20
+
+
+def test_results_of_the_campaign_are_lines_of_json(tmp_path):
+    stage, _ = counting(["a"])
+    run_stage(stage, tmp_path, again=False, device="cpu")
+    (line,) = (tmp_path / "speed.jsonl").read_text().splitlines()
+    assert json.loads(line)["stage"] == "speed"
