@@ -301,6 +301,10 @@ def test_B7_memory_is_said_before_it_is_taken_and_refused_beyond_what_is_free(ca
         MemoryEstimate(10**9, 4, 147 * 10**9, 2**33).check()
 
 
+LIKE_OTHERS = ("bamba", "granitemoehybrid", "deepseek_v3", "glm_moe_dsa", "hrm_text", "dots1")
+
+
+@pytest.mark.slow_where(lambda kind: kind in LIKE_OTHERS)
 @pytest.mark.parametrize(
     "kind",
     [
