@@ -1,5 +1,7 @@
 """Compressed sparse attention on random operands: the definition, query by query, or a refusal."""
 
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -24,6 +26,7 @@ from tests.sparse.test_sparse import (
     Inputs,
     finish,
     one_document,
+    pooled,
 )
 
 CASES = 40
@@ -63,6 +66,26 @@ def brute_force(x, kind, documents):
         out = torch.cat(parts)
         rows.append(nn.functional.pad(out, (0, 0, 0, 0, 0, documents.seq_len - start)))
     return torch.stack(rows)
+
+
+def decided(x, kind, documents):
+    """Tokens whose entries the definition picks; of equal scores (0) any may be."""
+    real = documents.document() >= 0
+    if kind is None or kind.selected is None:
+        return real
+    for row, lengths in enumerate(documents.lengths):
+        for start, stop in pairwise(accumulate(lengths, initial=0)):
+            parts = [x[name][row, start:stop] for name in ("index_value", "index_gate")]
+            entries = pooled(*parts, x["index_bias"], kind)
+            for query in range(start, stop):
+                closed = entries[: (query - start + 1) // kind.ratio]
+                scores = (
+                    x["index_weight"][row, query] @ (x["index_q"][row, query] @ closed.T).relu()
+                )
+                best = scores.sort(descending=True).values
+                tied = best[kind.selected - 1 : kind.selected + 1]
+                real[row, query] &= len(tied) < 2 or tied[0] != tied[1]
+    return real
 
 
 def read_by(kind):
@@ -107,7 +130,7 @@ def compressed_attention_on_one_device(draw):
     mixer = CompressedSparseAttention(WINDOW, kind, scale=DIM**-0.5)
     x = operands(draw, kind, rows, seq_len)
     out = called(draw, mixer, x, batch_metadata(mixer, documents))
-    real = (documents.document() >= 0)[..., None, None]
+    real = decided(x, kind, documents)[..., None, None]
     torch.testing.assert_close(out * real, brute_force(x, kind, documents))
 
 
@@ -123,7 +146,7 @@ def compressed_attention_across_ranks(draw, mesh, known):
     plan = shard_batch(batch, whole, layout, model=mixer, documents=documents)[1]
     local = {name: v if name in SHARED else plan.shard(v) for name, v in x.items()}
     out = called(draw, mixer, local, plan.attn_metadata)
-    real = (documents.document() >= 0)[..., None, None]
+    real = decided(x, kind, documents)[..., None, None]
     torch.testing.assert_close(plan.gather(out) * real, brute_force(x, kind, documents))
 
 
