@@ -109,7 +109,7 @@ def test_A8_copies_of_a_tensor_parallel_model_of_transformers_have_their_own_wei
 def test_A8_pickles_of_a_context_parallel_model_of_transformers_are_refused(mesh):
     model = parallelize_hf(build("llama"), ParallelMesh.from_device_mesh(mesh))
     # torch's own, before any of ours is asked.
-    with pytest.raises(pickle.PicklingError, match="Can't pickle .*FSDPLlamaForCausalLM"):
+    with pytest.raises(pickle.PicklingError, match=r"Can't pickle .*FSDPLlamaForCausalLM"):
         pickle.dumps(model)
 
 
