@@ -18,6 +18,7 @@ from dtcp.recurrent import (
 from dtcp.rows import TokenField
 from dtcp.sdpa.aten_rules import install_sdpa_rules
 from dtcp.sdpa.sequence_layout import sequence_layout
+from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
     BlockBalanced,
@@ -53,6 +54,7 @@ __all__ = [
     "CausalConvCP",
     "Contiguous",
     "Degrees",
+    "DocumentBalanced",
     "Documents",
     "EagerIsland",
     "GatedDeltaCP",

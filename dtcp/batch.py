@@ -7,6 +7,7 @@ rows (`dtcp.distributed.same_rows`). What a batch says is read in `dtcp.rows`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ from dtcp.rows import DEFAULT_FIELDS, MASK_FIELDS, Fill, Rows, TokenField, pad_e
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_dim, check_kind, check_tensor
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.interval_runs import MaskWork
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sequence.masks import Causal, Coords, Mask, vision_blocks
+from dtcp.sequence.row_layouts import RowLayouts, layout_of_batch
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def shard_batch(
     documents: Documents | None = None,
     fields: Mapping[str, TokenField | None] = DEFAULT_FIELDS,
     device: torch.device | str | None = None,
-    balance_for: Mask | None = None,
+    balance_for: Mask | Mapping[Mask, int] | None = None,
     compare_ranks: bool = True,
     buckets: Buckets | None = None,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
@@ -174,7 +177,8 @@ def shard_batch(
             none. What the batch says twice it says alike.
         fields: how each key is sharded and padded. A key of WHOLE stays as it is.
         device: where the parts go; None leaves them where they are.
-        balance_for: the mask whose work BlockBalanced balances; None for Causal().
+        balance_for: the mask whose work BlockBalanced and DocumentBalanced balance, or several,
+            with the number of layers of each; None for Causal().
         compare_ranks: whether the ranks of a cp and tp group first compare shape, documents and a
             hash of every key (0.2 ms for four keys of 128K tokens on one CPU core, and the
             exchange); what differs is named on all of them. They call this together.
@@ -207,7 +211,7 @@ def shard_rows(
     *,
     model: nn.Module | None = None,
     device: torch.device | str | None = None,
-    balance_for: Mask | None = None,
+    balance_for: Mask | Mapping[Mask, int] | None = None,
     compare_ranks: bool = True,
     buckets: Buckets | None = None,
     axes: Sequence[DeviceMesh] = (),
@@ -234,9 +238,9 @@ def shard_rows(
     padded_len = -(-padded_len // layout.multiple(num_shards)) * layout.multiple(num_shards)
     documents = rows.documents.padded(padded_len)
     coords = _coords({**rows.for_masks, **rows.tokens}, documents, seq_len)
-    balanced = balance_for or Causal()
     # Called by the layouts that read it: intervals of long rows take milliseconds.
-    batch_layout = layout.for_batch(documents, num_shards, work=lambda: balanced.work(coords))
+    work = MaskWork.under(Causal() if balance_for is None else balance_for, coords)
+    batch_layout = layout_of_batch(layout, documents, num_shards, work)
 
     metadata = collect_metadata(nn.Module() if model is None else model, coords, batch_layout)
     metadata = metadata if device is None else metadata.to(device)
@@ -294,6 +298,15 @@ def _part(
     x: Tensor, layout: SequenceLayout, rank: int, *, dim: int, pad: int | float | bool | Fill
 ) -> Tensor:
     """A rank's part of rows that may be shorter than their layout; the whole is never padded."""
+    if isinstance(layout, RowLayouts):
+        each = partial(_row_part, rank=rank, dim=dim, pad=pad)
+        return layout.of_each_row(x, each, dim=dim)
+    return _row_part(layout, x, rank=rank, dim=dim, pad=pad)
+
+
+def _row_part(
+    layout: SequenceLayout, x: Tensor, *, rank: int, dim: int, pad: int | float | bool | Fill
+) -> Tensor:
     last = x.shape[dim] - 1
     if last + 1 == layout.seq_len:
         return layout.shard(x, rank, dim=dim)

@@ -22,7 +22,12 @@ class AttentionMetadata:
     """What one kind of mixer reads of a batch on one rank. Subclasses are frozen dataclasses.
 
     Shapes are the same on every rank and for every batch of one length, so a graph stays valid.
+
+    Args:
+        in_line: whether the rows of the batch are read as one row, one after another.
     """
+
+    in_line: bool = field(default=False, kw_only=True)
 
     def to(self, device: torch.device | str) -> Self:
         """The same metadata, with what kernels read on the device."""
@@ -31,7 +36,8 @@ class AttentionMetadata:
             if isinstance(value, Tensor)
             else value.to(device)
             for each in fields(self)
-            if each.type is not HostTensor and (value := getattr(self, each.name)) is not None
+            if each.type not in (HostTensor, bool)
+            and (value := getattr(self, each.name)) is not None
         }
         return replace(self, **moved)
 
@@ -42,7 +48,7 @@ class AttentionMetadata:
             value = getattr(self, each.name)
             if isinstance(value, Tensor):
                 tensors.append(value)
-            else:
+            elif isinstance(value, AttentionMetadata):
                 tensors.extend(value.tensors())
         return tensors
 

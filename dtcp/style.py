@@ -60,7 +60,7 @@ class MixerStyle(ParallelStyle):
 
     def check(self, mixer: Mixer, layout: SequenceLayout) -> None:
         """Refuse a layout that this style cannot honour, when the batch is built."""
-        if not isinstance(layout, self.layouts):
+        if not issubclass(layout.kind, self.layouts):
             accepted = ", ".join(kind.__name__ for kind in self.layouts)
             raise ValueError(
                 f"{self} works on the layouts {accepted}, got layout={layout}: use one of them, "

@@ -3,6 +3,8 @@
 What concerns one value alone is in that value's own test: documents, layouts, masks, batches.
 """
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -11,8 +13,10 @@ from torch.distributed.tensor.parallel import parallelize_module
 from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.distributed.relayout import roll
 from dtcp.mixer import batch_metadata
 from dtcp.plan import apply_plan
+from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
     BlockBalanced,
@@ -134,17 +138,22 @@ def test_mesh_of_three_axes_is_refused(mesh):
     )
 
 
-@pytest.mark.parametrize(
-    ("style", "layout", "match"),
-    [
-        (HaloAttention(4), PerDocument, "works on the layouts Contiguous, HeadTail, got"),
-        (HaloAttention(4), BlockBalanced, "works on the layouts Contiguous, HeadTail, got"),
-    ],
-)
+@dataclass(frozen=True)
+class Backwards(Contiguous):
+    """A layout that nobody here knows."""
+
+
+@dataclass
+class RingOfEqualShards(RingAttention):
+    layouts = (HeadTail,)
+
+
+@pytest.mark.parametrize("layout", [PerDocument, DocumentBalanced, Backwards])
 @spmd(ranks=2)
-def test_layout_that_a_style_cannot_carry_out_is_refused(mesh, style, layout, match):
-    mixer = mixer_on(mesh, style, WINDOW.mask)
-    refused(f"{match} layout={layout.__name__}", lambda: sharded_for(mesh, mixer, layout))
+def test_layout_that_a_style_cannot_carry_out_is_refused(mesh, layout):
+    mixer = mixer_on(mesh, RingOfEqualShards(), WINDOW.mask)
+    match = f"works on the layouts HeadTail, got layout={layout.__name__}"
+    refused(match, lambda: sharded_for(mesh, mixer, layout))
 
 
 @pytest.mark.parametrize(
@@ -178,12 +187,14 @@ def test_mask_without_what_it_reads_is_refused(mesh, mask, field):
     refused(f"coords.{field}=None", lambda: sharded_for(mesh, mixer, HeadTail))
 
 
-@pytest.mark.parametrize("layout", [PerDocument, BlockBalanced])
+@pytest.mark.parametrize("layout", [PerDocument, BlockBalanced, DocumentBalanced])
 @spmd(ranks=2)
-def test_rows_packed_differently_are_refused_by_layouts_that_read_them(mesh, layout):
+def test_rows_laid_out_each_by_itself_are_refused_where_one_layout_is_read(mesh, layout):
     mixer = mixer_on(mesh, RingAttention(), Causal())
-    documents = packings.two_rows(32, 2)
-    refused("rows of differing documents", lambda: sharded_for(mesh, mixer, layout, documents))
+    sharded = sharded_for(mesh, mixer, layout, packings.two_rows(32, 2))
+    x = torch.zeros(2, 16)
+    refused("laid out each by itself, got 2 of", lambda: roll(x, sharded.layout, mesh))
+    refused("rows are the dim before the sequence's", lambda: sharded.shard(torch.zeros(3, 32)))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (2, 2), (12, 3), (12, 6)])

@@ -8,6 +8,7 @@ from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.rows import DEFAULT_FIELDS, WHOLE, Fill, TokenField
+from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
     BlockBalanced,
@@ -271,11 +272,27 @@ def test_work_is_counted_only_for_a_layout_that_reads_it(layout):
     assert len(calls) == (layout is BlockBalanced)
 
 
-@pytest.mark.parametrize("layout", [PerDocument, BlockBalanced])
-def test_layout_by_document_refuses_rows_that_differ(layout):
-    documents = packings.two_rows(24, 1)
-    with pytest.raises(ValueError, match=r"rows of differing documents.*use HeadTail, or one row"):
-        on_one_rank(a_batch(documents), documents, layout)
+@pytest.mark.parametrize("layout", [PerDocument, BlockBalanced, DocumentBalanced])
+@spmd(ranks=(2, 3))
+def test_rows_of_different_documents_are_laid_out_each_by_itself(mesh, layout, ranks):
+    """41 tokens fit no layout: what is cut is padded row by row."""
+    documents, whole = packings.two_rows(41, 1), ParallelMesh.from_device_mesh(mesh)
+    batch = {**a_batch(documents), "position_ids": documents.position_ids()}
+    batch["mtp_input_ids"] = torch.arange(2 * 2 * 41).view(2, 2, 41)
+    local, sharded = shard_batch(batch, whole, layout, documents=documents)
+    for row, lengths in enumerate(documents.lengths):
+        one = {key: of_row(x, row) for key, x in batch.items()}
+        alone, by_itself = shard_batch(one, whole, layout, documents=Documents((lengths,), 41))
+        assert sharded.layout.rows[row] == by_itself.layout
+        for key, x in alone.items():
+            assert_close(of_row(local[key], row), x)
+    assert_close(sharded.gather(local["input_ids"]), batch["input_ids"])
+    assert_close(sharded.gather(sharded.shard(batch["labels"])), batch["labels"])
+
+
+def of_row(x, row):
+    """[B, S] or [depths, B, S] to one row."""
+    return x[..., row : row + 1, :]
 
 
 def test_unknown_key_is_refused():

@@ -25,8 +25,11 @@ def data() -> dict[str, Any]:
     intervals = Causal().intervals(Coords.of(DOCUMENTS))
     received = []
     for rank in range(RANKS_USED):
-        keys = required_keys(layout, rank, *intervals)
-        received.append([len(x) for x in keys.receive_tokens])
+        keys = required_keys(layout, rank, intervals).receive_tokens
+        by_step = [
+            keys.counts(RANKS_USED)[(rank - step) % RANKS_USED] for step in range(RANKS_USED)
+        ]
+        received.append([layout.shard_len, *map(int, by_step[1:])])
     order = layout.permutation()
     first, last = (x[0, order] for x in intervals)
     seen = (order[None] >= first[:, None]) & (order[None] <= last[:, None])

@@ -18,7 +18,7 @@ from dtcp.distributed.mesh import Degrees
 from dtcp.sequence import layout
 
 _STRATEGIES = ("RingAttention", "AllGatherAttention", "UlyssesAttention")
-_LAYOUTS = ("HeadTail", "Contiguous", "PerDocument", "BlockBalanced")
+_LAYOUTS = ("HeadTail", "Contiguous", "PerDocument", "BlockBalanced", "DocumentBalanced")
 
 
 def main(argv: list[str]) -> int:

@@ -1,6 +1,6 @@
 """A tensor from one layout to another, to the whole sequence and back, or rolled by a token."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from dtcp.distributed.ops import communicating_op
 from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.routes import Route, rolled
+from dtcp.sequence.row_layouts import RowLayouts
 
 
 def shard(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, *, dim: int = 1) -> Tensor:
@@ -104,6 +105,9 @@ class RelayoutMetadata(AttentionMetadata):
     ) -> "RelayoutMetadata":
         """Between two ranks, rows travel in the order in which the source holds them."""
         _check_same(source, target)
+        if isinstance(source, RowLayouts):
+            rows = RowLayouts(target.seq_len, target.num_shards, (target,) * len(source.rows))
+            return replace(cls.between(source.in_line, rows.in_line, rank), in_line=True)
         goes_to = target.inverse()[source.token_indices(rank)] // target.shard_len
         slot = source.inverse()[target.token_indices(rank)]
         peers = (goes_to, slot // source.shard_len)
@@ -126,8 +130,9 @@ def apply_relayout(
 
     Backward goes the other way. Traffic as of `relayout`.
     """
-    moved: Tensor = _relayout(x, *metadata.tensors(), group, reverse)
-    return moved
+    line = x.flatten(0, 1)[None] if metadata.in_line else x
+    moved: Tensor = _relayout(line, *metadata.tensors(), group, reverse)
+    return moved.view(x.shape)
 
 
 @communicating_op("dtcp::relayout")

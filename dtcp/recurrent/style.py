@@ -119,7 +119,7 @@ class RecurrentStyle(MixerStyle):
 
     def check(self, mixer: Mixer, layout: SequenceLayout) -> None:
         """Refuse a layout whose segments are not of one length, when the batch is built."""
-        if not isinstance(layout, self.layouts):
+        if not issubclass(layout.kind, self.layouts):
             accepted = ", ".join(kind.__name__ for kind in self.layouts)
             raise ValueError(
                 f"{self} hands on a state from segment to segment of the layouts {accepted}, got "

@@ -27,6 +27,7 @@ from dtcp.distributed.groups import axis_group_name, group_of
 from dtcp.kernels.softmax.types import AUTO
 from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.interval_runs import KeyIntervals
 from dtcp.sequence.layout import Contiguous
 from dtcp.sequence.masks import Bidirectional, Causal, Coords, Mask
 from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
@@ -74,7 +75,7 @@ def _contiguous_metadata(
 ) -> KeyExchangeMetadata:
     coords = Coords.of(Documents.single(1, seq_len))
     layout = Contiguous(seq_len, num_shards)
-    return ring_metadata(layout, rank, mask.intervals(coords)).to(device)
+    return ring_metadata(layout, rank, KeyIntervals.of(mask, coords)).to(device)
 
 
 CAUSAL = AttentionOp("causal_sdpa", _ContiguousRows(RING.strategy, Causal()), communicates=True)
@@ -107,7 +108,7 @@ def _forward_rule(results_not_read: ResultsNotRead) -> Callable[..., Any]:
         if groups is None:
             return _on_local(op, call)
         x = AttentionInputs(*(_ours(call[name]) for name in ("query", "key", "value")))
-        out, (lse,) = _op(call).forward(*x, [], _scale(call), 0.0, groups, AUTO)
+        out, (lse,) = _op(call).forward(*x, [], _scale(call), 0.0, groups, AUTO, False)
         return (_torchs(out, q), _torchs(lse, q), *results_not_read(out))
 
     return rule
@@ -134,6 +135,7 @@ def _backward_rule(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
         softcap=0.0,
         groups=groups,
         kernel=AUTO,
+        in_line=False,
     )
     grads = _op(call).backward(*arguments)[:3]
     # Of a bias and the like, which nobody gave.

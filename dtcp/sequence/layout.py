@@ -9,26 +9,60 @@ traced, and all that an exchange between ranks needs to know.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcp.sequence.arguments import check_dim, check_ints, check_rank, is_whole
 from dtcp.sequence.balance import assign_blocks, block_work
 from dtcp.sequence.documents import Documents
 
+Ints = NDArray[np.int64]
 Run = tuple[int, int]
 """Token indices from start up to stop, without stop."""
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """All runs of a layout, from the left of the row to its right. Each field [P]."""
+
+    start: Ints
+    stop: Ints
+    owner: Ints
+    slot: Ints  # of the run's first token, in its owner's shard
+
+    @classmethod
+    def ascending(cls, start: Ints, owner: Ints, seq_len: int) -> "Partition":
+        """Of runs that each rank holds in ascending order."""
+        stop = np.append(start[1:], seq_len)
+        order = owner.argsort(kind="stable")
+        before = np.append(0, np.cumsum((stop - start)[order])[:-1])
+        mine, first = np.unique(owner[order], return_index=True)
+        slot = np.empty_like(start)
+        slot[order] = before - before[first][np.searchsorted(mine, owner[order])]
+        return cls(start, stop, owner, slot)
+
+    def runs(self, rank: int) -> list[Run]:
+        """The rank's, ascending, neighbours joined."""
+        mine = self.owner == rank
+        pairs = zip(self.start[mine].tolist(), self.stop[mine].tolist(), strict=True)
+        return _joined(list(pairs))
 
 
 @dataclass(frozen=True)
 class SequenceLayout(ABC):
     """A sequence of S tokens in n shards of L = S / n slots each.
 
-    `for_batch` makes the layout of a batch; all rows of the batch share it.
+    `for_batch` makes the layout of a batch all of whose rows share it (`RowLayouts`: each its own).
     """
+
+    reads_documents: ClassVar[bool] = False
+    """Whether rows of different documents have different layouts of this kind."""
 
     seq_len: int
     num_shards: int
@@ -65,9 +99,25 @@ class SequenceLayout(ABC):
         return cls(documents.seq_len, num_shards)
 
     @property
+    def kind(self) -> type["SequenceLayout"]:
+        """What a style accepts or refuses."""
+        return type(self)
+
+    @property
     def shard_len(self) -> int:
         """Tokens on each rank: L."""
         return self.seq_len // self.num_shards
+
+    @cached_property
+    def partition(self) -> Partition:
+        """All runs, by token index: what an exchange between ranks is worked out from."""
+        found = []
+        for rank in range(self.num_shards):
+            slot = 0
+            for start, stop in self.runs(rank):
+                found.append((start, stop, rank, slot))
+                slot += stop - start
+        return Partition(*np.array(sorted(found), dtype=np.int64).T)
 
     @property
     def segment_len(self) -> int:
@@ -108,12 +158,7 @@ class SequenceLayout(ABC):
         return x.index_select(dim, self.inverse().to(x.device))
 
     def _check_divides(self, multiple: int) -> None:
-        if self.seq_len < multiple or self.seq_len % multiple:
-            raise ValueError(
-                f"{type(self).__name__} cuts the sequence into equal parts, got "
-                f"seq_len={self.seq_len}, num_shards={self.num_shards}: "
-                f"pad seq_len to a multiple of {multiple}."
-            )
+        check_divides(type(self), self.seq_len, self.num_shards, multiple)
 
     def _check_rank(self, rank: int) -> None:
         check_rank(type(self).__name__, rank, self.num_shards)
@@ -192,6 +237,8 @@ class PerDocument(SequenceLayout):
         lengths: tokens of each document, first to last.
     """
 
+    reads_documents = True
+
     lengths: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -205,20 +252,23 @@ class PerDocument(SequenceLayout):
 
     def runs(self, rank: int) -> list[Run]:
         self._check_rank(rank)
-        runs: list[Run] = []
-        start = turn = 0
-        for length in (*self.lengths, self.seq_len - sum(self.lengths)):
-            chunks = _head_tail_chunks(start, length, turn, self.num_shards)
-            runs += [chunks[rank], chunks[2 * self.num_shards - 1 - rank]]
-            turn += length % (2 * self.num_shards)
-            start += length
-        return _joined(runs)
+        return self.partition.runs(rank)
+
+    @cached_property
+    def partition(self) -> Partition:
+        lengths = np.array([*self.lengths, self.seq_len - sum(self.lengths)], dtype=np.int64)
+        chunks = _head_tail_chunks(lengths, self.num_shards).flatten()
+        ranks = np.arange(self.num_shards)
+        owner = np.tile(np.append(ranks, ranks[::-1]), len(lengths))
+        some = chunks > 0
+        start = np.append(0, np.cumsum(chunks)[:-1])
+        return Partition.ascending(start[some], owner[some], self.seq_len)
 
     @classmethod
     def for_batch(
         cls, documents: Documents, num_shards: int, *, work: Callable[[], Tensor] | None = None
     ) -> Self:
-        lengths = _shared_lengths(cls, documents)
+        lengths = shared_lengths(cls, documents)
         return cls(documents.seq_len, num_shards, lengths)
 
 
@@ -235,6 +285,8 @@ class BlockBalanced(SequenceLayout):
         block: tokens.
         owners: the rank of each block.
     """
+
+    reads_documents = True
 
     block: int
     owners: tuple[int, ...]
@@ -268,8 +320,12 @@ class BlockBalanced(SequenceLayout):
 
     def runs(self, rank: int) -> list[Run]:
         self._check_rank(rank)
-        mine = [index for index, owner in enumerate(self.owners) if owner == rank]
-        return _joined([(index * self.block, (index + 1) * self.block) for index in mine])
+        return self.partition.runs(rank)
+
+    @cached_property
+    def partition(self) -> Partition:
+        start = np.arange(len(self.owners), dtype=np.int64) * self.block
+        return Partition.ascending(start, np.array(self.owners, dtype=np.int64), self.seq_len)
 
     @classmethod
     def multiple(cls, num_shards: int) -> int:
@@ -280,7 +336,7 @@ class BlockBalanced(SequenceLayout):
         cls, documents: Documents, num_shards: int, *, work: Callable[[], Tensor] | None = None
     ) -> Self:
         """Balance `work`, or that of a causal mask inside each document."""
-        _shared_lengths(cls, documents)
+        shared_lengths(cls, documents)
         check_ints(cls.__name__, least=1, num_shards=num_shards)
         seq_len, per_shard = documents.seq_len, documents.seq_len // num_shards
         block = gcd(per_shard, max(1, min(cls.largest_block, per_shard // cls.blocks_per_shard)))
@@ -309,22 +365,45 @@ def _joined(runs: Sequence[Run]) -> list[Run]:
     return joined
 
 
-def _head_tail_chunks(start: int, length: int, turn: int, num_shards: int) -> list[Run]:
-    """Cut a document into 2n runs; the tokens left over go to the ranks from turn mod n on.
+def _head_tail_chunks(lengths: Ints, num_shards: int) -> Ints:
+    """Cut each of N documents into 2n chunks: their lengths, [N, 2n].
 
-    The first such token of a rank lengthens its head chunk, the second its tail chunk. All of them
-    together are a multiple of n, since S is, so the turns end evenly.
+    The tokens left over go to the ranks in turn, through all documents: the first such token of a
+    rank lengthens its head chunk, the second its tail chunk. All of them together are a multiple
+    of n, since S is, so the turns end evenly.
     """
-    chunk, leftover = divmod(length, 2 * num_shards)
-    lengths = [chunk] * (2 * num_shards)
-    for index in range(leftover):
-        rank = (turn + index) % num_shards
-        lengths[rank if index < num_shards else 2 * num_shards - 1 - rank] += 1
-    ends = [start + sum(lengths[: index + 1]) for index in range(len(lengths))]
-    return [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    chunk, leftover = np.divmod(lengths[:, None], 2 * num_shards)
+    turn = np.cumsum(leftover)[:, None] - leftover
+    index = (np.arange(num_shards) - turn) % num_shards
+    head, tail = chunk + (index < leftover), chunk + (index + num_shards < leftover)
+    chunks: Ints = np.concatenate((head, tail[:, ::-1]), axis=1)
+    return chunks
 
 
-def _shared_lengths(layout: type[SequenceLayout], documents: Documents) -> tuple[int, ...]:
+def expand(start: Ints, length: Ints) -> Ints:
+    """The numbers from each start on, so many: [R] and [R] to [sum of lengths]."""
+    before = np.cumsum(length) - length
+    return np.repeat(start - before, length) + np.arange(int(length.sum()))
+
+
+def unique_ascending(x: Ints) -> Ints:
+    """The different numbers of x in ascending order; np.unique hashes them first."""
+    x = np.sort(x)
+    return x[np.append(True, x[1:] != x[:-1])] if len(x) else x
+
+
+def check_divides(
+    layout: type[SequenceLayout], seq_len: int, num_shards: int, multiple: int
+) -> None:
+    """Refuse a length that cannot be cut into equal parts."""
+    if seq_len < multiple or seq_len % multiple:
+        raise ValueError(
+            f"{layout.__name__} cuts the sequence into equal parts, got seq_len={seq_len}, "
+            f"num_shards={num_shards}: pad seq_len to a multiple of {multiple}."
+        )
+
+
+def shared_lengths(layout: type[SequenceLayout], documents: Documents) -> tuple[int, ...]:
     """The documents that all rows have in common: one permutation serves the whole batch."""
     _check_documents(layout, documents)
     if len(set(documents.lengths)) != 1:

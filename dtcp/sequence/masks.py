@@ -7,8 +7,9 @@ else, so neither knows which mask it serves. Documents never see each other and 
 seen, whatever the mask.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Coords:
         block: id of the token's bidirectional block, -1 for none (BlockBidirectional).
         position_ids: what RoPE reads, where that is not the index in the document; one per token,
             or [axes, B, S]. No mask reads it.
+        documents: of whole rows, where these are whole rows.
     """
 
     token_index: Tensor
@@ -38,6 +40,7 @@ class Coords:
     prefix: Tensor | None = None
     block: Tensor | None = None
     position_ids: Tensor | None = None
+    documents: Documents | None = None
 
     @classmethod
     def of(
@@ -47,41 +50,105 @@ class Coords:
         prefix: Tensor | None = None,
         block: Tensor | None = None,
         position_ids: Tensor | None = None,
-    ) -> Self:
+    ) -> "Coords":
         """Coordinates of whole rows, in their order."""
         if not isinstance(documents, Documents):
             raise TypeError(
                 f"Coords are of the Documents of a batch, got documents of type "
                 f"{type(documents).__name__}: give Documents(lengths, seq_len)."
             )
-        document = documents.document()
+        shape = (documents.batch, documents.seq_len)
         for name, extra in (("prefix", prefix), ("block", block)):
             if extra is None:
                 continue
             named: dict[str, Any] = {name: extra}
             check_tensor("Coords", shape="[B, S]", dtypes=WHOLE_NUMBERS, **named)
-            if extra.shape != document.shape:
+            if extra.shape != shape:
                 raise ValueError(
                     f"Coords take one {name} per token, got {name}.shape={tuple(extra.shape)}: "
-                    f"pass [B, S] = {tuple(document.shape)}, before sharding."
+                    f"pass [B, S] = {shape}, before sharding."
                 )
         if position_ids is not None:
             check_token_positions(position_ids, documents.batch, documents.seq_len)
-        token_index = torch.arange(documents.seq_len).expand_as(document)
-        starts, ends = documents.starts(), documents.ends()
-        return cls(token_index, document, starts, ends, prefix, block, position_ids)
+        return _WholeRows(documents, prefix, block, position_ids)
 
-    def select(self, token_index: Tensor) -> Self:
+    @property
+    def rows(self) -> int:
+        return self.token_index.shape[0]
+
+    @property
+    def seq_len(self) -> int:
+        return self.token_index.shape[1]
+
+    def select(self, token_index: Tensor) -> "Coords":
         """The coordinates of some tokens of each row: [L] to fields of [B, L]."""
         check_tensor("Coords", shape="[L]", dtypes=WHOLE_NUMBERS, token_index=token_index)
-        seq_len = self.token_index.shape[-1]
-        if bool(((token_index < 0) | (token_index >= seq_len)).any()):
+        if bool(((token_index < 0) | (token_index >= self.seq_len)).any()):
             raise ValueError(
-                f"Coords are of the {seq_len} tokens of a row, got token_index from "
+                f"Coords are of the {self.seq_len} tokens of a row, got token_index from "
                 f"{int(token_index.min())} to {int(token_index.max())}: give indices of tokens."
             )
-        fields = {name: x for name, x in self.__dict__.items() if x is not None}
-        return replace(self, **{name: x[..., token_index] for name, x in fields.items()})
+        prefix, block, position_ids = (
+            None if x is None else x[..., token_index]
+            for x in (self.prefix, self.block, self.position_ids)
+        )
+        return Coords(
+            self.token_index[:, token_index],
+            self.document[:, token_index],
+            self.start[:, token_index],
+            self.end[:, token_index],
+            prefix,
+            block,
+            position_ids,
+        )
+
+
+class _WholeRows(Coords):
+    """Coordinates of whole rows; those that follow from documents are worked out when asked for.
+
+    Most readers ask for runs, and a long row takes milliseconds.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        prefix: Tensor | None,
+        block: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> None:
+        for name, value in (
+            ("documents", documents),
+            ("prefix", prefix),
+            ("block", block),
+            ("position_ids", position_ids),
+        ):
+            object.__setattr__(self, name, value)
+        self.documents: Documents
+
+    @property
+    def rows(self) -> int:
+        return self.documents.batch
+
+    @property
+    def seq_len(self) -> int:
+        return self.documents.seq_len
+
+    @cached_property
+    def token_index(self) -> Tensor:
+        tokens = torch.arange(self.documents.seq_len)
+        return tokens.expand(self.documents.batch, -1)
+
+    @cached_property
+    def document(self) -> Tensor:
+        return self.documents.document()
+
+    @cached_property
+    def start(self) -> Tensor:
+        return self.documents.starts()
+
+    @cached_property
+    def end(self) -> Tensor:
+        return self.documents.ends()
 
 
 @dataclass(frozen=True)

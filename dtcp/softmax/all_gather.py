@@ -13,6 +13,7 @@ from dtcp.kernels.softmax.api import (
     attend_once,
     zeros_for,
 )
+from dtcp.sequence.interval_runs import Intervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.exchange import all_to_all_rows, return_grads, sort_by_index
 from dtcp.softmax.metadata import KeyExchangeMetadata, all_gather_metadata
@@ -82,6 +83,6 @@ class AllGatherAttention(KeyExchangeAttention):
         return ALL_GATHER
 
     def rank_metadata(
-        self, layout: SequenceLayout, rank: int, intervals: tuple[Tensor, Tensor]
+        self, layout: SequenceLayout, rank: int, intervals: Intervals
     ) -> KeyExchangeMetadata:
         return all_gather_metadata(layout, rank, intervals, tile=self.tile)

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp._torch import unflattened
 from dtcp.distributed.groups import group_name
 from dtcp.sequence.arguments import check_ints
+from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.row_layouts import RowLayouts
 from dtcp.softmax.all_gather import ALL_GATHER, AllGatherAttention
 from dtcp.softmax.op import AttentionOp
 from dtcp.softmax.ring import RING, RingAttention
@@ -78,7 +79,7 @@ class HybridAttention(AttentionStyle):
         return self._made[1]
 
     def rank_metadata(
-        self, layout: SequenceLayout, rank: int, intervals: tuple[Tensor, Tensor]
+        self, layout: SequenceLayout, rank: int, intervals: Intervals
     ) -> UlyssesMetadata:
         groups = layout.num_shards // self.inner_ranks
         group = rank // self.inner_ranks
@@ -90,10 +91,13 @@ class HybridAttention(AttentionStyle):
         self,
         layout: SequenceLayout,
         rank: int,
-        intervals: tuple[Tensor, Tensor],
+        intervals: Intervals,
         shape: AttentionShape,
     ) -> Received:
         inner = self.inner_ranks
+        if isinstance(layout, RowLayouts):
+            intervals = KeyIntervals.read_off(intervals).in_line()
+            return self.received(layout.in_line, rank, intervals, replace(shape, batch=1))
         groups, kv_heads = layout.num_shards // inner, max(shape.kv_heads, inner) // inner
         within = heads_received(layout.shard_len, inner, shape)
         each = replace(shape, heads=shape.heads // inner, kv_heads=kv_heads)

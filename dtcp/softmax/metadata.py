@@ -3,13 +3,22 @@
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dtcp.kernels.softmax.block_ranges import TILE, UNUSED, block_ranges
+from dtcp.kernels.softmax.block_ranges import (
+    TILE,
+    UNUSED,
+    KeyLine,
+    block_ranges,
+    block_ranges_of_parts,
+)
 from dtcp.kernels.softmax.pieces import find_pieces, no_pieces
 from dtcp.metadata import AttentionMetadata, HostTensor
-from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.interval_runs import Intervals, KeyIntervals
+from dtcp.sequence.layout import Ints, SequenceLayout, expand
+from dtcp.sequence.slot_runs import SlotRuns
 from dtcp.softmax.required_keys import required_keys
 
 
@@ -44,6 +53,12 @@ class KeyExchangeMetadata(AttentionMetadata):
     key_position_ids: Tensor = field(default_factory=_none)  # [parts, B, K] int32, likewise
     pieces: HostTensor = field(default_factory=no_pieces)  # [parts, C, 9] int64, of find_pieces
 
+    @property
+    def sees(self) -> Tensor:
+        """Which local queries see any key: [B, L]."""
+        sees = self.last_key >= self.first_key
+        return sees.view(self.position_ids.shape) if self.in_line else sees
+
     def with_position_ids(self, position_ids: Tensor, layout: SequenceLayout, rank: int) -> Self:
         """The same, for keys that are made from values where they arrive.
 
@@ -51,10 +66,11 @@ class KeyExchangeMetadata(AttentionMetadata):
             position_ids: [B, S] of the whole rows.
         """
         keys = self.key_token_index.clamp(min=0).long()
+        line = position_ids.reshape(1, -1) if self.in_line else position_ids
         return replace(
             self,
             position_ids=layout.shard(position_ids, rank).contiguous(),
-            key_position_ids=position_ids[:, keys].transpose(0, 1).contiguous(),
+            key_position_ids=line[:, keys].transpose(0, 1).contiguous(),
         )
 
 
@@ -69,7 +85,7 @@ def local_metadata(first_key: Tensor, last_key: Tensor, *, tile: int = TILE) -> 
 def all_gather_metadata(
     layout: SequenceLayout,
     rank: int,
-    intervals: tuple[Tensor, Tensor],
+    intervals: Intervals,
     *,
     capacity: int | None = None,
     tile: int = TILE,
@@ -80,65 +96,92 @@ def all_gather_metadata(
         capacity: most keys this can ever be, so that shapes stay the same from batch to batch;
             None for the whole sequence.
     """
-    required = required_keys(layout, rank, *intervals)
-    first, last = _local(layout, rank, intervals)
+    intervals = KeyIntervals.read_off(intervals)
+    required = required_keys(layout, rank, intervals)
+    n, local_len = layout.num_shards, layout.shard_len
     # One all_to_all goes by rank, not by step: own keys first, then from rank 0 up.
-    n = layout.num_shards
-    receive = [required.receive_tokens[(rank - peer) % n] for peer in range(n)]
-    send = [required.send_slots[(peer - rank) % n] for peer in range(n)]
-    own, receive[rank] = receive[rank], receive[rank][:0]
-    token_index, order = torch.cat([own, *receive]).sort()
+    received = required.receive_tokens.sorted_by(np.arange(n))
+    lengths = received.stop - received.start
+    starts = np.append(required.own_tokens.start, received.start)
+    stops = np.append(required.own_tokens.stop, received.stop)
+    places = np.append(required.own_slots, local_len + np.cumsum(lengths) - lengths)
+    by_token = starts.argsort()
+    starts, stops, places = starts[by_token], stops[by_token], places[by_token]
+    sent = required.send_slots.sorted_by(np.arange(n))
+    rows, first, last = _local(layout, rank, intervals)
+    keys = KeyLine(np.zeros_like(starts), starts, stops, 1)
     capacity = layout.seq_len if capacity is None else capacity
-    ranges = block_ranges(first, last, token_index, tile=tile)
+    ranges = block_ranges_of_parts(rows, keys, tile=tile)
+    tokens = expand(starts, stops - starts)
+    pieces = find_pieces(first, last, torch.from_numpy(tokens), tiles=ranges.shape[2])
     return KeyExchangeMetadata(
         first,
         last,
-        _filled(torch.cat(send), layout.seq_len - layout.shard_len, 0),
-        _sizes(send, receive),
-        _filled(order, capacity, 0),
-        _filled(token_index, capacity, UNUSED)[None],
-        ranges[None],
-        pieces=find_pieces(first, last, token_index, tiles=ranges.shape[1])[None],
+        _filled(sent.expanded(), layout.seq_len - local_len, 0),
+        torch.from_numpy(np.stack((sent.counts(n), received.counts(n)))),
+        _filled(expand(places, stops - starts), capacity, 0),
+        _filled(tokens, capacity, UNUSED)[None],
+        ranges,
+        pieces=pieces[None],
     )
 
 
 def ring_metadata(
     layout: SequenceLayout,
     rank: int,
-    intervals: tuple[Tensor, Tensor],
+    intervals: Intervals,
     *,
     tile: int = TILE,
 ) -> KeyExchangeMetadata:
-    """Metadata to attend to the keys of each step as they arrive: n runs of keys."""
-    required = required_keys(layout, rank, *intervals)
-    first, last = _local(layout, rank, intervals)
-    steps = required.receive_tokens
-    ranges = torch.stack([block_ranges(first, last, x, tile=tile) for x in steps])
-    pieces = [find_pieces(first, last, x, tiles=ranges.shape[2]) for x in steps]
+    """Metadata to attend to the keys of each step as they arrive: n runs of keys.
+
+    Step s of n pairs every rank r with the ranks s places away: r receives from r - s and sends to
+    r + s.
+    """
+    intervals = KeyIntervals.read_off(intervals)
+    required = required_keys(layout, rank, intervals)
+    n, local_len = layout.num_shards, layout.shard_len
+    ahead, back = (np.arange(n) - rank) % n, (rank - np.arange(n)) % n
+    sent = required.send_slots.sorted_by(ahead)
+    received = required.receive_tokens.sorted_by(back)
+    starts = np.append(required.own_tokens.start, received.start)
+    stops = np.append(required.own_tokens.stop, received.stop)
+    step = np.append(np.zeros_like(required.own_slots), back[received.peer])
+    counts = np.stack((sent.counts(n)[ahead.argsort()], received.counts(n)[back.argsort()]))
+    rows, first, last = _local(layout, rank, intervals)
+    token_index = np.full((n, local_len), UNUSED, dtype=np.int32)
+    lengths = stops - starts
+    in_step = np.append(local_len, counts[1, 1:])
+    step_of_key, place = np.repeat(np.arange(n), in_step), expand(0 * in_step, in_step)
+    tokens = expand(starts, lengths)
+    token_index[step_of_key, place] = tokens
+    ranges = block_ranges_of_parts(rows, KeyLine(step, starts, stops, n), tile=tile)
+    of_step = torch.from_numpy(tokens).split(in_step.tolist())
+    pieces = [find_pieces(first, last, x, tiles=ranges.shape[2]) for x in of_step]
     return KeyExchangeMetadata(
         first,
         last,
-        _filled(torch.cat(required.send_slots), layout.seq_len - layout.shard_len, 0),
-        _sizes(required.send_slots, [required.receive_tokens[0][:0], *required.receive_tokens[1:]]),
+        _filled(sent.expanded(), layout.seq_len - local_len, 0),
+        torch.from_numpy(counts),
         torch.zeros(0, dtype=torch.int32),
-        torch.stack([_filled(x, layout.shard_len, UNUSED) for x in steps]),
+        torch.from_numpy(token_index),
         ranges,
         pieces=torch.stack(pieces),
     )
 
 
 def _local(
-    layout: SequenceLayout, rank: int, intervals: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    first, last = (layout.shard(x, rank) for x in intervals)
-    return first.contiguous(), last.contiguous()
+    layout: SequenceLayout, rank: int, intervals: KeyIntervals
+) -> tuple[list[SlotRuns], Tensor, Tensor]:
+    """What this rank's slots see: as runs of each row, and the ends of their intervals [B, L]."""
+    rows = [SlotRuns.of(runs, layout.partition, rank) for runs in intervals.rows]
+    by_slot = zip(*(row.by_slot() for row in rows), strict=True)
+    first, last = (torch.from_numpy(np.stack(x)) for x in by_slot)
+    return rows, first, last
 
 
-def _sizes(send: list[Tensor], receive: list[Tensor]) -> Tensor:
-    return torch.tensor([[x.numel() for x in send], [x.numel() for x in receive]])
-
-
-def _filled(x: Tensor, length: int, value: int) -> Tensor:
+def _filled(x: Ints, length: int, value: int) -> Tensor:
     """x, followed by `value` up to a length that no batch exceeds: shapes never change."""
-    filled = torch.nn.functional.pad(x, (0, length - x.numel()), value=value)
-    return filled.to(torch.int32)
+    filled = np.full(length, value, np.int32) if value else np.zeros(length, np.int32)
+    filled[: len(x)] = x
+    return torch.from_numpy(filled)

@@ -52,6 +52,7 @@ class ForwardArguments(NamedTuple):
     softcap: float
     groups: list[str]
     kernel: str
+    in_line: bool
 
     @property
     def inputs(self) -> AttentionInputs:
@@ -76,6 +77,7 @@ class BackwardArguments(NamedTuple):
     softcap: float
     groups: list[str]
     kernel: str
+    in_line: bool
 
     @property
     def inputs(self) -> AttentionInputs:
@@ -168,7 +170,7 @@ class AttentionOp:
             # The op's DTensor rule checks the shards: a sink is of this rank's heads.
             check_inputs(x)
         tensors = metadata.tensors()
-        rest = (softmax.scale, softmax.softcap, list(groups), softmax.kernel)
+        rest = (softmax.scale, softmax.softcap, list(groups), softmax.kernel, metadata.in_line)
         result = self.forward(*x, tensors, *rest)
         return cast(Tensor, result[0])
 
@@ -182,8 +184,9 @@ class AttentionOp:
             x.groups,
             x.v.shape[2],
         )
-        out, saved = self.strategy.forward(x.inputs, context)
-        return out.contiguous(), [each.contiguous() for each in saved]
+        out, saved = self.strategy.forward(_lined_up(x.inputs, x.in_line), context)
+        rows = x.q.shape[0]
+        return _in_rows(out.contiguous(), rows), [_in_rows(s.contiguous(), rows) for s in saved]
 
     def _forward_fake(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
         x = ForwardArguments(*arguments)
@@ -200,12 +203,17 @@ class AttentionOp:
             x.groups,
             x.kv_heads,
         )
-        result = ForwardResult(x.out, x.saved)
-        grads = self.strategy.backward(x.grad_out, x.inputs, result, context)
-        return tuple(
+        out, grad_out, *saved = (
+            _on_a_line(each, x.in_line) for each in (x.out, x.grad_out, *x.saved)
+        )
+        inputs, result = _lined_up(x.inputs, x.in_line), ForwardResult(out, saved)
+        grads = self.strategy.backward(grad_out, inputs, result, context)
+        dq, dk, dv, *rest = (
             x.q.new_zeros(0) if each is None else each.to(like.dtype).contiguous()
             for each, like in zip(grads[:-1], _like(x.inputs), strict=True)
         )
+        rows = x.grad_out.shape[0]
+        return (*(_in_rows(each, rows) if each.numel() else each for each in (dq, dk, dv)), *rest)
 
     def _backward_fake(self, *arguments: Any) -> tuple[Tensor, ...]:
         x = BackwardArguments(*arguments)
@@ -224,6 +232,7 @@ class AttentionOp:
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
         x, result = ForwardArguments(*inputs), ForwardResult(*output)
         ctx.scale, ctx.softcap, ctx.groups, ctx.kernel = x.scale, x.softcap, x.groups, x.kernel
+        ctx.in_line = x.in_line
         ctx.kv_heads, ctx.num_metadata = x.v.shape[2], len(x.metadata)
         kept: tuple[Tensor | None, ...] = (*x.inputs, result.out)
         if self.strategy.keeps_own_form:
@@ -242,7 +251,7 @@ class AttentionOp:
         x = dict(zip(AttentionInputs._fields, inputs, strict=True))
         if self.strategy.keeps_own_form:
             (x["q"], x["k"], x["v"], out), tensors = tensors[:4], tensors[4:]
-        rest = (metadata, ctx.kv_heads, ctx.scale, ctx.softcap, ctx.groups, ctx.kernel)
+        rest = (metadata, ctx.kv_heads, ctx.scale, ctx.softcap, ctx.groups, ctx.kernel, ctx.in_line)
         results = self.backward(grad_out, *x.values(), out, tensors, *rest)
         grads: dict[str, Any] = {
             name: grad
@@ -321,6 +330,23 @@ def schema_of(arguments: type[Any], returns: str) -> str:
     }
     fields = arguments.__annotations__.items()
     return f"({', '.join(f'{spelled[kind]} {name}' for name, kind in fields)}) -> {returns}"
+
+
+def _lined_up(x: AttentionInputs, in_line: bool) -> AttentionInputs:
+    """The inputs of a batch whose rows are one line: its metadata are those of one row."""
+    q, k, v = (None if each is None else _on_a_line(each, in_line) for each in x[:3])
+    assert q is not None and v is not None
+    return x._replace(q=q, k=k, v=v)
+
+
+def _on_a_line(x: Tensor, in_line: bool) -> Tensor:
+    """[B, L, ...] to [1, B * L, ...]."""
+    return x.flatten(0, 1)[None] if in_line else x
+
+
+def _in_rows(x: Tensor, rows: int) -> Tensor:
+    """The way back; of what is in rows, itself."""
+    return x if x.shape[0] == rows else x.view(rows, -1, *x.shape[2:])
 
 
 def _like(x: AttentionInputs) -> tuple[Tensor, ...]:

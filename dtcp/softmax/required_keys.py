@@ -1,100 +1,126 @@
 """Which keys each rank needs from each other rank: data, known before anything moves.
 
-Step s of n pairs every rank r with the ranks s places away: r receives from r - s and sends to
-r + s. What rank r needs from a shard is the union of its queries' intervals over the shard's
-tokens, so a sliding window needs its halo, packed documents need the parts of documents that
-cross shards, and a causal mask needs nothing that lies ahead. No strategy has a rule of its own.
+What a rank needs is the union of its queries' intervals, so a sliding window needs its halo,
+packed documents need the parts of documents that cross shards, and a causal mask needs nothing
+that lies ahead. No strategy has a rule of its own. Intervals and layouts are runs, and so is
+what they come to: the work grows with documents and pieces, not with tokens.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from dtcp.kernels.softmax.block_ranges import check_intervals
 from dtcp.sequence.arguments import check_rank
-from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.interval_runs import IntervalRuns, Intervals, KeyIntervals
+from dtcp.sequence.layout import Ints, Partition, SequenceLayout, expand, unique_ascending
 
 
-@dataclass(frozen=True)
+class PeerRuns(NamedTuple):
+    """Runs of tokens that pass between this rank and others. Each field [R]."""
+
+    peer: Ints
+    start: Ints
+    stop: Ints
+
+    def counts(self, num_shards: int) -> Ints:
+        """Tokens of each peer: [n]."""
+        lengths = self.stop - self.start
+        return np.bincount(self.peer, lengths, num_shards).astype(np.int64)
+
+    def sorted_by(self, key: Ints) -> "PeerRuns":
+        """By a number for each peer, [n], then from left to right."""
+        order = np.lexsort((self.start, key[self.peer]))
+        return PeerRuns(*(x[order] for x in self))
+
+    def expanded(self) -> Ints:
+        """The tokens of all runs, one after another."""
+        return expand(self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True, eq=False)
 class RequiredKeys:
-    """The keys that cross between this rank and the others, step by step."""
+    """The keys that cross between this rank and the others."""
 
-    send_slots: list[Tensor]  # n of [<= L], local slots, ascending; step 0 is empty
-    receive_tokens: list[Tensor]  # n of [<= L], token indices, ascending; step 0: this rank's own
+    send_slots: PeerRuns  # local slots, of others alone
+    receive_tokens: PeerRuns  # token indices, of others alone
+    own_tokens: PeerRuns
+    own_slots: Ints  # of the first token of each own run
 
     @property
     def received_tokens(self) -> int:
-        return sum(x.numel() for x in self.receive_tokens[1:])
+        return int((self.receive_tokens.stop - self.receive_tokens.start).sum())
+
+    @property
+    def sent_tokens(self) -> int:
+        return int((self.send_slots.stop - self.send_slots.start).sum())
 
 
-def required_keys(
-    layout: SequenceLayout, rank: int, first_key: Tensor, last_key: Tensor
-) -> RequiredKeys:
-    """Work out what this rank sends and receives; every rank finds its side of the same pairs.
-
-    Args:
-        first_key, last_key: [B, S] in token order, the whole row's.
-    """
-    requested = keys_requested_by(layout, rank, first_key, last_key)  # [n, L] bool
-    n = layout.num_shards
-    held = [layout.token_indices(r) for r in range(n)]
-    mine = held[rank]
-    wanted = _union(first_key[:, mine], last_key[:, mine], layout.seq_len)  # [S] bool
-    receive, send = [mine], [mine[:0]]
-    for step in range(1, n):
-        theirs = held[(rank - step) % n]
-        receive.append(theirs[wanted[theirs]])
-        send.append(requested[(rank + step) % n].nonzero().flatten())
-    return RequiredKeys(send, receive)
-
-
-def keys_requested_by(
-    layout: SequenceLayout, rank: int, first_key: Tensor, last_key: Tensor
-) -> Tensor:
-    """Which of this rank's keys each rank needs: [n, L] bool, by local slot.
-
-    All queries' intervals are cut down to this shard's tokens, so the work is O(S log L).
-    """
-    _check(layout, rank, first_key, last_key)
-    n, length = layout.num_shards, layout.shard_len
-    mine = layout.token_indices(rank)  # ascending
-    owner = torch.empty(layout.seq_len, dtype=torch.int64)
-    owner[layout.permutation()] = torch.arange(n).repeat_interleave(length)
-    first, last = (x.to(torch.int64).contiguous() for x in (first_key, last_key))
-    start = torch.searchsorted(mine, first)
-    stop = torch.searchsorted(mine, last, right=True)
-    some = start < stop
-    row = owner.expand_as(first)[some] * (length + 1)
-    edges = torch.zeros(n * (length + 1), dtype=torch.int64)
-    ones = torch.ones_like(row)
-    edges.index_add_(0, row + start[some], ones)
-    edges.index_add_(0, row + stop[some], -ones)
-    return edges.view(n, length + 1)[:, :-1].cumsum(1) > 0
-
-
-def _check(layout: SequenceLayout, rank: int, first_key: Tensor, last_key: Tensor) -> None:
-    """Refuse intervals that are not of the layout's whole rows."""
+def required_keys(layout: SequenceLayout, rank: int, intervals: Intervals) -> RequiredKeys:
+    """Work out what this rank sends and receives; every rank finds its side of the same pairs."""
     check_rank(type(layout).__name__, rank, layout.num_shards)
-    check_intervals(first_key, last_key)
-    if (
-        first_key.shape[1] != layout.seq_len
-        or not first_key.shape[0]
-        or int(first_key.amin()) < 0
-        or int(last_key.amax()) >= layout.seq_len
-    ):
-        raise ValueError(
-            f"The intervals of a mask are those of whole rows, got first_key.shape="
-            f"{tuple(first_key.shape)} with {layout}: take them from Mask.intervals of the "
-            f"batch's coords."
-        )
+    intervals = KeyIntervals.read_off(intervals)
+    intervals.check_whole_rows(layout)
+    partition, mine = layout.partition, layout.partition.owner == rank
+    needed = needed_by_rank(partition, intervals, layout.seq_len)
+
+    wanted = needed.peer == rank
+    run, piece = _overlaps(
+        needed.start[wanted], needed.stop[wanted], partition.start, partition.stop
+    )
+    start = np.maximum(needed.start[wanted][run], partition.start[piece])
+    stop = np.minimum(needed.stop[wanted][run], partition.stop[piece])
+    received = PeerRuns(partition.owner[piece], start, stop)
+    received = PeerRuns(*(x[received.peer != rank] for x in received))
+
+    own_start, own_stop, own_slot = (
+        x[mine] for x in (partition.start, partition.stop, partition.slot)
+    )
+    others = PeerRuns(*(x[~wanted] for x in needed))
+    run, piece = _overlaps(others.start, others.stop, own_start, own_stop)
+    start = np.maximum(others.start[run], own_start[piece])
+    stop = np.minimum(others.stop[run], own_stop[piece])
+    shift = own_slot[piece] - own_start[piece]
+    sent = PeerRuns(others.peer[run], start + shift, stop + shift)
+    own = PeerRuns(np.full_like(own_start, rank), own_start, own_stop)
+    return RequiredKeys(sent, received, own, own_slot)
 
 
-def _union(first: Tensor, last: Tensor, seq_len: int) -> Tensor:
-    """Which tokens lie inside any of the intervals: [S] bool."""
-    some = last >= first
-    edges = torch.zeros(seq_len + 1, dtype=torch.int64)
-    first, last = first[some].to(torch.int64), last[some].to(torch.int64)
-    edges.index_add_(0, first, torch.ones_like(first))
-    edges.index_add_(0, last + 1, -torch.ones_like(last))
-    return edges[:-1].cumsum(0) > 0
+def needed_by_rank(partition: Partition, intervals: KeyIntervals, seq_len: int) -> PeerRuns:
+    """The tokens that any query of each rank sees, as the fewest runs; by rank, ascending.
+
+    On a run of tokens either end of the interval moves by a token at most, so that all it covers
+    is one run of keys.
+    """
+    parts = [_covered(partition, runs) for runs in intervals.rows]
+    rank, start, stop = (np.concatenate(x) for x in zip(*parts, strict=True))
+    # Ranks one after another on one line, with a token between them.
+    offset = rank * (seq_len + 1)
+    order = (start + offset).argsort()
+    offset, start, stop = offset[order], (start + offset)[order], (stop + offset)[order]
+    reached = np.maximum.accumulate(stop)
+    new = np.ones(len(start), dtype=bool)
+    new[1:] = start[1:] > reached[:-1]
+    first = np.flatnonzero(new)
+    last = np.append(first[1:], len(start))[: len(first)] - 1
+    offset = offset[first]
+    return PeerRuns(offset // (seq_len + 1), start[first] - offset, reached[last] - offset)
+
+
+def _covered(partition: Partition, runs: IntervalRuns) -> tuple[Ints, Ints, Ints]:
+    """For each stretch of a rank's tokens that lies in one run: the rank, and the keys it sees."""
+    first_token = unique_ascending(np.append(partition.start, runs.start))
+    last_token = np.append(first_token[1:], partition.stop[-1]) - 1
+    owner = partition.owner[np.searchsorted(partition.start, first_token, side="right") - 1]
+    start, _ = runs.at(first_token)
+    _, stop = runs.at(last_token)
+    seen = stop >= start
+    return owner[seen], start[seen], stop[seen] + 1
+
+
+def _overlaps(start: Ints, stop: Ints, piece_start: Ints, piece_stop: Ints) -> tuple[Ints, Ints]:
+    """Pairs of a run and a piece that meet; pieces ascend and do not overlap each other."""
+    low = np.searchsorted(piece_stop, start, side="right")
+    high = np.searchsorted(piece_start, stop, side="left")
+    count = np.maximum(high - low, 0)
+    return np.repeat(np.arange(len(start)), count), expand(low, count)

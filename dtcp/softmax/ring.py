@@ -16,6 +16,7 @@ from dtcp.kernels.softmax.api import (
     attend_backward,
     zeros_for,
 )
+from dtcp.sequence.interval_runs import Intervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.exchange import Transfer, accumulate_returned_grads, isend_irecv
 from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
@@ -113,6 +114,6 @@ class RingAttention(KeyExchangeAttention):
         return RING
 
     def rank_metadata(
-        self, layout: SequenceLayout, rank: int, intervals: tuple[Tensor, Tensor]
+        self, layout: SequenceLayout, rank: int, intervals: Intervals
     ) -> KeyExchangeMetadata:
         return ring_metadata(layout, rank, intervals, tile=self.tile)

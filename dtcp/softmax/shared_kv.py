@@ -13,6 +13,7 @@ from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids, position_ids_of
+from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Coords
 from dtcp.softmax.all_gather import AllGatherAttention
@@ -28,14 +29,17 @@ class ContextParallelGatherSharedKV(ClaimedMixer, GatherSharedKV):
     """A GatherSharedKV that a style has taken over."""
 
     def carry_out(self, x: Tensor, attn_metadata: BatchMetadata) -> Tensor:
-        out: Tensor = _gather(x, self.own(attn_metadata).tensors(), self.groups[-1])
-        return out
+        metadata: KeyExchangeMetadata = self.own(attn_metadata)
+        line = x.flatten(0, 1)[None] if metadata.in_line else x
+        out: Tensor = _gather(line, metadata.tensors(), self.groups[-1])
+        return out.view(x.shape[0], -1, *x.shape[2:])
 
     def position_ids(self, position_ids: Tensor, attn_metadata: BatchMetadata) -> Tensor:
         metadata: KeyExchangeMetadata = self.own(attn_metadata)
-        seen = metadata.last_key >= metadata.first_key
-        check_position_ids(position_ids, metadata.position_ids, seen)
-        return metadata.key_position_ids[0]
+        check_position_ids(position_ids, metadata.position_ids, metadata.sees)
+        rows = metadata.position_ids.shape[0]
+        # On a line, what all rows require follows one another; it has as many places as rows do.
+        return metadata.key_position_ids[0].reshape(rows, -1)
 
 
 class AttentionToSharedKV(ClaimedMixer, SoftmaxAttention):
@@ -57,6 +61,7 @@ class AttentionToSharedKV(ClaimedMixer, SoftmaxAttention):
             keys.key_token_index[0],
             keys.block_ranges[0],
             pieces=keys.pieces[0],
+            in_line=keys.in_line,
         )
         return ATTENTION(AttentionInputs(q, k, v, sink), local, self.softmax(q))
 
@@ -95,11 +100,12 @@ class SharedKVAttention(AttentionStyle):
     ) -> KeyExchangeMetadata:
         assert isinstance(mixer, MaskedMixer)
         self.check(mixer, layout)
-        metadata = self.rank_metadata(layout, rank, mixer.mask.intervals(coords))
+        metadata = self.batch_metadata(layout, rank, KeyIntervals.of(mixer.mask, coords))
+        assert isinstance(metadata, KeyExchangeMetadata)
         return metadata.with_position_ids(position_ids_of(coords), layout, rank)
 
     def rank_metadata(
-        self, layout: SequenceLayout, rank: int, intervals: tuple[Tensor, Tensor]
+        self, layout: SequenceLayout, rank: int, intervals: Intervals
     ) -> KeyExchangeMetadata:
         return self.gather.rank_metadata(layout, rank, intervals)
 

@@ -1,7 +1,7 @@
 """Styles of softmax attention, and what a mixer becomes once one has taken it over."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, cast
 
 from torch import Tensor, nn
@@ -16,8 +16,11 @@ from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids, position_ids_of
 from dtcp.sequence.arguments import check_ints, check_tensor
+from dtcp.sequence.document_balanced import DocumentBalanced
+from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
 from dtcp.sequence.masks import Coords
+from dtcp.sequence.row_layouts import RowLayouts
 from dtcp.softmax.dtensor import install_attention_rules
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.mixer import KeysFromValues, MaskedMixer, SoftmaxAttention
@@ -91,8 +94,7 @@ class ContextParallelKeysFromValues(ClaimedMixer, KeysFromValues):
     ) -> Tensor:
         self.check_operands(q, v, position_ids, key_scale, frequency)
         metadata: KeyExchangeMetadata = self.own(attn_metadata)
-        seen = metadata.last_key >= metadata.first_key
-        check_position_ids(position_ids, metadata.position_ids, seen)
+        check_position_ids(position_ids, metadata.position_ids, metadata.sees)
         q = rotate(q, metadata.position_ids, frequency)
         x = AttentionInputs(q, None, v, None, key_scale, frequency)
         out: Tensor = self.style.op(x, metadata, self.softmax(q), groups=self.groups)
@@ -123,6 +125,7 @@ class AttentionStyle(MixerStyle):
         HeadTail,
         PerDocument,
         BlockBalanced,
+        DocumentBalanced,
     )
     tile: int = field(default=TILE, kw_only=True)
     kernel: str = field(default=AUTO, kw_only=True)
@@ -141,23 +144,32 @@ class AttentionStyle(MixerStyle):
     ) -> AttentionMetadata:
         assert isinstance(mixer, MaskedMixer)
         self.check(mixer, layout)
-        metadata = self.rank_metadata(layout, rank, mixer.mask.intervals(coords))
+        metadata = self.batch_metadata(layout, rank, KeyIntervals.of(mixer.mask, coords))
         if not isinstance(mixer, KeysFromValues):
             return metadata
         assert isinstance(metadata, KeyExchangeMetadata)
         return metadata.with_position_ids(position_ids_of(coords), layout, rank)
 
-    def rank_metadata(
-        self, layout: SequenceLayout, rank: int, intervals: tuple[Tensor, Tensor]
+    def batch_metadata(
+        self, layout: SequenceLayout, rank: int, intervals: KeyIntervals
     ) -> AttentionMetadata:
-        """What the op reads on `rank`, for a mask's intervals [B, S] of the whole rows."""
+        """`rank_metadata`, of rows that are laid out each by itself as well."""
+        if not isinstance(layout, RowLayouts):
+            return self.rank_metadata(layout, rank, intervals)
+        metadata = self.rank_metadata(layout.in_line, rank, intervals.in_line())
+        return replace(metadata, in_line=True)
+
+    def rank_metadata(
+        self, layout: SequenceLayout, rank: int, intervals: Intervals
+    ) -> AttentionMetadata:
+        """What the op reads on `rank`, for a mask's intervals of the whole rows."""
         raise NotImplementedError
 
     def received(
         self,
         layout: SequenceLayout,
         rank: int,
-        intervals: tuple[Tensor, Tensor],
+        intervals: Intervals,
         shape: AttentionShape,
     ) -> Received:
         """What `rank` will receive: a formula, to plan with; tests hold the op's count to it."""
@@ -189,11 +201,13 @@ class KeyExchangeAttention(AttentionStyle):
         self,
         layout: SequenceLayout,
         rank: int,
-        intervals: tuple[Tensor, Tensor],
+        intervals: Intervals,
         shape: AttentionShape,
     ) -> Received:
         """Required keys come forward and again backward; gradients of sent keys come home."""
-        required = required_keys(layout, rank, *intervals)
-        sent = sum(x.numel() for x in required.send_slots)
+        if isinstance(layout, RowLayouts):
+            intervals = KeyIntervals.read_off(intervals).in_line()
+            layout, shape = layout.in_line, replace(shape, batch=1)
+        required = required_keys(layout, rank, intervals)
         keys = required.received_tokens * shape.key_row
-        return Received(keys, keys + sent * shape.key_row)
+        return Received(keys, keys + required.sent_tokens * shape.key_row)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,8 @@ from torch import Tensor
 from dtcp.distributed.groups import group_of
 from dtcp.kernels.dtypes import accumulation
 from dtcp.metadata import AttentionMetadata
-from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.interval_runs import Intervals, KeyIntervals
+from dtcp.sequence.layout import Contiguous, Partition, SequenceLayout
 from dtcp.softmax.local import LOCAL
 from dtcp.softmax.metadata import local_metadata
 from dtcp.softmax.op import (
@@ -201,9 +203,12 @@ class Ascending(SequenceLayout):
     of: SequenceLayout = field(kw_only=True)
 
     def runs(self, rank: int) -> list[tuple[int, int]]:
-        each = self.of.num_shards // self.num_shards
-        members = range(rank * each, (rank + 1) * each)
-        return sorted(run for member in members for run in self.of.runs(member))
+        return self.partition.runs(rank)
+
+    @cached_property
+    def partition(self) -> Partition:
+        each, of = self.of.num_shards // self.num_shards, self.of.partition
+        return Partition.ascending(of.start, of.owner // each, self.seq_len)
 
 
 def joined(layout: SequenceLayout, num_shards: int) -> SequenceLayout:
@@ -212,9 +217,12 @@ def joined(layout: SequenceLayout, num_shards: int) -> SequenceLayout:
 
 
 def reorder_indices(layout: SequenceLayout, num_shards: int, shard: int) -> tuple[Tensor, Tensor]:
-    """Slots of a joined shard in ascending position, and the way back; empty if they ascend."""
+    """Slots of a joined shard in ascending position, and the way back; empty if they ascend.
+
+    Whether they do is a matter of the kind of layout: the graph is the same for every batch.
+    """
     held = layout.permutation().view(num_shards, -1)
-    if bool((held.diff(dim=1) > 0).all()):
+    if num_shards == layout.num_shards or isinstance(layout, Contiguous):
         nothing = torch.zeros(0, dtype=torch.int32)
         return nothing, nothing.clone()
     order = held[shard].argsort()
@@ -245,16 +253,16 @@ class UlyssesAttention(AttentionStyle):
         return ULYSSES
 
     def rank_metadata(
-        self, layout: SequenceLayout, rank: int, intervals: tuple[Tensor, Tensor]
+        self, layout: SequenceLayout, rank: int, intervals: Intervals
     ) -> UlyssesMetadata:
-        local = local_metadata(*intervals, tile=self.tile)
+        local = local_metadata(*KeyIntervals.read_off(intervals).whole(), tile=self.tile)
         return UlyssesMetadata(*reorder_indices(layout, 1, 0), local)
 
     def received(
         self,
         layout: SequenceLayout,
         rank: int,
-        intervals: tuple[Tensor, Tensor],
+        intervals: Intervals,
         shape: AttentionShape,
     ) -> Received:
         return heads_received(layout.shard_len, layout.num_shards, shape)

@@ -76,7 +76,18 @@ class CompressedSparseAttention(Mixer):
             [B, L, H, D].
         """
         check_sparse_operands(q, keys, sink, tokens, index, self.compression)
-        metadata: SparseMetadata = self.own(attn_metadata)
+        return self.attend(q, keys, self.own(attn_metadata), sink, tokens, index)
+
+    def attend(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        metadata: SparseMetadata,
+        sink: Tensor,
+        tokens: Prepool | None,
+        index: Index | None,
+    ) -> Tensor:
+        """`forward`, once the batch's metadata are known."""
         if metadata.last.shape != q.shape[:2]:
             raise ValueError(
                 f"Compressed sparse attention reads the metadata of its own batch, got some for "

@@ -7,20 +7,31 @@ it, so no length of a document or shard has to be a multiple of anything.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.collectives import all_gather
-from dtcp.mixer import ClaimedMixer, Mixer
-from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.distributed.relayout import RelayoutMetadata, apply_relayout
+from dtcp.kernels.sparse.pooling import Prepool
+from dtcp.metadata import BatchMetadata
+from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids
+from dtcp.sequence.document_balanced import DocumentBalanced
+from dtcp.sequence.layout import (
+    BlockBalanced,
+    Contiguous,
+    HeadTail,
+    PerDocument,
+    SequenceLayout,
+)
 from dtcp.sequence.masks import Coords
 from dtcp.sequence.routes import halo_runs
 from dtcp.sparse.exchange import bring_left, prepend_halo
 from dtcp.sparse.metadata import SparseMetadata, rank_metadata, segment_entries
-from dtcp.sparse.mixer import CompressedSparseAttention
+from dtcp.sparse.mixer import CompressedSparseAttention, Index
+from dtcp.sparse.moved import MovedSparseMetadata, OwnTokens, moved
 from dtcp.style import MixerStyle, Received
 
 
@@ -37,8 +48,37 @@ class SparseShape:
 class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
     """A CompressedSparseAttention that a style has taken over."""
 
-    def carry_out(self, *args: Any, **kwargs: Any) -> Tensor:
-        return CompressedSparseAttention.forward(self, *args, **kwargs)
+    def carry_out(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        attn_metadata: BatchMetadata,
+        *,
+        sink: Tensor,
+        tokens: Prepool | None = None,
+        index: Index | None = None,
+    ) -> Tensor:
+        metadata = self.own(attn_metadata)
+        if isinstance(metadata, SparseMetadata):
+            return self.attend(q, keys, metadata, sink, tokens, index)
+        check_sparse_operands(q, keys, sink, tokens, index, self.compression)
+        parts = [q, keys, *_tensors(tokens)]
+        # An indexer has no gradient, and so none travels back.
+        no_gradient = [] if index is None else [index.q, index.weight, *_tensors(index.keys)]
+        parts += [x.detach() for x in no_gradient]
+        q, keys, *rest = moved(parts, metadata.there, self.groups[0])
+        if tokens is not None:
+            tokens = tokens._replace(value=rest[0], gate=rest[1])
+        if index is not None:
+            of_index = index.keys._replace(value=rest[4], gate=rest[5])
+            index = Index(rest[2], rest[3], of_index)
+        out = self.attend(q, keys, metadata.inside, sink, tokens, index)
+        return apply_relayout(out, metadata.there, self.groups[0], reverse=True)
+
+    def check_position_ids(self, position_ids: Tensor, attn_metadata: BatchMetadata) -> None:
+        metadata = self.own(attn_metadata)
+        of_rank = metadata if isinstance(metadata, SparseMetadata) else metadata.here
+        check_position_ids(position_ids, of_rank.position_ids, of_rank.last >= 0)
 
     def bring(
         self, keys: Tensor, pooled: Tensor | None, metadata: SparseMetadata
@@ -73,9 +113,17 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
         return [] if self.compression is None else [self.compression.reach]
 
 
+def _tensors(tokens: Prepool | None) -> list[Tensor]:
+    return [] if tokens is None else [tokens.value, tokens.gate]
+
+
 @dataclass
 class CompressedSparseCP(MixerStyle):
     """Carry out CompressedSparseAttention on a sequence sharded over a mesh axis.
+
+    Contiguous and HeadTail are carried out as they are. Of any other layout, what the mixer is
+    called with moves to HeadTail and its output back, one all-to-all each, and as much backward:
+    more than all else that travels, where heads are many and wide.
 
     Three collectives forward: one exchange of halos (window - 1 raw keys, ratio - 1 tokens to
     pool or 2 ratio - 1 with overlap, a segment), an all-gather of entries, one of the indexer's
@@ -88,19 +136,37 @@ class CompressedSparseCP(MixerStyle):
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
         CompressedSparseAttention: ContextParallelSparse
     }
-    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (Contiguous, HeadTail)
+    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (
+        Contiguous,
+        HeadTail,
+        PerDocument,
+        BlockBalanced,
+        DocumentBalanced,
+    )
 
     def make_metadata(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
-    ) -> SparseMetadata:
+    ) -> SparseMetadata | MovedSparseMetadata:
         assert isinstance(mixer, CompressedSparseAttention)
         self.check(mixer, layout)
-        return rank_metadata(coords, layout, rank, mixer.window, mixer.compression)
+        if isinstance(layout, Contiguous | HeadTail):
+            return rank_metadata(coords, layout, rank, mixer.window, mixer.compression)
+        inside = _inside(layout)
+        return MovedSparseMetadata(
+            RelayoutMetadata.between(layout, inside, rank),
+            OwnTokens.of(coords, layout, rank),
+            rank_metadata(coords, inside, rank, mixer.window, mixer.compression),
+        )
 
     def received(
         self, mixer: CompressedSparseAttention, layout: SequenceLayout, rank: int, of: SparseShape
     ) -> Received:
         """What `rank` will receive in a layer: a formula; tests hold the count to it."""
+        if not isinstance(layout, Contiguous | HeadTail):
+            raise ValueError(
+                f"What {self} receives is a formula for Contiguous and HeadTail, got "
+                f"layout={layout}: plan with one of them."
+            )
         row = of.batch * of.element_size
         keys = _halo_tokens(layout, rank, mixer.window - 1) * of.head_dim
         back = _asked_tokens(layout, rank, mixer.window - 1) * of.head_dim
@@ -127,6 +193,13 @@ class CompressedSparseCP(MixerStyle):
                 f"{device_mesh.ndim} axes: slice it, as in mesh['cp']."
             )
         return super()._apply(module, device_mesh)
+
+
+def _inside(layout: SequenceLayout) -> SequenceLayout:
+    """HeadTail, or Contiguous where the rows do not divide into its chunks."""
+    n = layout.num_shards
+    kind = Contiguous if layout.seq_len % HeadTail.multiple(n) else HeadTail
+    return kind(layout.seq_len, n)
 
 
 def work(metadata: SparseMetadata, *, selected: int | None) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dtcp.torchtitan.parallelize import MakePlan, parallelize_plain
+from dtcp.torchtitan.section import Section
 
 import torch
 from torch import nn
@@ -27,12 +28,15 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.models import deepseek_v4, gemma4, qwen3_5
 from dtcp.models import llama as llamas
 from dtcp.parallelize import (
+    ParallelPlan,
     balance_experts,
     deepseek_v4_plan,
     gemma4_plan,
     llama_plan,
     qwen3_5_plan,
 )
+from dtcp.recurrent import RelayoutCP
+from dtcp.recurrent.style import RecurrentStyle
 
 StateDict = dict[str, Any]
 Work = Callable[[nn.Module, DeviceMesh | None], None]
@@ -45,7 +49,7 @@ class Family:
     Args:
         model: built from its config; `init_weights()` draws its weights. The config has
             vocab_size, num_layers, num_heads, head_dim and tied.
-        plan: model config, mesh and attention style to a plan.
+        plan: model config, mesh and section to a plan.
         to_hf: a state dict of ours and the config to the names of a Hugging Face checkpoint.
         from_hf: the way back.
         config_to_hf: the `config.json` that goes with the weights.
@@ -65,10 +69,17 @@ class Family:
     before_step: Work | None = None
 
 
+def _qwen3_5_plan(config: Any, mesh: ParallelMesh, section: Section) -> ParallelPlan:
+    """In a layout that the delta rule does not take, its layers move tokens to one that it does."""
+    takes = section.sequence_layout() in RecurrentStyle.layouts
+    relayout = None if takes else RelayoutCP()
+    return qwen3_5_plan(config, mesh, section.attention_style(), relayout=relayout)
+
+
 LLAMA = Family(
     name="llama",
     model=llamas.Llama,
-    plan=llama_plan,
+    plan=lambda config, mesh, section: llama_plan(config, mesh, section.attention_style()),
     to_hf=llamas.to_hf,
     from_hf=llamas.from_hf,
     config_to_hf=llamas.config_to_hf,
@@ -77,7 +88,7 @@ LLAMA = Family(
 QWEN3_5 = Family(
     name="qwen3_5",
     model=qwen3_5.Qwen35,
-    plan=qwen3_5_plan,
+    plan=_qwen3_5_plan,
     to_hf=qwen3_5.to_hf,
     from_hf=qwen3_5.from_hf,
     config_to_hf=qwen3_5.config_to_hf,
@@ -87,7 +98,7 @@ QWEN3_5 = Family(
 GEMMA4 = Family(
     name="gemma4",
     model=gemma4.Gemma4,
-    plan=gemma4_plan,
+    plan=lambda config, mesh, section: gemma4_plan(config, mesh, section.attention_style()),
     to_hf=gemma4.to_hf,
     from_hf=gemma4.from_hf,
     config_to_hf=gemma4.config_to_hf,

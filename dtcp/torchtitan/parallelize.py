@@ -51,9 +51,8 @@ from dtcp.parallelize import (
 )
 from dtcp.plan import apply_plan
 from dtcp.softmax.mixer import name_kernel
-from dtcp.softmax.style import AttentionStyle
 
-MakePlan = Callable[[Any, ParallelMesh, AttentionStyle], ParallelPlan]
+MakePlan = Callable[[Any, ParallelMesh, Section], ParallelPlan]
 
 
 def parallelize_plain(
@@ -71,7 +70,7 @@ def parallelize_plain(
     """A model of ours, by its plan.
 
     Args:
-        make_plan: model config, mesh and attention style to a plan, as `llama_plan`.
+        make_plan: model config, mesh and section to a plan.
     """
     mesh = ParallelMesh.from_parallel_dims(parallel_dims)
     name_kernel(model, section.kernel)
@@ -79,7 +78,7 @@ def parallelize_plain(
     return parallelize(
         model,
         mesh,
-        make_plan(model.config, mesh, section.attention_style()),
+        make_plan(model.config, mesh, section),
         activation_checkpoint=_activation_checkpoint(ac_config),
         compile=Compile(compile_config.backend) if compiled else None,
         fsdp=FSDP(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dtcp.compile import Boundary, EagerIsland, InGraph
+from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.layout import (
     BlockBalanced,
     Contiguous,
@@ -25,6 +26,7 @@ LAYOUT_CLASSES: Mapping[str, type[SequenceLayout]] = {
     "head_tail": HeadTail,
     "per_document": PerDocument,
     "block_balanced": BlockBalanced,
+    "document_balanced": DocumentBalanced,
 }
 
 
@@ -38,7 +40,9 @@ class Section:
     ulysses_degree: int = 2
     """Of the hybrid strategy: ranks that exchange heads; the ring goes over the rest."""
 
-    layout: Literal["contiguous", "head_tail", "per_document", "block_balanced"] = "head_tail"
+    layout: Literal[
+        "contiguous", "head_tail", "per_document", "block_balanced", "document_balanced"
+    ] = "head_tail"
     """Which tokens each rank holds."""
 
     boundary: Literal["in_graph", "eager_island"] = "in_graph"

@@ -166,14 +166,14 @@ def test_a_negative_prefix_throughout_a_document_is_refused_A6():
             "got tile=0",
         ),
         (
-            lambda: required_keys(HeadTail(8, 2), 2, *Causal().intervals(Coords.of(TWO))),
+            lambda: required_keys(HeadTail(8, 2), 2, Causal().intervals(Coords.of(TWO))),
             ValueError,
             "got rank=2",
         ),
         (
-            lambda: required_keys(HeadTail(16, 2), 0, *Causal().intervals(Coords.of(TWO))),
+            lambda: required_keys(HeadTail(16, 2), 0, Causal().intervals(Coords.of(TWO))),
             ValueError,
-            r"whole rows, got first_key\.shape=\(2, 8\)",
+            r"whole rows, got 2 rows of \[8\] tokens",
         ),
         (lambda: to_thd(THD | {"seq_lens": torch.tensor([[3.0, 4.0]])}), TypeError, "float32"),
         (lambda: to_thd(THD | {"labels": [[0] * 8]}), TypeError, "got labels of type list"),

@@ -25,7 +25,7 @@ from dtcp.sequence.masks import (
     vision_blocks,
 )
 from dtcp.sequence.routes import Route, halo_runs, halo_token_indices, rolled
-from dtcp.softmax.required_keys import keys_requested_by, required_keys
+from dtcp.softmax.required_keys import required_keys
 from tests.harness import reference
 from tests.harness.fuzz import run_cases
 
@@ -481,7 +481,7 @@ def keys_that_are_required(draw):
     low = draw.bad("first_key", first, *wrong)
     high = draw.bad("last_key", last, last[:, 1:], last[0], last.clamp(min=0) + S, None)
     mine = draw.bad("rank", rank, n, -1, 0.5, None)
-    required = required_keys(layout, mine, low, high)
+    required = required_keys(layout, mine, (low, high))
 
     def needs(reader):
         return {
@@ -491,14 +491,16 @@ def keys_that_are_required(draw):
             for key in range(int(first[row, query]), int(last[row, query]) + 1)
         }
 
-    for step in range(1, n):
-        theirs = tokens[(rank - step) % n]
-        assert required.receive_tokens[step].tolist() == [t for t in theirs if t in needs(rank)]
-        asked = needs((rank + step) % n)
-        slots = [slot for slot, t in enumerate(tokens[rank]) if t in asked]
-        assert required.send_slots[step].tolist() == slots
-    requested = keys_requested_by(layout, mine, low, high)
-    assert requested.tolist() == [[t in needs(r) for t in tokens[rank]] for r in range(n)]
+    def of_peer(runs, peer):
+        of = zip(runs.peer.tolist(), runs.start.tolist(), runs.stop.tolist(), strict=True)
+        return sorted(t for other, a, b in of if other == peer for t in range(a, b))
+
+    for peer in {*range(n)} - {rank}:
+        received = sorted(t for t in tokens[peer] if t in needs(rank))
+        assert of_peer(required.receive_tokens, peer) == received
+        slots = [slot for slot, t in enumerate(tokens[rank]) if t in needs(peer)]
+        assert of_peer(required.send_slots, peer) == slots
+    assert of_peer(required.own_tokens, rank) == sorted(tokens[rank])
 
 
 def routes_between_ranks(draw):

@@ -168,9 +168,7 @@ def in_tiles(style: AttentionStyle, tile: int) -> AttentionStyle:
 
 def accepts(style: AttentionStyle, layout: type[SequenceLayout], case: Case, n: int) -> bool:
     """Whether this style and layout promise to compute the case."""
-    documents = case.documents(n)
-    by_document = layout in (PerDocument, BlockBalanced)
-    if layout not in style.layouts or (by_document and len(set(documents.lengths)) > 1):
+    if layout not in style.layouts:
         return False
     return not isinstance(style, HaloAttention) or case.mask_case in (
         WINDOW,

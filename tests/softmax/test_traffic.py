@@ -22,6 +22,7 @@ from dtcp.distributed.ledger import (
 from dtcp.sdpa.aten_rules import install_sdpa_rules
 from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
 from dtcp.sequence.masks import Causal, SlidingWindow
+from dtcp.sequence.row_layouts import RowLayouts
 from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,
@@ -84,21 +85,27 @@ def expected_bytes(style, case, layout, rank):
     """(forward, backward) bytes that the rank has to receive, from who sees whom."""
     n = layout.num_shards
     documents = case.documents(n)
-    element = documents.batch * torch.finfo(case.dtype).bits // 8
+    element = torch.finfo(case.dtype).bits // 8
     width = case.key_dim + case.value_dim
-    shards = layout.permutation().view(n, -1).numpy()
+    visible, row_layouts = case.mask_case.visible(documents), [layout]
+    if isinstance(layout, RowLayouts):
+        row_layouts = list(layout.rows)
+    else:
+        visible = visible.any(0, keepdim=True).expand_as(visible)
+        row_layouts *= documents.batch
+    shards = [row.permutation().view(n, -1).numpy() for row in row_layouts]
     if isinstance(style, UlyssesAttention):
-        return (by_heads(case, layout.shard_len, n) * element,) * 2
+        return (by_heads(case, layout.shard_len, n) * element * documents.batch,) * 2
     if isinstance(style, HybridAttention):
         u = style.inner_ranks
-        shards, rank = shards.reshape(n // u, -1), rank // u
+        shards, rank = [x.reshape(n // u, -1) for x in shards], rank // u
         kv_heads = max(case.kv_heads, u) // u
-        within = by_heads(case, layout.shard_len, u) * element
+        within = by_heads(case, layout.shard_len, u) * element * documents.batch
     else:
         kv_heads, within = case.kv_heads, 0
-    required_keys = (
-        tokens_between(case.mask_case.visible(documents), shards) * kv_heads * width * element
-    )
+    # Rows that share a layout send the same tokens, those that any of them needs.
+    tokens = sum(tokens_between(row[None], x) for row, x in zip(visible, shards, strict=True))
+    required_keys = tokens * kv_heads * width * element
     out, home = required_keys[rank].sum(), required_keys[:, rank].sum()
     return within + out, within + out + home
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +20,7 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.sparse import indexer, reference
 from dtcp.kernels.sparse.types import SPARSE_TILE
 from dtcp.mixer import batch_metadata
+from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
     Contiguous,
@@ -322,6 +324,29 @@ def test_head_tail_balances_the_work():
         assert max(loads[HeadTail]) < 1.05 < max(loads[Contiguous])
 
 
+@dataclass(frozen=True)
+class Unknown(SequenceLayout):
+    """A layout of somebody else."""
+
+    def runs(self, rank):
+        return [(rank * self.shard_len, (rank + 1) * self.shard_len)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@spmd(ranks=(2, 3))
+def test_pieces_of_balanced_documents_equal_one_device(mesh, kind):
+    """Rows of different documents; operands move to HeadTail and the output back."""
+    style = CompressedSparseCP()
+    assert_equals_one_device(mesh, kind, style, DocumentBalanced, compiled=False)
+    assert_equals_one_device(mesh, kind, style, PerDocument, compiled=False)
+
+
+@spmd(ranks=2)
+def test_pieces_of_balanced_documents_equal_one_device_in_one_graph(mesh):
+    style = CompressedSparseCP()
+    assert_equals_one_device(mesh, SPARSE, style, DocumentBalanced, compiled=True)
+
+
 @spmd(ranks=2)
 def test_what_cannot_be_honoured_is_refused(mesh):
     style, mixer = CompressedSparseCP(), mixer_of(SPARSE)
@@ -331,7 +356,7 @@ def test_what_cannot_be_honoured_is_refused(mesh):
         parallelize_module(nn.Sequential(nn.Linear(2, 2)), mesh, {"0": style})
     parallelize_module(nn.Sequential(mixer), mesh, {"0": style})
     with pytest.raises(ValueError, match="works on the layouts Contiguous, HeadTail"):
-        sharded_for(mixer, mesh, PerDocument, rows=((48,), (48,)))
+        sharded_for(mixer, mesh, Unknown)
     with pytest.raises(ValueError, match="needs a layout of as many shards"):
         batch_metadata(mixer, Documents(ROWS, SEQ_LEN))
     with pytest.raises(ValueError, match="reads the metadata of its batch"):

@@ -1,0 +1,202 @@
+"""A layout of packed documents in which every rank has L tokens and the mean of the work.
+
+Let rho be the work of a row per token. Tokens that cost more are heavy, the others light; under a
+causal mask a document is light down to depth rho and heavy below. Line up all heavy tokens, longest
+document first and each from its end, and all light ones, shortest document first and each from its
+start. A rank gets one stretch of each line. Let G(u) be the work of the first u heavy tokens and
+F(v) that of the first v light ones. The ranks before rank r have L tokens each and the mean of the
+work where u heavy ones are among theirs, with
+
+    G(u) + F(r L - u) = r L rho.
+
+There is such a u: r L heavy tokens cost at least r L rho, r L light ones at most that, and where
+either line is too short, the same holds of what is left of the other. There is one u_r: a heavy
+token more for a light one less never lowers the left side. And u_r <= u_(r+1) <= u_r + L: L light
+tokens more add at most L rho to the left side, L heavy ones at least that. Tokens are whole, so a
+rank has the mean to within the work of one token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple, Self
+
+import numpy as np
+from torch import Tensor
+
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.interval_runs import Ints, MaskWork, WorkRuns
+from dtcp.sequence.layout import (
+    Partition,
+    Run,
+    SequenceLayout,
+    check_divides,
+    shared_lengths,
+    unique_ascending,
+)
+from dtcp.sequence.masks import Causal, Coords
+
+
+@dataclass(frozen=True)
+class DocumentBalanced(SequenceLayout):
+    """Give every rank as many tokens, and as much work to within a token's, in few pieces.
+
+    Where a document goes is decided by its length alone: each rank has one stretch of the tokens
+    that cost more than the mean and one of those that cost less. A single document under a causal
+    mask is cut head-tail.
+
+        lengths=(3, 9), n=2        rank 0: 0 1 2 9 10 11        rank 1: 3 4 5 6 7 8
+
+    Attributes:
+        starts: the token index at which each piece starts, ascending from 0.
+        owners: the rank of each piece.
+    """
+
+    reads_documents = True
+
+    starts: tuple[int, ...] = field(repr=False)
+    owners: tuple[int, ...] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lengths, owners = np.diff([*self.starts, self.seq_len]), np.array(self.owners)
+        known = len(lengths) == len(owners) and self.starts[:1] == (0,) and (lengths > 0).all()
+        known = known and ((owners >= 0) & (owners < self.num_shards)).all()
+        held = np.bincount(owners, lengths, self.num_shards).tolist() if known else []
+        if held != [self.shard_len] * self.num_shards:
+            raise ValueError(
+                f"DocumentBalanced gives every rank {self.shard_len} tokens, in pieces that "
+                f"follow each other from token 0, got {len(self.starts)} starts and "
+                f"{len(self.owners)} owners, tokens={held[:8]}: let for_batch choose the pieces."
+            )
+
+    def runs(self, rank: int) -> list[Run]:
+        self._check_rank(rank)
+        return self.partition.runs(rank)
+
+    @cached_property
+    def partition(self) -> Partition:
+        return Partition.ascending(np.array(self.starts), np.array(self.owners), self.seq_len)
+
+    @classmethod
+    def for_batch(
+        cls, documents: Documents, num_shards: int, *, work: Callable[[], Tensor] | None = None
+    ) -> Self:
+        """Balance `work`, or that of a causal mask inside each document."""
+        lengths = shared_lengths(cls, documents)
+        check_divides(cls, documents.seq_len, num_shards, num_shards)
+        if work is None:
+            work = MaskWork(((Causal(), 1),), Coords.of(documents))
+        runs = work.runs(0) if isinstance(work, MaskWork) else WorkRuns.of_tokens(work())
+        starts, owners = two_line_pieces(runs, lengths, num_shards)
+        return cls(documents.seq_len, num_shards, tuple(starts.tolist()), tuple(owners.tolist()))
+
+
+class _Line(NamedTuple):
+    """Tokens lined up, in stretches of neighbours. Each field [P]."""
+
+    start: Ints
+    stop: Ints
+    work: Ints  # of the token of each stretch that is lined up first
+    step: Ints  # from each token to the one lined up next
+
+    def taken(self, order: Ints) -> "_Line":
+        return _Line(*(x[order] for x in self))
+
+    def turned(self) -> "_Line":
+        """Each stretch from its last token."""
+        last = self.work + self.step * (self.stop - self.start - 1)
+        return self._replace(work=last, step=-self.step)
+
+    @property
+    def places(self) -> Ints:
+        """Tokens before each stretch, and all of them: [P + 1]."""
+        return np.append(0, np.cumsum(self.stop - self.start))
+
+    def work_of_first(self) -> Callable[[Ints], Ints]:
+        """From a number of tokens to the work of so many, the first ones."""
+        length = self.stop - self.start
+        each = length * self.work + self.step * (length * (length - 1) // 2)
+        places, before = self.places, np.append(0, np.cumsum(each))
+        # One stretch of nothing at the end, so that every number of tokens has a stretch.
+        work, step = np.append(self.work, 0), np.append(self.step, 0)
+
+        def total(tokens: Ints) -> Ints:
+            stretch = np.searchsorted(places, tokens, side="right") - 1
+            some = tokens - places[stretch]
+            out: Ints = before[stretch] + some * work[stretch]
+            return out + step[stretch] * (some * (some - 1) // 2)
+
+        return total
+
+
+def two_line_pieces(work: WorkRuns, lengths: tuple[int, ...], num_shards: int) -> tuple[Ints, Ints]:
+    """Where pieces start, from left to right, and the rank of each.
+
+    Args:
+        work: of the row's tokens.
+        lengths: of its documents; padding follows them.
+    """
+    seq_len, bounds = int(work.stop[-1]), np.cumsum([0, *lengths])
+    tokens = _cut(work, bounds, work.total // seq_len)
+    heavy = tokens.work > work.total // seq_len
+    document = np.searchsorted(bounds, tokens.start, side="right") - 1
+    length = np.array([*lengths, 0])[document]
+    by_length = np.lexsort((-tokens.start, document, -length))
+    heavy_line = tokens.taken(by_length[heavy[by_length]]).turned()
+    by_length = np.lexsort((tokens.start, document, length))
+    light_line = tokens.taken(by_length[~heavy[by_length]])
+    before = _heavy_before(heavy_line, light_line, work.total, num_shards)
+    tokens_before = np.arange(num_shards + 1) * (seq_len // num_shards)
+    dealt = (
+        _dealt(heavy_line, before, turned=True),
+        _dealt(light_line, tokens_before - before, turned=False),
+    )
+    start, owner = (np.concatenate(x) for x in zip(*dealt, strict=True))
+    order = start.argsort()
+    start, owner = start[order], owner[order]
+    new = np.append(True, owner[1:] != owner[:-1])
+    return start[new], owner[new]
+
+
+def _cut(work: WorkRuns, bounds: Ints, mean: int) -> _Line:
+    """The row in stretches of one document each, whose tokens all cost more than the mean, or none.
+
+    A token costs a whole number, so it costs more than the mean if it does more than the floor.
+    """
+    growing, falling = work.step > 0, work.step < 0
+    size = np.where(work.step == 0, 1, np.abs(work.step))
+    crossing = np.where(growing, (mean - work.work) // size + 1, 0)
+    crossing = np.where(falling, -((mean - work.work) // size), crossing)
+    inside = (crossing > 0) & (crossing < work.stop - work.start)
+    cuts = (work.start, bounds[bounds < work.stop[-1]], (work.start + crossing)[inside])
+    start: Ints = unique_ascending(np.concatenate(cuts))
+    run = np.searchsorted(work.start, start, side="right") - 1
+    first = work.work[run] + work.step[run] * (start - work.start[run])
+    return _Line(start, np.append(start[1:], work.stop[-1]), first, work.step[run])
+
+
+def _heavy_before(heavy: _Line, light: _Line, total: int, num_shards: int) -> Ints:
+    """Heavy tokens before each rank, and all of them: [n + 1], by bisection."""
+    of_heavy, of_light = heavy.places, light.places
+    heavy_work, light_work = heavy.work_of_first(), light.work_of_first()
+    tokens = np.arange(num_shards + 1) * ((of_heavy[-1] + of_light[-1]) // num_shards)
+    enough = np.array([-(-rank * total // num_shards) for rank in range(num_shards + 1)])
+    low, high = np.maximum(0, tokens - of_light[-1]), np.minimum(tokens, of_heavy[-1])
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        reached = heavy_work(middle) + light_work(tokens - middle) >= enough
+        low, high = np.where(reached, low, middle + 1), np.where(reached, middle, high)
+    return low
+
+
+def _dealt(line: _Line, before: Ints, *, turned: bool) -> tuple[Ints, Ints]:
+    """Starts and ranks of the pieces of a line, before[r] tokens of which lie before rank r's."""
+    places = line.places
+    cuts = unique_ascending(np.concatenate((places, before)))
+    first, last = cuts[:-1], cuts[1:]
+    stretch = np.searchsorted(places, first, side="right") - 1
+    rank = np.searchsorted(before, first, side="right") - 1
+    if turned:
+        return line.stop[stretch] - (last - places[stretch]), rank
+    return line.start[stretch] + (first - places[stretch]), rank

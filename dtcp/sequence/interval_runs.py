@@ -1,0 +1,356 @@
+"""Masks on runs of tokens: a few numbers for each document, nothing as long as the row.
+
+Inside a document the first and the last key that a token sees stand still or move on with it, and
+which of the two changes only in a few places: where a window is full, where a prefix ends. So a
+mask is a short list of runs, and what follows from its intervals follows from the list: the work
+of tokens, the keys that the tokens of a rank need.
+
+    Causal() & SlidingWindow(3), documents of 5 and 2 tokens
+    token       0 1 2 3 4 | 5 6
+    first key   0 0 0 1 2 | 5 5        runs 0-2, 2-5, 5-7: it stands, moves, stands
+    last key    0 1 2 3 4 | 5 6        it moves
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
+from dtcp.sequence.documents import PADDING, Documents
+from dtcp.sequence.layout import Ints, SequenceLayout, unique_ascending
+from dtcp.sequence.masks import (
+    And,
+    Bidirectional,
+    Causal,
+    Coords,
+    Mask,
+    Or,
+    PrefixLM,
+    SlidingWindow,
+)
+
+
+@dataclass(frozen=True)
+class IntervalRuns:
+    """The keys that the tokens of one row see: on a run both ends stand still or move by a token.
+
+    Each field [R], of the runs from left to right; last < first where tokens see no key.
+    """
+
+    start: Ints
+    stop: Ints
+    first: Ints  # the first key of the run's first token
+    first_step: Ints  # 0 or 1, from token to token
+    last: Ints
+    last_step: Ints
+
+    def at(self, tokens: Ints) -> tuple[Ints, Ints]:
+        """The first and the last key of each of these tokens."""
+        run = np.searchsorted(self.start, tokens, side="right") - 1
+        after = tokens - self.start[run]
+        first = self.first[run] + self.first_step[run] * after
+        return first, self.last[run] + self.last_step[run] * after
+
+
+def interval_runs(mask: Mask, coords: Coords, row: int = 0) -> IntervalRuns:
+    """`Mask.intervals` of one row as runs.
+
+    Those of this library's masks follow from the documents. Of a mask that somebody else wrote, and
+    of blocks of images, they are read off the intervals of all tokens.
+
+    Args:
+        coords: of whole rows.
+    Raises:
+        ValueError: for some token the mask is not one interval of the row.
+    """
+    lengths = None if coords.documents is None else coords.documents.lengths[row]
+    if lengths is None or not _is_known(mask) or not _is_prefix_of_documents(coords, row):
+        return _read_off(*(x[row].numpy() for x in mask.intervals(coords)))
+    seq_len = coords.seq_len
+    bounds = np.cumsum([0, *lengths])
+    starts = _breaks(mask, bounds, _prefixes(coords, row, bounds), seq_len)
+    stops = np.append(starts[1:], seq_len)
+    tokens = np.concatenate((starts, np.minimum(starts + 1, stops - 1)))
+    first, last = mask.intervals(_coords_of(tokens, bounds, coords, row))
+    return _joined_runs(starts, stops, *(x[0].numpy().astype(np.int64) for x in (first, last)))
+
+
+def _is_known(mask: Mask) -> bool:
+    """Whether breaks are known: by exact type, for a subclass may see otherwise."""
+    if type(mask) in (And, Or):
+        pair = cast(And, mask)
+        return _is_known(pair.left) and _is_known(pair.right)
+    return type(mask) in (Bidirectional, Causal, SlidingWindow, PrefixLM)
+
+
+def _is_prefix_of_documents(coords: Coords, row: int) -> bool:
+    """Whether all tokens of a document name the same prefix."""
+    if coords.prefix is None:
+        return True
+    prefix = coords.prefix[row]
+    other = (prefix[1:] != prefix[:-1]).nonzero().flatten().numpy() + 1
+    assert coords.documents is not None
+    return bool(np.isin(other, np.cumsum(coords.documents.lengths[row])).all())
+
+
+def _prefixes(coords: Coords, row: int, bounds: Ints) -> Ints:
+    """The prefix of each document; 0 without."""
+    if coords.prefix is None:
+        return np.zeros(len(bounds) - 1, dtype=np.int64)
+    return coords.prefix[row, torch.from_numpy(bounds[:-1])].numpy()
+
+
+def _windows(mask: Mask) -> Iterator[SlidingWindow]:
+    """The windows that a mask is made of."""
+    if isinstance(mask, And | Or):
+        yield from _windows(mask.left)
+        yield from _windows(mask.right)
+    elif isinstance(mask, SlidingWindow):
+        yield mask
+
+
+def _breaks(mask: Mask, bounds: Ints, prefixes: Ints, seq_len: int) -> Ints:
+    """Where runs may start: wherever two limits of one end of an interval cross in a document.
+
+    First keys are limited by the document's start and by the token less a reach, last keys by the
+    ends of document and prefix and by the token plus a reach. A token sees itself in every mask
+    here, so no interval vanishes inside a document.
+    """
+    starts, ends = bounds[:-1], bounds[1:]
+    left = {window.size - 1 for window in _windows(mask)}
+    right = {window.right for window in _windows(mask) if window.right is not None}
+    places = [starts + reach for reach in left] + [ends - 1 - reach for reach in right]
+    if prefixes.any():
+        places += [starts + prefixes - 1 - reach for reach in right | {0}]
+    rest = [0, bounds[-1]] if bounds[-1] < seq_len else [0]
+    inside = [x[(x > starts) & (x < ends)] for x in places]
+    return unique_ascending(np.concatenate((starts, *inside, rest)))
+
+
+def _coords_of(tokens: Ints, bounds: Ints, coords: Coords, row: int) -> Coords:
+    """The coordinates of some tokens of a row, [1, T], from where its documents start."""
+    document = np.searchsorted(bounds, tokens, side="right") - 1
+    padding = document == len(bounds) - 1
+    start = np.where(padding, tokens, bounds[document])
+    end = np.where(padding, tokens, bounds[np.minimum(document + 1, len(bounds) - 1)] - 1)
+    document = np.where(padding, PADDING, document)
+    fields = [torch.from_numpy(x)[None] for x in (tokens, document, start, end)]
+    prefix = None if coords.prefix is None else coords.prefix[row : row + 1, fields[0][0]]
+    return Coords(fields[0], fields[1], fields[2], fields[3], prefix)
+
+
+def _joined_runs(start: Ints, stop: Ints, first: Ints, last: Ints) -> IntervalRuns:
+    """As few runs as may be, from the intervals of first tokens, then those of second tokens."""
+    length = stop - start
+    new = np.zeros(len(start), dtype=bool)
+    new[0] = True
+    columns = []
+    for value, second in (x.reshape(2, -1) for x in (first, last)):
+        step = second - value
+        before, single = length[:-1], length[1:] == 1
+        # A token alone moves on from the one before it, if it is to be of the same run.
+        step[1:] = np.where(single, value[1:] - value[:-1] - step[:-1] * (before - 1), step[1:])
+        new[1:] |= (step[1:] != step[:-1]) | (value[:-1] + step[:-1] * before != value[1:])
+        columns += [value, step]
+    kept = np.flatnonzero(new)
+    start, stop = start[kept], np.append(start[kept[1:]], stop[-1])
+    alone = stop - start == 1
+    first, first_step, last, last_step = (x[kept] for x in columns)
+    first_step, last_step = (np.where(alone, 0, step) for step in (first_step, last_step))
+    return IntervalRuns(start, stop, first, first_step, last, last_step)
+
+
+def _read_off(first: NDArray[np.int32], last: NDArray[np.int32]) -> IntervalRuns:
+    """Runs of the intervals of all tokens of a row, [S] each."""
+    steps = np.stack((np.diff(first), np.diff(last)))
+    odd = ((steps < 0) | (steps > 1)).any(0)
+    new = np.ones(len(first), dtype=bool)
+    new[1:] = odd
+    new[2:] |= (steps[:, 1:] != steps[:, :-1]).any(0)
+    start = np.flatnonzero(new)
+    stop = np.append(start[1:], len(first))
+    second = np.minimum(start + 1, stop - 1)
+    tokens = np.concatenate((start, second))
+    return _joined_runs(start, stop, first[tokens].astype(np.int64), last[tokens].astype(np.int64))
+
+
+def check_intervals(first_key: Tensor, last_key: Tensor) -> None:
+    """Refuse what is no interval per query, [B, L] each."""
+    named = {"first_key": first_key, "last_key": last_key}
+    check_tensor("Attention", shape="[B, L]", ndim=2, dtypes=WHOLE_NUMBERS, **named)
+    if first_key.shape != last_key.shape:
+        raise ValueError(
+            f"A query sees the keys from a first to a last one, got first_key.shape="
+            f"{tuple(first_key.shape)}, last_key.shape={tuple(last_key.shape)}: take both from "
+            f"Mask.intervals."
+        )
+
+
+@dataclass(frozen=True)
+class WorkRuns:
+    """What the tokens of one row cost: on a run it grows by the same from token to token.
+
+    Each field [R].
+    """
+
+    start: Ints
+    stop: Ints
+    work: Ints  # of the run's first token
+    step: Ints
+
+    @classmethod
+    def of(cls, masks: Sequence[tuple[Mask, int]], coords: Coords, row: int = 0) -> "WorkRuns":
+        """Keys that tokens see, summed over masks as often as each is applied."""
+        parts = [(interval_runs(mask, coords, row), times) for mask, times in masks]
+        seq_len = coords.seq_len
+        start = unique_ascending(np.concatenate([runs.start for runs, _ in parts]))
+        work, step = np.zeros_like(start), np.zeros_like(start)
+        for runs, times in parts:
+            run = np.searchsorted(runs.start, start, side="right") - 1
+            first, last = runs.at(start)
+            seen = last >= first
+            work += times * np.where(seen, last - first + 1, 0)
+            step += times * np.where(seen, runs.last_step[run] - runs.first_step[run], 0)
+        return cls(start, np.append(start[1:], seq_len), work, step)
+
+    @classmethod
+    def of_tokens(cls, work: Tensor) -> "WorkRuns":
+        """Read off the work of all tokens, [S]."""
+        values = work.numpy().astype(np.int64)
+        steps = np.diff(values)
+        new = np.ones(len(values), dtype=bool)
+        new[2:] = steps[1:] != steps[:-1]
+        if len(values) > 1:
+            new[1] = False
+        start = np.flatnonzero(new)
+        stop = np.append(start[1:], len(values))
+        second = np.minimum(start + 1, stop - 1)
+        return cls(start, stop, values[start], values[second] - values[start])
+
+    @property
+    def total(self) -> int:
+        length = self.stop - self.start
+        return int((length * self.work + self.step * (length * (length - 1) // 2)).sum())
+
+
+@dataclass(frozen=True)
+class MaskWork:
+    """The work of a batch under masks, each applied so many times; counted when it is asked for."""
+
+    masks: tuple[tuple[Mask, int], ...]
+    coords: Coords
+
+    @classmethod
+    def under(cls, masks: Mask | Mapping[Mask, int], coords: Coords) -> "MaskWork":
+        """Of one mask, or of several with the number of times that each is applied.
+
+        Raises:
+            ValueError: no mask, or one that is applied less than once.
+        """
+        times = {masks: 1} if isinstance(masks, Mask) else masks
+        if not times or min(times.values()) < 1:
+            raise ValueError(
+                f"Work is balanced for masks that are applied once or more, got {dict(times)}: "
+                f"give each mask of the model the number of its layers."
+            )
+        return cls(tuple(times.items()), coords)
+
+    def __call__(self) -> Tensor:
+        """Of all tokens, summed over rows: [S]."""
+        return torch.stack([times * mask.work(self.coords) for mask, times in self.masks]).sum(0)
+
+    def of_row(self, row: int) -> "MaskWork":
+        """That of a row by itself."""
+        of, one = self.coords, slice(row, row + 1)
+        assert of.documents is not None
+        documents = Documents((of.documents.lengths[row],), of.seq_len)
+        prefix, block = (None if x is None else x[one] for x in (of.prefix, of.block))
+        return MaskWork(self.masks, Coords.of(documents, prefix=prefix, block=block))
+
+    def runs(self, row: int) -> WorkRuns:
+        """Of one row."""
+        return WorkRuns.of(self.masks, self.coords, row)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyIntervals:
+    """The keys that the tokens of each row of a batch see."""
+
+    rows: tuple[IntervalRuns, ...]
+
+    @classmethod
+    def of(cls, mask: Mask, coords: Coords) -> "KeyIntervals":
+        return cls(tuple(interval_runs(mask, coords, row) for row in range(coords.rows)))
+
+    @classmethod
+    def read_off(cls, intervals: "Intervals") -> "KeyIntervals":
+        """From the first and the last key of every token, [B, S] each; or what it is already."""
+        if isinstance(intervals, KeyIntervals):
+            return intervals
+        check_intervals(*intervals)
+        first, last = (x.numpy() for x in intervals)
+        return cls(tuple(map(_read_off, first, last)))
+
+    def check_whole_rows(self, layout: SequenceLayout) -> None:
+        """Refuse intervals that are not of the layout's rows."""
+        lengths = {int(runs.stop[-1]) for runs in self.rows}
+        inside = all(
+            runs.first.min() >= 0
+            and (runs.last + runs.last_step * (runs.stop - runs.start - 1)).max() < layout.seq_len
+            for runs in self.rows
+        )
+        if lengths != {layout.seq_len} or not inside:
+            raise ValueError(
+                f"The intervals of a mask are those of whole rows, got {len(self.rows)} rows of "
+                f"{sorted(lengths)} tokens with {layout}: take them from KeyIntervals.of(mask, "
+                f"coords) of the batch's coords."
+            )
+
+    def at(self, tokens: Ints) -> tuple[Tensor, Tensor]:
+        """The first and the last key of some tokens of each row: [L] to two [B, L], int32."""
+        rows = [runs.at(tokens) for runs in self.rows]
+        first, last = (np.stack(x).astype(np.int32) for x in zip(*rows, strict=True))
+        return torch.from_numpy(first), torch.from_numpy(last)
+
+    def in_line(self) -> "KeyIntervals":
+        """Those of the line of all rows, one after another."""
+        columns: list[list[Ints]] = [[], [], [], [], [], []]
+        for row, runs in enumerate(self.rows):
+            first = row * int(runs.stop[-1])
+            moved = (runs.start, runs.stop, runs.first, runs.last)
+            start, stop, first_key, last_key = (x + first for x in moved)
+            row_columns = (start, stop, first_key, runs.first_step, last_key, runs.last_step)
+            for column, x in zip(columns, row_columns, strict=True):
+                column.append(x)
+        return KeyIntervals((IntervalRuns(*map(np.concatenate, columns)),))
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """The first and the last key of every token: two [B, S], int32."""
+        return self.at(np.arange(int(self.rows[0].stop[-1])))
+
+    def reach(self) -> tuple[int, int]:
+        """How many tokens left and right of itself a token sees, at most."""
+        left = right = 0
+        for runs in self.rows:
+            end = runs.stop - runs.start - 1
+            for token, first, last in (
+                (runs.start, runs.first, runs.last),
+                (
+                    runs.stop - 1,
+                    runs.first + runs.first_step * end,
+                    runs.last + runs.last_step * end,
+                ),
+            ):
+                seen = last >= first
+                left = max(left, int((token - first)[seen].max(initial=0)))
+                right = max(right, int((last - token)[seen].max(initial=0)))
+        return left, right
+
+
+Intervals = KeyIntervals | tuple[Tensor, Tensor]
+"""Of all tokens of a batch: as runs, or the first and the last key of each, [B, S]."""

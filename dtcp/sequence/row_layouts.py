@@ -1,0 +1,121 @@
+"""Rows of different documents in one batch: each is laid out by itself.
+
+Rows never see each other, so a batch is one line of all its rows, on which every rank has its
+tokens of the first row, then those of the second, and so on. What an exchange between ranks reads
+of a layout, it reads of the line: how a batch is packed changes numbers, never a graph.
+
+    rows of 6 tokens, n=2      rank 0: 0 1 5 | 1 2 3     rank 1: 2 3 4 | 0 4 5
+    their line of 12           rank 0: 0 1 5 7 8 9       rank 1: 2 3 4 6 10 11
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.interval_runs import MaskWork
+from dtcp.sequence.layout import Partition, Run, SequenceLayout
+
+
+@dataclass(frozen=True)
+class RowLayouts(SequenceLayout):
+    """A layout for each row of a batch, all of one kind.
+
+    `shard` and `restore` take tensors whose rows are the dim before the sequence's.
+    """
+
+    rows: tuple[SequenceLayout, ...]
+
+    @property
+    def kind(self) -> type[SequenceLayout]:
+        return type(self.rows[0])
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether one layout serves all rows, after all."""
+        return len(set(self.rows)) == 1
+
+    def runs(self, rank: int) -> list[Run]:
+        if self.alike:
+            return self.rows[0].runs(rank)
+        raise ValueError(
+            f"The rows of a batch are laid out each by itself, got {len(self.rows)} of "
+            f"{self.kind.__name__} where one layout is read for all: use HeadTail or Contiguous, "
+            f"or one row per batch."
+        )
+
+    @cached_property
+    def in_line(self) -> SequenceLayout:
+        """The layout of the line of all rows."""
+        return _Line(len(self.rows) * self.seq_len, self.num_shards, self.rows)
+
+    def shard(self, x: Tensor, rank: int, *, dim: int = 1) -> Tensor:
+        """Pick the rank's tokens of each row: S in dim becomes L. No communication."""
+        self._check_len(x, dim)
+        return self.of_each_row(x, lambda layout, row: layout.shard(row, rank, dim=dim), dim=dim)
+
+    def restore(self, x: Tensor, *, dim: int = 1) -> Tensor:
+        """Put all shards, concatenated along dim, back into the order of the rows: S to S."""
+        self._check_len(x, dim)
+        return self.of_each_row(x, lambda layout, row: layout.restore(row, dim=dim), dim=dim)
+
+    def of_each_row(
+        self, x: Tensor, do: Callable[[SequenceLayout, Tensor], Tensor], *, dim: int
+    ) -> Tensor:
+        """Do something to each row by itself; one row stands for all."""
+        count, at = len(self.rows), dim % x.ndim - 1
+        if self.alike and not (at >= 0 and x.shape[at] == 1):
+            return do(self.rows[0], x)
+        if at < 0 or x.shape[at] not in (1, count):
+            raise ValueError(
+                f"A batch of {count} rows, each laid out by itself, is cut where its rows are the "
+                f"dim before the sequence's, got x.shape={tuple(x.shape)}, dim={dim}: give "
+                f"[..., {count}, S, ...]."
+            )
+        each = x.split(1, dim=at) * (count // x.shape[at])
+        pairs = zip(self.rows, each, strict=True)
+        return torch.cat([do(layout, row) for layout, row in pairs], dim=at)
+
+
+@dataclass(frozen=True)
+class _Line(SequenceLayout):
+    """What the layouts of rows come to, one row after another."""
+
+    rows: tuple[SequenceLayout, ...]
+
+    def runs(self, rank: int) -> list[Run]:
+        self._check_rank(rank)
+        return self.partition.runs(rank)
+
+    @cached_property
+    def partition(self) -> Partition:
+        parts = [layout.partition for layout in self.rows]
+        tokens = [index * layout.seq_len for index, layout in enumerate(self.rows)]
+        slots = [index * layout.shard_len for index, layout in enumerate(self.rows)]
+        return Partition(
+            np.concatenate([x.start + first for x, first in zip(parts, tokens, strict=True)]),
+            np.concatenate([x.stop + first for x, first in zip(parts, tokens, strict=True)]),
+            np.concatenate([x.owner for x in parts]),
+            np.concatenate([x.slot + first for x, first in zip(parts, slots, strict=True)]),
+        )
+
+
+def layout_of_batch(
+    kind: type[SequenceLayout], documents: Documents, num_shards: int, work: MaskWork
+) -> SequenceLayout:
+    """The layout of this kind that suits the batch; of one that reads documents, one for each row.
+
+    Batches of several rows have one for each row though they be alike: so all have one graph.
+    """
+    if documents.batch == 1 or not kind.reads_documents:
+        return kind.for_batch(documents, num_shards, work=work)
+    seq_len = documents.seq_len
+    rows = [
+        kind.for_batch(Documents((lengths,), seq_len), num_shards, work=work.of_row(row))
+        for row, lengths in enumerate(documents.lengths)
+    ]
+    return RowLayouts(seq_len, num_shards, tuple(rows))

@@ -1,0 +1,82 @@
+"""What a rank's own tokens see: the runs of a mask that lie in its pieces, by slot."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtcp.sequence.interval_runs import IntervalRuns
+from dtcp.sequence.layout import Ints, Partition, expand, unique_ascending
+
+
+class TileLimits(NamedTuple):
+    """The ends of the intervals of the queries of each tile. Each field [tiles]."""
+
+    low: Ints  # the least first key, of queries that see any; greater than all tokens for none
+    high: Ints  # the greatest last key; -1 for none
+    inner_low: Ints  # the greatest first key
+    inner_high: Ints  # the least last key; -1 where a query sees none
+    all_see: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class SlotRuns:
+    """The keys that one rank's slots of a row see, from slot 0 on. Each field [R]."""
+
+    slot: Ints
+    length: Ints
+    first: Ints  # the first key of the run's first slot
+    first_step: Ints  # 0 or 1, from slot to slot
+    last: Ints
+    last_step: Ints
+
+    @classmethod
+    def of(cls, runs: IntervalRuns, partition: Partition, rank: int) -> "SlotRuns":
+        """Cut a mask's runs along the rank's pieces."""
+        mine = np.flatnonzero(partition.owner == rank)
+        start, stop = partition.start[mine], partition.stop[mine]
+        piece = np.searchsorted(start, runs.start, side="right") - 1
+        inside = (piece >= 0) & (runs.start < stop[piece])
+        token = unique_ascending(np.append(start, runs.start[inside]))
+        piece = np.searchsorted(start, token, side="right") - 1
+        slot = partition.slot[mine][piece] + token - start[piece]
+        token, slot = token[order := slot.argsort()], slot[order]
+        run = np.searchsorted(runs.start, token, side="right") - 1
+        after = token - runs.start[run]
+        first_step, last_step = runs.first_step[run], runs.last_step[run]
+        length = np.diff(slot, append=int((stop - start).sum()))
+        first, last = runs.first[run] + first_step * after, runs.last[run] + last_step * after
+        return cls(slot, length, first, first_step, last, last_step)
+
+    def by_slot(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The first and the last key of every slot: two [L]."""
+        after = expand(0 * self.length, self.length).astype(np.int32)
+        first, last = (
+            np.repeat(value.astype(np.int32), self.length)
+            + np.repeat(step.astype(np.int32), self.length) * after
+            for value, step in ((self.first, self.first_step), (self.last, self.last_step))
+        )
+        return first, last
+
+    def tiles(self, tile: int) -> TileLimits:
+        """Of tiles of so many neighbouring slots; the last may be shorter."""
+        shard_len = int(self.length.sum())
+        starts = np.arange(0, shard_len, tile)
+        slot = unique_ascending(np.append(self.slot, starts))
+        run = np.searchsorted(self.slot, slot, side="right") - 1
+        begin = slot - self.slot[run]
+        end = np.append(slot[1:], shard_len) - 1 - self.slot[run]
+        first, last = self.first[run], self.last[run]
+        first_step, last_step = self.first_step[run], self.last_step[run]
+        sees, beyond = last >= first, np.iinfo(np.int64).max
+        each = np.searchsorted(slot, starts)
+        low = np.where(sees, first + first_step * begin, beyond)
+        high = np.where(sees, last + last_step * end, -1)
+        return TileLimits(
+            np.minimum.reduceat(low, each),
+            np.maximum.reduceat(high, each),
+            np.maximum.reduceat(first + first_step * end, each),
+            np.minimum.reduceat(last + last_step * begin, each),
+            np.logical_and.reduceat(sees, each),
+        )

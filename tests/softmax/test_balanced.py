@@ -1,0 +1,112 @@
+"""Attention on DocumentBalanced: documents of any lengths, in pieces of any lengths."""
+
+from itertools import product
+
+import torch
+
+from dtcp.compile import count_graphs
+from dtcp.sequence.document_balanced import DocumentBalanced
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import BlockBalanced, PerDocument
+from dtcp.softmax import RingAttention
+from tests.harness import packings
+from tests.harness.attention_parity import (
+    MASK_CASES,
+    WINDOW,
+    Block,
+    Case,
+    accepts,
+    assert_equals_one_device,
+    in_tiles,
+    local_inputs,
+    mixer_on,
+    run,
+    shard_case,
+    styles,
+)
+from tests.harness.spmd import spmd
+
+
+def random_documents(seq_len, num_shards):
+    return Documents(((2, 17, 1, 9, 3, 11),), seq_len)
+
+
+def many_short(seq_len, num_shards):
+    return Documents(((1, 2, 3, 1, 4, 2, 1) * 3,), seq_len)
+
+
+def one_long(seq_len, num_shards):
+    return Documents(((3, seq_len - 9, 4),), seq_len)
+
+
+def all_padding(seq_len, num_shards):
+    return Documents(((),), seq_len)
+
+
+DOCUMENTS = (random_documents, many_short, one_long)
+ROWS = (packings.two_rows, packings.equal_rows, packings.empty_row)
+BY_DOCUMENT = (DocumentBalanced, PerDocument, BlockBalanced)
+
+
+def heads(ranks):
+    return {"heads": 6, "kv_heads": 3} if ranks == 3 else {"heads": 4, "kv_heads": 2}
+
+
+@spmd(ranks=(2, 3, 4))
+def test_every_strategy_on_balanced_documents_equals_one_device(mesh, ranks):
+    for style, (index, packing) in product(styles(ranks), enumerate(DOCUMENTS)):
+        of_ranks = MASK_CASES if ranks == 2 else MASK_CASES[index : index + 3]
+        for mask_case in of_ranks:
+            case = Case(mask_case, packing, **heads(ranks))
+            if accepts(style, DocumentBalanced, case, ranks):
+                mixer = mixer_on(mesh, in_tiles(style, 8), mask_case.mask)
+                assert_equals_one_device(case, mixer, mixer, mesh, DocumentBalanced)
+
+
+@spmd(ranks=(2, 3, 4))
+def test_rows_of_different_documents_are_balanced_each_by_itself(mesh, ranks):
+    for style, (index, layout) in product(styles(ranks), enumerate(BY_DOCUMENT)):
+        for packing in ROWS if ranks == 2 else ROWS[:1]:
+            case = Case(MASK_CASES[2 * index], packing, **heads(ranks))
+            if accepts(style, layout, case, ranks):
+                mixer = mixer_on(mesh, in_tiles(style, 8), case.mask_case.mask)
+                assert_equals_one_device(case, mixer, mixer, mesh, layout)
+
+
+@spmd(ranks=2)
+def test_graph_of_rows_balanced_each_by_itself_serves_every_batch(mesh):
+    for style, layout in product(styles(2), BY_DOCUMENT):
+        if layout is not DocumentBalanced and not isinstance(style, RingAttention):
+            continue
+        torch._dynamo.reset()
+        mixer = mixer_on(mesh, in_tiles(style, 8), WINDOW.mask)
+        attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=True)
+        with count_graphs() as graphs:
+            for packing in ROWS:
+                case = Case(WINDOW, packing)
+                assert_equals_one_device(case, attend, mixer, mesh, layout)
+        assert (graphs.breaks, graphs.graphs) == (0, 1), f"{graphs} with {style}"
+
+
+@spmd(ranks=(2, 3))
+def test_row_of_padding_alone_comes_to_nothing_on_balanced_documents(mesh, ranks):
+    case = Case(WINDOW, all_padding, **heads(ranks))
+    for style in styles(ranks):
+        mixer = mixer_on(mesh, style, WINDOW.mask)
+        sharded = shard_case(case, mixer, mesh, DocumentBalanced)
+        out, grads = run(case, mixer, sharded, local_inputs(case, sharded))
+        assert all(not x.any() for x in (out, *grads))
+
+
+@spmd(ranks=2)
+def test_graph_of_balanced_documents_serves_every_batch(mesh):
+    """Pieces differ in number and length, shapes of metadata do not."""
+    for style in styles(2):
+        torch._dynamo.reset()
+        mixer = mixer_on(mesh, in_tiles(style, 8), WINDOW.mask)
+        attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=True)
+        with count_graphs() as graphs:
+            for packing in DOCUMENTS:
+                case = Case(WINDOW, packing)
+                assert_equals_one_device(case, attend, mixer, mesh, DocumentBalanced)
+        assert (graphs.breaks, graphs.graphs) == (0, 1), f"{graphs} with {style}"
