@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.collectives import all_gather
-from dtcp.sequence.layout import Contiguous, HeadTail, Run, SequenceLayout
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.partition import Run
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,9 @@ from torch import Tensor
 
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import Ints, MaskWork, WorkRuns
-from dtcp.sequence.layout import (
-    Partition,
-    Run,
-    SequenceLayout,
-    check_divides,
-    shared_lengths,
-    unique_ascending,
-)
+from dtcp.sequence.layout import SequenceLayout, check_divides, shared_lengths
 from dtcp.sequence.masks import Causal, Coords
+from dtcp.sequence.partition import Partition, Run, unique_ascending
 
 
 @dataclass(frozen=True)

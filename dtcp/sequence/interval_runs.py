@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.documents import PADDING, Documents
-from dtcp.sequence.layout import Ints, SequenceLayout, unique_ascending
+from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import (
     And,
     Bidirectional,
@@ -33,6 +33,7 @@ from dtcp.sequence.masks import (
     PrefixLM,
     SlidingWindow,
 )
+from dtcp.sequence.partition import Ints, unique_ascending
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def _is_prefix_of_documents(coords: Coords, row: int) -> bool:
     prefix = coords.prefix[row]
     other = (prefix[1:] != prefix[:-1]).nonzero().flatten().numpy() + 1
     assert coords.documents is not None
-    return bool(np.isin(other, np.cumsum(coords.documents.lengths[row])).all())
+    borders = np.cumsum(coords.documents.lengths[row])
+    return bool(np.isin(other, borders).all()) and int(prefix.min()) >= 0
 
 
 def _prefixes(coords: Coords, row: int, bounds: Ints) -> Ints:

@@ -7,7 +7,7 @@ traced, and all that an exchange between ranks needs to know.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
@@ -15,43 +15,12 @@ from typing import ClassVar, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcp.sequence.arguments import check_dim, check_ints, check_rank, is_whole
 from dtcp.sequence.balance import assign_blocks, block_work
 from dtcp.sequence.documents import Documents
-
-Ints = NDArray[np.int64]
-Run = tuple[int, int]
-"""Token indices from start up to stop, without stop."""
-
-
-@dataclass(frozen=True, eq=False)
-class Partition:
-    """All runs of a layout, from the left of the row to its right. Each field [P]."""
-
-    start: Ints
-    stop: Ints
-    owner: Ints
-    slot: Ints  # of the run's first token, in its owner's shard
-
-    @classmethod
-    def ascending(cls, start: Ints, owner: Ints, seq_len: int) -> "Partition":
-        """Of runs that each rank holds in ascending order."""
-        stop = np.append(start[1:], seq_len)
-        order = owner.argsort(kind="stable")
-        before = np.append(0, np.cumsum((stop - start)[order])[:-1])
-        mine, first = np.unique(owner[order], return_index=True)
-        slot = np.empty_like(start)
-        slot[order] = before - before[first][np.searchsorted(mine, owner[order])]
-        return cls(start, stop, owner, slot)
-
-    def runs(self, rank: int) -> list[Run]:
-        """The rank's, ascending, neighbours joined."""
-        mine = self.owner == rank
-        pairs = zip(self.start[mine].tolist(), self.stop[mine].tolist(), strict=True)
-        return _joined(list(pairs))
+from dtcp.sequence.partition import Ints, Partition, Run, joined_runs
 
 
 @dataclass(frozen=True)
@@ -210,7 +179,7 @@ class HeadTail(SequenceLayout):
         self._check_rank(rank)
         half = self.shard_len // 2
         head, tail = rank * half, (2 * self.num_shards - 1 - rank) * half
-        return _joined([(head, head + half), (tail, tail + half)])
+        return joined_runs([(head, head + half), (tail, tail + half)])
 
     @property
     def segment_len(self) -> int:
@@ -354,17 +323,6 @@ class BlockBalanced(SequenceLayout):
         return cls(seq_len, num_shards, block, owners)
 
 
-def _joined(runs: Sequence[Run]) -> list[Run]:
-    """The same tokens with neighbours in one run and empty runs left out."""
-    joined: list[Run] = []
-    for start, stop in runs:
-        if joined and start == joined[-1][1]:
-            joined[-1] = (joined[-1][0], stop)
-        elif start < stop:
-            joined.append((start, stop))
-    return joined
-
-
 def _head_tail_chunks(lengths: Ints, num_shards: int) -> Ints:
     """Cut each of N documents into 2n chunks: their lengths, [N, 2n].
 
@@ -378,18 +336,6 @@ def _head_tail_chunks(lengths: Ints, num_shards: int) -> Ints:
     head, tail = chunk + (index < leftover), chunk + (index + num_shards < leftover)
     chunks: Ints = np.concatenate((head, tail[:, ::-1]), axis=1)
     return chunks
-
-
-def expand(start: Ints, length: Ints) -> Ints:
-    """The numbers from each start on, so many: [R] and [R] to [sum of lengths]."""
-    before = np.cumsum(length) - length
-    return np.repeat(start - before, length) + np.arange(int(length.sum()))
-
-
-def unique_ascending(x: Ints) -> Ints:
-    """The different numbers of x in ascending order; np.unique hashes them first."""
-    x = np.sort(x)
-    return x[np.append(True, x[1:] != x[:-1])] if len(x) else x
 
 
 def check_divides(

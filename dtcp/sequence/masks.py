@@ -104,10 +104,7 @@ class Coords:
 
 
 class _WholeRows(Coords):
-    """Coordinates of whole rows; those that follow from documents are worked out when asked for.
-
-    Most readers ask for runs, and a long row takes milliseconds.
-    """
+    """Of whole rows; what follows from documents is worked out when it is asked for."""
 
     def __init__(
         self,
@@ -116,13 +113,8 @@ class _WholeRows(Coords):
         block: Tensor | None,
         position_ids: Tensor | None,
     ) -> None:
-        for name, value in (
-            ("documents", documents),
-            ("prefix", prefix),
-            ("block", block),
-            ("position_ids", position_ids),
-        ):
-            object.__setattr__(self, name, value)
+        given = {"prefix": prefix, "block": block, "position_ids": position_ids}
+        vars(self).update(documents=documents, **given)
         self.documents: Documents
 
     @property
@@ -135,8 +127,7 @@ class _WholeRows(Coords):
 
     @cached_property
     def token_index(self) -> Tensor:
-        tokens = torch.arange(self.documents.seq_len)
-        return tokens.expand(self.documents.batch, -1)
+        return torch.arange(self.seq_len).expand(self.rows, -1)
 
     @cached_property
     def document(self) -> Tensor:
@@ -380,7 +371,12 @@ def _field(mask: Mask, coords: Coords, name: str) -> Tensor:
 
 
 def _check_prefix(prefix: Tensor, coords: Coords) -> None:
-    """A document has one prefix: tokens that differ in it would each see another one."""
+    """A document has one prefix: tokens that differ in it would each see another one.
+
+    Of whole rows; who asks for the intervals of some tokens has looked at all of them.
+    """
+    if coords.documents is None:
+        return
     first = prefix.gather(1, coords.start)
     wrong = ((prefix != first) | (prefix < 0)) & (coords.document >= 0)
     if bool(wrong.any()):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import check_ints, check_rank
-from dtcp.sequence.layout import Run, SequenceLayout
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.partition import Run
 
 Hop = tuple[int, int, int]
 """A rank, and the slots from start up to stop that go to it or come from it."""

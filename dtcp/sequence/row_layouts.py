@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import MaskWork
-from dtcp.sequence.layout import Partition, Run, SequenceLayout
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.partition import Partition, Run
 
 
 @dataclass(frozen=True)

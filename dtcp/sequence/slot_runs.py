@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtcp.sequence.interval_runs import IntervalRuns
-from dtcp.sequence.layout import Ints, Partition, expand, unique_ascending
+from dtcp.sequence.partition import Ints, Partition, expand, unique_ascending
 
 
 class TileLimits(NamedTuple):

@@ -17,7 +17,8 @@ from dtcp.kernels.softmax.block_ranges import (
 from dtcp.kernels.softmax.pieces import find_pieces, no_pieces
 from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
-from dtcp.sequence.layout import Ints, SequenceLayout, expand
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.partition import Ints, expand
 from dtcp.sequence.slot_runs import SlotRuns
 from dtcp.softmax.required_keys import required_keys
 

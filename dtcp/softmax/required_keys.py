@@ -13,7 +13,8 @@ import numpy as np
 
 from dtcp.sequence.arguments import check_rank
 from dtcp.sequence.interval_runs import IntervalRuns, Intervals, KeyIntervals
-from dtcp.sequence.layout import Ints, Partition, SequenceLayout, expand, unique_ascending
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.partition import Ints, Partition, expand, unique_ascending
 
 
 class PeerRuns(NamedTuple):

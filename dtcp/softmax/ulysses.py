@@ -12,7 +12,8 @@ from dtcp.distributed.groups import group_of
 from dtcp.kernels.dtypes import accumulation
 from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
-from dtcp.sequence.layout import Contiguous, Partition, SequenceLayout
+from dtcp.sequence.layout import Contiguous, SequenceLayout
+from dtcp.sequence.partition import Partition
 from dtcp.softmax.local import LOCAL
 from dtcp.softmax.metadata import local_metadata
 from dtcp.softmax.op import (

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_ints, check_tensor
 from dtcp.sequence.interval_runs import check_intervals
-from dtcp.sequence.layout import Ints
+from dtcp.sequence.partition import Ints
 from dtcp.sequence.slot_runs import SlotRuns
 
 TILE = 128

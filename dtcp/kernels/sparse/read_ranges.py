@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dtcp.sequence.layout import Run
+from dtcp.sequence.partition import Run
 
 BEYOND = torch.iinfo(torch.int64).max
 
