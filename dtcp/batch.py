@@ -24,7 +24,13 @@ from dtcp.distributed.same_rows import prepared_alike
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import collect_metadata
 from dtcp.rows import DEFAULT_FIELDS, MASK_FIELDS, Fill, Rows, TokenField, pad_end
-from dtcp.sequence.arguments import WHOLE_NUMBERS, check_dim, check_kind, check_tensor
+from dtcp.sequence.arguments import (
+    WHOLE_NUMBERS,
+    check_dim,
+    check_ints,
+    check_kind,
+    check_tensor,
+)
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import MaskWork
@@ -261,7 +267,7 @@ def _check_arguments(
     layout: type[SequenceLayout],
     buckets: Buckets | None,
     model: nn.Module | None,
-    balance_for: Mask | None,
+    balance_for: Mask | Mapping[Mask, int] | None,
 ) -> None:
     if not isinstance(layout, type) or not issubclass(layout, SequenceLayout):
         raise TypeError(
@@ -271,7 +277,10 @@ def _check_arguments(
     nothing = type(None)
     check_kind("A batch", (Buckets, nothing), buckets=buckets)
     check_kind("A batch", (nn.Module, nothing), model=model)
-    check_kind("A batch", (Mask, nothing), balance_for=balance_for)
+    check_kind("A batch", (Mask, Mapping, nothing), balance_for=balance_for)
+    for mask, layers in balance_for.items() if isinstance(balance_for, Mapping) else ():
+        check_kind("Work to balance", (Mask,), mask=mask)
+        check_ints("Work to balance", least=1, layers=layers)
 
 
 def _coords(batch: Mapping[str, Tensor], documents: Documents, seq_len: int) -> Coords:

@@ -32,6 +32,7 @@ from dtcp.sparse.exchange import bring_left, prepend_halo
 from dtcp.sparse.metadata import SparseMetadata, rank_metadata, segment_entries
 from dtcp.sparse.mixer import CompressedSparseAttention, Index
 from dtcp.sparse.moved import MovedSparseMetadata, OwnTokens, moved
+from dtcp.sparse.operands import check_sparse_operands
 from dtcp.style import MixerStyle, Received
 
 
