@@ -281,18 +281,17 @@ def test_rows_of_different_documents_are_laid_out_each_by_itself(mesh, layout, r
     batch["mtp_input_ids"] = torch.arange(2 * 2 * 41).view(2, 2, 41)
     local, sharded = shard_batch(batch, whole, layout, documents=documents)
     for row, lengths in enumerate(documents.lengths):
-        one = {key: of_row(x, row) for key, x in batch.items()}
+        one = {key: of_row(key, x, row) for key, x in batch.items()}
         alone, by_itself = shard_batch(one, whole, layout, documents=Documents((lengths,), 41))
         assert sharded.layout.rows[row] == by_itself.layout
         for key, x in alone.items():
-            assert_close(of_row(local[key], row), x)
+            assert_close(of_row(key, local[key], row), x)
     assert_close(sharded.gather(local["input_ids"]), batch["input_ids"])
     assert_close(sharded.gather(sharded.shard(batch["labels"])), batch["labels"])
 
 
-def of_row(x, row):
-    """[B, S] or [depths, B, S] to one row."""
-    return x[..., row : row + 1, :]
+def of_row(key, x, row):
+    return x.narrow(DEFAULT_FIELDS[key].rows_dim, row, 1)
 
 
 def test_unknown_key_is_refused():

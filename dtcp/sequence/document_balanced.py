@@ -14,6 +14,9 @@ either line is too short, the same holds of what is left of the other. There is 
 token more for a light one less never lowers the left side. And u_r <= u_(r+1) <= u_r + L: L light
 tokens more add at most L rho to the left side, L heavy ones at least that. Tokens are whole, so a
 rank has the mean to within the work of one token.
+
+The same lines with short documents left whole, each in the line that its own mean belongs to, have
+no such proof: where the boundaries come out right, they are as good, and fewer keys travel.
 """
 
 from collections.abc import Callable
@@ -82,7 +85,7 @@ class DocumentBalanced(SequenceLayout):
         if work is None:
             work = MaskWork(((Causal(), 1),), Coords.of(documents))
         runs = work.runs(0) if isinstance(work, MaskWork) else WorkRuns.of_tokens(work())
-        starts, owners = two_line_pieces(runs, lengths, num_shards)
+        starts, owners = best_pieces(runs, lengths, num_shards)
         return cls(documents.seq_len, num_shards, tuple(starts.tolist()), tuple(owners.tolist()))
 
 
@@ -107,11 +110,14 @@ class _Line(NamedTuple):
         """Tokens before each stretch, and all of them: [P + 1]."""
         return np.append(0, np.cumsum(self.stop - self.start))
 
+    def all_work(self) -> Ints:
+        """Of each stretch."""
+        length = self.stop - self.start
+        return length * self.work + self.step * (length * (length - 1) // 2)
+
     def work_of_first(self) -> Callable[[Ints], Ints]:
         """From a number of tokens to the work of so many, the first ones."""
-        length = self.stop - self.start
-        each = length * self.work + self.step * (length * (length - 1) // 2)
-        places, before = self.places, np.append(0, np.cumsum(each))
+        places, before = self.places, np.append(0, np.cumsum(self.all_work()))
         # One stretch of nothing at the end, so that every number of tokens has a stretch.
         work, step = np.append(self.work, 0), np.append(self.step, 0)
 
@@ -124,33 +130,101 @@ class _Line(NamedTuple):
         return total
 
 
-def two_line_pieces(work: WorkRuns, lengths: tuple[int, ...], num_shards: int) -> tuple[Ints, Ints]:
-    """Where pieces start, from left to right, and the rank of each.
+def best_pieces(work: WorkRuns, lengths: tuple[int, ...], num_shards: int) -> tuple[Ints, Ints]:
+    """Where pieces start, from left to right, and the rank of each, with the fewest keys to bring.
+
+    To leave short documents whole saves keys where many have about one length, and costs nothing:
+    of several lengths up to which they are left whole, those count that keep every rank's work.
 
     Args:
         work: of the row's tokens.
         lengths: of its documents; padding follows them.
     """
     seq_len, bounds = int(work.stop[-1]), np.cumsum([0, *lengths])
-    tokens = _cut(work, bounds, work.total // seq_len)
-    heavy = tokens.work > work.total // seq_len
-    document = np.searchsorted(bounds, tokens.start, side="right") - 1
-    length = np.array([*lengths, 0])[document]
-    by_length = np.lexsort((-tokens.start, document, -length))
-    heavy_line = tokens.taken(by_length[heavy[by_length]]).turned()
-    by_length = np.lexsort((tokens.start, document, length))
-    light_line = tokens.taken(by_length[~heavy[by_length]])
-    before = _heavy_before(heavy_line, light_line, work.total, num_shards)
-    tokens_before = np.arange(num_shards + 1) * (seq_len // num_shards)
-    dealt = (
-        _dealt(heavy_line, before, turned=True),
-        _dealt(light_line, tokens_before - before, turned=False),
-    )
-    start, owner = (np.concatenate(x) for x in zip(*dealt, strict=True))
-    order = start.argsort()
-    start, owner = start[order], owner[order]
-    new = np.append(True, owner[1:] != owner[:-1])
-    return start[new], owner[new]
+    row = RowOfDocuments.of(work, lengths, num_shards)
+    pieces = row.pieces(0)
+    assert pieces is not None
+    fewest, shard_len = _brought(*pieces, bounds, seq_len), seq_len // num_shards
+    cut = row.length[1:][row.document[1:] == row.document[:-1]]
+    for whole in (shard_len // 4, shard_len // 2, shard_len, 2 * shard_len, 4 * shard_len):
+        found = row.pieces(whole) if (cut <= whole).any() else None
+        if found is not None and (brought := _brought(*found, bounds, seq_len)) < fewest:
+            pieces, fewest = found, brought
+    return pieces
+
+
+class RowOfDocuments(NamedTuple):
+    """A row to deal out: its tokens from left to right, documents cut where tokens cost the mean."""
+
+    tokens: _Line
+    document: Ints  # [P]
+    length: Ints  # [P], of the document; 0 of padding
+    total: int  # work
+    num_shards: int
+
+    @classmethod
+    def of(cls, work: WorkRuns, lengths: tuple[int, ...], num_shards: int) -> "RowOfDocuments":
+        bounds = np.cumsum([0, *lengths])
+        tokens = _cut(work, bounds, work.total // int(work.stop[-1]))
+        document = np.searchsorted(bounds, tokens.start, side="right") - 1
+        return cls(tokens, document, np.array([*lengths, 0])[document], work.total, num_shards)
+
+    def pieces(self, whole: int) -> tuple[Ints, Ints] | None:
+        """One stretch of each line for each rank: where its pieces start, and whose they are.
+
+        Args:
+            whole: documents of so many tokens or fewer stand in one line as they are.
+        Returns:
+            None where so many whole documents leave no stretches of the mean work.
+        """
+        tokens, seq_len = self.tokens, int(self.tokens.stop[-1])
+        heavy = tokens.work > self.total // seq_len
+        length = tokens.stop - tokens.start
+        # Of a whole document, what counts is its own mean.
+        dear = np.bincount(self.document, tokens.all_work()) * seq_len
+        dear = dear > np.bincount(self.document, length) * float(self.total)
+        heavy = np.where(self.length <= whole, dear[self.document], heavy)
+        order = np.lexsort((-tokens.start, self.document, -self.length))
+        heavy_line = tokens.taken(order[heavy[order]]).turned()
+        order = np.lexsort((tokens.start, self.document, self.length))
+        light_line = tokens.taken(order[~heavy[order]])
+        before = _heavy_before(heavy_line, light_line, self.total, self.num_shards)
+        rest = np.arange(self.num_shards + 1) * (seq_len // self.num_shards) - before
+        if not _is_balanced(heavy_line, light_line, before, rest, self.total):
+            return None
+        dealt = (_dealt(heavy_line, before, turned=True), _dealt(light_line, rest, turned=False))
+        start, owner = (np.concatenate(x) for x in zip(*dealt, strict=True))
+        order = start.argsort()
+        start, owner = start[order], owner[order]
+        new = np.append(True, owner[1:] != owner[:-1])
+        return start[new], owner[new]
+
+
+def _is_balanced(heavy: _Line, light: _Line, before: Ints, rest: Ints, total: int) -> bool:
+    """Whether stretches follow each other and every rank has the mean to within a token's work."""
+    if (np.diff(before) < 0).any() or (np.diff(rest) < 0).any():
+        return False
+    done = heavy.work_of_first()(before) + light.work_of_first()(rest)
+    n = len(before) - 1
+    most = max(x.max(initial=0) for line in (heavy, light) for x in (line.work, line.turned().work))
+    return bool((np.abs(np.diff(done) * n - total) < max(1, most) * n).all())
+
+
+def _brought(start: Ints, owner: Ints, bounds: Ints, seq_len: int) -> int:
+    """Tokens that ranks need of others under a causal mask: what lies before their last tokens."""
+    inner = bounds[:-1]
+    first = unique_ascending(np.append(start, inner))
+    stop = np.append(first[1:], seq_len)
+    of = owner[np.searchsorted(start, first, side="right") - 1]
+    document = np.searchsorted(bounds, first, side="right") - 1
+    real = document < len(bounds) - 1
+    first, stop, of, document = (x[real] for x in (first, stop, of, document))
+    if not len(first):
+        return 0
+    order = np.lexsort((first, document, of))
+    first, stop, of, document = (x[order] for x in (first, stop, of, document))
+    last = np.append((of[1:] != of[:-1]) | (document[1:] != document[:-1]), True)
+    return int((stop - bounds[document])[last].sum() - (stop - first).sum())
 
 
 def _cut(work: WorkRuns, bounds: Ints, mean: int) -> _Line:

@@ -112,9 +112,11 @@ class _WholeRows(Coords):
         prefix: Tensor | None,
         block: Tensor | None,
         position_ids: Tensor | None,
+        **known: Tensor,
     ) -> None:
         given = {"prefix": prefix, "block": block, "position_ids": position_ids}
-        vars(self).update(documents=documents, **given)
+        # What is known already comes from dataclasses.replace.
+        vars(self).update(documents=documents, **given, **known)
         self.documents: Documents
 
     @property

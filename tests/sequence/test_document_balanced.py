@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtcp.sequence.document_balanced import DocumentBalanced
+from dtcp.sequence.document_balanced import DocumentBalanced, RowOfDocuments
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import MaskWork, WorkRuns, interval_runs
 from dtcp.sequence.layout import HeadTail
@@ -127,7 +127,10 @@ def test_document_balanced_holds_one_stretch_of_each_line():
         num_shards = draw.randint(2, 6)
         seq_len = num_shards * draw.randint(1, 40)
         documents = Documents((a_row(draw, seq_len),), seq_len)
-        layout = DocumentBalanced.for_batch(documents, num_shards)
+        runs = WorkRuns.of([(Causal(), 1)], Coords.of(documents))
+        row = RowOfDocuments.of(runs, documents.lengths[0], num_shards)
+        starts, owners = (tuple(x.tolist()) for x in row.pieces(0))
+        layout = DocumentBalanced(seq_len, num_shards, starts, owners)
         work, mean = [], 0.0
         for length in documents.lengths[0]:
             work += [(length, index + 1) for index in range(length)]
@@ -152,6 +155,36 @@ def test_document_balanced_of_one_document_is_head_tail():
 def test_document_balanced_keeps_equal_documents_whole():
     layout = DocumentBalanced.for_batch(Documents(((16,) * 12,), 192), 4)
     assert [layout.runs(rank) for rank in (0, 3)] == [[(0, 48)], [(144, 192)]]
+
+
+def keys_to_bring(layout, documents):
+    """Of all ranks, by brute force: what lies before their tokens, held by others."""
+    start, document = documents.starts()[0], documents.document()[0]
+    count = 0
+    for rank in range(layout.num_shards):
+        mine = set(layout.token_indices(rank).tolist())
+        seen = {key for t in mine if document[t] >= 0 for key in range(int(start[t]), t)}
+        count += len(seen - mine)
+    return count
+
+
+def test_document_balanced_leaves_short_documents_whole_where_that_saves_keys():
+    draw = random.Random(3)
+    saved = 0
+    for _ in range(30):
+        num_shards, longest = draw.randint(2, 5), draw.choice([4, 9, 20])
+        seq_len, lengths = num_shards * 40, []
+        while (left := seq_len - sum(lengths)) > 0:
+            lengths.append(min(left, draw.randint(longest // 2, longest)))
+        documents = Documents((tuple(lengths),), seq_len)
+        runs = WorkRuns.of([(Causal(), 1)], Coords.of(documents))
+        pieces = RowOfDocuments.of(runs, documents.lengths[0], num_shards).pieces(0)
+        cut = DocumentBalanced(seq_len, num_shards, *(tuple(x.tolist()) for x in pieces))
+        layout = DocumentBalanced.for_batch(documents, num_shards)
+        fewer, more = keys_to_bring(layout, documents), keys_to_bring(cut, documents)
+        assert fewer <= more
+        saved += more - fewer
+    assert saved > 0
 
 
 def test_document_balanced_takes_rows_of_padding_and_fewer_documents_than_ranks():
