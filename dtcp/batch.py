@@ -258,7 +258,8 @@ def shard_rows(
     for key, x in tokens.items():
         rule = rows.rule(key)
         if rule is not None:
-            x = _part(x, batch_layout, mesh.rank("cp"), dim=rule.seq_dim % x.ndim, pad=rule.pad)
+            dims = {"dim": rule.seq_dim % x.ndim, "rows_dim": rule.rows_dim % x.ndim}
+            x = _part(x, batch_layout, mesh.rank("cp"), **dims, pad=rule.pad)
         local[key] = x if device is None else x.to(device, non_blocking=True)
     return local, sharded
 
@@ -304,12 +305,18 @@ def _coords(batch: Mapping[str, Tensor], documents: Documents, seq_len: int) -> 
 
 
 def _part(
-    x: Tensor, layout: SequenceLayout, rank: int, *, dim: int, pad: int | float | bool | Fill
+    x: Tensor,
+    layout: SequenceLayout,
+    rank: int,
+    *,
+    dim: int,
+    rows_dim: int = 0,
+    pad: int | float | bool | Fill,
 ) -> Tensor:
     """A rank's part of rows that may be shorter than their layout; the whole is never padded."""
     if isinstance(layout, RowLayouts):
         each = partial(_row_part, rank=rank, dim=dim, pad=pad)
-        return layout.of_each_row(x, each, dim=dim)
+        return layout.of_each_row(x, each, rows_dim=rows_dim)
     return _row_part(layout, x, rank=rank, dim=dim, pad=pad)
 
 

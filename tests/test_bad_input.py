@@ -194,7 +194,7 @@ def test_rows_laid_out_each_by_itself_are_refused_where_one_layout_is_read(mesh,
     sharded = sharded_for(mesh, mixer, layout, packings.two_rows(32, 2))
     x = torch.zeros(2, 16)
     refused("laid out each by itself, got 2 of", lambda: roll(x, sharded.layout, mesh))
-    refused("rows are the dim before the sequence's", lambda: sharded.shard(torch.zeros(3, 32)))
+    refused("is cut row by row, got", lambda: sharded.shard(torch.zeros(3, 32)))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (2, 2), (12, 3), (12, 6)])

@@ -278,7 +278,7 @@ def test_rows_of_different_documents_are_laid_out_each_by_itself(mesh, layout, r
     """41 tokens fit no layout: what is cut is padded row by row."""
     documents, whole = packings.two_rows(41, 1), ParallelMesh.from_device_mesh(mesh)
     batch = {**a_batch(documents), "position_ids": documents.position_ids()}
-    batch["mtp_input_ids"] = torch.arange(2 * 2 * 41).view(2, 2, 41)
+    batch["mtp_input_ids"] = torch.arange(2 * 3 * 41).view(2, 3, 41)
     local, sharded = shard_batch(batch, whole, layout, documents=documents)
     for row, lengths in enumerate(documents.lengths):
         one = {key: of_row(key, x, row) for key, x in batch.items()}

@@ -154,7 +154,7 @@ def best_pieces(work: WorkRuns, lengths: tuple[int, ...], num_shards: int) -> tu
 
 
 class RowOfDocuments(NamedTuple):
-    """A row to deal out: its tokens from left to right, documents cut where tokens cost the mean."""
+    """A row to deal out, from left to right; documents cut where tokens cost the mean."""
 
     tokens: _Line
     document: Ints  # [P]
@@ -181,8 +181,8 @@ class RowOfDocuments(NamedTuple):
         heavy = tokens.work > self.total // seq_len
         length = tokens.stop - tokens.start
         # Of a whole document, what counts is its own mean.
-        dear = np.bincount(self.document, tokens.all_work()) * seq_len
-        dear = dear > np.bincount(self.document, length) * float(self.total)
+        work = np.bincount(self.document, tokens.all_work()) * seq_len
+        dear = work > np.bincount(self.document, length) * float(self.total)
         heavy = np.where(self.length <= whole, dear[self.document], heavy)
         order = np.lexsort((-tokens.start, self.document, -self.length))
         heavy_line = tokens.taken(order[heavy[order]]).turned()

@@ -106,6 +106,8 @@ class Coords:
 class _WholeRows(Coords):
     """Of whole rows; what follows from documents is worked out when it is asked for."""
 
+    documents: Documents
+
     def __init__(
         self,
         documents: Documents,
@@ -114,10 +116,9 @@ class _WholeRows(Coords):
         position_ids: Tensor | None,
         **known: Tensor,
     ) -> None:
-        given = {"prefix": prefix, "block": block, "position_ids": position_ids}
         # What is known already comes from dataclasses.replace.
-        vars(self).update(documents=documents, **given, **known)
-        self.documents: Documents
+        given = {"prefix": prefix, "block": block, "position_ids": position_ids, **known}
+        vars(self).update(documents=documents, **given)
 
     @property
     def rows(self) -> int:

@@ -26,7 +26,7 @@ from dtcp.sequence.partition import Partition, Run
 class RowLayouts(SequenceLayout):
     """A layout for each row of a batch, all of one kind.
 
-    `shard` and `restore` take tensors whose rows are the dim before the sequence's.
+    `shard` and `restore` take tensors whose first dim is the batch's.
     """
 
     rows: tuple[SequenceLayout, ...]
@@ -57,29 +57,29 @@ class RowLayouts(SequenceLayout):
     def shard(self, x: Tensor, rank: int, *, dim: int = 1) -> Tensor:
         """Pick the rank's tokens of each row: S in dim becomes L. No communication."""
         self._check_len(x, dim)
-        return self.of_each_row(x, lambda layout, row: layout.shard(row, rank, dim=dim), dim=dim)
+        return self.of_each_row(x, lambda layout, row: layout.shard(row, rank, dim=dim))
 
     def restore(self, x: Tensor, *, dim: int = 1) -> Tensor:
         """Put all shards, concatenated along dim, back into the order of the rows: S to S."""
         self._check_len(x, dim)
-        return self.of_each_row(x, lambda layout, row: layout.restore(row, dim=dim), dim=dim)
+        return self.of_each_row(x, lambda layout, row: layout.restore(row, dim=dim))
 
     def of_each_row(
-        self, x: Tensor, do: Callable[[SequenceLayout, Tensor], Tensor], *, dim: int
+        self, x: Tensor, do: Callable[[SequenceLayout, Tensor], Tensor], *, rows_dim: int = 0
     ) -> Tensor:
         """Do something to each row by itself; one row stands for all."""
-        count, at = len(self.rows), dim % x.ndim - 1
-        if self.alike and not (at >= 0 and x.shape[at] == 1):
+        count = len(self.rows)
+        has_rows = -x.ndim <= rows_dim < x.ndim and x.shape[rows_dim] in (1, count)
+        if self.alike and not (has_rows and x.shape[rows_dim] == 1):
             return do(self.rows[0], x)
-        if at < 0 or x.shape[at] not in (1, count):
+        if not has_rows:
             raise ValueError(
-                f"A batch of {count} rows, each laid out by itself, is cut where its rows are the "
-                f"dim before the sequence's, got x.shape={tuple(x.shape)}, dim={dim}: give "
-                f"[..., {count}, S, ...]."
+                f"A batch of {count} rows, each laid out by itself, is cut row by row, got "
+                f"x.shape={tuple(x.shape)}: give its rows in dim {rows_dim}."
             )
-        each = x.split(1, dim=at) * (count // x.shape[at])
+        each = x.split(1, dim=rows_dim) * (count // x.shape[rows_dim])
         pairs = zip(self.rows, each, strict=True)
-        return torch.cat([do(layout, row) for layout, row in pairs], dim=at)
+        return torch.cat([do(layout, row) for layout, row in pairs], dim=rows_dim)
 
 
 @dataclass(frozen=True)
