@@ -7,7 +7,7 @@ else, so neither knows which mask it serves. Documents never see each other and 
 seen, whatever the mask.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -88,19 +88,11 @@ class Coords:
                 f"Coords are of the {self.seq_len} tokens of a row, got token_index from "
                 f"{int(token_index.min())} to {int(token_index.max())}: give indices of tokens."
             )
-        prefix, block, position_ids = (
-            None if x is None else x[..., token_index]
-            for x in (self.prefix, self.block, self.position_ids)
-        )
-        return Coords(
-            self.token_index[:, token_index],
-            self.document[:, token_index],
-            self.start[:, token_index],
-            self.end[:, token_index],
-            prefix,
-            block,
-            position_ids,
-        )
+        read = {each.name: getattr(self, each.name) for each in fields(Coords)}
+        taken: dict[str, Any] = {
+            name: x[..., token_index] for name, x in read.items() if isinstance(x, Tensor)
+        }
+        return Coords(**taken)
 
 
 class _WholeRows(Coords):
