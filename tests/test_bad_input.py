@@ -139,7 +139,7 @@ def test_mesh_of_three_axes_is_refused(mesh):
 
 
 @dataclass(frozen=True)
-class Backwards(Contiguous):
+class Stranger(Contiguous):
     """A layout that nobody here knows."""
 
 
@@ -148,7 +148,7 @@ class RingOfEqualShards(RingAttention):
     layouts = (HeadTail,)
 
 
-@pytest.mark.parametrize("layout", [PerDocument, DocumentBalanced, Backwards])
+@pytest.mark.parametrize("layout", [PerDocument, DocumentBalanced, Stranger])
 @spmd(ranks=2)
 def test_layout_that_a_style_cannot_carry_out_is_refused(mesh, layout):
     mixer = mixer_on(mesh, RingOfEqualShards(), WINDOW.mask)
