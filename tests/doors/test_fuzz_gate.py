@@ -252,8 +252,6 @@ def batches_in_buckets(draw):
     if most is not None and seq_len > most:
         draw.unsound.append("a row longer than any bucket")
         draw.is_bad = True
-    if alike and several is not None:
-        draw.may_be_refused("rows of padding beside others, in a layout for rows alike")
     ids = draw.ids(rows, seq_len)
     batch = {"input_ids": ids, "position_ids": documents.position_ids()}
     batch["labels"] = shift_labels(ids, documents)

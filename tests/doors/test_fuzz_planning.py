@@ -25,6 +25,7 @@ from dtcp.sequence.masks import (
     vision_blocks,
 )
 from dtcp.sequence.routes import Route, halo_runs, halo_token_indices, rolled
+from dtcp.sequence.row_layouts import RowLayouts
 from dtcp.softmax.required_keys import required_keys
 from tests.harness import reference
 from tests.harness.fuzz import run_cases
@@ -215,8 +216,10 @@ def head_tail_tokens(start, length, n, rank, lengths):
 
 
 def tokens_of(layout):
-    """Token indices of every rank, from the definition of each layout."""
+    """Token indices of every rank, from the definition of each layout; of the first row's."""
     n, S = layout.num_shards, layout.seq_len
+    if isinstance(layout, RowLayouts):
+        return tokens_of(layout.rows[0])
     if isinstance(layout, Contiguous):
         return [list(range(r * S // n, (r + 1) * S // n)) for r in range(n)]
     if isinstance(layout, HeadTail):
