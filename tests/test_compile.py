@@ -206,7 +206,7 @@ def test_ops_keep_the_contract_of_torch_library(mesh):
         sharded = shard_case(case, mixer, mesh, Contiguous)
         q, k, v, sink = local_inputs(case, sharded)
         metadata = sharded.attn_metadata[mixer.metadata_key].tensors()
-        args = (q, k, v, sink, None, None, metadata, 0.3, 0.0, mixer.groups, "auto")
+        args = (q, k, v, sink, None, None, metadata, 0.3, 0.0, mixer.groups, "auto", False)
         torch.library.opcheck(style.op.forward, args)
 
 

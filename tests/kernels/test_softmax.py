@@ -342,7 +342,7 @@ def test_op_keeps_the_contract_of_torch_library(sink, value_dim):
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if sink else None
     v = v[..., :value_dim].detach().requires_grad_()
     metadata = local_metadata(*intervals).tensors()
-    args = (q, k, v, sinks, None, None, metadata, 0.3, 0.0, [], "auto")
+    args = (q, k, v, sinks, None, None, metadata, 0.3, 0.0, [], "auto", False)
     torch.library.opcheck(ATTENTION.forward, args)
 
 
