@@ -157,8 +157,10 @@ def ring_metadata(
     tokens = expand(starts, lengths)
     token_index[step_of_key, place] = tokens
     ranges = block_ranges_of_parts(rows, KeyLine(step, starts, stops, n), tile=tile)
-    of_step = torch.from_numpy(tokens).split(in_step.tolist())
-    pieces = [find_pieces(first, last, x, tiles=ranges.shape[2]) for x in of_step]
+    of_step, tiles = torch.from_numpy(tokens).split(in_step.tolist()), ranges.shape[2]
+    # Most steps bring nothing where documents are packed, and any query sees nothing of that.
+    nothing = find_pieces(first[:, :1], last[:, :1], of_step[0][:0], tiles=tiles)
+    pieces = [find_pieces(first, last, x, tiles=tiles) if len(x) else nothing for x in of_step]
     return KeyExchangeMetadata(
         first,
         last,
