@@ -238,6 +238,8 @@ CHECKPOINT: Mapping[str, Setting] = dict.fromkeys(
         models=Models.OURS,
     ),
     "export_hf": used("dtcp's checkpoints"),
+    "verify_checksums": used("dtcp's checkpoints"),
+    "hf_ignore": used("dtcp's checkpoints"),
 }
 
 LR_SCHEDULER: Mapping[str, Setting] = dict.fromkeys(
