@@ -284,7 +284,7 @@ def test_an_override_is_looked_at_before_ranks_start(imports, says):
     ("arguments", "says"),
     [
         (
-            ["--parallelism.tensor_parallel_degree", "3"],
+            ["--parallelism.tensor_parallel_degree", "3", "--training.seq_len", "1020"],
             r"tensor_parallel_degree \(3\) must divide",
         ),
         (["--training.seq_len", "262144"], "262144 exceeds"),
