@@ -21,10 +21,13 @@ CONFIGS = config_names(configs)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_one_that_can_start(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for needed in ("texts/a.txt", "Llama-3.1-8B/tokenizer.json"):
-        Path(needed).parent.mkdir()
-        Path(needed).touch()
-    Path("Llama-3.1-8B/model.safetensors").touch()
+    for folder in ("texts", "Llama-3.1-8B"):
+        Path(folder).mkdir()
+    for file in ("tokenizer.json", "model.safetensors"):
+        Path("Llama-3.1-8B", file).touch()
+    # As many documents as leave some for validation.
+    for number in range(400):
+        Path(f"texts/{number}.txt").write_text(f"{number}")
     # A checkpoint of 8 billion parameters takes more than this machine may have.
     terabyte = SimpleNamespace(free=1 << 40)
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: terabyte)
