@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from dtcp.torchtitan.attention import MixerAttention
 
 import pytest
+from tokenizers import Tokenizer as HubTokenizer
+from tokenizers import models
 from torchtitan.models.llama3.config_registry import llama3_debugmodel
 
 from dtcp.pretrain import configs, output_folder
@@ -23,8 +25,8 @@ def test_every_config_is_one_that_can_start(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("texts", "Llama-3.1-8B"):
         Path(folder).mkdir()
-    for file in ("tokenizer.json", "model.safetensors"):
-        Path("Llama-3.1-8B", file).touch()
+    HubTokenizer(models.BPE()).save("Llama-3.1-8B/tokenizer.json")
+    Path("Llama-3.1-8B/model.safetensors").touch()
     # As many documents as leave some for validation.
     for number in range(400):
         Path(f"texts/{number}.txt").write_text(f"{number}")

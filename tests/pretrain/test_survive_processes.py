@@ -31,13 +31,13 @@ Cases = dict[str, tuple[int, list[str]]]
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     """What became of each launch of three ranks: its exit code and what was said, in order."""
     folder = tmp_path_factory.mktemp("cases")
-    return run_cases(folder, "listening", "restarted", "two_causes", "frozen")
+    return run_cases(folder, "listening", "restarted")
 
 
 @pytest.fixture(scope="module")
 def more_cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     folder = tmp_path_factory.mktemp("cases")
-    return run_cases(folder, "refused", "absent", "alive", "slow_to_stop")
+    return run_cases(folder, "two_causes", "frozen", "refused", "absent", "alive", "slow_to_stop")
 
 
 def run_cases(folder: Path, *names: str) -> Cases:
@@ -78,9 +78,10 @@ def test_survive_E10_ranks_start_again_after_one_was_killed(cases):
     assert sorted(lines[2:]) == [f"rank {rank} went on: True" for rank in range(3)]
 
 
-def test_survive_E10_each_attempt_says_its_cause(cases):
+@pytest.mark.slow
+def test_survive_E10_each_attempt_says_its_cause(more_cases):
     """Once, and nothing of the ranks that only waited."""
-    code, lines = cases["two_causes"]
+    code, lines = more_cases["two_causes"]
     error = "error: x is y, got x=1: set it to 2."
     assert code == 1
     assert lines == [error, "restart     1 of 1, from the last checkpoint", error]
@@ -98,8 +99,9 @@ def test_survive_E10_a_rank_that_does_not_come_is_named(more_cases):
     assert code == 1 and "got none of rank 1 in time" in lines[0]
 
 
-def test_survive_E10_a_rank_that_is_stopped_is_named_last(cases):
-    code, lines = cases["frozen"]
+@pytest.mark.slow
+def test_survive_E10_a_rank_that_is_stopped_is_named_last(more_cases):
+    code, lines = more_cases["frozen"]
     assert code == 1 and len(lines) == 1
     assert re.match(r"error: rank 1 \(process \d+ on .*\) gave no sign of life any more", lines[0])
 
