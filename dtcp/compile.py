@@ -183,7 +183,7 @@ REMEDY = (
 
 
 def _size(inputs: Iterable[Any]) -> tuple[int, ...]:
-    """The shape of the first tensor, by which sizes are told apart."""
+    """The shape of the first tensor, which names the size."""
     first = next((x for x in inputs if isinstance(x, torch.Tensor)), None)
     return () if first is None else tuple(first.shape)
 

@@ -72,7 +72,7 @@ def check_model(
     What a rank refuses is in the report.
 
     Args:
-        say: is told the memory that the check will take, before it takes it.
+        say: hears of the memory that the check will take, before it takes it.
     Raises:
         ValueError: the model cannot be built or run on one device, or memory does not suffice.
         RankFailed: a rank raised anything but a refusal.

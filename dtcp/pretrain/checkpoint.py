@@ -170,7 +170,7 @@ class Checkpoints(CheckpointManager):
             self._after_save(curr_step)
         else:
             say(f"saving      {self.folders.path(curr_step)} in the background")
-            self._told = threading.Event()
+            self._announced = threading.Event()
             self.save_future.add_done_callback(lambda done: self._in_background(curr_step, done))
         return bool(saved)
 
@@ -180,7 +180,7 @@ class Checkpoints(CheckpointManager):
         except CheckpointException as error:
             raise ValueError(self._explain_save(-1, error)) from error
         # The future wakes who waits for it before it calls back.
-        self._told.wait()
+        self._announced.wait()
 
     def dcp_save(
         self,
@@ -233,7 +233,7 @@ class Checkpoints(CheckpointManager):
             if done.exception() is None:
                 self._after_save(step)
         finally:
-            self._told.set()
+            self._announced.set()
 
     def _after_save(self, step: int) -> None:
         say(f"saved       {self.folders.path(step)}")

@@ -62,7 +62,7 @@ class Care:
     max_restarts: int = 0
     """Times that ranks are started again after one has failed."""
     stop_seconds: int = 120
-    """How long ranks may take to save once they are told to stop; then they are killed."""
+    """How long ranks may take to save once they are to stop; then they are killed."""
 
 
 def launched() -> bool:
@@ -200,7 +200,7 @@ class Agent(LocalElasticAgent):
     """torch's agent of one machine, which ends ranks in the way each end asks for.
 
     Args:
-        stop_seconds: how long ranks have to save when this process is told to stop.
+        stop_seconds: how long ranks have to save when this process is to stop.
     """
 
     def __init__(self, spec: WorkerSpec, stop_seconds: int) -> None:

@@ -1,4 +1,4 @@
-"""Whether a run can write what it is going to, told before any rank starts."""
+"""Whether a run can write what it is going to, checked before any rank starts."""
 
 import contextlib
 import os

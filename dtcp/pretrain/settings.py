@@ -1,4 +1,4 @@
-"""Settings that cannot work, told before any rank starts."""
+"""Settings that cannot work, refused before any rank starts."""
 
 import math
 from collections.abc import Iterator

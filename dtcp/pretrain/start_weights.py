@@ -1,4 +1,4 @@
-"""Whether a run can start from the weights it names, told before any rank starts."""
+"""Whether a run can start from the weights it names, checked before any rank starts."""
 
 from pathlib import Path
 from typing import Any

@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """What this rank was told, and what the ranks agreed on.
+    """What this rank was asked, and what the ranks agreed on.
 
     A signal may reach one rank alone, and none in the same step, so ranks tell each other before
     every step: 4 bytes, summed up on the host while the step before it runs.

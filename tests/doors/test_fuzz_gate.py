@@ -86,7 +86,7 @@ def some_documents(draw):
     return Documents(draw.rows(rows, seq_len), seq_len)
 
 
-def told_batch(draw, documents):
+def document_keys(draw, documents):
     """Some of the keys, sound or not."""
     keys = keys_of(draw, documents)
     chosen = [key for key in keys if draw.chance(0.4)] or [draw.choice(sorted(keys))]
@@ -120,7 +120,7 @@ def told_batch(draw, documents):
 
 def documents_that_keys_tell(draw):
     documents = some_documents(draw)
-    batch = told_batch(draw, documents)
+    batch = document_keys(draw, documents)
     rows, seq_len = documents.batch, documents.seq_len
     if draw.chance(0.4):
         position_ids = documents.position_ids()
@@ -147,7 +147,7 @@ def batches_cut_by_their_keys(draw):
     documents = some_documents(draw)
     rows, seq_len = documents.batch, documents.seq_len
     ids = draw.ids(rows, seq_len)
-    batch = {"input_ids": ids, **told_batch(draw, documents)}
+    batch = {"input_ids": ids, **document_keys(draw, documents)}
     labels = shift_labels(ids, documents)
     padding = documents.document() < 0
     if draw.chance():
@@ -165,8 +165,8 @@ def batches_of_transformers(draw):
     ranks = draw.integer(1, 3)
     mesh = OneOfMany(ranks, draw.integer(0, ranks - 1))
     documents = some_documents(draw)
-    ids, told = draw.ids(documents.batch, documents.seq_len), told_batch(draw, documents)
-    batch = {"input_ids": draw.bad("input_ids", ids, ids[0, 0], ids.tolist(), 3), **told}
+    ids, keys = draw.ids(documents.batch, documents.seq_len), document_keys(draw, documents)
+    batch = {"input_ids": draw.bad("input_ids", ids, ids[0, 0], ids.tolist(), 3), **keys}
     numbers = documents.document() + 1
     if draw.chance():
         wrong = [numbers[:, 1:], -numbers - 1, numbers + 0.5, 3, [[0]]]

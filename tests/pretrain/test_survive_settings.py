@@ -1,4 +1,4 @@
-"""Settings that cannot work are told before any rank starts."""
+"""Settings that cannot work are refused before any rank starts."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not one: what is cut, mixed, renamed, flipped or foreign is told.
+"""A checkpoint is whole or it is not one: what is cut, mixed, renamed, flipped, foreign is refused.
 
 E3 and E4 of what was found by killing, cutting and swapping; in one process, a manager of
 checkpoints around a small model. Ranks are in test_survive_kill.py.

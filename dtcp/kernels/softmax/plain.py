@@ -26,7 +26,7 @@ from dtcp.kernels.softmax.types import (
 
 
 class Window(NamedTuple):
-    """What a kernel is told of a call's mask."""
+    """What a kernel reads of a call's mask."""
 
     left: int | None  # keys a query sees beside its diagonal; None for all
     right: int | None
