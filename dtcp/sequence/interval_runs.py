@@ -295,6 +295,11 @@ class KeyIntervals:
         if isinstance(intervals, KeyIntervals):
             return intervals
         check_intervals(*intervals)
+        if not intervals[0].shape[1]:
+            raise ValueError(
+                f"Intervals are of the tokens of whole rows, got first_key.shape="
+                f"{tuple(intervals[0].shape)}: give [B, S]."
+            )
         first, last = (x.numpy() for x in intervals)
         return cls(tuple(map(_read_off, first, last)))
 
