@@ -31,7 +31,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import Ints, MaskWork, WorkRuns
 from dtcp.sequence.layout import SequenceLayout, check_divides, shared_lengths
 from dtcp.sequence.masks import Causal, Coords
-from dtcp.sequence.partition import Partition, Run, unique_ascending
+from dtcp.sequence.partition import Partition, Run, joined_runs, unique_ascending
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,11 @@ class DocumentBalanced(SequenceLayout):
             )
 
     def runs(self, rank: int) -> list[Run]:
+        # Not from the partition: dynamo traces this, and arrays would be tensors to it.
         self._check_rank(rank)
-        return self.partition.runs(rank)
+        stops = (*self.starts[1:], self.seq_len)
+        runs = zip(self.starts, stops, self.owners, strict=True)
+        return joined_runs([(start, stop) for start, stop, owner in runs if owner == rank])
 
     @cached_property
     def partition(self) -> Partition:

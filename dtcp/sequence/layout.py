@@ -288,8 +288,10 @@ class BlockBalanced(SequenceLayout):
         return self.block
 
     def runs(self, rank: int) -> list[Run]:
+        # Not from the partition: dynamo traces this, and arrays would be tensors to it.
         self._check_rank(rank)
-        return self.partition.runs(rank)
+        mine = [block for block, owner in enumerate(self.owners) if owner == rank]
+        return joined_runs([(block * self.block, (block + 1) * self.block) for block in mine])
 
     @cached_property
     def partition(self) -> Partition:

@@ -59,10 +59,10 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
         tokens: Prepool | None = None,
         index: Index | None = None,
     ) -> Tensor:
+        check_sparse_operands(q, keys, sink, tokens, index, self.compression)
         metadata = self.own(attn_metadata)
         if isinstance(metadata, SparseMetadata):
             return self.attend(q, keys, metadata, sink, tokens, index)
-        check_sparse_operands(q, keys, sink, tokens, index, self.compression)
         parts = [q, keys, *_tensors(tokens)]
         # An indexer has no gradient, and so none travels back.
         no_gradient = [] if index is None else [index.q, index.weight, *_tensors(index.keys)]
