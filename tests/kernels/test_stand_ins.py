@@ -66,7 +66,7 @@ def problem(case, tokens=None):
         block=packings.blocks_of_tokens(documents),
     )
     first, last = case.mask_case.mask.intervals(coords)
-    q, k, v = truth(case, 4).inputs[:3]
+    q, k, v = (x.detach() for x in truth(case, 4).inputs[:3])
     parts = []
     for index in tokens or [torch.arange(case.seq_len)]:
         ranges = block_ranges(first, last, index)
