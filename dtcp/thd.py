@@ -8,7 +8,7 @@ divides a slot.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -395,4 +395,6 @@ def _coords(slots: Sequence[tuple[int, int]]) -> Coords:
     documents = Documents((tuple(x for x in parts if x),), sum(parts))
     real = torch.tensor([True, False]).repeat(len(slots)).repeat_interleave(torch.tensor(parts))
     coords = Coords.of(documents)
-    return replace(coords, document=torch.where(real, coords.document, PADDING))
+    # Not coordinates of whole documents: padding stands between them.
+    document = torch.where(real, coords.document, PADDING)
+    return Coords(coords.token_index, document, coords.start, coords.end)
