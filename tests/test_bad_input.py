@@ -39,7 +39,6 @@ from dtcp.softmax import (
     UlyssesAttention,
 )
 from dtcp.softmax.mixer import SoftmaxAttention
-from tests.harness import packings
 from tests.harness.attention_parity import (
     CAUSAL,
     WINDOW,
@@ -191,7 +190,7 @@ def test_mask_without_what_it_reads_is_refused(mesh, mask, field):
 @spmd(ranks=2)
 def test_rows_laid_out_each_by_itself_are_refused_where_one_layout_is_read(mesh, layout):
     mixer = mixer_on(mesh, RingAttention(), Causal())
-    sharded = sharded_for(mesh, mixer, layout, packings.two_rows(32, 2))
+    sharded = sharded_for(mesh, mixer, layout, Documents(((32,), (17, 15)), 32))
     x = torch.zeros(2, 16)
     refused("laid out each by itself, got 2 of", lambda: roll(x, sharded.layout, mesh))
     refused("is cut row by row, got", lambda: sharded.shard(torch.zeros(3, 32)))
