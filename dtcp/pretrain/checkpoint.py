@@ -348,12 +348,10 @@ class Checkpoints(CheckpointManager):
 
     def _leave_behind(self, step: int) -> None:
         """Move later steps out of the way: the run goes another way from here."""
-        later = [self.folders.path(s) for s in self.folders.steps() if s > step]
-        if not later or self.load_only:
-            return
-        aside = agree(lambda: self.folders.set_aside(later))
-        names = ", ".join(path.name for path in later)
-        say(f"moved       {names} to {aside}: this run goes on from step {step}")
+        # By the first rank alone: another might look when they are gone.
+        moved = None if self.load_only else agree(lambda: self.folders.set_aside_after(step))
+        if moved is not None:
+            say(f"moved       {moved[0]} to {moved[1]}: this run goes on from step {step}")
 
     def _way_back(self, step: int) -> str:
         before = [s for s in self.folders.whole() if s < step]

@@ -69,6 +69,11 @@ class SavedFolders:
         # A link is the work of a person, and so is what it leads to.
         return [self._hide(x, read_manifest(x).save) for x in paths if not x.is_symlink()]
 
+    def set_aside_after(self, step: int) -> tuple[str, Path] | None:
+        """Move what was saved after a step aside: the names, and where they are; None if none."""
+        later = [self.path(each) for each in self.steps() if each > step]
+        return (", ".join(path.name for path in later), self.set_aside(later)) if later else None
+
     def set_aside(self, paths: Sequence[Path]) -> Path:
         """Move folders, as they are, to one that no run reads or deletes; returns it."""
         numbers = (re.fullmatch(r"aside-(\d+)", path.name) for path in self.root.iterdir())
