@@ -115,9 +115,10 @@ def empty_param_group_like(group: Any) -> Any:
 # Compiling.
 
 
-def is_dynamo_error(error: BaseException) -> bool:
-    """Whether dynamo could not make the graph that it was asked for."""
-    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+def dynamo_error() -> type[Exception]:
+    """What dynamo raises where it cannot make a graph: it has no public name (2.11-2.15)."""
+    error: type[Exception] = torch._dynamo.exc.TorchDynamoException
+    return error
 
 
 def dynamo_has(setting: str) -> bool:
@@ -148,9 +149,10 @@ def dynamo_limits() -> tuple[int, int]:
     return config.recompile_limit, config.accumulated_recompile_limit
 
 
-def is_graph_limit(error: Exception) -> bool:
-    """Whether dynamo stopped at its limit of graphs: the error has no public name (2.11-2.15)."""
-    return isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
+def graph_limit_error() -> type[Exception]:
+    """What dynamo raises at its limit of graphs: it has no public name (2.11-2.15)."""
+    error: type[Exception] = torch._dynamo.exc.FailOnRecompileLimitHit
+    return error
 
 
 def graphs_made() -> int:

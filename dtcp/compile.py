@@ -13,9 +13,9 @@ import torch
 from dtcp._torch import (
     dynamo_has,
     dynamo_limits,
+    graph_limit_error,
     graphs_and_breaks,
     graphs_made,
-    is_graph_limit,
     traced_with,
 )
 from dtcp.distributed.ledger import LEDGER
@@ -147,9 +147,7 @@ class FewGraphs(Generic[P, R]):
         graphs = graphs_made()
         try:
             result = self.compiled(*args, **kwargs)
-        except Exception as error:
-            if not is_graph_limit(error):
-                raise
+        except graph_limit_error():
             raise ValueError(
                 f"Compiled code makes a graph for each size of its input and no more than "
                 f"max_graphs={self.max_graphs}, got {_size((*args, *kwargs.values()))} after "

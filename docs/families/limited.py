@@ -48,7 +48,8 @@ def _answer(case: Case, options: CheckOptions, pipe: Connection) -> None:
     os.dup2(null, 2)
     try:
         outcome = _check(case, options)
-    # Counted, and none is allowed: each is a sentence that is missing.
+    # The check promises a sentence for every model there is, so any other error of any class is the
+    # finding: it is sent to the parent as a traceback, and a table with one fails its test.
     except Exception:  # noqa: BLE001
         outcome = Outcome("traceback", traceback.format_exc())
     pipe.send(outcome)

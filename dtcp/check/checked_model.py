@@ -78,7 +78,8 @@ def own_errors(did: str, remedy: str) -> Iterator[None]:
         yield
     except ModelRefused:
         raise
-    # Whatever code of the user's or of transformers raises, it is the answer to the question.
+    # What runs inside is code of the user's or of transformers, which may raise any class. Whether
+    # it runs is the question, so its error is the answer: raised again, with place and remedy.
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(str(error).split())

@@ -13,7 +13,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
-from dtcp._torch import is_dynamo_error
+from dtcp._torch import dynamo_error
 from dtcp.check.checked_model import CheckedModel, Mixing
 from dtcp.check.memory import MemoryEstimate
 from dtcp.check.parity import CheckOptions, ParityResult, compare, seeded
@@ -123,7 +123,8 @@ def _rank(rank: int, checked: CheckedModel, options: CheckOptions, folder: str) 
     except REFUSALS as error:
         Path(folder, f"refused-{rank}").write_text(str(error))
         raise
-    # The others will say that it is gone, and the parent may hear of them first.
+    # Written down and raised again, whatever the model's code raised: the other ranks will say only
+    # that this one is gone, and the parent may hear of them first.
     except Exception as error:
         Path(folder, f"raised-{rank}").write_text(f"{type(error).__name__}: {error}")
         raise
@@ -136,9 +137,7 @@ def _no_graph(eager: ParityResult, options: CheckOptions) -> Iterator[None]:
     """Say in a sentence that a block has no whole graph, and what that leaves."""
     try:
         yield
-    except Exception as error:
-        if not is_dynamo_error(error):
-            raise
+    except dynamo_error() as error:
         cause = re.search(r"Caused by: (.*?) \(", f"{error}")
         said = cause[1] if cause else f"{error}".strip().splitlines()[0]
         worst = max(eager.errors.values())

@@ -129,7 +129,8 @@ def _pairs(
             skipped -= left_out
             yield ids[left_out:-1], ids[left_out + 1 :]
             before = ids[-1:]
-    # Tokenizers are foreign code, in Rust, with errors of their own.
+    # The tokenizers library, in Rust, raises Exception itself and no class of its own, so nothing
+    # narrower would catch it. Raised again, with the document's name.
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         raise DataError(

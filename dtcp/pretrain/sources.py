@@ -147,7 +147,8 @@ class HuggingFace:
                 yield self._document(row, number)
         except DataError:
             raise
-        # Of the network, of the hub, of a row's format: whatever it is, it was this dataset.
+        # Clients of the network, the hub and each file format raise classes of their own, without a
+        # common base, and which are installed is not known. Raised again, with dataset and row.
         except Exception as error:
             where = "before its first row" if number < 0 else f"after row {number} of the epoch"
             raise DataError(

@@ -139,7 +139,8 @@ def _from_folder(folder: str) -> HuggingFaceTokenizer:
     check_tokenizer_folder(folder)
     try:
         tokenizer = HuggingFaceTokenizer(tokenizer_path=folder)
-    # The library's parser, in Rust, raises bare Exceptions.
+    # The library's parser, in Rust, raises Exception itself and no class of its own. Raised again,
+    # with the folder's name.
     except Exception as error:
         raise _broken(Path(folder), error) from error
     # Such settings are for batches of a model that reads short texts.

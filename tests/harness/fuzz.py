@@ -148,7 +148,8 @@ def run_case(subject: Subject, case: int, *args: Any) -> tuple[str, str]:
         subject(draw, *args)
     except AssertionError as error:
         verdict, text = "wrong", _trace(error)
-    # Whatever else escapes is what is looked for.
+    # Any error that is no refusal is what the fuzzer looks for: it is counted as raw, with its
+    # trace, and one of them fails the test.
     except Exception as error:  # noqa: BLE001
         verdict, text = ("refused" if is_refusal(error) else "raw"), _trace(error)
     else:
