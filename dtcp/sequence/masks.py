@@ -108,9 +108,15 @@ class _WholeRows(Coords):
         position_ids: Tensor | None,
         **known: Tensor,
     ) -> None:
-        # What is known already comes from dataclasses.replace.
-        given = {"prefix": prefix, "block": block, "position_ids": position_ids, **known}
+        given = {"prefix": prefix, "block": block, "position_ids": position_ids}
         vars(self).update(documents=documents, **given)
+        # What is known already comes from dataclasses.replace.
+        for name, x in known.items():
+            if not torch.equal(x, getattr(self, name)):
+                raise ValueError(
+                    f"Coords of whole rows follow from their documents, got another {name} beside "
+                    f"documents={documents}: give Coords(token_index, document, start, end)."
+                )
 
     @property
     def rows(self) -> int:

@@ -139,3 +139,12 @@ def test_coords_at_slots_take_every_field():
     for field in (each for each in fields(Coords) if each.name != "documents"):
         taken = getattr(coords.select(slots), field.name)
         assert_close(taken, getattr(coords, field.name)[..., slots])
+
+
+@pytest.mark.parametrize("name", ["token_index", "document", "start", "end"])
+def test_coords_that_contradict_their_documents_are_refused(name):
+    """Masks are worked out from the documents alone, and would not see the change."""
+    coords = Coords.of(Documents(((3, 5),), 8))
+    with pytest.raises(ValueError, match=f"got another {name} beside"):
+        replace(coords, **{name: getattr(coords, name) + 1})
+    assert replace(coords, **{name: getattr(coords, name).clone()}).documents == coords.documents
