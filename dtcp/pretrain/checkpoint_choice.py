@@ -108,8 +108,10 @@ def verified(folder: Path, *, checksums: bool) -> Manifest | None:
     """
     if not agree((folder / NAME).exists):
         return None
-    manifest = read_manifest(folder)
-    problem = misfit(folder, manifest) or changed(folder, manifest, checksums=checksums)
+    # The first rank looks for all: ranks that saw a folder change would wait for each other.
+    manifest = agree(lambda: read_manifest(folder))
+    problem = agree(lambda: misfit(folder, manifest))
+    problem = problem or changed(folder, manifest, checksums=checksums)
     if problem:
         raise ValueError(
             f"A run starts from a whole folder of weights, got {problem}: take another, or remove "
