@@ -27,6 +27,7 @@ from benchmarks.balance_rivals import (
     rows_of,
 )
 from benchmarks.report import conditions, table, write
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import MaskWork
@@ -36,7 +37,7 @@ from dtcp.sequence.layout import (
     PerDocument,
     SequenceLayout,
 )
-from dtcp.sequence.masks import Causal, Coords, SlidingWindow
+from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.style import AttentionStyle

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dtcp.sequence.balance import assign_blocks, block_work
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import Ints, KeyIntervals, WorkRuns
@@ -16,7 +17,7 @@ from dtcp.sequence.layout import (
     PerDocument,
     SequenceLayout,
 )
-from dtcp.sequence.masks import Causal, Coords
+from dtcp.sequence.masks import Causal
 from dtcp.softmax.required_keys import needed_by_rank
 from dtcp.softmax.ulysses import joined
 

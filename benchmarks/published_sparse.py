@@ -20,8 +20,8 @@ from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.sparse.pooling import Prepool, Windows, pool
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import Contiguous, SequenceLayout
-from dtcp.sequence.masks import Coords
 from dtcp.sparse.metadata import NOWHERE, SparseMetadata
 from dtcp.sparse.mixer import CompressedSparseAttention, Index
 from dtcp.style import MixerStyle

@@ -46,9 +46,10 @@ from dtcp.models.gemma4 import (
     layer_pattern,
 )
 from dtcp.plan import apply_plan
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.sequence.masks import Causal, Coords, SlidingWindow
+from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import HaloAttention, RingAttention
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import LocalMetadata

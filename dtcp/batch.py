@@ -32,10 +32,11 @@ from dtcp.sequence.arguments import (
     check_tensor,
 )
 from dtcp.sequence.buckets import Buckets
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import MaskWork
 from dtcp.sequence.layout import HeadTail, SequenceLayout
-from dtcp.sequence.masks import Causal, Coords, Mask, vision_blocks
+from dtcp.sequence.masks import Causal, Mask, vision_blocks
 from dtcp.sequence.row_layouts import RowLayouts, layout_of_batch
 
 

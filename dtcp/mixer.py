@@ -22,9 +22,9 @@ from dtcp.compile import EagerIsland, island
 from dtcp.distributed.groups import connect
 from dtcp.metadata import AttentionMetadata, BatchMetadata, metadata_key
 from dtcp.sequence.arguments import check_kind
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import Coords
 
 
 class Mixer(nn.Module):

@@ -13,8 +13,8 @@ from dtcp.distributed.groups import group_name
 from dtcp.metadata import AttentionMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.sequence.arguments import check_kind
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import Coords
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ divides a slot.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -16,12 +15,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.labels import IGNORED
-from dtcp.metadata import AttentionMetadata
 from dtcp.rows import pad_end
 from dtcp.sequence.arguments import (
-    FLOATS,
     WHOLE_NUMBERS,
     check_batch,
     check_ints,
@@ -30,15 +26,9 @@ from dtcp.sequence.arguments import (
     is_whole,
     rows_of,
 )
-from dtcp.sequence.documents import PADDING, Documents
+from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import check_restarts, read_padding_mask
 from dtcp.sequence.layout import PerDocument
-from dtcp.sequence.masks import Causal, Coords, Mask
-from dtcp.softmax.local import ATTENTION
-from dtcp.softmax.mixer import SoftmaxAttention
-from dtcp.softmax.op import AttentionInputs, AttentionOp
-from dtcp.softmax.ring import RingAttention
-from dtcp.softmax.style import AttentionStyle
 
 THDBatch = Mapping[str, Any]
 """Packed rows, with or without a batch dim, and what goes with them."""
@@ -83,7 +73,7 @@ def partition_indices(cu_seqlens_padded: Tensor, total: int, num_shards: int, ra
     Args:
         cu_seqlens_padded: [N + 1]; entries below zero are left out.
     """
-    bounds = _bounds("cu_seqlens_padded", cu_seqlens_padded)
+    bounds = read_bounds("cu_seqlens_padded", cu_seqlens_padded)
     check_ints("THD", least=1, num_shards=num_shards)
     check_rank("THD", rank, num_shards)
     return thd_layout(bounds, total, num_shards).token_indices(rank)
@@ -222,63 +212,6 @@ def row_chunks(
     return chunks
 
 
-@dataclass(frozen=True)
-class PackedAttention:
-    """Attention on a THD batch: each document by itself, across all shards.
-
-    Built on the host once per batch; then a function of tensors, traced as one op. Padding sees
-    nothing, is seen by nothing, and its output is zero.
-
-    Args:
-        metadata: what the op reads.
-        groups: names of the process groups it talks over; none on one device.
-    """
-
-    op: AttentionOp
-    metadata: AttentionMetadata
-    groups: tuple[str, ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        batch: THDBatch,
-        axis: DeviceMesh | None = None,
-        *,
-        mask: Mask | None = None,
-        style: AttentionStyle | None = None,
-    ) -> "PackedAttention":
-        """Read the boundaries of a batch of `to_thd`, sharded over the axis or, without, whole.
-
-        Args:
-            mask: within a document; None for Causal().
-            style: the strategy; None for RingAttention().
-        """
-        mask, style = mask or Causal(), style or RingAttention()
-        check_batch("A THD batch", batch, "cu_seqlens", "cu_seqlens_padded")
-        real, padded = (_bounds(key, batch[key]) for key in ("cu_seqlens", "cu_seqlens_padded"))
-        lengths, slots = ([b - a for a, b in pairwise(x)] for x in (real, padded))
-        if len(lengths) != len(slots) or any(a > b for a, b in zip(lengths, slots, strict=True)):
-            raise ValueError(
-                f"Documents fit their slots, got cu_seqlens={real}, cu_seqlens_padded={padded}: "
-                f"take both from to_thd."
-            )
-        coords = _coords(list(zip(lengths, slots, strict=True)))
-        mixer, device = SoftmaxAttention(mask), batch["cu_seqlens"].device
-        if axis is None:
-            return cls(ATTENTION, mixer.make_metadata(coords, None).to(device))
-        layout = thd_layout(padded, padded[-1], axis.size())
-        metadata = style.make_metadata(mixer, coords, layout, axis.get_local_rank())
-        return cls(style.op, metadata.to(device), tuple(style.groups(axis)))
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-        """Attend: q [T, H, D], k [T, G, D], v [T, G, V] of this rank's tokens -> [T, H, V]."""
-        shape = "[T, heads, width]"
-        check_tensor("Attention on THD", shape=shape, ndim=3, dtypes=FLOATS, q=q, k=k, v=v)
-        softmax = SoftmaxParams(q.shape[-1] ** -0.5 if scale is None else scale)
-        x = AttentionInputs(q[None], k[None], v[None])
-        return self.op(x, self.metadata, softmax, groups=self.groups)[0]
-
-
 _BOUNDARIES = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 
 
@@ -367,7 +300,7 @@ def _row_dim(key: str, x: Any, rows: int, seq_len: int) -> int | None:
     return 0 if tokens or key in ("seq_lens", "seq_lens_padded") else None
 
 
-def _bounds(name: str, cu_seqlens: Tensor) -> list[int]:
+def read_bounds(name: str, cu_seqlens: Tensor) -> list[int]:
     """Boundaries without what fills them up, which is below zero."""
     named: dict[str, Any] = {name: cu_seqlens}
     check_tensor("THD", shape="[N + 1]", ndim=1, dtypes=WHOLE_NUMBERS, **named)
@@ -387,14 +320,3 @@ def _check_bounds(name: str, bounds: Sequence[int]) -> None:
             f"Boundaries of THD start at 0 and do not descend, got {name}={list(bounds)}: give "
             f"where each document starts and the last one ends."
         )
-
-
-def _coords(slots: Sequence[tuple[int, int]]) -> Coords:
-    """Coordinates of one row of slots: what is behind a document in its slot is padding."""
-    parts = [length for real, slot in slots for length in (real, slot - real)]
-    documents = Documents((tuple(x for x in parts if x),), sum(parts))
-    real = torch.tensor([True, False]).repeat(len(slots)).repeat_interleave(torch.tensor(parts))
-    coords = Coords.of(documents)
-    # Not coordinates of whole documents: padding stands between them.
-    document = torch.where(real, coords.document, PADDING)
-    return Coords(coords.token_index, document, coords.start, coords.end)

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from dtcp.cp_utils import _shard_thd_chunk_for_te, make_cp_batch_and_ctx, make_cp_batch_for_te
 from dtcp.sequence.masks import Bidirectional, Causal
 from dtcp.softmax import AllGatherAttention, RingAttention
-from dtcp.thd import PackedAttention, partition_indices, to_thd
+from dtcp.thd import partition_indices, to_thd
+from dtcp.thd_attention import PackedAttention
 from tests.harness import reference
 from tests.harness.spmd import spmd
 

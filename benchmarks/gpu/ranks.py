@@ -24,8 +24,8 @@ from dtcp.kernels.softmax.api import (
     attend_backward,
 )
 from dtcp.kernels.softmax.reference import ReferenceAttention
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
-from dtcp.sequence.masks import Coords
 from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention
 from dtcp.softmax.style import KeyExchangeAttention
 

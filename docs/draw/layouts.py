@@ -8,8 +8,8 @@ from matplotlib.patches import Rectangle
 
 from docs.draw.canvas import EMPTY, FAINT, INK, RANKS, bare, figure, title
 from dtcp import BlockBalanced, Causal, Contiguous, Documents, HeadTail, PerDocument
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import Coords
 
 RANKS_USED = 4
 PACKED = Documents(lengths=((26, 9, 21, 8),), seq_len=64)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from docs.draw.canvas import EMPTY, FAINT, RANKS, figure, title
 from dtcp import Causal, Contiguous, Documents, HeadTail, PerDocument, SlidingWindow
-from dtcp.sequence.masks import Coords
+from dtcp.sequence.coords import Coords
 
 RANKS_USED = 4
 SINGLE = Documents.single(1, 64)

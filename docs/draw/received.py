@@ -15,7 +15,8 @@ from dtcp import (
     SlidingWindow,
     UlyssesAttention,
 )
-from dtcp.sequence.masks import Coords, Mask
+from dtcp.sequence.coords import Coords
+from dtcp.sequence.masks import Mask
 from dtcp.softmax.style import AttentionShape
 
 SEQ_LEN = 32_768

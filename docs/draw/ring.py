@@ -11,7 +11,7 @@ from matplotlib.patches import Circle, FancyArrowPatch
 
 from docs.draw.canvas import EMPTY, INK, RANKS, bare, figure, title
 from dtcp import Causal, Documents, HeadTail
-from dtcp.sequence.masks import Coords
+from dtcp.sequence.coords import Coords
 from dtcp.softmax.required_keys import required_keys
 
 RANKS_USED = 4

@@ -17,8 +17,8 @@ from dtcp.distributed.collectives import all_gather
 from dtcp.distributed.replicated_loss import sum_for_replicated_loss
 from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import Coords
 from dtcp.style import MixerStyle
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.sequence.arguments import check_ints
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import Coords
 from dtcp.sequence.routes import Route, halo_runs
 
 

@@ -11,8 +11,8 @@ from dtcp.recurrent.conv import causal_conv
 from dtcp.recurrent.metadata import ConvMetadata, DeltaMetadata, conv_metadata, delta_metadata
 from dtcp.recurrent.op import gated_delta_rule
 from dtcp.sequence.arguments import FLOATS, check_ints, check_tensor
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import Coords
 
 
 class RecurrentMixer(Mixer):

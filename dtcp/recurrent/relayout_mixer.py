@@ -22,8 +22,8 @@ from dtcp.forward import wrap_forward
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.recurrent.mixer import RecurrentMixer
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.sequence.masks import Coords
 from dtcp.style import Received
 
 

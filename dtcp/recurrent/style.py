@@ -17,8 +17,8 @@ from dtcp.recurrent.metadata import DeltaMetadata, conv_metadata, delta_metadata
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, RecurrentMixer
 from dtcp.recurrent.op import gated_delta_rule, install_delta_rules
 from dtcp.sequence.arguments import check_kind, check_tensor
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.sequence.masks import Coords
 from dtcp.style import MixerStyle, Received
 
 

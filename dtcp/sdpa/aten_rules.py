@@ -26,10 +26,11 @@ from dtcp.distributed.dtensor_rules import bind, to_local, wrap
 from dtcp.distributed.groups import axis_group_name, group_of
 from dtcp.kernels.softmax.types import AUTO
 from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import KeyIntervals
 from dtcp.sequence.layout import Contiguous
-from dtcp.sequence.masks import Bidirectional, Causal, Coords, Mask
+from dtcp.sequence.masks import Bidirectional, Causal, Mask
 from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
 from dtcp.softmax.op import (
     AttentionInputs,

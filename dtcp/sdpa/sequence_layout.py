@@ -18,9 +18,10 @@ from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.metadata import AttentionMetadata
 from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
 from dtcp.sequence.arguments import check_kind
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import Bidirectional, Causal, Coords
+from dtcp.sequence.masks import Bidirectional, Causal
 from dtcp.softmax.dtensor import install_attention_rules
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.op import AttentionInputs

@@ -27,10 +27,11 @@ from typing import NamedTuple, Self
 import numpy as np
 from torch import Tensor
 
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import Ints, MaskWork, WorkRuns
 from dtcp.sequence.layout import SequenceLayout, check_divides, shared_lengths
-from dtcp.sequence.masks import Causal, Coords
+from dtcp.sequence.masks import Causal
 from dtcp.sequence.partition import Partition, Run, joined_runs, unique_ascending
 
 

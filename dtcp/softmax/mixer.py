@@ -12,7 +12,8 @@ from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata, BatchMetadata, NoMetadata
 from dtcp.mixer import Mixer, check_position_ids, position_ids_of
 from dtcp.sequence.arguments import FLOATS, WHOLE_NUMBERS, check_tensor
-from dtcp.sequence.masks import Coords, Mask
+from dtcp.sequence.coords import Coords
+from dtcp.sequence.masks import Mask
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import local_metadata
 from dtcp.softmax.op import AttentionInputs

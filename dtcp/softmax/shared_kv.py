@@ -13,9 +13,9 @@ from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids, position_ids_of
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import Coords
 from dtcp.softmax.all_gather import AllGatherAttention
 from dtcp.softmax.exchange import all_to_all_rows, return_grads, sort_by_index
 from dtcp.softmax.local import ATTENTION

@@ -16,10 +16,10 @@ from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids, position_ids_of
 from dtcp.sequence.arguments import check_ints, check_tensor
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
-from dtcp.sequence.masks import Coords
 from dtcp.sequence.row_layouts import RowLayouts
 from dtcp.softmax.dtensor import install_attention_rules
 from dtcp.softmax.metadata import KeyExchangeMetadata

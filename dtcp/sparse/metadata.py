@@ -12,8 +12,8 @@ from dtcp.kernels.sparse.types import NOWHERE, SPARSE_TILE, Sight
 from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.mixer import position_ids_of
 from dtcp.sequence.arguments import check_ints
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import Coords
 from dtcp.sequence.partition import Run
 from dtcp.sparse.exchange import halo_routes
 

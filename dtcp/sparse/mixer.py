@@ -16,7 +16,7 @@ from dtcp.kernels.sparse.pooling import Prepool, pool
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import Mixer, check_position_ids
 from dtcp.sequence.arguments import check_ints
-from dtcp.sequence.masks import Coords
+from dtcp.sequence.coords import Coords
 from dtcp.sparse.metadata import Compression, SparseMetadata, sparse_metadata
 from dtcp.sparse.op import select_entries, sparse_attention
 from dtcp.sparse.operands import check_sparse_operands

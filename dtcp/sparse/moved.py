@@ -9,8 +9,8 @@ from torch import Tensor
 from dtcp.distributed.relayout import RelayoutMetadata, apply_relayout
 from dtcp.metadata import AttentionMetadata
 from dtcp.mixer import position_ids_of
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import Coords
 from dtcp.sparse.metadata import SparseMetadata
 
 

@@ -18,6 +18,7 @@ from dtcp.distributed.relayout import RelayoutMetadata, apply_relayout
 from dtcp.kernels.sparse.pooling import Prepool
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.layout import (
     BlockBalanced,
@@ -26,7 +27,6 @@ from dtcp.sequence.layout import (
     PerDocument,
     SequenceLayout,
 )
-from dtcp.sequence.masks import Coords
 from dtcp.sequence.routes import halo_runs
 from dtcp.sparse.exchange import bring_left, prepend_halo
 from dtcp.sparse.metadata import SparseMetadata, rank_metadata, segment_entries

@@ -33,7 +33,8 @@ from dtcp.sequence.masks import Causal
 from dtcp.softmax import HaloAttention, HybridAttention, RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.sparse.mixer import CompressedSparseAttention, Compression
-from dtcp.thd import PackedAttention, partition_indices, row_chunks, thd_layout, to_thd
+from dtcp.thd import partition_indices, row_chunks, thd_layout, to_thd
+from dtcp.thd_attention import PackedAttention
 from tests.doors.test_fuzz_planning import (
     a_mask,
     block_of,

@@ -24,8 +24,8 @@ from dtcp.kernels.softmax.api import (
     zeros_for,
 )
 from dtcp.kernels.softmax.block_ranges import UNUSED, block_ranges
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import HeadTail
-from dtcp.sequence.masks import Coords
 from tests.harness import packings, reference
 from tests.harness.attention_parity import (
     CAUSAL,

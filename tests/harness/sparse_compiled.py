@@ -14,8 +14,8 @@ from triton.runtime import driver
 
 from dtcp.kernels.sparse.triton.attention import TritonSparseAttention
 from dtcp.kernels.sparse.types import SparseKeys
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.masks import Coords
 from dtcp.sparse.mixer import Compression, sparse_metadata
 from tests.harness.interval_compiled import GPUS, NoGpu
 

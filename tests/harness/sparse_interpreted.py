@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dtcp.kernels.sparse.indexer import top_entries
 from dtcp.kernels.triton_support import triton_runs_on
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.sequence.masks import Coords
 from dtcp.sparse.mixer import Compression, SparseMetadata
 from dtcp.sparse.op import sparse_attention
 from dtcp.sparse.style import rank_metadata

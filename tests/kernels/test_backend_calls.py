@@ -10,9 +10,10 @@ from dtcp.kernels.softmax.libraries.flash4 import block_size
 from dtcp.kernels.softmax.pieces import EVERY_ROW, MOST_PIECES, find_pieces, read_pieces
 from dtcp.kernels.softmax.sparsity import block_states, key_blocks, query_blocks
 from dtcp.kernels.softmax.types import Keys, Queries
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
-from dtcp.sequence.masks import Bidirectional, Causal, Coords, SlidingWindow
+from dtcp.sequence.masks import Bidirectional, Causal, SlidingWindow
 from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,

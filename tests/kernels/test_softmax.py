@@ -31,8 +31,8 @@ from dtcp.kernels.softmax.merge import (
     sink_gradient,
 )
 from dtcp.mixer import batch_metadata
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.masks import Coords
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import local_metadata
 from dtcp.softmax.mixer import SoftmaxAttention

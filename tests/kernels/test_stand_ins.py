@@ -22,8 +22,8 @@ from dtcp.kernels.softmax.api import (
 )
 from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.kernels.softmax.pieces import find_pieces
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import Contiguous, HeadTail
-from dtcp.sequence.masks import Coords
 from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,

@@ -315,7 +315,9 @@ def test_survive_300_steps_leave_memory_descriptors_and_threads_as_they_are(tmp_
             for steps in (range(100, 200), range(200, 301))
         )
         assert len(early) >= 9 and len(late) >= 9
+        # The least of each: a thread that watches the folder opens a file now and then, and a
+        # leak would raise every count after it.
         for name in ("descriptors", "threads"):
-            assert max(m[name] for m in late) <= max(m[name] for m in early), name
+            assert min(m[name] for m in late) <= min(m[name] for m in early), name
         grown = max(m["resident"] for m in late) / max(m["resident"] for m in early)
         assert grown < 1.02

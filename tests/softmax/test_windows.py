@@ -22,9 +22,10 @@ from dtcp.models.gemma4 import (
     LayerType,
 )
 from dtcp.parallelize import gemma4_plan, parallelize
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.sequence.masks import Causal, Coords, SlidingWindow
+from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import HaloAttention, RingAttention
 from dtcp.softmax.style import AttentionShape
 from tests.harness.hf_gemma4 import truth

@@ -20,6 +20,7 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.sparse import indexer, reference
 from dtcp.kernels.sparse.types import SPARSE_TILE
 from dtcp.mixer import batch_metadata
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
@@ -28,7 +29,6 @@ from dtcp.sequence.layout import (
     PerDocument,
     SequenceLayout,
 )
-from dtcp.sequence.masks import Coords
 from dtcp.sparse import CompressedSparseCP, SparseShape
 from dtcp.sparse.mixer import (
     CompressedSparseAttention,

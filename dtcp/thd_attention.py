@@ -1,0 +1,90 @@
+"""Attention on packed rows without a batch dim (THD), by documents, across all shards."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtcp.kernels.softmax.api import SoftmaxParams
+from dtcp.metadata import AttentionMetadata
+from dtcp.sequence.arguments import FLOATS, check_batch, check_tensor
+from dtcp.sequence.coords import Coords
+from dtcp.sequence.documents import PADDING, Documents
+from dtcp.sequence.masks import Causal, Mask
+from dtcp.softmax.local import ATTENTION
+from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax.op import AttentionInputs, AttentionOp
+from dtcp.softmax.ring import RingAttention
+from dtcp.softmax.style import AttentionStyle
+from dtcp.thd import THDBatch, read_bounds, thd_layout
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """Attention on a THD batch: each document by itself, across all shards.
+
+    Built on the host once per batch; then a function of tensors, traced as one op. Padding sees
+    nothing, is seen by nothing, and its output is zero.
+
+    Args:
+        metadata: what the op reads.
+        groups: names of the process groups it talks over; none on one device.
+    """
+
+    op: AttentionOp
+    metadata: AttentionMetadata
+    groups: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        batch: THDBatch,
+        axis: DeviceMesh | None = None,
+        *,
+        mask: Mask | None = None,
+        style: AttentionStyle | None = None,
+    ) -> "PackedAttention":
+        """Read the boundaries of a batch of `to_thd`, sharded over the axis or, without, whole.
+
+        Args:
+            mask: within a document; None for Causal().
+            style: the strategy; None for RingAttention().
+        """
+        mask, style = mask or Causal(), style or RingAttention()
+        check_batch("A THD batch", batch, "cu_seqlens", "cu_seqlens_padded")
+        real, padded = (read_bounds(key, batch[key]) for key in ("cu_seqlens", "cu_seqlens_padded"))
+        lengths, slots = ([b - a for a, b in pairwise(x)] for x in (real, padded))
+        if len(lengths) != len(slots) or any(a > b for a, b in zip(lengths, slots, strict=True)):
+            raise ValueError(
+                f"Documents fit their slots, got cu_seqlens={real}, cu_seqlens_padded={padded}: "
+                f"take both from to_thd."
+            )
+        coords = _coords(list(zip(lengths, slots, strict=True)))
+        mixer, device = SoftmaxAttention(mask), batch["cu_seqlens"].device
+        if axis is None:
+            return cls(ATTENTION, mixer.make_metadata(coords, None).to(device))
+        layout = thd_layout(padded, padded[-1], axis.size())
+        metadata = style.make_metadata(mixer, coords, layout, axis.get_local_rank())
+        return cls(style.op, metadata.to(device), tuple(style.groups(axis)))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """Attend: q [T, H, D], k [T, G, D], v [T, G, V] of this rank's tokens -> [T, H, V]."""
+        shape = "[T, heads, width]"
+        check_tensor("Attention on THD", shape=shape, ndim=3, dtypes=FLOATS, q=q, k=k, v=v)
+        softmax = SoftmaxParams(q.shape[-1] ** -0.5 if scale is None else scale)
+        x = AttentionInputs(q[None], k[None], v[None])
+        return self.op(x, self.metadata, softmax, groups=self.groups)[0]
+
+
+def _coords(slots: Sequence[tuple[int, int]]) -> Coords:
+    """Coordinates of one row of slots: what is behind a document in its slot is padding."""
+    parts = [length for real, slot in slots for length in (real, slot - real)]
+    documents = Documents((tuple(x for x in parts if x),), sum(parts))
+    real = torch.tensor([True, False]).repeat(len(slots)).repeat_interleave(torch.tensor(parts))
+    coords = Coords.of(documents)
+    # Not coordinates of whole documents: padding stands between them.
+    document = torch.where(real, coords.document, PADDING)
+    return Coords(coords.token_index, document, coords.start, coords.end)
