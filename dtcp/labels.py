@@ -108,7 +108,7 @@ def _first_padding(used: list[int], padding: Tensor | None) -> int:
     first = min(used, default=0)
     if padding is None:
         return first
-    if anywhere(padding[:, :-1] & ~padding[:, 1:]):
+    if anywhere(padding[:, :-1] > padding[:, 1:]):
         return 0  # between documents
     return min(first, padding.shape[1] - int(padding.sum(1).max()))
 

@@ -40,12 +40,18 @@ def restarts(position_ids: Tensor, padding: Tensor | None = None) -> bool:
             inside an image.
         padding: [B, S], True where position ids mean nothing.
     """
-    first, smallest_step = (position_ids[0], 0) if position_ids.ndim == 3 else (position_ids, 1)
-    restart = first.diff(dim=-1) < smallest_step
-    if padding is not None:
-        tokens = ~padding.bool().to(position_ids.device)
-        restart = restart & tokens[:, 1:] & tokens[:, :-1]
-    return anywhere(restart)
+    # One pass over all tokens; the rest looks at the few that do not count on.
+    if position_ids.ndim == 3:
+        back = position_ids[0, :, 1:] < position_ids[0, :, :-1]
+    else:
+        back = position_ids[:, 1:] <= position_ids[:, :-1]
+    row, token = true_places(back)
+    if padding is None:
+        return len(row) > 0
+    tokens = ~padding.bool().to(position_ids.device)
+    if len(tokens) > len(back):  # one row of position ids stands for all
+        return bool((tokens[:, token] & tokens[:, token + 1]).any())
+    return bool((tokens[row, token] & tokens[row, token + 1]).any())
 
 
 @dataclass(frozen=True)
@@ -176,22 +182,25 @@ class Documents:
                 f"{tuple(position_ids.shape)}: leave empty rows out."
             )
         position_ids = position_ids.long()  # a uint8 would count down from 0 to 255
-        # All but the first of a row start where the count does not go on.
-        row, token = true_places(position_ids.diff(dim=1) != 1)
-        token = token + 1
-        if bool((position_ids[:, 0] != 0).any()) or bool((position_ids[row, token] != 0).any()):
+        seq_len = position_ids.shape[1]
+        # One pass over all tokens. Between two places where they do not ascend, whole numbers
+        # count up by one if the last is as far from the first as their places are.
+        row, token = true_places(position_ids[:, 1:] <= position_ids[:, :-1])
+        bounds = [[0] for _ in position_ids]
+        for index, start in zip(row.tolist(), (token + 1).tolist(), strict=True):
+            bounds[index].append(start)
+        lengths = tuple(tuple(b - a for a, b in pairwise((*starts, seq_len))) for starts in bounds)
+        places = [(index, start) for index, starts in enumerate(bounds) for start in starts]
+        row, first = torch.tensor(places, dtype=torch.int64).view(-1, 2).unbind(1)
+        count = torch.tensor([length for each in lengths for length in each], dtype=torch.int64)
+        last = position_ids[row, first + count - 1]
+        if bool((position_ids[row, first] != 0).any()) or bool((last != count - 1).any()):
             raise ValueError(
                 f"Position ids count up by one and restart at 0 with each document, got "
                 f"position_ids[:, :4]={position_ids[:, :4].tolist()}: left padding and gaps have "
                 f"no place in packed rows; pass Documents(lengths, seq_len) instead."
             )
-        seq_len = position_ids.shape[1]
-        bounds = [[0] for _ in position_ids]
-        for index, start in zip(row.tolist(), token.tolist(), strict=True):
-            bounds[index].append(start)
-        for ends in bounds:
-            ends.append(seq_len)
-        return cls(tuple(tuple(b - a for a, b in pairwise(row)) for row in bounds), seq_len)
+        return cls(lengths, seq_len)
 
     @classmethod
     def from_padded(cls, position_ids: Tensor | None, padding: Tensor) -> "Documents":
@@ -210,7 +219,7 @@ class Documents:
         if position_ids is not None:
             check_token_positions(position_ids, *padding.shape, dtypes=WHOLE_NUMBERS)
         lengths = (~padding).sum(1)
-        followed = padding[:, :-1] & ~padding[:, 1:]
+        followed = padding[:, :-1] > padding[:, 1:]
         if anywhere(followed):
             misplaced = followed.any(1)
             raise ValueError(
@@ -284,7 +293,7 @@ class Documents:
 
     def _check_padding(self, padding: Tensor) -> None:
         """Refuse padding that tokens of its document follow, for they would see it."""
-        followed = padding[:, :-1] & ~padding[:, 1:]
+        followed = padding[:, :-1] > padding[:, 1:]
         if not anywhere(followed):
             return
         document = self.document()

@@ -330,7 +330,7 @@ def _trimmed(documents: Documents, padding: Tensor | None) -> Documents:
     """Documents without the padding behind the last token of each row."""
     if padding is None or not anywhere(padding[:, -1:]):
         return documents
-    if anywhere(padding[:, :-1] & ~padding[:, 1:]):
+    if anywhere(padding[:, :-1] > padding[:, 1:]):
         index = torch.arange(1, documents.seq_len + 1)
         last = torch.where(padding, 0, index).amax(1).tolist()
     else:
