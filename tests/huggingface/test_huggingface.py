@@ -169,7 +169,7 @@ def test_cp_beside_tp_equals_one_device(mesh, kind):
     assert_parity(kind, Degrees(cp=2, tp=2))
 
 
-@pytest.mark.slow_where(lambda kind: kind == "gemma3_text")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss"])
 @spmd(ranks=4)
 def test_cp_beside_tp_compiled_equals_one_device(mesh, kind):

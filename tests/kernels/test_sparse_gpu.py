@@ -10,6 +10,7 @@ from dtcp.kernels.sparse.types import Sight, SparseKeys
 from tests.harness.run_script import lines_of
 
 
+@pytest.mark.slow
 def test_sparse_kernels_equal_dense_attention():
     """In fp32: out, lse and every gradient; windows, runs of entries, selected entries."""
     (errors,) = lines_of("tests.harness.sparse_interpreted", TRITON_INTERPRET="1")

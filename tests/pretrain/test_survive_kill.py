@@ -29,8 +29,6 @@ STEPS, RANKS = 8, 2
 MOMENTS = {"eager": 20, "compiled": 5}
 """Of each rank. Compiled ones take twice as long; twenty of these passed once, too."""
 COMPILED = ("--compile.enable", "--compile.backend", "aot_eager")
-FEW = (("eager", 0, 7),)
-"""What runs every time; the rest is slow."""
 
 # Saves every second step, and no validation between them.
 SETTINGS = (
@@ -92,15 +90,11 @@ def kills() -> list[object]:
     """Mode, rank and number of a moment."""
     modes = [itertools.product((mode,), range(RANKS), range(n)) for mode, n in MOMENTS.items()]
     return [
-        pytest.param(
-            *case,
-            marks=() if case in FEW else pytest.mark.slow,
-            id="E3-{}-rank{}-{}".format(*case),
-        )
-        for case in itertools.chain(*modes)
+        pytest.param(*case, id="E3-{}-rank{}-{}".format(*case)) for case in itertools.chain(*modes)
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "rank", "number"), kills())
 def test_survive_kill_of_a_rank_at_any_moment(mode, rank, number, tmp_path):
     expected, seconds = uninterrupted(mode)

@@ -149,7 +149,7 @@ def test_accumulated_and_checkpointed_steps_lose_the_same(run, tmp_path):
     assert losses(output)[4] == pytest.approx(losses(run[2])[4], rel=1e-5)
 
 
-@pytest.mark.slow_where(lambda axis: axis == "data_parallel_shard")
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["tensor_parallel", "data_parallel_shard"])
 def test_verify_repeats_the_steps_of_four_ranks_on_one_device(axis, tmp_path):
     """cp 2 x tp 2 and fsdp 2 x cp 2, compiled."""

@@ -44,6 +44,7 @@ def micro() -> Trainer.Config:
     return config
 
 
+@pytest.mark.slow
 def test_deepseek_v4_trains_and_resumes_on_another_mesh_with_the_same_losses(tmp_path):
     """On cp 2, then from step 2 on tp 2: routers' biases, too, are as they were."""
     code, output = train("--dump_folder", str(tmp_path), "--checkpoint.export_hf")

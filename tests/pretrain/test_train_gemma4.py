@@ -7,6 +7,7 @@ from functools import partial
 
 from dtcp.torchtitan.model_spec import GEMMA4, spec_of
 
+import pytest
 import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -55,6 +56,7 @@ def micro() -> Trainer.Config:
     return config
 
 
+@pytest.mark.slow
 def test_gemma4_trains_resumes_and_exports(tmp_path):
     code, output = train("--dump_folder", f"{tmp_path}", "--checkpoint.export_hf")
     assert code == 0, output

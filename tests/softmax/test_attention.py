@@ -77,6 +77,7 @@ def compiled(mixer, boundary):
     return torch.compile(Block(mixer), backend="aot_eager", fullgraph=whole)
 
 
+@pytest.mark.slow_where(lambda layout, ranks: ranks == 4 and layout is not HeadTail)
 @layouts
 @spmd(ranks=(2, 4))
 def test_attention_equals_one_device(mesh, layout, ranks):

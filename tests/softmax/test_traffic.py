@@ -116,6 +116,7 @@ def by_heads(case, shard_len, ranks):
     return (ranks - 1) * shard_len * heads * (case.key_dim + case.value_dim) // ranks
 
 
+@pytest.mark.slow_where(lambda layout, ranks: ranks == 4 and layout is not HeadTail)
 @layouts
 @spmd(ranks=(1, 2, 3, 4))
 def test_bytes_are_those_of_the_keys_that_are_needed(mesh, layout, ranks):
@@ -267,6 +268,7 @@ def observed(case, mixer, sharded):
     return calls, elements * size
 
 
+@pytest.mark.slow_where(lambda layout, ranks: ranks == 4 and layout is not HeadTail)
 @layouts
 @spmd(ranks=(2, 4))
 def test_profiler_sees_the_bytes_that_the_ledger_counts(mesh, layout, ranks):
