@@ -140,7 +140,7 @@ def test_lengths_in_buckets_are_exact_and_make_few_graphs(mesh, ranks, family, c
     assert made[0] == made[1] > 0 == sum(made[2:]), made
 
 
-@pytest.mark.slow_where(lambda ranks, case: ranks == 1)
+@pytest.mark.slow_where(lambda ranks, case: ranks == 2)
 @pytest.mark.parametrize("case", ["A10"])
 @spmd(ranks=(1, 2))
 def test_lengths_beyond_the_limit_are_refused_in_a_sentence(mesh, ranks, case):
@@ -212,7 +212,7 @@ def test_numbers_of_rows_in_buckets_are_exact(mesh, case):
             )
 
 
-@pytest.mark.slow_where(lambda layout: layout is Contiguous)
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [HeadTail, Contiguous])
 @spmd(ranks=2)
 def test_batches_of_transformers_in_buckets_are_exact_A10(mesh, layout):

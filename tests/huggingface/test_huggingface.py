@@ -182,6 +182,7 @@ def test_cp_beside_data_parallel_equals_one_device(mesh, kind):
     assert_parity(kind, Degrees(dp_shard=2, cp=2))
 
 
+@pytest.mark.slow_where(lambda kind, **_: kind in ("gpt_oss", "llama"))
 @pytest.mark.parametrize(
     ("kind", "graphs"), [("llama", 1), ("gemma3_text", 2), ("gpt_oss", 2), ("qwen3_moe", 1)]
 )

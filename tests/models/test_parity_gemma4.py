@@ -136,6 +136,7 @@ def test_gemma4_compiles_to_one_graph_per_layer_kind(variant, checkpoint, kinds)
             assert traffic["dtcp::gather_shared_kv_backward"].calls == 2
 
 
+@pytest.mark.slow
 def test_gemma4_compiles_around_islands_that_compute_keys_from_values():
     """One break per layer, two graphs per kind; the checkpoint keeps what was communicated."""
     options = {"attention": ISLAND, "checkpoint": SelectiveCheckpoint(), "compile": GRAPHS}
