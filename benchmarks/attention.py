@@ -34,7 +34,7 @@ from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.mixer import batch_metadata
-from dtcp.plan import apply_plan
+from dtcp.mixer_plan import apply_plan
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Causal, Mask, SlidingWindow
@@ -46,7 +46,8 @@ from dtcp.softmax import (
     UlyssesAttention,
 )
 from dtcp.softmax.mixer import SoftmaxAttention
-from dtcp.softmax.style import AttentionShape, AttentionStyle
+from dtcp.softmax.moves import AttentionShape
+from dtcp.softmax.style import AttentionStyle
 
 WINDOW = 512
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
@@ -180,8 +181,8 @@ def _measure(case: Case, mesh: ParallelMesh, seq_len: int, repeats: int) -> Meas
 
 def _formula(case: Case, plan: ShardedBatch, mesh: ParallelMesh) -> tuple[int, int]:
     shape = AttentionShape(1, HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, 4)
-    intervals = case.mask.intervals(plan.coords)
-    stated = case.style.received(plan.layout, mesh.rank("cp"), intervals, shape)
+    mixer = SoftmaxAttention(case.mask)
+    stated = case.style.received(mixer, plan.coords, plan.layout, mesh.rank("cp"), shape)
     return stated.forward, stated.backward
 
 

@@ -37,13 +37,13 @@ from dtcp.distributed.ledger import LEDGER, count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.kernels.delta_rule.api import DeltaInputs, delta_kernel
 from dtcp.mixer import batch_metadata
+from dtcp.mixer_plan import apply_plan
 from dtcp.models.qwen3_5 import (
     PRESETS,
     DeltaNetConfig,
     GatedDeltaNet,
     Qwen35Config,
 )
-from dtcp.plan import apply_plan
 from dtcp.recurrent import (
     CausalConvCP,
     GatedDeltaCP,
@@ -53,7 +53,7 @@ from dtcp.recurrent import (
 )
 from dtcp.recurrent.exchange import entering_by_gather, entering_by_scan, summaries_received
 from dtcp.recurrent.metadata import chain_of
-from dtcp.recurrent.style import DeltaShape
+from dtcp.recurrent.moves import DeltaShape
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 

@@ -34,14 +34,16 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.kernels.sparse.indexer import MAX_INDEX_SCORES
 from dtcp.kernels.sparse.reference import MAX_TILE_SCORES
 from dtcp.kernels.sparse.types import SPARSE_TILE
+from dtcp.mixer_plan import apply_plan
 from dtcp.models.deepseek_v4 import PRESETS, DeepseekV4Config, tiny
 from dtcp.models.deepseek_v4.attention import Attention
-from dtcp.plan import apply_plan
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.sparse import CompressedSparseCP, SparseShape
+from dtcp.sparse import CompressedSparseCP
 from dtcp.sparse.metadata import segment_entries
 from dtcp.sparse.mixer import CompressedSparseAttention, Compression
+from dtcp.sparse.moves import SparseShape
 
 KINDS: Mapping[str, int] = {"window": 0, "sparse": 4, "heavy": 128}
 FLASH = PRESETS["deepseek-v4-flash"]
@@ -82,7 +84,8 @@ def ours(config: DeepseekV4Config, ratio: int, seq_len: int, ranks: int) -> Stat
     mixer = CompressedSparseAttention(config.window, how, scale=1.0)
     shape = SparseShape(1, config.head_dim, config.index_head_dim, BF16)
     # Ranks in the middle have two whole halos.
-    found = style.received(mixer, layout, ranks // 2, shape)
+    coords = Coords.of(Documents.single(1, seq_len))
+    found = style.received(mixer, coords, layout, ranks // 2, shape)
     return Stated(found.forward, found.backward, _tile(config, how, layout))
 
 

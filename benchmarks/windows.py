@@ -37,6 +37,7 @@ from dtcp.distributed import collectives
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.block_ranges import block_ranges
+from dtcp.mixer_plan import apply_plan
 from dtcp.models.gemma4 import (
     PRESETS,
     Block,
@@ -45,7 +46,6 @@ from dtcp.models.gemma4 import (
     LayerType,
     layer_pattern,
 )
-from dtcp.plan import apply_plan
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout

@@ -7,7 +7,7 @@ from dtcp.huggingface import causal_lm_loss
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_log_probs, token_mean_loss
 from dtcp.mixer import batch_metadata
-from dtcp.plan import apply_plan
+from dtcp.mixer_plan import apply_plan
 from dtcp.recurrent import (
     CausalConv1d,
     CausalConvCP,

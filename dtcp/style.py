@@ -10,6 +10,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.compile import Boundary, EagerIsland, InGraph
 from dtcp.distributed.groups import group_name
+from dtcp.distributed.moves import Moves, Received
 from dtcp.metadata import AttentionMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.sequence.arguments import check_kind
@@ -18,14 +19,8 @@ from dtcp.sequence.layout import SequenceLayout
 
 
 @dataclass(frozen=True)
-class Received:
-    """Bytes that one rank receives from others, in a forward and in a backward pass."""
-
-    forward: int
-    backward: int
-
-    def __add__(self, other: "Received") -> "Received":
-        return Received(self.forward + other.forward, self.backward + other.backward)
+class MixerShape:
+    """Sizes of a mixer's call on one rank: what its traffic depends on, beside the batch."""
 
 
 @dataclass
@@ -57,6 +52,24 @@ class MixerStyle(ParallelStyle):
             coords: of the whole rows, in token order.
         """
         raise NotImplementedError
+
+    def moves(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
+    ) -> Moves:
+        """What the mixer will move for `rank`: a formula; tests hold what crosses to it.
+
+        Args:
+            mixer: of the plan, claimed or not yet.
+            coords: of the whole rows, in token order.
+            shape: of the call, that of the style's family.
+        """
+        raise NotImplementedError
+
+    def received(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
+    ) -> Received:
+        """The bytes that `rank` will receive in a layer, of `moves`."""
+        return self.moves(mixer, coords, layout, rank, shape).received
 
     def check(self, mixer: Mixer, layout: SequenceLayout) -> None:
         """Refuse a layout that this style cannot honour, when the batch is built."""

@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.mixer_plan import apply_plan, find, matches
 from dtcp.parallelize.activation_checkpoint import (
     KINDS,
     ActivationCheckpoint,
@@ -34,7 +35,6 @@ from dtcp.parallelize.tied_parameters import (
     find_tied_parameters,
     restore_tied_parameters,
 )
-from dtcp.plan import apply_plan, find, matches
 from dtcp.sequence.arguments import check_kind
 from dtcp.softmax.style import AttentionStyle
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from dtcp._torch import empty_param_group_like, fsdp_param_groups
-from dtcp.plan import matches
+from dtcp.mixer_plan import matches
 
 OWN_DTYPE = MixedPrecisionPolicy()
 

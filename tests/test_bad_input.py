@@ -15,7 +15,7 @@ from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.distributed.relayout import roll
 from dtcp.mixer import batch_metadata
-from dtcp.plan import apply_plan
+from dtcp.mixer_plan import apply_plan
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (

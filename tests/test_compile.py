@@ -22,8 +22,8 @@ from dtcp.compile import (
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.ops import selective_checkpoint_save_ops
+from dtcp.mixer_plan import apply_plan
 from dtcp.parallelize import Compile
-from dtcp.plan import apply_plan
 from dtcp.pretrain.compiler import missing_for_inductor
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (

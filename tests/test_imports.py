@@ -26,7 +26,7 @@ FLOORS = (
     ("dtcp.sequence", "dtcp.metadata", "dtcp.forward", "dtcp.checkpoint"),
     ("dtcp.distributed", "dtcp.compile"),
     ("dtcp.kernels",),
-    ("dtcp.mixer", "dtcp.style", "dtcp.plan"),
+    ("dtcp.mixer", "dtcp.style", "dtcp.mixer_plan"),
     ("dtcp.softmax", "dtcp.recurrent", "dtcp.sparse"),
     (
         "dtcp.batch",

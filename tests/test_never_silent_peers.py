@@ -17,7 +17,7 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.mixer import batch_metadata
-from dtcp.plan import apply_plan
+from dtcp.mixer_plan import apply_plan
 from dtcp.sdpa.aten_rules import install_sdpa_rules
 from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.documents import Documents

@@ -13,11 +13,12 @@ from dtcp import (
     HybridAttention,
     RingAttention,
     SlidingWindow,
+    SoftmaxAttention,
     UlyssesAttention,
 )
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.masks import Mask
-from dtcp.softmax.style import AttentionShape
+from dtcp.softmax.moves import AttentionShape
 
 SEQ_LEN = 32_768
 SHAPE = AttentionShape(batch=1, heads=32, kv_heads=8, key_dim=128, value_dim=128, element_size=2)
@@ -95,6 +96,6 @@ def _point(
     num_ranks: int, style: AttentionStyle, mask: Mask, documents: Documents
 ) -> tuple[int, int]:
     layout = HeadTail.for_batch(documents, num_ranks)
-    intervals = mask.intervals(Coords.of(documents))
-    most = max(style.received(layout, rank, intervals, SHAPE).forward for rank in range(num_ranks))
+    of = (SoftmaxAttention(mask), Coords.of(documents), layout)
+    most = max(style.received(*of, rank, SHAPE).forward for rank in range(num_ranks))
     return num_ranks, most

@@ -10,7 +10,6 @@ communicates nothing.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from math import prod
 from typing import Any, cast
 
 import torch
@@ -18,6 +17,16 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtcp.distributed.collective_moves import (
+    all_gather_moves,
+    all_to_all_moves,
+    exchange_moves,
+    hops,
+    reduce_scatter_moves,
+    ring_shift_moves,
+    token_width,
+    tokens_by_rank,
+)
 from dtcp.distributed.groups import group_name, group_of
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
@@ -173,7 +182,7 @@ def check_shard(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, dim: int) -
         )
 
 
-@communicating_op("dtcp::all_gather")
+@communicating_op("dtcp::all_gather", moves=all_gather_moves)
 def _all_gather(x: Tensor, dim: int, group: str) -> Tensor:
     n = dist.get_world_size(group_of(group))
     _count("all_gather", x, (n - 1) * x.numel(), (n - 1) * x.numel())
@@ -190,7 +199,7 @@ def _(x: Tensor, dim: int, group: str) -> Tensor:
     return _resized(x, dim, x.shape[dim] * dist.get_world_size(group_of(group)))
 
 
-@communicating_op("dtcp::reduce_scatter")
+@communicating_op("dtcp::reduce_scatter", moves=reduce_scatter_moves)
 def _reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
     n = dist.get_world_size(group_of(group))
     moved = x.numel() // n * (n - 1)
@@ -208,9 +217,9 @@ def _(x: Tensor, dim: int, group: str) -> Tensor:
     return _resized(x, dim, x.shape[dim] // dist.get_world_size(group_of(group)))
 
 
-@communicating_op("dtcp::all_to_all")
+@communicating_op("dtcp::all_to_all", moves=all_to_all_moves)
 def _all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
-    rank, width = dist.get_rank(group_of(group)), _width(x, 0)
+    rank, width = dist.get_rank(group_of(group)), token_width(x, 0)
     sent, received = (width * (sum(rows) - rows[rank]) for rows in (send, receive))
     _count("all_to_all", x, sent, received)
     return move_rows(x, receive, send, group)
@@ -221,7 +230,7 @@ def _(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Ten
     return _resized(x, 0, sum(receive))
 
 
-@communicating_op("dtcp::ring_shift")
+@communicating_op("dtcp::ring_shift", moves=ring_shift_moves)
 def _ring_shift(x: Tensor, by: int, group: str) -> Tensor:
     n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
     if by % n == 0:
@@ -238,7 +247,7 @@ def _(x: Tensor, by: int, group: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@communicating_op("dtcp::exchange_tokens")
+@communicating_op("dtcp::exchange_tokens", moves=exchange_moves)
 def _exchange_tokens(
     x: Tensor, dim: int, length: int, send: Sequence[int], receive: Sequence[int], group: str
 ) -> Tensor:
@@ -247,10 +256,10 @@ def _exchange_tokens(
     send and receive are hops, three ints each: rank, start, stop.
     """
     n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
-    counts = [_tokens(send, n), _tokens(receive, n)]
-    width = _width(x, dim)
+    counts = [tokens_by_rank(send, n), tokens_by_rank(receive, n)]
+    width = token_width(x, dim)
     _count("exchange_tokens", x, *(width * (sum(tokens) - tokens[rank]) for tokens in counts))
-    taken = [x.narrow(dim, start, stop - start) for _, start, stop in _hops(send)]
+    taken = [x.narrow(dim, start, stop - start) for _, start, stop in hops(send)]
     rows = torch.cat([x.narrow(dim, 0, 0), *taken], dim=dim).movedim(dim, 0)
     return _place_rows(move_rows(rows, counts[1], counts[0], group), dim, length, receive)
 
@@ -305,11 +314,6 @@ def _count(op: str, x: Tensor, sent: int, received: int) -> None:
     LEDGER.record(f"dtcp::{op}", sent=sent * size, received=received * size)
 
 
-def _width(x: Tensor, dim: int) -> int:
-    """Elements of one token, where there may be no token."""
-    return prod(x.shape[:dim]) * prod(x.shape[dim + 1 :])
-
-
 def move_rows(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
     """One all_to_all of the rows of dim 0, as they are: new, contiguous memory."""
     if len(send) == 1:
@@ -319,26 +323,14 @@ def move_rows(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str
     return out
 
 
-def _hops(numbers: Sequence[int]) -> list[tuple[int, int, int]]:
-    return list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
-
-
-def _tokens(numbers: Sequence[int], num_ranks: int) -> list[int]:
-    """Tokens to or from each rank."""
-    tokens = [0] * num_ranks
-    for rank, start, stop in _hops(numbers):
-        tokens[rank] += stop - start
-    return tokens
-
-
 def _place_rows(rows: Tensor, dim: int, length: int, receive: Sequence[int]) -> Tensor:
     """Lay rows out at their slots of a dim of `length`, zero elsewhere."""
-    runs = sorted((start, stop) for _, start, stop in _hops(receive))
+    runs = sorted((start, stop) for _, start, stop in hops(receive))
     collide = any(after[0] < before[1] for before, after in pairwise(runs))
     dtype = _sum_dtype(rows) if collide else rows.dtype
     out = rows.new_zeros((length, *rows.shape[1:]), dtype=dtype).movedim(0, dim).contiguous()
     first = 0
-    for _, start, stop in _hops(receive):
+    for _, start, stop in hops(receive):
         piece = rows[first : first + stop - start].movedim(0, dim)
         slots = out.narrow(dim, start, stop - start)
         if collide:

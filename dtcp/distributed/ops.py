@@ -7,10 +7,11 @@ import torch
 from torch.library import CustomOpDef
 
 from dtcp._torch import OpOverload, overload_of
+from dtcp.distributed.moves import OpMoves
 
 
 def communicating_op(
-    name: str, *, schema: str | None = None
+    name: str, *, moves: OpMoves, schema: str | None = None
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Make a function an op that says of itself that it communicates.
 
@@ -19,17 +20,19 @@ def communicating_op(
 
     Args:
         name: dtcp::<name>; a backward op is called dtcp::<name>_backward.
+        moves: what it moves, from its arguments, with tensors of the right sizes and no data; what
+            the host reads in its body, as counts of tokens, the host reads here too.
         schema: as of torch.library.custom_op; None reads it off the annotations.
 
     Example::
-        @communicating_op("dtcp::ring_shift")
+        @communicating_op("dtcp::ring_shift", moves=lambda x, by, group: Moved(...))
         def _ring_shift(x: Tensor, by: int, group: str) -> Tensor: ...
     """
 
     def make(function: Callable[..., Any]) -> CustomOpDef:
         op = torch.library.custom_op(name, mutates_args=(), schema=schema)(function)
         # Kept by the op, which torch holds for the process: no list of ours to go out of date.
-        setattr(overload_of(op), _MARK, True)
+        setattr(overload_of(op), _MOVES, moves)
         return op
 
     return make
@@ -37,7 +40,12 @@ def communicating_op(
 
 def communicates(op: OpOverload) -> bool:
     """Whether an op was made by `communicating_op`."""
-    return getattr(op, _MARK, False)
+    return moves_of(op) is not None
+
+
+def moves_of(op: OpOverload) -> OpMoves | None:
+    """What an op says it moves, as a function of its arguments; None: it does not communicate."""
+    return getattr(op, _MOVES, None)
 
 
 def selective_checkpoint_save_ops() -> list[OpOverload]:
@@ -50,4 +58,4 @@ def selective_checkpoint_save_ops() -> list[OpOverload]:
     return [op for op in ops if communicates(op) and not op.name().endswith("_backward")]
 
 
-_MARK = "dtcp_communicates"
+_MOVES = "dtcp_moves"

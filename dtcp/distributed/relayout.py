@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.collectives import all_gather, all_to_all, check_shard, exchange_tokens
-from dtcp.distributed.groups import axis_of
+from dtcp.distributed.groups import axis_of, group_of
+from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import communicating_op
 from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.sequence.layout import SequenceLayout
@@ -135,7 +137,26 @@ def apply_relayout(
     return moved.view(x.shape)
 
 
-@communicating_op("dtcp::relayout")
+def _relayout_moves(
+    x: Tensor,
+    send_order: Tensor,
+    arrival_index: Tensor,
+    counts: Tensor,
+    group: str,
+    reverse: bool,
+) -> Moved:
+    token = x.numel() // x.shape[1] * x.element_size()
+    return relayout_moved(counts, token, dist.get_rank(group_of(group)), reverse=reverse)
+
+
+def relayout_moved(counts: Tensor, token: int, rank: int, *, reverse: bool = False) -> Moved:
+    """What a relayout moves, of counts from its metadata and so many bytes a token."""
+    send, receive = counts.flip(0).tolist() if reverse else counts.tolist()
+    # The rows to send and those that arrived, before they lie in their places.
+    return Moved.rows(send, receive, token, rank, workspace=2 * sum(send) * token)
+
+
+@communicating_op("dtcp::relayout", moves=_relayout_moves)
 def _relayout(
     x: Tensor,
     send_order: Tensor,

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn import functional as F
 
 from dtcp.distributed.collectives import exchange_tokens
-from dtcp.distributed.groups import axis_of
+from dtcp.distributed.groups import axis_of, group_of
+from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.recurrent.metadata import ConvMetadata
@@ -60,7 +62,32 @@ def _taps(line: Tensor, weight: Tensor, reach: Tensor) -> Tensor:
     return out
 
 
-@communicating_op("dtcp::left_halo")
+def halo_moved(
+    route: Tensor, token: int, num_ranks: int, rank: int, *, reverse: bool = False
+) -> Moved:
+    """What the halo of a convolution moves, with so many bytes a token."""
+    counts = [[0] * num_ranks for _ in range(2)]
+    for tokens, hops in zip(counts, _hops(route), strict=True):
+        for peer, start, stop in hops:
+            tokens[peer] += stop - start
+    sent, received = reversed(counts) if reverse else counts
+    return Moved.rows(sent, received, token, rank, workspace=token * sum(sent + received))
+
+
+def _halo_moves(x: Tensor, route: Tensor, length: int, group: str) -> Moved:
+    return _moved_in(x, route, group, reverse=False)
+
+
+def _halo_backward_moves(grad: Tensor, route: Tensor, length: int, group: str) -> Moved:
+    return _moved_in(grad, route, group, reverse=True)
+
+
+def _moved_in(x: Tensor, route: Tensor, group: str, *, reverse: bool) -> Moved:
+    place = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
+    return halo_moved(route, x[:, :1].numel() * x.element_size(), *place, reverse=reverse)
+
+
+@communicating_op("dtcp::left_halo", moves=_halo_moves)
 def _halo(x: Tensor, route: Tensor, length: int, group: str) -> Tensor:
     """The tokens left of each segment, from whoever holds them: [B, length, C]."""
     send, receive = _hops(route)
@@ -72,7 +99,7 @@ def _(x: Tensor, route: Tensor, length: int, group: str) -> Tensor:
     return x.new_empty(x.shape[0], length, *x.shape[2:])
 
 
-@communicating_op("dtcp::left_halo_backward")
+@communicating_op("dtcp::left_halo_backward", moves=_halo_backward_moves)
 def _halo_backward(grad: Tensor, route: Tensor, length: int, group: str) -> Tensor:
     """The gradients home, zero elsewhere: [B, L, C]."""
     send, receive = _hops(route)

@@ -24,6 +24,10 @@ class RecurrentMixer(Mixer):
     def reads(self) -> tuple[object, ...]:
         return (self.inside,)
 
+    def own_layout(self, layout: SequenceLayout) -> SequenceLayout:
+        """The layout its tokens lie in, where the batch's is this one."""
+        return layout if self.inside is None else self.inside(layout.seq_len, layout.num_shards)
+
 
 class GatedDeltaRule(RecurrentMixer):
     """Linear attention with a forgetting, self-correcting state, one document at a time.

@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from dtcp._torch import set_dtensor_rule
 from dtcp.distributed.dtensor_rules import bind, check_placements, to_local, wrap
-from dtcp.distributed.groups import axis_of
+from dtcp.distributed.groups import axis_of, group_of
 from dtcp.distributed.ledger import LEDGER
+from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.delta_rule.api import Carry, DeltaInputs, delta_kernel
 from dtcp.kernels.dtypes import accumulation
 from dtcp.recurrent.exchange import entering_by_gather, entering_by_scan
 from dtcp.recurrent.metadata import DeltaMetadata
+from dtcp.recurrent.moves import DeltaShape, states_moved
 from dtcp.sequence.arguments import FLOATS, check_tensor
 
 SCHEMA = (
@@ -91,7 +94,23 @@ def gated_delta_rule(
     return out
 
 
-@communicating_op("dtcp::gated_delta_rule", schema=SCHEMA)
+def _states_moved(k, v, metadata, scan, groups, *, reverse):  # type: ignore[no-untyped-def]
+    if not groups:
+        return Moved()
+    num_ranks, segments = DeltaMetadata(*metadata).chain.shape
+    rank, summary = dist.get_rank(group_of(groups[0])), DeltaShape.of(k, v).summary
+    return states_moved(summary, num_ranks, segments, rank, scan=scan, reverse=reverse)
+
+
+def _forward_moves(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
+    return _states_moved(k, v, metadata, scan, groups, reverse=False)
+
+
+def _backward_moves(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
+    return _states_moved(k, v, metadata, scan, groups, reverse=True)
+
+
+@communicating_op("dtcp::gated_delta_rule", schema=SCHEMA, moves=_forward_moves)
 def _forward(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule")
     batch = DeltaMetadata(*metadata)
@@ -109,7 +128,7 @@ def _(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
     return v.new_empty(v.shape), v.new_empty(shape, dtype=accumulation(v.dtype))
 
 
-@communicating_op("dtcp::gated_delta_rule_backward", schema=BACKWARD_SCHEMA)
+@communicating_op("dtcp::gated_delta_rule_backward", schema=BACKWARD_SCHEMA, moves=_backward_moves)
 def _backward(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule_backward")
     batch = DeltaMetadata(*metadata)

@@ -17,14 +17,16 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.compile import Boundary, InGraph
 from dtcp.distributed.groups import group_name
-from dtcp.distributed.relayout import RelayoutMetadata, apply_relayout
+from dtcp.distributed.moves import Moves, Received
+from dtcp.distributed.relayout import RelayoutMetadata, apply_relayout, relayout_moved
 from dtcp.forward import wrap_forward
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.recurrent.mixer import RecurrentMixer
+from dtcp.recurrent.moves import ChannelShape
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.style import Received
+from dtcp.style import MixerShape
 
 
 @dataclass
@@ -51,16 +53,29 @@ class RelayoutCP(ParallelStyle):
                 f"{self.inside!r}: give one of them."
             )
 
-    def received(self, layout: SequenceLayout, rank: int, token: int) -> Received:
-        """What a rank will receive: a formula, to plan with.
+    def moves(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
+    ) -> Moves:
+        """What a layer will move for `rank`, there and back: a formula; tests hold it.
 
         Args:
-            token: bytes of the hidden state of a token, in all rows.
+            mixer: of the layer, made by this style.
+            shape: of a hidden state: a ChannelShape.
         """
-        inside = self.inside(layout.seq_len, layout.num_shards)
-        had = set(layout.token_indices(rank).tolist())
-        moved = len(set(inside.token_indices(rank).tolist()) - had) * token
-        return Received(2 * moved, 2 * moved)
+        assert isinstance(shape, ChannelShape)
+        metadata = self.make_metadata(mixer, coords, layout, rank)
+        token = shape.token // shape.batch if metadata.in_line else shape.token
+        there, back = (
+            relayout_moved(metadata.counts, token, rank, reverse=reverse)
+            for reverse in (False, True)
+        )
+        return Moves(there + back, there + back)
+
+    def received(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
+    ) -> Received:
+        """The bytes that `rank` will receive, of `moves`."""
+        return self.moves(mixer, coords, layout, rank, shape).received
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         inner = [m for m in module.modules() if isinstance(m, Mixer)]

@@ -6,20 +6,26 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from dtcp.kernels.dtypes import accumulation
+from dtcp.distributed.moves import Moves
 from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
-from dtcp.recurrent.conv import causal_conv
+from dtcp.recurrent.conv import causal_conv, halo_moved
 from dtcp.recurrent.exchange import summaries_received
-from dtcp.recurrent.metadata import DeltaMetadata, conv_metadata, delta_metadata
+from dtcp.recurrent.metadata import (
+    DeltaMetadata,
+    chain_of,
+    conv_metadata,
+    delta_metadata,
+    halo_route,
+)
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, RecurrentMixer
+from dtcp.recurrent.moves import ChannelShape, DeltaShape, states_moved
 from dtcp.recurrent.op import gated_delta_rule, install_delta_rules
-from dtcp.sequence.arguments import check_kind, check_tensor
+from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.style import MixerStyle, Received
+from dtcp.style import MixerShape, MixerStyle
 
 
 @dataclass(frozen=True)
@@ -63,33 +69,6 @@ StateExchange = GatherStates | ScanStates | FewestBytes
 FEWEST_BYTES = FewestBytes()
 
 
-@dataclass(frozen=True)
-class DeltaShape:
-    """Sizes of a gated delta rule: what its traffic depends on, beside the layout."""
-
-    batch: int
-    heads: int
-    key_dim: int
-    value_dim: int
-    element_size: int = 4
-    """Of a state: fp32, or fp64 for fp64."""
-
-    @classmethod
-    def of(cls, k: Tensor, v: Tensor) -> "DeltaShape":
-        """That of a rule on k [B, L, G, K] and v [B, L, H, V], of the heads that this rank has."""
-        check_tensor("The delta rule", shape="[B, L, G, K]", ndim=4, k=k)
-        check_tensor("The delta rule", shape="[B, L, H, V]", ndim=4, v=v)
-        own = v.to_local() if isinstance(v, DTensor) else v
-        batch, _, heads, value_dim = own.shape
-        return cls(batch, heads, k.shape[3], value_dim, accumulation(v.dtype).itemsize)
-
-    @property
-    def summary(self) -> int:
-        """Bytes of one segment's map."""
-        maps = self.batch * self.heads * self.key_dim
-        return maps * (self.key_dim + self.value_dim) * self.element_size
-
-
 class ContextParallelDeltaRule(ClaimedMixer, GatedDeltaRule):
     """A GatedDeltaRule that a style has taken over."""
 
@@ -130,8 +109,7 @@ class RecurrentStyle(MixerStyle):
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
     ) -> AttentionMetadata:
         assert isinstance(mixer, RecurrentMixer)
-        if mixer.inside is not None:
-            layout = mixer.inside(layout.seq_len, layout.num_shards)
+        layout = mixer.own_layout(layout)
         self.check(mixer, layout)
         if isinstance(mixer, CausalConv1d):
             return conv_metadata(coords, mixer.width, layout, rank)
@@ -172,12 +150,18 @@ class GatedDeltaCP(RecurrentStyle):
         super().__post_init__()
         check_kind("GatedDeltaCP", (GatherStates, ScanStates, FewestBytes), states=self.states)
 
-    def received(self, layout: SequenceLayout, shape: DeltaShape) -> Received:
-        """What a rank will receive: a formula, to plan with."""
-        ranks, segments = layout.num_shards, len(layout.segments(0))
+    def moves(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
+    ) -> Moves:
+        assert isinstance(shape, DeltaShape)
+        assert isinstance(mixer, RecurrentMixer)
+        ranks, segments = chain_of(mixer.own_layout(layout)).shape
         scan = self.states.scans(ranks, segments, shape.summary)
-        one_way = summaries_received(ranks, segments, scan=scan) * shape.summary
-        return Received(one_way, one_way)
+        there, back = (
+            states_moved(shape.summary, ranks, segments, rank, scan=scan, reverse=reverse)
+            for reverse in (False, True)
+        )
+        return Moves(there, back)
 
 
 @dataclass
@@ -189,3 +173,15 @@ class CausalConvCP(RecurrentStyle):
     """
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {CausalConv1d: ContextParallelConv}
+
+    def moves(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
+    ) -> Moves:
+        assert isinstance(shape, ChannelShape)
+        assert isinstance(mixer, CausalConv1d)
+        route = halo_route(mixer.own_layout(layout), mixer.width, rank)
+        there, back = (
+            halo_moved(route, shape.token, layout.num_shards, rank, reverse=reverse)
+            for reverse in (False, True)
+        )
+        return Moves(there, back)

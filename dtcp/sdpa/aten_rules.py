@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from dtcp._torch import OpOverload, num_results, set_dtensor_rule
 from dtcp.distributed.dtensor_rules import bind, to_local, wrap
 from dtcp.distributed.groups import axis_group_name, group_of
+from dtcp.distributed.moves import Moves
 from dtcp.kernels.softmax.types import AUTO
 from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
 from dtcp.sequence.coords import Coords
@@ -32,6 +33,7 @@ from dtcp.sequence.interval_runs import KeyIntervals
 from dtcp.sequence.layout import Contiguous
 from dtcp.sequence.masks import Bidirectional, Causal, Mask
 from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
+from dtcp.softmax.moves import AttentionShape, Peers
 from dtcp.softmax.op import (
     AttentionInputs,
     AttentionOp,
@@ -62,6 +64,13 @@ class _ContiguousRows:
 
     def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
         return self.strategy.saved_like(x, groups)
+
+    def moves(
+        self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
+    ) -> Moves:
+        n, rank = peers.num_ranks, peers.rank
+        own = _contiguous_metadata(self.mask, n * length, n, rank, torch.device("cpu"))
+        return self.strategy.moves(shape, length, own.tensors(), peers)
 
     def _with_metadata(self, q: Tensor, context: OpContext) -> OpContext:
         group = group_of(context.groups[0])

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dtcp.distributed import relayout
-from dtcp.plan import find
+from dtcp.mixer_plan import find
 from dtcp.sdpa.local_shards import local_shards
 from dtcp.sequence.arguments import check_dim, check_ints, check_kind, check_tensor, rows_of
 from dtcp.sequence.documents import Documents

@@ -7,18 +7,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp._torch import unflattened
 from dtcp.distributed.groups import group_name
 from dtcp.sequence.arguments import check_ints
-from dtcp.sequence.interval_runs import Intervals, KeyIntervals
+from dtcp.sequence.interval_runs import Intervals
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.row_layouts import RowLayouts
 from dtcp.softmax.all_gather import ALL_GATHER, AllGatherAttention
+from dtcp.softmax.moves import Peers
 from dtcp.softmax.op import AttentionOp
 from dtcp.softmax.ring import RING, RingAttention
-from dtcp.softmax.style import AttentionShape, AttentionStyle, Received
+from dtcp.softmax.style import AttentionStyle
 from dtcp.softmax.ulysses import (
     Ulysses,
     UlyssesAttention,
     UlyssesMetadata,
-    heads_received,
     joined,
     reorder_indices,
 )
@@ -87,19 +86,5 @@ class HybridAttention(AttentionStyle):
         between = outer.rank_metadata(joined(layout, groups), group, intervals)
         return UlyssesMetadata(*reorder_indices(layout, groups, group), between)
 
-    def received(
-        self,
-        layout: SequenceLayout,
-        rank: int,
-        intervals: Intervals,
-        shape: AttentionShape,
-    ) -> Received:
-        inner = self.inner_ranks
-        if isinstance(layout, RowLayouts):
-            intervals = KeyIntervals.read_off(intervals).in_line()
-            return self.received(layout.in_line, rank, intervals, replace(shape, batch=1))
-        groups, kv_heads = layout.num_shards // inner, max(shape.kv_heads, inner) // inner
-        within = heads_received(layout.shard_len, inner, shape)
-        each = replace(shape, heads=shape.heads // inner, kv_heads=kv_heads)
-        joint = joined(layout, groups)
-        return within + self.outer.received(joint, rank // inner, intervals, each)
+    def peers(self, num_ranks: int, rank: int) -> Peers:
+        return Peers(num_ranks, rank, self.inner_ranks)

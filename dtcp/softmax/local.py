@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dtcp.distributed.moves import NOTHING, Moves
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import (
     Keys,
@@ -14,6 +15,7 @@ from dtcp.kernels.softmax.api import (
     local_sink_gradient,
 )
 from dtcp.softmax.metadata import LocalMetadata
+from dtcp.softmax.moves import AttentionShape, Peers
 from dtcp.softmax.op import (
     AttentionInputs,
     AttentionOp,
@@ -59,6 +61,11 @@ class _Local:
 
     def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
         return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
+
+    def moves(
+        self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
+    ) -> Moves:
+        return NOTHING
 
 
 LOCAL = _Local()

@@ -8,7 +8,7 @@ every batch without a new graph; and the op counts its own executions and bytes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -17,10 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.library import custom_op
 
 from dtcp.distributed.ledger import LEDGER
+from dtcp.distributed.moves import Moved, Moves
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.arguments import check_tensor
+from dtcp.softmax.moves import AttentionShape, Peers
 
 
 class AttentionInputs(NamedTuple):
@@ -132,6 +134,12 @@ class Strategy(Protocol):
         """Empty tensors of the shapes and dtypes of what forward saves."""
         ...
 
+    def moves(
+        self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
+    ) -> Moves:
+        """What a call of this shape on `length` local tokens moves, of what the host reads."""
+        ...
+
 
 class AttentionOp:
     """An attention strategy as a pair of ops, `dtcp::<name>` and `dtcp::<name>_backward`.
@@ -143,11 +151,16 @@ class AttentionOp:
 
     def __init__(self, name: str, strategy: Strategy, *, communicates: bool) -> None:
         self.name, self.strategy = name, strategy
-        make = communicating_op if communicates else partial(custom_op, mutates_args=())
+        make, make_backward = (
+            partial(communicating_op, moves=moves)
+            if communicates
+            else partial(custom_op, mutates_args=())
+            for moves in (self._forward_moves, self._backward_moves)
+        )
         forward = schema_of(ForwardArguments, "(Tensor, Tensor[])")
         backward = schema_of(BackwardArguments, "(Tensor, Tensor, Tensor, Tensor, Tensor)")
         self.forward = make(f"dtcp::{name}", schema=forward)(self._forward)
-        self.backward = make(f"dtcp::{name}_backward", schema=backward)(self._backward)
+        self.backward = make_backward(f"dtcp::{name}_backward", schema=backward)(self._backward)
         self.forward.register_fake(self._forward_fake)
         self.backward.register_fake(self._backward_fake)
         self.forward.register_autograd(self._differentiate, setup_context=self._keep)
@@ -228,6 +241,25 @@ class AttentionOp:
                 assert own is not None
                 empty[index] = own.new_empty((*tokens, size, own.shape[-1]))
         return tuple(empty)
+
+    def _forward_moves(self, *arguments: Any) -> Moved:
+        x = ForwardArguments(*arguments)
+        return self._moves(AttentionShape.of(x.q, x.k, x.v), x.q.shape[1], x).forward
+
+    def _backward_moves(self, *arguments: Any) -> Moved:
+        x = BackwardArguments(*arguments)
+        batch, length, heads, value_dim = x.grad_out.shape
+        # q, k and v may be by heads here, of more tokens and fewer heads.
+        own = AttentionShape.of(x.q, x.k, x.v)
+        shape = replace(own, batch=batch, heads=heads, kv_heads=x.kv_heads)
+        return self._moves(shape, length, x).backward
+
+    def _moves(
+        self, shape: AttentionShape, length: int, x: ForwardArguments | BackwardArguments
+    ) -> Moves:
+        if x.in_line:
+            shape, length = replace(shape, batch=1), shape.batch * length
+        return self.strategy.moves(shape, length, x.metadata, Peers.of(x.groups))
 
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
         x, result = ForwardArguments(*inputs), ForwardResult(*output)

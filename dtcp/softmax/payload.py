@@ -6,10 +6,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dtcp.distributed.moves import Moves
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.api import SavedForward, local_sink_gradient
 from dtcp.softmax.metadata import KeyExchangeMetadata
+from dtcp.softmax.moves import AttentionShape, Peers, keys_moved
 from dtcp.softmax.op import AttentionInputs, ForwardResult, OpContext, check_key_count
 
 
@@ -192,6 +194,12 @@ class ExchangeStrategy:
 
     def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
         return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
+
+    def moves(
+        self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
+    ) -> Moves:
+        sent, received = KeyExchangeMetadata(*metadata).counts.tolist()
+        return keys_moved(shape, sent, received, length, peers.rank)
 
 
 def _zeros(like: Tensor, tokens: int, width: int) -> Tensor:

@@ -1,11 +1,12 @@
 """Attend to one shard's keys after another while the next ones travel."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dtcp.distributed.moves import Moves
 from dtcp.kernels.softmax.api import (
     GradAccumulators,
     Keys,
@@ -20,6 +21,7 @@ from dtcp.sequence.interval_runs import Intervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.exchange import Transfer, accumulate_returned_grads, isend_irecv
 from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
+from dtcp.softmax.moves import AttentionShape, Peers, counts_by_step, steps_moved
 from dtcp.softmax.op import AttentionOp, OpContext
 from dtcp.softmax.payload import ExchangeStrategy, KVPayload
 from dtcp.softmax.style import KeyExchangeAttention
@@ -68,6 +70,12 @@ class _Ring(ExchangeStrategy):
         if returning is not None:
             accumulate_returned_grads(local, returning.wait(), slots[-1])
         return dq, local
+
+    def moves(
+        self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
+    ) -> Moves:
+        sent, received = counts_by_step(KeyExchangeMetadata(*metadata).counts, peers.rank)
+        return steps_moved(shape, sent, received, length, peers.rank)
 
 
 def _steps(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dtcp.distributed.ledger import LEDGER
+from dtcp.distributed.moves import NOTHING, Moved, Moves
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import SoftmaxParams
@@ -21,8 +22,10 @@ from dtcp.softmax.exchange import all_to_all_rows, return_grads, sort_by_index
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import KeyExchangeMetadata, LocalMetadata
 from dtcp.softmax.mixer import GatherSharedKV, MaskedMixer, SoftmaxAttention
+from dtcp.softmax.moves import AttentionShape, Peers
 from dtcp.softmax.op import AttentionInputs, AttentionOp, OpContext
 from dtcp.softmax.style import AttentionStyle
+from dtcp.style import MixerShape
 
 
 class ContextParallelGatherSharedKV(ClaimedMixer, GatherSharedKV):
@@ -109,12 +112,48 @@ class SharedKVAttention(AttentionStyle):
     ) -> KeyExchangeMetadata:
         return self.gather.rank_metadata(layout, rank, intervals)
 
+    def moves(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
+    ) -> Moves:
+        """Of the exchange; its shape has as key and value dim what a gathered row comes to."""
+        assert isinstance(shape, AttentionShape)
+        if not isinstance(mixer, GatherSharedKV):
+            return NOTHING
+        metadata = self.make_metadata(mixer, coords, layout, rank)
+        row = shape.key_row // (shape.batch if metadata.in_line else 1)
+        return _shared_moves(metadata, row, shape.accumulated / shape.element_size, rank)
+
 
 def _context(op: str, metadata: list[Tensor], x: Tensor, group: str) -> OpContext:
     return OpContext(f"dtcp::{op}", metadata, SoftmaxParams(1.0), [group], x.shape[2])
 
 
-@communicating_op("dtcp::gather_shared_kv")
+def _shared_moves(metadata: KeyExchangeMetadata, row: int, widening: float, rank: int) -> Moves:
+    """Of rows of so many bytes; their gradients are summed in wider ones."""
+    sent, received = metadata.counts.tolist()
+    held = metadata.first_key.shape[1] + sum(received)
+    home = int((1 + 2 * widening) * row * held)
+    return Moves(
+        Moved.rows(sent, received, row, rank, workspace=row * (sum(sent) + sum(received) + held)),
+        Moved.rows(received, sent, row, rank, workspace=home),
+    )
+
+
+def _op_moves(x: Tensor, metadata: list[Tensor], group: str) -> Moves:
+    row, size = x[:, :1].numel() * x.element_size(), x.element_size()
+    widening = accumulation(x.dtype).itemsize / size
+    return _shared_moves(KeyExchangeMetadata(*metadata), row, widening, Peers.of([group]).rank)
+
+
+def _gather_moves(x: Tensor, metadata: list[Tensor], group: str) -> Moved:
+    return _op_moves(x, metadata, group).forward
+
+
+def _gather_backward_moves(grad: Tensor, metadata: list[Tensor], group: str) -> Moved:
+    return _op_moves(grad, metadata, group).backward
+
+
+@communicating_op("dtcp::gather_shared_kv", moves=_gather_moves)
 def _gather(x: Tensor, metadata: list[Tensor], group: str) -> Tensor:
     """Put local and required rows in token order: [B, L, G, W] -> [B, K, G, W], zero behind.
 
@@ -133,7 +172,7 @@ def _gather(x: Tensor, metadata: list[Tensor], group: str) -> Tensor:
     return out
 
 
-@communicating_op("dtcp::gather_shared_kv_backward")
+@communicating_op("dtcp::gather_shared_kv_backward", moves=_gather_backward_moves)
 def _gather_backward(grad: Tensor, metadata: list[Tensor], group: str) -> Tensor:
     keys = KeyExchangeMetadata(*metadata)
     LEDGER.record("dtcp::gather_shared_kv_backward")

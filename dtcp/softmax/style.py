@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
 from dtcp.distributed.dtensor_rules import HEADS, SEQ
+from dtcp.distributed.moves import Moves
 from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.backends import check_kernel_name
 from dtcp.kernels.softmax.block_ranges import TILE
@@ -24,26 +25,9 @@ from dtcp.sequence.row_layouts import RowLayouts
 from dtcp.softmax.dtensor import install_attention_rules
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.mixer import KeysFromValues, MaskedMixer, SoftmaxAttention
+from dtcp.softmax.moves import AttentionShape, Peers
 from dtcp.softmax.op import AttentionInputs, AttentionOp
-from dtcp.softmax.required_keys import required_keys
-from dtcp.style import MixerStyle, Received
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """Sizes of an attention call: what its traffic depends on, beside layout and mask."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    element_size: int
-
-    @property
-    def key_row(self) -> int:
-        """Bytes of one token's K and V."""
-        return self.batch * self.kv_heads * (self.key_dim + self.value_dim) * self.element_size
+from dtcp.style import MixerShape, MixerStyle
 
 
 class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
@@ -165,15 +149,20 @@ class AttentionStyle(MixerStyle):
         """What the op reads on `rank`, for a mask's intervals of the whole rows."""
         raise NotImplementedError
 
-    def received(
-        self,
-        layout: SequenceLayout,
-        rank: int,
-        intervals: Intervals,
-        shape: AttentionShape,
-    ) -> Received:
-        """What `rank` will receive: a formula, to plan with; tests hold the op's count to it."""
-        raise NotImplementedError
+    def peers(self, num_ranks: int, rank: int) -> Peers:
+        """The ranks of the axis, as this strategy groups them."""
+        return Peers(num_ranks, rank)
+
+    def moves(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
+    ) -> Moves:
+        assert isinstance(shape, AttentionShape)
+        metadata, length = self.make_metadata(mixer, coords, layout, rank), layout.shard_len
+        shape = replace(shape, values_only=isinstance(mixer, KeysFromValues))
+        if metadata.in_line:
+            shape, length = replace(shape, batch=1), shape.batch * length
+        peers = self.peers(layout.num_shards, rank)
+        return self.op.strategy.moves(shape, length, metadata.tensors(), peers)
 
     def check_values_only(self) -> None:
         """Refuse, when the plan is applied, what does not exchange values alone."""
@@ -196,18 +185,3 @@ class AttentionStyle(MixerStyle):
 
 class KeyExchangeAttention(AttentionStyle):
     """A strategy that brings to each rank the keys its queries require, and no others."""
-
-    def received(
-        self,
-        layout: SequenceLayout,
-        rank: int,
-        intervals: Intervals,
-        shape: AttentionShape,
-    ) -> Received:
-        """Required keys come forward and again backward; gradients of sent keys come home."""
-        if isinstance(layout, RowLayouts):
-            intervals = KeyIntervals.read_off(intervals).in_line()
-            layout, shape = layout.in_line, replace(shape, batch=1)
-        required = required_keys(layout, rank, intervals)
-        keys = required.received_tokens * shape.key_row
-        return Received(keys, keys + required.sent_tokens * shape.key_row)

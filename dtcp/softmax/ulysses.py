@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtcp.distributed.groups import group_of
+from dtcp.distributed.moves import Moves
 from dtcp.kernels.dtypes import accumulation
 from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
@@ -16,6 +17,7 @@ from dtcp.sequence.layout import Contiguous, SequenceLayout
 from dtcp.sequence.partition import Partition
 from dtcp.softmax.local import LOCAL
 from dtcp.softmax.metadata import local_metadata
+from dtcp.softmax.moves import AttentionShape, Peers, heads_moved
 from dtcp.softmax.op import (
     AttentionInputs,
     AttentionOp,
@@ -24,7 +26,7 @@ from dtcp.softmax.op import (
     Strategy,
     check_key_count,
 )
-from dtcp.softmax.style import AttentionShape, AttentionStyle, Received
+from dtcp.softmax.style import AttentionStyle
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,22 @@ class Ulysses:
         out = q.new_empty(*inner_q.shape[:-1], v.shape[-1])
         rest = self.outer.saved_like(AttentionInputs(inner_q, inner_k, inner_v), groups)
         return [inner_q, inner_k, inner_v, out, *rest]
+
+    def moves(
+        self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
+    ) -> Moves:
+        if peers.group_size == 1:
+            # The axis is one group.
+            peers = replace(peers, group_size=peers.num_ranks)
+        u = peers.group_size
+        kv_heads = max(shape.kv_heads // u, 1)
+        each = replace(shape, heads=shape.heads // u, kv_heads=kv_heads)
+        within = heads_moved(shape, length, u, peers.rank % u)
+        between = self.outer.moves(each, u * length, metadata[2:], peers.between())
+        return Moves(
+            peers.placed_within(within.forward) + peers.placed_between(between.forward),
+            peers.placed_within(within.backward) + peers.placed_between(between.backward),
+        )
 
     def _parts(self, context: OpContext, share: HeadShare) -> tuple[Tensor, Tensor, OpContext]:
         order, restore, *outer = context.metadata
@@ -258,21 +276,3 @@ class UlyssesAttention(AttentionStyle):
     ) -> UlyssesMetadata:
         local = local_metadata(*KeyIntervals.read_off(intervals).whole(), tile=self.tile)
         return UlyssesMetadata(*reorder_indices(layout, 1, 0), local)
-
-    def received(
-        self,
-        layout: SequenceLayout,
-        rank: int,
-        intervals: Intervals,
-        shape: AttentionShape,
-    ) -> Received:
-        return heads_received(layout.shard_len, layout.num_shards, shape)
-
-
-def heads_received(shard_len: int, num_ranks: int, shape: AttentionShape) -> Received:
-    """q, k, v go out by heads and out comes back; backward moves their gradients alike."""
-    kv_heads = max(shape.kv_heads, num_ranks)
-    widths = (shape.heads + kv_heads) * (shape.key_dim + shape.value_dim)
-    tokens = shape.batch * shard_len * (num_ranks - 1)
-    moved = tokens * widths * shape.element_size // num_ranks
-    return Received(moved, moved)

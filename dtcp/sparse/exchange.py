@@ -15,6 +15,7 @@ from torch import distributed as dist
 from dtcp.distributed.collectives import move_rows
 from dtcp.distributed.groups import group_of
 from dtcp.distributed.ledger import LEDGER
+from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.sequence.layout import SequenceLayout
@@ -60,7 +61,33 @@ def _filled(hops: Sequence[Hop], number: int) -> list[Hop]:
     return [*hops, *[(0, 0, 0)] * (number - len(hops))]
 
 
-@communicating_op("dtcp::bring_left")
+def left_moved(
+    routes: Tensor, tokens: Sequence[int], num_ranks: int, rank: int, *, reverse: bool = False
+) -> Moved:
+    """What bringing the left tokens of each piece moves, with so many bytes a token of each."""
+    counts = [[0] * num_ranks for _ in range(2)]
+    for token, hops in zip(tokens, routes.tolist(), strict=True):
+        for sizes, way in zip(counts, reversed(hops) if reverse else hops, strict=True):
+            for peer, start, stop in way:
+                sizes[peer] += (stop - start) * token
+    sent, received = counts
+    return Moved.rows(sent, received, 1, rank, workspace=sum(sent) + sum(received))
+
+
+def _left_moves(
+    pieces: Sequence[Tensor],
+    routes: Tensor,
+    lengths: Sequence[int],
+    group: str,
+    *,
+    reverse: bool = False,
+) -> Moved:
+    place = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
+    tokens = [x.shape[0] * x.shape[2] * x.element_size() for x in pieces]
+    return left_moved(routes, tokens, *place, reverse=reverse)
+
+
+@communicating_op("dtcp::bring_left", moves=_left_moves)
 def bring_left(
     pieces: Sequence[Tensor], routes: Tensor, lengths: Sequence[int], group: str
 ) -> list[Tensor]:
@@ -87,7 +114,7 @@ def _(pieces: Sequence[Tensor], routes: Tensor, lengths: Sequence[int], group: s
     return [x.new_empty(x.shape[0], length, x.shape[2]) for x, length in both]
 
 
-@communicating_op("dtcp::bring_left_backward")
+@communicating_op("dtcp::bring_left_backward", moves=functools.partial(_left_moves, reverse=True))
 def _return_grads(
     grads: Sequence[Tensor], routes: Tensor, lengths: Sequence[int], group: str
 ) -> list[Tensor]:

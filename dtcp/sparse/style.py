@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.collectives import all_gather
+from dtcp.distributed.moves import Moves
 from dtcp.distributed.relayout import RelayoutMetadata, apply_relayout
 from dtcp.kernels.sparse.pooling import Prepool
 from dtcp.metadata import BatchMetadata
@@ -27,23 +27,13 @@ from dtcp.sequence.layout import (
     PerDocument,
     SequenceLayout,
 )
-from dtcp.sequence.routes import halo_runs
 from dtcp.sparse.exchange import bring_left, prepend_halo
-from dtcp.sparse.metadata import SparseMetadata, rank_metadata, segment_entries
+from dtcp.sparse.metadata import SparseMetadata, rank_metadata
 from dtcp.sparse.mixer import CompressedSparseAttention, Index
 from dtcp.sparse.moved import MovedSparseMetadata, OwnTokens, moved
+from dtcp.sparse.moves import SparseShape, relayouts_moved, sparse_moves
 from dtcp.sparse.operands import check_sparse_operands
-from dtcp.style import MixerStyle, Received
-
-
-@dataclass(frozen=True)
-class SparseShape:
-    """Sizes of a call: what its traffic depends on, beside layout and mixer."""
-
-    batch: int
-    head_dim: int
-    index_head_dim: int
-    element_size: int
+from dtcp.style import MixerShape, MixerStyle
 
 
 class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
@@ -159,33 +149,18 @@ class CompressedSparseCP(MixerStyle):
             rank_metadata(coords, inside, rank, mixer.window, mixer.compression),
         )
 
-    def received(
-        self, mixer: CompressedSparseAttention, layout: SequenceLayout, rank: int, of: SparseShape
-    ) -> Received:
-        """What `rank` will receive in a layer: a formula; tests hold the count to it."""
-        if not isinstance(layout, Contiguous | HeadTail):
-            raise ValueError(
-                f"What {self} receives is a formula for Contiguous and HeadTail, got "
-                f"layout={layout}: plan with one of them."
-            )
-        row = of.batch * of.element_size
-        keys = _halo_tokens(layout, rank, mixer.window - 1) * of.head_dim
-        back = _asked_tokens(layout, rank, mixer.window - 1) * of.head_dim
-        compression = mixer.compression
-        if compression is None:
-            return Received(keys * row, back * row)
-        halves = 2 if compression.overlap else 1
-        index = of.index_head_dim if compression.selected is not None else 0
-        channels = 2 * halves * (of.head_dim + index)
-        keys += _halo_tokens(layout, rank, compression.reach) * channels
-        back += _asked_tokens(layout, rank, compression.reach) * channels
-        segments = len(layout.segments(rank))
-        others = (
-            (layout.num_shards - 1) * segments * segment_entries(layout.segment_len, compression)
-        )
-        return Received(
-            (keys + others * (of.head_dim + index)) * row, (back + others * of.head_dim) * row
-        )
+    def moves(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
+    ) -> Moves:
+        assert isinstance(mixer, CompressedSparseAttention)
+        assert isinstance(shape, SparseShape)
+        self.check(mixer, layout)
+        if isinstance(layout, Contiguous | HeadTail):
+            return sparse_moves(mixer, layout, rank, shape)
+        inside = _inside(layout)
+        there = RelayoutMetadata.between(layout, inside, rank)
+        moves = sparse_moves(mixer, inside, rank, shape)
+        return relayouts_moved(mixer, there, rank, shape) + moves
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if device_mesh.ndim != 1:
@@ -215,29 +190,3 @@ def work(metadata: SparseMetadata, *, selected: int | None) -> tuple[int, int]:
         seen = high - low if selected is None else min(high - low, selected)
         read += (stop - start) * (key_stop - key_start + seen)
     return scored, read
-
-
-def _halo_tokens(layout: SequenceLayout, rank: int, left: int) -> int:
-    """Tokens that come from other ranks."""
-    return sum(
-        _held_elsewhere(layout, rank, start, stop) for start, stop in _halos(layout, rank, left)
-    )
-
-
-def _asked_tokens(layout: SequenceLayout, rank: int, left: int) -> int:
-    """Tokens that go to other ranks, whose gradients come home."""
-    mine = torch.zeros(layout.seq_len, dtype=torch.bool)
-    mine[layout.token_indices(rank)] = True
-    others = (other for other in range(layout.num_shards) if other != rank)
-    runs = (run for other in others for run in _halos(layout, other, left))
-    return sum(int(mine[start:stop].sum()) for start, stop in runs)
-
-
-def _halos(layout: SequenceLayout, rank: int, left: int) -> list[tuple[int, int]]:
-    runs = halo_runs(layout, rank, left=left, right=0)
-    return [(max(start, 0), max(stop, 0)) for start, stop in runs[::2]]
-
-
-def _held_elsewhere(layout: SequenceLayout, rank: int, start: int, stop: int) -> int:
-    mine = sum(max(0, min(stop, b) - max(start, a)) for a, b in layout.runs(rank))
-    return stop - start - mine

@@ -39,6 +39,7 @@ from torchtitan.models.common.decoder import Decoder
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.ops import selective_checkpoint_save_ops
+from dtcp.mixer_plan import apply_plan
 from dtcp.parallelize import (
     FSDP,
     ActivationCheckpoint,
@@ -49,7 +50,6 @@ from dtcp.parallelize import (
     SelectiveCheckpoint,
     parallelize,
 )
-from dtcp.plan import apply_plan
 from dtcp.softmax.mixer import name_kernel
 
 MakePlan = Callable[[Any, ParallelMesh, Section], ParallelPlan]

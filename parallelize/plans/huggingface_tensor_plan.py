@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from dtcp.distributed.dtensor_rules import HEADS
+from dtcp.mixer_plan import matches
 from dtcp.parallelize.tensor_parallel import (
     HFExpertTensorParallel,
     LocalParams,
@@ -24,7 +25,6 @@ from dtcp.parallelize.tensor_parallel import (
     WholeExperts,
     why_not_split,
 )
-from dtcp.plan import matches
 
 EXPERTS, SINKS = "moe_tp_experts", "sinks"
 

@@ -9,7 +9,7 @@ from dtcp.cp_utils import create_context_parallel_ctx, gather_cp_seq, make_cp_ba
 from dtcp.distributed import relayout
 from dtcp.distributed.collectives import all_gather, all_to_all, halo, reduce_scatter, ring_shift
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.plan import apply_plan
+from dtcp.mixer_plan import apply_plan
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal
 from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention

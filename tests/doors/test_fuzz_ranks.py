@@ -25,7 +25,7 @@ from dtcp.distributed.collectives import all_gather, all_to_all, halo, reduce_sc
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.mixer import batch_metadata
-from dtcp.plan import apply_plan
+from dtcp.mixer_plan import apply_plan
 from dtcp.recurrent import CausalConv1d, CausalConvCP, GatedDeltaCP, GatedDeltaRule
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument

@@ -10,6 +10,7 @@ from dtcp.compile import EagerIsland
 from dtcp.cp_utils import apply_cp, attach_context_parallel_hooks, attach_cp_sdpa_hooks
 from dtcp.cp_utils.gemma4 import make_contiguous_shard_cp_batch_and_ctx
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.mixer_plan import apply_plan
 from dtcp.models.llama import Llama
 from dtcp.parallelize import (
     FSDP,
@@ -20,7 +21,6 @@ from dtcp.parallelize import (
     parallelize,
     parallelize_hf,
 )
-from dtcp.plan import apply_plan
 from dtcp.recurrent import GatedDeltaCP, RelayoutCP
 from dtcp.recurrent.style import ScanStates
 from dtcp.rows import TokenField

@@ -10,7 +10,7 @@ import torch
 from dtcp.compile import EagerIsland, InGraph
 from dtcp.metadata import AttentionMetadata, BatchMetadata, HostTensor, NoMetadata, metadata_key
 from dtcp.mixer import batch_metadata
-from dtcp.plan import apply_plan
+from dtcp.mixer_plan import apply_plan
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail
 from dtcp.sequence.masks import Causal, Mask, SlidingWindow

@@ -19,7 +19,7 @@ from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
 from docs.torchtitan_tables import FAMILIES, families_table
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.plan import apply_plan
+from dtcp.mixer_plan import apply_plan
 from dtcp.pretrain.adopt import adopt_model
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention

@@ -20,7 +20,7 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.delta_rule import reference as delta_rule
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import batch_metadata
-from dtcp.plan import apply_plan
+from dtcp.mixer_plan import apply_plan
 from dtcp.recurrent import (
     CausalConv1d,
     CausalConvCP,
@@ -31,7 +31,7 @@ from dtcp.recurrent import (
     RelayoutCP,
     ScanStates,
 )
-from dtcp.recurrent.style import DeltaShape
+from dtcp.recurrent.moves import ChannelShape, DeltaShape
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
     BlockBalanced,
@@ -176,11 +176,15 @@ def test_ranks_equal_the_recurrence(mesh, layout, states, ranks):
         by_channel = packing is packings.after_borders
         traffic = assert_equals_the_recurrence(documents, layer, sharded, by_channel=by_channel)
         shape = DeltaShape(documents.batch, H, K, V, element_size=8)
-        by_formula = style.received(sharded.layout, shape)
+        rank = mesh.get_local_rank()
+        by_formula = style.received(layer.rule, sharded.coords, sharded.layout, rank, shape)
         kinds = ("dtcp::all_gather", "dtcp::ring_shift")
         moved = sum(traffic[kind].received for kind in kinds)
         assert moved == by_formula.forward + by_formula.backward
         assert traffic["dtcp::exchange_tokens"].received == conv_bytes(sharded, documents.batch)
+        of_conv = (layer.conv, sharded.coords, sharded.layout, rank)
+        conv = layer.conv.style.received(*of_conv, ChannelShape(documents.batch, CHANNELS, 8))
+        assert conv_bytes(sharded, documents.batch) == conv.forward + conv.backward
         assert traffic.received == moved + traffic["dtcp::exchange_tokens"].received
 
 
@@ -263,7 +267,8 @@ def test_a_layer_on_tokens_dealt_anew_equals_the_recurrence(mesh, inside, ranks)
             assert_close(d_weight, expected.grads[3])
             # Tokens come as wide as they are and go home as values alone, and so do gradients.
             sizes = [H * V, CHANNELS + 2 * H]
-            one, two = (style.received(sharded.layout, mesh.get_local_rank(), 8 * n) for n in sizes)
+            of = (layer.relayout, sharded.coords, sharded.layout, mesh.get_local_rank())
+            one, two = (style.received(*of, ChannelShape(1, n, 8)) for n in sizes)
             moved = one + two
             assert 2 * traffic["dtcp::all_to_all"].received == moved.forward + moved.backward
     assert (graphs.graphs, graphs.breaks) == (1, 0)

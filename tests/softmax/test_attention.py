@@ -17,7 +17,7 @@ from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, InGraph, count_graphs
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.mixer import batch_metadata
-from dtcp.plan import apply_plan
+from dtcp.mixer_plan import apply_plan
 from dtcp.sequence.layout import (
     BlockBalanced,
     Contiguous,

@@ -13,7 +13,7 @@ from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.mixer import batch_metadata
-from dtcp.plan import apply_plan
+from dtcp.mixer_plan import apply_plan
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal

@@ -30,7 +30,7 @@ from dtcp.softmax import (
     RingAttention,
     UlyssesAttention,
 )
-from dtcp.softmax.style import AttentionShape
+from dtcp.softmax.moves import AttentionShape
 from tests.harness import packings, reference
 from tests.harness.attention_parity import (
     BIDIRECTIONAL,
@@ -138,10 +138,10 @@ def test_bytes_are_those_of_the_keys_that_are_needed(mesh, layout, ranks):
             where = f"on rank {rank} with {style}, {sharded.layout}, {case}"
             assert actual == expected_bytes(style, case, sharded.layout, rank), where
             shape = AttentionShape(sharded.documents.batch, *heads.values(), 8, 6, 8)
-            planned = style.received(
-                sharded.layout, rank, mask_case.mask.intervals(sharded.coords), shape
-            )
-            assert actual == (planned.forward, planned.backward), where
+            moves = style.moves(mixer, sharded.coords, sharded.layout, rank, shape)
+            assert actual == (moves.received.forward, moves.received.backward), where
+            sent = (sum(moves.forward.sent), sum(moves.backward.sent))
+            assert (forward.sent, backward.sent) == sent, where
 
 
 @spmd(ranks=(2, 4))

@@ -27,7 +27,8 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import HaloAttention, RingAttention
-from dtcp.softmax.style import AttentionShape
+from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax.moves import AttentionShape
 from tests.harness.hf_gemma4 import truth
 from tests.harness.spmd import run_ranks
 
@@ -81,7 +82,7 @@ def test_the_windows_formula_is_the_strategys(layout, window):
     coords = Coords.of(Documents.single(1, 96))
     style, mask = HaloAttention(window), Causal() & SlidingWindow(window)
     for rank in range(layout.num_shards):
-        stated = style.received(layout, rank, mask.intervals(coords), shape).forward
+        stated = style.received(SoftmaxAttention(mask), coords, layout, rank, shape).forward
         assert stated == needed_tokens(layout, rank, window - 1) * shape.key_row
 
 

@@ -29,7 +29,7 @@ from dtcp.sequence.layout import (
     PerDocument,
     SequenceLayout,
 )
-from dtcp.sparse import CompressedSparseCP, SparseShape
+from dtcp.sparse import CompressedSparseCP
 from dtcp.sparse.mixer import (
     CompressedSparseAttention,
     Compression,
@@ -37,6 +37,7 @@ from dtcp.sparse.mixer import (
     Prepool,
     sparse_metadata,
 )
+from dtcp.sparse.moves import SparseShape
 from dtcp.sparse.op import select_entries
 from dtcp.sparse.style import rank_metadata, work
 from tests.harness.spmd import spmd
@@ -238,7 +239,7 @@ def test_ranks_equal_brute_force_and_move_what_the_formula_says(mesh, ranks, kin
     style = CompressedSparseCP()
     mixer, sharded, there, back = assert_equals_one_device(mesh, kind, style, layout, False)
     shape = SparseShape(len(ROWS), DIM, INDEX_DIM, 8)
-    formula = style.received(mixer, sharded.layout, mesh.get_local_rank(), shape)
+    formula = style.received(mixer, sharded.coords, sharded.layout, mesh.get_local_rank(), shape)
     assert (there.received, back.received) == (formula.forward, formula.backward)
     assert collectives(there) <= 3 and collectives(back) <= 3
 
@@ -336,9 +337,14 @@ class Unknown(SequenceLayout):
 @spmd(ranks=(2, 3))
 def test_pieces_of_balanced_documents_equal_one_device(mesh, kind):
     """Rows of different documents; operands move to HeadTail and the output back."""
-    style = CompressedSparseCP()
-    assert_equals_one_device(mesh, kind, style, DocumentBalanced, compiled=False)
-    assert_equals_one_device(mesh, kind, style, PerDocument, compiled=False)
+    style, heads = CompressedSparseCP(), {"heads": HEADS, "index_heads": INDEX_HEADS}
+    shape = SparseShape(len(ROWS), DIM, INDEX_DIM, 8, **heads)
+    for layout in (DocumentBalanced, PerDocument):
+        mixer, sharded, *traffic = assert_equals_one_device(mesh, kind, style, layout, False)
+        of = (mixer, sharded.coords, sharded.layout, mesh.get_local_rank())
+        moves = style.moves(*of, shape)
+        for moved, stated in zip(traffic, (moves.forward, moves.backward), strict=True):
+            assert (moved.sent, moved.received) == (sum(stated.sent), sum(stated.received))
 
 
 @spmd(ranks=2)

@@ -1,0 +1,77 @@
+"""What recurrent mixers move between ranks: states and halos, by formula."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dtcp.distributed.moves import Moved
+from dtcp.kernels.dtypes import accumulation
+from dtcp.sequence.arguments import check_tensor
+from dtcp.style import MixerShape
+
+
+@dataclass(frozen=True)
+class DeltaShape(MixerShape):
+    """Sizes of a gated delta rule: what its traffic depends on, beside the layout."""
+
+    batch: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    element_size: int = 4
+    """Of a state: fp32, or fp64 for fp64."""
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> "DeltaShape":
+        """That of a rule on k [B, L, G, K] and v [B, L, H, V], of the heads that this rank has."""
+        check_tensor("The delta rule", shape="[B, L, G, K]", ndim=4, k=k)
+        check_tensor("The delta rule", shape="[B, L, H, V]", ndim=4, v=v)
+        own = v.to_local() if isinstance(v, DTensor) else v
+        batch, _, heads, value_dim = own.shape
+        return cls(batch, heads, k.shape[3], value_dim, accumulation(v.dtype).itemsize)
+
+    @property
+    def summary(self) -> int:
+        """Bytes of one segment's map."""
+        maps = self.batch * self.heads * self.key_dim
+        return maps * (self.key_dim + self.value_dim) * self.element_size
+
+
+@dataclass(frozen=True)
+class ChannelShape(MixerShape):
+    """Sizes of a tensor [B, L, C] of which whole tokens travel."""
+
+    batch: int
+    channels: int
+    element_size: int
+
+    @property
+    def token(self) -> int:
+        """Bytes of a token in all rows."""
+        return self.batch * self.channels * self.element_size
+
+
+def states_moved(
+    summary: int, num_ranks: int, segments: int, rank: int, *, scan: bool, reverse: bool
+) -> Moved:
+    """What bringing the states that enter `segments` segments a rank moves.
+
+    Args:
+        summary: bytes of one segment's map.
+        scan: by composition in rounds that double, rather than by gathering all maps.
+        reverse: from the right, for gradients.
+    """
+    if not scan:
+        every = num_ranks * segments * summary
+        return Moved.alike(segments * summary, num_ranks, rank, workspace=every)
+    # From the left, or from the right; of two segments a rank, both, and pairs from the right.
+    ways = [(1, -1 if reverse else 1)] if segments == 1 else [(1, 1), (2, -1)]
+    moved, reach = Moved(), 1
+    while reach < num_ranks:
+        for maps, way in ways:
+            to, source = ((rank + way * by) % num_ranks for by in (reach, -reach))
+            sent, received = ([int(r == peer) for r in range(num_ranks)] for peer in (to, source))
+            moved += Moved.rows(sent, received, maps * summary, rank)
+        reach *= 2
+    return replace(moved, workspace=6 * segments * summary)

@@ -1,0 +1,134 @@
+"""What attention moves between ranks, by strategy: formulas over the counts of its metadata."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from torch import distributed as dist
+
+from dtcp.distributed.groups import group_of
+from dtcp.distributed.moves import Moved, Moves
+from dtcp.style import MixerShape
+
+
+@dataclass(frozen=True)
+class AttentionShape(MixerShape):
+    """Sizes of an attention call: what its traffic depends on, beside layout and mask.
+
+    Args:
+        values_only: a key is made from its value where it arrives, and does not travel.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    element_size: int
+    values_only: bool = False
+
+    @property
+    def key_row(self) -> int:
+        """Bytes that travel for one token's K and V."""
+        width = self.value_dim + (0 if self.values_only else self.key_dim)
+        return self.batch * self.kv_heads * width * self.element_size
+
+    @property
+    def accumulated(self) -> int:
+        """Bytes of an element of a sum: fp32, or fp64 for fp64."""
+        return max(4, self.element_size)
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor | None, v: Tensor) -> "AttentionShape":
+        """That of q [B, L, H, D], k [B, L, G, D] and v [B, L, G, V]; no k where values suffice."""
+        batch, _, heads, key_dim = q.shape
+        kv_heads, value_dim = v.shape[2:]
+        size = q.element_size()
+        return cls(batch, heads, kv_heads, key_dim, value_dim, size, values_only=k is None)
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The ranks of an axis, as one of them sees them; neighbours of a group trade heads."""
+
+    num_ranks: int
+    rank: int
+    group_size: int = 1
+
+    @classmethod
+    def of(cls, groups: Sequence[str]) -> "Peers":
+        """Those of an op's process groups: (axis,), or (axis, within, between)."""
+        axis = group_of(groups[0])
+        size = dist.get_world_size(group_of(groups[1])) if len(groups) > 1 else 1
+        return cls(dist.get_world_size(axis), dist.get_rank(axis), size)
+
+    def between(self) -> "Peers":
+        """The groups, as this one sees them."""
+        return Peers(self.num_ranks // self.group_size, self.rank // self.group_size)
+
+    def placed_within(self, moved: Moved) -> Moved:
+        """What is moved within this rank's group, by rank of the axis."""
+        first = self.rank // self.group_size * self.group_size
+        after = (0,) * (self.num_ranks - first - self.group_size)
+        sent, received = ((0,) * first + x + after for x in (moved.sent, moved.received))
+        return replace(moved, sent=sent, received=received)
+
+    def placed_between(self, moved: Moved) -> Moved:
+        """What is moved between this rank's like in every group, by rank of the axis."""
+        each = [[0] * self.num_ranks for _ in range(2)]
+        for sizes, placed in zip((moved.sent, moved.received), each, strict=True):
+            placed[self.rank % self.group_size :: self.group_size] = sizes
+        return replace(moved, sent=tuple(each[0]), received=tuple(each[1]))
+
+
+def keys_moved(
+    shape: AttentionShape, sent: Sequence[int], received: Sequence[int], length: int, rank: int
+) -> Moves:
+    """Keys brought in one exchange, forward and backward, and their gradients home.
+
+    Args:
+        sent, received: tokens, by rank.
+        length: local tokens.
+    """
+    row, away, here = shape.key_row, sum(sent), sum(received)
+    held = length + here
+    wide = row // shape.element_size * shape.accumulated
+    # Packed and received rows, with what they are put in order from and into; then, backward,
+    # the ordered keys and their gradients in that order and by source.
+    forward = Moved.rows(sent, received, row, rank, workspace=row * (away + here + 2 * held))
+    home = Moved.rows(received, sent, row, rank, workspace=(row + 2 * wide) * held + row * away)
+    return Moves(forward, forward + home)
+
+
+def steps_moved(
+    shape: AttentionShape, sent: Sequence[int], received: Sequence[int], length: int, rank: int
+) -> Moves:
+    """Keys brought step by step, two shards held at most; args as of `keys_moved`."""
+    moves = keys_moved(shape, sent, received, length, rank)
+    row, step = shape.key_row, max((*sent, *received), default=0)
+    wide = row // shape.element_size * shape.accumulated
+    partial = shape.batch * length * shape.heads * shape.value_dim * shape.accumulated
+    held = 4 * row * step
+    return Moves(
+        replace(moves.forward, workspace=held + partial),
+        replace(moves.backward, workspace=held + wide * (length + 2 * step)),
+    )
+
+
+def heads_moved(shape: AttentionShape, length: int, num_ranks: int, rank: int) -> Moves:
+    """q, k, v go out by heads and out comes back; backward moves their gradients alike."""
+    kv_heads = max(shape.kv_heads, num_ranks)
+    widths = (shape.heads + kv_heads) * (shape.key_dim + shape.value_dim)
+    each = shape.batch * length * widths * shape.element_size // num_ranks
+    # What is sent and what has arrived, of the wider of the two trades.
+    out = shape.heads * shape.key_dim + kv_heads * (shape.key_dim + shape.value_dim)
+    held = 2 * shape.batch * length * out * shape.element_size
+    moved = Moved.alike(each, num_ranks, rank, workspace=held)
+    return Moves(moved, moved)
+
+
+def counts_by_step(counts: Tensor, rank: int) -> tuple[list[int], list[int]]:
+    """[2, n] tokens sent s places on and received from s places back, by rank."""
+    sent, received = counts.tolist()
+    ranks = range(len(sent))
+    return [sent[peer - rank] for peer in ranks], [received[rank - peer] for peer in ranks]
