@@ -49,22 +49,27 @@ class AttentionShape(MixerShape):
 
 @dataclass(frozen=True)
 class Peers:
-    """The ranks of an axis, as one of them sees them; neighbours of a group trade heads."""
+    """The ranks of an axis, as one of them sees them.
+
+    Args:
+        group_size: of the neighbours that trade heads; all ranks unless said.
+    """
 
     num_ranks: int
     rank: int
-    group_size: int = 1
+    group_size: int
 
     @classmethod
     def of(cls, groups: Sequence[str]) -> "Peers":
         """Those of an op's process groups: (axis,), or (axis, within, between)."""
         axis = group_of(groups[0])
-        size = dist.get_world_size(group_of(groups[1])) if len(groups) > 1 else 1
-        return cls(dist.get_world_size(axis), dist.get_rank(axis), size)
+        within = group_of(groups[1]) if len(groups) > 1 else axis
+        return cls(dist.get_world_size(axis), dist.get_rank(axis), dist.get_world_size(within))
 
     def between(self) -> "Peers":
         """The groups, as this one sees them."""
-        return Peers(self.num_ranks // self.group_size, self.rank // self.group_size)
+        groups = self.num_ranks // self.group_size
+        return Peers(groups, self.rank // self.group_size, groups)
 
     def placed_within(self, moved: Moved) -> Moved:
         """What is moved within this rank's group, by rank of the axis."""
@@ -75,10 +80,12 @@ class Peers:
 
     def placed_between(self, moved: Moved) -> Moved:
         """What is moved between this rank's like in every group, by rank of the axis."""
-        each = [[0] * self.num_ranks for _ in range(2)]
-        for sizes, placed in zip((moved.sent, moved.received), each, strict=True):
-            placed[self.rank % self.group_size :: self.group_size] = sizes
-        return replace(moved, sent=tuple(each[0]), received=tuple(each[1]))
+        sent, received = [0] * self.num_ranks, [0] * self.num_ranks
+        like = range(self.rank % self.group_size, self.num_ranks, self.group_size)
+        # Of groups that move nothing there is nothing to place.
+        for peer, out, back in zip(like, moved.sent, moved.received, strict=False):
+            sent[peer], received[peer] = out, back
+        return replace(moved, sent=tuple(sent), received=tuple(received))
 
 
 def keys_moved(

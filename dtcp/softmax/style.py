@@ -151,7 +151,7 @@ class AttentionStyle(MixerStyle):
 
     def peers(self, num_ranks: int, rank: int) -> Peers:
         """The ranks of the axis, as this strategy groups them."""
-        return Peers(num_ranks, rank)
+        return Peers(num_ranks, rank, num_ranks)
 
     def moves(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape

@@ -139,9 +139,6 @@ class Ulysses:
     def moves(
         self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
     ) -> Moves:
-        if peers.group_size == 1:
-            # The axis is one group.
-            peers = replace(peers, group_size=peers.num_ranks)
         u = peers.group_size
         kv_heads = max(shape.kv_heads // u, 1)
         each = replace(shape, heads=shape.heads // u, kv_heads=kv_heads)
