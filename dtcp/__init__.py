@@ -13,6 +13,8 @@ from dtcp.recurrent import (
     CausalConvCP,
     GatedDeltaCP,
     GatedDeltaRule,
+    GatedLinearAttention,
+    GatedLinearCP,
     RelayoutCP,
 )
 from dtcp.rows import TokenField
@@ -27,6 +29,7 @@ from dtcp.sequence.layout import (
     PerDocument,
 )
 from dtcp.sequence.masks import (
+    AttentionChunks,
     Bidirectional,
     BlockBidirectional,
     Causal,
@@ -40,11 +43,12 @@ from dtcp.softmax import (
     RingAttention,
     UlyssesAttention,
 )
-from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax.mixer import CrossAttention, LatentAttention, SoftmaxAttention
 from dtcp.softmax.style import AttentionStyle
 
 __all__ = [
     "AllGatherAttention",
+    "AttentionChunks",
     "AttentionStyle",
     "Bidirectional",
     "BlockBalanced",
@@ -53,16 +57,20 @@ __all__ = [
     "CausalConv1d",
     "CausalConvCP",
     "Contiguous",
+    "CrossAttention",
     "Degrees",
     "DocumentBalanced",
     "Documents",
     "EagerIsland",
     "GatedDeltaCP",
     "GatedDeltaRule",
+    "GatedLinearAttention",
+    "GatedLinearCP",
     "HaloAttention",
     "HeadTail",
     "HybridAttention",
     "InGraph",
+    "LatentAttention",
     "ParallelMesh",
     "PerDocument",
     "PrefixLM",

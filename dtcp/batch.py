@@ -37,6 +37,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import MaskWork
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sequence.masks import Causal, Mask, vision_blocks
+from dtcp.sequence.memory import Memory
 from dtcp.sequence.row_layouts import RowLayouts, layout_of_batch
 
 
@@ -168,6 +169,7 @@ def shard_batch(
     balance_for: Mask | Mapping[Mask, int] | None = None,
     compare_ranks: bool = True,
     buckets: Buckets | None = None,
+    memory: ShardedBatch | None = None,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
     """Cut a batch into this rank's part, out of place.
 
@@ -191,6 +193,8 @@ def shard_batch(
             exchange); what differs is named on all of them. They call this together.
         buckets: sizes that the batch is padded to, so that a compiled model has few graphs; None
             pads no further than the layout needs. ShardedBatch.padding_fraction says what it cost.
+        memory: how the sequence was sharded that the model's cross attention reads (an encoder's):
+            a batch of as many rows, and in each row as many documents.
     Returns:
         the local batch, with `padding_mask` (True: padding) if the batch had one or padding was
         added, and how it was sharded.
@@ -208,6 +212,7 @@ def shard_batch(
         balance_for=balance_for,
         compare_ranks=compare_ranks,
         buckets=buckets,
+        memory=memory,
     )
 
 
@@ -222,6 +227,7 @@ def shard_rows(
     compare_ranks: bool = True,
     buckets: Buckets | None = None,
     axes: Sequence[DeviceMesh] = (),
+    memory: ShardedBatch | None = None,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
     """`shard_batch` for a caller whose own preparation may refuse a batch on one rank only.
 
@@ -234,6 +240,7 @@ def shard_rows(
 
     def prepared() -> Rows:
         _check_arguments(layout, buckets, model, balance_for)
+        check_kind("A batch", (ShardedBatch, type(None)), memory=memory)
         return prepare()
 
     rows = prepared_alike(compared, prepared, Rows.contents)
@@ -244,7 +251,7 @@ def shard_rows(
         padded_len = buckets.padded_tokens(seq_len)
     padded_len = -(-padded_len // layout.multiple(num_shards)) * layout.multiple(num_shards)
     documents = rows.documents.padded(padded_len)
-    coords = _coords({**rows.for_masks, **rows.tokens}, documents, seq_len)
+    coords = _coords({**rows.for_masks, **rows.tokens}, documents, seq_len, memory)
     # Called by the layouts that read it: intervals of long rows take milliseconds.
     work = MaskWork.under(Causal() if balance_for is None else balance_for, coords)
     batch_layout = layout_of_batch(layout, documents, num_shards, work)
@@ -285,7 +292,9 @@ def _check_arguments(
         check_ints("Work to balance", least=1, layers=layers)
 
 
-def _coords(batch: Mapping[str, Tensor], documents: Documents, seq_len: int) -> Coords:
+def _coords(
+    batch: Mapping[str, Tensor], documents: Documents, seq_len: int, memory: ShardedBatch | None
+) -> Coords:
     """What masks and mixers read of the whole rows, padded as the documents are."""
     read = {key: batch[key] for key in MASK_FIELDS if key in batch}
     if "block" not in read and "mm_token_type_ids" in batch:
@@ -302,7 +311,8 @@ def _coords(batch: Mapping[str, Tensor], documents: Documents, seq_len: int) -> 
         read[key] = pad_end(x.to(torch.int64), missing, MASK_FIELDS[key], dim=1)
     if "position_ids" in batch:
         read["position_ids"] = pad_end(batch["position_ids"].cpu(), missing, 0, dim=-1)
-    return Coords.of(documents, **read)
+    other = None if memory is None else Memory(memory.documents, memory.layout)
+    return Coords.of(documents, memory=other, **read)
 
 
 def _part(

@@ -25,6 +25,7 @@ from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.memory import Memory
 
 
 class Mixer(nn.Module):
@@ -220,6 +221,7 @@ def batch_metadata(
     prefix: Tensor | None = None,
     block: Tensor | None = None,
     position_ids: Tensor | None = None,
+    memory: Documents | None = None,
 ) -> BatchMetadata:
     """The metadata of a batch of whole rows, for a model on one device.
 
@@ -227,6 +229,10 @@ def batch_metadata(
         prefix, block: [B, S], what `PrefixLM` and `BlockBidirectional` read.
         position_ids: [B, S], what the model is called with; None where they count a document's
             tokens.
+        memory: documents of the sequence that cross attention reads.
     """
-    coords = Coords.of(documents, prefix=prefix, block=block, position_ids=position_ids)
+    other = None if memory is None else Memory(memory)
+    coords = Coords.of(
+        documents, prefix=prefix, block=block, position_ids=position_ids, memory=other
+    )
     return collect_metadata(model, coords)

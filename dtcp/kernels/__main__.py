@@ -21,7 +21,7 @@ GPUS: Mapping[int, str] = {
     12: "RTX Blackwell",
     0: "CPU",
 }
-HEAD = ("backend", "on", "heads", "masks", "packed", "softcap", "repeats itself", "TFLOP/s")
+HEAD = ("backend", "on", "heads", "masks", "packed", "softcap", "bias", "repeats itself", "TFLOP/s")
 
 
 def print_backends(arguments: Sequence[str]) -> int:
@@ -55,8 +55,8 @@ def _cells(backend: Backend, ability: Ability) -> tuple[str, ...]:
     if not ability.repeats_interval:
         repeats += ", intervals never"
     speed = f"{'' if ability.measured else '~'}{ability.speed}" if ability.speed else ""
-    packed, softcap = ("yes" if x else "no" for x in (ability.packed, ability.softcap))
-    return str(ability.widths), kinds, packed, softcap, repeats, speed
+    can = (ability.packed, ability.softcap, ability.bias)
+    return str(ability.widths), kinds, *("yes" if x else "no" for x in can), repeats, speed
 
 
 def _here(backend: Backend) -> tuple[str, str]:

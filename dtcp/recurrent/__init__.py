@@ -1,11 +1,12 @@
 """Recurrent mixers, and how they are carried out on a sharded sequence."""
 
-from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule
+from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttention
 from dtcp.recurrent.relayout_mixer import RelayoutCP
 from dtcp.recurrent.style import (
     CausalConvCP,
     FewestBytes,
     GatedDeltaCP,
+    GatedLinearCP,
     GatherStates,
     ScanStates,
 )
@@ -16,6 +17,8 @@ __all__ = [
     "FewestBytes",
     "GatedDeltaCP",
     "GatedDeltaRule",
+    "GatedLinearAttention",
+    "GatedLinearCP",
     "GatherStates",
     "RelayoutCP",
     "ScanStates",

@@ -1,8 +1,9 @@
 """The state that enters each segment of a sharded sequence, from the segments' summaries.
 
 A segment maps the state that enters it to the one that leaves: S -> M S + b, a tensor
-[M | b] of [K, K + V]. Maps compose to maps of the same size, so what came before can be brought
-by gathering every summary, or by a scan of compositions in log2(n) rounds.
+[M | b] of [K, K + V], or [d | b] of [K, 1 + V] where M only scales rows (`StateMaps`). Maps
+compose to maps of the same size, so what came before can be brought by gathering every summary, or
+by a scan of compositions in log2(n) rounds.
 
     HeadTail, n = 3, segments by position:      h0 h1 h2 t2 t1 t0
 
@@ -11,6 +12,7 @@ its right, then their tails in reverse. So one scan from the right, of pairs, co
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,13 +22,64 @@ from dtcp.distributed.collectives import all_gather
 from dtcp.distributed.scan import State, exclusive_scan
 
 
+@dataclass(frozen=True)
+class StateMaps:
+    """How the maps of a rule are written and composed.
+
+    Args:
+        scales: whether they scale the rows of a state and add to it, [d | b], instead of [M | b].
+    """
+
+    scales: bool = False
+
+    def through(self, summary: Tensor, state: Tensor) -> Tensor:
+        """Where the map takes a state."""
+        factor = summary[..., : self._width(summary)]
+        moved = factor * state if self.scales else factor @ state
+        return moved + self.state(summary)
+
+    def then(self, first: State, later: State) -> State:
+        """Both maps, one after the other."""
+        (a,), (b,) = first, later
+        factor = b[..., : self._width(b)]
+        composed = factor * a if self.scales else factor @ a
+        return (composed + torch.cat((torch.zeros_like(factor), self.state(b)), dim=-1),)
+
+    def around(self, inner: State, outer: State) -> State:
+        """Pairs of what is met on the way in and on the way out."""
+        (heads,), (tails,) = self.then(outer[:1], inner[:1]), self.then(inner[1:], outer[1:])
+        return heads, tails
+
+    def state(self, summary: Tensor) -> Tensor:
+        """Where the map takes the state 0."""
+        return summary[..., self._width(summary) :]
+
+    def nothing(self, summary: Tensor) -> Tensor:
+        """The map that changes nothing."""
+        if self.scales:
+            return torch.cat((torch.ones_like(summary[..., :1]), summary[..., 1:] * 0), dim=-1)
+        eye = torch.eye(*summary.shape[-2:], dtype=summary.dtype, device=summary.device)
+        return eye.expand_as(summary).contiguous()
+
+    def _width(self, summary: Tensor) -> int:
+        return 1 if self.scales else summary.shape[-2]
+
+
+MATRICES, SCALES = StateMaps(), StateMaps(scales=True)
+
+
 def entering_by_gather(
-    own: Tensor, chain: Sequence[Sequence[int]], axis: DeviceMesh, *, reverse: bool = False
+    own: Tensor,
+    chain: Sequence[Sequence[int]],
+    axis: DeviceMesh,
+    *,
+    reverse: bool = False,
+    maps: StateMaps = MATRICES,
 ) -> Tensor:
     """Gather all summaries, and fold those that come before each segment of this rank.
 
     Args:
-        own: [P, ..., K, K + V], summaries of this rank's P segments.
+        own: [P, ..., K, K + V], summaries of this rank's P segments; [P, ..., K, 1 + V] of scales.
         chain: [n][P], the place of every rank's segments among all, by position.
         reverse: come from the right, for gradients.
     Returns:
@@ -38,19 +91,24 @@ def entering_by_gather(
     places = {
         place: (rank, index) for rank, row in enumerate(chain) for index, place in enumerate(row)
     }
-    state, entering = _start(own[0]), {}
+    state, entering = torch.zeros_like(maps.state(own[0])), {}
     mine = set(chain[axis.get_local_rank()])
     for place in sorted(places, reverse=reverse):
         if place in mine:
             entering[place] = state
         if len(entering) == len(mine):
             break
-        state = _through(summaries[places[place]], state)
+        state = maps.through(summaries[places[place]], state)
     return torch.stack([entering[place] for place in chain[axis.get_local_rank()]])
 
 
 def entering_by_scan(
-    own: Tensor, chain: Sequence[Sequence[int]], axis: DeviceMesh, *, reverse: bool = False
+    own: Tensor,
+    chain: Sequence[Sequence[int]],
+    axis: DeviceMesh,
+    *,
+    reverse: bool = False,
+    maps: StateMaps = MATRICES,
 ) -> Tensor:
     """Compose what comes before, window by window: log2(n) rounds.
 
@@ -60,15 +118,16 @@ def entering_by_scan(
     Traffic per rank: ceil(log2(n)) summaries, three times that for two segments.
     """
     if len(chain[0]) == 1:
-        (before,) = exclusive_scan((own[0],), _then, (_nothing(own[0]),), axis, reverse=reverse)
-        return _state(before)[None]
+        nothing = maps.nothing(own[0])
+        (before,) = exclusive_scan((own[0],), maps.then, (nothing,), axis, reverse=reverse)
+        return maps.state(before)[None]
     # From the right the tails are the heads.
     head, tail = reversed(own.unbind()) if reverse else own.unbind()
-    nothing = _nothing(head)
-    (before,) = exclusive_scan((head,), _then, (nothing,), axis)
-    heads, tails = exclusive_scan((head, tail), _around, (nothing, nothing), axis, reverse=True)
-    state = _state(before)
-    later = _through(tails, _through(heads, _through(head, state)))
+    nothing = maps.nothing(head)
+    (before,) = exclusive_scan((head,), maps.then, (nothing,), axis)
+    heads, tails = exclusive_scan((head, tail), maps.around, (nothing, nothing), axis, reverse=True)
+    state = maps.state(before)
+    later = maps.through(tails, maps.through(heads, maps.through(head, state)))
     return torch.stack((later, state) if reverse else (state, later))
 
 
@@ -77,35 +136,3 @@ def summaries_received(num_shards: int, segments: int, *, scan: bool) -> int:
     if not scan:
         return (num_shards - 1) * segments
     return (num_shards - 1).bit_length() * (1 if segments == 1 else 3)
-
-
-def _then(first: State, later: State) -> State:
-    """Both maps, one after the other."""
-    (a,), (b,) = first, later
-    composed = b[..., : a.shape[-2]] @ a
-    return (composed + torch.cat((torch.zeros_like(b[..., : a.shape[-2]]), _state(b)), dim=-1),)
-
-
-def _around(inner: State, outer: State) -> State:
-    """Pairs of what is met on the way in and on the way out."""
-    (heads,), (tails,) = _then(outer[:1], inner[:1]), _then(inner[1:], outer[1:])
-    return heads, tails
-
-
-def _through(summary: Tensor, state: Tensor) -> Tensor:
-    return summary[..., : state.shape[-2]] @ state + _state(summary)
-
-
-def _state(summary: Tensor) -> Tensor:
-    """Where the map takes the state 0."""
-    return summary[..., summary.shape[-2] :]
-
-
-def _start(summary: Tensor) -> Tensor:
-    return torch.zeros_like(_state(summary))
-
-
-def _nothing(summary: Tensor) -> Tensor:
-    """The map that changes nothing."""
-    eye = torch.eye(*summary.shape[-2:], dtype=summary.dtype, device=summary.device)
-    return eye.expand_as(summary).contiguous()

@@ -8,6 +8,7 @@ from torch import Tensor
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import Mixer
 from dtcp.recurrent.conv import causal_conv
+from dtcp.recurrent.linear import gated_linear_attention
 from dtcp.recurrent.metadata import ConvMetadata, DeltaMetadata, conv_metadata, delta_metadata
 from dtcp.recurrent.op import gated_delta_rule
 from dtcp.sequence.arguments import FLOATS, check_ints, check_tensor
@@ -77,6 +78,55 @@ class GatedDeltaRule(RecurrentMixer):
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize}, scale={self.scale}"
+
+
+class GatedLinearAttention(RecurrentMixer):
+    """Linear attention with a forgetting state, one document at a time.
+
+    Where g has a number for each head, it is that of Mamba-2 (q = C, k = B, v = dt * x, g = dt * A,
+    scale=1.0) and of lightning attention (g the head's slope, the same for every token); with a
+    number for each key channel, of gated linear attention
+    (Yang et al. 2023, https://arxiv.org/abs/2312.06635).
+
+    Args:
+        scale: factor on the queries; None for key_dim ** -0.5.
+    """
+
+    def __init__(self, *, scale: float | None = None) -> None:
+        super().__init__()
+        self.scale = scale
+        self.set_metadata_key()
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, attn_metadata: BatchMetadata
+    ) -> Tensor:
+        """Add each token's value under its key, and read the state with its query.
+
+        Args:
+            q, k: [B, L, G, K].
+            v: [B, L, H, V], H a multiple of G; value head h reads key head h // (H / G).
+            g: [B, L, H], log of the share of the state that each token keeps, at most 0; or
+                [B, L, H, K], of each row of the state.
+            attn_metadata: what the batch brings.
+        Returns:
+            [B, L, H, V].
+        """
+        return gated_linear_attention(self.scaled(q), k, v, g, self.own(attn_metadata))
+
+    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
+        v: Tensor = args[2]
+        return v
+
+    def scaled(self, q: Tensor) -> Tensor:
+        """The queries as the op takes them."""
+        check_tensor("Linear attention", shape="[B, L, G, K]", ndim=4, dtypes=FLOATS, q=q)
+        return q * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+
+    def whole_row_metadata(self, coords: Coords) -> DeltaMetadata:
+        return delta_metadata(coords, None)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
 
 
 class CausalConv1d(RecurrentMixer):

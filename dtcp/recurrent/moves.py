@@ -1,6 +1,7 @@
 """What recurrent mixers move between ranks: states and halos, by formula."""
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -23,7 +24,7 @@ class DeltaShape(MixerShape):
     """Of a state: fp32, or fp64 for fp64."""
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor) -> "DeltaShape":
+    def of(cls, k: Tensor, v: Tensor) -> Self:
         """That of a rule on k [B, L, G, K] and v [B, L, H, V], of the heads that this rank has."""
         check_tensor("The delta rule", shape="[B, L, G, K]", ndim=4, k=k)
         check_tensor("The delta rule", shape="[B, L, H, V]", ndim=4, v=v)
@@ -36,6 +37,16 @@ class DeltaShape(MixerShape):
         """Bytes of one segment's map."""
         maps = self.batch * self.heads * self.key_dim
         return maps * (self.key_dim + self.value_dim) * self.element_size
+
+
+@dataclass(frozen=True)
+class LinearShape(DeltaShape):
+    """Sizes of a gated linear attention, whose maps scale the rows of a state."""
+
+    @property
+    def summary(self) -> int:
+        maps = self.batch * self.heads * self.key_dim
+        return maps * (1 + self.value_dim) * self.element_size
 
 
 @dataclass(frozen=True)

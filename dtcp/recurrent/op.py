@@ -21,7 +21,7 @@ from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.delta_rule.api import Carry, DeltaInputs, delta_kernel
 from dtcp.kernels.dtypes import accumulation
-from dtcp.recurrent.exchange import entering_by_gather, entering_by_scan
+from dtcp.recurrent.exchange import MATRICES, StateMaps, entering_by_gather, entering_by_scan
 from dtcp.recurrent.metadata import DeltaMetadata
 from dtcp.recurrent.moves import DeltaShape, states_moved
 from dtcp.sequence.arguments import FLOATS, check_tensor
@@ -94,20 +94,28 @@ def gated_delta_rule(
     return out
 
 
-def _states_moved(k, v, metadata, scan, groups, *, reverse):  # type: ignore[no-untyped-def]
+def rule_moves(
+    shape: DeltaShape,
+    metadata: Sequence[Tensor],
+    scan: bool,
+    groups: Sequence[str],
+    *,
+    reverse: bool,
+) -> Moved:
+    """What a rule of these sizes moves, one way."""
     if not groups:
         return Moved()
     num_ranks, segments = DeltaMetadata(*metadata).chain.shape
-    rank, summary = dist.get_rank(group_of(groups[0])), DeltaShape.of(k, v).summary
+    rank, summary = dist.get_rank(group_of(groups[0])), shape.summary
     return states_moved(summary, num_ranks, segments, rank, scan=scan, reverse=reverse)
 
 
 def _forward_moves(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
-    return _states_moved(k, v, metadata, scan, groups, reverse=False)
+    return rule_moves(DeltaShape.of(k, v), metadata, scan, groups, reverse=False)
 
 
 def _backward_moves(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
-    return _states_moved(k, v, metadata, scan, groups, reverse=True)
+    return rule_moves(DeltaShape.of(k, v), metadata, scan, groups, reverse=True)
 
 
 @communicating_op("dtcp::gated_delta_rule", schema=SCHEMA, moves=_forward_moves)
@@ -117,7 +125,7 @@ def _forward(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyp
     x = _segments(DeltaInputs(q, k, v, g, beta, batch.starts), batch)
     # Below its public functions, fla's kernels are launched on the device that is current.
     with torch.cuda.device_of(q):
-        out, state = delta_kernel(x).forward(x, _carry(q, batch, scan, groups, reverse=False))
+        out, state = delta_kernel(x).forward(x, carry_of(q, batch, scan, groups, reverse=False))
     return out.reshape(v.shape).contiguous(), state.contiguous()
 
 
@@ -133,7 +141,7 @@ def _backward(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # typ
     LEDGER.record("dtcp::gated_delta_rule_backward")
     batch = DeltaMetadata(*metadata)
     x = _segments(DeltaInputs(q, k, v, g, beta, batch.starts), batch)
-    carry = _carry(q, batch, scan, groups, reverse=True)
+    carry = carry_of(q, batch, scan, groups, reverse=True)
     with torch.cuda.device_of(q):
         grads = delta_kernel(x).backward(x, grad_out.reshape(x.v.shape), state, carry)
     wanted = zip(grads, (q, k, v, g, beta), strict=True)
@@ -176,15 +184,22 @@ def _segments(x: DeltaInputs, metadata: DeltaMetadata) -> DeltaInputs:
     )
 
 
-def _carry(
-    q: Tensor, metadata: DeltaMetadata, scan: bool, groups: Sequence[str], *, reverse: bool
+def carry_of(
+    q: Tensor,
+    metadata: DeltaMetadata,
+    scan: bool,
+    groups: Sequence[str],
+    *,
+    reverse: bool,
+    maps: StateMaps = MATRICES,
 ) -> Carry | None:
     """How summaries of this rank's segments become the states that enter them."""
     if not groups:
         return None
     entering = entering_by_scan if scan else entering_by_gather
     chain, segments = metadata.chain.tolist(), metadata.chain.shape[1]
-    entering = partial(entering, chain=chain, axis=axis_of(groups[0], q.device), reverse=reverse)
+    axis = axis_of(groups[0], q.device)
+    entering = partial(entering, chain=chain, axis=axis, reverse=reverse, maps=maps)
 
     def carry(summary: Tensor) -> Tensor:
         own = summary.unflatten(0, (-1, segments)).movedim(1, 0).contiguous()
@@ -202,20 +217,22 @@ def install_delta_rules() -> None:
 
     Installing twice is installing once.
     """
-    set_dtensor_rule(_forward, _forward_on_dtensors)
-    set_dtensor_rule(_backward, _backward_on_dtensors)
+    set_dtensor_rule(_forward, rule_on_dtensors)
+    set_dtensor_rule(_backward, rule_backward_on_dtensors)
 
 
-def _forward_on_dtensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def rule_on_dtensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The op's forward on shards: the sequence on its axis, heads on others."""
     call = bind(op, args, kwargs)
-    tensors = [call[name] for name in ("q", "k", "v", "g", "beta")]
+    tensors = [call[name] for name in ("q", "k", "v", "g", "beta") if name in call]
     check_placements(str(op), tensors, call["groups"][0])
     out, state = op(**to_local(call))
     # What is kept for backward stays local: nobody but the backward op reads it.
     return wrap(out, call["v"]), state
 
 
-def _backward_on_dtensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def rule_backward_on_dtensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The op's backward on shards."""
     call = bind(op, args, kwargs)
     grad_out, like = call["grad_out"], call["v"]
     if grad_out.placements != like.placements:

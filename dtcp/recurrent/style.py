@@ -12,6 +12,7 @@ from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.recurrent.conv import causal_conv, halo_moved
 from dtcp.recurrent.exchange import summaries_received
+from dtcp.recurrent.linear import gated_linear_attention, install_linear_rules
 from dtcp.recurrent.metadata import (
     DeltaMetadata,
     chain_of,
@@ -19,8 +20,13 @@ from dtcp.recurrent.metadata import (
     delta_metadata,
     halo_route,
 )
-from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, RecurrentMixer
-from dtcp.recurrent.moves import ChannelShape, DeltaShape, states_moved
+from dtcp.recurrent.mixer import (
+    CausalConv1d,
+    GatedDeltaRule,
+    GatedLinearAttention,
+    RecurrentMixer,
+)
+from dtcp.recurrent.moves import ChannelShape, DeltaShape, LinearShape, states_moved
 from dtcp.recurrent.op import gated_delta_rule, install_delta_rules
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.coords import Coords
@@ -82,6 +88,19 @@ class ContextParallelDeltaRule(ClaimedMixer, GatedDeltaRule):
         return gated_delta_rule(*parts, metadata, scan=scan, groups=self.groups)
 
 
+class ContextParallelLinearAttention(ClaimedMixer, GatedLinearAttention):
+    """A GatedLinearAttention that a style has taken over."""
+
+    def carry_out(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, attn_metadata: BatchMetadata
+    ) -> Tensor:
+        metadata: DeltaMetadata = self.own(attn_metadata)
+        ranks, segments = metadata.chain.shape
+        scan = self.style.states.scans(ranks, segments, LinearShape.of(k, v).summary)
+        parts = (self.scaled(q), k, v, g)
+        return gated_linear_attention(*parts, metadata, scan=scan, groups=self.groups)
+
+
 class ContextParallelConv(ClaimedMixer, CausalConv1d):
     """A CausalConv1d that a style has taken over."""
 
@@ -122,6 +141,7 @@ class RecurrentStyle(MixerStyle):
                 f"{device_mesh.ndim} axes: slice it, as in mesh['cp']."
             )
         install_delta_rules()
+        install_linear_rules()
         return super()._apply(module, device_mesh)
 
 
@@ -148,7 +168,7 @@ class GatedDeltaCP(RecurrentStyle):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_kind("GatedDeltaCP", (GatherStates, ScanStates, FewestBytes), states=self.states)
+        check_kind(type(self).__name__, (GatherStates, ScanStates, FewestBytes), states=self.states)
 
     def moves(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
@@ -162,6 +182,25 @@ class GatedDeltaCP(RecurrentStyle):
             for reverse in (False, True)
         )
         return Moves(there, back)
+
+
+@dataclass
+class GatedLinearCP(GatedDeltaCP):
+    """Gated linear attention where each rank holds some segments of the sequence.
+
+    By the exchange of the gated delta rule, with the maps of a `LinearShape`.
+
+    Args:
+        states: how the maps are brought.
+
+    Traffic per rank, received, each way: with summaries of B * H * K * (1 + V) fp32 elements,
+    (n - 1) * P of them if gathered, P segments a rank (1 of Contiguous, 2 of HeadTail);
+    ceil(log2(n)) if scanned, and three times that of HeadTail.
+    """
+
+    claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
+        GatedLinearAttention: ContextParallelLinearAttention
+    }
 
 
 @dataclass

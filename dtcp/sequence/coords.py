@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.documents import Documents, check_token_positions
+from dtcp.sequence.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Coords:
         position_ids: what RoPE reads, where that is not the index in the document; one per token,
             or [axes, B, S]. No mask reads it.
         documents: of whole rows, where these are whole rows.
+        memory: the sequence that cross attention reads, where these are whole rows.
     """
 
     token_index: Tensor
@@ -34,6 +36,7 @@ class Coords:
     block: Tensor | None = None
     position_ids: Tensor | None = None
     documents: Documents | None = None
+    memory: Memory | None = None
 
     @classmethod
     def of(
@@ -43,6 +46,7 @@ class Coords:
         prefix: Tensor | None = None,
         block: Tensor | None = None,
         position_ids: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> "Coords":
         """Coordinates of whole rows, in their order."""
         if not isinstance(documents, Documents):
@@ -63,7 +67,9 @@ class Coords:
                 )
         if position_ids is not None:
             check_token_positions(position_ids, documents.batch, documents.seq_len)
-        return _WholeRows(documents, prefix, block, position_ids)
+        if memory is not None:
+            memory.check(documents)
+        return _WholeRows(documents, prefix, block, position_ids, memory)
 
     @property
     def rows(self) -> int:
@@ -99,10 +105,11 @@ class _WholeRows(Coords):
         prefix: Tensor | None,
         block: Tensor | None,
         position_ids: Tensor | None,
+        memory: Memory | None,
         **known: Tensor,
     ) -> None:
         given = {"prefix": prefix, "block": block, "position_ids": position_ids}
-        vars(self).update(documents=documents, **given)
+        vars(self).update(documents=documents, memory=memory, **given)
         # What is known already comes from dataclasses.replace.
         for name, x in known.items():
             if not torch.equal(x, getattr(self, name)):

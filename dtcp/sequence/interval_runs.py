@@ -25,15 +25,17 @@ from dtcp.sequence.documents import PADDING, Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import (
     And,
+    AttentionChunks,
     Bidirectional,
     Causal,
     Coords,
     Mask,
+    MemoryDocument,
     Or,
     PrefixLM,
     SlidingWindow,
 )
-from dtcp.sequence.partition import Ints, unique_ascending
+from dtcp.sequence.partition import Ints, expand, unique_ascending
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _is_known(mask: Mask) -> bool:
     if type(mask) in (And, Or):
         pair = cast(And, mask)
         return _is_known(pair.left) and _is_known(pair.right)
-    return type(mask) in (Bidirectional, Causal, SlidingWindow, PrefixLM)
+    return type(mask) in (Bidirectional, Causal, SlidingWindow, AttentionChunks, PrefixLM)
 
 
 def _is_prefix_of_documents(coords: Coords, row: int) -> bool:
@@ -107,31 +109,43 @@ def _prefixes(coords: Coords, row: int, bounds: Ints) -> Ints:
     return coords.prefix[row, torch.from_numpy(bounds[:-1])].numpy()
 
 
-def _windows(mask: Mask) -> Iterator[SlidingWindow]:
-    """The windows that a mask is made of."""
+def _parts(mask: Mask) -> Iterator[Mask]:
+    """The masks that a mask is made of."""
     if isinstance(mask, And | Or):
-        yield from _windows(mask.left)
-        yield from _windows(mask.right)
-    elif isinstance(mask, SlidingWindow):
+        yield from _parts(mask.left)
+        yield from _parts(mask.right)
+    else:
         yield mask
 
 
 def _breaks(mask: Mask, bounds: Ints, prefixes: Ints, seq_len: int) -> Ints:
     """Where runs may start: wherever two limits of one end of an interval cross in a document.
 
-    First keys are limited by the document's start and by the token less a reach, last keys by the
-    ends of document and prefix and by the token plus a reach. A token sees itself in every mask
-    here, so no interval vanishes inside a document.
+    First keys are limited by the start of document or chunk and by the token less a reach, last
+    keys by the ends of document, chunk and prefix and by the token plus a reach. A token sees
+    itself in every mask here, so no interval vanishes inside a document.
     """
-    starts, ends = bounds[:-1], bounds[1:]
-    left = {window.size - 1 for window in _windows(mask)}
-    right = {window.right for window in _windows(mask) if window.right is not None}
-    places = [starts + reach for reach in left] + [ends - 1 - reach for reach in right]
-    if prefixes.any():
-        places += [starts + prefixes - 1 - reach for reach in right | {0}]
+    parts = [*_parts(mask)]
+    windows = [part for part in parts if isinstance(part, SlidingWindow)]
+    left = {window.size - 1 for window in windows}
+    right = {window.right for window in windows if window.right is not None}
     rest = [0, bounds[-1]] if bounds[-1] < seq_len else [0]
-    inside = [x[(x > starts) & (x < ends)] for x in places]
-    return unique_ascending(np.concatenate((starts, *inside, rest)))
+    found = [np.array(rest, dtype=np.int64)]
+    sizes: set[int | None] = {part.size for part in parts if isinstance(part, AttentionChunks)}
+    for size in sizes | {None}:
+        starts = bounds[:-1] if size is None else _chunk_starts(bounds, size)
+        ends = np.append(starts[1:], bounds[-1])
+        places = [starts + reach for reach in left] + [ends - 1 - reach for reach in right]
+        if size is None and prefixes.any():
+            places += [starts + prefixes - 1 - reach for reach in right | {0}]
+        found += [starts, *(x[(x > starts) & (x < ends)] for x in places)]
+    return unique_ascending(np.concatenate(found))
+
+
+def _chunk_starts(bounds: Ints, size: int) -> Ints:
+    """Where the chunks of documents start."""
+    count = -(-np.diff(bounds) // size)
+    return np.repeat(bounds[:-1], count) + size * expand(np.zeros_like(count), count)
 
 
 def _coords_of(tokens: Ints, bounds: Ints, coords: Coords, row: int) -> Coords:
@@ -272,7 +286,9 @@ class MaskWork:
         assert of.documents is not None
         documents = Documents((of.documents.lengths[row],), of.seq_len)
         prefix, block = (None if x is None else x[one] for x in (of.prefix, of.block))
-        return MaskWork(self.masks, Coords.of(documents, prefix=prefix, block=block))
+        memory = None if of.memory is None else of.memory.row(row)
+        extra = {"prefix": prefix, "block": block}
+        return MaskWork(self.masks, Coords.of(documents, memory=memory, **extra))
 
     def runs(self, row: int) -> WorkRuns:
         """Of one row."""
@@ -281,13 +297,23 @@ class MaskWork:
 
 @dataclass(frozen=True, eq=False)
 class KeyIntervals:
-    """The keys that the tokens of each row of a batch see."""
+    """The keys that the tokens of each row of a batch see.
+
+    Args:
+        keys: the layout of the sequence that has the keys, where that is another one.
+    """
 
     rows: tuple[IntervalRuns, ...]
+    keys: SequenceLayout | None = None
 
     @classmethod
     def of(cls, mask: Mask, coords: Coords) -> "KeyIntervals":
-        return cls(tuple(interval_runs(mask, coords, row) for row in range(coords.rows)))
+        keys = mask.memory(coords).layout if isinstance(mask, MemoryDocument) else None
+        return cls(tuple(interval_runs(mask, coords, row) for row in range(coords.rows)), keys)
+
+    def layout_of_keys(self, layout: SequenceLayout) -> SequenceLayout:
+        """How the keys of queries that lie in `layout` are sharded."""
+        return layout if self.keys is None else self.keys
 
     @classmethod
     def read_off(cls, intervals: "Intervals") -> "KeyIntervals":
@@ -306,9 +332,10 @@ class KeyIntervals:
     def check_whole_rows(self, layout: SequenceLayout) -> None:
         """Refuse intervals that are not of the layout's rows."""
         lengths = {int(runs.stop[-1]) for runs in self.rows}
+        num_keys = self.layout_of_keys(layout).seq_len
         inside = all(
             runs.first.min() >= 0
-            and (runs.last + runs.last_step * (runs.stop - runs.start - 1)).max() < layout.seq_len
+            and (runs.last + runs.last_step * (runs.stop - runs.start - 1)).max() < num_keys
             for runs in self.rows
         )
         if lengths != {layout.seq_len} or not inside:
@@ -325,12 +352,13 @@ class KeyIntervals:
         return torch.from_numpy(first), torch.from_numpy(last)
 
     def in_line(self) -> "KeyIntervals":
-        """Those of the line of all rows, one after another."""
+        """Those of the line of all rows; `row_layouts.in_line` lays out the keys on it, too."""
         columns: list[list[Ints]] = [[], [], [], [], [], []]
         for row, runs in enumerate(self.rows):
-            first = row * int(runs.stop[-1])
-            moved = (runs.start, runs.stop, runs.first, runs.last)
-            start, stop, first_key, last_key = (x + first for x in moved)
+            seq_len = int(runs.stop[-1])
+            start, stop = (x + row * seq_len for x in (runs.start, runs.stop))
+            num_keys = seq_len if self.keys is None else self.keys.seq_len
+            first_key, last_key = (x + row * num_keys for x in (runs.first, runs.last))
             row_columns = (start, stop, first_key, runs.first_step, last_key, runs.last_step)
             for column, x in zip(columns, row_columns, strict=True):
                 column.append(x)

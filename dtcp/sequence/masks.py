@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_ints, check_tensor
 from dtcp.sequence.coords import Coords
+from dtcp.sequence.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,28 @@ class SlidingWindow(Mask):
 
 
 @dataclass(frozen=True)
+class AttentionChunks(Mask):
+    """A token sees the chunk that it stands in: documents are cut every `size` tokens.
+
+    `Causal() & AttentionChunks(8192)` is the local attention of Llama 4. Chunks are counted from
+    the start of each document, so that a packed document is what it is in a row of its own.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        check_ints("AttentionChunks", least=1, size=self.size)
+
+    def _sees(self, q: Coords, k: Coords) -> Tensor:
+        q_chunk, k_chunk = ((x.token_index - x.start) // self.size for x in (q, k))
+        return q_chunk[:, :, None] == k_chunk[:, None, :]
+
+    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+        first = coords.token_index - (coords.token_index - coords.start) % self.size
+        return first, first + (self.size - 1)
+
+
+@dataclass(frozen=True)
 class PrefixLM(Mask):
     """A token sees what comes before it, and the whole prefix of its document.
 
@@ -151,6 +174,46 @@ class BlockBidirectional(Mask):
         )
         outside = block < 0
         return first.masked_fill(outside, 0), last.masked_fill(outside, -1)
+
+
+@dataclass(frozen=True)
+class MemoryDocument(Mask):
+    """A token sees a whole document of another sequence: the one with its document's number.
+
+    The mask of cross attention. Its intervals count the tokens of that sequence, so it is not
+    combined with masks of this one.
+    """
+
+    def intervals(self, coords: Coords) -> tuple[Tensor, Tensor]:
+        first, last = self._interval(coords)
+        none = coords.document < 0
+        return first.masked_fill(none, 0).int(), last.masked_fill(none, -1).int()
+
+    def _sees(self, q: Coords, k: Coords) -> Tensor:
+        return torch.ones_like(q.token_index[:, :, None] == k.token_index[:, None, :])
+
+    def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+        documents = self.memory(coords).documents
+        most = max([1, *map(len, documents.lengths)])
+        bounds = torch.zeros(documents.batch, most + 1, dtype=torch.int64)
+        for row, lengths in zip(bounds, documents.lengths, strict=True):
+            row[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
+        document = coords.document.clamp(min=0)
+        return bounds.gather(1, document), bounds.gather(1, document + 1) - 1
+
+    def memory(self, coords: Coords) -> Memory:
+        """The other sequence.
+
+        Raises:
+            ValueError: the batch has none.
+        """
+        if coords.memory is None:
+            raise ValueError(
+                "Cross attention reads the keys of another sequence, got memory=None: shard that "
+                "sequence first, and pass its ShardedBatch to shard_batch(..., memory=) (on one "
+                "device its Documents to batch_metadata)."
+            )
+        return coords.memory
 
 
 @dataclass(frozen=True)
@@ -226,6 +289,11 @@ def vision_blocks(mm_token_type_ids: Tensor) -> Tensor:
 
 def _check_masks(*sides: Mask) -> None:
     for side in sides:
+        if isinstance(side, MemoryDocument):
+            raise TypeError(
+                f"Masks are combined where they are of one sequence, got {side!r} among {sides}: "
+                f"use the mask of cross attention as it is."
+            )
         if not isinstance(side, Mask):
             raise TypeError(
                 f"A mask is combined with another one, got {side!r} of type "

@@ -9,7 +9,7 @@ of a layout, it reads of the line: how a batch is packed changes numbers, never 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.interval_runs import MaskWork
+from dtcp.sequence.interval_runs import Intervals, KeyIntervals, MaskWork
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import Partition, Run
 
@@ -80,6 +80,19 @@ class RowLayouts(SequenceLayout):
         each = x.split(1, dim=rows_dim) * (count // x.shape[rows_dim])
         pairs = zip(self.rows, each, strict=True)
         return torch.cat([do(layout, row) for layout, row in pairs], dim=rows_dim)
+
+
+def in_line(layout: SequenceLayout, intervals: Intervals) -> tuple[SequenceLayout, KeyIntervals]:
+    """The layout of the line of all rows, and what the tokens on it see."""
+    of_rows = KeyIntervals.read_off(intervals)
+    keys = None if of_rows.keys is None else _line_of(of_rows.keys, len(of_rows.rows))
+    return _line_of(layout, len(of_rows.rows)), replace(of_rows.in_line(), keys=keys)
+
+
+def _line_of(layout: SequenceLayout, rows: int) -> SequenceLayout:
+    if not isinstance(layout, RowLayouts):
+        layout = RowLayouts(layout.seq_len, layout.num_shards, (layout,) * rows)
+    return layout.in_line
 
 
 @dataclass(frozen=True)

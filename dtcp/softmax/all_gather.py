@@ -26,36 +26,34 @@ class _AllGather(ExchangeStrategy):
     """One all_to_all out; backward brings the keys again and returns their gradients."""
 
     def attend(
-        self, q: Tensor, payload: KVPayload, sink: Tensor | None, context: OpContext
+        self, queries: Queries, payload: KVPayload, sink: Tensor | None, context: OpContext
     ) -> tuple[Tensor, Tensor]:
         metadata = KeyExchangeMetadata(*context.metadata)
-        queries = Queries.of(q, metadata.first_key, metadata.last_key)
-        keys = self._gather(payload, q.shape[1], metadata, context)
+        keys = self._gather(payload, metadata, context)
         ranges, pieces = metadata.block_ranges[0], metadata.pieces[0]
         return attend_once(queries, keys, ranges, context.softmax, pieces=pieces, sink=sink)
 
     def attend_backward(
-        self, q: Tensor, payload: KVPayload, saved: SavedForward, context: OpContext
+        self, queries: Queries, payload: KVPayload, saved: SavedForward, context: OpContext
     ) -> tuple[Tensor, Tensor]:
-        metadata, length = KeyExchangeMetadata(*context.metadata), q.shape[1]
-        keys = self._gather(payload, length, metadata, context)
-        buffers, dq = payload.grad_buffers(keys.v.shape[1]), zeros_for(q)
-        queries = Queries.of(q, metadata.first_key, metadata.last_key)
+        metadata = KeyExchangeMetadata(*context.metadata)
+        keys = self._gather(payload, metadata, context)
+        buffers, dq = payload.grad_buffers(keys.v.shape[1]), zeros_for(queries.q)
         grads = GradAccumulators(dq, buffers.dk, buffers.dv)
         ranges, pieces = metadata.block_ranges[0], metadata.pieces[0]
         attend_backward(grads, saved, queries, keys, ranges, context.softmax, pieces=pieces)
 
         rows = payload.finish(buffers, keys.v, 0).transpose(0, 1)
-        return dq, return_grads(rows, metadata, length, q.dtype, context)
+        return dq, return_grads(rows, metadata, metadata.own_keys, queries.q.dtype, context)
 
     def _gather(
-        self, payload: KVPayload, length: int, metadata: KeyExchangeMetadata, context: OpContext
+        self, payload: KVPayload, metadata: KeyExchangeMetadata, context: OpContext
     ) -> Keys:
         """Local and required keys, in token order."""
         send, receive = metadata.counts.tolist()
         packed = payload.pack(metadata.send_slot[: sum(send)])
         rows = all_to_all_rows(packed, send, receive, context)
-        order = sort_by_index(metadata, length)
+        order = sort_by_index(metadata, metadata.own_keys)
         k, v = payload.in_order(rows, order)
         return Keys(k, v, metadata.key_token_index[0, : order.numel()])
 

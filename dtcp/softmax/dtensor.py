@@ -13,12 +13,11 @@ from dtcp.distributed.dtensor_rules import (
     to_local,
     wrap,
 )
+from dtcp.softmax.inputs import check_inputs
 from dtcp.softmax.op import (
-    AttentionInputs,
     AttentionOp,
     BackwardArguments,
     ForwardArguments,
-    check_inputs,
 )
 
 
@@ -33,7 +32,7 @@ def _forward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[An
     keys = () if x.k is None else (x.k,)
     check_placements(str(op), (x.q, *keys, x.v), x.groups[0])
     local = ForwardArguments(*to_local(x))
-    check_inputs(AttentionInputs(local.q, local.k, local.v, local.sink))
+    check_inputs(local.inputs)
     out, saved = op(*local)
     # What is kept for backward stays local: nobody but the backward op reads it.
     return wrap(out, cast(DTensor, x.q)), saved
@@ -46,5 +45,5 @@ def _backward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
     if grad_out.placements != like.placements:
         grad_out = grad_out.redistribute(like.device_mesh, like.placements)
     x = x._replace(grad_out=grad_out, kv_heads=x.kv_heads // num_shards(like, HEADS))
-    *grads, dsink, dkey_scale = op(*to_local(x))
-    return (*(wrap(grad, like) for grad in grads), dsink, dkey_scale)
+    dq, dk, dv, *of_parameters = op(*to_local(x))
+    return (*(wrap(grad, like) for grad in (dq, dk, dv)), *of_parameters)

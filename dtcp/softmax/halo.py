@@ -30,6 +30,8 @@ class HaloAttention(AllGatherAttention):
     backward, and gradients home.
     """
 
+    takes_memory = False  # nothing of another sequence lies left of a segment
+
     window: int
     right: int = 0
 

@@ -14,6 +14,7 @@ from dtcp.kernels.softmax.api import (
     attend_once_backward,
     local_sink_gradient,
 )
+from dtcp.softmax.inputs import check_key_count
 from dtcp.softmax.metadata import LocalMetadata
 from dtcp.softmax.moves import AttentionShape, Peers
 from dtcp.softmax.op import (
@@ -21,8 +22,8 @@ from dtcp.softmax.op import (
     AttentionOp,
     ForwardResult,
     OpContext,
-    check_key_count,
 )
+from dtcp.softmax.payload import bias_gradients
 
 
 class _Local:
@@ -35,7 +36,7 @@ class _Local:
         assert x.k is not None
         metadata = LocalMetadata(*context.metadata)
         check_key_count(x, metadata.key_token_index.numel())
-        queries = Queries.of(x.q, metadata.first_key, metadata.last_key)
+        queries = _queries(x, metadata)
         keys = Keys(x.k, x.v, metadata.key_token_index)
         out, lse = attend_once(
             queries,
@@ -53,11 +54,13 @@ class _Local:
         assert x.k is not None
         metadata = LocalMetadata(*context.metadata)
         saved = SavedForward(grad_out, result.out, result.saved[0])
-        queries = Queries.of(x.q, metadata.first_key, metadata.last_key)
+        queries = _queries(x, metadata)
         keys = Keys(x.k, x.v, metadata.key_token_index)
         ranges, pieces = metadata.block_ranges, metadata.pieces
         grads = attend_once_backward(saved, queries, keys, ranges, context.softmax, pieces=pieces)
-        return AttentionInputs(*grads, local_sink_gradient(saved, x.sink))
+        dbias, dslope = bias_gradients(queries)
+        dsink = local_sink_gradient(saved, x.sink)
+        return AttentionInputs(*grads, dsink, bias=dbias, slope=dslope)
 
     def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
         return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
@@ -66,6 +69,11 @@ class _Local:
         self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
     ) -> Moves:
         return NOTHING
+
+
+def _queries(x: AttentionInputs, metadata: LocalMetadata) -> Queries:
+    bias = x.score_bias(metadata.query_token_index)
+    return Queries.of(x.q, metadata.first_key, metadata.last_key, bias)
 
 
 LOCAL = _Local()

@@ -37,6 +37,7 @@ class LocalMetadata(AttentionMetadata):
     block_ranges: HostTensor  # [B, tiles, 6] int64
     position_ids: Tensor = field(default_factory=_none)  # [B, S] int32, for keys made from values
     pieces: HostTensor = field(default_factory=no_pieces)  # [C, 9] int64, of find_pieces
+    query_token_index: Tensor = field(default_factory=_none)  # [S] int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,13 @@ class KeyExchangeMetadata(AttentionMetadata):
     position_ids: Tensor = field(default_factory=_none)  # [B, L] int32, for keys made from values
     key_position_ids: Tensor = field(default_factory=_none)  # [parts, B, K] int32, likewise
     pieces: HostTensor = field(default_factory=no_pieces)  # [parts, C, 9] int64, of find_pieces
+    query_token_index: Tensor = field(default_factory=_none)  # [L] int32
+
+    @property
+    def own_keys(self) -> int:
+        """How many keys this rank has by itself."""
+        others = self.counts.shape[1] - 1
+        return self.send_slot.numel() // others if others else self.key_token_index.shape[1]
 
     @property
     def sees(self) -> Tensor:
@@ -75,12 +83,22 @@ class KeyExchangeMetadata(AttentionMetadata):
         )
 
 
-def local_metadata(first_key: Tensor, last_key: Tensor, *, tile: int = TILE) -> LocalMetadata:
-    """Metadata of whole rows in token order, from the intervals of a mask: [B, S] each."""
-    token_index = torch.arange(first_key.shape[1], dtype=torch.int32)
+def local_metadata(
+    first_key: Tensor, last_key: Tensor, *, num_keys: int | None = None, tile: int = TILE
+) -> LocalMetadata:
+    """Metadata of whole rows in token order, from the intervals of a mask: [B, S] each.
+
+    Args:
+        num_keys: of another sequence; None for the queries' own.
+    """
+    num_keys = first_key.shape[1] if num_keys is None else num_keys
+    token_index = torch.arange(num_keys, dtype=torch.int32)
     ranges = block_ranges(first_key, last_key, token_index, tile=tile)
     pieces = find_pieces(first_key, last_key, token_index, tiles=ranges.shape[1])
-    return LocalMetadata(first_key, last_key, token_index, ranges, pieces=pieces)
+    query_index = torch.arange(first_key.shape[1], dtype=torch.int32)
+    return LocalMetadata(
+        first_key, last_key, token_index, ranges, pieces=pieces, query_token_index=query_index
+    )
 
 
 def all_gather_metadata(
@@ -98,8 +116,8 @@ def all_gather_metadata(
             None for the whole sequence.
     """
     intervals = KeyIntervals.read_off(intervals)
-    required = required_keys(layout, rank, intervals)
-    n, local_len = layout.num_shards, layout.shard_len
+    required, keys_layout = required_keys(layout, rank, intervals), intervals.layout_of_keys(layout)
+    n, local_len, seq_len = layout.num_shards, keys_layout.shard_len, keys_layout.seq_len
     # One all_to_all goes by rank, not by step: own keys first, then from rank 0 up.
     received = required.receive_tokens.sorted_by(np.arange(n))
     lengths = received.stop - received.start
@@ -111,19 +129,20 @@ def all_gather_metadata(
     sent = required.send_slots.sorted_by(np.arange(n))
     rows, first, last = _local(layout, rank, intervals)
     keys = KeyLine(np.zeros_like(starts), starts, stops, 1)
-    capacity = layout.seq_len if capacity is None else capacity
+    capacity = seq_len if capacity is None else capacity
     ranges = block_ranges_of_parts(rows, keys, tile=tile)
     tokens = expand(starts, stops - starts)
     pieces = find_pieces(first, last, torch.from_numpy(tokens), tiles=ranges.shape[2])
     return KeyExchangeMetadata(
         first,
         last,
-        _filled(sent.expanded(), layout.seq_len - local_len, 0),
+        _filled(sent.expanded(), seq_len - local_len, 0),
         torch.from_numpy(np.stack((sent.counts(n), received.counts(n)))),
         _filled(expand(places, stops - starts), capacity, 0),
         _filled(tokens, capacity, UNUSED)[None],
         ranges,
         pieces=pieces[None],
+        query_token_index=layout.token_indices(rank).to(torch.int32),
     )
 
 
@@ -140,8 +159,8 @@ def ring_metadata(
     r + s.
     """
     intervals = KeyIntervals.read_off(intervals)
-    required = required_keys(layout, rank, intervals)
-    n, local_len = layout.num_shards, layout.shard_len
+    required, keys_layout = required_keys(layout, rank, intervals), intervals.layout_of_keys(layout)
+    n, local_len = layout.num_shards, keys_layout.shard_len
     ahead, back = (np.arange(n) - rank) % n, (rank - np.arange(n)) % n
     sent = required.send_slots.sorted_by(ahead)
     received = required.receive_tokens.sorted_by(back)
@@ -164,12 +183,13 @@ def ring_metadata(
     return KeyExchangeMetadata(
         first,
         last,
-        _filled(sent.expanded(), layout.seq_len - local_len, 0),
+        _filled(sent.expanded(), keys_layout.seq_len - local_len, 0),
         torch.from_numpy(counts),
         torch.zeros(0, dtype=torch.int32),
         torch.from_numpy(token_index),
         ranges,
         pieces=torch.stack(pieces),
+        query_token_index=layout.token_indices(rank).to(torch.int32),
     )
 
 

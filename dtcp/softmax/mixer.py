@@ -1,8 +1,9 @@
-"""Softmax attention as a model calls it: three mixers, each for one device as it stands."""
+"""Softmax attention as a model calls it: several mixers, each for one device as it stands."""
 
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dtcp.kernels.rotary import rotate
@@ -13,7 +14,8 @@ from dtcp.metadata import AttentionMetadata, BatchMetadata, NoMetadata
 from dtcp.mixer import Mixer, check_position_ids, position_ids_of
 from dtcp.sequence.arguments import FLOATS, WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.coords import Coords
-from dtcp.sequence.masks import Mask
+from dtcp.sequence.masks import Mask, MemoryDocument
+from dtcp.softmax.latent import LatentWidths, keys_and_values
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import local_metadata
 from dtcp.softmax.op import AttentionInputs
@@ -102,6 +104,8 @@ class SoftmaxAttention(MaskedMixer):
         attn_metadata: BatchMetadata,
         *,
         sink: Tensor | None = None,
+        bias: Tensor | None = None,
+        slope: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -111,11 +115,61 @@ class SoftmaxAttention(MaskedMixer):
             v: [B, L, G, V].
             attn_metadata: what the batch brings.
             sink: [H], one score per head that takes its share of the softmax and adds nothing.
+            bias: [H, 2 R + 1], added to a score by how many tokens its key lies right of its
+                query, from -R to R; keys farther away get what the last of these get. T5's:
+                t5_distance_bias.
+            slope: [H], added to a score that number of tokens times. ALiBi's: alibi_slopes.
         Returns:
             [B, L, H, V].
         """
-        x = AttentionInputs(q, k, v, sink)
+        x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope)
         return ATTENTION(x, self.own(attn_metadata), self.softmax(q))
+
+
+class CrossAttention(SoftmaxAttention):
+    """Attention to another sequence, the memory: of an encoder, say. Each document to its own.
+
+    Its batch is told of the memory: shard_batch(..., memory=the ShardedBatch of the other sequence)
+    or, on one device, batch_metadata(..., memory=its Documents). Both sequences have layouts of
+    their own; k and v are of this rank's tokens of the memory.
+    """
+
+    def __init__(
+        self, *, scale: float | None = None, softcap: float = 0.0, kernel: str = AUTO
+    ) -> None:
+        super().__init__(MemoryDocument(), scale=scale, softcap=softcap, kernel=kernel)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_metadata: BatchMetadata,
+        *,
+        sink: Tensor | None = None,
+        bias: Tensor | None = None,
+        slope: Tensor | None = None,
+    ) -> Tensor:
+        """Attend, as SoftmaxAttention does; k and v of the memory's tokens, [B, L, G, ...]."""
+        self.refuse_bias(bias, slope)
+        return super().forward(q, k, v, attn_metadata, sink=sink)
+
+    def refuse_bias(self, *bias: Tensor | None) -> None:
+        """Tokens of two sequences have no distance."""
+        if any(each is not None for each in bias):
+            raise ValueError(
+                "A score bias goes by the distance of two tokens of one sequence, got one for "
+                "cross attention: leave bias and slope out."
+            )
+
+    def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
+        num_keys = MemoryDocument().memory(coords).documents.seq_len
+        return local_metadata(*self.mask.intervals(coords), num_keys=num_keys)
+
+    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
+        q, _, v = args[:3]
+        nothing: Tensor = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+        return nothing
 
 
 class KeysFromValues(MaskedMixer):
@@ -180,6 +234,62 @@ class KeysFromValues(MaskedMixer):
     def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
         local = local_metadata(*self.mask.intervals(coords))
         return replace(local, position_ids=position_ids_of(coords))
+
+
+class LatentAttention(MaskedMixer):
+    """Attention in which the keys and values of all heads are made from one latent a token.
+
+    Multi-head latent attention, as DeepSeek and Kimi have it. On a sharded sequence ranks exchange
+    latents and rotary keys, C + R numbers a token, and make keys and values where they arrive.
+    """
+
+    def forward(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        key_rotary: Tensor,
+        up: Tensor,
+        attn_metadata: BatchMetadata,
+    ) -> Tensor:
+        """Attend to k = [up[:, :N] @ latent | key_rotary] and v = up[:, N:] @ latent.
+
+        Args:
+            q: [B, L, H, N + R], the R rotated channels last.
+            latent: [B, L, C], normalized.
+            key_rotary: [B, L, R], rotated; R = 0 for none.
+            up: [H, N + V, C], the weight of the up-projection (kv_b_proj) by heads.
+            attn_metadata: what the batch brings.
+        Returns:
+            [B, L, H, V].
+        """
+        rows = self.rows(q, latent, key_rotary, up)
+        k, v = keys_and_values(rows, up, LatentWidths.of(q, rows, up))
+        return ATTENTION(AttentionInputs(q, k, v), self.own(attn_metadata), self.softmax(q))
+
+    def rows(self, q: Tensor, latent: Tensor, key_rotary: Tensor, up: Tensor) -> Tensor:
+        """What a token hands on, [B, L, 1, C + R], once all has been looked at."""
+        named = {"latent": latent, "key_rotary": key_rotary}
+        check_tensor("Latent attention", shape="[B, L, channels]", ndim=3, dtypes=FLOATS, **named)
+        check_tensor("Latent attention", shape="[B, L, H, D]", ndim=4, dtypes=FLOATS, q=q)
+        check_tensor("Latent attention", shape="[H, N + V, C]", ndim=3, dtypes=FLOATS, up=up)
+        if latent.shape[:2] != key_rotary.shape[:2] or latent.shape[2] != up.shape[2]:
+            raise ValueError(
+                f"Latent attention has a latent and a rotary key for each token, got latent.shape="
+                f"{tuple(latent.shape)}, key_rotary.shape={tuple(key_rotary.shape)}, up.shape="
+                f"{tuple(up.shape)}: give [B, L, C], [B, L, R] and [H, N + V, C]."
+            )
+        dtypes = {x.dtype for x in (q, latent, key_rotary, up)}
+        if len(dtypes) > 1:
+            raise TypeError(
+                f"Latent attention computes in one floating dtype, got {dtypes}: convert q, "
+                f"latent, key_rotary and up to one."
+            )
+        return torch.cat((latent, key_rotary), dim=-1)[:, :, None]
+
+    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
+        q, latent, key_rotary, up = args[:4]
+        rows = self.rows(q, latent, key_rotary, up)
+        return keys_and_values(rows, up, LatentWidths.of(q, rows, up))[1]
 
 
 class GatherSharedKV(MaskedMixer):

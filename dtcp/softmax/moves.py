@@ -8,6 +8,7 @@ from torch import distributed as dist
 
 from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moved, Moves
+from dtcp.softmax.latent import LatentWidths
 from dtcp.style import MixerShape
 
 
@@ -17,6 +18,8 @@ class AttentionShape(MixerShape):
 
     Args:
         values_only: a key is made from its value where it arrives, and does not travel.
+        latent: channels of the latent and the rotary key that travel where keys and values of all
+            heads are made of them; 0 where these travel themselves.
     """
 
     batch: int
@@ -26,12 +29,21 @@ class AttentionShape(MixerShape):
     value_dim: int
     element_size: int
     values_only: bool = False
+    latent: int = 0
 
     @property
     def key_row(self) -> int:
         """Bytes that travel for one token's K and V."""
+        if self.latent:
+            return self.batch * self.latent * self.element_size
         width = self.value_dim + (0 if self.values_only else self.key_dim)
         return self.batch * self.kv_heads * width * self.element_size
+
+    @property
+    def made_row(self) -> int:
+        """Bytes of the keys and values that are made of one token's latent."""
+        made = self.heads * (self.key_dim + self.value_dim) if self.latent else 0
+        return self.batch * made * self.element_size
 
     @property
     def accumulated(self) -> int:
@@ -39,11 +51,19 @@ class AttentionShape(MixerShape):
         return max(4, self.element_size)
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor | None, v: Tensor) -> "AttentionShape":
-        """That of q [B, L, H, D], k [B, L, G, D] and v [B, L, G, V]; no k where values suffice."""
+    def of(
+        cls, q: Tensor, k: Tensor | None, v: Tensor, up: Tensor | None = None
+    ) -> "AttentionShape":
+        """That of q [B, L, H, D], k [B, L, G, D] and v [B, L, G, V]; no k where values suffice.
+
+        With `up`, v is the rows of a latent, [B, L, 1, C + R].
+        """
         batch, _, heads, key_dim = q.shape
         kv_heads, value_dim = v.shape[2:]
         size = q.element_size()
+        if up is not None:
+            value_dim = LatentWidths.of(q, v, up).value
+            return cls(batch, heads, heads, key_dim, value_dim, size, latent=v.shape[3])
         return cls(batch, heads, kv_heads, key_dim, value_dim, size, values_only=k is None)
 
 
@@ -95,27 +115,40 @@ def keys_moved(
 
     Args:
         sent, received: tokens, by rank.
-        length: local tokens.
+        length: local keys.
     """
     row, away, here = shape.key_row, sum(sent), sum(received)
-    held = length + here
-    wide = row // shape.element_size * shape.accumulated
+    held, made = length + here, shape.made_row
+    wide = (row + made) // shape.element_size * shape.accumulated
     # Packed and received rows, with what they are put in order from and into; then, backward,
     # the ordered keys and their gradients in that order and by source.
-    forward = Moved.rows(sent, received, row, rank, workspace=row * (away + here + 2 * held))
-    home = Moved.rows(received, sent, row, rank, workspace=(row + 2 * wide) * held + row * away)
+    forward = Moved.rows(
+        sent, received, row, rank, workspace=row * (away + here) + (2 * row + made) * held
+    )
+    home = Moved.rows(
+        received, sent, row, rank, workspace=(row + made + 2 * wide) * held + row * away
+    )
     return Moves(forward, forward + home)
 
 
 def steps_moved(
-    shape: AttentionShape, sent: Sequence[int], received: Sequence[int], length: int, rank: int
+    shape: AttentionShape,
+    sent: Sequence[int],
+    received: Sequence[int],
+    length: int,
+    rank: int,
+    *,
+    queries: int,
 ) -> Moves:
-    """Keys brought step by step, two shards held at most; args as of `keys_moved`."""
+    """Keys brought step by step, two shards held at most.
+
+    Args as of `keys_moved`, and `queries`, the local ones.
+    """
     moves = keys_moved(shape, sent, received, length, rank)
     row, step = shape.key_row, max((*sent, *received), default=0)
-    wide = row // shape.element_size * shape.accumulated
-    partial = shape.batch * length * shape.heads * shape.value_dim * shape.accumulated
-    held = 4 * row * step
+    wide = (row + shape.made_row) // shape.element_size * shape.accumulated
+    partial = shape.batch * queries * shape.heads * shape.value_dim * shape.accumulated
+    held = 4 * row * step + shape.made_row * max(length, step)
     return Moves(
         replace(moves.forward, workspace=held + partial),
         replace(moves.backward, workspace=held + wide * (length + 2 * step)),

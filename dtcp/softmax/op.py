@@ -21,23 +21,8 @@ from dtcp.distributed.moves import Moved, Moves
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.metadata import AttentionMetadata
-from dtcp.sequence.arguments import check_tensor
+from dtcp.softmax.inputs import AttentionInputs, check_inputs
 from dtcp.softmax.moves import AttentionShape, Peers
-
-
-class AttentionInputs(NamedTuple):
-    """What attention is of, as plain local tensors; or the gradients of these.
-
-    A key and a value of its own, or a value from which the key is made: k is None then, and the
-    key is rotate(v * key_scale).
-    """
-
-    q: Tensor  # [B, L, H, D]
-    k: Tensor | None  # [B, L, G, D]
-    v: Tensor  # [B, L, G, V]
-    sink: Tensor | None = None  # [H]
-    key_scale: Tensor | None = None  # [D]
-    frequency: Tensor | None = None  # [D / 2]; has no gradient
 
 
 class ForwardArguments(NamedTuple):
@@ -48,6 +33,9 @@ class ForwardArguments(NamedTuple):
     v: Tensor
     sink: Tensor | None
     key_scale: Tensor | None
+    up: Tensor | None
+    bias: Tensor | None
+    slope: Tensor | None
     frequency: Tensor | None
     metadata: list[Tensor]
     scale: float
@@ -58,7 +46,7 @@ class ForwardArguments(NamedTuple):
 
     @property
     def inputs(self) -> AttentionInputs:
-        return AttentionInputs(self.q, self.k, self.v, self.sink, self.key_scale, self.frequency)
+        return AttentionInputs(*(getattr(self, name) for name in AttentionInputs._fields))
 
 
 class BackwardArguments(NamedTuple):
@@ -70,6 +58,9 @@ class BackwardArguments(NamedTuple):
     v: Tensor
     sink: Tensor | None
     key_scale: Tensor | None
+    up: Tensor | None
+    bias: Tensor | None
+    slope: Tensor | None
     frequency: Tensor | None
     out: Tensor
     saved: list[Tensor]
@@ -83,7 +74,7 @@ class BackwardArguments(NamedTuple):
 
     @property
     def inputs(self) -> AttentionInputs:
-        return AttentionInputs(self.q, self.k, self.v, self.sink, self.key_scale, self.frequency)
+        return AttentionInputs(*(getattr(self, name) for name in AttentionInputs._fields))
 
 
 class ForwardResult(NamedTuple):
@@ -118,7 +109,7 @@ class Strategy(Protocol):
 
     keeps_own_form: bool
     takes_values_only: bool
-    """Whether a key may be made from its value (`AttentionInputs.k` None)."""
+    """Whether keys may be made where they are read (`AttentionInputs.k` None)."""
 
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
         """Attend; `context.metadata` is what the style worked out for the batch."""
@@ -158,7 +149,9 @@ class AttentionOp:
             for moves in (self._forward_moves, self._backward_moves)
         )
         forward = schema_of(ForwardArguments, "(Tensor, Tensor[])")
-        backward = schema_of(BackwardArguments, "(Tensor, Tensor, Tensor, Tensor, Tensor)")
+        backward = schema_of(
+            BackwardArguments, f"({', '.join(['Tensor'] * len(AttentionInputs._fields[:-1]))})"
+        )
         self.forward = make(f"dtcp::{name}", schema=forward)(self._forward)
         self.backward = make_backward(f"dtcp::{name}_backward", schema=backward)(self._backward)
         self.forward.register_fake(self._forward_fake)
@@ -203,7 +196,7 @@ class AttentionOp:
 
     def _forward_fake(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
         x = ForwardArguments(*arguments)
-        out = x.q.new_empty((*x.q.shape[:-1], x.v.shape[-1]))
+        out = x.q.new_empty((*x.q.shape[:-1], x.inputs.value_width))
         return out, self.strategy.saved_like(x.inputs, x.groups)
 
     def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
@@ -244,13 +237,13 @@ class AttentionOp:
 
     def _forward_moves(self, *arguments: Any) -> Moved:
         x = ForwardArguments(*arguments)
-        return self._moves(AttentionShape.of(x.q, x.k, x.v), x.q.shape[1], x).forward
+        return self._moves(AttentionShape.of(x.q, x.k, x.v, x.up), x.q.shape[1], x).forward
 
     def _backward_moves(self, *arguments: Any) -> Moved:
         x = BackwardArguments(*arguments)
         batch, length, heads, value_dim = x.grad_out.shape
         # q, k and v may be by heads here, of more tokens and fewer heads.
-        own = AttentionShape.of(x.q, x.k, x.v)
+        own = AttentionShape.of(x.q, x.k, x.v, x.up)
         shape = replace(own, batch=batch, heads=heads, kv_heads=x.kv_heads)
         return self._moves(shape, length, x).backward
 
@@ -294,58 +287,6 @@ class AttentionOp:
         # torch takes None for a list of names, but an empty list for an empty one.
         grads["groups"] = None if ctx.groups else []
         return tuple(grads.get(name) for name in ForwardArguments._fields)
-
-
-def check_inputs(x: AttentionInputs) -> None:
-    """Refuse inputs that do not fit together, on all ranks alike and before anything moves.
-
-    How many tokens there are is checked where the metadata are read.
-    """
-    named: dict[str, Any] = {"q": x.q, "k": x.k, "v": x.v}
-    if x.k is None and x.key_scale is not None:
-        del named["k"]
-    check_tensor("Attention", **named)
-    if x.sink is not None:
-        check_tensor("Attention", sink=x.sink)
-    shapes = {name: tuple(each.shape) for name, each in named.items()}
-    dtypes = {name: each.dtype for name, each in named.items()}
-    if any(len(shape) != 4 for shape in shapes.values()):
-        raise ValueError(
-            f"Attention takes q [B, L, H, D], k [B, L, G, D] and v [B, L, G, V], got {shapes}: "
-            f"give each its heads' dim."
-        )
-    if len(set(dtypes.values())) > 1 or not x.q.is_floating_point():
-        raise TypeError(
-            f"Attention computes in one floating dtype, got {dtypes}: convert q, k and v to one."
-        )
-    key_width = x.v.shape[3] if x.k is None else x.k.shape[3]
-    # Compared, not put in a set: sizes that a graph does not know have no hash.
-    of_keys = [shape[:3] for name, shape in shapes.items() if name != "q"]
-    if any(shape != of_keys[0] for shape in of_keys) or x.q.shape[0] != x.v.shape[0]:
-        raise ValueError(
-            f"Keys and values are of the same tokens and heads, in the rows of the queries, got "
-            f"{shapes}: give k and v one [B, L, G], and q the same B."
-        )
-    if x.q.shape[2] % x.v.shape[2] or x.q.shape[3] != key_width:
-        raise ValueError(
-            f"Each kv head serves as many query heads, of its own width, got {shapes}: give q as "
-            f"[B, L, H, D] with H a multiple of the G kv heads and D the keys' width."
-        )
-    if x.sink is not None and x.sink.shape != x.q.shape[2:3]:
-        raise ValueError(
-            f"A sink is one score per query head, got sink.shape={tuple(x.sink.shape)} with "
-            f"{x.q.shape[2]} heads: give [H]."
-        )
-
-
-def check_key_count(x: AttentionInputs, expected: int) -> None:
-    """Refuse more or fewer keys than the metadata are of: some would be left out without a word."""
-    if x.v.shape[1] != expected:
-        raise ValueError(
-            f"Attention reads the keys of its own batch, got {x.v.shape[1]} keys where the batch "
-            f"has {expected}: give every token its key. Keys of another sequence (cross attention) "
-            f"have no place here."
-        )
 
 
 def schema_of(arguments: type[Any], returns: str) -> str:

@@ -9,18 +9,29 @@ from torch import Tensor
 from dtcp.distributed.moves import Moves
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.rotary import rotate
-from dtcp.kernels.softmax.api import SavedForward, local_sink_gradient
+from dtcp.kernels.softmax.api import Queries, SavedForward, local_sink_gradient
+from dtcp.softmax.inputs import check_key_count
+from dtcp.softmax.latent import LatentWidths, fold_back, keys_and_values
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.moves import AttentionShape, Peers, keys_moved
-from dtcp.softmax.op import AttentionInputs, ForwardResult, OpContext, check_key_count
+from dtcp.softmax.op import AttentionInputs, ForwardResult, OpContext
 
 
 class GradBuffers(NamedTuple):
     """Room to sum the gradients of some keys in, in fp32 (fp64 for fp64)."""
 
-    rows: Tensor  # [B, m, G, W], of what travelled; right once `finish` was called
+    rows: Tensor  # [B, m, G, W], of what travelled; `finish` completes or replaces it
     dk: Tensor  # [B, m, G, D]
     dv: Tensor  # [B, m, G, V]
+
+
+class PayloadGradients(NamedTuple):
+    """Of the inputs of attention, but for q and sinks."""
+
+    k: Tensor | None
+    v: Tensor
+    key_scale: Tensor | None = None
+    up: Tensor | None = None
 
 
 class KVPayload(Protocol):
@@ -53,8 +64,8 @@ class KVPayload(Protocol):
         """Gradients of the rows [B, m, G, W], once dk and dv have been summed."""
         ...
 
-    def input_gradients(self, rows: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Gradients of k, v and key_scale, from those of the local rows [B, L, G, W]."""
+    def input_gradients(self, rows: Tensor) -> "PayloadGradients":
+        """Gradients of what the payload is of, from those of the local rows [B, L, G, W]."""
         ...
 
 
@@ -92,8 +103,8 @@ class KeyValuePayload:
     def finish(self, buffers: GradBuffers, v: Tensor, part: int) -> Tensor:
         return buffers.rows
 
-    def input_gradients(self, rows: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        return (*self.split(rows), None)
+    def input_gradients(self, rows: Tensor) -> PayloadGradients:
+        return PayloadGradients(*self.split(rows))
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         width = self.k.shape[-1]
@@ -140,8 +151,8 @@ class ValueOnlyPayload:
         self.scale_gradient += (back * v.to(back.dtype)).sum((0, 1, 2))
         return buffers.rows.add_(back * self.key_scale.to(back.dtype))
 
-    def input_gradients(self, rows: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        return None, rows, self.scale_gradient
+    def input_gradients(self, rows: Tensor) -> PayloadGradients:
+        return PayloadGradients(None, rows, key_scale=self.scale_gradient)
 
     def _key(self, v: Tensor, part: int) -> Tensor:
         return rotate(v * self.key_scale, self._positions(v, part), self.frequency)
@@ -150,10 +161,64 @@ class ValueOnlyPayload:
         return self.position_ids[part, :, : v.shape[1]]
 
 
+class LatentPayload:
+    """Only latents travel: keys and values of all heads are made from them on arrival.
+
+    The gradients of those are folded back into a latent's before they go home; that of `up` is
+    this rank's share, of what its own queries read.
+
+    Args:
+        q: [B, L, H, N + R], of which the widths are read.
+        rows: [B, L, 1, C + R].
+        up: [H, N + V, C].
+    """
+
+    def __init__(self, q: Tensor, rows: Tensor, up: Tensor) -> None:
+        self.rows, self.up, self.widths = rows, up, LatentWidths.of(q, rows, up)
+        self.up_gradient = torch.zeros_like(up, dtype=accumulation(up.dtype))
+        # The rows of the keys made last: a strategy finishes with these before it asks for others.
+        self.current = rows
+
+    def pack(self, slots: Tensor) -> Tensor:
+        return self.rows.index_select(1, slots).transpose(0, 1).contiguous()
+
+    def local(self, part: int) -> tuple[Tensor, Tensor]:
+        return self._made(self.rows)
+
+    def received(self, rows: Tensor, part: int) -> tuple[Tensor, Tensor]:
+        return self._made(rows.transpose(0, 1))
+
+    def in_order(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        every = torch.cat((self.rows, rows.transpose(0, 1)), dim=1)
+        return self._made(every.index_select(1, order))
+
+    def grad_buffers(self, tokens: int) -> GradBuffers:
+        heads, widths = self.up.shape[0], self.widths
+        dk, dv = (
+            _zeros(self.rows, tokens, width, heads)
+            for width in (widths.content + widths.rotary, widths.value)
+        )
+        return GradBuffers(self.rows[:, :0], dk, dv)
+
+    def finish(self, buffers: GradBuffers, v: Tensor, part: int) -> Tensor:
+        d_rows, d_up = fold_back(buffers.dk, buffers.dv, self.current, self.up, self.widths)
+        self.up_gradient += d_up
+        return d_rows
+
+    def input_gradients(self, rows: Tensor) -> PayloadGradients:
+        return PayloadGradients(None, rows, up=self.up_gradient)
+
+    def _made(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        self.current = rows
+        return keys_and_values(rows, self.up, self.widths)
+
+
 def payload_of(x: AttentionInputs, metadata: KeyExchangeMetadata) -> KVPayload:
     """What travels for these inputs."""
     if x.k is not None:
         return KeyValuePayload(x.k, x.v)
+    if x.up is not None:
+        return LatentPayload(x.q, x.v, x.up)
     assert x.key_scale is not None and x.frequency is not None
     return ValueOnlyPayload(x.v, x.key_scale, x.frequency, metadata.key_position_ids)
 
@@ -165,32 +230,34 @@ class ExchangeStrategy:
     takes_values_only = True
 
     def attend(
-        self, q: Tensor, payload: KVPayload, sink: Tensor | None, context: OpContext
+        self, queries: Queries, payload: KVPayload, sink: Tensor | None, context: OpContext
     ) -> tuple[Tensor, Tensor]:
         """out [B, L, H, V] in q's dtype and lse [B, L, H]."""
         raise NotImplementedError
 
     def attend_backward(
-        self, q: Tensor, payload: KVPayload, saved: SavedForward, context: OpContext
+        self, queries: Queries, payload: KVPayload, saved: SavedForward, context: OpContext
     ) -> tuple[Tensor, Tensor]:
         """dq and the gradients of the local rows [B, L, G, W]."""
         raise NotImplementedError
 
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
         metadata = KeyExchangeMetadata(*context.metadata)
-        check_key_count(x, metadata.first_key.shape[1])
-        payload = payload_of(x, metadata)
-        out, lse = self.attend(x.q, payload, x.sink, context)
+        check_key_count(x, metadata.own_keys)
+        payload, queries = payload_of(x, metadata), _queries(x, metadata)
+        out, lse = self.attend(queries, payload, x.sink, context)
         return ForwardResult(out, [lse])
 
     def backward(
         self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
     ) -> AttentionInputs:
-        payload = payload_of(x, KeyExchangeMetadata(*context.metadata))
+        metadata = KeyExchangeMetadata(*context.metadata)
+        payload, queries = payload_of(x, metadata), _queries(x, metadata)
         saved = SavedForward(grad_out, result.out, result.saved[0])
-        dq, rows = self.attend_backward(x.q, payload, saved, context)
-        dk, dv, dkey_scale = payload.input_gradients(rows)
-        return AttentionInputs(dq, dk, dv, local_sink_gradient(saved, x.sink), dkey_scale)
+        dq, rows = self.attend_backward(queries, payload, saved, context)
+        dk, dv, dkey_scale, dup = payload.input_gradients(rows)
+        dsink = local_sink_gradient(saved, x.sink)
+        return AttentionInputs(dq, dk, dv, dsink, dkey_scale, dup, *bias_gradients(queries))
 
     def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
         return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
@@ -198,10 +265,22 @@ class ExchangeStrategy:
     def moves(
         self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
     ) -> Moves:
-        sent, received = KeyExchangeMetadata(*metadata).counts.tolist()
-        return keys_moved(shape, sent, received, length, peers.rank)
+        keys = KeyExchangeMetadata(*metadata)
+        sent, received = keys.counts.tolist()
+        return keys_moved(shape, sent, received, keys.own_keys, peers.rank)
 
 
-def _zeros(like: Tensor, tokens: int, width: int) -> Tensor:
-    shape = (like.shape[0], tokens, like.shape[2], width)
+def bias_gradients(queries: Queries) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of bias and slope, summed over this rank's queries."""
+    bias = queries.bias
+    return (None, None) if bias is None else (bias.table_gradient, bias.slope_gradient)
+
+
+def _queries(x: AttentionInputs, metadata: KeyExchangeMetadata) -> Queries:
+    bias = x.score_bias(metadata.query_token_index)
+    return Queries.of(x.q, metadata.first_key, metadata.last_key, bias)
+
+
+def _zeros(like: Tensor, tokens: int, width: int, heads: int | None = None) -> Tensor:
+    shape = (like.shape[0], tokens, like.shape[2] if heads is None else heads, width)
     return torch.zeros(shape, dtype=accumulation(like.dtype), device=like.device)

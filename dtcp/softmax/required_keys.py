@@ -62,21 +62,18 @@ def required_keys(layout: SequenceLayout, rank: int, intervals: Intervals) -> Re
     check_rank(type(layout).__name__, rank, layout.num_shards)
     intervals = KeyIntervals.read_off(intervals)
     intervals.check_whole_rows(layout)
-    partition, mine = layout.partition, layout.partition.owner == rank
-    needed = needed_by_rank(partition, intervals, layout.seq_len)
+    keys_layout = intervals.layout_of_keys(layout)
+    keys, mine = keys_layout.partition, keys_layout.partition.owner == rank
+    needed = needed_by_rank(layout.partition, intervals, keys_layout.seq_len)
 
     wanted = needed.peer == rank
-    run, piece = _overlaps(
-        needed.start[wanted], needed.stop[wanted], partition.start, partition.stop
-    )
-    start = np.maximum(needed.start[wanted][run], partition.start[piece])
-    stop = np.minimum(needed.stop[wanted][run], partition.stop[piece])
-    received = PeerRuns(partition.owner[piece], start, stop)
+    run, piece = _overlaps(needed.start[wanted], needed.stop[wanted], keys.start, keys.stop)
+    start = np.maximum(needed.start[wanted][run], keys.start[piece])
+    stop = np.minimum(needed.stop[wanted][run], keys.stop[piece])
+    received = PeerRuns(keys.owner[piece], start, stop)
     received = PeerRuns(*(x[received.peer != rank] for x in received))
 
-    own_start, own_stop, own_slot = (
-        x[mine] for x in (partition.start, partition.stop, partition.slot)
-    )
+    own_start, own_stop, own_slot = (x[mine] for x in (keys.start, keys.stop, keys.slot))
     others = PeerRuns(*(x[~wanted] for x in needed))
     run, piece = _overlaps(others.start, others.stop, own_start, own_stop)
     start = np.maximum(others.start[run], own_start[piece])

@@ -33,24 +33,22 @@ class _Ring(ExchangeStrategy):
     """n steps; at most two shards' keys are held: the one attended to and the one arriving."""
 
     def attend(
-        self, q: Tensor, payload: KVPayload, sink: Tensor | None, context: OpContext
+        self, queries: Queries, payload: KVPayload, sink: Tensor | None, context: OpContext
     ) -> tuple[Tensor, Tensor]:
         metadata = KeyExchangeMetadata(*context.metadata)
-        queries = Queries.of(q, metadata.first_key, metadata.last_key)
         partial = None
         for step, keys in _steps(payload, metadata, context):
             if partial is None:
-                partial = OnlineSoftmax.empty(q, keys.v.shape[-1])
+                partial = OnlineSoftmax.empty(queries.q, keys.v.shape[-1])
             ranges, pieces = metadata.block_ranges[step], metadata.pieces[step]
             attend(partial, queries, keys, ranges, context.softmax, pieces=pieces)
         assert partial is not None
-        return partial.finish(sink, q.dtype)
+        return partial.finish(sink, queries.q.dtype)
 
     def attend_backward(
-        self, q: Tensor, payload: KVPayload, saved: SavedForward, context: OpContext
+        self, queries: Queries, payload: KVPayload, saved: SavedForward, context: OpContext
     ) -> tuple[Tensor, Tensor]:
-        metadata, dq = KeyExchangeMetadata(*context.metadata), zeros_for(q)
-        queries = Queries.of(q, metadata.first_key, metadata.last_key)
+        metadata, dq = KeyExchangeMetadata(*context.metadata), zeros_for(queries.q)
         sent = metadata.counts[0].tolist()
         slots = metadata.send_slot[: sum(sent)].split(sent)
         local, returning = torch.empty(0), None
@@ -65,7 +63,7 @@ class _Ring(ExchangeStrategy):
                 continue
             if returning is not None:
                 accumulate_returned_grads(local, returning.wait(), slots[step - 1])
-            rows = of_step.transpose(0, 1).to(q.dtype).contiguous()
+            rows = of_step.transpose(0, 1).to(queries.q.dtype).contiguous()
             returning = isend_irecv(rows, sent[step], -step, context, tag=_GRADIENTS)
         if returning is not None:
             accumulate_returned_grads(local, returning.wait(), slots[-1])
@@ -74,8 +72,9 @@ class _Ring(ExchangeStrategy):
     def moves(
         self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
     ) -> Moves:
-        sent, received = counts_by_step(KeyExchangeMetadata(*metadata).counts, peers.rank)
-        return steps_moved(shape, sent, received, length, peers.rank)
+        keys = KeyExchangeMetadata(*metadata)
+        sent, received = counts_by_step(keys.counts, peers.rank)
+        return steps_moved(shape, sent, received, keys.own_keys, peers.rank, queries=length)
 
 
 def _steps(

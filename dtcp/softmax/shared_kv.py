@@ -56,6 +56,8 @@ class AttentionToSharedKV(ClaimedMixer, SoftmaxAttention):
         attn_metadata: BatchMetadata,
         *,
         sink: Tensor | None = None,
+        bias: Tensor | None = None,
+        slope: Tensor | None = None,
     ) -> Tensor:
         keys: KeyExchangeMetadata = self.own(attn_metadata)
         local = LocalMetadata(
@@ -64,9 +66,11 @@ class AttentionToSharedKV(ClaimedMixer, SoftmaxAttention):
             keys.key_token_index[0],
             keys.block_ranges[0],
             pieces=keys.pieces[0],
+            query_token_index=keys.query_token_index,
             in_line=keys.in_line,
         )
-        return ATTENTION(AttentionInputs(q, k, v, sink), local, self.softmax(q))
+        x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope)
+        return ATTENTION(x, local, self.softmax(q))
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from dtcp.distributed.dtensor_rules import HEADS, SEQ
 from dtcp.distributed.moves import Moves
@@ -21,10 +21,16 @@ from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
-from dtcp.sequence.row_layouts import RowLayouts
+from dtcp.sequence.row_layouts import RowLayouts, in_line
 from dtcp.softmax.dtensor import install_attention_rules
 from dtcp.softmax.metadata import KeyExchangeMetadata
-from dtcp.softmax.mixer import KeysFromValues, MaskedMixer, SoftmaxAttention
+from dtcp.softmax.mixer import (
+    CrossAttention,
+    KeysFromValues,
+    LatentAttention,
+    MaskedMixer,
+    SoftmaxAttention,
+)
 from dtcp.softmax.moves import AttentionShape, Peers
 from dtcp.softmax.op import AttentionInputs, AttentionOp
 from dtcp.style import MixerShape, MixerStyle
@@ -41,6 +47,8 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
         attn_metadata: BatchMetadata,
         *,
         sink: Tensor | None = None,
+        bias: Tensor | None = None,
+        slope: Tensor | None = None,
     ) -> Tensor:
         """Local shards in, local shard out; DTensors in, DTensor out.
 
@@ -51,7 +59,7 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
         distributed = any(isinstance(x, DTensor) for x in (q, k, v))
         if not distributed:
             q, k, v = (self._wrap(x) for x in (q, k, v))
-        x = AttentionInputs(q, k, v, sink)
+        x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope)
         out = self.style.op(x, metadata, softmax, groups=self.groups)
         if distributed:
             return cast(Tensor, out)
@@ -62,6 +70,24 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
 
     def _placements(self) -> tuple[Placement, ...]:
         return (Shard(SEQ), Shard(HEADS))[: self.mesh.ndim]
+
+
+class ContextParallelCrossAttention(ContextParallelAttention, CrossAttention):
+    """A CrossAttention that a style has taken over."""
+
+    def carry_out(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_metadata: BatchMetadata,
+        *,
+        sink: Tensor | None = None,
+        bias: Tensor | None = None,
+        slope: Tensor | None = None,
+    ) -> Tensor:
+        self.refuse_bias(bias, slope)
+        return super().carry_out(q, k, v, attn_metadata, sink=sink)
 
 
 class ContextParallelKeysFromValues(ClaimedMixer, KeysFromValues):
@@ -80,8 +106,33 @@ class ContextParallelKeysFromValues(ClaimedMixer, KeysFromValues):
         metadata: KeyExchangeMetadata = self.own(attn_metadata)
         check_position_ids(position_ids, metadata.position_ids, metadata.sees)
         q = rotate(q, metadata.position_ids, frequency)
-        x = AttentionInputs(q, None, v, None, key_scale, frequency)
+        x = AttentionInputs(q, None, v, key_scale=key_scale, frequency=frequency)
         out: Tensor = self.style.op(x, metadata, self.softmax(q), groups=self.groups)
+        return out
+
+
+class ContextParallelLatentAttention(ClaimedMixer, LatentAttention):
+    """A LatentAttention that a style has taken over; takes local shards alone.
+
+    On the mesh of sequence and heads q and up are of this rank's heads, and the gradients of the
+    latent and of the rotary key are summed over the heads' axis.
+    """
+
+    def carry_out(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        key_rotary: Tensor,
+        up: Tensor,
+        attn_metadata: BatchMetadata,
+    ) -> Tensor:
+        rows = self.rows(q, latent, key_rotary, up)
+        if self.mesh.ndim == 2:
+            placements = (Shard(SEQ), Replicate())
+            whole = DTensor.from_local(rows, self.mesh, placements, run_check=False)
+            rows = whole.to_local(grad_placements=(Shard(SEQ), Partial()))
+        x = AttentionInputs(q, None, rows, up=up)
+        out: Tensor = self.style.op(x, self.own(attn_metadata), self.softmax(q), groups=self.groups)
         return out
 
 
@@ -103,7 +154,11 @@ class AttentionStyle(MixerStyle):
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
         SoftmaxAttention: ContextParallelAttention,
         KeysFromValues: ContextParallelKeysFromValues,
+        LatentAttention: ContextParallelLatentAttention,
+        CrossAttention: ContextParallelCrossAttention,
     }
+    takes_memory: ClassVar[bool] = False
+    """Whether keys may be those of another sequence, with a layout of its own."""
     layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (
         Contiguous,
         HeadTail,
@@ -128,7 +183,9 @@ class AttentionStyle(MixerStyle):
     ) -> AttentionMetadata:
         assert isinstance(mixer, MaskedMixer)
         self.check(mixer, layout)
-        metadata = self.batch_metadata(layout, rank, KeyIntervals.of(mixer.mask, coords))
+        intervals = KeyIntervals.of(mixer.mask, coords)
+        self.check_memory(mixer, layout, intervals.keys)
+        metadata = self.batch_metadata(layout, rank, intervals)
         if not isinstance(mixer, KeysFromValues):
             return metadata
         assert isinstance(metadata, KeyExchangeMetadata)
@@ -138,10 +195,10 @@ class AttentionStyle(MixerStyle):
         self, layout: SequenceLayout, rank: int, intervals: KeyIntervals
     ) -> AttentionMetadata:
         """`rank_metadata`, of rows that are laid out each by itself as well."""
-        if not isinstance(layout, RowLayouts):
+        if not any(isinstance(each, RowLayouts) for each in (layout, intervals.keys)):
             return self.rank_metadata(layout, rank, intervals)
-        metadata = self.rank_metadata(layout.in_line, rank, intervals.in_line())
-        return replace(metadata, in_line=True)
+        line, intervals = in_line(layout, intervals)
+        return replace(self.rank_metadata(line, rank, intervals), in_line=True)
 
     def rank_metadata(
         self, layout: SequenceLayout, rank: int, intervals: Intervals
@@ -164,17 +221,41 @@ class AttentionStyle(MixerStyle):
         peers = self.peers(layout.num_shards, rank)
         return self.op.strategy.moves(shape, length, metadata.tensors(), peers)
 
+    def check_memory(
+        self, mixer: Mixer, layout: SequenceLayout, keys: SequenceLayout | None
+    ) -> None:
+        """Refuse the keys of another sequence that is not sharded on the same axis."""
+        if not isinstance(mixer, CrossAttention):
+            return
+        if keys is None or keys.num_shards != layout.num_shards:
+            raise ValueError(
+                f"Cross attention on {layout.num_shards} ranks reads a sequence that is sharded "
+                f"on as many, got a memory laid out as {keys}: shard it with shard_batch on the "
+                f"same mesh, and pass its ShardedBatch."
+            )
+        self.check(mixer, keys)
+
+    def check_cross(self) -> None:
+        """Refuse, when the plan is applied, what brings no keys of another sequence."""
+        if not self.takes_memory:
+            raise ValueError(
+                f"Keys of another sequence are brought by RingAttention or AllGatherAttention, got "
+                f"{self} for cross attention: use one of these."
+            )
+
     def check_values_only(self) -> None:
-        """Refuse, when the plan is applied, what does not exchange values alone."""
+        """Refuse, when the plan is applied, what brings no values or latents alone."""
         if not self.op.strategy.takes_values_only:
             raise ValueError(
-                f"Keys made from values are recomputed where values arrive, by RingAttention or "
+                f"Keys made of values or latents are made where these arrive, by RingAttention or "
                 f"AllGatherAttention, got {self}: use one of these."
             )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if type(module) is KeysFromValues:
+        if type(module) in (KeysFromValues, LatentAttention):
             self.check_values_only()
+        if type(module) is CrossAttention:
+            self.check_cross()
         check_kernel_name(self.kernel)
         install_attention_rules(self.op)
         claimed = super()._apply(module, device_mesh)
@@ -185,3 +266,5 @@ class AttentionStyle(MixerStyle):
 
 class KeyExchangeAttention(AttentionStyle):
     """A strategy that brings to each rank the keys its queries require, and no others."""
+
+    takes_memory = True

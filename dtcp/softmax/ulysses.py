@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import Contiguous, SequenceLayout
 from dtcp.sequence.partition import Partition
+from dtcp.softmax.inputs import check_key_count
 from dtcp.softmax.local import LOCAL
 from dtcp.softmax.metadata import local_metadata
 from dtcp.softmax.moves import AttentionShape, Peers, heads_moved
@@ -24,7 +26,6 @@ from dtcp.softmax.op import (
     ForwardResult,
     OpContext,
     Strategy,
-    check_key_count,
 )
 from dtcp.softmax.style import AttentionStyle
 
@@ -74,6 +75,10 @@ class HeadShare:
         return copied.unflatten(2, (self.kv_heads, self.copies)).sum(3)
 
 
+PER_HEAD = ("sink", "bias", "slope")
+"""The inputs of attention, beside q, k and v, that have a row for each head."""
+
+
 @dataclass(frozen=True, eq=False)
 class UlyssesMetadata(AttentionMetadata):
     """What Ulysses reads of a batch, before what the strategy inside reads."""
@@ -102,8 +107,8 @@ class Ulysses:
         order, restore, outer_context = self._parts(context, share)
         by_rank = (share.split(x.q), share.split_kv(x.k), share.split_kv(x.v))
         q, k, v = _to_sequence(by_rank, order, context)
-        sink = _own_sink(x.sink, share, context)
-        out, saved = self.outer.forward(AttentionInputs(q, k, v, sink), outer_context)
+        own = AttentionInputs(q, k, v, **_of_own_heads(x, share, context))
+        out, saved = self.outer.forward(own, outer_context)
         (local,) = _to_heads((out,), restore, context)
         return ForwardResult(share.join(local), [q, k, v, out, *saved])
 
@@ -113,15 +118,18 @@ class Ulysses:
         share = _share(grad_out.shape[2], context)
         order, restore, outer_context = self._parts(context, share)
         (grad,) = _to_sequence((share.split(grad_out),), order, context)
-        own = x._replace(sink=_own_sink(x.sink, share, context))
+        own = AttentionInputs(*x[:3], **_of_own_heads(x, share, context))
         grads = self.outer.backward(grad, own, result, outer_context)
         by_heads = [each.to(x.q.dtype) for each in grads[:3] if each is not None]
         dq, dk, dv = _to_heads(by_heads, restore, context)
-        dsink = None if x.sink is None else torch.zeros_like(x.sink)
-        if dsink is not None and grads.sink is not None:
-            dsink[_own_heads(share, context.groups)] = grads.sink
+        per_head: dict[str, Any] = {}
+        for name in PER_HEAD:
+            whole, part = getattr(x, name), getattr(grads, name)
+            per_head[name] = None if whole is None else torch.zeros_like(whole)
+            if whole is not None and part is not None:
+                per_head[name][_own_heads(share, context.groups)] = part
         dk, dv = share.join_kv_gradient(dk), share.join_kv_gradient(dv)
-        return AttentionInputs(share.join(dq), dk, dv, dsink)
+        return AttentionInputs(share.join(dq), dk, dv, **per_head)
 
     def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
         q, k, v = x.q, x.k, x.v
@@ -169,8 +177,11 @@ def _own_heads(share: HeadShare, groups: Sequence[str]) -> slice:
     return slice(rank * each, (rank + 1) * each)
 
 
-def _own_sink(sink: Tensor | None, share: HeadShare, context: OpContext) -> Tensor | None:
-    return None if sink is None else sink[_own_heads(share, context.groups)]
+def _of_own_heads(x: AttentionInputs, share: HeadShare, context: OpContext) -> dict[str, Any]:
+    """Of each input that has a row per head, those of this rank's heads."""
+    heads = _own_heads(share, context.groups)
+    each = {name: getattr(x, name) for name in PER_HEAD}
+    return {name: None if whole is None else whole[heads] for name, whole in each.items()}
 
 
 def _to_sequence(parts: Sequence[Tensor], order: Tensor, context: OpContext) -> list[Tensor]:

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import moves_of
+from dtcp.recurrent import GatedLinearCP
 from dtcp.sequence.layout import HeadTail
-from dtcp.softmax import HybridAttention
+from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention
 from tests.harness import packings
 from tests.harness.attention_parity import (
     PREFIX,
@@ -21,6 +22,9 @@ from tests.harness.attention_parity import (
     styles,
 )
 from tests.harness.spmd import spmd
+from tests.recurrent import test_linear as mamba
+from tests.softmax import test_cross as cross
+from tests.softmax import test_latent as latent
 
 
 class Stated(TorchDispatchMode):
@@ -59,6 +63,32 @@ def test_ops_move_what_they_say_and_ranks_agree_on_every_pair(mesh, ranks):
         if isinstance(style, HybridAttention) and 1 < style.inner_ranks < ranks:
             of_nodes = moved.crossing(mesh.get_local_rank(), style.inner_ranks)
             assert 0 < of_nodes[1] < traffic.received
+
+
+@spmd(ranks=2)
+def test_latent_cross_and_linear_ops_move_what_they_say(mesh):
+    """Latents, keys of another sequence, states that are scaled: the same sums."""
+    case, linear = latent.LatentCase(packings.two_rows), packings.across_borders(48, 2)
+    mixer = latent.claimed(mesh, RingAttention(), case)
+    sharded, inputs, _ = latent.sharded_inputs(case, mixer, mesh, HeadTail)
+    calls = [(mixer, inputs, sharded)]
+    for style in (RingAttention(), AllGatherAttention()):
+        mixer = cross.claimed(mesh, style)
+        queries, keys = cross.sharded_pair(cross.TWO_ROWS, mixer, mesh, cross.LAYOUTS[2])
+        q, k, v = cross.truth(cross.TWO_ROWS).inputs
+        local = (queries.shard(q), keys.shard(k), keys.shard(v))
+        calls.append((mixer, [x.requires_grad_() for x in local], queries))
+    mixer = mamba.claimed(mesh, GatedLinearCP())
+    sharded = mamba.shard_case(linear, mixer, mesh, HeadTail)
+    whole = mamba.truth(linear, "mamba").inputs
+    calls.append((mixer, [sharded.shard(x).requires_grad_() for x in whole], sharded))
+    for mixer, inputs, sharded in calls:
+        with Stated() as stated, count_traffic() as traffic:
+            out = mixer(*inputs, sharded.attn_metadata)
+            torch.autograd.grad(out, inputs, torch.ones_like(out))
+        moved = stated.moved
+        assert (sum(moved.sent), sum(moved.received)) == (traffic.sent, traffic.received), mixer
+        assert traffic.received > 0 and moved.workspace > 0
 
 
 @pytest.mark.parametrize("rank", range(6))

@@ -28,6 +28,7 @@ from dtcp.sequence.layout import (
     SequenceLayout,
 )
 from dtcp.sequence.masks import (
+    AttentionChunks,
     Bidirectional,
     BlockBidirectional,
     Causal,
@@ -79,6 +80,9 @@ IMAGES = MaskCase(Causal() | BlockBidirectional(), _text_and_images)
 IMAGES_IN_WINDOW = MaskCase(
     SlidingWindow(7) & (Causal() | BlockBidirectional()),
     lambda documents: reference.Both(reference.Window(7), _text_and_images(documents)),
+)
+CHUNKS = MaskCase(
+    Causal() & AttentionChunks(7), lambda _: reference.Both(reference.causal, reference.Chunks(7))
 )
 MASK_CASES = (CAUSAL, BIDIRECTIONAL, WINDOW, TWO_SIDED_WINDOW, PREFIX, IMAGES, IMAGES_IN_WINDOW)
 
@@ -173,6 +177,7 @@ def accepts(style: AttentionStyle, layout: type[SequenceLayout], case: Case, n: 
     return not isinstance(style, HaloAttention) or case.mask_case in (
         WINDOW,
         TWO_SIDED_WINDOW,
+        CHUNKS,
         IMAGES_IN_WINDOW,
     )
 

@@ -111,6 +111,17 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Chunks:
+    """The tokens of the query's own chunk: every document is cut from its start."""
+
+    size: int
+
+    def __call__(self, pair: Pair) -> bool:
+        query, key = pair.query - pair.start, pair.key - pair.start
+        return query // self.size == key // self.size
+
+
+@dataclass(frozen=True)
 class Prefix:
     """What has come so far, and the first lengths[row][document] tokens of the document."""
 
@@ -188,6 +199,33 @@ def gated_delta_rule(x: DeltaRule, lengths: Sequence[Sequence[int]]) -> Tensor:
             held = torch.einsum("hkv,hk->hv", kept, k[b, t])
             new = x.beta[b, t, :, None] * (x.v[b, t] - held)
             state = kept + torch.einsum("hk,hv->hkv", k[b, t], new)
+            out.append(torch.einsum("hkv,hk->hv", state, q[b, t]))
+        rows.append(torch.stack(out))
+    return torch.stack(rows)
+
+
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, lengths: Sequence[Sequence[int]]
+) -> Tensor:
+    """The recurrence token by token, from nothing at each document and each padding token.
+
+    Args:
+        q, k: [B, S, G, K], q scaled.
+        v: [B, S, H, V].
+        g: [B, S, H], or [B, S, H, K] of key channels.
+        lengths: of the documents of every row.
+    Returns:
+        [B, S, H, V].
+    """
+    B, S, H, V = v.shape
+    q, k = (y.repeat_interleave(H // y.shape[2], dim=2) for y in (q, k))
+    rows = []
+    for b in range(B):
+        starts, out = document_starts(lengths[b], S), []
+        state = q.new_zeros(H, q.shape[-1], V)
+        for t in range(S):
+            state = torch.zeros_like(state) if t in starts else state * g[b, t].exp().view(H, -1, 1)
+            state = state + torch.einsum("hk,hv->hkv", k[b, t], v[b, t])
             out.append(torch.einsum("hkv,hk->hv", state, q[b, t]))
         rows.append(torch.stack(out))
     return torch.stack(rows)

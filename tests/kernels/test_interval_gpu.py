@@ -124,7 +124,7 @@ def test_offsets_on_a_gpu_pass_31_bits():
     assert queries.q.numel() > 2**31
     state = OnlineSoftmax.empty(queries.q, 128)
     attend(state, queries, keys, ranges, SoftmaxParams(0.1, kernel="triton"))
-    few = Queries(*(x[:, -alone:] for x in queries))
+    few = Queries(*(x[:, -alone:] for x in queries[:3]))
     near = Keys(*(x[:, -4 * alone :] for x in keys[:2]), keys.token_index[-4 * alone :])
     right = OnlineSoftmax.empty(few.q, 128)
     attend(right, few, near, ranges, SoftmaxParams(0.1, kernel="triton"))

@@ -33,6 +33,7 @@ from dtcp.kernels.softmax.merge import (
 from dtcp.mixer import batch_metadata
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
+from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import local_metadata
 from dtcp.softmax.mixer import SoftmaxAttention
@@ -342,7 +343,11 @@ def test_op_keeps_the_contract_of_torch_library(sink, value_dim):
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if sink else None
     v = v[..., :value_dim].detach().requires_grad_()
     metadata = local_metadata(*intervals).tensors()
-    args = (q, k, v, sinks, None, None, metadata, 0.3, 0.0, [], "auto", False)
+    x = AttentionInputs(q, k, v, sinks)
+    if sink:
+        bias = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+        x = x._replace(bias=bias, slope=bias[:, 0].detach().requires_grad_())
+    args = (*x, metadata, 0.3, 0.0, [], "auto", False)
     torch.library.opcheck(ATTENTION.forward, args)
 
 

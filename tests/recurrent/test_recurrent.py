@@ -17,7 +17,7 @@ from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import Traffic, count_traffic
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.kernels.delta_rule import reference as delta_rule
+from dtcp.kernels.delta_rule.chunks import CHUNK_LEN
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import batch_metadata
 from dtcp.mixer_plan import apply_plan
@@ -195,7 +195,7 @@ def test_segments_of_several_chunks_equal_the_recurrence(mesh, layout):
     documents = Documents(((230, 70),), 300)
     layer = layer_on(mesh, GatedDeltaCP(ScanStates()))
     sharded = shard_case(documents, layer, mesh, layout)
-    assert sharded.layout.segment_len > delta_rule.CHUNK_LEN
+    assert sharded.layout.segment_len > CHUNK_LEN
     for by_channel in (False, True):
         assert_equals_the_recurrence(documents, layer, sharded, by_channel=by_channel)
 
@@ -372,4 +372,4 @@ def test_backward_recomputes_and_keeps_only_inputs_and_one_state():
         GatedDeltaRule(normalize=False)(*heads, g, beta, batch_metadata(layer, documents))
     largest = max(t.numel() for t in kept)
     assert largest <= x.shape[1] * H * V
-    assert largest < delta_rule.CHUNK_LEN**2 * H * 4
+    assert largest < CHUNK_LEN**2 * H * 4

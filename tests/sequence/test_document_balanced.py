@@ -12,6 +12,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import MaskWork, WorkRuns, interval_runs
 from dtcp.sequence.layout import HeadTail
 from dtcp.sequence.masks import (
+    AttentionChunks,
     Bidirectional,
     BlockBidirectional,
     Causal,
@@ -32,6 +33,9 @@ MASKS = (
     PrefixLM(),
     PrefixLM() & SlidingWindow(4),
     (Causal() & SlidingWindow(3)) | (SlidingWindow(6) & PrefixLM()),
+    Causal() & AttentionChunks(5),
+    AttentionChunks(4) & SlidingWindow(3, right=1),
+    (Causal() & AttentionChunks(6)) | (AttentionChunks(4) & PrefixLM()),
     IMAGES,
 )
 MIXTURE = {Causal(): 1, WINDOW: 5}

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import (
+    AttentionChunks,
     Bidirectional,
     BlockBidirectional,
     Causal,
@@ -16,9 +17,10 @@ from dtcp.sequence.masks import (
     SlidingWindow,
 )
 from tests.harness import packings
-from tests.harness.attention_parity import MASK_CASES
+from tests.harness.attention_parity import CHUNKS, MASK_CASES
 
 SEQ_LEN = 24
+CASES = (*MASK_CASES, CHUNKS)
 
 
 def coords_of(documents: Documents) -> Coords:
@@ -36,7 +38,7 @@ def keys_of(first, last, seq_len):
 
 
 @pytest.mark.parametrize("packing", packings.PACKINGS)
-@pytest.mark.parametrize("mask_case", MASK_CASES, ids=lambda mask_case: f"{mask_case.mask}")
+@pytest.mark.parametrize("mask_case", CASES, ids=lambda mask_case: f"{mask_case.mask}")
 def test_predicate_and_intervals_mean_the_rule(mask_case, packing):
     documents = packing(SEQ_LEN, 4)
     coords, expected = coords_of(documents), mask_case.visible(documents)
@@ -46,7 +48,7 @@ def test_predicate_and_intervals_mean_the_rule(mask_case, packing):
     assert first.dtype == last.dtype == torch.int32
 
 
-@pytest.mark.parametrize("mask_case", MASK_CASES, ids=lambda mask_case: f"{mask_case.mask}")
+@pytest.mark.parametrize("mask_case", CASES, ids=lambda mask_case: f"{mask_case.mask}")
 def test_predicate_of_some_tokens_is_a_part_of_the_whole(mask_case):
     coords = coords_of(packings.two_rows(SEQ_LEN, 4))
     queries, keys = torch.tensor([3, 17, 4]), torch.tensor([23, 0, 5, 16])
@@ -55,7 +57,7 @@ def test_predicate_of_some_tokens_is_a_part_of_the_whole(mask_case):
     assert_close(part, whole[:, queries][:, :, keys])
 
 
-@pytest.mark.parametrize("mask_case", MASK_CASES, ids=lambda mask_case: f"{mask_case.mask}")
+@pytest.mark.parametrize("mask_case", CASES, ids=lambda mask_case: f"{mask_case.mask}")
 def test_padding_sees_nothing_and_is_not_seen(mask_case):
     documents = packings.last_shard_padding(SEQ_LEN, 4)
     coords, padding = coords_of(documents), documents.document() < 0
@@ -125,6 +127,11 @@ def test_window_without_the_token_itself_is_refused(sides):
         SlidingWindow(**sides)
 
 
+def test_chunk_without_a_token_is_refused():
+    with pytest.raises(ValueError, match=r"AttentionChunks.*size=0"):
+        AttentionChunks(0)
+
+
 @pytest.mark.parametrize("name", ["prefix", "block"])
 def test_coordinate_of_another_shape_is_refused(name):
     extra = torch.zeros(1, 4, dtype=torch.int64)
@@ -136,7 +143,8 @@ def test_coords_at_slots_take_every_field():
     coords = coords_of(packings.two_rows(SEQ_LEN, 4))
     coords = replace(coords, position_ids=torch.stack((coords.token_index, coords.start)))
     slots = torch.tensor([7, 0, 20])
-    for field in (each for each in fields(Coords) if each.name != "documents"):
+    of_rows = ("documents", "memory")
+    for field in (each for each in fields(Coords) if each.name not in of_rows):
         taken = getattr(coords.select(slots), field.name)
         assert_close(taken, getattr(coords, field.name)[..., slots])
 

@@ -22,14 +22,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from dtcp.kernels.delta_rule.chunks import (
+    by_channel,
+    chunk_length,
+    in_chunks,
+    in_tokens,
+    per_head,
+)
 from dtcp.kernels.delta_rule.decay import Decay, decay_of
 from dtcp.kernels.delta_rule.types import Carry, DeltaGradients, DeltaInputs
-from dtcp.kernels.dtypes import accumulation
-
-CHUNK_LEN = 64
-"""Tokens per chunk: the state is carried from chunk to chunk, inside a chunk all is matmuls."""
 
 
 class Chunks(NamedTuple):
@@ -71,12 +73,11 @@ class ReferenceDeltaRule:
 
 def _prepare(x: DeltaInputs) -> Chunks:
     """Solve each chunk for what its tokens write, as a function of the state that enters."""
-    # A power of two, as decays by channel need.
-    chunk, heads = min(CHUNK_LEN, 1 << (x.v.shape[1] - 1).bit_length()), x.v.shape[2]
-    q, k = (_chunks(_per_head(part, heads), chunk) for part in (x.q, x.k))
-    v, beta = _chunks(x.v, chunk), _chunks(x.beta[..., None], chunk)
-    starts = _chunks(x.starts[..., None, None], chunk)[..., 0]  # [R, 1, N, C]
-    decay = decay_of(_chunks(_by_channel(x.g), chunk), starts)
+    chunk, heads = chunk_length(x.v.shape[1]), x.v.shape[2]
+    q, k = (in_chunks(per_head(part, heads), chunk) for part in (x.q, x.k))
+    v, beta = in_chunks(x.v, chunk), in_chunks(x.beta[..., None], chunk)
+    starts = in_chunks(x.starts[..., None, None], chunk)[..., 0]  # [R, 1, N, C]
+    decay = decay_of(in_chunks(by_channel(x.g), chunk), starts)
 
     erase = decay.scores(beta * k, k).tril(-1)
     written = torch.cat((beta * v, beta * decay.enter * k), dim=-1)
@@ -97,7 +98,7 @@ def _read(x: Chunks, state: Tensor, length: int) -> Tensor:
     """The output [R, T, H, V], given the state [R, H, K, V] that enters."""
     states, new = _states(x, state)
     out = (x.decay.enter * x.q) @ states + x.score @ new
-    return _tokens(out, length)
+    return in_tokens(out, length)
 
 
 class BackwardChunks(NamedTuple):
@@ -111,7 +112,7 @@ class BackwardChunks(NamedTuple):
 
 def _prepare_backward(x: Chunks, grad_out: Tensor) -> BackwardChunks:
     """From the gradient [R, T, H, V] of the output to that of what it reads: states and writes."""
-    grad = _chunks(grad_out, x.v.shape[3]).to(x.v.dtype)
+    grad = in_chunks(grad_out, x.v.shape[3]).to(x.v.dtype)
     return BackwardChunks(x, grad, (x.decay.enter * x.q).mT @ grad, x.score.mT @ grad)
 
 
@@ -177,10 +178,10 @@ def _gradients(
     """From chunks back to the shapes and dtypes of the inputs."""
     length, groups = like.v.shape[1], like.k.shape[2]
     d_sum = d_sum if like.g.ndim == 4 else d_sum.sum(-1, keepdim=True)
-    d_g = _tokens(d_sum.flip(-2).cumsum(-2).flip(-2), length).reshape(like.g.shape)
+    d_g = in_tokens(d_sum.flip(-2).cumsum(-2).flip(-2), length).reshape(like.g.shape)
     d_g = d_g.masked_fill(like.starts.view(*like.starts.shape, *(1,) * (d_g.ndim - 2)) != 0, 0)
-    d_q, d_k = (_tokens(x, length).unflatten(2, (groups, -1)).sum(3) for x in (d_q, d_k))
-    grads = (d_q, d_k, _tokens(d_v, length), d_g, _tokens(d_beta[..., None], length)[..., 0])
+    d_q, d_k = (in_tokens(x, length).unflatten(2, (groups, -1)).sum(3) for x in (d_q, d_k))
+    grads = (d_q, d_k, in_tokens(d_v, length), d_g, in_tokens(d_beta[..., None], length)[..., 0])
     return DeltaGradients(*(x.to(part.dtype) for x, part in zip(grads, like, strict=False)))
 
 
@@ -223,26 +224,3 @@ def _identity(x: Chunks) -> Tensor:
     rows, heads, key_dim = x.k.shape[0], x.k.shape[1], x.k.shape[-1]
     eye = torch.eye(key_dim, key_dim + x.v.shape[-1], dtype=x.v.dtype, device=x.v.device)
     return eye.expand(rows, heads, -1, -1)
-
-
-def _per_head(x: Tensor, heads: int) -> Tensor:
-    """Value head h reads key head h // (H / G)."""
-    return x.repeat_interleave(heads // x.shape[2], dim=2)
-
-
-def _by_channel(g: Tensor) -> Tensor:
-    """[R, T, H] or [R, T, H, K] -> [R, T, H, 1 or K]."""
-    return g if g.ndim == 4 else g[..., None]
-
-
-def _chunks(x: Tensor, chunk: int) -> Tensor:
-    """[R, T, H, D] -> [R, H, N, C, D], the last chunk padded with zeros."""
-    if x.is_floating_point():
-        x = x.to(accumulation(x.dtype))
-    missing = -x.shape[1] % chunk
-    return F.pad(x.transpose(1, 2), (0, 0, 0, missing)).unflatten(2, (-1, chunk)).contiguous()
-
-
-def _tokens(x: Tensor, length: int) -> Tensor:
-    """[R, H, N, C, D] -> [R, T, H, D]."""
-    return x.flatten(2, 3)[:, :, :length].transpose(1, 2)

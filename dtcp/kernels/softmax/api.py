@@ -17,6 +17,7 @@ from dtcp.kernels.softmax.demand import Demand, demand_of
 from dtcp.kernels.softmax.libraries.load import library_kernel
 from dtcp.kernels.softmax.merge import add_sink, sink_gradient
 from dtcp.kernels.softmax.reference import ReferenceAttention
+from dtcp.kernels.softmax.score_bias import ScoreBias
 from dtcp.kernels.softmax.self_test import fault_of
 from dtcp.kernels.softmax.types import (
     AttentionKernel,
@@ -36,6 +37,7 @@ __all__ = [
     "OnlineSoftmax",
     "Queries",
     "SavedForward",
+    "ScoreBias",
     "SoftmaxParams",
     "attend",
     "attend_backward",

@@ -63,6 +63,7 @@ class Ability:
         skewed: other numbers of queries than of keys under a diagonal.
         measured: whether the speed is published or measured, not expected.
         repeats_interval: whether an INTERVAL repeats itself where the backend does.
+        bias: scores with a bias by distance.
     """
 
     widths: HeadWidths
@@ -73,6 +74,7 @@ class Ability:
     softcap: bool = True
     measured: bool = False
     repeats_interval: bool = True
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,10 @@ BACKENDS = (
     ),
     Backend(
         "reference",
-        {major: (Ability(ANY_WIDTH, ANY_MASK, 0),) for major in (0, 7, 8, 9, 10, 11, 12)},
+        {
+            major: (Ability(ANY_WIDTH, ANY_MASK, 0, bias=True),)
+            for major in (0, 7, 8, 9, 10, 11, 12)
+        },
         (*HALF, torch.float32, torch.float64),
         Repeats.ALWAYS,
         mixed=True,

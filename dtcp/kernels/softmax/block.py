@@ -6,6 +6,8 @@ of blocks are merged: a block's result rounded to bf16 would lose digits that th
 (FlashAttention issue 2723).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,14 @@ from dtcp.kernels.softmax.merge import NOTHING_SEEN
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    softcap: float,
+    score_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend queries to keys.
 
@@ -24,6 +33,7 @@ def block_attention(
         v: [B, K, G, V].
         bias: [B or 1, Q, K], 0 where a query sees a key and -inf where not, in the dtype of
             `accumulation`; None where every query sees every key.
+        score_bias: [H, Q, K], added to the scores, after the cap.
     Returns:
         out [B, Q, H, V] and lse [B, Q, H], fp32 (fp64 for fp64); a query that sees no key has
         out 0 and lse -inf.
@@ -31,11 +41,11 @@ def block_attention(
     q, k, v = (_wide(x) for x in (q, k, v))
     if _flash_applies(q, v, softcap):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *_heads_first(q, k, v), attn_mask=_per_head(bias), scale=scale
+            *_heads_first(q, k, v), attn_mask=_per_head(bias, score_bias), scale=scale
         )
         out, lse = out.transpose(1, 2), lse.transpose(1, 2)
     else:
-        scores = _scores(q, k, bias, scale, softcap)
+        scores = _scores(q, k, _per_head(bias, score_bias), scale, softcap)
         lse = scores.logsumexp(dim=-1)
         weights = torch.exp(scores - lse.nan_to_num(neginf=0.0)[..., None])
         out = torch.einsum("bghqk,bkgv->bqghv", weights, v).flatten(2, 3)
@@ -58,12 +68,17 @@ def block_attention_backward(
     *,
     scale: float,
     softcap: float,
+    score_bias: Tensor | None = None,
+    take_d_scores: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one block, from out and lse over *all* keys, not only this block's.
 
     With the final lse the block's weights exp(score - lse) are those of the whole softmax, and
     delta = rowsum(grad_out * out) corrects for all keys: the sum over blocks is exact.
 
+    Args:
+        take_d_scores: given the gradients of the scores after the cap, [B, H, Q, K], those of a
+            score bias; where there is one.
     Returns:
         dq [B, Q, H, D], dk [B, K, G, D], dv [B, K, G, V], fp32 (fp64 for fp64).
 
@@ -72,13 +87,13 @@ def block_attention_backward(
     grad_out, q, k, v, out = (_wide(x) for x in (grad_out, q, k, v, out))
     # A query that sees nothing has lse -inf; with any finite value its hidden keys have weight 0.
     lse = lse.masked_fill(lse == NOTHING_SEEN, 0.0)
-    if _flash_applies(q, v, softcap):
+    if take_d_scores is None and _flash_applies(q, v, softcap):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *_heads_first(grad_out, q, k, v, out),
             lse.transpose(1, 2),
             0.0,
             False,
-            attn_mask=_per_head(bias),
+            attn_mask=_per_head(bias, score_bias),
             scale=scale,
         )
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
@@ -86,7 +101,7 @@ def block_attention_backward(
     groups = k.shape[2]
     raw = _raw_scores(q, k, scale)
     capped = raw if softcap == 0.0 else softcap * torch.tanh(raw / softcap)
-    scores = capped if bias is None else capped + bias[:, None, None]
+    scores = _with_bias(capped, _per_head(bias, score_bias))
     by_group = (groups, q.shape[2] // groups)
     weights = torch.exp(scores - lse.unflatten(2, by_group).permute(0, 2, 3, 1)[..., None])
     grad_grouped = grad_out.unflatten(2, by_group)
@@ -94,6 +109,8 @@ def block_attention_backward(
     d_weights = torch.einsum("bqghv,bkgv->bghqk", grad_grouped, v)
     delta = (grad_out * out).sum(-1).unflatten(2, by_group).permute(0, 2, 3, 1)
     d_scores = weights * (d_weights - delta[..., None])
+    if take_d_scores is not None:
+        take_d_scores(d_scores.flatten(1, 2))
     if softcap != 0.0:
         d_scores = d_scores * (1.0 - (capped / softcap) ** 2)
     dq = torch.einsum("bghqk,bkgd->bqghd", d_scores, k).flatten(2, 3) * scale
@@ -113,8 +130,19 @@ def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.transpose(1, 2) for x in tensors)
 
 
-def _per_head(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias[:, None]
+def _per_head(bias: Tensor | None, score_bias: Tensor | None) -> Tensor | None:
+    """All that is added to scores: [B or 1, H or 1, Q, K]."""
+    if score_bias is None:
+        return None if bias is None else bias[:, None]
+    return score_bias[None] if bias is None else score_bias + bias[:, None]
+
+
+def _with_bias(scores: Tensor, bias: Tensor | None) -> Tensor:
+    """scores [B, G, H / G, Q, K] and what is added to them."""
+    if bias is None:
+        return scores
+    by_group = (1, 1) if bias.shape[1] == 1 else scores.shape[1:3]
+    return scores + bias.unflatten(1, by_group)
 
 
 def _raw_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -127,4 +155,4 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, softcap: fl
     scores = _raw_scores(q, k, scale)  # [B, G, H / G, Q, K]
     if softcap != 0.0:
         scores = softcap * torch.tanh(scores / softcap)
-    return scores if bias is None else scores + bias[:, None, None]
+    return _with_bias(scores, bias)

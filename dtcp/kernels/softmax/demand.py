@@ -24,6 +24,7 @@ class Demand:
         group: query heads that share a kv head.
         triton: whether Triton's kernels run on these tensors.
         triton_width: what Triton's tiles must hold of a head, on this GPU.
+        bias: whether scores have a bias by distance.
     """
 
     device: torch.device
@@ -39,11 +40,13 @@ class Demand:
     repeatable: bool
     triton: bool
     triton_width: int
+    bias: bool = False
 
     def __str__(self) -> str:
         names = ", ".join(sorted(kind.value for kind in self.kinds)) or "nothing"
         dtypes = ", ".join(sorted({str(x).removeprefix("torch.") for x in self.dtypes}))
         packed = ", packed documents" if self.packed else ""
+        packed += ", a score bias" if self.bias else ""
         return f"{names}{packed}, heads of {self.widths}, {dtypes}, on {self.place}"
 
     @property
@@ -80,6 +83,7 @@ def demand_of(
         repeatable=torch.are_deterministic_algorithms_enabled(),
         triton=triton_runs_on(q),
         triton_width=tile_width(q, widest, shared=ATTENTION_SHARED_MEMORY),
+        bias=queries.bias is not None,
     )
 
 
@@ -121,6 +125,8 @@ def _incapable(backend: Backend, demand: Demand) -> str | None:
         reason = f"takes heads of {widths}, got {demand.widths}"
     elif demand.softcap and not ability.softcap:
         reason = "has no softcap"
+    elif demand.bias and not ability.bias:
+        reason = "has no score bias"
     elif demand.repeatable and backend.repeats is Repeats.NEVER:
         reason = "does not repeat itself bit by bit, which torch was asked for"
     elif backend.name == "triton" and not demand.triton:

@@ -4,7 +4,8 @@ Nothing of size L x K is ever made: a tile of queries takes its range of keys in
 the partial blocks at both ends carry a mask, built on the spot from the queries' intervals.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -44,6 +45,7 @@ class ReferenceAttention:
                 block.bias,
                 scale=params.scale,
                 softcap=params.softcap,
+                score_bias=block.score_bias(queries, keys),
             )
             merge_into(state.out[block.queries], state.lse[block.queries], out, lse)
 
@@ -67,6 +69,8 @@ class ReferenceAttention:
                 block.bias,
                 scale=params.scale,
                 softcap=params.softcap,
+                score_bias=block.score_bias(queries, keys),
+                take_d_scores=block.take_d_scores(queries, keys),
             )
             grads.dq[block.queries] += dq
             grads.dk[block.keys] += dk
@@ -80,6 +84,19 @@ class _Block(NamedTuple):
     keys: tuple[slice, slice]
     bias: Tensor | None  # [B or 1, Q, K]; None where every query sees every key
 
+    def score_bias(self, queries: Queries, keys: Keys) -> Tensor | None:
+        """What is added to the block's scores by distance: [H, Q, K]."""
+        if queries.bias is None:
+            return None
+        return queries.bias.of_block(self.queries[1], keys.token_index[self.keys[1]])
+
+    def take_d_scores(self, queries: Queries, keys: Keys) -> Callable[[Tensor], None] | None:
+        """What sums up the gradients of that."""
+        if queries.bias is None:
+            return None
+        key_index = keys.token_index[self.keys[1]]
+        return partial(queries.bias.add_gradients, queries=self.queries[1], key_index=key_index)
+
 
 def _blocks(queries: Queries, keys: Keys, block_ranges: Tensor) -> Iterator[_Block]:
     """All blocks that some query sees; rows with the same ranges share theirs."""
@@ -89,11 +106,11 @@ def _blocks(queries: Queries, keys: Keys, block_ranges: Tensor) -> Iterator[_Blo
     for rows in row_groups:
         for q_start, q_stop, *key_range in block_ranges[rows.start].tolist():
             tile = slice(q_start, q_stop)
-            for start, stop, partial in _pieces(*key_range):
+            for start, stop, masked in _pieces(*key_range):
                 for first in range(start, stop, MAX_BLOCK_KEYS):
                     block = slice(first, min(first + MAX_BLOCK_KEYS, stop))
                     token_index = keys.token_index[block]
-                    bias = _bias(queries, token_index, rows, tile) if partial else None
+                    bias = _bias(queries, token_index, rows, tile) if masked else None
                     yield _Block((rows, tile), (rows, block), bias)
 
 

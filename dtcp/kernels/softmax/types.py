@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.merge import NOTHING_SEEN, add_sink
+from dtcp.kernels.softmax.score_bias import ScoreBias
 
 AUTO = "auto"
 """In the place of a backend's name: the fastest that does what a call asks for."""
@@ -42,9 +43,12 @@ class Queries(NamedTuple):
     q: Tensor  # [B, L, H, D]
     first_key: Tensor  # [B, L]
     last_key: Tensor  # [B, L]
+    bias: ScoreBias | None = None
 
     @classmethod
-    def of(cls, q: Tensor, first_key: Tensor, last_key: Tensor) -> "Queries":
+    def of(
+        cls, q: Tensor, first_key: Tensor, last_key: Tensor, bias: ScoreBias | None = None
+    ) -> "Queries":
         """Check first that the intervals belong to q.
 
         Raises:
@@ -57,7 +61,7 @@ class Queries(NamedTuple):
                 f"{tuple(first_key.shape)} queries with q.shape={tuple(q.shape)}: pass those "
                 f"made with this batch."
             )
-        return cls(q, first_key, last_key)
+        return cls(q, first_key, last_key, bias)
 
 
 class OnlineSoftmax(NamedTuple):
@@ -123,7 +127,10 @@ class AttentionKernel(Protocol):
         block_ranges: Tensor,
         params: SoftmaxParams,
     ) -> None:
-        """Add the gradients of `attend` over these keys to `grads`; dk and dv are of `keys`."""
+        """Add the gradients of `attend` over these keys to `grads`; dk and dv are of `keys`.
+
+        Those of a score bias are summed in `queries.bias`.
+        """
 
 
 @runtime_checkable

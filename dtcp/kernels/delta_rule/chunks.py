@@ -1,0 +1,37 @@
+"""Stretches of tokens cut into chunks: [R, T, H, D] to [R, H, N, C, D], and back."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from dtcp.kernels.dtypes import accumulation
+
+CHUNK_LEN = 64
+"""Tokens per chunk: the state is carried from chunk to chunk, inside a chunk all is matmuls."""
+
+
+def chunk_length(length: int) -> int:
+    """Tokens per chunk of a stretch; a power of two, as decays by channel need."""
+    return min(CHUNK_LEN, 1 << (length - 1).bit_length())
+
+
+def per_head(x: Tensor, heads: int) -> Tensor:
+    """Value head h reads key head h // (H / G)."""
+    return x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def by_channel(g: Tensor) -> Tensor:
+    """[R, T, H] or [R, T, H, K] -> [R, T, H, 1 or K]."""
+    return g if g.ndim == 4 else g[..., None]
+
+
+def in_chunks(x: Tensor, chunk: int) -> Tensor:
+    """[R, T, H, D] -> [R, H, N, C, D], the last chunk padded with zeros."""
+    if x.is_floating_point():
+        x = x.to(accumulation(x.dtype))
+    missing = -x.shape[1] % chunk
+    return F.pad(x.transpose(1, 2), (0, 0, 0, missing)).unflatten(2, (-1, chunk)).contiguous()
+
+
+def in_tokens(x: Tensor, length: int) -> Tensor:
+    """[R, H, N, C, D] -> [R, T, H, D]."""
+    return x.flatten(2, 3)[:, :, :length].transpose(1, 2)

@@ -1,0 +1,162 @@
+"""Gated linear attention as a pair of ops, `dtcp::gated_linear_attention` and its backward.
+
+As the delta rule's (op.py), whose exchange of states it shares; its maps are smaller.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dtcp._torch import set_dtensor_rule
+from dtcp.distributed.ledger import LEDGER
+from dtcp.distributed.ops import communicating_op
+from dtcp.kernels.dtypes import accumulation
+from dtcp.kernels.linear_attention.api import linear_kernel
+from dtcp.kernels.linear_attention.types import LinearInputs
+from dtcp.recurrent.exchange import SCALES
+from dtcp.recurrent.metadata import DeltaMetadata
+from dtcp.recurrent.moves import LinearShape
+from dtcp.recurrent.op import (
+    carry_of,
+    rule_backward_on_dtensors,
+    rule_moves,
+    rule_on_dtensors,
+)
+from dtcp.sequence.arguments import FLOATS, check_tensor
+
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor[] metadata, bool scan, str[] groups)"
+    " -> (Tensor, Tensor)"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor g, Tensor state, Tensor[] metadata,"
+    " bool scan, str[] groups) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    metadata: DeltaMetadata,
+    *,
+    scan: bool = False,
+    groups: Sequence[str] = (),
+) -> Tensor:
+    """Linear attention on this rank's segments, states from other ranks included: [B, L, H, V].
+
+    Args:
+        q, k: [B, L, G, K], q scaled.
+        v: [B, L, H, V].
+        g: [B, L, H], or [B, L, H, K] for a decay of each key channel.
+        metadata: of the batch.
+        scan: bring states by a scan, rather than by gathering them.
+        groups: the process group of the sequence; none for whole rows.
+
+    Saved for backward: the inputs, and the state that enters each segment.
+    """
+    named: dict[str, Any] = {"q": q, "k": k, "v": v, "g": g}
+    check_tensor("Linear attention", dtypes=FLOATS, **named)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"Linear attention computes in one floating dtype, got q.dtype={q.dtype}, "
+            f"k.dtype={k.dtype}, v.dtype={v.dtype}: convert q, k and v to one."
+        )
+    fits = q.ndim == v.ndim == 4 and q.shape == k.shape and q.shape[:2] == v.shape[:2]
+    if (
+        not fits
+        or v.shape[2] % q.shape[2]
+        or g.shape not in (v.shape[:3], (*v.shape[:3], k.shape[-1]))
+    ):
+        raise ValueError(
+            f"Linear attention takes one query, key, value and decay per token and head, got "
+            f"q.shape={tuple(q.shape)}, k.shape={tuple(k.shape)}, v.shape={tuple(v.shape)}, "
+            f"g.shape={tuple(g.shape)}: give q, k [B, L, G, K], v [B, L, H, V], H a multiple of G, "
+            f"and g [B, L, H] or [B, L, H, K]."
+        )
+    out: Tensor = _forward(q, k, v, g, metadata.tensors(), scan, list(groups))[0]
+    return out
+
+
+def _forward_moves(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def]
+    return rule_moves(LinearShape.of(k, v), metadata, scan, groups, reverse=False)
+
+
+def _backward_moves(grad_out, q, k, v, g, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
+    return rule_moves(LinearShape.of(k, v), metadata, scan, groups, reverse=True)
+
+
+@communicating_op("dtcp::gated_linear_attention", schema=SCHEMA, moves=_forward_moves)
+def _forward(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def]
+    LEDGER.record("dtcp::gated_linear_attention")
+    batch = DeltaMetadata(*metadata)
+    x = _segments(LinearInputs(q, k, v, g, batch.starts), batch)
+    carry = carry_of(q, batch, scan, groups, reverse=False, maps=SCALES)
+    out, state = linear_kernel(x).forward(x, carry)
+    return out.reshape(v.shape).contiguous(), state.contiguous()
+
+
+@_forward.register_fake
+def _(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def]
+    rows = q.shape[0] * metadata[1].shape[1]
+    shape = (rows, v.shape[2], k.shape[3], v.shape[3])
+    return v.new_empty(v.shape), v.new_empty(shape, dtype=accumulation(v.dtype))
+
+
+@communicating_op(
+    "dtcp::gated_linear_attention_backward", schema=BACKWARD_SCHEMA, moves=_backward_moves
+)
+def _backward(grad_out, q, k, v, g, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
+    LEDGER.record("dtcp::gated_linear_attention_backward")
+    batch = DeltaMetadata(*metadata)
+    x = _segments(LinearInputs(q, k, v, g, batch.starts), batch)
+    carry = carry_of(q, batch, scan, groups, reverse=True, maps=SCALES)
+    grads = linear_kernel(x).backward(x, grad_out.reshape(x.v.shape), state, carry)
+    wanted = zip(grads, (q, k, v, g), strict=True)
+    return tuple(grad.reshape(part.shape).to(part.dtype).contiguous() for grad, part in wanted)
+
+
+@_backward.register_fake
+def _(grad_out, q, k, v, g, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
+    return tuple(part.new_empty(part.shape) for part in (q, k, v, g))
+
+
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *parts, metadata, ctx.scan, ctx.groups = inputs
+    ctx.save_for_backward(*parts, output[1], *metadata)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
+    q, k, v, g, state, *metadata = ctx.saved_tensors
+    grads = _backward(grad_out, q, k, v, g, state, metadata, ctx.scan, ctx.groups)
+    # torch takes a list of names for one argument, but an empty list for a list of tensors.
+    return (*grads, [None] * len(metadata), None, None if ctx.groups else [])
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _segments(x: LinearInputs, metadata: DeltaMetadata) -> LinearInputs:
+    """Segments as rows of their own: [B, L, ...] -> [B * P, T, ...]."""
+    if metadata.starts.shape != x.v.shape[:2]:
+        raise ValueError(
+            f"Linear attention reads the metadata of its own batch, got some for "
+            f"{tuple(metadata.starts.shape)} tokens with v.shape={tuple(x.v.shape)}: pass those "
+            f"made with this batch."
+        )
+    segments = metadata.chain.shape[1]
+    return LinearInputs(
+        *(part.unflatten(1, (segments, -1)).flatten(0, 1).contiguous() for part in x)
+    )
+
+
+def install_linear_rules() -> None:
+    """Let the ops take DTensors: the sequence on the axis they communicate over, heads on others.
+
+    Installing twice is installing once.
+    """
+    set_dtensor_rule(_forward, rule_on_dtensors)
+    set_dtensor_rule(_backward, rule_backward_on_dtensors)

@@ -1,0 +1,117 @@
+"""What attention is of, and what refuses inputs that do not fit together."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dtcp.kernels.softmax.api import ScoreBias
+from dtcp.sequence.arguments import FLOATS, check_tensor
+from dtcp.softmax.latent import LatentWidths
+
+
+class AttentionInputs(NamedTuple):
+    """What attention is of, as plain local tensors; or the gradients of these.
+
+    A key and a value of its own, or what they are made from, with k None: a value whose key is
+    rotate(v * key_scale), or a latent, whose keys and values of all heads `up` makes (latent.py).
+    """
+
+    q: Tensor  # [B, L, H, D]
+    k: Tensor | None  # [B, L, G, D]
+    v: Tensor  # [B, L, G, V]; of a latent [B, L, 1, C + R]
+    sink: Tensor | None = None  # [H]
+    key_scale: Tensor | None = None  # [D]
+    up: Tensor | None = None  # [H, N + V, C], D = N + R
+    bias: Tensor | None = None  # [H, 2 R + 1], by distance (score_bias.py)
+    slope: Tensor | None = None  # [H]
+    frequency: Tensor | None = None  # [D / 2]; has no gradient
+
+    @property
+    def value_width(self) -> int:
+        """Channels of a head of the output."""
+        if self.up is None:
+            return self.v.shape[-1]
+        return LatentWidths.of(self.q, self.v, self.up).value
+
+    def score_bias(self, query_index: Tensor) -> ScoreBias | None:
+        """What is added to scores, for queries of these token indices."""
+        if self.bias is None and self.slope is None:
+            return None
+        return ScoreBias(self.bias, self.slope, query_index, self.q.dtype)
+
+
+def check_inputs(x: AttentionInputs) -> None:
+    """Refuse inputs that do not fit together, on all ranks alike and before anything moves.
+
+    How many tokens there are is checked where the metadata are read.
+    """
+    named: dict[str, Any] = {"q": x.q, "k": x.k, "v": x.v}
+    if x.up is not None:
+        named["up"] = x.up
+    if x.k is None and (x.key_scale is not None or x.up is not None):
+        del named["k"]
+    check_tensor("Attention", **named)
+    if x.sink is not None:
+        check_tensor("Attention", sink=x.sink)
+    dtypes = {name: each.dtype for name, each in named.items()}
+    named.pop("up", None)
+    shapes = {name: tuple(each.shape) for name, each in named.items()}
+    if any(len(shape) != 4 for shape in shapes.values()):
+        raise ValueError(
+            f"Attention takes q [B, L, H, D], k [B, L, G, D] and v [B, L, G, V], got {shapes}: "
+            f"give each its heads' dim."
+        )
+    if len(set(dtypes.values())) > 1 or not x.q.is_floating_point():
+        raise TypeError(
+            f"Attention computes in one floating dtype, got {dtypes}: convert q, k and v to one."
+        )
+    if x.up is not None:
+        LatentWidths.of(x.q, x.v, x.up)
+        return
+    key_width = x.v.shape[3] if x.k is None else x.k.shape[3]
+    # Compared, not put in a set: sizes that a graph does not know have no hash.
+    of_keys = [shape[:3] for name, shape in shapes.items() if name != "q"]
+    if any(shape != of_keys[0] for shape in of_keys) or x.q.shape[0] != x.v.shape[0]:
+        raise ValueError(
+            f"Keys and values are of the same tokens and heads, in the rows of the queries, got "
+            f"{shapes}: give k and v one [B, L, G], and q the same B."
+        )
+    if x.q.shape[2] % x.v.shape[2] or x.q.shape[3] != key_width:
+        raise ValueError(
+            f"Each kv head serves as many query heads, of its own width, got {shapes}: give q as "
+            f"[B, L, H, D] with H a multiple of the G kv heads and D the keys' width."
+        )
+    if x.sink is not None and x.sink.shape != x.q.shape[2:3]:
+        raise ValueError(
+            f"A sink is one score per query head, got sink.shape={tuple(x.sink.shape)} with "
+            f"{x.q.shape[2]} heads: give [H]."
+        )
+    _check_bias(x)
+
+
+def _check_bias(x: AttentionInputs) -> None:
+    heads = x.q.shape[2]
+    for name, each in (("bias", x.bias), ("slope", x.slope)):
+        named: dict[str, Any] = {} if each is None else {name: each}
+        check_tensor("A score bias", dtypes=FLOATS, **named)
+    if x.slope is not None and x.slope.shape != (heads,):
+        raise ValueError(
+            f"A slope is one number per query head, got slope.shape={tuple(x.slope.shape)} with "
+            f"{heads} heads: give [H]."
+        )
+    shape = () if x.bias is None else tuple(x.bias.shape)
+    if x.bias is not None and (len(shape) != 2 or shape[0] != heads or shape[1] % 2 == 0):
+        raise ValueError(
+            f"A bias has a number per query head and distance, from -R to R tokens, got bias.shape="
+            f"{shape} with {heads} heads: give [H, 2 R + 1] (t5_distance_bias makes T5's)."
+        )
+
+
+def check_key_count(x: AttentionInputs, expected: int) -> None:
+    """Refuse more or fewer keys than the metadata are of: some would be left out without a word."""
+    if x.v.shape[1] != expected:
+        raise ValueError(
+            f"Attention reads the keys of its own batch, got {x.v.shape[1]} keys where the batch "
+            f"has {expected}: give every token its key, and attend to the keys of another sequence "
+            f"by CrossAttention."
+        )

@@ -1,0 +1,71 @@
+"""Latent attention: one latent a token, from which the keys and the values of all heads are made.
+
+A token hands on C numbers for its content, R more for its rotated key, which all heads share, and
+nothing else: `up` makes N content channels of a key and V of a value from the latent, per head.
+
+    key of head h = [ up[h, :N] @ latent | rotary ]        value of head h = up[h, N:] @ latent
+
+From DeepSeek-AI 2024, DeepSeek-V2, section 2.1, https://arxiv.org/abs/2405.04434
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dtcp.kernels.dtypes import accumulation
+
+
+class LatentWidths(NamedTuple):
+    """Channels of the parts of a latent attention."""
+
+    content: int  # N, of a key
+    rotary: int  # R, of a key
+    value: int  # V
+    latent: int  # C
+
+    @classmethod
+    def of(cls, q: Tensor, rows: Tensor, up: Tensor) -> "LatentWidths":
+        """From the shapes of q [B, L, H, N + R], rows [B, L, 1, C + R] and up [H, N + V, C].
+
+        Raises:
+            ValueError: shapes that do not fit together.
+        """
+        fits = q.ndim == rows.ndim == 4 and up.ndim == 3
+        fits = fits and (rows.shape[2], up.shape[0]) == (1, q.shape[2])
+        if fits and q.shape[:2] == rows.shape[:2]:
+            rotary = rows.shape[3] - up.shape[2]
+            content = q.shape[3] - rotary
+            if rotary >= 0 and 0 <= content < up.shape[1]:
+                return cls(content, rotary, up.shape[1] - content, up.shape[2])
+        raise ValueError(
+            f"Latent attention makes the keys and values of all heads from one latent a token, got "
+            f"shapes q={tuple(q.shape)}, latent and rotary key={tuple(rows.shape)}, "
+            f"up={tuple(up.shape)}: give q [B, L, H, N + R], a latent [B, L, C], a rotary key "
+            f"[B, L, R] and up [H, N + V, C]."
+        )
+
+
+def keys_and_values(rows: Tensor, up: Tensor, widths: LatentWidths) -> tuple[Tensor, Tensor]:
+    """What `up` makes of the rows [B, m, 1, C + R]: k [B, m, H, N + R] and v [B, m, H, V]."""
+    latent, rotary = rows.split((widths.latent, widths.rotary), dim=-1)
+    made = (latent[:, :, 0] @ up.flatten(0, 1).mT).unflatten(-1, up.shape[:2])
+    content, v = made.split((widths.content, widths.value), dim=-1)
+    shared = rotary.expand(*content.shape[:3], widths.rotary)
+    return torch.cat((content, shared), dim=-1), v
+
+
+def fold_back(
+    dk: Tensor, dv: Tensor, rows: Tensor, up: Tensor, widths: LatentWidths
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows [B, m, 1, C + R] and of up, in the dtype of `accumulation`.
+
+    Products are taken in the model's dtype, as autograd would.
+    """
+    content, rotary = dk.split((widths.content, widths.rotary), dim=-1)
+    made = torch.cat((content, dv), dim=-1).flatten(2, 3).to(rows.dtype)  # [B, m, H * (N + V)]
+    wide, latent = accumulation(rows.dtype), rows[:, :, 0, : widths.latent]
+    d_latent = (made @ up.flatten(0, 1)).to(wide)
+    d_rows = torch.cat((d_latent[:, :, None], rotary.sum(2, keepdim=True)), dim=-1)
+    d_up = made.flatten(0, 1).mT @ latent.flatten(0, 1)
+    return d_rows, d_up.to(wide).view(up.shape)

@@ -1,0 +1,293 @@
+"""Score biases by distance, T5's and ALiBi's: exact, with their gradients, and never L x S."""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dtcp.batch import shard_batch
+from dtcp.compile import EagerIsland, count_graphs
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.kernels.softmax.backends import BACKENDS, backend_named
+from dtcp.kernels.softmax.choice import choose_kernel
+from dtcp.kernels.softmax.demand import refusal
+from dtcp.mixer import batch_metadata
+from dtcp.sequence.document_balanced import DocumentBalanced
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import HeadTail
+from dtcp.sequence.masks import Causal
+from dtcp.softmax import (
+    AllGatherAttention,
+    HaloAttention,
+    HybridAttention,
+    RingAttention,
+    UlyssesAttention,
+)
+from dtcp.softmax.distance_bias import alibi_slopes, t5_distance_bias
+from dtcp.softmax.mixer import CrossAttention, SoftmaxAttention
+from tests.harness import packings
+from tests.harness.attention_parity import (
+    BIDIRECTIONAL,
+    CAUSAL,
+    WINDOW,
+    MaskCase,
+    in_tiles,
+    mixer_on,
+)
+from tests.harness.spmd import spmd
+from tests.kernels.test_backends import HOPPER
+
+SEQ_LEN, REACH = 48, 9
+
+
+@dataclass(frozen=True)
+class BiasCase:
+    """An attention with a bias, and which."""
+
+    mask_case: MaskCase = CAUSAL
+    packing: packings.Packing = packings.across_borders
+    table: bool = True
+    slope: bool = False
+    softcap: float = 0.0
+    value_dim: int = 8
+    heads: int = 4
+    kv_heads: int = 2
+
+
+class Truth(NamedTuple):
+    inputs: dict[str, Tensor]
+    grad_out: Tensor
+    out: Tensor
+    grads: dict[str, Tensor]
+
+
+@functools.cache
+@torch.enable_grad()
+def truth(case: BiasCase, num_shards: int) -> Truth:
+    """Dense attention with a dense bias, [H, S, S], filled in pair by pair."""
+    documents = case.packing(SEQ_LEN, num_shards)
+    draw = functools.partial(
+        torch.randn, generator=torch.Generator().manual_seed(7), dtype=torch.float64
+    )
+    B, S, H, G = documents.batch, SEQ_LEN, case.heads, case.kv_heads
+    inputs = {
+        "q": draw(B, S, H, 8),
+        "k": draw(B, S, G, 8),
+        "v": draw(B, S, G, case.value_dim),
+        "sink": draw(H),
+    }
+    if case.table:
+        inputs["bias"] = draw(H, 2 * REACH + 1)
+    if case.slope:
+        inputs["slope"] = draw(H) / 4
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    k, v = (inputs[name].repeat_interleave(H // G, dim=2) for name in ("k", "v"))
+    scores = torch.einsum("bqhd,bkhd->bhqk", inputs["q"], k) * 8**-0.5
+    if case.softcap:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    rows = []
+    for query in range(S):
+        row = torch.zeros(H, S, dtype=torch.float64)
+        distances = torch.tensor([key - query for key in range(S)])
+        if case.table:
+            row = row + inputs["bias"][:, [REACH + max(-REACH, min(REACH, d)) for d in distances]]
+        if case.slope:
+            row = row + inputs["slope"][:, None] * distances
+        rows.append(row)
+    visible = case.mask_case.visible(documents)
+    blind = ~visible.any(-1)
+    scores = scores + torch.stack(rows, dim=1)
+    scores = scores.masked_fill(~(visible | blind[..., None])[:, None], -torch.inf)
+    sink = inputs["sink"].view(1, H, 1, 1).expand(B, H, S, 1)
+    weights = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :S]
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, v).masked_fill(blind[..., None, None], 0.0)
+    grad_out = draw(out.shape)
+    grads = torch.autograd.grad(out, [*inputs.values()], grad_out)
+    whole = {name: x.detach() for name, x in inputs.items()}
+    return Truth(whole, grad_out, out.detach(), dict(zip(inputs, grads, strict=True)))
+
+
+def shard_case(case, mixer, mesh, layout):
+    documents = case.packing(SEQ_LEN, mesh.size())
+    batch = {"input_ids": torch.zeros(documents.batch, SEQ_LEN, dtype=torch.int64)}
+    on = ParallelMesh.of_sequence(mesh)
+    return shard_batch(batch, on, layout, model=mixer, documents=documents)[1]
+
+
+def assert_equals_truth(case, attend, mixer, mesh, layout):
+    sharded, expected = shard_case(case, mixer, mesh, layout), truth(case, mesh.size())
+    of_tokens = ("q", "k", "v")
+    inputs = {
+        name: (sharded.shard(x) if name in of_tokens else x.clone()).requires_grad_()
+        for name, x in expected.inputs.items()
+    }
+    q, k, v, *rest = inputs.items()
+    out = attend(q[1], k[1], v[1], sharded.attn_metadata, **dict(rest))
+    assert_close(out, sharded.shard(expected.out))
+    grads = torch.autograd.grad(out, [*inputs.values()], sharded.shard(expected.grad_out))
+    for name, grad in zip(inputs, grads, strict=True):
+        if name in of_tokens:
+            assert_close(grad, sharded.shard(expected.grads[name]), msg=lambda m: f"{name}: {m}")  # noqa: B023
+        else:
+            dist.all_reduce(grad)  # a parameter: each rank has the share of its own queries
+            assert_close(grad, expected.grads[name], msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def cases(num_ranks):
+    heads = {"heads": 6, "kv_heads": 3} if num_ranks == 3 else {}
+    return (
+        BiasCase(**heads),
+        BiasCase(BIDIRECTIONAL, packings.two_rows, slope=True, **heads),
+        BiasCase(WINDOW, packings.last_shard_padding, table=False, slope=True, **heads),
+        BiasCase(BIDIRECTIONAL, softcap=1.5, value_dim=6, **heads),
+    )
+
+
+@pytest.mark.slow_where(lambda ranks: ranks in (1, 4))
+@spmd(ranks=(1, 2, 3, 4))
+def test_bias_equals_one_device(mesh, ranks):
+    """Tables and slopes with all gradients, on every strategy; distances across ranks."""
+    inner = 2 if ranks % 2 == 0 else 1
+    styles = (
+        RingAttention(),
+        AllGatherAttention(boundary=EagerIsland()),
+        HaloAttention(7),
+        UlyssesAttention(),
+        HybridAttention(inner_ranks=inner),
+    )
+    for style, case in product(styles, cases(ranks)):
+        if isinstance(style, HaloAttention) and case.mask_case is not WINDOW:
+            continue
+        mixer = mixer_on(mesh, in_tiles(style, 5), case.mask_case.mask, softcap=case.softcap)
+        layouts = (HeadTail, DocumentBalanced) if ranks == 2 else (HeadTail,)
+        for layout in layouts:
+            assert_equals_truth(case, mixer, mixer, mesh, layout)
+
+
+def test_bias_on_one_device_equals_a_dense_one():
+    for case in cases(1):
+        mixer = SoftmaxAttention(case.mask_case.mask, softcap=case.softcap)
+        expected = truth(case, 1)
+        inputs = {name: x.clone().requires_grad_() for name, x in expected.inputs.items()}
+        (_, q), (_, k), (_, v), *rest = inputs.items()
+        metadata = batch_metadata(mixer, case.packing(SEQ_LEN, 1))
+        out = mixer(q, k, v, metadata, **dict(rest))
+        assert_close(out, expected.out)
+        grads = torch.autograd.grad(out, [*inputs.values()], expected.grad_out)
+        assert_close(dict(zip(inputs, grads, strict=True)), expected.grads)
+
+
+class Block(nn.Module):
+    """A mixer between per-token operations that cancel: a small block to compile."""
+
+    def __init__(self, mixer):
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, q, k, v, attn_metadata, **per_head):
+        return -self.mixer(-q, -k, -v, attn_metadata, **per_head)
+
+
+@spmd(ranks=2)
+def test_compiled_bias_is_one_graph_for_all_batches(mesh):
+    for style in (RingAttention(), UlyssesAttention()):
+        torch._dynamo.reset()
+        mixer = mixer_on(mesh, style, CAUSAL.mask)
+        attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=True)
+        with count_graphs() as graphs:
+            for packing in (packings.across_borders, packings.one_document):
+                assert_equals_truth(BiasCase(packing=packing), attend, mixer, mesh, HeadTail)
+        assert (graphs.graphs, graphs.breaks) == (1, 0)
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(each, Tensor):
+                self.elements = max(self.elements, each.numel())
+        return out
+
+
+def test_bias_makes_nothing_as_large_as_queries_times_keys():
+    """A tile of 128 queries, and the keys that it sees, are the most that is made at once."""
+    length, heads = 8192, 1
+    mixer, documents = SoftmaxAttention(WINDOW.mask), Documents.single(1, length)
+    metadata = batch_metadata(mixer, documents)
+    q, k, v = (torch.randn(1, length, heads, 8).requires_grad_() for _ in range(3))
+    bias, slope = torch.randn(heads, 19).requires_grad_(), torch.ones(heads).requires_grad_()
+    with _Largest() as largest:
+        out = mixer(q, k, v, metadata, bias=bias, slope=slope)
+        torch.autograd.grad(out.sum(), (q, k, v, bias, slope))
+    assert 0 < largest.elements <= 16 * length < length * length // 100
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_bias_of_t5_is_that_of_transformers(bidirectional):
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    for buckets, far in ((32, 128), (8, 20), (32, 64)):
+        weight = torch.randn(buckets, 3, dtype=torch.float64, requires_grad=True)
+        table = t5_distance_bias(weight, bidirectional=bidirectional, max_distance=far)
+        distance = torch.arange(-2 * far, 2 * far + 1)
+        theirs = T5Attention._relative_position_bucket(
+            distance, bidirectional=bidirectional, num_buckets=buckets, max_distance=far
+        )
+        assert_close(table[:, distance.clamp(-far, far) + far], weight[theirs].T)
+        assert table.shape == (3, 2 * far + 1)
+
+
+def test_bias_of_alibi_is_that_of_transformers():
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    for heads in (1, 4, 8, 12, 20):
+        alibi = build_alibi_tensor(torch.ones(1, 6), heads, torch.float32)  # [H, 1, S]
+        assert_close(alibi_slopes(heads)[:, None] * torch.arange(6), alibi[:, 0])
+
+
+def test_bias_is_done_by_the_backends_that_say_so():
+    demand = replace(HOPPER, bias=True)
+    for backend in BACKENDS:
+        able = any(x.bias for abilities in backend.on.values() for x in abilities)
+        assert (refusal(backend, demand) is None) == able == (backend.name == "reference")
+    assert refusal(backend_named("triton"), demand) == "has no score bias"
+    choice = choose_kernel(demand, "auto", lambda backend, demand: None)
+    assert choice.backend.name == "reference" and "a score bias" in str(choice)
+    assert ("triton", "has no score bias") in choice.passed_over
+    with pytest.raises(ValueError, match=r"kernel='triton', which has no score bias"):
+        choose_kernel(demand, "triton", lambda backend, demand: None)
+
+
+def test_bias_of_other_shapes_is_refused():
+    mixer, documents = SoftmaxAttention(Causal()), Documents.single(1, 4)
+    metadata, q = batch_metadata(mixer, documents), torch.zeros(1, 4, 2, 8)
+    for name, x, match in [
+        ("bias", torch.zeros(2, 4), r"from -R to R tokens, got bias.shape=\(2, 4\)"),
+        ("bias", torch.zeros(1, 5), r"with 2 heads"),
+        ("bias", torch.zeros(2, 4, 4), r"give \[H, 2 R \+ 1\]"),
+        ("slope", torch.zeros(3), r"got slope.shape=\(3,\) with 2 heads"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            mixer(q, q, q, metadata, **{name: x})
+    with pytest.raises(TypeError, match="A score bias"):
+        mixer(q, q, q, metadata, slope=torch.ones(2, dtype=torch.int64))
+    cross = CrossAttention()
+    metadata = batch_metadata(cross, documents, memory=documents)
+    with pytest.raises(ValueError, match="two tokens of one sequence"):
+        cross(q, q, q, metadata, slope=torch.ones(2))
+    for wrong in ({"max_distance": 4}, {"max_distance": 0}):
+        with pytest.raises(ValueError, match="two buckets or more a side"):
+            t5_distance_bias(torch.zeros(8, 2), bidirectional=False, **wrong)
+    assert math.isclose(float(alibi_slopes(8)[0]), 0.5)
