@@ -25,6 +25,7 @@ from torchtitan.models.common.decoder import Decoder
 
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.distributed.random_weights import WholeDraws
 from dtcp.labels import look_ahead
 from dtcp.pretrain.config_check import check_by_torchtitan, check_settings
 from dtcp.pretrain.data import PackedDocuments, open_source
@@ -80,7 +81,8 @@ class Trainer(titan.Trainer):
         # torchtitan gives parallelize_fn its own sections only.
         spec = config.model_spec
         bound = partial(spec.parallelize_fn, section=config.dtcp)
-        super().__init__(replace(config, model_spec=replace(spec, parallelize_fn=bound)))
+        with WholeDraws():
+            super().__init__(replace(config, model_spec=replace(spec, parallelize_fn=bound)))
         self.mesh = ParallelMesh.from_parallel_dims(self.parallel_dims)
         self._check_vocabulary()
         if config.validator.enable:

@@ -1,8 +1,8 @@
 """Prove a mesh: the first steps on it and the same steps on one device must have the same loss.
 
 The one device is a plain model with plain tensors: no Trainer, no DTensor, no FSDP and no
-sharded batch, from the same weights, over the same rows. Random weights of sharded parameters
-depend on the sharding on the CPU, so the weights are taken from the mesh, whole.
+sharded batch, from the same weights, over the same rows. The weights are taken from the mesh,
+whole, wherever they come from.
 """
 
 from dataclasses import replace
