@@ -31,6 +31,11 @@ FLOORS = (
     (
         "dtcp.batch",
         "dtcp.rows",
+        "dtcp.distillation",
+        "dtcp.linear_logits",
+        "dtcp.logit_sums",
+        "dtcp.router_balance",
+        "dtcp.token_statistics",
         "dtcp.labels",
         "dtcp.loss",
         "dtcp.sdpa",
@@ -41,7 +46,7 @@ FLOORS = (
     ("dtcp",),
     ("dtcp.models",),
     ("dtcp.parallelize",),
-    ("dtcp.torchtitan", "dtcp.check"),
+    ("dtcp.torchtitan", "dtcp.check", "dtcp.trainers"),
     ("dtcp.pretrain",),
     ("train",),
 )

@@ -6,7 +6,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from dtcp import loss as loss_module
+from dtcp import logit_sums
 from dtcp.labels import IGNORED
 from dtcp.loss import global_token_count, token_mean_loss
 from tests.harness.spmd import spmd
@@ -22,7 +22,7 @@ def a_batch(dtype=torch.float64, vocab_size=11):
 @pytest.mark.parametrize("chunk", [1, 25, 2**24])
 def test_loss_equals_torch_cross_entropy(monkeypatch, chunk):
     """With one row a chunk, two, and all."""
-    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", chunk)
+    monkeypatch.setattr(logit_sums, "LOGITS_PER_CHUNK", chunk)
     logits, labels = a_batch()
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     actual = token_mean_loss(logits, labels, global_token_count(labels, None))

@@ -1,0 +1,152 @@
+"""Logits of a linear head that are never held: computed some rows at a time, and computed again.
+
+Of S = 128K tokens on 8 ranks and 128K entries, logits are 4 GiB a rank in bf16, their gradient as
+much again. A loss reads three numbers of each token; here it has them from chunks of rows, and
+backward computes the chunks once more.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from dtcp.logit_sums import (
+    LabelColumns,
+    LogitSums,
+    RowSums,
+    check_labels_of,
+    chunks,
+    grad_of_rows,
+    shaped_sums,
+    vocabulary_shard,
+)
+from dtcp.sequence.arguments import FLOATS, check_tensor
+
+LOGITS_PER_CHUNK = 2**26
+"""Logits held at a time, in fp32: 256 MiB. Smaller chunks read the head's weight more often."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearLogits:
+    """What a loss takes in the place of logits: softcap * tanh(scale * (hidden @ weight.T + bias)
+    / softcap), or without the tanh where softcap is 0.
+
+    Args:
+        hidden: [B, L, D], the same on all ranks that share the vocabulary.
+        weight: [V, D]; or a DTensor with the vocabulary sharded over a 1-D mesh. Its gradient is
+            summed over chunks in fp32.
+        bias: [V], placed as the weight is.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+
+
+def linear_logit_sums(
+    logits: LinearLogits, labels: Tensor, *, with_mean: bool = False
+) -> LogitSums:
+    """`logit_sums` of logits that are computed as they are read.
+
+    Traffic per rank, sharded vocabulary only: forward, (n - 1) * B * L * 2 numbers (3 with_mean);
+    backward, an all-reduce of hidden's gradient.
+    """
+    hidden, weight, bias = logits.hidden, logits.weight, logits.bias
+    check_tensor("A loss", shape="[B, L, D]", dtypes=FLOATS, hidden=hidden)
+    check_tensor("A loss", shape="[V, D]", ndim=2, dtypes=FLOATS, weight=weight)
+    check_labels_of(hidden.shape[:-1], labels)
+    if hidden.shape[-1] != weight.shape[1] or isinstance(hidden, DTensor):
+        raise ValueError(
+            f"A head multiplies hidden states [B, L, D] that each rank holds by a weight [V, D], "
+            f"got {type(hidden).__name__} of {tuple(hidden.shape)} for weight.shape="
+            f"{tuple(weight.shape)}: give the head's own input."
+        )
+    first, mesh, vocab_size = 0, None, weight.shape[0]
+    if isinstance(weight, DTensor):
+        first, mesh = vocabulary_shard(weight, 0, "A loss takes weights of a head")
+        weight = weight.to_local(grad_placements=weight.placements)
+    if isinstance(bias, DTensor):
+        bias = bias.to_local(grad_placements=bias.placements)
+    sums = _LinearSums.apply(
+        hidden.flatten(0, -2),
+        weight,
+        bias,
+        labels,
+        (first, mesh, vocab_size),
+        (logits.scale, logits.softcap),
+        with_mean,
+    )
+    return shaped_sums(sums, labels)
+
+
+class _LinearSums(torch.autograd.Function):
+    """As the Function of logit_sums, of hidden [T, D] and this rank's weight [v, D], bias [v]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        shard: tuple[int, DeviceMesh | None, int],
+        after: tuple[float, float],
+        with_mean: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        first, ctx.mesh, ctx.vocab_size = shard
+        ctx.after = after
+        ctx.columns = LabelColumns(labels, first, len(weight))
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        sums = RowSums(ctx.columns, hidden, dtype, total=with_mean)
+        for rows in chunks(len(hidden), len(weight), LOGITS_PER_CHUNK):
+            sums.add(rows, _logits(hidden[rows], weight, bias, after, dtype))
+        whole = sums.finish(ctx.mesh, ctx.vocab_size)
+        ctx.save_for_backward(hidden, weight, bias, whole[0])
+        return sums.masked(whole)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, lse = ctx.saved_tensors
+        scale, softcap = ctx.after
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=lse.dtype)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=lse.dtype)
+        for rows in chunks(len(hidden), len(weight), LOGITS_PER_CHUNK):
+            chunk = _logits(hidden[rows], weight, bias, ctx.after, lse.dtype)
+            grad = grad_of_rows(chunk, rows, ctx.columns, lse, grads, ctx.vocab_size)
+            if softcap:
+                grad = grad * (1 - (chunk / softcap).square())
+            if grad_bias is not None:
+                grad_bias += scale * grad.sum(0)
+            grad = (scale * grad).to(hidden.dtype)
+            grad_hidden[rows] = grad @ weight
+            grad_weight += grad.T @ hidden[rows]
+        if ctx.mesh is not None:
+            dist.all_reduce(grad_hidden, group=ctx.mesh.get_group())
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None
+
+
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    after: tuple[float, float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Logits [t, v] of some rows."""
+    scale, softcap = after
+    logits = F.linear(hidden, weight, bias).to(dtype)
+    if scale != 1.0:
+        logits = logits * scale
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
