@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dtcp.parallelize.hf_files import WeightFiles, weight_groups
+from dtcp.parallelize.hf_files import WeightFiles, WeightGroup, weight_groups
 from dtcp.parallelize.tied_parameters import find_tied_parameters, restore_tied_parameters
 from dtcp.sequence.arguments import check_kind
 
@@ -28,16 +28,41 @@ def load_hf(
             or a file that is not there.
     """
     check_kind("load_hf", nn.Module, model=model)
-    check_kind("load_hf", (Mapping, str, Path), weights=weights)
-    files = weights if isinstance(weights, Mapping) else WeightFiles(Path(weights))
-    groups, left_over = weight_groups(model, files)
-    _check_names(model, [], left_over)
+    files, groups = _read_names(model, weights)
     tied = find_tied_parameters(model)
     model.to_empty(device=device)
     if find_tied_parameters(model) != tied:
         # Parameters that FSDP does not hold leave the meta device one name at a time (torch 2.13).
         restore_tied_parameters(model, tied)
     _fill_buffers(model)
+    _fill_parameters(model, files, groups)
+    return model
+
+
+@torch.no_grad()
+def fill_hf(model: Any, weights: Mapping[str, Tensor] | str | Path) -> None:
+    """Replace the weights of a model that is on its devices, each rank its shards.
+
+    Args, Raises: as load_hf.
+    """
+    check_kind("fill_hf", nn.Module, model=model)
+    _fill_parameters(model, *_read_names(model, weights))
+
+
+def _read_names(
+    model: Any, weights: Mapping[str, Tensor] | str | Path
+) -> tuple[Mapping[str, Tensor], list[WeightGroup]]:
+    """The weights, and which of them make which parameter."""
+    check_kind("load_hf", (Mapping, str, Path), weights=weights)
+    files = weights if isinstance(weights, Mapping) else WeightFiles(Path(weights))
+    groups, left_over = weight_groups(model, files)
+    _check_names(model, [], left_over)
+    return files, groups
+
+
+def _fill_parameters(
+    model: Any, files: Mapping[str, Tensor], groups: Sequence[WeightGroup]
+) -> None:
     parameters = model.state_dict(keep_vars=True)
     filled: set[Tensor] = set()
     for group in groups:
@@ -46,7 +71,6 @@ def load_hf(
             filled.add(parameters[name])
     missing = [name for name, x in parameters.items() if x not in filled]
     _check_names(model, missing, [])
-    return model
 
 
 def _check_names(model: nn.Module, missing: Sequence[str], left_over: Sequence[str]) -> None:

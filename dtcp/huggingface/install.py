@@ -10,6 +10,7 @@ from dtcp.forward import wrap_forward
 from dtcp.huggingface import registry
 from dtcp.huggingface.meta_device import survey_on_meta
 from dtcp.huggingface.pooled_head import install_pooled_head
+from dtcp.huggingface.router_logits import leave_out_own_balance
 from dtcp.huggingface.survey import Survey, survey, survey_mask
 
 ARGUMENTS = (
@@ -20,10 +21,10 @@ ARGUMENTS = (
     "use_cache",
     "return_dict",
     "output_hidden_states",
-    "output_attentions",
     "output_router_logits",
+    "output_attentions",
 )
-"""What a model with mixers may be called with; the last two only to switch something off."""
+"""What a model with mixers may be called with; the last one only to switch something off."""
 
 
 def install_mixers(model: Any) -> Survey:
@@ -48,6 +49,8 @@ def install_mixers(model: Any) -> Survey:
     for module in model.modules():
         if module is not model and _is_entry(module):
             wrap_forward(module, _checked_inner_forward)
+    if hasattr(model.config.get_text_config(), "output_router_logits"):
+        wrap_forward(model, leave_out_own_balance)
     wrap_forward(model, _checked_forward)
     return result
 
@@ -82,14 +85,14 @@ def _check_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             f"A model with mixers is called by keywords, got {len(args)} positional arguments: "
             f"pass input_ids=, position_ids= and attn_metadata=."
         )
-    switched_on = [key for key in ARGUMENTS[-2:] if kwargs.get(key)]
+    switched_on = [key for key in ARGUMENTS[-1:] if kwargs.get(key)]
     unknown = [key for key, x in kwargs.items() if key not in ARGUMENTS and x is not None]
     if switched_on or unknown or kwargs.get("use_cache"):
         raise ValueError(
             f"A model with mixers is called with the input_ids, position_ids and attn_metadata of "
             f"shard_hf_batch, got with={unknown + switched_on}, use_cache="
             f"{kwargs.get('use_cache')}: labels go to token_mean_loss, masks to shard_hf_batch; a "
-            f"cache, attention weights and balance losses have no sharded form."
+            f"cache (as generate has one) and attention weights have no sharded form."
         )
     _check_inputs(kwargs)
 

@@ -32,9 +32,11 @@ PRELOAD = (
     "torch.export._trace",
     "torch.fx.experimental.validator",
     "transformers",
+    "transformers.trainer",
     # All of the project: whatever a test of it imports.
     "dtcp.check",
     "dtcp.cp_utils",
+    "dtcp.trainers",
     "dtcp.models.deepseek_v4",
     "dtcp.models.gemma4",
     "dtcp.models.llama",

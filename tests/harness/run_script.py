@@ -176,6 +176,7 @@ def _be_a_rank(
         # a line's end is a write of its own.
         stream.reconfigure(line_buffering=True, write_through=False)
     sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))  # as Python does for a script
     try:
         runpy.run_path(str(script), run_name="__main__")
         code = 0

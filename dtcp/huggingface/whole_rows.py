@@ -1,0 +1,263 @@
+"""A model of parallelize_hf as loops of transformers call it: whole rows in, whole rows out.
+
+To such a loop the ranks of a cp and tp group are one process. They get the same rows; what they
+give back, the loss or a number of each token, is the same on all of them; and each has the gradient
+of its own tokens, to be summed over cp as FSDP does.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from dtcp.batch import ShardedBatch
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.distributed.replicated_loss import sum_for_replicated_loss
+from dtcp.huggingface.batch import (
+    LABELED_IN_PLACE,
+    documents_of_hf_batch,
+    shard_hf_batch,
+)
+from dtcp.huggingface.linear_head import LinearHead
+from dtcp.huggingface.pooled_head import last_token_mixer
+from dtcp.labels import IGNORED, shift_labels
+from dtcp.linear_logits import LinearLogits
+from dtcp.loss import global_token_count, token_log_probs, token_mean_loss
+from dtcp.router_balance import balance_loss
+from dtcp.sequence.arguments import check_kind
+from dtcp.sequence.buckets import Buckets
+from dtcp.sequence.layout import HeadTail, SequenceLayout
+from dtcp.token_statistics import token_statistics
+
+
+class RowOutputs(dict[str, Any]):
+    """Outputs by name, also as attributes, as those of transformers are."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class WholeRows(nn.Module):
+    """Calls a model of parallelize_hf with whole rows; one more module around it, as DDP is.
+
+    Args:
+        module: of parallelize_hf.
+        device: where the shards go; None leaves them where the rows are.
+        buckets: sizes that rows are padded to.
+        label_smoothing, z_loss: parts of the loss, as for token_mean_loss.
+        linear_head: compute logits a part at a time, in the loss, and never hold them all. A call
+            that asks for logits or for numbers of each token holds them.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        mesh: ParallelMesh,
+        layout: type[SequenceLayout] = HeadTail,
+        *,
+        device: torch.device | str | None = None,
+        buckets: Buckets | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        linear_head: bool = False,
+    ) -> None:
+        super().__init__()
+        check_kind("WholeRows", nn.Module, module=module)
+        check_kind("WholeRows", ParallelMesh, mesh=mesh)
+        self.module, self.mesh, self.layout = module, mesh, layout
+        self.device, self.buckets = device, buckets
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.linear_head = LinearHead(module) if linear_head else None
+        self.gathers_logits = False
+        """Whether a call with labels gives logits, too: [B, S, V] on every rank."""
+
+    def forward(
+        self,
+        *,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        fused_lm_head: bool = False,
+        output_router_logits: bool | None = None,
+        **rows: Any,
+    ) -> RowOutputs:
+        """Run the model on whole rows, on the host, alike on all ranks of a cp and tp group.
+
+        Args:
+            labels: [B, S], not shifted, as transformers has them; [B] for a model of rows.
+            num_items_in_batch: tokens that the sum of losses is divided by, of all micro-batches of
+                all batch ranks; None for the mean over these rows.
+            fused_lm_head: give numbers of each token instead of a loss, as TRL's trainers ask for:
+                log_probs, entropy, mean_logits, is_top1, log_sum_sq_probs and label_mask,
+                [B, S - 1], of the next token of each.
+            output_router_logits: add the balance loss of a mixture of experts; None for what the
+                config says.
+            rows: what shard_hf_batch takes.
+        Returns:
+            loss, the same on all ranks of a cp and tp group, each with the gradient of its own
+            tokens; or the numbers of each token; and logits [B, S, V] where there are no labels.
+        """
+        _check_rows(rows)
+        if fused_lm_head:
+            self._check_token_numbers(labels)
+        rows = {key: x for key, x in rows.items() if key not in CALL_KEYS}
+        local, sharded = shard_hf_batch(
+            {**rows, "labels": labels},
+            self.mesh,
+            self.layout,
+            model=self.module,
+            device=self.device,
+            buckets=self.buckets,
+        )
+        targets = local.pop("labels", None)
+        local.pop("padding_mask", None)
+        asked = {"output_router_logits": True} if self._balanced(output_router_logits) else {}
+        asked = asked if targets is not None else {}
+        holds = targets is None or fused_lm_head or self.gathers_logits
+        head = None if holds else self.linear_head
+        with nullcontext() if head is None else head.hold():
+            out = self.module(**local, attn_metadata=sharded.attn_metadata, **asked)
+        if last_token_mixer(self.module) is not None:
+            return self._outputs_of_rows(out.logits[: sharded.unpadded_rows], targets)
+        if targets is None:
+            return RowOutputs(logits=_whole_logits(out.logits, sharded))
+        aux = self._balance(out.router_logits, sharded) if asked else None
+        if fused_lm_head:
+            outputs = RowOutputs(_numbers_of_tokens(out.logits, targets, sharded))
+            outputs["label_mask"] = _has_next_token(labels, rows).to(out.logits.device)
+        else:
+            logits = out.logits if head is None else head.logits(out.logits)
+            outputs = RowOutputs(loss=self._loss(logits, targets, num_items_in_batch, aux))
+            if self.gathers_logits:
+                outputs["logits"] = _whole_logits(out.logits, sharded)
+        if aux is not None:
+            outputs["aux_loss"] = aux
+        return outputs
+
+    def _balanced(self, asked: bool | None) -> bool:
+        said = getattr(self._text_config, "output_router_logits", False)
+        return bool(said if asked is None else asked)
+
+    def _loss(
+        self,
+        logits: Tensor | LinearLogits,
+        targets: Tensor,
+        items: Tensor | int | None,
+        aux: Tensor | None,
+    ) -> Tensor:
+        tokens = global_token_count(targets, self.mesh.cp) if items is None else items
+        loss = token_mean_loss(
+            logits, targets, tokens, label_smoothing=self.label_smoothing, z_loss=self.z_loss
+        )
+        if self.mesh.cp is not None:
+            loss = sum_for_replicated_loss(loss, self.mesh.cp)
+        if aux is None:
+            return loss
+        # A loss that is divided by the tokens of all ranks is multiplied by their number, later on.
+        share = 1 if items is None else self.mesh.size("batch")
+        return loss + self._text_config.router_aux_loss_coef / share * aux
+
+    def _balance(self, router_logits: Any, sharded: ShardedBatch) -> Tensor:
+        """The balance loss over all tokens; its gradient is that of all batch ranks' mean."""
+        padding = sharded.shard(sharded.documents.document() < 0, pad=True)
+        aux = balance_loss(
+            router_logits,
+            self.mesh.loss,
+            experts_per_token=self._text_config.num_experts_per_tok,
+            padding_mask=padding.to(router_logits[0].device),
+        )
+        # Gradients of a loop are averaged over batch ranks, and each has those of its own tokens.
+        return aux + (self.mesh.size("batch") - 1) * (aux - aux.detach())
+
+    def _outputs_of_rows(self, logits: Tensor, labels: Tensor | None) -> RowOutputs:
+        if labels is None:
+            return RowOutputs(logits=logits)
+        module: Any = self.module
+        loss = module.loss_function(
+            logits=logits, labels=labels, pooled_logits=logits, config=module.config
+        )
+        return RowOutputs(loss=loss, logits=logits)
+
+    def _check_token_numbers(self, labels: Tensor | None) -> None:
+        module = self.module
+        in_place = getattr(module, "loss_type", None) in LABELED_IN_PLACE
+        if labels is None or in_place or last_token_mixer(module) is not None:
+            raise ValueError(
+                f"Log-probabilities of next tokens are a language model's, of its labels, got "
+                f"fused_lm_head=True with {type(module).__name__}, labels of type "
+                f"{type(labels).__name__}: call it with labels for its own loss."
+            )
+        if self.label_smoothing or self.z_loss:
+            raise ValueError(
+                f"A loss of log-probabilities is made by its trainer, got label_smoothing="
+                f"{self.label_smoothing}, z_loss={self.z_loss}, which only the loss of a language "
+                f"model has: set them to 0."
+            )
+
+    @property
+    def _text_config(self) -> Any:
+        config: Any = self.module.config
+        return config.get_text_config()
+
+
+CALL_KEYS = ("use_cache", "return_dict", "logits_to_keep", "output_attentions")
+"""What loops pass besides rows, to leave something out."""
+
+
+def _check_rows(rows: dict[str, Any]) -> None:
+    """Refuse a call for something that whole rows are not computed with."""
+    if rows.get("use_cache") or rows.get("past_key_values") is not None:
+        raise ValueError(
+            "A model on a mesh computes whole rows, got a call with a cache (use_cache, "
+            "past_key_values), as generate makes them: save the model and generate with a plain "
+            "one."
+        )
+    for key in ("logits_to_keep", "output_attentions"):
+        if isinstance(rows.get(key), Tensor) or rows.get(key):
+            raise ValueError(
+                f"A model on a mesh gives logits of all tokens and no attention weights, got {key}="
+                f"{rows[key]!r}: leave it out."
+            )
+    if "shift_labels" in rows:
+        raise ValueError(
+            "Labels of whole rows are not shifted yet, got shift_labels, as collators give them "
+            "that cut rows for ranks: give labels, and the same rows to all ranks of a cp group."
+        )
+
+
+def _has_next_token(labels: Any, rows: dict[str, Any]) -> Tensor:
+    """Which tokens have a loss, but for the last one of each row: [B, S - 1]."""
+    return shift_labels(labels, documents_of_hf_batch(rows))[:, :-1] != IGNORED
+
+
+def _whole_logits(logits: Tensor, sharded: ShardedBatch) -> Tensor:
+    """Logits [B, S, V] of local ones, for a loss that all ranks of the group compute alike."""
+    if isinstance(logits, DTensor):
+        whole = logits.redistribute(placements=[Replicate()] * logits.device_mesh.ndim)
+        logits = whole.to_local(grad_placements=whole.placements)
+    return sharded.gather(logits, replicated_loss=True)
+
+
+def _numbers_of_tokens(logits: Tensor, targets: Tensor, sharded: ShardedBatch) -> dict[str, Tensor]:
+    """Numbers of each token that has a next one, of whole rows: [B, S - 1] each.
+
+    Traffic per rank: (n - 1) * B * L * 5 numbers over cp, and none back.
+    """
+    of_tokens = token_statistics(logits, targets)
+    numbers = {
+        "log_probs": token_log_probs(logits, targets),
+        "entropy": of_tokens.entropy,
+        "mean_logits": of_tokens.mean_logits,
+        "is_top1": of_tokens.is_top1,
+        "log_sum_sq_probs": of_tokens.log_sum_sq_probs,
+    }
+    stacked = torch.stack(tuple(numbers.values()), dim=-1)
+    whole = sharded.gather(stacked, replicated_loss=True)[:, :-1]
+    named = dict(zip(numbers, whole.unbind(-1), strict=True))
+    log_probs = named.pop("log_probs")
+    named = {key: x.detach() for key, x in named.items()}
+    return {"log_probs": log_probs, **named, "is_top1": named["is_top1"] > 0}

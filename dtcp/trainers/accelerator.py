@@ -1,0 +1,74 @@
+"""accelerate's Accelerator where the ranks of a cp and tp group are one process of a loop."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.huggingface.whole_rows import WholeRows
+
+
+class MeshAccelerator(Accelerator):
+    """Deals rows to batch ranks, takes models as they are, and sums gradients as FSDP does.
+
+    Rows stay on the host: shard_hf_batch reads them there, and moves this rank's part.
+    """
+
+    mesh: ParallelMesh
+
+    @classmethod
+    def adopt(cls, accelerator: Accelerator, mesh: ParallelMesh) -> None:
+        """Let an accelerator that a Trainer has made be one of this class.
+
+        The Trainer makes it of a name of its own module, from a dozen settings: another one of the
+        same settings would be made by a copy of that code.
+        """
+        accelerator.__class__ = cls
+        accelerator.mesh = mesh
+
+    @property
+    def num_processes(self) -> int:
+        return self.mesh.size("batch")
+
+    @property
+    def process_index(self) -> int:
+        return self.mesh.rank("batch")
+
+    def prepare_data_loader(
+        self, data_loader: Any, device_placement: Any = None, slice_fn_for_dispatch: Any = None
+    ) -> Any:
+        return super().prepare_data_loader(data_loader, False, slice_fn_for_dispatch)
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: Any = None, evaluation_mode: bool = False
+    ) -> nn.Module:
+        """A model that parallelize_hf has placed, as a loop calls it."""
+        return model if isinstance(model, WholeRows) else WholeRows(model, self.mesh)
+
+    def unwrap_model(self, model: Any, *_: Any, **__: Any) -> Any:
+        return model.module if isinstance(model, WholeRows) else model
+
+    def gather(self, tensor: Any) -> Any:
+        """The values of all batch ranks, one after the other in dim 0."""
+        return recursively_apply(self._gather_one, tensor, error_on_other_type=True)
+
+    def _gather_one(self, x: Tensor) -> Tensor:
+        x = (x[None] if x.ndim == 0 else x).contiguous()
+        if self.mesh.batch is None:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.mesh.batch.size())]
+        dist.all_gather(parts, x, group=self.mesh.batch.get_group())
+        return torch.cat(parts)
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Loops average over processes; gradients here are sums over all ranks that have tokens."""
+        super().backward(loss / self.mesh.size("batch"), **kwargs)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        norm = super().clip_grad_norm_(parameters, max_norm, norm_type)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm

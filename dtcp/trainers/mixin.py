@@ -1,0 +1,227 @@
+"""transformers' Trainer, and those of TRL, over a dtcp mesh.
+
+What such a trainer knows of parallelism it asks its Accelerator, and it calls its model with whole
+rows. So the model gets a module around it that takes whole rows (`WholeRows`), the Accelerator
+counts a cp and tp group as one process (`MeshAccelerator`), and files are written and read by all
+ranks together. Everything else, from arguments to callbacks, is the trainer's own.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.huggingface.batch import documents_of_hf_batch
+from dtcp.huggingface.pooled_head import last_token_mixer
+from dtcp.huggingface.whole_rows import WholeRows
+from dtcp.labels import IGNORED, shift_labels
+from dtcp.sequence.arguments import check_kind
+from dtcp.sequence.buckets import Buckets
+from dtcp.sequence.layout import HeadTail, SequenceLayout
+from dtcp.trainers.accelerator import MeshAccelerator
+from dtcp.trainers.arguments import check_trained_model, check_training_arguments
+from dtcp.trainers.saved import (
+    gathered_weights,
+    load_optimizer,
+    load_weights,
+    save_optimizer,
+)
+
+
+class MeshTrainerMixin:
+    """Put before a trainer's class: `class Trainer(MeshTrainerMixin, transformers.Trainer)`.
+
+    Args:
+        mesh: the model's; batch ranks read different rows, ranks of a cp and tp group the same.
+        model: of parallelize_hf, as is ref_model.
+        layout, buckets: as for shard_hf_batch.
+        z_loss, linear_head: as for WholeRows.
+
+    Gradients are those of one process with the same rows: losses are divided by the tokens of all
+    ranks and all micro-batches. Every other argument is the trainer's; one that the mesh would not
+    carry out is refused.
+    """
+
+    # Of the trainer that follows in the order of classes.
+    model: Any
+    args: Any
+    accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
+    state: Any
+    compute_loss_func: Any
+    _train_batch_size: int
+    _signature_columns: Any
+    _loss_shifts_labels: bool
+
+    def __init__(
+        self,
+        *args: Any,
+        mesh: ParallelMesh,
+        layout: type[SequenceLayout] = HeadTail,
+        buckets: Buckets | None = None,
+        z_loss: float = 0.0,
+        linear_head: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_kind("A Trainer on a mesh", ParallelMesh, mesh=mesh)
+        self.mesh = mesh
+        self._rows_options: dict[str, Any] = {
+            "buckets": buckets,
+            "z_loss": z_loss,
+            "linear_head": linear_head,
+        }
+        self._layout = layout
+        self._rows: WholeRows | None = None
+        self._counted: Tensor | None = None
+        self._checks_count = True
+        check_trained_model(args[0] if args else kwargs.get("model"))
+        if kwargs.get("ref_model") is not None:
+            check_trained_model(kwargs["ref_model"])
+        if kwargs.get("peft_config") is not None:
+            raise ValueError(
+                "Adapters are put into a model before it is sharded, got peft_config: give "
+                "parallelize_hf(get_peft_model(model, peft_config), mesh), and no peft_config."
+            )
+        super().__init__(*args, **kwargs)
+        self._rows_options["label_smoothing"] = self.args.label_smoothing_factor
+        self.label_smoother = None  # the model's loss has it
+        self.model_accepts_loss_kwargs = last_token_mixer(self.model) is None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        check_training_arguments(self.args, self.mesh)
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        known, world = self.accelerator.num_processes, self.mesh.degrees.world
+        if known != world:
+            raise ValueError(
+                f"A Trainer knows of all ranks of its mesh by the environment, got num_processes="
+                f"{known} for {world} ranks: start them by torchrun or accelerate launch."
+            )
+        MeshAccelerator.adopt(self.accelerator, self.mesh)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Rows of a step, of all batch ranks."""
+        rows: int = self._train_batch_size * args.gradient_accumulation_steps
+        return rows * self.mesh.size("batch")
+
+    def floating_point_ops(self, inputs: Any) -> float:
+        """This rank's part of the group's, whose ranks the trainer adds up."""
+        whole: float = super().floating_point_ops(inputs)  # type: ignore[misc]
+        return whole / (self.mesh.size("cp") * self.mesh.size("tp"))
+
+    @property
+    def rows_model(self) -> WholeRows:
+        """The model as it is called with whole rows, on all ranks of a cp and tp group together."""
+        return self._wrap_model(self.model)
+
+    # Rows stay on the host until they are cut.
+
+    def _prepare_input(self, data: Any) -> Any:
+        return data
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """parallelize_hf has placed it."""
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> WholeRows:
+        if isinstance(model, WholeRows):
+            return model
+        if self._rows is None or self._rows.module is not model:
+            self._rows = WholeRows(
+                model, self.mesh, self._layout, device=self.args.device, **self._rows_options
+            )
+        return self._rows
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if "input_ids" not in self._signature_columns and "kwargs" in self._signature_columns:
+            # Read off a forward with something around it, which takes anything.
+            self._signature_columns += list(_forward_names(self.model))
+
+    # Losses.
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Tokens with a loss in all micro-batches of all batch ranks: no document's first token."""
+        if not batch_samples or not self._shifts(batch_samples[0]):
+            return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
+        count = torch.zeros((), dtype=torch.int64)
+        for batch in batch_samples:
+            labels = shift_labels(batch["labels"], documents_of_hf_batch(batch))
+            count += (labels != IGNORED).sum()
+        self._counted = self.accelerator.gather(count.to(device)).sum()
+        return self._counted
+
+    def _shifts(self, batch: Any) -> bool:
+        return bool(self._loss_shifts_labels) and batch.get("labels") is not None
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if self._checks_count and num_items_in_batch is not None and self._counted is not None:
+            self._checks_count = False  # reading it makes the host wait
+            if int(num_items_in_batch) != int(self._counted):
+                raise ValueError(
+                    f"A loss is divided by the tokens of all batch ranks, each counted once, got "
+                    f"num_items_in_batch={int(num_items_in_batch)} where there are "
+                    f"{int(self._counted)}: leave get_batch_samples as it is, or count the rows of "
+                    f"one rank of each cp and tp group."
+                )
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        return loss
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        model = self._wrap_model(model)
+        if self.compute_loss_func is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        return super().compute_loss(model, dict(inputs), *args, **kwargs)  # type: ignore[misc]
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        """Of DPOTrainer: a reference model is called with whole rows, too."""
+        return super().compute_ref_log_probs(self._wrap_model(model), inputs)  # type: ignore[misc]
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        rows = self._wrap_model(model)
+        rows.gathers_logits = not prediction_loss_only
+        try:
+            return super().prediction_step(  # type: ignore[misc]
+                rows, inputs, prediction_loss_only, ignore_keys=ignore_keys
+            )
+        finally:
+            rows.gathers_logits = False
+
+    # Files: written and read by all ranks together, the same on any mesh.
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        whole = gathered_weights(self.model) if state_dict is None else state_dict
+        if self.args.should_save:
+            super()._save(output_dir, state_dict=whole)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_optimizer(self.model, self.optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_weights(self.model, Path(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        load_optimizer(self.model, self.optimizer, folder)
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+
+
+SCHEDULER = "scheduler.pt"
+"""As transformers names it."""
+
+
+def _forward_names(model: nn.Module) -> Any:
+    import inspect
+
+    return inspect.signature(type(model).forward).parameters
