@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dtcp.torchtitan import compat as compat
+from dtcp.torchtitan.hf_model import HuggingFaceAdapter
 
 import torch
 from torch.distributed import checkpoint as dcp
@@ -46,6 +47,7 @@ from dtcp.pretrain.hyperparameters import Hyperparameters
 from dtcp.pretrain.manifest import Holds, Manifest, record_files
 from dtcp.pretrain.progress import say
 from dtcp.pretrain.saved_folders import SavedFolders
+from dtcp.trainers.saved import save_weights
 
 
 class Checkpoints(CheckpointManager):
@@ -288,12 +290,9 @@ class Checkpoints(CheckpointManager):
 
     def _export(self, final: Path) -> None:
         """Write weights and config as transformers reads them, and make them visible last."""
-        state = self.states[MODEL].state_dict()
-        weights = {
-            name: value.to(self.export_dtype)
-            for name, value in state.items()
-            if value.is_floating_point()
-        }
+        of_transformers = isinstance(self.sd_adapter, HuggingFaceAdapter)  # reads them itself
+        state = {} if of_transformers else self.states[MODEL].state_dict()
+        weights = {k: x.to(self.export_dtype) for k, x in state.items() if x.is_floating_point()}
         others = {name: _whole(value) for name, value in state.items() if name not in weights}
         self._save_hf(weights, final, self._manifest("huggingface"), others)
         say(f"exported    {final}")
@@ -304,7 +303,10 @@ class Checkpoints(CheckpointManager):
         """torchtitan's files of safetensors, written beside on the same file system."""
         folders = SavedFolders(final.parent)
         staging = folders.staging(final.name, manifest.save)
-        super().dcp_save(weights, str(staging), AsyncMode.DISABLED, to_hf=True)
+        if isinstance(self.sd_adapter, HuggingFaceAdapter):
+            save_weights(self.states[MODEL].model[0], staging, dtype=self.export_dtype)
+        else:
+            super().dcp_save(weights, str(staging), AsyncMode.DISABLED, to_hf=True)
 
         def publish() -> str:
             complete_export(staging, self.sd_adapter, others)

@@ -1,17 +1,20 @@
 """The command line: which config, and what to change in it.
 
-    [--module MODULE] [--config NAME] [--section.key VALUE ...]
+    [--module MODULE] [--config NAME] [--model.hf SOURCE] [--section.key VALUE ...]
 
 A config is a function of no arguments that returns a torchtitan `Trainer.Config`; a module is a
-registry of such functions. Both have a default, and the rest is torchtitan's own parser.
+registry of such functions. Both have a default; a model of transformers may take the place of the
+config's (a folder, a config.json or a model type); the rest is torchtitan's own parser.
 """
 
 import difflib
 import importlib
 import inspect
+from dataclasses import replace
 from types import ModuleType
 
 from dtcp.torchtitan import compat as compat
+from dtcp.torchtitan.hf_model import huggingface_spec
 
 from torchtitan.config import ConfigManager
 from torchtitan.experiments import _supported_experiments
@@ -52,9 +55,25 @@ def parse(arguments: list[str]) -> Trainer.Config:
     """
     module, rest = _take(arguments, "--module", MODULE)
     name, rest = _take(rest, "--config", CONFIG)
+    source, rest = _take(rest, "--model.hf", "")
     _check_name(module, name)
     with usage_errors_once():
-        return OptionParser().parse_args(["--module", module, "--config", name, *rest])
+        config = OptionParser().parse_args(["--module", module, "--config", name, *rest])
+    return _with_huggingface(config, source, rest) if source else config
+
+
+def _with_huggingface(config: Trainer.Config, source: str, rest: list[str]) -> Trainer.Config:
+    """The config with a model of transformers, and a folder of its own unless one is named."""
+    if config.dtcp.verify:
+        raise ValueError(
+            f"A model of transformers is compared with one device by python -m dtcp.check, got "
+            f"--dtcp.verify {config.dtcp.verify} with --model.hf {source}: leave it out."
+        )
+    spec = huggingface_spec(source)
+    folder = config.dump_folder
+    if not any(word.split("=")[0] == "--dump_folder" for word in rest):
+        folder = f"outputs/hf_{spec.name}"
+    return replace(config, model_spec=spec, dump_folder=folder)
 
 
 def config_names(registry: ModuleType) -> list[str]:

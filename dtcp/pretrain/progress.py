@@ -11,6 +11,7 @@ from math import isnan
 from typing import Any
 
 from dtcp.torchtitan import compat as compat
+from dtcp.torchtitan.hf_model import HuggingFaceConfig
 
 import torch
 from torch import distributed as dist
@@ -165,7 +166,8 @@ def describe_run(trainer: Any) -> str:
     mesh = " x ".join(f"{axis} {degree}" for axis, degree in axes.items() if degree > 1)
     spec, training = config.model_spec, config.training
     count = sum(p.numel() for part in trainer.model_parts for p in part.parameters())
-    layers = len(trainer.model_parts[0].layers)
+    of_transformers = isinstance(spec.model, HuggingFaceConfig)
+    layers = spec.model.num_layers if of_transformers else len(trainer.model_parts[0].layers)
     rows = training.local_batch_size * dims.dp_replicate * dims.dp_shard
     steps = trainer.gradient_accumulation_steps
     compiled = config.compile.backend if config.compile.enable else "eager"

@@ -74,25 +74,40 @@ def parallelize_plain(
     """
     mesh = ParallelMesh.from_parallel_dims(parallel_dims)
     name_kernel(model, section.kernel)
-    compiled = compile_config.enable and "model" in compile_config.components
     return parallelize(
         model,
         mesh,
         make_plan(model.config, mesh, section),
-        activation_checkpoint=_activation_checkpoint(ac_config),
-        compile=Compile(compile_config.backend) if compiled else None,
-        fsdp=FSDP(
-            mixed_precision=MixedPrecisionPolicy(
-                param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
-                reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
-            ),
-            offload=CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy(),
-            reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",
-        ),
+        activation_checkpoint=checkpoint_of(ac_config),
+        compile=compile_of(compile_config),
+        fsdp=fsdp_of(training, parallelism),
     )
 
 
-def _activation_checkpoint(config: ActivationCheckpointingConfig) -> ActivationCheckpoint:
+def compile_of(config: CompileConfig) -> Compile | None:
+    """torchtitan's compile section as ours."""
+    compiled = config.enable and "model" in config.components
+    return Compile(config.backend) if compiled else None
+
+
+def fsdp_of(training: TrainingConfig, parallelism: ParallelismConfig) -> FSDP:
+    """What torchtitan's sections say of sharded weights, as ours."""
+    return FSDP(
+        mixed_precision=MixedPrecisionPolicy(
+            param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+            reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+        ),
+        offload=CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy(),
+        reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",
+    )
+
+
+def checkpoint_of(config: ActivationCheckpointingConfig) -> ActivationCheckpoint:
+    """torchtitan's policy of recomputation as ours.
+
+    Raises:
+        ValueError: one that we do not have.
+    """
     match config:
         case None:
             return NoCheckpoint()

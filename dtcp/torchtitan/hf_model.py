@@ -1,0 +1,212 @@
+"""A causal language model of transformers as torchtitan's Trainer takes one.
+
+The model stays transformers' own. It is built on the meta device, placed by parallelize_hf and
+filled with the weights of its folder, or with those that transformers draws for its config.
+"""
+
+import functools
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtcp.torchtitan.parallelize import checkpoint_of, compile_of, fsdp_of
+from dtcp.torchtitan.section import Section
+
+import torch
+from torch import Tensor, nn
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import ActivationCheckpointingConfig
+from torchtitan.models.utils import get_dense_model_nparams_and_flops
+from torchtitan.protocols.model import BaseModel
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
+
+from dtcp.check.configs import small_config
+from dtcp.checkpoint.huggingface import weight_files
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.forward import wrap_forward
+from dtcp.parallelize import load_hf, parallelize_hf
+from dtcp.parallelize.tied_parameters import (
+    find_tied_parameters,
+    restore_tied_parameters,
+)
+from dtcp.softmax.mixer import name_kernel
+
+SEED = 0
+"""Of the weights of a config without any: the same on every mesh."""
+
+
+@functools.lru_cache(maxsize=4)
+def read_config(source: str) -> Any:
+    """The config of transformers that a folder or file holds, or a tiny one of a model type.
+
+    Raises:
+        ValueError: neither such a file nor such a model type.
+    """
+    from transformers import AutoConfig
+
+    path = Path(source)
+    if not path.exists():
+        return small_config(source, {"vocab_size": 272}).config
+    return AutoConfig.from_pretrained(path)
+
+
+def weights_folder(source: str) -> Path | None:
+    """The folder that has weights beside its config; None if the model starts from nothing."""
+    folder = Path(source)
+    if not folder.is_dir() or not list(folder.glob("*.safetensors*")):
+        return None
+    weight_files(folder)
+    return folder
+
+
+@dataclass(kw_only=True, slots=True)
+class HuggingFaceConfig(BaseModel.Config):
+    """torchtitan's config of a model of transformers.
+
+    Args:
+        source: a folder, a config.json, or a model type.
+    """
+
+    source: str
+
+    @property
+    def vocab_size(self) -> int:
+        size: int = read_config(self.source).get_text_config().vocab_size
+        return size
+
+    @property
+    def num_layers(self) -> int:
+        layers: int = read_config(self.source).get_text_config().num_hidden_layers
+        return layers
+
+    def build(self, **_: Any) -> Any:
+        """The model, as torchtitan's Trainer calls it to check, fill and run it."""
+        from transformers import AutoModelForCausalLM
+
+        config = deepcopy(read_config(self.source))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        tied = find_tied_parameters(model)
+
+        def fill(*, buffer_device: torch.device | None = None) -> None:
+            # The Trainer has moved each name of a shared parameter off the meta device by itself.
+            restore_tied_parameters(model, tied)
+            device = buffer_device or next(model.parameters()).device
+            load_hf(model, weights_folder(self.source) or self._drawn(model), device=device)
+
+        model.init_weights = fill
+        model.verify_module_protocol = _accept_submodules
+        return model
+
+    def _drawn(self, model: Any) -> dict[str, Tensor]:
+        """Weights as transformers draws them, of the whole model on this host."""
+        from transformers import AutoModelForCausalLM
+
+        dtype = next(model.parameters()).dtype
+        with torch.random.fork_rng(), torch.device("cpu"):
+            torch.manual_seed(SEED)
+            plain = AutoModelForCausalLM.from_config(deepcopy(read_config(self.source)))
+        weights: dict[str, Tensor] = plain.to(dtype).state_dict()
+        return weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """As torchtitan prints and saves a config."""
+        return {"hf": read_config(self.source).to_dict()}
+
+    def update_from_config(self, *, config: Any, **_: Any) -> None:
+        """Nothing to take over: positions and masks come with the batch."""
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        config = read_config(self.source).get_text_config()
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return get_dense_model_nparams_and_flops(
+            model,
+            n_layers=config.num_hidden_layers,
+            n_heads=heads,
+            head_dims=2 * head_dim,
+            seq_len=seq_len,
+            enable_weight_tying=bool(config.tie_word_embeddings),
+        )
+
+
+def huggingface_spec(source: str) -> ModelSpec:
+    """The ModelSpec of a model of transformers.
+
+    Args:
+        source: as for HuggingFaceConfig.
+    Raises:
+        ValueError: no such folder, file or model type.
+    """
+    return ModelSpec(
+        name=read_config(source).model_type,
+        flavor="of transformers",
+        model=HuggingFaceConfig(source=source),
+        parallelize_fn=_parallelize,
+        pipelining_fn=None,
+        post_optimizer_build_fn=None,
+        state_dict_adapter=HuggingFaceAdapter,
+    )
+
+
+class HuggingFaceAdapter(BaseStateDictAdapter):
+    """Stands for the names that transformers gives weights in files; `save_hf` writes them."""
+
+    fqn_to_index_mapping = None
+
+    def __init__(self, model_config: Any, hf_assets_path: str | None) -> None:
+        self.hf_assets_path = hf_assets_path
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError(_LOAD)
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError(_LOAD)
+
+    def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> Any:
+        raise NotImplementedError(_LOAD)
+
+
+_LOAD = (
+    "Weights of a model of transformers are those of its folder, got "
+    "--checkpoint.initial_load_in_hf: name the folder as --model.hf FOLDER and leave it out."
+)
+
+
+def _accept_submodules() -> None:
+    """Submodules are transformers' own, and meant to be."""
+
+
+def _parallelize(
+    model: nn.Module,
+    *,
+    parallel_dims: ParallelDims,
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
+    compile_config: CompileConfig,
+    ac_config: ActivationCheckpointingConfig,
+    dump_folder: str,
+    section: Section,
+) -> nn.Module:
+    parallelize_hf(
+        model,
+        ParallelMesh.from_parallel_dims(parallel_dims),
+        section.attention_style(),
+        activation_checkpoint=checkpoint_of(ac_config),
+        compile=compile_of(compile_config),
+        fsdp=fsdp_of(training, parallelism),
+    )
+    name_kernel(model, section.kernel)
+    wrap_forward(model, _logits_of_tokens)
+    return model
+
+
+def _logits_of_tokens(
+    _: nn.Module, forward: Callable[..., Any], tokens: Tensor, **inputs: Any
+) -> Tensor:
+    """As torchtitan calls a model: tokens come first, and logits are all it gives."""
+    logits: Tensor = forward(input_ids=tokens, **inputs).logits
+    return logits

@@ -1,0 +1,94 @@
+"""train.py on a model of transformers: the losses, a resume on another mesh, and the export."""
+
+import json
+import shutil
+from functools import partial
+
+from dtcp.torchtitan.hf_model import SEED, huggingface_spec, read_config
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from dtcp.pretrain.data import PackedDocuments
+from dtcp.pretrain.options import parse
+from dtcp.pretrain.tokenizer import Tokenizer
+from dtcp.pretrain.trainer import batch_documents
+from tests.harness.run_script import run_forked
+from tests.harness.train_run import PATIENT, losses
+
+ROWS, SEQ_LEN = 2, 128
+SETTINGS = {
+    "--training.seq_len": SEQ_LEN,
+    "--training.local_batch_size": ROWS,
+    "--training.steps": 4,
+    "--lr_scheduler.warmup_steps": 0,
+    "--parallelism.tensor_parallel_degree": 1,
+    "--checkpoint.interval": 2,
+}
+SWITCHES = ("--compile.no-enable", "--validator.no-enable", "--checkpoint.export_hf")
+
+
+def train(source, folder, *arguments, ranks=2, **changes):
+    settings = {**SETTINGS, **{f"--{key.replace('__', '.')}": x for key, x in changes.items()}}
+    words = [f"{word}" for pair in settings.items() for word in pair]
+    where = ("--model.hf", f"{source}", "--dump_folder", f"{folder}")
+    ended = run_forked("train.py", *where, *words, *SWITCHES, *PATIENT, *arguments, ranks=ranks)
+    assert ended.code == 0, ended.output[-3000:]
+    return losses(ended.output), ended.output
+
+
+def first_loss(source) -> float:
+    """Of the unmodified model on the rows that train.py reads first, each document by itself."""
+    torch.manual_seed(SEED)
+    model = AutoModelForCausalLM.from_config(read_config(source))
+    tokenizer = Tokenizer.Config().build(tokenizer_path=".")
+    build = partial(PackedDocuments.Config().build, dp_world_size=1, dp_rank=0)
+    loader = build(tokenizer=tokenizer, seq_len=SEQ_LEN, local_batch_size=ROWS)
+    batch, labels = next(iter(loader))
+    each = []
+    for row, lengths in enumerate(batch_documents(batch).lengths):
+        used = sum(lengths)
+        pairs = zip(
+            batch["input"][row, :used].split(lengths),
+            labels[row, :used].split(lengths),
+            strict=True,
+        )
+        for tokens, targets in pairs:
+            logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+            each.append(F.cross_entropy(logits, targets, reduction="none")[targets >= 0])
+    return float(torch.cat(each).mean())
+
+
+@pytest.mark.slow
+def test_trainer_of_torchtitan_trains_resumes_and_exports_a_model_of_transformers(tmp_path):
+    found, _ = train("gemma3_text", tmp_path / "run")
+    assert list(found) == [1, 2, 3, 4] and found[4] < found[1]
+    assert_close(found[1], first_loss("gemma3_text"), rtol=0, atol=1e-5)
+
+    exported = tmp_path / "run/hf"
+    plain = AutoModelForCausalLM.from_pretrained(exported)
+    assert json.loads((exported / "config.json").read_text())["model_type"] == "gemma3_text"
+    # Filled with the exported weights, torchtitan's model goes on where the run ended.
+    again, _ = train(exported, tmp_path / "more", ranks=2, training__steps=1)
+    assert 0 < again[1] < found[1]
+    assert plain.config.num_hidden_layers == read_config("gemma3_text").num_hidden_layers
+
+    shutil.rmtree(tmp_path / "run/checkpoint/step-4")
+    other = {
+        "parallelism__context_parallel_degree": 1,
+        "parallelism__data_parallel_shard_degree": 2,
+        "training__local_batch_size": ROWS // 2,
+    }
+    resumed, output = train("gemma3_text", tmp_path / "run", **other)
+    assert "step-2" in output and list(resumed) == [3, 4]
+    assert_close(list(resumed.values()), [found[3], found[4]], rtol=0, atol=2e-5)
+
+
+def test_trainer_of_torchtitan_refuses_what_is_no_model_of_transformers():
+    with pytest.raises(ValueError, match="no_such_family"):
+        huggingface_spec("no_such_family")
+    with pytest.raises(ValueError, match=r"got --dtcp.verify 2 with --model.hf llama: leave"):
+        parse(["--model.hf", "llama", "--dtcp.verify", "2"])
