@@ -115,10 +115,9 @@ class WholeRows(nn.Module):
         )
         targets = local.pop("labels", None)
         local.pop("padding_mask", None)
-        asked = {"output_router_logits": True} if self._balanced(output_router_logits) else {}
-        asked = asked if targets is not None else {}
-        holds = targets is None or fused_lm_head or self.gathers_logits
-        head = None if holds else self.linear_head
+        balanced = targets is not None and self._balanced(output_router_logits)
+        asked = {"output_router_logits": True} if balanced else {}
+        head = None if fused_lm_head or targets is None else self._head()
         with nullcontext() if head is None else head.hold():
             out = self.module(**local, attn_metadata=sharded.attn_metadata, **asked)
         if last_token_mixer(self.module) is not None:
@@ -137,6 +136,9 @@ class WholeRows(nn.Module):
         if aux is not None:
             outputs["aux_loss"] = aux
         return outputs
+
+    def _head(self) -> LinearHead | None:
+        return None if self.gathers_logits else self.linear_head
 
     def _balanced(self, asked: bool | None) -> bool:
         said = getattr(self._text_config, "output_router_logits", False)
