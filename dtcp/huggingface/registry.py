@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dtcp.metadata import BatchMetadata
+from dtcp.softmax.mixer import LatentAttention
 
 IMPLEMENTATION = "dtcp"
 """The `config._attn_implementation` of a model that attends by mixers."""
@@ -21,6 +22,9 @@ SURVEY_IMPLEMENTATION = "dtcp_survey"
 
 MIXER = "dtcp_mixer"
 """The mixer's name in its attention module."""
+
+PROJECTION = "kv_b_proj"
+"""What makes keys and values of latents, in modules that have them."""
 
 
 class UnreadAttentionError(ValueError):
@@ -104,7 +108,13 @@ def mixer_attention_forward(
         # Sharded with the heads: each rank has the sinks of its own.
         s_aux = s_aux.to_local(grad_placements=s_aux.placements)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return module.get_submodule(MIXER)(q, k, v, attn_metadata, sink=s_aux), None
+    mixer = module.get_submodule(MIXER)
+    if isinstance(mixer, LatentAttention):
+        # In the places of keys and values, latents and rotary keys (latents.py).
+        projection: Any = module.get_submodule(PROJECTION)
+        up = projection.weight.unflatten(0, (q.shape[2], -1))
+        return mixer(q, k[:, :, 0], v[:, :, 0], up, attn_metadata), None
+    return mixer(q, k, v, attn_metadata, sink=s_aux), None
 
 
 def refuse_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import Survey, install_mixers
 from dtcp.huggingface.last_token import LastTokenCP
+from dtcp.huggingface.latents import exchange_latents, hands_on_latents
 from dtcp.huggingface.registry import MIXER
 from dtcp.parallelize.activation_checkpoint import ActivationCheckpoint
 from dtcp.parallelize.apply import (
@@ -55,6 +56,9 @@ def parallelize_hf(
     Args:
         model: on a real device, with its weights; or on the meta device: load_hf follows.
         attention: the strategy of every attention module, or a function of the module's name.
+            Layers of multi-head latent attention (DeepSeek, Kimi) exchange latents by
+            RingAttention, AllGatherAttention and HaloAttention, and by others, or under tp, the
+            keys and values that are made of them.
     Raises:
         ValueError: what the model needs and no mixer here does, by the names of the layers; or
             weights that are not the same on all ranks.
@@ -66,6 +70,7 @@ def parallelize_hf(
     _make_experts_compilable(model, compile)
     separate_gate_and_up(model)
     plan = hf_plan(model, survey, mesh, attention)
+    _exchange_latents(model, survey, mesh, plan)
     return parallelize(
         model, mesh, plan, activation_checkpoint=activation_checkpoint, compile=compile, fsdp=fsdp
     )
@@ -96,6 +101,18 @@ def hf_plan(
         fsdp_units=_fsdp_units(model),
         keep_dtype=_keep_dtype(model),
     )
+
+
+def _exchange_latents(model: Any, survey: Survey, mesh: ParallelMesh, plan: ParallelPlan) -> None:
+    """Let layers of latent attention exchange latents, where their strategy brings these."""
+    if mesh.cp is None or mesh.tp is not None:
+        return
+    for surveyed in survey.attentions:
+        attention = model.get_submodule(surveyed.name)
+        style = plan.cp[f"{surveyed.name}.{MIXER}"]
+        brings = isinstance(style, AttentionStyle) and style.op.strategy.takes_values_only
+        if brings and not surveyed.sink and hands_on_latents(attention):
+            exchange_latents(attention)
 
 
 def _check_same_weights(model: nn.Module, mesh: ParallelMesh) -> None:

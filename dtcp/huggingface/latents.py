@@ -1,0 +1,46 @@
+"""Multi-head latent attention of transformers: latents are handed to the mixer as they are.
+
+Models of the DeepSeek-V2 line make keys and values of latents in a method of their own, which all
+copy from one model. Where a module's is that very method, with a plain projection, the module may
+skip it: its mixer makes keys and values itself, where their latents arrive.
+"""
+
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from dtcp.huggingface.registry import MIXER, PROJECTION
+from dtcp.softmax.mixer import LatentAttention, SoftmaxAttention
+
+
+def hands_on_latents(attention: nn.Module) -> bool:
+    """Whether the module's keys and values are made as LatentAttention makes them.
+
+    Not where its projection has been replaced, by one with adapters say.
+    """
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+
+    own: Any = getattr(type(attention), "expand_kv", None)
+    known = DeepseekV3Attention.expand_kv.__code__
+    projection: Any = getattr(attention, PROJECTION, None)
+    if own is None or type(projection) is not nn.Linear or projection.bias is not None:
+        return False
+    code = own.__code__
+    return (code.co_code, code.co_names) == (known.co_code, known.co_names)
+
+
+def exchange_latents(attention: nn.Module) -> None:
+    """Give a module that has its mixer one that exchanges latents, and hand them on to it."""
+    mixer = attention.get_submodule(MIXER)
+    assert type(mixer) is SoftmaxAttention
+    latent = LatentAttention(
+        mixer.mask, scale=mixer.scale, softcap=mixer.softcap, kernel=mixer.kernel
+    )
+    attention.add_module(MIXER, latent)
+    # Bound to this very module, so that a deep copy has its own.
+    attention.expand_kv = MethodType(_as_they_are, attention)  # type: ignore[assignment]
+
+
+def _as_they_are(_: nn.Module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+    return kv_nope, k_rot
