@@ -24,7 +24,8 @@ def hands_on_latents(attention: nn.Module) -> bool:
     own: Any = getattr(type(attention), "expand_kv", None)
     known = DeepseekV3Attention.expand_kv.__code__
     projection: Any = getattr(attention, PROJECTION, None)
-    if own is None or type(projection) is not nn.Linear or projection.bias is not None:
+    plain = type(projection) is nn.Linear and getattr(projection, "bias", None) is None
+    if own is None or not plain:
         return False
     code = own.__code__
     return (code.co_code, code.co_names) == (known.co_code, known.co_names)
