@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtcp.torchtitan.attention import add_mixers
+from dtcp.torchtitan.latents import exchange_latents_of
 from dtcp.torchtitan.section import Section
 
 from torch import nn
@@ -164,11 +165,12 @@ def parallelize_decoder(
     """A decoder of torchtitan with our attention: its own TP, AC, compile and FSDP around it."""
     mesh = ParallelMesh.from_parallel_dims(parallel_dims)
     add_mixers(model)
+    style = section.attention_style()
+    if mesh.cp is not None and not parallel_dims.tp_enabled:
+        exchange_latents_of(model, style)
     name_kernel(model, section.kernel)
     # Inside torchtitan's local_map the mixer sees local heads, so cp is the only axis it knows.
-    apply_plan(
-        model, mesh.cp, {"layers.*.attention.inner_attention.mixer": section.attention_style()}
-    )
+    apply_plan(model, mesh.cp, {"layers.*.attention.inner_attention.mixer": style})
     if parallel_dims.tp_enabled:
         model.parallelize(parallel_dims)
     if ac_config is not None:
