@@ -33,6 +33,7 @@ from dtcp.sequence.masks import (
     Bidirectional,
     BlockBidirectional,
     Causal,
+    MemoryDocument,
     PrefixLM,
     SlidingWindow,
 )
@@ -43,6 +44,7 @@ from dtcp.softmax import (
     RingAttention,
     UlyssesAttention,
 )
+from dtcp.softmax.distance_bias import alibi_slopes, t5_distance_bias
 from dtcp.softmax.mixer import CrossAttention, LatentAttention, SoftmaxAttention
 from dtcp.softmax.style import AttentionStyle
 
@@ -71,6 +73,7 @@ __all__ = [
     "HybridAttention",
     "InGraph",
     "LatentAttention",
+    "MemoryDocument",
     "ParallelMesh",
     "PerDocument",
     "PrefixLM",
@@ -81,6 +84,7 @@ __all__ = [
     "SoftmaxAttention",
     "TokenField",
     "UlyssesAttention",
+    "alibi_slopes",
     "apply_plan",
     "batch_metadata",
     "causal_lm_loss",
@@ -89,6 +93,7 @@ __all__ = [
     "sequence_layout",
     "shard_batch",
     "shift_labels",
+    "t5_distance_bias",
     "token_log_probs",
     "token_mean_loss",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.deepseek_v3.model import Attention
@@ -39,7 +39,7 @@ def _latent_attentions(model: Decoder) -> Iterator[Any]:
         attention: Any = block.attention
         if type(attention) is not Attention:
             continue
-        up: nn.Module = attention.wkv_b
+        up: Any = attention.wkv_b
         if type(up) is Linear and up.bias is None:
             yield attention
 
