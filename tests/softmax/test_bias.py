@@ -234,6 +234,18 @@ def test_bias_makes_nothing_as_large_as_queries_times_keys():
     assert 0 < largest.elements <= 16 * length < length * length // 100
 
 
+def test_bias_of_t5_has_buckets_that_widen_with_the_distance():
+    """Eight a side: 0 to 3 by themselves, then shared up to 20, from where on all have the last."""
+    weight = torch.arange(16.0)[:, None]
+    table = t5_distance_bias(weight, bidirectional=True, max_distance=20)[0]
+    left = [0, 1, 2, 3, 4, 4, 5, 5, 5, 6, 6, 6, 6, 6, 7]
+    assert table[20 - torch.arange(15)].tolist() == left
+    assert table[21:].tolist() == [8 + x for x in table[:20].flip(0).tolist()]
+    one_sided = t5_distance_bias(weight[:8], bidirectional=False, max_distance=20)[0]
+    assert one_sided[:21].tolist() == table[:21].tolist() and not one_sided[21:].any()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_bias_of_t5_is_that_of_transformers(bidirectional):
     from transformers.models.t5.modeling_t5 import T5Attention
@@ -249,6 +261,7 @@ def test_bias_of_t5_is_that_of_transformers(bidirectional):
         assert table.shape == (3, 2 * far + 1)
 
 
+@pytest.mark.slow
 def test_bias_of_alibi_is_that_of_transformers():
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
