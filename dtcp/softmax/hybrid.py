@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp._torch import unflattened
 from dtcp.distributed.groups import group_name
 from dtcp.sequence.arguments import check_ints
-from dtcp.sequence.interval_runs import Intervals
+from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.all_gather import ALL_GATHER, AllGatherAttention
 from dtcp.softmax.moves import Peers
@@ -19,7 +19,7 @@ from dtcp.softmax.ulysses import (
     UlyssesAttention,
     UlyssesMetadata,
     joined,
-    reorder_indices,
+    ulysses_metadata,
 )
 
 ULYSSES_RING = AttentionOp("ulysses_ring_attention", Ulysses(RING.strategy), communicates=True)
@@ -56,6 +56,8 @@ class HybridAttention(AttentionStyle):
         default=None, init=False, repr=False, compare=False
     )
 
+    takes_memory = True
+
     @property
     def op(self) -> AttentionOp:
         return ULYSSES_RING if isinstance(self.outer, RingAttention) else ULYSSES_ALL_GATHER
@@ -82,9 +84,12 @@ class HybridAttention(AttentionStyle):
     ) -> UlyssesMetadata:
         groups = layout.num_shards // self.inner_ranks
         group = rank // self.inner_ranks
-        outer = replace(self.outer, tile=self.tile)
+        outer, intervals = replace(self.outer, tile=self.tile), KeyIntervals.read_off(intervals)
+        keys = intervals.keys
+        if keys is not None:
+            intervals = replace(intervals, keys=joined(keys, groups))
         between = outer.rank_metadata(joined(layout, groups), group, intervals)
-        return UlyssesMetadata(*reorder_indices(layout, groups, group), between)
+        return ulysses_metadata(layout, keys, between, num_shards=groups, shard=group)
 
     def peers(self, num_ranks: int, rank: int) -> Peers:
         return Peers(num_ranks, rank, self.inner_ranks)

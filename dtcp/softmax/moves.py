@@ -155,14 +155,21 @@ def steps_moved(
     )
 
 
-def heads_moved(shape: AttentionShape, length: int, num_ranks: int, rank: int) -> Moves:
-    """q, k, v go out by heads and out comes back; backward moves their gradients alike."""
-    kv_heads = max(shape.kv_heads, num_ranks)
-    widths = (shape.heads + kv_heads) * (shape.key_dim + shape.value_dim)
-    each = shape.batch * length * widths * shape.element_size // num_ranks
+def heads_moved(
+    shape: AttentionShape, length: int, num_ranks: int, rank: int, *, keys: int = 0
+) -> Moves:
+    """q, k, v go out by heads and out comes back; backward moves their gradients alike.
+
+    Args:
+        keys: local ones, where they are of another sequence; 0 where they are the queries' own.
+    """
+    kv_heads, keys = max(shape.kv_heads, num_ranks), keys or length
+    of_keys = keys * kv_heads * (shape.key_dim + shape.value_dim)
+    widths = length * shape.heads * (shape.key_dim + shape.value_dim) + of_keys
+    each = shape.batch * widths * shape.element_size // num_ranks
     # What is sent and what has arrived, of the wider of the two trades.
-    out = shape.heads * shape.key_dim + kv_heads * (shape.key_dim + shape.value_dim)
-    held = 2 * shape.batch * length * out * shape.element_size
+    out = length * shape.heads * shape.key_dim + of_keys
+    held = 2 * shape.batch * out * shape.element_size
     moved = Moved.alike(each, num_ranks, rank, workspace=held)
     return Moves(moved, moved)
 

@@ -232,7 +232,9 @@ class AttentionOp:
             sizes = (heads, x.kv_heads, x.kv_heads)
             for index, (own, size) in enumerate(zip((x.q, x.k, x.v), sizes, strict=True)):
                 assert own is not None
-                empty[index] = own.new_empty((*tokens, size, own.shape[-1]))
+                # By heads, queries and keys are as many times as many.
+                length = own.shape[1] * tokens[1] // x.q.shape[1]
+                empty[index] = own.new_empty((tokens[0], length, size, own.shape[-1]))
         return tuple(empty)
 
     def _forward_moves(self, *arguments: Any) -> Moved:

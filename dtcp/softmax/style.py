@@ -239,8 +239,8 @@ class AttentionStyle(MixerStyle):
         """Refuse, when the plan is applied, what brings no keys of another sequence."""
         if not self.takes_memory:
             raise ValueError(
-                f"Keys of another sequence are brought by RingAttention or AllGatherAttention, got "
-                f"{self} for cross attention: use one of these."
+                f"Keys of another sequence lie in no window of this one, got {self} for cross "
+                f"attention: use RingAttention, AllGatherAttention or UlyssesAttention."
             )
 
     def check_values_only(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -79,13 +79,34 @@ PER_HEAD = ("sink", "bias", "slope")
 """The inputs of attention, beside q, k and v, that have a row for each head."""
 
 
+def _none() -> Tensor:
+    return torch.zeros(0, dtype=torch.int32)
+
+
 @dataclass(frozen=True, eq=False)
 class UlyssesMetadata(AttentionMetadata):
-    """What Ulysses reads of a batch, before what the strategy inside reads."""
+    """What Ulysses reads of a batch, around what the strategy inside reads."""
 
     order: Tensor  # [n L] int32, joined slots in token order; empty where they are in order
     restore: Tensor  # [n L] int32, the way back; likewise
     outer: AttentionMetadata
+    # Of keys of another sequence, [n L]; empty where keys are the queries' own.
+    key_order: Tensor = field(default_factory=_none)
+    key_restore: Tensor = field(default_factory=_none)
+
+
+class _Orders(NamedTuple):
+    """How the slots of a group are put into the order of the row, and back."""
+
+    order: Tensor
+    restore: Tensor
+    key_order: Tensor
+    key_restore: Tensor
+
+    @property
+    def apart(self) -> bool:
+        """Whether keys are of another sequence, and travel by themselves."""
+        return self.key_order.numel() > 0
 
 
 class Ulysses:
@@ -102,26 +123,35 @@ class Ulysses:
 
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
         assert x.k is not None
-        check_key_count(x, x.q.shape[1])
         share = _share(x.q.shape[2], context)
-        order, restore, outer_context = self._parts(context, share)
+        orders, outer_context = self._parts(context, share)
         by_rank = (share.split(x.q), share.split_kv(x.k), share.split_kv(x.v))
-        q, k, v = _to_sequence(by_rank, order, context)
+        if orders.apart:
+            check_key_count(x, orders.key_order.numel() // share.num_ranks)
+            (q,) = _to_sequence(by_rank[:1], orders.order, context)
+            k, v = _to_sequence(by_rank[1:], orders.key_order, context)
+        else:
+            check_key_count(x, x.q.shape[1])
+            q, k, v = _to_sequence(by_rank, orders.order, context)
         own = AttentionInputs(q, k, v, **_of_own_heads(x, share, context))
         out, saved = self.outer.forward(own, outer_context)
-        (local,) = _to_heads((out,), restore, context)
+        (local,) = _to_heads((out,), orders.restore, context)
         return ForwardResult(share.join(local), [q, k, v, out, *saved])
 
     def backward(
         self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
     ) -> AttentionInputs:
         share = _share(grad_out.shape[2], context)
-        order, restore, outer_context = self._parts(context, share)
-        (grad,) = _to_sequence((share.split(grad_out),), order, context)
+        orders, outer_context = self._parts(context, share)
+        (grad,) = _to_sequence((share.split(grad_out),), orders.order, context)
         own = AttentionInputs(*x[:3], **_of_own_heads(x, share, context))
         grads = self.outer.backward(grad, own, result, outer_context)
         by_heads = [each.to(x.q.dtype) for each in grads[:3] if each is not None]
-        dq, dk, dv = _to_heads(by_heads, restore, context)
+        if orders.apart:
+            (dq,) = _to_heads(by_heads[:1], orders.restore, context)
+            dk, dv = _to_heads(by_heads[1:], orders.key_restore, context)
+        else:
+            dq, dk, dv = _to_heads(by_heads, orders.restore, context)
         per_head: dict[str, Any] = {}
         for name in PER_HEAD:
             whole, part = getattr(x, name), getattr(grads, name)
@@ -138,8 +168,9 @@ class Ulysses:
         batch, length = q.shape[:2]
         whole = (batch, length * share.num_ranks)
         inner_q = q.new_empty(*whole, share.heads // share.num_ranks, q.shape[-1])
-        inner_k = k.new_empty(*whole, share.kv_heads_each, k.shape[-1])
-        inner_v = v.new_empty(*whole, share.kv_heads_each, v.shape[-1])
+        keys = (batch, k.shape[1] * share.num_ranks, share.kv_heads_each)
+        inner_k = k.new_empty(*keys, k.shape[-1])
+        inner_v = v.new_empty(*keys, v.shape[-1])
         out = q.new_empty(*inner_q.shape[:-1], v.shape[-1])
         rest = self.outer.saved_like(AttentionInputs(inner_q, inner_k, inner_v), groups)
         return [inner_q, inner_k, inner_v, out, *rest]
@@ -150,16 +181,17 @@ class Ulysses:
         u = peers.group_size
         kv_heads = max(shape.kv_heads // u, 1)
         each = replace(shape, heads=shape.heads // u, kv_heads=kv_heads)
-        within = heads_moved(shape, length, u, peers.rank % u)
-        between = self.outer.moves(each, u * length, metadata[2:], peers.between())
+        within = heads_moved(shape, length, u, peers.rank % u, keys=metadata[-1].numel() // u)
+        between = self.outer.moves(each, u * length, metadata[2:-2], peers.between())
         return Moves(
             peers.placed_within(within.forward) + peers.placed_between(between.forward),
             peers.placed_within(within.backward) + peers.placed_between(between.backward),
         )
 
-    def _parts(self, context: OpContext, share: HeadShare) -> tuple[Tensor, Tensor, OpContext]:
-        order, restore, *outer = context.metadata
-        return order, restore, replace(context, metadata=outer, kv_heads=share.kv_heads_each)
+    def _parts(self, context: OpContext, share: HeadShare) -> tuple[_Orders, OpContext]:
+        order, restore, *outer, key_order, key_restore = context.metadata
+        inside = replace(context, metadata=outer, kv_heads=share.kv_heads_each)
+        return _Orders(order, restore, key_order, key_restore), inside
 
 
 def _inner_group(groups: Sequence[str]) -> dist.ProcessGroup:
@@ -256,6 +288,28 @@ def reorder_indices(layout: SequenceLayout, num_shards: int, shard: int) -> tupl
     return order.to(torch.int32), order.argsort().to(torch.int32)
 
 
+def ulysses_metadata(
+    layout: SequenceLayout,
+    keys: SequenceLayout | None,
+    outer: AttentionMetadata,
+    *,
+    num_shards: int,
+    shard: int,
+) -> UlyssesMetadata:
+    """Of one of `num_shards` groups of ranks.
+
+    Args:
+        keys: the layout of the keys' sequence, where that is another one.
+        outer: what the strategy between the groups reads.
+    """
+    own = reorder_indices(layout, num_shards, shard)
+    if keys is None:
+        return UlyssesMetadata(*own, outer)
+    order = keys.permutation().view(num_shards, -1)[shard].argsort()
+    apart = order.to(torch.int32), order.argsort().to(torch.int32)
+    return UlyssesMetadata(*own, outer, *apart)
+
+
 ULYSSES = AttentionOp("ulysses_attention", Ulysses(LOCAL), communicates=True)
 
 
@@ -270,10 +324,13 @@ class UlyssesAttention(AttentionStyle):
         boundary: InGraph() or EagerIsland().
 
     Traffic per rank, received: (n - 1) / n * L * (2 H + 2 max(G, n)) * D elements for equal key
-    and value dims, forward, and the same backward. Kept for backward: q, k, v and out by heads,
+    and value dims, forward, and the same backward; L of the keys' sequence for keys and values,
+    where that is another one. Kept for backward: q, k, v and out by heads,
     as large as by sequence (k and v max(G, n) / G times).
     From Jacobs et al. 2023, DeepSpeed Ulysses, section 3, https://arxiv.org/abs/2309.14509
     """
+
+    takes_memory = True
 
     @property
     def op(self) -> AttentionOp:
@@ -282,5 +339,8 @@ class UlyssesAttention(AttentionStyle):
     def rank_metadata(
         self, layout: SequenceLayout, rank: int, intervals: Intervals
     ) -> UlyssesMetadata:
-        local = local_metadata(*KeyIntervals.read_off(intervals).whole(), tile=self.tile)
-        return UlyssesMetadata(*reorder_indices(layout, 1, 0), local)
+        intervals = KeyIntervals.read_off(intervals)
+        keys = intervals.keys
+        num_keys = None if keys is None else keys.seq_len
+        local = local_metadata(*intervals.whole(), num_keys=num_keys, tile=self.tile)
+        return ulysses_metadata(layout, keys, local, num_shards=1, shard=0)
