@@ -185,6 +185,31 @@ def test_bias_on_one_device_equals_a_dense_one():
         assert_close(dict(zip(inputs, grads, strict=True)), expected.grads)
 
 
+@spmd(axes={"cp": 2, "tp": 2})
+def test_bias_with_heads_sharded_is_of_each_ranks_own_heads(mesh):
+    case = BiasCase(BIDIRECTIONAL, packings.two_rows, slope=True)
+    mixer = mixer_on(mesh["cp", "tp"], RingAttention(), case.mask_case.mask)
+    sharded, expected = shard_case(case, mixer, mesh["cp"], HeadTail), truth(case, 2)
+    tp = mesh["tp"].get_local_rank()
+    local = {}
+    for name, x in expected.inputs.items():
+        of_tokens = name in ("q", "k", "v")
+        x = sharded.shard(x) if of_tokens else x
+        local[name] = x.chunk(2, dim=2 if of_tokens else 0)[tp].clone().requires_grad_()
+    q, k, v, *rest = local.items()
+    out = mixer(q[1], k[1], v[1], sharded.attn_metadata, **dict(rest))
+    assert_close(out, sharded.shard(expected.out).chunk(2, dim=2)[tp])
+    grad_out = sharded.shard(expected.grad_out).chunk(2, dim=2)[tp]
+    grads = torch.autograd.grad(out, [*local.values()], grad_out)
+    for name, grad in zip(local, grads, strict=True):
+        whole = expected.grads[name]
+        if name in ("q", "k", "v"):
+            assert_close(grad, sharded.shard(whole).chunk(2, dim=2)[tp])
+        else:
+            dist.all_reduce(grad, group=mesh["cp"].get_group())
+            assert_close(grad, whole.chunk(2)[tp])
+
+
 class Block(nn.Module):
     """A mixer between per-token operations that cancel: a small block to compile."""
 

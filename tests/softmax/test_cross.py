@@ -163,6 +163,22 @@ def test_cross_attention_on_one_device_reads_the_documents_of_its_memory():
         assert_close(mixer.mask.visible(*coords), case.visible())
 
 
+@spmd(axes={"cp": 2, "tp": 2})
+def test_cross_attention_with_heads_sharded_equals_one_device(mesh):
+    mixer, tp = claimed(mesh["cp", "tp"], AllGatherAttention()), mesh["tp"].get_local_rank()
+    pair = sharded_pair(TWO_ROWS, mixer, mesh["cp"], (DocumentBalanced, HeadTail))
+
+    def on_own_heads(q, k, v, attn_metadata):
+        """Every rank has all heads; gradients of those of others are zero here."""
+        own = [x.chunk(2, dim=2)[tp] for x in (q, k, v)]
+        out = mixer(*own, attn_metadata)
+        return torch.cat([out if rank == tp else out.new_zeros(out.shape) for rank in range(2)], 2)
+
+    actual, expected = run(TWO_ROWS, on_own_heads, *pair)
+    for x, whole in zip(actual, expected, strict=True):
+        assert_close(x.chunk(2, dim=2)[tp], whole.chunk(2, dim=2)[tp])
+
+
 class Block(nn.Module):
     """A mixer between per-token operations that cancel: a small block to compile."""
 
