@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from dtcp.check.checked_hf import CheckedHuggingFaceModel
-from dtcp.check.parity import CheckOptions, compare
+from dtcp.check.parity import CheckOptions, compare, seeded
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import install_mixers, survey
 from dtcp.mixer import batch_metadata
@@ -151,3 +151,18 @@ def test_feed_forward_is_split_where_its_parts_add_up(bias, width, split):
     units = {unit: [f"{unit}.0", f"{unit}.2"] for unit in ("l.0.mlp", "l.0.ff")}
     roles = inferred_roles(modules, units, 2)
     assert roles == ({"l.0.mlp.0": "colwise", "l.0.mlp.2": "rowwise"} if split else {})
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "roberta"])
+def test_encoder_sees_no_padding(kind):
+    """Held against transformers' own mask of padding."""
+    change = FAMILIES["roberta"] if kind != "modernbert" else {}
+    plain, model = (seeded(CheckedHuggingFaceModel(kind, change)) for _ in range(2))
+    install_mixers(model)
+    documents = Documents(((7,), (12,)), 12)
+    is_token = documents.document() >= 0
+    input_ids = torch.randint(1, 60, (2, 12)).where(is_token, 0)
+    expected = plain(input_ids=input_ids, attention_mask=is_token.long()).logits
+    metadata = batch_metadata(model, documents)
+    given = {"position_ids": documents.position_ids(), "attn_metadata": metadata}
+    assert_close(model(input_ids=input_ids, **given).logits[is_token], expected[is_token])
