@@ -80,15 +80,9 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
             tp,
             beside_experts=beside_experts,
         )
-        if "NotImplementedError" in kernel_names(modules[name]):
-            raise ValueError(
-                f"Tensor parallelism gives a module its parameters where it is called, got {name} "
-                f"({type(modules[name]).__name__}), whose other methods are: set tp=1 and give the "
-                f"ranks to cp."
-            )
         if isinstance(split, RowwiseParallel) and _adds_in_place(modules, target):
             split = RowwiseOwnOutput()
-        style = adapter_style(split, target, part) if part else split
+        style = adapter_style(split, target, part) if part else _checked(name, modules[name], split)
         if style is None:
             missing.setdefault(_unit(name), name)
         plan[name] = style or LocalParams()
@@ -203,6 +197,17 @@ def _is_bias_of_head(model: Any, module: nn.Module) -> bool:
     head = model.get_output_embeddings()
     shared = set() if head is None else set(head.parameters(recurse=False))
     return all(p in shared for _, p in _own(module))
+
+
+def _checked(name: str, module: nn.Module, style: ParallelStyle | None) -> ParallelStyle | None:
+    """Refuse a module that is not called: no style would see it."""
+    if "NotImplementedError" in kernel_names(module):
+        raise ValueError(
+            f"Tensor parallelism gives a module its parameters where it is called, got {name} "
+            f"({type(module).__name__}), whose other methods are: set tp=1 and give the ranks to "
+            f"cp."
+        )
+    return style
 
 
 def _adds_in_place(modules: Mapping[str, nn.Module], name: str) -> bool:
