@@ -64,6 +64,8 @@ def find_mixing(model: nn.Module, run: RunModel, seq_len: int, *, pools: bool = 
                 changed_out = module.forward(*changed_args, **changed_kwargs)
                 by_token = pools and module is model
                 moved = moved or _moved(out, changed_out, seq_len, tokens, by_token=by_token)
+            # What it leaves for layers behind it (shared keys and values), left as it was.
+            module.forward(*args, **kwargs)
         finally:
             replaying = False
         if moved:

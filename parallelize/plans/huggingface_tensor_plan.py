@@ -59,6 +59,7 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     """
     tp_plan = _tp_plan(model)
     _check_divisible(model, tp_plan, tp)
+    _check_embedding_is_called(model)
     modules = dict(model.named_modules())
     owners = [name for name, module in modules.items() if any(True for _ in _own(module))]
     roles = {name: _role(name, tp_plan) for name in modules}
@@ -66,6 +67,7 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     moes = tuple(f"{name.rpartition('.')[0]}." for name in modules if roles[name] == EXPERTS)
     experts = tuple(name for name in modules if roles[name] == EXPERTS)
     recurrent = set(recurrent_layers(model))
+    split_units = {_unit(name) for name in owners if roles[adapted(name)[0]] == "colwise"}
     plan: dict[str, ParallelStyle] = {}
     missing: dict[str, str] = {}
     for name in owners:
@@ -83,6 +85,8 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
         if isinstance(split, RowwiseParallel) and _adds_in_place(modules, target):
             split = RowwiseOwnOutput()
         style = adapter_style(split, target, part) if part else _checked(name, modules[name], split)
+        if isinstance(style, ReplicatedParams) and not roles[target] and _unit(name) in split_units:
+            style = None  # A norm of all heads, of which a rank would have some.
         if style is None:
             missing.setdefault(_unit(name), name)
         plan[name] = style or LocalParams()
@@ -224,6 +228,18 @@ def _has_bias_around_head(model: Any) -> bool:
     parent = model.get_submodule(name.rpartition(".")[0])
     own = {p for _, p in _own(parent)}
     return parent is not model and not own <= set(head.parameters(recurse=False))
+
+
+def _check_embedding_is_called(model: Any) -> None:
+    """Refuse a model that reads the weight of its embedding beside calling it."""
+    for name, module in model.named_modules():
+        names = kernel_names(module)
+        if {"embed_tokens", "weight", "pad_token_id"} <= names:
+            raise ValueError(
+                f"Tensor parallelism splits an embedding by its vocabulary, got {name}"
+                f" ({type(module).__name__}), which reads its weight: set tp=1 and give the ranks "
+                f"to cp."
+            )
 
 
 def _experts_style(name: str, module: nn.Module, tp: int) -> ParallelStyle:

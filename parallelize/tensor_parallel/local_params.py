@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp._torch import parameters_replaced
-from dtcp.forward import INSIDE, wrap_forward
+from dtcp.forward import wrap_forward
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 
 
@@ -68,7 +69,7 @@ class ModuleView:
         if name in self._tensors:
             return self._tensors[name]
         found = getattr(self._module, name)
-        if name.startswith(INSIDE):
+        if isinstance(found, MethodType) and found.__self__ is self._module:
             return partial(found.__func__, self)
         if isinstance(found, nn.Module) and _is_distributed(found):
             # A layer may read the weight of a module inside of it, a convolution's for example.
