@@ -6,7 +6,7 @@ models or parallelize spells a private name of torch; tests/test_imports.py hold
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from types import FrameType
@@ -303,3 +303,17 @@ def config_owner(config: object) -> type | None:
     """The class that a config of torchtitan builds (0.3.0: Configurable wires it)."""
     owner: type | None = getattr(config, "_owner", None)
     return owner
+
+
+# Modules.
+
+
+@contextmanager
+def parameters_replaced(module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, a module finds these tensors where it has its own parameters (2.11-2.15)."""
+    own = dict(module._parameters)
+    module._parameters.update(cast(Any, tensors))
+    try:
+        yield
+    finally:
+        module._parameters.update(own)

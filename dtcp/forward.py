@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import nn
 
+INSIDE = "_forward_inside"
+"""What the names begin with under which modules keep the forward that they ran before."""
+
 
 def wrap_forward(module: nn.Module, around: Callable[..., Any]) -> None:
     """Let a module run `around(module, forward, *args, **kwargs)`; forward is what it ran before.
@@ -21,7 +24,7 @@ def wrap_forward(module: nn.Module, around: Callable[..., Any]) -> None:
     Args:
         around: reads the module and its forward from its arguments, not from where it was made.
     """
-    name = "_forward_inside"
+    name = INSIDE
     while name in vars(module):
         name += "_again"
     setattr(module, name, module.forward)

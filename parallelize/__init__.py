@@ -21,6 +21,7 @@ from dtcp.parallelize.plans.gemma4 import gemma4_plan
 from dtcp.parallelize.plans.huggingface import parallelize_hf
 from dtcp.parallelize.plans.llama import llama_plan
 from dtcp.parallelize.plans.qwen3_5 import qwen3_5_plan
+from dtcp.parallelize.save_hf import save_hf
 
 __all__ = [
     "FSDP",
@@ -38,4 +39,5 @@ __all__ = [
     "parallelize",
     "parallelize_hf",
     "qwen3_5_plan",
+    "save_hf",
 ]

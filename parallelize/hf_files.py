@@ -5,7 +5,7 @@ one tensor for each expert where the model has one for all, for example. The rul
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,3 +120,51 @@ def weight_groups(model: Any, files: Mapping[str, Tensor]) -> tuple[list[WeightG
         elif not any(each.search(name) for each in ignored):
             left_over.append(name)
     return list(groups.values()), left_over
+
+
+@dataclass
+class SavedGroup:
+    """Weights of a model that together become one weight of its files, or several."""
+
+    names: list[str] = field(default_factory=list)
+
+    def revert(self, model: Any, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole weights by their names in files."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        made = revert_weight_conversion(model, dict(whole))
+        # Parts of one tensor share its memory, which files do not.
+        return {
+            name: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+            for name, x in made.items()
+        }
+
+
+def saved_groups(model: Any, names: Sequence[str]) -> list[SavedGroup]:
+    """The weights of a model in the order of their names, those together that files have as one."""
+    from transformers.core_model_loading import (
+        WeightConverter,
+        apply_converters,
+        dot_natural_key,
+    )
+
+    # As in revert_weight_conversion, which takes all weights at once.
+    rules = [rule.reverse_transform() for rule in reversed(_rules_of_saving(model))]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    groups: dict[str, SavedGroup] = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = apply_converters(name, converters)
+        key = name if pattern is None else f"{target}, converted"
+        groups.setdefault(key, SavedGroup()).names.append(name)
+    return list(groups.values())
+
+
+def _rules_of_saving(model: Any) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    own = getattr(model, "_weight_conversions", None)
+    if own is not None:
+        return list(own)
+    made = get_model_conversion_mapping(model, add_legacy=False)
+    return [rule for rule in made if not isinstance(rule, PrefixChange)]

@@ -71,6 +71,9 @@ OF_TRANSFORMERS = (
     "_init_weights",
     "_keep_in_fp32_modules_strict",
     "_keys_to_ignore_on_load_unexpected",
+    "_keys_to_ignore_on_save",
+    "_split_heads",
+    "_weight_conversions",
 )
 OF_TORCHTITAN = ("_create_checkpoint_id", "_find_load_step", "_should_save")
 # Part of what a NamedTuple is: Python documents them, the underscore keeps fields' names free.

@@ -6,6 +6,7 @@ Goes on where it stopped: results.json is written after each model. The page is 
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -37,7 +38,9 @@ def main(argv: list[str]) -> int:
         if time.monotonic() - started > arguments.seconds:
             print(f"stopped after {arguments.seconds} s, {len(chosen) - number + 1} to go")
             break
-        results.outcomes[case.name] = outcomes = _outcomes(case, eager=arguments.eager)
+        before = {} if arguments.types else results.outcomes.get(case.name, {})
+        kept = {mesh: each for mesh, each in before.items() if each.verdict not in again}
+        results.outcomes[case.name] = outcomes = _outcomes(case, kept, eager=arguments.eager)
         results.write()
         said = "; ".join(f"{mesh}: {each.verdict}" for mesh, each in outcomes.items())
         print(f"{number}/{len(chosen)} {case.name}: {said}", flush=True)
@@ -48,10 +51,17 @@ def main(argv: list[str]) -> int:
     return int(any(results.counts(mesh).get(v) for mesh in MESHES for v in VERDICTS[2:]))
 
 
-def _outcomes(case: Case, *, eager: bool) -> dict[str, Outcome]:
-    """By mesh. What is refused on cp alone is refused beside tp, and is not run again."""
+def _outcomes(case: Case, kept: Mapping[str, Outcome], *, eager: bool) -> dict[str, Outcome]:
+    """By mesh. What is refused on cp alone is refused beside tp, and is not run again.
+
+    Args:
+        kept: what is not asked again.
+    """
     outcomes: dict[str, Outcome] = {}
     for mesh, options in MESHES.items():
+        if mesh in kept:
+            outcomes[mesh] = kept[mesh]
+            continue
         before = next(iter(outcomes.values()), None)
         refused = before is not None and before.verdict == "refused"
         options = replace(options, backend="") if eager else options

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
@@ -13,17 +12,18 @@ from torch import Tensor, nn
 from dtcp.batch import ShardedBatch
 from dtcp.check.checked_model import (
     Mixing,
-    ModelRefused,
     check_logits,
     in_fp64,
     made_by,
     own_errors,
 )
 from dtcp.check.configs import SmallConfig, model_of, parameter_count, small_config
+from dtcp.check.true_fp64 import kernels_in_fp64
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import survey
 from dtcp.huggingface.registry import MIXER
 from dtcp.parallelize import Compile, parallelize_hf
+from dtcp.parallelize.plans.huggingface import RECURRENT
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.sequence.documents import Documents
 from dtcp.softmax.style import AttentionStyle
@@ -73,6 +73,9 @@ class CheckedHuggingFaceModel:
         except ValueError as error:
             return Mixing({}, (str(error),), notes=notes)
         claims = {f"{a.name}.{MIXER}": f"{style}, {a.mixer()}" for a in surveyed.attentions}
+        claims |= {
+            each.name: f"{RECURRENT[each.kind]}, {each.mixer()}" for each in surveyed.recurrent
+        }
         if surveyed.refused or tp == 1:
             return Mixing(claims, surveyed.refused, notes=notes)
         try:
@@ -92,7 +95,8 @@ class CheckedHuggingFaceModel:
     def logits_on_one_device(self, model: Any, input_ids: Tensor, documents: Documents) -> Tensor:
         """Each document by itself: not every model of transformers keeps packed ones apart."""
         parts = input_ids[0].split(documents.lengths[0])
-        logits = [model(input_ids=x[None], use_cache=False).logits for x in parts]
+        with kernels_in_fp64(model):
+            logits = [model(input_ids=x[None], use_cache=False).logits for x in parts]
         for part, each in zip(parts, logits, strict=True):
             check_logits(model, each, len(part))
         return torch.cat(logits, dim=1)
@@ -115,20 +119,3 @@ class CheckedHuggingFaceModel:
         with torch.no_grad(), own_errors(f"{name} runs by itself, in fp64 on a CPU", remedy):
             out = run()
             check_logits(model, getattr(out, "logits", out), _PROBED)
-            if "position_ids" in signature(model.forward).parameters:
-                # Dropout would tell the two apart, and is for the survey to refuse.
-                model.eval()
-                counted = run(position_ids=torch.arange(_PROBED)[None]).logits
-                _check_counts(name, run().logits, counted)
-                model.train()
-
-
-def _check_counts(name: str, logits: Tensor, counted: Tensor) -> None:
-    """Refuse a model that counts positions in a way of its own: a batch's are other ones."""
-    difference = float((logits - counted).abs().max())
-    if difference > 1e-4 * float(logits.abs().max()):
-        raise ModelRefused(
-            f"A batch counts the positions of a row from 0, got {name}, whose logits differ by "
-            f"{difference:.1e} without position_ids: it counts in a way of its own; write it with "
-            f"mixers (docs/add_a_model.md)."
-        )

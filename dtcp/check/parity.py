@@ -248,6 +248,8 @@ def _on_mesh(
     documents = row.documents
     batch = {"input_ids": row.input_ids, "position_ids": documents.position_ids()}
     batch["labels"] = shift_labels(row.input_ids, documents)
+    # No image among them, for masks that ask.
+    batch["block"] = torch.full_like(row.input_ids, -1)
     local, sharded = shard_batch(batch, mesh, options.layout, model=model, documents=documents)
     logits = _two_or_more(checked.local_logits(model, local, sharded))
     labels = local["labels"]

@@ -61,6 +61,11 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "num_kv_shared_layers": 2,
     },
     "granitemoehybrid": {"mamba_n_heads": 8},
+    "lfm2": {
+        "num_hidden_layers": 2,
+        "full_attn_idxs": [1],
+        "layer_types": ["conv", "full_attention"],
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "mobilebert": {"intra_bottleneck_size": 32},

@@ -2,7 +2,8 @@
 
 from dtcp.huggingface.batch import causal_lm_loss, documents_of_hf_batch, shard_hf_batch
 from dtcp.huggingface.install import install_mixers
-from dtcp.huggingface.survey import Survey, SurveyedAttention, survey
+from dtcp.huggingface.recorder import SurveyedAttention
+from dtcp.huggingface.survey import Survey, survey
 from dtcp.huggingface.whole_rows import WholeRows
 
 __all__ = [

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dtcp.batch import ShardedBatch, shard_rows
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.huggingface.images import IMAGES, whole_rows, with_blocks
 from dtcp.huggingface.pooled_head import check_last_tokens, last_token_mixer
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
@@ -46,7 +47,9 @@ def shard_hf_batch(
             transformers has them; position_ids, which restart at every packed document;
             attention_mask [B, S], 0 for padding on the right, or numbering packed documents from
             1; and what flattening collators add (cu_seq_lens_q, max_length_q, seq_idx, ..). A
-            value of None is left out.
+            value of None is left out. Images (pixel_values, image_grid_thw, ..), with the
+            mm_token_type_ids or token_type_ids of their tokens, are for a model that takes them:
+            its rows stay whole, and it cuts them behind its vision tower.
         model: of parallelize_hf. Its kind says what labels are: those of a language model are
             shifted; those of a token classifier stay at their tokens; those of rows, and the
             start_positions and end_positions of answers, stay whole.
@@ -61,15 +64,30 @@ def shard_hf_batch(
         ValueError: padding on the left or in the middle, keys that contradict each other, or what
             shard_batch refuses.
     """
-    return shard_rows(
-        lambda: _rows_of(batch, model),
-        mesh,
-        layout,
-        model=model,
-        device=device,
-        compare_ranks=compare_ranks,
-        buckets=buckets,
-    )
+    options = {"device": device, "compare_ranks": compare_ranks, "buckets": buckets}
+    return _shard(batch, mesh, layout, model, for_token_loss=False, **options)
+
+
+def _shard(
+    batch: Mapping[str, Any],
+    mesh: ParallelMesh,
+    layout: type[SequenceLayout],
+    model: nn.Module,
+    *,
+    for_token_loss: bool,
+    **options: Any,
+) -> tuple[dict[str, Tensor], ShardedBatch]:
+    def prepare() -> Rows:
+        return _rows_of(batch, model, for_token_loss=for_token_loss)
+
+    local, sharded = shard_rows(prepare, mesh, layout, model=model, **options)
+    images = {key: batch[key] for key in IMAGES if batch.get(key) is not None}
+    if images:
+        whole = {**whole_rows(batch, sharded.documents, model), **images}
+        local = {key: x for key, x in local.items() if key not in (*whole, "position_ids")}
+        device = options["device"]
+        local |= {key: x if device is None else x.to(device) for key, x in whole.items()}
+    return local, sharded
 
 
 def causal_lm_loss(
@@ -94,15 +112,8 @@ def causal_lm_loss(
         ValueError: no labels, a model that gives outputs for rows, or what shard_hf_batch refuses.
     """
     check_kind("causal_lm_loss", nn.Module, model=model)
-    local, sharded = shard_rows(
-        lambda: _rows_of(batch, model, for_token_loss=True),
-        mesh,
-        layout,
-        model=model,
-        device=device,
-        compare_ranks=compare_ranks,
-        buckets=buckets,
-    )
+    options = {"device": device, "compare_ranks": compare_ranks, "buckets": buckets}
+    local, sharded = _shard(batch, mesh, layout, model, for_token_loss=True, **options)
     labels = local.pop("labels")
     local.pop("padding_mask", None)
     logits = model(**local, attn_metadata=sharded.attn_metadata).logits
@@ -112,12 +123,13 @@ def causal_lm_loss(
 def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool = False) -> Rows:
     """A batch of transformers as shard_batch takes it."""
     check_batch("A batch", batch)
-    rows = {key: x for key, x in batch.items() if x is not None}
+    rows = {key: x for key, x in batch.items() if x is not None and key not in IMAGES}
     pooling = last_token_mixer(model)
     if for_token_loss:
         _check_token_loss(model, rows, pooled=pooling is not None)
     documents = documents_of_hf_batch(rows)
     whole = {key: x for key, x in rows.items() if key not in (*DOCUMENT_KEYS, "attention_mask")}
+    whole = with_blocks(whole, model)
     whole["position_ids"] = documents.position_ids()
     fields = DEFAULT_FIELDS
     if pooling is not None:

@@ -8,10 +8,16 @@ from torch import nn
 
 from dtcp.forward import wrap_forward
 from dtcp.huggingface import registry
+from dtcp.huggingface.handed_on import hand_on_in_the_mask, hand_to_base
+from dtcp.huggingface.images import IMAGES, image_arguments, install_image_inputs
 from dtcp.huggingface.meta_device import survey_on_meta
+from dtcp.huggingface.own_attention import own_attentions, use_registry
 from dtcp.huggingface.pooled_head import install_pooled_head
+from dtcp.huggingface.positions import Positions, call_with_positions, install_positions
+from dtcp.huggingface.recorder import survey_mask
+from dtcp.huggingface.recurrent_layers import install_recurrent_mixers
 from dtcp.huggingface.router_logits import leave_out_own_balance
-from dtcp.huggingface.survey import Survey, survey, survey_mask
+from dtcp.huggingface.survey import Survey, survey
 
 ARGUMENTS = (
     "input_ids",
@@ -38,21 +44,54 @@ def install_mixers(model: Any) -> Survey:
         ValueError: the model mixes tokens in a way that cannot be sharded; names the layers.
     """
     on_meta = next(model.parameters()).is_meta
+    before = {key: x._attn_implementation for key, x in _inner_configs(model)}
     result = survey_on_meta(model) if on_meta else survey(model)
     result.check()
     for attention in result.attentions:
         model.get_submodule(attention.name).add_module(registry.MIXER, attention.mixer())
+    install_recurrent_mixers(model, result.recurrent)
+    for module in own_attentions(model):
+        use_registry(module)
+    for name in result.givers:
+        hand_on_in_the_mask(name, model.get_submodule(name))
+    if result.base_unread:
+        hand_to_base(model)
     if result.pooled_head is not None:
         install_pooled_head(model, result.pooled_head)
     registry.register_attention(survey_mask)
     registry.set_attention(model, registry.IMPLEMENTATION)
-    for module in model.modules():
-        if module is not model and _is_entry(module):
+    _leave_others(model, result, before)
+    mixing = [each.name for each in result.attentions] + [each.name for each in result.recurrent]
+    for name, module in model.named_modules():
+        mixes = any(each.startswith(f"{name}.") for each in mixing)
+        if name and mixes and _is_entry(module) and result.positions.taken:
             wrap_forward(module, _checked_inner_forward)
+    if result.images:
+        install_image_inputs(model, result.images)
+    install_positions(model, result.positions)
+    vars(model)[_POSITIONS] = result.positions
     if hasattr(model.config.get_text_config(), "output_router_logits"):
         wrap_forward(model, leave_out_own_balance)
     wrap_forward(model, _checked_forward)
     return result
+
+
+_POSITIONS = "dtcp_positions_rule"
+
+
+def _inner_configs(model: Any) -> list[tuple[str, Any]]:
+    keys = getattr(model.config, "sub_configs", {})
+    found = [(key, getattr(model.config, key, None)) for key in keys]
+    return [(key, config) for key, config in found if config is not None]
+
+
+def _leave_others(model: Any, result: Survey, before: Mapping[str, str]) -> None:
+    """What was not surveyed attends as it did: a vision tower, whose images are whole."""
+    modules = [model.get_submodule(each.name) for each in result.attentions]
+    surveyed = [getattr(module, "config", None) for module in modules]
+    for key, config in _inner_configs(model):
+        if None not in surveyed and not any(config is each for each in surveyed):
+            config._attn_implementation = before[key]
 
 
 def _is_entry(module: nn.Module) -> bool:
@@ -63,9 +102,10 @@ def _is_entry(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel) and has_positions
 
 
-def _checked_forward(_: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    _check_call(args, kwargs)
-    return forward(**{**kwargs, "use_cache": False})
+def _checked_forward(model: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    _check_call(model, args, kwargs)
+    positions: Positions = vars(model)[_POSITIONS]
+    return call_with_positions(model, positions, forward, **{**kwargs, "use_cache": False})
 
 
 def _checked_inner_forward(
@@ -79,14 +119,15 @@ def _checked_inner_forward(
     return forward(*args, **kwargs)
 
 
-def _check_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _check_call(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     if args:
         raise TypeError(
             f"A model with mixers is called by keywords, got {len(args)} positional arguments: "
             f"pass input_ids=, position_ids= and attn_metadata=."
         )
     switched_on = [key for key in ARGUMENTS[-1:] if kwargs.get(key)]
-    unknown = [key for key, x in kwargs.items() if key not in ARGUMENTS and x is not None]
+    known = (*ARGUMENTS, *image_arguments(model))
+    unknown = [key for key, x in kwargs.items() if key not in known and x is not None]
     if switched_on or unknown or kwargs.get("use_cache"):
         raise ValueError(
             f"A model with mixers is called with the input_ids, position_ids and attn_metadata of "
@@ -99,15 +140,28 @@ def _check_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
 
 def _check_inputs(inputs: Mapping[str, Any]) -> None:
     missing = [key for key in ("position_ids", "attn_metadata") if inputs.get(key) is None]
-    if missing:
+    has_images = any(inputs.get(key) is not None for key in IMAGES)
+    if missing and not (has_images and missing == ["position_ids"]):
         raise ValueError(
             f"A model with mixers is called with the position_ids and attn_metadata of "
             f"shard_hf_batch, got without={missing}: it would count its shard from 0."
         )
+    mask = inputs.get("attention_mask")
+    # Models hand the ones inside of them a mask for each kind of layer, and none here.
+    masks = mask.values() if isinstance(mask, Mapping) else [mask]
+    if any(each is not None for each in masks):
+        raise ValueError(
+            f"Padding of a sharded batch is in its metadata, got an attention_mask of shape "
+            f"{tuple(getattr(mask, 'shape', ()))}: give it to shard_hf_batch, not to the model."
+        )
     tokens = inputs.get("input_ids")
     tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-    position_ids = inputs["position_ids"]
-    if tokens is not None and position_ids.shape[-1] != tokens.shape[1]:
+    position_ids = inputs.get("position_ids")
+    if (
+        tokens is not None
+        and position_ids is not None
+        and position_ids.shape[-1] != tokens.shape[1]
+    ):
         raise ValueError(
             f"A model has one position for each token of its shard, got position_ids.shape="
             f"{tuple(position_ids.shape)} for tokens of {tuple(tokens.shape[:2])}: pass the "

@@ -53,7 +53,10 @@ def _narrow_copy(model: Any) -> Any:
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     narrow = {key: size for key, size in NARROW.items() if getattr(config, key, None)}
-    narrow |= {"hidden_size": HEADS * head_dim, "num_attention_heads": HEADS, "pad_token_id": 0}
+    narrow |= {"hidden_size": HEADS * head_dim, "num_attention_heads": HEADS}
+    padding = getattr(config, "pad_token_id", None)
+    # Some models count positions from behind it.
+    narrow["pad_token_id"] = padding if padding and padding < NARROW["vocab_size"] else 0
     if kv_heads:
         narrow["num_key_value_heads"] = HEADS if kv_heads == heads else 1
     for key, size in narrow.items():

@@ -46,12 +46,14 @@ def find_mixing(model: nn.Module, run: RunModel, seq_len: int, *, pools: bool = 
     """
     names = {module: name for name, module in model.named_modules()}
     mixing: list[str] = []
+    called: set[str] = set()
     replaying = False
     # One at the start or at the end may be all that a module reads of a row.
     probes = ((seq_len // 2,), (0, seq_len - 1))
 
     def replay(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         nonlocal replaying
+        called.add(names[module])
         if replaying or names[module] in mixing:
             return
         replaying = True
@@ -62,6 +64,8 @@ def find_mixing(model: nn.Module, run: RunModel, seq_len: int, *, pools: bool = 
                 changed_out = module.forward(*changed_args, **changed_kwargs)
                 by_token = pools and module is model
                 moved = moved or _moved(out, changed_out, seq_len, tokens, by_token=by_token)
+            # What it leaves for layers behind it (shared keys and values), left as it was.
+            module.forward(*args, **kwargs)
         finally:
             replaying = False
         if moved:
@@ -74,7 +78,17 @@ def find_mixing(model: nn.Module, run: RunModel, seq_len: int, *, pools: bool = 
     finally:
         for hook in hooks:
             hook.remove()
+    # A router that sorts the tokens of a row mixes them; where they come back as they went, the
+    # module around it does not.
+    undone = {name for name in mixing if _called_around(name, called) not in (None, *mixing)}
+    mixing = [name for name in mixing if name not in undone]
     return [name for name in mixing if not any(_inside(other, name) for other in mixing)]
+
+
+def _called_around(name: str, called: set[str]) -> str | None:
+    """The innermost module around one that is called; None for the model itself."""
+    around = [other for other in called if _inside(name, other)]
+    return max(around, key=len, default=None)
 
 
 @contextmanager
@@ -128,9 +142,20 @@ def _own_operands(mixer: Mixer, *args: Any, **kwargs: Any) -> Tensor:
     return out
 
 
-def own_value(v: Tensor, heads: int) -> Tensor:
-    """Attention of a token to itself alone: v [B, L, G, V] -> [B, L, H, V]."""
-    return v.repeat_interleave(heads // v.shape[2], dim=2)
+def own_operands(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of a token to itself alone, and what its query and its key bring: [B, L, H, V].
+
+    Where tokens meet on the way to any of the three, they meet in what comes of it.
+
+    Args:
+        q: [B, L, H, D].
+        k, v: [B, L, G, D or V]; if of other tokens than q, no key is a token's own.
+    """
+    if k.shape[1] != q.shape[1]:
+        return (q * 0).mean(-1, keepdim=True) + v.mean(dim=(1, 2), keepdim=True) + k.mean()
+    own = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+    of_key = k.mean(-1, keepdim=True).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    return own + q.mean(-1, keepdim=True) + of_key
 
 
 def _inside(name: str, outer: str) -> bool:

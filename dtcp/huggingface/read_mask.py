@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtcp.sequence.masks import Bidirectional, Causal, Mask, SlidingWindow
+from dtcp.sequence.masks import AttentionChunks, Bidirectional, Causal, Mask, SlidingWindow
 
 FAR = 2**20
 """The query whose keys are counted; a window as wide as this counts as none."""
@@ -28,9 +28,28 @@ def read_mask(mask_function: Callable[..., Any]) -> Mask | None:
     if left is not None:
         queries += [left - 2, left - 1, left, left + 1, 2 * left + 1, 3 * left]
     queries = [query for query in queries if 0 <= query <= FAR]
-    if not all(_agrees(mask_function, query, left, right) for query in queries):
-        return None
-    return _mask(left, right)
+    if all(_agrees(mask_function, query, left, right) for query in queries):
+        return _mask(left, right)
+    return _chunks(mask_function)
+
+
+def _chunks(mask_function: Callable[..., Any]) -> Mask | None:
+    """The causal mask in which every query tried sees its chunk of the row alone."""
+    low, high = 0, FAR
+    while high - low > 1:  # A query sees the first key, up to the end of the first chunk.
+        middle = (low + high) // 2
+        row = _row(mask_function, middle)
+        low, high = (middle, high) if row is not None and bool(row[0]) else (low, middle)
+    size = high
+    near = (size - 1, size, size + 1, 2 * size - 1, 2 * size, 3 * size + size // 2)
+    for query in (*range(NEAR), *near, 12_345, FAR):
+        if query > FAR:
+            continue
+        row, keys = _row(mask_function, query), torch.arange(query + NEAR)
+        expected = (keys <= query) & (keys // size == query // size)
+        if row is None or not torch.equal(row, expected):
+            return None
+    return Causal() & AttentionChunks(size)
 
 
 def _row(mask_function: Callable[..., Any], query: int) -> Tensor | None:

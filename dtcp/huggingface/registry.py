@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dtcp.huggingface.handed_on import batch_of_mask
+from dtcp.huggingface.own_attention import own_attentions
 from dtcp.metadata import BatchMetadata
 from dtcp.softmax.mixer import LatentAttention
 
@@ -25,13 +27,15 @@ MIXER = "dtcp_mixer"
 
 PROJECTION = "kv_b_proj"
 """What makes keys and values of latents, in modules that have them."""
+RECORDER = "dtcp_recorder"
+"""The attribute of a mask that says who surveys, where nothing else is handed on."""
 
 
 class UnreadAttentionError(ValueError):
     """A model's attention cannot be surveyed: it receives nothing of the model's call."""
 
 
-class Recorder(Protocol):
+class AttentionNotes(Protocol):
     """Notes the attention calls of a survey; passed in the place of the metadata."""
 
     def record(
@@ -42,6 +46,8 @@ class Recorder(Protocol):
         arguments: dict[str, Any],
     ) -> Tensor: ...
 
+    def note_unread(self) -> None: ...
+
 
 def register_attention(survey_mask: Any) -> None:
     """Register both implementations with transformers, however often it is called."""
@@ -50,7 +56,7 @@ def register_attention(survey_mask: Any) -> None:
     AttentionInterface.register(IMPLEMENTATION, mixer_attention_forward)
     AttentionInterface.register(SURVEY_IMPLEMENTATION, _survey_attention_forward)
     # Registered too: for a name without a mask function, masks are dropped without a word.
-    AttentionMaskInterface.register(IMPLEMENTATION, refuse_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, no_mask)
     AttentionMaskInterface.register(SURVEY_IMPLEMENTATION, survey_mask)
 
 
@@ -61,6 +67,8 @@ def set_attention(model: Any, implementation: str) -> None:
         ValueError: the model does not look its attention up in the registry.
     """
     model.set_attn_implementation(implementation)
+    for module in own_attentions(model):
+        module.config._attn_implementation = implementation
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         chosen = getattr(config, "_attn_implementation", implementation)
@@ -79,7 +87,7 @@ def mixer_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BatchMetadata | None,
     *,
     dropout: float = 0.0,
     attn_metadata: BatchMetadata | None = None,
@@ -90,12 +98,16 @@ def mixer_attention_forward(
 
     Args:
         query, key, value: [B, H or G, L, D].
+        attention_mask: none, or the metadata in its place.
         s_aux: [H], the sinks.
     Returns:
         [B, L, H, V].
     Raises:
         ValueError: dropout, a mask, or no metadata.
     """
+    if isinstance(attention_mask, BatchMetadata):
+        # A layer above hands on no more than a mask (`handed_on`).
+        attn_metadata, attention_mask = attention_mask, None
     if dropout or attention_mask is not None or attn_metadata is None:
         mask = None if attention_mask is None else tuple(attention_mask.shape)
         raise ValueError(
@@ -117,13 +129,15 @@ def mixer_attention_forward(
     return mixer(q, k, v, attn_metadata, sink=s_aux), None
 
 
-def refuse_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
-    """Make no mask, of whatever size: mixers know what their tokens see."""
-    if attention_mask is not None:
-        raise ValueError(
-            f"Padding of a sharded batch is in its metadata, got an attention_mask of shape "
-            f"{tuple(attention_mask.shape)}: give it to shard_hf_batch, not to the model."
-        )
+def no_mask(*_: Any, config: Any = None, **__: Any) -> Any:
+    """Make no mask, of whatever size: mixers know what their tokens see.
+
+    Where layers are handed nothing but a mask, it is the metadata of the batch.
+
+    One that the model made of its own is one of ones, the survey saw to that; a user's is refused
+    where the model is called.
+    """
+    return batch_of_mask(config)
 
 
 def layer_label(module: nn.Module) -> str:
@@ -139,9 +153,13 @@ def _survey_attention_forward(
     value: Tensor,
     attention_mask: Any,
     *,
-    attn_metadata: Recorder | None = None,
+    attn_metadata: AttentionNotes | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
+    if attn_metadata is None:
+        attn_metadata = getattr(attention_mask, RECORDER, None)
+        if attn_metadata is not None:
+            attn_metadata.note_unread()
     if attn_metadata is None:
         raise UnreadAttentionError(
             f"A model hands keyword arguments of its call on to its attention, got "

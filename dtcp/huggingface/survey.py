@@ -1,11 +1,11 @@
 """Where and how tokens meet in a model of transformers, found by running it on a few tokens.
 
 Attention calls are recorded, with the mask that the model's own code made for them, while each
-token attends to itself alone. Whatever lets tokens meet all the same does not go through the
-registry, and is refused by name.
+token attends to itself alone; so are the kernels of recurrent layers. Whatever lets tokens meet
+all the same goes neither through the registry nor through a kernel that is known, and is refused
+by name.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,58 +16,53 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.huggingface import registry
+from dtcp.huggingface.handed_on import left_for_mask
+from dtcp.huggingface.images import TOKEN_TYPES, image_arguments, language_model
 from dtcp.huggingface.mixing_probe import (
     calls,
     find_mixing,
-    own_value,
     probe_ids,
     probe_length,
     tensors,
 )
+from dtcp.huggingface.own_attention import own_attentions, use_own, use_registry
 from dtcp.huggingface.pooled_head import PooledHead, find_pooled_head, outputs_of_rows
-from dtcp.huggingface.read_mask import read_mask
-from dtcp.sequence.masks import Bidirectional, Mask
-from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.huggingface.positions import (
+    KEY,
+    Positions,
+    call_with_positions,
+    position_readers,
+    reading_positions,
+    takes_positions,
+)
+from dtcp.huggingface.recorder import Recorder, SurveyedAttention, survey_mask, varies
+from dtcp.huggingface.recurrent_layers import SurveyedMixer, noting_kernels
+from dtcp.huggingface.unsuited import unsuited
+from dtcp.sequence.masks import vision_blocks
 
-HARMLESS = ("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits")
-"""Arguments of an attention call that repeat what mask, positions and the model's call say."""
-
-_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-_RECURRENT = "GatedDeltaNet"
-"""Known by its name: where fla is installed, transformers runs it by kernels that need a GPU."""
-
-
-@dataclass(frozen=True)
-class SurveyedAttention:
-    """One attention module, and what its mixer has to be.
-
-    Args:
-        name: of the module in its model.
-        scale: of scores; None for D ** -0.5.
-        softcap: of scores; 0 for none.
-        sink: whether calls bring sinks.
-    """
-
-    name: str
-    mask: Mask
-    scale: float | None
-    softcap: float
-    sink: bool
-
-    def mixer(self) -> SoftmaxAttention:
-        return SoftmaxAttention(self.mask, scale=self.scale, softcap=self.softcap)
+FROM_ZERO = Positions()
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Attention that mixers can carry out; and, in sentences, what has no sharded form here."""
+    """Attention that mixers can carry out; and, in sentences, what has no sharded form here.
+
+    Args:
+        recurrent: the mixers of recurrent layers.
+        positions: how the positions of its tokens reach the model.
+        givers: layers that hand on a mask and no metadata.
+        base_unread: whether the model inside of the model receives no metadata.
+        images: the name of the language model in a model that takes images.
+    """
 
     attentions: tuple[SurveyedAttention, ...]
     refused: tuple[str, ...]
     pooled_head: PooledHead | None = None
+    recurrent: tuple[SurveyedMixer, ...] = ()
+    positions: Positions = FROM_ZERO
+    givers: tuple[str, ...] = ()
+    base_unread: bool = False
+    images: str = ""
 
     def check(self) -> None:
         """Stop where something is refused.
@@ -90,56 +85,157 @@ def survey(model: Any) -> Survey:
     Args:
         model: on a real device, unsharded.
     """
-    refused = [*_unsuited(model)]
+    refused = [*unsuited(model)]
     if refused:
         return Survey((), tuple(refused))
-    recorder = _Recorder({module: name for name, module in model.named_modules()}, refused)
-    pooled_head = None
-    with _survey_mode(model), calls(model) as running:
+    recorder = Recorder(model, refused)
+    probe = _Probe(model, recorder)
+    with _survey_mode(model, recorder), calls(model) as running:
         try:
-            pooled_head = _probe(model, recorder)
+            probe.run()
         except registry.UnreadAttentionError:
             raise
         except Exception as error:  # noqa: BLE001
             # Code of others, on rows it may not be made for: whatever it raises, this is what
             # stopped the survey, and the module that raised it is what the reader has to know.
             refused.append(_stopped(model, running, error))
-    return Survey(tuple(recorder.attentions.values()), tuple(dict.fromkeys(refused)), pooled_head)
+    return Survey(
+        tuple(recorder.attentions.values()),
+        tuple(dict.fromkeys(refused)),
+        probe.pooled_head,
+        tuple(recorder.recurrent.values()),
+        probe.positions,
+        tuple(recorder.givers),
+        recorder.base_unread,
+        probe.images,
+    )
 
 
-def _probe(model: Any, recorder: "_Recorder") -> PooledHead | None:
-    """Run a model and note in the recorder what is found; return its head if it pools."""
-    seq_len = probe_length(model)
-    input_ids = probe_ids(model, seq_len)
-    position_ids = torch.arange(seq_len, device=input_ids.device)[None]
-    arguments = {"position_ids": position_ids, "use_cache": False, "attn_metadata": recorder}
-    run = partial(model, input_ids=input_ids, **arguments)
-    # Dropout shows in training mode only, and hides mixing: the probe runs in eval mode.
-    model.train()
-    if _differ(run, run):
-        recorder.refused.append(
-            f"{type(model).__name__} is random in training (a dropout, or noise), which would "
-            f"depend on the mesh: set it to 0.0 in the config."
+class _Probe:
+    """The runs of a survey, and what they say of the model as a whole."""
+
+    def __init__(self, model: Any, recorder: Recorder) -> None:
+        self.model, self.recorder = model, recorder
+        self.seq_len = probe_length(model)
+        self.input_ids = probe_ids(model, self.seq_len)
+        self.position_ids = torch.arange(self.seq_len, device=self.input_ids.device)[None]
+        self.positions = Positions()
+        self.pooled_head: PooledHead | None = None
+        self.images = ""
+
+    def run(self) -> None:
+        """Run the model and note in the recorder what is found."""
+        model, refuse = self.model, self.recorder.refused.append
+        name = type(model).__name__
+        # Dropout shows in training mode only, and hides mixing: the probe runs in eval mode.
+        model.train()
+        if _differ(self.uncounted, self.uncounted):
+            refuse(
+                f"{name} is random in training (a dropout, or noise), which would depend on the "
+                f"mesh: set it to 0.0 in the config."
+            )
+        model.eval()
+        found = self.find_positions()
+        if found is None:
+            refuse(
+                f"{name} does not count the positions of a row from 0, as the batches of "
+                f"shard_hf_batch do: write it with mixers (docs/add_a_model.md)."
+            )
+        self.positions = found or Positions(taken=takes_positions(model))
+        with reading_positions(model, self.positions):
+            self.find_mixing()
+            if not self.positions.taken and not self.recorder.refused and self.counts():
+                refuse(
+                    f"{name} takes no position_ids: it counts positions from the start of its "
+                    f"input, and a shard does not start where its row does."
+                )
+            if self.recorder.made_masks:
+                self.look_at_padding()
+            self.images = language_model(model)
+            if self.images and not self.recorder.refused:
+                self.look_at_images()
+
+    def call(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """The model on rows that it counts by itself, or by position_ids if they are given."""
+        kwargs |= {"use_cache": False, "attn_metadata": self.recorder}
+        run = partial(self.model, input_ids=input_ids)
+        if KEY in kwargs:
+            return call_with_positions(self.model, self.positions, run, **kwargs)
+        return run(**kwargs)
+
+    def uncounted(self) -> Any:
+        return self.call(self.input_ids)
+
+    def counted(self) -> Any:
+        return self.call(self.input_ids, position_ids=self.position_ids)
+
+    def find_positions(self) -> Positions | None:
+        """How the model is given the positions that it would count; None if it is not known."""
+        taken, readers = takes_positions(self.model), position_readers(self.model)
+        padding = self.model.config.get_text_config().pad_token_id
+        offsets = dict.fromkeys([1, 2, 1 + (padding or 0)]) if taken and readers else ()
+        first = Positions(taken=True) if taken else Positions(0, readers, taken=False)
+        for each in (first, *(Positions(offset, readers) for offset in offsets)):
+            self.positions = each
+            with reading_positions(self.model, each):
+                try:
+                    if not _differ(self.uncounted, self.counted):
+                        return each
+                except (IndexError, RuntimeError):
+                    # A table of positions that is too short for this offset.
+                    continue
+        return None
+
+    def find_mixing(self) -> None:
+        """Note the modules in which tokens meet, and the head of a model that pools."""
+        model, seq_len = self.model, self.seq_len
+        with torch.no_grad():
+            of_rows = outputs_of_rows(self.counted(), seq_len)
+        if of_rows:
+            self.pooled_head = find_pooled_head(model, self.call_rows, seq_len)
+            if self.pooled_head is None:
+                self.recorder.refused.append(_unknown_outputs(model, of_rows))
+        self.recorder.refused += [
+            f"{name or 'the model'} ({type(model.get_submodule(name)).__name__}): tokens meet in "
+            f"it, and not through the attention registry: write it with a mixer "
+            f"(docs/add_a_model.md)."
+            for name in find_mixing(model, self.counted, seq_len, pools=bool(of_rows))
+        ]
+
+    def call_rows(self, input_ids: Tensor) -> Any:
+        return self.call(input_ids, position_ids=self.position_ids.expand(len(input_ids), -1))
+
+    def counts(self) -> bool:
+        """Whether tokens of one id at one position differ: what counts them is not known."""
+        same = self.input_ids[:, :1].expand_as(self.input_ids).contiguous()
+        self.recorder.varies = False
+        with torch.no_grad():
+            out = self.call(same, position_ids=torch.zeros_like(self.position_ids))
+        dims = [(x, dim) for x in tensors(out) for dim in range(x.ndim)]
+        return self.recorder.varies or any(
+            varies(x, dim)
+            for x, dim in dims
+            if x.is_floating_point() and x.shape[dim] == self.seq_len
         )
-    model.eval()
-    if _differ(run, partial(run, position_ids=None)):
-        recorder.refused.append(
-            f"{type(model).__name__} does not count the positions of a row from 0, as the batches "
-            f"of shard_hf_batch do: write it with mixers (docs/add_a_model.md)."
-        )
-    with torch.no_grad():
-        of_rows = outputs_of_rows(run(), seq_len)
-    pooled_head = None
-    if of_rows:
-        pooled_head = find_pooled_head(model, partial(_run_rows, model, arguments), seq_len)
-        if pooled_head is None:
-            recorder.refused.append(_unknown_outputs(model, of_rows))
-    recorder.refused += [
-        f"{name or 'the model'} ({type(model.get_submodule(name)).__name__}): tokens meet in it, "
-        f"and not through the attention registry: write it with a mixer (docs/add_a_model.md)."
-        for name in find_mixing(model, run, seq_len, pools=bool(of_rows))
-    ]
-    return pooled_head
+
+    def look_at_padding(self) -> None:
+        """Let a model that makes masks of its own show whether it makes them of its tokens."""
+        padding = self.model.config.get_text_config().pad_token_id
+        if padding is None:
+            return
+        input_ids = self.input_ids.clone()
+        input_ids[:, self.seq_len // 2 :] = padding
+        with torch.no_grad():
+            self.call(input_ids, position_ids=self.position_ids)
+
+    def look_at_images(self) -> None:
+        """Note how masks change where tokens are marked as those of an image."""
+        types = torch.zeros_like(self.input_ids)
+        types[:, 7:13] = 1
+        self.recorder.block = vision_blocks(types.cpu())
+        keys = [key for key in TOKEN_TYPES if key in image_arguments(self.model)]
+        with torch.no_grad():
+            self.call(self.input_ids, position_ids=self.position_ids, **dict.fromkeys(keys, types))
 
 
 def _stopped(model: nn.Module, running: list[str], error: Exception) -> str:
@@ -152,11 +248,6 @@ def _stopped(model: nn.Module, running: list[str], error: Exception) -> str:
         f"({type(error).__name__}: {said}), so how tokens meet in it is not known: run it where "
         f"its kernels can be, or write it with a mixer (docs/add_a_model.md)."
     )
-
-
-def _run_rows(model: Any, arguments: dict[str, Any], input_ids: Tensor) -> object:
-    position_ids = arguments["position_ids"].expand(len(input_ids), -1)
-    return model(input_ids=input_ids, **{**arguments, "position_ids": position_ids})
 
 
 def _unknown_outputs(model: nn.Module, outputs: list[Tensor]) -> str:
@@ -178,152 +269,32 @@ def _differ(*runs: Callable[[], object]) -> bool:
             outputs.append([x for x in tensors(run()) if x.is_floating_point()])
     pairs = zip(*outputs, strict=True)
     # Kernels may sum in another order from run to run: that much is no difference.
-    return any(float((a - b).abs().max()) > 1e-4 * float(a.abs().max()) for a, b in pairs)
-
-
-class _Recorder:
-    """Notes each attention call, in which no token sees another."""
-
-    def __init__(self, names: dict[nn.Module, str], refused: list[str]) -> None:
-        self.names, self.refused = names, refused
-        self.attentions: dict[str, SurveyedAttention] = {}
-
-    def record(
-        self,
-        module: nn.Module,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        mask: Any,
-        arguments: dict[str, Any],
-    ) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in qkv)
-        name = self.names[module]
-        known_mask: Mask | None = getattr(mask, _MASK, None)
-        if mask is None and getattr(module, "is_causal", None) is False:
-            known_mask = Bidirectional()
-        problems = _problems(q, k, known_mask, arguments)
-        self.refused += [f"{name} ({type(module).__name__}): {problem}" for problem in problems]
-        if known_mask is not None and not problems:
-            self._note(name, module, known_mask, arguments)
-        return own_value(v, q.shape[2]) if k.shape[1] == q.shape[1] else torch.zeros_like(q)
-
-    def _note(self, name: str, module: nn.Module, mask: Mask, arguments: dict[str, Any]) -> None:
-        sink, softcap = arguments.get("s_aux") is not None, arguments.get("softcap") or 0.0
-        now = SurveyedAttention(name, mask, arguments.get("scaling"), softcap, sink)
-        before = self.attentions.setdefault(name, now)
-        if before != now:
-            self.refused.append(
-                f"{name} ({type(module).__name__}): called twice, as {before} and as {now}: give "
-                f"each use a module of its own."
-            )
-
-
-def _problems(q: Tensor, k: Tensor, mask: Mask | None, arguments: dict[str, Any]) -> list[str]:
-    problems = []
-    known = ("scaling", "dropout", "s_aux", "softcap", *HARMLESS)
-    unknown = [
-        key
-        for key, value in arguments.items()
-        if key not in known and value is not None and value is not False
-    ]
-    if k.shape[1] != q.shape[1]:
-        problems.append(
-            f"{q.shape[1]} queries meet {k.shape[1]} keys (cross-attention, or a cache): only "
-            f"attention of a sequence to itself is sharded."
-        )
-    elif mask is None:
-        problems.append(
-            "its mask is not one interval of keys around a token, or not made by "
-            "transformers.masking_utils of positions alone: its meaning is not known."
-        )
-    if arguments.get("dropout"):
-        problems.append(
-            f"dropout={arguments['dropout']} in training would depend on the mesh: set "
-            f"config.attention_dropout = 0.0."
-        )
-    if unknown:
-        problems.append(f"it is called with {unknown}, which no mixer honours.")
-    return problems
-
-
-_MASK = "dtcp_mask"
-
-
-def survey_mask(*, mask_function: Callable[..., Any], **arguments: Any) -> Tensor:
-    """A dense mask of a few tokens, as sdpa takes it, with the Mask it stands for as attribute."""
-    from transformers.masking_utils import sdpa_mask
-
-    arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    dense = sdpa_mask(mask_function=mask_function, **arguments)
-    assert dense is not None
-    # One of the model's own making, for it is called without: it would be as long as a shard.
-    is_own = arguments.get("attention_mask") is not None
-    setattr(dense, _MASK, None if is_own else read_mask(mask_function))
-    return dense
+    return any(
+        a.shape != b.shape or float((a - b).abs().max()) > 1e-4 * float(a.abs().max())
+        for a, b in pairs
+    )
 
 
 @contextmanager
-def _survey_mode(model: Any) -> Iterator[None]:
+def _survey_mode(model: Any, recorder: Recorder) -> Iterator[None]:
     registry.register_attention(survey_mask)
     before = {module: module.training for module in model.modules()}
     implementation = model.config._attn_implementation
+    own = [module for module in own_attentions(model) if "forward" not in vars(module)]
     registry.set_attention(model, registry.SURVEY_IMPLEMENTATION)
+    for module in own:
+        use_registry(module)
+    hooks = [m.register_forward_pre_hook(recorder.see, with_kwargs=True) for m in before]
     try:
-        yield
+        config = model.config.get_text_config()
+        with noting_kernels(model, recorder), left_for_mask(config, recorder):
+            yield
     finally:
+        for hook in hooks:
+            hook.remove()
+        for module in own:
+            use_own(module)
+            module.config._attn_implementation = implementation
         model.set_attn_implementation(implementation)
         for module, training in before.items():
             module.training = training
-
-
-def _unsuited(model: Any) -> Iterator[str]:
-    """What refuses a model before it is run, in sentences."""
-    name = type(model).__name__
-    if next(model.parameters()).is_meta:
-        yield (
-            f"{name} is on the meta device, where nothing can be run: install_mixers and "
-            f"parallelize_hf survey a narrow copy of it."
-        )
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        yield (
-            f"{name} takes no position_ids: it counts positions from the start of its input, and a "
-            f"shard does not start where its row does."
-        )
-    if getattr(model.config, "output_router_logits", False):
-        yield (
-            f"{name} adds a balance loss over all tokens of a batch (output_router_logits): set "
-            f"config.output_router_logits = False."
-        )
-    kinds = {part: type(module).__name__ for part, module in model.named_modules()}
-    recurrent = next((part for part, kind in kinds.items() if kind.endswith(_RECURRENT)), None)
-    if recurrent is not None:
-        yield (
-            f"{recurrent} ({kinds[recurrent]}): hands a state from token to token, which is no "
-            f"attention: dtcp.models.qwen3_5 has such layers and a plan for them, and "
-            f"dtcp.cp_utils.apply_cp shards those of transformers."
-        )
-    for part, module in model.named_modules():
-        rate = getattr(module, "p", 0.0) if isinstance(module, _DROPOUT) else 0.0
-        if rate:
-            yield (
-                f"{part} ({type(module).__name__}): dropout={rate} in training would depend on "
-                f"the mesh: set it to 0.0 in the config."
-            )
-    if getattr(model.config, "router_jitter_noise", 0.0):
-        yield (
-            f"{name} routes by noise of its own on each rank (router_jitter_noise): set "
-            f"config.router_jitter_noise = 0.0."
-        )
-    for kind in _rope_types(getattr(model.config, "rope_parameters", None)):
-        if kind in LENGTH_DEPENDENT_ROPE:
-            yield (
-                f"{name} chooses rotary frequencies by the longest position it sees "
-                f"(rope_type={kind!r}), and ranks see different ones: use another rope_type."
-            )
-
-
-def _rope_types(parameters: Any) -> Iterator[str]:
-    if isinstance(parameters, dict):
-        for key, value in parameters.items():
-            if key == "rope_type":
-                yield value
-            yield from _rope_types(value)

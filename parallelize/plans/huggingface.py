@@ -6,7 +6,7 @@ hold its attention modules, tensor parallelism from the plan that transformers h
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import Survey, install_mixers
+from dtcp.huggingface.images import CUT, CutRowsCP
 from dtcp.huggingface.last_token import LastTokenCP
 from dtcp.huggingface.latents import exchange_latents, hands_on_latents
 from dtcp.huggingface.registry import MIXER
+from dtcp.mixer import Mixer
 from dtcp.parallelize.activation_checkpoint import ActivationCheckpoint
 from dtcp.parallelize.apply import (
     KEEP_ALL,
@@ -28,13 +30,30 @@ from dtcp.parallelize.apply import (
 )
 from dtcp.parallelize.compile import Compile
 from dtcp.parallelize.fsdp import FSDP
+from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.parallelize.tensor_parallel import separate_gate_and_up
+from dtcp.recurrent import (
+    CausalConv1d,
+    CausalConvCP,
+    GatedDeltaCP,
+    GatedDeltaRule,
+    GatedLinearAttention,
+    GatedLinearCP,
+)
 from dtcp.sequence.arguments import check_kind
 from dtcp.softmax import RingAttention
 from dtcp.softmax.style import AttentionStyle
+from dtcp.style import MixerStyle
 
 RING = RingAttention()
+RECURRENT: Mapping[type[Mixer], MixerStyle] = {
+    CausalConv1d: CausalConvCP(),
+    GatedDeltaRule: GatedDeltaCP(),
+    GatedLinearAttention: GatedLinearCP(),
+}
+"""How the mixers of recurrent layers are carried out."""
+
 log = logging.getLogger(__name__)
 
 
@@ -54,7 +73,8 @@ def parallelize_hf(
     that gives one output per row, that of its last token, gives it on every rank of cp.
 
     Args:
-        model: on a real device, with its weights; or on the meta device: load_hf follows.
+        model: on a real device, with its weights; or on the meta device: load_hf follows. Or a
+            PeftModel around one, whose adapters are sharded beside the layers that they adapt.
         attention: the strategy of every attention module, or a function of the module's name.
             Layers of multi-head latent attention (DeepSeek, Kimi) exchange latents by
             RingAttention, AllGatherAttention and HaloAttention, and by others, or under tp, the
@@ -65,15 +85,17 @@ def parallelize_hf(
     """
     check_kind("parallelize_hf", nn.Module, model=model)
     check_kind("parallelize_hf", ParallelMesh, mesh=mesh)
+    given, model = model, adapted_model(model)
     _check_same_weights(model, mesh)
     survey = install_mixers(model)
     _make_experts_compilable(model, compile)
     separate_gate_and_up(model)
     plan = hf_plan(model, survey, mesh, attention)
     _exchange_latents(model, survey, mesh, plan)
-    return parallelize(
+    parallelize(
         model, mesh, plan, activation_checkpoint=activation_checkpoint, compile=compile, fsdp=fsdp
     )
+    return given
 
 
 def hf_plan(
@@ -92,6 +114,10 @@ def hf_plan(
         f"{name}.{MIXER}": attention if isinstance(attention, AttentionStyle) else attention(name)
         for name in names
     }
+    styles |= {each.name: RECURRENT[each.kind] for each in survey.recurrent}
+    names += [each.name for each in survey.recurrent]
+    if survey.images:
+        styles[f"{survey.images}.{CUT}"] = CutRowsCP()
     if survey.pooled_head is not None:
         styles[f"{survey.pooled_head.name}.{MIXER}"] = LastTokenCP()
     return ParallelPlan(

@@ -5,7 +5,8 @@ here, and norms, routers and embeddings, of which its plans say nothing, have st
 """
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,13 +14,17 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from dtcp.distributed.dtensor_rules import HEADS
+from dtcp.huggingface.recurrent_layers import kernel_names, recurrent_layers
 from dtcp.mixer_plan import matches
+from dtcp.parallelize.plans.adapters import BASE, adapted, adapter_style
+from dtcp.parallelize.plans.inferred_roles import inferred_roles
 from dtcp.parallelize.tensor_parallel import (
     HFExpertTensorParallel,
     LocalParams,
     ReplicatedParams,
     ReplicateInput,
     ReplicateInputWithSinks,
+    RowwiseOwnOutput,
     ScaledVocabParallelEmbedding,
     VocabParallelEmbedding,
     WholeExperts,
@@ -44,53 +49,105 @@ log = logging.getLogger(__name__)
 
 
 def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
-    """transformers' own plan in our styles, with styles for norms and routers added.
+    """transformers' own plan in our styles, with styles for all that it says nothing of.
+
+    A part of a block (its attention, its feed-forward) is split if there is a style for each of
+    its parameters; one that is not is whole on every rank of tp, and said to be.
 
     Raises:
-        ValueError: a parameter without a style, or a size that tp does not divide.
+        ValueError: a size that tp does not divide, or an adapter of a kind that it cannot split.
     """
     tp_plan = _tp_plan(model)
     _check_divisible(model, tp_plan, tp)
+    _check_embedding_is_called(model)
     modules = dict(model.named_modules())
+    owners = [name for name, module in modules.items() if any(True for _ in _own(module))]
     roles = {name: _role(name, tp_plan) for name in modules}
-    experts = tuple(name for name, role in roles.items() if role == EXPERTS)
-    moes = tuple(f"{name.rpartition('.')[0]}." for name in experts)
+    roles |= _inferred(modules, owners, roles, tp)
+    moes = tuple(f"{name.rpartition('.')[0]}." for name in modules if roles[name] == EXPERTS)
+    experts = tuple(name for name in modules if roles[name] == EXPERTS)
+    recurrent = set(recurrent_layers(model))
+    split_units = {_unit(name) for name in owners if roles[adapted(name)[0]] == "colwise"}
     plan: dict[str, ParallelStyle] = {}
-    for name, module in modules.items():
-        parameters = [key for key, _ in module.named_parameters(recurse=False)]
-        if not parameters:
-            continue
+    missing: dict[str, str] = {}
+    for name in owners:
+        target, part = adapted(name)
         beside_experts = name.startswith(moes) and not name.startswith(experts)
-        style = _style(model, name, module, roles[name], tp, beside_experts=beside_experts)
+        split = _style(
+            model,
+            target,
+            modules[target if part else name],
+            modules[f"{target}.{BASE}"] if part else modules[name],
+            roles[target],
+            tp,
+            beside_experts=beside_experts,
+        )
+        if isinstance(split, RowwiseParallel) and _adds_in_place(modules, target):
+            split = RowwiseOwnOutput()
+        style = adapter_style(split, target, part) if part else _checked(name, modules[name], split)
+        if isinstance(style, ReplicatedParams) and not roles[target] and _unit(name) in split_units:
+            style = None  # A norm of all heads, of which a rank would have some.
         if style is None:
-            raise ValueError(
-                f"Tensor parallelism needs a style for each parameter, got {parameters} of {name} "
-                f"({type(module).__name__}) with the role {roles[name]!r} in transformers' plan: "
-                f"set tp=1 and give the ranks to cp, or pass a ParallelPlan to parallelize."
-            )
-        plan[name] = style
+            missing.setdefault(_unit(name), name)
+        plan[name] = style or LocalParams()
+    for name in owners:
+        if _unit(name) in missing and roles[name] != EXPERTS:
+            plan[name] = LocalParams()
+    # These read the weights of modules inside of them.
+    plan |= {name: LocalParams() for name in modules if modules[name] in recurrent}
+    _say_what_is_whole(missing, modules, tp)
+    return {**_shared_inputs(plan), **plan}
+
+
+def _inferred(
+    modules: Mapping[str, nn.Module], owners: Sequence[str], roles: Mapping[str, str], tp: int
+) -> dict[str, str]:
+    units: dict[str, list[str]] = {}
+    for name in owners:
+        units.setdefault(_unit(name), []).append(name)
+    unknown = {unit: names for unit, names in units.items() if not any(map(roles.get, names))}
+    return inferred_roles(modules, unknown, tp)
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return module.named_parameters(recurse=False)
+
+
+def _unit(name: str) -> str:
+    """The part of a block that a module belongs to: up to what follows the first number."""
+    found = re.match(r"(.*?\.\d+\.[^.]+)", name)
+    return found.group(1) if found else name
+
+
+def _say_what_is_whole(
+    missing: Mapping[str, str], modules: Mapping[str, nn.Module], tp: int
+) -> None:
+    kinds: dict[str, str] = {}
+    for unit, name in missing.items():
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", unit)
+        kinds.setdefault(pattern, f"{name} ({type(modules[name]).__name__})")
+    for pattern, name in kinds.items():
+        log.warning("%s is whole on each of %d tp ranks: no style splits %s.", pattern, tp, name)
+
+
+def _shared_inputs(plan: Mapping[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+    """What several projections read becomes a DTensor once: its gradient is reduced once."""
     parents = [
-        name.rpartition(".")[0]
+        adapted(name)[0].rpartition(".")[0]
         for name, style in plan.items()
         if isinstance(style, ColwiseParallel)
     ]
-    # What several projections read becomes a DTensor once, so that its gradient is reduced once.
-    shared_inputs = {
-        parent: ReplicateInput() for parent in parents if parent and parents.count(parent) > 1
+    # A module that keeps its parameters whole hands its parts what it was handed.
+    return {
+        parent: ReplicateInput()
+        for parent in parents
+        if parent and parents.count(parent) > 1 and parent not in plan
     }
-    return {**shared_inputs, **plan}
 
 
 def _tp_plan(model: Any) -> Mapping[str, str]:
     """Roles by module name or pattern, in transformers' terms."""
-    tp_plan: Mapping[str, str] = TP_PLANS.get(model.config.model_type, model.tp_plan)
-    if not any("layers" in key for key in tp_plan):
-        raise ValueError(
-            f"Tensor parallelism follows the plan that transformers has of a model, got none for "
-            f"the layers of {type(model).__name__}: set tp=1 and give the ranks to cp, or pass a "
-            f"ParallelPlan to parallelize."
-        )
-    return tp_plan
+    return TP_PLANS.get(model.config.model_type, model.tp_plan or {})
 
 
 def _role(name: str, tp_plan: Mapping[str, str]) -> str:
@@ -98,16 +155,29 @@ def _role(name: str, tp_plan: Mapping[str, str]) -> str:
 
 
 def _style(
-    model: Any, name: str, module: nn.Module, role: str, tp: int, *, beside_experts: bool
+    model: Any,
+    name: str,
+    owner: nn.Module,
+    module: nn.Module,
+    role: str,
+    tp: int,
+    *,
+    beside_experts: bool,
 ) -> ParallelStyle | None:
-    if module is model.get_input_embeddings():
+    """The style of a module; its owner is the adapted layer that holds it, or itself."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if ends[1] is not None and owner in ends and _has_bias_around_head(model):
+        return LocalParams()
+    if owner is model.get_input_embeddings():
         return (
             VocabParallelEmbedding()
             if type(module) is nn.Embedding
             else ScaledVocabParallelEmbedding()
         )
-    if module is model.get_output_embeddings():
+    if owner is model.get_output_embeddings():
         return ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    if _is_bias_of_head(model, module):
+        return LocalParams(Shard(0))
     if role == EXPERTS:
         return _experts_style(name, module, tp)
     if role == SINKS:
@@ -126,6 +196,52 @@ def _style(
     return ReplicatedParams() if is_norm and not role else None
 
 
+def _is_bias_of_head(model: Any, module: nn.Module) -> bool:
+    """Whether a module holds nothing but what the head holds as well, as those of BERT do."""
+    head = model.get_output_embeddings()
+    shared = set() if head is None else set(head.parameters(recurse=False))
+    return all(p in shared for _, p in _own(module))
+
+
+def _checked(name: str, module: nn.Module, style: ParallelStyle | None) -> ParallelStyle | None:
+    """Refuse a module that is not called: no style would see it."""
+    if "NotImplementedError" in kernel_names(module):
+        raise ValueError(
+            f"Tensor parallelism gives a module its parameters where it is called, got {name} "
+            f"({type(module).__name__}), whose other methods are: set tp=1 and give the ranks to "
+            f"cp."
+        )
+    return style
+
+
+def _adds_in_place(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether a module around one, in its part of the block, adds to what it is given in place."""
+    around = [other for other in modules if other and name.startswith(f"{other}.")]
+    inside = [other for other in around if other.startswith(_unit(name))]
+    return any("add_" in kernel_names(modules[other]) for other in inside)
+
+
+def _has_bias_around_head(model: Any) -> bool:
+    """Whether the module around the head adds parameters of its own to all of its outputs."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), "")
+    parent = model.get_submodule(name.rpartition(".")[0])
+    own = {p for _, p in _own(parent)}
+    return parent is not model and not own <= set(head.parameters(recurse=False))
+
+
+def _check_embedding_is_called(model: Any) -> None:
+    """Refuse a model that reads the weight of its embedding beside calling it."""
+    for name, module in model.named_modules():
+        names = kernel_names(module)
+        if {"embed_tokens", "weight", "pad_token_id"} <= names:
+            raise ValueError(
+                f"Tensor parallelism splits an embedding by its vocabulary, got {name}"
+                f" ({type(module).__name__}), which reads its weight: set tp=1 and give the ranks "
+                f"to cp."
+            )
+
+
 def _experts_style(name: str, module: nn.Module, tp: int) -> ParallelStyle:
     reason = why_not_split(module, tp)
     if not reason:
@@ -136,11 +252,14 @@ def _experts_style(name: str, module: nn.Module, tp: int) -> ParallelStyle:
 
 def _check_divisible(model: Any, tp_plan: Mapping[str, str], tp: int) -> None:
     config = model.config.get_text_config()
-    sizes = {"vocab_size": config.vocab_size, "num_attention_heads": config.num_attention_heads}
+    heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None)
-    sizes["num_key_value_heads"] = kv_heads or config.num_attention_heads
+    sizes = {"vocab_size": config.vocab_size}
+    if heads:
+        sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads or heads}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        name, part = adapted(name)
+        if isinstance(module, nn.Linear) and part in ("", BASE):
             role = _role(name, tp_plan)
             size = {"colwise": module.out_features, "rowwise": module.in_features}.get(role, tp)
             sizes[f"the width of {name}"] = size

@@ -23,8 +23,9 @@ from dtcp.parallelize.tensor_parallel.replicate_input import (
     AllReduceInputGrad,
     ReplicateInput,
     ReplicateInputWithSinks,
+    RowwiseOwnOutput,
 )
-from dtcp.parallelize.tensor_parallel.replicated_params import ReplicatedParams
+from dtcp.parallelize.tensor_parallel.replicated_params import ReplicatedLinear, ReplicatedParams
 from dtcp.parallelize.tensor_parallel.vocab_parallel import (
     ScaledVocabParallelEmbedding,
     VocabParallelEmbedding,
@@ -39,9 +40,11 @@ __all__ = [
     "ReplicateInput",
     "ReplicateInputWithSinks",
     "ReplicatedKVHeads",
+    "ReplicatedLinear",
     "ReplicatedParams",
     "ReplicatedWeight",
     "RowShardedWeight",
+    "RowwiseOwnOutput",
     "ScaledVocabParallelEmbedding",
     "VocabParallelEmbedding",
     "WholeExperts",

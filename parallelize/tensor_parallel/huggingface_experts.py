@@ -42,6 +42,13 @@ _SEPARATE = "dtcp_separate_dims"
 """Where a module keeps the dims of 2, by the names of the parameters that have them."""
 
 
+def join_gate_and_up(model: nn.Module, name: str, whole: Tensor) -> Tensor:
+    """A whole parameter as transformers has it: gate and up in one dim."""
+    owner, _, own_name = name.rpartition(".")
+    dim = vars(model.get_submodule(owner)).get(_SEPARATE, {}).get(own_name)
+    return whole if dim is None else whole.flatten(dim, dim + 1)
+
+
 def _on_joined(module: nn.Module, _: Any, *args: Any, **kwargs: Any) -> Any:
     parameters = dict(module.named_parameters(recurse=False))
     return _view(module, parameters).forward_of_type(*args, **kwargs)

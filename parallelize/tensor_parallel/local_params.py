@@ -1,7 +1,10 @@
 """A module that computes on plain tensors: the local parts of its own parameters."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -9,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from dtcp._torch import parameters_replaced
 from dtcp.forward import wrap_forward
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 
@@ -31,10 +35,19 @@ class LocalParams(ParallelStyle):
         for name, _ in list(module.named_parameters(recurse=False)):
             distribute_parameter(module, name, device_mesh, self.placement)
 
-        def on_local(module: nn.Module, _: Any, *args: Any, **kwargs: Any) -> Any:
-            return ModuleView(module, local_parameters(module)).forward_of_type(*args, **kwargs)
+        def on_local(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+            # What the module ran before: that of its class, or one that a survey has changed.
+            view = ModuleView(module, local_parameters(module))
+            return forward.__func__(view, *args, **kwargs)
 
-        wrap_forward(module, on_local)
+        def on_itself(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+            with parameters_replaced(module, local_parameters(module)):
+                return forward(*args, **kwargs)
+
+        # A forward that calls the one of a base class takes nothing else for its self.
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        calls_base = code is not None and "__class__" in code.co_freevars
+        wrap_forward(module, on_itself if calls_base else on_local)
         return module
 
 
@@ -48,8 +61,24 @@ class ModuleView:
         """Run the forward of the module's class on it."""
         return type(self._module).forward(cast(nn.Module, self), *args, **kwargs)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module itself, which has a style of its own."""
+        return self._module(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
-        return self._tensors[name] if name in self._tensors else getattr(self._module, name)
+        if name in self._tensors:
+            return self._tensors[name]
+        found = getattr(self._module, name)
+        if isinstance(found, MethodType) and found.__self__ is self._module:
+            return partial(found.__func__, self)
+        if isinstance(found, nn.Module) and _is_distributed(found):
+            # A layer may read the weight of a module inside of it, a convolution's for example.
+            return ModuleView(found, local_parameters(found))
+        return found
+
+
+def _is_distributed(module: nn.Module) -> bool:
+    return any(isinstance(x, DTensor) for x in module.parameters(recurse=False))
 
 
 def local_parameters(module: nn.Module) -> dict[str, Tensor]:

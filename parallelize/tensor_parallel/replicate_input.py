@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
 
 from dtcp.forward import wrap_forward
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
@@ -64,3 +64,16 @@ class AllReduceInputGrad(ParallelStyle):
 
         wrap_forward(module, read_by_heads)
         return module
+
+
+class RowwiseOwnOutput(RowwiseParallel):
+    """RowwiseParallel for a layer whose output is then changed in place: it is no view."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        applied = super()._apply(module, device_mesh)
+        applied.register_forward_hook(_cloned)
+        return applied
+
+
+def _cloned(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+    return out.clone()

@@ -39,3 +39,23 @@ class ReplicatedParams(ParallelStyle):
 
         wrap_forward(module, on_local)
         return module
+
+
+@dataclass
+class ReplicatedLinear(ParallelStyle):
+    """Run a module on whole activations, and hand its output on as a DTensor.
+
+    For what a column-wise split layer reads alone: the gradient is summed where it comes back.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, _ in list(module.named_parameters(recurse=False)):
+            distribute_parameter(module, name, device_mesh, Replicate())
+
+        def on_whole(_: nn.Module, forward: Callable[..., Any], x: Tensor) -> Any:
+            if not isinstance(x, DTensor):
+                x = DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
+            return forward(x)
+
+        wrap_forward(module, on_whole)
+        return module

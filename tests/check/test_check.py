@@ -156,10 +156,10 @@ def test_mixing_is_found_in_modules_of_torch(module, mixes):
     assert bool(find_mixing(module.eval(), lambda: module(*takes), 37)) == mixes
 
 
-def test_model_of_transformers_without_positions_is_refused(capsys):
+def test_model_of_transformers_without_the_registry_is_refused(capsys):
     assert main(["--hf-config", "bloom", "--cp", "2", "--set", "n_layer=1", "n_head=4"]) == 1
     printed = capsys.readouterr().out
-    assert "takes no position_ids" in printed and printed.endswith("FAILED\n")
+    assert "BloomForCausalLM" in printed and printed.endswith("FAILED\n")
 
 
 GEMMA = {
@@ -199,7 +199,6 @@ def test_config_of_a_big_model_is_shrunk_with_a_layer_of_each_kind(tmp_path):
         ("--hf-config no_such_model", "no_such_model"),
         ("--hf-model tests.check.test_check:nothing", "tests.check.test_check has no nothing"),
         ("--hf-model no.such:module", "No module named 'no'"),
-        ("--hf-config olmo2 --tp 2", "set tp=1"),
         ("--hf-config llama --tp 3", "splits vocab_size into equal parts, got 64 with tp=3"),
         ("--hf-config llama --cp 0", "A degree counts ranks, got cp=0"),
         ("--hf-config llama --set attention_dropout=0.1", "set config.attention_dropout = 0"),

@@ -8,24 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from dtcp.check.true_fp64 import TrueFP64
 from dtcp.models.qwen3_5 import Qwen35Config, config_to_hf
-
-
-class TrueFP64(TorchFunctionMode):
-    """Casts to fp32 inside become casts to fp64: transformers computes norms and states in fp32."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.float and args[0].is_floating_point():
-            return args[0].double()
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -77,8 +77,9 @@ def on_mesh(
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Every gradient, whole."""
+    """Every gradient there is, whole."""
     return {
         name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
         for name, p in model.named_parameters()
+        if p.grad is not None
     }

@@ -1,0 +1,172 @@
+"""Images in text: rows come whole, and are cut where the language model begins.
+
+The vision tower runs on all images on every rank, and its tokens are put in their places by the
+model's own code, which sees whole rows. Behind that, embeddings, positions and what else has a
+number for each token are cut as the batch was; tokens of images cross shards like any others.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dtcp.forward import wrap_forward
+from dtcp.metadata import AttentionMetadata, BatchMetadata
+from dtcp.mixer import ClaimedMixer, Mixer
+from dtcp.rows import pad_end
+from dtcp.sequence.coords import Coords
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.masks import vision_blocks
+from dtcp.style import MixerStyle
+
+CUT = "dtcp_cut"
+"""The mixer's name in its language model."""
+
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Arguments that say for each token whether it is one of an image."""
+
+IMAGES = (
+    *("pixel_values", "pixel_values_videos", "pixel_attention_mask", "image_sizes"),
+    *("image_grid_thw", "video_grid_thw", "second_per_grid_ts"),
+)
+"""Arguments of images and videos, which have no sequence of tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class CutMetadata(AttentionMetadata):
+    """Which tokens of whole rows a shard has: token_index [L]."""
+
+    token_index: Tensor
+
+
+class CutRows(Mixer):
+    """Cut what belongs to whole rows as the batch was cut. Nothing is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_metadata_key()
+
+    def forward(self, x: Tensor, attn_metadata: BatchMetadata, dim: int = 1) -> Tensor:
+        """S tokens in dim -> L of them."""
+        return self.carry_out(x, attn_metadata, dim)
+
+    def carry_out(self, x: Tensor, attn_metadata: BatchMetadata, dim: int = 1) -> Tensor:
+        metadata: CutMetadata = self.own(attn_metadata)
+        return x.index_select(dim, metadata.token_index.to(x.device))
+
+    def shard_len(self, attn_metadata: BatchMetadata) -> int:
+        """L."""
+        metadata: CutMetadata = self.own(attn_metadata)
+        return len(metadata.token_index)
+
+    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = args[0]
+        return x
+
+    def whole_row_metadata(self, coords: Coords) -> CutMetadata:
+        return CutMetadata(torch.arange(coords.document.shape[1]))
+
+
+class ContextParallelCutRows(ClaimedMixer, CutRows):
+    """A CutRows that a style has taken over."""
+
+    def carry_out(self, *args: Any, **kwargs: Any) -> Tensor:
+        return CutRows.carry_out(self, *args, **kwargs)
+
+
+@dataclass
+class CutRowsCP(MixerStyle):
+    """Whole rows cut in any layout that is one for all rows. Traffic per rank: none."""
+
+    claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {CutRows: ContextParallelCutRows}
+    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (SequenceLayout,)
+
+    def make_metadata(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
+    ) -> AttentionMetadata:
+        self.check(mixer, layout)
+        return CutMetadata(layout.token_indices(rank))
+
+
+def language_model(model: Any) -> str:
+    """The name of the language model inside of a model that takes images; empty without one."""
+    if "pixel_values" not in inspect.signature(type(model).forward).parameters:
+        return ""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "language_model" and hasattr(module, "layers"):
+            return str(name)
+    return ""
+
+
+def image_arguments(model: Any) -> tuple[str, ...]:
+    """What a model may be called with beside its tokens."""
+    taken = inspect.signature(type(model).forward).parameters
+    return tuple(key for key in (*IMAGES, *TOKEN_TYPES) if key in taken)
+
+
+def counts_images(model: Any) -> bool:
+    """Whether a model works out positions on several axes, of the images of whole rows."""
+    return hasattr(getattr(model, "base_model", model), "get_rope_index")
+
+
+def install_image_inputs(model: nn.Module, name: str) -> None:
+    """Let the language model inside of a model cut whole rows."""
+    text = model.get_submodule(name)
+    text.add_module(CUT, CutRows())
+    wrap_forward(text, _on_shard)
+
+
+def _on_shard(text: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    cut, metadata, embeds = (
+        text.get_submodule(CUT),
+        kwargs["attn_metadata"],
+        kwargs["inputs_embeds"],
+    )
+    if embeds.shape[1] == cut.shard_len(metadata):
+        return forward(*args, **kwargs)
+    whole = {key: kwargs.get(key) for key in ("inputs_embeds", "position_ids", "visual_pos_masks")}
+    dims = {"position_ids": -1}
+    kwargs |= {key: cut(x, metadata, dims.get(key, 1)) for key, x in whole.items() if x is not None}
+    layers, mask = kwargs.get("deepstack_visual_embeds"), whole["visual_pos_masks"]
+    if layers is not None and mask is not None:
+        # Of the tokens of images, in their order: one row of numbers says which a shard has.
+        numbers = mask.flatten().cumsum(0).view(mask.shape) - 1
+        mine = cut(numbers, metadata)[kwargs["visual_pos_masks"]]
+        kwargs["deepstack_visual_embeds"] = [x[mine] for x in layers]
+    return forward(*args, **kwargs)
+
+
+def whole_rows(
+    rows: Mapping[str, Any], documents: Documents, model: nn.Module
+) -> dict[str, Tensor]:
+    """What a model that takes images is called with, as long as the padded rows: [B, S].
+
+    Raises:
+        ValueError: packed documents where the model counts the positions of a row's images.
+    """
+    whole = {"input_ids": rows["input_ids"]}
+    whole |= {key: rows[key] for key in TOKEN_TYPES if rows.get(key) is not None}
+    padded = {key: pad_end(x, documents.seq_len - x.shape[1], 0, dim=1) for key, x in whole.items()}
+    if not counts_images(model):
+        return {**padded, "position_ids": documents.position_ids()}
+    packed = [row for row, lengths in enumerate(documents.lengths) if len(lengths) > 1]
+    if packed:
+        raise ValueError(
+            f"A model that counts the positions of images on several axes takes one document in a "
+            f"row, got several in rows {packed[:4]}: leave them unpacked, padded on the right."
+        )
+    return padded
+
+
+def with_blocks(rows: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Rows with the runs of tokens of images, which masks read: of text, none."""
+    if "block" in rows or not any(isinstance(m, CutRows) for m in model.modules()):
+        return dict(rows)
+    types = next((rows[key] for key in TOKEN_TYPES if rows.get(key) is not None), None)
+    tokens = rows["input_ids"] if rows.get("input_ids") is not None else rows["inputs_embeds"]
+    none = torch.full(tokens.shape[:2], -1)
+    return {**rows, "block": none if types is None else vision_blocks(types.cpu())}

@@ -1,0 +1,124 @@
+"""How a model of transformers comes by the positions of its tokens, and how it is given a shard's.
+
+A batch counts each document from 0. Some models count from another number (RoBERTa and its kin,
+from behind the padding's), and some do not take positions at all: they count their input from its
+start (BART's decoder and its kin), and a shard does not start where its row does. In both cases
+the module that looks positions up takes them as an argument, and is handed those of the batch.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from dtcp.forward import wrap_forward
+
+KEY = "position_ids"
+_RULE, _GIVEN = "dtcp_positions", "dtcp_position_ids"
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How positions reach a model.
+
+    Args:
+        offset: the position of a row's first token, as the model counts.
+        readers: modules that look positions up, and are handed those of the batch.
+        taken: whether the model itself takes them, and hands them on.
+    """
+
+    offset: int = 0
+    readers: tuple[str, ...] = ()
+    taken: bool = True
+
+
+def takes_positions(module: nn.Module) -> bool:
+    """Whether the forward of a module names positions among its arguments."""
+    return KEY in inspect.signature(type(module).forward).parameters
+
+
+def position_readers(model: nn.Module) -> tuple[str, ...]:
+    """Modules outside of lists of layers that take positions, the innermost ones."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name and takes_positions(module) and not any(p.isdigit() for p in name.split("."))
+    ]
+    return tuple(name for name in names if not any(other.startswith(f"{name}.") for other in names))
+
+
+@contextmanager
+def reading_positions(model: nn.Module, positions: Positions) -> Iterator[None]:
+    """Inside, readers of positions are handed those of the batch, where there are any."""
+    readers = [model.get_submodule(name) for name in positions.readers]
+    for reader in readers:
+        vars(reader)[_RULE] = positions, False, _index(reader)
+        # Not by wrap_forward, which is for good.
+        around = partial(_read, reader, reader.forward)
+        reader.forward = around
+    try:
+        yield
+    finally:
+        for reader in readers:
+            del vars(reader)[_RULE], reader.forward
+
+
+def install_positions(model: nn.Module, positions: Positions) -> None:
+    """Let the readers of positions be handed those of the batch, and refuse calls without."""
+    for name in positions.readers:
+        reader = model.get_submodule(name)
+        vars(reader)[_RULE] = positions, True, _index(reader)
+        wrap_forward(reader, _read)
+
+
+@contextmanager
+def given_positions(model: nn.Module, positions: Positions, value: Tensor) -> Iterator[None]:
+    """Inside, readers of a model that takes no positions are handed these: [B, L]."""
+    readers = [model.get_submodule(name) for name in positions.readers]
+    for reader in readers:
+        vars(reader)[_GIVEN] = value
+    try:
+        yield
+    finally:
+        for reader in readers:
+            del vars(reader)[_GIVEN]
+
+
+def call_with_positions(
+    model: nn.Module, positions: Positions, run: Callable[..., Any], **kwargs: Any
+) -> Any:
+    """Call a model with position_ids among the arguments, whether it takes them or not."""
+    if positions.taken:
+        return run(**kwargs)
+    with given_positions(model, positions, kwargs.pop(KEY)):
+        return run(**kwargs)
+
+
+def _index(reader: nn.Module) -> int:
+    """Where positions stand among the arguments of a reader's forward."""
+    return list(inspect.signature(type(reader).forward).parameters).index(KEY) - 1
+
+
+def _read(reader: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A reader's forward, on the positions of the batch."""
+    rule, needed, index = getattr(reader, _RULE)
+    given = getattr(reader, _GIVEN, None)
+    value = given if not rule.taken else args[index] if index < len(args) else kwargs.get(KEY)
+    if value is None and needed:
+        raise ValueError(
+            f"A model is given the positions of its batch by its own forward, got a call of "
+            f"{type(reader).__name__} without any: call the model that parallelize_hf returned, "
+            f"with the position_ids of shard_hf_batch."
+        )
+    if value is None:
+        return forward(*args, **kwargs)
+    if index < len(args):
+        return forward(*args[:index], value + rule.offset, *args[index + 1 :], **kwargs)
+    out = forward(*args, **{**kwargs, KEY: value + rule.offset})
+    # Some readers expect the positions of one row, and add a dim for it.
+    more = given is not None and isinstance(out, Tensor) and out.ndim > value.ndim + 1
+    return out.reshape(*value.shape, -1) if more else out

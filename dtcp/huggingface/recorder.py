@@ -1,0 +1,197 @@
+"""What a survey notes of each call in which tokens would meet, while none of them does."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtcp.huggingface.handed_on import batch_of_mask, mask_argument, mask_index
+from dtcp.huggingface.mixing_probe import own_operands
+from dtcp.huggingface.read_mask import read_mask
+from dtcp.huggingface.recurrent_layers import SurveyedMixer
+from dtcp.huggingface.registry import RECORDER
+from dtcp.mixer import Mixer
+from dtcp.sequence.coords import Coords
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.masks import And, Bidirectional, BlockBidirectional, Mask
+from dtcp.softmax.mixer import SoftmaxAttention
+
+HARMLESS = ("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits")
+"""Arguments of an attention call that repeat what mask, positions and the model's call say."""
+
+
+@dataclass(frozen=True)
+class SurveyedAttention:
+    """One attention module, and what its mixer has to be.
+
+    Args:
+        name: of the module in its model.
+        scale: of scores; None for D ** -0.5.
+        softcap: of scores; 0 for none.
+        sink: whether calls bring sinks.
+    """
+
+    name: str
+    mask: Mask
+    scale: float | None
+    softcap: float
+    sink: bool
+
+    def mixer(self) -> SoftmaxAttention:
+        return SoftmaxAttention(self.mask, scale=self.scale, softcap=self.softcap)
+
+
+class Recorder:
+    """Notes each attention call, in which no token sees another."""
+
+    def __init__(self, model: Any, refused: list[str]) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.base = None if model.base_model is model else model.base_model
+        self.refused = refused
+        self.base_unread = False
+        self.attentions: dict[str, SurveyedAttention] = {}
+        self.recurrent: dict[str, SurveyedMixer] = {}
+        self.givers: dict[str, None] = {}
+        self.made_masks = False
+        self.block: Tensor | None = None
+        self.varies = False
+        self._giver = ""
+
+    def see(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Look at the call of any module: which is the last that the metadata reach?
+
+        Returns:
+            what to call it with instead: the model inside of a model receives them always.
+        """
+        if module is self.base and "attn_metadata" not in kwargs:
+            self.base_unread = True
+            return args, {**kwargs, "attn_metadata": self}
+        if kwargs.get("attn_metadata") is not self or mask_index(module) is None:
+            return None
+        self._giver = self.names[module]
+        mask = mask_argument(module, args, kwargs)
+        if isinstance(mask, Tensor):
+            setattr(mask, RECORDER, self)
+        return None
+
+    def note_unread(self) -> None:
+        """Note that a module that mixes receives no metadata, but what the last giver hands on."""
+        self.givers[self._giver] = None
+
+    def note_kernel(
+        self, layer: nn.Module, name: str, kind: type[Mixer], arguments: Mapping[str, Any]
+    ) -> None:
+        """Note what a recurrent layer calls."""
+        name = f"{self.names[layer]}.{name}"
+        now = SurveyedMixer(name, kind, tuple(arguments.items()))
+        if self.recurrent.setdefault(name, now) != now:
+            self._refuse_twice(layer, self.recurrent[name], now)
+
+    def record(
+        self,
+        module: nn.Module,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Any,
+        arguments: dict[str, Any],
+    ) -> Tensor:
+        """Note a call of attention, and return what it would be without mixing."""
+        q, k, v = (x.transpose(1, 2) for x in qkv)
+        name = self.names[module]
+        known_mask: Mask | None = getattr(mask, _MASK, None)
+        self.made_masks |= getattr(mask, _MADE, False)
+        self.varies |= varies(q, 1) or varies(k, 1)
+        if mask is None and getattr(module, "is_causal", None) is False:
+            known_mask = Bidirectional()
+        if self.block is not None:
+            known_mask = self._with_blocks(name, mask)
+        problems = _problems(q, k, known_mask, arguments)
+        self.refused += [f"{name} ({type(module).__name__}): {problem}" for problem in problems]
+        if known_mask is not None and not problems:
+            self._note(name, module, known_mask, arguments)
+        return own_operands(q, k, v)
+
+    def _note(self, name: str, module: nn.Module, mask: Mask, arguments: dict[str, Any]) -> None:
+        sink, softcap = arguments.get("s_aux") is not None, arguments.get("softcap") or 0.0
+        now = SurveyedAttention(name, mask, arguments.get("scaling"), softcap, sink)
+        before = self.attentions.setdefault(name, now)
+        if self.block is not None:
+            before = self.attentions[name] = replace(before, mask=mask)
+        if before != now:
+            self._refuse_twice(module, before, now)
+
+    def _with_blocks(self, name: str, dense: Any) -> Mask | None:
+        """The mask that was read without images, as it is where tokens of images are marked."""
+        before = self.attentions[name].mask if name in self.attentions else None
+        if before is None or dense is None or self.block is None:
+            return before
+        candidates = [before, before | BlockBidirectional()]
+        if isinstance(before, And):
+            candidates.append((before.left | BlockBidirectional()) & before.right)
+        documents = Documents(((self.block.shape[1],),), self.block.shape[1])
+        coords = Coords.of(documents, block=self.block)
+        seen = dense[:, 0].cpu()
+        return next((m for m in candidates if torch.equal(m.visible(coords, coords), seen)), None)
+
+    def _refuse_twice(self, module: nn.Module, before: object, now: object) -> None:
+        self.refused.append(
+            f"{self.names[module]} ({type(module).__name__}): called twice, as {before} and as "
+            f"{now}: give each use a module of its own."
+        )
+
+
+def varies(x: Tensor, dim: int) -> bool:
+    """Whether the entries of a dim differ by more than rounding."""
+    first = x.narrow(dim, 0, 1)
+    return float((x - first).abs().max()) > 1e-5 * float(x.abs().max())
+
+
+def _problems(q: Tensor, k: Tensor, mask: Mask | None, arguments: dict[str, Any]) -> list[str]:
+    problems = []
+    known = ("scaling", "dropout", "s_aux", "softcap", *HARMLESS)
+    unknown = [
+        key
+        for key, value in arguments.items()
+        if key not in known and value is not None and value is not False
+    ]
+    if k.shape[1] != q.shape[1]:
+        problems.append(
+            f"{q.shape[1]} queries meet {k.shape[1]} keys (cross-attention, or a cache): only "
+            f"attention of a sequence to itself is sharded."
+        )
+    elif mask is None:
+        problems.append(
+            "its mask is not one interval of keys around a token, or not made by "
+            "transformers.masking_utils of positions alone: its meaning is not known."
+        )
+    if arguments.get("dropout"):
+        problems.append(
+            f"dropout={arguments['dropout']} in training would depend on the mesh: set "
+            f"config.attention_dropout = 0.0."
+        )
+    if unknown:
+        problems.append(f"it is called with {unknown}, which no mixer honours.")
+    return problems
+
+
+_MASK, _MADE = "dtcp_mask", "dtcp_made"
+
+
+def survey_mask(*, mask_function: Callable[..., Any], **arguments: Any) -> Tensor:
+    """A dense mask of a few tokens, as sdpa takes it, with the Mask it stands for as attribute."""
+    from transformers.masking_utils import sdpa_mask
+
+    arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    dense = sdpa_mask(mask_function=mask_function, **arguments)
+    assert dense is not None
+    # One of the model's own making, for it is called without: ones say nothing; any other would be
+    # as long as a shard.
+    made = arguments.get("attention_mask")
+    hides = made is not None and not bool(made.all())
+    setattr(dense, _MASK, None if hides else read_mask(mask_function))
+    setattr(dense, _MADE, made is not None)
+    setattr(dense, RECORDER, batch_of_mask(arguments.get("config")))
+    return dense

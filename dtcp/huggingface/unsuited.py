@@ -1,0 +1,51 @@
+"""What refuses a model of transformers before it is run: by its config and its modules."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def unsuited(model: Any) -> Iterator[str]:
+    """What refuses a model before it is run, in sentences."""
+    name = type(model).__name__
+    if next(model.parameters()).is_meta:
+        yield (
+            f"{name} is on the meta device, where nothing can be run: install_mixers and "
+            f"parallelize_hf survey a narrow copy of it."
+        )
+    if getattr(model.config, "output_router_logits", False):
+        yield (
+            f"{name} adds a balance loss over all tokens of a batch (output_router_logits): set "
+            f"config.output_router_logits = False."
+        )
+    for part, module in model.named_modules():
+        rate = getattr(module, "p", 0.0) if isinstance(module, _DROPOUT) else 0.0
+        if rate:
+            yield (
+                f"{part} ({type(module).__name__}): dropout={rate} in training would depend on "
+                f"the mesh: set it to 0.0 in the config."
+            )
+    if getattr(model.config, "router_jitter_noise", 0.0):
+        yield (
+            f"{name} routes by noise of its own on each rank (router_jitter_noise): set "
+            f"config.router_jitter_noise = 0.0."
+        )
+    for kind in _rope_types(getattr(model.config, "rope_parameters", None)):
+        if kind in LENGTH_DEPENDENT_ROPE:
+            yield (
+                f"{name} chooses rotary frequencies by the longest position it sees "
+                f"(rope_type={kind!r}), and ranks see different ones: use another rope_type."
+            )
+
+
+def _rope_types(parameters: Any) -> Iterator[str]:
+    if isinstance(parameters, dict):
+        for key, value in parameters.items():
+            if key == "rope_type":
+                yield value
+            yield from _rope_types(value)

@@ -1,0 +1,64 @@
+"""Adapters of peft (LoRA) beside what they adapt, split over tp in the same way.
+
+LoRA adds B(A(x)) to a linear layer. Where the layer's outputs are split, so are those of B, and A
+is whole; where its inputs are split, so are those of A, whose sum over the ranks B reads whole.
+"""
+
+import re
+from typing import Any
+
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+
+from dtcp.parallelize.tensor_parallel import LocalParams, ReplicatedLinear, ReplicatedParams
+
+BASE, A, B = "base_layer", "lora_A", "lora_B"
+_PART = re.compile(
+    rf"(.*)\.({BASE}|{A}|{B}|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_\w+)"
+    r"(\.[^.]+)?$"
+)
+
+
+def adapted(name: str) -> tuple[str, str]:
+    """The layer of peft that a module is part of, and which part it is; itself and "" otherwise."""
+    found = _PART.match(name)
+    return (found.group(1), found.group(2)) if found else (name, "")
+
+
+def adapter_style(base: ParallelStyle | None, target: str, part: str) -> ParallelStyle | None:
+    """The style of a part of an adapted layer.
+
+    Args:
+        base: that of the layer that is adapted; None: it is whole.
+    Raises:
+        ValueError: an adapter of another form than B(A(x)), on what tp splits.
+    """
+    if part == BASE or base is None:
+        return base
+    if isinstance(base, LocalParams):
+        return LocalParams()
+    if isinstance(base, ColwiseParallel | RowwiseParallel) and part in (A, B):
+        if isinstance(base, ColwiseParallel):
+            return ReplicatedLinear() if part == A else base
+        return RowwiseParallel() if part == A else ReplicatedParams()
+    raise ValueError(
+        f"Tensor parallelism splits LoRA on linear layers that it splits, got {part} on {target}, "
+        f"which is {type(base).__name__}: leave it out of target_modules (and use_dora off), or "
+        f"set tp=1 and give the ranks to cp."
+    )
+
+
+def adapted_model(model: Any) -> Any:
+    """The model of transformers inside of a PeftModel; the model itself if it is none.
+
+    Raises:
+        ValueError: adapters that are tokens before the row: they would stand before every shard.
+    """
+    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        return model
+    prompts = [name for name, each in model.peft_config.items() if each.is_prompt_learning]
+    if prompts:
+        raise ValueError(
+            f"Adapters are beside the layers of a model, got {prompts}, which learn tokens before "
+            f"the row (prompt or prefix tuning): use LoRA."
+        )
+    return model.get_base_model()

@@ -1,0 +1,193 @@
+"""Save a model of transformers as its own save_pretrained would, one parameter at a time."""
+
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from dtcp.checkpoint.huggingface import INDEX
+from dtcp.parallelize.hf_files import saved_groups
+from dtcp.parallelize.plans.adapters import adapted_model
+from dtcp.parallelize.tensor_parallel.huggingface_experts import join_gate_and_up
+from dtcp.sequence.arguments import check_ints, check_kind
+
+ONE_FILE = "model.safetensors"
+SHARD_BYTES = 5 * 10**9
+
+
+@torch.no_grad()
+def save_hf(
+    model: Any,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model of parallelize_hf into a folder that from_pretrained reads: every rank calls.
+
+    Names and shapes are those that the family was published with. Ranks put one parameter together
+    at a time (several that are one weight in the files), and the first rank writes it. Of a
+    PeftModel the adapters are written, as peft does it.
+
+    Args:
+        dtype: of floating-point weights in the files; None: as they are.
+        shard_bytes: size at which another file begins.
+    Raises:
+        ValueError: a folder or a file that cannot be written, on all ranks.
+    """
+    check_kind("save_hf", nn.Module, model=model)
+    check_kind("save_hf", (str, Path), folder=folder)
+    check_kind("save_hf", (torch.dtype, type(None)), dtype=dtype)
+    check_ints("save_hf", least=1, shard_bytes=shard_bytes)
+    writer = _Writer(Path(folder), shard_bytes) if _is_first() else None
+    try:
+        if writer is not None:
+            writer.attempt(writer.prepare)
+        if adapted_model(model) is not model:
+            _save_adapters(model, dtype, writer)
+        else:
+            for name, weight in _weights(model, dtype):
+                if writer is not None:
+                    writer.attempt(lambda n=name, w=weight: writer.add(n, w))
+            if writer is not None:
+                writer.attempt(lambda: writer.finish(model, dtype))
+    finally:
+        failed = [None if writer is None else writer.error]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast_object_list(failed, src=0)
+    if failed[0]:
+        raise ValueError(
+            f"A model is saved in a folder that the first rank can write, got {folder} "
+            f"({failed[0]}): give it another one, or room."
+        )
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _weights(model: Any, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Whole weights by their names in files; on ranks but the first, no weight is kept."""
+    parameters = _saved(model)
+    for group in saved_groups(model, list(parameters)):
+        whole = {name: _whole(model, name, parameters[name], dtype) for name in group.names}
+        if _is_first():
+            yield from group.revert(model, whole).items()
+
+
+def _saved(model: Any) -> dict[str, Tensor]:
+    """What a checkpoint holds, each weight once: of a shared one, the name that is not tied."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    state = model.state_dict(keep_vars=True)
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    first: dict[int, str] = {}
+    for name in sorted(state, key=lambda name: name in tied):
+        first.setdefault(id(state[name]), name)
+    kept = set(first.values()) - ignored
+    return {name: x for name, x in state.items() if name in kept}
+
+
+def _whole(model: Any, name: str, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    whole = join_gate_and_up(model, name, x.full_tensor() if isinstance(x, DTensor) else x.detach())
+    if not _is_first():
+        return whole.new_empty(0)
+    cast = whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
+    return cast.cpu().contiguous()
+
+
+def _save_adapters(model: Any, dtype: torch.dtype | None, writer: "_Writer | None") -> None:
+    from peft import get_peft_model_state_dict
+
+    own = {
+        id(x)
+        for adapter in model.peft_config
+        for x in get_peft_model_state_dict(
+            model, model.state_dict(keep_vars=True), adapter_name=adapter
+        ).values()
+    }
+    state = model.state_dict(keep_vars=True)
+    base = adapted_model(model)
+    inside = {id(x): name for name, x in base.state_dict(keep_vars=True).items()}
+    whole = {
+        name: _whole(base, inside[id(x)], x, dtype) for name, x in state.items() if id(x) in own
+    }
+    if writer is not None:
+        options: dict[str, Any] = {"save_embedding_layers": False, "state_dict": whole}
+        writer.attempt(lambda: model.save_pretrained(writer.folder, **options))
+
+
+class _Writer:
+    """Files of weights, written as they fill; the first error is kept, and ends the writing."""
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.error = ""
+        self.pending: dict[str, Tensor] = {}
+        self.files: list[list[str]] = []
+        self.total = 0
+
+    def attempt(self, write: Any) -> None:
+        """Do it, unless something failed before."""
+        if self.error:
+            return
+        try:
+            write()
+        # Other ranks wait in collectives: whatever a disk or safetensors raises is said at the end.
+        except Exception as error:  # noqa: BLE001
+            self.error = f"{type(error).__name__}: {error}"
+
+    def prepare(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, weight: Tensor) -> None:
+        held = sum(x.nbytes for x in self.pending.values())
+        if self.pending and held + weight.nbytes > self.shard_bytes:
+            self._flush()
+        self.pending[name] = weight
+        self.total += weight.nbytes
+
+    def finish(self, model: Any, dtype: torch.dtype | None) -> None:
+        """Give files their names, which say how many there are, and write what goes with them."""
+        self._flush()
+        count = len(self.files)
+        names = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+        names = [ONE_FILE] if count == 1 else names
+        for path in self.folder.glob("model*.safetensors"):
+            path.unlink()
+        for number, name in enumerate(names):
+            self._part(number).rename(self.folder / name)
+        index = self.folder / INDEX
+        if count == 1:
+            index.unlink(missing_ok=True)
+        else:
+            pairs = zip(self.files, names, strict=True)
+            weight_map = {key: name for keys, name in pairs for key in keys}
+            content = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+            index.write_text(json.dumps(content, indent=2, sort_keys=True))
+        _save_config(model, self.folder, dtype)
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number:05}.tmp"
+
+    def _flush(self) -> None:
+        save_file(self.pending, self._part(len(self.files)), metadata={"format": "pt"})
+        self.files.append(list(self.pending))
+        self.pending = {}
+
+
+def _save_config(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
+    kinds = (kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    config = deepcopy(model.config)
+    config.architectures = [next(kinds).__name__]
+    config.dtype = str(dtype or model.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)

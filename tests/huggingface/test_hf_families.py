@@ -1,0 +1,168 @@
+"""Families of transformers whose layers need more than the attention registry, held against
+themselves on one device: recurrent layers, layers that hand on no metadata, positions of their own.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from dtcp.check.checked_hf import CheckedHuggingFaceModel
+from dtcp.check.parity import CheckOptions, compare, seeded
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.huggingface import install_mixers, survey
+from dtcp.mixer import batch_metadata
+from dtcp.parallelize import Compile
+from dtcp.parallelize.plans.inferred_roles import inferred_roles
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail
+from tests.harness.spmd import spmd
+
+FAMILIES = {
+    "stablelm": {},
+    "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "bart": {"dropout": 0.0},
+    "lfm2": {},
+    "qwen3_next": {},
+    "kimi_linear": {},
+    "mamba2": {},
+    "bamba": {},
+    "nemotron_h": {},
+    "minimax": {},
+    "llama4_text": {},
+    "falcon": {},
+    "jetmoe": {},
+}
+"""Layers that hand on a mask alone; positions from 1; positions of its own; a short convolution;
+a delta rule with one decay a head, and with one a channel; Mamba-2 alone, beside attention and in
+another family's layers; lightning attention; chunks; attention that is written out; a router that
+sorts tokens."""
+CHEAP = ("stablelm", "qwen3_next", "mamba2")
+
+
+def assert_step_equal(kind, degrees, *, layout=HeadTail, compile=None):
+    """Assert that loss and gradients on packed rows are those of one device, in fp64."""
+    checked = CheckedHuggingFaceModel(kind, FAMILIES[kind])
+    options = CheckOptions(degrees, layout=layout)
+    mesh = ParallelMesh.from_degrees(degrees, "cpu")
+    result = compare(checked, options, mesh, compile)
+    wrong = {name: error for name, error in result.errors.items() if not error <= 1e-5}
+    assert not wrong, wrong
+    return result
+
+
+@pytest.mark.slow_where(lambda kind: kind not in CHEAP)
+@pytest.mark.parametrize("kind", FAMILIES)
+@spmd(ranks=2)
+def test_packed_rows_of_a_family_equal_the_unmodified_model(mesh, kind):
+    assert_step_equal(kind, Degrees(cp=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_next", "bamba", "bart"])
+@spmd(ranks=(3, 4))
+def test_more_ranks_of_a_family_equal_one_device(mesh, ranks, kind):
+    assert_step_equal(kind, Degrees(cp=ranks), layout=Contiguous)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stablelm", "bamba", "bart", "roberta", "lfm2", "kimi_linear"])
+@spmd(ranks=4)
+def test_tp_of_a_family_equals_one_device(mesh, kind):
+    """Where transformers has no plan: feed-forwards are split, the rest is whole."""
+    assert_step_equal(kind, Degrees(cp=2, tp=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stablelm", "qwen3_next", "bart", "mamba2", "falcon"])
+@spmd(ranks=2)
+def test_compiled_family_equals_one_device(mesh, kind):
+    result = assert_step_equal(kind, Degrees(cp=2), compile=Compile("aot_eager"))
+    assert result.graphs.breaks == 0
+
+
+@pytest.mark.slow
+@spmd(ranks=2)
+def test_recurrent_layers_move_states_and_halos_only(mesh):
+    """By the formulas of the styles; what the layer has for each token stays where it is."""
+    layer = CheckedHuggingFaceModel("qwen3_next").build().model.layers[0].linear_attn
+    by_layer = assert_step_equal("qwen3_next", Degrees(cp=2)).by_layer
+    received = {
+        name.removeprefix("model.layers.0.linear_attn."): count.received
+        for name, count in by_layer.items()
+        if "linear_attn" in name
+    }
+    halo = (layer.conv_kernel_size - 1) * layer.conv_dim * 8
+    maps = layer.num_v_heads * layer.head_k_dim * (layer.head_k_dim + layer.head_v_dim) * 8
+    assert received["dtcp_conv, forward"] == received["dtcp_conv, backward"] == halo
+    assert received["dtcp_rule, forward"] == 2 * maps
+
+
+def test_survey_finds_the_kernels_of_recurrent_layers():
+    """A convolution and a rule in the recurrent layer, attention in the other."""
+    model = CheckedHuggingFaceModel("qwen3_next").build()
+    before = {name: module.forward for name, module in model.named_modules()}
+    surveyed = survey(model)
+    assert {each.name: dict(each.arguments) for each in surveyed.recurrent} == {
+        "model.layers.0.linear_attn.dtcp_conv": {"width": 4},
+        "model.layers.0.linear_attn.dtcp_rule": {"normalize": True},
+    }
+    assert [each.name for each in surveyed.attentions] == ["model.layers.1.self_attn"]
+    assert {name: module.forward for name, module in model.named_modules()} == before
+
+
+def test_positions_that_count_from_behind_the_padding_are_found():
+    checked = CheckedHuggingFaceModel("roberta", {**FAMILIES["roberta"], "pad_token_id": 3})
+    assert survey(checked.build()).positions.offset == 4
+
+
+def test_a_model_without_positions_is_called_through_its_own_forward():
+    """Its decoder, called by itself, would count a shard from 0."""
+    model = CheckedHuggingFaceModel("bart", FAMILIES["bart"]).build()
+    install_mixers(model)
+    documents = Documents(((5, 4),), 9)
+    metadata = batch_metadata(model, documents)
+    input_ids = torch.arange(1, 10)[None]
+    with pytest.raises(ValueError, match="got a call of BartLearnedPositionalEmbedding"):
+        model.model.decoder(input_ids=input_ids, attn_metadata=metadata)
+    whole = {"position_ids": documents.position_ids(), "attn_metadata": metadata}
+    first = model(input_ids=input_ids, **whole).logits[:, 5:]
+    alone = batch_metadata(model, Documents(((4,),), 4))
+    second = model(
+        input_ids=input_ids[:, 5:], position_ids=torch.arange(4)[None], attn_metadata=alone
+    ).logits
+    assert_close(first, second)
+
+
+def test_a_kernel_that_no_mixer_stands_for_is_refused_by_name():
+    refused = survey(CheckedHuggingFaceModel("jamba").build()).refused
+    assert any("layers.0.mamba (JambaMambaMixer): tokens meet in it" in each for each in refused)
+
+
+@pytest.mark.parametrize(
+    ("bias", "width", "split"), [(True, 48, True), (False, 48, True), (True, 7, False)]
+)
+def test_feed_forward_is_split_where_its_parts_add_up(bias, width, split):
+    """One that normalizes what it has widened does not; 7 channels cannot be divided."""
+    feed_forward = nn.Sequential(nn.Linear(4, width, bias), nn.GELU(), nn.Linear(width, 4, bias))
+    normalized = nn.Sequential(nn.Linear(4, 48), nn.Softmax(-1), nn.Linear(48, 4))
+    modules = {"l.0.mlp": feed_forward, "l.0.mlp.0": feed_forward[0], "l.0.mlp.2": feed_forward[2]}
+    modules |= {"l.0.ff": normalized, "l.0.ff.0": normalized[0], "l.0.ff.2": normalized[2]}
+    units = {unit: [f"{unit}.0", f"{unit}.2"] for unit in ("l.0.mlp", "l.0.ff")}
+    roles = inferred_roles(modules, units, 2)
+    assert roles == ({"l.0.mlp.0": "colwise", "l.0.mlp.2": "rowwise"} if split else {})
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "roberta"])
+def test_encoder_sees_no_padding(kind):
+    """Held against transformers' own mask of padding."""
+    change = FAMILIES["roberta"] if kind != "modernbert" else {}
+    plain, model = (seeded(CheckedHuggingFaceModel(kind, change)) for _ in range(2))
+    install_mixers(model)
+    documents = Documents(((7,), (12,)), 12)
+    is_token = documents.document() >= 0
+    input_ids = torch.randint(1, 60, (2, 12)).where(is_token, 0)
+    expected = plain(input_ids=input_ids, attention_mask=is_token.long()).logits
+    metadata = batch_metadata(model, documents)
+    given = {"position_ids": documents.position_ids(), "attn_metadata": metadata}
+    assert_close(model(input_ids=input_ids, **given).logits[is_token], expected[is_token])

@@ -1,0 +1,175 @@
+"""Language models that read images, on a mesh, held against themselves on one device."""
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.nn import functional as F
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.huggingface import causal_lm_loss, shard_hf_batch, survey
+from dtcp.parallelize import Compile, parallelize_hf
+from dtcp.sequence.masks import BlockBidirectional, Causal, SlidingWindow
+from tests.harness.hf_models import SHAPE, WINDOWS
+from tests.harness.parity import gradients
+from tests.harness.spmd import spmd
+from tests.huggingface.test_huggingface import far
+
+IMAGE, TOKENS, SEQ_LEN, ROWS = 60, 4, 24, 2
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+LAYERS = {"num_hidden_layers": 2, "image_size": 64, "patch_size": 16}
+CONFIGS = {
+    "gemma3": {
+        "text_config": {**SHAPE, **WINDOWS, "query_pre_attn_scalar": 16},
+        "vision_config": {**VISION, **LAYERS, "vision_use_head": False},
+        "image_token_id": IMAGE,
+        "mm_tokens_per_image": TOKENS,
+    },
+    "qwen3_vl": {
+        "text_config": {
+            **SHAPE,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {
+            **VISION,
+            "depth": 3,
+            "num_heads": 4,
+            "patch_size": 4,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        "image_token_id": IMAGE,
+        "video_token_id": 61,
+        "vision_start_token_id": 62,
+        "vision_end_token_id": 63,
+    },
+    "mistral3": {
+        "text_config": {**SHAPE, "model_type": "mistral", "sliding_window": 7},
+        "vision_config": {**VISION, **LAYERS, "model_type": "pixtral", "head_dim": 8},
+        "image_token_id": IMAGE,
+        "spatial_merge_size": 2,
+    },
+}
+
+
+def build(kind):
+    config = AutoConfig.for_model(kind, **CONFIGS[kind])
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+        model = model.double()
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.train()
+
+
+def a_batch(kind):
+    """Two rows, the second one with padding; the image of each crosses the border of a shard."""
+    generator = torch.Generator().manual_seed(3)
+    input_ids = torch.randint(1, 59, (ROWS, SEQ_LEN), generator=generator)
+    for row, first in enumerate((10, 4)):
+        input_ids[row, first : first + TOKENS] = IMAGE
+    types = (input_ids == IMAGE).long()
+    mask = torch.ones_like(input_ids)
+    mask[1, 20:] = 0
+    batch = {"input_ids": input_ids, "labels": input_ids.clone(), "attention_mask": mask}
+    if kind == "qwen3_vl":
+        pixels = torch.randn(ROWS * 16, 3 * 2 * 16, generator=generator, dtype=torch.float64)
+        grid = torch.tensor([[1, 4, 4]] * ROWS)
+        return {
+            **batch,
+            "pixel_values": pixels,
+            "image_grid_thw": grid,
+            "mm_token_type_ids": types,
+        }
+    pixels = torch.randn(ROWS, 3, 64, 64, generator=generator, dtype=torch.float64)
+    if kind == "mistral3":
+        return {**batch, "pixel_values": pixels, "image_sizes": torch.tensor([[64, 64]] * ROWS)}
+    return {**batch, "pixel_values": pixels, "token_type_ids": types}
+
+
+def one_device(model, batch):
+    """The unmodified model on whole rows; fills the gradients."""
+    inputs = {key: x for key, x in batch.items() if key != "labels"}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    is_token = batch["attention_mask"][:, 1:] == 1
+    labels = batch["labels"][:, 1:].where(is_token, -100)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.slow_where(lambda kind, ranks: (kind, ranks) not in (("gemma3", 2), ("qwen3_vl", 2)))
+@pytest.mark.parametrize("kind", CONFIGS)
+@spmd(ranks=(2, 3))
+def test_images_in_text_equal_one_device(mesh, ranks, kind):
+    """Loss and the gradients of language model, projector and vision tower."""
+    assert_step_equal(kind, Degrees(cp=ranks))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONFIGS)
+@spmd(ranks=4)
+def test_images_beside_tp_equal_one_device(mesh, kind):
+    assert_step_equal(kind, Degrees(cp=2, tp=2))
+
+
+def assert_step_equal(kind, degrees):
+    reference, model, batch = build(kind), build(kind), a_batch(kind)
+    mesh = ParallelMesh.from_degrees(degrees, "cpu")
+    parallelize_hf(model, mesh)
+    expected = one_device(reference, batch)
+    share = causal_lm_loss(model, batch, mesh)
+    share.backward()
+    loss = share.detach()
+    dist.all_reduce(loss, group=mesh.loss.get_group())
+    assert_close(loss, expected, rtol=1e-5, atol=0.0)
+    expected_grads, grads = gradients(reference), gradients(model)
+    scale = max(float(x.abs().max()) for x in expected_grads.values())
+    worst = {
+        name: error
+        for name, grad in expected_grads.items()
+        if not (error := float(far(grads[name], grad)) / scale) <= 1e-6
+    }
+    assert expected_grads.keys() == grads.keys() and not worst, worst
+    assert any("vision" in name or "visual" in name for name in grads)
+
+
+@pytest.mark.slow
+@spmd(ranks=2)
+def test_text_alone_and_compiled_images_train_in_one_model(mesh):
+    reference, model, batch = build("gemma3"), build("gemma3"), a_batch("gemma3")
+    mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    parallelize_hf(model, mesh, compile=Compile("aot_eager"))
+    text = {key: batch[key] for key in ("input_ids", "labels", "attention_mask")}
+    text["input_ids"] = text["input_ids"] % 59
+    for each in (batch, text):
+        expected = one_device(reference, each)
+        loss = causal_lm_loss(model, each, mesh).detach()
+        dist.all_reduce(loss, group=mesh.loss.get_group())
+        assert_close(loss, expected, rtol=1e-5, atol=0.0)
+
+
+def test_survey_reads_which_layers_see_an_image_as_a_whole():
+    masks = [each.mask for each in survey(build("gemma3")).attentions]
+    windowed = Causal() & SlidingWindow(7)
+    assert masks == [windowed | BlockBidirectional(), Causal() | BlockBidirectional()]
+    assert {each.mask for each in survey(build("qwen3_vl")).attentions} == {Causal()}
+
+
+@spmd(ranks=1)
+def test_packed_documents_with_positions_of_images_are_refused(mesh):
+    model, batch = build("qwen3_vl"), a_batch("qwen3_vl")
+    mesh = ParallelMesh.from_degrees(Degrees(), "cpu")
+    parallelize_hf(model, mesh)
+    del batch["attention_mask"]
+    batch["position_ids"] = torch.arange(SEQ_LEN).remainder(16).expand(ROWS, -1)
+    with pytest.raises(ValueError, match=r"one document in a row, got several in rows \[0, 1\]"):
+        shard_hf_batch(batch, mesh, model=model)

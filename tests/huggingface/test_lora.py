@@ -1,0 +1,146 @@
+"""LoRA of peft on FSDP x TP x CP, held against the same adapted model on one device."""
+
+import shutil
+import tempfile
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.testing import assert_close
+
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.parallelize import Compile, FullCheckpoint, parallelize_hf, save_hf
+from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
+from tests.harness.hf_models import build
+from tests.harness.spmd import spmd
+from tests.huggingface.test_huggingface import (
+    PACKED,
+    a_batch,
+    assert_same_step,
+    on_mesh,
+    one_device,
+)
+
+ATTENTION = ("q_proj", "v_proj", "o_proj")
+DENSE = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+
+
+def adapted(kind="llama", targets=DENSE, **change):
+    """A model of fp64 with adapters that count; the same wherever it is built."""
+    model = build(kind, **change)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False)
+        return get_peft_model(model, config).double()
+
+
+def on_mesh_of(model, degrees, **options):
+    mesh = ParallelMesh.from_degrees(degrees, "cpu")
+    return parallelize_hf(model, mesh, **options), mesh
+
+
+@pytest.mark.parametrize("degrees", [Degrees(cp=2), Degrees(tp=2)])
+@spmd(ranks=2)
+def test_lora_equals_one_device(mesh, degrees):
+    reference = adapted()
+    assert_same_step(reference, *on_mesh_of(adapted(), degrees))
+    frozen = [p for p in reference.parameters() if not p.requires_grad]
+    assert all(p.grad is None for p in frozen) and len(frozen) > 10
+
+
+@pytest.mark.slow_where(lambda kind, targets: kind != "llama")
+@pytest.mark.parametrize(("kind", "targets"), [("llama", DENSE), ("qwen3_moe", ATTENTION)])
+@spmd(ranks=4)
+def test_lora_on_cp_beside_tp_and_fsdp_equals_one_device(mesh, kind, targets):
+    degrees = Degrees(cp=2, tp=2)
+    assert_same_step(adapted(kind, targets), *on_mesh_of(adapted(kind, targets), degrees))
+
+
+@pytest.mark.slow
+@spmd(ranks=2)
+def test_lora_compiled_and_checkpointed_equals_one_device(mesh):
+    options = {"compile": Compile("aot_eager"), "activation_checkpoint": FullCheckpoint()}
+    assert_same_step(adapted(), *on_mesh_of(adapted(), Degrees(cp=2), **options))
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@spmd(ranks=2)
+def test_gradient_checkpointing_of_transformers_equals_one_device(mesh, lora):
+    """As a user switches it on, before or after the call."""
+    models = [adapted() if lora else build("llama") for _ in range(2)]
+    model, parallel_mesh = on_mesh_of(models[1], Degrees(cp=2))
+    model.gradient_checkpointing_enable()
+    assert_same_step(models[0], model, parallel_mesh)
+
+
+@spmd(ranks=2)
+def test_frozen_subset_equals_one_device(mesh):
+    models = [build("llama") for _ in range(2)]
+    for model in models:
+        model.model.embed_tokens.requires_grad_(False)
+        model.model.layers[0].requires_grad_(False)
+    assert_same_step(models[0], *on_mesh_of(models[1], Degrees(cp=2)))
+
+
+@pytest.mark.parametrize("degrees", [Degrees(cp=2), Degrees(tp=2)])
+@spmd(ranks=2)
+def test_lora_is_saved_as_peft_loads_it(mesh, degrees):
+    model, _ = on_mesh_of(adapted(), degrees)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                (p.to_local() if isinstance(p, DTensor) else p).mul_(2.0)
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder, src=0)
+    save_hf(model, folder[0])
+    loaded = PeftModel.from_pretrained(build("llama"), folder[0]).double()
+    expected = adapted()
+    with torch.no_grad():
+        for p in expected.parameters():
+            if p.requires_grad:
+                p.mul_(2.0)
+    assert_close(loaded.state_dict(), expected.state_dict())
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+
+
+@spmd(ranks=2)
+def test_adapters_in_fp32_beside_a_base_in_bf16_train(mesh):
+    """As peft makes them: the two are gathered in their own dtypes."""
+    model = build("llama").to(torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=list(DENSE)))
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32}
+    model, parallel_mesh = on_mesh_of(model, Degrees(cp=2))
+    loss = on_mesh(model, parallel_mesh, a_batch(PACKED))
+    expected = one_device(build("llama").to(torch.bfloat16), a_batch(PACKED))
+    assert_close(loss.double(), expected.double(), rtol=0.05, atol=0.0)
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("targets", "options"),
+    [(("embed_tokens",), {}), (("q_proj",), {"use_dora": True})],
+)
+def test_lora_target_that_tp_cannot_split_is_refused(targets, options):
+    config = LoraConfig(r=4, target_modules=list(targets), **options)
+    model = get_peft_model(build("llama"), config)
+    with pytest.raises(ValueError, match="Tensor parallelism splits LoRA on linear layers"):
+        hf_tensor_plan(model.get_base_model(), 2)
+
+
+def test_lora_on_the_head_is_split_as_the_head_is():
+    model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["lm_head"]))
+    plan = hf_tensor_plan(model.get_base_model(), 2)
+    assert str(plan["lm_head.lora_B.default"]) == str(plan["lm_head.base_layer"])
+
+
+@spmd(ranks=2)
+def test_prompts_before_the_row_are_refused(mesh):
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = get_peft_model(build("llama"), config)
+    with pytest.raises(ValueError, match=r"got \['default'\], which learn tokens before the row"):
+        on_mesh_of(model, Degrees(cp=2))
