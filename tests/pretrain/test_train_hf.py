@@ -98,5 +98,6 @@ def test_trainer_of_torchtitan_refuses_what_it_would_not_carry_out(tmp_path):
         huggingface_spec("no_such_family")
     with pytest.raises(ValueError, match=r"got --dtcp.verify 2 with --model.hf llama: leave"):
         parse(["--model.hf", "llama", "--dtcp.verify", "2"])
+    both = ("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_model_only")
     with pytest.raises(ValueError, match=r"initial_load_in_hf with --model.hf llama: name"):
-        parse(["--model.hf", "llama", "--checkpoint.initial_load_in_hf"])
+        parse(["--model.hf", "llama", *both])
