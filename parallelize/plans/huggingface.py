@@ -6,7 +6,7 @@ hold its attention modules, tensor parallelism from the plan that transformers h
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from dtcp.parallelize.apply import (
 )
 from dtcp.parallelize.compile import Compile
 from dtcp.parallelize.fsdp import FSDP
+from dtcp.parallelize.hf_experts import hf_expert_plan
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.parallelize.tensor_parallel import separate_gate_and_up
 from dtcp.sequence.arguments import check_kind
@@ -89,13 +90,22 @@ def hf_plan(
     }
     if survey.pooled_head is not None:
         styles[f"{survey.pooled_head.name}.{MIXER}"] = LastTokenCP()
+    experts = hf_expert_plan(model, mesh)
     return ParallelPlan(
-        tp=hf_tensor_plan(model, mesh.size("tp")) if mesh.tp is not None else {},
+        tp=_without(experts, hf_tensor_plan(model, mesh.size("tp"))) if mesh.tp is not None else {},
+        ep=experts,
         cp=styles,
         blocks=tuple(dict.fromkeys(_block(name) for name in names)),
         fsdp_units=_fsdp_units(model),
         keep_dtype=_keep_dtype(model),
     )
+
+
+def _without(
+    experts: Mapping[str, ParallelStyle], plan: Mapping[str, ParallelStyle]
+) -> dict[str, ParallelStyle]:
+    """A plan of tp without what has a style on ep."""
+    return {name: style for name, style in plan.items() if name not in experts}
 
 
 def _check_same_weights(model: nn.Module, mesh: ParallelMesh) -> None:
