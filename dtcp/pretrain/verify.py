@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from dtcp.torchtitan.attention import add_mixers
+from dtcp.torchtitan.compat import float64_by_name
 from dtcp.torchtitan.model_spec import BeforeStep
 
 import torch
@@ -22,7 +23,13 @@ from torchtitan.models.common.decoder import Decoder
 from dtcp.compile import compile_whole
 from dtcp.mixer import batch_metadata
 from dtcp.pretrain.progress import say
-from dtcp.pretrain.trainer import Trainer, ahead_of, batch_documents, forward_names
+from dtcp.pretrain.trainer import (
+    Trainer,
+    ahead_of,
+    batch_documents,
+    forward_names,
+    share_router_losses,
+)
 
 TOLERANCE = 1e-5
 """Largest relative difference of a loss; fp32 sums in another order differ by 1e-7 or so."""
@@ -31,7 +38,8 @@ TOLERANCE = 1e-5
 def verify(config: Trainer.Config) -> int:
     """Run `config.dtcp.verify` steps twice and compare. Returns the exit code, on every rank."""
     config = _shortened(config)
-    trainer = config.build()
+    with float64_by_name():
+        trainer = config.build()
     weights = whole_weights(trainer.model_parts[0])
     try:
         trainer.train()
@@ -61,6 +69,7 @@ def one_device_losses(trainer: Trainer, weights: dict[str, Tensor]) -> dict[int,
     """Train a plain copy of the model over the trainer's rows; its loss by step."""
     config, device = trainer.config, trainer.device
     model = _plain_model(config, weights, device)
+    share_router_losses(model, trainer.gradient_accumulation_steps)
     optimizers = config.optimizer.build(model_parts=[model])
     before_step = config.model_spec.post_optimizer_build_fn
     if isinstance(before_step, BeforeStep):
@@ -121,6 +130,8 @@ def _plain_model(
         model = config.model_spec.model.build()
     # Buffers are not in a state dict; the weights it draws are overwritten.
     model.init_weights(buffer_device=device)
+    if config.training.dtype == "float64":
+        model.double()
     model.load_state_dict(weights)
     if isinstance(model, Decoder):
         add_mixers(model)
@@ -131,13 +142,24 @@ def _plain_model(
 
 
 def _shortened(config: Trainer.Config) -> Trainer.Config:
-    """The same run, as far as its verified steps: in fp32, nothing loaded and nothing left."""
+    """The same run, as far as its verified steps: in fp32, nothing loaded and nothing left.
+
+    In fp64 with experts: of some thousand choices of experts rounding decides one every few steps,
+    and the two runs would train different experts.
+    """
     steps = config.dtcp.verify
+    dtype = "float64" if getattr(config.model_spec.model, "num_experts", 0) else "float32"
     total = config.lr_scheduler.total_steps or config.training.steps
     return replace(
         config,
         # In bfloat16 two orders of a sum differ by more than any bug would.
-        training=replace(config.training, steps=steps, mixed_precision_param="float32"),
+        training=replace(
+            config.training,
+            steps=steps,
+            dtype=dtype if dtype == "float64" else config.training.dtype,
+            mixed_precision_param=dtype,
+            mixed_precision_reduce=dtype,
+        ),
         lr_scheduler=replace(config.lr_scheduler, total_steps=total),
         checkpoint=replace(config.checkpoint, enable=False),
         validator=replace(config.validator, enable=False),

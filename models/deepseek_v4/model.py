@@ -4,6 +4,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from dtcp.experts.losses import RouterLoss
 from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import ParameterModule, RMSNorm
 from dtcp.models.deepseek_v4.attention import Attention, GroupedLinear
@@ -11,7 +12,7 @@ from dtcp.models.deepseek_v4.config import DeepseekV4Config
 from dtcp.models.deepseek_v4.experts import MoE, Router
 from dtcp.models.deepseek_v4.hyper import HyperConnection, HyperHead, expand
 from dtcp.models.inputs import check_model_inputs
-from dtcp.models.moe import Experts
+from dtcp.models.moe import Experts, real_tokens
 
 
 class Block(nn.Module):
@@ -34,7 +35,8 @@ class Block(nn.Module):
         out = self.attention(self.attention_norm(collapsed), position_ids, attn_metadata)
         x = expand(out, x, post, mix)
         collapsed, post, mix = self.mixture_streams(x)
-        return expand(self.mixture(self.mixture_norm(collapsed), input_ids), x, post, mix)
+        normed, real = self.mixture_norm(collapsed), real_tokens(attn_metadata)
+        return expand(self.mixture(normed, input_ids, real), x, post, mix)
 
 
 class MultiTokenPrediction(nn.Module):
@@ -117,7 +119,7 @@ class DeepseekV4(nn.Module):
         """Draw all weights; what adds to the streams starts smaller in deeper models."""
         own_init = HyperConnection | HyperHead | GroupedLinear | ParameterModule | Router | Experts
         for name, module in self.named_modules():
-            if isinstance(module, RMSNorm):
+            if isinstance(module, RMSNorm | RouterLoss):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear | nn.Embedding):
                 adds_to_stream = name.endswith((".o_b_proj", ".down"))
