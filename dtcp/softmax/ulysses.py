@@ -13,7 +13,7 @@ from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moves
 from dtcp.kernels.dtypes import accumulation
 from dtcp.metadata import AttentionMetadata
-from dtcp.sequence.interval_runs import Intervals, KeyIntervals
+from dtcp.sequence.interval_runs import Intervals
 from dtcp.sequence.layout import Contiguous, SequenceLayout
 from dtcp.sequence.partition import Partition
 from dtcp.softmax.inputs import check_key_count
@@ -282,5 +282,5 @@ class UlyssesAttention(AttentionStyle):
     def rank_metadata(
         self, layout: SequenceLayout, rank: int, intervals: Intervals
     ) -> UlyssesMetadata:
-        local = local_metadata(*KeyIntervals.read_off(intervals).whole(), tile=self.tile)
+        local = local_metadata(intervals, tile=self.tile)
         return UlyssesMetadata(*reorder_indices(layout, 1, 0), local)
