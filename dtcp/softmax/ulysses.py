@@ -342,5 +342,5 @@ class UlyssesAttention(AttentionStyle):
         intervals = KeyIntervals.read_off(intervals)
         keys = intervals.keys
         num_keys = None if keys is None else keys.seq_len
-        local = local_metadata(*intervals.whole(), num_keys=num_keys, tile=self.tile)
+        local = local_metadata(intervals, num_keys=num_keys, tile=self.tile)
         return ulysses_metadata(layout, keys, local, num_shards=1, shard=0)
