@@ -26,6 +26,7 @@ EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "windows and sinks": ("gpt_oss", {**WINDOWS, **EXPERTS, "num_local_experts": 4}),
     "windows": ("gemma3_text", WINDOWS),
+    "hybrid": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16}),
     "experts": ("qwen3_moe", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 24}),
 }
 STEPS, BOUND = 4, 1e-5

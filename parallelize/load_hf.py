@@ -49,6 +49,26 @@ def fill_hf(model: Any, weights: Mapping[str, Tensor] | str | Path) -> None:
     _fill_parameters(model, *_read_names(model, weights))
 
 
+@torch.no_grad()
+def fill_adapters(model: Any, folder: Path) -> None:
+    """Replace the adapters of a PeftModel by those that a folder of peft's holds.
+
+    Raises:
+        ValueError: no such file, or adapters of other names or shapes.
+    """
+    files = WeightFiles(folder)
+    infix = f".{model.active_adapter}."
+    parameters = {
+        name.replace(infix, "."): (name, x)
+        for name, x in model.state_dict(keep_vars=True).items()
+        if infix in name
+    }
+    left_over = [name for name in files if name not in parameters]
+    _check_names(model, [name for name in parameters if name not in files], left_over)
+    for name, (own_name, x) in parameters.items():
+        _copy_shard(own_name, x, files[name])
+
+
 def _read_names(
     model: Any, weights: Mapping[str, Tensor] | str | Path
 ) -> tuple[Mapping[str, Tensor], list[WeightGroup]]:

@@ -10,6 +10,7 @@ from dtcp.batch import ShardedBatch, shard_rows
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.images import IMAGES, whole_rows, with_blocks
 from dtcp.huggingface.pooled_head import check_last_tokens, last_token_mixer
+from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.rows import DEFAULT_FIELDS, WHOLE, Rows
@@ -103,7 +104,8 @@ def causal_lm_loss(
     """Run a model of parallelize_hf on a batch: this rank's share of the mean loss over tokens.
 
     The shares of the ranks of mesh.loss add up to the mean loss of all their tokens, and their
-    gradients to its gradient.
+    gradients to its gradient. With config.output_router_logits the balance loss of the experts,
+    over all tokens, is part of it.
 
     Args:
         batch: as shard_hf_batch takes it, with labels.
@@ -116,8 +118,14 @@ def causal_lm_loss(
     local, sharded = _shard(batch, mesh, layout, model, for_token_loss=True, **options)
     labels = local.pop("labels")
     local.pop("padding_mask", None)
-    logits = model(**local, attn_metadata=sharded.attn_metadata).logits
-    return token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
+    balanced = {"output_router_logits": True} if is_balanced(model) else {}
+    out = model(**local, attn_metadata=sharded.attn_metadata, **balanced)
+    loss = token_mean_loss(out.logits, labels, global_token_count(labels, mesh.loss))
+    if not balanced:
+        return loss
+    balance = balance_weight(model) * balance_loss_of_batch(model, out.router_logits, sharded)
+    # All of its value is on every rank, and on each the gradient of that rank's tokens.
+    return loss + balance - balance.detach() * (1 - 1 / mesh.size("loss"))
 
 
 def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool = False) -> Rows:

@@ -4,8 +4,14 @@ Its own is a product of means over the tokens of one shard, padding among them. 
 `dtcp.router_balance.balance_loss` makes of the logits is that of all tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor
+
+from dtcp.batch import ShardedBatch
+from dtcp.router_balance import balance_loss
 
 
 def leave_out_own_balance(
@@ -17,3 +23,44 @@ def leave_out_own_balance(
     if getattr(out, "aux_loss", None) is not None:
         out.aux_loss = None
     return out
+
+
+@contextmanager
+def without_router_logits(config: Any) -> Iterator[None]:
+    """Inside, a model of this config gives no routers' logits by itself, nor a loss of them."""
+    asked = getattr(config, "output_router_logits", None)
+    if asked:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if asked:
+            config.output_router_logits = asked
+
+
+def is_balanced(model: Any) -> bool:
+    """Whether a model's config asks for the balance loss of its experts."""
+    config = getattr(model, "config", None)
+    text = None if config is None else config.get_text_config()
+    return bool(getattr(text, "output_router_logits", False))
+
+
+def balance_loss_of_batch(model: Any, router_logits: Any, sharded: ShardedBatch) -> Tensor:
+    """The balance loss over the tokens of all ranks; the config says what to weigh it by.
+
+    The same on all ranks of mesh.loss, each with the gradient of its own tokens.
+    """
+    config = model.config.get_text_config()
+    padding = sharded.shard(sharded.documents.document() < 0, pad=True)
+    return balance_loss(
+        router_logits,
+        sharded.mesh.loss,
+        experts_per_token=config.num_experts_per_tok,
+        padding_mask=padding.to(router_logits[0].device),
+    )
+
+
+def balance_weight(model: Any) -> float:
+    """What a model's config weighs its balance loss by."""
+    weight: float = model.config.get_text_config().router_aux_loss_coef
+    return weight

@@ -37,6 +37,7 @@ from dtcp.huggingface.positions import (
 )
 from dtcp.huggingface.recorder import Recorder, SurveyedAttention, survey_mask, varies
 from dtcp.huggingface.recurrent_layers import SurveyedMixer, noting_kernels
+from dtcp.huggingface.router_logits import without_router_logits
 from dtcp.huggingface.unsuited import unsuited
 from dtcp.sequence.masks import vision_blocks
 
@@ -285,9 +286,13 @@ def _survey_mode(model: Any, recorder: Recorder) -> Iterator[None]:
     for module in own:
         use_registry(module)
     hooks = [m.register_forward_pre_hook(recorder.see, with_kwargs=True) for m in before]
+    config = model.config.get_text_config()
     try:
-        config = model.config.get_text_config()
-        with noting_kernels(model, recorder), left_for_mask(config, recorder):
+        with (
+            without_router_logits(config),
+            noting_kernels(model, recorder),
+            left_for_mask(config, recorder),
+        ):
             yield
     finally:
         for hook in hooks:

@@ -18,11 +18,6 @@ def unsuited(model: Any) -> Iterator[str]:
             f"{name} is on the meta device, where nothing can be run: install_mixers and "
             f"parallelize_hf survey a narrow copy of it."
         )
-    if getattr(model.config, "output_router_logits", False):
-        yield (
-            f"{name} adds a balance loss over all tokens of a batch (output_router_logits): set "
-            f"config.output_router_logits = False."
-        )
     for part, module in model.named_modules():
         rate = getattr(module, "p", 0.0) if isinstance(module, _DROPOUT) else 0.0
         if rate:

@@ -22,10 +22,10 @@ from dtcp.huggingface.batch import (
 )
 from dtcp.huggingface.linear_head import LinearHead
 from dtcp.huggingface.pooled_head import last_token_mixer
+from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.linear_logits import LinearLogits
 from dtcp.loss import global_token_count, token_log_probs, token_mean_loss
-from dtcp.router_balance import balance_loss
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.layout import HeadTail, SequenceLayout
@@ -115,7 +115,8 @@ class WholeRows(nn.Module):
         )
         targets = local.pop("labels", None)
         local.pop("padding_mask", None)
-        balanced = targets is not None and self._balanced(output_router_logits)
+        said = is_balanced(self.module) if output_router_logits is None else output_router_logits
+        balanced = targets is not None and said
         asked = {"output_router_logits": True} if balanced else {}
         head = None if fused_lm_head or targets is None else self._head()
         with nullcontext() if head is None else head.hold():
@@ -140,10 +141,6 @@ class WholeRows(nn.Module):
     def _head(self) -> LinearHead | None:
         return None if self.gathers_logits else self.linear_head
 
-    def _balanced(self, asked: bool | None) -> bool:
-        said = getattr(self._text_config, "output_router_logits", False)
-        return bool(said if asked is None else asked)
-
     def _loss(
         self,
         logits: Tensor | LinearLogits,
@@ -161,17 +158,11 @@ class WholeRows(nn.Module):
             return loss
         # A loss that is divided by the tokens of all ranks is multiplied by their number, later on.
         share = 1 if items is None else self.mesh.size("batch")
-        return loss + self._text_config.router_aux_loss_coef / share * aux
+        return loss + balance_weight(self.module) / share * aux
 
     def _balance(self, router_logits: Any, sharded: ShardedBatch) -> Tensor:
-        """The balance loss over all tokens; its gradient is that of all batch ranks' mean."""
-        padding = sharded.shard(sharded.documents.document() < 0, pad=True)
-        aux = balance_loss(
-            router_logits,
-            self.mesh.loss,
-            experts_per_token=self._text_config.num_experts_per_tok,
-            padding_mask=padding.to(router_logits[0].device),
-        )
+        """The balance loss over all tokens; its gradient is that for a mean over batch ranks."""
+        aux = balance_loss_of_batch(self.module, router_logits, sharded)
         # Gradients of a loop are averaged over batch ranks, and each has those of its own tokens.
         return aux + (self.mesh.size("batch") - 1) * (aux - aux.detach())
 
@@ -199,11 +190,6 @@ class WholeRows(nn.Module):
                 f"{self.label_smoothing}, z_loss={self.z_loss}, which only the loss of a language "
                 f"model has: set them to 0."
             )
-
-    @property
-    def _text_config(self) -> Any:
-        config: Any = self.module.config
-        return config.get_text_config()
 
 
 CALL_KEYS = ("use_cache", "return_dict", "logits_to_keep", "output_attentions")

@@ -69,6 +69,12 @@ def _with_huggingface(config: Trainer.Config, source: str, rest: list[str]) -> T
             f"A model of transformers is compared with one device by python -m dtcp.check, got "
             f"--dtcp.verify {config.dtcp.verify} with --model.hf {source}: leave it out."
         )
+    if config.checkpoint.initial_load_in_hf:
+        raise ValueError(
+            f"Weights of a model of transformers are those of its folder, got "
+            f"--checkpoint.initial_load_in_hf with --model.hf {source}: name the folder as "
+            f"--model.hf, and leave it out."
+        )
     spec = huggingface_spec(source)
     folder = config.dump_folder
     if not any(word.split("=")[0] == "--dump_folder" for word in rest):

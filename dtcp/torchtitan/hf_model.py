@@ -139,10 +139,17 @@ def huggingface_spec(source: str) -> ModelSpec:
     Args:
         source: as for HuggingFaceConfig.
     Raises:
-        ValueError: no such folder, file or model type.
+        ValueError: no such folder, file or model type; a model with a balance loss.
     """
+    config = read_config(source)
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            f"torchtitan's loss reads logits alone, got --model.hf {source} with "
+            f"output_router_logits=True, which asks for a balance loss: set it to False, or train "
+            f"by a Trainer of transformers (docs/trainers.md)."
+        )
     return ModelSpec(
-        name=read_config(source).model_type,
+        name=config.model_type,
         flavor="of transformers",
         model=HuggingFaceConfig(source=source),
         parallelize_fn=_parallelize,

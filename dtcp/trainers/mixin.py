@@ -23,10 +23,10 @@ from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.trainers.accelerator import MeshAccelerator
 from dtcp.trainers.arguments import check_trained_model, check_training_arguments
 from dtcp.trainers.saved import (
-    gathered_weights,
     load_optimizer,
     load_weights,
     save_optimizer,
+    save_weights,
 )
 
 
@@ -52,6 +52,8 @@ class MeshTrainerMixin:
     lr_scheduler: Any
     state: Any
     compute_loss_func: Any
+    data_collator: Any
+    processing_class: Any
     _train_batch_size: int
     _signature_columns: Any
     _loss_shifts_labels: bool
@@ -193,9 +195,13 @@ class MeshTrainerMixin:
     # Files: written and read by all ranks together, the same on any mesh.
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        whole = gathered_weights(self.model) if state_dict is None else state_dict
+        folder = Path(output_dir or self.args.output_dir)
+        save_weights(self.model, folder)
         if self.args.should_save:
-            super()._save(output_dir, state_dict=whole)  # type: ignore[misc]
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            torch.save(self.args, folder / ARGUMENTS)
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -217,8 +223,8 @@ class MeshTrainerMixin:
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
 
 
-SCHEDULER = "scheduler.pt"
-"""As transformers names it."""
+SCHEDULER, ARGUMENTS = "scheduler.pt", "training_args.bin"
+"""As transformers names them."""
 
 
 def _forward_names(model: nn.Module) -> Any:

@@ -87,8 +87,17 @@ def test_trainer_of_torchtitan_trains_resumes_and_exports_a_model_of_transformer
     assert_close(list(resumed.values()), [found[3], found[4]], rtol=0, atol=2e-5)
 
 
-def test_trainer_of_torchtitan_refuses_what_is_no_model_of_transformers():
+def test_trainer_of_torchtitan_refuses_what_it_would_not_carry_out(tmp_path):
+    config = read_config("mixtral")
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "output_router_logits": True}))
+    with pytest.raises(ValueError, match="output_router_logits=True, which asks for a balance"):
+        huggingface_spec(str(path))
     with pytest.raises(ValueError, match="no_such_family"):
         huggingface_spec("no_such_family")
     with pytest.raises(ValueError, match=r"got --dtcp.verify 2 with --model.hf llama: leave"):
         parse(["--model.hf", "llama", "--dtcp.verify", "2"])
+    both = ("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_model_only")
+    with pytest.raises(ValueError, match=r"initial_load_in_hf with --model.hf llama: name"):
+        parse(["--model.hf", "llama", *both])

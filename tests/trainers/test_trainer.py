@@ -18,7 +18,7 @@ from tests.harness.run_script import run_forked
 from tests.harness.spmd import spmd
 
 ONE_RANK = ParallelMesh(Degrees(), None, *[None] * 7)
-KINDS = ("windows and sinks", "windows", "experts")
+KINDS = ("windows and sinks", "windows", "hybrid", "experts")
 
 
 class MeshTrainer(MeshTrainerMixin, Trainer):
