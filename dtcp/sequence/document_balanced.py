@@ -150,8 +150,11 @@ def best_pieces(work: WorkRuns, lengths: tuple[int, ...], num_shards: int) -> tu
     assert pieces is not None
     fewest, shard_len = _brought(*pieces, bounds, seq_len), seq_len // num_shards
     cut = row.length[1:][row.document[1:] == row.document[:-1]]
+    before = 0
     for whole in (shard_len // 4, shard_len // 2, shard_len, 2 * shard_len, 4 * shard_len):
-        found = row.pieces(whole) if (cut <= whole).any() else None
+        kept = int((cut <= whole).sum())
+        found = row.pieces(whole) if kept > before else None
+        before = kept
         if found is not None and (brought := _brought(*found, bounds, seq_len)) < fewest:
             pieces, fewest = found, brought
     return pieces
@@ -250,14 +253,18 @@ def _cut(work: WorkRuns, bounds: Ints, mean: int) -> _Line:
 
 def _heavy_before(heavy: _Line, light: _Line, total: int, num_shards: int) -> Ints:
     """Heavy tokens before each rank, and all of them: [n + 1], by bisection."""
-    of_heavy, of_light = heavy.places, light.places
-    heavy_work, light_work = heavy.work_of_first(), light.work_of_first()
-    tokens = np.arange(num_shards + 1) * ((of_heavy[-1] + of_light[-1]) // num_shards)
+    of_heavy, of_light = int(heavy.places[-1]), int(light.places[-1])
+    # Both lines as one, so that a step of the bisection is one look at it.
+    work_of_first = _Line(*map(np.append, heavy, light)).work_of_first()
+    work_of_heavy = work_of_first(np.array([of_heavy]))
+    tokens = np.arange(num_shards + 1) * ((of_heavy + of_light) // num_shards)
     enough = np.array([-(-rank * total // num_shards) for rank in range(num_shards + 1)])
-    low, high = np.maximum(0, tokens - of_light[-1]), np.minimum(tokens, of_heavy[-1])
+    enough += work_of_heavy
+    low, high = np.maximum(0, tokens - of_light), np.minimum(tokens, of_heavy)
     while bool((low < high).any()):
         middle = (low + high) // 2
-        reached = heavy_work(middle) + light_work(tokens - middle) >= enough
+        work = work_of_first(np.concatenate((middle, of_heavy + tokens - middle)))
+        reached = work[: len(tokens)] + work[len(tokens) :] >= enough
         low, high = np.where(reached, low, middle + 1), np.where(reached, middle, high)
     return low
 

@@ -172,7 +172,10 @@ def _joined_runs(start: Ints, stop: Ints, first: Ints, last: Ints) -> IntervalRu
         # A token alone moves on from the one before it, if it is to be of the same run.
         step[1:] = np.where(single, value[1:] - value[:-1] - step[:-1] * (before - 1), step[1:])
         new[1:] |= (step[1:] != step[:-1]) | (value[:-1] + step[:-1] * before != value[1:])
+        new[1:] |= (step[1:] < 0) | (step[1:] > 1)
         columns += [value, step]
+    sees = last[: len(start)] >= first[: len(start)]
+    new[1:] |= sees[1:] != sees[:-1]
     kept = np.flatnonzero(new)
     start, stop = start[kept], np.append(start[kept[1:]], stop[-1])
     alone = stop - start == 1
@@ -184,7 +187,8 @@ def _joined_runs(start: Ints, stop: Ints, first: Ints, last: Ints) -> IntervalRu
 def _read_off(first: NDArray[np.int32], last: NDArray[np.int32]) -> IntervalRuns:
     """Runs of the intervals of all tokens of a row, [S] each."""
     steps = np.stack((np.diff(first), np.diff(last)))
-    odd = ((steps < 0) | (steps > 1)).any(0)
+    sees = last >= first
+    odd = ((steps < 0) | (steps > 1)).any(0) | (sees[1:] != sees[:-1])
     new = np.ones(len(first), dtype=bool)
     new[1:] = odd
     new[2:] |= (steps[:, 1:] != steps[:, :-1]).any(0)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtcp.sequence.interval_runs import IntervalRuns
-from dtcp.sequence.partition import Ints, Partition, expand, unique_ascending
+from dtcp.sequence.partition import Ints, Partition, unique_ascending
 
 
 class TileLimits(NamedTuple):
@@ -49,12 +49,17 @@ class SlotRuns:
         first, last = runs.first[run] + first_step * after, runs.last[run] + last_step * after
         return cls(slot, length, first, first_step, last, last_step)
 
+    @classmethod
+    def whole(cls, runs: IntervalRuns) -> "SlotRuns":
+        """Of one rank that holds the whole row."""
+        length = runs.stop - runs.start
+        return cls(runs.start, length, runs.first, runs.first_step, runs.last, runs.last_step)
+
     def by_slot(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """The first and the last key of every slot: two [L]."""
-        after = expand(0 * self.length, self.length).astype(np.int32)
+        slot = np.arange(int(self.length.sum()), dtype=np.int32)
         first, last = (
-            np.repeat(value.astype(np.int32), self.length)
-            + np.repeat(step.astype(np.int32), self.length) * after
+            _by_slot(value - step * self.slot, step, self.length, slot)
             for value, step in ((self.first, self.first_step), (self.last, self.last_step))
         )
         return first, last
@@ -80,3 +85,14 @@ class SlotRuns:
             np.minimum.reduceat(last + last_step * begin, each),
             np.logical_and.reduceat(sees, each),
         )
+
+
+def _by_slot(at_0: Ints, step: Ints, length: Ints, slot: NDArray[np.int32]) -> NDArray[np.int32]:
+    """What stands still or moves on along each run, for every slot; from its value at slot 0."""
+    values = np.repeat(at_0.astype(np.int32), length)
+    moving = step.astype(bool)
+    if moving.all():
+        values += slot
+    elif moving.any():
+        np.add(values, slot, out=values, where=np.repeat(moving, length))
+    return values

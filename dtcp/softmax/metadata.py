@@ -5,20 +5,20 @@ from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcp.kernels.softmax.block_ranges import (
     TILE,
     UNUSED,
     KeyLine,
-    block_ranges,
     block_ranges_of_parts,
 )
-from dtcp.kernels.softmax.pieces import find_pieces, no_pieces
+from dtcp.kernels.softmax.pieces import no_pieces, pieces_of_parts
 from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.partition import Ints, expand
+from dtcp.sequence.partition import expand, expand_tokens
 from dtcp.sequence.slot_runs import SlotRuns
 from dtcp.softmax.required_keys import required_keys
 
@@ -84,20 +84,25 @@ class KeyExchangeMetadata(AttentionMetadata):
 
 
 def local_metadata(
-    first_key: Tensor, last_key: Tensor, *, num_keys: int | None = None, tile: int = TILE
+    intervals: Intervals, *, num_keys: int | None = None, tile: int = TILE
 ) -> LocalMetadata:
-    """Metadata of whole rows in token order, from the intervals of a mask: [B, S] each.
+    """Metadata of whole rows in token order, from the intervals of a mask.
 
     Args:
         num_keys: of another sequence; None for the queries' own.
     """
-    num_keys = first_key.shape[1] if num_keys is None else num_keys
+    intervals = KeyIntervals.read_off(intervals)
+    rows = [SlotRuns.whole(runs) for runs in intervals.rows]
+    first, last = intervals.whole()
+    num_keys = first.shape[1] if num_keys is None else num_keys
+    start = np.zeros(1, dtype=np.int64)
+    keys = KeyLine(start, start, start + num_keys, 1)
+    (ranges,) = block_ranges_of_parts(rows, keys, tile=tile)
+    (pieces,) = pieces_of_parts(rows, keys, tiles=ranges.shape[1])
     token_index = torch.arange(num_keys, dtype=torch.int32)
-    ranges = block_ranges(first_key, last_key, token_index, tile=tile)
-    pieces = find_pieces(first_key, last_key, token_index, tiles=ranges.shape[1])
-    query_index = torch.arange(first_key.shape[1], dtype=torch.int32)
+    query_index = torch.arange(first.shape[1], dtype=torch.int32)
     return LocalMetadata(
-        first_key, last_key, token_index, ranges, pieces=pieces, query_token_index=query_index
+        first, last, token_index, ranges, pieces=pieces, query_token_index=query_index
     )
 
 
@@ -131,17 +136,16 @@ def all_gather_metadata(
     keys = KeyLine(np.zeros_like(starts), starts, stops, 1)
     capacity = seq_len if capacity is None else capacity
     ranges = block_ranges_of_parts(rows, keys, tile=tile)
-    tokens = expand(starts, stops - starts)
-    pieces = find_pieces(first, last, torch.from_numpy(tokens), tiles=ranges.shape[2])
+    tokens = expand_tokens(starts, stops - starts)
     return KeyExchangeMetadata(
         first,
         last,
         _filled(sent.expanded(), seq_len - local_len, 0),
         torch.from_numpy(np.stack((sent.counts(n), received.counts(n)))),
-        _filled(expand(places, stops - starts), capacity, 0),
+        _filled(expand_tokens(places, stops - starts), capacity, 0),
         _filled(tokens, capacity, UNUSED)[None],
         ranges,
-        pieces=pieces[None],
+        pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
         query_token_index=layout.token_indices(rank).to(torch.int32),
     )
 
@@ -173,13 +177,10 @@ def ring_metadata(
     lengths = stops - starts
     in_step = np.append(local_len, counts[1, 1:])
     step_of_key, place = np.repeat(np.arange(n), in_step), expand(0 * in_step, in_step)
-    tokens = expand(starts, lengths)
+    tokens = expand_tokens(starts, lengths)
     token_index[step_of_key, place] = tokens
-    ranges = block_ranges_of_parts(rows, KeyLine(step, starts, stops, n), tile=tile)
-    of_step, tiles = torch.from_numpy(tokens).split(in_step.tolist()), ranges.shape[2]
-    # Most steps bring nothing where documents are packed, and any query sees nothing of that.
-    nothing = find_pieces(first[:, :1], last[:, :1], of_step[0][:0], tiles=tiles)
-    pieces = [find_pieces(first, last, x, tiles=tiles) if len(x) else nothing for x in of_step]
+    keys = KeyLine(step, starts, stops, n)
+    ranges = block_ranges_of_parts(rows, keys, tile=tile)
     return KeyExchangeMetadata(
         first,
         last,
@@ -188,7 +189,7 @@ def ring_metadata(
         torch.zeros(0, dtype=torch.int32),
         torch.from_numpy(token_index),
         ranges,
-        pieces=torch.stack(pieces),
+        pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
         query_token_index=layout.token_indices(rank).to(torch.int32),
     )
 
@@ -203,7 +204,7 @@ def _local(
     return rows, first, last
 
 
-def _filled(x: Ints, length: int, value: int) -> Tensor:
+def _filled(x: NDArray[np.int32], length: int, value: int) -> Tensor:
     """x, followed by `value` up to a length that no batch exceeds: shapes never change."""
     filled = np.full(length, value, np.int32) if value else np.zeros(length, np.int32)
     filled[: len(x)] = x

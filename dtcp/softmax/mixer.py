@@ -14,6 +14,7 @@ from dtcp.metadata import AttentionMetadata, BatchMetadata, NoMetadata
 from dtcp.mixer import Mixer, check_position_ids, position_ids_of
 from dtcp.sequence.arguments import FLOATS, WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.coords import Coords
+from dtcp.sequence.interval_runs import KeyIntervals
 from dtcp.sequence.masks import Mask, MemoryDocument
 from dtcp.softmax.latent import LatentWidths, keys_and_values
 from dtcp.softmax.local import ATTENTION
@@ -75,7 +76,7 @@ class MaskedMixer(Mixer):
         return SoftmaxParams(scale, self.softcap, self.kernel)
 
     def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
-        return local_metadata(*self.mask.intervals(coords))
+        return local_metadata(KeyIntervals.of(self.mask, coords))
 
     def extra_repr(self) -> str:
         return f"mask={self.mask}, scale={self.scale}, softcap={self.softcap}"
@@ -164,7 +165,7 @@ class CrossAttention(SoftmaxAttention):
 
     def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
         num_keys = MemoryDocument().memory(coords).documents.seq_len
-        return local_metadata(*self.mask.intervals(coords), num_keys=num_keys)
+        return local_metadata(KeyIntervals.of(self.mask, coords), num_keys=num_keys)
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         q, _, v = args[:3]
@@ -232,7 +233,7 @@ class KeysFromValues(MaskedMixer):
         return super().forward_without_mixing(args[0], args[1], args[1])
 
     def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
-        local = local_metadata(*self.mask.intervals(coords))
+        local = local_metadata(KeyIntervals.of(self.mask, coords))
         return replace(local, position_ids=position_ids_of(coords))
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dtcp.sequence.arguments import check_rank
 from dtcp.sequence.interval_runs import IntervalRuns, Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.partition import Ints, Partition, expand, unique_ascending
+from dtcp.sequence.partition import Ints, Partition, expand, expand_tokens, unique_ascending
 
 
 class PeerRuns(NamedTuple):
@@ -34,9 +35,9 @@ class PeerRuns(NamedTuple):
         order = np.lexsort((self.start, key[self.peer]))
         return PeerRuns(*(x[order] for x in self))
 
-    def expanded(self) -> Ints:
+    def expanded(self) -> NDArray[np.int32]:
         """The tokens of all runs, one after another."""
-        return expand(self.start, self.stop - self.start)
+        return expand_tokens(self.start, self.stop - self.start)
 
 
 @dataclass(frozen=True, eq=False)

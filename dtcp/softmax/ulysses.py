@@ -13,7 +13,7 @@ from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moves
 from dtcp.kernels.dtypes import accumulation
 from dtcp.metadata import AttentionMetadata
-from dtcp.sequence.interval_runs import Intervals, KeyIntervals
+from dtcp.sequence.interval_runs import Intervals
 from dtcp.sequence.layout import Contiguous, SequenceLayout
 from dtcp.sequence.partition import Partition
 from dtcp.softmax.inputs import check_key_count
@@ -342,5 +342,5 @@ class UlyssesAttention(AttentionStyle):
         intervals = KeyIntervals.read_off(intervals)
         keys = intervals.keys
         num_keys = None if keys is None else keys.seq_len
-        local = local_metadata(*intervals.whole(), num_keys=num_keys, tile=self.tile)
+        local = local_metadata(intervals, num_keys=num_keys, tile=self.tile)
         return ulysses_metadata(layout, keys, local, num_shards=1, shard=0)

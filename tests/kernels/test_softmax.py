@@ -342,7 +342,7 @@ def test_op_keeps_the_contract_of_torch_library(sink, value_dim):
     intervals = CAUSAL.mask.intervals(Coords.of(Documents.single(1, 12)))
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if sink else None
     v = v[..., :value_dim].detach().requires_grad_()
-    metadata = local_metadata(*intervals).tensors()
+    metadata = local_metadata(intervals).tensors()
     x = AttentionInputs(q, k, v, sinks)
     if sink:
         bias = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)

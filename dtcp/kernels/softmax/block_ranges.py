@@ -13,6 +13,7 @@ row per tile of queries, never one entry per pair of tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -68,23 +69,52 @@ class KeyLine:
     stop: Ints
     parts: int
 
-    def before(self, token: Tensor) -> Tensor:
-        """For each part, how many of its keys come before each of these tokens: [...] to
-        [parts, ...]."""
-        length = self.stop - self.start
-        total = np.append(0, np.cumsum(length))
-        of_part = np.searchsorted(self.part, np.arange(self.parts + 1))
-        beyond = int(self.stop.max(initial=0)) + 1
-        at = token.clamp(max=beyond).numpy()
-        part = np.arange(self.parts).reshape(-1, *(1,) * at.ndim)
-        line = self.part * (beyond + 1) + self.start
-        # The last run that starts at the token or before it, where the part has one.
-        run = np.searchsorted(line, part * (beyond + 1) + at, side="right") - 1
-        inside = run >= of_part[part]
-        run = np.where(inside, run, 0)
-        some = np.clip(at - self.start[run], 0, length[run]) if len(length) else 0 * run
-        count = np.where(inside, total[run] + some - total[of_part[part]], 0)
-        return torch.from_numpy(count)
+    @classmethod
+    def of_tokens(cls, tokens: Ints) -> "KeyLine":
+        """Of one part, from the token index of each key, [K] ascending."""
+        first = np.append(True, np.diff(tokens) != 1)[: len(tokens)].nonzero()[0]
+        last = np.append(first[1:], len(tokens))[: len(first)] - 1
+        return cls(0 * first, tokens[first], tokens[last] + 1, 1)
+
+    def before(self, part: Ints, token: Ints) -> Ints:
+        """How many keys of a part come before a token; both of one shape, or broadcast to it."""
+        line, width = self._line, self._width
+        at = part * width + np.minimum(token, width - 1)
+        # Among all keys; of the parts before this one none is missing.
+        run = np.searchsorted(line, at, side="right") - 1
+        some = np.minimum(at - line[run], self._length[run])
+        count: Ints = self._total[run] + some - self._of_part[part]
+        return count
+
+    def bounds(self, part: Ints, token: Ints) -> tuple[Ints, Ints]:
+        """Where runs of keys start and end on a line of all parts, and where tokens lie on it."""
+        ends = np.stack((self.start, self.stop), axis=1) + self.part[:, None] * self._width
+        return ends.flatten(), part * self._width + np.minimum(token, self._width - 1)
+
+    # What follows starts with a run of no keys, before all others.
+
+    @cached_property
+    def _width(self) -> int:
+        return int(self.stop.max(initial=0)) + 2
+
+    @cached_property
+    def _line(self) -> Ints:
+        return np.append(-1, self.part * self._width + self.start)
+
+    @cached_property
+    def _length(self) -> Ints:
+        return np.append(0, self.stop - self.start)
+
+    @cached_property
+    def _total(self) -> Ints:
+        """Keys of all parts before each run."""
+        return np.cumsum(self._length) - self._length
+
+    @cached_property
+    def _of_part(self) -> Ints:
+        """Keys before each part."""
+        first = np.searchsorted(self.part, np.arange(self.parts))
+        return np.cumsum(self._length)[first]
 
 
 def block_ranges_of_parts(rows: Sequence[SlotRuns], keys: KeyLine, *, tile: int = TILE) -> Tensor:
@@ -95,7 +125,12 @@ def block_ranges_of_parts(rows: Sequence[SlotRuns], keys: KeyLine, *, tile: int 
     """
     by_row = zip(*(row.tiles(tile) for row in rows), strict=True)
     limits = _Limits(*(torch.from_numpy(np.stack(x)) for x in by_row))
-    return _ranges(limits, keys.before, int(rows[0].length.sum()), tile)
+    parts = np.arange(keys.parts).reshape(-1, 1, 1)
+
+    def before(token: Tensor) -> Tensor:
+        return torch.from_numpy(keys.before(parts, token.numpy()))
+
+    return _ranges(limits, before, int(rows[0].length.sum()), tile)
 
 
 class _Limits(NamedTuple):

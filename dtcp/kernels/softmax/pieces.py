@@ -14,15 +14,21 @@ ends of the range mostly stand still or move on by one key. Such a run is a piec
 
 which is what flash attention calls a sequence, its diagonal in the bottom right corner. A causal
 document is one piece, so is a window over a document with its halo, or a rectangle that a ring's
-step leaves. Nothing here depends on which mask, layout or strategy it was.
+step leaves. Nothing here depends on which mask, layout or strategy it was. Queries are given as
+runs and so are keys: the work grows with their number, not with tokens.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dtcp.kernels.softmax.block_ranges import UNUSED
+from dtcp.kernels.softmax.block_ranges import UNUSED, KeyLine
+from dtcp.sequence.interval_runs import KeyIntervals
+from dtcp.sequence.partition import Ints, expand, unique_ascending
+from dtcp.sequence.slot_runs import SlotRuns
 
 UNLIMITED = 1 << 40
 """A bound of a window that no sequence reaches."""
@@ -60,33 +66,41 @@ def no_pieces() -> Tensor:
 def find_pieces(
     first_key: Tensor, last_key: Tensor, key_token_index: Tensor, *, tiles: int
 ) -> Tensor:
-    """Cut the queries into pieces: once per batch, in one pass and a step per piece.
+    """`pieces_of_parts` of intervals that are given token by token, and one part of keys.
 
     Args:
         first_key, last_key: [B, L], the interval of token indices that each query sees.
         key_token_index: [K], ascending, then UNUSED where a buffer is longer than its keys.
+    """
+    keys = key_token_index[key_token_index != UNUSED].numpy().astype(np.int64)
+    rows = [SlotRuns.whole(runs) for runs in KeyIntervals.read_off((first_key, last_key)).rows]
+    return pieces_of_parts(rows, KeyLine.of_tokens(keys), tiles=tiles)[0]
+
+
+def pieces_of_parts(rows: Sequence[SlotRuns], keys: KeyLine, *, tiles: int) -> Tensor:
+    """Cut the queries into pieces, for the keys of each part by themselves: once per batch.
+
+    Args:
+        rows: what the queries of each row see.
         tiles: pieces that the table has room for, at least MOST_PIECES; so its shape does not
             change from batch to batch.
     Returns:
-        [max(tiles, MOST_PIECES), 9] int64 on the host, for `read_pieces`. Where a mask has more
-        pieces than that, it says so, and is no longer a plain one.
+        [parts, max(tiles, MOST_PIECES), 9] int64 on the host, for `read_pieces`. Where a mask has
+        more pieces than that, it says so, and is no longer a plain one.
     """
-    keys = key_token_index[key_token_index != UNUSED].contiguous()
-    alike = bool((first_key == first_key[:1]).all()) and bool((last_key == last_key[:1]).all())
-    pieces: list[Piece] = []
-    for row in range(1 if alike else first_key.shape[0]):
-        first, last = (x[row].to(torch.int64).contiguous() for x in (first_key, last_key))
-        begin = torch.searchsorted(keys, first)
-        stop = torch.searchsorted(keys, last, right=True)
-        begin, stop = _nothing_as_zero(begin, stop, first <= last)
-        pieces += _pieces_of_row(EVERY_ROW if alike else row, begin, stop)
-    table = torch.zeros(max(tiles, MOST_PIECES), _WIDTH, dtype=torch.int64)
-    if len(pieces) > len(table):
-        table[0, 0] = len(pieces)
-        return table
-    if pieces:
-        table[: len(pieces)] = torch.tensor(pieces)
-    return table
+    pieces = _table(_lines(rows, keys), len(rows))
+    of_row = [pieces[pieces[:, 0] == row] for row in range(len(rows))]
+    if all(np.array_equal(each[:, 1:], of_row[0][:, 1:]) for each in of_row[1:]):
+        pieces = of_row[0]
+        pieces[:, 0] = EVERY_ROW
+    part = pieces[:, -1]
+    room, count = max(tiles, MOST_PIECES), np.bincount(part, minlength=keys.parts)
+    table = np.zeros((keys.parts, room, _WIDTH), dtype=np.int64)
+    place = np.arange(len(part)) - (np.cumsum(count) - count)[part]
+    fits = count[part] <= room
+    table[part[fits], place[fits]] = pieces[fits, :-1]
+    table[count > room, 0, 0] = count[count > room]
+    return torch.from_numpy(table)
 
 
 def read_pieces(table: Tensor) -> list[Piece] | None:
@@ -97,72 +111,145 @@ def read_pieces(table: Tensor) -> list[Piece] | None:
     return [Piece(*row) for row in rows if row[2]]
 
 
-def _nothing_as_zero(begin: Tensor, stop: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
-    """Both 0 for a query that sees none of the keys."""
-    sees = sees & (begin < stop)
-    return torch.where(sees, begin, 0), torch.where(sees, stop, 0)
+class _Lines(NamedTuple):
+    """Neighbouring queries of a row, and the keys of a part that they see, some of them at least.
+
+    Counted among the keys of the part; along the queries either end stands still or moves on by a
+    key. By part, row and query; each field [R].
+    """
+
+    group: Ints  # part * rows + row
+    query: Ints
+    length: Ints
+    begin: Ints
+    begin_step: Ints
+    stop: Ints
+    stop_step: Ints
+
+    def at(self, place: Ints) -> "_Lines":
+        """Each query at these places, where all of them are lined up."""
+        before = np.cumsum(self.length) - self.length
+        line = np.searchsorted(before, place, side="right") - 1
+        group, query, _, begin, begin_step, stop, stop_step = (x[line] for x in self)
+        after = place - before[line]
+        begin, stop = begin + begin_step * after, stop + stop_step * after
+        return _Lines(group, query + after, 0 * after + 1, begin, begin_step, stop, stop_step)
 
 
-def _pieces_of_row(row: int, begin: Tensor, stop: Tensor) -> list[Piece]:
-    """Cut greedily: a piece goes on as long as its two ends move as they may."""
-    ends = _breaks(begin, stop)
-    pieces = []
-    for low, high in zip([0, *ends], [*ends, len(begin)], strict=True):
-        k_start, k_stop = int(begin[low]), int(stop[high - 1])
-        diagonal = int(begin[high - 1]) == k_stop - 1 == k_start + high - 1 - low
-        if diagonal and int(stop[low]) == k_start + 1 and 1 < high - low <= MOST_ALONE:
-            # Documents of one token, each a piece that fits a window of any size.
-            pieces += [
-                Piece(row, low + i, low + i + 1, k_start + i, k_start + i + 1, *ANY_WINDOW)
-                for i in range(high - low)
-            ]
-        elif k_stop:
-            steps = begin[low:high].diff(), stop[low:high].diff()
-            pieces.append(_piece(row, (low, high), (k_start, k_stop), int(begin[high - 1]), *steps))
-    return pieces
-
-
-def _piece(
-    row: int,
-    queries: tuple[int, int],
-    keys: tuple[int, int],
-    last_begin: int,
-    begin_steps: Tensor,
-    stop_steps: Tensor,
-) -> Piece:
-    (low, high), (k_start, k_stop) = queries, keys
-    left = k_stop - 1 - last_begin
-    moves_left, moves_right = bool(begin_steps.any()), bool(stop_steps.any())
-    # The queries after the last step of `stop` stand still.
-    still = int((stop_steps.flip(0).cumsum(0) == 0).sum())
-    return Piece(
-        row,
-        low,
-        high,
-        k_start,
-        k_stop,
-        left,
-        left if moves_left else UNLIMITED,
-        still if moves_right else high - low - 1,
-        still if moves_right else UNLIMITED,
+def _lines(rows: Sequence[SlotRuns], keys: KeyLine) -> _Lines:
+    """All that any query sees of any part, cut where keys are missing between others."""
+    row = np.repeat(np.arange(len(rows)), [len(each.slot) for each in rows])
+    columns = zip(*(vars(each).values() for each in rows), strict=True)
+    slot, length, first, first_step, last, last_step = (np.concatenate(x) for x in columns)
+    parts = unique_ascending(keys.part)
+    most = last + last_step * (length - 1)
+    some = keys.before(parts[:, None], first) < keys.before(parts[:, None], most + 1)
+    part, run = (some & (last >= first)).nonzero()
+    part = parts[part]
+    row, slot, length, first, first_step, last, last_step = (
+        x[run] for x in (row, slot, length, first, first_step, last, last_step)
     )
+    pair, after = _cuts(keys, part, length, (first, first_step), (last + 1, last_step))
+    end = np.append(after[1:], 0)[: len(pair)]
+    end[np.append(pair[1:] != pair[:-1], True)[: len(pair)]] = length
+    part, row, slot, first, first_step, last, last_step = (
+        x[pair] for x in (part, row, slot, first, first_step, last, last_step)
+    )
+    first, last = first + first_step * after, last + last_step * after
+    begin, stop = keys.before(part, first), keys.before(part, last + 1)
+    begin_step = keys.before(part, first + first_step) - begin
+    stop_step = keys.before(part, last + 1 + last_step) - stop
+    # Where one end meets the other, queries before or behind it see nothing.
+    seen, length = stop - begin, end - after
+    skipped = np.where(seen == 0, np.where(stop_step > begin_step, 1, length), 0)
+    kept = np.where(stop_step < begin_step, np.minimum(length, seen), length) - skipped
+    ends = (begin + begin_step * skipped, begin_step, stop + stop_step * skipped, stop_step)
+    found = _Lines(part * len(rows) + row, slot + after + skipped, kept, *ends)
+    return _Lines(*(x[kept > 0] for x in found))
 
 
-def _breaks(begin: Tensor, stop: Tensor) -> list[int]:
-    """Queries that start another piece, without the first."""
-    ahead, past = begin.diff(), stop.diff()
-    sees = stop > 0
-    joined = (sees[1:] == sees[:-1]) & (ahead >= 0) & (ahead <= 1) & (past >= 0) & (past <= 1)
-    state = torch.where(joined, 2 * ahead + past, -1)
-    values, counts = state.unique_consecutive(return_counts=True)
+def _cuts(
+    keys: KeyLine, part: Ints, length: Ints, *ends: tuple[Ints, Ints]
+) -> tuple[Ints, Ints]:
+    """Where an end of what queries see enters or leaves a run of keys: pairs, and queries of each.
+
+    Args:
+        part, length: of each pair of a run of queries and a part of the keys.
+        ends: from one token on, moving or not.
+    """
+    pairs = np.arange(len(part))
+    found_pair, found_after = [pairs], [0 * pairs]
+    for token, step in ends:
+        bounds, at = keys.bounds(part, token)
+        low = np.searchsorted(bounds, at, side="right")
+        high = np.searchsorted(bounds, at + step * (length - 1), side="right")
+        pair = np.repeat(pairs, high - low)
+        found_pair.append(pair)
+        found_after.append(bounds[expand(low, high - low)] - at[pair])
+    longest = int(length.max(initial=0)) + 1
+    cut = unique_ascending(np.concatenate(found_pair) * longest + np.concatenate(found_after))
+    return cut // longest, cut % longest
+
+
+def _table(lines: _Lines, rows: int) -> Ints:
+    """The fields of every piece, and its part: [pieces, 10]."""
+    total = int(lines.length.sum())
+    if not total:
+        return np.zeros((0, _WIDTH + 1), dtype=np.int64)
+    ends = np.array(_breaks(lines), dtype=np.int64)
+    low, high = np.append(0, ends), np.append(ends, total)
+    first, last = lines.at(low), lines.at(high - 1)
+    # Documents of one token, each a piece that fits a window of any size.
+    length = high - low
+    diagonal = (last.begin == last.stop - 1) & (last.begin == first.begin + length - 1)
+    alone = diagonal & (first.stop == first.begin + 1) & (length > 1) & (length <= MOST_ALONE)
+    count = np.where(alone, length, 1)
+    after = expand(0 * count, count)
+    piece = np.repeat(np.arange(len(count)), count)
+    left, moved = last.stop - 1 - last.begin, last.stop - first.stop
+    # The queries after the last step of `stop` stand still.
+    still = length - 1 - moved
+    windows = (
+        np.where(alone, 0, left),
+        np.where(alone | (last.begin == first.begin), UNLIMITED, left),
+        np.where(alone, 0, still),
+        np.where(alone | (moved == 0), UNLIMITED, still),
+    )
+    part, row = first.group // rows, first.group % rows
+    q_stop, k_stop = (
+        np.where(alone, begin + 1, end)
+        for begin, end in ((first.query, last.query + 1), (first.begin, last.stop))
+    )
+    spans = (first.query, q_stop, first.begin, k_stop)
+    moved_on = np.where(alone[piece], after, 0)
+    q_start, q_stop, k_start, k_stop = (x[piece] + moved_on for x in spans)
+    columns = (row[piece], q_start, q_stop, k_start, k_stop, *(x[piece] for x in windows))
+    return np.stack((*columns, part[piece]), axis=1)
+
+
+def _breaks(lines: _Lines) -> list[int]:
+    """Where another piece starts, in the line of all queries, without the first.
+
+    Cut greedily: a piece goes on as long as its two ends move as they may.
+    """
+    before, after = _Lines(*(x[:-1] for x in lines)), _Lines(*(x[1:] for x in lines))
+    inside = before.length - 1
+    ahead = after.begin - before.begin - before.begin_step * inside
+    past = after.stop - before.stop - before.stop_step * inside
+    joined = (before.group == after.group) & (before.query + before.length == after.query)
+    joined &= (ahead >= 0) & (ahead <= 1) & (past >= 0) & (past <= 1)
+    # From query to query: inside a line, then to the next one.
+    values = np.stack((2 * lines.begin_step + lines.stop_step, 0 * lines.begin), axis=1)
+    values[:-1, 1] = np.where(joined, 2 * ahead + past, -1)
+    counts = np.stack((lines.length - 1, 0 * lines.length + 1), axis=1)
     breaks: list[int] = []
     gap, start, moved, stood = 0, 0, False, False
-    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+    pairs = zip(values.flatten()[:-1].tolist(), counts.flatten()[:-1].tolist(), strict=True)
+    for value, count in pairs:
         if value == -1:
-            # Every gap of these parts two pieces.
-            breaks += range(gap + 1, gap + count + 1)
-            start, moved, stood = gap + count, False, False
-        else:
+            breaks.append(gap + 1)
+            start, moved, stood = gap + 1, False, False
+        elif count:
             # Once `begin` has moved on it may not stand still, nor may `stop` move on again.
             if (moved and value < 2) or (stood and value % 2):
                 if gap > start:
