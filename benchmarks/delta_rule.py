@@ -347,7 +347,7 @@ def _summary_overhead(tokens: int = 131_072, heads: int = 32) -> str:
         for _ in range(12):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            kernel.forward(x, carry)
+            kernel.forward([x], carry)
             torch.cuda.synchronize()
             taken.append(time.perf_counter() - start)
         times.append(statistics.median(taken[2:]))

@@ -34,20 +34,33 @@ def causal_conv(
     Traffic per rank: w - 1 tokens a segment, and as much back.
     """
     reach, route = metadata.reach, metadata.route
-    if reach.shape[0] != x.shape[0] or reach[0].numel() != x.shape[1]:
+    line = x.flatten(0, 1)[None] if metadata.in_line else x
+    if reach.shape[0] != line.shape[0] or reach[0].numel() != line.shape[1]:
         raise ValueError(
             f"A convolution reads the metadata of its own batch, got some for "
             f"{tuple(reach.shape)} tokens with x.shape={tuple(x.shape)}: pass those made "
             f"with this batch."
         )
-    width, count = weight.shape[1], reach.shape[1]
-    segments = x.unflatten(1, (count, -1))
-    if groups:
-        halo: Tensor = _halo(x, route, count * (width - 1), groups[0])
+    left, count = weight.shape[1] - 1, reach.shape[1]
+    segments = line.unflatten(1, (count, -1))
+    if groups and not metadata.in_line:
+        halo: Tensor = _halo(x, route, count * left, groups[0])
         line = torch.cat((halo.unflatten(1, (count, -1)), segments), dim=2)
-    else:
-        line = F.pad(segments, (0, 0, width - 1, 0))
-    return _taps(line, weight, reach).flatten(1, 2).to(x.dtype)
+        return _taps(line, weight, reach).flatten(1, 2).to(x.dtype)
+    out = _taps(F.pad(segments, (0, 0, left, 0)), weight, reach).flatten(1, 2)
+    if groups and left:
+        out = _with_first_tokens(out, line, weight, metadata, groups[0])
+    return out.reshape(x.shape).to(x.dtype)
+
+
+def _with_first_tokens(
+    out: Tensor, line: Tensor, weight: Tensor, metadata: ConvMetadata, group: str
+) -> Tensor:
+    """Add what the first tokens of stretches read of the tokens left of them: few, and so apart."""
+    reach = metadata.first_reach
+    halo: Tensor = _halo(line, metadata.route, metadata.first_slots.shape[0], group)
+    beyond = F.pad(halo.unflatten(1, reach.shape[1:]), (0, 0, 0, reach.shape[2]))
+    return out.index_add(1, metadata.first_slots, _taps(beyond, weight, reach).flatten(1, 2))
 
 
 def _taps(line: Tensor, weight: Tensor, reach: Tensor) -> Tensor:

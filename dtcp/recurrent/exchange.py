@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.distributed.collectives import all_gather
+from dtcp.distributed.collectives import all_gather, all_to_all
 from dtcp.distributed.scan import State, exclusive_scan
 
 
@@ -129,6 +129,40 @@ def entering_by_scan(
     state = maps.state(before)
     later = maps.through(tails, maps.through(heads, maps.through(head, state)))
     return torch.stack((later, state) if reverse else (state, later))
+
+
+def entering_along_chains(
+    own: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor],
+    axis: DeviceMesh,
+    *,
+    maps: StateMaps = MATRICES,
+) -> Tensor:
+    """Bring the summaries that this rank's stretches need, and fold each chain of a document.
+
+    Args:
+        own: [P, ..., K, K + V], summaries of this rank's P stretches.
+        tables: of `handing_tables`, in one direction.
+    Returns:
+        [P, ..., K, V], zero where nothing enters.
+
+    Traffic per rank: a summary from each stretch of others that comes before one of its own in a
+    document, each once.
+    """
+    send, (sent, received), steps = tables[0], tables[1].tolist(), tables[2].tolist()
+    rows = own.index_select(0, send[: sum(sent)].to(own.device))
+    arrived = all_to_all(rows, axis, receive=received, send=sent)
+    summaries, state = torch.cat((own, arrived)), torch.zeros_like(maps.state(own[0]))
+    entering = torch.zeros_like(maps.state(own))
+    for anew, number, whose in steps:
+        if anew < 0:
+            break
+        state = torch.zeros_like(state) if anew else state
+        if whose >= 0:
+            entering[whose] = state
+        if number >= 0:
+            state = maps.through(summaries[number], state)
+    return entering
 
 
 def summaries_received(num_shards: int, segments: int, *, scan: bool) -> int:

@@ -19,9 +19,13 @@ from dtcp.recurrent.metadata import DeltaMetadata
 from dtcp.recurrent.moves import LinearShape
 from dtcp.recurrent.op import (
     carry_of,
+    cut_in_parts,
+    kept_states,
     rule_backward_on_dtensors,
     rule_moves,
     rule_on_dtensors,
+    states_kept,
+    whole_of_parts,
 )
 from dtcp.sequence.arguments import FLOATS, check_tensor
 
@@ -92,16 +96,15 @@ def _backward_moves(grad_out, q, k, v, g, state, metadata, scan, groups):  # typ
 def _forward(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_linear_attention")
     batch = DeltaMetadata(*metadata)
-    x = _segments(LinearInputs(q, k, v, g, batch.starts), batch)
+    parts = _parts(LinearInputs(q, k, v, g, batch.starts), batch)
     carry = carry_of(q, batch, scan, groups, reverse=False, maps=SCALES)
-    out, state = linear_kernel(x).forward(x, carry)
-    return out.reshape(v.shape).contiguous(), state.contiguous()
+    out, state = linear_kernel(parts[0]).forward(parts, carry)
+    return whole_of_parts(out, v), kept_states(state, batch).contiguous()
 
 
 @_forward.register_fake
 def _(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def]
-    rows = q.shape[0] * metadata[1].shape[1]
-    shape = (rows, v.shape[2], k.shape[3], v.shape[3])
+    shape = (states_kept(q, DeltaMetadata(*metadata)), v.shape[2], k.shape[3], v.shape[3])
     return v.new_empty(v.shape), v.new_empty(shape, dtype=accumulation(v.dtype))
 
 
@@ -111,11 +114,12 @@ def _(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def]
 def _backward(grad_out, q, k, v, g, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_linear_attention_backward")
     batch = DeltaMetadata(*metadata)
-    x = _segments(LinearInputs(q, k, v, g, batch.starts), batch)
+    parts = _parts(LinearInputs(q, k, v, g, batch.starts), batch)
+    grad_parts, rows = cut_in_parts(grad_out, batch), sum(len(x.v) for x in parts)
     carry = carry_of(q, batch, scan, groups, reverse=True, maps=SCALES)
-    grads = linear_kernel(x).backward(x, grad_out.reshape(x.v.shape), state, carry)
-    wanted = zip(grads, (q, k, v, g), strict=True)
-    return tuple(grad.reshape(part.shape).to(part.dtype).contiguous() for grad, part in wanted)
+    grads = linear_kernel(parts[0]).backward(parts, grad_parts, state[:rows], carry)
+    wanted = zip(zip(*grads, strict=True), (q, k, v, g), strict=True)
+    return tuple(whole_of_parts(each, part) for each, part in wanted)
 
 
 @_backward.register_fake
@@ -139,18 +143,15 @@ def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _segments(x: LinearInputs, metadata: DeltaMetadata) -> LinearInputs:
-    """Segments as rows of their own: [B, L, ...] -> [B * P, T, ...]."""
+def _parts(x: LinearInputs, metadata: DeltaMetadata) -> list[LinearInputs]:
     if metadata.starts.shape != x.v.shape[:2]:
         raise ValueError(
             f"Linear attention reads the metadata of its own batch, got some for "
             f"{tuple(metadata.starts.shape)} tokens with v.shape={tuple(x.v.shape)}: pass those "
             f"made with this batch."
         )
-    segments = metadata.chain.shape[1]
-    return LinearInputs(
-        *(part.unflatten(1, (segments, -1)).flatten(0, 1).contiguous() for part in x)
-    )
+    cut = (cut_in_parts(part, metadata) for part in x)
+    return [LinearInputs(*part) for part in zip(*cut, strict=True)]
 
 
 def install_linear_rules() -> None:

@@ -1,24 +1,46 @@
 """What recurrent mixers read of a batch: the gated delta rule and the causal convolution."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcp.metadata import AttentionMetadata, HostTensor
+from dtcp.recurrent.stretches import Stretches, handing_tables, left_route
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.coords import Coords
-from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.routes import Route, halo_runs
+
+SEGMENTED = (Contiguous, HeadTail)
+"""Layouts of segments of one length, as many on every rank, whatever the documents."""
+
+
+def _none() -> Tensor:
+    return torch.zeros(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class DeltaMetadata(AttentionMetadata):
-    """What the gated delta rule reads of a batch."""
+    """What the gated delta rule reads of a batch.
+
+    Segments are of one length and as many on every rank, or else stretches are of any.
+    """
 
     starts: Tensor  # [B, L] int32, 1 where a document starts
     chain: HostTensor  # [n, P] int64, the place of each rank's segments in the sequence
+    lengths: HostTensor = field(default_factory=_none)  # [room] int64, of stretches, then 0
+    send: HostTensor = field(default_factory=_none)  # [2, n * room], of handing_tables
+    counts: HostTensor = field(default_factory=_none)  # [2, 2, n]
+    steps: HostTensor = field(default_factory=_none)  # [2, (n + 1) * room, 3]
+
+    @property
+    def in_stretches(self) -> bool:
+        return self.lengths.numel() > 0
 
 
 def delta_metadata(coords: Coords, layout: SequenceLayout | None, rank: int = 0) -> DeltaMetadata:
@@ -26,7 +48,23 @@ def delta_metadata(coords: Coords, layout: SequenceLayout | None, rank: int = 0)
     starts = (coords.token_index == coords.start).to(torch.int32)
     if layout is None:
         return DeltaMetadata(starts, torch.zeros(1, 1, dtype=torch.int64))
-    return DeltaMetadata(layout.shard(starts, rank), chain_of(layout))
+    starts = layout.shard(starts, rank)
+    if issubclass(layout.kind, SEGMENTED):
+        return DeltaMetadata(starts, chain_of(layout))
+    stretches = Stretches.of(layout, documents_of(coords))
+    tables = handing_tables(stretches, rank)
+    none = torch.zeros(layout.num_shards, 0, dtype=torch.int64)
+    return DeltaMetadata(starts, none, stretches.lengths(rank), *tables)
+
+
+def documents_of(coords: Coords) -> Documents:
+    """The documents that coordinates were made of."""
+    if coords.documents is None:
+        raise ValueError(
+            "Where a state is handed on follows from the documents of whole rows, got coords "
+            "without documents: take Coords.of(documents)."
+        )
+    return coords.documents
 
 
 def chain_of(layout: SequenceLayout) -> Tensor:
@@ -41,7 +79,10 @@ class ConvMetadata(AttentionMetadata):
     """What a convolution reads of a batch."""
 
     reach: Tensor  # [B, P, T] int32, tokens before each one in its document, at most w - 1
-    route: HostTensor  # [2, P, 3] int64, what is sent and what is received: rank, start, stop
+    route: HostTensor  # [2, hops, 3] int64, what is sent and what is received: rank, start, stop
+    # Of stretches of any length, whose reach is [1, 1, B * L] and ends where they start:
+    first_slots: Tensor = field(default_factory=_none)  # [room * (w - 1)] int32, on the line
+    first_reach: Tensor = field(default_factory=_none)  # [1, room, w - 1] int32, of these tokens
 
 
 def conv_metadata(
@@ -55,8 +96,34 @@ def conv_metadata(
     reach = (coords.token_index - coords.start).clamp(max=width - 1).to(torch.int32)
     if layout is None:
         return ConvMetadata(reach[:, None], torch.zeros(2, 1, 3, dtype=torch.int64))
+    reach = layout.shard(reach, rank)
+    if not issubclass(layout.kind, SEGMENTED):
+        stretches = Stretches.of(layout, documents_of(coords))
+        return _conv_of_stretches(reach.flatten().numpy(), stretches, width - 1, rank)
     route = halo_route(layout, width, rank)
-    return ConvMetadata(layout.shard(reach, rank).unflatten(1, (route.shape[1], -1)), route)
+    return ConvMetadata(reach.unflatten(1, (route.shape[1], -1)), route)
+
+
+def _conv_of_stretches(
+    reach: NDArray[np.int32], stretches: Stretches, left: int, rank: int
+) -> ConvMetadata:
+    """The reach of all tokens inside their stretches, and of the first ones beyond."""
+    mine = np.flatnonzero(stretches.rank == rank)
+    slot, length = stretches.slot[mine], stretches.length[mine]
+    inside = np.arange(len(reach)) - np.repeat(slot, length)
+    enters = stretches.enters[mine] >= 0
+    after = np.arange(left)
+    real = enters[:, None] & (after < length[:, None])
+    first = np.where(real, slot[:, None] + after, 0)
+    slots, reaches = np.zeros((2, stretches.room, left), dtype=np.int32)
+    slots[: len(mine)], reaches[: len(mine)] = first, np.where(real, reach[first], 0)
+    return ConvMetadata(
+        torch.from_numpy(np.minimum(reach, inside).astype(np.int32))[None, None],
+        left_route(stretches, left, rank),
+        torch.from_numpy(slots.flatten()),
+        torch.from_numpy(reaches)[None],
+        in_line=True,
+    )
 
 
 def halo_route(layout: SequenceLayout, width: int, rank: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What recurrent mixers move between ranks: states and halos, by formula."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -86,3 +87,9 @@ def states_moved(
             moved += Moved.rows(sent, received, maps * summary, rank)
         reach *= 2
     return replace(moved, workspace=6 * segments * summary)
+
+
+def handed_on(sent: Sequence[int], received: Sequence[int], summary: int, rank: int) -> Moved:
+    """What handing maps of so many bytes on along chains moves, one way."""
+    workspace = summary * (sum(sent) + 2 * sum(received))
+    return Moved.rows(sent, received, summary, rank, workspace=workspace)

@@ -21,9 +21,15 @@ from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.delta_rule.api import Carry, DeltaInputs, delta_kernel
 from dtcp.kernels.dtypes import accumulation
-from dtcp.recurrent.exchange import MATRICES, StateMaps, entering_by_gather, entering_by_scan
+from dtcp.recurrent.exchange import (
+    MATRICES,
+    StateMaps,
+    entering_along_chains,
+    entering_by_gather,
+    entering_by_scan,
+)
 from dtcp.recurrent.metadata import DeltaMetadata
-from dtcp.recurrent.moves import DeltaShape, states_moved
+from dtcp.recurrent.moves import DeltaShape, handed_on, states_moved
 from dtcp.sequence.arguments import FLOATS, check_tensor
 
 SCHEMA = (
@@ -105,8 +111,15 @@ def rule_moves(
     """What a rule of these sizes moves, one way."""
     if not groups:
         return Moved()
-    num_ranks, segments = DeltaMetadata(*metadata).chain.shape
-    rank, summary = dist.get_rank(group_of(groups[0])), shape.summary
+    batch, rank, summary = (
+        DeltaMetadata(*metadata),
+        dist.get_rank(group_of(groups[0])),
+        shape.summary,
+    )
+    if batch.in_stretches:
+        sent, received = batch.counts[int(reverse)].tolist()
+        return handed_on(sent, received, summary // shape.batch, rank)
+    num_ranks, segments = batch.chain.shape
     return states_moved(summary, num_ranks, segments, rank, scan=scan, reverse=reverse)
 
 
@@ -122,16 +135,17 @@ def _backward_moves(grad_out, q, k, v, g, beta, state, metadata, scan, groups): 
 def _forward(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule")
     batch = DeltaMetadata(*metadata)
-    x = _segments(DeltaInputs(q, k, v, g, beta, batch.starts), batch)
+    parts = _parts(DeltaInputs(q, k, v, g, beta, batch.starts), batch)
     # Below its public functions, fla's kernels are launched on the device that is current.
     with torch.cuda.device_of(q):
-        out, state = delta_kernel(x).forward(x, carry_of(q, batch, scan, groups, reverse=False))
-    return out.reshape(v.shape).contiguous(), state.contiguous()
+        carry = carry_of(q, batch, scan, groups, reverse=False)
+        out, state = delta_kernel(parts[0]).forward(parts, carry)
+    return whole_of_parts(out, v), kept_states(state, batch).contiguous()
 
 
 @_forward.register_fake
 def _(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
-    rows = q.shape[0] * metadata[1].shape[1]
+    rows = states_kept(q, DeltaMetadata(*metadata))
     shape = (rows, v.shape[2], k.shape[3], v.shape[3])
     return v.new_empty(v.shape), v.new_empty(shape, dtype=accumulation(v.dtype))
 
@@ -140,12 +154,14 @@ def _(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
 def _backward(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule_backward")
     batch = DeltaMetadata(*metadata)
-    x = _segments(DeltaInputs(q, k, v, g, beta, batch.starts), batch)
+    parts = _parts(DeltaInputs(q, k, v, g, beta, batch.starts), batch)
+    grad_parts = cut_in_parts(grad_out, batch)
+    rows = sum(len(x.v) for x in parts)
     carry = carry_of(q, batch, scan, groups, reverse=True)
     with torch.cuda.device_of(q):
-        grads = delta_kernel(x).backward(x, grad_out.reshape(x.v.shape), state, carry)
-    wanted = zip(grads, (q, k, v, g, beta), strict=True)
-    return tuple(_fresh(grad.reshape(part.shape), part) for grad, part in wanted)
+        grads = delta_kernel(parts[0]).backward(parts, grad_parts, state[:rows], carry)
+    wanted = zip(zip(*grads, strict=True), (q, k, v, g, beta), strict=True)
+    return tuple(whole_of_parts(each, part) for each, part in wanted)
 
 
 @_backward.register_fake
@@ -170,18 +186,43 @@ def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _segments(x: DeltaInputs, metadata: DeltaMetadata) -> DeltaInputs:
-    """Segments as rows of their own: [B, L, ...] -> [B * P, T, ...]."""
+def _parts(x: DeltaInputs, metadata: DeltaMetadata) -> list[DeltaInputs]:
     if metadata.starts.shape != x.v.shape[:2]:
         raise ValueError(
             f"The delta rule reads the metadata of its own batch, got some for "
             f"{tuple(metadata.starts.shape)} tokens with v.shape={tuple(x.v.shape)}: pass those "
             f"made with this batch."
         )
-    segments = metadata.chain.shape[1]
-    return DeltaInputs(
-        *(part.unflatten(1, (segments, -1)).flatten(0, 1).contiguous() for part in x)
-    )
+    cut = (cut_in_parts(part, metadata) for part in x)
+    return [DeltaInputs(*part) for part in zip(*cut, strict=True)]
+
+
+def cut_in_parts(x: Tensor, metadata: DeltaMetadata) -> list[Tensor]:
+    """Segments as rows of one part: [B, L, ...] -> [B * P, T, ...]; or each stretch as a part."""
+    if not metadata.in_stretches:
+        return [x.unflatten(1, (metadata.chain.shape[1], -1)).flatten(0, 1).contiguous()]
+    lengths = [length for length in metadata.lengths.tolist() if length]
+    return [part[None].contiguous() for part in x.flatten(0, 1).split(lengths)]
+
+
+def whole_of_parts(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The way back from `cut_in_parts`, in the shape and the dtype of another tensor."""
+    whole = torch.cat([x.flatten(0, 1) for x in parts])
+    return whole.reshape(like.shape).to(like.dtype).contiguous()
+
+
+def states_kept(x: Tensor, metadata: DeltaMetadata) -> int:
+    """How many states are saved with x [B, L, ...]."""
+    return metadata.lengths.shape[0] or x.shape[0] * metadata.chain.shape[1]
+
+
+def kept_states(state: Tensor, metadata: DeltaMetadata) -> Tensor:
+    """What is saved: of stretches, as many as there is room for: of one shape on all ranks."""
+    if not metadata.in_stretches:
+        return state
+    kept = state.new_zeros(len(metadata.lengths), *state.shape[1:])
+    kept[: len(state)] = state
+    return kept
 
 
 def carry_of(
@@ -196,9 +237,13 @@ def carry_of(
     """How summaries of this rank's segments become the states that enter them."""
     if not groups:
         return None
+    axis = axis_of(groups[0], q.device)
+    if metadata.in_stretches:
+        way = int(reverse)
+        tables = (metadata.send[way], metadata.counts[way], metadata.steps[way])
+        return partial(entering_along_chains, tables=tables, axis=axis, maps=maps)
     entering = entering_by_scan if scan else entering_by_gather
     chain, segments = metadata.chain.tolist(), metadata.chain.shape[1]
-    axis = axis_of(groups[0], q.device)
     entering = partial(entering, chain=chain, axis=axis, reverse=reverse, maps=maps)
 
     def carry(summary: Tensor) -> Tensor:
@@ -206,10 +251,6 @@ def carry_of(
         return entering(own).movedim(0, 1).flatten(0, 1)
 
     return carry
-
-
-def _fresh(grad: Tensor, like: Tensor) -> Tensor:
-    return grad.to(like.dtype).contiguous()
 
 
 def install_delta_rules() -> None:

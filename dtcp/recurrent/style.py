@@ -14,10 +14,12 @@ from dtcp.recurrent.conv import causal_conv, halo_moved
 from dtcp.recurrent.exchange import summaries_received
 from dtcp.recurrent.linear import gated_linear_attention, install_linear_rules
 from dtcp.recurrent.metadata import (
+    SEGMENTED,
     DeltaMetadata,
     chain_of,
     conv_metadata,
     delta_metadata,
+    documents_of,
     halo_route,
 )
 from dtcp.recurrent.mixer import (
@@ -26,11 +28,19 @@ from dtcp.recurrent.mixer import (
     GatedLinearAttention,
     RecurrentMixer,
 )
-from dtcp.recurrent.moves import ChannelShape, DeltaShape, LinearShape, states_moved
+from dtcp.recurrent.moves import ChannelShape, DeltaShape, LinearShape, handed_on, states_moved
 from dtcp.recurrent.op import gated_delta_rule, install_delta_rules
+from dtcp.recurrent.stretches import Handing, Stretches, left_route
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.coords import Coords
-from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.document_balanced import DocumentBalanced
+from dtcp.sequence.layout import (
+    BlockBalanced,
+    Contiguous,
+    HeadTail,
+    PerDocument,
+    SequenceLayout,
+)
 from dtcp.style import MixerShape, MixerStyle
 
 
@@ -83,7 +93,9 @@ class ContextParallelDeltaRule(ClaimedMixer, GatedDeltaRule):
     ) -> Tensor:
         metadata: DeltaMetadata = self.own(attn_metadata)
         ranks, segments = metadata.chain.shape
-        scan = self.style.states.scans(ranks, segments, DeltaShape.of(k, v).summary)
+        scan = not metadata.in_stretches and self.style.states.scans(
+            ranks, segments, DeltaShape.of(k, v).summary
+        )
         parts = (*self.unit(q, k), v, g, beta)
         return gated_delta_rule(*parts, metadata, scan=scan, groups=self.groups)
 
@@ -96,7 +108,9 @@ class ContextParallelLinearAttention(ClaimedMixer, GatedLinearAttention):
     ) -> Tensor:
         metadata: DeltaMetadata = self.own(attn_metadata)
         ranks, segments = metadata.chain.shape
-        scan = self.style.states.scans(ranks, segments, LinearShape.of(k, v).summary)
+        scan = not metadata.in_stretches and self.style.states.scans(
+            ranks, segments, LinearShape.of(k, v).summary
+        )
         parts = (self.scaled(q), k, v, g)
         return gated_linear_attention(*parts, metadata, scan=scan, groups=self.groups)
 
@@ -113,16 +127,13 @@ class ContextParallelConv(ClaimedMixer, CausalConv1d):
 class RecurrentStyle(MixerStyle):
     """Take a recurrent mixer over; applied to the 1-D axis of the sequence."""
 
-    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (Contiguous, HeadTail)
-
-    def check(self, mixer: Mixer, layout: SequenceLayout) -> None:
-        """Refuse a layout whose segments are not of one length, when the batch is built."""
-        if not issubclass(layout.kind, self.layouts):
-            accepted = ", ".join(kind.__name__ for kind in self.layouts)
-            raise ValueError(
-                f"{self} hands on a state from segment to segment of the layouts {accepted}, got "
-                f"layout={layout}: use one of them, or RelayoutCP on the layer."
-            )
+    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (
+        Contiguous,
+        HeadTail,
+        PerDocument,
+        BlockBalanced,
+        DocumentBalanced,
+    )
 
     def make_metadata(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
@@ -150,14 +161,17 @@ class GatedDeltaCP(RecurrentStyle):
     """The gated delta rule where each rank holds some segments of the sequence.
 
     A segment is a map of the state that enters it. Ranks exchange these maps, and no activation:
-    what travels does not grow with the sequence, in either layout.
+    what travels does not grow with the sequence, in any layout. Where layouts follow documents,
+    states are handed on at cuts inside of documents alone.
 
     Args:
-        states: how the maps are brought.
+        states: how the maps are brought on Contiguous and HeadTail; on other layouts each goes
+            straight to the ranks that hold what follows in its document.
 
     Traffic per rank, received, each way: with summaries of B * H * K * (K + V) fp32 elements,
     (n - 1) * P of them if gathered, P segments a rank (1 of Contiguous, 2 of HeadTail);
-    ceil(log2(n)) if scanned, and three times that of HeadTail.
+    ceil(log2(n)) if scanned, and three times that of HeadTail. On other layouts: one of H * K *
+    (K + V) elements from each stretch of others that comes before one of its own in a document.
     """
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
@@ -170,12 +184,28 @@ class GatedDeltaCP(RecurrentStyle):
         super().__post_init__()
         check_kind(type(self).__name__, (GatherStates, ScanStates, FewestBytes), states=self.states)
 
+    def check(self, mixer: Mixer, layout: SequenceLayout) -> None:
+        super().check(mixer, layout)
+        if isinstance(self.states, ScanStates) and not issubclass(layout.kind, SEGMENTED):
+            raise ValueError(
+                f"ScanStates composes the segments of Contiguous and HeadTail, got layout="
+                f"{layout}: leave states out, or use one of these layouts."
+            )
+
     def moves(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
     ) -> Moves:
         assert isinstance(shape, DeltaShape)
         assert isinstance(mixer, RecurrentMixer)
-        ranks, segments = chain_of(mixer.own_layout(layout)).shape
+        layout = mixer.own_layout(layout)
+        if not issubclass(layout.kind, SEGMENTED):
+            stretches = Stretches.of(layout, documents_of(coords))
+            summary, moved = shape.summary // shape.batch, []
+            for reverse in (False, True):
+                sent, received = Handing.of(stretches, rank, reverse=reverse).counts.tolist()
+                moved.append(handed_on(sent, received, summary, rank))
+            return Moves(*moved)
+        ranks, segments = chain_of(layout).shape
         scan = self.states.scans(ranks, segments, shape.summary)
         there, back = (
             states_moved(shape.summary, ranks, segments, rank, scan=scan, reverse=reverse)
@@ -208,7 +238,8 @@ class CausalConvCP(RecurrentStyle):
     """A causal convolution that brings the w - 1 tokens left of each segment.
 
     Traffic per rank, received: (w - 1) * B * C elements for each segment whose left neighbour
-    another rank holds; as much back.
+    another rank holds, of Contiguous and HeadTail. Of other layouts: at most (w - 1) * C for each
+    stretch that starts inside of a document. As much back.
     """
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {CausalConv1d: ContextParallelConv}
@@ -218,9 +249,14 @@ class CausalConvCP(RecurrentStyle):
     ) -> Moves:
         assert isinstance(shape, ChannelShape)
         assert isinstance(mixer, CausalConv1d)
-        route = halo_route(mixer.own_layout(layout), mixer.width, rank)
+        layout, token = mixer.own_layout(layout), shape.token
+        if issubclass(layout.kind, SEGMENTED):
+            route = halo_route(layout, mixer.width, rank)
+        else:
+            stretches = Stretches.of(layout, documents_of(coords))
+            route, token = left_route(stretches, mixer.width - 1, rank), token // shape.batch
         there, back = (
-            halo_moved(route, shape.token, layout.num_shards, rank, reverse=reverse)
+            halo_moved(route, token, layout.num_shards, rank, reverse=reverse)
             for reverse in (False, True)
         )
         return Moves(there, back)

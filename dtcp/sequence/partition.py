@@ -66,3 +66,11 @@ def unique_ascending(x: Ints) -> Ints:
     """The different numbers of x in ascending order; np.unique hashes them first."""
     x = np.sort(x)
     return x[np.append(True, x[1:] != x[:-1])] if len(x) else x
+
+
+def overlaps(start: Ints, stop: Ints, piece_start: Ints, piece_stop: Ints) -> tuple[Ints, Ints]:
+    """Pairs of a run and a piece that meet; pieces ascend and do not overlap each other."""
+    low = np.searchsorted(piece_stop, start, side="right")
+    high = np.searchsorted(piece_start, stop, side="left")
+    count = np.maximum(high - low, 0)
+    return np.repeat(np.arange(len(start)), count), expand(low, count)

@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from dtcp.sequence.arguments import check_rank
 from dtcp.sequence.interval_runs import IntervalRuns, Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.partition import Ints, Partition, expand, expand_tokens, unique_ascending
+from dtcp.sequence.partition import (
+    Ints,
+    Partition,
+    expand_tokens,
+    overlaps,
+    unique_ascending,
+)
 
 
 class PeerRuns(NamedTuple):
@@ -68,7 +74,7 @@ def required_keys(layout: SequenceLayout, rank: int, intervals: Intervals) -> Re
     needed = needed_by_rank(layout.partition, intervals, keys_layout.seq_len)
 
     wanted = needed.peer == rank
-    run, piece = _overlaps(needed.start[wanted], needed.stop[wanted], keys.start, keys.stop)
+    run, piece = overlaps(needed.start[wanted], needed.stop[wanted], keys.start, keys.stop)
     start = np.maximum(needed.start[wanted][run], keys.start[piece])
     stop = np.minimum(needed.stop[wanted][run], keys.stop[piece])
     received = PeerRuns(keys.owner[piece], start, stop)
@@ -76,7 +82,7 @@ def required_keys(layout: SequenceLayout, rank: int, intervals: Intervals) -> Re
 
     own_start, own_stop, own_slot = (x[mine] for x in (keys.start, keys.stop, keys.slot))
     others = PeerRuns(*(x[~wanted] for x in needed))
-    run, piece = _overlaps(others.start, others.stop, own_start, own_stop)
+    run, piece = overlaps(others.start, others.stop, own_start, own_stop)
     start = np.maximum(others.start[run], own_start[piece])
     stop = np.minimum(others.stop[run], own_stop[piece])
     shift = own_slot[piece] - own_start[piece]
@@ -115,11 +121,3 @@ def _covered(partition: Partition, runs: IntervalRuns) -> tuple[Ints, Ints, Ints
     _, stop = runs.at(last_token)
     seen = stop >= start
     return owner[seen], start[seen], stop[seen] + 1
-
-
-def _overlaps(start: Ints, stop: Ints, piece_start: Ints, piece_stop: Ints) -> tuple[Ints, Ints]:
-    """Pairs of a run and a piece that meet; pieces ascend and do not overlap each other."""
-    low = np.searchsorted(piece_stop, start, side="right")
-    high = np.searchsorted(piece_start, stop, side="left")
-    count = np.maximum(high - low, 0)
-    return np.repeat(np.arange(len(start)), count), expand(low, count)

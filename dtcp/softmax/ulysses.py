@@ -13,7 +13,7 @@ from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moves
 from dtcp.kernels.dtypes import accumulation
 from dtcp.metadata import AttentionMetadata
-from dtcp.sequence.interval_runs import Intervals
+from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import Contiguous, SequenceLayout
 from dtcp.sequence.partition import Partition
 from dtcp.softmax.inputs import check_key_count

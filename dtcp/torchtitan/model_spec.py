@@ -36,7 +36,7 @@ from dtcp.parallelize import (
     qwen3_5_plan,
 )
 from dtcp.recurrent import RelayoutCP
-from dtcp.recurrent.style import RecurrentStyle
+from dtcp.sequence.layout import BlockBalanced, PerDocument
 
 StateDict = dict[str, Any]
 Work = Callable[[nn.Module, DeviceMesh | None], None]
@@ -70,9 +70,9 @@ class Family:
 
 
 def _qwen3_5_plan(config: Any, mesh: ParallelMesh, section: Section) -> ParallelPlan:
-    """In a layout that the delta rule does not take, its layers move tokens to one that it does."""
-    takes = section.sequence_layout() in RecurrentStyle.layouts
-    relayout = None if takes else RelayoutCP()
+    """Where ranks have many pieces, each with a state of its own, tokens move to another layout."""
+    many = section.sequence_layout() in (PerDocument, BlockBalanced)
+    relayout = RelayoutCP() if many else None
     return qwen3_5_plan(config, mesh, section.attention_style(), relayout=relayout)
 
 

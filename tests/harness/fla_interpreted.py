@@ -84,17 +84,17 @@ def main() -> None:
         return keep
 
     kernel, exactly, errors = FlaDeltaRule(), ReferenceDeltaRule(), {}
-    out, _ = kernel.forward(x, carry("forward", state))
-    right, _ = exactly.forward(exact, carry("forward exactly", state.double()))
-    rights = exactly.backward(
-        exact, grad.double(), state.double(), carry("backward exactly", state.double())
+    (out,), _ = kernel.forward([x], carry("forward", state))
+    (right,), _ = exactly.forward([exact], carry("forward exactly", state.double()))
+    (rights,) = exactly.backward(
+        [exact], [grad.double()], state.double(), carry("backward exactly", state.double())
     )
     errors["out"] = relative_error(out, right)
     for hopper in (False, True):
         # As on a Hopper with triton 3.6, whose kernel fla refuses to run.
         chunk_o.IS_NVIDIA_HOPPER = chunk_o.TRITON_ABOVE_3_4_0 = hopper
         chunk_o.TRITON_ABOVE_3_7_1 = not hopper
-        grads = kernel.backward(x, grad, state, carry("backward", state))
+        (grads,) = kernel.backward([x], [grad], state, carry("backward", state))
         for name, ours, right in zip(grads._fields, grads, rights, strict=True):
             errors[f"{name}, guarded {hopper}"] = relative_error(ours, right)
     for way in ("forward", "backward"):

@@ -200,10 +200,8 @@ def test_mamba_takes_dtensors_and_refuses_other_styles_and_layouts(mesh):
         assert_close(grad.to_local(), sharded.shard(whole))
     with pytest.raises(TypeError, match="takes over an unclaimed GatedDeltaRule"):
         claimed(mesh, GatedDeltaCP())
-    refused(
-        "hands on a state from segment to segment",
-        lambda: shard_case(documents, mixer, mesh, PerDocument),
-    )
+    scanned = claimed(mesh, GatedLinearCP(states=ScanStates()))
+    refused("ScanStates composes", lambda: shard_case(documents, scanned, mesh, PerDocument))
 
 
 def test_mamba_of_shapes_that_do_not_fit_is_refused():

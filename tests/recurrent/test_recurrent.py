@@ -328,7 +328,8 @@ def test_fewest_bytes_gathers_among_few_and_scans_among_many():
 @spmd(ranks=2)
 def test_what_cannot_be_honoured_is_refused_on_every_rank(mesh):
     layer, documents = layer_on(mesh), packings.across_borders(SEQ_LEN, 2)
-    refused("of the layouts", lambda: shard_case(documents, layer, mesh, BlockBalanced))
+    scanned = layer_on(mesh, GatedDeltaCP(ScanStates()))
+    refused("ScanStates composes", lambda: shard_case(documents, scanned, mesh, BlockBalanced))
     short = Documents.single(1, 8)
     refused("segment_len=2", lambda: shard_case(short, layer, mesh, HeadTail))
     refused("metadata of its batch", lambda: layer(*truth(documents).inputs, {}))

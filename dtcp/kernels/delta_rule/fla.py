@@ -8,13 +8,14 @@ Written against fla-core 0.6, which is imported where it is called: api.py choos
 only where fla is installed.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dtcp.kernels.delta_rule.types import Carry, DeltaGradients, DeltaInputs
+from dtcp.kernels.delta_rule.types import Carry, DeltaGradients, DeltaInputs, carried
 
 FORGET = -32.0
 """Log-decay at a document's start: 1e-14 is left, and sums over a chunk keep their digits."""
@@ -33,40 +34,77 @@ class PreparedChunks(NamedTuple):
     solved: Tensor  # [R, T, H, C]
 
 
+class PreparedBackward(NamedTuple):
+    """What backward computes before states are carried."""
+
+    chunks: PreparedChunks
+    grad: Tensor  # [R, T, H, V], of the output
+    state: Tensor  # [R, H, K, V], that entered
+    h: Tensor  # [R, N, H, K, V], that enters each chunk
+    new: Tensor  # [R, T, H, V], what each token writes
+    d_new: Tensor  # [R, T, H, V], its gradient by the chunk's own output
+
+
 class FlaDeltaRule:
     """`DeltaKernel` by fla's kernels; states and summaries are fp32."""
 
-    def forward(self, x: DeltaInputs, carry: Carry | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, parts: Sequence[DeltaInputs], carry: Carry | None
+    ) -> tuple[list[Tensor], Tensor]:
+        prepared = [self._prepare(x) for x in parts]
+        states = carried(carry, lambda: [self._summary(chunks) for chunks in prepared])
+        states = states or [_zero_state(chunks) for chunks in prepared]
+        each = zip(prepared, states, parts, strict=True)
+        return [self._read(*of_part) for of_part in each], torch.cat(states)
+
+    def backward(
+        self,
+        parts: Sequence[DeltaInputs],
+        grads_out: Sequence[Tensor],
+        state: Tensor,
+        carry: Carry | None,
+    ) -> list[DeltaGradients]:
+        entered = state.split([len(x.v) for x in parts])
+        each = zip(parts, grads_out, entered, strict=True)
+        prepared = [self._prepare_backward(*of_part) for of_part in each]
+        grads = carried(carry, lambda: [self._summary_backward(chunks) for chunks in prepared])
+        finals: Sequence[Tensor | None] = grads or [None] * len(parts)
+        of_parts = zip(parts, prepared, finals, strict=True)
+        return [self._differentiate(*of_part) for of_part in of_parts]
+
+    def _read(self, chunks: PreparedChunks, state: Tensor, x: DeltaInputs) -> Tensor:
         from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
         from fla.ops.common.chunk_o import chunk_fwd_o
 
-        length, chunks = x.v.shape[1], self._prepare(x)
-        state = _zero_state(chunks) if carry is None else carry(self._summary(chunks))
         h, new, _ = chunk_gated_delta_rule_fwd_h(
             k=chunks.x.k, w=chunks.w, u=chunks.u, g=chunks.decay, initial_state=state
         )
         out = chunk_fwd_o(q=chunks.x.q, k=chunks.x.k, v=new, h=h, g=chunks.decay, scale=1.0)
-        return out[:, :length].to(x.v.dtype), state
+        return out[:, : x.v.shape[1]].to(x.v.dtype)
 
-    def backward(
-        self, x: DeltaInputs, grad_out: Tensor, state: Tensor, carry: Carry | None
-    ) -> DeltaGradients:
-        from fla.ops.common.chunk_delta_h import (
-            chunk_gated_delta_rule_bwd_dhu,
-            chunk_gated_delta_rule_fwd_h,
-        )
+    def _prepare_backward(
+        self, x: DeltaInputs, grad_out: Tensor, state: Tensor
+    ) -> PreparedBackward:
+        from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
         from fla.ops.common.chunk_o import chunk_bwd_dv_local
+
+        chunks = self._prepare(x)
+        grad = _whole_chunks(grad_out.to(chunks.x.v.dtype))
+        h, new, _ = chunk_gated_delta_rule_fwd_h(
+            k=chunks.x.k, w=chunks.w, u=chunks.u, g=chunks.decay, initial_state=state
+        )
+        d_new = chunk_bwd_dv_local(q=chunks.x.q, k=chunks.x.k, g=chunks.decay, do=grad, scale=1.0)
+        return PreparedBackward(chunks, grad, state, h, new, d_new)
+
+    def _differentiate(
+        self, x: DeltaInputs, prepared: PreparedBackward, d_final: Tensor | None
+    ) -> DeltaGradients:
+        from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu
         from fla.ops.gated_delta_rule.wy_fast import prepare_wy_repr_bwd
         from fla.ops.utils import chunk_local_cumsum
 
-        chunks, length = self._prepare(x), x.v.shape[1]
+        chunks, grad, state, h, new, d_new = prepared
         q, k, v, _, beta, _ = chunks.x
-        grad = _whole_chunks(grad_out.to(v.dtype))
-        h, new, _ = chunk_gated_delta_rule_fwd_h(
-            k=k, w=chunks.w, u=chunks.u, g=chunks.decay, initial_state=state
-        )
-        d_new = chunk_bwd_dv_local(q=q, k=k, g=chunks.decay, do=grad, scale=1.0)
-        d_final = None if carry is None else carry(self._summary_backward(chunks, grad, d_new))
         d_h, _, d_new = chunk_gated_delta_rule_bwd_dhu(
             q=q,
             k=k,
@@ -83,6 +121,7 @@ class FlaDeltaRule:
             k=k, v=v, beta=beta, g=chunks.decay, A=chunks.solved, dw=dw, du=d_new
         )
         dg = chunk_local_cumsum(dg + dg_write, chunk_size=_CHUNK, reverse=True)
+        length = x.v.shape[1]
         dg = dg[:, :length].masked_fill(x.starts[..., None] != 0, 0)
         parts = (dq[:, :length], (dk + dk_write)[:, :length], dv[:, :length], dg)
         grads = (*parts, d_beta[:, :length])
@@ -109,10 +148,11 @@ class FlaDeltaRule:
         chunk_cp_fwd_h(k=k, w=w, u=u, hm=summary, g=g, cu_seqlens=ends, multi_seqs=True)
         return _transition_first(summary, chunks.u.shape[-1])
 
-    def _summary_backward(self, chunks: PreparedChunks, grad: Tensor, d_new: Tensor) -> Tensor:
+    def _summary_backward(self, prepared: PreparedBackward) -> Tensor:
         """The summary [M^T | b] of every row, for gradients of states."""
         from fla.ops.cp.chunk_bwd import chunk_cp_bwd_dh
 
+        chunks, grad, d_new = prepared.chunks, prepared.grad, prepared.d_new
         summary = _empty_summary(chunks)
         ends = torch.arange(len(summary) + 1, device=chunks.u.device) * chunks.u.shape[1]
         parts = (chunks.x.q, chunks.x.k, chunks.w, grad, d_new, chunks.decay)

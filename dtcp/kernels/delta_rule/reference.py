@@ -18,6 +18,7 @@ Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Se
 https://arxiv.org/abs/2406.06484.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from dtcp.kernels.delta_rule.chunks import (
     per_head,
 )
 from dtcp.kernels.delta_rule.decay import Decay, decay_of
-from dtcp.kernels.delta_rule.types import Carry, DeltaGradients, DeltaInputs
+from dtcp.kernels.delta_rule.types import Carry, DeltaGradients, DeltaInputs, carried
 
 
 class Chunks(NamedTuple):
@@ -56,19 +57,30 @@ class Chunks(NamedTuple):
 class ReferenceDeltaRule:
     """`DeltaKernel` in plain torch, on any device and in any dtype."""
 
-    def forward(self, x: DeltaInputs, carry: Carry | None) -> tuple[Tensor, Tensor]:
-        chunks = _prepare(x)
-        state = _zero_state(chunks) if carry is None else carry(_summary(chunks))
-        return _read(chunks, state, x.v.shape[1]).to(x.v.dtype), state
+    def forward(
+        self, parts: Sequence[DeltaInputs], carry: Carry | None
+    ) -> tuple[list[Tensor], Tensor]:
+        prepared = [_prepare(x) for x in parts]
+        states = carried(carry, lambda: [_summary(chunks) for chunks in prepared])
+        states = states or [_zero_state(chunks) for chunks in prepared]
+        each = zip(prepared, states, parts, strict=True)
+        out = [_read(chunks, state, x.v.shape[1]).to(x.v.dtype) for chunks, state, x in each]
+        return out, torch.cat(states)
 
     def backward(
-        self, x: DeltaInputs, grad_out: Tensor, state: Tensor, carry: Carry | None
-    ) -> DeltaGradients:
-        chunks = _prepare_backward(_prepare(x), grad_out)
-        grad_state = (
-            _zero_state(chunks.forward) if carry is None else carry(_summary_backward(chunks))
-        )
-        return _differentiate(chunks, state, grad_state, x)
+        self,
+        parts: Sequence[DeltaInputs],
+        grads_out: Sequence[Tensor],
+        state: Tensor,
+        carry: Carry | None,
+    ) -> list[DeltaGradients]:
+        both = zip(parts, grads_out, strict=True)
+        prepared = [_prepare_backward(_prepare(x), grad) for x, grad in both]
+        grads = carried(carry, lambda: [_summary_backward(chunks) for chunks in prepared])
+        grads = grads or [_zero_state(chunks.forward) for chunks in prepared]
+        entered = state.split([len(x.v) for x in parts])
+        each = zip(prepared, entered, grads, parts, strict=True)
+        return [_differentiate(*of_part) for of_part in each]
 
 
 def _prepare(x: DeltaInputs) -> Chunks:

@@ -1,8 +1,9 @@
 """The tensors that the delta rule reads and differentiates, by name, and a backend's contract."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 Carry = Callable[[Tensor], Tensor]
@@ -32,17 +33,36 @@ class DeltaGradients(NamedTuple):
 
 
 class DeltaKernel(Protocol):
-    """A backend: the rule on every stretch. `carry` may communicate; None: no state enters."""
+    """A backend: the rule on every stretch. `carry` may communicate; None: no state enters.
 
-    def forward(self, x: DeltaInputs, carry: Carry | None) -> tuple[Tensor, Tensor]:
-        """out [R, T, H, V] in the dtype of v, and the state [R, H, K, V] that entered."""
+    Stretches of one length are in one part. What is carried of all parts is carried at once,
+    their stretches one after another.
+    """
+
+    def forward(
+        self, parts: Sequence[DeltaInputs], carry: Carry | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """out of each part, [R, T, H, V] in the dtype of v, and the states [all R, H, K, V] that
+        entered."""
 
     def backward(
-        self, x: DeltaInputs, grad_out: Tensor, state: Tensor, carry: Carry | None
-    ) -> DeltaGradients:
+        self,
+        parts: Sequence[DeltaInputs],
+        grads_out: Sequence[Tensor],
+        state: Tensor,
+        carry: Carry | None,
+    ) -> list[DeltaGradients]:
         """Gradients of the inputs, with all else recomputed from them and from `state`.
 
         Args:
-            grad_out: [R, T, H, V].
+            grads_out: of each part, [R, T, H, V].
             state: what entered, as forward returned it.
         """
+
+
+def carried(carry: Carry | None, summaries: Callable[[], list[Tensor]]) -> list[Tensor] | None:
+    """What `carry` makes of the summaries of all parts, by part; None without it."""
+    if carry is None:
+        return None
+    by_part = summaries()
+    return list(carry(torch.cat(by_part)).split([len(x) for x in by_part]))

@@ -7,6 +7,7 @@ where the delta rule's is a matrix [M | b] of [K, K + V].
 From Dao and Gu 2024, Mamba-2, section 6, https://arxiv.org/abs/2405.21060
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from dtcp.kernels.delta_rule.chunks import (
     per_head,
 )
 from dtcp.kernels.delta_rule.decay import Decay, decay_of
-from dtcp.kernels.delta_rule.types import Carry
+from dtcp.kernels.delta_rule.types import Carry, carried
 from dtcp.kernels.linear_attention.types import LinearGradients, LinearInputs
 
 
@@ -41,40 +42,64 @@ class LinearChunks(NamedTuple):
 class ReferenceLinearAttention:
     """Gated linear attention on every stretch, on any device and in any dtype."""
 
-    def forward(self, x: LinearInputs, carry: Carry | None) -> tuple[Tensor, Tensor]:
-        """out [R, T, H, V] in the dtype of v, and the state [R, H, K, V] that entered."""
-        chunks = _prepare(x)
-        written = (chunks.decay.leave * chunks.k).mT @ chunks.v
-        state = _entering(chunks.through, written, carry)
-        states = _before_chunks(chunks.through, written, state)
-        own = chunks.decay.scores(chunks.q, chunks.k) @ chunks.v
-        out = (chunks.decay.enter * chunks.q) @ states + own
-        return in_tokens(out, x.v.shape[1]).to(x.v.dtype), state
+    def forward(
+        self, parts: Sequence[LinearInputs], carry: Carry | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """out of each part, [R, T, H, V] in the dtype of v, and the states [all R, H, K, V] that
+        entered; parts as `DeltaKernel` takes them."""
+        prepared = [_prepare(x) for x in parts]
+        maps = [(x.through, (x.decay.leave * x.k).mT @ x.v) for x in prepared]
+        states, out = _entering(maps, carry), []
+        for x, chunks, of_chunks, state in zip(parts, prepared, maps, states, strict=True):
+            before = _before_chunks(*of_chunks, state)
+            own = chunks.decay.scores(chunks.q, chunks.k) @ chunks.v
+            read = (chunks.decay.enter * chunks.q) @ before + own
+            out.append(in_tokens(read, x.v.shape[1]).to(x.v.dtype))
+        return out, torch.cat(states)
 
     def backward(
-        self, x: LinearInputs, grad_out: Tensor, state: Tensor, carry: Carry | None
-    ) -> LinearGradients:
+        self,
+        parts: Sequence[LinearInputs],
+        grads_out: Sequence[Tensor],
+        state: Tensor,
+        carry: Carry | None,
+    ) -> list[LinearGradients]:
         """Gradients of the inputs; `carry` is told the maps of gradients, from the right."""
-        chunks = _prepare(x)
-        q, k, v, decay = chunks
-        grad = in_chunks(grad_out, q.shape[3]).to(v.dtype)
-        written = (decay.leave * k).mT @ v
-        states = _before_chunks(chunks.through, written, state)
+        prepared = [_prepare(x) for x in parts]
+        grads = [
+            in_chunks(grad, chunks.q.shape[3]).to(chunks.v.dtype)
+            for grad, chunks in zip(grads_out, prepared, strict=True)
+        ]
         # From right to left the gradient of the state goes the way of the state.
-        through, read = (y.flip(2) for y in (chunks.through, (decay.enter * q).mT @ grad))
-        d_after = _before_chunks(through, read, _entering(through, read, carry)).flip(2)
+        maps = [
+            (chunks.through.flip(2), ((chunks.decay.enter * chunks.q).mT @ grad).flip(2))
+            for chunks, grad in zip(prepared, grads, strict=True)
+        ]
+        after = [
+            _before_chunks(*of_chunks, final).flip(2)
+            for of_chunks, final in zip(maps, _entering(maps, carry), strict=True)
+        ]
+        states = state.split([len(x.v) for x in parts])
+        each = zip(parts, prepared, grads, states, after, strict=True)
+        return [_differentiate(*of_part) for of_part in each]
 
-        scores = decay.scores(q, k)
-        d_v = scores.mT @ grad + (decay.leave * k) @ d_after
-        reading, being_read = decay.scores_backward(grad @ v.mT, q, k)
-        leaving = decay.leave * (v @ d_after.mT)
-        d_q, d_k = reading + decay.enter * (grad @ states.mT), being_read + leaving
-        # Decays are exponentials of differences of one running sum: what a token reads has a
-        # positive share in the sum's gradient at that token, what is read of it a negative one.
-        d_sum = d_q * q - d_k * k
-        d_through = (states * d_after).sum(-1) * chunks.through[..., 0]
-        d_sum[..., -1, :] += d_through + (leaving * k).sum(-2)
-        return _gradients(x, d_q, d_k, d_v, d_sum)
+
+def _differentiate(
+    x: LinearInputs, chunks: LinearChunks, grad: Tensor, state: Tensor, d_after: Tensor
+) -> LinearGradients:
+    """Gradients of a part's inputs, from those of its output and of the state after each chunk."""
+    q, k, v, decay = chunks
+    states = _before_chunks(chunks.through, (decay.leave * k).mT @ v, state)
+    d_v = decay.scores(q, k).mT @ grad + (decay.leave * k) @ d_after
+    reading, being_read = decay.scores_backward(grad @ v.mT, q, k)
+    leaving = decay.leave * (v @ d_after.mT)
+    d_q, d_k = reading + decay.enter * (grad @ states.mT), being_read + leaving
+    # Decays are exponentials of differences of one running sum: what a token reads has a
+    # positive share in the sum's gradient at that token, what is read of it a negative one.
+    d_sum = d_q * q - d_k * k
+    d_through = (states * d_after).sum(-1) * chunks.through[..., 0]
+    d_sum[..., -1, :] += d_through + (leaving * k).sum(-2)
+    return _gradients(x, d_q, d_k, d_v, d_sum)
 
 
 def _prepare(x: LinearInputs) -> LinearChunks:
@@ -85,14 +110,24 @@ def _prepare(x: LinearInputs) -> LinearChunks:
     return LinearChunks(q, k, in_chunks(x.v, chunk), decay)
 
 
-def _entering(through: Tensor, written: Tensor, carry: Carry | None) -> Tensor:
-    """The state that enters the stretches, [R, H, K, V], once `carry` knows what they come to."""
-    nothing = torch.zeros_like(written[:, :, 0])
-    if carry is None:
-        return nothing
+def _entering(maps: Sequence[tuple[Tensor, Tensor]], carry: Carry | None) -> list[Tensor]:
+    """The states that enter the stretches of each part, [R, H, K, V].
+
+    Args:
+        maps: of each chunk of the parts: what it scales a state by, and what it adds.
+        carry: knows it, once it is told what whole stretches come to.
+    """
+    nothing = [torch.zeros_like(written[:, :, 0]) for _, written in maps]
+    each = list(zip(maps, nothing, strict=True))
+    carried_on = carried(carry, lambda: [_summary(*of_chunks, zero) for of_chunks, zero in each])
+    return carried_on or nothing
+
+
+def _summary(through: Tensor, written: Tensor, nothing: Tensor) -> Tensor:
+    """The map [d | b] of whole stretches: [R, H, K, 1 + V]."""
     after = through[:, :, -1] * _before_chunks(through, written, nothing)[:, :, -1]
     scaled = through.prod(2).expand(*nothing.shape[:-1], 1)
-    return carry(torch.cat((scaled, after + written[:, :, -1]), dim=-1))
+    return torch.cat((scaled, after + written[:, :, -1]), dim=-1)
 
 
 def _before_chunks(through: Tensor, written: Tensor, state: Tensor) -> Tensor:

@@ -168,9 +168,7 @@ def _lines(rows: Sequence[SlotRuns], keys: KeyLine) -> _Lines:
     return _Lines(*(x[kept > 0] for x in found))
 
 
-def _cuts(
-    keys: KeyLine, part: Ints, length: Ints, *ends: tuple[Ints, Ints]
-) -> tuple[Ints, Ints]:
+def _cuts(keys: KeyLine, part: Ints, length: Ints, *ends: tuple[Ints, Ints]) -> tuple[Ints, Ints]:
     """Where an end of what queries see enters or leaves a run of keys: pairs, and queries of each.
 
     Args:
