@@ -116,8 +116,7 @@ class WholeRows(nn.Module):
         targets = local.pop("labels", None)
         local.pop("padding_mask", None)
         said = is_balanced(self.module) if output_router_logits is None else output_router_logits
-        balanced = targets is not None and said
-        asked = {"output_router_logits": True} if balanced else {}
+        asked = {"output_router_logits": True} if said and targets is not None else {}
         head = None if fused_lm_head or targets is None else self._head()
         with nullcontext() if head is None else head.hold():
             out = self.module(**local, attn_metadata=sharded.attn_metadata, **asked)

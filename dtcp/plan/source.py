@@ -101,10 +101,10 @@ def _wish(
             f"A step has rows of tokens, got --seq-len {seq_len}, --global-batch {rows}: give 1 or "
             f"more of each."
         )
-    return Wish(documents_of(arguments.documents, seq_len), rows, precision)
+    return Wish(asked_documents(arguments.documents, seq_len), rows, precision)
 
 
-def documents_of(text: str, seq_len: int) -> Documents:
+def asked_documents(text: str, seq_len: int) -> Documents:
     """A row's documents: `single`, `lognormal:MEDIAN:SIGMA`, lengths in a file, or a data folder.
 
     Raises:

@@ -10,7 +10,7 @@ from dtcp.distributed.mesh import Degrees
 from dtcp.models import llama
 from dtcp.parallelize import FullCheckpoint, NoCheckpoint
 from dtcp.plan import __main__ as command
-from dtcp.plan.source import documents_of
+from dtcp.plan.source import asked_documents
 from dtcp.planner.cluster import GB, cluster_of
 from dtcp.planner.forecast import forecast
 from dtcp.planner.search import Planner, Wish
@@ -88,12 +88,12 @@ def test_plan_refuses_a_document_longer_than_its_row(tmp_path):
     lengths = tmp_path / "lengths.txt"
     lengths.write_text("100 900\n")
     with pytest.raises(ValueError, match="A document lies in one row, got one of 900 tokens"):
-        documents_of(str(lengths), 512)
-    assert documents_of(str(lengths), 1024).lengths == ((100, 900),)
+        asked_documents(str(lengths), 512)
+    assert asked_documents(str(lengths), 1024).lengths == ((100, 900),)
 
 
 def test_plan_draws_documents_that_fill_the_row():
-    (lengths,) = documents_of("lognormal:2048:1.5", 2**17).lengths
+    (lengths,) = asked_documents("lognormal:2048:1.5", 2**17).lengths
     assert sum(lengths) == 2**17 and len(lengths) > 5
 
 
