@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group, _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.library import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
@@ -96,6 +96,25 @@ def fsdp_param_groups(unit: FSDPModule) -> list[Any] | None:
     """
     groups: list[Any] | None = getattr(unit._get_fsdp_state(), "_fsdp_param_groups", None)
     return groups
+
+
+def has_param_meshes() -> bool:
+    """Whether parameters of one FSDP unit may lie on several meshes (2.13; not 2.11)."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_common
+
+    return hasattr(_fsdp_common, "ShardPlacementResult")
+
+
+def param_mesh(mesh: DeviceMesh) -> Callable[[Shard], Any]:
+    """What a shard_placement_fn returns for a parameter on a mesh of its own, by placement (2.13).
+
+    Public for the placement alone; torch 2.11 has one mesh per unit. All parameters of a mesh
+    have one and the same object for it.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_init
+
+    mesh_info: Any = _fsdp_init._get_mesh_info(mesh, None)
+    return lambda placement: _fsdp_common.ShardPlacementResult(placement, mesh_info)
 
 
 def empty_param_group_like(group: Any) -> Any:

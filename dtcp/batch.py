@@ -256,7 +256,9 @@ def shard_rows(
     work = MaskWork.under(Causal() if balance_for is None else balance_for, coords)
     batch_layout = layout_of_batch(layout, documents, num_shards, work)
 
-    metadata = collect_metadata(nn.Module() if model is None else model, coords, batch_layout)
+    real = _part(coords.document >= 0, batch_layout, mesh.rank("cp"), dim=1, pad=False)
+    mixing = nn.Module() if model is None else model
+    metadata = collect_metadata(mixing, coords, batch_layout, real=real)
     metadata = metadata if device is None else metadata.to(device)
     sharded = ShardedBatch(batch_layout, documents, coords, metadata, seq_len, unpadded_rows, mesh)
     tokens = dict(rows.tokens)

@@ -1,7 +1,7 @@
 """The seam to torch.compile: which code is one graph, which stays eager, and what dynamo made."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -75,7 +75,11 @@ def graph_limit() -> int:
 
 
 def compile_whole(
-    function: Callable[P, R], *, backend: str, max_graphs: int | None = None
+    function: Callable[P, R],
+    *,
+    backend: str,
+    max_graphs: int | None = None,
+    data_sizes: bool = False,
 ) -> Callable[P, R]:
     """Compile code to one graph, or raise what broke it; sizes are constants of the graph.
 
@@ -84,6 +88,7 @@ def compile_whole(
 
     Args:
         max_graphs: of this function; None for graph_limit().
+        data_sizes: allow ops whose sizes depend on data; a size is then one of no known value.
     Raises:
         ValueError: when called, sizes that would make one graph more.
     """
@@ -92,13 +97,19 @@ def compile_whole(
     limits = _limits(limit)
     if "recompile_limit" in signature(torch.compile).parameters:
         options["recompile_limit"] = limits.pop("recompile_limit")
+    if data_sizes:
+        limits |= DATA_SIZES
     # Before torch 2.13 the limit is dynamo's, read when a graph is made.
     compiled = torch.compile(function, **options)
     return FewGraphs(traced_with(compiled, limits) if limits else compiled, limit)
 
 
 def compile_around_islands(
-    function: Callable[P, R], *, backend: str, max_graphs: int | None = None
+    function: Callable[P, R],
+    *,
+    backend: str,
+    max_graphs: int | None = None,
+    data_sizes: bool = False,
 ) -> Callable[P, R]:
     """Compile code that holds an eager island: one graph before it and one after.
 
@@ -107,6 +118,7 @@ def compile_around_islands(
 
     Args:
         max_graphs: of this function; None for graph_limit().
+        data_sizes: allow ops whose sizes depend on data; a size is then one of no known value.
     Raises:
         ValueError: when called, sizes that would make one graph more.
     """
@@ -116,12 +128,18 @@ def compile_around_islands(
     settings["fail_on_recompile_limit_hit"] = True
     if dynamo_has("nested_graph_breaks"):
         settings["nested_graph_breaks"] = True
+    if data_sizes:
+        settings |= DATA_SIZES
     return FewGraphs(traced_with(torch.compile(function, backend=backend), settings), limit)
+
+
+DATA_SIZES: Mapping[str, Any] = {"capture_dynamic_output_shape_ops": True}
+"""Settings of dynamo under which an op whose size depends on data is no break."""
 
 
 def _limits(max_graphs: int) -> dict[str, Any]:
     """Settings of dynamo that allow so many graphs."""
-    settings = {"recompile_limit": max_graphs}
+    settings: dict[str, Any] = {"recompile_limit": max_graphs}
     if max_graphs > dynamo_limits()[1]:
         settings["accumulated_recompile_limit"] = max_graphs
     return settings

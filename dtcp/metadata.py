@@ -120,15 +120,23 @@ class BatchMetadata:
 
     No dict: FSDP moves all tensors in the dicts, tuples and dataclasses that its root module is
     called with to the device, and the host would wait for its own numbers.
+
+    Args:
+        real: [B, L] bool, this rank's tokens that are no padding; None where nobody says.
     """
 
-    def __init__(self, by_key: Mapping[MetadataKey, AttentionMetadata]) -> None:
+    def __init__(
+        self, by_key: Mapping[MetadataKey, AttentionMetadata], real: Tensor | None = None
+    ) -> None:
+        self.real = real
         # Keys of their own: dynamo would guard that one is the very object that a mixer holds.
         self._by_key = {replace(key): value for key, value in by_key.items()}
 
     def to(self, device: torch.device | str) -> "BatchMetadata":
         """The same, with what kernels read on the device."""
-        return BatchMetadata({key: each.to(device) for key, each in self._by_key.items()})
+        moved = {key: each.to(device) for key, each in self._by_key.items()}
+        real = None if self.real is None else self.real.to(device, non_blocking=True)
+        return BatchMetadata(moved, real)
 
     def __getitem__(self, key: MetadataKey) -> AttentionMetadata:
         return self._by_key[key]

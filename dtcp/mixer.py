@@ -203,15 +203,23 @@ OTHER_POSITIONS = (
 
 
 def collect_metadata(
-    model: nn.Module, coords: Coords, layout: SequenceLayout | None = None
+    model: nn.Module,
+    coords: Coords,
+    layout: SequenceLayout | None = None,
+    *,
+    real: Tensor | None = None,
 ) -> BatchMetadata:
-    """What the mixers of a model read of a batch: once per kind of mixer, on the host."""
+    """What the mixers of a model read of a batch: once per kind of mixer, on the host.
+
+    Args:
+        real: [B, L] bool, this rank's tokens that are no padding.
+    """
     check_kind("Metadata", nn.Module, model=model)
     made: dict[Any, AttentionMetadata] = {}
     for module in model.modules():
         if isinstance(module, Mixer) and module.metadata_key not in made:
             made[module.metadata_key] = module.make_metadata(coords, layout)
-    return BatchMetadata(made)
+    return BatchMetadata(made, real)
 
 
 def batch_metadata(
@@ -235,4 +243,4 @@ def batch_metadata(
     coords = Coords.of(
         documents, prefix=prefix, block=block, position_ids=position_ids, memory=other
     )
-    return collect_metadata(model, coords)
+    return collect_metadata(model, coords, real=coords.document >= 0)

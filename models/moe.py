@@ -4,12 +4,13 @@ Routers differ between families and are defined there; they return the chosen ex
 token and the weight of each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from dtcp.kernels.grouped_linear import grouped_linear
+from dtcp.metadata import BatchMetadata
 
 Activation = Callable[[Tensor, Tensor], Tensor]
 """(gate, up) -> the hidden channels of a feed-forward part."""
@@ -22,34 +23,55 @@ class Experts(nn.Module):
         activation: (gate, up) -> hidden channels, all [M, F].
     """
 
+    load: Tensor
+    """[E], the tokens that chose each expert since somebody has set it to zero, in training."""
+
     def __init__(self, dim: int, hidden_dim: int, num_experts: int, activation: Activation) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation, self.num_experts = activation, num_experts
         self.gate = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.up = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.register_buffer("load", torch.zeros(num_experts), persistent=False)
         self.reset_parameters()
 
-    def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, index: Tensor, weight: Tensor, real: Tensor | None = None
+    ) -> Tensor:
         """Sum the weighted outputs of each token's experts.
 
         Args:
             x: [N, D].
             index: [N, k] int64, the experts of each token.
             weight: [N, k], of each expert's output.
+            real: [N] bool, False for padding, which gives zeros and is counted nowhere.
         Returns:
             [N, D].
         """
-        # Under autocast, tokens have a narrower dtype than weights.
-        gate, up, down = (w.to(x.dtype) for w in self.weights())
+        mixed = self.mix(x, index, weight, real)
+        if self.training:
+            # A recomputed forward counts twice, for all experts alike: who reads the loads
+            # compares them with their mean.
+            add_load(self.load, index, real)
+        return mixed
+
+    def mix(self, x: Tensor, index: Tensor, weight: Tensor, real: Tensor | None) -> Tensor:
+        """`forward` without counting: all experts on one device."""
         chosen = index.flatten()
         order = chosen.argsort(stable=True)
-        experts = torch.arange(len(gate), device=chosen.device)
+        experts = torch.arange(self.num_experts, device=chosen.device)
         ends = torch.searchsorted(chosen[order], experts, right=True).to(torch.int32)
-        rows = x[order // index.shape[1]]  # [N*k, D]
+        out = self.compute(x[order // index.shape[1]], ends)
+        out = out[order.argsort()].unflatten(0, index.shape)
+        mixed = (out * weight[..., None].to(out.dtype)).sum(1)
+        return mixed if real is None else mixed.masked_fill(~real[:, None], 0)
+
+    def compute(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """The experts' outputs for rows [M, D] that are sorted by expert: [M, D]."""
+        # Under autocast, tokens have a narrower dtype than weights.
+        gate, up, down = (w.to(rows.dtype) for w in self.weights())
         hidden = self.activation(grouped_linear(rows, gate, ends), grouped_linear(rows, up, ends))
-        out = grouped_linear(hidden, down, ends)[order.argsort()].unflatten(0, index.shape)
-        return (out * weight[..., None].to(out.dtype)).sum(1)
+        return grouped_linear(hidden, down, ends)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """gate and up [E, F, D], down [E, D, F], as the products take them."""
@@ -58,7 +80,28 @@ class Experts(nn.Module):
     def reset_parameters(self, std: float = 0.02) -> None:
         for weight in self.parameters():
             nn.init.normal_(weight, std=std)
+        self.load.zero_()
 
     def extra_repr(self) -> str:
         num_experts, hidden_dim, dim = self.gate.shape
         return f"dim={dim}, hidden_dim={hidden_dim}, num_experts={num_experts}"
+
+
+@torch.no_grad()
+def add_load(load: Tensor, index: Tensor, real: Tensor | None) -> None:
+    """Count the tokens that chose each expert, in place.
+
+    Args:
+        load: [E].
+        index: [N, k] int64.
+        real: [N] bool, False for padding, which is not counted.
+    """
+    ones = load.new_ones(index.shape) if real is None else real[:, None].expand_as(index)
+    load.index_add_(0, index.flatten(), ones.to(load.dtype).flatten())
+
+
+def real_tokens(attn_metadata: BatchMetadata | Mapping) -> Tensor | None:
+    """Which tokens of a batch are no padding, in one line: [N] bool; None where it does not say."""
+    if isinstance(attn_metadata, BatchMetadata) and attn_metadata.real is not None:
+        return attn_metadata.real.flatten()
+    return None

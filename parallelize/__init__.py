@@ -14,6 +14,7 @@ from dtcp.parallelize.activation_checkpoint import (
 )
 from dtcp.parallelize.apply import ParallelPlan, parallelize
 from dtcp.parallelize.compile import Compile
+from dtcp.parallelize.experts import ExpertParallel
 from dtcp.parallelize.fsdp import FSDP
 from dtcp.parallelize.load_hf import load_hf
 from dtcp.parallelize.plans.deepseek_v4 import balance_experts, deepseek_v4_plan
@@ -27,6 +28,7 @@ __all__ = [
     "FSDP",
     "ActivationCheckpoint",
     "Compile",
+    "ExpertParallel",
     "FullCheckpoint",
     "NoCheckpoint",
     "ParallelPlan",

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,17 +23,35 @@ Forward = Callable[..., Any]
 class NoCheckpoint:
     """Keep every activation."""
 
+    def keeping_routes(self) -> "NoCheckpoint":
+        """The same: nothing is recomputed."""
+        return self
+
     def wrap(self, forward: Forward) -> Forward:
         return forward
 
 
 @dataclass(frozen=True)
 class FullCheckpoint:
-    """Keep only a block's inputs; recompute, and communicate again, everything else."""
+    """Keep only a block's inputs; recompute, and communicate again, everything else.
+
+    Args:
+        routes: keep which experts tokens went to, too, and where: a few numbers per token. Set by
+            `parallelize` for blocks whose experts are on other ranks.
+    """
+
+    routes: bool = field(default=False, kw_only=True)
+
+    def keeping_routes(self) -> "FullCheckpoint":
+        """The same for a block of experts: recomputed, its tokens take the routes they took."""
+        return replace(self, routes=True)
 
     def wrap(self, forward: Forward) -> Forward:
         # Not closures over the forward: a deep copy of the block checkpoints its own.
-        return partial(checkpoint, forward, use_reentrant=False)
+        if not self.routes:
+            return partial(checkpoint, forward, use_reentrant=False)
+        contexts = partial(create_selective_checkpoint_contexts, _keep_routes)
+        return partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
 
 
 @dataclass(frozen=True)
@@ -41,9 +59,17 @@ class SelectiveCheckpoint:
     """Keep what was communicated and every `matmul_every`-th matmul; recompute the rest.
 
     Attention across ranks is not run again: an op that communicates is kept whole.
+
+    Args:
+        routes: as of FullCheckpoint.
     """
 
     matmul_every: int = 2
+    routes: bool = field(default=False, kw_only=True)
+
+    def keeping_routes(self) -> "SelectiveCheckpoint":
+        """The same for a block of experts: recomputed, its tokens take the routes they took."""
+        return replace(self, routes=True)
 
     def __post_init__(self) -> None:
         if self.matmul_every < 1:
@@ -54,6 +80,8 @@ class SelectiveCheckpoint:
 
     def wrap(self, forward: Forward) -> Forward:
         kept = frozenset([*selective_checkpoint_save_ops(), *_TENSOR_PARALLEL])
+        if self.routes:
+            kept |= _routing_ops()
 
         def contexts() -> Any:
             return create_selective_checkpoint_contexts(_Policy(kept, self.matmul_every))
@@ -74,6 +102,22 @@ _TENSOR_PARALLEL = (
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_gather_into_tensor.default,
 )
+
+
+def _routing_ops() -> frozenset[Any]:
+    """What decides where tokens go: the choice of experts, and the exchange of counts.
+
+    A choice that is made again may fall otherwise where two scores are nearly the same, and the
+    counts of its ranks would no longer fit the gradients.
+    """
+    return frozenset([torch.ops.aten.topk.default, torch.ops.dtcp.route_tokens.default])
+
+
+def _keep_routes(
+    ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    keep = op in _routing_ops()
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class _Policy:

@@ -13,13 +13,14 @@ so do checkpoints, and dynamo guards what it compiles.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.experts import RouterLoss
 from dtcp.mixer_plan import apply_plan, find, matches
 from dtcp.parallelize.activation_checkpoint import (
     KINDS,
@@ -49,6 +50,7 @@ class ParallelPlan:
     Args:
         tp: styles on the axis tp, by module name.
         cp: styles of the mixers on the axis cp, by module name.
+        ep: styles of experts on the axis ep, by module name.
         blocks: the repeated modules, each compiled, checkpointed and sharded on its own.
         fsdp_units: modules outside the blocks whose parameters are gathered together, in the order
             of their use. A shared parameter must be in one of them, or in none.
@@ -60,6 +62,7 @@ class ParallelPlan:
     blocks: tuple[str, ...]
     fsdp_units: tuple[tuple[str, ...], ...] = ()
     keep_dtype: tuple[str, ...] = ()
+    ep: Mapping[str, ParallelStyle] = field(default_factory=dict)
 
 
 def parallelize(
@@ -81,7 +84,8 @@ def parallelize(
         The model. Its gradients are sums over ranks: divide losses by the global token count.
     Raises:
         ValueError: a name in the plan that matches no module or parameter, a mixer without a
-            style, or a shared parameter that styles place in two ways or two units gather.
+            style, a shared parameter that styles place in two ways or two units gather, or a mesh
+            with an axis ep for a model without experts.
     """
     check_kind("parallelize", nn.Module, model=model)
     check_kind("parallelize", ParallelMesh, mesh=mesh)
@@ -91,7 +95,7 @@ def parallelize(
     check_kind("parallelize", FSDP, fsdp=fsdp)
     blocks = find(model, plan.blocks)
     fsdp_units = [find(model, names) for names in plan.fsdp_units]
-    find(model, tuple(plan.tp))
+    find(model, (*plan.tp, *plan.ep))
     keep_dtype = keep_dtype_names(model, plan.keep_dtype)
     tied = find_tied_parameters(model)
     check_tied_parameters(tied, [*([name] for name in blocks), *map(list, fsdp_units)])
@@ -100,17 +104,20 @@ def parallelize(
         parallelize_module(model, mesh.tp, dict(plan.tp))
         restore_tied_parameters(model, tied)
     apply_plan(model, mesh.cp, plan.cp)
+    _spread_experts(model, mesh, plan)
 
     for name, block in blocks.items():
-        has_island = mesh.cp is not None and _has_eager_island(name, block, plan.cp)
+        routes = mesh.ep is not None and _contains(name, block, plan.ep)
         block.forward = _checkpointed_and_compiled(
-            block.forward, activation_checkpoint, compile, has_island=has_island
+            block.forward,
+            activation_checkpoint.keeping_routes() if routes else activation_checkpoint,
+            compile.with_data_sizes() if routes and compile else compile,
+            has_island=mesh.cp is not None and _has_eager_island(name, block, plan.cp),
         )
-
     if mesh.hsdp is not None:
         shard_parameters(
             model,
-            mesh.hsdp,
+            mesh,
             fsdp,
             blocks=list(blocks.values()),
             fsdp_units=[list(unit.values()) for unit in fsdp_units],
@@ -128,6 +135,27 @@ def _checkpointed_and_compiled(
     if has_island:
         return checkpoint.wrap(compile.around_islands(forward))
     return compile.whole(checkpoint.wrap(forward))
+
+
+def _spread_experts(model: nn.Module, mesh: ParallelMesh, plan: ParallelPlan) -> None:
+    """Experts to ranks of their own, and losses of routers over the tokens of all ranks."""
+    for module in model.modules():
+        if isinstance(module, RouterLoss):
+            module.axis = mesh.loss
+    if mesh.ep is None:
+        return
+    if not plan.ep:
+        raise ValueError(
+            f"Ranks of ep have different experts, got ep={mesh.size('ep')} for a "
+            f"{type(model).__name__} whose plan names no experts: set ep to 1."
+        )
+    parallelize_module(model, mesh.ep, dict(plan.ep))
+
+
+def _contains(name: str, block: nn.Module, plan: Mapping[str, ParallelStyle]) -> bool:
+    """Whether a plan names a module of a block."""
+    submodules = [f"{name}.{part}" for part, _ in block.named_modules() if part]
+    return any(matches(submodule, key) for submodule in submodules for key in plan)
 
 
 def _has_eager_island(name: str, block: nn.Module, plan: Mapping[str, ParallelStyle]) -> bool:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,10 +26,13 @@ class Compile:
         max_graphs: of one function, which all blocks of a kind share: its kinds times the sizes of
             batches, and twice that if it is validated too. One more is refused with the sizes seen.
             None: 64, or dynamo's limit (torch._dynamo.config.recompile_limit) where that is higher.
+        data_sizes: allow ops whose sizes depend on data, in one graph for all of them; set by
+            `parallelize` for blocks whose experts are on other ranks.
     """
 
     backend: str = "inductor"
     max_graphs: int | None = None
+    data_sizes: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_kind("Compile", str, backend=self.backend)
@@ -44,8 +47,16 @@ class Compile:
         """Compile to one graph before an eager island and one after, however deep it lies."""
         return CompiledForward(partial(compile_around_islands, **self._options()), forward)
 
+    def with_data_sizes(self) -> "Compile":
+        """The same for a block in which sizes depend on data."""
+        return replace(self, data_sizes=True)
+
     def _options(self) -> dict[str, Any]:
-        return {"backend": self.backend, "max_graphs": self.max_graphs}
+        return {
+            "backend": self.backend,
+            "max_graphs": self.max_graphs,
+            "data_sizes": self.data_sizes,
+        }
 
 
 class CompiledForward:

@@ -1,14 +1,20 @@
-"""Experts under tensor parallelism: each rank has a slice of every expert's hidden channels."""
+"""Experts over ranks: a slice of every expert's hidden channels each, or experts of their own."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from dtcp._torch import unflattened
+from dtcp.distributed.groups import connect, group_name
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.experts import AllToAllExchange, NodeExchange, TokenExchange
 from dtcp.models.moe import Experts
 from dtcp.parallelize.tensor_parallel import (
     copy_to_region,
@@ -57,9 +63,9 @@ class _TensorParallelExperts(Experts):
 
     mesh: DeviceMesh
 
-    def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    def mix(self, x: Tensor, index: Tensor, weight: Tensor, real: Tensor | None) -> Tensor:
         x, weight = copy_to_region(x, self.mesh), copy_to_region(weight, self.mesh)
-        return reduce_from_region(super().forward(x, index, weight), self.mesh)
+        return reduce_from_region(super().mix(x, index, weight, real), self.mesh)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, down = (
@@ -67,3 +73,149 @@ class _TensorParallelExperts(Experts):
             for name, placement in HIDDEN_CHANNELS.items()
         )
         return gate, up, down
+
+
+@dataclass
+class ExpertParallel(ParallelStyle):
+    """Give each rank of ep experts of its own, E / n in the order of their numbers.
+
+    Tokens travel to the experts that their router chose, and the results back. Gradients of an
+    expert are sums over the tokens of all ranks of ep: FSDP sums them over the ranks that hold the
+    same expert.
+
+    Args:
+        shared_by: the axis tp, whose ranks hold the same tokens: each sends a part of them.
+        ranks_per_node: neighbours on the axis that are on one machine; a token then crosses to each
+            other machine once. 0: tokens travel straight to their experts.
+
+    Raises:
+        TypeError: a module that is no dtcp.models.moe.Experts.
+        ValueError: a number of experts that ep does not divide, or nodes that do not divide ep.
+    """
+
+    shared_by: DeviceMesh | None = None
+    ranks_per_node: int = 0
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, Experts):
+            raise TypeError(
+                f"ExpertParallel spreads a dtcp.models.moe.Experts, got a {type(module).__name__}: "
+                f"name the experts themselves in the plan."
+            )
+        check_experts(module.num_experts, device_mesh.size())
+        for name in HIDDEN_CHANNELS:
+            distribute_parameter(module, name, device_mesh, Shard(0))
+        module.__class__ = _SpreadExperts
+        exchange = token_exchange(
+            module.num_experts,
+            device_mesh,
+            shared_by=self.shared_by,
+            ranks_per_node=self.ranks_per_node,
+        )
+        cast(_SpreadExperts, module).claim(exchange, self.shared_by)
+        return module
+
+
+def expert_styles(
+    mesh: ParallelMesh, names: Iterable[str], num_experts: int
+) -> tuple[dict[str, ParallelStyle], dict[str, ParallelStyle]]:
+    """The styles of experts on the axes tp and ep: spread over ep, or else split over tp.
+
+    Args:
+        names: of the modules, or patterns.
+    Raises:
+        ValueError: a number of experts that ep does not divide.
+    """
+    if mesh.ep is None:
+        return {name: ExpertTensorParallel() for name in names}, {}
+    check_experts(num_experts, mesh.size("ep"))
+    return {}, {name: ExpertParallel(mesh.tp) for name in names}
+
+
+def check_experts(num_experts: int, ep: int) -> None:
+    """Refuse a number of experts that the ranks of ep cannot share equally."""
+    if num_experts % ep:
+        raise ValueError(
+            f"Ranks of ep have equally many experts, got num_experts={num_experts} with ep={ep}: "
+            f"choose an ep that divides it."
+        )
+
+
+def token_exchange(
+    num_experts: int, ep: DeviceMesh, *, shared_by: DeviceMesh | None, ranks_per_node: int = 0
+) -> TokenExchange:
+    """How tokens travel over the axis ep; arguments as of ExpertParallel.
+
+    Raises:
+        ValueError: nodes that do not divide ep.
+    """
+    tp = "" if shared_by is None else group_name(shared_by)
+    size, each = ep.size(), ranks_per_node
+    if each in (0, 1, size):
+        exchange: TokenExchange = AllToAllExchange(num_experts, group_name(ep), tp)
+        names = [group_name(ep), tp]
+    else:
+        if size % each:
+            raise ValueError(
+                f"Ranks of ep are on nodes of equally many, got ranks_per_node={each} with "
+                f"ep={size}: choose an ep that is a multiple of it, or 0."
+            )
+        axes = unflattened(ep, (size // each, each), ("across_nodes", "inside_node"))
+        across, inside = (group_name(axes[name]) for name in ("across_nodes", "inside_node"))
+        node = ep.get_local_rank() // each
+        exchange = NodeExchange(num_experts, size // each, across, inside, node, tp)
+        names = [across, inside, tp]
+    for name in filter(None, names):
+        connect(name)
+    return exchange
+
+
+class _SpreadExperts(Experts):
+    """Experts that a style has spread over ranks. Made by the style, never built directly."""
+
+    exchange: TokenExchange
+    shared_by: DeviceMesh | None
+
+    def claim(self, exchange: TokenExchange, shared_by: DeviceMesh | None) -> None:
+        """Take this rank's experts, on the axis ep."""
+        self.exchange, self.shared_by = exchange, shared_by
+
+    def mix(self, x: Tensor, index: Tensor, weight: Tensor, real: Tensor | None) -> Tensor:
+        if real is not None:
+            index = torch.where(real[:, None], index, self.num_experts)
+        if self.shared_by is None:
+            return self.exchange(x, index, weight, self.compute)
+        x, weight = (copy_to_region(y, self.shared_by) for y in (x, weight))
+        return reduce_from_region(self.exchange(x, index, weight, self.compute), self.shared_by)
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up, down = (
+            cast(DTensor, getattr(self, name)).to_local(grad_placements=[Shard(0)])
+            for name in HIDDEN_CHANNELS
+        )
+        return gate, up, down
+
+
+@torch.no_grad()
+def largest_load(parts: Iterable[nn.Module], axis: DeviceMesh | None) -> float | None:
+    """How uneven routing was: tokens of the most loaded expert over the mean, in the worst layer.
+
+    Of all tokens in training that are no padding since it was asked last. All ranks call it.
+
+    Args:
+        axis: the ranks whose tokens make up a batch, ParallelMesh.loss; None for this rank only.
+    Returns:
+        1.0 where all experts had equally many; None for a model without experts or tokens.
+
+    Traffic per rank: one all-reduce of the loads.
+    """
+    found = [m for part in parts for m in part.modules() if isinstance(m, Experts)]
+    if not found:
+        return None
+    loads = torch.stack([experts.load for experts in found])
+    if axis is not None and axis.size() > 1:
+        dist.all_reduce(loads, group=axis.get_group())
+    for experts in found:
+        experts.load.zero_()
+    ratios = loads.amax(1) / loads.mean(1)
+    return float(ratios.max()) if loads.any() else None

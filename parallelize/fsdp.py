@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -12,7 +13,10 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor, Shard
 
+from dtcp._torch import has_param_meshes, param_mesh
+from dtcp.distributed.mesh import ParallelMesh
 from dtcp.parallelize.keep_dtype import gather_in_own_dtype
 from dtcp.sequence.arguments import check_kind
 
@@ -39,7 +43,7 @@ class FSDP:
 
 def shard_parameters(
     model: nn.Module,
-    mesh: DeviceMesh,
+    mesh: ParallelMesh,
     options: FSDP,
     *,
     blocks: Sequence[nn.Module],
@@ -49,12 +53,14 @@ def shard_parameters(
     """Shard a model's parameters: one gather per block, one per unit, one for the rest.
 
     Args:
-        mesh: ParallelMesh.hsdp.
+        mesh: weights lie on its hsdp, those that are spread over ep on its expert_hsdp.
         fsdp_units: modules outside the blocks, each unit gathered together; the last one stays
             gathered after forward, for backward starts with it.
         keep_dtype: names of parameters that are gathered in their own dtype.
     """
-    shared: dict[str, Any] = {"mesh": mesh, "offload_policy": options.offload}
+    shared: dict[str, Any] = {"mesh": mesh.hsdp, "offload_policy": options.offload}
+    if mesh.ep is not None and mesh.expert_hsdp is not None:
+        shared["shard_placement_fn"] = _ExpertPlacement(mesh.ep, mesh.expert_hsdp)
     # What a model hands to its own modules is in the dtype it has chosen: angles are in fp32.
     uncast = replace(options.mixed_precision, cast_forward_inputs=False)
     for block in blocks:
@@ -70,6 +76,31 @@ def shard_parameters(
         if isinstance(module, FSDPModule):
             gather_in_own_dtype(module, kept)
             _sum_gradients(module)
+
+
+class _ExpertPlacement:
+    """Where FSDP shards a parameter: what is spread over ep lies on a mesh of its own.
+
+    The first dim is that of experts, which ep shards already. Where each of its ranks has fewer of
+    them than there are ranks to shard them on, the next dim is sharded, without padding.
+    """
+
+    def __init__(self, ep: DeviceMesh, expert_hsdp: DeviceMesh) -> None:
+        if not has_param_meshes():
+            raise NotImplementedError(
+                f"Experts on ranks of their own are sharded on a mesh of their own, which FSDP of "
+                f"this torch does not know, got torch {torch.__version__}: use torch 2.13, or ep=1."
+            )
+        self.ep, self.ranks = ep, expert_hsdp.shape[-1]
+        self.sharded_by = param_mesh(expert_hsdp)
+
+    def __call__(self, parameter: nn.Parameter) -> Any:
+        if not isinstance(parameter, DTensor) or parameter.device_mesh != self.ep:
+            return None
+        experts = parameter.shape[0] // self.ep.size()
+        uneven = experts % self.ranks and parameter.ndim > 1
+        dim = 1 if uneven and parameter.shape[1] % self.ranks == 0 else 0
+        return self.sharded_by(Shard(dim))
 
 
 def _sum_gradients(module: FSDPModule) -> None:

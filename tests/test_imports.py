@@ -27,7 +27,7 @@ FLOORS = (
     ("dtcp.distributed", "dtcp.compile"),
     ("dtcp.kernels",),
     ("dtcp.mixer", "dtcp.style", "dtcp.mixer_plan"),
-    ("dtcp.softmax", "dtcp.recurrent", "dtcp.sparse"),
+    ("dtcp.softmax", "dtcp.recurrent", "dtcp.sparse", "dtcp.experts"),
     (
         "dtcp.batch",
         "dtcp.rows",
@@ -59,11 +59,13 @@ MODELS_MAY_IMPORT = (
     "dtcp.sequence.arguments",
     "dtcp.sequence.masks",
     "dtcp.kernels.grouped_linear",
+    "dtcp.experts.losses",
     "dtcp.models",
     "torch",
 )
 # Private names that are not torch's and have no public spelling.
 OF_TRANSFORMERS = (
+    "_apply_gate",
     "_attn_implementation",
     "_can_set_experts_implementation",
     "_experts_implementation",

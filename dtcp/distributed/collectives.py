@@ -209,7 +209,7 @@ def _reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
     rows = x.movedim(dim, 0)
     length = rows.shape[0] // n
     arrived = move_rows(rows, [length] * n, [length] * n, group).unflatten(0, (n, length))
-    return arrived.sum(0, dtype=_sum_dtype(x)).to(x.dtype).movedim(0, dim).contiguous()
+    return arrived.sum(0, dtype=sum_dtype(x)).to(x.dtype).movedim(0, dim).contiguous()
 
 
 @_reduce_scatter.register_fake
@@ -327,7 +327,7 @@ def _place_rows(rows: Tensor, dim: int, length: int, receive: Sequence[int]) -> 
     """Lay rows out at their slots of a dim of `length`, zero elsewhere."""
     runs = sorted((start, stop) for _, start, stop in hops(receive))
     collide = any(after[0] < before[1] for before, after in pairwise(runs))
-    dtype = _sum_dtype(rows) if collide else rows.dtype
+    dtype = sum_dtype(rows) if collide else rows.dtype
     out = rows.new_zeros((length, *rows.shape[1:]), dtype=dtype).movedim(0, dim).contiguous()
     first = 0
     for _, start, stop in hops(receive):
@@ -350,7 +350,7 @@ def _copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _sum_dtype(x: Tensor) -> torch.dtype:
+def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 

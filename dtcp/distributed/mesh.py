@@ -9,31 +9,43 @@ typing error is found where it is made.
                                 batch rank:   0  0  1  1      ranks of one cp group read one row
                                 cp rank:      0  1  0  1
                                 fsdp rank:    0  1  2  3
+
+Experts are laid over the same ranks in another way: `ep` is carved out of dp_shard x cp x tp, its
+ranks next to each other, and edp_shard is what is left of the three.
+
+    dp_shard=2, cp=2, ep=2      ep rank:      0  1  0  1      which experts a rank holds
+                                edp rank:     0  0  1  1      which part of each of them
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from math import prod
 from typing import Protocol
 
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dtcp._torch import concatenated, flattened
+from dtcp._torch import concatenated, flattened, unflattened
 from dtcp.sequence.arguments import check_ints, check_kind
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
-VIEWS = ("cp", "tp", "fsdp", "batch", "loss")
+VIEWS = ("cp", "tp", "fsdp", "batch", "loss", "ep")
+SPARSE_AXES = ("dp_shard", "cp", "tp")
+"""What the axes of experts, edp_shard and ep, are carved out of."""
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks each axis has; their product is the world size."""
+    """How many ranks each axis has; the product of all but ep is the world size.
+
+    Args:
+        ep: ranks that have different experts, out of dp_shard * cp * tp; 1: each has all.
+    """
 
     dp_replicate: int = 1
     dp_shard: int = 1
     cp: int = 1
     tp: int = 1
+    ep: int = 1
 
     def __post_init__(self) -> None:
         for name, degree in asdict(self).items():
@@ -42,14 +54,26 @@ class Degrees:
                 raise ValueError(
                     f"A degree counts ranks, got {name}={degree}: give 1 to leave the axis out."
                 )
+        if self.sparse % self.ep:
+            raise ValueError(
+                f"Ranks of ep are carved out of dp_shard * cp * tp, got ep={self.ep} with "
+                f"dp_shard={self.dp_shard} * cp={self.cp} * tp={self.tp} = {self.sparse}: choose "
+                f"an ep that divides it."
+            )
 
     @property
     def world(self) -> int:
         """Ranks in all."""
-        return prod(asdict(self).values())
+        return self.dp_replicate * self.sparse
+
+    @property
+    def sparse(self) -> int:
+        """Ranks that experts may be spread over: edp_shard * ep."""
+        return self.dp_shard * self.cp * self.tp
 
     def __str__(self) -> str:
-        return " * ".join(f"{name}={degree}" for name, degree in asdict(self).items())
+        dense = " * ".join(f"{name}={getattr(self, name)}" for name in AXES)
+        return dense if self.ep == 1 else f"{dense} (ep={self.ep})"
 
 
 class ParallelDims(Protocol):
@@ -59,6 +83,7 @@ class ParallelDims(Protocol):
     dp_shard: int
     cp: int
     tp: int
+    ep: int
     spmd_backend: str
 
     @property
@@ -89,6 +114,10 @@ class ParallelMesh:
     """What `fully_shard` gets: (dp_replicate, fsdp) if weights are replicated, else fsdp."""
     attention: DeviceMesh | None
     """What q, k and v are DTensors on: (cp, tp), or the one of the two that has ranks."""
+    ep: DeviceMesh | None = None
+    """Whose ranks have different experts."""
+    expert_hsdp: DeviceMesh | None = None
+    """What `fully_shard` gets for experts: edp_shard, or (dp_replicate, edp_shard)."""
 
     @classmethod
     def from_degrees(cls, degrees: Degrees, device_type: str) -> "ParallelMesh":
@@ -110,15 +139,19 @@ class ParallelMesh:
                 f"The degrees multiply to the world size, got {degrees} = {degrees.world} with "
                 f"world_size={world_size}: change a degree, or start {degrees.world} ranks."
             )
-        shape = tuple(asdict(degrees)[name] for name in AXES)
-        return cls.from_device_mesh(init_device_mesh(device_type, shape, mesh_dim_names=AXES))
+        shape = tuple(getattr(degrees, name) for name in AXES)
+        device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+        return cls.from_device_mesh(device_mesh, ep=degrees.ep)
 
     @classmethod
-    def from_device_mesh(cls, device_mesh: DeviceMesh) -> "ParallelMesh":
+    def from_device_mesh(cls, device_mesh: DeviceMesh, *, ep: int = 1) -> "ParallelMesh":
         """Read the axes of an existing mesh by name; an axis that it lacks has one rank.
 
+        Args:
+            ep: ranks that have different experts, carved out of dp_shard x cp x tp.
         Raises:
-            ValueError: an axis has another name, or the axes come in another order.
+            ValueError: an axis has another name, the axes come in another order, or ep does not
+                divide them.
         """
         check_kind("A ParallelMesh", DeviceMesh, device_mesh=device_mesh)
         names = device_mesh.mesh_dim_names or ()
@@ -127,19 +160,25 @@ class ParallelMesh:
                 f"A mesh has axes out of {AXES}, in this order, got mesh_dim_names={names}: "
                 f"name the axes so, or build the mesh with ParallelMesh.from_degrees."
             )
+        sizes = dict(zip(names, device_mesh.shape, strict=True))
+        degrees = Degrees(**sizes, ep=ep)
         fsdp = _flat(device_mesh, ("dp_shard", "cp"), "fsdp")
         cp, tp = _flat(device_mesh, ("cp",), "cp"), _flat(device_mesh, ("tp",), "tp")
-        sizes = dict(zip(names, device_mesh.shape, strict=True))
+        expert_axes = _expert_axes(device_mesh, degrees)
+        # Then fully_shard is needed for the experts, and takes the other weights along.
+        spread = expert_axes is not None and expert_axes["edp_shard"].size() > 1
         return cls(
-            degrees=Degrees(**sizes),
+            degrees=degrees,
             device_mesh=device_mesh,
             cp=cp,
             tp=tp,
             fsdp=fsdp,
             batch=_flat(device_mesh, ("dp_replicate", "dp_shard"), "batch"),
             loss=_flat(device_mesh, ("dp_replicate", "dp_shard", "cp"), "loss"),
-            hsdp=_hsdp(device_mesh, fsdp),
+            hsdp=_hsdp(device_mesh, fsdp, needed=spread),
             attention=device_mesh["cp", "tp"] if cp and tp else cp or tp,
+            ep=expert_axes and expert_axes["ep"],
+            expert_hsdp=expert_axes and _expert_hsdp(device_mesh, expert_axes),
         )
 
     @classmethod
@@ -184,16 +223,20 @@ class ParallelMesh:
         cp, tp, fsdp = view("cp"), view("tp"), view("fsdp")
         # Not `view`: beside dp_replicate an fsdp axis of one rank is kept.
         replicated = dims.get_optional_mesh(["dp_replicate", "fsdp"])
+        edp = ["dp_replicate", "efsdp"] if dims.dp_replicate > 1 else ["efsdp"]
         return cls(
-            degrees=Degrees(dims.dp_replicate, dims.dp_shard, dims.cp, dims.tp),
+            degrees=Degrees(dims.dp_replicate, dims.dp_shard, dims.cp, dims.tp, dims.ep),
             device_mesh=dims.world_mesh,
             cp=cp,
             tp=tp,
             fsdp=fsdp,
             batch=view("batch"),
             loss=view("loss"),
-            hsdp=replicated if dims.dp_replicate > 1 else fsdp,
+            hsdp=replicated if dims.dp_replicate > 1 else fsdp or _one_rank_fsdp(dims),
             attention=view("cp", "tp") if cp and tp else cp or tp,
+            ep=view("ep"),
+            # Kept with one rank, too: under ep it is what casts experts.
+            expert_hsdp=dims.get_optional_mesh(edp) if dims.ep > 1 else None,
         )
 
     def size(self, name: str) -> int:
@@ -208,7 +251,7 @@ class ParallelMesh:
 
     def _view(self, name: str) -> DeviceMesh | None:
         views = {"cp": self.cp, "tp": self.tp, "fsdp": self.fsdp}
-        views |= {"batch": self.batch, "loss": self.loss}
+        views |= {"batch": self.batch, "loss": self.loss, "ep": self.ep}
         if name not in views:
             raise ValueError(
                 f"A ParallelMesh has the 1-D views {VIEWS}, got name={name!r}: use one."
@@ -225,17 +268,47 @@ def _flat(device_mesh: DeviceMesh, axes: Sequence[str], name: str) -> DeviceMesh
     return device_mesh[wide[0]] if len(wide) == 1 else flattened(device_mesh[wide], name)
 
 
-def _hsdp(device_mesh: DeviceMesh, fsdp: DeviceMesh | None) -> DeviceMesh | None:
+def _one_rank_fsdp(dims: ParallelDims) -> DeviceMesh | None:
+    """torchtitan's fsdp axis of one rank, where experts have several to be sharded on."""
+    several = dims.ep > 1 and dims.dp_shard * dims.cp * dims.tp > dims.ep
+    return dims.get_optional_mesh("fsdp") if several else None
+
+
+def _hsdp(device_mesh: DeviceMesh, fsdp: DeviceMesh | None, *, needed: bool) -> DeviceMesh | None:
+    """The mesh of `fully_shard`.
+
+    Args:
+        needed: also where no axis of dense weights has ranks; it is then one of one rank.
+    """
     replicate = _flat(device_mesh, ("dp_replicate",), "dp_replicate")
-    if replicate is None:
+    if replicate is None and (fsdp is not None or not needed):
         return fsdp
     if fsdp is None:
         narrow = [axis for axis in ("dp_shard", "cp") if axis in (device_mesh.mesh_dim_names or ())]
         if not narrow:
             raise ValueError(
-                f"Replicated weights need an axis to be sharded on, got "
+                f"Weights need an axis to be sharded on, got "
                 f"mesh_dim_names={device_mesh.mesh_dim_names}: add dp_shard, of size 1."
             )
         fsdp = device_mesh[narrow[0]]
+    if replicate is None:
+        return fsdp
     # The root mesh stays the same, as fully_shard wants it of its mesh and the tp mesh.
     return concatenated([replicate, fsdp])
+
+
+def _expert_axes(device_mesh: DeviceMesh, degrees: Degrees) -> DeviceMesh | None:
+    """The axes (edp_shard, ep) over the ranks of dp_shard, cp and tp; None without ep."""
+    if degrees.ep == 1:
+        return None
+    whole = _flat(device_mesh, SPARSE_AXES, "sparse")
+    # There are ranks: ep divides them and is more than 1.
+    assert whole is not None
+    sizes = (degrees.sparse // degrees.ep, degrees.ep)
+    return unflattened(whole, sizes, ("edp_shard", "ep"))
+
+
+def _expert_hsdp(device_mesh: DeviceMesh, expert_axes: DeviceMesh) -> DeviceMesh:
+    replicate = _flat(device_mesh, ("dp_replicate",), "dp_replicate")
+    shard = expert_axes["edp_shard"]
+    return shard if replicate is None else concatenated([replicate, shard])

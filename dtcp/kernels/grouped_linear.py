@@ -36,7 +36,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @grouped_linear.register_fake
 def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(len(x), weight.shape[1])
+    return x.new_empty(x.shape[0], weight.shape[1])
 
 
 @torch.library.custom_op("dtcp::grouped_weight_gradient", mutates_args=())
@@ -52,7 +52,7 @@ def grouped_weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 @grouped_weight_gradient.register_fake
 def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(len(ends), grad.shape[1], x.shape[1])
+    return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
 
 
 def _has_grouped_mm(x: Tensor) -> bool:

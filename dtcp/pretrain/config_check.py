@@ -18,6 +18,10 @@ import torch
 from torchtitan.components.loss import ChunkedLossWrapper, MSELoss
 from torchtitan.config.override import apply_overrides
 from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.moe import MoE
+
+from dtcp.parallelize.experts import check_experts
+from dtcp.sequence.arguments import check_ints
 
 
 def check_settings(config: Any) -> None:
@@ -91,6 +95,41 @@ def check_batch_size(config: Any, ranks: int) -> None:
             f"{training.global_batch_size} with {rows} rows in a micro-batch of all ranks "
             f"(training.local_batch_size={training.local_batch_size}): give a multiple of {rows}."
         )
+
+
+def check_expert_degree(config: Any, ranks: int) -> None:
+    """Refuse ranks of ep that the mesh or the experts do not divide into.
+
+    Raises:
+        ValueError: a model without experts, or a number that does not fit.
+    """
+    degrees, spec = config.parallelism, config.model_spec
+    ep = degrees.expert_parallel_degree
+    if ep == 1:
+        return
+    name = f"parallelism.expert_parallel_degree={ep}"
+    check_ints("A mesh", least=1, **{"parallelism.expert_parallel_degree": ep})
+    sparse = ranks // degrees.data_parallel_replicate_degree
+    if sparse % ep:
+        raise ValueError(
+            f"Ranks of ep are carved out of dp_shard * cp * tp, got {name} with {sparse} of them: "
+            f"choose an ep that divides it."
+        )
+    counts = _expert_counts(spec.model)
+    if not counts:
+        raise ValueError(
+            f"Ranks of ep have different experts, got {name} for {spec.name} {spec.flavor}, which "
+            f"has none: set it to 1."
+        )
+    for count in counts:
+        check_experts(count, ep)
+
+
+def _expert_counts(model: Any) -> set[int]:
+    """How many experts the layers of a model's config choose from."""
+    if not isinstance(model, Decoder.Config):
+        return {model.num_experts} - {0}
+    return {each.num_experts for _, each, _, _ in model.traverse(MoE.Config)}
 
 
 def _loss_refusal(config: Any) -> str:

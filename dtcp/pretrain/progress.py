@@ -20,6 +20,7 @@ from torchtitan.components.metrics import MetricsProcessor
 
 from dtcp.distributed.ledger import LEDGER, traffic_since
 from dtcp.mixer import Mixer
+from dtcp.parallelize.experts import largest_load
 
 RECENT = 20  # steps whose mean duration predicts the time that is left
 
@@ -77,8 +78,10 @@ class Progress(MetricsProcessor):
     ) -> None:
         """Send the metrics to the loggers and print the line.
 
-        Bytes per step are those that rank 0 received for context parallelism, in forward and
-        backward, as the ops counted them; FSDP's and TP's own collectives are not among them.
+        Bytes per step are those that rank 0 received for context and expert parallelism, in
+        forward and backward, as the ops counted them; FSDP's and TP's own collectives are not
+        among them. Of experts, the tokens of the most loaded one over the mean since the last
+        line, in the layer where that is largest.
         """
         now = time.perf_counter()
         # The first line of a run counts one step, whatever step it resumed at.
@@ -87,6 +90,7 @@ class Progress(MetricsProcessor):
         batch_ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
         tokens = self.ntokens_since_last_log * batch_ranks / (now - self.time_last_log)
         received = traffic_since(self._traffic).received / steps
+        load = largest_load(self.model_parts, self.parallel_dims.get_optional_mesh("loss"))
         memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
         if isnan(global_max_loss):
             # That of a rank without a token that has a loss: torchtitan (0.3.0) divides 0 by 0.
@@ -100,6 +104,7 @@ class Progress(MetricsProcessor):
             "time_metrics/data_loading(s)": sum(self.data_loading_times) / steps,
             "memory/max_reserved(GiB)": memory,
             "context_parallel/received(bytes)": received,
+            **({} if load is None else {"experts/largest_load": load}),
             **(extra_metrics or {}),
         }
         self.logger.log(metrics, step)
@@ -107,7 +112,9 @@ class Progress(MetricsProcessor):
         say(
             f"step {step:>5}/{self.steps}  loss {global_avg_loss:8.5f}  grad {grad_norm:7.4f}  "
             f"{tokens:9,.0f} tokens/s  {memory:5.2f} GiB  "
-            f"rank 0 received {_bytes(received)} for cp  {self._time_left(step, seconds)} left"
+            f"rank 0 received {_bytes(received)} for cp  "
+            f"{'' if load is None else f'experts {load:.2f} of mean  '}"
+            f"{self._time_left(step, seconds)} left"
         )
         self._last_step = step
         self._traffic = LEDGER.snapshot()
@@ -164,6 +171,8 @@ def describe_run(trainer: Any) -> str:
     axes = {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard}
     axes |= {"cp": dims.cp, "tp": dims.tp}
     mesh = " x ".join(f"{axis} {degree}" for axis, degree in axes.items() if degree > 1)
+    if dims.ep > 1:
+        mesh += f", experts over {dims.ep} of them"
     spec, training = config.model_spec, config.training
     count = sum(p.numel() for part in trainer.model_parts for p in part.parameters())
     of_transformers = isinstance(spec.model, HuggingFaceConfig)

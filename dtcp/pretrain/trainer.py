@@ -26,6 +26,7 @@ from torchtitan.models.common.decoder import Decoder
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.random_weights import WholeDraws
+from dtcp.experts import RouterLoss
 from dtcp.labels import look_ahead
 from dtcp.pretrain.config_check import check_by_torchtitan, check_settings
 from dtcp.pretrain.data import PackedDocuments, open_source
@@ -85,6 +86,7 @@ class Trainer(titan.Trainer):
             super().__init__(replace(config, model_spec=replace(spec, parallelize_fn=bound)))
         self.mesh = ParallelMesh.from_parallel_dims(self.parallel_dims)
         self._check_vocabulary()
+        share_router_losses(self.model_parts[0], self.gradient_accumulation_steps)
         if config.validator.enable:
             self.validator.mesh, self.validator.section = self.mesh, config.dtcp
         say(describe_run(self))
@@ -203,6 +205,13 @@ class Validation(Validator):
             self.metrics_processor.log_validation(loss=0.0, step=step)
             for model in model_parts:
                 model.train()
+
+
+def share_router_losses(model: nn.Module, parts: int) -> None:
+    """Let routers' losses count once per step, however many micro-batches it is made of."""
+    for module in model.modules():
+        if isinstance(module, RouterLoss):
+            module.parts = parts
 
 
 def local_batch(

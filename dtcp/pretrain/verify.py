@@ -22,7 +22,13 @@ from torchtitan.models.common.decoder import Decoder
 from dtcp.compile import compile_whole
 from dtcp.mixer import batch_metadata
 from dtcp.pretrain.progress import say
-from dtcp.pretrain.trainer import Trainer, ahead_of, batch_documents, forward_names
+from dtcp.pretrain.trainer import (
+    Trainer,
+    ahead_of,
+    batch_documents,
+    forward_names,
+    share_router_losses,
+)
 
 TOLERANCE = 1e-5
 """Largest relative difference of a loss; fp32 sums in another order differ by 1e-7 or so."""
@@ -61,6 +67,7 @@ def one_device_losses(trainer: Trainer, weights: dict[str, Tensor]) -> dict[int,
     """Train a plain copy of the model over the trainer's rows; its loss by step."""
     config, device = trainer.config, trainer.device
     model = _plain_model(config, weights, device)
+    share_router_losses(model, trainer.gradient_accumulation_steps)
     optimizers = config.optimizer.build(model_parts=[model])
     before_step = config.model_spec.post_optimizer_build_fn
     if isinstance(before_step, BeforeStep):

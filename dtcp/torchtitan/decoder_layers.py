@@ -277,7 +277,7 @@ def foreign_modules(model: Any) -> dict[str, type]:
     for where, dispatcher, _, _ in model.traverse(LocalTokenDispatcher.Config):
         if type(dispatcher) not in (LocalTokenDispatcher.Config, AllToAllTokenDispatcher.Config):
             raise ValueError(
-                f"Experts are not sharded over an axis of their own, got {where} of "
+                f"Tokens travel to experts by all-to-all, got {where} of "
                 f"{_title(type(dispatcher))}: build the model with moe_comm_backend='standard'."
             )
     foreign = {}

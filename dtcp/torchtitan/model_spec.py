@@ -55,6 +55,7 @@ class Family:
         config_to_hf: the `config.json` that goes with the weights.
         mtp_depths: how many tokens further ahead than the next one a config's model predicts; its
             forward then takes `mtp_input_ids` and returns a tuple.
+        num_experts: how many each of a config's layers chooses from; 0 for none.
         before_step: done before every step of the optimizer, with the model and the axis of all
             ranks that have tokens; None for families with nothing outside of autograd.
     """
@@ -66,6 +67,7 @@ class Family:
     from_hf: Callable[[StateDict, Any], StateDict]
     config_to_hf: Callable[[Any], dict[str, Any]]
     mtp_depths: Callable[[Any], int] = lambda _: 0
+    num_experts: Callable[[Any], int] = lambda _: 0
     before_step: Work | None = None
 
 
@@ -92,6 +94,7 @@ QWEN3_5 = Family(
     to_hf=qwen3_5.to_hf,
     from_hf=qwen3_5.from_hf,
     config_to_hf=qwen3_5.config_to_hf,
+    num_experts=lambda config: getattr(config.feed_forward, "num_experts", 0),
     mtp_depths=lambda config: config.num_mtp_layers,
 )
 
@@ -102,6 +105,7 @@ GEMMA4 = Family(
     to_hf=gemma4.to_hf,
     from_hf=gemma4.from_hf,
     config_to_hf=gemma4.config_to_hf,
+    num_experts=lambda config: config.moe.num_experts if config.moe else 0,
 )
 
 DEEPSEEK_V4 = Family(
@@ -112,6 +116,7 @@ DEEPSEEK_V4 = Family(
     to_hf=deepseek_v4.to_hf,
     from_hf=deepseek_v4.from_hf,
     config_to_hf=deepseek_v4.config_to_hf,
+    num_experts=lambda config: config.num_experts,
     mtp_depths=lambda config: config.num_mtp_layers,
     before_step=balance_experts,
 )
@@ -169,6 +174,10 @@ def _titan(family: Family) -> Any:
             @property
             def vocab_size(self) -> int:
                 return self.shape.vocab_size
+
+            @property
+            def num_experts(self) -> int:
+                return family.num_experts(self.shape)
 
             def to_dict(self) -> dict[str, Any]:
                 """As torchtitan prints and saves a config: names for members of enums."""

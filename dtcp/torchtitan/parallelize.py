@@ -171,7 +171,7 @@ def parallelize_decoder(
     name_kernel(model, section.kernel)
     # Inside torchtitan's local_map the mixer sees local heads, so cp is the only axis it knows.
     apply_plan(model, mesh.cp, {"layers.*.attention.inner_attention.mixer": style})
-    if parallel_dims.tp_enabled:
+    if parallel_dims.tp_enabled or parallel_dims.ep_enabled:
         model.parallelize(parallel_dims)
     if ac_config is not None:
         _activation_checkpointing(ac_config, dump_folder).apply(model)
@@ -181,6 +181,8 @@ def parallelize_decoder(
     apply_fsdp_to_decoder(
         model,
         parallel_dims.get_mesh(names),
+        ep_degree=parallel_dims.ep,
+        edp_mesh=mesh.expert_hsdp,
         param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
         reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
         pp_enabled=False,

@@ -112,11 +112,9 @@ PARALLELISM: Mapping[str, Setting] = {
         None,
         instead="choose --dtcp.layout block_balanced",
     ),
-    "expert_parallel_degree": limited(
-        "experts are sharded with all other weights over fsdp and tp, and not over an axis of "
-        "their own",
-        1,
-        instead="set it to 1, and fsdp (dp_shard, cp) or tp higher",
+    "expert_parallel_degree": used(
+        "the mesh: ranks out of dp_shard x cp x tp that have different experts; refused for a "
+        "model without experts"
     ),
 }
 

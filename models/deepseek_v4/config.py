@@ -23,6 +23,7 @@ class DeepseekV4Config:
         streams: residual streams, mixed by the hyper-connections.
         expert_limit: the bound that an expert's gate and up are clamped to.
         clamp_shared: clamp those of the shared expert, too.
+        balance_weight, z_weight: of the routers' losses in training (dtcp.experts.RouterLoss).
     """
 
     vocab_size: int
@@ -56,6 +57,8 @@ class DeepseekV4Config:
     compress_rope_theta: float = 160_000.0
     yarn: Yarn | None = None
     tied: bool = False
+    balance_weight: float = 0.0
+    z_weight: float = 0.0
 
     def __post_init__(self) -> None:
         layers = self.num_layers + self.num_mtp_layers

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dtcp.experts.losses import RouterLoss
 from dtcp.models.deepseek_v4.config import DeepseekV4Config
-from dtcp.models.moe import Experts
+from dtcp.models.moe import Experts, add_load
 
 
 class MoE(nn.Module):
@@ -23,10 +24,11 @@ class MoE(nn.Module):
         shared = activation if config.clamp_shared else ClampedSwiGLU(float("inf"))
         self.shared = SharedExpert(config.dim, config.hidden_dim, shared)
 
-    def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor, input_ids: Tensor, real: Tensor | None) -> Tensor:
+        """Args: x [B, L, D]; input_ids [B, L]; real [B * L] bool, False for padding."""
         flat = x.flatten(0, 1)
-        index, weight = self.router(flat, input_ids.flatten())
-        return self.experts(flat, index, weight).view(x.shape) + self.shared(x)
+        index, weight = self.router(flat, input_ids.flatten(), real)
+        return self.experts(flat, index, weight, real).view(x.shape) + self.shared(x)
 
 
 class ClampedSwiGLU:
@@ -59,19 +61,33 @@ class Router(nn.Module):
     def __init__(self, config: DeepseekV4Config) -> None:
         super().__init__()
         self.per_token, self.scale = config.experts_per_token, config.route_scale
+        self.router_loss = RouterLoss(balance=config.balance_weight, z=config.z_weight)
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.dim))
         self.reset_parameters()
 
-    def forward(self, x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose experts for tokens x [N, D]: their indices and weights, [N, k] each."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        scores = F.softplus(F.linear(x.to(wide), self.weight.to(wide))).sqrt()
-        index = self.choose(scores, input_ids)
-        weight = scores.gather(1, index)
-        weight = weight / (weight.sum(1, keepdim=True) + 1e-20) * self.scale
-        return index, weight
+    def forward(
+        self, x: Tensor, input_ids: Tensor, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Choose experts for tokens x [N, D]: their indices and weights, [N, k] each.
 
-    def choose(self, scores: Tensor, input_ids: Tensor) -> Tensor:
+        Args:
+            real: [N] bool, False for padding, which counts for no load.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(wide), self.weight.to(wide))
+        scores = F.softplus(logits).sqrt()
+        index = self.choose(scores, input_ids, real)
+        weight = scores.gather(1, index)
+        weight = self.router_loss(
+            weight / (weight.sum(1, keepdim=True) + 1e-20),
+            logits=logits,
+            probabilities=scores / (scores.sum(1, keepdim=True) + 1e-20),
+            index=index,
+            real=real,
+        )
+        return index, weight * self.scale
+
+    def choose(self, scores: Tensor, input_ids: Tensor, real: Tensor | None) -> Tensor:
         """The experts of each token: [N, E] -> [N, k] int64."""
         raise NotImplementedError
 
@@ -95,14 +111,13 @@ class TopKRouter(Router):
         self.register_buffer("bias", torch.zeros(config.num_experts))
         self.register_buffer("load", torch.zeros(config.num_experts), persistent=False)
 
-    def choose(self, scores: Tensor, input_ids: Tensor) -> Tensor:
+    def choose(self, scores: Tensor, input_ids: Tensor, real: Tensor | None) -> Tensor:
         with torch.no_grad():
             index = (scores + self.bias).topk(self.per_token, dim=1).indices
             if self.training:
                 # A recomputed forward counts twice, for all experts alike: `balance` asks only
                 # which loads are above the mean.
-                ones = self.load.new_ones(index.numel())
-                self.load.index_add_(0, index.flatten(), ones)
+                add_load(self.load, index, real)
         return index
 
     @torch.no_grad()
@@ -128,11 +143,13 @@ class HashRouter(Router):
 
     def __init__(self, config: DeepseekV4Config) -> None:
         super().__init__(config)
+        # Nothing of what it chooses could be balanced.
+        self.router_loss = RouterLoss(z=config.z_weight)
         shape = (config.vocab_size, config.experts_per_token)
         self.register_buffer("experts", torch.zeros(shape, dtype=torch.int64))
         self.reset_parameters()
 
-    def choose(self, scores: Tensor, input_ids: Tensor) -> Tensor:
+    def choose(self, scores: Tensor, input_ids: Tensor, real: Tensor | None) -> Tensor:
         return self.experts[input_ids]
 
     def reset_parameters(self, std: float = 0.02) -> None:

@@ -11,7 +11,7 @@ from dtcp.models.deepseek_v4.config import DeepseekV4Config
 from dtcp.models.deepseek_v4.experts import MoE, Router
 from dtcp.models.deepseek_v4.hyper import HyperConnection, HyperHead, expand
 from dtcp.models.inputs import check_model_inputs
-from dtcp.models.moe import Experts
+from dtcp.models.moe import Experts, real_tokens
 
 
 class Block(nn.Module):
@@ -34,7 +34,8 @@ class Block(nn.Module):
         out = self.attention(self.attention_norm(collapsed), position_ids, attn_metadata)
         x = expand(out, x, post, mix)
         collapsed, post, mix = self.mixture_streams(x)
-        return expand(self.mixture(self.mixture_norm(collapsed), input_ids), x, post, mix)
+        normed, real = self.mixture_norm(collapsed), real_tokens(attn_metadata)
+        return expand(self.mixture(normed, input_ids, real), x, post, mix)
 
 
 class MultiTokenPrediction(nn.Module):

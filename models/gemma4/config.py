@@ -39,11 +39,17 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Experts beside the dense feed-forward part, top_k of them for each token."""
+    """Experts beside the dense feed-forward part, top_k of them for each token.
+
+    Args:
+        balance_weight, z_weight: of the routers' losses in training (dtcp.experts.RouterLoss).
+    """
 
     num_experts: int
     top_k: int
     hidden_dim: int
+    balance_weight: float = 0.0
+    z_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dtcp.experts.losses import RouterLoss
 from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import ParameterModule
 from dtcp.models.gemma4.config import Gemma4Config, LayerType, MoEConfig
 from dtcp.models.inputs import check_ids, check_positions
-from dtcp.models.moe import Experts
+from dtcp.models.moe import Experts, real_tokens
 from dtcp.sequence.arguments import check_tensor
 from dtcp.softmax.mixer import GatherSharedKV, KeysFromValues, SoftmaxAttention
 
@@ -124,13 +125,25 @@ class Router(nn.Module):
         self.scale = ParameterModule(dim, fill=1.0)
         self.proj = nn.Linear(dim, config.num_experts, bias=False)
         self.per_expert_scale = ParameterModule(config.num_experts, fill=1.0)
+        self.router_loss = RouterLoss(balance=config.balance_weight, z=config.z_weight)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts [N, k] int64 of tokens x [N, D], and their weights [N, k]."""
-        scores = self.proj(self.norm(x) * self.scale() * x.shape[-1] ** -0.5)
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        weight, index = scores.softmax(-1, dtype=wide).topk(self.top_k, dim=-1)
-        weight = weight / weight.sum(-1, keepdim=True)
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Experts [N, k] int64 of tokens x [N, D], and their weights [N, k].
+
+        Args:
+            real: [N] bool, False for padding.
+        """
+        logits = self.proj(self.norm(x) * self.scale() * x.shape[-1] ** -0.5)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        probabilities = logits.softmax(-1)
+        weight, index = probabilities.topk(self.top_k, dim=-1)
+        weight = self.router_loss(
+            weight / weight.sum(-1, keepdim=True),
+            logits=logits,
+            probabilities=probabilities,
+            index=index,
+            real=real,
+        )
         return index, weight * self.per_expert_scale()[index]
 
 
@@ -145,10 +158,14 @@ class MoE(nn.Module):
         self.pre_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.post_norm = nn.RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, dense: Tensor) -> Tensor:
-        """Add the experts' output for x [B, L, D] to that of the dense part."""
-        index, weight = self.router(x.flatten(0, 1))
-        out = self.experts(self.pre_norm(x).flatten(0, 1), index, weight)
+    def forward(self, x: Tensor, dense: Tensor, real: Tensor | None) -> Tensor:
+        """Add the experts' output for x [B, L, D] to that of the dense part.
+
+        Args:
+            real: [B * L] bool, False for padding.
+        """
+        index, weight = self.router(x.flatten(0, 1), real)
+        out = self.experts(self.pre_norm(x).flatten(0, 1), index, weight, real)
         return self.dense_norm(dense) + self.post_norm(out.view_as(x))
 
 
@@ -203,7 +220,7 @@ class Block(nn.Module):
         x = x + self.attention_post_norm(out)
         out = self.feed_forward(self.feed_forward_norm(x))
         if self.moe is not None:
-            out = self.moe(x, out)
+            out = self.moe(x, out, real_tokens(attn_metadata))
         x = x + self.feed_forward_post_norm(out)
         if self.per_layer is not None:
             x = x + self.per_layer(x, embedding)

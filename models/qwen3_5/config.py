@@ -35,12 +35,15 @@ class MoEConfig:
     Args:
         hidden_dim: channels of each expert.
         shared_hidden_dim: channels of the shared expert.
+        balance_weight, z_weight: of the routers' losses in training (dtcp.experts.RouterLoss).
     """
 
     num_experts: int
     top_k: int
     hidden_dim: int
     shared_hidden_dim: int
+    balance_weight: float = 0.0
+    z_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:

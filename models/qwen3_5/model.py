@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dtcp.experts.losses import RouterLoss
 from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import ParameterModule, SwiGLU
 from dtcp.models.inputs import check_model_inputs
-from dtcp.models.moe import Experts
+from dtcp.models.moe import Experts, real_tokens
 from dtcp.models.qwen3_5.config import MoEConfig, Qwen35Config
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule
 from dtcp.sequence.arguments import check_tensor
@@ -125,21 +126,31 @@ class MoE(nn.Module):
         self.top_k = config.top_k
         self.router = nn.Linear(dim, config.num_experts, bias=False)
         self.experts = Experts(dim, config.hidden_dim, config.num_experts, _swiglu)
+        self.router_loss = RouterLoss(balance=config.balance_weight, z=config.z_weight)
         self.shared = SwiGLU(dim, config.shared_hidden_dim)
         self.shared_gate = nn.Linear(dim, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
+        """Args: x [B, L, D]; real [B * L] bool, False for padding."""
         tokens = x.flatten(0, 1)
-        index, weight = self.route(tokens)
-        routed = self.experts(tokens, index, weight.to(x.dtype)).unflatten(0, x.shape[:2])
+        index, weight = self.route(tokens, real)
+        routed = self.experts(tokens, index, weight.to(x.dtype), real).unflatten(0, x.shape[:2])
         return routed + self.shared_gate(x).sigmoid() * self.shared(x)
 
-    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, tokens: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """The top_k experts of each token [N, D], and their weights, which sum to one: [N, k]."""
         logits = self.router(tokens)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        weight, index = logits.softmax(-1, dtype=wide).topk(self.top_k, dim=-1)
-        return index, weight / weight.sum(-1, keepdim=True)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        probabilities = logits.softmax(-1)
+        weight, index = probabilities.topk(self.top_k, dim=-1)
+        weight = self.router_loss(
+            weight / weight.sum(-1, keepdim=True),
+            logits=logits,
+            probabilities=probabilities,
+            index=index,
+            real=real,
+        )
+        return index, weight
 
 
 class Block(nn.Module):
@@ -162,7 +173,10 @@ class Block(nn.Module):
             x = x + self.attention(normed, angles, attn_metadata)
         else:
             x = x + self.delta(normed, attn_metadata)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        normed = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, MoE):
+            return x + self.feed_forward(normed, real_tokens(attn_metadata))
+        return x + self.feed_forward(normed)
 
 
 class MultiTokenPrediction(nn.Module):

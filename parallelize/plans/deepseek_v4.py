@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import (
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.models.deepseek_v4 import DeepseekV4Config, TopKRouter
 from dtcp.parallelize.apply import ParallelPlan
-from dtcp.parallelize.experts import ExpertTensorParallel
+from dtcp.parallelize.experts import expert_styles
 from dtcp.parallelize.tensor_parallel import (
     AllReduceInputGrad,
     LocalParams,
@@ -34,19 +34,25 @@ def deepseek_v4_plan(
 ) -> ParallelPlan:
     """Split heads with their output groups, experts' channels and vocabulary over tp.
 
+    With an axis ep experts are whole, each on ranks of its own, and tp does not split them.
+
     Under tp, logits are a DTensor sharded in the vocabulary, which token_mean_loss takes.
 
     Args:
         attention: how compressed sparse attention is carried out on the axis cp.
     Raises:
-        ValueError: what tp would split is not a multiple of it.
+        ValueError: what tp or ep would split is not a multiple of it.
     """
+    # The shared expert has as many channels as each of the others.
     split = ("num_heads", "output_groups", "hidden_dim", "vocab_size")
     check_divisible({name: getattr(config, name) for name in split}, mesh.size("tp"))
     names = ["layers.*", *(["mtp.*.block"] if config.num_mtp_layers else [])]
+    experts = [f"{name}.mixture.experts" for name in names]
+    tp, ep = expert_styles(mesh, experts, config.num_experts)
     return ParallelPlan(
-        tp=_tensor_plan(config),
+        tp={**_tensor_plan(config), **tp},
         cp={f"{name}.attention.mixer": attention for name in names},
+        ep=ep,
         blocks=tuple(names),
         # Multi-token prediction reads the embedding and the head again, after the blocks.
         fsdp_units=() if config.num_mtp_layers else (("embedding",), ("head", "norm", "lm_head")),
@@ -119,7 +125,6 @@ BLOCK: Mapping[str, ParallelStyle] = {
     "attention.o_a_proj": LocalParams(Shard(0)),
     "attention.o_b_proj": RowwiseParallel(),
     "mixture.router": LocalParams(),
-    "mixture.experts": ExpertTensorParallel(),
     "mixture.shared": ReplicateInput(),
     "mixture.shared.gate": ColwiseParallel(),
     "mixture.shared.up": ColwiseParallel(),

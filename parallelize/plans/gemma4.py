@@ -11,7 +11,7 @@ from dtcp.distributed.dtensor_rules import HEADS
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.models.gemma4 import Gemma4Config, LayerType
 from dtcp.parallelize.apply import ParallelPlan
-from dtcp.parallelize.experts import ExpertTensorParallel
+from dtcp.parallelize.experts import expert_styles
 from dtcp.parallelize.tensor_parallel import (
     ReplicatedParams,
     ReplicatedWeight,
@@ -41,15 +41,26 @@ def gemma4_plan(
             AllGatherAttention where a key is made from its value. Sliding layers take any layout
             with one or two contiguous pieces per rank: Contiguous or HeadTail.
     Raises:
-        ValueError: what tp would split is not a multiple of it.
+        ValueError: what tp or ep would split is not a multiple of it.
     """
+    tp, ep = gemma4_expert_plan(config, mesh)
     return ParallelPlan(
-        tp=gemma4_tensor_plan(config, mesh.size("tp")) if mesh.tp is not None else {},
+        tp={**gemma4_tensor_plan(config, mesh.size("tp")), **tp} if mesh.tp is not None else {},
+        ep=ep,
         cp=gemma4_context_plan(config, attention),
         blocks=("layers.*",),
         # A tied weight is gathered once, with the rest of the model.
         fsdp_units=() if config.tied else (("embedding",), ("norm", "lm_head")),
     )
+
+
+def gemma4_expert_plan(
+    config: Gemma4Config, mesh: ParallelMesh
+) -> tuple[dict[str, ParallelStyle], dict[str, ParallelStyle]]:
+    """The styles of experts on the axes tp and ep: spread over ep, or else split over tp."""
+    if config.moe is None:
+        return {}, {}
+    return expert_styles(mesh, ["layers.*.moe.experts"], config.moe.num_experts)
 
 
 def gemma4_context_plan(
@@ -101,7 +112,6 @@ def gemma4_tensor_plan(config: Gemma4Config, tp: int) -> dict[str, ParallelStyle
             "layers.*.moe.*_norm": ReplicatedParams(),
             "layers.*.moe.router.proj": ReplicatedParams(),
             "layers.*.moe.router.*scale": ReplicatedWeight(Replicate()),
-            "layers.*.moe.experts": ExpertTensorParallel(),
         }
     if config.per_layer_dim:
         plan |= {"per_layer.tokens": VocabParallelEmbedding()}

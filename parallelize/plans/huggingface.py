@@ -30,6 +30,7 @@ from dtcp.parallelize.apply import (
 )
 from dtcp.parallelize.compile import Compile
 from dtcp.parallelize.fsdp import FSDP
+from dtcp.parallelize.hf_experts import hf_expert_plan
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.parallelize.tensor_parallel import separate_gate_and_up
@@ -120,8 +121,10 @@ def hf_plan(
         styles[f"{survey.images}.{CUT}"] = CutRowsCP()
     if survey.pooled_head is not None:
         styles[f"{survey.pooled_head.name}.{MIXER}"] = LastTokenCP()
+    experts = hf_expert_plan(model, mesh)
     return ParallelPlan(
-        tp=hf_tensor_plan(model, mesh.size("tp")) if mesh.tp is not None else {},
+        tp=_without(experts, hf_tensor_plan(model, mesh.size("tp"))) if mesh.tp is not None else {},
+        ep=experts,
         cp=styles,
         blocks=tuple(dict.fromkeys(_block(name) for name in names)),
         fsdp_units=_fsdp_units(model),
@@ -139,6 +142,13 @@ def _exchange_latents(model: Any, survey: Survey, mesh: ParallelMesh, plan: Para
         brings = isinstance(style, AttentionStyle) and style.op.strategy.takes_values_only
         if brings and not surveyed.sink and hands_on_latents(attention):
             exchange_latents(attention)
+
+
+def _without(
+    experts: Mapping[str, ParallelStyle], plan: Mapping[str, ParallelStyle]
+) -> dict[str, ParallelStyle]:
+    """A plan of tp without what has a style on ep."""
+    return {name: style for name, style in plan.items() if name not in experts}
 
 
 def _check_same_weights(model: nn.Module, mesh: ParallelMesh) -> None:

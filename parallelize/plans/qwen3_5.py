@@ -11,7 +11,7 @@ from dtcp.distributed.dtensor_rules import HEADS
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.models.qwen3_5 import MoEConfig, Qwen35Config
 from dtcp.parallelize.apply import ParallelPlan
-from dtcp.parallelize.experts import ExpertTensorParallel
+from dtcp.parallelize.experts import expert_styles
 from dtcp.parallelize.tensor_parallel import (
     ReplicatedParams,
     ReplicateInput,
@@ -35,7 +35,9 @@ def qwen3_5_plan(
     delta: GatedDeltaCP = GATED_DELTA,
     relayout: RelayoutCP | None = None,
 ) -> ParallelPlan:
-    """Split heads, experts' channels and vocabulary over tp, the sequence over cp.
+    """Split heads, experts' channels and vocabulary over tp, the sequence over cp, experts over ep.
+
+    With an axis ep experts are whole, each on ranks of its own, and tp does not split them.
 
     Kv heads that tp does not divide are replicated on all its ranks, with a warning.
     HeadTail is the layout to shard batches with: it balances full attention, and the delta rule
@@ -47,7 +49,7 @@ def qwen3_5_plan(
         relayout: move the tokens to contiguous shards before each layer of the delta rule, and
             back after it; None to leave every token where it is.
     Raises:
-        ValueError: what tp would split is not a multiple of it.
+        ValueError: what tp or ep would split is not a multiple of it.
     """
     blocks = ["layers.*"] if config.num_layers else []
     blocks += ["ahead.layers.*"] if config.num_mtp_layers else []
@@ -62,9 +64,11 @@ def qwen3_5_plan(
                 cp[f"layers.{index}.delta"] = relayout
     if config.num_mtp_layers:
         cp["ahead.layers.*.attention.mixer"] = attention
+    tp, ep = _expert_plan(config, mesh, blocks)
     return ParallelPlan(
-        tp=_tensor_plan(config, mesh.size("tp")),
+        tp={**_tensor_plan(config, mesh), **tp},
         cp=cp,
+        ep=ep,
         blocks=tuple(blocks),
         # A weight that is used twice is gathered once, with the rest of the model.
         fsdp_units=()
@@ -80,9 +84,20 @@ def qwen3_5_plan(
     )
 
 
-def _tensor_plan(config: Qwen35Config, tp: int) -> dict[str, ParallelStyle]:
+def _expert_plan(
+    config: Qwen35Config, mesh: ParallelMesh, blocks: list[str]
+) -> tuple[dict[str, ParallelStyle], dict[str, ParallelStyle]]:
+    """The styles of experts on the axes tp and ep."""
+    if not isinstance(config.feed_forward, MoEConfig):
+        return {}, {}
+    names = [f"{block}.feed_forward.experts" for block in blocks]
+    return expert_styles(mesh, names, config.feed_forward.num_experts)
+
+
+def _tensor_plan(config: Qwen35Config, mesh: ParallelMesh) -> dict[str, ParallelStyle]:
     """Column-wise, then row-wise, in attention and feed-forward: one all-reduce each, both ways."""
-    check_divisible(_sizes(config), tp)
+    tp = mesh.size("tp")
+    check_divisible(_sizes(config, splits_experts=mesh.ep is None), tp)
     warn_of_replicated_kv_heads(config.num_kv_heads, tp, "attention")
     plan: dict[str, ParallelStyle] = {
         "embedding": VocabParallelEmbedding(),
@@ -128,7 +143,6 @@ def _block_plan(
         mlp = "feed_forward.shared"
         parts |= {
             "feed_forward.router": ReplicatedParams(),
-            "feed_forward.experts": ExpertTensorParallel(),
             "feed_forward.shared_gate": ReplicatedParams(),
         }
     parts |= {
@@ -140,7 +154,7 @@ def _block_plan(
     return {f"{block}.{name}": style for name, style in parts.items()}
 
 
-def _sizes(config: Qwen35Config) -> dict[str, int]:
+def _sizes(config: Qwen35Config, *, splits_experts: bool) -> dict[str, int]:
     """What the plan splits over tp."""
     delta, shape = config.delta, config.feed_forward
     sizes = {
@@ -150,7 +164,8 @@ def _sizes(config: Qwen35Config) -> dict[str, int]:
         "delta.value_heads": delta.value_heads,
     }
     if isinstance(shape, MoEConfig):
-        sizes["feed_forward.hidden_dim"] = shape.hidden_dim
+        if splits_experts:
+            sizes["feed_forward.hidden_dim"] = shape.hidden_dim
         sizes["feed_forward.shared_hidden_dim"] = shape.shared_hidden_dim
     else:
         sizes["feed_forward"] = shape

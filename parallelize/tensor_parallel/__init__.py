@@ -5,7 +5,10 @@ from dtcp.parallelize.tensor_parallel.divisible import check_divisible
 from dtcp.parallelize.tensor_parallel.huggingface_experts import (
     HFExpertTensorParallel,
     WholeExperts,
+    is_experts,
+    joined_view,
     separate_gate_and_up,
+    why_not_known,
     why_not_split,
 )
 from dtcp.parallelize.tensor_parallel.kv_heads import (
@@ -51,10 +54,13 @@ __all__ = [
     "check_divisible",
     "copy_to_region",
     "distribute_parameter",
+    "is_experts",
+    "joined_view",
     "kv_projection_style",
     "local_parameters",
     "reduce_from_region",
     "separate_gate_and_up",
     "warn_of_replicated_kv_heads",
+    "why_not_known",
     "why_not_split",
 ]

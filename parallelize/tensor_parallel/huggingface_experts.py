@@ -102,9 +102,14 @@ class HFExpertTensorParallel(ParallelStyle):
 
 def _view(experts: nn.Module, tensors: Mapping[str, Tensor]) -> ModuleView:
     """The module with these parameters, gate and up joined again."""
+    return ModuleView(experts, joined_view(experts, tensors))
+
+
+def joined_view(experts: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The module's parameters with gate and up joined again, as transformers has them."""
     separate = vars(experts).get(_SEPARATE, {})
     joined = {name: tensors[name].flatten(dim, dim + 1) for name, dim in separate.items()}
-    return ModuleView(experts, {**tensors, **joined})
+    return {**tensors, **joined}
 
 
 def channel_dims(module: Any) -> dict[str, int]:
@@ -118,16 +123,28 @@ TRAITS = ("has_gate", "has_bias", "is_concatenated", "is_transposed", "has_post_
 """What an experts module of transformers says of the layout of its weights."""
 
 
-def why_not_split(module: Any, tp: int) -> str:
-    """Why an experts module of transformers stays whole; empty where its channels can be split."""
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds the experts of a layer of transformers, stacked."""
+    down = getattr(module, "down_proj", None)
+    return isinstance(down, nn.Parameter) and hasattr(module, "num_experts")
+
+
+def why_not_known(module: Any) -> str:
+    """Why experts of transformers cannot be computed by their weights alone; empty if they can."""
     if any(trait not in vars(module) for trait in TRAITS):
         return "it does not say how its weights are laid out"
     if module.has_post_expert_norm:
         return "it normalizes the output of each expert, of which a rank would have a part"
     names = {name for name, _ in module.named_parameters(recurse=False)}
     unknown = names - {*channel_dims(module), "down_proj_bias"}
-    if unknown:
-        return f"its parameters {sorted(unknown)} are not known"
+    return f"its parameters {sorted(unknown)} are not known" if unknown else ""
+
+
+def why_not_split(module: Any, tp: int) -> str:
+    """Why an experts module of transformers stays whole; empty where its channels can be split."""
+    reason = why_not_known(module)
+    if reason:
+        return reason
     channels = module.down_proj.shape[1 if module.is_transposed else 2]
     return f"tp={tp} does not divide its {channels} channels" if channels % tp else ""
 

@@ -35,15 +35,22 @@ INSIDE = {
     "loss": ("dp_replicate", "dp_shard", "cp"),
 }
 """The axes that each view spans."""
+EXPERTS = [
+    Degrees(cp=4, ep=2),
+    Degrees(dp_shard=2, cp=2, ep=4),
+    Degrees(cp=2, tp=2, ep=2),
+    Degrees(tp=4, ep=2),
+    Degrees(dp_replicate=2, cp=2, ep=2),
+]
 
 
 def check_views(mesh, degrees):
     """Sizes, ranks and members of all views, from the global rank and the degrees alone."""
-    sizes = list(asdict(degrees).values())
+    sizes = [getattr(degrees, axis) for axis in AXES]
     grid = torch.arange(degrees.world).view(sizes)
     here = (grid == dist.get_rank()).nonzero()[0].tolist()
     assert mesh.degrees == degrees
-    for name in VIEWS:
+    for name in INSIDE:
         # All ranks that differ from this one only on the view's axes, the last axis fastest.
         inside = [axis in INSIDE[name] for axis in AXES]
         index = [slice(None) if free else place for free, place in zip(inside, here, strict=True)]
@@ -85,13 +92,48 @@ def test_views_of_degrees_span_the_right_ranks(mesh, degrees):
 def test_views_of_torchtitans_meshes_span_the_right_ranks(mesh, degrees):
     from torchtitan.distributed import ParallelDims
 
-    dims = ParallelDims(**asdict(degrees), pp=1, ep=1, world_size=4, spmd_backend="partial_dtensor")
+    dims = ParallelDims(**asdict(degrees), pp=1, world_size=4, spmd_backend="partial_dtensor")
     made = ParallelMesh.from_parallel_dims(dims)
     check_views(made, degrees)
     check_hsdp_and_attention(made, degrees)
     dims.spmd_backend = "spmd_types"
     with pytest.raises(ValueError, match="spmd_backend='spmd_types': set"):
         ParallelMesh.from_parallel_dims(dims)
+
+
+def check_experts(mesh, degrees):
+    """Ranks of ep are neighbours, and those of edp_shard hold the same experts."""
+    grid = torch.arange(degrees.world).view(degrees.dp_replicate, -1, degrees.ep)
+    replica, shard, expert = (grid == dist.get_rank()).nonzero()[0].tolist()
+    assert (mesh.size("ep"), mesh.rank("ep")) == (degrees.ep, expert)
+    assert mesh.ep.mesh.tolist() == grid[replica, shard].tolist()
+    same = grid[replica, :, expert]
+    if degrees.dp_replicate > 1:
+        assert mesh.expert_hsdp.mesh.tolist() == grid[:, :, expert].tolist()
+    else:
+        assert mesh.expert_hsdp.mesh.tolist() == same.tolist()
+    assert mesh.hsdp is not None or len(same) == 1
+
+
+@pytest.mark.parametrize("degrees", EXPERTS, ids=str)
+@spmd(ranks=4)
+def test_experts_axes_are_carved_out_of_dp_shard_cp_and_tp(mesh, degrees):
+    from torchtitan.distributed import ParallelDims
+
+    dims = ParallelDims(**asdict(degrees), pp=1, world_size=4, spmd_backend="partial_dtensor")
+    for made in (
+        ParallelMesh.from_degrees(degrees, "cpu"),
+        ParallelMesh.from_parallel_dims(dims),
+    ):
+        check_views(made, degrees)
+        check_experts(made, degrees)
+
+
+@spmd(axes={"dp_shard": 2, "cp": 2})
+def test_experts_axes_are_carved_out_of_an_existing_mesh(mesh):
+    check_experts(ParallelMesh.from_device_mesh(mesh, ep=4), Degrees(dp_shard=2, cp=2, ep=4))
+    with pytest.raises(ValueError, match=r"got ep=3 with dp_shard=2 \* cp=2 \* tp=1 = 4: choose"):
+        ParallelMesh.from_device_mesh(mesh, ep=3)
 
 
 @spmd(axes={"dp_shard": 2, "cp": 2})
@@ -102,9 +144,10 @@ def test_mesh_without_some_axes_has_one_rank_on_them(mesh):
 @spmd(ranks=1)
 def test_one_rank_has_no_views(mesh):
     made = ParallelMesh.from_degrees(Degrees(), "cpu")
-    assert [getattr(made, name) for name in (*VIEWS, "hsdp", "attention")] == [None] * 7
-    assert [made.size(name) for name in VIEWS] == [1] * 5
-    assert [made.rank(name) for name in VIEWS] == [0] * 5
+    names = (*VIEWS, "hsdp", "attention", "expert_hsdp")
+    assert [getattr(made, name) for name in names] == [None] * 9
+    assert [made.size(name) for name in VIEWS] == [1] * 6
+    assert [made.rank(name) for name in VIEWS] == [0] * 6
 
 
 @pytest.mark.parametrize(

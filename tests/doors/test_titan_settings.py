@@ -141,10 +141,6 @@ def test_C2_the_page_shows_the_table():
 
 
 ON_THE_LAUNCHER = {
-    "C2-experts": (
-        ["--parallelism.expert_parallel_degree", "2"],
-        "parallelism.expert_parallel_degree=2: set it to 1",
-    ),
     "C2-balancer": (
         ["--parallelism.context_parallel_load_balancer", "ptrr"],
         "parallelism.context_parallel_load_balancer='ptrr': choose --dtcp.layout",

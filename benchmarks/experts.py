@@ -1,0 +1,258 @@
+"""What it takes to have experts on ranks of their own, against having all of them everywhere.
+
+    python -m benchmarks.experts
+    python -m benchmarks.experts --tokens 512 --write cpu
+
+Bytes that a rank receives in a step, per layer, by formula, at published sizes: tokens to experts
+and results home; all experts gathered, as FSDP does; tokens gathered, for experts split in their
+channels. Then on real ranks: bytes as counted against the formula, and a step of one layer of
+experts in the three ways, in the same run and checked against each other.
+"""
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn import functional as F
+
+from benchmarks.report import conditions, table, write
+from dtcp.distributed.collectives import all_gather, reduce_scatter
+from dtcp.distributed.ledger import count_traffic
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.models.moe import Experts
+from dtcp.parallelize.experts import ExpertParallel
+
+RANKS = (4, 8, 16, 64, 256)
+WAYS = ("tokens travel (ours)", "experts gathered", "experts split, tokens gathered")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer of experts."""
+
+    dim: int
+    hidden_dim: int
+    num_experts: int
+    top_k: int
+
+    @property
+    def weights(self) -> int:
+        """Numbers in the weights of all experts."""
+        return 3 * self.num_experts * self.hidden_dim * self.dim
+
+
+SHAPES = {
+    "DeepSeek-V4-Flash": Shape(4096, 2048, 256, 6),
+    "Qwen3.5-35B-A3B": Shape(2048, 512, 256, 8),
+    "Gemma4-26B-A4B": Shape(2816, 704, 128, 8),
+}
+"""From the published configurations."""
+
+
+def tokens_travel(shape: Shape, tokens: int, ranks: int, size: int) -> float:
+    """Bytes that a rank receives in a step where each choice falls on each expert alike.
+
+    A row for each choice on another rank, there and back, forward and backward; and the counts.
+    """
+    away = tokens * shape.top_k * (ranks - 1) / ranks
+    counts = 8 * (ranks - 1) * (shape.num_experts / ranks + 1)
+    return 4 * away * shape.dim * size + counts
+
+
+def rows_across(shape: Shape, tokens: int, nodes: int) -> float:
+    """Rows that cross between nodes, once for each other node that holds a chosen expert."""
+    here = shape.num_experts // nodes
+    none = comb(shape.num_experts - here, shape.top_k) / comb(shape.num_experts, shape.top_k)
+    return tokens * (nodes - 1) * (1 - none)
+
+
+def experts_gathered(shape: Shape, ranks: int, size: int) -> float:
+    """All weights of others, forward and backward, and the gradients of the own ones, in fp32."""
+    others = shape.weights * (ranks - 1) / ranks
+    return 2 * others * size + others * 4
+
+
+def tokens_gathered(shape: Shape, tokens: int, ranks: int, size: int) -> float:
+    """The tokens of all others and sums of results, and the same backward."""
+    return 4 * (ranks - 1) * tokens * shape.dim * size
+
+
+def main() -> None:
+    """Print every table, and keep them if asked to."""
+    args = _arguments()
+    given = {key: value for key, value in vars(args).items() if key != "write"}
+    head = ("model", "ranks", *WAYS, "gathered / ours")
+    parts = [
+        conditions("benchmarks.experts", given),
+        "## Bytes of a layer, by formula\n\nGB that a rank receives in a step, forward and "
+        "backward, bf16, 8,192 tokens a rank, every expert chosen alike; gradients of weights in "
+        f"fp32.\n\n{table(head, _formula(8192))}",
+        "## Bytes between nodes of 8 ranks\n\nRows of hidden states that a rank sends to other "
+        "nodes in a forward pass, for 8,192 tokens: one for each choice, or one for each node that "
+        f"holds a chosen expert.\n\n{table(('model', 'ranks', 'a choice', 'a node'), _across())}",
+    ]
+    parts += [_measured(args, ranks) for ranks in (2, 4)]
+    text = "\n\n".join(parts) + "\n"
+    print(text)
+    if args.write:
+        write(Path(__file__).parent / "results", f"experts_{args.write}", text)
+
+
+def _formula(tokens: int) -> list[list[str]]:
+    rows = []
+    for name, shape in SHAPES.items():
+        for ranks in RANKS:
+            if shape.num_experts % ranks:
+                continue
+            found = (
+                tokens_travel(shape, tokens, ranks, 2),
+                experts_gathered(shape, ranks, 2),
+                tokens_gathered(shape, tokens, ranks, 2),
+            )
+            cells = [f"{x / 1e9:.2f}" for x in found]
+            rows.append([name, f"{ranks}", *cells, f"{found[1] / found[0]:.1f}"])
+    return rows
+
+
+def _across() -> list[list[str]]:
+    rows = []
+    for name, shape in SHAPES.items():
+        for ranks in (16, 64):
+            nodes = ranks // 8
+            each = 8192 * shape.top_k * (nodes - 1) / nodes
+            rows.append(
+                [name, f"{ranks}", f"{each:,.0f}", f"{rows_across(shape, 8192, nodes):,.0f}"]
+            )
+    return rows
+
+
+def _measured(args: argparse.Namespace, ranks: int) -> str:
+    shape = Shape(args.dim, args.hidden_dim, args.num_experts, args.top_k)
+    with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
+        results = manager.dict()
+        mp.spawn(_rank, (f"{folder}/meeting", ranks, shape, args, results), nprocs=ranks)
+        found = dict(results)
+    rows = []
+    for way in WAYS:
+        seconds = max(found[way, rank] for rank in range(ranks))
+        first = max(found[WAYS[0], rank] for rank in range(ranks))
+        rows.append([way, f"{1e3 * seconds:.1f}", f"{seconds / first:.2f}"])
+    received = sum(found["received", rank] for rank in range(ranks))
+    expected = sum(found["expected", rank] for rank in range(ranks))
+    return (
+        f"## A step on {ranks} ranks\n\nForward and backward of one layer of {shape}, "
+        f"{args.tokens} tokens a rank, fp32, eager, median of {args.repeats}, the slowest rank.\n\n"
+        f"{table(('way', 'ms', '/ ours'), rows)}\n\nReceived by tokens and results on all ranks: "
+        f"{received:,} bytes as counted, {expected:,} by the routing."
+    )
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _rank(rank: int, meeting: str, ranks: int, shape: Shape, args: Any, results: Any) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(meeting, ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    mesh = ParallelMesh.from_degrees(Degrees(cp=ranks, ep=ranks), "cpu")
+    assert mesh.ep is not None
+    torch.manual_seed(0)
+    whole = Experts(shape.dim, shape.hidden_dim, shape.num_experts, _swiglu).eval()
+    ways = dict(zip(WAYS, _ways(whole, shape, mesh.ep), strict=True))
+    torch.manual_seed(1 + rank)
+    x = torch.randn(args.tokens, shape.dim)
+    scores = torch.randn(args.tokens, shape.num_experts).softmax(-1)
+    weight, index = scores.topk(shape.top_k, dim=-1)
+    inputs = (x, index, weight)
+
+    expected = _step(ways[WAYS[1]], inputs)
+    for way in (WAYS[0], WAYS[2]):
+        torch.testing.assert_close(_step(ways[way], inputs), expected, rtol=1e-3, atol=1e-4)
+    with count_traffic() as traffic:
+        _step(ways[WAYS[0]], inputs)
+    row = shape.dim * x.element_size()
+    results["received", rank] = sum(
+        traffic[f"dtcp::{op}"].received for op in ("tokens_to_experts", "results_home")
+    )
+    results["expected", rank] = 2 * row * _rows_here(index, shape, mesh.ep)
+    taken: dict[str, list[float]] = {way: [] for way in WAYS}
+    # Ways take turns, so that a slow moment of the machine is nobody's alone.
+    for _ in range(args.repeats + 1):
+        for name, call in ways.items():
+            dist.barrier()
+            start = time.perf_counter()
+            _step(call, inputs)
+            dist.barrier()
+            taken[name].append(time.perf_counter() - start)
+    for name, seconds in taken.items():
+        results[name, rank] = statistics.median(seconds[1:])
+    dist.destroy_process_group()
+
+
+def _rows_here(index: Tensor, shape: Shape, ep: DeviceMesh) -> int:
+    """Rows that this rank receives one way: of others to its experts, and of its own from home."""
+    whole, n, rank = all_gather(index, ep, dim=0), ep.size(), ep.get_local_rank()
+    holder = whole // (shape.num_experts // n)
+    home = (torch.arange(len(whole)) // len(index))[:, None]
+    away = holder != home
+    return int((away & ((holder == rank) | (home == rank))).sum())
+
+
+def _ways(whole: Experts, shape: Shape, ep: DeviceMesh) -> list[nn.Module | Callable[..., Tensor]]:
+    ours, gathered = copy.deepcopy(whole), copy.deepcopy(whole)
+    parallelize_module(ours, ep, ExpertParallel())
+    fully_shard(gathered, mesh=ep)
+    gathered.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+    gathered.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+    width = shape.hidden_dim // ep.size()
+    own = slice(ep.get_local_rank() * width, (ep.get_local_rank() + 1) * width)
+    part = Experts(shape.dim, width, shape.num_experts, _swiglu).eval()
+    with torch.no_grad():
+        part.gate.copy_(whole.gate[:, own])
+        part.up.copy_(whole.up[:, own])
+        part.down.copy_(whole.down[:, :, own])
+
+    def split(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        x, index, weight = (all_gather(y, ep, dim=0) for y in (x, index, weight))
+        return reduce_scatter(part(x, index, weight), ep, dim=0)
+
+    return [ours, gathered, split]
+
+
+def _step(call: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    x, index, weight = inputs
+    x, weight = (y.detach().requires_grad_() for y in (x, weight))
+    out = call(x, index, weight)
+    out.backward(torch.ones_like(out))
+    return [out.detach(), x.grad, weight.grad]  # type: ignore[list-item]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=256, help="of each rank")
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--hidden-dim", type=int, default=256)
+    parser.add_argument("--num-experts", type=int, default=64)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--write", default="", help="hardware name of the file under results/")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

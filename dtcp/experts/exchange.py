@@ -1,0 +1,116 @@
+"""How tokens reach experts on other ranks: the seam at which another library may stand in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dtcp.experts.op import results_home, route_tokens, tokens_to_experts
+
+Compute = Callable[[Tensor, Tensor], Tensor]
+"""(rows [R, D] sorted by expert, ends [E / n] int32) -> [R, D], by this rank's experts."""
+
+
+class TokenExchange(Protocol):
+    """Brings tokens to their experts and back, over the ranks of ep."""
+
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+        """Sum the weighted outputs of each token's experts, wherever they are; differentiable.
+
+        Args:
+            x: [N, D], of this rank.
+            index: [N, k] int64; num_experts for a choice that is not routed and gives zeros.
+            weight: [N, k].
+        Returns:
+            [N, D].
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class AllToAllExchange:
+    """Every choice of a token travels as a row, straight to the rank of its expert.
+
+    Args:
+        group: name of the process group of ep.
+        shared_by: that of ranks that hold the same tokens, as those of tp do; each routes a part.
+
+    Traffic per rank: D elements per choice that an expert of another rank takes, there and back,
+    and the same again backward.
+    """
+
+    num_experts: int
+    group: str
+    shared_by: str = ""
+
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+        routing = route_tokens(
+            index,
+            weight.masked_fill(index == self.num_experts, 0),
+            num_experts=self.num_experts,
+            group=self.group,
+            shared_by=self.shared_by,
+        )
+        rows = tokens_to_experts(x, routing, per_token=index.shape[1], group=self.group)
+        out = results_home(compute(rows, routing.ends), routing, group=self.group)
+        return (out.unflatten(0, index.shape) * weight[..., None].to(out.dtype)).sum(1)
+
+
+@dataclass(frozen=True)
+class NodeExchange:
+    """A token crosses to a node once, however many of the node's experts it has chosen.
+
+    Its first stop there is the rank that has this rank's place in its own node. From there it goes
+    on to the ranks of its experts; their weighted results are summed at the first stop, so that
+    one row comes home from each node.
+
+    Args:
+        num_nodes: of as many ranks each, neighbours in the group of ep; a node's experts are those
+            of its ranks.
+        across: name of the group of the ranks that have this one's place, one of each node.
+        inside: that of the ranks of this node.
+        node: this rank's.
+        shared_by: as of AllToAllExchange.
+
+    Traffic per rank: between nodes, D elements per token and other node that holds a chosen
+    expert, there and back, and k numbers and weights with each; inside a node as of
+    AllToAllExchange. The same again backward.
+    """
+
+    num_experts: int
+    num_nodes: int
+    across: str
+    inside: str
+    node: int
+    shared_by: str = ""
+
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+        each = self.num_experts // self.num_nodes
+        nodes = torch.arange(self.num_nodes, device=index.device)
+        # [N, nodes]: the nodes that hold a chosen expert; a choice that is not routed is on none.
+        on_node = (index[:, :, None] // each == nodes).any(1)
+        to_nodes = torch.where(on_node, nodes, self.num_nodes)
+        routing = route_tokens(
+            to_nodes,
+            weight.masked_fill(index == self.num_experts, 0),
+            num_experts=self.num_nodes,
+            group=self.across,
+            shared_by=self.shared_by,
+        )
+
+        def bring(y: Tensor) -> Tensor:
+            return tokens_to_experts(y, routing, per_token=self.num_nodes, group=self.across)
+
+        here = bring(index) - self.node * each
+        elsewhere = (here < 0) | (here >= each)
+        local = AllToAllExchange(each, self.inside)
+        sums = local(
+            bring(x),
+            here.masked_fill(elsewhere, each),
+            bring(weight).masked_fill(elsewhere, 0),
+            compute,
+        )
+        home = results_home(sums, routing, group=self.across)
+        return home.unflatten(0, to_nodes.shape).sum(1)

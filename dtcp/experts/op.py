@@ -1,0 +1,228 @@
+"""Tokens to the ranks of their experts, and results home: three ops, exact for any routing.
+
+Each choice of each token is a row. Rows leave sorted by expert, arrive by rank and then by
+expert, and are sorted by expert once more; results go back the same way and lie down at their
+choice. Nothing is dropped, nothing is added, and sums are taken at home, in the order of a token's
+choices: results depend on no other token, and not on the number of ranks.
+
+How many rows arrive depends on the routing, so `route_tokens` exchanges counts first and the host
+waits for them, once per layer and forward pass: `all_to_all` takes its sizes from the host. The
+number is a size without a value in a graph. Backward passes know the counts already.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from dtcp.distributed.collectives import move_rows, sum_dtype
+from dtcp.distributed.groups import group_of
+from dtcp.distributed.ledger import LEDGER
+from dtcp.distributed.ops import communicating_op
+from dtcp.experts.moves import counts_moves, result_moves, token_moves
+from dtcp.metadata import HostTensor
+
+
+class Routing(NamedTuple):
+    """Where the rows of one batch of tokens go and come from; R rows arrive at this rank."""
+
+    order: Tensor  # [N * k] int64, choices by expert; those that are not routed come last
+    place: Tensor  # [R] int64, for each row, sorted by expert, its place among the arrivals
+    ends: Tensor  # [E / n] int32, for each expert of this rank one past its last row
+    counts: HostTensor  # [2, n] int64, rows to and from each rank
+
+
+def route_tokens(
+    index: Tensor, weight: Tensor, *, num_experts: int, group: str, shared_by: str = ""
+) -> Routing:
+    """Exchange counts: how many rows each rank has for each expert.
+
+    Args:
+        index: [N, k] int64, the experts of each token; num_experts for a choice that is not routed.
+        weight: of any shape, looked at for NaN only.
+        group: of the ranks that have E / n experts each, the first rank the first ones.
+        shared_by: group of ranks that hold the same tokens; each routes a part of them.
+    Raises:
+        ValueError: on every rank of the group, where one has a weight that is not finite, or an
+            index that names no expert.
+
+    Traffic per rank: (n - 1) * (E / n + 1) numbers of 8 bytes, each way. The host waits for it.
+    """
+    return Routing(*_route_tokens(index, weight.detach(), num_experts, group, shared_by))
+
+
+def tokens_to_experts(x: Tensor, routing: Routing, *, per_token: int, group: str) -> Tensor:
+    """Send each token to the experts it has chosen.
+
+    Args:
+        x: [N, D], or [N * k, D] with per_token=1.
+        per_token: choices per row of x.
+    Returns:
+        [R, D], sorted by expert, then by rank, then by token.
+
+    Backward brings the gradients home and sums those of a token, in fp32 at least. Traffic per
+    rank: D elements per row to and from other ranks, and as much back.
+    """
+    sent: Tensor = _tokens_to_experts(
+        x, routing.order, routing.place, routing.counts, per_token, group
+    )
+    return sent
+
+
+def results_home(rows: Tensor, routing: Routing, *, group: str) -> Tensor:
+    """Bring each result back to the token that asked for it.
+
+    Args:
+        rows: [R, D], in the order of `tokens_to_experts`.
+    Returns:
+        [N * k, D], a row per choice; zeros for those that were not routed.
+
+    Backward sends the gradients to the experts. Traffic per rank: as of `tokens_to_experts`.
+    """
+    home: Tensor = _results_home(rows, routing.order, routing.place, routing.counts, group)
+    return home
+
+
+@communicating_op("dtcp::route_tokens", moves=counts_moves)
+def _route_tokens(
+    index: Tensor, weight: Tensor, num_experts: int, group: str, shared_by: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = dist.get_world_size(group_of(group))
+    chosen = _own_share(index, num_experts, shared_by).flatten()
+    order = chosen.argsort(stable=True)
+    in_order = chosen[order]
+    experts = torch.arange(num_experts + 1, device=index.device)
+    starts = torch.searchsorted(in_order, experts)
+    # Faults travel with the counts, so that all ranks stop, and on the host costs no second wait.
+    fault = _fault(in_order, weight, num_experts)
+    sent = torch.cat([starts.diff().view(n, -1), fault.expand(n, 1)], dim=1)
+    arrived = move_rows(sent, [1] * n, [1] * n, group)
+    moved = sent[0].numel() * sent.element_size() * (n - 1)
+    LEDGER.record("dtcp::route_tokens", sent=moved, received=moved)
+
+    to_experts, from_ranks = sent[:, :-1], arrived[:, :-1]
+    summary = torch.stack([to_experts.sum(1), from_ranks.sum(1), arrived[:, -1]]).cpu()
+    _refuse_faults(summary[2].tolist(), num_experts)
+    counts = summary[:2].clone()
+    expert = torch.arange(from_ranks.shape[1], device=index.device).repeat(n)
+    of_row = expert.repeat_interleave(from_ranks.flatten(), output_size=int(counts[1].sum()))
+    ends = from_ranks.sum(0).cumsum(0).to(torch.int32)
+    return order, of_row.argsort(stable=True), ends, counts
+
+
+@_route_tokens.register_fake
+def _(
+    index: Tensor, weight: Tensor, num_experts: int, group: str, shared_by: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = dist.get_world_size(group_of(group))
+    arrivals = torch.library.get_ctx().new_dynamic_size()
+    return (
+        index.new_empty(index.numel()),
+        index.new_empty(arrivals),
+        index.new_empty(num_experts // n, dtype=torch.int32),
+        torch.empty(2, n, dtype=torch.int64, device="cpu"),
+    )
+
+
+@communicating_op("dtcp::tokens_to_experts", moves=token_moves)
+def _tokens_to_experts(
+    x: Tensor, order: Tensor, place: Tensor, counts: Tensor, per_token: int, group: str
+) -> Tensor:
+    send, receive = counts.tolist()
+    _count("tokens_to_experts", x, group, send, receive)
+    rows = x[order[: sum(send)] // per_token]
+    return move_rows(rows, receive, send, group)[place]
+
+
+@_tokens_to_experts.register_fake
+def _(
+    x: Tensor, order: Tensor, place: Tensor, counts: Tensor, per_token: int, group: str
+) -> Tensor:
+    return x.new_empty(place.shape[0], x.shape[1])
+
+
+@communicating_op("dtcp::results_home", moves=result_moves)
+def _results_home(rows: Tensor, order: Tensor, place: Tensor, counts: Tensor, group: str) -> Tensor:
+    send, receive = counts.tolist()
+    _count("results_home", rows, group, receive, send)
+    by_rank = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    by_rank.index_copy_(0, place, rows)
+    arrived = move_rows(by_rank, send, receive, group)
+    home = rows.new_zeros(len(order), rows.shape[1])
+    return home.index_copy_(0, order[: len(arrived)], arrived)
+
+
+@_results_home.register_fake
+def _(rows: Tensor, order: Tensor, place: Tensor, counts: Tensor, group: str) -> Tensor:
+    return rows.new_empty(order.shape[0], rows.shape[1])
+
+
+def _keep_way(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """All that is saved for backward is the way, none of the rows."""
+    x, order, place, counts, ctx.per_token, ctx.group = inputs
+    ctx.save_for_backward(order, place, counts)
+    ctx.dtype = x.dtype
+
+
+def _tokens_to_experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    home = _results_home(grad.contiguous(), *ctx.saved_tensors, ctx.group)
+    summed = home.unflatten(0, (-1, ctx.per_token)).sum(1, dtype=sum_dtype(home))
+    return summed.to(ctx.dtype), None, None, None, None, None
+
+
+def _keep_way_home(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, order, place, counts, ctx.group = inputs
+    ctx.save_for_backward(order, place, counts)
+
+
+def _results_home_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    rows = _tokens_to_experts(grad.contiguous(), *ctx.saved_tensors, 1, ctx.group)
+    return rows, None, None, None, None
+
+
+_tokens_to_experts.register_autograd(_tokens_to_experts_backward, setup_context=_keep_way)
+_results_home.register_autograd(_results_home_backward, setup_context=_keep_way_home)
+
+
+def _own_share(index: Tensor, num_experts: int, shared_by: str) -> Tensor:
+    """The choices of the tokens that this rank routes, of those that several ranks hold."""
+    if not shared_by:
+        return index
+    size, rank = dist.get_world_size(group_of(shared_by)), dist.get_rank(group_of(shared_by))
+    mine = slice(len(index) * rank // size, len(index) * (rank + 1) // size)
+    share = torch.full_like(index, num_experts)
+    share[mine] = index[mine]
+    return share
+
+
+NOT_FINITE, NO_EXPERT = 1, 2
+
+
+def _fault(in_order: Tensor, weight: Tensor, num_experts: int) -> Tensor:
+    """What is wrong with a routing, as a number: [1] int64; 0 for nothing."""
+    fault = (~weight.isfinite()).any().to(torch.int64) * NOT_FINITE
+    if len(in_order):
+        outside = (in_order[0] < 0) | (in_order[-1] > num_experts)
+        fault = fault + outside.to(torch.int64) * NO_EXPERT
+    return fault.view(1)
+
+
+def _refuse_faults(faults: list[int], num_experts: int) -> None:
+    for rank, fault in enumerate(faults):
+        if fault & NOT_FINITE:
+            raise ValueError(
+                f"A routing weighs experts by finite numbers, got NaN or infinity on rank {rank} "
+                f"of ep: lower the learning rate, or look at the tokens of this batch."
+            )
+        if fault:
+            raise ValueError(
+                f"A routing names experts by their numbers, got an index outside 0 to "
+                f"{num_experts - 1} on rank {rank} of ep: correct the router."
+            )
+
+
+def _count(op: str, x: Tensor, group: str, send: list[int], receive: list[int]) -> None:
+    own, width = dist.get_rank(group_of(group)), x.shape[1] * x.element_size()
+    sent, received = (width * (sum(rows) - rows[own]) for rows in (send, receive))
+    LEDGER.record(f"dtcp::{op}", sent=sent, received=received)

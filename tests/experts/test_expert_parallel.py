@@ -1,0 +1,188 @@
+"""Whole models with experts on ranks of their own equal the published ones, document by document.
+
+In fp64, packed rows with padding: logits and every gradient, on one axis ep inside cp, across dp,
+with tp and over all of them.
+"""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Replicate
+from torch.testing import assert_close
+
+from dtcp.batch import shard_batch
+from dtcp.compile import count_graphs
+from dtcp.distributed.ledger import count_traffic
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.huggingface import install_mixers
+from dtcp.mixer import batch_metadata
+from dtcp.models.qwen3_5 import Qwen35
+from dtcp.parallelize import (
+    FullCheckpoint,
+    NoCheckpoint,
+    SelectiveCheckpoint,
+    llama_plan,
+    parallelize,
+    parallelize_hf,
+    qwen3_5_plan,
+)
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.softmax import RingAttention
+from tests.harness.hf_models import build
+from tests.harness.parity import CONFIG, GRAPHS, Llama, gradients
+from tests.harness.spmd import run_ranks, spmd
+from tests.models.test_parity_deepseek_v4 import KEEP_ALL, run
+from tests.models.test_parity_gemma4 import on_ranks
+from tests.models.test_parity_qwen3_5 import EXPERTS, Cell, step, truth_of
+
+QWEN = [
+    Cell("experts", Degrees(cp=2, ep=2)),
+    Cell("experts", Degrees(dp_shard=2, ep=2), checkpoint=FullCheckpoint()),
+    Cell("experts", Degrees(tp=2, ep=2)),
+    Cell("experts", Degrees(cp=2, ep=2), checkpoint=SelectiveCheckpoint(), compile=GRAPHS),
+    Cell("experts", Degrees(cp=2, ep=2), checkpoint=FullCheckpoint(), compile=GRAPHS),
+    Cell("experts", Degrees(dp_shard=2, cp=2, ep=4), Contiguous, compile=GRAPHS),
+    Cell("experts", Degrees(dp_shard=2, cp=2, ep=2)),
+    Cell("experts", Degrees(cp=4, ep=2), checkpoint=FullCheckpoint()),
+    Cell("experts", Degrees(cp=2, tp=2, ep=4)),
+    Cell("experts", Degrees(cp=2, tp=2, ep=2), checkpoint=SelectiveCheckpoint(), compile=GRAPHS),
+    Cell("experts", Degrees(dp_shard=2, tp=2, ep=4)),
+    Cell("experts", Degrees(dp_replicate=2, tp=2, ep=2)),
+    Cell("experts", Degrees(dp_replicate=2, cp=2, ep=2)),
+]
+QUICK = (0, 4, 6)
+"""ep is cp, eager and compiled, and recomputed in full; ep is cp beside dp."""
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("truth") / "experts"
+    torch.save(truth_of(EXPERTS), path)
+    return str(path)
+
+
+def name_of(cell: Cell) -> str:
+    return f"{cell}-ep{cell.degrees.ep}-x{cell.degrees.dp_replicate}"
+
+
+@pytest.mark.slow_where(lambda cell: QWEN.index(cell) not in QUICK)
+@pytest.mark.parametrize("cell", QWEN, ids=name_of)
+def test_qwen3_5_experts_on_their_own_ranks_equal_transformers(truth, cell):
+    """Routed once however much is recomputed; compiled, a graph per kind of layer."""
+    layers = EXPERTS.num_layers
+    sends = layers if not isinstance(cell.checkpoint, FullCheckpoint) else 2 * layers
+    for traffic, graphs, breaks in run_ranks(step, cell.degrees.world, truth, cell):
+        assert (graphs, breaks) == ((2, 0) if cell.compile else (0, 0))
+        assert traffic["dtcp::route_tokens"].calls == layers
+        # Those of forward, of recomputation, and of the results' gradients.
+        assert traffic["dtcp::tokens_to_experts"].calls == sends + layers
+
+
+DEEPSEEK = [
+    (Degrees(cp=2, ep=2), HeadTail, KEEP_ALL, None),
+    (Degrees(dp_shard=2, cp=2, ep=4), Contiguous, FullCheckpoint(), None),
+    (Degrees(cp=2, tp=2, ep=2), HeadTail, SelectiveCheckpoint(), GRAPHS),
+    (Degrees(tp=2, ep=2), HeadTail, KEEP_ALL, None),
+]
+
+
+@pytest.mark.slow_where(lambda degrees, **_: degrees != DEEPSEEK[0][0])
+@pytest.mark.parametrize(("degrees", "layout", "checkpoint", "compile"), DEEPSEEK)
+def test_deepseek_v4_experts_on_their_own_ranks_equal_the_published_model(
+    degrees, layout, checkpoint, compile
+):
+    """Hash-routed and scored layers."""
+    kinds = (2, 0) if compile else (0, 0)
+    counts = run(degrees, layout, checkpoint, compile, op="dtcp::route_tokens")
+    assert counts == (*kinds, 2 if compile else 4)
+
+
+GEMMA = [
+    (Degrees(cp=2, ep=2), NoCheckpoint(), None),
+    (Degrees(cp=2, tp=2, ep=4), SelectiveCheckpoint(), None),
+    (Degrees(dp_shard=2, cp=2, ep=2), FullCheckpoint(), GRAPHS),
+    (Degrees(tp=4, ep=2), FullCheckpoint(), None),
+]
+
+
+@pytest.mark.slow_where(lambda degrees, **_: degrees != GEMMA[0][0])
+@pytest.mark.parametrize(("degrees", "checkpoint", "compile"), GEMMA)
+def test_gemma4_experts_on_their_own_ranks_equal_the_published_model(degrees, checkpoint, compile):
+    for traffic, *_ in on_ranks("moe", degrees, checkpoint=checkpoint, compile=compile):
+        assert traffic["dtcp::route_tokens"].calls == 4
+
+
+@spmd(ranks=2)
+def test_expert_parallel_without_experts_is_refused(mesh):
+    ranks = ParallelMesh.from_degrees(Degrees(cp=2, ep=2), "cpu")
+    with pytest.raises(ValueError, match=r"got ep=2 for a Llama whose plan names no experts: set"):
+        parallelize(Llama(CONFIG), ranks, llama_plan(CONFIG, ranks, RingAttention()))
+
+
+@spmd(ranks=3)
+def test_expert_parallel_that_does_not_divide_is_refused(mesh):
+    ranks = ParallelMesh.from_degrees(Degrees(cp=3, ep=3), "cpu")
+    with pytest.raises(ValueError, match=r"num_experts=8 with ep=3: choose an ep that divides"):
+        qwen3_5_plan(EXPERTS, ranks, RingAttention())
+    with pytest.raises(ValueError, match=r"got ep=2 with dp_shard=1 \* cp=3 \* tp=1 = 3: choose"):
+        Degrees(cp=3, ep=2)
+    assert Qwen35(EXPERTS).layers[0].feed_forward.experts.num_experts == 8
+
+
+def transformers_truth(name):
+    """Weights, tokens, logits and gradients of a model of transformers on one device, in fp64."""
+    model = build(name)
+    torch.manual_seed(1)
+    tokens = torch.randint(model.config.vocab_size, (2, 32))
+    install_mixers(model)
+    documents = Documents(((13, 19), (32,)), 32)
+    metadata = batch_metadata(model, documents)
+    positions = documents.position_ids()
+    logits = model(input_ids=tokens, position_ids=positions, attn_metadata=metadata).logits
+    cotangent = torch.randn_like(logits)
+    logits.backward(cotangent)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return logits.detach(), cotangent, grads
+
+
+def check_transformers(mesh, name, degrees, compile):
+    logits, cotangent, grads = transformers_truth(name)
+    model = build(name)
+    torch.manual_seed(1)
+    tokens = torch.randint(model.config.vocab_size, (2, 32))
+    ranks = ParallelMesh.from_degrees(degrees, "cpu")
+    parallelize_hf(model, ranks, compile=compile)
+    mine = slice(ranks.rank("batch"), None, ranks.size("batch"))
+    batch = {"input_ids": tokens[mine]}
+    documents = Documents(((13, 19), (32,))[mine], 32)
+    batch["position_ids"] = documents.position_ids()
+    local, sharded = shard_batch(batch, ranks, model=model, documents=documents)
+    with count_graphs() as graphs, count_traffic() as traffic:
+        out = model(**local, attn_metadata=sharded.attn_metadata).logits
+        if isinstance(out, DTensor):
+            out = out.full_tensor(grad_placements=[Replicate()])
+        out.backward(sharded.shard(cotangent[mine]))
+    assert_close(out, sharded.shard(logits[mine]))
+    for key, actual in gradients(model).items():
+        expected = grads[key]
+        if actual.shape != expected.shape:
+            actual = actual.flatten(1, 2) if actual.shape[1] == 2 else actual.flatten(2, 3)
+        assert_close(actual, expected, msg=key)
+    assert traffic["dtcp::route_tokens"].calls > 0
+    return graphs.breaks
+
+
+HF = [
+    ("qwen3_moe", Degrees(cp=2, ep=2), None),
+    ("gpt_oss", Degrees(cp=2, ep=2), None),
+    ("mixtral", Degrees(cp=2, ep=2), GRAPHS),
+    ("qwen3_moe", Degrees(dp_shard=2, cp=2, ep=4), None),
+    ("qwen3_moe", Degrees(cp=2, tp=2, ep=2), None),
+]
+
+
+@pytest.mark.slow_where(lambda name, **_: name != "gpt_oss")
+@pytest.mark.parametrize(("name", "degrees", "compile"), HF)
+def test_transformers_experts_on_their_own_ranks_equal_one_device(name, degrees, compile):
+    """Experts with biases and alternating channels (gpt_oss), and with a gate before up."""
+    assert set(run_ranks(check_transformers, degrees.world, name, degrees, compile)) == {0}
