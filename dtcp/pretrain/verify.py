@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from dtcp.torchtitan.attention import add_mixers
+from dtcp.torchtitan.compat import float64_by_name
 from dtcp.torchtitan.model_spec import BeforeStep
 
 import torch
@@ -37,7 +38,8 @@ TOLERANCE = 1e-5
 def verify(config: Trainer.Config) -> int:
     """Run `config.dtcp.verify` steps twice and compare. Returns the exit code, on every rank."""
     config = _shortened(config)
-    trainer = config.build()
+    with float64_by_name():
+        trainer = config.build()
     weights = whole_weights(trainer.model_parts[0])
     try:
         trainer.train()
@@ -128,6 +130,8 @@ def _plain_model(
         model = config.model_spec.model.build()
     # Buffers are not in a state dict; the weights it draws are overwritten.
     model.init_weights(buffer_device=device)
+    if config.training.dtype == "float64":
+        model.double()
     model.load_state_dict(weights)
     if isinstance(model, Decoder):
         add_mixers(model)
@@ -138,13 +142,24 @@ def _plain_model(
 
 
 def _shortened(config: Trainer.Config) -> Trainer.Config:
-    """The same run, as far as its verified steps: in fp32, nothing loaded and nothing left."""
+    """The same run, as far as its verified steps: in fp32, nothing loaded and nothing left.
+
+    In fp64 with experts: of some thousand choices of experts rounding decides one every few steps,
+    and the two runs would train different experts.
+    """
     steps = config.dtcp.verify
+    dtype = "float64" if getattr(config.model_spec.model, "num_experts", 0) else "float32"
     total = config.lr_scheduler.total_steps or config.training.steps
     return replace(
         config,
         # In bfloat16 two orders of a sum differ by more than any bug would.
-        training=replace(config.training, steps=steps, mixed_precision_param="float32"),
+        training=replace(
+            config.training,
+            steps=steps,
+            dtype=dtype if dtype == "float64" else config.training.dtype,
+            mixed_precision_param=dtype,
+            mixed_precision_reduce=dtype,
+        ),
         lr_scheduler=replace(config.lr_scheduler, total_steps=total),
         checkpoint=replace(config.checkpoint, enable=False),
         validator=replace(config.validator, enable=False),

@@ -15,6 +15,8 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -115,3 +117,15 @@ _check_version()
 _provide_set_timeout()
 _provide_mesh_dims()
 _provide_cpu_device()
+
+
+@contextmanager
+def float64_by_name() -> Iterator[None]:
+    """Let a config name float64, which torchtitan's table of dtypes lacks, while a run is built."""
+    from torchtitan.config import TORCH_DTYPE_MAP
+
+    TORCH_DTYPE_MAP["float64"] = torch.float64
+    try:
+        yield
+    finally:
+        del TORCH_DTYPE_MAP["float64"]

@@ -338,11 +338,6 @@ class Gemma4(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, Block):
                 nn.init.ones_(module.layer_scalar)
-        for module in self.modules():
-            if isinstance(module, Router):
-                # Its tokens have length one. With weights as small as others' scores would differ
-                # by so little that rounding chooses the experts of some.
-                nn.init.normal_(module.proj.weight, std=std * self.config.dim**0.5)
 
     def _first_embedding(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if inputs_embeds is not None:
