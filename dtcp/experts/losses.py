@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp.distributed.collectives import all_gather
 
 
-def balance_loss(
+def balance_loss_share(
     probabilities: Tensor,
     index: Tensor,
     *,
@@ -47,12 +47,14 @@ def balance_loss(
     return num_experts * (frequency * (probabilities * mask[:, None]).sum(0)).sum()
 
 
-def z_loss(logits: Tensor, *, real: Tensor | None = None, axis: DeviceMesh | None = None) -> Tensor:
+def z_loss_share(
+    logits: Tensor, *, real: Tensor | None = None, axis: DeviceMesh | None = None
+) -> Tensor:
     """This rank's share of the mean of logsumexp(logits)^2, which keeps logits small.
 
     Args:
         logits: [N, E], of a router.
-        real, axis: as of balance_loss.
+        real, axis: as of balance_loss_share.
 
     Traffic per rank: a number of each other rank, and none back. From Zoph et al. 2022, section
     3.2, https://arxiv.org/abs/2202.08906
@@ -71,7 +73,7 @@ class RouterLoss(nn.Module):
     back. So blocks may be compiled and recomputed, and the model returns what it always does.
 
     Args:
-        balance, z: weights of balance_loss and z_loss; 0 leaves a loss out.
+        balance, z: weights of balance_loss_share and z_loss_share; 0 leaves a loss out.
     """
 
     axis: DeviceMesh | None = None
@@ -79,7 +81,7 @@ class RouterLoss(nn.Module):
     parts: int = 1
     """Micro-batches that make up a step: each adds its losses divided by it."""
     shares: Tensor
-    """[2], this rank's shares of balance_loss and z_loss in the last forward pass in training."""
+    """[2], of balance_loss_share and z_loss_share in the last forward pass in training."""
 
     def __init__(self, *, balance: float = 0.0, z: float = 0.0) -> None:
         super().__init__()
@@ -105,9 +107,9 @@ class RouterLoss(nn.Module):
             return weight
         balance = z = weight.new_zeros((), dtype=probabilities.dtype)
         if self.balance:
-            balance = balance_loss(probabilities, index, real=real, axis=self.axis)
+            balance = balance_loss_share(probabilities, index, real=real, axis=self.axis)
         if self.z:
-            z = z_loss(logits, real=real, axis=self.axis)
+            z = z_loss_share(logits, real=real, axis=self.axis)
         # Read in forward, so that a graph computes them there, and not in backward once more.
         self.shares.copy_(torch.stack([balance, z]).detach())
         loss = (self.balance * balance + self.z * z) / self.parts

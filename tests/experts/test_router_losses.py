@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import count_traffic
-from dtcp.experts import RouterLoss, balance_loss, z_loss
+from dtcp.experts import RouterLoss, balance_loss_share, z_loss_share
 from tests.harness.spmd import spmd
 
 N, E, K = 12, 6, 2
@@ -42,11 +42,11 @@ def test_router_losses_of_experts_are_those_of_the_papers():
     x, weight, real = a_case(1)
     logits, probabilities, _, index = router(x, weight)
     expected = by_hand(x, weight, real, 1.0, 0.0), by_hand(x, weight, real, 0.0, 1.0)
-    assert_close(balance_loss(probabilities, index, real=real), expected[0])
-    assert_close(z_loss(logits, real=real), expected[1])
+    assert_close(balance_loss_share(probabilities, index, real=real), expected[0])
+    assert_close(z_loss_share(logits, real=real), expected[1])
     even = torch.full((E, E), 1 / E, dtype=torch.float64)
     turns = (torch.arange(E)[:, None] + torch.arange(K)) % E
-    assert_close(balance_loss(even, turns), torch.tensor(float(K), dtype=torch.float64))
+    assert_close(balance_loss_share(even, turns), torch.tensor(float(K), dtype=torch.float64))
 
 
 def test_balance_loss_of_experts_is_that_of_transformers():
@@ -55,7 +55,7 @@ def test_balance_loss_of_experts_is_that_of_transformers():
     x, weight, _ = a_case(1)
     logits, probabilities, _, index = router(x, weight)
     theirs = load_balancing_loss_func((logits,), E, K)
-    assert_close(balance_loss(probabilities, index).float(), theirs)
+    assert_close(balance_loss_share(probabilities, index).float(), theirs)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
