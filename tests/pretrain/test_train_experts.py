@@ -8,8 +8,10 @@ from dtcp.torchtitan.model_spec import DEEPSEEK_V4, GEMMA4, QWEN3_5, spec_of
 
 import pytest
 from safetensors.torch import load_file
+from torchtitan.models.qwen3 import model_registry as titan_qwen3
 
 from dtcp.models import deepseek_v4, gemma4, qwen3_5
+from dtcp.pretrain.adopt import adopt_model
 from dtcp.pretrain.configs import deepseek_v4_tiny, gemma4_tiny_moe, qwen3_5_moe_tiny
 from dtcp.pretrain.trainer import Trainer
 from tests.harness import train_run
@@ -52,6 +54,15 @@ def gemma() -> Trainer.Config:
     return config
 
 
+def titan() -> Trainer.Config:
+    """torchtitan's own qwen3 with experts, which compute in bfloat16."""
+    config = _micro(qwen3_5_moe_tiny())
+    spec = titan_qwen3("debugmodel_moe", attn_backend="flex")
+    spec.model.layers = spec.model.layers[:2]
+    config.model_spec = adopt_model(spec)
+    return config
+
+
 def train(config: str, *arguments: str, ranks: int = 2) -> str:
     code, output = train_run.train(*arguments, module=__name__, config=config, ranks=ranks)
     assert code == 0, output
@@ -82,6 +93,15 @@ def test_a_checkpoint_of_experts_goes_on_with_any_expert_parallel_degree(tmp_pat
         assert losses(output) == {3: pytest.approx(first[3], rel=1e-4)}, output
     names = load_file(next((folder / "hf").glob("model-*.safetensors")))
     assert names["model.layers.0.mlp.experts.gate_up_proj"].shape[0] == 8
+
+
+@pytest.mark.slow
+def test_experts_of_torchtitans_own_model_train_on_their_own_ranks(tmp_path):
+    """By its own all-to-all, sharded as torchtitan shards them: the losses are those without ep."""
+    alone = losses(train("titan", "--dump_folder", str(tmp_path / "alone")))
+    spread = losses(train("titan", EP, "2", "--dump_folder", str(tmp_path / "spread")))
+    assert spread == pytest.approx(alone, rel=1e-3)
+    assert spread[1] == pytest.approx(alone[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(
