@@ -116,6 +116,9 @@ class RouterLoss(nn.Module):
         brought: Tensor = _BringGradient.apply(weight, loss)
         return brought
 
+    def reset_parameters(self) -> None:
+        self.shares.zero_()
+
     def extra_repr(self) -> str:
         return f"balance={self.balance}, z={self.z}"
 

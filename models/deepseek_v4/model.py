@@ -4,6 +4,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from dtcp.experts.losses import RouterLoss
 from dtcp.metadata import BatchMetadata
 from dtcp.models.blocks import ParameterModule, RMSNorm
 from dtcp.models.deepseek_v4.attention import Attention, GroupedLinear
@@ -118,7 +119,7 @@ class DeepseekV4(nn.Module):
         """Draw all weights; what adds to the streams starts smaller in deeper models."""
         own_init = HyperConnection | HyperHead | GroupedLinear | ParameterModule | Router | Experts
         for name, module in self.named_modules():
-            if isinstance(module, RMSNorm):
+            if isinstance(module, RMSNorm | RouterLoss):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear | nn.Embedding):
                 adds_to_stream = name.endswith((".o_b_proj", ".down"))

@@ -334,7 +334,7 @@ class Gemma4(nn.Module):
                     nn.init.normal_(module.weight, std=std)
             elif isinstance(module, Experts):
                 module.reset_parameters(std)
-            elif isinstance(module, ParameterModule):
+            elif isinstance(module, ParameterModule | RouterLoss):
                 module.reset_parameters()
             elif isinstance(module, Block):
                 nn.init.ones_(module.layer_scalar)

@@ -267,7 +267,7 @@ class Qwen35(nn.Module):
         # to_empty makes two tensors of a shared parameter.
         self._tie()
         for name, module in self.named_modules():
-            if isinstance(module, nn.RMSNorm | ZeroCentredNorm):
+            if isinstance(module, nn.RMSNorm | ZeroCentredNorm | RouterLoss):
                 module.reset_parameters()
             if isinstance(module, GatedDeltaNet | Experts):
                 module.reset_parameters(std)
