@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch._utils import _get_available_device_type
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.library import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -42,6 +44,11 @@ def overload_of(op: CustomOpDef | OpOverload) -> OpOverload:
 def argument_names(op: OpOverload) -> list[str]:
     """Of an op's schema, which has no public reader (2.11-2.15)."""
     return [argument.name for argument in op._schema.arguments]
+
+
+def packet_of(op: OpOverload) -> Any:
+    """All overloads of an op: what torch's registry of FLOPs is keyed by (2.11-2.15)."""
+    return op._overloadpacket
 
 
 def num_results(op: OpOverload) -> int:
@@ -336,3 +343,49 @@ def parameters_replaced(module: torch.nn.Module, tensors: Mapping[str, Tensor]) 
         yield
     finally:
         module._parameters.update(own)
+
+
+# Runs without ranks or memory.
+
+
+@contextmanager
+def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
+    """A process group of so many ranks, of which this process plays one: nobody answers.
+
+    torchtitan's fake backend is the same; the store has no public name (2.11-2.15).
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    # It would put the rank before each line of every traceback, once more each time.
+    hook = sys.excepthook
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = hook
+
+
+def fake_tensors() -> FakeTensorMode:
+    """Tensors with sizes and no memory; real ones are taken beside them (2.11-2.15)."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def real_tensors() -> AbstractContextManager[Any]:
+    """Inside fake tensors' mode, a stretch in which the host reads tables (2.11-2.15)."""
+    return unset_fake_temporarily()
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """One number for all views of a piece of memory, fake ones included (2.11-2.15)."""
+    return storage._cdata
+
+
+def flat_leaves(x: Any) -> tuple[list[Any], Any]:
+    """The leaves of nested lists, tuples and dicts, and how to put them back (2.11-2.15)."""
+    return tree_flatten(x)
+
+
+def put_back(leaves: list[Any], spec: Any) -> Any:
+    """The way back."""
+    return tree_unflatten(leaves, spec)

@@ -46,9 +46,9 @@ FLOORS = (
     ("dtcp",),
     ("dtcp.models",),
     ("dtcp.parallelize",),
-    ("dtcp.torchtitan", "dtcp.check", "dtcp.trainers"),
+    ("dtcp.torchtitan", "dtcp.check", "dtcp.planner", "dtcp.trainers"),
     ("dtcp.pretrain",),
-    ("train",),
+    ("train", "dtcp.plan"),
 )
 MODELS_MAY_IMPORT = (
     "dtcp.metadata",

@@ -1,0 +1,1 @@
+"""The command that plans a run: python -m dtcp.plan."""

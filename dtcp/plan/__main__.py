@@ -1,0 +1,187 @@
+"""Plan a run: python -m dtcp.plan --config llama3_8b_128k --cluster 8xH100.
+
+Prints which meshes, strategies and checkpointing fit, ranked by modelled tokens/s, what does not
+fit and by how much, and the command line that runs the best. Needs no GPU and no weights.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtcp.distributed.mesh import Degrees
+from dtcp.plan.source import Request, request_of
+from dtcp.planner.cluster import GB, Cluster, cluster_of
+from dtcp.planner.report import (
+    as_json,
+    checkpoint_name,
+    detail_lines,
+    layout_name,
+    strategy_name,
+    text_report,
+)
+from dtcp.planner.search import Candidate, Planner, Search, smallest_cluster
+from dtcp.softmax import HybridAttention
+
+
+def run_planner(argv: list[str]) -> int:
+    """Plan what the arguments name. Returns 0; 1 where nothing fits; 2 for bad arguments."""
+    arguments, rest = _parser().parse_known_args(argv)
+    torch.set_num_threads(1)
+    # DTensor and HF models warn of what no plan depends on.
+    warnings.simplefilter("ignore")
+    try:
+        cluster = cluster_of(arguments.cluster)
+        request = request_of(arguments, rest)
+        planner = Planner(request.subject, cluster, request.wish)
+        search = _search(planner, arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return _show(arguments, request, planner, cluster, search)
+
+
+def _search(planner: Planner, arguments: argparse.Namespace) -> Search:
+    def say(line: str) -> None:
+        if not arguments.json:
+            print(f"plan        {line}", flush=True)
+
+    if not arguments.mesh:
+        return planner.search(say=say)
+    return planner.search_mesh(_degrees(arguments.mesh, planner.cluster))
+
+
+def _show(
+    arguments: argparse.Namespace,
+    request: Request,
+    planner: Planner,
+    cluster: Cluster,
+    search: Search,
+) -> int:
+    if not search.candidates:
+        why = search.refused[0].why if search.refused else "no mesh divides the rows of a step"
+        print(
+            f"error: No mesh of {cluster} carries the model: {' '.join(why.split())}",
+            file=sys.stderr,
+        )
+        return 2
+    best = search.best
+    if arguments.json:
+        print(json.dumps(as_json(request.subject.name, request.wish, cluster, search), indent=1))
+    else:
+        parameters = best.forecast.parameters
+        report = text_report(request.subject.name, parameters, request.wish, cluster, search)
+        print("\n".join([*report, *detail_lines(best, cluster)]))
+    if arguments.html:
+        from dtcp.planner.page import write_page
+
+        write_page(Path(arguments.html), request.subject.name, request.wish, cluster, search)
+        if not arguments.json:
+            print(f"pictures    {arguments.html}, and PNGs beside it")
+    if not best.fits:
+        _say_what_would_do(planner, best, cluster)
+        return 1
+    if not arguments.json:
+        print(
+            "\n".join(["", "run it      " + command_line(request, best, cluster), "", "assumed:"])
+        )
+        print("\n".join(f"  {line}" for line in cluster.assumptions()))
+    return 0
+
+
+def _say_what_would_do(planner: Planner, best: Candidate, cluster: Cluster) -> None:
+    gpus = smallest_cluster(planner)
+    would = (
+        f"{gpus}x{cluster.name} would do"
+        if gpus
+        else f"4096x{cluster.name} would not do either: take a GPU with more memory"
+    )
+    print(
+        f"error: A run fits in the memory of its GPUs, got {cluster} where the best setup lacks "
+        f"{best.missing / GB:.1f} GB a GPU: {would}.",
+        file=sys.stderr,
+    )
+
+
+def command_line(request: Request, best: Candidate, cluster: Cluster) -> str:
+    """What runs a setup: train.py for its configs, else the calls for a script."""
+    setup, degrees = best.setup, best.setup.degrees
+    per_node = min(cluster.gpus, cluster.per_node)
+    launcher = f"torchrun --nproc-per-node {per_node}"
+    if cluster.nodes > 1:
+        launcher += f" --nnodes {cluster.nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+    if not request.command:
+        given = ", ".join(
+            f"{axis}={degree}" for axis, degree in vars(degrees).items() if degree > 1
+        )
+        calls = (
+            f"ParallelMesh.from_degrees(Degrees({given}), 'cuda'), {setup.attention!r}, layout "
+            f"{setup.layout.__name__}, {setup.checkpoint!r}, {setup.micro_batches} micro-batches "
+            f"of {setup.documents.batch}"
+        )
+        return f"{launcher} YOUR_SCRIPT.py, with {calls}"
+    options: dict[str, Any] = {
+        "parallelism.data_parallel_replicate_degree": degrees.dp_replicate,
+        "parallelism.data_parallel_shard_degree": degrees.dp_shard,
+        "parallelism.context_parallel_degree": degrees.cp,
+        "parallelism.tensor_parallel_degree": degrees.tp,
+        "training.local_batch_size": setup.documents.batch,
+        "training.global_batch_size": request.wish.rows,
+        "dtcp.layout": layout_name(setup),
+        "dtcp.strategy": strategy_name(setup).partition("(")[0],
+    }
+    if isinstance(setup.attention, HybridAttention):
+        options["dtcp.ulysses_degree"] = setup.attention.inner_ranks
+    given = " ".join(f"--{name} {value}" for name, value in options.items())
+    return f"{launcher} {request.command} {given} activation_checkpoint:{checkpoint_name(setup)}"
+
+
+def _degrees(text: str, cluster: Cluster) -> Degrees:
+    try:
+        given = {key: int(value) for key, value in (pair.split("=") for pair in text.split(","))}
+        degrees = Degrees(**given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"A mesh is given as cp=8,tp=1, of dp_replicate, dp_shard, cp and tp, got --mesh "
+            f"{text} ({error}): correct it."
+        ) from None
+    if "dp_shard" not in given and cluster.gpus % degrees.world == 0:
+        degrees = replace(degrees, dp_shard=cluster.gpus // degrees.world)
+    if degrees.world != cluster.gpus:
+        raise ValueError(
+            f"A mesh has all GPUs of its cluster, got {degrees} = {degrees.world} with "
+            f"{cluster.gpus} GPUs: change a degree, or leave out dp_shard."
+        )
+    return degrees
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dtcp.plan", description=__doc__, allow_abbrev=False
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--config", help="a config of train.py; --section.key VALUE changes it")
+    model.add_argument("--hf-config", help="a config.json, its folder, or a preset")
+    model.add_argument("--model", help="module:function that returns a model with mixers")
+    parser.add_argument("--plan", default="", help="module:function (model, mesh, style) -> plan")
+    parser.add_argument("--cluster", default="8xH100", help="as 64xH200, or a JSON file")
+    parser.add_argument("--seq-len", type=int, default=0, help="tokens of a row")
+    parser.add_argument("--global-batch", type=int, default=0, help="rows of a step")
+    parser.add_argument(
+        "--documents",
+        default="single",
+        help="single, lognormal:MEDIAN:SIGMA, a file of lengths, or a folder of texts",
+    )
+    parser.add_argument("--mesh", default="", help="this mesh alone, as cp=8,tp=1")
+    parser.add_argument("--json", action="store_true", help="everything, in bytes and seconds")
+    parser.add_argument("--html", default="", help="a page with pictures, in one file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_planner(sys.argv[1:]))

@@ -1,0 +1,187 @@
+"""What a person asks to be planned: a config of train.py, a config.json, a model of their own."""
+
+import argparse
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dtcp.planner.cluster import cluster_of
+from dtcp.planner.search import Wish
+from dtcp.planner.setup import BF16, Precision
+from dtcp.planner.subject import FamilyModel, OwnModel, Subject, subject_of_hf
+from dtcp.sequence.documents import Documents
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model, what to run of it, and the command that would.
+
+    Args:
+        command: the start of a command line, without what the planner chooses; empty for none.
+    """
+
+    subject: Subject
+    wish: Wish
+    command: str = ""
+
+
+def request_of(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
+    """Read what the arguments name.
+
+    Args:
+        rest: overrides of a config's settings.
+    Raises:
+        ValueError: naming what cannot be planned.
+    """
+    if rest and not arguments.config:
+        raise ValueError(
+            f"Settings belong to a config of train.py, got {' '.join(rest)} without --config: "
+            f"leave them out."
+        )
+    if arguments.config:
+        return _of_config(arguments, rest)
+    if arguments.plan and not arguments.model:
+        raise ValueError("--plan goes with --model, got it alone: add --model module:function.")
+    subject = (
+        subject_of_hf(arguments.hf_config)
+        if arguments.hf_config
+        else OwnModel(arguments.model, _function(arguments.model), _function(arguments.plan))
+    )
+    seq_len = arguments.seq_len or 131_072
+    return Request(subject, _wish(arguments, seq_len, BF16, default_rows=None))
+
+
+def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
+    from dtcp.pretrain.options import parse
+
+    config = parse(["--config", arguments.config, *rest])
+    shape = getattr(config.model_spec.model, "shape", None)
+    if shape is None:
+        raise ValueError(
+            f"The planner builds models of dtcp's and of transformers, got --config "
+            f"{arguments.config}, whose model is torchtitan's {config.model_spec.name}: pass its "
+            f"config.json as --hf-config."
+        )
+    training = config.training
+    precision = Precision(
+        getattr(torch, training.mixed_precision_param),
+        getattr(torch, training.mixed_precision_reduce),
+        getattr(torch, training.dtype),
+    )
+    subject = FamilyModel(config.model_spec.flavor, config.model_spec.name, shape)
+    rows = training.global_batch_size if training.global_batch_size > 0 else None
+    wish = _wish(arguments, arguments.seq_len or training.seq_len, precision, default_rows=rows)
+    command = " ".join(["train.py", "--config", arguments.config, *rest])
+    if arguments.seq_len and arguments.seq_len != training.seq_len:
+        command += f" --training.seq_len {arguments.seq_len}"
+    return Request(subject, wish, command)
+
+
+def _wish(
+    arguments: argparse.Namespace, seq_len: int, precision: Precision, default_rows: int | None
+) -> Wish:
+    rows = arguments.global_batch or default_rows
+    if rows is None:
+        # About four million tokens a step, and a row for each node at least.
+        nodes = cluster_of(arguments.cluster).nodes
+        rows = max(nodes, 2 ** max(0, (4_194_304 // seq_len).bit_length() - 1))
+    if seq_len < 1 or rows < 1:
+        raise ValueError(
+            f"A step has rows of tokens, got --seq-len {seq_len}, --global-batch {rows}: give 1 or "
+            f"more of each."
+        )
+    return Wish(documents_of(arguments.documents, seq_len), rows, precision)
+
+
+def documents_of(text: str, seq_len: int) -> Documents:
+    """A row's documents: `single`, `lognormal:MEDIAN:SIGMA`, lengths in a file, or a data folder.
+
+    Raises:
+        ValueError: naming what was read; a document longer than the row.
+    """
+    if text == "single":
+        return Documents.single(1, seq_len)
+    if text.startswith("lognormal:"):
+        return _drawn(text, seq_len)
+    path = Path(text)
+    if path.is_dir():
+        return _filled(_lengths_in_folder(path), seq_len, cut=True)
+    if not path.is_file():
+        raise ValueError(
+            f"Documents are single, lognormal:MEDIAN:SIGMA, a file of lengths or a folder of "
+            f"texts, got --documents {text}: correct it."
+        )
+    words = path.read_text().split()
+    if not words or not all(word.isdigit() and int(word) for word in words):
+        raise ValueError(
+            f"A file of documents has lengths in tokens, positive whole numbers, got {text}: "
+            f"correct it."
+        )
+    return _filled([int(word) for word in words], seq_len, cut=False)
+
+
+def _drawn(text: str, seq_len: int) -> Documents:
+    try:
+        median, sigma = (float(word) for word in text.split(":")[1:])
+        if not (median >= 1 and 0 <= sigma < 20):
+            raise ValueError(text)
+    except ValueError:
+        raise ValueError(
+            f"Lengths are drawn as lognormal:MEDIAN:SIGMA, got --documents {text}: give "
+            f"lognormal:2048:1.5, say."
+        ) from None
+    draw = np.random.default_rng(SEED).lognormal(np.log(median), sigma, 1 + 64 * seq_len // 1024)
+    return _filled([max(1, int(x)) for x in draw], seq_len, cut=True)
+
+
+def _filled(lengths: Sequence[int], seq_len: int, *, cut: bool) -> Documents:
+    """As many documents as fill a row; the last one is cut, and longer ones are if so wished."""
+    row: list[int] = []
+    left = seq_len
+    for length in lengths:
+        if length > seq_len and not cut:
+            raise ValueError(
+                f"A document lies in one row, got one of {length} tokens with --seq-len {seq_len}: "
+                f"give longer rows, or cut it in the file."
+            )
+        row.append(min(length, left))
+        left -= row[-1]
+        if not left:
+            break
+    return Documents((tuple(row),), seq_len)
+
+
+def _lengths_in_folder(folder: Path) -> list[int]:
+    """Tokens of a folder's documents, at four bytes a token."""
+    from dtcp.pretrain.sources import TextFiles
+
+    lengths = []
+    files = tuple(path for path in sorted(folder.rglob("*")) if path.is_file())
+    for document in TextFiles(files, root=folder).documents(epoch=0):
+        lengths.append(max(1, len(document.text.encode()) // 4))
+        if len(lengths) == 100_000:
+            break
+    if not lengths:
+        raise ValueError(f"A data folder holds texts, got {folder} without one: correct the path.")
+    return lengths
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, colon, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"A model and its plan are functions, got {name!r}: give module:function ({error})."
+        ) from None
+    if not colon or not callable(found):
+        raise ValueError(f"A model and its plan are functions, got {name!r}: give module:function.")
+    made: Callable[..., Any] = found
+    return made

@@ -1,0 +1,116 @@
+"""One block of each kind: built, run and multiplied, for a model's blocks repeat."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from dtcp.mixer_plan import find, matches
+from dtcp.parallelize import ParallelPlan
+
+
+@dataclass(eq=False)
+class BlockKind:
+    """Blocks that have the same parts.
+
+    Args:
+        name: of the first of them, which is run.
+        blocks: the names of all.
+        members: how many results it returns; 0 for one tensor.
+    """
+
+    name: str
+    blocks: list[str]
+    members: int = field(default=0, init=False)
+
+    @property
+    def count(self) -> int:
+        return len(self.blocks)
+
+
+class SkippedBlock(nn.Module):
+    """Hands the stream on, in the place of a block of a kind that has been run already."""
+
+    def __init__(self, kind: BlockKind) -> None:
+        super().__init__()
+        self.kind = [kind]  # no module, and not to be found by nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        members = self.kind[0].members
+        return (x, *[None] * (members - 1)) if members else x
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # transformers' models read a layer's own facts (its type of attention) off it.
+            return (
+                self.__dict__["facts"][name] if name in self.__dict__["facts"] else _missing(name)
+            )
+
+
+def _missing(name: str) -> Any:
+    raise AttributeError(name)
+
+
+def block_kinds(model: nn.Module, names: Mapping[str, nn.Module]) -> list[BlockKind]:
+    """Group blocks by their modules, settings and parameters, in the order of the model."""
+    kinds: dict[Any, BlockKind] = {}
+    for name, block in names.items():
+        sizes = tuple((key, tuple(p.shape), p.dtype) for key, p in block.named_parameters())
+        kind = kinds.setdefault((repr(block), sizes), BlockKind(name, []))
+        kind.blocks.append(name)
+    return list(kinds.values())
+
+
+def keep_one_of_each(model: nn.Module, plan: ParallelPlan) -> tuple[list[BlockKind], ParallelPlan]:
+    """Leave one block of each kind in the model, and what still applies in its plan."""
+    blocks = find(model, plan.blocks)
+    kinds = block_kinds(model, blocks)
+    for kind in kinds:
+        _count_members(kind, blocks[kind.name])
+        for name in kind.blocks[1:]:
+            parent, _, last = name.rpartition(".")
+            skipped = SkippedBlock(kind)
+            skipped.__dict__["facts"] = {
+                key: value
+                for key, value in vars(blocks[name]).items()
+                if not key.startswith("_") and not isinstance(value, nn.Module)
+            }
+            setattr(model.get_submodule(parent), last, skipped)
+    return kinds, _applicable(model, plan)
+
+
+def _count_members(kind: BlockKind, block: nn.Module) -> None:
+    def note(_: Any, args: Any, out: Any) -> None:
+        kind.members = 0 if isinstance(out, Tensor) else len(out)
+
+    block.register_forward_hook(note)
+
+
+def _applicable(model: nn.Module, plan: ParallelPlan) -> ParallelPlan:
+    names = [name for name, _ in model.named_modules()]
+
+    def named(styles: Mapping[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+        # By full names: a pattern would be looked for in blocks that are skipped as well.
+        return {
+            name: style for key, style in styles.items() for name in names if matches(name, key)
+        }
+
+    parameters = dict(model.named_parameters())
+    return replace(
+        plan,
+        tp=named(plan.tp),
+        cp=named(plan.cp),
+        blocks=tuple(
+            name
+            for name, module in find(model, plan.blocks).items()
+            if not isinstance(module, SkippedBlock)
+        ),
+        keep_dtype=tuple(
+            name for name in parameters if any(matches(name, key) for key in plan.keep_dtype)
+        ),
+    )

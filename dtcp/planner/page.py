@@ -1,0 +1,49 @@
+"""A plan as one HTML page, pictures inside it, and as PNGs beside it."""
+
+import html
+import io
+from pathlib import Path
+
+from dtcp.planner.cluster import Cluster
+from dtcp.planner.pictures import pictures
+from dtcp.planner.report import detail_lines, text_report
+from dtcp.planner.search import Search, Wish
+
+STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto;
+padding: 0 1em; color: #222; }
+pre { overflow-x: auto; background: #f5f5f5; padding: 1em; font-size: 12px; }
+figure { margin: 2em 0; } figcaption { color: #444; } svg { max-width: 100%; height: auto; }"""
+
+
+def write_page(path: Path, name: str, wish: Wish, cluster: Cluster, search: Search) -> None:
+    """Write the page, and each picture as <page>_<picture>.png beside it.
+
+    Raises:
+        ValueError: the folder is not there.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"A page is written into a folder, got {path}: make {path.parent} first.")
+    parts = []
+    for key, (text, figure) in pictures(search, cluster).items():
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+        figure.savefig(path.with_name(f"{path.stem}_{key}.png"), dpi=110)
+        svg = drawn.getvalue()
+        # Without the XML head, which does not belong inside of a page.
+        caption = f"<figcaption>{html.escape(text)}</figcaption>"
+        parts.append(f"<figure>{svg[svg.index('<svg') :]}{caption}</figure>")
+    best = search.best
+    report = text_report(name, best.forecast.parameters, wish, cluster, search)
+    text = html.escape("\n".join([*report, *detail_lines(best, cluster)]))
+    assumed = "".join(f"<li>{html.escape(line)}</li>" for line in cluster.assumptions())
+    title = f"Plan: {html.escape(name)} on {html.escape(str(cluster))}"
+    path.write_text(
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1>"
+        f"<p>A training step of {wish.rows} rows of {wish.documents.seq_len:,} tokens, worked out "
+        f"without running it: what each GPU would hold, send and compute. A GPU of the "
+        f"context-parallel group (cp) holds a part of every row; fsdp is the group that shares "
+        f"the weights, tp the one that splits each matrix.</p>"
+        f"{''.join(parts)}<h2>All numbers</h2><pre>{text}</pre><h2>Assumed</h2><ul>{assumed}</ul>"
+        f"</body></html>\n"
+    )

@@ -1,0 +1,194 @@
+"""A search as a person reads it, and as JSON."""
+
+from typing import Any
+
+from dtcp.parallelize import FullCheckpoint, SelectiveCheckpoint
+from dtcp.planner.cluster import GB, Cluster
+from dtcp.planner.forecast import AxisBytes
+from dtcp.planner.search import Candidate, Search, Wish
+from dtcp.planner.setup import Setup
+from dtcp.softmax import AllGatherAttention, HybridAttention, UlyssesAttention
+
+
+def strategy_name(setup: Setup) -> str:
+    """As --dtcp.strategy has it."""
+    match setup.attention:
+        case HybridAttention():
+            return f"hybrid({setup.attention.inner_ranks})"
+        case UlyssesAttention():
+            return "ulysses"
+        case AllGatherAttention():
+            return "all_gather"
+    return "ring"
+
+
+def checkpoint_name(setup: Setup) -> str:
+    """As the option activation_checkpoint has it."""
+    match setup.checkpoint:
+        case FullCheckpoint():
+            return "full"
+        case SelectiveCheckpoint():
+            return "selective"
+    return "none"
+
+
+def layout_name(setup: Setup) -> str:
+    """As --dtcp.layout has it."""
+    name = setup.layout.__name__
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+
+def mesh_name(setup: Setup) -> str:
+    """The axes that have ranks."""
+    degrees = setup.degrees
+    axes = ("dp_replicate", "dp_shard", "cp", "tp")
+    wide = [f"{axis} {getattr(degrees, axis)}" for axis in axes if getattr(degrees, axis) > 1]
+    return " x ".join(wide) or "one rank"
+
+
+def text_report(
+    name: str, parameters: int, wish: Wish, cluster: Cluster, search: Search, *, shown: int = 12
+) -> list[str]:
+    """Ranked setups with what bounds each; what does not fit; and what all of it rests on."""
+    documents = wish.documents
+    lengths = documents.lengths[0]
+    fitting = [candidate for candidate in search.candidates if candidate.fits]
+    rest = [candidate for candidate in search.candidates if not candidate.fits]
+    lines = [
+        f"model       {name}, {parameters / 1e9:,.2f} B parameters",
+        f"cluster     {cluster}",
+        f"batch       {wish.rows} row{'s' * (wish.rows > 1)} of {documents.seq_len:,} tokens a "
+        f"step, {len(lengths):,} document{'s' * (len(lengths) > 1)} a row, the longest "
+        f"{max(lengths):,}",
+        "",
+    ]
+    if fitting:
+        lines += ["fits, by modelled tokens/s (GB received a step by the busiest rank):", _HEAD]
+        lines += [_line(candidate) for candidate in fitting[:shown]]
+        if len(fitting) > shown:
+            lines.append(f"  and {len(fitting) - shown} more that fit")
+    if rest:
+        lines += ["", f"does not fit in {cluster.usable / GB:.0f} GB a GPU:"]
+        for each in rest[:shown]:
+            lines.append(
+                f"  {_what(each):<58} needs {each.forecast.memory.total / GB:8.1f} GB, "
+                f"{each.missing / GB:.1f} too many"
+            )
+        if len(rest) > shown:
+            lines.append(f"  and {len(rest) - shown} more that do not fit")
+    if search.refused:
+        lines += ["", "not possible:"]
+        for why, count in _reasons(search).items():
+            lines.append(f"  {count} setup{'s' * (count > 1)}: {why}")
+    return lines
+
+
+_HEAD = (
+    f"  {'mesh, strategy, layout, checkpointing':<58} {'tokens/s':>9} {'s/step':>7} {'GB peak':>8} "
+    f"{'cp':>7} {'fsdp':>7} {'tp':>7} {'exposed':>8}  bound by"
+)
+
+
+def _line(candidate: Candidate) -> str:
+    forecast, time = candidate.forecast, candidate.time
+    cp, axes = forecast.cp.total, forecast.by_axis
+    fsdp, tp = (axes.get(axis, AxisBytes()).total for axis in ("fsdp", "tp"))
+    exposed = sum(time.exposed.values()) / time.total
+    return (
+        f"  {_what(candidate):<58} {candidate.tokens_per_second:9,.0f} {time.total:7.2f} "
+        f"{forecast.memory.total / GB:8.1f} {cp / GB:7.1f} {fsdp / GB:7.1f} {tp / GB:7.1f} "
+        f"{exposed:8.0%}  {time.bound}"
+    )
+
+
+def _what(candidate: Candidate) -> str:
+    setup = candidate.setup
+    rows = setup.documents.batch
+    parts = [mesh_name(setup), strategy_name(setup), layout_name(setup), checkpoint_name(setup)]
+    if rows > 1:
+        parts.append(f"{rows} rows")
+    return ", ".join(parts)
+
+
+def _reasons(search: Search) -> dict[str, int]:
+    reasons: dict[str, int] = {}
+    for each in search.refused:
+        why = " ".join(each.why.split())
+        reasons[why] = reasons.get(why, 0) + 1
+    return reasons
+
+
+def detail_lines(candidate: Candidate, cluster: Cluster) -> list[str]:
+    """Memory, bytes and time of one setup, in full."""
+    forecast, time = candidate.forecast, candidate.time
+    setup, busiest = candidate.setup, candidate.forecast.busiest
+    lines = ["", f"best        {_what(candidate)}"]
+    parts = {name: size for name, size in forecast.memory.parts().items() if size}
+    lines.append(
+        f"memory      {forecast.memory.total / GB:.1f} GB at most, in {forecast.memory.where}: "
+        + ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items())
+    )
+    for axis, moved in {"cp": forecast.cp, **forecast.by_axis}.items():
+        lines.append(
+            f"{axis:<12}{moved.forward / GB:.2f} GB received forward, {moved.backward / GB:.2f} "
+            f"backward, a step"
+        )
+    crossing = busiest.crossing(setup.degrees.tp, cluster.per_node) * setup.micro_batches
+    lines.append(f"            of cp's, {crossing / GB:.2f} GB come from other nodes")
+    for mixer in busiest.mixers:
+        there, back = (sum(each.received) / GB for each in (mixer.forward, mixer.backward))
+        if there or back:
+            lines.append(
+                f"            {mixer.part} (x {mixer.count}): {there:.3f} forward, {back:.3f} "
+                f"backward, a layer and micro-batch"
+            )
+    exposed = ", ".join(f"{axis} {seconds:.2f}" for axis, seconds in time.exposed.items())
+    lines.append(
+        f"time        {time.total:.2f} s a step: matmuls {time.matmuls:.2f}, attention "
+        f"{time.mixers:.2f}, waited for {exposed}"
+    )
+    return lines
+
+
+def as_json(name: str, wish: Wish, cluster: Cluster, search: Search) -> dict[str, Any]:
+    """Everything, in bytes and seconds."""
+    return {
+        "model": name,
+        "parameters": search.best.forecast.parameters if search.candidates else None,
+        "cluster": str(cluster),
+        "seq_len": wish.documents.seq_len,
+        "documents": list(wish.documents.lengths[0]),
+        "rows": wish.rows,
+        "assumptions": cluster.assumptions(),
+        "candidates": [_candidate_json(candidate) for candidate in search.candidates],
+        "refused": [{"mesh": mesh_name(x.setup), "why": x.why} for x in search.refused],
+    }
+
+
+def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+    forecast, time, setup = candidate.forecast, candidate.time, candidate.setup
+    axes = {"cp": forecast.cp, **forecast.by_axis}
+    return {
+        "mesh": {axis: getattr(setup.degrees, axis) for axis in _AXES},
+        "strategy": strategy_name(setup),
+        "layout": layout_name(setup),
+        "checkpoint": checkpoint_name(setup),
+        "local_batch_size": setup.documents.batch,
+        "micro_batches": setup.micro_batches,
+        "fits": candidate.fits,
+        "missing": candidate.missing,
+        "tokens_per_second": candidate.tokens_per_second,
+        "memory": {**forecast.memory.parts(), "total": forecast.memory.total},
+        "received": {a: {"forward": x.forward, "backward": x.backward} for a, x in axes.items()},
+        "seconds": {
+            "total": time.total,
+            "matmuls": time.matmuls,
+            "mixers": time.mixers,
+            "exposed": time.exposed,
+        },
+        "bound_by": time.bound,
+        "flops": forecast.flops,
+    }
+
+
+_AXES = ("dp_replicate", "dp_shard", "cp", "tp")

@@ -1,0 +1,58 @@
+"""One way to run a model: mesh, batch, strategy, precision."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from dtcp.distributed.mesh import Degrees
+from dtcp.parallelize import ActivationCheckpoint, FullCheckpoint
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import HeadTail, SequenceLayout
+from dtcp.softmax import RingAttention
+from dtcp.softmax.style import AttentionStyle
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtypes of a run: those of FSDP's mixed precision, and of what the optimizer holds.
+
+    Args:
+        compute: of gathered parameters and activations.
+        reduce: of gradients while they are summed over ranks.
+        master: of parameters, gradients and the optimizer's states as they are kept.
+        states: of the optimizer, a parameter: 2 of Adam.
+    """
+
+    compute: torch.dtype = torch.bfloat16
+    reduce: torch.dtype = torch.float32
+    master: torch.dtype = torch.float32
+    states: int = 2
+
+
+BF16 = Precision()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is run.
+
+    Args:
+        documents: of one rank's rows of one micro-batch; its batch is local_batch_size.
+        micro_batches: passes forward and backward between two steps of the optimizer.
+        reshard: free a block's gathered parameters after its forward pass.
+    """
+
+    degrees: Degrees
+    documents: Documents
+    layout: type[SequenceLayout] = HeadTail
+    attention: AttentionStyle = field(default_factory=RingAttention)
+    checkpoint: ActivationCheckpoint = field(default_factory=FullCheckpoint)
+    precision: Precision = BF16
+    micro_batches: int = 1
+    reshard: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, on all ranks together."""
+        rows = self.documents.batch * self.degrees.dp_replicate * self.degrees.dp_shard
+        return rows * self.documents.seq_len * self.micro_batches

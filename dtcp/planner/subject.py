@@ -1,0 +1,304 @@
+"""Whose run is forecast: a model, its plan on a mesh, its batch and its loss."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dtcp.batch import ShardedBatch, shard_batch
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.labels import look_ahead
+from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
+from dtcp.parallelize import (
+    ParallelPlan,
+    deepseek_v4_plan,
+    gemma4_plan,
+    llama_plan,
+    qwen3_5_plan,
+)
+from dtcp.recurrent import RelayoutCP
+from dtcp.recurrent.style import RecurrentStyle
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.softmax.style import AttentionStyle
+
+Batch = tuple[dict[str, Tensor], ShardedBatch]
+
+
+class Subject(Protocol):
+    """A model that can be forecast."""
+
+    @property
+    def name(self) -> str: ...
+
+    def build(self) -> nn.Module:
+        """The model, on the device and in the dtype that are the default."""
+        ...
+
+    def plan(
+        self, model: nn.Module, mesh: ParallelMesh, attention: AttentionStyle, layout: Any
+    ) -> ParallelPlan:
+        """What its modules become; ValueError: this mesh or strategy does not suit it."""
+        ...
+
+    def batch(
+        self,
+        model: nn.Module,
+        mesh: ParallelMesh,
+        layout: type[SequenceLayout],
+        documents: Documents,
+    ) -> Batch:
+        """A rank's part of a batch of these documents."""
+        ...
+
+    def logits(
+        self, model: nn.Module, local: Mapping[str, Tensor], sharded: ShardedBatch
+    ) -> tuple[Tensor, ...]:
+        """Of the next token, and of those further ahead that it predicts."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A model family of dtcp's."""
+
+    model: Callable[[Any], nn.Module]
+    plan: Callable[[Any, ParallelMesh, AttentionStyle, Any], ParallelPlan]
+    config_from_hf: Callable[[Mapping[str, Any]], Any]
+
+
+def _qwen3_5_plan(
+    config: Any, mesh: ParallelMesh, attention: AttentionStyle, layout: Any
+) -> ParallelPlan:
+    relayout = None if layout in RecurrentStyle.layouts else RelayoutCP()
+    return qwen3_5_plan(config, mesh, attention, relayout=relayout)
+
+
+FAMILIES: Mapping[str, ModelFamily] = {
+    "llama": ModelFamily(
+        llama.Llama,
+        lambda config, mesh, how, _: llama_plan(config, mesh, how),
+        llama.config_from_hf,
+    ),
+    "gemma4": ModelFamily(
+        gemma4.Gemma4,
+        lambda config, mesh, how, _: gemma4_plan(config, mesh, how),
+        gemma4.config_from_hf,
+    ),
+    "qwen3_5": ModelFamily(qwen3_5.Qwen35, _qwen3_5_plan, qwen3_5.config_from_hf),
+    "deepseek_v4": ModelFamily(
+        deepseek_v4.DeepseekV4,
+        lambda config, mesh, *_: deepseek_v4_plan(config, mesh),
+        deepseek_v4.config_from_hf,
+    ),
+}
+
+MODEL_TYPES: Mapping[str, str] = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3"), "llama"),
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), "gemma4"),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), "qwen3_5"),
+    "deepseek_v4": "deepseek_v4",
+}
+"""Hugging Face's model types that a family of ours carries out."""
+
+
+@dataclass(frozen=True)
+class FamilyModel:
+    """A model of one of dtcp's families, as train.py runs it.
+
+    Args:
+        family: a name of FAMILIES.
+        config: of its folder in dtcp.models.
+    """
+
+    name: str
+    family: str
+    config: Any
+
+    def build(self) -> nn.Module:
+        return FAMILIES[self.family].model(self.config)
+
+    def plan(
+        self, model: nn.Module, mesh: ParallelMesh, attention: AttentionStyle, layout: Any
+    ) -> ParallelPlan:
+        return FAMILIES[self.family].plan(self.config, mesh, attention, layout)
+
+    def batch(
+        self,
+        model: nn.Module,
+        mesh: ParallelMesh,
+        layout: type[SequenceLayout],
+        documents: Documents,
+    ) -> Batch:
+        ids = torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64)
+        rows = {"input_ids": ids, "labels": ids, "position_ids": documents.position_ids()}
+        if getattr(self.config, "vision_blocks", False):
+            rows["mm_token_type_ids"] = torch.zeros_like(ids)
+        if depths := self._depths:
+            rows |= look_ahead(ids, ids, documents, depths=depths)
+        return shard_batch(
+            rows, mesh, layout, model=model, documents=documents, compare_ranks=False
+        )
+
+    def logits(
+        self, model: nn.Module, local: Mapping[str, Tensor], sharded: ShardedBatch
+    ) -> tuple[Tensor, ...]:
+        inputs = [local["input_ids"], local["position_ids"], sharded.attn_metadata]
+        if self._depths:
+            inputs.append(local["mtp_input_ids"])
+        return _as_tuple(model(*inputs))
+
+    @property
+    def _depths(self) -> int:
+        return getattr(self.config, "num_mtp_layers", 0)
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """An unmodified model of transformers, as parallelize_hf runs it."""
+
+    name: str
+    config: Any = field(repr=False)
+
+    def build(self) -> nn.Module:
+        from dtcp.check.configs import model_of
+
+        model: nn.Module = model_of(self.config)
+        return model
+
+    def plan(
+        self, model: nn.Module, mesh: ParallelMesh, attention: AttentionStyle, layout: Any
+    ) -> ParallelPlan:
+        from dtcp.huggingface import install_mixers
+        from dtcp.parallelize.plans.huggingface import hf_plan
+        from dtcp.parallelize.tensor_parallel import separate_gate_and_up
+
+        survey = install_mixers(model)
+        separate_gate_and_up(model)
+        return hf_plan(model, survey, mesh, attention)
+
+    def batch(
+        self,
+        model: nn.Module,
+        mesh: ParallelMesh,
+        layout: type[SequenceLayout],
+        documents: Documents,
+    ) -> Batch:
+        from dtcp.huggingface import shard_hf_batch
+
+        ids = torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64)
+        rows = {"input_ids": ids, "labels": ids, "position_ids": documents.position_ids()}
+        return shard_hf_batch(rows, mesh, layout, model=model, compare_ranks=False)
+
+    def logits(
+        self, model: nn.Module, local: Mapping[str, Tensor], sharded: ShardedBatch
+    ) -> tuple[Tensor, ...]:
+        inputs = {key: x for key, x in local.items() if key not in ("labels", "padding_mask")}
+        return _as_tuple(
+            model(**inputs, attn_metadata=sharded.attn_metadata, use_cache=False).logits
+        )
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """A model with mixers that somebody wrote, called as ours are, and its plan.
+
+    Args:
+        make: returns the model.
+        make_plan: model, mesh and strategy to a ParallelPlan.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    make_plan: Callable[[nn.Module, ParallelMesh, AttentionStyle], ParallelPlan]
+
+    def build(self) -> nn.Module:
+        return self.make()
+
+    def plan(
+        self, model: nn.Module, mesh: ParallelMesh, attention: AttentionStyle, layout: Any
+    ) -> ParallelPlan:
+        return self.make_plan(model, mesh, attention)
+
+    def batch(
+        self,
+        model: nn.Module,
+        mesh: ParallelMesh,
+        layout: type[SequenceLayout],
+        documents: Documents,
+    ) -> Batch:
+        ids = torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64)
+        rows = {"input_ids": ids, "labels": ids, "position_ids": documents.position_ids()}
+        return shard_batch(
+            rows, mesh, layout, model=model, documents=documents, compare_ranks=False
+        )
+
+    def logits(
+        self, model: nn.Module, local: Mapping[str, Tensor], sharded: ShardedBatch
+    ) -> tuple[Tensor, ...]:
+        return _as_tuple(model(local["input_ids"], local["position_ids"], sharded.attn_metadata))
+
+
+def _as_tuple(logits: Any) -> tuple[Tensor, ...]:
+    return logits if isinstance(logits, tuple) else (logits,)
+
+
+def subject_of_hf(source: str) -> Subject:
+    """The model of a config.json, of its folder, or of a preset's name.
+
+    Raises:
+        ValueError: no such file or preset, or a config that its family refuses.
+    """
+    name, fields = read_config(source)
+    text = fields.get("text_config", fields)
+    family = MODEL_TYPES.get(str(fields["model_type"])) or MODEL_TYPES.get(
+        str(text.get("model_type"))
+    )
+    if family is not None:
+        return FamilyModel(name, family, FAMILIES[family].config_from_hf(fields))
+    from transformers import AutoConfig
+
+    try:
+        rest = {key: value for key, value in fields.items() if key != "model_type"}
+        config = AutoConfig.for_model(fields["model_type"], **rest)
+    except ValueError as error:
+        raise ValueError(
+            f"A config is one that transformers or dtcp knows, got model_type="
+            f"{fields['model_type']!r} ({str(error).splitlines()[0]}): correct the config."
+        ) from None
+    return HuggingFaceModel(name, config)
+
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def read_config(source: str) -> tuple[str, dict[str, Any]]:
+    """(name, fields) of a config.json.
+
+    Raises:
+        ValueError: no such file or preset; no JSON; no model_type.
+    """
+    preset = PRESETS / f"{source}.json"
+    path = preset if preset.is_file() else Path(source)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        known = ", ".join(sorted(each.stem for each in PRESETS.glob("*.json")))
+        raise ValueError(
+            f"A config is a config.json, its folder or a preset, got {source!r}: correct the path, "
+            f"or take one of {known}."
+        )
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"A config is a file of JSON, got {source!r}: {error}.") from None
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise ValueError(
+            f"A config names its model_type, got {source!r} without one: add it to the file."
+        )
+    name = path.parent.name if path.name == "config.json" else path.stem
+    return name, fields

@@ -1,0 +1,84 @@
+"""How long a step takes, modelled: compute, transfers, and what of these is waited for."""
+
+from dataclasses import dataclass
+
+from dtcp.planner.cluster import Cluster
+from dtcp.planner.forecast import AxisBytes, Forecast, RankForecast
+from dtcp.softmax import HybridAttention, RingAttention
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step on the busiest rank.
+
+    Args:
+        matmuls, mixers: compute.
+        cp, fsdp, tp: transfers, each as if alone.
+        exposed: by axis, what compute does not hide.
+    """
+
+    matmuls: float
+    mixers: float
+    cp: float
+    fsdp: float
+    tp: float
+    exposed: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return self.matmuls + self.mixers + sum(self.exposed.values())
+
+    @property
+    def bound(self) -> str:
+        """What takes most of it."""
+        parts = {"matmuls": self.matmuls, "attention": self.mixers}
+        parts |= {f"{axis} transfers": seconds for axis, seconds in self.exposed.items()}
+        return max(parts, key=lambda name: parts[name])
+
+
+def step_time(forecast: Forecast, cluster: Cluster) -> StepTime:
+    """The model: rates of the cluster over the numbers of the forecast."""
+    setup = forecast.setup
+    times = setup.micro_batches
+    matmuls = sum(forecast.matmul_flops.values()) * times / (cluster.flops * cluster.matmul)
+    rate = cluster.flops * cluster.mixer
+    ranks = [
+        (rank.flops * times / rate, cp_seconds(forecast, rank, cluster)) for rank in forecast.ranks
+    ]
+    # All wait for the slowest; its compute and its transfers are one rank's.
+    ring = isinstance(setup.attention, RingAttention) or (
+        isinstance(setup.attention, HybridAttention)
+        and isinstance(setup.attention.outer, RingAttention)
+    )
+    mixers, cp = max(ranks, key=lambda pair: max(pair) if ring else sum(pair))
+    tp = _seconds(forecast.by_axis.get("tp", AxisBytes()), setup.degrees.tp, 1, cluster)
+    ranks_of_weights = setup.degrees.dp_shard * setup.degrees.cp * setup.degrees.dp_replicate
+    fsdp = _seconds(
+        forecast.by_axis.get("fsdp", AxisBytes()), ranks_of_weights, setup.degrees.tp, cluster
+    )
+    exposed = {
+        "cp": max(0.0, cp - mixers) if ring else cp,
+        "tp": tp,
+        "fsdp": max(0.0, fsdp - matmuls - mixers),
+    }
+    return StepTime(matmuls, mixers, cp, fsdp, tp, exposed)
+
+
+def cp_seconds(forecast: Forecast, rank: RankForecast, cluster: Cluster) -> float:
+    """Transfers of the axis cp, from owner to user: the network's part and the node's."""
+    setup = forecast.setup
+    crossing = rank.crossing(setup.degrees.tp, cluster.per_node)
+    inside = rank.received.total - crossing
+    seconds = crossing / cluster.between + inside / cluster.inside
+    return seconds * setup.micro_batches
+
+
+def _seconds(moved: AxisBytes, ranks: int, stride: int, cluster: Cluster) -> float:
+    """A collective among `ranks` neighbours, `stride` apart: a ring enters each node once."""
+    if ranks == 1:
+        return 0.0
+    in_node = max(1, cluster.per_node // stride)
+    if ranks <= in_node:
+        return moved.total / cluster.inside
+    # What comes into a node is shared by the ports of its GPUs.
+    return max(moved.total / cluster.inside, moved.total / in_node / cluster.between)

@@ -1,0 +1,277 @@
+"""What one step of a model does, noted while it runs on tensors that have sizes and no memory.
+
+A mode stands above fake tensors and sees every op: what our ops move (their `moves`), the
+collectives of torch, matmuls, and every tensor that is made and let go. Stretches of the step are
+named by the block that they belong to, so that one block of a kind can stand for all of them.
+"""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import flop_registry
+
+from dtcp._torch import (
+    OpOverload,
+    TorchDispatchMode,
+    argument_names,
+    flat_leaves,
+    packet_of,
+    process_group,
+    put_back,
+    real_tensors,
+    storage_key,
+)
+from dtcp.distributed.ops import moves_of
+from dtcp.metadata import BatchMetadata, MetadataKey
+
+OUTSIDE = "outside of blocks"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a step something happens."""
+
+    part: str = OUTSIDE
+    backward: bool = False
+
+
+@dataclass(frozen=True)
+class Size:
+    """A tensor without its data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Table:
+    """One of the tensors of a batch's metadata."""
+
+    key: MetadataKey
+    index: int
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One call of an op of ours, to be asked again for another batch or rank."""
+
+    place: Place
+    op: OpOverload
+    spec: Any
+    leaves: tuple[Any, ...]
+
+    def arguments(
+        self, tables: Mapping[MetadataKey, Sequence[Tensor]], groups: Mapping[str, str]
+    ) -> tuple[Any, Any]:
+        """(args, kwargs) with a batch's tables and a rank's groups in the place of the traced."""
+        leaves = []
+        for leaf in self.leaves:
+            if isinstance(leaf, Table):
+                leaf = tables[leaf.key][leaf.index]
+            elif isinstance(leaf, str):
+                leaf = groups.get(leaf, leaf)
+            elif isinstance(leaf, Size):
+                leaf = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+            leaves.append(leaf)
+        args, kwargs = put_back(leaves, self.spec)
+        return args, kwargs
+
+
+@dataclass
+class Stretch:
+    """Bytes alive in a stretch of the step: when it began, at most, and when it ended."""
+
+    place: Place
+    start: int
+    peak: int
+    end: int
+
+
+@dataclass
+class Trace:
+    """What a step did."""
+
+    calls: list[OpCall] = field(default_factory=list)
+    collectives: dict[tuple[Place, str], int] = field(default_factory=lambda: defaultdict(int))
+    """Bytes received in torch's collectives, by place and name of the process group."""
+    flops: dict[Place, int] = field(default_factory=lambda: defaultdict(int))
+    """Of matmuls; those of mixers depend on the batch."""
+    stretches: list[Stretch] = field(default_factory=list)
+
+    def parts(self) -> Iterator[str]:
+        """The names of all places."""
+        yield from dict.fromkeys(stretch.place.part for stretch in self.stretches)
+
+
+class StepRecorder(TorchDispatchMode):
+    """Notes a step. Open it above fake tensors' mode, or around real ones.
+
+    Args:
+        metadata: of the batch that is run; its tables are recognized in the calls.
+    """
+
+    def __init__(self, metadata: BatchMetadata) -> None:
+        super().__init__()
+        self.trace, self.place, self.live = Trace(), Place(), 0
+        self._alive: dict[int, int] = {}
+        self._tables = {
+            id(tensor): Table(key, index)
+            for key in metadata
+            for index, tensor in enumerate(metadata[key].tensors())
+        }
+        self._open(Place())
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Leave these out of what is alive: weights, and the batch."""
+        for x in tensors:
+            local = x.to_local() if isinstance(x, DTensor) else x
+            self._alive[storage_key(local.untyped_storage())] = 0
+
+    def enter(self, place: Place) -> None:
+        """What follows belongs there."""
+        self.trace.stretches[-1].end = self.live
+        self._open(place)
+
+    def close(self) -> Trace:
+        """The whole step."""
+        self.trace.stretches[-1].end = self.live
+        return self.trace
+
+    def _open(self, place: Place) -> None:
+        self.place = place
+        self.trace.stretches.append(Stretch(place, self.live, self.live, self.live))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            # What it does comes by again, on local tensors.
+            return NotImplemented
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func.name()
+        if name.startswith("dtcp::"):
+            self._note_call(func, args, kwargs)
+        elif name.startswith(("_c10d_functional::", "c10d::")):
+            group, size = collective_bytes(func, args, kwargs)
+            self.trace.collectives[self.place, group] += size
+        elif (count := flop_registry.get(packet_of(func))) is not None:
+            self.trace.flops[self.place] += count(*args, **kwargs, out_val=out)
+        self._weigh(out)
+        return out
+
+    def _note_call(self, func: OpOverload, args: Any, kwargs: Any) -> None:
+        leaves, spec = flat_leaves((args, kwargs))
+        # Before sizes stand for them: what is held inside, on top of what is alive.
+        if (moves := moves_of(func)) is not None:
+            with real_tensors():
+                self._rise(moves(*args, **kwargs).workspace)
+        kept = tuple(self._kept(leaf) for leaf in leaves)
+        self.trace.calls.append(OpCall(self.place, func, spec, kept))
+
+    def _kept(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) in self._tables:
+            return self._tables[id(leaf)]
+        return Size(tuple(leaf.shape), leaf.dtype)
+
+    def _weigh(self, out: Any) -> None:
+        for x in flat_leaves(out)[0]:
+            if not isinstance(x, Tensor):
+                continue
+            storage = x.untyped_storage()
+            key, size = storage_key(storage), storage.nbytes()
+            if key not in self._alive and size:
+                self._alive[key] = size
+                self.live += size
+                weakref.finalize(storage, self._let_go, key)
+        self._rise(0)
+
+    def _rise(self, above: int) -> None:
+        stretch = self.trace.stretches[-1]
+        stretch.peak = max(stretch.peak, self.live + above)
+
+    def _let_go(self, key: int) -> None:
+        self.live -= self._alive.pop(key, 0)
+
+
+def collective_bytes(func: OpOverload, args: Any, kwargs: Any) -> tuple[str, int]:
+    """(name of the group, bytes that a rank receives) of one of torch's collectives.
+
+    All-gather: the others' parts. Reduce-scatter: the others' summands of the own part. All-reduce:
+    both, one after the other. Waiting and the like moves nothing.
+    """
+    name = func.name().partition("::")[2]
+    bound = {**dict(zip(argument_names(func), args, strict=False)), **kwargs}
+    group = _group_of(bound)
+    if group is None:
+        return "", 0
+    n = dist.get_world_size(process_group(group))
+    tensors = [x for x in flat_leaves(args)[0] if isinstance(x, Tensor)]
+    sizes = [x.numel() * x.element_size() for x in tensors]
+    if "all_reduce" in name or "allreduce" in name:
+        return group, 2 * (n - 1) * sum(sizes) // n
+    if "reduce_scatter" in name:
+        whole = max(sizes)
+        return group, whole // n * (n - 1)
+    if "all_gather" in name or "allgather" in name:
+        # A call that names its output lists it beside its input.
+        return group, (n - 1) * min(sizes)
+    if "all_to_all" in name or "alltoall" in name:
+        return group, max(sizes) // n * (n - 1)
+    return group, 0
+
+
+def _group_of(bound: Mapping[str, Any]) -> str | None:
+    group = bound.get("group_name", bound.get("process_group"))
+    if isinstance(group, str):
+        return group
+    if group is None:
+        return None
+    boxed = dist.ProcessGroup.unbox(group) if not isinstance(group, dist.ProcessGroup) else group
+    name: str = boxed.group_name
+    return name
+
+
+def follow_blocks(
+    recorder: Callable[[], StepRecorder], blocks: Mapping[str, nn.Module]
+) -> list[Any]:
+    """Tell the recorder when a block's forward and backward begin. Returns hooks to remove."""
+    followed: set[int] = set()
+    hooks = []
+
+    def before(name: str, args: Any) -> None:
+        x = _first(args)
+        if x is not None and x.requires_grad and id(x) not in followed:
+            x.register_hook(lambda _: recorder().enter(Place(backward=True)))
+        recorder().enter(Place(name))
+
+    def after(name: str, out: Any) -> None:
+        recorder().enter(Place())
+        x = _first(out)
+        if x is not None and x.requires_grad:
+            followed.add(id(x))
+            x.register_hook(lambda _: recorder().enter(Place(name, backward=True)))
+
+    for name, block in blocks.items():
+        hooks.append(block.register_forward_pre_hook(lambda _, args, name=name: before(name, args)))
+        hooks.append(block.register_forward_hook(lambda _, args, out, name=name: after(name, out)))
+    return hooks
+
+
+def _first(x: Any) -> Tensor | None:
+    """The stream, among what a block is called with or returns."""
+    return next(
+        (
+            leaf
+            for leaf in flat_leaves(x)[0]
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ),
+        None,
+    )

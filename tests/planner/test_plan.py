@@ -1,0 +1,174 @@
+"""The planner's command: what it ranks, what it says of what does not fit, what it refuses."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from dtcp.distributed.mesh import Degrees
+from dtcp.models import llama
+from dtcp.parallelize import FullCheckpoint, NoCheckpoint
+from dtcp.plan import __main__ as command
+from dtcp.plan.source import documents_of
+from dtcp.planner.cluster import GB, cluster_of
+from dtcp.planner.forecast import forecast
+from dtcp.planner.search import Planner, Wish
+from dtcp.planner.setup import Setup
+from dtcp.planner.subject import FamilyModel, subject_of_hf
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail
+
+TINY = FamilyModel("tiny", "llama", llama.tiny())
+ROW = Documents.single(1, 2**17)
+
+
+def run(capsys, *arguments):
+    """(exit code, what was printed, what was said on stderr)."""
+    code = command.run_planner(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_plan_ranks_what_fits_and_prints_the_command(capsys):
+    code, out, _ = run(
+        capsys, "--config", "llama3_8b_128k", "--cluster", "8xH100", "--mesh", "cp=8"
+    )
+    assert code == 0
+    assert "torchrun --nproc-per-node 8 train.py --config llama3_8b_128k" in out
+    assert "--parallelism.context_parallel_degree 8" in out and "assumed:" in out
+    assert "needs" in out and "too many" in out  # keeping all activations does not fit
+
+
+def test_plan_says_what_would_do_where_nothing_fits(capsys):
+    code, _, err = run(
+        capsys, "--hf-config", "llama3.1-8b", "--cluster", "1xH100", "--seq-len", "131072"
+    )
+    assert code == 1
+    assert "got 1 x H100 in 1 node where the best setup lacks" in err
+    assert "2xH100 would do" in err or "4xH100 would do" in err or "8xH100 would do" in err
+
+
+def test_plan_as_json_has_bytes_and_seconds(capsys):
+    code, out, _ = run(
+        capsys, "--hf-config", "llama3.1-8b", "--cluster", "8xH200", "--mesh", "cp=8", "--json"
+    )
+    found = json.loads(out)
+    best = found["candidates"][0]
+    assert code == 0 and best["fits"] and best["mesh"]["cp"] == 8
+    assert best["memory"]["total"] == sum(
+        size for name, size in best["memory"].items() if name != "total"
+    )
+    assert found["assumptions"] and best["received"]["cp"]["forward"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--hf-config", "nowhere.json"], "A config is a config.json, its folder or a preset"),
+        (["--hf-config", "llama3.1-8b", "--cluster", "eight"], "A cluster is so many GPUs of a"),
+        (["--hf-config", "llama3.1-8b", "--mesh", "cp=3"], "A mesh has all GPUs of its cluster"),
+        (["--hf-config", "llama3.1-8b", "--mesh", "ep=3"], "A mesh is given as cp=8,tp=1"),
+        (["--hf-config", "llama3.1-8b", "--documents", "nope"], "Documents are single, lognormal"),
+        (["--hf-config", "llama3.1-8b", "--documents", "lognormal:0:1"], "Lengths are drawn as"),
+        (["--hf-config", "llama3.1-8b", "--training.steps", "3"], "Settings belong to a config"),
+        (["--config", "nope"], "A config is a function of the module"),
+        (["--model", "nowhere:f", "--plan", "nowhere:g"], "A model and its plan are functions"),
+    ],
+)
+def test_plan_refuses_bad_input_in_a_sentence(capsys, arguments, said):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_plan_refuses_a_document_longer_than_its_row(tmp_path):
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text("100 900\n")
+    with pytest.raises(ValueError, match="A document lies in one row, got one of 900 tokens"):
+        documents_of(str(lengths), 512)
+    assert documents_of(str(lengths), 1024).lengths == ((100, 900),)
+
+
+def test_plan_draws_documents_that_fill_the_row():
+    (lengths,) = documents_of("lognormal:2048:1.5", 2**17).lengths
+    assert sum(lengths) == 2**17 and len(lengths) > 5
+
+
+def test_plan_refuses_a_mixer_whose_bytes_are_unknown():
+    from dtcp.softmax import RingAttention
+
+    class Unknown(RingAttention):
+        moves = None
+
+    setup = Setup(Degrees(cp=2), Documents.single(1, 256), attention=Unknown())
+    with pytest.raises(ValueError, match=r"got 'layers.0.attention.mixer', a .* has no moves"):
+        forecast(TINY, setup)
+
+
+def test_plan_forecasts_more_memory_with_less_recomputation():
+    setups = [
+        Setup(Degrees(cp=4), ROW, checkpoint=checkpoint)
+        for checkpoint in (FullCheckpoint(), NoCheckpoint())
+    ]
+    full, none = (forecast(TINY, setup).memory for setup in setups)
+    assert none.activations > 2 * full.activations
+    assert none.parameters == full.parameters
+
+
+def test_plan_of_more_ranks_has_less_of_everything():
+    found = [forecast(TINY, Setup(Degrees(cp=cp), ROW)) for cp in (2, 8)]
+    assert found[1].memory.total < found[0].memory.total
+    assert found[1].memory.parameters * 4 == found[0].memory.parameters
+
+
+def test_forecast_gemma4_31b_at_128k_receives_what_the_readme_says():
+    """5.5 GB forward in contiguous shards, 6.0 balanced; GB of the busiest of 8 ranks."""
+    subject = subject_of_hf("gemma4-31b")
+    for layout, most in ((Contiguous, 5.54e9), (HeadTail, 6.04e9)):
+        setup = Setup(Degrees(cp=8), ROW, layout, checkpoint=NoCheckpoint())
+        received = forecast(subject, setup).busiest.received.forward
+        assert received == pytest.approx(most, rel=2e-3)
+
+
+def test_plan_of_thousands_of_gpus_looks_at_one_row_only():
+    planner = Planner(TINY, cluster_of("4096xH100"), Wish(Documents.single(1, 4096), 4096))
+    candidate = planner.candidate(
+        Setup(Degrees(dp_replicate=8, dp_shard=128, cp=4), planner.wish.documents)
+    )
+    assert candidate.fits and candidate.setup.tokens == 4096 * 1024
+
+
+def test_plan_of_a_model_of_ones_own(capsys):
+    here = f"{__name__}"
+    code, out, _ = run(
+        capsys,
+        *("--model", f"{here}:own_model", "--plan", f"{here}:own_plan"),
+        *("--cluster", "2xH100", "--seq-len", "4096", "--mesh", "cp=2"),
+    )
+    assert code == 0 and "YOUR_SCRIPT.py" in out
+
+
+def own_model() -> nn.Module:
+    return llama.Llama(llama.tiny())
+
+
+def own_plan(model, mesh, style):
+    from dtcp.parallelize import llama_plan
+
+    return llama_plan(model.config, mesh, style)
+
+
+def test_a_cluster_is_read_from_a_file(tmp_path):
+    path = tmp_path / "cluster.json"
+    path.write_text(json.dumps({"kind": "H200", "gpus": 16, "matmul": 0.7}))
+    cluster = cluster_of(str(path))
+    assert (cluster.gpus, cluster.matmul, cluster.memory) == (16, 0.7, 141 * GB)
+    path.write_text(json.dumps({"kind": "H200", "speed": 1}))
+    with pytest.raises(ValueError, match="A cluster's file is JSON with the fields"):
+        cluster_of(str(path))
+
+
+def test_forecast_leaves_torch_as_it_was():
+    before = torch.get_default_dtype()
+    forecast(TINY, Setup(Degrees(cp=2), Documents.single(1, 512)))
+    assert torch.get_default_dtype() == before and not torch.distributed.is_initialized()
