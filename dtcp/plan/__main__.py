@@ -16,6 +16,7 @@ import torch
 
 from dtcp.distributed.mesh import Degrees
 from dtcp.plan.source import Request, request_of
+from dtcp.plan.sweep import collect, sweep_points, write_sweep
 from dtcp.planner.cluster import GB, Cluster, cluster_of
 from dtcp.planner.report import (
     as_json,
@@ -36,14 +37,34 @@ def run_planner(argv: list[str]) -> int:
     # DTensor and HF models warn of what no plan depends on.
     warnings.simplefilter("ignore")
     try:
+        if arguments.collect:
+            print("\n".join(collect(Path(arguments.collect))))
+            return 0
         cluster = cluster_of(arguments.cluster)
         request = request_of(arguments, rest)
+        if arguments.sweep:
+            return _sweep(request, cluster, arguments)
         planner = Planner(request.subject, cluster, request.wish)
         search = _search(planner, arguments)
     except (ValueError, TypeError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return _show(arguments, request, planner, cluster, search)
+
+
+def _sweep(request: Request, cluster: Cluster, arguments: argparse.Namespace) -> int:
+    words = arguments.ranks.split(",")
+    if not all(word.isdigit() and int(word) for word in words):
+        raise ValueError(
+            f"A sweep goes over numbers of ranks, got --ranks {arguments.ranks}: give 1,2,4,8."
+        )
+    points = sweep_points(
+        arguments.sweep, [int(word) for word in words], request.wish.documents.seq_len
+    )
+    folder = Path(arguments.out)
+    print("\n".join(write_sweep(request, cluster, points, folder, arguments.steps)))
+    print(f"written to {folder / 'runs.sh'}; then: python -m dtcp.plan --collect {folder}")
+    return 0
 
 
 def _search(planner: Planner, arguments: argparse.Namespace) -> Search:
@@ -165,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m dtcp.plan", description=__doc__, allow_abbrev=False
     )
     model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--collect", default="", help="a sweep's folder: read its logs, plot them")
     model.add_argument("--config", help="a config of train.py; --section.key VALUE changes it")
     model.add_argument("--hf-config", help="a config.json, its folder, or a preset")
     model.add_argument("--model", help="module:function that returns a model with mixers")
@@ -180,6 +202,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mesh", default="", help="this mesh alone, as cp=8,tp=1")
     parser.add_argument("--json", action="store_true", help="everything, in bytes and seconds")
     parser.add_argument("--html", default="", help="a page with pictures, in one file")
+    parser.add_argument(
+        "--sweep", choices=("weak", "strong"), help="write runs over --ranks: rows grow, or stay"
+    )
+    parser.add_argument("--ranks", default="1,2,4,8", help="of the runs of a sweep")
+    parser.add_argument("--out", default="outputs/sweep", help="the folder of a sweep")
+    parser.add_argument("--steps", type=int, default=8, help="of each run of a sweep")
     return parser
 
 

@@ -3,13 +3,14 @@
 import argparse
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from dtcp.parallelize import ActivationCheckpoint, FullCheckpoint
 from dtcp.planner.cluster import cluster_of
 from dtcp.planner.search import Wish
 from dtcp.planner.setup import BF16, Precision
@@ -25,11 +26,13 @@ class Request:
 
     Args:
         command: the start of a command line, without what the planner chooses; empty for none.
+        checkpoint: what its blocks keep, as the config has it.
     """
 
     subject: Subject
     wish: Wish
     command: str = ""
+    checkpoint: ActivationCheckpoint = field(default_factory=FullCheckpoint)
 
 
 def request_of(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
@@ -59,6 +62,8 @@ def request_of(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
 
 
 def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
+    from dtcp.torchtitan.parallelize import checkpoint_of
+
     from dtcp.pretrain.options import parse
 
     config = parse(["--config", arguments.config, *rest])
@@ -81,7 +86,7 @@ def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
     command = " ".join(["train.py", "--config", arguments.config, *rest])
     if arguments.seq_len and arguments.seq_len != training.seq_len:
         command += f" --training.seq_len {arguments.seq_len}"
-    return Request(subject, wish, command)
+    return Request(subject, wish, command, checkpoint_of(config.activation_checkpoint))
 
 
 def _wish(

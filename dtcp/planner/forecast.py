@@ -251,6 +251,17 @@ def _asked(
     return moved, mixer_flops(call.op, args)
 
 
+def received_over_cp(step: TracedStep, metadata: BatchMetadata) -> int:
+    """Bytes that this rank receives over cp for a batch: what the host's tables alone tell."""
+    tables = {key: metadata[key].tensors() for key in metadata}
+    total = 0
+    for call in step.trace.calls:
+        if (moves := moves_of(call.op)) is not None:
+            args, kwargs = call.arguments(tables, NO_GROUPS)
+            total += step.times(call.place.part) * sum(moves(*args, **kwargs).received)
+    return total
+
+
 def torch_bytes(step: TracedStep, setup: Setup) -> dict[str, AxisBytes]:
     """Bytes that torch's collectives bring a rank in a step, by axis."""
     by_axis: dict[str, AxisBytes] = defaultdict(AxisBytes)

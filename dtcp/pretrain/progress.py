@@ -21,6 +21,7 @@ from torchtitan.components.metrics import MetricsProcessor
 from dtcp.distributed.ledger import LEDGER, traffic_since
 from dtcp.mixer import Mixer
 from dtcp.parallelize.experts import largest_load
+from dtcp.pretrain.expected import warning
 
 RECENT = 20  # steps whose mean duration predicts the time that is left
 
@@ -65,6 +66,7 @@ class Progress(MetricsProcessor):
         self.steps = config_dict["training"]["steps"]
         self.losses: dict[int, float] = {}
         self._traffic = LEDGER.snapshot()
+        self.expected = 0  # bytes over cp since the last line, of a run that is held to a forecast
         self._last_step: int | None = None
         self._seconds: deque[float] = deque(maxlen=RECENT)
 
@@ -109,13 +111,17 @@ class Progress(MetricsProcessor):
         }
         self.logger.log(metrics, step)
         self.losses[step] = global_avg_loss
+        expected = self.expected / steps
+        held = f", {received / expected:.3f} of what is expected" if expected else ""
         say(
             f"step {step:>5}/{self.steps}  loss {global_avg_loss:8.5f}  grad {grad_norm:7.4f}  "
             f"{tokens:9,.0f} tokens/s  {memory:5.2f} GiB  "
-            f"rank 0 received {_bytes(received)} for cp  "
+            f"rank 0 received {_bytes(received)} for cp{held}  "
             f"{'' if load is None else f'experts {load:.2f} of mean  '}"
             f"{self._time_left(step, seconds)} left"
         )
+        if expected and (said := warning(received, expected)):
+            say(said)
         self._last_step = step
         self._traffic = LEDGER.snapshot()
         self._reset()
@@ -130,6 +136,7 @@ class Progress(MetricsProcessor):
 
     def _reset(self) -> None:
         self.ntokens_since_last_log = 0
+        self.expected = 0
         self.data_loading_times.clear()
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()

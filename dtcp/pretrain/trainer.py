@@ -14,6 +14,7 @@ from signal import Signals
 from typing import Any
 
 from dtcp.torchtitan.model_spec import PlainModel
+from dtcp.torchtitan.parallelize import checkpoint_of
 from dtcp.torchtitan.section import Section
 
 import torch
@@ -30,6 +31,7 @@ from dtcp.experts import RouterLoss
 from dtcp.labels import look_ahead
 from dtcp.pretrain.config_check import check_by_torchtitan, check_settings
 from dtcp.pretrain.data import PackedDocuments, open_source
+from dtcp.pretrain.expected import Expectation, expectation
 from dtcp.pretrain.folder_lock import FolderLock
 from dtcp.pretrain.output_folder import check_output
 from dtcp.pretrain.progress import describe_run, say
@@ -74,6 +76,7 @@ class Trainer(titan.Trainer):
     resumed_step: int = 0
     stopped_by: int = 0
     """The signal that all ranks stopped for; 0 where none did."""
+    expected: Expectation | None = None
     lock: FolderLock | None = None
     """Rank 0's right to write the run's folder."""
 
@@ -90,6 +93,11 @@ class Trainer(titan.Trainer):
         if config.validator.enable:
             self.validator.mesh, self.validator.section = self.mesh, config.dtcp
         say(describe_run(self))
+        if config.dtcp.forecast:
+            checkpoint = checkpoint_of(config.activation_checkpoint)
+            rows = config.training.local_batch_size
+            self.expected = expectation(config, self.mesh, checkpoint, rows)
+            say(self.expected.lines())
 
     def train(self) -> None:
         """Train to the last step; or to a signal or the end of the data, and save there."""
@@ -147,6 +155,9 @@ class Trainer(titan.Trainer):
             model=self.model_parts[0],
         )
         self.ntokens_seen += batch[0].numel()
+        if self.expected is not None:
+            metadata = batch[2][forward_names(self.model_parts[0])[1]]
+            self.metrics_processor.expected += self.expected.received(metadata)
         return batch
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], Tensor]]) -> None:

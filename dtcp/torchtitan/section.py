@@ -54,6 +54,9 @@ class Section:
     device: Literal["auto", "cpu", "accelerator"] = "auto"
     """What train.py starts ranks on by itself: "auto" takes accelerators where the mesh fits."""
 
+    forecast: bool = False
+    """Say at the start what a step should move and hold, and hold the bytes of each step to it."""
+
     verify: int = 0
     """Run this many steps, repeat them on one device, compare the losses, and stop."""
 

@@ -30,6 +30,7 @@ def run(capsys, *arguments):
     return code, out, err
 
 
+@pytest.mark.slow
 def test_plan_ranks_what_fits_and_prints_the_command(capsys):
     code, out, _ = run(
         capsys, "--config", "llama3_8b_128k", "--cluster", "8xH100", "--mesh", "cp=8"
@@ -40,6 +41,7 @@ def test_plan_ranks_what_fits_and_prints_the_command(capsys):
     assert "needs" in out and "too many" in out  # keeping all activations does not fit
 
 
+@pytest.mark.slow
 def test_plan_says_what_would_do_where_nothing_fits(capsys):
     code, _, err = run(
         capsys, "--hf-config", "llama3.1-8b", "--cluster", "1xH100", "--seq-len", "131072"
@@ -49,6 +51,7 @@ def test_plan_says_what_would_do_where_nothing_fits(capsys):
     assert "2xH100 would do" in err or "4xH100 would do" in err or "8xH100 would do" in err
 
 
+@pytest.mark.slow
 def test_plan_as_json_has_bytes_and_seconds(capsys):
     code, out, _ = run(
         capsys, "--hf-config", "llama3.1-8b", "--cluster", "8xH200", "--mesh", "cp=8", "--json"
@@ -126,7 +129,8 @@ def test_forecast_gemma4_31b_at_128k_receives_what_the_readme_says():
     subject = subject_of_hf("gemma4-31b")
     for layout, most in ((Contiguous, 5.54e9), (HeadTail, 6.04e9)):
         setup = Setup(Degrees(cp=8), ROW, layout, checkpoint=NoCheckpoint())
-        received = forecast(subject, setup).busiest.received.forward
+        ranks = forecast(subject, setup).ranks
+        received = max(rank.received.forward for rank in ranks)
         assert received == pytest.approx(most, rel=2e-3)
 
 
