@@ -62,8 +62,7 @@ def request_of(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
 
 
 def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
-    from dtcp.torchtitan.parallelize import checkpoint_of
-
+    from dtcp.pretrain.expected import kept_by_blocks
     from dtcp.pretrain.options import parse
 
     config = parse(["--config", arguments.config, *rest])
@@ -86,7 +85,7 @@ def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
     command = " ".join(["train.py", "--config", arguments.config, *rest])
     if arguments.seq_len and arguments.seq_len != training.seq_len:
         command += f" --training.seq_len {arguments.seq_len}"
-    return Request(subject, wish, command, checkpoint_of(config.activation_checkpoint))
+    return Request(subject, wish, command, kept_by_blocks(config))
 
 
 def _wish(

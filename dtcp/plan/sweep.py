@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,7 +20,7 @@ PLAN, RUNS, COLLECTED = "plan.json", "runs.sh", "collected.json"
 SKIPPED = 2
 """Steps at the start of a run that compile, and are not measured."""
 
-_TAGS = {
+_TAGS: Mapping[str, str] = {
     "tokens_per_second": "throughput(tokens/s)",
     "seconds": "time_metrics/end_to_end(s)",
     "memory_gib": "memory/max_reserved(GiB)",

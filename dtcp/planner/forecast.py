@@ -16,7 +16,7 @@ from dtcp.distributed.ops import moves_of
 from dtcp.metadata import BatchMetadata, MetadataKey
 from dtcp.mixer import ClaimedMixer
 from dtcp.planner.mixer_flops import mixer_flops
-from dtcp.planner.peak import Memory, peak_memory
+from dtcp.planner.peak import PeakMemory, peak_memory
 from dtcp.planner.setup import Setup
 from dtcp.planner.step import TracedStep, styles_of, trace_step
 from dtcp.planner.subject import Subject
@@ -104,7 +104,7 @@ class Forecast:
     ranks: tuple[RankForecast, ...]
     matmul_flops: dict[Place, int]
     parameters: int
-    memory: Memory
+    memory: PeakMemory
     unknown: tuple[str, ...] = ()
 
     @property

@@ -8,7 +8,7 @@ from dtcp.planner.trace import OUTSIDE, Place, Stretch
 
 
 @dataclass(frozen=True)
-class Memory:
+class PeakMemory:
     """Bytes of one rank at the moment when they are most.
 
     Args:
@@ -40,7 +40,7 @@ class Memory:
         }
 
 
-def peak_memory(step: TracedStep, setup: Setup) -> Memory:
+def peak_memory(step: TracedStep, setup: Setup) -> PeakMemory:
     """Walk through the step block by block, and note the moment of most memory."""
     ranks = setup.degrees.dp_shard * setup.degrees.cp
     sizes = _UnitSizes(step, setup, ranks)
@@ -96,7 +96,7 @@ class _Walk:
         # Of earlier micro-batches, all; else those of the blocks whose backward is done.
         self.all_gradients = numbers * width
         self.done = self.all_gradients if setup.micro_batches > 1 else 0
-        self.kept, self.most = 0, Memory()
+        self.kept, self.most = 0, PeakMemory()
         of = [s for s in step.trace.stretches if s.place.part == OUTSIDE]
         forward = [s for s in of if not s.place.backward]
         backward = [s for s in of if s.place.backward]
@@ -132,7 +132,7 @@ class _Walk:
         gradients = self.done
         if place.backward:
             gradients += sizes.gathered.get(part, 0) + sizes.summed.get(part, 0)
-        now = Memory(
+        now = PeakMemory(
             self.parameters,
             gradients,
             self.optimizer,

@@ -15,7 +15,7 @@ from dtcp.sequence.row_layouts import RowLayouts, layout_of_batch
 
 COLORS = ("#2f6fb0", "#d9822b", "#4a9c5d", "#b5485d", "#7b5ea7", "#8a6d3b", "#3aa6a6", "#999999")
 MOST_RANKS = 32
-PARTS = {
+PARTS: Mapping[str, str] = {
     "parameters": "weights, this GPU's share",
     "optimizer": "optimizer's states",
     "gradients": "gradients",

@@ -253,7 +253,7 @@ def subject_of_hf(source: str) -> Subject:
     Raises:
         ValueError: no such file or preset, or a config that its family refuses.
     """
-    name, fields = read_config(source)
+    name, fields = read_hf_config(source)
     text = fields.get("text_config", fields)
     family = MODEL_TYPES.get(str(fields["model_type"])) or MODEL_TYPES.get(
         str(text.get("model_type"))
@@ -276,7 +276,7 @@ def subject_of_hf(source: str) -> Subject:
 PRESETS = Path(__file__).parent / "presets"
 
 
-def read_config(source: str) -> tuple[str, dict[str, Any]]:
+def read_hf_config(source: str) -> tuple[str, dict[str, Any]]:
     """(name, fields) of a config.json.
 
     Raises:

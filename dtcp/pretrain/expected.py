@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+from dtcp.torchtitan.parallelize import checkpoint_of
+
 import torch
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.metadata import BatchMetadata
+from dtcp.parallelize import ActivationCheckpoint
 from dtcp.planner.forecast import received_over_cp
-from dtcp.planner.peak import Memory, peak_memory
+from dtcp.planner.peak import PeakMemory, peak_memory
 from dtcp.planner.setup import Precision, Setup
 from dtcp.planner.step import TracedStep, trace_step
 from dtcp.planner.subject import FAMILIES, FamilyModel
@@ -27,7 +30,7 @@ class Expectation:
     """
 
     step: TracedStep
-    memory: Memory
+    memory: PeakMemory
 
     def received(self, metadata: BatchMetadata) -> int:
         """Bytes over cp for one micro-batch, forward and backward: read off the host's tables."""
@@ -44,12 +47,14 @@ class Expectation:
         )
 
 
-def expectation(config: Any, mesh: ParallelMesh, checkpoint: Any, rows: int) -> Expectation:
+def kept_by_blocks(config: Any) -> ActivationCheckpoint:
+    """What blocks keep for backward, as the config has it."""
+    return checkpoint_of(config.activation_checkpoint)
+
+
+def expectation(config: Any, mesh: ParallelMesh) -> Expectation:
     """Trace a step of the config's model on the mesh of this run; all ranks call it.
 
-    Args:
-        checkpoint: what blocks keep, of dtcp.parallelize.
-        rows: of a micro-batch.
     Raises:
         ValueError: a model that is no family's of dtcp.
     """
@@ -62,10 +67,10 @@ def expectation(config: Any, mesh: ParallelMesh, checkpoint: Any, rows: int) -> 
     training = config.training
     setup = Setup(
         mesh.degrees,
-        Documents.single(rows, training.seq_len),
+        Documents.single(training.local_batch_size, training.seq_len),
         config.dtcp.sequence_layout(),
         config.dtcp.attention_style(),
-        checkpoint,
+        kept_by_blocks(config),
         Precision(
             getattr(torch, training.mixed_precision_param),
             getattr(torch, training.mixed_precision_reduce),

@@ -14,7 +14,6 @@ from signal import Signals
 from typing import Any
 
 from dtcp.torchtitan.model_spec import PlainModel
-from dtcp.torchtitan.parallelize import checkpoint_of
 from dtcp.torchtitan.section import Section
 
 import torch
@@ -94,9 +93,7 @@ class Trainer(titan.Trainer):
             self.validator.mesh, self.validator.section = self.mesh, config.dtcp
         say(describe_run(self))
         if config.dtcp.forecast:
-            checkpoint = checkpoint_of(config.activation_checkpoint)
-            rows = config.training.local_batch_size
-            self.expected = expectation(config, self.mesh, checkpoint, rows)
+            self.expected = expectation(config, self.mesh)
             say(self.expected.lines())
 
     def train(self) -> None:
