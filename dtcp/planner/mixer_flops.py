@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dtcp._torch import OpOverload
+from dtcp._torch import OpOverload, argument_names
 
 CHUNK = 64
 """Tokens that kernels of the delta rule work on at once."""
@@ -18,12 +18,12 @@ def mixer_flops(op: OpOverload, args: Sequence[Any]) -> int:
     name = op.name().partition("::")[2]
     backward = name.endswith("_backward")
     name = name.removesuffix("_backward")
-    if name in ("attention", "sparse_attention") or name.endswith("_attention"):
-        if name == "sparse_attention":
-            return _sparse(args, backward=backward)
-        return _attention(name, args, backward=backward)
-    if name == "gated_delta_rule":
+    if name in ("gated_delta_rule", "gated_linear_attention"):
         return _delta_rule(args[1:] if backward else args, backward=backward)
+    if name == "sparse_attention":
+        return _sparse(args, backward=backward)
+    if name == "attention" or name.endswith("_attention"):
+        return _attention(name, op, args, backward=backward)
     if name == "grouped_linear":
         weight = args[1].shape
         return 2 * args[0].shape[0] * weight[1] * weight[2]
@@ -34,25 +34,22 @@ def mixer_flops(op: OpOverload, args: Sequence[Any]) -> int:
     return 0
 
 
-def _attention(name: str, args: Sequence[Any], *, backward: bool) -> int:
-    tables = next(arg for arg in args if isinstance(arg, list) and _tensors(arg))
-    if backward:
-        # grad_out, q, k, v, sink, key_scale, frequency, out, saved, metadata
-        tables, value_dim, heads = args[9], args[0].shape[-1], args[0].shape[2]
-        key_dim = args[1].shape[-1]
-    else:
-        tables, key_dim, value_dim = args[6], args[0].shape[-1], args[2].shape[-1]
-        heads = args[0].shape[2]
+def _attention(name: str, op: OpOverload, args: Sequence[Any], *, backward: bool) -> int:
+    named = dict(zip(argument_names(op), args, strict=False))
+    tables, q, v = named["metadata"], named["q"], named["v"]
+    out = named["grad_out"] if backward else q
+    (rows, length, heads), key_dim = out.shape[:3], q.shape[-1]
+    value_dim = out.shape[-1] if backward or v is None else v.shape[-1]
     shared = 1
     if name.startswith("ulysses"):
         # The tables are of the whole row (of a group's part of it), for a share of the heads.
-        length = args[0].shape[1]
         tables = tables[2:]
         shared = max(1, tables[0].shape[-1] // length)
     first, last = tables[0], tables[1]
     pairs = int((last.long() - first.long() + 1).clamp(min=0).sum())
-    rows = args[0].shape[0] // first.shape[0] if first.shape[0] < args[0].shape[0] else 1
-    forward = 2 * pairs * max(rows, 1) * heads * (key_dim + value_dim) // shared
+    # Rows that are alike share their tables; those of a line have them all.
+    alike = rows // first.shape[0] if first.shape[1] <= length * shared else 1
+    forward = 2 * pairs * alike * heads * (key_dim + value_dim) // shared
     return int(forward * BACKWARD) if backward else forward
 
 
