@@ -65,6 +65,10 @@ def install_mixers(model: Any) -> Survey:
     for name, module in model.named_modules():
         mixes = any(each.startswith(f"{name}.") for each in mixing)
         if name and mixes and _is_entry(module) and result.positions.taken:
+            given = inspect.signature(type(module).forward).parameters
+            vars(module)[_ARGUMENTS] = [
+                key for key, x in given.items() if x.kind is x.POSITIONAL_OR_KEYWORD
+            ]
             wrap_forward(module, _checked_inner_forward)
     if result.images:
         install_image_inputs(model, result.images)
@@ -76,7 +80,7 @@ def install_mixers(model: Any) -> Survey:
     return result
 
 
-_POSITIONS = "dtcp_positions_rule"
+_POSITIONS, _ARGUMENTS = "dtcp_positions_rule", "dtcp_arguments"
 
 
 def _inner_configs(model: Any) -> list[tuple[str, Any]]:
@@ -113,8 +117,7 @@ def _checked_inner_forward(
 ) -> Any:
     # Models call the ones inside of them with positional arguments, too, and with more than users
     # may; what would be wrong without a word is the same.
-    signature = inspect.signature(type(module).forward)
-    names = [name for name, x in signature.parameters.items() if x.kind is x.POSITIONAL_OR_KEYWORD]
+    names = getattr(module, _ARGUMENTS)
     _check_inputs({**dict(zip(names[1:], args, strict=False)), **kwargs})
     return forward(*args, **kwargs)
 

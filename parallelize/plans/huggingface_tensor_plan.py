@@ -95,6 +95,8 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
             plan[name] = LocalParams()
     # These read the weights of modules inside of them.
     plan |= {name: LocalParams() for name in modules if modules[name] in recurrent}
+    readers = (name for name in modules if name and _reads_weights(modules[name]))
+    plan |= {name: LocalParams() for name in readers if name not in plan}
     _say_what_is_whole(missing, modules, tp)
     return {**_shared_inputs(plan), **plan}
 
@@ -214,6 +216,13 @@ def _checked(name: str, module: nn.Module, style: ParallelStyle | None) -> Paral
     return style
 
 
+def _reads_weights(module: nn.Module) -> bool:
+    """Whether a module reads the weight of one inside of it, beside or instead of calling it."""
+    names = kernel_names(module)
+    inside = [each for name, each in module.named_children() if name in names]
+    return "weight" in names and any(True for each in inside for _ in _own(each))
+
+
 def _adds_in_place(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Whether a module around one, in its part of the block, adds to what it is given in place."""
     around = [other for other in modules if other and name.startswith(f"{other}.")]
@@ -255,7 +264,7 @@ def _check_divisible(model: Any, tp_plan: Mapping[str, str], tp: int) -> None:
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None)
     sizes = {"vocab_size": config.vocab_size}
-    if heads:
+    if heads and "colwise" in tp_plan.values():
         sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads or heads}
     for name, module in model.named_modules():
         name, part = adapted(name)
