@@ -264,6 +264,13 @@ def _check_divisible(model: Any, tp_plan: Mapping[str, str], tp: int) -> None:
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None)
     sizes = {"vocab_size": config.vocab_size}
+    ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    # They may have rows for more tokens than the vocabulary says.
+    sizes |= {
+        f"the rows of the {name}": module.weight.shape[0]
+        for name, module in ends.items()
+        if module is not None
+    }
     if heads and "colwise" in tp_plan.values():
         sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads or heads}
     for name, module in model.named_modules():
