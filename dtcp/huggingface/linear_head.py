@@ -90,7 +90,11 @@ def _hold_input(head: Any, forward: Callable[..., Any], hidden: Tensor) -> Any:
     holder: LinearHead = head.dtcp_linear_head
     if not holder.holding:
         return forward(hidden)
-    holder.held = LinearLogits(hidden, head.weight, getattr(head, "bias", None))
+    own = hidden
+    if isinstance(hidden, DTensor):
+        # As a style of tensor parallelism hands it to the head, the same on every rank.
+        own = hidden.to_local(grad_placements=hidden.placements)
+    holder.held = LinearLogits(own, head.weight, getattr(head, "bias", None))
     return forward(hidden[:, :1])
 
 
