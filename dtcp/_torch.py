@@ -397,11 +397,5 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
-def flat_leaves(x: Any) -> tuple[list[Any], Any]:
-    """The leaves of nested lists, tuples and dicts, and how to put them back (2.11-2.15)."""
-    return tree_flatten(x)
-
-
-def put_back(leaves: list[Any], spec: Any) -> Any:
-    """The way back."""
-    return tree_unflatten(leaves, spec)
+flat_leaves, put_back = tree_flatten, tree_unflatten
+"""Nested lists, tuples and dicts, taken apart into leaves and put together (2.11-2.15)."""
