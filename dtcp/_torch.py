@@ -343,8 +343,7 @@ available_device_type = _get_available_device_type
 
 def config_owner(config: object) -> type | None:
     """The class that a config of torchtitan builds (0.3.0: Configurable wires it)."""
-    owner: type | None = getattr(config, "_owner", None)
-    return owner
+    return cast("type | None", getattr(config, "_owner", None))
 
 
 # Modules.
