@@ -32,7 +32,9 @@ def run_example(name, folder, *, ranks, kinds=KINDS):
     assert alone.code == 0, alone.errors[-3000:]
     ended = run_forked(f"examples/{name}.py", str(losses), *kinds, ranks=ranks)
     assert ended.code == 0, ended.errors[-3000:]
-    said = re.findall(r"^(\S.*): losses|on the mesh|resumed on another|logits", ended.printed, re.M)
+    said = re.findall(
+        r"^(\S.*): losses|on the mesh: \d|resumed on another: \d|logits \d", ended.printed, re.M
+    )
     assert [each for each in said if each] == list(kinds)
     assert len(said) == 4 * len(kinds), ended.printed
     return json.loads(losses.read_text())
