@@ -86,6 +86,22 @@ def concatenated(meshes: Sequence[DeviceMesh]) -> DeviceMesh:
     return DeviceMesh._concatenate(list(meshes))
 
 
+def start_all_to_all(x: Tensor, receive: list[int], send: list[int], group: str) -> Tensor:
+    """An all_to_all of rows that is on its way when this returns; `arrived` waits for it.
+
+    torch keeps rows and result alive until then; its public collectives hand out a Work, which
+    no op can return (2.11-2.15).
+    """
+    flying: Tensor = torch.ops._c10d_functional.all_to_all_single(x, receive, send, group)
+    return flying
+
+
+def arrived(flying: Tensor) -> Tensor:
+    """Wait for a tensor of start_all_to_all; one that is there already is handed on (2.11-2.15)."""
+    there: Tensor = torch.ops._c10d_functional.wait_tensor(flying)
+    return there
+
+
 # FSDP.
 
 

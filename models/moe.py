@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from dtcp.experts.exchange import Meanwhile
 from dtcp.kernels.grouped_linear import grouped_linear
 from dtcp.metadata import BatchMetadata
 
@@ -36,7 +37,12 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def forward(
-        self, x: Tensor, index: Tensor, weight: Tensor, real: Tensor | None = None
+        self,
+        x: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        real: Tensor | None = None,
+        beside: Meanwhile | None = None,
     ) -> Tensor:
         """Sum the weighted outputs of each token's experts.
 
@@ -45,18 +51,27 @@ class Experts(nn.Module):
             index: [N, k] int64, the experts of each token.
             weight: [N, k], of each expert's output.
             real: [N] bool, False for padding, which gives zeros and is counted nowhere.
+            beside: gives [N, D] that is added, as of an expert that all tokens share: computed
+                while tokens travel, where experts are on other ranks.
         Returns:
             [N, D].
         """
-        mixed = self.mix(x, index, weight, real)
+        mixed, other = self.mix(x, index, weight, real, beside)
         if self.training:
             # A recomputed forward counts twice, for all experts alike: who reads the loads
             # compares them with their mean.
             add_load(self.load, index, real)
-        return mixed
+        return mixed if other is None else mixed + other
 
-    def mix(self, x: Tensor, index: Tensor, weight: Tensor, real: Tensor | None) -> Tensor:
-        """`forward` without counting: all experts on one device."""
+    def mix(
+        self,
+        x: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        real: Tensor | None,
+        beside: Meanwhile | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `forward` adds, apart, without counting: all experts on one device."""
         chosen = index.flatten()
         order = chosen.argsort(stable=True)
         experts = torch.arange(self.num_experts, device=chosen.device)
@@ -64,7 +79,9 @@ class Experts(nn.Module):
         out = self.compute(x[order // index.shape[1]], ends)
         out = out[order.argsort()].unflatten(0, index.shape)
         mixed = (out * weight[..., None].to(out.dtype)).sum(1)
-        return mixed if real is None else mixed.masked_fill(~real[:, None], 0)
+        if real is not None:
+            mixed = mixed.masked_fill(~real[:, None], 0)
+        return mixed, None if beside is None else beside()
 
     def compute(self, rows: Tensor, ends: Tensor) -> Tensor:
         """The experts' outputs for rows [M, D] that are sorted by expert: [M, D]."""

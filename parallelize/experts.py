@@ -15,6 +15,7 @@ from dtcp._torch import unflattened
 from dtcp.distributed.groups import connect, group_name
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.experts import AllToAllExchange, NodeExchange, TokenExchange
+from dtcp.experts.exchange import Meanwhile
 from dtcp.models.moe import Experts
 from dtcp.parallelize.tensor_parallel import (
     copy_to_region,
@@ -63,9 +64,17 @@ class _TensorParallelExperts(Experts):
 
     mesh: DeviceMesh
 
-    def mix(self, x: Tensor, index: Tensor, weight: Tensor, real: Tensor | None) -> Tensor:
+    def mix(
+        self,
+        x: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        real: Tensor | None,
+        beside: Meanwhile | None,
+    ) -> tuple[Tensor, Tensor | None]:
         x, weight = copy_to_region(x, self.mesh), copy_to_region(weight, self.mesh)
-        return reduce_from_region(super().mix(x, index, weight, real), self.mesh)
+        part, other = super().mix(x, index, weight, real, beside)
+        return reduce_from_region(part, self.mesh), other
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, down = (
@@ -180,13 +189,21 @@ class _SpreadExperts(Experts):
         """Take this rank's experts, on the axis ep."""
         self.exchange, self.shared_by = exchange, shared_by
 
-    def mix(self, x: Tensor, index: Tensor, weight: Tensor, real: Tensor | None) -> Tensor:
+    def mix(
+        self,
+        x: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        real: Tensor | None,
+        beside: Meanwhile | None,
+    ) -> tuple[Tensor, Tensor | None]:
         if real is not None:
             index = torch.where(real[:, None], index, self.num_experts)
         if self.shared_by is None:
-            return self.exchange(x, index, weight, self.compute)
+            return self.exchange(x, index, weight, self.compute, beside)
         x, weight = (copy_to_region(y, self.shared_by) for y in (x, weight))
-        return reduce_from_region(self.exchange(x, index, weight, self.compute), self.shared_by)
+        part, other = self.exchange(x, index, weight, self.compute, beside)
+        return reduce_from_region(part, self.shared_by), other
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, down = (

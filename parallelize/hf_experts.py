@@ -87,7 +87,7 @@ class _Spread:
         if self.shared_by is not None:
             x, weight = (copy_to_region(y, self.shared_by) for y in (x, weight))
         compute = partial(_compute, experts, joined_view(experts, local_parameters(experts)))
-        out = self.exchange(x, top_k_index, weight, compute)
+        out, _ = self.exchange(x, top_k_index, weight, compute)
         return out if self.shared_by is None else reduce_from_region(out, self.shared_by)
 
 

@@ -60,6 +60,7 @@ MODELS_MAY_IMPORT = (
     "dtcp.sequence.masks",
     "dtcp.kernels.grouped_linear",
     "dtcp.experts.losses",
+    "dtcp.experts.exchange",
     "dtcp.models",
     "torch",
 )

@@ -7,24 +7,42 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dtcp.experts.op import results_home, route_tokens, tokens_to_experts
+from dtcp.experts.op import (
+    receive_tokens,
+    results_home,
+    route_tokens,
+    send_tokens,
+    tokens_to_experts,
+)
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 """(rows [R, D] sorted by expert, ends [E / n] int32) -> [R, D], by this rank's experts."""
 
 
+Meanwhile = Callable[[], Tensor]
+"""What needs none of the tokens that travel: an expert that all tokens share."""
+
+
 class TokenExchange(Protocol):
     """Brings tokens to their experts and back, over the ranks of ep."""
 
-    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        compute: Compute,
+        meanwhile: Meanwhile | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Sum the weighted outputs of each token's experts, wherever they are; differentiable.
 
         Args:
             x: [N, D], of this rank.
             index: [N, k] int64; num_experts for a choice that is not routed and gives zeros.
             weight: [N, k].
+            meanwhile: computed while tokens travel.
         Returns:
-            [N, D].
+            [N, D], and what `meanwhile` gave.
         """
         ...
 
@@ -45,7 +63,14 @@ class AllToAllExchange:
     group: str
     shared_by: str = ""
 
-    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        compute: Compute,
+        meanwhile: Meanwhile | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         routing = route_tokens(
             index,
             weight.masked_fill(index == self.num_experts, 0),
@@ -53,9 +78,15 @@ class AllToAllExchange:
             group=self.group,
             shared_by=self.shared_by,
         )
-        rows = tokens_to_experts(x, routing, per_token=index.shape[1], group=self.group)
+        per_token, other = index.shape[1], None
+        if meanwhile is None:
+            rows = tokens_to_experts(x, routing, per_token=per_token, group=self.group)
+        else:
+            flying = send_tokens(x, routing, per_token=per_token, group=self.group)
+            other = meanwhile()
+            rows = receive_tokens(flying, routing)
         out = results_home(compute(rows, routing.ends), routing, group=self.group)
-        return (out.unflatten(0, index.shape) * weight[..., None].to(out.dtype)).sum(1)
+        return (out.unflatten(0, index.shape) * weight[..., None].to(out.dtype)).sum(1), other
 
 
 @dataclass(frozen=True)
@@ -86,7 +117,14 @@ class NodeExchange:
     node: int
     shared_by: str = ""
 
-    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        compute: Compute,
+        meanwhile: Meanwhile | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         each = self.num_experts // self.num_nodes
         nodes = torch.arange(self.num_nodes, device=index.device)
         # [N, nodes]: the nodes that hold a chosen expert; a choice that is not routed is on none.
@@ -106,11 +144,12 @@ class NodeExchange:
         here = bring(index) - self.node * each
         elsewhere = (here < 0) | (here >= each)
         local = AllToAllExchange(each, self.inside)
-        sums = local(
+        sums, other = local(
             bring(x),
             here.masked_fill(elsewhere, each),
             bring(weight).masked_fill(elsewhere, 0),
             compute,
+            meanwhile,
         )
         home = results_home(sums, routing, group=self.across)
-        return home.unflatten(0, to_nodes.shape).sum(1)
+        return home.unflatten(0, to_nodes.shape).sum(1), other

@@ -1,4 +1,4 @@
-"""Tokens to the ranks of their experts, and results home: three ops, exact for any routing.
+"""Tokens to the ranks of their experts, and results home, as ops: exact for any routing.
 
 Each choice of each token is a row. Rows leave sorted by expert, arrive by rank and then by
 expert, and are sorted by expert once more; results go back the same way and lie down at their
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from dtcp._torch import arrived, start_all_to_all
 from dtcp.distributed.collectives import move_rows, sum_dtype
 from dtcp.distributed.groups import group_of
 from dtcp.distributed.ledger import LEDGER
@@ -68,6 +69,24 @@ def tokens_to_experts(x: Tensor, routing: Routing, *, per_token: int, group: str
         x, routing.order, routing.place, routing.counts, per_token, group
     )
     return sent
+
+
+def send_tokens(x: Tensor, routing: Routing, *, per_token: int, group: str) -> Tensor:
+    """Start `tokens_to_experts`, which `receive_tokens` ends: what comes between overlaps with it.
+
+    Returns:
+        [R, D], on its way: for `receive_tokens` alone.
+
+    Backward and traffic as of `tokens_to_experts`.
+    """
+    sent: Tensor = _send_tokens(x, routing.order, routing.place, routing.counts, per_token, group)
+    return sent
+
+
+def receive_tokens(flying: Tensor, routing: Routing) -> Tensor:
+    """Wait for the tokens of `send_tokens`: [R, D], in the order of `tokens_to_experts`."""
+    rows: Tensor = _receive_tokens(flying, routing.place)
+    return rows
 
 
 def results_home(rows: Tensor, routing: Routing, *, group: str) -> Tensor:
@@ -142,6 +161,32 @@ def _(
     return x.new_empty(place.shape[0], x.shape[1])
 
 
+@communicating_op("dtcp::send_tokens", moves=token_moves)
+def _send_tokens(
+    x: Tensor, order: Tensor, place: Tensor, counts: Tensor, per_token: int, group: str
+) -> Tensor:
+    send, receive = counts.tolist()
+    _count("send_tokens", x, group, send, receive)
+    return start_all_to_all(x[order[: sum(send)] // per_token], receive, send, group)
+
+
+@_send_tokens.register_fake
+def _(
+    x: Tensor, order: Tensor, place: Tensor, counts: Tensor, per_token: int, group: str
+) -> Tensor:
+    return x.new_empty(place.shape[0], x.shape[1])
+
+
+@torch.library.custom_op("dtcp::receive_tokens", mutates_args=())
+def _receive_tokens(flying: Tensor, place: Tensor) -> Tensor:
+    return arrived(flying)[place]
+
+
+@_receive_tokens.register_fake
+def _(flying: Tensor, place: Tensor) -> Tensor:
+    return flying.new_empty(place.shape[0], flying.shape[1])
+
+
 @communicating_op("dtcp::results_home", moves=result_moves)
 def _results_home(rows: Tensor, order: Tensor, place: Tensor, counts: Tensor, group: str) -> Tensor:
     send, receive = counts.tolist()
@@ -171,6 +216,24 @@ def _tokens_to_experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, 
     return summed.to(ctx.dtype), None, None, None, None, None
 
 
+def _send_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    order, place, counts = ctx.saved_tensors
+    # As they came, by rank: `receive_tokens` has put them back.
+    in_order = torch.arange(grad.shape[0], device=grad.device)
+    home = _results_home(grad.contiguous(), order, in_order, counts, ctx.group)
+    summed = home.unflatten(0, (-1, ctx.per_token)).sum(1, dtype=sum_dtype(home))
+    return summed.to(ctx.dtype), None, None, None, None, None
+
+
+def _keep_place(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _receive_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (place,) = ctx.saved_tensors
+    return torch.zeros_like(grad).index_copy(0, place, grad), None
+
+
 def _keep_way_home(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, order, place, counts, ctx.group = inputs
     ctx.save_for_backward(order, place, counts)
@@ -182,6 +245,8 @@ def _results_home_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _tokens_to_experts.register_autograd(_tokens_to_experts_backward, setup_context=_keep_way)
+_send_tokens.register_autograd(_send_tokens_backward, setup_context=_keep_way)
+_receive_tokens.register_autograd(_receive_tokens_backward, setup_context=_keep_place)
 _results_home.register_autograd(_results_home_backward, setup_context=_keep_way_home)
 
 

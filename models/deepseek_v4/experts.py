@@ -1,5 +1,7 @@
 """Experts of DeepSeek-V4 and their routers."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +30,8 @@ class MoE(nn.Module):
         """Args: x [B, L, D]; input_ids [B, L]; real [B * L] bool, False for padding."""
         flat = x.flatten(0, 1)
         index, weight = self.router(flat, input_ids.flatten(), real)
-        return self.experts(flat, index, weight, real).view(x.shape) + self.shared(x)
+        shared = partial(self.shared, flat)
+        return self.experts(flat, index, weight, real, shared).view(x.shape)
 
 
 class ClampedSwiGLU:

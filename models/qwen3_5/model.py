@@ -1,5 +1,7 @@
 """Qwen3.5: three layers in four are recurrent (gated delta rule), the fourth attends."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -134,8 +136,12 @@ class MoE(nn.Module):
         """Args: x [B, L, D]; real [B * L] bool, False for padding."""
         tokens = x.flatten(0, 1)
         index, weight = self.route(tokens, real)
-        routed = self.experts(tokens, index, weight.to(x.dtype), real).unflatten(0, x.shape[:2])
-        return routed + self.shared_gate(x).sigmoid() * self.shared(x)
+        shared = partial(self._share, tokens)
+        return self.experts(tokens, index, weight.to(x.dtype), real, shared).view(x.shape)
+
+    def _share(self, tokens: Tensor) -> Tensor:
+        gated: Tensor = self.shared_gate(tokens).sigmoid() * self.shared(tokens)
+        return gated
 
     def route(self, tokens: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """The top_k experts of each token [N, D], and their weights, which sum to one: [N, k]."""

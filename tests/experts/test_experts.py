@@ -165,6 +165,36 @@ def test_tokens_of_experts_cross_between_nodes_once_for_each_node(mesh):
     assert traffic["dtcp::results_home"].received == returned * row
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@spmd(ranks=2)
+def test_experts_travel_while_a_shared_one_computes(mesh, compiled):
+    """Between the op that sends tokens and the one that waits for them; equal all the same."""
+    whole, x, index, weight, real, cotangent = a_case(2)
+    rank = mesh.get_local_rank()
+    mine = slice(rank * N, (rank + 1) * N)
+    experts, shared = spread(whole, mesh), torch.nn.Linear(DIM, DIM).double()
+    seen = []
+
+    def call(x, weight):
+        def beside():
+            seen.append("computed")
+            return shared(x)
+
+        return experts(x, index[mine], weight, real[mine], beside)
+
+    own = [y[mine].clone().requires_grad_() for y in (x, weight)]
+    expected = whole(own[0], index[mine], own[1], real[mine]) + shared(own[0])
+    wanted = gradients(expected, cotangent[mine], *own, *shared.parameters())
+    with count_traffic() as traffic, torch._dynamo.config.patch(**DATA_SIZES):
+        run = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
+        out = run(*own)
+    assert_close(out, expected)
+    assert_close(gradients(out, cotangent[mine], *own, *shared.parameters()), wanted)
+    # All tokens of the last rank are padding.
+    assert seen and traffic["dtcp::send_tokens"].calls == 1
+    assert (traffic["dtcp::send_tokens"].sent > 0) == (rank == 0)
+
+
 @spmd(ranks=2)
 def test_experts_refuse_a_routing_with_nan_on_every_rank(mesh):
     whole, x, index, weight, *_ = a_case(1)
