@@ -190,7 +190,9 @@ def test_experts_travel_while_a_shared_one_computes(mesh, compiled):
         out = run(*own)
     assert_close(out, expected)
     assert_close(gradients(out, cotangent[mine], *own, *shared.parameters()), wanted)
-    assert seen and traffic["dtcp::send_tokens"].received > 0
+    # All tokens of the last rank are padding.
+    assert seen and traffic["dtcp::send_tokens"].calls == 1
+    assert (traffic["dtcp::send_tokens"].sent > 0) == (rank == 0)
 
 
 @spmd(ranks=2)
