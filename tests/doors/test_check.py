@@ -247,12 +247,12 @@ def test_B7_claims_of_a_plan_that_no_rank_has_applied_name_the_plan():
         (f"--hf-model {HERE}:a_llama --set num_hidden_layers=0.5", "(num_hidden_layers=0.5), got"),
         ("--hf-config llama --set dropuot=0", "got 'dropuot', which that of 'llama' has not"),
         ("--hf-config llama --plan a:b", "--plan says how a model with mixers is sharded"),
-        (
-            "--hf-config roberta --set hidden_dropout_prob=0 attention_probs_dropout_prob=0",
-            "A batch counts the positions of a row from 0, got RobertaForMaskedLM",
-        ),
+        ("--hf-config codegen", "attention from the attention registry, got CodeGenForCausalLM"),
         ("--hf-config vit", "has a causal or a masked language model, got 'vit'"),
-        ("--hf-config gpt2 --tp 2 --set resid_pdrop=0 embd_pdrop=0 attn_pdrop=0", "set tp=1"),
+        (
+            "--hf-config llama --tp 2 --set num_attention_heads=3 num_key_value_heads=3 hidden_size=48",
+            "Tensor parallelism splits num_attention_heads into equal parts, got 3 with tp=2",
+        ),
         ("--hf-config dbrx", "transformers builds a model of 'dbrx', got AttributeError"),
     ],
 )

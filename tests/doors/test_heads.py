@@ -233,10 +233,19 @@ def test_B1_loss_of_tokens_is_refused_where_outputs_are_of_rows(head):
         causal_lm_loss(model, {**a_batch(), "labels": torch.tensor([0, 1])}, one())
 
 
-def test_B1_positions_that_a_model_does_not_count_from_0_are_refused():
+def test_B1_positions_that_a_model_counts_in_a_way_of_its_own_are_refused(monkeypatch):
+    """From behind the padding's number, as RoBERTa does, is found; backwards is not."""
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    install_mixers(build("roberta", **quiet))
+    model = build("roberta", **quiet)
+    count = model.roberta.embeddings.create_position_ids_from_input_ids
+    monkeypatch.setattr(
+        model.roberta.embeddings,
+        "create_position_ids_from_input_ids",
+        lambda *args, **kwargs: count(*args, **kwargs).flip(1),
+    )
     with pytest.raises(ValueError, match="RobertaForCausalLM does not count the positions"):
-        install_mixers(build("roberta", **quiet))
+        install_mixers(model)
 
 
 IDS = torch.zeros(1, 8, dtype=torch.int64)
