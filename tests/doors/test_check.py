@@ -250,7 +250,8 @@ def test_B7_claims_of_a_plan_that_no_rank_has_applied_name_the_plan():
         ("--hf-config codegen", "attention from the attention registry, got CodeGenForCausalLM"),
         ("--hf-config vit", "has a causal or a masked language model, got 'vit'"),
         (
-            "--hf-config llama --tp 2 --set num_attention_heads=3 num_key_value_heads=3 hidden_size=48",
+            "--hf-config llama --tp 2 "
+            "--set num_attention_heads=3 num_key_value_heads=3 hidden_size=48",
             "Tensor parallelism splits num_attention_heads into equal parts, got 3 with tp=2",
         ),
         ("--hf-config dbrx", "transformers builds a model of 'dbrx', got AttributeError"),
