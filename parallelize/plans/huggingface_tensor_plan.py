@@ -7,6 +7,7 @@ here, and norms, routers and embeddings, of which its plans say nothing, have st
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -206,8 +207,8 @@ def _is_bias_of_head(model: Any, module: nn.Module) -> bool:
 
 
 def _checked(name: str, module: nn.Module, style: ParallelStyle | None) -> ParallelStyle | None:
-    """Refuse a module that is not called: no style would see it."""
-    if "NotImplementedError" in kernel_names(module):
+    """Refuse a module that is not called, or not only: no style would see it."""
+    if "NotImplementedError" in kernel_names(module) or _weights_read_elsewhere(module):
         raise ValueError(
             f"Tensor parallelism gives a module its parameters where it is called, got {name} "
             f"({type(module).__name__}), whose other methods are: set tp=1 and give the ranks to "
@@ -221,6 +222,20 @@ def _reads_weights(module: nn.Module) -> bool:
     names = kernel_names(module)
     inside = [each for name, each in module.named_children() if name in names]
     return "weight" in names and any(True for each in inside for _ in _own(each))
+
+
+def _weights_read_elsewhere(module: nn.Module) -> bool:
+    """Whether a method that forward does not call reads the weight of a module inside."""
+    called, inside = (
+        {"forward", "__init__", *kernel_names(module)},
+        set(dict(module.named_children())),
+    )
+    others = (
+        set(method.__code__.co_names)
+        for name, method in vars(type(module)).items()
+        if name not in called and isinstance(method, FunctionType)
+    )
+    return any("weight" in names and names & inside for names in others)
 
 
 def _adds_in_place(modules: Mapping[str, nn.Module], name: str) -> bool:
@@ -240,7 +255,14 @@ def _has_bias_around_head(model: Any) -> bool:
 
 
 def _check_embedding_is_called(model: Any) -> None:
-    """Refuse a model that reads the weight of its embedding beside calling it."""
+    """Refuse a model that reads the weight of its embedding, or of a layer, beside calling it."""
+    # To know the dtype of a weight is not to compute with it.
+    if _reads_weights(model) and "dtype" not in kernel_names(model):
+        raise ValueError(
+            f"Tensor parallelism gives a module its parameters where it is called, got "
+            f"{type(model).__name__}, which reads the weight of one inside of it: set tp=1 and "
+            f"give the ranks to cp."
+        )
     for name, module in model.named_modules():
         names = kernel_names(module)
         if {"embed_tokens", "weight", "pad_token_id"} <= names:

@@ -44,11 +44,20 @@ class LocalParams(ParallelStyle):
             with parameters_replaced(module, local_parameters(module)):
                 return forward(*args, **kwargs)
 
-        # A forward that calls the one of a base class takes nothing else for its self.
-        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-        calls_base = code is not None and "__class__" in code.co_freevars
-        wrap_forward(module, on_itself if calls_base else on_local)
+        wrap_forward(module, on_itself if _reads_its_class(type(module).forward) else on_local)
         return module
+
+
+def _reads_its_class(forward: Any) -> bool:
+    """Whether a forward takes nothing but an instance of its class for its self.
+
+    One that calls the forward of a base class does not, nor one in a wrapper that looks whether it
+    is the class's outermost (layers of transformers that can be checkpointed).
+    """
+    inside = getattr(inspect.unwrap(forward), "__code__", None)
+    around = getattr(forward, "__code__", None)
+    calls_base = inside is not None and "__class__" in inside.co_freevars
+    return calls_base or (around is not None and "gradient_checkpointing" in around.co_names)
 
 
 class ModuleView:
