@@ -13,6 +13,7 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import install_mixers, survey
 from dtcp.mixer import batch_metadata
 from dtcp.parallelize import Compile
+from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.parallelize.plans.inferred_roles import inferred_roles
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
@@ -166,3 +167,10 @@ def test_encoder_sees_no_padding(kind):
     metadata = batch_metadata(model, documents)
     given = {"position_ids": documents.position_ids(), "attn_metadata": metadata}
     assert_close(model(input_ids=input_ids, **given).logits[is_token], expected[is_token])
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "neomme", "gemma4"])
+def test_tp_of_a_family_that_computes_with_weights_of_layers_it_does_not_call_is_refused(kind):
+    model = CheckedHuggingFaceModel(kind, {}).build()
+    with pytest.raises(ValueError, match=r"where it is called|which reads its weight"):
+        hf_tensor_plan(model, 2)
