@@ -4,9 +4,12 @@ transformers says a role for each module or pattern, "colwise" for example; each
 here, and norms, routers and embeddings, of which its plans say nothing, have styles too.
 """
 
+import dis
+import inspect
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from types import FunctionType
 from typing import Any
 
@@ -218,10 +221,20 @@ def _checked(name: str, module: nn.Module, style: ParallelStyle | None) -> Paral
 
 
 def _reads_weights(module: nn.Module) -> bool:
-    """Whether a module reads the weight of one inside of it, beside or instead of calling it."""
+    """Whether a module reads the weight of one inside of it, beside or instead of calling it.
+
+    To know the dtype of a weight is not to compute with it.
+    """
     names = kernel_names(module)
+    if "weight" not in names:
+        return False
     inside = [each for name, each in module.named_children() if name in names]
-    return "weight" in names and any(True for each in inside for _ in _own(each))
+    forward = inspect.unwrap(type(module).forward)
+    read = any(
+        first.argval == "weight" and second.argval != "dtype"
+        for first, second in pairwise(dis.get_instructions(forward))
+    )
+    return read and any(True for each in inside for _ in _own(each))
 
 
 def _weights_read_elsewhere(module: nn.Module) -> bool:
@@ -256,8 +269,7 @@ def _has_bias_around_head(model: Any) -> bool:
 
 def _check_embedding_is_called(model: Any) -> None:
     """Refuse a model that reads the weight of its embedding, or of a layer, beside calling it."""
-    # To know the dtype of a weight is not to compute with it.
-    if _reads_weights(model) and "dtype" not in kernel_names(model):
+    if _reads_weights(model):
         raise ValueError(
             f"Tensor parallelism gives a module its parameters where it is called, got "
             f"{type(model).__name__}, which reads the weight of one inside of it: set tp=1 and "

@@ -51,13 +51,14 @@ class LocalParams(ParallelStyle):
 def _reads_its_class(forward: Any) -> bool:
     """Whether a forward takes nothing but an instance of its class for its self.
 
-    One that calls the forward of a base class does not, nor one in a wrapper that looks whether it
-    is the class's outermost (layers of transformers that can be checkpointed).
+    One that calls the forward of a base class does, and one in a wrapper of transformers that looks
+    whether it is the class's outermost, or which outputs the class records.
     """
     inside = getattr(inspect.unwrap(forward), "__code__", None)
     around = getattr(forward, "__code__", None)
     calls_base = inside is not None and "__class__" in inside.co_freevars
-    return calls_base or (around is not None and "gradient_checkpointing" in around.co_names)
+    wrappers = {"gradient_checkpointing", "_active_collector"}
+    return calls_base or (around is not None and not wrappers.isdisjoint(around.co_names))
 
 
 class ModuleView:
