@@ -34,6 +34,7 @@ from dtcp.sequence.layout import (
 )
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import RingAttention
+from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.mixer import SoftmaxAttention
 from tests.harness import packings
 from tests.harness.attention_parity import (
@@ -207,7 +208,8 @@ def test_ops_keep_the_contract_of_torch_library(mesh):
         sharded = shard_case(case, mixer, mesh, Contiguous)
         q, k, v, sink = local_inputs(case, sharded)
         metadata = sharded.attn_metadata[mixer.metadata_key].tensors()
-        args = (q, k, v, sink, None, None, metadata, 0.3, 0.0, mixer.groups, "auto", False)
+        x = AttentionInputs(q, k, v, sink)
+        args = (*x, metadata, 0.3, 0.0, mixer.groups, "auto", False)
         torch.library.opcheck(style.op.forward, args)
 
 
