@@ -38,11 +38,11 @@ class LogitSums:
 def logit_sums(logits: Tensor, labels: Tensor, *, with_mean: bool = False) -> LogitSums:
     """Sums over a vocabulary that may be sharded; arguments and errors are token_mean_loss's."""
     check_tensor("A loss", shape="[B, L, V]", dtypes=FLOATS, logits=logits)
-    check_labels_of(logits.shape[:-1], labels)
-    first, mesh, vocab_size = 0, None, logits.shape[-1]
+    first, mesh, vocab_size = 0, None, logits.shape[-1] if logits.ndim else 0
     if isinstance(logits, DTensor):
         first, mesh = vocabulary_shard(logits, logits.ndim - 1, "A loss takes logits")
         logits = logits.to_local(grad_placements=logits.placements)
+    check_labels_of(logits.shape[:-1], labels)
     sums = _LogitSums.apply(logits.flatten(0, -2), labels, first, mesh, vocab_size, with_mean)
     return shaped_sums(sums, labels)
 
