@@ -140,7 +140,9 @@ class _Writer:
             return
         try:
             write()
-        # Other ranks wait in collectives: whatever a disk or safetensors raises is said at the end.
+        # Held back, never swallowed: every rank raises it at the end. This rank alone writes, and
+        # the others wait for its part in gathering the next weight; disks, safetensors and torch
+        # raise classes without a common base, and one left out would leave them waiting forever.
         except Exception as error:  # noqa: BLE001
             self.error = f"{type(error).__name__}: {error}"
 

@@ -65,7 +65,9 @@ def _adds_up(module: nn.Module, ups: Sequence[str], down: str, tp: int) -> bool:
         try:
             expected = whole.forward(x)
             parts = [_part(whole, ups, down, rank, tp).forward(x) for rank in range(tp)]
-        # Code of others, called by one input: whatever it raises, it is no plain feed-forward.
+        # Code of others, called as nobody promised that it could be: any class may come, and each
+        # gives the same answer, that this is no plain feed-forward. It then stays whole on each
+        # rank of tp, which is exact, and a warning says so; an error of its own shows when it runs.
         except Exception:  # noqa: BLE001
             return False
         if not isinstance(expected, Tensor):
