@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import check_ints, check_tensor
-from dtcp.sequence.documents import Documents, anywhere
+from dtcp.sequence.documents import Documents, anywhere, count_true
 
 IGNORED = -100
 """The label of a token that has no loss."""
@@ -110,7 +110,7 @@ def _first_padding(used: list[int], padding: Tensor | None) -> int:
         return first
     if anywhere(padding[:, :-1] > padding[:, 1:]):
         return 0  # between documents
-    return min(first, padding.shape[1] - int(padding.sum(1).max()))
+    return min(first, padding.shape[1] - int(count_true(padding).max()))
 
 
 def _check_documents(documents: Documents) -> None:

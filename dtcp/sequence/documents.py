@@ -1,9 +1,12 @@
 """Which document every token of a packed row belongs to, known on the host from lengths."""
 
-from collections.abc import Collection, Sequence
+import operator
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,18 +21,25 @@ def anywhere(mask: Tensor) -> bool:
     return mask.numel() > 0 and bool(mask.view(torch.uint8).max())
 
 
-def true_places(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(row, column) of a bool tensor's True entries, in order; mask: [B, N].
+def places_after(compare: Callable[[Any, Any], Any], numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, column) of the entries that `compare` holds for with the one before them, in order.
 
-    Made for few of them: eight entries are looked at as one number, for torch's nonzero takes
-    longer on as many bools than on anything else that a batch is checked for.
+    One pass over all tokens, by numpy, which compares twice as fast as torch on a CPU.
+
+    Args:
+        compare: operator.ne, operator.lt, ...: of an entry and the one before it.
+        numbers: [B, N]; columns from 1 on are compared.
     """
-    flat, columns = mask.flatten(), mask.shape[1]
-    flat = torch.cat((flat, flat.new_zeros(-len(flat) % 8)))
-    words = flat.view(torch.int64).nonzero()[:, 0]
-    inside = flat.view(-1, 8)[words].nonzero()
-    place = words[inside[:, 0]] * 8 + inside[:, 1]
-    return place // columns, place % columns
+    numbers = numbers.detach().cpu()
+    array = (numbers.float() if numbers.dtype == torch.bfloat16 else numbers).numpy()
+    place = torch.from_numpy(np.flatnonzero(compare(array[:, 1:], array[:, :-1])))
+    columns = max(array.shape[1] - 1, 1)
+    return place // columns, place % columns + 1
+
+
+def count_true(mask: Tensor) -> Tensor:
+    """How many entries of each row are True: [B]; mask: [B, N] bool, on the host."""
+    return torch.tensor([int(np.count_nonzero(row)) for row in mask.numpy()], dtype=torch.int64)
 
 
 def restarts(position_ids: Tensor, padding: Tensor | None = None) -> bool:
@@ -42,16 +52,15 @@ def restarts(position_ids: Tensor, padding: Tensor | None = None) -> bool:
     """
     # One pass over all tokens; the rest looks at the few that do not count on.
     if position_ids.ndim == 3:
-        back = position_ids[0, :, 1:] < position_ids[0, :, :-1]
+        row, token = places_after(operator.lt, position_ids[0])
     else:
-        back = position_ids[:, 1:] <= position_ids[:, :-1]
-    row, token = true_places(back)
+        row, token = places_after(operator.le, position_ids)
     if padding is None:
         return len(row) > 0
-    tokens = ~padding.bool().to(position_ids.device)
-    if len(tokens) > len(back):  # one row of position ids stands for all
-        return bool((tokens[:, token] & tokens[:, token + 1]).any())
-    return bool((tokens[row, token] & tokens[row, token + 1]).any())
+    padding = padding.bool().cpu()
+    if len(padding) > position_ids.shape[-2]:  # one row of position ids stands for all
+        return not bool((padding[:, token] | padding[:, token - 1]).all())
+    return not bool((padding[row, token] | padding[row, token - 1]).all())
 
 
 @dataclass(frozen=True)
@@ -185,9 +194,9 @@ class Documents:
         seq_len = position_ids.shape[1]
         # One pass over all tokens. Between two places where they do not ascend, whole numbers
         # count up by one if the last is as far from the first as their places are.
-        row, token = true_places(position_ids[:, 1:] <= position_ids[:, :-1])
+        row, token = places_after(operator.le, position_ids)
         bounds = [[0] for _ in position_ids]
-        for index, start in zip(row.tolist(), (token + 1).tolist(), strict=True):
+        for index, start in zip(row.tolist(), token.tolist(), strict=True):
             bounds[index].append(start)
         lengths = tuple(tuple(b - a for a, b in pairwise((*starts, seq_len))) for starts in bounds)
         places = [(index, start) for index, starts in enumerate(bounds) for start in starts]
@@ -218,7 +227,7 @@ class Documents:
         check_tensor("Padded rows", shape="[B, S]", ndim=2, dtypes=BOOL, padding=padding)
         if position_ids is not None:
             check_token_positions(position_ids, *padding.shape, dtypes=WHOLE_NUMBERS)
-        lengths = (~padding).sum(1)
+        lengths = padding.shape[1] - count_true(padding)
         followed = padding[:, :-1] > padding[:, 1:]
         if anywhere(followed):
             misplaced = followed.any(1)

@@ -5,6 +5,7 @@ padding as a mask. Whoever cuts a batch reads them here, whatever the keys are c
 differ are refused by row and token, for one of them would be wrong without a word.
 """
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -13,7 +14,14 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
-from dtcp.sequence.documents import PADDING, Documents, anywhere, check_token_positions, true_places
+from dtcp.sequence.documents import (
+    PADDING,
+    Documents,
+    anywhere,
+    check_token_positions,
+    count_true,
+    places_after,
+)
 
 ID_KEYS = ("document_ids", "seq_idx")
 """Keys of document numbers per token, [B, S]; a negative number is padding."""
@@ -117,8 +125,10 @@ def documents_of_ids(ids: Tensor, *, name: str = "document_ids") -> Documents:
     check_tensor("Documents", shape="[B, S]", ndim=2, dtypes=WHOLE_NUMBERS, **named)
     ids = ids.cpu()
     seq_len, rows = ids.shape[1], []
-    for row, numbers in enumerate(ids):
-        bounds = [0, *(numbers.diff().nonzero().flatten() + 1).tolist()]
+    changes: list[list[int]] = [[0] for _ in ids]
+    for row, token in torch.stack(places_after(operator.ne, ids), dim=1).tolist():
+        changes[row].append(token)
+    for row, (numbers, bounds) in enumerate(zip(ids, changes, strict=True)):
         firsts = numbers[bounds].tolist()
         filled = [index for index, number in enumerate(firsts) if number >= 0]
         if filled != list(range(len(filled))):
@@ -277,8 +287,7 @@ def _restarts(position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """
     first = position_ids[0] if position_ids.ndim == 3 else position_ids
     # One pass over all tokens; the rest looks at the few that do not count on.
-    row, token = true_places(first[:, 1:] <= first[:, :-1])
-    token = token + 1
+    row, token = places_after(operator.le, first)
     before, here = position_ids[..., row, token - 1], position_ids[..., row, token]
     kept = (here == 0).all(0) if position_ids.ndim == 3 else (here < before) | (here == 0)
     return row[kept], token[kept]
@@ -334,7 +343,7 @@ def _trimmed(documents: Documents, padding: Tensor | None) -> Documents:
         index = torch.arange(1, documents.seq_len + 1)
         last = torch.where(padding, 0, index).amax(1).tolist()
     else:
-        last = (~padding).sum(1).tolist()
+        last = (documents.seq_len - count_true(padding)).tolist()
     rows = []
     for lengths, end in zip(documents.lengths, last, strict=True):
         ends = [min(x, end) for x in accumulate(lengths, initial=0)]
