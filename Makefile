@@ -12,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 ARGS ?=
+# Tests without ranks run beside each other; those with ranks fill two cores by themselves.
+WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 
 # Local builds of torch (+cpu, +cu130) sort by name, so pip alone may take the wrong one of them.
 # Where the wish cannot be met, the pinned version in whatever build there is will do.
@@ -27,10 +29,10 @@ train: $(VENV)/train.stamp
 	$(BIN)/python train.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 test-all: lint
-	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m 'not gpu' $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -17,9 +17,15 @@ def ranks_of(item: pytest.Item) -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests without ranks first, then by world size; `slow_where` becomes `slow`."""
+    """Tests without ranks first, then by world size; `slow_where` becomes `slow`.
+
+    Of several workers (pytest -n 2 --dist loadgroup) one runs all that needs ranks, for each pool
+    of them fills the machine; the others get whole files, whose fixtures are made once.
+    """
     items.sort(key=ranks_of)
     for item in items:
+        group = "ranks" if ranks_of(item) else item.path.relative_to(item.config.rootpath)
+        item.add_marker(pytest.mark.xdist_group(str(group)))
         condition = item.get_closest_marker("slow_where")
         if condition is not None and condition.args[0](**item.callspec.params):
             item.add_marker(pytest.mark.slow)

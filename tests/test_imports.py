@@ -467,6 +467,29 @@ def test_no_two_public_definitions_share_a_name():
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
+OLD_NAMES = re.compile(
+    "make_"
+    "tables|table_"
+    "key|line_"
+    "up|add_"
+    "home|communicated_"
+    "ops|Brought"
+    "Attention"
+    "|tol"
+    r"d\b"
+)
+"""What the field has other words for."""
+
+
+def test_names_that_were_replaced_stay_away():
+    found = [
+        f"{file.path}: {match[0]}"
+        for file in files("dtcp", "parallelize", "models", "tests")
+        for match in OLD_NAMES.finditer(file.text)
+    ]
+    assert found == []
+
+
 def public_definitions(file: File) -> Iterator[tuple[str, str]]:
     """(name, place) of every class and function at a module's top level without an underscore."""
     for node in file.tree.body:

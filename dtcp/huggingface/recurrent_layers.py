@@ -46,7 +46,7 @@ class SurveyedMixer:
 
 
 class KernelNotes(Protocol):
-    """Who is told what layers call while they are surveyed."""
+    """Who notes what layers call while they are surveyed."""
 
     def note_unread(self) -> None:
         """A layer receives no metadata."""

@@ -130,7 +130,7 @@ class SoftmaxAttention(MaskedMixer):
 class CrossAttention(SoftmaxAttention):
     """Attention to another sequence, the memory: of an encoder, say. Each document to its own.
 
-    Its batch is told of the memory: shard_batch(..., memory=the ShardedBatch of the other sequence)
+    Its batch names the memory: shard_batch(..., memory=the ShardedBatch of the other sequence)
     or, on one device, batch_metadata(..., memory=its Documents). Both sequences have layouts of
     their own; k and v are of this rank's tokens of the memory.
     """

@@ -23,6 +23,7 @@ from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.required_keys import required_keys
 from dtcp.sparse.mixer import CompressedSparseAttention, Compression, Prepool
 from dtcp.thd import thd_layout, to_thd
+from tests.harness.row_ids import of_row
 
 THD = {
     "input_ids": torch.zeros(1, 8).long(),
@@ -60,7 +61,7 @@ def test_boundaries_that_are_none_are_refused(cu_seqlens, error):
 
 
 @pytest.mark.parametrize(
-    "container", [list, tuple, torch.tensor, torch.IntTensor], ids="A6-{}".format
+    "container", [list, tuple, torch.tensor, torch.IntTensor], ids=of_row("A6")
 )
 def test_boundaries_are_read_in_any_container(container):
     assert Documents.from_cu_seqlens(container([0, 5, 9]), 12) == Documents(((5, 4),), 12)
@@ -203,7 +204,7 @@ def test_a_negative_prefix_throughout_a_document_is_refused_A6():
             "got sliding_window=0",
         ),
     ],
-    ids="A9-{}".format,
+    ids=of_row("A9"),
 )
 def test_a_call_is_refused_in_a_sentence(call, error, match):
     with pytest.raises(error, match=match):
@@ -226,7 +227,7 @@ def test_an_inverted_mask_is_not_read_as_padding_A9():
             read(~causal)
 
 
-@pytest.mark.parametrize("shape", [(4, 6), (1, 6), (6,), (2, 3, 6)], ids="A9-{}".format)
+@pytest.mark.parametrize("shape", [(4, 6), (1, 6), (6,), (2, 3, 6)], ids=of_row("A9"))
 def test_places_in_a_window_are_as_many_as_its_tokens(shape):
     """Their number was taken for the window's length: other entries were pooled."""
     mixer = CompressedSparseAttention(4, Compression(3), scale=1.0)
@@ -237,7 +238,7 @@ def test_places_in_a_window_are_as_many_as_its_tokens(shape):
         mixer(q, keys, metadata, sink=torch.zeros(2), tokens=tokens)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids="A6-{}".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=of_row("A6"))
 @pytest.mark.parametrize("key", ["prefix", "block"])
 def test_what_masks_read_of_a_batch_are_whole_numbers(key, dtype):
     """2.7 was taken for 2."""

@@ -30,6 +30,7 @@ from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import HaloAttention, RingAttention
 from dtcp.sparse import CompressedSparseCP
 from tests.harness.parity import CONFIG
+from tests.harness.row_ids import of_row
 
 ONE_RANK = ParallelMesh(Degrees(), None, *[None] * 7)
 BATCH = {"input_ids": torch.ones(1, 8, dtype=torch.int64)}
@@ -93,7 +94,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS, ids="A9-{}".format)
+@pytest.mark.parametrize("call", CALLS, ids=of_row("A9"))
 def test_an_argument_of_another_class_is_refused_by_name(call):
     function, match = CALLS[call]
     with pytest.raises(TypeError, match=match):

@@ -47,6 +47,7 @@ from tests.harness import reference
 from tests.harness.attention_parity import refused
 from tests.harness.parity import CONFIG, gradients
 from tests.harness.plain_sdpa_model import VOCAB, Decoder
+from tests.harness.row_ids import of_row
 from tests.harness.spmd import spmd
 from tests.huggingface.test_huggingface import BOUND, far
 from tests.models.test_parity_qwen3_5 import DENSE
@@ -307,7 +308,7 @@ def test_lengths_of_packed_rows_in_slots_are_kept_in_buckets(mesh, case):
         (MultiplesOf(5, most=9), [5, 5, 5, 5, 5, 9]),
         (OneOf((3, 9)), [3, 3, 3, 9, 9, 9]),
     ],
-    ids="A10-{}".format,
+    ids=of_row("A10"),
 )
 def test_sizes_are_rounded_up(rule, expected):
     sizes = [1, 2, 3, 4, 5, 9]
@@ -337,7 +338,7 @@ def test_sizes_are_rounded_up(rule, expected):
         (lambda: Compile(max_graphs=0), ValueError, "got max_graphs=0"),
         (lambda: Compile(max_graphs=1.5), TypeError, "got max_graphs=1.5"),
     ],
-    ids="A10-{}".format,
+    ids=of_row("A10"),
 )
 def test_rules_that_are_none_are_refused(call, error, match):
     with pytest.raises(error, match=match):

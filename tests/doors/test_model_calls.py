@@ -6,6 +6,7 @@ import torch
 from dtcp.mixer import batch_metadata
 from dtcp.sequence.documents import Documents
 from tests.doors.test_lengths import FAMILIES, VOCABULARY
+from tests.harness.row_ids import of_row
 
 DOCUMENTS = Documents(((5, 7), (12,)), 12)
 IDS = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -44,7 +45,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS, ids="A9-{}".format)
+@pytest.mark.parametrize("call", CALLS, ids=of_row("A9"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_call_of_a_model_is_refused_by_name(family, call):
     change, error, match = CALLS[call]

@@ -116,14 +116,16 @@ def test_an_export_starts_another_run(run, tmp_path):
     assert losses(output)[1] < losses(run[2])[1]
 
 
-def test_a_second_start_resumes_on_another_mesh_with_the_same_losses(run, copy):
-    """From step 2 on cp 2, for the save of step 4 was cut short, to two ranks of FSDP that
-    torchrun starts: steps 3 and 4 lose the same again."""
+@pytest.mark.parametrize("torchrun", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_second_start_resumes_on_another_mesh_with_the_same_losses(run, copy, torchrun):
+    """From step 2 on cp 2, for the save of step 4 was cut short, to two ranks of FSDP, which
+    torchrun starts as well: steps 3 and 4 lose the same again."""
     (copy / "checkpoint/step-4/.metadata").unlink()
     mesh = ["--parallelism.context_parallel_degree", "1"]
     mesh += ["--parallelism.data_parallel_shard_degree", "2"]
     mesh += ["--training.local_batch_size", "2"]
-    code, output = launch("--dump_folder", str(copy), *mesh, torchrun=2)
+    arguments = ("--dump_folder", str(copy), *mesh)
+    code, output = launch(*arguments, torchrun=torchrun) if torchrun else train(*arguments)
     assert code == 0, output
     assert "step-4/.metadata is missing" in output and "going on from step 2" in output
     assert re.search(r"^loaded .*step-2$", output, re.M)

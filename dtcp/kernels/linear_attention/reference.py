@@ -64,7 +64,7 @@ class ReferenceLinearAttention:
         state: Tensor,
         carry: Carry | None,
     ) -> list[LinearGradients]:
-        """Gradients of the inputs; `carry` is told the maps of gradients, from the right."""
+        """Gradients of the inputs; `carry` receives the maps of gradients, from the right."""
         prepared = [_prepare(x) for x in parts]
         grads = [
             in_chunks(grad, chunks.q.shape[3]).to(chunks.v.dtype)
@@ -115,7 +115,7 @@ def _entering(maps: Sequence[tuple[Tensor, Tensor]], carry: Carry | None) -> lis
 
     Args:
         maps: of each chunk of the parts: what it scales a state by, and what it adds.
-        carry: knows it, once it is told what whole stretches come to.
+        carry: knows it, once it has what whole stretches come to.
     """
     nothing = [torch.zeros_like(written[:, :, 0]) for _, written in maps]
     each = list(zip(maps, nothing, strict=True))
