@@ -14,9 +14,8 @@ import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,15 @@ from benchmarks.report import conditions, table, write
 from dtcp.distributed.collectives import all_gather, reduce_scatter
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.experts.expected_moves import ExpertSizes, expected_moves
 from dtcp.models.moe import Experts
-from dtcp.parallelize.experts import ExpertParallel
+from dtcp.parallelize.experts import ExpertParallel, ExpertTensorParallel
 
 RANKS = (4, 8, 16, 64, 256)
+SHARED = 4
+"""Hidden channels of the shared expert, in those of an expert."""
+TP_WAYS = ("tokens travel (ours, ep over tp)", "experts split over tp")
+OVERLAP = ("while tokens travel (ours)", "after")
 WAYS = ("tokens travel (ours)", "experts gathered", "experts split, tokens gathered")
 
 
@@ -63,21 +67,29 @@ SHAPES = {
 """From the published configurations."""
 
 
-def tokens_travel(shape: Shape, tokens: int, ranks: int, size: int) -> float:
+def tokens_travel(shape: Shape, tokens: int, ranks: int, size: int) -> int:
     """Bytes that a rank receives in a step where each choice falls on each expert alike.
 
     A row for each choice on another rank, there and back, forward and backward; and the counts.
     """
-    away = tokens * shape.top_k * (ranks - 1) / ranks
-    counts = 8 * (ranks - 1) * (shape.num_experts / ranks + 1)
-    return 4 * away * shape.dim * size + counts
+    received = expected_moves(_sizes(shape, tokens, size), ranks).received
+    return received.forward + received.backward
 
 
-def rows_across(shape: Shape, tokens: int, nodes: int) -> float:
-    """Rows that cross between nodes, once for each other node that holds a chosen expert."""
-    here = shape.num_experts // nodes
-    none = comb(shape.num_experts - here, shape.top_k) / comb(shape.num_experts, shape.top_k)
-    return tokens * (nodes - 1) * (1 - none)
+def crossing(shape: Shape, tokens: int, ranks: int, size: int) -> tuple[int, int]:
+    """Bytes of them that come from other nodes of 8 ranks: straight, and once for each node."""
+    straight, by_node = (
+        expected_moves(_sizes(shape, tokens, size), ranks, ranks_per_node=each) for each in (0, 8)
+    )
+    first, second = (
+        sum(moved.crossing(0, 8)[1] for moved in (moves.forward, moves.backward))
+        for moves in (straight, by_node)
+    )
+    return first, second
+
+
+def _sizes(shape: Shape, tokens: int, size: int) -> ExpertSizes:
+    return ExpertSizes(tokens, shape.dim, shape.num_experts, shape.top_k, size)
 
 
 def experts_gathered(shape: Shape, ranks: int, size: int) -> float:
@@ -96,16 +108,20 @@ def main() -> None:
     args = _arguments()
     given = {key: value for key, value in vars(args).items() if key != "write"}
     head = ("model", "ranks", *WAYS, "gathered / ours")
+    across = ("model", "ranks", "straight", "once a node", "straight / once")
     parts = [
         conditions("benchmarks.experts", given),
         "## Bytes of a layer, by formula\n\nGB that a rank receives in a step, forward and "
         "backward, bf16, 8,192 tokens a rank, every expert chosen alike; gradients of weights in "
         f"fp32.\n\n{table(head, _formula(8192))}",
-        "## Bytes between nodes of 8 ranks\n\nRows of hidden states that a rank sends to other "
-        "nodes in a forward pass, for 8,192 tokens: one for each choice, or one for each node that "
-        f"holds a chosen expert.\n\n{table(('model', 'ranks', 'a choice', 'a node'), _across())}",
+        "## Bytes between nodes of 8 ranks\n\nGB of them that a rank receives from other nodes: a "
+        "row for each choice, or a row for each node that holds a chosen expert, with the choices "
+        f"and weights of its token.\n\n{table(across, _across())}",
     ]
-    parts += [_measured(args, ranks) for ranks in (2, 4)]
+    for ranks in (2, 4):
+        found = _run(args, ranks)
+        parts += [_step_table(args, ranks, found), _tp_table(args, ranks, found)]
+        parts.append(_overlap_table(args, ranks, found))
     text = "\n\n".join(parts) + "\n"
     print(text)
     if args.write:
@@ -131,33 +147,53 @@ def _formula(tokens: int) -> list[list[str]]:
 def _across() -> list[list[str]]:
     rows = []
     for name, shape in SHAPES.items():
-        for ranks in (16, 64):
-            nodes = ranks // 8
-            each = 8192 * shape.top_k * (nodes - 1) / nodes
-            rows.append(
-                [name, f"{ranks}", f"{each:,.0f}", f"{rows_across(shape, 8192, nodes):,.0f}"]
-            )
+        for ranks in (16, 64, 256):
+            if shape.num_experts % ranks == 0:
+                straight, once = crossing(shape, 8192, ranks, 2)
+                cells = [f"{straight / 1e9:.2f}", f"{once / 1e9:.2f}", f"{straight / once:.2f}"]
+                rows.append([name, f"{ranks}", *cells])
     return rows
 
 
-def _measured(args: argparse.Namespace, ranks: int) -> str:
+def _run(args: argparse.Namespace, ranks: int) -> dict[Any, Any]:
+    """What every rank found."""
     shape = Shape(args.dim, args.hidden_dim, args.num_experts, args.top_k)
     with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
         results = manager.dict()
         mp.spawn(_rank, (f"{folder}/meeting", ranks, shape, args, results), nprocs=ranks)
-        found = dict(results)
-    rows = []
-    for way in WAYS:
-        seconds = max(found[way, rank] for rank in range(ranks))
-        first = max(found[WAYS[0], rank] for rank in range(ranks))
-        rows.append([way, f"{1e3 * seconds:.1f}", f"{seconds / first:.2f}"])
+        return dict(results)
+
+
+def _rows(found: dict[Any, Any], names: Sequence[str], ranks: int) -> list[list[str]]:
+    slowest = {name: max(found[name, rank] for rank in range(ranks)) for name in names}
+    first = slowest[names[0]]
+    return [[name, f"{1e3 * x:.1f}", f"{x / first:.2f}"] for name, x in slowest.items()]
+
+
+def _step_table(args: argparse.Namespace, ranks: int, found: dict[Any, Any]) -> str:
+    shape = Shape(args.dim, args.hidden_dim, args.num_experts, args.top_k)
     received = sum(found["received", rank] for rank in range(ranks))
     expected = sum(found["expected", rank] for rank in range(ranks))
     return (
         f"## A step on {ranks} ranks\n\nForward and backward of one layer of {shape}, "
         f"{args.tokens} tokens a rank, fp32, eager, median of {args.repeats}, the slowest rank.\n\n"
-        f"{table(('way', 'ms', '/ ours'), rows)}\n\nReceived by tokens and results on all ranks: "
-        f"{received:,} bytes as counted, {expected:,} by the routing."
+        f"{table(('way', 'ms', '/ ours'), _rows(found, WAYS, ranks))}\n\nReceived by tokens and "
+        f"results on all ranks: {received:,} bytes as counted, {expected:,} by the routing."
+    )
+
+
+def _tp_table(args: argparse.Namespace, ranks: int, found: dict[Any, Any]) -> str:
+    return (
+        f"The same layer under tp {ranks}, whose ranks hold the same {args.tokens * ranks} "
+        f"tokens.\n\n"
+        f"{table(('way', 'ms', '/ ours'), _rows(found, TP_WAYS, ranks))}"
+    )
+
+
+def _overlap_table(args: argparse.Namespace, ranks: int, found: dict[Any, Any]) -> str:
+    return (
+        f"The same layer with a shared expert of {SHARED} times the hidden channels.\n\n"
+        f"{table(('way', 'ms', '/ ours'), _rows(found, OVERLAP, ranks))}"
     )
 
 
@@ -190,13 +226,20 @@ def _rank(rank: int, meeting: str, ranks: int, shape: Shape, args: Any, results:
         traffic[f"dtcp::{op}"].received for op in ("tokens_to_experts", "results_home")
     )
     results["expected", rank] = 2 * row * _rows_here(index, shape, mesh.ep)
-    taken: dict[str, list[float]] = {way: [] for way in WAYS}
+    together: Any = tuple(all_gather(y, mesh.ep, dim=0) for y in inputs)
+    by_tp = dict(zip(TP_WAYS, _tp_ways(whole, mesh.ep), strict=True))
+    expected = _step(by_tp[TP_WAYS[0]], together)
+    torch.testing.assert_close(_step(by_tp[TP_WAYS[1]], together), expected, rtol=1e-3, atol=1e-4)
+    shared = dict(zip(OVERLAP, _with_shared(ways[WAYS[0]], shape), strict=True))
+    calls = [(name, call, inputs) for name, call in (*ways.items(), *shared.items())]
+    calls += [(name, call, together) for name, call in by_tp.items()]
+    taken: dict[str, list[float]] = {name: [] for name, *_ in calls}
     # Ways take turns, so that a slow moment of the machine is nobody's alone.
     for _ in range(args.repeats + 1):
-        for name, call in ways.items():
+        for name, call, given in calls:
             dist.barrier()
             start = time.perf_counter()
-            _step(call, inputs)
+            _step(call, given)
             dist.barrier()
             taken[name].append(time.perf_counter() - start)
     for name, seconds in taken.items():
@@ -232,6 +275,30 @@ def _ways(whole: Experts, shape: Shape, ep: DeviceMesh) -> list[nn.Module | Call
         return reduce_scatter(part(x, index, weight), ep, dim=0)
 
     return [ours, gathered, split]
+
+
+def _tp_ways(whole: Experts, tp: DeviceMesh) -> list[nn.Module]:
+    """Of tokens that all ranks hold: experts on their own ranks, and a part of each on all."""
+    ours, split = copy.deepcopy(whole), copy.deepcopy(whole)
+    parallelize_module(ours, tp, ExpertParallel(shared_by=tp))
+    parallelize_module(split, tp, ExpertTensorParallel())
+    return [ours, split]
+
+
+def _with_shared(ours: Any, shape: Shape) -> list[Callable[..., Tensor]]:
+    """A shared expert while tokens travel, and after they have."""
+    width = SHARED * shape.hidden_dim
+    shared = nn.Sequential(nn.Linear(shape.dim, width), nn.SiLU(), nn.Linear(width, shape.dim))
+
+    def beside(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        out: Tensor = ours(x, index, weight, None, lambda: shared(x))
+        return out
+
+    def after(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        out: Tensor = ours(x, index, weight) + shared(x)
+        return out
+
+    return [beside, after]
 
 
 def _step(call: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:

@@ -98,7 +98,7 @@ def compile_whole(
     if "recompile_limit" in signature(torch.compile).parameters:
         options["recompile_limit"] = limits.pop("recompile_limit")
     if data_sizes:
-        limits |= DATA_SIZES
+        limits |= _data_size_settings()
     # Before torch 2.13 the limit is dynamo's, read when a graph is made.
     compiled = torch.compile(function, **options)
     return FewGraphs(traced_with(compiled, limits) if limits else compiled, limit)
@@ -129,12 +129,21 @@ def compile_around_islands(
     if dynamo_has("nested_graph_breaks"):
         settings["nested_graph_breaks"] = True
     if data_sizes:
-        settings |= DATA_SIZES
+        settings |= _data_size_settings()
     return FewGraphs(traced_with(torch.compile(function, backend=backend), settings), limit)
 
 
 DATA_SIZES: Mapping[str, Any] = {"capture_dynamic_output_shape_ops": True}
 """Settings of dynamo under which an op whose size depends on data is no break."""
+
+
+def _data_size_settings() -> dict[str, Any]:
+    """DATA_SIZES, and that a checkpointed layer may tell its experts of the padding of its call.
+
+    What is told is read in the same call and nowhere else; a graph has it as its input.
+    """
+    telling = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    return {**DATA_SIZES, **({telling: True} if dynamo_has(telling) else {})}
 
 
 def _limits(max_graphs: int) -> dict[str, Any]:

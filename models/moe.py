@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from dtcp.experts.exchange import Meanwhile
+from dtcp.experts.exchange import Meanwhile, RoutedTokens
 from dtcp.kernels.grouped_linear import grouped_linear
 from dtcp.metadata import BatchMetadata
 
@@ -56,22 +56,16 @@ class Experts(nn.Module):
         Returns:
             [N, D].
         """
-        mixed, other = self.mix(x, index, weight, real, beside)
+        mixed, other = self.mix(RoutedTokens(x, index, weight, beside), real)
         if self.training:
             # A recomputed forward counts twice, for all experts alike: who reads the loads
             # compares them with their mean.
             add_load(self.load, index, real)
         return mixed if other is None else mixed + other
 
-    def mix(
-        self,
-        x: Tensor,
-        index: Tensor,
-        weight: Tensor,
-        real: Tensor | None,
-        beside: Meanwhile | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def mix(self, tokens: RoutedTokens, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What `forward` adds, apart, without counting: all experts on one device."""
+        x, index, weight, beside = tokens
         chosen = index.flatten()
         order = chosen.argsort(stable=True)
         experts = torch.arange(self.num_experts, device=chosen.device)

@@ -108,9 +108,12 @@ def _routing_ops() -> frozenset[Any]:
     """What decides where tokens go: the choice of experts, and the exchange of counts.
 
     A choice that is made again may fall otherwise where two scores are nearly the same, and the
-    counts of its ranks would no longer fit the gradients.
+    counts of its ranks would no longer fit the gradients. A library of kernels exchanges counts
+    and tokens at once: there the tokens that arrived are kept as well.
     """
-    return frozenset([torch.ops.aten.topk.default, torch.ops.dtcp.route_tokens.default])
+    ops = torch.ops.dtcp
+    exchanges = [ops.route_tokens.default, ops.library_dispatch.default]
+    return frozenset([torch.ops.aten.topk.default, *exchanges])
 
 
 def _keep_routes(

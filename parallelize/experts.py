@@ -11,17 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from dtcp._torch import unflattened
-from dtcp.distributed.groups import connect, group_name
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.experts import AllToAllExchange, NodeExchange, TokenExchange
-from dtcp.experts.exchange import Meanwhile
+from dtcp.experts import RoutedTokens, TokenExchange
 from dtcp.models.moe import Experts
-from dtcp.parallelize.tensor_parallel import (
-    copy_to_region,
-    distribute_parameter,
-    reduce_from_region,
-)
+from dtcp.parallelize.expert_exchange import SpreadStyle, check_experts, copied, exchanged
+from dtcp.parallelize.tensor_parallel import distribute_parameter, reduce_from_region
 
 HIDDEN_CHANNELS: Mapping[str, Placement] = {"gate": Shard(1), "up": Shard(1), "down": Shard(2)}
 """The dim of the channels between the projections, in each weight."""
@@ -64,16 +58,8 @@ class _TensorParallelExperts(Experts):
 
     mesh: DeviceMesh
 
-    def mix(
-        self,
-        x: Tensor,
-        index: Tensor,
-        weight: Tensor,
-        real: Tensor | None,
-        beside: Meanwhile | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        x, weight = copy_to_region(x, self.mesh), copy_to_region(weight, self.mesh)
-        part, other = super().mix(x, index, weight, real, beside)
+    def mix(self, tokens: RoutedTokens, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        part, other = super().mix(copied(tokens, self.mesh), real)
         return reduce_from_region(part, self.mesh), other
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +71,7 @@ class _TensorParallelExperts(Experts):
 
 
 @dataclass
-class ExpertParallel(ParallelStyle):
+class ExpertParallel(SpreadStyle):
     """Give each rank of ep experts of its own, E / n in the order of their numbers.
 
     Tokens travel to the experts that their router chose, and the results back. Gradients of an
@@ -93,17 +79,12 @@ class ExpertParallel(ParallelStyle):
     same expert.
 
     Args:
-        shared_by: the axis tp, whose ranks hold the same tokens: each sends a part of them.
-        ranks_per_node: neighbours on the axis that are on one machine; a token then crosses to each
-            other machine once. 0: tokens travel straight to their experts.
+        shared_by, ranks_per_node, exchange: as of SpreadStyle.
 
     Raises:
         TypeError: a module that is no dtcp.models.moe.Experts.
-        ValueError: a number of experts that ep does not divide, or nodes that do not divide ep.
+        ValueError: what SpreadStyle.token_exchange refuses.
     """
-
-    shared_by: DeviceMesh | None = None
-    ranks_per_node: int = 0
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, Experts):
@@ -111,16 +92,10 @@ class ExpertParallel(ParallelStyle):
                 f"ExpertParallel spreads a dtcp.models.moe.Experts, got a {type(module).__name__}: "
                 f"name the experts themselves in the plan."
             )
-        check_experts(module.num_experts, device_mesh.size())
+        exchange = self.token_exchange(module.num_experts, device_mesh)
         for name in HIDDEN_CHANNELS:
             distribute_parameter(module, name, device_mesh, Shard(0))
         module.__class__ = _SpreadExperts
-        exchange = token_exchange(
-            module.num_experts,
-            device_mesh,
-            shared_by=self.shared_by,
-            ranks_per_node=self.ranks_per_node,
-        )
         cast(_SpreadExperts, module).claim(exchange, self.shared_by)
         return module
 
@@ -138,45 +113,7 @@ def expert_styles(
     if mesh.ep is None:
         return {name: ExpertTensorParallel() for name in names}, {}
     check_experts(num_experts, mesh.size("ep"))
-    return {}, {name: ExpertParallel(mesh.tp) for name in names}
-
-
-def check_experts(num_experts: int, ep: int) -> None:
-    """Refuse a number of experts that the ranks of ep cannot share equally."""
-    if num_experts % ep:
-        raise ValueError(
-            f"Ranks of ep have equally many experts, got num_experts={num_experts} with ep={ep}: "
-            f"choose an ep that divides it."
-        )
-
-
-def token_exchange(
-    num_experts: int, ep: DeviceMesh, *, shared_by: DeviceMesh | None, ranks_per_node: int = 0
-) -> TokenExchange:
-    """How tokens travel over the axis ep; arguments as of ExpertParallel.
-
-    Raises:
-        ValueError: nodes that do not divide ep.
-    """
-    tp = "" if shared_by is None else group_name(shared_by)
-    size, each = ep.size(), ranks_per_node
-    if each in (0, 1, size):
-        exchange: TokenExchange = AllToAllExchange(num_experts, group_name(ep), tp)
-        names = [group_name(ep), tp]
-    else:
-        if size % each:
-            raise ValueError(
-                f"Ranks of ep are on nodes of equally many, got ranks_per_node={each} with "
-                f"ep={size}: choose an ep that is a multiple of it, or 0."
-            )
-        axes = unflattened(ep, (size // each, each), ("across_nodes", "inside_node"))
-        across, inside = (group_name(axes[name]) for name in ("across_nodes", "inside_node"))
-        node = ep.get_local_rank() // each
-        exchange = NodeExchange(num_experts, size // each, across, inside, node, tp)
-        names = [across, inside, tp]
-    for name in filter(None, names):
-        connect(name)
-    return exchange
+    return {}, {name: ExpertParallel(mesh.tp, mesh.ep_ranks_per_node) for name in names}
 
 
 class _SpreadExperts(Experts):
@@ -189,21 +126,8 @@ class _SpreadExperts(Experts):
         """Take this rank's experts, on the axis ep."""
         self.exchange, self.shared_by = exchange, shared_by
 
-    def mix(
-        self,
-        x: Tensor,
-        index: Tensor,
-        weight: Tensor,
-        real: Tensor | None,
-        beside: Meanwhile | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        if real is not None:
-            index = torch.where(real[:, None], index, self.num_experts)
-        if self.shared_by is None:
-            return self.exchange(x, index, weight, self.compute, beside)
-        x, weight = (copy_to_region(y, self.shared_by) for y in (x, weight))
-        part, other = self.exchange(x, index, weight, self.compute, beside)
-        return reduce_from_region(part, self.shared_by), other
+    def mix(self, tokens: RoutedTokens, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return exchanged(self.exchange, tokens, self.compute, real=real, shared_by=self.shared_by)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, down = (

@@ -1,6 +1,6 @@
 """Experts of a model of transformers on ranks of their own."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,24 +12,28 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.experts import TokenExchange
+from dtcp.experts import RoutedTokens, TokenExchange
 from dtcp.forward import wrap_forward
 from dtcp.kernels.grouped_linear import grouped_linear
-from dtcp.parallelize.experts import check_experts, token_exchange
+from dtcp.metadata import BatchMetadata
+from dtcp.models.moe import real_tokens
+from dtcp.parallelize.expert_exchange import SpreadStyle, check_experts, exchanged
 from dtcp.parallelize.tensor_parallel import (
-    copy_to_region,
     distribute_parameter,
     is_experts,
     joined_view,
     local_parameters,
-    reduce_from_region,
     why_not_known,
 )
 
 
-def hf_expert_plan(model: nn.Module, mesh: ParallelMesh) -> dict[str, ParallelStyle]:
+def hf_expert_plan(
+    model: nn.Module, mesh: ParallelMesh, exchange: str = "auto"
+) -> dict[str, ParallelStyle]:
     """The style of every module of experts on the axis ep; nothing where there is no such axis.
 
+    Args:
+        exchange: as of SpreadStyle.
     Raises:
         ValueError: experts whose weights are not known, or that ep does not divide.
     """
@@ -44,28 +48,59 @@ def hf_expert_plan(model: nn.Module, mesh: ParallelMesh) -> dict[str, ParallelSt
                 f"{type(module).__name__}: {reason}; set ep to 1."
             )
         check_experts(module.num_experts, mesh.size("ep"))
-    return {name: HFExpertParallel(mesh.tp) for name in found}
+    return {name: HFExpertParallel(mesh.tp, mesh.ep_ranks_per_node, exchange) for name in found}
 
 
 @dataclass
-class HFExpertParallel(ParallelStyle):
+class HFExpertParallel(SpreadStyle):
     """Give each rank of ep experts of its own, as ExpertParallel does.
 
     Products are those of dtcp's own grouped_linear, whatever the model's experts_implementation.
 
     Args:
-        shared_by: the axis tp, whose ranks hold the same tokens: each sends a part of them.
+        shared_by, ranks_per_node, exchange: as of SpreadStyle.
     """
-
-    shared_by: DeviceMesh | None = None
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         experts: Any = module
-        exchange = token_exchange(experts.num_experts, device_mesh, shared_by=self.shared_by)
+        exchange = self.token_exchange(experts.num_experts, device_mesh)
         for name, _ in list(module.named_parameters(recurse=False)):
             distribute_parameter(module, name, device_mesh, Shard(0))
+        setattr(module, REAL, None)
         wrap_forward(module, _Spread(exchange, self.shared_by))
         return module
+
+
+REAL, EXPERTS = "dtcp_real_tokens", "dtcp_experts_inside"
+"""Where experts find which tokens are no padding, and a layer its modules of experts."""
+
+
+def tell_experts_of_padding(
+    model: nn.Module, blocks: Iterable[str], experts: Iterable[str]
+) -> None:
+    """Let layers tell the experts inside them which tokens are padding, each time they run.
+
+    transformers hands a layer's keyword arguments to its attention alone. What a layer tells is
+    of its own call, so that one that is recomputed tells the same.
+
+    Args:
+        blocks, experts: names of layers, and of modules of experts that a style spreads.
+    """
+    names = list(experts)
+    for block in blocks:
+        inside = [name.removeprefix(f"{block}.") for name in names if name.startswith(f"{block}.")]
+        if inside:
+            layer = model.get_submodule(block)
+            vars(layer)[EXPERTS] = inside
+            wrap_forward(layer, _telling)
+
+
+def _telling(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, BatchMetadata)]
+    real = real_tokens(given[0]) if given else None
+    for name in getattr(layer, EXPERTS):
+        setattr(layer.get_submodule(name), REAL, real)
+    return forward(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -83,12 +118,16 @@ class _Spread:
         top_k_index: Tensor,
         top_k_weights: Tensor,
     ) -> Tensor:
-        x, weight = hidden_states, top_k_weights
-        if self.shared_by is not None:
-            x, weight = (copy_to_region(y, self.shared_by) for y in (x, weight))
+        tokens = RoutedTokens(hidden_states, top_k_index, top_k_weights)
         compute = partial(_compute, experts, joined_view(experts, local_parameters(experts)))
-        out, _ = self.exchange(x, top_k_index, weight, compute)
-        return out if self.shared_by is None else reduce_from_region(out, self.shared_by)
+        out, _ = exchanged(
+            self.exchange,
+            tokens,
+            compute,
+            real=getattr(experts, REAL),
+            shared_by=self.shared_by,
+        )
+        return out
 
 
 def _compute(experts: Any, weights: Mapping[str, Tensor], rows: Tensor, ends: Tensor) -> Tensor:

@@ -118,11 +118,18 @@ class ParallelMesh:
     """Whose ranks have different experts."""
     expert_hsdp: DeviceMesh | None = None
     """What `fully_shard` gets for experts: edp_shard, or (dp_replicate, edp_shard)."""
+    ranks_per_node: int = 0
+    """Ranks of one machine, neighbours by their global ranks; 0: all ranks are on one."""
 
     @classmethod
-    def from_degrees(cls, degrees: Degrees, device_type: str) -> "ParallelMesh":
+    def from_degrees(
+        cls, degrees: Degrees, device_type: str, *, ranks_per_node: int = 0
+    ) -> "ParallelMesh":
         """Lay all ranks out; the default process group must be there.
 
+        Args:
+            ranks_per_node: ranks that a launcher starts on each machine, LOCAL_WORLD_SIZE under
+                torchrun; 0: all.
         Raises:
             ValueError: the degrees do not multiply to the world size.
         """
@@ -141,19 +148,23 @@ class ParallelMesh:
             )
         shape = tuple(getattr(degrees, name) for name in AXES)
         device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
-        return cls.from_device_mesh(device_mesh, ep=degrees.ep)
+        return cls.from_device_mesh(device_mesh, ep=degrees.ep, ranks_per_node=ranks_per_node)
 
     @classmethod
-    def from_device_mesh(cls, device_mesh: DeviceMesh, *, ep: int = 1) -> "ParallelMesh":
+    def from_device_mesh(
+        cls, device_mesh: DeviceMesh, *, ep: int = 1, ranks_per_node: int = 0
+    ) -> "ParallelMesh":
         """Read the axes of an existing mesh by name; an axis that it lacks has one rank.
 
         Args:
             ep: ranks that have different experts, carved out of dp_shard x cp x tp.
+            ranks_per_node: as of from_degrees.
         Raises:
             ValueError: an axis has another name, the axes come in another order, or ep does not
                 divide them.
         """
         check_kind("A ParallelMesh", DeviceMesh, device_mesh=device_mesh)
+        check_ints("A ParallelMesh", least=0, ranks_per_node=ranks_per_node)
         names = device_mesh.mesh_dim_names or ()
         if not names or list(names) != [name for name in AXES if name in names]:
             raise ValueError(
@@ -179,6 +190,7 @@ class ParallelMesh:
             attention=device_mesh["cp", "tp"] if cp and tp else cp or tp,
             ep=expert_axes and expert_axes["ep"],
             expert_hsdp=expert_axes and _expert_hsdp(device_mesh, expert_axes),
+            ranks_per_node=ranks_per_node,
         )
 
     @classmethod
@@ -203,12 +215,15 @@ class ParallelMesh:
         )
 
     @classmethod
-    def from_parallel_dims(cls, dims: ParallelDims) -> "ParallelMesh":
+    def from_parallel_dims(cls, dims: ParallelDims, *, ranks_per_node: int = 0) -> "ParallelMesh":
         """Take over the meshes that torchtitan has built, so that groups are made once.
 
+        Args:
+            ranks_per_node: as of from_degrees.
         Raises:
             ValueError: a backend of torchtitan that has no fsdp axis.
         """
+        check_ints("A ParallelMesh", least=0, ranks_per_node=ranks_per_node)
         if dims.spmd_backend != "partial_dtensor":
             raise ValueError(
                 f"ParallelMesh shards weights over torchtitan's fsdp axis, got "
@@ -237,6 +252,7 @@ class ParallelMesh:
             ep=view("ep"),
             # Kept with one rank, too: under ep it is what casts experts.
             expert_hsdp=dims.get_optional_mesh(edp) if dims.ep > 1 else None,
+            ranks_per_node=ranks_per_node,
         )
 
     def size(self, name: str) -> int:
@@ -248,6 +264,25 @@ class ParallelMesh:
         """This rank's coordinate on a 1-D view."""
         mesh = self._view(name)
         return 0 if mesh is None else mesh.get_local_rank()
+
+    @property
+    def ep_ranks_per_node(self) -> int:
+        """Neighbours on ep that are on one machine; 0 where that is all, or not the same for all.
+
+        The same on every rank: it decides which groups are made.
+        """
+        ep, each = self.degrees.ep, self.ranks_per_node
+        if self.ep is None or not each:
+            return 0
+        # ep is the last part of the mesh, whatever its axes are called.
+        nodes = self.device_mesh.mesh.reshape(-1, ep) // each
+        run = int((nodes[0] == nodes[0, 0]).sum())
+        if run == ep or ep % run:
+            return 0
+        runs = nodes.view(-1, ep // run, run)
+        firsts = runs[..., 0].sort(-1).values
+        is_even = (runs == runs[..., :1]).all() and (firsts[:, 1:] != firsts[:, :-1]).all()
+        return run if is_even else 0
 
     def _view(self, name: str) -> DeviceMesh | None:
         views = {"cp": self.cp, "tp": self.tp, "fsdp": self.fsdp}

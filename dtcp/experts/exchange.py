@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dtcp.experts.op import (
+    NO_EXPERT,
+    NOT_FINITE,
+    ExchangeGroups,
     receive_tokens,
     results_home,
     route_tokens,
@@ -23,24 +26,34 @@ Meanwhile = Callable[[], Tensor]
 """What needs none of the tokens that travel: an expert that all tokens share."""
 
 
+class RoutedTokens(NamedTuple):
+    """Tokens of this rank, and what their router chose."""
+
+    x: Tensor  # [N, D]
+    chosen: Tensor  # [N, k] int64; num_experts for a choice that is not routed and gives zeros
+    weight: Tensor  # [N, k]
+    meanwhile: Meanwhile | None = None  # computed while the tokens travel
+
+    def faults(self, num_experts: int) -> Tensor:
+        """What is wrong with the routing, as a number: [1] int64, 0 for nothing."""
+        # What a router gives for padding is nobody's.
+        routed = self.weight.detach().masked_fill(self.chosen == num_experts, 0)
+        not_finite = (~routed.isfinite()).any().to(torch.int64)
+        no_expert = ((self.chosen < 0) | (self.chosen > num_experts)).any().to(torch.int64)
+        return (not_finite * NOT_FINITE + no_expert * NO_EXPERT).view(1)
+
+
 class TokenExchange(Protocol):
     """Brings tokens to their experts and back, over the ranks of ep."""
 
-    def __call__(
-        self,
-        x: Tensor,
-        index: Tensor,
-        weight: Tensor,
-        compute: Compute,
-        meanwhile: Meanwhile | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    @property
+    def num_experts(self) -> int:
+        """Of all ranks together."""
+        ...
+
+    def __call__(self, tokens: RoutedTokens, compute: Compute) -> tuple[Tensor, Tensor | None]:
         """Sum the weighted outputs of each token's experts, wherever they are; differentiable.
 
-        Args:
-            x: [N, D], of this rank.
-            index: [N, k] int64; num_experts for a choice that is not routed and gives zeros.
-            weight: [N, k].
-            meanwhile: computed while tokens travel.
         Returns:
             [N, D], and what `meanwhile` gave.
         """
@@ -63,21 +76,20 @@ class AllToAllExchange:
     group: str
     shared_by: str = ""
 
-    def __call__(
-        self,
-        x: Tensor,
-        index: Tensor,
-        weight: Tensor,
-        compute: Compute,
-        meanwhile: Meanwhile | None = None,
+    def __call__(self, tokens: RoutedTokens, compute: Compute) -> tuple[Tensor, Tensor | None]:
+        return self.carry_out(tokens, compute, tokens.faults(self.num_experts))
+
+    def carry_out(
+        self, tokens: RoutedTokens, compute: Compute, faults: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        routing = route_tokens(
-            index,
-            weight.masked_fill(index == self.num_experts, 0),
-            num_experts=self.num_experts,
-            group=self.group,
-            shared_by=self.shared_by,
-        )
+        """The same for tokens of which it is known what is wrong with them.
+
+        Args:
+            faults: [M] int64, as route_tokens takes them.
+        """
+        x, index, weight, meanwhile = tokens
+        ranks = ExchangeGroups(self.group, self.shared_by)
+        routing = route_tokens(index, faults, num_experts=self.num_experts, ranks=ranks)
         per_token, other = index.shape[1], None
         if meanwhile is None:
             rows = tokens_to_experts(x, routing, per_token=per_token, group=self.group)
@@ -117,14 +129,8 @@ class NodeExchange:
     node: int
     shared_by: str = ""
 
-    def __call__(
-        self,
-        x: Tensor,
-        index: Tensor,
-        weight: Tensor,
-        compute: Compute,
-        meanwhile: Meanwhile | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, tokens: RoutedTokens, compute: Compute) -> tuple[Tensor, Tensor | None]:
+        x, index, weight, meanwhile = tokens
         each = self.num_experts // self.num_nodes
         nodes = torch.arange(self.num_nodes, device=index.device)
         # [N, nodes]: the nodes that hold a chosen expert; a choice that is not routed is on none.
@@ -132,10 +138,10 @@ class NodeExchange:
         to_nodes = torch.where(on_node, nodes, self.num_nodes)
         routing = route_tokens(
             to_nodes,
-            weight.masked_fill(index == self.num_experts, 0),
+            tokens.faults(self.num_experts),
             num_experts=self.num_nodes,
-            group=self.across,
-            shared_by=self.shared_by,
+            ranks=ExchangeGroups(self.across, self.shared_by),
+            refuse=False,
         )
 
         def bring(y: Tensor) -> Tensor:
@@ -143,13 +149,10 @@ class NodeExchange:
 
         here = bring(index) - self.node * each
         elsewhere = (here < 0) | (here >= each)
+        here, shares = here.masked_fill(elsewhere, each), bring(weight).masked_fill(elsewhere, 0)
         local = AllToAllExchange(each, self.inside)
-        sums, other = local(
-            bring(x),
-            here.masked_fill(elsewhere, each),
-            bring(weight).masked_fill(elsewhere, 0),
-            compute,
-            meanwhile,
-        )
+        arrived = RoutedTokens(bring(x), here, shares, meanwhile)
+        # A fault is known to the ranks of its place alone: others hear of it inside their nodes.
+        sums, other = local.carry_out(arrived, compute, routing.faults)
         home = results_home(sums, routing, group=self.across)
         return home.unflatten(0, to_nodes.shape).sum(1), other

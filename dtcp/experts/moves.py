@@ -11,26 +11,31 @@ COUNT = 8
 
 
 def counts_moves(
-    index: Tensor, weight: Tensor, num_experts: int, group: str, shared_by: str
+    index: Tensor, faults: Tensor, num_experts: int, group: str, shared_by: str, refuse: bool
 ) -> Moved:
     n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
-    # A number for each expert of the other rank, and one for what is wrong.
-    return Moved.alike((num_experts // n + 1) * COUNT, n, rank)
+    # A number for each expert of the other rank, and what is wrong.
+    return Moved.alike((num_experts // n + faults.shape[0]) * COUNT, n, rank)
 
 
 def token_moves(
     x: Tensor, order: Tensor, place: Tensor, counts: Tensor, per_token: int, group: str
 ) -> Moved:
     send, receive = counts.tolist()
-    return _rows(x, send, receive, group)
+    return moved_rows(x, send, receive, group)
 
 
 def result_moves(rows: Tensor, order: Tensor, place: Tensor, counts: Tensor, group: str) -> Moved:
     send, receive = counts.tolist()
-    return _rows(rows, receive, send, group)
+    return moved_rows(rows, receive, send, group)
 
 
-def _rows(x: Tensor, send: list[int], receive: list[int], group: str) -> Moved:
-    size = x.shape[1] * x.element_size()
+def moved_rows(x: Tensor, send: list[int], receive: list[int], group: str) -> Moved:
+    """Of rows of the width of x, so many to and from each rank."""
+    return rows_moved(send, receive, x.shape[1] * x.element_size(), dist.get_rank(group_of(group)))
+
+
+def rows_moved(send: list[int], receive: list[int], size: int, rank: int) -> Moved:
+    """Of rows of so many bytes: they are laid in order before they leave and as they arrive."""
     held = (sum(send) + sum(receive)) * size
-    return Moved.rows(send, receive, size, dist.get_rank(group_of(group)), workspace=held)
+    return Moved.rows(send, receive, size, rank, workspace=held)

@@ -32,25 +32,32 @@ class Routing(NamedTuple):
     place: Tensor  # [R] int64, for each row, sorted by expert, its place among the arrivals
     ends: Tensor  # [E / n] int32, for each expert of this rank one past its last row
     counts: HostTensor  # [2, n] int64, rows to and from each rank
+    faults: Tensor  # [M * n] int64, of all ranks, those of a node together
+
+
+class ExchangeGroups(NamedTuple):
+    """Who exchanges tokens, by the names of process groups."""
+
+    group: str  # of the ranks that have E / n experts each, the first rank the first ones
+    shared_by: str = ""  # of ranks that hold the same tokens; each routes a part of them
 
 
 def route_tokens(
-    index: Tensor, weight: Tensor, *, num_experts: int, group: str, shared_by: str = ""
+    index: Tensor, faults: Tensor, *, num_experts: int, ranks: ExchangeGroups, refuse: bool = True
 ) -> Routing:
     """Exchange counts: how many rows each rank has for each expert.
 
     Args:
         index: [N, k] int64, the experts of each token; num_experts for a choice that is not routed.
-        weight: of any shape, looked at for NaN only.
-        group: of the ranks that have E / n experts each, the first rank the first ones.
-        shared_by: group of ranks that hold the same tokens; each routes a part of them.
+        faults: [M] int64, what is wrong with the routing of this rank (M = 1), or of the rank that
+            has its place in each of M nodes: 0, or NOT_FINITE and NO_EXPERT added up.
+        refuse: leave faults to the exchange that follows if False.
     Raises:
-        ValueError: on every rank of the group, where one has a weight that is not finite, or an
-            index that names no expert.
+        ValueError: on every rank of the group, where one has a fault.
 
-    Traffic per rank: (n - 1) * (E / n + 1) numbers of 8 bytes, each way. The host waits for it.
+    Traffic per rank: (n - 1) * (E / n + M) numbers of 8 bytes, each way. The host waits for it.
     """
-    return Routing(*_route_tokens(index, weight.detach(), num_experts, group, shared_by))
+    return Routing(*_route_tokens(index, faults, num_experts, *ranks, refuse))
 
 
 def tokens_to_experts(x: Tensor, routing: Routing, *, per_token: int, group: str) -> Tensor:
@@ -105,35 +112,35 @@ def results_home(rows: Tensor, routing: Routing, *, group: str) -> Tensor:
 
 @communicating_op("dtcp::route_tokens", moves=counts_moves)
 def _route_tokens(
-    index: Tensor, weight: Tensor, num_experts: int, group: str, shared_by: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = dist.get_world_size(group_of(group))
-    chosen = _own_share(index, num_experts, shared_by).flatten()
+    index: Tensor, faults: Tensor, num_experts: int, group: str, shared_by: str, refuse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, nodes = dist.get_world_size(group_of(group)), len(faults)
+    chosen = own_share(index, num_experts, shared_by).flatten()
     order = chosen.argsort(stable=True)
-    in_order = chosen[order]
     experts = torch.arange(num_experts + 1, device=index.device)
-    starts = torch.searchsorted(in_order, experts)
+    starts = torch.searchsorted(chosen[order], experts)
     # Faults travel with the counts, so that all ranks stop, and on the host costs no second wait.
-    fault = _fault(in_order, weight, num_experts)
-    sent = torch.cat([starts.diff().view(n, -1), fault.expand(n, 1)], dim=1)
+    sent = torch.cat([starts.diff().view(n, -1), faults.expand(n, nodes)], dim=1)
     arrived = move_rows(sent, [1] * n, [1] * n, group)
     moved = sent[0].numel() * sent.element_size() * (n - 1)
     LEDGER.record("dtcp::route_tokens", sent=moved, received=moved)
 
-    to_experts, from_ranks = sent[:, :-1], arrived[:, :-1]
-    summary = torch.stack([to_experts.sum(1), from_ranks.sum(1), arrived[:, -1]]).cpu()
-    _refuse_faults(summary[2].tolist(), num_experts)
-    counts = summary[:2].clone()
+    to_experts, from_ranks = sent[:, :-nodes], arrived[:, :-nodes]
+    sums = torch.stack([to_experts.sum(1), from_ranks.sum(1), *arrived[:, -nodes:].T])
+    summary = sums.cpu()
+    counts, found = summary[:2].clone(), summary[2:].flatten()
+    if refuse:
+        _refuse_faults(found.tolist(), num_experts * nodes)
     expert = torch.arange(from_ranks.shape[1], device=index.device).repeat(n)
     of_row = expert.repeat_interleave(from_ranks.flatten(), output_size=int(counts[1].sum()))
     ends = from_ranks.sum(0).cumsum(0).to(torch.int32)
-    return order, of_row.argsort(stable=True), ends, counts
+    return order, of_row.argsort(stable=True), ends, counts, found.to(index.device)
 
 
 @_route_tokens.register_fake
 def _(
-    index: Tensor, weight: Tensor, num_experts: int, group: str, shared_by: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    index: Tensor, faults: Tensor, num_experts: int, group: str, shared_by: str, refuse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = dist.get_world_size(group_of(group))
     arrivals = torch.library.get_ctx().new_dynamic_size()
     return (
@@ -141,6 +148,7 @@ def _(
         index.new_empty(arrivals),
         index.new_empty(num_experts // n, dtype=torch.int32),
         torch.empty(2, n, dtype=torch.int64, device="cpu"),
+        index.new_empty(n * faults.shape[0]),
     )
 
 
@@ -250,30 +258,27 @@ _receive_tokens.register_autograd(_receive_tokens_backward, setup_context=_keep_
 _results_home.register_autograd(_results_home_backward, setup_context=_keep_way_home)
 
 
-def _own_share(index: Tensor, num_experts: int, shared_by: str) -> Tensor:
-    """The choices of the tokens that this rank routes, of those that several ranks hold."""
+def own_share(index: Tensor, nowhere: int, shared_by: str) -> Tensor:
+    """The choices of the tokens that this rank routes, of those that several ranks hold.
+
+    Args:
+        nowhere: the choice of the others.
+    """
     if not shared_by:
         return index
     size, rank = dist.get_world_size(group_of(shared_by)), dist.get_rank(group_of(shared_by))
     mine = slice(len(index) * rank // size, len(index) * (rank + 1) // size)
-    share = torch.full_like(index, num_experts)
+    share = torch.full_like(index, nowhere)
     share[mine] = index[mine]
     return share
 
 
 NOT_FINITE, NO_EXPERT = 1, 2
-
-
-def _fault(in_order: Tensor, weight: Tensor, num_experts: int) -> Tensor:
-    """What is wrong with a routing, as a number: [1] int64; 0 for nothing."""
-    fault = (~weight.isfinite()).any().to(torch.int64) * NOT_FINITE
-    if len(in_order):
-        outside = (in_order[0] < 0) | (in_order[-1] > num_experts)
-        fault = fault + outside.to(torch.int64) * NO_EXPERT
-    return fault.view(1)
+"""What may be wrong with a routing, as numbers that add up."""
 
 
 def _refuse_faults(faults: list[int], num_experts: int) -> None:
+    """Args: faults: of all ranks of ep, in their order."""
     for rank, fault in enumerate(faults):
         if fault & NOT_FINITE:
             raise ValueError(

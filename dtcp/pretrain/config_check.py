@@ -20,7 +20,8 @@ from torchtitan.config.override import apply_overrides
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE
 
-from dtcp.parallelize.experts import check_experts
+from dtcp.experts import library_for
+from dtcp.parallelize.expert_exchange import check_experts
 from dtcp.sequence.arguments import check_ints
 
 
@@ -105,6 +106,7 @@ def check_expert_degree(config: Any, ranks: int) -> None:
     """
     degrees, spec = config.parallelism, config.model_spec
     ep = degrees.expert_parallel_degree
+    _check_exchange(config, ranks)
     if ep == 1:
         return
     name = f"parallelism.expert_parallel_degree={ep}"
@@ -123,6 +125,36 @@ def check_expert_degree(config: Any, ranks: int) -> None:
         )
     for count in counts:
         check_experts(count, ep)
+
+
+def _check_exchange(config: Any, ranks: int) -> None:
+    """Refuse settings of the exchange of tokens that would not be used."""
+    section, spec = config.dtcp, config.model_spec
+    check_ints("A mesh", least=0, **{"dtcp.ranks_per_node": section.ranks_per_node})
+    given = {
+        "dtcp.expert_exchange": section.expert_exchange not in ("auto", "all_to_all"),
+        "dtcp.ranks_per_node": section.ranks_per_node > 0,
+    }
+    name = next((name for name, is_given in given.items() if is_given), "")
+    if not name:
+        return
+    value = getattr(section, name.removeprefix("dtcp."))
+    if config.parallelism.expert_parallel_degree == 1:
+        raise ValueError(
+            f"Tokens travel to experts on other ranks, got {name}={value} with "
+            f"parallelism.expert_parallel_degree=1: raise the degree, or leave it out."
+        )
+    if isinstance(spec.model, Decoder.Config):
+        raise ValueError(
+            f"torchtitan's own models send tokens themselves, got {name}={value} for {spec.name}: "
+            f"leave it out, and choose a moe_comm_backend where the model is made."
+        )
+    if section.ranks_per_node and ranks % section.ranks_per_node:
+        raise ValueError(
+            f"Machines have equally many ranks, got dtcp.ranks_per_node={section.ranks_per_node} "
+            f"with {ranks} ranks: give a number that divides them."
+        )
+    library_for(section.expert_exchange, "")
 
 
 def _expert_counts(model: Any) -> set[int]:

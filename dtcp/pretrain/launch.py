@@ -80,6 +80,11 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
+def ranks_of_machine() -> int:
+    """Processes that were launched on this machine, as many as on each; 0 where nobody says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+
+
 def degrees_of(parallelism: Parallelism) -> dict[str, int]:
     """Degree of each mesh axis by its short name; dp_shard is -1 where it takes what is left."""
     return {

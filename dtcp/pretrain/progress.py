@@ -17,8 +17,10 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.models.common.decoder import Decoder
 
 from dtcp.distributed.ledger import LEDGER, traffic_since
+from dtcp.experts import library_for
 from dtcp.mixer import Mixer
 from dtcp.parallelize.experts import largest_load
 from dtcp.pretrain.expected import warning
@@ -172,6 +174,17 @@ def _strategies(parts: Sequence[nn.Module]) -> str:
     return ", ".join(dict.fromkeys(f"{m.style}" for m in mixers if m.style is not None))
 
 
+def _exchange(trainer: Any) -> str:
+    """How tokens travel to experts, where dtcp sends them."""
+    if isinstance(trainer.config.model_spec.model, Decoder.Config):
+        return ""
+    library = library_for(trainer.config.dtcp.expert_exchange, trainer.device.type)
+    if library:
+        return f" by {library}"
+    each = trainer.mesh.ep_ranks_per_node
+    return " by all_to_all" + (f", {each} on each machine" if each else "")
+
+
 def describe_run(trainer: Any) -> str:
     """Mesh, model, layout, strategy and data of a run, one line each."""
     config, dims = trainer.config, trainer.parallel_dims
@@ -179,7 +192,7 @@ def describe_run(trainer: Any) -> str:
     axes |= {"cp": dims.cp, "tp": dims.tp}
     mesh = " x ".join(f"{axis} {degree}" for axis, degree in axes.items() if degree > 1)
     if dims.ep > 1:
-        mesh += f", experts over {dims.ep} of them"
+        mesh += f", experts over {dims.ep} of them{_exchange(trainer)}"
     spec, training = config.model_spec, config.training
     count = sum(p.numel() for part in trainer.model_parts for p in part.parameters())
     of_transformers = isinstance(spec.model, HuggingFaceConfig)

@@ -32,6 +32,7 @@ from dtcp.pretrain.config_check import check_by_torchtitan, check_settings
 from dtcp.pretrain.data import PackedDocuments, open_source
 from dtcp.pretrain.expected import Expectation, expectation
 from dtcp.pretrain.folder_lock import FolderLock
+from dtcp.pretrain.launch import ranks_of_machine
 from dtcp.pretrain.output_folder import check_output
 from dtcp.pretrain.progress import describe_run, say
 from dtcp.pretrain.settings import EMPTY_AFTER, check_counts, check_optimizer
@@ -82,11 +83,11 @@ class Trainer(titan.Trainer):
     def __init__(self, config: Config) -> None:
         check_settings(config)
         # torchtitan gives parallelize_fn its own sections only.
-        spec = config.model_spec
-        bound = partial(spec.parallelize_fn, section=config.dtcp)
+        spec, each = config.model_spec, config.dtcp.ranks_per_node or ranks_of_machine()
+        bound = partial(spec.parallelize_fn, section=replace(config.dtcp, ranks_per_node=each))
         with WholeDraws():
             super().__init__(replace(config, model_spec=replace(spec, parallelize_fn=bound)))
-        self.mesh = ParallelMesh.from_parallel_dims(self.parallel_dims)
+        self.mesh = ParallelMesh.from_parallel_dims(self.parallel_dims, ranks_per_node=each)
         self._check_vocabulary()
         share_router_losses(self.model_parts[0], self.gradient_accumulation_steps)
         if config.validator.enable:

@@ -200,11 +200,12 @@ def _parallelize(
 ) -> nn.Module:
     parallelize_hf(
         model,
-        ParallelMesh.from_parallel_dims(parallel_dims),
+        ParallelMesh.from_parallel_dims(parallel_dims, ranks_per_node=section.ranks_per_node),
         section.attention_style(),
         activation_checkpoint=checkpoint_of(ac_config),
         compile=compile_of(compile_config),
         fsdp=fsdp_of(training, parallelism),
+        expert_exchange=section.expert_exchange,
     )
     name_kernel(model, section.kernel)
     wrap_forward(model, _logits_of_tokens)

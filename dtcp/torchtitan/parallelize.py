@@ -5,7 +5,7 @@ The order of application is not decided here: ours is in `parallelize`, its own 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dtcp.torchtitan.attention import add_mixers
@@ -51,6 +51,7 @@ from dtcp.parallelize import (
     SelectiveCheckpoint,
     parallelize,
 )
+from dtcp.parallelize.expert_exchange import with_exchange
 from dtcp.softmax.mixer import name_kernel
 
 MakePlan = Callable[[Any, ParallelMesh, Section], ParallelPlan]
@@ -73,12 +74,13 @@ def parallelize_plain(
     Args:
         make_plan: model config, mesh and section to a plan.
     """
-    mesh = ParallelMesh.from_parallel_dims(parallel_dims)
+    mesh = ParallelMesh.from_parallel_dims(parallel_dims, ranks_per_node=section.ranks_per_node)
     name_kernel(model, section.kernel)
+    plan = make_plan(model.config, mesh, section)
     return parallelize(
         model,
         mesh,
-        make_plan(model.config, mesh, section),
+        replace(plan, ep=with_exchange(plan.ep, section.expert_exchange)),
         activation_checkpoint=checkpoint_of(ac_config),
         compile=compile_of(compile_config),
         fsdp=fsdp_of(training, parallelism),

@@ -48,6 +48,14 @@ class Section:
     boundary: Literal["in_graph", "eager_island"] = "in_graph"
     """Collectives inside the compiled block, or one graph break around each attention."""
 
+    expert_exchange: Literal["auto", "all_to_all", "deep_ep", "hybrid_ep"] = "auto"
+    """Under parallelism.expert_parallel_degree, what carries tokens: "auto" for a library of GPU
+    kernels where one is installed."""
+
+    ranks_per_node: int = 0
+    """Of those that have experts: tokens cross to another machine once. 0: as torchrun starts
+    them."""
+
     kernel: str = "auto"
     """What computes attention, by a name of `python -m dtcp.kernels`; "auto" for the fastest."""
 

@@ -21,6 +21,7 @@ from dtcp.huggingface.last_token import LastTokenCP
 from dtcp.huggingface.latents import exchange_latents, hands_on_latents
 from dtcp.huggingface.registry import MIXER
 from dtcp.mixer import Mixer
+from dtcp.mixer_plan import find
 from dtcp.parallelize.activation_checkpoint import ActivationCheckpoint
 from dtcp.parallelize.apply import (
     KEEP_ALL,
@@ -30,7 +31,7 @@ from dtcp.parallelize.apply import (
 )
 from dtcp.parallelize.compile import Compile
 from dtcp.parallelize.fsdp import FSDP
-from dtcp.parallelize.hf_experts import hf_expert_plan
+from dtcp.parallelize.hf_experts import hf_expert_plan, tell_experts_of_padding
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.parallelize.tensor_parallel import separate_gate_and_up
@@ -66,6 +67,7 @@ def parallelize_hf(
     activation_checkpoint: ActivationCheckpoint = KEEP_ALL,
     compile: Compile | None = None,
     fsdp: FSDP = PLAIN_FSDP,
+    expert_exchange: str = "auto",
 ) -> Any:
     """Put an unmodified model of transformers on FSDP x TP x CP, in place.
 
@@ -80,6 +82,7 @@ def parallelize_hf(
             Layers of multi-head latent attention (DeepSeek, Kimi) exchange latents by
             RingAttention, AllGatherAttention and HaloAttention, and by others, or under tp, the
             keys and values that are made of them.
+        expert_exchange: what carries tokens on a mesh with an axis ep, as of ExpertParallel.
     Raises:
         ValueError: what the model needs and no mixer here does, by the names of the layers; or
             weights that are not the same on all ranks.
@@ -91,7 +94,8 @@ def parallelize_hf(
     survey = install_mixers(model)
     _make_experts_compilable(model, compile)
     separate_gate_and_up(model)
-    plan = hf_plan(model, survey, mesh, attention)
+    plan = hf_plan(model, survey, mesh, attention, expert_exchange)
+    tell_experts_of_padding(model, find(model, plan.blocks), plan.ep)
     _exchange_latents(model, survey, mesh, plan)
     parallelize(
         model, mesh, plan, activation_checkpoint=activation_checkpoint, compile=compile, fsdp=fsdp
@@ -104,6 +108,7 @@ def hf_plan(
     survey: Survey,
     mesh: ParallelMesh,
     attention: AttentionStyle | Callable[[str], AttentionStyle],
+    expert_exchange: str = "auto",
 ) -> ParallelPlan:
     """The plan of a model that has its mixers.
 
@@ -121,7 +126,7 @@ def hf_plan(
         styles[f"{survey.images}.{CUT}"] = CutRowsCP()
     if survey.pooled_head is not None:
         styles[f"{survey.pooled_head.name}.{MIXER}"] = LastTokenCP()
-    experts = hf_expert_plan(model, mesh)
+    experts = hf_expert_plan(model, mesh, expert_exchange)
     return ParallelPlan(
         tp=_without(experts, hf_tensor_plan(model, mesh.size("tp"))) if mesh.tp is not None else {},
         ep=experts,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -202,3 +202,32 @@ def test_view_of_another_name_is_refused(mesh):
 def test_degree_below_one_is_refused():
     with pytest.raises(ValueError, match="got cp=0"):
         Degrees(cp=0)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "ranks_per_node", "expected"),
+    [
+        (Degrees(dp_shard=2, cp=2, ep=4), 2, 2),
+        (Degrees(dp_shard=2, cp=2, ep=4), 4, 0),
+        (Degrees(dp_shard=2, cp=2, ep=4), 1, 1),
+        (Degrees(dp_shard=2, cp=2, ep=4), 3, 0),
+        (Degrees(cp=4, ep=2), 2, 0),
+        (Degrees(dp_shard=2, cp=2, ep=4), 0, 0),
+        (Degrees(cp=4), 2, 0),
+    ],
+)
+@spmd(ranks=4)
+def test_ep_of_a_mesh_knows_its_nodes(mesh, degrees, ranks_per_node, expected):
+    """Neighbours on ep on one machine, where all of its groups are cut alike."""
+    made = ParallelMesh.from_degrees(degrees, "cpu", ranks_per_node=ranks_per_node)
+    assert made.ep_ranks_per_node == expected
+
+
+@spmd(ranks=4)
+def test_ep_of_a_mesh_in_another_order_knows_its_nodes(mesh):
+    """Machines have global ranks 0, 1 and 2, 3, and neighbours on the mesh are on two."""
+    crossed = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("dp_shard", "cp"))
+    assert ParallelMesh.from_device_mesh(crossed, ep=4, ranks_per_node=2).ep_ranks_per_node == 0
+    assert ParallelMesh.from_device_mesh(crossed, ep=2, ranks_per_node=2).ep_ranks_per_node == 1
+    with pytest.raises(ValueError, match=r"takes ranks_per_node >= 0, got ranks_per_node=-1"):
+        ParallelMesh.from_device_mesh(crossed, ranks_per_node=-1)

@@ -4,6 +4,8 @@ In fp64, packed rows with padding: logits and every gradient, on one axis ep ins
 with tp and over all of them.
 """
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor, Replicate
@@ -13,6 +15,7 @@ from dtcp.batch import shard_batch
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.experts import op
 from dtcp.huggingface import install_mixers
 from dtcp.mixer import batch_metadata
 from dtcp.models.qwen3_5 import Qwen35
@@ -131,47 +134,70 @@ def test_expert_parallel_that_does_not_divide_is_refused(mesh):
     assert Qwen35(EXPERTS).layers[0].feed_forward.experts.num_experts == 8
 
 
-def transformers_truth(name):
-    """Weights, tokens, logits and gradients of a model of transformers on one device, in fp64."""
+PACKED = ((13, 19), (32,))
+PADDED = ((13, 9), (27,))
+"""The last tokens of both rows are padding."""
+
+
+def transformers_truth(name, lengths):
+    """Tokens, logits and gradients of a model of transformers on one device, in fp64."""
     model = build(name)
     torch.manual_seed(1)
     tokens = torch.randint(model.config.vocab_size, (2, 32))
     install_mixers(model)
-    documents = Documents(((13, 19), (32,)), 32)
+    documents = Documents(lengths, 32)
     metadata = batch_metadata(model, documents)
     positions = documents.position_ids()
     logits = model(input_ids=tokens, position_ids=positions, attn_metadata=metadata).logits
-    cotangent = torch.randn_like(logits)
+    cotangent = torch.randn_like(logits) * (documents.document() >= 0)[..., None]
     logits.backward(cotangent)
     grads = {name: p.grad for name, p in model.named_parameters()}
     return logits.detach(), cotangent, grads
 
 
-def check_transformers(mesh, name, degrees, compile):
-    logits, cotangent, grads = transformers_truth(name)
+def check_transformers(mesh, name, degrees, lengths=PACKED, ranks_per_node=0, **options):
+    logits, cotangent, grads = transformers_truth(name, lengths)
     model = build(name)
     torch.manual_seed(1)
     tokens = torch.randint(model.config.vocab_size, (2, 32))
-    ranks = ParallelMesh.from_degrees(degrees, "cpu")
-    parallelize_hf(model, ranks, compile=compile)
+    ranks = ParallelMesh.from_degrees(degrees, "cpu", ranks_per_node=ranks_per_node)
+    parallelize_hf(model, ranks, **options)
     mine = slice(ranks.rank("batch"), None, ranks.size("batch"))
     batch = {"input_ids": tokens[mine]}
-    documents = Documents(((13, 19), (32,))[mine], 32)
+    documents = Documents(lengths[mine], 32)
     batch["position_ids"] = documents.position_ids()
     local, sharded = shard_batch(batch, ranks, model=model, documents=documents)
-    with count_graphs() as graphs, count_traffic() as traffic:
+    with count_graphs() as graphs, count_traffic() as traffic, noted_counts() as routed:
         out = model(**local, attn_metadata=sharded.attn_metadata).logits
         if isinstance(out, DTensor):
             out = out.full_tensor(grad_placements=[Replicate()])
         out.backward(sharded.shard(cotangent[mine]))
-    assert_close(out, sharded.shard(logits[mine]))
+    real = sharded.shard(documents.document()) >= 0
+    assert_close(out[real], sharded.shard(logits[mine])[real])
     for key, actual in gradients(model).items():
         expected = grads[key]
         if actual.shape != expected.shape:
             actual = actual.flatten(1, 2) if actual.shape[1] == 2 else actual.flatten(2, 3)
         assert_close(actual, expected, msg=key)
     assert traffic["dtcp::route_tokens"].calls > 0
-    return graphs.breaks
+    return graphs.breaks, int(real.sum()), routed
+
+
+@contextmanager
+def noted_counts():
+    """Collects how many rows this rank sends in each exchange, its own experts' included."""
+    rows, own = [], op.Routing
+
+    def note(*parts):
+        made = own(*parts)
+        rows.append(int(made.counts[0].sum()))
+        return made
+
+    op.Routing = note
+    try:
+        yield rows
+    finally:
+        op.Routing = own
 
 
 HF = [
@@ -187,4 +213,33 @@ HF = [
 @pytest.mark.parametrize(("name", "degrees", "compile"), HF)
 def test_transformers_experts_on_their_own_ranks_equal_one_device(name, degrees, compile):
     """Experts with biases and alternating channels (gpt_oss), and with a gate before up."""
-    assert set(run_ranks(check_transformers, degrees.world, name, degrees, compile)) == {0}
+    answers = run_ranks(check_transformers, degrees.world, name, degrees, compile=compile)
+    assert {breaks for breaks, *_ in answers} == {0}
+
+
+@pytest.mark.slow_where(lambda options: "activation_checkpoint" in options)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation_checkpoint": FullCheckpoint()},
+        {"activation_checkpoint": FullCheckpoint(), "compile": GRAPHS},
+    ],
+    ids=["eager", "recomputed", "compiled"],
+)
+def test_padding_is_not_routed_to_transformers_experts(options):
+    """The rows of every exchange are the choices of real tokens, two of each."""
+    degrees = Degrees(cp=2, ep=2)
+    for breaks, real, routed in run_ranks(
+        check_transformers, 2, "qwen3_moe", degrees, PADDED, **options
+    ):
+        assert breaks == 0
+        assert set(routed) == {2 * real}
+
+
+@pytest.mark.slow
+def test_transformers_experts_on_nodes_equal_one_device():
+    """Four ranks of ep on two machines: tokens cross once, and as many rows as tokens at most."""
+    degrees = Degrees(dp_shard=2, cp=2, ep=4)
+    for _, real, routed in run_ranks(check_transformers, 4, "gpt_oss", degrees, PADDED, 2):
+        assert len(routed) == 4 and all(rows <= 2 * real for rows in routed[::2])

@@ -8,8 +8,10 @@ from torch.testing import assert_close
 
 from dtcp.compile import DATA_SIZES, count_graphs
 from dtcp.distributed.ledger import count_traffic
+from dtcp.experts.expected_moves import ExpertSizes, expected_moves
 from dtcp.models.moe import Experts
 from dtcp.parallelize.experts import ExpertParallel
+from tests.distributed.test_moves import Stated
 from tests.harness.spmd import spmd
 from tests.kernels.test_grouped_linear import gated, gradients, one_by_one
 
@@ -207,6 +209,47 @@ def test_experts_refuse_a_routing_with_nan_on_every_rank(mesh):
     outside[0, 0] = E + 4
     with pytest.raises(ValueError, match=r"got an index outside 0 to 7 on rank 0 of ep"):
         experts(x, index if mesh.get_local_rank() else outside, weight)
+
+
+@spmd(ranks=4)
+def test_experts_on_nodes_refuse_a_wrong_routing_on_every_rank(mesh):
+    """Of which the ranks of other places hear inside their nodes."""
+    whole, x, index, weight, *_ = a_case(1)
+    experts = spread(whole, mesh, ranks_per_node=2)
+    wrong = weight.clone()
+    wrong[3, 1] = torch.inf
+    with pytest.raises(ValueError, match=r"got NaN or infinity on rank 3 of ep: lower"):
+        experts(x, index, wrong if mesh.get_local_rank() == 3 else weight)
+    outside = index.clone()
+    outside[0, 0] = -2
+    with pytest.raises(ValueError, match=r"got an index outside 0 to 7 on rank 2 of ep"):
+        experts(x, outside if mesh.get_local_rank() == 2 else index, weight)
+
+
+@pytest.mark.parametrize("ranks_per_node", [0, 2], ids=["straight", "nodes"])
+@spmd(ranks=4)
+def test_experts_ops_move_what_they_say_and_what_is_expected(mesh, ranks_per_node):
+    """Each token chooses other experts, and all choices come up."""
+    experts = spread(Experts(DIM, HIDDEN, E, gated).double(), mesh, ranks_per_node=ranks_per_node)
+    index = torch.combinations(torch.arange(E), K)
+    x = torch.randn(len(index), DIM, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(index.shape, dtype=torch.float64, requires_grad=True)
+    passes = []
+    with Stated() as forward, count_traffic() as counted:
+        out = experts(x, index, weight)
+    passes.append((forward.moved, counted))
+    with Stated() as backward, count_traffic() as counted:
+        out.backward(torch.ones_like(out))
+    passes.append((backward.moved, counted))
+    rank = mesh.get_local_rank()
+    sizes = ExpertSizes(len(x), DIM, E, K, size=8, weight_size=8)
+    expected = expected_moves(sizes, 4, rank=rank, ranks_per_node=ranks_per_node)
+    for (stated, counted), moved in zip(passes, (expected.forward, expected.backward), strict=True):
+        assert sum(stated.sent) == counted.sent and sum(stated.received) == counted.received
+        assert (sum(moved.sent), sum(moved.received)) == (counted.sent, counted.received)
+        if not ranks_per_node:
+            # By rank of ep; ops on nodes state ranks of other groups.
+            assert (stated.sent, stated.received) == (moved.sent, moved.received)
 
 
 @spmd(ranks=3)

@@ -1,5 +1,6 @@
 """train.py with experts on ranks of their own: proven on one device, and stored in one form."""
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -38,6 +39,12 @@ def qwen() -> Trainer.Config:
     return config
 
 
+def qwen_on_two_machines() -> Trainer.Config:
+    """As torchrun would start four ranks there."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    return qwen()
+
+
 def deepseek() -> Trainer.Config:
     config = _micro(deepseek_v4_tiny())
     shape = replace(
@@ -74,6 +81,17 @@ def train(config: str, *arguments: str, ranks: int = 2) -> str:
 def test_experts_on_their_own_ranks_train_as_on_one_device(config, tmp_path):
     output = train(config, EP, "2", "--dtcp.verify", "3", "--dump_folder", str(tmp_path))
     assert "verified" in output and re.search(r"experts \d\.\d\d of mean", output), output
+
+
+@pytest.mark.slow
+def test_experts_on_two_machines_train_as_on_one_device(tmp_path):
+    """torchrun says how many ranks a machine has, and tokens cross once for each."""
+    four = ("--parallelism.context_parallel_degree", "4", "--training.global_batch_size", "-1")
+    folder = ("--dump_folder", str(tmp_path))
+    arguments = (EP, "4", *four, "--dtcp.verify", "2", *folder)
+    output = train("qwen_on_two_machines", *arguments, ranks=4)
+    assert "experts over 4 of them by all_to_all, 2 on each machine" in output, output
+    assert "verified" in output
 
 
 @pytest.mark.slow
@@ -118,4 +136,25 @@ def test_expert_parallel_degree_that_does_not_fit_is_refused_before_ranks_start(
 
     with pytest.raises(SystemExit):
         run(["--config", config, EP, ep, "--dtcp.device", "cpu"], command=("train.py",))
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--dtcp.expert_exchange", "deep_ep"),
+            "got dtcp.expert_exchange=deep_ep with parallelism.expert_parallel_degree=1: raise",
+        ),
+        ((EP, "2", "--dtcp.expert_exchange", "deep_ep"), "without deep_ep.ElasticBuffer: install"),
+        ((EP, "2", "--dtcp.ranks_per_node", "3"), "got dtcp.ranks_per_node=3 with 4 ranks: give"),
+    ],
+)
+def test_expert_parallel_exchange_that_does_not_fit_is_refused_before_ranks_start(
+    arguments, message, capfd
+):
+    from dtcp.pretrain.run import run
+
+    with pytest.raises(SystemExit):
+        run(["--config", "qwen3_5_moe_tiny", *arguments, "--dtcp.device", "cpu"], command=("t",))
     assert message in capfd.readouterr().err
