@@ -140,7 +140,7 @@ DATA_SIZES: Mapping[str, Any] = {"capture_dynamic_output_shape_ops": True}
 def _data_size_settings() -> dict[str, Any]:
     """DATA_SIZES, and that a checkpointed layer may tell its experts of the padding of its call.
 
-    What is told is read in the same call and nowhere else; a graph has it as its input.
+    It is read in the same call and nowhere else; a graph has it as its input.
     """
     telling = "skip_fwd_side_effects_in_bwd_under_checkpoint"
     return {**DATA_SIZES, **({telling: True} if dynamo_has(telling) else {})}
