@@ -30,6 +30,7 @@ from dtcp.distributed.collective_moves import (
 from dtcp.distributed.groups import group_name, group_of
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
+from dtcp.distributed.staging import exchange
 from dtcp.sequence.arguments import check_dim, check_ints, check_tensor
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.routes import Route, halo_runs
@@ -319,7 +320,7 @@ def move_rows(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str
     if len(send) == 1:
         return _copy(x)
     out = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=group_of(group))
+    exchange(out, x.contiguous(), group_of(group), receive=receive, send=send)
     return out
 
 

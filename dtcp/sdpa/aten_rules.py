@@ -62,8 +62,10 @@ class _ContiguousRows:
     ) -> AttentionInputs:
         return self.strategy.backward(grad_out, x, result, self._with_metadata(x.q, context))
 
-    def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
-        return self.strategy.saved_like(x, groups)
+    def saved_like(
+        self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
+    ) -> list[Tensor]:
+        return self.strategy.saved_like(x, metadata, groups)
 
     def moves(
         self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers

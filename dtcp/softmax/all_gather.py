@@ -1,5 +1,6 @@
 """Bring every key a rank requires in one exchange, then attend once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,43 +23,63 @@ from dtcp.softmax.payload import ExchangeStrategy, KVPayload
 from dtcp.softmax.style import KeyExchangeAttention
 
 
-class _AllGather(ExchangeStrategy):
+class AllGather(ExchangeStrategy):
     """One all_to_all out; backward brings the keys again and returns their gradients."""
 
     def attend(
         self, queries: Queries, payload: KVPayload, sink: Tensor | None, context: OpContext
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         metadata = KeyExchangeMetadata(*context.metadata)
-        keys = self._gather(payload, metadata, context)
+        rows = self._bring(payload, metadata, context)
+        keys = _in_token_order(payload, rows, metadata)
         ranges, pieces = metadata.block_ranges[0], metadata.pieces[0]
-        return attend_once(queries, keys, ranges, context.softmax, pieces=pieces, sink=sink)
+        result = attend_once(queries, keys, ranges, context.softmax, pieces=pieces, sink=sink)
+        return *result, *self.kept(rows, metadata)
 
     def attend_backward(
-        self, queries: Queries, payload: KVPayload, saved: SavedForward, context: OpContext
+        self,
+        queries: Queries,
+        payload: KVPayload,
+        saved: SavedForward,
+        kept: Sequence[Tensor],
+        context: OpContext,
     ) -> tuple[Tensor, Tensor]:
         metadata = KeyExchangeMetadata(*context.metadata)
-        keys = self._gather(payload, metadata, context)
+        rows = self.rows_of(kept, metadata) if kept else self._bring(payload, metadata, context)
+        keys = _in_token_order(payload, rows, metadata)
         buffers, dq = payload.grad_buffers(keys.v.shape[1]), zeros_for(queries.q)
         grads = GradAccumulators(dq, buffers.dk, buffers.dv)
         ranges, pieces = metadata.block_ranges[0], metadata.pieces[0]
         attend_backward(grads, saved, queries, keys, ranges, context.softmax, pieces=pieces)
 
-        rows = payload.finish(buffers, keys.v, 0).transpose(0, 1)
-        return dq, return_grads(rows, metadata, metadata.own_keys, queries.q.dtype, context)
+        of_keys = payload.finish(buffers, keys.v, 0).transpose(0, 1)
+        return dq, return_grads(of_keys, metadata, metadata.own_keys, queries.q.dtype, context)
 
-    def _gather(
+    def kept(self, rows: Tensor, metadata: KeyExchangeMetadata) -> list[Tensor]:
+        """What backward is given again of the rows that arrived: nothing, they are many."""
+        return []
+
+    def rows_of(self, kept: Sequence[Tensor], metadata: KeyExchangeMetadata) -> Tensor:
+        """The rows that arrived, of what was kept."""
+        raise NotImplementedError
+
+    def _bring(
         self, payload: KVPayload, metadata: KeyExchangeMetadata, context: OpContext
-    ) -> Keys:
-        """Local and required keys, in token order."""
+    ) -> Tensor:
+        """The required rows of other ranks, [m, B, G, W]."""
         send, receive = metadata.counts.tolist()
         packed = payload.pack(metadata.send_slot[: sum(send)])
-        rows = all_to_all_rows(packed, send, receive, context)
-        order = sort_by_index(metadata, metadata.own_keys)
-        k, v = payload.in_order(rows, order)
-        return Keys(k, v, metadata.key_token_index[0, : order.numel()])
+        return all_to_all_rows(packed, send, receive, context)
 
 
-ALL_GATHER = AttentionOp("all_gather_attention", _AllGather(), communicates=True)
+def _in_token_order(payload: KVPayload, rows: Tensor, metadata: KeyExchangeMetadata) -> Keys:
+    """Local and required keys."""
+    order = sort_by_index(metadata, metadata.own_keys)
+    k, v = payload.in_order(rows, order)
+    return Keys(k, v, metadata.key_token_index[0, : order.numel()])
+
+
+ALL_GATHER = AttentionOp("all_gather_attention", AllGather(), communicates=True)
 
 
 @dataclass

@@ -5,13 +5,12 @@ row per rank that used the key and is summed at home in fp32: a sum that travell
 rounded at every step (ring-flash-attention issue 42).
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dtcp.distributed.groups import group_of
+from dtcp.distributed.staging import Between, Transfer, exchange, send_and_receive
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.op import OpContext
 
@@ -29,30 +28,11 @@ def all_to_all_rows(
     width = rows[:1].numel() if rows.shape[0] else rows.new_empty(1, *rows.shape[1:]).numel()
     out = rows.new_empty(sum(receive), *rows.shape[1:])
     if len(send) > 1:
-        dist.all_to_all_single(
-            out.view(-1),
-            rows.reshape(-1),
-            [count * width for count in receive],
-            [count * width for count in send],
-            group=group,
-        )
+        of_receive, of_send = ([count * width for count in each] for each in (receive, send))
+        exchange(out.view(-1), rows.reshape(-1), group, receive=of_receive, send=of_send)
     size = width * rows.element_size()
     context.count(sent=sum(send) * size, received=sum(receive) * size)
     return out
-
-
-@dataclass
-class Transfer:
-    """A transfer in flight; `wait` gives what arrived."""
-
-    arrived: Tensor
-    works: list[dist.Work]
-    held: Tensor  # the sent rows, kept alive until the transfer is over
-
-    def wait(self) -> Tensor:
-        for work in self.works:
-            work.wait()
-        return self.arrived
 
 
 def isend_irecv(
@@ -69,19 +49,11 @@ def isend_irecv(
     """
     group = group_of(context.groups[-1])
     rank, n = dist.get_rank(group), dist.get_world_size(group)
-    arrived = rows.new_empty(count, *rows.shape[1:])
     target, source = (dist.get_global_rank(group, (rank + s) % n) for s in (step, -step))
-    moves = []
-    if rows.shape[0]:
-        moves.append(dist.P2POp(dist.isend, rows, target, group, tag))
-    if count:
-        moves.append(dist.P2POp(dist.irecv, arrived, source, group, tag))
-    works = dist.batch_isend_irecv(moves) if moves else []
-    context.count(
-        sent=rows.numel() * rows.element_size(),
-        received=arrived.numel() * arrived.element_size(),
-    )
-    return Transfer(arrived, works, rows)
+    transfer = send_and_receive(rows, count, Between(target, source, group, tag))
+    size = rows.element_size()
+    context.count(sent=rows.numel() * size, received=transfer.arrived.numel() * size)
+    return transfer
 
 
 def sort_by_index(metadata: KeyExchangeMetadata, length: int) -> Tensor:

@@ -1,12 +1,59 @@
 """Sliding windows: bring the tokens next to a shard, and nothing else."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+from torch.nn import functional as F
+
+from dtcp.distributed.moves import Moves
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.softmax.all_gather import AllGatherAttention
+from dtcp.softmax.all_gather import AllGather, AllGatherAttention
 from dtcp.softmax.metadata import KeyExchangeMetadata, all_gather_metadata
+from dtcp.softmax.moves import AttentionShape, Peers, keys_moved
+from dtcp.softmax.op import AttentionInputs, AttentionOp
+
+
+class _Halo(AllGather):
+    """One all_to_all out; what arrived is kept, so backward only returns its gradients.
+
+    That takes a bound which does not change from batch to batch: where a layout has any number of
+    pieces there is none, and backward brings the halo again.
+    """
+
+    def kept(self, rows: Tensor, metadata: KeyExchangeMetadata) -> list[Tensor]:
+        """The rows that arrived, and zeros up to the bound: [B, room, G, W]."""
+        room = metadata.kept_rows
+        if room is None:
+            return []
+        return [F.pad(rows.transpose(0, 1), (0, 0, 0, 0, 0, room - rows.shape[0]))]
+
+    def rows_of(self, kept: Sequence[Tensor], metadata: KeyExchangeMetadata) -> Tensor:
+        return kept[0][:, : int(metadata.counts[1].sum())].transpose(0, 1)
+
+    def saved_like(
+        self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
+    ) -> list[Tensor]:
+        saved = super().saved_like(x, metadata, groups)
+        room = KeyExchangeMetadata(*metadata).kept_rows
+        if room is not None:
+            batch, _, heads, width = x.v.shape
+            width += 0 if x.k is None else x.k.shape[-1]
+            saved.append(x.v.new_empty(batch, room, heads, width))
+        return saved
+
+    def moves(
+        self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
+    ) -> Moves:
+        keys = KeyExchangeMetadata(*metadata)
+        sent, received = keys.counts.tolist()
+        kept = keys.kept_rows is not None
+        return keys_moved(shape, sent, received, keys.own_keys, peers.rank, kept=kept)
+
+
+HALO = AttentionOp("halo_attention", _Halo(), communicates=True)
 
 
 @dataclass
@@ -26,14 +73,19 @@ class HaloAttention(AllGatherAttention):
         boundary: InGraph() or EagerIsland().
 
     Traffic per rank, received: at most (W - 1 + right) tokens a piece (one of Contiguous, two of
-    HeadTail, any number of other layouts) x B * G * (D + V) elements forward; the same again
-    backward, and gradients home.
+    HeadTail, any number of other layouts) x B * G * (D + V) elements forward; backward, gradients
+    home. For that the tokens that arrived are kept, with room for all pieces of Contiguous and
+    HeadTail; in other layouts backward brings them again.
     """
 
     takes_memory = False  # nothing of another sequence lies left of a segment
 
     window: int
     right: int = 0
+
+    @property
+    def op(self) -> AttentionOp:
+        return HALO
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -62,7 +62,9 @@ class _Local:
         dsink = local_sink_gradient(saved, x.sink)
         return AttentionInputs(*grads, dsink, bias=dbias, slope=dslope)
 
-    def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
+    def saved_like(
+        self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
+    ) -> list[Tensor]:
         return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
 
     def moves(

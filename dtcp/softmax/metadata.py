@@ -63,6 +63,15 @@ class KeyExchangeMetadata(AttentionMetadata):
         return self.send_slot.numel() // others if others else self.key_token_index.shape[1]
 
     @property
+    def kept_rows(self) -> int | None:
+        """Room for what arrives, where it is bounded below all other shards; None where not.
+
+        The same in every batch and on every rank: only shapes are read.
+        """
+        room = self.order.numel() - self.own_keys
+        return room if 0 <= room < self.send_slot.numel() else None
+
+    @property
     def sees(self) -> Tensor:
         """Which local queries see any key: [B, L]."""
         sees = self.last_key >= self.first_key

@@ -109,13 +109,20 @@ class Peers:
 
 
 def keys_moved(
-    shape: AttentionShape, sent: Sequence[int], received: Sequence[int], length: int, rank: int
+    shape: AttentionShape,
+    sent: Sequence[int],
+    received: Sequence[int],
+    length: int,
+    rank: int,
+    *,
+    kept: bool = False,
 ) -> Moves:
     """Keys brought in one exchange, forward and backward, and their gradients home.
 
     Args:
         sent, received: tokens, by rank.
         length: local keys.
+        kept: whether backward has what arrived, and brings none again.
     """
     row, away, here = shape.key_row, sum(sent), sum(received)
     held, made = length + here, shape.made_row
@@ -128,6 +135,9 @@ def keys_moved(
     home = Moved.rows(
         received, sent, row, rank, workspace=(row + made + 2 * wide) * held + row * away
     )
+    if kept:
+        ordered = (2 * row + made) * held
+        return Moves(forward, replace(home, workspace=max(home.workspace, ordered)))
     return Moves(forward, forward + home)
 
 

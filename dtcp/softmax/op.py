@@ -121,7 +121,9 @@ class Strategy(Protocol):
         """The gradients of x."""
         ...
 
-    def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
+    def saved_like(
+        self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
+    ) -> list[Tensor]:
         """Empty tensors of the shapes and dtypes of what forward saves."""
         ...
 
@@ -197,7 +199,7 @@ class AttentionOp:
     def _forward_fake(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
         x = ForwardArguments(*arguments)
         out = x.q.new_empty((*x.q.shape[:-1], x.inputs.value_width))
-        return out, self.strategy.saved_like(x.inputs, x.groups)
+        return out, self.strategy.saved_like(x.inputs, x.metadata, x.groups)
 
     def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         x = BackwardArguments(*arguments)

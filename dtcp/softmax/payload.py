@@ -231,12 +231,17 @@ class ExchangeStrategy:
 
     def attend(
         self, queries: Queries, payload: KVPayload, sink: Tensor | None, context: OpContext
-    ) -> tuple[Tensor, Tensor]:
-        """out [B, L, H, V] in q's dtype and lse [B, L, H]."""
+    ) -> tuple[Tensor, ...]:
+        """out [B, L, H, V] in q's dtype, lse [B, L, H], and what backward is given again."""
         raise NotImplementedError
 
     def attend_backward(
-        self, queries: Queries, payload: KVPayload, saved: SavedForward, context: OpContext
+        self,
+        queries: Queries,
+        payload: KVPayload,
+        saved: SavedForward,
+        kept: Sequence[Tensor],
+        context: OpContext,
     ) -> tuple[Tensor, Tensor]:
         """dq and the gradients of the local rows [B, L, G, W]."""
         raise NotImplementedError
@@ -245,21 +250,24 @@ class ExchangeStrategy:
         metadata = KeyExchangeMetadata(*context.metadata)
         check_key_count(x, metadata.own_keys)
         payload, queries = payload_of(x, metadata), _queries(x, metadata)
-        out, lse = self.attend(queries, payload, x.sink, context)
-        return ForwardResult(out, [lse])
+        out, *saved = self.attend(queries, payload, x.sink, context)
+        return ForwardResult(out, saved)
 
     def backward(
         self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
     ) -> AttentionInputs:
         metadata = KeyExchangeMetadata(*context.metadata)
         payload, queries = payload_of(x, metadata), _queries(x, metadata)
-        saved = SavedForward(grad_out, result.out, result.saved[0])
-        dq, rows = self.attend_backward(queries, payload, saved, context)
+        lse, *kept = result.saved
+        saved = SavedForward(grad_out, result.out, lse)
+        dq, rows = self.attend_backward(queries, payload, saved, kept, context)
         dk, dv, dkey_scale, dup = payload.input_gradients(rows)
         dsink = local_sink_gradient(saved, x.sink)
         return AttentionInputs(dq, dk, dv, dsink, dkey_scale, dup, *bias_gradients(queries))
 
-    def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
+    def saved_like(
+        self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
+    ) -> list[Tensor]:
         return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
 
     def moves(

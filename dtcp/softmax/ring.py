@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dtcp.distributed.moves import Moves
+from dtcp.distributed.staging import Transfer, transfer_stream
 from dtcp.kernels.softmax.api import (
     GradAccumulators,
     Keys,
@@ -19,7 +20,7 @@ from dtcp.kernels.softmax.api import (
 )
 from dtcp.sequence.interval_runs import Intervals
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.softmax.exchange import Transfer, accumulate_returned_grads, isend_irecv
+from dtcp.softmax.exchange import accumulate_returned_grads, isend_irecv
 from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
 from dtcp.softmax.moves import AttentionShape, Peers, counts_by_step, steps_moved
 from dtcp.softmax.op import AttentionOp, OpContext
@@ -34,7 +35,7 @@ class _Ring(ExchangeStrategy):
 
     def attend(
         self, queries: Queries, payload: KVPayload, sink: Tensor | None, context: OpContext
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         metadata = KeyExchangeMetadata(*context.metadata)
         partial = None
         for step, keys in _steps(payload, metadata, context):
@@ -46,7 +47,12 @@ class _Ring(ExchangeStrategy):
         return partial.finish(sink, queries.q.dtype)
 
     def attend_backward(
-        self, queries: Queries, payload: KVPayload, saved: SavedForward, context: OpContext
+        self,
+        queries: Queries,
+        payload: KVPayload,
+        saved: SavedForward,
+        kept: Sequence[Tensor],
+        context: OpContext,
     ) -> tuple[Tensor, Tensor]:
         metadata, dq = KeyExchangeMetadata(*context.metadata), zeros_for(queries.q)
         sent = metadata.counts[0].tolist()
@@ -63,8 +69,9 @@ class _Ring(ExchangeStrategy):
                 continue
             if returning is not None:
                 accumulate_returned_grads(local, returning.wait(), slots[step - 1])
-            rows = of_step.transpose(0, 1).to(queries.q.dtype).contiguous()
-            returning = isend_irecv(rows, sent[step], -step, context, tag=_GRADIENTS)
+            with transfer_stream(of_step):
+                rows = of_step.transpose(0, 1).to(queries.q.dtype).contiguous()
+                returning = isend_irecv(rows, sent[step], -step, context, tag=_GRADIENTS)
         if returning is not None:
             accumulate_returned_grads(local, returning.wait(), slots[-1])
         return dq, local
@@ -91,8 +98,9 @@ def _steps(
             k, v = payload.local(step)
         ahead = step + 1
         if ahead < len(sent):
-            packed = payload.pack(slots[ahead])
-            arriving = isend_irecv(packed, received[ahead], ahead, context)
+            with transfer_stream(slots[ahead]):
+                packed = payload.pack(slots[ahead])
+                arriving = isend_irecv(packed, received[ahead], ahead, context)
         yield step, Keys(k, v, metadata.key_token_index[step, : k.shape[1]])
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moves
+from dtcp.distributed.staging import exchange
 from dtcp.kernels.dtypes import accumulation
 from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
@@ -161,7 +162,9 @@ class Ulysses:
         dk, dv = share.join_kv_gradient(dk), share.join_kv_gradient(dv)
         return AttentionInputs(share.join(dq), dk, dv, **per_head)
 
-    def saved_like(self, x: AttentionInputs, groups: Sequence[str]) -> list[Tensor]:
+    def saved_like(
+        self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
+    ) -> list[Tensor]:
         q, k, v = x.q, x.k, x.v
         assert k is not None
         share = HeadShare(q.shape[2], k.shape[2], dist.get_world_size(_inner_group(groups)))
@@ -172,7 +175,8 @@ class Ulysses:
         inner_k = k.new_empty(*keys, k.shape[-1])
         inner_v = v.new_empty(*keys, v.shape[-1])
         out = q.new_empty(*inner_q.shape[:-1], v.shape[-1])
-        rest = self.outer.saved_like(AttentionInputs(inner_q, inner_k, inner_v), groups)
+        inner = AttentionInputs(inner_q, inner_k, inner_v)
+        rest = self.outer.saved_like(inner, metadata[2:-2], groups)
         return [inner_q, inner_k, inner_v, out, *rest]
 
     def moves(
@@ -249,7 +253,7 @@ def _all_to_all(rows: Tensor, context: OpContext) -> Tensor:
     if n == 1:
         return rows
     out = torch.empty_like(rows)
-    dist.all_to_all_single(out.view(-1), rows.view(-1), group=_inner_group(context.groups))
+    exchange(out.view(-1), rows.view(-1), _inner_group(context.groups))
     moved = (n - 1) * rows[0].numel() * rows.element_size()
     context.count(sent=moved, received=moved)
     return out

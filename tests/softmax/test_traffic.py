@@ -107,7 +107,16 @@ def expected_bytes(style, case, layout, rank):
     tokens = sum(tokens_between(row[None], x) for row, x in zip(visible, shards, strict=True))
     required_keys = tokens * kv_heads * width * element
     out, home = required_keys[rank].sum(), required_keys[:, rank].sum()
-    return within + out, within + out + home
+    return within + out, within + home + (0 if keeps_halo(style, layout) else out)
+
+
+def keeps_halo(style, layout):
+    """Whether a window's backward has what arrived in forward, and brings only gradients home."""
+    segments = {Contiguous: 1, HeadTail: 2}.get(type(layout))
+    if not isinstance(style, HaloAttention) or segments is None:
+        return False
+    room = segments * (style.window - 1 + style.right)
+    return room < layout.seq_len - layout.shard_len
 
 
 def by_heads(case, shard_len, ranks):
@@ -200,6 +209,24 @@ def test_window_costs_its_halo_however_long_the_sequence(mesh, window):
             # Rank 3's two chunks are neighbours; rank 0's first has nothing on its left.
             segments = 2 - (rank == 0) - (rank == 3)
             assert forward.received == segments * (window - 1) * row
+
+
+@pytest.mark.parametrize("layout", [Contiguous, HeadTail])
+@spmd(ranks=(2, 4))
+def test_backward_of_a_window_brings_gradients_home_and_nothing_else(mesh, layout, ranks):
+    """The W - 1 tokens that arrived are kept: one exchange each way, and each sends what it got."""
+    case = Case(WINDOW, packings.one_document, seq_len=SEQ_LEN, sink=False)
+    mixer = mixer_on(mesh, HaloAttention(7), WINDOW.mask)
+    sharded = shard_case(case, mixer, mesh, layout)
+    forward, backward = moved(case, mixer, sharded)
+    totals = torch.tensor([forward.received, backward.received])
+    assert (backward.sent, backward.received) == (forward.received, forward.sent)
+    dist.all_reduce(totals)
+    assert totals[0] == totals[1] > 0
+    assert observed(case, mixer, sharded)[0] == 2
+    shape = AttentionShape(1, case.heads, case.kv_heads, case.key_dim, case.value_dim, 8)
+    moves = mixer.style.moves(mixer, sharded.coords, sharded.layout, mesh.get_local_rank(), shape)
+    assert moves.received.backward == backward.received
 
 
 @spmd(ranks=4)

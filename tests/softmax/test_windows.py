@@ -64,13 +64,14 @@ def moved(mesh: Any, config: Gemma4Config, layout: type[SequenceLayout]) -> tupl
     ],
 )
 def test_gemma4_receives_what_the_formula_says(variant, ranks, layout):
-    """Backward: keys once more, and gradients home; gradients alone where keys were kept."""
+    """Backward: keys once more, and gradients home; gradients alone where keys are kept."""
     config = truth(variant).config
     traffic = run_ranks(moved, ranks, config, layout)
     cut, every = layout(SEQ_LEN, ranks), range(config.num_layers)
     stated = [[ROWS * ours(config, cut, i, r, element=4) for i in every] for r in range(ranks)]
     assert [forward for forward, _ in traffic] == [sum(layers) for layers in stated]
-    again = [1 if config.gives_shared_kv(i) else 2 for i in every]
+    kept = [config.gives_shared_kv(i) or config.layer_types[i] is LayerType.SLIDING for i in every]
+    again = [1 if each else 2 for each in kept]
     home = sum(n * times for layers in stated for n, times in zip(layers, again, strict=True))
     assert sum(backward for _, backward in traffic) == home
 
