@@ -7,8 +7,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
+from dtcp.distributed.nodes import check_same_nodes
 from dtcp.mixer import Mixer
 from dtcp.sequence.arguments import check_kind
+from dtcp.style import MixerStyle
 
 
 def apply_plan(
@@ -23,7 +25,7 @@ def apply_plan(
         mesh: the 1-D axis of the sequence (or the 2-D mesh of it and the heads' axis); None or
             one rank: the model runs as it is, the plan is checked all the same.
     Raises:
-        ValueError: a key without a match, or an unclaimed mixer.
+        ValueError: a key without a match, an unclaimed mixer, or ranks that disagree on nodes.
     """
     check_kind("apply_plan", nn.Module, model=model)
     check_kind("apply_plan", Mapping, plan=plan)
@@ -39,8 +41,23 @@ def apply_plan(
                 f"keys {list(plan)}: add a style for it."
             )
     if mesh is not None and mesh.size() > 1:
+        _check_nodes(mesh, plan.values())
         parallelize_module(model, mesh, dict(plan))
     return model
+
+
+def on_nodes(plan: Mapping[str, ParallelStyle], ranks_per_node: int) -> dict[str, ParallelStyle]:
+    """The plan on nodes of so many neighbours of the axis; a style that names others keeps them.
+
+    Args:
+        ranks_per_node: 0: nobody has said.
+    """
+    # By the style: mixers that share one still do, and its process groups with it.
+    placed: dict[int, ParallelStyle] = {}
+    for style in plan.values():
+        if ranks_per_node and isinstance(style, MixerStyle) and not style.ranks_per_node:
+            placed[id(style)] = style.on_nodes(ranks_per_node)
+    return {key: placed.get(id(style), style) for key, style in plan.items()}
 
 
 def find(model: nn.Module, keys: Iterable[str]) -> dict[str, nn.Module]:
@@ -66,6 +83,13 @@ def matches(name: str, key: str) -> bool:
     """Whether a plan key names a module: part by part, each part a pattern, as torch reads it."""
     parts, patterns = name.split("."), key.split(".")
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
+def _check_nodes(mesh: DeviceMesh, styles: Iterable[ParallelStyle]) -> None:
+    """Refuse plans of ranks that disagree on nodes, on all ranks alike."""
+    said = {style.ranks_per_node for style in styles if isinstance(style, MixerStyle)}
+    for number in (max(said, default=0), min(said, default=0)):
+        check_same_nodes(number, mesh.device_type, mesh.get_group(0))
 
 
 def _some(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """The base of styles: how a kind of mixer is carried out over a mesh axis."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, cast
 
 from torch import nn
@@ -11,9 +11,10 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from dtcp.compile import Boundary, EagerIsland, InGraph
 from dtcp.distributed.groups import group_name
 from dtcp.distributed.moves import Moves, Received
+from dtcp.distributed.nodes import check_ranks_per_node
 from dtcp.metadata import AttentionMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
-from dtcp.sequence.arguments import check_kind
+from dtcp.sequence.arguments import check_ints, check_kind
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout
 
@@ -32,6 +33,9 @@ class MixerStyle(ParallelStyle):
 
     Keyword Args:
         boundary: InGraph(), one op in the compiled block, or EagerIsland(), one graph break.
+        ranks_per_node: neighbours on the axis that share a node: what several of them read then
+            crosses the network once, as far as the style's docstring says. 0: what the
+            ParallelMesh says, if anything.
     """
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]]
@@ -39,9 +43,12 @@ class MixerStyle(ParallelStyle):
     layouts: ClassVar[tuple[type[SequenceLayout], ...]]
 
     boundary: Boundary = field(default_factory=InGraph, kw_only=True)
+    ranks_per_node: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_kind(type(self).__name__, (InGraph, EagerIsland), boundary=self.boundary)
+        name = type(self).__name__
+        check_kind(name, (InGraph, EagerIsland), boundary=self.boundary)
+        check_ints(name, least=0, ranks_per_node=self.ranks_per_node)
 
     def make_metadata(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
@@ -68,8 +75,13 @@ class MixerStyle(ParallelStyle):
     def received(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
     ) -> Received:
-        """The bytes that `rank` will receive in a layer, of `moves`."""
-        return self.moves(mixer, coords, layout, rank, shape).received
+        """The bytes that `rank` will receive in a layer, of `moves`; and those between nodes."""
+        moves = self.moves(mixer, coords, layout, rank, shape)
+        return moves.received_on_nodes(rank, self.ranks_per_node)
+
+    def on_nodes(self, ranks_per_node: int) -> "MixerStyle":
+        """This style where so many neighbours on the axis share a node."""
+        return replace(self, ranks_per_node=ranks_per_node)
 
     def check(self, mixer: Mixer, layout: SequenceLayout) -> None:
         """Refuse a layout that this style cannot honour, when the batch is built."""
@@ -81,7 +93,12 @@ class MixerStyle(ParallelStyle):
             )
 
     def groups(self, axis: DeviceMesh) -> list[str]:
-        """Names of the process groups this style talks over; the axis's own first."""
+        """Names of the process groups this style talks over; the axis's own first.
+
+        Raises:
+            ValueError: nodes that do not divide the axis.
+        """
+        check_ranks_per_node(type(self).__name__, axis.size(), self.ranks_per_node)
         return [group_name(axis)]
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

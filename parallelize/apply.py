@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.experts import RouterLoss
-from dtcp.mixer_plan import apply_plan, find, matches
+from dtcp.mixer_plan import apply_plan, find, matches, on_nodes
 from dtcp.parallelize.activation_checkpoint import (
     KINDS,
     ActivationCheckpoint,
@@ -103,7 +103,7 @@ def parallelize(
     if mesh.tp is not None:
         parallelize_module(model, mesh.tp, dict(plan.tp))
         restore_tied_parameters(model, tied)
-    apply_plan(model, mesh.cp, plan.cp)
+    apply_plan(model, mesh.cp, on_nodes(plan.cp, mesh.cp_ranks_per_node()))
     _spread_experts(model, mesh, plan)
 
     for name, block in blocks.items():

@@ -27,8 +27,8 @@ from dtcp.distributed.collective_moves import (
     token_width,
     tokens_by_rank,
 )
+from dtcp.distributed.counting import count_crossed
 from dtcp.distributed.groups import group_name, group_of
-from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
 from dtcp.distributed.staging import exchange
 from dtcp.sequence.arguments import check_dim, check_ints, check_tensor
@@ -186,7 +186,7 @@ def check_shard(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, dim: int) -
 @communicating_op("dtcp::all_gather", moves=all_gather_moves)
 def _all_gather(x: Tensor, dim: int, group: str) -> Tensor:
     n = dist.get_world_size(group_of(group))
-    _count("all_gather", x, (n - 1) * x.numel(), (n - 1) * x.numel())
+    _count("all_gather", x, [x.numel()] * n, [x.numel()] * n, group)
     if n == 1:
         return _copy(x)
     out = x.new_empty(n * x.numel())
@@ -203,8 +203,7 @@ def _(x: Tensor, dim: int, group: str) -> Tensor:
 @communicating_op("dtcp::reduce_scatter", moves=reduce_scatter_moves)
 def _reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
     n = dist.get_world_size(group_of(group))
-    moved = x.numel() // n * (n - 1)
-    _count("reduce_scatter", x, moved, moved)
+    _count("reduce_scatter", x, [x.numel() // n] * n, [x.numel() // n] * n, group)
     if n == 1:
         return _copy(x)
     rows = x.movedim(dim, 0)
@@ -220,9 +219,9 @@ def _(x: Tensor, dim: int, group: str) -> Tensor:
 
 @communicating_op("dtcp::all_to_all", moves=all_to_all_moves)
 def _all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
-    rank, width = dist.get_rank(group_of(group)), token_width(x, 0)
-    sent, received = (width * (sum(rows) - rows[rank]) for rows in (send, receive))
-    _count("all_to_all", x, sent, received)
+    width = token_width(x, 0)
+    sent, received = ([width * count for count in counts] for counts in (send, receive))
+    _count("all_to_all", x, sent, received, group)
     return move_rows(x, receive, send, group)
 
 
@@ -234,12 +233,11 @@ def _(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Ten
 @communicating_op("dtcp::ring_shift", moves=ring_shift_moves)
 def _ring_shift(x: Tensor, by: int, group: str) -> Tensor:
     n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
-    if by % n == 0:
-        _count("ring_shift", x, 0, 0)
-        return _copy(x)
-    _count("ring_shift", x, x.numel(), x.numel())
     send, receive = [0] * n, [0] * n
     send[(rank + by) % n] = receive[(rank - by) % n] = x.numel()
+    _count("ring_shift", x, send, receive, group)
+    if by % n == 0:
+        return _copy(x)
     return move_rows(x.reshape(-1), receive, send, group).view(x.shape)
 
 
@@ -256,10 +254,11 @@ def _exchange_tokens(
 
     send and receive are hops, three ints each: rank, start, stop.
     """
-    n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
+    n = dist.get_world_size(group_of(group))
     counts = [tokens_by_rank(send, n), tokens_by_rank(receive, n)]
     width = token_width(x, dim)
-    _count("exchange_tokens", x, *(width * (sum(tokens) - tokens[rank]) for tokens in counts))
+    sent, received = ([width * count for count in tokens] for tokens in counts)
+    _count("exchange_tokens", x, sent, received, group)
     taken = [x.narrow(dim, start, stop - start) for _, start, stop in hops(send)]
     rows = torch.cat([x.narrow(dim, 0, 0), *taken], dim=dim).movedim(dim, 0)
     return _place_rows(move_rows(rows, counts[1], counts[0], group), dim, length, receive)
@@ -309,10 +308,9 @@ _ring_shift.register_autograd(_ring_shift_backward, setup_context=_keep)
 _exchange_tokens.register_autograd(_exchange_tokens_backward, setup_context=_keep)
 
 
-def _count(op: str, x: Tensor, sent: int, received: int) -> None:
-    """Count a call and its elements, as bytes."""
-    size = x.element_size()
-    LEDGER.record(f"dtcp::{op}", sent=sent * size, received=received * size)
+def _count(op: str, x: Tensor, sent: Sequence[int], received: Sequence[int], group: str) -> None:
+    """Count a call, and its elements of x's dtype to and from each rank of the group."""
+    count_crossed(f"dtcp::{op}", group, sent, received, size=x.element_size())
 
 
 def move_rows(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:

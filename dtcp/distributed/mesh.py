@@ -25,6 +25,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtcp._torch import concatenated, flattened, unflattened
+from dtcp.distributed.nodes import check_same_nodes, neighbours_on_axis
 from dtcp.sequence.arguments import check_ints, check_kind
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
@@ -119,7 +120,7 @@ class ParallelMesh:
     expert_hsdp: DeviceMesh | None = None
     """What `fully_shard` gets for experts: edp_shard, or (dp_replicate, edp_shard)."""
     ranks_per_node: int = 0
-    """Ranks of one machine, neighbours by their global ranks; 0: all ranks are on one."""
+    """Ranks of one machine, neighbours by their global ranks; 0: nobody has said."""
 
     @classmethod
     def from_degrees(
@@ -129,7 +130,8 @@ class ParallelMesh:
 
         Args:
             ranks_per_node: ranks that a launcher starts on each machine, LOCAL_WORLD_SIZE under
-                torchrun; 0: all.
+                torchrun: what several of them read then crosses to their machine once. 0: nobody
+                has said.
         Raises:
             ValueError: the degrees do not multiply to the world size.
         """
@@ -264,6 +266,24 @@ class ParallelMesh:
         """This rank's coordinate on a 1-D view."""
         mesh = self._view(name)
         return 0 if mesh is None else mesh.get_local_rank()
+
+    def cp_ranks_per_node(self) -> int:
+        """Neighbours on cp that are on one machine; 0 where nobody has said. All ranks of cp ask.
+
+        Raises:
+            ValueError: machines that cut a group of cp into unequal parts, or ranks that disagree.
+        """
+        if self.cp is None:
+            return 0
+        check_same_nodes(self.ranks_per_node, self.cp.device_type, self.cp.get_group())
+        # Its own axes have the names of AXES; torchtitan's order is the same, with tp fastest.
+        names = self.device_mesh.mesh_dim_names or ()
+        grid = self.device_mesh.mesh
+        if "cp" in names:
+            grid = grid.movedim(names.index("cp"), -1)
+        else:
+            grid = grid.reshape(-1, self.degrees.cp, self.degrees.tp).movedim(1, 2)
+        return neighbours_on_axis(grid.reshape(-1, self.degrees.cp), self.ranks_per_node)
 
     @property
     def ep_ranks_per_node(self) -> int:

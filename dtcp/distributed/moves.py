@@ -6,19 +6,27 @@ here. The ledger counts what crossed, where it crosses, and owes nothing to thes
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import zip_longest
 
 
 @dataclass(frozen=True)
 class Received:
-    """Bytes that one rank receives from others, in a forward and in a backward pass."""
+    """Bytes that one rank receives from others, in a forward and in a backward pass.
+
+    Args:
+        forward_between, backward_between: those of them that come from other nodes; 0 where
+            nobody has said what the nodes are.
+    """
 
     forward: int
     backward: int
+    forward_between: int = 0
+    backward_between: int = 0
 
     def __add__(self, other: "Received") -> "Received":
-        return Received(self.forward + other.forward, self.backward + other.backward)
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Received(*(one + another for one, another in pairs))
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,14 @@ class Moves:
     def received(self) -> Received:
         """The bytes received, from all ranks together."""
         return Received(sum(self.forward.received), sum(self.backward.received))
+
+    def received_on_nodes(self, rank: int, ranks_per_node: int) -> Received:
+        """The bytes that `rank` receives, and those from other nodes; 0: nodes are not known."""
+        if not ranks_per_node:
+            return self.received
+        passes = (self.forward, self.backward)
+        between = (moved.crossing(rank, ranks_per_node)[1] for moved in passes)
+        return Received(*(sum(moved.received) for moved in passes), *between)
 
 
 NOTHING = Moves(Moved(), Moved())

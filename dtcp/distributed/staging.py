@@ -68,6 +68,24 @@ def exchange(
     out.copy_(arrived)
 
 
+def start_exchange(
+    x: Tensor, group: dist.ProcessGroup, *, receive: Sequence[int], send: Sequence[int]
+) -> "Transfer":
+    """`exchange` on its way when this returns; through host memory, it is over by then.
+
+    Args:
+        x: contiguous.
+    """
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    if is_staged(x, group):
+        exchange(out, x, group, receive=receive, send=send)
+        return Transfer(out, lambda: None, x)
+    counts = list(receive), list(send)
+    work = dist.all_to_all_single(out, x, *counts, group=group, async_op=True)
+    works = [] if work is None else [work]
+    return Transfer(out, lambda: _wait_for(works), x)
+
+
 @contextmanager
 def transfer_stream(read: Tensor) -> Iterator[None]:
     """What is launched here runs beside what is launched after it: packing, and the transfer.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from dtcp.distributed.counting import count_crossed
 from dtcp.distributed.groups import group_of
-from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import communicating_op
 from dtcp.experts.libraries import library_of
@@ -36,8 +36,8 @@ def home_moves(x: Tensor, counts: Tensor, group: str, *_: Any) -> Moved:
     return moved_rows(x, receive, send, group)
 
 
-def _record(op: str, moved: Moved) -> None:
-    LEDGER.record(f"dtcp::{op}", sent=sum(moved.sent), received=sum(moved.received))
+def _record(op: str, moved: Moved, group: str) -> None:
+    count_crossed(f"dtcp::{op}", group, moved.sent, moved.received)
 
 
 @communicating_op("dtcp::library_dispatch", moves=out_moves)
@@ -59,7 +59,7 @@ def library_dispatch(
     Returns:
         rows [R, D] by expert, what each weighs [R], ends [E / n] int32, and the packed handle.
     """
-    _record("library_dispatch", out_moves(x, counts, group))
+    _record("library_dispatch", out_moves(x, counts, group), group)
     own = own_share(index, num_experts, shared_by)
     rows, weights, ends, handle = library_of(library, group).dispatch(x, own, weight, num_experts)
     return rows, weights, ends, *pack_handle(handle)
@@ -104,7 +104,7 @@ def library_combine(
         layout, numbers: the packed handle of library_dispatch.
         like: [R], as many as there are rows.
     """
-    _record("library_combine", home_moves(rows, counts, group))
+    _record("library_combine", home_moves(rows, counts, group), group)
     return library_of(library, group).combine(rows, unpack_handle(layout, numbers))
 
 
@@ -126,7 +126,7 @@ def _library_dispatch_backward(
     num_experts: int,
     shared_by: str,
 ) -> tuple[Tensor, Tensor]:
-    _record("library_dispatch_backward", home_moves(rows, counts, group))
+    _record("library_dispatch_backward", home_moves(rows, counts, group), group)
     own, handle = own_share(index, num_experts, shared_by), unpack_handle(layout, numbers)
     x, weight = library_of(library, group).combine_weights(rows, weights, own, handle)
     # Of choices that were not routed a library may leave anything.
@@ -158,7 +158,7 @@ def _library_combine_backward(
     numbers: Tensor,
     like: Tensor,
 ) -> Tensor:
-    _record("library_combine_backward", out_moves(grad, counts, group))
+    _record("library_combine_backward", out_moves(grad, counts, group), group)
     return library_of(library, group).dispatch_again(grad, unpack_handle(layout, numbers))
 
 

@@ -18,8 +18,8 @@ from torch import distributed as dist
 
 from dtcp._torch import arrived, start_all_to_all
 from dtcp.distributed.collectives import move_rows, sum_dtype
+from dtcp.distributed.counting import count_crossed
 from dtcp.distributed.groups import group_of
-from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
 from dtcp.experts.moves import counts_moves, result_moves, token_moves
 from dtcp.metadata import HostTensor
@@ -122,8 +122,8 @@ def _route_tokens(
     # Faults travel with the counts, so that all ranks stop, and on the host costs no second wait.
     sent = torch.cat([starts.diff().view(n, -1), faults.expand(n, nodes)], dim=1)
     arrived = move_rows(sent, [1] * n, [1] * n, group)
-    moved = sent[0].numel() * sent.element_size() * (n - 1)
-    LEDGER.record("dtcp::route_tokens", sent=moved, received=moved)
+    each = [sent[0].numel() * sent.element_size()] * n
+    count_crossed("dtcp::route_tokens", group, each, each)
 
     to_experts, from_ranks = sent[:, :-nodes], arrived[:, :-nodes]
     sums = torch.stack([to_experts.sum(1), from_ranks.sum(1), *arrived[:, -nodes:].T])
@@ -293,6 +293,4 @@ def _refuse_faults(faults: list[int], num_experts: int) -> None:
 
 
 def _count(op: str, x: Tensor, group: str, send: list[int], receive: list[int]) -> None:
-    own, width = dist.get_rank(group_of(group)), x.shape[1] * x.element_size()
-    sent, received = (width * (sum(rows) - rows[own]) for rows in (send, receive))
-    LEDGER.record(f"dtcp::{op}", sent=sent, received=received)
+    count_crossed(f"dtcp::{op}", group, send, receive, size=x.shape[1] * x.element_size())

@@ -1,5 +1,6 @@
 """What a config asks for that would not be done: refused on the launcher, before ranks start."""
 
+import math
 from copy import deepcopy
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +21,7 @@ from torchtitan.config.override import apply_overrides
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE
 
+from dtcp.distributed.nodes import neighbours_on_axis
 from dtcp.experts import library_for
 from dtcp.parallelize.expert_exchange import check_experts
 from dtcp.sequence.arguments import check_ints
@@ -98,6 +100,19 @@ def check_batch_size(config: Any, ranks: int) -> None:
         )
 
 
+def check_nodes(config: Any) -> None:
+    """Refuse machines that cut the axis cp into unequal parts.
+
+    Raises:
+        ValueError: naming the ranks of a machine and what would fit.
+    """
+    degrees, nodes = config.parallelism, config.dtcp.ranks_per_node
+    cp, tp = degrees.context_parallel_degree, degrees.tensor_parallel_degree
+    # Nodes and groups of cp fall together again after as many ranks.
+    ranks = torch.arange(math.lcm(cp * tp, max(nodes, 1)))
+    neighbours_on_axis(ranks.view(-1, cp, tp).movedim(1, 2).flatten(0, 1), nodes)
+
+
 def check_expert_degree(config: Any, ranks: int) -> None:
     """Refuse ranks of ep that the mesh or the experts do not divide into.
 
@@ -129,17 +144,19 @@ def check_expert_degree(config: Any, ranks: int) -> None:
 
 def _check_exchange(config: Any, ranks: int) -> None:
     """Refuse settings of the exchange of tokens that would not be used."""
-    section, spec = config.dtcp, config.model_spec
+    section, spec, degrees = config.dtcp, config.model_spec, config.parallelism
     check_ints("A mesh", least=0, **{"dtcp.ranks_per_node": section.ranks_per_node})
-    given = {
-        "dtcp.expert_exchange": section.expert_exchange not in ("auto", "all_to_all"),
-        "dtcp.ranks_per_node": section.ranks_per_node > 0,
-    }
-    name = next((name for name, is_given in given.items() if is_given), "")
-    if not name:
+    if section.ranks_per_node and ranks % section.ranks_per_node:
+        raise ValueError(
+            f"Machines have equally many ranks, got dtcp.ranks_per_node={section.ranks_per_node} "
+            f"with {ranks} ranks: give a number that divides them."
+        )
+    name, value = "dtcp.expert_exchange", section.expert_exchange
+    if section.ranks_per_node and degrees.context_parallel_degree == 1:
+        name, value = "dtcp.ranks_per_node", section.ranks_per_node
+    elif section.expert_exchange in ("auto", "all_to_all"):
         return
-    value = getattr(section, name.removeprefix("dtcp."))
-    if config.parallelism.expert_parallel_degree == 1:
+    if degrees.expert_parallel_degree == 1:
         raise ValueError(
             f"Tokens travel to experts on other ranks, got {name}={value} with "
             f"parallelism.expert_parallel_degree=1: raise the degree, or leave it out."
@@ -148,11 +165,6 @@ def _check_exchange(config: Any, ranks: int) -> None:
         raise ValueError(
             f"torchtitan's own models send tokens themselves, got {name}={value} for {spec.name}: "
             f"leave it out, and choose a moe_comm_backend where the model is made."
-        )
-    if section.ranks_per_node and ranks % section.ranks_per_node:
-        raise ValueError(
-            f"Machines have equally many ranks, got dtcp.ranks_per_node={section.ranks_per_node} "
-            f"with {ranks} ranks: give a number that divides them."
         )
     library_for(section.expert_exchange, "")
 

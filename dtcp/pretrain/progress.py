@@ -24,6 +24,7 @@ from dtcp.experts import library_for
 from dtcp.mixer import Mixer
 from dtcp.parallelize.experts import largest_load
 from dtcp.pretrain.expected import warning
+from dtcp.pretrain.launch import ranks_of_machine
 
 RECENT = 20  # steps whose mean duration predicts the time that is left
 
@@ -66,6 +67,8 @@ class Progress(MetricsProcessor):
     def __init__(self, config: Config, *, config_dict: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(config, config_dict=config_dict, **kwargs)
         self.steps = config_dict["training"]["steps"]
+        each = config_dict["dtcp"]["ranks_per_node"] or ranks_of_machine()
+        self.ranks_per_node: int = each if each < dist.get_world_size() else 0
         self.losses: dict[int, float] = {}
         self._traffic = LEDGER.snapshot()
         self.expected = 0  # bytes over cp since the last line, of a run that is held to a forecast
@@ -93,7 +96,7 @@ class Progress(MetricsProcessor):
         seconds = (now - self.time_last_log) / steps
         batch_ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
         tokens = self.ntokens_since_last_log * batch_ranks / (now - self.time_last_log)
-        received = traffic_since(self._traffic).received / steps
+        received, between = (each / steps for each in self._received())
         load = largest_load(self.model_parts, self.parallel_dims.get_optional_mesh("loss"))
         memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
         if isnan(global_max_loss):
@@ -108,6 +111,7 @@ class Progress(MetricsProcessor):
             "time_metrics/data_loading(s)": sum(self.data_loading_times) / steps,
             "memory/max_reserved(GiB)": memory,
             "context_parallel/received(bytes)": received,
+            **({"context_parallel/between_nodes(bytes)": between} if self.ranks_per_node else {}),
             **({} if load is None else {"experts/largest_load": load}),
             **(extra_metrics or {}),
         }
@@ -115,6 +119,7 @@ class Progress(MetricsProcessor):
         self.losses[step] = global_avg_loss
         expected = self.expected / steps
         held = f", {received / expected:.3f} of what is expected" if expected else ""
+        held += f", {_bytes(between)} from other nodes" if self.ranks_per_node else ""
         say(
             f"step {step:>5}/{self.steps}  loss {global_avg_loss:8.5f}  grad {grad_norm:7.4f}  "
             f"{tokens:9,.0f} tokens/s  {memory:5.2f} GiB  "
@@ -135,6 +140,12 @@ class Progress(MetricsProcessor):
         say(f"step {step:>5}/{self.steps}  validation loss {loss:8.5f}")
         self._traffic = LEDGER.snapshot()
         self._reset()
+
+    def _received(self) -> tuple[int, int]:
+        """Bytes since the last line, and those of them from other nodes; none, if nobody says."""
+        traffic = traffic_since(self._traffic)
+        nodes = self.ranks_per_node or dist.get_world_size()
+        return traffic.received, traffic.crossing(dist.get_rank(), nodes)[1]
 
     def _reset(self) -> None:
         self.ntokens_since_last_log = 0

@@ -10,7 +10,7 @@ from torchtitan.observability import structured_logger
 
 from dtcp.pretrain.attempt import Attempt
 from dtcp.pretrain.compiler import use_what_works
-from dtcp.pretrain.config_check import check_batch_size, check_expert_degree
+from dtcp.pretrain.config_check import check_batch_size, check_expert_degree, check_nodes
 from dtcp.pretrain.folder_lock import FolderLock, refuse_held
 from dtcp.pretrain.launch import (
     Care,
@@ -45,10 +45,12 @@ def run(arguments: list[str], *, command: tuple[str, ...]) -> int:
             check_world(config.parallelism, world_size())
             check_batch_size(config, world_size())
             check_expert_degree(config, world_size())
+            check_nodes(config)
             return run_rank(config)
         ranks = ranks_for(config.parallelism, config.dtcp.device)
         check_batch_size(config, ranks.count)
         check_expert_degree(config, ranks.count)
+        check_nodes(config)
         if not config.dtcp.verify:
             refuse_held(Path(config.dump_folder))
         if ranks.because:

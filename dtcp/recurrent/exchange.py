@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.distributed.collectives import all_gather, all_to_all
+from dtcp.distributed.collectives import all_to_all
+from dtcp.distributed.node_collectives import all_gather_on_nodes
 from dtcp.distributed.scan import State, exclusive_scan
 
 
@@ -75,6 +76,7 @@ def entering_by_gather(
     *,
     reverse: bool = False,
     maps: StateMaps = MATRICES,
+    ranks_per_node: int = 0,
 ) -> Tensor:
     """Gather all summaries, and fold those that come before each segment of this rank.
 
@@ -82,12 +84,14 @@ def entering_by_gather(
         own: [P, ..., K, K + V], summaries of this rank's P segments; [P, ..., K, 1 + V] of scales.
         chain: [n][P], the place of every rank's segments among all, by position.
         reverse: come from the right, for gradients.
+        ranks_per_node: neighbours that share a node: a summary crosses once to each node.
     Returns:
         [P, ..., K, V].
 
     Traffic per rank: (n - 1) * own.numel() elements.
     """
-    summaries = all_gather(own, axis, dim=0).unflatten(0, (len(chain), -1))
+    gathered = all_gather_on_nodes(own, axis, dim=0, ranks_per_node=ranks_per_node)
+    summaries = gathered.unflatten(0, (len(chain), -1))
     places = {
         place: (rank, index) for rank, row in enumerate(chain) for index, place in enumerate(row)
     }
@@ -133,7 +137,7 @@ def entering_by_scan(
 
 def entering_along_chains(
     own: Tensor,
-    tables: tuple[Tensor, Tensor, Tensor],
+    tables: tuple[Tensor, ...],
     axis: DeviceMesh,
     *,
     maps: StateMaps = MATRICES,
@@ -142,17 +146,20 @@ def entering_along_chains(
 
     Args:
         own: [P, ..., K, K + V], summaries of this rank's P stretches.
-        tables: of `handing_tables`, in one direction.
+        tables: of `handing_tables`, in one direction; of `node_handing_tables` in two hops.
     Returns:
         [P, ..., K, V], zero where nothing enters.
 
     Traffic per rank: a summary from each stretch of others that comes before one of its own in a
     document, each once.
     """
-    send, (sent, received), steps = tables[0], tables[1].tolist(), tables[2].tolist()
-    rows = own.index_select(0, send[: sum(sent)].to(own.device))
-    arrived = all_to_all(rows, axis, receive=received, send=sent)
-    summaries, state = torch.cat((own, arrived)), torch.zeros_like(maps.state(own[0]))
+    steps, summaries = tables[2].tolist(), [own]
+    # The second hop hands on what came in the first.
+    for send, counts in (tables[:2], tables[3:])[: len(tables) // 2]:
+        sent, received = counts.tolist()
+        rows = summaries[-1].index_select(0, send[: sum(sent)].to(own.device))
+        summaries.append(all_to_all(rows, axis, receive=received, send=sent))
+    every, state = torch.cat(summaries), torch.zeros_like(maps.state(own[0]))
     entering = torch.zeros_like(maps.state(own))
     for anew, number, whose in steps:
         if anew < 0:
@@ -161,7 +168,7 @@ def entering_along_chains(
         if whose >= 0:
             entering[whose] = state
         if number >= 0:
-            state = maps.through(summaries[number], state)
+            state = maps.through(every[number], state)
     return entering
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcp.metadata import AttentionMetadata, HostTensor
+from dtcp.recurrent.node_handing import node_handing_tables
 from dtcp.recurrent.stretches import Stretches, handing_tables, left_route
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.coords import Coords
@@ -37,24 +38,41 @@ class DeltaMetadata(AttentionMetadata):
     send: HostTensor = field(default_factory=_none)  # [2, n * room], of handing_tables
     counts: HostTensor = field(default_factory=_none)  # [2, 2, n]
     steps: HostTensor = field(default_factory=_none)  # [2, (n + 1) * room, 3]
+    ranks_per_node: HostTensor = field(default_factory=_none)  # [1], empty where nobody says
+    onward: HostTensor = field(default_factory=_none)  # [2, R], of node_handing_tables
+    onward_counts: HostTensor = field(default_factory=_none)  # [2, 2, n]
+
+    @property
+    def neighbours(self) -> int:
+        """Ranks that share a node; 0 where nobody has said."""
+        return int(self.ranks_per_node.sum())
 
     @property
     def in_stretches(self) -> bool:
         return self.lengths.numel() > 0
 
 
-def delta_metadata(coords: Coords, layout: SequenceLayout | None, rank: int = 0) -> DeltaMetadata:
-    """Of one rank; of whole rows without a layout."""
+def delta_metadata(
+    coords: Coords, layout: SequenceLayout | None, rank: int = 0, *, ranks_per_node: int = 0
+) -> DeltaMetadata:
+    """Of one rank; of whole rows without a layout.
+
+    Args:
+        ranks_per_node: neighbours that share a node; 0: nobody has said.
+    """
     starts = (coords.token_index == coords.start).to(torch.int32)
     if layout is None:
         return DeltaMetadata(starts, torch.zeros(1, 1, dtype=torch.int64))
     starts = layout.shard(starts, rank)
     if issubclass(layout.kind, SEGMENTED):
-        return DeltaMetadata(starts, chain_of(layout))
+        nodes = torch.full((int(ranks_per_node > 0),), ranks_per_node)
+        return DeltaMetadata(starts, chain_of(layout), ranks_per_node=nodes)
     stretches = Stretches.of(layout, documents_of(coords))
-    tables = handing_tables(stretches, rank)
-    none = torch.zeros(layout.num_shards, 0, dtype=torch.int64)
-    return DeltaMetadata(starts, none, stretches.lengths(rank), *tables)
+    none, lengths = torch.zeros(layout.num_shards, 0, dtype=torch.int64), stretches.lengths(rank)
+    if ranks_per_node in (0, 1, layout.num_shards):
+        return DeltaMetadata(starts, none, lengths, *handing_tables(stretches, rank))
+    *tables, onward, onward_counts = node_handing_tables(stretches, rank, ranks_per_node)
+    return DeltaMetadata(starts, none, lengths, *tables, onward=onward, onward_counts=onward_counts)
 
 
 def documents_of(coords: Coords) -> Documents:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dtcp.distributed.moves import Moved
+from dtcp.distributed.node_collectives import gathered_on_nodes
 from dtcp.kernels.dtypes import accumulation
 from dtcp.sequence.arguments import check_tensor
 from dtcp.style import MixerShape
@@ -65,7 +66,14 @@ class ChannelShape(MixerShape):
 
 
 def states_moved(
-    summary: int, num_ranks: int, segments: int, rank: int, *, scan: bool, reverse: bool
+    summary: int,
+    num_ranks: int,
+    segments: int,
+    rank: int,
+    *,
+    scan: bool,
+    reverse: bool,
+    ranks_per_node: int = 0,
 ) -> Moved:
     """What bringing the states that enter `segments` segments a rank moves.
 
@@ -73,10 +81,10 @@ def states_moved(
         summary: bytes of one segment's map.
         scan: by composition in rounds that double, rather than by gathering all maps.
         reverse: from the right, for gradients.
+        ranks_per_node: neighbours that share a node, of what is gathered.
     """
     if not scan:
-        every = num_ranks * segments * summary
-        return Moved.alike(segments * summary, num_ranks, rank, workspace=every)
+        return gathered_on_nodes(segments * summary, num_ranks, rank, ranks_per_node)
     # From the left, or from the right; of two segments a rank, both, and pairs from the right.
     ways = [(1, -1 if reverse else 1)] if segments == 1 else [(1, 1), (2, -1)]
     moved, reach = Moved(), 1

@@ -117,10 +117,16 @@ def rule_moves(
         shape.summary,
     )
     if batch.in_stretches:
-        sent, received = batch.counts[int(reverse)].tolist()
+        counts = batch.counts
+        if batch.onward_counts.numel():
+            counts = counts + batch.onward_counts
+        sent, received = counts[int(reverse)].tolist()
         return handed_on(sent, received, summary // shape.batch, rank)
     num_ranks, segments = batch.chain.shape
-    return states_moved(summary, num_ranks, segments, rank, scan=scan, reverse=reverse)
+    nodes = batch.neighbours
+    return states_moved(
+        summary, num_ranks, segments, rank, scan=scan, reverse=reverse, ranks_per_node=nodes
+    )
 
 
 def _forward_moves(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
@@ -240,9 +246,12 @@ def carry_of(
     axis = axis_of(groups[0], q.device)
     if metadata.in_stretches:
         way = int(reverse)
-        tables = (metadata.send[way], metadata.counts[way], metadata.steps[way])
-        return partial(entering_along_chains, tables=tables, axis=axis, maps=maps)
-    entering = entering_by_scan if scan else entering_by_gather
+        tables = [metadata.send[way], metadata.counts[way], metadata.steps[way]]
+        if metadata.onward.numel():
+            tables += [metadata.onward[way], metadata.onward_counts[way]]
+        return partial(entering_along_chains, tables=tuple(tables), axis=axis, maps=maps)
+    by_gather = partial(entering_by_gather, ranks_per_node=metadata.neighbours)
+    entering: Any = entering_by_scan if scan else by_gather
     chain, segments = metadata.chain.tolist(), metadata.chain.shape[1]
     entering = partial(entering, chain=chain, axis=axis, reverse=reverse, maps=maps)
 

@@ -29,6 +29,7 @@ from dtcp.recurrent.mixer import (
     RecurrentMixer,
 )
 from dtcp.recurrent.moves import ChannelShape, DeltaShape, LinearShape, handed_on, states_moved
+from dtcp.recurrent.node_handing import NodeHanding
 from dtcp.recurrent.op import gated_delta_rule, install_delta_rules
 from dtcp.recurrent.stretches import Handing, Stretches, left_route
 from dtcp.sequence.arguments import check_kind
@@ -143,7 +144,7 @@ class RecurrentStyle(MixerStyle):
         self.check(mixer, layout)
         if isinstance(mixer, CausalConv1d):
             return conv_metadata(coords, mixer.width, layout, rank)
-        return delta_metadata(coords, layout, rank)
+        return delta_metadata(coords, layout, rank, ranks_per_node=self.ranks_per_node)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if device_mesh.ndim != 1:
@@ -167,6 +168,11 @@ class GatedDeltaCP(RecurrentStyle):
     Args:
         states: how the maps are brought on Contiguous and HeadTail; on other layouts each goes
             straight to the ranks that hold what follows in its document.
+
+    Keyword Args:
+        ranks_per_node: neighbours that share a node: a map that is gathered, or handed on along a
+            document, crosses once to each node that reads it, and is spread inside. A scan moves
+            the bytes of one tier: it sends on what it has composed, and each only once.
 
     Traffic per rank, received, each way: with summaries of B * H * K * (K + V) fp32 elements,
     (n - 1) * P of them if gathered, P segments a rank (1 of Contiguous, 2 of HeadTail);
@@ -202,16 +208,35 @@ class GatedDeltaCP(RecurrentStyle):
             stretches = Stretches.of(layout, documents_of(coords))
             summary, moved = shape.summary // shape.batch, []
             for reverse in (False, True):
-                sent, received = Handing.of(stretches, rank, reverse=reverse).counts.tolist()
+                sent, received = self._handed_on(stretches, rank, reverse=reverse)
                 moved.append(handed_on(sent, received, summary, rank))
             return Moves(*moved)
         ranks, segments = chain_of(layout).shape
         scan = self.states.scans(ranks, segments, shape.summary)
         there, back = (
-            states_moved(shape.summary, ranks, segments, rank, scan=scan, reverse=reverse)
+            states_moved(
+                shape.summary,
+                ranks,
+                segments,
+                rank,
+                scan=scan,
+                reverse=reverse,
+                ranks_per_node=self.ranks_per_node,
+            )
             for reverse in (False, True)
         )
         return Moves(there, back)
+
+    def _handed_on(
+        self, stretches: Stretches, rank: int, *, reverse: bool
+    ) -> tuple[list[int], list[int]]:
+        """Summaries sent to and received from each rank."""
+        if (nodes := self.ranks_per_node) in (0, 1, stretches.num_shards):
+            sent, received = Handing.of(stretches, rank, reverse=reverse).counts.tolist()
+        else:
+            handing = NodeHanding.of(stretches, rank, reverse=reverse, ranks_per_node=nodes)
+            sent, received = handing.moved.tolist()
+        return sent, received
 
 
 @dataclass
@@ -236,6 +261,8 @@ class GatedLinearCP(GatedDeltaCP):
 @dataclass
 class CausalConvCP(RecurrentStyle):
     """A causal convolution that brings the w - 1 tokens left of each segment.
+
+    They go straight to whoever holds what follows, one rank, so that nodes change nothing.
 
     Traffic per rank, received: (w - 1) * B * C elements for each segment whose left neighbour
     another rank holds, of Contiguous and HeadTail. Of other layouts: at most (w - 1) * C for each

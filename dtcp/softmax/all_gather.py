@@ -16,7 +16,7 @@ from dtcp.kernels.softmax.api import (
 )
 from dtcp.sequence.interval_runs import Intervals
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.softmax.exchange import all_to_all_rows, return_grads, sort_by_index
+from dtcp.softmax.exchange import bring_rows, return_grads, sort_by_index
 from dtcp.softmax.metadata import KeyExchangeMetadata, all_gather_metadata
 from dtcp.softmax.op import AttentionOp, OpContext
 from dtcp.softmax.payload import ExchangeStrategy, KVPayload
@@ -24,7 +24,7 @@ from dtcp.softmax.style import KeyExchangeAttention
 
 
 class AllGather(ExchangeStrategy):
-    """One all_to_all out; backward brings the keys again and returns their gradients."""
+    """One all_to_all out, two between nodes; backward brings keys again and returns gradients."""
 
     def attend(
         self, queries: Queries, payload: KVPayload, sink: Tensor | None, context: OpContext
@@ -67,9 +67,8 @@ class AllGather(ExchangeStrategy):
         self, payload: KVPayload, metadata: KeyExchangeMetadata, context: OpContext
     ) -> Tensor:
         """The required rows of other ranks, [m, B, G, W]."""
-        send, receive = metadata.counts.tolist()
-        packed = payload.pack(metadata.send_slot[: sum(send)])
-        return all_to_all_rows(packed, send, receive, context)
+        packed = payload.pack(metadata.send_slot[: int(metadata.counts[0].sum())])
+        return bring_rows(packed, metadata, context)
 
 
 def _in_token_order(payload: KVPayload, rows: Tensor, metadata: KeyExchangeMetadata) -> Keys:
@@ -91,9 +90,13 @@ class AllGatherAttention(KeyExchangeAttention):
 
     Keyword Args:
         boundary: InGraph() or EagerIsland().
+        ranks_per_node: neighbours that share a node: a key then crosses to each node that reads it
+            once, and is spread inside; gradients are summed inside a node and go home once. One
+            more collective each way.
 
     Traffic per rank, received: keys required from others x B * G * (D + V) elements forward, at
-    most (n - 1) * L of them; the same again backward, and their gradients home.
+    most (n - 1) * L of them; the same again backward, and their gradients home. In two tiers as
+    much in all; between nodes, each key once per node that reads it.
     From Llama 3 team 2024, section 3.3.2, https://arxiv.org/abs/2407.21783
     """
 
@@ -104,4 +107,6 @@ class AllGatherAttention(KeyExchangeAttention):
     def rank_metadata(
         self, layout: SequenceLayout, rank: int, intervals: Intervals
     ) -> KeyExchangeMetadata:
-        return all_gather_metadata(layout, rank, intervals, tile=self.tile)
+        return all_gather_metadata(
+            layout, rank, intervals, tile=self.tile, ranks_per_node=self.ranks_per_node
+        )

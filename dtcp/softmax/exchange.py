@@ -10,7 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtcp.distributed.groups import group_of
-from dtcp.distributed.staging import Between, Transfer, exchange, send_and_receive
+from dtcp.distributed.staging import (
+    Between,
+    Transfer,
+    exchange,
+    send_and_receive,
+    start_exchange,
+)
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.op import OpContext
 
@@ -31,7 +37,8 @@ def all_to_all_rows(
         of_receive, of_send = ([count * width for count in each] for each in (receive, send))
         exchange(out.view(-1), rows.reshape(-1), group, receive=of_receive, send=of_send)
     size = width * rows.element_size()
-    context.count(sent=sum(send) * size, received=sum(receive) * size)
+    sent, received = ([count * size for count in counts] for counts in (send, receive))
+    context.count(context.groups[-1], sent, received)
     return out
 
 
@@ -51,14 +58,44 @@ def isend_irecv(
     rank, n = dist.get_rank(group), dist.get_world_size(group)
     target, source = (dist.get_global_rank(group, (rank + s) % n) for s in (step, -step))
     transfer = send_and_receive(rows, count, Between(target, source, group, tag))
-    size = rows.element_size()
-    context.count(sent=rows.numel() * size, received=transfer.arrived.numel() * size)
+    counts = [[0] * n, [0] * n]
+    for way, moved, by in zip(counts, (rows, transfer.arrived), (step, -step), strict=True):
+        way[(rank + by) % n] = moved.numel() * moved.element_size()
+    context.count(context.groups[-1], *counts)
     return transfer
+
+
+def start_all_to_all_rows(
+    rows: Tensor, send: list[int], receive: list[int], context: OpContext
+) -> Transfer:
+    """`all_to_all_rows` on its way when this returns; all ranks start the same ones."""
+    width = rows.shape[1:].numel() * rows.element_size()
+    sent, received = ([count * width for count in counts] for counts in (send, receive))
+    context.count(context.groups[-1], sent, received)
+    group = group_of(context.groups[-1])
+    return start_exchange(rows.contiguous(), group, receive=receive, send=send)
+
+
+def bring_rows(packed: Tensor, metadata: KeyExchangeMetadata, context: OpContext) -> Tensor:
+    """The rows that other ranks have sent here, in one hop or, between nodes, in two.
+
+    Args:
+        packed: rows of the local tokens `send_slot`, [m, B, G, W].
+    Returns:
+        what came in the first hop, then what came in the second.
+    """
+    send, receive = metadata.counts.tolist()
+    rows = all_to_all_rows(packed, send, receive, context)
+    if not metadata.onward_counts.numel():
+        return rows
+    send, receive = metadata.onward_counts.tolist()
+    onward = rows.index_select(0, metadata.onward[: sum(send)])
+    return torch.cat((rows, all_to_all_rows(onward, send, receive, context)))
 
 
 def sort_by_index(metadata: KeyExchangeMetadata, length: int) -> Tensor:
     """Where each key in token order comes from: the local ones [L], then the received ones."""
-    return metadata.order[: length + int(metadata.counts[1].sum())]
+    return metadata.order[: length + int(metadata.moved[1].sum())]
 
 
 def return_grads(
@@ -68,10 +105,19 @@ def return_grads(
     dtype: torch.dtype,
     context: OpContext,
 ) -> Tensor:
-    """Gradients of rows in token order [K, B, G, W], summed on their owners: [B, L, G, W]."""
+    """Gradients of rows in token order [K, B, G, W], summed on their owners: [B, L, G, W].
+
+    In two hops, those of a node's readers are summed where the key came into the node.
+    """
     by_source = torch.empty_like(rows).index_copy_(0, sort_by_index(metadata, length).long(), rows)
     local = by_source[:length].transpose(0, 1).contiguous()
     send, receive = metadata.counts.tolist()
-    returned = all_to_all_rows(by_source[length:].to(dtype), receive, send, context)
+    brought = by_source[length : length + sum(receive)]
+    if metadata.onward_counts.numel():
+        on, arrived = metadata.onward_counts.tolist()
+        further = by_source[length + sum(receive) :].to(dtype)
+        found = all_to_all_rows(further, arrived, on, context)
+        brought.index_add_(0, metadata.onward[: sum(on)], found.to(brought.dtype))
+    returned = all_to_all_rows(brought.to(dtype), receive, send, context)
     accumulate_returned_grads(local, returned, metadata.send_slot[: sum(send)])
     return local

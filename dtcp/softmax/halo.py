@@ -31,7 +31,7 @@ class _Halo(AllGather):
         return [F.pad(rows.transpose(0, 1), (0, 0, 0, 0, 0, room - rows.shape[0]))]
 
     def rows_of(self, kept: Sequence[Tensor], metadata: KeyExchangeMetadata) -> Tensor:
-        return kept[0][:, : int(metadata.counts[1].sum())].transpose(0, 1)
+        return kept[0][:, : int(metadata.moved[1].sum())].transpose(0, 1)
 
     def saved_like(
         self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
@@ -48,7 +48,7 @@ class _Halo(AllGather):
         self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
     ) -> Moves:
         keys = KeyExchangeMetadata(*metadata)
-        sent, received = keys.counts.tolist()
+        sent, received = keys.moved.tolist()
         kept = keys.kept_rows is not None
         return keys_moved(shape, sent, received, keys.own_keys, peers.rank, kept=kept)
 
@@ -71,6 +71,7 @@ class HaloAttention(AllGatherAttention):
     Keyword Args:
         right: tokens right of a segment that a query may see (bidirectional blocks).
         boundary: InGraph() or EagerIsland().
+        ranks_per_node: as of AllGatherAttention; a window longer than a shard is read by several.
 
     Traffic per rank, received: at most (W - 1 + right) tokens a piece (one of Contiguous, two of
     HeadTail, any number of other layouts) x B * G * (D + V) elements forward; backward, gradients
@@ -108,8 +109,14 @@ class HaloAttention(AllGatherAttention):
                 f"the halo to window={left + 1}, right={right} (of a plan for images: a "
                 f"longest_vision_block of {right + 1}), or use AllGatherAttention."
             )
-        capacity = self._capacity(layout)
-        return all_gather_metadata(layout, rank, intervals, capacity=capacity, tile=self.tile)
+        return all_gather_metadata(
+            layout,
+            rank,
+            intervals,
+            capacity=self._capacity(layout),
+            tile=self.tile,
+            ranks_per_node=self.ranks_per_node,
+        )
 
     def _capacity(self, layout: SequenceLayout) -> int:
         """The most keys that a rank requires in any batch; all, where pieces are of any number."""

@@ -6,6 +6,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp._torch import unflattened
 from dtcp.distributed.groups import group_name
+from dtcp.distributed.nodes import check_ranks_per_node
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
@@ -43,6 +44,10 @@ class HybridAttention(AttentionStyle):
 
     Keyword Args:
         boundary: InGraph() or EagerIsland().
+        ranks_per_node: neighbours that share a node. With as many inner_ranks, heads are dealt out
+            inside a node and the sequence over nodes: each key of a head crosses once to each node
+            that reads it. With fewer, `outer` has two tiers, between the groups of a node and
+            between nodes.
 
     Traffic per rank: that of Ulysses among u = inner_ranks, plus that of `outer` among n / u
     shards of u * L tokens, with max(G, u) / u kv heads a rank.
@@ -65,8 +70,16 @@ class HybridAttention(AttentionStyle):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ints("HybridAttention", least=1, inner_ranks=self.inner_ranks)
+        nodes = self.ranks_per_node
+        if nodes and nodes % self.inner_ranks and self.inner_ranks % nodes:
+            raise ValueError(
+                f"HybridAttention deals heads out inside a node, or among whole nodes, got "
+                f"inner_ranks={self.inner_ranks}, ranks_per_node={nodes}: choose inner_ranks that "
+                f"divides the ranks of a node."
+            )
 
     def groups(self, axis: DeviceMesh) -> list[str]:
+        check_ranks_per_node("HybridAttention", axis.size(), self.ranks_per_node)
         if axis.size() % self.inner_ranks:
             raise ValueError(
                 f"{self} splits its axis into equal groups, got {axis.size()} ranks with "
@@ -84,7 +97,10 @@ class HybridAttention(AttentionStyle):
     ) -> UlyssesMetadata:
         groups = layout.num_shards // self.inner_ranks
         group = rank // self.inner_ranks
-        outer, intervals = replace(self.outer, tile=self.tile), KeyIntervals.read_off(intervals)
+        # Groups of one node are neighbours among the groups.
+        nodes = self.ranks_per_node // self.inner_ranks
+        outer = replace(self.outer, tile=self.tile, ranks_per_node=nodes)
+        intervals = KeyIntervals.read_off(intervals)
         keys = intervals.keys
         if keys is not None:
             intervals = replace(intervals, keys=joined(keys, groups))

@@ -20,11 +20,16 @@ from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import expand, expand_tokens
 from dtcp.sequence.slot_runs import SlotRuns
-from dtcp.softmax.required_keys import required_keys
+from dtcp.softmax.key_hops import key_hops
+from dtcp.softmax.required_keys import PeerRuns, required_keys
 
 
 def _none() -> Tensor:
     return torch.zeros(0, dtype=torch.int32)
+
+
+def _no_counts() -> Tensor:
+    return torch.zeros(2, 0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +60,14 @@ class KeyExchangeMetadata(AttentionMetadata):
     key_position_ids: Tensor = field(default_factory=_none)  # [parts, B, K] int32, likewise
     pieces: HostTensor = field(default_factory=no_pieces)  # [parts, C, 9] int64, of find_pieces
     query_token_index: Tensor = field(default_factory=_none)  # [L] int32
+    # Of keys that came in from other nodes and go on inside this one; empty where none do.
+    onward: Tensor = field(default_factory=_none)  # int32, which of the received, by peer, then 0s
+    onward_counts: HostTensor = field(default_factory=_no_counts)  # [2, n] int64, as counts
+
+    @property
+    def moved(self) -> Tensor:
+        """Tokens sent to and received from each peer in both hops: [2, n]."""
+        return self.counts + self.onward_counts if self.onward_counts.numel() else self.counts
 
     @property
     def own_keys(self) -> int:
@@ -122,26 +135,30 @@ def all_gather_metadata(
     *,
     capacity: int | None = None,
     tile: int = TILE,
+    ranks_per_node: int = 0,
 ) -> KeyExchangeMetadata:
     """Metadata to bring every required key before attending: one run of keys in token order.
 
     Args:
         capacity: most keys this can ever be, so that shapes stay the same from batch to batch;
             None for the whole sequence.
+        ranks_per_node: neighbours that share a node, as of `key_hops`.
     """
     intervals = KeyIntervals.read_off(intervals)
-    required, keys_layout = required_keys(layout, rank, intervals), intervals.layout_of_keys(layout)
+    hops = key_hops(layout, rank, intervals, ranks_per_node=ranks_per_node)
+    keys_layout = intervals.layout_of_keys(layout)
     n, local_len, seq_len = layout.num_shards, keys_layout.shard_len, keys_layout.seq_len
     # One all_to_all goes by rank, not by step: own keys first, then from rank 0 up.
-    received = required.receive_tokens.sorted_by(np.arange(n))
-    lengths = received.stop - received.start
-    starts = np.append(required.own_tokens.start, received.start)
-    stops = np.append(required.own_tokens.stop, received.stop)
-    places = np.append(required.own_slots, local_len + np.cumsum(lengths) - lengths)
+    by_rank = np.arange(n)
+    sent, received = hops.sent.sorted_by(by_rank), hops.received.sorted_by(by_rank)
+    onward, arriving = hops.onward.sorted_by(by_rank), hops.arriving.sorted_by(by_rank)
+    lengths = np.append(received.stop - received.start, arriving.stop - arriving.start)
+    starts = np.concatenate((hops.own_tokens.start, received.start, arriving.start))
+    stops = np.concatenate((hops.own_tokens.stop, received.stop, arriving.stop))
+    places = np.append(hops.own_slots, local_len + np.cumsum(lengths) - lengths)
     by_token = starts.argsort()
     starts, stops, places = starts[by_token], stops[by_token], places[by_token]
-    sent = required.send_slots.sorted_by(np.arange(n))
-    rows, first, last = _local(layout, rank, intervals)
+    rows, first, last = local_runs(layout, rank, intervals)
     keys = KeyLine(np.zeros_like(starts), starts, stops, 1)
     capacity = seq_len if capacity is None else capacity
     ranges = block_ranges_of_parts(rows, keys, tile=tile)
@@ -149,14 +166,26 @@ def all_gather_metadata(
     return KeyExchangeMetadata(
         first,
         last,
-        _filled(sent.expanded(), seq_len - local_len, 0),
+        filled(sent.expanded(), seq_len - local_len, 0),
         torch.from_numpy(np.stack((sent.counts(n), received.counts(n)))),
-        _filled(expand_tokens(places, stops - starts), capacity, 0),
-        _filled(tokens, capacity, UNUSED)[None],
+        filled(expand_tokens(places, stops - starts), capacity, 0),
+        filled(tokens, capacity, UNUSED)[None],
         ranges,
         pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
         query_token_index=layout.token_indices(rank).to(torch.int32),
+        onward=_places(onward, received, hops.room),
+        onward_counts=torch.from_numpy(
+            np.stack((onward.counts(n), arriving.counts(n)))[:, : n if hops.room else 0]
+        ),
     )
+
+
+def _places(onward: PeerRuns, received: PeerRuns, room: int) -> Tensor:
+    """Where the tokens that go on inside a node stand among the received ones."""
+    by_token, lengths = received.start.argsort(), received.stop - received.start
+    run = by_token[np.searchsorted(received.start[by_token], onward.start, side="right") - 1]
+    place = (np.cumsum(lengths) - lengths)[run] + onward.start - received.start[run]
+    return filled(expand_tokens(place, onward.stop - onward.start), room, 0)
 
 
 def ring_metadata(
@@ -181,7 +210,7 @@ def ring_metadata(
     stops = np.append(required.own_tokens.stop, received.stop)
     step = np.append(np.zeros_like(required.own_slots), back[received.peer])
     counts = np.stack((sent.counts(n)[ahead.argsort()], received.counts(n)[back.argsort()]))
-    rows, first, last = _local(layout, rank, intervals)
+    rows, first, last = local_runs(layout, rank, intervals)
     token_index = np.full((n, local_len), UNUSED, dtype=np.int32)
     lengths = stops - starts
     in_step = np.append(local_len, counts[1, 1:])
@@ -193,7 +222,7 @@ def ring_metadata(
     return KeyExchangeMetadata(
         first,
         last,
-        _filled(sent.expanded(), keys_layout.seq_len - local_len, 0),
+        filled(sent.expanded(), keys_layout.seq_len - local_len, 0),
         torch.from_numpy(counts),
         torch.zeros(0, dtype=torch.int32),
         torch.from_numpy(token_index),
@@ -203,7 +232,7 @@ def ring_metadata(
     )
 
 
-def _local(
+def local_runs(
     layout: SequenceLayout, rank: int, intervals: KeyIntervals
 ) -> tuple[list[SlotRuns], Tensor, Tensor]:
     """What this rank's slots see: as runs of each row, and the ends of their intervals [B, L]."""
@@ -213,7 +242,7 @@ def _local(
     return rows, first, last
 
 
-def _filled(x: NDArray[np.int32], length: int, value: int) -> Tensor:
+def filled(x: NDArray[np.int32], length: int, value: int) -> Tensor:
     """x, followed by `value` up to a length that no batch exceeds: shapes never change."""
     filled = np.full(length, value, np.int32) if value else np.zeros(length, np.int32)
     filled[: len(x)] = x

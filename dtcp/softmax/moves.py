@@ -149,13 +149,15 @@ def steps_moved(
     rank: int,
     *,
     queries: int,
+    step: int | None = None,
 ) -> Moves:
-    """Keys brought step by step, two shards held at most.
+    """Keys brought step by step, those of two steps held at most.
 
-    Args as of `keys_moved`, and `queries`, the local ones.
+    Args as of `keys_moved`, `queries`, the local ones, and `step`, the most keys of one; None for
+    those of a rank.
     """
     moves = keys_moved(shape, sent, received, length, rank)
-    row, step = shape.key_row, max((*sent, *received), default=0)
+    row, step = shape.key_row, max((*sent, *received), default=0) if step is None else step
     wide = (row + shape.made_row) // shape.element_size * shape.accumulated
     partial = shape.batch * queries * shape.heads * shape.value_dim * shape.accumulated
     held = 4 * row * step + shape.made_row * max(length, step)

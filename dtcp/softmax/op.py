@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.library import custom_op
 
+from dtcp.distributed.counting import count_crossed
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.moves import Moved, Moves
 from dtcp.distributed.ops import communicating_op
@@ -94,9 +95,9 @@ class OpContext:
     groups: Sequence[str]
     kv_heads: int
 
-    def count(self, *, sent: int, received: int) -> None:
-        """Count bytes that crossed between ranks in this call."""
-        LEDGER.record(self.op, calls=0, sent=sent, received=received)
+    def count(self, group: str, sent: Sequence[int], received: Sequence[int]) -> None:
+        """Count bytes that crossed between the ranks of a group in this call, by rank."""
+        count_crossed(self.op, group, sent, received, calls=0)
 
 
 class Strategy(Protocol):

@@ -274,7 +274,7 @@ class ExchangeStrategy:
         self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
     ) -> Moves:
         keys = KeyExchangeMetadata(*metadata)
-        sent, received = keys.counts.tolist()
+        sent, received = keys.moved.tolist()
         return keys_moved(shape, sent, received, keys.own_keys, peers.rank)
 
 

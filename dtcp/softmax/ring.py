@@ -23,6 +23,7 @@ from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.exchange import accumulate_returned_grads, isend_irecv
 from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
 from dtcp.softmax.moves import AttentionShape, Peers, counts_by_step, steps_moved
+from dtcp.softmax.node_ring import NodeRing, node_ring_metadata, node_ring_moves
 from dtcp.softmax.op import AttentionOp, OpContext
 from dtcp.softmax.payload import ExchangeStrategy, KVPayload
 from dtcp.softmax.style import KeyExchangeAttention
@@ -38,7 +39,7 @@ class _Ring(ExchangeStrategy):
     ) -> tuple[Tensor, ...]:
         metadata = KeyExchangeMetadata(*context.metadata)
         partial = None
-        for step, keys in _steps(payload, metadata, context):
+        for step, keys in _way_around(payload, metadata, context, queries.q.dtype).steps():
             if partial is None:
                 partial = OnlineSoftmax.empty(queries.q, keys.v.shape[-1])
             ranges, pieces = metadata.block_ranges[step], metadata.pieces[step]
@@ -55,53 +56,80 @@ class _Ring(ExchangeStrategy):
         context: OpContext,
     ) -> tuple[Tensor, Tensor]:
         metadata, dq = KeyExchangeMetadata(*context.metadata), zeros_for(queries.q)
-        sent = metadata.counts[0].tolist()
-        slots = metadata.send_slot[: sum(sent)].split(sent)
-        local, returning = torch.empty(0), None
-        for step, keys in _steps(payload, metadata, context):
+        way = _way_around(payload, metadata, context, queries.q.dtype)
+        for step, keys in way.steps():
             buffers = payload.grad_buffers(keys.v.shape[1])
             grads = GradAccumulators(dq, buffers.dk, buffers.dv)
             ranges, pieces = metadata.block_ranges[step], metadata.pieces[step]
             attend_backward(grads, saved, queries, keys, ranges, context.softmax, pieces=pieces)
-            of_step = payload.finish(buffers, keys.v, step)
-            if step == 0:
-                local = of_step
-                continue
-            if returning is not None:
-                accumulate_returned_grads(local, returning.wait(), slots[step - 1])
-            with transfer_stream(of_step):
-                rows = of_step.transpose(0, 1).to(queries.q.dtype).contiguous()
-                returning = isend_irecv(rows, sent[step], -step, context, tag=_GRADIENTS)
-        if returning is not None:
-            accumulate_returned_grads(local, returning.wait(), slots[-1])
-        return dq, local
+            way.returned(step, payload.finish(buffers, keys.v, step))
+        return dq, way.finish()
 
     def moves(
         self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
     ) -> Moves:
         keys = KeyExchangeMetadata(*metadata)
+        if keys.onward_counts.numel():
+            return node_ring_moves(shape, keys, peers, queries=length)
         sent, received = counts_by_step(keys.counts, peers.rank)
         return steps_moved(shape, sent, received, keys.own_keys, peers.rank, queries=length)
 
 
-def _steps(
-    payload: KVPayload, metadata: KeyExchangeMetadata, context: OpContext
-) -> Iterator[tuple[int, Keys]]:
-    """(step, keys) from this rank's own on; the next step's transfer is under way already."""
-    sent, received = metadata.counts.tolist()
-    slots = metadata.send_slot[: sum(sent)].split(sent)
-    arriving: Transfer | None = None
-    for step in range(len(sent)):
-        if arriving is not None:
-            k, v = payload.received(arriving.wait(), step)
-        else:
-            k, v = payload.local(step)
-        ahead = step + 1
-        if ahead < len(sent):
-            with transfer_stream(slots[ahead]):
-                packed = payload.pack(slots[ahead])
-                arriving = isend_irecv(packed, received[ahead], ahead, context)
-        yield step, Keys(k, v, metadata.key_token_index[step, : k.shape[1]])
+def _way_around(
+    payload: KVPayload, metadata: KeyExchangeMetadata, context: OpContext, dtype: torch.dtype
+) -> "_RankRing | NodeRing":
+    kind = NodeRing if metadata.onward_counts.numel() else _RankRing
+    return kind(payload, metadata, context, dtype)
+
+
+class _RankRing:
+    """One call's way around the ranks; the next step's transfer is always under way already."""
+
+    def __init__(
+        self,
+        payload: KVPayload,
+        metadata: KeyExchangeMetadata,
+        context: OpContext,
+        dtype: torch.dtype,
+    ) -> None:
+        self.payload, self.metadata, self.context = payload, metadata, context
+        self.sent, self.received = metadata.counts.tolist()
+        self.slots = metadata.send_slot[: sum(self.sent)].split(self.sent)
+        self.dtype, self.local = dtype, torch.empty(0)
+        self._home: Transfer | None = None
+
+    def steps(self) -> Iterator[tuple[int, Keys]]:
+        """(step, keys), from this rank's own on."""
+        payload, arriving, last = self.payload, None, len(self.sent) - 1
+        for step in range(last + 1):
+            if arriving is not None:
+                k, v = payload.received(arriving.wait(), step)
+            else:
+                k, v = payload.local(step)
+            if step < last:
+                slots, count = self.slots[step + 1], self.received[step + 1]
+                with transfer_stream(slots):
+                    arriving = isend_irecv(payload.pack(slots), count, step + 1, self.context)
+            yield step, Keys(k, v, self.metadata.key_token_index[step, : k.shape[1]])
+
+    def returned(self, step: int, rows: Tensor) -> None:
+        """Take in the gradients of a step's rows, [B, m, G, W], and send them home."""
+        if step == 0:
+            self.local = rows
+            return
+        self._add(step - 1)
+        with transfer_stream(rows):
+            home = rows.transpose(0, 1).to(self.dtype).contiguous()
+            self._home = isend_irecv(home, self.sent[step], -step, self.context, tag=_GRADIENTS)
+
+    def finish(self) -> Tensor:
+        """The gradients of all local rows [B, L, G, W], once those of other ranks are here."""
+        self._add(len(self.sent) - 1)
+        return self.local
+
+    def _add(self, step: int) -> None:
+        if self._home is not None:
+            accumulate_returned_grads(self.local, self._home.wait(), self.slots[step])
 
 
 RING = AttentionOp("ring_attention", _Ring(), communicates=True)
@@ -117,9 +145,13 @@ class RingAttention(KeyExchangeAttention):
 
     Keyword Args:
         boundary: InGraph() or EagerIsland().
+        ranks_per_node: neighbours that share a node: steps then go from node to node. A key
+            crosses to each node that reads it once, and is spread inside; gradients are summed
+            inside a node and go home once. A rank then holds what it reads of three nodes.
 
     Traffic per rank, received: keys required from others x B * G * (D + V) elements forward, at
-    most (n - 1) * L of them; the same again backward, and their gradients home.
+    most (n - 1) * L of them; the same again backward, and their gradients home. In two tiers as
+    much in all; between nodes, each key once per node that reads it.
     From Liu et al. 2023, Ring Attention, section 3, https://arxiv.org/abs/2310.01889; transfers
     go straight from owner to user, so nothing is passed on for others.
     """
@@ -131,4 +163,8 @@ class RingAttention(KeyExchangeAttention):
     def rank_metadata(
         self, layout: SequenceLayout, rank: int, intervals: Intervals
     ) -> KeyExchangeMetadata:
-        return ring_metadata(layout, rank, intervals, tile=self.tile)
+        if self.ranks_per_node in (0, 1, layout.num_shards):
+            return ring_metadata(layout, rank, intervals, tile=self.tile)
+        return node_ring_metadata(
+            layout, rank, intervals, tile=self.tile, ranks_per_node=self.ranks_per_node
+        )

@@ -1,7 +1,7 @@
 """Keys gathered once for several layers: exchanged where they are made, and kept."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from dtcp.sequence.coords import Coords
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.all_gather import AllGatherAttention
-from dtcp.softmax.exchange import all_to_all_rows, return_grads, sort_by_index
+from dtcp.softmax.exchange import bring_rows, return_grads, sort_by_index
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import KeyExchangeMetadata, LocalMetadata
 from dtcp.softmax.mixer import GatherSharedKV, MaskedMixer, SoftmaxAttention
@@ -84,6 +84,9 @@ class SharedKVAttention(AttentionStyle):
     Args:
         gather: how keys are brought; decides which.
 
+    Keyword Args:
+        ranks_per_node: as of AllGatherAttention.
+
     Traffic per rank, received: keys required from others x B * G * W elements forward, in the
     exchange; their gradients home backward. Attention itself moves nothing.
     """
@@ -94,6 +97,11 @@ class SharedKVAttention(AttentionStyle):
     }
 
     gather: AllGatherAttention = field(default_factory=AllGatherAttention)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Those of the one that brings keys, where this style is given none.
+        self.ranks_per_node = self.ranks_per_node or self.gather.ranks_per_node
 
     @property
     def op(self) -> AttentionOp:
@@ -114,7 +122,8 @@ class SharedKVAttention(AttentionStyle):
     def rank_metadata(
         self, layout: SequenceLayout, rank: int, intervals: Intervals
     ) -> KeyExchangeMetadata:
-        return self.gather.rank_metadata(layout, rank, intervals)
+        gather = replace(self.gather, ranks_per_node=self.ranks_per_node)
+        return gather.rank_metadata(layout, rank, intervals)
 
     def moves(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
@@ -134,7 +143,7 @@ def _context(op: str, metadata: list[Tensor], x: Tensor, group: str) -> OpContex
 
 def _shared_moves(metadata: KeyExchangeMetadata, row: int, widening: float, rank: int) -> Moves:
     """Of rows of so many bytes; their gradients are summed in wider ones."""
-    sent, received = metadata.counts.tolist()
+    sent, received = metadata.moved.tolist()
     held = metadata.first_key.shape[1] + sum(received)
     home = int((1 + 2 * widening) * row * held)
     return Moves(
@@ -165,10 +174,9 @@ def _gather(x: Tensor, metadata: list[Tensor], group: str) -> Tensor:
     """
     keys = KeyExchangeMetadata(*metadata)
     LEDGER.record("dtcp::gather_shared_kv")
-    send, receive = keys.counts.tolist()
-    rows = x.index_select(1, keys.send_slot[: sum(send)]).transpose(0, 1).contiguous()
-    context = _context("gather_shared_kv", metadata, x, group)
-    received = all_to_all_rows(rows, send, receive, context)
+    slots = keys.send_slot[: int(keys.counts[0].sum())]
+    rows = x.index_select(1, slots).transpose(0, 1).contiguous()
+    received = bring_rows(rows, keys, _context("gather_shared_kv", metadata, x, group))
     every = torch.cat((x, received.transpose(0, 1)), dim=1)
     out = x.new_zeros((x.shape[0], keys.key_token_index.shape[1], *x.shape[2:]))
     order = sort_by_index(keys, x.shape[1])

@@ -198,9 +198,13 @@ class Ulysses:
         return _Orders(order, restore, key_order, key_restore), inside
 
 
-def _inner_group(groups: Sequence[str]) -> dist.ProcessGroup:
+def _inner_name(groups: Sequence[str]) -> str:
     """groups is (axis,), or (axis, inner, outer) where the axis is split in two."""
-    return group_of(groups[1] if len(groups) > 1 else groups[0])
+    return groups[1] if len(groups) > 1 else groups[0]
+
+
+def _inner_group(groups: Sequence[str]) -> dist.ProcessGroup:
+    return group_of(_inner_name(groups))
 
 
 def _share(heads: int, context: OpContext) -> HeadShare:
@@ -254,8 +258,8 @@ def _all_to_all(rows: Tensor, context: OpContext) -> Tensor:
         return rows
     out = torch.empty_like(rows)
     exchange(out.view(-1), rows.view(-1), _inner_group(context.groups))
-    moved = (n - 1) * rows[0].numel() * rows.element_size()
-    context.count(sent=moved, received=moved)
+    each = [rows[0].numel() * rows.element_size()] * n
+    context.count(_inner_name(context.groups), each, each)
     return out
 
 
@@ -326,6 +330,9 @@ class UlyssesAttention(AttentionStyle):
 
     Keyword Args:
         boundary: InGraph() or EagerIsland().
+        ranks_per_node: neighbours that share a node, for `received` to tell what crosses between:
+            one tier, since every rank gets heads of its own (HybridAttention deals them out
+            inside a node).
 
     Traffic per rank, received: (n - 1) / n * L * (2 H + 2 max(G, n)) * D elements for equal key
     and value dims, forward, and the same backward; L of the keys' sequence for keys and values,

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from dtcp.distributed.collectives import move_rows
+from dtcp.distributed.counting import count_crossed
 from dtcp.distributed.groups import group_of
-from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
@@ -153,7 +153,7 @@ def _move(
     group: str,
 ) -> list[Tensor]:
     """Move slots of every piece to its peers; what lands on one slot is summed."""
-    n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
+    n = dist.get_world_size(group_of(group))
     taken: list[list[Tensor]] = [[] for _ in range(n)]
     counts = [[0] * n, [0] * n]
     for x, hops, back in zip(pieces, send, receive, strict=True):
@@ -164,9 +164,7 @@ def _move(
         for peer, start, stop in back:
             counts[1][peer] += row * (stop - start)
     flat = torch.cat([part for parts in taken for part in parts] or [pieces[0].new_empty(0)])
-    sent, received = (sum(count) - count[rank] for count in counts)
-    size = pieces[0].element_size()
-    LEDGER.record(op, sent=sent * size, received=received * size)
+    count_crossed(op, group, *counts, size=pieces[0].element_size())
     arrived = move_rows(flat, counts[1], counts[0], group)
     return _put(arrived, receive, shapes, n)
 

@@ -1,8 +1,9 @@
 """What compressed sparse attention moves between ranks, by formula."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dtcp.distributed.moves import Moved, Moves
+from dtcp.distributed.node_collectives import gathered_on_nodes
 from dtcp.distributed.relayout import RelayoutMetadata, relayout_moved
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sparse.exchange import halo_routes, left_moved
@@ -33,7 +34,11 @@ class SparseShape(MixerShape):
 
 
 def sparse_moves(
-    mixer: CompressedSparseAttention, layout: SequenceLayout, rank: int, shape: SparseShape
+    mixer: CompressedSparseAttention,
+    layout: SequenceLayout,
+    rank: int,
+    shape: SparseShape,
+    ranks_per_node: int = 0,
 ) -> Moves:
     """Halos of keys and of tokens to pool, the entries of all ranks and the indexer's keys."""
     n, compression, keys = layout.num_shards, mixer.compression, shape.head_dim
@@ -49,9 +54,11 @@ def sparse_moves(
         tokens = [keys, _pooled_width(mixer, shape)]
         rows = len(layout.segments(rank)) * segment_entries(layout.segment_len, compression)
         size = rows * shape.row
-        entries = Moves(
-            Moved.alike(size * (keys + index), n, rank), Moved.alike(size * keys, n, rank)
+        there, back = (
+            replace(gathered_on_nodes(size * width, n, rank, ranks_per_node), workspace=0)
+            for width in (keys + index, keys)
         )
+        entries = Moves(there, back)
     there, back = (
         left_moved(routes, [shape.row * width for width in tokens], n, rank, reverse=reverse)
         for reverse in (False, True)

@@ -12,8 +12,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.distributed.collectives import all_gather
 from dtcp.distributed.moves import Moves
+from dtcp.distributed.node_collectives import all_gather_on_nodes
 from dtcp.distributed.relayout import RelayoutMetadata, apply_relayout
 from dtcp.kernels.sparse.pooling import Prepool
 from dtcp.metadata import BatchMetadata
@@ -90,7 +90,8 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
         return keys, rest[0] if rest else None
 
     def gather(self, entries: Tensor, metadata: SparseMetadata) -> Tensor:
-        gathered = all_gather(entries, self.axis, dim=1)
+        nodes = self.style.ranks_per_node
+        gathered = all_gather_on_nodes(entries, self.axis, dim=1, ranks_per_node=nodes)
         if self._segments(metadata) == 1:
             # They arrive in order.
             return gathered
@@ -122,6 +123,11 @@ class CompressedSparseCP(MixerStyle):
     indexer has none. Gathered entries are kept for backward, S / ratio rows of one head.
 
     HeadTail balances the indexer, whose work grows with the position.
+
+    Keyword Args:
+        ranks_per_node: neighbours that share a node: entries and the indexer's keys that are
+            gathered cross once to each node, and the entries' gradients are summed inside a node
+            before they go home. Halos go straight to the one rank that holds what follows.
     """
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
@@ -156,10 +162,10 @@ class CompressedSparseCP(MixerStyle):
         assert isinstance(shape, SparseShape)
         self.check(mixer, layout)
         if isinstance(layout, Contiguous | HeadTail):
-            return sparse_moves(mixer, layout, rank, shape)
+            return sparse_moves(mixer, layout, rank, shape, self.ranks_per_node)
         inside = _inside(layout)
         there = RelayoutMetadata.between(layout, inside, rank)
-        moves = sparse_moves(mixer, inside, rank, shape)
+        moves = sparse_moves(mixer, inside, rank, shape, self.ranks_per_node)
         return relayouts_moved(mixer, there, rank, shape) + moves
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

@@ -40,7 +40,7 @@ from torchtitan.models.common.decoder import Decoder
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.ops import selective_checkpoint_save_ops
-from dtcp.mixer_plan import apply_plan
+from dtcp.mixer_plan import apply_plan, on_nodes
 from dtcp.parallelize import (
     FSDP,
     ActivationCheckpoint,
@@ -165,14 +165,15 @@ def parallelize_decoder(
     section: Section,
 ) -> nn.Module:
     """A decoder of torchtitan with our attention: its own TP, AC, compile and FSDP around it."""
-    mesh = ParallelMesh.from_parallel_dims(parallel_dims)
+    mesh = ParallelMesh.from_parallel_dims(parallel_dims, ranks_per_node=section.ranks_per_node)
     add_mixers(model)
     style = section.attention_style()
     if mesh.cp is not None and not parallel_dims.tp_enabled:
         exchange_latents_of(model, style)
     name_kernel(model, section.kernel)
     # Inside torchtitan's local_map the mixer sees local heads, so cp is the only axis it knows.
-    apply_plan(model, mesh.cp, {"layers.*.attention.inner_attention.mixer": style})
+    plan = {"layers.*.attention.inner_attention.mixer": style}
+    apply_plan(model, mesh.cp, on_nodes(plan, mesh.cp_ranks_per_node()))
     if parallel_dims.tp_enabled or parallel_dims.ep_enabled:
         model.parallelize(parallel_dims)
     if ac_config is not None:

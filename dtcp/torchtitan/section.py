@@ -53,8 +53,8 @@ class Section:
     kernels where one is installed."""
 
     ranks_per_node: int = 0
-    """Of those that have experts: tokens cross to another machine once. 0: as torchrun starts
-    them."""
+    """Ranks of each machine: what several of them read over cp, and tokens for their experts, cross
+    to it once. 0: as torchrun starts them; the world size: exchanges have one tier."""
 
     kernel: str = "auto"
     """What computes attention, by a name of `python -m dtcp.kernels`; "auto" for the fastest."""

@@ -1,0 +1,237 @@
+"""Attention over nodes: a key crosses once to each node that reads it, its gradient once home.
+
+Four ranks stand for two nodes of two, eight for two of four.
+"""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel
+
+from dtcp.compile import count_graphs
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.mixer_plan import apply_plan, on_nodes
+from dtcp.parallelize import ParallelPlan, parallelize
+from dtcp.recurrent import CausalConvCP
+from dtcp.sequence.document_balanced import DocumentBalanced
+from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
+from dtcp.softmax import AllGatherAttention, HaloAttention, HybridAttention, RingAttention
+from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax.moves import AttentionShape
+from tests.harness import packings
+from tests.harness.attention_parity import (
+    BIDIRECTIONAL,
+    CAUSAL,
+    IMAGES_IN_WINDOW,
+    PREFIX,
+    WINDOW,
+    Block,
+    Case,
+    assert_equals_one_device,
+    mixer_on,
+    refused,
+    shard_case,
+)
+from tests.harness.spmd import spmd
+from tests.softmax.test_traffic import moved
+
+LAYOUTS = (DocumentBalanced, HeadTail, BlockBalanced)
+PACKINGS = (packings.across_borders, packings.one_document, packings.two_rows)
+HALO = HaloAttention(7, right=4)
+STYLES = (AllGatherAttention(), RingAttention())
+
+
+def read_by(case, sharded):
+    """Keys that a rank reads of each rank, and those that a node reads of it: [n, n], [n, n].
+
+    From a dense table of who sees whom, for rows that share a layout.
+    """
+    layout = sharded.layout
+    visible = case.mask_case.visible(case.documents(layout.num_shards)).any(0).numpy()
+    shards = layout.permutation().view(layout.num_shards, -1).numpy()
+    return np.array([[visible[np.ix_(q, k)].any(axis=0) for k in shards] for q in shards])
+
+
+def two_tier_bytes(case, sharded, rank, ranks_per_node):
+    """(received, of it from other nodes) in a forward pass, of all ranks of this one's node.
+
+    A rank receives each key that it reads once, and its node takes each in once.
+    """
+    reads = read_by(case, sharded)
+    n, m = len(reads), ranks_per_node
+    row = case.kv_heads * (case.key_dim + case.value_dim) * 8
+    own = np.arange(n) == rank
+    node = np.arange(n) // m == rank // m
+    of_node = reads[node].any(axis=0)[~node].sum() * row
+    return reads[rank][~own].sum() * row, of_node
+
+
+def of_node(number, rank, ranks_per_node):
+    """The sum over the ranks of this one's node."""
+    every = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    every[rank] = number
+    dist.all_reduce(every)
+    return every.view(-1, ranks_per_node)[rank // ranks_per_node].sum()
+
+
+def assert_bytes(style, case, mesh, layout):
+    """What crossed is what is read, to the byte, and what moves() says, in both tiers."""
+    rank, m = mesh.get_local_rank(), style.ranks_per_node
+    mixer = mixer_on(mesh, style, case.mask_case.mask)
+    sharded = shard_case(case, mixer, mesh, layout)
+    forward, backward = moved(case, mixer, sharded)
+    received, taken_in = two_tier_bytes(case, sharded, rank, m)
+    where = f"on rank {rank} with {style}, {sharded.layout}, {case}"
+    assert forward.received == received, where
+    between = forward.crossing(rank, m)
+    assert of_node(between[1], rank, m) == taken_in, where
+
+    shape = AttentionShape(1, case.heads, case.kv_heads, case.key_dim, case.value_dim, 8)
+    of = (mixer, sharded.coords, sharded.layout, rank, shape)
+    planned, moves = style.received(*of), style.moves(*of)
+    counted = (forward.received, backward.received, between[1], backward.crossing(rank, m)[1])
+    assert counted == (
+        planned.forward,
+        planned.backward,
+        planned.forward_between,
+        planned.backward_between,
+    ), where
+    assert between == moves.forward.crossing(rank, m), where
+    assert backward.crossing(rank, m) == moves.backward.crossing(rank, m), where
+    # Gradients go home once: as much goes back as came.
+    home = backward.crossing(rank, m)[0] - between[0]
+    assert home == between[1], where
+
+
+def assert_equal_on_nodes(mesh, layouts):
+    masks = (CAUSAL, BIDIRECTIONAL, PREFIX)
+    for style, (index, layout) in product(STYLES, enumerate(layouts)):
+        case = Case(masks[index % 3], PACKINGS[index % 3], seq_len=32)
+        mixer = mixer_on(mesh, replace(style, ranks_per_node=2, tile=8), case.mask_case.mask)
+        assert_equals_one_device(case, mixer, mixer, mesh, layout)
+
+
+@spmd(ranks=4)
+def test_two_tier_attention_equals_one_device(mesh):
+    assert_equal_on_nodes(mesh, (DocumentBalanced, HeadTail))
+    case = Case(IMAGES_IN_WINDOW, packings.across_borders, seq_len=16)
+    mixer = mixer_on(mesh, replace(HALO, ranks_per_node=2), case.mask_case.mask)
+    assert_equals_one_device(case, mixer, mixer, mesh, Contiguous)
+
+
+@pytest.mark.slow
+@spmd(ranks=4)
+def test_two_tier_attention_equals_one_device_in_every_layout(mesh):
+    assert_equal_on_nodes(mesh, (PerDocument, Contiguous, BlockBalanced, DocumentBalanced))
+
+
+@spmd(ranks=4)
+def test_two_tier_key_crosses_once_to_each_node(mesh):
+    cases = ((DocumentBalanced, CAUSAL), (HeadTail, PREFIX))
+    for style, (layout, mask_case) in product(STYLES, cases):
+        case = Case(mask_case, packings.across_borders, sink=False)
+        assert_bytes(replace(style, ranks_per_node=2), case, mesh, layout)
+    case = Case(WINDOW, packings.one_document, sink=False, seq_len=16)
+    assert_bytes(replace(HALO, ranks_per_node=2), case, mesh, Contiguous)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks_per_node", [2, 4])
+@spmd(ranks=8)
+def test_two_tier_attention_on_eight_ranks_equals_one_device(mesh, ranks_per_node):
+    for plain, layout, packing in product(STYLES, LAYOUTS, PACKINGS):
+        style = replace(plain, ranks_per_node=ranks_per_node, tile=8)
+        case = Case(CAUSAL, packing, seq_len=96)
+        mixer = mixer_on(mesh, style, case.mask_case.mask)
+        assert_equals_one_device(case, mixer, mixer, mesh, layout)
+        if packing is not packings.two_rows:
+            assert_bytes(style, replace(case, sink=False), mesh, layout)
+
+
+@spmd(ranks=4)
+def test_two_tier_graph_is_the_same_on_all_ranks_and_serves_every_batch(mesh):
+    for style in STYLES:
+        torch._dynamo.reset()
+        mixer = mixer_on(mesh, replace(style, ranks_per_node=2, tile=8), CAUSAL.mask)
+        attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=True)
+        with count_graphs() as graphs:
+            for packing in (packings.across_borders, packings.one_token_documents):
+                case = Case(CAUSAL, packing)
+                assert_equals_one_device(case, attend, mixer, mesh, DocumentBalanced)
+        assert (graphs.breaks, graphs.graphs) == (0, 1), graphs
+        metadata = shard_case(case, mixer, mesh, HeadTail).attn_metadata
+        shapes = [tuple(x.shape) for x in metadata[mixer.metadata_key].tensors()]
+        every = [None] * 4
+        dist.all_gather_object(every, shapes)
+        assert every == [shapes] * 4
+
+
+@spmd(ranks=4)
+def test_two_tier_refuses_nodes_that_do_not_fit(mesh):
+    for ranks_per_node in (3, 8):
+        style = AllGatherAttention(ranks_per_node=ranks_per_node)
+        refused("equally many ranks of its axis", lambda s=style: mixer_on(mesh, s, CAUSAL.mask))
+    refused("takes ranks_per_node >= 0", lambda: AllGatherAttention(ranks_per_node=-1))
+    model = nn.ModuleDict({"mixer": SoftmaxAttention(CAUSAL.mask)})
+    other = 2 if mesh.get_local_rank() else 4
+    plan = {"mixer": AllGatherAttention(ranks_per_node=other)}
+    disagree = "all ranks say the same, got ranks_per_node from 2 to 4"
+    refused(disagree, lambda: apply_plan(model, mesh, plan))
+    from_mesh = ParallelMesh.from_device_mesh
+    refused(disagree, from_mesh(mesh, ranks_per_node=other).cp_ranks_per_node)
+    refused(r"puts \[1, 3\] of its 4 ranks", from_mesh(mesh, ranks_per_node=3).cp_ranks_per_node)
+
+
+def test_two_tier_mesh_gives_its_nodes_to_every_style_that_has_none():
+    shared, own = RingAttention(), AllGatherAttention(ranks_per_node=4)
+    plan = {"0": shared, "1": shared, "2": own, "3": CausalConvCP(), "4": ColwiseParallel()}
+    placed = on_nodes(plan, 2)
+    assert placed["0"] is placed["1"] and placed["2"] is own and placed["4"] is plan["4"]
+    assert placed["0"] == RingAttention(ranks_per_node=2)
+    assert placed["3"] == CausalConvCP(ranks_per_node=2)
+    assert on_nodes(plan, 0) == plan
+
+
+@spmd(ranks=4)
+def test_two_tier_plan_of_a_mesh_that_knows_its_nodes(mesh):
+    """What parallelize applies, of a model of ours and of one of transformers alike."""
+    whole = ParallelMesh.from_device_mesh(mesh, ranks_per_node=2)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Block(SoftmaxAttention(CAUSAL.mask))])})
+    plan = ParallelPlan(tp={}, cp={"blocks.*.mixer": RingAttention()}, blocks=("blocks.*",))
+    parallelize(model, replace(whole, hsdp=None), plan)
+    attend, mixer = model["blocks"][0], model["blocks"][0].mixer
+    assert mixer.style.ranks_per_node == 2
+    assert_equals_one_device(Case(CAUSAL, seq_len=32), attend, mixer, mesh, DocumentBalanced)
+
+
+@spmd(axes={"cp": 2, "tp": 2})
+def test_two_tier_nodes_are_counted_in_ranks_of_all_axes(mesh):
+    sizes = {0: 0, 1: 1, 2: 1, 4: 2}
+    for ranks_per_node, neighbours in sizes.items():
+        made = ParallelMesh.from_device_mesh(mesh, ranks_per_node=ranks_per_node)
+        assert made.cp_ranks_per_node() == neighbours
+
+
+@spmd(ranks=4)
+def test_two_tier_hybrid_deals_heads_inside_a_node_and_the_sequence_over_nodes(mesh):
+    """Each key of a head crosses once to each node that reads it."""
+    case, rank = Case(CAUSAL, packings.across_borders, sink=False), mesh.get_local_rank()
+    for outer in STYLES:
+        style = HybridAttention(outer=outer, inner_ranks=2, ranks_per_node=2)
+        mixer = mixer_on(mesh, style, CAUSAL.mask)
+        assert_equals_one_device(case, mixer, mixer, mesh, DocumentBalanced)
+        sharded = shard_case(case, mixer, mesh, DocumentBalanced)
+        forward, backward = moved(case, mixer, sharded)
+        _, taken_in = two_tier_bytes(case, sharded, rank, 2)
+        assert of_node(forward.crossing(rank, 2)[1], rank, 2) == taken_in
+        shape = AttentionShape(1, case.heads, case.kv_heads, case.key_dim, case.value_dim, 8)
+        planned = style.received(mixer, sharded.coords, sharded.layout, rank, shape)
+        between = (each.crossing(rank, 2)[1] for each in (forward, backward))
+        assert (planned.forward_between, planned.backward_between) == tuple(between)
+    with pytest.raises(ValueError, match="deals heads out inside a node"):
+        HybridAttention(inner_ranks=2, ranks_per_node=3)
