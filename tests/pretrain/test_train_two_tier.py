@@ -1,4 +1,4 @@
-"""train.py over nodes: the number is told or torchrun's, and every family loses as one device."""
+"""train.py over nodes: the number is given or torchrun's, and every family loses as one device."""
 
 import pytest
 
