@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtcp.torchtitan.parallelize import checkpoint_of, compile_of, fsdp_of
+from dtcp.torchtitan.parallelize import options_of
 from dtcp.torchtitan.section import Section
 
 import torch
@@ -202,9 +202,7 @@ def _parallelize(
         model,
         ParallelMesh.from_parallel_dims(parallel_dims, ranks_per_node=section.ranks_per_node),
         section.attention_style(),
-        activation_checkpoint=checkpoint_of(ac_config),
-        compile=compile_of(compile_config),
-        fsdp=fsdp_of(training, parallelism),
+        **options_of(training, parallelism, compile_config, ac_config),
         expert_exchange=section.expert_exchange,
     )
     name_kernel(model, section.kernel)

@@ -81,10 +81,26 @@ def parallelize_plain(
         model,
         mesh,
         replace(plan, ep=with_exchange(plan.ep, section.expert_exchange)),
-        activation_checkpoint=checkpoint_of(ac_config),
-        compile=compile_of(compile_config),
-        fsdp=fsdp_of(training, parallelism),
+        **options_of(training, parallelism, compile_config, ac_config),
     )
+
+
+def options_of(
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
+    compile_config: CompileConfig,
+    ac_config: ActivationCheckpointingConfig,
+) -> dict[str, Any]:
+    """What torchtitan's sections say, as the options of parallelize and of parallelize_hf.
+
+    Raises:
+        ValueError: a policy of recomputation that we do not have.
+    """
+    return {
+        "activation_checkpoint": checkpoint_of(ac_config),
+        "compile": compile_of(compile_config),
+        "fsdp": fsdp_of(training, parallelism),
+    }
 
 
 def compile_of(config: CompileConfig) -> Compile | None:
