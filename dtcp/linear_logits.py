@@ -16,6 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from dtcp.kernels.linear_cross_entropy import (
+    LIGER,
+    HeadDemand,
+    head_kernel,
+    liger_loss_sum,
+)
+from dtcp.labels import IGNORED
 from dtcp.logit_sums import (
     LabelColumns,
     LogitSums,
@@ -42,6 +49,8 @@ class LinearLogits:
         weight: [V, D]; or a DTensor with the vocabulary sharded over a 1-D mesh. Its gradient is
             summed over chunks in fp32.
         bias: [V], placed as the weight is.
+        kernel: "chunked", in torch; "liger", its fused kernel for mean losses, on GPUs; "auto" for
+            Liger where it is installed and can, which the log says once.
     """
 
     hidden: Tensor
@@ -49,6 +58,40 @@ class LinearLogits:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float = 0.0
+    kernel: str = "auto"
+
+
+def fused_loss_sum(
+    logits: LinearLogits, labels: Tensor, *, label_smoothing: float, z_loss: float
+) -> Tensor | None:
+    """The sum of the losses of all tokens, by a fused kernel; None where chunks compute it.
+
+    Raises:
+        ValueError: a kernel is named that cannot.
+    """
+    hidden, weight, bias = logits.hidden, logits.weight, logits.bias
+    demand = HeadDemand(
+        hidden.device.type,
+        tuple(x.dtype for x in (hidden, weight, *([] if bias is None else [bias]))),
+        sharded=isinstance(weight, DTensor),
+        hidden_grad=hidden.requires_grad or not torch.is_grad_enabled(),
+    )
+    if head_kernel(demand, logits.kernel) != LIGER:
+        return None
+    _check_head(hidden, weight, labels)
+    if logits.scale != 1.0:
+        hidden = hidden * logits.scale
+        bias = None if bias is None else bias * logits.scale
+    return liger_loss_sum(
+        hidden.flatten(0, -2),
+        weight,
+        bias,
+        labels.flatten(),
+        ignored=IGNORED,
+        softcap=logits.softcap,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
 
 
 def linear_logit_sums(
@@ -60,15 +103,7 @@ def linear_logit_sums(
     backward, an all-reduce of hidden's gradient.
     """
     hidden, weight, bias = logits.hidden, logits.weight, logits.bias
-    check_tensor("A loss", shape="[B, L, D]", dtypes=FLOATS, hidden=hidden)
-    check_tensor("A loss", shape="[V, D]", ndim=2, dtypes=FLOATS, weight=weight)
-    check_labels_of(hidden.shape[:-1], labels)
-    if hidden.shape[-1] != weight.shape[1] or isinstance(hidden, DTensor):
-        raise ValueError(
-            f"A head multiplies hidden states [B, L, D] that each rank holds by a weight [V, D], "
-            f"got {type(hidden).__name__} of {tuple(hidden.shape)} for weight.shape="
-            f"{tuple(weight.shape)}: give the head's own input."
-        )
+    _check_head(hidden, weight, labels)
     first, mesh, vocab_size = 0, None, weight.shape[0]
     if isinstance(weight, DTensor):
         first, mesh = vocabulary_shard(weight, 0, "A loss takes weights of a head")
@@ -85,6 +120,18 @@ def linear_logit_sums(
         with_mean,
     )
     return shaped_sums(sums, labels)
+
+
+def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    check_tensor("A loss", shape="[B, L, D]", dtypes=FLOATS, hidden=hidden)
+    check_tensor("A loss", shape="[V, D]", ndim=2, dtypes=FLOATS, weight=weight)
+    check_labels_of(hidden.shape[:-1], labels)
+    if hidden.shape[-1] != weight.shape[1] or isinstance(hidden, DTensor):
+        raise ValueError(
+            f"A head multiplies hidden states [B, L, D] that each rank holds by a weight [V, D], "
+            f"got {type(hidden).__name__} of {tuple(hidden.shape)} for weight.shape="
+            f"{tuple(weight.shape)}: give the head's own input."
+        )
 
 
 class _LinearSums(torch.autograd.Function):

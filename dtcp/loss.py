@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.labels import IGNORED
-from dtcp.linear_logits import LinearLogits, linear_logit_sums
+from dtcp.linear_logits import LinearLogits, fused_loss_sum, linear_logit_sums
 from dtcp.logit_sums import LABEL_DTYPES, LogitSums, logit_sums
 from dtcp.sequence.arguments import check_ints, check_tensor
 
@@ -66,6 +66,10 @@ def token_mean_loss(
     """
     _check_share("label_smoothing", label_smoothing, most=1.0)
     _check_share("z_loss", z_loss)
+    if isinstance(logits, LinearLogits):
+        fused = fused_loss_sum(logits, labels, label_smoothing=label_smoothing, z_loss=z_loss)
+        if fused is not None:
+            return fused / _at_least_one(global_tokens)
     sums = _sums(logits, labels, with_mean=label_smoothing > 0)
     losses = sums.lse - sums.target
     if sums.mean is not None:
