@@ -1,22 +1,22 @@
 """Check every language model of transformers: python -m docs.families [model types] [--again].
 
-Goes on where it stopped: results.json is written after each model. The page is made at the end.
+Goes on where it stopped: results.json is written after each check. The page is made at the end.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 
 import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
-from docs.families.cases import MESHES, Case, all_cases
+from docs.families.cases import Case, all_cases
 from docs.families.limited import outcome_of
-from docs.families.outcome import RESULTS, Outcome, Results
+from docs.families.outcome import NOT_RUN, RESULTS, Results
 from docs.families.page import PAGE, VERDICTS, page_of
+from dtcp.check.matrix import CHECKS, FIRST
 from dtcp.check.ranks import import_compiler
 
 
@@ -27,59 +27,60 @@ def main(argv: list[str]) -> int:
     cases = all_cases()
     results = _results(cases)
     again = set(arguments.again if arguments.again != [] else VERDICTS)
-    chosen = [case for case in cases if case.model_type in arguments.types] or [
-        case for case in cases if again & _verdicts(results, case) or not _verdicts(results, case)
-    ]
+    chosen = list(_chosen(cases, results, arguments, again))
     # Ranks are forked from here: once imported, never again.
     torch.set_num_threads(1)
     import_compiler()
     started = time.monotonic()
-    for number, case in enumerate(chosen, 1):
+    for number, (case, check) in enumerate(chosen, 1):
         if time.monotonic() - started > arguments.seconds:
-            print(f"stopped after {arguments.seconds} s, {len(chosen) - number + 1} to go")
+            print(f"stopped after {arguments.seconds} s, {len(chosen) - number + 1} checks to go")
             break
-        before = {} if arguments.types else results.outcomes.get(case.name, {})
-        kept = {mesh: each for mesh, each in before.items() if each.verdict not in again}
-        results.outcomes[case.name] = outcomes = _outcomes(case, kept, eager=arguments.eager)
-        results.write()
-        said = "; ".join(f"{mesh}: {each.verdict}" for mesh, each in outcomes.items())
-        print(f"{number}/{len(chosen)} {case.name}: {said}", flush=True)
-    PAGE.write_text(page_of(results))
-    for mesh in MESHES:
-        counts = results.counts(mesh)
-        print(mesh, ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in VERDICTS))
-    return int(any(results.counts(mesh).get(v) for mesh in MESHES for v in VERDICTS[2:]))
-
-
-def _outcomes(case: Case, kept: Mapping[str, Outcome], *, eager: bool) -> dict[str, Outcome]:
-    """By mesh. What is refused on cp alone is refused beside tp, and is not run again.
-
-    Args:
-        kept: what is not asked again.
-    """
-    outcomes: dict[str, Outcome] = {}
-    for mesh, options in MESHES.items():
-        if mesh in kept:
-            outcomes[mesh] = kept[mesh]
+        first = results.outcome(case.name, FIRST)
+        if check != FIRST and first is not None and first.verdict != "passed":
             continue
-        before = next(iter(outcomes.values()), None)
-        refused = before is not None and before.verdict == "refused"
-        options = replace(options, backend="") if eager else options
-        outcomes[mesh] = before if refused else outcome_of(case, options)
-    return outcomes
+        outcome = outcome_of(case, CHECKS[check])
+        results.outcomes.setdefault(case.name, {})[check] = outcome
+        results.write()
+        print(f"{number}/{len(chosen)} {case.name}, {check}: {outcome.verdict}", flush=True)
+    PAGE.write_text(page_of(results))
+    bad = 0
+    for check in CHECKS:
+        counts = results.counts(check)
+        print(check, ", ".join(f"{counts.get(each, 0)} {each}" for each in (*VERDICTS, NOT_RUN)))
+        bad += sum(counts.get(verdict, 0) for verdict in VERDICTS[2:])
+    return int(bad > 0)
 
 
-def _verdicts(results: Results, case: Case) -> set[str]:
-    return {outcome.verdict for outcome in results.outcomes.get(case.name, {}).values()}
+def _chosen(
+    cases: list[Case], results: Results, arguments: argparse.Namespace, again: set[str]
+) -> Iterator[tuple[Case, str]]:
+    """What to run: the first check of every model, then the second one of every model."""
+    known = {case.model_type for case in cases}
+    unknown = [each for each in arguments.types if each not in known]
+    if unknown:
+        sys.exit(f"error: model types are those of transformers, got {unknown}.")
+    for check in arguments.checks:
+        for case in cases:
+            outcome = results.outcome(case.name, check)
+            if arguments.types:
+                if case.model_type in arguments.types:
+                    yield case, check
+            elif (
+                outcome is None
+                or outcome.verdict in again
+                or outcome.transformers != transformers.__version__
+            ):
+                yield case, check
 
 
 def _results(cases: list[Case]) -> Results:
-    """Those there are, of these versions and cases."""
-    versions = (transformers.__version__, torch.__version__.partition("+")[0])
-    results = Results(*versions)
+    """Those there are, of this torch and these cases."""
+    version = torch.__version__.partition("+")[0]
+    results = Results(version)
     if RESULTS.exists():
         stored = Results.read()
-        if (stored.transformers, stored.torch) == versions:
+        if stored.torch == version:
             names = {case.name for case in cases}
             results.outcomes = {n: each for n, each in stored.outcomes.items() if n in names}
     return results
@@ -93,9 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         default=["failed", "traceback", "stopped"],
         metavar="VERDICT",
-        help="those again that came out so on a mesh; all, without a verdict",
+        help="checks again that came out so; all, without a verdict",
     )
-    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument(
+        "--checks", nargs="+", choices=list(CHECKS), default=list(CHECKS), help="these checks only"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="then start no more")
     return parser
 

@@ -5,15 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dtcp.check import CheckOptions
-from dtcp.distributed.mesh import Degrees
-
-MESHES: Mapping[str, CheckOptions] = {
-    "cp 2": CheckOptions(Degrees(cp=2)),
-    "cp 2 x tp 2": CheckOptions(Degrees(cp=2, tp=2), backend=""),
-}
-"""What every model is checked on: on cp eager and compiled, beside tp eager."""
-
 
 @dataclass(frozen=True)
 class Case:

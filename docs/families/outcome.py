@@ -7,32 +7,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from dtcp.check import Outcome
+from dtcp.check.matrix import FIRST
+
 RESULTS = Path(__file__).with_name("results.json")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of one model on one mesh.
-
-    Args:
-        verdict: "passed"; "refused" in a sentence; "failed", out of bound; "traceback"; or
-            "stopped" by the limits of time and memory.
-        reason: why it did not pass.
-        error: the largest relative error of loss and gradients, where they were compared.
-        compiled: whether they were compared compiled, too.
-    """
-
-    verdict: str
-    reason: str = ""
-    error: float = 0.0
-    compiled: bool = False
 
 
 @dataclass
 class Results:
-    """Outcomes by what was checked and by mesh, and the versions that they hold for."""
+    """Outcomes by what was checked and by check, and the version of torch that they hold for."""
 
-    transformers: str
     torch: str
     outcomes: dict[str, dict[str, Outcome]] = field(default_factory=dict)
 
@@ -40,10 +24,10 @@ class Results:
     def read(cls, path: Path = RESULTS) -> "Results":
         stored = json.loads(path.read_text())
         outcomes = {
-            name: {mesh: Outcome(**values) for mesh, values in meshes.items()}
-            for name, meshes in stored["outcomes"].items()
+            name: {check: _read(values) for check, values in checks.items()}
+            for name, checks in stored["outcomes"].items()
         }
-        return cls(stored["transformers"], stored["torch"], outcomes)
+        return cls(stored["torch"], outcomes)
 
     def write(self, path: Path = RESULTS) -> None:
         """Replace the file, whole or not at all."""
@@ -52,6 +36,23 @@ class Results:
         part.write_text(f"{text}\n")
         os.replace(part, path)
 
-    def counts(self, mesh: str) -> Mapping[str, int]:
-        """How many models came out how on a mesh."""
-        return Counter(meshes[mesh].verdict for meshes in self.outcomes.values() if mesh in meshes)
+    def outcome(self, name: str, check: str) -> Outcome | None:
+        """Of a check of a model; None if it was not run. What does not pass the first one is not
+        asked again in other ways."""
+        checks = self.outcomes.get(name, {})
+        first = checks.get(FIRST)
+        if first is not None and first.verdict != "passed":
+            return first
+        return checks.get(check)
+
+    def counts(self, check: str) -> Mapping[str, int]:
+        """How many models came out how, "not run" among them."""
+        outcomes = [self.outcome(name, check) for name in self.outcomes]
+        return Counter(NOT_RUN if each is None else each.verdict for each in outcomes)
+
+
+NOT_RUN = "not run"
+
+
+def _read(values: Mapping[str, object]) -> Outcome:
+    return Outcome(**{**values, "mixers": tuple(values["mixers"])})  # type: ignore[arg-type]

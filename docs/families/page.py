@@ -1,11 +1,12 @@
 """The table as a page of the documentation."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from docs.families.cases import MESHES
-from docs.families.outcome import Outcome, Results
+from docs.families.outcome import NOT_RUN, Results
+from dtcp.check import Outcome
+from dtcp.check.matrix import CHECKS, FIRST
 
 PAGE = Path(__file__).parents[1] / "families.md"
 
@@ -14,31 +15,53 @@ VERDICTS = ("passed", "refused", "failed", "traceback", "stopped")
 LONGEST = 260
 """Characters of a reason that are shown; results.json has them all."""
 
+WINDOWS = {"SlidingWindow": "window", "AttentionChunks": "chunks", "BlockBidirectional": "blocks"}
+RECURRENT = {
+    "GatedDeltaRule": "delta rule",
+    "GatedLinearAttention": "linear attention",
+    "CausalConv1d": "convolution",
+    "SelectiveScan": "selective scan",
+}
+"""Kinds of masks and mixers, as the table calls them; plain ones have no name there."""
+
 _TITLE = """# Every language model of transformers
 
-What `python -m dtcp.check --hf-config NAME --cp 2` and `... --cp 2 --tp 2` say of a tiny model of
-every causal and every masked language model (encoders) that transformers {transformers} has, with
-torch {torch}. *Passed*: loss and every gradient are equal to one device in fp64. *Refused*: a
+What `python -m dtcp.check --hf-config NAME --matrix` says of a tiny model of every causal and every
+masked language model (encoders) that transformers has, with torch {torch}. A check that *passed*
+found loss and every gradient equal to one device in fp64; what is *refused* is refused in a
 sentence instead of a wrong result. Dropout is set to 0, and an encoder that can be a decoder is
-checked as both. One command makes the table and brings it up to date:
+checked as both.
+
+- **cp 2**: eager, by a ring; *compiled*, *all-gather* and *Ulysses* change one thing of it, and
+  **cp 2 x tp 2** adds tensor parallelism. `HaloAttention` takes the windows of any of them.
+- **packed**: rows were three packed documents that the shards cut. A model whose modules keep
+  losses of their own (routers) is checked on single ones.
+- **beside**: how tokens meet besides plain attention.
+- **version**: of transformers that the checks were run with.
+
+One command makes the table and brings it up to date; it goes on where it was stopped:
 
 ```
-python -m docs.families                    # those without an answer yet; --eager: not compiled
-python -m docs.families --again refused    # these again; all, without a word
-python -m docs.families bert opt           # the model types again
+python -m docs.families                             # what has no answer yet, for this transformers
+python -m docs.families --again refused             # these again; all, without a word
+python -m docs.families --checks compiled --seconds 600    # one column, for ten minutes
+python -m docs.families bert opt                    # the model types again
 ```
+
+For a config of your own: `python -m dtcp.check --hf-config path/to/config.json --matrix`.
 """
 
 
 def page_of(results: Results) -> str:
     """The page that shows these results."""
-    versions = {"transformers": results.transformers, "torch": results.torch}
     return "\n".join(
         [
-            _TITLE.format(**versions),
+            _TITLE.format(torch=results.torch),
             *_counts(results),
             "## Sharded\n",
             *_passed(results),
+            "\n## Refused in one way of several\n",
+            *_refused_in_part(results),
             "\n## Refused\n",
             *_refused(results),
             "",
@@ -47,30 +70,60 @@ def page_of(results: Results) -> str:
 
 
 def _counts(results: Results) -> Iterator[str]:
-    yield f"| {len(results.outcomes)} models | " + " | ".join(VERDICTS) + " |"
-    yield "|---" * (1 + len(VERDICTS)) + "|"
-    for mesh in MESHES:
-        counts = results.counts(mesh)
-        cells = " | ".join(f"{counts.get(verdict, 0)}" for verdict in VERDICTS)
-        yield f"| {mesh} | {cells} |"
+    shown = (*VERDICTS, NOT_RUN)
+    yield f"| {len(results.outcomes)} models | " + " | ".join(shown) + " |"
+    yield "|---" * (1 + len(shown)) + "|"
+    for check in CHECKS:
+        counts = results.counts(check)
+        cells = " | ".join(f"{counts.get(verdict, 0)}" for verdict in shown)
+        yield f"| {check} | {cells} |"
     yield ""
 
 
 def _passed(results: Results) -> Iterator[str]:
-    """Models that pass on cp, each with what tp adds."""
-    cp, cp_tp = MESHES
-    yield f"| `--hf-config` | {cp} | {cp_tp} |\n|---|---|---|"
-    for name, meshes in sorted(results.outcomes.items()):
-        if meshes[cp].verdict == "passed":
-            yield f"| {_title(name)} | {_cell(meshes[cp])} | {_cell(meshes[cp_tp])} |"
+    """Models that pass on cp, each with what else they pass."""
+    columns = ("`--hf-config`", "beside", "packed", *CHECKS, "version")
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for name, checks in sorted(results.outcomes.items()):
+        first = checks[FIRST]
+        if first.verdict != "passed":
+            continue
+        found = [results.outcome(name, check) for check in CHECKS]
+        cells = [_word(each) for each in found]
+        packed = "yes" if all(each.packed for each in found if each is not None) else "single"
+        versions = sorted({each.transformers for each in found if each is not None})
+        row = (_title(name), _beside(found), packed, *cells, ", ".join(versions))
+        yield f"| {' | '.join(row)} |"
+
+
+def _beside(found: Sequence[Outcome | None]) -> str:
+    kinds = {kind for each in found if each is not None for kind in each.mixers}
+    names = {**WINDOWS, **RECURRENT}
+    return ", ".join(text for kind, text in names.items() if kind in kinds)
+
+
+def _word(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "-"
+    words = {"passed": "yes", "refused": "no"}
+    return words.get(outcome.verdict, f"**{outcome.verdict}**")
+
+
+def _refused_in_part(results: Results) -> Iterator[str]:
+    yield "| `--hf-config` | check | why |\n|---|---|---|"
+    for name, checks in sorted(results.outcomes.items()):
+        if checks[FIRST].verdict == "passed":
+            for check, outcome in checks.items():
+                if outcome.verdict != "passed":
+                    yield f"| {_title(name)} | {check} | {_reason(outcome)} |"
 
 
 def _refused(results: Results) -> Iterator[str]:
-    cp = next(iter(MESHES))
     yield "| `--hf-config` | why |\n|---|---|"
-    for name, meshes in sorted(results.outcomes.items()):
-        if meshes[cp].verdict != "passed":
-            yield f"| {_title(name)} | {_cell(meshes[cp])} |"
+    for name, checks in sorted(results.outcomes.items()):
+        if checks[FIRST].verdict != "passed":
+            yield f"| {_title(name)} | {_reason(checks[FIRST])} |"
 
 
 def _title(name: str) -> str:
@@ -80,9 +133,7 @@ def _title(name: str) -> str:
     return f"`{' --set '.join([model_type, *shown])}`"
 
 
-def _cell(outcome: Outcome) -> str:
-    if outcome.verdict == "passed":
-        return "passed, compiled too" if outcome.compiled else "passed"
+def _reason(outcome: Outcome) -> str:
     # Of several sentences the first, and of a traceback the last line.
     lines = outcome.reason.strip().splitlines() or [""]
     reason = lines[-1] if outcome.verdict == "traceback" else lines[0]

@@ -12,6 +12,7 @@ from dtcp import softmax
 from dtcp.check.checked_hf import CheckedHuggingFaceModel
 from dtcp.check.checked_mixers import CheckedMixerModel
 from dtcp.check.checked_model import CheckedModel
+from dtcp.check.matrix import CHECKS, FIRST, matrix
 from dtcp.check.parity import CheckOptions, ParityResult
 from dtcp.check.ranks import REFUSALS, CheckReport, RankFailed, check_model
 from dtcp.distributed.mesh import Degrees
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     try:
         options = _options(arguments)
+        if arguments.matrix:
+            return _print_matrix(_model(arguments))
         report = check_model(_model(arguments), options)
     except (*REFUSALS, ImportError) as error:
         print("\n".join(["refused:", f"  {error}", "FAILED"]))
@@ -56,6 +59,23 @@ def main(argv: list[str]) -> int:
         return 1
     print("\n".join(lines(report, options)))
     return 0 if report.passed else 1
+
+
+def _print_matrix(checked: CheckedModel) -> int:
+    """Each check of the matrix as it ends; 0 if the first passed, and none of them failed."""
+    codes = []
+    for name, outcome in matrix(checked):
+        end = f"  (largest error {outcome.error:.0e})" if outcome.verdict == "passed" else ""
+        print(f"{name}: {outcome.verdict}{end}", flush=True)
+        if outcome.reason:
+            print("\n".join(f"  {line}" for line in outcome.reason.splitlines()), flush=True)
+        if name == FIRST and outcome.mixers:
+            rows = "packed documents" if outcome.packed else "single documents"
+            print(f"  of {rows}, by {', '.join(outcome.mixers)}", flush=True)
+        # What a model is refused in one way of several is an answer, too.
+        good = ("passed",) if name == FIRST else ("passed", "refused")
+        codes.append(outcome.verdict not in good)
+    return int(any(codes))
 
 
 def lines(report: CheckReport, options: CheckOptions) -> list[str]:
@@ -131,6 +151,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=JSON",
         help="fields of the config, text_config.key for one inside; arguments of the function",
+    )
+    parser.add_argument(
+        "--matrix",
+        action="store_true",
+        help=f"check in several ways: {', '.join(CHECKS)}; options of one check are left out",
     )
     parser.add_argument("--cp", type=int, default=2)
     parser.add_argument("--tp", type=int, default=1)

@@ -30,7 +30,9 @@ from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.parallelize import Compile
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail, SequenceLayout
+from dtcp.sequence.masks import And, Or
 from dtcp.softmax import RingAttention
+from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.style import AttentionStyle
 
 FLOOR = 0.1
@@ -77,6 +79,8 @@ class ParityResult:
         by_layer: the same by mixer and pass, "<mixer>, forward"; empty unless the run is eager.
         elsewhere: calls of collectives outside of mixers (by tp and FSDP); empty unless eager.
         claims: mixer -> the style that took it over, and the mixer.
+        kinds: of masks, and of mixers without one.
+        packed: whether rows were packed documents.
     """
 
     errors: Mapping[str, float]
@@ -85,6 +89,8 @@ class ParityResult:
     graphs: Graphs
     elsewhere: Mapping[str, int] = field(default_factory=dict)
     claims: Mapping[str, str] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ()
+    packed: bool = True
 
 
 def compare(
@@ -112,7 +118,10 @@ def compare(
         errors[name] = _gradient_error(model.get_parameter(name).grad, parameter.grad, floor)
     errors = _largest(errors)
     claims = {name: _claim(mixer) for name, mixer in _mixers(model) if mixer.style is not None}
-    return ParityResult(errors, traffic.by_op, by_layer, graphs, dict(others.calls), claims)
+    kinds = tuple(sorted({kind for _, mixer in _mixers(model) for kind in _kinds(mixer)}))
+    packed = len(rows[0].documents.lengths[0]) > 1
+    calls = dict(others.calls)
+    return ParityResult(errors, traffic.by_op, by_layer, graphs, calls, claims, kinds, packed)
 
 
 def seeded(checked: CheckedModel) -> Any:
@@ -127,12 +136,31 @@ def _mixers(model: nn.Module) -> Iterator[tuple[str, Mixer]]:
 
 def _claim(mixer: Mixer) -> str:
     """The style that took a mixer over, and the mixer as it was before."""
-    kind = next(
+    kind = _kind(mixer)
+    return f"{mixer.style}, {kind.__name__}({kind.extra_repr(mixer)})"
+
+
+def _kind(mixer: Mixer) -> type[Mixer]:
+    """The class of a mixer before a style took it over."""
+    return next(
         kind
         for kind in type(mixer).__mro__
         if issubclass(kind, Mixer) and not issubclass(kind, ClaimedMixer)
     )
-    return f"{mixer.style}, {kind.__name__}({kind.extra_repr(mixer)})"
+
+
+def _kinds(mixer: Any) -> Iterator[str]:
+    """What a mixer's mask is made of; the mixer's own kind if it is none of plain attention."""
+    mask = getattr(mixer, "mask", None)
+    if mask is None or _kind(mixer) is not SoftmaxAttention:
+        yield _kind(mixer).__name__
+    waiting = [] if mask is None else [mask]
+    while waiting:
+        mask = waiting.pop()
+        parts = [mask.left, mask.right] if isinstance(mask, And | Or) else []
+        waiting += parts
+        if not parts:
+            yield type(mask).__name__
 
 
 @contextmanager

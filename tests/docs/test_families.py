@@ -3,8 +3,10 @@
 import pytest
 
 from docs.families import PAGE, Results, all_cases, page_of
-from docs.families.cases import MESHES, Case
+from docs.families.cases import Case
 from docs.families.limited import outcome_of
+from docs.families.outcome import NOT_RUN
+from dtcp.check.matrix import CHECKS, FIRST
 
 
 def test_the_page_shows_the_results():
@@ -12,11 +14,17 @@ def test_the_page_shows_the_results():
     assert PAGE.read_text() == page_of(Results.read())
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_B8_every_family_passes_or_is_refused(mesh):
-    counts = Results.read().counts(mesh)
-    assert set(counts) <= {"passed", "refused"}
+@pytest.mark.parametrize("check", CHECKS)
+def test_B8_every_family_passes_or_is_refused(check):
+    counts = Results.read().counts(check)
+    assert set(counts) <= {"passed", "refused", NOT_RUN}
     assert counts["passed"] > 20
+
+
+def test_every_family_is_checked_on_cp_and_beside_tp():
+    results = Results.read()
+    assert results.counts(FIRST)["passed"] >= 120
+    assert not any(results.counts(check)[NOT_RUN] for check in (FIRST, "cp 2 x tp 2"))
 
 
 @pytest.mark.slow
@@ -29,5 +37,6 @@ def test_B8_no_family_is_left_out():
 def test_B8_results_are_those_of_a_run(model_type):
     """In processes with limits, as the command runs them."""
     (case,) = (case for case in all_cases() if case == Case(model_type))
-    for mesh, options in MESHES.items():
-        assert outcome_of(case, options).verdict == Results.read().outcomes[case.name][mesh].verdict
+    for check in (FIRST, "cp 2 x tp 2"):
+        expected = Results.read().outcome(case.name, check)
+        assert outcome_of(case, CHECKS[check]).verdict == expected.verdict
