@@ -33,17 +33,22 @@ STEPS, BOUND = 4, 1e-5
 Logs = list[dict[str, float]]
 Train = Callable[[str, ParallelMesh | None, str, str | None], Any]
 """A kind, a mesh (None for one process), a folder and a checkpoint to go on from; to a trainer."""
+Load = Callable[[str, str], Any]
 
 
-def build(kind: str) -> Any:
-    """A model of transformers in fp32, the same on every rank."""
+def build(kind: str, auto: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """A model of transformers in fp32, the same on every rank.
+
+    Args:
+        auto: the class of transformers that makes it.
+    """
     family, own = KINDS[kind]
     shape = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
     shape |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape |= {"max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 1}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**shape, **own})
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    config = AutoConfig.for_model(family, **{**shape, **own, **options})
+    return auto.from_config(config, attn_implementation="eager")
 
 
 def tokenizer() -> Any:
@@ -96,18 +101,26 @@ def arguments(mesh: ParallelMesh | None, folder: str) -> dict[str, Any]:
     }
 
 
-def run(train: Train) -> None:
+def load(kind: str, folder: str) -> Any:
+    """A saved model, as transformers loads it."""
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+
+def run(train: Train, *, kinds: tuple[str, ...] = tuple(KINDS), load: Load = load) -> None:
     """Train each kind on two meshes, the second from the first one's middle; compare, and say so.
 
     Arguments of the command: a file of one process's losses, which one process writes and ranks
     read (without it ranks start that process), and the kinds; all of them where there are none.
+
+    Args:
+        load: a model of a kind from what a trainer has saved, without a mesh.
 
     Raises:
         SystemExit: losses that differ from one process's, or logits of the saved model.
     """
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    kinds = tuple(sys.argv[2:]) or tuple(KINDS)
+    kinds = tuple(sys.argv[2:]) or kinds
     if "RANK" not in os.environ:
         losses = {kind: _losses(train(kind, None, tempfile.mkdtemp(), None)) for kind in kinds}
         Path(sys.argv[1]).write_text(json.dumps(losses)) if sys.argv[1:] else print(losses)
@@ -126,7 +139,7 @@ def run(train: Train) -> None:
         trainer = train(kind, meshes[0], own, None)
         middle = f"{own}/checkpoint-{STEPS // 2}"
         resumed = train(kind, meshes[1], f"{own}-resumed", middle)
-        logits = _logits_differ(trainer, f"{own}/checkpoint-{STEPS}")
+        logits = _logits_differ(trainer, load(kind, f"{own}/checkpoint-{STEPS}"))
         found[kind] = (_losses(trainer), _losses(resumed), logits)
     if alone is not None and alone.wait():
         raise SystemExit(f"error: one process without a mesh failed with {alone.returncode}")
@@ -183,13 +196,12 @@ def _losses(trainer: Any) -> Logs:
     return [each for each in logged if len(each) > 1]
 
 
-def _logits_differ(trainer: Any, folder: str) -> float:
-    """How far logits of the saved model, loaded by transformers, are from the trained one's."""
+def _logits_differ(trainer: Any, plain: Any) -> float:
+    """How far logits of the saved model are from the trained one's."""
     ids = torch.tensor([tokenizer()(texts(1)[0])["input_ids"]])
     trained = trainer.rows_model.eval()
     with torch.no_grad():
         actual = trained(input_ids=ids).logits
-        plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
         return float((plain(input_ids=ids).logits - actual).abs().max())
 
 
@@ -202,6 +214,6 @@ def _say(kind: str, expected: Logs, losses: Logs, resumed: Logs, logits: float) 
         print(f"    {name}: {worst:.1e} from one process")
         if not worst <= BOUND:
             raise SystemExit(f"error: losses are one process's, got {logs} for {theirs}")
-    print(f"    saved, and loaded by transformers: logits {logits:.1e} apart")
+    print(f"    saved, and loaded without a mesh: logits {logits:.1e} apart")
     if not logits <= BOUND:
         raise SystemExit(f"error: logits of the saved model are {logits} off")

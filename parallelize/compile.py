@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from dtcp.compile import compile_around_islands, compile_whole
 from dtcp.parallelize.activation_checkpoint import Forward
 from dtcp.sequence.arguments import check_ints, check_kind
@@ -57,6 +59,14 @@ class Compile:
             "max_graphs": self.max_graphs,
             "data_sizes": self.data_sizes,
         }
+
+
+def has_compiled_blocks(model: nn.Module) -> bool:
+    """Whether a module of a model has a forward that was compiled here."""
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    # Around eager islands, the checkpoint is around what is compiled.
+    inside = [f.args[0] if isinstance(f, partial) else f for f in forwards]
+    return any(isinstance(forward, CompiledForward) for forward in inside)
 
 
 class CompiledForward:

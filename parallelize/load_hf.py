@@ -56,17 +56,20 @@ def fill_adapters(model: Any, folder: Path) -> None:
     Raises:
         ValueError: no such file, or adapters of other names or shapes.
     """
+    from peft import get_peft_model_state_dict
+
     files = WeightFiles(folder)
-    infix = f".{model.active_adapter}."
-    parameters = {
-        name.replace(infix, "."): (name, x)
-        for name, x in model.state_dict(keep_vars=True).items()
-        if infix in name
-    }
+    # By the names that peft writes, of layers that are trained whole as well (modules_to_save).
+    parameters = get_peft_model_state_dict(
+        model,
+        model.state_dict(keep_vars=True),
+        adapter_name=model.active_adapter,
+        save_embedding_layers=False,
+    )
     left_over = [name for name in files if name not in parameters]
     _check_names(model, [name for name in parameters if name not in files], left_over)
-    for name, (own_name, x) in parameters.items():
-        _copy_shard(own_name, x, files[name])
+    for name, x in parameters.items():
+        _copy_shard(name, x, files[name])
 
 
 def _read_names(

@@ -80,6 +80,11 @@ def install_mixers(model: Any) -> Survey:
     return result
 
 
+def has_mixers(model: Any) -> bool:
+    """Whether install_mixers has given a model its mixers."""
+    return _POSITIONS in vars(model)
+
+
 _POSITIONS, _ARGUMENTS = "dtcp_positions_rule", "dtcp_arguments"
 
 

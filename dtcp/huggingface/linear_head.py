@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dtcp.forward import wrap_forward
+from dtcp.huggingface.autocast import as_autocast_casts
 from dtcp.linear_logits import LinearLogits
 
 
@@ -94,7 +95,10 @@ def _hold_input(head: Any, forward: Callable[..., Any], hidden: Tensor) -> Any:
     if isinstance(hidden, DTensor):
         # As a style of tensor parallelism hands it to the head, the same on every rank.
         own = hidden.to_local(grad_placements=hidden.placements)
-    holder.held = LinearLogits(own, head.weight, getattr(head, "bias", None))
+    bias = getattr(head, "bias", None)
+    # The loss computes outside of autocast.
+    own, weight, *biases = as_autocast_casts(own, head.weight, *([] if bias is None else [bias]))
+    holder.held = LinearLogits(own, weight, biases[0] if biases else None)
     return forward(hidden[:, :1])
 
 

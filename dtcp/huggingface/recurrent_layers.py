@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dtcp.forward import INSIDE, wrap_forward
+from dtcp.huggingface.autocast import as_autocast_casts
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import Mixer
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttention
@@ -177,7 +178,8 @@ def _conv(
     **_: Any,
 ) -> Tensor:
     layer, metadata = attn_metadata
-    out = layer.get_submodule(CONV)(hidden_states.transpose(1, 2), weight, metadata)
+    x, weight = as_autocast_casts(hidden_states.transpose(1, 2), weight)
+    out = layer.get_submodule(CONV)(x, weight, metadata)
     return _activated(out, bias, activation)
 
 
@@ -214,7 +216,8 @@ def _delta_rule(
     **_: Any,
 ) -> tuple[Tensor, None]:
     layer, metadata = attn_metadata
-    return layer.get_submodule(RULE)(query, key, value, g, beta, metadata), None
+    qkv = as_autocast_casts(query, key, value)
+    return layer.get_submodule(RULE)(*qkv, g, beta, metadata), None
 
 
 def _surveyed_delta_rule(
@@ -251,6 +254,7 @@ def _chunk_scan(
 ) -> Tensor:
     """Mamba-2's scan: [B, L, H, P], steps dt [B, L, H], A [H], B and C [B, L, G, N], D [H]."""
     layer, metadata = attn_metadata
+    hidden_states, B, C = as_autocast_casts(hidden_states, B, C)
     value, decay = _discretized(hidden_states, dt, A, dt_bias, dt_softplus, dt_limit)
     out: Tensor = layer.get_submodule(RULE)(C, B, value, decay, metadata)
     return out if D is None else out + D[:, None] * hidden_states
@@ -292,7 +296,7 @@ def lightning_attention(
 ) -> Tensor:
     """Of a layer that is written again: q, k, v [B, L, H, D], g [B, L, H]."""
     layer, metadata = attn_metadata
-    out: Tensor = layer.get_submodule(RULE)(q, k, v, g, metadata)
+    out: Tensor = layer.get_submodule(RULE)(*as_autocast_casts(q, k, v), g, metadata)
     return out
 
 

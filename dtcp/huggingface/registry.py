@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dtcp.huggingface.autocast import as_autocast_casts
 from dtcp.huggingface.handed_on import batch_of_mask
 from dtcp.huggingface.own_attention import own_attentions
 from dtcp.metadata import BatchMetadata
@@ -119,12 +120,13 @@ def mixer_attention_forward(
     if isinstance(s_aux, DTensor):
         # Sharded with the heads: each rank has the sinks of its own.
         s_aux = s_aux.to_local(grad_placements=s_aux.placements)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    # Norms and rotary tables give fp32 under autocast.
+    q, k, v = (x.transpose(1, 2) for x in as_autocast_casts(query, key, value))
     mixer = module.get_submodule(MIXER)
     if isinstance(mixer, LatentAttention):
         # In the places of keys and values, latents and rotary keys (latents.py).
         projection: Any = module.get_submodule(PROJECTION)
-        up = projection.weight.unflatten(0, (q.shape[2], -1))
+        up = projection.weight.to(q.dtype).unflatten(0, (q.shape[2], -1))
         return mixer(q, k[:, :, 0], v[:, :, 0], up, attn_metadata), None
     return mixer(q, k, v, attn_metadata, sink=s_aux), None
 

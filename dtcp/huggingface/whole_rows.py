@@ -5,7 +5,7 @@ give back, the loss or a number of each token, is the same on all of them; and e
 of its own tokens, to be summed over cp as FSDP does.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class WholeRows(nn.Module):
         label_smoothing, z_loss: parts of the loss, as for token_mean_loss.
         linear_head: compute logits a part at a time, in the loss, and never hold them all. A call
             that asks for logits or for numbers of each token holds them.
+        autocast: the dtype that torch.autocast lets the model compute in; None to leave it.
     """
 
     def __init__(
@@ -65,13 +66,14 @@ class WholeRows(nn.Module):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         linear_head: bool = False,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_kind("WholeRows", nn.Module, module=module)
         check_kind("WholeRows", ParallelMesh, mesh=mesh)
         self.module, self.mesh, self.layout = module, mesh, layout
         self.device, self.buckets = device, buckets
-        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.label_smoothing, self.z_loss, self.autocast = label_smoothing, z_loss, autocast
         self.linear_head = LinearHead(module) if linear_head else None
         self.gathers_logits = False
         """Whether a call with labels gives logits, too: [B, S, V] on every rank."""
@@ -118,12 +120,12 @@ class WholeRows(nn.Module):
         said = is_balanced(self.module) if output_router_logits is None else output_router_logits
         asked = {"output_router_logits": True} if said and targets is not None else {}
         head = None if fused_lm_head or targets is None else self._head()
-        with nullcontext() if head is None else head.hold():
+        with self._autocast(), nullcontext() if head is None else head.hold():
             out = self.module(**local, attn_metadata=sharded.attn_metadata, **asked)
         if last_token_mixer(self.module) is not None:
-            return self._outputs_of_rows(out.logits[: sharded.unpadded_rows], targets)
+            return self._outputs_of_rows(self._given(out.logits)[: sharded.unpadded_rows], targets)
         if targets is None:
-            return RowOutputs(logits=_whole_logits(out.logits, sharded))
+            return RowOutputs(logits=self._given(_whole_logits(out.logits, sharded)))
         aux = self._balance(out.router_logits, sharded) if asked else None
         if fused_lm_head:
             outputs = RowOutputs(_numbers_of_tokens(out.logits, targets, sharded))
@@ -132,10 +134,21 @@ class WholeRows(nn.Module):
             logits = out.logits if head is None else head.logits(out.logits)
             outputs = RowOutputs(loss=self._loss(logits, targets, num_items_in_batch, aux))
             if self.gathers_logits:
-                outputs["logits"] = _whole_logits(out.logits, sharded)
+                outputs["logits"] = self._given(_whole_logits(out.logits, sharded))
         if aux is not None:
             outputs["aux_loss"] = aux
         return outputs
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        # Weights that were cast are not kept: FSDP frees those that they were made of.
+        kind = next(self.module.parameters()).device.type
+        return torch.autocast(kind, self.autocast, cache_enabled=False)
+
+    def _given(self, logits: Tensor) -> Tensor:
+        """Logits as a loop gets them: in fp32 where it was autocast that made them smaller."""
+        return logits if self.autocast is None else logits.float()
 
     def _head(self) -> LinearHead | None:
         return None if self.gathers_logits else self.linear_head
@@ -191,8 +204,8 @@ class WholeRows(nn.Module):
             )
 
 
-CALL_KEYS = ("use_cache", "return_dict", "logits_to_keep", "output_attentions")
-"""What loops pass besides rows, to leave something out."""
+CALL_KEYS = ("use_cache", "return_dict", "logits_to_keep", "output_attentions", "margin")
+"""What loops pass besides rows: to leave something out, or for their own loss."""
 
 
 def _check_rows(rows: dict[str, Any]) -> None:

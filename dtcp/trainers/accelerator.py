@@ -1,5 +1,6 @@
 """accelerate's Accelerator where the ranks of a cp and tp group are one process of a loop."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,16 +21,23 @@ class MeshAccelerator(Accelerator):
     """
 
     mesh: ParallelMesh
+    rows_of: Callable[[nn.Module], WholeRows]
+    """A model as a loop calls it."""
 
     @classmethod
-    def adopt(cls, accelerator: Accelerator, mesh: ParallelMesh) -> None:
+    def adopt(
+        cls,
+        accelerator: Accelerator,
+        mesh: ParallelMesh,
+        rows_of: Callable[[nn.Module], WholeRows],
+    ) -> None:
         """Let an accelerator that a Trainer has made be one of this class.
 
         The Trainer makes it of a name of its own module, from a dozen settings: another one of the
         same settings would be made by a copy of that code.
         """
         accelerator.__class__ = cls
-        accelerator.mesh = mesh
+        accelerator.mesh, accelerator.rows_of = mesh, rows_of
 
     @property
     def num_processes(self) -> int:
@@ -47,8 +55,7 @@ class MeshAccelerator(Accelerator):
     def prepare_model(
         self, model: nn.Module, device_placement: Any = None, evaluation_mode: bool = False
     ) -> nn.Module:
-        """A model that parallelize_hf has placed, as a loop calls it."""
-        return model if isinstance(model, WholeRows) else WholeRows(model, self.mesh)
+        return model if isinstance(model, WholeRows) else self.rows_of(model)
 
     def unwrap_model(self, model: Any, *_: Any, **__: Any) -> Any:
         return model.module if isinstance(model, WholeRows) else model

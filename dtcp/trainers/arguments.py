@@ -1,30 +1,106 @@
 """What a Trainer's arguments ask for that a mesh does in another way, refused by name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.huggingface.registry import IMPLEMENTATION
+from dtcp.huggingface.install import has_mixers
+from dtcp.parallelize.compile import Compile, has_compiled_blocks
+from dtcp.parallelize.plans.adapters import adapted_model
 
 
 def check_trained_model(model: Any) -> None:
-    """Refuse a model that is not on the mesh.
+    """Refuse what is no model that could be put on a mesh.
 
     Raises:
-        TypeError, ValueError: no model, or one that parallelize_hf has not placed.
+        TypeError: no model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"A Trainer on a mesh trains a model that parallelize_hf has placed, got model of type "
-            f"{type(model).__name__}: build it, and give parallelize_hf(model, mesh)."
+            f"A Trainer on a mesh trains a model of transformers, got model of type "
+            f"{type(model).__name__}: build it, or give parallelize_hf(model, mesh)."
         )
-    config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
+
+
+def is_on_mesh(model: Any) -> bool:
+    """Whether parallelize_hf has placed a model, or the one inside of its adapters."""
+    return has_mixers(adapted_model(model))
+
+
+def asked_of_placing(args: Any) -> dict[str, Any]:
+    """What training arguments ask of the call that puts a model on the mesh."""
+    return {"compile": Compile(args.torch_compile_backend)} if args.torch_compile else {}
+
+
+def check_placed_as_asked(args: Any, model: Any) -> None:
+    """Refuse arguments that a model that is on the mesh already cannot follow.
+
+    Raises:
+        ValueError: blocks to be compiled that were placed without.
+    """
+    if args.torch_compile and not has_compiled_blocks(model):
         raise ValueError(
-            f"A Trainer on a mesh trains a model that parallelize_hf has placed, got "
-            f"{type(model).__name__} as it was built: give parallelize_hf(model, mesh)."
+            f"Blocks are compiled where a model is put on its mesh, got torch_compile=True with a "
+            f"{type(model).__name__} that was placed without: pass compile=Compile() to "
+            f"parallelize_hf, or give the Trainer the model as it was built."
+        )
+
+
+def check_reference(trainer: type, model: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse sharded adapters of which a trainer would make a copy, as its reference.
+
+    Raises:
+        ValueError: such a model, without a ref_model.
+    """
+    makes_copies = hasattr(trainer, "compute_ref_log_probs") and kwargs.get("ref_model") is None
+    if not makes_copies or not isinstance(model, nn.Module) or not is_on_mesh(model):
+        return
+    if adapted_model(model) is not model and "ref" not in getattr(model, "peft_config", {}):
+        raise ValueError(
+            f"The reference of adapters is a copy of them that {trainer.__name__} puts into the "
+            f"model, before it is sharded, got a {type(model).__name__} on its mesh and no "
+            f"ref_model: give the Trainer the model as it was built."
+        )
+
+
+def check_launch(accelerator: Any, mesh: ParallelMesh) -> None:
+    """Refuse an environment that says something else than the mesh.
+
+    Raises:
+        ValueError: other ranks than the mesh has, or a parallelism of accelerate's own.
+    """
+    known, world = accelerator.num_processes, mesh.degrees.world
+    if known != world:
+        raise ValueError(
+            f"A Trainer knows of all ranks of its mesh by the environment, got num_processes="
+            f"{known} for {world} ranks: start them by torchrun or accelerate launch."
+        )
+    plugins = ("fsdp_plugin", "deepspeed_plugin", "parallelism_config")
+    asked = [name for name in plugins if getattr(accelerator.state, name, None) is not None]
+    if asked:
+        raise ValueError(
+            f"A mesh says how a model is sharded, got {asked[0]} of a configuration of accelerate: "
+            f"start ranks by torchrun, or by a configuration for several GPUs only."
+        )
+
+
+def check_given_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Refuse an optimizer of parameters that are not the placed model's.
+
+    Raises:
+        ValueError: made before the model was put on the mesh.
+    """
+    if optimizer is None:
+        return
+    own = {id(p) for p in model.parameters()}
+    strange = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
+    if strange:
+        raise ValueError(
+            f"An optimizer steps the parameters of a model on its mesh, got optimizers with "
+            f"{len(strange)} parameters of others: call parallelize_hf(model, mesh) first and make "
+            f"the optimizer of its parameters, or name it by optim."
         )
 
 
@@ -43,16 +119,20 @@ def check_training_arguments(args: Any, mesh: ParallelMesh) -> None:
 
 def _refused(args: Any, mesh: ParallelMesh) -> Iterator[tuple[str, Any, str]]:
     plan = "parallelize_hf(model, mesh, ..) shards the model; leave it out"
-    dtype = "pass fsdp=FSDP(mixed_precision=..) to parallelize_hf and leave it False"
+    ddp = "leave it out, for parameters are sharded by FSDP"
     for name, remedy in {
         "fsdp": plan,
         "deepspeed": plan,
         "parallelism_config": plan,
-        "fp16": dtype,
-        "bf16": dtype,
-        "fp16_full_eval": dtype,
-        "bf16_full_eval": dtype,
-        "torch_compile": "pass compile=Compile() to parallelize_hf",
+        "fp16": "set bf16=True, which needs no scaling of losses",
+        "fp16_full_eval": "leave it False: weights stay as they are trained",
+        "bf16_full_eval": "leave it False: weights stay as they are trained",
+        "torch_compile_mode": "leave it out, for blocks are compiled one by one",
+        "ddp_bucket_cap_mb": ddp,
+        "ddp_broadcast_buffers": ddp,
+        "ddp_static_graph": ddp,
+        "save_on_each_node": "leave it False: one rank writes, into a folder that all ranks read",
+        "enable_jit_checkpoint": "leave it False: a signal reaches ranks at different steps",
         "auto_find_batch_size": "choose a batch size; a part of the ranks would start again",
         "neftune_noise_alpha": "leave it out, for noise would depend on the mesh",
         "use_liger_kernel": "leave it out, for it replaces the forward that is on the mesh",

@@ -6,6 +6,7 @@ counts a cp and tp group as one process (`MeshAccelerator`), and files are writt
 ranks together. Everything else, from arguments to callbacks, is the trainer's own.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.forward import wrap_forward
 from dtcp.huggingface.batch import documents_of_hf_batch
 from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.whole_rows import WholeRows
 from dtcp.labels import IGNORED, shift_labels
+from dtcp.parallelize import parallelize_hf
+from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.trainers.accelerator import MeshAccelerator
-from dtcp.trainers.arguments import check_trained_model, check_training_arguments
+from dtcp.trainers.arguments import (
+    asked_of_placing,
+    check_given_optimizer,
+    check_launch,
+    check_placed_as_asked,
+    check_reference,
+    check_trained_model,
+    check_training_arguments,
+    is_on_mesh,
+)
 from dtcp.trainers.saved import (
     load_optimizer,
     load_weights,
@@ -34,14 +47,22 @@ class MeshTrainerMixin:
     """Put before a trainer's class: `class Trainer(MeshTrainerMixin, transformers.Trainer)`.
 
     Args:
-        mesh: the model's; batch ranks read different rows, ranks of a cp and tp group the same.
-        model: of parallelize_hf, as is ref_model.
+        mesh: batch ranks read different rows, ranks of a cp and tp group the same.
+        model, ref_model, model_init: of parallelize_hf, or as transformers builds models, the same
+            on all ranks: such a one is put on the mesh once the trainer has put adapters into it
+            (peft_config).
+        place: puts such a model on the mesh, in place, as parallelize_hf(model, mesh) does; with
+            compile=Compile(..) besides where torch_compile is set.
         layout, buckets: as for shard_hf_batch.
         z_loss, linear_head: as for WholeRows.
 
     Gradients are those of one process with the same rows: losses are divided by the tokens of all
     ranks and all micro-batches. Every other argument is the trainer's; one that the mesh would not
     carry out is refused.
+
+    Raises:
+        TypeError, ValueError: no model, arguments that a mesh would ignore, or a process group of
+            other ranks than the mesh has.
     """
 
     # Of the trainer that follows in the order of classes.
@@ -62,6 +83,7 @@ class MeshTrainerMixin:
         self,
         *args: Any,
         mesh: ParallelMesh,
+        place: Callable[..., Any] = parallelize_hf,
         layout: type[SequenceLayout] = HeadTail,
         buckets: Buckets | None = None,
         z_loss: float = 0.0,
@@ -75,33 +97,37 @@ class MeshTrainerMixin:
             "z_loss": z_loss,
             "linear_head": linear_head,
         }
-        self._layout = layout
+        self._layout, self._place = layout, place
         self._rows: WholeRows | None = None
         self._counted: Tensor | None = None
         self._checks_count = True
-        check_trained_model(args[0] if args else kwargs.get("model"))
-        if kwargs.get("ref_model") is not None:
-            check_trained_model(kwargs["ref_model"])
-        if kwargs.get("peft_config") is not None:
-            raise ValueError(
-                "Adapters are put into a model before it is sharded, got peft_config: give "
-                "parallelize_hf(get_peft_model(model, peft_config), mesh), and no peft_config."
-            )
+        check_reference(type(self), args[0] if args else kwargs.get("model"), kwargs)
         super().__init__(*args, **kwargs)
-        self._rows_options["label_smoothing"] = self.args.label_smoothing_factor
+        check_given_optimizer(self.optimizer, self.model)
         self.label_smoother = None  # the model's loss has it
         self.model_accepts_loss_kwargs = last_token_mixer(self.model) is None
 
     def create_accelerator_and_postprocess(self) -> None:
         check_training_arguments(self.args, self.mesh)
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        known, world = self.accelerator.num_processes, self.mesh.degrees.world
-        if known != world:
-            raise ValueError(
-                f"A Trainer knows of all ranks of its mesh by the environment, got num_processes="
-                f"{known} for {world} ranks: start them by torchrun or accelerate launch."
-            )
-        MeshAccelerator.adopt(self.accelerator, self.mesh)
+        check_launch(self.accelerator, self.mesh)
+        MeshAccelerator.adopt(self.accelerator, self.mesh, self._rows_of)
+        self._rows_options["label_smoothing"] = self.args.label_smoothing_factor
+        self._rows_options["autocast"] = torch.bfloat16 if self.args.bf16 else None
+        if self.model is not None:
+            self._put_on_mesh(self.model)
+
+    def _put_on_mesh(self, model: Any) -> Any:
+        """The model itself, on the mesh."""
+        check_trained_model(model)
+        if is_on_mesh(model):
+            check_placed_as_asked(self.args, model)
+        else:
+            self._place(model, self.mesh, **asked_of_placing(self.args))
+        return model
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        return self._put_on_mesh(super().call_model_init(trial))  # type: ignore[misc]
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Rows of a step, of all batch ranks."""
@@ -130,10 +156,23 @@ class MeshTrainerMixin:
         if isinstance(model, WholeRows):
             return model
         if self._rows is None or self._rows.module is not model:
-            self._rows = WholeRows(
-                model, self.mesh, self._layout, device=self.args.device, **self._rows_options
-            )
+            self._rows = self._rows_of(model)
         return self._rows
+
+    def _rows_of(self, model: Any) -> WholeRows:
+        """A model, the reference of a preference loss as well, as the trainer calls it."""
+        rows = WholeRows(
+            self._put_on_mesh(model),
+            self.mesh,
+            self._layout,
+            device=self.args.device,
+            **self._rows_options,
+        )
+        if adapted_model(model) is not model and _ROWS not in vars(model):
+            # Trainers call it by itself, too, with its adapters switched off.
+            wrap_forward(model, _on_whole_rows)
+        vars(model)[_ROWS] = rows
+        return rows
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
@@ -221,6 +260,15 @@ class MeshTrainerMixin:
         folder = Path(checkpoint)
         load_optimizer(self.model, self.optimizer, folder)
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+
+
+_ROWS = "dtcp_rows"
+
+
+def _on_whole_rows(model: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if "attn_metadata" in kwargs:
+        return forward(*args, **kwargs)
+    return vars(model)[_ROWS](*args, **kwargs)
 
 
 SCHEDULER, ARGUMENTS = "scheduler.pt", "training_args.bin"

@@ -2,17 +2,20 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer
 
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.parallelize import parallelize_hf
+from dtcp.huggingface.install import has_mixers
+from dtcp.parallelize import Compile, parallelize_hf
+from dtcp.parallelize.compile import has_compiled_blocks
 from dtcp.trainers import MeshTrainerMixin
-from dtcp.trainers.arguments import check_training_arguments
+from dtcp.trainers.arguments import check_launch, check_training_arguments
 from tests.harness.hf_models import build
 from tests.harness.run_script import run_forked
 from tests.harness.spmd import spmd
@@ -47,9 +50,16 @@ def test_trainer_on_two_ranks_trains_saves_and_resumes_as_one_process(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hf_trainer", "trl_sft", "trl_dpo"])
+@pytest.mark.parametrize("name", ["hf_trainer", "trl_sft", "trl_dpo", "trl_lora"])
 def test_trainer_of_an_example_trains_saves_and_resumes_as_one_process(tmp_path, name):
     run_example(name, tmp_path, ranks=4)
+
+
+@pytest.mark.slow
+def test_trl_reward_trainer_trains_saves_and_resumes_as_one_process(tmp_path):
+    """Whole models, and adapters beside a head of their own."""
+    kinds = ("windows and sinks", "experts", "experts with adapters")
+    run_example("trl_reward", tmp_path, ranks=4, kinds=kinds)
 
 
 @pytest.mark.slow
@@ -62,8 +72,11 @@ def test_trainer_of_ones_own_trains_saves_and_resumes_as_one_process():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"bf16": True}, r"got bf16=True: pass fsdp=FSDP\(mixed_precision"),
-        ({"torch_compile": True}, "got torch_compile=True: pass compile="),
+        ({"torch_compile_mode": "max-autotune"}, "blocks are compiled one by one"),
+        ({"ddp_static_graph": True}, "ddp_static_graph=True: leave it out"),
+        ({"save_on_each_node": True}, "one rank writes, into a folder that all ranks read"),
+        ({"enable_jit_checkpoint": True}, "a signal reaches ranks at different steps"),
+        ({"bf16_full_eval": True}, "weights stay as they are trained"),
         ({"neftune_noise_alpha": 5.0}, "noise would depend on the mesh"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True: choose"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True"),
@@ -86,18 +99,65 @@ def test_trainer_that_does_not_know_of_all_ranks_is_refused(tmp_path):
         MeshTrainer(model, args, mesh=mesh)
 
 
-@pytest.mark.parametrize("kind", [Trainer, SFTTrainer, DPOTrainer])
-def test_trainer_of_a_model_that_is_not_on_the_mesh_is_refused(kind):
-    mixed = type("Mixed", (MeshTrainerMixin, kind), {})
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM as it was built: give parallelize_hf"):
-        mixed(build("llama"), mesh=ONE_RANK)
+def arguments(folder="unused", **options):
+    return TrainingArguments(str(folder), use_cpu=True, report_to=[], **options)
 
 
-def test_trl_trainer_that_would_put_adapters_into_a_sharded_model_is_refused():
-    mixed = type("Mixed", (MeshTrainerMixin, SFTTrainer), {})
-    model = parallelize_hf(build("llama"), ONE_RANK)
-    with pytest.raises(ValueError, match=r"parallelize_hf\(get_peft_model"):
-        mixed(model, mesh=ONE_RANK, peft_config=LoraConfig())
+@pytest.mark.parametrize("given", ["model", "model_init"])
+def test_trainer_puts_a_model_on_its_mesh_as_it_is_asked_to(tmp_path, given):
+    asked = []
+
+    def place(model, mesh, **options):
+        asked.append(options)
+        return parallelize_hf(model, mesh, **options)
+
+    args = arguments(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    model = (
+        {"model": build("llama")} if given == "model" else {"model_init": lambda: build("llama")}
+    )
+    trainer = MeshTrainer(**model, args=args, mesh=ONE_RANK, place=place)
+    assert asked == [{"compile": Compile("aot_eager")}]
+    assert has_mixers(trainer.model) and has_compiled_blocks(trainer.model)
+
+
+def test_trainer_told_to_compile_takes_a_model_that_was_placed_so_and_no_other(tmp_path):
+    args = arguments(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    placed = parallelize_hf(build("llama"), ONE_RANK, compile=Compile("aot_eager"))
+    assert MeshTrainer(placed, args, mesh=ONE_RANK).model is placed
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM that was placed without: pass compile"):
+        MeshTrainer(parallelize_hf(build("llama"), ONE_RANK), args, mesh=ONE_RANK)
+
+
+def test_trainer_of_no_model_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="got model of type str: build it"):
+        MeshTrainer("llama", arguments(tmp_path), mesh=ONE_RANK)
+
+
+def test_trainer_with_an_optimizer_of_a_model_that_is_not_on_the_mesh_is_refused(tmp_path):
+    mine, other = build("llama"), build("llama")
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="parameters of others: call parallelize_hf"):
+        MeshTrainer(mine, arguments(tmp_path), mesh=ONE_RANK, optimizers=(optimizer, None))
+
+
+def test_trl_trainer_that_would_copy_sharded_lora_is_refused():
+    mixed = type("Mixed", (MeshTrainerMixin, DPOTrainer), {})
+    model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"The reference of adapters is a copy .* as it was built"):
+        mixed(parallelize_hf(model, ONE_RANK), mesh=ONE_RANK)
+
+
+def test_trainer_launched_with_a_parallelism_of_accelerate_is_refused():
+    state = SimpleNamespace(fsdp_plugin=object(), deepspeed_plugin=None)
+    accelerator = SimpleNamespace(num_processes=1, state=state)
+    with pytest.raises(ValueError, match="got fsdp_plugin of a configuration of accelerate"):
+        check_launch(accelerator, ONE_RANK)
+
+
+def test_trainer_of_a_model_with_lora_dropout_is_refused(tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], lora_dropout=0.05)
+    with pytest.raises(ValueError, match=r"lora_dropout.*dropout=0.05 in training would depend"):
+        MeshTrainer(get_peft_model(build("llama"), config), arguments(tmp_path), mesh=ONE_RANK)
 
 
 @spmd(ranks=1)

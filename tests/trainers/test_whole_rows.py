@@ -118,6 +118,40 @@ def test_trainer_of_a_head_that_its_config_does_not_tell_is_refused(mesh):
         rows_model(**padded_rows())
 
 
+def total_error(grads, exact):
+    """Of all gradients together, relative."""
+    errors = [(x.double() - grads[name].double()).square().sum() for name, x in exact.items()]
+    return (sum(errors) / sum(x.double().square().sum() for x in exact.values())).sqrt()
+
+
+@pytest.mark.parametrize("linear_head", [False, True])
+@pytest.mark.parametrize("kind", ["gpt_oss", "lfm2"])
+@pytest.mark.slow_where(lambda kind, linear_head: (kind, linear_head) != ("lfm2", True))
+@spmd(ranks=2)
+def test_trainer_under_autocast_is_as_near_to_fp32_as_one_device(mesh, kind, linear_head):
+    """As bf16=True has it: attention, a convolution and the head compute in bf16."""
+    parallel_mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    exact, single, model = (build(kind).float() for _ in range(3))
+    parallelize_hf(model, parallel_mesh)
+    options = {"linear_head": linear_head, "autocast": torch.bfloat16}
+    rows_model = WholeRows(model, parallel_mesh, **options)
+    ids = padded_rows()["input_ids"][:1]
+    exact(ids, labels=ids).loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = single(ids, labels=ids).loss
+    expected.backward()
+    loss = rows_model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert_close(loss, expected, rtol=2**-7, atol=0.0)
+    grads, single_grads, exact_grads = map(gradients, (model, single, exact))
+    exact_grads = {name: x for name, x in exact_grads.items() if x is not None}
+    grads = {name: x.reshape(exact_grads[name].shape) for name, x in grads.items() if x is not None}
+    error, single_error = (total_error(x, exact_grads) for x in (grads, single_grads))
+    assert 0 < error <= 1.5 * single_error
+    assert rows_model(input_ids=ids).logits.dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", ["gpt_oss", "gemma2"])
 @pytest.mark.slow_where(lambda kind, ranks: (kind, ranks) != ("gpt_oss", 2))
 @spmd(ranks=(2, 3))
