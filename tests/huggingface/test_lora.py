@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.huggingface import install_mixers
 from dtcp.parallelize import Compile, FullCheckpoint, parallelize_hf, save_hf
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from tests.harness.hf_models import build
@@ -136,6 +137,21 @@ def test_lora_on_the_head_is_split_as_the_head_is():
     model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["lm_head"]))
     plan = hf_tensor_plan(model.get_base_model(), 2)
     assert str(plan["lm_head.lora_B.default"]) == str(plan["lm_head.base_layer"])
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "match"),
+    [
+        ("quantization_method", "bitsandbytes", r"quantized \(bitsandbytes\), .* without quant"),
+        ("hf_device_map", {"model": 0, "lm_head": "cpu"}, r"several devices \(0, cpu\)"),
+    ],
+)
+def test_lora_on_a_base_that_no_rank_has_whole_is_refused(attribute, value, match):
+    """As bitsandbytes and device_map="auto" leave it."""
+    model = build("llama")
+    setattr(model, attribute, value)
+    with pytest.raises(ValueError, match=match):
+        install_mixers(model)
 
 
 @spmd(ranks=2)
