@@ -37,7 +37,7 @@ checked as both.
 - **packed**: rows were three packed documents that the shards cut. A model whose modules keep
   losses of their own (routers) is checked on single ones.
 - **beside**: how tokens meet besides plain attention.
-- **version**: of transformers that the checks were run with.
+- **version**: of transformers that the checks were run with. A dash: not run yet.
 
 One command makes the table and brings it up to date; it goes on where it was stopped:
 
@@ -91,7 +91,9 @@ def _passed(results: Results) -> Iterator[str]:
             continue
         found = [results.outcome(name, check) for check in CHECKS]
         cells = [_word(each) for each in found]
-        packed = "yes" if all(each.packed for each in found if each is not None) else "single"
+        # Of older runs only the verdict is known.
+        known = [each.packed for each in found if each is not None and each.mixers]
+        packed = ("yes" if all(known) else "single") if known else "-"
         versions = sorted({each.transformers for each in found if each is not None})
         row = (_title(name), _beside(found), packed, *cells, ", ".join(versions))
         yield f"| {' | '.join(row)} |"
