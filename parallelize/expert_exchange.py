@@ -21,6 +21,9 @@ from dtcp.experts import (
 from dtcp.experts.exchange import Compute
 from dtcp.parallelize.tensor_parallel import copy_to_region, reduce_from_region
 
+LOAD = "dtcp_load"
+"""Where experts of transformers count the tokens that chose each of them, as `Experts.load`."""
+
 
 @dataclass
 class SpreadStyle(ParallelStyle):

@@ -14,7 +14,13 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.experts import RoutedTokens, TokenExchange
 from dtcp.models.moe import Experts
-from dtcp.parallelize.expert_exchange import SpreadStyle, check_experts, copied, exchanged
+from dtcp.parallelize.expert_exchange import (
+    LOAD,
+    SpreadStyle,
+    check_experts,
+    copied,
+    exchanged,
+)
 from dtcp.parallelize.tensor_parallel import distribute_parameter, reduce_from_region
 
 HIDDEN_CHANNELS: Mapping[str, Placement] = {"gate": Shard(1), "up": Shard(1), "down": Shard(2)}
@@ -150,13 +156,15 @@ def largest_load(parts: Iterable[nn.Module], axis: DeviceMesh | None) -> float |
 
     Traffic per rank: one all-reduce of the loads.
     """
-    found = [m for part in parts for m in part.modules() if isinstance(m, Experts)]
+    modules = [module for part in parts for module in part.modules()]
+    found = [module.load for module in modules if isinstance(module, Experts)]
+    found += [vars(module)[LOAD] for module in modules if LOAD in vars(module)]
     if not found:
         return None
-    loads = torch.stack([experts.load for experts in found])
+    loads = torch.stack(found)
     if axis is not None and axis.size() > 1:
         dist.all_reduce(loads, group=axis.get_group())
-    for experts in found:
-        experts.load.zero_()
+    for load in found:
+        load.zero_()
     ratios = loads.amax(1) / loads.mean(1)
     return float(ratios.max()) if loads.any() else None

@@ -16,8 +16,8 @@ from dtcp.experts import RoutedTokens, TokenExchange
 from dtcp.forward import wrap_forward
 from dtcp.kernels.grouped_linear import grouped_linear
 from dtcp.metadata import BatchMetadata
-from dtcp.models.moe import real_tokens
-from dtcp.parallelize.expert_exchange import SpreadStyle, check_experts, exchanged
+from dtcp.models.moe import add_load, real_tokens
+from dtcp.parallelize.expert_exchange import LOAD, SpreadStyle, check_experts, exchanged
 from dtcp.parallelize.tensor_parallel import (
     distribute_parameter,
     is_experts,
@@ -67,6 +67,9 @@ class HFExpertParallel(SpreadStyle):
         for name, _ in list(module.named_parameters(recurse=False)):
             distribute_parameter(module, name, device_mesh, Shard(0))
         setattr(module, REAL, None)
+        # No buffer: load_hf has transformers fill buffers that no checkpoint holds.
+        device = device_mesh.device_type
+        setattr(module, LOAD, torch.zeros(experts.num_experts, device=device))
         wrap_forward(module, _Spread(exchange, self.shared_by))
         return module
 
@@ -119,12 +122,15 @@ class _Spread:
         top_k_weights: Tensor,
     ) -> Tensor:
         tokens = RoutedTokens(hidden_states, top_k_index, top_k_weights)
+        real = getattr(experts, REAL)
+        if experts.training:
+            add_load(getattr(experts, LOAD), top_k_index, real)
         compute = partial(_compute, experts, joined_view(experts, local_parameters(experts)))
         out, _ = exchanged(
             self.exchange,
             tokens,
             compute,
-            real=getattr(experts, REAL),
+            real=real,
             shared_by=self.shared_by,
         )
         return out

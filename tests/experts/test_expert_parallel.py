@@ -28,6 +28,8 @@ from dtcp.parallelize import (
     parallelize_hf,
     qwen3_5_plan,
 )
+from dtcp.parallelize.expert_exchange import LOAD
+from dtcp.parallelize.experts import largest_load
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.softmax import RingAttention
@@ -180,6 +182,10 @@ def check_transformers(mesh, name, degrees, lengths=PACKED, ranks_per_node=0, **
             actual = actual.flatten(1, 2) if actual.shape[1] == 2 else actual.flatten(2, 3)
         assert_close(actual, expected, msg=key)
     assert traffic["dtcp::route_tokens"].calls > 0
+    loads = [vars(m)[LOAD].sum() for m in model.modules() if LOAD in vars(m)]
+    # A recomputed layer counts twice, for all experts alike.
+    assert loads and all(load in (2 * real.sum(), 4 * real.sum()) for load in loads)
+    assert largest_load([model], ranks.loss) >= 1
     return graphs.breaks, int(real.sum()), routed
 
 
