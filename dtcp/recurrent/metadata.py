@@ -1,7 +1,7 @@
 """What recurrent mixers read of a batch: the gated delta rule and the causal convolution."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.recurrent.node_handing import node_handing_tables
-from dtcp.recurrent.stretches import Stretches, handing_tables, left_route
+from dtcp.recurrent.stretches import handing_tables
 from dtcp.sequence.arguments import check_ints
-from dtcp.sequence.coords import Coords
-from dtcp.sequence.documents import Documents
+from dtcp.sequence.coords import Coords, documents_of
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.routes import Route, halo_runs
+from dtcp.sequence.stretches import Stretches, left_route
 
 SEGMENTED = (Contiguous, HeadTail)
 """Layouts of segments of one length, as many on every rank, whatever the documents."""
@@ -71,18 +71,10 @@ def delta_metadata(
     none, lengths = torch.zeros(layout.num_shards, 0, dtype=torch.int64), stretches.lengths(rank)
     if ranks_per_node in (0, 1, layout.num_shards):
         return DeltaMetadata(starts, none, lengths, *handing_tables(stretches, rank))
-    *tables, onward, onward_counts = node_handing_tables(stretches, rank, ranks_per_node)
-    return DeltaMetadata(starts, none, lengths, *tables, onward=onward, onward_counts=onward_counts)
-
-
-def documents_of(coords: Coords) -> Documents:
-    """The documents that coordinates were made of."""
-    if coords.documents is None:
-        raise ValueError(
-            "Where a state is handed on follows from the documents of whole rows, got coords "
-            "without documents: take Coords.of(documents)."
-        )
-    return coords.documents
+    tables = node_handing_tables(stretches, rank, ranks_per_node)
+    send, counts, steps, onward, onward_counts = tables
+    handed = replace(DeltaMetadata(starts, none, lengths), send=send, counts=counts, steps=steps)
+    return replace(handed, onward=onward, onward_counts=onward_counts)
 
 
 def chain_of(layout: SequenceLayout) -> Tensor:

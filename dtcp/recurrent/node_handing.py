@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtcp.recurrent.stretches import Stretches
 from dtcp.sequence.partition import Ints
+from dtcp.sequence.stretches import Stretches
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,124 +1,18 @@
-"""What each rank computes in one go where pieces are of any lengths, and what it hands on.
+"""How states are handed on along the stretches of a document that ranks hold.
 
-A rank's tokens, in the order of its slots, are cut wherever a document was cut: into stretches
-that start or end inside a document, or not at all. Only at such a cut does a state, or the last
-tokens, come from elsewhere; documents that are whole follow each other in one stretch.
-
-    lengths=(3, 9), n=2      rank 0: 0 1 2 | 9 10 11       rank 1: 3 4 5 6 7 8
-    stretches                0-3 | 9-12                    3-9
-    handed on                3-9, of rank 1, to 9-12
-
-The stretches of one document that hand something on to each other are its chain. Everything here
+A summary goes straight to each rank that holds what follows in its document, once. Everything here
 grows with documents and pieces, not with tokens.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.partition import Ints, Partition, overlaps
-from dtcp.sequence.row_layouts import RowLayouts
-
-LEAST_ROOM = 4
-"""Stretches that tables have room for at least."""
-
-
-class LineOfDocuments(NamedTuple):
-    """The documents of all rows, one row after another. Each field [D]."""
-
-    start: Ints
-    stop: Ints
-
-    @classmethod
-    def of(cls, documents: Documents) -> Self:
-        lengths = [np.array(row, dtype=np.int64) for row in documents.lengths]
-        rows = np.arange(len(lengths)) * documents.seq_len
-        stop = np.concatenate([np.cumsum(x) + row for x, row in zip(lengths, rows, strict=True)])
-        return cls(stop - np.concatenate(lengths), stop)
-
-    def at(self, token: Ints) -> Ints:
-        """The document of each token; -1 for padding."""
-        document = np.searchsorted(self.start, token, side="right") - 1
-        if not len(self.start):
-            return document
-        return np.where(token < self.stop[document], document, -1)
-
-    def cut_at(self, token: Ints) -> Ints:
-        """The document that a cut before a token goes through; -1 where it goes through none."""
-        document = self.at(token)
-        if not len(self.start):
-            return document
-        return np.where(token > self.start[document], document, -1)
-
-
-def line_of(layout: SequenceLayout, rows: int) -> SequenceLayout:
-    """The layout of the line of all rows."""
-    if not isinstance(layout, RowLayouts):
-        layout = RowLayouts(layout.seq_len, layout.num_shards, (layout,) * rows)
-    return layout.in_line
-
-
-@dataclass(frozen=True, eq=False)
-class Stretches:
-    """Those of all ranks, by rank and slot. Each field [R]."""
-
-    num_shards: int
-    line: Partition
-    documents: LineOfDocuments
-    rank: Ints
-    index: Ints  # among the rank's own
-    slot: Ints
-    length: Ints
-    first: Ints  # its first token, on the line of all rows
-    enters: Ints  # the document that it starts inside of, or -1
-    end: Ints  # the token after its last one
-    leaves: Ints  # the document that it ends inside of, or -1
-
-    @classmethod
-    def of(cls, layout: SequenceLayout, documents: Documents) -> Self:
-        line, of = line_of(layout, documents.batch).partition, LineOfDocuments.of(documents)
-        order = np.lexsort((line.slot, line.owner))
-        start, stop, owner, slot = (
-            x[order] for x in (line.start, line.stop, line.owner, line.slot)
-        )
-        enters, leaves = of.cut_at(start), of.cut_at(stop)
-        new = np.ones(len(start), dtype=bool)
-        cut = (enters[1:] >= 0) | (leaves[:-1] >= 0)
-        new[1:] = (owner[1:] != owner[:-1]) | (cut & (start[1:] != stop[:-1]))
-        at = np.flatnonzero(new)
-        last = np.append(at[1:], len(start)) - 1
-        rank = owner[at]
-        index = np.arange(len(at)) - np.searchsorted(rank, rank)
-        length = slot[last] + stop[last] - start[last] - slot[at]
-        parts = (rank, index, slot[at], length, start[at], enters[at], stop[last], leaves[last])
-        return cls(layout.num_shards, line, of, *parts)
-
-    @cached_property
-    def room(self) -> int:
-        """How many of them tables have room for: of one shape on all ranks and for most batches."""
-        return _room(self.rank)
-
-    def lengths(self, rank: int) -> Tensor:
-        """Tokens of each of the rank's, then 0: [room] int64."""
-        return torch.from_numpy(_filled(self.length[self.rank == rank], self.room, 0))
-
-    @cached_property
-    def chains(self) -> list[Ints]:
-        """Which of them hand on to each other, from left to right: one list for each document."""
-        entering = np.flatnonzero(self.enters >= 0)
-        entering = entering[self.first[entering].argsort()]
-        document = self.enters[entering]
-        ends = np.append(document[1:] != document[:-1], True)[: len(document)]
-        each = np.split(entering, np.flatnonzero(ends)[:-1] + 1) if len(entering) else []
-        by_end = self.end.argsort()
-        before = by_end[np.searchsorted(self.end[by_end], [self.first[x[0]] for x in each])]
-        return [np.append(source, x) for source, x in zip(before, each, strict=True)]
+from dtcp.sequence.partition import Ints
+from dtcp.sequence.stretches import Stretches, with_room
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,49 +73,7 @@ def handing_tables(stretches: Stretches, rank: int) -> tuple[Tensor, Tensor, Ten
     """
     both = [Handing.of(stretches, rank, reverse=reverse) for reverse in (False, True)]
     n, room = stretches.num_shards, stretches.room
-    send = np.stack([_filled(x.send, n * room, -1) for x in both])
-    steps = np.stack([_filled(x.steps, (n + 1) * room, -1) for x in both])
+    send = np.stack([with_room(x.send, n * room, -1) for x in both])
+    steps = np.stack([with_room(x.steps, (n + 1) * room, -1) for x in both])
     counts = np.stack([x.counts for x in both])
     return torch.from_numpy(send), torch.from_numpy(counts), torch.from_numpy(steps)
-
-
-def left_route(stretches: Stretches, reach: int, rank: int) -> Tensor:
-    """Who sends which of the tokens left of stretches: as many as a reach, of the same document.
-
-    The tokens left of a stretch end at place (index + 1) * reach among those that a rank brings.
-
-    Returns:
-        [2 (send, receive), hops, 3] int64: rank, and slots or places from and up to; as many hops
-        on every rank, some of them empty.
-    """
-    line, entering = stretches.line, np.flatnonzero(stretches.enters >= 0)
-    stop = stretches.first[entering]
-    start = stretches.documents.start[stretches.enters[entering]] if len(entering) else stop
-    start = np.maximum(start, stop - reach)
-    wanted, piece = overlaps(start, stop, line.start, line.stop)
-    low = np.maximum(start[wanted], line.start[piece])
-    length = np.minimum(stop[wanted], line.stop[piece]) - low
-    slot = line.slot[piece] + low - line.start[piece]
-    to, holder = stretches.rank[entering[wanted]], line.owner[piece]
-    place = (stretches.index[entering[wanted]] + 1) * reach - (stop[wanted] - low)
-    room = max(_room(to), _room(holder))
-    sides = []
-    for own, peer, at in ((holder, to, slot), (to, holder, place)):
-        mine = np.flatnonzero(own == rank)
-        mine = mine[np.lexsort((place[mine], peer[mine]))]
-        hops = np.stack((peer[mine], at[mine], at[mine] + length[mine]), axis=1)
-        sides.append(_filled(hops, room, 0))
-    return torch.from_numpy(np.stack(sides))
-
-
-def _room(ranks: Ints) -> int:
-    """A power of two that what each rank has fits in, one number for each."""
-    most = max(LEAST_ROOM, int(np.bincount(ranks).max(initial=0)))
-    return 1 << (most - 1).bit_length()
-
-
-def _filled(x: Ints, length: int, value: int) -> Ints:
-    """x and then a value, up to a length in dim 0."""
-    out = np.full((length, *x.shape[1:]), value, dtype=np.int64)
-    out[: len(x)] = x
-    return out

@@ -19,7 +19,6 @@ from dtcp.recurrent.metadata import (
     chain_of,
     conv_metadata,
     delta_metadata,
-    documents_of,
     halo_route,
 )
 from dtcp.recurrent.mixer import (
@@ -31,9 +30,9 @@ from dtcp.recurrent.mixer import (
 from dtcp.recurrent.moves import ChannelShape, DeltaShape, LinearShape, handed_on, states_moved
 from dtcp.recurrent.node_handing import NodeHanding
 from dtcp.recurrent.op import gated_delta_rule, install_delta_rules
-from dtcp.recurrent.stretches import Handing, Stretches, left_route
+from dtcp.recurrent.stretches import Handing
 from dtcp.sequence.arguments import check_kind
-from dtcp.sequence.coords import Coords
+from dtcp.sequence.coords import Coords, documents_of
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.layout import (
     BlockBalanced,
@@ -42,6 +41,7 @@ from dtcp.sequence.layout import (
     PerDocument,
     SequenceLayout,
 )
+from dtcp.sequence.stretches import Stretches, left_route
 from dtcp.style import MixerShape, MixerStyle
 
 

@@ -1,5 +1,6 @@
 """Where tokens stand in their row: what masks, mixers and layouts read of a batch."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -71,6 +72,11 @@ class Coords:
             memory.check(documents)
         return _WholeRows(documents, prefix, block, position_ids, memory)
 
+    @cached_property
+    def found(self) -> dict[Hashable, Any]:
+        """What layouts and mixers both work out of these rows, by what it is of."""
+        return {}
+
     @property
     def rows(self) -> int:
         return self.token_index.shape[0]
@@ -141,3 +147,13 @@ class _WholeRows(Coords):
     @cached_property
     def end(self) -> Tensor:
         return self.documents.ends()
+
+
+def documents_of(coords: Coords) -> Documents:
+    """The documents that coordinates were made of."""
+    if coords.documents is None:
+        raise ValueError(
+            "What crosses at cuts follows from the documents of whole rows, got coords "
+            "without documents: take Coords.of(documents)."
+        )
+    return coords.documents

@@ -1,7 +1,7 @@
 """What compressed sparse attention reads of a batch, worked out on the host."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class Compression:
         return self.ratio * (2 if self.overlap else 1) - 1
 
 
+def _none() -> Tensor:
+    return torch.zeros(0, dtype=torch.int32)
+
+
 @dataclass(frozen=True, eq=False)
 class SparseMetadata(AttentionMetadata):
     """What the mixer reads of a batch on one rank."""
@@ -67,6 +71,10 @@ class SparseMetadata(AttentionMetadata):
     entry_readers: Tensor  # [B, P, 2] int32
     tiles: HostTensor  # [B, tiles, 6] int64
     routes: HostTensor  # [2 (keys, tokens to pool), 2 (send, receive), hops, 3] int64
+    # Of pieces of any lengths, on the line of all rows:
+    key_order: Tensor = field(default_factory=_none)  # [K] int32, of own keys [L] and brought ones
+    pooled_order: Tensor = field(default_factory=_none)  # likewise, of tokens to pool
+    entry_routes: HostTensor = field(default_factory=_none)  # [1, 2, hops, 3] int64
 
     @property
     def sight(self) -> Sight:
@@ -93,7 +101,7 @@ def sparse_metadata(
         segments: stretches of positions that each rank holds, as long and as many on each.
         halo: whether each segment is lined up after the tokens just left of it.
     """
-    _check_counted(coords)
+    check_counted(coords)
     mine = segments[rank]
     here = torch.cat([torch.arange(*run) for run in mine])
     local = coords.select(here)
@@ -136,8 +144,10 @@ def rank_metadata(
     return replace(metadata, routes=halo_routes(layout, rank, reaches))
 
 
-def _check_counted(coords: Coords) -> None:
+def check_counted(coords: Coords) -> None:
     """Refuse positions that do not count a document's tokens: an entry has none of its own."""
+    if coords.position_ids is None:
+        return
     position_ids = position_ids_of(coords)
     other = (position_ids != coords.token_index - coords.start) & (coords.document >= 0)
     if bool(other.any()):

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass, replace
 
-from dtcp.distributed.moves import Moved, Moves
+from dtcp.distributed.moves import NOTHING, Moved, Moves
 from dtcp.distributed.node_collectives import gathered_on_nodes
 from dtcp.distributed.relayout import RelayoutMetadata, relayout_moved
+from dtcp.sequence.coords import Coords, documents_of
 from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.stretches import Stretches, left_route
+from dtcp.sparse.entries import EntryRuns, entry_route
 from dtcp.sparse.exchange import halo_routes, left_moved
 from dtcp.sparse.metadata import segment_entries
 from dtcp.sparse.mixer import CompressedSparseAttention
@@ -64,6 +67,38 @@ def sparse_moves(
         for reverse in (False, True)
     )
     return Moves(there, back) + entries
+
+
+def pieces_moved(
+    mixer: CompressedSparseAttention,
+    coords: Coords,
+    layout: SequenceLayout,
+    rank: int,
+    shape: SparseShape,
+) -> Moves:
+    """Halos at cuts inside documents, and entries to the ranks that read them."""
+    n, compression = layout.num_shards, mixer.compression
+    stretches = Stretches.of(layout, documents_of(coords))
+    halos = [(left_route(stretches, mixer.window - 1, rank), shape.head_dim)]
+    moves = NOTHING
+    if compression is not None:
+        route = left_route(stretches, compression.reach, rank)
+        halos.append((route, _pooled_width(mixer, shape)))
+        index = shape.index_head_dim if compression.selected is not None else 0
+        routes, _ = entry_route(EntryRuns.of(stretches, compression.ratio), rank)
+        keys = shape.head_dim * shape.element_size
+        there = keys + index * shape.element_size
+        moves = Moves(
+            left_moved(routes, [there], n, rank),
+            left_moved(routes, [keys], n, rank, reverse=True),
+        )
+    for route, width in halos:
+        size = [width * shape.element_size]
+        there_and_back = (
+            left_moved(route[None], size, n, rank, reverse=reverse) for reverse in (False, True)
+        )
+        moves += Moves(*there_and_back)
+    return moves
 
 
 def relayouts_moved(

@@ -1,14 +1,16 @@
 """Compressed sparse attention over a mesh axis: halos and finished entries travel, no more.
 
 A rank lines its tokens up after those just left of each of its segments, pools the windows that
-close in its shard, and gathers what all ranks pooled. A window's last token decides who pools
-it, so no length of a document or shard has to be a multiple of anything.
+close in its shard, and gathers what all ranks pooled, or what is left of its own tokens in their
+documents. A window's last token decides who pools it, so no length of a document or shard has to
+be a multiple of anything.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -31,8 +33,9 @@ from dtcp.sparse.exchange import bring_left, prepend_halo
 from dtcp.sparse.metadata import SparseMetadata, rank_metadata
 from dtcp.sparse.mixer import CompressedSparseAttention, Index
 from dtcp.sparse.moved import MovedSparseMetadata, OwnTokens, moved
-from dtcp.sparse.moves import SparseShape, relayouts_moved, sparse_moves
+from dtcp.sparse.moves import SparseShape, pieces_moved, relayouts_moved, sparse_moves
 from dtcp.sparse.operands import check_sparse_operands
+from dtcp.sparse.pieces import pieces_metadata
 from dtcp.style import MixerShape, MixerStyle
 
 
@@ -52,7 +55,12 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
         check_sparse_operands(q, keys, sink, tokens, index, self.compression)
         metadata = self.own(attn_metadata)
         if isinstance(metadata, SparseMetadata):
-            return self.attend(q, keys, metadata, sink, tokens, index)
+            if not metadata.in_line:
+                return self.attend(q, keys, metadata, sink, tokens, index)
+            rows = (_on_line(q), _on_line(keys))
+            pooled = (_tokens_on_line(tokens), _index_on_line(index))
+            out = self.attend(*rows, metadata, sink, *pooled)
+            return out.view(q.shape)
         parts = [q, keys, *_tensors(tokens)]
         # An indexer has no gradient, and so none travels back.
         no_gradient = [] if index is None else [index.q, index.weight, *_tensors(index.keys)]
@@ -69,7 +77,8 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
     def check_position_ids(self, position_ids: Tensor, attn_metadata: BatchMetadata) -> None:
         metadata = self.own(attn_metadata)
         of_rank = metadata if isinstance(metadata, SparseMetadata) else metadata.here
-        check_position_ids(position_ids, of_rank.position_ids, of_rank.last >= 0)
+        seen = (of_rank.last >= 0).view(of_rank.position_ids.shape)
+        check_position_ids(position_ids, of_rank.position_ids, seen)
 
     def bring(
         self, keys: Tensor, pooled: Tensor | None, metadata: SparseMetadata
@@ -80,6 +89,15 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
                 f"{keys.dtype} and tokens of {pooled.dtype}: convert them to one."
             )
         pieces = [keys] if pooled is None else [keys, pooled]
+        if metadata.in_line:
+            orders = [metadata.key_order, metadata.pooled_order][: len(pieces)]
+            lengths = [len(order) - keys.shape[1] for order in orders]
+            halos = bring_left(pieces, metadata.routes, lengths, self.groups[0])
+            keys, *rest = (
+                torch.cat((x, left), dim=1).index_select(1, order)
+                for x, left, order in zip(pieces, halos, orders, strict=True)
+            )
+            return keys, rest[0] if rest else None
         segments = self._segments(metadata)
         reaches = [self.window - 1, *self._reach()]
         lengths = [segments * reach for reach in reaches]
@@ -90,6 +108,9 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
         return keys, rest[0] if rest else None
 
     def gather(self, entries: Tensor, metadata: SparseMetadata) -> Tensor:
+        if metadata.in_line:
+            number = metadata.closing.shape[1]
+            return bring_left([entries], metadata.entry_routes, [number], self.groups[0])[0]
         nodes = self.style.ranks_per_node
         gathered = all_gather_on_nodes(entries, self.axis, dim=1, ranks_per_node=nodes)
         if self._segments(metadata) == 1:
@@ -105,6 +126,24 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
         return [] if self.compression is None else [self.compression.reach]
 
 
+def _on_line(x: Tensor) -> Tensor:
+    """The rows one after another: [B, L, ...] -> [1, B * L, ...]."""
+    return x.flatten(0, 1)[None]
+
+
+def _tokens_on_line(tokens: Prepool | None) -> Prepool | None:
+    if tokens is None:
+        return None
+    return tokens._replace(value=_on_line(tokens.value), gate=_on_line(tokens.gate))
+
+
+def _index_on_line(index: Index | None) -> Index | None:
+    if index is None:
+        return None
+    keys = index.keys._replace(value=_on_line(index.keys.value), gate=_on_line(index.keys.gate))
+    return Index(_on_line(index.q), _on_line(index.weight), keys)
+
+
 def _tensors(tokens: Prepool | None) -> list[Tensor]:
     return [] if tokens is None else [tokens.value, tokens.gate]
 
@@ -113,10 +152,6 @@ def _tensors(tokens: Prepool | None) -> list[Tensor]:
 class CompressedSparseCP(MixerStyle):
     """Carry out CompressedSparseAttention on a sequence sharded over a mesh axis.
 
-    Contiguous and HeadTail are carried out as they are. Of any other layout, what the mixer is
-    called with moves to HeadTail and its output back, one all-to-all each, and as much backward:
-    more than all else that travels, where heads are many and wide.
-
     Three collectives forward: one exchange of halos (window - 1 raw keys, ratio - 1 tokens to
     pool or 2 ratio - 1 with overlap, a segment), an all-gather of entries, one of the indexer's
     keys. Two backward: the entries' gradients are reduce-scattered, the halos' sent home; the
@@ -124,10 +159,17 @@ class CompressedSparseCP(MixerStyle):
 
     HeadTail balances the indexer, whose work grows with the position.
 
+    On DocumentBalanced a halo is brought where a document was cut, no longer than what is left of
+    the cut in its document, and entries go only to ranks that hold what follows in their documents.
+    Of PerDocument and BlockBalanced, whose pieces are many, what the mixer is called with moves to
+    HeadTail and its output back, one all-to-all each, and as much backward: more than all else that
+    travels, where heads are many and wide.
+
     Keyword Args:
         ranks_per_node: neighbours that share a node: entries and the indexer's keys that are
             gathered cross once to each node, and the entries' gradients are summed inside a node
-            before they go home. Halos go straight to the one rank that holds what follows.
+            before they go home. Halos go straight to the one rank that holds what follows, and so
+            do the entries of DocumentBalanced to each rank that reads them.
     """
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
@@ -148,6 +190,8 @@ class CompressedSparseCP(MixerStyle):
         self.check(mixer, layout)
         if isinstance(layout, Contiguous | HeadTail):
             return rank_metadata(coords, layout, rank, mixer.window, mixer.compression)
+        if issubclass(layout.kind, DocumentBalanced):
+            return pieces_metadata(coords, layout, rank, mixer.window, mixer.compression)
         inside = _inside(layout)
         return MovedSparseMetadata(
             RelayoutMetadata.between(layout, inside, rank),
@@ -163,6 +207,8 @@ class CompressedSparseCP(MixerStyle):
         self.check(mixer, layout)
         if isinstance(layout, Contiguous | HeadTail):
             return sparse_moves(mixer, layout, rank, shape, self.ranks_per_node)
+        if issubclass(layout.kind, DocumentBalanced):
+            return pieces_moved(mixer, coords, layout, rank, shape)
         inside = _inside(layout)
         there = RelayoutMetadata.between(layout, inside, rank)
         moves = sparse_moves(mixer, inside, rank, shape, self.ranks_per_node)

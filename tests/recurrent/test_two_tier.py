@@ -6,10 +6,10 @@ import torch
 from dtcp.compile import count_graphs
 from dtcp.recurrent import GatedDeltaCP, GatherStates
 from dtcp.recurrent.moves import DeltaShape
-from dtcp.recurrent.stretches import Stretches
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import BlockBalanced, HeadTail
+from dtcp.sequence.stretches import Stretches
 from tests.harness.spmd import spmd
 from tests.recurrent.test_balanced import DOCUMENTS
 from tests.recurrent.test_recurrent import (
