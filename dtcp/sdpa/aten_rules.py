@@ -50,6 +50,7 @@ class _ContiguousRows:
 
     keeps_own_form = False
     takes_values_only = False
+    takes_latents = False
 
     def __init__(self, strategy: Strategy, mask: Mask) -> None:
         self.strategy, self.mask = strategy, mask

@@ -61,19 +61,24 @@ class IntervalRuns:
 
 
 def interval_runs(mask: Mask, coords: Coords, row: int = 0) -> IntervalRuns:
-    """`Mask.intervals` of one row as runs.
+    """`Mask.intervals` of one of whole rows as runs.
 
     Those of this library's masks follow from the documents. Of a mask that somebody else wrote, and
     of blocks of images, they are read off the intervals of all tokens.
 
-    Args:
-        coords: of whole rows.
     Raises:
         ValueError: for some token the mask is not one interval of the row.
     """
     lengths = None if coords.documents is None else coords.documents.lengths[row]
     if lengths is None or not _is_known(mask) or not _is_prefix_of_documents(coords, row):
         return _read_off(*(x[row].numpy() for x in mask.intervals(coords)))
+    runs: IntervalRuns | None = coords.found.get((mask, row))
+    if runs is None:
+        runs = coords.found[mask, row] = _known_runs(mask, coords, row, lengths)
+    return runs
+
+
+def _known_runs(mask: Mask, coords: Coords, row: int, lengths: tuple[int, ...]) -> IntervalRuns:
     seq_len = coords.seq_len
     bounds = np.cumsum([0, *lengths])
     starts = _breaks(mask, bounds, _prefixes(coords, row, bounds), seq_len)

@@ -7,10 +7,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp._torch import unflattened
 from dtcp.distributed.groups import group_name
 from dtcp.distributed.nodes import check_ranks_per_node
+from dtcp.metadata import AttentionMetadata
+from dtcp.mixer import position_ids_of
 from dtcp.sequence.arguments import check_ints
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.all_gather import ALL_GATHER, AllGatherAttention
+from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.moves import Peers
 from dtcp.softmax.op import AttentionOp
 from dtcp.softmax.ring import RING, RingAttention
@@ -106,6 +110,21 @@ class HybridAttention(AttentionStyle):
             intervals = replace(intervals, keys=joined(keys, groups))
         between = outer.rank_metadata(joined(layout, groups), group, intervals)
         return ulysses_metadata(layout, keys, between, num_shards=groups, shard=group)
+
+    def with_position_ids(
+        self, metadata: AttentionMetadata, coords: Coords, layout: SequenceLayout, rank: int
+    ) -> AttentionMetadata:
+        assert isinstance(metadata, UlyssesMetadata)
+        between = metadata.outer
+        assert isinstance(between, KeyExchangeMetadata)
+        position_ids = position_ids_of(coords)
+        between = replace(between, in_line=metadata.in_line).with_key_position_ids(position_ids)
+        return replace(
+            metadata,
+            outer=replace(between, in_line=False),
+            position_ids=layout.shard(position_ids, rank).contiguous(),
+            sees=layout.shard(coords.document >= 0, rank).contiguous(),
+        )
 
     def peers(self, num_ranks: int, rank: int) -> Peers:
         return Peers(num_ranks, rank, self.inner_ranks)

@@ -31,6 +31,7 @@ class _Local:
 
     keeps_own_form = False
     takes_values_only = False
+    takes_latents = False
 
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
         assert x.k is not None

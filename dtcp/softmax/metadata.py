@@ -96,13 +96,14 @@ class KeyExchangeMetadata(AttentionMetadata):
         Args:
             position_ids: [B, S] of the whole rows.
         """
+        own = layout.shard(position_ids, rank).contiguous()
+        return replace(self.with_key_position_ids(position_ids), position_ids=own)
+
+    def with_key_position_ids(self, position_ids: Tensor) -> Self:
+        """The same, where queries are rotated before they come to these keys."""
         keys = self.key_token_index.clamp(min=0).long()
         line = position_ids.reshape(1, -1) if self.in_line else position_ids
-        return replace(
-            self,
-            position_ids=layout.shard(position_ids, rank).contiguous(),
-            key_position_ids=line[:, keys].transpose(0, 1).contiguous(),
-        )
+        return replace(self, key_position_ids=line[:, keys].transpose(0, 1).contiguous())
 
 
 def local_metadata(
@@ -172,7 +173,7 @@ def all_gather_metadata(
         filled(tokens, capacity, UNUSED)[None],
         ranges,
         pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
-        query_token_index=layout.token_indices(rank).to(torch.int32),
+        query_token_index=_own_tokens(layout, rank),
         onward=_places(onward, received, hops.room),
         onward_counts=torch.from_numpy(
             np.stack((onward.counts(n), arriving.counts(n)))[:, : n if hops.room else 0]
@@ -228,7 +229,7 @@ def ring_metadata(
         torch.from_numpy(token_index),
         ranges,
         pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
-        query_token_index=layout.token_indices(rank).to(torch.int32),
+        query_token_index=_own_tokens(layout, rank),
     )
 
 
@@ -240,6 +241,15 @@ def local_runs(
     by_slot = zip(*(row.by_slot() for row in rows), strict=True)
     first, last = (torch.from_numpy(np.stack(x)) for x in by_slot)
     return rows, first, last
+
+
+def _own_tokens(layout: SequenceLayout, rank: int) -> Tensor:
+    """Token index of each of the rank's slots: [L] int32."""
+    partition = layout.partition
+    mine = np.flatnonzero(partition.owner == rank)
+    mine = mine[partition.slot[mine].argsort()]
+    start = partition.start[mine]
+    return torch.from_numpy(expand_tokens(start, partition.stop[mine] - start))
 
 
 def filled(x: NDArray[np.int32], length: int, value: int) -> Tensor:

@@ -176,7 +176,7 @@ def heads_moved(
         keys: local ones, where they are of another sequence; 0 where they are the queries' own.
     """
     kv_heads, keys = max(shape.kv_heads, num_ranks), keys or length
-    of_keys = keys * kv_heads * (shape.key_dim + shape.value_dim)
+    of_keys = keys * kv_heads * (shape.value_dim + (0 if shape.values_only else shape.key_dim))
     widths = length * shape.heads * (shape.key_dim + shape.value_dim) + of_keys
     each = shape.batch * widths * shape.element_size // num_ranks
     # What is sent and what has arrived, of the wider of the two trades.

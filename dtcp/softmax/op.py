@@ -110,7 +110,9 @@ class Strategy(Protocol):
 
     keeps_own_form: bool
     takes_values_only: bool
-    """Whether keys may be made where they are read (`AttentionInputs.k` None)."""
+    """Whether keys may be made of values where they are read (`AttentionInputs.k` None)."""
+    takes_latents: bool
+    """Whether keys and values may be made of latents where they are read (`AttentionInputs.up`)."""
 
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
         """Attend; `context.metadata` is what the style worked out for the batch."""
@@ -234,7 +236,8 @@ class AttentionOp:
             tokens, heads = x.grad_out.shape[:2], x.grad_out.shape[2]
             sizes = (heads, x.kv_heads, x.kv_heads)
             for index, (own, size) in enumerate(zip((x.q, x.k, x.v), sizes, strict=True)):
-                assert own is not None
+                if own is None:
+                    continue
                 # By heads, queries and keys are as many times as many.
                 length = own.shape[1] * tokens[1] // x.q.shape[1]
                 empty[index] = own.new_empty((tokens[0], length, size, own.shape[-1]))
@@ -262,7 +265,7 @@ class AttentionOp:
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
         x, result = ForwardArguments(*inputs), ForwardResult(*output)
         ctx.scale, ctx.softcap, ctx.groups, ctx.kernel = x.scale, x.softcap, x.groups, x.kernel
-        ctx.in_line = x.in_line
+        ctx.in_line, ctx.has_keys = x.in_line, x.k is not None
         ctx.kv_heads, ctx.num_metadata = x.v.shape[2], len(x.metadata)
         kept: tuple[Tensor | None, ...] = (*x.inputs, result.out)
         if self.strategy.keeps_own_form:
@@ -281,6 +284,7 @@ class AttentionOp:
         x = dict(zip(AttentionInputs._fields, inputs, strict=True))
         if self.strategy.keeps_own_form:
             (x["q"], x["k"], x["v"], out), tensors = tensors[:4], tensors[4:]
+            x["k"] = x["k"] if ctx.has_keys else None
         rest = (metadata, ctx.kv_heads, ctx.scale, ctx.softcap, ctx.groups, ctx.kernel, ctx.in_line)
         results = self.backward(grad_out, *x.values(), out, tensors, *rest)
         grads: dict[str, Any] = {
@@ -324,7 +328,7 @@ def _on_a_line(x: Tensor, in_line: bool) -> Tensor:
 
 def _in_rows(x: Tensor, rows: int) -> Tensor:
     """The way back; of what is in rows, itself."""
-    return x if x.shape[0] == rows else x.view(rows, -1, *x.shape[2:])
+    return x if x.shape[0] == rows else x.view(rows, x.shape[1] // rows, *x.shape[2:])
 
 
 def _like(x: AttentionInputs) -> tuple[Tensor, ...]:

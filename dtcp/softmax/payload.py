@@ -228,6 +228,7 @@ class ExchangeStrategy:
 
     keeps_own_form = False
     takes_values_only = True
+    takes_latents = True
 
     def attend(
         self, queries: Queries, payload: KVPayload, sink: Tensor | None, context: OpContext

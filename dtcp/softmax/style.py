@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -103,7 +103,7 @@ class ContextParallelKeysFromValues(ClaimedMixer, KeysFromValues):
         attn_metadata: BatchMetadata,
     ) -> Tensor:
         self.check_operands(q, v, position_ids, key_scale, frequency)
-        metadata: KeyExchangeMetadata = self.own(attn_metadata)
+        metadata: Any = self.own(attn_metadata)
         check_position_ids(position_ids, metadata.position_ids, metadata.sees)
         q = rotate(q, metadata.position_ids, frequency)
         x = AttentionInputs(q, None, v, key_scale=key_scale, frequency=frequency)
@@ -188,6 +188,12 @@ class AttentionStyle(MixerStyle):
         metadata = self.batch_metadata(layout, rank, intervals)
         if not isinstance(mixer, KeysFromValues):
             return metadata
+        return self.with_position_ids(metadata, coords, layout, rank)
+
+    def with_position_ids(
+        self, metadata: AttentionMetadata, coords: Coords, layout: SequenceLayout, rank: int
+    ) -> AttentionMetadata:
+        """The same, for keys that are made from values where they arrive."""
         assert isinstance(metadata, KeyExchangeMetadata)
         return metadata.with_position_ids(position_ids_of(coords), layout, rank)
 
@@ -244,16 +250,26 @@ class AttentionStyle(MixerStyle):
             )
 
     def check_values_only(self) -> None:
-        """Refuse, when the plan is applied, what brings no values or latents alone."""
-        if not self.op.strategy.takes_values_only:
+        """Refuse, when the plan is applied, what brings no values alone."""
+        self._check_made(self.op.strategy.takes_values_only)
+
+    def check_latents(self) -> None:
+        """Refuse, when the plan is applied, what brings no latents."""
+        self._check_made(self.op.strategy.takes_latents)
+
+    def _check_made(self, takes: bool) -> None:
+        if not takes:
             raise ValueError(
                 f"Keys made of values or latents are made where these arrive, by RingAttention or "
-                f"AllGatherAttention, got {self}: use one of these."
+                f"AllGatherAttention (of values, HybridAttention too), got {self}: use one of "
+                f"these."
             )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if type(module) in (KeysFromValues, LatentAttention):
+        if type(module) is KeysFromValues:
             self.check_values_only()
+        if type(module) is LatentAttention:
+            self.check_latents()
         if type(module) is CrossAttention:
             self.check_cross()
         check_kernel_name(self.kernel)

@@ -94,6 +94,13 @@ class UlyssesMetadata(AttentionMetadata):
     # Of keys of another sequence, [n L]; empty where keys are the queries' own.
     key_order: Tensor = field(default_factory=_none)
     key_restore: Tensor = field(default_factory=_none)
+    # For keys that are made from values: of this rank's own tokens.
+    position_ids: Tensor = field(default_factory=_none)  # [B, L] int32
+    sees: Tensor = field(default_factory=_none)  # [B, L] bool, which queries see any key
+
+
+LAST_FIELDS = 4
+"""Fields of UlyssesMetadata behind those of what the strategy inside reads."""
 
 
 class _Orders(NamedTuple):
@@ -117,17 +124,21 @@ class Ulysses:
     """
 
     keeps_own_form = True
-    takes_values_only = False
+    takes_latents = False
 
     def __init__(self, outer: Strategy) -> None:
-        self.outer = outer
+        self.outer, self.takes_values_only = outer, outer.takes_values_only
 
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
-        assert x.k is not None
         share = _share(x.q.shape[2], context)
         orders, outer_context = self._parts(context, share)
-        by_rank = (share.split(x.q), share.split_kv(x.k), share.split_kv(x.v))
-        if orders.apart:
+        by_rank = [share.split(x.q), *(share.split_kv(y) for y in (x.k, x.v) if y is not None)]
+        k: Tensor | None
+        if x.k is None:
+            check_key_count(x, x.q.shape[1])
+            q, v = _to_sequence(by_rank, orders.order, context)
+            k = None
+        elif orders.apart:
             check_key_count(x, orders.key_order.numel() // share.num_ranks)
             (q,) = _to_sequence(by_rank[:1], orders.order, context)
             k, v = _to_sequence(by_rank[1:], orders.key_order, context)
@@ -137,7 +148,9 @@ class Ulysses:
         own = AttentionInputs(q, k, v, **_of_own_heads(x, share, context))
         out, saved = self.outer.forward(own, outer_context)
         (local,) = _to_heads((out,), orders.restore, context)
-        return ForwardResult(share.join(local), [q, k, v, out, *saved])
+        # In the place of keys that are not there, those of no token.
+        kept = v.new_empty(v.shape[0], 0, *v.shape[2:]) if k is None else k
+        return ForwardResult(share.join(local), [q, kept, v, out, *saved])
 
     def backward(
         self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
@@ -148,7 +161,11 @@ class Ulysses:
         own = AttentionInputs(*x[:3], **_of_own_heads(x, share, context))
         grads = self.outer.backward(grad, own, result, outer_context)
         by_heads = [each.to(x.q.dtype) for each in grads[:3] if each is not None]
-        if orders.apart:
+        dk: Tensor | None
+        if x.k is None:
+            dq, dv = _to_heads(by_heads, orders.restore, context)
+            dk = None
+        elif orders.apart:
             (dq,) = _to_heads(by_heads[:1], orders.restore, context)
             dk, dv = _to_heads(by_heads[1:], orders.key_restore, context)
         else:
@@ -159,24 +176,26 @@ class Ulysses:
             per_head[name] = None if whole is None else torch.zeros_like(whole)
             if whole is not None and part is not None:
                 per_head[name][_own_heads(share, context.groups)] = part
-        dk, dv = share.join_kv_gradient(dk), share.join_kv_gradient(dv)
-        return AttentionInputs(share.join(dq), dk, dv, **per_head)
+        dk = None if dk is None else share.join_kv_gradient(dk)
+        dv = share.join_kv_gradient(dv)
+        # The scale of keys is that of all heads: this rank's share, as of its queries elsewhere.
+        return AttentionInputs(share.join(dq), dk, dv, key_scale=grads.key_scale, **per_head)
 
     def saved_like(
         self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
     ) -> list[Tensor]:
-        q, k, v = x.q, x.k, x.v
-        assert k is not None
-        share = HeadShare(q.shape[2], k.shape[2], dist.get_world_size(_inner_group(groups)))
+        q, v = x.q, x.v
+        k = v[:, :0] if x.k is None else x.k
+        share = HeadShare(q.shape[2], v.shape[2], dist.get_world_size(_inner_group(groups)))
         batch, length = q.shape[:2]
         whole = (batch, length * share.num_ranks)
         inner_q = q.new_empty(*whole, share.heads // share.num_ranks, q.shape[-1])
         keys = (batch, k.shape[1] * share.num_ranks, share.kv_heads_each)
         inner_k = k.new_empty(*keys, k.shape[-1])
-        inner_v = v.new_empty(*keys, v.shape[-1])
+        inner_v = v.new_empty(batch, v.shape[1] * share.num_ranks, *inner_k.shape[2:3], v.shape[-1])
         out = q.new_empty(*inner_q.shape[:-1], v.shape[-1])
         inner = AttentionInputs(inner_q, inner_k, inner_v)
-        rest = self.outer.saved_like(inner, metadata[2:-2], groups)
+        rest = self.outer.saved_like(inner, metadata[2:-LAST_FIELDS], groups)
         return [inner_q, inner_k, inner_v, out, *rest]
 
     def moves(
@@ -185,15 +204,18 @@ class Ulysses:
         u = peers.group_size
         kv_heads = max(shape.kv_heads // u, 1)
         each = replace(shape, heads=shape.heads // u, kv_heads=kv_heads)
-        within = heads_moved(shape, length, u, peers.rank % u, keys=metadata[-1].numel() // u)
-        between = self.outer.moves(each, u * length, metadata[2:-2], peers.between())
+        within = heads_moved(
+            shape, length, u, peers.rank % u, keys=metadata[1 - LAST_FIELDS].numel() // u
+        )
+        between = self.outer.moves(each, u * length, metadata[2:-LAST_FIELDS], peers.between())
         return Moves(
             peers.placed_within(within.forward) + peers.placed_between(between.forward),
             peers.placed_within(within.backward) + peers.placed_between(between.backward),
         )
 
     def _parts(self, context: OpContext, share: HeadShare) -> tuple[_Orders, OpContext]:
-        order, restore, *outer, key_order, key_restore = context.metadata
+        order, restore, *outer = context.metadata[:-LAST_FIELDS]
+        key_order, key_restore = context.metadata[-LAST_FIELDS:][:2]
         inside = replace(context, metadata=outer, kv_heads=share.kv_heads_each)
         return _Orders(order, restore, key_order, key_restore), inside
 
@@ -221,7 +243,8 @@ def _of_own_heads(x: AttentionInputs, share: HeadShare, context: OpContext) -> d
     """Of each input that has a row per head, those of this rank's heads."""
     heads = _own_heads(share, context.groups)
     each = {name: getattr(x, name) for name in PER_HEAD}
-    return {name: None if whole is None else whole[heads] for name, whole in each.items()}
+    of_all = {"key_scale": x.key_scale, "frequency": x.frequency}
+    return of_all | {name: None if y is None else y[heads] for name, y in each.items()}
 
 
 def _to_sequence(parts: Sequence[Tensor], order: Tensor, context: OpContext) -> list[Tensor]:

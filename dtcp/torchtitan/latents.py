@@ -25,7 +25,7 @@ def exchange_latents_of(model: Decoder, style: AttentionStyle) -> None:
     Args:
         model: with its mixers, no style applied yet; its heads are not sharded.
     """
-    if not style.op.strategy.takes_values_only:
+    if not style.op.strategy.takes_latents:
         return
     for attention in _latent_attentions(model):
         mixer = attention.inner_attention.mixer

@@ -144,7 +144,7 @@ def _exchange_latents(model: Any, survey: Survey, mesh: ParallelMesh, plan: Para
     for surveyed in survey.attentions:
         attention = model.get_submodule(surveyed.name)
         style = plan.cp[f"{surveyed.name}.{MIXER}"]
-        brings = isinstance(style, AttentionStyle) and style.op.strategy.takes_values_only
+        brings = isinstance(style, AttentionStyle) and style.op.strategy.takes_latents
         if brings and not surveyed.sink and hands_on_latents(attention):
             exchange_latents(attention)
 
