@@ -3,9 +3,10 @@
     python -m benchmarks.balance
     python -m benchmarks.balance --write cpu
 
-8,192 tokens a rank on 8, 64 and 512 ranks; rows of three suites, a causal mask. No ranks run: work
-and keys are counted, planning is timed on one core, and what a layer's attention would take is a
-model whose every number is printed with it.
+8,192 tokens a rank on 8, 64 and 512 ranks; rows of three suites, a causal mask. There no ranks run:
+work and keys are counted, planning is timed on one core, and what a layer's attention would take is
+a model whose every number is printed with it. Then steps of a tiny model on 2 and 4 real ranks
+(benchmarks/balance_steps.py), unless --no-steps.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from benchmarks.balance_rivals import (
     received_by_nodes,
     rows_of,
 )
+from benchmarks.balance_steps import report
 from benchmarks.report import conditions, table, write
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
@@ -89,6 +91,8 @@ def main() -> None:
     torch.set_num_threads(1)
     parts = [conditions("benchmarks.balance", {"packs": arguments.packs}), *_of_suites(arguments)]
     parts.append(_planning(arguments.repeats))
+    if arguments.steps:
+        parts.append(report((2, 4), 2048, arguments.repeats))
     text = "# Balance of packed rows\n\n" + "\n\n".join(parts) + "\n"
     print(text)
     if arguments.write:
@@ -204,6 +208,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packs", type=int, default=4, help="rows of a suite")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--write", default="", help="hardware name of the file under results/")
     return parser.parse_args()
 
