@@ -6,8 +6,7 @@ rows (`dtcp.distributed.same_rows`). What a batch says is read in `dtcp.rows`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,25 +19,20 @@ from dtcp.distributed.replicated_loss import (
     gather_for_replicated_loss,
     sum_for_replicated_loss,
 )
-from dtcp.distributed.same_rows import prepared_alike
+from dtcp.distributed.same_rows import Contents, prepared_alike
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import collect_metadata
-from dtcp.rows import DEFAULT_FIELDS, MASK_FIELDS, Fill, Rows, TokenField, pad_end
-from dtcp.sequence.arguments import (
-    WHOLE_NUMBERS,
-    check_dim,
-    check_ints,
-    check_kind,
-    check_tensor,
-)
+from dtcp.row_parts import padded_coords, part_of_rows, real_tokens
+from dtcp.rows import DEFAULT_FIELDS, Rows, TokenField, pad_end
+from dtcp.sequence.arguments import check_dim, check_ints, check_kind
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import MaskWork
 from dtcp.sequence.layout import HeadTail, SequenceLayout
-from dtcp.sequence.masks import Causal, Mask, vision_blocks
+from dtcp.sequence.masks import Causal, Mask
 from dtcp.sequence.memory import Memory
-from dtcp.sequence.row_layouts import RowLayouts, layout_of_batch
+from dtcp.sequence.row_layouts import layout_of_batch
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ class ShardedBatch:
             )
         if self._has_rows(x, dim) and x.shape[0] == self.unpadded_rows:
             x = pad_end(x, self.documents.batch - self.unpadded_rows, pad, dim=0)
-        return _part(x, self.layout, self.mesh.rank("cp"), dim=dim % x.ndim, pad=pad)
+        return part_of_rows(x, self.layout, self.mesh.rank("cp"), dim=dim % x.ndim, pad=pad)
 
     def gather(self, x: Tensor, *, dim: int = 1, replicated_loss: bool = False) -> Tensor:
         """The parts of all ranks in the order of the row, padding removed; differentiable.
@@ -155,6 +149,32 @@ class ShardedBatch:
         place = document.where(document >= 0, count)
         sums = x.new_zeros(rows, count + 1).scatter_add(1, place, x)[:, :count]
         return sums if self.mesh.cp is None else sum_for_replicated_loss(sums, self.mesh.cp)
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A rank's part of a batch, on the host, with what its mixers read: all but an exchange.
+
+    Args:
+        local: this rank's part of each key.
+        rows: what the ranks of a cp and tp group compare before it is used.
+    """
+
+    local: Mapping[str, Tensor]
+    sharded: ShardedBatch
+    rows: Rows
+
+    def contents(self) -> Contents:
+        """What ranks compare."""
+        return self.rows.contents()
+
+    def to(self, device: torch.device | str | None) -> tuple[dict[str, Tensor], ShardedBatch]:
+        """As `shard_batch` returns it; None leaves it where it is."""
+        if device is None:
+            return dict(self.local), self.sharded
+        local = {key: x.to(device, non_blocking=True) for key, x in self.local.items()}
+        metadata = self.sharded.attn_metadata.to(device)
+        return local, replace(self.sharded, attn_metadata=metadata)
 
 
 def shard_batch(
@@ -235,31 +255,83 @@ def shard_rows(
         prepare: makes the rows; what it raises, the other ranks hear of.
         axes: of ranks that read the same rows, besides those of the mesh.
     """
+
+    def prepared() -> PreparedBatch:
+        _check_arguments(layout, buckets, model, balance_for, memory)
+        options = (balance_for, buckets, memory)
+        return _prepared(prepare(), mesh, layout, model, *options)
+
+    return shard_prepared(prepared, mesh, device=device, compare_ranks=compare_ranks, axes=axes)
+
+
+def shard_prepared(
+    prepared: "Callable[[], PreparedBatch]",
+    mesh: ParallelMesh,
+    *,
+    device: torch.device | str | None = None,
+    compare_ranks: bool = True,
+    axes: Sequence[DeviceMesh] = (),
+) -> tuple[dict[str, Tensor], ShardedBatch]:
+    """The rest of `shard_batch`, once a batch has been prepared, maybe in a thread.
+
+    The ranks of a cp and tp group call this together: it is all that they exchange of a batch.
+
+    Args:
+        prepared: gives the batch of `prepare_batch`; what it raises, the other ranks hear of.
+        device, compare_ranks: as in `shard_batch`.
+        axes: of ranks that read the same rows, besides those of the mesh.
+    """
     check_kind("A batch", ParallelMesh, mesh=mesh)
     compared = (mesh.cp, mesh.tp, *axes) if compare_ranks else ()
+    return prepared_alike(compared, prepared, PreparedBatch.contents).to(device)
 
-    def prepared() -> Rows:
-        _check_arguments(layout, buckets, model, balance_for)
-        check_kind("A batch", (ShardedBatch, type(None)), memory=memory)
-        return prepare()
 
-    rows = prepared_alike(compared, prepared, Rows.contents)
-    unpadded_rows, seq_len = rows.documents.batch, rows.documents.seq_len
-    num_shards, padded_len = mesh.size("cp"), seq_len
+def prepare_batch(
+    batch: Mapping[str, Any],
+    mesh: ParallelMesh,
+    layout: type[SequenceLayout] = HeadTail,
+    *,
+    model: nn.Module | None = None,
+    documents: Documents | None = None,
+    fields: Mapping[str, TokenField | None] = DEFAULT_FIELDS,
+    balance_for: Mask | Mapping[Mask, int] | None = None,
+    buckets: Buckets | None = None,
+    memory: ShardedBatch | None = None,
+) -> PreparedBatch:
+    """All of `shard_batch` that needs no other rank and no device; for a thread, ahead of its use.
+
+    Args and errors are those of `shard_batch`; `shard_prepared` does the rest.
+    """
+    check_kind("A batch", ParallelMesh, mesh=mesh)
+    _check_arguments(layout, buckets, model, balance_for, memory)
+    rows = Rows.of(batch, fields, documents)
+    return _prepared(rows, mesh, layout, model, balance_for, buckets, memory)
+
+
+def _prepared(
+    rows: Rows,
+    mesh: ParallelMesh,
+    layout: type[SequenceLayout],
+    model: nn.Module | None,
+    balance_for: Mask | Mapping[Mask, int] | None,
+    buckets: Buckets | None,
+    memory: ShardedBatch | None,
+) -> PreparedBatch:
+    said, unpadded_rows, seq_len = rows, rows.documents.batch, rows.documents.seq_len
+    num_shards, rank, padded_len = mesh.size("cp"), mesh.rank("cp"), seq_len
     if buckets is not None:
         rows = rows.padded(buckets.padded_rows(unpadded_rows))
         padded_len = buckets.padded_tokens(seq_len)
     padded_len = -(-padded_len // layout.multiple(num_shards)) * layout.multiple(num_shards)
     documents = rows.documents.padded(padded_len)
-    coords = _coords({**rows.for_masks, **rows.tokens}, documents, seq_len, memory)
+    other = None if memory is None else Memory(memory.documents, memory.layout)
+    coords = padded_coords({**rows.for_masks, **rows.tokens}, documents, seq_len, other)
     # Called by the layouts that read it: intervals of long rows take milliseconds.
     work = MaskWork.under(Causal() if balance_for is None else balance_for, coords)
     batch_layout = layout_of_batch(layout, documents, num_shards, work)
-
-    real = _part(coords.document >= 0, batch_layout, mesh.rank("cp"), dim=1, pad=False)
     mixing = nn.Module() if model is None else model
+    real = real_tokens(documents, batch_layout, rank)
     metadata = collect_metadata(mixing, coords, batch_layout, real=real)
-    metadata = metadata if device is None else metadata.to(device)
     sharded = ShardedBatch(batch_layout, documents, coords, metadata, seq_len, unpadded_rows, mesh)
     tokens = dict(rows.tokens)
     if padded_len > seq_len:
@@ -269,9 +341,9 @@ def shard_rows(
         rule = rows.rule(key)
         if rule is not None:
             dims = {"dim": rule.seq_dim % x.ndim, "rows_dim": rule.rows_dim % x.ndim}
-            x = _part(x, batch_layout, mesh.rank("cp"), **dims, pad=rule.pad)
-        local[key] = x if device is None else x.to(device, non_blocking=True)
-    return local, sharded
+            x = part_of_rows(x, batch_layout, rank, **dims, pad=rule.pad)
+        local[key] = x
+    return PreparedBatch(local, sharded, said)
 
 
 def _check_arguments(
@@ -279,6 +351,7 @@ def _check_arguments(
     buckets: Buckets | None,
     model: nn.Module | None,
     balance_for: Mask | Mapping[Mask, int] | None,
+    memory: ShardedBatch | None,
 ) -> None:
     if not isinstance(layout, type) or not issubclass(layout, SequenceLayout):
         raise TypeError(
@@ -289,59 +362,7 @@ def _check_arguments(
     check_kind("A batch", (Buckets, nothing), buckets=buckets)
     check_kind("A batch", (nn.Module, nothing), model=model)
     check_kind("A batch", (Mask, Mapping, nothing), balance_for=balance_for)
+    check_kind("A batch", (ShardedBatch, nothing), memory=memory)
     for mask, layers in balance_for.items() if isinstance(balance_for, Mapping) else ():
         check_kind("Work to balance", (Mask,), mask=mask)
         check_ints("Work to balance", least=1, layers=layers)
-
-
-def _coords(
-    batch: Mapping[str, Tensor], documents: Documents, seq_len: int, memory: ShardedBatch | None
-) -> Coords:
-    """What masks and mixers read of the whole rows, padded as the documents are."""
-    read = {key: batch[key] for key in MASK_FIELDS if key in batch}
-    if "block" not in read and "mm_token_type_ids" in batch:
-        read["block"] = vision_blocks(batch["mm_token_type_ids"].cpu())
-    missing = documents.seq_len - seq_len
-    for key, x in read.items():
-        if x.shape[1:] != (seq_len,):
-            raise ValueError(
-                f"Masks read one {key} per token, got {key}.shape={tuple(x.shape)} for rows of "
-                f"{seq_len}: give [B, S]."
-            )
-        named: dict[str, Any] = {key: x}
-        check_tensor("A mask", shape="[B, S]", dtypes=WHOLE_NUMBERS, **named)
-        read[key] = pad_end(x.to(torch.int64), missing, MASK_FIELDS[key], dim=1)
-    if "position_ids" in batch:
-        read["position_ids"] = pad_end(batch["position_ids"].cpu(), missing, 0, dim=-1)
-    other = None if memory is None else Memory(memory.documents, memory.layout)
-    return Coords.of(documents, memory=other, **read)
-
-
-def _part(
-    x: Tensor,
-    layout: SequenceLayout,
-    rank: int,
-    *,
-    dim: int,
-    rows_dim: int = 0,
-    pad: int | float | bool | Fill,
-) -> Tensor:
-    """A rank's part of rows that may be shorter than their layout; the whole is never padded."""
-    if isinstance(layout, RowLayouts):
-        each = partial(_row_part, rank=rank, dim=dim, pad=pad)
-        return layout.of_each_row(x, each, rows_dim=rows_dim)
-    return _row_part(layout, x, rank=rank, dim=dim, pad=pad)
-
-
-def _row_part(
-    layout: SequenceLayout, x: Tensor, *, rank: int, dim: int, pad: int | float | bool | Fill
-) -> Tensor:
-    last = x.shape[dim] - 1
-    if last + 1 == layout.seq_len:
-        return layout.shard(x, rank, dim=dim)
-    token_index = layout.token_indices(rank).to(x.device)
-    part = x.index_select(dim, token_index.clamp(max=last))
-    beyond = (token_index - last).clamp(min=0).view([-1 if d == dim else 1 for d in range(x.ndim)])
-    if isinstance(pad, Fill):
-        return part + beyond.to(x.dtype)
-    return part.masked_fill(beyond > 0, pad)

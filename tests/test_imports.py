@@ -30,6 +30,7 @@ FLOORS = (
     ("dtcp.softmax", "dtcp.recurrent", "dtcp.sparse", "dtcp.experts"),
     (
         "dtcp.batch",
+        "dtcp.row_parts",
         "dtcp.rows",
         "dtcp.distillation",
         "dtcp.linear_logits",

@@ -4,13 +4,14 @@ The rows of a run are one stream, whatever the mesh: documents follow each other
 next S tokens, a document that does not fit goes on in the next row as a new one. A global
 micro-batch is the next `ranks * local_batch_size` rows, and each data-parallel rank keeps its
 share of them. So every rank packs every row (cheap beside a step), two meshes see the same data,
-and a run resumed on another mesh goes on exactly where it stopped.
+and a run resumed on another mesh goes on exactly where it stopped. A thread reads one micro-batch
+ahead of the one in use.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple
 
 from dtcp.torchtitan import compat as compat
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 
+from dtcp.pretrain.ahead import Ahead
+from dtcp.pretrain.dealing import dealt_in_windows, share, work_of
 from dtcp.pretrain.fingerprint import changes
 from dtcp.pretrain.packing import Cursor, Row, pack
 from dtcp.pretrain.progress import say
@@ -40,6 +43,22 @@ class HostDocuments(Documents):
 
     def to(self, device: Any) -> "HostDocuments":
         return self
+
+
+class MicroBatch(NamedTuple):
+    """This rank's rows of a global micro-batch."""
+
+    batch: dict[str, Any]
+    labels: Tensor
+    cursor: Cursor
+    """Where the next micro-batch starts."""
+    documents: str
+    work: tuple[int, ...]
+    """Keys that the tokens of each data-parallel rank see under a causal mask."""
+
+
+Prepare = Callable[[dict[str, Any], Tensor], dict[str, Any]]
+"""From a batch and its labels to what a trainer is given in the batch's place."""
 
 
 class PackedDocuments(BaseDataLoader):
@@ -75,6 +94,10 @@ class PackedDocuments(BaseDataLoader):
         replace_invalid: bool = False
         """Read bytes of a folder's files that are no UTF-8 as U+FFFD, instead of refusing them."""
 
+        balance_rows: int = 0
+        """Of so many rows at a time, deal documents out so that all rows have about the same work
+        under a causal mask: a multiple of the rows of a step. 0 leaves documents in their order."""
+
         accept_changes: bool = False
         """Go on from a checkpoint though its data were others, from the same place in the new."""
 
@@ -91,37 +114,50 @@ class PackedDocuments(BaseDataLoader):
     ) -> None:
         self.config, self.tokenizer, self.seq_len = config, tokenizer, seq_len
         self.ranks, self.rank, self.rows_per_rank = dp_world_size, dp_rank, local_batch_size
+        _check_balance(config, dp_world_size * local_batch_size)
         self.source = open_source(config)
         self.cursor = Cursor()
         self.last_read = "nothing yet"
         """Documents of the last micro-batch, for who looks for the cause of a failed step."""
+        self.last_work: tuple[int, ...] = ()
+        """Work of each data-parallel rank in the last micro-batch."""
+        self.prepare: Prepare | None = None
+        """Called with each batch in the thread that reads it, while the one before it is used."""
         self._fingerprint: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        for each in Ahead(self._micro_batches(self.cursor)):
+            # Of the batch that is handed out: a checkpoint after its step must not repeat it.
+            self.cursor, self.last_read, self.last_work = each.cursor, each.documents, each.work
+            yield each.batch, each.labels
+
+    def _micro_batches(self, start: Cursor) -> Iterator[MicroBatch]:
         rows: list[Row] = []
-        stream = pack(
-            self.source,
-            self.tokenizer,
-            self.seq_len,
-            self.cursor,
-            infinite=self.config.infinite,
-            name=f"dataset={self.config.dataset}, part={self.config.part}",
-        )
-        for row in stream:
+        empty = True
+        for row in self._rows(start):
             rows.append(row)
             if len(rows) == self.ranks * self.rows_per_rank:
-                # Set before the batch is used: a checkpoint after its step must not repeat it.
-                self.cursor = row.next
-                self.last_read = f"{rows[0].first} to {rows[-1].last}"
-                yield self._batch(rows)
-                rows = []
-        if self.cursor == Cursor():
+                yield self._micro_batch(rows)
+                rows, empty = [], False
+        if empty and start == Cursor():
             raise DataError(
                 f"A step takes {self.ranks * self.rows_per_rank} rows of {self.seq_len} tokens, "
                 f"got {len(rows)} from all documents of dataset={self.config.dataset}, "
                 f"part={self.config.part}: add documents, take fewer or shorter rows, or read "
                 f"them again (--dataloader.infinite)."
             )
+
+    def _rows(self, start: Cursor) -> Iterator[Row]:
+        rows = pack(
+            self.source,
+            self.tokenizer,
+            self.seq_len,
+            replace(start, taken=0),
+            infinite=self.config.infinite,
+            name=f"dataset={self.config.dataset}, part={self.config.part}",
+        )
+        window = self.config.balance_rows
+        return dealt_in_windows(rows, start, window) if window else rows
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes the rows of this loader: the documents, their order, and how they are cut."""
@@ -132,11 +168,17 @@ class PackedDocuments(BaseDataLoader):
                 "tokenizer": self.tokenizer.fingerprint(),
                 "tokens of a row (--training.seq_len)": self.seq_len,
             }
+            if self.config.balance_rows:
+                rows = {"rows dealt out together": self.config.balance_rows}
+                self._fingerprint |= rows
         return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
         # One string, for a checkpoint has an entry for every leaf.
-        return asdict(self.cursor) | {"fingerprint": json.dumps(self.fingerprint())}
+        state = asdict(self.cursor) | {"fingerprint": json.dumps(self.fingerprint())}
+        if not self.config.balance_rows:
+            del state["taken"]  # which older checkpoints do not have
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a place in the data, if they are the data it was a place in.
@@ -145,7 +187,7 @@ class PackedDocuments(BaseDataLoader):
             ValueError: other data, naming what changed; unless `accept_changes` is set.
         """
         self._compare(json.loads(state_dict["fingerprint"]))
-        names = [field.name for field in fields(Cursor)]
+        names = [field.name for field in fields(Cursor) if field.name in state_dict]
         self.cursor = Cursor(**{name: state_dict[name] for name in names})
 
     def _compare(self, before: dict[str, Any]) -> None:
@@ -161,16 +203,36 @@ class PackedDocuments(BaseDataLoader):
             )
         say(f"data        changed and accepted: {what}")
 
-    def _batch(self, rows: list[Row]) -> tuple[dict[str, Any], Tensor]:
+    def _micro_batch(self, rows: Sequence[Row]) -> MicroBatch:
         """This rank's rows of a global micro-batch, as torchtitan wants them."""
-        mine = rows[self.rank * self.rows_per_rank : (self.rank + 1) * self.rows_per_rank]
+        if self.config.balance_rows:
+            shares = share(rows, self.ranks)
+        else:
+            each = self.rows_per_rank
+            shares = [list(rows[first : first + each]) for first in range(0, len(rows), each)]
+        mine = shares[self.rank]
         documents = HostDocuments(tuple(tuple(row.lengths) for row in mine), self.seq_len)
         batch = {
             "input": torch.from_numpy(np.stack([row.tokens for row in mine])),
             "positions": documents.position_ids(),
             "documents": documents,
         }
-        return batch, torch.from_numpy(np.stack([row.labels for row in mine]))
+        labels = torch.from_numpy(np.stack([row.labels for row in mine]))
+        if self.prepare is not None:
+            batch = self.prepare(batch, labels)
+        read = f"{rows[0].names[0]} to {rows[-1].names[-1]}"
+        work = tuple(sum(work_of(row.lengths) for row in part) for part in shares)
+        return MicroBatch(batch, labels, rows[-1].next, read, work)
+
+
+def _check_balance(config: PackedDocuments.Config, rows: int) -> None:
+    window = config.balance_rows
+    if window and window < rows:
+        raise ValueError(
+            f"Documents are dealt out among the rows of a micro-batch or more, got "
+            f"--dataloader.balance_rows={window} for {rows} rows: give {rows}, a multiple of it, "
+            f"or 0 to leave documents in their order."
+        )
 
 
 def open_source(config: PackedDocuments.Config) -> Source:

@@ -15,11 +15,15 @@ from dtcp.pretrain.tokenizer import Ids, Tokenizer
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where the stream stands: tokens before `offset` of this document are already in rows."""
+    """Where the stream stands: tokens before `offset` of this document are already in rows.
+
+    Of rows whose documents are dealt out together, where these start, and how many were `taken`.
+    """
 
     epoch: int = 0
     document: int = 0
     offset: int = 0
+    taken: int = 0
 
 
 @dataclass
@@ -30,24 +34,27 @@ class Row:
     labels: Ids
     filled: int = 0
     lengths: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    """Which each of its documents is, and where that stands."""
     next: Cursor = Cursor()
     """Where the row after this one starts."""
-    first: str = ""
-    """The first of its documents, and where that stands."""
-    last: str = ""
 
     @classmethod
     def empty(cls, seq_len: int) -> "Row":
         return cls(np.empty(seq_len, np.int64), np.empty(seq_len, np.int64))
 
-    def take(self, tokens: Ids, labels: Ids, document: str) -> int:
+    def take(self, tokens: Ids, labels: Ids) -> int:
         """Copy as many tokens of a document as fit; returns how many."""
         count = min(len(tokens), len(self.tokens) - self.filled)
         place = slice(self.filled, self.filled + count)
         self.tokens[place], self.labels[place] = tokens[:count], labels[:count]
         self.filled += count
-        self.first, self.last = self.first or document, document
         return count
+
+    def end_document(self, length: int, name: str) -> None:
+        """The tokens taken last, so many, were of one document."""
+        self.lengths.append(length)
+        self.names.append(name)
 
     def is_full(self) -> bool:
         return self.filled == len(self.tokens)
@@ -85,7 +92,7 @@ def pack(
             for inputs, labels in _pairs(tokenizer, document, done, called):
                 taken = 0
                 while taken < len(inputs):
-                    new = row.take(inputs[taken:], labels[taken:], called)
+                    new = row.take(inputs[taken:], labels[taken:])
                     taken, done, length, tokens = (
                         taken + new,
                         done + new,
@@ -93,12 +100,12 @@ def pack(
                         tokens + new,
                     )
                     if row.is_full():
-                        row.lengths.append(length)
+                        row.end_document(length, called)
                         row.next = Cursor(epoch, number, done)
                         yield row
                         row, length = Row.empty(seq_len), 0
             if length:
-                row.lengths.append(length)
+                row.end_document(length, called)
         _refuse_nothing(count, tokens, epoch == start.epoch and start != Cursor(epoch), name)
         if not infinite:
             return

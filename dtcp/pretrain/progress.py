@@ -72,6 +72,8 @@ class Progress(MetricsProcessor):
         self.losses: dict[int, float] = {}
         self._traffic = LEDGER.snapshot()
         self.expected = 0  # bytes over cp since the last line, of a run that is held to a forecast
+        self.row_work: list[tuple[int, ...]] = []
+        """Of each micro-batch since the last line, attention work by data-parallel rank."""
         self._last_step: int | None = None
         self._seconds: deque[float] = deque(maxlen=RECENT)
 
@@ -86,9 +88,9 @@ class Progress(MetricsProcessor):
         """Send the metrics to the loggers and print the line.
 
         Bytes per step are those that rank 0 received for context and expert parallelism, in
-        forward and backward, as the ops counted them; FSDP's and TP's own collectives are not
-        among them. Of experts, the tokens of the most loaded one over the mean since the last
-        line, in the layer where that is largest.
+        forward and backward, as the ops counted them; FSDP's and TP's own are not among them. Of
+        experts, the tokens of the most loaded one over the mean, in the layer where that is
+        largest; of rows, the attention work of the busiest data-parallel rank over the mean.
         """
         now = time.perf_counter()
         # The first line of a run counts one step, whatever step it resumed at.
@@ -98,6 +100,7 @@ class Progress(MetricsProcessor):
         tokens = self.ntokens_since_last_log * batch_ranks / (now - self.time_last_log)
         received, between = (each / steps for each in self._received())
         load = largest_load(self.model_parts, self.parallel_dims.get_optional_mesh("loss"))
+        rows = largest_work(self.row_work)
         memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
         if isnan(global_max_loss):
             # That of a rank without a token that has a loss: torchtitan (0.3.0) divides 0 by 0.
@@ -113,6 +116,7 @@ class Progress(MetricsProcessor):
             "context_parallel/received(bytes)": received,
             **({"context_parallel/between_nodes(bytes)": between} if self.ranks_per_node else {}),
             **({} if load is None else {"experts/largest_load": load}),
+            **({} if rows is None else {"data_parallel/largest_work": rows}),
             **(extra_metrics or {}),
         }
         self.logger.log(metrics, step)
@@ -125,6 +129,7 @@ class Progress(MetricsProcessor):
             f"{tokens:9,.0f} tokens/s  {memory:5.2f} GiB  "
             f"rank 0 received {_bytes(received)} for cp{held}  "
             f"{'' if load is None else f'experts {load:.2f} of mean  '}"
+            f"{'' if rows is None else f'rows {rows:.2f} of mean  '}"
             f"{self._time_left(step, seconds)} left"
         )
         if expected and (said := warning(received, expected)):
@@ -150,6 +155,7 @@ class Progress(MetricsProcessor):
     def _reset(self) -> None:
         self.ntokens_since_last_log = 0
         self.expected = 0
+        self.row_work.clear()
         self.data_loading_times.clear()
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
@@ -162,6 +168,13 @@ class Progress(MetricsProcessor):
             return "?"
         left = round((self.steps - step) * sum(self._seconds) / len(self._seconds))
         return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+
+
+def largest_work(micro_batches: Sequence[Sequence[int]]) -> float | None:
+    """Work of the busiest rank of each micro-batch over the mean; None on one rank."""
+    total = sum(sum(work) for work in micro_batches)
+    ranks = max(map(len, micro_batches), default=1)
+    return sum(max(work) for work in micro_batches) * ranks / total if ranks > 1 else None
 
 
 def _bytes(count: float) -> str:

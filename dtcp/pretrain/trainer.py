@@ -1,12 +1,15 @@
 """torchtitan's Trainer, with the batch cut for context parallelism before the model sees it.
 
-Between the data loader and the model stands `shard_batch`: labels are shifted per document
-already, the row is laid out, and each rank keeps its tokens, with what its mixers need to know.
+Between the data loader and the model stands what `shard_batch` does: labels are shifted per
+document already, the row is laid out, and each rank keeps its tokens, with what its mixers need to
+know. The loader's thread does it while the step before runs (`prepare_batch`); of a batch that is
+used, ranks compare a few numbers and copy their part to the device (`shard_prepared`).
 The loss stays torchtitan's: the sum over local tokens, divided by the global count of valid ones.
 """
 
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -23,7 +26,7 @@ from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.components.validate import Validator
 from torchtitan.models.common.decoder import Decoder
 
-from dtcp.batch import shard_batch
+from dtcp.batch import PreparedBatch, ShardedBatch, prepare_batch, shard_prepared
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.random_weights import WholeDraws
 from dtcp.experts import RouterLoss
@@ -92,6 +95,8 @@ class Trainer(titan.Trainer):
         share_router_losses(self.model_parts[0], self.gradient_accumulation_steps)
         if config.validator.enable:
             self.validator.mesh, self.validator.section = self.mesh, config.dtcp
+        if isinstance(self.dataloader, PackedDocuments):
+            self.dataloader.prepare = self._prepared
         say(describe_run(self))
         if config.dtcp.forecast:
             self.expected = expectation(config, self.mesh)
@@ -130,7 +135,31 @@ class Trainer(titan.Trainer):
             except DataError as error:
                 # Every rank reads every row, and says the same.
                 raise DataError(f"{error} (read on all ranks for step {self.step})") from error
-            yield batch
+            if isinstance(self.dataloader, PackedDocuments):
+                self.metrics_processor.row_work.append(self.dataloader.last_work)
+            yield _only_prepared(*batch)
+
+    def _prepared(self, input_dict: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+        """Called in the loader's thread; what it raises waits for the step that uses the batch."""
+        outcome: Future[PreparedBatch] = Future()
+        try:
+            outcome.set_result(self._prepare(input_dict, labels, training=True))
+        # Held back, never swallowed: the other ranks of the cp and tp group are to hear of it.
+        except Exception as error:  # noqa: BLE001
+            outcome.set_exception(error)
+        return input_dict | {"prepared": Prepared(input_dict["input"], labels, outcome)}
+
+    def _prepare(
+        self, input_dict: dict[str, Any], labels: Tensor, *, training: bool
+    ) -> PreparedBatch:
+        return prepared_batch(
+            input_dict,
+            labels,
+            mesh=self.mesh,
+            section=self.config.dtcp,
+            model=self.model_parts[0],
+            training=training,
+        )
 
     def _end_with_data(self) -> None:
         self.step -= 1  # the step that found no rows
@@ -145,13 +174,11 @@ class Trainer(titan.Trainer):
         say(f"stopped     by {Signals(number).name} after step {self.step}; {left}")
 
     def post_dataloading_process(self, input_dict: dict[str, Any], labels: Tensor) -> LocalBatch:
-        batch = local_batch(
-            input_dict,
-            labels,
-            mesh=self.mesh,
-            section=self.config.dtcp,
-            model=self.model_parts[0],
-        )
+        prepared = partial(self._prepare, input_dict, labels, training=True)
+        if "prepared" in input_dict:
+            prepared = input_dict["prepared"].outcome.result
+        shards = shard_prepared(prepared, self.mesh, device=labels.device)
+        batch = model_inputs(*shards, self.model_parts[0])
         self.ntokens_seen += batch[0].numel()
         if self.expected is not None:
             metadata = batch[2][forward_names(self.model_parts[0])[1]]
@@ -202,9 +229,18 @@ class Validation(Validator):
     def post_dataloading_process(
         self, input_dict: dict[str, Any], labels: Tensor, model_parts: list[nn.Module]
     ) -> LocalBatch:
-        return local_batch(
-            input_dict, labels, mesh=self.mesh, section=self.section, model=model_parts[0]
+        model = model_parts[0]
+        prepared = partial(
+            prepared_batch,
+            input_dict,
+            labels,
+            mesh=self.mesh,
+            section=self.section,
+            model=model,
+            training=False,
         )
+        shards = shard_prepared(prepared, self.mesh, device=labels.device)
+        return model_inputs(*shards, model)
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """torchtitan's, which divides by the number of tokens (0.3.0): the loss of none is 0."""
@@ -223,23 +259,39 @@ def share_router_losses(model: nn.Module, parts: int) -> None:
             module.parts = parts
 
 
-def local_batch(
+@dataclass(frozen=True)
+class Prepared:
+    """What became of a batch that was prepared ahead, and the tensors that it was made of."""
+
+    tokens: Tensor
+    labels: Tensor
+    outcome: "Future[PreparedBatch]"
+
+
+def _only_prepared(input_dict: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """A batch without the whole rows, which nobody reads any more; with them where they changed."""
+    batch = dict(input_dict)
+    prepared = batch.pop("prepared", None)
+    if prepared is None or prepared.labels is not labels or prepared.tokens is not batch["input"]:
+        return batch, labels
+    return {"prepared": prepared}, labels
+
+
+def prepared_batch(
     input_dict: dict[str, Any],
     labels: Tensor,
     *,
     mesh: ParallelMesh,
     section: Section,
     model: nn.Module,
-) -> LocalBatch:
-    """This rank's tokens of a batch, and what the model's forward takes besides.
+    training: bool,
+) -> PreparedBatch:
+    """This rank's tokens of a batch, and what its mixers read.
 
     Args:
         input_dict: "input" and "positions" [B, S]; "documents" where the loader knows them on
             the host, which spares a copy back from the device.
         labels: [B, S], the next token of each.
-    Returns:
-        tokens and labels [B, L], and the keyword arguments of the forward; labels [B, 1 + depths,
-        L] for a model that predicts further ahead.
     """
     unread = input_dict.keys() - {"input", "positions", "documents"}
     if unread:
@@ -249,15 +301,15 @@ def local_batch(
         )
     documents, tokens = batch_documents(input_dict), input_dict["input"]
     whole = {"input_ids": tokens, "labels": labels, "position_ids": input_dict["positions"]}
-    whole |= ahead_of(model, tokens, labels, documents)
-    local, sharded = shard_batch(
-        whole,
-        mesh,
-        section.sequence_layout(),
-        model=model,
-        documents=documents,
-        device=labels.device,
-    )
+    whole |= ahead_of(model, tokens, labels, documents, training=training)
+    return prepare_batch(whole, mesh, section.sequence_layout(), model=model, documents=documents)
+
+
+def model_inputs(local: dict[str, Tensor], sharded: ShardedBatch, model: nn.Module) -> LocalBatch:
+    """Tokens and labels [B, L], and the keyword arguments of the forward.
+
+    Labels are [B, 1 + depths, L] for a model that predicts further ahead.
+    """
     inputs = (local["position_ids"], sharded.attn_metadata)
     extra = dict(zip(forward_names(model), inputs, strict=True))
     if "mtp_labels" not in local:
@@ -275,10 +327,10 @@ def forward_names(model: nn.Module) -> tuple[str, str]:
 
 
 def ahead_of(
-    model: nn.Module, tokens: Tensor, labels: Tensor, documents: Documents
+    model: nn.Module, tokens: Tensor, labels: Tensor, documents: Documents, *, training: bool
 ) -> dict[str, Tensor]:
     """What a model reads to predict further ahead than the next token, while it trains."""
-    depths = model.mtp_depths if isinstance(model, PlainModel) and model.training else 0
+    depths = model.mtp_depths if isinstance(model, PlainModel) and training else 0
     return look_ahead(tokens, labels, documents, depths=depths) if depths else {}
 
 

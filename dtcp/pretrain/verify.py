@@ -106,7 +106,7 @@ def _accumulate(
     for batch, labels in parts:
         documents, position_ids = batch_documents(batch), batch["positions"].cpu()
         attn_metadata = batch_metadata(model, documents, position_ids=position_ids)
-        further = ahead_of(model, batch["input"], labels, documents)
+        further = ahead_of(model, batch["input"], labels, documents, training=True)
         names = forward_names(model)
         inputs = dict(zip(names, (position_ids, attn_metadata), strict=True))
         if further:

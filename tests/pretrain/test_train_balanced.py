@@ -1,5 +1,7 @@
 """train.py where documents are dealt out by DocumentBalanced: every family loses as one device."""
 
+import re
+
 import pytest
 
 from tests.harness.train_run import train
@@ -21,3 +23,21 @@ def test_family_on_balanced_documents_verifies_against_one_device(config, tmp_pa
     )
     assert code == 0, output
     assert "the losses of 2 steps agree" in output
+
+
+@pytest.mark.slow
+def test_rows_of_equal_work_verify_against_one_device(tmp_path):
+    """Two rows on each of two data-parallel ranks, dealt out eight at a time."""
+    code, output = train(
+        *("--training.steps", "3", "--compile.no-enable", "--validator.no-enable"),
+        *("--parallelism.tensor_parallel_degree", "1", "--training.local_batch_size", "2"),
+        *("--dtcp.layout", "document_balanced", "--dataloader.balance_rows", "8"),
+        *("--dtcp.verify", "3", "--dump_folder", str(tmp_path)),
+        module="dtcp.pretrain.configs",
+        config="llama_tiny",
+        ranks=4,
+    )
+    assert code == 0, output
+    assert "the losses of 3 steps agree" in output
+    (work, *_) = re.findall(r"rows (\d\.\d\d) of mean", output)
+    assert 1 <= float(work) < 1.3

@@ -1,0 +1,77 @@
+"""A rank's part of rows that may be shorter than their layout, and what masks read of them."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtcp.rows import MASK_FIELDS, Fill, pad_end
+from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
+from dtcp.sequence.coords import Coords
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.masks import vision_blocks
+from dtcp.sequence.memory import Memory
+from dtcp.sequence.row_layouts import RowLayouts
+
+
+def padded_coords(
+    batch: Mapping[str, Tensor], documents: Documents, seq_len: int, memory: Memory | None
+) -> Coords:
+    """What masks and mixers read of the whole rows, padded as the documents are."""
+    read = {key: batch[key] for key in MASK_FIELDS if key in batch}
+    if "block" not in read and "mm_token_type_ids" in batch:
+        read["block"] = vision_blocks(batch["mm_token_type_ids"].cpu())
+    missing = documents.seq_len - seq_len
+    for key, x in read.items():
+        if x.shape[1:] != (seq_len,):
+            raise ValueError(
+                f"Masks read one {key} per token, got {key}.shape={tuple(x.shape)} for rows of "
+                f"{seq_len}: give [B, S]."
+            )
+        named: dict[str, Any] = {key: x}
+        check_tensor("A mask", shape="[B, S]", dtypes=WHOLE_NUMBERS, **named)
+        read[key] = pad_end(x.to(torch.int64), missing, MASK_FIELDS[key], dim=1)
+    if "position_ids" in batch:
+        read["position_ids"] = pad_end(batch["position_ids"].cpu(), missing, 0, dim=-1)
+    return Coords.of(documents, memory=memory, **read)
+
+
+def real_tokens(documents: Documents, layout: SequenceLayout, rank: int) -> Tensor:
+    """Which of a rank's tokens are in a document: [B, L] bool."""
+    rows = layout.rows if isinstance(layout, RowLayouts) else (layout,) * documents.batch
+    indices = {row: row.token_indices(rank) for row in set(rows)}
+    pairs = zip(rows, documents.lengths, strict=True)
+    return torch.stack([indices[row] < sum(lengths) for row, lengths in pairs])
+
+
+def part_of_rows(
+    x: Tensor,
+    layout: SequenceLayout,
+    rank: int,
+    *,
+    dim: int,
+    rows_dim: int = 0,
+    pad: int | float | bool | Fill,
+) -> Tensor:
+    """A rank's part of rows that may be shorter than their layout; the whole is never padded."""
+    if isinstance(layout, RowLayouts):
+        each = partial(_row_part, rank=rank, dim=dim, pad=pad)
+        return layout.of_each_row(x, each, rows_dim=rows_dim)
+    return _row_part(layout, x, rank=rank, dim=dim, pad=pad)
+
+
+def _row_part(
+    layout: SequenceLayout, x: Tensor, *, rank: int, dim: int, pad: int | float | bool | Fill
+) -> Tensor:
+    last = x.shape[dim] - 1
+    if last + 1 == layout.seq_len:
+        return layout.shard(x, rank, dim=dim)
+    token_index = layout.token_indices(rank).to(x.device)
+    part = x.index_select(dim, token_index.clamp(max=last))
+    beyond = (token_index - last).clamp(min=0).view([-1 if d == dim else 1 for d in range(x.ndim)])
+    if isinstance(pad, Fill):
+        return part + beyond.to(x.dtype)
+    return part.masked_fill(beyond > 0, pad)
