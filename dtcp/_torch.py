@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch._utils import _get_available_device_type
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -369,8 +369,11 @@ def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
 
     torchtitan's fake backend is the same; the store has no public name (2.11-2.15).
     """
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    # DTensor remembers results by equal meshes, and with them the groups of one that is gone.
+    _clear_sharding_prop_cache()
     # It would put the rank before each line of every traceback, once more each time.
     hook = sys.excepthook
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
@@ -378,12 +381,18 @@ def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()
         sys.excepthook = hook
 
 
 def fake_tensors() -> FakeTensorMode:
     """Tensors with sizes and no memory; real ones are taken beside them (2.11-2.15)."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether a tensor is one of fake tensors' mode (2.11-2.15)."""
+    return isinstance(x, FakeTensor)
 
 
 def real_tensors() -> AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ fit and by how much, and the command line that runs the best. Needs no GPU and n
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from dataclasses import replace
@@ -29,9 +30,16 @@ from dtcp.planner.report import (
 from dtcp.planner.search import Candidate, Planner, Search, smallest_cluster
 from dtcp.softmax import HybridAttention
 
+MOST_PROCESSES = 8
+"""That look at steps at once: each takes up to 2 GB."""
 
-def run_planner(argv: list[str]) -> int:
-    """Plan what the arguments name. Returns 0; 1 where nothing fits; 2 for bad arguments."""
+
+def run_planner(argv: list[str], *, processes: int = 1) -> int:
+    """Plan what the arguments name. Returns 0; 1 where nothing fits; 2 for bad arguments.
+
+    Args:
+        processes: that look at steps side by side, forked from this one.
+    """
     arguments, rest = _parser().parse_known_args(argv)
     torch.set_num_threads(1)
     # DTensor and HF models warn of what no plan depends on.
@@ -44,7 +52,7 @@ def run_planner(argv: list[str]) -> int:
         request = request_of(arguments, rest)
         if arguments.sweep:
             return _sweep(request, cluster, arguments)
-        planner = Planner(request.subject, cluster, request.wish)
+        planner = Planner(request.subject, cluster, request.wish, processes=processes)
         search = _search(planner, arguments)
     except (ValueError, TypeError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -105,7 +113,7 @@ def _show(
         if not arguments.json:
             print(f"pictures    {arguments.html}, and PNGs beside it")
     if not best.fits:
-        _say_what_would_do(planner, best, cluster)
+        _say_what_would_do(planner, best, cluster, named=arguments.mesh)
         return 1
     if not arguments.json:
         print(
@@ -115,13 +123,13 @@ def _show(
     return 0
 
 
-def _say_what_would_do(planner: Planner, best: Candidate, cluster: Cluster) -> None:
-    gpus = smallest_cluster(planner)
-    would = (
-        f"{gpus}x{cluster.name} would do"
-        if gpus
-        else f"4096x{cluster.name} would not do either: take a GPU with more memory"
-    )
+def _say_what_would_do(planner: Planner, best: Candidate, cluster: Cluster, *, named: str) -> None:
+    if named and planner.has_room():
+        would = f"another mesh would do, leave out --mesh {named}"
+    elif gpus := smallest_cluster(planner):
+        would = f"{gpus}x{cluster.name} would do"
+    else:
+        would = f"4096x{cluster.name} would not do either: take a GPU with more memory"
     print(
         f"error: A run fits in the memory of its GPUs, got {cluster} where the best setup lacks "
         f"{best.missing / GB:.1f} GB a GPU: {would}.",
@@ -156,6 +164,8 @@ def command_line(request: Request, best: Candidate, cluster: Cluster) -> str:
         "dtcp.layout": layout_name(setup),
         "dtcp.strategy": strategy_name(setup).partition("(")[0],
     }
+    if degrees.ep > 1:
+        options["parallelism.expert_parallel_degree"] = degrees.ep
     if isinstance(setup.attention, HybridAttention):
         options["dtcp.ulysses_degree"] = setup.attention.inner_ranks
     given = " ".join(f"--{name} {value}" for name, value in options.items())
@@ -168,8 +178,8 @@ def _degrees(text: str, cluster: Cluster) -> Degrees:
         degrees = Degrees(**given)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"A mesh is given as cp=8,tp=1, of dp_replicate, dp_shard, cp and tp, got --mesh "
-            f"{text} ({error}): correct it."
+            f"A mesh is given as cp=8,tp=1, of dp_replicate, dp_shard, cp, tp and ep, got "
+            f"--mesh {text} ({error}): correct it."
         ) from None
     if "dp_shard" not in given and cluster.gpus % degrees.world == 0:
         degrees = replace(degrees, dp_shard=cluster.gpus // degrees.world)
@@ -212,4 +222,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run_planner(sys.argv[1:]))
+    can_fork = sys.platform == "linux" and not torch.accelerator.is_available()
+    cores = len(os.sched_getaffinity(0)) if can_fork else 1
+    sys.exit(run_planner(sys.argv[1:], processes=min(cores, MOST_PROCESSES)))

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dtcp.parallelize import ActivationCheckpoint, FullCheckpoint
 from dtcp.planner.cluster import cluster_of
 from dtcp.planner.search import Wish
 from dtcp.planner.setup import BF16, Precision
-from dtcp.planner.subject import FamilyModel, OwnModel, Subject, subject_of_hf
+from dtcp.planner.subject import OwnModel, Subject, subject_of_hf
 from dtcp.sequence.documents import Documents
 
 SEED = 0
@@ -62,24 +61,19 @@ def request_of(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
 
 
 def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
-    from dtcp.pretrain.expected import kept_by_blocks
+    from dtcp.pretrain.expected import kept_by_blocks, precision_of, subject_of
     from dtcp.pretrain.options import parse
 
     config = parse(["--config", arguments.config, *rest])
-    shape = getattr(config.model_spec.model, "shape", None)
-    if shape is None:
+    try:
+        subject = subject_of(config)
+    except ValueError:
         raise ValueError(
             f"The planner builds models of dtcp's and of transformers, got --config "
             f"{arguments.config}, whose model is torchtitan's {config.model_spec.name}: pass its "
             f"config.json as --hf-config."
-        )
-    training = config.training
-    precision = Precision(
-        getattr(torch, training.mixed_precision_param),
-        getattr(torch, training.mixed_precision_reduce),
-        getattr(torch, training.dtype),
-    )
-    subject = FamilyModel(config.model_spec.flavor, config.model_spec.name, shape)
+        ) from None
+    training, precision = config.training, precision_of(config.training)
     rows = training.global_batch_size if training.global_batch_size > 0 else None
     wish = _wish(arguments, arguments.seq_len or training.seq_len, precision, default_rows=rows)
     command = " ".join(["train.py", "--config", arguments.config, *rest])

@@ -105,6 +105,7 @@ def _applicable(model: nn.Module, plan: ParallelPlan) -> ParallelPlan:
         plan,
         tp=named(plan.tp),
         cp=named(plan.cp),
+        ep=named(plan.ep),
         blocks=tuple(
             name
             for name, module in find(model, plan.blocks).items()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import torch
+
 GB = 10**9
 
 
@@ -57,7 +59,10 @@ class Cluster:
             f"{self.between / GB:.0f} GB/s from other nodes (what of the data sheet is attained; "
             f"not measured).",
             "Gathering weights overlaps with compute; a ring overlaps with its attention; other "
-            "transfers over cp and tp do not. Work outside of matmuls and mixers takes no time.",
+            "transfers over cp, tp and ep do not. Work beside matmuls and mixers takes no time.",
+            "Keys and states travel straight from owner to user, in one hop: what several GPUs of "
+            "a node need comes to it several times.",
+            "Routers choose every expert as often: a fuller one makes its rank wait for it.",
         ]
 
 
@@ -85,6 +90,13 @@ def cluster_of(text: str) -> Cluster:
             f"the kinds {', '.join(KINDS)}, or a JSON file."
         )
     return replace(KINDS[found[2].upper()], gpus=int(found[1]))
+
+
+def cluster_here(gpus: int) -> Cluster:
+    """This machine's kind of GPU, so many of them; where it has none of KINDS, H100s."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    kind = next((kind for kind in KINDS if kind in name), "H100")
+    return replace(KINDS[kind], gpus=gpus)
 
 
 def _of_file(path: Path) -> Cluster:

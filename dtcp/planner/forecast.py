@@ -1,10 +1,9 @@
 """The numbers of a run: bytes by axis, memory by what it is for, FLOPs."""
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from math import gcd
 
 from torch import Tensor
 
@@ -15,32 +14,14 @@ from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import moves_of
 from dtcp.metadata import BatchMetadata, MetadataKey
 from dtcp.mixer import ClaimedMixer
+from dtcp.planner.axis_bytes import NO_GROUPS, AxisBytes, expert_moves, torch_bytes
+from dtcp.planner.even_routes import EXPERT_OPS, ExpertMoves
 from dtcp.planner.mixer_flops import mixer_flops
 from dtcp.planner.peak import PeakMemory, peak_memory
 from dtcp.planner.setup import Setup
-from dtcp.planner.step import TracedStep, styles_of, trace_step
+from dtcp.planner.step import StepNumbers, TracedStep, styles_of, trace_step
 from dtcp.planner.subject import Subject
 from dtcp.planner.trace import OpCall, Place
-
-NO_GROUPS: Mapping[str, str] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class AxisBytes:
-    """Bytes that a rank receives over an axis in a step, by direction."""
-
-    forward: int = 0
-    backward: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.forward + self.backward
-
-    def __add__(self, other: "AxisBytes") -> "AxisBytes":
-        return AxisBytes(self.forward + other.forward, self.backward + other.backward)
-
-    def times(self, count: int) -> "AxisBytes":
-        return AxisBytes(self.forward * count, self.backward * count)
 
 
 @dataclass(frozen=True)
@@ -90,8 +71,9 @@ class Forecast:
     """A run, before it is run.
 
     Args:
-        by_axis: bytes received in a step by torch's collectives, by axis: fsdp, tp, loss; alike
-            on all ranks. Those of the axis cp are in `ranks`.
+        by_axis: bytes received in a step, by axis: dp_replicate, fsdp, edp (weights of experts),
+            tp, loss, and ep, where experts are chosen evenly; alike on all ranks. Those of cp are
+            in `ranks`.
         ranks: of the axis cp that were looked at.
         matmul_flops: of a rank and a micro-batch, forward and backward, without mixers.
         parameters: of the whole model.
@@ -105,7 +87,10 @@ class Forecast:
     matmul_flops: dict[Place, int]
     parameters: int
     memory: PeakMemory
-    unknown: tuple[str, ...] = ()
+    experts: tuple[ExpertMoves, ...] = ()
+    """What experts move over ep in a micro-batch, by kind of block."""
+    styles: tuple[str, ...] = ()
+    """As of Look."""
 
     @property
     def busiest(self) -> RankForecast:
@@ -120,6 +105,11 @@ class Forecast:
     @property
     def most_mixer_flops(self) -> int:
         return max(rank.flops for rank in self.ranks)
+
+    def crossing_ep(self, ranks_per_node: int) -> int:
+        """Bytes a step that experts bring from other nodes."""
+        received = sum(sum(moves.received(ranks_per_node)) for moves in self.experts)
+        return received * self.setup.micro_batches
 
     @property
     def flops(self) -> int:
@@ -138,23 +128,48 @@ def forecast(subject: Subject, setup: Setup, *, ranks: Sequence[int] | None = No
     """
     degrees = setup.degrees
     chosen = chosen_ranks(degrees.cp) if ranks is None else list(ranks)
-    step, forecasts = look_at(subject, setup, chosen)
-    return assembled(subject, setup, step, forecasts)
+    return assembled(subject, setup, look_at(subject, setup, chosen))
 
 
-def look_at(
-    subject: Subject, setup: Setup, chosen: Sequence[int]
-) -> tuple[TracedStep, list[RankForecast]]:
+@dataclass(frozen=True)
+class Look:
+    """What was seen of a row's ranks: the step of one, and what differs on others."""
+
+    step: StepNumbers
+    ranks: tuple[RankForecast, ...]
+    experts: tuple[ExpertMoves, ...]
+    styles: tuple[str, ...]
+    """How the mixers of each kind of block are carried out, a line each."""
+
+
+def look_at(subject: Subject, setup: Setup, chosen: Sequence[int]) -> Look:
     """One row's ranks: what does not depend on how many rows there are, nor on who has weights."""
-    degrees = Degrees(cp=setup.degrees.cp, tp=setup.degrees.tp)
+    degrees = degrees_of_look(setup.degrees)
     with fake_ranks(degrees.world, chosen[0] * degrees.tp):
         step = trace_step(subject, ParallelMesh.from_degrees(degrees, "cpu"), setup)
         forecasts = [rank_forecast(step, chosen[0], step.sharded.attn_metadata)]
+        experts = expert_moves(step)
     for rank in chosen[1:]:
         with fake_ranks(degrees.world, rank * degrees.tp):
             groups = _groups_here(step, ParallelMesh.from_degrees(degrees, "cpu"))
             forecasts.append(rank_forecast(step, rank, metadata_of(step, rank), groups))
-    return step, forecasts
+    return Look(step.numbers(), tuple(forecasts), experts, tuple(style_lines(step)))
+
+
+def style_lines(step: TracedStep) -> Iterator[str]:
+    """What carries out the mixers of each kind of block."""
+    for kind in step.kinds:
+        block = step.model.get_submodule(kind.name)
+        styles = [f"{m.style}" for m in block.modules() if isinstance(m, ClaimedMixer)]
+        if styles:
+            yield f"{kind.name} (x {kind.count}): {', '.join(dict.fromkeys(styles))}"
+
+
+def degrees_of_look(degrees: Degrees) -> Degrees:
+    """The ranks of one row, or of as many rows as share experts."""
+    row = degrees.cp * degrees.tp
+    rows = degrees.ep // gcd(degrees.ep, row)
+    return Degrees(dp_shard=rows, cp=degrees.cp, tp=degrees.tp, ep=degrees.ep)
 
 
 def _groups_here(step: TracedStep, mesh: ParallelMesh) -> dict[str, str]:
@@ -168,31 +183,25 @@ def _groups_here(step: TracedStep, mesh: ParallelMesh) -> dict[str, str]:
     return dict(zip(step.groups, here, strict=True))
 
 
-def assembled(
-    subject: Subject, setup: Setup, step: TracedStep, forecasts: Sequence[RankForecast]
-) -> Forecast:
+def assembled(subject: Subject, setup: Setup, look: Look) -> Forecast:
     """The whole model's numbers, from one block of each kind."""
+    step = look.step
     by_axis = torch_bytes(step, setup)
+    if look.experts:
+        there, back = (sum(x) for x in zip(*(x.received() for x in look.experts), strict=True))
+        by_axis["ep"] = AxisBytes(there, back).times(setup.micro_batches)
     matmuls = {place: n * step.times(place.part) for place, n in step.trace.flops.items()}
     return Forecast(
         subject.name,
         setup,
         by_axis,
-        tuple(forecasts),
+        look.ranks,
         matmuls,
-        _whole(step),
+        step.parameters,
         peak_memory(step, setup),
+        look.experts,
+        look.styles,
     )
-
-
-def _whole(step: TracedStep) -> int:
-    """Parameters of the whole model, of all its blocks."""
-    parts = {kind.name: kind.count for kind in step.kinds}
-    total = 0
-    for name, p in step.model.named_parameters():
-        part = next((part for part in parts if name.startswith(f"{part}.")), "")
-        total += p.numel() * parts.get(part, 1)
-    return total
 
 
 def chosen_ranks(cp: int, most: int = 8) -> list[int]:
@@ -225,6 +234,8 @@ def rank_forecast(
     tables = {key: metadata[key].tensors() for key in metadata}
     parts: dict[str, MixerBytes] = {}
     for call in step.trace.calls:
+        if call.op.name() in EXPERT_OPS:
+            continue
         part = call.place.part
         known = parts.get(part, MixerBytes(part, step.times(part)))
         moved, flops = _asked(call, tables, groups)
@@ -256,42 +267,7 @@ def received_over_cp(step: TracedStep, metadata: BatchMetadata) -> int:
     tables = {key: metadata[key].tensors() for key in metadata}
     total = 0
     for call in step.trace.calls:
-        if (moves := moves_of(call.op)) is not None:
+        if (moves := moves_of(call.op)) is not None and call.op.name() not in EXPERT_OPS:
             args, kwargs = call.arguments(tables, NO_GROUPS)
             total += step.times(call.place.part) * sum(moves(*args, **kwargs).received)
     return total
-
-
-def torch_bytes(step: TracedStep, setup: Setup) -> dict[str, AxisBytes]:
-    """Bytes that torch's collectives bring a rank in a step, by axis."""
-    by_axis: dict[str, AxisBytes] = defaultdict(AxisBytes)
-    for (place, group), size in step.trace.collectives.items():
-        axis = step.axes.get(group, "other")
-        if size:
-            times = size * step.times(place.part) * setup.micro_batches
-            by_axis[axis] += AxisBytes(*((0, times) if place.backward else (times, 0)))
-    by_axis["fsdp"] += fsdp_bytes(step, setup)
-    return dict(by_axis)
-
-
-def fsdp_bytes(step: TracedStep, setup: Setup) -> AxisBytes:
-    """Gathers of every unit, once more before backward where it was freed; gradients summed.
-
-    With replicas, the summed shards are summed between them, as an all-reduce moves them.
-    """
-    degrees, precision = setup.degrees, setup.precision
-    ranks, replicas = degrees.dp_shard * degrees.cp, degrees.dp_replicate
-    there = back = 0
-    for unit in step.units:
-        own, summed = unit.own(ranks), 0
-        trained = unit.own(ranks, trained=True)
-        gather = (ranks - 1) * sum(numel * dtype.itemsize for dtype, numel in own.items())
-        for dtype, numel in trained.items():
-            # What is kept in its own dtype is summed in it, too.
-            width = precision.reduce if dtype == precision.compute else dtype
-            summed += numel * width.itemsize
-        back += unit.count * (ranks - 1) * summed
-        back += unit.count * (2 * (replicas - 1) * summed // replicas)
-        there += unit.count * gather
-        back += unit.count * gather * unit.resharded
-    return AxisBytes(there, back).times(setup.micro_batches)

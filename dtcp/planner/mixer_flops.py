@@ -1,4 +1,4 @@
-"""FLOPs of mixers, from the keys that queries see: what a kernel that skips the rest computes."""
+"""FLOPs of our ops: of mixers from the keys that queries see, as of kernels that skip the rest."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +9,8 @@ from dtcp._torch import OpOverload, argument_names
 
 CHUNK = 64
 """Tokens that kernels of the delta rule work on at once."""
+GROUPED_PRODUCTS = frozenset(["dtcp::grouped_linear", "dtcp::grouped_weight_gradient"])
+"""Matmuls of experts, by name of the op."""
 BACKWARD = 2.5
 """Matmuls of attention's backward over those of its forward: five for two."""
 

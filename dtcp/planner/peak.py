@@ -1,10 +1,12 @@
 """The most memory of a rank in a step, put together from one block of each kind."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from dtcp.planner.setup import Setup
-from dtcp.planner.step import TracedStep
-from dtcp.planner.trace import OUTSIDE, Place, Stretch
+from dtcp.planner.sharded_weights import Unit
+from dtcp.planner.step import StepNumbers
+from dtcp.planner.trace import OUTSIDE, Place, Stretch, Trace
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,9 @@ class PeakMemory:
         }
 
 
-def peak_memory(step: TracedStep, setup: Setup) -> PeakMemory:
+def peak_memory(step: StepNumbers, setup: Setup) -> PeakMemory:
     """Walk through the step block by block, and note the moment of most memory."""
-    ranks = setup.degrees.dp_shard * setup.degrees.cp
-    sizes = _UnitSizes(step, setup, ranks)
+    sizes = _UnitSizes(step, setup)
     walk = _Walk(step, setup, sizes)
     order = _order(step)
     walk.run(Place(), walk.first)
@@ -57,7 +58,19 @@ def peak_memory(step: TracedStep, setup: Setup) -> PeakMemory:
     return walk.most
 
 
-def _order(step: TracedStep) -> list[str]:
+def least_memory(units: Sequence[Unit], setup: Setup) -> int:
+    """Bytes of weights, gradients and the optimizer alone, where they are most: at least so many.
+
+    Known before a step is run; `peak_memory` adds what the step keeps and works on.
+    """
+    step = StepNumbers(Trace(), [], list(units), 0, 0, {})
+    walk = _Walk(step, setup, _UnitSizes(step, setup))
+    for unit in units:
+        walk.run(Place(unit.part or OUTSIDE, backward=True), [Stretch(Place(), 0, 0, 0)])
+    return walk.most.total
+
+
+def _order(step: StepNumbers) -> list[str]:
     """The kind of every block, in the order of the model."""
     places = {name: kind.name for kind in step.kinds for name in kind.blocks}
     return [places[name] for name in sorted(places, key=_natural)]
@@ -70,23 +83,23 @@ def _natural(name: str) -> list[tuple[int, str]]:
 class _UnitSizes:
     """Bytes of a unit's whole parameters and gradients, by the part of the step that uses it."""
 
-    def __init__(self, step: TracedStep, setup: Setup, ranks: int) -> None:
-        reduce = setup.precision.reduce.itemsize
+    def __init__(self, step: StepNumbers, setup: Setup) -> None:
+        degrees, reduce = setup.degrees, setup.precision.reduce.itemsize
         outside = [unit for unit in step.units if not unit.part]
-        self.kept_whole = sum(unit.gathered(ranks) for unit in outside if not unit.resharded)
+        self.kept_whole = sum(unit.gathered(degrees) for unit in outside if not unit.resharded)
         self.gathered: dict[str, int] = {}
         self.summed: dict[str, int] = {}
         self.own: dict[str, int] = {}
         for unit in step.units:
-            part, own = unit.part or OUTSIDE, unit.numbers(ranks)
-            self.gathered[part] = max(self.gathered.get(part, 0), unit.gathered(ranks))
-            self.summed[part] = max(self.summed.get(part, 0), ranks * own * reduce)
+            part, own = unit.part or OUTSIDE, unit.numbers(degrees)
+            self.gathered[part] = max(self.gathered.get(part, 0), unit.gathered(degrees))
+            self.summed[part] = max(self.summed.get(part, 0), unit.whole(degrees) * reduce)
             self.own[part] = self.own.get(part, 0) + own
-        self.shard = sum(unit.numbers(ranks) * unit.count for unit in step.units)
+        self.shard = sum(unit.numbers(degrees) * unit.count for unit in step.units)
 
 
 class _Walk:
-    def __init__(self, step: TracedStep, setup: Setup, sizes: _UnitSizes) -> None:
+    def __init__(self, step: StepNumbers, setup: Setup, sizes: _UnitSizes) -> None:
         self.step, self.setup, self.sizes = step, setup, sizes
         precision = setup.precision
         width = precision.master.itemsize

@@ -1,10 +1,12 @@
 """A search as a person reads it, and as JSON."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dtcp.distributed.mesh import AXES
 from dtcp.parallelize import FullCheckpoint, SelectiveCheckpoint
+from dtcp.planner.axis_bytes import AxisBytes
 from dtcp.planner.cluster import GB, Cluster
-from dtcp.planner.forecast import AxisBytes
 from dtcp.planner.search import Candidate, Search, Wish
 from dtcp.planner.setup import Setup
 from dtcp.softmax import AllGatherAttention, HybridAttention, UlyssesAttention
@@ -41,9 +43,9 @@ def layout_name(setup: Setup) -> str:
 def mesh_name(setup: Setup) -> str:
     """The axes that have ranks."""
     degrees = setup.degrees
-    axes = ("dp_replicate", "dp_shard", "cp", "tp")
-    wide = [f"{axis} {getattr(degrees, axis)}" for axis in axes if getattr(degrees, axis) > 1]
-    return " x ".join(wide) or "one rank"
+    wide = [f"{axis} {getattr(degrees, axis)}" for axis in AXES if getattr(degrees, axis) > 1]
+    spread = f" (ep {degrees.ep})" if degrees.ep > 1 else ""
+    return (" x ".join(wide) or "one rank") + spread
 
 
 def text_report(
@@ -60,22 +62,21 @@ def text_report(
         f"batch       {wish.rows} row{'s' * (wish.rows > 1)} of {documents.seq_len:,} tokens a "
         f"step, {len(lengths):,} document{'s' * (len(lengths) > 1)} a row, the longest "
         f"{max(lengths):,}",
-        "",
     ]
     if fitting:
-        lines += ["fits, by modelled tokens/s (GB received a step by the busiest rank):", _HEAD]
+        lines += ["", "fits, by modelled tokens/s (GB received a step by the busiest rank):", _HEAD]
         lines += [_line(candidate) for candidate in fitting[:shown]]
         if len(fitting) > shown:
             lines.append(f"  and {len(fitting) - shown} more that fit")
-    if rest:
+    if rest or search.too_large:
         lines += ["", f"does not fit in {cluster.usable / GB:.0f} GB a GPU:"]
-        for each in rest[:shown]:
-            lines.append(
-                f"  {_what(each):<58} needs {each.forecast.memory.total / GB:8.1f} GB, "
-                f"{each.missing / GB:.1f} too many"
-            )
-        if len(rest) > shown:
-            lines.append(f"  and {len(rest) - shown} more that do not fit")
+        lines += _too_much(search, rest, cluster.usable, shown)
+    if search.passed:
+        lines += [
+            "",
+            f"not looked at: {search.passed} meshes with a larger cp than one that fits, which "
+            f"move more and compute as much",
+        ]
     if search.refused:
         lines += ["", "not possible:"]
         for why, count in _reasons(search).items():
@@ -85,29 +86,39 @@ def text_report(
 
 _HEAD = (
     f"  {'mesh, strategy, layout, checkpointing':<58} {'tokens/s':>9} {'s/step':>7} {'GB peak':>8} "
-    f"{'cp':>7} {'fsdp':>7} {'tp':>7} {'exposed':>8}  bound by"
+    f"{'cp':>7} {'weights':>7} {'tp':>7} {'ep':>7} {'exposed':>8}  bound by"
 )
 
 
 def _line(candidate: Candidate) -> str:
-    forecast, time = candidate.forecast, candidate.time
+    forecast, time, setup = candidate.forecast, candidate.time, candidate.setup
     cp, axes = forecast.cp.total, forecast.by_axis
-    fsdp, tp = (axes.get(axis, AxisBytes()).total for axis in ("fsdp", "tp"))
+    weights = sum(axes.get(axis, AxisBytes()).total for axis in ("fsdp", "edp", "dp_replicate"))
+    tp, ep = (axes.get(axis, AxisBytes()).total for axis in ("tp", "ep"))
     exposed = sum(time.exposed.values()) / time.total
     return (
-        f"  {_what(candidate):<58} {candidate.tokens_per_second:9,.0f} {time.total:7.2f} "
-        f"{forecast.memory.total / GB:8.1f} {cp / GB:7.1f} {fsdp / GB:7.1f} {tp / GB:7.1f} "
-        f"{exposed:8.0%}  {time.bound}"
+        f"  {_what(setup):<58} {candidate.tokens_per_second:9,.0f} {time.total:7.2f} "
+        f"{forecast.memory.total / GB:8.1f} {cp / GB:7.1f} {weights / GB:7.1f} "
+        f"{tp / GB:7.1f} {ep / GB:7.1f} {exposed:8.0%}  {time.bound}"
     )
 
 
-def _what(candidate: Candidate) -> str:
-    setup = candidate.setup
+def _what(setup: Setup) -> str:
     rows = setup.documents.batch
     parts = [mesh_name(setup), strategy_name(setup), layout_name(setup), checkpoint_name(setup)]
     if rows > 1:
         parts.append(f"{rows} rows")
     return ", ".join(parts)
+
+
+def _too_much(search: Search, rest: Sequence[Candidate], usable: int, shown: int) -> Iterator[str]:
+    """Setups that need more memory than there is, and by how much."""
+    needs = [(_what(each.setup), each.forecast.memory.total, "") for each in rest]
+    needs += [(_what(each.setup), each.needs, " or more") for each in search.too_large]
+    for what, size, more in needs[:shown]:
+        yield (f"  {what:<58} needs {size / GB:8.1f} GB{more}, {(size - usable) / GB:.1f} too many")
+    if len(needs) > shown:
+        yield f"  and {len(needs) - shown} more that do not fit"
 
 
 def _reasons(search: Search) -> dict[str, int]:
@@ -122,19 +133,24 @@ def detail_lines(candidate: Candidate, cluster: Cluster) -> list[str]:
     """Memory, bytes and time of one setup, in full."""
     forecast, time = candidate.forecast, candidate.time
     setup, busiest = candidate.setup, candidate.forecast.busiest
-    lines = ["", f"best        {_what(candidate)}"]
+    lines = ["", f"best        {_what(setup)}"]
+    lines += [f"layers      {style}" for style in forecast.styles]
     parts = {name: size for name, size in forecast.memory.parts().items() if size}
     lines.append(
         f"memory      {forecast.memory.total / GB:.1f} GB at most, in {forecast.memory.where}: "
         + ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items())
     )
-    for axis, moved in {"cp": forecast.cp, **forecast.by_axis}.items():
+    axes = {"cp": forecast.cp, **forecast.by_axis}
+    for axis, moved in {axis: moved for axis, moved in axes.items() if moved.total}.items():
         lines.append(
             f"{axis:<12}{moved.forward / GB:.2f} GB received forward, {moved.backward / GB:.2f} "
             f"backward, a step"
         )
     crossing = busiest.crossing(setup.degrees.tp, cluster.per_node) * setup.micro_batches
     lines.append(f"            of cp's, {crossing / GB:.2f} GB come from other nodes")
+    if forecast.experts:
+        crossing = forecast.crossing_ep(cluster.per_node)
+        lines.append(f"            of ep's, {crossing / GB:.2f} GB come from other nodes")
     for mixer in busiest.mixers:
         there, back = (sum(each.received) / GB for each in (mixer.forward, mixer.backward))
         if there or back:
@@ -161,15 +177,23 @@ def as_json(name: str, wish: Wish, cluster: Cluster, search: Search) -> dict[str
         "rows": wish.rows,
         "assumptions": cluster.assumptions(),
         "candidates": [_candidate_json(candidate) for candidate in search.candidates],
+        "passed": search.passed,
+        "too_large": [
+            {"mesh": _mesh_json(x.setup), "needs_at_least": x.needs} for x in search.too_large
+        ],
         "refused": [{"mesh": mesh_name(x.setup), "why": x.why} for x in search.refused],
     }
+
+
+def _mesh_json(setup: Setup) -> dict[str, int]:
+    return {axis: getattr(setup.degrees, axis) for axis in (*AXES, "ep")}
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:
     forecast, time, setup = candidate.forecast, candidate.time, candidate.setup
     axes = {"cp": forecast.cp, **forecast.by_axis}
     return {
-        "mesh": {axis: getattr(setup.degrees, axis) for axis in _AXES},
+        "mesh": _mesh_json(setup),
         "strategy": strategy_name(setup),
         "layout": layout_name(setup),
         "checkpoint": checkpoint_name(setup),
@@ -189,6 +213,3 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         "bound_by": time.bound,
         "flops": forecast.flops,
     }
-
-
-_AXES = ("dp_replicate", "dp_shard", "cp", "tp")

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dtcp.distributed.mesh import Degrees
 from dtcp.parallelize import NoCheckpoint, SelectiveCheckpoint
 from dtcp.planner.cluster import Cluster
-from dtcp.planner.forecast import Forecast, assembled, chosen_ranks, look_at
+from dtcp.planner.forecast import Forecast, assembled
+from dtcp.planner.looks import Looks
 from dtcp.planner.setup import BF16, Precision, Setup
 from dtcp.planner.subject import Subject
 from dtcp.planner.timing import StepTime, step_time
@@ -15,6 +15,10 @@ from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
+from dtcp.softmax.style import AttentionStyle
+
+MOST_LOOKS = 24
+"""Steps that are looked at before meshes that others make needless are passed over."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,22 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class TooLarge:
+    """A setup whose weights alone leave no room: `needs` bytes at least, and its step unseen."""
+
+    setup: Setup
+    needs: int
+
+
+@dataclass(frozen=True)
 class Search:
     """All that was tried, best first."""
 
-    candidates: tuple[Candidate, ...]
-    refused: tuple[Refused, ...]
+    candidates: tuple[Candidate, ...] = ()
+    refused: tuple[Refused, ...] = ()
+    too_large: tuple[TooLarge, ...] = ()
+    passed: int = 0
+    """Meshes that were not looked at, for one with a smaller cp fits."""
 
     @property
     def best(self) -> Candidate:
@@ -79,21 +94,27 @@ class Search:
 
 
 class Planner:
-    """Forecasts setups of one model; what several share is looked at once."""
+    """Forecasts setups of one model; what several share is looked at once.
 
-    def __init__(self, subject: Subject, cluster: Cluster, wish: Wish) -> None:
-        self.subject, self.cluster, self.wish = subject, cluster, wish
-        self._known: dict[Any, Any] = {}
+    Args:
+        processes: that look at steps; more than 1 are forked from this one.
+    """
+
+    def __init__(
+        self, subject: Subject, cluster: Cluster, wish: Wish, *, processes: int = 1
+    ) -> None:
+        self.cluster, self.wish = cluster, wish
+        self.looks = Looks(subject, processes)
+
+    def on(self, cluster: Cluster) -> "Planner":
+        """The same model and rows on another cluster; what was seen stays known."""
+        other = Planner(self.looks.subject, cluster, self.wish)
+        other.looks = self.looks
+        return other
 
     def candidate(self, setup: Setup) -> Candidate:
         """Raises ValueError: the model does not take it."""
-        degrees = setup.degrees
-        how = (setup.layout, repr(setup.attention), setup.checkpoint)
-        key = (degrees.cp, degrees.tp, setup.documents, *how)
-        if key not in self._known:
-            self._known[key] = look_at(self.subject, setup, chosen_ranks(degrees.cp))
-        step, ranks = self._known[key]
-        found = assembled(self.subject, setup, step, ranks)
+        found = assembled(self.looks.subject, setup, self.looks.at(setup))
         return Candidate(setup, found, step_time(found, self.cluster), self.cluster.usable)
 
     def search_mesh(self, degrees: Degrees) -> Search:
@@ -109,28 +130,97 @@ class Planner:
                 f"{self.wish.rows} on {data} of them: give a multiple of {data}."
             )
         plain = self._plain(degrees)
-        return self._ranked([plain, *self._variants(plain)])
+        return self.ranked([plain, *self._variants(plain)])
 
-    def _ranked(self, setups: Iterable[Setup], before: Search | None = None) -> Search:
-        found = [] if before is None else list(before.candidates)
-        refused = [] if before is None else list(before.refused)
-        for setup in setups:
+    def ranked(self, setups: Iterable[Setup], before: Search | None = None) -> Search:
+        """What becomes of each, beside what was found before, best first."""
+        before = before or Search()
+        found, refused = list(before.candidates), list(before.refused)
+        tried = list(setups)
+        self.looks.prepare(tried)
+        for setup in tried:
             try:
                 found.append(self.candidate(setup))
             except (ValueError, TypeError) as error:
                 refused.append(Refused(setup, str(error)))
         found.sort(key=lambda candidate: candidate.score, reverse=True)
-        return Search(tuple(found), tuple(refused))
+        return replace(before, candidates=tuple(found), refused=tuple(refused))
 
     def search(self, *, refine: int = 3, say: Callable[[str], None] = lambda _: None) -> Search:
         """Every mesh in one plain way, then other ways on the best meshes."""
         meshes = list(self.meshes())
+        small, sifted = self.sift(self._plain(degrees) for degrees in meshes)
+        worth = small if self.looks.count(small) <= MOST_LOOKS else self._narrow(small)
+        if not worth:
+            # So that there is something to say of what is missing.
+            worth = [each.setup for each in sifted.too_large[:2]]
+            sifted = replace(sifted, too_large=sifted.too_large[2:])
+        passed = len(small) - len(worth) if small else 0
         say(f"tries {len(meshes)} meshes")
-        plain = self._ranked(self._plain(degrees) for degrees in meshes)
+        plain = replace(self.ranked(worth, sifted), passed=passed)
         best = plain.candidates[:refine]
         say(f"tries other strategies, layouts and checkpointing on the best {len(best)}")
-        variants = (setup for candidate in best for setup in self._variants(candidate.setup))
-        return self._ranked(variants, plain)
+        return self.ranked(
+            (setup for candidate in best for setup in self._variants(candidate.setup)), plain
+        )
+
+    def _narrow(self, setups: Iterable[Setup]) -> list[Setup]:
+        """Of meshes that differ in cp alone: the smallest cp that fits, and those beside it.
+
+        A larger cp computes as much and moves more; memory falls as it grows, so it is found by
+        halves.
+        """
+        columns = columns_of(setups)
+        spans = {key: (0, len(column)) for key, column in columns.items()}
+        while middles := {key: sum(span) // 2 for key, span in spans.items() if span[0] < span[1]}:
+            self.looks.prepare(columns[key][middle] for key, middle in middles.items())
+            for key, middle in middles.items():
+                low, high = spans[key]
+                # A cp that is refused is too large for the row.
+                goes_on = self._fits(columns[key][middle]) is False
+                spans[key] = (middle + 1, high) if goes_on else (low, middle)
+        return [
+            setup
+            for key, (found, _) in spans.items()
+            for setup in columns[key][max(0, found - 1) : found + 2]
+        ]
+
+    def has_room(self) -> bool:
+        """Whether any mesh fits, in its plain way."""
+        worth, _ = self.sift(self._plain(degrees) for degrees in self.meshes())
+        columns = list(columns_of(worth).values())
+        # The largest cp that is not refused needs least; what leaves most room first.
+        columns.sort(key=lambda column: self.looks.least(column[-1]))
+        for column in columns:
+            for setup in reversed(column):
+                if (fits := self._fits(setup)) is not None:
+                    break
+            if fits:
+                return True
+        return False
+
+    def _fits(self, setup: Setup) -> bool | None:
+        """None: it is refused."""
+        try:
+            return self.candidate(setup).fits
+        except (ValueError, TypeError):
+            return None
+
+    def sift(self, setups: Iterable[Setup]) -> tuple[list[Setup], Search]:
+        """Setups worth a look, for their weights fit, and what becomes of the others."""
+        worth, large, refused = [], [], []
+        for setup in setups:
+            try:
+                needs = self.looks.least(setup)
+            except (ValueError, TypeError) as error:
+                refused.append(Refused(setup, str(error)))
+                continue
+            if needs > self.cluster.usable:
+                large.append(TooLarge(setup, needs))
+            else:
+                worth.append(setup)
+        large.sort(key=lambda each: each.needs)
+        return worth, Search((), tuple(refused), tuple(large))
 
     def meshes(self) -> Iterator[Degrees]:
         """Degrees whose product is the cluster, with rows for all data-parallel ranks."""
@@ -143,12 +233,26 @@ class Planner:
                 if self.wish.rows % data or self.wish.documents.seq_len < 2 * cp:
                     continue
                 for replicas in sorted({1, *self._replicas(data, cp * tp)}):
-                    yield Degrees(replicas, data // replicas, cp, tp)
+                    degrees = Degrees(replicas, data // replicas, cp, tp)
+                    for ep in self._spread(degrees):
+                        yield replace(degrees, ep=ep)
 
     def _replicas(self, data: int, rest: int) -> list[int]:
         """One way to replicate weights: so that a copy stays inside a node."""
         copies = data // max(1, self.cluster.per_node // rest)
         return [copies] if copies > 1 and data % copies == 0 else []
+
+    def _spread(self, degrees: Degrees) -> list[int]:
+        """Degrees of ep to try first: none, those of a node, and all ranks that there are."""
+        possible = self._expert_degrees(degrees)
+        inside = [ep for ep in possible if ep <= self.cluster.per_node]
+        return sorted({1, *inside[-1:], *possible[-1:]})
+
+    def _expert_degrees(self, degrees: Degrees) -> list[int]:
+        counts = self.looks.expert_counts
+        if not counts:
+            return [1]
+        return [ep for ep in _divisors(degrees.sparse) if not any(n % ep for n in counts)]
 
     def _plain(self, degrees: Degrees) -> Setup:
         data = degrees.dp_replicate * degrees.dp_shard
@@ -159,42 +263,48 @@ class Planner:
             precision=self.wish.precision,
         )
 
-    def _variants(self, setup: Setup) -> Iterator[Setup]:
-        cp, plain = setup.degrees.cp, setup
-        ways: list[Any] = [RingAttention()]
-        if cp > 1:
-            ways += [AllGatherAttention(), UlyssesAttention()]
-            ways += [HybridAttention(inner_ranks=u) for u in (2, 4, 8) if u < cp and cp % u == 0]
-        for attention in ways:
+    def _variants(self, plain: Setup) -> Iterator[Setup]:
+        ways = attention_styles(plain.degrees.cp) if self.looks.reads_strategy else []
+        for attention in ways or [plain.attention]:
             yield replace(plain, attention=attention, checkpoint=SelectiveCheckpoint())
             if not isinstance(attention, RingAttention):
                 yield replace(plain, attention=attention)
-        packed = len(setup.documents.lengths[0]) > 1
-        if cp > 1 and packed and setup.layout is HeadTail:
+        packed = len(plain.documents.lengths[0]) > 1
+        if plain.degrees.cp > 1 and packed and plain.layout is HeadTail:
             yield replace(plain, layout=DocumentBalanced)
             yield replace(plain, layout=DocumentBalanced, checkpoint=SelectiveCheckpoint())
         yield replace(plain, checkpoint=NoCheckpoint())
-        if setup.micro_batches % 2 == 0:
-            lengths = setup.documents.lengths * 2
-            two = Documents(lengths, setup.documents.seq_len)
-            yield replace(plain, documents=two, micro_batches=setup.micro_batches // 2)
+        near = {plain.degrees.ep * 2, plain.degrees.ep // 2} - {*self._spread(plain.degrees)}
+        for ep in sorted(near & {*self._expert_degrees(plain.degrees)}):
+            yield replace(plain, degrees=replace(plain.degrees, ep=ep))
+        if plain.micro_batches % 2 == 0:
+            two = Documents(plain.documents.lengths * 2, plain.documents.seq_len)
+            yield replace(plain, documents=two, micro_batches=plain.micro_batches // 2)
+
+
+def attention_styles(cp: int) -> list[AttentionStyle]:
+    """The strategies of global attention that an axis of so many ranks has a use for."""
+    if cp == 1:
+        return [RingAttention()]
+    hybrids = [HybridAttention(inner_ranks=u) for u in (2, 4, 8) if u < cp and cp % u == 0]
+    return [RingAttention(), AllGatherAttention(), UlyssesAttention(), *hybrids]
+
+
+def columns_of(setups: Iterable[Setup]) -> dict[tuple[int, int, int], list[Setup]]:
+    """Setups whose meshes differ in cp and dp_shard alone, by cp."""
+    columns: dict[tuple[int, int, int], list[Setup]] = {}
+    for setup in sorted(setups, key=lambda setup: setup.degrees.cp):
+        degrees = setup.degrees
+        columns.setdefault((degrees.tp, degrees.ep, degrees.dp_replicate), []).append(setup)
+    return columns
 
 
 def smallest_cluster(planner: Planner, most: int = 4096) -> int | None:
     """The fewest GPUs, by doubling, of which some plain mesh fits; None up to `most`."""
     gpus = planner.cluster.gpus * 2
     while gpus <= most:
-        rows = max(planner.wish.rows, 1)
-        wider = Planner(
-            planner.subject, replace(planner.cluster, gpus=gpus), replace(planner.wish, rows=rows)
-        )
-        wider._known = planner._known
-        for degrees in wider.meshes():
-            try:
-                if wider.candidate(wider._plain(degrees)).fits:
-                    return gpus
-            except (ValueError, TypeError):
-                continue
+        if planner.on(replace(planner.cluster, gpus=gpus)).has_room():
+            return gpus
         gpus *= 2
     return None
 

@@ -1,56 +1,106 @@
 """What FSDP does with a model's parameters: units, and the bytes that each moves and holds."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from dtcp.distributed.mesh import Degrees
 from dtcp.mixer_plan import find
 from dtcp.parallelize import ParallelPlan
 from dtcp.planner.setup import Precision
 
 
 @dataclass(frozen=True)
+class Weight:
+    """A parameter of a rank, as it is without FSDP.
+
+    Args:
+        dtype: in compute.
+        trained: it gets a gradient.
+        spread: its first dim is that of experts, which ranks of ep have their own of.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trained: bool
+    spread: bool = False
+
+    def own(self, degrees: Degrees) -> int:
+        """Numbers that FSDP leaves a rank: dim 0 in equal parts, the last one padded.
+
+        Of experts, the next dim, where they are too few for their ranks and it can be divided.
+        """
+        ranks = sharding_ranks(degrees, spread=self.spread)
+        if not self.shape:
+            return 1
+        if self.spread and self.shape[0] % ranks and self.shape[1:2] and not self.shape[1] % ranks:
+            return prod(self.shape) // ranks
+        return -(-self.shape[0] // ranks) * prod(self.shape[1:])
+
+
+def sharding_ranks(degrees: Degrees, *, spread: bool) -> int:
+    """Ranks that FSDP shards a weight over: fsdp, or edp_shard of one that is spread over ep."""
+    return degrees.sparse // degrees.ep if spread else degrees.dp_shard * degrees.cp
+
+
+@dataclass(frozen=True)
 class Unit:
-    """Parameters that are gathered together, as they are without FSDP on one rank of tp.
+    """Parameters that are gathered together.
 
     Args:
         part: the block; empty for what lies outside of blocks.
-        parameters: shape, dtype in compute, and whether it gets a gradient, of each.
         resharded: freed after forward and gathered again for backward.
         count: of units that are alike.
     """
 
     part: str
-    parameters: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]
+    weights: tuple[Weight, ...]
     resharded: bool
     count: int = 1
 
-    def own(self, ranks: int, *, trained: bool = False) -> dict[torch.dtype, int]:
-        """Numbers that a rank keeps, by dtype: dim 0 in equal parts, the last one padded.
-
-        Args:
-            trained: count those alone that get a gradient.
-        """
-        sizes: dict[torch.dtype, int] = {}
-        for shape, dtype, has_grad in self.parameters:
-            if trained and not has_grad:
-                continue
-            rows = -(-shape[0] // ranks) if shape else 1
-            sizes[dtype] = sizes.get(dtype, 0) + rows * prod(shape[1:])
-        return sizes
-
-    def numbers(self, ranks: int) -> int:
+    def numbers(self, degrees: Degrees) -> int:
         """Of all dtypes that a rank keeps."""
-        return sum(self.own(ranks).values())
+        return sum(weight.own(degrees) for weight in self.weights)
 
-    def gathered(self, ranks: int) -> int:
+    def whole(self, degrees: Degrees) -> int:
+        """Numbers of the whole unit on one rank, padding included."""
+        return sum(
+            weight.own(degrees) * sharding_ranks(degrees, spread=weight.spread)
+            for weight in self.weights
+        )
+
+    def gathered(self, degrees: Degrees) -> int:
         """Bytes of the whole unit on one rank."""
-        own = self.own(ranks).items()
-        return ranks * sum(numel * dtype.itemsize for dtype, numel in own)
+        return sum(
+            weight.own(degrees)
+            * sharding_ranks(degrees, spread=weight.spread)
+            * weight.dtype.itemsize
+            for weight in self.weights
+        )
+
+    def kept(self, degrees: Degrees, *, spread: bool) -> int:
+        """Bytes of a rank's own shards as they are gathered, of either kind of weight."""
+        of = _of_kind(self.weights, spread=spread)
+        return sum(weight.own(degrees) * weight.dtype.itemsize for weight in of)
+
+    def summed(self, degrees: Degrees, precision: Precision, *, spread: bool) -> int:
+        """Bytes of a rank's own gradients as they are summed, of either kind of weight."""
+        total = 0
+        for weight in _of_kind(self.weights, spread=spread):
+            # What is kept in its own dtype is summed in it, too.
+            narrow = weight.dtype == precision.compute
+            width = precision.reduce if narrow else weight.dtype
+            total += weight.trained * weight.own(degrees) * width.itemsize
+        return total
+
+
+def _of_kind(weights: Iterable[Weight], *, spread: bool) -> list[Weight]:
+    return [weight for weight in weights if weight.spread is spread]
 
 
 def units_of(
@@ -59,6 +109,7 @@ def units_of(
     precision: Precision,
     trained: Collection[int],
     *,
+    ep: DeviceMesh | None,
     reshard: bool,
 ) -> list[Unit]:
     """The units that `shard_parameters` makes of a model, in its order.
@@ -66,6 +117,7 @@ def units_of(
     Args:
         plan: keys are names of modules that are there.
         trained: ids of the parameters that get a gradient.
+        ep: the axis of experts.
     """
     kept = {id(model.get_parameter(name)) for name in plan.keep_dtype}
     groups: list[tuple[str, list[nn.Module], bool]] = [
@@ -78,14 +130,18 @@ def units_of(
     groups.append(("", [model], False))
     units, seen = [], set[int]()
     for part, modules, resharded in groups:
-        parameters = []
+        weights = []
         for p in (p for module in modules for p in module.parameters()):
             if id(p) not in seen:
                 seen.add(id(p))
-                shape = p.to_local().shape if isinstance(p, DTensor) else p.shape
-                wide = id(p) in kept
-                dtype = precision.master if wide else precision.compute
-                parameters.append((tuple(shape), dtype, id(p) in trained))
-        if parameters:
-            units.append(Unit(part, tuple(parameters), resharded))
+                dtype = precision.master if id(p) in kept else precision.compute
+                weights.append(_weight(p, dtype, trained=id(p) in trained, ep=ep))
+        if weights:
+            units.append(Unit(part, tuple(weights), resharded))
     return units
+
+
+def _weight(p: nn.Parameter, dtype: torch.dtype, *, trained: bool, ep: DeviceMesh | None) -> Weight:
+    spread = ep is not None and isinstance(p, DTensor) and p.device_mesh == ep
+    shape = p.to_local().shape if isinstance(p, DTensor) else p.shape
+    return Weight(tuple(shape), dtype, trained, spread)

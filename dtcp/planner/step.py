@@ -1,13 +1,15 @@
 """Run one step of a model on tensors without memory, for one rank of a mesh."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
 from dtcp._torch import fake_tensors
 from dtcp.batch import ShardedBatch
@@ -26,36 +28,72 @@ from dtcp.style import MixerStyle
 
 
 @dataclass(frozen=True)
-class TracedStep:
-    """A step of one rank: what ran once for each kind of block, and what is known of the rest."""
+class StepNumbers:
+    """A step of one rank in numbers: what ran once for each kind of block, and what is repeated."""
 
     trace: Trace
     kinds: list[BlockKind]
     units: list[Unit]
-    model: nn.Module
-    sharded: ShardedBatch
     inputs: int
     """Bytes of the batch."""
+    parameters: int
+    """Of the whole model, of all its blocks."""
     axes: dict[str, str]
     """Axis of each process group, by name."""
-    groups: list[str]
-    """Names of the groups that mixers talk over, as this rank has them."""
 
     def times(self, part: str) -> int:
         """How many blocks a part stands for."""
         return next((kind.count for kind in self.kinds if kind.name == part), 1)
 
 
-def trace_step(subject: Subject, mesh: ParallelMesh, setup: Setup) -> TracedStep:
-    """Build the model, one block of a kind, apply its plan, run a step, and note it.
+@dataclass(frozen=True)
+class TracedStep(StepNumbers):
+    """A step of one rank with the model that took it: it can be asked of other ranks' batches."""
 
-    The process group of the mesh is there, fake or real; nothing is sent.
+    model: nn.Module
+    sharded: ShardedBatch
+    groups: list[str]
+    """Names of the groups that mixers talk over, as this rank has them."""
+
+    def numbers(self) -> StepNumbers:
+        """Without what is large: the model, and the calls of its ops."""
+        trace = replace(self.trace, calls=[])
+        return StepNumbers(trace, self.kinds, self.units, self.inputs, self.parameters, self.axes)
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model with one block of a kind and its plan applied, on the meta device."""
+
+    model: nn.Module
+    plan: ParallelPlan
+    kinds: list[BlockKind]
+
+    def units(
+        self, setup: Setup, ep: DeviceMesh | None, trained: Collection[int] | None = None
+    ) -> list[Unit]:
+        """What FSDP gathers together.
+
+        Args:
+            trained: ids of the parameters that get a gradient; None for all that want one.
+        """
+        if trained is None:
+            trained = {id(p) for p in self.model.parameters() if p.requires_grad}
+        counts = {kind.name: kind.count for kind in self.kinds}
+        found = units_of(
+            self.model, self.plan, setup.precision, trained, ep=ep, reshard=setup.reshard
+        )
+        return [replace(unit, count=counts.get(unit.part, 1)) for unit in found]
+
+
+def place_model(subject: Subject, mesh: ParallelMesh, setup: Setup) -> PlacedModel:
+    """Build the model, one block of a kind, and apply its plan; no memory, and no step yet.
 
     Raises:
         ValueError: a mesh, layout or strategy that does not suit the model.
     """
     precision = setup.precision
-    with torch.device("meta"), _default_dtype(precision.compute):
+    with torch.device("meta"), _default_dtype(precision.compute), _Undrawn():
         model = subject.build()
     plan = subject.plan(model, mesh, setup.attention, setup.layout)
     kinds, plan = keep_one_of_each(model, plan)
@@ -64,8 +102,19 @@ def trace_step(subject: Subject, mesh: ParallelMesh, setup: Setup) -> TracedStep
     whole = replace(mesh, hsdp=None)
     parallelize(model, whole, plan, activation_checkpoint=setup.checkpoint)
     _check_stated(model)
-    counts = {kind.name: kind.count for kind in kinds}
+    return PlacedModel(model, plan, kinds)
 
+
+def trace_step(subject: Subject, mesh: ParallelMesh, setup: Setup) -> TracedStep:
+    """Place the model, run a step, and note it.
+
+    The process group of the mesh is there, fake or real; nothing is sent.
+
+    Raises:
+        ValueError: a mesh, layout or strategy that does not suit the model.
+    """
+    placed = place_model(subject, mesh, setup)
+    model, kinds = placed.model, placed.kinds
     fake = fake_tensors()
     tied = find_tied_parameters(model)
     with fake:
@@ -77,18 +126,31 @@ def trace_step(subject: Subject, mesh: ParallelMesh, setup: Setup) -> TracedStep
     with fake:
         local = {key: fake.from_tensor(x) for key, x in local.items()}
     names = [kind.name for kind in kinds]
-    if mesh.tp is not None:
-        # The first time, DTensor tries each op on whole tensors, to know its result's shape.
-        _run(subject, model, local, sharded, names, fake)
     trace, reached = _run(subject, model, local, sharded, names, fake)
-    units = [
-        replace(unit, count=counts.get(unit.part, 1))
-        for unit in units_of(model, plan, precision, reached, reshard=setup.reshard)
-    ]
     groups = [group_name(mesh.cp)] if mesh.cp is not None else []
     for style in styles_of(model):
         groups += style.groups(mesh.cp)
-    return TracedStep(trace, kinds, units, model, sharded, inputs, axes_of(mesh), groups)
+    return TracedStep(
+        trace,
+        kinds,
+        placed.units(setup, mesh.ep, reached),
+        inputs,
+        _whole(model, kinds),
+        axes_of(mesh),
+        model,
+        sharded,
+        groups,
+    )
+
+
+def _whole(model: nn.Module, kinds: Sequence[BlockKind]) -> int:
+    """Parameters of the whole model, of all its blocks."""
+    parts = {kind.name: kind.count for kind in kinds}
+    total = 0
+    for name, p in model.named_parameters():
+        part = next((part for part in parts if name.startswith(f"{part}.")), "")
+        total += p.numel() * parts.get(part, 1)
+    return total
 
 
 def styles_of(model: nn.Module) -> list[Any]:
@@ -113,7 +175,7 @@ def _run(
         reached.add(id(p))
         _drop_grad(p)
 
-    recorder = StepRecorder(sharded.attn_metadata)
+    recorder = StepRecorder(sharded.attn_metadata, fake=True)
     recorder.ignore([*model.parameters(), *model.buffers(), *local.values()])
     blocks = {name: model.get_submodule(name) for name in names}
     with ExitStack() as stack:
@@ -153,8 +215,11 @@ def axes_of(mesh: ParallelMesh) -> dict[str, str]:
     """
     views = {"loss": mesh.loss, "cp": mesh.cp, "tp": mesh.tp, "fsdp": mesh.fsdp}
     axes = {axis_group_name(view, 0): name for name, view in views.items() if view is not None}
-    if mesh.hsdp is not None and mesh.hsdp.ndim == 2:
-        axes |= {axis_group_name(mesh.hsdp, index): "fsdp" for index in range(2)}
+    for name, weights in {"edp": mesh.expert_hsdp, "fsdp": mesh.hsdp}.items():
+        if weights is not None and (weights.ndim == 2 or name == "edp"):
+            axes[axis_group_name(weights, weights.ndim - 1)] = name
+        if weights is not None and weights.ndim == 2:
+            axes[axis_group_name(weights, 0)] = "dp_replicate"
     return axes
 
 
@@ -172,6 +237,26 @@ def _drop_grad(p: Tensor) -> None:
         # As FSDP does before it sums over its own axis.
         grad.redistribute(placements=p.placements)
     p.grad = None
+
+
+class _Undrawn(TorchFunctionMode):
+    """Weights are not drawn: on the meta device that takes time and changes nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+_DRAWS = frozenset(
+    [
+        *(Tensor.normal_, Tensor.uniform_),
+        *(nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_, nn.init.kaiming_uniform_),
+    ]
+)
 
 
 @contextmanager

@@ -134,8 +134,8 @@ class FamilyModel:
         layout: type[SequenceLayout],
         documents: Documents,
     ) -> Batch:
-        ids = torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64)
-        rows = {"input_ids": ids, "labels": ids, "position_ids": documents.position_ids()}
+        rows = _rows_of(documents)
+        ids = rows["input_ids"]
         if getattr(self.config, "vision_blocks", False):
             rows["mm_token_type_ids"] = torch.zeros_like(ids)
         if depths := self._depths:
@@ -174,12 +174,14 @@ class HuggingFaceModel:
         self, model: nn.Module, mesh: ParallelMesh, attention: AttentionStyle, layout: Any
     ) -> ParallelPlan:
         from dtcp.huggingface import install_mixers
-        from dtcp.parallelize.plans.huggingface import hf_plan
+        from dtcp.parallelize.plans.huggingface import hf_plan, share_latents
         from dtcp.parallelize.tensor_parallel import separate_gate_and_up
 
         survey = install_mixers(model)
         separate_gate_and_up(model)
-        return hf_plan(model, survey, mesh, attention)
+        plan = hf_plan(model, survey, mesh, attention)
+        share_latents(model, survey, mesh, plan)
+        return plan
 
     def batch(
         self,
@@ -190,9 +192,7 @@ class HuggingFaceModel:
     ) -> Batch:
         from dtcp.huggingface import shard_hf_batch
 
-        ids = torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64)
-        rows = {"input_ids": ids, "labels": ids, "position_ids": documents.position_ids()}
-        return shard_hf_batch(rows, mesh, layout, model=model, compare_ranks=False)
+        return shard_hf_batch(_rows_of(documents), mesh, layout, model=model, compare_ranks=False)
 
     def logits(
         self, model: nn.Module, local: Mapping[str, Tensor], sharded: ShardedBatch
@@ -231,8 +231,7 @@ class OwnModel:
         layout: type[SequenceLayout],
         documents: Documents,
     ) -> Batch:
-        ids = torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64)
-        rows = {"input_ids": ids, "labels": ids, "position_ids": documents.position_ids()}
+        rows = _rows_of(documents)
         return shard_batch(
             rows, mesh, layout, model=model, documents=documents, compare_ranks=False
         )
@@ -241,6 +240,12 @@ class OwnModel:
         self, model: nn.Module, local: Mapping[str, Tensor], sharded: ShardedBatch
     ) -> tuple[Tensor, ...]:
         return _as_tuple(model(local["input_ids"], local["position_ids"], sharded.attn_metadata))
+
+
+def _rows_of(documents: Documents) -> dict[str, Tensor]:
+    """A batch of these documents, in which no token says anything."""
+    ids = torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64)
+    return {"input_ids": ids, "labels": ids, "position_ids": documents.position_ids()}
 
 
 def _as_tuple(logits: Any) -> tuple[Tensor, ...]:

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+from dtcp.distributed.mesh import Degrees
+from dtcp.planner.axis_bytes import AxisBytes
 from dtcp.planner.cluster import Cluster
-from dtcp.planner.forecast import AxisBytes, Forecast, RankForecast
+from dtcp.planner.forecast import Forecast, RankForecast
+from dtcp.planner.sharded_weights import sharding_ranks
 from dtcp.softmax import HybridAttention, RingAttention
 
 
@@ -13,7 +16,7 @@ class StepTime:
 
     Args:
         matmuls, mixers: compute.
-        cp, fsdp, tp: transfers, each as if alone.
+        cp, fsdp, tp, ep: transfers, each as if alone; fsdp's are of all weights.
         exposed: by axis, what compute does not hide.
     """
 
@@ -22,6 +25,7 @@ class StepTime:
     cp: float
     fsdp: float
     tp: float
+    ep: float
     exposed: dict[str, float]
 
     @property
@@ -51,17 +55,19 @@ def step_time(forecast: Forecast, cluster: Cluster) -> StepTime:
         and isinstance(setup.attention.outer, RingAttention)
     )
     mixers, cp = max(ranks, key=lambda pair: max(pair) if ring else sum(pair))
-    tp = _seconds(forecast.by_axis.get("tp", AxisBytes()), setup.degrees.tp, 1, cluster)
-    ranks_of_weights = setup.degrees.dp_shard * setup.degrees.cp * setup.degrees.dp_replicate
-    fsdp = _seconds(
-        forecast.by_axis.get("fsdp", AxisBytes()), ranks_of_weights, setup.degrees.tp, cluster
-    )
+    degrees = setup.degrees
+    tp = _seconds(forecast.by_axis.get("tp", AxisBytes()), degrees.tp, 1, cluster)
+    fsdp = 0.0
+    for axis, (holders, stride) in _axes_of_weights(degrees).items():
+        fsdp += _seconds(forecast.by_axis.get(axis, AxisBytes()), holders, stride, cluster)
+    ep = ep_seconds(forecast, cluster)
     exposed = {
         "cp": max(0.0, cp - mixers) if ring else cp,
         "tp": tp,
+        "ep": ep,
         "fsdp": max(0.0, fsdp - matmuls - mixers),
     }
-    return StepTime(matmuls, mixers, cp, fsdp, tp, exposed)
+    return StepTime(matmuls, mixers, cp, fsdp, tp, ep, exposed)
 
 
 def cp_seconds(forecast: Forecast, rank: RankForecast, cluster: Cluster) -> float:
@@ -71,6 +77,22 @@ def cp_seconds(forecast: Forecast, rank: RankForecast, cluster: Cluster) -> floa
     inside = rank.received.total - crossing
     seconds = crossing / cluster.between + inside / cluster.inside
     return seconds * setup.micro_batches
+
+
+def _axes_of_weights(degrees: Degrees) -> dict[str, tuple[int, int]]:
+    """(ranks, how far apart they are) of each axis that weights and their gradients travel on."""
+    return {
+        "fsdp": (sharding_ranks(degrees, spread=False), degrees.tp),
+        "edp": (sharding_ranks(degrees, spread=True), degrees.ep),
+        "dp_replicate": (degrees.dp_replicate, degrees.sparse),
+    }
+
+
+def ep_seconds(forecast: Forecast, cluster: Cluster) -> float:
+    """Tokens to experts and back, straight: the network's part and the node's."""
+    received = forecast.by_axis.get("ep", AxisBytes()).total
+    crossing = forecast.crossing_ep(cluster.per_node)
+    return crossing / cluster.between + (received - crossing) / cluster.inside
 
 
 def _seconds(moved: AxisBytes, ranks: int, stride: int, cluster: Cluster) -> float:

@@ -22,6 +22,7 @@ from dtcp._torch import (
     TorchDispatchMode,
     argument_names,
     flat_leaves,
+    is_fake,
     packet_of,
     process_group,
     put_back,
@@ -30,6 +31,8 @@ from dtcp._torch import (
 )
 from dtcp.distributed.ops import moves_of
 from dtcp.metadata import BatchMetadata, MetadataKey
+from dtcp.planner.even_routes import ROUTE, even_routes
+from dtcp.planner.mixer_flops import GROUPED_PRODUCTS, mixer_flops
 
 OUTSIDE = "outside of blocks"
 
@@ -102,7 +105,7 @@ class Trace:
     collectives: dict[tuple[Place, str], int] = field(default_factory=lambda: defaultdict(int))
     """Bytes received in torch's collectives, by place and name of the process group."""
     flops: dict[Place, int] = field(default_factory=lambda: defaultdict(int))
-    """Of matmuls; those of mixers depend on the batch."""
+    """Of matmuls, those of experts among them; those of mixers depend on the batch."""
     stretches: list[Stretch] = field(default_factory=list)
 
     def parts(self) -> Iterator[str]:
@@ -115,11 +118,13 @@ class StepRecorder(TorchDispatchMode):
 
     Args:
         metadata: of the batch that is run; its tables are recognized in the calls.
+        fake: tensors have no data: every expert gets as many tokens.
     """
 
-    def __init__(self, metadata: BatchMetadata) -> None:
+    def __init__(self, metadata: BatchMetadata, *, fake: bool = False) -> None:
         super().__init__()
         self.trace, self.place, self.live = Trace(), Place(), 0
+        self.fake = fake
         self._alive: dict[int, int] = {}
         self._tables = {
             id(tensor): Table(key, index)
@@ -152,10 +157,20 @@ class StepRecorder(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             # What it does comes by again, on local tensors.
             return NotImplemented
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        name = func.name()
-        if name.startswith("dtcp::"):
+        kwargs, name = kwargs or {}, func.name()
+        if self.fake and name == ROUTE:
+            out = even_routes(func, args, kwargs)
+        elif self.fake and name == "aten::detach" and not is_fake(args[0]):
+            # As checkpointing does to what it keeps: what the host reads stays readable.
+            with real_tensors():
+                out = func(*args)
+        else:
+            out = func(*args, **kwargs)
+        if self.fake and _is_trial(out):
+            return out
+        if name in GROUPED_PRODUCTS:
+            self.trace.flops[self.place] += mixer_flops(func, args)
+        elif name.startswith("dtcp::"):
             self._note_call(func, args, kwargs)
         elif name.startswith(("_c10d_functional::", "c10d::")):
             group, size = collective_bytes(func, args, kwargs)
@@ -179,6 +194,9 @@ class StepRecorder(TorchDispatchMode):
             return leaf
         if id(leaf) in self._tables:
             return self._tables[id(leaf)]
+        if self.fake and not is_fake(leaf):
+            # What the host reads beside a batch's tables: how many tokens go to experts.
+            return leaf
         return Size(tuple(leaf.shape), leaf.dtype)
 
     def _weigh(self, out: Any) -> None:
@@ -199,6 +217,14 @@ class StepRecorder(TorchDispatchMode):
 
     def _let_go(self, key: int) -> None:
         self.live -= self._alive.pop(key, 0)
+
+
+def _is_trial(out: Any) -> bool:
+    """Whether DTensor has tried an op on whole tensors, to know its result's shape."""
+    return any(
+        isinstance(x, Tensor) and x.device.type == "meta" and not is_fake(x)
+        for x in flat_leaves(out)[0]
+    )
 
 
 def collective_bytes(func: OpOverload, args: Any, kwargs: Any) -> tuple[str, int]:

@@ -3,19 +3,22 @@
 from dataclasses import dataclass
 from typing import Any
 
+from dtcp.torchtitan.hf_model import HuggingFaceConfig, read_config
 from dtcp.torchtitan.parallelize import checkpoint_of
 
 import torch
 
-from dtcp.distributed.mesh import ParallelMesh
+from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.metadata import BatchMetadata
 from dtcp.parallelize import ActivationCheckpoint
 from dtcp.planner.forecast import received_over_cp
 from dtcp.planner.peak import PeakMemory, peak_memory
 from dtcp.planner.setup import Precision, Setup
 from dtcp.planner.step import TracedStep, trace_step
-from dtcp.planner.subject import FAMILIES, FamilyModel
+from dtcp.planner.subject import FAMILIES, FamilyModel, HuggingFaceModel, Subject
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.softmax.style import AttentionStyle
 
 NEAR = 0.01
 """How far counted bytes may be from expected ones, as a share, before a run says so."""
@@ -52,34 +55,65 @@ def kept_by_blocks(config: Any) -> ActivationCheckpoint:
     return checkpoint_of(config.activation_checkpoint)
 
 
+def subject_of(config: Any) -> Subject:
+    """The model of a config, as the planner builds it.
+
+    Raises:
+        ValueError: a model of torchtitan's.
+    """
+    spec = config.model_spec
+    if isinstance(spec.model, HuggingFaceConfig):
+        return HuggingFaceModel(spec.name, read_config(spec.model.source))
+    shape = getattr(spec.model, "shape", None)
+    if shape is None or spec.name not in FAMILIES:
+        raise ValueError(
+            f"The planner builds models of dtcp's and of transformers, got torchtitan's "
+            f"{spec.name}: leave out --dtcp.forecast, name a --dtcp.strategy and a --dtcp.layout, "
+            f"or pass its config.json as --model.hf."
+        )
+    return FamilyModel(spec.flavor, spec.name, shape)
+
+
+def setup_of(
+    config: Any,
+    degrees: Degrees,
+    documents: Documents,
+    layout: type[SequenceLayout],
+    attention: AttentionStyle,
+) -> Setup:
+    """How the config runs its model on a mesh, with these rows, this layout and this strategy."""
+    return Setup(
+        degrees,
+        documents,
+        layout,
+        attention,
+        kept_by_blocks(config),
+        precision_of(config.training),
+        reshard=config.parallelism.fsdp_reshard_after_forward != "never",
+    )
+
+
+def precision_of(training: Any) -> Precision:
+    """The dtypes of torchtitan's training section."""
+    return Precision(
+        getattr(torch, training.mixed_precision_param),
+        getattr(torch, training.mixed_precision_reduce),
+        getattr(torch, training.dtype),
+    )
+
+
 def expectation(config: Any, mesh: ParallelMesh) -> Expectation:
     """Trace a step of the config's model on the mesh of this run; all ranks call it.
 
     Raises:
-        ValueError: a model that is no family's of dtcp.
+        ValueError: a model of torchtitan's.
     """
-    shape = getattr(config.model_spec.model, "shape", None)
-    if shape is None or config.model_spec.name not in FAMILIES:
-        raise ValueError(
-            f"A forecast is of a model of dtcp's, got {config.model_spec.name}: leave out "
-            f"--dtcp.forecast."
-        )
-    training = config.training
-    setup = Setup(
-        mesh.degrees,
-        Documents.single(training.local_batch_size, training.seq_len),
-        config.dtcp.sequence_layout(),
-        config.dtcp.attention_style(),
-        kept_by_blocks(config),
-        Precision(
-            getattr(torch, training.mixed_precision_param),
-            getattr(torch, training.mixed_precision_reduce),
-            getattr(torch, training.dtype),
-        ),
-        reshard=config.parallelism.fsdp_reshard_after_forward != "never",
+    training, section = config.training, config.dtcp
+    rows = Documents.single(training.local_batch_size, training.seq_len)
+    setup = setup_of(
+        config, mesh.degrees, rows, section.sequence_layout(), section.attention_style()
     )
-    subject = FamilyModel(config.model_spec.flavor, config.model_spec.name, shape)
-    step = trace_step(subject, mesh, setup)
+    step = trace_step(subject_of(config), mesh, setup)
     return Expectation(step, peak_memory(step, setup))
 
 

@@ -23,6 +23,7 @@ from dtcp.distributed.ledger import LEDGER, traffic_since
 from dtcp.experts import library_for
 from dtcp.mixer import Mixer
 from dtcp.parallelize.experts import largest_load
+from dtcp.planner.even_routes import EXPERT_OPS
 from dtcp.pretrain.expected import warning
 from dtcp.pretrain.launch import ranks_of_machine
 
@@ -98,7 +99,7 @@ class Progress(MetricsProcessor):
         seconds = (now - self.time_last_log) / steps
         batch_ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
         tokens = self.ntokens_since_last_log * batch_ranks / (now - self.time_last_log)
-        received, between = (each / steps for each in self._received())
+        received, between, of_experts = (each / steps for each in self._received())
         load = largest_load(self.model_parts, self.parallel_dims.get_optional_mesh("loss"))
         rows = largest_work(self.row_work)
         memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
@@ -122,7 +123,9 @@ class Progress(MetricsProcessor):
         self.logger.log(metrics, step)
         self.losses[step] = global_avg_loss
         expected = self.expected / steps
-        held = f", {received / expected:.3f} of what is expected" if expected else ""
+        # Where tokens went is the routers' choice: no forecast knows it.
+        counted = received - of_experts
+        held = f", {counted / expected:.3f} of what is expected" if expected else ""
         held += f", {_bytes(between)} from other nodes" if self.ranks_per_node else ""
         say(
             f"step {step:>5}/{self.steps}  loss {global_avg_loss:8.5f}  grad {grad_norm:7.4f}  "
@@ -132,7 +135,7 @@ class Progress(MetricsProcessor):
             f"{'' if rows is None else f'rows {rows:.2f} of mean  '}"
             f"{self._time_left(step, seconds)} left"
         )
-        if expected and (said := warning(received, expected)):
+        if expected and (said := warning(counted, expected)):
             say(said)
         self._last_step = step
         self._traffic = LEDGER.snapshot()
@@ -146,11 +149,12 @@ class Progress(MetricsProcessor):
         self._traffic = LEDGER.snapshot()
         self._reset()
 
-    def _received(self) -> tuple[int, int]:
-        """Bytes since the last line, and those of them from other nodes; none, if nobody says."""
+    def _received(self) -> tuple[int, int, int]:
+        """Bytes since the last line; those of them from other nodes, if anybody says; experts'."""
         traffic = traffic_since(self._traffic)
         nodes = self.ranks_per_node or dist.get_world_size()
-        return traffic.received, traffic.crossing(dist.get_rank(), nodes)[1]
+        of_experts = sum(traffic[op].received for op in EXPERT_OPS)
+        return traffic.received, traffic.crossing(dist.get_rank(), nodes)[1], of_experts
 
     def _reset(self) -> None:
         self.ntokens_since_last_log = 0

@@ -33,7 +33,7 @@ from dtcp.experts import RouterLoss
 from dtcp.labels import look_ahead
 from dtcp.pretrain.config_check import check_by_torchtitan, check_settings
 from dtcp.pretrain.data import PackedDocuments, open_source
-from dtcp.pretrain.expected import Expectation, expectation
+from dtcp.pretrain.expected import Expectation, expectation, subject_of
 from dtcp.pretrain.folder_lock import FolderLock
 from dtcp.pretrain.launch import ranks_of_machine
 from dtcp.pretrain.output_folder import check_output
@@ -69,6 +69,8 @@ class Trainer(titan.Trainer):
             _check_data(self)
             check_start(self)
             check_output(self)
+            if self.dtcp.is_open or self.dtcp.forecast:
+                subject_of(self)
 
         def maybe_log(self) -> None:
             titan.Trainer.Config.maybe_log(self)

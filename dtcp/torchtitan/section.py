@@ -29,21 +29,29 @@ LAYOUT_CLASSES: Mapping[str, type[SequenceLayout]] = {
     "document_balanced": DocumentBalanced,
 }
 
+StrategyName = Literal["ring", "all_gather", "ulysses", "hybrid", "auto"]
+LayoutName = Literal[
+    "contiguous", "head_tail", "per_document", "block_balanced", "document_balanced", "auto"
+]
+AUTO = "auto"
+_OPEN = (
+    "What is left to the planner is chosen by train.py where its ranks start, got dtcp.{0}='auto' "
+    "of a section that no run has closed: name {1}."
+)
+
 
 @dataclass(kw_only=True, slots=True)
 class Section:
     """How attention is carried out over `parallelism.context_parallel_degree` ranks."""
 
-    strategy: Literal["ring", "all_gather", "ulysses", "hybrid"] = "ring"
-    """Exchange between the ranks of a context-parallel group."""
+    strategy: StrategyName = "ring"
+    """Exchange between the ranks of a context-parallel group; "auto" for the planner's choice."""
 
     ulysses_degree: int = 2
     """Of the hybrid strategy: ranks that exchange heads; the ring goes over the rest."""
 
-    layout: Literal[
-        "contiguous", "head_tail", "per_document", "block_balanced", "document_balanced"
-    ] = "head_tail"
-    """Which tokens each rank holds."""
+    layout: LayoutName = "head_tail"
+    """Which tokens each rank holds; "auto" for the planner's choice."""
 
     boundary: Literal["in_graph", "eager_island"] = "in_graph"
     """Collectives inside the compiled block, or one graph break around each attention."""
@@ -74,12 +82,21 @@ class Section:
     stop_seconds: int = 120
     """How long ranks may take to save on SIGTERM or Ctrl-C before train.py kills them."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the planner is still to choose."""
+        return AUTO in (self.strategy, self.layout)
+
     def sequence_layout(self) -> type[SequenceLayout]:
+        if self.layout == AUTO:
+            raise ValueError(_OPEN.format("layout", "a layout"))
         return LAYOUT_CLASSES[self.layout]
 
     def attention_style(self) -> AttentionStyle:
         boundary: Boundary = InGraph() if self.boundary == "in_graph" else EagerIsland()
         match self.strategy:
+            case "auto":
+                raise ValueError(_OPEN.format("strategy", "a strategy"))
             case "ring":
                 return RingAttention(boundary=boundary)
             case "all_gather":

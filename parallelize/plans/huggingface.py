@@ -96,7 +96,7 @@ def parallelize_hf(
     separate_gate_and_up(model)
     plan = hf_plan(model, survey, mesh, attention, expert_exchange)
     tell_experts_of_padding(model, find(model, plan.blocks), plan.ep)
-    _exchange_latents(model, survey, mesh, plan)
+    share_latents(model, survey, mesh, plan)
     parallelize(
         model, mesh, plan, activation_checkpoint=activation_checkpoint, compile=compile, fsdp=fsdp
     )
@@ -137,7 +137,7 @@ def hf_plan(
     )
 
 
-def _exchange_latents(model: Any, survey: Survey, mesh: ParallelMesh, plan: ParallelPlan) -> None:
+def share_latents(model: Any, survey: Survey, mesh: ParallelMesh, plan: ParallelPlan) -> None:
     """Let layers of latent attention exchange latents, where their strategy brings these."""
     if mesh.cp is None or mesh.tp is not None:
         return

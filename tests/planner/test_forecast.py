@@ -1,15 +1,28 @@
 """What is forecast of a step is what real ranks count, to the byte, by axis and direction."""
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import distributed as dist
 
 from dtcp._torch import process_group
+from dtcp.check.configs import small_config
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.experts import AllToAllExchange
 from dtcp.loss import token_mean_loss
 from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
-from dtcp.parallelize import FSDP, FullCheckpoint, NoCheckpoint, SelectiveCheckpoint, parallelize
+from dtcp.parallelize import (
+    FSDP,
+    FullCheckpoint,
+    NoCheckpoint,
+    SelectiveCheckpoint,
+    parallelize,
+    parallelize_hf,
+)
+from dtcp.planner.even_routes import EXPERT_OPS
 from dtcp.planner.forecast import forecast
 from dtcp.planner.setup import Precision, Setup
 from dtcp.planner.step import axes_of
@@ -36,7 +49,13 @@ SUBJECTS = {
     "qwen3_5": lambda: FamilyModel("qwen3_5", "qwen3_5", qwen3_5.tiny(experts=True)),
     "deepseek_v4": lambda: FamilyModel("deepseek_v4", "deepseek_v4", deepseek_v4.tiny()),
     "hf": lambda: HuggingFaceModel("mistral", config_of("mistral")),
+    "gemma4_moe": lambda: FamilyModel("gemma4_moe", "gemma4", gemma4.tiny_moe()),
+    "hf_latents": lambda: HuggingFaceModel(
+        "deepseek_v3", small_config("deepseek_v3", {"first_k_dense_replace": 2}).config
+    ),
+    "hf_moe": lambda: HuggingFaceModel("qwen3_moe", config_of("qwen3_moe")),
 }
+FAMILIES = ("llama", "gemma4", "gemma4_e", "qwen3_5", "deepseek_v4", "hf", "hf_latents")
 
 
 def counted(_, kind, setup):
@@ -44,12 +63,18 @@ def counted(_, kind, setup):
     subject, mesh = SUBJECTS[kind](), ParallelMesh.from_degrees(setup.degrees, "cpu")
     torch.manual_seed(0)
     model = subject.build()
-    plan = subject.plan(model, mesh, setup.attention, setup.layout)
-    fsdp = FSDP(reshard_after_forward=setup.reshard)
-    parallelize(model, mesh, plan, activation_checkpoint=setup.checkpoint, fsdp=fsdp)
+    how = {
+        "activation_checkpoint": setup.checkpoint,
+        "fsdp": FSDP(reshard_after_forward=setup.reshard),
+    }
+    if isinstance(subject, HuggingFaceModel):
+        parallelize_hf(model, mesh, setup.attention, **how)
+    else:
+        plan = subject.plan(model, mesh, setup.attention, setup.layout)
+        parallelize(model, mesh, plan, **how)
     local, sharded = subject.batch(model, mesh, setup.layout, setup.documents)
     recorder = StepRecorder(sharded.attn_metadata)
-    with recorder:
+    with recorder, choosing_evenly():
         with count_traffic() as there:
             logits = subject.logits(model, local, sharded)
             loss = sum(token_mean_loss(x, local["labels"], 256) for x in logits)
@@ -58,11 +83,26 @@ def counted(_, kind, setup):
         with count_traffic() as back:
             loss.backward()
     axes = axes_of(mesh)
-    by_axis = {"cp": [there.received, back.received]}
+    experts = [sum(traffic[op].received for op in EXPERT_OPS) for traffic in (there, back)]
+    by_axis = {"ep": experts}
+    by_axis["cp"] = [there.received - experts[0], back.received - experts[1]]
     for (place, group), size in recorder.close().collectives.items():
         if size:
             by_axis.setdefault(axis(axes, group), [0, 0])[place.backward] += size
     return {axis: tuple(sizes) for axis, sizes in by_axis.items() if any(sizes)}
+
+
+@contextmanager
+def choosing_evenly():
+    """Routers that choose every expert as often, as a forecast has it."""
+    exchange = AllToAllExchange.__call__
+
+    def evenly(self, x, index, weight, compute, meanwhile=None):
+        chosen = torch.arange(index.numel()).view_as(index) % self.num_experts
+        return exchange(self, x, chosen, weight, compute, meanwhile)
+
+    with patch.object(AllToAllExchange, "__call__", evenly):
+        yield
 
 
 def axis(axes, group):
@@ -97,7 +137,7 @@ def test_forecast_bytes_are_those_of_real_ranks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SUBJECTS)
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize(
     "degrees", [Degrees(dp_shard=2, cp=2), Degrees(cp=3), Degrees(dp_replicate=2, cp=2)], ids=str
 )
@@ -128,3 +168,32 @@ def test_forecast_bytes_with_tensor_parallelism_are_those_of_real_ranks(kind):
 )
 def test_forecast_bytes_of_strategies_and_checkpoints_are_those_of_real_ranks(options):
     assert_forecast_is_counted("llama", setup_of(Degrees(cp=4), **options))
+
+
+def test_forecast_bytes_of_experts_on_their_own_ranks_are_those_of_real_ranks():
+    assert_forecast_is_counted("qwen3_5", setup_of(Degrees(cp=2, ep=2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_5", "deepseek_v4", "gemma4_moe", "hf_moe"])
+@pytest.mark.parametrize(
+    "degrees",
+    [Degrees(dp_shard=2, cp=2, ep=4), Degrees(dp_replicate=2, cp=2, tp=2, ep=2)],
+    ids=str,
+)
+def test_forecast_bytes_of_experts_beside_other_axes_are_those_of_real_ranks(kind, degrees):
+    assert_forecast_is_counted(kind, setup_of(degrees))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("degrees", "options"),
+    [
+        (Degrees(dp_shard=2, cp=2, tp=2, ep=4), {"checkpoint": SelectiveCheckpoint()}),
+        (Degrees(dp_shard=4, ep=2), {"checkpoint": NoCheckpoint()}),
+        (Degrees(cp=2, tp=2, ep=4), {"reshard": False}),
+    ],
+    ids=str,
+)
+def test_forecast_bytes_of_experts_under_every_checkpoint_are_those_of_real_ranks(degrees, options):
+    assert_forecast_is_counted("qwen3_5", setup_of(degrees, **options))

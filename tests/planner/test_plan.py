@@ -1,21 +1,25 @@
 """The planner's command: what it ranks, what it says of what does not fit, what it refuses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from dtcp.distributed.mesh import Degrees
-from dtcp.models import llama
+from dtcp.models import llama, qwen3_5
 from dtcp.parallelize import FullCheckpoint, NoCheckpoint
 from dtcp.plan import __main__ as command
-from dtcp.plan.source import asked_documents
+from dtcp.plan.source import asked_documents, request_of
 from dtcp.planner.cluster import GB, cluster_of
 from dtcp.planner.forecast import forecast
 from dtcp.planner.search import Planner, Wish
 from dtcp.planner.setup import Setup
 from dtcp.planner.subject import FamilyModel, subject_of_hf
+from dtcp.pretrain.choice import mesh_of
+from dtcp.pretrain.expected import kept_by_blocks
+from dtcp.pretrain.options import parse
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 
@@ -72,6 +76,8 @@ def test_plan_as_json_has_bytes_and_seconds(capsys):
         (["--hf-config", "llama3.1-8b", "--cluster", "eight"], "A cluster is so many GPUs of a"),
         (["--hf-config", "llama3.1-8b", "--mesh", "cp=3"], "A mesh has all GPUs of its cluster"),
         (["--hf-config", "llama3.1-8b", "--mesh", "ep=3"], "A mesh is given as cp=8,tp=1"),
+        (["--hf-config", "llama3.1-8b", "--mesh", "ep=8"], "whose plan names no experts: set ep"),
+        (["--config", "titan_llama3_tiny"], "whose model is torchtitan's llama3: pass its config"),
         (["--hf-config", "llama3.1-8b", "--documents", "nope"], "Documents are single, lognormal"),
         (["--hf-config", "llama3.1-8b", "--documents", "lognormal:0:1"], "Lengths are drawn as"),
         (["--hf-config", "llama3.1-8b", "--training.steps", "3"], "Settings belong to a config"),
@@ -140,6 +146,54 @@ def test_plan_of_thousands_of_gpus_looks_at_one_row_only():
         Setup(Degrees(dp_replicate=8, dp_shard=128, cp=4), planner.wish.documents)
     )
     assert candidate.fits and candidate.setup.tokens == 4096 * 1024
+
+
+def test_plan_names_a_command_that_train_takes():
+    """With experts on ranks of their own: what train.py parses is what was planned."""
+    arguments, rest = command._parser().parse_known_args(["--config", "qwen3_5_moe_tiny"])
+    request, cluster = request_of(arguments, rest), cluster_of("4xH100")
+    planner = Planner(request.subject, cluster, request.wish)
+    setup = Setup(Degrees(cp=2, tp=2, ep=4), request.wish.documents, checkpoint=NoCheckpoint())
+    line = command.command_line(request, planner.candidate(setup), cluster)
+    launcher, _, given = line.partition(" train.py ")
+    config = parse(given.split())
+    config.check()
+    assert launcher == "torchrun --nproc-per-node 4"
+    assert mesh_of(config.parallelism, 4) == setup.degrees
+    assert kept_by_blocks(config) == NoCheckpoint()
+
+
+def test_plan_tries_ranks_of_their_own_for_experts():
+    subject = FamilyModel("tiny", "qwen3_5", qwen3_5.tiny(experts=True))
+    planner = Planner(subject, cluster_of("16xH100"), Wish(Documents.single(1, 4096), 16))
+    assert {degrees.ep for degrees in planner.meshes()} == {1, 8}
+    dense = Planner(TINY, cluster_of("16xH100"), planner.wish)
+    assert {degrees.ep for degrees in dense.meshes()} == {1}
+
+
+def test_plan_does_not_run_steps_whose_weights_leave_no_room():
+    """Weights, their gradients and the optimizer take 16 bytes a parameter, whatever is kept."""
+    small = replace(cluster_of("8xH100"), memory=5 * 10**9)
+    planner = Planner(TINY, small, Wish(Documents.single(1, 4096), 1))
+    setups = [Setup(degrees, planner.wish.documents) for degrees in planner.meshes()]
+    worth, sifted = planner.sift(setups)
+    assert worth == setups and not sifted.too_large
+    for setup in setups:
+        assert planner.looks.least(setup) <= planner.candidate(setup).forecast.memory.total
+    tight = planner.on(replace(small, memory=small.reserved + planner.looks.least(setups[0]) - 1))
+    assert tight.sift(setups[:1])[1].too_large[0].needs == planner.looks.least(setups[0])
+
+
+@pytest.mark.slow
+def test_plan_passes_over_meshes_that_others_make_needless():
+    """Of many meshes some are looked at, and the best of all is among them."""
+    wish = Wish(Documents.single(1, 2**14), 64)
+    planner = Planner(TINY, cluster_of("64xH100"), wish)
+    every = [planner._plain(degrees) for degrees in planner.meshes() if degrees.tp < 4]
+    narrow = planner._narrow(every)
+    assert 0 < len(narrow) < len(every)
+    best = max(map(planner.candidate, every), key=lambda each: each.score)
+    assert best.score == max(map(planner.candidate, narrow), key=lambda each: each.score).score
 
 
 def test_plan_of_a_model_of_ones_own(capsys):

@@ -1,0 +1,107 @@
+"""Bytes by axis of the mesh: of torch's collectives, of weights, and of tokens on their way."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from torch import distributed as dist
+
+from dtcp._torch import argument_names
+from dtcp.distributed.groups import group_of
+from dtcp.distributed.ops import moves_of
+from dtcp.planner.even_routes import EXPERT_OPS, ExpertMoves
+from dtcp.planner.setup import Setup
+from dtcp.planner.sharded_weights import sharding_ranks
+from dtcp.planner.step import StepNumbers, TracedStep
+
+NO_GROUPS: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class AxisBytes:
+    """Bytes that a rank receives over an axis in a step, by direction."""
+
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+    def __add__(self, other: "AxisBytes") -> "AxisBytes":
+        return AxisBytes(self.forward + other.forward, self.backward + other.backward)
+
+    def times(self, count: int) -> "AxisBytes":
+        return AxisBytes(self.forward * count, self.backward * count)
+
+
+def torch_bytes(step: StepNumbers, setup: Setup) -> dict[str, AxisBytes]:
+    """Bytes that torch's collectives bring a rank in a step, by axis."""
+    by_axis: dict[str, AxisBytes] = defaultdict(AxisBytes)
+    for (place, group), size in step.trace.collectives.items():
+        axis = step.axes.get(group, "other")
+        if size:
+            times = size * step.times(place.part) * setup.micro_batches
+            by_axis[axis] += AxisBytes(*((0, times) if place.backward else (times, 0)))
+    by_axis["fsdp"] += weight_bytes(step, setup, spread=False)
+    if setup.degrees.ep > 1:
+        by_axis["edp"] += weight_bytes(step, setup, spread=True)
+    if setup.degrees.dp_replicate > 1:
+        by_axis["dp_replicate"] += replica_bytes(step, setup)
+    return dict(by_axis)
+
+
+def weight_bytes(step: StepNumbers, setup: Setup, *, spread: bool) -> AxisBytes:
+    """Gathers of every unit, once more before backward where it was freed; gradients summed.
+
+    Args:
+        spread: of weights that are spread over ep, which edp shards; else of those that fsdp does.
+    """
+    degrees, precision = setup.degrees, setup.precision
+    ranks = sharding_ranks(degrees, spread=spread)
+    there = back = 0
+    for unit in step.units:
+        gather = (ranks - 1) * unit.kept(degrees, spread=spread)
+        summed = unit.summed(degrees, precision, spread=spread)
+        back += unit.count * (ranks - 1) * summed
+        there += unit.count * gather
+        back += unit.count * gather * unit.resharded
+    return AxisBytes(there, back).times(setup.micro_batches)
+
+
+def replica_bytes(step: StepNumbers, setup: Setup) -> AxisBytes:
+    """Summed shards of gradients are summed between replicas, as an all-reduce moves them."""
+    degrees, replicas = setup.degrees, setup.degrees.dp_replicate
+    back = 0
+    for unit in step.units:
+        for spread in (False, True):
+            summed = unit.summed(degrees, setup.precision, spread=spread)
+            back += unit.count * (2 * (replicas - 1) * summed // replicas)
+    return AxisBytes(0, back).times(setup.micro_batches)
+
+
+def expert_moves(step: TracedStep) -> tuple[ExpertMoves, ...]:
+    """What the traced rank's experts move over ep; the process group is the trace's."""
+    found: dict[tuple[str, str], ExpertMoves] = {}
+    for call in step.trace.calls:
+        if call.op.name() not in EXPERT_OPS:
+            continue
+        args, kwargs = call.arguments({}, NO_GROUPS)
+        group = args[argument_names(call.op).index("group")]
+        part, moves = call.place.part, moves_of(call.op)
+        assert moves is not None  # each of them communicates
+        moved = moves(*args, **kwargs)
+        known = found.get((part, group)) or ExpertMoves(
+            part,
+            step.times(part),
+            dist.get_rank(),
+            tuple(dist.get_process_group_ranks(group_of(group))),
+        )
+        back = call.place.backward
+        found[part, group] = replace(
+            known,
+            forward=known.forward if back else known.forward + moved,
+            backward=known.backward + moved if back else known.backward,
+        )
+    return tuple(found.values())

@@ -1,0 +1,140 @@
+"""Steps that a search looks at, each once, in this process or in several."""
+
+import multiprocessing
+from collections.abc import Hashable, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from dtcp._torch import fake_ranks
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.models.moe import Experts
+from dtcp.parallelize.tensor_parallel import is_experts
+from dtcp.planner.forecast import Look, chosen_ranks, degrees_of_look, look_at
+from dtcp.planner.peak import least_memory
+from dtcp.planner.setup import Setup
+from dtcp.planner.sharded_weights import Unit
+from dtcp.planner.step import place_model
+from dtcp.planner.subject import Subject
+from dtcp.softmax import AllGatherAttention, RingAttention
+
+T = TypeVar("T")
+Outcome = Look | ValueError | TypeError
+
+
+class Looks:
+    """What was seen of one model's steps.
+
+    What a row's ranks do depends neither on how many rows there are nor on who has which weights,
+    so many meshes share a look.
+
+    Args:
+        processes: forked from this one, each looking at a step at a time; 1 for none.
+    """
+
+    def __init__(self, subject: Subject, processes: int = 1) -> None:
+        self.subject = subject
+        self._known: dict[Hashable, Outcome] = {}
+        self._units: dict[Hashable, list[Unit] | ValueError | TypeError] = {}
+        self._pool = _pool(processes) if processes > 1 else None
+
+    def at(self, setup: Setup) -> Look:
+        """Raises ValueError, TypeError: the model does not take this setup."""
+        key = _key(setup)
+        if key not in self._known:
+            self._known[key] = look_or_refusal(self.subject, setup)
+        return _or_raise(self._known[key])
+
+    def prepare(self, setups: Iterable[Setup]) -> None:
+        """Look at all of them in the processes there are; without any, nothing is done."""
+        if self._pool is None:
+            return
+        running: dict[Hashable, Future[Outcome]] = {}
+        for setup in setups:
+            key = _key(setup)
+            if key not in self._known and key not in running:
+                running[key] = self._pool.submit(look_or_refusal, self.subject, setup)
+        self._known.update((key, future.result()) for key, future in running.items())
+
+    def count(self, setups: Iterable[Setup]) -> int:
+        """How many looks they take."""
+        return len({_key(setup) for setup in setups})
+
+    def least(self, setup: Setup) -> int:
+        """Bytes that the weights alone take on a rank at the fullest moment.
+
+        Raises:
+            ValueError, TypeError: the model does not take this mesh.
+        """
+        degrees = setup.degrees
+        key = (degrees.tp, degrees.ep, setup.precision, setup.reshard)
+        if key not in self._units:
+            alone = replace(
+                setup, degrees=Degrees(tp=degrees.tp, ep=degrees.ep, dp_shard=degrees.ep)
+            )
+            self._units[key] = _units_or_refusal(self.subject, alone)
+        return least_memory(_or_raise(self._units[key]), setup)
+
+    @cached_property
+    def expert_counts(self) -> frozenset[int]:
+        """How many experts the model's layers choose from."""
+        with torch.device("meta"):
+            modules = list(self.subject.build().modules())
+        counts = [getattr(m, "num_experts", 0) for m in modules if _has_experts(m)]
+        return frozenset(int(count) for count in counts)
+
+    @cached_property
+    def reads_strategy(self) -> bool:
+        """Whether any mixer is carried out by the strategy that is asked for."""
+        plans = []
+        with fake_ranks(2, 0), torch.device("meta"):
+            mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+            for attention in (RingAttention(), AllGatherAttention()):
+                model = self.subject.build()
+                try:
+                    plans.append(repr(self.subject.plan(model, mesh, attention, Setup.layout).cp))
+                except (ValueError, TypeError):
+                    return True
+        return plans[0] != plans[1]
+
+
+def look_or_refusal(subject: Subject, setup: Setup) -> Outcome:
+    """A look, or why there is none."""
+    try:
+        return look_at(subject, setup, chosen_ranks(setup.degrees.cp))
+    except (ValueError, TypeError) as error:
+        return error
+
+
+def _units_or_refusal(subject: Subject, setup: Setup) -> list[Unit] | ValueError | TypeError:
+    degrees = degrees_of_look(setup.degrees)
+    try:
+        with fake_ranks(degrees.world, 0):
+            mesh = ParallelMesh.from_degrees(degrees, "cpu")
+            return place_model(subject, mesh, setup).units(setup, mesh.ep)
+    except (ValueError, TypeError) as error:
+        return error
+
+
+def _or_raise(outcome: T | ValueError | TypeError) -> T:
+    if isinstance(outcome, ValueError | TypeError):
+        raise outcome
+    return outcome
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return isinstance(module, Experts) or is_experts(module)
+
+
+def _key(setup: Setup) -> Hashable:
+    degrees = degrees_of_look(setup.degrees)
+    how = (setup.layout, repr(setup.attention), setup.checkpoint, setup.precision, setup.reshard)
+    return degrees, setup.documents, how
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))

@@ -1,0 +1,158 @@
+"""What --dtcp.strategy auto and --dtcp.layout auto mean for a run: the planner's choice.
+
+It is made before the model is, from the config, the mesh and the first rows of the data, and by
+rank 0 for all ranks.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+from dtcp.torchtitan.section import AUTO, LAYOUT_CLASSES, LayoutName, Section, StrategyName
+
+from dtcp.compile import Boundary, EagerIsland, InGraph
+from dtcp.distributed.mesh import Degrees
+from dtcp.planner.cluster import cluster_here
+from dtcp.planner.report import layout_name, strategy_name
+from dtcp.planner.search import Candidate, Planner, Wish, attention_styles
+from dtcp.pretrain.attempt import attempt_store, has_agent_store
+from dtcp.pretrain.data import PackedDocuments
+from dtcp.pretrain.expected import precision_of, setup_of, subject_of
+from dtcp.pretrain.launch import degrees_of, rank
+from dtcp.sequence.document_balanced import DocumentBalanced
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.softmax import HybridAttention, RingAttention
+from dtcp.softmax.style import AttentionStyle
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the planner takes, by the names of the section, and what is said of it."""
+
+    strategy: StrategyName
+    ulysses_degree: int
+    layout: LayoutName
+    lines: tuple[str, ...]
+
+    def close(self, section: Section) -> Section:
+        """The section with nothing left open."""
+        return replace(
+            section,
+            strategy=self.strategy,
+            ulysses_degree=self.ulysses_degree,
+            layout=self.layout,
+        )
+
+
+def with_choice(config: Any, ranks: int) -> Any:
+    """The config as it is run, on every rank alike; what was chosen is printed.
+
+    Args:
+        config: a `Trainer.Config`.
+        ranks: of the whole run.
+    Raises:
+        ValueError: on all ranks, where the model takes no strategy or layout on this mesh.
+    """
+    if not config.dtcp.is_open:
+        return config
+    choice = _of_rank_0(config, ranks) if has_agent_store() else choose(config, ranks)
+    if rank() == 0:
+        print("\n".join(choice.lines), flush=True)
+    return replace(config, dtcp=choice.close(config.dtcp))
+
+
+def _of_rank_0(config: Any, ranks: int) -> Choice:
+    """Rank 0's choice, from the store of this start of the ranks."""
+    store = attempt_store(float(config.comm.init_timeout_seconds))
+    if rank() == 0:
+        try:
+            said: dict[str, Any] = asdict(choose(config, ranks))
+        except (ValueError, TypeError) as error:
+            said = {"refusal": str(error)}
+        store.set("choice", json.dumps(said))
+    else:
+        said = json.loads(store.get("choice"))
+    if "refusal" in said:
+        raise ValueError(said["refusal"])
+    return Choice(**{**said, "lines": tuple(said["lines"])})
+
+
+def choose(config: Any, ranks: int) -> Choice:
+    """Forecast what is open, strategies first, and take what the planner ranks first.
+
+    Raises:
+        ValueError: a model that the planner does not know, or that takes none of them.
+    """
+    section, degrees = config.dtcp, mesh_of(config.parallelism, ranks)
+    documents = first_rows(config)
+    layouts = _layouts(section, documents)
+    planner = Planner(
+        subject_of(config),
+        cluster_here(ranks),
+        Wish(documents, documents.batch, precision_of(config.training)),
+    )
+    plain = setup_of(config, degrees, documents, layouts[0], RingAttention())
+    ways = _ways(section, degrees.cp if planner.looks.reads_strategy else 1)
+    search = planner.ranked(replace(plain, attention=way) for way in ways)
+    if not search.candidates:
+        raise ValueError(search.refused[0].why)
+    best = search.best.setup
+    search = planner.ranked((replace(best, layout=layout) for layout in layouts[1:]), search)
+    tried = len(search.candidates) + len(search.refused)
+    return _said(search.best, planner, section, tried)
+
+
+def _said(best: Candidate, planner: Planner, section: Section, tried: int) -> Choice:
+    setup = best.setup
+    strategy = cast(StrategyName, strategy_name(setup).partition("(")[0])
+    layout = cast(LayoutName, layout_name(setup))
+    read = strategy_name(setup) if planner.looks.reads_strategy else "of the model's own"
+    lines = [
+        f"chosen      strategy {read}, layout {layout}, of {tried} that the planner tried: "
+        f"{best.time.total:.3g} s a micro-batch, as on {planner.cluster}"
+    ]
+    lines += [f"            {line}" for line in best.forecast.styles]
+    inner = setup.attention.inner_ranks if isinstance(setup.attention, HybridAttention) else 0
+    return Choice(strategy, inner or section.ulysses_degree, layout, tuple(lines))
+
+
+def mesh_of(parallelism: Any, ranks: int) -> Degrees:
+    """The mesh of a config on so many ranks."""
+    given = degrees_of(parallelism)
+    given.pop("pp")
+    if given["dp_shard"] < 0:
+        given["dp_shard"] = ranks // (given["dp_replicate"] * given["cp"] * given["tp"])
+    return Degrees(**given, ep=parallelism.expert_parallel_degree)
+
+
+def first_rows(config: Any) -> Documents:
+    """The documents of a rank's first micro-batch, as far as the loader is dtcp's."""
+    training, loader = config.training, config.dataloader
+    if not isinstance(loader, PackedDocuments.Config):
+        return Documents.single(training.local_batch_size, training.seq_len)
+    batches = loader.build(
+        dp_world_size=1,
+        dp_rank=0,
+        tokenizer=config.tokenizer.build(tokenizer_path=config.hf_assets_path),
+        seq_len=training.seq_len,
+        local_batch_size=training.local_batch_size,
+    )
+    batch, _ = next(iter(batches))
+    rows: Documents = batch["documents"]
+    return Documents(rows.lengths, rows.seq_len)
+
+
+def _ways(section: Section, cp: int) -> list[AttentionStyle]:
+    if section.strategy != AUTO:
+        return [section.attention_style()]
+    boundary: Boundary = InGraph() if section.boundary == "in_graph" else EagerIsland()
+    return [replace(style, boundary=boundary) for style in attention_styles(cp)]
+
+
+def _layouts(section: Section, documents: Documents) -> Sequence[type[SequenceLayout]]:
+    if section.layout != AUTO:
+        return [LAYOUT_CLASSES[section.layout]]
+    packed = any(len(row) > 1 for row in documents.lengths)
+    return [HeadTail, Contiguous, *([DocumentBalanced] if packed else [])]
