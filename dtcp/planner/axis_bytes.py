@@ -7,13 +7,13 @@ from types import MappingProxyType
 
 from torch import distributed as dist
 
-from dtcp._torch import argument_names
 from dtcp.distributed.groups import group_of
 from dtcp.distributed.ops import moves_of
 from dtcp.planner.even_routes import EXPERT_OPS, ExpertMoves
 from dtcp.planner.setup import Setup
 from dtcp.planner.sharded_weights import sharding_ranks
 from dtcp.planner.step import StepNumbers, TracedStep
+from dtcp.planner.trace import OpCall
 
 NO_GROUPS: Mapping[str, str] = MappingProxyType({})
 
@@ -81,6 +81,22 @@ def replica_bytes(step: StepNumbers, setup: Setup) -> AxisBytes:
     return AxisBytes(0, back).times(setup.micro_batches)
 
 
+def over_cp(call: OpCall, step: TracedStep) -> bool:
+    """Whether an op of ours talks over cp, as mixers do; experts and routers talk to others."""
+    return call.op.name() not in EXPERT_OPS and call.group in (None, *step.groups)
+
+
+def note_other_groups(step: TracedStep) -> None:
+    """Count what our ops move over neither cp nor ep, as routers' losses do, beside torch's."""
+    for call in step.trace.calls:
+        if call.op.name() in EXPERT_OPS or over_cp(call, step):
+            continue
+        group, moves = call.group, moves_of(call.op)
+        if group is not None and moves is not None:
+            args, kwargs = call.arguments({}, NO_GROUPS)
+            step.trace.collectives[call.place, group] += sum(moves(*args, **kwargs).received)
+
+
 def expert_moves(step: TracedStep) -> tuple[ExpertMoves, ...]:
     """What the traced rank's experts move over ep; the process group is the trace's."""
     found: dict[tuple[str, str], ExpertMoves] = {}
@@ -88,9 +104,8 @@ def expert_moves(step: TracedStep) -> tuple[ExpertMoves, ...]:
         if call.op.name() not in EXPERT_OPS:
             continue
         args, kwargs = call.arguments({}, NO_GROUPS)
-        group = args[argument_names(call.op).index("group")]
-        part, moves = call.place.part, moves_of(call.op)
-        assert moves is not None  # each of them communicates
+        group, part, moves = call.group, call.place.part, moves_of(call.op)
+        assert moves is not None and group is not None  # each of them communicates
         moved = moves(*args, **kwargs)
         known = found.get((part, group)) or ExpertMoves(
             part,

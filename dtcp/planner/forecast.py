@@ -6,15 +6,23 @@ from dataclasses import dataclass, field, replace
 from math import gcd
 
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from dtcp._torch import fake_ranks
 from dtcp.distributed.groups import group_name
-from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.distributed.mesh import AXES, Degrees, ParallelMesh
 from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import moves_of
 from dtcp.metadata import BatchMetadata, MetadataKey
 from dtcp.mixer import ClaimedMixer
-from dtcp.planner.axis_bytes import NO_GROUPS, AxisBytes, expert_moves, torch_bytes
+from dtcp.planner.axis_bytes import (
+    NO_GROUPS,
+    AxisBytes,
+    expert_moves,
+    note_other_groups,
+    over_cp,
+    torch_bytes,
+)
 from dtcp.planner.even_routes import EXPERT_OPS, ExpertMoves
 from dtcp.planner.mixer_flops import mixer_flops
 from dtcp.planner.peak import PeakMemory, peak_memory
@@ -146,14 +154,27 @@ def look_at(subject: Subject, setup: Setup, chosen: Sequence[int]) -> Look:
     """One row's ranks: what does not depend on how many rows there are, nor on who has weights."""
     degrees = degrees_of_look(setup.degrees)
     with fake_ranks(degrees.world, chosen[0] * degrees.tp):
-        step = trace_step(subject, ParallelMesh.from_degrees(degrees, "cpu"), setup)
+        step = trace_step(subject, mesh_of_look(degrees), setup)
         forecasts = [rank_forecast(step, chosen[0], step.sharded.attn_metadata)]
         experts = expert_moves(step)
+        note_other_groups(step)
     for rank in chosen[1:]:
-        with fake_ranks(degrees.world, rank * degrees.tp):
-            groups = _groups_here(step, ParallelMesh.from_degrees(degrees, "cpu"))
+        # Of other ranks only what they move over cp is asked.
+        with fake_ranks(degrees.cp, rank):
+            groups = _groups_here(step, mesh_of_look(Degrees(cp=degrees.cp)))
             forecasts.append(rank_forecast(step, rank, metadata_of(step, rank), groups))
     return Look(step.numbers(), tuple(forecasts), experts, tuple(style_lines(step)))
+
+
+def mesh_of_look(degrees: Degrees) -> ParallelMesh:
+    """A mesh of the axes that have ranks; one of one rank would take a group for each rank."""
+    wide = [axis for axis in AXES if getattr(degrees, axis) > 1]
+    # Weights of experts need an axis of other weights beside theirs.
+    narrow = [] if {"dp_shard", "cp"} & {*wide} else ["dp_shard"]
+    axes = [axis for axis in AXES if axis in (*wide, *narrow)]
+    sizes = tuple(getattr(degrees, axis) for axis in axes)
+    device_mesh = init_device_mesh("cpu", sizes, mesh_dim_names=tuple(axes))
+    return ParallelMesh.from_device_mesh(device_mesh, ep=degrees.ep)
 
 
 def style_lines(step: TracedStep) -> Iterator[str]:
@@ -234,7 +255,7 @@ def rank_forecast(
     tables = {key: metadata[key].tensors() for key in metadata}
     parts: dict[str, MixerBytes] = {}
     for call in step.trace.calls:
-        if call.op.name() in EXPERT_OPS:
+        if not over_cp(call, step):
             continue
         part = call.place.part
         known = parts.get(part, MixerBytes(part, step.times(part)))

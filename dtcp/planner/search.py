@@ -149,6 +149,7 @@ class Planner:
     def search(self, *, refine: int = 3, say: Callable[[str], None] = lambda _: None) -> Search:
         """Every mesh in one plain way, then other ways on the best meshes."""
         meshes = list(self.meshes())
+        say(f"tries {len(meshes)} meshes")
         small, sifted = self.sift(self._plain(degrees) for degrees in meshes)
         worth = small if self.looks.count(small) <= MOST_LOOKS else self._narrow(small)
         if not worth:
@@ -156,7 +157,6 @@ class Planner:
             worth = [each.setup for each in sifted.too_large[:2]]
             sifted = replace(sifted, too_large=sifted.too_large[2:])
         passed = len(small) - len(worth) if small else 0
-        say(f"tries {len(meshes)} meshes")
         plain = replace(self.ranked(worth, sifted), passed=passed)
         best = plain.candidates[:refine]
         say(f"tries other strategies, layouts and checkpointing on the best {len(best)}")
@@ -290,12 +290,13 @@ def attention_styles(cp: int) -> list[AttentionStyle]:
     return [RingAttention(), AllGatherAttention(), UlyssesAttention(), *hybrids]
 
 
-def columns_of(setups: Iterable[Setup]) -> dict[tuple[int, int, int], list[Setup]]:
-    """Setups whose meshes differ in cp and dp_shard alone, by cp."""
-    columns: dict[tuple[int, int, int], list[Setup]] = {}
+def columns_of(setups: Iterable[Setup]) -> dict[tuple[int, int, bool], list[Setup]]:
+    """Setups whose meshes differ in cp and the data-parallel axes alone, by cp."""
+    columns: dict[tuple[int, int, bool], list[Setup]] = {}
     for setup in sorted(setups, key=lambda setup: setup.degrees.cp):
         degrees = setup.degrees
-        columns.setdefault((degrees.tp, degrees.ep, degrees.dp_replicate), []).append(setup)
+        key = (degrees.tp, degrees.ep, degrees.dp_replicate > 1)
+        columns.setdefault(key, []).append(setup)
     return columns
 
 

@@ -86,6 +86,14 @@ class OpCall:
         args, kwargs = put_back(leaves, self.spec)
         return args, kwargs
 
+    @property
+    def group(self) -> str | None:
+        """The name of the one process group that it was given; None where it takes none or more."""
+        args, kwargs = put_back(list(self.leaves), self.spec)
+        named = {**dict(zip(argument_names(self.op), args, strict=False)), **kwargs}
+        found: str | None = named.get("group")
+        return found
+
 
 @dataclass
 class Stretch:

@@ -9,7 +9,6 @@ import torch
 from torchtitan.observability import structured_logger
 
 from dtcp.pretrain.attempt import Attempt
-from dtcp.pretrain.choice import with_choice
 from dtcp.pretrain.compiler import use_what_works
 from dtcp.pretrain.config_check import check_batch_size, check_expert_degree, check_nodes
 from dtcp.pretrain.folder_lock import FolderLock, refuse_held
@@ -24,6 +23,7 @@ from dtcp.pretrain.launch import (
     world_size,
 )
 from dtcp.pretrain.options import parse
+from dtcp.pretrain.planned_strategy import with_planned_strategy
 from dtcp.pretrain.plot import plot_losses
 from dtcp.pretrain.progress import quiet, say
 from dtcp.pretrain.report import FailureReport
@@ -68,7 +68,7 @@ def run_rank(config: Trainer.Config) -> int:
         lock, refusal = _lock_folder(config)
         seconds = float(config.comm.init_timeout_seconds)
         report.attempt = Attempt(seconds=seconds, refusal=refusal)
-        config = with_choice(config, world_size())
+        config = with_planned_strategy(config, world_size())
         structured_logger.init_structured_logger(
             source="training",
             output_dir=config.dump_folder,

@@ -17,9 +17,9 @@ from dtcp.planner.forecast import forecast
 from dtcp.planner.search import Planner, Wish
 from dtcp.planner.setup import Setup
 from dtcp.planner.subject import FamilyModel, subject_of_hf
-from dtcp.pretrain.choice import mesh_of
 from dtcp.pretrain.expected import kept_by_blocks
 from dtcp.pretrain.options import parse
+from dtcp.pretrain.planned_strategy import mesh_of
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 

@@ -6,8 +6,8 @@ from dtcp.torchtitan.section import LAYOUT_CLASSES, Section
 
 import pytest
 
-from dtcp.pretrain.choice import choose, mesh_of
 from dtcp.pretrain.options import parse
+from dtcp.pretrain.planned_strategy import mesh_of, plan_strategy
 from tests.harness.train_run import train
 
 AUTO = ("--dtcp.strategy", "auto", "--dtcp.layout", "auto")
@@ -24,19 +24,19 @@ def texts(tmp_path):
 
 def test_plan_in_training_names_a_strategy_and_a_layout(texts):
     config = parse(["--config", "llama_tiny", *AUTO, *texts])
-    choice = choose(config, ranks=4)
+    choice = plan_strategy(config, ranks=4)
     section = choice.close(config.dtcp)
     assert config.dtcp.is_open and not section.is_open
     assert choice.lines[0].startswith(f"chosen      strategy {choice.strategy}")
     assert f"layout {choice.layout}" in choice.lines[0]
     assert choice.lines[1].strip().startswith("layers.0 (x 4): ")
-    assert choose(config, ranks=4) == choice
+    assert plan_strategy(config, ranks=4) == choice
 
 
 def test_plan_in_training_leaves_alone_what_is_named(texts):
     named = ("--dtcp.strategy", "ulysses", "--dtcp.boundary", "eager_island")
     config = parse(["--config", "llama_tiny", "--dtcp.layout", "auto", *named, *texts])
-    choice = choose(config, ranks=4)
+    choice = plan_strategy(config, ranks=4)
     assert choice.strategy == "ulysses"
     assert "UlyssesAttention(boundary=EagerIsland()" in choice.lines[1]
 

@@ -28,7 +28,7 @@ from dtcp.softmax.style import AttentionStyle
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlannedStrategy:
     """What the planner takes, by the names of the section, and what is said of it."""
 
     strategy: StrategyName
@@ -46,7 +46,7 @@ class Choice:
         )
 
 
-def with_choice(config: Any, ranks: int) -> Any:
+def with_planned_strategy(config: Any, ranks: int) -> Any:
     """The config as it is run, on every rank alike; what was chosen is printed.
 
     Args:
@@ -57,18 +57,18 @@ def with_choice(config: Any, ranks: int) -> Any:
     """
     if not config.dtcp.is_open:
         return config
-    choice = _of_rank_0(config, ranks) if has_agent_store() else choose(config, ranks)
+    choice = _of_rank_0(config, ranks) if has_agent_store() else plan_strategy(config, ranks)
     if rank() == 0:
         print("\n".join(choice.lines), flush=True)
     return replace(config, dtcp=choice.close(config.dtcp))
 
 
-def _of_rank_0(config: Any, ranks: int) -> Choice:
+def _of_rank_0(config: Any, ranks: int) -> PlannedStrategy:
     """Rank 0's choice, from the store of this start of the ranks."""
     store = attempt_store(float(config.comm.init_timeout_seconds))
     if rank() == 0:
         try:
-            said: dict[str, Any] = asdict(choose(config, ranks))
+            said: dict[str, Any] = asdict(plan_strategy(config, ranks))
         except (ValueError, TypeError) as error:
             said = {"refusal": str(error)}
         store.set("choice", json.dumps(said))
@@ -76,10 +76,10 @@ def _of_rank_0(config: Any, ranks: int) -> Choice:
         said = json.loads(store.get("choice"))
     if "refusal" in said:
         raise ValueError(said["refusal"])
-    return Choice(**{**said, "lines": tuple(said["lines"])})
+    return PlannedStrategy(**{**said, "lines": tuple(said["lines"])})
 
 
-def choose(config: Any, ranks: int) -> Choice:
+def plan_strategy(config: Any, ranks: int) -> PlannedStrategy:
     """Forecast what is open, strategies first, and take what the planner ranks first.
 
     Raises:
@@ -95,16 +95,19 @@ def choose(config: Any, ranks: int) -> Choice:
     )
     plain = setup_of(config, degrees, documents, layouts[0], RingAttention())
     ways = _ways(section, degrees.cp if planner.looks.reads_strategy else 1)
-    search = planner.ranked(replace(plain, attention=way) for way in ways)
+    plans = [replace(plain, attention=way) for way in ways]
+    search = planner.ranked(plans)
+    if search.candidates:
+        plans = [search.best.setup]
+    others = [replace(setup, layout=layout) for setup in plans for layout in layouts[1:]]
+    search = planner.ranked(others, search)
     if not search.candidates:
         raise ValueError(search.refused[0].why)
-    best = search.best.setup
-    search = planner.ranked((replace(best, layout=layout) for layout in layouts[1:]), search)
     tried = len(search.candidates) + len(search.refused)
     return _said(search.best, planner, section, tried)
 
 
-def _said(best: Candidate, planner: Planner, section: Section, tried: int) -> Choice:
+def _said(best: Candidate, planner: Planner, section: Section, tried: int) -> PlannedStrategy:
     setup = best.setup
     strategy = cast(StrategyName, strategy_name(setup).partition("(")[0])
     layout = cast(LayoutName, layout_name(setup))
@@ -115,7 +118,7 @@ def _said(best: Candidate, planner: Planner, section: Section, tried: int) -> Ch
     ]
     lines += [f"            {line}" for line in best.forecast.styles]
     inner = setup.attention.inner_ranks if isinstance(setup.attention, HybridAttention) else 0
-    return Choice(strategy, inner or section.ulysses_degree, layout, tuple(lines))
+    return PlannedStrategy(strategy, inner or section.ulysses_degree, layout, tuple(lines))
 
 
 def mesh_of(parallelism: Any, ranks: int) -> Degrees:
