@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch._utils import _get_available_device_type
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -365,10 +365,7 @@ def parameters_replaced(module: torch.nn.Module, tensors: Mapping[str, Tensor]) 
 
 @contextmanager
 def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
-    """A process group of so many ranks, of which this process plays one: nobody answers.
-
-    torchtitan's fake backend is the same; the store has no public name (2.11-2.15).
-    """
+    """So many ranks, of which this process plays one: nobody answers (private in 2.11-2.15)."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -390,14 +387,8 @@ def fake_tensors() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def is_fake(x: Tensor) -> bool:
-    """Whether a tensor is one of fake tensors' mode (2.11-2.15)."""
-    return isinstance(x, FakeTensor)
-
-
-def real_tensors() -> AbstractContextManager[Any]:
-    """Inside fake tensors' mode, a stretch in which the host reads tables (2.11-2.15)."""
-    return unset_fake_temporarily()
+real_tensors = unset_fake_temporarily
+"""Inside fake tensors' mode, a stretch in which the host reads tables (2.11-2.15)."""
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:

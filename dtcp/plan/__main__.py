@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,14 +174,15 @@ def command_line(request: Request, best: Candidate, cluster: Cluster) -> str:
 def _degrees(text: str, cluster: Cluster) -> Degrees:
     try:
         given = {key: int(value) for key, value in (pair.split("=") for pair in text.split(","))}
+        named = Degrees(**{axis: degree for axis, degree in given.items() if axis != "ep"})
+        if "dp_shard" not in given and cluster.gpus % named.world == 0:
+            given["dp_shard"] = cluster.gpus // named.world
         degrees = Degrees(**given)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"A mesh is given as cp=8,tp=1, of dp_replicate, dp_shard, cp, tp and ep, got "
             f"--mesh {text} ({error}): correct it."
         ) from None
-    if "dp_shard" not in given and cluster.gpus % degrees.world == 0:
-        degrees = replace(degrees, dp_shard=cluster.gpus // degrees.world)
     if degrees.world != cluster.gpus:
         raise ValueError(
             f"A mesh has all GPUs of its cluster, got {degrees} = {degrees.world} with "

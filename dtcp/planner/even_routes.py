@@ -71,4 +71,5 @@ def even_routes(func: OpOverload, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
         index.new_empty(n * send[rank]),
         index.new_empty(bound["num_experts"] // n, dtype=torch.int32),
         counts,
+        index.new_empty(n * bound["faults"].shape[0]),
     )

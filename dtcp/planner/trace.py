@@ -22,7 +22,6 @@ from dtcp._torch import (
     TorchDispatchMode,
     argument_names,
     flat_leaves,
-    is_fake,
     packet_of,
     process_group,
     put_back,
@@ -168,7 +167,7 @@ class StepRecorder(TorchDispatchMode):
         kwargs, name = kwargs or {}, func.name()
         if self.fake and name == ROUTE:
             out = even_routes(func, args, kwargs)
-        elif self.fake and name == "aten::detach" and not is_fake(args[0]):
+        elif self.fake and name == "aten::detach" and type(args[0]) is Tensor:
             # As checkpointing does to what it keeps: what the host reads stays readable.
             with real_tensors():
                 out = func(*args)
@@ -202,7 +201,7 @@ class StepRecorder(TorchDispatchMode):
             return leaf
         if id(leaf) in self._tables:
             return self._tables[id(leaf)]
-        if self.fake and not is_fake(leaf):
+        if self.fake and type(leaf) is Tensor:
             # What the host reads beside a batch's tables: how many tokens go to experts.
             return leaf
         return Size(tuple(leaf.shape), leaf.dtype)
@@ -229,10 +228,7 @@ class StepRecorder(TorchDispatchMode):
 
 def _is_trial(out: Any) -> bool:
     """Whether DTensor has tried an op on whole tensors, to know its result's shape."""
-    return any(
-        isinstance(x, Tensor) and x.device.type == "meta" and not is_fake(x)
-        for x in flat_leaves(out)[0]
-    )
+    return any(type(x) is Tensor and x.device.type == "meta" for x in flat_leaves(out)[0])
 
 
 def collective_bytes(func: OpOverload, args: Any, kwargs: Any) -> tuple[str, int]:

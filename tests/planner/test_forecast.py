@@ -97,9 +97,9 @@ def choosing_evenly():
     """Routers that choose every expert as often, as a forecast has it."""
     exchange = AllToAllExchange.__call__
 
-    def evenly(self, x, index, weight, compute, meanwhile=None):
-        chosen = torch.arange(index.numel()).view_as(index) % self.num_experts
-        return exchange(self, x, chosen, weight, compute, meanwhile)
+    def evenly(self, tokens, compute):
+        chosen = torch.arange(tokens.chosen.numel()).view_as(tokens.chosen) % self.num_experts
+        return exchange(self, tokens._replace(chosen=chosen), compute)
 
     with patch.object(AllToAllExchange, "__call__", evenly):
         yield
