@@ -68,7 +68,8 @@ def trainer_of(
     own = {key: change.pop(key) for key in ("compute_metrics", "callbacks") if key in change}
     options = {
         "args": TrainingArguments(**{**tiny.arguments(mesh, folder), **change}),
-        "model_init": lambda: tiny.build(kind),
+        # With a cache, transformers lets packed documents see each other.
+        "model_init": lambda: tiny.build(kind, use_cache=False),
         "train_dataset": rows,
         "eval_dataset": rows[:4],
         "data_collator": collator,
