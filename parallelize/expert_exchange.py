@@ -41,6 +41,7 @@ class SpreadStyle(ParallelStyle):
     shared_by: DeviceMesh | None = None
     ranks_per_node: int = 0
     exchange: str = "auto"
+    split_over: DeviceMesh | None = None
 
     def token_exchange(self, num_experts: int, ep: DeviceMesh) -> TokenExchange:
         """How tokens travel over the axis.
@@ -50,7 +51,8 @@ class SpreadStyle(ParallelStyle):
                 that is not there.
         """
         check_experts(num_experts, ep.size())
-        tp = "" if self.shared_by is None else group_name(self.shared_by)
+        shared_by = self.shared_by if self.split_over is None else None
+        tp = "" if shared_by is None else group_name(shared_by)
         library = library_for(self.exchange, ep.device_type)
         own: TokenExchange = AllToAllExchange(num_experts, group_name(ep), tp)
         names = {group_name(ep), tp}

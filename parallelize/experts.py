@@ -1,7 +1,7 @@
 """Experts over ranks: a slice of every expert's hidden channels each, or experts of their own."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -46,17 +46,22 @@ class ExpertTensorParallel(ParallelStyle):
                 f"{self} splits a dtcp.models.moe.Experts, got a {type(module).__name__}: name the "
                 f"experts themselves in the plan."
             )
-        channels = module.gate.shape[1]
-        if channels % device_mesh.size():
-            raise ValueError(
-                f"Tensor parallelism splits an expert's channels into equal parts, got "
-                f"hidden_dim={channels} with tp={device_mesh.size()}: choose a tp that divides it."
-            )
+        check_channels(module, device_mesh.size())
         for name, placement in HIDDEN_CHANNELS.items():
             distribute_parameter(module, name, device_mesh, placement)
         module.__class__ = _TensorParallelExperts
         cast(_TensorParallelExperts, module).mesh = device_mesh
         return module
+
+
+def check_channels(experts: Experts, tp: int) -> None:
+    """Refuse a number of hidden channels that the ranks of tp cannot share equally."""
+    channels = experts.gate.shape[1]
+    if channels % tp:
+        raise ValueError(
+            f"Tensor parallelism splits an expert's channels into equal parts, got "
+            f"hidden_dim={channels} with tp={tp}: choose a tp that divides it."
+        )
 
 
 class _TensorParallelExperts(Experts):
@@ -85,11 +90,11 @@ class ExpertParallel(SpreadStyle):
     same expert.
 
     Args:
-        shared_by, ranks_per_node, exchange: as of SpreadStyle.
+        shared_by, ranks_per_node, exchange, split_over: as of SpreadStyle.
 
     Raises:
         TypeError: a module that is no dtcp.models.moe.Experts.
-        ValueError: what SpreadStyle.token_exchange refuses.
+        ValueError: what SpreadStyle.token_exchange refuses, or channels that etp does not divide.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -99,8 +104,11 @@ class ExpertParallel(SpreadStyle):
                 f"name the experts themselves in the plan."
             )
         exchange = self.token_exchange(module.num_experts, device_mesh)
-        for name in HIDDEN_CHANNELS:
-            distribute_parameter(module, name, device_mesh, Shard(0))
+        mesh = device_mesh if self.split_over is None else self.split_over
+        if mesh.ndim > 1:
+            check_channels(module, mesh.size(1))
+        for name, channels in HIDDEN_CHANNELS.items():
+            distribute_parameter(module, name, mesh, *(Shard(0), channels)[: mesh.ndim])
         module.__class__ = _SpreadExperts
         cast(_SpreadExperts, module).claim(exchange, self.shared_by)
         return module
@@ -119,7 +127,12 @@ def expert_styles(
     if mesh.ep is None:
         return {name: ExpertTensorParallel() for name in names}, {}
     check_experts(num_experts, mesh.size("ep"))
-    return {}, {name: ExpertParallel(mesh.tp, mesh.ep_ranks_per_node) for name in names}
+    style = ExpertParallel(
+        mesh.tp,
+        mesh.ep_ranks_per_node,
+        split_over=mesh.experts if mesh.degrees.etp > 1 else None,
+    )
+    return {}, {name: replace(style) for name in names}
 
 
 class _SpreadExperts(Experts):
@@ -137,8 +150,9 @@ class _SpreadExperts(Experts):
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, down = (
-            cast(DTensor, getattr(self, name)).to_local(grad_placements=[Shard(0)])
-            for name in HIDDEN_CHANNELS
+            weight.to_local(grad_placements=[Shard(0), channels][: weight.device_mesh.ndim])
+            for name, channels in HIDDEN_CHANNELS.items()
+            if isinstance(weight := getattr(self, name), DTensor)
         )
         return gate, up, down
 

@@ -59,8 +59,8 @@ def shard_parameters(
         keep_dtype: names of parameters that are gathered in their own dtype.
     """
     shared: dict[str, Any] = {"mesh": mesh.hsdp, "offload_policy": options.offload}
-    if mesh.ep is not None and mesh.expert_hsdp is not None:
-        shared["shard_placement_fn"] = _ExpertPlacement(mesh.ep, mesh.expert_hsdp)
+    if mesh.experts is not None and mesh.expert_hsdp is not None:
+        shared["shard_placement_fn"] = _ExpertPlacement(mesh.experts, mesh.expert_hsdp)
     # What a model hands to its own modules is in the dtype it has chosen: angles are in fp32.
     uncast = replace(options.mixed_precision, cast_forward_inputs=False)
     for block in blocks:
@@ -85,21 +85,21 @@ class _ExpertPlacement:
     them than there are ranks to shard them on, the next dim is sharded, without padding.
     """
 
-    def __init__(self, ep: DeviceMesh, expert_hsdp: DeviceMesh) -> None:
+    def __init__(self, experts: DeviceMesh, expert_hsdp: DeviceMesh) -> None:
         if not has_param_meshes():
             raise NotImplementedError(
                 f"Experts on ranks of their own are sharded on a mesh of their own, which FSDP of "
                 f"this torch does not know, got torch {torch.__version__}: use torch 2.13, or ep=1."
             )
-        self.ep, self.ranks = ep, expert_hsdp.shape[-1]
+        self.experts, self.ranks = experts, expert_hsdp.shape[-1]
         self.sharded_by = param_mesh(expert_hsdp)
 
     def __call__(self, parameter: nn.Parameter) -> Any:
-        if not isinstance(parameter, DTensor) or parameter.device_mesh != self.ep:
+        if not isinstance(parameter, DTensor) or parameter.device_mesh != self.experts:
             return None
-        experts = parameter.shape[0] // self.ep.size()
-        uneven = experts % self.ranks and parameter.ndim > 1
-        dim = 1 if uneven and parameter.shape[1] % self.ranks == 0 else 0
+        own = parameter.to_local().shape
+        uneven = own[0] % self.ranks and len(own) > 1
+        dim = 1 if uneven and own[1] % self.ranks == 0 else 0
         return self.sharded_by(Shard(dim))
 
 

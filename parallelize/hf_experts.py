@@ -39,6 +39,11 @@ def hf_expert_plan(
     """
     if mesh.ep is None:
         return {}
+    if mesh.degrees.etp > 1:
+        raise ValueError(
+            f"Experts of transformers are whole under ep, got etp={mesh.degrees.etp}: set etp to "
+            f"1, and ep takes ranks of tp, too."
+        )
     found = {name: module for name, module in model.named_modules() if is_experts(module)}
     for name, module in found.items():
         reason = why_not_known(module)

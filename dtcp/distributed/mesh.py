@@ -25,7 +25,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtcp._torch import concatenated, flattened, unflattened
-from dtcp.distributed.nodes import check_same_nodes, neighbours_on_axis
+from dtcp.distributed.nodes import check_same_nodes, even_neighbours, neighbours_on_axis
 from dtcp.sequence.arguments import check_ints, check_kind
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
@@ -40,6 +40,8 @@ class Degrees:
 
     Args:
         ep: ranks that have different experts, out of dp_shard * cp * tp; 1: each has all.
+        etp: tp where it splits the channels of experts beside ep, which is then carved out of
+            dp_shard * cp alone; 1: ep takes ranks of tp, too.
     """
 
     dp_replicate: int = 1
@@ -47,6 +49,7 @@ class Degrees:
     cp: int = 1
     tp: int = 1
     ep: int = 1
+    etp: int = 1
 
     def __post_init__(self) -> None:
         for name, degree in asdict(self).items():
@@ -55,6 +58,16 @@ class Degrees:
                 raise ValueError(
                     f"A degree counts ranks, got {name}={degree}: give 1 to leave the axis out."
                 )
+        if self.etp > 1 and (self.etp != self.tp or self.ep == 1):
+            raise ValueError(
+                f"Ranks that split experts beside ep are those of tp, got etp={self.etp} with "
+                f"tp={self.tp} and ep={self.ep}: give 1, or tp with an ep of 2 or more."
+            )
+        if self.etp > 1 and self.sparse // self.etp % self.ep:
+            raise ValueError(
+                f"Beside etp, ranks of ep are carved out of dp_shard * cp, got ep={self.ep} with "
+                f"dp_shard={self.dp_shard} * cp={self.cp}: choose an ep that divides it."
+            )
         if self.sparse % self.ep:
             raise ValueError(
                 f"Ranks of ep are carved out of dp_shard * cp * tp, got ep={self.ep} with "
@@ -69,12 +82,14 @@ class Degrees:
 
     @property
     def sparse(self) -> int:
-        """Ranks that experts may be spread over: edp_shard * ep."""
+        """Ranks that experts may be spread over: edp_shard * ep * etp."""
         return self.dp_shard * self.cp * self.tp
 
     def __str__(self) -> str:
         dense = " * ".join(f"{name}={getattr(self, name)}" for name in AXES)
-        return dense if self.ep == 1 else f"{dense} (ep={self.ep})"
+        if self.ep == 1:
+            return dense
+        return f"{dense} (ep={self.ep}{f', etp={self.etp}' if self.etp > 1 else ''})"
 
 
 class ParallelDims(Protocol):
@@ -119,6 +134,8 @@ class ParallelMesh:
     """Whose ranks have different experts."""
     expert_hsdp: DeviceMesh | None = None
     """What `fully_shard` gets for experts: edp_shard, or (dp_replicate, edp_shard)."""
+    experts: DeviceMesh | None = None
+    """What weights of experts are DTensors on: ep, or (ep, etp)."""
     ranks_per_node: int = 0
     """Ranks of one machine, neighbours by their global ranks; 0: nobody has said."""
 
@@ -150,16 +167,19 @@ class ParallelMesh:
             )
         shape = tuple(getattr(degrees, name) for name in AXES)
         device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
-        return cls.from_device_mesh(device_mesh, ep=degrees.ep, ranks_per_node=ranks_per_node)
+        return cls.from_device_mesh(
+            device_mesh, ep=degrees.ep, etp=degrees.etp, ranks_per_node=ranks_per_node
+        )
 
     @classmethod
     def from_device_mesh(
-        cls, device_mesh: DeviceMesh, *, ep: int = 1, ranks_per_node: int = 0
+        cls, device_mesh: DeviceMesh, *, ep: int = 1, etp: int = 1, ranks_per_node: int = 0
     ) -> "ParallelMesh":
         """Read the axes of an existing mesh by name; an axis that it lacks has one rank.
 
         Args:
             ep: ranks that have different experts, carved out of dp_shard x cp x tp.
+            etp: as of Degrees.
             ranks_per_node: as of from_degrees.
         Raises:
             ValueError: an axis has another name, the axes come in another order, or ep does not
@@ -174,7 +194,7 @@ class ParallelMesh:
                 f"name the axes so, or build the mesh with ParallelMesh.from_degrees."
             )
         sizes = dict(zip(names, device_mesh.shape, strict=True))
-        degrees = Degrees(**sizes, ep=ep)
+        degrees = Degrees(**sizes, ep=ep, etp=etp)
         fsdp = _flat(device_mesh, ("dp_shard", "cp"), "fsdp")
         cp, tp = _flat(device_mesh, ("cp",), "cp"), _flat(device_mesh, ("tp",), "tp")
         expert_axes = _expert_axes(device_mesh, degrees)
@@ -192,6 +212,7 @@ class ParallelMesh:
             attention=device_mesh["cp", "tp"] if cp and tp else cp or tp,
             ep=expert_axes and expert_axes["ep"],
             expert_hsdp=expert_axes and _expert_hsdp(device_mesh, expert_axes),
+            experts=expert_axes and (expert_axes["ep", "etp"] if etp > 1 else expert_axes["ep"]),
             ranks_per_node=ranks_per_node,
         )
 
@@ -217,10 +238,13 @@ class ParallelMesh:
         )
 
     @classmethod
-    def from_parallel_dims(cls, dims: ParallelDims, *, ranks_per_node: int = 0) -> "ParallelMesh":
+    def from_parallel_dims(
+        cls, dims: ParallelDims, *, etp: int = 1, ranks_per_node: int = 0
+    ) -> "ParallelMesh":
         """Take over the meshes that torchtitan has built, so that groups are made once.
 
         Args:
+            etp: as of Degrees; torchtitan (0.3.0) has no such axis, and one is added.
             ranks_per_node: as of from_degrees.
         Raises:
             ValueError: a backend of torchtitan that has no fsdp axis.
@@ -241,8 +265,17 @@ class ParallelMesh:
         # Not `view`: beside dp_replicate an fsdp axis of one rank is kept.
         replicated = dims.get_optional_mesh(["dp_replicate", "fsdp"])
         edp = ["dp_replicate", "efsdp"] if dims.dp_replicate > 1 else ["efsdp"]
+        ep, expert_hsdp = view("ep"), dims.get_optional_mesh(edp) if dims.ep > 1 else None
+        experts = ep
+        degrees = Degrees(dims.dp_replicate, dims.dp_shard, dims.cp, dims.tp, dims.ep, etp)
+        if etp > 1:
+            sizes = (dims.dp_replicate, degrees.sparse // dims.ep // etp, dims.ep, etp)
+            axes = unflattened(dims.world_mesh, sizes, ("dp_replicate", "edp_shard", "ep", "etp"))
+            ep, experts = axes["ep"], axes["ep", "etp"]
+            expert_hsdp = axes["dp_replicate", "edp_shard"]
+            expert_hsdp = expert_hsdp if dims.dp_replicate > 1 else axes["edp_shard"]
         return cls(
-            degrees=Degrees(dims.dp_replicate, dims.dp_shard, dims.cp, dims.tp, dims.ep),
+            degrees=degrees,
             device_mesh=dims.world_mesh,
             cp=cp,
             tp=tp,
@@ -251,9 +284,10 @@ class ParallelMesh:
             loss=view("loss"),
             hsdp=replicated if dims.dp_replicate > 1 else fsdp or _one_rank_fsdp(dims),
             attention=view("cp", "tp") if cp and tp else cp or tp,
-            ep=view("ep"),
+            ep=ep,
             # Kept with one rank, too: under ep it is what casts experts.
-            expert_hsdp=dims.get_optional_mesh(edp) if dims.ep > 1 else None,
+            expert_hsdp=expert_hsdp,
+            experts=experts,
             ranks_per_node=ranks_per_node,
         )
 
@@ -294,15 +328,10 @@ class ParallelMesh:
         ep, each = self.degrees.ep, self.ranks_per_node
         if self.ep is None or not each:
             return 0
-        # ep is the last part of the mesh, whatever its axes are called.
-        nodes = self.device_mesh.mesh.reshape(-1, ep) // each
-        run = int((nodes[0] == nodes[0, 0]).sum())
-        if run == ep or ep % run:
-            return 0
-        runs = nodes.view(-1, ep // run, run)
-        firsts = runs[..., 0].sort(-1).values
-        is_even = (runs == runs[..., :1]).all() and (firsts[:, 1:] != firsts[:, :-1]).all()
-        return run if is_even else 0
+        # ep is the last part of the mesh but for etp, whatever its axes are called.
+        whole = self.device_mesh.mesh.reshape(-1, ep, self.degrees.etp)
+        run = even_neighbours(whole.movedim(1, 2).reshape(-1, ep), each)
+        return 0 if run == ep else run
 
     def _view(self, name: str) -> DeviceMesh | None:
         views = {"cp": self.cp, "tp": self.tp, "fsdp": self.fsdp}
@@ -359,8 +388,10 @@ def _expert_axes(device_mesh: DeviceMesh, degrees: Degrees) -> DeviceMesh | None
     whole = _flat(device_mesh, SPARSE_AXES, "sparse")
     # There are ranks: ep divides them and is more than 1.
     assert whole is not None
-    sizes = (degrees.sparse // degrees.ep, degrees.ep)
-    return unflattened(whole, sizes, ("edp_shard", "ep"))
+    sizes = (degrees.sparse // degrees.ep // degrees.etp, degrees.ep, degrees.etp)
+    names = ("edp_shard", "ep", "etp")
+    kept = 3 if degrees.etp > 1 else 2
+    return unflattened(whole, sizes[:kept], names[:kept])
 
 
 def _expert_hsdp(device_mesh: DeviceMesh, expert_axes: DeviceMesh) -> DeviceMesh:

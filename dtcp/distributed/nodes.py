@@ -63,3 +63,19 @@ def neighbours_on_axis(axis_ranks: Tensor, ranks_per_node: int) -> int:
             f"size (--dtcp.ranks_per_node) for one tier."
         )
     return together.pop()
+
+
+def even_neighbours(axis_ranks: Tensor, ranks_per_node: int) -> int:
+    """The same where nothing is refused: 0 for groups that nodes cut into unequal parts.
+
+    Args:
+        axis_ranks, ranks_per_node: as of neighbours_on_axis.
+    """
+    nodes = axis_ranks // ranks_per_node
+    size, run = nodes.shape[1], int((nodes[0] == nodes[0, 0]).sum())
+    if size % run:
+        return 0
+    runs = nodes.view(-1, size // run, run)
+    firsts = runs[..., 0].sort(-1).values
+    is_even = (runs == runs[..., :1]).all() and (firsts[:, 1:] != firsts[:, :-1]).all()
+    return run if is_even else 0

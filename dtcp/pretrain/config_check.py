@@ -11,6 +11,7 @@ from dtcp.torchtitan.decoder_layers import (
     foreign_modules,
     model_name,
 )
+from dtcp.torchtitan.hf_model import HuggingFaceConfig
 from dtcp.torchtitan.loss import TokenLoss
 from dtcp.torchtitan.parallelize import checkpoint_refusal
 from dtcp.torchtitan.settings import SECTIONS, refusals
@@ -21,6 +22,7 @@ from torchtitan.config.override import apply_overrides
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE
 
+from dtcp.distributed.mesh import Degrees
 from dtcp.distributed.nodes import neighbours_on_axis
 from dtcp.experts import library_for
 from dtcp.parallelize.expert_exchange import check_experts
@@ -132,6 +134,7 @@ def check_expert_degree(config: Any, ranks: int) -> None:
             f"Ranks of ep are carved out of dp_shard * cp * tp, got {name} with {sparse} of them: "
             f"choose an ep that divides it."
         )
+    _check_split_experts(config, sparse)
     counts = _expert_counts(spec.model)
     if not counts:
         raise ValueError(
@@ -152,7 +155,10 @@ def _check_exchange(config: Any, ranks: int) -> None:
             f"with {ranks} ranks: give a number that divides them."
         )
     name, value = "dtcp.expert_exchange", section.expert_exchange
-    if section.ranks_per_node and degrees.context_parallel_degree == 1:
+    if section.expert_tensor_parallel_degree != 1:
+        name = "dtcp.expert_tensor_parallel_degree"
+        value = section.expert_tensor_parallel_degree
+    elif section.ranks_per_node and degrees.context_parallel_degree == 1:
         name, value = "dtcp.ranks_per_node", section.ranks_per_node
     elif section.expert_exchange in ("auto", "all_to_all"):
         return
@@ -167,6 +173,26 @@ def _check_exchange(config: Any, ranks: int) -> None:
             f"leave it out, and choose a moe_comm_backend where the model is made."
         )
     library_for(section.expert_exchange, "")
+
+
+def _check_split_experts(config: Any, sparse: int) -> None:
+    """Refuse a tp beside ep that cannot split the channels of experts."""
+    etp, degrees = config.dtcp.expert_tensor_parallel_degree, config.parallelism
+    if etp == 1:
+        return
+    if isinstance(config.model_spec.model, HuggingFaceConfig):
+        raise ValueError(
+            f"Experts of transformers are whole under ep, got dtcp.expert_tensor_parallel_degree="
+            f"{etp}: leave it out, and ep takes ranks of tp, too."
+        )
+    if config.dtcp.forecast:
+        raise ValueError(
+            f"Forecasts know experts that are whole, got dtcp.forecast=True with "
+            f"dtcp.expert_tensor_parallel_degree={etp}: leave one of them out."
+        )
+    cp, tp = degrees.context_parallel_degree, degrees.tensor_parallel_degree
+    ep = degrees.expert_parallel_degree
+    Degrees(dp_shard=sparse // (cp * tp), cp=cp, tp=tp, ep=ep, etp=etp)
 
 
 def _expert_counts(model: Any) -> set[int]:

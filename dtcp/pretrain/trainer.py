@@ -17,6 +17,7 @@ from signal import Signals
 from typing import Any
 
 from dtcp.torchtitan.model_spec import PlainModel
+from dtcp.torchtitan.parallelize import mesh_of
 from dtcp.torchtitan.section import Section
 
 import torch
@@ -89,10 +90,11 @@ class Trainer(titan.Trainer):
         check_settings(config)
         # torchtitan gives parallelize_fn its own sections only.
         spec, each = config.model_spec, config.dtcp.ranks_per_node or ranks_of_machine()
-        bound = partial(spec.parallelize_fn, section=replace(config.dtcp, ranks_per_node=each))
+        section = replace(config.dtcp, ranks_per_node=each)
+        bound = partial(spec.parallelize_fn, section=section)
         with WholeDraws():
             super().__init__(replace(config, model_spec=replace(spec, parallelize_fn=bound)))
-        self.mesh = ParallelMesh.from_parallel_dims(self.parallel_dims, ranks_per_node=each)
+        self.mesh = mesh_of(self.parallel_dims, section)
         self._check_vocabulary()
         share_router_losses(self.model_parts[0], self.gradient_accumulation_steps)
         if config.validator.enable:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtcp.torchtitan.parallelize import options_of
+from dtcp.torchtitan.parallelize import mesh_of, options_of
 from dtcp.torchtitan.section import Section
 
 import torch
@@ -26,7 +26,6 @@ from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from dtcp.check.configs import small_config
 from dtcp.checkpoint.huggingface import weight_files
-from dtcp.distributed.mesh import ParallelMesh
 from dtcp.forward import wrap_forward
 from dtcp.parallelize import load_hf, parallelize_hf
 from dtcp.parallelize.tied_parameters import (
@@ -200,7 +199,7 @@ def _parallelize(
 ) -> nn.Module:
     parallelize_hf(
         model,
-        ParallelMesh.from_parallel_dims(parallel_dims, ranks_per_node=section.ranks_per_node),
+        mesh_of(parallel_dims, section),
         section.attention_style(),
         **options_of(training, parallelism, compile_config, ac_config),
         expert_exchange=section.expert_exchange,

@@ -57,6 +57,15 @@ from dtcp.softmax.mixer import name_kernel
 MakePlan = Callable[[Any, ParallelMesh, Section], ParallelPlan]
 
 
+def mesh_of(dims: ParallelDims, section: Section) -> ParallelMesh:
+    """torchtitan's meshes, with what the section adds to them."""
+    return ParallelMesh.from_parallel_dims(
+        dims,
+        etp=section.expert_tensor_parallel_degree,
+        ranks_per_node=section.ranks_per_node,
+    )
+
+
 def parallelize_plain(
     model: nn.Module,
     *,
@@ -74,7 +83,7 @@ def parallelize_plain(
     Args:
         make_plan: model config, mesh and section to a plan.
     """
-    mesh = ParallelMesh.from_parallel_dims(parallel_dims, ranks_per_node=section.ranks_per_node)
+    mesh = mesh_of(parallel_dims, section)
     name_kernel(model, section.kernel)
     plan = make_plan(model.config, mesh, section)
     return parallelize(

@@ -60,6 +60,10 @@ class Section:
     """Under parallelism.expert_parallel_degree, what carries tokens: "auto" for a library of GPU
     kernels where one is installed."""
 
+    expert_tensor_parallel_degree: int = 1
+    """The degree of tp where it splits the channels of experts, which are then spread over ranks of
+    dp and cp alone; 1: experts are whole, and spread over tp, too."""
+
     ranks_per_node: int = 0
     """Ranks of each machine: what several of them read over cp, and tokens for their experts, cross
     to it once. 0: as torchrun starts them; the world size: exchanges have one tier."""

@@ -97,7 +97,7 @@ def _expert_plan(
 def _tensor_plan(config: Qwen35Config, mesh: ParallelMesh) -> dict[str, ParallelStyle]:
     """Column-wise, then row-wise, in attention and feed-forward: one all-reduce each, both ways."""
     tp = mesh.size("tp")
-    check_divisible(_sizes(config, splits_experts=mesh.ep is None), tp)
+    check_divisible(_sizes(config, splits_experts=mesh.ep is None or mesh.degrees.etp > 1), tp)
     warn_of_replicated_kv_heads(config.num_kv_heads, tp, "attention")
     plan: dict[str, ParallelStyle] = {
         "embedding": VocabParallelEmbedding(),

@@ -9,16 +9,16 @@ def distribute_parameter(
     module: nn.Module,
     name: str,
     mesh: DeviceMesh,
-    placement: Placement,
-    *,
+    *placements: Placement,
     value: Tensor | None = None,
 ) -> None:
-    """Distribute a parameter over the axis; it stays frozen if it was.
+    """Distribute a parameter over the axes of a mesh; it stays frozen if it was.
 
     Args:
+        placements: one for each axis.
         value: what to distribute in its stead, the same numbers in another shape.
     """
     parameter = module.get_parameter(name)
     whole = parameter if value is None else value
-    placed = distribute_tensor(whole.detach(), mesh, [placement])
+    placed = distribute_tensor(whole.detach(), mesh, list(placements))
     module.register_parameter(name, nn.Parameter(placed, parameter.requires_grad))

@@ -41,6 +41,8 @@ EXPERTS = [
     Degrees(cp=2, tp=2, ep=2),
     Degrees(tp=4, ep=2),
     Degrees(dp_replicate=2, cp=2, ep=2),
+    Degrees(cp=2, tp=2, ep=2, etp=2),
+    Degrees(dp_replicate=2, tp=2, ep=2),
 ]
 
 
@@ -62,6 +64,13 @@ def check_views(mesh, degrees):
         if view is not None:
             assert view.mesh.tolist() == members
             assert dist.get_process_group_ranks(view.get_group()) == members
+
+
+def titan_dims(degrees):
+    from torchtitan.distributed import ParallelDims
+
+    axes = {name: degree for name, degree in asdict(degrees).items() if name != "etp"}
+    return ParallelDims(**axes, pp=1, world_size=4, spmd_backend="partial_dtensor")
 
 
 def check_hsdp_and_attention(mesh, degrees):
@@ -90,9 +99,7 @@ def test_views_of_degrees_span_the_right_ranks(mesh, degrees):
 )
 @spmd(ranks=4)
 def test_views_of_torchtitans_meshes_span_the_right_ranks(mesh, degrees):
-    from torchtitan.distributed import ParallelDims
-
-    dims = ParallelDims(**asdict(degrees), pp=1, world_size=4, spmd_backend="partial_dtensor")
+    dims = titan_dims(degrees)
     made = ParallelMesh.from_parallel_dims(dims)
     check_views(made, degrees)
     check_hsdp_and_attention(made, degrees)
@@ -102,8 +109,11 @@ def test_views_of_torchtitans_meshes_span_the_right_ranks(mesh, degrees):
 
 
 def check_experts(mesh, degrees):
-    """Ranks of ep are neighbours, and those of edp_shard hold the same experts."""
-    grid = torch.arange(degrees.world).view(degrees.dp_replicate, -1, degrees.ep)
+    """Ranks of ep are neighbours, beside those of etp, and ranks of edp_shard hold the same."""
+    whole = torch.arange(degrees.world).view(degrees.dp_replicate, -1, degrees.ep, degrees.etp)
+    part = dist.get_rank() % degrees.etp
+    assert mesh.experts.shape == ((degrees.ep, degrees.etp) if degrees.etp > 1 else (degrees.ep,))
+    grid = whole[..., part]
     replica, shard, expert = (grid == dist.get_rank()).nonzero()[0].tolist()
     assert (mesh.size("ep"), mesh.rank("ep")) == (degrees.ep, expert)
     assert mesh.ep.mesh.tolist() == grid[replica, shard].tolist()
@@ -118,12 +128,10 @@ def check_experts(mesh, degrees):
 @pytest.mark.parametrize("degrees", EXPERTS, ids=str)
 @spmd(ranks=4)
 def test_experts_axes_are_carved_out_of_dp_shard_cp_and_tp(mesh, degrees):
-    from torchtitan.distributed import ParallelDims
-
-    dims = ParallelDims(**asdict(degrees), pp=1, world_size=4, spmd_backend="partial_dtensor")
+    dims = titan_dims(degrees)
     for made in (
         ParallelMesh.from_degrees(degrees, "cpu"),
-        ParallelMesh.from_parallel_dims(dims),
+        ParallelMesh.from_parallel_dims(dims, etp=degrees.etp),
     ):
         check_views(made, degrees)
         check_experts(made, degrees)
@@ -214,6 +222,8 @@ def test_degree_below_one_is_refused():
         (Degrees(cp=4, ep=2), 2, 0),
         (Degrees(dp_shard=2, cp=2, ep=4), 0, 0),
         (Degrees(cp=4), 2, 0),
+        (Degrees(cp=2, tp=2, ep=2, etp=2), 2, 1),
+        (Degrees(cp=2, tp=2, ep=2, etp=2), 4, 0),
     ],
 )
 @spmd(ranks=4)

@@ -54,6 +54,10 @@ QWEN = [
     Cell("experts", Degrees(dp_shard=2, tp=2, ep=4)),
     Cell("experts", Degrees(dp_replicate=2, tp=2, ep=2)),
     Cell("experts", Degrees(dp_replicate=2, cp=2, ep=2)),
+    Cell("experts", Degrees(cp=2, tp=2, ep=2, etp=2), checkpoint=FullCheckpoint()),
+    Cell("experts", Degrees(cp=2, tp=2, ep=2, etp=2), compile=GRAPHS),
+    Cell("experts", Degrees(dp_shard=2, tp=2, ep=2, etp=2)),
+    Cell("experts", Degrees(dp_shard=2, cp=2, tp=2, ep=2, etp=2)),
 ]
 QUICK = (0, 4, 6)
 """ep is cp, eager and compiled, and recomputed in full; ep is cp beside dp."""
@@ -67,7 +71,8 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def name_of(cell: Cell) -> str:
-    return f"{cell}-ep{cell.degrees.ep}-x{cell.degrees.dp_replicate}"
+    degrees = cell.degrees
+    return f"{cell}-ep{degrees.ep}-x{degrees.dp_replicate}-etp{degrees.etp}"
 
 
 @pytest.mark.slow_where(lambda cell: QWEN.index(cell) not in QUICK)
@@ -90,6 +95,7 @@ DEEPSEEK = [
     (Degrees(dp_shard=2, cp=2, ep=4), Contiguous, FullCheckpoint(), None),
     (Degrees(cp=2, tp=2, ep=2), HeadTail, SelectiveCheckpoint(), GRAPHS),
     (Degrees(tp=2, ep=2), HeadTail, KEEP_ALL, None),
+    (Degrees(cp=2, tp=2, ep=2, etp=2), HeadTail, KEEP_ALL, None),
 ]
 
 
@@ -109,6 +115,7 @@ GEMMA = [
     (Degrees(cp=2, tp=2, ep=4), SelectiveCheckpoint(), None),
     (Degrees(dp_shard=2, cp=2, ep=2), FullCheckpoint(), GRAPHS),
     (Degrees(tp=4, ep=2), FullCheckpoint(), None),
+    (Degrees(dp_shard=2, tp=2, ep=2, etp=2), NoCheckpoint(), None),
 ]
 
 
@@ -133,6 +140,10 @@ def test_expert_parallel_that_does_not_divide_is_refused(mesh):
         qwen3_5_plan(EXPERTS, ranks, RingAttention())
     with pytest.raises(ValueError, match=r"got ep=2 with dp_shard=1 \* cp=3 \* tp=1 = 3: choose"):
         Degrees(cp=3, ep=2)
+    with pytest.raises(ValueError, match=r"got etp=3 with tp=2 and ep=2: give 1, or tp"):
+        Degrees(cp=2, tp=2, ep=2, etp=3)
+    with pytest.raises(ValueError, match=r"got ep=2 with dp_shard=1 \* cp=1: choose an ep"):
+        Degrees(tp=2, ep=2, etp=2)
     assert Qwen35(EXPERTS).layers[0].feed_forward.experts.num_experts == 8
 
 

@@ -102,8 +102,15 @@ def test_a_checkpoint_of_experts_goes_on_with_any_expert_parallel_degree(tmp_pat
     shutil.rmtree(folder / "checkpoint/step-3")
     four = ("--parallelism.context_parallel_degree", "4", "--training.global_batch_size", "-1")
     split = ("--parallelism.tensor_parallel_degree", "2")
+    channels = ("--dtcp.expert_tensor_parallel_degree", "2")
     for number, (arguments, ranks) in enumerate(
-        [((EP, "4", *four), 4), ((EP, "2", *split), 4), ((EP, "4", *split), 4), ((), 2)]
+        [
+            ((EP, "4", *four), 4),
+            ((EP, "2", *split), 4),
+            ((EP, "4", *split), 4),
+            ((EP, "2", *split, *channels), 4),
+            ((), 2),
+        ]
     ):
         copied = tmp_path / f"{number}"
         shutil.copytree(folder, copied)
@@ -147,6 +154,10 @@ def test_expert_parallel_degree_that_does_not_fit_is_refused_before_ranks_start(
             "got dtcp.expert_exchange=deep_ep with parallelism.expert_parallel_degree=1: raise",
         ),
         ((EP, "2", "--dtcp.expert_exchange", "deep_ep"), "without deep_ep.ElasticBuffer: install"),
+        (
+            (EP, "2", "--dtcp.expert_tensor_parallel_degree", "4"),
+            "got etp=4 with tp=2 and ep=2: give 1, or tp with an ep of 2",
+        ),
         ((EP, "2", "--dtcp.ranks_per_node", "3"), "got dtcp.ranks_per_node=3 with 4 ranks: give"),
     ],
 )
