@@ -88,10 +88,9 @@ class Progress(MetricsProcessor):
     ) -> None:
         """Send the metrics to the loggers and print the line.
 
-        Bytes per step are those that rank 0 received for context and expert parallelism, in
-        forward and backward, as the ops counted them; FSDP's and TP's own are not among them. Of
-        experts, the tokens of the most loaded one over the mean, in the layer where that is
-        largest; of rows, the attention work of the busiest data-parallel rank over the mean.
+        Bytes per step are those that rank 0 received for context and expert parallelism, as the
+        ops counted them; FSDP's and TP's own are left out. Of experts, the tokens of the most
+        loaded one over the mean, in the worst layer; of rows, the work of the busiest rank.
         """
         now = time.perf_counter()
         # The first line of a run counts one step, whatever step it resumed at.
@@ -138,7 +137,6 @@ class Progress(MetricsProcessor):
         if expected and (said := warning(counted, expected)):
             say(said)
         self._last_step = step
-        self._traffic = LEDGER.snapshot()
         self._reset()
 
     def log_validation(
@@ -146,7 +144,6 @@ class Progress(MetricsProcessor):
     ) -> None:
         self.logger.log({"validation_metrics/loss": loss, **(extra_metrics or {})}, step)
         say(f"step {step:>5}/{self.steps}  validation loss {loss:8.5f}")
-        self._traffic = LEDGER.snapshot()
         self._reset()
 
     def _received(self) -> tuple[int, int, int]:
@@ -157,6 +154,7 @@ class Progress(MetricsProcessor):
         return traffic.received, traffic.crossing(dist.get_rank(), nodes)[1], of_experts
 
     def _reset(self) -> None:
+        self._traffic = LEDGER.snapshot()
         self.ntokens_since_last_log = 0
         self.expected = 0
         self.row_work.clear()
