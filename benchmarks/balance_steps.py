@@ -41,6 +41,8 @@ from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.style import AttentionStyle
 
 SUITES = ("lognormal", "mixture", "single")
+TOKENS_OF_SUITES = 8192
+"""A rank's, of the rows that documents are drawn for; they are made shorter with the row."""
 HEAD = (
     "suite",
     "ranks",
@@ -147,7 +149,7 @@ def _rank(
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     mesh = ParallelMesh.from_degrees(Degrees(cp=ranks), "cpu")
     for suite in SUITES:
-        documents = rows_of(suite, ranks * tokens_a_rank, 1)[0]
+        documents = scaled(rows_of(suite, ranks * TOKENS_OF_SUITES, 1)[0], ranks * tokens_a_rank)
         steps = [Step(case, mesh, documents) for case in cases()]
         losses, received = [], []
         for step in steps:
@@ -165,6 +167,12 @@ def _rank(
             medians = statistics.median(step.clock), statistics.median(step.cpu)
             results[suite, number, rank] = (*medians, received[number])
     dist.destroy_process_group()
+
+
+def scaled(documents: Documents, seq_len: int) -> Documents:
+    """A row of the same documents, each as much shorter as the row."""
+    ends = np.cumsum(documents.lengths[0]) * seq_len // documents.seq_len
+    return Documents((tuple(np.diff(np.unique(ends), prepend=0).tolist()),), seq_len)
 
 
 def report(ranks: tuple[int, ...], tokens_a_rank: int, repeats: int) -> str:
