@@ -123,12 +123,17 @@ class BatchMetadata:
 
     Args:
         real: [B, L] bool, this rank's tokens that are no padding; None where nobody says.
+        memory: that of the sequence which an encoder reads, in a model that has one.
     """
 
     def __init__(
-        self, by_key: Mapping[MetadataKey, AttentionMetadata], real: Tensor | None = None
+        self,
+        by_key: Mapping[MetadataKey, AttentionMetadata],
+        real: Tensor | None = None,
+        memory: "BatchMetadata | None" = None,
     ) -> None:
         self.real = real
+        self.memory = memory
         # Keys of their own: dynamo would guard that one is the very object that a mixer holds.
         self._by_key = {replace(key): value for key, value in by_key.items()}
 
@@ -136,7 +141,12 @@ class BatchMetadata:
         """The same, with what kernels read on the device."""
         moved = {key: each.to(device) for key, each in self._by_key.items()}
         real = None if self.real is None else self.real.to(device, non_blocking=True)
-        return BatchMetadata(moved, real)
+        memory = None if self.memory is None else self.memory.to(device)
+        return BatchMetadata(moved, real, memory)
+
+    def with_memory(self, memory: "BatchMetadata") -> "BatchMetadata":
+        """The same, and that of the sequence which an encoder reads."""
+        return BatchMetadata(self._by_key, self.real, memory)
 
     def __getitem__(self, key: MetadataKey) -> AttentionMetadata:
         return self._by_key[key]

@@ -5,6 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+SPEECH = {
+    *("audioflamingo3", "glmasr", "granite_speech", "granite_speech_plus", "musicflamingo"),
+    *("moss_transcribe_diarize", "nemo_speechlm", "qwen2_audio", "qwen3_asr", "seamless_m4t"),
+    *("seamless_m4t_v2", "vibevoice_asr", "voxtral", "voxtral_realtime"),
+}
+"""Model types that read speech."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -26,16 +33,22 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """One for each model type; a second one where an encoder can be a decoder."""
+    """One for each model type; a second one where an encoder can be a decoder.
+
+    And where a model of encoder and decoder can be a decoder alone.
+    """
     from transformers.models.auto import modeling_auto
 
     causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     masked = set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    both = set(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES) - SPEECH
     cases = []
-    for model_type in sorted(causal | masked):
+    for model_type in sorted(causal | masked | both):
         fields = _fields(model_type)
         quiet = {key: 0.0 for key, value in fields.items() if _is_noise(key, value)}
         cases.append(Case(model_type, quiet))
+        if model_type in both and model_type in causal | masked:
+            cases.append(Case(model_type, {"is_encoder_decoder": False, **quiet}))
         is_encoder = fields.get("is_decoder") is False and not fields.get("is_encoder_decoder")
         if model_type in causal & masked and is_encoder:
             cases.append(Case(model_type, {"is_decoder": True, **quiet}))
@@ -56,4 +69,7 @@ def _fields(model_type: str) -> Mapping[str, Any]:
         config = AutoConfig.for_model(model_type)
     except StrictDataclassError:
         return {}
+    if getattr(config, "is_encoder_decoder", False):
+        # Its text config has other names for the fields of the decoder.
+        return vars(config)
     return vars(config) | vars(config.get_text_config(decoder=True))

@@ -1,7 +1,7 @@
 """A language model of transformers, to check."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import ShardedBatch
+from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.check.checked_model import (
     Mixing,
     check_logits,
@@ -20,12 +20,14 @@ from dtcp.check.checked_model import (
 from dtcp.check.configs import SmallConfig, model_of, parameter_count, small_config
 from dtcp.check.true_fp64 import kernels_in_fp64
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.huggingface import survey
+from dtcp.huggingface import shard_hf_batch, survey
+from dtcp.huggingface.encoder_decoder import encoder_name
 from dtcp.huggingface.registry import MIXER
 from dtcp.parallelize import Compile, parallelize_hf
 from dtcp.parallelize.plans.huggingface import RECURRENT
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.style import AttentionStyle
 
 _PROBED = 12
@@ -96,15 +98,32 @@ class CheckedHuggingFaceModel:
         """Each document by itself: not every model of transformers keeps packed ones apart."""
         parts = input_ids[0].split(documents.lengths[0])
         with kernels_in_fp64(model):
-            logits = [model(input_ids=x[None], use_cache=False).logits for x in parts]
+            logits = [model(**_tokens(model, x[None]), use_cache=False).logits for x in parts]
         for part, each in zip(parts, logits, strict=True):
             check_logits(model, each, len(part))
         return torch.cat(logits, dim=1)
 
+    def shard(
+        self,
+        model: Any,
+        batch: Mapping[str, Tensor],
+        documents: Documents,
+        mesh: ParallelMesh,
+        layout: type[SequenceLayout],
+    ) -> tuple[dict[str, Tensor], ShardedBatch]:
+        if not encoder_name(model):
+            return shard_batch(batch, mesh, layout, model=model, documents=documents)
+        parts = [_tokens(model, x) for x in batch["input_ids"].split(documents.lengths[0], dim=1)]
+        whole = {key: torch.cat([part[key] for part in parts], dim=1) for key in parts[0]}
+        memory = [part["input_ids"].shape[1] for part in parts]
+        whole |= {"attention_mask": _numbers(memory), "labels": batch["labels"]}
+        whole["decoder_attention_mask"] = _numbers(documents.lengths[0])
+        return shard_hf_batch(whole, mesh, layout, model=model)
+
     def local_logits(
         self, model: Any, batch: Mapping[str, Tensor], sharded: ShardedBatch
     ) -> Tensor:
-        inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+        inputs = {key: x for key, x in batch.items() if key.endswith(("input_ids", "position_ids"))}
         logits: Tensor = model(**inputs, attn_metadata=sharded.attn_metadata).logits
         return logits
 
@@ -115,7 +134,19 @@ class CheckedHuggingFaceModel:
         """Run the unmodified model on a few tokens: what fails here, no mesh has to do with."""
         name, input_ids = type(model).__name__, torch.arange(1, 1 + _PROBED)[None]
         remedy = "check it by hand, in a dtype and with inputs that it takes"
-        run = partial(model, input_ids=input_ids, use_cache=False)
+        run = partial(model, **_tokens(model, input_ids), use_cache=False)
         with torch.no_grad(), own_errors(f"{name} runs by itself, in fp64 on a CPU", remedy):
             out = run()
             check_logits(model, getattr(out, "logits", out), _PROBED)
+
+
+def _tokens(model: Any, input_ids: Tensor) -> dict[str, Tensor]:
+    """What a model reads of a document: its tokens; and an encoder others, of another number."""
+    if not encoder_name(model):
+        return {"input_ids": input_ids}
+    return {"input_ids": input_ids.flip(1)[:, 1:], "decoder_input_ids": input_ids}
+
+
+def _numbers(lengths: Sequence[int]) -> Tensor:
+    """The number of each token's document, from 1 on: [1, S]."""
+    return torch.arange(1, 1 + len(lengths)).repeat_interleave(torch.tensor(lengths))[None]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import ShardedBatch
+from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.check.checked_model import (
     Mixing,
     ModelRefused,
@@ -25,6 +25,7 @@ from dtcp.huggingface.mixing_probe import find_mixing, mixers_without_mixing, pr
 from dtcp.mixer import Mixer, batch_metadata
 from dtcp.parallelize import Compile, ParallelPlan, parallelize
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.style import AttentionStyle
 
 
@@ -88,6 +89,16 @@ class CheckedMixerModel:
         with own_errors(f"{type(model).__name__} runs on one device", remedy), _named(model):
             logits = model(input_ids, position_ids, batch_metadata(model, documents))
         return check_logits(model, logits, input_ids.shape[1])
+
+    def shard(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        documents: Documents,
+        mesh: ParallelMesh,
+        layout: type[SequenceLayout],
+    ) -> tuple[dict[str, Tensor], ShardedBatch]:
+        return shard_batch(batch, mesh, layout, model=model, documents=documents)
 
     def local_logits(
         self, model: nn.Module, batch: Mapping[str, Tensor], sharded: ShardedBatch

@@ -15,6 +15,7 @@ from dtcp.batch import ShardedBatch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.parallelize import Compile
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.style import AttentionStyle
 
 
@@ -54,6 +55,17 @@ class CheckedModel(Protocol):
 
     def logits_on_one_device(self, model: Any, input_ids: Tensor, documents: Documents) -> Tensor:
         """Logits of one row of packed documents, [1, S, C]."""
+        ...
+
+    def shard(
+        self,
+        model: Any,
+        batch: Mapping[str, Tensor],
+        documents: Documents,
+        mesh: ParallelMesh,
+        layout: type[SequenceLayout],
+    ) -> tuple[dict[str, Tensor], ShardedBatch]:
+        """This rank's part of whole rows; labels are shifted already."""
         ...
 
     def local_logits(

@@ -66,18 +66,23 @@ def small_config(source: str, change: Mapping[str, Any]) -> SmallConfig:
 
 
 def model_of(config: Any) -> Any:
-    """A language model of a config, with fresh weights: causal; masked, if it is an encoder's.
+    """A language model of a config, with fresh weights.
+
+    Causal; masked, if it is an encoder's; of two sequences, if it is that of encoder and decoder.
 
     Raises:
-        ValueError: transformers has neither for it.
+        ValueError: transformers has none of them for it.
     """
     from transformers.models.auto import modeling_auto
 
-    kinds = [
+    kinds: list[tuple[Any, Any]] = [
         (modeling_auto.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
         (modeling_auto.AutoModelForMaskedLM, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING),
     ]
-    if not (getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)):
+    two = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    if getattr(config, "is_encoder_decoder", False):
+        kinds.insert(0, (modeling_auto.AutoModelForSeq2SeqLM, two))
+    elif type(config) not in two and not getattr(config, "is_decoder", False):
         kinds.reverse()
     for kind, models in kinds:
         if type(config) in models:
@@ -85,7 +90,7 @@ def model_of(config: Any) -> Any:
             with own_errors(did, _REMEDY), without_gpu_kernels():
                 return kind.from_config(config)
     raise ValueError(
-        f"A model type that is checked has a causal or a masked language model, got "
+        f"A model type that is checked has a causal, masked or encoder-decoder language model, got "
         f"{config.model_type!r}: pass --hf-model module:function, which returns the model."
     )
 

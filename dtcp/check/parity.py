@@ -12,7 +12,6 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from dtcp.batch import shard_batch
 from dtcp.check.auxiliary import auxiliary_losses, whole
 from dtcp.check.checked_model import CheckedModel, vocabulary
 from dtcp.check.collective_calls import CollectiveCalls
@@ -278,7 +277,7 @@ def _on_mesh(
     batch["labels"] = shift_labels(row.input_ids, documents)
     # No image among them, for masks that ask.
     batch["block"] = torch.full_like(row.input_ids, -1)
-    local, sharded = shard_batch(batch, mesh, options.layout, model=model, documents=documents)
+    local, sharded = checked.shard(model, batch, documents, mesh, options.layout)
     logits = _two_or_more(checked.local_logits(model, local, sharded))
     labels = local["labels"]
     labels = labels.where(labels == IGNORED, labels % logits.shape[-1])

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dtcp.huggingface.recurrent_layers import WRITTEN_AGAIN, recurrent_layers, with_kernels
+from dtcp.huggingface.recurrent_forwards import WRITTEN_AGAIN
+from dtcp.huggingface.recurrent_layers import recurrent_layers, with_kernels
 
 
 class TrueFP64(TorchFunctionMode):
@@ -30,9 +31,13 @@ class TrueFP64(TorchFunctionMode):
 @contextmanager
 def kernels_in_fp64(model: nn.Module) -> Iterator[None]:
     """Inside, recurrent layers of an unmodified model compute their states in fp64."""
-    layers = [m for m in recurrent_layers(model) if type(m).__name__ not in WRITTEN_AGAIN]
+    layers = recurrent_layers(model)
     for layer in layers:
-        layer.forward = MethodType(with_kernels(layer, _in_fp64), layer)
+        # Those without a kernel to name cast in their own forward.
+        whole = type(layer).__name__ in WRITTEN_AGAIN
+        own = type(layer).forward
+        forward = _in_fp64("", own) if whole else with_kernels(layer, _in_fp64)
+        layer.forward = MethodType(forward, layer)
     try:
         yield
     finally:

@@ -15,6 +15,8 @@ from typing import Any
 from torch import nn
 
 from dtcp.forward import wrap_forward
+from dtcp.huggingface.recurrent_layers import kernel_names
+from dtcp.metadata import BatchMetadata
 
 MASK = "attention_mask"
 _INDEX, _LEFT, _BATCH = "dtcp_mask_index", "dtcp_left_for_base", "_dtcp_batch"
@@ -36,12 +38,19 @@ def mask_index(module: nn.Module) -> int | None:
 
 def hand_on_in_the_mask(name: str, layer: nn.Module) -> None:
     """Let a layer, or a model, hand on the metadata of its batch where it hands on a mask."""
-    if not any(part.isdigit() for part in name.split(".")):
+    is_layer = any(part.isdigit() for part in name.split("."))
+    if not is_layer and _makes_masks(layer):
         # No layer, but a model that hands its layers the mask that it makes.
         wrap_forward(layer, _leave_for_mask)
         return
     vars(layer)[_INDEX] = mask_index(layer)
     wrap_forward(layer, _in_the_mask)
+
+
+def _makes_masks(model: nn.Module) -> bool:
+    """Whether a model makes its masks by transformers' functions, or hands on what it is given."""
+    names = (name for module in model.modules() for name in kernel_names(module))
+    return any(name.startswith("create_") and "mask" in name for name in names)
 
 
 def _in_the_mask(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -51,8 +60,19 @@ def _in_the_mask(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kw
     return forward(*args, **{**kwargs, MASK: kwargs["attn_metadata"]})
 
 
+class HandedOn(BatchMetadata):
+    """The metadata of a batch in the place of a mask."""
+
+    def __init__(self, batch: BatchMetadata) -> None:
+        vars(self).update(vars(batch))
+
+    def to(self, _: Any) -> "HandedOn":
+        """The same: some models convert their mask."""
+        return self
+
+
 def _leave_for_mask(model: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with left_for_mask(model.config, kwargs["attn_metadata"]):
+    with left_for_mask(model.config, HandedOn(kwargs["attn_metadata"])):
         return forward(*args, **kwargs)
 
 

@@ -8,12 +8,20 @@ from torch import nn
 
 from dtcp.forward import wrap_forward
 from dtcp.huggingface import registry
+from dtcp.huggingface.distance_bias import install_bias_tables
+from dtcp.huggingface.encoder_decoder import DECODER, DECODER_TOKENS, TOKENS, install_encoder
 from dtcp.huggingface.handed_on import hand_on_in_the_mask, hand_to_base
 from dtcp.huggingface.images import IMAGES, image_arguments, install_image_inputs
 from dtcp.huggingface.meta_device import survey_on_meta
 from dtcp.huggingface.own_attention import own_attentions, use_registry
 from dtcp.huggingface.pooled_head import install_pooled_head
-from dtcp.huggingface.positions import Positions, call_with_positions, install_positions
+from dtcp.huggingface.positions import (
+    DECODER_KEY,
+    KEY,
+    Positions,
+    call_with_positions,
+    install_positions,
+)
 from dtcp.huggingface.recorder import survey_mask
 from dtcp.huggingface.recurrent_layers import install_recurrent_mixers
 from dtcp.huggingface.router_logits import leave_out_own_balance
@@ -50,8 +58,9 @@ def install_mixers(model: Any) -> Survey:
     for attention in result.attentions:
         model.get_submodule(attention.name).add_module(registry.MIXER, attention.mixer())
     install_recurrent_mixers(model, result.recurrent)
+    install_bias_tables(model)
     for module in own_attentions(model):
-        use_registry(module)
+        use_registry(model, module)
     for name in result.givers:
         hand_on_in_the_mask(name, model.get_submodule(name))
     if result.base_unread:
@@ -72,8 +81,11 @@ def install_mixers(model: Any) -> Survey:
             wrap_forward(module, _checked_inner_forward)
     if result.images:
         install_image_inputs(model, result.images)
+    if result.encoder:
+        install_encoder(model.get_submodule(result.encoder))
     install_positions(model, result.positions)
     vars(model)[_POSITIONS] = result.positions
+    vars(model)[_OF_DECODER] = (*DECODER_TOKENS, DECODER_KEY) if result.encoder else ()
     if hasattr(model.config.get_text_config(), "output_router_logits"):
         wrap_forward(model, leave_out_own_balance)
     wrap_forward(model, _checked_forward)
@@ -86,6 +98,7 @@ def has_mixers(model: Any) -> bool:
 
 
 _POSITIONS, _ARGUMENTS = "dtcp_positions_rule", "dtcp_arguments"
+_OF_DECODER = "dtcp_decoder_arguments"
 
 
 def _inner_configs(model: Any) -> list[tuple[str, Any]]:
@@ -134,7 +147,7 @@ def _check_call(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             f"pass input_ids=, position_ids= and attn_metadata=."
         )
     switched_on = [key for key in ARGUMENTS[-1:] if kwargs.get(key)]
-    known = (*ARGUMENTS, *image_arguments(model))
+    known = (*ARGUMENTS, *image_arguments(model), *vars(model)[_OF_DECODER])
     unknown = [key for key, x in kwargs.items() if key not in known and x is not None]
     if switched_on or unknown or kwargs.get("use_cache"):
         raise ValueError(
@@ -144,6 +157,9 @@ def _check_call(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             f"cache (as generate has one) and attention weights have no sharded form."
         )
     _check_inputs(kwargs)
+    if vars(model)[_OF_DECODER]:
+        own = {key: kwargs.get(f"{DECODER}{key}") for key in (*TOKENS, KEY)}
+        _check_inputs({**own, "attn_metadata": kwargs["attn_metadata"]})
 
 
 def _check_inputs(inputs: Mapping[str, Any]) -> None:

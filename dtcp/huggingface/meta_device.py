@@ -15,6 +15,12 @@ NARROW: Mapping[str, int] = {
     "num_local_experts": 2,
     "n_routed_experts": 2,
     "num_experts_per_tok": 1,
+    "d_ff": 16,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "decoder_vocab_size": 64,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
     "n_group": 1,
     "topk_group": 1,
 }

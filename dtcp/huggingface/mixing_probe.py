@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import partial
+from itertools import count, islice
 from typing import Any, cast
 
 import torch
@@ -19,10 +20,15 @@ from dtcp.mixer import Mixer
 RunModel = Callable[[], object]
 
 
-def probe_length(model: nn.Module) -> int:
-    """Tokens to run a model with, such that a dim of this size can only be the sequence."""
+def probe_length(model: nn.Module, *, longer: bool = False) -> int:
+    """Tokens to run a model with, such that a dim of this size can only be the sequence.
+
+    Args:
+        longer: another number than without, for a second sequence.
+    """
     sizes = {size for x in (*model.parameters(), *model.buffers()) for size in x.shape}
-    return next(length for length in range(37, 37 + 2 * len(sizes) + 2, 2) if length not in sizes)
+    lengths = (length for length in count(37, 2) if length not in sizes)
+    return next(islice(lengths, int(longer), None))
 
 
 def probe_ids(model: Any, seq_len: int) -> Tensor:
@@ -220,13 +226,14 @@ def _moved(
         by_token: look at outputs of tokens only.
     """
     return any(
-        _tensor_moved(a, b, seq_len, tokens)
+        differs_elsewhere(a, b, seq_len, tokens)
         for a, b in zip(tensors(out), tensors(changed_out), strict=True)
         if a.is_floating_point() and not (by_token and seq_len not in a.shape)
     )
 
 
-def _tensor_moved(a: Tensor, b: Tensor, seq_len: int, tokens: Sequence[int]) -> bool:
+def differs_elsewhere(a: Tensor, b: Tensor, seq_len: int, tokens: Sequence[int]) -> bool:
+    """Whether two tensors differ at other tokens than these, by more than rounding."""
     if a.numel() == 0 or (seq_len in a.shape and _seq_dim(a, seq_len) is None):
         return False
     difference = (a - b).abs().nan_to_num(nan=torch.inf)

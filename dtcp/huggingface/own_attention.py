@@ -10,8 +10,11 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-_ROPE = "dtcp_rope"
+from dtcp.softmax.distance_bias import alibi_slopes
+
+_ROPE, _CONFIG = "dtcp_rope", "dtcp_config"
 
 
 def own_attentions(model: nn.Module) -> list[Any]:
@@ -19,23 +22,40 @@ def own_attentions(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if type(m).__name__ in FORWARDS]
 
 
-def use_registry(module: nn.Module) -> None:
-    """Let a module call attention by the name in its config."""
+def implementations(model: Any) -> list[Any]:
+    """Configs that name how such modules attend: they may have none, but models around them do."""
+    modules = model.modules() if own_attentions(model) else ()
+    found = {id(m.config): m.config for m in modules if hasattr(m, "config")}
+    return list(found.values())
+
+
+def use_registry(model: Any, module: nn.Module) -> None:
+    """Let a module of a model call attention by the name in the config."""
+    vars(module)[_CONFIG] = model.config
+    for each in _with_own_alibi(model):
+        each.use_alibi = False
     rope = getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)
     vars(module)[_ROPE] = rope
     module.forward = MethodType(FORWARDS[type(module).__name__], module)
 
 
-def use_own(module: nn.Module) -> None:
-    """Give a module the forward of its class back."""
-    del module.forward, vars(module)[_ROPE]
+def use_own(model: Any, module: nn.Module) -> None:
+    """Give a module of a model the forward of its class back."""
+    for each in _with_own_alibi(model):
+        each.use_alibi = each.config.alibi
+    del module.forward, vars(module)[_ROPE], vars(module)[_CONFIG]
+
+
+def _with_own_alibi(model: Any) -> list[Any]:
+    """Models that add ALiBi to their mask, of all pairs of tokens."""
+    return [m for m in model.modules() if type(m).__name__ == "FalconModel"]
 
 
 def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **arguments: Any) -> Tensor:
     """[B, H or G, L, D] -> [B, L, H * D], by the registry."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    attend = ALL_ATTENTION_FUNCTIONS[getattr(module, _CONFIG)._attn_implementation]
     out: Tensor = attend(module, q, k, v, mask, **arguments)[0]
     return out.flatten(2)
 
@@ -52,18 +72,74 @@ def _falcon(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    if alibi is not None or layer_past is not None or position_embeddings is None:
-        raise ValueError(
-            f"Attention of Falcon that mixers carry out rotates by positions, got alibi="
-            f"{type(alibi).__name__}, layer_past={type(layer_past).__name__}: set config.alibi = "
-            f"False, and use no cache."
-        )
+    _check_no_cache(self, layer_past)
     parts = self._split_heads(self.query_key_value(hidden_states))
     q, k, v = (x.transpose(1, 2) for x in parts)
-    q, k = getattr(self, _ROPE)(q, k, *position_embeddings)
+    if not self.config.alibi:
+        assert position_embeddings is not None
+        q, k = getattr(self, _ROPE)(q, k, *position_embeddings)
+    else:
+        # Scaled with the scores; the model rounds slopes to bf16, whatever it computes in.
+        kwargs["slope"] = _slope(self.num_heads, q).bfloat16().float() * self.inv_norm_factor
     out = _attend(self, q, k, v, attention_mask, scaling=self.inv_norm_factor, **kwargs)
     return self.dense(out), None
 
 
-FORWARDS: Mapping[str, Callable[..., Any]] = {"FalconAttention": _falcon}
+def _bloom(
+    self: Any,
+    hidden_states: Tensor,
+    residual: Tensor,
+    alibi: Tensor,
+    attention_mask: Any,
+    layer_past: Any = None,
+    use_cache: bool = False,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _check_no_cache(self, layer_past)
+    qkv = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, 3, -1))
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(-2))
+    kwargs |= {"scaling": self.inv_norm_factor, "slope": _slope(self.num_heads, q)}
+    out = _attend(self, q, k, v, attention_mask, **kwargs)
+    dropped = F.dropout(self.dense(out), p=self.hidden_dropout, training=self.training)
+    return residual + dropped, None
+
+
+def _mpt(
+    self: Any,
+    hidden_states: Tensor,
+    position_bias: Tensor,
+    past_key_values: Any = None,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _check_no_cache(self, past_key_values)
+    qkv = self.Wqkv(hidden_states)
+    if self.clip_qkv:
+        qkv = qkv.clamp(min=-self.clip_qkv, max=self.clip_qkv)
+    q, k, v = (x.unflatten(2, (self.n_heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=2))
+    kwargs |= {"scaling": self.softmax_scale, "slope": _slope(self.n_heads, q)}
+    if self.training:
+        kwargs["dropout"] = self.attn_dropout_p
+    return self.out_proj(_attend(self, q, k, v, attention_mask, **kwargs)), None
+
+
+def _slope(heads: int, q: Tensor) -> Tensor:
+    """In the place of ALiBi for every key: [H]."""
+    return alibi_slopes(heads).to(q.device)
+
+
+def _check_no_cache(module: nn.Module, cache: Any) -> None:
+    if cache is not None:
+        raise ValueError(
+            f"Attention that mixers carry out reads the tokens of its batch, got a cache of type "
+            f"{type(cache).__name__} in {type(module).__name__}: leave it out."
+        )
+
+
+FORWARDS: Mapping[str, Callable[..., Any]] = {
+    "FalconAttention": _falcon,
+    "BloomAttention": _bloom,
+    "MptAttention": _mpt,
+}
 """By the name of the class."""

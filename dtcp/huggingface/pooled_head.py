@@ -27,9 +27,14 @@ class PooledHead:
     pad_token_id: int | None
 
 
-def outputs_of_rows(out: object, seq_len: int) -> list[Tensor]:
-    """What a model that ran on one row of seq_len tokens gave for no token of it."""
-    return [x for x in tensors(out) if x.is_floating_point() and seq_len not in x.shape]
+def outputs_of_rows(out: object, seq_len: int, memory_len: int = 0) -> list[Tensor]:
+    """What a model that ran on one row of seq_len tokens gave for no token of it.
+
+    Args:
+        memory_len: tokens of the encoder's row; 0 without one.
+    """
+    lengths = {seq_len, memory_len or seq_len}
+    return [x for x in tensors(out) if x.is_floating_point() and lengths.isdisjoint(x.shape)]
 
 
 def find_pooled_head(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dtcp.forward import wrap_forward
 
-KEY = "position_ids"
+KEY, DECODER_KEY = "position_ids", "decoder_position_ids"
 _RULE, _GIVEN = "dtcp_positions", "dtcp_position_ids"
 
 
@@ -29,11 +29,14 @@ class Positions:
         offset: the position of a row's first token, as the model counts.
         readers: modules that look positions up, and are handed those of the batch.
         taken: whether the model itself takes them, and hands them on.
+        encoder: the name of the encoder in a model that has one; all other readers are handed the
+            positions of the decoder's tokens.
     """
 
     offset: int = 0
     readers: tuple[str, ...] = ()
     taken: bool = True
+    encoder: str = ""
 
 
 def takes_positions(module: nn.Module) -> bool:
@@ -76,11 +79,14 @@ def install_positions(model: nn.Module, positions: Positions) -> None:
 
 
 @contextmanager
-def given_positions(model: nn.Module, positions: Positions, value: Tensor) -> Iterator[None]:
-    """Inside, readers of a model that takes no positions are handed these: [B, L]."""
+def given_positions(
+    model: nn.Module, positions: Positions, value: Tensor, of_decoder: Tensor
+) -> Iterator[None]:
+    """Inside, readers of a model that takes no positions are handed these: [B, L] each."""
     readers = [model.get_submodule(name) for name in positions.readers]
-    for reader in readers:
-        vars(reader)[_GIVEN] = value
+    for name, reader in zip(positions.readers, readers, strict=True):
+        inside = name.startswith(f"{positions.encoder}.")
+        vars(reader)[_GIVEN] = value if inside else of_decoder
     try:
         yield
     finally:
@@ -94,7 +100,8 @@ def call_with_positions(
     """Call a model with position_ids among the arguments, whether it takes them or not."""
     if positions.taken:
         return run(**kwargs)
-    with given_positions(model, positions, kwargs.pop(KEY)):
+    value = kwargs.pop(KEY)
+    with given_positions(model, positions, value, kwargs.pop(DECODER_KEY, value)):
         return run(**kwargs)
 
 

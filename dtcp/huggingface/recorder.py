@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtcp.huggingface.distance_bias import BIASES, is_of_bias
 from dtcp.huggingface.handed_on import batch_of_mask, mask_argument, mask_index
 from dtcp.huggingface.mixing_probe import own_operands
 from dtcp.huggingface.read_mask import read_mask
@@ -16,7 +17,7 @@ from dtcp.mixer import Mixer
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import And, Bidirectional, BlockBidirectional, Mask
-from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax.mixer import CrossAttention, SoftmaxAttention
 
 HARMLESS = ("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits")
 """Arguments of an attention call that repeat what mask, positions and the model's call say."""
@@ -31,6 +32,7 @@ class SurveyedAttention:
         scale: of scores; None for D ** -0.5.
         softcap: of scores; 0 for none.
         sink: whether calls bring sinks.
+        cross: whether its keys are those of an encoder's tokens.
     """
 
     name: str
@@ -38,15 +40,24 @@ class SurveyedAttention:
     scale: float | None
     softcap: float
     sink: bool
+    cross: bool = False
 
     def mixer(self) -> SoftmaxAttention:
+        if self.cross:
+            return CrossAttention(scale=self.scale, softcap=self.softcap)
         return SoftmaxAttention(self.mask, scale=self.scale, softcap=self.softcap)
 
 
 class Recorder:
-    """Notes each attention call, in which no token sees another."""
+    """Notes each attention call, in which no token sees another.
 
-    def __init__(self, model: Any, refused: list[str]) -> None:
+    Args:
+        memory_len: tokens of the encoder's row, another number than the decoder's; 0 without one.
+    """
+
+    def __init__(self, model: Any, refused: list[str], memory_len: int = 0) -> None:
+        self.memory_len = memory_len
+        self.memory: dict[str, tuple[Tensor, Tensor]] = {}
         self.names = {module: name for name, module in model.named_modules()}
         self.base = None if model.base_model is model else model.base_model
         self.refused = refused
@@ -108,15 +119,22 @@ class Recorder:
             known_mask = Bidirectional()
         if self.block is not None:
             known_mask = self._with_blocks(name, mask)
-        problems = _problems(q, k, known_mask, arguments)
+        cross = k.shape[1] != q.shape[1] and k.shape[1] == self.memory_len
+        problems = _problems(q, k, known_mask, arguments, cross=cross)
         self.refused += [f"{name} ({type(module).__name__}): {problem}" for problem in problems]
         if known_mask is not None and not problems:
-            self._note(name, module, known_mask, arguments)
+            self._note(name, module, known_mask, arguments, cross=cross)
+        if cross:
+            # What reaches keys and values is looked at by the side of these.
+            self.memory[name] = k.detach(), v.detach()
+            return q.mean(-1, keepdim=True).expand(*q.shape[:-1], v.shape[-1]).contiguous()
         return own_operands(q, k, v)
 
-    def _note(self, name: str, module: nn.Module, mask: Mask, arguments: dict[str, Any]) -> None:
+    def _note(
+        self, name: str, module: nn.Module, mask: Mask, arguments: dict[str, Any], *, cross: bool
+    ) -> None:
         sink, softcap = arguments.get("s_aux") is not None, arguments.get("softcap") or 0.0
-        now = SurveyedAttention(name, mask, arguments.get("scaling"), softcap, sink)
+        now = SurveyedAttention(name, mask, arguments.get("scaling"), softcap, sink, cross)
         before = self.attentions.setdefault(name, now)
         if self.block is not None:
             before = self.attentions[name] = replace(before, mask=mask)
@@ -149,18 +167,28 @@ def varies(x: Tensor, dim: int) -> bool:
     return float((x - first).abs().max()) > 1e-5 * float(x.abs().max())
 
 
-def _problems(q: Tensor, k: Tensor, mask: Mask | None, arguments: dict[str, Any]) -> list[str]:
+def _problems(
+    q: Tensor, k: Tensor, mask: Mask | None, arguments: dict[str, Any], *, cross: bool
+) -> list[str]:
     problems = []
-    known = ("scaling", "dropout", "s_aux", "softcap", *HARMLESS)
+    known = ("scaling", "dropout", "s_aux", "softcap", "slope", *HARMLESS)
     unknown = [
         key
         for key, value in arguments.items()
         if key not in known and value is not None and value is not False
+        if key not in BIASES or not is_of_bias(value)
     ]
-    if k.shape[1] != q.shape[1]:
+    if cross and mask != Bidirectional():
         problems.append(
-            f"{q.shape[1]} queries meet {k.shape[1]} keys (cross-attention, or a cache): only "
-            f"attention of a sequence to itself is sharded."
+            f"its queries see a part of the encoder's tokens, by {mask}: only attention to all of "
+            f"them is sharded."
+        )
+    elif cross:
+        pass
+    elif k.shape[1] != q.shape[1]:
+        problems.append(
+            f"{q.shape[1]} queries meet {k.shape[1]} keys (cross-attention to other tokens than an "
+            f"encoder's, or a cache): only attention to the tokens of a sequence is sharded."
         )
     elif mask is None:
         problems.append(

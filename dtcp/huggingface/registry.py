@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dtcp.huggingface.autocast import as_autocast_casts
 from dtcp.huggingface.handed_on import batch_of_mask
-from dtcp.huggingface.own_attention import own_attentions
+from dtcp.huggingface.own_attention import implementations
 from dtcp.metadata import BatchMetadata
 from dtcp.softmax.mixer import LatentAttention
 
@@ -68,8 +68,8 @@ def set_attention(model: Any, implementation: str) -> None:
         ValueError: the model does not look its attention up in the registry.
     """
     model.set_attn_implementation(implementation)
-    for module in own_attentions(model):
-        module.config._attn_implementation = implementation
+    for each in implementations(model):
+        each._attn_implementation = implementation
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         chosen = getattr(config, "_attn_implementation", implementation)
@@ -93,6 +93,8 @@ def mixer_attention_forward(
     dropout: float = 0.0,
     attn_metadata: BatchMetadata | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    slope: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend by the module's mixer, which has the mask and the scale that the survey read.
@@ -101,6 +103,8 @@ def mixer_attention_forward(
         query, key, value: [B, H or G, L, D].
         attention_mask: none, or the metadata in its place.
         s_aux: [H], the sinks.
+        position_bias: [H, 2 R + 1], by distance (distance_bias.py).
+        slope: [H], ALiBi's (own_attention.py).
     Returns:
         [B, L, H, V].
     Raises:
@@ -126,9 +130,13 @@ def mixer_attention_forward(
     if isinstance(mixer, LatentAttention):
         # In the places of keys and values, latents and rotary keys (latents.py).
         projection: Any = module.get_submodule(PROJECTION)
-        up = projection.weight.to(q.dtype).unflatten(0, (q.shape[2], -1))
+        weight = projection.weight
+        if isinstance(weight, DTensor):
+            # Whole on each rank of tp, which makes all heads.
+            weight = weight.to_local(grad_placements=weight.placements)
+        up = weight.to(q.dtype).unflatten(0, (q.shape[2], -1))
         return mixer(q, k[:, :, 0], v[:, :, 0], up, attn_metadata), None
-    return mixer(q, k, v, attn_metadata, sink=s_aux), None
+    return mixer(q, k, v, attn_metadata, sink=s_aux, bias=position_bias, slope=slope), None
 
 
 def no_mask(*_: Any, config: Any = None, **__: Any) -> Any:

@@ -6,7 +6,7 @@ all the same goes neither through the registry nor through a kernel that is know
 by name.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,18 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.huggingface import registry
+from dtcp.huggingface.distance_bias import noting_bias_tables
+from dtcp.huggingface.encoder_decoder import DECODER_TOKENS, encoder_name
 from dtcp.huggingface.handed_on import left_for_mask
 from dtcp.huggingface.images import TOKEN_TYPES, image_arguments, language_model
 from dtcp.huggingface.mixing_probe import (
     calls,
+    differs_elsewhere,
     find_mixing,
     probe_ids,
     probe_length,
     tensors,
 )
-from dtcp.huggingface.own_attention import own_attentions, use_own, use_registry
+from dtcp.huggingface.own_attention import (
+    implementations,
+    own_attentions,
+    use_own,
+    use_registry,
+)
 from dtcp.huggingface.pooled_head import PooledHead, find_pooled_head, outputs_of_rows
 from dtcp.huggingface.positions import (
+    DECODER_KEY,
     KEY,
     Positions,
     call_with_positions,
@@ -54,6 +63,7 @@ class Survey:
         givers: layers that hand on a mask and no metadata.
         base_unread: whether the model inside of the model receives no metadata.
         images: the name of the language model in a model that takes images.
+        encoder: the name of the encoder in a model that has a decoder, too.
     """
 
     attentions: tuple[SurveyedAttention, ...]
@@ -64,6 +74,7 @@ class Survey:
     givers: tuple[str, ...] = ()
     base_unread: bool = False
     images: str = ""
+    encoder: str = ""
 
     def check(self) -> None:
         """Stop where something is refused.
@@ -89,7 +100,8 @@ def survey(model: Any) -> Survey:
     refused = [*unsuited(model)]
     if refused:
         return Survey((), tuple(refused))
-    recorder = Recorder(model, refused)
+    memory_len = probe_length(model, longer=True) if encoder_name(model) else 0
+    recorder = Recorder(model, refused, memory_len)
     probe = _Probe(model, recorder)
     with _survey_mode(model, recorder), calls(model) as running:
         try:
@@ -109,6 +121,7 @@ def survey(model: Any) -> Survey:
         tuple(recorder.givers),
         recorder.base_unread,
         probe.images,
+        probe.encoder,
     )
 
 
@@ -120,6 +133,10 @@ class _Probe:
         self.seq_len = probe_length(model)
         self.input_ids = probe_ids(model, self.seq_len)
         self.position_ids = torch.arange(self.seq_len, device=self.input_ids.device)[None]
+        self.encoder = encoder_name(model)
+        self.memory_ids = probe_ids(model, recorder.memory_len)
+        memory = torch.arange(recorder.memory_len, device=self.input_ids.device)[None]
+        self.memory_position_ids = memory
         self.positions = Positions()
         self.pooled_head: PooledHead | None = None
         self.images = ""
@@ -157,9 +174,18 @@ class _Probe:
                 self.look_at_images()
 
     def call(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """The model on rows that it counts by itself, or by position_ids if they are given."""
+        """The model on rows that it counts by itself, or by position_ids if they are given.
+
+        Rows are the decoder's in a model with an encoder, which reads rows of its own.
+        """
         kwargs |= {"use_cache": False, "attn_metadata": self.recorder}
         run = partial(self.model, input_ids=input_ids)
+        if self.encoder:
+            own = {DECODER_TOKENS[0]: input_ids}
+            run = partial(self.model, input_ids=self.memory_ids, **own)
+            if KEY in kwargs:
+                kwargs[DECODER_KEY] = kwargs[KEY]
+                kwargs[KEY] = self.memory_position_ids
         if KEY in kwargs:
             return call_with_positions(self.model, self.positions, run, **kwargs)
         return run(**kwargs)
@@ -175,7 +201,9 @@ class _Probe:
         taken, readers = takes_positions(self.model), position_readers(self.model)
         padding = self.model.config.get_text_config().pad_token_id
         offsets = dict.fromkeys([1, 2, 1 + (padding or 0)]) if taken and readers else ()
-        first = Positions(taken=True) if taken else Positions(0, readers, taken=False)
+        first = Positions(taken=True)
+        if not taken:
+            first = Positions(0, readers, taken=False, encoder=self.encoder)
         for each in (first, *(Positions(offset, readers) for offset in offsets)):
             self.positions = each
             with reading_positions(self.model, each):
@@ -191,17 +219,41 @@ class _Probe:
         """Note the modules in which tokens meet, and the head of a model that pools."""
         model, seq_len = self.model, self.seq_len
         with torch.no_grad():
-            of_rows = outputs_of_rows(self.counted(), seq_len)
+            of_rows = outputs_of_rows(self.counted(), seq_len, self.recorder.memory_len)
         if of_rows:
             self.pooled_head = find_pooled_head(model, self.call_rows, seq_len)
             if self.pooled_head is None:
                 self.recorder.refused.append(_unknown_outputs(model, of_rows))
+        mixing = find_mixing(model, self.counted, seq_len, pools=bool(of_rows))
+        if self.encoder:
+            mixing += find_mixing(model, self.counted, self.recorder.memory_len, pools=True)
+            mixing += self.mixing_before_keys()
         self.recorder.refused += [
             f"{name or 'the model'} ({type(model.get_submodule(name)).__name__}): tokens meet in "
             f"it, and not through the attention registry: write it with a mixer "
             f"(docs/add_a_model.md)."
-            for name in find_mixing(model, self.counted, seq_len, pools=bool(of_rows))
+            for name in dict.fromkeys(mixing)
         ]
+
+    def mixing_before_keys(self) -> list[str]:
+        """Names of cross attention whose keys are not of one token of the encoder each."""
+        memory_ids, length = self.memory_ids, self.recorder.memory_len
+
+        def operands(tokens: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+            index = torch.tensor(tokens, dtype=torch.int64, device=memory_ids.device)
+            self.memory_ids = memory_ids.index_copy(1, index, memory_ids.roll(1, 1)[:, index])
+            with torch.no_grad():
+                self.counted()
+            self.memory_ids = memory_ids
+            return dict(self.recorder.memory)
+
+        before, mixing = operands(()), []
+        for tokens in ((length // 2,), (0, length - 1)):
+            for name, parts in operands(tokens).items():
+                pairs = zip(before[name], parts, strict=True)
+                if any(differs_elsewhere(a, b, length, tokens) for a, b in pairs):
+                    mixing.append(name)
+        return mixing
 
     def call_rows(self, input_ids: Tensor) -> Any:
         return self.call(input_ids, position_ids=self.position_ids.expand(len(input_ids), -1))
@@ -210,8 +262,12 @@ class _Probe:
         """Whether tokens of one id at one position differ: what counts them is not known."""
         same = self.input_ids[:, :1].expand_as(self.input_ids).contiguous()
         self.recorder.varies = False
+        memory = self.memory_ids, self.memory_position_ids
+        self.memory_ids = self.input_ids[:, :1].expand_as(memory[0]).contiguous()
+        self.memory_position_ids = torch.zeros_like(memory[1])
         with torch.no_grad():
             out = self.call(same, position_ids=torch.zeros_like(self.position_ids))
+        self.memory_ids, self.memory_position_ids = memory
         dims = [(x, dim) for x in tensors(out) for dim in range(x.ndim)]
         return self.recorder.varies or any(
             varies(x, dim)
@@ -228,6 +284,12 @@ class _Probe:
         input_ids[:, self.seq_len // 2 :] = padding
         with torch.no_grad():
             self.call(input_ids, position_ids=self.position_ids)
+            if self.encoder:
+                memory_ids = self.memory_ids
+                self.memory_ids = memory_ids.clone()
+                self.memory_ids[:, self.seq_len // 2 :] = padding
+                self.call(self.input_ids, position_ids=self.position_ids)
+                self.memory_ids = memory_ids
 
     def look_at_images(self) -> None:
         """Note how masks change where tokens are marked as those of an image."""
@@ -284,7 +346,7 @@ def _survey_mode(model: Any, recorder: Recorder) -> Iterator[None]:
     own = [module for module in own_attentions(model) if "forward" not in vars(module)]
     registry.set_attention(model, registry.SURVEY_IMPLEMENTATION)
     for module in own:
-        use_registry(module)
+        use_registry(model, module)
     hooks = [m.register_forward_pre_hook(recorder.see, with_kwargs=True) for m in before]
     config = model.config.get_text_config()
     try:
@@ -292,14 +354,16 @@ def _survey_mode(model: Any, recorder: Recorder) -> Iterator[None]:
             without_router_logits(config),
             noting_kernels(model, recorder),
             left_for_mask(config, recorder),
+            noting_bias_tables(model),
         ):
             yield
     finally:
         for hook in hooks:
             hook.remove()
         for module in own:
-            use_own(module)
-            module.config._attn_implementation = implementation
+            use_own(model, module)
+        for each in implementations(model):
+            each._attn_implementation = implementation
         model.set_attn_implementation(implementation)
         for module, training in before.items():
             module.training = training

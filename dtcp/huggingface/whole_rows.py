@@ -15,11 +15,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from dtcp.batch import ShardedBatch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.replicated_loss import sum_for_replicated_loss
-from dtcp.huggingface.batch import (
-    LABELED_IN_PLACE,
-    documents_of_hf_batch,
-    shard_hf_batch,
-)
+from dtcp.huggingface.batch import LABELED_IN_PLACE, shard_hf_batch
+from dtcp.huggingface.documents import documents_of_hf_batch
+from dtcp.huggingface.encoder_decoder import encoder_name
 from dtcp.huggingface.linear_head import LinearHead
 from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
@@ -190,7 +188,12 @@ class WholeRows(nn.Module):
     def _check_token_numbers(self, labels: Tensor | None) -> None:
         module = self.module
         in_place = getattr(module, "loss_type", None) in LABELED_IN_PLACE
-        if labels is None or in_place or last_token_mixer(module) is not None:
+        if (
+            labels is None
+            or in_place
+            or encoder_name(module)
+            or last_token_mixer(module) is not None
+        ):
             raise ValueError(
                 f"Log-probabilities of next tokens are a language model's, of its labels, got "
                 f"fused_lm_head=True with {type(module).__name__}, labels of type "

@@ -191,8 +191,14 @@ class HuggingFaceModel:
         documents: Documents,
     ) -> Batch:
         from dtcp.huggingface import shard_hf_batch
+        from dtcp.huggingface.encoder_decoder import encoder_name
 
-        return shard_hf_batch(_rows_of(documents), mesh, layout, model=model, compare_ranks=False)
+        rows = dict(_rows_of(documents))
+        if encoder_name(model):
+            # As many tokens for the decoder as for the encoder.
+            own = {f"decoder_{key}": rows[key] for key in ("input_ids", "position_ids")}
+            rows |= own
+        return shard_hf_batch(rows, mesh, layout, model=model, compare_ranks=False)
 
     def logits(
         self, model: nn.Module, local: Mapping[str, Tensor], sharded: ShardedBatch

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dtcp._torch import set_dtensor_rule
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
@@ -20,10 +19,10 @@ from dtcp.recurrent.moves import LinearShape
 from dtcp.recurrent.op import (
     carry_of,
     cut_in_parts,
+    install_rules,
     kept_states,
-    rule_backward_on_dtensors,
+    parts_of,
     rule_moves,
-    rule_on_dtensors,
     states_kept,
     whole_of_parts,
 )
@@ -96,7 +95,7 @@ def _backward_moves(grad_out, q, k, v, g, state, metadata, scan, groups):  # typ
 def _forward(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_linear_attention")
     batch = DeltaMetadata(*metadata)
-    parts = _parts(LinearInputs(q, k, v, g, batch.starts), batch)
+    parts = parts_of(LinearInputs(q, k, v, g, batch.starts), batch, "Linear attention")
     carry = carry_of(q, batch, scan, groups, reverse=False, maps=SCALES)
     out, state = linear_kernel(parts[0]).forward(parts, carry)
     return whole_of_parts(out, v), kept_states(state, batch).contiguous()
@@ -114,7 +113,7 @@ def _(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def]
 def _backward(grad_out, q, k, v, g, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_linear_attention_backward")
     batch = DeltaMetadata(*metadata)
-    parts = _parts(LinearInputs(q, k, v, g, batch.starts), batch)
+    parts = parts_of(LinearInputs(q, k, v, g, batch.starts), batch, "Linear attention")
     grad_parts, rows = cut_in_parts(grad_out, batch), sum(len(x.v) for x in parts)
     carry = carry_of(q, batch, scan, groups, reverse=True, maps=SCALES)
     grads = linear_kernel(parts[0]).backward(parts, grad_parts, state[:rows], carry)
@@ -143,21 +142,6 @@ def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _parts(x: LinearInputs, metadata: DeltaMetadata) -> list[LinearInputs]:
-    if metadata.starts.shape != x.v.shape[:2]:
-        raise ValueError(
-            f"Linear attention reads the metadata of its own batch, got some for "
-            f"{tuple(metadata.starts.shape)} tokens with v.shape={tuple(x.v.shape)}: pass those "
-            f"made with this batch."
-        )
-    cut = (cut_in_parts(part, metadata) for part in x)
-    return [LinearInputs(*part) for part in zip(*cut, strict=True)]
-
-
 def install_linear_rules() -> None:
-    """Let the ops take DTensors: the sequence on the axis they communicate over, heads on others.
-
-    Installing twice is installing once.
-    """
-    set_dtensor_rule(_forward, rule_on_dtensors)
-    set_dtensor_rule(_backward, rule_backward_on_dtensors)
+    """Let the ops take DTensors. Installing twice is installing once."""
+    install_rules(_forward, _backward)

@@ -7,7 +7,7 @@ it counts its own executions; the collectives inside count their bytes.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.delta_rule.api import Carry, DeltaInputs, delta_kernel
 from dtcp.kernels.dtypes import accumulation
+from dtcp.kernels.linear_attention.types import LinearInputs
 from dtcp.recurrent.exchange import (
     MATRICES,
     StateMaps,
@@ -141,7 +142,7 @@ def _backward_moves(grad_out, q, k, v, g, beta, state, metadata, scan, groups): 
 def _forward(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule")
     batch = DeltaMetadata(*metadata)
-    parts = _parts(DeltaInputs(q, k, v, g, beta, batch.starts), batch)
+    parts = parts_of(DeltaInputs(q, k, v, g, beta, batch.starts), batch, "The delta rule")
     # Below its public functions, fla's kernels are launched on the device that is current.
     with torch.cuda.device_of(q):
         carry = carry_of(q, batch, scan, groups, reverse=False)
@@ -160,7 +161,7 @@ def _(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
 def _backward(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule_backward")
     batch = DeltaMetadata(*metadata)
-    parts = _parts(DeltaInputs(q, k, v, g, beta, batch.starts), batch)
+    parts = parts_of(DeltaInputs(q, k, v, g, beta, batch.starts), batch, "The delta rule")
     grad_parts = cut_in_parts(grad_out, batch)
     rows = sum(len(x.v) for x in parts)
     carry = carry_of(q, batch, scan, groups, reverse=True)
@@ -192,15 +193,23 @@ def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _parts(x: DeltaInputs, metadata: DeltaMetadata) -> list[DeltaInputs]:
+Inputs = TypeVar("Inputs", DeltaInputs, LinearInputs)
+
+
+def parts_of(x: Inputs, metadata: DeltaMetadata, subject: str) -> list[Inputs]:
+    """The inputs of a rule, each part's by themselves.
+
+    Args:
+        subject: the rule's name, for what is refused.
+    """
     if metadata.starts.shape != x.v.shape[:2]:
         raise ValueError(
-            f"The delta rule reads the metadata of its own batch, got some for "
+            f"{subject} reads the metadata of its own batch, got some for "
             f"{tuple(metadata.starts.shape)} tokens with v.shape={tuple(x.v.shape)}: pass those "
             f"made with this batch."
         )
     cut = (cut_in_parts(part, metadata) for part in x)
-    return [DeltaInputs(*part) for part in zip(*cut, strict=True)]
+    return [type(x)(*part) for part in zip(*cut, strict=True)]
 
 
 def cut_in_parts(x: Tensor, metadata: DeltaMetadata) -> list[Tensor]:
@@ -263,15 +272,19 @@ def carry_of(
 
 
 def install_delta_rules() -> None:
-    """Let the ops take DTensors: the sequence on the axis they communicate over, heads on others.
+    """Let the ops take DTensors. Installing twice is installing once."""
+    install_rules(_forward, _backward)
 
-    Installing twice is installing once.
+
+def install_rules(forward: Any, backward: Any) -> None:
+    """Let a rule's ops take DTensors: the sequence on the axis they communicate over, heads on
+    others. Installing twice is installing once.
     """
-    set_dtensor_rule(_forward, rule_on_dtensors)
-    set_dtensor_rule(_backward, rule_backward_on_dtensors)
+    set_dtensor_rule(forward, _on_dtensors)
+    set_dtensor_rule(backward, _backward_on_dtensors)
 
 
-def rule_on_dtensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _on_dtensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The op's forward on shards: the sequence on its axis, heads on others."""
     call = bind(op, args, kwargs)
     tensors = [call[name] for name in ("q", "k", "v", "g", "beta") if name in call]
@@ -281,7 +294,7 @@ def rule_on_dtensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return wrap(out, call["v"]), state
 
 
-def rule_backward_on_dtensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _backward_on_dtensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The op's backward on shards."""
     call = bind(op, args, kwargs)
     grad_out, like = call["grad_out"], call["v"]

@@ -123,12 +123,18 @@ class SoftmaxAttention(MaskedMixer):
         Returns:
             [B, L, H, V].
         """
+        self.check_bias(bias, slope)
         x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope)
         return ATTENTION(x, self.own(attn_metadata), self.softmax(q))
+
+    def check_bias(self, *bias: Tensor | None) -> None:
+        """Refuse a bias where tokens have no distance."""
 
 
 class CrossAttention(SoftmaxAttention):
     """Attention to another sequence, the memory: of an encoder, say. Each document to its own.
+
+    Called as SoftmaxAttention, with k and v of the memory's tokens, [B, L, G, ...], and no bias.
 
     Its batch names the memory: shard_batch(..., memory=the ShardedBatch of the other sequence)
     or, on one device, batch_metadata(..., memory=its Documents). Both sequences have layouts of
@@ -140,23 +146,7 @@ class CrossAttention(SoftmaxAttention):
     ) -> None:
         super().__init__(MemoryDocument(), scale=scale, softcap=softcap, kernel=kernel)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_metadata: BatchMetadata,
-        *,
-        sink: Tensor | None = None,
-        bias: Tensor | None = None,
-        slope: Tensor | None = None,
-    ) -> Tensor:
-        """Attend, as SoftmaxAttention does; k and v of the memory's tokens, [B, L, G, ...]."""
-        self.refuse_bias(bias, slope)
-        return super().forward(q, k, v, attn_metadata, sink=sink)
-
-    def refuse_bias(self, *bias: Tensor | None) -> None:
-        """Tokens of two sequences have no distance."""
+    def check_bias(self, *bias: Tensor | None) -> None:
         if any(each is not None for each in bias):
             raise ValueError(
                 "A score bias goes by the distance of two tokens of one sequence, got one for "

@@ -54,6 +54,7 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
 
         The op's rule checks their placements (dtensor.py), not traced code.
         """
+        self.check_bias(bias, slope)
         check_tensor("Attention", shape="[B, L, heads, width]", q=q, k=k, v=v)
         metadata, softmax = self.own(attn_metadata), self.softmax(q)
         distributed = any(isinstance(x, DTensor) for x in (q, k, v))
@@ -74,20 +75,6 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
 
 class ContextParallelCrossAttention(ContextParallelAttention, CrossAttention):
     """A CrossAttention that a style has taken over."""
-
-    def carry_out(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_metadata: BatchMetadata,
-        *,
-        sink: Tensor | None = None,
-        bias: Tensor | None = None,
-        slope: Tensor | None = None,
-    ) -> Tensor:
-        self.refuse_bias(bias, slope)
-        return super().carry_out(q, k, v, attn_metadata, sink=sink)
 
 
 class ContextParallelKeysFromValues(ClaimedMixer, KeysFromValues):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.forward import wrap_forward
-from dtcp.huggingface.batch import documents_of_hf_batch
+from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.whole_rows import WholeRows
 from dtcp.labels import IGNORED, shift_labels

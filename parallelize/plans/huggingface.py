@@ -19,7 +19,8 @@ from dtcp.huggingface import Survey, install_mixers
 from dtcp.huggingface.images import CUT, CutRowsCP
 from dtcp.huggingface.last_token import LastTokenCP
 from dtcp.huggingface.latents import exchange_latents, hands_on_latents
-from dtcp.huggingface.registry import MIXER
+from dtcp.huggingface.registry import MIXER, PROJECTION
+from dtcp.huggingface.zero_experts import compute_without_loop
 from dtcp.mixer import Mixer
 from dtcp.mixer_plan import find
 from dtcp.parallelize.activation_checkpoint import ActivationCheckpoint
@@ -34,7 +35,7 @@ from dtcp.parallelize.fsdp import FSDP
 from dtcp.parallelize.hf_experts import hf_expert_plan, tell_experts_of_padding
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
-from dtcp.parallelize.tensor_parallel import separate_gate_and_up
+from dtcp.parallelize.tensor_parallel import LocalParams, separate_gate_and_up
 from dtcp.recurrent import (
     CausalConv1d,
     CausalConvCP,
@@ -80,8 +81,8 @@ def parallelize_hf(
             PeftModel around one, whose adapters are sharded beside the layers that they adapt.
         attention: the strategy of every attention module, or a function of the module's name.
             Layers of multi-head latent attention (DeepSeek, Kimi) exchange latents by
-            RingAttention, AllGatherAttention and HaloAttention, and by others, or under tp, the
-            keys and values that are made of them.
+            RingAttention, AllGatherAttention and HaloAttention, and by others the keys and values
+            that are made of them.
         expert_exchange: what carries tokens on a mesh with an axis ep, as of ExpertParallel.
     Raises:
         ValueError: what the model needs and no mixer here does, by the names of the layers; or
@@ -138,14 +139,21 @@ def hf_plan(
 
 
 def share_latents(model: Any, survey: Survey, mesh: ParallelMesh, plan: ParallelPlan) -> None:
-    """Let layers of latent attention exchange latents, where their strategy brings these."""
-    if mesh.cp is None or mesh.tp is not None:
+    """Let layers of latent attention exchange latents, where their strategy brings these.
+
+    Under tp they do so where all heads are made on each of its ranks, and each brings latents once;
+    where their projection is split, its heads' keys are exchanged.
+    """
+    if mesh.cp is None:
         return
     for surveyed in survey.attentions:
         attention = model.get_submodule(surveyed.name)
         style = plan.cp[f"{surveyed.name}.{MIXER}"]
         brings = isinstance(style, AttentionStyle) and style.op.strategy.takes_latents
-        if brings and not surveyed.sink and hands_on_latents(attention):
+        split = mesh.tp is not None and not isinstance(
+            plan.tp.get(f"{surveyed.name}.{PROJECTION}"), LocalParams
+        )
+        if brings and not split and not surveyed.sink and hands_on_latents(attention):
             exchange_latents(attention)
 
 
@@ -177,6 +185,8 @@ def _check_same_weights(model: nn.Module, mesh: ParallelMesh) -> None:
 def _make_experts_compilable(model: Any, compile: Compile | None) -> None:
     """Replace transformers' loop over the chosen experts, which has no graph."""
     implementation = getattr(model.config, "_experts_implementation", None)
+    if compile is not None and compute_without_loop(model):
+        return
     if (
         compile is not None
         and implementation == "eager"
@@ -212,6 +222,12 @@ def _fsdp_units(model: Any) -> tuple[tuple[str, ...], ...]:
     """Embedding and head each gathered alone; a weight they share, with the rest of the model."""
     names = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or embedding.weight is head.weight:
+    if head is None or embedding.weight is head.weight or _is_shared(model, embedding):
         return ()
     return (names[embedding],), (names[head],)
+
+
+def _is_shared(model: Any, embedding: nn.Module) -> bool:
+    """Whether other modules look their tokens up in an embedding's weight, as an encoder's."""
+    readers = (m for m in model.modules() if isinstance(m, nn.Embedding))
+    return any(m is not embedding and m.weight is embedding.weight for m in readers)

@@ -171,10 +171,11 @@ def _style(
     beside_experts: bool,
 ) -> ParallelStyle | None:
     """The style of a module; its owner is the adapted layer that holds it, or itself."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    if ends[1] is not None and owner in ends and _has_bias_around_head(model):
+    head = model.get_output_embeddings()
+    is_end = owner is head or _looks_tokens_up(model, owner)
+    if head is not None and is_end and _has_bias_around_head(model):
         return LocalParams()
-    if owner is model.get_input_embeddings():
+    if _looks_tokens_up(model, owner):
         return (
             VocabParallelEmbedding()
             if type(module) is nn.Embedding
@@ -200,6 +201,13 @@ def _style(
     shapes = [p.ndim for p in module.parameters(recurse=False)]
     is_norm = set(shapes) == {1} and "Norm" in type(module).__name__
     return ReplicatedParams() if is_norm and not role else None
+
+
+def _looks_tokens_up(model: Any, module: nn.Module) -> bool:
+    """Whether a module is the model's embedding, or one of its weight: encoders have their own."""
+    embedding = model.get_input_embeddings()
+    is_embedding = isinstance(module, nn.Embedding) and isinstance(embedding, nn.Embedding)
+    return module is embedding or (is_embedding and module.weight is embedding.weight)
 
 
 def _is_bias_of_head(model: Any, module: nn.Module) -> bool:
@@ -259,8 +267,10 @@ def _adds_in_place(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def _has_bias_around_head(model: Any) -> bool:
-    """Whether the module around the head adds parameters of its own to all of its outputs."""
+    """Whether the module around the head adds numbers of its own to all of its outputs."""
     head = model.get_output_embeddings()
+    if any(x.shape[-1:] == head.weight.shape[:1] for x in model.buffers(recurse=False)):
+        return True
     name = next((name for name, module in model.named_modules() if module is head), "")
     parent = model.get_submodule(name.rpartition(".")[0])
     own = {p for _, p in _own(parent)}

@@ -22,7 +22,7 @@ from dtcp.cp_utils import (
 from dtcp.cp_utils.masks import documents_of_mask
 from dtcp.cp_utils.validation import check_rows, padding_of_mask
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.huggingface.batch import documents_of_hf_batch
+from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.labels import IGNORED
 from dtcp.loss import global_token_count, mtp_loss, token_mean_loss
 from dtcp.mixer import batch_metadata

@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, dict[str, Any]] = {
     "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
-    "bloom": {"n_layer": 2, "n_head": 4},
+    "gptj": {"rotary_dim": 4},
     "gpt_neox": {},
     "olmo2": {},
     "starcoder2": {"sliding_window": None},

@@ -9,20 +9,22 @@ from torch.testing import assert_close
 
 from dtcp.check.checked_hf import CheckedHuggingFaceModel
 from dtcp.check.parity import CheckOptions, compare, seeded
+from dtcp.check.true_fp64 import TrueFP64
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import install_mixers, survey
 from dtcp.mixer import batch_metadata
 from dtcp.parallelize import Compile
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.parallelize.plans.inferred_roles import inferred_roles
+from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
 from tests.harness.spmd import spmd
 
 FAMILIES = {
     "stablelm": {},
     "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "bart": {"dropout": 0.0},
+    "bart": {"dropout": 0.0, "is_encoder_decoder": False},
     "lfm2": {},
     "qwen3_next": {},
     "kimi_linear": {},
@@ -33,17 +35,31 @@ FAMILIES = {
     "llama4_text": {},
     "falcon": {},
     "jetmoe": {},
+    "mamba": {},
+    "falcon_mamba": {},
+    "jamba": {},
+    "t5": {"dropout_rate": 0.0},
+    "bart of two sequences": {"dropout": 0.0},
+    "bloom": {},
+    "mpt": {},
+    "falcon with a bias": {"alibi": True},
+    "longcat_flash": {},
 }
 """Layers that hand on a mask alone; positions from 1; positions of its own; a short convolution;
 a delta rule with one decay a head, and with one a channel; Mamba-2 alone, beside attention and in
 another family's layers; lightning attention; chunks; attention that is written out; a router that
-sorts tokens."""
-CHEAP = ("stablelm", "qwen3_next", "mamba2")
+sorts tokens; Mamba, alone, with norms and beside attention; an encoder and a decoder; ALiBi;
+experts that hand a token on."""
+CHEAP = ("stablelm", "qwen3_next", "mamba2", "mamba")
+
+
+def checked_family(kind):
+    return CheckedHuggingFaceModel(kind.partition(" ")[0], FAMILIES[kind])
 
 
 def assert_step_equal(kind, degrees, *, layout=HeadTail, compile=None):
     """Assert that loss and gradients on packed rows are those of one device, in fp64."""
-    checked = CheckedHuggingFaceModel(kind, FAMILIES[kind])
+    checked = checked_family(kind)
     options = CheckOptions(degrees, layout=layout)
     mesh = ParallelMesh.from_degrees(degrees, "cpu")
     result = compare(checked, options, mesh, compile)
@@ -60,14 +76,17 @@ def test_packed_rows_of_a_family_equal_the_unmodified_model(mesh, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3_next", "bamba", "bart"])
+@pytest.mark.parametrize("kind", ["qwen3_next", "bamba", "bart", "mamba", "t5", "mpt"])
 @spmd(ranks=(3, 4))
 def test_more_ranks_of_a_family_equal_one_device(mesh, ranks, kind):
     assert_step_equal(kind, Degrees(cp=ranks), layout=Contiguous)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["stablelm", "bamba", "bart", "roberta", "lfm2", "kimi_linear"])
+@pytest.mark.parametrize(
+    "kind",
+    ["stablelm", "bamba", "bart", "roberta", "lfm2", "kimi_linear", "jamba", "t5", "bloom"],
+)
 @spmd(ranks=4)
 def test_tp_of_a_family_equals_one_device(mesh, kind):
     """Where transformers has no plan: feed-forwards are split, the rest is whole."""
@@ -75,7 +94,13 @@ def test_tp_of_a_family_equals_one_device(mesh, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["stablelm", "qwen3_next", "bart", "mamba2", "falcon"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("stablelm", "qwen3_next", "bart", "mamba2", "falcon", "mamba", "t5", "bloom", "mpt"),
+        "longcat_flash",
+    ],
+)
 @spmd(ranks=2)
 def test_compiled_family_equals_one_device(mesh, kind):
     result = assert_step_equal(kind, Degrees(cp=2), compile=Compile("aot_eager"))
@@ -99,6 +124,50 @@ def test_recurrent_layers_move_states_and_halos_only(mesh):
     assert received["dtcp_rule, forward"] == 2 * maps
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [PerDocument, BlockBalanced, DocumentBalanced])
+@pytest.mark.parametrize("kind", ["qwen3_next", "mamba2", "lfm2", "kimi_linear", "mamba"])
+@spmd(ranks=2)
+def test_recurrent_layers_run_on_the_pieces_of_any_layout(mesh, kind, layout):
+    assert_step_equal(kind, Degrees(cp=2), layout=layout)
+
+
+@pytest.mark.slow
+@spmd(ranks=2)
+def test_mamba_moves_a_scale_and_a_write_for_each_number_of_its_states(mesh):
+    """Of each of the two segments of a rank; and w - 1 tokens for its convolution."""
+    layer = checked_family("mamba").build().backbone.layers[0].mixer
+    by_layer = assert_step_equal("mamba", Degrees(cp=2)).by_layer
+    rule, conv = (
+        by_layer[f"backbone.layers.0.mixer.{name}, forward"].received
+        for name in ("dtcp_rule", "dtcp_conv")
+    )
+    assert rule == 2 * layer.intermediate_size * layer.ssm_state_size * 2 * 8
+    assert conv == (layer.conv_kernel_size - 1) * layer.intermediate_size * 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba", "zamba"])
+def test_mamba_layer_equals_the_one_that_it_stands_for(kind):
+    """In true fp64, output and every gradient."""
+    plain, model = (seeded(CheckedHuggingFaceModel(kind)) for _ in range(2))
+    install_mixers(model)
+    name = next(n for n, m in plain.named_modules() if type(m).__name__.endswith("MambaMixer"))
+    own, layer = plain.get_submodule(name), model.get_submodule(name)
+    x, cotangent = torch.randn(2, 2, 37, plain.config.hidden_size, dtype=torch.float64).unbind()
+    with TrueFP64():
+        expected = own(x)
+    (expected * cotangent).sum().backward()
+    metadata = batch_metadata(model, Documents.single(2, 37))
+    with TrueFP64():  # Norms, too, would compute in fp32.
+        actual = layer(x, attn_metadata=metadata)
+    (actual * cotangent).sum().backward()
+    assert_close(actual, expected)
+    for key, parameter in own.named_parameters():
+        if parameter.grad is not None:
+            assert_close(layer.get_parameter(key).grad, parameter.grad)
+
+
 def test_survey_finds_the_kernels_of_recurrent_layers():
     """A convolution and a rule in the recurrent layer, attention in the other."""
     model = CheckedHuggingFaceModel("qwen3_next").build()
@@ -119,7 +188,7 @@ def test_positions_that_count_from_behind_the_padding_are_found():
 
 def test_a_model_without_positions_is_called_through_its_own_forward():
     """Its decoder, called by itself, would count a shard from 0."""
-    model = CheckedHuggingFaceModel("bart", FAMILIES["bart"]).build()
+    model = checked_family("bart").build()
     install_mixers(model)
     documents = Documents(((5, 4),), 9)
     metadata = batch_metadata(model, documents)
@@ -136,8 +205,8 @@ def test_a_model_without_positions_is_called_through_its_own_forward():
 
 
 def test_a_kernel_that_no_mixer_stands_for_is_refused_by_name():
-    refused = survey(CheckedHuggingFaceModel("jamba").build()).refused
-    assert any("layers.0.mamba (JambaMambaMixer): tokens meet in it" in each for each in refused)
+    refused = survey(CheckedHuggingFaceModel("recurrent_gemma").build()).refused
+    assert any("temporal_block.conv_1d (Conv1d): tokens meet in it" in each for each in refused)
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def test_survey_reads_every_mask_off_the_models_own(kind):
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0"),
         ("starcoder2", {"residual_dropout": 0.1}, "Starcoder2ForCausalLM is random in training"),
         ("gpt_neox", {"hidden_dropout": 0.1}, r"layers\.0\.post_attention_dropout .*dropout=0\.1"),
-        ("bloom", {}, "BloomForCausalLM .*keeps 'eager'"),
+        ("gptj", {}, "GPTJForCausalLM .*keeps 'eager'"),
     ],
 )
 def test_what_nobody_can_give_is_refused_by_name(kind, change, match):

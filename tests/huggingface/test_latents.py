@@ -38,6 +38,10 @@ class Projection(nn.Linear):
     """A projection of one's own, which is called and not bypassed."""
 
 
+def received_by_ring(traffic):
+    return sum(op.received for name, op in traffic.by_op.items() if "ring_attention" in name)
+
+
 def attentions(model):
     return [module for module in model.modules() if hasattr(module, "kv_b_proj")]
 
@@ -55,11 +59,22 @@ def test_mla_of_transformers_exchanges_latents(mesh, kind):
         each.kv_b_proj.__class__ = Projection
     on = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
     keys = assert_same_step(reference, parallelize_hf(model, on), on)
-    latents, keys = (
-        sum(op.received for name, op in each.by_op.items() if "ring_attention" in name)
-        for each in (packed, keys)
-    )
-    assert latents * KEY_ROW == keys * LATENT_ROW > 0
+    assert received_by_ring(packed) * KEY_ROW == received_by_ring(keys) * LATENT_ROW > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3"])
+@spmd(ranks=4)
+def test_mla_of_transformers_beside_tp_brings_a_latent_once_to_each_rank(mesh, kind):
+    """Attention is whole on each rank of tp; so is what it receives of a token, and no more."""
+    degrees = Degrees(cp=2, tp=2)
+    packed = assert_parity(kind, degrees, change=SMALL)
+    reference, model = build(kind, **SMALL), build(kind, **SMALL)
+    for each in attentions(model):
+        each.kv_b_proj.__class__ = Projection
+    on = ParallelMesh.from_degrees(degrees, "cpu")
+    keys = assert_same_step(reference, parallelize_hf(model, on), on)
+    assert received_by_ring(packed) * KEY_ROW == received_by_ring(keys) * LATENT_ROW > 0
 
 
 @pytest.mark.slow

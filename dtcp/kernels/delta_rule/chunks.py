@@ -9,9 +9,9 @@ CHUNK_LEN = 64
 """Tokens per chunk: the state is carried from chunk to chunk, inside a chunk all is matmuls."""
 
 
-def chunk_length(length: int) -> int:
+def chunk_length(length: int, *, most: int = CHUNK_LEN) -> int:
     """Tokens per chunk of a stretch; a power of two, as decays by channel need."""
-    return min(CHUNK_LEN, 1 << (length - 1).bit_length())
+    return min(most, 1 << (length - 1).bit_length())
 
 
 def per_head(x: Tensor, heads: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dtcp.kernels.delta_rule.chunks import (
+    CHUNK_LEN,
     by_channel,
     chunk_length,
     in_chunks,
@@ -23,6 +24,10 @@ from dtcp.kernels.delta_rule.chunks import (
 from dtcp.kernels.delta_rule.decay import Decay, decay_of
 from dtcp.kernels.delta_rule.types import Carry, carried
 from dtcp.kernels.linear_attention.types import LinearGradients, LinearInputs
+
+NARROW_CHUNK_LEN = 16
+"""Tokens per chunk where values are one channel wide, as those of Mamba: scores of a chunk are as
+many as its tokens, for each channel and token."""
 
 
 class LinearChunks(NamedTuple):
@@ -103,7 +108,8 @@ def _differentiate(
 
 
 def _prepare(x: LinearInputs) -> LinearChunks:
-    chunk, heads = chunk_length(x.v.shape[1]), x.v.shape[2]
+    heads = x.v.shape[2]
+    chunk = chunk_length(x.v.shape[1], most=NARROW_CHUNK_LEN if x.v.shape[3] == 1 else CHUNK_LEN)
     q, k = (in_chunks(per_head(part, heads), chunk) for part in (x.q, x.k))
     starts = in_chunks(x.starts[..., None, None], chunk)[..., 0]  # [R, 1, N, C]
     decay = decay_of(in_chunks(by_channel(x.g), chunk), starts)

@@ -1,0 +1,219 @@
+"""What stands for the kernels of transformers' recurrent layers: mixers, by the kernels' names.
+
+Each is called with its layer and the metadata of the batch in one keyword argument; while a model
+is surveyed, with its layer and who takes notes, and then no token reads another.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dtcp.huggingface.autocast import as_autocast_casts
+from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttention
+
+CONV, RULE = "dtcp_conv", "dtcp_rule"
+"""The mixers' names in their layer."""
+
+
+def causal_conv1d_fn(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    attn_metadata: Any,
+    **_: Any,
+) -> Tensor:
+    layer, metadata = attn_metadata
+    x, weight = as_autocast_casts(hidden_states.transpose(1, 2), weight)
+    out = layer.get_submodule(CONV)(x, weight, metadata)
+    return _activated(out, bias, activation)
+
+
+def _surveyed_conv(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    attn_metadata: Any,
+    **_: Any,
+) -> Tensor:
+    layer, notes = attn_metadata
+    notes.note_kernel(layer, CONV, CausalConv1d, {"width": weight.shape[1]})
+    return _activated(hidden_states.transpose(1, 2), bias, activation)
+
+
+def _activated(x: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """[B, L, C] -> [B, C, L], as a layer takes it."""
+    from transformers.activations import ACT2FN
+
+    x = x if bias is None else x + bias
+    return (x if activation is None else ACT2FN[activation](x)).transpose(1, 2)
+
+
+def _delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    attn_metadata: Any,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    layer, metadata = attn_metadata
+    qkv = as_autocast_casts(query, key, value)
+    return layer.get_submodule(RULE)(*qkv, g, beta, metadata), None
+
+
+def _surveyed_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    attn_metadata: Any,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    layer, notes = attn_metadata
+    notes.note_kernel(layer, RULE, GatedDeltaRule, {"normalize": use_qk_l2norm_in_kernel})
+    per_head = [x.flatten(2).mean(-1)[..., None, None] for x in (query, key, g, beta)]
+    # Of every operand something, so that mixing on the way to any is seen.
+    return value + sum(per_head, torch.zeros(())), None
+
+
+def _chunk_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    attn_metadata: Any,
+    **_: Any,
+) -> Tensor:
+    """Mamba-2's scan: [B, L, H, P], steps dt [B, L, H], A [H], B and C [B, L, G, N], D [H]."""
+    layer, metadata = attn_metadata
+    hidden_states, B, C = as_autocast_casts(hidden_states, B, C)
+    value, decay = _discretized(hidden_states, dt, A, dt_bias, dt_softplus, dt_limit)
+    out: Tensor = layer.get_submodule(RULE)(C, B, value, decay, metadata)
+    return out if D is None else out + D[:, None] * hidden_states
+
+
+def _surveyed_chunk_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    attn_metadata: Any,
+    **_: Any,
+) -> Tensor:
+    layer, notes = attn_metadata
+    notes.note_kernel(layer, RULE, GatedLinearAttention, {"scale": 1.0})
+    per_token = [x.flatten(2).mean(-1)[..., None, None] for x in (dt, B, C)]
+    return hidden_states + sum(per_token, torch.zeros(()))
+
+
+def _discretized(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    bias: Tensor | None,
+    softplus: bool,
+    limit: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    """Each token's value and the logarithm of what it keeps, by its step."""
+    wide = torch.promote_types(dt.dtype, torch.float32)
+    step = dt if bias is None else dt + bias.to(dt.dtype)
+    step = (F.softplus(step) if softplus else step).clamp(*limit).to(wide)
+    return (x.to(wide) * step[..., None]).to(x.dtype), A.to(wide) * step
+
+
+def lightning_attention(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, attn_metadata: Any
+) -> Tensor:
+    """Of a layer that is written again: q, k, v [B, L, H, D], g [B, L, H]."""
+    layer, metadata = attn_metadata
+    out: Tensor = layer.get_submodule(RULE)(*as_autocast_casts(q, k, v), g, metadata)
+    return out
+
+
+def _surveyed_lightning(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, attn_metadata: Any
+) -> Tensor:
+    layer, notes = attn_metadata
+    notes.note_kernel(layer, RULE, GatedLinearAttention, {"scale": 1.0})
+    return v + q.mean(-1, keepdim=True) + k.mean(-1, keepdim=True)
+
+
+def selective_scan(
+    x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, *, attn_metadata: Any
+) -> Tensor:
+    """Mamba's scan, of a layer that is written again: each channel has a state of N numbers.
+
+    To linear attention a channel is a head with values of width 1, and each of its N numbers keeps
+    a share of its own.
+
+    Args:
+        x, step: [B, L, C].
+        A: [C, N], negative.
+        B, C: [B, L, G, N], each shared by C / G channels.
+    Returns:
+        [B, L, C].
+    """
+    layer, metadata = attn_metadata
+    x, B, C = as_autocast_casts(x, B, C)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    step, A = step.to(wide), A.to(wide)
+    value, decay = (x.to(wide) * step)[..., None].to(x.dtype), step[..., None] * A
+    out: Tensor = layer.get_submodule(RULE)(C, B, value, decay, metadata)
+    return out[..., 0]
+
+
+def _surveyed_selective_scan(
+    x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, *, attn_metadata: Any
+) -> Tensor:
+    layer, notes = attn_metadata
+    notes.note_kernel(layer, RULE, GatedLinearAttention, {"scale": 1.0})
+    return x + step + sum((each.flatten(2).mean(-1)[..., None] for each in (B, C)), torch.zeros(()))
+
+
+def _not_fused(*_: Any, **__: Any) -> None:
+    """What says that a layer's fused kernel is not there, as it does without mamba_ssm."""
+
+
+KERNELS: Mapping[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": causal_conv1d_fn,
+    "torch_chunk_gated_delta_rule": _delta_rule,
+    "chunk_kimi_delta_attention": _delta_rule,
+    "mamba2_chunk_scan": _chunk_scan,
+    "lightning_attention": lightning_attention,
+    "selective_scan": selective_scan,
+    "mamba_inner_fn": _not_fused,
+    "mamba2_split_conv1d_scan_combined": _not_fused,
+}
+"""Functions of transformers' modeling files, and what stands for them."""
+
+SURVEYED_KERNELS: Mapping[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": _surveyed_conv,
+    "torch_chunk_gated_delta_rule": _surveyed_delta_rule,
+    "chunk_kimi_delta_attention": _surveyed_delta_rule,
+    "mamba2_chunk_scan": _surveyed_chunk_scan,
+    "lightning_attention": _surveyed_lightning,
+    "selective_scan": _surveyed_selective_scan,
+    "mamba_inner_fn": _not_fused,
+    "mamba2_split_conv1d_scan_combined": _not_fused,
+}
+"""The same while a model is surveyed."""
