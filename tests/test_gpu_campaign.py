@@ -1,17 +1,21 @@
 """The campaign for a GPU, as far as a machine without one goes."""
 
 import json
+import sys
 
 import pytest
 import torch
 
-from benchmarks.gpu import kernels, ranks, report
+from benchmarks.gpu import kernels, other_kernels, overlap, ranks, report, shared, supervise
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.problems import Case, Heads
-from benchmarks.gpu.run import read_lines, run_stage, summary
+from benchmarks.gpu.run import forget_wrong, read_lines, run_stage, summary
 from benchmarks.gpu.stages import STAGES, Stage
 from benchmarks.gpu.wheels import PART, describe_transfer, pack, unpack
 from dtcp.kernels.softmax import api
+from dtcp.softmax import AllGatherAttention, RingAttention
+from dtcp.softmax.default import default_attention
+from tests.harness.patience import slowness
 from tests.harness.stand_in_kernels import StandInKernels
 
 
@@ -104,6 +108,18 @@ def test_the_campaign_puts_ranks_together(flash, layout, monkeypatch):
     assert flash.used
 
 
+def test_one_call_over_gathered_keys_has_the_error_of_one_device_on_a_rounding_backend(
+    flash, monkeypatch
+):
+    """The default on GPUs; a ring over the same kernel has more, and says so."""
+    monkeypatch.setattr(ranks, "SMALL", Heads(2, 1, 64))
+    cases = {case.name: case for case in ranks.right_cases("cpu", length=256)}
+    assert cases["all-gather HeadTail causal 4 ranks"].run()["of_one"] <= 1.01
+    assert 1.1 < cases["ring HeadTail causal 4 ranks"].run()["of_one"] < 1.5
+    assert isinstance(default_attention("cuda"), AllGatherAttention)
+    assert isinstance(default_attention("cpu"), RingAttention)
+
+
 def test_packages_for_a_gpu_are_cut_into_transfers(tmp_path):
     packages, back = tmp_path / "packages", tmp_path / "back"
     packages.mkdir()
@@ -125,3 +141,73 @@ def test_results_of_the_campaign_are_lines_of_json(tmp_path):
     run_stage(stage, tmp_path, again=False, device="cpu")
     (line,) = (tmp_path / "speed.jsonl").read_text().splitlines()
     assert json.loads(line)["stage"] == "speed"
+
+
+STAND_IN = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+folder = Path(sys.argv[4])
+path, running = folder / "speed.jsonl", folder / "speed.running"
+done = [json.loads(line)["case"] for line in path.read_text().splitlines()] if path.exists() else []
+for case in ("a", "crashes", "hangs", "b"):
+    if case in done:
+        continue
+    running.write_text(case)
+    if case == "crashes":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if case == "hangs":
+        time.sleep(3600)
+    with path.open("a") as file:
+        file.write(json.dumps({"case": case}) + "\\n")
+    running.unlink()
+"""
+"""What `run_stage` does with its folder, in a process that imports nothing."""
+
+
+def test_a_case_of_the_campaign_that_crashes_or_hangs_costs_the_others_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(supervise, "CASE_SECONDS", slowness())
+    monkeypatch.setattr(supervise, "START_SECONDS", 600.0)
+    script = tmp_path / "stage.py"
+    script.write_text(STAND_IN)
+    wrong = supervise.supervise("speed", 1200.0, tmp_path, command=[sys.executable, str(script)])
+    lines = {line["case"]: line.get("failed", "") for line in read_lines(tmp_path / "speed.jsonl")}
+    assert wrong == 2 and list(lines) == ["a", "crashes", "hangs", "b"]
+    assert "status -9" in lines["crashes"] and "took longer" in lines["hangs"]
+    assert not (tmp_path / "speed.running").exists()
+    forget_wrong(tmp_path, ["speed"])
+    assert [line["case"] for line in read_lines(tmp_path / "speed.jsonl")] == ["a", "b"]
+
+
+def test_a_stage_of_the_campaign_that_cannot_start_is_passed_over(tmp_path, capsys):
+    command = [sys.executable, "-c", "raise SystemExit(3)"]
+    assert supervise.supervise("kernels", 60.0, tmp_path, command=command) == 1
+    (line,) = read_lines(tmp_path / "kernels.jsonl")
+    assert line["case"] == "start" and "status 3" in line["failed"]
+
+
+def test_the_campaign_holds_kernels_of_other_mixers_to_the_reference():
+    for case in other_kernels.cases("cpu", length=96):
+        result = case.run()
+        assert result["right"] and result["kernel"], (case.name, result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama ring 2 ranks", "gemma4 all-gather 2 ranks"])
+def test_ranks_of_the_campaign_that_share_a_device_equal_one(name):
+    (case,) = (case for case in shared.cases("cpu") if case.name == name)
+    result = case.run()
+    assert result["right"] and result["compared"] > 10, result
+
+
+def test_the_campaign_reads_overlap_off_a_trace():
+    events = [
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoH", "ts": 0.0, "dur": 4.0},
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD", "ts": 3.0, "dur": 7.0},
+        {"cat": "kernel", "name": "attention", "ts": 5.0, "dur": 3.0},
+        {"cat": "cpu_op", "name": "other", "ts": 0.0, "dur": 9.0},
+    ]
+    shown = overlap.shown({"traceEvents": events})
+    assert shown == {"copies_ms": 0.01, "kernels_ms": 0.003, "beside": 0.3}

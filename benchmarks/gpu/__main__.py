@@ -2,11 +2,13 @@
 
     python -m benchmarks.gpu                            # or: make gpu
     python -m benchmarks.gpu --stages speed --again
+    python -m benchmarks.gpu --retry                    # what was wrong or failed, once more
     python -m benchmarks.gpu --report                   # results -> a page and plots
     python -m benchmarks.gpu --prepare                  # wheels for a machine without a network
 
-Each measured case is a line of JSON in the results folder, by stage. Without a GPU it says what it
-would run and what is prepared.
+Each measured case is a line of JSON in the results folder, by stage. A stage has a process and a
+time of its own, so what hangs or crashes in one costs the others nothing. Without a GPU it says
+what it would run and what is prepared.
 """
 
 import argparse
@@ -17,8 +19,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.report import write_report
-from benchmarks.gpu.run import run_stage, summary
-from benchmarks.gpu.stages import STAGES
+from benchmarks.gpu.run import forget_wrong, run_stage, summary
+from benchmarks.gpu.stages import STAGES, Stage
+from benchmarks.gpu.supervise import supervise
 from benchmarks.gpu.wheels import TRANSFER, add_packages, describe_transfer, prepare
 
 RESULTS = Path("build/gpu/results")
@@ -34,19 +37,33 @@ def main(arguments: Sequence[str]) -> int:
         print(write_report(args.results, Path(__file__).parents[1] / "results"))
         return 0
     stages = [stage for stage in STAGES if not args.stages or stage.name in args.stages]
+    if args.child:
+        add_packages()
+        (stage,) = (stage for stage in STAGES if stage.name == args.child)
+        run_stage(stage, args.results, again=False, seconds=args.seconds)
+        return 0
     if not torch.cuda.is_available():
-        print("There is no GPU here, so nothing is measured. On one, this would run:\n")
-        for stage in stages:
-            count = len(stage.cases("cuda"))
-            print(f"  {stage.name:<11} {stage.question} {count} cases, {stage.seconds:.0f} s")
-        print(f"\n{describe_transfer(TRANSFER)}")
+        print(_plan(stages))
         return 0
     print(add_packages())
-    wrong = 0
-    for stage in stages:
-        wrong += run_stage(stage, args.results, again=args.again)
+    names = [stage.name for stage in stages]
+    if args.again:
+        for name in names:
+            (args.results / f"{name}.jsonl").unlink(missing_ok=True)
+    if args.retry:
+        forget_wrong(args.results, names)
+    wrong = sum(supervise(stage.name, stage.seconds, args.results) for stage in stages)
     print(summary(args.results))
     return 1 if wrong else 0
+
+
+def _plan(stages: Sequence[Stage]) -> str:
+    """What would run on a GPU, and what is prepared for a machine that has one and no network."""
+    lines = ["There is no GPU here, so nothing is measured. On one, this would run:", ""]
+    for stage in stages:
+        count = len(stage.cases("cuda"))
+        lines.append(f"  {stage.name:<11} {stage.question} {count} cases, {stage.seconds:.0f} s")
+    return "\n".join([*lines, "", describe_transfer(TRANSFER)])
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -56,9 +73,12 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     names = [stage.name for stage in STAGES]
     parser.add_argument("--stages", nargs="+", choices=names, help="some stages only")
     parser.add_argument("--again", action="store_true", help="measure what was measured already")
+    parser.add_argument("--retry", action="store_true", help="measure again what was wrong")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON lines")
     parser.add_argument("--report", action="store_true", help="turn results into a page and plots")
     parser.add_argument("--prepare", action="store_true", help="fetch and pack wheels")
+    parser.add_argument("--child", choices=names, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

@@ -5,13 +5,18 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.gpu.run import read_lines, summary
 from benchmarks.gpu.speed import HEADS
+from benchmarks.report import table
+from dtcp.kernels.softmax.backends import BACKENDS
 
 
 def write_report(results: Path, folder: Path) -> str:
     """Write `gpu_<card>_<yyyymm>.md` and its plot; what was written."""
     lines = [line for path in sorted(results.glob("*.jsonl")) for line in read_lines(path)]
+    lines = [line for line in lines if "card" in line]
     if not lines:
         return f"There are no results in {results}: run python -m benchmarks.gpu on a GPU first."
     folder.mkdir(exist_ok=True)
@@ -23,6 +28,7 @@ def write_report(results: Path, folder: Path) -> str:
         f"{summary(results)}\n"
     )
     written = [folder / f"{name}.md"]
+    text += _ranking(read_lines(results / "speed.jsonl"))
     speeds = read_lines(results / "speed.jsonl")
     if speeds and importlib.util.find_spec("matplotlib"):
         written.append(folder / f"{name}.svg")
@@ -30,6 +36,25 @@ def write_report(results: Path, folder: Path) -> str:
         text += f"\n![TFLOP/s by length]({written[-1].name})\n"
     written[0].write_text(text)
     return f"wrote {', '.join(str(path) for path in written)}"
+
+
+def _ranking(lines: list[dict[str, Any]]) -> str:
+    """The numbers by which `auto` ranks backends, beside those that are in the table."""
+    best: dict[str, float] = {}
+    for line in lines:
+        name, *rest = line["case"].split()
+        if rest[:1] == ["causal"] and "forward_tflops" in line:
+            best[name] = max(best.get(name, 0.0), line["forward_tflops"])
+    known = {backend.name: backend for backend in BACKENDS if backend.name in best}
+    if not known:
+        return ""
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    rows = [
+        [name, f"{best[name]:.0f}", ", ".join(str(x.speed) for x in backend.on.get(major, ()))]
+        for name, backend in sorted(known.items(), key=lambda item: -best[item[0]])
+    ]
+    head = ("backend", "measured TFLOP/s, causal forward", "in backends.py for this GPU")
+    return f"\nWhat `auto` ranks by (dtcp/kernels/softmax/backends.py):\n\n{table(head, rows)}\n"
 
 
 def _plot(lines: list[dict[str, Any]], path: Path) -> None:

@@ -1,7 +1,9 @@
 """Run the cases of a stage within its time, and keep a line of JSON for each."""
 
 import json
+import os
 import platform
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -12,57 +14,139 @@ from benchmarks.gpu.problems import Case
 from benchmarks.gpu.stages import Stage
 from benchmarks.report import table
 
+POISONED = 75
+"""Exit status of a process whose GPU an error has made useless to it."""
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    subprocess.SubprocessError,
+    TypeError,
+    ValueError,
+)
 
-def run_stage(stage: Stage, folder: Path, *, again: bool, device: str = "cuda") -> int:
-    """Measure what has no line yet, until the time is over; how many cases were wrong or failed."""
+
+def run_stage(
+    stage: Stage,
+    folder: Path,
+    *,
+    again: bool,
+    device: str = "cuda",
+    seconds: float | None = None,
+) -> int:
+    """Measure what has no line yet, until the time is over; how many cases were wrong or failed.
+
+    Args:
+        seconds: in the place of the stage's own.
+    Raises:
+        SystemExit: an error of CUDA, after its case has a line; a new process can go on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stage.name}.jsonl"
+    path, limit = folder / f"{stage.name}.jsonl", stage.seconds if seconds is None else seconds
     if again:
         path.unlink(missing_ok=True)
     done = {line["case"] for line in read_lines(path)}
     cases = [case for case in stage.cases(device) if case.name not in done]
     start, wrong = time.monotonic(), 0
     print(f"{stage.name}: {stage.question} {len(cases)} cases", flush=True)
+    running = folder / f"{stage.name}.running"
     for index, case in enumerate(cases):
-        if time.monotonic() - start > stage.seconds:
+        if time.monotonic() - start > limit:
             print(f"  time is over, {len(cases) - index} cases left for another run")
             break
+        running.write_text(case.name)
         line = _line(stage, case, device)
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        failed = "failed" in line or line.get("right") is False
-        wrong += failed
-        if failed:
+        append(path, line)
+        running.unlink()
+        wrong += is_wrong(line)
+        if is_wrong(line):
             print(f"  WRONG {json.dumps(line)}", flush=True)
+        if device == "cuda" and not _is_usable():
+            raise SystemExit(POISONED)
     return wrong
 
 
 def _line(stage: Stage, case: Case, device: str) -> dict[str, Any]:
     start = time.monotonic()
-    # Whatever one kernel does, the next are still measured; an error of CUDA ends the process.
+    # Whatever one kernel does, the next are still measured.
     try:
         result = case.run()
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError) as error:
+    except FAILURES as error:
         result = {"failed": f"{type(error).__name__}: {error}"[:500]}
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "stage": stage.name,
         "case": case.name,
         **result,
         "seconds": round(time.monotonic() - start, 3),
-        "card": card,
+        **conditions(),
+    }
+
+
+def conditions() -> dict[str, str]:
+    """What a figure holds for."""
+    gpu = torch.cuda.is_available()
+    return {
+        "card": torch.cuda.get_device_name() if gpu else "no GPU",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
+def _is_usable() -> bool:
+    """Whether the GPU still answers this process: after some errors it never does again."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Add a line, on the disk before anything else happens."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_wrong(line: dict[str, Any]) -> bool:
+    return "failed" in line or line.get("right") is False
+
+
+def running_case(folder: Path, stage: str) -> str | None:
+    """The case that a stage's process is at, or was when it ended."""
+    try:
+        return (folder / f"{stage}.running").read_text() or None
+    except OSError:
+        return None
+
+
+def forget_wrong(folder: Path, stages: list[str]) -> None:
+    """Drop the lines of cases that were wrong or failed, so that they are measured again."""
+    for name in stages:
+        path = folder / f"{name}.jsonl"
+        kept = [line for line in read_lines(path) if not is_wrong(line)]
+        if path.exists():
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a stage; none where it has not run."""
+    """The lines of a stage; none where it has not run. A line cut short is left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
 
 
 def summary(folder: Path) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.gpu import kernels, ranks, speed
+from benchmarks.gpu import kernels, other_kernels, overlap, ranks, shared, speed
 from benchmarks.gpu.problems import Case
 
 
@@ -23,9 +23,12 @@ class Stage:
 
 
 STAGES = (
-    Stage("kernels", "Is every backend right, forward and backward?", 150, kernels.cases),
-    Stage("strategies", "Do all ranks of a strategy come to one device?", 80, ranks.right_cases),
-    Stage("speed", "How many TFLOP/s, and what does the wrapper cost?", 130, speed.cases),
-    Stage("ranks", "How even is the work of 8 and 64 ranks?", 90, ranks.balance_cases),
+    Stage("kernels", "Is every backend right, forward and backward?", 110, kernels.cases),
+    Stage("others", "Are the kernels of other mixers right?", 30, other_kernels.cases),
+    Stage("shared", "Are ranks that share the card one device?", 70, shared.cases),
+    Stage("strategies", "Do all ranks of a strategy come to one device?", 40, ranks.right_cases),
+    Stage("speed", "How many TFLOP/s, and what does the wrapper cost?", 110, speed.cases),
+    Stage("ranks", "How even is the work of 8 and 64 ranks?", 60, ranks.balance_cases),
+    Stage("overlap", "Do transfers run beside what is computed?", 30, overlap.cases),
 )
 """450 seconds in all; imports and the last case of each stage take the rest of 8 minutes."""

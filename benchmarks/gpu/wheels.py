@@ -19,6 +19,7 @@ TRANSFER = Path("build/gpu/transfer")
 PACKAGES = Path("build/gpu/packages")
 PART = 60 * 2**20
 """Bytes; a transfer takes 64 MiB."""
+MOST_PARTS = 2
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux2014_x86_64")
 WHEELS = (
@@ -55,6 +56,12 @@ def prepare(transfer: Path = TRANSFER) -> str:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(packages)
         pack(packages, transfer)
+    parts = len(list(transfer.glob("packages.tar.xz.*")))
+    if parts > MOST_PARTS:
+        raise ValueError(
+            f"Packages travel in {MOST_PARTS} parts of {PART / 2**20:.0f} MiB, got {parts}: leave "
+            f"some of WHEELS out."
+        )
     return describe_transfer(transfer)
 
 

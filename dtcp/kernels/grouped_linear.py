@@ -26,7 +26,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         [M, F].
     """
-    if _has_grouped_mm(x):
+    if _has_grouped_mm(x, *weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     out = x.new_empty(len(x), weight.shape[1])
     for group, rows in enumerate(_group_rows(ends)):
@@ -42,7 +42,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("dtcp::grouped_weight_gradient", mutates_args=())
 def grouped_weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """Gradient of the weight: grad.T @ x over each group's rows, [E, F, D]; 0 for empty groups."""
-    if _has_grouped_mm(x):
+    if _has_grouped_mm(x, grad.shape[1], x.shape[1]):
         return F.grouped_mm(grad.T, x, offs=ends)
     out = x.new_empty(len(ends), grad.shape[1], x.shape[1])
     for group, rows in enumerate(_group_rows(ends)):
@@ -55,8 +55,10 @@ def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
 
 
-def _has_grouped_mm(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64
+def _has_grouped_mm(x: Tensor, *widths: int) -> bool:
+    """Whether torch's own product takes rows of these widths."""
+    whole = all(width * x.element_size() % 16 == 0 for width in widths)
+    return x.is_cuda and x.dtype != torch.float64 and whole
 
 
 def _group_rows(ends: Tensor) -> list[slice]:

@@ -16,6 +16,7 @@ from dtcp.kernels.softmax.api import (
     SavedForward,
     attend,
     attend_backward,
+    note_merged_parts,
     zeros_for,
 )
 from dtcp.sequence.interval_runs import Intervals
@@ -42,6 +43,8 @@ class _Ring(ExchangeStrategy):
         for step, keys in _way_around(payload, metadata, context, queries.q.dtype).steps():
             if partial is None:
                 partial = OnlineSoftmax.empty(queries.q, keys.v.shape[-1])
+                if metadata.counts.shape[1] > 1:
+                    note_merged_parts(queries, keys, metadata.pieces[0], context.softmax)
             ranges, pieces = metadata.block_ranges[step], metadata.pieces[step]
             attend(partial, queries, keys, ranges, context.softmax, pieces=pieces)
         assert partial is not None

@@ -45,11 +45,10 @@ from dtcp.recurrent import (
     GatedLinearCP,
 )
 from dtcp.sequence.arguments import check_kind
-from dtcp.softmax import RingAttention
+from dtcp.softmax.default import default_attention
 from dtcp.softmax.style import AttentionStyle
 from dtcp.style import MixerStyle
 
-RING = RingAttention()
 RECURRENT: Mapping[type[Mixer], MixerStyle] = {
     CausalConv1d: CausalConvCP(),
     GatedDeltaRule: GatedDeltaCP(),
@@ -63,7 +62,7 @@ log = logging.getLogger(__name__)
 def parallelize_hf(
     model: Any,
     mesh: ParallelMesh,
-    attention: AttentionStyle | Callable[[str], AttentionStyle] = RING,
+    attention: AttentionStyle | Callable[[str], AttentionStyle] | None = None,
     *,
     activation_checkpoint: ActivationCheckpoint = KEEP_ALL,
     compile: Compile | None = None,
@@ -79,7 +78,8 @@ def parallelize_hf(
     Args:
         model: on a real device, with its weights; or on the meta device: load_hf follows. Or a
             PeftModel around one, whose adapters are sharded beside the layers that they adapt.
-        attention: the strategy of every attention module, or a function of the module's name.
+        attention: the strategy of every attention module, or a function of the module's name;
+            None for `default_attention`: a ring on hosts, one call over all keys on GPUs.
             Layers of multi-head latent attention (DeepSeek, Kimi) exchange latents by
             RingAttention, AllGatherAttention and HaloAttention, and by others the keys and values
             that are made of them.
@@ -95,6 +95,7 @@ def parallelize_hf(
     survey = install_mixers(model)
     _make_experts_compilable(model, compile)
     separate_gate_and_up(model)
+    attention = attention or default_attention(mesh.device_mesh.device_type)
     plan = hf_plan(model, survey, mesh, attention, expert_exchange)
     tell_experts_of_padding(model, find(model, plan.blocks), plan.ep)
     share_latents(model, survey, mesh, plan)

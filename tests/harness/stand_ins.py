@@ -91,6 +91,12 @@ def flash4_forward(
     gather_bwd_recompute_p=False,
 ):
     """lse is -inf for a query without keys."""
+    if qv is not None:
+        _only_defaults(flash4_forward, locals(), FLASH4_GATHERED)
+        assert q is None and k is None and gather_bwd_recompute_p and return_lse
+        seen = _gathered(v, qv, gather_kv_indices)
+        out, level = dense_forward(qv, v, v, seen, softmax_scale, 0.0)
+        return out.to(qv.dtype), _level(level, qv).transpose(1, 2), None, None, None
     _only_defaults(flash4_forward, locals(), FLASH4_USED)
     assert return_lse
     window = _window(causal, window_size_left, window_size_right)
@@ -162,6 +168,65 @@ def flash4_backward(
     return dq, dk, dv
 
 
+def flash4_sparse_backward(
+    q,
+    k,
+    v,
+    qv,
+    out,
+    dout,
+    lse,
+    p,
+    row_max,
+    gather_kv_indices,
+    learnable_sink=None,
+    softmax_scale=None,
+    causal=False,
+    m_block_size=128,
+    n_block_size=64,
+    num_threads=256,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    min_seqlen_k=None,
+    deterministic=False,
+    dq=None,
+    dk=None,
+    dv=None,
+    dqv=None,
+    recompute_p=False,
+    token_chunk=None,
+    o_lo=None,
+):
+    """Gradients of rows that are keys and values at once, in fp32; lse [B, L, H]."""
+    _only_defaults(flash4_sparse_backward, locals(), FLASH4_GATHERED)
+    assert q is k is p is row_max is None and recompute_p and token_chunk
+    assert qv.shape[0] == 1, "chunks of tokens are of one row"
+    assert lse.shape == qv.shape[:3] and lse.isfinite().all()
+    assert out.is_contiguous() and dout.is_contiguous() and dout.dtype == qv.dtype
+    seen, level = _gathered(v, qv, gather_kv_indices), lse.transpose(1, 2)
+    dqv, dk, dv = dense_backward(dout, qv, v, v, out, level, seen, softmax_scale, 0.0)
+    return None, None, (dk + dv).to(_level(dk, v).dtype), dqv.to(qv.dtype), None
+
+
+def _gathered(v: Tensor, qv: Tensor, indices: Tensor) -> Tensor:
+    """Which rows each query reads, [B, L, K] bool; -1 stands for none."""
+    assert v.shape[2] == 1 and v.shape[-1] == qv.shape[-1] and 0 < qv.shape[2] <= 128
+    assert indices.dtype == torch.int32 and indices.shape[:2] == qv.shape[:2]
+    assert indices.shape[-1] % 128 == 0 and indices.max() < v.shape[1] and indices.min() >= -1
+    seen = torch.zeros(*qv.shape[:2], v.shape[1] + 1, dtype=torch.int32)
+    seen.scatter_add_(2, indices.long().where(indices >= 0, v.shape[1]), torch.ones_like(indices))
+    assert seen[..., :-1].max() <= 1, "no row is gathered twice"
+    return seen[..., :-1] == 1
+
+
+FLASH4_GATHERED = {
+    *("q", "k", "v", "qv", "out", "dout", "lse", "p", "row_max", "gather_kv_indices"),
+    *("softmax_scale", "return_lse", "gather_bwd_recompute_p", "recompute_p", "token_chunk"),
+}
 FLASH4_USED = {
     *("q", "k", "v", "out", "dout", "lse", "dq", "dk", "dv", "deterministic"),
     *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "return_lse"),
@@ -725,6 +790,7 @@ def _sparse_mask(
 PYTHON_FUNCTIONS = {
     "flash_attn.cute.interface:_flash_attn_fwd": flash4_forward,
     "flash_attn.cute.interface:_flash_attn_bwd": flash4_backward,
+    "flash_attn.cute.interface:_flash_attn_bwd_sparse_mla": flash4_sparse_backward,
     "flash_attn.cute.block_sparsity:BlockSparseTensorsTorch": Sparsity,
     "flash_attn_interface:_flash_attn_forward": flash3_forward,
     "flash_attn_interface:_flash_attn_backward": flash3_backward,

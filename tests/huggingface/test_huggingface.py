@@ -35,11 +35,10 @@ from dtcp.parallelize import (
     load_hf,
     parallelize_hf,
 )
-from dtcp.parallelize.plans.huggingface import RING
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal, SlidingWindow
-from dtcp.softmax import AllGatherAttention, UlyssesAttention
+from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
 from tests.harness.hf_models import (
     MODELS,
     SHAPE,
@@ -58,6 +57,8 @@ IDS = torch.zeros(1, 8, dtype=torch.int64)
 SEQ_LEN = 48
 PACKED = ((20, 9, 19), (48,))
 PADDED = ((43,), (48,))
+
+RING = RingAttention()
 
 
 def a_batch(rows: tuple[tuple[int, ...], ...]) -> dict[str, Tensor]:
@@ -112,7 +113,14 @@ def far(actual: Tensor, expected: Tensor) -> Tensor:
 
 
 def assert_parity(
-    kind, degrees, *, rows=PACKED, layout=HeadTail, attention=RING, change=None, **options
+    kind,
+    degrees,
+    *,
+    rows=PACKED,
+    layout=HeadTail,
+    attention=RING,
+    change=None,
+    **options,
 ):
     """Assert that loss and all gradients are those of the unmodified model, on one device."""
     reference, model = build(kind, **(change or {})), build(kind, **(change or {}))

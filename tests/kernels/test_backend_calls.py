@@ -11,6 +11,7 @@ from dtcp.kernels.softmax.pieces import EVERY_ROW, MOST_PIECES, find_pieces, rea
 from dtcp.kernels.softmax.sparsity import block_states, key_blocks, query_blocks
 from dtcp.kernels.softmax.types import Keys, Queries
 from dtcp.sequence.coords import Coords
+from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
 from dtcp.sequence.masks import Bidirectional, Causal, SlidingWindow
@@ -134,7 +135,7 @@ def steps_of(style, layout, rank, mask, documents):
 
 
 STYLES = [
-    (RingAttention(), (Contiguous, HeadTail, PerDocument, BlockBalanced)),
+    (RingAttention(), (Contiguous, HeadTail, PerDocument, BlockBalanced, DocumentBalanced)),
     (AllGatherAttention(), (Contiguous, HeadTail, PerDocument, BlockBalanced)),
     (UlyssesAttention(), (Contiguous, HeadTail, PerDocument)),
     (HybridAttention(inner_ranks=2), (Contiguous, HeadTail)),
@@ -148,7 +149,10 @@ def test_calls_of_every_strategy_compute_its_mask_for_a_backend(style, layouts):
     plain = 0
     for mask_case, packing, layout_type in itertools.product(MASK_CASES, PACKINGS, layouts):
         documents = packing(64, 4)
-        if layout_type in (PerDocument, BlockBalanced) and len(set(documents.lengths)) > 1:
+        if (
+            layout_type in (PerDocument, BlockBalanced, DocumentBalanced)
+            and len(set(documents.lengths)) > 1
+        ):
             continue
         layout = layout_type.for_batch(documents, 4)
         for rank in range(4):

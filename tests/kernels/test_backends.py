@@ -177,8 +177,16 @@ def test_a_named_backend_that_cannot_says_what_can():
     [
         ("flash", {"arch": 80}, "does not run on sm_80"),
         ("flash", {"dtypes": (torch.float32,) * 3}, "takes float16 or bfloat16, got float32"),
-        ("flash", {"key_width": 512, "value_width": 512}, "takes heads of 8 to 256, got 512"),
-        ("flash", {"key_width": 100, "value_width": 100}, "takes heads of 8 to 256, got 100"),
+        (
+            "flash",
+            {"key_width": 512, "value_width": 512},
+            "heads of 8 to 256, unequal if unshared, got 512",
+        ),
+        (
+            "flash",
+            {"key_width": 100, "value_width": 100},
+            "heads of 8 to 256, unequal if unshared, got 100",
+        ),
         ("aten_flash", {"softcap": True}, "has no softcap"),
         ("cudnn", {"repeatable": True}, "does not repeat itself bit by bit"),
     ],

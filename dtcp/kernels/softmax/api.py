@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 from dtcp.kernels.dtypes import accumulation
-from dtcp.kernels.softmax.backends import Backend
+from dtcp.kernels.softmax.backends import HALF, Backend
 from dtcp.kernels.softmax.calls import Call, calls_of
-from dtcp.kernels.softmax.choice import KernelChoice, choose_kernel, log_choice
+from dtcp.kernels.softmax.choice import (
+    KernelChoice,
+    choose_kernel,
+    log_choice,
+    log_rounded_parts,
+)
 from dtcp.kernels.softmax.demand import Demand, demand_of
 from dtcp.kernels.softmax.libraries.load import library_kernel
 from dtcp.kernels.softmax.merge import add_sink, sink_gradient
@@ -45,6 +50,7 @@ __all__ = [
     "attend_once_backward",
     "attention_kernel",
     "local_sink_gradient",
+    "note_merged_parts",
     "zeros_for",
 ]
 
@@ -76,6 +82,16 @@ def chosen(demand: Demand, name: str) -> KernelChoice:
     choice = choose_kernel(demand, name, _self_test)
     log_choice(choice)
     return choice
+
+
+def note_merged_parts(
+    queries: Queries, keys: Keys, pieces: Tensor | None, params: SoftmaxParams
+) -> None:
+    """Say once if parts are going to be merged that their kernel has rounded."""
+    if not queries.q.is_cuda or queries.q.dtype not in HALF:
+        return
+    demand = demand_of(queries, keys, _calls(queries, keys, pieces), params)
+    log_rounded_parts(chosen(demand, params.kernel).backend)
 
 
 def attend(

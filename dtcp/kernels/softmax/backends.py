@@ -33,6 +33,7 @@ class HeadWidths:
 
     Args:
         unequal: whether keys and values may be of different widths.
+        unshared: the same where no query heads share a kv head, as of keys made of latents.
         pairs: (key, value) widths that it takes besides.
     """
 
@@ -40,16 +41,20 @@ class HeadWidths:
     most: int
     step: int = 8
     unequal: bool = False
+    unshared: bool = False
     pairs: tuple[tuple[int, int], ...] = ()
 
-    def take(self, key: int, value: int) -> bool:
+    def take(self, key: int, value: int, group: int) -> bool:
+        """Whether it takes these widths, with so many query heads to a kv head."""
         inside = all(self.least <= x <= self.most and x % self.step == 0 for x in (key, value))
-        return (inside and (self.unequal or key == value)) or (key, value) in self.pairs
+        alike = key == value or self.unequal or (self.unshared and group == 1)
+        return (inside and alike) or (key, value) in self.pairs
 
     def __str__(self) -> str:
         inside = f"{self.least} to {self.most}" if self.least < self.most else f"{self.most}"
         inside = "any" if self.most > 1024 else inside
-        return ", ".join([inside, *(f"{k} / {v}" for k, v in self.pairs)])
+        unshared = ["unequal if unshared"] * self.unshared
+        return ", ".join([inside, *unshared, *(f"{k} / {v}" for k, v in self.pairs)])
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class Backend:
         on: what it does, by the major compute capability of a GPU; 0 is any other device.
         dtypes: of q, k and v.
         mixed: whether these may be of several dtypes.
+        rounds: whether results over a part of the keys are of the inputs' dtype, not fp32.
     """
 
     name: str
@@ -111,6 +117,7 @@ class Backend:
     repeats: Repeats
     package: Package | None = None
     mixed: bool = False
+    rounds: bool = True
 
 
 _SQUARE: Mapping[str, bool] = {"packed": False, "skewed": False, "softcap": False}
@@ -125,7 +132,7 @@ BACKENDS = (
         "flash",
         {
             # Its backward with shared kv heads takes values of the keys' width only.
-            9: (Ability(HeadWidths(8, 256), ANY_MASK, 650, repeats_interval=False),),
+            9: (Ability(HeadWidths(8, 256, unshared=True), ANY_MASK, 650, repeats_interval=False),),
             10: (
                 Ability(UP_TO_128, ANY_MASK, 1613, measured=True, repeats_interval=False),
                 Ability(HeadWidths(256, 256), DIAGONAL, 1200, softcap=False),
@@ -198,6 +205,7 @@ BACKENDS = (
         (*HALF, torch.float32),
         Repeats.ALWAYS,
         Package("triton", "3", "4", "pip install triton", "triton"),
+        rounds=False,
     ),
     Backend(
         "reference",
@@ -208,6 +216,7 @@ BACKENDS = (
         (*HALF, torch.float32, torch.float64),
         Repeats.ALWAYS,
         mixed=True,
+        rounds=False,
     ),
 )
 """The fastest first where an architecture has a number for both."""

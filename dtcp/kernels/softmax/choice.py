@@ -6,6 +6,7 @@ A choice depends on a `Demand` alone. It is made once for each, and so is what i
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from dtcp.kernels.softmax.backends import BACKENDS, Backend, backend_named
 from dtcp.kernels.softmax.demand import (
@@ -89,6 +90,17 @@ def choose_kernel(demand: Demand, name: str, self_test: SelfTest) -> KernelChoic
 def log_choice(choice: KernelChoice) -> None:
     """Say once what was chosen; louder where a kernel of twice the speed was passed over."""
     LOG.log(logging.WARNING if choice.lost >= 2 else logging.INFO, "%s", choice)
+
+
+@cache
+def log_rounded_parts(backend: Backend) -> None:
+    """Say once what it costs that a ring merges results which this backend rounds, if it does."""
+    if backend.rounds:
+        LOG.info(
+            "A ring merges results that %s has rounded to the inputs' dtype: up to 1.4 times the "
+            "error of one call. AllGatherAttention makes one call; kernel='triton' merges in fp32.",
+            backend.name,
+        )
 
 
 def _speed(backend: Backend, demand: Demand) -> int:

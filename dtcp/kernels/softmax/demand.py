@@ -90,7 +90,7 @@ def demand_of(
 def ability_for(backend: Backend, demand: Demand) -> Ability | None:
     """What the backend does for heads of these widths on this device."""
     for ability in backend.on.get(demand.arch // 10, ()):
-        if ability.widths.take(demand.key_width, demand.value_width):
+        if ability.widths.take(demand.key_width, demand.value_width, demand.group):
             return ability
     return None
 

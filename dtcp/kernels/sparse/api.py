@@ -1,12 +1,27 @@
 """Attention to a window of keys and to compressed entries: what the op of the mixer calls.
 
-Two backends give the same result: Triton's kernels on a GPU, plain torch where those do not run.
+Three backends give the same result: FlashAttention 4's gathered keys on Blackwell GPUs, Triton's
+kernels on others, plain torch where those do not run. The log says once which, and why not a
+faster one.
 """
+
+import logging
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from dtcp.kernels.softmax.backends import HALF, backend_named
+from dtcp.kernels.softmax.demand import missing
+from dtcp.kernels.softmax.libraries.load import functions_of
+from dtcp.kernels.sparse.flash4 import (
+    GATHERED_WIDTH,
+    MOST_HEADS,
+    GatheredFlashAttention,
+    GatheredFunctions,
+)
 from dtcp.kernels.sparse.reference import ReferenceSparseAttention
+from dtcp.kernels.sparse.self_test import fault_of_sparse
 from dtcp.kernels.sparse.types import Sight, SparseGradients, SparseKernel, SparseKeys
 from dtcp.kernels.triton_support import tile_width, triton_runs_on
 
@@ -20,6 +35,7 @@ __all__ = [
     "sparse_kernel",
 ]
 
+LOG = logging.getLogger("dtcp.kernels")
 WIDEST_SPARSE_HEAD = 512
 """Channels with which a block of rows fits into the registers of a GPU's processor."""
 SPARSE_SHARED_MEMORY = 200 * 1024
@@ -33,6 +49,8 @@ def sparse_kernel(q: Tensor, keys: SparseKeys) -> SparseKernel:
     deterministic algorithms, plain torch computes them instead.
     """
     tensors = [x for x in (keys.keys, keys.entries) if x is not None]
+    if _gathered_refusal(q, keys) is None:
+        return gathered_kernel()
     same_dtype = all(x.dtype == q.dtype for x in tensors)
     ordered = keys.selected is None or not torch.are_deterministic_algorithms_enabled()
     fits = tile_width(q, q.shape[-1], shared=SPARSE_SHARED_MEMORY) <= WIDEST_SPARSE_HEAD
@@ -42,6 +60,55 @@ def sparse_kernel(q: Tensor, keys: SparseKeys) -> SparseKernel:
     from dtcp.kernels.sparse.triton.attention import TritonSparseAttention
 
     return TritonSparseAttention()
+
+
+def _gathered_refusal(q: Tensor, keys: SparseKeys) -> str | None:
+    """Why FlashAttention 4's gathered keys do not serve these; None if they do."""
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] not in (10, 11):
+        return "runs on Blackwell GPUs"
+    reason = refusal_of_gathered(q, keys) or missing(backend_named("flash").package)
+    reason = reason or _fault(q.dtype, q.device)
+    _say_refusal(reason)
+    return reason
+
+
+def refusal_of_gathered(q: Tensor, keys: SparseKeys) -> str | None:
+    """What of these tensors gathered keys do not do."""
+    reason = None
+    if q.shape[-1] != GATHERED_WIDTH or q.shape[2] > MOST_HEADS:
+        reason = f"takes heads of {GATHERED_WIDTH}, at most {MOST_HEADS}"
+    elif keys.selected is None or keys.entries is None:
+        reason = "takes selected entries only"
+    elif q.dtype not in HALF or not q.dtype == keys.keys.dtype == keys.entries.dtype:
+        reason = "takes bfloat16 or float16"
+    elif torch.are_deterministic_algorithms_enabled():
+        reason = "does not repeat itself bit by bit, which torch was asked for"
+    return reason
+
+
+@cache
+def gathered_kernel() -> SparseKernel:
+    """FlashAttention 4's kernel; imports what not every machine has."""
+    names = ("_flash_attn_fwd", "_flash_attn_bwd_sparse_mla")
+    return GatheredFlashAttention(
+        GatheredFunctions(*functions_of("flash_attn.cute.interface", *names))
+    )
+
+
+@cache
+def _fault(dtype: torch.dtype, device: torch.device) -> str | None:
+    """What is wrong with its results on this device, found at its first use."""
+    return fault_of_sparse(
+        gathered_kernel, ReferenceSparseAttention(), dtype, device, GATHERED_WIDTH
+    )
+
+
+@cache
+def _say_refusal(reason: str | None) -> None:
+    if reason is None:
+        LOG.info("sparse attention is computed by flash, over gathered keys")
+    else:
+        LOG.warning("sparse attention is not computed by flash, the fastest: it %s", reason)
 
 
 def sparse_forward(

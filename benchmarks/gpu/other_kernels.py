@@ -1,0 +1,186 @@
+"""Stage 1, second part: the kernels of other mixers, each against plain torch in fp64 on the card.
+
+Sparse attention, the delta rule by head and by channel, gated linear attention, experts. A mixer
+without kernels of its own runs on torch's matmuls here, and its line says so.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.problems import Case, lognormal_documents
+from benchmarks.gpu.timing import seconds_of
+from dtcp.kernels.delta_rule.api import DeltaInputs, delta_kernel
+from dtcp.kernels.delta_rule.reference import ReferenceDeltaRule
+from dtcp.kernels.grouped_linear import grouped_linear
+from dtcp.kernels.linear_attention.api import linear_kernel
+from dtcp.kernels.linear_attention.reference import ReferenceLinearAttention
+from dtcp.kernels.linear_attention.types import LinearInputs
+from dtcp.kernels.sparse.api import SparseKeys, sparse_kernel
+from dtcp.kernels.sparse.reference import ReferenceSparseAttention
+from dtcp.sequence.coords import Coords
+from dtcp.sparse.metadata import Compression, sparse_metadata
+
+BOUND, STATE_BOUND = 2.0**-6, 2.0**-5
+"""Of bf16, as norms relative to the truth's; states are carried over many tokens."""
+
+
+def cases(device: str, length: int = 2048) -> list[Case]:
+    """What is held to the reference; then what the delta rule's summaries cost."""
+    found: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+        ("sparse, selected entries", lambda: _sparse(device, length, ratio=4, selected=128)),
+        ("sparse, runs of entries", lambda: _sparse(device, length, ratio=32, selected=None)),
+        ("delta rule, decay by head", lambda: _delta(device, length, by_channel=False)),
+        ("delta rule, decay by channel", lambda: _delta(device, length, by_channel=True)),
+        ("linear attention", lambda: _linear(device, length)),
+        ("experts", lambda: _experts(device, length)),
+    ]
+    if device == "cuda":
+        found.append(("delta rule's summaries, 131072 tokens", summary_overhead))
+    return [Case(name, run) for name, run in found]
+
+
+def _noise(device: str, dtype: torch.dtype = torch.bfloat16) -> Callable[..., Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator).to(dtype)
+
+    return draw
+
+
+def _wide(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _compared(
+    names: Sequence[str], ours: Sequence[Any], right: Sequence[Any], kernel: object, bound: float
+) -> dict[str, Any]:
+    errors = {
+        name: float((a.detach().double() - b.detach()).norm() / b.detach().norm().clamp(min=1e-9))
+        for name, a, b in zip(names, ours, right, strict=True)
+        if a is not None
+    }
+    name = kernel if isinstance(kernel, str) else type(kernel).__name__
+    return {"kernel": name, **errors, "right": max(errors.values()) <= bound}
+
+
+def _sparse(device: str, length: int, *, ratio: int, selected: int | None) -> dict[str, Any]:
+    heads, dim, noise = 64, 512, _noise(device)
+    if device == "cpu":
+        heads, dim = 4, 32
+    coords = Coords.of(lognormal_documents(length))
+    compression = Compression(ratio, selected=selected)
+    metadata = sparse_metadata(coords, [[(0, length)]], 0, 128, compression, halo=False)
+    sight = metadata.to(device).sight
+    entries = sight.closing.shape[1]
+    q, keys, rows = noise(1, length, heads, dim), noise(1, length, dim), noise(1, entries, dim)
+    places = None if selected is None else _places(sight.entry_run, selected)
+    sink, scale, grad = noise(heads).float(), dim**-0.5, noise(1, length, heads, dim)
+    given = SparseKeys(keys, rows, places, sight)
+    kernel, truth = sparse_kernel(q, given), ReferenceSparseAttention()
+    exact = given._replace(keys=keys.double(), entries=rows.double())
+    right_out, right_lse = truth.forward(q.double(), exact, sink.double(), scale)
+    right = truth.backward(
+        grad.double(), q.double(), exact, sink.double(), right_out, right_lse, scale
+    )
+    out, lse = kernel.forward(q, given, sink, scale)
+    ours = kernel.backward(grad, q, given, sink, out, lse, scale)
+    names = ("out", "lse", "dq", "dkeys", "dentries", "dsink")
+    return _compared(names, (out, lse, *ours), (right_out, right_lse, *right), kernel, BOUND)
+
+
+def _places(run: Tensor, number: int) -> Tensor:
+    """The last entries that each query sees: [1, L, number] int32, ascending, then -1."""
+    start, stop = run[..., :1], run[..., 1:]
+    first = torch.maximum(start, stop - number)
+    place = first + torch.arange(number, device=run.device, dtype=torch.int32)
+    return place.where(place < stop, -1).contiguous()
+
+
+def _stretches(device: str, length: int, *, by_channel: bool) -> tuple[DeltaInputs, Tensor, Tensor]:
+    """Inputs, a gradient of the output, and the state that enters."""
+    groups, heads, key, value, noise = 2, 4, 128, 128, _noise(device)
+    unit = torch.nn.functional.normalize
+    q, k = (unit(noise(1, length, groups, key).float(), dim=-1).bfloat16() for _ in range(2))
+    v, grad = noise(1, length, heads, value), noise(1, length, heads, value)
+    shape = (1, length, heads, key) if by_channel else (1, length, heads)
+    g, beta = (
+        -torch.nn.functional.softplus(noise(*shape).float()),
+        noise(1, length, heads).sigmoid(),
+    )
+    starts = torch.zeros(1, length, dtype=torch.int32)
+    boundaries = [0]
+    for document in lognormal_documents(length).lengths[0]:
+        boundaries.append(boundaries[-1] + document)
+    starts[0, boundaries[:-1]] = 1
+    x = DeltaInputs(q, k, v, g, beta, starts.to(device))
+    return x, grad, noise(1, heads, key, value).float()
+
+
+def _delta(device: str, length: int, *, by_channel: bool) -> dict[str, Any]:
+    x, grad, state = _stretches(device, length, by_channel=by_channel)
+    exact = DeltaInputs(*map(_wide, x))
+    kernel, truth = delta_kernel(x), ReferenceDeltaRule()
+    (right,), _ = truth.forward([exact], lambda summary: state.double())
+    (rights,) = truth.backward([exact], [grad.double()], state.double(), lambda s: state.double())
+    (out,), _ = kernel.forward([x], lambda summary: state)
+    (grads,) = kernel.backward([x], [grad], state, lambda summary: state)
+    names = ("out", *(f"d{name}" for name in grads._fields))
+    return _compared(names, (out, *grads), (right, *rights), kernel, STATE_BOUND)
+
+
+def _linear(device: str, length: int) -> dict[str, Any]:
+    made, grad, state = _stretches(device, length, by_channel=False)
+    x = LinearInputs(*made[:4], made.starts)
+    exact = LinearInputs(*map(_wide, x))
+    kernel, truth = linear_kernel(x), ReferenceLinearAttention()
+    (right,), _ = truth.forward([exact], lambda maps: state.double())
+    (rights,) = truth.backward([exact], [grad.double()], state.double(), lambda m: state.double())
+    (out,), _ = kernel.forward([x], lambda maps: state)
+    (grads,) = kernel.backward([x], [grad], state, lambda maps: state)
+    names = ("out", *(f"d{name}" for name in grads._fields))
+    return _compared(names, (out, *grads), (right, *rights), kernel, STATE_BOUND)
+
+
+def _experts(device: str, length: int) -> dict[str, Any]:
+    """Rows of eight experts, one of which gets none."""
+    noise, width, hidden = _noise(device), 256, 128
+    ends = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8], dtype=torch.int32) * (length // 8)
+    x, weight = noise(length, width), noise(8, hidden, width)
+    grad = noise(length, hidden)
+    given = [x.requires_grad_(), weight.requires_grad_()]
+    exact = [each.detach().double().requires_grad_() for each in given]
+    results = []
+    for inputs in (given, exact):
+        out = grouped_linear(*inputs, ends.to(device))
+        results.append((out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))))
+    return _compared(("out", "dx", "dweight"), *results, "grouped_linear", BOUND)
+
+
+def summary_overhead(tokens: int = 131_072, heads: int = 32) -> dict[str, Any]:
+    """What a rank's summaries add to the delta rule: forward and backward, over none."""
+    noise = _noise("cuda")
+    q, k = (torch.nn.functional.normalize(noise(1, tokens, 16, 128), dim=-1) for _ in range(2))
+    v, g = noise(1, tokens, heads, 128), -noise(1, tokens, heads).float().sigmoid()
+    starts = torch.zeros(1, tokens, dtype=torch.int32, device="cuda")
+    x = DeltaInputs(q, k, v, g, noise(1, tokens, heads).sigmoid(), starts)
+    grad, state = torch.randn_like(v), noise(1, heads, 128, 128).float()
+    kernel = delta_kernel(x)
+
+    def step(carry: Any) -> None:
+        _, entered = kernel.forward([x], carry)
+        kernel.backward([x], [grad], entered, carry)
+
+    plain, whole = (
+        seconds_of(lambda carry=carry: step(carry), v.device)  # type: ignore[misc]
+        for carry in (None, lambda summary: state)
+    )
+    return {
+        "kernel": type(kernel).__name__,
+        "plain_ms": 1e3 * plain,
+        "with_summaries_ms": 1e3 * whole,
+        "overhead": whole / plain - 1,
+    }

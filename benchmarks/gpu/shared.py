@@ -1,0 +1,209 @@
+"""Stage 2: steps of real ranks that share the card, over gloo, against one device.
+
+The whole path of a run on many cards: a model and its plan, FSDP, compiled blocks, strategies and
+their transfers, which go through host memory. Loss and every gradient, in fp32.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.gpu.shared \\
+        "llama ring 2 ranks" cpu
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from benchmarks.gpu.problems import Case
+from benchmarks.gpu.processes import no_later_than, run_watched
+from benchmarks.gpu.wheels import add_packages
+from dtcp import Degrees, Documents, ParallelMesh, batch_metadata, shard_batch
+from dtcp.labels import shift_labels
+from dtcp.loss import global_token_count, token_mean_loss
+from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
+from dtcp.parallelize import (
+    Compile,
+    deepseek_v4_plan,
+    gemma4_plan,
+    llama_plan,
+    parallelize,
+    qwen3_5_plan,
+)
+from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
+from dtcp.softmax.style import AttentionStyle
+
+SECONDS = 60.0
+LOSS_BOUND, GRADIENT_BOUND = 1e-4, 5e-3
+"""Of fp32: norms of differences, relative to those of one device's loss and gradients."""
+SEQ_LEN = 256
+ROWS = ((70, 130, 56), (256,), (1, 200, 40), (100, 100))
+
+
+class Family(NamedTuple):
+    """A model of a few thousand parameters, and its plan."""
+
+    build: Callable[[], nn.Module]
+    plan: Callable[[Any, ParallelMesh, AttentionStyle], Any]
+
+
+FAMILIES = {
+    "llama": Family(lambda: llama.Llama(llama.PRESETS["tiny"]), llama_plan),
+    "gemma4": Family(lambda: gemma4.Gemma4(gemma4.PRESETS["tiny"]), gemma4_plan),
+    "qwen3_5": Family(lambda: qwen3_5.Qwen35(qwen3_5.PRESETS["tiny"]), qwen3_5_plan),
+    "deepseek_v4": Family(
+        lambda: deepseek_v4.DeepseekV4(deepseek_v4.PRESETS["tiny"]),
+        lambda config, mesh, _: deepseek_v4_plan(config, mesh),
+    ),
+}
+STRATEGIES = {"ring": RingAttention, "all-gather": AllGatherAttention, "ulysses": UlyssesAttention}
+
+
+class Step(NamedTuple):
+    """A model on ranks."""
+
+    family: str
+    strategy: str
+    degrees: Degrees
+    compiled: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.degrees.cp * self.degrees.dp_shard
+
+    def __str__(self) -> str:
+        sharded = f", dp {self.degrees.dp_shard}" if self.degrees.dp_shard > 1 else ""
+        text = f"{self.family} {self.strategy} {self.ranks} ranks{sharded}"
+        return f"{text} compiled" if self.compiled else text
+
+
+STEPS = {
+    str(step): step
+    for step in (
+        Step("llama", "ring", Degrees(cp=2)),
+        Step("llama", "ring", Degrees(cp=2), compiled=True),
+        Step("gemma4", "all-gather", Degrees(cp=2)),
+        Step("qwen3_5", "ring", Degrees(cp=2)),
+        Step("deepseek_v4", "ring", Degrees(cp=2)),
+        Step("llama", "ring", Degrees(dp_shard=2, cp=2)),
+        Step("llama", "ulysses", Degrees(cp=2)),
+        Step("llama", "all-gather", Degrees(cp=4), compiled=True),
+    )
+}
+
+
+def cases(device: str) -> list[Case]:
+    """Each by processes of its own."""
+    return [Case(name, _launch(name, step, device)) for name, step in STEPS.items()]
+
+
+def _launch(name: str, step: Step, device: str) -> Callable[[], dict[str, Any]]:
+    def run() -> dict[str, Any]:
+        launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(step.ranks)]
+        command = [sys.executable, "-m", *launch, "-m", "benchmarks.gpu.shared", name, device]
+        threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
+        ended = run_watched(
+            command, watch=no_later_than(SECONDS), capture=True, environment=threads
+        )
+        found = [line for line in ended.output.splitlines() if line.startswith("{")]
+        if ended.status or not found:
+            last = " | ".join(ended.output.strip().splitlines()[-3:])
+            raise RuntimeError(f"{ended.killed_for or ended.status}: {last}"[-400:])
+        result: dict[str, Any] = json.loads(found[-1])
+        return result
+
+    return run
+
+
+def compared(step: Step, device: str) -> dict[str, Any]:
+    """The largest errors of this rank's loss and gradients; both models hold the same weights."""
+    torch.manual_seed(0)
+    family = FAMILIES[step.family]
+    model = family.build()
+    model.init_weights()  # type: ignore[operator]
+    config, model = model.config, model.to(device)
+    alone = copy.deepcopy(model)
+    expected = _step_alone(alone, config.vocab_size, device)
+    mesh = ParallelMesh.from_degrees(step.degrees, device)
+    plan = family.plan(config, mesh, STRATEGIES[step.strategy]())
+    parallelize(model, mesh, plan, compile=Compile() if step.compiled else None)
+    loss = _step_on(model, mesh, config.vocab_size, device)
+    pairs = [
+        (x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad, y.grad)
+        for x, y in zip(model.parameters(), alone.parameters(), strict=True)
+        if x.grad is not None and y.grad is not None
+    ]
+    # Of some parameters the gradient is all but zero, and fp32 has no digits of it.
+    usual = sum(float(right.norm()) for _, right in pairs) / len(pairs)
+    of_gradients = max(_error(*pair, least=1e-2 * usual) for pair in pairs)
+    of_loss = _error(loss, expected)
+    right = of_loss <= LOSS_BOUND and of_gradients <= GRADIENT_BOUND
+    return {"loss": of_loss, "gradients": of_gradients, "compared": len(pairs), "right": right}
+
+
+def _error(ours: Tensor, right: Tensor, *, least: float = 1e-9) -> float:
+    return float((ours - right).norm() / right.norm().clamp(min=least))
+
+
+def _batch(vocabulary: int) -> tuple[dict[str, Tensor], Documents]:
+    documents = Documents(ROWS, SEQ_LEN)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(vocabulary, (len(ROWS), SEQ_LEN), generator=generator)
+    labels = shift_labels(ids, documents)
+    batch = {"input_ids": ids, "labels": labels, "position_ids": documents.position_ids()}
+    return batch, documents
+
+
+def _step_alone(model: nn.Module, vocabulary: int, device: str) -> Tensor:
+    batch, documents = _batch(vocabulary)
+    metadata = batch_metadata(model, documents).to(device)
+    logits = model(batch["input_ids"].to(device), batch["position_ids"].to(device), metadata)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten().to(device))
+    loss.backward()
+    return loss.detach()
+
+
+def _step_on(model: nn.Module, mesh: ParallelMesh, vocabulary: int, device: str) -> Tensor:
+    batch, _ = _batch(vocabulary)
+    mine = slice(mesh.rank("batch"), None, mesh.size("batch"))
+    local, sharded = shard_batch(
+        {name: x[mine] for name, x in batch.items()},
+        mesh,
+        model=model,
+        documents=Documents(ROWS[mine], SEQ_LEN),
+        device=device,
+    )
+    tokens = global_token_count(local["labels"], mesh.loss)
+    logits = model(local["input_ids"], local["position_ids"], sharded.attn_metadata)
+    loss = token_mean_loss(logits, local["labels"], tokens)
+    loss.backward()
+    loss = loss.detach()
+    if mesh.loss is not None:
+        dist.all_reduce(loss, group=mesh.loss.get_group())
+    return loss
+
+
+def main(name: str, device: str) -> None:
+    """One rank: rank 0 prints the worst of all ranks as a line of JSON."""
+    add_packages()
+    if device == "cuda":
+        # All ranks are on the first card, which a mesh would otherwise take by LOCAL_RANK.
+        torch.cuda.set_device(0)
+        torch.cuda.init()
+    dist.init_process_group("gloo")
+    result = compared(STEPS[name], device)
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, result)
+    if dist.get_rank() == 0:
+        worst = {key: max(each[key] for each in every) for key in ("loss", "gradients")}
+        right = all(each["right"] for each in every)
+        print(json.dumps({**worst, "compared": result["compared"], "right": right}), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

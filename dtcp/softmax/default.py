@@ -1,0 +1,36 @@
+"""The strategy that is taken where nobody names one."""
+
+import logging
+from functools import cache
+
+from dtcp.compile import Boundary, InGraph
+from dtcp.softmax.all_gather import AllGatherAttention
+from dtcp.softmax.ring import RingAttention
+
+LOG = logging.getLogger("dtcp.softmax")
+IN_GRAPH = InGraph()
+
+
+def default_attention(
+    device_type: str, *, boundary: Boundary = IN_GRAPH
+) -> RingAttention | AllGatherAttention:
+    """A ring on hosts; on GPUs one call over all keys that a rank requires.
+
+    The fast kernels of a GPU round what they return, and a ring merges n such results: 1.4 times
+    the error of one device in bf16, where one call has the same error. It holds these keys while
+    it attends; where they do not fit, name RingAttention, and with kernel="triton" its parts are
+    merged in fp32. Said once.
+    """
+    if device_type == "cpu":
+        return RingAttention(boundary=boundary)
+    _say_so()
+    return AllGatherAttention(boundary=boundary)
+
+
+@cache
+def _say_so() -> None:
+    LOG.info(
+        "Attention over ranks is AllGatherAttention: one call over all required keys, with the "
+        "error of one device, while a ring merges results that its kernels have rounded, with 1.4 "
+        "times that. Name RingAttention where the keys do not fit into memory."
+    )

@@ -1,0 +1,87 @@
+"""Sparse attention over gathered keys, on a stand-in of flash-attn-4's interface."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dtcp.kernels.sparse import api
+from dtcp.kernels.sparse.flash4 import (
+    BLOCK,
+    GatheredFlashAttention,
+    GatheredFunctions,
+    gathered_places,
+)
+from dtcp.kernels.sparse.reference import ReferenceSparseAttention
+from dtcp.kernels.sparse.self_test import fault_of_sparse, sparse_problem
+from dtcp.kernels.sparse.types import SparseKeys
+from dtcp.sequence.coords import Coords
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sparse.metadata import Compression
+from dtcp.sparse.style import rank_metadata
+from tests.harness import stand_ins
+from tests.harness.sparse_interpreted import chosen_by_index
+
+FUNCTIONS = GatheredFunctions(stand_ins.flash4_forward, stand_ins.flash4_sparse_backward)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("layout", [Contiguous(32, 4), HeadTail(32, 2)])
+@pytest.mark.parametrize("number", [3, 9, 18])
+def test_gathered_keys_on_a_stand_in_equal_the_reference(layout, number):
+    """On one rank of several, packed documents and padding, in fp64: out, lse, every gradient."""
+    coords = Coords.of(Documents(((9, 2, 20), (32,)), 32))
+    compression = Compression(4, selected=number)
+    metadata = rank_metadata(coords, layout, 1, 5, compression)
+    (rows, queries), entries = metadata.first.shape, metadata.closing.shape[1]
+    draw = torch.Generator().manual_seed(0)
+    selected = chosen_by_index(metadata, min(number, entries), draw)
+    q, keys, values, grad, sink = (
+        torch.randn(shape, generator=draw, dtype=torch.float64)
+        for shape in (
+            (rows, queries, 3, 8),
+            (rows, metadata.key_token_index.numel(), 8),
+            (rows, entries, 8),
+            (rows, queries, 3, 8),
+            (3,),
+        )
+    )
+    given = SparseKeys(keys, values, selected, metadata.sight)
+    assert gathered_places(given).shape[-1] % BLOCK == 0
+    ours, right = GatheredFlashAttention(FUNCTIONS), ReferenceSparseAttention()
+    for own_sink in (sink, None):
+        out, lse = right.forward(q, given, own_sink, 0.3)
+        assert_close(ours.forward(q, given, own_sink, 0.3), (out, lse))
+        saved = (grad, q, given, own_sink, out, lse, 0.3)
+        pairs = zip(ours.backward(*saved), right.backward(*saved), strict=True)
+        for one, other in pairs:
+            assert (one is None) == (other is None)
+            if one is not None:
+                assert_close(one.double(), other, atol=1e-6, rtol=1e-5)
+
+
+def test_a_backend_of_gathered_keys_is_held_to_the_reference_before_it_is_used():
+    made = GatheredFlashAttention(FUNCTIONS)
+    assert (
+        fault_of_sparse(lambda: made, ReferenceSparseAttention(), torch.bfloat16, CPU, 32) is None
+    )
+
+    def wrong(*args, **kwargs):
+        out, *rest = stand_ins.flash4_forward(*args, **kwargs)
+        return 1.1 * out, *rest
+
+    broken = GatheredFlashAttention(FUNCTIONS._replace(forward=wrong))
+    fault = fault_of_sparse(lambda: broken, ReferenceSparseAttention(), torch.bfloat16, CPU, 32)
+    assert fault is not None and "failed its self-test" in fault
+
+
+def test_a_backend_of_gathered_keys_says_what_it_does_not_take(monkeypatch):
+    torch.use_deterministic_algorithms(False)
+    q, keys, _ = sparse_problem(torch.bfloat16, CPU, 512)
+    assert api.refusal_of_gathered(q, keys) is None
+    assert "heads of 512" in api.refusal_of_gathered(q[..., :256], keys)
+    assert "selected entries" in api.refusal_of_gathered(q, keys._replace(selected=None))
+    assert "bfloat16" in api.refusal_of_gathered(q.float(), keys)
+    assert "bfloat16" in api.refusal_of_gathered(q, keys._replace(keys=keys.keys.float()))
+    torch.use_deterministic_algorithms(True)
+    assert "bit by bit" in api.refusal_of_gathered(q, keys)
