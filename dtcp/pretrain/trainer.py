@@ -17,7 +17,7 @@ from signal import Signals
 from typing import Any
 
 from dtcp.torchtitan.model_spec import PlainModel
-from dtcp.torchtitan.parallelize import mesh_of
+from dtcp.torchtitan.parallelize import mesh_with_section
 from dtcp.torchtitan.section import Section
 
 import torch
@@ -94,7 +94,7 @@ class Trainer(titan.Trainer):
         bound = partial(spec.parallelize_fn, section=section)
         with WholeDraws():
             super().__init__(replace(config, model_spec=replace(spec, parallelize_fn=bound)))
-        self.mesh = mesh_of(self.parallel_dims, section)
+        self.mesh = mesh_with_section(self.parallel_dims, section)
         self._check_vocabulary()
         share_router_losses(self.model_parts[0], self.gradient_accumulation_steps)
         if config.validator.enable:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtcp.torchtitan.parallelize import mesh_of, options_of
+from dtcp.torchtitan.parallelize import mesh_with_section, options_of
 from dtcp.torchtitan.section import Section
 
 import torch
@@ -199,7 +199,7 @@ def _parallelize(
 ) -> nn.Module:
     parallelize_hf(
         model,
-        mesh_of(parallel_dims, section),
+        mesh_with_section(parallel_dims, section),
         section.attention_style(),
         **options_of(training, parallelism, compile_config, ac_config),
         expert_exchange=section.expert_exchange,

@@ -57,7 +57,7 @@ from dtcp.softmax.mixer import name_kernel
 MakePlan = Callable[[Any, ParallelMesh, Section], ParallelPlan]
 
 
-def mesh_of(dims: ParallelDims, section: Section) -> ParallelMesh:
+def mesh_with_section(dims: ParallelDims, section: Section) -> ParallelMesh:
     """torchtitan's meshes, with what the section adds to them."""
     return ParallelMesh.from_parallel_dims(
         dims,
@@ -83,7 +83,7 @@ def parallelize_plain(
     Args:
         make_plan: model config, mesh and section to a plan.
     """
-    mesh = mesh_of(parallel_dims, section)
+    mesh = mesh_with_section(parallel_dims, section)
     name_kernel(model, section.kernel)
     plan = make_plan(model.config, mesh, section)
     return parallelize(
