@@ -52,7 +52,9 @@ def read_by(case, sharded):
     From a dense table of who sees whom, for rows that share a layout.
     """
     layout = sharded.layout
-    visible = case.mask_case.visible(case.documents(layout.num_shards)).any(0).numpy()
+    dense = case.mask_case.visible(case.documents(layout.num_shards)).any(0).numpy()
+    # The layout may have padded the row: nobody reads that.
+    visible = np.pad(dense, (0, layout.seq_len - len(dense)))
     shards = layout.permutation().view(layout.num_shards, -1).numpy()
     return np.array([[visible[np.ix_(q, k)].any(axis=0) for k in shards] for q in shards])
 
