@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.gpu import kernels, other_kernels, overlap, ranks, shared, speed
+from benchmarks.gpu import kernels, memory, other_kernels, overlap, ranks, shared, speed
 from benchmarks.gpu.problems import Case
 
 
@@ -30,5 +30,6 @@ STAGES = (
     Stage("speed", "How many TFLOP/s, and what does the wrapper cost?", 110, speed.cases),
     Stage("ranks", "How even is the work of 8 and 64 ranks?", 60, ranks.balance_cases),
     Stage("overlap", "Do transfers run beside what is computed?", 30, overlap.cases),
+    Stage("memory", "Does a rank hold what the planner forecasts?", 20, memory.cases),
 )
-"""450 seconds in all; imports and the last case of each stage take the rest of 8 minutes."""
+"""470 seconds in all; imports and the last case of each stage take the rest of 8 minutes."""

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from dtcp.distributed.mesh import Degrees
+from dtcp.plan.collect import collect, collected_lines
+from dtcp.plan.collected_page import write_collected
 from dtcp.plan.source import Request, request_of
-from dtcp.plan.sweep import collect, sweep_points, write_sweep
+from dtcp.plan.sweep import sweep_points, write_sweep
 from dtcp.planner.cluster import GB, Cluster, cluster_of
 from dtcp.planner.report import (
     as_json,
@@ -45,8 +47,7 @@ def run_planner(argv: list[str], *, processes: int = 1) -> int:
     warnings.simplefilter("ignore")
     try:
         if arguments.collect:
-            print("\n".join(collect(Path(arguments.collect))))
-            return 0
+            return _collect(Path(arguments.collect))
         cluster = cluster_of(arguments.cluster)
         request = request_of(arguments, rest)
         if arguments.sweep:
@@ -69,8 +70,16 @@ def _sweep(request: Request, cluster: Cluster, arguments: argparse.Namespace) ->
         arguments.sweep, [int(word) for word in words], request.wish.documents.seq_len
     )
     folder = Path(arguments.out)
-    print("\n".join(write_sweep(request, cluster, points, folder, arguments.steps)))
+    options = {"steps": arguments.steps, "documents": arguments.documents}
+    print("\n".join(write_sweep(request, cluster, points, folder, **options)))
     print(f"written to {folder / 'runs.sh'}; then: python -m dtcp.plan --collect {folder}")
+    return 0
+
+
+def _collect(folder: Path) -> int:
+    found = collect(folder)
+    written = write_collected(folder, found)
+    print("\n".join([*collected_lines(found), f"written to {folder}: {', '.join(written)}"]))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from math import prod
 
 import torch
@@ -48,12 +49,22 @@ def sharding_ranks(degrees: Degrees, *, spread: bool) -> int:
     return degrees.sparse // degrees.ep if spread else degrees.dp_shard * degrees.cp
 
 
+class UnitRole(Enum):
+    """When a unit is used: with its block, before all blocks, after them, or all the time."""
+
+    BLOCK = "block"
+    FIRST = "first"
+    LAST = "last"
+    ROOT = "root"
+
+
 @dataclass(frozen=True)
 class Unit:
     """Parameters that are gathered together.
 
     Args:
         part: the block; empty for what lies outside of blocks.
+        role: of what lies outside: the last unit that a plan names is used after the blocks.
         resharded: freed after forward and gathered again for backward.
         count: of units that are alike.
     """
@@ -62,6 +73,7 @@ class Unit:
     weights: tuple[Weight, ...]
     resharded: bool
     count: int = 1
+    role: UnitRole = UnitRole.BLOCK
 
     def numbers(self, degrees: Degrees) -> int:
         """Of all dtypes that a rank keeps."""
@@ -120,16 +132,10 @@ def units_of(
         ep: the axis of experts.
     """
     kept = {id(model.get_parameter(name)) for name in plan.keep_dtype}
-    groups: list[tuple[str, list[nn.Module], bool]] = [
-        (name, [block], reshard) for name, block in find(model, plan.blocks).items()
-    ]
-    for index, names in enumerate(plan.fsdp_units):
-        is_last = index == len(plan.fsdp_units) - 1
-        groups.append(("", list(find(model, names).values()), reshard and not is_last))
-    # The root stays gathered: torch frees no root after its forward pass.
-    groups.append(("", [model], False))
     units, seen = [], set[int]()
-    for part, modules, resharded in groups:
+    for part, role, modules in modules_of_units(model, plan):
+        # The root stays gathered: torch frees no root after its forward pass.
+        resharded = reshard and role in (UnitRole.BLOCK, UnitRole.FIRST)
         weights = []
         for p in (p for module in modules for p in module.parameters()):
             if id(p) not in seen:
@@ -137,8 +143,23 @@ def units_of(
                 dtype = precision.master if id(p) in kept else precision.compute
                 weights.append(_weight(p, dtype, trained=id(p) in trained, ep=ep))
         if weights:
-            units.append(Unit(part, tuple(weights), resharded))
+            units.append(Unit(part, tuple(weights), resharded, role=role))
     return units
+
+
+def modules_of_units(
+    model: nn.Module, plan: ParallelPlan
+) -> list[tuple[str, UnitRole, list[nn.Module]]]:
+    """(block, role, modules) of each unit, in the order in which units are made.
+
+    A parameter belongs to the first unit that has it.
+    """
+    groups = [(name, UnitRole.BLOCK, [block]) for name, block in find(model, plan.blocks).items()]
+    for index, names in enumerate(plan.fsdp_units):
+        is_last = index == len(plan.fsdp_units) - 1
+        role = UnitRole.LAST if is_last else UnitRole.FIRST
+        groups.append(("", role, list(find(model, names).values())))
+    return [*groups, ("", UnitRole.ROOT, [model])]
 
 
 def _weight(p: nn.Parameter, dtype: torch.dtype, *, trained: bool, ep: DeviceMesh | None) -> Weight:

@@ -45,5 +45,5 @@ class _Loss(torch.autograd.Function):
 
 def _hold_chunk(logits: Tensor, dtype: torch.dtype) -> None:
     rows = min(len(logits), max(1, LOGITS_PER_CHUNK // max(1, logits.shape[1])))
-    chunk = logits.new_empty((rows, logits.shape[1]), dtype=dtype)
-    torch.empty_like(chunk)
+    wide = logits[:rows].to(dtype)  # itself, where it is as wide
+    torch.empty_like(wide)

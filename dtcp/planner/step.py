@@ -1,6 +1,6 @@
 """Run one step of a model on tensors without memory, for one rank of a mesh."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,19 +11,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from dtcp._torch import fake_tensors
+from dtcp._torch import fake_tensors, storage_key
 from dtcp.batch import ShardedBatch
 from dtcp.distributed.groups import axis_group_name, group_name
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer
 from dtcp.parallelize import ParallelPlan, parallelize
 from dtcp.parallelize.tied_parameters import find_tied_parameters, restore_tied_parameters
 from dtcp.planner.blocks import BlockKind, keep_one_of_each
 from dtcp.planner.setup import Setup
-from dtcp.planner.sharded_weights import Unit, units_of
+from dtcp.planner.sharded_weights import Unit, UnitRole, modules_of_units, units_of
 from dtcp.planner.stand_in_loss import stand_in_loss
 from dtcp.planner.subject import Subject
-from dtcp.planner.trace import Place, StepRecorder, Trace, follow_blocks
+from dtcp.planner.trace import OUTSIDE, Place, StepRecorder, Trace, follow_blocks
 from dtcp.style import MixerStyle
 
 
@@ -35,7 +36,7 @@ class StepNumbers:
     kinds: list[BlockKind]
     units: list[Unit]
     inputs: int
-    """Bytes of the batch."""
+    """Bytes of the batch, of what its mixers read of it, and of the model's buffers."""
     parameters: int
     """Of the whole model, of all its blocks."""
     axes: dict[str, str]
@@ -122,11 +123,11 @@ def trace_step(subject: Subject, mesh: ParallelMesh, setup: Setup) -> TracedStep
     # It makes two tensors of a shared parameter.
     restore_tied_parameters(model, tied)
     local, sharded = subject.batch(model, mesh, setup.layout, setup.documents)
-    inputs = sum(x.numel() * x.element_size() for x in local.values())
+    inputs = bytes_of([*local.values(), *tables_of(sharded.attn_metadata), *placed.model.buffers()])
     with fake:
         local = {key: fake.from_tensor(x) for key, x in local.items()}
     names = [kind.name for kind in kinds]
-    trace, reached = _run(subject, model, local, sharded, names, fake)
+    trace, reached = _run(subject, model, placed.plan, local, sharded, names, fake)
     groups = [group_name(mesh.cp)] if mesh.cp is not None else []
     for style in styles_of(model):
         groups += style.groups(mesh.cp)
@@ -153,6 +154,17 @@ def _whole(model: nn.Module, kinds: Sequence[BlockKind]) -> int:
     return total
 
 
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of some tensors' memory, each piece counted once."""
+    storages = [x.untyped_storage() for x in tensors]
+    return sum({storage_key(each): each.nbytes() for each in storages}.values())
+
+
+def tables_of(metadata: BatchMetadata) -> list[Tensor]:
+    """What mixers read of a batch, without the model's modules that do."""
+    return [table for key in metadata for table in metadata[key].tensors()]
+
+
 def styles_of(model: nn.Module) -> list[Any]:
     """The styles of a model's mixers, each once."""
     styles = [module.style for module in model.modules() if isinstance(module, ClaimedMixer)]
@@ -162,6 +174,7 @@ def styles_of(model: nn.Module) -> list[Any]:
 def _run(
     subject: Subject,
     model: nn.Module,
+    plan: ParallelPlan,
     local: dict[str, Tensor],
     sharded: ShardedBatch,
     names: Sequence[str],
@@ -169,29 +182,57 @@ def _run(
 ) -> tuple[Trace, set[int]]:
     """What a step does, and the ids of the parameters that get a gradient."""
     model.train()
-    reached: set[int] = set()
-
-    def done(p: Tensor) -> None:
-        reached.add(id(p))
-        _drop_grad(p)
-
     recorder = StepRecorder(sharded.attn_metadata, fake=True)
     recorder.ignore([*model.parameters(), *model.buffers(), *local.values()])
+    gradients = _Gradients(recorder, model, plan)
     blocks = {name: model.get_submodule(name) for name in names}
     with ExitStack() as stack:
         for p in (p for p in model.parameters() if p.requires_grad):
-            # FSDP takes a block's gradients away once they are summed.
-            stack.callback(p.register_post_accumulate_grad_hook(done).remove)
-        for hook in follow_blocks(lambda: recorder, blocks):
+            stack.callback(p.register_post_accumulate_grad_hook(gradients.note).remove)
+        for hook in follow_blocks(lambda: recorder, blocks, gradients.leave):
             stack.callback(hook.remove)
         stack.enter_context(fake)
         stack.enter_context(recorder)
-        losses = [stand_in_loss(x) for x in subject.logits(model, local, sharded)]
+        logits = subject.logits(model, local, sharded)
+        recorder.enter(Place())
+        for x in logits:
+            x.register_hook(lambda _: recorder.enter(Place(backward=True)))
+        losses = [stand_in_loss(x) for x in logits]
         loss = torch.stack(losses).sum()
-        del losses
+        del logits, x, losses
         recorder.enter(Place(backward=True))
         loss.backward()
-    return recorder.close(), reached
+        trace = recorder.close()
+        gradients.leave()
+    return trace, gradients.reached
+
+
+class _Gradients:
+    """Whole gradients of weights, which go when FSDP would take them: once a unit is done."""
+
+    def __init__(self, recorder: StepRecorder, model: nn.Module, plan: ParallelPlan) -> None:
+        self.recorder, self.reached = recorder, set[int]()
+        self._held: dict[str, list[Tensor]] = {}
+        self._part: dict[int, str] = {}
+        for part, role, modules in modules_of_units(model, plan):
+            # What is used before the blocks, and the root, are done at the end of the pass.
+            name = part or (OUTSIDE if role is UnitRole.LAST else "")
+            for p in (p for module in modules for p in module.parameters()):
+                self._part.setdefault(id(p), name)
+
+    def note(self, p: Tensor) -> None:
+        """A gradient is there."""
+        self.reached.add(id(p))
+        grad = p.grad
+        assert grad is not None
+        self.recorder.count_gradient(grad.to_local() if isinstance(grad, DTensor) else grad)
+        self._held.setdefault(self._part[id(p)], []).append(p)
+
+    def leave(self, part: str | None = None) -> None:
+        """The backward pass of a part is over; None: of all."""
+        for name in [*self._held] if part is None else [part]:
+            for p in self._held.pop(name, []):
+                _drop_grad(p)
 
 
 def _check_stated(model: nn.Module) -> None:

@@ -96,12 +96,20 @@ class OpCall:
 
 @dataclass
 class Stretch:
-    """Bytes alive in a stretch of the step: when it began, at most, and when it ended."""
+    """Bytes alive in a stretch of the step, without gradients of weights.
+
+    Args:
+        start, end: when it began, and when it ended.
+        peak: at the moment when they and the gradients were most.
+        grads, grads_left: whole gradients of weights, at that moment and at the end.
+    """
 
     place: Place
     start: int
     peak: int
     end: int
+    grads: int = 0
+    grads_left: int = 0
 
 
 @dataclass
@@ -132,7 +140,10 @@ class StepRecorder(TorchDispatchMode):
         super().__init__()
         self.trace, self.place, self.live = Trace(), Place(), 0
         self.fake = fake
+        self.grads = 0
+        """Bytes of whole gradients of weights."""
         self._alive: dict[int, int] = {}
+        self._of_weights: dict[int, int] = {}
         self._tables = {
             id(tensor): Table(key, index)
             for key in metadata
@@ -146,19 +157,30 @@ class StepRecorder(TorchDispatchMode):
             local = x.to_local() if isinstance(x, DTensor) else x
             self._alive[storage_key(local.untyped_storage())] = 0
 
+    def count_gradient(self, grad: Tensor) -> None:
+        """What this one holds is a weight's gradient, and counted apart."""
+        key = storage_key(grad.untyped_storage())
+        if size := self._alive.pop(key, 0):
+            self.live -= size
+            self._of_weights[key] = size
+            self.grads += size
+
     def enter(self, place: Place) -> None:
         """What follows belongs there."""
-        self.trace.stretches[-1].end = self.live
+        self.close()
         self._open(place)
 
     def close(self) -> Trace:
         """The whole step."""
-        self.trace.stretches[-1].end = self.live
+        stretch = self.trace.stretches[-1]
+        stretch.end, stretch.grads_left = self.live, self.grads
         return self.trace
 
     def _open(self, place: Place) -> None:
         self.place = place
-        self.trace.stretches.append(Stretch(place, self.live, self.live, self.live))
+        self.trace.stretches.append(
+            Stretch(place, self.live, self.live, self.live, self.grads, self.grads)
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -212,7 +234,7 @@ class StepRecorder(TorchDispatchMode):
                 continue
             storage = x.untyped_storage()
             key, size = storage_key(storage), storage.nbytes()
-            if key not in self._alive and size:
+            if key not in self._alive and key not in self._of_weights and size:
                 self._alive[key] = size
                 self.live += size
                 weakref.finalize(storage, self._let_go, key)
@@ -220,10 +242,12 @@ class StepRecorder(TorchDispatchMode):
 
     def _rise(self, above: int) -> None:
         stretch = self.trace.stretches[-1]
-        stretch.peak = max(stretch.peak, self.live + above)
+        if self.live + above + self.grads > stretch.peak + stretch.grads:
+            stretch.peak, stretch.grads = self.live + above, self.grads
 
     def _let_go(self, key: int) -> None:
         self.live -= self._alive.pop(key, 0)
+        self.grads -= self._of_weights.pop(key, 0)
 
 
 def _is_trial(out: Any) -> bool:
@@ -270,16 +294,22 @@ def _group_of(bound: Mapping[str, Any]) -> str | None:
 
 
 def follow_blocks(
-    recorder: Callable[[], StepRecorder], blocks: Mapping[str, nn.Module]
+    recorder: Callable[[], StepRecorder],
+    blocks: Mapping[str, nn.Module],
+    leave: Callable[[str], None],
 ) -> list[Any]:
-    """Tell the recorder when a block's forward and backward begin. Returns hooks to remove."""
+    """Tell the recorder when a block's forward and backward begin. Returns hooks to remove.
+
+    Args:
+        leave: called with the part that the backward pass leaves, before another begins.
+    """
     followed: set[int] = set()
     hooks = []
 
     def before(name: str, args: Any) -> None:
         x = _first(args)
         if x is not None and x.requires_grad and id(x) not in followed:
-            x.register_hook(lambda _: recorder().enter(Place(backward=True)))
+            x.register_hook(lambda _: go_on(Place(backward=True)))
         recorder().enter(Place(name))
 
     def after(name: str, out: Any) -> None:
@@ -287,7 +317,11 @@ def follow_blocks(
         x = _first(out)
         if x is not None and x.requires_grad:
             followed.add(id(x))
-            x.register_hook(lambda _: recorder().enter(Place(name, backward=True)))
+            x.register_hook(lambda _: go_on(Place(name, backward=True)))
+
+    def go_on(place: Place) -> None:
+        leave(recorder().place.part)
+        recorder().enter(place)
 
     for name, block in blocks.items():
         hooks.append(block.register_forward_pre_hook(lambda _, args, name=name: before(name, args)))

@@ -1,17 +1,18 @@
 """What a run is expected to move and hold, and whether it does."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dtcp.torchtitan.hf_model import HuggingFaceConfig, read_config
 from dtcp.torchtitan.parallelize import checkpoint_of
 
 import torch
+from torch import distributed as dist
 
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.metadata import BatchMetadata
 from dtcp.parallelize import ActivationCheckpoint
-from dtcp.planner.forecast import received_over_cp
+from dtcp.planner.forecast import received_over_cp, torch_bytes
 from dtcp.planner.peak import PeakMemory, peak_memory
 from dtcp.planner.setup import Precision, Setup
 from dtcp.planner.step import TracedStep, trace_step
@@ -20,6 +21,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.style import AttentionStyle
 
+MIB, GIB = 2**20, 2**30
 NEAR = 0.01
 """How far counted bytes may be from expected ones, as a share, before a run says so."""
 
@@ -33,6 +35,7 @@ class Expectation:
     """
 
     step: TracedStep
+    setup: Setup
     memory: PeakMemory
 
     def received(self, metadata: BatchMetadata) -> int:
@@ -40,14 +43,21 @@ class Expectation:
         return received_over_cp(self.step, metadata)
 
     def lines(self) -> str:
-        """What the start of a run says, for rows of one document each."""
-        received = self.received(self.step.sharded.attn_metadata)
-        gib = 2**30
+        """What the start of a run says of a step."""
+        parts, by_axis = self.setup.micro_batches, torch_bytes(self.step, self.setup)
+        over_cp = parts * self.received(self.step.sharded.attn_metadata)
+        received = {"cp (rows of one document)": over_cp}
+        received |= {axis: by_axis[axis].total for axis in ("fsdp", "tp") if axis in by_axis}
+        moved = ", ".join(f"{size / MIB:.1f} MiB for {axis}" for axis, size in received.items())
         return (
-            f"expected    rank 0 receives {received / 2**20:.1f} MiB for cp a micro-batch of rows "
-            f"of one document; {self.memory.total / gib:.2f} GiB at most (eager), in "
-            f"{self.memory.where}"
+            f"expected    rank {rank_of_process()} receives {moved} a step; "
+            f"{self.memory.total / GIB:.2f} GiB of tensors at most (eager), in {self.memory.where}"
         )
+
+
+def rank_of_process() -> int:
+    """Among all, of the default process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def kept_by_blocks(config: Any) -> ActivationCheckpoint:
@@ -102,9 +112,11 @@ def precision_of(training: Any) -> Precision:
     )
 
 
-def expectation(config: Any, mesh: ParallelMesh) -> Expectation:
+def expectation(config: Any, mesh: ParallelMesh, micro_batches: int = 1) -> Expectation:
     """Trace a step of the config's model on the mesh of this run; all ranks call it.
 
+    Args:
+        micro_batches: of a step.
     Raises:
         ValueError: a model of torchtitan's.
     """
@@ -113,8 +125,9 @@ def expectation(config: Any, mesh: ParallelMesh) -> Expectation:
     setup = setup_of(
         config, mesh.degrees, rows, section.sequence_layout(), section.attention_style()
     )
+    setup = replace(setup, micro_batches=micro_batches)
     step = trace_step(subject_of(config), mesh, setup)
-    return Expectation(step, peak_memory(step, setup))
+    return Expectation(step, setup, peak_memory(step, setup))
 
 
 def warning(counted: float, expected: float) -> str:

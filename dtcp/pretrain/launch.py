@@ -115,6 +115,38 @@ def check_world(parallelism: Parallelism, ranks: int) -> None:
     )
 
 
+def play_one_of(parallelism: Parallelism) -> int:
+    """Become one rank of a mesh without the others, as torchtitan's fake backend reads it.
+
+    Of NGPU ranks (without it, of those that the degrees multiply to) this is rank RANK, else 0.
+
+    Returns:
+        the world size.
+    Raises:
+        ValueError: ranks were started; or a world that the mesh does not fill.
+    """
+    if launched():
+        raise ValueError(
+            f"A dry run is one process, got WORLD_SIZE={os.environ['WORLD_SIZE']} from a launcher: "
+            f"start train.py by itself, with NGPU=8 for 8 ranks."
+        )
+    fixed = math.prod(d for d in degrees_of(parallelism).values() if d > 0)
+    given = {"NGPU": os.environ.get("NGPU", f"{fixed}"), "RANK": os.environ.get("RANK", "0")}
+    for name, text in given.items():
+        if not text.isdecimal():
+            raise ValueError(
+                f"A dry run plays rank RANK of NGPU ranks, got {name}={text}: give a whole number."
+            )
+    world, played = int(given["NGPU"]), int(given["RANK"])
+    check_world(parallelism, world)
+    if played >= world:
+        raise ValueError(
+            f"Ranks count from 0, got RANK={played} of NGPU={world}: give {world - 1} at most."
+        )
+    os.environ |= {**given, "WORLD_SIZE": f"{world}", "LOCAL_RANK": "0"}
+    return world
+
+
 def ranks_for(parallelism: Parallelism, device: Device) -> Ranks:
     """The ranks one machine runs: one per accelerator, or the product of the mesh on the CPU.
 

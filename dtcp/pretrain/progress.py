@@ -24,7 +24,8 @@ from dtcp.experts import library_for
 from dtcp.mixer import Mixer
 from dtcp.parallelize.experts import largest_load
 from dtcp.planner.even_routes import EXPERT_OPS
-from dtcp.pretrain.expected import warning
+from dtcp.pretrain.dry_run import is_dry
+from dtcp.pretrain.expected import rank_of_process, warning
 from dtcp.pretrain.launch import ranks_of_machine
 
 RECENT = 20  # steps whose mean duration predicts the time that is left
@@ -33,6 +34,7 @@ EXPECTED = (
     "TORCH_NCCL_ASYNC_ERROR_HANDLING",  # torchrun sets it, torchtitan sets it otherwise
     "model.safetensors.index.json not found",  # only exports read it, and they do without
     "please use `get_last_lr",  # torchtitan asks a scheduler that it has just loaded
+    "Set timeout is now only supported",  # of a dry run's process group there is nothing to wait
     "may not have complete support on cpu device mesh",  # why verify starts from whole weights
 )
 
@@ -53,8 +55,8 @@ def quiet(rank: int) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line on the first rank."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    """Print a line on the first rank, or on the only one of a dry run."""
+    if not dist.is_initialized() or dist.get_rank() == 0 or dist.get_backend() == "fake":
         print(line, flush=True)
 
 
@@ -72,7 +74,8 @@ class Progress(MetricsProcessor):
         self.ranks_per_node: int = each if each < dist.get_world_size() else 0
         self.losses: dict[int, float] = {}
         self._traffic = LEDGER.snapshot()
-        self.expected = 0  # bytes over cp since the last line, of a run that is held to a forecast
+        self.is_held = False  # to a forecast
+        self.expected = 0  # bytes over cp since the last line, of a run that is held
         self.row_work: list[tuple[int, ...]] = []
         """Of each micro-batch since the last line, attention work by data-parallel rank."""
         self._last_step: int | None = None
@@ -99,6 +102,7 @@ class Progress(MetricsProcessor):
         batch_ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
         tokens = self.ntokens_since_last_log * batch_ranks / (now - self.time_last_log)
         received, between, of_experts = (each / steps for each in self._received())
+        expected = self.expected / steps
         load = largest_load(self.model_parts, self.parallel_dims.get_optional_mesh("loss"))
         rows = largest_work(self.row_work)
         memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
@@ -114,6 +118,7 @@ class Progress(MetricsProcessor):
             "time_metrics/data_loading(s)": sum(self.data_loading_times) / steps,
             "memory/max_reserved(GiB)": memory,
             "context_parallel/received(bytes)": received,
+            **({"context_parallel/expected(bytes)": expected} if expected else {}),
             **({"context_parallel/between_nodes(bytes)": between} if self.ranks_per_node else {}),
             **({} if load is None else {"experts/largest_load": load}),
             **({} if rows is None else {"data_parallel/largest_work": rows}),
@@ -121,20 +126,17 @@ class Progress(MetricsProcessor):
         }
         self.logger.log(metrics, step)
         self.losses[step] = global_avg_loss
-        expected = self.expected / steps
         # Where tokens went is the routers' choice: no forecast knows it.
         counted = received - of_experts
-        held = f", {counted / expected:.3f} of what is expected" if expected else ""
-        held += f", {_bytes(between)} from other nodes" if self.ranks_per_node else ""
         say(
             f"step {step:>5}/{self.steps}  loss {global_avg_loss:8.5f}  grad {grad_norm:7.4f}  "
             f"{tokens:9,.0f} tokens/s  {memory:5.2f} GiB  "
-            f"rank 0 received {_bytes(received)} for cp{held}  "
+            f"{self._crossed(received, counted, between, expected)}  "
             f"{'' if load is None else f'experts {load:.2f} of mean  '}"
             f"{'' if rows is None else f'rows {rows:.2f} of mean  '}"
             f"{self._time_left(step, seconds)} left"
         )
-        if expected and (said := warning(counted, expected)):
+        if self.is_held and (said := warning(counted, expected)):
             say(said)
         self._last_step = step
         self._reset()
@@ -152,6 +154,12 @@ class Progress(MetricsProcessor):
         nodes = self.ranks_per_node or dist.get_world_size()
         of_experts = sum(traffic[op].received for op in EXPERT_OPS)
         return traffic.received, traffic.crossing(dist.get_rank(), nodes)[1], of_experts
+
+    def _crossed(self, received: float, counted: float, between: float, expected: float) -> str:
+        """Of the step's line, what this rank received."""
+        said = f"rank {rank_of_process()} received {_bytes(received)} for cp"
+        said += f", {counted / expected:.3f} of what is expected" if expected else ""
+        return said + (f", {_bytes(between)} from other nodes" if self.ranks_per_node else "")
 
     def _reset(self) -> None:
         self._traffic = LEDGER.snapshot()
@@ -235,6 +243,6 @@ def describe_run(trainer: Any) -> str:
         "strategy": _strategies(trainer.model_parts) or "none, rows are whole",
         "data": f"{config.dataloader.dataset}, {rows * steps} rows per step"
         + (f" in {steps} parts" if steps > 1 else ""),
-        "output": config.dump_folder,
+        "output": "none" if is_dry(config) else config.dump_folder,
     }
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items())

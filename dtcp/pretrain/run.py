@@ -11,6 +11,7 @@ from torchtitan.observability import structured_logger
 from dtcp.pretrain.attempt import Attempt
 from dtcp.pretrain.compiler import use_what_works
 from dtcp.pretrain.config_check import check_batch_size, check_expert_degree, check_nodes
+from dtcp.pretrain.dry_run import describe_dry, is_dry, made_dry
 from dtcp.pretrain.folder_lock import FolderLock, refuse_held
 from dtcp.pretrain.launch import (
     Care,
@@ -18,6 +19,7 @@ from dtcp.pretrain.launch import (
     end_with_launcher,
     launch,
     launched,
+    play_one_of,
     rank,
     ranks_for,
     world_size,
@@ -41,6 +43,8 @@ def run(arguments: list[str], *, command: tuple[str, ...]) -> int:
         if launched():
             end_with_launcher()
         config = parse(arguments)
+        if is_dry(config):
+            return _play_alone(config)
         config.check()
         if launched():
             check_world(config.parallelism, world_size())
@@ -61,10 +65,22 @@ def run(arguments: list[str], *, command: tuple[str, ...]) -> int:
         return launch(ranks, work, (*command, *arguments), care)
 
 
+def _play_alone(config: Trainer.Config) -> int:
+    """Be one rank of a run that has no others. Returns the exit code."""
+    config = made_dry(config)
+    config.check()
+    world = play_one_of(config.parallelism)
+    check_batch_size(config, world)
+    check_expert_degree(config, world)
+    check_nodes(config)
+    print(describe_dry(rank(), world), flush=True)
+    return run_rank(config)
+
+
 def run_rank(config: Trainer.Config) -> int:
     """Be one rank, which the environment describes: train or verify. Returns the exit code."""
     with FailureReport(Path(config.dump_folder)) as report:
-        quiet(rank())
+        quiet(0 if is_dry(config) else rank())
         lock, refusal = _lock_folder(config)
         seconds = float(config.comm.init_timeout_seconds)
         report.attempt = Attempt(seconds=seconds, refusal=refusal)
@@ -86,7 +102,7 @@ def run_rank(config: Trainer.Config) -> int:
 
 def _lock_folder(config: Trainer.Config) -> tuple[FolderLock | None, str]:
     """On rank 0, the right to write the run's folder, or why it cannot be had."""
-    if rank() or config.dtcp.verify:
+    if rank() or config.dtcp.verify or is_dry(config):
         return None, ""
     try:
         lock = FolderLock(Path(config.dump_folder))

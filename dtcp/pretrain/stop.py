@@ -28,7 +28,7 @@ class StopRequest:
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
         # On an accelerator's own group the host would have to wait for the device.
-        on_host = dist.get_backend() == "gloo"
+        on_host = dist.get_backend() in ("gloo", "fake")
         self._group = None if on_host else dist.new_group(backend="gloo", timeout=timeout)
         self._before = {
             number: signal.signal(number, self._hear)

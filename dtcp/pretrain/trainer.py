@@ -8,6 +8,7 @@ The loss stays torchtitan's: the sum over local tokens, divided by the global co
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from dtcp.experts import RouterLoss
 from dtcp.labels import look_ahead
 from dtcp.pretrain.config_check import check_by_torchtitan, check_settings
 from dtcp.pretrain.data import PackedDocuments, open_source
+from dtcp.pretrain.dry_run import is_dry
 from dtcp.pretrain.expected import Expectation, expectation, subject_of
 from dtcp.pretrain.folder_lock import FolderLock
 from dtcp.pretrain.launch import ranks_of_machine
@@ -103,7 +105,8 @@ class Trainer(titan.Trainer):
             self.dataloader.prepare = self._prepared
         say(describe_run(self))
         if config.dtcp.forecast:
-            self.expected = expectation(config, self.mesh)
+            self.expected = expectation(config, self.mesh, self.gradient_accumulation_steps)
+            self.metrics_processor.is_held = True
             say(self.expected.lines())
 
     def train(self) -> None:
@@ -196,6 +199,9 @@ class Trainer(titan.Trainer):
         except RuntimeError as error:
             if "Loss is not finite" not in str(error):
                 raise
+            if is_dry(self.config):
+                self.metrics_processor.log(self.step, *[math.nan] * 3)
+                return
             raise ValueError(
                 f"A loss is finite, got NaN or infinity at step={self.step}: no rank goes on, and "
                 f"nothing was saved since. {self.checkpointer.newest()}; lower the learning rate, "

@@ -154,8 +154,9 @@ COMM: Mapping[str, Setting] = {
     "save_traces_folder": used(),
     "save_traces_file_prefix": used(),
     "mode": limited(
-        "ranks are processes over NCCL or gloo",
+        "ranks are processes over NCCL or gloo, or one of them is, in a dry run",
         "default",
+        "fake_backend",
         instead="leave it out; --dtcp.device cpu needs no accelerator",
     ),
 }

@@ -158,7 +158,7 @@ ON_THE_LAUNCHER = {
         "activation_checkpoint=MemoryBudgetAC.Config.*memory budget",
     ),
     "C2-components": (["--compile.components", "loss"], r"compile.components=\['loss'\]"),
-    "C2-fake": (["--comm.mode", "fake_backend"], "comm.mode='fake_backend'"),
+    "C2-fake": (["--comm.mode", "local_tensor"], "comm.mode='local_tensor'"),
     "C2-offload": (["--training.enable_cpu_offload"], "training.enable_cpu_offload=True"),
     "C2-garbage": (["--training.gc_debug"], "training.gc_debug=True without CUDA"),
     "C2-snapshot": (["--profiler.enable_memory_snapshot"], "profiler.enable_memory_snapshot=True"),

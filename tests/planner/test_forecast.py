@@ -197,3 +197,27 @@ def test_forecast_bytes_of_experts_beside_other_axes_are_those_of_real_ranks(kin
 )
 def test_forecast_bytes_of_experts_under_every_checkpoint_are_those_of_real_ranks(degrees, options):
     assert_forecast_is_counted("qwen3_5", setup_of(degrees, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "degrees", "seq_len"),
+    [
+        ("gemma4", Degrees(dp_shard=2), 256),
+        ("qwen3_5", Degrees(cp=2), 256),
+        ("hf", Degrees(dp_shard=3), 256),
+        ("llama", Degrees(cp=5), 240),
+        ("qwen3_5", Degrees(cp=3, tp=2), 240),
+        ("gemma4", Degrees(dp_shard=3, cp=2), 256),
+        ("llama", Degrees(cp=7), 224),
+        ("deepseek_v4", Degrees(cp=4, tp=2), 256),
+        ("gemma4", Degrees(cp=8), 256),
+        ("hf", Degrees(dp_replicate=2, dp_shard=2, cp=2), 256),
+    ],
+    ids=str,
+)
+def test_forecast_bytes_on_2_to_8_ranks_are_those_of_real_ranks(kind, degrees, seq_len):
+    documents = Documents(((150, 42, seq_len - 192),), seq_len)
+    assert_forecast_is_counted(
+        kind, Setup(degrees, documents, checkpoint=FullCheckpoint(), precision=FP32)
+    )

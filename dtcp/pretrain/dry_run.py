@@ -1,0 +1,75 @@
+"""A dry run: the whole Trainer of one rank, on a process group where nobody answers.
+
+torchtitan's `--comm.mode fake_backend`. Model, mesh, FSDP, data, forward, backward and optimizer
+are those of a run on as many ranks as the mesh has; what others would have sent is whatever stands
+in memory, so losses and weights mean nothing, and nothing of them is kept.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+MODE = "fake_backend"
+
+
+def is_dry(config: Any) -> bool:
+    """Whether a config asks for a dry run."""
+    return bool(config.comm.mode == MODE)
+
+
+def made_dry(config: Any) -> Any:
+    """The config without what a dry run leaves out: checkpoints, validation, logs.
+
+    Raises:
+        ValueError: what a dry run cannot do.
+    """
+    for refusal in _refusals(config):
+        if refusal:
+            raise ValueError(refusal)
+    return replace(
+        config,
+        checkpoint=replace(config.checkpoint, enable=False),
+        validator=replace(config.validator, enable=False),
+        metrics=replace(config.metrics, log_freq=1, enable_tensorboard=False, enable_wandb=False),
+    )
+
+
+def _refusals(config: Any) -> list[str]:
+    start, ep = config.checkpoint, config.parallelism.expert_parallel_degree
+    device, there = config.dtcp.device, torch.accelerator.is_available()
+    given = f"--comm.mode {MODE}"
+    return [
+        f"A dry run has no other ranks to compare with, got --dtcp.verify {config.dtcp.verify} "
+        f"with {given}: leave one of them out."
+        if config.dtcp.verify
+        else "",
+        f"A dry run reads and writes no weights, got --checkpoint.create_seed_checkpoint with "
+        f"{given}: leave one of them out."
+        if start.create_seed_checkpoint
+        else "",
+        f"A dry run reads and writes no weights, got --checkpoint.initial_load_path "
+        f"{start.initial_load_path} with {given}: leave one of them out."
+        if start.initial_load_path
+        else "",
+        f"How many tokens an expert gets is known once ranks have told each other, got "
+        f"--parallelism.expert_parallel_degree {ep} with {given}: set it to 1."
+        if ep != 1
+        else "",
+        f"A dry run is on the accelerator where there is one, got --dtcp.device cpu with {given}: "
+        f"hide it (CUDA_VISIBLE_DEVICES=)."
+        if device == "cpu" and there
+        else "",
+        f"A dry run is on an accelerator of this machine, got --dtcp.device accelerator with "
+        f"{given} and none here: leave it out."
+        if device == "accelerator" and not there
+        else "",
+    ]
+
+
+def describe_dry(rank: int, world_size: int) -> str:
+    """What a dry run says of itself."""
+    return (
+        f"dry run     rank {rank} of {world_size}, and nobody answers it: losses mean nothing; no "
+        f"checkpoint is read or written, nothing is validated or logged"
+    )

@@ -1,0 +1,85 @@
+"""What is forecast of a rank's memory is what torch's tracker sees in a real step of it."""
+
+import pytest
+import torch
+
+from benchmarks.gpu.memory import cases, compared
+from dtcp.distributed.mesh import Degrees
+from dtcp.models import llama
+from dtcp.parallelize import FullCheckpoint, NoCheckpoint, SelectiveCheckpoint
+from dtcp.planner.forecast import forecast
+from dtcp.planner.setup import BF16, Setup
+from dtcp.planner.subject import FamilyModel
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous
+from dtcp.softmax import AllGatherAttention, HybridAttention, UlyssesAttention
+from tests.harness.tracked_memory import tracked_peak
+from tests.planner.test_forecast import FP32, SUBJECTS
+
+NEAR = 0.05
+DOCUMENTS = Documents(((500, 12, 256, 256),), 1024)
+
+
+def assert_near(kind, setup, cp_rank=0):
+    stated = forecast(SUBJECTS[kind](), setup, ranks=[cp_rank]).memory
+    assert stated.total == pytest.approx(
+        tracked_peak(SUBJECTS[kind](), setup, cp_rank=cp_rank), rel=NEAR
+    )
+    return stated
+
+
+def test_forecast_memory_is_what_a_real_step_holds():
+    """Recomputing: the peak is in a block's backward pass, among gathered weights and gradients."""
+    documents = Documents(((150, 42, 64),), 256)
+    setup = Setup(Degrees(dp_shard=2, cp=2), documents, precision=FP32)
+    stated = assert_near("llama", setup)
+    assert stated.where.startswith("backward of layers") and stated.gathered and stated.gradients
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("degrees", "checkpoint"),
+    [
+        (Degrees(dp_shard=2, cp=2), NoCheckpoint()),
+        (Degrees(dp_shard=2, cp=2), FullCheckpoint()),
+        (Degrees(cp=2, tp=2), SelectiveCheckpoint()),
+    ],
+    ids=["fsdp none", "fsdp full", "tp selective"],
+)
+@pytest.mark.parametrize("kind", ["llama", "gemma4", "gemma4_e", "qwen3_5", "deepseek_v4", "hf"])
+def test_forecast_memory_of_every_family_is_what_a_real_step_holds(kind, degrees, checkpoint):
+    assert_near(kind, Setup(degrees, DOCUMENTS, checkpoint=checkpoint, precision=FP32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gemma4", "qwen3_5", "deepseek_v4"])
+def test_forecast_memory_in_mixed_precision_is_what_a_real_step_holds(kind):
+    """Few tokens: what FSDP gathers, casts and sums is most of it."""
+    documents = Documents(((150, 42, 64),), 256)
+    assert_near(kind, Setup(Degrees(dp_shard=4, cp=2), documents, precision=BF16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": UlyssesAttention()},
+        {"attention": AllGatherAttention(), "layout": Contiguous},
+        {"attention": HybridAttention(inner_ranks=2)},
+        {"reshard": False},
+        {"micro_batches": 2},
+    ],
+    ids=["ulysses", "all_gather", "hybrid", "kept", "micro_batches"],
+)
+def test_forecast_memory_of_strategies_is_what_a_real_step_holds(options):
+    assert_near("llama", Setup(Degrees(cp=4), DOCUMENTS, precision=FP32, **options), cp_rank=3)
+
+
+def test_the_campaign_compares_a_forecast_with_a_card(monkeypatch):
+    """On the CPU, with a peak that is made up."""
+    subject = FamilyModel("llama", "llama", llama.tiny())
+    setup = Setup(Degrees(cp=2), Documents.single(1, 64))
+    stated = forecast(subject, setup, ranks=[0]).memory.total
+    found = compared(subject, setup, "cpu", peak=lambda: 2 * stated)
+    assert found["ratio"] == pytest.approx(0.5) and not found["right"]
+    assert len(cases("cuda")) == 9 and not torch.distributed.is_initialized()
