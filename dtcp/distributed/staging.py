@@ -60,6 +60,9 @@ def exchange(
         None if receive is None else list(receive),
         None if send is None else list(send),
     )
+    if not x.numel() and _backend_of(group, x.device.type) == "fake":
+        # The group of a dry run repeats what is sent, and refuses to where that is nothing (2.13).
+        return
     if not is_staged(x, group):
         dist.all_to_all_single(out, x, counts[0], counts[1], group=group)
         return

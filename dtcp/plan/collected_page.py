@@ -1,7 +1,6 @@
 """A collected sweep as files: numbers, a cluster's file, a picture, a page."""
 
 import html
-import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from dtcp.plan.collect import (
     mfu,
     refitted_seconds,
 )
-from dtcp.planner.page import STYLE
+from dtcp.planner.page import STYLE, svg_of
 
 NUMBERS, CLUSTER, PICTURE, PAGE = (
     *("collected.json", "cluster.json"),
@@ -36,11 +35,9 @@ def write_collected(folder: Path, found: Collected) -> list[str]:
     }
     (folder / NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n")
     (folder / CLUSTER).write_text(as_cluster_file(found.refitted))
-    drawn = io.StringIO()
-    _figure(found).savefig(drawn, format="svg", metadata={"Date": None})
-    svg = drawn.getvalue()
+    svg = svg_of(_figure(found), "collected")
     (folder / PICTURE).write_text(svg)
-    (folder / PAGE).write_text(_page(found, svg[svg.index("<svg") :]))
+    (folder / PAGE).write_text(_page(found, svg))
     return [NUMBERS, CLUSTER, PICTURE, PAGE]
 
 

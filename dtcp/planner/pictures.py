@@ -36,13 +36,14 @@ def pictures(search: Search, cluster: Cluster) -> dict[str, tuple[str, Any]]:
             lambda: _tokens(best),
         ),
         "work": (
-            "Attention work of each GPU in a step, by kind of layer. Equal bars mean that no GPU "
-            "waits for another.",
+            "Attention work of each GPU in one pass over its part of a row, by kind of layer "
+            "(forward, recomputation and backward). Equal bars mean that no GPU waits for another.",
             lambda: _work(best),
         ),
         "exchange": (
-            "Who sends how much to whom in a step, for attention. A dark square is much traffic; "
-            "the diagonal is what stays at home.",
+            "Who sends how much to whom in a step, for attention: each line is what one GPU "
+            "receives, from left to right by sender. A dark square is much traffic; on the "
+            "diagonal a GPU would send to itself, which moves nothing.",
             lambda: _exchange(best),
         ),
         "layer": (
@@ -51,11 +52,13 @@ def pictures(search: Search, cluster: Cluster) -> dict[str, tuple[str, Any]]:
             lambda: _layer(best, cluster),
         ),
         "memory": (
-            "Memory of a GPU at its fullest moment, by what it is for. The line is what a GPU has.",
+            "Memory of a GPU at its fullest moment, by what it is for. Bars that cross the black "
+            "line do not fit.",
             lambda: _memory(search, cluster),
         ),
         "meshes": (
-            "Modelled speed of the setups that fit, best first.",
+            "Modelled speed of the setups that fit, best first; beside each bar, what takes most "
+            "of its time.",
             lambda: _meshes(search),
         ),
     }
@@ -121,14 +124,20 @@ def _work(best: Candidate) -> Any:
             ]
         )
         if flops.any():
-            label = "other" if kind == OUTSIDE else f"layers like {kind}"
+            label = "other" if kind == OUTSIDE else _kind_name(best, kind)
             axes.bar(names, flops / 1e12, bottom=below, color=COLORS[index % 8], label=label)
             below = below + flops / 1e12
     axes.set_xlabel("GPU of the context-parallel group")
-    axes.set_ylabel("TFLOP a micro-batch")
+    axes.set_ylabel("TFLOP (10^12 operations)")
     axes.set_title("Attention work of each GPU")
     axes.legend(loc="lower right", frameon=True)
     return figure
+
+
+def _kind_name(best: Candidate, kind: str) -> str:
+    """How a kind of layer is called, with how many there are."""
+    count = next(each.count for each in best.forecast.ranks[0].mixers if each.part == kind)
+    return f"{count} layers like {kind}" if count > 1 else kind
 
 
 def _flops_of(rank: RankForecast, kind: str) -> int:
@@ -199,12 +208,12 @@ def _layer(best: Candidate, cluster: Cluster) -> Any:
                     )
             start += attention + transfer - hidden + rest
             axes.axvline(start * 1e3, color="#bbbbbb", lw=0.6)
-        labels += [(y, f"{mixer.part}\ncompute"), (y + 0.8, "transfer")]
+        labels += [(y, f"{mixer.part}: compute"), (y + 0.8, "transfer")]
         y += 2.2
     axes.set_yticks([at for at, _ in labels], [text for _, text in labels])
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds (first forward, then backward with recomputation)")
-    axes.set_title("One layer of each kind")
+    axes.set_title("Time of one layer of each kind")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4, frameon=False)
     return figure
 
@@ -242,7 +251,7 @@ def _meshes(search: Search) -> Any:
     axes.set_yticks(range(len(shown)), names, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.2)
-    axes.set_xlabel("tokens a second, all GPUs together (beside the bar: what bounds it)")
+    axes.set_xlabel("tokens a second, all GPUs together")
     axes.set_title("Setups that fit")
     return figure
 
