@@ -52,7 +52,7 @@ def _refusals(config: Any) -> list[str]:
         f"{start.initial_load_path} with {given}: leave one of them out."
         if start.initial_load_path
         else "",
-        f"How many tokens an expert gets is known once ranks have told each other, got "
+        f"How many tokens an expert gets is known once ranks have exchanged it, got "
         f"--parallelism.expert_parallel_degree {ep} with {given}: set it to 1."
         if ep != 1
         else "",

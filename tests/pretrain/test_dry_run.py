@@ -78,7 +78,7 @@ def alone(monkeypatch):
     return monkeypatch
 
 
-def test_a_dry_run_plays_the_rank_that_it_is_told(alone):
+def test_a_dry_run_plays_the_rank_that_it_is_given(alone):
     alone.setenv("RANK", "5")
     alone.setenv("NGPU", "8")
     assert play_one_of(parse([CP, "2", TP, "2", DP, "-1"]).parallelism) == 8
