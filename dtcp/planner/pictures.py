@@ -251,6 +251,7 @@ def _meshes(search: Search) -> Any:
     axes.set_yticks(range(len(shown)), names, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("tokens a second, all GPUs together")
     axes.set_title("Setups that fit")
     return figure
