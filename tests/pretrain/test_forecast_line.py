@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dtcp._torch import fake_ranks
 from dtcp.distributed.ledger import LEDGER
 from dtcp.pretrain.expected import warning
 from dtcp.pretrain.progress import Progress
@@ -20,7 +21,7 @@ def progress():
     made.parallel_dims = SimpleNamespace(
         dp_replicate=1, dp_shard=1, get_optional_mesh=lambda name: None
     )
-    made.model_parts, made.data_loading_times = [], []
+    made.model_parts, made.data_loading_times, made.ranks_per_node = [], [], 0
     made.ntokens_since_last_log, made.time_last_log = 64, time.perf_counter() - 1
     made.device_memory_monitor = SimpleNamespace(
         get_peak_stats=lambda: SimpleNamespace(max_reserved_gib=1.0),
@@ -36,7 +37,8 @@ def step_line(capsys, received, expected):
     made = progress()
     LEDGER.record("dtcp::forecast_line", received=received)
     made.expected = expected
-    made.log(1, 0.5, math.nan, 0.1)
+    with fake_ranks(2, 0):
+        made.log(1, 0.5, math.nan, 0.1)
     assert made.logged.get("context_parallel/expected(bytes)", 0) == expected
     return capsys.readouterr().out
 
