@@ -21,7 +21,8 @@ def progress():
     made.parallel_dims = SimpleNamespace(
         dp_replicate=1, dp_shard=1, get_optional_mesh=lambda name: None
     )
-    made.model_parts, made.data_loading_times, made.ranks_per_node = [], [], 0
+    made.model_parts, made.data_loading_times, made.row_work = [], [], []
+    made.ranks_per_node = 0
     made.ntokens_since_last_log, made.time_last_log = 64, time.perf_counter() - 1
     made.device_memory_monitor = SimpleNamespace(
         get_peak_stats=lambda: SimpleNamespace(max_reserved_gib=1.0),
