@@ -132,6 +132,7 @@ def _refused(args: Any, mesh: ParallelMesh) -> Iterator[tuple[str, Any, str]]:
         "ddp_broadcast_buffers": ddp,
         "ddp_static_graph": ddp,
         "save_on_each_node": "leave it False: one rank writes, into a folder that all ranks read",
+        "precompute_ref_log_probs": "leave it False: ranks would wait for one that caches them",
         "enable_jit_checkpoint": "leave it False: a signal reaches ranks at different steps",
         "auto_find_batch_size": "choose a batch size; a part of the ranks would start again",
         "neftune_noise_alpha": "leave it out, for noise would depend on the mesh",
