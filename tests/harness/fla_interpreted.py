@@ -7,6 +7,7 @@ both. Prints the largest error of each result, divided by its largest value.
 
 import importlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import TensorHandle
 
 from dtcp.kernels.delta_rule.fla import FlaDeltaRule
+from dtcp.kernels.delta_rule.fla_channel import FlaChannelDeltaRule
 from dtcp.kernels.delta_rule.reference import ReferenceDeltaRule
 from dtcp.kernels.delta_rule.types import DeltaInputs
 
@@ -27,6 +29,11 @@ KERNELS = (
     "fla.ops.gated_delta_rule.chunk_fwd",
     "fla.ops.gated_delta_rule.wy_fast",
     "fla.ops.utils.cumsum",
+    "fla.ops.kda.chunk_bwd",
+    "fla.ops.kda.chunk_intra",
+    "fla.ops.kda.chunk_intra_token_parallel",
+    "fla.ops.kda.wy_fast",
+    "fla.ops.gla.chunk",
     "fla.ops.cp.chunk_fwd",
     "fla.ops.cp.chunk_bwd",
 )
@@ -70,8 +77,40 @@ def inputs() -> tuple[DeltaInputs, Tensor, Tensor]:
     return DeltaInputs(q, k, v, g, beta, starts), torch.randn(rows, heads, width, width), grad
 
 
+def by_channel(documents: bool) -> dict[str, float]:
+    """Errors of the kernels for decays by channel; with documents of one token, or as above."""
+    x, state, grad = inputs()
+    g = -torch.rand(*x.v.shape[:3], x.k.shape[-1])
+    starts = x.starts.clone()
+    if documents:
+        starts[1, :60] = 1
+    x = x._replace(g=g, starts=starts)
+    exact = DeltaInputs(*(part.double() if part.is_floating_point() else part for part in x))
+    seen: list[Tensor] = []
+
+    def keep(entering: Tensor) -> Callable[[Tensor], Tensor]:
+        def carry(summary: Tensor) -> Tensor:
+            seen.append(summary)
+            return entering
+
+        return carry
+
+    results = []
+    for kernel, given in ((FlaChannelDeltaRule(), x), (ReferenceDeltaRule(), exact)):
+        wide = given.v.dtype
+        (out,), _ = kernel.forward([given], keep(state.to(wide)))
+        (grads,) = kernel.backward([given], [grad.to(wide)], state.to(wide), keep(state.to(wide)))
+        results.append((out, *grads, *seen[-2:]))
+    names = ("out", *grads._fields, "summary forward", "summary backward")
+    each = zip(names, *results, strict=True)
+    return {f"{name}, documents {documents}": relative_error(a, b) for name, a, b in each}
+
+
 def main() -> None:
     chunk_o = prepare_fla()
+    if "channels" in sys.argv[1:]:
+        print(json.dumps(by_channel(False) | by_channel(True)))
+        return
     x, state, grad = inputs()
     exact = DeltaInputs(*(part.double() if part.is_floating_point() else part for part in x))
     seen: dict[str, Tensor] = {}
@@ -103,7 +142,8 @@ def main() -> None:
 
 
 def relative_error(ours: Tensor, right: Tensor) -> float:
-    return float((ours - right).abs().max() / right.abs().max())
+    # What a document's start leaves of a state is 0, and 1e-14 where it is written into the decay.
+    return float((ours - right).abs().max() / right.abs().max().clamp(min=1e-6))
 
 
 if __name__ == "__main__":

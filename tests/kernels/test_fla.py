@@ -8,6 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dtcp.kernels.delta_rule import api
+from dtcp.kernels.delta_rule.fla import FlaDeltaRule
+from dtcp.kernels.delta_rule.fla_channel import FlaChannelDeltaRule
 from dtcp.kernels.delta_rule.reference import ReferenceDeltaRule
 from dtcp.kernels.delta_rule.types import DeltaInputs
 from tests.harness.run_script import lines_of
@@ -34,14 +36,22 @@ def test_a_gpu_without_fla_warns_once(monkeypatch):
         api._has_fla.cache_clear()
 
 
-def test_decays_by_channel_run_on_the_reference_and_a_gpu_warns_once():
+def test_decays_by_channel_run_on_kernels_of_their_own(monkeypatch):
     """A kernel is chosen by shapes and device alone, so these tensors have no storage."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     sizes = {"q": (2, 8), "k": (2, 8), "v": (4, 8), "g": (4, 8), "beta": (4,), "starts": ()}
     with FakeTensorMode():
         x = DeltaInputs(**{n: torch.empty(1, 64, *s, device="cuda") for n, s in sizes.items()})
-    api._warn_of_channel_decay.cache_clear()
-    with pytest.warns(UserWarning, match="decay for each key channel"):
-        assert isinstance(api.delta_kernel(x), ReferenceDeltaRule)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert isinstance(api.delta_kernel(x), ReferenceDeltaRule)
+        by_head = x._replace(g=torch.empty(1, 64, 4, device="cuda"))
+        wide = x._replace(v=torch.empty(1, 64, 4, 8, device="cuda", dtype=torch.float64))
+    assert isinstance(api.delta_kernel(x), FlaChannelDeltaRule)
+    assert type(api.delta_kernel(by_head)) is FlaDeltaRule
+    assert isinstance(api.delta_kernel(wide), ReferenceDeltaRule)
+
+
+@pytest.mark.slow
+def test_fla_kernels_of_decays_by_channel_equal_the_reference():
+    """In Triton's interpreter, in fp32; with 60 documents of one token in a chunk, too."""
+    (errors,) = lines_of("tests.harness.fla_interpreted", "channels", TRITON_INTERPRET="1")
+    assert len(errors) == 2 * 8
+    assert {name: error for name, error in errors.items() if not error < 5e-5} == {}

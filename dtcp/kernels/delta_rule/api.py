@@ -10,6 +10,7 @@ from functools import cache
 import torch
 
 from dtcp.kernels.delta_rule.fla import FlaDeltaRule
+from dtcp.kernels.delta_rule.fla_channel import FlaChannelDeltaRule
 from dtcp.kernels.delta_rule.reference import ReferenceDeltaRule
 from dtcp.kernels.delta_rule.types import Carry, DeltaGradients, DeltaInputs, DeltaKernel
 
@@ -26,12 +27,9 @@ def delta_kernel(x: DeltaInputs) -> DeltaKernel:
     """
     if not x.v.is_cuda or x.v.dtype == torch.float64 or x.k.shape[-1] > WIDEST_KEY:
         return ReferenceDeltaRule()
-    if x.g.ndim == 4:
-        _warn_of_channel_decay()
-        return ReferenceDeltaRule()
     if torch.cuda.get_device_capability(x.v.device) < (8, 0) or not _has_fla():
         return ReferenceDeltaRule()
-    return FlaDeltaRule()
+    return FlaDeltaRule() if x.g.ndim == 3 else FlaChannelDeltaRule()
 
 
 @cache
@@ -45,12 +43,3 @@ def _has_fla() -> bool:
             stacklevel=2,
         )
     return installed
-
-
-@cache
-def _warn_of_channel_decay() -> None:
-    warnings.warn(
-        "The delta rule with a decay for each key channel runs on torch's own matmuls: fla-core's "
-        "kernels are used only where each head has one decay.",
-        stacklevel=2,
-    )

@@ -20,8 +20,8 @@ from dtcp.kernels.delta_rule.types import Carry, DeltaGradients, DeltaInputs, ca
 FORGET = -32.0
 """Log-decay at a document's start: 1e-14 is left, and sums over a chunk keep their digits."""
 
-_CHUNK = 64
-_TO_LOG2 = 1.4426950408889634
+CHUNK = 64
+TO_LOG2 = 1.4426950408889634
 
 
 class PreparedChunks(NamedTuple):
@@ -32,6 +32,10 @@ class PreparedChunks(NamedTuple):
     w: Tensor  # [R, T, H, K]
     u: Tensor  # [R, T, H, V]
     solved: Tensor  # [R, T, H, C]
+    # With a decay by channel: q and k decayed from and to the chunk's ends, and their products.
+    reading: Tensor | None = None  # [R, T, H, K]
+    writing: Tensor | None = None  # [R, T, H, K]
+    scores: Tensor | None = None  # [R, T, H, C]
 
 
 class PreparedBackward(NamedTuple):
@@ -43,6 +47,7 @@ class PreparedBackward(NamedTuple):
     h: Tensor  # [R, N, H, K, V], that enters each chunk
     new: Tensor  # [R, T, H, V], what each token writes
     d_new: Tensor  # [R, T, H, V], its gradient by the chunk's own output
+    d_scores: Tensor | None = None  # [R, T, H, C], with a decay by channel
 
 
 class FlaDeltaRule:
@@ -89,7 +94,7 @@ class FlaDeltaRule:
         from fla.ops.common.chunk_o import chunk_bwd_dv_local
 
         chunks = self._prepare(x)
-        grad = _whole_chunks(grad_out.to(chunks.x.v.dtype))
+        grad = whole_chunks(grad_out.to(chunks.x.v.dtype))
         h, new, _ = chunk_gated_delta_rule_fwd_h(
             k=chunks.x.k, w=chunks.w, u=chunks.u, g=chunks.decay, initial_state=state
         )
@@ -103,7 +108,7 @@ class FlaDeltaRule:
         from fla.ops.gated_delta_rule.wy_fast import prepare_wy_repr_bwd
         from fla.ops.utils import chunk_local_cumsum
 
-        chunks, grad, state, h, new, d_new = prepared
+        chunks, grad, state, h, new, d_new, _ = prepared
         q, k, v, _, beta, _ = chunks.x
         d_h, _, d_new = chunk_gated_delta_rule_bwd_dhu(
             q=q,
@@ -120,7 +125,7 @@ class FlaDeltaRule:
         dk_write, dv, d_beta, dg_write = prepare_wy_repr_bwd(
             k=k, v=v, beta=beta, g=chunks.decay, A=chunks.solved, dw=dw, du=d_new
         )
-        dg = chunk_local_cumsum(dg + dg_write, chunk_size=_CHUNK, reverse=True)
+        dg = chunk_local_cumsum(dg + dg_write, chunk_size=CHUNK, reverse=True)
         length = x.v.shape[1]
         dg = dg[:, :length].masked_fill(x.starts[..., None] != 0, 0)
         parts = (dq[:, :length], (dk + dk_write)[:, :length], dv[:, :length], dg)
@@ -133,8 +138,8 @@ class FlaDeltaRule:
 
         g = x.g.float().masked_fill(x.starts[..., None] != 0, FORGET)
         # Unless all are contiguous and in one dtype, gradients are wrong: fla does not check.
-        q, k, v, beta = (_whole_chunks(part.to(x.v.dtype)) for part in (x.q, x.k, x.v, x.beta))
-        decay = chunk_local_cumsum(_whole_chunks(g), chunk_size=_CHUNK, scale=_TO_LOG2)
+        q, k, v, beta = (whole_chunks(part.to(x.v.dtype)) for part in (x.q, x.k, x.v, x.beta))
+        decay = chunk_local_cumsum(whole_chunks(g), chunk_size=CHUNK, scale=TO_LOG2)
         w, u, solved = chunk_gated_delta_rule_fwd_intra(k=k, v=v, g=decay, beta=beta)
         return PreparedChunks(DeltaInputs(q, k, v, g, beta, x.starts), decay, w, u, solved)
 
@@ -142,21 +147,21 @@ class FlaDeltaRule:
         """The summary [M | b] of every row, in one launch."""
         from fla.ops.cp.chunk_fwd import chunk_cp_fwd_h
 
-        summary, rows = _empty_summary(chunks), len(chunks.u)
+        summary, rows = empty_summary(chunks), len(chunks.u)
         ends = torch.arange(rows + 1, device=chunks.u.device) * chunks.u.shape[1]
-        k, w, u, g = (_one_row(part) for part in (chunks.x.k, chunks.w, chunks.u, chunks.decay))
+        k, w, u, g = (one_row(part) for part in (chunks.x.k, chunks.w, chunks.u, chunks.decay))
         chunk_cp_fwd_h(k=k, w=w, u=u, hm=summary, g=g, cu_seqlens=ends, multi_seqs=True)
-        return _transition_first(summary, chunks.u.shape[-1])
+        return transition_first(summary, chunks.u.shape[-1])
 
     def _summary_backward(self, prepared: PreparedBackward) -> Tensor:
         """The summary [M^T | b] of every row, for gradients of states."""
         from fla.ops.cp.chunk_bwd import chunk_cp_bwd_dh
 
         chunks, grad, d_new = prepared.chunks, prepared.grad, prepared.d_new
-        summary = _empty_summary(chunks)
+        summary = empty_summary(chunks)
         ends = torch.arange(len(summary) + 1, device=chunks.u.device) * chunks.u.shape[1]
         parts = (chunks.x.q, chunks.x.k, chunks.w, grad, d_new, chunks.decay)
-        q, k, w, do, dv, g = (_one_row(part) for part in parts)
+        q, k, w, do, dv, g = (one_row(part) for part in parts)
         for row in range(len(summary)):
             chunk_cp_bwd_dh(
                 q=q,
@@ -169,7 +174,7 @@ class FlaDeltaRule:
                 scale=1.0,
                 cu_seqlens=ends[row : row + 2],
             )
-        return _transition_first(summary, chunks.u.shape[-1])
+        return transition_first(summary, chunks.u.shape[-1])
 
 
 def _inside_chunks(
@@ -234,24 +239,24 @@ def inside_chunks_in_torch(
     )
 
 
-def _whole_chunks(x: Tensor) -> Tensor:
+def whole_chunks(x: Tensor) -> Tensor:
     """[R, T, ...] padded with zeros to whole chunks, contiguous."""
-    missing = -x.shape[1] % _CHUNK
+    missing = -x.shape[1] % CHUNK
     return F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing)).contiguous()
 
 
-def _one_row(x: Tensor) -> Tensor:
+def one_row(x: Tensor) -> Tensor:
     return x.contiguous().flatten(0, 1)[None]
 
 
-def _empty_summary(chunks: PreparedChunks) -> Tensor:
+def empty_summary(chunks: PreparedChunks) -> Tensor:
     rows, _, heads, key_dim = chunks.w.shape
     return chunks.u.new_zeros(
         rows, heads, key_dim, key_dim + chunks.u.shape[-1], dtype=torch.float32
     )
 
 
-def _transition_first(summary: Tensor, value_dim: int) -> Tensor:
+def transition_first(summary: Tensor, value_dim: int) -> Tensor:
     """fla's [b | M] as [M | b]."""
     state, transition = summary.split((value_dim, summary.shape[-1] - value_dim), dim=-1)
     return torch.cat((transition, state), dim=-1)
@@ -264,7 +269,7 @@ def _zero_state(chunks: PreparedChunks) -> Tensor:
 
 def _by_chunk(x: Tensor) -> Tensor:
     """[R, T, H, D] -> [R, H, N, C, D], fp32."""
-    return x.transpose(1, 2).unflatten(2, (-1, _CHUNK)).float()
+    return x.transpose(1, 2).unflatten(2, (-1, CHUNK)).float()
 
 
 def _by_token(x: Tensor) -> Tensor:
