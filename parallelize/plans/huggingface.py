@@ -95,7 +95,7 @@ def parallelize_hf(
     survey = install_mixers(model)
     _make_experts_compilable(model, compile)
     separate_gate_and_up(model)
-    attention = attention or default_attention(mesh.device_mesh.device_type)
+    attention = attention or default_attention("cpu" if mesh.cp is None else mesh.cp.device_type)
     plan = hf_plan(model, survey, mesh, attention, expert_exchange)
     tell_experts_of_padding(model, find(model, plan.blocks), plan.ep)
     share_latents(model, survey, mesh, plan)

@@ -406,5 +406,5 @@ def test_survive_E13_a_cursor_is_what_it_was():
     """Rows say which documents they hold: what a step's error names."""
     source = TextFiles((Path(__file__),))
     row = next(packing.pack(source, BYTES, 64, packing.Cursor(), infinite=False, name="this file"))
-    assert row.first == row.last == f"document 0 of epoch 0 ({__file__})"
+    assert row.names == [f"document 0 of epoch 0 ({__file__})"]
     assert row.next == replace(packing.Cursor(), offset=64)
