@@ -151,7 +151,9 @@ class Trainer(titan.Trainer):
         outcome: Future[PreparedBatch] = Future()
         try:
             outcome.set_result(self._prepare(input_dict, labels, training=True))
-        # Held back, never swallowed: the other ranks of the cp and tp group are to hear of it.
+        # Held back, never swallowed: the step that uses the batch raises it, whatever its class,
+        # and the other ranks of the cp and tp group hear of it there. Raised in this thread it
+        # would be this rank's alone, and they would wait for it in their first exchange.
         except Exception as error:  # noqa: BLE001
             outcome.set_exception(error)
         return input_dict | {"prepared": Prepared(input_dict["input"], labels, outcome)}
