@@ -32,10 +32,11 @@ class PreparedChunks(NamedTuple):
     w: Tensor  # [R, T, H, K]
     u: Tensor  # [R, T, H, V]
     solved: Tensor  # [R, T, H, C]
-    # With a decay by channel: q and k decayed from and to the chunk's ends, and their products.
-    reading: Tensor | None = None  # [R, T, H, K]
-    writing: Tensor | None = None  # [R, T, H, K]
-    scores: Tensor | None = None  # [R, T, H, C]
+    # q and k as states are read and written by them: with a decay by channel, decayed from and to
+    # the chunk's ends.
+    reading: Tensor  # [R, T, H, K]
+    writing: Tensor  # [R, T, H, K]
+    scores: Tensor | None = None  # [R, T, H, C], products of the two, with a decay by channel
 
 
 class PreparedBackward(NamedTuple):
@@ -52,6 +53,9 @@ class PreparedBackward(NamedTuple):
 
 class FlaDeltaRule:
     """`DeltaKernel` by fla's kernels; states and summaries are fp32."""
+
+    decay_name = "g"
+    """What fla calls a decay by head; one by channel is gk."""
 
     def forward(
         self, parts: Sequence[DeltaInputs], carry: Carry | None
@@ -77,27 +81,31 @@ class FlaDeltaRule:
         of_parts = zip(parts, prepared, finals, strict=True)
         return [self._differentiate(*of_part) for of_part in of_parts]
 
-    def _read(self, chunks: PreparedChunks, state: Tensor, x: DeltaInputs) -> Tensor:
+    def _states(self, chunks: PreparedChunks, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The state that enters each chunk, and what each token writes."""
         from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
+
+        decay = {self.decay_name: chunks.decay}
+        h, new, _ = chunk_gated_delta_rule_fwd_h(
+            k=chunks.writing, w=chunks.w, u=chunks.u, **decay, initial_state=state
+        )
+        return h, new
+
+    def _read(self, chunks: PreparedChunks, state: Tensor, x: DeltaInputs) -> Tensor:
         from fla.ops.common.chunk_o import chunk_fwd_o
 
-        h, new, _ = chunk_gated_delta_rule_fwd_h(
-            k=chunks.x.k, w=chunks.w, u=chunks.u, g=chunks.decay, initial_state=state
-        )
+        h, new = self._states(chunks, state)
         out = chunk_fwd_o(q=chunks.x.q, k=chunks.x.k, v=new, h=h, g=chunks.decay, scale=1.0)
         return out[:, : x.v.shape[1]].to(x.v.dtype)
 
     def _prepare_backward(
         self, x: DeltaInputs, grad_out: Tensor, state: Tensor
     ) -> PreparedBackward:
-        from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
         from fla.ops.common.chunk_o import chunk_bwd_dv_local
 
         chunks = self._prepare(x)
         grad = whole_chunks(grad_out.to(chunks.x.v.dtype))
-        h, new, _ = chunk_gated_delta_rule_fwd_h(
-            k=chunks.x.k, w=chunks.w, u=chunks.u, g=chunks.decay, initial_state=state
-        )
+        h, new = self._states(chunks, state)
         d_new = chunk_bwd_dv_local(q=chunks.x.q, k=chunks.x.k, g=chunks.decay, do=grad, scale=1.0)
         return PreparedBackward(chunks, grad, state, h, new, d_new)
 
@@ -141,7 +149,8 @@ class FlaDeltaRule:
         q, k, v, beta = (whole_chunks(part.to(x.v.dtype)) for part in (x.q, x.k, x.v, x.beta))
         decay = chunk_local_cumsum(whole_chunks(g), chunk_size=CHUNK, scale=TO_LOG2)
         w, u, solved = chunk_gated_delta_rule_fwd_intra(k=k, v=v, g=decay, beta=beta)
-        return PreparedChunks(DeltaInputs(q, k, v, g, beta, x.starts), decay, w, u, solved)
+        padded = DeltaInputs(q, k, v, g, beta, x.starts)
+        return PreparedChunks(padded, decay, w, u, solved, reading=q, writing=k)
 
     def _summary(self, chunks: PreparedChunks) -> Tensor:
         """The summary [M | b] of every row, in one launch."""
@@ -149,8 +158,10 @@ class FlaDeltaRule:
 
         summary, rows = empty_summary(chunks), len(chunks.u)
         ends = torch.arange(rows + 1, device=chunks.u.device) * chunks.u.shape[1]
-        k, w, u, g = (one_row(part) for part in (chunks.x.k, chunks.w, chunks.u, chunks.decay))
-        chunk_cp_fwd_h(k=k, w=w, u=u, hm=summary, g=g, cu_seqlens=ends, multi_seqs=True)
+        parts = (chunks.writing, chunks.w, chunks.u, chunks.decay)
+        k, w, u, g = (one_row(part) for part in parts)
+        decay = {self.decay_name: g}
+        chunk_cp_fwd_h(k=k, w=w, u=u, hm=summary, **decay, cu_seqlens=ends, multi_seqs=True)
         return transition_first(summary, chunks.u.shape[-1])
 
     def _summary_backward(self, prepared: PreparedBackward) -> Tensor:
@@ -160,8 +171,9 @@ class FlaDeltaRule:
         chunks, grad, d_new = prepared.chunks, prepared.grad, prepared.d_new
         summary = empty_summary(chunks)
         ends = torch.arange(len(summary) + 1, device=chunks.u.device) * chunks.u.shape[1]
-        parts = (chunks.x.q, chunks.x.k, chunks.w, grad, d_new, chunks.decay)
+        parts = (chunks.reading, chunks.writing, chunks.w, grad, d_new, chunks.decay)
         q, k, w, do, dv, g = (one_row(part) for part in parts)
+        decay = {self.decay_name: g}
         for row in range(len(summary)):
             chunk_cp_bwd_dh(
                 q=q,
@@ -170,7 +182,7 @@ class FlaDeltaRule:
                 do=do,
                 dv=dv,
                 dhm=summary[row],
-                g=g,
+                **decay,
                 scale=1.0,
                 cu_seqlens=ends[row : row + 2],
             )

@@ -8,7 +8,6 @@ the decay's running sum pair by pair, so a document's start does not overflow th
 Written against fla-core 0.6.
 """
 
-import torch
 from torch import Tensor
 
 from dtcp.kernels.delta_rule.fla import (
@@ -18,9 +17,6 @@ from dtcp.kernels.delta_rule.fla import (
     FlaDeltaRule,
     PreparedBackward,
     PreparedChunks,
-    empty_summary,
-    one_row,
-    transition_first,
     whole_chunks,
 )
 from dtcp.kernels.delta_rule.types import DeltaGradients, DeltaInputs
@@ -28,6 +24,8 @@ from dtcp.kernels.delta_rule.types import DeltaGradients, DeltaInputs
 
 class FlaChannelDeltaRule(FlaDeltaRule):
     """`DeltaKernel` by fla's kernels for decays by channel; states and summaries are fp32."""
+
+    decay_name = "gk"
 
     def _prepare(self, x: DeltaInputs) -> PreparedChunks:
         from fla.ops.kda.chunk_intra import chunk_kda_fwd_intra
@@ -48,15 +46,6 @@ class FlaChannelDeltaRule(FlaDeltaRule):
         )
         whole = DeltaInputs(q, k, v, g, beta, x.starts)
         return PreparedChunks(whole, decay, w, u, solved, reading, writing, scores)
-
-    def _states(self, chunks: PreparedChunks, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The state that enters each chunk, and what each token writes."""
-        from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
-
-        h, new, _ = chunk_gated_delta_rule_fwd_h(
-            k=chunks.writing, w=chunks.w, u=chunks.u, gk=chunks.decay, initial_state=state
-        )
-        return h, new
 
     def _read(self, chunks: PreparedChunks, state: Tensor, x: DeltaInputs) -> Tensor:
         from fla.ops.gla.chunk import chunk_gla_fwd_o_gk
@@ -135,39 +124,3 @@ class FlaChannelDeltaRule(FlaDeltaRule):
         dg = dg[:, :length].masked_fill(x.starts[..., None, None] != 0, 0)
         grads = (dq[:, :length], dk[:, :length], dv[:, :length], dg, d_beta[:, :length])
         return DeltaGradients(*(g.to(like.dtype) for g, like in zip(grads, x, strict=False)))
-
-    def _summary(self, chunks: PreparedChunks) -> Tensor:
-        """The summary [M | b] of every row, in one launch."""
-        from fla.ops.cp.chunk_fwd import chunk_cp_fwd_h
-
-        summary, rows = empty_summary(chunks), len(chunks.u)
-        ends = torch.arange(rows + 1, device=chunks.u.device) * chunks.u.shape[1]
-        assert chunks.writing is not None
-        parts = (chunks.writing, chunks.w, chunks.u, chunks.decay)
-        k, w, u, decay = (one_row(part) for part in parts)
-        chunk_cp_fwd_h(k=k, w=w, u=u, hm=summary, gk=decay, cu_seqlens=ends, multi_seqs=True)
-        return transition_first(summary, chunks.u.shape[-1])
-
-    def _summary_backward(self, prepared: PreparedBackward) -> Tensor:
-        """The summary [M^T | b] of every row, for gradients of states."""
-        from fla.ops.cp.chunk_bwd import chunk_cp_bwd_dh
-
-        chunks, grad, d_new = prepared.chunks, prepared.grad, prepared.d_new
-        summary = empty_summary(chunks)
-        ends = torch.arange(len(summary) + 1, device=chunks.u.device) * chunks.u.shape[1]
-        assert chunks.reading is not None and chunks.writing is not None
-        parts = (chunks.reading, chunks.writing, chunks.w, grad, d_new, chunks.decay)
-        q, k, w, do, dv, decay = (one_row(part) for part in parts)
-        for row in range(len(summary)):
-            chunk_cp_bwd_dh(
-                q=q,
-                k=k,
-                w=w,
-                do=do,
-                dv=dv,
-                dhm=summary[row],
-                gk=decay,
-                scale=1.0,
-                cu_seqlens=ends[row : row + 2],
-            )
-        return transition_first(summary, chunks.u.shape[-1])
