@@ -101,7 +101,7 @@ class Progress(MetricsProcessor):
         seconds = (now - self.time_last_log) / steps
         batch_ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
         tokens = self.ntokens_since_last_log * batch_ranks / (now - self.time_last_log)
-        received, between, of_experts = (each / steps for each in self._received())
+        received, of_experts, between = (each / steps for each in self._received())
         expected = self.expected / steps
         load = largest_load(self.model_parts, self.parallel_dims.get_optional_mesh("loss"))
         rows = largest_work(self.row_work)
@@ -120,23 +120,22 @@ class Progress(MetricsProcessor):
             "context_parallel/received(bytes)": received,
             **({"context_parallel/expected(bytes)": expected} if expected else {}),
             **({"context_parallel/between_nodes(bytes)": between} if self.ranks_per_node else {}),
+            **({"experts/received(bytes)": of_experts} if of_experts else {}),
             **({} if load is None else {"experts/largest_load": load}),
             **({} if rows is None else {"data_parallel/largest_work": rows}),
             **(extra_metrics or {}),
         }
         self.logger.log(metrics, step)
         self.losses[step] = global_avg_loss
-        # Where tokens went is the routers' choice: no forecast knows it.
-        counted = received - of_experts
         say(
             f"step {step:>5}/{self.steps}  loss {global_avg_loss:8.5f}  grad {grad_norm:7.4f}  "
             f"{tokens:9,.0f} tokens/s  {memory:5.2f} GiB  "
-            f"{self._crossed(received, counted, between, expected)}  "
+            f"{self._crossed(received, of_experts, between, expected)}  "
             f"{'' if load is None else f'experts {load:.2f} of mean  '}"
             f"{'' if rows is None else f'rows {rows:.2f} of mean  '}"
             f"{self._time_left(step, seconds)} left"
         )
-        if self.is_held and (said := warning(counted, expected)):
+        if self.is_held and (said := warning(received, expected)):
             say(said)
         self._last_step = step
         self._reset()
@@ -149,16 +148,19 @@ class Progress(MetricsProcessor):
         self._reset()
 
     def _received(self) -> tuple[int, int, int]:
-        """Bytes since the last line; those of them from other nodes, if anybody says; experts'."""
+        """Bytes since the last line: for cp, for ep, and of both from other nodes."""
         traffic = traffic_since(self._traffic)
         nodes = self.ranks_per_node or dist.get_world_size()
         of_experts = sum(traffic[op].received for op in EXPERT_OPS)
-        return traffic.received, traffic.crossing(dist.get_rank(), nodes)[1], of_experts
+        between = traffic.crossing(dist.get_rank(), nodes)[1]
+        return traffic.received - of_experts, of_experts, between
 
-    def _crossed(self, received: float, counted: float, between: float, expected: float) -> str:
+    def _crossed(self, received: float, of_experts: float, between: float, expected: float) -> str:
         """Of the step's line, what this rank received."""
         said = f"rank {rank_of_process()} received {_bytes(received)} for cp"
-        said += f", {counted / expected:.3f} of what is expected" if expected else ""
+        said += f", {received / expected:.3f} of what is expected" if expected else ""
+        # Where tokens went is the routers' choice: no forecast knows it.
+        said += f", {_bytes(of_experts)} for ep" if of_experts else ""
         return said + (f", {_bytes(between)} from other nodes" if self.ranks_per_node else "")
 
     def _reset(self) -> None:
