@@ -14,6 +14,7 @@ from dtcp.torchtitan.decoder_layers import (
 from dtcp.torchtitan.hf_model import HuggingFaceConfig
 from dtcp.torchtitan.loss import TokenLoss
 from dtcp.torchtitan.parallelize import checkpoint_refusal
+from dtcp.torchtitan.section import Section
 from dtcp.torchtitan.settings import SECTIONS, refusals
 
 import torch
@@ -26,6 +27,7 @@ from dtcp.distributed.mesh import Degrees
 from dtcp.distributed.nodes import neighbours_on_axis
 from dtcp.experts import library_for
 from dtcp.parallelize.expert_exchange import check_experts
+from dtcp.pretrain.data import PackedDocuments, check_balance
 from dtcp.sequence.arguments import check_ints
 
 
@@ -45,6 +47,7 @@ def check_settings(config: Any) -> None:
         if values is not None:
             refused += refusals(section, values, ours=ours)
     refused += [_loss_refusal(config), _package_refusal(config), _model_refusal(config)]
+    refused.append(_degree_refusal(config.dtcp))
     for text in refused:
         if text:
             raise ValueError(text)
@@ -89,7 +92,8 @@ def check_batch_size(config: Any, ranks: int) -> None:
     """Refuse rows that the ranks cannot share, as torchtitan would on each of them.
 
     Raises:
-        ValueError: a batch that micro-batches of all ranks do not make up.
+        ValueError: a batch that micro-batches of all ranks do not make up, or documents dealt out
+            among fewer rows than one of these has.
     """
     degrees, training = config.parallelism, config.training
     replicas = ranks // (degrees.context_parallel_degree * degrees.tensor_parallel_degree)
@@ -100,6 +104,8 @@ def check_batch_size(config: Any, ranks: int) -> None:
             f"{training.global_batch_size} with {rows} rows in a micro-batch of all ranks "
             f"(training.local_batch_size={training.local_batch_size}): give a multiple of {rows}."
         )
+    if isinstance(config.dataloader, PackedDocuments.Config):
+        check_balance(config.dataloader, rows)
 
 
 def check_nodes(config: Any) -> None:
@@ -245,6 +251,17 @@ def _package_refusal(config: Any) -> str:
             "for ranks on the CPU: leave it out."
         )
     return ""
+
+
+def _degree_refusal(section: Section) -> str:
+    """A degree of the hybrid strategy, for a run that has another."""
+    degree = section.ulysses_degree
+    if section.strategy == "hybrid" or degree == Section().ulysses_degree:
+        return ""
+    return (
+        f"Ranks exchange heads in groups under the hybrid strategy, got dtcp.ulysses_degree="
+        f"{degree} with dtcp.strategy={section.strategy}: name hybrid, or leave it out."
+    )
 
 
 def _model_refusal(config: Any) -> str:

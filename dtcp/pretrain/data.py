@@ -114,7 +114,7 @@ class PackedDocuments(BaseDataLoader):
     ) -> None:
         self.config, self.tokenizer, self.seq_len = config, tokenizer, seq_len
         self.ranks, self.rank, self.rows_per_rank = dp_world_size, dp_rank, local_batch_size
-        _check_balance(config, dp_world_size * local_batch_size)
+        check_balance(config, dp_world_size * local_batch_size)
         self.source = open_source(config)
         self.cursor = Cursor()
         self.last_read = "nothing yet"
@@ -225,7 +225,8 @@ class PackedDocuments(BaseDataLoader):
         return MicroBatch(batch, labels, rows[-1].next, read, work)
 
 
-def _check_balance(config: PackedDocuments.Config, rows: int) -> None:
+def check_balance(config: PackedDocuments.Config, rows: int) -> None:
+    """Refuse to deal out documents among fewer rows than a micro-batch of all ranks has."""
     window = config.balance_rows
     if window and window < rows:
         raise ValueError(

@@ -300,6 +300,23 @@ def test_C3_batches_that_ranks_cannot_share_are_refused_on_the_launcher():
         check_batch_size(config, 4)
 
 
+def test_C3_documents_dealt_out_among_fewer_rows_are_refused_on_the_launcher():
+    config = ours()
+    config.dataloader.balance_rows = 8
+    check_batch_size(config, 4)
+    config.dataloader.balance_rows = 3
+    with pytest.raises(ValueError, match=r"balance_rows=3 for 4 rows: give 4"):
+        check_batch_size(config, 4)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ulysses", "auto"])
+def test_C3_a_degree_of_the_hybrid_strategy_is_refused_for_others(strategy):
+    degree = ["--dtcp.ulysses_degree", "4"]
+    parse(["--dtcp.strategy", "hybrid", *degree]).check()
+    with pytest.raises(ValueError, match=rf"ulysses_degree=4 with dtcp.strategy={strategy}: name"):
+        parse(["--dtcp.strategy", strategy, *degree]).check()
+
+
 def test_C2_an_override_of_torchtitans_own_is_taken():
     config = theirs()
     imports = ["torchtitan.overrides.fused_swiglu.fused_swiglu"]
