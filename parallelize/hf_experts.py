@@ -13,6 +13,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.experts import RoutedTokens, TokenExchange
+from dtcp.experts.libraries import AUTO
 from dtcp.forward import wrap_forward
 from dtcp.kernels.grouped_linear import grouped_linear
 from dtcp.metadata import BatchMetadata
@@ -38,6 +39,11 @@ def hf_expert_plan(
         ValueError: experts whose weights are not known, or that ep does not divide.
     """
     if mesh.ep is None:
+        if exchange != AUTO:
+            raise ValueError(
+                f"Tokens travel to experts on other ranks, got expert_exchange={exchange!r} for a "
+                f"mesh without ep: leave it out, or give the mesh an ep."
+            )
         return {}
     if mesh.degrees.etp > 1:
         raise ValueError(

@@ -166,7 +166,7 @@ def _check_exchange(config: Any, ranks: int) -> None:
         value = section.expert_tensor_parallel_degree
     elif section.ranks_per_node and degrees.context_parallel_degree == 1:
         name, value = "dtcp.ranks_per_node", section.ranks_per_node
-    elif section.expert_exchange in ("auto", "all_to_all"):
+    elif section.expert_exchange == "auto":
         return
     if degrees.expert_parallel_degree == 1:
         raise ValueError(

@@ -30,6 +30,7 @@ from dtcp.parallelize import (
 )
 from dtcp.parallelize.expert_exchange import LOAD
 from dtcp.parallelize.experts import largest_load
+from dtcp.parallelize.hf_experts import hf_expert_plan
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.softmax import RingAttention
@@ -131,6 +132,14 @@ def test_expert_parallel_without_experts_is_refused(mesh):
     ranks = ParallelMesh.from_degrees(Degrees(cp=2, ep=2), "cpu")
     with pytest.raises(ValueError, match=r"got ep=2 for a Llama whose plan names no experts: set"):
         parallelize(Llama(CONFIG), ranks, llama_plan(CONFIG, ranks, RingAttention()))
+
+
+@pytest.mark.parametrize("exchange", ["all_to_all", "deep_ep", "misspelt"])
+def test_expert_exchange_of_a_mesh_without_ep_is_refused(exchange):
+    one = ParallelMesh(Degrees(), None, *[None] * 7)
+    with pytest.raises(ValueError, match=f"got expert_exchange='{exchange}' for a mesh without ep"):
+        hf_expert_plan(Llama(CONFIG), one, exchange)
+    assert hf_expert_plan(Llama(CONFIG), one) == {}
 
 
 @spmd(ranks=3)

@@ -153,6 +153,10 @@ def test_expert_parallel_degree_that_does_not_fit_is_refused_before_ranks_start(
             ("--dtcp.expert_exchange", "deep_ep"),
             "got dtcp.expert_exchange=deep_ep with parallelism.expert_parallel_degree=1: raise",
         ),
+        (
+            ("--dtcp.expert_exchange", "all_to_all"),
+            "got dtcp.expert_exchange=all_to_all with parallelism.expert_parallel_degree=1: raise",
+        ),
         ((EP, "2", "--dtcp.expert_exchange", "deep_ep"), "without deep_ep.ElasticBuffer: install"),
         (
             (EP, "2", "--dtcp.expert_tensor_parallel_degree", "4"),
