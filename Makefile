@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 ARGS ?=
-# Tests without ranks run beside each other; those with ranks fill two cores by themselves.
+# Files whose tests need no ranks go to a worker as wholes, so that their fixtures are made once.
 WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 
 # Local builds of torch (+cpu, +cu130) sort by name, so pip alone may take the wrong one of them.

@@ -19,16 +19,28 @@ def ranks_of(item: pytest.Item) -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests without ranks first, then by world size; `slow_where` becomes `slow`.
 
-    Of several workers (pytest -n 2 --dist loadgroup) one runs all that needs ranks, for each pool
-    of them fills the machine; the others get whole files, whose fixtures are made once.
+    Of several workers (pytest -n 2 --dist loadgroup) one gets all tests of a file that need no
+    ranks, whose fixtures are made once; those with ranks go to whichever is free.
     """
     items.sort(key=ranks_of)
     for item in items:
-        group = "ranks" if ranks_of(item) else item.path.relative_to(item.config.rootpath)
-        item.add_marker(pytest.mark.xdist_group(str(group)))
+        if not ranks_of(item):
+            file = item.path.relative_to(item.config.rootpath)
+            item.add_marker(pytest.mark.xdist_group(str(file)))
         condition = item.get_closest_marker("slow_where")
         if condition is not None and condition.args[0](**item.callspec.params):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse a pytest in which pytest-xdist's groups are lost without a word, as in 9.2.0."""
+    grouped = getattr(session.config.option, "loadgroup", False)
+    lost = [item for item in session.items if not ranks_of(item) and "@" not in item.nodeid]
+    if grouped and lost:
+        raise pytest.UsageError(
+            f"Files go to workers as wholes, got {lost[0].nodeid} without its group: install "
+            f"constraints.txt's pytest and pytest-xdist."
+        )
 
 
 def pytest_sessionfinish() -> None:

@@ -201,6 +201,7 @@ def test_tp_with_cp(mesh):
             assert_close(grad.to_local(), place(right).to_local())
 
 
+@pytest.mark.slow_where(lambda boundary: isinstance(boundary, EagerIsland))
 @boundaries
 @spmd(ranks=4)
 def test_evaluation_on_another_layout_and_mesh_after_training(mesh, boundary):

@@ -138,7 +138,10 @@ def test_block_around_an_island_is_two_graphs_and_equals_one_device(mesh, checkp
             *(Degrees(cp=2, tp=2), RingAttention(boundary=EagerIsland()), FullCheckpoint(), 2),
             marks=pytest.mark.slow,
         ),
-        (Degrees(dp_shard=2, cp=2), AllGatherAttention(), FullCheckpoint(), 1),
+        pytest.param(
+            *(Degrees(dp_shard=2, cp=2), AllGatherAttention(), FullCheckpoint(), 1),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *(Degrees(dp_replicate=2, tp=2), RingAttention(), NoCheckpoint(), 1),
             marks=pytest.mark.slow,

@@ -213,6 +213,7 @@ def conv_bytes(sharded: ShardedBatch, batch: int) -> int:
     return (left + right) * (WIDTH - 1) * batch * CHANNELS * 8
 
 
+@pytest.mark.slow_where(lambda ranks: ranks == 4)
 @spmd(ranks=[2, 3, 4])
 def test_compiled_is_one_graph_for_every_packing(mesh, ranks):
     """And another for decays by channel."""

@@ -166,6 +166,7 @@ def test_gradient_placed_otherwise_is_brought_into_place(mesh):
         assert_close(actual.full_tensor(), right)
 
 
+@pytest.mark.slow_where(lambda style, compiled, ranks: style and compiled and ranks == 4)
 @compiled_or_not
 @pytest.mark.parametrize("style", [None, AllGatherAttention(), UlyssesAttention()])
 @spmd(ranks=(2, 4))

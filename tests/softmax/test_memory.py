@@ -69,6 +69,7 @@ def halo_bytes(case, sharded, style):
     return tokens * case.kv_heads * (case.key_dim + case.value_dim) * case.dtype.itemsize
 
 
+@pytest.mark.slow_where(lambda boundary: isinstance(boundary, EagerIsland))
 @pytest.mark.parametrize("boundary", [None, InGraph(), EagerIsland()])
 @spmd(ranks=2)
 def test_kept_for_backward_is_at_most_what_is_local(mesh, boundary):

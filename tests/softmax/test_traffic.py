@@ -295,7 +295,7 @@ def observed(case, mixer, sharded):
     return calls, elements * size
 
 
-@pytest.mark.slow_where(lambda layout, ranks: ranks == 4 and layout is not HeadTail)
+@pytest.mark.slow_where(lambda layout, ranks: ranks == 4)
 @layouts
 @spmd(ranks=(2, 4))
 def test_profiler_sees_the_bytes_that_the_ledger_counts(mesh, layout, ranks):
