@@ -19,6 +19,7 @@ from dtcp.planner.step import TracedStep, trace_step
 from dtcp.planner.subject import FAMILIES, FamilyModel, HuggingFaceModel, Subject
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
+from dtcp.softmax.default import device_type_of
 from dtcp.softmax.style import AttentionStyle
 
 MIB, GIB = 2**20, 2**30
@@ -122,9 +123,8 @@ def expectation(config: Any, mesh: ParallelMesh, micro_batches: int = 1) -> Expe
     """
     training, section = config.training, config.dtcp
     rows = Documents.single(training.local_batch_size, training.seq_len)
-    setup = setup_of(
-        config, mesh.degrees, rows, section.sequence_layout(), section.attention_style()
-    )
+    style = section.attention_style(device_type_of(mesh.cp))
+    setup = setup_of(config, mesh.degrees, rows, section.sequence_layout(), style)
     setup = replace(setup, micro_batches=micro_batches)
     step = trace_step(subject_of(config), mesh, setup)
     return Expectation(step, setup, peak_memory(step, setup))

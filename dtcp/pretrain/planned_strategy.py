@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from dtcp.torchtitan.section import AUTO, LAYOUT_CLASSES, LayoutName, Section, StrategyName
 
+from dtcp._torch import available_device_type
 from dtcp.compile import Boundary, EagerIsland, InGraph
 from dtcp.distributed.mesh import Degrees
 from dtcp.planner.cluster import cluster_here
@@ -149,7 +150,7 @@ def first_rows(config: Any) -> Documents:
 
 def _ways(section: Section, cp: int) -> list[AttentionStyle]:
     if section.strategy != AUTO:
-        return [section.attention_style()]
+        return [section.attention_style(available_device_type() or "cpu")]
     boundary: Boundary = InGraph() if section.boundary == "in_graph" else EagerIsland()
     return [replace(style, boundary=boundary) for style in attention_styles(cp)]
 

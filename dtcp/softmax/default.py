@@ -3,6 +3,8 @@
 import logging
 from functools import cache
 
+from torch.distributed.device_mesh import DeviceMesh
+
 from dtcp.compile import Boundary, InGraph
 from dtcp.softmax.all_gather import AllGatherAttention
 from dtcp.softmax.ring import RingAttention
@@ -25,6 +27,11 @@ def default_attention(
         return RingAttention(boundary=boundary)
     _say_so()
     return AllGatherAttention(boundary=boundary)
+
+
+def device_type_of(cp: DeviceMesh | None) -> str:
+    """What the ranks of cp compute on; "cpu" for a rank by itself, which exchanges nothing."""
+    return "cpu" if cp is None else cp.device_type
 
 
 @cache

@@ -32,6 +32,7 @@ from dtcp.parallelize.tied_parameters import (
     find_tied_parameters,
     restore_tied_parameters,
 )
+from dtcp.softmax.default import device_type_of
 from dtcp.softmax.mixer import name_kernel
 
 SEED = 0
@@ -197,10 +198,11 @@ def _parallelize(
     dump_folder: str,
     section: Section,
 ) -> nn.Module:
+    mesh = mesh_with_section(parallel_dims, section)
     parallelize_hf(
         model,
-        mesh_with_section(parallel_dims, section),
-        section.attention_style(),
+        mesh,
+        section.attention_style(device_type_of(mesh.cp)),
         **options_of(training, parallelism, compile_config, ac_config),
         expert_exchange=section.expert_exchange,
     )

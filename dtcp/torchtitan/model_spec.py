@@ -37,6 +37,8 @@ from dtcp.parallelize import (
 )
 from dtcp.recurrent import RelayoutCP
 from dtcp.sequence.layout import BlockBalanced, PerDocument
+from dtcp.softmax.default import device_type_of
+from dtcp.softmax.style import AttentionStyle
 
 StateDict = dict[str, Any]
 Work = Callable[[nn.Module, DeviceMesh | None], None]
@@ -71,17 +73,21 @@ class Family:
     before_step: Work | None = None
 
 
+def _attention(mesh: ParallelMesh, section: Section) -> AttentionStyle:
+    return section.attention_style(device_type_of(mesh.cp))
+
+
 def _qwen3_5_plan(config: Any, mesh: ParallelMesh, section: Section) -> ParallelPlan:
     """Where ranks have many pieces, each with a state of its own, tokens move to another layout."""
     many = section.sequence_layout() in (PerDocument, BlockBalanced)
     relayout = RelayoutCP() if many else None
-    return qwen3_5_plan(config, mesh, section.attention_style(), relayout=relayout)
+    return qwen3_5_plan(config, mesh, _attention(mesh, section), relayout=relayout)
 
 
 LLAMA = Family(
     name="llama",
     model=llamas.Llama,
-    plan=lambda config, mesh, section: llama_plan(config, mesh, section.attention_style()),
+    plan=lambda config, mesh, section: llama_plan(config, mesh, _attention(mesh, section)),
     to_hf=llamas.to_hf,
     from_hf=llamas.from_hf,
     config_to_hf=llamas.config_to_hf,
@@ -101,7 +107,7 @@ QWEN3_5 = Family(
 GEMMA4 = Family(
     name="gemma4",
     model=gemma4.Gemma4,
-    plan=lambda config, mesh, section: gemma4_plan(config, mesh, section.attention_style()),
+    plan=lambda config, mesh, section: gemma4_plan(config, mesh, _attention(mesh, section)),
     to_hf=gemma4.to_hf,
     from_hf=gemma4.from_hf,
     config_to_hf=gemma4.config_to_hf,

@@ -52,6 +52,7 @@ from dtcp.parallelize import (
     parallelize,
 )
 from dtcp.parallelize.expert_exchange import with_exchange
+from dtcp.softmax.default import device_type_of
 from dtcp.softmax.mixer import name_kernel
 
 MakePlan = Callable[[Any, ParallelMesh, Section], ParallelPlan]
@@ -192,7 +193,7 @@ def parallelize_decoder(
     """A decoder of torchtitan with our attention: its own TP, AC, compile and FSDP around it."""
     mesh = ParallelMesh.from_parallel_dims(parallel_dims, ranks_per_node=section.ranks_per_node)
     add_mixers(model)
-    style = section.attention_style()
+    style = section.attention_style(device_type_of(mesh.cp))
     if mesh.cp is not None and not parallel_dims.tp_enabled:
         exchange_latents_of(model, style)
     name_kernel(model, section.kernel)

@@ -19,6 +19,7 @@ from dtcp.softmax import (
     RingAttention,
     UlyssesAttention,
 )
+from dtcp.softmax.default import default_attention
 from dtcp.softmax.style import AttentionStyle
 
 LAYOUT_CLASSES: Mapping[str, type[SequenceLayout]] = {
@@ -29,7 +30,7 @@ LAYOUT_CLASSES: Mapping[str, type[SequenceLayout]] = {
     "document_balanced": DocumentBalanced,
 }
 
-StrategyName = Literal["ring", "all_gather", "ulysses", "hybrid", "auto"]
+StrategyName = Literal["default", "ring", "all_gather", "ulysses", "hybrid", "auto"]
 LayoutName = Literal[
     "contiguous", "head_tail", "per_document", "block_balanced", "document_balanced", "auto"
 ]
@@ -44,8 +45,10 @@ _OPEN = (
 class Section:
     """How attention is carried out over `parallelism.context_parallel_degree` ranks."""
 
-    strategy: StrategyName = "ring"
-    """Exchange between the ranks of a context-parallel group; "auto" for the planner's choice."""
+    strategy: StrategyName = "default"
+    """Exchange between the ranks of a context-parallel group: "default" for a ring on hosts and one
+    call over all keys on GPUs, whose kernels round what a ring merges; "auto" for the planner's
+    choice."""
 
     ulysses_degree: int = 2
     """Of the hybrid strategy: ranks that exchange heads; the ring goes over the rest."""
@@ -96,11 +99,14 @@ class Section:
             raise ValueError(_OPEN.format("layout", "a layout"))
         return LAYOUT_CLASSES[self.layout]
 
-    def attention_style(self) -> AttentionStyle:
+    def attention_style(self, device_type: str) -> AttentionStyle:
+        """The strategy, and for "default" that of such devices: "cpu", "cuda"."""
         boundary: Boundary = InGraph() if self.boundary == "in_graph" else EagerIsland()
         match self.strategy:
             case "auto":
                 raise ValueError(_OPEN.format("strategy", "a strategy"))
+            case "default":
+                return default_attention(device_type, boundary=boundary)
             case "ring":
                 return RingAttention(boundary=boundary)
             case "all_gather":

@@ -45,7 +45,7 @@ from dtcp.recurrent import (
     GatedLinearCP,
 )
 from dtcp.sequence.arguments import check_kind
-from dtcp.softmax.default import default_attention
+from dtcp.softmax.default import default_attention, device_type_of
 from dtcp.softmax.style import AttentionStyle
 from dtcp.style import MixerStyle
 
@@ -95,7 +95,7 @@ def parallelize_hf(
     survey = install_mixers(model)
     _make_experts_compilable(model, compile)
     separate_gate_and_up(model)
-    attention = attention or default_attention("cpu" if mesh.cp is None else mesh.cp.device_type)
+    attention = attention or default_attention(device_type_of(mesh.cp))
     plan = hf_plan(model, survey, mesh, attention, expert_exchange)
     tell_experts_of_padding(model, find(model, plan.blocks), plan.ep)
     share_latents(model, survey, mesh, plan)

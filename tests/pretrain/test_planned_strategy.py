@@ -55,7 +55,7 @@ def test_plan_in_training_refuses_a_model_of_torchtitan():
 
 def test_a_section_that_no_plan_has_closed_has_no_strategy():
     with pytest.raises(ValueError, match=r"got dtcp\.strategy='auto' of a section"):
-        Section(strategy="auto").attention_style()
+        Section(strategy="auto").attention_style("cpu")
     with pytest.raises(ValueError, match=r"got dtcp\.layout='auto' of a section"):
         Section(layout="auto").sequence_layout()
 

@@ -9,9 +9,11 @@ from dtcp.torchtitan.section import LAYOUT_CLASSES, Section
 import pytest
 import torch
 
+from dtcp.compile import EagerIsland
 from dtcp.models.llama import PRESETS, config_from_hf
 from dtcp.pretrain import configs
 from dtcp.sequence.layout import SequenceLayout
+from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.style import AttentionStyle
 
 
@@ -29,8 +31,14 @@ def test_the_cpu_device_answers_all_that_torchtitan_asks():
 @pytest.mark.parametrize("boundary", ["in_graph", "eager_island"])
 def test_a_section_names_classes(strategy, boundary):
     section = Section(strategy=strategy, boundary=boundary)
-    assert isinstance(section.attention_style(), AttentionStyle)
+    assert isinstance(section.attention_style("cpu"), AttentionStyle)
     assert all(issubclass(layout, SequenceLayout) for layout in LAYOUT_CLASSES.values())
+
+
+def test_a_section_names_the_strategy_of_its_devices_where_nobody_does():
+    section = Section(boundary="eager_island")
+    assert section.attention_style("cpu") == RingAttention(boundary=EagerIsland())
+    assert section.attention_style("cuda") == AllGatherAttention(boundary=EagerIsland())
 
 
 def test_weights_go_to_hugging_face_names_and_back():
