@@ -5,6 +5,7 @@ but the one who starts the ranks knows the nodes: torchrun's --nproc-per-node, o
 """
 
 from itertools import groupby
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -53,8 +54,7 @@ def neighbours_on_axis(axis_ranks: Tensor, ranks_per_node: int) -> int:
     check_ints("Nodes", least=0, ranks_per_node=ranks_per_node)
     if not ranks_per_node:
         return 0
-    nodes = (axis_ranks // ranks_per_node).tolist()
-    together = {len(list(ranks)) for group in nodes for _, ranks in groupby(group)}
+    together = _together(axis_ranks, ranks_per_node)
     if len(together) > 1:
         raise ValueError(
             f"Each node has equally many neighbours of the axis cp, got ranks_per_node="
@@ -63,6 +63,28 @@ def neighbours_on_axis(axis_ranks: Tensor, ranks_per_node: int) -> int:
             f"size (--dtcp.ranks_per_node) for one tier."
         )
     return together.pop()
+
+
+def neighbours_on_cp(cp: int, tp: int, ranks_per_node: int) -> int:
+    """The same of the axis cp beside tp, which is the faster one, before there is a mesh."""
+    return neighbours_on_axis(_groups_of_cp(cp, tp, ranks_per_node), ranks_per_node)
+
+
+def even_on_cp(cp: int, tp: int, ranks_per_node: int) -> bool:
+    """Whether the same refuses nothing."""
+    return len(_together(_groups_of_cp(cp, tp, ranks_per_node), ranks_per_node)) == 1
+
+
+def _groups_of_cp(cp: int, tp: int, ranks_per_node: int) -> Tensor:
+    """The ranks of every group, [groups, cp], until nodes and groups fall together again."""
+    ranks = torch.arange(lcm(cp * tp, max(ranks_per_node, 1)))
+    return ranks.view(-1, cp, tp).movedim(1, 2).flatten(0, 1)
+
+
+def _together(axis_ranks: Tensor, ranks_per_node: int) -> set[int]:
+    """How many neighbours share a node, here and there."""
+    nodes = (axis_ranks // ranks_per_node).tolist()
+    return {len(list(ranks)) for group in nodes for _, ranks in groupby(group)}
 
 
 def even_neighbours(axis_ranks: Tensor, ranks_per_node: int) -> int:

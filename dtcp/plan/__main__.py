@@ -9,27 +9,20 @@ import json
 import os
 import sys
 import warnings
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dtcp.distributed.mesh import Degrees
 from dtcp.plan.collect import collect, collected_lines
 from dtcp.plan.collected_page import write_collected
+from dtcp.plan.command import command_line
 from dtcp.plan.source import Request, request_of
 from dtcp.plan.sweep import sweep_points, write_sweep
 from dtcp.planner.cluster import GB, Cluster, cluster_of
-from dtcp.planner.report import (
-    as_json,
-    checkpoint_name,
-    detail_lines,
-    layout_name,
-    strategy_name,
-    text_report,
-)
+from dtcp.planner.report import as_json, detail_lines, text_report
 from dtcp.planner.search import Candidate, Planner, Search, smallest_cluster
-from dtcp.softmax import HybridAttention
 
 MOST_PROCESSES = 8
 """That look at steps at once: each takes up to 2 GB."""
@@ -53,11 +46,12 @@ def run_planner(argv: list[str], *, processes: int = 1) -> int:
         if arguments.sweep:
             return _sweep(request, cluster, arguments)
         planner = Planner(request.subject, cluster, request.wish, processes=processes)
-        search = _search(planner, arguments)
+        with closing(planner.looks):
+            search = _search(planner, arguments)
+            return _show(arguments, request, planner, cluster, search)
     except (ValueError, TypeError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return _show(arguments, request, planner, cluster, search)
 
 
 def _sweep(request: Request, cluster: Cluster, arguments: argparse.Namespace) -> int:
@@ -90,7 +84,7 @@ def _search(planner: Planner, arguments: argparse.Namespace) -> Search:
 
     if not arguments.mesh:
         return planner.search(say=say)
-    return planner.search_mesh(_degrees(arguments.mesh, planner.cluster))
+    return planner.search_mesh(_degrees(arguments.mesh, planner.cluster, planner.wish.etp))
 
 
 def _show(
@@ -145,51 +139,18 @@ def _say_what_would_do(planner: Planner, best: Candidate, cluster: Cluster, *, n
     )
 
 
-def command_line(request: Request, best: Candidate, cluster: Cluster) -> str:
-    """What runs a setup: train.py for its configs, else the calls for a script."""
-    setup, degrees = best.setup, best.setup.degrees
-    per_node = min(cluster.gpus, cluster.per_node)
-    launcher = f"torchrun --nproc-per-node {per_node}"
-    if cluster.nodes > 1:
-        launcher += f" --nnodes {cluster.nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
-    if not request.command:
-        given = ", ".join(
-            f"{axis}={degree}" for axis, degree in vars(degrees).items() if degree > 1
-        )
-        calls = (
-            f"ParallelMesh.from_degrees(Degrees({given}), 'cuda'), {setup.attention!r}, layout "
-            f"{setup.layout.__name__}, {setup.checkpoint!r}, {setup.micro_batches} micro-batches "
-            f"of {setup.documents.batch}"
-        )
-        return f"{launcher} YOUR_SCRIPT.py, with {calls}"
-    options: dict[str, Any] = {
-        "parallelism.data_parallel_replicate_degree": degrees.dp_replicate,
-        "parallelism.data_parallel_shard_degree": degrees.dp_shard,
-        "parallelism.context_parallel_degree": degrees.cp,
-        "parallelism.tensor_parallel_degree": degrees.tp,
-        "training.local_batch_size": setup.documents.batch,
-        "training.global_batch_size": request.wish.rows,
-        "dtcp.layout": layout_name(setup),
-        "dtcp.strategy": strategy_name(setup).partition("(")[0],
-    }
-    if degrees.ep > 1:
-        options["parallelism.expert_parallel_degree"] = degrees.ep
-    if isinstance(setup.attention, HybridAttention):
-        options["dtcp.ulysses_degree"] = setup.attention.inner_ranks
-    given = " ".join(f"--{name} {value}" for name, value in options.items())
-    return f"{launcher} {request.command} {given} activation_checkpoint:{checkpoint_name(setup)}"
-
-
-def _degrees(text: str, cluster: Cluster) -> Degrees:
+def _degrees(text: str, cluster: Cluster, etp: int) -> Degrees:
     try:
         given = {key: int(value) for key, value in (pair.split("=") for pair in text.split(","))}
-        named = Degrees(**{axis: degree for axis, degree in given.items() if axis != "ep"})
+        named = Degrees(**{axis: n for axis, n in given.items() if axis not in ("ep", "etp")})
+        if etp > 1:
+            given.setdefault("etp", etp)
         if "dp_shard" not in given and cluster.gpus % named.world == 0:
             given["dp_shard"] = cluster.gpus // named.world
         degrees = Degrees(**given)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"A mesh is given as cp=8,tp=1, of dp_replicate, dp_shard, cp, tp and ep, got "
+            f"A mesh is given as cp=8,tp=1, of dp_replicate, dp_shard, cp, tp, ep and etp, got "
             f"--mesh {text} ({error}): correct it."
         ) from None
     if degrees.world != cluster.gpus:

@@ -2,8 +2,8 @@
 
 import argparse
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,15 @@ class Request:
     """A model, what to run of it, and the command that would.
 
     Args:
-        command: the start of a command line, without what the planner chooses; empty for none.
+        script: the start of a command line; empty for none.
+        given: further words of it, by the setting that they are for.
         checkpoint: what its blocks keep, as the config has it.
     """
 
     subject: Subject
     wish: Wish
-    command: str = ""
+    script: tuple[str, ...] = ()
+    given: Mapping[str, Sequence[str]] = field(default_factory=dict)
     checkpoint: ActivationCheckpoint = field(default_factory=FullCheckpoint)
 
 
@@ -61,10 +63,13 @@ def request_of(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
 
 
 def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
+    from dtcp.pretrain.config_check import check_settings
     from dtcp.pretrain.expected import kept_by_blocks, precision_of, subject_of
     from dtcp.pretrain.options import parse
 
+    given = _given(rest)
     config = parse(["--config", arguments.config, *rest])
+    check_settings(config)
     try:
         subject = subject_of(config)
     except ValueError:
@@ -73,13 +78,74 @@ def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
             f"{arguments.config}, whose model is torchtitan's {config.model_spec.name}: pass its "
             f"config.json as --hf-config."
         ) from None
+    etp = config.dtcp.expert_tensor_parallel_degree
+    if etp > 1 and not getattr(config.model_spec.model, "num_experts", 0):
+        raise ValueError(
+            f"A degree of tp splits experts, got dtcp.expert_tensor_parallel_degree={etp} for a "
+            f"model without experts: leave it out."
+        )
     training, precision = config.training, precision_of(config.training)
     rows = training.global_batch_size if training.global_batch_size > 0 else None
     wish = _wish(arguments, arguments.seq_len or training.seq_len, precision, default_rows=rows)
-    command = " ".join(["train.py", "--config", arguments.config, *rest])
-    if arguments.seq_len and arguments.seq_len != training.seq_len:
-        command += f" --training.seq_len {arguments.seq_len}"
-    return Request(subject, wish, command, kept_by_blocks(config))
+    wish = replace(
+        wish,
+        **_wished_of(config.dtcp, given),
+        checkpoint=kept_by_blocks(config) if CHECKPOINT in given else None,
+        etp=etp,
+        reshard=config.parallelism.fsdp_reshard_after_forward != "never",
+    )
+    script = ("train.py", "--config", arguments.config)
+    return Request(subject, wish, script, given, kept_by_blocks(config))
+
+
+CHECKPOINT = "activation_checkpoint"
+CHOSEN: Mapping[str, str] = {
+    **dict.fromkeys(
+        [
+            f"parallelism.{axis}_degree"
+            for axis in (
+                *("data_parallel_replicate", "data_parallel_shard", "context_parallel"),
+                *("tensor_parallel", "expert_parallel", "pipeline_parallel"),
+            )
+        ],
+        "give --mesh, as cp=8,tp=1",
+    ),
+    "training.local_batch_size": "give the rows of a step, --global-batch",
+    "dtcp.ranks_per_node": "give the nodes, --cluster",
+}
+"""Settings that a plan chooses, and how to choose them oneself."""
+
+
+def _given(rest: Sequence[str]) -> dict[str, list[str]]:
+    """Words of a command line by the setting that they are for.
+
+    Raises:
+        ValueError: a setting that the planner chooses.
+    """
+    given: dict[str, list[str]] = {}
+    name = ""
+    for word in rest:
+        if word.startswith("--"):
+            name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        elif word.startswith(f"{CHECKPOINT}:"):
+            name = CHECKPOINT
+        given.setdefault(name, []).append(word)
+    for name in CHOSEN.keys() & given.keys():
+        raise ValueError(
+            f"The planner chooses what a run's ranks do, got {' '.join(given[name])}: "
+            f"{CHOSEN[name]}."
+        )
+    return given
+
+
+def _wished_of(section: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given of the section dtcp, and not left open."""
+    wished: dict[str, Any] = {}
+    if {"dtcp.strategy", "dtcp.ulysses_degree"} & given.keys() and section.strategy != "auto":
+        wished["attention"] = section.attention_style()
+    if "dtcp.layout" in given and section.layout != "auto":
+        wished["layout"] = section.sequence_layout()
+    return wished
 
 
 def _wish(
@@ -87,9 +153,9 @@ def _wish(
 ) -> Wish:
     rows = arguments.global_batch or default_rows
     if rows is None:
-        # About four million tokens a step, and a row for each node at least.
+        # About four million tokens a step, and as many rows for each node.
         nodes = cluster_of(arguments.cluster).nodes
-        rows = max(nodes, 2 ** max(0, (4_194_304 // seq_len).bit_length() - 1))
+        rows = nodes * 2 ** max(0, (4_194_304 // max(1, seq_len) // nodes).bit_length() - 1)
     if seq_len < 1 or rows < 1:
         raise ValueError(
             f"A step has rows of tokens, got --seq-len {seq_len}, --global-batch {rows}: give 1 or "

@@ -1,18 +1,17 @@
 """Scaling runs: the commands to start, and what is planned of each."""
 
 import json
-import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from dtcp.distributed.mesh import Degrees
+from dtcp.plan.command import script_line, train_options
 from dtcp.plan.source import Request, asked_documents
 from dtcp.planner.cluster import Cluster
-from dtcp.planner.search import Candidate, Planner, Wish
-from dtcp.planner.setup import Setup
+from dtcp.planner.search import Candidate, Planner
 from dtcp.sequence.documents import Documents
 
 PLAN, RUNS = "plan.json", "runs.sh"
@@ -51,30 +50,25 @@ def write_sweep(
     Raises:
         ValueError: a model without a config of train.py, or a point that it does not take.
     """
-    if not request.command:
+    if not request.script:
         raise ValueError("A sweep runs configs of train.py, got no --config: name one.")
     folder.mkdir(parents=True, exist_ok=True)
     commands, runs = [], {}
     for point in points:
-        found = _planned(request, cluster, asked_documents(documents, point.seq_len), point.ranks)
+        row, used = asked_documents(documents, point.seq_len), replace(cluster, gpus=point.ranks)
+        found = _planned(request, used, row)
         options = {
-            "training.seq_len": point.seq_len,
             "training.steps": steps,
-            "training.local_batch_size": 1,
-            "training.global_batch_size": 1,
-            "parallelism.data_parallel_shard_degree": 1,
-            "parallelism.context_parallel_degree": point.ranks,
-            "parallelism.tensor_parallel_degree": 1,
-            "dump_folder": str(folder / point.name),
+            "dump_folder": folder / point.name,
+            "dtcp.forecast": True,
+            **train_options(found.setup, used, rows=1),
         }
-        given = " ".join(f"--{name} {shlex.quote(str(x))}" for name, x in options.items())
-        given += " --dtcp.forecast"
-        nodes = -(-point.ranks // cluster.per_node)
-        launcher = f"torchrun --nproc-per-node {min(point.ranks, cluster.per_node)}"
-        if nodes > 1:
-            launcher = f"srun --nodes {nodes} --ntasks-per-node 1 {launcher} --nnodes {nodes} "
+        launcher = f"torchrun --nproc-per-node {used.ranks_per_node}"
+        if used.nodes > 1:
+            nodes = f"--nodes {used.nodes} --ntasks-per-node 1"
+            launcher = f"srun {nodes} {launcher} --nnodes {used.nodes} "
             launcher += '--rdzv-backend c10d --rdzv-endpoint "$HEAD_NODE:29500"'
-        commands.append(f"{launcher} {request.command} {given}")
+        commands.append(f"{launcher} {script_line(request, options)}")
         runs[point.name] = _numbers(point, found)
     (folder / RUNS).write_text("\n".join(["set -e", *commands]) + "\n")
     plan = {
@@ -111,12 +105,7 @@ def _numbers(point: SweepPoint, found: Candidate) -> dict[str, Any]:
     }
 
 
-def _planned(request: Request, cluster: Cluster, documents: Documents, ranks: int) -> Candidate:
-    wish = Wish(documents, 1, request.wish.precision)
-    setup = Setup(
-        Degrees(cp=ranks),
-        documents,
-        checkpoint=request.checkpoint,
-        precision=wish.precision,
-    )
-    return Planner(request.subject, cluster, wish).candidate(setup)
+def _planned(request: Request, cluster: Cluster, documents: Documents) -> Candidate:
+    wish = replace(request.wish, documents=documents, rows=1, checkpoint=request.checkpoint)
+    planner = Planner(request.subject, cluster, wish)
+    return planner.candidate(planner.plain(Degrees(cp=cluster.gpus)))

@@ -4,9 +4,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from math import inf
 from pathlib import Path
 
 import torch
+
+from dtcp.sequence.arguments import check_ints
 
 GB = 10**9
 
@@ -17,13 +20,15 @@ class Cluster:
 
     Args:
         gpus: in all.
-        per_node: GPUs of a node.
         memory: bytes of a GPU.
         reserved: bytes of it that no tensor gets: the CUDA context, NCCL's buffers, and what the
             allocator leaves between tensors.
         flops: dense bf16 FLOP/s of a GPU, by its data sheet.
         matmul, mixer: the share of it that matmuls and attention kernels attain.
         inside, between: bytes/s a GPU receives inside a node, and from other nodes, attained.
+        per_node: GPUs that a node has; all nodes run as many of them.
+    Raises:
+        ValueError: GPUs that nodes cannot run equally many of.
     """
 
     name: str
@@ -37,6 +42,20 @@ class Cluster:
     matmul: float = 0.65
     mixer: float = 0.5
 
+    def __post_init__(self) -> None:
+        check_ints("A cluster", least=1, gpus=self.gpus, per_node=self.per_node)
+        for name in ("memory", "flops", "inside", "between", "matmul", "mixer"):
+            rate = getattr(self, name)
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < inf:
+                raise ValueError(f"A cluster has numbers above 0, got {name}={rate!r}: correct it.")
+        if self.gpus % self.nodes:
+            least = self.gpus - self.gpus % self.per_node
+            raise ValueError(
+                f"Nodes run equally many GPUs, got {self.gpus} {self.name} in {self.nodes} nodes "
+                f"of up to {self.per_node}: take {least} or {least + self.per_node}, or give "
+                f"per_node in a cluster's file."
+            )
+
     @property
     def usable(self) -> int:
         return self.memory - self.reserved
@@ -45,24 +64,30 @@ class Cluster:
     def nodes(self) -> int:
         return -(-self.gpus // self.per_node)
 
+    @property
+    def ranks_per_node(self) -> int:
+        """GPUs of a node that are used."""
+        return self.gpus // self.nodes
+
     def __str__(self) -> str:
-        return f"{self.gpus} x {self.name} in {self.nodes} node{'s' * (self.nodes > 1)}"
+        said = f"{self.gpus} x {self.name} in {self.nodes} node{'s' * (self.nodes > 1)}"
+        filled = self.nodes == 1 or self.ranks_per_node == self.per_node
+        return said if filled else f"{said} of {self.ranks_per_node}"
 
     def assumptions(self) -> list[str]:
         """What every figure rests on, in words."""
         return [
-            f"A {self.name} has {self.memory / GB:.0f} GB, {self.reserved / GB:.0f} of them for "
+            f"Each {self.name} has {self.memory / GB:.0f} GB, {self.reserved / GB:.0f} of them for "
             f"CUDA, NCCL and the allocator.",
             f"Matmuls attain {self.matmul:.0%} and attention {self.mixer:.0%} of "
             f"{self.flops / 1e12:.0f} TFLOP/s (dense bf16, data sheet).",
-            f"A GPU receives {self.inside / GB:.0f} GB/s inside a node of {self.per_node} and "
-            f"{self.between / GB:.0f} GB/s from other nodes (what of the data sheet is attained; "
-            f"not measured).",
+            f"A GPU receives {self.inside / GB:.0f} GB/s inside a node of {self.ranks_per_node} "
+            f"and {self.between / GB:.0f} GB/s from other nodes (what of the data sheet is "
+            f"attained; not measured).",
             "Gathering weights overlaps with compute; a ring overlaps with its attention; other "
             "transfers over cp, tp and ep do not. Work beside matmuls and mixers takes no time.",
-            "Keys and states travel straight from owner to user, in one hop: what several GPUs of "
-            "a node need comes to it several times.",
-            "Routers choose every expert as often: a fuller one makes its rank wait for it.",
+            "Routers choose every expert as often, and tokens their experts independently; tokens "
+            "travel by all_to_all. A fuller expert makes its rank wait for it.",
         ]
 
 
@@ -92,11 +117,16 @@ def cluster_of(text: str) -> Cluster:
     return replace(KINDS[found[2].upper()], gpus=int(found[1]))
 
 
-def cluster_here(gpus: int) -> Cluster:
-    """This machine's kind of GPU, so many of them; where it has none of KINDS, H100s."""
+def cluster_here(gpus: int, ranks_per_node: int = 0) -> Cluster:
+    """This machine's kind of GPU, so many of them; where it has none of KINDS, H100s.
+
+    Args:
+        ranks_per_node: 0: nobody has said.
+    """
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    kind = next((kind for kind in KINDS if kind in name), "H100")
-    return replace(KINDS[kind], gpus=gpus)
+    kind = KINDS[next((kind for kind in KINDS if kind in name), "H100")]
+    each = ranks_per_node or min(gpus, kind.per_node)
+    return replace(kind, gpus=gpus, per_node=each if gpus % each == 0 else gpus)
 
 
 def _of_file(path: Path) -> Cluster:

@@ -1,16 +1,17 @@
 """Where a forecast's tokens go: to every expert equally many, for no router has seen them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from dtcp._torch import OpOverload, argument_names, real_tensors
 from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moved
+from dtcp.experts.expected_moves import ExpertSizes, tokens_per_node
 
 ROUTE = "dtcp::route_tokens"
 EXPERT_OPS = frozenset(
@@ -52,24 +53,54 @@ class ExpertMoves:
         return self.count * sizes[0], self.count * sizes[1]
 
 
-def even_routes(func: OpOverload, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
-    """What `route_tokens` returns where each expert is chosen as often, on every rank."""
-    bound: Mapping[str, Any] = {**dict(zip(argument_names(func), args, strict=False)), **kwargs}
-    index, group, shared_by = bound["index"], bound["group"], bound["shared_by"]
-    n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
-    chosen = index.numel()
-    if shared_by:
-        size, own = dist.get_world_size(group_of(shared_by)), dist.get_rank(group_of(shared_by))
-        tokens = len(index)
-        mine = tokens * (own + 1) // size - tokens * own // size
-        chosen = mine * index.shape[1]
-    send = [chosen // n + (peer < chosen % n) for peer in range(n)]
-    with real_tensors():
-        counts = torch.tensor([send, [send[rank]] * n])
-    return (
-        index.new_empty(index.numel()),
-        index.new_empty(n * send[rank]),
-        index.new_empty(bound["num_experts"] // n, dtype=torch.int32),
-        counts,
-        index.new_empty(n * bound["faults"].shape[0]),
-    )
+class EvenRoutes:
+    """What `route_tokens` returns where each expert is chosen as often, on every rank.
+
+    Where tokens cross to nodes first, `tokens_per_node` of them choose an expert of each node.
+    """
+
+    def __init__(self) -> None:
+        self._num_experts, self._top_k, self._tokens = 0, 0, 0
+
+    def before_experts(self, experts: nn.Module, args: tuple[Any, ...]) -> None:
+        """A hook of modules of experts, called with tokens and what each has chosen, [N, k]."""
+        if len(args) > 1 and isinstance(args[1], Tensor):
+            self._num_experts, self._top_k = int(vars(experts)["num_experts"]), args[1].shape[-1]
+
+    def __call__(self, func: OpOverload, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
+        """Args: the call of `route_tokens`."""
+        bound: Mapping[str, Any] = {**dict(zip(argument_names(func), args, strict=False)), **kwargs}
+        index, group = bound["index"], bound["group"]
+        n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
+        send = self._sent(index.shape, n, bound)
+        with real_tensors():
+            counts = torch.tensor([send, [send[rank]] * n])
+        return (
+            index.new_empty(index.numel()),
+            index.new_empty(n * send[rank]),
+            index.new_empty(bound["num_experts"] // n, dtype=torch.int32),
+            counts,
+            index.new_empty(n * bound["faults"].shape[0]),
+        )
+
+    def _sent(self, shape: Sequence[int], n: int, bound: Mapping[str, Any]) -> list[int]:
+        """Rows to each of n ranks. Args: shape: of the choices."""
+        tokens, per_token = shape
+        if bound["shared_by"]:
+            tokens = _own_share(tokens, bound["shared_by"])
+        if not bound["refuse"]:
+            # The first hop: its choices are of nodes, and the second one goes on with the faults.
+            self._tokens = tokens
+            sizes = ExpertSizes(tokens, shape[1], self._num_experts, self._top_k)
+            return [round(tokens_per_node(sizes, n))] * n
+        if bound["num_experts"] == self._num_experts:
+            chosen = tokens * per_token
+        else:
+            # The second hop: choices of this node's experts alone, of the tokens of every node.
+            chosen = self._tokens * self._top_k
+        return [chosen // n + (peer < chosen % n) for peer in range(n)]
+
+
+def _own_share(tokens: int, shared_by: str) -> int:
+    size, own = dist.get_world_size(group_of(shared_by)), dist.get_rank(group_of(shared_by))
+    return tokens * (own + 1) // size - tokens * own // size

@@ -12,6 +12,7 @@ from dtcp._torch import fake_ranks
 from dtcp.distributed.groups import group_name
 from dtcp.distributed.mesh import AXES, Degrees, ParallelMesh
 from dtcp.distributed.moves import Moved
+from dtcp.distributed.nodes import neighbours_on_cp
 from dtcp.distributed.ops import moves_of
 from dtcp.metadata import BatchMetadata, MetadataKey
 from dtcp.mixer import ClaimedMixer
@@ -44,6 +45,14 @@ class MixerBytes:
     backward_flops: int = 0
 
 
+def from_other_nodes(moved: Moved, cp_rank: int, stride: int, ranks_per_node: int) -> int:
+    """Bytes that a rank of cp receives from them, where neighbours are `stride` ranks apart."""
+    own = cp_rank * stride // ranks_per_node
+    return sum(
+        size for peer, size in enumerate(moved.received) if peer * stride // ranks_per_node != own
+    )
+
+
 @dataclass(frozen=True)
 class RankForecast:
     """What differs from rank to rank of the axis cp."""
@@ -59,13 +68,12 @@ class RankForecast:
             sum(each.count * sum(each.backward.received) for each in self.mixers),
         )
 
-    def crossing(self, stride: int, ranks_per_node: int) -> int:
-        """Bytes received from other nodes, where neighbours on cp are `stride` ranks apart."""
-        per_node = max(1, ranks_per_node // stride)
-        return sum(
-            each.count * moved.crossing(self.cp_rank, per_node)[1]
-            for each in self.mixers
-            for moved in (each.forward, each.backward)
+    def crossing(self, stride: int, ranks_per_node: int) -> AxisBytes:
+        """Bytes of them from other nodes, where neighbours on cp are `stride` ranks apart."""
+        where = self.cp_rank, stride, ranks_per_node
+        return AxisBytes(
+            sum(each.count * from_other_nodes(each.forward, *where) for each in self.mixers),
+            sum(each.count * from_other_nodes(each.backward, *where) for each in self.mixers),
         )
 
     @property
@@ -114,10 +122,15 @@ class Forecast:
     def most_mixer_flops(self) -> int:
         return max(rank.flops for rank in self.ranks)
 
-    def crossing_ep(self, ranks_per_node: int) -> int:
+    def crossing_cp(self, ranks_per_node: int) -> AxisBytes:
+        """Bytes a step that come from other nodes to the rank that receives most over cp."""
+        found = self.busiest.crossing(self.setup.degrees.tp, ranks_per_node)
+        return found.times(self.setup.micro_batches)
+
+    def crossing_ep(self, ranks_per_node: int) -> AxisBytes:
         """Bytes a step that experts bring from other nodes."""
-        received = sum(sum(moves.received(ranks_per_node)) for moves in self.experts)
-        return received * self.setup.micro_batches
+        each = [AxisBytes(*moves.received(ranks_per_node)) for moves in self.experts]
+        return sum(each, AxisBytes()).times(self.setup.micro_batches)
 
     @property
     def flops(self) -> int:
@@ -154,7 +167,7 @@ def look_at(subject: Subject, setup: Setup, chosen: Sequence[int]) -> Look:
     """One row's ranks: what does not depend on how many rows there are, nor on who has weights."""
     degrees = degrees_of_look(setup.degrees)
     with fake_ranks(degrees.world, chosen[0] * degrees.tp):
-        step = trace_step(subject, mesh_of_look(degrees), setup)
+        step = trace_step(subject, mesh_of_look(degrees, nodes_of_look(setup)), setup)
         forecasts = [rank_forecast(step, chosen[0], step.sharded.attn_metadata)]
         experts = expert_moves(step)
         note_other_groups(step)
@@ -166,7 +179,7 @@ def look_at(subject: Subject, setup: Setup, chosen: Sequence[int]) -> Look:
     return Look(step.numbers(), tuple(forecasts), experts, tuple(style_lines(step)))
 
 
-def mesh_of_look(degrees: Degrees) -> ParallelMesh:
+def mesh_of_look(degrees: Degrees, ranks_per_node: int = 0) -> ParallelMesh:
     """A mesh of the axes that have ranks; one of one rank would take a group for each rank."""
     wide = [axis for axis in AXES if getattr(degrees, axis) > 1]
     # Weights of experts need an axis of other weights beside theirs.
@@ -174,7 +187,9 @@ def mesh_of_look(degrees: Degrees) -> ParallelMesh:
     axes = [axis for axis in AXES if axis in (*wide, *narrow)]
     sizes = tuple(getattr(degrees, axis) for axis in axes)
     device_mesh = init_device_mesh("cpu", sizes, mesh_dim_names=tuple(axes))
-    return ParallelMesh.from_device_mesh(device_mesh, ep=degrees.ep)
+    return ParallelMesh.from_device_mesh(
+        device_mesh, ep=degrees.ep, etp=degrees.etp, ranks_per_node=ranks_per_node
+    )
 
 
 def style_lines(step: TracedStep) -> Iterator[str]:
@@ -188,9 +203,19 @@ def style_lines(step: TracedStep) -> Iterator[str]:
 
 def degrees_of_look(degrees: Degrees) -> Degrees:
     """The ranks of one row, or of as many rows as share experts."""
-    row = degrees.cp * degrees.tp
-    rows = degrees.ep // gcd(degrees.ep, row)
-    return Degrees(dp_shard=rows, cp=degrees.cp, tp=degrees.tp, ep=degrees.ep)
+    row, spread = degrees.cp * degrees.tp, degrees.ep * degrees.etp
+    return replace(degrees, dp_replicate=1, dp_shard=spread // gcd(spread, row))
+
+
+def nodes_of_look(setup: Setup) -> int:
+    """Ranks of a node among those that are looked at, which are the first of the run; 0: all.
+
+    Raises:
+        ValueError: nodes that cut cp into unequal parts, somewhere in the run.
+    """
+    degrees = degrees_of_look(setup.degrees)
+    neighbours_on_cp(degrees.cp, degrees.tp, setup.ranks_per_node)
+    return setup.ranks_per_node if setup.ranks_per_node < degrees.world else 0
 
 
 def _groups_here(step: TracedStep, mesh: ParallelMesh) -> dict[str, str]:

@@ -8,17 +8,14 @@ from functools import cached_property
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from dtcp._torch import fake_ranks
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.models.moe import Experts
-from dtcp.parallelize.tensor_parallel import is_experts
 from dtcp.planner.forecast import Look, chosen_ranks, degrees_of_look, look_at
 from dtcp.planner.peak import least_memory
 from dtcp.planner.setup import Setup
 from dtcp.planner.sharded_weights import Unit
-from dtcp.planner.step import place_model
+from dtcp.planner.step import experts_of, place_model
 from dtcp.planner.subject import Subject
 from dtcp.softmax import AllGatherAttention, RingAttention
 
@@ -60,6 +57,11 @@ class Looks:
                 running[key] = self._pool.submit(look_or_refusal, self.subject, setup)
         self._known.update((key, future.result()) for key, future in running.items())
 
+    def close(self) -> None:
+        """End the processes."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
     def count(self, setups: Iterable[Setup]) -> int:
         """How many looks they take."""
         return len({_key(setup) for setup in setups})
@@ -71,11 +73,10 @@ class Looks:
             ValueError, TypeError: the model does not take this mesh.
         """
         degrees = setup.degrees
-        key = (degrees.tp, degrees.ep, setup.precision, setup.reshard)
+        key = (degrees.tp, degrees.ep, degrees.etp, setup.precision, setup.reshard)
         if key not in self._units:
-            alone = replace(
-                setup, degrees=Degrees(tp=degrees.tp, ep=degrees.ep, dp_shard=degrees.ep)
-            )
+            one_row = replace(degrees, dp_replicate=1, dp_shard=degrees.ep, cp=1)
+            alone = replace(setup, degrees=one_row)
             self._units[key] = _units_or_refusal(self.subject, alone)
         return least_memory(_or_raise(self._units[key]), setup)
 
@@ -83,9 +84,8 @@ class Looks:
     def expert_counts(self) -> frozenset[int]:
         """How many experts the model's layers choose from."""
         with torch.device("meta"):
-            modules = list(self.subject.build().modules())
-        counts = [getattr(m, "num_experts", 0) for m in modules if _has_experts(m)]
-        return frozenset(int(count) for count in counts)
+            found = experts_of(self.subject.build())
+        return frozenset(int(getattr(experts, "num_experts", 0)) for experts in found)
 
     @cached_property
     def reads_strategy(self) -> bool:
@@ -115,7 +115,7 @@ def _units_or_refusal(subject: Subject, setup: Setup) -> list[Unit] | ValueError
     try:
         with fake_ranks(degrees.world, 0):
             mesh = ParallelMesh.from_degrees(degrees, "cpu")
-            return place_model(subject, mesh, setup).units(setup, mesh.ep)
+            return place_model(subject, mesh, setup).units(setup, mesh.experts)
     except (ValueError, TypeError) as error:
         return error
 
@@ -126,14 +126,11 @@ def _or_raise(outcome: T | ValueError | TypeError) -> T:
     return outcome
 
 
-def _has_experts(module: nn.Module) -> bool:
-    return isinstance(module, Experts) or is_experts(module)
-
-
 def _key(setup: Setup) -> Hashable:
     degrees = degrees_of_look(setup.degrees)
     how = (setup.layout, repr(setup.attention), setup.checkpoint, setup.precision, setup.reshard)
-    return degrees, setup.documents, how
+    nodes = setup.ranks_per_node if setup.ranks_per_node < degrees.world else 0
+    return degrees, setup.documents, nodes, how
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dtcp.planner.cluster import GB, Cluster
-from dtcp.planner.forecast import RankForecast
+from dtcp.planner.forecast import RankForecast, from_other_nodes
 from dtcp.planner.report import checkpoint_name, mesh_name, strategy_name
 from dtcp.planner.search import Candidate, Search
 from dtcp.planner.trace import OUTSIDE
@@ -189,9 +189,9 @@ def _layer(best: Candidate, cluster: Cluster) -> Any:
             attention = flops / (cluster.flops * cluster.mixer)
             rest = matmuls / (cluster.flops * cluster.matmul)
             inside = sum(moved.received)
-            crossing = moved.crossing(
-                forecast.busiest.cp_rank, max(1, cluster.per_node // setup.degrees.tp)
-            )[1]
+            crossing = from_other_nodes(
+                moved, forecast.busiest.cp_rank, setup.degrees.tp, cluster.ranks_per_node
+            )
             transfer = crossing / cluster.between + (inside - crossing) / cluster.inside
             hidden = min(transfer, attention) if strategy_name(setup) == "ring" else 0.0
             for name, at, length, line, color in (

@@ -1,12 +1,13 @@
 """A search as a person reads it, and as JSON."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dtcp.distributed.mesh import AXES
 from dtcp.parallelize import FullCheckpoint, SelectiveCheckpoint
 from dtcp.planner.axis_bytes import AxisBytes
 from dtcp.planner.cluster import GB, Cluster
+from dtcp.planner.forecast import Forecast
 from dtcp.planner.search import Candidate, Search, Wish
 from dtcp.planner.setup import Setup
 from dtcp.softmax import AllGatherAttention, HybridAttention, UlyssesAttention
@@ -44,7 +45,8 @@ def mesh_name(setup: Setup) -> str:
     """The axes that have ranks."""
     degrees = setup.degrees
     wide = [f"{axis} {getattr(degrees, axis)}" for axis in AXES if getattr(degrees, axis) > 1]
-    spread = f" (ep {degrees.ep})" if degrees.ep > 1 else ""
+    etp = f", etp {degrees.etp}" if degrees.etp > 1 else ""
+    spread = f" (ep {degrees.ep}{etp})" if degrees.ep > 1 else ""
     return (" x ".join(wide) or "one rank") + spread
 
 
@@ -57,7 +59,7 @@ def text_report(
     fitting = [candidate for candidate in search.candidates if candidate.fits]
     rest = [candidate for candidate in search.candidates if not candidate.fits]
     lines = [
-        f"model       {name}, {parameters / 1e9:,.2f} B parameters",
+        f"model       {name}, {_count(parameters)} parameters",
         f"cluster     {cluster}",
         f"batch       {wish.rows} row{'s' * (wish.rows > 1)} of {documents.seq_len:,} tokens a "
         f"step, {len(lengths):,} document{'s' * (len(lengths) > 1)} a row, the longest "
@@ -82,6 +84,10 @@ def text_report(
         for why, count in _reasons(search).items():
             lines.append(f"  {count} setup{'s' * (count > 1)}: {why}")
     return lines
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:,.2f} B" if number >= 10**8 else f"{number / 1e6:,.2f} M"
 
 
 _HEAD = (
@@ -143,14 +149,14 @@ def detail_lines(candidate: Candidate, cluster: Cluster) -> list[str]:
     axes = {"cp": forecast.cp, **forecast.by_axis}
     for axis, moved in {axis: moved for axis, moved in axes.items() if moved.total}.items():
         lines.append(
-            f"{axis:<12}{moved.forward / GB:.2f} GB received forward, {moved.backward / GB:.2f} "
+            f"{axis:<11} {moved.forward / GB:.2f} GB received forward, {moved.backward / GB:.2f} "
             f"backward, a step"
         )
-    crossing = busiest.crossing(setup.degrees.tp, cluster.per_node) * setup.micro_batches
-    lines.append(f"            of cp's, {crossing / GB:.2f} GB come from other nodes")
-    if forecast.experts:
-        crossing = forecast.crossing_ep(cluster.per_node)
-        lines.append(f"            of ep's, {crossing / GB:.2f} GB come from other nodes")
+    for axis, crossing in crossing_bytes(forecast, cluster).items():
+        lines += [
+            f"            of {axis}'s, {crossing.forward / GB:.2f} GB forward and "
+            f"{crossing.backward / GB:.2f} backward come from other nodes"
+        ] * (axes[axis].total > 0)
     for mixer in busiest.mixers:
         there, back = (sum(each.received) / GB for each in (mixer.forward, mixer.backward))
         if there or back:
@@ -166,6 +172,17 @@ def detail_lines(candidate: Candidate, cluster: Cluster) -> list[str]:
     return lines
 
 
+def crossing_bytes(forecast: Forecast, cluster: Cluster) -> dict[str, AxisBytes]:
+    """Bytes a step that come from other nodes, of the axes whose exchanges are dtcp's."""
+    if cluster.nodes == 1:
+        return {}
+    nodes = cluster.ranks_per_node
+    crossing = {"cp": forecast.crossing_cp(nodes)}
+    if forecast.experts:
+        crossing["ep"] = forecast.crossing_ep(nodes)
+    return crossing
+
+
 def as_json(name: str, wish: Wish, cluster: Cluster, search: Search) -> dict[str, Any]:
     """Everything, in bytes and seconds."""
     return {
@@ -176,7 +193,7 @@ def as_json(name: str, wish: Wish, cluster: Cluster, search: Search) -> dict[str
         "documents": list(wish.documents.lengths[0]),
         "rows": wish.rows,
         "assumptions": cluster.assumptions(),
-        "candidates": [_candidate_json(candidate) for candidate in search.candidates],
+        "candidates": [_candidate_json(each, cluster) for each in search.candidates],
         "passed": search.passed,
         "too_large": [
             {"mesh": _mesh_json(x.setup), "needs_at_least": x.needs} for x in search.too_large
@@ -185,11 +202,15 @@ def as_json(name: str, wish: Wish, cluster: Cluster, search: Search) -> dict[str
     }
 
 
+def _bytes_json(by_axis: Mapping[str, AxisBytes]) -> dict[str, dict[str, int]]:
+    return {axis: {"forward": x.forward, "backward": x.backward} for axis, x in by_axis.items()}
+
+
 def _mesh_json(setup: Setup) -> dict[str, int]:
-    return {axis: getattr(setup.degrees, axis) for axis in (*AXES, "ep")}
+    return {axis: getattr(setup.degrees, axis) for axis in (*AXES, "ep", "etp")}
 
 
-def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+def _candidate_json(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
     forecast, time, setup = candidate.forecast, candidate.time, candidate.setup
     axes = {"cp": forecast.cp, **forecast.by_axis}
     return {
@@ -203,7 +224,9 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         "missing": candidate.missing,
         "tokens_per_second": candidate.tokens_per_second,
         "memory": {**forecast.memory.parts(), "total": forecast.memory.total},
-        "received": {a: {"forward": x.forward, "backward": x.backward} for a, x in axes.items()},
+        "received": _bytes_json(axes),
+        "from_other_nodes": _bytes_json(crossing_bytes(forecast, cluster)),
+        "ranks_per_node": setup.ranks_per_node,
         "seconds": {
             "total": time.total,
             "matmuls": time.matmuls,

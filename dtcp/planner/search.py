@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from dtcp.distributed.mesh import Degrees
-from dtcp.parallelize import NoCheckpoint, SelectiveCheckpoint
+from dtcp.distributed.nodes import even_on_cp
+from dtcp.parallelize import ActivationCheckpoint, NoCheckpoint, SelectiveCheckpoint
 from dtcp.planner.cluster import Cluster
 from dtcp.planner.forecast import Forecast, assembled
 from dtcp.planner.looks import Looks
@@ -13,7 +14,7 @@ from dtcp.planner.subject import Subject
 from dtcp.planner.timing import StepTime, step_time
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import HeadTail
+from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.style import AttentionStyle
 
@@ -28,11 +29,27 @@ class Wish:
     Args:
         documents: of one row.
         rows: of a step, on all ranks together.
+        etp: as of Degrees; above 1, experts are split over all of tp.
+        attention, layout, checkpoint: those alone; None to try what there is.
+        reshard: as of Setup.
     """
 
     documents: Documents
     rows: int
     precision: Precision = BF16
+    etp: int = 1
+    attention: AttentionStyle | None = None
+    layout: type[SequenceLayout] | None = None
+    checkpoint: ActivationCheckpoint | None = None
+    reshard: bool = True
+
+    def takes(self, setup: Setup) -> bool:
+        """Whether it is one of those that are wished for."""
+        return (
+            self.attention in (None, setup.attention)
+            and self.layout in (None, setup.layout)
+            and self.checkpoint in (None, setup.checkpoint)
+        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +146,7 @@ class Planner:
                 f"A step has as many rows for each data-parallel rank, got --global-batch "
                 f"{self.wish.rows} on {data} of them: give a multiple of {data}."
             )
-        plain = self._plain(degrees)
+        plain = self.plain(degrees)
         return self.ranked([plain, *self._variants(plain)])
 
     def ranked(self, setups: Iterable[Setup], before: Search | None = None) -> Search:
@@ -150,7 +167,7 @@ class Planner:
         """Every mesh in one plain way, then other ways on the best meshes."""
         meshes = list(self.meshes())
         say(f"tries {len(meshes)} meshes")
-        small, sifted = self.sift(self._plain(degrees) for degrees in meshes)
+        small, sifted = self.sift(self.plain(degrees) for degrees in meshes)
         worth = small if self.looks.count(small) <= MOST_LOOKS else self._narrow(small)
         if not worth:
             # So that there is something to say of what is missing.
@@ -187,7 +204,7 @@ class Planner:
 
     def has_room(self) -> bool:
         """Whether any mesh fits, in its plain way."""
-        worth, _ = self.sift(self._plain(degrees) for degrees in self.meshes())
+        worth, _ = self.sift(self.plain(degrees) for degrees in self.meshes())
         columns = list(columns_of(worth).values())
         # The largest cp that is not refused needs least; what leaves most room first.
         columns.sort(key=lambda column: self.looks.least(column[-1]))
@@ -224,9 +241,9 @@ class Planner:
 
     def meshes(self) -> Iterator[Degrees]:
         """Degrees whose product is the cluster, with rows for all data-parallel ranks."""
-        world, node = self.cluster.gpus, self.cluster.per_node
-        for tp in _divisors(min(world, node)):
-            if world % tp:
+        world, node = self.cluster.gpus, self.cluster.ranks_per_node
+        for tp in _divisors(node):
+            if self.wish.etp not in (1, tp):
                 continue
             for cp in _divisors(world // tp):
                 data = world // tp // cp
@@ -235,36 +252,57 @@ class Planner:
                 for replicas in sorted({1, *self._replicas(data, cp * tp)}):
                     degrees = Degrees(replicas, data // replicas, cp, tp)
                     for ep in self._spread(degrees):
-                        yield replace(degrees, ep=ep)
+                        yield self.spread_over(degrees, ep)
 
     def _replicas(self, data: int, rest: int) -> list[int]:
         """One way to replicate weights: so that a copy stays inside a node."""
-        copies = data // max(1, self.cluster.per_node // rest)
+        copies = data // max(1, self.cluster.ranks_per_node // rest)
         return [copies] if copies > 1 and data % copies == 0 else []
 
     def _spread(self, degrees: Degrees) -> list[int]:
-        """Degrees of ep to try first: none, those of a node, and all ranks that there are."""
+        """Degrees of ep to try first: the least, that of a node, and all ranks that there are."""
         possible = self._expert_degrees(degrees)
-        inside = [ep for ep in possible if ep <= self.cluster.per_node]
-        return sorted({1, *inside[-1:], *possible[-1:]})
+        node = self.cluster.ranks_per_node
+        inside = [ep for ep in possible if ep * self.wish.etp <= node]
+        return sorted({*possible[:1], *inside[-1:], *possible[-1:]})
 
     def _expert_degrees(self, degrees: Degrees) -> list[int]:
-        counts = self.looks.expert_counts
-        if not counts:
-            return [1]
-        return [ep for ep in _divisors(degrees.sparse) if not any(n % ep for n in counts)]
+        counts, etp = self.looks.expert_counts, self.wish.etp
+        ranks = degrees.sparse // etp if counts else 1
+        possible = [ep for ep in _divisors(ranks) if not any(n % ep for n in counts)]
+        # What splits experts beside ep needs one.
+        return possible if etp == 1 else possible[1:]
 
-    def _plain(self, degrees: Degrees) -> Setup:
+    def spread_over(self, degrees: Degrees, ep: int) -> Degrees:
+        """The mesh with experts over ep, and over tp, too, where that is wished for."""
+        return replace(degrees, ep=ep, etp=self.wish.etp if ep > 1 else 1)
+
+    def plain(self, degrees: Degrees) -> Setup:
+        """A mesh in one way, the first to be tried."""
         data = degrees.dp_replicate * degrees.dp_shard
+        given = {
+            name: value
+            for name in ("attention", "layout", "checkpoint")
+            if (value := getattr(self.wish, name)) is not None
+        }
         return Setup(
             degrees,
             self.wish.documents,
             micro_batches=self.wish.rows // data,
             precision=self.wish.precision,
+            reshard=self.wish.reshard,
+            ranks_per_node=nodes_for(self.cluster, degrees),
+            **given,
         )
 
-    def _variants(self, plain: Setup) -> Iterator[Setup]:
-        ways = attention_styles(plain.degrees.cp) if self.looks.reads_strategy else []
+    def _variants(self, plain: Setup) -> list[Setup]:
+        """Other ways to run a mesh, of those that are wished for."""
+        others = (setup for setup in self._others(plain) if self.wish.takes(setup))
+        return [setup for setup in others if setup != plain]
+
+    def _others(self, plain: Setup) -> Iterator[Setup]:
+        is_open = self.wish.attention is None and self.looks.reads_strategy
+        ways = attention_styles(plain.degrees.cp) if is_open else []
         for attention in ways or [plain.attention]:
             yield replace(plain, attention=attention, checkpoint=SelectiveCheckpoint())
             if not isinstance(attention, RingAttention):
@@ -276,10 +314,20 @@ class Planner:
         yield replace(plain, checkpoint=NoCheckpoint())
         near = {plain.degrees.ep * 2, plain.degrees.ep // 2} - {*self._spread(plain.degrees)}
         for ep in sorted(near & {*self._expert_degrees(plain.degrees)}):
-            yield replace(plain, degrees=replace(plain.degrees, ep=ep))
+            yield replace(plain, degrees=self.spread_over(plain.degrees, ep))
         if plain.micro_batches % 2 == 0:
             two = Documents(plain.documents.lengths * 2, plain.documents.seq_len)
             yield replace(plain, documents=two, micro_batches=plain.micro_batches // 2)
+
+
+def nodes_for(cluster: Cluster, degrees: Degrees) -> int:
+    """Ranks of a node as a run on this mesh has them: 0 for one tier, where nodes cut cp unevenly.
+
+    Of one node, too.
+    """
+    nodes = cluster.ranks_per_node
+    is_even = even_on_cp(degrees.cp, degrees.tp, nodes)
+    return nodes if cluster.nodes > 1 and is_even else 0
 
 
 def attention_styles(cp: int) -> list[AttentionStyle]:

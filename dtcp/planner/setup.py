@@ -40,6 +40,8 @@ class Setup:
         documents: of one rank's rows of one micro-batch; its batch is local_batch_size.
         micro_batches: passes forward and backward between two steps of the optimizer.
         reshard: free a block's gathered parameters after its forward pass.
+        ranks_per_node: that a launcher starts on each machine: what several of them read crosses
+            to it once. 0: exchanges have one tier.
     """
 
     degrees: Degrees
@@ -50,6 +52,7 @@ class Setup:
     precision: Precision = BF16
     micro_batches: int = 1
     reshard: bool = True
+    ranks_per_node: int = 0
 
     @property
     def tokens(self) -> int:

@@ -46,7 +46,9 @@ class Weight:
 
 def sharding_ranks(degrees: Degrees, *, spread: bool) -> int:
     """Ranks that FSDP shards a weight over: fsdp, or edp_shard of one that is spread over ep."""
-    return degrees.sparse // degrees.ep if spread else degrees.dp_shard * degrees.cp
+    if spread:
+        return degrees.sparse // degrees.ep // degrees.etp
+    return degrees.dp_shard * degrees.cp
 
 
 class UnitRole(Enum):
@@ -121,7 +123,7 @@ def units_of(
     precision: Precision,
     trained: Collection[int],
     *,
-    ep: DeviceMesh | None,
+    experts: DeviceMesh | None,
     reshard: bool,
 ) -> list[Unit]:
     """The units that `shard_parameters` makes of a model, in its order.
@@ -129,7 +131,7 @@ def units_of(
     Args:
         plan: keys are names of modules that are there.
         trained: ids of the parameters that get a gradient.
-        ep: the axis of experts.
+        experts: the axes that weights of experts are spread over.
     """
     kept = {id(model.get_parameter(name)) for name in plan.keep_dtype}
     units, seen = [], set[int]()
@@ -141,7 +143,7 @@ def units_of(
             if id(p) not in seen:
                 seen.add(id(p))
                 dtype = precision.master if id(p) in kept else precision.compute
-                weights.append(_weight(p, dtype, trained=id(p) in trained, ep=ep))
+                weights.append(_weight(p, dtype, trained=id(p) in trained, experts=experts))
         if weights:
             units.append(Unit(part, tuple(weights), resharded, role=role))
     return units
@@ -162,7 +164,9 @@ def modules_of_units(
     return [*groups, ("", UnitRole.ROOT, [model])]
 
 
-def _weight(p: nn.Parameter, dtype: torch.dtype, *, trained: bool, ep: DeviceMesh | None) -> Weight:
-    spread = ep is not None and isinstance(p, DTensor) and p.device_mesh == ep
+def _weight(
+    p: nn.Parameter, dtype: torch.dtype, *, trained: bool, experts: DeviceMesh | None
+) -> Weight:
+    spread = experts is not None and isinstance(p, DTensor) and p.device_mesh == experts
     shape = p.to_local().shape if isinstance(p, DTensor) else p.shape
     return Weight(tuple(shape), dtype, trained, spread)

@@ -17,7 +17,9 @@ from dtcp.distributed.groups import axis_group_name, group_name
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer
+from dtcp.models.moe import Experts
 from dtcp.parallelize import ParallelPlan, parallelize
+from dtcp.parallelize.tensor_parallel import is_experts
 from dtcp.parallelize.tied_parameters import find_tied_parameters, restore_tied_parameters
 from dtcp.planner.blocks import BlockKind, keep_one_of_each
 from dtcp.planner.setup import Setup
@@ -71,18 +73,19 @@ class PlacedModel:
     kinds: list[BlockKind]
 
     def units(
-        self, setup: Setup, ep: DeviceMesh | None, trained: Collection[int] | None = None
+        self, setup: Setup, experts: DeviceMesh | None, trained: Collection[int] | None = None
     ) -> list[Unit]:
         """What FSDP gathers together.
 
         Args:
+            experts: the axes that weights of experts are spread over.
             trained: ids of the parameters that get a gradient; None for all that want one.
         """
         if trained is None:
             trained = {id(p) for p in self.model.parameters() if p.requires_grad}
         counts = {kind.name: kind.count for kind in self.kinds}
         found = units_of(
-            self.model, self.plan, setup.precision, trained, ep=ep, reshard=setup.reshard
+            self.model, self.plan, setup.precision, trained, experts=experts, reshard=setup.reshard
         )
         return [replace(unit, count=counts.get(unit.part, 1)) for unit in found]
 
@@ -134,7 +137,7 @@ def trace_step(subject: Subject, mesh: ParallelMesh, setup: Setup) -> TracedStep
     return TracedStep(
         trace,
         kinds,
-        placed.units(setup, mesh.ep, reached),
+        placed.units(setup, mesh.experts, reached),
         inputs,
         _whole(model, kinds),
         axes_of(mesh),
@@ -186,7 +189,11 @@ def _run(
     recorder.ignore([*model.parameters(), *model.buffers(), *local.values()])
     gradients = _Gradients(recorder, model, plan)
     blocks = {name: model.get_submodule(name) for name in names}
+
     with ExitStack() as stack:
+        for experts in experts_of(model):
+            hook = experts.register_forward_pre_hook(recorder.routes.before_experts)
+            stack.callback(hook.remove)
         for p in (p for p in model.parameters() if p.requires_grad):
             stack.callback(p.register_post_accumulate_grad_hook(gradients.note).remove)
         for hook in follow_blocks(lambda: recorder, blocks, gradients.leave):
@@ -205,6 +212,11 @@ def _run(
         trace = recorder.close()
         gradients.leave()
     return trace, gradients.reached
+
+
+def experts_of(model: nn.Module) -> list[nn.Module]:
+    """The modules of experts, called with tokens and with what each has chosen, [N, k]."""
+    return [m for m in model.modules() if isinstance(m, Experts) or is_experts(m)]
 
 
 class _Gradients:

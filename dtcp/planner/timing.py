@@ -71,9 +71,9 @@ def step_time(forecast: Forecast, cluster: Cluster) -> StepTime:
 
 
 def cp_seconds(forecast: Forecast, rank: RankForecast, cluster: Cluster) -> float:
-    """Transfers of the axis cp, from owner to user: the network's part and the node's."""
+    """Transfers of the axis cp: the network's part and the node's."""
     setup = forecast.setup
-    crossing = rank.crossing(setup.degrees.tp, cluster.per_node)
+    crossing = rank.crossing(setup.degrees.tp, cluster.ranks_per_node).total
     inside = rank.received.total - crossing
     seconds = crossing / cluster.between + inside / cluster.inside
     return seconds * setup.micro_batches
@@ -83,15 +83,15 @@ def _axes_of_weights(degrees: Degrees) -> dict[str, tuple[int, int]]:
     """(ranks, how far apart they are) of each axis that weights and their gradients travel on."""
     return {
         "fsdp": (sharding_ranks(degrees, spread=False), degrees.tp),
-        "edp": (sharding_ranks(degrees, spread=True), degrees.ep),
+        "edp": (sharding_ranks(degrees, spread=True), degrees.ep * degrees.etp),
         "dp_replicate": (degrees.dp_replicate, degrees.sparse),
     }
 
 
 def ep_seconds(forecast: Forecast, cluster: Cluster) -> float:
-    """Tokens to experts and back, straight: the network's part and the node's."""
+    """Tokens to experts and back: the network's part and the node's."""
     received = forecast.by_axis.get("ep", AxisBytes()).total
-    crossing = forecast.crossing_ep(cluster.per_node)
+    crossing = forecast.crossing_ep(cluster.ranks_per_node).total
     return crossing / cluster.between + (received - crossing) / cluster.inside
 
 
@@ -99,7 +99,7 @@ def _seconds(moved: AxisBytes, ranks: int, stride: int, cluster: Cluster) -> flo
     """A collective among `ranks` neighbours, `stride` apart: a ring enters each node once."""
     if ranks == 1:
         return 0.0
-    in_node = max(1, cluster.per_node // stride)
+    in_node = max(1, cluster.ranks_per_node // stride)
     if ranks <= in_node:
         return moved.total / cluster.inside
     # What comes into a node is shared by the ports of its GPUs.

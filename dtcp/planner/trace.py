@@ -30,7 +30,7 @@ from dtcp._torch import (
 )
 from dtcp.distributed.ops import moves_of
 from dtcp.metadata import BatchMetadata, MetadataKey
-from dtcp.planner.even_routes import ROUTE, even_routes
+from dtcp.planner.even_routes import ROUTE, EvenRoutes
 from dtcp.planner.mixer_flops import GROUPED_PRODUCTS, mixer_flops
 
 OUTSIDE = "outside of blocks"
@@ -139,7 +139,7 @@ class StepRecorder(TorchDispatchMode):
     def __init__(self, metadata: BatchMetadata, *, fake: bool = False) -> None:
         super().__init__()
         self.trace, self.place, self.live = Trace(), Place(), 0
-        self.fake = fake
+        self.fake, self.routes = fake, EvenRoutes()
         self.grads = 0
         """Bytes of whole gradients of weights."""
         self._alive: dict[int, int] = {}
@@ -188,7 +188,7 @@ class StepRecorder(TorchDispatchMode):
             return NotImplemented
         kwargs, name = kwargs or {}, func.name()
         if self.fake and name == ROUTE:
-            out = even_routes(func, args, kwargs)
+            out = self.routes(func, args, kwargs)
         elif self.fake and name == "aten::detach" and type(args[0]) is Tensor:
             # As checkpointing does to what it keeps: what the host reads stays readable.
             with real_tensors():

@@ -1,6 +1,5 @@
 """What a config asks for that would not be done: refused on the launcher, before ranks start."""
 
-import math
 from copy import deepcopy
 from importlib.util import find_spec
 from typing import Any
@@ -24,7 +23,7 @@ from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE
 
 from dtcp.distributed.mesh import Degrees
-from dtcp.distributed.nodes import neighbours_on_axis
+from dtcp.distributed.nodes import neighbours_on_cp
 from dtcp.experts import library_for
 from dtcp.parallelize.expert_exchange import check_experts
 from dtcp.pretrain.data import PackedDocuments, check_balance
@@ -115,10 +114,7 @@ def check_nodes(config: Any) -> None:
         ValueError: naming the ranks of a machine and what would fit.
     """
     degrees, nodes = config.parallelism, config.dtcp.ranks_per_node
-    cp, tp = degrees.context_parallel_degree, degrees.tensor_parallel_degree
-    # Nodes and groups of cp fall together again after as many ranks.
-    ranks = torch.arange(math.lcm(cp * tp, max(nodes, 1)))
-    neighbours_on_axis(ranks.view(-1, cp, tp).movedim(1, 2).flatten(0, 1), nodes)
+    neighbours_on_cp(degrees.context_parallel_degree, degrees.tensor_parallel_degree, nodes)
 
 
 def check_expert_degree(config: Any, ranks: int) -> None:
@@ -190,11 +186,6 @@ def _check_split_experts(config: Any, sparse: int) -> None:
         raise ValueError(
             f"Experts of transformers are whole under ep, got dtcp.expert_tensor_parallel_degree="
             f"{etp}: leave it out, and ep takes ranks of tp, too."
-        )
-    if config.dtcp.forecast:
-        raise ValueError(
-            f"Forecasts know experts that are whole, got dtcp.forecast=True with "
-            f"dtcp.expert_tensor_parallel_degree={etp}: leave one of them out."
         )
     cp, tp = degrees.context_parallel_degree, degrees.tensor_parallel_degree
     ep = degrees.expert_parallel_degree

@@ -20,7 +20,7 @@ from dtcp.planner.search import Candidate, Planner, Wish, attention_styles
 from dtcp.pretrain.attempt import attempt_store, has_agent_store
 from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.expected import precision_of, setup_of, subject_of
-from dtcp.pretrain.launch import degrees_of, rank
+from dtcp.pretrain.launch import degrees_of, rank, ranks_of_machine
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
@@ -86,15 +86,18 @@ def plan_strategy(config: Any, ranks: int) -> PlannedStrategy:
     Raises:
         ValueError: a model that the planner does not know, or that takes none of them.
     """
-    section, degrees = config.dtcp, mesh_of(config.parallelism, ranks)
+    section = config.dtcp
+    degrees = mesh_of(config.parallelism, ranks, etp=section.expert_tensor_parallel_degree)
+    nodes = section.ranks_per_node or ranks_of_machine()
     documents = first_rows(config)
     layouts = _layouts(section, documents)
     planner = Planner(
         subject_of(config),
-        cluster_here(ranks),
+        cluster_here(ranks, nodes),
         Wish(documents, documents.batch, precision_of(config.training)),
     )
     plain = setup_of(config, degrees, documents, layouts[0], RingAttention())
+    plain = replace(plain, ranks_per_node=nodes if nodes < ranks else 0)
     ways = _ways(section, degrees.cp if planner.looks.reads_strategy else 1)
     plans = [replace(plain, attention=way) for way in ways]
     search = planner.ranked(plans)
@@ -122,13 +125,13 @@ def _said(best: Candidate, planner: Planner, section: Section, tried: int) -> Pl
     return PlannedStrategy(strategy, inner or section.ulysses_degree, layout, tuple(lines))
 
 
-def mesh_of(parallelism: Any, ranks: int) -> Degrees:
+def mesh_of(parallelism: Any, ranks: int, *, etp: int = 1) -> Degrees:
     """The mesh of a config on so many ranks."""
     given = degrees_of(parallelism)
     given.pop("pp")
     if given["dp_shard"] < 0:
         given["dp_shard"] = ranks // (given["dp_replicate"] * given["cp"] * given["tp"])
-    return Degrees(**given, ep=parallelism.expert_parallel_degree)
+    return Degrees(**given, ep=parallelism.expert_parallel_degree, etp=etp)
 
 
 def first_rows(config: Any) -> Documents:

@@ -11,7 +11,7 @@ from dtcp._torch import process_group
 from dtcp.check.configs import small_config
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.experts import AllToAllExchange
+from dtcp.experts import AllToAllExchange, NodeExchange
 from dtcp.loss import token_mean_loss
 from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
 from dtcp.parallelize import (
@@ -59,8 +59,12 @@ FAMILIES = ("llama", "gemma4", "gemma4_e", "qwen3_5", "deepseek_v4", "hf", "hf_l
 
 
 def counted(_, kind, setup):
-    """(forward, backward) bytes that this rank receives in a real step, by axis."""
-    subject, mesh = SUBJECTS[kind](), ParallelMesh.from_degrees(setup.degrees, "cpu")
+    """(forward, backward) bytes that this rank receives in a real step, by axis.
+
+    Of cp and ep, those from other nodes as well.
+    """
+    subject, nodes = SUBJECTS[kind](), setup.ranks_per_node
+    mesh = ParallelMesh.from_degrees(setup.degrees, "cpu", ranks_per_node=nodes)
     torch.manual_seed(0)
     model = subject.build()
     how = {
@@ -86,22 +90,43 @@ def counted(_, kind, setup):
     experts = [sum(traffic[op].received for op in EXPERT_OPS) for traffic in (there, back)]
     by_axis = {"ep": experts}
     by_axis["cp"] = [there.received - experts[0], back.received - experts[1]]
+    if nodes:
+        crossed = [crossing(traffic, nodes) for traffic in (there, back)]
+        by_axis |= {f"{axis} between": [x[axis] for x in crossed] for axis in ("cp", "ep")}
     for (place, group), size in recorder.close().collectives.items():
         if size:
             by_axis.setdefault(axis(axes, group), [0, 0])[place.backward] += size
     return {axis: tuple(sizes) for axis, sizes in by_axis.items() if any(sizes)}
 
 
+def crossing(traffic, nodes):
+    """Bytes from other nodes to this rank, for cp and for ep."""
+    found = {"cp": 0, "ep": 0}
+    for op, count in traffic.by_op.items():
+        found["ep" if op in EXPERT_OPS else "cp"] += count.crossing(dist.get_rank(), nodes)[1]
+    return found
+
+
 @contextmanager
 def choosing_evenly():
-    """Routers that choose every expert as often, as a forecast has it."""
-    exchange = AllToAllExchange.__call__
+    """Routers that choose every expert as often, as a forecast has it; on nodes, all choices."""
+    straight, on_nodes = AllToAllExchange.__call__, NodeExchange.__call__
 
     def evenly(self, tokens, compute):
         chosen = torch.arange(tokens.chosen.numel()).view_as(tokens.chosen) % self.num_experts
-        return exchange(self, tokens._replace(chosen=chosen), compute)
+        return straight(self, tokens._replace(chosen=chosen), compute)
 
-    with patch.object(AllToAllExchange, "__call__", evenly):
+    def each_choice(self, tokens, compute):
+        number, top_k = tokens.chosen.shape
+        choices = torch.combinations(torch.arange(self.num_experts), top_k)
+        assert number % len(choices) == 0
+        chosen = choices.repeat(number // len(choices), 1)
+        return on_nodes(self, tokens._replace(chosen=chosen), compute)
+
+    with (
+        patch.object(AllToAllExchange, "__call__", evenly),
+        patch.object(NodeExchange, "__call__", each_choice),
+    ):
         yield
 
 
@@ -124,6 +149,9 @@ def assert_forecast_is_counted(kind, setup):
         actual = every[rank.cp_rank * degrees.tp]
         by_axis = {axis: (x.forward, x.backward) for axis, x in stated.by_axis.items()}
         by_axis["cp"] = (rank.received.forward, rank.received.backward)
+        if nodes := setup.ranks_per_node:
+            between = {"cp": rank.crossing(degrees.tp, nodes), "ep": stated.crossing_ep(nodes)}
+            by_axis |= {f"{axis} between": (x.forward, x.backward) for axis, x in between.items()}
         assert actual == {axis: sizes for axis, sizes in by_axis.items() if any(sizes)}
 
 
@@ -172,6 +200,58 @@ def test_forecast_bytes_of_strategies_and_checkpoints_are_those_of_real_ranks(op
 
 def test_forecast_bytes_of_experts_on_their_own_ranks_are_those_of_real_ranks():
     assert_forecast_is_counted("qwen3_5", setup_of(Degrees(cp=2, ep=2)))
+
+
+EVERY_CHOICE = Documents(((150, 42, 480),), 672)
+"""Of four ranks, each has a multiple of the ways to choose two of eight experts, or of four."""
+
+
+def test_forecast_bytes_of_two_tiers_are_those_of_real_ranks():
+    """Four ranks as two nodes: attention, states and tokens for experts."""
+    setup = Setup(Degrees(cp=4, ep=4), EVERY_CHOICE, precision=FP32, ranks_per_node=2)
+    assert_forecast_is_counted("qwen3_5", setup)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*FAMILIES, "gemma4_moe", "hf_moe"])
+def test_forecast_bytes_of_two_tiers_of_every_family_are_those_of_real_ranks(kind):
+    ep = 4 if kind in ("deepseek_v4", "gemma4_moe", "hf_moe") else 1
+    degrees = Degrees(cp=4, ep=ep)
+    setup = Setup(degrees, EVERY_CHOICE, precision=FP32, ranks_per_node=2, layout=DocumentBalanced)
+    assert_forecast_is_counted(kind, setup)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("degrees", "options"),
+    [
+        (Degrees(cp=2, tp=2), {}),
+        (Degrees(dp_shard=2, cp=2), {}),
+        (Degrees(cp=4), {"attention": AllGatherAttention()}),
+        (Degrees(cp=4), {"attention": UlyssesAttention()}),
+        (Degrees(cp=4), {"attention": HybridAttention(inner_ranks=2)}),
+        (Degrees(dp_replicate=2, cp=4), {"layout": DocumentBalanced}),
+    ],
+    ids=str,
+)
+def test_forecast_bytes_of_two_tiers_beside_other_axes_are_those_of_real_ranks(degrees, options):
+    assert_forecast_is_counted("llama", setup_of(degrees, ranks_per_node=2, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("degrees", "nodes"),
+    [
+        (Degrees(dp_shard=2, cp=2, tp=2, ep=2, etp=2), 0),
+        (Degrees(cp=2, tp=2, ep=2, etp=2), 0),
+        (Degrees(cp=4, tp=2, ep=4, etp=2), 4),
+    ],
+    ids=str,
+)
+def test_forecast_bytes_of_experts_that_tp_splits_are_those_of_real_ranks(degrees, nodes):
+    documents = EVERY_CHOICE if nodes else DOCUMENTS
+    setup = Setup(degrees, documents, precision=FP32, ranks_per_node=nodes)
+    assert_forecast_is_counted("qwen3_5", setup)
 
 
 @pytest.mark.slow

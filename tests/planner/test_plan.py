@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,18 @@ import torch
 from torch import nn
 
 from dtcp.distributed.mesh import Degrees
+from dtcp.distributed.nodes import even_neighbours, even_on_cp
 from dtcp.models import llama, qwen3_5
-from dtcp.parallelize import FullCheckpoint, NoCheckpoint
+from dtcp.parallelize import FullCheckpoint, NoCheckpoint, SelectiveCheckpoint
 from dtcp.plan import __main__ as command
+from dtcp.plan.command import command_line
 from dtcp.plan.source import asked_documents, request_of
 from dtcp.planner.cluster import GB, cluster_of
-from dtcp.planner.forecast import forecast
+from dtcp.planner.forecast import degrees_of_look, forecast, nodes_of_look
 from dtcp.planner.search import Planner, Wish
 from dtcp.planner.setup import Setup
 from dtcp.planner.subject import FamilyModel, subject_of_hf
+from dtcp.pretrain.config_check import check_batch_size, check_expert_degree, check_nodes
 from dtcp.pretrain.expected import kept_by_blocks
 from dtcp.pretrain.options import parse
 from dtcp.pretrain.planned_strategy import mesh_of
@@ -84,6 +88,17 @@ def test_plan_as_json_has_bytes_and_seconds(capsys):
         (["--hf-config", "llama3.1-8b", "--documents", "lognormal:0:1"], "Lengths are drawn as"),
         (["--hf-config", "llama3.1-8b", "--training.steps", "3"], "Settings belong to a config"),
         (["--config", "nope"], "A config is a function of the module"),
+        (["--hf-config", "llama3.1-8b", "--cluster", "13xH100"], "got 13 H100 in 2 nodes of up to"),
+        (
+            ["--config", "llama_tiny", "--parallelism.context_parallel_degree=4"],
+            "got --parallelism.context_parallel_degree=4: give --mesh, as cp=8,tp=1",
+        ),
+        (["--config", "llama_tiny", "--dtcp.ranks_per_node", "4"], "give the nodes, --cluster"),
+        (["--config", "llama_tiny", "--dtcp.ulysses_degree", "4"], "name hybrid, or leave it out"),
+        (
+            [*("--config", "llama_tiny"), "--dtcp.expert_tensor_parallel_degree", "2"],
+            "got dtcp.expert_tensor_parallel_degree=2 for a model without experts",
+        ),
         (["--model", "nowhere:f", "--plan", "nowhere:g"], "A model and its plan are functions"),
     ],
 )
@@ -166,17 +181,79 @@ def test_plan_of_thousands_of_gpus_looks_at_one_row_only():
 
 def test_plan_names_a_command_that_train_takes():
     """With experts on ranks of their own: what train.py parses is what was planned."""
-    arguments, rest = command._parser().parse_known_args(["--config", "qwen3_5_moe_tiny"])
-    request, cluster = request_of(arguments, rest), cluster_of("4xH100")
+    degrees = Degrees(cp=2, tp=2, ep=4)
+    launcher, config, setup = planned_command(["--config", "qwen3_5_moe_tiny"], "4xH100", degrees)
+    assert launcher == "torchrun --nproc-per-node 4"
+    assert mesh_of(config.parallelism, 4) == degrees == setup.degrees
+    assert kept_by_blocks(config) == FullCheckpoint()
+
+
+def planned_command(options, cluster, degrees):
+    """(launcher, config that train.py reads, setup) of a mesh, the first way of it."""
+    arguments, rest = command._parser().parse_known_args(options)
+    request, cluster = request_of(arguments, rest), cluster_of(cluster)
     planner = Planner(request.subject, cluster, request.wish)
-    setup = Setup(Degrees(cp=2, tp=2, ep=4), request.wish.documents, checkpoint=NoCheckpoint())
-    line = command.command_line(request, planner.candidate(setup), cluster)
-    launcher, _, given = line.partition(" train.py ")
+    candidate = planner.candidate(planner.plain(degrees))
+    launcher, _, given = command_line(request, candidate, cluster).partition(" train.py ")
     config = parse(given.split())
     config.check()
-    assert launcher == "torchrun --nproc-per-node 4"
-    assert mesh_of(config.parallelism, 4) == setup.degrees
-    assert kept_by_blocks(config) == NoCheckpoint()
+    check_batch_size(config, cluster.gpus)
+    check_expert_degree(config, cluster.gpus)
+    check_nodes(config)
+    return launcher, config, candidate.setup
+
+
+def test_plan_on_nodes_that_cut_cp_unevenly_asks_for_one_tier():
+    two_nodes = ["--config", "llama_tiny", "--cluster", "12xH100", "--global-batch", "6"]
+    launcher, config, setup = planned_command(two_nodes, "12xH100", Degrees(dp_shard=3, cp=4))
+    assert launcher.startswith("torchrun --nproc-per-node 6 --nnodes 2 ")
+    assert setup.ranks_per_node == 0 and config.dtcp.ranks_per_node == 12
+    _, config, setup = planned_command(two_nodes, "12xH100", Degrees(dp_shard=6, cp=2))
+    assert setup.ranks_per_node == 6 and config.dtcp.ranks_per_node == 0
+
+
+def test_plan_keeps_to_what_is_given_of_a_config():
+    given = [
+        *("--config", "qwen3_5_moe_tiny", "--global-batch", "2", "--dtcp.strategy", "hybrid"),
+        *("--dtcp.layout", "document_balanced", "--training.steps", "7"),
+        *("--dtcp.expert_tensor_parallel_degree", "2", "activation_checkpoint:selective"),
+    ]
+    degrees = Degrees(dp_shard=2, cp=2, tp=2, ep=2, etp=2)
+    _, config, setup = planned_command(given, "8xH100", degrees)
+    assert mesh_of(config.parallelism, 8, etp=2) == degrees
+    assert config.dtcp.strategy == "hybrid" and config.dtcp.layout == "document_balanced"
+    assert config.dtcp.expert_tensor_parallel_degree == 2 and config.training.steps == 7
+    assert kept_by_blocks(config) == SelectiveCheckpoint() == setup.checkpoint
+    arguments, rest = command._parser().parse_known_args(given)
+    request = request_of(arguments, rest)
+    planner = Planner(request.subject, cluster_of("8xH100"), request.wish)
+    meshes = list(planner.meshes())
+    assert meshes and all(each.tp == each.etp == 2 and each.ep > 1 for each in meshes)
+    assert all(request.wish.takes(each) for each in planner._variants(setup))
+
+
+def test_plan_sees_on_the_first_rows_what_nodes_do_on_all_of_them():
+    """Which neighbours of ep share a node: of a look's ranks as of the whole run's."""
+
+    def neighbours(degrees, nodes):
+        ranks = torch.arange(degrees.world).reshape(-1, degrees.ep, degrees.etp)
+        run = even_neighbours(ranks.movedim(1, 2).reshape(-1, degrees.ep), nodes)
+        return 0 if run == degrees.ep else run
+
+    seen = 0
+    for dp, cp, tp, nodes in product((1, 2, 3, 4), (1, 2, 3, 4, 6), (1, 2, 3), (2, 3, 4, 6, 8)):
+        world = dp * cp * tp
+        if world % nodes or world == nodes or not even_on_cp(cp, tp, nodes):
+            continue
+        for etp, ep in product({1, tp}, range(2, world + 1)):
+            if world // etp % ep == 0:
+                degrees = Degrees(dp_shard=dp, cp=cp, tp=tp, ep=ep, etp=etp)
+                setup = Setup(degrees, ROW, ranks_per_node=nodes)
+                here, least = degrees_of_look(degrees), nodes_of_look(setup)
+                found = neighbours(here, least) if least else 0
+                assert found == neighbours(degrees, nodes), setup
+                seen += found > 0
+    assert seen > 50
 
 
 def test_plan_tries_ranks_of_their_own_for_experts():
