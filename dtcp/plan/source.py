@@ -142,7 +142,7 @@ def _wished_of(section: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """What is given of the section dtcp, and not left open."""
     wished: dict[str, Any] = {}
     if {"dtcp.strategy", "dtcp.ulysses_degree"} & given.keys() and section.strategy != "auto":
-        wished["attention"] = section.attention_style()
+        wished["attention"] = section.attention_style("cuda")
     if "dtcp.layout" in given and section.layout != "auto":
         wished["layout"] = section.sequence_layout()
     return wished
