@@ -32,13 +32,13 @@ from benchmarks.report import conditions, table, write
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.interval_runs import MaskWork
 from dtcp.sequence.layout import (
     BlockBalanced,
     HeadTail,
     PerDocument,
     SequenceLayout,
 )
+from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
@@ -92,7 +92,7 @@ def main() -> None:
     parts = [conditions("benchmarks.balance", {"packs": arguments.packs}), *_of_suites(arguments)]
     parts.append(_planning(arguments.repeats))
     if arguments.steps:
-        parts.append(report((2, 4), 2048, arguments.repeats))
+        parts.append(report((2, 4), 2048, arguments.repeats, 40, lambda _: None))
     text = "# Balance of packed rows\n\n" + "\n\n".join(parts) + "\n"
     print(text)
     if arguments.write:

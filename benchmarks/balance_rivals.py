@@ -9,7 +9,7 @@ from dtcp.sequence.balance import assign_blocks, block_work
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.interval_runs import Ints, KeyIntervals, WorkRuns
+from dtcp.sequence.interval_runs import Ints, KeyIntervals
 from dtcp.sequence.layout import (
     BlockBalanced,
     Contiguous,
@@ -17,6 +17,7 @@ from dtcp.sequence.layout import (
     PerDocument,
     SequenceLayout,
 )
+from dtcp.sequence.mask_work import WorkRuns
 from dtcp.sequence.masks import Causal
 from dtcp.softmax.required_keys import needed_by_rank
 from dtcp.softmax.ulysses import joined

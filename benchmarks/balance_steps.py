@@ -1,18 +1,22 @@
-"""Real steps on packed rows: DocumentBalanced beside HeadTail and beside keys that all go to all.
+"""Real steps on packed rows: every layout, and keys that all go to all.
 
-    python -m benchmarks.balance_steps --ranks 2 4 --tokens-a-rank 1024
+    python -m benchmarks.balance_steps
+    python -m benchmarks.balance_steps --write cpu
 
-models.llama tiny in fp32, forward and backward, one row of a suite; the cases take turns in one
-run. Their losses are held equal: it is the same work. Of each case, the median of a step by the
-clock, and the CPU time of the busiest rank, which is what a step takes where every rank has a core
-of its own, on a busy machine too.
+models.llama, small, in fp32, forward and backward, one row of a suite; the cases take turns in one
+run, in another order each time. Their losses are held equal: it is the same work. Of each case, the
+median of a step by the clock, and the CPU time of the busiest rank, which is what a step takes
+where every rank has a core of its own, on a busy machine too. A suite's rows are printed, and
+written, as soon as they are there.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.balance_rivals import rows_of
-from benchmarks.report import conditions, table
+from benchmarks.report import conditions, table, write
 from dtcp.batch import shard_batch
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
@@ -34,7 +38,13 @@ from dtcp.parallelize import llama_plan, parallelize
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
-from dtcp.sequence.layout import HeadTail, SequenceLayout
+from dtcp.sequence.layout import (
+    BlockBalanced,
+    Contiguous,
+    HeadTail,
+    PerDocument,
+    SequenceLayout,
+)
 from dtcp.sequence.slot_runs import SlotRuns
 from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.metadata import KeyExchangeMetadata
@@ -50,7 +60,9 @@ HEAD = (
     "s / step",
     "s of the busiest rank",
     "KiB received",
+    "steps",
 )
+RESULTS = Path(__file__).parent / "results"
 
 
 class GatherEverything(AllGatherAttention):
@@ -81,14 +93,17 @@ class Case(NamedTuple):
     style: AttentionStyle
 
 
+LAYOUTS = (DocumentBalanced, HeadTail, Contiguous, PerDocument, BlockBalanced)
+
+
 def cases() -> list[Case]:
-    return [
-        Case("DocumentBalanced, ring", DocumentBalanced, RingAttention()),
-        Case("HeadTail, ring", HeadTail, RingAttention()),
-        Case("DocumentBalanced, needed keys", DocumentBalanced, AllGatherAttention()),
-        Case("HeadTail, needed keys", HeadTail, AllGatherAttention()),
-        Case("HeadTail, everything gathered", HeadTail, GatherEverything()),
+    ways = {"ring": RingAttention, "needed keys": AllGatherAttention}
+    found = [
+        Case(f"{layout.__name__}, {name}", layout, style())
+        for name, style in ways.items()
+        for layout in LAYOUTS
     ]
+    return [*found, Case("HeadTail, everything gathered", HeadTail, GatherEverything())]
 
 
 class Step:
@@ -96,7 +111,7 @@ class Step:
 
     def __init__(self, case: Case, mesh: ParallelMesh, documents: Documents) -> None:
         torch.manual_seed(0)
-        config = tiny()
+        config = replace(tiny(), num_layers=2)
         self.model, self.mesh = Llama(config), mesh
         self.model.init_weights()
         parallelize(self.model, mesh, llama_plan(config, mesh, case.style), compile=None)
@@ -124,25 +139,41 @@ class Step:
         return float(whole)
 
 
-def measured(ranks: int, tokens_a_rank: int, repeats: int) -> list[list[str]]:
-    """Rows of the table: every suite and case on so many ranks."""
+Rows = list[list[str]]
+
+
+def measured(
+    ranks: int, tokens_a_rank: int, repeats: int, seconds: float, show: Callable[[Rows], None]
+) -> Rows:
+    """Rows of the table: every suite and case on so many ranks.
+
+    Args:
+        seconds: of a suite, after which its steps are not repeated any more.
+        show: called with the rows of each suite.
+    """
+    rows: Rows = []
     with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
-        results = manager.dict()
-        mp.spawn(_rank, (f"{folder}/meeting", ranks, tokens_a_rank, repeats, results), nprocs=ranks)
-        found = dict(results)
-    rows = []
-    for suite in SUITES:
-        for number, case in enumerate(cases()):
-            each = [found[suite, number, rank] for rank in range(ranks)]
-            clock, busiest = each[0][0], max(cpu for _, cpu, _ in each)
-            received = statistics.fmean(received for *_, received in each) / 1024
-            numbers = (f"{clock:.3f}", f"{busiest:.3f}", f"{received:.0f}")
-            rows.append([suite, str(ranks), case.name, *numbers])
+        results = manager.Queue()
+        options = (f"{folder}/meeting", ranks, tokens_a_rank, repeats, seconds, results)
+        context = mp.spawn(_rank, options, nprocs=ranks, join=False)
+        done = False
+        while not done:
+            done = context.join(timeout=0.5)
+            while not results.empty():
+                found = results.get()
+                show(found)
+                rows += found
     return rows
 
 
 def _rank(
-    rank: int, meeting: str, ranks: int, tokens_a_rank: int, repeats: int, results: Any
+    rank: int,
+    meeting: str,
+    ranks: int,
+    tokens_a_rank: int,
+    repeats: int,
+    seconds: float,
+    results: Any,
 ) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(meeting, ranks)
@@ -151,22 +182,55 @@ def _rank(
     for suite in SUITES:
         documents = scaled(rows_of(suite, ranks * TOKENS_OF_SUITES, 1)[0], ranks * tokens_a_rank)
         steps = [Step(case, mesh, documents) for case in cases()]
-        losses, received = [], []
-        for step in steps:
-            with count_traffic() as traffic:
-                losses.append(step.run())
-            received.append(traffic.received)
-            step.clock.clear()
-            step.cpu.clear()
-        if max(losses) - min(losses) > 1e-5 * max(losses):
-            raise SystemExit(f"The cases do the same work, got losses {losses} on {suite}.")
-        for _ in range(repeats):
-            for step in steps:
-                step.run()
-        for number, step in enumerate(steps):
-            medians = statistics.median(step.clock), statistics.median(step.cpu)
-            results[suite, number, rank] = (*medians, received[number])
+        received = _first_steps(steps, suite)
+        _take_turns(steps, repeats, seconds)
+        mine = [
+            (statistics.median(step.clock), statistics.median(step.cpu), bytes_in)
+            for step, bytes_in in zip(steps, received, strict=True)
+        ]
+        of_ranks: list[Any] = [None] * ranks
+        dist.all_gather_object(of_ranks, mine)
+        if rank == 0:
+            results.put(_rows(suite, of_ranks, len(steps[0].clock)))
     dist.destroy_process_group()
+
+
+def _first_steps(steps: list[Step], suite: str) -> list[int]:
+    """One of each case, which is not measured: the bytes that this rank receives in it."""
+    losses, received = [], []
+    for step in steps:
+        with count_traffic() as traffic:
+            losses.append(step.run())
+        received.append(traffic.received)
+        step.clock.clear()
+        step.cpu.clear()
+    if max(losses) - min(losses) > 1e-5 * max(losses):
+        raise SystemExit(f"The cases do the same work, got losses {losses} on {suite}.")
+    return received
+
+
+def _take_turns(steps: list[Step], repeats: int, seconds: float) -> None:
+    """A step of each case, again and again: as often on every rank, three times at least."""
+    started = time.perf_counter()
+    for turn in range(repeats):
+        late = torch.tensor([float(time.perf_counter() - started > seconds)])
+        dist.all_reduce(late)
+        if turn >= 3 and late.item():
+            return
+        first = 5 * turn % len(steps)
+        for step in (*steps[first:], *steps[:first]):
+            step.run()
+
+
+def _rows(suite: str, of_ranks: list[list[tuple[float, float, int]]], turns: int) -> Rows:
+    """The table's, of the medians and bytes of each rank."""
+    rows = []
+    for case, each in zip(cases(), zip(*of_ranks, strict=True), strict=True):
+        clock, busiest = max(clock for clock, *_ in each), max(cpu for _, cpu, _ in each)
+        received = statistics.fmean(received for *_, received in each) / 1024
+        numbers = (f"{clock:.3f}", f"{busiest:.3f}", f"{received:.0f}", str(turns))
+        rows.append([suite, str(len(of_ranks)), case.name, *numbers])
+    return rows
 
 
 def scaled(documents: Documents, seq_len: int) -> Documents:
@@ -175,14 +239,28 @@ def scaled(documents: Documents, seq_len: int) -> Documents:
     return Documents((tuple(np.diff(np.unique(ends), prepend=0).tolist()),), seq_len)
 
 
-def report(ranks: tuple[int, ...], tokens_a_rank: int, repeats: int) -> str:
-    """A section of the report of `benchmarks.balance`."""
-    rows = [row for count in ranks for row in measured(count, tokens_a_rank, repeats)]
-    return (
-        f"## Steps on real ranks\n\nmodels.llama tiny, fp32, {tokens_a_rank} tokens a rank, gloo; "
-        f"medians of {repeats}; the CPU time of the busiest rank is what a step takes where each "
-        f"has a core of its own.\n\n{table(HEAD, rows)}"
+def report(
+    ranks: tuple[int, ...],
+    tokens_a_rank: int,
+    repeats: int,
+    seconds: float,
+    show: Callable[[str], None],
+) -> str:
+    """A section of the report of `benchmarks.balance`; shown, as far as it is, after each suite."""
+    rows: Rows = []
+    note = (
+        f"## Steps on real ranks\n\nmodels.llama tiny of two layers, fp32, {tokens_a_rank} tokens "
+        f"a rank, gloo; medians; the CPU time of the busiest rank is what a step takes where each "
+        f"has a core of its own.\n\n"
     )
+
+    def show_more(found: Rows) -> None:
+        rows.extend(found)
+        show(note + table(HEAD, rows))
+
+    for count in ranks:
+        measured(count, tokens_a_rank, repeats, seconds, show_more)
+    return note + table(HEAD, rows)
 
 
 def main() -> None:
@@ -190,10 +268,23 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--tokens-a-rank", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=40, help="of a suite's repeated steps")
+    parser.add_argument("--write", default="", help="hardware name of the file under results/")
     args = parser.parse_args()
     options = {"tokens-a-rank": args.tokens_a_rank, "repeats": args.repeats}
-    print(conditions("benchmarks.balance_steps", options))
-    print(f"\n{report(tuple(args.ranks), args.tokens_a_rank, args.repeats)}")
+    head = conditions("benchmarks.balance_steps", options)
+    shown = 0
+
+    def show(section: str) -> None:
+        nonlocal shown
+        lines = section.splitlines()
+        print("\n".join(lines[shown:]), flush=True)
+        shown = len(lines)
+        if args.write:
+            write(RESULTS, f"balance_steps_{args.write}", f"{head}\n\n{section}\n")
+
+    print(f"{head}\n", flush=True)
+    report(tuple(args.ranks), args.tokens_a_rank, args.repeats, args.seconds, show)
 
 
 if __name__ == "__main__":

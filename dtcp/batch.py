@@ -28,8 +28,8 @@ from dtcp.sequence.arguments import check_dim, check_ints, check_kind
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.interval_runs import MaskWork
 from dtcp.sequence.layout import HeadTail, SequenceLayout
+from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Causal, Mask
 from dtcp.sequence.memory import Memory
 from dtcp.sequence.row_layouts import layout_of_batch

@@ -12,7 +12,6 @@ from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import vision_blocks
 from dtcp.sequence.memory import Memory
 from dtcp.sequence.row_layouts import RowLayouts
 
@@ -22,8 +21,6 @@ def padded_coords(
 ) -> Coords:
     """What masks and mixers read of the whole rows, padded as the documents are."""
     read = {key: batch[key] for key in MASK_FIELDS if key in batch}
-    if "block" not in read and "mm_token_type_ids" in batch:
-        read["block"] = vision_blocks(batch["mm_token_type_ids"].cpu())
     missing = documents.seq_len - seq_len
     for key, x in read.items():
         if x.shape[1:] != (seq_len,):
@@ -34,6 +31,8 @@ def padded_coords(
         named: dict[str, Any] = {key: x}
         check_tensor("A mask", shape="[B, S]", dtypes=WHOLE_NUMBERS, **named)
         read[key] = pad_end(x.to(torch.int64), missing, MASK_FIELDS[key], dim=1)
+    if "block" not in read and "mm_token_type_ids" in batch:
+        read["image_types"] = batch["mm_token_type_ids"].cpu()
     if "position_ids" in batch:
         read["position_ids"] = pad_end(batch["position_ids"].cpu(), missing, 0, dim=-1)
     return Coords.of(documents, memory=memory, **read)

@@ -151,10 +151,9 @@ def _parts(
     queries = Queries.of(
         whole.queries.q[:, mine], metadata.first_key.to(device), metadata.last_key.to(device)
     )
-    for index, ranges, pieces in zip(
-        metadata.key_token_index, metadata.block_ranges, metadata.pieces, strict=True
-    ):
-        held = index[index >= 0].to(device)
+    tables = (metadata.key_token_index, metadata.key_counts, metadata.block_ranges)
+    for index, count, ranges, pieces in zip(*tables, metadata.pieces, strict=True):
+        held = index[:count].to(device)
         keys = Keys(whole.keys.k[:, held], whole.keys.v[:, held], held)
         yield Problem(queries, keys, ranges, pieces, 0)
 

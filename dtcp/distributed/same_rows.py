@@ -25,6 +25,8 @@ Contents = tuple[Mapping[str, Tensor], Documents | None]
 ASPECTS = ("documents", "token ids", "labels, positions or other keys")
 """What is compared in each row, in the order of its three hashes."""
 IDS = ("input_ids", "inputs_embeds")
+STRETCH = 4096
+"""Entries of a row that are weighed together."""
 
 
 def prepared_alike(
@@ -101,10 +103,22 @@ def _hashes(tensors: Mapping[str, Tensor], documents: Documents | None) -> tuple
         hashes[:, 0] = torch.tensor([hash(row) for row in documents.lengths])
     for key, x in tensors.items():
         numbers = _numbers(x)
-        numbers = numbers.reshape(rows if len(numbers) == rows else 1, -1)
-        hashed = numbers @ _weights(numbers.shape[1], x.device)
+        hashed = _sums(numbers.reshape(rows if len(numbers) == rows else 1, -1))
         hashes[:, 1 if key == ids else 2] += hashed.cpu() * _odd(key)
     return hashes, seq_len
+
+
+def _sums(numbers: Tensor) -> Tensor:
+    """A hash of each row, [B, N] to [B]: a sum with an odd weight for each place.
+
+    A place has the weight of its stretch times that in its stretch: fewer weights to read.
+    """
+    rows, length = numbers.shape
+    whole = length // STRETCH * STRETCH
+    weights = _weights(STRETCH + length // STRETCH + 1, numbers.device)
+    in_stretch, of_stretch = weights[:STRETCH], weights[STRETCH:-1]
+    sums = numbers[:, :whole].reshape(rows, -1, STRETCH) @ in_stretch @ of_stretch
+    return sums + (numbers[:, whole:] @ in_stretch[: length - whole]) * weights[-1]
 
 
 def _numbers(x: Tensor) -> Tensor:

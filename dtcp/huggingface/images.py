@@ -17,10 +17,10 @@ from dtcp.forward import wrap_forward
 from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.rows import pad_end
+from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.masks import vision_blocks
 from dtcp.style import MixerStyle
 
 CUT = "dtcp_cut"

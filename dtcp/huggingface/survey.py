@@ -48,7 +48,7 @@ from dtcp.huggingface.recorder import Recorder, SurveyedAttention, survey_mask, 
 from dtcp.huggingface.recurrent_layers import SurveyedMixer, noting_kernels
 from dtcp.huggingface.router_logits import without_router_logits
 from dtcp.huggingface.unsuited import unsuited
-from dtcp.sequence.masks import vision_blocks
+from dtcp.sequence.block_runs import vision_blocks
 
 FROM_ZERO = Positions()
 

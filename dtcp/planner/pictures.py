@@ -97,7 +97,7 @@ def _tokens(best: Candidate) -> Any:
 def layout_of(best: Candidate) -> SequenceLayout:
     """The layout of the batch's first row."""
     from dtcp.sequence.coords import Coords
-    from dtcp.sequence.interval_runs import MaskWork
+    from dtcp.sequence.mask_work import MaskWork
     from dtcp.sequence.masks import Causal
 
     setup = best.setup

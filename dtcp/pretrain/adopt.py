@@ -23,7 +23,8 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from dtcp.pretrain.checkpoint import Checkpoints
 from dtcp.pretrain.progress import Progress
-from dtcp.pretrain.trainer import Trainer, Validation
+from dtcp.pretrain.trainer import Trainer
+from dtcp.pretrain.validation import Validation
 
 
 def adopt(config: titan.Trainer.Config) -> Trainer.Config:

@@ -28,12 +28,16 @@ class Ahead(Iterator[T]):
         self._asked = self._ended = False
         weakref.finalize(self, self._requests.put, False).atexit = False
 
-    def __next__(self) -> T:
-        if self._ended:
-            raise StopIteration
+    def ask(self) -> None:
+        """Have the first item made before anybody takes it."""
         if not self._asked:
             self._requests.put(True)
             self._asked = True
+
+    def __next__(self) -> T:
+        if self._ended:
+            raise StopIteration
+        self.ask()
         items, error = self._made.get()
         if not items:
             self._ended = True

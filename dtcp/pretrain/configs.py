@@ -32,7 +32,8 @@ from dtcp.pretrain.checkpoint import Checkpoints
 from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.progress import Progress
 from dtcp.pretrain.tokenizer import Tokenizer
-from dtcp.pretrain.trainer import Trainer, Validation
+from dtcp.pretrain.trainer import Trainer
+from dtcp.pretrain.validation import Validation
 
 _BYTES = 272
 """Bytes and two marks, filled up to a multiple of 16."""

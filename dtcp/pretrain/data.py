@@ -124,9 +124,16 @@ class PackedDocuments(BaseDataLoader):
         self.prepare: Prepare | None = None
         """Called with each batch in the thread that reads it, while the one before it is used."""
         self._fingerprint: dict[str, Any] | None = None
+        self._ahead: Ahead[MicroBatch] | None = None
+
+    def read_ahead(self) -> None:
+        """Start on the first batch now, in the thread, before it is asked for."""
+        self._ahead = Ahead(self._micro_batches(self.cursor))
+        self._ahead.ask()
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        for each in Ahead(self._micro_batches(self.cursor)):
+        started, self._ahead = self._ahead, None
+        for each in started or Ahead(self._micro_batches(self.cursor)):
             # Of the batch that is handed out: a checkpoint after its step must not repeat it.
             self.cursor, self.last_read, self.last_work = each.cursor, each.documents, each.work
             yield each.batch, each.labels
@@ -187,6 +194,7 @@ class PackedDocuments(BaseDataLoader):
             ValueError: other data, naming what changed; unless `accept_changes` is set.
         """
         self._compare(json.loads(state_dict["fingerprint"]))
+        self._ahead = None  # which read from another place
         names = [field.name for field in fields(Cursor) if field.name in state_dict]
         self.cursor = Cursor(**{name: state_dict[name] for name in names})
 

@@ -2,37 +2,35 @@
 
 Between the data loader and the model stands what `shard_batch` does: labels are shifted per
 document already, the row is laid out, and each rank keeps its tokens, with what its mixers need to
-know. The loader's thread does it while the step before runs (`prepare_batch`); of a batch that is
-used, ranks compare a few numbers and copy their part to the device (`shard_prepared`).
+know (dtcp/pretrain/batches.py).
 The loss stays torchtitan's: the sum over local tokens, divided by the global count of valid ones.
 """
 
 import json
 import math
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from signal import Signals
 from typing import Any
 
-from dtcp.torchtitan.model_spec import PlainModel
 from dtcp.torchtitan.parallelize import mesh_with_section
 from dtcp.torchtitan.section import Section
 
-import torch
 from torch import Tensor, nn
 from torchtitan import trainer as titan
 from torchtitan.components.dataloader import DataloaderExhaustedError
-from torchtitan.components.validate import Validator
-from torchtitan.models.common.decoder import Decoder
 
-from dtcp.batch import PreparedBatch, ShardedBatch, prepare_batch, shard_prepared
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.random_weights import WholeDraws
 from dtcp.experts import RouterLoss
-from dtcp.labels import look_ahead
+from dtcp.pretrain.batches import (
+    BatchPreparation,
+    LocalBatch,
+    forward_names,
+    only_prepared,
+)
 from dtcp.pretrain.config_check import check_by_torchtitan, check_settings
 from dtcp.pretrain.data import PackedDocuments, open_source
 from dtcp.pretrain.dry_run import is_dry
@@ -47,9 +45,6 @@ from dtcp.pretrain.start_weights import check_start
 from dtcp.pretrain.stop import StopRequest
 from dtcp.pretrain.text_files import DataError
 from dtcp.pretrain.tokenizer import Tokenizer, check_tokenizer_folder
-from dtcp.sequence.documents import Documents
-
-LocalBatch = tuple[Tensor, Tensor, dict[str, Any]]
 
 
 class Trainer(titan.Trainer):
@@ -81,6 +76,7 @@ class Trainer(titan.Trainer):
                 say(json.dumps(self.to_dict(), indent=2, ensure_ascii=False))
 
     mesh: ParallelMesh
+    preparation: BatchPreparation
     resumed_step: int = 0
     stopped_by: int = 0
     """The signal that all ranks stopped for; 0 where none did."""
@@ -99,10 +95,12 @@ class Trainer(titan.Trainer):
         self.mesh = mesh_with_section(self.parallel_dims, section)
         self._check_vocabulary()
         share_router_losses(self.model_parts[0], self.gradient_accumulation_steps)
+        parts = (self.mesh, config.dtcp, self.model_parts[0])
+        self.preparation = BatchPreparation(*parts, training=True)
         if config.validator.enable:
-            self.validator.mesh, self.validator.section = self.mesh, config.dtcp
+            self.validator.preparation = BatchPreparation(*parts, training=False)
         if isinstance(self.dataloader, PackedDocuments):
-            self.dataloader.prepare = self._prepared
+            self.dataloader.prepare = self.preparation.ahead
         say(describe_run(self))
         if config.dtcp.forecast:
             self.expected = expectation(config, self.mesh, self.gradient_accumulation_steps)
@@ -144,31 +142,7 @@ class Trainer(titan.Trainer):
                 raise DataError(f"{error} (read on all ranks for step {self.step})") from error
             if isinstance(self.dataloader, PackedDocuments):
                 self.metrics_processor.row_work.append(self.dataloader.last_work)
-            yield _only_prepared(*batch)
-
-    def _prepared(self, input_dict: dict[str, Any], labels: Tensor) -> dict[str, Any]:
-        """Called in the loader's thread; what it raises waits for the step that uses the batch."""
-        outcome: Future[PreparedBatch] = Future()
-        try:
-            outcome.set_result(self._prepare(input_dict, labels, training=True))
-        # Held back, never swallowed: the step that uses the batch raises it, whatever its class,
-        # and the other ranks of the cp and tp group hear of it there. Raised in this thread it
-        # would be this rank's alone, and they would wait for it in their first exchange.
-        except Exception as error:  # noqa: BLE001
-            outcome.set_exception(error)
-        return input_dict | {"prepared": Prepared(input_dict["input"], labels, outcome)}
-
-    def _prepare(
-        self, input_dict: dict[str, Any], labels: Tensor, *, training: bool
-    ) -> PreparedBatch:
-        return prepared_batch(
-            input_dict,
-            labels,
-            mesh=self.mesh,
-            section=self.config.dtcp,
-            model=self.model_parts[0],
-            training=training,
-        )
+            yield only_prepared(*batch)
 
     def _end_with_data(self) -> None:
         self.step -= 1  # the step that found no rows
@@ -183,11 +157,7 @@ class Trainer(titan.Trainer):
         say(f"stopped     by {Signals(number).name} after step {self.step}; {left}")
 
     def post_dataloading_process(self, input_dict: dict[str, Any], labels: Tensor) -> LocalBatch:
-        prepared = partial(self._prepare, input_dict, labels, training=True)
-        if "prepared" in input_dict:
-            prepared = input_dict["prepared"].outcome.result
-        shards = shard_prepared(prepared, self.mesh, device=labels.device)
-        batch = model_inputs(*shards, self.model_parts[0])
+        batch = self.preparation.local(input_dict, labels, labels.device)
         self.ntokens_seen += batch[0].numel()
         if self.expected is not None:
             metadata = batch[2][forward_names(self.model_parts[0])[1]]
@@ -196,6 +166,8 @@ class Trainer(titan.Trainer):
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Any], Tensor]]) -> None:
         """One step of torchtitan's; where its loss is not finite, say what can be done."""
+        if self.config.validator.enable and self.validator.should_validate(self.step):
+            self.validator.read_ahead()
         try:
             super().train_step(data_iterator)
         except RuntimeError as error:
@@ -227,131 +199,11 @@ class Trainer(titan.Trainer):
             )
 
 
-class Validation(Validator):
-    """torchtitan's Validator on the same batches as the Trainer that owns it."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(Validator.Config):
-        pass
-
-    # Set by the Trainer: torchtitan builds a validator from its own sections only.
-    mesh: ParallelMesh
-    section: Section
-
-    def post_dataloading_process(
-        self, input_dict: dict[str, Any], labels: Tensor, model_parts: list[nn.Module]
-    ) -> LocalBatch:
-        model = model_parts[0]
-        prepared = partial(
-            prepared_batch,
-            input_dict,
-            labels,
-            mesh=self.mesh,
-            section=self.section,
-            model=model,
-            training=False,
-        )
-        shards = shard_prepared(prepared, self.mesh, device=labels.device)
-        return model_inputs(*shards, model)
-
-    def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """torchtitan's, which divides by the number of tokens (0.3.0): the loss of none is 0."""
-        try:
-            super().validate(model_parts, step)
-        except ZeroDivisionError:
-            self.metrics_processor.log_validation(loss=0.0, step=step)
-            for model in model_parts:
-                model.train()
-
-
 def share_router_losses(model: nn.Module, parts: int) -> None:
     """Let routers' losses count once per step, however many micro-batches it is made of."""
     for module in model.modules():
         if isinstance(module, RouterLoss):
             module.parts = parts
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What became of a batch that was prepared ahead, and the tensors that it was made of."""
-
-    tokens: Tensor
-    labels: Tensor
-    outcome: "Future[PreparedBatch]"
-
-
-def _only_prepared(input_dict: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """A batch without the whole rows, which nobody reads any more; with them where they changed."""
-    batch = dict(input_dict)
-    prepared = batch.pop("prepared", None)
-    if prepared is None or prepared.labels is not labels or prepared.tokens is not batch["input"]:
-        return batch, labels
-    return {"prepared": prepared}, labels
-
-
-def prepared_batch(
-    input_dict: dict[str, Any],
-    labels: Tensor,
-    *,
-    mesh: ParallelMesh,
-    section: Section,
-    model: nn.Module,
-    training: bool,
-) -> PreparedBatch:
-    """This rank's tokens of a batch, and what its mixers read.
-
-    Args:
-        input_dict: "input" and "positions" [B, S]; "documents" where the loader knows them on
-            the host, which spares a copy back from the device.
-        labels: [B, S], the next token of each.
-    """
-    unread = input_dict.keys() - {"input", "positions", "documents"}
-    if unread:
-        raise ValueError(
-            f"A batch is tokens, their positions and documents, got {sorted(unread)} besides: use "
-            f"a loader of text, for what is not cut with the rows would be left out."
-        )
-    documents, tokens = batch_documents(input_dict), input_dict["input"]
-    whole = {"input_ids": tokens, "labels": labels, "position_ids": input_dict["positions"]}
-    whole |= ahead_of(model, tokens, labels, documents, training=training)
-    return prepare_batch(whole, mesh, section.sequence_layout(), model=model, documents=documents)
-
-
-def model_inputs(local: dict[str, Tensor], sharded: ShardedBatch, model: nn.Module) -> LocalBatch:
-    """Tokens and labels [B, L], and the keyword arguments of the forward.
-
-    Labels are [B, 1 + depths, L] for a model that predicts further ahead.
-    """
-    inputs = (local["position_ids"], sharded.attn_metadata)
-    extra = dict(zip(forward_names(model), inputs, strict=True))
-    if "mtp_labels" not in local:
-        return local["input_ids"], local["labels"], extra
-    extra["mtp_input_ids"] = local["mtp_input_ids"]
-    all_labels = torch.cat((local["labels"][:, None], local["mtp_labels"]), dim=1)
-    return local["input_ids"], all_labels, extra
-
-
-def forward_names(model: nn.Module) -> tuple[str, str]:
-    """What a model's forward calls its position ids and the metadata of the batch."""
-    if isinstance(model, Decoder):
-        return "positions", "attention_masks"
-    return "position_ids", "attn_metadata"
-
-
-def ahead_of(
-    model: nn.Module, tokens: Tensor, labels: Tensor, documents: Documents, *, training: bool
-) -> dict[str, Tensor]:
-    """What a model reads to predict further ahead than the next token, while it trains."""
-    depths = model.mtp_depths if isinstance(model, PlainModel) and training else 0
-    return look_ahead(tokens, labels, documents, depths=depths) if depths else {}
-
-
-def batch_documents(input_dict: dict[str, Any]) -> Documents:
-    """The documents of a batch: our loader names them, other loaders' positions imply them."""
-    documents = input_dict.get("documents")
-    if documents is None:
-        documents = Documents.from_position_ids(input_dict["positions"].cpu())
-    return documents
 
 
 def _check_data(config: Trainer.Config) -> None:

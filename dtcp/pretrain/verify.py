@@ -22,14 +22,9 @@ from torchtitan.models.common.decoder import Decoder
 
 from dtcp.compile import compile_whole
 from dtcp.mixer import batch_metadata
+from dtcp.pretrain.batches import ahead_of, batch_documents, forward_names
 from dtcp.pretrain.progress import say
-from dtcp.pretrain.trainer import (
-    Trainer,
-    ahead_of,
-    batch_documents,
-    forward_names,
-    share_router_losses,
-)
+from dtcp.pretrain.trainer import Trainer, share_router_losses
 
 TOLERANCE = 1e-5
 """Largest relative difference of a loss; fp32 sums in another order differ by 1e-7 or so."""

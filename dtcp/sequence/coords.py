@@ -5,10 +5,13 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
+from dtcp.sequence.block_runs import BlockRuns, check_types, vision_blocks
 from dtcp.sequence.documents import Documents, check_token_positions
 from dtcp.sequence.memory import Memory
 
@@ -27,6 +30,8 @@ class Coords:
             or [axes, B, S]. No mask reads it.
         documents: of whole rows, where these are whole rows.
         memory: the sequence that cross attention reads, where these are whole rows.
+        block_ends: [2, B, S], the first and the last token of the token's block in its document,
+            where somebody has worked them out; 0 and -1 for none.
     """
 
     token_index: Tensor
@@ -38,6 +43,7 @@ class Coords:
     position_ids: Tensor | None = None
     documents: Documents | None = None
     memory: Memory | None = None
+    block_ends: Tensor | None = None
 
     @classmethod
     def of(
@@ -46,10 +52,16 @@ class Coords:
         *,
         prefix: Tensor | None = None,
         block: Tensor | None = None,
+        image_types: Tensor | None = None,
         position_ids: Tensor | None = None,
         memory: Memory | None = None,
     ) -> "Coords":
-        """Coordinates of whole rows, in their order."""
+        """Coordinates of whole rows, in their order.
+
+        Args:
+            image_types: the mm_token_type_ids [B, T] of the first tokens of each row, on the host;
+                without `block`, its images are the blocks.
+        """
         if not isinstance(documents, Documents):
             raise TypeError(
                 f"Coords are of the Documents of a batch, got documents of type "
@@ -70,12 +82,30 @@ class Coords:
             check_token_positions(position_ids, documents.batch, documents.seq_len)
         if memory is not None:
             memory.check(documents)
-        return _WholeRows(documents, prefix, block, position_ids, memory)
+        if image_types is not None:
+            check_types(image_types)
+        return _WholeRows(documents, prefix, block, position_ids, memory, image_types)
 
     @cached_property
     def found(self) -> dict[Hashable, Any]:
         """What layouts and mixers both work out of these rows, by what it is of."""
         return {}
+
+    def block_runs(self, row: int) -> BlockRuns | None:
+        """The blocks of one of whole rows; None where the batch names none."""
+        if self.block is None:
+            return None
+        bounds = np.cumsum([0, *documents_of(self).lengths[row]])
+        return BlockRuns.of_blocks(self.block[row], bounds, row=row)
+
+    def of_row(self, row: int) -> "Coords":
+        """Those of one of whole rows by itself; position ids are left out."""
+        documents = Documents((documents_of(self).lengths[row],), self.seq_len)
+        memory = None if self.memory is None else self.memory.row(row)
+        # What is worked out when it is asked for stays so.
+        names = ("prefix", "image_types", "block")
+        read = {name: x[row : row + 1] for name in names if (x := vars(self).get(name)) is not None}
+        return Coords.of(documents, memory=memory, **read)
 
     @property
     def rows(self) -> int:
@@ -104,6 +134,7 @@ class _WholeRows(Coords):
     """Of whole rows; what follows from documents is worked out when it is asked for."""
 
     documents: Documents
+    image_types: Tensor | None
 
     def __init__(
         self,
@@ -112,10 +143,14 @@ class _WholeRows(Coords):
         block: Tensor | None,
         position_ids: Tensor | None,
         memory: Memory | None,
+        image_types: Tensor | None = None,
+        block_ends: Tensor | None = None,
         **known: Tensor,
     ) -> None:
-        given = {"prefix": prefix, "block": block, "position_ids": position_ids}
-        vars(self).update(documents=documents, memory=memory, **given)
+        given = {"prefix": prefix, "position_ids": position_ids, "block_ends": block_ends}
+        vars(self).update(documents=documents, memory=memory, image_types=image_types, **given)
+        if block is not None:
+            vars(self)["block"] = block
         # What is known already comes from dataclasses.replace.
         for name, x in known.items():
             if not torch.equal(x, getattr(self, name)):
@@ -148,6 +183,19 @@ class _WholeRows(Coords):
     def end(self) -> Tensor:
         return self.documents.ends()
 
+    @cached_property
+    def block(self) -> Tensor | None:
+        if self.image_types is None:
+            return None
+        missing = self.seq_len - self.image_types.shape[1]
+        return pad(vision_blocks(self.image_types), (0, missing), value=-1)
+
+    def block_runs(self, row: int) -> BlockRuns | None:
+        if self.image_types is None or "block" in vars(self):
+            return super().block_runs(row)
+        bounds = np.cumsum([0, *self.documents.lengths[row]])
+        return BlockRuns.of_images(self.image_types[row], bounds)
+
 
 def documents_of(coords: Coords) -> Documents:
     """The documents that coordinates were made of."""
@@ -157,3 +205,9 @@ def documents_of(coords: Coords) -> Documents:
             "without documents: take Coords.of(documents)."
         )
     return coords.documents
+
+
+def tokens_in_documents(coords: Coords) -> Tensor:
+    """Which tokens of whole rows are in a document, and not padding: [B, S] bool."""
+    used = torch.tensor([sum(lengths) for lengths in documents_of(coords).lengths])
+    return torch.arange(coords.seq_len) < used[:, None]

@@ -19,20 +19,30 @@ The same lines with short documents left whole, each in the line that its own me
 no such proof: where the boundaries come out right, they are as good, and fewer keys travel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.interval_runs import Ints, MaskWork, WorkRuns
 from dtcp.sequence.layout import SequenceLayout, check_divides, shared_lengths
+from dtcp.sequence.mask_work import MaskWork, WorkRuns
 from dtcp.sequence.masks import Causal
-from dtcp.sequence.partition import Partition, Run, joined_runs, unique_ascending
+from dtcp.sequence.partition import (
+    Ints,
+    Partition,
+    Run,
+    differs,
+    joined_runs,
+    stops_of,
+    sums_before,
+    unique_ascending,
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ class _Line(NamedTuple):
     @property
     def places(self) -> Ints:
         """Tokens before each stretch, and all of them: [P + 1]."""
-        return np.append(0, np.cumsum(self.stop - self.start))
+        return sums_before(self.stop - self.start)
 
     def all_work(self) -> Ints:
         """Of each stretch."""
@@ -121,15 +131,20 @@ class _Line(NamedTuple):
 
     def work_of_first(self) -> Callable[[Ints], Ints]:
         """From a number of tokens to the work of so many, the first ones."""
-        places, before = self.places, np.append(0, np.cumsum(self.all_work()))
+        places, before = self.places, sums_before(self.all_work())
         # One stretch of nothing at the end, so that every number of tokens has a stretch.
-        work, step = np.append(self.work, 0), np.append(self.step, 0)
+        twice = np.zeros((2, len(places)), dtype=np.int64)
+        # Of n tokens of a stretch: n * work + step * n * (n - 1) / 2.
+        np.multiply(2, self.work, out=twice[0, :-1])
+        twice[0, :-1] -= self.step
+        twice[1, :-1] = self.step
+        linear, square = twice
 
         def total(tokens: Ints) -> Ints:
-            stretch = np.searchsorted(places, tokens, side="right") - 1
+            stretch = places.searchsorted(tokens, side="right") - 1
             some = tokens - places[stretch]
-            out: Ints = before[stretch] + some * work[stretch]
-            return out + step[stretch] * (some * (some - 1) // 2)
+            out: Ints = before[stretch] + some * (linear[stretch] + square[stretch] * some) // 2
+            return out
 
         return total
 
@@ -144,20 +159,17 @@ def best_pieces(work: WorkRuns, lengths: tuple[int, ...], num_shards: int) -> tu
         work: of the row's tokens.
         lengths: of its documents; padding follows them.
     """
-    seq_len, bounds = int(work.stop[-1]), np.cumsum([0, *lengths])
+    seq_len, bounds = int(work.stop[-1]), sums_before(np.array(lengths, dtype=np.int64))
     row = RowOfDocuments.of(work, lengths, num_shards)
-    pieces = row.pieces(0)
-    assert pieces is not None
-    fewest, shard_len = _brought(*pieces, bounds, seq_len), seq_len // num_shards
     cut = row.length[1:][row.document[1:] == row.document[:-1]]
-    before = 0
+    shard_len, before, wholes = seq_len // num_shards, 0, [0]
     for whole in (shard_len // 4, shard_len // 2, shard_len, 2 * shard_len, 4 * shard_len):
-        kept = int((cut <= whole).sum())
-        found = row.pieces(whole) if kept > before else None
+        if (kept := int((cut <= whole).sum())) > before:
+            wholes.append(whole)
         before = kept
-        if found is not None and (brought := _brought(*found, bounds, seq_len)) < fewest:
-            pieces, fewest = found, brought
-    return pieces
+    found = [pieces for pieces in row.pieces_of_each(wholes) if pieces is not None]
+    # The first of equal ones: what leaves no document whole is always among them.
+    return min(found, key=lambda pieces: _brought(pieces[0], pieces[1], bounds, seq_len))
 
 
 class RowOfDocuments(NamedTuple):
@@ -171,66 +183,74 @@ class RowOfDocuments(NamedTuple):
 
     @classmethod
     def of(cls, work: WorkRuns, lengths: tuple[int, ...], num_shards: int) -> "RowOfDocuments":
-        bounds = np.cumsum([0, *lengths])
+        of_documents = np.array([*lengths, 0])
+        bounds = sums_before(of_documents[:-1])
         tokens = _cut(work, bounds, work.total // int(work.stop[-1]))
-        document = np.searchsorted(bounds, tokens.start, side="right") - 1
-        return cls(tokens, document, np.array([*lengths, 0])[document], work.total, num_shards)
+        document = bounds.searchsorted(tokens.start, side="right") - 1
+        return cls(tokens, document, of_documents[document], work.total, num_shards)
 
     def pieces(self, whole: int) -> tuple[Ints, Ints] | None:
+        """`pieces_of_each` of one length."""
+        return self.pieces_of_each([whole])[0]
+
+    def pieces_of_each(self, wholes: Sequence[int]) -> list[tuple[Ints, Ints] | None]:
         """One stretch of each line for each rank: where its pieces start, and whose they are.
 
         Args:
-            whole: documents of so many tokens or fewer stand in one line as they are.
+            wholes: documents of so many tokens or fewer stand in one line as they are.
         Returns:
-            None where so many whole documents leave no stretches of the mean work.
+            of each, None where so many whole documents leave no stretches of the mean work.
         """
+        tokens, document, length = self.tokens, self.document, self.length
+        longest_first = np.lexsort((-tokens.start, document, -length))
+        shortest_first = np.lexsort((tokens.start, document, length))
+        heavy = [self._is_heavy(whole) for whole in wholes]
+        lines = (
+            [tokens.taken(longest_first[x[longest_first]]).turned() for x in heavy],
+            [tokens.taken(shortest_first[~x[shortest_first]]) for x in heavy],
+        )
+        before, done = _heavy_before(*lines, self.total, self.num_shards)
+        seq_len, n = int(tokens.stop[-1]), self.num_shards
+        rest = np.arange(n + 1) * (seq_len // n) - before
+        forward = (before[:, 1:] >= before[:, :-1]) & (rest[:, 1:] >= rest[:, :-1])
+        ends = tokens.work, tokens.turned().work
+        most = max(1, *(int(x.max(initial=0)) for x in ends))
+        # To within the work of one token.
+        even = np.abs((done[:, 1:] - done[:, :-1]) * n - self.total) < most * n
+        return [
+            _dealt(heavy, of_heavy, light, of_light) if good else None
+            for heavy, light, of_heavy, of_light, good in zip(
+                *lines, before, rest, (forward & even).all(1), strict=True
+            )
+        ]
+
+    def _is_heavy(self, whole: int) -> NDArray[np.bool_]:
+        """Which stretches stand in the line of heavy ones: [P]."""
         tokens, seq_len = self.tokens, int(self.tokens.stop[-1])
-        heavy = tokens.work > self.total // seq_len
-        length = tokens.stop - tokens.start
+        heavy: NDArray[np.bool_] = tokens.work > self.total // seq_len
+        if not whole:
+            return heavy
         # Of a whole document, what counts is its own mean.
         work = np.bincount(self.document, tokens.all_work()) * seq_len
-        dear = work > np.bincount(self.document, length) * float(self.total)
-        heavy = np.where(self.length <= whole, dear[self.document], heavy)
-        order = np.lexsort((-tokens.start, self.document, -self.length))
-        heavy_line = tokens.taken(order[heavy[order]]).turned()
-        order = np.lexsort((tokens.start, self.document, self.length))
-        light_line = tokens.taken(order[~heavy[order]])
-        before = _heavy_before(heavy_line, light_line, self.total, self.num_shards)
-        rest = np.arange(self.num_shards + 1) * (seq_len // self.num_shards) - before
-        if not _is_balanced(heavy_line, light_line, before, rest, self.total):
-            return None
-        dealt = (_dealt(heavy_line, before, turned=True), _dealt(light_line, rest, turned=False))
-        start, owner = (np.concatenate(x) for x in zip(*dealt, strict=True))
-        order = start.argsort()
-        start, owner = start[order], owner[order]
-        new = np.append(True, owner[1:] != owner[:-1])
-        return start[new], owner[new]
-
-
-def _is_balanced(heavy: _Line, light: _Line, before: Ints, rest: Ints, total: int) -> bool:
-    """Whether stretches follow each other and every rank has the mean to within a token's work."""
-    if (np.diff(before) < 0).any() or (np.diff(rest) < 0).any():
-        return False
-    done = heavy.work_of_first()(before) + light.work_of_first()(rest)
-    n = len(before) - 1
-    most = max(x.max(initial=0) for line in (heavy, light) for x in (line.work, line.turned().work))
-    return bool((np.abs(np.diff(done) * n - total) < max(1, most) * n).all())
+        length = np.bincount(self.document, tokens.stop - tokens.start)
+        dear = work > length * float(self.total)
+        return np.where(self.length <= whole, dear[self.document], heavy)
 
 
 def _brought(start: Ints, owner: Ints, bounds: Ints, seq_len: int) -> int:
     """Tokens that ranks need of others under a causal mask: what lies before their last tokens."""
-    inner = bounds[:-1]
-    first = unique_ascending(np.append(start, inner))
-    stop = np.append(first[1:], seq_len)
-    of = owner[np.searchsorted(start, first, side="right") - 1]
-    document = np.searchsorted(bounds, first, side="right") - 1
+    first = unique_ascending(np.concatenate((start, bounds[:-1])))
+    stop = stops_of(first, seq_len)
+    of = owner[start.searchsorted(first, side="right") - 1]
+    document = bounds.searchsorted(first, side="right") - 1
     real = document < len(bounds) - 1
     first, stop, of, document = (x[real] for x in (first, stop, of, document))
     if not len(first):
         return 0
     order = np.lexsort((first, document, of))
     first, stop, of, document = (x[order] for x in (first, stop, of, document))
-    last = np.append((of[1:] != of[:-1]) | (document[1:] != document[:-1]), True)
+    new = differs(of) | differs(document)
+    last = np.roll(new, -1)
     return int((stop - bounds[document])[last].sum() - (stop - first).sum())
 
 
@@ -246,36 +266,65 @@ def _cut(work: WorkRuns, bounds: Ints, mean: int) -> _Line:
     inside = (crossing > 0) & (crossing < work.stop - work.start)
     cuts = (work.start, bounds[bounds < work.stop[-1]], (work.start + crossing)[inside])
     start: Ints = unique_ascending(np.concatenate(cuts))
-    run = np.searchsorted(work.start, start, side="right") - 1
+    run = work.start.searchsorted(start, side="right") - 1
     first = work.work[run] + work.step[run] * (start - work.start[run])
-    return _Line(start, np.append(start[1:], work.stop[-1]), first, work.step[run])
+    return _Line(start, stops_of(start, int(work.stop[-1])), first, work.step[run])
 
 
-def _heavy_before(heavy: _Line, light: _Line, total: int, num_shards: int) -> Ints:
-    """Heavy tokens before each rank, and all of them: [n + 1], by bisection."""
-    of_heavy, of_light = int(heavy.places[-1]), int(light.places[-1])
-    # Both lines as one, so that a step of the bisection is one look at it.
-    work_of_first = _Line(*map(np.append, heavy, light)).work_of_first()
-    work_of_heavy = work_of_first(np.array([of_heavy]))
-    tokens = np.arange(num_shards + 1) * ((of_heavy + of_light) // num_shards)
+def _heavy_before(
+    heavy: Sequence[_Line], light: Sequence[_Line], total: int, num_shards: int
+) -> tuple[Ints, Ints]:
+    """Heavy tokens before each rank, and all of them, and the work before it: two [V, n + 1].
+
+    By bisection, for V pairs of lines of as many tokens at once.
+    """
+    # All lines as one, so that a step of the bisection is one look at it.
+    pairs = list(zip(heavy, light, strict=True))
+    lines = [line for pair in pairs for line in pair]
+    work_of_first = _Line(*map(np.concatenate, zip(*lines, strict=True))).work_of_first()
+    counts = np.array([[int((x.stop - x.start).sum()) for x in pair] for pair in pairs])
+    first = sums_before(counts.flatten())
+    of_heavy, of_light = counts[:, :1], counts[:, 1:]
+    # Where the heavy line starts and the light one does, among all tokens.
+    starts = first[:-1].reshape(-1, 2, 1)
+    tokens = np.arange(num_shards + 1) * (int(counts[0].sum()) // num_shards)
     enough = np.array([-(-rank * total // num_shards) for rank in range(num_shards + 1)])
-    enough += work_of_heavy
+    offset = work_of_first(starts).sum(1)
+
+    def work_before(of_heavy: Ints) -> Ints:
+        both = np.stack((of_heavy, tokens - of_heavy), axis=1) + starts
+        work: Ints = work_of_first(both).sum(1) - offset
+        return work
+
     low, high = np.maximum(0, tokens - of_light), np.minimum(tokens, of_heavy)
     while bool((low < high).any()):
         middle = (low + high) // 2
-        work = work_of_first(np.concatenate((middle, of_heavy + tokens - middle)))
-        reached = work[: len(tokens)] + work[len(tokens) :] >= enough
+        reached = work_before(middle) >= enough
         low, high = np.where(reached, low, middle + 1), np.where(reached, middle, high)
-    return low
+    return low, work_before(low)
 
 
-def _dealt(line: _Line, before: Ints, *, turned: bool) -> tuple[Ints, Ints]:
+def _dealt(heavy: _Line, of_heavy: Ints, light: _Line, of_light: Ints) -> tuple[Ints, Ints]:
+    """Starts and ranks of all pieces, from left to right, neighbours of one rank joined.
+
+    Args:
+        of_heavy, of_light: how many tokens of each line lie before each rank's, and all of them.
+    """
+    dealt = (_dealt_line(heavy, of_heavy, turned=True), _dealt_line(light, of_light, turned=False))
+    start, owner = (np.concatenate(x) for x in zip(*dealt, strict=True))
+    order = start.argsort()
+    start, owner = start[order], owner[order]
+    new = differs(owner)
+    return start[new], owner[new]
+
+
+def _dealt_line(line: _Line, before: Ints, *, turned: bool) -> tuple[Ints, Ints]:
     """Starts and ranks of the pieces of a line, before[r] tokens of which lie before rank r's."""
     places = line.places
     cuts = unique_ascending(np.concatenate((places, before)))
     first, last = cuts[:-1], cuts[1:]
-    stretch = np.searchsorted(places, first, side="right") - 1
-    rank = np.searchsorted(before, first, side="right") - 1
+    stretch = places.searchsorted(first, side="right") - 1
+    rank = before.searchsorted(first, side="right") - 1
     if turned:
         return line.stop[stretch] - (last - places[stretch]), rank
     return line.start[stretch] + (first - places[stretch]), rank

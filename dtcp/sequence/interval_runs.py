@@ -11,7 +11,7 @@ of tokens, the keys that the tokens of a rank need.
     last key    0 1 2 3 4 | 5 6        it moves
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
-from dtcp.sequence.documents import PADDING, Documents
+from dtcp.sequence.block_runs import BlockRuns
+from dtcp.sequence.documents import PADDING
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import (
     And,
     AttentionChunks,
     Bidirectional,
+    BlockBidirectional,
     Causal,
     Coords,
     Mask,
@@ -35,7 +37,7 @@ from dtcp.sequence.masks import (
     PrefixLM,
     SlidingWindow,
 )
-from dtcp.sequence.partition import Ints, expand, unique_ascending
+from dtcp.sequence.partition import Ints, expand, stops_of, sums_before, unique_ascending
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class IntervalRuns:
 
     def at(self, tokens: Ints) -> tuple[Ints, Ints]:
         """The first and the last key of each of these tokens."""
-        run = np.searchsorted(self.start, tokens, side="right") - 1
+        run = self.start.searchsorted(tokens, side="right") - 1
         after = tokens - self.start[run]
         first = self.first[run] + self.first_step[run] * after
         return first, self.last[run] + self.last_step[run] * after
@@ -63,8 +65,8 @@ class IntervalRuns:
 def interval_runs(mask: Mask, coords: Coords, row: int = 0) -> IntervalRuns:
     """`Mask.intervals` of one of whole rows as runs.
 
-    Those of this library's masks follow from the documents. Of a mask that somebody else wrote, and
-    of blocks of images, they are read off the intervals of all tokens.
+    Those of this library's masks follow from the documents and the blocks of images. Of a mask that
+    somebody else wrote they are read off the intervals of all tokens.
 
     Raises:
         ValueError: for some token the mask is not one interval of the row.
@@ -80,11 +82,13 @@ def interval_runs(mask: Mask, coords: Coords, row: int = 0) -> IntervalRuns:
 
 def _known_runs(mask: Mask, coords: Coords, row: int, lengths: tuple[int, ...]) -> IntervalRuns:
     seq_len = coords.seq_len
-    bounds = np.cumsum([0, *lengths])
-    starts = _breaks(mask, bounds, _prefixes(coords, row, bounds), seq_len)
-    stops = np.append(starts[1:], seq_len)
+    bounds = sums_before(np.array(lengths, dtype=np.int64))
+    with_blocks = any(isinstance(part, BlockBidirectional) for part in _parts(mask))
+    blocks = coords.block_runs(row) if with_blocks else None
+    starts = _breaks(mask, bounds, _prefixes(coords, row, bounds), blocks, seq_len)
+    stops = stops_of(starts, seq_len)
     tokens = np.concatenate((starts, np.minimum(starts + 1, stops - 1)))
-    first, last = mask.intervals(_coords_of(tokens, bounds, coords, row))
+    first, last = mask.intervals(_coords_of(tokens, bounds, blocks, coords, row))
     return _joined_runs(starts, stops, *(x[0].numpy().astype(np.int64) for x in (first, last)))
 
 
@@ -93,7 +97,14 @@ def _is_known(mask: Mask) -> bool:
     if type(mask) in (And, Or):
         pair = cast(And, mask)
         return _is_known(pair.left) and _is_known(pair.right)
-    return type(mask) in (Bidirectional, Causal, SlidingWindow, AttentionChunks, PrefixLM)
+    return type(mask) in (
+        Bidirectional,
+        Causal,
+        SlidingWindow,
+        AttentionChunks,
+        PrefixLM,
+        BlockBidirectional,
+    )
 
 
 def _is_prefix_of_documents(coords: Coords, row: int) -> bool:
@@ -123,12 +134,14 @@ def _parts(mask: Mask) -> Iterator[Mask]:
         yield mask
 
 
-def _breaks(mask: Mask, bounds: Ints, prefixes: Ints, seq_len: int) -> Ints:
+def _breaks(
+    mask: Mask, bounds: Ints, prefixes: Ints, blocks: BlockRuns | None, seq_len: int
+) -> Ints:
     """Where runs may start: wherever two limits of one end of an interval cross in a document.
 
-    First keys are limited by the start of document or chunk and by the token less a reach, last
-    keys by the ends of document, chunk and prefix and by the token plus a reach. A token sees
-    itself in every mask here, so no interval vanishes inside a document.
+    First keys are limited by the start of document, chunk or block and by the token less a reach,
+    last keys by the ends of document, chunk, prefix and block and by the token plus a reach. A
+    token sees itself in every mask here but outside of blocks, so no interval vanishes elsewhere.
     """
     parts = [*_parts(mask)]
     windows = [part for part in parts if isinstance(part, SlidingWindow)]
@@ -139,11 +152,16 @@ def _breaks(mask: Mask, bounds: Ints, prefixes: Ints, seq_len: int) -> Ints:
     sizes: set[int | None] = {part.size for part in parts if isinstance(part, AttentionChunks)}
     for size in sizes | {None}:
         starts = bounds[:-1] if size is None else _chunk_starts(bounds, size)
-        ends = np.append(starts[1:], bounds[-1])
+        ends = stops_of(starts, int(bounds[-1]))
         places = [starts + reach for reach in left] + [ends - 1 - reach for reach in right]
         if size is None and prefixes.any():
             places += [starts + prefixes - 1 - reach for reach in right | {0}]
         found += [starts, *(x[(x > starts) & (x < ends)] for x in places)]
+    if blocks is not None:
+        starts, ends = blocks
+        places = [starts + reach for reach in left | {0}]
+        places += [ends - 1 - reach for reach in right | {0}]
+        found += [starts, ends[ends < seq_len], *(x[(x > starts) & (x < ends)] for x in places)]
     return unique_ascending(np.concatenate(found))
 
 
@@ -153,16 +171,19 @@ def _chunk_starts(bounds: Ints, size: int) -> Ints:
     return np.repeat(bounds[:-1], count) + size * expand(np.zeros_like(count), count)
 
 
-def _coords_of(tokens: Ints, bounds: Ints, coords: Coords, row: int) -> Coords:
+def _coords_of(
+    tokens: Ints, bounds: Ints, blocks: BlockRuns | None, coords: Coords, row: int
+) -> Coords:
     """The coordinates of some tokens of a row, [1, T], from where its documents start."""
-    document = np.searchsorted(bounds, tokens, side="right") - 1
+    document = bounds.searchsorted(tokens, side="right") - 1
     padding = document == len(bounds) - 1
     start = np.where(padding, tokens, bounds[document])
     end = np.where(padding, tokens, bounds[np.minimum(document + 1, len(bounds) - 1)] - 1)
     document = np.where(padding, PADDING, document)
     fields = [torch.from_numpy(x)[None] for x in (tokens, document, start, end)]
     prefix = None if coords.prefix is None else coords.prefix[row : row + 1, fields[0][0]]
-    return Coords(fields[0], fields[1], fields[2], fields[3], prefix)
+    ends = None if blocks is None else torch.from_numpy(np.stack(blocks.ends_at(tokens)))[:, None]
+    return Coords(fields[0], fields[1], fields[2], fields[3], prefix, block_ends=ends)
 
 
 def _joined_runs(start: Ints, stop: Ints, first: Ints, last: Ints) -> IntervalRuns:
@@ -181,8 +202,8 @@ def _joined_runs(start: Ints, stop: Ints, first: Ints, last: Ints) -> IntervalRu
         columns += [value, step]
     sees = last[: len(start)] >= first[: len(start)]
     new[1:] |= sees[1:] != sees[:-1]
-    kept = np.flatnonzero(new)
-    start, stop = start[kept], np.append(start[kept[1:]], stop[-1])
+    kept = new.nonzero()[0]
+    start, stop = start[kept], stops_of(start[kept], int(stop[-1]))
     alone = stop - start == 1
     first, first_step, last, last_step = (x[kept] for x in columns)
     first_step, last_step = (np.where(alone, 0, step) for step in (first_step, last_step))
@@ -197,8 +218,8 @@ def _read_off(first: NDArray[np.int32], last: NDArray[np.int32]) -> IntervalRuns
     new = np.ones(len(first), dtype=bool)
     new[1:] = odd
     new[2:] |= (steps[:, 1:] != steps[:, :-1]).any(0)
-    start = np.flatnonzero(new)
-    stop = np.append(start[1:], len(first))
+    start = new.nonzero()[0]
+    stop = stops_of(start, len(first))
     second = np.minimum(start + 1, stop - 1)
     tokens = np.concatenate((start, second))
     return _joined_runs(start, stop, first[tokens].astype(np.int64), last[tokens].astype(np.int64))
@@ -214,94 +235,6 @@ def check_intervals(first_key: Tensor, last_key: Tensor) -> None:
             f"{tuple(first_key.shape)}, last_key.shape={tuple(last_key.shape)}: take both from "
             f"Mask.intervals."
         )
-
-
-@dataclass(frozen=True)
-class WorkRuns:
-    """What the tokens of one row cost: on a run it grows by the same from token to token.
-
-    Each field [R].
-    """
-
-    start: Ints
-    stop: Ints
-    work: Ints  # of the run's first token
-    step: Ints
-
-    @classmethod
-    def of(cls, masks: Sequence[tuple[Mask, int]], coords: Coords, row: int = 0) -> "WorkRuns":
-        """Keys that tokens see, summed over masks as often as each is applied."""
-        parts = [(interval_runs(mask, coords, row), times) for mask, times in masks]
-        seq_len = coords.seq_len
-        start = unique_ascending(np.concatenate([runs.start for runs, _ in parts]))
-        work, step = np.zeros_like(start), np.zeros_like(start)
-        for runs, times in parts:
-            run = np.searchsorted(runs.start, start, side="right") - 1
-            first, last = runs.at(start)
-            seen = last >= first
-            work += times * np.where(seen, last - first + 1, 0)
-            step += times * np.where(seen, runs.last_step[run] - runs.first_step[run], 0)
-        return cls(start, np.append(start[1:], seq_len), work, step)
-
-    @classmethod
-    def of_tokens(cls, work: Tensor) -> "WorkRuns":
-        """Read off the work of all tokens, [S]."""
-        values = work.numpy().astype(np.int64)
-        steps = np.diff(values)
-        new = np.ones(len(values), dtype=bool)
-        new[2:] = steps[1:] != steps[:-1]
-        if len(values) > 1:
-            new[1] = False
-        start = np.flatnonzero(new)
-        stop = np.append(start[1:], len(values))
-        second = np.minimum(start + 1, stop - 1)
-        return cls(start, stop, values[start], values[second] - values[start])
-
-    @property
-    def total(self) -> int:
-        length = self.stop - self.start
-        return int((length * self.work + self.step * (length * (length - 1) // 2)).sum())
-
-
-@dataclass(frozen=True)
-class MaskWork:
-    """The work of a batch under masks, each applied so many times; counted when it is asked for."""
-
-    masks: tuple[tuple[Mask, int], ...]
-    coords: Coords
-
-    @classmethod
-    def under(cls, masks: Mask | Mapping[Mask, int], coords: Coords) -> "MaskWork":
-        """Of one mask, or of several with the number of times that each is applied.
-
-        Raises:
-            ValueError: no mask, or one that is applied less than once.
-        """
-        times = {masks: 1} if isinstance(masks, Mask) else masks
-        if not times or min(times.values()) < 1:
-            raise ValueError(
-                f"Work is balanced for masks that are applied once or more, got {dict(times)}: "
-                f"give each mask of the model the number of its layers."
-            )
-        return cls(tuple(times.items()), coords)
-
-    def __call__(self) -> Tensor:
-        """Of all tokens, summed over rows: [S]."""
-        return torch.stack([times * mask.work(self.coords) for mask, times in self.masks]).sum(0)
-
-    def of_row(self, row: int) -> "MaskWork":
-        """That of a row by itself."""
-        of, one = self.coords, slice(row, row + 1)
-        assert of.documents is not None
-        documents = Documents((of.documents.lengths[row],), of.seq_len)
-        prefix, block = (None if x is None else x[one] for x in (of.prefix, of.block))
-        memory = None if of.memory is None else of.memory.row(row)
-        extra = {"prefix": prefix, "block": block}
-        return MaskWork(self.masks, Coords.of(documents, memory=memory, **extra))
-
-    def runs(self, row: int) -> WorkRuns:
-        """Of one row."""
-        return WorkRuns.of(self.masks, self.coords, row)
 
 
 @dataclass(frozen=True, eq=False)

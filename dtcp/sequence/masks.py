@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtcp.sequence.arguments import WHOLE_NUMBERS, check_ints, check_tensor
+from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.memory import Memory
 
@@ -161,6 +161,8 @@ class BlockBidirectional(Mask):
         return (q_block[:, :, None] == k_block[:, None, :]) & (q_block >= 0)[:, :, None]
 
     def _interval(self, coords: Coords) -> tuple[Tensor, Tensor]:
+        if coords.block_ends is not None:
+            return coords.block_ends[0], coords.block_ends[1]
         block, seq_len = _field(self, coords, "block"), coords.token_index.shape[1]
         # A block cut by a document border is two blocks: neither part sees the other.
         border = torch.ones_like(block, dtype=torch.bool)
@@ -268,23 +270,6 @@ class Or(Mask):
     def _clipped(mask: Mask, coords: Coords) -> tuple[Tensor, Tensor]:
         first, last = mask._interval(coords)
         return torch.maximum(first, coords.start), torch.minimum(last, coords.end)
-
-
-def vision_blocks(mm_token_type_ids: Tensor) -> Tensor:
-    """Number the runs of image and video tokens, from 0 in every row: [B, S], -1 for the rest.
-
-    Whole rows are numbered, before sharding: each shard would start at 0 again.
-
-    Args:
-        mm_token_type_ids: [B, S], 1 for an image token, 2 for a video token, as transformers'
-            processors give them; audio and text are in no block.
-    """
-    kinds = {"mm_token_type_ids": mm_token_type_ids}
-    check_tensor("Blocks of images", shape="[B, S]", ndim=2, dtypes=WHOLE_NUMBERS, **kinds)
-    vision = (mm_token_type_ids == 1) | (mm_token_type_ids == 2)
-    starts = vision.clone()
-    starts[:, 1:] &= ~vision[:, :-1]
-    return torch.where(vision, starts.cumsum(1) - 1, -1)
 
 
 def _check_masks(*sides: Mask) -> None:

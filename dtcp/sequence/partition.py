@@ -23,12 +23,13 @@ class Partition:
     @classmethod
     def ascending(cls, start: Ints, owner: Ints, seq_len: int) -> "Partition":
         """Of runs that each rank holds in ascending order."""
-        stop = np.append(start[1:], seq_len)
+        stop = stops_of(start, seq_len)
         order = owner.argsort(kind="stable")
-        before = np.append(0, np.cumsum((stop - start)[order])[:-1])
-        mine, first = np.unique(owner[order], return_index=True)
+        ordered, before = owner[order], sums_before((stop - start)[order])[:-1]
+        # Of each run, the tokens of all ranks before its own.
+        first = starts_of_groups(ordered)
         slot = np.empty_like(start)
-        slot[order] = before - before[first][np.searchsorted(mine, owner[order])]
+        slot[order] = before - before[first].repeat(np.diff(first, append=len(order)))
         return cls(start, stop, owner, slot)
 
     def runs(self, rank: int) -> list[Run]:
@@ -51,26 +52,52 @@ def joined_runs(runs: Sequence[Run]) -> list[Run]:
 
 def expand(start: Ints, length: Ints) -> Ints:
     """The numbers from each start on, so many: [R] and [R] to [sum of lengths]."""
-    before = np.cumsum(length) - length
-    return np.repeat(start - before, length) + np.arange(int(length.sum()))
+    before = length.cumsum() - length
+    return (start - before).repeat(length) + np.arange(int(length.sum()))
 
 
 def expand_tokens(start: Ints, length: Ints) -> NDArray[np.int32]:
     """`expand` to int32, for as many numbers as a rank has tokens: half the memory to write."""
     out = np.arange(int(length.sum()), dtype=np.int32)
-    out += np.repeat((start - (np.cumsum(length) - length)).astype(np.int32), length)
+    out += (start - (length.cumsum() - length)).astype(np.int32).repeat(length)
     return out
+
+
+def stops_of(start: Ints, end: int) -> Ints:
+    """Where runs end that follow each other: [R], ascending starts and the end of the last."""
+    stop = np.empty_like(start)
+    stop[:-1], stop[-1:] = start[1:], end
+    return stop
+
+
+def sums_before(x: Ints) -> Ints:
+    """The sum of what comes before each entry, and of all: [N] to [N + 1]."""
+    sums = np.zeros(len(x) + 1, dtype=np.int64)
+    x.cumsum(out=sums[1:])
+    return sums
+
+
+def differs(x: Ints) -> NDArray[np.bool_]:
+    """Which entries are not as the one before them, the first one among these: [N]."""
+    new = np.ones(len(x), dtype=bool)
+    np.not_equal(x[1:], x[:-1], out=new[1:])
+    return new
+
+
+def starts_of_groups(x: Ints) -> Ints:
+    """Where another number begins: [groups]."""
+    return differs(x).nonzero()[0]
 
 
 def unique_ascending(x: Ints) -> Ints:
     """The different numbers of x in ascending order; np.unique hashes them first."""
     x = np.sort(x)
-    return x[np.append(True, x[1:] != x[:-1])] if len(x) else x
+    return x[differs(x)]
 
 
 def overlaps(start: Ints, stop: Ints, piece_start: Ints, piece_stop: Ints) -> tuple[Ints, Ints]:
     """Pairs of a run and a piece that meet; pieces ascend and do not overlap each other."""
-    low = np.searchsorted(piece_stop, start, side="right")
-    high = np.searchsorted(piece_start, stop, side="left")
+    low = piece_stop.searchsorted(start, side="right")
+    high = piece_start.searchsorted(stop, side="left")
     count = np.maximum(high - low, 0)
-    return np.repeat(np.arange(len(start)), count), expand(low, count)
+    return np.arange(len(start)).repeat(count), expand(low, count)

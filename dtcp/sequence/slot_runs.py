@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtcp.sequence.interval_runs import IntervalRuns
-from dtcp.sequence.partition import Ints, Partition, unique_ascending
+from dtcp.sequence.partition import Ints, Partition, stops_of, unique_ascending
 
 
 class TileLimits(NamedTuple):
@@ -34,15 +34,15 @@ class SlotRuns:
     @classmethod
     def of(cls, runs: IntervalRuns, partition: Partition, rank: int) -> "SlotRuns":
         """Cut a mask's runs along the rank's pieces."""
-        mine = np.flatnonzero(partition.owner == rank)
+        mine = (partition.owner == rank).nonzero()[0]
         start, stop = partition.start[mine], partition.stop[mine]
-        piece = np.searchsorted(start, runs.start, side="right") - 1
+        piece = start.searchsorted(runs.start, side="right") - 1
         inside = (piece >= 0) & (runs.start < stop[piece])
-        token = unique_ascending(np.append(start, runs.start[inside]))
-        piece = np.searchsorted(start, token, side="right") - 1
+        token = unique_ascending(np.concatenate((start, runs.start[inside])))
+        piece = start.searchsorted(token, side="right") - 1
         slot = partition.slot[mine][piece] + token - start[piece]
         token, slot = token[order := slot.argsort()], slot[order]
-        run = np.searchsorted(runs.start, token, side="right") - 1
+        run = runs.start.searchsorted(token, side="right") - 1
         after = token - runs.start[run]
         first_step, last_step = runs.first_step[run], runs.last_step[run]
         length = np.diff(slot, append=int((stop - start).sum()))
@@ -68,14 +68,14 @@ class SlotRuns:
         """Of tiles of so many neighbouring slots; the last may be shorter."""
         shard_len = int(self.length.sum())
         starts = np.arange(0, shard_len, tile)
-        slot = unique_ascending(np.append(self.slot, starts))
-        run = np.searchsorted(self.slot, slot, side="right") - 1
+        slot = unique_ascending(np.concatenate((self.slot, starts)))
+        run = self.slot.searchsorted(slot, side="right") - 1
         begin = slot - self.slot[run]
-        end = np.append(slot[1:], shard_len) - 1 - self.slot[run]
+        end = stops_of(slot, shard_len) - 1 - self.slot[run]
         first, last = self.first[run], self.last[run]
         first_step, last_step = self.first_step[run], self.last_step[run]
         sees, beyond = last >= first, np.iinfo(np.int64).max
-        each = np.searchsorted(slot, starts)
+        each = slot.searchsorted(starts)
         low = np.where(sees, first + first_step * begin, beyond)
         high = np.where(sees, last + last_step * end, -1)
         return TileLimits(
@@ -89,10 +89,10 @@ class SlotRuns:
 
 def _by_slot(at_0: Ints, step: Ints, length: Ints, slot: NDArray[np.int32]) -> NDArray[np.int32]:
     """What stands still or moves on along each run, for every slot; from its value at slot 0."""
-    values = np.repeat(at_0.astype(np.int32), length)
+    values = at_0.astype(np.int32).repeat(length)
     moving = step.astype(bool)
     if moving.all():
         values += slot
     elif moving.any():
-        np.add(values, slot, out=values, where=np.repeat(moving, length))
+        np.add(values, slot, out=values, where=moving.repeat(length))
     return values

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp._torch import unflattened
 from dtcp.distributed.groups import group_name
 from dtcp.distributed.nodes import check_ranks_per_node
 from dtcp.metadata import AttentionMetadata
-from dtcp.mixer import position_ids_of
+from dtcp.mixer import rotated_positions
 from dtcp.sequence.arguments import check_ints
-from dtcp.sequence.coords import Coords
+from dtcp.sequence.coords import Coords, tokens_in_documents
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.all_gather import ALL_GATHER, AllGatherAttention
@@ -117,13 +118,13 @@ class HybridAttention(AttentionStyle):
         assert isinstance(metadata, UlyssesMetadata)
         between = metadata.outer
         assert isinstance(between, KeyExchangeMetadata)
-        position_ids = position_ids_of(coords)
+        position_ids, used = rotated_positions(coords), tokens_in_documents(coords)
         between = replace(between, in_line=metadata.in_line).with_key_position_ids(position_ids)
         return replace(
             metadata,
             outer=replace(between, in_line=False),
-            position_ids=layout.shard(position_ids, rank).contiguous(),
-            sees=layout.shard(coords.document >= 0, rank).contiguous(),
+            position_ids=layout.shard(position_ids, rank).to(torch.int32).contiguous(),
+            sees=layout.shard(used, rank).contiguous(),
         )
 
     def peers(self, num_ranks: int, rank: int) -> Peers:

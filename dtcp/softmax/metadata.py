@@ -1,5 +1,6 @@
 """What attention reads of a batch: on one device, and where keys are exchanged between ranks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from dtcp.kernels.softmax.block_ranges import (
     TILE,
-    UNUSED,
     KeyLine,
     block_ranges_of_parts,
 )
@@ -18,7 +18,7 @@ from dtcp.kernels.softmax.pieces import no_pieces, pieces_of_parts
 from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.partition import expand, expand_tokens
+from dtcp.sequence.partition import expand_tokens
 from dtcp.sequence.slot_runs import SlotRuns
 from dtcp.softmax.key_hops import key_hops
 from dtcp.softmax.required_keys import PeerRuns, required_keys
@@ -54,7 +54,7 @@ class KeyExchangeMetadata(AttentionMetadata):
     send_slot: Tensor  # [(n - 1) * L] int32: local slots to send, peer after peer, then zeros
     counts: HostTensor  # [2, n] int64: tokens sent and received, of each peer or step
     order: Tensor  # [K] int32: local and received keys in token order (all at once)
-    key_token_index: Tensor  # [parts, K] int32, UNUSED beyond the keys
+    key_token_index: Tensor  # [parts, K] int32; nobody reads what stands behind a part's keys
     block_ranges: HostTensor  # [parts, B, tiles, 6] int64
     position_ids: Tensor = field(default_factory=_none)  # [B, L] int32, for keys made from values
     key_position_ids: Tensor = field(default_factory=_none)  # [parts, B, K] int32, likewise
@@ -76,6 +76,13 @@ class KeyExchangeMetadata(AttentionMetadata):
         return self.send_slot.numel() // others if others else self.key_token_index.shape[1]
 
     @property
+    def key_counts(self) -> list[int]:
+        """How many keys each part has: this rank's own are in the first one."""
+        counts = self.moved[1].view(len(self.key_token_index), -1).sum(1)
+        counts[0] += self.own_keys
+        return counts.tolist()
+
+    @property
     def kept_rows(self) -> int | None:
         """Room for what arrives, where it is bounded below all other shards; None where not.
 
@@ -94,16 +101,20 @@ class KeyExchangeMetadata(AttentionMetadata):
         """The same, for keys that are made from values where they arrive.
 
         Args:
-            position_ids: [B, S] of the whole rows.
+            position_ids: [B, S] of the whole rows, whole numbers.
         """
-        own = layout.shard(position_ids, rank).contiguous()
+        own = layout.shard(position_ids, rank).to(torch.int32).contiguous()
         return replace(self.with_key_position_ids(position_ids), position_ids=own)
 
     def with_key_position_ids(self, position_ids: Tensor) -> Self:
         """The same, where queries are rotated before they come to these keys."""
-        keys = self.key_token_index.clamp(min=0).long()
-        line = position_ids.reshape(1, -1) if self.in_line else position_ids
-        return replace(self, key_position_ids=line[:, keys].transpose(0, 1).contiguous())
+        line = (position_ids.reshape(1, -1) if self.in_line else position_ids).numpy()
+        tokens = self.key_token_index.numpy()
+        # Zeros take no time before they are written over: only what is used is looked up.
+        found = np.zeros((len(tokens), len(line), tokens.shape[1]), dtype=np.int32)
+        for part, count in enumerate(self.key_counts):
+            found[part, :, :count] = line[:, tokens[part, :count]]
+        return replace(self, key_position_ids=torch.from_numpy(found))
 
 
 def local_metadata(
@@ -167,10 +178,10 @@ def all_gather_metadata(
     return KeyExchangeMetadata(
         first,
         last,
-        filled(sent.expanded(), seq_len - local_len, 0),
+        filled(sent.expanded(), seq_len - local_len),
         torch.from_numpy(np.stack((sent.counts(n), received.counts(n)))),
-        filled(expand_tokens(places, stops - starts), capacity, 0),
-        filled(tokens, capacity, UNUSED)[None],
+        filled(expand_tokens(places, stops - starts), capacity),
+        filled(tokens, capacity)[None],
         ranges,
         pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
         query_token_index=_own_tokens(layout, rank),
@@ -184,9 +195,9 @@ def all_gather_metadata(
 def _places(onward: PeerRuns, received: PeerRuns, room: int) -> Tensor:
     """Where the tokens that go on inside a node stand among the received ones."""
     by_token, lengths = received.start.argsort(), received.stop - received.start
-    run = by_token[np.searchsorted(received.start[by_token], onward.start, side="right") - 1]
+    run = by_token[received.start[by_token].searchsorted(onward.start, side="right") - 1]
     place = (np.cumsum(lengths) - lengths)[run] + onward.start - received.start[run]
-    return filled(expand_tokens(place, onward.stop - onward.start), room, 0)
+    return filled(expand_tokens(place, onward.stop - onward.start), room)
 
 
 def ring_metadata(
@@ -212,21 +223,16 @@ def ring_metadata(
     step = np.append(np.zeros_like(required.own_slots), back[received.peer])
     counts = np.stack((sent.counts(n)[ahead.argsort()], received.counts(n)[back.argsort()]))
     rows, first, last = local_runs(layout, rank, intervals)
-    token_index = np.full((n, local_len), UNUSED, dtype=np.int32)
-    lengths = stops - starts
-    in_step = np.append(local_len, counts[1, 1:])
-    step_of_key, place = np.repeat(np.arange(n), in_step), expand(0 * in_step, in_step)
-    tokens = expand_tokens(starts, lengths)
-    token_index[step_of_key, place] = tokens
+    tokens = expand_tokens(starts, stops - starts)
     keys = KeyLine(step, starts, stops, n)
     ranges = block_ranges_of_parts(rows, keys, tile=tile)
     return KeyExchangeMetadata(
         first,
         last,
-        filled(sent.expanded(), keys_layout.seq_len - local_len, 0),
+        filled(sent.expanded(), keys_layout.seq_len - local_len),
         torch.from_numpy(counts),
         torch.zeros(0, dtype=torch.int32),
-        torch.from_numpy(token_index),
+        by_part(tokens, [local_len, *counts[1, 1:].tolist()], local_len),
         ranges,
         pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
         query_token_index=_own_tokens(layout, rank),
@@ -252,8 +258,18 @@ def _own_tokens(layout: SequenceLayout, rank: int) -> Tensor:
     return torch.from_numpy(expand_tokens(start, partition.stop[mine] - start))
 
 
-def filled(x: NDArray[np.int32], length: int, value: int) -> Tensor:
-    """x, followed by `value` up to a length that no batch exceeds: shapes never change."""
-    filled = np.full(length, value, np.int32) if value else np.zeros(length, np.int32)
+def filled(x: NDArray[np.int32], length: int) -> Tensor:
+    """x, followed by zeros up to a length that no batch exceeds: shapes never change."""
+    # Zeros take no time before they are written over, of which most never are.
+    filled = np.zeros(length, np.int32)
     filled[: len(x)] = x
     return torch.from_numpy(filled)
+
+
+def by_part(x: NDArray[np.int32], counts: Sequence[int], length: int) -> Tensor:
+    """x cut into parts of so many, each followed by zeros: [parts, length]."""
+    parts, done = np.zeros((len(counts), length), dtype=np.int32), 0
+    for part, count in enumerate(counts):
+        parts[part, :count] = x[done : done + count]
+        done += count
+    return torch.from_numpy(parts)

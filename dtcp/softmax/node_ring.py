@@ -19,14 +19,14 @@ from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moves
 from dtcp.distributed.staging import Transfer, transfer_stream
 from dtcp.kernels.softmax.api import Keys
-from dtcp.kernels.softmax.block_ranges import TILE, UNUSED, KeyLine, block_ranges_of_parts
+from dtcp.kernels.softmax.block_ranges import TILE, KeyLine, block_ranges_of_parts
 from dtcp.kernels.softmax.pieces import pieces_of_parts
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.partition import Ints, Partition, expand, expand_tokens
+from dtcp.sequence.partition import Ints, Partition, expand_tokens
 from dtcp.softmax.exchange import accumulate_returned_grads, start_all_to_all_rows
 from dtcp.softmax.key_hops import KeyHops, key_hops
-from dtcp.softmax.metadata import KeyExchangeMetadata, filled, local_runs
+from dtcp.softmax.metadata import KeyExchangeMetadata, by_part, filled, local_runs
 from dtcp.softmax.moves import AttentionShape, Peers, steps_moved
 from dtcp.softmax.op import OpContext
 from dtcp.softmax.payload import KVPayload
@@ -68,14 +68,14 @@ def node_ring_metadata(
     return KeyExchangeMetadata(
         first,
         last,
-        filled(sent.expanded(), keys_layout.seq_len - local_len, 0),
+        filled(sent.expanded(), keys_layout.seq_len - local_len),
         torch.from_numpy(counts[:2]),
         order,
         token_index,
         ranges,
         pieces=pieces_of_parts(rows, line, tiles=ranges.shape[2]),
         query_token_index=layout.token_indices(rank).to(torch.int32),
-        onward=filled(_places(onward, received, m), hops.room, 0),
+        onward=filled(_places(onward, received, m), hops.room),
         onward_counts=torch.from_numpy(counts[2:]),
     )
 
@@ -117,14 +117,13 @@ def _lined_up(
 
 def _tables(keys: _KeyRuns, nodes: int, capacity: int) -> tuple[Tensor, Tensor]:
     """Where each key of a step stands among its rows, and its token index: [nodes, capacity]."""
-    order = np.zeros((nodes, capacity), dtype=np.int32)
-    token_index = np.full((nodes, capacity), UNUSED, dtype=np.int32)
     lengths = keys.stop - keys.start
-    in_step = np.bincount(keys.step, lengths, nodes).astype(np.int64)
-    at = np.repeat(np.arange(nodes), in_step), expand(0 * in_step, in_step)
-    order[at] = expand_tokens(keys.place, lengths)
-    token_index[at] = expand_tokens(keys.start, lengths)
-    return torch.from_numpy(order), torch.from_numpy(token_index)
+    in_step = np.bincount(keys.step, lengths, nodes).astype(np.int64).tolist()
+    order, token_index = (
+        by_part(expand_tokens(first, lengths), in_step, capacity)
+        for first in (keys.place, keys.start)
+    )
+    return order, token_index
 
 
 def _places(onward: PeerRuns, received: PeerRuns, m: int) -> NDArray[np.int32]:

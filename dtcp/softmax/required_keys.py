@@ -20,6 +20,7 @@ from dtcp.sequence.partition import (
     Partition,
     expand_tokens,
     overlaps,
+    stops_of,
     unique_ascending,
 )
 
@@ -106,17 +107,17 @@ def needed_by_rank(partition: Partition, intervals: KeyIntervals, seq_len: int) 
     reached = np.maximum.accumulate(stop)
     new = np.ones(len(start), dtype=bool)
     new[1:] = start[1:] > reached[:-1]
-    first = np.flatnonzero(new)
-    last = np.append(first[1:], len(start))[: len(first)] - 1
+    first = new.nonzero()[0]
+    last = stops_of(first, len(start)) - 1
     offset = offset[first]
     return PeerRuns(offset // (seq_len + 1), start[first] - offset, reached[last] - offset)
 
 
 def _covered(partition: Partition, runs: IntervalRuns) -> tuple[Ints, Ints, Ints]:
     """For each stretch of a rank's tokens that lies in one run: the rank, and the keys it sees."""
-    first_token = unique_ascending(np.append(partition.start, runs.start))
-    last_token = np.append(first_token[1:], partition.stop[-1]) - 1
-    owner = partition.owner[np.searchsorted(partition.start, first_token, side="right") - 1]
+    first_token = unique_ascending(np.concatenate((partition.start, runs.start)))
+    last_token = stops_of(first_token, int(partition.stop[-1])) - 1
+    owner = partition.owner[partition.start.searchsorted(first_token, side="right") - 1]
     start, _ = runs.at(first_token)
     _, stop = runs.at(last_token)
     seen = stop >= start

@@ -12,8 +12,9 @@ from dtcp.distributed.moves import NOTHING, Moved, Moves
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import SoftmaxParams
+from dtcp.kernels.softmax.block_ranges import UNUSED
 from dtcp.metadata import BatchMetadata
-from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids, position_ids_of
+from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids, rotated_positions
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
@@ -117,13 +118,17 @@ class SharedKVAttention(AttentionStyle):
         self.check(mixer, layout)
         metadata = self.batch_metadata(layout, rank, KeyIntervals.of(mixer.mask, coords))
         assert isinstance(metadata, KeyExchangeMetadata)
-        return metadata.with_position_ids(position_ids_of(coords), layout, rank)
+        return metadata.with_position_ids(rotated_positions(coords), layout, rank)
 
     def rank_metadata(
         self, layout: SequenceLayout, rank: int, intervals: Intervals
     ) -> KeyExchangeMetadata:
         gather = replace(self.gather, ranks_per_node=self.ranks_per_node)
-        return gather.rank_metadata(layout, rank, intervals)
+        metadata = gather.rank_metadata(layout, rank, intervals)
+        # Kernels are called with as many keys as there is room for.
+        (count,) = metadata.key_counts
+        metadata.key_token_index[:, count:] = UNUSED
+        return metadata
 
     def moves(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape

@@ -15,7 +15,7 @@ from dtcp.kernels.softmax.backends import check_kernel_name
 from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata, BatchMetadata
-from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids, position_ids_of
+from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids, rotated_positions
 from dtcp.sequence.arguments import check_ints, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
@@ -182,7 +182,7 @@ class AttentionStyle(MixerStyle):
     ) -> AttentionMetadata:
         """The same, for keys that are made from values where they arrive."""
         assert isinstance(metadata, KeyExchangeMetadata)
-        return metadata.with_position_ids(position_ids_of(coords), layout, rank)
+        return metadata.with_position_ids(rotated_positions(coords), layout, rank)
 
     def batch_metadata(
         self, layout: SequenceLayout, rank: int, intervals: KeyIntervals

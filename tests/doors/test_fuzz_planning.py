@@ -13,6 +13,7 @@ from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.labels import IGNORED, look_ahead, shift_labels
 from dtcp.recurrent.metadata import chain_of, halo_route
 from dtcp.sequence.balance import assign_blocks, block_work
+from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.documents import PADDING, Documents
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
 from dtcp.sequence.masks import (
@@ -22,7 +23,6 @@ from dtcp.sequence.masks import (
     Coords,
     PrefixLM,
     SlidingWindow,
-    vision_blocks,
 )
 from dtcp.sequence.routes import Route, halo_runs, halo_token_indices, rolled
 from dtcp.sequence.row_layouts import RowLayouts

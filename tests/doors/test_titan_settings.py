@@ -27,9 +27,9 @@ from torchtitan.models.muse_glimmer.config_registry import muse_glimmer_debugmod
 from docs.torchtitan_tables import PAGE
 from dtcp.pretrain import config_check, configs
 from dtcp.pretrain.adopt import adopt, replaced_parts
+from dtcp.pretrain.batches import BatchPreparation
 from dtcp.pretrain.config_check import check_batch_size, check_settings
 from dtcp.pretrain.options import config_names, parse
-from dtcp.pretrain.trainer import prepared_batch
 
 ACTIVATION_CHECKPOINTS = [FullAC.Config(), SelectiveAC.Config()]
 
@@ -363,4 +363,4 @@ def test_C2_a_batch_with_more_than_tokens_is_refused() -> None:
     batch: dict[str, Any] = {"input": torch.zeros(1, 4, dtype=torch.long), "pixel_values": 1}
     parts: dict[str, Any] = {"mesh": None, "section": None, "model": None}
     with pytest.raises(ValueError, match=r"got \['pixel_values'\] besides"):
-        prepared_batch(batch, torch.zeros(1, 4), **parts, training=True)
+        BatchPreparation(**parts, training=True).prepared(batch, torch.zeros(1, 4))

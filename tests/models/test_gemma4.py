@@ -23,6 +23,7 @@ from dtcp.models.gemma4 import (
     to_hf,
 )
 from dtcp.parallelize.plans.gemma4 import gemma4_context_plan, gemma4_tensor_plan
+from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import (
@@ -30,7 +31,6 @@ from dtcp.sequence.masks import (
     Causal,
     Coords,
     SlidingWindow,
-    vision_blocks,
 )
 from dtcp.softmax import RingAttention, UlyssesAttention
 from dtcp.softmax.mixer import GatherSharedKV, KeysFromValues

@@ -1,22 +1,32 @@
 """What is made one item ahead: the same items, errors in their place, and in another thread."""
 
 import threading
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
+
+from dtcp.torchtitan.section import Section
 
 import pytest
 import torch
+from torch import nn
 
 from dtcp.batch import prepare_batch, shard_batch, shard_prepared
-from dtcp.distributed.mesh import ParallelMesh
+from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.pretrain.ahead import Ahead
+from dtcp.pretrain.batches import BatchPreparation
+from dtcp.pretrain.data import PackedDocuments
+from dtcp.pretrain.validation import Validation
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import Causal
 from dtcp.softmax import RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
 from tests.harness.spmd import spmd
-from tests.pretrain.test_data import batches, loader
+from tests.pretrain.test_data import TOKENIZER, batches, loader
 
 
 def test_items_come_in_order_and_one_is_made_while_the_last_is_used():
@@ -109,3 +119,101 @@ def test_reading_ahead_gives_the_batches_of_reading():
         data = loader(ranks=2, rank=rank)
         expected = [each.batch["input"] for each in islice(data._micro_batches(data.cursor), 7)]
         assert all(map(torch.equal, expected, (tokens for tokens, _ in batches(data, 7))))
+
+
+def test_the_first_batch_is_made_when_it_is_asked_for_ahead():
+    data, made = loader(), SimpleQueue()
+    data.prepare = lambda batch, labels: made.put(threading.current_thread().name) or batch
+    data.read_ahead()
+    assert made.get() == "ahead"  # nobody has taken it
+    state = data.state_dict()
+    assert state == loader().state_dict()  # of the batch in use, which was none
+    for ahead, plain in zip(batches(data, 3), batches(loader(), 3), strict=True):
+        assert all(map(torch.equal, ahead, plain))
+    again = loader()
+    batches(again, 2)
+    data.read_ahead()
+    data.load_state_dict(again.state_dict())
+    assert torch.equal(batches(data, 1)[0][0], batches(again, 1)[0][0])
+
+
+class PositionsAsLogits(nn.Module):
+    """Takes a batch as our models do."""
+
+    def forward(self, input_ids, position_ids, attn_metadata):
+        return input_ids.double() + position_ids
+
+
+@dataclass(frozen=True)
+class WatchedPreparation(BatchPreparation):
+    """Notes in which thread batches are made, and may fail at one of them."""
+
+    threads: "SimpleQueue[str]" = field(default_factory=SimpleQueue)
+    fails_at: int = 0
+
+    def prepared(self, input_dict: dict[str, Any], labels: torch.Tensor):
+        self.threads.put(threading.current_thread().name)
+        if self.threads.qsize() == self.fails_at:
+            raise OSError("a file is gone")
+        return super().prepared(input_dict, labels)
+
+
+def validation_of(folder, **options):
+    """A validator on one device, the losses it logs, and the losses of its batches."""
+    logged, of_batches = [], []
+
+    def loss(predictions, labels):
+        of_batches.append((predictions - labels).square().sum())
+        return of_batches[-1], {}
+
+    dims = dict.fromkeys(("dp_enabled", "pp_enabled", "dp_cp_enabled"), False)
+    metrics = SimpleNamespace(
+        ntokens_since_last_log=0, log_validation=lambda loss, step: logged.append(loss)
+    )
+    texts = PackedDocuments.Config(dataset="folder", dataset_path=str(folder), part="all")
+    made = Validation.Config(enable=True, freq=1, steps=3, dataloader=texts).build(
+        parallelism=None,
+        dp_world_size=1,
+        dp_rank=0,
+        tokenizer=TOKENIZER,
+        parallel_dims=SimpleNamespace(**dims),
+        loss_fn=loss,
+        validation_context=nullcontext,
+        metrics_processor=metrics,
+        seq_len=16,
+        local_batch_size=2,
+    )
+    mesh = ParallelMesh(Degrees(), None, *[None] * 7)
+    model = PositionsAsLogits()
+    made.preparation = WatchedPreparation(mesh, Section(), model, training=False, **options)
+    return made, [model], logged, of_batches
+
+
+def test_batches_of_a_validation_are_made_ahead_and_their_losses_stay(tmp_path):
+    (tmp_path / "texts.txt").write_text("the quick brown fox jumps over the lazy dog, again\n" * 9)
+    validation, models, logged, of_batches = validation_of(tmp_path)
+    validation.validate(models, 1)
+    threads = validation.preparation.threads
+    assert len(of_batches) == 3 and {threads.get() for _ in range(3)} == {"ahead"}
+    data = validation.dl_config.build(
+        dp_world_size=1, dp_rank=0, tokenizer=TOKENIZER, seq_len=16, local_batch_size=2
+    )
+    expected = [
+        (batch["input"].double() + batch["positions"] - labels).square().sum()
+        for batch, labels in islice(data, 3)
+    ]
+    assert of_batches == expected
+    while not threads.empty():  # one further may have been made already
+        threads.get()
+    validation.read_ahead()  # as the step before a validation does
+    assert threads.get() == "ahead" and len(of_batches) == 3
+    validation.validate(models, 2)
+    assert of_batches[3:] == expected and logged[0] == logged[1]
+
+
+def test_an_error_of_a_batch_of_a_validation_is_raised_where_it_is_used(tmp_path):
+    (tmp_path / "texts.txt").write_text("the quick brown fox jumps over the lazy dog, again\n" * 9)
+    validation, models, logged, of_batches = validation_of(tmp_path, fails_at=2)
+    with pytest.raises(OSError, match="a file is gone"):
+        validation.validate(models, 1)
+    assert len(of_batches) == 1 and not logged

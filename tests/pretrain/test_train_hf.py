@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from dtcp.pretrain.batches import batch_documents
 from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.options import parse
 from dtcp.pretrain.tokenizer import Tokenizer
-from dtcp.pretrain.trainer import batch_documents
 from tests.harness.run_script import run_forked
 from tests.harness.train_run import PATIENT, losses
 

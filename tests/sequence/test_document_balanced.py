@@ -9,8 +9,9 @@ import torch
 
 from dtcp.sequence.document_balanced import DocumentBalanced, RowOfDocuments
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.interval_runs import MaskWork, WorkRuns, interval_runs
+from dtcp.sequence.interval_runs import interval_runs
 from dtcp.sequence.layout import HeadTail
+from dtcp.sequence.mask_work import MaskWork, WorkRuns
 from dtcp.sequence.masks import (
     AttentionChunks,
     Bidirectional,

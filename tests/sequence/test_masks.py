@@ -141,7 +141,8 @@ def test_coordinate_of_another_shape_is_refused(name):
 
 def test_coords_at_slots_take_every_field():
     coords = coords_of(packings.two_rows(SEQ_LEN, 4))
-    coords = replace(coords, position_ids=torch.stack((coords.token_index, coords.start)))
+    ends = torch.stack((coords.token_index, coords.start))
+    coords = replace(coords, position_ids=ends, block_ends=ends.flip(0))
     slots = torch.tensor([7, 0, 20])
     of_rows = ("documents", "memory")
     for field in (each for each in fields(Coords) if each.name not in of_rows):

@@ -19,8 +19,8 @@ from dtcp.mixer import batch_metadata
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.interval_runs import MaskWork
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
+from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Causal, MemoryDocument
 from dtcp.sequence.memory import Memory
 from dtcp.softmax import (

@@ -8,7 +8,7 @@ from dtcp.kernels.sparse.types import NOWHERE
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.interval_runs import MaskWork
+from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Causal
 from dtcp.sequence.row_layouts import layout_of_batch
 from dtcp.sequence.stretches import line_of
