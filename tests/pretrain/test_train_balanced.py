@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.harness.train_run import train
+from tests.harness.train_run import losses, train
 
 FAMILIES = ("llama_tiny", "qwen3_5_tiny", "gemma4_tiny", "deepseek_v4_tiny")
 
@@ -41,3 +41,31 @@ def test_rows_of_equal_work_verify_against_one_device(tmp_path):
     assert "the losses of 3 steps agree" in output
     (work, *_) = re.findall(r"rows (\d\.\d\d) of mean", output)
     assert 1 <= float(work) < 1.3
+
+
+@pytest.mark.slow
+def test_rows_of_equal_work_balanced_over_dp_go_on_after_a_restart(tmp_path):
+    """Stopped inside a window of three steps; every step says how even its ranks' rows are."""
+
+    def run(folder: str, steps: int) -> str:
+        code, output = train(
+            *("--training.steps", str(steps), "--lr_scheduler.total_steps", "4"),
+            *("--compile.no-enable", "--validator.no-enable", "--training.local_batch_size", "2"),
+            *("--parallelism.context_parallel_degree", "1", "--dataloader.balance_rows", "12"),
+            *("--parallelism.tensor_parallel_degree", "1"),
+            *("--dump_folder", str(tmp_path / folder)),
+            module="dtcp.pretrain.configs",
+            config="llama_tiny",
+            ranks=2,
+        )
+        assert code == 0, output
+        return output
+
+    whole, first, rest = run("whole", 4), run("stopped", 2), run("stopped", 4)
+    assert losses(first) | losses(rest) == losses(whole) and list(losses(rest)) == [3, 4]
+    uneven = [
+        [float(x) for x in re.findall(r"rows (\d\.\d\d) of mean", output)]
+        for output in (whole, first, rest)
+    ]
+    assert uneven[1] + uneven[2] == uneven[0] and len(uneven[0]) == 4
+    assert all(1 <= x < 1.5 for x in uneven[0])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.document_balanced import DocumentBalanced, RowOfDocuments
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import interval_runs
@@ -38,6 +39,11 @@ MASKS = (
     AttentionChunks(4) & SlidingWindow(3, right=1),
     (Causal() & AttentionChunks(6)) | (AttentionChunks(4) & PrefixLM()),
     IMAGES,
+    BlockBidirectional(),
+    SlidingWindow(3) | BlockBidirectional(),
+    SlidingWindow(4, right=2) & BlockBidirectional(),
+    (Causal() | BlockBidirectional()) & AttentionChunks(4),
+    (PrefixLM() | BlockBidirectional()) & SlidingWindow(6, right=3),
 )
 MIXTURE = {Causal(): 1, WINDOW: 5}
 
@@ -80,6 +86,32 @@ def test_runs_are_the_intervals_of_all_tokens(mask):
             assert (found[0] == first[row].numpy()).all() and (found[1] == last[row].numpy()).all()
             assert set(runs.first_step) | set(runs.last_step) <= {0, 1}
             assert [*runs.start[1:], seq_len] == [*runs.stop] and runs.start[0] == 0
+
+
+def test_blocks_of_images_are_runs_of_their_token_types():
+    """Rows of types that end before the padding does; images that documents cut, and neighbours."""
+    draw = random.Random(4)
+    for _ in range(60):
+        seq_len, missing = draw.randint(1, 40), draw.randint(0, 5)
+        documents = Documents((a_row(draw, seq_len), a_row(draw, seq_len)), seq_len + missing)
+        types = torch.tensor(
+            [[draw.choice([0, 0, 0, 1, 1, 2, 3]) for _ in range(seq_len)] for _ in range(2)]
+        ).repeat_interleave(draw.choice([1, 3]), dim=1)[:, :seq_len]
+        coords, token = Coords.of(documents, image_types=types), np.arange(seq_len + missing)
+        block = torch.nn.functional.pad(vision_blocks(types), (0, missing), value=-1)
+        expected = IMAGES.intervals(Coords.of(documents, block=block))
+        for row in range(2):
+            for each, index in ((coords, row), (coords.of_row(row), 0)):
+                found = np.stack(interval_runs(IMAGES, each, index).at(token))
+                assert (found == torch.stack(expected)[:, row].numpy()).all()
+        assert "block" not in vars(coords)  # nothing as long as the row was made
+        assert torch.equal(coords.block, block)
+
+
+def test_a_block_in_two_places_of_a_document_is_refused():
+    coords = Coords.of(Documents(((3, 5),), 8), block=torch.tensor([[0, 0, -1, 0, 1, -1, 1, -1]]))
+    with pytest.raises(ValueError, match="blocks of consecutive tokens, got a block id in several"):
+        interval_runs(IMAGES, coords)
 
 
 def test_runs_are_a_few_for_each_document_however_long():
