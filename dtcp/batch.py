@@ -7,6 +7,7 @@ rows (`dtcp.distributed.same_rows`). What a batch says is read in `dtcp.rows`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from dtcp.distributed.replicated_loss import (
     gather_for_replicated_loss,
     sum_for_replicated_loss,
 )
-from dtcp.distributed.same_rows import Contents, prepared_alike
+from dtcp.distributed.same_rows import RowHashes, prepared_alike
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import collect_metadata
 from dtcp.row_parts import padded_coords, part_of_rows, real_tokens
@@ -164,9 +165,10 @@ class PreparedBatch:
     sharded: ShardedBatch
     rows: Rows
 
-    def contents(self) -> Contents:
+    @cached_property
+    def hashes(self) -> RowHashes:
         """What ranks compare."""
-        return self.rows.contents()
+        return RowHashes.of(*self.rows.contents())
 
     def to(self, device: torch.device | str | None) -> tuple[dict[str, Tensor], ShardedBatch]:
         """As `shard_batch` returns it; None leaves it where it is."""
@@ -283,7 +285,7 @@ def shard_prepared(
     """
     check_kind("A batch", ParallelMesh, mesh=mesh)
     compared = (mesh.cp, mesh.tp, *axes) if compare_ranks else ()
-    return prepared_alike(compared, prepared, PreparedBatch.contents).to(device)
+    return prepared_alike(compared, prepared, lambda batch: batch.hashes).to(device)
 
 
 def prepare_batch(
@@ -305,7 +307,10 @@ def prepare_batch(
     check_kind("A batch", ParallelMesh, mesh=mesh)
     _check_arguments(layout, buckets, model, balance_for, memory)
     rows = Rows.of(batch, fields, documents)
-    return _prepared(rows, mesh, layout, model, balance_for, buckets, memory)
+    prepared = _prepared(rows, mesh, layout, model, balance_for, buckets, memory)
+    if mesh.cp is not None or mesh.tp is not None:
+        prepared.hashes  # noqa: B018  # worked out here, not where the batch is used
+    return prepared
 
 
 def _prepared(

@@ -8,6 +8,7 @@ waits for it.
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -29,8 +30,31 @@ STRETCH = 4096
 """Entries of a row that are weighed together."""
 
 
+@dataclass(frozen=True, eq=False)
+class RowHashes:
+    """What is compared of a batch, worked out: in a thread ahead of its use, maybe.
+
+    Args:
+        of_rows: [B, 3], by ASPECTS.
+        seq_len: tokens of a row.
+        keys: a number that changes with their names.
+    """
+
+    of_rows: Tensor
+    seq_len: int
+    keys: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], documents: Documents | None) -> "RowHashes":
+        """Of `Contents`."""
+        hashes, seq_len = _hashes(tensors, documents)
+        return cls(hashes, seq_len, zlib.crc32(" ".join(sorted(tensors)).encode()))
+
+
 def prepared_alike(
-    axes: Sequence[DeviceMesh | None], prepare: Callable[[], T], contents: Callable[[T], Contents]
+    axes: Sequence[DeviceMesh | None],
+    prepare: Callable[[], T],
+    contents: Callable[[T], Contents | RowHashes],
 ) -> T:
     """Prepare a batch, and refuse it on every rank if one rank has another or refused its own.
 
@@ -44,7 +68,7 @@ def prepared_alike(
         axes: whose ranks read the same rows; None for an axis of one rank. What is no DeviceMesh
             has no ranks to ask.
         prepare: what may refuse the batch on this rank.
-        contents: what is compared of the result.
+        contents: what is compared of the result, or its hashes.
     Raises:
         ValueError: ranks that differ, named with row; the same sentence on every rank.
     """
@@ -55,9 +79,9 @@ def prepared_alike(
     head, error, result = [0, 0, 0, 0], None, None
     try:
         result = prepare()
-        tensors, documents = contents(result)
-        hashes, seq_len = _hashes(tensors, documents)
-        head = [1, len(hashes), seq_len, zlib.crc32(" ".join(sorted(tensors)).encode())]
+        found = contents(result)
+        found = found if isinstance(found, RowHashes) else RowHashes.of(*found)
+        hashes, head = found.of_rows, [1, len(found.of_rows), found.seq_len, found.keys]
     except Exception as raised:  # noqa: BLE001
         # Held back, never swallowed: it is raised below. A rank that left without a word, for
         # whatever error, would leave the others waiting in the exchange. No BaseException: who

@@ -27,18 +27,18 @@ def numbers(lengths):
     return torch.repeat_interleave(torch.tensor(lengths))[None]
 
 
-def of_shard_batch(**told):
-    batch = {"input_ids": IDS, **told}
+def of_shard_batch(**named):
+    batch = {"input_ids": IDS, **named}
     return shard_batch(batch, MESH, DocumentBalanced)[1].documents
 
 
-def of_prepared(**told):
-    batch = {"input_ids": IDS, **told}
+def of_prepared(**named):
+    batch = {"input_ids": IDS, **named}
     return prepare_batch(batch, MESH, DocumentBalanced).sharded.documents
 
 
-def of_transformers(**told):
-    return documents_of_hf_batch({"input_ids": IDS, **told})
+def of_transformers(**named):
+    return documents_of_hf_batch({"input_ids": IDS, **named})
 
 
 def of_thd(lengths):
@@ -76,10 +76,10 @@ def test_documents_longer_than_their_row_are_refused_in_one_sentence(entry):
 
 def test_documents_shorter_than_their_row_leave_padding_which_has_no_loss():
     """A batch whose lengths miss tokens is refused where those have labels."""
-    told = {"seq_lens": torch.tensor([[3, 4]])}
-    assert of_shard_batch(**told).lengths == ((3, 4),)
+    named = {"seq_lens": torch.tensor([[3, 4]])}
+    assert of_shard_batch(**named).lengths == ((3, 4),)
     with pytest.raises(ValueError, match=r"Padding has no loss, got labels\[0, 7\]=7"):
-        of_shard_batch(**told, labels=IDS)
+        of_shard_batch(**named, labels=IDS)
 
 
 @pytest.mark.parametrize("entry", ["lengths", "boundaries", "PerDocument"])
