@@ -20,11 +20,10 @@ from dtcp.softmax.distance_bias import t5_distance_bias
 BIASES = ("position_bias",)
 """Arguments of an attention call that a bias comes in."""
 
-_METHOD, _EMBEDDING, _HAS = (
-    "compute_bias",
-    "relative_attention_bias",
-    "has_relative_attention_bias",
-)
+TABLE = "relative_attention_bias"
+"""Where attention keeps an embedding with a column for each head."""
+
+_METHOD, _HAS = "compute_bias", "has_relative_attention_bias"
 _MADE = "dtcp_bias_by_distance"
 
 
@@ -36,7 +35,7 @@ def is_of_bias(value: Any) -> bool:
 def biased_attentions(model: nn.Module) -> list[Any]:
     """Modules of attention whose bias is that of T5, and those of their kind that have none."""
     found = [m for m in model.modules() if hasattr(m, _METHOD) and hasattr(m, _HAS)]
-    return [m for m in found if not hasattr(m, _EMBEDDING) or _is_t5s(m)]
+    return [m for m in found if not hasattr(m, TABLE) or _is_t5s(m)]
 
 
 def install_bias_tables(model: nn.Module) -> None:
@@ -68,12 +67,12 @@ def _replace(attention: Any, table: Any) -> None:
 
 def _table(attention: Any, *_: Any, **__: Any) -> Tensor | None:
     """In the place of compute_bias: [H, 2 R + 1]; of a module without a bias, None."""
-    embedding = getattr(attention, _EMBEDDING, None)
+    embedding = getattr(attention, TABLE, None)
     if embedding is None:
         return None
     weight = embedding.weight
     if isinstance(weight, DTensor):
-        # Whole on each rank of tp, which makes all heads.
+        # Its columns are those of the heads that this rank of tp makes.
         weight = weight.to_local(grad_placements=weight.placements)
     table = t5_distance_bias(
         weight,
@@ -97,7 +96,7 @@ def _is_t5s(attention: Any) -> bool:
 
     One query with twice as many keys on either side as the table reaches to.
     """
-    if _METHOD in vars(attention) or getattr(attention, _EMBEDDING).weight.is_meta:
+    if _METHOD in vars(attention) or getattr(attention, TABLE).weight.is_meta:
         # On the meta device a narrow copy was tried.
         return True
     try:

@@ -19,15 +19,19 @@ def hands_on_latents(attention: nn.Module) -> bool:
 
     Not where its projection has been replaced, by one with adapters say.
     """
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
-
-    own: Any = getattr(type(attention), "expand_kv", None)
-    known = DeepseekV3Attention.expand_kv.__code__
     projection: Any = getattr(attention, PROJECTION, None)
     plain = type(projection) is nn.Linear and getattr(projection, "bias", None) is None
-    if own is None or not plain:
+    return plain and makes_keys_of_latents(attention)
+
+
+def makes_keys_of_latents(attention: nn.Module) -> bool:
+    """Whether the module has the method by which models of the DeepSeek-V2 line make keys."""
+    own: Any = getattr(type(attention), "expand_kv", None)
+    if own is None:
         return False
-    code = own.__code__
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+
+    code, known = own.__code__, DeepseekV3Attention.expand_kv.__code__
     return (code.co_code, code.co_names) == (known.co_code, known.co_names)
 
 

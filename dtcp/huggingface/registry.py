@@ -132,7 +132,7 @@ def mixer_attention_forward(
         projection: Any = module.get_submodule(PROJECTION)
         weight = projection.weight
         if isinstance(weight, DTensor):
-            # Whole on each rank of tp, which makes all heads.
+            # Its rows are those of the heads that this rank of tp makes.
             weight = weight.to_local(grad_placements=weight.placements)
         up = weight.to(q.dtype).unflatten(0, (q.shape[2], -1))
         return mixer(q, k[:, :, 0], v[:, :, 0], up, attn_metadata), None

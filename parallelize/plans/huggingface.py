@@ -35,7 +35,7 @@ from dtcp.parallelize.fsdp import FSDP
 from dtcp.parallelize.hf_experts import hf_expert_plan, tell_experts_of_padding
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
-from dtcp.parallelize.tensor_parallel import LocalParams, separate_gate_and_up
+from dtcp.parallelize.tensor_parallel import LatentHeads, LocalParams, separate_gate_and_up
 from dtcp.recurrent import (
     CausalConv1d,
     CausalConvCP,
@@ -142,8 +142,7 @@ def hf_plan(
 def share_latents(model: Any, survey: Survey, mesh: ParallelMesh, plan: ParallelPlan) -> None:
     """Let layers of latent attention exchange latents, where their strategy brings these.
 
-    Under tp they do so where all heads are made on each of its ranks, and each brings latents once;
-    where their projection is split, its heads' keys are exchanged.
+    Under tp each of its ranks brings latents once, of which it makes the keys of its own heads.
     """
     if mesh.cp is None:
         return
@@ -151,10 +150,10 @@ def share_latents(model: Any, survey: Survey, mesh: ParallelMesh, plan: Parallel
         attention = model.get_submodule(surveyed.name)
         style = plan.cp[f"{surveyed.name}.{MIXER}"]
         brings = isinstance(style, AttentionStyle) and style.op.strategy.takes_latents
-        split = mesh.tp is not None and not isinstance(
-            plan.tp.get(f"{surveyed.name}.{PROJECTION}"), LocalParams
-        )
-        if brings and not split and not surveyed.sink and hands_on_latents(attention):
+        # A style of tp would see no other projection than that of the latents' own style.
+        known = mesh.tp is None or isinstance(plan.tp.get(surveyed.name), LatentHeads)
+        whole = isinstance(plan.tp.get(f"{surveyed.name}.{PROJECTION}"), LocalParams)
+        if brings and (known or whole) and not surveyed.sink and hands_on_latents(attention):
             exchange_latents(attention)
 
 

@@ -21,7 +21,13 @@ from dtcp.distributed.dtensor_rules import HEADS
 from dtcp.huggingface.recurrent_layers import kernel_names, recurrent_layers
 from dtcp.mixer_plan import matches
 from dtcp.parallelize.plans.adapters import BASE, adapted, adapter_style
-from dtcp.parallelize.plans.inferred_roles import inferred_roles
+from dtcp.parallelize.plans.inferred_heads import (
+    BIAS_OF_HEADS,
+    inferred_blocks,
+    inferred_heads,
+)
+from dtcp.parallelize.plans.inferred_roles import COLWISE, ROWWISE, WHOLE, inferred_roles
+from dtcp.parallelize.plans.latent_heads import latent_heads
 from dtcp.parallelize.tensor_parallel import (
     HFExpertTensorParallel,
     LocalParams,
@@ -66,12 +72,17 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     _check_embedding_is_called(model)
     modules = dict(model.named_modules())
     owners = [name for name, module in modules.items() if any(True for _ in _own(module))]
+    units = {name: _unit(name, modules) for name in modules}
     roles = {name: _role(name, tp_plan) for name in modules}
-    roles |= _inferred(modules, owners, roles, tp)
+    latent_roles, containers = latent_heads(modules, tp)
+    roles |= latent_roles
+    roles |= inferred_heads(model, modules, roles, tp)
+    roles |= _inferred(modules, owners, units, roles, tp)
+    roles |= inferred_blocks(modules, roles, tp)
     moes = tuple(f"{name.rpartition('.')[0]}." for name in modules if roles[name] == EXPERTS)
     experts = tuple(name for name in modules if roles[name] == EXPERTS)
     recurrent = set(recurrent_layers(model))
-    split_units = {_unit(name) for name in owners if roles[adapted(name)[0]] == "colwise"}
+    split_units = {units[name] for name in owners if roles[adapted(name)[0]] == COLWISE}
     plan: dict[str, ParallelStyle] = {}
     missing: dict[str, str] = {}
     for name in owners:
@@ -86,17 +97,18 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
             tp,
             beside_experts=beside_experts,
         )
-        if isinstance(split, RowwiseParallel) and _adds_in_place(modules, target):
+        if isinstance(split, RowwiseParallel) and _adds_in_place(modules, target, units[target]):
             split = RowwiseOwnOutput()
         style = adapter_style(split, target, part) if part else _checked(name, modules[name], split)
-        if isinstance(style, ReplicatedParams) and not roles[target] and _unit(name) in split_units:
+        if isinstance(style, ReplicatedParams) and not roles[target] and units[name] in split_units:
             style = None  # A norm of all heads, of which a rank would have some.
         if style is None:
-            missing.setdefault(_unit(name), name)
+            missing.setdefault(units[name], name)
         plan[name] = style or LocalParams()
     for name in owners:
-        if _unit(name) in missing and roles[name] != EXPERTS:
+        if units[name] in missing and roles[name] != EXPERTS:
             plan[name] = LocalParams()
+    plan |= {name: style for name, style in containers.items() if units[name] not in missing}
     # These read the weights of modules inside of them.
     plan |= {name: LocalParams() for name in modules if modules[name] in recurrent}
     readers = (name for name in modules if name and _reads_weights(modules[name]))
@@ -106,12 +118,16 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
 
 
 def _inferred(
-    modules: Mapping[str, nn.Module], owners: Sequence[str], roles: Mapping[str, str], tp: int
+    modules: Mapping[str, nn.Module],
+    owners: Sequence[str],
+    units: Mapping[str, str],
+    roles: Mapping[str, str],
+    tp: int,
 ) -> dict[str, str]:
-    units: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}
     for name in owners:
-        units.setdefault(_unit(name), []).append(name)
-    unknown = {unit: names for unit, names in units.items() if not any(map(roles.get, names))}
+        parts.setdefault(units[name], []).append(name)
+    unknown = {unit: names for unit, names in parts.items() if not any(map(roles.get, names))}
     return inferred_roles(modules, unknown, tp)
 
 
@@ -119,10 +135,21 @@ def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return module.named_parameters(recurse=False)
 
 
-def _unit(name: str) -> str:
-    """The part of a block that a module belongs to: up to what follows the first number."""
+def _unit(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The part of a block that a module belongs to: up to what follows the first number.
+
+    Where that is a list of parts (T5), each of which holds a norm beside what is split, it is up to
+    what follows the second.
+    """
     found = re.match(r"(.*?\.\d+\.[^.]+)", name)
-    return found.group(1) if found else name
+    if found is None:
+        return name
+    listed = re.match(re.escape(found.group(1)) + r"(\.\d+)\.[^.]+", name)
+    if listed is None or not isinstance(modules[found.group(1)], nn.ModuleList):
+        return found.group(1)
+    entry = modules[found.group(1) + listed.group(1)]
+    holds_layers = any(hasattr(each, "in_features") for each in entry.children())
+    return found.group(1) if holds_layers else listed.group(0)
 
 
 def _say_what_is_whole(
@@ -191,8 +218,10 @@ def _style(
         return ReplicateInputWithSinks()
     if role == "replicated_with_grad_allreduce":
         return ReplicatedParams(Shard(HEADS))
-    if role in ("colwise", "rowwise"):
-        return ColwiseParallel() if role == "colwise" else RowwiseParallel()
+    if role in (COLWISE, ROWWISE):
+        return ColwiseParallel() if role == COLWISE else RowwiseParallel()
+    if role in (WHOLE, BIAS_OF_HEADS):
+        return LocalParams(Shard(1)) if role == BIAS_OF_HEADS else LocalParams()
     on_top = "." not in name and module is not model.base_model
     if (beside_experts or on_top) and not role:
         # A router, a shared expert that the plan does not split, or the head of a classifier: on
@@ -259,10 +288,10 @@ def _weights_read_elsewhere(module: nn.Module) -> bool:
     return any("weight" in names and names & inside for names in others)
 
 
-def _adds_in_place(modules: Mapping[str, nn.Module], name: str) -> bool:
+def _adds_in_place(modules: Mapping[str, nn.Module], name: str, unit: str) -> bool:
     """Whether a module around one, in its part of the block, adds to what it is given in place."""
     around = [other for other in modules if other and name.startswith(f"{other}.")]
-    inside = [other for other in around if other.startswith(_unit(name))]
+    inside = [other for other in around if other.startswith(unit)]
     return any("add_" in kernel_names(modules[other]) for other in inside)
 
 

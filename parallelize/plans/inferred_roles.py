@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-COLWISE, ROWWISE = "colwise", "rowwise"
+COLWISE, ROWWISE, WHOLE = "colwise", "rowwise", "whole"
 HIDDEN = 8
 """Width of what is tried."""
 
@@ -28,7 +28,7 @@ def inferred_roles(
     tried: dict[tuple[object, ...], bool] = {}
     for unit, names in units.items():
         linears = {name: modules[name] for name in names}
-        found = _up_and_down(linears, tp)
+        found = up_and_down(linears, tp)
         if unit not in modules or unit in names or found is None:
             continue
         ups, down = found
@@ -42,7 +42,7 @@ def inferred_roles(
     return roles
 
 
-def _up_and_down(linears: Mapping[str, nn.Module], tp: int) -> tuple[list[str], str] | None:
+def up_and_down(linears: Mapping[str, nn.Module], tp: int) -> tuple[list[str], str] | None:
     """The layers that widen and the one that narrows, where a feed-forward is but these."""
     plain = {name: x for name, x in linears.items() if type(x) is nn.Linear}
     if len(plain) != len(linears) or len(plain) not in (2, 3):

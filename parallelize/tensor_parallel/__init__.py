@@ -16,6 +16,7 @@ from dtcp.parallelize.tensor_parallel.kv_heads import (
     kv_projection_style,
     warn_of_replicated_kv_heads,
 )
+from dtcp.parallelize.tensor_parallel.latent_heads import LatentHeads
 from dtcp.parallelize.tensor_parallel.local_params import (
     LocalParams,
     ModuleView,
@@ -38,6 +39,7 @@ from dtcp.parallelize.tensor_parallel.weight_modules import ReplicatedWeight, Ro
 __all__ = [
     "AllReduceInputGrad",
     "HFExpertTensorParallel",
+    "LatentHeads",
     "LocalParams",
     "ModuleView",
     "ReplicateInput",

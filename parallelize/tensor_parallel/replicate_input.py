@@ -13,23 +13,28 @@ from dtcp.forward import wrap_forward
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 from dtcp.parallelize.tensor_parallel.regions import copy_to_region
 
+MEMORY = ("key_value_states", "encoder_hidden_states")
+"""Arguments of attention of transformers that are tokens of another sequence."""
+
 
 @dataclass
 class ReplicateInput(ParallelStyle):
     """Hand a module its first input, positional or by name, as a DTensor replicated over the axis.
 
     What several column-wise projections read becomes a DTensor once, so that its gradient, a sum
-    over ranks, is reduced once and not once per projection.
+    over ranks, is reduced once and not once per projection. So does what keys and values of cross
+    attention are made of, which attention of transformers takes by one of two names.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def replicate_first(
             _: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
         ) -> Any:
+            names = {key for key in MEMORY if isinstance(kwargs.get(key), Tensor)}
             if not args:
-                first = next(iter(kwargs))
-                return forward(**{**kwargs, first: replicated(kwargs[first])})
-            return forward(replicated(args[0]), *args[1:], **kwargs)
+                names.add(next(iter(kwargs)))
+            kwargs = {key: replicated(x) if key in names else x for key, x in kwargs.items()}
+            return forward(*map(replicated, args[:1]), *args[1:], **kwargs)
 
         def replicated(x: Tensor) -> DTensor:
             return DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)

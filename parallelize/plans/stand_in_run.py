@@ -1,0 +1,139 @@
+"""Run the forward of a module while its layers give made-up numbers: what reaches what?
+
+No weight is read, so a module on the meta device will do. Of each layer that has none of its own
+numbers, the first argument comes back; attention gives made-up numbers by heads.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+"""Where the forward of an attention module of transformers finds what attends."""
+
+Part = Callable[[Tensor, int], Tensor]
+"""What a rank has of a tensor that is split in a dim."""
+
+
+def everything(x: Tensor, _: int) -> Tensor:
+    """The part of one device."""
+    return x
+
+
+class StandInRun:
+    """One run of a module with stand-ins, as one rank would run it, and what they were handed.
+
+    Args:
+        outputs: whole outputs of layers, [tokens, channels], by their names in the module; there
+            are enough of them for any input.
+        down: of these, the name of the one that reads all of its inputs, and gives the whole.
+        part: this rank's, of the outputs of the other layers and of attention.
+        attended: what attention gives, [1, L, H, V]; None to make it up.
+    """
+
+    def __init__(
+        self,
+        outputs: Mapping[str, Tensor],
+        down: str,
+        part: Part = everything,
+        attended: Tensor | None = None,
+    ) -> None:
+        self.outputs, self.down, self.part = outputs, down, part
+        self.attended = attended
+        self.inputs: dict[str, Tensor] = {}
+        self.operands: tuple[Tensor, ...] = ()
+
+    def run(self, module: nn.Module, **kwargs: Any) -> Tensor:
+        """The first output of the module."""
+        out = _StandIn(module, "", self)(**kwargs)
+        first: Tensor = out[0] if isinstance(out, tuple) else out
+        return first
+
+    def give(self, name: str, x: Tensor) -> Tensor:
+        """The output of a layer for x."""
+        out = self.outputs[name]
+        if name == self.down:
+            self.inputs[name] = x
+        else:
+            out = self.part(out, 1)
+        return out[: x.shape[:-1].numel()].view(*x.shape[:-1], -1)
+
+    def hand_back(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Its first argument, of a layer that is none of these."""
+        first = args[0] if args else next(iter(kwargs.values()))
+        self.inputs[name] = first
+        return first
+
+    def get_interface(self, *_: Any) -> Callable[..., Any]:
+        """In the place of the registry's."""
+        return self._attend
+
+    def __getitem__(self, _: Any) -> Callable[..., Any]:
+        return self._attend
+
+    def _attend(self, _: Any, q: Tensor, k: Tensor, v: Tensor, *__: Any, **___: Any) -> Any:
+        self.operands = (q, k, v)
+        if self.attended is None:
+            self.attended = torch.randn(1, q.shape[2], q.shape[1], v.shape[3])
+        return self.part(self.attended, 2), None
+
+
+class _StandIn:
+    """What a forward takes for its module."""
+
+    def __init__(self, module: nn.Module, prefix: str, run: StandInRun) -> None:
+        self._module, self._prefix, self._run = module, prefix, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own: Any = inspect.unwrap(type(self._module).forward)
+        names = {**own.__globals__, REGISTRY: self._run}
+        forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+        forward.__kwdefaults__ = own.__kwdefaults__
+        return forward(self, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "training":
+            return False
+        found = getattr(self._module, name)
+        if isinstance(found, nn.Dropout):
+            return nn.Identity()
+        if isinstance(found, MethodType) and found.__self__ is self._module:
+            return partial(found.__func__, self)
+        return self._of(found, self._prefix + name) if isinstance(found, nn.Module) else found
+
+    def _of(self, found: nn.Module, name: str) -> Any:
+        if name in self._run.outputs:
+            return _Layer(found, partial(self._run.give, name))
+        if any(each.startswith(f"{name}.") for each in self._run.outputs):
+            return _StandIn(found, f"{name}.", self._run)
+        if next(found.parameters(), None) is None:
+            return found
+        return lambda *args, **kwargs: self._hand_back(found, name, args, kwargs)
+
+    def _hand_back(self, found: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
+        first = self._run.hand_back(name, args, kwargs)
+        return (first, None) if any(map(calls_registry, found.modules())) else first
+
+
+class _Layer:
+    """A layer that gives made-up numbers; what else is read of it is its own."""
+
+    def __init__(self, module: nn.Module, give: Callable[..., Tensor]) -> None:
+        self._module, self._give = module, give
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._give(x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def calls_registry(module: nn.Module) -> bool:
+    """Whether a module's forward takes attention from the registry of transformers."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and REGISTRY in code.co_names
