@@ -92,7 +92,7 @@ def main() -> None:
     parts = [conditions("benchmarks.balance", {"packs": arguments.packs}), *_of_suites(arguments)]
     parts.append(_planning(arguments.repeats))
     if arguments.steps:
-        parts.append(report((2, 4), 2048, arguments.repeats, 40, lambda _: None))
+        parts.append(report((2, 4), 2048, arguments.repeats, 30, lambda _: None))
     text = "# Balance of packed rows\n\n" + "\n\n".join(parts) + "\n"
     print(text)
     if arguments.write:

@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--tokens-a-rank", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=40, help="of a suite's repeated steps")
+    parser.add_argument("--seconds", type=float, default=30, help="of a suite's repeated steps")
     parser.add_argument("--write", default="", help="hardware name of the file under results/")
     args = parser.parse_args()
     options = {"tokens-a-rank": args.tokens_a_rank, "repeats": args.repeats}
@@ -282,7 +282,8 @@ def main() -> None:
         print("\n".join(lines[shown:]), flush=True)
         shown = len(lines)
         if args.write:
-            write(RESULTS, f"balance_steps_{args.write}", f"{head}\n\n{section}\n")
+            text = f"# Steps of packed rows on real ranks\n\n{head}\n\n{section}\n"
+            write(RESULTS, f"balance_steps_{args.write}", text)
 
     print(f"{head}\n", flush=True)
     report(tuple(args.ranks), args.tokens_a_rank, args.repeats, args.seconds, show)

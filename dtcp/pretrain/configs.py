@@ -42,7 +42,7 @@ BYTE_SHAPE = tiny(vocab_size=_BYTES)
 
 
 def llama_tiny() -> Trainer.Config:
-    """The default: cp 2 x tp 2 on four ranks, a ring over head-tail shards, compiled.
+    """The default: cp 2 x tp 2 on four ranks, a ring over balanced documents, compiled.
 
     Command: make train (python train.py). Hardware: any two CPU cores, no download.
     Expect: two to four minutes; the loss falls from 5.6 to about 2.5 nats per byte in 120 steps.

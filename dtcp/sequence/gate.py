@@ -238,12 +238,10 @@ def check_restarts(
     row, token = tokens.among(row, token)
     if not len(row):
         return
-    starts = torch.zeros(rows, seq_len, dtype=torch.bool)
     starting = [(index, end) for index, x in enumerate(documents.lengths) for end in _inner(x)]
     at_starts = torch.tensor(starting, dtype=torch.int64).view(-1, 2).unbind(1)
-    starts[at_starts] = True
     first = (position_ids[0] if position_ids.ndim == 3 else position_ids).expand(rows, -1)
-    inside = ~starts[row, token]
+    inside = ~torch.isin(row * seq_len + token, at_starts[0] * seq_len + at_starts[1])
     found = row[inside], token[inside], "inside a document"
     if not bool(inside.any()):
         row, token = tokens.among(*at_starts)

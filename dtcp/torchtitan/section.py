@@ -53,8 +53,9 @@ class Section:
     ulysses_degree: int = 2
     """Of the hybrid strategy: ranks that exchange heads; the ring goes over the rest."""
 
-    layout: LayoutName = "head_tail"
-    """Which tokens each rank holds; "auto" for the planner's choice."""
+    layout: LayoutName = "document_balanced"
+    """Which tokens each rank holds; "auto" for the planner's choice. Rows are packed documents, and
+    by default every rank gets as many tokens and as much work; one document is cut head-tail."""
 
     boundary: Literal["in_graph", "eager_island"] = "in_graph"
     """Collectives inside the compiled block, or one graph break around each attention."""

@@ -38,8 +38,7 @@ def gemma4_plan(
 
     Args:
         attention: the strategy of global layers on the axis cp: RingAttention or
-            AllGatherAttention where a key is made from its value. Sliding layers take any layout
-            with one or two contiguous pieces per rank: Contiguous or HeadTail.
+            AllGatherAttention where a key is made from its value.
     Raises:
         ValueError: what tp or ep would split is not a multiple of it.
     """

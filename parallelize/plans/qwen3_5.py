@@ -40,8 +40,9 @@ def qwen3_5_plan(
     With an axis ep experts are whole, each on ranks of its own, and tp does not split them.
 
     Kv heads that tp does not divide are replicated on all its ranks, with a warning.
-    HeadTail is the layout to shard batches with: it balances full attention, and the delta rule
-    takes it as it is, at the price of two states per rank rather than one.
+    HeadTail is the layout to shard long documents with, DocumentBalanced that for packed ones:
+    they balance full attention, and the delta rule takes them as they are, at the price of a few
+    states per rank rather than one.
 
     Args:
         attention: the strategy of full attention on the axis cp.

@@ -76,7 +76,7 @@ def copy(run: tuple[Path, int, str], tmp_path: Path) -> Path:
 def test_a_run_trains_and_says_what_it_is(run):
     _, code, output = run
     assert code == 0, output
-    assert "cp 2" in output and "RingAttention" in output and "HeadTail" in output
+    assert "cp 2" in output and "RingAttention" in output and "DocumentBalanced" in output
     steps = losses(output)
     assert list(steps) == [1, 2, 3, 4] and steps[4] < steps[1]
     assert re.search(r"tokens/s .* GiB .* rank 0 received .* KiB for cp .* left", output)
