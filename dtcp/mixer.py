@@ -41,6 +41,10 @@ class Mixer(nn.Module):
         """What this mixer's metadata depend on beside the batch: its mask, its width."""
         return ()
 
+    def own_layout(self, layout: SequenceLayout) -> SequenceLayout:
+        """The layout its tokens lie in, where the batch's is this one."""
+        return layout
+
     def set_metadata_key(self) -> None:
         """Work out whose metadata this mixer shares: mixers of one type, reading the same."""
         style = () if self.style is None else (self.style,)
@@ -143,6 +147,8 @@ class ClaimedMixer(Mixer):
                 f"A mixer on {self.num_shards} ranks needs a layout of as many shards, got "
                 f"layout={layout}: build the batch with shard_batch on the mesh of the plan."
             )
+        # Whoever wrote the style, and whether or not it asks.
+        self.style.check(self, self.own_layout(layout))
         made: AttentionMetadata = self.style.make_metadata(self, coords, layout, self.rank)
         return made
 

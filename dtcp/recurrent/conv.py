@@ -17,6 +17,7 @@ from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.recurrent.metadata import ConvMetadata
+from dtcp.sequence.node_routes import NodeRoutes, hands_on
 from dtcp.sequence.routes import Route
 
 
@@ -33,7 +34,7 @@ def causal_conv(
 
     Traffic per rank: w - 1 tokens a segment, and as much back.
     """
-    reach, route = metadata.reach, metadata.route
+    reach = metadata.reach
     line = x.flatten(0, 1)[None] if metadata.in_line else x
     if reach.shape[0] != line.shape[0] or reach[0].numel() != line.shape[1]:
         raise ValueError(
@@ -44,7 +45,7 @@ def causal_conv(
     left, count = weight.shape[1] - 1, reach.shape[1]
     segments = line.unflatten(1, (count, -1))
     if groups and not metadata.in_line:
-        halo: Tensor = _halo(x, route, count * left, groups[0])
+        halo: Tensor = _halo(x, *metadata.routes, count * left, groups[0])
         line = torch.cat((halo.unflatten(1, (count, -1)), segments), dim=2)
         return _taps(line, weight, reach).flatten(1, 2).to(x.dtype)
     out = _taps(F.pad(segments, (0, 0, left, 0)), weight, reach).flatten(1, 2)
@@ -58,7 +59,7 @@ def _with_first_tokens(
 ) -> Tensor:
     """Add what the first tokens of stretches read of the tokens left of them: few, and so apart."""
     reach = metadata.first_reach
-    halo: Tensor = _halo(line, metadata.route, metadata.first_slots.shape[0], group)
+    halo: Tensor = _halo(line, *metadata.routes, metadata.first_slots.shape[0], group)
     beyond = F.pad(halo.unflatten(1, reach.shape[1:]), (0, 0, 0, reach.shape[2]))
     return out.index_add(1, metadata.first_slots, _taps(beyond, weight, reach).flatten(1, 2))
 
@@ -76,63 +77,78 @@ def _taps(line: Tensor, weight: Tensor, reach: Tensor) -> Tensor:
 
 
 def halo_moved(
-    route: Tensor, token: int, num_ranks: int, rank: int, *, reverse: bool = False
+    routes: NodeRoutes, token: int, num_ranks: int, rank: int, *, reverse: bool = False
 ) -> Moved:
     """What the halo of a convolution moves, with so many bytes a token."""
     counts = [[0] * num_ranks for _ in range(2)]
-    for tokens, hops in zip(counts, _hops(route), strict=True):
-        for peer, start, stop in hops:
-            tokens[peer] += stop - start
+    for table in routes:
+        for tokens, hops in zip(counts, _hops(table), strict=True):
+            for peer, start, stop in hops:
+                tokens[peer] += stop - start
     sent, received = reversed(counts) if reverse else counts
     return Moved.rows(sent, received, token, rank, workspace=token * sum(sent + received))
 
 
-def _halo_moves(x: Tensor, route: Tensor, length: int, group: str) -> Moved:
-    return _moved_in(x, route, group, reverse=False)
+def _halo_moves(x: Tensor, route: Tensor, onward: Tensor, length: int, group: str) -> Moved:
+    return _moved_in(x, NodeRoutes(route, onward), group, reverse=False)
 
 
-def _halo_backward_moves(grad: Tensor, route: Tensor, length: int, group: str) -> Moved:
-    return _moved_in(grad, route, group, reverse=True)
+def _halo_backward_moves(
+    grad: Tensor, route: Tensor, onward: Tensor, length: int, group: str
+) -> Moved:
+    return _moved_in(grad, NodeRoutes(route, onward), group, reverse=True)
 
 
-def _moved_in(x: Tensor, route: Tensor, group: str, *, reverse: bool) -> Moved:
+def _moved_in(x: Tensor, routes: NodeRoutes, group: str, *, reverse: bool) -> Moved:
     place = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
-    return halo_moved(route, x[:, :1].numel() * x.element_size(), *place, reverse=reverse)
+    return halo_moved(routes, x[:, :1].numel() * x.element_size(), *place, reverse=reverse)
 
 
 @communicating_op("dtcp::left_halo", moves=_halo_moves)
-def _halo(x: Tensor, route: Tensor, length: int, group: str) -> Tensor:
+def _halo(x: Tensor, route: Tensor, onward: Tensor, length: int, group: str) -> Tensor:
     """The tokens left of each segment, from whoever holds them: [B, length, C]."""
+    axis = axis_of(group, x.device)
     send, receive = _hops(route)
-    return exchange_tokens(x, Route(send, receive, length), axis_of(group, x.device))
+    brought = exchange_tokens(x, Route(send, receive, length), axis)
+    if not hands_on(onward):
+        return brought
+    send, receive = _hops(onward)
+    return brought + exchange_tokens(brought, Route(send, receive, length), axis)
 
 
 @_halo.register_fake
-def _(x: Tensor, route: Tensor, length: int, group: str) -> Tensor:
+def _(x: Tensor, route: Tensor, onward: Tensor, length: int, group: str) -> Tensor:
     return x.new_empty(x.shape[0], length, *x.shape[2:])
 
 
 @communicating_op("dtcp::left_halo_backward", moves=_halo_backward_moves)
-def _halo_backward(grad: Tensor, route: Tensor, length: int, group: str) -> Tensor:
+def _halo_backward(grad: Tensor, route: Tensor, onward: Tensor, length: int, group: str) -> Tensor:
     """The gradients home, zero elsewhere: [B, L, C]."""
+    axis = axis_of(group, grad.device)
+    found = grad
+    if hands_on(onward):
+        send, receive = _hops(onward)
+        inside = exchange_tokens(grad, Route(receive, send, grad.shape[1]), axis)
+        wide = accumulation(grad.dtype)
+        found = (grad.to(wide) + inside.to(wide)).to(grad.dtype)
     send, receive = _hops(route)
-    return exchange_tokens(grad, Route(receive, send, length), axis_of(group, grad.device))
+    return exchange_tokens(found, Route(receive, send, length), axis)
 
 
 @_halo_backward.register_fake
-def _(grad: Tensor, route: Tensor, length: int, group: str) -> Tensor:
+def _(grad: Tensor, route: Tensor, onward: Tensor, length: int, group: str) -> Tensor:
     return grad.new_empty(grad.shape[0], length, *grad.shape[2:])
 
 
 def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, route, _, ctx.group = inputs
+    x, route, onward, _, ctx.group = inputs
     ctx.length = x.shape[1]
-    ctx.save_for_backward(route)
+    ctx.save_for_backward(route, onward)
 
 
 def _home(ctx, grad):  # type: ignore[no-untyped-def]
-    (route,) = ctx.saved_tensors
-    return _halo_backward(grad, route, ctx.length, ctx.group), None, None, None
+    home = _halo_backward(grad, *ctx.saved_tensors, ctx.length, ctx.group)
+    return home, None, None, None, None
 
 
 _halo.register_autograd(_home, setup_context=_keep)

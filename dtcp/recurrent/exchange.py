@@ -13,6 +13,7 @@ its right, then their tails in reverse. So one scan from the right, of pairs, co
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.collectives import all_to_all
 from dtcp.distributed.node_collectives import all_gather_on_nodes
-from dtcp.distributed.scan import State, exclusive_scan
+from dtcp.distributed.scan import State, exclusive_scan_on_nodes
 
 
 @dataclass(frozen=True)
@@ -113,23 +114,26 @@ def entering_by_scan(
     *,
     reverse: bool = False,
     maps: StateMaps = MATRICES,
+    ranks_per_node: int = 0,
 ) -> Tensor:
     """Compose what comes before, window by window: log2(n) rounds.
 
     Args and result as of `entering_by_gather`; one segment a rank in order of the ranks
     (Contiguous), or two (HeadTail).
 
-    Traffic per rank: ceil(log2(n)) summaries, three times that for two segments.
+    Traffic per rank: ceil(log2(n)) summaries, three times that for two segments. Between nodes:
+    that for the number of nodes, by one rank of each.
     """
+    scan = partial(exclusive_scan_on_nodes, mesh=axis, ranks_per_node=ranks_per_node)
     if len(chain[0]) == 1:
         nothing = maps.nothing(own[0])
-        (before,) = exclusive_scan((own[0],), maps.then, (nothing,), axis, reverse=reverse)
+        (before,) = scan((own[0],), maps.then, (nothing,), reverse=reverse)
         return maps.state(before)[None]
     # From the right the tails are the heads.
     head, tail = reversed(own.unbind()) if reverse else own.unbind()
     nothing = maps.nothing(head)
-    (before,) = exclusive_scan((head,), maps.then, (nothing,), axis)
-    heads, tails = exclusive_scan((head, tail), maps.around, (nothing, nothing), axis, reverse=True)
+    (before,) = scan((head,), maps.then, (nothing,))
+    heads, tails = scan((head, tail), maps.around, (nothing, nothing), reverse=True)
     state = maps.state(before)
     later = maps.through(tails, maps.through(heads, maps.through(head, state)))
     return torch.stack((later, state) if reverse else (state, later))

@@ -14,8 +14,9 @@ from dtcp.recurrent.stretches import handing_tables
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.coords import Coords, documents_of
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.node_routes import NodeRoutes
 from dtcp.sequence.routes import Route, halo_runs
-from dtcp.sequence.stretches import Stretches, left_route
+from dtcp.sequence.stretches import Stretches, left_routes
 
 SEGMENTED = (Contiguous, HeadTail)
 """Layouts of segments of one length, as many on every rank, whatever the documents."""
@@ -23,6 +24,10 @@ SEGMENTED = (Contiguous, HeadTail)
 
 def _none() -> Tensor:
     return torch.zeros(0, dtype=torch.int64)
+
+
+def _no_hops() -> Tensor:
+    return torch.zeros(2, 0, 3, dtype=torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,32 +95,46 @@ class ConvMetadata(AttentionMetadata):
 
     reach: Tensor  # [B, P, T] int32, tokens before each one in its document, at most w - 1
     route: HostTensor  # [2, hops, 3] int64, what is sent and what is received: rank, start, stop
+    # Likewise, of what is handed on inside a node; no hops of one tier.
+    onward: HostTensor = field(default_factory=_no_hops)
     # Of stretches of any length, whose reach is [1, 1, B * L] and ends where they start:
     first_slots: Tensor = field(default_factory=_none)  # [room * (w - 1)] int32, on the line
     first_reach: Tensor = field(default_factory=_none)  # [1, room, w - 1] int32, of these tokens
 
+    @property
+    def routes(self) -> NodeRoutes:
+        return NodeRoutes(self.route, self.onward)
+
 
 def conv_metadata(
-    coords: Coords, width: int, layout: SequenceLayout | None, rank: int = 0
+    coords: Coords,
+    width: int,
+    layout: SequenceLayout | None,
+    rank: int = 0,
+    *,
+    ranks_per_node: int = 0,
 ) -> ConvMetadata:
     """Of one rank; of whole rows without a layout.
 
+    Args:
+        ranks_per_node: neighbours that share a node; 0: nobody has said.
     Raises:
         ValueError: segments shorter than what a token reads to its left.
     """
     reach = (coords.token_index - coords.start).clamp(max=width - 1).to(torch.int32)
     if layout is None:
-        return ConvMetadata(reach[:, None], torch.zeros(2, 1, 3, dtype=torch.int64))
+        return ConvMetadata(reach[:, None], _no_hops())
     reach = layout.shard(reach, rank)
     if not issubclass(layout.kind, SEGMENTED):
         stretches = Stretches.of(layout, documents_of(coords))
-        return _conv_of_stretches(reach.flatten().numpy(), stretches, width - 1, rank)
+        routes = left_routes(stretches, width - 1, rank, ranks_per_node)
+        return _conv_of_stretches(reach.flatten().numpy(), stretches, routes, width - 1, rank)
     route = halo_route(layout, width, rank)
     return ConvMetadata(reach.unflatten(1, (route.shape[1], -1)), route)
 
 
 def _conv_of_stretches(
-    reach: NDArray[np.int32], stretches: Stretches, left: int, rank: int
+    reach: NDArray[np.int32], stretches: Stretches, routes: NodeRoutes, left: int, rank: int
 ) -> ConvMetadata:
     """The reach of all tokens inside their stretches, and of the first ones beyond."""
     mine = np.flatnonzero(stretches.rank == rank)
@@ -129,7 +148,7 @@ def _conv_of_stretches(
     slots[: len(mine)], reaches[: len(mine)] = first, np.where(real, reach[first], 0)
     return ConvMetadata(
         torch.from_numpy(np.minimum(reach, inside).astype(np.int32))[None, None],
-        left_route(stretches, left, rank),
+        *routes,
         torch.from_numpy(slots.flatten()),
         torch.from_numpy(reaches)[None],
         in_line=True,
@@ -138,6 +157,8 @@ def _conv_of_stretches(
 
 def halo_route(layout: SequenceLayout, width: int, rank: int) -> Tensor:
     """What a rank sends and receives of the tokens left of segments: [2, P, 3] int64.
+
+    No segment is shorter than what is read, so one rank reads each token, whatever the nodes.
 
     Raises:
         ValueError: segments shorter than what a token reads to its left.

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from dtcp.distributed.moves import Moved
 from dtcp.distributed.node_collectives import gathered_on_nodes
+from dtcp.distributed.scan import scanned
 from dtcp.kernels.dtypes import accumulation
 from dtcp.sequence.arguments import check_tensor
 from dtcp.style import MixerShape
@@ -81,19 +82,16 @@ def states_moved(
         summary: bytes of one segment's map.
         scan: by composition in rounds that double, rather than by gathering all maps.
         reverse: from the right, for gradients.
-        ranks_per_node: neighbours that share a node, of what is gathered.
+        ranks_per_node: neighbours that share a node; 0: nobody has said.
     """
     if not scan:
         return gathered_on_nodes(segments * summary, num_ranks, rank, ranks_per_node)
     # From the left, or from the right; of two segments a rank, both, and pairs from the right.
-    ways = [(1, -1 if reverse else 1)] if segments == 1 else [(1, 1), (2, -1)]
-    moved, reach = Moved(), 1
-    while reach < num_ranks:
-        for maps, way in ways:
-            to, source = ((rank + way * by) % num_ranks for by in (reach, -reach))
-            sent, received = ([int(r == peer) for r in range(num_ranks)] for peer in (to, source))
-            moved += Moved.rows(sent, received, maps * summary, rank)
-        reach *= 2
+    ways = [(1, reverse)] if segments == 1 else [(1, False), (2, True)]
+    moved = Moved()
+    for maps, way in ways:
+        counts = scanned(num_ranks, rank, reverse=way, ranks_per_node=ranks_per_node)
+        moved += Moved.rows(*counts, maps * summary, rank)
     return replace(moved, workspace=6 * segments * summary)
 
 

@@ -259,10 +259,10 @@ def carry_of(
         if metadata.onward.numel():
             tables += [metadata.onward[way], metadata.onward_counts[way]]
         return partial(entering_along_chains, tables=tuple(tables), axis=axis, maps=maps)
-    by_gather = partial(entering_by_gather, ranks_per_node=metadata.neighbours)
-    entering: Any = entering_by_scan if scan else by_gather
+    entering: Any = entering_by_scan if scan else entering_by_gather
+    entering = partial(entering, axis=axis, ranks_per_node=metadata.neighbours)
     chain, segments = metadata.chain.tolist(), metadata.chain.shape[1]
-    entering = partial(entering, chain=chain, axis=axis, reverse=reverse, maps=maps)
+    entering = partial(entering, chain=chain, reverse=reverse, maps=maps)
 
     def carry(summary: Tensor) -> Tensor:
         own = summary.unflatten(0, (-1, segments)).movedim(1, 0).contiguous()

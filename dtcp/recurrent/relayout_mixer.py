@@ -100,6 +100,9 @@ class RelayoutCP(ParallelStyle):
         wrap_forward(module, on_inside_layout)
         return module
 
+    def check(self, mixer: Mixer, layout: SequenceLayout) -> None:
+        """Tokens move from any layout to the one inside."""
+
     def groups(self, axis: DeviceMesh) -> list[str]:
         return [group_name(axis)]
 

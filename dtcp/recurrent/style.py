@@ -41,7 +41,8 @@ from dtcp.sequence.layout import (
     PerDocument,
     SequenceLayout,
 )
-from dtcp.sequence.stretches import Stretches, left_route
+from dtcp.sequence.node_routes import NodeRoutes
+from dtcp.sequence.stretches import Stretches, left_routes
 from dtcp.style import MixerShape, MixerStyle
 
 
@@ -143,7 +144,8 @@ class RecurrentStyle(MixerStyle):
         layout = mixer.own_layout(layout)
         self.check(mixer, layout)
         if isinstance(mixer, CausalConv1d):
-            return conv_metadata(coords, mixer.width, layout, rank)
+            nodes = self.ranks_per_node
+            return conv_metadata(coords, mixer.width, layout, rank, ranks_per_node=nodes)
         return delta_metadata(coords, layout, rank, ranks_per_node=self.ranks_per_node)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -171,8 +173,8 @@ class GatedDeltaCP(RecurrentStyle):
 
     Keyword Args:
         ranks_per_node: neighbours that share a node: a map that is gathered, or handed on along a
-            document, crosses once to each node that reads it, and is spread inside. A scan moves
-            the bytes of one tier: it sends on what it has composed, and each only once.
+            document, crosses once to each node that reads it, and is spread inside. A scan crosses
+            from one rank of a node to one of another, with what the node's ranks have composed.
 
     Traffic per rank, received, each way: with summaries of B * H * K * (K + V) fp32 elements,
     (n - 1) * P of them if gathered, P segments a rank (1 of Contiguous, 2 of HeadTail);
@@ -262,7 +264,11 @@ class GatedLinearCP(GatedDeltaCP):
 class CausalConvCP(RecurrentStyle):
     """A causal convolution that brings the w - 1 tokens left of each segment.
 
-    They go straight to whoever holds what follows, one rank, so that nodes change nothing.
+    They go straight to whoever holds what follows.
+
+    Keyword Args:
+        ranks_per_node: neighbours that share a node: what several of them read, as they do where a
+            rank has fewer tokens of a document than w - 1, crosses once.
 
     Traffic per rank, received: (w - 1) * B * C elements for each segment whose left neighbour
     another rank holds, of Contiguous and HeadTail. Of other layouts: at most (w - 1) * C for each
@@ -279,11 +285,13 @@ class CausalConvCP(RecurrentStyle):
         layout, token = mixer.own_layout(layout), shape.token
         if issubclass(layout.kind, SEGMENTED):
             route = halo_route(layout, mixer.width, rank)
+            routes = NodeRoutes(route, route[:, :0])
         else:
             stretches = Stretches.of(layout, documents_of(coords))
-            route, token = left_route(stretches, mixer.width - 1, rank), token // shape.batch
+            routes = left_routes(stretches, mixer.width - 1, rank, self.ranks_per_node)
+            token //= shape.batch
         there, back = (
-            halo_moved(route, token, layout.num_shards, rank, reverse=reverse)
+            halo_moved(routes, token, layout.num_shards, rank, reverse=reverse)
             for reverse in (False, True)
         )
         return Moves(there, back)

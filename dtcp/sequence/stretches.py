@@ -22,11 +22,9 @@ from torch import Tensor
 
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.partition import Ints, Partition, overlaps
+from dtcp.sequence.node_routes import NodeRoutes, Reads, node_routes, room_for
+from dtcp.sequence.partition import Ints, Partition
 from dtcp.sequence.row_layouts import RowLayouts
-
-LEAST_ROOM = 4
-"""Stretches that tables have room for at least."""
 
 
 class LineOfDocuments(NamedTuple):
@@ -121,39 +119,22 @@ class Stretches:
         return [np.append(source, x) for source, x in zip(before, each, strict=True)]
 
 
-def left_route(stretches: Stretches, reach: int, rank: int) -> Tensor:
+def left_routes(stretches: Stretches, reach: int, rank: int, ranks_per_node: int = 0) -> NodeRoutes:
     """Who sends which of the tokens left of stretches: as many as a reach, of the same document.
 
     The tokens left of a stretch end at place (index + 1) * reach among those that a rank brings.
 
-    Returns:
-        [2 (send, receive), hops, 3] int64: rank, and slots or places from and up to; as many hops
-        on every rank, some of them empty.
+    Args:
+        ranks_per_node: neighbours that share a node; 0: one hop, straight from owner to reader.
     """
-    line, entering = stretches.line, np.flatnonzero(stretches.enters >= 0)
-    stop = stretches.first[entering]
+    entering = np.flatnonzero(stretches.enters >= 0)
+    stop, index = stretches.first[entering], stretches.index[entering]
     start = stretches.documents.start[stretches.enters[entering]] if len(entering) else stop
     start = np.maximum(start, stop - reach)
-    wanted, piece = overlaps(start, stop, line.start, line.stop)
-    low = np.maximum(start[wanted], line.start[piece])
-    length = np.minimum(stop[wanted], line.stop[piece]) - low
-    slot = line.slot[piece] + low - line.start[piece]
-    to, holder = stretches.rank[entering[wanted]], line.owner[piece]
-    place = (stretches.index[entering[wanted]] + 1) * reach - (stop[wanted] - low)
-    room = max(room_for(to), room_for(holder))
-    sides = []
-    for own, peer, at in ((holder, to, slot), (to, holder, place)):
-        mine = np.flatnonzero(own == rank)
-        mine = mine[np.lexsort((place[mine], peer[mine]))]
-        hops = np.stack((peer[mine], at[mine], at[mine] + length[mine]), axis=1)
-        sides.append(with_room(hops, room, 0))
-    return torch.from_numpy(np.stack(sides))
-
-
-def room_for(ranks: Ints) -> int:
-    """A power of two that what each rank has fits in, one number for each."""
-    most = max(LEAST_ROOM, int(np.bincount(ranks).max(initial=0)))
-    return 1 << (most - 1).bit_length()
+    place = (index + 1) * reach - (stop - start)
+    reads = Reads(stretches.rank[entering], start, stop, place)
+    n = stretches.num_shards
+    return node_routes(reads, stretches.line, rank, num_ranks=n, ranks_per_node=ranks_per_node)
 
 
 def with_room(x: Ints, length: int, value: int) -> Ints:

@@ -75,6 +75,11 @@ class HybridAttention(AttentionStyle):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ints("HybridAttention", least=1, inner_ranks=self.inner_ranks)
+        if told := [x for x in (self.inner, self.outer) if x.ranks_per_node]:
+            raise ValueError(
+                f"HybridAttention splits the ranks of a node itself, got {told[0]} inside: give "
+                f"ranks_per_node to HybridAttention, of the axis as a whole."
+            )
         nodes = self.ranks_per_node
         if nodes and nodes % self.inner_ranks and self.inner_ranks % nodes:
             raise ValueError(
@@ -110,7 +115,10 @@ class HybridAttention(AttentionStyle):
         if keys is not None:
             intervals = replace(intervals, keys=joined(keys, groups))
         between = outer.rank_metadata(joined(layout, groups), group, intervals)
-        return ulysses_metadata(layout, keys, between, num_shards=groups, shard=group)
+        of = (layout, keys, between)
+        return ulysses_metadata(
+            *of, num_shards=groups, shard=group, ranks_per_node=self.ranks_per_node
+        )
 
     def with_position_ids(
         self, metadata: AttentionMetadata, coords: Coords, layout: SequenceLayout, rank: int

@@ -8,6 +8,7 @@ from torch import distributed as dist
 
 from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moved, Moves
+from dtcp.softmax.copied_heads import CopiedHeads
 from dtcp.softmax.latent import LatentWidths
 from dtcp.style import MixerShape
 
@@ -168,13 +169,22 @@ def steps_moved(
 
 
 def heads_moved(
-    shape: AttentionShape, length: int, num_ranks: int, rank: int, *, keys: int = 0
+    shape: AttentionShape,
+    length: int,
+    num_ranks: int,
+    rank: int,
+    *,
+    keys: int = 0,
+    per_node: int = 0,
 ) -> Moves:
     """q, k, v go out by heads and out comes back; backward moves their gradients alike.
 
     Args:
         keys: local ones, where they are of another sequence; 0 where they are the queries' own.
+        per_node: of the ranks, neighbours that share a node; 0: nobody has said.
     """
+    copies = max(num_ranks // shape.kv_heads, 1)
+    copied = CopiedHeads.of(num_ranks, rank, per_node, copies)
     kv_heads, keys = max(shape.kv_heads, num_ranks), keys or length
     of_keys = keys * kv_heads * (shape.value_dim + (0 if shape.values_only else shape.key_dim))
     widths = length * shape.heads * (shape.key_dim + shape.value_dim) + of_keys
@@ -183,7 +193,14 @@ def heads_moved(
     out = length * shape.heads * shape.key_dim + of_keys
     held = 2 * shape.batch * out * shape.element_size
     moved = Moved.alike(each, num_ranks, rank, workspace=held)
-    return Moves(moved, moved)
+    if copied is None:
+        return Moves(moved, moved)
+    widths = length * shape.heads * (shape.key_dim + shape.value_dim)
+    each = shape.batch * widths * shape.element_size // num_ranks
+    of_heads = Moved.alike(each, num_ranks, rank, workspace=held)
+    there = copied.moved(keys, shape.key_row // shape.kv_heads)
+    home = Moved(there.received, there.sent)
+    return Moves(of_heads + there, of_heads + home)
 
 
 def counts_by_step(counts: Tensor, rank: int) -> tuple[list[int], list[int]]:

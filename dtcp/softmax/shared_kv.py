@@ -101,6 +101,11 @@ class SharedKVAttention(AttentionStyle):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.ranks_per_node and self.gather.ranks_per_node not in (0, self.ranks_per_node):
+            raise ValueError(
+                f"Keys are brought over the nodes of one axis, got ranks_per_node="
+                f"{self.ranks_per_node} and {self.gather.ranks_per_node} in gather: give one."
+            )
         # Those of the one that brings keys, where this style is given none.
         self.ranks_per_node = self.ranks_per_node or self.gather.ranks_per_node
 

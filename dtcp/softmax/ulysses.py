@@ -12,11 +12,13 @@ from torch import Tensor
 from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moves
 from dtcp.distributed.staging import exchange
-from dtcp.kernels.dtypes import accumulation
-from dtcp.metadata import AttentionMetadata
+from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import Contiguous, SequenceLayout
 from dtcp.sequence.partition import Partition
+from dtcp.softmax.copied_heads import CopiedHeads, MoveRows
+from dtcp.softmax.exchange import all_to_all_rows
+from dtcp.softmax.head_share import HeadShare
 from dtcp.softmax.inputs import check_key_count
 from dtcp.softmax.local import LOCAL
 from dtcp.softmax.metadata import local_metadata
@@ -29,52 +31,6 @@ from dtcp.softmax.op import (
     Strategy,
 )
 from dtcp.softmax.style import AttentionStyle
-
-
-@dataclass(frozen=True)
-class HeadShare:
-    """Which heads each of n ranks attends with: equal parts, kv heads copied where G < n."""
-
-    heads: int
-    kv_heads: int
-    num_ranks: int
-
-    def __post_init__(self) -> None:
-        n, kv = self.num_ranks, self.kv_heads
-        if self.heads % n or (kv % n and n % kv):
-            raise ValueError(
-                f"Ulysses deals out whole heads, so ranks divide heads, and kv heads divide ranks "
-                f"or the other way round, got heads={self.heads}, kv_heads={kv}, ranks={n}: use "
-                f"fewer ranks for it (HybridAttention), or RingAttention."
-            )
-
-    @property
-    def copies(self) -> int:
-        """Ranks that share one kv head."""
-        return max(self.num_ranks // self.kv_heads, 1)
-
-    @property
-    def kv_heads_each(self) -> int:
-        """Kv heads a rank attends with."""
-        return max(self.kv_heads // self.num_ranks, 1)
-
-    def split(self, x: Tensor) -> Tensor:
-        """Query heads by rank: [B, L, H, D] -> [n, B, L, H / n, D]."""
-        return x.unflatten(2, (self.num_ranks, -1)).movedim(2, 0)
-
-    def split_kv(self, x: Tensor) -> Tensor:
-        """Kv heads by rank: [B, L, G, D] -> [n, B, L, max(G, n) / n, D]."""
-        return self.split(x.repeat_interleave(self.copies, dim=2))
-
-    def join(self, x: Tensor) -> Tensor:
-        """Inverse of split."""
-        return x.movedim(0, 2).flatten(2, 3)
-
-    def join_kv_gradient(self, x: Tensor) -> Tensor:
-        """Gradient of split_kv: what the ranks sharing a kv head found is summed, in fp32."""
-        copied = self.join(x.to(accumulation(x.dtype)))
-        return copied.unflatten(2, (self.kv_heads, self.copies)).sum(3)
-
 
 PER_HEAD = ("sink", "bias", "slope")
 """The inputs of attention, beside q, k and v, that have a row for each head."""
@@ -97,9 +53,11 @@ class UlyssesMetadata(AttentionMetadata):
     # For keys that are made from values: of this rank's own tokens.
     position_ids: Tensor = field(default_factory=_none)  # [B, L] int32
     sees: Tensor = field(default_factory=_none)  # [B, L] bool, which queries see any key
+    # [1], of the ranks among which heads are dealt out; empty where these share one node.
+    ranks_per_node: HostTensor = field(default_factory=_none)
 
 
-LAST_FIELDS = 4
+LAST_FIELDS = 5
 """Fields of UlyssesMetadata behind those of what the strategy inside reads."""
 
 
@@ -115,6 +73,14 @@ class _Orders(NamedTuple):
     def apart(self) -> bool:
         """Whether keys are of another sequence, and travel by themselves."""
         return self.key_order.numel() > 0
+
+    @property
+    def of_keys(self) -> Tensor:
+        return self.key_order if self.apart else self.order
+
+    @property
+    def restore_keys(self) -> Tensor:
+        return self.key_restore if self.apart else self.restore
 
 
 class Ulysses:
@@ -132,24 +98,14 @@ class Ulysses:
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
         share = _share(x.q.shape[2], context)
         orders, outer_context = self._parts(context, share)
-        by_rank = [share.split(x.q), *(share.split_kv(y) for y in (x.k, x.v) if y is not None)]
-        k: Tensor | None
-        if x.k is None:
-            check_key_count(x, x.q.shape[1])
-            q, v = _to_sequence(by_rank, orders.order, context)
-            k = None
-        elif orders.apart:
-            check_key_count(x, orders.key_order.numel() // share.num_ranks)
-            (q,) = _to_sequence(by_rank[:1], orders.order, context)
-            k, v = _to_sequence(by_rank[1:], orders.key_order, context)
-        else:
-            check_key_count(x, x.q.shape[1])
-            q, k, v = _to_sequence(by_rank, orders.order, context)
-        own = AttentionInputs(q, k, v, **_of_own_heads(x, share, context))
+        apart = orders.apart
+        check_key_count(x, len(orders.of_keys) // share.num_ranks if apart else x.q.shape[1])
+        q, *k, v = self._to_sequence(x, share, orders, context)
+        own = AttentionInputs(q, k[0] if k else None, v, **_of_own_heads(x, share, context))
         out, saved = self.outer.forward(own, outer_context)
         (local,) = _to_heads((out,), orders.restore, context)
         # In the place of keys that are not there, those of no token.
-        kept = v.new_empty(v.shape[0], 0, *v.shape[2:]) if k is None else k
+        kept = k[0] if k else v.new_empty(v.shape[0], 0, *v.shape[2:])
         return ForwardResult(share.join(local), [q, kept, v, out, *saved])
 
     def backward(
@@ -160,26 +116,16 @@ class Ulysses:
         (grad,) = _to_sequence((share.split(grad_out),), orders.order, context)
         own = AttentionInputs(*x[:3], **_of_own_heads(x, share, context))
         grads = self.outer.backward(grad, own, result, outer_context)
-        by_heads = [each.to(x.q.dtype) for each in grads[:3] if each is not None]
-        dk: Tensor | None
-        if x.k is None:
-            dq, dv = _to_heads(by_heads, orders.restore, context)
-            dk = None
-        elif orders.apart:
-            (dq,) = _to_heads(by_heads[:1], orders.restore, context)
-            dk, dv = _to_heads(by_heads[1:], orders.key_restore, context)
-        else:
-            dq, dk, dv = _to_heads(by_heads, orders.restore, context)
+        dq, *dk, dv = self._to_heads(grads, x.q.dtype, share, orders, context)
         per_head: dict[str, Any] = {}
         for name in PER_HEAD:
             whole, part = getattr(x, name), getattr(grads, name)
             per_head[name] = None if whole is None else torch.zeros_like(whole)
             if whole is not None and part is not None:
                 per_head[name][_own_heads(share, context.groups)] = part
-        dk = None if dk is None else share.join_kv_gradient(dk)
-        dv = share.join_kv_gradient(dv)
         # The scale of keys is that of all heads: this rank's share, as of its queries elsewhere.
-        return AttentionInputs(share.join(dq), dk, dv, key_scale=grads.key_scale, **per_head)
+        made = (dq, dk[0] if dk else None, dv)
+        return AttentionInputs(*made, key_scale=grads.key_scale, **per_head)
 
     def saved_like(
         self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
@@ -204,14 +150,53 @@ class Ulysses:
         u = peers.group_size
         kv_heads = max(shape.kv_heads // u, 1)
         each = replace(shape, heads=shape.heads // u, kv_heads=kv_heads)
-        within = heads_moved(
-            shape, length, u, peers.rank % u, keys=metadata[1 - LAST_FIELDS].numel() // u
-        )
+        keys, per_node = metadata[1 - LAST_FIELDS].numel() // u, int(metadata[-1].sum())
+        within = heads_moved(shape, length, u, peers.rank % u, keys=keys, per_node=per_node)
         between = self.outer.moves(each, u * length, metadata[2:-LAST_FIELDS], peers.between())
         return Moves(
             peers.placed_within(within.forward) + peers.placed_between(between.forward),
             peers.placed_within(within.backward) + peers.placed_between(between.backward),
         )
+
+    def _to_sequence(
+        self, x: AttentionInputs, share: HeadShare, orders: _Orders, context: OpContext
+    ) -> list[Tensor]:
+        """q, k and v, or q and v, of this rank's heads and all tokens: [B, n * L, heads, D]."""
+        keys = [y for y in (x.k, x.v) if y is not None]
+        if (copied := _copied(share, context)) is not None:
+            parts = copied.to_sequence(keys, _mover(context))
+            whole = [_ordered(y.movedim(0, 1).flatten(1, 2), orders.of_keys) for y in parts]
+            whole = [y.contiguous() for y in whole]
+            return [*_to_sequence([share.split(x.q)], orders.order, context), *whole]
+        of_keys = [share.split_kv(y) for y in keys]
+        if not orders.apart:
+            return _to_sequence([share.split(x.q), *of_keys], orders.order, context)
+        (q,) = _to_sequence([share.split(x.q)], orders.order, context)
+        return [q, *_to_sequence(of_keys, orders.of_keys, context)]
+
+    def _to_heads(
+        self,
+        grads: AttentionInputs,
+        dtype: torch.dtype,
+        share: HeadShare,
+        orders: _Orders,
+        context: OpContext,
+    ) -> list[Tensor]:
+        """The gradients of `_to_sequence`, travelling in a dtype, of all heads and local tokens."""
+        q, *keys = [y for y in grads[:3] if y is not None]
+        if (copied := _copied(share, context)) is not None:
+            n = share.num_ranks
+            (dq,) = _to_heads([q.to(dtype)], orders.restore, context)
+            parts = [_ordered(y, orders.restore_keys).unflatten(1, (n, -1)) for y in keys]
+            parts = [y.movedim(1, 0) for y in parts]
+            return [share.join(dq), *copied.home(parts, share.kv_heads, dtype, _mover(context))]
+        q, *keys = [y.to(dtype) for y in (q, *keys)]
+        if not orders.apart:
+            dq, *of_keys = _to_heads([q, *keys], orders.restore, context)
+        else:
+            (dq,) = _to_heads([q], orders.restore, context)
+            of_keys = _to_heads(keys, orders.restore_keys, context)
+        return [share.join(dq), *(share.join_kv_gradient(y) for y in of_keys)]
 
     def _parts(self, context: OpContext, share: HeadShare) -> tuple[_Orders, OpContext]:
         order, restore, *outer = context.metadata[:-LAST_FIELDS]
@@ -232,6 +217,22 @@ def _inner_group(groups: Sequence[str]) -> dist.ProcessGroup:
 def _share(heads: int, context: OpContext) -> HeadShare:
     num_ranks = dist.get_world_size(_inner_group(context.groups))
     return HeadShare(heads, context.kv_heads, num_ranks)
+
+
+def _copied(share: HeadShare, context: OpContext) -> CopiedHeads | None:
+    rank = dist.get_rank(_inner_group(context.groups))
+    per_node = int(context.metadata[-1].sum())
+    return CopiedHeads.of(share.num_ranks, rank, per_node, share.copies)
+
+
+def _mover(context: OpContext) -> MoveRows:
+    """all_to_alls of rows among the ranks that deal heads out."""
+    inner = replace(context, groups=[_inner_name(context.groups)])
+    return lambda rows, send, receive: all_to_all_rows(rows, send, receive, inner)
+
+
+def _ordered(x: Tensor, order: Tensor) -> Tensor:
+    return x if order.numel() == 0 else x.index_select(1, order)
 
 
 def _own_heads(share: HeadShare, groups: Sequence[str]) -> slice:
@@ -257,7 +258,7 @@ def _to_sequence(parts: Sequence[Tensor], order: Tensor, context: OpContext) -> 
         )
     rows = _all_to_all(torch.cat([x.flatten(3) for x in parts], dim=-1), context)
     whole = rows.movedim(0, 1).reshape(batch, n * length, -1)
-    whole = whole if order.numel() == 0 else whole.index_select(1, order)
+    whole = _ordered(whole, order)
     widths = [x.shape[3:].numel() for x in parts]
     split = whole.split(widths, dim=-1)
     return [x.unflatten(2, p.shape[3:]).contiguous() for x, p in zip(split, parts, strict=True)]
@@ -267,7 +268,7 @@ def _to_heads(parts: Sequence[Tensor], restore: Tensor, context: OpContext) -> l
     """The way back: [B, n * L, heads, D] by position -> [n, B, L, heads, D] by owner of heads."""
     n = dist.get_world_size(_inner_group(context.groups))
     whole = torch.cat([x.flatten(2) for x in parts], dim=-1)
-    whole = whole if restore.numel() == 0 else whole.index_select(1, restore)
+    whole = _ordered(whole, restore)
     rows = _all_to_all(whole.unflatten(1, (n, -1)).movedim(1, 0), context)
     split = rows.split([x.shape[2:].numel() for x in parts], dim=-1)
     return [x.unflatten(3, p.shape[2:]) for x, p in zip(split, parts, strict=True)]
@@ -326,19 +327,22 @@ def ulysses_metadata(
     *,
     num_shards: int,
     shard: int,
+    ranks_per_node: int = 0,
 ) -> UlyssesMetadata:
     """Of one of `num_shards` groups of ranks.
 
     Args:
         keys: the layout of the keys' sequence, where that is another one.
         outer: what the strategy between the groups reads.
+        ranks_per_node: neighbours that share a node; 0: nobody has said.
     """
-    own = reorder_indices(layout, num_shards, shard)
+    own, ranks = reorder_indices(layout, num_shards, shard), layout.num_shards // num_shards
+    within = torch.full((int(1 < ranks_per_node < ranks),), ranks_per_node)
     if keys is None:
-        return UlyssesMetadata(*own, outer)
+        return UlyssesMetadata(*own, outer, ranks_per_node=within)
     order = keys.permutation().view(num_shards, -1)[shard].argsort()
     apart = order.to(torch.int32), order.argsort().to(torch.int32)
-    return UlyssesMetadata(*own, outer, *apart)
+    return UlyssesMetadata(*own, outer, *apart, ranks_per_node=within)
 
 
 ULYSSES = AttentionOp("ulysses_attention", Ulysses(LOCAL), communicates=True)
@@ -353,9 +357,8 @@ class UlyssesAttention(AttentionStyle):
 
     Keyword Args:
         boundary: InGraph() or EagerIsland().
-        ranks_per_node: neighbours that share a node, for `received` to tell what crosses between:
-            one tier, since every rank gets heads of its own (HybridAttention deals them out
-            inside a node).
+        ranks_per_node: neighbours that share a node. Every rank gets heads of its own, but for kv
+            heads that are copied: these cross once to each node, and are spread inside.
 
     Traffic per rank, received: (n - 1) / n * L * (2 H + 2 max(G, n)) * D elements for equal key
     and value dims, forward, and the same backward; L of the keys' sequence for keys and values,
@@ -377,4 +380,5 @@ class UlyssesAttention(AttentionStyle):
         keys = intervals.keys
         num_keys = None if keys is None else keys.seq_len
         local = local_metadata(intervals, num_keys=num_keys, tile=self.tile)
-        return ulysses_metadata(layout, keys, local, num_shards=1, shard=0)
+        nodes = self.ranks_per_node
+        return ulysses_metadata(layout, keys, local, num_shards=1, shard=0, ranks_per_node=nodes)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from dtcp.sequence.partition import Ints, expand, overlaps
-from dtcp.sequence.stretches import Stretches, room_for, with_room
+from dtcp.sequence.node_routes import NodeRoutes, Reads, node_routes
+from dtcp.sequence.partition import Ints, Partition, expand, overlaps
+from dtcp.sequence.stretches import Stretches
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +46,11 @@ class EntryRuns:
         place[order] = before - before[at]
         return cls(ratio, document, first, start, owner, count, place)
 
-    def wanted(self) -> tuple[Ints, Ints]:
-        """Pairs of a rank and a piece whose entries it reads, its own among them; by rank."""
+    def reads(self) -> Reads:
+        """Of each rank and document that it holds some of, the entries up to its last token.
+
+        Entries are numbered along the line; a rank's own are among those that it reads.
+        """
         count = len(self.owner)
         # A rank's last piece of each document, and all pieces of the document up to that.
         order = np.lexsort((np.arange(count), self.document, self.owner))
@@ -56,41 +58,44 @@ class EntryRuns:
         ends = (owner[1:] != owner[:-1]) | (document[1:] != document[:-1])
         last = order[np.append(ends, True)[:count]]
         first = np.searchsorted(self.document, self.document[last])
-        length = last - first + 1
-        return np.repeat(self.owner[last], length), expand(first, length)
+        start, stop = self.number[first], self.number[last] + self.count[last]
+        rank, length = self.owner[last], stop - start
+        before = np.cumsum(length) - length
+        return Reads(rank, start, stop, before - before[np.searchsorted(rank, rank)])
 
-    def closing(self, pieces: Ints) -> Ints:
-        """The last token of each entry of some pieces, in their order."""
-        first, start = self.document_start[pieces], self.start[pieces]
-        number = expand((start - first) // self.ratio, self.count[pieces])
-        return np.repeat(first, self.count[pieces]) + self.ratio * (number + 1) - 1
+    @property
+    def number(self) -> Ints:
+        """Of the first entry of each piece, along the line."""
+        return np.cumsum(self.count) - self.count
+
+    @property
+    def held(self) -> Partition:
+        """Who holds which entries, where among its own."""
+        some, number = self.count > 0, self.number
+        stop = number + self.count
+        return Partition(number[some], stop[some], self.owner[some], self.place[some])
+
+    def closing(self, reads: Reads, rank: int) -> Ints:
+        """The last token of each entry that a rank reads, in their order."""
+        of_rank = reads.rank == rank
+        numbers = expand(reads.start[of_rank], (reads.stop - reads.start)[of_rank])
+        piece = np.searchsorted(self.number + self.count, numbers, side="right")
+        first = self.document_start[piece]
+        before = (self.start[piece] - first) // self.ratio + numbers - self.number[piece]
+        return first + self.ratio * (before + 1) - 1
 
 
-def entry_route(runs: EntryRuns, rank: int) -> tuple[Tensor, Ints]:
+def entry_routes(
+    runs: EntryRuns, rank: int, *, num_ranks: int, ranks_per_node: int = 0
+) -> tuple[NodeRoutes, Ints]:
     """How this rank's entries come to stand: its own and those of others, by their last tokens.
 
+    Args:
+        ranks_per_node: neighbours that share a node; 0: one hop, straight from holder to reader.
     Returns:
-        the route [1, 2 (send, receive), hops, 3] int64 of `bring_left`, from places among the
-        rank's own entries to places among all that it reads; and the last token of each of these.
+        the routes of `bring_left`, from places among the rank's own entries to places among all
+        that it reads; and the last token of each of these.
     """
-    to, piece = runs.wanted()
-    some = runs.count[piece] > 0
-    to, piece = to[some], piece[some]
-    holder, place, length = runs.owner[piece], runs.place[piece], runs.count[piece]
-    before = np.cumsum(length) - length
-    at = before - before[np.searchsorted(to, to)]
-    # Neighbours among the holder's entries that go to neighbouring places are one hop.
-    new = np.ones(len(to), dtype=bool)
-    new[1:] = (to[1:] != to[:-1]) | (holder[1:] != holder[:-1])
-    new[1:] |= place[1:] != place[:-1] + length[:-1]
-    first = np.flatnonzero(new)
-    length_of_hop = np.add.reduceat(length, first) if len(first) else length
-    hop_to, hop_holder, place, at = (x[first] for x in (to, holder, place, at))
-    room = max(room_for(hop_to), room_for(hop_holder))
-    sides = []
-    for own, peer, begin in ((hop_holder, hop_to, place), (hop_to, hop_holder, at)):
-        mine = np.flatnonzero(own == rank)
-        mine = mine[np.lexsort((at[mine], peer[mine]))]
-        hops = np.stack((peer[mine], begin[mine], begin[mine] + length_of_hop[mine]), axis=1)
-        sides.append(with_room(hops, room, 0))
-    return torch.from_numpy(np.stack(sides))[None], runs.closing(piece[to == rank])
+    reads = runs.reads()
+    routes = node_routes(reads, runs.held, rank, num_ranks=num_ranks, ranks_per_node=ranks_per_node)
+    return routes, runs.closing(reads, rank)

@@ -14,6 +14,7 @@ from dtcp.mixer import position_ids_of
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.node_routes import NodeRoutes
 from dtcp.sequence.partition import Run
 from dtcp.sparse.exchange import halo_routes
 
@@ -71,10 +72,20 @@ class SparseMetadata(AttentionMetadata):
     entry_readers: Tensor  # [B, P, 2] int32
     tiles: HostTensor  # [B, tiles, 6] int64
     routes: HostTensor  # [2 (keys, tokens to pool), 2 (send, receive), hops, 3] int64
+    onward: HostTensor  # likewise, of what is handed on inside a node; no hops of one tier
     # Of pieces of any lengths, on the line of all rows:
     key_order: Tensor = field(default_factory=_none)  # [K] int32, of own keys [L] and brought ones
     pooled_order: Tensor = field(default_factory=_none)  # likewise, of tokens to pool
     entry_routes: HostTensor = field(default_factory=_none)  # [1, 2, hops, 3] int64
+    entry_onward: HostTensor = field(default_factory=_none)  # likewise
+
+    @property
+    def halos(self) -> NodeRoutes:
+        return NodeRoutes(self.routes, self.onward)
+
+    @property
+    def of_entries(self) -> NodeRoutes:
+        return NodeRoutes(self.entry_routes, self.entry_onward)
 
     @property
     def sight(self) -> Sight:
@@ -126,7 +137,7 @@ def sparse_metadata(
         entry_run.int(),
         entry_readers.int(),
         _tiles(entry_run, mine, window, left, tile),
-        torch.zeros(2, 2, 0, 3, dtype=torch.int64),
+        *torch.zeros(2, 2, 2, 0, 3, dtype=torch.int64),
     )
 
 
@@ -136,12 +147,18 @@ def rank_metadata(
     rank: int,
     window: int,
     compression: Compression | None,
+    ranks_per_node: int = 0,
 ) -> SparseMetadata:
-    """The metadata of one rank."""
+    """The metadata of one rank.
+
+    Args:
+        ranks_per_node: neighbours that share a node; 0: nobody has said.
+    """
     segments = [layout.segments(other) for other in range(layout.num_shards)]
     metadata = sparse_metadata(coords, segments, rank, window, compression, halo=True)
     reaches = [window - 1] if compression is None else [window - 1, compression.reach]
-    return replace(metadata, routes=halo_routes(layout, rank, reaches))
+    routes, onward = halo_routes(layout, rank, reaches, ranks_per_node)
+    return replace(metadata, routes=routes, onward=onward)
 
 
 def check_counted(coords: Coords) -> None:

@@ -7,9 +7,9 @@ from dtcp.distributed.node_collectives import gathered_on_nodes
 from dtcp.distributed.relayout import RelayoutMetadata, relayout_moved
 from dtcp.sequence.coords import Coords, documents_of
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.stretches import Stretches, left_route
-from dtcp.sparse.entries import EntryRuns, entry_route
-from dtcp.sparse.exchange import halo_routes, left_moved
+from dtcp.sequence.stretches import Stretches, left_routes
+from dtcp.sparse.entries import EntryRuns, entry_routes
+from dtcp.sparse.exchange import halo_routes, left_moved, stacked
 from dtcp.sparse.metadata import segment_entries
 from dtcp.sparse.mixer import CompressedSparseAttention
 from dtcp.style import MixerShape
@@ -46,13 +46,10 @@ def sparse_moves(
     """Halos of keys and of tokens to pool, the entries of all ranks and the indexer's keys."""
     n, compression, keys = layout.num_shards, mixer.compression, shape.head_dim
     if compression is None:
-        routes, tokens, entries = (
-            halo_routes(layout, rank, [mixer.window - 1]),
-            [keys],
-            Moves(Moved.alike(0, n, rank), Moved.alike(0, n, rank)),
-        )
+        reaches, tokens = [mixer.window - 1], [keys]
+        entries = Moves(Moved.alike(0, n, rank), Moved.alike(0, n, rank))
     else:
-        routes = halo_routes(layout, rank, [mixer.window - 1, compression.reach])
+        reaches = [mixer.window - 1, compression.reach]
         index = shape.index_head_dim if compression.selected is not None else 0
         tokens = [keys, _pooled_width(mixer, shape)]
         rows = len(layout.segments(rank)) * segment_entries(layout.segment_len, compression)
@@ -62,6 +59,7 @@ def sparse_moves(
             for width in (keys + index, keys)
         )
         entries = Moves(there, back)
+    routes = halo_routes(layout, rank, reaches, ranks_per_node)
     there, back = (
         left_moved(routes, [shape.row * width for width in tokens], n, rank, reverse=reverse)
         for reverse in (False, True)
@@ -75,27 +73,27 @@ def pieces_moved(
     layout: SequenceLayout,
     rank: int,
     shape: SparseShape,
+    ranks_per_node: int = 0,
 ) -> Moves:
     """Halos at cuts inside documents, and entries to the ranks that read them."""
-    n, compression = layout.num_shards, mixer.compression
+    n, compression, size = layout.num_shards, mixer.compression, shape.element_size
     stretches = Stretches.of(layout, documents_of(coords))
-    halos = [(left_route(stretches, mixer.window - 1, rank), shape.head_dim)]
-    moves = NOTHING
+    halos, moves = [(mixer.window - 1, shape.head_dim)], NOTHING
     if compression is not None:
-        route = left_route(stretches, compression.reach, rank)
-        halos.append((route, _pooled_width(mixer, shape)))
+        halos.append((compression.reach, _pooled_width(mixer, shape)))
         index = shape.index_head_dim if compression.selected is not None else 0
-        routes, _ = entry_route(EntryRuns.of(stretches, compression.ratio), rank)
-        keys = shape.head_dim * shape.element_size
-        there = keys + index * shape.element_size
+        runs = EntryRuns.of(stretches, compression.ratio)
+        found, _ = entry_routes(runs, rank, num_ranks=n, ranks_per_node=ranks_per_node)
+        routes, keys = stacked([found]), shape.head_dim
         moves = Moves(
-            left_moved(routes, [there], n, rank),
-            left_moved(routes, [keys], n, rank, reverse=True),
+            left_moved(routes, [(keys + index) * size], n, rank),
+            left_moved(routes, [keys * size], n, rank, reverse=True),
         )
-    for route, width in halos:
-        size = [width * shape.element_size]
+    for reach, width in halos:
+        routes = stacked([left_routes(stretches, reach, rank, ranks_per_node)])
         there_and_back = (
-            left_moved(route[None], size, n, rank, reverse=reverse) for reverse in (False, True)
+            left_moved(routes, [width * size], n, rank, reverse=reverse)
+            for reverse in (False, True)
         )
         moves += Moves(*there_and_back)
     return moves

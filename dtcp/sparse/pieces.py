@@ -20,9 +20,11 @@ from dtcp.kernels.sparse.types import NOWHERE, SPARSE_TILE
 from dtcp.mixer import position_ids_of
 from dtcp.sequence.coords import Coords, documents_of
 from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.node_routes import NodeRoutes
 from dtcp.sequence.partition import Ints, expand
-from dtcp.sequence.stretches import Stretches, left_route
-from dtcp.sparse.entries import EntryRuns, entry_route
+from dtcp.sequence.stretches import Stretches, left_routes
+from dtcp.sparse.entries import EntryRuns, entry_routes
+from dtcp.sparse.exchange import stacked
 from dtcp.sparse.metadata import Compression, SparseMetadata, check_counted
 
 
@@ -75,25 +77,31 @@ def pieces_metadata(
     window: int,
     compression: Compression | None,
     *,
+    ranks_per_node: int = 0,
     tile: int = SPARSE_TILE,
 ) -> SparseMetadata:
-    """The metadata of one rank, on the line of all rows."""
+    """The metadata of one rank, on the line of all rows.
+
+    Args:
+        ranks_per_node: neighbours that share a node; 0: nobody has said.
+    """
     check_counted(coords)
     stretches = Stretches.of(layout, documents_of(coords))
     own = _Own.of(stretches, rank)
     window_first = np.maximum(own.start, own.token - (window - 1))
     last = np.where(own.real, own.token, -1)
-    lined_up, routes = [own.order(window - 1)], [left_route(stretches, window - 1, rank)]
-    windows = [np.zeros(0, dtype=np.int64)] * 3
-    closing, gathered = np.zeros(0, dtype=np.int64), torch.zeros(1, 2, 0, 3, dtype=torch.int64)
+    reaches, n = [window - 1], layout.num_shards
+    windows, closing = [np.zeros(0, dtype=np.int64)] * 3, np.zeros(0, dtype=np.int64)
+    of_entries = NodeRoutes(*torch.zeros(2, 2, 0, 3, dtype=torch.int64))
     if compression is not None:
-        lined_up.append(own.order(compression.reach))
-        routes.append(left_route(stretches, compression.reach, rank))
+        reaches.append(compression.reach)
         windows = _windows(own, compression)
         runs = EntryRuns.of(stretches, compression.ratio)
-        gathered, read = entry_route(runs, rank)
-        most = max(1, layout.num_shards * len(own.token) // compression.ratio)
+        of_entries, read = entry_routes(runs, rank, num_ranks=n, ranks_per_node=ranks_per_node)
+        most = max(1, n * len(own.token) // compression.ratio)
         closing = _filled(read, most, NOWHERE)
+    halos = stacked([left_routes(stretches, x, rank, ranks_per_node) for x in reaches])
+    lined_up = [own.order(reach) for reach in reaches]
     key_token_index, key_run, key_readers = _keys(own, window_first, window - 1)
     entry_run, entry_readers = _entries(own, last, closing)
     tiles = _tiles(own, entry_run, window - 1, tile)
@@ -114,10 +122,12 @@ def pieces_metadata(
         entry_run=_of_line(entry_run),
         entry_readers=_of_line(entry_readers),
         tiles=torch.from_numpy(tiles)[None],
-        routes=_with_hops(routes),
+        routes=halos.routes,
+        onward=halos.onward,
         key_order=lined_up[0],
         pooled_order=lined_up[-1] if compression is not None else lined_up[0][:0],
-        entry_routes=gathered,
+        entry_routes=of_entries.routes[None],
+        entry_onward=of_entries.onward[None],
         in_line=True,
     )
 
@@ -128,15 +138,6 @@ def _of_line(x: Ints) -> Tensor:
 
 def _filled(x: Ints, length: int, value: int) -> Ints:
     return np.append(x, np.full(length - len(x), value))
-
-
-def _with_hops(routes: list[Tensor]) -> Tensor:
-    """Routes of the same number of hops, some of them empty: [reaches, 2, hops, 3]."""
-    hops = max(route.shape[1] for route in routes)
-    out = torch.zeros(len(routes), 2, hops, 3, dtype=torch.int64)
-    for each, route in zip(out, routes, strict=True):
-        each[:, : route.shape[1]] = route
-    return out
 
 
 def _windows(own: _Own, compression: Compression) -> list[Ints]:

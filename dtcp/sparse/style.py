@@ -92,7 +92,7 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
         if metadata.in_line:
             orders = [metadata.key_order, metadata.pooled_order][: len(pieces)]
             lengths = [len(order) - keys.shape[1] for order in orders]
-            halos = bring_left(pieces, metadata.routes, lengths, self.groups[0])
+            halos = bring_left(pieces, *metadata.halos, lengths, self.groups[0])
             keys, *rest = (
                 torch.cat((x, left), dim=1).index_select(1, order)
                 for x, left, order in zip(pieces, halos, orders, strict=True)
@@ -101,7 +101,7 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
         segments = self._segments(metadata)
         reaches = [self.window - 1, *self._reach()]
         lengths = [segments * reach for reach in reaches]
-        halos = bring_left(pieces, metadata.routes, lengths, self.groups[0])
+        halos = bring_left(pieces, *metadata.halos, lengths, self.groups[0])
         keys, *rest = (
             prepend_halo(x, left, segments) for x, left in zip(pieces, halos, strict=True)
         )
@@ -109,8 +109,8 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
 
     def gather(self, entries: Tensor, metadata: SparseMetadata) -> Tensor:
         if metadata.in_line:
-            number = metadata.closing.shape[1]
-            return bring_left([entries], metadata.entry_routes, [number], self.groups[0])[0]
+            routes, number = metadata.of_entries, metadata.closing.shape[1]
+            return bring_left([entries], *routes, [number], self.groups[0])[0]
         nodes = self.style.ranks_per_node
         gathered = all_gather_on_nodes(entries, self.axis, dim=1, ranks_per_node=nodes)
         if self._segments(metadata) == 1:
@@ -166,10 +166,9 @@ class CompressedSparseCP(MixerStyle):
     travels, where heads are many and wide.
 
     Keyword Args:
-        ranks_per_node: neighbours that share a node: entries and the indexer's keys that are
-            gathered cross once to each node, and the entries' gradients are summed inside a node
-            before they go home. Halos go straight to the one rank that holds what follows, and so
-            do the entries of DocumentBalanced to each rank that reads them.
+        ranks_per_node: neighbours that share a node: entries and the indexer's keys cross once to
+            each node that reads them, and the entries' gradients are summed inside a node before
+            they go home. So do halos; mostly one rank reads one, and no second hop is taken.
     """
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
@@ -189,15 +188,26 @@ class CompressedSparseCP(MixerStyle):
         assert isinstance(mixer, CompressedSparseAttention)
         self.check(mixer, layout)
         if isinstance(layout, Contiguous | HeadTail):
-            return rank_metadata(coords, layout, rank, mixer.window, mixer.compression)
+            return self._of_segments(mixer, coords, layout, rank)
         if issubclass(layout.kind, DocumentBalanced):
-            return pieces_metadata(coords, layout, rank, mixer.window, mixer.compression)
+            of, nodes = (mixer.window, mixer.compression), self.ranks_per_node
+            return pieces_metadata(coords, layout, rank, *of, ranks_per_node=nodes)
         inside = _inside(layout)
         return MovedSparseMetadata(
             RelayoutMetadata.between(layout, inside, rank),
             OwnTokens.of(coords, layout, rank),
-            rank_metadata(coords, inside, rank, mixer.window, mixer.compression),
+            self._of_segments(mixer, coords, inside, rank),
         )
+
+    def _of_segments(
+        self,
+        mixer: CompressedSparseAttention,
+        coords: Coords,
+        layout: SequenceLayout,
+        rank: int,
+    ) -> SparseMetadata:
+        of, nodes = (mixer.window, mixer.compression), self.ranks_per_node
+        return rank_metadata(coords, layout, rank, *of, ranks_per_node=nodes)
 
     def moves(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
@@ -208,7 +218,7 @@ class CompressedSparseCP(MixerStyle):
         if isinstance(layout, Contiguous | HeadTail):
             return sparse_moves(mixer, layout, rank, shape, self.ranks_per_node)
         if issubclass(layout.kind, DocumentBalanced):
-            return pieces_moved(mixer, coords, layout, rank, shape)
+            return pieces_moved(mixer, coords, layout, rank, shape, self.ranks_per_node)
         inside = _inside(layout)
         there = RelayoutMetadata.between(layout, inside, rank)
         moves = sparse_moves(mixer, inside, rank, shape, self.ranks_per_node)

@@ -8,7 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from dtcp.distributed.ledger import count_traffic
-from dtcp.distributed.scan import exclusive_scan
+from dtcp.distributed.moves import Moved
+from dtcp.distributed.scan import exclusive_scan, exclusive_scan_on_nodes, scanned
 from tests.harness.collective_reference import BOUNDARIES, compiled_or_not
 from tests.harness.spmd import spmd
 
@@ -106,3 +107,57 @@ def test_states_of_two_dtypes_or_shapes_are_refused(mesh):
         exclusive_scan(state, then, state, mesh)
     with pytest.raises(ValueError, match=r"x of \[\(2,\)\] and identity of \[\(3,\)\]"):
         exclusive_scan((torch.ones(2),), then, (torch.ones(3),), mesh)
+
+
+def check_on_nodes(mesh, ranks_per_node):
+    """Two states of a pair each; bytes of both tiers are those of `scanned`."""
+    rank, n = mesh.get_local_rank(), mesh.size()
+    everyone = summaries(n)
+    for reverse in (False, True):
+        before = everyone[:rank] if not reverse else everyone[:rank:-1]
+        identity = identity_of(*everyone[rank])
+        with count_traffic() as traffic:
+            of = (everyone[rank], then, identity, mesh)
+            out = exclusive_scan_on_nodes(*of, reverse=reverse, ranks_per_node=ranks_per_node)
+        assert_close(out, reduce(then, before, identity))
+        counts = scanned(n, rank, reverse=reverse, ranks_per_node=ranks_per_node)
+        size = 2 * (9 + 6) * 8
+        moved = Moved.rows(*counts, size, rank)
+        assert (traffic.sent, traffic.received) == (sum(moved.sent), sum(moved.received))
+        if ranks_per_node:
+            between = traffic.crossing(rank, ranks_per_node)
+            assert between == moved.crossing(rank, ranks_per_node)
+
+
+@spmd(ranks=4)
+def test_two_tier_scan_equals_a_loop_and_crosses_from_one_rank_of_a_node_to_one(mesh):
+    for ranks_per_node in (0, 2):
+        check_on_nodes(mesh, ranks_per_node)
+    with pytest.raises(ValueError, match="equally many ranks"):
+        exclusive_scan_on_nodes(*[(torch.ones(1),)] * 3, mesh, ranks_per_node=3)
+
+
+@pytest.mark.slow
+@spmd(ranks=(6, 8))
+def test_two_tier_scan_on_six_and_eight_ranks(mesh, ranks):
+    for ranks_per_node in range(2, ranks):
+        if ranks % ranks_per_node == 0:
+            check_on_nodes(mesh, ranks_per_node)
+
+
+@pytest.mark.parametrize(("ranks", "ranks_per_node"), [(8, 2), (12, 3), (64, 8), (512, 8)])
+def test_two_tier_scan_takes_in_a_state_for_each_doubling_of_nodes(ranks, ranks_per_node):
+    """At most; of one tier, as many for each rank of a node from the rounds as long as it on."""
+    nodes = ranks // ranks_per_node
+    for reverse, node in ((False, nodes - 1), (True, 0)):
+        members = range(node * ranks_per_node, (node + 1) * ranks_per_node)
+        taken = {}
+        for known in (0, ranks_per_node):
+            counts = [
+                scanned(ranks, rank, reverse=reverse, ranks_per_node=known) for rank in members
+            ]
+            moved = [Moved.rows(*x, 1, rank) for x, rank in zip(counts, members, strict=True)]
+            pairs = zip(moved, members, strict=True)
+            taken[known] = sum(x.crossing(rank, ranks_per_node)[1] for x, rank in pairs)
+        assert taken[ranks_per_node] == (nodes - 1).bit_length()
+        assert taken[0] >= 2 * taken[ranks_per_node]

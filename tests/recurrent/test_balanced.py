@@ -12,7 +12,7 @@ from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import BlockBalanced, PerDocument
-from dtcp.sequence.stretches import Stretches, left_route
+from dtcp.sequence.stretches import Stretches, left_routes
 from tests.harness.spmd import spmd
 from tests.recurrent import test_linear
 from tests.recurrent.test_recurrent import (
@@ -50,7 +50,7 @@ def assert_equals_and_counts(mesh, layer, compute, documents, layout, by_channel
     shape = ChannelShape(rows, CHANNELS, 8)
     halo = layer.conv.style.moves(layer.conv, coords, sharded.layout, rank, shape).received
     assert traffic["dtcp::exchange_tokens"].received == halo.forward + halo.backward
-    route = left_route(Stretches.of(sharded.layout, sharded.documents), WIDTH - 1, rank)
+    route = left_routes(Stretches.of(sharded.layout, sharded.documents), WIDTH - 1, rank).routes
     tokens = sum(stop - start for side in route.tolist() for r, start, stop in side if r != rank)
     assert halo.forward + halo.backward == tokens * CHANNELS * 8
     total = states + halo
@@ -120,4 +120,4 @@ def test_what_crosses_is_per_piece_that_starts_inside_a_document():
         (summary, summary),
         (summary, 2 * summary),
     ]
-    assert left_route(stretches, 3, 0).shape == (2, 4, 3)
+    assert left_routes(stretches, 3, 0).routes.shape == (2, 4, 3)

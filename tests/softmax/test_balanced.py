@@ -1,16 +1,19 @@
 """Attention on DocumentBalanced: documents of any lengths, in pieces of any lengths."""
 
+from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar
 
 import torch
 
 from dtcp.compile import count_graphs
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import BlockBalanced, PerDocument
+from dtcp.sequence.layout import BlockBalanced, Contiguous, PerDocument
 from dtcp.softmax import RingAttention
 from tests.harness import packings
 from tests.harness.attention_parity import (
+    CAUSAL,
     MASK_CASES,
     WINDOW,
     Block,
@@ -20,6 +23,7 @@ from tests.harness.attention_parity import (
     in_tiles,
     local_inputs,
     mixer_on,
+    refused,
     run,
     shard_case,
     styles,
@@ -110,3 +114,22 @@ def test_graph_of_balanced_documents_serves_every_batch(mesh):
                 case = Case(WINDOW, packing)
                 assert_equals_one_device(case, attend, mixer, mesh, DocumentBalanced)
         assert (graphs.breaks, graphs.graphs) == (0, 1), f"{graphs} with {style}"
+
+
+@dataclass
+class Careless(RingAttention):
+    """A style of somebody else, which names a layout and never asks for it."""
+
+    layouts: ClassVar = (Contiguous,)
+
+    def make_metadata(self, mixer, coords, layout, rank):
+        return RingAttention().make_metadata(mixer, coords, layout, rank)
+
+
+@spmd(ranks=2)
+def test_balanced_documents_are_refused_where_a_third_party_style_does_not_name_them(mesh):
+    case = Case(CAUSAL, one_long)
+    mixer = mixer_on(mesh, Careless(), case.mask_case.mask)
+    assert_equals_one_device(case, mixer, mixer, mesh, Contiguous)
+    message = "works on the layouts Contiguous, got layout=DocumentBalanced"
+    refused(message, lambda: shard_case(case, mixer, mesh, DocumentBalanced))

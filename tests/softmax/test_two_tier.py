@@ -3,6 +3,7 @@
 Four ranks stand for two nodes of two, eight for two of four.
 """
 
+from copy import deepcopy
 from dataclasses import replace
 from itertools import product
 
@@ -17,12 +18,28 @@ from dtcp.compile import count_graphs
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.mixer_plan import apply_plan, on_nodes
 from dtcp.parallelize import ParallelPlan, parallelize
-from dtcp.recurrent import CausalConvCP
+from dtcp.recurrent import (
+    CausalConv1d,
+    CausalConvCP,
+    GatedDeltaCP,
+    GatedDeltaRule,
+    GatedLinearAttention,
+    GatedLinearCP,
+)
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
-from dtcp.softmax import AllGatherAttention, HaloAttention, HybridAttention, RingAttention
+from dtcp.softmax import (
+    AllGatherAttention,
+    HaloAttention,
+    HybridAttention,
+    RingAttention,
+    SharedKVAttention,
+    UlyssesAttention,
+)
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.moves import AttentionShape
+from dtcp.sparse import CompressedSparseCP
+from dtcp.sparse.mixer import CompressedSparseAttention
 from tests.harness import packings
 from tests.harness.attention_parity import (
     BIDIRECTIONAL,
@@ -236,5 +253,125 @@ def test_two_tier_hybrid_deals_heads_inside_a_node_and_the_sequence_over_nodes(m
         planned = style.received(mixer, sharded.coords, sharded.layout, rank, shape)
         between = (each.crossing(rank, 2)[1] for each in (forward, backward))
         assert (planned.forward_between, planned.backward_between) == tuple(between)
+
+
+def heads_of_node(case, rank, ranks_per_node, group_size):
+    """Kv heads that the ranks of this one's node attend with, each counted once."""
+    copies = max(group_size // case.kv_heads, 1)
+    each = max(case.kv_heads // group_size, 1)
+    first = rank // ranks_per_node * ranks_per_node
+    places = [peer % group_size for peer in range(first, first + ranks_per_node)]
+    return len({place * each // copies + head for place in places for head in range(each)})
+
+
+def check_copied(mesh, case, ranks_per_node, layout, attend=None):
+    """Against one device; a node takes each key of each of its heads in once, to the byte."""
+    style = UlyssesAttention(ranks_per_node=ranks_per_node)
+    n, rank, m = mesh.size(), mesh.get_local_rank(), ranks_per_node
+    mixer = mixer_on(mesh, style, case.mask_case.mask)
+    assert_equals_one_device(case, mixer if attend is None else attend(mixer), mixer, mesh, layout)
+    case = replace(case, sink=False)
+    sharded = shard_case(case, mixer, mesh, layout)
+    forward, backward = moved(case, mixer, sharded)
+    length = sharded.layout.shard_len
+    batch = sharded.documents.batch
+    shape = AttentionShape(batch, case.heads, case.kv_heads, case.key_dim, case.value_dim, 8)
+    of = (mixer, sharded.coords, sharded.layout, rank, shape)
+    planned, moves, one = style.received(*of), style.moves(*of), UlyssesAttention().moves(*of)
+    between = forward.crossing(rank, m), backward.crossing(rank, m)
+    assert (forward.received, backward.received) == (planned.forward, planned.backward)
+    assert forward.received == sum(one.forward.received), "no byte more than in one tier"
+    assert between == (moves.forward.crossing(rank, m), moves.backward.crossing(rank, m))
+    width = case.key_dim + case.value_dim
+    of_queries = case.heads // n * m * (n - m) * length * width
+    of_keys = heads_of_node(case, rank, m, n) * (n - m) * length * width
+    expected = (of_queries + of_keys) * batch * 8
+    assert of_node(between[0][1], rank, m) == of_node(between[1][0], rank, m) == expected
+
+
+@spmd(ranks=4)
+def test_two_tier_heads_that_are_copied_cross_once_to_each_node(mesh):
+    for kv_heads, layout, packing in (
+        (1, DocumentBalanced, packings.across_borders),
+        (2, HeadTail, packings.two_rows),
+        (4, HeadTail, packings.one_document),
+    ):
+        check_copied(mesh, Case(CAUSAL, packing, kv_heads=kv_heads, seq_len=32), 2, layout)
+
+
+@pytest.mark.slow
+@spmd(ranks=4)
+def test_two_tier_copied_heads_are_one_graph_for_every_batch(mesh):
+    def compiled(mixer):
+        return torch.compile(Block(mixer), backend="aot_eager", fullgraph=True)
+
+    for layout, packing in product(LAYOUTS, PACKINGS):
+        torch._dynamo.reset()
+        check_copied(mesh, Case(PREFIX, packing, kv_heads=1), 2, layout, compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks_per_node", [2, 4])
+@spmd(ranks=8)
+def test_two_tier_copied_heads_on_eight_ranks(mesh, ranks_per_node):
+    for kv_heads, layout in product((1, 2, 4, 8), LAYOUTS):
+        case = Case(CAUSAL, packings.two_rows, heads=8, kv_heads=kv_heads, seq_len=48)
+        check_copied(mesh, case, ranks_per_node, layout)
+
+
+@pytest.mark.slow
+@spmd(ranks=6)
+def test_two_tier_copies_of_a_head_may_lie_on_two_nodes(mesh):
+    """Three copies of each head on nodes of two: the second node has one of both."""
+    case = Case(CAUSAL, packings.two_rows, heads=6, kv_heads=2, seq_len=48)
+    check_copied(mesh, case, 2, HeadTail)
+    check_copied(mesh, case, 3, DocumentBalanced)
+
+
+def test_two_tier_hybrid_refuses_groups_that_do_not_fit_nodes():
     with pytest.raises(ValueError, match="deals heads out inside a node"):
         HybridAttention(inner_ranks=2, ranks_per_node=3)
+    for parts in (
+        {"outer": RingAttention(ranks_per_node=2)},
+        {"inner": UlyssesAttention(ranks_per_node=2)},
+    ):
+        with pytest.raises(ValueError, match="splits the ranks of a node itself"):
+            HybridAttention(**parts, inner_ranks=2)
+
+
+def test_two_tier_shared_keys_refuse_two_sizes_of_a_node():
+    gather = AllGatherAttention(ranks_per_node=2)
+    assert SharedKVAttention(gather).ranks_per_node == 2
+    with pytest.raises(ValueError, match="ranks_per_node=4 and 2 in gather"):
+        SharedKVAttention(gather, ranks_per_node=4)
+
+
+EVERY_STYLE = {
+    RingAttention: SoftmaxAttention(CAUSAL.mask),
+    AllGatherAttention: SoftmaxAttention(CAUSAL.mask),
+    UlyssesAttention: SoftmaxAttention(CAUSAL.mask),
+    HybridAttention: SoftmaxAttention(CAUSAL.mask),
+    SharedKVAttention: SoftmaxAttention(CAUSAL.mask),
+    HaloAttention: SoftmaxAttention(WINDOW.mask),
+    CompressedSparseCP: CompressedSparseAttention(4, None, scale=1.0),
+    GatedDeltaCP: GatedDeltaRule(),
+    GatedLinearCP: GatedLinearAttention(),
+    CausalConvCP: CausalConv1d(4),
+}
+
+
+@spmd(ranks=4)
+def test_two_tier_style_of_every_family_refuses_nodes_that_do_not_divide_and_ranks_that_disagree(
+    mesh,
+):
+    given = {HybridAttention: {"inner_ranks": 1}, HaloAttention: {"window": 7}}
+    for kind, mixer in EVERY_STYLE.items():
+        of = given.get(kind, {})
+        for size, match in (
+            (3, "equally many ranks of its axis"),
+            (None, "all ranks say the same"),
+        ):
+            nodes = (2 if mesh.get_local_rank() else 4) if size is None else size
+            plan = {"0": kind(**of, ranks_per_node=nodes)}
+            model = nn.Sequential(deepcopy(mixer))
+            refused(match, lambda model=model, plan=plan: apply_plan(model, mesh, plan))

@@ -19,9 +19,16 @@ NOTHING = -2
 """In a place to which nothing was brought."""
 
 
-def exchange(routes, held, length):
+def exchange(routes, onward, held, length):
     """Move numbers as `bring_left` moves tokens: to every rank `length` places."""
     out = [[NOTHING] * length for _ in routes]
+    hop(routes, held, out)
+    if onward[0][0]:
+        hop(onward, [row.copy() for row in out], out)
+    return out
+
+
+def hop(routes, held, out):
     for to, (_, receive) in enumerate(routes):
         for peer in range(len(routes)):
             sent = [hop for hop in routes[peer][0] if hop[0] == to and hop[1] < hop[2]]
@@ -29,7 +36,6 @@ def exchange(routes, held, length):
             assert [b - a for _, a, b in sent] == [b - a for _, a, b in taken]
             for (_, first, stop), (_, start, _) in zip(sent, taken, strict=True):
                 out[to][start : start + stop - first] = held[peer][first:stop]
-    return out
 
 
 def ends_of(documents):
@@ -42,14 +48,14 @@ def ends_of(documents):
     return starts
 
 
-def check_tables(documents, ranks, window, compression, tile):
+def check_tables(documents, ranks, window, compression, tile, nodes=0):
     coords = Coords.of(documents)
     work = MaskWork.under(Causal(), coords)
     layout = layout_of_batch(DocumentBalanced, documents, ranks, work)
     line = line_of(layout, documents.batch)
     start, ratio = ends_of(documents), 1 if compression is None else compression.ratio
     parts = [
-        pieces_metadata(coords, layout, rank, window, compression, tile=tile)
+        pieces_metadata(coords, layout, rank, window, compression, tile=tile, ranks_per_node=nodes)
         for rank in range(ranks)
     ]
     assert len({tuple(x.shape for x in part.tensors()) for part in parts}) == 1
@@ -59,7 +65,8 @@ def check_tables(documents, ranks, window, compression, tile):
     for number, order in enumerate(("key_order", "pooled_order")[: len(reaches)]):
         orders = [getattr(part, order).tolist() for part in parts]
         routes = [part.routes[number].tolist() for part in parts]
-        halos = exchange(routes, held, len(orders[0]) - len(held[0]))
+        onward = [part.onward[number].tolist() for part in parts]
+        halos = exchange(routes, onward, held, len(orders[0]) - len(held[0]))
         both = [own + halo for own, halo in zip(held, halos, strict=True)]
         lined_up.append([[x[i] for i in each] for x, each in zip(both, orders, strict=True)])
     closed = [
@@ -69,7 +76,8 @@ def check_tables(documents, ranks, window, compression, tile):
     if compression is not None:
         room = parts[0].closing.shape[1]
         own_entries = [x + [NOTHING] * (parts[0].end.shape[1] - len(x)) for x in closed]
-        entries = exchange([p.entry_routes[0].tolist() for p in parts], own_entries, room)
+        tables = ([x[0].tolist() for x in p.of_entries] for p in parts)
+        entries = exchange(*zip(*tables, strict=True), own_entries, room)
     for rank, part in enumerate(parts):
         _check_keys(part, held[rank], lined_up[0][rank], start, window)
         if compression is not None:
@@ -141,7 +149,9 @@ def random_case(draw):
             left -= lengths[-1]
         packed.append(tuple(lengths))
     kind = draw.choice((None, Compression(draw.randint(1, 9), overlap=draw.random() < 0.5)))
-    return Documents(tuple(packed), seq_len), ranks, draw.randint(1, 20), kind, draw.randint(1, 9)
+    of = (draw.randint(1, 20), kind, draw.randint(1, 9))
+    nodes = draw.choice([x for x in range(ranks + 1) if x == 0 or ranks % x == 0])
+    return Documents(tuple(packed), seq_len), ranks, *of, nodes
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.slow)])
