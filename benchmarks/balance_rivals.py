@@ -19,8 +19,8 @@ from dtcp.sequence.layout import (
 )
 from dtcp.sequence.mask_work import WorkRuns
 from dtcp.sequence.masks import Causal
+from dtcp.softmax.joined_shards import joined
 from dtcp.softmax.required_keys import needed_by_rank
-from dtcp.softmax.ulysses import joined
 
 Make = Callable[[Documents, int], SequenceLayout]
 

@@ -9,7 +9,7 @@ find as gradients is summed where the key came in, in fp32, and goes home once.
     second hop     2 -> 3: 0-3     3 -> 2: 4-7
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from dtcp.distributed.moves import Moved
 from dtcp.kernels.dtypes import accumulation
-
-MoveRows = Callable[[Tensor, list[int], list[int]], Tensor]
-"""One all_to_all of rows: those to send, how many to each rank, how many from each."""
+from dtcp.softmax.mates import MoveRows, even_share, mates_of
 
 
 @dataclass(frozen=True)
@@ -111,10 +109,8 @@ class CopiedHeads:
     def _near(self, peer: int) -> bool:
         return peer // self.per_node == self.rank // self.per_node
 
-    def _mates(self, rank: int) -> list[int]:
-        """Who in a rank's node has its kv head, the rank among them."""
-        first, head = rank // self.per_node * self.per_node, rank // self.copies
-        return [x for x in range(first, first + self.per_node) if x // self.copies == head]
+    def _mates(self, rank: int) -> tuple[int, ...]:
+        return mates_of(rank, self.per_node, self.copies)
 
     def _others(self, mates: Sequence[int]) -> list[int]:
         return [mate for mate in mates if mate != self.rank]
@@ -122,8 +118,7 @@ class CopiedHeads:
     def _share(self, rank: int, length: int) -> slice:
         """Which tokens of an owner on another node a rank takes in."""
         mates = self._mates(rank)
-        turn, count = mates.index(rank), len(mates)
-        return slice(length * turn // count, length * (turn + 1) // count)
+        return even_share(mates.index(rank), len(mates), length)
 
     def _goes(self, peer: int, length: int) -> slice:
         """Which of the local tokens go to a rank first."""

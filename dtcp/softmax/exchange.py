@@ -5,6 +5,9 @@ row per rank that used the key and is summed at home in fp32: a sum that travell
 rounded at every step (ring-flash-attention issue 42).
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +20,7 @@ from dtcp.distributed.staging import (
     send_and_receive,
     start_exchange,
 )
+from dtcp.softmax.mates import Arrived, Arriving, Finished, MoveRows
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.op import OpContext
 
@@ -76,6 +80,52 @@ def start_all_to_all_rows(
     return start_exchange(rows.contiguous(), group, receive=receive, send=send)
 
 
+Start = Callable[[Tensor, list[int], list[int]], Arriving]
+"""Starts a transfer of rows: those to send, how many to each of some ranks, how many from each."""
+
+
+def start_bringing(
+    rows: Tensor, send: list[int], receive: list[int], context: OpContext, start: Start
+) -> Arriving:
+    """Rows on their way from other groups; mates bring a part each, and hand it on here."""
+    mates = context.mates
+    if mates is None:
+        return start(rows, send, receive)
+    transfer = start(mates.own(rows, send), mates.shares(send), mates.shares(receive))
+    return Finished(transfer, lambda own: mates.gather(own, receive, _inside(context)))
+
+
+def start_returning(
+    rows: Tensor,
+    send: list[int],
+    receive: list[int],
+    dtype: torch.dtype,
+    context: OpContext,
+    start: Start,
+) -> Arriving:
+    """Gradients of brought rows on their way home in a dtype; those of mates are summed here."""
+    mates = context.mates
+    if mates is None:
+        return start(rows.to(dtype).contiguous(), send, receive)
+    found = mates.reduce(rows, send, dtype, _inside(context)).to(dtype)
+    transfer = start(found, mates.shares(send), mates.shares(receive))
+    return Finished(transfer, lambda own: mates.widen(own, receive))
+
+
+def _inside(context: OpContext) -> MoveRows:
+    inner = replace(context, groups=context.groups[1:2])
+    return lambda rows, send, receive: all_to_all_rows(rows, send, receive, inner)
+
+
+def _at_once(context: OpContext) -> Start:
+    """A transfer that is over when it has started."""
+
+    def start(rows: Tensor, send: list[int], receive: list[int]) -> Arriving:
+        return Arrived(all_to_all_rows(rows, send, receive, context))
+
+    return start
+
+
 def bring_rows(packed: Tensor, metadata: KeyExchangeMetadata, context: OpContext) -> Tensor:
     """The rows that other ranks have sent here, in one hop or, between nodes, in two.
 
@@ -85,7 +135,7 @@ def bring_rows(packed: Tensor, metadata: KeyExchangeMetadata, context: OpContext
         what came in the first hop, then what came in the second.
     """
     send, receive = metadata.counts.tolist()
-    rows = all_to_all_rows(packed, send, receive, context)
+    rows = start_bringing(packed, send, receive, context, _at_once(context)).wait()
     if not metadata.onward_counts.numel():
         return rows
     send, receive = metadata.onward_counts.tolist()
@@ -118,6 +168,7 @@ def return_grads(
         further = by_source[length + sum(receive) :].to(dtype)
         found = all_to_all_rows(further, arrived, on, context)
         brought.index_add_(0, metadata.onward[: sum(on)], found.to(brought.dtype))
-    returned = all_to_all_rows(brought.to(dtype), receive, send, context)
+    start = _at_once(context)
+    returned = start_returning(brought, receive, send, dtype, context, start).wait()
     accumulate_returned_grads(local, returned, metadata.send_slot[: sum(send)])
     return local

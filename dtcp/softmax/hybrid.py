@@ -15,18 +15,13 @@ from dtcp.sequence.coords import Coords, tokens_in_documents
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.all_gather import ALL_GATHER, AllGatherAttention
+from dtcp.softmax.joined_shards import UlyssesMetadata, joined, ulysses_metadata
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.moves import Peers
 from dtcp.softmax.op import AttentionOp
 from dtcp.softmax.ring import RING, RingAttention
 from dtcp.softmax.style import AttentionStyle
-from dtcp.softmax.ulysses import (
-    Ulysses,
-    UlyssesAttention,
-    UlyssesMetadata,
-    joined,
-    ulysses_metadata,
-)
+from dtcp.softmax.ulysses import Ulysses, UlyssesAttention
 
 ULYSSES_RING = AttentionOp("ulysses_ring_attention", Ulysses(RING.strategy), communicates=True)
 ULYSSES_ALL_GATHER = AttentionOp(
@@ -51,8 +46,8 @@ class HybridAttention(AttentionStyle):
         boundary: InGraph() or EagerIsland().
         ranks_per_node: neighbours that share a node. With as many inner_ranks, heads are dealt out
             inside a node and the sequence over nodes: each key of a head crosses once to each node
-            that reads it. With fewer, `outer` has two tiers, between the groups of a node and
-            between nodes.
+            that reads it, where ranks of the node share the head, too. With fewer, `outer` has two
+            tiers, between the groups of a node and between nodes.
 
     Traffic per rank: that of Ulysses among u = inner_ranks, plus that of `outer` among n / u
     shards of u * L tokens, with max(G, u) / u kv heads a rank.
@@ -75,10 +70,10 @@ class HybridAttention(AttentionStyle):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ints("HybridAttention", least=1, inner_ranks=self.inner_ranks)
-        if told := [x for x in (self.inner, self.outer) if x.ranks_per_node]:
+        if on_nodes := [x for x in (self.inner, self.outer) if x.ranks_per_node]:
             raise ValueError(
-                f"HybridAttention splits the ranks of a node itself, got {told[0]} inside: give "
-                f"ranks_per_node to HybridAttention, of the axis as a whole."
+                f"HybridAttention splits the ranks of a node itself, got {on_nodes[0]} inside: "
+                f"give ranks_per_node to HybridAttention, of the axis as a whole."
             )
         nodes = self.ranks_per_node
         if nodes and nodes % self.inner_ranks and self.inner_ranks % nodes:

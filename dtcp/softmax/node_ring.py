@@ -24,8 +24,14 @@ from dtcp.kernels.softmax.pieces import pieces_of_parts
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import Ints, Partition, expand_tokens
-from dtcp.softmax.exchange import accumulate_returned_grads, start_all_to_all_rows
+from dtcp.softmax.exchange import (
+    accumulate_returned_grads,
+    start_all_to_all_rows,
+    start_bringing,
+    start_returning,
+)
 from dtcp.softmax.key_hops import KeyHops, key_hops
+from dtcp.softmax.mates import Arriving
 from dtcp.softmax.metadata import KeyExchangeMetadata, by_part, filled, local_runs
 from dtcp.softmax.moves import AttentionShape, Peers, steps_moved
 from dtcp.softmax.op import OpContext
@@ -181,7 +187,7 @@ class NodeRing:
         self.local = torch.empty(0)
         # Gradients on their way: inside the node, and from there home.
         self._found: tuple[int, Tensor, Transfer | None] | None = None
-        self._home: tuple[int, Transfer] | None = None
+        self._home: tuple[int, Arriving] | None = None
 
     def steps(self) -> Iterator[tuple[int, Keys]]:
         """(step, keys), from this node's own on."""
@@ -237,15 +243,19 @@ class NodeRing:
                 brought.index_add_(0, self.onward[step], inside.wait().to(brought.dtype))
             send, receive = self._at(-step, self.received[step]), self._at(step, self.sent[step])
             with transfer_stream(brought):
-                home = start_all_to_all_rows(brought.to(self.dtype), send, receive, self.context)
+                of = (brought, send, receive, self.dtype, self.context)
+                home = start_returning(*of, self._start)
             self._home, self._found = (step, home), None
 
-    def _bring(self, step: int) -> Transfer:
+    def _start(self, rows: Tensor, send: list[int], receive: list[int]) -> Transfer:
+        return start_all_to_all_rows(rows, send, receive, self.context)
+
+    def _bring(self, step: int) -> Arriving:
         """The first hop of a step's keys."""
         send, receive = self._at(step, self.sent[step]), self._at(-step, self.received[step])
         with transfer_stream(self.slots[step]):
             packed = self.payload.pack(self.slots[step])
-            return start_all_to_all_rows(packed, send, receive, self.context)
+            return start_bringing(packed, send, receive, self.context, self._start)
 
     def _inside(self, rows: Tensor, send: list[int], receive: list[int]) -> Transfer:
         return start_all_to_all_rows(rows, self._at(0, send), self._at(0, receive), self.context)

@@ -23,6 +23,7 @@ from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.metadata import AttentionMetadata
 from dtcp.softmax.inputs import AttentionInputs, check_inputs
+from dtcp.softmax.mates import Mates
 from dtcp.softmax.moves import AttentionShape, Peers
 
 
@@ -94,6 +95,8 @@ class OpContext:
     softmax: SoftmaxParams
     groups: Sequence[str]
     kv_heads: int
+    mates: Mates | None = None
+    """Who reads the same rows of the last of the groups, in the one before."""
 
     def count(self, group: str, sent: Sequence[int], received: Sequence[int]) -> None:
         """Count bytes that crossed between the ranks of a group in this call, by rank."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dtcp.distributed.moves import Moves
-from dtcp.distributed.staging import Transfer, transfer_stream
+from dtcp.distributed.staging import transfer_stream
 from dtcp.kernels.softmax.api import (
     GradAccumulators,
     Keys,
@@ -21,7 +21,14 @@ from dtcp.kernels.softmax.api import (
 )
 from dtcp.sequence.interval_runs import Intervals
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.softmax.exchange import accumulate_returned_grads, isend_irecv
+from dtcp.softmax.exchange import (
+    Start,
+    accumulate_returned_grads,
+    isend_irecv,
+    start_bringing,
+    start_returning,
+)
+from dtcp.softmax.mates import Arriving
 from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
 from dtcp.softmax.moves import AttentionShape, Peers, counts_by_step, steps_moved
 from dtcp.softmax.node_ring import NodeRing, node_ring_metadata, node_ring_moves
@@ -99,11 +106,12 @@ class _RankRing:
         self.sent, self.received = metadata.counts.tolist()
         self.slots = metadata.send_slot[: sum(self.sent)].split(self.sent)
         self.dtype, self.local = dtype, torch.empty(0)
-        self._home: Transfer | None = None
+        self._home: Arriving | None = None
 
     def steps(self) -> Iterator[tuple[int, Keys]]:
         """(step, keys), from this rank's own on."""
-        payload, arriving, last = self.payload, None, len(self.sent) - 1
+        payload, last = self.payload, len(self.sent) - 1
+        arriving: Arriving | None = None
         for step in range(last + 1):
             if arriving is not None:
                 k, v = payload.received(arriving.wait(), step)
@@ -112,7 +120,8 @@ class _RankRing:
             if step < last:
                 slots, count = self.slots[step + 1], self.received[step + 1]
                 with transfer_stream(slots):
-                    arriving = isend_irecv(payload.pack(slots), count, step + 1, self.context)
+                    rows, start = payload.pack(slots), self._start(step + 1)
+                    arriving = start_bringing(rows, [len(slots)], [count], self.context, start)
             yield step, Keys(k, v, self.metadata.key_token_index[step, : k.shape[1]])
 
     def returned(self, step: int, rows: Tensor) -> None:
@@ -122,13 +131,17 @@ class _RankRing:
             return
         self._add(step - 1)
         with transfer_stream(rows):
-            home = rows.transpose(0, 1).to(self.dtype).contiguous()
-            self._home = isend_irecv(home, self.sent[step], -step, self.context, tag=_GRADIENTS)
+            send, receive = [self.received[step]], [self.sent[step]]
+            of = (rows.transpose(0, 1), send, receive, self.dtype, self.context)
+            self._home = start_returning(*of, self._start(-step, _GRADIENTS))
 
     def finish(self) -> Tensor:
         """The gradients of all local rows [B, L, G, W], once those of other ranks are here."""
         self._add(len(self.sent) - 1)
         return self.local
+
+    def _start(self, step: int, tag: int = 0) -> Start:
+        return lambda rows, _, receive: isend_irecv(rows, receive[0], step, self.context, tag=tag)
 
     def _add(self, step: int) -> None:
         if self._home is not None:

@@ -1,8 +1,7 @@
 """Trade heads for sequence: each rank attends with some of the heads to the whole sequence."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,18 +9,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtcp.distributed.groups import group_of
-from dtcp.distributed.moves import Moves
+from dtcp.distributed.moves import Moved, Moves
 from dtcp.distributed.staging import exchange
-from dtcp.metadata import AttentionMetadata, HostTensor
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
-from dtcp.sequence.layout import Contiguous, SequenceLayout
-from dtcp.sequence.partition import Partition
-from dtcp.softmax.copied_heads import CopiedHeads, MoveRows
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.softmax.copied_heads import CopiedHeads
 from dtcp.softmax.exchange import all_to_all_rows
 from dtcp.softmax.head_share import HeadShare
 from dtcp.softmax.inputs import check_key_count
+from dtcp.softmax.joined_shards import LAST_FIELDS, UlyssesMetadata, ulysses_metadata
 from dtcp.softmax.local import LOCAL
-from dtcp.softmax.metadata import local_metadata
+from dtcp.softmax.mates import Mates, MoveRows
+from dtcp.softmax.metadata import KeyExchangeMetadata, local_metadata
 from dtcp.softmax.moves import AttentionShape, Peers, heads_moved
 from dtcp.softmax.op import (
     AttentionInputs,
@@ -34,31 +33,6 @@ from dtcp.softmax.style import AttentionStyle
 
 PER_HEAD = ("sink", "bias", "slope")
 """The inputs of attention, beside q, k and v, that have a row for each head."""
-
-
-def _none() -> Tensor:
-    return torch.zeros(0, dtype=torch.int32)
-
-
-@dataclass(frozen=True, eq=False)
-class UlyssesMetadata(AttentionMetadata):
-    """What Ulysses reads of a batch, around what the strategy inside reads."""
-
-    order: Tensor  # [n L] int32, joined slots in token order; empty where they are in order
-    restore: Tensor  # [n L] int32, the way back; likewise
-    outer: AttentionMetadata
-    # Of keys of another sequence, [n L]; empty where keys are the queries' own.
-    key_order: Tensor = field(default_factory=_none)
-    key_restore: Tensor = field(default_factory=_none)
-    # For keys that are made from values: of this rank's own tokens.
-    position_ids: Tensor = field(default_factory=_none)  # [B, L] int32
-    sees: Tensor = field(default_factory=_none)  # [B, L] bool, which queries see any key
-    # [1], of the ranks among which heads are dealt out; empty where these share one node.
-    ranks_per_node: HostTensor = field(default_factory=_none)
-
-
-LAST_FIELDS = 5
-"""Fields of UlyssesMetadata behind those of what the strategy inside reads."""
 
 
 class _Orders(NamedTuple):
@@ -152,11 +126,33 @@ class Ulysses:
         each = replace(shape, heads=shape.heads // u, kv_heads=kv_heads)
         keys, per_node = metadata[1 - LAST_FIELDS].numel() // u, int(metadata[-1].sum())
         within = heads_moved(shape, length, u, peers.rank % u, keys=keys, per_node=per_node)
-        between = self.outer.moves(each, u * length, metadata[2:-LAST_FIELDS], peers.between())
+        outer = metadata[2:-LAST_FIELDS]
+        between = self.outer.moves(each, u * length, outer, peers.between())
+        mates = Mates.of(u, peers.rank % u, per_node, max(u // shape.kv_heads, 1))
+        if mates is not None and u < peers.num_ranks:
+            between, inside = self._shared(mates, each, u * length, outer, peers)
+            within += inside
         return Moves(
             peers.placed_within(within.forward) + peers.placed_between(between.forward),
             peers.placed_within(within.backward) + peers.placed_between(between.backward),
         )
+
+    def _shared(
+        self,
+        mates: Mates,
+        shape: AttentionShape,
+        length: int,
+        outer: Sequence[Tensor],
+        peers: Peers,
+    ) -> tuple[Moves, Moves]:
+        """What goes between groups where mates bring a part each, and what they hand on inside."""
+        keys = KeyExchangeMetadata(*outer)
+        sent, received = keys.counts.tolist()
+        parts = replace(keys, counts=torch.tensor([mates.shares(x) for x in (sent, received)]))
+        between = self.outer.moves(shape, length, parts.tensors(), peers.between())
+        there = Moved.rows(*mates.inside(received), shape.key_row, mates.rank)
+        home = Moved(there.received, there.sent)
+        return between, Moves(there, there + home)
 
     def _to_sequence(
         self, x: AttentionInputs, share: HeadShare, orders: _Orders, context: OpContext
@@ -201,7 +197,12 @@ class Ulysses:
     def _parts(self, context: OpContext, share: HeadShare) -> tuple[_Orders, OpContext]:
         order, restore, *outer = context.metadata[:-LAST_FIELDS]
         key_order, key_restore = context.metadata[-LAST_FIELDS:][:2]
-        inside = replace(context, metadata=outer, kv_heads=share.kv_heads_each)
+        inside = replace(
+            context,
+            metadata=outer,
+            kv_heads=share.kv_heads_each,
+            mates=_mates(share, context) if len(context.groups) > 1 else None,
+        )
         return _Orders(order, restore, key_order, key_restore), inside
 
 
@@ -223,6 +224,11 @@ def _copied(share: HeadShare, context: OpContext) -> CopiedHeads | None:
     rank = dist.get_rank(_inner_group(context.groups))
     per_node = int(context.metadata[-1].sum())
     return CopiedHeads.of(share.num_ranks, rank, per_node, share.copies)
+
+
+def _mates(share: HeadShare, context: OpContext) -> Mates | None:
+    rank = dist.get_rank(_inner_group(context.groups))
+    return Mates.of(share.num_ranks, rank, int(context.metadata[-1].sum()), share.copies)
 
 
 def _mover(context: OpContext) -> MoveRows:
@@ -285,64 +291,6 @@ def _all_to_all(rows: Tensor, context: OpContext) -> Tensor:
     each = [rows[0].numel() * rows.element_size()] * n
     context.count(_inner_name(context.groups), each, each)
     return out
-
-
-@dataclass(frozen=True)
-class Ascending(SequenceLayout):
-    """What groups of neighbouring ranks of another layout hold together, in ascending order."""
-
-    of: SequenceLayout = field(kw_only=True)
-
-    def runs(self, rank: int) -> list[tuple[int, int]]:
-        return self.partition.runs(rank)
-
-    @cached_property
-    def partition(self) -> Partition:
-        each, of = self.of.num_shards // self.num_shards, self.of.partition
-        return Partition.ascending(of.start, of.owner // each, self.seq_len)
-
-
-def joined(layout: SequenceLayout, num_shards: int) -> SequenceLayout:
-    """What `num_shards` groups of neighbouring ranks hold together, in ascending order."""
-    return Ascending(layout.seq_len, num_shards, of=layout)
-
-
-def reorder_indices(layout: SequenceLayout, num_shards: int, shard: int) -> tuple[Tensor, Tensor]:
-    """Slots of a joined shard in ascending position, and the way back; empty if they ascend.
-
-    Whether they do is a matter of the kind of layout: the graph is the same for every batch.
-    """
-    held = layout.permutation().view(num_shards, -1)
-    if num_shards == layout.num_shards or isinstance(layout, Contiguous):
-        nothing = torch.zeros(0, dtype=torch.int32)
-        return nothing, nothing.clone()
-    order = held[shard].argsort()
-    return order.to(torch.int32), order.argsort().to(torch.int32)
-
-
-def ulysses_metadata(
-    layout: SequenceLayout,
-    keys: SequenceLayout | None,
-    outer: AttentionMetadata,
-    *,
-    num_shards: int,
-    shard: int,
-    ranks_per_node: int = 0,
-) -> UlyssesMetadata:
-    """Of one of `num_shards` groups of ranks.
-
-    Args:
-        keys: the layout of the keys' sequence, where that is another one.
-        outer: what the strategy between the groups reads.
-        ranks_per_node: neighbours that share a node; 0: nobody has said.
-    """
-    own, ranks = reorder_indices(layout, num_shards, shard), layout.num_shards // num_shards
-    within = torch.full((int(1 < ranks_per_node < ranks),), ranks_per_node)
-    if keys is None:
-        return UlyssesMetadata(*own, outer, ranks_per_node=within)
-    order = keys.permutation().view(num_shards, -1)[shard].argsort()
-    apart = order.to(torch.int32), order.argsort().to(torch.int32)
-    return UlyssesMetadata(*own, outer, *apart, ranks_per_node=within)
 
 
 ULYSSES = AttentionOp("ulysses_attention", Ulysses(LOCAL), communicates=True)

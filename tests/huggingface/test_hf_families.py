@@ -58,11 +58,11 @@ def checked_family(kind):
     return CheckedHuggingFaceModel(kind.partition(" ")[0], FAMILIES.get(kind, {}))
 
 
-def assert_step_equal(kind, degrees, *, layout=HeadTail, compile=None):
+def assert_step_equal(kind, degrees, *, layout=HeadTail, compile=None, ranks_per_node=0):
     """Assert that loss and gradients on packed rows are those of one device, in fp64."""
     checked = checked_family(kind)
     options = CheckOptions(degrees, layout=layout)
-    mesh = ParallelMesh.from_degrees(degrees, "cpu")
+    mesh = ParallelMesh.from_degrees(degrees, "cpu", ranks_per_node=ranks_per_node)
     result = compare(checked, options, mesh, compile)
     wrong = {name: error for name, error in result.errors.items() if not error <= 1e-5}
     assert not wrong, wrong
@@ -81,6 +81,14 @@ def test_packed_rows_of_a_family_equal_the_unmodified_model(mesh, kind):
 @spmd(ranks=(3, 4))
 def test_more_ranks_of_a_family_equal_one_device(mesh, ranks, kind):
     assert_step_equal(kind, Degrees(cp=ranks), layout=Contiguous)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_next", "mamba2", "longcat_flash"])
+@spmd(ranks=4)
+def test_two_tier_family_equals_one_device(mesh, kind):
+    """The mesh gives its nodes to attention, latents, states and convolutions."""
+    assert_step_equal(kind, Degrees(cp=4), layout=DocumentBalanced, ranks_per_node=2)
 
 
 @pytest.mark.slow

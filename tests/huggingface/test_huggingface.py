@@ -27,6 +27,7 @@ from dtcp.huggingface import (
     survey,
 )
 from dtcp.loss import global_token_count, token_mean_loss
+from dtcp.mixer import ClaimedMixer
 from dtcp.parallelize import (
     FSDP,
     Compile,
@@ -35,6 +36,7 @@ from dtcp.parallelize import (
     load_hf,
     parallelize_hf,
 )
+from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal, SlidingWindow
@@ -120,12 +122,15 @@ def assert_parity(
     layout=HeadTail,
     attention=RING,
     change=None,
+    ranks_per_node=0,
     **options,
 ):
     """Assert that loss and all gradients are those of the unmodified model, on one device."""
     reference, model = build(kind, **(change or {})), build(kind, **(change or {}))
-    mesh = ParallelMesh.from_degrees(degrees, "cpu")
+    mesh = ParallelMesh.from_degrees(degrees, "cpu", ranks_per_node=ranks_per_node)
     parallelize_hf(model, mesh, attention, **options)
+    styles = [m.style for m in model.modules() if isinstance(m, ClaimedMixer)]
+    assert {style.ranks_per_node for style in styles} <= {ranks_per_node}
     return assert_same_step(reference, model, mesh, rows=rows, layout=layout)
 
 
@@ -169,6 +174,21 @@ def test_every_strategy_equals_one_device(mesh, kind, attention):
 @spmd(ranks=(3, 4))
 def test_more_ranks_equal_one_device(mesh, ranks):
     assert_parity("gpt_oss", Degrees(cp=ranks), compile=GRAPHS if ranks == 3 else None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+@spmd(ranks=4)
+def test_two_tier_mesh_equals_one_device_and_brings_less_between_nodes(mesh, kind):
+    """Two kv heads on four ranks: Ulysses copies them."""
+    rank, between = mesh.get_local_rank(), {}
+    for attention in (UlyssesAttention(), RING):
+        for nodes in (0, 2):
+            of = {"attention": attention, "layout": DocumentBalanced, "ranks_per_node": nodes}
+            between[nodes] = assert_parity(kind, Degrees(cp=4), **of).crossing(rank, 2)[1]
+        far = torch.tensor([between[0], between[2]])
+        dist.all_reduce(far)
+        assert far[1] < far[0]
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -62,7 +62,7 @@ def composed_by_nodes(sharded, rank, m):
     """Both ways, of two segments a rank: a state from the left and a pair from the right."""
     node, nodes = rank // m, sharded.layout.num_shards // m
     left, right = (x.bit_length() for x in (node, nodes - 1 - node))
-    return 2 * (left + 2 * right)
+    return 2 * (left + 2 * right) * sharded.documents.batch
 
 
 def read_along_chains(sharded, rank, m):

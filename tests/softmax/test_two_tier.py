@@ -237,22 +237,61 @@ def test_two_tier_nodes_are_counted_in_ranks_of_all_axes(mesh):
         assert made.cp_ranks_per_node() == neighbours
 
 
+def check_hybrid(mesh, style, case, layout=DocumentBalanced, attend=None):
+    """Against one device; bytes of both tiers; each key of a head crosses once to each node."""
+    rank, m = mesh.get_local_rank(), style.ranks_per_node
+    mixer = mixer_on(mesh, style, case.mask_case.mask)
+    assert_equals_one_device(case, mixer if attend is None else attend(mixer), mixer, mesh, layout)
+    case = replace(case, sink=False)
+    sharded = shard_case(case, mixer, mesh, layout)
+    forward, backward = moved(case, mixer, sharded)
+    shape = AttentionShape(1, case.heads, case.kv_heads, case.key_dim, case.value_dim, 8)
+    of = (mixer, sharded.coords, sharded.layout, rank, shape)
+    planned, moves = style.received(*of), style.moves(*of)
+    one = replace(style, ranks_per_node=0).received(*of)
+    assert (forward.received, backward.received) == (planned.forward, planned.backward)
+    assert of_node(planned.forward, rank, m) == of_node(one.forward, rank, m)
+    between = forward.crossing(rank, m), backward.crossing(rank, m)
+    assert between == (moves.forward.crossing(rank, m), moves.backward.crossing(rank, m))
+    if style.inner_ranks <= m:
+        _, taken_in = two_tier_bytes(case, sharded, rank, m)
+        assert of_node(between[0][1], rank, m) == taken_in
+        home = of_node(between[1][0] - between[0][0], rank, m)
+        assert home == taken_in, "gradients go home once"
+
+
 @spmd(ranks=4)
 def test_two_tier_hybrid_deals_heads_inside_a_node_and_the_sequence_over_nodes(mesh):
-    """Each key of a head crosses once to each node that reads it."""
-    case, rank = Case(CAUSAL, packings.across_borders, sink=False), mesh.get_local_rank()
+    """Of one kv head, both ranks of a node bring a half each."""
+    for outer, kv_heads in product(STYLES, (2, 1)):
+        style = HybridAttention(outer=outer, inner_ranks=2, ranks_per_node=2)
+        check_hybrid(mesh, style, Case(CAUSAL, packings.across_borders, kv_heads=kv_heads))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks_per_node", [2, 4])
+@pytest.mark.parametrize("inner_ranks", [2, 4])
+@spmd(ranks=8)
+def test_two_tier_hybrid_on_eight_ranks(mesh, inner_ranks, ranks_per_node):
+    """Groups that are parts of a node, a node, or two nodes."""
+    of = {"inner_ranks": inner_ranks, "ranks_per_node": ranks_per_node}
+    for outer, kv_heads, layout in product(STYLES, (1, 2, 4), (DocumentBalanced, HeadTail)):
+        case = Case(PREFIX, packings.across_borders, heads=8, kv_heads=kv_heads, seq_len=96)
+        check_hybrid(mesh, HybridAttention(outer=outer, **of), case, layout)
+
+
+@pytest.mark.slow
+@spmd(ranks=4)
+def test_two_tier_hybrid_with_copied_heads_compiles_to_one_graph(mesh):
+    def compiled(mixer):
+        return torch.compile(Block(mixer), backend="aot_eager", fullgraph=True)
+
     for outer in STYLES:
         style = HybridAttention(outer=outer, inner_ranks=2, ranks_per_node=2)
-        mixer = mixer_on(mesh, style, CAUSAL.mask)
-        assert_equals_one_device(case, mixer, mixer, mesh, DocumentBalanced)
-        sharded = shard_case(case, mixer, mesh, DocumentBalanced)
-        forward, backward = moved(case, mixer, sharded)
-        _, taken_in = two_tier_bytes(case, sharded, rank, 2)
-        assert of_node(forward.crossing(rank, 2)[1], rank, 2) == taken_in
-        shape = AttentionShape(1, case.heads, case.kv_heads, case.key_dim, case.value_dim, 8)
-        planned = style.received(mixer, sharded.coords, sharded.layout, rank, shape)
-        between = (each.crossing(rank, 2)[1] for each in (forward, backward))
-        assert (planned.forward_between, planned.backward_between) == tuple(between)
+        case = Case(CAUSAL, packings.across_borders, kv_heads=1)
+        with count_graphs() as graphs:
+            check_hybrid(mesh, style, case, attend=compiled)
+        assert (graphs.breaks, graphs.graphs) == (0, 1), graphs
 
 
 def heads_of_node(case, rank, ranks_per_node, group_size):

@@ -1,0 +1,94 @@
+"""What groups of ranks hold together, and what Ulysses reads of a batch for it."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dtcp.metadata import AttentionMetadata, HostTensor
+from dtcp.sequence.layout import Contiguous, SequenceLayout
+from dtcp.sequence.partition import Partition
+
+
+def _none() -> Tensor:
+    return torch.zeros(0, dtype=torch.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class UlyssesMetadata(AttentionMetadata):
+    """What Ulysses reads of a batch, around what the strategy inside reads."""
+
+    order: Tensor  # [n L] int32, joined slots in token order; empty where they are in order
+    restore: Tensor  # [n L] int32, the way back; likewise
+    outer: AttentionMetadata
+    # Of keys of another sequence, [n L]; empty where keys are the queries' own.
+    key_order: Tensor = field(default_factory=_none)
+    key_restore: Tensor = field(default_factory=_none)
+    # For keys that are made from values: of this rank's own tokens.
+    position_ids: Tensor = field(default_factory=_none)  # [B, L] int32
+    sees: Tensor = field(default_factory=_none)  # [B, L] bool, which queries see any key
+    # [1], of the axis; empty where one node has them all, or nobody has said.
+    ranks_per_node: HostTensor = field(default_factory=_none)
+
+
+LAST_FIELDS = 5
+"""Fields of UlyssesMetadata behind those of what the strategy inside reads."""
+
+
+@dataclass(frozen=True)
+class Ascending(SequenceLayout):
+    """What groups of neighbouring ranks of another layout hold together, in ascending order."""
+
+    of: SequenceLayout = field(kw_only=True)
+
+    def runs(self, rank: int) -> list[tuple[int, int]]:
+        return self.partition.runs(rank)
+
+    @cached_property
+    def partition(self) -> Partition:
+        each, of = self.of.num_shards // self.num_shards, self.of.partition
+        return Partition.ascending(of.start, of.owner // each, self.seq_len)
+
+
+def joined(layout: SequenceLayout, num_shards: int) -> SequenceLayout:
+    """What `num_shards` groups of neighbouring ranks hold together, in ascending order."""
+    return Ascending(layout.seq_len, num_shards, of=layout)
+
+
+def reorder_indices(layout: SequenceLayout, num_shards: int, shard: int) -> tuple[Tensor, Tensor]:
+    """Slots of a joined shard in ascending position, and the way back; empty if they ascend.
+
+    Whether they do is a matter of the kind of layout: the graph is the same for every batch.
+    """
+    held = layout.permutation().view(num_shards, -1)
+    if num_shards == layout.num_shards or isinstance(layout, Contiguous):
+        nothing = torch.zeros(0, dtype=torch.int32)
+        return nothing, nothing.clone()
+    order = held[shard].argsort()
+    return order.to(torch.int32), order.argsort().to(torch.int32)
+
+
+def ulysses_metadata(
+    layout: SequenceLayout,
+    keys: SequenceLayout | None,
+    outer: AttentionMetadata,
+    *,
+    num_shards: int,
+    shard: int,
+    ranks_per_node: int = 0,
+) -> UlyssesMetadata:
+    """Of one of `num_shards` groups of ranks.
+
+    Args:
+        keys: the layout of the keys' sequence, where that is another one.
+        outer: what the strategy between the groups reads.
+        ranks_per_node: neighbours that share a node; 0: nobody has said.
+    """
+    own = reorder_indices(layout, num_shards, shard)
+    nodes = torch.full((int(1 < ranks_per_node < layout.num_shards),), ranks_per_node)
+    if keys is None:
+        return UlyssesMetadata(*own, outer, ranks_per_node=nodes)
+    order = keys.permutation().view(num_shards, -1)[shard].argsort()
+    apart = order.to(torch.int32), order.argsort().to(torch.int32)
+    return UlyssesMetadata(*own, outer, *apart, ranks_per_node=nodes)
