@@ -95,7 +95,10 @@ class CopiedHeads:
         """What `to_sequence` moves, of so many local tokens and bytes of one head."""
         hops = zip(self._first_hop(length), self._second_hop(length), strict=True)
         sent, received = ([a + b for a, b in zip(*way, strict=True)] for way in hops)
-        return Moved.rows(sent, received, row, self.rank)
+        # All heads packed, what is sent and has come, and what all owners' come to, in its place.
+        heads = self.num_ranks // self.copies
+        held = sum(sent) + sum(received) + (heads + 2 * self.num_ranks) * length
+        return Moved.rows(sent, received, row, self.rank, workspace=held * row)
 
     @property
     def _all(self) -> range:

@@ -199,7 +199,8 @@ def heads_moved(
     each = shape.batch * widths * shape.element_size // num_ranks
     of_heads = Moved.alike(each, num_ranks, rank, workspace=held)
     there = copied.moved(keys, shape.key_row // shape.kv_heads)
-    home = Moved(there.received, there.sent)
+    wide = there.workspace * shape.accumulated // shape.element_size
+    home = Moved(there.received, there.sent, wide)
     return Moves(of_heads + there, of_heads + home)
 
 

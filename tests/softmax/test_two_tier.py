@@ -55,6 +55,7 @@ from tests.harness.attention_parity import (
     shard_case,
 )
 from tests.harness.spmd import spmd
+from tests.softmax import test_cross, test_latent, test_values_only
 from tests.softmax.test_traffic import moved
 
 LAYOUTS = (DocumentBalanced, HeadTail, BlockBalanced)
@@ -414,3 +415,22 @@ def test_two_tier_style_of_every_family_refuses_nodes_that_do_not_divide_and_ran
             plan = {"0": kind(**of, ranks_per_node=nodes)}
             model = nn.Sequential(deepcopy(mixer))
             refused(match, lambda model=model, plan=plan: apply_plan(model, mesh, plan))
+
+
+@pytest.mark.slow
+@spmd(ranks=4)
+def test_two_tier_keys_of_another_sequence_values_alone_and_latents_equal_one_device(mesh):
+    by_heads = (UlyssesAttention(), *(HybridAttention(outer=outer) for outer in STYLES))
+    for style in (*STYLES, *by_heads):
+        mixer = test_cross.claimed(mesh, replace(style, ranks_per_node=2, tile=5))
+        for case, pair in product(test_cross.CASES, test_cross.LAYOUTS[1:3]):
+            batches = test_cross.sharded_pair(case, mixer, mesh, pair)
+            torch.testing.assert_close(*test_cross.run(case, mixer, *batches))
+    for style, kv_heads in product((*STYLES, *by_heads[1:]), (1, 2)):
+        for documents in test_values_only.PACKED.values():
+            of = (replace(style, ranks_per_node=2), DocumentBalanced, documents, kv_heads)
+            test_values_only.assert_equals_one_device(mesh, *of)
+    for style, packing in product(STYLES, PACKINGS):
+        case = test_latent.LatentCase(packing)
+        mixer = test_latent.claimed(mesh, replace(style, ranks_per_node=2, tile=5), case)
+        test_latent.assert_equals_truth(case, mixer, mixer, mesh, DocumentBalanced)
