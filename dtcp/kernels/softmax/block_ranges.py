@@ -14,7 +14,6 @@ row per tile of queries, never one entry per pair of tokens.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_ints, check_tensor
 from dtcp.sequence.interval_runs import check_intervals
 from dtcp.sequence.partition import Ints
-from dtcp.sequence.slot_runs import SlotRuns
+from dtcp.sequence.slot_runs import SlotRuns, TileLimits
 
 TILE = 128
 UNUSED = -1  # the token index of a slot that holds no key
@@ -56,8 +55,8 @@ def block_ranges(
             "Keys are lined up by ascending token index and then UNUSED, got indices that descend, "
             "repeat or follow UNUSED: use a layout whose shards ascend."
         )
-    limits = _limits(first_key, last_key, tile)
-    return _ranges(limits, lambda token: torch.searchsorted(keys, token), first_key.shape[1], tile)
+    limits, line = _limits(first_key, last_key, tile), keys.numpy()
+    return _ranges(limits, line.searchsorted, first_key.shape[1], tile)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,51 +123,56 @@ def block_ranges_of_parts(rows: Sequence[SlotRuns], keys: KeyLine, *, tile: int 
         [parts, B, tiles, 6] int64.
     """
     by_row = zip(*(row.tiles(tile) for row in rows), strict=True)
-    limits = _Limits(*(torch.from_numpy(np.stack(x)) for x in by_row))
-    parts = np.arange(keys.parts).reshape(-1, 1, 1)
+    limits = TileLimits(*map(np.stack, by_row))
+    parts = np.arange(keys.parts).reshape(-1, 1, 1, 1)
 
-    def before(token: Tensor) -> Tensor:
-        return torch.from_numpy(keys.before(parts, token.numpy()))
+    def before(tokens: Ints) -> Ints:
+        return np.moveaxis(keys.before(parts, tokens), 1, 0)
 
     return _ranges(limits, before, int(rows[0].length.sum()), tile)
 
 
-class _Limits(NamedTuple):
-    """`TileLimits` of rows: each [B, tiles]."""
-
-    low: Tensor
-    high: Tensor
-    inner_low: Tensor
-    inner_high: Tensor
-    all_see: Tensor
-
-
-def _limits(first_key: Tensor, last_key: Tensor, tile: int) -> _Limits:
+def _limits(first_key: Tensor, last_key: Tensor, tile: int) -> TileLimits:
+    """Of rows of queries that are given one by one: each [B, tiles]."""
     length = first_key.shape[1]
     tiles = -(-length // tile)
     first, last = (_tiled(x.to(torch.int64), tiles, tile) for x in (first_key, last_key))
     real = (torch.arange(tiles * tile) < length).view(tiles, tile)
     blind, beyond = (last < first) | ~real, torch.iinfo(torch.int64).max
-    return _Limits(
+    limits = (
         first.masked_fill(blind, beyond).amin(-1),
         last.masked_fill(blind, -1).amax(-1),
         first.masked_fill(~real, -1).amax(-1),
         last.masked_fill(~real, beyond).amin(-1),
         ~(blind & real).any(-1),
     )
+    return TileLimits(*(x.numpy() for x in limits))
 
 
-def _ranges(limits: _Limits, before: Callable[[Tensor], Tensor], length: int, tile: int) -> Tensor:
-    """From how many keys come before a token: [B, tiles, 6], with a dim before it if that has."""
-    key_start = before(limits.low)
-    key_stop = torch.maximum(before(limits.high + 1), key_start)
-    full_start, full_stop = before(limits.inner_low), before(limits.inner_high + 1)
+def _ranges(limits: TileLimits, before: Callable[[Ints], Ints], length: int, tile: int) -> Tensor:
+    """From how many keys come before a token: [B, tiles, 6], with a dim before it if that has.
+
+    Args:
+        limits: each [B, tiles].
+        before: of tokens [4, B, tiles].
+    """
+    ends = np.stack((limits.low, limits.high, limits.inner_low, limits.inner_high))
+    ends[1::2] += 1
+    key_start, key_stop, full_start, full_stop = before(ends)
     full = limits.all_see & (full_start < full_stop)
-    full_start = torch.where(full, full_start, key_start)
-    full_stop = torch.where(full, full_stop, key_start)
-    q_start = (torch.arange(limits.low.shape[-1]) * tile).expand_as(key_start)
-    q_stop = (q_start + tile).clamp(max=length)
-    return torch.stack((q_start, q_stop, key_start, full_start, full_stop, key_stop), dim=-1)
+    q_start = np.arange(limits.low.shape[-1]) * tile
+    columns = (
+        q_start,
+        np.minimum(q_start + tile, length),
+        key_start,
+        np.where(full, full_start, key_start),
+        np.where(full, full_stop, key_start),
+        np.maximum(key_stop, key_start),
+    )
+    ranges = np.empty((*key_start.shape, len(columns)), dtype=np.int64)
+    for index, column in enumerate(columns):
+        ranges[..., index] = column
+    return torch.from_numpy(ranges)
 
 
 def _tiled(x: Tensor, tiles: int, tile: int) -> Tensor:
