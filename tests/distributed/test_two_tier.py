@@ -6,6 +6,10 @@ import torch
 from dtcp.distributed.collectives import all_gather
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.node_collectives import all_gather_on_nodes
+from dtcp.distributed.relayout import RelayoutMetadata, relayout_moved
+from dtcp.sequence.document_balanced import DocumentBalanced
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
 from tests.harness.attention_parity import refused
 from tests.harness.spmd import spmd
 
@@ -54,3 +58,25 @@ def test_two_tier_gather_crosses_once_to_each_node_and_sums_come_home_once(mesh)
 @spmd(ranks=8)
 def test_two_tier_gather_on_eight_ranks(mesh, ranks_per_node):
     check(mesh, ranks_per_node)
+
+
+@pytest.mark.parametrize("ranks_per_node", [2, 4])
+@pytest.mark.parametrize("layouts", [(DocumentBalanced, Contiguous), (HeadTail, PerDocument)])
+def test_two_tier_bytes_of_a_relayout_are_those_of_one(layouts, ranks_per_node):
+    """A token goes to one rank, and so crosses once at most: to the node that holds it then."""
+    documents, ranks, m = Documents(((2, 17, 1, 90, 3, 41, 70),), 240), 8, ranks_per_node
+    source, target = (kind.for_batch(documents, ranks) for kind in layouts)
+    metadata = [RelayoutMetadata.between(source, target, rank) for rank in range(ranks)]
+    held, wanted = (
+        [
+            {x for r in range(first, first + m) for x in layout.token_indices(r).tolist()}
+            for first in range(0, ranks, m)
+        ]
+        for layout in (source, target)
+    )
+    for node, (mine, others) in enumerate(zip(held, wanted, strict=True)):
+        mates = range(node * m, node * m + m)
+        moved = [relayout_moved(metadata[rank].counts, 3, rank) for rank in mates]
+        crossing = [x.crossing(rank, m) for x, rank in zip(moved, mates, strict=True)]
+        sent, received = (sum(x) for x in zip(*crossing, strict=True))
+        assert (sent, received) == (3 * len(mine - others), 3 * len(others - mine))
