@@ -7,10 +7,13 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.compiler import list_backends
 
 from dtcp.compile import compile_around_islands, compile_whole
 from dtcp.parallelize.activation_checkpoint import Forward
 from dtcp.sequence.arguments import check_ints, check_kind
+
+_WELL_KNOWN = ("inductor", "aot_eager", "eager")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ class Compile:
 
     def __post_init__(self) -> None:
         check_kind("Compile", str, backend=self.backend)
+        # To ask for the list imports the compiler.
+        if self.backend not in _WELL_KNOWN and self.backend not in list_backends(exclude_tags=()):
+            raise ValueError(
+                f"Blocks are compiled by a backend of torch.compile, got backend={self.backend!r}: "
+                f"name one of {', '.join(list_backends(exclude_tags=()))}."
+            )
         if self.max_graphs is not None:
             check_ints("Compile", least=1, max_graphs=self.max_graphs)
 

@@ -35,9 +35,10 @@ def main(argv: list[str]) -> int:
     # Ranks are forked from here, and threads do not survive a fork.
     torch.set_num_threads(1)
     try:
-        options = _options(arguments)
         if arguments.matrix:
+            _refuse_options_of_one(arguments)
             return _print_matrix(_model(arguments))
+        options = _options(arguments)
         report = check_model(_model(arguments), options)
     except (*REFUSALS, ImportError) as error:
         print("\n".join(["refused:", f"  {error}", "FAILED"]))
@@ -103,9 +104,24 @@ def _result_lines(result: ParityResult) -> list[str]:
     return [*text, f"  graphs: {graphs.graphs}, graph breaks: {graphs.breaks}"]
 
 
+_OF_ONE_CHECK = ("cp", "tp", "dp_shard", "ep", "strategy", "layout", "seq_len", "bound", "compile")
+
+
+def _refuse_options_of_one(arguments: argparse.Namespace) -> None:
+    """Refuse what the checks of a matrix have of their own."""
+    defaults = _parser()
+    for name in _OF_ONE_CHECK:
+        value = getattr(arguments, name)
+        if value != defaults.get_default(name):
+            raise ValueError(
+                f"The checks of --matrix have a mesh and a strategy each ({', '.join(CHECKS)}), "
+                f"got --{name.replace('_', '-')} {value}: leave it out, or leave --matrix out."
+            )
+
+
 def _options(arguments: argparse.Namespace) -> CheckOptions:
     return CheckOptions(
-        Degrees(dp_shard=arguments.dp_shard, cp=arguments.cp, tp=arguments.tp),
+        Degrees(dp_shard=arguments.dp_shard, cp=arguments.cp, tp=arguments.tp, ep=arguments.ep),
         style=getattr(softmax, arguments.strategy)(),
         layout=getattr(layout, arguments.layout),
         seq_len=arguments.seq_len,
@@ -155,11 +171,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--matrix",
         action="store_true",
-        help=f"check in several ways: {', '.join(CHECKS)}; options of one check are left out",
+        help=f"check in several ways: {', '.join(CHECKS)}, each with a mesh of its own",
     )
     parser.add_argument("--cp", type=int, default=2)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dp-shard", type=int, default=1)
+    parser.add_argument("--ep", type=int, default=1, help="ranks with experts of their own")
     parser.add_argument("--strategy", choices=_STRATEGIES, default=_STRATEGIES[0])
     parser.add_argument("--layout", choices=_LAYOUTS, default=_LAYOUTS[0])
     parser.add_argument("--seq-len", type=int, default=48)

@@ -14,9 +14,12 @@ from dtcp.huggingface.encoder_decoder import (
     encoder_name,
     shard_two_sequences,
 )
-from dtcp.huggingface.images import IMAGES, whole_rows, with_blocks
+from dtcp.huggingface.images import IMAGES, image_arguments, whole_rows, with_blocks
+from dtcp.huggingface.install import check_has_mixers
 from dtcp.huggingface.pooled_head import check_last_tokens, last_token_mixer
+from dtcp.huggingface.positions import check_longest
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
+from dtcp.huggingface.token_ids import check_ids
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.rows import DEFAULT_FIELDS, WHOLE, Rows
@@ -66,8 +69,8 @@ def shard_hf_batch(
         a head gives for rows is the same on all ranks of the cp group, and a loss of it as well;
         its gradients are to be summed over them.
     Raises:
-        ValueError: padding on the left or in the middle, keys that contradict each other, or what
-            shard_batch refuses.
+        ValueError: a model without mixers, ids that it has no embedding for, padding on the left or
+            in the middle, keys that contradict each other, or what shard_batch refuses.
     """
     options = {"device": device, "compare_ranks": compare_ranks, "buckets": buckets}
     return _shard(batch, mesh, layout, model, for_token_loss=False, **options)
@@ -82,6 +85,7 @@ def _shard(
     for_token_loss: bool,
     **options: Any,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
+    check_has_mixers(model)
     if encoder_name(model):
         return shard_two_sequences(
             batch, mesh, layout, model, needs_labels=for_token_loss, **options
@@ -140,11 +144,13 @@ def causal_lm_loss(
 def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool = False) -> Rows:
     """A batch of transformers as shard_batch takes it."""
     check_batch("A batch", batch)
+    check_ids(batch, model, upwards=not image_arguments(model))
     rows = {key: x for key, x in batch.items() if x is not None and key not in IMAGES}
     pooling = last_token_mixer(model)
     if for_token_loss:
         _check_token_loss(model, rows, pooled=pooling is not None)
     documents = documents_of_hf_batch(rows)
+    check_longest(documents, model)
     whole = {key: x for key, x in rows.items() if key not in (*DOCUMENT_KEYS, "attention_mask")}
     whole = with_blocks(whole, model)
     whole["position_ids"] = documents.position_ids()

@@ -21,6 +21,8 @@ from dtcp.batch import ShardedBatch, shard_rows
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.forward import wrap_forward
 from dtcp.huggingface.documents import documents_of_hf_batch
+from dtcp.huggingface.positions import check_longest
+from dtcp.huggingface.token_ids import check_ids
 from dtcp.labels import IGNORED
 from dtcp.metadata import BatchMetadata
 from dtcp.rows import DEFAULT_FIELDS, Rows
@@ -76,13 +78,21 @@ def shard_two_sequences(
 
     def encoder_rows() -> Rows:
         check_batch("A batch", batch)
+        check_ids(batch, model)
         if needs_labels:
             check_labeled(batch)
-        return _encoder_rows(batch)
+        rows = _encoder_rows(batch)
+        check_longest(rows.documents, model)
+        return rows
+
+    def decoder_rows() -> Rows:
+        rows = _decoder_rows(batch, model)
+        check_longest(rows.documents, model)
+        return rows
 
     memory, of_memory = shard_rows(encoder_rows, mesh, layout, model=model.get_encoder(), **options)
     local, sharded = shard_rows(
-        lambda: _decoder_rows(batch, model),
+        decoder_rows,
         mesh,
         layout,
         model=model.get_decoder(),

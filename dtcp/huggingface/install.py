@@ -13,7 +13,7 @@ from dtcp.huggingface.encoder_decoder import DECODER, DECODER_TOKENS, TOKENS, in
 from dtcp.huggingface.handed_on import hand_on_in_the_mask, hand_to_base
 from dtcp.huggingface.images import IMAGES, image_arguments, install_image_inputs
 from dtcp.huggingface.meta_device import survey_on_meta
-from dtcp.huggingface.own_attention import own_attentions, use_registry
+from dtcp.huggingface.own_attention import looked_up_in, own_attentions, use_registry
 from dtcp.huggingface.pooled_head import install_pooled_head
 from dtcp.huggingface.positions import (
     DECODER_KEY,
@@ -21,6 +21,7 @@ from dtcp.huggingface.positions import (
     Positions,
     call_with_positions,
     install_positions,
+    note_longest,
 )
 from dtcp.huggingface.recorder import survey_mask
 from dtcp.huggingface.recurrent_layers import install_recurrent_mixers
@@ -51,6 +52,7 @@ def install_mixers(model: Any) -> Survey:
     Raises:
         ValueError: the model mixes tokens in a way that cannot be sharded; names the layers.
     """
+    check_has_no_mixers(model)
     on_meta = next(model.parameters()).is_meta
     before = {key: x._attn_implementation for key, x in _inner_configs(model)}
     result = survey_on_meta(model) if on_meta else survey(model)
@@ -78,13 +80,16 @@ def install_mixers(model: Any) -> Survey:
             vars(module)[_ARGUMENTS] = [
                 key for key, x in given.items() if x.kind is x.POSITIONAL_OR_KEYWORD
             ]
+            vars(module)[_CONFIGS] = _attention_configs(model, result)
             wrap_forward(module, _checked_inner_forward)
     if result.images:
         install_image_inputs(model, result.images)
     if result.encoder:
         install_encoder(model.get_submodule(result.encoder))
     install_positions(model, result.positions)
+    note_longest(model, result.positions)
     vars(model)[_POSITIONS] = result.positions
+    vars(model)[_CONFIGS] = _attention_configs(model, result)
     vars(model)[_OF_DECODER] = (*DECODER_TOKENS, DECODER_KEY) if result.encoder else ()
     if hasattr(model.config.get_text_config(), "output_router_logits"):
         wrap_forward(model, leave_out_own_balance)
@@ -97,7 +102,43 @@ def has_mixers(model: Any) -> bool:
     return _POSITIONS in vars(model)
 
 
+def check_has_no_mixers(model: Any) -> None:
+    """Refuse a model that has its mixers already.
+
+    Raises:
+        ValueError: as above.
+    """
+    if has_mixers(model):
+        raise ValueError(
+            f"A model is given its mixers once, got a {type(model).__name__} that has them: use it "
+            f"as it is, or build another one for another mesh."
+        )
+
+
+def check_has_mixers(model: nn.Module) -> None:
+    """Refuse a model without mixers: its tokens would meet inside of shards alone.
+
+    Args:
+        model: itself, or what holds it, as of peft.
+    Raises:
+        ValueError: as above.
+    """
+    if not any(has_mixers(module) for module in model.modules()):
+        raise ValueError(
+            f"A batch is cut for a model that knows of its shards, got a {type(model).__name__} "
+            f"as transformers builds it: call parallelize_hf(model, mesh) first."
+        )
+
+
+def _attention_configs(model: Any, result: Survey) -> list[Any]:
+    """The configs by whose names attention is looked up."""
+    modules = [model.get_submodule(each.name) for each in result.attentions]
+    found = [looked_up_in(module) for module in modules]
+    return list({id(config): config for config in found if config is not None}.values())
+
+
 _POSITIONS, _ARGUMENTS = "dtcp_positions_rule", "dtcp_arguments"
+_CONFIGS = "dtcp_attention_configs"
 _OF_DECODER = "dtcp_decoder_arguments"
 
 
@@ -126,6 +167,7 @@ def _is_entry(module: nn.Module) -> bool:
 
 def _checked_forward(model: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     _check_call(model, args, kwargs)
+    _check_implementation(model, vars(model)[_CONFIGS])
     positions: Positions = vars(model)[_POSITIONS]
     return call_with_positions(model, positions, forward, **{**kwargs, "use_cache": False})
 
@@ -136,8 +178,21 @@ def _checked_inner_forward(
     # Models call the ones inside of them with positional arguments, too, and with more than users
     # may; what would be wrong without a word is the same.
     names = getattr(module, _ARGUMENTS)
+    _check_implementation(module, getattr(module, _CONFIGS))
     _check_inputs({**dict(zip(names[1:], args, strict=False)), **kwargs})
     return forward(*args, **kwargs)
+
+
+def _check_implementation(model: Any, configs: list[Any]) -> None:
+    """Refuse attention that was switched to another implementation: it would read shards alone."""
+    for config in configs:
+        chosen = config._attn_implementation
+        if chosen != registry.IMPLEMENTATION:
+            raise ValueError(
+                f"Tokens of shards meet in mixers, got a {type(model).__name__} whose attention "
+                f"was set to {chosen!r} after them: leave set_attn_implementation out; a kernel "
+                f"of attention is chosen by dtcp.softmax.mixer.name_kernel."
+            )
 
 
 def _check_call(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

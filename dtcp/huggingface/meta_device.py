@@ -1,9 +1,13 @@
-"""Survey a model on the meta device by a narrow copy: as deep, with the same kinds of layers."""
+"""Survey a model on the meta device by a copy: as deep, with the same kinds of layers, and narrow.
 
-from collections.abc import Mapping
+A copy that cannot be made narrow, or not be run, is made as wide as the model, if that is small.
+"""
+
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
+from dtcp.huggingface.registry import UnreadAttentionError
 from dtcp.huggingface.survey import Survey, survey
 
 NARROW: Mapping[str, int] = {
@@ -28,43 +32,78 @@ NARROW: Mapping[str, int] = {
 
 HEADS = 2
 
+SMALL = 2**26
+"""Parameters of the largest model that is copied as it is: 256 MiB in fp32, on each rank."""
+
+
+OF_ATTENTION = ("attn_config",)
+"""Configs inside of a config that are of no modality."""
+
 
 def survey_on_meta(model: Any) -> Survey:
     """What `survey` would find in a model that is still on the meta device.
 
     Raises:
-        ValueError: the model has several modalities, or its narrow copy does not resemble it.
+        ValueError: several modalities; or a large model of which there is no narrow copy, or none
+            that resembles it.
     """
-    result = survey(_narrow_copy(model))
-    modules = dict(model.named_modules())
-    for attention in result.attentions:
-        module = modules.get(attention.name)
-        scale = getattr(module, "scaling", attention.scale)
-        if module is None or scale != attention.scale:
+    parts = [key for key in model.config.sub_configs if key not in OF_ATTENTION]
+    if parts:
+        raise ValueError(
+            f"A model on the meta device has one modality, got {type(model).__name__} of {parts}: "
+            f"build it on a real device, or build its text model."
+        )
+    is_small = sum(p.numel() for p in model.parameters()) <= SMALL
+    try:
+        result = _survey_of_copy(model, _narrow_config)
+    except UnreadAttentionError:
+        raise
+    # Configs know what they take, and each family has a class of errors of its own for it.
+    except Exception as error:
+        if not is_small:
             raise ValueError(
                 f"A model on the meta device is surveyed by a narrow copy made from its config, "
-                f"got {attention.name} with scale={attention.scale} in the copy and {scale} in the "
-                f"model: build it on a real device."
+                f"got a {type(model).__name__} that has none ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}): build it on a real device."
+            ) from error
+    else:
+        if not result.refused or not is_small:
+            return result
+    return _survey_of_copy(model, lambda config: config)
+
+
+def _survey_of_copy(model: Any, change: Callable[[Any], Any]) -> Survey:
+    copy = type(model)._from_config(change(deepcopy(model.config))).train(model.training)
+    result = survey(copy)
+    modules, own = dict(model.named_modules()), dict(copy.named_modules())
+    for attention in result.attentions:
+        module = modules.get(attention.name)
+        scales = [getattr(x, "scaling", None) for x in (own[attention.name], module)]
+        if module is None or scales[0] != scales[1]:
+            raise ValueError(
+                f"{attention.name} has scale={scales[0]}, and {scales[1]} in the model"
             )
     return result
 
 
-def _narrow_copy(model: Any) -> Any:
-    config = deepcopy(model.config)
-    if config.sub_configs:
-        raise ValueError(
-            f"A model on the meta device has one modality, got {type(model).__name__} of "
-            f"{list(config.sub_configs)}: build it on a real device, or build its text model."
-        )
-    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    narrow = {key: size for key, size in NARROW.items() if getattr(config, key, None)}
-    narrow |= {"hidden_size": HEADS * head_dim, "num_attention_heads": HEADS}
+def _narrow_config(config: Any) -> Any:
+    """The config, changed to one of a narrow model."""
+    heads, kv_heads = (
+        getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")
+    )
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim if heads is None or head_dim else config.hidden_size // heads
+    narrow: dict[str, Any] = {
+        key: size for key, size in NARROW.items() if getattr(config, key, None)
+    }
+    narrow["hidden_size"] = HEADS * (head_dim or 32)
+    narrow |= {} if heads is None else {"num_attention_heads": HEADS}
     padding = getattr(config, "pad_token_id", None)
     # Some models count positions from behind it.
     narrow["pad_token_id"] = padding if padding and padding < NARROW["vocab_size"] else 0
     if kv_heads:
         narrow["num_key_value_heads"] = HEADS if kv_heads == heads else 1
     for key, size in narrow.items():
-        setattr(config, key, size)
-    return type(model)._from_config(config).train(model.training)
+        before = getattr(config, key, None)
+        setattr(config, key, [size] * len(before) if isinstance(before, list) else size)
+    return config

@@ -39,6 +39,11 @@ def use_registry(model: Any, module: nn.Module) -> None:
     module.forward = MethodType(FORWARDS[type(module).__name__], module)
 
 
+def looked_up_in(module: nn.Module) -> Any:
+    """The config by whose name a module looks its attention up; None where it keeps none."""
+    return vars(module).get(_CONFIG, getattr(module, "config", None))
+
+
 def use_own(model: Any, module: nn.Module) -> None:
     """Give a module of a model the forward of its class back."""
     for each in _with_own_alibi(model):

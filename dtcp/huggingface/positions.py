@@ -7,6 +7,7 @@ the module that looks positions up takes them as an argument, and is handed thos
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtcp.forward import wrap_forward
+from dtcp.sequence.documents import Documents
 
+_TABLE = re.compile(r"(^|\.)(wpe|(?!.*relative)\w*position\w*)$")
+"""Names of tables of positions; those of relative ones are buckets of distances."""
+_LONGEST = "dtcp_longest_document"
 KEY, DECODER_KEY = "position_ids", "decoder_position_ids"
 _RULE, _GIVEN = "dtcp_positions", "dtcp_position_ids"
 
@@ -52,6 +57,35 @@ def position_readers(model: nn.Module) -> tuple[str, ...]:
         if name and takes_positions(module) and not any(p.isdigit() for p in name.split("."))
     ]
     return tuple(name for name in names if not any(other.startswith(f"{name}.") for other in names))
+
+
+def note_longest(model: nn.Module, positions: Positions) -> None:
+    """Note how many positions a model has learned, where it looks them up in a table."""
+    sizes = [
+        module.num_embeddings - getattr(module, "offset", positions.offset)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and _TABLE.search(name)
+    ]
+    vars(model)[_LONGEST] = min(sizes, default=None)
+
+
+def check_longest(documents: Documents, model: nn.Module) -> None:
+    """Refuse documents with more tokens than their model has positions, before ranks look them up.
+
+    Raises:
+        ValueError: naming the row.
+    """
+    noted = (vars(module)[_LONGEST] for module in model.modules() if _LONGEST in vars(module))
+    most = next(noted, None)
+    if most is None:
+        return
+    for row, lengths in enumerate(documents.lengths):
+        if max(lengths, default=0) > most:
+            raise ValueError(
+                f"A document has as many tokens as its model has learned positions, got one of "
+                f"{max(lengths)} in row {row} for a {type(model).__name__} with {most}: cut rows "
+                f"to {most} tokens."
+            )
 
 
 @contextmanager

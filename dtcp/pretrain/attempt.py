@@ -70,6 +70,10 @@ def attempt_name() -> str:
     return os.environ.get(ATTEMPT) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
+class AbsentRanks(ValueError):
+    """Ranks did not come; another time they may."""
+
+
 class Attempt:
     """The ranks that started together; made by each of them, before any process group.
 
@@ -79,7 +83,8 @@ class Attempt:
         seconds: to wait for all of them.
         refusal: why rank 0 cannot go on; every rank then raises it.
     Raises:
-        ValueError: rank 0's refusal; or ranks that did not come, named.
+        ValueError: rank 0's refusal.
+        AbsentRanks: those that did not come, named.
     """
 
     def __init__(self, *, seconds: float, refusal: str = "") -> None:
@@ -134,6 +139,8 @@ class Attempt:
             room = self._host(store, host, refusal, deadline)
         else:
             room = self._join(store, me, deadline)
+        if room["absent"]:
+            raise _absent(room["absent"])
         if room["refusal"]:
             raise ValueError(room["refusal"])
         self.peers = tuple(Peer(i, *json.loads(x)[1:]) for i, x in enumerate(room["hellos"]))
@@ -148,6 +155,7 @@ class Attempt:
             "port": self._store.port,
             "hellos": [],
             "refusal": refusal,
+            "absent": [],
             "complete": False,
         }
         acks = [f"ack/{room['name']}/{rank}" for rank in range(1, self.size)]
@@ -163,7 +171,7 @@ class Attempt:
                 room["complete"] = True
             elif late:
                 absent = [rank for rank, ack in enumerate(acks, start=1) if not store.check([ack])]
-                room |= {"complete": True, "refusal": _absent(absent)}
+                room |= {"complete": True, "absent": absent}
             if room["complete"]:
                 store.set("room", json.dumps(room))
                 return room
@@ -183,7 +191,7 @@ class Attempt:
                         return room
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
-        raise ValueError(_absent([0]))
+        raise _absent([0])
 
 
 def _said(store: Store, rank: int) -> str:
@@ -200,9 +208,9 @@ def _open_store(host: str) -> TCPStore:
     return TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
-def _absent(ranks: list[int]) -> str:
+def _absent(ranks: list[int]) -> AbsentRanks:
     names = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return (
+    return AbsentRanks(
         f"All ranks of a run start together, got none of rank {names} in time: look at its "
         f"machine, or raise --comm.init_timeout_seconds."
     )

@@ -42,23 +42,31 @@ def agree(decide: Callable[[], T]) -> T:
 
     Raises:
         ValueError: it could not, for want of a file or a right. On every rank alike.
+        RuntimeError: it failed for something else, in the words of the first rank.
     """
     outcome: list[T | _Failure | None] = [None]
+    cause: Exception | None = None
     if first_rank():
         try:
             outcome = [decide()]
         except (OSError, ValueError) as error:
-            outcome = [_Failure(str(error))]
+            outcome, cause = [_Failure(str(error))], error
+        # Raised again below, whatever it is: the others wait to hear of it.
+        except Exception as error:  # noqa: BLE001
+            text = f"rank 0 failed ({type(error).__name__}: {error})"
+            outcome, cause = [_Failure(text, is_expected=False)], error
     if dist.is_initialized():
         dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], _Failure):
-        raise ValueError(outcome[0].text)
-    return cast("T", outcome[0])
+    failure = outcome[0]
+    if isinstance(failure, _Failure):
+        raise (ValueError if failure.is_expected else RuntimeError)(failure.text) from cause
+    return cast("T", failure)
 
 
 @dataclass(frozen=True)
 class _Failure:
     text: str
+    is_expected: bool = True
 
 
 def choose(folders: SavedFolders, step: int, *, checksums: bool) -> Choice | None:

@@ -12,7 +12,7 @@ from dtcp.torchtitan.decoder_layers import (
 )
 from dtcp.torchtitan.hf_model import HuggingFaceConfig
 from dtcp.torchtitan.loss import TokenLoss
-from dtcp.torchtitan.parallelize import checkpoint_refusal
+from dtcp.torchtitan.parallelize import checkpoint_refusal, compile_of
 from dtcp.torchtitan.section import Section
 from dtcp.torchtitan.settings import SECTIONS, refusals
 
@@ -25,6 +25,7 @@ from torchtitan.models.common.moe import MoE
 from dtcp.distributed.mesh import Degrees
 from dtcp.distributed.nodes import neighbours_on_cp
 from dtcp.experts import library_for
+from dtcp.kernels.softmax.backends import check_kernel_name
 from dtcp.parallelize.expert_exchange import check_experts
 from dtcp.pretrain.data import PackedDocuments, check_balance
 from dtcp.sequence.arguments import check_ints
@@ -40,6 +41,8 @@ def check_settings(config: Any) -> None:
     """
     model = config.model_spec.model
     ours = not isinstance(model, Decoder.Config)
+    compile_of(config.compile)
+    check_kernel_name(config.dtcp.kernel)
     refused = [checkpoint_refusal(config.activation_checkpoint, ours=ours)]
     for section in SECTIONS:
         values = getattr(config, section)
@@ -194,6 +197,8 @@ def _check_split_experts(config: Any, sparse: int) -> None:
 
 def _expert_counts(model: Any) -> set[int]:
     """How many experts the layers of a model's config choose from."""
+    if isinstance(model, HuggingFaceConfig):
+        return model.expert_counts()
     if not isinstance(model, Decoder.Config):
         return {model.num_experts} - {0}
     return {each.num_experts for _, each, _, _ in model.traverse(MoE.Config)}

@@ -34,6 +34,9 @@ Device = Literal["auto", "cpu", "accelerator"]
 OF_LAUNCHER = "dtcp-launcher-"
 """What the id of a run starts with where this launcher gave it; its process id follows."""
 
+REFUSED = 78
+"""The exit code of a rank whose run was refused before its first step (EX_CONFIG of sysexits.h)."""
+
 
 class Parallelism(Protocol):
     """What is read of torchtitan's `ParallelismConfig`, without importing it."""
@@ -172,8 +175,8 @@ def launch(
 ) -> int:
     """Run the ranks of a job on this machine and return the exit code of the job.
 
-    A rank that fails ends the others, and all start again as often as `care` says. Ranks say what
-    went wrong themselves, once.
+    A rank that fails ends the others, and all start again as often as `care` says, unless the run
+    was refused. Ranks say what went wrong themselves, once.
 
     Args:
         work: what a forked rank does; returns its exit code.
@@ -190,9 +193,9 @@ def launch(
         if restarts:
             _warn(f"restart     {restarts} of {care.max_restarts}, from the last checkpoint")
         code = _attempt(ranks, entrypoint, args, care)
-        if code == 0 or code > 128:
+        if code in (0, REFUSED) or code > 128:
             break
-    return code
+    return 1 if code == REFUSED else code
 
 
 def _attempt(
@@ -269,10 +272,15 @@ def heeded() -> list[signal.Signals]:
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
+def of_this_launcher() -> bool:
+    """Whether this process is a rank that `launch` started."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OF_LAUNCHER)
+
+
 def end_with_launcher() -> None:
     """Of a rank that some agent started as a process: not to outlive that agent."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    if run.startswith(OF_LAUNCHER):
+    if of_this_launcher():
         # It may be gone before a rank has imported this.
         die_with(int(run.removeprefix(OF_LAUNCHER).partition("-")[0]))
     elif run:

@@ -55,10 +55,22 @@ def parse(arguments: list[str]) -> Trainer.Config:
     """
     module, rest = _take(arguments, "--module", MODULE)
     name, rest = _take(rest, "--config", CONFIG)
+    named = any(word.split("=")[0] == "--model.hf" for word in rest)
     source, rest = _take(rest, "--model.hf", "")
+    if named and not source:
+        raise ValueError(
+            "A model of transformers is a folder, a config.json or a model type, got --model.hf "
+            "without one: name it, or leave --model.hf out."
+        )
     _check_name(module, name)
     with usage_errors_once():
-        config = OptionParser().parse_args(["--module", module, "--config", name, *rest])
+        try:
+            config = OptionParser().parse_args(["--module", module, "--config", name, *rest])
+        except AssertionError as error:
+            # Some sections of torchtitan (0.3.0) assert what they take.
+            raise ValueError(
+                f"Options have values that their sections take, got {' '.join(rest)}: {error}."
+            ) from error
     return _with_huggingface(config, source, rest) if source else config
 
 

@@ -68,16 +68,30 @@ def _of_rank_0(config: Any, ranks: int) -> PlannedStrategy:
     """Rank 0's choice, from the store of this start of the ranks."""
     store = attempt_store(float(config.comm.init_timeout_seconds))
     if rank() == 0:
-        try:
-            said: dict[str, Any] = asdict(plan_strategy(config, ranks))
-        except (ValueError, TypeError) as error:
-            said = {"refusal": str(error)}
-        store.set("choice", json.dumps(said))
+        said, cause = _said_or_why_not(config, ranks)
+        store.set("choice", said)
     else:
-        said = json.loads(store.get("choice"))
-    if "refusal" in said:
-        raise ValueError(said["refusal"])
-    return PlannedStrategy(**{**said, "lines": tuple(said["lines"])})
+        said, cause = store.get("choice").decode(), None
+    choice = json.loads(said)
+    if "refusal" in choice:
+        raise ValueError(choice["refusal"]) from cause
+    return PlannedStrategy(**{**choice, "lines": tuple(choice["lines"])})
+
+
+def _said_or_why_not(config: Any, ranks: int) -> tuple[str, Exception | None]:
+    """The planner's choice as JSON, or what it fails for; others wait for either."""
+    try:
+        return json.dumps(asdict(plan_strategy(config, ranks))), None
+    except (ValueError, TypeError) as error:
+        return json.dumps({"refusal": str(error)}), error
+    # Whatever it is, it is raised again, on every rank.
+    except Exception as error:  # noqa: BLE001
+        text = (
+            f"A strategy and a layout are chosen by the planner, got "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]} from it: name a "
+            f"--dtcp.strategy and a --dtcp.layout."
+        )
+        return json.dumps({"refusal": text}), error
 
 
 def plan_strategy(config: Any, ranks: int) -> PlannedStrategy:

@@ -21,12 +21,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dtcp.pretrain.attempt import (
     GONE,
+    AbsentRanks,
     Attempt,
     agent_address,
     attempt_name,
     attempt_store,
     has_agent_store,
 )
+from dtcp.pretrain.launch import REFUSED, of_this_launcher
 
 # Errors that state a contract, its value and its remedy: their text is all there is to know.
 EXPLAINED = (ValueError, TypeError, FileNotFoundError, NotImplementedError)
@@ -73,6 +75,7 @@ def was_said(text: str) -> bool:
 class FailureReport:
     """A context whose exceptions are reported as failures of a run, and end it with code 1.
 
+    With REFUSED, where the launcher is ours and is to know that a new start would fare no better.
     An interruption from the keyboard and a request to exit pass through.
 
     Args:
@@ -82,6 +85,8 @@ class FailureReport:
     folder: Path | None = None
     attempt: Attempt | None = None
     """Set once ranks have met: who can be named if it is lost."""
+    is_starting: bool = False
+    """Set as long as no step has been taken: what refuses a run then would refuse it again."""
 
     def __enter__(self) -> "FailureReport":
         return self
@@ -95,7 +100,9 @@ class FailureReport:
         # DCP's exception, which holds those of the ranks, is not an Exception.
         if isinstance(error, Exception | CheckpointException):
             say_failure(error, self.folder, self.attempt)
-            raise SystemExit(1) from error
+            refused = self.is_starting and isinstance(error, EXPLAINED)
+            lasts = refused and not isinstance(error, AbsentRanks) and of_this_launcher()
+            raise SystemExit(REFUSED if lasts else 1) from error
 
 
 def say_failure(error: BaseException, folder: Path | None, attempt: Attempt | None = None) -> None:
@@ -105,7 +112,7 @@ def say_failure(error: BaseException, folder: Path | None, attempt: Attempt | No
     one that lost another rank speaks only where nobody else knows why.
     """
     where = "" if folder is None else f" (traceback: {_keep_traceback(error, folder)})"
-    if attempt is not None and attempt.peers and _is_of_peers(error):
+    if attempt is not None and attempt.peers and is_of_peers(error):
         _say_loss(error, attempt, where)
         return
     text = str(error).strip() or type(error).__name__
@@ -146,10 +153,10 @@ def _say_loss(error: BaseException, attempt: Attempt, where: str) -> None:
         print(f"{text}{where}", file=sys.stderr, flush=True)
 
 
-def _is_of_peers(error: BaseException) -> bool:
+def is_of_peers(error: BaseException) -> bool:
     """Whether another rank's end is what this one failed for."""
     if isinstance(error, CheckpointException):
-        return any(_is_of_peers(each) for each, _ in error.failures.values())
+        return any(is_of_peers(each) for each, _ in error.failures.values())
     return isinstance(error, OF_PEERS) or any(text in str(error) for text in OF_GLOO)
 
 

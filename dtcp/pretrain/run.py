@@ -19,6 +19,7 @@ from dtcp.pretrain.launch import (
     end_with_launcher,
     launch,
     launched,
+    of_this_launcher,
     play_one_of,
     rank,
     ranks_for,
@@ -31,6 +32,7 @@ from dtcp.pretrain.progress import quiet, say
 from dtcp.pretrain.report import FailureReport
 from dtcp.pretrain.trainer import Trainer
 from dtcp.pretrain.verify import verify
+from dtcp.pretrain.without_effect import check_started_elsewhere
 
 
 def run(arguments: list[str], *, command: tuple[str, ...]) -> int:
@@ -47,6 +49,9 @@ def run(arguments: list[str], *, command: tuple[str, ...]) -> int:
             return _play_alone(config)
         config.check()
         if launched():
+            if not of_this_launcher():
+                accelerated = torch.accelerator.is_available()
+                check_started_elsewhere(config.dtcp, accelerated=accelerated)
             check_world(config.parallelism, world_size())
             check_batch_size(config, world_size())
             check_expert_degree(config, world_size())
@@ -81,6 +86,7 @@ def run_rank(config: Trainer.Config) -> int:
     """Be one rank, which the environment describes: train or verify. Returns the exit code."""
     with FailureReport(Path(config.dump_folder)) as report:
         quiet(0 if is_dry(config) else rank())
+        report.is_starting = True
         lock, refusal = _lock_folder(config)
         seconds = float(config.comm.init_timeout_seconds)
         report.attempt = Attempt(seconds=seconds, refusal=refusal)
@@ -93,7 +99,7 @@ def run_rank(config: Trainer.Config) -> int:
         message = use_what_works(config.compile)
         if message and rank() == 0:
             print(message, flush=True)
-        code = verify(config) if config.dtcp.verify else train(config, lock)
+        code = verify(config) if config.dtcp.verify else train(config, lock, report)
         report.attempt.leave()
         if lock is not None:
             lock.release()
@@ -116,11 +122,12 @@ def _lock_folder(config: Trainer.Config) -> tuple[FolderLock | None, str]:
     return lock, ""
 
 
-def train(config: Trainer.Config, lock: FolderLock | None) -> int:
+def train(config: Trainer.Config, lock: FolderLock | None, report: FailureReport) -> int:
     """Train to the last step of the config, from the last checkpoint there is.
 
     Args:
         lock: of the run's folder, on the rank that holds it.
+        report: is told whether a step was taken.
     Returns:
         0, or 128 and the number of the signal that stopped the run.
     """
@@ -133,6 +140,7 @@ def train(config: Trainer.Config, lock: FolderLock | None) -> int:
         else:
             trainer.train()
     finally:
+        report.is_starting = not trainer.has_stepped
         trainer.close()
     if seed_only:
         say("a checkpoint of step 0 for other runs to start from; nothing was trained")

@@ -23,6 +23,11 @@ def check_counts(config: Any) -> None:
             raise ValueError(
                 f"A run counts from {least} on, got --{name} {value}: give {least} or more."
             )
+    seed = config.debug.seed
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(
+            f"A seed has 64 bits, got --debug.seed {seed}: give one from 0 to 2**64 - 1."
+        )
     _check_rows(config.training, config.parallelism)
     _check_seq_len(config.training.seq_len, config.parallelism)
 
@@ -41,6 +46,8 @@ def _counts(config: Any) -> Iterator[tuple[str, float, float]]:
     yield "dtcp.stop_seconds", section.stop_seconds, 1
     yield "dtcp.verify", section.verify, 0
     yield "checkpoint.load_step", config.checkpoint.load_step, -1
+    yield "lr_scheduler.warmup_steps", config.lr_scheduler.warmup_steps, 0
+    yield "training.global_batch_size", config.training.global_batch_size, -1
     if config.validator.enable:
         yield "validator.freq", config.validator.freq, 1
 
@@ -84,6 +91,7 @@ def check_optimizer(config: Any) -> None:
                     f"The optimizer's numbers are finite and not negative, got {name}={value}: "
                     f"give another."
                 )
+    _check_schedule(config.lr_scheduler)
     total, steps = config.lr_scheduler.total_steps, config.training.steps
     if total is not None and total < steps:
         # Beyond its end torchtitan's schedule goes below zero, or fails.
@@ -96,4 +104,33 @@ def check_optimizer(config: Any) -> None:
         raise ValueError(
             f"Gradients are clipped to a positive norm, got --training.max_norm {norm}: give a "
             f"positive number, or inf to leave them alone."
+        )
+
+
+def _check_schedule(schedule: Any) -> None:
+    """Refuse parts that are none: torchtitan would take a learning rate below zero, or no end."""
+    for name in ("decay_ratio", "min_lr_factor"):
+        value = getattr(schedule, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(
+                f"A schedule of learning rates is made of parts from 0 to 1, got "
+                f"--lr_scheduler.{name} {value}: give another."
+            )
+
+
+def check_profiler(profiler: Any) -> None:
+    """Refuse a cycle of the profiler that its own steps do not fit into.
+
+    Raises:
+        ValueError: naming the steps.
+    """
+    if not profiler.enable_profiling:
+        return
+    cycle, warmup = profiler.profile_freq, profiler.profiler_warmup
+    active = profiler.profiler_active
+    if warmup < 0 or active < 1 or cycle < warmup + active:
+        raise ValueError(
+            f"A profile is taken of the last steps of a cycle, behind those of a warmup, got "
+            f"--profiler.profile_freq {cycle} with --profiler.profiler_warmup {warmup} and "
+            f"--profiler.profiler_active {active}: give a cycle of their sum or more."
         )

@@ -1,11 +1,15 @@
 """SIGTERM and Ctrl-C: all ranks stop after the same step, with everything saved."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 
 import torch
 from torch import distributed as dist
+
+from dtcp.pretrain.report import is_of_peers
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """The last is what a terminal sends that is closed."""
@@ -24,7 +28,8 @@ class StopRequest:
     def __init__(self, timeout: timedelta) -> None:
         self.signal = 0
         """The number of the signal that all ranks stop for; 0 as long as there is none."""
-        self._heard = 0
+        self.heard = 0
+        """The number of the signal that this rank was sent; 0 as long as there was none."""
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
         # On an accelerator's own group the host would have to wait for the device.
@@ -43,7 +48,7 @@ class StopRequest:
         """
         self.settle()
         if not self.signal:
-            self._flag = torch.tensor([self._heard], dtype=torch.int32)
+            self._flag = torch.tensor([self.heard], dtype=torch.int32)
             self._work = dist.all_reduce(
                 self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True
             )
@@ -55,10 +60,23 @@ class StopRequest:
             self._work.wait()
             self.signal, self._work = int(self._flag), None
 
+    @contextmanager
+    def asked_of_all(self) -> Iterator[None]:
+        """Inside, a peer that is gone once this rank was asked to stop is no failure.
+
+        It was asked, too, and had not begun to listen: it ended at once, and nothing is lost.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.heard and is_of_peers(error):
+                raise SystemExit(128 + self.heard) from error
+            raise
+
     def close(self) -> None:
         """Leave signals to whom they were left before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._heard = self._heard or number
+        self.heard = self.heard or number

@@ -39,12 +39,13 @@ from dtcp.pretrain.folder_lock import FolderLock
 from dtcp.pretrain.launch import ranks_of_machine
 from dtcp.pretrain.output_folder import check_output
 from dtcp.pretrain.progress import describe_run, say
-from dtcp.pretrain.settings import EMPTY_AFTER, check_counts, check_optimizer
+from dtcp.pretrain.settings import EMPTY_AFTER, check_counts, check_optimizer, check_profiler
 from dtcp.pretrain.sources import TextFiles
 from dtcp.pretrain.start_weights import check_start
 from dtcp.pretrain.stop import StopRequest
 from dtcp.pretrain.text_files import DataError
 from dtcp.pretrain.tokenizer import Tokenizer, check_tokenizer_folder
+from dtcp.pretrain.without_effect import check_effects
 
 
 class Trainer(titan.Trainer):
@@ -61,8 +62,10 @@ class Trainer(titan.Trainer):
                 ValueError: data that is not there, or a part that another part does not honour.
             """
             check_settings(self)
+            check_effects(self)
             check_counts(self)
             check_optimizer(self)
+            check_profiler(self.profiler)
             check_by_torchtitan(self)
             _check_data(self)
             check_start(self)
@@ -83,6 +86,8 @@ class Trainer(titan.Trainer):
     expected: Expectation | None = None
     lock: FolderLock | None = None
     """Rank 0's right to write the run's folder."""
+    has_stepped: bool = False
+    """Whether this process has taken a step."""
 
     def __init__(self, config: Config) -> None:
         check_settings(config)
@@ -112,8 +117,9 @@ class Trainer(titan.Trainer):
         self.stop = StopRequest(timedelta(seconds=self.config.comm.init_timeout_seconds))
         self._out_of_data = False
         try:
-            super().train()
-            self.stop.settle()
+            with self.stop.asked_of_all():
+                super().train()
+                self.stop.settle()
         finally:
             self.stop.close()
         if self._out_of_data:
@@ -181,6 +187,7 @@ class Trainer(titan.Trainer):
                 f"nothing was saved since. {self.checkpointer.newest()}; lower the learning rate, "
                 f"or look at the data of this step{self._data_read()}."
             ) from error
+        self.has_stepped = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

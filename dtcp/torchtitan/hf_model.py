@@ -28,6 +28,7 @@ from dtcp.check.configs import small_config
 from dtcp.checkpoint.huggingface import weight_files
 from dtcp.forward import wrap_forward
 from dtcp.parallelize import load_hf, parallelize_hf
+from dtcp.parallelize.tensor_parallel import is_experts
 from dtcp.parallelize.tied_parameters import (
     find_tied_parameters,
     restore_tied_parameters,
@@ -36,7 +37,7 @@ from dtcp.softmax.default import device_type_of
 from dtcp.softmax.mixer import name_kernel
 
 SEED = 0
-"""Of the weights of a config without any: the same on every mesh."""
+"""Of the weights of a config without any, where debug.seed is none: the same on every mesh."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -55,11 +56,20 @@ def read_config(source: str) -> Any:
 
 
 def weights_folder(source: str) -> Path | None:
-    """The folder that has weights beside its config; None if the model starts from nothing."""
+    """The folder that has weights beside its config; None for a file or a model type.
+
+    Raises:
+        ValueError: a folder without them, whose model would start from nothing.
+    """
     folder = Path(source)
-    if not folder.is_dir() or not list(folder.glob("*.safetensors*")):
+    if not folder.is_dir():
         return None
-    weight_files(folder)
+    try:
+        weight_files(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (--model.hf {source}/config.json starts from drawn weights.)"
+        ) from error
     return folder
 
 
@@ -69,9 +79,11 @@ class HuggingFaceConfig(BaseModel.Config):
 
     Args:
         source: a folder, a config.json, or a model type.
+        seed: of weights that are drawn; the Trainer takes it over from debug.seed.
     """
 
     source: str
+    seed: int = SEED
 
     @property
     def vocab_size(self) -> int:
@@ -82,6 +94,14 @@ class HuggingFaceConfig(BaseModel.Config):
     def num_layers(self) -> int:
         layers: int = read_config(self.source).get_text_config().num_hidden_layers
         return layers
+
+    def expert_counts(self) -> set[int]:
+        """How many experts its layers choose from; read off a model without storage."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(deepcopy(read_config(self.source)))
+        return {each.num_experts for each in model.modules() if is_experts(each)}
 
     def build(self, **_: Any) -> Any:
         """The model, as torchtitan's Trainer calls it to check, fill and run it."""
@@ -107,29 +127,32 @@ class HuggingFaceConfig(BaseModel.Config):
 
         dtype = next(model.parameters()).dtype
         with torch.random.fork_rng(), torch.device("cpu"):
-            torch.manual_seed(SEED)
+            torch.manual_seed(self.seed)
             plain = AutoModelForCausalLM.from_config(deepcopy(read_config(self.source)))
         weights: dict[str, Tensor] = plain.to(dtype).state_dict()
         return weights
 
     def to_dict(self) -> dict[str, Any]:
         """As torchtitan prints and saves a config."""
-        return {"hf": read_config(self.source).to_dict()}
+        return {"source": self.source, "hf": read_config(self.source).to_dict()}
 
     def update_from_config(self, *, config: Any, **_: Any) -> None:
-        """Nothing to take over: positions and masks come with the batch."""
+        """Take the seed over: positions and masks come with the batch."""
+        self.seed = SEED if config.debug.seed is None else config.debug.seed
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         config = read_config(self.source).get_text_config()
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        # None in a model without attention; some have another number in each layer.
+        heads = getattr(config, "num_attention_heads", 0)
+        heads = heads if isinstance(heads, int) else 0
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
         return get_dense_model_nparams_and_flops(
             model,
             n_layers=config.num_hidden_layers,
             n_heads=heads,
             head_dims=2 * head_dim,
             seq_len=seq_len,
-            enable_weight_tying=bool(config.tie_word_embeddings),
+            enable_weight_tying=bool(getattr(config, "tie_word_embeddings", False)),
         )
 
 
@@ -139,9 +162,12 @@ def huggingface_spec(source: str) -> ModelSpec:
     Args:
         source: as for HuggingFaceConfig.
     Raises:
-        ValueError: no such folder, file or model type; a model with a balance loss.
+        ValueError: no such folder, file or model type; a folder without weights; a model with a
+            balance loss.
     """
     config = read_config(source)
+    _check_causal(source, config)
+    weights_folder(source)
     if getattr(config.get_text_config(), "output_router_logits", False):
         raise ValueError(
             f"torchtitan's loss reads logits alone, got --model.hf {source} with "
@@ -157,6 +183,17 @@ def huggingface_spec(source: str) -> ModelSpec:
         post_optimizer_build_fn=None,
         state_dict_adapter=HuggingFaceAdapter,
     )
+
+
+def _check_causal(source: str, config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"train.py trains causal language models, got --model.hf {source} of type "
+            f"{config.model_type!r}, which has none: train it by a loop of your own, or by a "
+            f"Trainer of transformers (docs/trainers.md)."
+        )
 
 
 class HuggingFaceAdapter(BaseStateDictAdapter):

@@ -58,6 +58,7 @@ class Family:
         mtp_depths: how many tokens further ahead than the next one a config's model predicts; its
             forward then takes `mtp_input_ids` and returns a tuple.
         num_experts: how many each of a config's layers chooses from; 0 for none.
+        takes_strategy: whether the section's strategy, boundary and kernel are for its attention.
         before_step: done before every step of the optimizer, with the model and the axis of all
             ranks that have tokens; None for families with nothing outside of autograd.
     """
@@ -70,6 +71,7 @@ class Family:
     config_to_hf: Callable[[Any], dict[str, Any]]
     mtp_depths: Callable[[Any], int] = lambda _: 0
     num_experts: Callable[[Any], int] = lambda _: 0
+    takes_strategy: bool = True
     before_step: Work | None = None
 
 
@@ -124,6 +126,7 @@ DEEPSEEK_V4 = Family(
     config_to_hf=deepseek_v4.config_to_hf,
     num_experts=lambda config: config.num_experts,
     mtp_depths=lambda config: config.num_mtp_layers,
+    takes_strategy=False,
     before_step=balance_experts,
 )
 
@@ -185,6 +188,14 @@ def _titan(family: Family) -> Any:
             def num_experts(self) -> int:
                 return family.num_experts(self.shape)
 
+            @property
+            def mtp_depths(self) -> int:
+                return family.mtp_depths(self.shape)
+
+            @property
+            def takes_strategy(self) -> bool:
+                return family.takes_strategy
+
             def to_dict(self) -> dict[str, Any]:
                 """As torchtitan prints and saves a config: names for members of enums."""
                 shape = json.dumps(
@@ -207,7 +218,7 @@ def _titan(family: Family) -> Any:
 
         def __init__(self, config: Any) -> None:
             family.model.__init__(self, config.shape)
-            self.mtp_depths = family.mtp_depths(config.shape)
+            self.mtp_depths = config.mtp_depths
 
         def init_states(self, *, buffer_device: torch.device | None = None) -> None:
             """Draw the weights the model's own way: it has one `init_weights` for all of them."""

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import Survey, install_mixers
 from dtcp.huggingface.images import CUT, CutRowsCP
+from dtcp.huggingface.install import check_has_no_mixers
 from dtcp.huggingface.last_token import LastTokenCP
 from dtcp.huggingface.latents import exchange_latents, hands_on_latents
 from dtcp.huggingface.registry import MIXER, PROJECTION
@@ -91,6 +93,8 @@ def parallelize_hf(
     check_kind("parallelize_hf", nn.Module, model=model)
     check_kind("parallelize_hf", ParallelMesh, mesh=mesh)
     given, model = model, adapted_model(model)
+    check_has_no_mixers(model)
+    _check_whole_weights(model)
     _check_same_weights(model, mesh)
     survey = install_mixers(model)
     _make_experts_compilable(model, compile)
@@ -162,6 +166,23 @@ def _without(
 ) -> dict[str, ParallelStyle]:
     """A plan of tp without what has a style on ep."""
     return {name: style for name, style in plan.items() if name not in experts}
+
+
+def _check_whole_weights(model: nn.Module) -> None:
+    """Refuse weights that are shards already, and a model that is on the meta device in part."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"parallelize_hf shards whole weights, got {name} of a {type(model).__name__} "
+                f"placed as {parameter.placements}: give it the model as it was built."
+            )
+    on_meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if on_meta and len(on_meta) < sum(1 for _ in model.parameters()):
+        raise ValueError(
+            f"A model is on a real device with its weights, or on the meta device, got a "
+            f"{type(model).__name__} with {on_meta[0]} on the meta device and others not: load it "
+            f"without device_map or offloading, or build all of it under torch.device('meta')."
+        )
 
 
 def _check_same_weights(model: nn.Module, mesh: ParallelMesh) -> None:

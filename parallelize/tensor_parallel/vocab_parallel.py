@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -20,20 +21,25 @@ class VocabParallelEmbedding(ParallelStyle):
     """Split the rows of an embedding over the axis; each rank looks up the tokens of its rows.
 
     torch's RowwiseParallel does the same, but makes the gradient of the whole vocabulary on
-    every rank before it takes its part (2.13). The vocabulary is a multiple of the axis.
+    every rank before it takes its part (2.13). The vocabulary is a multiple of the axis. An id that
+    it does not have gives NaN: one device would raise, and zeros would not be noticed.
 
     Traffic per rank: forward, an all-reduce of the embeddings.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         distribute_parameter(module, "weight", device_mesh, Shard(0))
-        padding_idx = cast(nn.Embedding, module).padding_idx
+        embedding = cast(nn.Embedding, module)
+        padding_idx, size = embedding.padding_idx, embedding.num_embeddings
 
         def look_up(module: nn.Module, _: Any, input_ids: Tensor) -> Tensor:
             weight = cast(DTensor, module.weight).to_local(grad_placements=[Shard(0)])
             row = input_ids - device_mesh.get_local_rank() * len(weight)
             is_local = (row >= 0) & (row < len(weight))
-            part = F.embedding(row.where(is_local, 0), weight).where(is_local[..., None], 0)
+            known = (input_ids >= 0) & (input_ids < size)
+            nothing = torch.where(known, 0.0, torch.nan).to(weight.dtype)[..., None]
+            part = F.embedding(row.where(is_local, 0), weight)
+            part = part.where(is_local[..., None], nothing)
             if padding_idx is not None:
                 # The padding token's row is not trained.
                 part = part.where((input_ids != padding_idx)[..., None], part.detach())

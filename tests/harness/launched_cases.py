@@ -19,6 +19,7 @@ from torch import distributed as dist
 from dtcp.pretrain import attempt
 from dtcp.pretrain import launch as launcher
 from dtcp.pretrain.report import FailureReport
+from dtcp.pretrain.stop import StopRequest
 
 RANKS = 3
 FOREVER = 600
@@ -96,6 +97,17 @@ def refused() -> int:
     return 0
 
 
+def refused_at_the_start() -> int:
+    """Rank 1 refuses before the first step, and a new start would not help."""
+    report = meet()
+    report.is_starting = True
+    with report:
+        if launcher.rank() == 1:
+            raise ValueError("x is y, got x=1: set it to 2.")
+        dist.barrier()
+    return 0
+
+
 def absent() -> int:
     if launcher.rank() == 1:
         time.sleep(FOREVER)
@@ -121,6 +133,20 @@ def alive() -> int:
     return 0
 
 
+def stopped_early() -> int:
+    """All are told to stop when rank 0 alone listens."""
+    with meet():
+        if launcher.rank() == 0:
+            stop = StopRequest(timedelta(seconds=60))
+            dist.barrier()
+            os.kill(os.getppid(), signal.SIGTERM)
+            with stop.asked_of_all():
+                dist.barrier()
+        dist.barrier()
+        time.sleep(FOREVER)
+    return 0
+
+
 def slow_to_stop() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     meet()
@@ -138,8 +164,10 @@ CASES = {
         two_causes: launcher.Care(max_restarts=1),
         frozen: launcher.Care(),
         refused: launcher.Care(),
+        refused_at_the_start: launcher.Care(max_restarts=2),
         absent: launcher.Care(),
         alive: launcher.Care(),
+        stopped_early: launcher.Care(),
         slow_to_stop: launcher.Care(max_restarts=3, stop_seconds=1),
     }.items()
 }

@@ -1,11 +1,13 @@
 """--dtcp.strategy auto and --dtcp.layout auto: one choice on all ranks, printed, and exact."""
 
 import re
+from types import SimpleNamespace
 
 from dtcp.torchtitan.section import LAYOUT_CLASSES, Section
 
 import pytest
 
+from dtcp.pretrain import planned_strategy
 from dtcp.pretrain.options import parse
 from dtcp.pretrain.planned_strategy import mesh_of, plan_strategy
 from tests.harness.train_run import train
@@ -51,6 +53,24 @@ def test_plan_in_training_refuses_a_model_of_torchtitan():
     config = parse(["--config", "titan_llama3_tiny", *AUTO])
     with pytest.raises(ValueError, match=r"got torchtitan's llama3: .* name a --dtcp.strategy"):
         config.check()
+
+
+def test_plan_in_training_that_fails_is_known_to_the_other_ranks(monkeypatch):
+    """Whatever the planner raises: they wait for its choice in the launcher's store."""
+    store = dict[str, bytes]()
+    waiting = SimpleNamespace(set=lambda key, x: store.update({key: x.encode()}), get=store.get)
+    monkeypatch.setattr(planned_strategy, "attempt_store", lambda _: waiting)
+    monkeypatch.setattr(planned_strategy, "has_agent_store", lambda: True)
+
+    def fail(config, ranks):
+        raise KeyError("layers")
+
+    monkeypatch.setattr(planned_strategy, "plan_strategy", fail)
+    config = parse(["--config", "llama_tiny", *AUTO])
+    for rank in range(2):
+        monkeypatch.setattr(planned_strategy, "rank", lambda rank=rank: rank)
+        with pytest.raises(ValueError, match=r"got KeyError: 'layers' from it: name a --dtcp.str"):
+            planned_strategy.with_planned_strategy(config, 2)
 
 
 def test_a_section_that_no_plan_has_closed_has_no_strategy():

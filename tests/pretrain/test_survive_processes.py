@@ -31,7 +31,7 @@ Cases = dict[str, tuple[int, list[str]]]
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     """What became of each launch of three ranks: its exit code and what was said, in order."""
     folder = tmp_path_factory.mktemp("cases")
-    return run_cases(folder, "listening", "restarted")
+    return run_cases(folder, "listening", "restarted", "refused_at_the_start", "stopped_early")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,15 @@ def test_survive_E10_each_attempt_says_its_cause(more_cases):
 def test_survive_E7_a_refusal_of_rank_0_is_that_of_all(more_cases):
     code, lines = more_cases["refused"]
     assert (code, lines) == (1, ["error: a folder has one run, got two"])
+
+
+def test_survive_E10_a_refusal_before_the_first_step_is_not_tried_again(cases):
+    error = "error: x is y, got x=1: set it to 2."
+    assert cases["refused_at_the_start"] == (1, [error])
+
+
+def test_survive_E8_ranks_that_end_before_they_listen_are_not_called_lost(cases):
+    assert cases["stopped_early"] == (128 + 15, ["stopped by SIGTERM; ranks are ended"])
 
 
 @pytest.mark.slow

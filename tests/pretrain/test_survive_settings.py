@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +35,11 @@ REFUSED = {
         7,
         "--lr_scheduler.total_steps 7 for --training.steps",
     ),
+    "rows_of_a_step": ("training.global_batch_size", -8, "--training.global_batch_size -8"),
+    "warmup": ("lr_scheduler.warmup_steps", -1, "--lr_scheduler.warmup_steps -1"),
+    "decay": ("lr_scheduler.decay_ratio", -0.5, "--lr_scheduler.decay_ratio -0.5"),
+    "least_rate": ("lr_scheduler.min_lr_factor", -0.1, "--lr_scheduler.min_lr_factor -0.1"),
+    "no_rate": ("lr_scheduler.min_lr_factor", float("nan"), "--lr_scheduler.min_lr_factor nan"),
     "tokenizer": ("tokenizer.folder", "/nowhere", "--tokenizer.folder /nowhere"),
 }
 
@@ -56,6 +62,15 @@ def test_survive_E9_a_learning_rate_is_a_number(rate):
     config = llama_tiny()
     config.optimizer.param_groups[0].optimizer_kwargs["lr"] = rate
     with pytest.raises(ValueError, match=f"lr={rate}"):
+        config.check()
+
+
+def test_survive_E9_a_profile_fits_into_its_cycle():
+    config = llama_tiny()
+    config.profiler = replace(config.profiler, profile_freq=2)
+    config.check()
+    config.profiler = replace(config.profiler, enable_profiling=True)
+    with pytest.raises(ValueError, match=r"profile_freq 2 with --profiler.profiler_warmup 3"):
         config.check()
 
 

@@ -23,6 +23,7 @@ from torch import distributed as dist
 
 from dtcp.models.llama import Llama, tiny
 from dtcp.pretrain import output_folder
+from dtcp.pretrain.checkpoint_choice import agree
 from dtcp.pretrain.checkpoint_writer import CheckpointWriter, WrittenFile
 from dtcp.pretrain.configs import llama_tiny
 from dtcp.pretrain.finite import not_finite
@@ -252,6 +253,19 @@ def test_survive_E9_a_failed_save_in_the_background_is_one_sentence_on_all_ranks
         with pytest.raises(ValueError, match=r"rank 1: .*in the background .*is of step 2; make"):
             run.checkpoints.maybe_wait_for_saving()
     assert SavedFolders(run.root).steps() == [2]
+
+
+@spmd(ranks=2)
+def test_survive_E9_what_rank_0_fails_for_is_known_to_the_others(mesh):
+    """Whatever its class: they wait for what rank 0 decides."""
+
+    def fail(error):
+        raise error
+
+    for error, raised in ((OSError("no disk"), ValueError), (KeyError("step"), RuntimeError)):
+        with pytest.raises(raised, match="no disk" if raised is ValueError else "KeyError: 'step'"):
+            agree(lambda error=error: fail(error))
+    assert agree(lambda: dist.get_rank()) == 0
 
 
 @spmd(ranks=3)

@@ -1,0 +1,136 @@
+"""Settings that another one leaves without effect: refused, for nothing is accepted and ignored."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+from dtcp.torchtitan.loss import TokenLoss
+from dtcp.torchtitan.section import Section
+from dtcp.torchtitan.settings import default_of
+
+from dtcp.pretrain.data import PackedDocuments
+from dtcp.pretrain.dry_run import is_dry
+
+OF_SAVES = (
+    "export_hf",
+    "last_save_in_hf",
+    "create_seed_checkpoint",
+    "enable_first_step_checkpoint",
+)
+OF_CHECKPOINTS = (
+    "initial_load_path",
+    "initial_load_in_hf",
+    "load_step",
+    "load_only",
+    "exclude_from_loading",
+    "hf_ignore",
+    *OF_SAVES,
+)
+NOT_VERIFIED = ("load_step", "load_only", *OF_SAVES)
+"""What a run that verifies leaves out, for it starts from drawn weights and keeps nothing."""
+
+UNREAD = {
+    "stdlib": ("dataset_path", "split", "text_key", "replace_invalid"),
+    "folder": ("split",),
+}
+"""Of a loader, by its dataset: what is not read. A dataset of Hugging Face has all but bytes."""
+UNREAD_OF_HUB = ("replace_invalid",)
+
+
+def check_effects(config: Any) -> None:
+    """Refuse what another setting leaves without effect, by the names of both.
+
+    Args:
+        config: a `Trainer.Config`.
+    Raises:
+        ValueError: naming the setting, its value and the other one.
+    """
+    for refusal in _refusals(config):
+        raise ValueError(refusal)
+
+
+def _refusals(config: Any) -> Iterator[str]:
+    yield from _of_checkpoints(config)
+    yield from _of_data("dataloader", config.dataloader)
+    if config.validator.enable:
+        yield from _of_data("validator.dataloader", config.validator.dataloader)
+    yield from _of_model(config)
+
+
+def _of_checkpoints(config: Any) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    ways = [
+        (checkpoint.load_only, OF_SAVES, "checkpoint.load_only, which saves nothing"),
+        (not checkpoint.initial_load_in_hf, ("hf_ignore",), "no checkpoint.initial_load_in_hf"),
+        (config.dtcp.verify, NOT_VERIFIED, f"dtcp.verify={config.dtcp.verify}, which keeps none"),
+    ]
+    if not checkpoint.enable and not is_dry(config):
+        ways.insert(0, (True, OF_CHECKPOINTS, "checkpoint.enable=False"))
+    for holds, names, other in ways:
+        for name, value in _named(checkpoint, names) if holds else ():
+            yield (
+                f"A run reads and writes checkpoints as its settings say, got checkpoint.{name}="
+                f"{value!r} with {other}: change one of them."
+            )
+
+
+def _of_data(name: str, loader: Any) -> Iterator[str]:
+    if not isinstance(loader, PackedDocuments.Config):
+        return
+    for key, value in _named(loader, UNREAD.get(loader.dataset, UNREAD_OF_HUB)):
+        yield (
+            f"A loader reads what its dataset has, got {name}.{key}={value!r} with {name}.dataset="
+            f"{loader.dataset}, which reads no {key}: leave it out, or name another --{name}."
+            f"dataset (folder, or one of Hugging Face)."
+        )
+
+
+def _of_model(config: Any) -> Iterator[str]:
+    spec, section = config.model_spec, config.dtcp
+    weight = getattr(config.loss, "mtp_weight", None)
+    if isinstance(config.loss, TokenLoss.Config) and not getattr(spec.model, "mtp_depths", 0):
+        for _ in _named(config.loss, ("mtp_weight",)):
+            yield (
+                f"The loss of tokens further ahead has a weight where a model predicts them, got "
+                f"loss.mtp_weight={weight} for {spec.name} {spec.flavor}, which does not: leave it "
+                f"out."
+            )
+    if getattr(spec.model, "takes_strategy", True):
+        return
+    for name, value in _named(section, ("strategy", "boundary", "kernel")):
+        if value != "auto":
+            yield (
+                f"A strategy is for attention that several can carry out, got dtcp.{name}={value} "
+                f"for {spec.name}, whose mixers have one of their own: leave it out."
+            )
+
+
+def _named(section: Any, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Those of the settings that differ from their defaults, with their values."""
+    for each in fields(section):
+        value = getattr(section, each.name)
+        if each.name in names and value != default_of(each):
+            yield each.name, value
+
+
+def check_started_elsewhere(section: Section, *, accelerated: bool) -> None:
+    """Refuse what train.py does where it starts its ranks itself, of ranks that others started.
+
+    Args:
+        accelerated: whether these ranks run on accelerators.
+    Raises:
+        ValueError: naming the setting, and whose work it is.
+    """
+    for name, value in _named(section, ("max_restarts", "stop_seconds")):
+        yield_to = "--max-restarts" if name == "max_restarts" else "its own patience"
+        raise ValueError(
+            f"train.py looks after ranks that it starts by itself, got dtcp.{name}={value} of "
+            f"ranks that another launcher started: leave it out; torchrun has {yield_to}."
+        )
+    wrong = "cpu" if accelerated else "accelerator"
+    if section.device == wrong:
+        there = "an accelerator each" if accelerated else "none"
+        raise ValueError(
+            f"Ranks of another launcher run on what they find, got dtcp.device={wrong} where they "
+            f"find {there}: leave it out, or hide accelerators (CUDA_VISIBLE_DEVICES=)."
+        )
