@@ -85,8 +85,8 @@ def _shard(
     for_token_loss: bool,
     **options: Any,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
-    check_has_mixers(model)
     if encoder_name(model):
+        check_has_mixers(model)
         return shard_two_sequences(
             batch, mesh, layout, model, needs_labels=for_token_loss, **options
         )
@@ -144,11 +144,12 @@ def causal_lm_loss(
 def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool = False) -> Rows:
     """A batch of transformers as shard_batch takes it."""
     check_batch("A batch", batch)
-    check_ids(batch, model, upwards=not image_arguments(model))
     rows = {key: x for key, x in batch.items() if x is not None and key not in IMAGES}
     pooling = last_token_mixer(model)
     if for_token_loss:
         _check_token_loss(model, rows, pooled=pooling is not None)
+    check_has_mixers(model)
+    check_ids(rows, model, upwards=not image_arguments(model))
     documents = documents_of_hf_batch(rows)
     check_longest(documents, model)
     whole = {key: x for key, x in rows.items() if key not in (*DOCUMENT_KEYS, "attention_mask")}

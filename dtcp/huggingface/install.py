@@ -87,7 +87,7 @@ def install_mixers(model: Any) -> Survey:
     if result.encoder:
         install_encoder(model.get_submodule(result.encoder))
     install_positions(model, result.positions)
-    note_longest(model, result.positions)
+    note_longest(model, result.positions, result.images)
     vars(model)[_POSITIONS] = result.positions
     vars(model)[_CONFIGS] = _attention_configs(model, result)
     vars(model)[_OF_DECODER] = (*DECODER_TOKENS, DECODER_KEY) if result.encoder else ()

@@ -59,12 +59,16 @@ def position_readers(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if not any(other.startswith(f"{name}.") for other in names))
 
 
-def note_longest(model: nn.Module, positions: Positions) -> None:
-    """Note how many positions a model has learned, where it looks them up in a table."""
+def note_longest(model: nn.Module, positions: Positions, inside: str = "") -> None:
+    """Note how many positions a model has learned, where it looks them up in a table.
+
+    Args:
+        inside: the name of the module that reads tokens; other tables are those of images.
+    """
     sizes = [
         module.num_embeddings - getattr(module, "offset", positions.offset)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and _TABLE.search(name)
+        if isinstance(module, nn.Embedding) and _TABLE.search(name) and name.startswith(inside)
     ]
     vars(model)[_LONGEST] = min(sizes, default=None)
 

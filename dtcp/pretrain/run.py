@@ -127,7 +127,7 @@ def train(config: Trainer.Config, lock: FolderLock | None, report: FailureReport
 
     Args:
         lock: of the run's folder, on the rank that holds it.
-        report: is told whether a step was taken.
+        report: hears whether a step was taken.
     Returns:
         0, or 128 and the number of the signal that stopped the run.
     """

@@ -1,6 +1,6 @@
 """Settings that another one leaves without effect: refused, for nothing is accepted and ignored."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -29,7 +29,7 @@ OF_CHECKPOINTS = (
 NOT_VERIFIED = ("load_step", "load_only", *OF_SAVES)
 """What a run that verifies leaves out, for it starts from drawn weights and keeps nothing."""
 
-UNREAD = {
+UNREAD: Mapping[str, tuple[str, ...]] = {
     "stdlib": ("dataset_path", "split", "text_key", "replace_invalid"),
     "folder": ("split",),
 }

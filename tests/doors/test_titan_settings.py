@@ -35,6 +35,7 @@ ACTIVATION_CHECKPOINTS = [FullAC.Config(), SelectiveAC.Config()]
 
 LOOKED_AT_BELOW = (
     "dataloader",
+    "backend",
     "enable_memory_snapshot",
     "enable_wandb",
     "enable_cpu_offload",
@@ -158,6 +159,7 @@ ON_THE_LAUNCHER = {
         "activation_checkpoint=MemoryBudgetAC.Config.*memory budget",
     ),
     "C2-components": (["--compile.components", "loss"], r"compile.components=\['loss'\]"),
+    "C2-backend": (["--compile.backend", "inductr"], "backend='inductr': name one of aot_eager"),
     "C2-fake": (["--comm.mode", "local_tensor"], "comm.mode='local_tensor'"),
     "C2-offload": (["--training.enable_cpu_offload"], "training.enable_cpu_offload=True"),
     "C2-garbage": (["--training.gc_debug"], "training.gc_debug=True without CUDA"),

@@ -134,7 +134,7 @@ def alive() -> int:
 
 
 def stopped_early() -> int:
-    """All are told to stop when rank 0 alone listens."""
+    """All are to stop when rank 0 alone listens."""
     with meet():
         if launcher.rank() == 0:
             stop = StopRequest(timedelta(seconds=60))
