@@ -133,7 +133,7 @@ import os, sys, time
 from dtcp.pretrain import launch as launcher
 
 def wait():
-    print("rank", os.getpid(), flush=True)
+    print(f"rank {os.getpid()}\\n", end="", flush=True)
     time.sleep(600)
 
 if sys.argv[1] == "processes":
