@@ -9,7 +9,14 @@ from typing import Any
 
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from dtcp.parallelize.tensor_parallel import LocalParams, ReplicatedLinear, ReplicatedParams
+from dtcp.parallelize.tensor_parallel import (
+    WHOLE_FOR_HEADS,
+    LocalParams,
+    ReplicatedLinear,
+    ReplicatedParams,
+    SegmentRows,
+    SumForHeads,
+)
 
 BASE, A, B = "base_layer", "lora_A", "lora_B"
 _PART = re.compile(
@@ -34,8 +41,12 @@ def adapter_style(base: ParallelStyle | None, target: str, part: str) -> Paralle
     """
     if part == BASE or base is None:
         return base
-    if isinstance(base, LocalParams):
-        return LocalParams()
+    if isinstance(base, LocalParams) and _is_whole(base):
+        return base
+    if isinstance(base, LocalParams) and part in (A, B):
+        # Of rows: B has as many. Of a sum for heads: A has the inputs, and B goes on with the sum.
+        split = A if isinstance(base, SumForHeads) else B
+        return base if part == split else WHOLE_FOR_HEADS
     if isinstance(base, ColwiseParallel | RowwiseParallel) and part in (A, B):
         if isinstance(base, ColwiseParallel):
             return ReplicatedLinear() if part == A else base
@@ -45,6 +56,10 @@ def adapter_style(base: ParallelStyle | None, target: str, part: str) -> Paralle
         f"which is {type(base).__name__}: leave it out of target_modules (and use_dora off), or "
         f"set tp=1 and give the ranks to cp."
     )
+
+
+def _is_whole(base: LocalParams) -> bool:
+    return base.placement.is_replicate() and not isinstance(base, SegmentRows)
 
 
 def adapted_model(model: Any) -> Any:

@@ -28,7 +28,9 @@ from dtcp.parallelize.plans.inferred_heads import (
 )
 from dtcp.parallelize.plans.inferred_roles import COLWISE, ROWWISE, WHOLE, inferred_roles
 from dtcp.parallelize.plans.latent_heads import latent_heads
+from dtcp.parallelize.plans.recurrent_heads import recurrent_heads
 from dtcp.parallelize.tensor_parallel import (
+    HeadsOfLayer,
     HFExpertTensorParallel,
     LocalParams,
     ReplicatedParams,
@@ -75,20 +77,21 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     units = {name: _unit(name, modules) for name in modules}
     roles = {name: _role(name, tp_plan) for name in modules}
     latent_roles, containers = latent_heads(modules, tp)
+    heads = recurrent_heads(model, modules, tp)
     roles |= latent_roles
     roles |= inferred_heads(model, modules, roles, tp)
     roles |= _inferred(modules, owners, units, roles, tp)
     roles |= inferred_blocks(modules, roles, tp)
     moes = tuple(f"{name.rpartition('.')[0]}." for name in modules if roles[name] == EXPERTS)
     experts = tuple(name for name in modules if roles[name] == EXPERTS)
-    recurrent = set(recurrent_layers(model))
+    recurrent = {*recurrent_layers(model)} - {modules[name] for name in heads}
     split_units = {units[name] for name in owners if roles[adapted(name)[0]] == COLWISE}
     plan: dict[str, ParallelStyle] = {}
     missing: dict[str, str] = {}
     for name in owners:
         target, part = adapted(name)
         beside_experts = name.startswith(moes) and not name.startswith(experts)
-        split = _style(
+        split = heads.get(target) or _style(
             model,
             target,
             modules[target if part else name],
@@ -109,6 +112,7 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
         if units[name] in missing and roles[name] != EXPERTS:
             plan[name] = LocalParams()
     plan |= {name: style for name, style in containers.items() if units[name] not in missing}
+    plan |= {name: style for name, style in heads.items() if isinstance(style, HeadsOfLayer)}
     # These read the weights of modules inside of them.
     plan |= {name: LocalParams() for name in modules if modules[name] in recurrent}
     readers = (name for name in modules if name and _reads_weights(modules[name]))

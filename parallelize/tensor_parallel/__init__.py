@@ -2,6 +2,12 @@
 
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 from dtcp.parallelize.tensor_parallel.divisible import check_divisible
+from dtcp.parallelize.tensor_parallel.group_norm import GroupNormOfParts, gated_norm
+from dtcp.parallelize.tensor_parallel.heads_of_layer import (
+    WHOLE_FOR_HEADS,
+    HeadsOfLayer,
+    SumForHeads,
+)
 from dtcp.parallelize.tensor_parallel.huggingface_experts import (
     HFExpertTensorParallel,
     WholeExperts,
@@ -30,6 +36,7 @@ from dtcp.parallelize.tensor_parallel.replicate_input import (
     RowwiseOwnOutput,
 )
 from dtcp.parallelize.tensor_parallel.replicated_params import ReplicatedLinear, ReplicatedParams
+from dtcp.parallelize.tensor_parallel.segments import Segment, SegmentRows
 from dtcp.parallelize.tensor_parallel.vocab_parallel import (
     ScaledVocabParallelEmbedding,
     VocabParallelEmbedding,
@@ -37,8 +44,11 @@ from dtcp.parallelize.tensor_parallel.vocab_parallel import (
 from dtcp.parallelize.tensor_parallel.weight_modules import ReplicatedWeight, RowShardedWeight
 
 __all__ = [
+    "WHOLE_FOR_HEADS",
     "AllReduceInputGrad",
+    "GroupNormOfParts",
     "HFExpertTensorParallel",
+    "HeadsOfLayer",
     "LatentHeads",
     "LocalParams",
     "ModuleView",
@@ -51,11 +61,15 @@ __all__ = [
     "RowShardedWeight",
     "RowwiseOwnOutput",
     "ScaledVocabParallelEmbedding",
+    "Segment",
+    "SegmentRows",
+    "SumForHeads",
     "VocabParallelEmbedding",
     "WholeExperts",
     "check_divisible",
     "copy_to_region",
     "distribute_parameter",
+    "gated_norm",
     "is_experts",
     "joined_view",
     "kv_projection_style",

@@ -65,8 +65,12 @@ class WholeExperts(ParallelStyle):
         return module
 
 
-def _on_local_experts(module: nn.Module, _: Any, *args: Any, **kwargs: Any) -> Any:
-    return _view(module, local_parameters(module)).forward_of_type(*args, **kwargs)
+def _on_local_experts(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    view = _view(module, local_parameters(module))
+    if _SEPARATE in vars(module):
+        return view.forward_of_type(*args, **kwargs)
+    # What it ran before: that of its class, or one without its loop.
+    return forward.__func__(view, *args, **kwargs)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """A module that computes on plain tensors: the local parts of its own parameters."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp._torch import parameters_replaced
@@ -27,13 +27,22 @@ class LocalParams(ParallelStyle):
     Args:
         placement: of every parameter: Replicate(), or Shard(dim) where each rank computes
             outputs of its own, those of its heads for example.
+        partial: each rank has a part of the gradient of a replicated parameter, for it computes
+            on its heads, or for them alone.
     """
 
     placement: Placement = field(default_factory=Replicate)
+    partial: bool = field(default=False, kw_only=True)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for name, _ in list(module.named_parameters(recurse=False)):
             distribute_parameter(module, name, device_mesh, self.placement)
+        if self.partial:
+            keep_local_form(module, _whole_of_parts)
+        return self.run_on_local(module)
+
+    def run_on_local(self, module: nn.Module) -> nn.Module:
+        """Let a module whose parameters are distributed run on their local form."""
 
         def on_local(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
             # What the module ran before: that of its class, or one that a survey has changed.
@@ -64,8 +73,9 @@ def _reads_its_class(forward: Any) -> bool:
 class ModuleView:
     """What a module's forward takes for its self: the module, with other tensors as parameters."""
 
-    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Any]) -> None:
         self._module, self._tensors = module, tensors
+        self._inside: dict[str, ModuleView] = {}
 
     def forward_of_type(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the module's class on it."""
@@ -83,8 +93,19 @@ class ModuleView:
             return partial(found.__func__, self)
         if isinstance(found, nn.Module) and _is_distributed(found):
             # A layer may read the weight of a module inside of it, a convolution's for example.
-            return ModuleView(found, local_parameters(found))
+            if name not in self._inside:
+                self._inside[name] = _LazyView(found, {})
+            return self._inside[name]
         return found
+
+
+class _LazyView(ModuleView):
+    """The view of a module inside: some call it and never read its weights, which may cost."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._tensors and self._module._parameters.get(name) is not None:
+            self._tensors = {**self._tensors, name: _local(self._module, name)}
+        return super().__getattr__(name)
 
 
 def _is_distributed(module: nn.Module) -> bool:
@@ -92,8 +113,27 @@ def _is_distributed(module: nn.Module) -> bool:
 
 
 def local_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The local parts of a module's own parameters; gradients are placed as the parameters are."""
-    parameters = {
-        name: cast(DTensor, parameter) for name, parameter in module.named_parameters(recurse=False)
-    }
-    return {name: x.to_local(grad_placements=x.placements) for name, x in parameters.items()}
+    """What this rank computes with of a module's own parameters: their local parts, or a form."""
+    return {name: _local(module, name) for name, _ in module.named_parameters(recurse=False)}
+
+
+LocalForm = Callable[[DTensor], Tensor]
+_FORM = "dtcp_local_form"
+
+
+def keep_local_form(module: nn.Module, form: LocalForm) -> None:
+    """Let a module compute with a form of its parameters, and not with their local parts."""
+    vars(module)[_FORM] = form
+
+
+def _local(module: nn.Module, name: str) -> Tensor:
+    form: LocalForm = vars(module).get(_FORM, _own_part)
+    return form(cast(DTensor, module.get_parameter(name)))
+
+
+def _own_part(x: DTensor) -> Tensor:
+    return x.to_local(grad_placements=x.placements)
+
+
+def _whole_of_parts(x: DTensor) -> Tensor:
+    return x.to_local(grad_placements=[Partial()])

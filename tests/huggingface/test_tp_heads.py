@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dtcp.check.checked_hf import CheckedHuggingFaceModel
+from dtcp.check.parity import CheckOptions, compare
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.parallelize import parallelize_hf, save_hf
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
@@ -29,6 +31,26 @@ from tests.huggingface.test_save_hf import assert_saved, in_a_folder
 
 MLA = ("deepseek_v3", "longcat_flash", "minicpm3", "bailing_hybrid")
 BY_TRIAL = ("t5", "bart of two sequences", "bert")
+RECURRENT = ("mamba2", "bamba", "falcon_h1", "qwen3_next", "kimi_linear", "mamba", "jamba", "lfm2")
+
+
+MAMBA2 = {"num_heads": 4, "head_dim": 16, "state_size": 6, "n_groups": 1, "chunk_size": 16}
+JAMBA = {
+    "mamba_d_state": 6,
+    "mamba_dt_rank": 5,
+    "num_experts": 1,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+}
+BAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 6,
+    "mamba_chunk_size": 16,
+    "attn_layer_indices": [1],
+}
+GROUPS = {"n_groups": 2}, {"n_groups": 4, "num_heads": 8, "head_dim": 8}
+"""Of Mamba-2's heads: as many as ranks of tp, and more; else all heads are one."""
 
 
 def kept(model, pattern):
@@ -41,13 +63,19 @@ def kept(model, pattern):
     return local, whole
 
 
-@pytest.mark.slow_where(lambda kind, pattern: kind != "t5")
+@pytest.mark.slow_where(lambda kind, pattern: kind != "mamba2")
 @pytest.mark.parametrize(
     ("kind", "pattern"),
     [
         ("t5", r"Attention\.|DenseReluDense\."),
         ("bart of two sequences", r"_attn\.[qkv]_proj|_attn\.out_proj\.weight|fc1|fc2\.weight"),
         ("longcat_flash", r"(q_b|kv_b|o)_proj"),
+        ("mamba2", r"mixer\."),
+        ("bamba", r"mamba\."),
+        ("qwen3_next", r"linear_attn\.(in_proj|conv1d|out_proj|A_log|dt_bias)"),
+        ("kimi_linear", r"layers\.0\.self_attn\.([qkvbo]_proj|g_b_proj|conv1d)"),
+        ("mamba", r"mixer\."),
+        ("lfm2", r"layers\.0\.conv\.(?!out_proj\.bias)"),
     ],
 )
 @spmd(ranks=2)
@@ -68,7 +96,11 @@ def test_tp_of_split_heads_equals_one_device(mesh, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "targets", "change"),
-    [("deepseek_v3", ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"), SMALL)],
+    [
+        ("deepseek_v3", ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"), SMALL),
+        ("bamba", ("in_proj", "q_proj", "down_proj"), BAMBA),
+        ("jamba", ("in_proj", "x_proj"), JAMBA),
+    ],
 )
 @spmd(ranks=4)
 def test_lora_on_split_heads_equals_one_device(mesh, kind, targets, change):
@@ -77,7 +109,7 @@ def test_lora_on_split_heads_equals_one_device(mesh, kind, targets, change):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "change"), [("deepseek_v3", SMALL)])
+@pytest.mark.parametrize(("kind", "change"), [("deepseek_v3", SMALL), ("mamba2", MAMBA2)])
 @spmd(ranks=2)
 def test_saved_split_heads_are_what_transformers_writes(mesh, kind, change):
     def body(folder):
@@ -125,3 +157,23 @@ def test_layers_of_heads_are_found_by_running_them(normed, tp, splits):
     roles = inferred_heads(model, dict(model.named_modules()), {}, tp)
     ups = {f"it.{name}": "colwise" for name in ("query", "key", "value")}
     assert roles == ({**ups, "it.out": "rowwise"} if splits else {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RECURRENT)
+@spmd(ranks=4)
+def test_tp_of_recurrent_heads_equals_one_device(mesh, kind):
+    assert_step_equal(kind, Degrees(cp=2, tp=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", GROUPS)
+@spmd(ranks=4)
+def test_tp_of_mamba2_in_groups_equals_one_device(mesh, change):
+    """With two groups, a rank of tp 4 shares B and C, and its norm, with another."""
+    checked = CheckedHuggingFaceModel("mamba2", change)
+    for degrees in (Degrees(cp=2, tp=2), Degrees(tp=4)):
+        result = compare(
+            checked, CheckOptions(degrees), ParallelMesh.from_degrees(degrees, "cpu"), None
+        )
+        assert {name: x for name, x in result.errors.items() if not x <= 1e-5} == {}
