@@ -13,7 +13,7 @@ from dtcp.forward import wrap_forward
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 from dtcp.parallelize.tensor_parallel.local_params import LocalParams, ModuleView, local_parameters
 from dtcp.parallelize.tensor_parallel.regions import copy_to_region, reduce_from_region
-from dtcp.parallelize.tensor_parallel.segments import Segment, cut, local_runs
+from dtcp.parallelize.tensor_parallel.segments import Segment, cut, rows_of_heads
 
 
 @dataclass
@@ -39,7 +39,7 @@ class HeadsOfLayer(ParallelStyle):
         for name, _ in list(module.named_parameters(recurse=False)):
             distribute_parameter(module, name, device_mesh, Shard(self.dims[name]))
         tp, rank = device_mesh.size(), device_mesh.get_local_rank()
-        runs = {name: local_runs(parts, tp, rank) for name, parts in self.buffers.items()}
+        runs = {name: rows_of_heads(parts, tp, rank) for name, parts in self.buffers.items()}
         sizes, enters = dict(self.sizes), self.enters
 
         def read(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from dtcp.distributed.collectives import all_to_all
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 from dtcp.parallelize.tensor_parallel.local_params import LocalParams, keep_local_form
 
-Run = tuple[int, int]
+RowRun = tuple[int, int]
 """Rows from one to before another."""
 
 
@@ -50,14 +50,14 @@ class Segment(NamedTuple):
         return rank * min(tp, self.pieces) // tp * self.local(tp)
 
 
-def local_runs(segments: Sequence[Segment], tp: int, rank: int) -> list[Run]:
+def rows_of_heads(segments: Sequence[Segment], tp: int, rank: int) -> list[RowRun]:
     """The rows that a rank has of a layer, part by part."""
     firsts = accumulate((each.rows for each in segments), initial=0)
     starts = [first + each.start(tp, rank) for first, each in zip(firsts, segments, strict=False)]
     return [(a, a + each.local(tp)) for a, each in zip(starts, segments, strict=True)]
 
 
-def cut(x: Tensor, runs: Iterable[Run], dim: int = 0) -> Tensor:
+def cut(x: Tensor, runs: Iterable[RowRun], dim: int = 0) -> Tensor:
     """The rows of some runs, one after the other."""
     return torch.cat([x.narrow(dim, a, b - a) for a, b in runs], dim)
 
@@ -83,7 +83,7 @@ class SegmentRows(LocalParams):
         placement: Placement = Replicate() if rows % tp else Shard(0)
         for name, _ in list(module.named_parameters(recurse=False)):
             distribute_parameter(module, name, device_mesh, placement)
-        runs = local_runs(self.segments, tp, rank)
+        runs = rows_of_heads(self.segments, tp, rank)
         route = RowRoute.of(self.segments, tp, rank)
 
         def cut_out(x: DTensor) -> Tensor:
@@ -105,18 +105,18 @@ class RowRoute(NamedTuple):
         places: where each run of rows lies in what comes, in the order of the layer.
     """
 
-    given: list[Run]
+    given: list[RowRun]
     send: list[int]
     receive: list[int]
-    places: list[Run]
+    places: list[RowRun]
 
     @classmethod
     def of(cls, segments: Sequence[Segment], tp: int, rank: int) -> "RowRoute":
         """The route of one rank."""
         rows = sum(each.rows for each in segments) // tp
         held = [(each * rows, (each + 1) * rows) for each in range(tp)]
-        wanted = local_runs(segments, tp, rank)
-        sent = [_common(local_runs(segments, tp, each), held[rank]) for each in range(tp)]
+        wanted = rows_of_heads(segments, tp, rank)
+        sent = [_common(rows_of_heads(segments, tp, each), held[rank]) for each in range(tp)]
         come = [_common(wanted, each) for each in held]
         runs = [run for each in come for run in each]
         ends = list(accumulate(map(_length, runs), initial=0))
@@ -135,11 +135,11 @@ class RowRoute(NamedTuple):
         return cut(come, self.places)
 
 
-def _length(run: Run) -> int:
+def _length(run: RowRun) -> int:
     return run[1] - run[0]
 
 
-def _common(runs: Iterable[Run], held: Run) -> list[Run]:
+def _common(runs: Iterable[RowRun], held: RowRun) -> list[RowRun]:
     """What of some runs is held."""
     both = [(max(a, held[0]), min(b, held[1])) for a, b in runs]
     return [(a, b) for a, b in both if a < b]
