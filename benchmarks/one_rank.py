@@ -29,7 +29,8 @@ def one_rank(
     """
     degrees, precision = setup.degrees, setup.precision
     with fake_ranks(degrees.world, cp_rank * degrees.tp):
-        mesh = ParallelMesh.from_degrees(degrees, device)
+        nodes = setup.ranks_per_node
+        mesh = ParallelMesh.from_degrees(degrees, device, ranks_per_node=nodes)
         torch.manual_seed(0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(precision.master)

@@ -1,6 +1,6 @@
 """Plans: which style for which module, by name."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -69,7 +69,7 @@ def find(model: nn.Module, keys: Iterable[str]) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     modules_named: dict[str, nn.Module] = {}
     for key in keys:
-        named = {name: module for name, module in modules.items() if matches(name, key)}
+        named = {name: modules[name] for name in matching(modules, key)}
         if not named:
             raise ValueError(
                 f"A plan names modules of its model, got key={key!r}, which matches none of "
@@ -77,6 +77,17 @@ def find(model: nn.Module, keys: Iterable[str]) -> dict[str, nn.Module]:
             )
         modules_named |= named
     return modules_named
+
+
+def matching(names: Collection[str], key: str) -> list[str]:
+    """Those of the names that a plan key names, in their order.
+
+    Args:
+        names: quick to look one up in.
+    """
+    if not any(letter in key for letter in "*?["):
+        return [key] if key in names else []
+    return [name for name in names if matches(name, key)]
 
 
 def matches(name: str, key: str) -> bool:

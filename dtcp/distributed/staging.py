@@ -60,8 +60,7 @@ def exchange(
         None if receive is None else list(receive),
         None if send is None else list(send),
     )
-    if not x.numel() and _backend_of(group, x.device.type) == "fake":
-        # The group of a dry run repeats what is sent, and refuses to where that is nothing (2.13).
+    if _is_left_out(x, group):
         return
     if not is_staged(x, group):
         dist.all_to_all_single(out, x, counts[0], counts[1], group=group)
@@ -69,6 +68,11 @@ def exchange(
     arrived = torch.empty(out.shape, dtype=out.dtype)
     dist.all_to_all_single(arrived, x.cpu(), counts[0], counts[1], group=group)
     out.copy_(arrived)
+
+
+def _is_left_out(x: Tensor, group: dist.ProcessGroup) -> bool:
+    """The group of a dry run repeats what is sent, and refuses to where that is nothing (2.13)."""
+    return not x.numel() and _backend_of(group, x.device.type) == "fake"
 
 
 def start_exchange(
@@ -80,7 +84,7 @@ def start_exchange(
         x: contiguous.
     """
     out = x.new_empty(sum(receive), *x.shape[1:])
-    if is_staged(x, group):
+    if is_staged(x, group) or _is_left_out(x, group):
         exchange(out, x, group, receive=receive, send=send)
         return Transfer(out, lambda: None, x)
     counts = list(receive), list(send)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from dtcp.mixer_plan import find, matches
+from dtcp.mixer_plan import find, matching
 from dtcp.parallelize import ParallelPlan
 
 
@@ -92,13 +92,11 @@ def _count_members(kind: BlockKind, block: nn.Module) -> None:
 
 
 def _applicable(model: nn.Module, plan: ParallelPlan) -> ParallelPlan:
-    names = [name for name, _ in model.named_modules()]
+    names = dict(model.named_modules())
 
     def named(styles: Mapping[str, ParallelStyle]) -> dict[str, ParallelStyle]:
         # By full names: a pattern would be looked for in blocks that are skipped as well.
-        return {
-            name: style for key, style in styles.items() for name in names if matches(name, key)
-        }
+        return {name: style for key, style in styles.items() for name in matching(names, key)}
 
     parameters = dict(model.named_parameters())
     return replace(
@@ -112,6 +110,6 @@ def _applicable(model: nn.Module, plan: ParallelPlan) -> ParallelPlan:
             if not isinstance(module, SkippedBlock)
         ),
         keep_dtype=tuple(
-            name for name in parameters if any(matches(name, key) for key in plan.keep_dtype)
+            dict.fromkeys(n for key in plan.keep_dtype for n in matching(parameters, key))
         ),
     )

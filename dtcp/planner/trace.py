@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dtcp._torch import (
     OpOverload,
-    TorchDispatchMode,
+    QuickDispatchMode,
     argument_names,
     flat_leaves,
     packet_of,
@@ -128,7 +128,7 @@ class Trace:
         yield from dict.fromkeys(stretch.place.part for stretch in self.stretches)
 
 
-class StepRecorder(TorchDispatchMode):
+class StepRecorder(QuickDispatchMode):
     """Notes a step. Open it above fake tensors' mode, or around real ones.
 
     Args:
@@ -183,6 +183,8 @@ class StepRecorder(TorchDispatchMode):
         )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (device := self.device_asked(func, args)) is not None:
+            return device
         if any(issubclass(kind, DTensor) for kind in types):
             # What it does comes by again, on local tensors.
             return NotImplemented
