@@ -108,6 +108,17 @@ def look_or_refusal(subject: Subject, setup: Setup) -> Outcome:
         return look_at(subject, setup, chosen_ranks(setup.degrees.cp))
     except (ValueError, TypeError) as error:
         return error
+    except Exception as error:  # noqa: BLE001
+        # Whatever somebody's model raises: other setups may do.
+        return _unknown_step(subject, error)
+
+
+def _unknown_step(subject: Subject, error: Exception) -> ValueError:
+    said = next(iter(str(error).strip().splitlines()), "")
+    return ValueError(
+        f"A step is run on tensors without data, got {type(error).__name__} from {subject.name} "
+        f"({said}): run python -m dtcp.check on the model, which says what it needs."
+    )
 
 
 def _units_or_refusal(subject: Subject, setup: Setup) -> list[Unit] | ValueError | TypeError:
@@ -118,6 +129,8 @@ def _units_or_refusal(subject: Subject, setup: Setup) -> list[Unit] | ValueError
             return place_model(subject, mesh, setup).units(setup, mesh.experts)
     except (ValueError, TypeError) as error:
         return error
+    except Exception as error:  # noqa: BLE001
+        return _unknown_step(subject, error)
 
 
 def _or_raise(outcome: T | ValueError | TypeError) -> T:

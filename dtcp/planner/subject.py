@@ -270,7 +270,13 @@ def subject_of_hf(source: str) -> Subject:
         str(text.get("model_type"))
     )
     if family is not None:
-        return FamilyModel(name, family, FAMILIES[family].config_from_hf(fields))
+        try:
+            return FamilyModel(name, family, FAMILIES[family].config_from_hf(fields))
+        except KeyError as error:
+            raise ValueError(
+                f"A config has all sizes of its model, got {source!r} of a {fields['model_type']} "
+                f"without {error.args[0]}: add it to the file."
+            ) from None
     from transformers import AutoConfig
 
     try:
