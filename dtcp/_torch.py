@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch._utils import _get_available_device_type
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -385,23 +385,6 @@ def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
 def fake_tensors() -> FakeTensorMode:
     """Tensors with sizes and no memory; real ones are taken beside them (2.11-2.15)."""
     return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-class QuickDispatchMode(TorchDispatchMode):
-    """A mode above fake tensors' whose calls cost little, and compile nothing (2.13-2.15)."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Else a wrapper, which costs as much as a small op.
-        return False
-
-    @staticmethod
-    def device_asked(func: OpOverload, args: tuple[Any, ...]) -> torch.device | None:
-        """The answer to what is asked more often than all ops are called; None for other ops."""
-        if func is not torch.ops.prim.device.default or not isinstance(args[0], FakeTensor):
-            return None
-        x = args[0]
-        return torch.device("meta") if x.fake_mode.in_kernel_invocation else x.fake_device
 
 
 real_tensors = unset_fake_temporarily

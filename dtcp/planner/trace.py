@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dtcp._torch import (
     OpOverload,
-    QuickDispatchMode,
+    TorchDispatchMode,
     argument_names,
     flat_leaves,
     packet_of,
@@ -128,7 +128,7 @@ class Trace:
         yield from dict.fromkeys(stretch.place.part for stretch in self.stretches)
 
 
-class StepRecorder(QuickDispatchMode):
+class StepRecorder(TorchDispatchMode):
     """Notes a step. Open it above fake tensors' mode, or around real ones.
 
     Args:
@@ -182,9 +182,16 @@ class StepRecorder(QuickDispatchMode):
             Stretch(place, self.live, self.live, self.live, self.grads, self.grads)
         )
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled below; a wrapper around each op costs as much as a small op (2.13).
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (device := self.device_asked(func, args)) is not None:
-            return device
+        if func is torch.ops.prim.device.default and hasattr(args[0], "fake_device"):
+            # Asked more often than all ops are called; what fake tensors' mode would answer.
+            x = args[0]
+            return torch.device("meta") if x.fake_mode.in_kernel_invocation else x.fake_device
         if any(issubclass(kind, DTensor) for kind in types):
             # What it does comes by again, on local tensors.
             return NotImplemented
