@@ -245,7 +245,8 @@ def local_runs(
     """What this rank's slots see: as runs of each row, and the ends of their intervals [B, L]."""
     rows = [SlotRuns.of(runs, layout.partition, rank) for runs in intervals.rows]
     by_slot = zip(*(row.by_slot() for row in rows), strict=True)
-    first, last = (torch.from_numpy(np.stack(x)) for x in by_slot)
+    # One row, as most batches have, is taken as it is.
+    first, last = (torch.from_numpy(x[0][None] if len(x) == 1 else np.stack(x)) for x in by_slot)
     return rows, first, last
 
 

@@ -94,6 +94,7 @@ def test_a_prepared_batch_is_the_sharded_batch(mesh):
     documents = Documents(((20, 28),), 48)
     options = {"model": model, "documents": documents}
     prepared = prepare_batch({"input_ids": ids}, whole, DocumentBalanced, **options)
+    assert "hashes" in vars(prepared)  # what ranks compare is there already
     local, sharded = shard_prepared(lambda: prepared, whole, device="cpu")
     expected, same = shard_batch({"input_ids": ids}, whole, DocumentBalanced, **options)
     assert torch.equal(local["input_ids"], expected["input_ids"])
