@@ -12,7 +12,7 @@ Checkpointing and compile replace a block's `forward` and nothing else: modules 
 so do checkpoints, and dynamo guards what it compiles.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -52,8 +52,9 @@ class ParallelPlan:
         cp: styles of the mixers on the axis cp, by module name.
         ep: styles of experts on the axis ep, by module name.
         blocks: the repeated modules, each compiled, checkpointed and sharded on its own.
-        fsdp_units: modules outside the blocks whose parameters are gathered together, in the order
-            of their use. A shared parameter must be in one of them, or in none.
+        fsdp_units: modules whose parameters are gathered together, outside of blocks and in the
+            order of their use, or parts of blocks that share them. A shared parameter must be in
+            one of them, or in none.
         keep_dtype: parameters, by name, that mixed precision leaves in their own dtype.
     """
 
@@ -112,7 +113,8 @@ def parallelize(
             block.forward,
             activation_checkpoint.keeping_routes() if routes else activation_checkpoint,
             compile.with_data_sizes() if routes and compile else compile,
-            has_island=mesh.cp is not None and _has_eager_island(name, block, plan.cp),
+            has_island=_has_eager_island(name, block, plan.cp if mesh.cp is not None else {})
+            or (mesh.hsdp is not None and _is_gathered_in_parts(name, fsdp_units)),
         )
     if mesh.hsdp is not None:
         shard_parameters(
@@ -156,6 +158,11 @@ def _contains(name: str, block: nn.Module, plan: Mapping[str, ParallelStyle]) ->
     """Whether a plan names a module of a block."""
     submodules = [f"{name}.{part}" for part, _ in block.named_modules() if part]
     return any(matches(submodule, key) for submodule in submodules for key in plan)
+
+
+def _is_gathered_in_parts(name: str, units: Sequence[Mapping[str, nn.Module]]) -> bool:
+    """Whether FSDP has hooks inside of a block, which are no part of its graph."""
+    return any(part.startswith(f"{name}.") for unit in units for part in unit)
 
 
 def _has_eager_island(name: str, block: nn.Module, plan: Mapping[str, ParallelStyle]) -> bool:

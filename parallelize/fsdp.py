@@ -54,8 +54,9 @@ def shard_parameters(
 
     Args:
         mesh: weights lie on its hsdp, those that are spread over ep on its expert_hsdp.
-        fsdp_units: modules outside the blocks, each unit gathered together; the last one stays
-            gathered after forward, for backward starts with it.
+        fsdp_units: modules of which each unit is gathered together: parts that blocks share, and
+            modules outside of blocks. The last one of these stays gathered after forward, for
+            backward starts with it.
         keep_dtype: names of parameters that are gathered in their own dtype.
     """
     shared: dict[str, Any] = {"mesh": mesh.hsdp, "offload_policy": options.offload}
@@ -63,11 +64,16 @@ def shard_parameters(
         shared["shard_placement_fn"] = _ExpertPlacement(mesh.experts, mesh.expert_hsdp)
     # What a model hands to its own modules is in the dtype it has chosen: angles are in fp32.
     uncast = replace(options.mixed_precision, cast_forward_inputs=False)
+    reshard = options.reshard_after_forward
+    in_blocks = {module for block in blocks for module in block.modules()}
+    inner = [unit for unit in fsdp_units if in_blocks.issuperset(unit)]
+    outer = [unit for unit in fsdp_units if unit not in inner]
+    for unit in inner:
+        fully_shard(list(unit), **shared, mp_policy=uncast, reshard_after_forward=reshard)
     for block in blocks:
-        reshard = options.reshard_after_forward
         fully_shard(block, **shared, mp_policy=uncast, reshard_after_forward=reshard)
-    for index, unit in enumerate(fsdp_units):
-        is_last = index == len(fsdp_units) - 1
+    for index, unit in enumerate(outer):
+        is_last = index == len(outer) - 1
         reshard = options.reshard_after_forward and not is_last
         fully_shard(list(unit), **shared, mp_policy=uncast, reshard_after_forward=reshard)
     fully_shard(model, **shared, mp_policy=options.mixed_precision)
@@ -101,6 +107,17 @@ class _ExpertPlacement:
         uneven = own[0] % self.ranks and len(own) > 1
         dim = 1 if uneven and own[1] % self.ranks == 0 else 0
         return self.sharded_by(Shard(dim))
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free what FSDP keeps gathered for a backward pass: the weights of the root and the last unit.
+
+    An optimizer that is made of a model after a forward pass without a backward pass would step
+    these gathered weights, which FSDP throws away.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _sum_gradients(module: FSDPModule) -> None:

@@ -21,7 +21,8 @@ def check_tied_parameters(tied: TiedParameters, fsdp_units: Sequence[Sequence[st
     """Refuse to gather a shared parameter in two places: each would free it under the other.
 
     Args:
-        fsdp_units: names of the modules that are gathered together; the rest is one unit more.
+        fsdp_units: names of the modules that are gathered together; the rest is one unit more. Of a
+            module in another, the inner one's unit gathers its parameters.
     Raises:
         ValueError: a parameter with names in two units.
     """
@@ -53,11 +54,38 @@ def restore_tied_parameters(model: nn.Module, tied: TiedParameters) -> None:
             model.get_submodule(module).register_parameter(name, parameter)
 
 
+def units_across_blocks(tied: TiedParameters, blocks: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Modules that blocks share parameters of, by name: those of one unit are gathered together.
+
+        blocks 3 and 9 share their part `attention`     ("layers.3.attention", "layers.9.attention")
+
+    A part is a child of its block. What is shared otherwise is left to check_tied_parameters.
+    """
+    units: dict[tuple[str, ...], None] = {}
+    for names in tied:
+        parts = [_part_of_block(name, blocks) for name in names]
+        if None not in parts and len(set(parts)) > 1:
+            units[tuple(sorted(f"{part}" for part in set(parts)))] = None
+    return tuple(units)
+
+
+def _part_of_block(parameter: str, blocks: Sequence[str]) -> str | None:
+    """The child of a block that holds a parameter; None if none does."""
+    for block in blocks:
+        child, dot, _ = parameter.removeprefix(f"{block}.").partition(".")
+        if parameter.startswith(f"{block}.") and dot:
+            return f"{block}.{child}"
+    return None
+
+
 def _unit_of(parameter: str, fsdp_units: Sequence[Sequence[str]]) -> int:
-    for index, modules in enumerate(fsdp_units):
-        if any(parameter.startswith(f"{module}.") for module in modules):
-            return index
-    return len(fsdp_units)
+    around = [
+        (len(module), index)
+        for index, modules in enumerate(fsdp_units)
+        for module in modules
+        if parameter.startswith(f"{module}.")
+    ]
+    return max(around, default=(0, len(fsdp_units)))[1]
 
 
 def _placements(parameter: Tensor) -> object:

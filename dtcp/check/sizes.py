@@ -77,6 +77,12 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "neomme": {"head_dim": 16},
+    "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
+    "switch_transformers": {
+        "expert_capacity": 3,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    },
     "reformer": {"axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
     "zamba": {

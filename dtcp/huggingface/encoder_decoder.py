@@ -21,6 +21,7 @@ from dtcp.batch import ShardedBatch, shard_rows
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.forward import wrap_forward
 from dtcp.huggingface.documents import documents_of_hf_batch
+from dtcp.huggingface.padding_ids import check_counted_ids, with_padding_of_ids
 from dtcp.huggingface.positions import check_longest
 from dtcp.huggingface.token_ids import check_ids
 from dtcp.labels import IGNORED
@@ -81,7 +82,7 @@ def shard_two_sequences(
         check_ids(batch, model)
         if needs_labels:
             check_labeled(batch)
-        rows = _encoder_rows(batch)
+        rows = _encoder_rows(batch, model)
         check_longest(rows.documents, model)
         return rows
 
@@ -115,10 +116,11 @@ def check_labeled(batch: Mapping[str, Any]) -> None:
         )
 
 
-def _encoder_rows(batch: Mapping[str, Any]) -> Rows:
+def _encoder_rows(batch: Mapping[str, Any], model: Any) -> Rows:
     _check_keys(batch)
     given = {key: batch.get(key) for key in (*_OF_TOKENS, *DOCUMENT_KEYS)}
-    return _rows({key: x for key, x in given.items() if x is not None})
+    own = {key: x for key, x in given.items() if x is not None}
+    return _rows(with_padding_of_ids(own, model, "encoder"), model)
 
 
 def _decoder_rows(batch: Mapping[str, Any], model: Any) -> Rows:
@@ -134,11 +136,13 @@ def _decoder_rows(batch: Mapping[str, Any], model: Any) -> Rows:
         check_tensor("A batch", shape="[B, S]", ndim=2, labels=labels)
         documents = documents_of_hf_batch({**own, "input_ids": labels})
         own["input_ids"] = _shifted_right(model, labels, documents)
-    return _rows(own if labels is None else {**own, "labels": labels})
+    own = with_padding_of_ids(own, model, "decoder")
+    return _rows(own if labels is None else {**own, "labels": labels}, model)
 
 
-def _rows(given: dict[str, Any]) -> Rows:
+def _rows(given: dict[str, Any], model: Any) -> Rows:
     documents = documents_of_hf_batch(given)
+    check_counted_ids(given.get("input_ids"), documents, model)
     tokens = {key: given[key] for key in (*TOKENS, "labels") if key in given}
     return Rows.of({**tokens, "position_ids": documents.position_ids()}, DEFAULT_FIELDS, documents)
 

@@ -10,16 +10,19 @@ from dtcp.forward import wrap_forward
 from dtcp.huggingface import registry
 from dtcp.huggingface.distance_bias import install_bias_tables
 from dtcp.huggingface.encoder_decoder import DECODER, DECODER_TOKENS, TOKENS, install_encoder
+from dtcp.huggingface.expert_places import install_places
 from dtcp.huggingface.handed_on import hand_on_in_the_mask, hand_to_base
 from dtcp.huggingface.images import IMAGES, image_arguments, install_image_inputs
 from dtcp.huggingface.meta_device import survey_on_meta
 from dtcp.huggingface.own_attention import looked_up_in, own_attentions, use_registry
+from dtcp.huggingface.padding_ids import install_padding_ids
 from dtcp.huggingface.pooled_head import install_pooled_head
 from dtcp.huggingface.positions import (
     DECODER_KEY,
     KEY,
     Positions,
     call_with_positions,
+    counts_ids,
     install_positions,
     note_longest,
 )
@@ -59,7 +62,10 @@ def install_mixers(model: Any) -> Survey:
     result.check()
     for attention in result.attentions:
         model.get_submodule(attention.name).add_module(registry.MIXER, attention.mixer())
+    for name in result.own_masks:
+        vars(model.get_submodule(name))[registry.OWN_MASK] = True
     install_recurrent_mixers(model, result.recurrent)
+    install_places(model)
     install_bias_tables(model)
     for module in own_attentions(model):
         use_registry(model, module)
@@ -86,8 +92,10 @@ def install_mixers(model: Any) -> Survey:
         install_image_inputs(model, result.images)
     if result.encoder:
         install_encoder(model.get_submodule(result.encoder))
+    uncounted = counts_ids(model, result.positions)
     install_positions(model, result.positions)
     note_longest(model, result.positions, result.images)
+    install_padding_ids(model, hidden=result.hides_padding, uncounted=uncounted)
     vars(model)[_POSITIONS] = result.positions
     vars(model)[_CONFIGS] = _attention_configs(model, result)
     vars(model)[_OF_DECODER] = (*DECODER_TOKENS, DECODER_KEY) if result.encoder else ()

@@ -3,7 +3,8 @@
 A batch counts each document from 0. Some models count from another number (RoBERTa and its kin,
 from behind the padding's), and some do not take positions at all: they count their input from its
 start (BART's decoder and its kin), and a shard does not start where its row does. In both cases
-the module that looks positions up takes them as an argument, and is handed those of the batch.
+the module that looks positions up takes them as an argument, and is handed those of the batch; one
+that takes ids instead is replaced (position_tables.py).
 """
 
 import inspect
@@ -17,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtcp.forward import wrap_forward
+from dtcp.huggingface.position_tables import is_position_table, sines_of_positions
 from dtcp.sequence.documents import Documents
 
 _TABLE = re.compile(r"(^|\.)(wpe|(?!.*relative)\w*position\w*)$")
@@ -54,7 +56,8 @@ def position_readers(model: nn.Module) -> tuple[str, ...]:
     names = [
         name
         for name, module in model.named_modules()
-        if name and takes_positions(module) and not any(p.isdigit() for p in name.split("."))
+        if name and (takes_positions(module) or is_position_table(module))
+        if not any(part.isdigit() for part in name.split("."))
     ]
     return tuple(name for name in names if not any(other.startswith(f"{name}.") for other in names))
 
@@ -143,16 +146,27 @@ def call_with_positions(
         return run(**kwargs)
 
 
-def _index(reader: nn.Module) -> int:
-    """Where positions stand among the arguments of a reader's forward."""
+def counts_ids(model: nn.Module, positions: Positions) -> bool:
+    """Whether positions of a model are those of its ids that are no padding."""
+    return any(is_position_table(model.get_submodule(name)) for name in positions.readers)
+
+
+def _index(reader: nn.Module) -> int | None:
+    """Where positions stand among the arguments of a reader's forward; None if it takes ids."""
+    if is_position_table(reader):
+        return None
     return list(inspect.signature(type(reader).forward).parameters).index(KEY) - 1
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int | None) -> Any:
+    return args[index] if index is not None and index < len(args) else kwargs.get(KEY)
 
 
 def _read(reader: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A reader's forward, on the positions of the batch."""
     rule, needed, index = getattr(reader, _RULE)
     given = getattr(reader, _GIVEN, None)
-    value = given if not rule.taken else args[index] if index < len(args) else kwargs.get(KEY)
+    value = given if not rule.taken else _argument(args, kwargs, index)
     if value is None and needed:
         raise ValueError(
             f"A model is given the positions of its batch by its own forward, got a call of "
@@ -161,6 +175,8 @@ def _read(reader: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: 
         )
     if value is None:
         return forward(*args, **kwargs)
+    if index is None:
+        return sines_of_positions(reader, args[0] if args else kwargs.get("input_ids"), value)
     if index < len(args):
         return forward(*args[:index], value + rule.offset, *args[index + 1 :], **kwargs)
     out = forward(*args, **{**kwargs, KEY: value + rule.offset})

@@ -66,6 +66,9 @@ class Recorder:
         self.recurrent: dict[str, SurveyedMixer] = {}
         self.givers: dict[str, None] = {}
         self.made_masks = False
+        self.padding: list[Tensor] = []
+        self.hides_padding = False
+        self.own_masks: dict[str, None] = {}
         self.block: Tensor | None = None
         self.varies = False
         self._giver = ""
@@ -112,8 +115,7 @@ class Recorder:
         """Note a call of attention, and return what it would be without mixing."""
         q, k, v = (x.transpose(1, 2) for x in qkv)
         name = self.names[module]
-        known_mask: Mask | None = getattr(mask, _MASK, None)
-        self.made_masks |= getattr(mask, _MADE, False)
+        known_mask = self._meaning(name, mask)
         self.varies |= varies(q, 1) or varies(k, 1)
         if mask is None and getattr(module, "is_causal", None) is False:
             known_mask = Bidirectional()
@@ -129,6 +131,23 @@ class Recorder:
             self.memory[name] = k.detach(), v.detach()
             return q.mean(-1, keepdim=True).expand(*q.shape[:-1], v.shape[-1]).contiguous()
         return own_operands(q, k, v)
+
+    def _meaning(self, name: str, mask: Any) -> Mask | None:
+        """What a mask that a module is called with lets it see; None if that is not known."""
+        self.made_masks |= getattr(mask, _MADE, False)
+        hidden = getattr(mask, _HIDDEN, None)
+        if hidden is not None:
+            # It hides what was given as padding, or something else.
+            if not any(hidden.shape == x.shape and torch.equal(hidden, x) for x in self.padding):
+                return None
+            self.hides_padding = True
+        known: Mask | None = getattr(mask, _MASK, None)
+        if known is None and _adds_nothing(mask):
+            # Of the model's own making, for all keys and without positions.
+            self.made_masks, self.own_masks[name] = True, None
+        # A module that is run again by itself may be given another one.
+        is_own = name in self.own_masks and (not self.padding or _adds_nothing(mask))
+        return Bidirectional() if is_own else known
 
     def _note(
         self, name: str, module: nn.Module, mask: Mask, arguments: dict[str, Any], *, cross: bool
@@ -159,6 +178,12 @@ class Recorder:
             f"{self.names[module]} ({type(module).__name__}): called twice, as {before} and as "
             f"{now}: give each use a module of its own."
         )
+
+
+def _adds_nothing(mask: Any) -> bool:
+    """Whether a mask that is no function's is added to all scores of a row alike, and is zero."""
+    is_plain = isinstance(mask, Tensor) and not hasattr(mask, _MASK) and mask.is_floating_point()
+    return is_plain and mask.ndim == 4 and mask.shape[-2] == 1 and not bool(mask.any())
 
 
 def varies(x: Tensor, dim: int) -> bool:
@@ -205,7 +230,7 @@ def _problems(
     return problems
 
 
-_MASK, _MADE = "dtcp_mask", "dtcp_made"
+_MASK, _MADE, _HIDDEN = "dtcp_mask", "dtcp_made", "dtcp_hidden"
 
 
 def survey_mask(*, mask_function: Callable[..., Any], **arguments: Any) -> Tensor:
@@ -218,8 +243,8 @@ def survey_mask(*, mask_function: Callable[..., Any], **arguments: Any) -> Tenso
     # One of the model's own making, for it is called without: ones say nothing; any other would be
     # as long as a shard.
     made = arguments.get("attention_mask")
-    hides = made is not None and not bool(made.all())
-    setattr(dense, _MASK, None if hides else read_mask(mask_function))
+    setattr(dense, _MASK, read_mask(mask_function))
     setattr(dense, _MADE, made is not None)
+    setattr(dense, _HIDDEN, None if made is None or bool(made.all()) else made == 0)
     setattr(dense, RECORDER, batch_of_mask(arguments.get("config")))
     return dense

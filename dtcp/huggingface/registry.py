@@ -23,6 +23,9 @@ IMPLEMENTATION = "dtcp"
 SURVEY_IMPLEMENTATION = "dtcp_survey"
 """The same while a model is surveyed."""
 
+OWN_MASK = "dtcp_own_mask"
+"""What a module has that is handed a mask of its model's own, one of zeros."""
+
 MIXER = "dtcp_mixer"
 """The mixer's name in its attention module."""
 
@@ -113,6 +116,8 @@ def mixer_attention_forward(
     if isinstance(attention_mask, BatchMetadata):
         # A layer above hands on no more than a mask (`handed_on`).
         attn_metadata, attention_mask = attention_mask, None
+    if OWN_MASK in vars(module):
+        attention_mask = None
     if dropout or attention_mask is not None or attn_metadata is None:
         mask = None if attention_mask is None else tuple(attention_mask.shape)
         raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dtcp.huggingface import registry
 from dtcp.huggingface.distance_bias import noting_bias_tables
 from dtcp.huggingface.encoder_decoder import DECODER_TOKENS, encoder_name
+from dtcp.huggingface.expert_places import other_places, places_for_all, surveyed_places
 from dtcp.huggingface.handed_on import left_for_mask
 from dtcp.huggingface.images import TOKEN_TYPES, image_arguments, language_model
 from dtcp.huggingface.mixing_probe import (
@@ -59,11 +60,14 @@ class Survey:
 
     Args:
         recurrent: the mixers of recurrent layers.
+        places: those of routers whose experts have places for some tokens.
         positions: how the positions of its tokens reach the model.
         givers: layers that hand on a mask and no metadata.
         base_unread: whether the model inside of the model receives no metadata.
         images: the name of the language model in a model that takes images.
         encoder: the name of the encoder in a model that has a decoder, too.
+        hides_padding: whether it hides tokens with the id of padding where it is given no mask.
+        own_masks: attention that is handed a mask of its model's own, which hides nothing.
     """
 
     attentions: tuple[SurveyedAttention, ...]
@@ -75,6 +79,9 @@ class Survey:
     base_unread: bool = False
     images: str = ""
     encoder: str = ""
+    hides_padding: bool = False
+    own_masks: tuple[str, ...] = ()
+    places: tuple[SurveyedMixer, ...] = ()
 
     def check(self) -> None:
         """Stop where something is refused.
@@ -97,7 +104,7 @@ def survey(model: Any) -> Survey:
     Args:
         model: on a real device, unsharded.
     """
-    refused = [*unsuited(model)]
+    refused = [*unsuited(model), *other_places(model)]
     if refused:
         return Survey((), tuple(refused))
     memory_len = probe_length(model, longer=True) if encoder_name(model) else 0
@@ -122,6 +129,9 @@ def survey(model: Any) -> Survey:
         recorder.base_unread,
         probe.images,
         probe.encoder,
+        recorder.hides_padding,
+        tuple(recorder.own_masks),
+        surveyed_places(model),
     )
 
 
@@ -280,16 +290,22 @@ class _Probe:
         padding = self.model.config.get_text_config().pad_token_id
         if padding is None:
             return
-        input_ids = self.input_ids.clone()
+        input_ids, memory_ids = self.input_ids.clone(), self.memory_ids.clone()
         input_ids[:, self.seq_len // 2 :] = padding
+        memory_ids[:, self.seq_len // 2 :] = padding
+        self.recorder.padding = [input_ids == padding, memory_ids == padding]
         with torch.no_grad():
             self.call(input_ids, position_ids=self.position_ids)
             if self.encoder:
-                memory_ids = self.memory_ids
-                self.memory_ids = memory_ids.clone()
-                self.memory_ids[:, self.seq_len // 2 :] = padding
+                before, self.memory_ids = self.memory_ids, memory_ids
                 self.call(self.input_ids, position_ids=self.position_ids)
-                self.memory_ids = memory_ids
+                self.memory_ids = before
+        if self.recorder.hides_padding and not self.encoder:
+            refuse = self.recorder.refused.append
+            refuse(
+                f"{type(self.model).__name__} makes a mask of its ids, which hides those of "
+                f"padding, and a shard has ids of its own alone: give it no pad_token_id."
+            )
 
     def look_at_images(self) -> None:
         """Note how masks change where tokens are marked as those of an image."""
@@ -355,6 +371,7 @@ def _survey_mode(model: Any, recorder: Recorder) -> Iterator[None]:
             noting_kernels(model, recorder),
             left_for_mask(config, recorder),
             noting_bias_tables(model),
+            places_for_all(model),
         ):
             yield
     finally:

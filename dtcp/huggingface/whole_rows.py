@@ -18,6 +18,7 @@ from dtcp.distributed.replicated_loss import sum_for_replicated_loss
 from dtcp.huggingface.batch import LABELED_IN_PLACE, shard_hf_batch
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.encoder_decoder import encoder_name
+from dtcp.huggingface.images import IMAGES
 from dtcp.huggingface.linear_head import LinearHead
 from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
@@ -85,7 +86,9 @@ class WholeRows(nn.Module):
         output_router_logits: bool | None = None,
         **rows: Any,
     ) -> RowOutputs:
-        """Run the model on whole rows, on the host, alike on all ranks of a cp and tp group.
+        """Run the model on whole rows, alike on all ranks of a cp and tp group.
+
+        Rows are read on the host; where they come on a device, the host waits for them.
 
         Args:
             labels: [B, S], not shifted, as transformers has them; [B] for a model of rows.
@@ -104,14 +107,11 @@ class WholeRows(nn.Module):
         _check_rows(rows)
         if fused_lm_head:
             self._check_token_numbers(labels)
-        rows = {key: x for key, x in rows.items() if key not in CALL_KEYS}
+        rows = {key: _on_host(key, x) for key, x in rows.items() if key not in CALL_KEYS}
+        labels = _on_host("labels", labels)
+        options: dict[str, Any] = {"device": self.device, "buckets": self.buckets}
         local, sharded = shard_hf_batch(
-            {**rows, "labels": labels},
-            self.mesh,
-            self.layout,
-            model=self.module,
-            device=self.device,
-            buckets=self.buckets,
+            {**rows, "labels": labels}, self.mesh, self.layout, model=self.module, **options
         )
         targets = local.pop("labels", None)
         local.pop("padding_mask", None)
@@ -230,6 +230,11 @@ def _check_rows(rows: dict[str, Any]) -> None:
             "Labels of whole rows are not shifted yet, got shift_labels, as collators give them "
             "that cut rows for ranks: give labels, and the same rows to all ranks of a cp group."
         )
+
+
+def _on_host(key: str, x: Any) -> Any:
+    """Rows where they are cut; images go on as they are."""
+    return x.cpu() if isinstance(x, Tensor) and key not in IMAGES else x
 
 
 def _has_next_token(labels: Any, rows: dict[str, Any]) -> Tensor:

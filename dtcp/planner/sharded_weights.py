@@ -156,9 +156,18 @@ def modules_of_units(
 
     A parameter belongs to the first unit that has it.
     """
-    groups = [(name, UnitRole.BLOCK, [block]) for name, block in find(model, plan.blocks).items()]
-    for index, names in enumerate(plan.fsdp_units):
-        is_last = index == len(plan.fsdp_units) - 1
+    blocks = find(model, plan.blocks)
+    inner = [
+        names
+        for names in plan.fsdp_units
+        if any(name.startswith(f"{block}.") for block in blocks for name in names)
+    ]
+    # Parts that blocks share.
+    groups = [("", UnitRole.FIRST, list(find(model, names).values())) for names in inner]
+    groups += [(name, UnitRole.BLOCK, [block]) for name, block in blocks.items()]
+    outer = [names for names in plan.fsdp_units if names not in inner]
+    for index, names in enumerate(outer):
+        is_last = index == len(outer) - 1
         role = UnitRole.LAST if is_last else UnitRole.FIRST
         groups.append(("", role, list(find(model, names).values())))
     return [*groups, ("", UnitRole.ROOT, [model])]

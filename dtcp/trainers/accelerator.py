@@ -65,7 +65,7 @@ class MeshAccelerator(Accelerator):
         return recursively_apply(self._gather_one, tensor, error_on_other_type=True)
 
     def _gather_one(self, x: Tensor) -> Tensor:
-        x = (x[None] if x.ndim == 0 else x).contiguous()
+        x = (x[None] if x.ndim == 0 else x).contiguous().to(self.device)
         if self.mesh.batch is None:
             return x
         parts = [torch.empty_like(x) for _ in range(self.mesh.batch.size())]

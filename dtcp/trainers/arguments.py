@@ -65,6 +65,32 @@ def check_reference(trainer: type, model: Any, kwargs: Mapping[str, Any]) -> Non
         )
 
 
+TRL_TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer")
+"""Trainers of TRL whose losses are known to be those of one process."""
+
+
+def check_trainer(trainer: type) -> None:
+    """Refuse a trainer of TRL that generates what it trains on, or reads its model otherwise.
+
+    Raises:
+        TypeError: a class of TRL that is none of TRL_TRAINERS, nor made of one.
+    """
+    names = [each.__name__ for each in trainer.__mro__ if each.__module__.startswith("trl.")]
+    if names and names[0] not in TRL_TRAINERS:
+        raise TypeError(
+            f"A trainer of TRL on a mesh is one of {', '.join(TRL_TRAINERS)}, whose rows are given "
+            f"to it, got {names[0]}: let a plain model generate rows, and train on them by one of "
+            f"these or by WholeRows (docs/trainers.md)."
+        )
+
+
+def computes_on_rows(trainer: type) -> bool:
+    """Whether a class computes its loss by itself, of rows too, which then lie on the device."""
+    owners = (each for each in trainer.__mro__ if "compute_loss" in vars(each))
+    foreign = (each for each in owners if not each.__module__.startswith("dtcp."))
+    return not next(foreign).__module__.startswith("transformers.")
+
+
 def check_launch(accelerator: Any, mesh: ParallelMesh) -> None:
     """Refuse an environment that says something else than the mesh.
 
@@ -132,7 +158,7 @@ def _refused(args: Any, mesh: ParallelMesh) -> Iterator[tuple[str, Any, str]]:
         "ddp_broadcast_buffers": ddp,
         "ddp_static_graph": ddp,
         "save_on_each_node": "leave it False: one rank writes, into a folder that all ranks read",
-        "precompute_ref_log_probs": "leave it False: ranks would wait for one that caches them",
+        "predict_with_generate": "leave it False: save the model, and generate with a plain one",
         "enable_jit_checkpoint": "leave it False: a signal reaches ranks at different steps",
         "auto_find_batch_size": "choose a batch size; a part of the ranks would start again",
         "neftune_noise_alpha": "leave it out, for noise would depend on the mesh",

@@ -7,6 +7,7 @@ ranks together. Everything else, from arguments to callbacks, is the trainer's o
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.whole_rows import WholeRows
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.parallelize import parallelize_hf
+from dtcp.parallelize.fsdp import free_gathered
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.buckets import Buckets
@@ -32,9 +34,12 @@ from dtcp.trainers.arguments import (
     check_placed_as_asked,
     check_reference,
     check_trained_model,
+    check_trainer,
     check_training_arguments,
+    computes_on_rows,
     is_on_mesh,
 )
+from dtcp.trainers.cached_reference import shards_for_hashes, with_reference_log_probs
 from dtcp.trainers.saved import (
     load_optimizer,
     load_weights,
@@ -61,8 +66,8 @@ class MeshTrainerMixin:
     carry out is refused.
 
     Raises:
-        TypeError, ValueError: no model, arguments that a mesh would ignore, or a process group of
-            other ranks than the mesh has.
+        TypeError, ValueError: no model, a trainer of TRL that generates, arguments that a mesh
+            would ignore, or a process group of other ranks than the mesh has.
     """
 
     # Of the trainer that follows in the order of classes.
@@ -75,6 +80,7 @@ class MeshTrainerMixin:
     compute_loss_func: Any
     data_collator: Any
     processing_class: Any
+    _prepare_inputs: Callable[[Any], Any]
     _train_batch_size: int
     _signature_columns: Any
     _loss_shifts_labels: bool
@@ -91,6 +97,7 @@ class MeshTrainerMixin:
         **kwargs: Any,
     ) -> None:
         check_kind("A Trainer on a mesh", ParallelMesh, mesh=mesh)
+        check_trainer(type(self))
         self.mesh = mesh
         self._rows_options: dict[str, Any] = {
             "buckets": buckets,
@@ -101,8 +108,13 @@ class MeshTrainerMixin:
         self._rows: WholeRows | None = None
         self._counted: Tensor | None = None
         self._checks_count = True
+        self._gives_logits = False
         check_reference(type(self), args[0] if args else kwargs.get("model"), kwargs)
-        super().__init__(*args, **kwargs)
+        with ExitStack() as self._while_made:
+            for each in (*args, *kwargs.values()):
+                if isinstance(each, nn.Module):
+                    self._while_made.enter_context(shards_for_hashes(each))
+            super().__init__(*args, **kwargs)
         check_given_optimizer(self.optimizer, self.model)
         self.label_smoother = None  # the model's loss has it
         self.model_accepts_loss_kwargs = last_token_mixer(self.model) is None
@@ -116,6 +128,7 @@ class MeshTrainerMixin:
         self._rows_options["autocast"] = torch.bfloat16 if self.args.bf16 else None
         if self.model is not None:
             self._put_on_mesh(self.model)
+            self._while_made.enter_context(shards_for_hashes(self.model))
 
     def _put_on_mesh(self, model: Any) -> Any:
         """The model itself, on the mesh."""
@@ -139,14 +152,21 @@ class MeshTrainerMixin:
         whole: float = super().floating_point_ops(inputs)  # type: ignore[misc]
         return whole / (self.mesh.size("cp") * self.mesh.size("tp"))
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the parameters as they are sharded, whatever the model was evaluated on."""
+        free_gathered(self.model)
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
     @property
     def rows_model(self) -> WholeRows:
         """The model as it is called with whole rows, on all ranks of a cp and tp group together."""
         return self._wrap_model(self.model)
 
-    # Rows stay on the host until they are cut.
+    # Rows stay on the host until they are cut, but for a loss that is computed of them, too.
 
     def _prepare_input(self, data: Any) -> Any:
+        if self._gives_logits or self.compute_loss_func or computes_on_rows(type(self)):
+            return super()._prepare_input(data)  # type: ignore[misc]
         return data
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
@@ -219,17 +239,21 @@ class MeshTrainerMixin:
         """Of DPOTrainer: a reference model is called with whole rows, too."""
         return super().compute_ref_log_probs(self._wrap_model(model), inputs)  # type: ignore[misc]
 
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Of DPOTrainer and KTOTrainer: the reference's numbers of all rows, on every rank."""
+        return with_reference_log_probs(self, dataset, batch_size, self._prepare_inputs)
+
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
         rows = self._wrap_model(model)
-        rows.gathers_logits = not prediction_loss_only
+        rows.gathers_logits = self._gives_logits = not prediction_loss_only
         try:
             return super().prediction_step(  # type: ignore[misc]
                 rows, inputs, prediction_loss_only, ignore_keys=ignore_keys
             )
         finally:
-            rows.gathers_logits = False
+            rows.gathers_logits = self._gives_logits = False
 
     # Files: written and read by all ranks together, the same on any mesh.
 

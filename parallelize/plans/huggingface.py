@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import Survey, install_mixers
+from dtcp.huggingface.expert_places import ExpertPlacesCP
 from dtcp.huggingface.images import CUT, CutRowsCP
 from dtcp.huggingface.install import check_has_no_mixers
 from dtcp.huggingface.last_token import LastTokenCP
@@ -38,6 +39,7 @@ from dtcp.parallelize.hf_experts import hf_expert_plan, tell_experts_of_padding
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.parallelize.tensor_parallel import LatentHeads, LocalParams, separate_gate_and_up
+from dtcp.parallelize.tied_parameters import find_tied_parameters, units_across_blocks
 from dtcp.recurrent import (
     CausalConv1d,
     CausalConvCP,
@@ -128,17 +130,20 @@ def hf_plan(
     }
     styles |= {each.name: RECURRENT[each.kind] for each in survey.recurrent}
     names += [each.name for each in survey.recurrent]
+    styles |= {each.name: ExpertPlacesCP() for each in survey.places}
     if survey.images:
         styles[f"{survey.images}.{CUT}"] = CutRowsCP()
     if survey.pooled_head is not None:
         styles[f"{survey.pooled_head.name}.{MIXER}"] = LastTokenCP()
     experts = hf_expert_plan(model, mesh, expert_exchange)
+    blocks = tuple(dict.fromkeys(_block(name) for name in names))
+    across = units_across_blocks(find_tied_parameters(model), list(find(model, blocks)))
     return ParallelPlan(
         tp=_without(experts, hf_tensor_plan(model, mesh.size("tp"))) if mesh.tp is not None else {},
         ep=experts,
         cp=styles,
-        blocks=tuple(dict.fromkeys(_block(name) for name in names)),
-        fsdp_units=_fsdp_units(model),
+        blocks=blocks,
+        fsdp_units=(*across, *_fsdp_units(model)),
         keep_dtype=_keep_dtype(model),
     )
 
@@ -243,12 +248,12 @@ def _fsdp_units(model: Any) -> tuple[tuple[str, ...], ...]:
     """Embedding and head each gathered alone; a weight they share, with the rest of the model."""
     names = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or embedding.weight is head.weight or _is_shared(model, embedding):
+    if head is None or _is_shared(model, embedding) or _is_shared(model, head):
         return ()
     return (names[embedding],), (names[head],)
 
 
-def _is_shared(model: Any, embedding: nn.Module) -> bool:
-    """Whether other modules look their tokens up in an embedding's weight, as an encoder's."""
+def _is_shared(model: Any, module: Any) -> bool:
+    """Whether other modules look tokens up in a module's weight: a head's, or an encoder's."""
     readers = (m for m in model.modules() if isinstance(m, nn.Embedding))
-    return any(m is not embedding and m.weight is embedding.weight for m in readers)
+    return any(m is not module and m.weight is module.weight for m in readers)

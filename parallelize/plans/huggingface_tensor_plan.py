@@ -237,10 +237,15 @@ def _style(
 
 
 def _looks_tokens_up(model: Any, module: nn.Module) -> bool:
-    """Whether a module is the model's embedding, or one of its weight: encoders have their own."""
+    """Whether a module is the model's embedding, or one of its weight, or of the head's.
+
+    Encoders and decoders have their own.
+    """
     embedding = model.get_input_embeddings()
-    is_embedding = isinstance(module, nn.Embedding) and isinstance(embedding, nn.Embedding)
-    return module is embedding or (is_embedding and module.weight is embedding.weight)
+    if module is embedding or not isinstance(module, nn.Embedding):
+        return module is embedding
+    ends = (embedding, model.get_output_embeddings())
+    return any(module.weight is getattr(end, "weight", None) for end in ends)
 
 
 def _is_bias_of_head(model: Any, module: nn.Module) -> bool:

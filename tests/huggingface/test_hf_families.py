@@ -45,12 +45,17 @@ FAMILIES = {
     "falcon with a bias": {"alibi": True},
     "longcat_flash": {},
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "zamba": {},
+    "m2m_100": {"dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0},
+    "t5gemma": {},
+    "switch_transformers": {"dropout_rate": 0.0, "router_jitter_noise": 0.0},
 }
 """Layers that hand on a mask alone; positions from 1; positions of its own; a short convolution;
 a delta rule with one decay a head, and with one a channel; Mamba-2 alone, beside attention and in
 another family's layers; lightning attention; chunks; attention that is written out; a router that
 sorts tokens; Mamba, alone, with norms and beside attention; an encoder and a decoder; ALiBi;
-experts that hand a token on; an encoder with one token's heads in two modules."""
+experts that hand a token on; an encoder with one token's heads in two modules; blocks that share
+a part; positions counted by ids; a mask that is made of ids; experts with places for some tokens."""
 CHEAP = ("stablelm", "qwen3_next", "mamba2", "mamba")
 
 
@@ -77,7 +82,7 @@ def test_packed_rows_of_a_family_equal_the_unmodified_model(mesh, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3_next", "bamba", "bart", "mamba", "t5", "mpt"])
+@pytest.mark.parametrize("kind", ["qwen3_next", "bamba", "bart", "mamba", "t5", "mpt", "t5gemma"])
 @spmd(ranks=(3, 4))
 def test_more_ranks_of_a_family_equal_one_device(mesh, ranks, kind):
     assert_step_equal(kind, Degrees(cp=ranks), layout=Contiguous)
@@ -94,7 +99,10 @@ def test_two_tier_family_equals_one_device(mesh, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
-    ["stablelm", "bamba", "bart", "roberta", "lfm2", "kimi_linear", "jamba", "t5", "bloom"],
+    [
+        *("stablelm", "bamba", "bart", "roberta", "lfm2", "kimi_linear", "jamba", "t5", "bloom"),
+        *("zamba", "t5gemma", "switch_transformers"),
+    ],
 )
 @spmd(ranks=4)
 def test_tp_of_a_family_equals_one_device(mesh, kind):
@@ -107,7 +115,7 @@ def test_tp_of_a_family_equals_one_device(mesh, kind):
     "kind",
     [
         *("stablelm", "qwen3_next", "bart", "mamba2", "falcon", "mamba", "t5", "bloom", "mpt"),
-        "longcat_flash",
+        *("longcat_flash", "switch_transformers"),
     ],
 )
 @spmd(ranks=2)

@@ -60,6 +60,15 @@ def test_lora_on_cp_beside_tp_and_fsdp_equals_one_device(mesh, kind, targets):
 
 
 @pytest.mark.slow
+@spmd(ranks=4)
+def test_lora_of_a_hybrid_equals_one_device(mesh):
+    """In projections around a convolution, of attention and of feed-forwards."""
+    targets = ("q_proj", "in_proj", "w1", "w2")
+    degrees = Degrees(cp=2, tp=2)
+    assert_same_step(adapted("lfm2", targets), *on_mesh_of(adapted("lfm2", targets), degrees))
+
+
+@pytest.mark.slow
 @spmd(ranks=2)
 def test_lora_compiled_and_checkpointed_equals_one_device(mesh):
     options = {"compile": Compile("aot_eager"), "activation_checkpoint": FullCheckpoint()}

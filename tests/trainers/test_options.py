@@ -4,9 +4,14 @@ import pytest
 
 from tests.harness.run_script import run_forked
 
+CASES = [
+    *("many", "flattened", "compiled", "preferences", "adapted_preferences", "unpaired"),
+    *("cached_unpaired", "two_sequences", "adapted_two_sequences"),
+]
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["many", "flattened", "compiled"])
+@pytest.mark.parametrize("case", CASES)
 def test_trainer_with_options_logs_what_one_process_does(tmp_path, case):
     logs = tmp_path / "alone.json"
     for ranks in (0, 2):

@@ -6,16 +6,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import IterableDataset
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
-from trl import DPOTrainer
+from torch.distributed.tensor import DTensor
+from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from trl import DistillationTrainer, DPOTrainer, GRPOTrainer, RLOOTrainer
 
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.huggingface import WholeRows
 from dtcp.huggingface.install import has_mixers
 from dtcp.parallelize import Compile, parallelize_hf
 from dtcp.parallelize.compile import has_compiled_blocks
+from dtcp.parallelize.fsdp import free_gathered
 from dtcp.trainers import MeshTrainerMixin
-from dtcp.trainers.arguments import check_launch, check_training_arguments
+from dtcp.trainers.arguments import check_launch, check_training_arguments, computes_on_rows
+from dtcp.trainers.cached_reference import with_reference_log_probs
 from tests.harness.hf_models import build
 from tests.harness.run_script import run_forked
 from tests.harness.spmd import spmd
@@ -99,6 +104,39 @@ def test_trainer_that_does_not_know_of_all_ranks_is_refused(tmp_path):
         MeshTrainer(model, args, mesh=mesh)
 
 
+@pytest.mark.parametrize("trainer", [GRPOTrainer, RLOOTrainer, DistillationTrainer])
+def test_trl_trainer_that_generates_its_rows_is_refused(trainer):
+    mixed = type("Mixed", (MeshTrainerMixin, trainer), {})
+    with pytest.raises(TypeError, match=f"got {trainer.__name__}: let a plain model generate"):
+        mixed(build("llama"), mesh=ONE_RANK)
+
+
+def test_trainer_that_would_predict_by_generating_is_refused(tmp_path):
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], predict_with_generate=True
+    )
+    with pytest.raises(ValueError, match="predict_with_generate=True: leave it False: save"):
+        check_training_arguments(args, ONE_RANK)
+
+
+def test_trainer_keeps_rows_on_the_host_unless_its_loss_is_computed_of_them():
+    """A loss by transformers' own compute_loss reads the model's outputs alone."""
+
+    class Own(MeshTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return model(**inputs).logits.mean() + inputs["labels"].sum()
+
+    assert not computes_on_rows(MeshTrainer)
+    assert computes_on_rows(Own)
+    assert computes_on_rows(type("Mixed", (MeshTrainerMixin, DPOTrainer), {}))
+
+
+def test_trl_reference_computed_beforehand_of_a_stream_is_refused():
+    rows = IterableDataset.from_generator(lambda: iter([{"prompt": "a"}]))
+    with pytest.raises(ValueError, match="precompute_ref_log_probs=True with a stream"):
+        with_reference_log_probs(SimpleNamespace(), rows, 1, lambda batch: batch)
+
+
 def arguments(folder="unused", **options):
     return TrainingArguments(str(folder), use_cpu=True, report_to=[], **options)
 
@@ -172,3 +210,16 @@ def test_trainer_given_the_tokens_of_another_world_is_refused(mesh):
     assert count == 7
     with pytest.raises(ValueError, match="num_items_in_batch=14 where there are 7"):
         trainer.training_step(trainer.rows_model, batch, 2 * count)
+
+
+@spmd(ranks=2)
+def test_trainer_frees_what_an_evaluation_has_left_gathered(mesh):
+    """An optimizer that is made then would step copies, which FSDP throws away."""
+    on = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    model = parallelize_hf(build("qwen3"), on)
+    ids = torch.arange(1, 17)[None]
+    with torch.no_grad():
+        WholeRows(model, on)(input_ids=ids, labels=ids)
+    assert not isinstance(model.lm_head.weight, DTensor)
+    free_gathered(model)
+    assert all(isinstance(p, DTensor) for p in model.parameters())

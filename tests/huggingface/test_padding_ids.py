@@ -1,0 +1,87 @@
+"""Padding that models of transformers read off their ids: in masks, and in what they count."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dtcp.check.checked_hf import CheckedHuggingFaceModel
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.huggingface import causal_lm_loss, shard_hf_batch, survey
+from dtcp.parallelize import parallelize_hf
+from tests.harness.spmd import spmd
+
+QUIET = {
+    "t5gemma": {},
+    "m2m_100": {"dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0},
+}
+
+
+def build(kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return CheckedHuggingFaceModel(kind, QUIET[kind]).build()
+
+
+def placed(kind):
+    on = ParallelMesh.from_degrees(Degrees(), "cpu")
+    return parallelize_hf(build(kind), on), on
+
+
+def rows(padding):
+    """As a collator makes them, and a row whose labels end before it does."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 64, (2, 12), generator=generator)
+    labels = torch.randint(3, 64, (2, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 8:], labels[0, 6:] = 0, -100
+    return {"input_ids": ids.where(mask == 1, padding), "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("kind", QUIET)
+@pytest.mark.slow_where(lambda kind: kind != "m2m_100")
+@spmd(ranks=1)
+def test_padding_on_the_right_equals_the_unmodified_model(mesh, kind):
+    model, on = placed(kind)
+    reference = build(kind)
+    batch = rows(reference.config.pad_token_id)
+    expected = reference(**batch, use_cache=False).loss
+    assert_close(causal_lm_loss(model, batch, on), expected, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.slow
+@spmd(ranks=1)
+def test_padding_that_a_mask_is_made_of_is_hidden_or_refused(mesh):
+    """T5Gemma hides it in each sequence, but not where its decoder reads the encoder's."""
+    model, on = placed("t5gemma")
+    assert survey(build("t5gemma")).hides_padding
+    batch = rows(0)
+    reference, decoder = build("t5gemma"), torch.tensor([[2, 5, 6, 7, 0, 0], [2, 3, 0, 0, 0, 0]])
+    own = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    given = {**own, "decoder_input_ids": decoder}
+    local, sharded = shard_hf_batch(given, on, model=model)
+    assert [sum(each) for each in sharded.documents.lengths] == [4, 2]
+    expected = reference(**given, use_cache=False).logits
+    actual = model(**local, attn_metadata=sharded.attn_metadata).logits
+    for row, length in enumerate((4, 2)):
+        assert_close(actual[row, :length], expected[row, :length], rtol=1e-6, atol=1e-6)
+    for key, where in (("input_ids", "encoder"), ("decoder_input_ids", "decoder")):
+        holed = {**given, key: given[key].clone()}
+        holed[key][0, 2] = 0
+        holed.pop("attention_mask" if where == "encoder" else "", None)
+        with pytest.raises(ValueError, match=f"given no mask, got .* of its {where}: pad on"):
+            shard_hf_batch(holed, on, model=model)
+
+
+@spmd(ranks=1)
+def test_padding_before_a_token_is_refused_where_positions_are_counted_without(mesh):
+    model, on = placed("m2m_100")
+    padding = model.config.pad_token_id
+    batch = rows(padding)
+    batch["input_ids"][0, 4] = padding
+    with pytest.raises(ValueError, match=rf"input_ids\[0, 4\]={padding} before a token of its"):
+        shard_hf_batch(batch, on, model=model)
+
+
+def test_routers_that_give_places_by_the_whole_batch_are_refused():
+    refused = survey(CheckedHuggingFaceModel("nllb-moe").build()).refused
+    assert any("experts take expert_capacity=64 tokens of a batch" in each for each in refused)
