@@ -37,6 +37,12 @@ def unsuited(model: Any) -> Iterator[str]:
                 f"{part} ({type(module).__name__}): dropout={rate} in training would depend on "
                 f"the mesh: set it to 0.0 in the config."
             )
+        dropped = getattr(module, "layerdrop", 0.0)
+        if isinstance(dropped, float) and dropped:
+            yield (
+                f"{part} ({type(module).__name__}): layers are left out at random in training "
+                f"(layerdrop={dropped}), others on each rank: set it to 0.0 in the config."
+            )
     if getattr(model.config, "router_jitter_noise", 0.0):
         yield (
             f"{name} routes by noise of its own on each rank (router_jitter_noise): set "

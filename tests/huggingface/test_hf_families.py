@@ -46,7 +46,10 @@ FAMILIES = {
     "longcat_flash": {},
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "zamba": {},
-    "m2m_100": {"dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0},
+    "m2m_100": {
+        **dict.fromkeys(("dropout", "activation_dropout", "attention_dropout"), 0.0),
+        **dict.fromkeys(("encoder_layerdrop", "decoder_layerdrop"), 0.0),
+    },
     "t5gemma": {},
     "switch_transformers": {"dropout_rate": 0.0, "router_jitter_noise": 0.0},
 }
@@ -54,8 +57,8 @@ FAMILIES = {
 a delta rule with one decay a head, and with one a channel; Mamba-2 alone, beside attention and in
 another family's layers; lightning attention; chunks; attention that is written out; a router that
 sorts tokens; Mamba, alone, with norms and beside attention; an encoder and a decoder; ALiBi;
-experts that hand a token on; an encoder with one token's heads in two modules; blocks that share
-a part; positions counted by ids; a mask that is made of ids; experts with places for some tokens."""
+experts that hand a token on; an encoder with one token's heads in two modules; blocks that share a
+part; positions counted by ids; a mask that is made of ids; experts with places for some tokens."""
 CHEAP = ("stablelm", "qwen3_next", "mamba2", "mamba")
 
 
