@@ -85,7 +85,8 @@ def _surveyed_delta_rule(
     notes.note_kernel(layer, RULE, GatedDeltaRule, {"normalize": use_qk_l2norm_in_kernel})
     per_head = [x.flatten(2).mean(-1)[..., None, None] for x in (query, key, g, beta)]
     # Of every operand something, so that mixing on the way to any is seen.
-    return value + sum(per_head, torch.zeros(())), None
+    # A decay may be fp32 in a model of bf16.
+    return (value + sum(per_head, torch.zeros(()))).to(value.dtype), None
 
 
 def _chunk_scan(
@@ -123,7 +124,7 @@ def _surveyed_chunk_scan(
     layer, notes = attn_metadata
     notes.note_kernel(layer, RULE, GatedLinearAttention, {"scale": 1.0})
     per_token = [x.flatten(2).mean(-1)[..., None, None] for x in (dt, B, C)]
-    return hidden_states + sum(per_token, torch.zeros(()))
+    return (hidden_states + sum(per_token, torch.zeros(()))).to(hidden_states.dtype)
 
 
 def _discretized(

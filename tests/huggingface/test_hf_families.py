@@ -263,3 +263,11 @@ def test_tp_of_a_family_that_computes_with_weights_of_layers_it_does_not_call_is
     model = CheckedHuggingFaceModel(kind, {}).build()
     with pytest.raises(ValueError, match=r"where it is called|which reads its weight"):
         hf_tensor_plan(model, 2)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "mamba2"])
+@pytest.mark.slow_where(lambda kind: kind != "qwen3_next")
+def test_recurrent_model_of_bf16_is_surveyed_as_one_of_fp32(kind):
+    """Its decays are fp32 all the same."""
+    surveyed = [survey(checked_family(kind).build().to(x)) for x in (torch.float32, torch.bfloat16)]
+    assert surveyed[0].recurrent == surveyed[1].recurrent and not surveyed[1].refused
