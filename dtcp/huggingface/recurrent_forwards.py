@@ -83,3 +83,5 @@ WRITTEN_AGAIN: Mapping[str, Any] = {
     "ZambaMambaMixer": _zamba,
 }
 """By the name of the class."""
+READ_BY_WEIGHT = ("dt_proj",)
+"""Layers that are called here, where transformers (5.23) reads their weights: adapters differ."""

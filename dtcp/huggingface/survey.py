@@ -48,6 +48,7 @@ from dtcp.huggingface.positions import (
 from dtcp.huggingface.recorder import Recorder, SurveyedAttention, survey_mask, varies
 from dtcp.huggingface.recurrent_layers import SurveyedMixer, noting_kernels
 from dtcp.huggingface.router_logits import without_router_logits
+from dtcp.huggingface.unread_adapters import noting_unread_adapters
 from dtcp.huggingface.unsuited import unsuited
 from dtcp.sequence.block_runs import vision_blocks
 
@@ -112,7 +113,8 @@ def survey(model: Any) -> Survey:
     probe = _Probe(model, recorder)
     with _survey_mode(model, recorder), calls(model) as running:
         try:
-            probe.run()
+            with noting_unread_adapters(model, refused):
+                probe.run()
         except registry.UnreadAttentionError:
             raise
         except Exception as error:  # noqa: BLE001

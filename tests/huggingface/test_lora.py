@@ -5,13 +5,20 @@ import tempfile
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import install_mixers
+from dtcp.huggingface.survey import survey
 from dtcp.parallelize import Compile, FullCheckpoint, parallelize_hf, save_hf
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from tests.harness.hf_models import build
@@ -140,6 +147,21 @@ def test_lora_target_that_tp_cannot_split_is_refused(targets, options):
     model = get_peft_model(build("llama"), config)
     with pytest.raises(ValueError, match="Tensor parallelism splits LoRA on linear layers"):
         hf_tensor_plan(model.get_base_model(), 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "rank"),
+    [("mamba", "dt_proj", 4), ("jamba", "dt_proj", 4), ("jamba", "conv1d", 64)],
+)
+def test_lora_on_a_layer_whose_weight_alone_is_read_is_refused(kind, layer, rank):
+    """On one device, too, the adapter would be left out."""
+    change = {"jamba": {"num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1}}
+    config = LoraConfig(r=rank, target_modules=["in_proj", layer])
+    model = build(kind, **change.get(kind, {}))
+    inject_adapter_in_model(config, model)
+    refused = survey(model).refused
+    assert refused and all(f".{layer} (an adapter): " in each for each in refused)
+    assert "reads the weight of this layer" in refused[0] and "leave it out" in refused[0]
 
 
 def test_lora_on_the_head_is_split_as_the_head_is():

@@ -99,7 +99,7 @@ def test_tp_of_split_heads_equals_one_device(mesh, kind):
     [
         ("deepseek_v3", ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"), SMALL),
         ("bamba", ("in_proj", "q_proj", "down_proj"), BAMBA),
-        ("jamba", ("in_proj", "x_proj"), JAMBA),
+        ("jamba", ("in_proj", "x_proj", "out_proj"), JAMBA),
     ],
 )
 @spmd(ranks=4)
