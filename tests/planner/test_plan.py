@@ -282,7 +282,7 @@ def test_plan_passes_over_meshes_that_others_make_needless():
     """Of many meshes some are looked at, and the best of all is among them."""
     wish = Wish(Documents.single(1, 2**14), 64)
     planner = Planner(TINY, cluster_of("64xH100"), wish)
-    every = [planner._plain(degrees) for degrees in planner.meshes() if degrees.tp < 4]
+    every = [planner.plain(degrees) for degrees in planner.meshes() if degrees.tp < 4]
     narrow = planner._narrow(every)
     assert 0 < len(narrow) < len(every)
     best = max(map(planner.candidate, every), key=lambda each: each.score)
