@@ -19,6 +19,7 @@ from dtcp.kernels.grouped_linear import grouped_linear
 from dtcp.metadata import BatchMetadata
 from dtcp.models.moe import add_load, real_tokens
 from dtcp.parallelize.expert_exchange import LOAD, SpreadStyle, check_experts, exchanged
+from dtcp.parallelize.plans.adapters import adapted
 from dtcp.parallelize.tensor_parallel import (
     distribute_parameter,
     is_experts,
@@ -60,6 +61,20 @@ def hf_expert_plan(
             )
         check_experts(module.num_experts, mesh.size("ep"))
     return {name: HFExpertParallel(mesh.tp, mesh.ep_ranks_per_node, exchange) for name in found}
+
+
+def check_experts_without_adapters(model: nn.Module) -> None:
+    """Refuse adapters on experts: peft adds them to weights in the form of transformers' files.
+
+    Raises:
+        ValueError: naming the experts.
+    """
+    for name, module in model.named_modules():
+        if is_experts(module) and adapted(name)[1]:
+            raise ValueError(
+                f"Experts are computed by their weights alone, got adapters on {name}: leave "
+                f"experts out of target_parameters of LoRA, and adapt attention."
+            )
 
 
 @dataclass

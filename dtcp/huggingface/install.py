@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from dtcp.forward import wrap_forward
 from dtcp.huggingface import registry
@@ -136,6 +138,17 @@ def check_has_mixers(model: nn.Module) -> None:
             f"A batch is cut for a model that knows of its shards, got a {type(model).__name__} "
             f"as transformers builds it: call parallelize_hf(model, mesh) first."
         )
+    if has_mixers(model) or _LOOKED_AT in vars(model):
+        return
+    vars(model)[_LOOKED_AT] = True
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    for name, parameter in model.named_parameters() if sharded else ():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            raise ValueError(
+                f"Weights that are trained are shards of their mesh, got {name} of a "
+                f"{type(model).__name__} put around a model that was sharded before: call "
+                f"parallelize_hf on the whole, adapters included."
+            )
 
 
 def _attention_configs(model: Any, result: Survey) -> list[Any]:
@@ -146,7 +159,7 @@ def _attention_configs(model: Any, result: Survey) -> list[Any]:
 
 
 _POSITIONS, _ARGUMENTS = "dtcp_positions_rule", "dtcp_arguments"
-_CONFIGS = "dtcp_attention_configs"
+_CONFIGS, _LOOKED_AT = "dtcp_attention_configs", "dtcp_looked_at"
 _OF_DECODER = "dtcp_decoder_arguments"
 
 

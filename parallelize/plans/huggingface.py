@@ -35,7 +35,11 @@ from dtcp.parallelize.apply import (
 )
 from dtcp.parallelize.compile import Compile
 from dtcp.parallelize.fsdp import FSDP
-from dtcp.parallelize.hf_experts import hf_expert_plan, tell_experts_of_padding
+from dtcp.parallelize.hf_experts import (
+    check_experts_without_adapters,
+    hf_expert_plan,
+    tell_experts_of_padding,
+)
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.parallelize.tensor_parallel import LatentHeads, LocalParams, separate_gate_and_up
@@ -96,6 +100,7 @@ def parallelize_hf(
     check_kind("parallelize_hf", ParallelMesh, mesh=mesh)
     given, model = model, adapted_model(model)
     check_has_no_mixers(model)
+    check_experts_without_adapters(model)
     _check_whole_weights(model)
     _check_same_weights(model, mesh)
     survey = install_mixers(model)

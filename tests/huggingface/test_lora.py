@@ -16,6 +16,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
+from dtcp import causal_lm_loss
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import install_mixers
 from dtcp.huggingface.survey import survey
@@ -191,3 +192,17 @@ def test_prompts_before_the_row_are_refused(mesh):
     model = get_peft_model(build("llama"), config)
     with pytest.raises(ValueError, match=r"got \['default'\], which learn tokens before the row"):
         on_mesh_of(model, Degrees(cp=2))
+
+
+@spmd(ranks=2)
+def test_lora_that_no_mesh_would_train_is_refused(mesh):
+    """Around a model that is sharded already, or on experts as one weight."""
+    mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    late = get_peft_model(parallelize_hf(build("llama"), mesh), LoraConfig(target_modules=DENSE))
+    ids = torch.arange(1, 33)[None]
+    with pytest.raises(ValueError, match=r"lora_A.default.weight of a PeftModel.* put around"):
+        causal_lm_loss(late, {"input_ids": ids, "labels": ids}, mesh)
+    targets = {"target_parameters": ["experts.gate_up_proj"], "target_modules": []}
+    experts = get_peft_model(build("qwen3_moe"), LoraConfig(**targets))
+    with pytest.raises(ValueError, match=r"adapters on .*experts.*: leave experts out"):
+        parallelize_hf(experts, mesh)
