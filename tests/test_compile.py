@@ -139,6 +139,7 @@ def test_nothing_is_counted_that_does_not_run(mesh):
 
 
 @pytest.mark.skipif(bool(missing_for_inductor()), reason=f"lacks {missing_for_inductor()}")
+@pytest.mark.slow_where(lambda boundary: isinstance(boundary, EagerIsland))
 @boundaries
 @spmd(ranks=2)
 def test_inductor_keeps_attention_exact_and_alive(mesh, boundary):

@@ -24,6 +24,7 @@ from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocumen
 from tests.doors.test_fuzz_batches import OneOfMany, of_rows, picked
 from tests.doors.test_fuzz_planning import tokens_of
 from tests.harness.fuzz import run_cases
+from tests.harness.hf_models import Placed
 
 CASES = 160
 MANY = 5_000
@@ -174,8 +175,8 @@ def batches_of_transformers(draw):
         batch["attention_mask"] = draw.bad("attention_mask", marks, *wrong)
     if draw.chance():
         batch["labels"] = draw.bad("labels", ids, ids[:, 1:], ids.double(), 3, ids.tolist())
-    model = torch.nn.Module()
-    local, sharded = shard_hf_batch(batch, mesh, draw.choice((Contiguous, HeadTail)), model=model)
+    layout = draw.choice((Contiguous, HeadTail))
+    local, sharded = shard_hf_batch(batch, mesh, layout, model=Placed())
     mine = tokens_of(sharded.layout)[mesh.mine]
     assert sharded.documents.lengths == documents.lengths
     assert torch.equal(local["input_ids"], picked(ids, mine, 1, 0))

@@ -17,6 +17,7 @@ from dtcp.labels import IGNORED, shift_labels
 from dtcp.rows import DEFAULT_FIELDS
 from dtcp.sequence.documents import Documents
 from dtcp.thd import to_thd
+from tests.harness.hf_models import Placed
 
 ONE_RANK = ParallelMesh(Degrees(), None, *[None] * 7)
 PACKED = Documents(((3, 5), (4, 2)), 8)
@@ -203,7 +204,7 @@ def test_padding_masks_of_any_dtype_are_read_alike_B3(dtype):
     assert torch.equal(local["padding_mask"], PADDING)
     batch = {"input_ids": IDS, "attention_mask": (~PADDING).to(dtype), "labels": IDS}
     assert documents_of_hf_batch(batch) == expected
-    local, _ = shard_hf_batch(batch, ONE_RANK, model=torch.nn.Module())
+    local, _ = shard_hf_batch(batch, ONE_RANK, model=Placed())
     assert torch.equal(local["labels"], shift_labels(IDS, expected))
 
 
@@ -224,7 +225,7 @@ def test_what_a_flattening_collator_makes_is_cut_as_it_comes(kwargs, seq_idx, po
     documents = Documents(((3, 5, 1, 5),), 14)
     if not (kwargs or seq_idx or positions):
         documents = Documents.single(1, 14)
-    local, sharded = shard_hf_batch(batch, ONE_RANK, model=torch.nn.Module())
+    local, sharded = shard_hf_batch(batch, ONE_RANK, model=Placed())
     assert sharded.documents == documents
     assert set(local) == {"input_ids", "labels", "position_ids"}
     assert torch.equal(local["position_ids"], documents.position_ids())
@@ -237,7 +238,7 @@ def test_what_a_flattening_collator_makes_is_cut_as_it_comes(kwargs, seq_idx, po
 
 def test_a_value_of_none_is_left_out_B3():
     batch = {"input_ids": IDS, "attention_mask": None, "position_ids": None, "labels": None}
-    local, sharded = shard_hf_batch(batch, ONE_RANK, model=torch.nn.Module())
+    local, sharded = shard_hf_batch(batch, ONE_RANK, model=Placed())
     assert set(local) == {"input_ids", "position_ids"}
     assert sharded.documents == Documents.single(2, 8)
 
@@ -280,7 +281,7 @@ def test_attention_mask_that_numbers_documents_is_read_B3():
 )
 def test_a_batch_of_transformers_that_contradicts_itself_is_refused(batch, match):
     with pytest.raises(ValueError, match=match):
-        shard_hf_batch({"input_ids": IDS, **batch}, ONE_RANK, model=torch.nn.Module())
+        shard_hf_batch({"input_ids": IDS, **batch}, ONE_RANK, model=Placed())
 
 
 def test_packed_rows_without_a_batch_dim_are_held_to_their_slots_A5():

@@ -11,6 +11,7 @@ from dtcp.cp_utils.gemma4 import make_contiguous_shard_cp_batch_and_ctx
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import causal_lm_loss, shard_hf_batch
 from dtcp.sequence.documents import Documents
+from tests.harness.hf_models import Placed
 from tests.harness.spmd import spmd
 
 IDS = torch.arange(1, 33).view(2, 16)
@@ -100,7 +101,7 @@ def test_ranks_of_tp_alone_compare_their_rows(mesh, change):
 @spmd(ranks=3)
 def test_every_entry_compares_the_ranks_A3(mesh):
     whole, odd = ParallelMesh.from_device_mesh(mesh), mesh.get_local_rank() == 2
-    model = torch.nn.Module()
+    model = Placed()
     batch = {"input_ids": IDS[:, :12].clone(), "labels": IDS[:, :12].clone()}
     if odd:
         batch["input_ids"][0, 5] = 99

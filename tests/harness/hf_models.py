@@ -4,6 +4,9 @@ from typing import Any
 
 import torch
 
+from dtcp.huggingface.install import _POSITIONS
+from dtcp.huggingface.positions import Positions
+
 SHAPE = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -43,6 +46,17 @@ def config_of(kind: str, **change: Any) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.for_model(kind, **{**SHAPE, **{**MODELS, **REFUSED}.get(kind, {}), **change})
+
+
+class Placed(torch.nn.Module):
+    """Stands for a model that has its mixers, where nothing else is asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vars(self)[_POSITIONS] = Positions()
+
+    def get_input_embeddings(self) -> None:
+        """Takes any id."""
 
 
 def build(kind: str, *, head: str = "CausalLM", **change: Any) -> Any:

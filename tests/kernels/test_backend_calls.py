@@ -128,8 +128,9 @@ def steps_of(style, layout, rank, mask, documents):
     rows, length = metadata.first_key.shape
     indices = metadata.key_token_index
     tables = metadata.pieces if indices.ndim == 2 else metadata.pieces[None]
-    for table, index in zip(tables, indices.view(len(tables), -1), strict=True):
-        real = index[index >= 0]
+    counts = getattr(metadata, "key_counts", [indices.numel()])
+    for table, index, count in zip(tables, indices.view(len(tables), -1), counts, strict=True):
+        real = index[:count]
         calls = calls_of(table, batch=rows, length=length, num_keys=len(real))
         yield calls, (metadata.first_key, metadata.last_key), real
 

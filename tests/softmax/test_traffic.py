@@ -125,7 +125,7 @@ def by_heads(case, shard_len, ranks):
     return (ranks - 1) * shard_len * heads * (case.key_dim + case.value_dim) // ranks
 
 
-@pytest.mark.slow_where(lambda layout, ranks: ranks == 4 and layout is not HeadTail)
+@pytest.mark.slow_where(lambda layout, ranks: ranks == 4)
 @layouts
 @spmd(ranks=(1, 2, 3, 4))
 def test_bytes_are_those_of_the_keys_that_are_needed(mesh, layout, ranks):
