@@ -1,7 +1,7 @@
 """Save a model of transformers as its own save_pretrained would, one parameter at a time."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,7 @@ def save_hf(
         if adapted_model(model) is not model:
             _save_adapters(model, dtype, writer)
         else:
-            for name, weight in _weights(model, dtype):
-                if writer is not None:
-                    writer.attempt(lambda n=name, w=weight: writer.add(n, w))
-            if writer is not None:
-                writer.attempt(lambda: writer.finish(model, dtype))
+            _save_weights(model, dtype, writer)
     finally:
         failed = [None if writer is None else writer.error]
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -74,13 +70,16 @@ def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _weights(model: Any, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """Whole weights by their names in files; on ranks but the first, no weight is kept."""
+def _save_weights(model: Any, dtype: torch.dtype | None, writer: "_Writer | None") -> None:
+    """Put one group of weights together after the other; only the first rank keeps any."""
     parameters = _saved(model)
     for group in saved_groups(model, list(parameters)):
         whole = {name: _whole(model, name, parameters[name], dtype) for name in group.names}
-        if _is_first():
-            yield from group.revert(model, whole).items()
+        if writer is not None:
+            # What transformers makes of them is attempted, too: other ranks wait for this one.
+            writer.attempt(lambda g=group, w=whole: writer.add_all(g.revert(model, w)))
+    if writer is not None:
+        writer.attempt(lambda: writer.finish(model, dtype))
 
 
 def _saved(model: Any) -> dict[str, Tensor]:
@@ -148,6 +147,10 @@ class _Writer:
 
     def prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    def add_all(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            self.add(name, weight)
 
     def add(self, name: str, weight: Tensor) -> None:
         held = sum(x.nbytes for x in self.pending.values())

@@ -90,20 +90,27 @@ def run_rank(config: Trainer.Config) -> int:
         lock, refusal = _lock_folder(config)
         seconds = float(config.comm.init_timeout_seconds)
         report.attempt = Attempt(seconds=seconds, refusal=refusal)
-        config = with_planned_strategy(config, world_size())
-        structured_logger.init_structured_logger(
-            source="training",
-            output_dir=config.dump_folder,
-            enable=config.debug.enable_structured_logging,
-        )
-        message = use_what_works(config.compile)
-        if message and rank() == 0:
-            print(message, flush=True)
-        code = verify(config) if config.dtcp.verify else train(config, lock, report)
-        report.attempt.leave()
-        if lock is not None:
-            lock.release()
+        try:
+            code = _start(config, lock, report)
+            report.attempt.leave()
+        finally:
+            # After an error as well: the next start has nothing to take over.
+            if lock is not None:
+                lock.release()
         return code
+
+
+def _start(config: Trainer.Config, lock: FolderLock | None, report: FailureReport) -> int:
+    config = with_planned_strategy(config, world_size())
+    structured_logger.init_structured_logger(
+        source="training",
+        output_dir=config.dump_folder,
+        enable=config.debug.enable_structured_logging,
+    )
+    message = use_what_works(config.compile)
+    if message and rank() == 0:
+        print(message, flush=True)
+    return verify(config) if config.dtcp.verify else train(config, lock, report)
 
 
 def _lock_folder(config: Trainer.Config) -> tuple[FolderLock | None, str]:

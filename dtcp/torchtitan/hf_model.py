@@ -27,8 +27,9 @@ from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 from dtcp.check.configs import small_config
 from dtcp.checkpoint.huggingface import weight_files
 from dtcp.forward import wrap_forward
+from dtcp.huggingface.install import has_mixers
 from dtcp.parallelize import load_hf, parallelize_hf
-from dtcp.parallelize.tensor_parallel import is_experts
+from dtcp.parallelize.tensor_parallel import is_experts, separate_gate_and_up
 from dtcp.parallelize.tied_parameters import (
     find_tied_parameters,
     restore_tied_parameters,
@@ -114,6 +115,9 @@ class HuggingFaceConfig(BaseModel.Config):
         def fill(*, buffer_device: torch.device | None = None) -> None:
             # The Trainer has moved each name of a shared parameter off the meta device by itself.
             restore_tied_parameters(model, tied)
+            if not has_mixers(model):
+                # A seed checkpoint is of a model that was not parallelized, and for those that are.
+                separate_gate_and_up(model)
             device = buffer_device or next(model.parameters()).device
             load_hf(model, weights_folder(self.source) or self._drawn(model), device=device)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from dtcp.check.checked_hf import CheckedHuggingFaceModel
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.parallelize import load_hf, parallelize_hf, save_hf
+from dtcp.parallelize.hf_files import SavedGroup
 from tests.harness.hf_models import build, config_of
 from tests.harness.spmd import spmd
 
@@ -122,5 +124,18 @@ def test_folder_that_cannot_be_written_is_refused_on_all_ranks(mesh):
         parallelize_hf(model, ParallelMesh.from_degrees(Degrees(cp=2), "cpu"))
         with pytest.raises(ValueError, match=r"the first rank can write, got .*Error"):
             save_hf(model, folder / "file")
+
+    in_a_folder(body)
+
+
+@spmd(ranks=2)
+def test_weights_that_transformers_cannot_turn_back_end_all_ranks(mesh):
+    """The first rank turns them alone, while the others wait for its part of the next ones."""
+
+    def body(folder):
+        model = parallelize_hf(build("llama"), ParallelMesh.from_degrees(Degrees(cp=2), "cpu"))
+        failing = mock.patch.object(SavedGroup, "revert", side_effect=KeyError("no such expert"))
+        with failing, pytest.raises(ValueError, match="KeyError: 'no such expert'"):
+            save_hf(model, folder)
 
     in_a_folder(body)

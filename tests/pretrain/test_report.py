@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from dtcp.pretrain import run
+from dtcp.pretrain.folder_lock import FolderLock
+from dtcp.pretrain.options import parse
 from dtcp.pretrain.plot import TRAINING, plot_losses, read_losses
 from dtcp.pretrain.report import say_failure
 
@@ -31,3 +34,16 @@ def test_a_failure_is_one_line_and_a_file(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     say_failure(ValueError("x is y, got x=1: set it to 2."), tmp_path)
     assert not capsys.readouterr().err
+
+
+def test_a_run_that_ends_in_an_error_leaves_no_folder_to_take_over(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(run, "_start", fail)
+    monkeypatch.setattr(run, "quiet", lambda rank: None)
+    with pytest.raises(SystemExit):
+        run.run_rank(parse(["--config=llama_tiny", "--dump_folder", f"{tmp_path}"]))
+    lock = FolderLock(tmp_path)
+    assert lock.taken_over is None
+    lock.release()

@@ -87,6 +87,18 @@ def test_trainer_of_torchtitan_trains_resumes_and_exports_a_model_of_transformer
     assert_close(list(resumed.values()), [found[3], found[4]], rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
+def test_seed_checkpoint_of_experts_starts_a_run_of_any_mesh(tmp_path):
+    """It is of a model that was not parallelized, and has the form of those that are."""
+    alone = {"parallelism__context_parallel_degree": 1, "training__steps": 1}
+    train("qwen3_moe", tmp_path / "run", "--checkpoint.create_seed_checkpoint", ranks=1, **alone)
+    ep = {"parallelism__expert_parallel_degree": 2, "training__steps": 1}
+    found, output = train("qwen3_moe", tmp_path / "run", **ep)
+    assert "checkpoint/step-0" in output
+    drawn, _ = train("qwen3_moe", tmp_path / "other", training__steps=1)
+    assert_close(found[1], drawn[1], rtol=0, atol=1e-5)
+
+
 def test_trainer_of_torchtitan_refuses_what_it_would_not_carry_out(tmp_path):
     config = read_config("mixtral")
     config.save_pretrained(tmp_path)
