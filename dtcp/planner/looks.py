@@ -109,7 +109,9 @@ def look_or_refusal(subject: Subject, setup: Setup) -> Outcome:
     except (ValueError, TypeError) as error:
         return error
     except Exception as error:  # noqa: BLE001
-        # Whatever somebody's model raises: other setups may do.
+        # The step is code of the user's or of transformers, which raises any class. The search goes
+        # on with other setups and reports this one as refused, with this error; where it was the
+        # only one, or none is left, it is raised (`_or_raise`). No BaseException: Ctrl-C ends it.
         return _unknown_step(subject, error)
 
 
@@ -130,6 +132,7 @@ def _units_or_refusal(subject: Subject, setup: Setup) -> list[Unit] | ValueError
     except (ValueError, TypeError) as error:
         return error
     except Exception as error:  # noqa: BLE001
+        # As of a look: building and placing run the same code of others, before any step.
         return _unknown_step(subject, error)
 
 

@@ -51,7 +51,8 @@ def agree(decide: Callable[[], T]) -> T:
             outcome = [decide()]
         except (OSError, ValueError) as error:
             outcome, cause = [_Failure(str(error))], error
-        # Raised again below, whatever it is: the others wait to hear of it.
+        # Only this rank decides, and the others wait in the broadcast below: an error of any class
+        # that left here would leave them waiting. All ranks raise it there, this one with its cause.
         except Exception as error:  # noqa: BLE001
             text = f"rank 0 failed ({type(error).__name__}: {error})"
             outcome, cause = [_Failure(text, is_expected=False)], error
