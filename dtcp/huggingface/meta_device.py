@@ -58,7 +58,7 @@ def survey_on_meta(model: Any) -> Survey:
         result = _survey_of_copy(model, _narrow_config)
     except UnreadAttentionError:
         raise
-    # The config of somebody else's family checks the narrow sizes in its own class of errors, and its
+    # The config of somebody else's family checks the sizes in its own class of errors, and its
     # model may raise any. A small model is tried again as it is, whose error is not caught; of a
     # large one the error is raised again, named.
     except Exception as error:

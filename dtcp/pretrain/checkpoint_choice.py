@@ -52,7 +52,7 @@ def agree(decide: Callable[[], T]) -> T:
         except (OSError, ValueError) as error:
             outcome, cause = [_Failure(str(error))], error
         # Only this rank decides, and the others wait in the broadcast below: an error of any class
-        # that left here would leave them waiting. All ranks raise it there, this one with its cause.
+        # that left here would leave them waiting. All ranks raise it, this one with its cause.
         except Exception as error:  # noqa: BLE001
             text = f"rank 0 failed ({type(error).__name__}: {error})"
             outcome, cause = [_Failure(text, is_expected=False)], error

@@ -85,7 +85,7 @@ def _said_or_why_not(config: Any, ranks: int) -> tuple[str, Exception | None]:
     except (ValueError, TypeError) as error:
         return json.dumps({"refusal": str(error)}), error
     # Only rank 0 plans, and the others wait in the store for its word: an error of any class that
-    # left here would leave them waiting. It is raised again on every rank, on rank 0 with its cause.
+    # left here would leave them waiting. It is raised on every rank, on rank 0 with its cause.
     except Exception as error:  # noqa: BLE001
         text = (
             f"A strategy and a layout are chosen by the planner, got "
