@@ -191,6 +191,7 @@ def test_two_tier_mesh_equals_one_device_and_brings_less_between_nodes(mesh, kin
         assert far[1] < far[0]
 
 
+@pytest.mark.slow_where(lambda kind: kind in ("llama", "mistral", "gemma2"))
 @pytest.mark.parametrize("kind", MODELS)
 @spmd(ranks=4)
 def test_cp_beside_tp_equals_one_device(mesh, kind):
@@ -400,6 +401,7 @@ def test_checkpoint_of_split_experts_is_whole_and_another_shape_refused(mesh):
         dcp.load({name: model.get_parameter(name)}, checkpoint_id=folders[1])
 
 
+@pytest.mark.slow_where(lambda kind: kind == "gpt_oss")
 @pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss", "qwen3_moe"])
 @spmd(ranks=4)
 def test_model_built_on_meta_is_filled_and_equals_one_device(mesh, kind):
