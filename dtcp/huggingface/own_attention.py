@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dtcp.softmax.distance_bias import alibi_slopes
 
 _ROPE, _CONFIG = "dtcp_rope", "dtcp_config"
+ATTEND = "_attend"
+"""What such a forward calls to attend, by its name in this module."""
 
 
 def own_attentions(model: nn.Module) -> list[Any]:
@@ -34,9 +37,21 @@ def use_registry(model: Any, module: nn.Module) -> None:
     vars(module)[_CONFIG] = model.config
     for each in _with_own_alibi(model):
         each.use_alibi = False
-    rope = getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)
-    vars(module)[_ROPE] = rope
+    vars(module).update(own_values(module))
     module.forward = MethodType(FORWARDS[type(module).__name__], module)
+
+
+def own_values(module: Any) -> dict[str, Any]:
+    """What the forward that is written again reads of its module, beside what it has.
+
+    That is the function that turns queries and keys by their positions, and a slope for each head.
+    """
+    rope = getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)
+    names = ("num_heads", "n_heads", "num_attention_heads")
+    heads = next(getattr(module, name) for name in names if hasattr(module, name))
+    # Whatever device the model is built on.
+    with torch.device("cpu"):
+        return {_ROPE: rope, "dtcp_slopes": alibi_slopes(heads)}
 
 
 def looked_up_in(module: nn.Module) -> Any:
@@ -48,7 +63,9 @@ def use_own(model: Any, module: nn.Module) -> None:
     """Give a module of a model the forward of its class back."""
     for each in _with_own_alibi(model):
         each.use_alibi = each.config.alibi
-    del module.forward, vars(module)[_ROPE], vars(module)[_CONFIG]
+    for name in own_values(module):
+        del vars(module)[name]
+    del module.forward, vars(module)[_CONFIG]
 
 
 def _with_own_alibi(model: Any) -> list[Any]:
@@ -85,7 +102,7 @@ def _falcon(
         q, k = getattr(self, _ROPE)(q, k, *position_embeddings)
     else:
         # Scaled with the scores; the model rounds slopes to bf16, whatever it computes in.
-        kwargs["slope"] = _slope(self.num_heads, q).bfloat16().float() * self.inv_norm_factor
+        kwargs["slope"] = _slopes(self, q).bfloat16().float() * self.inv_norm_factor
     out = _attend(self, q, k, v, attention_mask, scaling=self.inv_norm_factor, **kwargs)
     return self.dense(out), None
 
@@ -104,7 +121,7 @@ def _bloom(
     _check_no_cache(self, layer_past)
     qkv = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, 3, -1))
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(-2))
-    kwargs |= {"scaling": self.inv_norm_factor, "slope": _slope(self.num_heads, q)}
+    kwargs |= {"scaling": self.inv_norm_factor, "slope": _slopes(self, q)}
     out = _attend(self, q, k, v, attention_mask, **kwargs)
     dropped = F.dropout(self.dense(out), p=self.hidden_dropout, training=self.training)
     return residual + dropped, None
@@ -123,15 +140,74 @@ def _mpt(
     if self.clip_qkv:
         qkv = qkv.clamp(min=-self.clip_qkv, max=self.clip_qkv)
     q, k, v = (x.unflatten(2, (self.n_heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=2))
-    kwargs |= {"scaling": self.softmax_scale, "slope": _slope(self.n_heads, q)}
+    kwargs |= {"scaling": self.softmax_scale, "slope": _slopes(self, q)}
     if self.training:
         kwargs["dropout"] = self.attn_dropout_p
     return self.out_proj(_attend(self, q, k, v, attention_mask, **kwargs)), None
 
 
-def _slope(heads: int, q: Tensor) -> Tensor:
-    """In the place of ALiBi for every key: [H]."""
-    return alibi_slopes(heads).to(q.device)
+def _gptj(
+    self: Any,
+    hidden_states: Tensor,
+    layer_past: Any = None,
+    attention_mask: Any = None,
+    position_ids: Tensor | None = None,
+    use_cache: bool = False,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _check_no_cache(self, layer_past)
+    projections = self.q_proj, self.k_proj, self.v_proj
+    q, k, v = (each(hidden_states).unflatten(-1, (-1, self.head_dim)) for each in projections)
+    q, k, v = _turned(self, q, k, v, position_ids)
+    out = _attend(self, q, k, v, attention_mask, **_gptjs(self), **kwargs)
+    return self.resid_dropout(self.out_proj(out)), None
+
+
+def _codegen(
+    self: Any,
+    hidden_states: Tensor,
+    layer_past: Any = None,
+    attention_mask: Any = None,
+    position_ids: Tensor | None = None,
+    use_cache: bool = False,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    _check_no_cache(self, layer_past)
+    # In four parts of as many heads, each with all queries, values and keys of its own.
+    qvk = self.qkv_proj(hidden_states).unflatten(-1, (4, 3, -1, self.head_dim))
+    q, v, k = (x.flatten(2, 3) for x in qvk.unbind(-3))
+    q, k, v = _turned(self, q, k, v, position_ids)
+    out = _attend(self, q, k, v, attention_mask, **_gptjs(self), **kwargs)
+    return self.resid_dropout(self.out_proj(out)), None
+
+
+def _turned(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, positions: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, L, H, D] -> [B, H, L, D], queries and keys turned in some of their channels: GPT-J's."""
+    table = module.embed_positions.to(q.device)
+    sin, cos = table[positions].to(q.dtype).chunk(2, dim=-1)
+    width = module.rotary_dim or q.shape[-1]
+
+    def turned(x: Tensor) -> Tensor:
+        first, rest = x[..., :width], x[..., width:]
+        return torch.cat((getattr(module, _ROPE)(first, sin, cos), rest), dim=-1)
+
+    return turned(q).transpose(1, 2), turned(k).transpose(1, 2), v.transpose(1, 2)
+
+
+def _gptjs(module: Any) -> dict[str, float]:
+    """GPT-J's scale, and its dropout."""
+    dropout = module.attn_dropout.p if module.training else 0.0
+    return {"scaling": 1 / module.scale_attn, "dropout": dropout}
+
+
+def _slopes(module: Any, q: Tensor) -> Tensor:
+    """In the place of ALiBi for every key: [H], a slope for each head that the module computes."""
+    slopes: Tensor = module.dtcp_slopes
+    return slopes.to(q.device)
 
 
 def _check_no_cache(module: nn.Module, cache: Any) -> None:
@@ -146,5 +222,7 @@ FORWARDS: Mapping[str, Callable[..., Any]] = {
     "FalconAttention": _falcon,
     "BloomAttention": _bloom,
     "MptAttention": _mpt,
+    "GPTJAttention": _gptj,
+    "CodeGenAttention": _codegen,
 }
 """By the name of the class."""

@@ -116,7 +116,7 @@ def mixer_attention_forward(
     if isinstance(attention_mask, BatchMetadata):
         # A layer above hands on no more than a mask (`handed_on`).
         attn_metadata, attention_mask = attention_mask, None
-    if OWN_MASK in vars(module):
+    if getattr(module, OWN_MASK, False):
         attention_mask = None
     if dropout or attention_mask is not None or attn_metadata is None:
         mask = None if attention_mask is None else tuple(attention_mask.shape)

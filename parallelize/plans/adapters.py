@@ -11,6 +11,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from dtcp.parallelize.tensor_parallel import (
     WHOLE_FOR_HEADS,
+    Conv1DRows,
+    Conv1DSum,
     LocalParams,
     ReplicatedLinear,
     ReplicatedParams,
@@ -47,7 +49,9 @@ def adapter_style(base: ParallelStyle | None, target: str, part: str) -> Paralle
         # Of rows: B has as many. Of a sum for heads: A has the inputs, and B goes on with the sum.
         split = A if isinstance(base, SumForHeads) else B
         return base if part == split else WHOLE_FOR_HEADS
-    if isinstance(base, ColwiseParallel | RowwiseParallel) and part in (A, B):
+    if isinstance(base, Conv1DRows) and part in (A, B):
+        return WHOLE_FOR_HEADS if part == A else SegmentRows(segments=base.segments)
+    if isinstance(base, ColwiseParallel | RowwiseParallel | Conv1DSum) and part in (A, B):
         if isinstance(base, ColwiseParallel):
             return ReplicatedLinear() if part == A else base
         return RowwiseParallel() if part == A else ReplicatedParams()

@@ -29,6 +29,7 @@ from dtcp.parallelize.plans.inferred_heads import (
 from dtcp.parallelize.plans.inferred_roles import COLWISE, ROWWISE, WHOLE, inferred_roles
 from dtcp.parallelize.plans.latent_heads import latent_heads
 from dtcp.parallelize.plans.recurrent_heads import recurrent_heads
+from dtcp.parallelize.plans.units_by_trial import beside_experts, units_by_trial
 from dtcp.parallelize.tensor_parallel import (
     HeadsOfLayer,
     HFExpertTensorParallel,
@@ -81,16 +82,46 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     roles |= latent_roles
     roles |= inferred_heads(model, modules, roles, tp)
     roles |= _inferred(modules, owners, units, roles, tp)
-    roles |= inferred_blocks(modules, roles, tp)
-    moes = tuple(f"{name.rpartition('.')[0]}." for name in modules if roles[name] == EXPERTS)
-    experts = tuple(name for name in modules if roles[name] == EXPERTS)
+    _, missing = _styles(model, modules, owners, units, roles, heads, tp)
+    beside = beside_experts(modules, roles, EXPERTS)
+    tried = units_by_trial(model, modules, owners, (*missing, *beside), tp)
+    heads |= tried
+    roles |= dict.fromkeys((name for name in owners if adapted(name)[0] in tried), "")
+    roles |= inferred_blocks(modules, {**roles, **dict.fromkeys(heads, WHOLE)}, tp)
+    plan, missing = _styles(model, modules, owners, units, roles, heads, tp)
+    for name in owners:
+        if units[name] in missing and roles[name] != EXPERTS:
+            plan[name] = LocalParams()
+    plan |= {name: style for name, style in containers.items() if units[name] not in missing}
+    of_heads = {name: style for name, style in heads.items() if isinstance(style, HeadsOfLayer)}
+    plan |= {name: style for name, style in of_heads.items() if units[name] not in missing}
+    # These read the weights of modules inside of them.
     recurrent = {*recurrent_layers(model)} - {modules[name] for name in heads}
+    plan |= {name: LocalParams() for name in modules if modules[name] in recurrent}
+    readers = (name for name in modules if name and _reads_weights(modules[name]))
+    plan |= {name: LocalParams() for name in readers if name not in plan}
+    _say_what_is_whole(missing, modules, tp)
+    return {**_shared_inputs(plan), **plan}
+
+
+def _styles(
+    model: Any,
+    modules: Mapping[str, nn.Module],
+    owners: Sequence[str],
+    units: Mapping[str, str],
+    roles: Mapping[str, str],
+    heads: Mapping[str, ParallelStyle],
+    tp: int,
+) -> tuple[dict[str, ParallelStyle], dict[str, str]]:
+    """The style of each module that has parameters; and parts of which one has none, with it."""
+    experts = tuple(name for name in modules if roles[name] == EXPERTS)
+    moes = tuple(f"{name.rpartition('.')[0]}." for name in experts)
     split_units = {units[name] for name in owners if roles[adapted(name)[0]] == COLWISE}
     plan: dict[str, ParallelStyle] = {}
     missing: dict[str, str] = {}
     for name in owners:
         target, part = adapted(name)
-        beside_experts = name.startswith(moes) and not name.startswith(experts)
+        beside = f"{name}.".startswith(moes) and not name.startswith(experts)
         split = heads.get(target) or _style(
             model,
             target,
@@ -98,7 +129,7 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
             modules[f"{target}.{BASE}"] if part else modules[name],
             roles[target],
             tp,
-            beside_experts=beside_experts,
+            beside_experts=beside,
         )
         if isinstance(split, RowwiseParallel) and _adds_in_place(modules, target, units[target]):
             split = RowwiseOwnOutput()
@@ -108,17 +139,7 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
         if style is None:
             missing.setdefault(units[name], name)
         plan[name] = style or LocalParams()
-    for name in owners:
-        if units[name] in missing and roles[name] != EXPERTS:
-            plan[name] = LocalParams()
-    plan |= {name: style for name, style in containers.items() if units[name] not in missing}
-    plan |= {name: style for name, style in heads.items() if isinstance(style, HeadsOfLayer)}
-    # These read the weights of modules inside of them.
-    plan |= {name: LocalParams() for name in modules if modules[name] in recurrent}
-    readers = (name for name in modules if name and _reads_weights(modules[name]))
-    plan |= {name: LocalParams() for name in readers if name not in plan}
-    _say_what_is_whole(missing, modules, tp)
-    return {**_shared_inputs(plan), **plan}
+    return plan, missing
 
 
 def _inferred(
@@ -298,10 +319,17 @@ def _weights_read_elsewhere(module: nn.Module) -> bool:
 
 
 def _adds_in_place(modules: Mapping[str, nn.Module], name: str, unit: str) -> bool:
-    """Whether a module around one, in its part of the block, adds to what it is given in place."""
+    """Whether a module around one, up to the block, changes what it is given in place."""
+    block = unit.rpartition(".")[0]
     around = [other for other in modules if other and name.startswith(f"{other}.")]
-    inside = [other for other in around if other.startswith(unit)]
-    return any("add_" in kernel_names(modules[other]) for other in inside)
+    inside = [modules[other] for other in around if other == block or other.startswith(unit)]
+    return any(map(_has_in_place, inside))
+
+
+def _has_in_place(module: nn.Module) -> bool:
+    steps = dis.get_instructions(inspect.unwrap(type(module).forward))
+    adds = any(each.opname == "BINARY_OP" and each.argrepr.endswith("=") for each in steps)
+    return adds or "add_" in kernel_names(module)
 
 
 def _has_bias_around_head(model: Any) -> bool:

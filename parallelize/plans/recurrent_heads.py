@@ -116,6 +116,25 @@ def _is_gated_norm(norm: Any, groups: int, width: int, *, gates_last: bool) -> b
         return torch.allclose(tried.forward(x, gate), expected.flatten(-2), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def norm_of_parts(norm: Any, width: int) -> ParallelStyle | None:
+    """The style of a norm of channels of which each rank has some; None of one that is not known.
+
+    Known is one by the mean square of all, tried on the host.
+    """
+    named = [name for name, _ in norm.named_parameters()]
+    if named != ["weight"] or not hasattr(norm, "variance_epsilon"):
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(width))
+        tried = deepcopy(norm, {id(norm.weight): weight})
+        x, eps = torch.randn(1, 3, width), norm.variance_epsilon
+        expected = gated_norm(x, None, weight, width, eps, lambda sums: sums, gates_last=False)
+        known = torch.allclose(tried.forward(x), expected, rtol=1e-4, atol=1e-5)
+    return GroupNormOfParts(1, gates_last=False) if known else None
+
+
 def _gated_delta(layer: Any, tp: int) -> Styles:
     """A gated delta rule with heads of keys and of values, one decay for each of the latter."""
     key = Segment(layer.key_dim, layer.num_k_heads)
@@ -190,6 +209,22 @@ def _zamba(layer: Any, tp: int) -> Styles:
     }
 
 
+def _lightning(layer: Any, tp: int) -> Styles:
+    """MiniMax's lightning attention: q, k and v of each head in turn, and a norm of all heads."""
+    heads = layer.num_attention_heads
+    norm = norm_of_parts(layer.norm, heads * layer.head_dim)
+    has_rows = layer.qkv_proj.out_features == 3 * heads * layer.head_dim
+    if heads % tp or norm is None or not has_rows:
+        return {}
+    decays = {name: (Segment(heads, heads),) for name, _ in layer.named_buffers(recurse=False)}
+    return {
+        "": HeadsOfLayer({}, {"num_attention_heads": heads // tp}, decays),
+        **dict.fromkeys(("qkv_proj", "output_gate"), ROWS),
+        "norm": norm,
+        "out_proj": RowwiseParallel(),
+    }
+
+
 def _short_convolution(layer: Any, tp: int) -> Styles:
     """LFM2's convolution, between two gates for each channel."""
     width = layer.conv.out_channels
@@ -210,6 +245,7 @@ FORMS: tuple[Callable[[Any, int], Styles], ...] = (
     _kimi_delta,
     _mamba,
     _zamba,
+    _lightning,
     _short_convolution,
 )
 

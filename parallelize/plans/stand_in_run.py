@@ -7,14 +7,19 @@ numbers, the first argument comes back; attention gives made-up numbers by heads
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dtcp.huggingface.own_attention import ATTEND, FORWARDS
+from dtcp.parallelize.tensor_parallel import ChangedConfig, of_config
+
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 """Where the forward of an attention module of transformers finds what attends."""
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 Part = Callable[[Tensor, int], Tensor]
 """What a rank has of a tensor that is split in a dim."""
@@ -34,6 +39,8 @@ class StandInRun:
         down: of these, the name of the one that reads all of its inputs, and gives the whole.
         part: this rank's, of the outputs of the other layers and of attention.
         attended: what attention gives, [1, L, H, V]; None to make it up.
+        own: what the module is said to have under some names, in the place of what it has; those
+            of its config with "config." before them.
     """
 
     def __init__(
@@ -42,11 +49,15 @@ class StandInRun:
         down: str,
         part: Part = everything,
         attended: Tensor | None = None,
+        own: Mapping[str, Any] = NOTHING,
     ) -> None:
         self.outputs, self.down, self.part = outputs, down, part
-        self.attended = attended
+        self.attended, self.own = attended, own
         self.inputs: dict[str, Tensor] = {}
         self.operands: tuple[Tensor, ...] = ()
+        self.reads: dict[str, Tensor] = {}
+        self.reads_two = False
+        self.arguments: dict[str, Any] = {}
 
     def run(self, module: nn.Module, **kwargs: Any) -> Tensor:
         """The first output of the module."""
@@ -57,6 +68,7 @@ class StandInRun:
     def give(self, name: str, x: Tensor) -> Tensor:
         """The output of a layer for x."""
         out = self.outputs[name]
+        self.reads_two |= self.reads.setdefault(name, x) is not x
         if name == self.down:
             self.inputs[name] = x
         else:
@@ -67,7 +79,8 @@ class StandInRun:
         """Its first argument, of a layer that is none of these."""
         first = args[0] if args else next(iter(kwargs.values()))
         self.inputs[name] = first
-        return first
+        # Another tensor: what reads it does not read the argument.
+        return first.clone()
 
     def get_interface(self, *_: Any) -> Callable[..., Any]:
         """In the place of the registry's."""
@@ -76,10 +89,17 @@ class StandInRun:
     def __getitem__(self, _: Any) -> Callable[..., Any]:
         return self._attend
 
-    def _attend(self, _: Any, q: Tensor, k: Tensor, v: Tensor, *__: Any, **___: Any) -> Any:
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        """[B, L, H * V], in the place of what forwards that are written again call."""
+        out: Tensor = self._attend(*args, **kwargs)[0]
+        return out.flatten(2)
+
+    def _attend(self, _: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.operands = (q, k, v)
+        self.arguments = {**{f"{place}": x for place, x in enumerate(args)}, **kwargs}
         if self.attended is None:
-            self.attended = torch.randn(1, q.shape[2], q.shape[1], v.shape[3])
+            shape = 1, q.shape[2], q.shape[1], v.shape[3]
+            self.attended = torch.randn(shape, requires_grad=torch.is_grad_enabled())
         return self.part(self.attended, 2), None
 
 
@@ -90,8 +110,8 @@ class _StandIn:
         self._module, self._prefix, self._run = module, prefix, run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        own: Any = inspect.unwrap(type(self._module).forward)
-        names = {**own.__globals__, REGISTRY: self._run}
+        own = forward_of(self._module)
+        names = {**own.__globals__, REGISTRY: self._run, ATTEND: self._run.attend}
         forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
         forward.__kwdefaults__ = own.__kwdefaults__
         return forward(self, *args, **kwargs)
@@ -99,7 +119,11 @@ class _StandIn:
     def __getattr__(self, name: str) -> Any:
         if name == "training":
             return False
+        if self._prefix + name in self._run.own:
+            return self._run.own[self._prefix + name]
         found = getattr(self._module, name)
+        if name == "config":
+            return ChangedConfig(found, of_config(self._run.own))
         if isinstance(found, nn.Dropout):
             return nn.Identity()
         if isinstance(found, MethodType) and found.__self__ is self._module:
@@ -133,7 +157,13 @@ class _Layer:
         return getattr(self._module, name)
 
 
+def forward_of(module: nn.Module) -> Any:
+    """The forward of a module's class, or the one that is written again for it."""
+    again = FORWARDS.get(type(module).__name__)
+    return inspect.unwrap(type(module).forward) if again is None else again
+
+
 def calls_registry(module: nn.Module) -> bool:
-    """Whether a module's forward takes attention from the registry of transformers."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and REGISTRY in code.co_names
+    """Whether a module's forward takes attention from the registry of transformers, or will."""
+    code = getattr(forward_of(module), "__code__", None)
+    return code is not None and (REGISTRY in code.co_names or ATTEND in code.co_names)

@@ -118,13 +118,29 @@ def joined_view(experts: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 def channel_dims(module: Any) -> dict[str, int]:
     """The dim of an expert's hidden channels in each parameter that has them."""
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    up_dim, down_dim = (2, 1) if module.is_transposed else (1, 2)
+    layout = _layout(module)
+    up = "gate_up_proj" if layout["has_gate"] else "up_proj"
+    up_dim, down_dim = (2, 1) if layout["is_transposed"] else (1, 2)
     return {up: up_dim, f"{up}_bias": 1, "down_proj": down_dim}
 
 
 TRAITS = ("has_gate", "has_bias", "is_concatenated", "is_transposed", "has_post_expert_norm")
 """What an experts module of transformers says of the layout of its weights."""
+
+
+LAYOUTS: Mapping[str, Mapping[str, bool]] = {
+    "Llama4TextExperts": {
+        **dict.fromkeys(("has_gate", "is_concatenated", "is_transposed"), True),
+        **dict.fromkeys(("has_bias", "has_post_expert_norm"), False),
+    },
+}
+"""The same of classes that do not say it, by their names: their experts compute on all tokens."""
+
+
+def _layout(module: Any) -> Mapping[str, bool]:
+    """What is known of the layout of a module's weights; nothing, if not all is."""
+    own = {trait: vars(module)[trait] for trait in TRAITS if trait in vars(module)}
+    return own if len(own) == len(TRAITS) else LAYOUTS.get(type(module).__name__, {})
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -146,18 +162,17 @@ def why_not_known(module: Any) -> str:
 
 def why_not_split(module: Any, tp: int) -> str:
     """Why an experts module of transformers stays whole; empty where its channels can be split."""
-    reason = why_not_known(module)
+    reason = "" if type(module).__name__ in LAYOUTS else why_not_known(module)
     if reason:
         return reason
-    channels = module.down_proj.shape[1 if module.is_transposed else 2]
+    channels = module.down_proj.shape[channel_dims(module)["down_proj"]]
     return f"tp={tp} does not divide its {channels} channels" if channels % tp else ""
 
 
 def _joined_dims(module: Any) -> dict[str, int]:
     """The dims in which gate comes before up; elsewhere their channels alternate, if it has any."""
-    if any(trait not in vars(module) for trait in TRAITS):
-        return {}
-    if not (module.has_gate and module.is_concatenated):
+    layout = _layout(module)
+    if not layout or not (layout["has_gate"] and layout["is_concatenated"]):
         return {}
     dims, names = channel_dims(module), ("gate_up_proj", "gate_up_proj_bias")
     own = {name for name, _ in module.named_parameters(recurse=False)}

@@ -53,11 +53,11 @@ class LocalParams(ParallelStyle):
             with parameters_replaced(module, local_parameters(module)):
                 return forward(*args, **kwargs)
 
-        wrap_forward(module, on_itself if _reads_its_class(type(module).forward) else on_local)
+        wrap_forward(module, on_itself if reads_its_class(type(module).forward) else on_local)
         return module
 
 
-def _reads_its_class(forward: Any) -> bool:
+def reads_its_class(forward: Any) -> bool:
     """Whether a forward takes nothing but an instance of its class for its self.
 
     One that calls the forward of a base class does, and one in a wrapper of transformers that looks

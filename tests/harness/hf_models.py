@@ -34,7 +34,8 @@ MODELS: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, dict[str, Any]] = {
     "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
-    "gptj": {"rotary_dim": 4},
+    "gptj": {"rotary_dim": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt2": {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gpt_neox": {},
     "olmo2": {},
     "starcoder2": {"sliding_window": None},

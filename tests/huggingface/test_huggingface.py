@@ -9,7 +9,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -36,6 +37,8 @@ from dtcp.parallelize import (
     load_hf,
     parallelize_hf,
 )
+from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
+from dtcp.parallelize.tensor_parallel import LocalParams
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
@@ -264,7 +267,7 @@ def test_survey_reads_every_mask_off_the_models_own(kind):
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0"),
         ("starcoder2", {"residual_dropout": 0.1}, "Starcoder2ForCausalLM is random in training"),
         ("gpt_neox", {"hidden_dropout": 0.1}, r"layers\.0\.post_attention_dropout .*dropout=0\.1"),
-        ("gptj", {}, "GPTJForCausalLM .*keeps 'eager'"),
+        ("gpt_neox_japanese", {}, "GPTNeoXJapaneseForCausalLM .*keeps 'eager'"),
     ],
 )
 def test_what_nobody_can_give_is_refused_by_name(kind, change, match):
@@ -356,22 +359,25 @@ def test_padding_anywhere_but_on_the_right_is_refused(mask):
 
 
 @spmd(ranks=2)
-def test_attention_without_a_style_is_whole_and_said_to_be(mesh):
-    """Its norms read all heads. The feed-forward, of which nothing is said, is split."""
-    said = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("dtcp.parallelize.plans").addHandler(handler)
-    model = build("olmo2")
-    reference, mesh = build("olmo2"), ParallelMesh.from_degrees(Degrees(tp=2), "cpu")
+def test_attention_whose_norms_read_all_heads_is_split(mesh):
+    """Ranks hand each other their squares."""
+    reference, model = build("olmo2"), build("olmo2")
+    mesh = ParallelMesh.from_degrees(Degrees(tp=2), "cpu")
     parallelize_hf(model, mesh)
     assert_same_step(reference, model, mesh)
-    assert [each.partition(":")[0] for each in said] == [
-        "model.layers.*.self_attn is whole on each of 2 tp ranks"
-    ]
     attention, feed_forward = model.model.layers[0].self_attn, model.model.layers[0].mlp
-    assert attention.q_proj.weight.placements == (Replicate(),)
+    assert attention.q_proj.weight.placements == attention.q_norm.weight.placements == (Shard(0),)
     assert feed_forward.up_proj.weight.placements == (Shard(0),)
+
+
+def test_attention_without_a_style_is_whole_and_said_to_be(caplog):
+    """Its heads meet in pairs. The feed-forward is split."""
+    with caplog.at_level("WARNING", "dtcp.parallelize.plans"):
+        plan = hf_tensor_plan(build("diffllama"), 2)
+    said = [each.partition(":")[0] for each in caplog.messages]
+    assert said == ["model.layers.*.self_attn is whole on each of 2 tp ranks"]
+    assert plan["model.layers.0.self_attn.q_proj"] == LocalParams()
+    assert isinstance(plan["model.layers.0.mlp.up_proj"], ColwiseParallel)
 
 
 @spmd(ranks=2)

@@ -17,10 +17,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dtcp.check.checked_hf import CheckedHuggingFaceModel
 from dtcp.check.parity import CheckOptions, compare
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.parallelize import parallelize_hf, save_hf
+from dtcp.parallelize import Compile, parallelize_hf, save_hf
+from dtcp.parallelize.plans.heads_by_trial import styles_by_trial
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.parallelize.plans.inferred_heads import inferred_heads
-from dtcp.parallelize.tensor_parallel import LocalParams
+from dtcp.parallelize.plans.recurrent_heads import ROWS
+from dtcp.parallelize.tensor_parallel import HeadsOfLayer, LocalParams, Segment, SegmentRows
 from tests.harness.hf_models import build
 from tests.harness.spmd import spmd
 from tests.huggingface.test_hf_families import assert_step_equal, checked_family
@@ -33,6 +35,28 @@ MLA = ("deepseek_v3", "longcat_flash", "deepseek_v2", "bailing_hybrid")
 BY_TRIAL = ("t5", "bart of two sequences", "bert")
 RECURRENT = ("mamba2", "bamba", "falcon_h1", "qwen3_next", "kimi_linear", "mamba", "jamba", "lfm2")
 
+
+QUIET = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+ANY = {
+    "stablelm": {},
+    "opt": {"dropout": 0.0},
+    "phi3": {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "gpt2": QUIET,
+    "gpt_bigcode": QUIET,
+    "gptj": QUIET,
+    "bloom": {},
+    "falcon": {"alibi": True},
+    "mpt": {},
+    "minimax": {},
+    "mimo_v2_flash": {},
+    "qwen2_moe": {},
+    "modernbert": {},
+    "apertus": {},
+}
+"""Sizes of its own; biases and feed-forwards in no module; fused by part, with fewer keys than
+ranks of tp 4; weights the other way round; one key for all queries; feed-forwards with parameters
+in between; fused by head, with slopes; in groups, with slopes; by part, with slopes; lightning
+attention; sinks; shared experts; gated."""
 
 MAMBA2 = {"num_heads": 4, "head_dim": 16, "state_size": 6, "n_groups": 1, "chunk_size": 16}
 JAMBA = {
@@ -100,6 +124,8 @@ def test_tp_of_split_heads_equals_one_device(mesh, kind):
         ("deepseek_v3", ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"), SMALL),
         ("bamba", ("in_proj", "q_proj", "down_proj"), BAMBA),
         ("jamba", ("in_proj", "x_proj", "out_proj"), JAMBA),
+        ("phi3", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), {}),
+        ("gpt2", ("c_attn", "c_proj", "c_fc"), {}),
     ],
 )
 @spmd(ranks=4)
@@ -109,7 +135,9 @@ def test_lora_on_split_heads_equals_one_device(mesh, kind, targets, change):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "change"), [("deepseek_v3", SMALL), ("mamba2", MAMBA2)])
+@pytest.mark.parametrize(
+    ("kind", "change"), [("deepseek_v3", SMALL), ("mamba2", MAMBA2), ("phi3", {}), ("gpt2", {})]
+)
 @spmd(ranks=2)
 def test_saved_split_heads_are_what_transformers_writes(mesh, kind, change):
     def body(folder):
@@ -157,6 +185,99 @@ def test_layers_of_heads_are_found_by_running_them(normed, tp, splits):
     roles = inferred_heads(model, dict(model.named_modules()), {}, tp)
     ups = {f"it.{name}": "colwise" for name in ("query", "key", "value")}
     assert roles == ({**ups, "it.out": "rowwise"} if splits else {})
+
+
+class Fused(nn.Module):
+    """Attention whose layer makes queries, keys and values of one product, in one of the orders."""
+
+    def __init__(self, order, kv_heads=4):
+        super().__init__()
+        self.order, self.num_heads, self.kv_heads, self.head_dim = order, 4, kv_heads, 2
+        self.qkv, self.out = nn.Linear(8, 8 + 4 * kv_heads), nn.Linear(8, 8)
+
+    def forward(self, x):
+        qkv = self.qkv(x)
+        if self.order == "by part":
+            sizes = [each * self.head_dim for each in (self.num_heads, *2 * [self.kv_heads])]
+            q, k, v = (each.unflatten(-1, (-1, 2)) for each in qkv.split(sizes, dim=-1))
+        else:
+            queries = self.num_heads // self.kv_heads
+            groups = qkv.unflatten(-1, (self.kv_heads, queries + 2, self.head_dim))
+            q, k, v = groups.split([queries, 1, 1], dim=-2)
+            q, k, v = (each.flatten(2, 3) for each in (q, k, v))
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
+        return self.out(attend(self, q, k, v, None)[0].flatten(2))
+
+
+PARTS = {
+    ("by part", 4): (Segment(8, 2), Segment(8, 2), Segment(8, 2)),
+    ("by part", 1): (Segment(8, 2), Segment(2, 1), Segment(2, 1)),
+    ("by head", 4): None,
+    ("in groups", 2): None,
+}
+
+
+@pytest.mark.parametrize(("order", "kv_heads"), PARTS)
+def test_rows_of_fused_heads_are_found_by_running_them(order, kv_heads):
+    """With the sizes that the module reads of itself; None: one stretch of rows for each rank."""
+    styles = styles_by_trial(Fused(order, kv_heads), 2, [], heads=True)
+    parts = PARTS[order, kv_heads]
+    assert styles["qkv"] == (ROWS if parts is None else SegmentRows(segments=parts))
+    sizes = {"num_heads": 2} | ({} if kv_heads == 1 else {"kv_heads": kv_heads // 2})
+    assert styles[""] == HeadsOfLayer(sizes=sizes, enters={"x": 0})
+    assert styles_by_trial(Fused(order, kv_heads), 8, [], heads=True) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ANY)
+@spmd(ranks=4)
+def test_tp_of_any_heads_equals_one_device(mesh, kind):
+    assert_equal_on(kind, Degrees(cp=2, tp=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["phi3", "bloom"])
+@spmd(ranks=4)
+def test_tp_of_more_ranks_than_keys_equals_one_device(mesh, kind):
+    assert_equal_on(kind, Degrees(tp=4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stablelm", "phi3", "falcon", "gpt2", "gptj"])
+@spmd(ranks=2)
+def test_compiled_tp_of_any_heads_equals_one_device(mesh, kind):
+    assert assert_equal_on(kind, Degrees(tp=2), Compile("aot_eager")).graphs.breaks == 0
+
+
+def assert_equal_on(kind, degrees, compile=None):
+    checked = CheckedHuggingFaceModel(kind, ANY[kind])
+    mesh = ParallelMesh.from_degrees(degrees, "cpu")
+    result = compare(checked, CheckOptions(degrees), mesh, compile)
+    assert {name: x for name, x in result.errors.items() if not x <= 1e-5} == {}
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [
+        ("stablelm", r"self_attn\."),
+        ("phi3", r"self_attn\.|mlp\."),
+        ("gpt2", r"(attn|mlp)\..*(weight|c_attn\.bias|c_fc\.bias)"),
+        ("bloom", r"query_key_value|dense\.weight|h_to_4h|4h_to_h\.weight"),
+        ("falcon", r"query_key_value|dense|h_to_4h|4h_to_h"),
+        ("mpt", r"attn\.|ffn\."),
+        ("minimax", r"layers\.0\.self_attn\."),
+        ("qwen2_moe", r"shared_expert\."),
+    ],
+)
+@spmd(ranks=2)
+def test_tp_rank_keeps_half_of_any_heads(mesh, kind, pattern):
+    mesh = ParallelMesh.from_degrees(Degrees(tp=2), "cpu")
+    model = CheckedHuggingFaceModel(kind, ANY[kind]).build()
+    local, whole = kept(parallelize_hf(model, mesh), pattern)
+    assert 2 * local == whole > 0
 
 
 @pytest.mark.slow

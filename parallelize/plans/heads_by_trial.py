@@ -1,0 +1,383 @@
+"""Attention and feed-forwards of any form: what a rank of tp has of each layer, found by a run.
+
+Layers give made-up numbers, and autograd says of which of them the heads of a rank are made: the
+rows that it has, be they one stretch of a layer, a stretch of each of its parts, or all. Then each
+rank is played with its rows, and what attention and the layer that narrows are handed has to be its
+part of what they are handed on one device, and all else what it is there.
+
+    by part      [q of all heads, k of all, v of all]; gate and up of a feed-forward
+    by head      [q k v of the first, q k v of the second]
+    in groups    [queries that share a key, key, value]
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
+
+from dtcp.parallelize.plans.adapters import BASE
+from dtcp.parallelize.plans.made_up_calls import (
+    is_elementwise,
+    made_up_calls,
+    made_up_own,
+    place_of,
+    sizes_of_heads,
+)
+from dtcp.parallelize.plans.recurrent_heads import ROWS, norm_of_parts
+from dtcp.parallelize.plans.stand_in_run import StandInRun, everything, forward_of
+from dtcp.parallelize.tensor_parallel import (
+    MEMORY,
+    WHOLE_FOR_HEADS,
+    Conv1DRows,
+    Conv1DSum,
+    HeadsOfLayer,
+    LocalParams,
+    RowRun,
+    Segment,
+    SegmentRows,
+    cut,
+    is_conv1d,
+    reads_its_class,
+    rows_of_heads,
+)
+
+TOKENS, MOST_LAYERS = 7, 8
+
+Styles = dict[str, ParallelStyle]
+Segments = tuple[Segment, ...]
+
+
+def styles_by_trial(module: nn.Module, tp: int, rotary: Sequence[int], *, heads: bool) -> Styles:
+    """Styles of a module and of those in it, by name; empty where it stays whole.
+
+    Args:
+        rotary: widths that tables of positions may have.
+        heads: whether it attends.
+    """
+    layers = _layers(module)
+    if not 2 <= len(layers) <= MOST_LAYERS or reads_its_class(type(module).forward):
+        return {}
+    width = _shape(next(iter(layers.values())))[1]
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        for call in made_up_calls(forward_of(module), module, TOKENS, width, rotary):
+            for down in reversed(list(layers)):
+                # Code of others, called as nobody promised that it could be: any class may come,
+                # and each gives the same answer, that nothing is known of it. It then stays whole
+                # on each rank of tp, which is exact, and a warning says so.
+                try:
+                    found = _Trial(module, layers, down, call, tp, heads=heads).styles()
+                except Exception:  # noqa: BLE001
+                    continue
+                if found:
+                    return found
+    return {}
+
+
+def _layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers in a module, adapted or not, by their names there."""
+    found: dict[str, nn.Module] = {}
+    for name, each in module.named_modules():
+        is_part = any(name.startswith(f"{other}.") for other in found)
+        layer = getattr(each, BASE, each)
+        if (isinstance(layer, nn.Linear) or is_conv1d(layer)) and not is_part:
+            found[name] = layer
+    return found
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    """Outputs and inputs."""
+    return (layer.nf, layer.nx) if is_conv1d(layer) else (layer.out_features, layer.in_features)
+
+
+class _NotSplit(Exception):
+    """A module has no parts for the ranks of tp."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the runs of all ranks say."""
+
+    sizes: Mapping[str, int]
+    cut_dims: Mapping[str, int]
+    inputs: Mapping[str, str]
+
+
+class _Trial:
+    """A module with one of its layers as the one that narrows."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Mapping[str, nn.Module],
+        down: str,
+        call: Mapping[str, Any],
+        tp: int,
+        *,
+        heads: bool,
+    ) -> None:
+        self.module, self.layers, self.down, self.call, self.tp = module, layers, down, call, tp
+        self.ups = [name for name in layers if name != down]
+        # Small and positive: no activation is flat there.
+        self.outputs = {
+            name: (0.25 + torch.rand(TOKENS, _shape(layer)[0])).requires_grad_(name != down)
+            for name, layer in layers.items()
+        }
+        self.own = made_up_own(module)
+        self.whole = StandInRun(self.outputs, down, everything, own=self.own)
+        self.result = self.whole.run(module, **call)
+        whole, around = self.whole, [x for x in call.values() if isinstance(x, Tensor)]
+        around = [x for x in around if x.requires_grad]
+        if whole.reads.keys() != layers.keys() or bool(whole.operands) != heads or whole.reads_two:
+            raise _NotSplit
+        # What heads read without a layer in between would be read by one rank's alone.
+        if any(self._depends(x, around) for x, _ in self._sinks()):
+            raise _NotSplit
+
+    def styles(self) -> Styles:
+        """Styles by name in the module, which has the name ""."""
+        segments = {name: self._segments(name) for name in self.ups}
+        if all(each[0].pieces == 1 and len(each) == 1 for each in segments.values()):
+            raise _NotSplit
+        found = self._found(segments)
+        own_parameters = {name for name, _ in self.module.named_parameters(recurse=False)}
+        styles: Styles = {"": self._container(found, own_parameters)}
+        styles |= {name: self._of_rows(name, parts) for name, parts in segments.items()}
+        down = self.layers[self.down]
+        styles[self.down] = Conv1DSum() if is_conv1d(down) else RowwiseParallel()
+        styles |= {name: self._other(name, kind) for name, kind in found.inputs.items()}
+        return styles
+
+    def _segments(self, name: str) -> Segments:
+        """The parts of a layer's rows, and who has which."""
+        rows, by_sink = _shape(self.layers[name])[0], self._rows_by_sink(name)
+        union = [_runs(torch.stack(masks).any(0)) for masks in zip(*by_sink, strict=True)]
+        chunk = rows // self.tp
+        if not by_sink:
+            others = [x for n, x in self.whole.reads.items() if n not in (name, self.down)]
+            if any(self._depends(x, [self.outputs[name]]) for x in others):
+                return (Segment(rows, 1),)
+            raise _NotSplit
+        if all(runs == [(0, rows)] for runs in union):
+            return (Segment(rows, 1),)
+        if all(runs == [(r * chunk, (r + 1) * chunk)] for r, runs in enumerate(union)):
+            return (Segment(rows, self.tp),)
+        starts: dict[int, Segment] = {}
+        for masks in by_sink:
+            starts |= self._parts([_runs(mask) for mask in masks])
+        ends = [start + starts[start].rows for start in sorted(starts)]
+        if [0, *ends] != [*sorted(starts), rows]:
+            raise _NotSplit
+        return tuple(starts[start] for start in sorted(starts))
+
+    def _rows_by_sink(self, name: str) -> list[list[Tensor]]:
+        """For each of what heads are made of, which rows of a layer each rank reads in it."""
+        found = []
+        for sink in self._sinks():
+            masks = []
+            for rank in range(self.tp):
+                part = _part(sink[0], sink[1], rank, self.tp)
+                (grad,) = torch.autograd.grad(
+                    (part * (0.5 + torch.rand_like(part))).sum(),
+                    [self.outputs[name]],
+                    allow_unused=True,
+                    retain_graph=True,
+                )
+                none = torch.zeros_like(self.outputs[name])
+                masks.append(((none if grad is None else grad) != 0).any(0))
+            if any(bool(mask.any()) for mask in masks):
+                found.append(masks)
+        return found
+
+    def _sinks(self) -> list[tuple[Tensor, int]]:
+        """Queries, keys and values by heads, and what the layer that narrows reads."""
+        sinks = [(x, 1) for x in self.whole.operands] + [(self.whole.reads[self.down], -1)]
+        return [(x, dim) for x, dim in sinks if x.requires_grad]
+
+    def _parts(self, runs: list[list[RowRun]]) -> dict[int, Segment]:
+        """Parts of which every rank has one stretch, by their first rows."""
+        if len({len(each) for each in runs}) != 1:
+            raise _NotSplit
+        parts = {}
+        for stretches in zip(*runs, strict=True):
+            distinct = sorted(set(stretches))
+            first, rows = distinct[0][0], distinct[-1][1] - distinct[0][0]
+            part = Segment(rows, len(distinct))
+            fits = part.divides(self.tp) and all(
+                run == (a := first + part.start(self.tp, rank), a + part.local(self.tp))
+                for rank, run in enumerate(stretches)
+            )
+            if not fits:
+                raise _NotSplit
+            parts[first] = part
+        return parts
+
+    def _depends(self, x: Tensor, on: Sequence[Tensor]) -> bool:
+        if not x.requires_grad:
+            return False
+        grads = torch.autograd.grad(x.sum(), on, allow_unused=True, retain_graph=True)
+        return any(grad is not None for grad in grads)
+
+    def _cut_dims(self) -> dict[str, int]:
+        """In which dim a rank has a part of what a module has of its own, one for each head."""
+        tensors = {name: x for name, x in self.own.items() if isinstance(x, Tensor)}
+        heads = self._heads()
+        return {name: [*x.shape].index(heads) for name, x in tensors.items() if heads in x.shape}
+
+    def _heads(self) -> int:
+        return self.whole.operands[0].shape[1] if self.whole.operands else 0
+
+    def _found(self, segments: Mapping[str, Segments]) -> _Found:
+        """The fewest sizes of a module that let all ranks run, and what others are handed."""
+        # A table may have as many channels as there are heads.
+        tables = {name for name, _ in self.module.named_buffers(recurse=False)}
+        by_heads = self._cut_dims()
+        others = {name: dim for name, dim in by_heads.items() if name not in tables}
+        for sizes in sizes_of_heads(forward_of(self.module), self.module, self.tp):
+            for cut_dims in (by_heads, others):
+                runs = [self._inputs(rank, segments, cut_dims, sizes) for rank in range(self.tp)]
+                if None not in runs and all(each == runs[0] for each in runs):
+                    return _Found(sizes, cut_dims, runs[0] or {})
+        raise _NotSplit
+
+    def _inputs(
+        self,
+        rank: int,
+        segments: Mapping[str, Segments],
+        cut_dims: Mapping[str, int],
+        sizes: Mapping[str, int],
+    ) -> dict[str, str] | None:
+        """What others are handed on a rank, in a word; None if it has not its part of the work."""
+        whole, tp = self.whole, self.tp
+        outputs = {self.down: self.outputs[self.down]}
+        for name, parts in segments.items():
+            outputs[name] = cut(self.outputs[name].detach(), rows_of_heads(parts, tp, rank), 1)
+        own = dict(self.own)
+        own |= {name: _part(own[name], dim, rank, tp) for name, dim in cut_dims.items()}
+        attended = None if whole.attended is None else _part(whole.attended, 2, rank, tp)
+        run = StandInRun(outputs, self.down, everything, attended, {**own, **sizes})
+        try:
+            with torch.no_grad():
+                result = run.run(self.module, **self.call)
+        except Exception:  # noqa: BLE001 (as above: with these sizes it does not run)
+            return None
+        pairs = [(result, self.result)]
+        pairs += [(run.reads[name], whole.reads[name]) for name in self.ups]
+        pairs += [(run.reads[self.down], _part(whole.reads[self.down], -1, rank, tp))]
+        pairs += [
+            (x, _part(y, 1, rank, tp)) for x, y in zip(run.operands, whole.operands, strict=True)
+        ]
+        if not all(map(_equal, *zip(*pairs, strict=True))):
+            return None
+        if not _same_arguments(run, whole, rank, tp):
+            return None
+        inputs = {name: _kind(x, whole.inputs[name], rank, tp) for name, x in run.inputs.items()}
+        del inputs[self.down]
+        return None if None in inputs.values() else {n: x or "" for n, x in inputs.items()}
+
+    def _container(self, found: _Found, parameters: set[str]) -> ParallelStyle:
+        forward, cut_dims = forward_of(self.module), found.cut_dims
+        tokens = {name: x for name, x in self.call.items() if isinstance(x, Tensor)}
+        reads = {
+            name: next((arg for arg, x in tokens.items() if x is self.whole.reads[name]), "")
+            for name in self.ups
+            if not self._depends(self.whole.reads[name], [self.outputs[n] for n in self.ups])
+        }
+        arguments = sorted(set(reads.values()))
+        alone = "" not in arguments and not self._depends(
+            self.result, [tokens[name] for name in arguments]
+        )
+        if not alone and any("." in name for name in reads):
+            raise _NotSplit
+        # Tokens of another sequence are read by heads alone, where there are any.
+        arguments += [name for name in MEMORY if name in inspect.signature(forward).parameters]
+        dims = {name: dim for name, dim in cut_dims.items() if name in parameters}
+        if dims.keys() != parameters:
+            raise _NotSplit
+        heads = self._heads()
+        return HeadsOfLayer(
+            dims,
+            found.sizes,
+            {name: (Segment(heads, heads),) for name in cut_dims if name not in parameters},
+            {name: place_of(forward, name) for name in arguments} if alone else False,
+            () if alone else tuple(reads),
+        )
+
+    def _of_rows(self, name: str, parts: Segments) -> ParallelStyle:
+        layer = self.layers[name]
+        if len(parts) == 1 and parts[0].pieces == 1:
+            return WHOLE_FOR_HEADS
+        rows = sum(part.rows for part in parts)
+        if is_conv1d(layer):
+            if rows % self.tp:
+                raise _NotSplit
+            return Conv1DRows(parts)
+        return ROWS if len(parts) == 1 else SegmentRows(segments=parts)
+
+    def _other(self, name: str, kind: str) -> ParallelStyle:
+        """The style of a module that is no linear layer, by what it is handed."""
+        module, x = self.module.get_submodule(name), self.whole.inputs[name]
+        inside = [*(self.outputs[each] for each in self.ups)]
+        if self.whole.attended is not None:
+            inside.append(self.whole.attended)
+        if not self._depends(x, inside):
+            return LocalParams()
+        parameters = list(module.named_parameters())
+        by_channel = all("." not in n and p.numel() in (1, x.shape[-1]) for n, p in parameters)
+        if not by_channel:
+            raise _NotSplit
+        if kind != "channels" or is_elementwise(module, x.shape[-1], self.tp):
+            return WHOLE_FOR_HEADS
+        style = norm_of_parts(module, x.shape[-1])
+        if style is None:
+            raise _NotSplit
+        return style
+
+
+def _part(x: Tensor, dim: int, rank: int, tp: int) -> Tensor:
+    """What a rank has of a tensor by its heads or channels, which it may share."""
+    whole = Segment(x.shape[dim], x.shape[dim])
+    if not whole.divides(tp):
+        raise _NotSplit
+    return x.narrow(dim, whole.start(tp, rank), whole.local(tp))
+
+
+def _runs(mask: Tensor) -> list[RowRun]:
+    """Where a mask is set, in stretches."""
+    edge = torch.zeros(1, dtype=torch.int64)
+    ends = torch.diff(mask.long(), prepend=edge, append=edge).nonzero().flatten().tolist()
+    return list(zip(ends[::2], ends[1::2], strict=True))
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    # Not equal to the bit: the last channels of a vector are computed in another way.
+    return x.shape == y.shape and torch.allclose(x, y, rtol=1e-5)
+
+
+def _same_arguments(run: StandInRun, whole: StandInRun, rank: int, tp: int) -> bool:
+    """Whether attention is called in the same way, with what is for each head in parts."""
+    if run.arguments.keys() != whole.arguments.keys():
+        return False
+    for name, x in run.arguments.items():
+        y = whole.arguments[name]
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            by_head = y.shape[:1] == whole.operands[0].shape[1:2]
+            if not _equal(x, _part(y, 0, rank, tp) if by_head else y):
+                return False
+        elif isinstance(x, int | float | str | bool | None) and x != y:
+            return False
+    return True
+
+
+def _kind(x: Tensor, y: Tensor, rank: int, tp: int) -> str | None:
+    """Whether x is all of y, its heads or its channels of a rank; None if it is neither."""
+    if x.shape == y.shape:
+        return "whole" if _equal(x, y) else None
+    dims = [dim for dim in range(y.ndim) if x.shape[dim] != y.shape[dim]]
+    if x.ndim != y.ndim or len(dims) != 1 or not _equal(x, _part(y, dims[0], rank, tp)):
+        return None
+    return "channels" if dims[0] == y.ndim - 1 else "heads"

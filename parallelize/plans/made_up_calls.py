@@ -1,0 +1,115 @@
+"""How a module of a model of transformers is called with made-up numbers, and with which sizes."""
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from itertools import combinations
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtcp.huggingface.own_attention import FORWARDS, own_values
+
+TABLES, POSITIONS = "position_embeddings", "position_ids"
+"""The arguments with cosines and sines of positions, and with positions."""
+MOST_SIZES = 7
+OF_ONE_HEAD = re.compile(r"head_(dim|size)$")
+"""Sizes that are the same on all ranks."""
+
+
+def made_up_calls(
+    forward: Any, module: Any, tokens: int, width: int, rotary: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Arguments to call a forward with: tokens where it needs such, else nothing.
+
+    Args:
+        width: channels of a token.
+        rotary: widths that tables of positions may have.
+    """
+    given = list(inspect.signature(forward).parameters.values())[1:]
+    named = [x for x in given if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)]
+    call: dict[str, Any] = {}
+    for number, each in enumerate(named):
+        is_tensor = each.annotation in (Tensor, each.empty) or number == 0
+        if number == 0 or each.default is each.empty:
+            shape = 1, tokens, width
+            call[each.name] = torch.randn(shape, requires_grad=True) if is_tensor else None
+    if "layer_idx" in call:
+        call["layer_idx"] = module.layer_idx
+    names = {each.name for each in named}
+    if POSITIONS in names:
+        call[POSITIONS] = torch.arange(tokens)[None]
+    if TABLES not in names:
+        yield call
+        return
+    for wide in rotary:
+        yield {**call, TABLES: tuple(torch.randn(2, 1, tokens, wide).unbind())}
+    yield call
+
+
+def place_of(forward: Any, argument: str) -> int:
+    """Where an argument stands among those of a forward, behind the module itself."""
+    return list(inspect.signature(forward).parameters).index(argument) - 1
+
+
+def rotary_widths(model: nn.Module) -> list[int]:
+    """Widths of a model's tables of positions, which have twice as many channels as frequencies."""
+    names = (name for name, _ in model.named_buffers() if name.endswith("inv_freq"))
+    return sorted({2 * model.get_buffer(name).shape[-1] for name in names})
+
+
+def sizes_of_heads(forward: Any, module: nn.Module, tp: int) -> Iterator[Mapping[str, int]]:
+    """Sizes that a rank's heads may have, of what a module reads of itself: the fewest first."""
+    sizes: dict[str, int] = {}
+    config = getattr(module, "config", None)
+    for name in sorted(_names(forward, module), key=lambda name: ("head" not in name, name)):
+        for owner, prefix in ((module, ""), (config, "config.")):
+            size = None if OF_ONE_HEAD.search(name) else getattr(owner, name, None)
+            if type(size) is int and size > 1 and (size % tp == 0 or tp % size == 0):
+                sizes[prefix + name] = max(1, size // tp)
+    chosen = list(sizes)[:MOST_SIZES]
+    for count in range(len(chosen) + 1):
+        for names in combinations(chosen, count):
+            yield {name: sizes[name] for name in names}
+
+
+def _names(forward: Any, module: nn.Module) -> set[str]:
+    """Names that a forward reads, and those that the methods it calls read."""
+    names = _names_in(forward.__code__)
+    for name in tuple(names):
+        method = inspect.unwrap(getattr(type(module), name, None) or forward)
+        code = getattr(method, "__code__", None)
+        names |= set() if code is None else _names_in(code)
+    return names
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inside = (each for each in code.co_consts if isinstance(each, CodeType))
+    return set(code.co_names).union(*map(_names_in, inside))
+
+
+@torch.no_grad()
+def is_elementwise(module: nn.Module, width: int, tp: int) -> bool:
+    """Whether a module of single numbers does with some channels what it does with all."""
+    parameters = list(module.parameters())
+    if any(p.numel() != 1 for p in parameters):
+        return False
+    memo: dict[int, Any] = {id(p): nn.Parameter(torch.rand(p.shape)) for p in parameters}
+    tried, x = deepcopy(module, memo), torch.randn(1, 7, width)
+    parts = [tried.forward(part) for part in x.chunk(tp, -1)]
+    return torch.allclose(torch.cat(parts, -1), tried.forward(x), rtol=1e-5)
+
+
+def made_up_own(module: nn.Module) -> dict[str, Any]:
+    """What a module has of its own, made up where it is a parameter or a table."""
+    found = {
+        **dict(module.named_parameters(recurse=False)),
+        **dict(module.named_buffers("", False)),
+    }
+    own: dict[str, Any] = {
+        name: torch.randn(x.shape) for name, x in found.items() if x.is_floating_point()
+    }
+    return own | (own_values(module) if type(module).__name__ in FORWARDS else {})
