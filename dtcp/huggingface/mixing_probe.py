@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import partial
-from itertools import count, islice
 from typing import Any, cast
 
 import torch
@@ -20,15 +19,23 @@ from dtcp.mixer import Mixer
 RunModel = Callable[[], object]
 
 
-def probe_length(model: nn.Module, *, longer: bool = False) -> int:
+PROBED, FEWEST, MOST = 37, 16, 999
+"""Tokens that a model is run with: as many as the first that it has positions for, or fewer."""
+
+
+def probe_length(model: nn.Module, *, longer: bool = False, most: int | None = None) -> int:
     """Tokens to run a model with, such that a dim of this size can only be the sequence.
 
     Args:
         longer: another number than without, for a second sequence.
+        most: as many positions as the model has learned; None: any number.
     """
     sizes = {size for x in (*model.parameters(), *model.buffers()) for size in x.shape}
-    lengths = (length for length in count(37, 2) if length not in sizes)
-    return next(islice(lengths, int(longer), None))
+    more = range(PROBED, min(most or MOST, MOST) + 1, 2)
+    fewer = range(min(most or MOST, PROBED - 1), FEWEST - 1, -1)
+    lengths = [length for length in (*more, *fewer) if length not in sizes]
+    # One with fewer positions cannot be run, and its error says so.
+    return [*lengths, PROBED, PROBED + 2][int(longer)]
 
 
 def probe_ids(model: Any, seq_len: int) -> Tensor:

@@ -62,18 +62,31 @@ def position_readers(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if not any(other.startswith(f"{name}.") for other in names))
 
 
-def note_longest(model: nn.Module, positions: Positions, inside: str = "") -> None:
-    """Note how many positions a model has learned, where it looks them up in a table.
+def longest(model: nn.Module, offset: int | None, inside: str = "") -> int | None:
+    """How many positions a model has learned; None where it looks them up in no table.
 
     Args:
+        offset: the position of a row's first token, as the model counts; None where it is not
+            known: then behind the number of padding, where a table has one.
         inside: the name of the module that reads tokens; other tables are those of images.
     """
+
+    def skipped(table: nn.Embedding) -> int:
+        behind_padding = 0 if table.padding_idx is None else table.padding_idx + 1
+        own: int = getattr(table, "offset", behind_padding if offset is None else offset)
+        return own
+
     sizes = [
-        module.num_embeddings - getattr(module, "offset", positions.offset)
+        module.num_embeddings - skipped(module)
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and _TABLE.search(name) and name.startswith(inside)
     ]
-    vars(model)[_LONGEST] = min(sizes, default=None)
+    return min(sizes, default=None)
+
+
+def note_longest(model: nn.Module, positions: Positions, inside: str = "") -> None:
+    """Note how many positions a model has learned, to refuse longer documents."""
+    vars(model)[_LONGEST] = longest(model, positions.offset, inside)
 
 
 def check_longest(documents: Documents, model: nn.Module) -> None:

@@ -122,7 +122,8 @@ class Recorder:
         if self.block is not None:
             known_mask = self._with_blocks(name, mask)
         cross = k.shape[1] != q.shape[1] and k.shape[1] == self.memory_len
-        problems = _problems(q, k, known_mask, arguments, cross=cross)
+        merged = self.memory_len > 0 and k.shape[1] == q.shape[1] + self.memory_len
+        problems = _problems(q, k, known_mask, arguments, cross=cross, merged=merged)
         self.refused += [f"{name} ({type(module).__name__}): {problem}" for problem in problems]
         if known_mask is not None and not problems:
             self._note(name, module, known_mask, arguments, cross=cross)
@@ -193,7 +194,13 @@ def varies(x: Tensor, dim: int) -> bool:
 
 
 def _problems(
-    q: Tensor, k: Tensor, mask: Mask | None, arguments: dict[str, Any], *, cross: bool
+    q: Tensor,
+    k: Tensor,
+    mask: Mask | None,
+    arguments: dict[str, Any],
+    *,
+    cross: bool,
+    merged: bool,
 ) -> list[str]:
     problems = []
     known = ("scaling", "dropout", "s_aux", "softcap", "slope", *HARMLESS)
@@ -205,20 +212,26 @@ def _problems(
     ]
     if cross and mask != Bidirectional():
         problems.append(
-            f"its queries see a part of the encoder's tokens, by {mask}: only attention to all of "
-            f"them is sharded."
+            f"its queries see a part of the encoder's tokens, by {mask}, and only attention to all "
+            f"of them is sharded: {REMEDY}."
         )
     elif cross:
         pass
+    elif merged:
+        problems.append(
+            f"its queries meet the tokens of both sequences in one softmax, and no mixer's keys "
+            f"are of two sequences: {REMEDY}."
+        )
     elif k.shape[1] != q.shape[1]:
         problems.append(
             f"{q.shape[1]} queries meet {k.shape[1]} keys (cross-attention to other tokens than an "
-            f"encoder's, or a cache): only attention to the tokens of a sequence is sharded."
+            f"encoder's, or a cache), and only attention to the tokens of a sequence is sharded: "
+            f"{REMEDY}."
         )
     elif mask is None:
         problems.append(
-            "its mask is not one interval of keys around a token, or not made by "
-            "transformers.masking_utils of positions alone: its meaning is not known."
+            f"its mask is not one interval of keys around a token, or not made by "
+            f"transformers.masking_utils of positions alone, so its meaning is not known: {REMEDY}."
         )
     if arguments.get("dropout"):
         problems.append(
@@ -226,8 +239,18 @@ def _problems(
             f"config.attention_dropout = 0.0."
         )
     if unknown:
-        problems.append(f"it is called with {unknown}, which no mixer honours.")
+        meant = ", ".join(f"{key} ({MEANT.get(key, 'unknown')})" for key in unknown)
+        problems.append(f"it is called with {meant}, which no mixer honours: {REMEDY}.")
     return problems
+
+
+REMEDY = "write it with a mixer (docs/add_a_model.md)"
+
+MEANT: Mapping[str, str] = {
+    "indices": "keys that an indexer chooses for each query; dtcp.models.deepseek_v4 has a mixer",
+    "position_bias": "a bias of scores that does not go by distance in T5's buckets",
+}
+"""What arguments of attention calls mean that are refused."""
 
 
 _MASK, _MADE, _HIDDEN = "dtcp_mask", "dtcp_made", "dtcp_hidden"

@@ -41,6 +41,7 @@ from dtcp.huggingface.positions import (
     KEY,
     Positions,
     call_with_positions,
+    longest,
     position_readers,
     reading_positions,
     takes_positions,
@@ -108,7 +109,8 @@ def survey(model: Any) -> Survey:
     refused = [*unsuited(model), *other_places(model)]
     if refused:
         return Survey((), tuple(refused))
-    memory_len = probe_length(model, longer=True) if encoder_name(model) else 0
+    most = _most_positions(model)
+    memory_len = probe_length(model, longer=True, most=most) if encoder_name(model) else 0
     recorder = Recorder(model, refused, memory_len)
     probe = _Probe(model, recorder)
     with _survey_mode(model, recorder), calls(model) as running:
@@ -142,7 +144,7 @@ class _Probe:
 
     def __init__(self, model: Any, recorder: Recorder) -> None:
         self.model, self.recorder = model, recorder
-        self.seq_len = probe_length(model)
+        self.seq_len = probe_length(model, most=_most_positions(model))
         self.input_ids = probe_ids(model, self.seq_len)
         self.position_ids = torch.arange(self.seq_len, device=self.input_ids.device)[None]
         self.encoder = encoder_name(model)
@@ -317,6 +319,11 @@ class _Probe:
         keys = [key for key in TOKEN_TYPES if key in image_arguments(self.model)]
         with torch.no_grad():
             self.call(self.input_ids, position_ids=self.position_ids, **dict.fromkeys(keys, types))
+
+
+def _most_positions(model: Any) -> int | None:
+    """As many positions as a model has learned, wherever it counts from."""
+    return longest(model, None, language_model(model))
 
 
 def _stopped(model: nn.Module, running: list[str], error: Exception) -> str:

@@ -206,6 +206,14 @@ def test_positions_that_count_from_behind_the_padding_are_found():
     assert survey(checked.build()).positions.offset == 4
 
 
+@pytest.mark.parametrize("kind", ["bart of two sequences", "roberta"])
+def test_a_model_of_few_positions_is_surveyed_on_as_many(kind):
+    """Of 24 positions behind the padding's, where 37 tokens are run else."""
+    change = {**FAMILIES[kind], "max_position_embeddings": 24}
+    surveyed = survey(CheckedHuggingFaceModel(kind.partition(" ")[0], change).build())
+    assert surveyed.refused == () and surveyed.attentions
+
+
 def test_a_model_without_positions_is_called_through_its_own_forward():
     """Its decoder, called by itself, would count a shard from 0."""
     model = checked_family("bart").build()
