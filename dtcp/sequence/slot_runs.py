@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from dtcp.sequence.interval_runs import IntervalRuns
 from dtcp.sequence.partition import Ints, Partition, stops_of, unique_ascending
 
+LEAST_CUTS = 8
+"""Tiles beyond those of equal length that a table has room for, at least."""
+
 
 class TileLimits(NamedTuple):
     """The ends of the intervals of the queries of each tile. Each field [tiles]."""
@@ -64,10 +67,47 @@ class SlotRuns:
         )
         return first, last
 
-    def tiles(self, tile: int) -> TileLimits:
-        """Of tiles of so many neighbouring slots; the last may be shorter."""
+    def tile_bounds(self, tile: int) -> Ints:
+        """Where tiles of at most so many neighbouring slots start, and the end of them all.
+
+        A tile reads all keys that any of its queries sees. So where its queries are of two pieces
+        or documents, it is cut between them if that spares more keys than a tile is worth: of the
+        most expensive places as many as there is room for. Each entry [tiles + 1], of a number that
+        the slots alone decide; those that are not needed are empty tiles at the end.
+        """
         shard_len = int(self.length.sum())
-        starts = np.arange(0, shard_len, tile)
+        grid = np.arange(0, shard_len, tile)
+        room = LEAST_CUTS + len(grid) // 16
+        found = np.sort(np.append(grid, self._costly_borders(grid, tile)[:room]))
+        bounds = np.full(len(grid) + room + 1, shard_len)
+        bounds[: len(found)] = found
+        return bounds
+
+    def _costly_borders(self, grid: Ints, tile: int) -> Ints:
+        """Slots inside of tiles where other keys are seen from there on, the worst first."""
+        slot = unique_ascending(np.concatenate((self.slot, grid)))
+        run = self.slot.searchsorted(slot, side="right") - 1
+        begin, end = slot - self.slot[run], np.append(slot[1:], self.length.sum()) - self.slot[run]
+        low = self.first[run] + self.first_step[run] * begin
+        high = self.last[run] + self.last_step[run] * (end - 1) + 1
+        # Keys that are seen before each stretch of slots, from its tile's start, and in the tile.
+        seen = np.append(0, np.cumsum(np.maximum(high - low, 0)))
+        of_tile = slot.searchsorted(grid)
+        first = np.repeat(of_tile, np.diff(of_tile, append=len(slot)))
+        last = np.repeat(np.append(of_tile[1:], len(slot)), np.diff(of_tile, append=len(slot)))
+        before, after = seen[:-1] - seen[first], seen[last] - seen[:-1]
+        passed = slot - slot[first]
+        length = np.append(slot, self.length.sum())[last] - slot[first]
+        spared = passed * after + (length - passed) * before
+        apart = np.append(False, (low[1:] >= high[:-1]) | (high[1:] <= low[:-1]))
+        worth = (apart & (passed > 0) & (spared > tile * tile)).nonzero()[0]
+        borders: Ints = slot[worth[(-spared[worth]).argsort(kind="stable")]]
+        return borders
+
+    def tiles(self, bounds: Ints) -> TileLimits:
+        """Of tiles of neighbouring slots that start and end there; empty ones at the end."""
+        shard_len = int(self.length.sum())
+        starts = bounds[: bounds.searchsorted(shard_len)]
         slot = unique_ascending(np.concatenate((self.slot, starts)))
         run = self.slot.searchsorted(slot, side="right") - 1
         begin = slot - self.slot[run]
@@ -78,13 +118,15 @@ class SlotRuns:
         each = slot.searchsorted(starts)
         low = np.where(sees, first + first_step * begin, beyond)
         high = np.where(sees, last + last_step * end, -1)
-        return TileLimits(
-            np.minimum.reduceat(low, each),
-            np.maximum.reduceat(high, each),
-            np.maximum.reduceat(first + first_step * end, each),
-            np.minimum.reduceat(last + last_step * begin, each),
-            np.logical_and.reduceat(sees, each),
+        empty = len(bounds) - 1 - len(starts)
+        limits = (
+            (np.minimum.reduceat(low, each), beyond),
+            (np.maximum.reduceat(high, each), -1),
+            (np.maximum.reduceat(first + first_step * end, each), -1),
+            (np.minimum.reduceat(last + last_step * begin, each), -1),
+            (np.logical_and.reduceat(sees, each), False),
         )
+        return TileLimits(*(np.append(x, np.full(empty, rest, x.dtype)) for x, rest in limits))
 
 
 def _by_slot(at_0: Ints, step: Ints, length: Ints, slot: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -56,7 +56,9 @@ def block_ranges(
             "repeat or follow UNUSED: use a layout whose shards ascend."
         )
     limits, line = _limits(first_key, last_key, tile), keys.numpy()
-    return _ranges(limits, line.searchsorted, first_key.shape[1], tile)
+    length = first_key.shape[1]
+    bounds = np.minimum(np.arange(-(-length // tile) + 1) * tile, length)
+    return _ranges(limits, line.searchsorted, bounds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,17 +121,20 @@ class KeyLine:
 def block_ranges_of_parts(rows: Sequence[SlotRuns], keys: KeyLine, *, tile: int = TILE) -> Tensor:
     """`block_ranges` of rows of queries for keys in several parts, from runs.
 
+    Tiles are cut where neighbouring queries see far more keys together than each by itself.
+
     Returns:
-        [parts, B, tiles, 6] int64.
+        [parts, B, tiles, 6] int64; the last tiles may be empty.
     """
-    by_row = zip(*(row.tiles(tile) for row in rows), strict=True)
+    bounds = [row.tile_bounds(tile) for row in rows]
+    by_row = zip(*(row.tiles(ends) for row, ends in zip(rows, bounds, strict=True)), strict=True)
     limits = TileLimits(*map(np.stack, by_row))
     parts = np.arange(keys.parts).reshape(-1, 1, 1, 1)
 
     def before(tokens: Ints) -> Ints:
         return np.moveaxis(keys.before(parts, tokens), 1, 0)
 
-    return _ranges(limits, before, int(rows[0].length.sum()), tile)
+    return _ranges(limits, before, np.stack(bounds))
 
 
 def _limits(first_key: Tensor, last_key: Tensor, tile: int) -> TileLimits:
@@ -149,21 +154,21 @@ def _limits(first_key: Tensor, last_key: Tensor, tile: int) -> TileLimits:
     return TileLimits(*(x.numpy() for x in limits))
 
 
-def _ranges(limits: TileLimits, before: Callable[[Ints], Ints], length: int, tile: int) -> Tensor:
+def _ranges(limits: TileLimits, before: Callable[[Ints], Ints], bounds: Ints) -> Tensor:
     """From how many keys come before a token: [B, tiles, 6], with a dim before it if that has.
 
     Args:
         limits: each [B, tiles].
         before: of tokens [4, B, tiles].
+        bounds: [tiles + 1] or [B, tiles + 1], where tiles of queries start and end.
     """
     ends = np.stack((limits.low, limits.high, limits.inner_low, limits.inner_high))
     ends[1::2] += 1
     key_start, key_stop, full_start, full_stop = before(ends)
     full = limits.all_see & (full_start < full_stop)
-    q_start = np.arange(limits.low.shape[-1]) * tile
     columns = (
-        q_start,
-        np.minimum(q_start + tile, length),
+        bounds[..., :-1],
+        bounds[..., 1:],
         key_start,
         np.where(full, full_start, key_start),
         np.where(full, full_stop, key_start),
