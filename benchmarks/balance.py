@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.balance_bounds import fewest_keys
 from benchmarks.balance_rivals import (
     LAYOUTS,
     SUITES,
@@ -47,6 +48,8 @@ from dtcp.softmax.style import AttentionStyle
 RESULTS = Path(__file__).parent / "results"
 TOKENS_A_RANK = 8192
 RANKS = (8, 64, 512)
+IMBALANCE = 1.01
+"""Most work of a rank, of the mean, up to which lower bounds hold."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,11 @@ class Model:
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(1)
-    parts = [conditions("benchmarks.balance", {"packs": arguments.packs}), *_of_suites(arguments)]
+    parts = [
+        conditions("benchmarks.balance", {"packs": arguments.packs, "rows": arguments.rows}),
+        *_of_suites(arguments),
+    ]
+    parts.append(_many_rows(arguments.rows))
     parts.append(_planning(arguments.repeats))
     if arguments.steps:
         parts.append(report((2, 4), 2048, arguments.repeats, 30, lambda _: None))
@@ -109,6 +116,8 @@ def _of_suites(arguments: argparse.Namespace) -> list[str]:
             head = ("layout", "max / mean work", "keys to bring", "most sent", "pieces", "most")
             head += ("ms a layer", "moved under it", "keys once a node")
             cells = [[name, *cells] for name, (_, cells) in found.items()]
+            bound = statistics.fmean(_fewest(documents, num_shards) for documents in rows)
+            cells.append(["lower bound", f"{IMBALANCE}", f"{bound:.3f}", *["-"] * (len(head) - 3)])
             parts.append(f"## {suite}, {num_shards} ranks\n\n{table(head, cells)}")
             if num_shards == 64:
                 shown[suite] = {name: point for name, (point, _) in found.items()}
@@ -117,7 +126,8 @@ def _of_suites(arguments: argparse.Namespace) -> list[str]:
     model = ", ".join(f"{name} {value:g}" for name, value in vars(Model()).items())
     notes = (
         "Keys to bring: tokens whose keys a rank needs from others, of all tokens; mean over ranks "
-        "and rows. Most sent: by one rank, to all. The last three columns are a model, not a "
+        "and rows; no layout with equal tokens and so much work at most brings less than the lower "
+        "bound. Most sent: by one rank, to all. The last three columns are a model, not a "
         f"measurement ({model}): computing and then moving keys from owner to user, the greater of "
         "the two, and the greater of the two if a key entered each node once."
     )
@@ -144,6 +154,31 @@ def _layout_row(
     imbalance, share, sent, pieces, most, *times = means
     cells = [f"{imbalance:.4f}", f"{share:.3f}", f"{sent:.3f}", f"{pieces:.1f}", f"{most:.0f}"]
     return (imbalance, share), [*cells, *("-" if x != x else f"{1e3 * x:.2f}" for x in times)]
+
+
+def _fewest(documents: Documents, num_shards: int) -> float:
+    return fewest_keys(documents, num_shards, imbalance=IMBALANCE)
+
+
+def _many_rows(count: int) -> str:
+    """Of a few rows, the mean is that of the longest documents among them: of more, on 64 ranks."""
+    cells = []
+    for suite in ("lognormal", "mixture"):
+        rows = rows_of(suite, 64 * TOKENS_A_RANK, count)
+        for name in ("Contiguous", "HeadTail", "greedy chunks (2048)", "DocumentBalanced"):
+            figures = [figures_of(LAYOUTS[name](documents, 64), documents) for documents in rows]
+            shares = [x.received.mean() / (64 * TOKENS_A_RANK) for x in figures]
+            worst = max(x.imbalance for x in figures)
+            cells.append([suite, name, f"{worst:.4f}", *_spread(shares)])
+        bounds = [_fewest(documents, 64) for documents in rows]
+        cells.append([suite, "lower bound", f"{IMBALANCE}", *_spread(bounds)])
+    head = ("suite", "layout", "worst max / mean work", "keys to bring, mean", "median", "least")
+    return f"## {count} rows of a suite, 64 ranks\n\n{table((*head, 'most'), cells)}"
+
+
+def _spread(shares: list[float]) -> list[str]:
+    numbers = statistics.fmean(shares), statistics.median(shares), min(shares), max(shares)
+    return [f"{x:.3f}" for x in numbers]
 
 
 def _planning(repeats: int) -> str:
@@ -207,6 +242,7 @@ def _draw(shown: dict[str, dict[str, tuple[float, float]]]) -> Figure:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packs", type=int, default=4, help="rows of a suite")
+    parser.add_argument("--rows", type=int, default=60, help="rows of a suite on 64 ranks")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--write", default="", help="hardware name of the file under results/")
