@@ -99,14 +99,12 @@ def start_all_to_all(x: Tensor, receive: list[int], send: list[int], group: str)
     torch keeps rows and result alive until then; its public collectives hand out a Work, which
     no op can return (2.11-2.15).
     """
-    flying: Tensor = torch.ops._c10d_functional.all_to_all_single(x, receive, send, group)
-    return flying
+    return cast(Tensor, torch.ops._c10d_functional.all_to_all_single(x, receive, send, group))
 
 
 def arrived(flying: Tensor) -> Tensor:
     """Wait for a tensor of start_all_to_all; one that is there already is handed on (2.11-2.15)."""
-    there: Tensor = torch.ops._c10d_functional.wait_tensor(flying)
-    return there
+    return cast(Tensor, torch.ops._c10d_functional.wait_tensor(flying))
 
 
 # FSDP.
@@ -117,8 +115,7 @@ def fsdp_param_groups(unit: FSDPModule) -> list[Any] | None:
 
     A list, for experts on a mesh of their own. There is no public way to a group's dtype.
     """
-    groups: list[Any] | None = getattr(unit._get_fsdp_state(), "_fsdp_param_groups", None)
-    return groups
+    return cast(list[Any] | None, getattr(unit._get_fsdp_state(), "_fsdp_param_groups", None))
 
 
 def has_param_meshes() -> bool:
@@ -159,8 +156,7 @@ def empty_param_group_like(group: Any) -> Any:
 
 def dynamo_error() -> type[Exception]:
     """What dynamo raises where it cannot make a graph: it has no public name (2.11-2.15)."""
-    error: type[Exception] = torch._dynamo.exc.TorchDynamoException
-    return error
+    return cast(type[Exception], torch._dynamo.exc.TorchDynamoException)
 
 
 def dynamo_has(setting: str) -> bool:
@@ -193,8 +189,7 @@ def dynamo_limits() -> tuple[int, int]:
 
 def graph_limit_error() -> type[Exception]:
     """What dynamo raises at its limit of graphs: it has no public name (2.11-2.15)."""
-    error: type[Exception] = torch._dynamo.exc.FailOnRecompileLimitHit
-    return error
+    return cast(type[Exception], torch._dynamo.exc.FailOnRecompileLimitHit)
 
 
 def graphs_made() -> int:
@@ -398,3 +393,8 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 
 flat_leaves, put_back = tree_flatten, tree_unflatten
 """Nested lists, tuples and dicts, taken apart into leaves and put together (2.11-2.15)."""
+
+
+def changes_of(x: Tensor) -> int:
+    """How often a tensor has been written to in place (2.11-2.15)."""
+    return x._version

@@ -304,10 +304,31 @@ def prepare_batch(
 
     Args and errors are those of `shard_batch`; `shard_prepared` does the rest.
     """
+    return prepare_rows(
+        lambda: Rows.of(batch, fields, documents),
+        mesh,
+        layout,
+        model=model,
+        balance_for=balance_for,
+        buckets=buckets,
+        memory=memory,
+    )
+
+
+def prepare_rows(
+    prepare: "Callable[[], Rows]",
+    mesh: ParallelMesh,
+    layout: type[SequenceLayout] = HeadTail,
+    *,
+    model: nn.Module | None = None,
+    balance_for: Mask | Mapping[Mask, int] | None = None,
+    buckets: Buckets | None = None,
+    memory: ShardedBatch | None = None,
+) -> PreparedBatch:
+    """`prepare_batch` for a caller who makes the rows, as for `shard_rows`."""
     check_kind("A batch", ParallelMesh, mesh=mesh)
     _check_arguments(layout, buckets, model, balance_for, memory)
-    rows = Rows.of(batch, fields, documents)
-    prepared = _prepared(rows, mesh, layout, model, balance_for, buckets, memory)
+    prepared = _prepared(prepare(), mesh, layout, model, balance_for, buckets, memory)
     if mesh.cp is not None or mesh.tp is not None:
         prepared.hashes  # noqa: B018  # worked out here, not where the batch is used
     return prepared

@@ -1,6 +1,6 @@
 """Unmodified models of transformers, whose attention calls go to mixers."""
 
-from dtcp.huggingface.batch import causal_lm_loss, shard_hf_batch
+from dtcp.huggingface.batch import causal_lm_loss, prepare_hf_batch, shard_hf_batch
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.install import install_mixers
 from dtcp.huggingface.recorder import SurveyedAttention
@@ -14,6 +14,7 @@ __all__ = [
     "causal_lm_loss",
     "documents_of_hf_batch",
     "install_mixers",
+    "prepare_hf_batch",
     "shard_hf_batch",
     "survey",
 ]

@@ -1,12 +1,18 @@
 """A batch as transformers' collators make it, cut for the ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import ShardedBatch, shard_rows
+from dtcp.batch import (
+    PreparedBatch,
+    ShardedBatch,
+    prepare_rows,
+    shard_prepared,
+    shard_rows,
+)
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.encoder_decoder import (
@@ -43,6 +49,7 @@ def shard_hf_batch(
     device: torch.device | str | None = None,
     compare_ranks: bool = True,
     buckets: Buckets | None = None,
+    prepared: Callable[[], PreparedBatch] | None = None,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
     """Cut a batch of transformers into this rank's part.
 
@@ -61,6 +68,8 @@ def shard_hf_batch(
             shifted; those of a token classifier stay at their tokens; those of rows, and the
             start_positions and end_positions of answers, stay whole.
         compare_ranks, buckets: as for shard_batch.
+        prepared: gives what prepare_hf_batch made of this batch, layout, model and buckets, maybe
+            in a thread; None makes it here.
     Returns:
         the local batch, with labels and position_ids, and how it was sharded (of a model with an
         encoder, the decoder's tokens). Call
@@ -72,8 +81,37 @@ def shard_hf_batch(
         ValueError: a model without mixers, ids that it has no embedding for, padding on the left or
             in the middle, keys that contradict each other, or what shard_batch refuses.
     """
-    options = {"device": device, "compare_ranks": compare_ranks, "buckets": buckets}
+    options: dict[str, Any] = {"device": device, "compare_ranks": compare_ranks, "buckets": buckets}
+    options["prepared"] = prepared
     return _shard(batch, mesh, layout, model, for_token_loss=False, **options)
+
+
+def prepare_hf_batch(
+    batch: Mapping[str, Any],
+    mesh: ParallelMesh,
+    layout: type[SequenceLayout] = HeadTail,
+    *,
+    model: nn.Module,
+    buckets: Buckets | None = None,
+) -> PreparedBatch:
+    """All of `shard_hf_batch` that needs no other rank and no device: for a thread, ahead of it.
+
+    Args and errors are those of `shard_hf_batch`, to which the result goes as `prepared`.
+
+    Raises:
+        ValueError: a model with an encoder besides, whose two batches are made where they are used.
+    """
+    check_kind("prepare_hf_batch", nn.Module, model=model)
+    _check_one_sequence(model)
+    return prepare_rows(lambda: _rows_of(batch, model), mesh, layout, model=model, buckets=buckets)
+
+
+def _check_one_sequence(model: nn.Module) -> None:
+    if encoder_name(model):
+        raise ValueError(
+            f"Batches of two sequences are made where they are used, got a "
+            f"{type(model).__name__}, which has an encoder: call shard_hf_batch without prepared."
+        )
 
 
 def _shard(
@@ -83,8 +121,11 @@ def _shard(
     model: nn.Module,
     *,
     for_token_loss: bool,
+    prepared: Callable[[], PreparedBatch] | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
+    if prepared is not None:
+        _check_one_sequence(model)
     if encoder_name(model):
         check_has_mixers(model)
         return shard_two_sequences(
@@ -94,7 +135,11 @@ def _shard(
     def prepare() -> Rows:
         return _rows_of(batch, model, for_token_loss=for_token_loss)
 
-    local, sharded = shard_rows(prepare, mesh, layout, model=model, **options)
+    if prepared is None:
+        local, sharded = shard_rows(prepare, mesh, layout, model=model, **options)
+    else:
+        device, compare = options["device"], options["compare_ranks"]
+        local, sharded = shard_prepared(prepared, mesh, device=device, compare_ranks=compare)
     images = {key: batch[key] for key in IMAGES if batch.get(key) is not None}
     if images:
         whole = {**whole_rows(batch, sharded.documents, model), **images}
@@ -127,7 +172,7 @@ def causal_lm_loss(
         ValueError: no labels, a model that gives outputs for rows, or what shard_hf_batch refuses.
     """
     check_kind("causal_lm_loss", nn.Module, model=model)
-    options = {"device": device, "compare_ranks": compare_ranks, "buckets": buckets}
+    options: dict[str, Any] = {"device": device, "compare_ranks": compare_ranks, "buckets": buckets}
     local, sharded = _shard(batch, mesh, layout, model, for_token_loss=True, **options)
     labels = local.pop("labels")
     local.pop("padding_mask", None)

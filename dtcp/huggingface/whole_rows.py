@@ -5,6 +5,7 @@ give back, the loss or a number of each token, is the same on all of them; and e
 of its own tokens, to be summed over cp as FSDP does.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from dtcp.batch import ShardedBatch
+from dtcp.batch import PreparedBatch, ShardedBatch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.replicated_loss import sum_for_replicated_loss
-from dtcp.huggingface.batch import LABELED_IN_PLACE, shard_hf_batch
+from dtcp.huggingface.batch import LABELED_IN_PLACE, prepare_hf_batch, shard_hf_batch
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.encoder_decoder import encoder_name
 from dtcp.huggingface.images import IMAGES
 from dtcp.huggingface.linear_head import LinearHead
 from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
+from dtcp.huggingface.rows_ahead import RowsAhead
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.linear_logits import LinearLogits
 from dtcp.loss import global_token_count, token_log_probs, token_mean_loss
@@ -76,6 +78,15 @@ class WholeRows(nn.Module):
         self.linear_head = LinearHead(module) if linear_head else None
         self.gathers_logits = False
         """Whether a call with labels gives logits, too: [B, S, V] on every rank."""
+        self._ahead = RowsAhead(self._prepared)
+
+    def prepare_ahead(self, rows: Mapping[str, Any]) -> None:
+        """Lay out rows in a thread that the model is going to be called with, on the host.
+
+        The call with these very tensors then finds it done. Rows of two sequences are left to it.
+        """
+        if not encoder_name(self.module):
+            self._ahead.start(_read(rows))
 
     def forward(
         self,
@@ -107,12 +118,8 @@ class WholeRows(nn.Module):
         _check_rows(rows)
         if fused_lm_head:
             self._check_token_numbers(labels)
-        rows = {key: _on_host(key, x) for key, x in rows.items() if key not in CALL_KEYS}
-        labels = _on_host("labels", labels)
-        options: dict[str, Any] = {"device": self.device, "buckets": self.buckets}
-        local, sharded = shard_hf_batch(
-            {**rows, "labels": labels}, self.mesh, self.layout, model=self.module, **options
-        )
+        batch = _read({**rows, "labels": labels})
+        local, sharded = self._shards(batch)
         targets = local.pop("labels", None)
         local.pop("padding_mask", None)
         said = is_balanced(self.module) if output_router_logits is None else output_router_logits
@@ -127,7 +134,8 @@ class WholeRows(nn.Module):
         aux = self._balance(out.router_logits, sharded) if asked else None
         if fused_lm_head:
             outputs = RowOutputs(_numbers_of_tokens(out.logits, targets, sharded))
-            outputs["label_mask"] = _has_next_token(labels, rows).to(out.logits.device)
+            mask = _has_next_token(batch.pop("labels"), batch)
+            outputs["label_mask"] = mask.to(out.logits.device)
         else:
             logits = out.logits if head is None else head.logits(out.logits)
             outputs = RowOutputs(loss=self._loss(logits, targets, num_items_in_batch, aux))
@@ -136,6 +144,15 @@ class WholeRows(nn.Module):
         if aux is not None:
             outputs["aux_loss"] = aux
         return outputs
+
+    def _shards(self, rows: Mapping[str, Any]) -> tuple[dict[str, Tensor], ShardedBatch]:
+        options: dict[str, Any] = {"device": self.device, "buckets": self.buckets}
+        options["prepared"] = self._ahead.take(rows)
+        return shard_hf_batch(rows, self.mesh, self.layout, model=self.module, **options)
+
+    def _prepared(self, rows: Mapping[str, Any]) -> PreparedBatch:
+        of = (rows, self.mesh, self.layout)
+        return prepare_hf_batch(*of, model=self.module, buckets=self.buckets)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
@@ -230,6 +247,12 @@ def _check_rows(rows: dict[str, Any]) -> None:
             "Labels of whole rows are not shifted yet, got shift_labels, as collators give them "
             "that cut rows for ranks: give labels, and the same rows to all ranks of a cp group."
         )
+
+
+def _read(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """What is read of rows, on the host."""
+    kept = {key: x for key, x in rows.items() if key not in CALL_KEYS and x is not None}
+    return {key: _on_host(key, x) for key, x in kept.items()}
 
 
 def _on_host(key: str, x: Any) -> Any:

@@ -1,10 +1,11 @@
 """accelerate's Accelerator where the ranks of a cp and tp group are one process of a loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -23,6 +24,8 @@ class MeshAccelerator(Accelerator):
     mesh: ParallelMesh
     rows_of: Callable[[nn.Module], WholeRows]
     """A model as a loop calls it."""
+    look_at: Callable[[Any], None]
+    """Is given each batch when its loader has it, a step before the loop has."""
 
     @classmethod
     def adopt(
@@ -30,6 +33,7 @@ class MeshAccelerator(Accelerator):
         accelerator: Accelerator,
         mesh: ParallelMesh,
         rows_of: Callable[[nn.Module], WholeRows],
+        look_at: Callable[[Any], None],
     ) -> None:
         """Let an accelerator that a Trainer has made be one of this class.
 
@@ -37,7 +41,7 @@ class MeshAccelerator(Accelerator):
         same settings would be made by a copy of that code.
         """
         accelerator.__class__ = cls
-        accelerator.mesh, accelerator.rows_of = mesh, rows_of
+        accelerator.mesh, accelerator.rows_of, accelerator.look_at = mesh, rows_of, look_at
 
     @property
     def num_processes(self) -> int:
@@ -50,7 +54,10 @@ class MeshAccelerator(Accelerator):
     def prepare_data_loader(
         self, data_loader: Any, device_placement: Any = None, slice_fn_for_dispatch: Any = None
     ) -> Any:
-        return super().prepare_data_loader(data_loader, False, slice_fn_for_dispatch)
+        loader = super().prepare_data_loader(data_loader, False, slice_fn_for_dispatch)
+        if isinstance(loader, DataLoaderShard):
+            _show_batches(loader.base_dataloader, self.look_at)
+        return loader
 
     def prepare_model(
         self, model: nn.Module, device_placement: Any = None, evaluation_mode: bool = False
@@ -79,3 +86,15 @@ class MeshAccelerator(Accelerator):
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         norm = super().clip_grad_norm_(parameters, max_norm, norm_type)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _show_batches(loader: Any, look_at: Callable[[Any], None]) -> None:
+    """Let a loader show each batch as soon as it has it: accelerate asks for one ahead."""
+
+    def __iter__(self: Any) -> Iterator[Any]:
+        for batch in kind.__iter__(self):
+            look_at(batch)
+            yield batch
+
+    kind = type(loader)
+    loader.__class__ = type(kind.__name__, (kind,), {"__iter__": __iter__})

@@ -6,7 +6,7 @@ counts a cp and tp group as one process (`MeshAccelerator`), and files are writt
 ranks together. Everything else, from arguments to callbacks, is the trainer's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ class MeshTrainerMixin:
         check_training_arguments(self.args, self.mesh)
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         check_launch(self.accelerator, self.mesh)
-        MeshAccelerator.adopt(self.accelerator, self.mesh, self._rows_of)
+        MeshAccelerator.adopt(self.accelerator, self.mesh, self._rows_of, self._lay_out_ahead)
         self._rows_options["label_smoothing"] = self.args.label_smoothing_factor
         self._rows_options["autocast"] = torch.bfloat16 if self.args.bf16 else None
         if self.model is not None:
@@ -193,6 +193,11 @@ class MeshTrainerMixin:
             wrap_forward(model, _on_whole_rows)
         vars(model)[_ROWS] = rows
         return rows
+
+    def _lay_out_ahead(self, batch: Any) -> None:
+        """Rows as the loader has them, while the step before them runs."""
+        if isinstance(batch, Mapping):
+            self._wrap_model(self.model).prepare_ahead(batch)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
