@@ -5,6 +5,7 @@ Sharded on the sequence it is attention over the whole sequence, in every layout
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention as captured
@@ -14,7 +15,7 @@ from dtcp.distributed.ledger import count_traffic
 from dtcp.sdpa.aten_rules import install_sdpa_rules
 from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
-from dtcp.softmax import AllGatherAttention, UlyssesAttention
+from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
 from tests.harness import packings
 from tests.harness.attention_parity import refused
 from tests.harness.spmd import spmd
@@ -183,6 +184,26 @@ def test_attention_inside_a_layout_is_over_the_whole(mesh, style, compiled, rank
 
             order = layout.permutation()
             assert_equals_one_device(inside, mesh, [Shard(2)], causal=causal, order=order)
+
+
+@spmd(ranks=4)
+def test_attention_inside_a_layout_is_two_tier_with_a_style_that_knows_its_nodes(mesh):
+    """Four ranks are two nodes: both ranks of one read all keys of the other, which cross once."""
+    layout, (q, k, v, _) = Contiguous(SEQ_LEN, 4), sharded(whole_inputs(), mesh, [Shard(2)])
+    crossed = []
+    for style in (RingAttention(), RingAttention(ranks_per_node=2)):
+
+        def inside(q, k, v):
+            with sequence_layout(layout, mesh, style=style):  # noqa: B023
+                return attend(q, k, v, causal=False)
+
+        assert_equals_one_device(inside, mesh, [Shard(2)], causal=False)
+        with count_traffic() as traffic:
+            inside(q, k, v)
+        taken_in = torch.tensor(traffic.crossing(mesh.get_local_rank(), 2)[1])
+        dist.all_reduce(taken_in)
+        crossed.append(int(taken_in))
+    assert crossed[0] == 2 * crossed[1] > 0
 
 
 @compiled_or_not
