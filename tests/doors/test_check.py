@@ -247,7 +247,7 @@ def test_B7_claims_of_a_plan_that_no_rank_has_applied_name_the_plan():
         (f"--hf-model {HERE}:a_llama --set num_hidden_layers=0.5", "(num_hidden_layers=0.5), got"),
         ("--hf-config llama --set dropuot=0", "got 'dropuot', which that of 'llama' has not"),
         ("--hf-config llama --plan a:b", "--plan says how a model with mixers is sharded"),
-        ("--hf-config codegen", "attention from the attention registry, got CodeGenForCausalLM"),
+        ("--hf-config rwkv", "attention from the attention registry, got RwkvForCausalLM"),
         ("--hf-config vit", "causal, masked or encoder-decoder language model, got 'vit'"),
         (
             "--hf-config llama --tp 2 "
