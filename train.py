@@ -3,6 +3,7 @@
     python train.py                         the default config; starts its own ranks
     python train.py --config NAME           another config of dtcp/pretrain/configs.py
     python train.py --model.hf SOURCE       a model of transformers: a folder or a config.json
+    python train.py --model.dtcp SOURCE     the same, as dtcp's own model of its family
     python train.py --training.steps 400    any setting of torchtitan's config, and of ours
     python train.py --dtcp.verify 3         the first steps again on one device, and compare
     torchrun --nproc-per-node 8 train.py --config NAME          the same on ranks started elsewhere

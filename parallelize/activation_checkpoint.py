@@ -14,6 +14,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from dtcp._torch import TorchDispatchMode
 from dtcp.distributed.ops import selective_checkpoint_save_ops
 
 Forward = Callable[..., Any]
@@ -50,7 +51,7 @@ class FullCheckpoint:
         # Not closures over the forward: a deep copy of the block checkpoints its own.
         if not self.routes:
             return partial(checkpoint, forward, use_reentrant=False)
-        contexts = partial(create_selective_checkpoint_contexts, _keep_routes)
+        contexts = partial(_contexts, _keep_routes)
         return partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
 
 
@@ -84,7 +85,7 @@ class SelectiveCheckpoint:
             kept |= _routing_ops()
 
         def contexts() -> Any:
-            return create_selective_checkpoint_contexts(_Policy(kept, self.matmul_every))
+            return _contexts(_Policy(kept, self.matmul_every))
 
         return partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
 
@@ -102,6 +103,44 @@ _TENSOR_PARALLEL = (
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_gather_into_tensor.default,
 )
+
+
+def _contexts(policy: Any) -> tuple[Any, Any]:
+    """Those of a forward pass and of its recomputation, for torch's checkpoint."""
+    forward, again = create_selective_checkpoint_contexts(policy)
+    return _CopiedChoice(forward), _CopiedChoice(again)
+
+
+class _CopiedChoice(TorchDispatchMode):
+    """Hands on a copy of what was chosen, above a mode that keeps it.
+
+    Many routers of transformers divide the weights of the chosen experts in place: what is kept for
+    the backward pass would be divided, too, and torch refuses it.
+    """
+
+    def __init__(self, keeping: Any) -> None:
+        super().__init__()
+        self.keeping = keeping
+
+    def __enter__(self) -> "_CopiedChoice":
+        self.keeping.__enter__()
+        entered: _CopiedChoice = super().__enter__()
+        return entered
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.keeping.__exit__(*error)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        # As the mode below; compiled blocks are traced under both.
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.topk.default:
+            return tuple(x.clone() for x in out)
+        return out
 
 
 def _routing_ops() -> frozenset[Any]:

@@ -12,7 +12,7 @@ from dtcp.check.checked_model import own_errors
 from dtcp.check.plain_torch import without_gpu_kernels
 from dtcp.check.sizes import FAMILIES, REQUIRED, TINY
 
-_REMEDY = "correct the config, by --set or in its file, or pass --hf-model module:function"
+REMEDY = "correct the config, by --set or in its file, or pass --hf-model module:function"
 
 MOST_PARAMETERS = 2**21
 """The largest model that is run as its config says; a larger one is shrunk."""
@@ -65,14 +65,32 @@ def small_config(source: str, change: Mapping[str, Any]) -> SmallConfig:
     return SmallConfig(_made(_merged(given, shrunk)), notes)
 
 
-def model_of(config: Any) -> Any:
+def model_of(config: Any, remedy: str = REMEDY) -> Any:
     """A language model of a config, with fresh weights.
 
     Causal; masked, if it is an encoder's; of two sequences, if it is that of encoder and decoder.
 
+    Args:
+        remedy: what to do where transformers builds none of it.
     Raises:
         ValueError: transformers has none of them for it.
     """
+    kind = _kind_of(config, remedy)
+    did = f"transformers builds a model of {config.model_type!r}"
+    with own_errors(did, remedy), without_gpu_kernels():
+        return kind.from_config(config)
+
+
+def is_causal(config: Any) -> bool:
+    """Whether the language model of a config is a causal one."""
+    from transformers.models.auto import modeling_auto
+
+    kind: bool = _kind_of(config, REMEDY) is modeling_auto.AutoModelForCausalLM
+    return kind
+
+
+def _kind_of(config: Any, remedy: str) -> Any:
+    """The class of transformers that builds the language model of a config."""
     from transformers.models.auto import modeling_auto
 
     kinds: list[tuple[Any, Any]] = [
@@ -86,12 +104,10 @@ def model_of(config: Any) -> Any:
         kinds.reverse()
     for kind, models in kinds:
         if type(config) in models:
-            did = f"transformers builds a model of {config.model_type!r}"
-            with own_errors(did, _REMEDY), without_gpu_kernels():
-                return kind.from_config(config)
+            return kind
     raise ValueError(
-        f"A model type that is checked has a causal, masked or encoder-decoder language model, got "
-        f"{config.model_type!r}: pass --hf-model module:function, which returns the model."
+        f"A model type has a causal, masked or encoder-decoder language model, got "
+        f"{config.model_type!r} without one in transformers: {remedy}."
     )
 
 
@@ -140,7 +156,7 @@ def _made(fields: Fields) -> Any:
 
     fields = dict(fields)
     model_type = fields.pop("model_type")
-    with own_errors(f"transformers makes a config of {model_type!r}", _REMEDY):
+    with own_errors(f"transformers makes a config of {model_type!r}", REMEDY):
         return AutoConfig.for_model(model_type, **fields)
 
 

@@ -32,6 +32,12 @@ NARROW: Mapping[str, int] = {
 
 HEADS = 2
 
+STATES = (
+    ("num_heads", "head_dim", "expand", "n_groups"),
+    ("mamba_n_heads", "mamba_d_head", "mamba_expand", "mamba_n_groups"),
+)
+"""Of Mamba-2: heads times their width are so many times the model's width; groups of heads."""
+
 SMALL = 2**26
 """Parameters of the largest model that is copied as it is: 256 MiB in fp32, on each rank."""
 
@@ -105,7 +111,20 @@ def _narrow_config(config: Any) -> Any:
     narrow["pad_token_id"] = padding if padding and padding < NARROW["vocab_size"] else 0
     if kv_heads:
         narrow["num_key_value_heads"] = HEADS if kv_heads == heads else 1
+    for names in STATES:
+        narrow |= _narrow_states(config, narrow["hidden_size"], *names)
     for key, size in narrow.items():
         before = getattr(config, key, None)
         setattr(config, key, [size] * len(before) if isinstance(before, list) else size)
     return config
+
+
+def _narrow_states(
+    config: Any, hidden_size: int, heads: str, head_dim: str, expand: str, groups: str
+) -> dict[str, int]:
+    """As many heads of a state as a narrow model has room for, of the same width, in one group."""
+    sizes = [getattr(config, name, None) for name in (heads, head_dim, expand, groups)]
+    if not all(isinstance(size, int | float) for size in sizes):
+        return {}
+    _, width, times, _ = sizes
+    return {heads: max(1, int(times * hidden_size) // width), groups: 1}

@@ -17,12 +17,13 @@ import torch
 from dtcp.distributed.mesh import Degrees
 from dtcp.plan.collect import collect, collected_lines
 from dtcp.plan.collected_page import write_collected
-from dtcp.plan.command import command_line
+from dtcp.plan.command import command_lines
+from dtcp.plan.options import check_options
 from dtcp.plan.source import Request, request_of
 from dtcp.plan.sweep import sweep_points, write_sweep
 from dtcp.planner.cluster import GB, Cluster, cluster_of
-from dtcp.planner.report import as_json, detail_lines, text_report
-from dtcp.planner.search import Candidate, Planner, Search, smallest_cluster
+from dtcp.planner.report import as_json, detail_lines, on_one_line, text_report
+from dtcp.planner.search import Candidate, Planner, Search, Wish, smallest_cluster
 
 MOST_PROCESSES = 8
 """That look at steps at once: each takes up to 2 GB."""
@@ -34,11 +35,13 @@ def run_planner(argv: list[str], *, processes: int = 1) -> int:
     Args:
         processes: that look at steps side by side, forked from this one.
     """
-    arguments, rest = _parser().parse_known_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
     torch.set_num_threads(1)
     # DTensor and HF models warn of what no plan depends on.
     warnings.simplefilter("ignore")
     try:
+        check_options(arguments, {name: parser.get_default(name) for name in vars(arguments)}, rest)
         if arguments.collect:
             return _collect(Path(arguments.collect))
         cluster = cluster_of(arguments.cluster)
@@ -49,19 +52,29 @@ def run_planner(argv: list[str], *, processes: int = 1) -> int:
         with closing(planner.looks):
             search = _search(planner, arguments)
             return _show(arguments, request, planner, cluster, search)
-    except (ValueError, TypeError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (ValueError, TypeError) as error:
+        said = on_one_line(str(error))
+    except ImportError as error:
+        said = (
+            f"A plan of train.py's configs or of transformers' models needs their packages, got "
+            f"{error}: pip install 'dtcp[train,hf]'."
+        )
+    except OSError as error:
+        said = f"Files are read and written, got {error}: name another one."
+    print(f"error: {said}", file=sys.stderr)
+    return 2
 
 
 def _sweep(request: Request, cluster: Cluster, arguments: argparse.Namespace) -> int:
     words = arguments.ranks.split(",")
-    if not all(word.isdigit() and int(word) for word in words):
+    if not all(word.isdecimal() and int(word) for word in words):
         raise ValueError(
             f"A sweep goes over numbers of ranks, got --ranks {arguments.ranks}: give 1,2,4,8."
         )
     points = sweep_points(
-        arguments.sweep, [int(word) for word in words], request.wish.documents.seq_len
+        arguments.sweep,
+        [*dict.fromkeys(int(word) for word in words)],
+        request.wish.documents.seq_len,
     )
     folder = Path(arguments.out)
     options = {"steps": arguments.steps, "documents": arguments.documents}
@@ -95,15 +108,18 @@ def _show(
     search: Search,
 ) -> int:
     if not search.candidates:
-        why = search.refused[0].why if search.refused else "no mesh divides the rows of a step"
+        why = search.refused[0].why if search.refused else _undivided(request.wish, cluster)
         print(
-            f"error: No mesh of {cluster} carries the model: {' '.join(why.split())}",
+            f"error: No mesh of {cluster} carries the model: {on_one_line(why)}",
             file=sys.stderr,
         )
         return 2
     best = search.best
     if arguments.json:
-        print(json.dumps(as_json(request.subject.name, request.wish, cluster, search), indent=1))
+        found = as_json(request.subject.name, request.wish, cluster, search)
+        if best.fits:
+            found["command"] = _command(request, planner, best)
+        print(json.dumps(found, indent=1))
     else:
         parameters = best.forecast.parameters
         report = text_report(request.subject.name, parameters, request.wish, cluster, search)
@@ -118,16 +134,34 @@ def _show(
         _say_what_would_do(planner, best, cluster, named=arguments.mesh)
         return 1
     if not arguments.json:
-        print(
-            "\n".join(["", "run it      " + command_line(request, best, cluster), "", "assumed:"])
-        )
-        print("\n".join(f"  {line}" for line in cluster.assumptions()))
+        first, *more = _command(request, planner, best)
+        print("\n".join(["", f"run it      {first}", *(f"            {x}" for x in more)]))
+        print("\n".join(["", "assumed:", *(f"  {line}" for line in cluster.assumptions())]))
     return 0
 
 
+def _undivided(wish: Wish, cluster: Cluster) -> str:
+    """What to change where no mesh has rows, or parts of them, for all of its ranks."""
+    seq_len, gpus = wish.documents.seq_len, cluster.gpus
+    rows = -(-wish.rows // gpus) * gpus
+    return (
+        f"{wish.rows} rows of {seq_len} tokens a step are not dealt out, or cut, among {gpus} GPUs "
+        f"evenly: give --global-batch {rows}, or --seq-len {-(-seq_len // gpus // 2) * gpus * 2}."
+    )
+
+
+def _command(request: Request, planner: Planner, best: Candidate) -> list[str]:
+    reads_strategy = planner.looks.reads_strategy
+    return command_lines(request, best, planner.cluster, reads_strategy=reads_strategy)
+
+
 def _say_what_would_do(planner: Planner, best: Candidate, cluster: Cluster, *, named: str) -> None:
+    seq_len, most = planner.wish.documents.seq_len, 2 * cluster.gpus
     if named and planner.has_room():
         would = f"another mesh would do, leave out --mesh {named}"
+    elif planner.wish.cuts_evenly and cluster.gpus > 1 and seq_len % most:
+        near = max(1, round(seq_len / most)) * most
+        would = f"rows of {seq_len} tokens are not cut among all GPUs; --seq-len {near} would be"
     elif gpus := smallest_cluster(planner):
         would = f"{gpus}x{cluster.name} would do"
     else:
@@ -168,12 +202,14 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--collect", default="", help="a sweep's folder: read its logs, plot them")
     model.add_argument("--config", help="a config of train.py; --section.key VALUE changes it")
-    model.add_argument("--hf-config", help="a config.json, its folder, or a preset")
-    model.add_argument("--model", help="module:function that returns a model with mixers")
+    model.add_argument("--hf-config", help="a config.json, its folder, a preset or a model type")
+    model.add_argument(
+        "--model", help="module:function that returns a model: of transformers, or with a --plan"
+    )
     parser.add_argument("--plan", default="", help="module:function (model, mesh, style) -> plan")
     parser.add_argument("--cluster", default="8xH100", help="as 64xH200, or a JSON file")
-    parser.add_argument("--seq-len", type=int, default=0, help="tokens of a row")
-    parser.add_argument("--global-batch", type=int, default=0, help="rows of a step")
+    parser.add_argument("--seq-len", type=int, help="tokens of a row")
+    parser.add_argument("--global-batch", type=int, help="rows of a step")
     parser.add_argument(
         "--documents",
         default="single",

@@ -11,12 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dtcp.plan.sweep import PLAN, RUNS
+from dtcp.plan.sweep import PLAN, RUNS, SKIPPED
 from dtcp.planner.cluster import Cluster
 from dtcp.pretrain.plot import read_losses
-
-SKIPPED = 2
-"""Steps at the start of a run that compile, and are not measured."""
 
 _TAGS: Mapping[str, str] = {
     "tokens_per_second": "throughput(tokens/s)",

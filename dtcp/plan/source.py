@@ -4,16 +4,19 @@ import argparse
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import cycle
+from math import lcm
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dtcp.parallelize import ActivationCheckpoint, FullCheckpoint
+from dtcp.plan.script import Script, script_of
 from dtcp.planner.cluster import cluster_of
 from dtcp.planner.search import Wish
 from dtcp.planner.setup import BF16, Precision
-from dtcp.planner.subject import OwnModel, Subject, subject_of_hf
+from dtcp.planner.subject import MadeHuggingFaceModel, OwnModel, Subject, subject_of_hf
 from dtcp.sequence.documents import Documents
 
 SEED = 0
@@ -24,14 +27,14 @@ class Request:
     """A model, what to run of it, and the command that would.
 
     Args:
-        script: the start of a command line; empty for none.
+        script: the start of a command line.
         given: further words of it, by the setting that they are for.
         checkpoint: what its blocks keep, as the config has it.
     """
 
     subject: Subject
     wish: Wish
-    script: tuple[str, ...] = ()
+    script: Script = field(default_factory=Script)
     given: Mapping[str, Sequence[str]] = field(default_factory=dict)
     checkpoint: ActivationCheckpoint = field(default_factory=FullCheckpoint)
 
@@ -44,22 +47,30 @@ def request_of(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
     Raises:
         ValueError: naming what cannot be planned.
     """
-    if rest and not arguments.config:
-        raise ValueError(
-            f"Settings belong to a config of train.py, got {' '.join(rest)} without --config: "
-            f"leave them out."
-        )
     if arguments.config:
         return _of_config(arguments, rest)
-    if arguments.plan and not arguments.model:
-        raise ValueError("--plan goes with --model, got it alone: add --model module:function.")
-    subject = (
-        subject_of_hf(arguments.hf_config)
-        if arguments.hf_config
-        else OwnModel(arguments.model, _function(arguments.model), _function(arguments.plan))
-    )
-    seq_len = arguments.seq_len or 131_072
-    return Request(subject, _wish(arguments, seq_len, BF16, default_rows=None))
+    wish = _wish(arguments, _seq_len(arguments, 131_072), BF16, default_rows=None)
+    if arguments.model:
+        return Request(_own_model(arguments.model, arguments.plan), wish)
+    subject = subject_of_hf(arguments.hf_config)
+    script = script_of(subject, arguments.hf_config)
+    given = {_COMPUTE: [f"--{_COMPUTE}", f"{BF16.compute}".removeprefix("torch.")]}
+    return Request(subject, replace(wish, cuts_evenly=bool(script.words)), script, given)
+
+
+_COMPUTE = "training.mixed_precision_param"
+
+
+def _seq_len(arguments: argparse.Namespace, default: int) -> int:
+    given: int = arguments.seq_len
+    return default if given is None else given
+
+
+def _own_model(model: str, plan: str) -> Subject:
+    """A model of a function: of transformers where it has no plan."""
+    if plan:
+        return OwnModel(model, _function(model), _function(plan))
+    return MadeHuggingFaceModel(model, _function(model))
 
 
 def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
@@ -86,15 +97,17 @@ def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
         )
     training, precision = config.training, precision_of(config.training)
     rows = training.global_batch_size if training.global_batch_size > 0 else None
-    wish = _wish(arguments, arguments.seq_len or training.seq_len, precision, default_rows=rows)
+    seq_len = _seq_len(arguments, training.seq_len)
+    wish = _wish(arguments, seq_len, precision, default_rows=rows)
     wish = replace(
         wish,
+        cuts_evenly=True,
         **_wished_of(config.dtcp, given),
         checkpoint=kept_by_blocks(config) if CHECKPOINT in given else None,
         etp=etp,
         reshard=config.parallelism.fsdp_reshard_after_forward != "never",
     )
-    script = ("train.py", "--config", arguments.config)
+    script = Script(("train.py", "--config", arguments.config))
     return Request(subject, wish, script, given, kept_by_blocks(config))
 
 
@@ -151,11 +164,13 @@ def _wished_of(section: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 def _wish(
     arguments: argparse.Namespace, seq_len: int, precision: Precision, default_rows: int | None
 ) -> Wish:
-    rows = arguments.global_batch or default_rows
+    rows = default_rows if arguments.global_batch is None else arguments.global_batch
     if rows is None:
-        # About four million tokens a step, and as many rows for each node.
-        nodes = cluster_of(arguments.cluster).nodes
-        rows = nodes * 2 ** max(0, (4_194_304 // max(1, seq_len) // nodes).bit_length() - 1)
+        # About four million tokens a step, as many rows for each node, and odd factors of the
+        # GPUs among the rows, for lengths of rows seldom have them.
+        cluster = cluster_of(arguments.cluster)
+        unit = lcm(cluster.nodes, cluster.gpus // (cluster.gpus & -cluster.gpus))
+        rows = unit * 2 ** max(0, (4_194_304 // max(1, seq_len) // unit).bit_length() - 1)
     if seq_len < 1 or rows < 1:
         raise ValueError(
             f"A step has rows of tokens, got --seq-len {seq_len}, --global-batch {rows}: give 1 or "
@@ -182,13 +197,23 @@ def asked_documents(text: str, seq_len: int) -> Documents:
             f"Documents are single, lognormal:MEDIAN:SIGMA, a file of lengths or a folder of "
             f"texts, got --documents {text}: correct it."
         )
-    words = path.read_text().split()
-    if not words or not all(word.isdigit() and int(word) for word in words):
+    return _filled(_lengths_in_file(path), seq_len, cut=False)
+
+
+def _lengths_in_file(path: Path) -> list[int]:
+    try:
+        words = path.read_text().split()
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"A file of documents has lengths in tokens, positive whole numbers, got {text}: "
-            f"correct it."
+            f"A file of documents is a text of lengths in tokens, got {path} ({error}): name one."
+        ) from None
+    wrong = [word for word in words if not (word.isdecimal() and int(word))]
+    if not words or wrong:
+        raise ValueError(
+            f"A file of documents has lengths in tokens, positive whole numbers, got {path} with "
+            f"{wrong[0] if wrong else 'none'!r}: correct it."
         )
-    return _filled([int(word) for word in words], seq_len, cut=False)
+    return [int(word) for word in words]
 
 
 def _drawn(text: str, seq_len: int) -> Documents:
@@ -206,10 +231,14 @@ def _drawn(text: str, seq_len: int) -> Documents:
 
 
 def _filled(lengths: Sequence[int], seq_len: int, *, cut: bool) -> Documents:
-    """As many documents as fill a row; the last one is cut, and longer ones are if so wished."""
+    """As many documents as fill a row; the last one is cut, and what is left of it is padding.
+
+    Args:
+        cut: longer documents, too; and where all do not fill the row, they come again.
+    """
     row: list[int] = []
     left = seq_len
-    for length in lengths:
+    for length in cycle(lengths) if cut else lengths:
         if length > seq_len and not cut:
             raise ValueError(
                 f"A document lies in one row, got one of {length} tokens with --seq-len {seq_len}: "

@@ -11,10 +11,13 @@ from dtcp.distributed.mesh import Degrees
 from dtcp.plan.command import script_line, train_options
 from dtcp.plan.source import Request, asked_documents
 from dtcp.planner.cluster import Cluster
-from dtcp.planner.search import Candidate, Planner
+from dtcp.planner.search import Candidate, Planner, Wish
 from dtcp.sequence.documents import Documents
 
 PLAN, RUNS = "plan.json", "runs.sh"
+
+SKIPPED = 2
+"""Steps at the start of a run that compile, and are not measured."""
 
 
 @dataclass(frozen=True)
@@ -48,29 +51,41 @@ def write_sweep(
     Args:
         documents: of the planned rows, as `--documents` has them.
     Raises:
-        ValueError: a model without a config of train.py, or a point that it does not take.
+        ValueError: a model that train.py does not take; fewer steps than are measured; a point
+            that the model does not take.
     """
-    if not request.script:
-        raise ValueError("A sweep runs configs of train.py, got no --config: name one.")
-    folder.mkdir(parents=True, exist_ok=True)
-    commands, runs = [], {}
+    if not request.script.words:
+        why = request.script.why_not or "a model of --model is run by a script of one's own"
+        raise ValueError(
+            f"A sweep runs train.py, got {request.subject.name}, which it does not take ({why}): "
+            f"name a --config or another --hf-config."
+        )
+    if steps <= SKIPPED:
+        raise ValueError(
+            f"A run of a sweep is measured after its first {SKIPPED} steps, which compile, got "
+            f"--steps {steps}: give {SKIPPED + 1} or more."
+        )
+    commands, runs, head = [], {}, ["set -e"]
+    if request.script.before:
+        head.append(request.script.before)
     for point in points:
         row, used = asked_documents(documents, point.seq_len), replace(cluster, gpus=point.ranks)
-        found = _planned(request, used, row)
+        planner = Planner(request.subject, used, _wish(request, row))
+        planner.wish.check_cut(Degrees(cp=point.ranks))
+        found = planner.candidate(planner.plain(Degrees(cp=point.ranks)))
+        reads_strategy = planner.looks.reads_strategy
         options = {
             "training.steps": steps,
             "dump_folder": folder / point.name,
             "dtcp.forecast": True,
-            **train_options(found.setup, used, rows=1),
+            **train_options(found.setup, used, rows=1, reads_strategy=reads_strategy),
         }
-        launcher = f"torchrun --nproc-per-node {used.ranks_per_node}"
-        if used.nodes > 1:
-            nodes = f"--nodes {used.nodes} --ntasks-per-node 1"
-            launcher = f"srun {nodes} {launcher} --nnodes {used.nodes} "
-            launcher += '--rdzv-backend c10d --rdzv-endpoint "$HEAD_NODE:29500"'
-        commands.append(f"{launcher} {script_line(request, options)}")
+        commands.append(f"{_launcher(used)} {script_line(request, options)}")
+        if used.nodes > 1 and _HEAD_NODE not in head:
+            head.append(_HEAD_NODE)
         runs[point.name] = _numbers(point, found)
-    (folder / RUNS).write_text("\n".join(["set -e", *commands]) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUNS).write_text("\n".join([*head, *commands]) + "\n")
     plan = {
         "model": request.subject.name,
         "documents": documents,
@@ -105,7 +120,21 @@ def _numbers(point: SweepPoint, found: Candidate) -> dict[str, Any]:
     }
 
 
-def _planned(request: Request, cluster: Cluster, documents: Documents) -> Candidate:
-    wish = replace(request.wish, documents=documents, rows=1, checkpoint=request.checkpoint)
-    planner = Planner(request.subject, cluster, wish)
-    return planner.candidate(planner.plain(Degrees(cp=cluster.gpus)))
+def _wish(request: Request, documents: Documents) -> Wish:
+    """One row a step, with what its config keeps for the backward pass."""
+    return replace(request.wish, documents=documents, rows=1, checkpoint=request.checkpoint)
+
+
+_HEAD_NODE = 'HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+"""Where ranks of several nodes meet."""
+
+
+def _launcher(cluster: Cluster) -> str:
+    """What starts train.py on all GPUs of a cluster: torchrun; for several nodes, by SLURM."""
+    torchrun = f"torchrun --nproc-per-node {cluster.ranks_per_node}"
+    if cluster.nodes == 1:
+        return torchrun
+    return (
+        f"srun --nodes {cluster.nodes} --ntasks-per-node 1 {torchrun} --nnodes {cluster.nodes} "
+        f'--rdzv-backend c10d --rdzv-endpoint "$HEAD_NODE:29500"'
+    )

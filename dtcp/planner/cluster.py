@@ -48,6 +48,11 @@ class Cluster:
             rate = getattr(self, name)
             if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < inf:
                 raise ValueError(f"A cluster has numbers above 0, got {name}={rate!r}: correct it.")
+        if not 0 <= self.reserved < self.memory:
+            raise ValueError(
+                f"A GPU has memory beside what is reserved of it, got reserved={self.reserved!r} "
+                f"of memory={self.memory!r} bytes: correct them."
+            )
         if self.gpus % self.nodes:
             least = self.gpus - self.gpus % self.per_node
             raise ValueError(
@@ -134,10 +139,11 @@ def _of_file(path: Path) -> Cluster:
         given = json.loads(path.read_text())
         kind = KINDS.get(given.pop("kind", ""), None)
         base = {} if kind is None else asdict(kind)
+        base.pop("gpus", None)  # how many there are is not a kind's to say
         return Cluster(**{**base, **given})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         names = ", ".join(each.name for each in fields(Cluster))
         raise ValueError(
-            f"A cluster's file is JSON with the fields {names} (or a kind and what differs), got "
-            f"{str(path)!r}: {error}."
+            f"A cluster's file is JSON with the fields {names} (or gpus, a kind of "
+            f"{', '.join(KINDS)}, and what differs), got {str(path)!r}: {error}."
         ) from None

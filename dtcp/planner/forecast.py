@@ -25,6 +25,7 @@ from dtcp.planner.axis_bytes import (
     torch_bytes,
 )
 from dtcp.planner.even_routes import EXPERT_OPS, ExpertMoves
+from dtcp.planner.heard import heard_warnings
 from dtcp.planner.mixer_flops import mixer_flops
 from dtcp.planner.peak import PeakMemory, peak_memory
 from dtcp.planner.setup import Setup
@@ -107,6 +108,8 @@ class Forecast:
     """What experts move over ep in a micro-batch, by kind of block."""
     styles: tuple[str, ...] = ()
     """As of Look."""
+    warnings: tuple[str, ...] = ()
+    """As of Look."""
 
     @property
     def busiest(self) -> RankForecast:
@@ -161,12 +164,14 @@ class Look:
     experts: tuple[ExpertMoves, ...]
     styles: tuple[str, ...]
     """How the mixers of each kind of block are carried out, a line each."""
+    warnings: tuple[str, ...]
+    """Of the model's plan on this mesh: what is whole on each rank, for instance."""
 
 
 def look_at(subject: Subject, setup: Setup, chosen: Sequence[int]) -> Look:
     """One row's ranks: what does not depend on how many rows there are, nor on who has weights."""
     degrees = degrees_of_look(setup.degrees)
-    with fake_ranks(degrees.world, chosen[0] * degrees.tp):
+    with heard_warnings() as said, fake_ranks(degrees.world, chosen[0] * degrees.tp):
         step = trace_step(subject, mesh_of_look(degrees, nodes_of_look(setup)), setup)
         forecasts = [rank_forecast(step, chosen[0], step.sharded.attn_metadata)]
         experts = expert_moves(step)
@@ -176,7 +181,7 @@ def look_at(subject: Subject, setup: Setup, chosen: Sequence[int]) -> Look:
         with fake_ranks(degrees.cp, rank):
             groups = _groups_here(step, mesh_of_look(Degrees(cp=degrees.cp)))
             forecasts.append(rank_forecast(step, rank, metadata_of(step, rank), groups))
-    return Look(step.numbers(), tuple(forecasts), experts, tuple(style_lines(step)))
+    return Look(step.numbers(), tuple(forecasts), experts, tuple(style_lines(step)), tuple(said))
 
 
 def mesh_of_look(degrees: Degrees, ranks_per_node: int = 0) -> ParallelMesh:
@@ -247,6 +252,7 @@ def assembled(subject: Subject, setup: Setup, look: Look) -> Forecast:
         peak_memory(step, setup),
         look.experts,
         look.styles,
+        look.warnings,
     )
 
 

@@ -1,23 +1,26 @@
 """Steps that a search looks at, each once, in this process or in several."""
 
 import multiprocessing
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from dtcp._torch import fake_ranks
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.planner.forecast import Look, chosen_ranks, degrees_of_look, look_at
+from dtcp.planner.heard import heard_warnings
 from dtcp.planner.peak import least_memory
 from dtcp.planner.setup import Setup
 from dtcp.planner.sharded_weights import Unit
 from dtcp.planner.step import experts_of, place_model
 from dtcp.planner.subject import Subject
 from dtcp.softmax import AllGatherAttention, RingAttention
+from dtcp.softmax.style import AttentionStyle
 
 T = TypeVar("T")
 Outcome = Look | ValueError | TypeError
@@ -82,36 +85,53 @@ class Looks:
 
     @cached_property
     def expert_counts(self) -> frozenset[int]:
-        """How many experts the model's layers choose from."""
-        with torch.device("meta"):
-            found = experts_of(self.subject.build())
+        """How many experts the model's layers choose from.
+
+        Raises ValueError, TypeError: the model is not built.
+        """
+
+        def build() -> list[nn.Module]:
+            with torch.device("meta"):
+                return experts_of(self.subject.build())
+
+        found = _or_raise(_or_refusal(self.subject, build))
         return frozenset(int(getattr(experts, "num_experts", 0)) for experts in found)
 
     @cached_property
     def reads_strategy(self) -> bool:
         """Whether any mixer is carried out by the strategy that is asked for."""
         plans = []
-        with fake_ranks(2, 0), torch.device("meta"):
+        with heard_warnings(), fake_ranks(2, 0), torch.device("meta"):
             mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
             for attention in (RingAttention(), AllGatherAttention()):
-                model = self.subject.build()
-                try:
-                    plans.append(repr(self.subject.plan(model, mesh, attention, Setup.layout).cp))
-                except (ValueError, TypeError):
+
+                def styles(attention: AttentionStyle = attention) -> str:
+                    model = self.subject.build()
+                    return repr(self.subject.plan(model, mesh, attention, Setup.layout).cp)
+
+                found = _or_refusal(self.subject, styles)
+                if not isinstance(found, str):
                     return True
+                plans.append(found)
         return plans[0] != plans[1]
 
 
 def look_or_refusal(subject: Subject, setup: Setup) -> Outcome:
     """A look, or why there is none."""
+    return _or_refusal(subject, lambda: look_at(subject, setup, chosen_ranks(setup.degrees.cp)))
+
+
+def _or_refusal(subject: Subject, work: Callable[[], T]) -> T | ValueError | TypeError:
+    """What the work returns, or why a model is not for it."""
     try:
-        return look_at(subject, setup, chosen_ranks(setup.degrees.cp))
+        return work()
     except (ValueError, TypeError) as error:
         return error
     except Exception as error:  # noqa: BLE001
-        # The step is code of the user's or of transformers, which raises any class. The search goes
-        # on with other setups and reports this one as refused, with this error; where it was the
-        # only one, or none is left, it is raised (`_or_raise`). No BaseException: Ctrl-C ends it.
+        # The work builds, places or runs a model, which is code of the user's or of transformers
+        # and raises any class. The search goes on with other setups and reports this one as
+        # refused, with this error; where it was the only one, or none is left, it is raised
+        # (`_or_raise`). No BaseException: Ctrl-C ends it.
         return _unknown_step(subject, error)
 
 
@@ -124,16 +144,14 @@ def _unknown_step(subject: Subject, error: Exception) -> ValueError:
 
 
 def _units_or_refusal(subject: Subject, setup: Setup) -> list[Unit] | ValueError | TypeError:
-    degrees = degrees_of_look(setup.degrees)
-    try:
-        with fake_ranks(degrees.world, 0):
+    def units() -> list[Unit]:
+        degrees = degrees_of_look(setup.degrees)
+        # A look at a step of this mesh says what is warned of.
+        with heard_warnings(), fake_ranks(degrees.world, 0):
             mesh = ParallelMesh.from_degrees(degrees, "cpu")
             return place_model(subject, mesh, setup).units(setup, mesh.experts)
-    except (ValueError, TypeError) as error:
-        return error
-    except Exception as error:  # noqa: BLE001
-        # As of a look: building and placing run the same code of others, before any step.
-        return _unknown_step(subject, error)
+
+    return _or_refusal(subject, units)
 
 
 def _or_raise(outcome: T | ValueError | TypeError) -> T:

@@ -1,5 +1,6 @@
 """A search as a person reads it, and as JSON."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from dtcp.planner.cluster import GB, Cluster
 from dtcp.planner.forecast import Forecast
 from dtcp.planner.search import Candidate, Search, Wish
 from dtcp.planner.setup import Setup
+from dtcp.sequence.documents import Documents
 from dtcp.softmax import AllGatherAttention, HybridAttention, UlyssesAttention
 
 
@@ -63,7 +65,7 @@ def text_report(
         f"cluster     {cluster}",
         f"batch       {wish.rows} row{'s' * (wish.rows > 1)} of {documents.seq_len:,} tokens a "
         f"step, {len(lengths):,} document{'s' * (len(lengths) > 1)} a row, the longest "
-        f"{max(lengths):,}",
+        f"{max(lengths):,}{_padding(documents)}",
     ]
     if fitting:
         lines += ["", "fits, by modelled tokens/s (GB received a step by the busiest rank):", _HEAD]
@@ -84,6 +86,11 @@ def text_report(
         for why, count in _reasons(search).items():
             lines.append(f"  {count} setup{'s' * (count > 1)}: {why}")
     return lines
+
+
+def _padding(documents: Documents) -> str:
+    left = documents.seq_len - sum(documents.lengths[0])
+    return f", {left:,} tokens of padding" if left else ""
 
 
 def _count(number: int) -> str:
@@ -130,9 +137,17 @@ def _too_much(search: Search, rest: Sequence[Candidate], usable: int, shown: int
 def _reasons(search: Search) -> dict[str, int]:
     reasons: dict[str, int] = {}
     for each in search.refused:
-        why = " ".join(each.why.split())
+        why = on_one_line(each.why)
         reasons[why] = reasons.get(why, 0) + 1
     return reasons
+
+
+def on_one_line(text: str) -> str:
+    """What was said, on one line; of lines that differ in a layer's number alone, one for all."""
+    kinds: dict[str, list[str]] = {}
+    for line in (" ".join(line.split()) for line in text.splitlines()):
+        kinds.setdefault(re.sub(r"\.\d+(?=[\s.])", ".*", line), []).append(line)
+    return " ".join(kind if len(lines) > 1 else lines[0] for kind, lines in kinds.items())
 
 
 def detail_lines(candidate: Candidate, cluster: Cluster) -> list[str]:
@@ -141,6 +156,7 @@ def detail_lines(candidate: Candidate, cluster: Cluster) -> list[str]:
     setup, busiest = candidate.setup, candidate.forecast.busiest
     lines = ["", f"best        {_what(setup)}"]
     lines += [f"layers      {style}" for style in forecast.styles]
+    lines += [f"warning     {text}" for text in forecast.warnings]
     parts = {name: size for name, size in forecast.memory.parts().items() if size}
     lines.append(
         f"memory      {forecast.memory.total / GB:.1f} GB at most, in {forecast.memory.where}: "
@@ -234,5 +250,6 @@ def _candidate_json(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
             "exposed": time.exposed,
         },
         "bound_by": time.bound,
+        "warnings": list(forecast.warnings),
         "flops": forecast.flops,
     }

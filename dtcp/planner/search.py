@@ -30,6 +30,7 @@ class Wish:
         documents: of one row.
         rows: of a step, on all ranks together.
         etp: as of Degrees; above 1, experts are split over all of tp.
+        cuts_evenly: for train.py, which takes rows that cp and tp cut into equal parts alone.
         attention, layout, checkpoint: those alone; None to try what there is.
         reshard: as of Setup.
     """
@@ -42,6 +43,27 @@ class Wish:
     layout: type[SequenceLayout] | None = None
     checkpoint: ActivationCheckpoint | None = None
     reshard: bool = True
+    cuts_evenly: bool = False
+
+    def parts(self, degrees: Degrees) -> int:
+        """The number that the tokens of a row are to be a multiple of."""
+        if not self.cuts_evenly:
+            return 1
+        return degrees.tp * (2 * degrees.cp if degrees.cp > 1 else 1)
+
+    def check_cut(self, degrees: Degrees) -> None:
+        """Refuse a mesh that train.py would not cut a row for.
+
+        Raises:
+            ValueError: naming a length that it would.
+        """
+        seq_len, parts = self.documents.seq_len, self.parts(degrees)
+        if seq_len % parts:
+            near = max(1, round(seq_len / parts)) * parts
+            raise ValueError(
+                f"A row is cut into {parts} parts by cp {degrees.cp} and tp {degrees.tp}, got "
+                f"{seq_len} tokens: give a multiple as --seq-len, {near} say."
+            )
 
     def takes(self, setup: Setup) -> bool:
         """Whether it is one of those that are wished for."""
@@ -146,6 +168,7 @@ class Planner:
                 f"A step has as many rows for each data-parallel rank, got --global-batch "
                 f"{self.wish.rows} on {data} of them: give a multiple of {data}."
             )
+        self.wish.check_cut(degrees)
         plain = self.plain(degrees)
         return self.ranked([plain, *self._variants(plain)])
 
@@ -247,7 +270,8 @@ class Planner:
                 continue
             for cp in _divisors(world // tp):
                 data = world // tp // cp
-                if self.wish.rows % data or self.wish.documents.seq_len < 2 * cp:
+                seq_len, parts = self.wish.documents.seq_len, self.wish.parts(Degrees(cp=cp, tp=tp))
+                if self.wish.rows % data or seq_len < 2 * cp or seq_len % parts:
                     continue
                 for replicas in sorted({1, *self._replicas(data, cp * tp)}):
                     degrees = Degrees(replicas, data // replicas, cp, tp)
@@ -350,10 +374,12 @@ def columns_of(setups: Iterable[Setup]) -> dict[tuple[int, int, bool], list[Setu
 
 def smallest_cluster(planner: Planner, most: int = 4096) -> int | None:
     """The fewest GPUs, by doubling, of which some plain mesh fits; None up to `most`."""
-    gpus = planner.cluster.gpus * 2
+    gpus, node = planner.cluster.gpus * 2, planner.cluster.per_node
     while gpus <= most:
-        if planner.on(replace(planner.cluster, gpus=gpus)).has_room():
-            return gpus
+        # Whole nodes, where there are several.
+        taken = gpus if gpus < node else -(-gpus // node) * node
+        if planner.on(replace(planner.cluster, gpus=taken)).has_room():
+            return taken
         gpus *= 2
     return None
 

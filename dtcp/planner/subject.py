@@ -1,15 +1,14 @@
 """Whose run is forecast: a model, its plan on a mesh, its batch and its loss."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dtcp.batch import ShardedBatch, shard_batch
+from dtcp.check.checked_model import own_errors
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import look_ahead
 from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
@@ -19,6 +18,13 @@ from dtcp.parallelize import (
     gemma4_plan,
     llama_plan,
     qwen3_5_plan,
+)
+from dtcp.planner.hf_config import (
+    REMEDY,
+    config_of,
+    read_hf_config,
+    text_model_of,
+    without_dtype,
 )
 from dtcp.recurrent import RelayoutCP
 from dtcp.recurrent.style import RecurrentStyle
@@ -167,7 +173,7 @@ class HuggingFaceModel:
     def build(self) -> nn.Module:
         from dtcp.check.configs import model_of
 
-        model: nn.Module = model_of(self.config)
+        model: nn.Module = model_of(without_dtype(self.config), REMEDY)
         return model
 
     def plan(
@@ -207,6 +213,26 @@ class HuggingFaceModel:
         return _as_tuple(
             model(**inputs, attn_metadata=sharded.attn_metadata, use_cache=False).logits
         )
+
+
+@dataclass(frozen=True)
+class MadeHuggingFaceModel(HuggingFaceModel):
+    """A model of transformers that a function returns.
+
+    Args:
+        config: the function.
+    """
+
+    def build(self) -> nn.Module:
+        with own_errors(f"A planned model is built by {self.name}()", "correct the function"):
+            model = self.config()
+        if not hasattr(model, "set_attn_implementation"):
+            raise ValueError(
+                f"A model of one's own has a plan, got {type(model).__name__} from --model "
+                f"{self.name}, which is none of transformers, alone: add --plan module:function."
+            )
+        made: nn.Module = model
+        return made
 
 
 @dataclass(frozen=True)
@@ -259,63 +285,27 @@ def _as_tuple(logits: Any) -> tuple[Tensor, ...]:
 
 
 def subject_of_hf(source: str) -> Subject:
-    """The model of a config.json, of its folder, or of a preset's name.
+    """The model of a config.json, of its folder, of a preset's name or of a model type.
+
+    Of a model that takes images or sounds, that of its text: rows of tokens are what is planned.
 
     Raises:
-        ValueError: no such file or preset, or a config that its family refuses.
+        ValueError: no such file, preset or type, or a config that its family refuses.
     """
     name, fields = read_hf_config(source)
-    text = fields.get("text_config", fields)
-    family = MODEL_TYPES.get(str(fields["model_type"])) or MODEL_TYPES.get(
-        str(text.get("model_type"))
-    )
-    if family is not None:
-        try:
-            return FamilyModel(name, family, FAMILIES[family].config_from_hf(fields))
-        except KeyError as error:
-            raise ValueError(
-                f"A config has all sizes of its model, got {source!r} of a {fields['model_type']} "
-                f"without {error.args[0]}: add it to the file."
-            ) from None
-    from transformers import AutoConfig
-
+    text = fields.get("text_config") or {}
+    family = MODEL_TYPES.get(fields["model_type"]) or MODEL_TYPES.get(str(text.get("model_type")))
+    if family is None:
+        return HuggingFaceModel(name, text_model_of(config_of(fields)))
     try:
-        rest = {key: value for key, value in fields.items() if key != "model_type"}
-        config = AutoConfig.for_model(fields["model_type"], **rest)
-    except ValueError as error:
+        return FamilyModel(name, family, FAMILIES[family].config_from_hf(fields))
+    except KeyError as error:
         raise ValueError(
-            f"A config is one that transformers or dtcp knows, got model_type="
-            f"{fields['model_type']!r} ({str(error).splitlines()[0]}): correct the config."
+            f"A config has all sizes of its model, got {source!r} of a {fields['model_type']} "
+            f"without {error.args[0]}: add it to the file."
         ) from None
-    return HuggingFaceModel(name, config)
-
-
-PRESETS = Path(__file__).parent / "presets"
-
-
-def read_hf_config(source: str) -> tuple[str, dict[str, Any]]:
-    """(name, fields) of a config.json.
-
-    Raises:
-        ValueError: no such file or preset; no JSON; no model_type.
-    """
-    preset = PRESETS / f"{source}.json"
-    path = preset if preset.is_file() else Path(source)
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.is_file():
-        known = ", ".join(sorted(each.stem for each in PRESETS.glob("*.json")))
+    except (TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(
-            f"A config is a config.json, its folder or a preset, got {source!r}: correct the path, "
-            f"or take one of {known}."
-        )
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"A config is a file of JSON, got {source!r}: {error}.") from None
-    if not isinstance(fields, dict) or "model_type" not in fields:
-        raise ValueError(
-            f"A config names its model_type, got {source!r} without one: add it to the file."
-        )
-    name = path.parent.name if path.name == "config.json" else path.stem
-    return name, fields
+            f"A config has numbers where its model has sizes, got {source!r} of a "
+            f"{fields['model_type']} ({error}): correct the file."
+        ) from None

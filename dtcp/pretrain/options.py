@@ -1,10 +1,12 @@
 """The command line: which config, and what to change in it.
 
-    [--module MODULE] [--config NAME] [--model.hf SOURCE] [--section.key VALUE ...]
+    [--module MODULE] [--config NAME] [--model.hf SOURCE] [--model.dtcp SOURCE]
+    [--section.key VALUE ...]
 
 A config is a function of no arguments that returns a torchtitan `Trainer.Config`; a module is a
-registry of such functions. Both have a default; a model of transformers may take the place of the
-config's (a folder, a config.json or a model type); the rest is torchtitan's own parser.
+registry of such functions. Both have a default; a model of transformers (--model.hf), or of dtcp's
+families (--model.dtcp), may take the place of the config's: by a folder, a config.json or a model
+type. The rest is torchtitan's own parser.
 """
 
 import difflib
@@ -21,6 +23,7 @@ from torchtitan.experiments import _supported_experiments
 from torchtitan.models import _supported_models
 
 from dtcp.pretrain.adopt import adopt, replaced_parts
+from dtcp.pretrain.family_model import family_spec, with_weights_of
 from dtcp.pretrain.launch import launched, rank
 from dtcp.pretrain.report import usage_errors_once
 from dtcp.pretrain.trainer import Trainer
@@ -55,12 +58,11 @@ def parse(arguments: list[str]) -> Trainer.Config:
     """
     module, rest = _take(arguments, "--module", MODULE)
     name, rest = _take(rest, "--config", CONFIG)
-    named = any(word.split("=")[0] == "--model.hf" for word in rest)
-    source, rest = _take(rest, "--model.hf", "")
-    if named and not source:
+    source, rest = _take_model(rest, "--model.hf", "A model of transformers")
+    own, rest = _take_model(rest, "--model.dtcp", "A model of dtcp's")
+    if source and own:
         raise ValueError(
-            "A model of transformers is a folder, a config.json or a model type, got --model.hf "
-            "without one: name it, or leave --model.hf out."
+            f"A run has one model, got --model.hf {source} with --model.dtcp {own}: leave one out."
         )
     _check_name(module, name)
     with usage_errors_once():
@@ -71,7 +73,33 @@ def parse(arguments: list[str]) -> Trainer.Config:
             raise ValueError(
                 f"Options have values that their sections take, got {' '.join(rest)}: {error}."
             ) from error
+    if own:
+        return _with_family(config, own, rest)
     return _with_huggingface(config, source, rest) if source else config
+
+
+def _take_model(arguments: list[str], option: str, what: str) -> tuple[str, list[str]]:
+    """Split off an option that names a model, which may not be empty."""
+    named = any(word.split("=")[0] == option for word in arguments)
+    source, rest = _take(arguments, option, "")
+    if named and not source:
+        raise ValueError(
+            f"{what} is a folder, a config.json or a model type, got {option} without one: name "
+            f"it, or leave {option} out."
+        )
+    return source, rest
+
+
+def _with_family(config: Trainer.Config, source: str, rest: list[str]) -> Trainer.Config:
+    """The config with a model of dtcp's, and a folder of its own unless one is named."""
+    spec = family_spec(source)
+    config = replace(config, model_spec=spec, dump_folder=_folder(config, spec.flavor, rest))
+    return with_weights_of(config, source)
+
+
+def _folder(config: Trainer.Config, name: str, rest: list[str]) -> str:
+    named = any(word.split("=")[0] == "--dump_folder" for word in rest)
+    return config.dump_folder if named else f"outputs/{name}"
 
 
 def _with_huggingface(config: Trainer.Config, source: str, rest: list[str]) -> Trainer.Config:
@@ -88,10 +116,7 @@ def _with_huggingface(config: Trainer.Config, source: str, rest: list[str]) -> T
             f"--model.hf, and leave it out."
         )
     spec = huggingface_spec(source)
-    folder = config.dump_folder
-    if not any(word.split("=")[0] == "--dump_folder" for word in rest):
-        folder = f"outputs/hf_{spec.name}"
-    return replace(config, model_spec=spec, dump_folder=folder)
+    return replace(config, model_spec=spec, dump_folder=_folder(config, f"hf_{spec.name}", rest))
 
 
 def config_names(registry: ModuleType) -> list[str]:

@@ -69,7 +69,7 @@ def weights_folder(source: str) -> Path | None:
         weight_files(folder)
     except ValueError as error:
         raise ValueError(
-            f"{error} (--model.hf {source}/config.json starts from drawn weights.)"
+            f"{error} (Named as {source}/config.json, it starts from drawn weights.)"
         ) from error
     return folder
 
@@ -109,7 +109,11 @@ class HuggingFaceConfig(BaseModel.Config):
         from transformers import AutoModelForCausalLM
 
         config = deepcopy(read_config(self.source))
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        # That of --training.dtype, in which the Trainer builds: files name the dtype they were
+        # written in.
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", dtype=torch.get_default_dtype()
+        )
         tied = find_tied_parameters(model)
 
         def fill(*, buffer_device: torch.device | None = None) -> None:

@@ -243,6 +243,23 @@ def test_transformers_experts_on_their_own_ranks_equal_one_device(name, degrees,
     assert {breaks for breaks, *_ in answers} == {0}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation_checkpoint": FullCheckpoint()},
+        pytest.param({"activation_checkpoint": SelectiveCheckpoint()}, marks=pytest.mark.slow),
+        pytest.param(
+            {"activation_checkpoint": FullCheckpoint(), "compile": GRAPHS}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["full", "selective", "compiled"],
+)
+def test_experts_of_a_router_that_writes_into_its_choice_are_recomputed(options):
+    """Mixtral's divides the weights of the chosen experts in place."""
+    answers = run_ranks(check_transformers, 2, "mixtral", Degrees(cp=2, ep=2), **options)
+    assert {breaks for breaks, *_ in answers} == {0}
+
+
 @pytest.mark.slow_where(lambda options: "activation_checkpoint" in options)
 @pytest.mark.parametrize(
     "options",

@@ -13,19 +13,14 @@ from torch import nn
 from dtcp.distributed.mesh import Degrees
 from dtcp.distributed.nodes import even_neighbours, even_on_cp
 from dtcp.models import llama, qwen3_5
-from dtcp.parallelize import FullCheckpoint, NoCheckpoint, SelectiveCheckpoint
+from dtcp.parallelize import FullCheckpoint, NoCheckpoint
 from dtcp.plan import __main__ as command
-from dtcp.plan.command import command_line
-from dtcp.plan.source import asked_documents, request_of
+from dtcp.plan.source import asked_documents
 from dtcp.planner.cluster import GB, cluster_of
 from dtcp.planner.forecast import degrees_of_look, forecast, nodes_of_look
 from dtcp.planner.search import Planner, Wish
 from dtcp.planner.setup import Setup
 from dtcp.planner.subject import FamilyModel, subject_of_hf
-from dtcp.pretrain.config_check import check_batch_size, check_expert_degree, check_nodes
-from dtcp.pretrain.expected import kept_by_blocks
-from dtcp.pretrain.options import parse
-from dtcp.pretrain.planned_strategy import mesh_of
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 
@@ -78,7 +73,7 @@ def test_plan_as_json_has_bytes_and_seconds(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--hf-config", "nowhere.json"], "A config is a config.json, its folder or a preset"),
+        (["--hf-config", "nowhere.json"], "A config is a config.json, its folder, a preset or a"),
         (["--hf-config", "llama3.1-8b", "--cluster", "eight"], "A cluster is so many GPUs of a"),
         (["--hf-config", "llama3.1-8b", "--mesh", "cp=3"], "A mesh has all GPUs of its cluster"),
         (["--hf-config", "llama3.1-8b", "--mesh", "ep=3"], "A mesh is given as cp=8,tp=1"),
@@ -177,59 +172,6 @@ def test_plan_of_thousands_of_gpus_looks_at_one_row_only():
         Setup(Degrees(dp_replicate=8, dp_shard=128, cp=4), planner.wish.documents)
     )
     assert candidate.fits and candidate.setup.tokens == 4096 * 1024
-
-
-def test_plan_names_a_command_that_train_takes():
-    """With experts on ranks of their own: what train.py parses is what was planned."""
-    degrees = Degrees(cp=2, tp=2, ep=4)
-    launcher, config, setup = planned_command(["--config", "qwen3_5_moe_tiny"], "4xH100", degrees)
-    assert launcher == "torchrun --nproc-per-node 4"
-    assert mesh_of(config.parallelism, 4) == degrees == setup.degrees
-    assert kept_by_blocks(config) == FullCheckpoint()
-
-
-def planned_command(options, cluster, degrees):
-    """(launcher, config that train.py reads, setup) of a mesh, the first way of it."""
-    arguments, rest = command._parser().parse_known_args(options)
-    request, cluster = request_of(arguments, rest), cluster_of(cluster)
-    planner = Planner(request.subject, cluster, request.wish)
-    candidate = planner.candidate(planner.plain(degrees))
-    launcher, _, given = command_line(request, candidate, cluster).partition(" train.py ")
-    config = parse(given.split())
-    config.check()
-    check_batch_size(config, cluster.gpus)
-    check_expert_degree(config, cluster.gpus)
-    check_nodes(config)
-    return launcher, config, candidate.setup
-
-
-def test_plan_on_nodes_that_cut_cp_unevenly_asks_for_one_tier():
-    two_nodes = ["--config", "llama_tiny", "--cluster", "12xH100", "--global-batch", "6"]
-    launcher, config, setup = planned_command(two_nodes, "12xH100", Degrees(dp_shard=3, cp=4))
-    assert launcher.startswith("torchrun --nproc-per-node 6 --nnodes 2 ")
-    assert setup.ranks_per_node == 0 and config.dtcp.ranks_per_node == 12
-    _, config, setup = planned_command(two_nodes, "12xH100", Degrees(dp_shard=6, cp=2))
-    assert setup.ranks_per_node == 6 and config.dtcp.ranks_per_node == 0
-
-
-def test_plan_keeps_to_what_is_given_of_a_config():
-    given = [
-        *("--config", "qwen3_5_moe_tiny", "--global-batch", "2", "--dtcp.strategy", "hybrid"),
-        *("--dtcp.layout", "document_balanced", "--training.steps", "7"),
-        *("--dtcp.expert_tensor_parallel_degree", "2", "activation_checkpoint:selective"),
-    ]
-    degrees = Degrees(dp_shard=2, cp=2, tp=2, ep=2, etp=2)
-    _, config, setup = planned_command(given, "8xH100", degrees)
-    assert mesh_of(config.parallelism, 8, etp=2) == degrees
-    assert config.dtcp.strategy == "hybrid" and config.dtcp.layout == "document_balanced"
-    assert config.dtcp.expert_tensor_parallel_degree == 2 and config.training.steps == 7
-    assert kept_by_blocks(config) == SelectiveCheckpoint() == setup.checkpoint
-    arguments, rest = command._parser().parse_known_args(given)
-    request = request_of(arguments, rest)
-    planner = Planner(request.subject, cluster_of("8xH100"), request.wish)
-    meshes = list(planner.meshes())
-    assert meshes and all(each.tp == each.etp == 2 and each.ep > 1 for each in meshes)
-    assert all(request.wish.takes(each) for each in planner._variants(setup))
 
 
 def test_plan_sees_on_the_first_rows_what_nodes_do_on_all_of_them():

@@ -1,0 +1,51 @@
+"""What is warned of while a model is placed: kept for a report instead of printed between lines."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parents[1]
+
+
+class _Keeps(logging.Handler):
+    """Keeps what dtcp's loggers say of warnings."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.found = found
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+
+@contextmanager
+def heard_warnings() -> Iterator[list[str]]:
+    """Keep dtcp's warnings, and print neither these nor those of others.
+
+    Yields:
+        what was said, each sentence once; complete when the block ends.
+    """
+    said: list[str] = []
+    found: list[str] = []
+    log, foreign = logging.getLogger("dtcp"), logging.getLogger("transformers")
+    handler, was_told, level = _Keeps(said), log.propagate, foreign.level
+    log.addHandler(handler)
+    log.propagate = False
+    foreign.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(record=True) as others:
+            warnings.simplefilter("default")
+            yield found
+        # Where one was raised tells whose it is: torch and transformers warn, too.
+        said += [
+            str(each.message)
+            for each in others
+            if each.category is UserWarning and _HERE in Path(each.filename).resolve().parents
+        ]
+        found += dict.fromkeys(said)
+    finally:
+        foreign.setLevel(level)
+        log.propagate = was_told
+        log.removeHandler(handler)

@@ -1,0 +1,118 @@
+"""The config that a person names: a preset, a config.json, its folder, or a model type."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from dtcp.check.checked_model import own_errors
+
+REMEDY = "correct the config, or give --model module:function, which returns the model"
+"""Where transformers builds nothing of a config."""
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def read_hf_config(source: str) -> tuple[str, dict[str, Any]]:
+    """(name, fields) of a config; of a model type, those that transformers gives it by default.
+
+    Raises:
+        ValueError: no such file, preset or model type; no JSON; no model_type.
+    """
+    path = config_file(source)
+    if path is None:
+        return source, default_config(source).to_dict()
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"A config is a file of JSON, got {source!r}: {error}.") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise ValueError(
+            f"A config names its model_type, got {source!r} without one: add it to the file."
+        )
+    name = path.absolute().parent.name if path.name == "config.json" else path.stem
+    return name, fields
+
+
+def config_file(source: str) -> Path | None:
+    """The file of a preset, of a folder or of its own name; None for a model type.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    preset = PRESETS / f"{source}.json"
+    path = preset if preset.is_file() else Path(source)
+    if path.is_dir() and (path / "config.json").is_file():
+        path = path / "config.json"
+    if path.is_file():
+        return path
+    types = [] if path.exists() or path.suffix == ".json" else model_types()
+    if source in types:
+        return None
+    presets = sorted(each.stem for each in PRESETS.glob("*.json"))
+    close = difflib.get_close_matches(source, [*presets, *types], n=1)
+    hint = f"did you mean {close[0]}? Presets are" if close else "presets are"
+    raise ValueError(
+        f"A config is a config.json, its folder, a preset or a model type of transformers, got "
+        f"{source!r}: {hint} {', '.join(presets)}."
+    )
+
+
+def model_types() -> list[str]:
+    """Those that transformers knows."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return sorted(CONFIG_MAPPING.keys())
+
+
+def default_config(model_type: str) -> Any:
+    """A config of the sizes that transformers gives a model type.
+
+    Raises:
+        ValueError: it gives none.
+    """
+    return config_of({"model_type": model_type})
+
+
+def config_of(fields: Mapping[str, Any]) -> Any:
+    """The config of transformers that these fields make.
+
+    Raises:
+        ValueError: transformers does not know the model type, or refuses a value.
+    """
+    from transformers import AutoConfig
+
+    rest = {key: value for key, value in fields.items() if key != "model_type"}
+    model_type = fields["model_type"]
+    if model_type not in model_types():
+        close = difflib.get_close_matches(model_type, model_types(), n=1)
+        hint = f"did you mean {close[0]}?" if close else "correct it."
+        raise ValueError(
+            f"A config is of a model type that transformers or dtcp knows, got {model_type!r}: "
+            f"{hint}"
+        )
+    with own_errors(f"transformers makes a config of {model_type!r}", REMEDY):
+        return AutoConfig.for_model(model_type, **rest)
+
+
+def text_model_of(config: Any) -> Any:
+    """The config of the causal model of text inside of a model of several modalities, or itself."""
+    text = config.get_text_config(decoder=True)
+    return text if text is not config and _is_causal(text) else config
+
+
+def _is_causal(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def without_dtype(config: Any) -> Any:
+    """A copy of a config, and of those inside, that leaves the dtype to who builds the model."""
+    copied = deepcopy(config)
+    for each in (copied, *(getattr(copied, name) for name in copied.sub_configs)):
+        if each is not None:
+            each.dtype = None
+    return copied
