@@ -123,8 +123,8 @@ def _narrow_states(
     config: Any, hidden_size: int, heads: str, head_dim: str, expand: str, groups: str
 ) -> dict[str, int]:
     """As many heads of a state as a narrow model has room for, of the same width, in one group."""
-    sizes = [getattr(config, name, None) for name in (heads, head_dim, expand, groups)]
-    if not all(isinstance(size, int | float) for size in sizes):
+    width, times = (getattr(config, name, None) for name in (head_dim, expand))
+    has_heads = getattr(config, heads, None) and getattr(config, groups, None)
+    if not has_heads or not isinstance(width, int) or not isinstance(times, int | float):
         return {}
-    _, width, times, _ = sizes
     return {heads: max(1, int(times * hidden_size) // width), groups: 1}
