@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_HERE = Path(__file__).resolve().parents[1]
+_HERE = Path(__file__).parents[1]
 
 
 class _Keeps(logging.Handler):
@@ -30,7 +30,7 @@ def heard_warnings() -> Iterator[list[str]]:
     said: list[str] = []
     found: list[str] = []
     log, foreign = logging.getLogger("dtcp"), logging.getLogger("transformers")
-    handler, was_told, level = _Keeps(said), log.propagate, foreign.level
+    handler, propagates, level = _Keeps(said), log.propagate, foreign.level
     log.addHandler(handler)
     log.propagate = False
     foreign.setLevel(logging.ERROR)
@@ -42,10 +42,10 @@ def heard_warnings() -> Iterator[list[str]]:
         said += [
             str(each.message)
             for each in others
-            if each.category is UserWarning and _HERE in Path(each.filename).resolve().parents
+            if each.category is UserWarning and _HERE in Path(each.filename).parents
         ]
         found += dict.fromkeys(said)
     finally:
         foreign.setLevel(level)
-        log.propagate = was_told
+        log.propagate = propagates
         log.removeHandler(handler)

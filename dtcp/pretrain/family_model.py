@@ -1,18 +1,28 @@
 """A model of dtcp's families by its config.json, in the place of a config's model."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dtcp.torchtitan.hf_model import weights_folder
-from dtcp.torchtitan.model_spec import DEEPSEEK_V4, GEMMA4, LLAMA, QWEN3_5, spec_of
+from dtcp.torchtitan.model_spec import (
+    DEEPSEEK_V4,
+    GEMMA4,
+    LLAMA,
+    QWEN3_5,
+    Family,
+    spec_of,
+)
 
 from torchtitan.protocols.model_spec import ModelSpec
 
 from dtcp.planner.hf_config import read_hf_config
 from dtcp.planner.subject import MODEL_TYPES, FamilyModel, subject_of_hf
 
-_FAMILIES = {family.name: family for family in (LLAMA, QWEN3_5, GEMMA4, DEEPSEEK_V4)}
+_FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (LLAMA, QWEN3_5, GEMMA4, DEEPSEEK_V4)
+}
 
 
 def family_spec(source: str) -> ModelSpec:

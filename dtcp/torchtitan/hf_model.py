@@ -68,9 +68,7 @@ def weights_folder(source: str) -> Path | None:
     try:
         weight_files(folder)
     except ValueError as error:
-        raise ValueError(
-            f"{error} (Named as {source}/config.json, it starts from drawn weights.)"
-        ) from error
+        raise ValueError(f"{error} ({source}/config.json starts from drawn weights.)") from error
     return folder
 
 
