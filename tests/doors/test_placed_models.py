@@ -149,3 +149,12 @@ def test_models_on_the_meta_device_are_surveyed_like_others(kind, shape):
     found, expected = survey_on_meta(on_meta), survey(model)
     assert not found.refused
     assert found.attentions == expected.attentions and found.recurrent == expected.recurrent
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "bamba"])
+def test_large_models_of_states_on_the_meta_device_have_a_narrow_copy(kind):
+    """Their own sizes: heads of a state times its width are so many times the model's width."""
+    config = AutoConfig.for_model(kind, num_hidden_layers=2)
+    with torch.device("meta"):
+        found = survey_on_meta(AutoModelForCausalLM.from_config(config))
+    assert not found.refused and len(found.recurrent) == 4
