@@ -156,5 +156,6 @@ def test_large_models_of_states_on_the_meta_device_have_a_narrow_copy(kind):
     """Their own sizes: heads of a state times its width are so many times the model's width."""
     config = AutoConfig.for_model(kind, num_hidden_layers=2)
     with torch.device("meta"):
-        found = survey_on_meta(AutoModelForCausalLM.from_config(config))
+        model = AutoModelForCausalLM.from_config(config)
+    found = survey_on_meta(model)
     assert not found.refused and len(found.recurrent) == 4
