@@ -169,11 +169,13 @@ def _many_rows(count: int) -> str:
             figures = [figures_of(LAYOUTS[name](documents, 64), documents) for documents in rows]
             shares = [x.received.mean() / (64 * TOKENS_A_RANK) for x in figures]
             worst = max(x.imbalance for x in figures)
-            cells.append([suite, name, f"{worst:.4f}", *_spread(shares)])
+            _, (*_, moved_under, once) = _layout_row(LAYOUTS[name], rows, 64)
+            cells.append([suite, name, f"{worst:.4f}", *_spread(shares), moved_under, once])
         bounds = [_fewest(documents, 64) for documents in rows]
-        cells.append([suite, "lower bound", f"{IMBALANCE}", *_spread(bounds)])
+        cells.append([suite, "lower bound", f"{IMBALANCE}", *_spread(bounds), "-", "-"])
     head = ("suite", "layout", "worst max / mean work", "keys to bring, mean", "median", "least")
-    return f"## {count} rows of a suite, 64 ranks\n\n{table((*head, 'most'), cells)}"
+    head = (*head, "most", "ms, moved under it", "keys once a node")
+    return f"## {count} rows of a suite, 64 ranks\n\n{table(head, cells)}"
 
 
 def _spread(shares: list[float]) -> list[str]:
