@@ -351,7 +351,7 @@ def _prepared(
     padded_len = -(-padded_len // layout.multiple(num_shards)) * layout.multiple(num_shards)
     documents = rows.documents.padded(padded_len)
     other = None if memory is None else Memory(memory.documents, memory.layout)
-    coords = padded_coords({**rows.for_masks, **rows.tokens}, documents, seq_len, other)
+    coords = padded_coords(rows, documents, other)
     # Called by the layouts that read it: intervals of long rows take milliseconds.
     work = MaskWork.under(Causal() if balance_for is None else balance_for, coords)
     batch_layout = layout_of_batch(layout, documents, num_shards, work)

@@ -8,10 +8,10 @@ A mixer reads `attn_metadata`, what the batch brings: made once per batch on the
 each kind of mixer. A model takes it as an argument and hands it through.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import copy
 from types import MethodType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp._torch import assert_in_graph
 from dtcp.compile import EagerIsland, island
 from dtcp.distributed.groups import connect
-from dtcp.metadata import AttentionMetadata, BatchMetadata, metadata_key
+from dtcp.metadata import AttentionMetadata, BatchMetadata, MetadataKey, metadata_key
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
@@ -225,26 +225,50 @@ def collect_metadata(
         real: [B, L] bool, this rank's tokens that are no padding.
     """
     check_kind("Metadata", nn.Module, model=model)
-    made: dict[Any, AttentionMetadata] = {}
-    for module in _mixers(model):
-        if module.metadata_key not in made:
-            made[module.metadata_key] = module.make_metadata(coords, layout)
+    kinds = _Kinds.of(model).first
+    made = {mixer.metadata_key: mixer.make_metadata(coords, layout) for mixer in kinds}
     return BatchMetadata(made, real)
 
 
-def _mixers(model: nn.Module) -> Iterator[Mixer]:
-    """In the order of `model.modules()`, which takes four times as long."""
-    found: set[nn.Module | None] = {None}
-    following: list[nn.Module | None] = [model]
-    while following:
-        module = following.pop()
-        if module not in found:
-            assert module is not None
-            found.add(module)
-            if isinstance(module, Mixer):
-                yield module
-            if children := vars(module)["_modules"]:
-                following.extend(reversed(children.values()))
+class _Kinds(NamedTuple):
+    """The first mixer of each kind in a model, and what tells that they still are."""
+
+    first: tuple[Mixer, ...]
+    mixers: tuple[tuple[Mixer, MetadataKey], ...]
+    inside: tuple[tuple[Mapping[str, nn.Module | None], tuple[nn.Module | None, ...]], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """Remembered by the model while its modules have the same children and mixers their keys.
+
+        To look at all modules of a large model takes as long as the metadata of a mask.
+        """
+        found = vars(model).get(_FOUND)
+        if found is None or not found.hold(model):
+            modules = list(model.modules())
+            mixers = tuple((x, x.metadata_key) for x in modules if isinstance(x, Mixer))
+            first = {key: mixer for mixer, key in reversed(mixers)}
+            order = dict.fromkeys(key for _, key in mixers)
+            children = [vars(module)["_modules"] for module in modules]
+            # The model's own first, whether it has any or not; leaves get none later on.
+            inside = tuple((x, (*x.values(),)) for x in children if x or x is children[0])
+            found = vars(model)[_FOUND] = cls(tuple(first[key] for key in order), mixers, inside)
+        return found
+
+    def __reduce__(self) -> Any:
+        """Neither copied nor saved with its model."""
+        return type(None), ()
+
+    def hold(self, model: nn.Module) -> bool:
+        """Whether it is what a look at all modules would find."""
+        return (
+            self.inside[0][0] is vars(model)["_modules"]
+            and all((*own.values(),) == children for own, children in self.inside)
+            and all(mixer.metadata_key is key for mixer, key in self.mixers)
+        )
+
+
+_FOUND = "kinds_of_mixers"
 
 
 def batch_metadata(

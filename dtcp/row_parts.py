@@ -1,13 +1,12 @@
 """A rank's part of rows that may be shorter than their layout, and what masks read of them."""
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dtcp.rows import MASK_FIELDS, Fill, pad_end
+from dtcp.rows import MASK_FIELDS, Fill, Rows, pad_end
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
@@ -16,11 +15,10 @@ from dtcp.sequence.memory import Memory
 from dtcp.sequence.row_layouts import RowLayouts
 
 
-def padded_coords(
-    batch: Mapping[str, Tensor], documents: Documents, seq_len: int, memory: Memory | None
-) -> Coords:
+def padded_coords(rows: Rows, documents: Documents, memory: Memory | None) -> Coords:
     """What masks and mixers read of the whole rows, padded as the documents are."""
-    read = {key: batch[key] for key in MASK_FIELDS if key in batch}
+    read: dict[str, Any] = dict(rows.for_masks)
+    seq_len = rows.documents.seq_len
     missing = documents.seq_len - seq_len
     for key, x in read.items():
         if x.shape[1:] != (seq_len,):
@@ -31,19 +29,21 @@ def padded_coords(
         named: dict[str, Any] = {key: x}
         check_tensor("A mask", shape="[B, S]", dtypes=WHOLE_NUMBERS, **named)
         read[key] = pad_end(x.to(torch.int64), missing, MASK_FIELDS[key], dim=1)
-    if "block" not in read and "mm_token_type_ids" in batch:
-        read["image_types"] = batch["mm_token_type_ids"].cpu()
-    if "position_ids" in batch:
-        read["position_ids"] = pad_end(batch["position_ids"].cpu(), missing, 0, dim=-1)
-    return Coords.of(documents, memory=memory, **read)
+    if "position_ids" in rows.tokens and not all(rows.counted):
+        read["position_ids"] = pad_end(rows.tokens["position_ids"].cpu(), missing, 0, dim=-1)
+    return Coords.of(documents, memory=memory, image_types=rows.image_types, **read)
 
 
 def real_tokens(documents: Documents, layout: SequenceLayout, rank: int) -> Tensor:
     """Which of a rank's tokens are in a document: [B, L] bool."""
     rows = layout.rows if isinstance(layout, RowLayouts) else (layout,) * documents.batch
-    indices = {row: row.token_indices(rank) for row in set(rows)}
-    pairs = zip(rows, documents.lengths, strict=True)
-    return torch.stack([indices[row] < sum(lengths) for row, lengths in pairs])
+    real = torch.ones(len(rows), layout.shard_len, dtype=torch.bool)
+    for row, own, lengths in zip(real, rows, documents.lengths, strict=True):
+        used, slot = sum(lengths), 0
+        for start, stop in own.runs(rank) if used < layout.seq_len else ():
+            row[slot + max(0, used - start) : slot + stop - start] = False
+            slot += stop - start
+    return real
 
 
 def part_of_rows(

@@ -8,15 +8,18 @@ would be wrong without a word.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dtcp.distributed.same_rows import digests
 from dtcp.labels import IGNORED, check_labels
 from dtcp.sequence.arguments import check_batch, check_ints, check_kind
+from dtcp.sequence.block_runs import TokenTypes
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.gate import DOCUMENT_KEYS, documents_of_batch, read_padding_mask
+from dtcp.sequence.gate import DOCUMENT_KEYS, documents_and_counted, read_padding_mask
 
 
 class Fill(Enum):
@@ -69,12 +72,18 @@ Without `block`, the images of mm_token_type_ids are the blocks.
 
 @dataclass(frozen=True)
 class Rows:
-    """Whole rows as a batch says them, held against each other."""
+    """Whole rows as a batch says them, held against each other.
 
-    tokens: Mapping[str, Tensor]  # what is cut
+    Args:
+        tokens: what is cut.
+        counted: of each row, whether position_ids are known to count its documents' tokens from 0.
+    """
+
+    tokens: Mapping[str, Tensor]
     for_masks: Mapping[str, Tensor]
     documents: Documents
     fields: Mapping[str, TokenField | None]
+    counted: tuple[bool, ...]
 
     @classmethod
     def of(
@@ -96,13 +105,19 @@ class Rows:
         tokens = {key: x for key, x in batch.items() if key not in MASK_FIELDS}
         rows, seq_len = _shape(tokens, fields)
         padding = said["padding_mask"] = read_padding_mask(said.get("padding_mask"), rows, seq_len)
-        documents = documents_of_batch(said, rows, seq_len, documents=documents)
+        documents, counted = documents_and_counted(said, rows, seq_len, documents=documents)
         if padding is not None:
             tokens["padding_mask"] = padding.to(batch["padding_mask"].device)
         if fields.get("labels", WHOLE) is not WHOLE:
             check_labels(tokens, documents, padding)
         for_masks = {key: batch[key] for key in MASK_FIELDS if key in batch}
-        return cls(tokens, for_masks, documents, fields)
+        return cls(tokens, for_masks, documents, fields, counted)
+
+    @cached_property
+    def image_types(self) -> TokenTypes | None:
+        """The types of tokens whose images are the blocks of masks; None where these are given."""
+        types = self.tokens.get("mm_token_type_ids")
+        return None if types is None or "block" in self.for_masks else TokenTypes(types.cpu())
 
     def rule(self, key: str) -> TokenField | None:
         """How a key of `tokens` is sharded; a padding_mask that was made has a rule always."""
@@ -128,17 +143,29 @@ class Rows:
             for key, x in self.for_masks.items()
         }
         documents = Documents((*self.documents.lengths, *[()] * (rows - own)), seq_len)
-        return Rows(tokens, for_masks, documents, self.fields)
+        counted = self.counted + (all(self.counted),) * (rows - own)
+        return Rows(tokens, for_masks, documents, self.fields, counted)
 
     def contents(self) -> tuple[Mapping[str, Tensor], Documents]:
-        """What ranks compare."""
+        """What ranks compare: keys, in the fewest numbers that tell of all that they hold."""
         rows = (self.documents.batch,)
         keys = {
             key: x
             for key, x in self.tokens.items()
             if self.fields[key] is not WHOLE or x.shape[:1] == rows
         }
+        if any(self.counted):
+            keys["position_ids"] = digests(self._uncounted())
+        if self.image_types is not None and "mm_token_type_ids" in keys:
+            of_rows = [[hash(runs)] for runs in self.image_types.runs()]
+            keys["mm_token_type_ids"] = torch.tensor(of_rows)
         return {**keys, **self.for_masks}, self.documents
+
+    def _uncounted(self) -> list[Tensor]:
+        """The position ids of each row that do not follow from its documents."""
+        position_ids = self.tokens["position_ids"].expand(len(self.counted), -1)
+        each = zip(position_ids, self.documents.lengths, self.counted, strict=True)
+        return [row[sum(lengths) :] if counted else row for row, lengths, counted in each]
 
 
 def _with_rows(key: str, x: Tensor, rule: TokenField, rows: int, missing: int) -> Tensor:

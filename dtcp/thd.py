@@ -27,8 +27,9 @@ from dtcp.sequence.arguments import (
     rows_of,
 )
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.gate import check_restarts, read_padding_mask
+from dtcp.sequence.gate import read_padding_mask
 from dtcp.sequence.layout import PerDocument
+from dtcp.sequence.restarts import check_restarts
 
 THDBatch = Mapping[str, Any]
 """Packed rows, with or without a batch dim, and what goes with them."""

@@ -1,12 +1,17 @@
 """A batch is sharded by the rule of each key: every token keeps what belongs to it."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.labels import IGNORED, shift_labels
+from dtcp.mixer import batch_metadata
 from dtcp.rows import DEFAULT_FIELDS, WHOLE, Fill, TokenField
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
@@ -48,6 +53,23 @@ def on_one_rank(batch, documents, layout=HeadTail, **options):
 
 ONE_RANK = ParallelMesh(Degrees(), None, *[None] * 7)
 """Nothing to communicate over."""
+
+
+def test_mixers_are_found_though_they_come_after_a_batch():
+    """A model remembers its kinds of mixers, and no longer than they are as they were."""
+    documents, model = Documents.single(1, 8), nn.Sequential()
+    assert len(batch_metadata(model, documents)) == 0
+    model.append(nn.Sequential(SoftmaxAttention(Causal())))
+    assert len(batch_metadata(model, documents)) == 1
+    for copied in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied[0].append(SoftmaxAttention(Causal() & SlidingWindow(2)))
+        assert len(batch_metadata(copied, documents)) == 2
+    assert len(batch_metadata(model, documents)) == 1
+    model[0][0] = SoftmaxAttention(Causal() & SlidingWindow(3))
+    assert list(batch_metadata(model, documents)) == [model[0][0].metadata_key]
+    model[0][0].mask = Causal()
+    model[0][0].set_metadata_key()
+    assert list(batch_metadata(model, documents)) == [SoftmaxAttention(Causal()).metadata_key]
 
 
 @layouts

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -105,6 +106,13 @@ def compared_keys(batch: Mapping[str, Any]) -> Contents:
     return {key: x for key, x in batch.items() if isinstance(x, Tensor) and x.numel()}, None
 
 
+def digests(rows: Sequence[Tensor]) -> Tensor:
+    """A number for each row that changes with what it holds: [B, 1]; rows of whole numbers."""
+    none = torch.zeros(1, dtype=torch.int64)
+    each = [_sums(_numbers(row[None])).cpu() if row.numel() else none for row in rows]
+    return torch.stack(each)
+
+
 def _everyone(x: Tensor, axes: Sequence[DeviceMesh]) -> Tensor:
     """x of every rank of the axes: [ranks, ...], on the host; the first axis is the fastest."""
     x = x[None]
@@ -141,8 +149,17 @@ def _sums(numbers: Tensor) -> Tensor:
     whole = length // STRETCH * STRETCH
     weights = _weights(STRETCH + length // STRETCH + 1, numbers.device)
     in_stretch, of_stretch = weights[:STRETCH], weights[STRETCH:-1]
-    sums = numbers[:, :whole].reshape(rows, -1, STRETCH) @ in_stretch @ of_stretch
-    return sums + (numbers[:, whole:] @ in_stretch[: length - whole]) * weights[-1]
+    sums = _weighed(numbers[:, :whole].reshape(-1, STRETCH), in_stretch)
+    rest = numbers[:, whole:] @ in_stretch[: length - whole]
+    return sums.view(rows, -1) @ of_stretch + rest * weights[-1]
+
+
+def _weighed(stretches: Tensor, weights: Tensor) -> Tensor:
+    """Sums of weighed entries, [N, STRETCH] to [N]."""
+    if stretches.device.type != "cpu":
+        return stretches @ weights
+    # In two thirds of the time that torch takes for whole numbers.
+    return torch.from_numpy(np.einsum("ns,s->n", stretches.numpy(), weights.numpy()))
 
 
 def _numbers(x: Tensor) -> Tensor:

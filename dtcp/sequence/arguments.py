@@ -20,7 +20,8 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def is_whole(value: object) -> bool:
     """Whether a value is an int of Python or numpy; True and False are none."""
-    return isinstance(value, int | Integral) and not isinstance(value, bool)
+    # Most are ints; there may be one for each document.
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def check_ints(subject: str, *, least: int | None = None, **values: Any) -> None:

@@ -1,5 +1,6 @@
 """Blocks of tokens that see each other, as those of an image do: numbered, and as runs."""
 
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,34 @@ def check_types(mm_token_type_ids: Tensor) -> None:
     check_tensor("Blocks of images", shape="[B, S]", ndim=2, dtypes=WHOLE_NUMBERS, **kinds)
 
 
+class TokenTypes:
+    """The types of the tokens of whole rows, read as runs: in one pass, when somebody asks.
+
+    Args:
+        types: mm_token_type_ids, [B, S], on the host.
+    """
+
+    def __init__(self, types: Tensor) -> None:
+        check_types(types)
+        self.types = types
+
+    @cached_property
+    def starts(self) -> list[Ints]:
+        """Where another type begins, in each row; its first token among them."""
+        return [starts_of_groups(row.numpy()) for row in self.types]
+
+    def row(self, row: int) -> "TokenTypes":
+        """Those of one row."""
+        only = TokenTypes(self.types[row : row + 1])
+        only.starts = self.starts[row : row + 1]
+        return only
+
+    def runs(self) -> list[tuple[int, ...]]:
+        """All that the types of each row say: where runs start, and then their types."""
+        pairs = zip(self.starts, self.types, strict=True)
+        return [(*start.tolist(), *types.numpy()[start].tolist()) for start, types in pairs]
+
+
 class BlockRuns(NamedTuple):
     """Neighbouring tokens of one block and one document, from left to right. Each field [K]."""
 
@@ -50,7 +79,7 @@ class BlockRuns(NamedTuple):
         Raises:
             ValueError: a block in several runs of a document: two runs would be two intervals.
         """
-        start = _changes(block)
+        start = starts_of_groups(block.numpy())
         stop, number = stops_of(start, len(block)), block.numpy()[start]
         runs, of = cls(start[number >= 0], stop[number >= 0])._cut(bounds)
         document = np.searchsorted(bounds, runs.start, side="right") - 1
@@ -63,11 +92,11 @@ class BlockRuns(NamedTuple):
         return runs
 
     @classmethod
-    def of_images(cls, mm_token_type_ids: Tensor, bounds: Ints) -> "BlockRuns":
-        """Those of `vision_blocks` of a row, [S], in one pass over it."""
-        start = _changes(mm_token_type_ids)
-        stop = stops_of(start, len(mm_token_type_ids))
-        vision = np.isin(mm_token_type_ids.numpy()[start], VISION)
+    def of_images(cls, types: TokenTypes, bounds: Ints, *, row: int) -> "BlockRuns":
+        """Those of `vision_blocks` of a row."""
+        start, numbers = types.starts[row], types.types[row].numpy()
+        stop = stops_of(start, len(numbers))
+        vision = np.isin(numbers[start], VISION)
         before, after = np.append(False, vision[:-1]), np.append(vision[1:], False)
         runs, _ = cls(start[vision & ~before], stop[vision & ~after])._cut(bounds)
         return runs
@@ -90,8 +119,3 @@ class BlockRuns(NamedTuple):
         stop = np.minimum(stops_of(start, int(self.stop[-1])), self.stop[run])
         inside = (start < stop) & (start < bounds[-1])
         return BlockRuns(start[inside], stop[inside]), run[inside]
-
-
-def _changes(numbers: Tensor) -> Ints:
-    """Where a token has another number than the one before it, the first token among them."""
-    return starts_of_groups(numbers.numpy())

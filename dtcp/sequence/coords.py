@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
-from dtcp.sequence.block_runs import BlockRuns, check_types, vision_blocks
+from dtcp.sequence.block_runs import BlockRuns, TokenTypes, vision_blocks
 from dtcp.sequence.documents import Documents, check_token_positions
 from dtcp.sequence.memory import Memory
 
@@ -52,15 +52,14 @@ class Coords:
         *,
         prefix: Tensor | None = None,
         block: Tensor | None = None,
-        image_types: Tensor | None = None,
+        image_types: TokenTypes | None = None,
         position_ids: Tensor | None = None,
         memory: Memory | None = None,
     ) -> "Coords":
         """Coordinates of whole rows, in their order.
 
         Args:
-            image_types: the mm_token_type_ids [B, T] of the first tokens of each row, on the host;
-                without `block`, its images are the blocks.
+            image_types: of the first tokens of each row; without `block`, images are the blocks.
         """
         if not isinstance(documents, Documents):
             raise TypeError(
@@ -82,8 +81,6 @@ class Coords:
             check_token_positions(position_ids, documents.batch, documents.seq_len)
         if memory is not None:
             memory.check(documents)
-        if image_types is not None:
-            check_types(image_types)
         return _WholeRows(documents, prefix, block, position_ids, memory, image_types)
 
     @cached_property
@@ -103,9 +100,11 @@ class Coords:
         documents = Documents((documents_of(self).lengths[row],), self.seq_len)
         memory = None if self.memory is None else self.memory.row(row)
         # What is worked out when it is asked for stays so.
-        names = ("prefix", "image_types", "block")
+        names = ("prefix", "block")
         read = {name: x[row : row + 1] for name in names if (x := vars(self).get(name)) is not None}
-        return Coords.of(documents, memory=memory, **read)
+        types: TokenTypes | None = vars(self).get("image_types")
+        types = None if types is None else types.row(row)
+        return Coords.of(documents, memory=memory, image_types=types, **read)
 
     @property
     def rows(self) -> int:
@@ -134,7 +133,7 @@ class _WholeRows(Coords):
     """Of whole rows; what follows from documents is worked out when it is asked for."""
 
     documents: Documents
-    image_types: Tensor | None
+    image_types: TokenTypes | None
 
     def __init__(
         self,
@@ -143,7 +142,7 @@ class _WholeRows(Coords):
         block: Tensor | None,
         position_ids: Tensor | None,
         memory: Memory | None,
-        image_types: Tensor | None = None,
+        image_types: TokenTypes | None = None,
         block_ends: Tensor | None = None,
         **known: Tensor,
     ) -> None:
@@ -187,14 +186,14 @@ class _WholeRows(Coords):
     def block(self) -> Tensor | None:
         if self.image_types is None:
             return None
-        missing = self.seq_len - self.image_types.shape[1]
-        return pad(vision_blocks(self.image_types), (0, missing), value=-1)
+        types = self.image_types.types
+        return pad(vision_blocks(types), (0, self.seq_len - types.shape[1]), value=-1)
 
     def block_runs(self, row: int) -> BlockRuns | None:
         if self.image_types is None or "block" in vars(self):
             return super().block_runs(row)
         bounds = np.cumsum([0, *self.documents.lengths[row]])
-        return BlockRuns.of_images(self.image_types[row], bounds)
+        return BlockRuns.of_images(self.image_types, bounds, row=row)
 
 
 def documents_of(coords: Coords) -> Documents:

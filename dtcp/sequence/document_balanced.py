@@ -44,6 +44,8 @@ from dtcp.sequence.partition import (
     unique_ascending,
 )
 
+Bools = NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
 class DocumentBalanced(SequenceLayout):
@@ -81,9 +83,9 @@ class DocumentBalanced(SequenceLayout):
     def runs(self, rank: int) -> list[Run]:
         # Not from the partition: dynamo traces this, and arrays would be tensors to it.
         self._check_rank(rank)
-        stops = (*self.starts[1:], self.seq_len)
-        runs = zip(self.starts, stops, self.owners, strict=True)
-        return joined_runs([(start, stop) for start, stop, owner in runs if owner == rank])
+        bounds = (*self.starts, self.seq_len)
+        mine = [piece for piece, owner in enumerate(self.owners) if owner == rank]
+        return joined_runs([(bounds[piece], bounds[piece + 1]) for piece in mine])
 
     @cached_property
     def partition(self) -> Partition:
@@ -132,18 +134,17 @@ class _Line(NamedTuple):
     def work_of_first(self) -> Callable[[Ints], Ints]:
         """From a number of tokens to the work of so many, the first ones."""
         places, before = self.places, sums_before(self.all_work())
-        # One stretch of nothing at the end, so that every number of tokens has a stretch.
-        twice = np.zeros((2, len(places)), dtype=np.int64)
-        # Of n tokens of a stretch: n * work + step * n * (n - 1) / 2.
-        np.multiply(2, self.work, out=twice[0, :-1])
-        twice[0, :-1] -= self.step
-        twice[1, :-1] = self.step
-        linear, square = twice
+        # Of n tokens of a stretch: n * work + step * n * (n - 1) / 2. One stretch of nothing at the
+        # end, so that every number of tokens has a stretch.
+        table = np.zeros((4, len(places)), dtype=np.int64)
+        table[0], table[1] = places, before
+        table[2, :-1], table[3, :-1] = 2 * self.work - self.step, self.step
 
         def total(tokens: Ints) -> Ints:
             stretch = places.searchsorted(tokens, side="right") - 1
-            some = tokens - places[stretch]
-            out: Ints = before[stretch] + some * (linear[stretch] + square[stretch] * some) // 2
+            first, done, linear, square = table.take(stretch, axis=1)
+            some = tokens - first
+            out: Ints = done + some * (linear + square * some) // 2
             return out
 
         return total
@@ -159,17 +160,14 @@ def best_pieces(work: WorkRuns, lengths: tuple[int, ...], num_shards: int) -> tu
         work: of the row's tokens.
         lengths: of its documents; padding follows them.
     """
-    seq_len, bounds = int(work.stop[-1]), sums_before(np.array(lengths, dtype=np.int64))
     row = RowOfDocuments.of(work, lengths, num_shards)
     cut = row.length[1:][row.document[1:] == row.document[:-1]]
-    shard_len, before, wholes = seq_len // num_shards, 0, [0]
+    shard_len, before, wholes = row.seq_len // num_shards, 0, [0]
     for whole in (shard_len // 4, shard_len // 2, shard_len, 2 * shard_len, 4 * shard_len):
         if (kept := int((cut <= whole).sum())) > before:
             wholes.append(whole)
         before = kept
-    found = [pieces for pieces in row.pieces_of_each(wholes) if pieces is not None]
-    # The first of equal ones: what leaves no document whole is always among them.
-    return min(found, key=lambda pieces: _brought(pieces[0], pieces[1], bounds, seq_len))
+    return row.best_pieces(wholes)
 
 
 class RowOfDocuments(NamedTuple):
@@ -178,80 +176,127 @@ class RowOfDocuments(NamedTuple):
     tokens: _Line
     document: Ints  # [P]
     length: Ints  # [P], of the document; 0 of padding
+    bounds: Ints  # where documents start, and where the last one ends
     total: int  # work
     num_shards: int
 
     @classmethod
     def of(cls, work: WorkRuns, lengths: tuple[int, ...], num_shards: int) -> "RowOfDocuments":
         of_documents = np.array([*lengths, 0])
-        bounds = sums_before(of_documents[:-1])
-        tokens = _cut(work, bounds, work.total // int(work.stop[-1]))
+        bounds, total = sums_before(of_documents[:-1]), work.total
+        tokens = _cut(work, bounds, total // int(work.stop[-1]))
         document = bounds.searchsorted(tokens.start, side="right") - 1
-        return cls(tokens, document, of_documents[document], work.total, num_shards)
+        return cls(tokens, document, of_documents[document], bounds, total, num_shards)
 
-    def pieces(self, whole: int) -> tuple[Ints, Ints] | None:
-        """`pieces_of_each` of one length."""
-        return self.pieces_of_each([whole])[0]
+    @property
+    def seq_len(self) -> int:
+        return int(self.tokens.stop[-1])
 
-    def pieces_of_each(self, wholes: Sequence[int]) -> list[tuple[Ints, Ints] | None]:
-        """One stretch of each line for each rank: where its pieces start, and whose they are.
+    def best_pieces(self, wholes: Sequence[int]) -> tuple[Ints, Ints]:
+        """Where pieces start, from left to right, and whose they are: one stretch of each line.
 
         Args:
-            wholes: documents of so many tokens or fewer stand in one line as they are.
+            wholes: documents of so many tokens or fewer stand in one line as they are: each a way
+                to deal the row out, of which one leaves every rank the mean work at least.
         Returns:
-            of each, None where so many whole documents leave no stretches of the mean work.
+            of the way that brings the fewest keys; of equal ones, the first.
         """
-        tokens, document, length = self.tokens, self.document, self.length
-        longest_first = np.lexsort((-tokens.start, document, -length))
-        shortest_first = np.lexsort((tokens.start, document, length))
-        heavy = [self._is_heavy(whole) for whole in wholes]
-        lines = (
-            [tokens.taken(longest_first[x[longest_first]]).turned() for x in heavy],
-            [tokens.taken(shortest_first[~x[shortest_first]]) for x in heavy],
+        heavy = self._is_heavy(np.array(wholes))
+        longest_first = np.lexsort((-self.tokens.start, self.document, -self.length))
+        shortest_first = self.length.argsort(kind="stable")
+        of_heavy = _Lines.of(self.tokens, heavy, longest_first)
+        of_heavy = of_heavy._replace(line=of_heavy.line.turned())
+        of_light = _Lines.of(self.tokens, ~heavy, shortest_first)
+        before, done = _heavy_before(of_heavy, of_light, self.total, self.num_shards)
+        rest = np.arange(self.num_shards + 1) * (self.seq_len // self.num_shards) - before
+        good = self._is_even(done) & (np.diff(before) >= 0) & (np.diff(rest) >= 0)
+        # Ways that go back somewhere are dealt out with the others, and not taken.
+        before, rest = (np.maximum.accumulate(x, axis=1) for x in (before, rest))
+        start, holder = _joined(
+            of_heavy.dealt(before, self.seq_len, turned=True),
+            of_light.dealt(rest, self.seq_len, turned=False),
         )
-        before, done = _heavy_before(*lines, self.total, self.num_shards)
-        seq_len, n = int(tokens.stop[-1]), self.num_shards
-        rest = np.arange(n + 1) * (seq_len // n) - before
-        forward = (before[:, 1:] >= before[:, :-1]) & (rest[:, 1:] >= rest[:, :-1])
-        ends = tokens.work, tokens.turned().work
-        most = max(1, *(int(x.max(initial=0)) for x in ends))
-        # To within the work of one token.
-        even = np.abs((done[:, 1:] - done[:, :-1]) * n - self.total) < most * n
-        return [
-            _dealt(heavy, of_heavy, light, of_light) if good else None
-            for heavy, light, of_heavy, of_light, good in zip(
-                *lines, before, rest, (forward & even).all(1), strict=True
-            )
-        ]
+        reach = self._reach(start, holder, len(heavy))
+        best = int(np.where(good.all(1), reach, reach.max() + 1).argmin())
+        mine = holder // self.num_shards == best
+        return start[mine] - best * self.seq_len, holder[mine] - best * self.num_shards
 
-    def _is_heavy(self, whole: int) -> NDArray[np.bool_]:
-        """Which stretches stand in the line of heavy ones: [P]."""
-        tokens, seq_len = self.tokens, int(self.tokens.stop[-1])
-        heavy: NDArray[np.bool_] = tokens.work > self.total // seq_len
-        if not whole:
-            return heavy
+    def _is_heavy(self, wholes: Ints) -> Bools:
+        """Which stretches stand in the line of heavy ones: [V, P]."""
+        tokens, seq_len = self.tokens, self.seq_len
+        heavy: Bools = tokens.work > self.total // seq_len
         # Of a whole document, what counts is its own mean.
         work = np.bincount(self.document, tokens.all_work()) * seq_len
         length = np.bincount(self.document, tokens.stop - tokens.start)
         dear = work > length * float(self.total)
-        return np.where(self.length <= whole, dear[self.document], heavy)
+        # Padding, of length 0, costs nothing: it is light in either way.
+        return np.where(self.length <= wholes[:, None], dear[self.document], heavy)
+
+    def _is_even(self, done: Ints) -> Bools:
+        """Which ranks have the mean work to within that of one token: [V, n].
+
+        Args:
+            done: [V, n + 1], the work before each rank's, and all of it.
+        """
+        ends = self.tokens.work, self.tokens.turned().work
+        most, n = max(1, *(int(x.max(initial=0)) for x in ends)), self.num_shards
+        even: Bools = np.abs(np.diff(done) * n - self.total) < most * n
+        return even
+
+    def _reach(self, start: Ints, holder: Ints, ways: int) -> Ints:
+        """How far from the starts of documents ranks reach under a causal mask, of each way: [V].
+
+        They need all tokens before the last one that they hold of a document: but for those that
+        they hold, as many in all ways, those that they need of others.
+        """
+        count, end = len(self.bounds), ways * self.seq_len
+        bounds = (np.arange(ways)[:, None] * self.seq_len + self.bounds).flatten()
+        first = unique_ascending(np.concatenate((start, bounds[bounds < end])))
+        of = holder[start.searchsorted(first, side="right") - 1]
+        document = bounds.searchsorted(first, side="right") - 1
+        reach = stops_of(first, end) - bounds[document]
+        # Of each rank and document the last stretch, by one sort.
+        of_document = (of * count + document % count) * len(first)
+        order = np.sort(of_document + np.arange(len(first)))
+        pair, stretch = order // len(first), order % len(first)
+        counted = np.append(pair[1:] != pair[:-1], True) & (pair % count < count - 1)
+        way = pair[counted] // (count * self.num_shards)
+        sums = np.bincount(way, reach[stretch[counted]], ways)
+        return sums.astype(np.int64)
 
 
-def _brought(start: Ints, owner: Ints, bounds: Ints, seq_len: int) -> int:
-    """Tokens that ranks need of others under a causal mask: what lies before their last tokens."""
-    first = unique_ascending(np.concatenate((start, bounds[:-1])))
-    stop = stops_of(first, seq_len)
-    of = owner[start.searchsorted(first, side="right") - 1]
-    document = bounds.searchsorted(first, side="right") - 1
-    real = document < len(bounds) - 1
-    first, stop, of, document = (x[real] for x in (first, stop, of, document))
-    if not len(first):
-        return 0
-    order = np.lexsort((first, document, of))
-    first, stop, of, document = (x[order] for x in (first, stop, of, document))
-    new = differs(of) | differs(document)
-    last = np.roll(new, -1)
-    return int((stop - bounds[document])[last].sum() - (stop - first).sum())
+class _Lines(NamedTuple):
+    """The heavy or the light line of V ways to deal out a row, one after another."""
+
+    line: _Line
+    way: Ints  # [P]
+    first: Ints  # [V + 1], tokens before the line of each way, and all
+
+    @classmethod
+    def of(cls, tokens: _Line, chosen: Bools, order: Ints) -> "_Lines":
+        """Those of a row's stretches that each way has chosen, [V, P], in this order."""
+        way, place = chosen[:, order].nonzero()
+        line = tokens.taken(order[place])
+        counts = np.bincount(way, line.stop - line.start, len(chosen))
+        return cls(line, way, sums_before(counts.astype(np.int64)))
+
+    def dealt(self, before: Ints, seq_len: int, *, turned: bool) -> tuple[Ints, Ints]:
+        """Starts of the pieces of ranks, and whose they are: all rows and ranks one after another.
+
+        Args:
+            before: [V, n + 1], tokens of the line before those of each rank, and all of them.
+            turned: whether stretches are lined up from their last tokens.
+        """
+        line, places = self.line, self.line.places
+        bounds = (before[:, :-1] + self.first[:-1, None]).flatten()
+        cuts = unique_ascending(np.concatenate((places, bounds)))
+        first, last = cuts[:-1], cuts[1:]
+        stretch = places.searchsorted(first, side="right") - 1
+        holder = bounds.searchsorted(first, side="right") - 1
+        row = self.way[stretch] * seq_len
+        if turned:
+            return row + line.stop[stretch] - (last - places[stretch]), holder
+        return row + line.start[stretch] + (first - places[stretch]), holder
 
 
 def _cut(work: WorkRuns, bounds: Ints, mean: int) -> _Line:
@@ -271,62 +316,43 @@ def _cut(work: WorkRuns, bounds: Ints, mean: int) -> _Line:
     return _Line(start, stops_of(start, int(work.stop[-1])), first, work.step[run])
 
 
-def _heavy_before(
-    heavy: Sequence[_Line], light: Sequence[_Line], total: int, num_shards: int
-) -> tuple[Ints, Ints]:
+def _heavy_before(heavy: _Lines, light: _Lines, total: int, num_shards: int) -> tuple[Ints, Ints]:
     """Heavy tokens before each rank, and all of them, and the work before it: two [V, n + 1].
 
-    For V pairs of lines of as many tokens at once, in quarters: a step costs calls, not numbers.
+    By bisection in quarters, for all ways at once: a step costs calls, not numbers. Where so many
+    whole documents leave no such number, the nearest one.
     """
-    # All lines as one, so that a step of the bisection is one look at it.
-    pairs = list(zip(heavy, light, strict=True))
-    lines = [line for pair in pairs for line in pair]
-    work_of_first = _Line(*map(np.concatenate, zip(*lines, strict=True))).work_of_first()
-    counts = np.array([[int((x.stop - x.start).sum()) for x in pair] for pair in pairs])
-    first = sums_before(counts.flatten())
-    of_heavy, of_light = counts[:, :1], counts[:, 1:]
-    # Where the heavy line starts and the light one does, among all tokens.
-    starts = first[:-1].reshape(-1, 2, 1)
-    tokens = np.arange(num_shards + 1) * (int(counts[0].sum()) // num_shards)
-    enough = np.array([-(-rank * total // num_shards) for rank in range(num_shards + 1)])
-    offset = work_of_first(starts).sum(-2)
+    # All lines as one, so that a step is one look at it.
+    lines = zip(heavy.line, light.line, strict=True)
+    work_of_first = _Line(*map(np.concatenate, lines)).work_of_first()
+    starts = np.stack((heavy.first[:-1], heavy.first[-1] + light.first[:-1]))[..., None]
+    offset = work_of_first(starts).sum(0)
+    of_heavy, of_light = (np.diff(each.first)[:, None] for each in (heavy, light))
+    ranks = np.arange(num_shards + 1)
+    tokens = ranks * (int(of_heavy[0, 0] + of_light[0, 0]) // num_shards)
+    mean, rest = divmod(total, num_shards)
+    enough = ranks * mean - -ranks * rest // num_shards + offset
 
     def work_before(of_heavy: Ints) -> Ints:
-        both = np.stack((of_heavy, tokens - of_heavy), axis=-2) + starts
-        work: Ints = work_of_first(both).sum(-2) - offset
-        return work
+        """And that of `offset`; [K, V, n + 1]."""
+        places = np.stack((of_heavy, tokens - of_heavy)) + starts[:, None]
+        work = work_of_first(places)
+        return work[0] + work[1]
 
     low, high = np.maximum(0, tokens - of_light), np.minimum(tokens, of_heavy)
     quarters = np.arange(1, 4).reshape(-1, 1, 1)
     while bool((low < high).any()):
         inner = low + (high - low) * quarters // 4
-        reached = work_before(inner) >= enough
+        reached = (work_before(inner) >= enough) | (low == high)
         ends = np.concatenate((low[None], np.where(reached, 0, inner + 1)))
         low, high = ends.max(0), np.where(reached, inner, high).min(0)
-    return low, work_before(low)
+    return low, work_before(low[None])[0] - offset
 
 
-def _dealt(heavy: _Line, of_heavy: Ints, light: _Line, of_light: Ints) -> tuple[Ints, Ints]:
-    """Starts and ranks of all pieces, from left to right, neighbours of one rank joined.
-
-    Args:
-        of_heavy, of_light: how many tokens of each line lie before each rank's, and all of them.
-    """
-    dealt = (_dealt_line(heavy, of_heavy, turned=True), _dealt_line(light, of_light, turned=False))
-    start, owner = (np.concatenate(x) for x in zip(*dealt, strict=True))
+def _joined(*parts: tuple[Ints, Ints]) -> tuple[Ints, Ints]:
+    """Starts and holders of pieces from left to right, neighbours of one holder as one piece."""
+    start, holder = (np.concatenate(x) for x in zip(*parts, strict=True))
     order = start.argsort()
-    start, owner = start[order], owner[order]
-    new = differs(owner)
-    return start[new], owner[new]
-
-
-def _dealt_line(line: _Line, before: Ints, *, turned: bool) -> tuple[Ints, Ints]:
-    """Starts and ranks of the pieces of a line, before[r] tokens of which lie before rank r's."""
-    places = line.places
-    cuts = unique_ascending(np.concatenate((places, before)))
-    first, last = cuts[:-1], cuts[1:]
-    stretch = places.searchsorted(first, side="right") - 1
-    rank = before.searchsorted(first, side="right") - 1
-    if turned:
-        return line.stop[stretch] - (last - places[stretch]), rank
-    return line.start[stretch] + (first - places[stretch]), rank
+    start, holder = start[order], holder[order]
+    new = differs(holder)
+    return start[new], holder[new]

@@ -279,7 +279,7 @@ class Documents:
 
     def padded(self, seq_len: int) -> "Documents":
         """The same documents in longer rows; the new tokens are padding."""
-        return Documents(self.lengths, seq_len)
+        return self if seq_len == self.seq_len else Documents(self.lengths, seq_len)
 
     def document(self) -> Tensor:
         """Index of each token's document in its row, -1 for padding: [B, S], int64."""

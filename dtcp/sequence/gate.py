@@ -6,7 +6,7 @@ differ are refused by row and token, for one of them would be wrong without a wo
 """
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -18,10 +18,10 @@ from dtcp.sequence.documents import (
     PADDING,
     Documents,
     anywhere,
-    check_token_positions,
     count_true,
     places_after,
 )
+from dtcp.sequence.restarts import check_restarts
 
 ID_KEYS = ("document_ids", "seq_idx")
 """Keys of document numbers per token, [B, S]; a negative number is padding."""
@@ -43,6 +43,18 @@ def documents_of_batch(
     documents: Documents | None = None,
     name: str = "documents",
 ) -> Documents:
+    """The documents of a batch, from every key that tells of them; see `documents_and_counted`."""
+    return documents_and_counted(batch, rows, seq_len, documents=documents, name=name)[0]
+
+
+def documents_and_counted(
+    batch: Mapping[str, Any],
+    rows: int,
+    seq_len: int,
+    *,
+    documents: Documents | None = None,
+    name: str = "documents",
+) -> tuple[Documents, tuple[bool, ...]]:
     """The documents of a batch, from every key that tells of them.
 
     Explicit documents and DOCUMENT_KEYS say the same, or the batch is refused. Without them
@@ -55,6 +67,9 @@ def documents_of_batch(
         documents: of every row. What they have as a document may be padding; what the keys have
             ends where padding starts.
         name: where explicit documents come from.
+    Returns:
+        and of each row, whether position_ids are known to count its documents' tokens from 0; what
+        they hold in padding is not looked at.
     Raises:
         ValueError: keys that contradict each other, named with row and token, or that describe
             no documents of these rows.
@@ -77,10 +92,14 @@ def documents_of_batch(
     for key, other in sources.items():
         if key != first:
             _check_same(str(first), _trimmed(chosen, padding), key, _trimmed(other, padding))
-    if first is not None and position_ids is not None:
-        check_restarts(chosen, position_ids, padding, name=first)
+    counted = (False,) * rows
+    if position_ids is not None and first is not None:
+        counted = check_restarts(chosen, position_ids, padding, name=first)
+    elif position_ids is not None:
+        # Nothing but position ids speaks of more than one.
+        counted = (any(len(lengths) > 1 for lengths in chosen.lengths),) * rows
     _check_longest(batch, chosen)
-    return chosen
+    return chosen, counted
 
 
 def read_padding_mask(mask: Any, rows: int, seq_len: int) -> Tensor | None:
@@ -213,82 +232,6 @@ def documents_of_boundaries(
     if not per_row:
         lists = _split(lists[0], rows, seq_len, name)
     return Documents(tuple(tuple(b - a for a, b in pairwise(x) if b > a) for x in lists), seq_len)
-
-
-def check_restarts(
-    documents: Documents, position_ids: Tensor, padding: Tensor | None, *, name: str = "documents"
-) -> None:
-    """Refuse position ids that restart elsewhere than documents start.
-
-    Those that count on through every row are right with any documents: RoPE reads differences.
-
-    Args:
-        position_ids: [B, S], [1, S], or [axes, B, S], of which the first axis is read.
-        padding: [B, S] bool, where position ids mean nothing.
-        name: where the documents come from.
-    """
-    rows, seq_len = documents.batch, documents.seq_len
-    check_token_positions(position_ids, rows, seq_len)
-    position_ids = position_ids.cpu()
-    row, token = _restarts(position_ids)
-    if rows > position_ids.shape[-2]:
-        row = torch.arange(rows).repeat_interleave(len(token))
-        token = token.repeat(rows)
-    tokens = _Tokens(documents, padding)
-    row, token = tokens.among(row, token)
-    if not len(row):
-        return
-    starting = [(index, end) for index, x in enumerate(documents.lengths) for end in _inner(x)]
-    at_starts = torch.tensor(starting, dtype=torch.int64).view(-1, 2).unbind(1)
-    first = (position_ids[0] if position_ids.ndim == 3 else position_ids).expand(rows, -1)
-    inside = ~torch.isin(row * seq_len + token, at_starts[0] * seq_len + at_starts[1])
-    found = row[inside], token[inside], "inside a document"
-    if not bool(inside.any()):
-        row, token = tokens.among(*at_starts)
-        through = first[row, token] - first[row, token - 1] == 1
-        found = row[through], token[through], "where one starts"
-    if not len(found[0]):
-        return
-    at, index = int(found[0][0]), int(found[1][0])
-    raise ValueError(
-        f"Position ids restart where documents start and nowhere else, got position_ids "
-        f"{first[at, index - 1].item()} and then {first[at, index].item()} at token {index} of row "
-        f"{at}, {found[2]} by {name}: correct one of them, or leave position_ids out."
-    )
-
-
-def _inner(lengths: Sequence[int]) -> Iterable[int]:
-    """Where the documents of a row start, but for the first."""
-    return accumulate(lengths[:-1])
-
-
-class _Tokens:
-    """Which tokens, with the one before them, are no padding."""
-
-    def __init__(self, documents: Documents, padding: Tensor | None) -> None:
-        self.used = torch.tensor([sum(row) for row in documents.lengths])
-        self.padding = padding
-
-    def among(self, row: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of the tokens at (row, token); token > 0."""
-        kept = token < self.used[row]
-        if self.padding is not None:
-            kept &= ~self.padding[row, token] & ~self.padding[row, token - 1]
-        return row[kept], token[kept]
-
-
-def _restarts(position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(row, token) of the tokens, from the second on, where position ids go back or stay at 0.
-
-    One that repeats another number stands in an image, or in padding. On several axes they place
-    images and may go back inside a document: a document starts where all of them are 0.
-    """
-    first = position_ids[0] if position_ids.ndim == 3 else position_ids
-    # One pass over all tokens; the rest looks at the few that do not count on.
-    row, token = places_after(operator.le, first)
-    before, here = position_ids[..., row, token - 1], position_ids[..., row, token]
-    kept = (here == 0).all(0) if position_ids.ndim == 3 else (here < before) | (here == 0)
-    return row[kept], token[kept]
 
 
 def _tensor(key: str, value: Any) -> Tensor:

@@ -83,6 +83,8 @@ def interval_runs(mask: Mask, coords: Coords, row: int = 0) -> IntervalRuns:
 def _known_runs(mask: Mask, coords: Coords, row: int, lengths: tuple[int, ...]) -> IntervalRuns:
     seq_len = coords.seq_len
     bounds = sums_before(np.array(lengths, dtype=np.int64))
+    if type(mask) is Causal:
+        return _causal_runs(bounds, seq_len)
     with_blocks = any(isinstance(part, BlockBidirectional) for part in _parts(mask))
     blocks = coords.block_runs(row) if with_blocks else None
     starts = _breaks(mask, bounds, _prefixes(coords, row, bounds), blocks, seq_len)
@@ -90,6 +92,14 @@ def _known_runs(mask: Mask, coords: Coords, row: int, lengths: tuple[int, ...]) 
     tokens = np.concatenate((starts, np.minimum(starts + 1, stops - 1)))
     first, last = mask.intervals(_coords_of(tokens, bounds, blocks, coords, row))
     return _joined_runs(starts, stops, *(x[0].numpy().astype(np.int64) for x in (first, last)))
+
+
+def _causal_runs(bounds: Ints, seq_len: int) -> IntervalRuns:
+    """One run for each document, and one of padding: most masks need no more."""
+    start = bounds if bounds[-1] < seq_len else bounds[:-1]
+    real = start < bounds[-1]
+    first, last, step = np.where(real, start, 0), np.where(real, start, -1), real.astype(np.int64)
+    return IntervalRuns(start, stops_of(start, seq_len), first, 0 * step, last, step)
 
 
 def _is_known(mask: Mask) -> bool:

@@ -181,6 +181,14 @@ class HeadTail(SequenceLayout):
         head, tail = rank * half, (2 * self.num_shards - 1 - rank) * half
         return joined_runs([(head, head + half), (tail, tail + half)])
 
+    @cached_property
+    def partition(self) -> Partition:
+        ranks = np.arange(self.num_shards)
+        # The last rank's two chunks are neighbours.
+        start = np.delete(np.arange(2 * self.num_shards) * (self.shard_len // 2), self.num_shards)
+        owner = np.append(ranks, ranks[-2::-1])
+        return Partition.ascending(start, owner, self.seq_len)
+
     @property
     def segment_len(self) -> int:
         """One chunk: every rank has two segments, the last one too, whose chunks are neighbours."""

@@ -1,7 +1,7 @@
 """The runs of a layout, as arrays: what an exchange between ranks is worked out from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ class Partition:
     stop: Ints
     owner: Ints
     slot: Ints  # of the run's first token, in its owner's shard
+    found: dict[int, NDArray[np.int32]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def ascending(cls, start: Ints, owner: Ints, seq_len: int) -> "Partition":
@@ -38,6 +39,15 @@ class Partition:
         pairs = zip(self.start[mine].tolist(), self.stop[mine].tolist(), strict=True)
         return joined_runs(list(pairs))
 
+    def tokens(self, rank: int) -> NDArray[np.int32]:
+        """Token index of each of the rank's slots: [L]; worked out once, for all who read it."""
+        if rank not in self.found:
+            mine = (self.owner == rank).nonzero()[0]
+            mine = mine[self.slot[mine].argsort()]
+            start = self.start[mine]
+            self.found[rank] = expand_tokens(start, self.stop[mine] - start)
+        return self.found[rank]
+
 
 def joined_runs(runs: Sequence[Run]) -> list[Run]:
     """The same tokens with neighbours in one run and empty runs left out."""
@@ -56,10 +66,31 @@ def expand(start: Ints, length: Ints) -> Ints:
     return (start - before).repeat(length) + np.arange(int(length.sum()))
 
 
-def expand_tokens(start: Ints, length: Ints) -> NDArray[np.int32]:
-    """`expand` to int32, for as many numbers as a rank has tokens: half the memory to write."""
-    out = np.arange(int(length.sum()), dtype=np.int32)
-    out += (start - (length.cumsum() - length)).astype(np.int32).repeat(length)
+def expand_tokens(start: Ints, length: Ints, *, room: int | None = None) -> NDArray[np.int32]:
+    """`expand` to int32, for as many numbers as a rank has tokens; zeros behind, up to `room`."""
+    some = length > 0
+    return along_runs(start[some], 1, length[some], room=room)
+
+
+def along_runs(
+    first: Ints, step: Ints | int, length: Ints, *, room: int | None = None
+) -> NDArray[np.int32]:
+    """Numbers that change by the same from place to place of a run; zeros behind, up to `room`.
+
+    Args:
+        first: of each run of one place or more, [R].
+        step, length: likewise.
+    """
+    before = sums_before(length)
+    count = int(before[-1])
+    out = np.empty(count, np.int32) if room is None else np.zeros(room, np.int32)
+    steps = out[:count]
+    steps[:] = step if isinstance(step, int) else step.astype(np.int32).repeat(length)
+    last = first + step * (length - 1)
+    jumps = first.copy()
+    jumps[1:] -= last[:-1]
+    steps[before[:-1]] = jumps
+    np.add.accumulate(steps, out=steps)
     return out
 
 
@@ -79,7 +110,8 @@ def sums_before(x: Ints) -> Ints:
 
 def differs(x: Ints) -> NDArray[np.bool_]:
     """Which entries are not as the one before them, the first one among these: [N]."""
-    new = np.ones(len(x), dtype=bool)
+    new = np.empty(len(x), dtype=bool)
+    new[:1] = True
     np.not_equal(x[1:], x[:-1], out=new[1:])
     return new
 

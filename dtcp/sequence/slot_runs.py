@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtcp.sequence.interval_runs import IntervalRuns
-from dtcp.sequence.partition import Ints, Partition, stops_of, unique_ascending
+from dtcp.sequence.partition import Ints, Partition, along_runs, stops_of, unique_ascending
 
 LEAST_CUTS = 8
 """Tiles beyond those of equal length that a table has room for, at least."""
@@ -60,12 +60,10 @@ class SlotRuns:
 
     def by_slot(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """The first and the last key of every slot: two [L]."""
-        slot = np.arange(int(self.length.sum()), dtype=np.int32)
-        first, last = (
-            _by_slot(value - step * self.slot, step, self.length, slot)
-            for value, step in ((self.first, self.first_step), (self.last, self.last_step))
+        return (
+            along_runs(self.first, self.first_step, self.length),
+            along_runs(self.last, self.last_step, self.length),
         )
-        return first, last
 
     def tile_bounds(self, tile: int) -> Ints:
         """Where tiles of at most so many neighbouring slots start, and the end of them all.
@@ -127,14 +125,3 @@ class SlotRuns:
             (np.logical_and.reduceat(sees, each), False),
         )
         return TileLimits(*(np.append(x, np.full(empty, rest, x.dtype)) for x, rest in limits))
-
-
-def _by_slot(at_0: Ints, step: Ints, length: Ints, slot: NDArray[np.int32]) -> NDArray[np.int32]:
-    """What stands still or moves on along each run, for every slot; from its value at slot 0."""
-    values = at_0.astype(np.int32).repeat(length)
-    moving = step.astype(bool)
-    if moving.all():
-        values += slot
-    elif moving.any():
-        np.add(values, slot, out=values, where=moving.repeat(length))
-    return values

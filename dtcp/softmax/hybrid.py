@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp._torch import unflattened
 from dtcp.distributed.groups import group_name
 from dtcp.distributed.nodes import check_ranks_per_node
 from dtcp.metadata import AttentionMetadata
-from dtcp.mixer import rotated_positions
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.coords import Coords, tokens_in_documents
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
@@ -19,6 +17,7 @@ from dtcp.softmax.joined_shards import UlyssesMetadata, joined, ulysses_metadata
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.moves import Peers
 from dtcp.softmax.op import AttentionOp
+from dtcp.softmax.positions import TokenPositions
 from dtcp.softmax.ring import RING, RingAttention
 from dtcp.softmax.style import AttentionStyle
 from dtcp.softmax.ulysses import Ulysses, UlyssesAttention
@@ -121,12 +120,12 @@ class HybridAttention(AttentionStyle):
         assert isinstance(metadata, UlyssesMetadata)
         between = metadata.outer
         assert isinstance(between, KeyExchangeMetadata)
-        position_ids, used = rotated_positions(coords), tokens_in_documents(coords)
-        between = replace(between, in_line=metadata.in_line).with_key_position_ids(position_ids)
+        positions, used = TokenPositions.of(coords), tokens_in_documents(coords)
+        between = replace(between, in_line=metadata.in_line).with_key_position_ids(positions)
         return replace(
             metadata,
             outer=replace(between, in_line=False),
-            position_ids=layout.shard(position_ids, rank).to(torch.int32).contiguous(),
+            position_ids=positions.own(layout, rank),
             sees=layout.shard(used, rank).contiguous(),
         )
 

@@ -21,6 +21,7 @@ from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import expand_tokens
 from dtcp.sequence.slot_runs import SlotRuns
 from dtcp.softmax.key_hops import key_hops
+from dtcp.softmax.positions import TokenPositions
 from dtcp.softmax.required_keys import PeerRuns, required_keys
 
 
@@ -97,24 +98,23 @@ class KeyExchangeMetadata(AttentionMetadata):
         sees = self.last_key >= self.first_key
         return sees.view(self.position_ids.shape) if self.in_line else sees
 
-    def with_position_ids(self, position_ids: Tensor, layout: SequenceLayout, rank: int) -> Self:
-        """The same, for keys that are made from values where they arrive.
+    def with_position_ids(
+        self, positions: TokenPositions, layout: SequenceLayout, rank: int
+    ) -> Self:
+        """The same, for keys that are made from values where they arrive."""
+        own = positions.own(layout, rank)
+        return replace(self.with_key_position_ids(positions), position_ids=own)
 
-        Args:
-            position_ids: [B, S] of the whole rows, whole numbers.
-        """
-        own = layout.shard(position_ids, rank).to(torch.int32).contiguous()
-        return replace(self.with_key_position_ids(position_ids), position_ids=own)
-
-    def with_key_position_ids(self, position_ids: Tensor) -> Self:
+    def with_key_position_ids(self, positions: TokenPositions) -> Self:
         """The same, where queries are rotated before they come to these keys."""
-        line = (position_ids.reshape(1, -1) if self.in_line else position_ids).numpy()
         tokens = self.key_token_index.numpy()
-        # Zeros take no time before they are written over: only what is used is looked up.
-        found = np.zeros((len(tokens), len(line), tokens.shape[1]), dtype=np.int32)
+        rows = 1 if self.in_line else positions.rows
+        table = np.zeros((len(tokens), rows, tokens.shape[1]), dtype=np.int32)
         for part, count in enumerate(self.key_counts):
-            found[part, :, :count] = line[:, tokens[part, :count]]
-        return replace(self, key_position_ids=torch.from_numpy(found))
+            if count:  # only what is used is looked up
+                out = table[part, :, :count]
+                positions.at(tokens[part, :count], in_line=self.in_line, out=out)
+        return replace(self, key_position_ids=torch.from_numpy(table))
 
 
 def local_metadata(
@@ -174,17 +174,16 @@ def all_gather_metadata(
     keys = KeyLine(np.zeros_like(starts), starts, stops, 1)
     capacity = seq_len if capacity is None else capacity
     ranges = block_ranges_of_parts(rows, keys, tile=tile)
-    tokens = expand_tokens(starts, stops - starts)
     return KeyExchangeMetadata(
         first,
         last,
-        filled(sent.expanded(), seq_len - local_len),
+        sent.expanded(room=seq_len - local_len),
         torch.from_numpy(np.stack((sent.counts(n), received.counts(n)))),
-        filled(expand_tokens(places, stops - starts), capacity),
-        filled(tokens, capacity)[None],
+        torch.from_numpy(expand_tokens(places, stops - starts, room=capacity)),
+        torch.from_numpy(expand_tokens(starts, stops - starts, room=capacity))[None],
         ranges,
         pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
-        query_token_index=_own_tokens(layout, rank),
+        query_token_index=torch.from_numpy(layout.partition.tokens(rank)),
         onward=_places(onward, received, hops.room),
         onward_counts=torch.from_numpy(
             np.stack((onward.counts(n), arriving.counts(n)))[:, : n if hops.room else 0]
@@ -197,7 +196,7 @@ def _places(onward: PeerRuns, received: PeerRuns, room: int) -> Tensor:
     by_token, lengths = received.start.argsort(), received.stop - received.start
     run = by_token[received.start[by_token].searchsorted(onward.start, side="right") - 1]
     place = (np.cumsum(lengths) - lengths)[run] + onward.start - received.start[run]
-    return filled(expand_tokens(place, onward.stop - onward.start), room)
+    return torch.from_numpy(expand_tokens(place, onward.stop - onward.start, room=room))
 
 
 def ring_metadata(
@@ -229,13 +228,13 @@ def ring_metadata(
     return KeyExchangeMetadata(
         first,
         last,
-        filled(sent.expanded(), keys_layout.seq_len - local_len),
+        sent.expanded(room=keys_layout.seq_len - local_len),
         torch.from_numpy(counts),
         torch.zeros(0, dtype=torch.int32),
         by_part(tokens, [local_len, *counts[1, 1:].tolist()], local_len),
         ranges,
         pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
-        query_token_index=_own_tokens(layout, rank),
+        query_token_index=torch.from_numpy(layout.partition.tokens(rank)),
     )
 
 
@@ -250,27 +249,11 @@ def local_runs(
     return rows, first, last
 
 
-def _own_tokens(layout: SequenceLayout, rank: int) -> Tensor:
-    """Token index of each of the rank's slots: [L] int32."""
-    partition = layout.partition
-    mine = np.flatnonzero(partition.owner == rank)
-    mine = mine[partition.slot[mine].argsort()]
-    start = partition.start[mine]
-    return torch.from_numpy(expand_tokens(start, partition.stop[mine] - start))
-
-
-def filled(x: NDArray[np.int32], length: int) -> Tensor:
-    """x, followed by zeros up to a length that no batch exceeds: shapes never change."""
-    # Zeros take no time before they are written over, of which most never are.
-    filled = np.zeros(length, np.int32)
-    filled[: len(x)] = x
-    return torch.from_numpy(filled)
-
-
 def by_part(x: NDArray[np.int32], counts: Sequence[int], length: int) -> Tensor:
     """x cut into parts of so many, each followed by zeros: [parts, length]."""
     parts, done = np.zeros((len(counts), length), dtype=np.int32), 0
     for part, count in enumerate(counts):
-        parts[part, :count] = x[done : done + count]
+        if count:
+            parts[part, :count] = x[done : done + count]
         done += count
     return torch.from_numpy(parts)

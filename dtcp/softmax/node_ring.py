@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as dist
 
@@ -32,7 +31,7 @@ from dtcp.softmax.exchange import (
 )
 from dtcp.softmax.key_hops import KeyHops, key_hops
 from dtcp.softmax.mates import Arriving
-from dtcp.softmax.metadata import KeyExchangeMetadata, by_part, filled, local_runs
+from dtcp.softmax.metadata import KeyExchangeMetadata, by_part, local_runs
 from dtcp.softmax.moves import AttentionShape, Peers, steps_moved
 from dtcp.softmax.op import OpContext
 from dtcp.softmax.payload import KVPayload
@@ -74,14 +73,14 @@ def node_ring_metadata(
     return KeyExchangeMetadata(
         first,
         last,
-        filled(sent.expanded(), keys_layout.seq_len - local_len),
+        sent.expanded(room=keys_layout.seq_len - local_len),
         torch.from_numpy(counts[:2]),
         order,
         token_index,
         ranges,
         pieces=pieces_of_parts(rows, line, tiles=ranges.shape[2]),
         query_token_index=layout.token_indices(rank).to(torch.int32),
-        onward=filled(_places(onward, received, m), hops.room),
+        onward=_places(onward, received, m, hops.room),
         onward_counts=torch.from_numpy(counts[2:]),
     )
 
@@ -132,12 +131,12 @@ def _tables(keys: _KeyRuns, nodes: int, capacity: int) -> tuple[Tensor, Tensor]:
     return order, token_index
 
 
-def _places(onward: PeerRuns, received: PeerRuns, m: int) -> NDArray[np.int32]:
+def _places(onward: PeerRuns, received: PeerRuns, m: int, room: int) -> Tensor:
     """Where the tokens that go on inside the node stand among the received ones of their step."""
     by_token = received.start.argsort()
     run = by_token[np.searchsorted(received.start[by_token], onward.start, side="right") - 1]
     place = _before(received, m)[run] + onward.start - received.start[run]
-    return expand_tokens(place, onward.stop - onward.start)
+    return torch.from_numpy(expand_tokens(place, onward.stop - onward.start, room=room))
 
 
 def _by(runs: PeerRuns, key: Ints) -> PeerRuns:

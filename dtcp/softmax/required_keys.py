@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 from dtcp.sequence.arguments import check_rank
 from dtcp.sequence.interval_runs import IntervalRuns, Intervals, KeyIntervals
@@ -42,9 +43,9 @@ class PeerRuns(NamedTuple):
         order = np.lexsort((self.start, key[self.peer]))
         return PeerRuns(*(x[order] for x in self))
 
-    def expanded(self) -> NDArray[np.int32]:
-        """The tokens of all runs, one after another."""
-        return expand_tokens(self.start, self.stop - self.start)
+    def expanded(self, *, room: int) -> Tensor:
+        """The tokens of all runs, one after another, then zeros up to `room`: [room] int32."""
+        return torch.from_numpy(expand_tokens(self.start, self.stop - self.start, room=room))
 
 
 @dataclass(frozen=True, eq=False)

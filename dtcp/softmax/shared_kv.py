@@ -14,7 +14,7 @@ from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.block_ranges import UNUSED
 from dtcp.metadata import BatchMetadata
-from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids, rotated_positions
+from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
@@ -25,6 +25,7 @@ from dtcp.softmax.metadata import KeyExchangeMetadata, LocalMetadata
 from dtcp.softmax.mixer import GatherSharedKV, MaskedMixer, SoftmaxAttention
 from dtcp.softmax.moves import AttentionShape, Peers
 from dtcp.softmax.op import AttentionInputs, AttentionOp, OpContext
+from dtcp.softmax.positions import TokenPositions
 from dtcp.softmax.style import AttentionStyle
 from dtcp.style import MixerShape
 
@@ -123,7 +124,7 @@ class SharedKVAttention(AttentionStyle):
         self.check(mixer, layout)
         metadata = self.batch_metadata(layout, rank, KeyIntervals.of(mixer.mask, coords))
         assert isinstance(metadata, KeyExchangeMetadata)
-        return metadata.with_position_ids(rotated_positions(coords), layout, rank)
+        return metadata.with_position_ids(TokenPositions.of(coords), layout, rank)
 
     def rank_metadata(
         self, layout: SequenceLayout, rank: int, intervals: Intervals

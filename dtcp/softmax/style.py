@@ -15,7 +15,7 @@ from dtcp.kernels.softmax.backends import check_kernel_name
 from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata, BatchMetadata
-from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids, rotated_positions
+from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids
 from dtcp.sequence.arguments import check_ints, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
@@ -33,6 +33,7 @@ from dtcp.softmax.mixer import (
 )
 from dtcp.softmax.moves import AttentionShape, Peers
 from dtcp.softmax.op import AttentionInputs, AttentionOp
+from dtcp.softmax.positions import TokenPositions
 from dtcp.style import MixerShape, MixerStyle
 
 
@@ -182,7 +183,7 @@ class AttentionStyle(MixerStyle):
     ) -> AttentionMetadata:
         """The same, for keys that are made from values where they arrive."""
         assert isinstance(metadata, KeyExchangeMetadata)
-        return metadata.with_position_ids(rotated_positions(coords), layout, rank)
+        return metadata.with_position_ids(TokenPositions.of(coords), layout, rank)
 
     def batch_metadata(
         self, layout: SequenceLayout, rank: int, intervals: KeyIntervals

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtcp.sequence.block_runs import vision_blocks
+from dtcp.sequence.block_runs import TokenTypes, vision_blocks
 from dtcp.sequence.document_balanced import DocumentBalanced, RowOfDocuments
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import interval_runs
@@ -97,7 +97,8 @@ def test_blocks_of_images_are_runs_of_their_token_types():
         types = torch.tensor(
             [[draw.choice([0, 0, 0, 1, 1, 2, 3]) for _ in range(seq_len)] for _ in range(2)]
         ).repeat_interleave(draw.choice([1, 3]), dim=1)[:, :seq_len]
-        coords, token = Coords.of(documents, image_types=types), np.arange(seq_len + missing)
+        coords = Coords.of(documents, image_types=TokenTypes(types))
+        token = np.arange(seq_len + missing)
         block = torch.nn.functional.pad(vision_blocks(types), (0, missing), value=-1)
         expected = IMAGES.intervals(Coords.of(documents, block=block))
         for row in range(2):
@@ -166,7 +167,7 @@ def test_document_balanced_holds_one_stretch_of_each_line():
         documents = Documents((a_row(draw, seq_len),), seq_len)
         runs = WorkRuns.of([(Causal(), 1)], Coords.of(documents))
         row = RowOfDocuments.of(runs, documents.lengths[0], num_shards)
-        starts, owners = (tuple(x.tolist()) for x in row.pieces(0))
+        starts, owners = (tuple(x.tolist()) for x in row.best_pieces([0]))
         layout = DocumentBalanced(seq_len, num_shards, starts, owners)
         work, mean = [], 0.0
         for length in documents.lengths[0]:
@@ -215,7 +216,7 @@ def test_document_balanced_leaves_short_documents_whole_where_that_saves_keys():
             lengths.append(min(left, draw.randint(longest // 2, longest)))
         documents = Documents((tuple(lengths),), seq_len)
         runs = WorkRuns.of([(Causal(), 1)], Coords.of(documents))
-        pieces = RowOfDocuments.of(runs, documents.lengths[0], num_shards).pieces(0)
+        pieces = RowOfDocuments.of(runs, documents.lengths[0], num_shards).best_pieces([0])
         cut = DocumentBalanced(seq_len, num_shards, *(tuple(x.tolist()) for x in pieces))
         layout = DocumentBalanced.for_batch(documents, num_shards)
         fewer, more = keys_to_bring(layout, documents), keys_to_bring(cut, documents)

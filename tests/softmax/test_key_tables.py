@@ -1,6 +1,7 @@
 """Which keys stand in the tables of every strategy on balanced documents: no ranks run."""
 
 import random
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dtcp.sequence.interval_runs import KeyIntervals
 from dtcp.sequence.layout import HeadTail
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention, SharedKVAttention
+from dtcp.softmax.positions import TokenPositions
 from tests.sequence.test_document_balanced import a_row
 
 STYLES = (
@@ -31,15 +33,20 @@ def test_tables_of_balanced_documents_hold_own_and_required_keys_and_their_posit
     for _ in range(12):
         num_shards, seq_len = 4, 8 * draw.randint(2, 9)
         documents = Documents((a_row(draw, seq_len),), seq_len)
+        padding = [left] if (left := seq_len - sum(documents.lengths[0])) else []
         mask = Causal() & SlidingWindow(6) if isinstance(style, HaloAttention) else Causal()
         coords = Coords.of(documents)
-        made, position_ids = (
-            layout.for_batch(documents, num_shards),
-            7 + torch.arange(seq_len)[None],
-        )
-        for rank in range(num_shards):
+        made = layout.for_batch(documents, num_shards)
+        given = 7 + torch.arange(seq_len)[None]
+        for rank, counted in product(range(num_shards), (False, True)):
+            # In padding, behind the last document, those that documents count count on.
+            position_ids = Documents(((*documents.lengths[0], *padding),), seq_len).position_ids()
+            position_ids = position_ids if counted else given
             metadata = style.rank_metadata(made, rank, KeyIntervals.of(mask, coords))
-            metadata = metadata.with_position_ids(position_ids, made, rank)
+            positions = TokenPositions(documents, None if counted else given)
+            metadata = metadata.with_position_ids(positions, made, rank)
+            indices = made.token_indices(rank)
+            assert torch.equal(metadata.position_ids.long(), position_ids[:, indices])
             tables = zip(metadata.key_token_index, metadata.key_position_ids, strict=True)
             found = []
             for count, (tokens, positions) in zip(metadata.key_counts, tables, strict=True):

@@ -143,7 +143,8 @@ def _lines(rows: Sequence[SlotRuns], keys: KeyLine) -> _Lines:
     slot, length, first, first_step, last, last_step = (np.concatenate(x) for x in columns)
     parts = unique_ascending(keys.part)
     most = last + last_step * (length - 1)
-    some = keys.before(parts[:, None], first) < keys.before(parts[:, None], most + 1)
+    before = keys.before(parts[:, None, None], np.stack((first, most + 1)))
+    some = before[:, 0] < before[:, 1]
     part, run = (some & (last >= first)).nonzero()
     part = parts[part]
     row, slot, length, first, first_step, last, last_step = (
@@ -156,9 +157,9 @@ def _lines(rows: Sequence[SlotRuns], keys: KeyLine) -> _Lines:
         x[pair] for x in (part, row, slot, first, first_step, last, last_step)
     )
     first, last = first + first_step * after, last + last_step * after
-    begin, stop = keys.before(part, first), keys.before(part, last + 1)
-    begin_step = keys.before(part, first + first_step) - begin
-    stop_step = keys.before(part, last + 1 + last_step) - stop
+    ends = first, last + 1, first + first_step, last + 1 + last_step
+    begin, stop, begin_step, stop_step = keys.before(part, np.stack(ends))
+    begin_step, stop_step = begin_step - begin, stop_step - stop
     # Where one end meets the other, queries before or behind it see nothing.
     seen, length = stop - begin, end - after
     skipped = np.where(seen == 0, np.where(stop_step > begin_step, 1, length), 0)
