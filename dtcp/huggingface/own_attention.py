@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from dtcp.softmax.distance_bias import alibi_slopes
 
 _ROPE, _CONFIG = "dtcp_rope", "dtcp_config"
+CODEGEN_PARTS = 4
 ATTEND = "_attend"
 """What such a forward calls to attend, by its name in this module."""
 
@@ -44,14 +45,15 @@ def use_registry(model: Any, module: nn.Module) -> None:
 def own_values(module: Any) -> dict[str, Any]:
     """What the forward that is written again reads of its module, beside what it has.
 
-    That is the function that turns queries and keys by their positions, and a slope for each head.
+    That is the function that turns queries and keys by their positions, a slope for each head, and
+    the parts of CodeGen's projection.
     """
     rope = getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)
     names = ("num_heads", "n_heads", "num_attention_heads")
     heads = next(getattr(module, name) for name in names if hasattr(module, name))
     # Whatever device the model is built on.
     with torch.device("cpu"):
-        return {_ROPE: rope, "dtcp_slopes": alibi_slopes(heads)}
+        return {_ROPE: rope, "dtcp_slopes": alibi_slopes(heads), "dtcp_parts": CODEGEN_PARTS}
 
 
 def looked_up_in(module: nn.Module) -> Any:
@@ -175,8 +177,9 @@ def _codegen(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     _check_no_cache(self, layer_past)
-    # In four parts of as many heads, each with all queries, values and keys of its own.
-    qvk = self.qkv_proj(hidden_states).unflatten(-1, (4, 3, -1, self.head_dim))
+    # In parts of as many heads, each with all queries, values and keys of its own.
+    shape = self.dtcp_parts, 3, -1, self.head_dim
+    qvk = self.qkv_proj(hidden_states).unflatten(-1, shape)
     q, v, k = (x.flatten(2, 3) for x in qvk.unbind(-3))
     q, k, v = _turned(self, q, k, v, position_ids)
     out = _attend(self, q, k, v, attention_mask, **_gptjs(self), **kwargs)

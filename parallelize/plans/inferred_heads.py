@@ -10,6 +10,7 @@ there. Of attention, so must be the operands, by heads.
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -70,11 +71,23 @@ def inferred_blocks(modules: Mapping[str, nn.Module], known: Mapping[str, str], 
         kind = (*_kind(module), *free)
         if kind not in tried:
             found = up_and_down(free, tp)
-            is_split = found is not None and _splits(module, {**free}, found[1], tp, heads=False)
-            ups, down = found if is_split and found is not None else ([], "")
-            tried[kind] = {**dict.fromkeys(ups, COLWISE), **({down: ROWWISE} if down else {})}
+            ups, down = found if found is not None else ([], "")
+            before = _beside(module, ups)
+            is_split = down and _splits(module, free, down, tp, heads=False, others=before)
+            named = {**dict.fromkeys(before, WHOLE), **dict.fromkeys(ups, COLWISE), down: ROWWISE}
+            tried[kind] = named if is_split else {}
         roles |= {f"{name}.{part}": role for part, role in tried[kind].items()}
     return roles
+
+
+def _beside(module: nn.Module, ups: Sequence[str]) -> list[str]:
+    """Modules with parameters beside layers that widen, in a module of theirs: a norm before."""
+    around = tuple(f"{up.rpartition('.')[0]}." for up in ups if "." in up)
+    inside = tuple(f"{up}." for up in ups)
+    owners = (name for name, each in module.named_modules() if any(True for _ in _own(each)))
+    return [
+        name for name in owners if name.startswith(around) and not f"{name}.".startswith(inside)
+    ]
 
 
 def _around(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, dict[str, nn.Linear]]:
@@ -142,8 +155,9 @@ def _splits(
         outputs = {n: torch.randn(OTHER_TOKENS, x.out_features) for n, x in layers.items()}
         called: set[str] = set()
         worked = 0
-        for call in calls:
+        for call, pairs in product(calls, (True, False)):
             whole = StandInRun(outputs, down, everything)
+            whole.hands_pairs = pairs
             expected = _attempt(whole, module, call)
             if expected is None or down not in whole.inputs or bool(whole.operands) != heads:
                 continue
@@ -189,6 +203,7 @@ def _is_part(
         return x.chunk(tp, dim)[rank] if x.shape[dim] % tp == 0 else x
 
     run = StandInRun(whole.outputs, whole.down, part, whole.attended)
+    run.hands_pairs = whole.hands_pairs
     actual = _attempt(run, module, call)
     if actual is None or run.inputs.keys() != whole.inputs.keys():
         return False

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import combinations
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -64,9 +64,9 @@ def rotary_widths(model: nn.Module) -> list[int]:
 def sizes_of_heads(forward: Any, module: nn.Module, tp: int) -> Iterator[Mapping[str, int]]:
     """Sizes that a rank's heads may have, of what a module reads of itself: the fewest first."""
     sizes: dict[str, int] = {}
-    config = getattr(module, "config", None)
+    config, given = getattr(module, "config", None), SimpleNamespace(**_given(module))
     for name in sorted(_names(forward, module), key=lambda name: ("head" not in name, name)):
-        for owner, prefix in ((module, ""), (config, "config.")):
+        for owner, prefix in ((module, ""), (given, ""), (config, "config.")):
             size = None if OF_ONE_HEAD.search(name) else getattr(owner, name, None)
             if type(size) is int and size > 1 and (size % tp == 0 or tp % size == 0):
                 sizes[prefix + name] = max(1, size // tp)
@@ -112,4 +112,9 @@ def made_up_own(module: nn.Module) -> dict[str, Any]:
     own: dict[str, Any] = {
         name: torch.randn(x.shape) for name, x in found.items() if x.is_floating_point()
     }
-    return own | (own_values(module) if type(module).__name__ in FORWARDS else {})
+    return own | _given(module)
+
+
+def _given(module: nn.Module) -> dict[str, Any]:
+    """What a module is given whose forward is written again."""
+    return own_values(module) if type(module).__name__ in FORWARDS else {}

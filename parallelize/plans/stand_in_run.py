@@ -57,6 +57,8 @@ class StandInRun:
         self.operands: tuple[Tensor, ...] = ()
         self.reads: dict[str, Tensor] = {}
         self.reads_two = False
+        # Whether modules around attention return its weights, too.
+        self.hands_pairs = True
         self.arguments: dict[str, Any] = {}
 
     def run(self, module: nn.Module, **kwargs: Any) -> Tensor:
@@ -141,7 +143,8 @@ class _StandIn:
 
     def _hand_back(self, found: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
         first = self._run.hand_back(name, args, kwargs)
-        return (first, None) if any(map(calls_registry, found.modules())) else first
+        pairs = self._run.hands_pairs and any(map(calls_registry, found.modules()))
+        return (first, None) if pairs else first
 
 
 class _Layer:

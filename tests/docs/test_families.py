@@ -6,6 +6,8 @@ from docs.families import PAGE, Results, all_cases, page_of
 from docs.families.cases import Case
 from docs.families.limited import outcome_of
 from docs.families.outcome import NOT_RUN
+from docs.families.tp_parts import PAGE as PARTS_PAGE
+from docs.families.tp_parts import row_of
 from dtcp.check.matrix import CHECKS, FIRST
 
 
@@ -40,3 +42,9 @@ def test_B8_results_are_those_of_a_run(model_type):
     for check in (FIRST, "cp 2 x tp 2"):
         expected = Results.read().outcome(case.name, check)
         assert outcome_of(case, CHECKS[check]).verdict == expected.verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["phi3", "bloom", "jetmoe"])
+def test_what_a_rank_of_tp_holds_is_that_of_its_plan(model_type):
+    assert row_of(Case(model_type)) in PARTS_PAGE.read_text().splitlines()
