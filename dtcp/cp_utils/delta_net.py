@@ -201,8 +201,9 @@ class CPAwareGatedDeltaNet(nn.Module):
         """
         attn_metadata, groups = cp_context
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        out = causal_conv(mixed_qkv.transpose(1, 2), weight, attn_metadata, groups=groups)
-        return F.silu(out if bias is None else out + bias).transpose(1, 2)
+        x = mixed_qkv.transpose(1, 2)
+        out = causal_conv(x, weight, attn_metadata, bias=bias, groups=groups)
+        return F.silu(out).transpose(1, 2)
 
     def _extract_local_positions(
         self, position_ids: Tensor | None, seq_index: Tensor | None, seq_len: int

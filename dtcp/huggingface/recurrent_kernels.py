@@ -29,8 +29,8 @@ def causal_conv1d_fn(
 ) -> Tensor:
     layer, metadata = attn_metadata
     x, weight = as_autocast_casts(hidden_states.transpose(1, 2), weight)
-    out = layer.get_submodule(CONV)(x, weight, metadata)
-    return _activated(out, bias, activation)
+    out = layer.get_submodule(CONV)(x, weight, metadata, bias=bias)
+    return _activated(out, None, activation)
 
 
 def _surveyed_conv(
@@ -108,7 +108,7 @@ def _chunk_scan(
     hidden_states, B, C = as_autocast_casts(hidden_states, B, C)
     value, decay = _discretized(hidden_states, dt, A, dt_bias, dt_softplus, dt_limit)
     out: Tensor = layer.get_submodule(RULE)(C, B, value, decay, metadata)
-    return out if D is None else out + D[:, None] * hidden_states
+    return out if D is None else out + D[:, None] * hidden_states.to(out.dtype)
 
 
 def _surveyed_chunk_scan(
@@ -135,11 +135,11 @@ def _discretized(
     softplus: bool,
     limit: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    """Each token's value and the logarithm of what it keeps, by its step."""
+    """Each token's value and the logarithm of what it keeps, by its step, in fp32 at least."""
     wide = torch.promote_types(dt.dtype, torch.float32)
     step = dt if bias is None else dt + bias.to(dt.dtype)
     step = (F.softplus(step) if softplus else step).clamp(*limit).to(wide)
-    return (x.to(wide) * step[..., None]).to(x.dtype), A.to(wide) * step
+    return x.to(wide) * step[..., None], A.to(wide) * step
 
 
 def lightning_attention(
@@ -178,7 +178,7 @@ def selective_scan(
     x, B, C = as_autocast_casts(x, B, C)
     wide = torch.promote_types(x.dtype, torch.float32)
     step, A = step.to(wide), A.to(wide)
-    value, decay = (x.to(wide) * step)[..., None].to(x.dtype), step[..., None] * A
+    value, decay = (x.to(wide) * step)[..., None], step[..., None] * A
     out: Tensor = layer.get_submodule(RULE)(C, B, value, decay, metadata)
     return out[..., 0]
 

@@ -22,14 +22,22 @@ from dtcp.sequence.routes import Route
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, metadata: ConvMetadata, *, groups: Sequence[str] = ()
+    x: Tensor,
+    weight: Tensor,
+    metadata: ConvMetadata,
+    *,
+    bias: Tensor | None = None,
+    groups: Sequence[str] = (),
 ) -> Tensor:
     """Each channel's own sum over the last w tokens of the document: [B, L, C].
+
+    Sums, and those of gradients, are fp32 at least, and rounded once.
 
     Args:
         x: [B, L, C].
         weight: [C, w], the token's own tap last.
         metadata: of the batch.
+        bias: [C], of the sum.
         groups: the process group of the sequence; none for whole rows.
 
     Traffic per rank: w - 1 tokens a segment, and as much back.
@@ -43,35 +51,44 @@ def causal_conv(
             f"with this batch."
         )
     left, count = weight.shape[1] - 1, reach.shape[1]
+    # Once for all taps and ranks: gradients of a token's copies are added up, and then rounded.
+    line = line.to(accumulation(x.dtype))
     segments = line.unflatten(1, (count, -1))
     if groups and not metadata.in_line:
-        halo: Tensor = _halo(x, *metadata.routes, count * left, groups[0])
-        line = torch.cat((halo.unflatten(1, (count, -1)), segments), dim=2)
-        return _taps(line, weight, reach).flatten(1, 2).to(x.dtype)
-    out = _taps(F.pad(segments, (0, 0, left, 0)), weight, reach).flatten(1, 2)
-    if groups and left:
-        out = _with_first_tokens(out, line, weight, metadata, groups[0])
+        halo: Tensor = _halo(line, *metadata.routes, count * left, groups[0], x.dtype)
+        halo = halo.unflatten(1, (count, -1)).to(line.dtype)
+        line = torch.cat((halo, segments), dim=2)
+        out = _taps(line, weight, reach).flatten(1, 2)
+    else:
+        out = _taps(F.pad(segments, (0, 0, left, 0)), weight, reach).flatten(1, 2)
+        if groups and left:
+            out = _with_first_tokens(out, line, weight, metadata, groups[0], x.dtype)
+    out = out if bias is None else out + bias.to(out.dtype)
     return out.reshape(x.shape).to(x.dtype)
 
 
 def _with_first_tokens(
-    out: Tensor, line: Tensor, weight: Tensor, metadata: ConvMetadata, group: str
+    out: Tensor,
+    line: Tensor,
+    weight: Tensor,
+    metadata: ConvMetadata,
+    group: str,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Add what the first tokens of stretches read of the tokens left of them: few, and so apart."""
     reach = metadata.first_reach
-    halo: Tensor = _halo(line, *metadata.routes, metadata.first_slots.shape[0], group)
-    beyond = F.pad(halo.unflatten(1, reach.shape[1:]), (0, 0, 0, reach.shape[2]))
+    halo: Tensor = _halo(line, *metadata.routes, metadata.first_slots.shape[0], group, dtype)
+    beyond = F.pad(halo.unflatten(1, reach.shape[1:]), (0, 0, 0, reach.shape[2])).to(line.dtype)
     return out.index_add(1, metadata.first_slots, _taps(beyond, weight, reach).flatten(1, 2))
 
 
 def _taps(line: Tensor, weight: Tensor, reach: Tensor) -> Tensor:
-    """line [B, P, w - 1 + T, C] -> [B, P, T, C], fp32 at least."""
+    """line [B, P, w - 1 + T, C], fp32 at least -> [B, P, T, C]."""
     width, length = weight.shape[1], reach.shape[2]
-    wide = accumulation(line.dtype)
-    out = line[:, :, width - 1 :].to(wide) * weight[:, width - 1].to(wide)
+    weight = weight.to(line.dtype)
+    out = line[:, :, width - 1 :] * weight[:, width - 1]
     for back in range(1, width):
-        taken = line.narrow(2, width - 1 - back, length).to(wide)
-        tap = taken * weight[:, width - 1 - back].to(wide)
+        tap = line.narrow(2, width - 1 - back, length) * weight[:, width - 1 - back]
         out = out + tap.where((reach >= back)[..., None], 0)
     return out
 
@@ -89,27 +106,38 @@ def halo_moved(
     return Moved.rows(sent, received, token, rank, workspace=token * sum(sent + received))
 
 
-def _halo_moves(x: Tensor, route: Tensor, onward: Tensor, length: int, group: str) -> Moved:
-    return _moved_in(x, NodeRoutes(route, onward), group, reverse=False)
+def _halo_moves(
+    x: Tensor, route: Tensor, onward: Tensor, length: int, group: str, dtype: torch.dtype
+) -> Moved:
+    return _moved_in(x, NodeRoutes(route, onward), group, dtype, reverse=False)
 
 
 def _halo_backward_moves(
     grad: Tensor, route: Tensor, onward: Tensor, length: int, group: str
 ) -> Moved:
-    return _moved_in(grad, NodeRoutes(route, onward), group, reverse=True)
+    return _moved_in(grad, NodeRoutes(route, onward), group, grad.dtype, reverse=True)
 
 
-def _moved_in(x: Tensor, routes: NodeRoutes, group: str, *, reverse: bool) -> Moved:
+def _moved_in(
+    x: Tensor, routes: NodeRoutes, group: str, dtype: torch.dtype, *, reverse: bool
+) -> Moved:
     place = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
-    return halo_moved(routes, x[:, :1].numel() * x.element_size(), *place, reverse=reverse)
+    return halo_moved(routes, x[:, :1].numel() * dtype.itemsize, *place, reverse=reverse)
 
 
 @communicating_op("dtcp::left_halo", moves=_halo_moves)
-def _halo(x: Tensor, route: Tensor, onward: Tensor, length: int, group: str) -> Tensor:
-    """The tokens left of each segment, from whoever holds them: [B, length, C]."""
+def _halo(
+    x: Tensor, route: Tensor, onward: Tensor, length: int, group: str, dtype: torch.dtype
+) -> Tensor:
+    """The tokens left of each segment, from whoever holds them: [B, length, C].
+
+    Args:
+        x: in the dtype of sums, that of its gradient.
+        dtype: of what travels, in which x has no other values, and of what is returned.
+    """
     axis = axis_of(group, x.device)
     send, receive = _hops(route)
-    brought = exchange_tokens(x, Route(send, receive, length), axis)
+    brought = exchange_tokens(x.to(dtype), Route(send, receive, length), axis)
     if not hands_on(onward):
         return brought
     send, receive = _hops(onward)
@@ -117,38 +145,40 @@ def _halo(x: Tensor, route: Tensor, onward: Tensor, length: int, group: str) -> 
 
 
 @_halo.register_fake
-def _(x: Tensor, route: Tensor, onward: Tensor, length: int, group: str) -> Tensor:
-    return x.new_empty(x.shape[0], length, *x.shape[2:])
+def _(
+    x: Tensor, route: Tensor, onward: Tensor, length: int, group: str, dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty(x.shape[0], length, *x.shape[2:], dtype=dtype)
 
 
 @communicating_op("dtcp::left_halo_backward", moves=_halo_backward_moves)
 def _halo_backward(grad: Tensor, route: Tensor, onward: Tensor, length: int, group: str) -> Tensor:
-    """The gradients home, zero elsewhere: [B, L, C]."""
+    """The gradients home, zero elsewhere: [B, L, C] in the dtype of sums."""
     axis = axis_of(group, grad.device)
-    found = grad
+    found, wide = grad, accumulation(grad.dtype)
     if hands_on(onward):
         send, receive = _hops(onward)
         inside = exchange_tokens(grad, Route(receive, send, grad.shape[1]), axis)
-        wide = accumulation(grad.dtype)
         found = (grad.to(wide) + inside.to(wide)).to(grad.dtype)
     send, receive = _hops(route)
-    return exchange_tokens(found, Route(receive, send, length), axis)
+    return exchange_tokens(found, Route(receive, send, length), axis).to(wide)
 
 
 @_halo_backward.register_fake
 def _(grad: Tensor, route: Tensor, onward: Tensor, length: int, group: str) -> Tensor:
-    return grad.new_empty(grad.shape[0], length, *grad.shape[2:])
+    wide = accumulation(grad.dtype)
+    return grad.new_empty(grad.shape[0], length, *grad.shape[2:], dtype=wide)
 
 
 def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, route, onward, _, ctx.group = inputs
+    x, route, onward, _, ctx.group, _ = inputs
     ctx.length = x.shape[1]
     ctx.save_for_backward(route, onward)
 
 
 def _home(ctx, grad):  # type: ignore[no-untyped-def]
     home = _halo_backward(grad, *ctx.saved_tensors, ctx.length, ctx.group)
-    return home, None, None, None, None
+    return home, None, None, None, None, None
 
 
 _halo.register_autograd(_home, setup_context=_keep)

@@ -52,7 +52,8 @@ def gated_linear_attention(
 
     Args:
         q, k: [B, L, G, K], q scaled.
-        v: [B, L, H, V].
+        v: [B, L, H, V], in the dtype of q and k or in that of their sums: values that were made by
+            a product need not be rounded for it.
         g: [B, L, H], or [B, L, H, K] for a decay of each key channel.
         metadata: of the batch.
         scan: bring states by a scan, rather than by gathering them.
@@ -62,10 +63,10 @@ def gated_linear_attention(
     """
     named: dict[str, Any] = {"q": q, "k": k, "v": v, "g": g}
     check_tensor("Linear attention", dtypes=FLOATS, **named)
-    if not q.dtype == k.dtype == v.dtype:
+    if q.dtype != k.dtype or v.dtype not in (q.dtype, accumulation(q.dtype)):
         raise TypeError(
-            f"Linear attention computes in one floating dtype, got q.dtype={q.dtype}, "
-            f"k.dtype={k.dtype}, v.dtype={v.dtype}: convert q, k and v to one."
+            f"Linear attention computes in one floating dtype, with values in it or in fp32, got "
+            f"q.dtype={q.dtype}, k.dtype={k.dtype}, v.dtype={v.dtype}: convert q, k and v to one."
         )
     fits = q.ndim == v.ndim == 4 and q.shape == k.shape and q.shape[:2] == v.shape[:2]
     if (

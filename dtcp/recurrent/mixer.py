@@ -71,7 +71,7 @@ class GatedDeltaRule(RecurrentMixer):
         """q and k as the rule takes them."""
         check_tensor("The delta rule", shape="[B, L, G, K]", ndim=4, dtypes=FLOATS, q=q, k=k)
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return (_unit(q) * scale, _unit(k)) if self.normalize else (q * scale, k)
+        return (_unit(q, scale), _unit(k)) if self.normalize else (q * scale, k)
 
     def whole_row_metadata(self, coords: Coords) -> DeltaMetadata:
         return delta_metadata(coords, None)
@@ -104,12 +104,13 @@ class GatedLinearAttention(RecurrentMixer):
 
         Args:
             q, k: [B, L, G, K].
-            v: [B, L, H, V], H a multiple of G; value head h reads key head h // (H / G).
+            v: [B, L, H, V], H a multiple of G; value head h reads key head h // (H / G). In the
+                dtype of q and k, or in fp32 beside smaller ones.
             g: [B, L, H], log of the share of the state that each token keeps, at most 0; or
                 [B, L, H, K], of each row of the state.
             attn_metadata: what the batch brings.
         Returns:
-            [B, L, H, V].
+            [B, L, H, V], in the dtype of v.
         """
         return gated_linear_attention(self.scaled(q), k, v, g, self.own(attn_metadata))
 
@@ -142,12 +143,19 @@ class CausalConv1d(RecurrentMixer):
         self.width = width
         self.set_metadata_key()
 
-    def forward(self, x: Tensor, weight: Tensor, attn_metadata: BatchMetadata) -> Tensor:
-        """x [B, L, C] and weight [C, w], a token's own tap last -> [B, L, C]."""
-        self.check_weight(x, weight)
-        return causal_conv(x, weight, self.own(attn_metadata))
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        attn_metadata: BatchMetadata,
+        *,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, L, C], weight [C, w], a token's own tap last, and bias [C] -> [B, L, C]."""
+        self.check_weight(x, weight, bias)
+        return causal_conv(x, weight, self.own(attn_metadata), bias=bias)
 
-    def check_weight(self, x: Tensor, weight: Tensor) -> None:
+    def check_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Refuse taps of another width than the metadata are of, or of other channels."""
         check_tensor("A convolution", shape="[B, L, C]", ndim=3, dtypes=FLOATS, x=x)
         check_tensor("A convolution", shape="[C, w]", ndim=2, dtypes=FLOATS, weight=weight)
@@ -156,6 +164,13 @@ class CausalConv1d(RecurrentMixer):
                 f"A convolution of width {self.width} has so many taps per channel, got "
                 f"weight.shape={tuple(weight.shape)} with x.shape={tuple(x.shape)}: give [C, w]."
             )
+        if bias is not None:
+            check_tensor("A convolution", shape="[C]", ndim=1, dtypes=FLOATS, bias=bias)
+            if bias.shape != (x.shape[-1],):
+                raise ValueError(
+                    f"A convolution adds one number to each channel, got bias.shape="
+                    f"{tuple(bias.shape)} with x.shape={tuple(x.shape)}: give [C]."
+                )
 
     def reads(self) -> tuple[object, ...]:
         return (*super().reads(), self.width)
@@ -171,6 +186,8 @@ class CausalConv1d(RecurrentMixer):
         return f"width={self.width}"
 
 
-def _unit(x: Tensor) -> Tensor:
+def _unit(x: Tensor, length: float = 1.0) -> Tensor:
+    """x with every head of this length, rounded once."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
+    factor = (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt() * length
+    return (wide * factor).to(x.dtype)

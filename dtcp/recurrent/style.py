@@ -120,9 +120,17 @@ class ContextParallelLinearAttention(ClaimedMixer, GatedLinearAttention):
 class ContextParallelConv(ClaimedMixer, CausalConv1d):
     """A CausalConv1d that a style has taken over."""
 
-    def carry_out(self, x: Tensor, weight: Tensor, attn_metadata: BatchMetadata) -> Tensor:
-        self.check_weight(x, weight)
-        return causal_conv(x, weight, self.own(attn_metadata), groups=self.groups)
+    def carry_out(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        attn_metadata: BatchMetadata,
+        *,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        self.check_weight(x, weight, bias)
+        metadata = self.own(attn_metadata)
+        return causal_conv(x, weight, metadata, bias=bias, groups=self.groups)
 
 
 @dataclass
