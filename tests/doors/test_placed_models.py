@@ -1,5 +1,8 @@
 """A batch meets the model it is cut for: one with mixers, with embeddings for its tokens."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +13,10 @@ from dtcp.huggingface import WholeRows, shard_hf_batch
 from dtcp.huggingface.meta_device import survey_on_meta
 from dtcp.huggingface.survey import survey
 from dtcp.parallelize import Compile, parallelize_hf
-from dtcp.parallelize.tensor_parallel import VocabParallelEmbedding
+from dtcp.parallelize.tensor_parallel import (
+    ScaledVocabParallelEmbedding,
+    VocabParallelEmbedding,
+)
 from tests.harness.spmd import spmd
 
 SHAPE = {
@@ -109,6 +115,47 @@ def test_never_silent_ids_outside_of_a_split_vocabulary_give_nan(mesh):
     VocabParallelEmbedding()._apply(embedding, mesh)
     out = embedding(torch.tensor([0, 3, 4, -1]))
     assert out.isnan().any(1).tolist() == [False, False, True, True]
+
+
+class Shifted(nn.Embedding):
+    """Adds a number, or a tensor of one number, to what it looks up."""
+
+    def __init__(self, by):
+        super().__init__(4, 3, dtype=torch.float64)
+        self.by = nn.Buffer(torch.tensor(by, dtype=torch.float64)) if by == 2.0 else by
+
+    def forward(self, input_ids):
+        return super().forward(input_ids) + self.by
+
+
+class Unread(nn.Embedding):
+    def forward(self, input_ids):
+        return nn.functional.embedding(input_ids, self.weight)
+
+
+@pytest.mark.parametrize("order", [(2.0, 3.0, 2.0), (3.0, 2.0, 3.0)])
+@spmd(ranks=2)
+def test_never_silent_split_embeddings_take_numbers_for_numbers_and_tensors_for_tensors(
+    mesh, order
+):
+    """DTensor takes the second one of a process for the first, in fp64: wrong by the number."""
+    ids = torch.tensor([0, 3, 1])
+    for by in order:
+        torch.manual_seed(0)
+        embedding, split = Shifted(by), Shifted(by)
+        split.load_state_dict(embedding.state_dict())
+        split = ScaledVocabParallelEmbedding()._apply(split, mesh)
+        expected, out = embedding(ids), split(ids)
+        torch.testing.assert_close(out, expected)
+        expected.sin().sum().backward()
+        out.sin().sum().backward()
+        grad = split.weight.grad.full_tensor()
+        torch.testing.assert_close(grad, embedding.weight.grad)
+        torch.testing.assert_close(copy.deepcopy(split)(ids), embedding(ids))
+        with pytest.raises(TypeError, match="is not pickled"):
+            pickle.dumps(split)
+    with pytest.raises(TypeError, match=r"by super\(\), got Unread: set tp=1"):
+        ScaledVocabParallelEmbedding()._apply(Unread(4, 3), mesh)
 
 
 @spmd(ranks=2)

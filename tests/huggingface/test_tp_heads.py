@@ -31,7 +31,7 @@ from tests.huggingface.test_latents import SMALL
 from tests.huggingface.test_lora import adapted, on_mesh_of
 from tests.huggingface.test_save_hf import assert_saved, in_a_folder
 
-MLA = ("deepseek_v3", "longcat_flash", "deepseek_v2", "bailing_hybrid")
+MLA = ("deepseek_v3", "longcat_flash", "minicpm3", "bailing_hybrid")
 BY_TRIAL = ("t5", "bart of two sequences", "bert")
 RECURRENT = ("mamba2", "bamba", "falcon_h1", "qwen3_next", "kimi_linear", "mamba", "jamba", "lfm2")
 
