@@ -148,6 +148,10 @@ class BatchMetadata:
         """The same, and that of the sequence which an encoder reads."""
         return BatchMetadata(self._by_key, self.real, memory)
 
+    def replaced(self, key: MetadataKey, value: AttentionMetadata) -> "BatchMetadata":
+        """The same, but for what mixers of one key read."""
+        return BatchMetadata({**self._by_key, key: value}, self.real, self.memory)
+
     def __getitem__(self, key: MetadataKey) -> AttentionMetadata:
         return self._by_key[key]
 

@@ -89,11 +89,11 @@ def prepared_alike(
         # presses Ctrl-C waits for nobody.
         error = raised
     whole = _weights(len(hashes), hashes.device) @ hashes
-    heard = _everyone(torch.cat((torch.tensor(head), whole)), wide)
+    heard = numbers_of_ranks(torch.cat((torch.tensor(head), whole)), wide)
     said = heard.tolist()
     rows_agree = all(each[0] == 1 and each[1] == said[0][1] for each in said)
     differ = any(each != said[0] for each in said)
-    every_row = _everyone(hashes, wide) if differ and rows_agree else None
+    every_row = numbers_of_ranks(hashes, wide) if differ and rows_agree else None
     if error is not None:
         raise error
     if differ:
@@ -113,7 +113,7 @@ def digests(rows: Sequence[Tensor]) -> Tensor:
     return torch.stack(each)
 
 
-def _everyone(x: Tensor, axes: Sequence[DeviceMesh]) -> Tensor:
+def numbers_of_ranks(x: Tensor, axes: Sequence[DeviceMesh]) -> Tensor:
     """x of every rank of the axes: [ranks, ...], on the host; the first axis is the fastest."""
     x = x[None]
     for axis in axes:

@@ -1,6 +1,7 @@
 """A batch as transformers' collators make it, cut for the ranks."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,13 @@ from dtcp.huggingface.encoder_decoder import (
     encoder_name,
     shard_two_sequences,
 )
-from dtcp.huggingface.images import IMAGES, image_arguments, whole_rows, with_blocks
+from dtcp.huggingface.images import (
+    IMAGES,
+    agreed_on_images,
+    image_arguments,
+    whole_rows,
+    with_blocks,
+)
 from dtcp.huggingface.install import check_has_mixers
 from dtcp.huggingface.pooled_head import check_last_tokens, last_token_mixer
 from dtcp.huggingface.positions import check_longest
@@ -141,6 +148,8 @@ def _shard(
         device, compare = options["device"], options["compare_ranks"]
         local, sharded = shard_prepared(prepared, mesh, device=device, compare_ranks=compare)
     images = {key: batch[key] for key in IMAGES if batch.get(key) is not None}
+    metadata = agreed_on_images(sharded.attn_metadata, mesh, images=bool(images))
+    sharded = replace(sharded, attn_metadata=metadata)
     if images:
         whole = {**whole_rows(batch, sharded.documents, model), **images}
         local = {key: x for key, x in local.items() if key not in (*whole, "position_ids")}

@@ -7,12 +7,15 @@ number for each token are cut as the batch was; tokens of images cross shards li
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.distributed.same_rows import numbers_of_ranks
 from dtcp.forward import wrap_forward
 from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
@@ -38,9 +41,14 @@ IMAGES = (
 
 @dataclass(frozen=True, eq=False)
 class CutMetadata(AttentionMetadata):
-    """Which tokens of whole rows a shard has: token_index [L]."""
+    """Which tokens of whole rows a shard has: token_index [L].
+
+    Args:
+        in_part: whether some batch ranks have images, and others have none.
+    """
 
     token_index: Tensor
+    in_part: bool = False
 
 
 class CutRows(Mixer):
@@ -118,6 +126,53 @@ def install_image_inputs(model: nn.Module, name: str) -> None:
     text = model.get_submodule(name)
     text.add_module(CUT, CutRows())
     wrap_forward(text, _on_shard)
+    vars(model)[_TEXT] = name
+    wrap_forward(model, _with_gradients_alike)
+
+
+_TEXT = "dtcp_text"
+"""Where a model that takes images keeps the name of its language model."""
+
+
+def _with_gradients_alike(
+    model: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Let a rank without images sum the gradients of those with some, zeros being its own.
+
+    FSDP adds up what gradients a rank has: others would exchange buffers of another size.
+    """
+    metadata, knows = kwargs.get("attn_metadata"), isinstance(model, FSDPModule)
+    if knows and hasattr(model, _UNUSED) and isinstance(metadata, BatchMetadata):
+        cut = model.get_submodule(f"{vars(model)[_TEXT]}.{CUT}")
+        getattr(model, _UNUSED)(cut.own(metadata).in_part, recurse=False)
+    return forward(*args, **kwargs)
+
+
+_UNUSED = "set_reduce_scatter_unused_params"
+"""What tells FSDP so, from torch 2.13 on."""
+
+
+def agreed_on_images(metadata: BatchMetadata, mesh: ParallelMesh, *, images: bool) -> BatchMetadata:
+    """The metadata of a batch, which know whether some batch ranks alone have images.
+
+    Traffic per rank: a number from each batch rank, for a model that takes images.
+
+    Raises:
+        NotImplementedError: images in part, and FSDP of a torch that sums no gradients of a part.
+    """
+    known = {key: each for key in metadata if isinstance(each := metadata[key], CutMetadata)}
+    if not known or mesh.batch is None:
+        return metadata
+    have = numbers_of_ranks(torch.tensor(int(images)), [mesh.batch])
+    in_part = 0 < int(have.sum()) < len(have)
+    if in_part and not hasattr(FSDPModule, _UNUSED):
+        raise NotImplementedError(
+            f"FSDP of this torch sums gradients that all ranks have, got images on "
+            f"{int(have.sum())} of {len(have)} batch ranks with torch {torch.__version__}: use "
+            f"torch 2.13, or deal rows with images to all batch ranks or to none."
+        )
+    key, own = next(iter(known.items()))
+    return metadata.replaced(key, replace(own, in_part=in_part))
 
 
 def _on_shard(text: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

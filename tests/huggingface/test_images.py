@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import causal_lm_loss, shard_hf_batch, survey
+from dtcp.huggingface.images import IMAGES
 from dtcp.parallelize import Compile, parallelize_hf
 from dtcp.sequence.masks import BlockBidirectional, Causal, SlidingWindow
 from tests.harness.hf_models import SHAPE, WINDOWS
@@ -140,6 +141,36 @@ def assert_step_equal(kind, degrees):
     }
     assert expected_grads.keys() == grads.keys() and not worst, worst
     assert any("vision" in name or "visual" in name for name in grads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONFIGS)
+@spmd(ranks=4)
+def test_images_on_a_part_of_the_batch_ranks_equal_one_device(mesh, kind):
+    """Ranks without any have no gradients of the vision tower, and sum those of the others."""
+    reference, model, batch = build(kind), build(kind), a_batch(kind)
+    text = batch["input_ids"][1]
+    text[text == IMAGE] = 5
+    types = {key: (batch["input_ids"] == IMAGE).long() for key in batch if "type_ids" in key}
+    images = {key: x[: len(x) // ROWS] for key, x in batch.items() if key in IMAGES}
+    batch = {**batch, **types, **images, "labels": batch["input_ids"].clone()}
+    expected = one_device(reference, batch)
+    mesh = ParallelMesh.from_degrees(Degrees(dp_shard=2, cp=2), "cpu")
+    parallelize_hf(model, mesh)
+    rank = mesh.rank("batch")
+    mine = {key: x[rank : rank + 1] for key, x in batch.items() if key not in images}
+    share = causal_lm_loss(model, {**mine, **(images if rank == 0 else {})}, mesh)
+    share.backward()
+    loss = share.detach()
+    dist.all_reduce(loss)
+    assert_close(loss, expected, rtol=1e-5, atol=0.0)
+    expected_grads, grads = gradients(reference), gradients(model)
+    scale = max(float(x.abs().max()) for x in expected_grads.values())
+    for name, grad in grads.items():
+        # What no image reads has zeros here, and no gradient on one device.
+        right = expected_grads.get(name, torch.zeros_like(grad))
+        assert float(far(grad, right)) <= 1e-6 * scale, name
+    assert expected_grads.keys() <= grads.keys()
 
 
 @pytest.mark.slow
