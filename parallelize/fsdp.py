@@ -109,17 +109,6 @@ class _ExpertPlacement:
         return self.sharded_by(Shard(dim))
 
 
-def free_gathered(model: nn.Module) -> None:
-    """Free what FSDP keeps gathered for a backward pass: the weights of the root and the last unit.
-
-    An optimizer that is made of a model after a forward pass without a backward pass would step
-    these gathered weights, which FSDP throws away.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 def _sum_gradients(module: FSDPModule) -> None:
     """Sum gradients: the loss is divided by the global token count already.
 

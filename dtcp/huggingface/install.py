@@ -244,7 +244,8 @@ def _check_inputs(inputs: Mapping[str, Any]) -> None:
     if missing and not (has_images and missing == ["position_ids"]):
         raise ValueError(
             f"A model with mixers is called with the position_ids and attn_metadata of "
-            f"shard_hf_batch, got without={missing}: it would count its shard from 0."
+            f"shard_hf_batch, got without={missing}: pass both, for it would count its shard from "
+            f"0; to generate, save the model and load it without a mesh."
         )
     mask = inputs.get("attention_mask")
     # Models hand the ones inside of them a mask for each kind of layer, and none here.

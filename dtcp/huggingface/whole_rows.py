@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from dtcp.batch import PreparedBatch, ShardedBatch
+from dtcp.distributed.gathered import free_gathered
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.replicated_loss import sum_for_replicated_loss
 from dtcp.huggingface.batch import LABELED_IN_PLACE, prepare_hf_batch, shard_hf_batch
@@ -114,9 +115,29 @@ class WholeRows(nn.Module):
         Returns:
             loss, the same on all ranks of a cp and tp group, each with the gradient of its own
             tokens; or the numbers of each token; and logits [B, S, V] where there are no labels.
+
+        Without gradients nothing stays gathered for a backward pass: weights that a loop averages
+        or steps after an evaluation are shards, and no copies.
         """
+        try:
+            return self._outputs(
+                rows, labels, num_items_in_batch, output_router_logits, numbers=fused_lm_head
+            )
+        finally:
+            if not torch.is_grad_enabled():
+                free_gathered(self.module)
+
+    def _outputs(
+        self,
+        rows: dict[str, Any],
+        labels: Tensor | None,
+        items: Tensor | int | None,
+        output_router_logits: bool | None,
+        *,
+        numbers: bool,
+    ) -> RowOutputs:
         _check_rows(rows)
-        if fused_lm_head:
+        if numbers:
             self._check_token_numbers(labels)
         batch = _read({**rows, "labels": labels})
         local, sharded = self._shards(batch)
@@ -124,7 +145,7 @@ class WholeRows(nn.Module):
         local.pop("padding_mask", None)
         said = is_balanced(self.module) if output_router_logits is None else output_router_logits
         asked = {"output_router_logits": True} if said and targets is not None else {}
-        head = None if fused_lm_head or targets is None else self._head()
+        head = None if numbers or targets is None else self._head()
         with self._autocast(), nullcontext() if head is None else head.hold():
             out = self.module(**local, attn_metadata=sharded.attn_metadata, **asked)
         if last_token_mixer(self.module) is not None:
@@ -132,13 +153,13 @@ class WholeRows(nn.Module):
         if targets is None:
             return RowOutputs(logits=self._given(_whole_logits(out.logits, sharded)))
         aux = self._balance(out.router_logits, sharded) if asked else None
-        if fused_lm_head:
+        if numbers:
             outputs = RowOutputs(_numbers_of_tokens(out.logits, targets, sharded))
             mask = _has_next_token(batch.pop("labels"), batch)
             outputs["label_mask"] = mask.to(out.logits.device)
         else:
             logits = out.logits if head is None else head.logits(out.logits)
-            outputs = RowOutputs(loss=self._loss(logits, targets, num_items_in_batch, aux))
+            outputs = RowOutputs(loss=self._loss(logits, targets, items, aux))
             if self.gathers_logits:
                 outputs["logits"] = self._given(_whole_logits(out.logits, sharded))
         if aux is not None:

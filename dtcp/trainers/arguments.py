@@ -91,6 +91,14 @@ def computes_on_rows(trainer: type) -> bool:
     return not next(foreign).__module__.startswith("transformers.")
 
 
+def smooths_by_itself(trainer: type) -> bool:
+    """Whether a class smooths labels of logits by itself, where others leave it to the model."""
+    return any(
+        each.__module__.startswith("trl.") and each.__name__ == "SFTTrainer"
+        for each in trainer.__mro__
+    )
+
+
 def check_launch(accelerator: Any, mesh: ParallelMesh) -> None:
     """Refuse an environment that says something else than the mesh.
 
@@ -130,6 +138,24 @@ def check_given_optimizer(optimizer: Any, model: nn.Module) -> None:
         )
 
 
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""Names of transformers for optimizers that step shards as they step whole weights."""
+
+
+def check_optimizer_name(args: Any) -> None:
+    """Refuse an optimizer by a name whose code would step shards by what a part of them says.
+
+    Raises:
+        ValueError: naming those that are known.
+    """
+    name = getattr(args.optim, "value", args.optim)
+    if name not in OPTIMIZERS:
+        raise ValueError(
+            f"A Trainer on a mesh makes an optimizer that steps DTensors, got optim={name!r}: set "
+            f"one of {', '.join(OPTIMIZERS)}, or pass optimizers=(one that knows DTensors, None)."
+        )
+
+
 def check_training_arguments(args: Any, mesh: ParallelMesh) -> None:
     """Refuse training arguments that would be ignored, or done twice, on a mesh.
 
@@ -162,6 +188,7 @@ def _refused(args: Any, mesh: ParallelMesh) -> Iterator[tuple[str, Any, str]]:
         "enable_jit_checkpoint": "leave it False: a signal reaches ranks at different steps",
         "auto_find_batch_size": "choose a batch size; a part of the ranks would start again",
         "neftune_noise_alpha": "leave it out, for noise would depend on the mesh",
+        "activation_offloading": "recompute activations instead, by gradient_checkpointing",
         "use_liger_kernel": "leave it out, for it replaces the forward that is on the mesh",
         "eval_use_gather_object": "leave it False, for ranks of a cp group give the same",
     }.items():
@@ -173,6 +200,12 @@ def _refused(args: Any, mesh: ParallelMesh) -> Iterator[tuple[str, Any, str]]:
             "average_tokens_across_devices",
             False,
             "leave it True, for a mean over ranks is not the mean over tokens",
+        )
+    if mesh.size("batch") > 1 and not args.accelerator_config.even_batches:
+        yield (
+            "accelerator_config.even_batches",
+            False,
+            "leave it True, for a rank without rows would not join the others in a step",
         )
     if args.accelerator_config.dispatch_batches:
         yield (

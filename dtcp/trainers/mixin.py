@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtcp.distributed.gathered import free_gathered
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.forward import wrap_forward
 from dtcp.huggingface.documents import documents_of_hf_batch
@@ -21,7 +22,6 @@ from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.whole_rows import WholeRows
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.parallelize import parallelize_hf
-from dtcp.parallelize.fsdp import free_gathered
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.buckets import Buckets
@@ -31,6 +31,7 @@ from dtcp.trainers.arguments import (
     asked_of_placing,
     check_given_optimizer,
     check_launch,
+    check_optimizer_name,
     check_placed_as_asked,
     check_reference,
     check_trained_model,
@@ -38,8 +39,10 @@ from dtcp.trainers.arguments import (
     check_training_arguments,
     computes_on_rows,
     is_on_mesh,
+    smooths_by_itself,
 )
 from dtcp.trainers.cached_reference import shards_for_hashes, with_reference_log_probs
+from dtcp.trainers.repeated_rows import ignore_repeated
 from dtcp.trainers.saved import (
     load_optimizer,
     load_weights,
@@ -75,6 +78,7 @@ class MeshTrainerMixin:
     args: Any
     accelerator: Any
     optimizer: Any
+    optimizer_cls_and_kwargs: Any
     lr_scheduler: Any
     state: Any
     compute_loss_func: Any
@@ -84,6 +88,7 @@ class MeshTrainerMixin:
     _train_batch_size: int
     _signature_columns: Any
     _loss_shifts_labels: bool
+    model_accepts_loss_kwargs: bool
 
     def __init__(
         self,
@@ -116,7 +121,10 @@ class MeshTrainerMixin:
                     self._while_made.enter_context(shards_for_hashes(each))
             super().__init__(*args, **kwargs)
         check_given_optimizer(self.optimizer, self.model)
-        self.label_smoother = None  # the model's loss has it
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            check_optimizer_name(self.args)
+        if not smooths_by_itself(type(self)):
+            self.label_smoother = None  # the model's loss has it
         self.model_accepts_loss_kwargs = last_token_mixer(self.model) is None
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -124,7 +132,8 @@ class MeshTrainerMixin:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         check_launch(self.accelerator, self.mesh)
         MeshAccelerator.adopt(self.accelerator, self.mesh, self._rows_of, self._lay_out_ahead)
-        self._rows_options["label_smoothing"] = self.args.label_smoothing_factor
+        if not smooths_by_itself(type(self)):
+            self._rows_options["label_smoothing"] = self.args.label_smoothing_factor
         self._rows_options["autocast"] = torch.bfloat16 if self.args.bf16 else None
         if self.model is not None:
             self._put_on_mesh(self.model)
@@ -209,6 +218,8 @@ class MeshTrainerMixin:
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Tokens with a loss in all micro-batches of all batch ranks: no document's first token."""
+        if batch_samples:
+            self._ignore_repeated(batch_samples[-1])
         if not batch_samples or not self._shifts(batch_samples[0]):
             return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
         count = torch.zeros((), dtype=torch.int64)
@@ -217,6 +228,10 @@ class MeshTrainerMixin:
             count += (labels != IGNORED).sum()
         self._counted = self.accelerator.gather(count.to(device)).sum()
         return self._counted
+
+    def _ignore_repeated(self, batch: Any) -> None:
+        if self.model_accepts_loss_kwargs:
+            ignore_repeated(batch, self.accelerator.gradient_state, self.mesh)
 
     def _shifts(self, batch: Any) -> bool:
         return bool(self._loss_shifts_labels) and batch.get("labels") is not None
@@ -253,12 +268,22 @@ class MeshTrainerMixin:
     ) -> Any:
         rows = self._wrap_model(model)
         rows.gathers_logits = self._gives_logits = not prediction_loss_only
+        self._ignore_repeated(inputs)
         try:
-            return super().prediction_step(  # type: ignore[misc]
+            loss, *others = super().prediction_step(  # type: ignore[misc]
                 rows, inputs, prediction_loss_only, ignore_keys=ignore_keys
             )
+            if self._is_share(loss):
+                # Of the rows of all batch ranks, as one process has it: some are not counted.
+                loss = self.accelerator.gather(loss).mean()
+            return (loss, *others)
         finally:
             rows.gathers_logits = self._gives_logits = False
+
+    def _is_share(self, loss: Tensor | None) -> bool:
+        """Whether a loss is this batch rank's share of that of all rows, times the batch ranks."""
+        of_all = self.model_accepts_loss_kwargs and not computes_on_rows(type(self))
+        return loss is not None and of_all and self.mesh.batch is not None
 
     # Files: written and read by all ranks together, the same on any mesh.
 

@@ -16,7 +16,7 @@ from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.experts import op
-from dtcp.huggingface import install_mixers
+from dtcp.huggingface import WholeRows, install_mixers
 from dtcp.mixer import batch_metadata
 from dtcp.models.qwen3_5 import Qwen35
 from dtcp.parallelize import (
@@ -278,6 +278,28 @@ def test_padding_is_not_routed_to_transformers_experts(options):
     ):
         assert breaks == 0
         assert set(routed) == {2 * real}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degrees", [Degrees(cp=2, ep=2), Degrees(dp_shard=2, ep=2)])
+@pytest.mark.parametrize("options", [{}, {"compile": GRAPHS}], ids=["eager", "compiled"])
+@spmd(ranks=2)
+def test_accumulated_gradients_of_transformers_experts_equal_one_device(mesh, degrees, options):
+    """Of micro-batches of different lengths, whose tokens choose other experts."""
+    reference, model = build("gpt_oss"), build("gpt_oss")
+    torch.manual_seed(1)
+    parts = [torch.randint(1, reference.config.vocab_size, (2, length)) for length in (24, 16)]
+    tokens = sum(ids[:, 1:].numel() for ids in parts)
+    ranks = ParallelMesh.from_degrees(degrees, "cpu")
+    rows = WholeRows(parallelize_hf(model, ranks, **options), ranks)
+    for ids in parts:
+        call = {"use_cache": False, "num_items_in_batch": tokens}
+        reference(input_ids=ids, labels=ids, **call).loss.backward()
+        mine = ids[ranks.rank("batch") :: ranks.size("batch")]
+        rows(input_ids=mine, labels=mine, num_items_in_batch=tokens).loss.backward()
+    expected = gradients(reference)
+    for key, actual in gradients(model).items():
+        assert_close(actual.reshape(expected[key].shape), expected[key], msg=key)
 
 
 @pytest.mark.slow

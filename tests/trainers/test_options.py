@@ -5,8 +5,8 @@ import pytest
 from tests.harness.run_script import run_forked
 
 CASES = [
-    *("many", "flattened", "compiled", "preferences", "adapted_preferences", "unpaired"),
-    *("cached_unpaired", "two_sequences", "adapted_two_sequences"),
+    *("many", "uneven", "flattened", "compiled", "preferences", "adapted_preferences", "unpaired"),
+    *("cached_unpaired", "two_sequences", "bart", "adapted_two_sequences"),
 ]
 
 

@@ -10,17 +10,18 @@ from datasets import IterableDataset
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
-from trl import DistillationTrainer, DPOTrainer, GRPOTrainer, RLOOTrainer
+from trl import DistillationTrainer, DPOTrainer, GRPOTrainer, RLOOTrainer, SFTConfig
 
+from dtcp.distributed.gathered import free_gathered
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.huggingface import WholeRows
+from dtcp.huggingface import WholeRows, shard_hf_batch
 from dtcp.huggingface.install import has_mixers
 from dtcp.parallelize import Compile, parallelize_hf
 from dtcp.parallelize.compile import has_compiled_blocks
-from dtcp.parallelize.fsdp import free_gathered
 from dtcp.trainers import MeshTrainerMixin
 from dtcp.trainers.arguments import check_launch, check_training_arguments, computes_on_rows
 from dtcp.trainers.cached_reference import with_reference_log_probs
+from dtcp.trainers.repeated_rows import ignore_repeated
 from tests.harness.hf_models import build
 from tests.harness.run_script import run_forked
 from tests.harness.spmd import spmd
@@ -95,6 +96,35 @@ def test_trainer_refuses_arguments_that_a_mesh_would_ignore(tmp_path, change, ma
         check_training_arguments(args, ONE_RANK)
 
 
+def test_trainer_whose_batch_ranks_would_have_rows_of_different_number_is_refused():
+    two = SimpleNamespace(size=lambda axis: 2)
+    args = arguments(accelerator_config={"even_batches": False})
+    with pytest.raises(ValueError, match="even_batches=False: leave it True, for a rank without"):
+        check_training_arguments(args, two)
+
+
+def test_trainer_with_an_optimizer_that_knows_no_shards_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"got optim='adafactor': set one of adamw_torch, .*sgd"):
+        MeshTrainer(build("llama"), arguments(tmp_path, optim="adafactor"), mesh=ONE_RANK)
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(0, 2), (1, 1), (2, 0)])
+def test_trainer_ignores_rows_that_a_loader_repeats_at_its_end(rank, kept):
+    """Nine rows, dealt to three ranks by two: the last six are three, and the first three again."""
+    mesh = SimpleNamespace(size=lambda axis: 3, rank=lambda axis: rank)
+    loader = SimpleNamespace(total_batch_size=6)
+    state = SimpleNamespace(in_dataloader=True, remainder=3, active_dataloader=loader)
+    labels = torch.arange(1, 9).view(2, 4)
+    for ended in (False, True):
+        batch = {"labels": labels}
+        state.end_of_dataloader = ended
+        ignore_repeated(batch, state, mesh)
+        real = kept if ended else 2
+        assert batch["labels"][:real].equal(labels[:real])
+        assert (batch["labels"][real:] == -100).all()
+    assert labels.min() == 1
+
+
 def test_trainer_that_does_not_know_of_all_ranks_is_refused(tmp_path):
     """Started without torchrun's environment it would save on every rank, and deal no rows."""
     mesh = ParallelMesh(Degrees(cp=2), None, *[None] * 7)
@@ -116,6 +146,12 @@ def test_trainer_that_would_predict_by_generating_is_refused(tmp_path):
         output_dir=str(tmp_path), use_cpu=True, report_to=[], predict_with_generate=True
     )
     with pytest.raises(ValueError, match="predict_with_generate=True: leave it False: save"):
+        check_training_arguments(args, ONE_RANK)
+
+
+def test_trl_trainer_that_would_move_activations_to_the_host_is_refused(tmp_path):
+    args = SFTConfig(str(tmp_path), use_cpu=True, report_to=[], activation_offloading=True)
+    with pytest.raises(ValueError, match="activation_offloading=True: recompute activations"):
         check_training_arguments(args, ONE_RANK)
 
 
@@ -214,12 +250,17 @@ def test_trainer_given_the_tokens_of_another_world_is_refused(mesh):
 
 @spmd(ranks=2)
 def test_trainer_frees_what_an_evaluation_has_left_gathered(mesh):
-    """An optimizer that is made then would step copies, which FSDP throws away."""
+    """What steps or averages weights then would do so with copies, which FSDP throws away."""
     on = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
     model = parallelize_hf(build("qwen3"), on)
     ids = torch.arange(1, 17)[None]
+    rows = WholeRows(model, on)
     with torch.no_grad():
-        WholeRows(model, on)(input_ids=ids, labels=ids)
+        rows(input_ids=ids, labels=ids)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    local, sharded = shard_hf_batch({"input_ids": ids}, on, model=model)
+    with torch.no_grad():
+        model(**local, attn_metadata=sharded.attn_metadata)
     assert not isinstance(model.lm_head.weight, DTensor)
     free_gathered(model)
     assert all(isinstance(p, DTensor) for p in model.parameters())
