@@ -28,7 +28,7 @@ from dtcp.huggingface.images import (
     whole_rows,
     with_blocks,
 )
-from dtcp.huggingface.install import check_has_mixers
+from dtcp.huggingface.install import check_has_mixers, model_with_mixers
 from dtcp.huggingface.pooled_head import check_last_tokens, last_token_mixer
 from dtcp.huggingface.positions import check_longest
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
@@ -109,7 +109,7 @@ def prepare_hf_batch(
         ValueError: a model with an encoder besides, whose two batches are made where they are used.
     """
     check_kind("prepare_hf_batch", nn.Module, model=model)
-    _check_one_sequence(model)
+    _check_one_sequence(model_with_mixers(model))
     return prepare_rows(lambda: _rows_of(batch, model), mesh, layout, model=model, buckets=buckets)
 
 
@@ -131,12 +131,13 @@ def _shard(
     prepared: Callable[[], PreparedBatch] | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
+    inside = model_with_mixers(model)
     if prepared is not None:
-        _check_one_sequence(model)
-    if encoder_name(model):
+        _check_one_sequence(inside)
+    if encoder_name(inside):
         check_has_mixers(model)
         return shard_two_sequences(
-            batch, mesh, layout, model, needs_labels=for_token_loss, **options
+            batch, mesh, layout, inside, needs_labels=for_token_loss, **options
         )
 
     def prepare() -> Rows:
@@ -151,7 +152,7 @@ def _shard(
     metadata = agreed_on_images(sharded.attn_metadata, mesh, images=bool(images))
     sharded = replace(sharded, attn_metadata=metadata)
     if images:
-        whole = {**whole_rows(batch, sharded.documents, model), **images}
+        whole = {**whole_rows(batch, sharded.documents, inside), **images}
         local = {key: x for key, x in local.items() if key not in (*whole, "position_ids")}
         device = options["device"]
         local |= {key: x if device is None else x.to(device) for key, x in whole.items()}
@@ -203,6 +204,7 @@ def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool
     if for_token_loss:
         _check_token_loss(model, rows, pooled=pooling is not None)
     check_has_mixers(model)
+    model = model_with_mixers(model)
     check_ids(rows, model, upwards=not image_arguments(model))
     documents = documents_of_hf_batch(rows)
     check_longest(documents, model)

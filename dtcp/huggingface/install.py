@@ -112,6 +112,16 @@ def has_mixers(model: Any) -> bool:
     return _POSITIONS in vars(model)
 
 
+def model_with_mixers(model: Any) -> Any:
+    """The model that has its mixers: itself, or the one inside of what holds it, as of peft.
+
+    What takes any argument and hands it on says nothing of what the model is.
+    """
+    if has_mixers(model):
+        return model
+    return next((module for module in model.modules() if has_mixers(module)), model)
+
+
 def check_has_no_mixers(model: Any) -> None:
     """Refuse a model that has its mixers already.
 

@@ -21,6 +21,7 @@ from dtcp.huggingface.batch import LABELED_IN_PLACE, prepare_hf_batch, shard_hf_
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.encoder_decoder import encoder_name
 from dtcp.huggingface.images import IMAGES
+from dtcp.huggingface.install import model_with_mixers
 from dtcp.huggingface.linear_head import LinearHead
 from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
@@ -86,7 +87,7 @@ class WholeRows(nn.Module):
 
         The call with these very tensors then finds it done. Rows of two sequences are left to it.
         """
-        if not encoder_name(self.module):
+        if not encoder_name(model_with_mixers(self.module)):
             self._ahead.start(_read(rows))
 
     def forward(
@@ -229,7 +230,7 @@ class WholeRows(nn.Module):
         if (
             labels is None
             or in_place
-            or encoder_name(module)
+            or encoder_name(model_with_mixers(module))
             or last_token_mixer(module) is not None
         ):
             raise ValueError(

@@ -212,7 +212,7 @@ class MeshTrainerMixin:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         if "input_ids" not in self._signature_columns and "kwargs" in self._signature_columns:
             # Read off a forward with something around it, which takes anything.
-            self._signature_columns += list(_forward_names(self.model))
+            self._signature_columns += list(_forward_names(adapted_model(self.model)))
 
     # Losses.
 
@@ -230,8 +230,9 @@ class MeshTrainerMixin:
         return self._counted
 
     def _ignore_repeated(self, batch: Any) -> None:
-        if self.model_accepts_loss_kwargs:
-            ignore_repeated(batch, self.accelerator.gradient_state, self.mesh)
+        state = self.accelerator.gradient_state
+        if self.model_accepts_loss_kwargs and ignore_repeated(batch, state, self.mesh):
+            self._lay_out_ahead(batch)  # anew
 
     def _shifts(self, batch: Any) -> bool:
         return bool(self._loss_shifts_labels) and batch.get("labels") is not None

@@ -190,11 +190,9 @@ def _say_what_is_whole(
 
 def _shared_inputs(plan: Mapping[str, ParallelStyle]) -> dict[str, ParallelStyle]:
     """What several projections read becomes a DTensor once: its gradient is reduced once."""
-    parents = [
-        adapted(name)[0].rpartition(".")[0]
-        for name, style in plan.items()
-        if isinstance(style, ColwiseParallel)
-    ]
+    # A layer and its adapters are one projection.
+    split = {adapted(name)[0] for name, each in plan.items() if isinstance(each, ColwiseParallel)}
+    parents = [name.rpartition(".")[0] for name in split]
     # A module that keeps its parameters whole hands its parts what it was handed.
     return {
         parent: ReplicateInput()

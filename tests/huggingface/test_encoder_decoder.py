@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import distributed as dist
 from torch.testing import assert_close
 
@@ -62,6 +63,18 @@ def build(kind):
     return model.train()
 
 
+def adapted(kind):
+    """The model with adapters in both stacks, in cross attention and in feed-forwards."""
+    targets = ["q", "k", "v", "o", "wi", "wo"]
+    if kind == "bart":
+        targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    model = build(kind)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        return get_peft_model(model, config).double()
+
+
 def a_batch():
     """Two rows as DataCollatorForSeq2Seq makes them, without decoder_input_ids: padded, both."""
     generator = torch.Generator().manual_seed(3)
@@ -72,9 +85,9 @@ def a_batch():
     return {"input_ids": input_ids.where(mask == 1, 0), "attention_mask": mask, "labels": labels}
 
 
-def assert_step_equal(kind, degrees, layout=HeadTail, attention=None, **options):
+def assert_step_equal(kind, degrees, layout=HeadTail, attention=None, *, make=build, **options):
     """Assert that loss and all gradients are those of the model's own loss on one device."""
-    reference, model = build(kind), build(kind)
+    reference, model = make(kind), make(kind)
     expected = reference(**a_batch(), use_cache=False).loss
     expected.backward()
     mesh = ParallelMesh.from_degrees(degrees, "cpu")
@@ -122,6 +135,15 @@ def test_cross_attention_by_every_strategy_equals_one_device(mesh, kind, attenti
 def test_cross_attention_beside_tp_and_fsdp_equals_one_device(mesh, kind):
     assert_step_equal(kind, Degrees(cp=2, tp=2))
     assert_step_equal(kind, Degrees(dp_shard=2, cp=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@spmd(ranks=4)
+def test_lora_of_encoder_and_decoder_equals_one_device(mesh, kind):
+    """The base is frozen on both, and has no gradient."""
+    for degrees in (Degrees(dp_shard=2, cp=2), Degrees(cp=2, tp=2)):
+        assert_step_equal(kind, degrees, make=adapted)
 
 
 @pytest.mark.slow
