@@ -81,11 +81,11 @@ def model_of(config: Any, remedy: str = REMEDY) -> Any:
         return kind.from_config(config)
 
 
-def is_causal(config: Any) -> bool:
-    """Whether the language model of a config is a causal one."""
+def is_causal(config: Any, remedy: str = REMEDY) -> bool:
+    """Whether the language model of a config is a causal one; raises as model_of."""
     from transformers.models.auto import modeling_auto
 
-    kind: bool = _kind_of(config, REMEDY) is modeling_auto.AutoModelForCausalLM
+    kind: bool = _kind_of(config, remedy) is modeling_auto.AutoModelForCausalLM
     return kind
 
 

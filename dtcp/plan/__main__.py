@@ -175,7 +175,10 @@ def _say_what_would_do(planner: Planner, best: Candidate, cluster: Cluster, *, n
 
 def _degrees(text: str, cluster: Cluster, etp: int) -> Degrees:
     try:
-        given = {key: int(value) for key, value in (pair.split("=") for pair in text.split(","))}
+        pairs = [pair.split("=") for pair in text.split(",")]
+        given = {key: int(value) for key, value in pairs}
+        if len(given) < len(pairs):
+            raise ValueError("an axis is given twice")
         named = Degrees(**{axis: n for axis, n in given.items() if axis not in ("ep", "etp")})
         if etp > 1:
             given.setdefault("etp", etp)

@@ -38,8 +38,9 @@ def check_options(
         ValueError: naming the option.
     """
     options = {name: f"--{name.replace('_', '-')}" for name in vars(arguments)}
-    if rest and not arguments.config:
-        _refuse_unknown(rest, list(options.values()))
+    typos = [word for word in rest if _meant(word, list(options.values()))]
+    if typos or (rest and not arguments.config):
+        _refuse_unknown(typos or rest, list(options.values()))
     use = "--collect" if arguments.collect else "--sweep" if arguments.sweep else "a plan"
     for name, option in options.items():
         value = getattr(arguments, name)
@@ -59,9 +60,17 @@ def check_options(
 
 
 def _refuse_unknown(rest: Sequence[str], options: Sequence[str]) -> None:
-    word = rest[0].partition("=")[0]
-    close = difflib.get_close_matches(word, options, n=1) if "." not in word else []
-    remedy = f"did you mean {close[0]}?" if close else "leave them out."
+    if meant := _meant(rest[0], options):
+        raise ValueError(f"The planner has no option {rest[0]}: did you mean {meant}?")
     raise ValueError(
-        f"Settings belong to a config of train.py, got {' '.join(rest)} without --config: {remedy}"
+        f"Settings belong to a config of train.py, got {' '.join(rest)} without --config: leave "
+        f"them out."
     )
+
+
+def _meant(word: str, options: Sequence[str]) -> str:
+    """The option that a word is near to, unless it is one of train.py's."""
+    word = word.partition("=")[0]
+    if not word.startswith("--") or "." in word or word in ("--module", "--dump_folder"):
+        return ""
+    return next(iter(difflib.get_close_matches(word, options, n=1, cutoff=0.75)), "")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dtcp.check.configs import is_causal
 from dtcp.checkpoint.huggingface import weight_files
-from dtcp.planner.hf_config import PRESETS, config_file, read_hf_config
+from dtcp.planner.hf_config import PRESETS, REMEDY, config_file, read_hf_config
 from dtcp.planner.subject import FamilyModel, HuggingFaceModel, Subject
 
 
@@ -43,7 +43,7 @@ def script_of(subject: Subject, source: str) -> Script:
         return Script(words, note=FIRST_TRY)
     assert isinstance(subject, HuggingFaceModel)
     config = subject.config
-    if not is_causal(config):
+    if not is_causal(config, REMEDY):
         return Script(why_not="it trains causal language models")
     if getattr(config.get_text_config(), "output_router_logits", False):
         return Script(why_not="its loss has no place for what output_router_logits asks for")

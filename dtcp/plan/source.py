@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
-from math import lcm
+from math import inf, lcm
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ def _lengths_in_file(path: Path) -> list[int]:
     if not words or wrong:
         raise ValueError(
             f"A file of documents has lengths in tokens, positive whole numbers, got {path} with "
-            f"{wrong[0] if wrong else 'none'!r}: correct it."
+            f"{repr(wrong[0]) if wrong else 'none'}: correct it."
         )
     return [int(word) for word in words]
 
@@ -219,7 +219,7 @@ def _lengths_in_file(path: Path) -> list[int]:
 def _drawn(text: str, seq_len: int) -> Documents:
     try:
         median, sigma = (float(word) for word in text.split(":")[1:])
-        if not (median >= 1 and 0 <= sigma < 20):
+        if not (1 <= median < inf and 0 <= sigma < 20):
             raise ValueError(text)
     except ValueError:
         raise ValueError(

@@ -145,5 +145,5 @@ def _of_file(path: Path) -> Cluster:
         names = ", ".join(each.name for each in fields(Cluster))
         raise ValueError(
             f"A cluster's file is JSON with the fields {names} (or gpus, a kind of "
-            f"{', '.join(KINDS)}, and what differs), got {str(path)!r}: {error}."
+            f"{', '.join(KINDS)}, and what differs), got {str(path)!r}: {str(error).rstrip('.')}."
         ) from None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.check.checked_model import own_errors
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.labels import look_ahead
+from dtcp.labels import IGNORED, look_ahead
 from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
 from dtcp.parallelize import (
     ParallelPlan,
@@ -145,7 +145,7 @@ class FamilyModel:
         if getattr(self.config, "vision_blocks", False):
             rows["mm_token_type_ids"] = torch.zeros_like(ids)
         if depths := self._depths:
-            rows |= look_ahead(ids, ids, documents, depths=depths)
+            rows |= look_ahead(ids, rows["labels"], documents, depths=depths)
         return shard_batch(
             rows, mesh, layout, model=model, documents=documents, compare_ranks=False
         )
@@ -277,7 +277,9 @@ class OwnModel:
 def _rows_of(documents: Documents) -> dict[str, Tensor]:
     """A batch of these documents, in which no token says anything."""
     ids = torch.zeros(documents.batch, documents.seq_len, dtype=torch.int64)
-    return {"input_ids": ids, "labels": ids, "position_ids": documents.position_ids()}
+    # Padding is not predicted.
+    labels = ids.masked_fill(documents.document() < 0, IGNORED)
+    return {"input_ids": ids, "labels": labels, "position_ids": documents.position_ids()}
 
 
 def _as_tuple(logits: Any) -> tuple[Tensor, ...]:

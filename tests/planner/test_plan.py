@@ -95,6 +95,27 @@ def test_plan_as_json_has_bytes_and_seconds(capsys):
             "got dtcp.expert_tensor_parallel_degree=2 for a model without experts",
         ),
         (["--model", "nowhere:f", "--plan", "nowhere:g"], "A model and its plan are functions"),
+        (["--hf-config", "gema4-31b"], "did you mean gemma4-31b? Presets are"),
+        (["--hf-config", "mixtrall"], "got 'mixtrall': did you mean mixtral?"),
+        (["--hf-config", "vit"], "give --model module:function, which returns the model"),
+        (["--hf-config", "llama3.1-8b", "--clustr", "8xH100"], "did you mean --cluster?"),
+        (["--config", "llama_tiny", "--clustr", "8xH100"], "did you mean --cluster?"),
+        (["--hf-config", "llama3.1-8b", "--steps", "5"], "got --steps 5 for a plan, which does"),
+        (["--hf-config", "llama3.1-8b", "--plan", "a:b"], "--plan goes with --model"),
+        (["--hf-config", "llama3.1-8b", "--html", "/nowhere/x.html"], "make /nowhere first"),
+        (["--hf-config", "llama3.1-8b", "--documents", "lognormal:inf:1"], "Lengths are drawn as"),
+        (["--hf-config", "llama3.1-8b", "--seq-len", "0"], "got --seq-len 0, --global-batch"),
+        (["--hf-config", "llama3.1-8b", "--global-batch", "-3"], "--global-batch -3: give 1"),
+        (["--hf-config", "llama3.1-8b", "--mesh", "cp=8,cp=4"], "an axis is given twice"),
+        (["--hf-config", "llama3.1-8b", "--mesh", "tp=8", "--seq-len", "1001"], "1000 say"),
+        (
+            ["--config", "llama_tiny", "--global-batch", "1", "--seq-len", "1001"],
+            "give --global-batch 8, or --seq-len 1008",
+        ),
+        (
+            ["--hf-config", "llama3.1-8b", "--sweep", "weak", "--steps", "2"],
+            "which compile, got --steps 2: give 3 or more",
+        ),
     ],
 )
 def test_plan_refuses_bad_input_in_a_sentence(capsys, arguments, said):
@@ -108,6 +129,17 @@ def test_plan_refuses_a_document_longer_than_its_row(tmp_path):
     with pytest.raises(ValueError, match="A document lies in one row, got one of 900 tokens"):
         asked_documents(str(lengths), 512)
     assert asked_documents(str(lengths), 1024).lengths == ((100, 900),)
+
+
+def test_plan_of_documents_that_leave_padding_says_so(capsys, tmp_path):
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text("300 200")
+    code, out, _ = run(
+        capsys,
+        *("--config", "llama_tiny", "--cluster", "2xH100", "--mesh", "cp=2"),
+        *("--documents", str(lengths), "--global-batch", "1", "--dtcp.strategy", "ring"),
+    )
+    assert code == 0 and "2 documents a row, the longest 300, 524 tokens of padding" in out
 
 
 def test_plan_draws_documents_that_fill_the_row():
