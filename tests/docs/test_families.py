@@ -9,11 +9,19 @@ from docs.families.outcome import NOT_RUN
 from docs.families.tp_parts import PAGE as PARTS_PAGE
 from docs.families.tp_parts import row_of
 from dtcp.check.matrix import CHECKS, FIRST
+from tests.docs.blocks import ROOT
 
 
 def test_the_page_shows_the_results():
     """Made anew by `python -m docs.families llama` where it does not."""
     assert PAGE.read_text() == page_of(Results.read())
+
+
+def test_the_readme_counts_what_the_page_shows():
+    counts = Results.read().counts(FIRST)
+    models, passed = sum(counts.values()), counts["passed"]
+    said = f"Of {models} text models of transformers [{passed} pass at cp 2]"
+    assert said in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("check", CHECKS)
