@@ -37,7 +37,7 @@ from dtcp.parallelize.tied_parameters import (
     restore_tied_parameters,
 )
 from dtcp.sequence.arguments import check_kind
-from dtcp.softmax.style import AttentionStyle
+from dtcp.style import MixerStyle
 
 KEEP_ALL = NoCheckpoint()
 PLAIN_FSDP = FSDP()
@@ -168,7 +168,7 @@ def _is_gathered_in_parts(name: str, units: Sequence[Mapping[str, nn.Module]]) -
 def _has_eager_island(name: str, block: nn.Module, plan: Mapping[str, ParallelStyle]) -> bool:
     submodules = [f"{name}.{part}" for part, _ in block.named_modules() if part]
     return any(
-        isinstance(style, AttentionStyle) and isinstance(style.boundary, EagerIsland)
+        isinstance(style, MixerStyle) and isinstance(style.boundary, EagerIsland)
         for key, style in plan.items()
         if any(matches(submodule, key) for submodule in submodules)
     )

@@ -12,6 +12,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.testing import assert_close
 
+from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, count_graphs
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.models.llama import Llama, LlamaConfig, tiny
@@ -24,6 +25,7 @@ from dtcp.parallelize import (
     llama_plan,
     parallelize,
 )
+from dtcp.recurrent import CausalConv1d, CausalConvCP
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import RingAttention
 from tests.harness.parity import (
@@ -195,6 +197,40 @@ def test_further_batches_make_no_further_graphs(mesh, attention):
         for rows in (((9, 16, 6), (32,)), ((16, 16), (3, 3)), ((1,), (1, 1, 1))):
             on_mesh(model, mesh, rows, HeadTail)
     assert counted.graphs == 0
+
+
+class Convolved(nn.Module):
+    """A block with a mixer of another family than attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.mixer = nn.Parameter(torch.randn(4, 3)), CausalConv1d(3)
+
+    def forward(self, x, attn_metadata):
+        return x + self.mixer(x.sin(), self.weight, attn_metadata).cos()
+
+
+class OneBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Convolved()
+
+    def forward(self, x, attn_metadata):
+        return self.block(x, attn_metadata)
+
+
+@spmd(ranks=2)
+def test_a_block_breaks_once_at_an_island_of_any_mixer(mesh):
+    """It was compiled as one graph, which an island cannot be in."""
+    mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    style = CausalConvCP(boundary=EagerIsland())
+    plan = ParallelPlan(tp={}, cp={"block.mixer": style}, blocks=("block",))
+    model = OneBlock()
+    parallelize(model, mesh, plan, activation_checkpoint=FullCheckpoint(), compile=GRAPHS)
+    local, sharded = shard_batch({"inputs_embeds": torch.randn(1, 16, 4)}, mesh, model=model)
+    with count_graphs() as counted:
+        model(local["inputs_embeds"], sharded.attn_metadata).sum().backward()
+    assert (counted.graphs, counted.breaks) == (2, 1)
 
 
 @spmd(ranks=4)
