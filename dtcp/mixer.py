@@ -50,6 +50,17 @@ class Mixer(nn.Module):
         style = () if self.style is None else (self.style,)
         self.metadata_key = metadata_key(type(self), *self.reads(), *style)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of any module; where it changes what the metadata depend on, it changes their key."""
+        super().__setattr__(name, value)
+        known = vars(self).get("metadata_key")
+        if known is None or name == "metadata_key" or torch.compiler.is_compiling():
+            return
+        self.set_metadata_key()
+        if self.metadata_key == known:
+            # Graphs know it by identity.
+            self.metadata_key = known
+
     def make_metadata(self, coords: Coords, layout: SequenceLayout | None) -> AttentionMetadata:
         """What this mixer reads of a batch, on this rank.
 

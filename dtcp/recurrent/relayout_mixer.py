@@ -87,7 +87,6 @@ class RelayoutCP(ParallelStyle):
             )
         for mixer in mixers:
             mixer.inside = self.inside
-            mixer.set_metadata_key()
         module.add_module("relayout", RelayoutMixer(self, device_mesh))
 
         def on_inside_layout(

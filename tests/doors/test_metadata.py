@@ -66,6 +66,18 @@ def test_masks_of_a_users_own_read_their_own_metadata_A1():
         )
 
 
+def test_a_mask_that_is_changed_reads_its_own_metadata_A1():
+    """It would go on reading those of the mask that it was made with."""
+    model = torch.nn.ModuleList(SoftmaxAttention(Declared(8)) for _ in range(2))
+    key, copied = model[0].metadata_key, copy.deepcopy(model)
+    model[0].mask, model[1].mask = Declared(8), Declared(2)
+    assert model.eval()[0].metadata_key is key
+    metadata = batch_metadata(model, Documents.single(1, 16))
+    assert len(metadata) == 2 and len(batch_metadata(copied, Documents.single(1, 16))) == 1
+    expected = batch_metadata(SoftmaxAttention(Declared(2)), Documents.single(1, 16))
+    assert torch.equal(model[1].own(metadata).first_key, expected[model[1].metadata_key].first_key)
+
+
 def test_subclasses_differ_from_their_base_A1():
     """Of equal fields, but of another meaning."""
 
