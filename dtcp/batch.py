@@ -167,8 +167,11 @@ class PreparedBatch:
 
     @cached_property
     def hashes(self) -> RowHashes:
-        """What ranks compare."""
-        return RowHashes.of(*self.rows.contents())
+        """What ranks compare: their rows, and what they do with them."""
+        layout, metadata = self.sharded.layout, self.sharded.attn_metadata
+        plan = " ".join(sorted(key.kinds for key in metadata))
+        use = f"{layout.kind.__name__} {layout.seq_len} {layout.num_shards} {plan}"
+        return RowHashes.of(*self.rows.contents(), use=use)
 
     def to(self, device: torch.device | str | None) -> tuple[dict[str, Tensor], ShardedBatch]:
         """As `shard_batch` returns it; None leaves it where it is."""
@@ -210,9 +213,9 @@ def shard_batch(
         device: where the parts go; None leaves them where they are.
         balance_for: the mask whose work BlockBalanced and DocumentBalanced balance, or several,
             with the number of layers of each; None for Causal().
-        compare_ranks: whether the ranks of a cp and tp group first compare shape, documents and a
-            hash of every key (0.2 ms for four keys of 128K tokens on one CPU core, and the
-            exchange); what differs is named on all of them. They call this together.
+        compare_ranks: whether the ranks of a cp and tp group first compare shape, documents,
+            layout, plan and a hash of every key (0.2 ms for four keys of 128K tokens on one CPU
+            core, and the exchange); what differs is named on all of them. They call this together.
         buckets: sizes that the batch is padded to, so that a compiled model has few graphs; None
             pads no further than the layout needs. ShardedBatch.padding_fraction says what it cost.
         memory: how the sequence was sharded that the model's cross attention reads (an encoder's):
@@ -259,9 +262,8 @@ def shard_rows(
     """
 
     def prepared() -> PreparedBatch:
-        _check_arguments(layout, buckets, model, balance_for, memory)
-        options = (balance_for, buckets, memory)
-        return _prepared(prepare(), mesh, layout, model, *options)
+        cut = _Cut(layout, model, balance_for, buckets, memory)
+        return cut.prepared(prepare(), mesh)
 
     return shard_prepared(prepared, mesh, device=device, compare_ranks=compare_ranks, axes=axes)
 
@@ -327,68 +329,69 @@ def prepare_rows(
 ) -> PreparedBatch:
     """`prepare_batch` for a caller who makes the rows, as for `shard_rows`."""
     check_kind("A batch", ParallelMesh, mesh=mesh)
-    _check_arguments(layout, buckets, model, balance_for, memory)
-    prepared = _prepared(prepare(), mesh, layout, model, balance_for, buckets, memory)
+    cut = _Cut(layout, model, balance_for, buckets, memory)
+    prepared = cut.prepared(prepare(), mesh)
     if mesh.cp is not None or mesh.tp is not None:
         prepared.hashes  # noqa: B018  # worked out here, not where the batch is used
     return prepared
 
 
-def _prepared(
-    rows: Rows,
-    mesh: ParallelMesh,
-    layout: type[SequenceLayout],
-    model: nn.Module | None,
-    balance_for: Mask | Mapping[Mask, int] | None,
-    buckets: Buckets | None,
-    memory: ShardedBatch | None,
-) -> PreparedBatch:
-    said, unpadded_rows, seq_len = rows, rows.documents.batch, rows.documents.seq_len
-    num_shards, rank, padded_len = mesh.size("cp"), mesh.rank("cp"), seq_len
-    if buckets is not None:
-        rows = rows.padded(buckets.padded_rows(unpadded_rows))
-        padded_len = buckets.padded_tokens(seq_len)
-    padded_len = -(-padded_len // layout.multiple(num_shards)) * layout.multiple(num_shards)
-    documents = rows.documents.padded(padded_len)
-    other = None if memory is None else Memory(memory.documents, memory.layout)
-    coords = padded_coords(rows, documents, other)
-    # Called by the layouts that read it: intervals of long rows take milliseconds.
-    work = MaskWork.under(Causal() if balance_for is None else balance_for, coords)
-    batch_layout = layout_of_batch(layout, documents, num_shards, work)
-    mixing = nn.Module() if model is None else model
-    real = real_tokens(documents, batch_layout, rank)
-    metadata = collect_metadata(mixing, coords, batch_layout, real=real)
-    sharded = ShardedBatch(batch_layout, documents, coords, metadata, seq_len, unpadded_rows, mesh)
-    tokens = dict(rows.tokens)
-    if padded_len > seq_len:
-        tokens.setdefault("padding_mask", torch.zeros(documents.batch, seq_len, dtype=torch.bool))
-    local = {}
-    for key, x in tokens.items():
-        rule = rows.rule(key)
-        if rule is not None:
-            dims = {"dim": rule.seq_dim % x.ndim, "rows_dim": rule.rows_dim % x.ndim}
-            x = part_of_rows(x, batch_layout, rank, **dims, pad=rule.pad)
-        local[key] = x
-    return PreparedBatch(local, sharded, said)
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """How rows are cut: what of the arguments of `shard_batch` all ranks give alike."""
 
+    layout: type[SequenceLayout]
+    model: nn.Module | None
+    balance_for: Mask | Mapping[Mask, int] | None
+    buckets: Buckets | None
+    memory: ShardedBatch | None
 
-def _check_arguments(
-    layout: type[SequenceLayout],
-    buckets: Buckets | None,
-    model: nn.Module | None,
-    balance_for: Mask | Mapping[Mask, int] | None,
-    memory: ShardedBatch | None,
-) -> None:
-    if not isinstance(layout, type) or not issubclass(layout, SequenceLayout):
-        raise TypeError(
-            f"A batch is cut by a class of layouts, of which it gets an instance, got "
-            f"layout={layout!r}: give HeadTail, say."
+    def __post_init__(self) -> None:
+        if not isinstance(self.layout, type) or not issubclass(self.layout, SequenceLayout):
+            raise TypeError(
+                f"A batch is cut by a class of layouts, of which it gets an instance, got "
+                f"layout={self.layout!r}: give HeadTail, say."
+            )
+        nothing, balance_for = type(None), self.balance_for
+        check_kind("A batch", (Buckets, nothing), buckets=self.buckets)
+        check_kind("A batch", (nn.Module, nothing), model=self.model)
+        check_kind("A batch", (Mask, Mapping, nothing), balance_for=balance_for)
+        check_kind("A batch", (ShardedBatch, nothing), memory=self.memory)
+        for mask, layers in balance_for.items() if isinstance(balance_for, Mapping) else ():
+            check_kind("Work to balance", (Mask,), mask=mask)
+            check_ints("Work to balance", least=1, layers=layers)
+
+    def prepared(self, rows: Rows, mesh: ParallelMesh) -> PreparedBatch:
+        said, unpadded_rows, seq_len = rows, rows.documents.batch, rows.documents.seq_len
+        num_shards, rank = mesh.size("cp"), mesh.rank("cp")
+        if self.buckets is not None:
+            rows = rows.padded(self.buckets.padded_rows(unpadded_rows))
+        documents = rows.documents.padded(self.padded_len(seq_len, num_shards))
+        other = None if self.memory is None else Memory(self.memory.documents, self.memory.layout)
+        coords = padded_coords(rows, documents, other)
+        # Called by the layouts that read it: intervals of long rows take milliseconds.
+        work = MaskWork.under(Causal() if self.balance_for is None else self.balance_for, coords)
+        layout = layout_of_batch(self.layout, documents, num_shards, work)
+        mixing = nn.Module() if self.model is None else self.model
+        metadata = collect_metadata(
+            mixing, coords, layout, real=real_tokens(documents, layout, rank)
         )
-    nothing = type(None)
-    check_kind("A batch", (Buckets, nothing), buckets=buckets)
-    check_kind("A batch", (nn.Module, nothing), model=model)
-    check_kind("A batch", (Mask, Mapping, nothing), balance_for=balance_for)
-    check_kind("A batch", (ShardedBatch, nothing), memory=memory)
-    for mask, layers in balance_for.items() if isinstance(balance_for, Mapping) else ():
-        check_kind("Work to balance", (Mask,), mask=mask)
-        check_ints("Work to balance", least=1, layers=layers)
+        sharded = ShardedBatch(layout, documents, coords, metadata, seq_len, unpadded_rows, mesh)
+        tokens = dict(rows.tokens)
+        if documents.seq_len > seq_len:
+            no_padding = torch.zeros(documents.batch, seq_len, dtype=torch.bool)
+            tokens.setdefault("padding_mask", no_padding)
+        local = {}
+        for key, x in tokens.items():
+            rule = rows.rule(key)
+            if rule is not None:
+                dims = {"dim": rule.seq_dim % x.ndim, "rows_dim": rule.rows_dim % x.ndim}
+                x = part_of_rows(x, layout, rank, **dims, pad=rule.pad)
+            local[key] = x
+        return PreparedBatch(local, sharded, said)
+
+    def padded_len(self, seq_len: int, num_shards: int) -> int:
+        """Tokens of a row: what the buckets have for it, and a multiple that the layout cuts."""
+        wanted = seq_len if self.buckets is None else self.buckets.padded_tokens(seq_len)
+        multiple = self.layout.multiple(num_shards)
+        return -(-wanted // multiple) * multiple

@@ -65,10 +65,12 @@ class MetadataKey:
     Args:
         value: all that the metadata depend on beside the batch.
         label: for people; not compared.
+        kinds: the same on all ranks, where objects in `label` may differ; not compared.
     """
 
     value: tuple[Hashable, ...]
     label: str = field(compare=False)
+    kinds: str = field(compare=False)
 
     def __str__(self) -> str:
         return self.label
@@ -82,7 +84,17 @@ def metadata_key(*parts: object) -> MetadataKey:
     """
     names = (part.__name__ if isinstance(part, type) else str(part) for part in parts)
     label = ", ".join(names)
-    return MetadataKey(tuple(value_of(part) for part in parts), label)
+    value = tuple(value_of(part) for part in parts)
+    return MetadataKey(value, label, _kinds_of(value))
+
+
+def _kinds_of(value: Hashable) -> str:
+    """Names of classes, numbers and words; of other objects, their class."""
+    if isinstance(value, tuple):
+        return f"({' '.join(map(_kinds_of, value))})"
+    if isinstance(value, type):
+        return value.__qualname__
+    return repr(value) if isinstance(value, int | float | str) else type(value).__qualname__
 
 
 def value_of(part: object) -> Hashable:

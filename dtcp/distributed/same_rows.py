@@ -39,17 +39,26 @@ class RowHashes:
         of_rows: [B, 3], by ASPECTS.
         seq_len: tokens of a row.
         keys: a number that changes with their names.
+        use: a number that changes with what is to be done with the rows.
     """
 
     of_rows: Tensor
     seq_len: int
     keys: int
+    use: int
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], documents: Documents | None) -> "RowHashes":
-        """Of `Contents`."""
+    def of(
+        cls, tensors: Mapping[str, Tensor], documents: Documents | None, *, use: str = ""
+    ) -> "RowHashes":
+        """Of `Contents`.
+
+        Args:
+            use: how rows are cut, and by what they are mixed.
+        """
         hashes, seq_len = _hashes(tensors, documents)
-        return cls(hashes, seq_len, zlib.crc32(" ".join(sorted(tensors)).encode()))
+        keys = zlib.crc32(" ".join(sorted(tensors)).encode())
+        return cls(hashes, seq_len, keys, zlib.crc32(use.encode()))
 
 
 def prepared_alike(
@@ -59,7 +68,7 @@ def prepared_alike(
 ) -> T:
     """Prepare a batch, and refuse it on every rank if one rank has another or refused its own.
 
-    Traffic per rank: 7 numbers from each rank of the axes, in one all_gather per axis; if they
+    Traffic per rank: 8 numbers from each rank of the axes, in one all_gather per axis; if they
     differ, 3 for each row as well. Cost: 0.2 ms for the hashes of four keys of 128K tokens on one
     CPU core, and the exchange (benchmarks/gates.py). A group with a backend for the host (gloo)
     exchanges there; one of NCCL alone on the device, and then the host waits for what the device
@@ -77,12 +86,13 @@ def prepared_alike(
     if not wide:
         return prepare()
     hashes = torch.zeros(0, len(ASPECTS), dtype=torch.int64)
-    head, error, result = [0, 0, 0, 0], None, None
+    head, error, result = [0, 0, 0, 0, 0], None, None
     try:
         result = prepare()
         found = contents(result)
         found = found if isinstance(found, RowHashes) else RowHashes.of(*found)
-        hashes, head = found.of_rows, [1, len(found.of_rows), found.seq_len, found.keys]
+        hashes = found.of_rows
+        head = [1, len(hashes), found.seq_len, found.keys, found.use]
     except Exception as raised:  # noqa: BLE001
         # Held back, never swallowed: it is raised below. A rank that left without a word, for
         # whatever error, would leave the others waiting in the exchange. No BaseException: who
@@ -199,6 +209,10 @@ def _sentence(heard: Tensor, every_row: Tensor | None, axes: Sequence[DeviceMesh
             )
         elif first[0] and head[3] != first[3]:
             said.append(f"{name} has other keys")
+        elif first[0] and head[4] != first[4]:
+            said.append(
+                f"{name} has another layout, other buckets or another plan (all have the same)"
+            )
         if every_row is not None:
             for row, aspect in (every_row[index] != every_row[0]).nonzero()[:3].tolist():
                 said.append(f"{name} has other {ASPECTS[aspect]} in row {row}")

@@ -10,7 +10,12 @@ from dtcp.cp_utils.deepseek_v4_batch import make_dsv4_contiguous_shard_cp_batch_
 from dtcp.cp_utils.gemma4 import make_contiguous_shard_cp_batch_and_ctx
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import causal_lm_loss, shard_hf_batch
+from dtcp.sequence.buckets import Buckets, MultiplesOf
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.masks import Causal, SlidingWindow
+from dtcp.softmax import AllGatherAttention, RingAttention
+from tests.harness.attention_parity import mixer_on
 from tests.harness.hf_models import Placed
 from tests.harness.spmd import spmd
 
@@ -96,6 +101,25 @@ def test_ranks_of_tp_alone_compare_their_rows(mesh, change):
         shard_batch(batch, whole, documents=documents)
 
     refused_everywhere(change, "tp rank 1", whole.rank("tp") == 1, shard)
+
+
+@pytest.mark.parametrize("other", ["layout", "buckets", "window", "style"])
+@spmd(ranks=2)
+def test_rank_that_does_something_else_with_its_rows_is_named_A3(mesh, other):
+    """Its tokens would be others, or its exchanges would not end."""
+    whole, odd = ParallelMesh.from_device_mesh(mesh), mesh.get_local_rank() == 1
+
+    def shard(odd):
+        mask = Causal() & SlidingWindow(3 + (odd and other == "window"))
+        style = AllGatherAttention() if odd and other == "style" else RingAttention()
+        model = mixer_on(mesh, style, mask)
+        layout = Contiguous if odd and other == "layout" else HeadTail
+        buckets = Buckets(MultiplesOf(24)) if odd and other == "buckets" else None
+        shard_batch({"input_ids": IDS}, whole, layout, model=model, buckets=buckets)
+
+    with pytest.raises(ValueError, match="cp rank 1 has another layout, other buckets or another"):
+        shard(odd)
+    shard(False)
 
 
 @spmd(ranks=3)
