@@ -102,8 +102,15 @@ class MixerStyle(ParallelStyle):
         return [group_name(axis)]
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        kinds = " or ".join(kind.__name__ for kind in self.claims)
+        if isinstance(module, ClaimedMixer):
+            if module.style is self and module.mesh == device_mesh:
+                return module  # that several parents share
+            raise TypeError(
+                f"{self} takes over an unclaimed {kinds}, got a {type(module).__name__} that "
+                f"{module.style} has: name each mixer in one key, and apply a plan once."
+            )
         if type(module) not in self.claims:
-            kinds = " or ".join(kind.__name__ for kind in self.claims)
             raise TypeError(
                 f"{self} takes over an unclaimed {kinds}, got a {type(module).__name__}: name the "
                 f"mixer itself in the plan."

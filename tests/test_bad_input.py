@@ -36,6 +36,7 @@ from dtcp.softmax import (
     HaloAttention,
     HybridAttention,
     RingAttention,
+    SharedKVAttention,
     UlyssesAttention,
 )
 from dtcp.softmax.mixer import SoftmaxAttention
@@ -44,6 +45,7 @@ from tests.harness.attention_parity import (
     WINDOW,
     Block,
     Case,
+    assert_equals_one_device,
     local_inputs,
     mixer_on,
     refused,
@@ -127,6 +129,35 @@ def test_mixer_claimed_twice_is_refused(mesh):
         lambda: UlyssesAttention()._apply(mixer, mesh),
         TypeError,
     )
+
+
+@spmd(ranks=2)
+def test_mixer_that_layers_share_is_claimed_once(mesh):
+    """A mixer has no parameters: layers may well have one and the same."""
+    model, shared = two_attentions(), SoftmaxAttention(Causal())
+    for layer in model["layers"]:
+        layer["mixer"] = shared
+    apply_plan(model, mesh, {"layers.*.mixer": RingAttention()})
+    assert_equals_one_device(Case(), shared, shared, mesh, HeadTail)
+    two = {"layers.0.mixer": RingAttention(), "layers.*.mixer": RingAttention(tile=64)}
+    refused("name each mixer in one key", lambda: apply(mesh, two), TypeError)
+
+
+@pytest.mark.parametrize(
+    ("outer", "make"),
+    [
+        ("HybridAttention", lambda: HybridAttention(outer=RingAttention(kernel="triton"))),
+        ("HybridAttention", lambda: HybridAttention(UlyssesAttention(tile=64))),
+        (
+            "SharedKVAttention",
+            lambda: SharedKVAttention(AllGatherAttention(boundary=EagerIsland())),
+        ),
+    ],
+)
+def test_options_of_a_style_inside_of_another_are_refused(outer, make):
+    """They would be ignored."""
+    with pytest.raises(ValueError, match=f"inside: give it to {outer}"):
+        make()
 
 
 @spmd(axes={"dp_shard": 2, "cp": 1, "tp": 2})

@@ -69,6 +69,8 @@ class HybridAttention(AttentionStyle):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ints("HybridAttention", least=1, inner_ranks=self.inner_ranks)
+        for part in (self.inner, self.outer):
+            self.check_part(part)
         if on_nodes := [x for x in (self.inner, self.outer) if x.ranks_per_node]:
             raise ValueError(
                 f"HybridAttention splits the ranks of a node itself, got {on_nodes[0]} inside: "

@@ -20,11 +20,12 @@ from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.all_gather import AllGatherAttention
 from dtcp.softmax.exchange import bring_rows, return_grads, sort_by_index
+from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import KeyExchangeMetadata, LocalMetadata
 from dtcp.softmax.mixer import GatherSharedKV, MaskedMixer, SoftmaxAttention
 from dtcp.softmax.moves import AttentionShape, Peers
-from dtcp.softmax.op import AttentionInputs, AttentionOp, OpContext
+from dtcp.softmax.op import AttentionOp, OpContext
 from dtcp.softmax.positions import TokenPositions
 from dtcp.softmax.style import AttentionStyle
 from dtcp.style import MixerShape
@@ -102,6 +103,7 @@ class SharedKVAttention(AttentionStyle):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_part(self.gather)
         if self.ranks_per_node and self.gather.ranks_per_node not in (0, self.ranks_per_node):
             raise ValueError(
                 f"Keys are brought over the nodes of one axis, got ranks_per_node="
@@ -129,7 +131,7 @@ class SharedKVAttention(AttentionStyle):
     def rank_metadata(
         self, layout: SequenceLayout, rank: int, intervals: Intervals
     ) -> KeyExchangeMetadata:
-        gather = replace(self.gather, ranks_per_node=self.ranks_per_node)
+        gather = replace(self.gather, ranks_per_node=self.ranks_per_node, tile=self.tile)
         metadata = gather.rank_metadata(layout, rank, intervals)
         # Kernels are called with as many keys as there is room for.
         (count,) = metadata.key_counts

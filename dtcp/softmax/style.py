@@ -23,6 +23,7 @@ from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
 from dtcp.sequence.row_layouts import RowLayouts, in_line
 from dtcp.softmax.dtensor import install_attention_rules
+from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.mixer import (
     CrossAttention,
@@ -32,7 +33,7 @@ from dtcp.softmax.mixer import (
     SoftmaxAttention,
 )
 from dtcp.softmax.moves import AttentionShape, Peers
-from dtcp.softmax.op import AttentionInputs, AttentionOp
+from dtcp.softmax.op import AttentionOp
 from dtcp.softmax.positions import TokenPositions
 from dtcp.style import MixerShape, MixerStyle
 
@@ -214,6 +215,17 @@ class AttentionStyle(MixerStyle):
             shape, length = replace(shape, batch=1), shape.batch * length
         peers = self.peers(layout.num_shards, rank)
         return self.op.strategy.moves(shape, length, metadata.tensors(), peers)
+
+    def check_part(self, part: "AttentionStyle") -> None:
+        """Refuse options of a style inside of this one, which takes the mixers over by itself."""
+        plain, name = AttentionStyle(), type(self).__name__
+        for option in ("boundary", "tile", "kernel"):
+            value = getattr(part, option)
+            if value != getattr(plain, option):
+                raise ValueError(
+                    f"{name} takes mixers over with its own options, got {option}={value!r} of the "
+                    f"{type(part).__name__} inside: give it to {name}."
+                )
 
     def check_memory(
         self, mixer: Mixer, layout: SequenceLayout, keys: SequenceLayout | None

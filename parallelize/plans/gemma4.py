@@ -70,11 +70,16 @@ def gemma4_context_plan(
     A layer whose keys others share gathers what all of those read, once for all of them.
     """
     ahead = config.longest_vision_block - 1 if config.vision_blocks else 0
-    window = HaloAttention(config.window, ahead, boundary=attention.boundary)
-    own_kv = {LayerType.SLIDING: window, LayerType.GLOBAL: attention}
+    boundary = attention.boundary
+    own_kv = {
+        LayerType.SLIDING: HaloAttention(config.window, ahead, boundary=boundary),
+        LayerType.GLOBAL: attention,
+    }
     shared_kv = {
-        LayerType.SLIDING: SharedKVAttention(window),
-        LayerType.GLOBAL: SharedKVAttention(AllGatherAttention()),
+        LayerType.SLIDING: SharedKVAttention(
+            HaloAttention(config.window, ahead), boundary=boundary
+        ),
+        LayerType.GLOBAL: SharedKVAttention(AllGatherAttention(), boundary=boundary),
     }
     plan: dict[str, ParallelStyle] = {}
     for layer, layer_type in enumerate(config.layer_types):

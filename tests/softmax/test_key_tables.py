@@ -69,3 +69,4 @@ def test_keys_that_are_shared_are_unused_behind_those_that_are_there():
         (count,) = metadata.key_counts
         assert (metadata.key_token_index[0, :count] >= 0).all()
         assert (metadata.key_token_index[0, count:] == -1).all() and count < 48
+    assert SharedKVAttention(tile=4).rank_metadata(made, 0, intervals).block_ranges.shape[2] == 3
