@@ -97,7 +97,7 @@ def to_thd(batch: THDBatch, *, seq_lens_padding_value: int = SENTINEL) -> dict[s
         ValueError: both or neither of input_ids and inputs_embeds; lengths that do not fit.
     """
     rows, seq_len = _check(batch)
-    slots = _slots(batch, rows, seq_len, seq_lens_padding_value)
+    slots = _slots(batch, seq_len, seq_lens_padding_value)
     _check_agrees(batch, slots, rows, seq_len)
     device = batch["labels"].device
     bounds = list(accumulate((slot for _, slot in slots), initial=0))
@@ -239,7 +239,7 @@ def _check(batch: THDBatch) -> tuple[int, int]:
     return rows, seq_len
 
 
-def _slots(batch: THDBatch, rows: int, seq_len: int, sentinel: int) -> Slots:
+def _slots(batch: THDBatch, seq_len: int, sentinel: int) -> Slots:
     """The slots of all rows; the tokens behind a row's slots lengthen its last one."""
     filled: list[tuple[int, int]] = []
     for slots in row_slots(batch["seq_lens"], batch["seq_lens_padded"], seq_len, sentinel):

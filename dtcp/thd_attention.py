@@ -14,9 +14,10 @@ from dtcp.sequence.arguments import FLOATS, check_batch, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import PADDING, Documents
 from dtcp.sequence.masks import Causal, Mask
+from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.mixer import SoftmaxAttention
-from dtcp.softmax.op import AttentionInputs, AttentionOp
+from dtcp.softmax.op import AttentionOp
 from dtcp.softmax.ring import RingAttention
 from dtcp.softmax.style import AttentionStyle
 from dtcp.thd import THDBatch, read_bounds, thd_layout

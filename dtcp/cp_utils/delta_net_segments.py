@@ -15,8 +15,9 @@ from dtcp._torch import assert_in_graph
 from dtcp.distributed.groups import group_name
 from dtcp.recurrent.metadata import ConvMetadata, DeltaMetadata, chain_of, halo_route
 from dtcp.recurrent.mixer import GatedDeltaRule
+from dtcp.recurrent.moves import DeltaShape
 from dtcp.recurrent.op import gated_delta_rule
-from dtcp.recurrent.style import FEWEST_BYTES, DeltaShape
+from dtcp.recurrent.style import FEWEST_BYTES
 from dtcp.sequence.layout import SequenceLayout
 
 UNIT = GatedDeltaRule().unit

@@ -63,7 +63,7 @@ def _make_chunks(
     rows = row_chunks(batch, num_chunks, padding_token_id=pad, seq_lens_padding_value=sentinel)
     chunks = [to_thd(chunk, seq_lens_padding_value=sentinel) for chunk in rows]
     tokens = chunks[0]["labels"].shape[0]
-    whole_keys = {key: _stacked(key, chunks, tokens, sentinel) for key in chunks[0]}
+    whole_keys = {key: _stacked(key, chunks, sentinel) for key in chunks[0]}
     parts = [_shard_thd_chunk_for_te(c, cp_mesh, qkv_format, sentinel, pad) for c in chunks]
     return {
         key: torch.stack([part[key] for part in parts])
@@ -111,7 +111,7 @@ def _holds_tokens(key: str, chunk: Mapping[str, Any], tokens: int) -> bool:
     return key == "position_ids" or (x.ndim > 0 and x.shape[0] == tokens)
 
 
-def _stacked(key: str, chunks: list[dict[str, Any]], tokens: int, sentinel: int) -> Any:
+def _stacked(key: str, chunks: list[dict[str, Any]], sentinel: int) -> Any:
     """What chunks hold besides tokens: boundaries are stacked, the rest is the same in each."""
     values = [chunk[key] for chunk in chunks]
     if key == "max_seqlen":

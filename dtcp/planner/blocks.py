@@ -56,10 +56,10 @@ def _missing(name: str) -> Any:
     raise AttributeError(name)
 
 
-def block_kinds(model: nn.Module, names: Mapping[str, nn.Module]) -> list[BlockKind]:
+def block_kinds(blocks: Mapping[str, nn.Module]) -> list[BlockKind]:
     """Group blocks by their modules, settings and parameters, in the order of the model."""
     kinds: dict[Any, BlockKind] = {}
-    for name, block in names.items():
+    for name, block in blocks.items():
         sizes = tuple((key, tuple(p.shape), p.dtype) for key, p in block.named_parameters())
         kind = kinds.setdefault((repr(block), sizes), BlockKind(name, []))
         kind.blocks.append(name)
@@ -69,7 +69,7 @@ def block_kinds(model: nn.Module, names: Mapping[str, nn.Module]) -> list[BlockK
 def keep_one_of_each(model: nn.Module, plan: ParallelPlan) -> tuple[list[BlockKind], ParallelPlan]:
     """Leave one block of each kind in the model, and what still applies in its plan."""
     blocks = find(model, plan.blocks)
-    kinds = block_kinds(model, blocks)
+    kinds = block_kinds(blocks)
     for kind in kinds:
         _count_members(kind, blocks[kind.name])
         for name in kind.blocks[1:]:

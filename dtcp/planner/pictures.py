@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dtcp.planner.cluster import GB, Cluster
-from dtcp.planner.forecast import RankForecast, from_other_nodes
+from dtcp.planner.forecast import from_other_nodes
 from dtcp.planner.report import checkpoint_name, mesh_name, strategy_name
 from dtcp.planner.search import Candidate, Search
 from dtcp.planner.trace import OUTSIDE
@@ -138,11 +138,6 @@ def _kind_name(best: Candidate, kind: str) -> str:
     """How a kind of layer is called, with how many there are."""
     count = next(each.count for each in best.forecast.ranks[0].mixers if each.part == kind)
     return f"{count} layers like {kind}" if count > 1 else kind
-
-
-def _flops_of(rank: RankForecast, kind: str) -> int:
-    mixers = (mixer for mixer in rank.mixers if mixer.part == kind)
-    return sum(each.count * (each.forward_flops + each.backward_flops) for each in mixers)
 
 
 def _exchange(best: Candidate) -> Any:

@@ -101,8 +101,8 @@ def changed(folder: Path, manifest: Manifest, *, checksums: bool) -> str:
     names.sort(key=lambda name: manifest.files[name].size, reverse=True)
     mine = names[rank::ranks]
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        problem = next(filter(None, pool.map(lambda n: changed_file(folder, manifest, [n]), mine)),
-                       "")  # fmt: skip
+        found = pool.map(lambda name: changed_file(folder, manifest, [name]), mine)
+        problem = next(filter(None, found), "")
     problems = [problem] * ranks
     if dist.is_initialized():
         dist.all_gather_object(problems, problem)

@@ -90,6 +90,17 @@ def check_by_torchtitan(config: Any) -> None:
             )
 
 
+def check_on_ranks(config: Any, ranks: int) -> None:
+    """Refuse what so many ranks, on the machines that they are on, cannot carry out.
+
+    Raises:
+        ValueError: naming the setting, its value and what would fit.
+    """
+    check_batch_size(config, ranks)
+    check_expert_degree(config, ranks)
+    check_nodes(config)
+
+
 def check_batch_size(config: Any, ranks: int) -> None:
     """Refuse rows that the ranks cannot share, as torchtitan would on each of them.
 

@@ -10,7 +10,7 @@ from torchtitan.observability import structured_logger
 
 from dtcp.pretrain.attempt import Attempt
 from dtcp.pretrain.compiler import use_what_works
-from dtcp.pretrain.config_check import check_batch_size, check_expert_degree, check_nodes
+from dtcp.pretrain.config_check import check_on_ranks
 from dtcp.pretrain.dry_run import describe_dry, is_dry, made_dry
 from dtcp.pretrain.folder_lock import FolderLock, refuse_held
 from dtcp.pretrain.launch import (
@@ -53,14 +53,10 @@ def run(arguments: list[str], *, command: tuple[str, ...]) -> int:
                 accelerated = torch.accelerator.is_available()
                 check_started_elsewhere(config.dtcp, accelerated=accelerated)
             check_world(config.parallelism, world_size())
-            check_batch_size(config, world_size())
-            check_expert_degree(config, world_size())
-            check_nodes(config)
+            check_on_ranks(config, world_size())
             return run_rank(config)
         ranks = ranks_for(config.parallelism, config.dtcp.device)
-        check_batch_size(config, ranks.count)
-        check_expert_degree(config, ranks.count)
-        check_nodes(config)
+        check_on_ranks(config, ranks.count)
         if not config.dtcp.verify:
             refuse_held(Path(config.dump_folder))
         if ranks.because:
@@ -75,9 +71,7 @@ def _play_alone(config: Trainer.Config) -> int:
     config = made_dry(config)
     config.check()
     world = play_one_of(config.parallelism)
-    check_batch_size(config, world)
-    check_expert_degree(config, world)
-    check_nodes(config)
+    check_on_ranks(config, world)
     print(describe_dry(rank(), world), flush=True)
     return run_rank(config)
 

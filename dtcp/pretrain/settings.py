@@ -91,14 +91,7 @@ def check_optimizer(config: Any) -> None:
                     f"The optimizer's numbers are finite and not negative, got {name}={value}: "
                     f"give another."
                 )
-    _check_schedule(config.lr_scheduler)
-    total, steps = config.lr_scheduler.total_steps, config.training.steps
-    if total is not None and total < steps:
-        # Beyond its end torchtitan's schedule goes below zero, or fails.
-        raise ValueError(
-            f"A schedule of learning rates has all steps of a run, got --lr_scheduler.total_steps "
-            f"{total} for --training.steps {steps}: give {steps} or more."
-        )
+    _check_schedule(config.lr_scheduler, config.training.steps)
     norm = config.training.max_norm
     if math.isnan(norm) or norm <= 0:
         raise ValueError(
@@ -107,7 +100,7 @@ def check_optimizer(config: Any) -> None:
         )
 
 
-def _check_schedule(schedule: Any) -> None:
+def _check_schedule(schedule: Any, steps: int) -> None:
     """Refuse parts that are none: torchtitan would take a learning rate below zero, or no end."""
     for name in ("decay_ratio", "min_lr_factor"):
         value = getattr(schedule, name)
@@ -116,6 +109,13 @@ def _check_schedule(schedule: Any) -> None:
                 f"A schedule of learning rates is made of parts from 0 to 1, got "
                 f"--lr_scheduler.{name} {value}: give another."
             )
+    total = schedule.total_steps
+    if total is not None and total < steps:
+        # Beyond its end torchtitan's schedule goes below zero, or fails.
+        raise ValueError(
+            f"A schedule of learning rates has all steps of a run, got --lr_scheduler.total_steps "
+            f"{total} for --training.steps {steps}: give {steps} or more."
+        )
 
 
 def check_profiler(profiler: Any) -> None:

@@ -32,16 +32,10 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import KeyIntervals
 from dtcp.sequence.layout import Contiguous
 from dtcp.sequence.masks import Bidirectional, Causal, Mask
+from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
 from dtcp.softmax.moves import AttentionShape, Peers
-from dtcp.softmax.op import (
-    AttentionInputs,
-    AttentionOp,
-    BackwardArguments,
-    ForwardResult,
-    OpContext,
-    Strategy,
-)
+from dtcp.softmax.op import AttentionOp, BackwardArguments, ForwardResult, OpContext, Strategy
 from dtcp.softmax.ring import RING
 
 

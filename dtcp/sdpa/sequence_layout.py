@@ -23,8 +23,8 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Bidirectional, Causal
 from dtcp.softmax.dtensor import install_attention_rules
+from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.mixer import SoftmaxAttention
-from dtcp.softmax.op import AttentionInputs
 from dtcp.softmax.ring import RingAttention
 from dtcp.softmax.style import AttentionStyle
 

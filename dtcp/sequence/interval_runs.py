@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.block_runs import BlockRuns
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import PADDING
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import (
@@ -30,7 +31,6 @@ from dtcp.sequence.masks import (
     Bidirectional,
     BlockBidirectional,
     Causal,
-    Coords,
     Mask,
     MemoryDocument,
     Or,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dtcp.distributed.moves import Moved
 from dtcp.kernels.dtypes import accumulation
-from dtcp.softmax.mates import MoveRows, even_share, mates_of
+from dtcp.softmax.mates import MoveRows, even_share, mates_of, size_of
 
 
 @dataclass(frozen=True)
@@ -129,19 +129,15 @@ class CopiedHeads:
 
     def _first_hop(self, length: int) -> tuple[list[int], list[int]]:
         """Tokens to each rank and from each."""
-        own = _size(self._share(self.rank, length))
-        sent = [_size(self._goes(peer, length)) for peer in self._all]
+        own = size_of(self._share(self.rank, length))
+        sent = [size_of(self._goes(peer, length)) for peer in self._all]
         return sent, [length if self._near(peer) else own for peer in self._all]
 
     def _second_hop(self, length: int) -> tuple[list[int], list[int]]:
         """Tokens to each rank that shares the head in this node, and from each."""
         sent, received = [0] * self.num_ranks, [0] * self.num_ranks
-        own, owners = _size(self._share(self.rank, length)), len(self._far)
+        own, owners = size_of(self._share(self.rank, length)), len(self._far)
         for mate in self._others(self._mates(self.rank)):
             sent[mate] = owners * own
-            received[mate] = owners * _size(self._share(mate, length))
+            received[mate] = owners * size_of(self._share(mate, length))
         return sent, received
-
-
-def _size(tokens: slice) -> int:
-    return int(tokens.stop - tokens.start)

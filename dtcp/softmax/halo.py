@@ -11,9 +11,10 @@ from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.softmax.all_gather import AllGather, AllGatherAttention
+from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.metadata import KeyExchangeMetadata, all_gather_metadata
 from dtcp.softmax.moves import AttentionShape, Peers, keys_moved
-from dtcp.softmax.op import AttentionInputs, AttentionOp
+from dtcp.softmax.op import AttentionOp
 
 
 class _Halo(AllGather):

@@ -14,15 +14,10 @@ from dtcp.kernels.softmax.api import (
     attend_once_backward,
     local_sink_gradient,
 )
-from dtcp.softmax.inputs import check_key_count
+from dtcp.softmax.inputs import AttentionInputs, check_key_count
 from dtcp.softmax.metadata import LocalMetadata
 from dtcp.softmax.moves import AttentionShape, Peers
-from dtcp.softmax.op import (
-    AttentionInputs,
-    AttentionOp,
-    ForwardResult,
-    OpContext,
-)
+from dtcp.softmax.op import AttentionOp, ForwardResult, OpContext
 from dtcp.softmax.payload import bias_gradients
 
 

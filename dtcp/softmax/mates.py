@@ -73,7 +73,7 @@ class Mates:
 
     def shares(self, counts: Sequence[int]) -> list[int]:
         """How many of so many rows from each of some ranks this one brings itself."""
-        return [_size(self._share(self.rank, count)) for count in counts]
+        return [size_of(self._share(self.rank, count)) for count in counts]
 
     def own(self, rows: Tensor, counts: list[int]) -> Tensor:
         """What goes to this rank's like in other groups, of rows in parts of so many."""
@@ -126,7 +126,7 @@ class Mates:
         return [counts[mate] for mate in self._others]
 
     def _sizes(self, mate: int, counts: Sequence[int]) -> list[int]:
-        return [_size(self._share(mate, count)) for count in counts]
+        return [size_of(self._share(mate, count)) for count in counts]
 
     def _share(self, mate: int, count: int) -> slice:
         return even_share(self.ranks.index(mate), len(self.ranks), count)
@@ -143,5 +143,6 @@ def even_share(turn: int, count: int, length: int) -> slice:
     return slice(length * turn // count, length * (turn + 1) // count)
 
 
-def _size(part: slice) -> int:
+def size_of(part: slice) -> int:
+    """Of a part as of `even_share`."""
     return int(part.stop - part.start)

@@ -16,10 +16,10 @@ from dtcp.sequence.arguments import FLOATS, WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.interval_runs import KeyIntervals
 from dtcp.sequence.masks import Mask, MemoryDocument
+from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.latent import LatentWidths, keys_and_values
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import local_metadata
-from dtcp.softmax.op import AttentionInputs
 
 
 class MaskedMixer(Mixer):

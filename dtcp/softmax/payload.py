@@ -10,11 +10,11 @@ from dtcp.distributed.moves import Moves
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.api import Queries, SavedForward, local_sink_gradient
-from dtcp.softmax.inputs import check_key_count
+from dtcp.softmax.inputs import AttentionInputs, check_key_count
 from dtcp.softmax.latent import LatentWidths, fold_back, keys_and_values
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.moves import AttentionShape, Peers, keys_moved
-from dtcp.softmax.op import AttentionInputs, ForwardResult, OpContext
+from dtcp.softmax.op import ForwardResult, OpContext
 
 
 class GradBuffers(NamedTuple):

@@ -57,14 +57,6 @@ class RequiredKeys:
     own_tokens: PeerRuns
     own_slots: Ints  # of the first token of each own run
 
-    @property
-    def received_tokens(self) -> int:
-        return int((self.receive_tokens.stop - self.receive_tokens.start).sum())
-
-    @property
-    def sent_tokens(self) -> int:
-        return int((self.send_slots.stop - self.send_slots.start).sum())
-
 
 def required_keys(layout: SequenceLayout, rank: int, intervals: Intervals) -> RequiredKeys:
     """Work out what this rank sends and receives; every rank finds its side of the same pairs."""

@@ -16,19 +16,13 @@ from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.copied_heads import CopiedHeads
 from dtcp.softmax.exchange import all_to_all_rows
 from dtcp.softmax.head_share import HeadShare
-from dtcp.softmax.inputs import check_key_count
+from dtcp.softmax.inputs import AttentionInputs, check_key_count
 from dtcp.softmax.joined_shards import LAST_FIELDS, UlyssesMetadata, ulysses_metadata
 from dtcp.softmax.local import LOCAL
 from dtcp.softmax.mates import Mates, MoveRows
 from dtcp.softmax.metadata import KeyExchangeMetadata, local_metadata
 from dtcp.softmax.moves import AttentionShape, Peers, heads_moved
-from dtcp.softmax.op import (
-    AttentionInputs,
-    AttentionOp,
-    ForwardResult,
-    OpContext,
-    Strategy,
-)
+from dtcp.softmax.op import AttentionOp, ForwardResult, OpContext, Strategy
 from dtcp.softmax.style import AttentionStyle
 
 PER_HEAD = ("sink", "bias", "slope")

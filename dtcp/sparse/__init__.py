@@ -1,5 +1,6 @@
 """Compressed sparse attention on a sharded sequence."""
 
-from dtcp.sparse.style import CompressedSparseCP, SparseShape
+from dtcp.sparse.moves import SparseShape
+from dtcp.sparse.style import CompressedSparseCP
 
 __all__ = ["CompressedSparseCP", "SparseShape"]

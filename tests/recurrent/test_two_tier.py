@@ -14,6 +14,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
 from dtcp.sequence.stretches import Stretches
 from tests.harness.spmd import spmd
+from tests.harness.two_tier import of_node, owners_and_starts
 from tests.recurrent.test_balanced import DOCUMENTS
 from tests.recurrent.test_recurrent import (
     CHANNELS,
@@ -26,7 +27,6 @@ from tests.recurrent.test_recurrent import (
     layer_on,
     shard_case,
 )
-from tests.softmax.test_two_tier import of_node
 
 SUMMARY = H * K * (K + V) * 8
 
@@ -117,13 +117,7 @@ def test_two_tier_halo_bytes_of_a_node_are_what_its_ranks_read_of_others(layout,
     lengths, ranks, m, width = (2, 17, 1, 90, 3, 41, 70), 8, ranks_per_node, 13
     documents = Documents((lengths,), 240)
     placed, coords = layout.for_batch(documents, ranks), Coords.of(documents)
-    owner, start = [0] * 240, list(range(240))
-    for rank in range(ranks):
-        for token in placed.token_indices(rank).tolist():
-            owner[token] = rank
-    for number, length in enumerate(lengths):
-        first = sum(lengths[:number])
-        start[first : first + length] = [first] * length
+    owner, start = owners_and_starts(placed, lengths)
     style, conv, shape = CausalConvCP(ranks_per_node=m), CausalConv1d(width), ChannelShape(1, 1, 1)
     moves = [style.moves(conv, coords, placed, rank, shape) for rank in range(ranks)]
     for node in range(ranks // m):

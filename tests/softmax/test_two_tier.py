@@ -55,6 +55,7 @@ from tests.harness.attention_parity import (
     shard_case,
 )
 from tests.harness.spmd import spmd
+from tests.harness.two_tier import of_node
 from tests.softmax import test_cross, test_latent, test_values_only
 from tests.softmax.test_traffic import moved
 
@@ -89,14 +90,6 @@ def two_tier_bytes(case, sharded, rank, ranks_per_node):
     node = np.arange(n) // m == rank // m
     of_node = reads[node].any(axis=0)[~node].sum() * row
     return reads[rank][~own].sum() * row, of_node
-
-
-def of_node(number, rank, ranks_per_node):
-    """The sum over the ranks of this one's node."""
-    every = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    every[rank] = number
-    dist.all_reduce(every)
-    return every.view(-1, ranks_per_node)[rank // ranks_per_node].sum()
 
 
 def assert_bytes(style, case, mesh, layout):

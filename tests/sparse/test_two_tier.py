@@ -13,6 +13,7 @@ from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail
 from dtcp.sparse import CompressedSparseCP, SparseShape
 from dtcp.sparse.exchange import bring_left
 from tests.harness.spmd import spmd
+from tests.harness.two_tier import owners_and_starts
 from tests.sparse.test_balanced import PACKINGS
 from tests.sparse.test_sparse import (
     DIM,
@@ -100,13 +101,7 @@ def test_two_tier_bytes_of_a_node_are_what_its_ranks_read_of_others(kind, layout
     documents, ranks, m = Documents((LENGTHS,), 240), 8, ranks_per_node
     placed, coords = layout.for_batch(documents, ranks), Coords.of(documents)
     by_document = layout is DocumentBalanced
-    owner, start = [0] * 240, list(range(240))
-    for rank in range(ranks):
-        for token in placed.token_indices(rank).tolist():
-            owner[token] = rank
-    for number, length in enumerate(LENGTHS):
-        first = sum(LENGTHS[:number])
-        start[first : first + length] = [first] * length
+    owner, start = owners_and_starts(placed, LENGTHS)
     style, shape = CompressedSparseCP(ranks_per_node=m), SparseShape(1, 1, 0, 1)
     mixer, real = mixer_of(kind), sum(LENGTHS)
     cut = [x for x in range(1, 240) if owner[x] != owner[x - 1]]

@@ -54,7 +54,6 @@ class Piece(NamedTuple):
     most_right: int
 
 
-ANY_WINDOW = (0, UNLIMITED, 0, UNLIMITED)
 _WIDTH = len(Piece._fields)
 
 
