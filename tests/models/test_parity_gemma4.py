@@ -149,3 +149,13 @@ def test_gemma4_compiles_around_islands_that_compute_keys_from_values():
         values = len(ROWS) * SEQ_LEN // 2 * heads.num_kv_heads * heads.head_dim
         received = traffic["dtcp::ring_attention"].received
         assert 0 < received <= 2 * values * torch.float64.itemsize
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", [None, GRAPHS])
+def test_gemma4_gathers_shared_keys_in_islands(compile):
+    """Layers that attend to another's keys have the plan's boundary, like all others."""
+    options = {"attention": ISLAND, "checkpoint": FullCheckpoint(), "compile": compile}
+    for traffic, _, breaks in on_ranks("e", Degrees(cp=2), **options):
+        assert traffic["dtcp::gather_shared_kv_backward"].calls == 2
+        assert (breaks > 0) == (compile is not None)
