@@ -122,6 +122,15 @@ class _CopiedChoice(TorchDispatchMode):
         super().__init__()
         self.keeping = keeping
 
+    @property
+    def ac_graph_id(self) -> Any:
+        """Of the mode below: the compiler numbers each checkpointed block by it."""
+        return self.keeping.ac_graph_id
+
+    @ac_graph_id.setter
+    def ac_graph_id(self, number: int) -> None:
+        self.keeping.ac_graph_id = number
+
     def __enter__(self) -> "_CopiedChoice":
         self.keeping.__enter__()
         entered: _CopiedChoice = super().__enter__()
