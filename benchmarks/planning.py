@@ -4,20 +4,21 @@
     python -m benchmarks.planning --profile 8
 
 One process plays a rank of 8, 64 and 512 (nothing is sent, so what other ranks take is not in it).
-The model is Gemma 4 31B, all 60 layers of it, without its weights: windows in which the tokens of
-an image see each other, and global layers whose keys are made of values. Rows of 256 documents, of
-512K tokens and of four times as many; CPU time of the process on one thread, the least of many: a
-busy machine changes it little. "share" is what goes with the rank's own tokens and the keys that
-it requires, "line" what goes with all tokens of the row: ids that are compared.
+The model is Gemma 4 31B, all 60 layers of it, without its weights: windows, and global layers whose
+keys are made of values. Rows of 256 documents, of 512K tokens and of four times as many, of text
+alone and with images, whose tokens see each other inside windows; CPU time of the process on one
+thread, the least of many: a busy machine changes it little.
 """
 
 import argparse
 import cProfile
+import itertools
 import json
 import pstats
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,24 +56,30 @@ def packed_row(seq_len: int, count: int = DOCUMENTS) -> Documents:
     return Documents((tuple(lengths.tolist()),), seq_len)
 
 
-def batch_of(documents: Documents) -> dict[str, Tensor]:
-    """A row as a loader gives it, with an image of 256 tokens in every eighth document."""
+def batch_of(documents: Documents, *, images: bool) -> dict[str, Tensor]:
+    """A row as a loader gives it; with an image of 256 tokens in every eighth document."""
     ids = torch.randint(1000, (1, documents.seq_len))
+    batch = {"input_ids": ids, "labels": shift_labels(ids, documents)}
+    batch["position_ids"] = documents.position_ids()
+    if not images:
+        return batch
     kinds = torch.zeros_like(ids)
     start = 0
     for index, length in enumerate(documents.lengths[0]):
         if index % 8 == 0 and length > 300:
             kinds[0, start + 20 : start + 276] = 1
         start += length
-    batch = {"input_ids": ids, "labels": shift_labels(ids, documents)}
-    return batch | {"position_ids": documents.position_ids(), "mm_token_type_ids": kinds}
+    return batch | {"mm_token_type_ids": kinds}
 
 
 @contextmanager
-def model_on(ranks: int, style: AttentionStyle) -> Iterator[tuple[nn.Module, ParallelMesh]]:
-    """Gemma 4 31B on one of so many ranks."""
+def model_on(
+    ranks: int, style: AttentionStyle, *, images: bool
+) -> Iterator[tuple[nn.Module, ParallelMesh]]:
+    """Gemma 4 31B, or its text model, on one of so many ranks."""
     folder = Path(dtcp.planner.__file__).parent / "presets"
     config = config_from_hf(json.loads((folder / "gemma4-31b.json").read_text()))
+    config = replace(config, vision_blocks=images)
     with fake_ranks(ranks, ranks // 2):
         mesh = ParallelMesh.from_degrees(Degrees(cp=ranks), "cpu")
         with torch.device("meta"):
@@ -83,10 +90,15 @@ def model_on(ranks: int, style: AttentionStyle) -> Iterator[tuple[nn.Module, Par
 
 
 def planning(
-    model: nn.Module, mesh: ParallelMesh, documents: Documents, layout: type[SequenceLayout]
+    model: nn.Module,
+    mesh: ParallelMesh,
+    documents: Documents,
+    layout: type[SequenceLayout],
+    *,
+    images: bool,
 ) -> Callable[[], object]:
     """All that a batch takes on the host."""
-    batch = batch_of(documents)
+    batch = batch_of(documents, images=images)
     return lambda: shard_batch(batch, mesh, layout, model=model, documents=documents)
 
 
@@ -103,35 +115,31 @@ def least_ms(work: Callable[[], object], repeats: int) -> float:
 def measured(repeats: int) -> list[list[str]]:
     """Rows of the table."""
     styles: Sequence[AttentionStyle] = (AllGatherAttention(), RingAttention())
-    found: dict[tuple[str, str, int], list[str]] = {}
-    for style in styles:
-        for ranks in RANKS:
-            with model_on(ranks, style) as (model, mesh):
-                for layout in LAYOUTS:
-                    for seq_len in (SEQ_LEN, 4 * SEQ_LEN):
-                        work = planning(model, mesh, packed_row(seq_len), layout)
-                        key = layout.__name__, type(style).__name__, seq_len
-                        found.setdefault(key, []).append(f"{least_ms(work, repeats):.1f}")
-    return [
-        [layout, style, f"{seq_len // 1024}K", *times]
-        for (layout, style, seq_len), times in sorted(found.items())
-    ]
+    found: dict[tuple[str, ...], list[str]] = {}
+    for style, images, ranks in itertools.product(styles, (False, True), RANKS):
+        with model_on(ranks, style, images=images) as (model, mesh):
+            for layout, seq_len in itertools.product(LAYOUTS, (SEQ_LEN, 4 * SEQ_LEN)):
+                work = planning(model, mesh, packed_row(seq_len), layout, images=images)
+                what = "text and images" if images else "text"
+                key = what, layout.__name__, type(style).__name__, f"{seq_len // 1024}K"
+                found.setdefault(key, []).append(f"{least_ms(work, repeats):.1f}")
+    return [[*key, *times] for key, times in sorted(found.items())]
 
 
 def report(repeats: int) -> str:
     """A section of a report."""
-    head = ("layout", "global layers", "tokens", *(f"{n} ranks" for n in RANKS))
+    head = ("rows", "layout", "global layers", "tokens", *(f"{n} ranks" for n in RANKS))
     return (
         f"## Planning, ms of CPU\n\n`shard_batch` of a row of {DOCUMENTS} documents for Gemma 4 "
-        f"31B, images included, all but what other ranks take to answer; least of {repeats}.\n\n"
+        f"31B, all but what other ranks take to answer; least of {repeats}.\n\n"
         f"{table(head, measured(repeats))}"
     )
 
 
 def profile(ranks: int, repeats: int) -> None:
     """Where the time goes."""
-    with model_on(ranks, AllGatherAttention()) as (model, mesh):
-        work = planning(model, mesh, packed_row(SEQ_LEN), DocumentBalanced)
+    with model_on(ranks, AllGatherAttention(), images=True) as (model, mesh):
+        work = planning(model, mesh, packed_row(SEQ_LEN), DocumentBalanced, images=True)
         print(f"{least_ms(work, repeats):.2f} ms on {ranks} ranks")
         profiler = cProfile.Profile()
         profiler.enable()

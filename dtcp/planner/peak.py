@@ -177,6 +177,7 @@ class _Walk:
         self.run(before[1:])
         for index, unit in enumerate(self.last):
             self.finish(_LAST + index, unit, place, before[-1:])
+        first = {b.part: i for i, b in reversed(list(enumerate(self.blocks)))}
         for index, block in reversed(list(enumerate(self.blocks))):
             there = Place(block.part, backward=True)
             stretches = self.of(block.part, backward=True)
@@ -184,6 +185,8 @@ class _Walk:
             if index in following:
                 self.note(there, weights.prefetch(*following[index]))
             self.run(stretches)
+            if index != first[block.part]:
+                self.kept += self.shared(block.part)
             self.finish(index, block.unit, there, stretches)
             if block.was_run and between.get(block.part, after) is not after:
                 self.run(between[block.part])
@@ -197,6 +200,14 @@ class _Walk:
                 self.note(place, weights.sum_up(keys + index, unit, left))
         weights.settle()
         self.note(place, [weights.now])
+
+    def shared(self, part: str) -> int:
+        """Bytes made outside of a block, for all of its kind, that went with the one that was run.
+
+        Cosines of positions and masks, say. What comes in and what goes out are of one size.
+        """
+        passes = (self.of(part, backward=backward) for backward in (False, True))
+        return max(0, sum(s.start - s.end for each in passes for s in each))
 
     def finish(self, key: int, unit: UnitBytes, place: Place, stretches: list[Stretch]) -> None:
         """FSDP sums the gradients of a unit."""

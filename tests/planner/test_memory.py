@@ -1,18 +1,22 @@
 """What is forecast of a rank's memory is what torch's tracker sees in a real step of it."""
 
+from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from benchmarks.gpu.memory import cases, compared
 from dtcp.distributed.mesh import Degrees
 from dtcp.experts import RoutedTokens
 from dtcp.models import llama
 from dtcp.parallelize import FullCheckpoint, NoCheckpoint, SelectiveCheckpoint
+from dtcp.planner import forecast as forecasts
 from dtcp.planner.forecast import forecast
+from dtcp.planner.peak import _Walk
 from dtcp.planner.setup import BF16, Setup
-from dtcp.planner.subject import FamilyModel
+from dtcp.planner.subject import FamilyModel, HuggingFaceModel
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous
 from dtcp.softmax import AllGatherAttention, HybridAttention, UlyssesAttention
@@ -104,6 +108,32 @@ def test_forecast_memory_of_strategies_is_what_a_real_step_holds(options):
 def test_forecast_memory_with_experts_on_their_own_ranks_is_what_a_real_step_holds(kind, setup):
     """Routers choose evenly; tokens come back from whoever they were sent to, as many."""
     assert_near(kind, setup)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", [FullCheckpoint(), SelectiveCheckpoint()])
+def test_forecast_memory_of_what_blocks_share_is_let_go_once(monkeypatch, checkpoint):
+    """Gemma 3's cosines are made before its blocks; of 15 alike, one is run."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 256}
+    config = AutoConfig.for_model(
+        "gemma3_text", num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=2, **sizes
+    )
+    steps = []
+    noted = partial(_noted, steps, forecasts.peak_memory)
+    monkeypatch.setattr(forecasts, "peak_memory", noted)
+    setup = Setup(Degrees(cp=4), Documents.single(1, 1024), checkpoint=checkpoint)
+    forecast(HuggingFaceModel("gemma3", config), setup, ranks=[0])
+    for step, of in steps:
+        walk = _Walk(step, of)
+        walk.forward()
+        assert walk.kept > 0
+        walk.backward()
+        assert 0 <= walk.kept < 100
+
+
+def _noted(calls, function, *args):
+    calls.append(args)
+    return function(*args)
 
 
 def test_the_campaign_compares_a_forecast_with_a_card(monkeypatch):
