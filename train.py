@@ -22,7 +22,7 @@ import os
 import sys
 from importlib.util import find_spec
 
-REQUIRED = ("torch", "torchtitan", "tensorboard", "matplotlib")
+REQUIRED = ("torch", "torchtitan", "tensorboard", "matplotlib", "xxhash")
 
 
 def main(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ import graphlib
 import importlib
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,8 @@ FLOORS = (
     ("dtcp.sequence", "dtcp.metadata", "dtcp.forward", "dtcp.checkpoint"),
     ("dtcp.distributed", "dtcp.compile"),
     ("dtcp.kernels",),
-    ("dtcp.mixer", "dtcp.style", "dtcp.mixer_plan"),
-    ("dtcp.softmax", "dtcp.recurrent", "dtcp.sparse", "dtcp.experts"),
+    ("dtcp.mixer", "dtcp.style"),
+    ("dtcp.softmax", "dtcp.recurrent", "dtcp.sparse", "dtcp.experts", "dtcp.mixer_plan"),
     (
         "dtcp.batch",
         "dtcp.row_parts",
@@ -501,6 +502,53 @@ def public_definitions(file: File) -> Iterator[tuple[str, str]]:
 def test_source_is_ascii():
     odd = [file.path for file in files(*CODE, "tests", "train.py") if not file.text.isascii()]
     assert odd == []
+
+
+@pytest.mark.parametrize(
+    ("module", "extras"),
+    [
+        ("dtcp", ()),
+        ("dtcp.parallelize", ()),
+        ("dtcp.huggingface", ()),
+        ("dtcp.cp_utils", ()),
+        ("dtcp.check.__main__", ()),
+        ("dtcp.plan.__main__", ()),
+        ("dtcp.kernels.__main__", ()),
+        ("dtcp.pretrain.run", ("train",)),
+        ("dtcp.pretrain.configs", ("train",)),
+        ("dtcp.trainers", ("hf",)),
+    ],
+)
+def test_what_is_imported_at_the_start_is_installed_with_its_extras(module, extras):
+    """Read off the imports: the tests' own environment has every extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *(project["optional-dependencies"][each] for each in extras)]
+    brought = {re.match(r"[\w-]+", line)[0] for lines in lists for line in lines}
+    missing = {name for name in imported_at_start(module) if name not in brought}
+    assert missing == set()
+
+
+def imported_at_start(module: str) -> set[str]:
+    """Packages of others that are imported with a module, by it or by what it imports of ours."""
+    project = {file.module: file for file in files(*CODE)}
+    seen: set[str] = set()
+    others: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        while name and name not in project:
+            name, last = name.rpartition(".")[0], name.partition(".")[0]
+            others |= {last} if not name else set()
+        if not name or name in seen:
+            continue
+        seen.add(name)
+        waiting.append(name.rpartition(".")[0])
+        for node in module_level(project[name].tree):
+            if isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                waiting += [f"{node.module}.{alias.name}" for alias in node.names]
+    return others - {*sys.stdlib_module_names, ""}
 
 
 def test_core_is_imported_without_torchtitan_or_optional_packages():

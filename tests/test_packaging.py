@@ -1,5 +1,6 @@
 """One package, the same from a checkout and from a wheel, whatever folders lie beside it."""
 
+import importlib
 import os
 import re
 import shutil
@@ -58,12 +59,22 @@ def test_the_shim_is_imported_before_torchtitan():
     assert {names[0] for names in first.values() if names} == {"dtcp.torchtitan"}
 
 
+@pytest.mark.parametrize("package", ["torchtitan", "tensorboard", "matplotlib", "xxhash"])
 @pytest.mark.parametrize("start", [train.main, start_training])
-def test_training_without_its_extra_is_one_sentence(start, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torchtitan", None)
+def test_training_without_its_extra_is_one_sentence(start, package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
     assert start([]) == 2
     said = capsys.readouterr()
-    assert "torchtitan" in said.err and "pip install 'dtcp[train]'" in said.err and not said.out
+    assert package in said.err and "pip install 'dtcp[train]'" in said.err and not said.out
+
+
+@pytest.mark.parametrize("package", ["accelerate", "transformers"])
+def test_trainers_without_their_extra_are_one_sentence(package, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("dtcp.trainers")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'dtcp\[hf\]'"):
+        importlib.import_module("dtcp.trainers")
 
 
 def test_checking_a_model_of_transformers_without_it_is_one_sentence(monkeypatch, capsys):

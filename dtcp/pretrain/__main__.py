@@ -3,11 +3,18 @@
 import sys
 from importlib.util import find_spec
 
+REQUIRED = ("torchtitan", "tensorboard", "matplotlib", "xxhash")
+
 
 def start_training(arguments: list[str]) -> int:
     """Run as train.py does, where its extra is installed. Returns the exit code."""
-    if find_spec("torchtitan") is None:
-        print("error: training needs torchtitan: pip install 'dtcp[train]'.", file=sys.stderr)
+    missing = [name for name in REQUIRED if find_spec(name) is None]
+    if missing:
+        print(
+            f"error: training needs packages that are not installed, got missing={missing}: "
+            f"pip install 'dtcp[train]'.",
+            file=sys.stderr,
+        )
         return 2
     from dtcp.pretrain.run import run
 

@@ -36,6 +36,7 @@ from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools.utils import GarbageCollection
 
 from dtcp.checkpoint import SafeHuggingFaceReader, SafeLoadPlanner, SafeReader
+from dtcp.parallelize.save_hf import save_hf
 from dtcp.pretrain.checkpoint_choice import agree, choose, first_rank, verified
 from dtcp.pretrain.checkpoint_fit import Fingerprinted, refuse_other_model
 from dtcp.pretrain.checkpoint_writer import CheckpointWriter
@@ -47,7 +48,6 @@ from dtcp.pretrain.hyperparameters import Hyperparameters
 from dtcp.pretrain.manifest import Holds, Manifest, record_files
 from dtcp.pretrain.progress import say
 from dtcp.pretrain.saved_folders import SavedFolders
-from dtcp.trainers.saved import save_weights
 
 
 class Checkpoints(CheckpointManager):
@@ -304,7 +304,7 @@ class Checkpoints(CheckpointManager):
         folders = SavedFolders(final.parent)
         staging = folders.staging(final.name, manifest.save)
         if isinstance(self.sd_adapter, HuggingFaceAdapter):
-            save_weights(self.states[MODEL].model[0], staging, dtype=self.export_dtype)
+            save_hf(self.states[MODEL].model[0], staging, dtype=self.export_dtype)
         else:
             super().dcp_save(weights, str(staging), AsyncMode.DISABLED, to_hf=True)
 
