@@ -17,6 +17,16 @@ HostTensor = Annotated[Tensor, "read by the host"]
 """The type of a field that stays on the host when metadata move to a device."""
 
 
+def no_indices() -> Tensor:
+    """Of a field that kernels index by, where a batch needs none: [0] int32."""
+    return torch.zeros(0, dtype=torch.int32)
+
+
+def no_sizes() -> Tensor:
+    """Of a field that the host reads, where a batch needs none: [0] int64."""
+    return torch.zeros(0, dtype=torch.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionMetadata:
     """What one kind of mixer reads of a batch on one rank. Subclasses are frozen dataclasses.

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtcp.metadata import AttentionMetadata, HostTensor
+from dtcp.metadata import AttentionMetadata, HostTensor, no_indices, no_sizes
 from dtcp.recurrent.node_handing import node_handing_tables
 from dtcp.recurrent.stretches import handing_tables
 from dtcp.sequence.arguments import check_ints
@@ -20,10 +20,6 @@ from dtcp.sequence.stretches import Stretches, left_routes
 
 SEGMENTED = (Contiguous, HeadTail)
 """Layouts of segments of one length, as many on every rank, whatever the documents."""
-
-
-def _none() -> Tensor:
-    return torch.zeros(0, dtype=torch.int64)
 
 
 def _no_hops() -> Tensor:
@@ -39,13 +35,13 @@ class DeltaMetadata(AttentionMetadata):
 
     starts: Tensor  # [B, L] int32, 1 where a document starts
     chain: HostTensor  # [n, P] int64, the place of each rank's segments in the sequence
-    lengths: HostTensor = field(default_factory=_none)  # [room] int64, of stretches, then 0
-    send: HostTensor = field(default_factory=_none)  # [2, n * room], of handing_tables
-    counts: HostTensor = field(default_factory=_none)  # [2, 2, n]
-    steps: HostTensor = field(default_factory=_none)  # [2, (n + 1) * room, 3]
-    ranks_per_node: HostTensor = field(default_factory=_none)  # [1], empty where nobody says
-    onward: HostTensor = field(default_factory=_none)  # [2, R], of node_handing_tables
-    onward_counts: HostTensor = field(default_factory=_none)  # [2, 2, n]
+    lengths: HostTensor = field(default_factory=no_sizes)  # [room] int64, of stretches, then 0
+    send: HostTensor = field(default_factory=no_sizes)  # [2, n * room], of handing_tables
+    counts: HostTensor = field(default_factory=no_sizes)  # [2, 2, n]
+    steps: HostTensor = field(default_factory=no_sizes)  # [2, (n + 1) * room, 3]
+    ranks_per_node: HostTensor = field(default_factory=no_sizes)  # [1], empty where nobody says
+    onward: HostTensor = field(default_factory=no_sizes)  # [2, R], of node_handing_tables
+    onward_counts: HostTensor = field(default_factory=no_sizes)  # [2, 2, n]
 
     @property
     def neighbours(self) -> int:
@@ -98,8 +94,8 @@ class ConvMetadata(AttentionMetadata):
     # Likewise, of what is handed on inside a node; no hops of one tier.
     onward: HostTensor = field(default_factory=_no_hops)
     # Of stretches of any length, whose reach is [1, 1, B * L] and ends where they start:
-    first_slots: Tensor = field(default_factory=_none)  # [room * (w - 1)] int32, on the line
-    first_reach: Tensor = field(default_factory=_none)  # [1, room, w - 1] int32, of these tokens
+    first_slots: Tensor = field(default_factory=no_indices)  # [room * (w - 1)] int32, on the line
+    first_reach: Tensor = field(default_factory=no_indices)  # [1, room, w - 1] int32, of these
 
     @property
     def routes(self) -> NodeRoutes:

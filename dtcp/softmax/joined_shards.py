@@ -6,13 +6,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dtcp.metadata import AttentionMetadata, HostTensor
+from dtcp.metadata import AttentionMetadata, HostTensor, no_indices, no_sizes
 from dtcp.sequence.layout import Contiguous, SequenceLayout
 from dtcp.sequence.partition import Partition
-
-
-def _none() -> Tensor:
-    return torch.zeros(0, dtype=torch.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,13 +19,13 @@ class UlyssesMetadata(AttentionMetadata):
     restore: Tensor  # [n L] int32, the way back; likewise
     outer: AttentionMetadata
     # Of keys of another sequence, [n L]; empty where keys are the queries' own.
-    key_order: Tensor = field(default_factory=_none)
-    key_restore: Tensor = field(default_factory=_none)
+    key_order: Tensor = field(default_factory=no_indices)
+    key_restore: Tensor = field(default_factory=no_indices)
     # For keys that are made from values: of this rank's own tokens.
-    position_ids: Tensor = field(default_factory=_none)  # [B, L] int32
-    sees: Tensor = field(default_factory=_none)  # [B, L] bool, which queries see any key
+    position_ids: Tensor = field(default_factory=no_indices)  # [B, L] int32
+    sees: Tensor = field(default_factory=no_indices)  # [B, L] bool, which queries see any key
     # [1], of the axis; empty where one node has them all, or nobody has said.
-    ranks_per_node: HostTensor = field(default_factory=_none)
+    ranks_per_node: HostTensor = field(default_factory=no_sizes)
 
 
 LAST_FIELDS = 5

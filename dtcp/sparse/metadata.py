@@ -9,7 +9,7 @@ from torch import Tensor
 from dtcp.kernels.sparse.pooling import Windows
 from dtcp.kernels.sparse.read_ranges import entry_runs, key_runs
 from dtcp.kernels.sparse.types import NOWHERE, SPARSE_TILE, Sight
-from dtcp.metadata import AttentionMetadata, HostTensor
+from dtcp.metadata import AttentionMetadata, HostTensor, no_indices, no_sizes
 from dtcp.mixer import position_ids_of
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.coords import Coords
@@ -48,10 +48,6 @@ class Compression:
         return self.ratio * (2 if self.overlap else 1) - 1
 
 
-def _none() -> Tensor:
-    return torch.zeros(0, dtype=torch.int32)
-
-
 @dataclass(frozen=True, eq=False)
 class SparseMetadata(AttentionMetadata):
     """What the mixer reads of a batch on one rank."""
@@ -74,10 +70,10 @@ class SparseMetadata(AttentionMetadata):
     routes: HostTensor  # [2 (keys, tokens to pool), 2 (send, receive), hops, 3] int64
     onward: HostTensor  # likewise, of what is handed on inside a node; no hops of one tier
     # Of pieces of any lengths, on the line of all rows:
-    key_order: Tensor = field(default_factory=_none)  # [K] int32, of own keys [L] and brought ones
-    pooled_order: Tensor = field(default_factory=_none)  # likewise, of tokens to pool
-    entry_routes: HostTensor = field(default_factory=_none)  # [1, 2, hops, 3] int64
-    entry_onward: HostTensor = field(default_factory=_none)  # likewise
+    key_order: Tensor = field(default_factory=no_indices)  # [K] int32: own keys [L] and brought
+    pooled_order: Tensor = field(default_factory=no_indices)  # likewise, of tokens to pool
+    entry_routes: HostTensor = field(default_factory=no_sizes)  # [1, 2, hops, 3] int64
+    entry_onward: HostTensor = field(default_factory=no_sizes)  # likewise
 
     @property
     def halos(self) -> NodeRoutes:
