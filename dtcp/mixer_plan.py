@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from dtcp.distributed.nodes import check_same_nodes
+from dtcp.experts.losses import RouterLoss
 from dtcp.mixer import Mixer
 from dtcp.sequence.arguments import check_kind
 from dtcp.style import MixerStyle
@@ -25,7 +26,8 @@ def apply_plan(
         mesh: the 1-D axis of the sequence (or the 2-D mesh of it and the heads' axis); None or
             one rank: the model runs as it is, the plan is checked all the same.
     Raises:
-        ValueError: a key without a match, an unclaimed mixer, or ranks that disagree on nodes.
+        ValueError: a key without a match, an unclaimed mixer, ranks that disagree on nodes, or
+            losses of routers that do not know the ranks of a batch (`parallelize` tells them).
     """
     check_kind("apply_plan", nn.Module, model=model)
     check_kind("apply_plan", Mapping, plan=plan)
@@ -41,6 +43,7 @@ def apply_plan(
                 f"keys {list(plan)}: add a style for it."
             )
     if mesh is not None and mesh.size() > 1:
+        _check_router_losses(model, mesh)
         _check_nodes(mesh, plan.values())
         parallelize_module(model, mesh, dict(plan))
     return model
@@ -94,6 +97,19 @@ def matches(name: str, key: str) -> bool:
     """Whether a plan key names a module: part by part, each part a pattern, as torch reads it."""
     parts, patterns = name.split("."), key.split(".")
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
+def _check_router_losses(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Refuse losses over this rank's tokens alone: those are others than one device's."""
+    for name, module in model.named_modules():
+        if mesh.size(0) == 1 or not isinstance(module, RouterLoss) or module.axis is not None:
+            continue
+        if module.balance or module.z:
+            raise ValueError(
+                f"A router's losses are over the tokens of all ranks, got {name!r} with "
+                f"balance={module.balance}, z={module.z} and axis=None: set its axis to "
+                f"ParallelMesh.loss first, as dtcp.parallelize.parallelize does."
+            )
 
 
 def _check_nodes(mesh: DeviceMesh, styles: Iterable[ParallelStyle]) -> None:

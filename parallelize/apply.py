@@ -98,15 +98,10 @@ def parallelize(
     fsdp_units = [find(model, names) for names in plan.fsdp_units]
     find(model, (*plan.tp, *plan.ep))
     keep_dtype = keep_dtype_names(model, plan.keep_dtype)
-    tied = find_tied_parameters(model)
-    check_tied_parameters(tied, [*([name] for name in blocks), *map(list, fsdp_units)])
+    units = [*([name] for name in blocks), *map(list, fsdp_units)]
+    check_tied_parameters(find_tied_parameters(model), units)
 
-    if mesh.tp is not None:
-        parallelize_module(model, mesh.tp, dict(plan.tp))
-        restore_tied_parameters(model, tied)
-    apply_plan(model, mesh.cp, on_nodes(plan.cp, mesh.cp_ranks_per_node()))
-    _spread_experts(model, mesh, plan)
-
+    _apply_styles(model, mesh, plan)
     for name, block in blocks.items():
         routes = mesh.ep is not None and _contains(name, block, plan.ep)
         block.forward = _checkpointed_and_compiled(
@@ -128,6 +123,19 @@ def parallelize(
     return model
 
 
+def _apply_styles(model: nn.Module, mesh: ParallelMesh, plan: ParallelPlan) -> None:
+    """The styles of all axes, and losses of routers over the tokens of all ranks."""
+    if mesh.tp is not None:
+        tied = find_tied_parameters(model)
+        parallelize_module(model, mesh.tp, dict(plan.tp))
+        restore_tied_parameters(model, tied)
+    for module in model.modules():
+        if isinstance(module, RouterLoss):
+            module.axis = mesh.loss
+    apply_plan(model, mesh.cp, on_nodes(plan.cp, mesh.cp_ranks_per_node()))
+    _spread_experts(model, mesh, plan)
+
+
 def _checkpointed_and_compiled(
     forward: Forward, checkpoint: ActivationCheckpoint, compile: Compile | None, *, has_island: bool
 ) -> Forward:
@@ -140,10 +148,7 @@ def _checkpointed_and_compiled(
 
 
 def _spread_experts(model: nn.Module, mesh: ParallelMesh, plan: ParallelPlan) -> None:
-    """Experts to ranks of their own, and losses of routers over the tokens of all ranks."""
-    for module in model.modules():
-        if isinstance(module, RouterLoss):
-            module.axis = mesh.loss
+    """Experts to ranks of their own."""
     if mesh.ep is None:
         return
     if not plan.ep:

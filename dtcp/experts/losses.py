@@ -77,7 +77,7 @@ class RouterLoss(nn.Module):
     """
 
     axis: DeviceMesh | None = None
-    """The ranks whose tokens make up a batch; `parallelize` sets it."""
+    """The ranks whose tokens make up a batch, ParallelMesh.loss; `parallelize` sets it."""
     parts: int = 1
     """Micro-batches that make up a step: each adds its losses divided by it."""
     shares: Tensor

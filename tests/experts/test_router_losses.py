@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import count_traffic
 from dtcp.experts import RouterLoss, balance_loss_share, z_loss_share
+from dtcp.mixer_plan import apply_plan
 from tests.harness.spmd import spmd
 
 N, E, K = 12, 6, 2
@@ -106,3 +107,13 @@ def test_router_losses_of_experts_count_in_training_alone_and_once_per_step():
     with pytest.raises(ValueError, match=r"got balance=-1.0, z=0.0: give 0"):
         RouterLoss(balance=-1.0)
     assert isinstance(loss, nn.Module) and "z=0.5" in repr(loss)
+
+
+@spmd(ranks=2)
+def test_router_losses_of_experts_that_know_no_ranks_are_refused_with_the_plan(mesh):
+    """A loss over this rank's tokens is another one, and nothing else would tell."""
+    model = nn.ModuleDict({"idle": RouterLoss(), "router_loss": RouterLoss(balance=0.5)})
+    with pytest.raises(ValueError, match=r"got 'router_loss' with balance=0.5, z=0.0 and axis"):
+        apply_plan(model, mesh, {})
+    model["router_loss"].axis = mesh
+    assert apply_plan(model, mesh, {}) is model
