@@ -15,20 +15,24 @@ from dtcp.check.checked_model import (
     check_logits,
     in_fp64,
     made_by,
-    own_errors,
 )
-from dtcp.check.configs import SmallConfig, model_of, parameter_count, small_config
 from dtcp.check.true_fp64 import kernels_in_fp64
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import shard_hf_batch, survey
 from dtcp.huggingface.encoder_decoder import encoder_name
+from dtcp.huggingface.language_model import model_of, parameter_count
+from dtcp.huggingface.own_errors import own_errors
 from dtcp.huggingface.registry import MIXER
+from dtcp.huggingface.small_config import SmallConfig, small_config
 from dtcp.parallelize import Compile, parallelize_hf
 from dtcp.parallelize.plans.huggingface import RECURRENT
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.style import AttentionStyle
+
+REMEDY = "correct the config, by --set or in its file, or pass --hf-model module:function"
+"""Where transformers builds nothing of a config."""
 
 _PROBED = 12
 """Tokens of the row that a model runs on by itself, before anything of it is changed."""
@@ -49,13 +53,13 @@ class CheckedHuggingFaceModel:
     def parameter_count(self) -> int:
         if ":" in self.config:
             return sum(p.numel() for p in made_by(self.config, self.change).parameters())
-        return parameter_count(self._small().config)
+        return parameter_count(self._small().config, REMEDY)
 
     def build(self) -> Any:
         if ":" in self.config:
             model: Any = made_by(self.config, self.change)
         else:
-            model = model_of(self._small().config)
+            model = model_of(self._small().config, REMEDY)
         if not hasattr(model, "set_attn_implementation"):
             raise ValueError(
                 f"--hf-model names a function that returns a model of transformers, got "
@@ -128,7 +132,7 @@ class CheckedHuggingFaceModel:
         return logits
 
     def _small(self) -> SmallConfig:
-        return small_config(self.config, self.change)
+        return small_config(self.config, self.change, REMEDY)
 
     def _run_alone(self, model: Any) -> None:
         """Run the unmodified model on a few tokens: what fails here, no mesh has to do with."""

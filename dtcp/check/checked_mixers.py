@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from dtcp.batch import ShardedBatch, shard_batch
 from dtcp.check.checked_model import (
     Mixing,
-    ModelRefused,
     check_logits,
     imported,
     in_fp64,
     made_by,
-    own_errors,
     vocabulary,
 )
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.mixing_probe import find_mixing, mixers_without_mixing, probe_length
+from dtcp.huggingface.own_errors import ModelRefused, own_errors
 from dtcp.mixer import Mixer, batch_metadata
 from dtcp.parallelize import Compile, ParallelPlan, parallelize
 from dtcp.sequence.documents import Documents

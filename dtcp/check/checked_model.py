@@ -1,11 +1,8 @@
 """A model to check: how it is built and called, on one device and on a mesh."""
 
 import importlib
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +10,7 @@ from torch import Tensor, nn
 
 from dtcp.batch import ShardedBatch
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.huggingface.own_errors import own_errors
 from dtcp.parallelize import Compile
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
@@ -73,34 +71,6 @@ class CheckedModel(Protocol):
     ) -> Tensor:
         """Logits of this rank's part, [1, L, C]."""
         ...
-
-
-class ModelRefused(ValueError):
-    """What a model cannot do, in a sentence that names the place."""
-
-
-@contextmanager
-def own_errors(did: str, remedy: str) -> Iterator[None]:
-    """Say in a sentence what a model of somebody else raises by itself.
-
-    Raises:
-        ValueError: whatever is raised inside.
-    """
-    try:
-        yield
-    except ModelRefused:
-        raise
-    # What runs inside is code of the user's or of transformers, which may raise any class. Whether
-    # it runs is the question, so its error is the answer: raised again, with place and remedy.
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(str(error).split())
-        # The rest of a long message adds little to where it was raised.
-        reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
-        raise ValueError(
-            f"{did}, got {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno} "
-            f"({reason.rstrip('.')}): {remedy}."
-        ) from error
 
 
 def imported(path: str) -> Callable[..., Any]:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtcp.check.configs import is_causal
 from dtcp.checkpoint.huggingface import weight_files
+from dtcp.huggingface.language_model import is_causal
 from dtcp.planner.hf_config import PRESETS, REMEDY, config_file, read_hf_config
 from dtcp.planner.subject import FamilyModel, HuggingFaceModel, Subject
 

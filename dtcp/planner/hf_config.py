@@ -2,12 +2,11 @@
 
 import difflib
 import json
-from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from dtcp.check.checked_model import own_errors
+from dtcp.huggingface.config_fields import config_of, model_types
 
 REMEDY = "correct the config, or give --model module:function, which returns the model"
 """Where transformers builds nothing of a config."""
@@ -60,41 +59,13 @@ def config_file(source: str) -> Path | None:
     )
 
 
-def model_types() -> list[str]:
-    """Those that transformers knows."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return sorted(CONFIG_MAPPING.keys())
-
-
 def default_config(model_type: str) -> Any:
     """A config of the sizes that transformers gives a model type.
 
     Raises:
         ValueError: it gives none.
     """
-    return config_of({"model_type": model_type})
-
-
-def config_of(fields: Mapping[str, Any]) -> Any:
-    """The config of transformers that these fields make.
-
-    Raises:
-        ValueError: transformers does not know the model type, or refuses a value.
-    """
-    from transformers import AutoConfig
-
-    rest = {key: value for key, value in fields.items() if key != "model_type"}
-    model_type = fields["model_type"]
-    if model_type not in model_types():
-        close = difflib.get_close_matches(model_type, model_types(), n=1)
-        hint = f"did you mean {close[0]}?" if close else "correct it."
-        raise ValueError(
-            f"A config is of a model type that transformers or dtcp knows, got {model_type!r}: "
-            f"{hint}"
-        )
-    with own_errors(f"transformers makes a config of {model_type!r}", REMEDY):
-        return AutoConfig.for_model(model_type, **rest)
+    return config_of({"model_type": model_type}, REMEDY)
 
 
 def text_model_of(config: Any) -> Any:

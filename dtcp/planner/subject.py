@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.batch import ShardedBatch, shard_batch
-from dtcp.check.checked_model import own_errors
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.huggingface.config_fields import config_of
+from dtcp.huggingface.own_errors import own_errors
 from dtcp.labels import IGNORED, look_ahead
 from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
 from dtcp.parallelize import (
@@ -21,7 +22,6 @@ from dtcp.parallelize import (
 )
 from dtcp.planner.hf_config import (
     REMEDY,
-    config_of,
     read_hf_config,
     text_model_of,
     without_dtype,
@@ -171,7 +171,7 @@ class HuggingFaceModel:
     config: Any = field(repr=False)
 
     def build(self) -> nn.Module:
-        from dtcp.check.configs import model_of
+        from dtcp.huggingface.language_model import model_of
 
         model: nn.Module = model_of(without_dtype(self.config), REMEDY)
         return model
@@ -298,7 +298,7 @@ def subject_of_hf(source: str) -> Subject:
     text = fields.get("text_config") or {}
     family = MODEL_TYPES.get(fields["model_type"]) or MODEL_TYPES.get(str(text.get("model_type")))
     if family is None:
-        return HuggingFaceModel(name, text_model_of(config_of(fields)))
+        return HuggingFaceModel(name, text_model_of(config_of(fields, REMEDY)))
     try:
         return FamilyModel(name, family, FAMILIES[family].config_from_hf(fields))
     except KeyError as error:

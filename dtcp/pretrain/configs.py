@@ -7,6 +7,7 @@ the default one, the mesh. Any value can be set on the command line: --section.k
 from dataclasses import replace
 from pathlib import Path
 
+from dtcp.torchtitan.hf_model import BYTE_VOCABULARY
 from dtcp.torchtitan.loss import TokenLoss
 from dtcp.torchtitan.model_spec import (
     DEEPSEEK_V4,
@@ -35,10 +36,7 @@ from dtcp.pretrain.tokenizer import Tokenizer
 from dtcp.pretrain.trainer import Trainer
 from dtcp.pretrain.validation import Validation
 
-_BYTES = 272
-"""Bytes and two marks, filled up to a multiple of 16."""
-
-BYTE_SHAPE = tiny(vocab_size=_BYTES)
+BYTE_SHAPE = tiny(vocab_size=BYTE_VOCABULARY)
 
 
 def llama_tiny() -> Trainer.Config:
@@ -104,12 +102,12 @@ def qwen3_5_tiny() -> Trainer.Config:
 
     Command: python train.py --config qwen3_5_tiny. Hardware: any two CPU cores, no download.
     """
-    return _tiny(spec_of(QWEN3_5, "tiny", qwen3_5.tiny(_BYTES)), "qwen3_5_tiny")
+    return _tiny(spec_of(QWEN3_5, "tiny", qwen3_5.tiny(BYTE_VOCABULARY)), "qwen3_5_tiny")
 
 
 def qwen3_5_moe_tiny() -> Trainer.Config:
     """The same with eight experts, of which a byte visits two, and one that all share."""
-    shape = qwen3_5.tiny(_BYTES, experts=True)
+    shape = qwen3_5.tiny(BYTE_VOCABULARY, experts=True)
     return _tiny(spec_of(QWEN3_5, "moe-tiny", shape), "qwen3_5_moe_tiny")
 
 
@@ -120,17 +118,17 @@ def gemma4_tiny() -> Trainer.Config:
     Expect: minutes, the first of them for compiling one graph per kind of layer; the loss
         starts at 5.6 nats per byte and falls from the first step on.
     """
-    return _tiny(spec_of(GEMMA4, "tiny", gemma4.tiny(_BYTES)), "gemma4_tiny")
+    return _tiny(spec_of(GEMMA4, "tiny", gemma4.tiny(BYTE_VOCABULARY)), "gemma4_tiny")
 
 
 def gemma4_tiny_moe() -> Trainer.Config:
     """The same with experts beside the dense feed-forward part."""
-    return _tiny(spec_of(GEMMA4, "tiny-moe", gemma4.tiny_moe(_BYTES)), "gemma4_tiny_moe")
+    return _tiny(spec_of(GEMMA4, "tiny-moe", gemma4.tiny_moe(BYTE_VOCABULARY)), "gemma4_tiny_moe")
 
 
 def gemma4_tiny_e() -> Trainer.Config:
     """The same with per-layer embeddings, and keys that the last layers share."""
-    return _tiny(spec_of(GEMMA4, "tiny-e", gemma4.tiny_e(_BYTES)), "gemma4_tiny_e")
+    return _tiny(spec_of(GEMMA4, "tiny-e", gemma4.tiny_e(BYTE_VOCABULARY)), "gemma4_tiny_e")
 
 
 def deepseek_v4_tiny() -> Trainer.Config:
@@ -141,7 +139,7 @@ def deepseek_v4_tiny() -> Trainer.Config:
         are of five kinds, minutes to compile on two cores: --compile.enable where it pays.
         `dtcp.strategy` is not read: its attention is carried out in one way.
     """
-    shape = deepseek_v4.tiny(vocab_size=_BYTES)
+    shape = deepseek_v4.tiny(vocab_size=BYTE_VOCABULARY)
     config = _tiny(spec_of(DEEPSEEK_V4, "tiny", shape), "deepseek_v4_tiny")
     config.training.local_batch_size = 2
     config.compile.enable = False

@@ -24,10 +24,10 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
-from dtcp.check.configs import small_config
 from dtcp.checkpoint.huggingface import weight_files
 from dtcp.forward import wrap_forward
 from dtcp.huggingface.install import has_mixers
+from dtcp.huggingface.small_config import small_config
 from dtcp.parallelize import load_hf, parallelize_hf
 from dtcp.parallelize.tensor_parallel import is_experts, separate_gate_and_up
 from dtcp.parallelize.tied_parameters import (
@@ -40,6 +40,9 @@ from dtcp.softmax.mixer import name_kernel
 SEED = 0
 """Of the weights of a config without any, where debug.seed is none: the same on every mesh."""
 
+BYTE_VOCABULARY = 272
+"""Of tiny models: bytes and two marks, filled up to a multiple of 16."""
+
 
 @functools.lru_cache(maxsize=4)
 def read_config(source: str) -> Any:
@@ -50,9 +53,9 @@ def read_config(source: str) -> Any:
     """
     from transformers import AutoConfig
 
-    path = Path(source)
+    path, remedy = Path(source), "name another one as --model.hf"
     if not path.exists():
-        return small_config(source, {"vocab_size": 272}).config
+        return small_config(source, {"vocab_size": BYTE_VOCABULARY}, remedy).config
     return AutoConfig.from_pretrained(path)
 
 

@@ -15,10 +15,10 @@ from dtcp.check import (
     compare,
 )
 from dtcp.check.__main__ import lines, main
-from dtcp.check.configs import small_config
 from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface.mixing_probe import find_mixing
+from dtcp.huggingface.small_config import small_config
 from dtcp.parallelize import Compile, ParallelPlan
 from dtcp.sequence.masks import Causal
 from dtcp.softmax import RingAttention

@@ -9,12 +9,13 @@ from torch import nn
 from dtcp.check import CheckedHuggingFaceModel, CheckedMixerModel, CheckOptions, compare
 from dtcp.check.__main__ import main
 from dtcp.check.checked_model import vocabulary
-from dtcp.check.configs import MOST_PARAMETERS, model_of, parameter_count, small_config
 from dtcp.check.memory import MemoryEstimate
 from dtcp.check.parity import FLOOR
 from dtcp.check.ranks import CheckReport
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.huggingface.language_model import model_of, parameter_count
 from dtcp.huggingface.mixing_probe import find_mixing
+from dtcp.huggingface.small_config import MOST_PARAMETERS, small_config
 from dtcp.parallelize import ParallelPlan
 from dtcp.sequence.masks import Bidirectional
 from dtcp.softmax import RingAttention, UlyssesAttention

@@ -16,7 +16,6 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dtcp.check.configs import small_config
 from dtcp.compile import EagerIsland, count_graphs
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
@@ -27,6 +26,7 @@ from dtcp.huggingface import (
     shard_hf_batch,
     survey,
 )
+from dtcp.huggingface.small_config import small_config
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.mixer import ClaimedMixer
 from dtcp.parallelize import (

@@ -8,10 +8,10 @@ import torch
 from torch import distributed as dist
 
 from dtcp._torch import process_group
-from dtcp.check.configs import small_config
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.experts import AllToAllExchange, NodeExchange
+from dtcp.huggingface.small_config import small_config
 from dtcp.loss import token_mean_loss
 from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
 from dtcp.parallelize import (

@@ -11,8 +11,9 @@ import dtcp.compile
 import dtcp.huggingface
 import dtcp.parallelize
 import dtcp.sequence.layout
-from dtcp.check.configs import model_of, small_config
 from dtcp.distributed.mesh import Degrees
+from dtcp.huggingface.language_model import model_of
+from dtcp.huggingface.small_config import small_config
 from dtcp.models import llama
 from dtcp.parallelize import FullCheckpoint, SelectiveCheckpoint
 from dtcp.plan import __main__ as command

@@ -2,9 +2,15 @@
 
 import json
 import shutil
+from copy import deepcopy
 from functools import partial
 
-from dtcp.torchtitan.hf_model import SEED, huggingface_spec, read_config
+from dtcp.torchtitan.hf_model import (
+    SEED,
+    HuggingFaceConfig,
+    huggingface_spec,
+    read_config,
+)
 
 import pytest
 import torch
@@ -99,6 +105,24 @@ def test_seed_checkpoint_of_experts_starts_a_run_of_any_mesh(tmp_path):
     assert_close(found[1], drawn[1], rtol=0, atol=1e-5)
 
 
+def test_weights_have_the_dtype_of_the_setting_and_not_that_of_the_config(tmp_path):
+    """The Trainer builds a model in the dtype of --training.dtype, as torch's default one."""
+    config = deepcopy(read_config("llama"))
+    config.dtype = torch.bfloat16
+    config.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                model = HuggingFaceConfig(source=str(tmp_path / "config.json")).build()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {x.dtype for x in model.parameters()} == {dtype}
+        model.to_empty(device="cpu").init_weights()
+        assert {x.dtype for x in model.parameters()} == {dtype}
+        assert all(x.isfinite().all() for x in model.parameters())
+
+
 def test_trainer_of_torchtitan_refuses_what_it_would_not_carry_out(tmp_path):
     config = read_config("mixtral")
     config.save_pretrained(tmp_path)
@@ -106,8 +130,9 @@ def test_trainer_of_torchtitan_refuses_what_it_would_not_carry_out(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "output_router_logits": True}))
     with pytest.raises(ValueError, match="output_router_logits=True, which asks for a balance"):
         huggingface_spec(str(path))
-    with pytest.raises(ValueError, match="no_such_family"):
-        huggingface_spec("no_such_family")
+    for source, hint in {"mistrl": "did you mean mistral", "/no/such/folder": "correct it"}.items():
+        with pytest.raises(ValueError, match=rf"transformers knows, got '{source}': {hint}"):
+            huggingface_spec(source)
     with pytest.raises(ValueError, match=r"got --dtcp.verify 2 with --model.hf llama: leave"):
         parse(["--model.hf", "llama", "--dtcp.verify", "2"])
     both = ("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_model_only")

@@ -6,13 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dtcp.check.checked_model import own_errors
-from dtcp.check.plain_torch import without_gpu_kernels
-from dtcp.check.sizes import FAMILIES, REQUIRED, TINY
-
-REMEDY = "correct the config, by --set or in its file, or pass --hf-model module:function"
+from dtcp.huggingface.config_fields import CORRECT, config_of
+from dtcp.huggingface.language_model import parameter_count
+from dtcp.huggingface.small_sizes import FAMILIES, REQUIRED, TINY
 
 MOST_PARAMETERS = 2**21
 """The largest model that is run as its config says; a larger one is shrunk."""
@@ -41,7 +37,7 @@ class SmallConfig:
     notes: tuple[str, ...] = ()
 
 
-def small_config(source: str, change: Mapping[str, Any]) -> SmallConfig:
+def small_config(source: str, change: Mapping[str, Any], remedy: str = CORRECT) -> SmallConfig:
     """The tiny config of a model type; or that of a config.json, shrunk if it is too large to run.
 
     Configs inside of a config (text_config, vision_config) are shrunk with it.
@@ -49,6 +45,7 @@ def small_config(source: str, change: Mapping[str, Any]) -> SmallConfig:
     Args:
         source: a model type of transformers, or the path of a config.json or of its folder.
         change: values of fields, in the small config too; "text_config.field" for one inside.
+        remedy: what to do where transformers refuses a value.
     Raises:
         ValueError: no such file, model type or field, or values that the config refuses.
     """
@@ -56,66 +53,15 @@ def small_config(source: str, change: Mapping[str, Any]) -> SmallConfig:
         source = str(Path(source, "config.json"))
     is_file = source.endswith(".json")
     given = _related(_read(source)) if is_file else {"model_type": source}
-    whole = _made(given)
+    whole = config_of(given, remedy)
     changed = _changed_fields(whole, change)
-    if is_file and parameter_count(_made(_merged(given, changed))) <= MOST_PARAMETERS:
-        return SmallConfig(_made(_merged(given, changed)))
+    if is_file:
+        exact = config_of(_merged(given, changed), remedy)
+        if parameter_count(exact, remedy) <= MOST_PARAMETERS:
+            return SmallConfig(exact)
     shrunk = _merged({"pad_token_id": 0, **_shrunk(whole, changed)}, changed)
     notes = tuple(_notes(whole, shrunk)) if is_file else ()
-    return SmallConfig(_made(_merged(given, shrunk)), notes)
-
-
-def model_of(config: Any, remedy: str = REMEDY) -> Any:
-    """A language model of a config, with fresh weights.
-
-    Causal; masked, if it is an encoder's; of two sequences, if it is that of encoder and decoder.
-
-    Args:
-        remedy: what to do where transformers builds none of it.
-    Raises:
-        ValueError: transformers has none of them for it.
-    """
-    kind = _kind_of(config, remedy)
-    did = f"transformers builds a model of {config.model_type!r}"
-    with own_errors(did, remedy), without_gpu_kernels():
-        return kind.from_config(config)
-
-
-def is_causal(config: Any, remedy: str = REMEDY) -> bool:
-    """Whether the language model of a config is a causal one; raises as model_of."""
-    from transformers.models.auto import modeling_auto
-
-    kind: bool = _kind_of(config, remedy) is modeling_auto.AutoModelForCausalLM
-    return kind
-
-
-def _kind_of(config: Any, remedy: str) -> Any:
-    """The class of transformers that builds the language model of a config."""
-    from transformers.models.auto import modeling_auto
-
-    kinds: list[tuple[Any, Any]] = [
-        (modeling_auto.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
-        (modeling_auto.AutoModelForMaskedLM, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING),
-    ]
-    two = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    if getattr(config, "is_encoder_decoder", False):
-        kinds.insert(0, (modeling_auto.AutoModelForSeq2SeqLM, two))
-    elif type(config) not in two and not getattr(config, "is_decoder", False):
-        kinds.reverse()
-    for kind, models in kinds:
-        if type(config) in models:
-            return kind
-    raise ValueError(
-        f"A model type has a causal, masked or encoder-decoder language model, got "
-        f"{config.model_type!r} without one in transformers: {remedy}."
-    )
-
-
-def parameter_count(config: Any) -> int:
-    """Parameters of a config's language model, without making them."""
-    with torch.device("meta"):
-        model = model_of(config)
-    return sum(p.numel() for p in model.parameters())
+    return SmallConfig(config_of(_merged(given, shrunk), remedy), notes)
 
 
 def _read(source: str) -> Fields:
@@ -144,20 +90,6 @@ def _related(fields: Fields) -> Fields:
         for key, value in fields.items()
         if key not in UNRELATED_FIELDS
     }
-
-
-def _made(fields: Fields) -> Any:
-    """The config of these fields.
-
-    Raises:
-        ValueError: transformers does not know the model type, or refuses a value.
-    """
-    from transformers import AutoConfig
-
-    fields = dict(fields)
-    model_type = fields.pop("model_type")
-    with own_errors(f"transformers makes a config of {model_type!r}", REMEDY):
-        return AutoConfig.for_model(model_type, **fields)
 
 
 def _changed_fields(config: Any, change: Mapping[str, Any]) -> Fields:

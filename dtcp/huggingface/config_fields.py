@@ -1,0 +1,39 @@
+"""A config of transformers from its fields."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from dtcp.huggingface.own_errors import own_errors
+
+CORRECT = "correct the config"
+
+
+def model_types() -> list[str]:
+    """Those that transformers knows."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return sorted(CONFIG_MAPPING.keys())
+
+
+def config_of(fields: Mapping[str, Any], remedy: str = CORRECT) -> Any:
+    """The config that these fields make, model_type among them.
+
+    Args:
+        remedy: what to do where transformers refuses a value.
+    Raises:
+        ValueError: transformers does not know the model type, or refuses a value.
+    """
+    from transformers import AutoConfig
+
+    rest = {key: value for key, value in fields.items() if key != "model_type"}
+    model_type = fields["model_type"]
+    if model_type not in model_types():
+        close = difflib.get_close_matches(model_type, model_types(), n=1)
+        hint = f"did you mean {close[0]}?" if close else "correct it."
+        raise ValueError(
+            f"A config is a config.json, its folder, or of a model type that transformers knows, "
+            f"got {model_type!r}: {hint}"
+        )
+    with own_errors(f"transformers makes a config of {model_type!r}", remedy):
+        return AutoConfig.for_model(model_type, **rest)
