@@ -90,6 +90,11 @@ def in_line(layout: SequenceLayout, intervals: Intervals) -> tuple[SequenceLayou
     return _line_of(layout, len(of_rows.rows)), replace(of_rows.in_line(), keys=keys)
 
 
+def rows_on(layout: SequenceLayout) -> int:
+    """How many rows a layout lines up: one, but of `in_line`."""
+    return len(layout.rows) if isinstance(layout, _Line) else 1
+
+
 def _line_of(layout: SequenceLayout, rows: int) -> SequenceLayout:
     if not isinstance(layout, RowLayouts):
         layout = RowLayouts(layout.seq_len, layout.num_shards, (layout,) * rows)

@@ -10,22 +10,24 @@ from dtcp.distributed.moves import Moves
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.row_layouts import rows_on
 from dtcp.softmax.all_gather import AllGather, AllGatherAttention
 from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.metadata import KeyExchangeMetadata, all_gather_metadata
 from dtcp.softmax.moves import AttentionShape, Peers, keys_moved
 from dtcp.softmax.op import AttentionOp
+from dtcp.softmax.required_keys import most_received
 
 
 class _Halo(AllGather):
     """One all_to_all out; what arrived is kept, so backward only returns its gradients.
 
-    That takes a bound which does not change from batch to batch: where a layout has any number of
-    pieces there is none, and backward brings the halo again.
+    Where more arrives than a shard holds, in small pieces, backward brings it again: what is saved
+    stays of local size.
     """
 
     def kept(self, rows: Tensor, metadata: KeyExchangeMetadata) -> list[Tensor]:
-        """The rows that arrived, and zeros up to the bound: [B, room, G, W]."""
+        """The rows that arrived, and zeros up to the room: [B, room, G, W]."""
         room = metadata.kept_rows
         if room is None:
             return []
@@ -38,9 +40,12 @@ class _Halo(AllGather):
         self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
     ) -> list[Tensor]:
         saved = super().saved_like(x, metadata, groups)
-        room = KeyExchangeMetadata(*metadata).kept_rows
+        keys = KeyExchangeMetadata(*metadata)
+        room = keys.kept_rows
         if room is not None:
-            batch, _, heads, width = x.v.shape
+            batch, length, heads, width = x.v.shape
+            # Rows that are one line share its room.
+            room = room if keys.first_key.shape[1] == length else room // batch
             width += 0 if x.k is None else x.k.shape[-1]
             saved.append(x.v.new_empty(batch, room, heads, width))
         return saved
@@ -53,6 +58,9 @@ class _Halo(AllGather):
         kept = keys.kept_rows is not None
         return keys_moved(shape, sent, received, keys.own_keys, peers.rank, kept=kept)
 
+
+LEAST_HALOS = 4
+"""Halos of a row that there is room for at least, where a layout has any number of pieces."""
 
 HALO = AttentionOp("halo_attention", _Halo(), communicates=True)
 
@@ -76,8 +84,9 @@ class HaloAttention(AllGatherAttention):
 
     Traffic per rank, received: at most (W - 1 + right) tokens a piece (one of Contiguous, two of
     HeadTail, any number of other layouts) x B * G * (D + V) elements forward; backward, gradients
-    home. For that the tokens that arrived are kept, with room for all pieces of Contiguous and
-    HeadTail; in other layouts backward brings them again.
+    home. For that the tokens that arrived are kept, with room for both halos of HeadTail and, where
+    a layout has any number of pieces, for 4, 8, 16.. of them; where more arrives than a shard
+    holds, as in many small blocks, backward brings it again.
     """
 
     takes_memory = False  # nothing of another sequence lies left of a segment
@@ -114,15 +123,22 @@ class HaloAttention(AllGatherAttention):
             layout,
             rank,
             intervals,
-            capacity=self._capacity(layout),
+            capacity=self._capacity(layout, intervals),
             tile=self.tile,
             ranks_per_node=self.ranks_per_node,
         )
 
-    def _capacity(self, layout: SequenceLayout) -> int:
-        """The most keys that a rank requires in any batch; all, where pieces are of any number."""
-        if not isinstance(layout, Contiguous | HeadTail):
-            return layout.seq_len
-        segments = 1 if isinstance(layout, Contiguous) else 2
-        halo = segments * (self.window - 1 + self.right)
-        return min(layout.seq_len, layout.shard_len + halo)
+    def _capacity(self, layout: SequenceLayout, intervals: KeyIntervals) -> int:
+        """Room for the keys that a rank requires, its own included; all, where too many arrive.
+
+        The same number on every rank, and of few sizes, or compiled blocks would be traced anew
+        for every batch: what is saved for backward has a shape.
+        """
+        halo, own = self.window - 1 + self.right, layout.shard_len
+        if isinstance(layout, Contiguous | HeadTail):
+            segments = 1 if isinstance(layout, Contiguous) else 2
+            return min(layout.seq_len, own + segments * halo)
+        room, most = LEAST_HALOS * rows_on(layout) * halo, most_received(layout, intervals)
+        while room < most:
+            room *= 2
+        return min(layout.seq_len, own + min(room, own)) if most <= own else layout.seq_len

@@ -87,10 +87,11 @@ class KeyExchangeMetadata(AttentionMetadata):
     def kept_rows(self) -> int | None:
         """Room for what arrives, where it is bounded below all other shards; None where not.
 
-        The same in every batch and on every rank: only shapes are read.
+        The same on every rank, and in most batches: only shapes are read.
         """
         room = self.order.numel() - self.own_keys
-        return room if 0 <= room < self.send_slot.numel() else None
+        bounded = room < self.send_slot.numel() or room <= self.own_keys
+        return room if room > 0 and bounded else None
 
     @property
     def sees(self) -> Tensor:

@@ -20,7 +20,8 @@ from dtcp.distributed.ledger import (
     count_traffic,
 )
 from dtcp.sdpa.aten_rules import install_sdpa_rules
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
+from dtcp.sequence.document_balanced import DocumentBalanced
+from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.sequence.row_layouts import RowLayouts
 from dtcp.softmax import (
@@ -107,16 +108,24 @@ def expected_bytes(style, case, layout, rank):
     tokens = sum(tokens_between(row[None], x) for row, x in zip(visible, shards, strict=True))
     required_keys = tokens * kv_heads * width * element
     out, home = required_keys[rank].sum(), required_keys[:, rank].sum()
-    return within + out, within + home + (0 if keeps_halo(style, layout) else out)
+    kept = keeps_halo(style, layout, tokens.sum(axis=1))
+    return within + out, within + home + (0 if kept else out)
 
 
-def keeps_halo(style, layout):
-    """Whether a window's backward has what arrived in forward, and brings only gradients home."""
+def keeps_halo(style, layout, arrived):
+    """Whether a window's backward has what arrived in forward, and brings only gradients home.
+
+    Args:
+        arrived: tokens, on each rank.
+    """
     segments = {Contiguous: 1, HeadTail: 2}.get(type(layout))
-    if not isinstance(style, HaloAttention) or segments is None:
+    if not isinstance(style, HaloAttention):
         return False
+    rows = len(layout.rows) if isinstance(layout, RowLayouts) else 1
+    if segments is None:
+        return max(arrived) <= rows * layout.shard_len
     room = segments * (style.window - 1 + style.right)
-    return room < layout.seq_len - layout.shard_len
+    return room < layout.seq_len - layout.shard_len or layout.num_shards == 2
 
 
 def by_heads(case, shard_len, ranks):
@@ -151,6 +160,28 @@ def test_bytes_are_those_of_the_keys_that_are_needed(mesh, layout, ranks):
             assert actual == (moves.received.forward, moves.received.backward), where
             sent = (sum(moves.forward.sent), sum(moves.backward.sent))
             assert (forward.sent, backward.sent) == sent, where
+
+
+@spmd(ranks=(2, 3))
+def test_window_brings_gradients_home_only_in_layouts_of_many_pieces(mesh, ranks):
+    """Rows of one document and of several, alike or not; more than a shard holds comes again."""
+    rank, again = mesh.get_local_rank(), set()
+    heads = {"heads": 6, "kv_heads": 3} if ranks == 3 else {}
+    for layout, packing in product(
+        (DocumentBalanced, PerDocument, BlockBalanced),
+        (packings.across_borders, packings.two_rows, packings.equal_rows),
+    ):
+        case = Case(WINDOW, packing, seq_len=48, sink=False, **heads)
+        style = HaloAttention(7)
+        mixer = mixer_on(mesh, style, WINDOW.mask)
+        sharded = shard_case(case, mixer, mesh, layout)
+        forward, backward = moved(case, mixer, sharded)
+        actual = (forward.received, backward.received)
+        assert actual == expected_bytes(style, case, sharded.layout, rank), (layout, packing)
+        total = torch.tensor([forward.sent, backward.received])
+        dist.all_reduce(total)
+        again.add(bool(total[0] < total[1]))
+    assert again == ({False} if ranks == 2 else {False, True})
 
 
 @spmd(ranks=(2, 4))
