@@ -7,7 +7,7 @@ keep an op's output and so never communicates again; how much each rank sends ma
 every batch without a new graph; and the op counts its own executions and bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
@@ -200,7 +200,8 @@ class AttentionOp:
         )
         out, saved = self.strategy.forward(_lined_up(x.inputs, x.in_line), context)
         rows = x.q.shape[0]
-        return _in_rows(out.contiguous(), rows), [_in_rows(s.contiguous(), rows) for s in saved]
+        out, *saved = _apart([each.contiguous() for each in (out, *saved)])
+        return _in_rows(out, rows), [_in_rows(each, rows) for each in saved]
 
     def _forward_fake(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
         x = ForwardArguments(*arguments)
@@ -222,10 +223,11 @@ class AttentionOp:
         )
         inputs, result = _lined_up(x.inputs, x.in_line), ForwardResult(out, saved)
         grads = self.strategy.backward(grad_out, inputs, result, context)
-        dq, dk, dv, *rest = (
+        results = (
             x.q.new_zeros(0) if each is None else each.to(like.dtype).contiguous()
             for each, like in zip(grads[:-1], _like(x.inputs), strict=True)
         )
+        dq, dk, dv, *rest = _apart(results)
         rows = x.grad_out.shape[0]
         return (*(_in_rows(each, rows) if each.numel() else each for each in (dq, dk, dv)), *rest)
 
@@ -332,6 +334,19 @@ def _on_a_line(x: Tensor, in_line: bool) -> Tensor:
 def _in_rows(x: Tensor, rows: int) -> Tensor:
     """The way back; of what is in rows, itself."""
     return x if x.shape[0] == rows else x.view(rows, x.shape[1] // rows, *x.shape[2:])
+
+
+def _apart(results: Iterable[Tensor]) -> list[Tensor]:
+    """Each in a storage of its own, as results of an op are.
+
+    What was cut out of wider rows is one already, but not where it is of a single row.
+    """
+    taken, out = {0}, []
+    for each in results:
+        place = each.untyped_storage().data_ptr()
+        out.append(each.clone() if place in taken and each.numel() else each)
+        taken.add(place)
+    return out
 
 
 def _like(x: AttentionInputs) -> tuple[Tensor, ...]:

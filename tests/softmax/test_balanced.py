@@ -10,7 +10,7 @@ from dtcp.compile import count_graphs
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import BlockBalanced, Contiguous, PerDocument
-from dtcp.softmax import RingAttention
+from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention
 from tests.harness import packings
 from tests.harness.attention_parity import (
     CAUSAL,
@@ -75,6 +75,16 @@ def test_rows_of_different_documents_are_balanced_each_by_itself(mesh, ranks):
             if accepts(style, layout, case, ranks):
                 mixer = mixer_on(mesh, in_tiles(style, 8), case.mask_case.mask)
                 assert_equals_one_device(case, mixer, mixer, mesh, layout)
+
+
+@spmd(ranks=2)
+def test_balanced_row_of_one_token_a_rank_equals_one_device(mesh):
+    """Of one kv head: all that a rank holds of keys and values is one row."""
+    case = Case(CAUSAL, packings.one_document, heads=2, kv_heads=1, seq_len=2)
+    hybrid = HybridAttention(outer=AllGatherAttention(), inner_ranks=1)
+    for style in (RingAttention(), AllGatherAttention(), hybrid):
+        mixer = mixer_on(mesh, style, CAUSAL.mask)
+        assert_equals_one_device(case, mixer, mixer, mesh, DocumentBalanced)
 
 
 @spmd(ranks=2)
