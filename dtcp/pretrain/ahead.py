@@ -24,9 +24,11 @@ class Ahead(Iterator[T]):
         self._made: SimpleQueue[Made[T]] = SimpleQueue()
         parts = (iter(items), self._requests, self._made)
         # A daemon, so that a data source that hangs keeps no process from its end.
-        Thread(target=_serve, args=parts, daemon=True, name="ahead").start()
+        thread = Thread(target=_serve, args=parts, daemon=True, name="ahead")
+        thread.start()
         self._asked = self._ended = False
         weakref.finalize(self, self._requests.put, False).atexit = False
+        weakref.finalize(thread, end, weakref.ref(thread), self._requests)
 
     def ask(self) -> None:
         """Have the first item made before anybody takes it."""
@@ -44,6 +46,17 @@ class Ahead(Iterator[T]):
             raise error or StopIteration
         self._requests.put(True)
         return items[0]
+
+
+def end(thread: "weakref.ref[Thread]", requests: "SimpleQueue[bool]", seconds: float = 5.0) -> None:
+    """Let a thread end before Python does, which stops daemons by force: in torch that aborts.
+
+    Args:
+        seconds: to wait for the item in hand; a source that hangs is left behind.
+    """
+    if (running := thread()) is not None:
+        requests.put(False)
+        running.join(seconds)
 
 
 def _serve(items: Iterator[T], requests: "SimpleQueue[bool]", made: "SimpleQueue[Made[T]]") -> None:

@@ -1,6 +1,7 @@
 """What is made one item ahead: the same items, errors in their place, and in another thread."""
 
 import threading
+import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,7 +17,7 @@ from torch import nn
 
 from dtcp.batch import prepare_batch, shard_batch, shard_prepared
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.pretrain.ahead import Ahead
+from dtcp.pretrain.ahead import Ahead, end
 from dtcp.pretrain.batches import BatchPreparation
 from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.validation import Validation
@@ -64,6 +65,29 @@ def test_the_thread_ends_with_its_iterator():
     thread = next(x for x in threading.enumerate() if x.name == "ahead")
     del items
     thread.join()
+
+
+def test_the_end_of_the_process_waits_for_the_item_in_hand_but_not_for_ever():
+    """Python would stop the thread inside of torch, which aborts the process."""
+    asked, go_on = SimpleQueue(), threading.Event()
+
+    def slow():
+        for number in range(3):
+            asked.put(number)
+            go_on.wait(5 if number else 0)
+            yield number
+
+    items = Ahead(slow())
+    next(items)
+    assert [asked.get(), asked.get()] == [0, 1]  # the thread is in the midst of item 1
+    thread = weakref.ref(next(x for x in threading.enumerate() if x.name == "ahead"))
+    end(thread, items._requests, seconds=0)
+    assert thread().is_alive()
+    go_on.set()
+    end(thread, items._requests)
+    assert thread() is None or not thread().is_alive()
+    assert asked.empty()
+    end(lambda: None, items._requests)
 
 
 def test_a_batch_is_prepared_in_the_thread_and_the_cursor_stays_with_the_one_in_use():
