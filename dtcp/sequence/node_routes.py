@@ -20,7 +20,7 @@ from torch import Tensor
 from dtcp.sequence.partition import Ints, Partition, expand, overlaps, unique_ascending
 
 LEAST_ROOM = 4
-"""Hops, or stretches, that tables have room for at least."""
+"""Hops, or stretches, that tables have room for at least, for each row of a batch."""
 
 NOBODY = -1
 """The rank of a hop in `onward` where no rank hands anything on: the second hop is left out."""
@@ -69,23 +69,31 @@ class _Hops(NamedTuple):
 
 
 def node_routes(
-    reads: Reads, held: Partition, rank: int, *, num_ranks: int, ranks_per_node: int = 0
+    reads: Reads,
+    held: Partition,
+    rank: int,
+    *,
+    num_ranks: int,
+    ranks_per_node: int = 0,
+    least: int = LEAST_ROOM,
 ) -> NodeRoutes:
     """What this rank sends, receives and hands on.
 
     Args:
         held: who holds what of the line, from its left to its right.
         ranks_per_node: 0 or 1, or all ranks: one hop, straight from owner to reader.
+        least: hops that there is room for in any case: where it is enough, batches share a graph.
     Returns:
         tables of as many hops on every rank, some of them empty.
     """
     none = np.zeros((2, 0, 3), dtype=np.int64)
     if ranks_per_node in (0, 1, num_ranks):
         straight = _straight(reads, held)
-        return NodeRoutes(torch.from_numpy(_table(straight, rank, 0)), torch.from_numpy(none))
+        table = _table(straight, rank, 0, least)
+        return NodeRoutes(torch.from_numpy(table), torch.from_numpy(none))
     first, second = _two_hops(reads, held, ranks_per_node)
     padding = 0 if len(second.to) else NOBODY
-    tables = _table(first, rank, 0), _table(second, rank, padding)
+    tables = _table(first, rank, 0, least), _table(second, rank, padding, least)
     return NodeRoutes(*(torch.from_numpy(table) for table in tables))
 
 
@@ -167,10 +175,10 @@ def _parts(reads: Reads, held: Partition, m: int) -> _Parts:
     return _Parts(reads.rank[read], start, stop, place)
 
 
-def _table(hops: _Hops, rank: int, padding: int) -> Ints:
+def _table(hops: _Hops, rank: int, padding: int, least: int) -> Ints:
     """[2 (send, receive), hops, 3], both ends in one order; `padding` is the rank of empty hops."""
     hops = hops.joined()
-    room = max(room_for(hops.to), room_for(hops.source))
+    room = max(room_for(hops.to, least), room_for(hops.source, least))
     table = np.zeros((2, room, 3), dtype=np.int64)
     table[..., 0] = padding
     ends = ((hops.source, hops.to, hops.slot), (hops.to, hops.source, hops.place))
@@ -187,7 +195,7 @@ def hands_on(onward: Tensor) -> bool:
     return onward.shape[-2] > 0 and bool((onward[..., 0, 0] != NOBODY).any())
 
 
-def room_for(ranks: Ints) -> int:
+def room_for(ranks: Ints, least: int) -> int:
     """A power of two that what each rank has fits in, one number for each."""
-    most = max(LEAST_ROOM, int(np.bincount(ranks).max(initial=0)))
+    most = max(least, int(np.bincount(ranks).max(initial=0)))
     return 1 << (most - 1).bit_length()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.node_routes import NodeRoutes, Reads, node_routes, room_for
+from dtcp.sequence.node_routes import LEAST_ROOM, NodeRoutes, Reads, node_routes, room_for
 from dtcp.sequence.partition import Ints, Partition
 from dtcp.sequence.row_layouts import RowLayouts
 
@@ -67,6 +67,7 @@ class Stretches:
     """Those of all ranks, by rank and slot. Each field [R]."""
 
     num_shards: int
+    rows: int
     line: Partition
     documents: LineOfDocuments
     rank: Ints
@@ -95,12 +96,17 @@ class Stretches:
         index = np.arange(len(at)) - np.searchsorted(rank, rank)
         length = slot[last] + stop[last] - start[last] - slot[at]
         parts = (rank, index, slot[at], length, start[at], enters[at], stop[last], leaves[last])
-        return cls(layout.num_shards, line, of, *parts)
+        return cls(layout.num_shards, documents.batch, line, of, *parts)
+
+    @property
+    def least(self) -> int:
+        """How many of them tables have room for at least."""
+        return LEAST_ROOM * self.rows
 
     @cached_property
     def room(self) -> int:
         """How many of them tables have room for: of one shape on all ranks and for most batches."""
-        return room_for(self.rank)
+        return room_for(self.rank, self.least)
 
     def lengths(self, rank: int) -> Tensor:
         """Tokens of each of the rank's, then 0: [room] int64."""
@@ -133,8 +139,8 @@ def left_routes(stretches: Stretches, reach: int, rank: int, ranks_per_node: int
     start = np.maximum(start, stop - reach)
     place = (index + 1) * reach - (stop - start)
     reads = Reads(stretches.rank[entering], start, stop, place)
-    n = stretches.num_shards
-    return node_routes(reads, stretches.line, rank, num_ranks=n, ranks_per_node=ranks_per_node)
+    of: dict[str, int] = {"num_ranks": stretches.num_shards, "ranks_per_node": ranks_per_node}
+    return node_routes(reads, stretches.line, rank, **of, least=stretches.least)
 
 
 def with_room(x: Ints, length: int, value: int) -> Ints:

@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from dtcp.sequence.node_routes import NodeRoutes, Reads, node_routes
+from dtcp.sequence.node_routes import LEAST_ROOM, NodeRoutes, Reads, node_routes
 from dtcp.sequence.partition import Ints, Partition, expand, overlaps
 from dtcp.sequence.stretches import Stretches
 
@@ -23,6 +23,7 @@ class EntryRuns:
     """
 
     ratio: int
+    rows: int
     document: Ints
     document_start: Ints
     start: Ints  # token index on the line
@@ -44,7 +45,7 @@ class EntryRuns:
         at = np.searchsorted(owner[order], owner[order])
         place = np.empty_like(count)
         place[order] = before - before[at]
-        return cls(ratio, document, first, start, owner, count, place)
+        return cls(ratio, stretches.rows, document, first, start, owner, count, place)
 
     def reads(self) -> Reads:
         """Of each rank and document that it holds some of, the entries up to its last token.
@@ -97,5 +98,8 @@ def entry_routes(
         that it reads; and the last token of each of these.
     """
     reads = runs.reads()
-    routes = node_routes(reads, runs.held, rank, num_ranks=num_ranks, ranks_per_node=ranks_per_node)
+    # A long document has two pieces on every rank; how many are long changes no graph either.
+    least = (2 * num_ranks + LEAST_ROOM) * runs.rows
+    of: dict[str, int] = {"num_ranks": num_ranks, "ranks_per_node": ranks_per_node, "least": least}
+    routes = node_routes(reads, runs.held, rank, **of)
     return routes, runs.closing(reads, rank)

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from dtcp.kernels.sparse.types import NOWHERE
+from dtcp.recurrent.metadata import conv_metadata, delta_metadata
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
@@ -162,3 +163,27 @@ def test_tables_of_pieces_say_what_each_query_reads_and_where_it_comes_from(coun
             check_tables(*case)
         except (AssertionError, IndexError, ValueError) as error:
             raise AssertionError(f"seed {seed}: {case}") from error
+
+
+@pytest.mark.parametrize("ranks", [3, 4, 8])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tables_of_balanced_batches_have_one_shape_however_rows_are_cut(rows, ranks):
+    """Of one document, of many, of none; rows of all kinds in one batch: so they share a graph."""
+    length = 16 * ranks
+    kinds = [(1,) * length, (length,), (), (16,) * ranks, (length // 2, 3, 1), (length - 1, 1)]
+    shapes = set()
+    for first in range(len(kinds)):
+        packed = [kinds[(first + 2 * row + row // 2) % len(kinds)] for row in range(rows)]
+        documents = Documents(tuple(packed), length)
+        coords = Coords.of(documents)
+        layout = layout_of_batch(
+            DocumentBalanced, documents, ranks, MaskWork.under(Causal(), coords)
+        )
+        of = coords, layout, 0
+        made = (
+            pieces_metadata(*of, 5, Compression(3, overlap=True)),
+            delta_metadata(*of),
+            conv_metadata(coords, 4, layout),
+        )
+        shapes.add(tuple(x.shape for each in made for x in each.tensors()))
+    assert len(shapes) == 1
