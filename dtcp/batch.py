@@ -31,9 +31,10 @@ from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sequence.mask_work import MaskWork
-from dtcp.sequence.masks import Causal, Mask
+from dtcp.sequence.masks import Mask
 from dtcp.sequence.memory import Memory
-from dtcp.sequence.row_layouts import layout_of_batch
+from dtcp.sequence.row_layouts import layout_of_batch, pieces_digest
+from dtcp.softmax.model_masks import masks_of
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,8 @@ class PreparedBatch:
         """What ranks compare: their rows, and what they do with them."""
         layout, metadata = self.sharded.layout, self.sharded.attn_metadata
         plan = " ".join(sorted(key.kinds for key in metadata))
-        use = f"{layout.kind.__name__} {layout.seq_len} {layout.num_shards} {plan}"
-        return RowHashes.of(*self.rows.contents(), use=use)
+        cut = f"{layout.kind.__name__} {layout.seq_len} {layout.num_shards} {pieces_digest(layout)}"
+        return RowHashes.of(*self.rows.contents(), use=f"{cut} {plan}")
 
     def to(self, device: torch.device | str | None) -> tuple[dict[str, Tensor], ShardedBatch]:
         """As `shard_batch` returns it; None leaves it where it is."""
@@ -212,7 +213,7 @@ def shard_batch(
         fields: how each key is sharded and padded. A key of WHOLE stays as it is.
         device: where the parts go; None leaves them where they are.
         balance_for: the mask whose work BlockBalanced and DocumentBalanced balance, or several,
-            with the number of layers of each; None for Causal().
+            with the number of layers of each; None for those of the model, or Causal().
         compare_ranks: whether the ranks of a cp and tp group first compare shape, documents,
             layout, plan and a hash of every key (0.2 ms for four keys of 128K tokens on one CPU
             core, and the exchange); what differs is named on all of them. They call this together.
@@ -370,9 +371,9 @@ class _Cut:
         other = None if self.memory is None else Memory(self.memory.documents, self.memory.layout)
         coords = padded_coords(rows, documents, other)
         # Called by the layouts that read it: intervals of long rows take milliseconds.
-        work = MaskWork.under(Causal() if self.balance_for is None else self.balance_for, coords)
-        layout = layout_of_batch(self.layout, documents, num_shards, work)
         mixing = nn.Module() if self.model is None else self.model
+        masks = masks_of(mixing) if self.balance_for is None else self.balance_for
+        layout = layout_of_batch(self.layout, documents, num_shards, MaskWork.under(masks, coords))
         metadata = collect_metadata(
             mixing, coords, layout, real=real_tokens(documents, layout, rank)
         )

@@ -37,6 +37,9 @@ class Mixer(nn.Module):
     style: Any = None
     """The style that has taken the mixer over, once one has."""
 
+    layers: int = 1
+    """How many layers it stands for, where one block of a kind stands for all of them."""
+
     def reads(self) -> tuple[object, ...]:
         """What this mixer's metadata depend on beside the batch: its mask, its width."""
         return ()
@@ -280,6 +283,11 @@ class _Kinds(NamedTuple):
 
 
 _FOUND = "kinds_of_mixers"
+
+
+def mixers_of(model: nn.Module) -> tuple[Mixer, ...]:
+    """All mixers of a model, each once."""
+    return tuple(mixer for mixer, _ in _Kinds.of(model).mixers)
 
 
 def batch_metadata(

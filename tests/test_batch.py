@@ -21,9 +21,11 @@ from dtcp.sequence.layout import (
     HeadTail,
     PerDocument,
 )
+from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import RingAttention
-from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax.mixer import CrossAttention, GatherSharedKV, SoftmaxAttention
+from dtcp.softmax.model_masks import masks_of
 from tests.harness import packings
 from tests.harness.attention_parity import LAYOUTS, mixer_on, refused
 from tests.harness.spmd import spmd
@@ -278,6 +280,26 @@ def test_work_is_balanced_for_the_mask_asked_for(mesh):
         assert max(shares[mask]) <= 1.05 * sum(shares[mask]) / 4
     causal, window = (shard_batch(batch, whole, BlockBalanced, balance_for=m)[1] for m in shares)
     assert causal.layout != window.layout
+
+
+@spmd(ranks=2)
+def test_work_is_balanced_for_the_masks_of_the_model(mesh):
+    """For each as often as it has layers, where nobody says for which; keys to share do no work."""
+    window, whole = Causal() & SlidingWindow(8), ParallelMesh.from_device_mesh(mesh)
+    masks = [Causal(), window, window]
+    model = nn.ModuleList(mixer_on(mesh, RingAttention(), mask) for mask in masks)
+    balance = masks_of(nn.ModuleList([*model, GatherSharedKV(Causal()), CrossAttention()]))
+    assert balance == {Causal(): 1, window: 2}
+    batch, documents = {"input_ids": torch.zeros(1, 64)}, Documents(((3, 30, 9, 22),), 64)
+
+    def cut(**options):
+        return shard_batch(batch, whole, DocumentBalanced, documents=documents, **options)[1]
+
+    layouts = [cut(model=model), cut(balance_for=balance), cut(model=model, balance_for=Causal())]
+    assert layouts[0].layout == layouts[1].layout != layouts[2].layout == cut().layout
+    work = MaskWork.under(balance, layouts[0].coords)()
+    shares = [int(work[layouts[0].layout.token_indices(rank)].sum()) for rank in range(2)]
+    assert abs(shares[0] - shares[1]) <= 2 * int(work.max())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -197,6 +197,11 @@ def _odd(key: str) -> int:
 
 def _sentence(heard: Tensor, every_row: Tensor | None, axes: Sequence[DeviceMesh]) -> str:
     """What differs, where: every rank is compared with the first one."""
+
+    def other_rows(index: int) -> bool:
+        """Which are then cut in another way, by the same layout."""
+        return every_row is not None and bool((every_row[index] != every_row[0]).any())
+
     said = []
     for index in range(len(heard)):
         name, head = _rank_name(index, axes), heard[index].tolist()
@@ -209,7 +214,7 @@ def _sentence(heard: Tensor, every_row: Tensor | None, axes: Sequence[DeviceMesh
             )
         elif first[0] and head[3] != first[3]:
             said.append(f"{name} has other keys")
-        elif first[0] and head[4] != first[4]:
+        elif first[0] and head[4] != first[4] and not other_rows(index):
             said.append(
                 f"{name} has another layout, other buckets or another plan (all have the same)"
             )

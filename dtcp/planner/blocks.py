@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from dtcp.mixer import mixers_of
 from dtcp.mixer_plan import find, matching
 from dtcp.parallelize import ParallelPlan
 
@@ -72,6 +73,8 @@ def keep_one_of_each(model: nn.Module, plan: ParallelPlan) -> tuple[list[BlockKi
     kinds = block_kinds(blocks)
     for kind in kinds:
         _count_members(kind, blocks[kind.name])
+        for mixer in mixers_of(blocks[kind.name]):
+            mixer.layers = kind.count
         for name in kind.blocks[1:]:
             parent, _, last = name.rpartition(".")
             skipped = SkippedBlock(kind)

@@ -32,6 +32,7 @@ from dtcp.planner.setup import Setup
 from dtcp.planner.step import StepNumbers, TracedStep, styles_of, trace_step
 from dtcp.planner.subject import Subject
 from dtcp.planner.trace import OpCall, Place
+from dtcp.sequence.layout import SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class Forecast:
     """As of Look."""
     warnings: tuple[str, ...] = ()
     """As of Look."""
+    layout: SequenceLayout | None = None
+    """As of Look."""
 
     @property
     def busiest(self) -> RankForecast:
@@ -166,6 +169,7 @@ class Look:
     """How the mixers of each kind of block are carried out, a line each."""
     warnings: tuple[str, ...]
     """Of the model's plan on this mesh: what is whole on each rank, for instance."""
+    layout: SequenceLayout
 
 
 def look_at(subject: Subject, setup: Setup, chosen: Sequence[int]) -> Look:
@@ -181,7 +185,8 @@ def look_at(subject: Subject, setup: Setup, chosen: Sequence[int]) -> Look:
         with fake_ranks(degrees.cp, rank):
             groups = _groups_here(step, mesh_of_look(Degrees(cp=degrees.cp)))
             forecasts.append(rank_forecast(step, rank, metadata_of(step, rank), groups))
-    return Look(step.numbers(), tuple(forecasts), experts, tuple(style_lines(step)), tuple(said))
+    lines, layout = tuple(style_lines(step)), step.sharded.layout
+    return Look(step.numbers(), tuple(forecasts), experts, lines, tuple(said), layout)
 
 
 def mesh_of_look(degrees: Degrees, ranks_per_node: int = 0) -> ParallelMesh:
@@ -253,6 +258,7 @@ def assembled(subject: Subject, setup: Setup, look: Look) -> Forecast:
         look.experts,
         look.styles,
         look.warnings,
+        look.layout,
     )
 
 

@@ -11,7 +11,7 @@ from dtcp.planner.report import checkpoint_name, mesh_name, strategy_name
 from dtcp.planner.search import Candidate, Search
 from dtcp.planner.trace import OUTSIDE
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.row_layouts import RowLayouts, layout_of_batch
+from dtcp.sequence.row_layouts import RowLayouts
 
 COLORS = ("#2f6fb0", "#d9822b", "#4a9c5d", "#b5485d", "#7b5ea7", "#8a6d3b", "#3aa6a6", "#999999")
 MOST_RANKS = 32
@@ -96,13 +96,8 @@ def _tokens(best: Candidate) -> Any:
 
 def layout_of(best: Candidate) -> SequenceLayout:
     """The layout of the batch's first row."""
-    from dtcp.sequence.coords import Coords
-    from dtcp.sequence.mask_work import MaskWork
-    from dtcp.sequence.masks import Causal
-
-    setup = best.setup
-    work = MaskWork.under(Causal(), Coords.of(setup.documents))
-    layout = layout_of_batch(setup.layout, setup.documents, setup.degrees.cp, work)
+    layout = best.forecast.layout
+    assert layout is not None
     return layout.rows[0] if isinstance(layout, RowLayouts) else layout
 
 

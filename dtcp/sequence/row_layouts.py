@@ -11,6 +11,7 @@ of a layout, it reads of the line: how a batch is packed changes numbers, never 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -99,6 +100,12 @@ def _line_of(layout: SequenceLayout, rows: int) -> SequenceLayout:
     if not isinstance(layout, RowLayouts):
         layout = RowLayouts(layout.seq_len, layout.num_shards, (layout,) * rows)
     return layout.in_line
+
+
+def pieces_digest(layout: SequenceLayout) -> int:
+    """A number that changes with which rank holds which tokens of which row."""
+    partition = (layout.in_line if isinstance(layout, RowLayouts) else layout).partition
+    return crc32(partition.owner.tobytes(), crc32(partition.start.tobytes()))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dtcp.cp_utils.gemma4 import make_contiguous_shard_cp_batch_and_ctx
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import causal_lm_loss, shard_hf_batch
 from dtcp.sequence.buckets import Buckets, MultiplesOf
+from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal, SlidingWindow
@@ -103,7 +104,7 @@ def test_ranks_of_tp_alone_compare_their_rows(mesh, change):
     refused_everywhere(change, "tp rank 1", whole.rank("tp") == 1, shard)
 
 
-@pytest.mark.parametrize("other", ["layout", "buckets", "window", "style"])
+@pytest.mark.parametrize("other", ["layout", "buckets", "window", "style", "balance"])
 @spmd(ranks=2)
 def test_rank_that_does_something_else_with_its_rows_is_named_A3(mesh, other):
     """Its tokens would be others, or its exchanges would not end."""
@@ -115,7 +116,10 @@ def test_rank_that_does_something_else_with_its_rows_is_named_A3(mesh, other):
         model = mixer_on(mesh, style, mask)
         layout = Contiguous if odd and other == "layout" else HeadTail
         buckets = Buckets(MultiplesOf(24)) if odd and other == "buckets" else None
-        shard_batch({"input_ids": IDS}, whole, layout, model=model, buckets=buckets)
+        layout = DocumentBalanced if other == "balance" else layout
+        masks = SlidingWindow(1, right=0) if odd and other == "balance" else Causal()
+        options = {"model": model, "buckets": buckets, "balance_for": masks}
+        shard_batch({"input_ids": IDS}, whole, layout, **options)
 
     with pytest.raises(ValueError, match="cp rank 1 has another layout, other buckets or another"):
         shard(odd)
