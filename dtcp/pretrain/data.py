@@ -34,6 +34,7 @@ from dtcp.pretrain.sources import (
 )
 from dtcp.pretrain.text_files import DataError
 from dtcp.pretrain.tokenizer import Tokenizer
+from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.documents import Documents
 
 
@@ -236,6 +237,7 @@ class PackedDocuments(BaseDataLoader):
 def check_balance(config: PackedDocuments.Config, rows: int) -> None:
     """Refuse to deal out documents among fewer rows than a micro-batch of all ranks has."""
     window = config.balance_rows
+    check_ints("Rows dealt out together", balance_rows=window)
     if window and window < rows:
         raise ValueError(
             f"Documents are dealt out among the rows of a micro-batch or more, got "

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout, check_divides, shared_lengths
@@ -97,6 +98,7 @@ class DocumentBalanced(SequenceLayout):
     ) -> Self:
         """Balance `work`, or that of a causal mask inside each document."""
         lengths = shared_lengths(cls, documents)
+        check_ints(cls.__name__, least=1, num_shards=num_shards)
         check_divides(cls, documents.seq_len, num_shards, num_shards)
         if work is None:
             work = MaskWork(((Causal(), 1),), Coords.of(documents))

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.interval_runs import interval_runs
 from dtcp.sequence.masks import Mask
@@ -42,8 +43,19 @@ class WorkRuns:
 
     @classmethod
     def of_tokens(cls, work: Tensor) -> "WorkRuns":
-        """Read off the work of all tokens, [S]."""
-        values = work.numpy().astype(np.int64)
+        """Read off the work of all tokens, [S].
+
+        Raises:
+            TypeError, ValueError: no tensor of whole numbers for the tokens of one row, or less
+                than nothing.
+        """
+        check_tensor("Work to balance", shape="[S]", ndim=1, dtypes=WHOLE_NUMBERS, work=work)
+        values = work.cpu().numpy().astype(np.int64)
+        if values.min(initial=0) < 0:
+            raise ValueError(
+                f"Work to balance is 0 or more for each token, got work={values.min()} for token "
+                f"{values.argmin()}: give how many keys it sees."
+            )
         steps = np.diff(values)
         new = np.ones(len(values), dtype=bool)
         new[2:] = steps[1:] != steps[:-1]

@@ -127,3 +127,9 @@ def test_rows_dealt_out_in_another_way_are_other_data():
 def test_a_window_smaller_than_a_micro_batch_is_refused(window):
     with pytest.raises(ValueError, match=rf"got --dataloader.balance_rows={window} for 4 rows"):
         dealt_loader(window)
+
+
+@pytest.mark.parametrize("window", [True, 4.5, "8"])
+def test_a_window_is_a_whole_number_of_rows(window):
+    with pytest.raises(TypeError, match=r"takes whole numbers, got balance_rows="):
+        dealt_loader(window)

@@ -263,6 +263,15 @@ def test_pieces_that_do_not_fill_the_row_are_refused():
     for masks in ({}, {Causal(): 0}):
         with pytest.raises(ValueError, match="applied once or more"):
             MaskWork.under(masks, Coords.of(Documents.single(1, 8)))
+    row = Documents.single(1, 8)
+    for error, ranks, work, match in (
+        (ValueError, 0, None, "DocumentBalanced takes num_shards >= 1"),
+        (TypeError, 2.0, None, "num_shards=2.0 of type float"),
+        (ValueError, 2, -torch.arange(8), "0 or more for each token, got work=-7 for token 7"),
+        (TypeError, 2, torch.rand(8), "got work.dtype=torch.float32"),
+    ):
+        with pytest.raises(error, match=match):
+            DocumentBalanced.for_batch(row, ranks, work=None if work is None else lambda x=work: x)
 
 
 def test_work_that_grows_unevenly_is_read_off():
