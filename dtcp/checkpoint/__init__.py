@@ -6,6 +6,8 @@ can write the folder runs code in every rank. These readers parse the same files
     dcp.load(state_dict, storage_reader=SafeReader(folder), planner=SafeLoadPlanner())
 """
 
-from dtcp.checkpoint.huggingface import SafeHuggingFaceReader as SafeHuggingFaceReader
-from dtcp.checkpoint.planner import SafeLoadPlanner as SafeLoadPlanner
-from dtcp.checkpoint.reader import SafeReader as SafeReader
+from dtcp.checkpoint.huggingface import SafeHuggingFaceReader
+from dtcp.checkpoint.planner import SafeLoadPlanner
+from dtcp.checkpoint.reader import SafeReader
+
+__all__ = ["SafeHuggingFaceReader", "SafeLoadPlanner", "SafeReader"]

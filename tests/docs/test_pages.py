@@ -8,10 +8,19 @@ import sys
 import pytest
 
 import dtcp
+import dtcp.check
+import dtcp.checkpoint
 import dtcp.cp_utils
+import dtcp.experts
+import dtcp.huggingface
 import dtcp.parallelize
+import dtcp.recurrent
+import dtcp.softmax
+import dtcp.sparse
+import dtcp.trainers
 from docs.draw import PICTURES
 from docs.draw.canvas import digest
+from dtcp.check import CHECKS
 from tests.docs.blocks import PAGES, ROOT
 
 API = sorted((ROOT / "docs/api").glob("*.md"))
@@ -62,17 +71,23 @@ def found(name: str) -> object:
     raise AssertionError(name)
 
 
+PACKAGES = (
+    *(dtcp, dtcp.parallelize, dtcp.huggingface, dtcp.trainers, dtcp.experts, dtcp.check),
+    *(dtcp.cp_utils, dtcp.checkpoint, dtcp.softmax, dtcp.recurrent, dtcp.sparse),
+)
+
+
 def test_the_api_reference_has_every_public_name():
     known = [found(name) for name in NAMED]
     assert all((value.__doc__ or "").strip() for value in known)
     public = [
         getattr(module, name)
-        for module in (dtcp, dtcp.parallelize, dtcp.cp_utils)
+        for module in PACKAGES
         for name in module.__all__
         if not name.startswith("_")
     ]
-    # A union of the classes that are there.
-    public.remove(dtcp.parallelize.ActivationCheckpoint)
+    # A union of the classes that are there, and the options of each check.
+    public = [x for x in public if x not in (dtcp.parallelize.ActivationCheckpoint, CHECKS)]
     assert [value for value in public if value not in known] == []
 
 
