@@ -9,11 +9,15 @@ import sys
 import zipfile
 from pathlib import Path
 
+from dtcp.torchtitan.hf_model import read_config
+
 import pytest
 
 import train
 from dtcp.check.__main__ import main as check
+from dtcp.plan.__main__ import run_planner
 from dtcp.pretrain.__main__ import start_training
+from dtcp.pretrain.options import parse
 from tests.docs.blocks import blocks_of
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +72,14 @@ def test_training_without_its_extra_is_one_sentence(start, package, monkeypatch,
     assert package in said.err and "pip install 'dtcp[train]'" in said.err and not said.out
 
 
+@pytest.mark.parametrize("option", ["--model.hf", "--model.dtcp"])
+def test_training_a_model_of_transformers_without_it_is_one_sentence(option, monkeypatch):
+    read_config.cache_clear()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"got 'llama', and .*: pip install 'dtcp\[hf\]'.$"):
+        parse([option, "llama"])
+
+
 @pytest.mark.parametrize("package", ["accelerate", "transformers"])
 def test_trainers_without_their_extra_are_one_sentence(package, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("dtcp.trainers")]:
@@ -82,6 +94,20 @@ def test_checking_a_model_of_transformers_without_it_is_one_sentence(monkeypatch
     assert check(["--hf-config", "llama"]) == 2
     said = capsys.readouterr()
     assert "pip install 'dtcp[hf]'" in said.err and not said.out
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [("transformers", ("--hf-config", "llama")), ("torchtitan", ("--config", "llama3_8b_128k"))],
+)
+def test_planning_without_an_extra_is_one_sentence(package, source, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith(("dtcp.torchtitan", package))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "dtcp.pretrain.configs", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run_planner([*source, "--cluster", "8xH100"]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("pip install 'dtcp[") == said.err.count("\n") == 1 and not said.out
 
 
 @pytest.fixture(scope="module")

@@ -52,13 +52,13 @@ def run_planner(argv: list[str], *, processes: int = 1) -> int:
         with closing(planner.looks):
             search = _search(planner, arguments)
             return _show(arguments, request, planner, cluster, search)
-    except (ValueError, TypeError) as error:
-        said = on_one_line(str(error))
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         said = (
             f"A plan of train.py's configs or of transformers' models needs their packages, got "
             f"{error}: pip install 'dtcp[train,hf]'."
         )
+    except (ValueError, TypeError, ImportError) as error:
+        said = on_one_line(str(error))
     except OSError as error:
         said = f"Files are read and written, got {error}: name another one."
     print(f"error: {said}", file=sys.stderr)

@@ -53,7 +53,7 @@ def parse(arguments: list[str]) -> Trainer.Config:
     """The config that the arguments name, with their overrides.
 
     Raises:
-        ValueError: no such module or config.
+        ValueError: no such module, config or model, or a package that reads it is missing.
         SystemExit: no such option, or --help.
     """
     module, rest = _take(arguments, "--module", MODULE)
@@ -73,9 +73,15 @@ def parse(arguments: list[str]) -> Trainer.Config:
             raise ValueError(
                 f"Options have values that their sections take, got {' '.join(rest)}: {error}."
             ) from error
-    if own:
-        return _with_family(config, own, rest)
-    return _with_huggingface(config, source, rest) if source else config
+    try:
+        if own:
+            return _with_family(config, own, rest)
+        return _with_huggingface(config, source, rest) if source else config
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"Models of transformers and their configs are read by it, got {source or own!r}, and "
+            f"{error}: pip install 'dtcp[hf]'."
+        ) from error
 
 
 def _take_model(arguments: list[str], option: str, what: str) -> tuple[str, list[str]]:
