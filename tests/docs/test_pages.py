@@ -21,6 +21,7 @@ import dtcp.trainers
 from docs.draw import PICTURES
 from docs.draw.canvas import digest
 from dtcp.check import CHECKS
+from dtcp.pretrain.configs import llama_tiny
 from tests.docs.blocks import PAGES, ROOT
 
 API = sorted((ROOT / "docs/api").glob("*.md"))
@@ -89,6 +90,13 @@ def test_the_api_reference_has_every_public_name():
     # A union of the classes that are there, and the options of each check.
     public = [x for x in public if x not in (dtcp.parallelize.ActivationCheckpoint, CHECKS)]
     assert [value for value in public if value not in known] == []
+
+
+def test_the_first_run_is_shown_with_the_strategy_that_it_names():
+    """Of 4 ranks on one machine, where 2 neighbours of cp lie together."""
+    strategy = llama_tiny().dtcp.attention_style("cpu").on_nodes(2)
+    shown = (ROOT / "docs/index.md").read_text()
+    assert f"\nstrategy    {strategy}\n" in shown
 
 
 @pytest.mark.slow
