@@ -17,21 +17,19 @@ ranks next to each other, and edp_shard is what is left of the three.
                                 edp rank:     0  0  1  1      which part of each of them
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dtcp._torch import concatenated, flattened, unflattened
+from dtcp._torch import unflattened
+from dtcp.distributed.mesh_views import expert_axes, expert_weights_mesh, one_axis, weights_mesh
 from dtcp.distributed.nodes import check_same_nodes, even_neighbours, neighbours_on_axis
 from dtcp.sequence.arguments import check_ints, check_kind
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 VIEWS = ("cp", "tp", "fsdp", "batch", "loss", "ep")
-SPARSE_AXES = ("dp_shard", "cp", "tp")
-"""What the axes of experts, edp_shard and ep, are carved out of."""
 
 
 @dataclass(frozen=True)
@@ -195,24 +193,24 @@ class ParallelMesh:
             )
         sizes = dict(zip(names, device_mesh.shape, strict=True))
         degrees = Degrees(**sizes, ep=ep, etp=etp)
-        fsdp = _flat(device_mesh, ("dp_shard", "cp"), "fsdp")
-        cp, tp = _flat(device_mesh, ("cp",), "cp"), _flat(device_mesh, ("tp",), "tp")
-        expert_axes = _expert_axes(device_mesh, degrees)
+        fsdp = one_axis(device_mesh, ("dp_shard", "cp"), "fsdp")
+        cp, tp = one_axis(device_mesh, ("cp",), "cp"), one_axis(device_mesh, ("tp",), "tp")
+        sparse = expert_axes(device_mesh, ep, etp)
         # Then fully_shard is needed for the experts, and takes the other weights along.
-        spread = expert_axes is not None and expert_axes["edp_shard"].size() > 1
+        spread = sparse is not None and sparse["edp_shard"].size() > 1
         return cls(
             degrees=degrees,
             device_mesh=device_mesh,
             cp=cp,
             tp=tp,
             fsdp=fsdp,
-            batch=_flat(device_mesh, ("dp_replicate", "dp_shard"), "batch"),
-            loss=_flat(device_mesh, ("dp_replicate", "dp_shard", "cp"), "loss"),
-            hsdp=_hsdp(device_mesh, fsdp, needed=spread),
+            batch=one_axis(device_mesh, ("dp_replicate", "dp_shard"), "batch"),
+            loss=one_axis(device_mesh, ("dp_replicate", "dp_shard", "cp"), "loss"),
+            hsdp=weights_mesh(device_mesh, fsdp, needed=spread),
             attention=device_mesh["cp", "tp"] if cp and tp else cp or tp,
-            ep=expert_axes and expert_axes["ep"],
-            expert_hsdp=expert_axes and _expert_hsdp(device_mesh, expert_axes),
-            experts=expert_axes and (expert_axes["ep", "etp"] if etp > 1 else expert_axes["ep"]),
+            ep=sparse and sparse["ep"],
+            expert_hsdp=sparse and expert_weights_mesh(device_mesh, sparse),
+            experts=sparse and (sparse["ep", "etp"] if etp > 1 else sparse["ep"]),
             ranks_per_node=ranks_per_node,
         )
 
@@ -343,58 +341,7 @@ class ParallelMesh:
         return views[name]
 
 
-def _flat(device_mesh: DeviceMesh, axes: Sequence[str], name: str) -> DeviceMesh | None:
-    """The axes of more than one rank as one axis; None if there are none."""
-    names = device_mesh.mesh_dim_names or ()
-    wide = tuple(axis for axis in axes if axis in names and device_mesh[axis].size() > 1)
-    if not wide:
-        return None
-    return device_mesh[wide[0]] if len(wide) == 1 else flattened(device_mesh[wide], name)
-
-
 def _one_rank_fsdp(dims: ParallelDims) -> DeviceMesh | None:
     """torchtitan's fsdp axis of one rank, where experts have several to be sharded on."""
     several = dims.ep > 1 and dims.dp_shard * dims.cp * dims.tp > dims.ep
     return dims.get_optional_mesh("fsdp") if several else None
-
-
-def _hsdp(device_mesh: DeviceMesh, fsdp: DeviceMesh | None, *, needed: bool) -> DeviceMesh | None:
-    """The mesh of `fully_shard`.
-
-    Args:
-        needed: also where no axis of dense weights has ranks; it is then one of one rank.
-    """
-    replicate = _flat(device_mesh, ("dp_replicate",), "dp_replicate")
-    if replicate is None and (fsdp is not None or not needed):
-        return fsdp
-    if fsdp is None:
-        narrow = [axis for axis in ("dp_shard", "cp") if axis in (device_mesh.mesh_dim_names or ())]
-        if not narrow:
-            raise ValueError(
-                f"Weights need an axis to be sharded on, got "
-                f"mesh_dim_names={device_mesh.mesh_dim_names}: add dp_shard, of size 1."
-            )
-        fsdp = device_mesh[narrow[0]]
-    if replicate is None:
-        return fsdp
-    # The root mesh stays the same, as fully_shard wants it of its mesh and the tp mesh.
-    return concatenated([replicate, fsdp])
-
-
-def _expert_axes(device_mesh: DeviceMesh, degrees: Degrees) -> DeviceMesh | None:
-    """The axes (edp_shard, ep) over the ranks of dp_shard, cp and tp; None without ep."""
-    if degrees.ep == 1:
-        return None
-    whole = _flat(device_mesh, SPARSE_AXES, "sparse")
-    # There are ranks: ep divides them and is more than 1.
-    assert whole is not None
-    sizes = (degrees.sparse // degrees.ep // degrees.etp, degrees.ep, degrees.etp)
-    names = ("edp_shard", "ep", "etp")
-    kept = 3 if degrees.etp > 1 else 2
-    return unflattened(whole, sizes[:kept], names[:kept])
-
-
-def _expert_hsdp(device_mesh: DeviceMesh, expert_axes: DeviceMesh) -> DeviceMesh:
-    replicate = _flat(device_mesh, ("dp_replicate",), "dp_replicate")
-    shard = expert_axes["edp_shard"]
-    return shard if replicate is None else concatenated([replicate, shard])

@@ -6,8 +6,6 @@ all of it is on the disk (checkpoint_writer, saved_folders); a start looks for t
 (checkpoint_choice); nothing that a folder holds is run (dtcp.checkpoint).
 """
 
-import pickle
-import re
 import threading
 import uuid
 from concurrent.futures import Future
@@ -38,6 +36,7 @@ from torchtitan.tools.utils import GarbageCollection
 from dtcp.checkpoint import SafeHuggingFaceReader, SafeLoadPlanner, SafeReader
 from dtcp.parallelize.save_hf import save_hf
 from dtcp.pretrain.checkpoint_choice import agree, choose, first_rank, verified
+from dtcp.pretrain.checkpoint_errors import load_failure, save_failure
 from dtcp.pretrain.checkpoint_fit import Fingerprinted, refuse_other_model
 from dtcp.pretrain.checkpoint_writer import CheckpointWriter
 from dtcp.pretrain.config_record import config_changes, config_record
@@ -364,36 +363,13 @@ class Checkpoints(CheckpointManager):
         )
 
     def _explain(self, step: int, error: CheckpointException) -> str:
-        """One line for what DCP reports once per rank, as nested tracebacks."""
         path = self.folders.path(step) if step >= 0 else self.initial_load_path
-        _, (first, _) = next(iter(error.failures.items()))
-        if isinstance(first, ValueError) and str(first).startswith("A checkpoint "):
-            # Of our planner, which knows the entry and not the folder.
-            return f"{str(first).rstrip('.')} ({path}); {self._way_back(step)}."
-        if isinstance(first, pickle.UnpicklingError):
-            return (
-                f"A checkpoint holds data and no code, got a tensor in {path} that torch refuses "
-                f"to read as data: nothing of it was run; {self._way_back(step)}."
-            )
-        return (
-            f"A checkpoint holds the whole state of this model, got {path} ({_cause(error)}): it "
-            f"is damaged, or of another model; {self._way_back(step)}."
-        )
+        return load_failure(error, path, self._way_back(step))
 
     def _explain_save(self, step: int, error: CheckpointException) -> str:
         if first_rank():
             self.folders.clear()
-        at = f" at step={step}" if step >= 0 else " in the background"
-        return (
-            f"A checkpoint is written as a whole, got {_cause(error)}{at} in {self.folders.root}: "
-            f"what was written of it is removed. {self.newest()}; make room or mend the folder, "
-            f"and start again."
-        )
-
-
-def _cause(error: CheckpointException) -> str:
-    rank, (first, _) = next(iter(error.failures.items()))
-    return f"rank {rank}: {type(first).__name__}: " + re.sub(r"\s+", " ", str(first))[:300]
+        return save_failure(error, self.folders.root, step, self.newest())
 
 
 def _whole(value: torch.Tensor) -> torch.Tensor:
