@@ -7,20 +7,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtcp.sequence.interval_runs import IntervalRuns
-from dtcp.sequence.partition import Ints, Partition, along_runs, stops_of, unique_ascending
+from dtcp.sequence.partition import (
+    Ints,
+    Partition,
+    along_runs,
+    stops_of,
+    sums_before,
+    unique_ascending,
+)
 
 LEAST_CUTS = 8
 """Tiles beyond those of equal length that a table has room for, at least."""
 
 
-class TileLimits(NamedTuple):
-    """The ends of the intervals of the queries of each tile. Each field [tiles]."""
+class Tiles(NamedTuple):
+    """Neighbouring queries that kernels take together, and the ends of their intervals."""
 
-    low: Ints  # the least first key, of queries that see any; greater than all tokens for none
-    high: Ints  # the greatest last key; -1 for none
-    inner_low: Ints  # the greatest first key
-    inner_high: Ints  # the least last key; -1 where a query sees none
-    all_see: NDArray[np.bool_]
+    bounds: Ints  # [tiles + 1], where they start and end; empty ones are at the end
+    # [4, tiles]: the least first key of queries that see any, greater than all tokens for none;
+    # behind the greatest last key, 0 for none; the greatest first key; behind the least last key.
+    ends: Ints
+    all_see: NDArray[np.bool_]  # [tiles]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,63 +72,78 @@ class SlotRuns:
             along_runs(self.last, self.last_step, self.length),
         )
 
-    def tile_bounds(self, tile: int) -> Ints:
-        """Where tiles of at most so many neighbouring slots start, and the end of them all.
+    def tiles(self, tile: int) -> Tiles:
+        """Tiles of at most so many neighbouring slots.
 
         A tile reads all keys that any of its queries sees. So where its queries are of two pieces
         or documents, it is cut between them if that spares more keys than a tile is worth: of the
-        most expensive places as many as there is room for. Each entry [tiles + 1], of a number that
-        the slots alone decide; those that are not needed are empty tiles at the end.
+        most expensive places as many as there is room for. How many tiles there are the slots
+        alone decide; those that are not needed are empty ones at the end.
         """
-        shard_len = int(self.length.sum())
+        shard_len = int(self.slot[-1] + self.length[-1])
         grid = np.arange(0, shard_len, tile)
+        parts = _Parts.of(self, grid, shard_len)
         room = LEAST_CUTS + len(grid) // 16
-        found = np.sort(np.append(grid, self._costly_borders(grid, tile)[:room]))
+        start = np.sort(np.concatenate((grid, parts.costly_borders(grid, tile)[:room])))
         bounds = np.full(len(grid) + room + 1, shard_len)
-        bounds[: len(found)] = found
-        return bounds
+        bounds[: len(start)] = start
+        return parts.tiles(start, bounds)
 
-    def _costly_borders(self, grid: Ints, tile: int) -> Ints:
+
+class _Parts(NamedTuple):
+    """Slots that lie in one run and in one tile of equal length. Each field [K]."""
+
+    slot: Ints
+    stop: Ints
+    first: Ints  # the first key of the first slot, and of the last one
+    end_first: Ints
+    last: Ints
+    end_last: Ints
+    sees: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, runs: SlotRuns, grid: Ints, shard_len: int) -> "_Parts":
+        slot = unique_ascending(np.concatenate((runs.slot, grid)))
+        stop = stops_of(slot, shard_len)
+        run = runs.slot.searchsorted(slot, side="right") - 1
+        after, more = slot - runs.slot[run], stop - slot - 1
+        first_step, last_step = runs.first_step[run], runs.last_step[run]
+        first, last = runs.first[run], runs.last[run]
+        sees = last >= first
+        first, last = first + first_step * after, last + last_step * after
+        return cls(
+            slot, stop, first, first + first_step * more, last, last + last_step * more, sees
+        )
+
+    def costly_borders(self, grid: Ints, tile: int) -> Ints:
         """Slots inside of tiles where other keys are seen from there on, the worst first."""
-        slot = unique_ascending(np.concatenate((self.slot, grid)))
-        run = self.slot.searchsorted(slot, side="right") - 1
-        begin, end = slot - self.slot[run], np.append(slot[1:], self.length.sum()) - self.slot[run]
-        low = self.first[run] + self.first_step[run] * begin
-        high = self.last[run] + self.last_step[run] * (end - 1) + 1
-        # Keys that are seen before each stretch of slots, from its tile's start, and in the tile.
-        seen = np.append(0, np.cumsum(np.maximum(high - low, 0)))
-        of_tile = slot.searchsorted(grid)
-        first = np.repeat(of_tile, np.diff(of_tile, append=len(slot)))
-        last = np.repeat(np.append(of_tile[1:], len(slot)), np.diff(of_tile, append=len(slot)))
-        before, after = seen[:-1] - seen[first], seen[last] - seen[:-1]
-        passed = slot - slot[first]
-        length = np.append(slot, self.length.sum())[last] - slot[first]
-        spared = passed * after + (length - passed) * before
-        apart = np.append(False, (low[1:] >= high[:-1]) | (high[1:] <= low[:-1]))
-        worth = (apart & (passed > 0) & (spared > tile * tile)).nonzero()[0]
+        low, high = self.first, self.end_last + 1
+        inner = (self.slot % tile > 0).nonzero()[0]
+        apart = (low[inner] >= high[inner - 1]) | (high[inner] <= low[inner - 1])
+        inner = inner[apart]
+        slot, of_tile = self.slot[inner], self.slot[inner] // tile
+        # Keys that are seen in the tile before each of the slots, and from there on.
+        seen = sums_before(np.maximum(high - low, 0))
+        at = np.concatenate((self.slot.searchsorted(grid), [len(self.slot)]))
+        before, after = seen[inner] - seen[at[of_tile]], seen[at[of_tile + 1]] - seen[inner]
+        passed = slot - grid[of_tile]
+        left = np.minimum(tile, self.stop[-1] - grid[of_tile]) - passed
+        spared = passed * after + left * before
+        worth = (spared > tile * tile).nonzero()[0]
         borders: Ints = slot[worth[(-spared[worth]).argsort(kind="stable")]]
         return borders
 
-    def tiles(self, bounds: Ints) -> TileLimits:
-        """Of tiles of neighbouring slots that start and end there; empty ones at the end."""
-        shard_len = int(self.length.sum())
-        starts = bounds[: bounds.searchsorted(shard_len)]
-        slot = unique_ascending(np.concatenate((self.slot, starts)))
-        run = self.slot.searchsorted(slot, side="right") - 1
-        begin = slot - self.slot[run]
-        end = stops_of(slot, shard_len) - 1 - self.slot[run]
-        first, last = self.first[run], self.last[run]
-        first_step, last_step = self.first_step[run], self.last_step[run]
-        sees, beyond = last >= first, np.iinfo(np.int64).max
-        each = slot.searchsorted(starts)
-        low = np.where(sees, first + first_step * begin, beyond)
-        high = np.where(sees, last + last_step * end, -1)
-        empty = len(bounds) - 1 - len(starts)
-        limits = (
-            (np.minimum.reduceat(low, each), beyond),
-            (np.maximum.reduceat(high, each), -1),
-            (np.maximum.reduceat(first + first_step * end, each), -1),
-            (np.minimum.reduceat(last + last_step * begin, each), -1),
-            (np.logical_and.reduceat(sees, each), False),
-        )
-        return TileLimits(*(np.append(x, np.full(empty, rest, x.dtype)) for x, rest in limits))
+    def tiles(self, start: Ints, bounds: Ints) -> Tiles:
+        """Of tiles that start there, and of empty ones up to the last of the bounds."""
+        each, count = self.slot.searchsorted(start), len(start)
+        beyond = np.iinfo(np.int64).max
+        ends = np.zeros((4, len(bounds) - 1), dtype=np.int64)
+        ends[0, count:] = beyond
+        np.minimum.reduceat(np.where(self.sees, self.first, beyond), each, out=ends[0, :count])
+        high = np.where(self.sees, self.end_last + 1, 0)
+        np.maximum.reduceat(high, each, out=ends[1, :count])
+        np.maximum.reduceat(self.end_first, each, out=ends[2, :count])
+        np.minimum.reduceat(self.last + 1, each, out=ends[3, :count])
+        all_see = np.zeros(len(bounds) - 1, dtype=bool)
+        np.logical_and.reduceat(self.sees, each, out=all_see[:count])
+        return Tiles(bounds, ends, all_see)

@@ -22,7 +22,7 @@ from torch import Tensor
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_ints, check_tensor
 from dtcp.sequence.interval_runs import check_intervals
 from dtcp.sequence.partition import Ints
-from dtcp.sequence.slot_runs import SlotRuns, TileLimits
+from dtcp.sequence.slot_runs import SlotRuns, Tiles
 
 TILE = 128
 UNUSED = -1  # the token index of a slot that holds no key
@@ -55,10 +55,7 @@ def block_ranges(
             "Keys are lined up by ascending token index and then UNUSED, got indices that descend, "
             "repeat or follow UNUSED: use a layout whose shards ascend."
         )
-    limits, line = _limits(first_key, last_key, tile), keys.numpy()
-    length = first_key.shape[1]
-    bounds = np.minimum(np.arange(-(-length // tile) + 1) * tile, length)
-    return _ranges(limits, line.searchsorted, bounds)
+    return _ranges(_tiles(first_key, last_key, tile), keys.numpy().searchsorted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,57 +123,50 @@ def block_ranges_of_parts(rows: Sequence[SlotRuns], keys: KeyLine, *, tile: int 
     Returns:
         [parts, B, tiles, 6] int64; the last tiles may be empty.
     """
-    bounds = [row.tile_bounds(tile) for row in rows]
-    by_row = zip(*(row.tiles(ends) for row, ends in zip(rows, bounds, strict=True)), strict=True)
-    limits = TileLimits(*map(np.stack, by_row))
+    by_row = [row.tiles(tile) for row in rows]
+    bounds, all_see = (
+        np.stack(x) for x in zip(*((t.bounds, t.all_see) for t in by_row), strict=True)
+    )
+    ends = np.stack([tiles.ends for tiles in by_row], axis=1)
     parts = np.arange(keys.parts).reshape(-1, 1, 1, 1)
 
     def before(tokens: Ints) -> Ints:
-        return np.moveaxis(keys.before(parts, tokens), 1, 0)
+        return keys.before(parts, tokens).swapaxes(0, 1)
 
-    return _ranges(limits, before, np.stack(bounds))
+    return _ranges(Tiles(bounds, ends, all_see), before)
 
 
-def _limits(first_key: Tensor, last_key: Tensor, tile: int) -> TileLimits:
-    """Of rows of queries that are given one by one: each [B, tiles]."""
+def _tiles(first_key: Tensor, last_key: Tensor, tile: int) -> Tiles:
+    """Of rows of queries that are given one by one: as of `SlotRuns`, with B before tiles."""
     length = first_key.shape[1]
     tiles = -(-length // tile)
     first, last = (_tiled(x.to(torch.int64), tiles, tile) for x in (first_key, last_key))
     real = (torch.arange(tiles * tile) < length).view(tiles, tile)
     blind, beyond = (last < first) | ~real, torch.iinfo(torch.int64).max
-    limits = (
+    ends = (
         first.masked_fill(blind, beyond).amin(-1),
-        last.masked_fill(blind, -1).amax(-1),
+        last.masked_fill(blind, -1).amax(-1) + 1,
         first.masked_fill(~real, -1).amax(-1),
-        last.masked_fill(~real, beyond).amin(-1),
-        ~(blind & real).any(-1),
+        last.masked_fill(~real, beyond).amin(-1) + 1,
     )
-    return TileLimits(*(x.numpy() for x in limits))
+    bounds = np.minimum(np.arange(tiles + 1) * tile, length)
+    return Tiles(bounds, torch.stack(ends).numpy(), (~(blind & real).any(-1)).numpy())
 
 
-def _ranges(limits: TileLimits, before: Callable[[Ints], Ints], bounds: Ints) -> Tensor:
+def _ranges(tiles: Tiles, before: Callable[[Ints], Ints]) -> Tensor:
     """From how many keys come before a token: [B, tiles, 6], with a dim before it if that has.
 
     Args:
-        limits: each [B, tiles].
         before: of tokens [4, B, tiles].
-        bounds: [tiles + 1] or [B, tiles + 1], where tiles of queries start and end.
     """
-    ends = np.stack((limits.low, limits.high, limits.inner_low, limits.inner_high))
-    ends[1::2] += 1
-    key_start, key_stop, full_start, full_stop = before(ends)
-    full = limits.all_see & (full_start < full_stop)
-    columns = (
-        bounds[..., :-1],
-        bounds[..., 1:],
-        key_start,
-        np.where(full, full_start, key_start),
-        np.where(full, full_stop, key_start),
-        np.maximum(key_stop, key_start),
-    )
-    ranges = np.empty((*key_start.shape, len(columns)), dtype=np.int64)
-    for index, column in enumerate(columns):
-        ranges[..., index] = column
+    key_start, key_stop, full_start, full_stop = before(tiles.ends)
+    full = tiles.all_see & (full_start < full_stop)
+    ranges = np.empty((*key_start.shape, 6), dtype=np.int64)
+    ranges[..., 0], ranges[..., 1] = tiles.bounds[..., :-1], tiles.bounds[..., 1:]
+    ranges[..., 2] = key_start
+    ranges[..., 3] = np.where(full, full_start, key_start)
+    ranges[..., 4] = np.where(full, full_stop, key_start)
+    ranges[..., 5] = np.maximum(key_stop, key_start)
     return torch.from_numpy(ranges)
 
 
