@@ -469,6 +469,17 @@ def test_no_two_public_definitions_share_a_name():
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
+def test_public_definitions_say_what_they_are():
+    silent = [
+        f"{file.place(node)} {node.name}"
+        for file in files(*CODE, "train.py")
+        for node in file.tree.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+        and not (node.name.startswith("_") or ast.get_docstring(node))
+    ]
+    assert silent == []
+
+
 OLD_NAMES = re.compile(
     "make_"
     "tables|table_"

@@ -11,19 +11,23 @@ from dtcp.distributed.moves import Moved
 
 
 def all_gather_moves(x: Tensor, dim: int, group: str) -> Moved:
+    """x goes to each other rank."""
     return Moved.alike(x.numel() * x.element_size(), *_place(group))
 
 
 def reduce_scatter_moves(x: Tensor, dim: int, group: str) -> Moved:
+    """The n-th part of x goes to each other rank; all of x is laid in order first."""
     n, rank = _place(group)
     return Moved.alike(x.numel() // n * x.element_size(), n, rank, workspace=_bytes(x))
 
 
 def all_to_all_moves(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Moved:
+    """Rows of x, so many to and from each rank."""
     return Moved.rows(send, receive, token_width(x, 0) * x.element_size(), _place(group)[1])
 
 
 def ring_shift_moves(x: Tensor, by: int, group: str) -> Moved:
+    """x goes to the rank `by` places on."""
     n, rank = _place(group)
     sent, received = ([int(peer == (rank + way) % n) for peer in range(n)] for way in (by, -by))
     return Moved.rows(sent, received, _bytes(x), rank)
@@ -32,6 +36,7 @@ def ring_shift_moves(x: Tensor, by: int, group: str) -> Moved:
 def exchange_moves(
     x: Tensor, dim: int, length: int, send: Sequence[int], receive: Sequence[int], group: str
 ) -> Moved:
+    """Tokens of x along dim, as the hops of both sides say; packed before they leave."""
     n, rank = _place(group)
     size = token_width(x, dim) * x.element_size()
     sent, received = (tokens_by_rank(x_hops, n) for x_hops in (send, receive))
@@ -40,6 +45,7 @@ def exchange_moves(
 
 
 def hops(numbers: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(rank, start, stop) of each, of numbers behind one another."""
     return list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
 
 

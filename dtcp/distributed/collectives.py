@@ -350,6 +350,7 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
+    """In which gradients of several ranks are summed: fp32 for halves."""
     return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 

@@ -13,6 +13,7 @@ COUNT = 8
 def counts_moves(
     index: Tensor, faults: Tensor, num_experts: int, group: str, shared_by: str, refuse: bool
 ) -> Moved:
+    """Counts of rows for the experts of each other rank, and what is wrong."""
     n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
     # A number for each expert of the other rank, and what is wrong.
     return Moved.alike((num_experts // n + faults.shape[0]) * COUNT, n, rank)
@@ -21,11 +22,13 @@ def counts_moves(
 def token_moves(
     x: Tensor, order: Tensor, place: Tensor, counts: Tensor, per_token: int, group: str
 ) -> Moved:
+    """Tokens on their way to experts: rows by rank, as `counts` [2, n] of the host has them."""
     send, receive = counts.tolist()
     return moved_rows(x, send, receive, group)
 
 
 def result_moves(rows: Tensor, order: Tensor, place: Tensor, counts: Tensor, group: str) -> Moved:
+    """Results on their way home: the way of `token_moves` back."""
     send, receive = counts.tolist()
     return moved_rows(rows, receive, send, group)
 

@@ -27,6 +27,7 @@ def causal_conv1d_fn(
     attn_metadata: Any,
     **_: Any,
 ) -> Tensor:
+    """As the kernel of that name, by the layer's mixer: hidden_states [B, C, L] -> [B, C, L]."""
     layer, metadata = attn_metadata
     x, weight = as_autocast_casts(hidden_states.transpose(1, 2), weight)
     out = layer.get_submodule(CONV)(x, weight, metadata, bias=bias)

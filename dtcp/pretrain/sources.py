@@ -29,6 +29,8 @@ NOT_THE_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "encodings
 
 
 class Source(Protocol):
+    """Where documents come from: the same ones, in the same order, under one fingerprint."""
+
     def documents(self, epoch: int) -> Iterator[Document]:
         """Every document of the source once, in this epoch's order."""
 

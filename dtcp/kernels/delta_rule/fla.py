@@ -258,10 +258,12 @@ def whole_chunks(x: Tensor) -> Tensor:
 
 
 def one_row(x: Tensor) -> Tensor:
+    """[R, T, ...] -> [1, R * T, ...], contiguous."""
     return x.contiguous().flatten(0, 1)[None]
 
 
 def empty_summary(chunks: PreparedChunks) -> Tensor:
+    """[R, H, K, V + K] fp32 zeros, where fla's kernels write [b | M]."""
     rows, _, heads, key_dim = chunks.w.shape
     return chunks.u.new_zeros(
         rows, heads, key_dim, key_dim + chunks.u.shape[-1], dtype=torch.float32

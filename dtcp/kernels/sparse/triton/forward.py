@@ -99,6 +99,7 @@ def load_channels(x, offsets, mask, shape: tl.constexpr):
 
 @triton.jit
 def store_channels(x, offsets, values, mask, shape: tl.constexpr):
+    """Write values [len(offsets), channels] at x + offsets, but where masked."""
     c = tl.arange(0, shape.channels)
     mask = mask[:, None] & (c < shape.dim)[None, :]
     tl.store(x + offsets[:, None] + c[None, :], values.to(x.dtype.element_ty), mask=mask)
@@ -106,6 +107,7 @@ def store_channels(x, offsets, values, mask, shape: tl.constexpr):
 
 @triton.jit
 def load_rows(x, rows, shape: tl.constexpr):
+    """The channels of a block of rows of x [B, L, H, D]: [rows, channels]."""
     start = rows.batch * x.strides[0] + rows.query * x.strides[1] + rows.head * x.strides[2]
     offsets = rows.query_offset * x.strides[1] + rows.head_offset * x.strides[2]
     return load_channels(x.pointer + start, offsets, rows.real, shape)
