@@ -96,8 +96,10 @@ class BlockRuns(NamedTuple):
         """Those of `vision_blocks` of a row."""
         start, numbers = types.starts[row], types.types[row].numpy()
         stop = stops_of(start, len(numbers))
-        vision = np.isin(numbers[start], VISION)
-        before, after = np.append(False, vision[:-1]), np.append(vision[1:], False)
+        kind = numbers[start]
+        vision = (kind == VISION[0]) | (kind == VISION[1])
+        before, after = np.zeros_like(vision), np.zeros_like(vision)
+        before[1:], after[:-1] = vision[:-1], vision[1:]
         runs, _ = cls(start[vision & ~before], stop[vision & ~after])._cut(bounds)
         return runs
 

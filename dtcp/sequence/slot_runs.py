@@ -55,7 +55,7 @@ class SlotRuns:
         run = runs.start.searchsorted(token, side="right") - 1
         after = token - runs.start[run]
         first_step, last_step = runs.first_step[run], runs.last_step[run]
-        length = np.diff(slot, append=int((stop - start).sum()))
+        length = stops_of(slot, int((stop - start).sum())) - slot
         first, last = runs.first[run] + first_step * after, runs.last[run] + last_step * after
         return cls(slot, length, first, first_step, last, last_step)
 

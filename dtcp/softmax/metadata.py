@@ -165,10 +165,10 @@ def all_gather_metadata(
     by_rank = np.arange(n)
     sent, received = hops.sent.sorted_by(by_rank), hops.received.sorted_by(by_rank)
     onward, arriving = hops.onward.sorted_by(by_rank), hops.arriving.sorted_by(by_rank)
-    lengths = np.append(received.stop - received.start, arriving.stop - arriving.start)
+    lengths = np.concatenate((received.stop - received.start, arriving.stop - arriving.start))
     starts = np.concatenate((hops.own_tokens.start, received.start, arriving.start))
     stops = np.concatenate((hops.own_tokens.stop, received.stop, arriving.stop))
-    places = np.append(hops.own_slots, local_len + np.cumsum(lengths) - lengths)
+    places = np.concatenate((hops.own_slots, local_len + lengths.cumsum() - lengths))
     by_token = starts.argsort()
     starts, stops, places = starts[by_token], stops[by_token], places[by_token]
     rows, first, last = local_runs(layout, rank, intervals)
@@ -179,7 +179,7 @@ def all_gather_metadata(
         first,
         last,
         sent.expanded(room=seq_len - local_len),
-        torch.from_numpy(np.stack((sent.counts(n), received.counts(n)))),
+        torch.from_numpy(np.array((sent.counts(n), received.counts(n)))),
         torch.from_numpy(expand_tokens(places, stops - starts, room=capacity)),
         torch.from_numpy(expand_tokens(starts, stops - starts, room=capacity))[None],
         ranges,
@@ -187,7 +187,7 @@ def all_gather_metadata(
         query_token_index=torch.from_numpy(layout.partition.tokens(rank)),
         onward=_places(onward, received, hops.room),
         onward_counts=torch.from_numpy(
-            np.stack((onward.counts(n), arriving.counts(n)))[:, : n if hops.room else 0]
+            np.array((onward.counts(n), arriving.counts(n)))[:, : n if hops.room else 0]
         ),
     )
 
@@ -218,10 +218,10 @@ def ring_metadata(
     ahead, back = (np.arange(n) - rank) % n, (rank - np.arange(n)) % n
     sent = required.send_slots.sorted_by(ahead)
     received = required.receive_tokens.sorted_by(back)
-    starts = np.append(required.own_tokens.start, received.start)
-    stops = np.append(required.own_tokens.stop, received.stop)
-    step = np.append(np.zeros_like(required.own_slots), back[received.peer])
-    counts = np.stack((sent.counts(n)[ahead.argsort()], received.counts(n)[back.argsort()]))
+    starts = np.concatenate((required.own_tokens.start, received.start))
+    stops = np.concatenate((required.own_tokens.stop, received.stop))
+    step = np.concatenate((np.zeros_like(required.own_slots), back[received.peer]))
+    counts = np.array((sent.counts(n)[ahead.argsort()], received.counts(n)[back.argsort()]))
     rows, first, last = local_runs(layout, rank, intervals)
     tokens = expand_tokens(starts, stops - starts)
     keys = KeyLine(step, starts, stops, n)

@@ -1,6 +1,7 @@
 """What rotary angles are counted by, at some tokens of whole rows: nothing as long as a row."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -12,6 +13,7 @@ from dtcp.mixer import rotated_positions
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.partition import stops_of
 from dtcp.sequence.row_layouts import RowLayouts
 
 
@@ -47,7 +49,8 @@ class TokenPositions:
             out[:] = lines.numpy()[:, tokens]
             return out
         for row, start in zip(out, self._starts(in_line=in_line), strict=True):
-            count = np.diff(tokens.searchsorted(start), append=len(tokens))
+            at = tokens.searchsorted(start)
+            count = stops_of(at, len(tokens)) - at
             np.subtract(tokens, start.repeat(count), out=row)
         return out
 
@@ -72,8 +75,13 @@ class TokenPositions:
     def _starts(self, *, in_line: bool) -> list[NDArray[np.int32]]:
         """Where documents start, and padding, in each row or on the line of all of them."""
         assert self.documents is not None
-        starts = [np.cumsum([0, *lengths], dtype=np.int32) for lengths in self.documents.lengths]
         if not in_line:
-            return starts
+            return self._row_starts
         seq_len = self.documents.seq_len
-        return [np.concatenate([x + np.int32(row * seq_len) for row, x in enumerate(starts)])]
+        rows = enumerate(self._row_starts)
+        return [np.concatenate([x + np.int32(row * seq_len) for row, x in rows])]
+
+    @cached_property
+    def _row_starts(self) -> list[NDArray[np.int32]]:
+        assert self.documents is not None
+        return [np.cumsum([0, *lengths], dtype=np.int32) for lengths in self.documents.lengths]

@@ -76,18 +76,23 @@ class KeyLine:
 
     def before(self, part: Ints, token: Ints) -> Ints:
         """How many keys of a part come before a token; both of one shape, or broadcast to it."""
-        line, width = self._line, self._width
-        at = part * width + np.minimum(token, width - 1)
+        line, at = self._line, self.place(part, token)
         # Among all keys; of the parts before this one none is missing.
-        run = np.searchsorted(line, at, side="right") - 1
+        run = line.searchsorted(at, side="right") - 1
         some = np.minimum(at - line[run], self._length[run])
         count: Ints = self._total[run] + some - self._of_part[part]
         return count
 
-    def bounds(self, part: Ints, token: Ints) -> tuple[Ints, Ints]:
-        """Where runs of keys start and end on a line of all parts, and where tokens lie on it."""
-        ends = np.stack((self.start, self.stop), axis=1) + self.part[:, None] * self._width
-        return ends.flatten(), part * self._width + np.minimum(token, self._width - 1)
+    def place(self, part: Ints, token: Ints) -> Ints:
+        """Where tokens of a part lie on a line of all parts."""
+        place: Ints = part * self._width + np.minimum(token, self._width - 1)
+        return place
+
+    @cached_property
+    def bounds(self) -> Ints:
+        """Where runs of keys start and end on that line: [2 R]."""
+        ends = np.array((self.start, self.stop)) + self.part * self._width
+        return ends.T.flatten()
 
     # What follows starts with a run of no keys, before all others.
 
@@ -97,22 +102,21 @@ class KeyLine:
 
     @cached_property
     def _line(self) -> Ints:
-        return np.append(-1, self.part * self._width + self.start)
+        return np.concatenate(([-1], self.part * self._width + self.start))
 
     @cached_property
     def _length(self) -> Ints:
-        return np.append(0, self.stop - self.start)
+        return np.concatenate(([0], self.stop - self.start))
 
     @cached_property
     def _total(self) -> Ints:
         """Keys of all parts before each run."""
-        return np.cumsum(self._length) - self._length
+        return self._length.cumsum() - self._length
 
     @cached_property
     def _of_part(self) -> Ints:
         """Keys before each part."""
-        first = np.searchsorted(self.part, np.arange(self.parts))
-        return np.cumsum(self._length)[first]
+        return self._length.cumsum()[self.part.searchsorted(np.arange(self.parts))]
 
 
 def block_ranges_of_parts(rows: Sequence[SlotRuns], keys: KeyLine, *, tile: int = TILE) -> Tensor:

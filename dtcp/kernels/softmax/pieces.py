@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dtcp.kernels.softmax.block_ranges import UNUSED, KeyLine
 from dtcp.sequence.interval_runs import KeyIntervals
-from dtcp.sequence.partition import Ints, expand, unique_ascending
+from dtcp.sequence.partition import Ints, expand, starts_of_groups, stops_of, unique_ascending
 from dtcp.sequence.slot_runs import SlotRuns
 
 UNLIMITED = 1 << 40
@@ -95,7 +95,7 @@ def pieces_of_parts(rows: Sequence[SlotRuns], keys: KeyLine, *, tiles: int) -> T
     part = pieces[:, -1]
     room, count = max(tiles, MOST_PIECES), np.bincount(part, minlength=keys.parts)
     table = np.zeros((keys.parts, room, _WIDTH), dtype=np.int64)
-    place = np.arange(len(part)) - (np.cumsum(count) - count)[part]
+    place = np.arange(len(part)) - (count.cumsum() - count)[part]
     fits = count[part] <= room
     table[part[fits], place[fits]] = pieces[fits, :-1]
     table[count > room, 0, 0] = count[count > room]
@@ -127,8 +127,8 @@ class _Lines(NamedTuple):
 
     def at(self, place: Ints) -> "_Lines":
         """Each query at these places, where all of them are lined up."""
-        before = np.cumsum(self.length) - self.length
-        line = np.searchsorted(before, place, side="right") - 1
+        before = self.length.cumsum() - self.length
+        line = before.searchsorted(place, side="right") - 1
         group, query, _, begin, begin_step, stop, stop_step = (x[line] for x in self)
         after = place - before[line]
         begin, stop = begin + begin_step * after, stop + stop_step * after
@@ -137,12 +137,12 @@ class _Lines(NamedTuple):
 
 def _lines(rows: Sequence[SlotRuns], keys: KeyLine) -> _Lines:
     """All that any query sees of any part, cut where keys are missing between others."""
-    row = np.repeat(np.arange(len(rows)), [len(each.slot) for each in rows])
+    row = np.arange(len(rows)).repeat([len(each.slot) for each in rows])
     columns = zip(*(vars(each).values() for each in rows), strict=True)
     slot, length, first, first_step, last, last_step = (np.concatenate(x) for x in columns)
     parts = unique_ascending(keys.part)
     most = last + last_step * (length - 1)
-    before = keys.before(parts[:, None, None], np.stack((first, most + 1)))
+    before = keys.before(parts[:, None, None], np.array((first, most + 1)))
     some = before[:, 0] < before[:, 1]
     part, run = (some & (last >= first)).nonzero()
     part = parts[part]
@@ -150,14 +150,14 @@ def _lines(rows: Sequence[SlotRuns], keys: KeyLine) -> _Lines:
         x[run] for x in (row, slot, length, first, first_step, last, last_step)
     )
     pair, after = _cuts(keys, part, length, (first, first_step), (last + 1, last_step))
-    end = np.append(after[1:], 0)[: len(pair)]
-    end[np.append(pair[1:] != pair[:-1], True)[: len(pair)]] = length
+    end = stops_of(after, 0)
+    end[stops_of(starts_of_groups(pair), len(pair)) - 1] = length
     part, row, slot, first, first_step, last, last_step = (
         x[pair] for x in (part, row, slot, first, first_step, last, last_step)
     )
     first, last = first + first_step * after, last + last_step * after
     ends = first, last + 1, first + first_step, last + 1 + last_step
-    begin, stop, begin_step, stop_step = keys.before(part, np.stack(ends))
+    begin, stop, begin_step, stop_step = keys.before(part, np.array(ends))
     begin_step, stop_step = begin_step - begin, stop_step - stop
     # Where one end meets the other, queries before or behind it see nothing.
     seen, length = stop - begin, end - after
@@ -178,12 +178,12 @@ def _cuts(keys: KeyLine, part: Ints, length: Ints, *ends: tuple[Ints, Ints]) -> 
     pairs = np.arange(len(part))
     found_pair, found_after = [pairs], [0 * pairs]
     for token, step in ends:
-        bounds, at = keys.bounds(part, token)
-        low = np.searchsorted(bounds, at, side="right")
-        high = np.searchsorted(bounds, at + step * (length - 1), side="right")
-        pair = np.repeat(pairs, high - low)
+        at = keys.place(part, token)
+        low = keys.bounds.searchsorted(at, side="right")
+        high = keys.bounds.searchsorted(at + step * (length - 1), side="right")
+        pair = pairs.repeat(high - low)
         found_pair.append(pair)
-        found_after.append(bounds[expand(low, high - low)] - at[pair])
+        found_after.append(keys.bounds[expand(low, high - low)] - at[pair])
     longest = int(length.max(initial=0)) + 1
     cut = unique_ascending(np.concatenate(found_pair) * longest + np.concatenate(found_after))
     return cut // longest, cut % longest
@@ -194,8 +194,8 @@ def _table(lines: _Lines, rows: int) -> Ints:
     total = int(lines.length.sum())
     if not total:
         return np.zeros((0, _WIDTH + 1), dtype=np.int64)
-    ends = np.array(_breaks(lines), dtype=np.int64)
-    low, high = np.append(0, ends), np.append(ends, total)
+    low = np.array([0, *_breaks(lines)], dtype=np.int64)
+    high = stops_of(low, total)
     first, last = lines.at(low), lines.at(high - 1)
     # Documents of one token, each a piece that fits a window of any size.
     length = high - low
@@ -203,7 +203,7 @@ def _table(lines: _Lines, rows: int) -> Ints:
     alone = diagonal & (first.stop == first.begin + 1) & (length > 1) & (length <= MOST_ALONE)
     count = np.where(alone, length, 1)
     after = expand(0 * count, count)
-    piece = np.repeat(np.arange(len(count)), count)
+    piece = np.arange(len(count)).repeat(count)
     left, moved = last.stop - 1 - last.begin, last.stop - first.stop
     # The queries after the last step of `stop` stand still.
     still = length - 1 - moved
@@ -222,7 +222,7 @@ def _table(lines: _Lines, rows: int) -> Ints:
     moved_on = np.where(alone[piece], after, 0)
     q_start, q_stop, k_start, k_stop = (x[piece] + moved_on for x in spans)
     columns = (row[piece], q_start, q_stop, k_start, k_stop, *(x[piece] for x in windows))
-    return np.stack((*columns, part[piece]), axis=1)
+    return np.array((*columns, part[piece])).T
 
 
 def _breaks(lines: _Lines) -> list[int]:
@@ -237,9 +237,10 @@ def _breaks(lines: _Lines) -> list[int]:
     joined = (before.group == after.group) & (before.query + before.length == after.query)
     joined &= (ahead >= 0) & (ahead <= 1) & (past >= 0) & (past <= 1)
     # From query to query: inside a line, then to the next one.
-    values = np.stack((2 * lines.begin_step + lines.stop_step, 0 * lines.begin), axis=1)
-    values[:-1, 1] = np.where(joined, 2 * ahead + past, -1)
-    counts = np.stack((lines.length - 1, 0 * lines.length + 1), axis=1)
+    between = np.zeros_like(lines.begin)
+    between[:-1] = np.where(joined, 2 * ahead + past, -1)
+    values = np.array((2 * lines.begin_step + lines.stop_step, between)).T
+    counts = np.array((lines.length - 1, np.ones_like(lines.length))).T
     breaks: list[int] = []
     gap, start, moved, stood = 0, 0, False, False
     pairs = zip(values.flatten()[:-1].tolist(), counts.flatten()[:-1].tolist(), strict=True)
