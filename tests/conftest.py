@@ -1,5 +1,7 @@
 """Order, seeds and the end of the rank pool."""
 
+import gc
+
 import pytest
 import torch
 
@@ -33,7 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Refuse a pytest in which pytest-xdist's groups are lost without a word, as in 9.2.0."""
+    """Refuse a pytest in which pytest-xdist's groups are lost without a word, as in 9.2.0.
+
+    Then let collectors pass over all that was imported and collected.
+    """
     grouped = getattr(session.config.option, "loadgroup", False)
     lost = [item for item in session.items if not ranks_of(item) and "@" not in item.nodeid]
     if grouped and lost:
@@ -41,6 +46,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             f"Files go to workers as wholes, got {lost[0].nodeid} without its group: install "
             f"constraints.txt's pytest and pytest-xdist."
         )
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish() -> None:

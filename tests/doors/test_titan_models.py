@@ -56,11 +56,17 @@ def test_an_adopted_model_on_two_ranks_computes_what_one_does(mesh, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("style", [AllGatherAttention(), UlyssesAttention()], ids=["C1-a", "C1-u"])
 @pytest.mark.parametrize("name", MODELS)
-@spmd(ranks=(2, 4))
-def test_an_adopted_model_on_ranks_computes_what_one_does(mesh, ranks, name, style):
-    check_on_ranks(mesh, name, style)
+@spmd(ranks=2)
+def test_an_adopted_model_by_all_gather_computes_what_one_does(mesh, name):
+    check_on_ranks(mesh, name, AllGatherAttention())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@spmd(ranks=4)
+def test_an_adopted_model_by_ulysses_computes_what_one_does(mesh, name):
+    check_on_ranks(mesh, name, UlyssesAttention())
 
 
 def check_on_ranks(mesh, name, style):

@@ -94,13 +94,13 @@ def test_qwen3_5_experts_on_their_own_ranks_equal_transformers(truth, cell):
 DEEPSEEK = [
     (Degrees(cp=2, ep=2), HeadTail, KEEP_ALL, None),
     (Degrees(dp_shard=2, cp=2, ep=4), Contiguous, FullCheckpoint(), None),
-    (Degrees(cp=2, tp=2, ep=2), HeadTail, SelectiveCheckpoint(), GRAPHS),
+    (Degrees(cp=2, ep=2), HeadTail, SelectiveCheckpoint(), GRAPHS),
     (Degrees(tp=2, ep=2), HeadTail, KEEP_ALL, None),
     (Degrees(cp=2, tp=2, ep=2, etp=2), HeadTail, KEEP_ALL, None),
 ]
 
 
-@pytest.mark.slow_where(lambda degrees, **_: degrees != DEEPSEEK[0][0])
+@pytest.mark.slow_where(lambda degrees, compile, **_: compile or degrees != DEEPSEEK[0][0])
 @pytest.mark.parametrize(("degrees", "layout", "checkpoint", "compile"), DEEPSEEK)
 def test_deepseek_v4_experts_on_their_own_ranks_equal_the_published_model(
     degrees, layout, checkpoint, compile

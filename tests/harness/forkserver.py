@@ -43,6 +43,7 @@ PRELOAD = (
     "dtcp.models.qwen3_5",
     "dtcp.pretrain.configs",
     "dtcp.pretrain.trainer",
+    "tests.harness.frozen_imports",
 )
 
 _CONTEXT = multiprocessing.get_context("forkserver")

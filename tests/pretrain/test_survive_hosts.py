@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from dtcp.pretrain.progress import Progress
 from dtcp.pretrain.trainer import Trainer
 from tests.harness.patience import Patience, slowness
-from tests.harness.train_run import losses
+from tests.harness.train_run import losses, train
 from tests.harness.two_hosts import Host, Started, missing_for_hosts, two_hosts
 from tests.pretrain.test_train import micro
 
@@ -43,11 +44,16 @@ class Unhurried(Progress):
         time.sleep(0.3)
 
 
-def unhurried() -> Trainer.Config:
+def hurried() -> Trainer.Config:
     config = micro()
     config.training.steps = STEPS
     config.lr_scheduler.total_steps = STEPS
     config.checkpoint.interval, config.validator.enable = 2, False
+    return config
+
+
+def unhurried() -> Trainer.Config:
+    config = hurried()
     config.metrics = Unhurried.Config(log_freq=1, enable_tensorboard=True)
     return config
 
@@ -99,44 +105,31 @@ def errors_of(agent: Started) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(hosts, tmp_path_factory) -> dict[int, float]:
-    """The losses of a run that nothing happens to."""
-    agents = start(hosts, tmp_path_factory.mktemp("undisturbed"))
-    assert [agent.wait(300) for agent in agents] == [0, 0], agents[0].said()
-    return all_losses(agents)
+def undisturbed(tmp_path_factory) -> dict[int, float]:
+    """The losses of a run that nothing happens to, on two ranks of this host."""
+    folder = ("--dump_folder", str(tmp_path_factory.mktemp("undisturbed")))
+    code, output = train(*folder, module="tests.pretrain.test_survive_hosts", config="hurried")
+    assert code == 0, output
+    return losses(output)
 
 
-def rank_0(agents: list[Started]) -> int:
-    """The agent whose rank prints: they are numbered in the order in which they come."""
+def wait_for_step(agents: list[Started], step: int) -> tuple[Started, Started]:
+    """The agent whose rank is 0 and prints, and the other one, once it has printed a step.
+
+    Ranks are numbered in the order in which they come.
+    """
+    patience = Patience(300)
     while True:
         for number, agent in enumerate(agents):
-            if "step     1/" in agent.said():
-                return number
-            assert agent.process.poll() is None, agent.said()
+            if losses(agent.said()).keys() >= {step}:
+                return agent, agents[1 - number]
+            assert agent.process.poll() is None and patience.left(), agent.said()
         time.sleep(0.05)
 
 
-def go_on(hosts, folder: Path, undisturbed: dict[int, float], before: list[Started]) -> None:
-    """A new start ends where the undisturbed run ended."""
-    agents = start(hosts, folder)
-    assert [agent.wait(300) for agent in agents] == [0, 0], agents[0].said()
-    assert "loaded" in agents[0].said() + agents[1].said()
-    assert all_losses([*before, *agents]) == undisturbed
-
-
-def test_survive_E7_E10_an_agent_that_is_killed_takes_its_ranks_along(hosts, undisturbed, tmp_path):
-    """The other host names the rank that was lost, and both go on when they are started again."""
-    agents = start(hosts, tmp_path)
-    first = rank_0(agents)
-    agents[first].wait_for("step     5/")
-    victim = agents[1 - first]
-    (rank,) = ranks_of(victim)
-    victim.process.send_signal(signal.SIGKILL)
-    assert agents[first].wait(60) == 1
-    assert not Path(f"/proc/{rank}").exists()
-    (error,) = errors_of(agents[first])
-    assert re.match(rf"error: rank 1 \(process {rank} on", error)
-    go_on(hosts, tmp_path, undisturbed, agents)
+def loaded(agents: list[Started]) -> list[str]:
+    """The checkpoints that ranks have gone on from."""
+    return [each for a in agents for each in re.findall(r"^loaded .*step-\d+$", a.said(), re.M)]
 
 
 def still_runs(pid: int) -> bool:
@@ -148,54 +141,77 @@ def still_runs(pid: int) -> bool:
     return state not in "ZX"
 
 
-def test_survive_E10_a_cut_cable_ends_the_ranks_of_both_hosts_in_time(hosts, undisturbed, tmp_path):
-    """torchrun's own agents wait up to five minutes for each other, when their ranks have ended."""
-    agents = start(hosts, tmp_path)
-    first = rank_0(agents)
-    agents[first].wait_for("step     5/")
-    ranks = [rank for agent in agents for rank in ranks_of(agent)]
-    hosts[1].ip("link", "set", hosts[1].cable, "down")
+def kill_agent(first: Started, other: Started) -> None:
+    """An agent that is killed takes its ranks along, and the other host names the lost one."""
+    (rank,) = ranks_of(other)
+    other.process.send_signal(signal.SIGKILL)
+    assert first.wait(60) == 1
+    assert not Path(f"/proc/{rank}").exists()
+    (error,) = errors_of(first)
+    assert re.match(rf"error: rank 1 \(process {rank} on", error)
+
+
+def cut_cable(first: Started, other: Started, host: Host) -> None:
+    """The ranks of both hosts end in time.
+
+    torchrun's own agents wait up to five minutes for each other, when their ranks have ended.
+    """
+    ranks = [rank for agent in (first, other) for rank in ranks_of(agent)]
+    host.ip("link", "set", host.cable, "down")
     try:
-        for agent in agents:
+        for agent in (first, other):
             agent.wait_for("\nerror: ", TIMEOUT + 90)
         patience = Patience(30)
         while any(map(still_runs, ranks)):
-            assert patience.left(), [agent.said() for agent in agents]
+            assert patience.left(), [agent.said() for agent in (first, other)]
             time.sleep(0.05)
-        for agent in agents:
+        for agent in (first, other):
             agent.process.kill()
             agent.wait(30)
     finally:
-        hosts[1].ip("link", "set", hosts[1].cable, "up")
+        host.ip("link", "set", host.cable, "up")
     # The ranks' store is with the agent of rank 0.
-    (with_store,), (without,) = errors_of(agents[first]), errors_of(agents[1 - first])
+    (with_store,), (without,) = errors_of(first), errors_of(other)
     assert "error: rank 1 (process" in with_store and "no sign of life any more" in with_store
     assert "is out of reach" in without
-    go_on(hosts, tmp_path, undisturbed, agents)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_survive_E10_two_agents_restart_a_killed_rank(victim, hosts, undisturbed, tmp_path):
-    """By themselves, from the last checkpoint, with the same losses."""
-    agents = start(hosts, tmp_path, restarts=1)
-    agents[rank_0(agents)].wait_for("step     5/")
-    (rank,) = ranks_of(agents[victim])
-    os.kill(rank, signal.SIGKILL)
-    assert [agent.wait(300) for agent in agents] == [0, 0], agents[0].said() + agents[1].said()
-    assert "loaded" in agents[0].said() + agents[1].said()
-    assert all_losses(agents) == undisturbed
-
-
-def test_survive_E10_a_stopped_rank_is_named_and_the_run_goes_on(hosts, undisturbed, tmp_path):
-    agents = start(hosts, tmp_path)
-    first = rank_0(agents)
-    agents[first].wait_for("step     5/")
-    (rank,) = ranks_of(agents[1 - first])
+def stop_rank(first: Started, other: Started) -> None:
+    """A rank that is stopped is named."""
+    (rank,) = ranks_of(other)
     os.kill(rank, signal.SIGSTOP)
-    assert agents[first].wait(TIMEOUT + 90) == 1
-    (error,) = errors_of(agents[first])
+    assert first.wait(TIMEOUT + 90) == 1
+    (error,) = errors_of(first)
     assert re.match(rf"error: rank 1 \(process {rank} on", error)
-    for agent in agents:
+    for agent in (first, other):
         agent.process.send_signal(signal.SIGTERM)
         agent.wait(120)
-    go_on(hosts, tmp_path, undisturbed, agents)
+
+
+def test_survive_E7_E10_hosts_that_lose_each_other_go_on_when_started_again(
+    hosts, undisturbed, tmp_path
+):
+    """After an agent was killed, the cable was cut and a rank was stopped, one after another."""
+    before: list[Started] = []
+    events = (kill_agent, partial(cut_cable, host=hosts[1]), stop_rank)
+    for step, happens in zip((3, 8, 13), events, strict=True):
+        agents = start(hosts, tmp_path)
+        happens(*wait_for_step(agents, step))
+        assert len(loaded(agents)) == (step > 3)
+        before += agents
+    agents = start(hosts, tmp_path)
+    assert [agent.wait(300) for agent in agents] == [0, 0], agents[0].said()
+    assert len(loaded(agents)) == 1
+    assert all_losses([*before, *agents]) == undisturbed
+
+
+def test_survive_E10_two_agents_restart_killed_ranks(hosts, undisturbed, tmp_path):
+    """One of each host, by themselves, from the last checkpoint, with the same losses."""
+    agents = start(hosts, tmp_path, restarts=2)
+    for step, victim in zip((5, 10), agents, strict=True):
+        wait_for_step(agents, step)
+        (rank,) = ranks_of(victim)
+        os.kill(rank, signal.SIGKILL)
+    assert [agent.wait(300) for agent in agents] == [0, 0], agents[0].said() + agents[1].said()
+    assert len(loaded(agents)) == 2
+    assert all_losses(agents) == undisturbed

@@ -1,33 +1,42 @@
 """kill -9 of a rank at any moment: what resumes equals what nothing happened to, bit for bit.
 
 A run of two ranks saves every second step. One rank is killed at a random moment (of a fixed seed)
-between its first step and its end; its peer ends by itself, as it does where a machine is gone. The
-next start goes on from what is there, and its last checkpoint is compared with the uninterrupted
-run's by the checksum of every shard: weights, optimizer, schedule and place in the data.
+of every two steps and their save; its peer ends by itself, as it does where a machine is gone. The
+next start goes on from what is there and is killed in the two steps after those, and so on. The
+last start comes to its end, and its last checkpoint is compared with the uninterrupted run's by the
+checksum of every shard: weights, optimizer, schedule and place in the data.
 """
 
 import functools
 import itertools
 import os
 import random
+import re
 import signal
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
+from dtcp.torchtitan import compat as compat
+
 import pytest
 
+from dtcp.pretrain import attempt
 from dtcp.pretrain.manifest import FileRecord, read_manifest
 from dtcp.pretrain.saved_folders import SavedFolders
+from dtcp.pretrain.trainer import Trainer
 from tests.harness import train_run
-from tests.harness.patience import Patience
+from tests.harness.patience import Patience, slowness
 from tests.harness.run_script import forked_ranks
 from tests.pretrain.test_train import micro
 
-STEPS, RANKS = 8, 2
-MOMENTS = {"eager": 20, "compiled": 5}
-"""Of each rank. Compiled ones take twice as long; twenty of these passed once, too."""
+STEPS, RANKS = 10, 2
+EVERY = 2
+"""Steps from save to save, in each of which a rank is killed once."""
+RUNS = {"eager": 4, "compiled": 1}
+"""In which each rank is killed five times. Compiled ones take twice as long; four of these passed
+once, too."""
 COMPILED = ("--compile.enable", "--compile.backend", "aot_eager")
 
 # Saves every second step, and no validation between them.
@@ -38,7 +47,16 @@ SETTINGS = (
     "--metrics.no-enable_tensorboard",
 )
 
-train = partial(train_run.train, module="tests.pretrain.test_train", config=micro.__name__)
+
+def quick() -> Trainer.Config:
+    """Of a rank, which looks for signs of life six times as often on a quiet machine."""
+    attempt.BEAT = 0.3 * slowness()
+    return micro()
+
+
+NAMED = {"module": "tests.pretrain.test_survive_kill", "config": quick.__name__}
+
+train = partial(train_run.train, **NAMED)
 
 
 def shards(folder: Path) -> dict[str, FileRecord]:
@@ -53,26 +71,31 @@ def options(mode: str) -> tuple[str, ...]:
 
 @functools.cache
 def uninterrupted(mode: str) -> tuple[dict[str, FileRecord], float]:
-    """The shards of a run that nothing happens to, and the seconds from first step to last save."""
+    """The shards of a run that nothing happens to, and its seconds from save to save."""
     with tempfile.TemporaryDirectory() as folder:
-        seconds = run_and_kill(Path(folder), mode, rank=0, moment=None)
-        return shards(Path(folder)), seconds
+        seconds, _ = run_and_kill(Path(folder), mode, rank=0, step=1, moment=None)
+        return shards(Path(folder)), seconds * EVERY / STEPS
 
 
-def run_and_kill(folder: Path, mode: str, *, rank: int, moment: float | None) -> float:
-    """Start a run, and kill a rank so many seconds after the first step; None kills none.
+def run_and_kill(
+    folder: Path, mode: str, *, rank: int, step: int, moment: float | None
+) -> tuple[float, str]:
+    """Start a run, and kill a rank so many seconds after a step; None kills none.
 
     Returns:
-        seconds from the first step to the last save, or to the end of the last rank.
+        seconds from the step to the last save, or to the end of the last rank; what was printed.
     """
-    named = ("--module", "tests.pretrain.test_train", "--config", micro.__name__)
+    named = [word for name, value in NAMED.items() for word in (f"--{name}", value)]
     arguments = (*named, *train_run.PATIENT, *options(mode), "--dump_folder", str(folder))
     with tempfile.NamedTemporaryFile() as printed, tempfile.NamedTemporaryFile() as errors:
         files = (printed.name, errors.name)
         with forked_ranks("train.py", arguments, ranks=RANKS, files=files) as processes:
             patience = Patience(120)
-            while b"\nstep " not in Path(printed.name).read_bytes() and patience.left():
+            said = ""
+            while not re.search(rf"^step +{step}/", said, re.M) and patience.left():
+                assert any(process.is_alive() for process in processes), said
                 time.sleep(0.01)
+                said = Path(printed.name).read_text()
             start = end = time.monotonic()
             if moment is not None:
                 time.sleep(moment)
@@ -83,25 +106,29 @@ def run_and_kill(folder: Path, mode: str, *, rank: int, moment: float | None) ->
                     end = time.monotonic()
                 time.sleep(0.01)
             assert patience.left(), Path(errors.name).read_text()
-            return end - start
+            return end - start, Path(printed.name).read_text()
 
 
-def kills() -> list[object]:
-    """Mode, rank and number of a moment."""
-    modes = [itertools.product((mode,), range(RANKS), range(n)) for mode, n in MOMENTS.items()]
+def runs() -> list[object]:
+    """Mode, rank and number of a run."""
+    modes = [itertools.product((mode,), range(RANKS), range(n)) for mode, n in RUNS.items()]
     return [
         pytest.param(*case, id="E3-{}-rank{}-{}".format(*case)) for case in itertools.chain(*modes)
     ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "rank", "number"), kills())
+@pytest.mark.parametrize(("mode", "rank", "number"), runs())
 def test_survive_kill_of_a_rank_at_any_moment(mode, rank, number, tmp_path):
     expected, seconds = uninterrupted(mode)
-    moment = random.Random(f"{mode} {rank} {number}").random() * seconds
-    run_and_kill(tmp_path, mode, rank=rank, moment=moment)
-    reached = SavedFolders(tmp_path / "checkpoint").whole()
-    assert reached == SavedFolders(tmp_path / "checkpoint").steps()
+    moments = random.Random(f"{mode} {rank} {number}")
+    folders, reached = SavedFolders(tmp_path / "checkpoint"), []
+    for step in range(1, STEPS, EVERY):
+        moment = moments.random() * seconds
+        _, said = run_and_kill(tmp_path, mode, rank=rank, step=step, moment=moment)
+        assert not reached or f"step-{reached[-1]}" in said
+        reached = folders.whole()
+        assert reached == folders.steps()
     code, output = train("--dump_folder", str(tmp_path), *options(mode), ranks=RANKS)
     assert code == 0, output
     assert not reached or f"step-{reached[-1]}" in output

@@ -77,30 +77,35 @@ def compiled(mixer, boundary):
     return torch.compile(Block(mixer), backend="aot_eager", fullgraph=whole)
 
 
-@pytest.mark.slow_where(lambda layout, ranks: ranks == 4 and layout is not HeadTail)
 @layouts
-@spmd(ranks=(2, 4))
-def test_attention_equals_one_device(mesh, layout, ranks):
+@spmd(ranks=2)
+def test_attention_equals_one_device(mesh, layout):
     """Documents cut by every border, of one token, rows of padding, rows packed differently.
 
     Under every mask, in balanced layouts too: accelerate 4177 trained windows as full attention,
     and pytorch 141429 crashed on non-causal attention in the default layout.
-
-    On 4 ranks with every other packing: the next mask, and the next style under the same mask,
-    take the others.
     """
-    assert_masks_differ(ranks)
-    for index, (style, mask_case) in enumerate(product(styles(ranks), MASK_CASES)):
-        some = PACKINGS if ranks == 2 else PACKINGS[index % 2 :: 2]
-        assert_equals_one_device_packed(some, mask_case, style, mesh, layout)
-
-
-@pytest.mark.slow
-@layouts
-@spmd(ranks=4)
-def test_attention_on_four_ranks_equals_one_device_with_every_packing(mesh, layout):
-    for style, mask_case in product(styles(4), MASK_CASES):
+    assert_masks_differ(2)
+    for style, mask_case in product(styles(2), MASK_CASES):
         assert_equals_one_device_packed(PACKINGS, mask_case, style, mesh, layout)
+
+
+@pytest.mark.slow_where(lambda layout, packed: packed != "alternately")
+@pytest.mark.parametrize(
+    ("layout", "packed"),
+    [(HeadTail, "alternately"), (HeadTail, "the others")]
+    + [(layout, "each") for layout in LAYOUTS if layout is not HeadTail],
+)
+@spmd(ranks=4)
+def test_attention_on_four_ranks_equals_one_device(mesh, layout, packed):
+    """With every packing; or every other one, of which the next mask, and the next style under the
+    same mask, take the others."""
+    assert_masks_differ(4)
+    for index, (style, mask_case) in enumerate(product(styles(4), MASK_CASES)):
+        some = PACKINGS
+        if packed != "each":
+            some = PACKINGS[(index + (packed == "the others")) % 2 :: 2]
+        assert_equals_one_device_packed(some, mask_case, style, mesh, layout)
 
 
 def assert_equals_one_device_packed(some, mask_case, style, mesh, layout):
@@ -138,7 +143,7 @@ def test_attention_on_odd_ranks_equals_one_device(mesh, layout, ranks):
 @spmd(ranks=(1, 2, 3, 4))
 def test_compiled_attention_equals_one_device(mesh, boundary, ranks):
     """One compiled block a style, for all layouts and two batches."""
-    everywhere = LAYOUTS if ranks in (2, 4) else (HeadTail,)
+    everywhere = {2: LAYOUTS, 4: (HeadTail, BlockBalanced)}.get(ranks, (HeadTail,))
     for style in styles(ranks, boundary=boundary):
         torch._dynamo.reset()
         mixer = mixer_on(mesh, in_tiles(style, TILE), IMAGES_IN_WINDOW.mask)

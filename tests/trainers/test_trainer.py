@@ -56,16 +56,27 @@ def test_trainer_on_two_ranks_trains_saves_and_resumes_as_one_process(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hf_trainer", "trl_sft", "trl_dpo", "trl_lora"])
-def test_trainer_of_an_example_trains_saves_and_resumes_as_one_process(tmp_path, name):
-    run_example(name, tmp_path, ranks=4)
-
-
-@pytest.mark.slow
-def test_trl_reward_trainer_trains_saves_and_resumes_as_one_process(tmp_path):
-    """Whole models, and adapters beside a head of their own."""
-    kinds = ("windows and sinks", "experts", "experts with adapters")
-    run_example("trl_reward", tmp_path, ranks=4, kinds=kinds)
+@pytest.mark.parametrize(
+    ("name", "kinds", "on_four_ranks"),
+    [
+        ("hf_trainer", KINDS, KINDS),
+        ("trl_sft", KINDS, ("experts",)),
+        ("trl_dpo", KINDS, ("windows and sinks",)),
+        ("trl_lora", KINDS, ("windows",)),
+        # Whole models, and adapters beside a head of their own.
+        ("trl_reward", (*KINDS[::3], "experts with adapters"), ("experts with adapters",)),
+    ],
+    ids=["hf_trainer", "trl_sft", "trl_dpo", "trl_lora", "trl_reward"],
+)
+def test_trainer_of_an_example_trains_saves_and_resumes_as_one_process(
+    tmp_path, name, kinds, on_four_ranks
+):
+    """Cp beside tp, and dp beside cp, on four ranks; cp, and dp, on two of the other kinds."""
+    run_example(name, tmp_path, ranks=4, kinds=on_four_ranks)
+    others = tuple(kind for kind in kinds if kind not in on_four_ranks)
+    if others:
+        (tmp_path / "alone.json").unlink()
+        run_example(name, tmp_path, ranks=2, kinds=others)
 
 
 @pytest.mark.slow
