@@ -20,6 +20,7 @@ from dtcp.parallelize import (
     gemma4_plan,
     parallelize,
 )
+from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.softmax import AllGatherAttention, RingAttention
@@ -91,6 +92,13 @@ def test_gemma4_on_cp_ranks_equals_the_published_model(cp, variant):
     """HeadTail on two ranks, Contiguous on three, where a halo comes from two ranks."""
     layout = HeadTail if cp == 2 else Contiguous
     on_ranks(variant, Degrees(cp=cp), layout=layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gemma4_on_balanced_documents_equals_the_published_model(variant):
+    """Rows of different documents, each cut by itself, for windows and global layers together."""
+    on_ranks(variant, Degrees(cp=3), layout=DocumentBalanced)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

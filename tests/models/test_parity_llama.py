@@ -19,6 +19,7 @@ from dtcp.parallelize import (
     llama_plan,
     parallelize,
 )
+from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.style import AttentionStyle
@@ -98,6 +99,12 @@ def test_tied_embedding_stays_tied(mesh, degrees):
 @spmd(ranks=2)
 def test_every_strategy_and_layout_equals_one_device(mesh, attention, layout):
     assert_parity(Degrees(cp=2), attention=attention, layout=layout)
+
+
+@pytest.mark.slow
+@spmd(ranks=3)
+def test_llama_on_balanced_documents_equals_one_device(mesh):
+    assert_parity(Degrees(cp=3), layout=DocumentBalanced)
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)

@@ -36,6 +36,7 @@ from dtcp.recurrent import (
     RelayoutCP,
     ScanStates,
 )
+from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.softmax import (
@@ -186,6 +187,7 @@ CELLS = [
     Cell("experts", Degrees(dp_shard=2, tp=2)),
     Cell("dense", Degrees(cp=2), checkpoint=SelectiveCheckpoint(), compile=GRAPHS),
     Cell("experts", Degrees(cp=3), Contiguous, SCAN, compile=GRAPHS),
+    Cell("experts", Degrees(cp=3), DocumentBalanced),
     Cell("experts", Degrees(cp=2, tp=2), checkpoint=SelectiveCheckpoint(), compile=GRAPHS),
     Cell(
         "dense",
