@@ -22,7 +22,7 @@ from dtcp.sequence.layout import (
     PerDocument,
 )
 from dtcp.sequence.mask_work import MaskWork
-from dtcp.sequence.masks import Causal, SlidingWindow
+from dtcp.sequence.masks import BlockBidirectional, Causal, SlidingWindow
 from dtcp.softmax import RingAttention
 from dtcp.softmax.mixer import CrossAttention, GatherSharedKV, SoftmaxAttention
 from dtcp.softmax.model_masks import masks_of
@@ -288,6 +288,8 @@ def test_work_is_balanced_for_the_masks_of_the_model(mesh):
     window, whole = Causal() & SlidingWindow(8), ParallelMesh.from_device_mesh(mesh)
     masks = [Causal(), window, window]
     model = nn.ModuleList(mixer_on(mesh, RingAttention(), mask) for mask in masks)
+    images = SoftmaxAttention(SlidingWindow(8) & (BlockBidirectional() | Causal()))
+    assert masks_of(images) == {SlidingWindow(8) & Causal(): 1}, "cut where text is"
     balance = masks_of(nn.ModuleList([*model, GatherSharedKV(Causal()), CrossAttention()]))
     assert balance == {Causal(): 1, window: 2}
     batch, documents = {"input_ids": torch.zeros(1, 64)}, Documents(((3, 30, 9, 22),), 64)
