@@ -8,8 +8,9 @@ A mixer reads `attn_metadata`, what the batch brings: made once per batch on the
 each kind of mixer. A model takes it as an argument and hands it through.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
+from itertools import chain
 from types import MethodType
 from typing import Any, NamedTuple, Self
 
@@ -249,7 +250,9 @@ class _Kinds(NamedTuple):
 
     first: tuple[Mixer, ...]
     mixers: tuple[tuple[Mixer, MetadataKey], ...]
-    inside: tuple[tuple[Mapping[str, nn.Module | None], tuple[nn.Module | None, ...]], ...]
+    inside: tuple[Mapping[str, nn.Module | None], ...]
+    children: list[nn.Module | None]
+    counts: list[int]
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -265,8 +268,10 @@ class _Kinds(NamedTuple):
             order = dict.fromkeys(key for _, key in mixers)
             children = [vars(module)["_modules"] for module in modules]
             # The model's own first, whether it has any or not; leaves get none later on.
-            inside = tuple((x, (*x.values(),)) for x in children if x or x is children[0])
-            found = vars(model)[_FOUND] = cls(tuple(first[key] for key in order), mixers, inside)
+            inside = tuple(x for x in children if x or x is children[0])
+            kinds = tuple(first[key] for key in order)
+            found = cls(kinds, mixers, inside, _values(inside), [*map(len, inside)])
+            vars(model)[_FOUND] = found
         return found
 
     def __reduce__(self) -> Any:
@@ -276,10 +281,16 @@ class _Kinds(NamedTuple):
     def hold(self, model: nn.Module) -> bool:
         """Whether it is what a look at all modules would find."""
         return (
-            self.inside[0][0] is vars(model)["_modules"]
-            and all((*own.values(),) == children for own, children in self.inside)
+            self.inside[0] is vars(model)["_modules"]
+            and [*map(len, self.inside)] == self.counts
+            and _values(self.inside) == self.children
             and all(mixer.metadata_key is key for mixer, key in self.mixers)
         )
+
+
+def _values(modules: Iterable[Mapping[str, nn.Module | None]]) -> list[nn.Module | None]:
+    """The children of all of them, in one list: a model has hundreds."""
+    return [*chain.from_iterable(own.values() for own in modules)]
 
 
 _FOUND = "kinds_of_mixers"

@@ -22,6 +22,7 @@ no such proof: where the boundaries come out right, they are as good, and fewer 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -46,6 +47,8 @@ from dtcp.sequence.partition import (
 )
 
 Bools = NDArray[np.bool_]
+BASE = 4
+"""Of the numbers in which the boundaries of ranks are found digit by digit."""
 
 
 @dataclass(frozen=True)
@@ -115,41 +118,15 @@ class _Line(NamedTuple):
     work: Ints  # of the token of each stretch that is lined up first
     step: Ints  # from each token to the one lined up next
 
-    def taken(self, order: Ints) -> "_Line":
-        return _Line(*(x[order] for x in self))
-
     def turned(self) -> "_Line":
         """Each stretch from its last token."""
         last = self.work + self.step * (self.stop - self.start - 1)
         return self._replace(work=last, step=-self.step)
 
-    @property
-    def places(self) -> Ints:
-        """Tokens before each stretch, and all of them: [P + 1]."""
-        return sums_before(self.stop - self.start)
-
     def all_work(self) -> Ints:
         """Of each stretch."""
         length = self.stop - self.start
         return length * self.work + self.step * (length * (length - 1) // 2)
-
-    def work_of_first(self) -> Callable[[Ints], Ints]:
-        """From a number of tokens to the work of so many, the first ones."""
-        places, before = self.places, sums_before(self.all_work())
-        # Of n tokens of a stretch: n * work + step * n * (n - 1) / 2. One stretch of nothing at the
-        # end, so that every number of tokens has a stretch.
-        table = np.zeros((4, len(places)), dtype=np.int64)
-        table[0], table[1] = places, before
-        table[2, :-1], table[3, :-1] = 2 * self.work - self.step, self.step
-
-        def total(tokens: Ints) -> Ints:
-            stretch = places.searchsorted(tokens, side="right") - 1
-            first, done, linear, square = table.take(stretch, axis=1)
-            some = tokens - first
-            out: Ints = done + some * (linear + square * some) // 2
-            return out
-
-        return total
 
 
 def best_pieces(work: WorkRuns, lengths: tuple[int, ...], num_shards: int) -> tuple[Ints, Ints]:
@@ -163,13 +140,12 @@ def best_pieces(work: WorkRuns, lengths: tuple[int, ...], num_shards: int) -> tu
         lengths: of its documents; padding follows them.
     """
     row = RowOfDocuments.of(work, lengths, num_shards)
-    cut = row.length[1:][row.document[1:] == row.document[:-1]]
-    shard_len, before, wholes = row.seq_len // num_shards, 0, [0]
-    for whole in (shard_len // 4, shard_len // 2, shard_len, 2 * shard_len, 4 * shard_len):
-        if (kept := int((cut <= whole).sum())) > before:
-            wholes.append(whole)
-        before = kept
-    return row.best_pieces(wholes)
+    cut = np.sort(row.length[1:][row.document[1:] == row.document[:-1]])
+    shard_len = row.seq_len // num_shards
+    wholes = [shard_len // 4, shard_len // 2, shard_len, 2 * shard_len, 4 * shard_len]
+    kept = [0, *cut.searchsorted(wholes, side="right").tolist()]
+    more = [whole for whole, (a, b) in zip(wholes, pairwise(kept), strict=True) if a < b]
+    return row.best_pieces([0, *more])
 
 
 class RowOfDocuments(NamedTuple):
@@ -203,23 +179,16 @@ class RowOfDocuments(NamedTuple):
         Returns:
             of the way that brings the fewest keys; of equal ones, the first.
         """
-        heavy = self._is_heavy(np.array(wholes))
-        longest_first = np.lexsort((-self.tokens.start, self.document, -self.length))
-        shortest_first = self.length.argsort(kind="stable")
-        of_heavy = _Lines.of(self.tokens, heavy, longest_first)
-        of_heavy = of_heavy._replace(line=of_heavy.line.turned())
-        of_light = _Lines.of(self.tokens, ~heavy, shortest_first)
-        before, done = _heavy_before(of_heavy, of_light, self.total, self.num_shards)
+        lines = self._lines(self._is_heavy(np.array(wholes)))
+        before, done = lines.heavy_before(self.total, self.num_shards)
         rest = np.arange(self.num_shards + 1) * (self.seq_len // self.num_shards) - before
-        good = self._is_even(done) & (np.diff(before) >= 0) & (np.diff(rest) >= 0)
+        parts = np.stack((before, rest))
+        growing = (parts[..., 1:] >= parts[..., :-1]).all(0)
+        good = (growing & self._is_even(done)).all(1)
         # Ways that go back somewhere are dealt out with the others, and not taken.
-        before, rest = (np.maximum.accumulate(x, axis=1) for x in (before, rest))
-        start, holder = _joined(
-            of_heavy.dealt(before, self.seq_len, turned=True),
-            of_light.dealt(rest, self.seq_len, turned=False),
-        )
-        reach = self._reach(start, holder, len(heavy))
-        best = int(np.where(good.all(1), reach, reach.max() + 1).argmin())
+        start, holder = lines.dealt(np.maximum.accumulate(parts, axis=2)[..., :-1])
+        reach = self._reach(start, holder, len(wholes))
+        best = int(np.where(good, reach, reach.max() + 1).argmin())
         mine = holder // self.num_shards == best
         return start[mine] - best * self.seq_len, holder[mine] - best * self.num_shards
 
@@ -234,6 +203,18 @@ class RowOfDocuments(NamedTuple):
         # Padding, of length 0, costs nothing: it is light in either way.
         return np.where(self.length <= wholes[:, None], dear[self.document], heavy)
 
+    def _lines(self, heavy: Bools) -> "_Lines":
+        """Heavy stretches, longest document first, and light ones, shortest first."""
+        count = len(self.length)
+        longest_first = np.lexsort((-self.tokens.start, self.document, -self.length))
+        shortest_first = self.length.argsort(kind="stable")
+        chosen = np.concatenate((heavy[:, longest_first], ~heavy[:, shortest_first]), axis=1)
+        way, place = chosen.nonzero()
+        order = np.concatenate((longest_first, shortest_first + count))[place]
+        both = zip(self.tokens.turned(), self.tokens, strict=True)
+        line = _Line(*(np.concatenate(x)[order] for x in both))
+        return _Lines(line, way, turned=order < count, ways=len(heavy), seq_len=self.seq_len)
+
     def _is_even(self, done: Ints) -> Bools:
         """Which ranks have the mean work to within that of one token: [V, n].
 
@@ -242,7 +223,7 @@ class RowOfDocuments(NamedTuple):
         """
         ends = self.tokens.work, self.tokens.turned().work
         most, n = max(1, *(int(x.max(initial=0)) for x in ends)), self.num_shards
-        even: Bools = np.abs(np.diff(done) * n - self.total) < most * n
+        even: Bools = np.abs((done[:, 1:] - done[:, :-1]) * n - self.total) < most * n
         return even
 
     def _reach(self, start: Ints, holder: Ints, ways: int) -> Ints:
@@ -267,38 +248,112 @@ class RowOfDocuments(NamedTuple):
         return sums.astype(np.int64)
 
 
-class _Lines(NamedTuple):
-    """The heavy or the light line of V ways to deal out a row, one after another."""
+@dataclass(frozen=True, eq=False)
+class _Lines:
+    """Of V ways to deal out a row the heavy and the light line, all of them one after another.
+
+    Args:
+        line: their stretches, [P].
+        way, turned: of each stretch, and whether it is lined up from its last token.
+    """
 
     line: _Line
-    way: Ints  # [P]
-    first: Ints  # [V + 1], tokens before the line of each way, and all
+    way: Ints
+    turned: Bools
+    ways: int
+    seq_len: int
 
-    @classmethod
-    def of(cls, tokens: _Line, chosen: Bools, order: Ints) -> "_Lines":
-        """Those of a row's stretches that each way has chosen, [V, P], in this order."""
-        way, place = chosen[:, order].nonzero()
-        line = tokens.taken(order[place])
-        counts = np.bincount(way, line.stop - line.start, len(chosen))
-        return cls(line, way, sums_before(counts.astype(np.int64)))
+    @cached_property
+    def places(self) -> Ints:
+        """Tokens before each stretch, and all of them: [P + 1]."""
+        return sums_before(self.line.stop - self.line.start)
 
-    def dealt(self, before: Ints, seq_len: int, *, turned: bool) -> tuple[Ints, Ints]:
-        """Starts of the pieces of ranks, and whose they are: all rows and ranks one after another.
+    @cached_property
+    def first(self) -> Ints:
+        """Tokens before the heavy and the light line of each way: [2, V, 1]."""
+        length = np.where(self.turned, self.line.stop - self.line.start, 0)
+        heavy = np.bincount(self.way, length, self.ways).astype(np.int64)
+        before = np.arange(self.ways) * self.seq_len
+        return np.stack((before, before + heavy))[..., None]
+
+    def work_of_first(self) -> Callable[[Ints], Ints]:
+        """From a number of tokens to the work of so many, the first ones."""
+        line, places = self.line, self.places
+        # Of n tokens of a stretch: n * work + step * n * (n - 1) / 2. One stretch of nothing at the
+        # end, so that every number of tokens has a stretch.
+        table = np.zeros((4, len(places)), dtype=np.int64)
+        table[0], table[1] = places, sums_before(line.all_work())
+        table[2, :-1], table[3, :-1] = 2 * line.work - line.step, line.step
+
+        def total(tokens: Ints) -> Ints:
+            stretch = places.searchsorted(tokens, side="right") - 1
+            first, done, linear, square = table.take(stretch, axis=1)
+            some = tokens - first
+            out: Ints = done + some * (linear + square * some) // 2
+            return out
+
+        return total
+
+    def heavy_before(self, total: int, num_shards: int) -> tuple[Ints, Ints]:
+        """Heavy tokens before each rank, and all, and the work before it: two [V, n + 1].
+
+        The greatest number whose work is too little, digit by digit, for all ways at once: a step
+        costs calls, not numbers. Where so many whole documents leave no such number, one near it.
+        """
+        ranks = np.arange(num_shards + 1)
+        tokens = ranks * (self.seq_len // num_shards)
+        first, ends = self.first, self.first[1] - self.first[0]
+        low, high = np.maximum(0, tokens + ends - self.seq_len), np.minimum(tokens, ends)
+        work_of_first = self.work_of_first()
+        offset = work_of_first(first).sum(0)
+        mean, rest = divmod(total, num_shards)
+        enough = ranks * mean - -ranks * rest // num_shards + offset
+        # A heavy token more is a light one less.
+        places = first + np.stack((0 * tokens, tokens))[:, None]
+        sign = np.array([1, -1]).reshape(-1, 1, 1, 1)
+
+        def work_before(heavy: Ints) -> Ints:
+            """And that of `offset`; [K, V, n + 1]."""
+            work = work_of_first(places[:, None] + sign * heavy)
+            return work[0] + work[1]
+
+        digits = np.arange(1, BASE).reshape(-1, 1, 1)
+        step = 1
+        while step * BASE <= int((high - low).max()):
+            step *= BASE
+        found = low - 1
+        while step:
+            tried = np.minimum(found + step * digits, high - 1)
+            found = found + step * (work_before(tried) < enough).sum(0)
+            step //= BASE
+        found = np.minimum(found + 1, high)
+        return found, work_before(found[None])[0] - offset
+
+    def dealt(self, before: Ints) -> tuple[Ints, Ints]:
+        """Where the pieces of ranks start, from left to right, and whose they are.
 
         Args:
-            before: [V, n + 1], tokens of the line before those of each rank, and all of them.
-            turned: whether stretches are lined up from their last tokens.
+            before: [2, V, n], tokens of either line before those of each rank.
+        Returns:
+            counted through the rows and the ranks of all ways, one after another.
         """
-        line, places = self.line, self.line.places
-        bounds = (before[:, :-1] + self.first[:-1, None]).flatten()
-        cuts = unique_ascending(np.concatenate((places, bounds)))
+        bounds = np.moveaxis(before + self.first, 0, 1).flatten()
+        num_shards = before.shape[2]
+        cuts = unique_ascending(np.concatenate((self.places, bounds)))
         first, last = cuts[:-1], cuts[1:]
-        stretch = places.searchsorted(first, side="right") - 1
-        holder = bounds.searchsorted(first, side="right") - 1
-        row = self.way[stretch] * seq_len
-        if turned:
-            return row + line.stop[stretch] - (last - places[stretch]), holder
-        return row + line.start[stretch] + (first - places[stretch]), holder
+        stretch = self.places.searchsorted(first, side="right") - 1
+        at = bounds.searchsorted(first, side="right") - 1
+        holder = at // (2 * num_shards) * num_shards + at % num_shards
+        place = self.places[stretch]
+        start = self.way[stretch] * self.seq_len + np.where(
+            self.turned[stretch],
+            self.line.stop[stretch] - (last - place),
+            self.line.start[stretch] + (first - place),
+        )
+        order = start.argsort()
+        start, holder = start[order], holder[order]
+        new = differs(holder)
+        return start[new], holder[new]
 
 
 def _cut(work: WorkRuns, bounds: Ints, mean: int) -> _Line:
@@ -316,45 +371,3 @@ def _cut(work: WorkRuns, bounds: Ints, mean: int) -> _Line:
     run = work.start.searchsorted(start, side="right") - 1
     first = work.work[run] + work.step[run] * (start - work.start[run])
     return _Line(start, stops_of(start, int(work.stop[-1])), first, work.step[run])
-
-
-def _heavy_before(heavy: _Lines, light: _Lines, total: int, num_shards: int) -> tuple[Ints, Ints]:
-    """Heavy tokens before each rank, and all of them, and the work before it: two [V, n + 1].
-
-    By bisection in quarters, for all ways at once: a step costs calls, not numbers. Where so many
-    whole documents leave no such number, the nearest one.
-    """
-    # All lines as one, so that a step is one look at it.
-    lines = zip(heavy.line, light.line, strict=True)
-    work_of_first = _Line(*map(np.concatenate, lines)).work_of_first()
-    starts = np.stack((heavy.first[:-1], heavy.first[-1] + light.first[:-1]))[..., None]
-    offset = work_of_first(starts).sum(0)
-    of_heavy, of_light = (np.diff(each.first)[:, None] for each in (heavy, light))
-    ranks = np.arange(num_shards + 1)
-    tokens = ranks * (int(of_heavy[0, 0] + of_light[0, 0]) // num_shards)
-    mean, rest = divmod(total, num_shards)
-    enough = ranks * mean - -ranks * rest // num_shards + offset
-
-    def work_before(of_heavy: Ints) -> Ints:
-        """And that of `offset`; [K, V, n + 1]."""
-        places = np.stack((of_heavy, tokens - of_heavy)) + starts[:, None]
-        work = work_of_first(places)
-        return work[0] + work[1]
-
-    low, high = np.maximum(0, tokens - of_light), np.minimum(tokens, of_heavy)
-    quarters = np.arange(1, 4).reshape(-1, 1, 1)
-    while bool((low < high).any()):
-        inner = low + (high - low) * quarters // 4
-        reached = (work_before(inner) >= enough) | (low == high)
-        ends = np.concatenate((low[None], np.where(reached, 0, inner + 1)))
-        low, high = ends.max(0), np.where(reached, inner, high).min(0)
-    return low, work_before(low[None])[0] - offset
-
-
-def _joined(*parts: tuple[Ints, Ints]) -> tuple[Ints, Ints]:
-    """Starts and holders of pieces from left to right, neighbours of one holder as one piece."""
-    start, holder = (np.concatenate(x) for x in zip(*parts, strict=True))
-    order = start.argsort()
-    start, holder = start[order], holder[order]
-    new = differs(holder)
-    return start[new], holder[new]
