@@ -310,7 +310,7 @@ class _Lines:
         enough = ranks * mean - -ranks * rest // num_shards + offset
         # A heavy token more is a light one less.
         places = first + np.stack((0 * tokens, tokens))[:, None]
-        sign = np.array([1, -1]).reshape(-1, 1, 1, 1)
+        sign: Ints = np.array([1, -1]).reshape(-1, 1, 1, 1)
 
         def work_before(heavy: Ints) -> Ints:
             """And that of `offset`; [K, V, n + 1]."""
@@ -337,7 +337,7 @@ class _Lines:
         Returns:
             counted through the rows and the ranks of all ways, one after another.
         """
-        bounds = np.moveaxis(before + self.first, 0, 1).flatten()
+        bounds: Ints = np.moveaxis(before + self.first, 0, 1).flatten()
         num_shards = before.shape[2]
         cuts = unique_ascending(np.concatenate((self.places, bounds)))
         first, last = cuts[:-1], cuts[1:]

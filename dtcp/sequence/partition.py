@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
@@ -67,7 +68,7 @@ def expand(start: Ints, length: Ints) -> Ints:
 
 
 def expand_tokens(start: Ints, length: Ints, *, room: int | None = None) -> NDArray[np.int32]:
-    """`expand` to int32, for as many numbers as a rank has tokens; zeros behind, up to `room`."""
+    """`expand` to int32, for as many numbers as a rank has tokens; `room` as of `along_runs`."""
     some = length > 0
     return along_runs(start[some], 1, length[some], room=room)
 
@@ -75,15 +76,18 @@ def expand_tokens(start: Ints, length: Ints, *, room: int | None = None) -> NDAr
 def along_runs(
     first: Ints, step: Ints | int, length: Ints, *, room: int | None = None
 ) -> NDArray[np.int32]:
-    """Numbers that change by the same from place to place of a run; zeros behind, up to `room`.
+    """Numbers that change by the same from place to place of a run.
 
     Args:
         first: of each run of one place or more, [R].
         step, length: likewise.
+        room: of the result, where it is more than the runs need: nobody reads the rest, and to
+            fill it takes as long as all else.
     """
     before = sums_before(length)
     count = int(before[-1])
-    out = np.empty(count, np.int32) if room is None else np.zeros(room, np.int32)
+    # Of torch, whose empty memory tests fill: what is read of it by mistake is no token.
+    out = torch.empty(count if room is None else room, dtype=torch.int32, device="cpu").numpy()
     steps = out[:count]
     steps[:] = step if isinstance(step, int) else step.astype(np.int32).repeat(length)
     last = first + step * (length - 1)

@@ -52,7 +52,7 @@ class KeyExchangeMetadata(AttentionMetadata):
 
     first_key: Tensor  # [B, L] int32, first and last token that each query sees
     last_key: Tensor  # [B, L] int32
-    send_slot: Tensor  # [(n - 1) * L] int32: local slots to send, peer after peer, then zeros
+    send_slot: Tensor  # [(n - 1) * L] int32: local slots to send, by peer; nobody reads the rest
     counts: HostTensor  # [2, n] int64: tokens sent and received, of each peer or step
     order: Tensor  # [K] int32: local and received keys in token order (all at once)
     key_token_index: Tensor  # [parts, K] int32; nobody reads what stands behind a part's keys
@@ -62,7 +62,7 @@ class KeyExchangeMetadata(AttentionMetadata):
     pieces: HostTensor = field(default_factory=no_pieces)  # [parts, C, 9] int64, of find_pieces
     query_token_index: Tensor = field(default_factory=_none)  # [L] int32
     # Of keys that came in from other nodes and go on inside this one; empty where none do.
-    onward: Tensor = field(default_factory=_none)  # int32, which of the received, by peer, then 0s
+    onward: Tensor = field(default_factory=_none)  # int32, which of the received, by peer
     onward_counts: HostTensor = field(default_factory=_no_counts)  # [2, n] int64, as counts
 
     @property

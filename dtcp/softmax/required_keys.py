@@ -45,7 +45,7 @@ class PeerRuns(NamedTuple):
         return PeerRuns(*(x[order] for x in self))
 
     def expanded(self, *, room: int) -> Tensor:
-        """The tokens of all runs, one after another, then zeros up to `room`: [room] int32."""
+        """The tokens of all runs, one after another: [room] int32; nobody reads the rest."""
         return torch.from_numpy(expand_tokens(self.start, self.stop - self.start, room=room))
 
 
