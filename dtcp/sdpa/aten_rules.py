@@ -115,7 +115,7 @@ def _forward_rule(results_not_read: ResultsNotRead) -> Callable[..., Any]:
         if groups is None:
             return _on_local(op, call)
         x = AttentionInputs(*(_ours(call[name]) for name in ("query", "key", "value")))
-        out, (lse,) = _op(call).forward(*x, [], _scale(call), 0.0, groups, AUTO, False)
+        out, (lse,) = _op(call).forward(*x, [], _scale(call), 0.0, groups, AUTO, False, False)
         return (_torchs(out, q), _torchs(lse, q), *results_not_read(out))
 
     return rule
@@ -143,6 +143,7 @@ def _backward_rule(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
         groups=groups,
         kernel=AUTO,
         in_line=False,
+        wide=False,
     )
     grads = _op(call).backward(*arguments)[:3]
     # Of a bias and the like, which nobody gave.

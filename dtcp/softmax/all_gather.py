@@ -1,7 +1,7 @@
 """Bring every key a rank requires in one exchange, then attend once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -33,7 +33,8 @@ class AllGather(ExchangeStrategy):
         rows = self._bring(payload, metadata, context)
         keys = _in_token_order(payload, rows, metadata)
         ranges, pieces = metadata.block_ranges[0], metadata.pieces[0]
-        result = attend_once(queries, keys, ranges, context.softmax, pieces=pieces, sink=sink)
+        softmax = replace(context.softmax, wide=False)  # nothing is merged
+        result = attend_once(queries, keys, ranges, softmax, pieces=pieces, sink=sink)
         return *result, *self.kept(rows, metadata)
 
     def attend_backward(
@@ -53,7 +54,8 @@ class AllGather(ExchangeStrategy):
         attend_backward(grads, saved, queries, keys, ranges, context.softmax, pieces=pieces)
 
         of_keys = payload.finish(buffers, keys.v, 0).transpose(0, 1)
-        return dq, return_grads(of_keys, metadata, metadata.own_keys, queries.q.dtype, context)
+        dtype = context.grad_dtype(queries.q.dtype)
+        return dq, return_grads(of_keys, metadata, metadata.own_keys, dtype, context)
 
     def kept(self, rows: Tensor, metadata: KeyExchangeMetadata) -> list[Tensor]:
         """What backward is given again of the rows that arrived: nothing, they are many."""
@@ -90,6 +92,7 @@ class AllGatherAttention(KeyExchangeAttention):
 
     Keyword Args:
         boundary: InGraph() or EagerIsland().
+        reduce_dtype: of gradients of keys, as of KeyExchangeAttention.
         ranks_per_node: neighbours that share a node: a key then crosses to each node that reads it
             once, and is spread inside; gradients are summed inside a node and go home once. One
             more collective each way.

@@ -19,9 +19,11 @@ def default_attention(
     """A ring on hosts; on GPUs one call over all keys that a rank requires.
 
     The fast kernels of a GPU round what they return, and a ring merges n such results: 1.4 times
-    the error of one device in bf16, where one call has the same error. It holds these keys while
-    it attends; where they do not fit, name RingAttention, and with kernel="triton" its parts are
-    merged in fp32. Said once.
+    the error of one device in bf16, where one call has the same error in its output and in the
+    gradients of queries. Gradients of keys are sums over ranks for every strategy. One call holds
+    these keys while it attends; where they do not fit, name RingAttention; with
+    reduce_dtype=torch.float32 its parts are merged in fp32, and so are gradients of keys. Said
+    once.
     """
     if device_type == "cpu":
         return RingAttention(boundary=boundary)
@@ -39,5 +41,7 @@ def _say_so() -> None:
     LOG.info(
         "Attention over ranks is AllGatherAttention: one call over all required keys, with the "
         "error of one device, while a ring merges results that its kernels have rounded, with 1.4 "
-        "times that. Name RingAttention where the keys do not fit into memory."
+        "times that. Name RingAttention where the keys do not fit into memory. Gradients of keys "
+        "are sums of what ranks have rounded, with 1.2 times one device's error; none is rounded "
+        "with reduce_dtype=torch.float32, on slower kernels in backward."
     )

@@ -64,6 +64,7 @@ class MaskedMixer(Mixer):
         self.scale = scale
         self.softcap = softcap
         self.kernel = kernel
+        self.wide = False
         self.set_metadata_key()
 
     def reads(self) -> tuple[object, ...]:
@@ -73,7 +74,7 @@ class MaskedMixer(Mixer):
         """What turns the scores of q [B, L, H, D] into weights."""
         check_tensor("Attention", shape="[B, L, H, D]", q=q)
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return SoftmaxParams(scale, self.softcap, self.kernel)
+        return SoftmaxParams(scale, self.softcap, self.kernel, self.wide)
 
     def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
         return local_metadata(KeyIntervals.of(self.mask, coords))

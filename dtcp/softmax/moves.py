@@ -21,6 +21,7 @@ class AttentionShape(MixerShape):
         values_only: a key is made from its value where it arrives, and does not travel.
         latent: channels of the latent and the rotary key that travel where keys and values of all
             heads are made of them; 0 where these travel themselves.
+        wide: gradients of keys travel in the dtype in which they are summed.
     """
 
     batch: int
@@ -31,6 +32,7 @@ class AttentionShape(MixerShape):
     element_size: int
     values_only: bool = False
     latent: int = 0
+    wide: bool = False
 
     @property
     def key_row(self) -> int:
@@ -39,6 +41,15 @@ class AttentionShape(MixerShape):
             return self.batch * self.latent * self.element_size
         width = self.value_dim + (0 if self.values_only else self.key_dim)
         return self.batch * self.kv_heads * width * self.element_size
+
+    @property
+    def grad_row(self) -> int:
+        """Bytes that travel home for the gradients of one token's K and V."""
+        return (
+            self.key_row
+            // self.element_size
+            * (self.accumulated if self.wide else self.element_size)
+        )
 
     @property
     def made_row(self) -> int:
@@ -133,8 +144,9 @@ def keys_moved(
     forward = Moved.rows(
         sent, received, row, rank, workspace=row * (away + here) + (2 * row + made) * held
     )
+    back = shape.grad_row
     home = Moved.rows(
-        received, sent, row, rank, workspace=(row + made + 2 * wide) * held + row * away
+        received, sent, back, rank, workspace=(row + made + 2 * wide) * held + back * away
     )
     if kept:
         ordered = (2 * row + made) * held

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.library import custom_op
@@ -20,6 +21,7 @@ from dtcp.distributed.counting import count_crossed
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.moves import Moved, Moves
 from dtcp.distributed.ops import communicating_op
+from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.metadata import AttentionMetadata
 from dtcp.softmax.inputs import AttentionInputs, check_inputs
@@ -45,6 +47,7 @@ class ForwardArguments(NamedTuple):
     groups: list[str]
     kernel: str
     in_line: bool
+    wide: bool
 
     @property
     def inputs(self) -> AttentionInputs:
@@ -73,6 +76,7 @@ class BackwardArguments(NamedTuple):
     groups: list[str]
     kernel: str
     in_line: bool
+    wide: bool
 
     @property
     def inputs(self) -> AttentionInputs:
@@ -97,6 +101,10 @@ class OpContext:
     kv_heads: int
     mates: Mates | None = None
     """Who reads the same rows of the last of the groups, in the one before."""
+
+    def grad_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which gradients of keys travel, of those in this one."""
+        return accumulation(dtype) if self.softmax.wide else dtype
 
     def count(self, group: str, sent: Sequence[int], received: Sequence[int]) -> None:
         """Count bytes that crossed between the ranks of a group in this call, by rank."""
@@ -185,7 +193,7 @@ class AttentionOp:
             check_inputs(x)
         tensors = metadata.tensors()
         rest = (softmax.scale, softmax.softcap, list(groups), softmax.kernel, metadata.in_line)
-        result = self.forward(*x, tensors, *rest)
+        result = self.forward(*x, tensors, *rest, softmax.wide)
         return cast(Tensor, result[0])
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -194,7 +202,7 @@ class AttentionOp:
         context = OpContext(
             f"dtcp::{self.name}",
             x.metadata,
-            SoftmaxParams(x.scale, x.softcap, x.kernel),
+            SoftmaxParams(x.scale, x.softcap, x.kernel, x.wide),
             x.groups,
             x.v.shape[2],
         )
@@ -214,7 +222,7 @@ class AttentionOp:
         context = OpContext(
             f"dtcp::{self.name}_backward",
             x.metadata,
-            SoftmaxParams(x.scale, x.softcap, x.kernel),
+            SoftmaxParams(x.scale, x.softcap, x.kernel, x.wide),
             x.groups,
             x.kv_heads,
         )
@@ -263,6 +271,7 @@ class AttentionOp:
     def _moves(
         self, shape: AttentionShape, length: int, x: ForwardArguments | BackwardArguments
     ) -> Moves:
+        shape = replace(shape, wide=x.wide)
         if x.in_line:
             shape, length = replace(shape, batch=1), shape.batch * length
         return self.strategy.moves(shape, length, x.metadata, Peers.of(x.groups))
@@ -270,7 +279,7 @@ class AttentionOp:
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
         x, result = ForwardArguments(*inputs), ForwardResult(*output)
         ctx.scale, ctx.softcap, ctx.groups, ctx.kernel = x.scale, x.softcap, x.groups, x.kernel
-        ctx.in_line, ctx.has_keys = x.in_line, x.k is not None
+        ctx.in_line, ctx.wide, ctx.has_keys = x.in_line, x.wide, x.k is not None
         ctx.kv_heads, ctx.num_metadata = x.v.shape[2], len(x.metadata)
         kept: tuple[Tensor | None, ...] = (*x.inputs, result.out)
         if self.strategy.keeps_own_form:
@@ -291,7 +300,7 @@ class AttentionOp:
             (x["q"], x["k"], x["v"], out), tensors = tensors[:4], tensors[4:]
             x["k"] = x["k"] if ctx.has_keys else None
         rest = (metadata, ctx.kv_heads, ctx.scale, ctx.softcap, ctx.groups, ctx.kernel, ctx.in_line)
-        results = self.backward(grad_out, *x.values(), out, tensors, *rest)
+        results = self.backward(grad_out, *x.values(), out, tensors, *rest, ctx.wide)
         grads: dict[str, Any] = {
             name: grad
             for name, grad in zip(AttentionInputs._fields[:-1], results, strict=True)

@@ -66,7 +66,7 @@ class _Ring(ExchangeStrategy):
         context: OpContext,
     ) -> tuple[Tensor, Tensor]:
         metadata, dq = KeyExchangeMetadata(*context.metadata), zeros_for(queries.q)
-        way = _way_around(payload, metadata, context, queries.q.dtype)
+        way = _way_around(payload, metadata, context, context.grad_dtype(queries.q.dtype))
         for step, keys in way.steps():
             buffers = payload.grad_buffers(keys.v.shape[1])
             grads = GradAccumulators(dq, buffers.dk, buffers.dv)
@@ -161,6 +161,7 @@ class RingAttention(KeyExchangeAttention):
 
     Keyword Args:
         boundary: InGraph() or EagerIsland().
+        reduce_dtype: of merged outputs and of gradients of keys, as of KeyExchangeAttention.
         ranks_per_node: neighbours that share a node: steps then go from node to node. A key
             crosses to each node that reads it once, and is spread inside; gradients are summed
             inside a node and go home once. A rank then holds what it reads of three nodes.

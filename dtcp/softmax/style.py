@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from dtcp.distributed.dtensor_rules import HEADS, SEQ
 from dtcp.distributed.moves import Moves
 from dtcp.kernels.rotary import rotate
-from dtcp.kernels.softmax.backends import check_kernel_name
+from dtcp.kernels.softmax.backends import BACKENDS, backend_named, check_kernel_name
 from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata, BatchMetadata
@@ -161,6 +162,12 @@ class AttentionStyle(MixerStyle):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ints(type(self).__name__, least=1, tile=self.tile)
+        check_kernel_name(self.kernel)
+
+    @property
+    def wide(self) -> bool:
+        """Whether what ranks computed of the same key or query is summed unrounded."""
+        return False
 
     @property
     def op(self) -> AttentionOp:
@@ -210,7 +217,7 @@ class AttentionStyle(MixerStyle):
     ) -> Moves:
         assert isinstance(shape, AttentionShape)
         metadata, length = self.make_metadata(mixer, coords, layout, rank), layout.shard_len
-        shape = replace(shape, values_only=isinstance(mixer, KeysFromValues))
+        shape = replace(shape, values_only=isinstance(mixer, KeysFromValues), wide=self.wide)
         if metadata.in_line:
             shape, length = replace(shape, batch=1), shape.batch * length
         peers = self.peers(layout.num_shards, rank)
@@ -272,15 +279,45 @@ class AttentionStyle(MixerStyle):
             self.check_latents()
         if type(module) is CrossAttention:
             self.check_cross()
-        check_kernel_name(self.kernel)
         install_attention_rules(self.op)
         claimed = super()._apply(module, device_mesh)
-        if isinstance(claimed, MaskedMixer) and self.kernel != AUTO:
-            claimed.kernel = self.kernel
+        if isinstance(claimed, MaskedMixer):
+            claimed.wide = self.wide
+            if self.kernel != AUTO:
+                claimed.kernel = self.kernel
         return claimed
 
 
+@dataclass
 class KeyExchangeAttention(AttentionStyle):
-    """A strategy that brings to each rank the keys its queries require, and no others."""
+    """A strategy that brings to each rank the keys its queries require, and no others.
+
+    Keyword Args:
+        reduce_dtype: in which partial results are summed over ranks, as of FSDP: None for the
+            model's, torch.float32 for sums as exact as one device's. Then kernels that round their
+            results are passed over in backward (and where a ring merges), and gradients of keys
+            travel in fp32: twice the bytes home in bf16.
+    """
 
     takes_memory = True
+
+    reduce_dtype: torch.dtype | None = field(default=None, kw_only=True)
+
+    @property
+    def wide(self) -> bool:
+        return self.reduce_dtype is not None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if self.reduce_dtype not in (None, torch.float32):
+            raise ValueError(
+                f"{name} sums what ranks computed in the model's dtype or in fp32, got "
+                f"reduce_dtype={self.reduce_dtype!r}: give it None or torch.float32."
+            )
+        if self.wide and self.kernel != AUTO and backend_named(self.kernel).rounds:
+            unrounded = ", ".join(each.name for each in BACKENDS if not each.rounds)
+            raise ValueError(
+                f"{name} sums in fp32 what its kernel has not rounded, got reduce_dtype="
+                f"{self.reduce_dtype} with kernel={self.kernel!r}: name one of {AUTO}, {unrounded}."
+            )

@@ -75,6 +75,7 @@ def chosen(asked, name="auto"):
         ({"arch": 80, "packed": True}, "flash2"),
         ({"arch": 100}, "flash"),
         ({"kinds": INTERVAL}, "flash"),
+        ({"wide": True}, "triton"),
         ({"kinds": INTERVAL, "repeatable": True}, "triton"),
         ({"kinds": WINDOW, "arch": 100, "key_width": 256, "value_width": 256}, "triton"),
         ({"kinds": WINDOW, "softcap": True}, "flash3"),

@@ -98,7 +98,8 @@ def log_rounded_parts(backend: Backend) -> None:
     if backend.rounds:
         LOG.info(
             "A ring merges results that %s has rounded to the inputs' dtype: up to 1.4 times the "
-            "error of one call. AllGatherAttention makes one call; kernel='triton' merges in fp32.",
+            "error of one call. AllGatherAttention makes one call; with reduce_dtype=torch.float32 "
+            "a ring merges in fp32.",
             backend.name,
         )
 

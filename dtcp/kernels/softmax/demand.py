@@ -25,6 +25,7 @@ class Demand:
         triton: whether Triton's kernels run on these tensors.
         triton_width: what Triton's tiles must hold of a head, on this GPU.
         bias: whether scores have a bias by distance.
+        wide: whether results over a part of the keys or queries must be fp32.
     """
 
     device: torch.device
@@ -41,12 +42,14 @@ class Demand:
     triton: bool
     triton_width: int
     bias: bool = False
+    wide: bool = False
 
     def __str__(self) -> str:
         names = ", ".join(sorted(kind.value for kind in self.kinds)) or "nothing"
         dtypes = ", ".join(sorted({str(x).removeprefix("torch.") for x in self.dtypes}))
         packed = ", packed documents" if self.packed else ""
         packed += ", a score bias" if self.bias else ""
+        packed += ", parts in float32" if self.wide else ""
         return f"{names}{packed}, heads of {self.widths}, {dtypes}, on {self.place}"
 
     @property
@@ -84,6 +87,7 @@ def demand_of(
         triton=triton_runs_on(q),
         triton_width=tile_width(q, widest, shared=ATTENTION_SHARED_MEMORY),
         bias=queries.bias is not None,
+        wide=params.wide,
     )
 
 
@@ -127,6 +131,8 @@ def _incapable(backend: Backend, demand: Demand) -> str | None:
         reason = "has no softcap"
     elif demand.bias and not ability.bias:
         reason = "has no score bias"
+    elif demand.wide and backend.rounds:
+        reason = "rounds the parts that are to be summed in float32"
     elif demand.repeatable and backend.repeats is Repeats.NEVER:
         reason = "does not repeat itself bit by bit, which torch was asked for"
     elif backend.name == "triton" and not demand.triton:

@@ -22,11 +22,13 @@ class SoftmaxParams:
         scale: factor on the products.
         softcap: c in c * tanh(score / c); 0 for no cap.
         kernel: the backend that computes it, by its name in `python -m dtcp.kernels`.
+        wide: whether results over a part of the keys or queries must be fp32, not rounded.
     """
 
     scale: float
     softcap: float = 0.0
     kernel: str = AUTO
+    wide: bool = False
 
 
 class Keys(NamedTuple):
