@@ -22,7 +22,7 @@ from dtcp.distributed.replicated_loss import (
 )
 from dtcp.distributed.same_rows import RowHashes, prepared_alike
 from dtcp.metadata import BatchMetadata
-from dtcp.mixer import collect_metadata
+from dtcp.mixer import MixerKinds
 from dtcp.row_parts import padded_coords, part_of_rows, real_tokens
 from dtcp.rows import DEFAULT_FIELDS, Rows, TokenField, pad_end
 from dtcp.sequence.arguments import check_dim, check_ints, check_kind
@@ -371,12 +371,10 @@ class _Cut:
         other = None if self.memory is None else Memory(self.memory.documents, self.memory.layout)
         coords = padded_coords(rows, documents, other)
         # Called by the layouts that read it: intervals of long rows take milliseconds.
-        mixing = nn.Module() if self.model is None else self.model
-        masks = masks_of(mixing) if self.balance_for is None else self.balance_for
+        kinds = MixerKinds.of(nn.Module() if self.model is None else self.model)
+        masks = masks_of(kinds) if self.balance_for is None else self.balance_for
         layout = layout_of_batch(self.layout, documents, num_shards, MaskWork.under(masks, coords))
-        metadata = collect_metadata(
-            mixing, coords, layout, real=real_tokens(documents, layout, rank)
-        )
+        metadata = kinds.metadata(coords, layout, real=real_tokens(documents, layout, rank))
         sharded = ShardedBatch(layout, documents, coords, metadata, seq_len, unpadded_rows, mesh)
         tokens = dict(rows.tokens)
         if documents.seq_len > seq_len:

@@ -8,11 +8,11 @@ A mixer reads `attn_metadata`, what the batch brings: made once per batch on the
 each kind of mixer. A model takes it as an argument and hands it through.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from itertools import chain
 from types import MethodType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.memory import Memory
+
+T = TypeVar("T")
 
 
 class Mixer(nn.Module):
@@ -239,13 +241,10 @@ def collect_metadata(
     Args:
         real: [B, L] bool, this rank's tokens that are no padding.
     """
-    check_kind("Metadata", nn.Module, model=model)
-    kinds = _Kinds.of(model).first
-    made = {mixer.metadata_key: mixer.make_metadata(coords, layout) for mixer in kinds}
-    return BatchMetadata(made, real)
+    return MixerKinds.of(model).metadata(coords, layout, real=real)
 
 
-class _Kinds(NamedTuple):
+class MixerKinds(NamedTuple):
     """The first mixer of each kind in a model, and what tells that they still are."""
 
     first: tuple[Mixer, ...]
@@ -253,6 +252,7 @@ class _Kinds(NamedTuple):
     inside: tuple[Mapping[str, nn.Module | None], ...]
     children: list[nn.Module | None]
     counts: list[int]
+    made: dict[Callable[..., Any], Any]
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -260,6 +260,7 @@ class _Kinds(NamedTuple):
 
         To look at all modules of a large model takes as long as the metadata of a mask.
         """
+        check_kind("Metadata", nn.Module, model=model)
         found = vars(model).get(_FOUND)
         if found is None or not found.hold(model):
             modules = list(model.modules())
@@ -270,8 +271,22 @@ class _Kinds(NamedTuple):
             # The model's own first, whether it has any or not; leaves get none later on.
             inside = tuple(x for x in children if x or x is children[0])
             kinds = tuple(first[key] for key in order)
-            found = cls(kinds, mixers, inside, _values(inside), [*map(len, inside)])
+            found = cls(kinds, mixers, inside, _values(inside), [*map(len, inside)], {})
             vars(model)[_FOUND] = found
+        return found
+
+    def metadata(
+        self, coords: Coords, layout: SequenceLayout | None = None, *, real: Tensor | None = None
+    ) -> BatchMetadata:
+        """`collect_metadata` of the model."""
+        made = {mixer.metadata_key: mixer.make_metadata(coords, layout) for mixer in self.first}
+        return BatchMetadata(made, real)
+
+    def remembered(self, make: Callable[[Sequence[Mixer]], T]) -> T:
+        """What a function makes of all mixers: once, for it depends on their keys alone."""
+        if make not in self.made:
+            self.made[make] = make([mixer for mixer, _ in self.mixers])
+        found: T = self.made[make]
         return found
 
     def __reduce__(self) -> Any:
@@ -298,7 +313,7 @@ _FOUND = "kinds_of_mixers"
 
 def mixers_of(model: nn.Module) -> tuple[Mixer, ...]:
     """All mixers of a model, each once."""
-    return tuple(mixer for mixer, _ in _Kinds.of(model).mixers)
+    return tuple(mixer for mixer, _ in MixerKinds.of(model).mixers)
 
 
 def batch_metadata(

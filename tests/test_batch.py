@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.labels import IGNORED, shift_labels
-from dtcp.mixer import batch_metadata
+from dtcp.mixer import MixerKinds, batch_metadata
 from dtcp.rows import DEFAULT_FIELDS, WHOLE, Fill, TokenField
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
@@ -289,8 +289,9 @@ def test_work_is_balanced_for_the_masks_of_the_model(mesh):
     masks = [Causal(), window, window]
     model = nn.ModuleList(mixer_on(mesh, RingAttention(), mask) for mask in masks)
     images = SoftmaxAttention(SlidingWindow(8) & (BlockBidirectional() | Causal()))
-    assert masks_of(images) == {SlidingWindow(8) & Causal(): 1}, "cut where text is"
-    balance = masks_of(nn.ModuleList([*model, GatherSharedKV(Causal()), CrossAttention()]))
+    assert masks_of(MixerKinds.of(images)) == {SlidingWindow(8) & Causal(): 1}, "cut where text is"
+    more = nn.ModuleList([*model, GatherSharedKV(Causal()), CrossAttention()])
+    balance = masks_of(MixerKinds.of(more))
     assert balance == {Causal(): 1, window: 2}
     batch, documents = {"input_ids": torch.zeros(1, 64)}, Documents(((3, 30, 9, 22),), 64)
 

@@ -83,10 +83,10 @@ def interval_runs(mask: Mask, coords: Coords, row: int = 0) -> IntervalRuns:
 def _known_runs(mask: Mask, coords: Coords, row: int, lengths: tuple[int, ...]) -> IntervalRuns:
     seq_len = coords.seq_len
     bounds = sums_before(np.array(lengths, dtype=np.int64))
-    if type(mask) is Causal:
-        return _causal_runs(bounds, seq_len)
     with_blocks = any(isinstance(part, BlockBidirectional) for part in _parts(mask))
     blocks = coords.block_runs(row) if with_blocks else None
+    if _is_plain(mask) and (blocks is not None or not with_blocks):
+        return _plain_runs(mask, bounds, blocks, seq_len)
     starts = _breaks(mask, bounds, _prefixes(coords, row, bounds), blocks, seq_len)
     stops = stops_of(starts, seq_len)
     tokens = np.concatenate((starts, np.minimum(starts + 1, stops - 1)))
@@ -100,6 +100,56 @@ def _causal_runs(bounds: Ints, seq_len: int) -> IntervalRuns:
     real = start < bounds[-1]
     first, last, step = np.where(real, start, 0), np.where(real, start, -1), real.astype(np.int64)
     return IntervalRuns(start, stops_of(start, seq_len), first, 0 * step, last, step)
+
+
+def _is_plain(mask: Mask) -> bool:
+    """Whether it is what most layers have: causal, but for images, and maybe in a window."""
+    if type(mask) is And and type(mask.left) is SlidingWindow and mask.left.right is None:
+        mask = mask.right
+    elif type(mask) is And and type(mask.right) is SlidingWindow and mask.right.right is None:
+        mask = mask.left
+    sides = {type(mask.left), type(mask.right)} if type(mask) is Or else {type(mask)}
+    return Causal in sides and sides <= {Causal, BlockBidirectional}
+
+
+def _plain_runs(mask: Mask, bounds: Ints, blocks: BlockRuns | None, seq_len: int) -> IntervalRuns:
+    """Of documents by themselves: in a fifth of the time that it takes to find where ends cross."""
+    runs = _causal_runs(bounds, seq_len)
+    for part in _parts(mask):
+        runs = _in_window(runs, part.size) if isinstance(part, SlidingWindow) else runs
+    if blocks is None:
+        return runs
+    # Inside a block the last key is its end.
+    start = np.concatenate((runs.start, blocks.start, blocks.stop[blocks.stop < seq_len]))
+    start = unique_ascending(start)
+    run = runs.start.searchsorted(start, side="right") - 1
+    first, last = runs.at(start)
+    _, end = blocks.ends_at(start)
+    last_step = np.where(end < 0, runs.last_step[run], 0)
+    last = np.where(end < 0, last, end)
+    return IntervalRuns(
+        start, stops_of(start, seq_len), first, runs.first_step[run], last, last_step
+    )
+
+
+def _in_window(causal: IntervalRuns, size: int) -> IntervalRuns:
+    """The first key stands still until the window is full, then moves."""
+    full = causal.start + size - 1
+    moving = ((full < causal.stop) & (causal.last_step > 0)).nonzero()[0]
+    kept = np.arange(len(full))
+    if size == 1:
+        kept = (causal.last_step == 0).nonzero()[0]
+    of, start = np.concatenate((kept, moving)), np.concatenate((causal.start[kept], full[moving]))
+    order = start.argsort()
+    of, start = of[order], start[order]
+    return IntervalRuns(
+        start,
+        stops_of(start, int(causal.stop[-1])),
+        causal.first[of],
+        (order >= len(kept)).astype(np.int64),
+        np.where(causal.last_step[of] > 0, start, -1),
+        causal.last_step[of],
+    )
 
 
 def _is_known(mask: Mask) -> bool:

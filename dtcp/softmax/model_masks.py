@@ -1,30 +1,33 @@
 """The masks of a model's attention, with the number of layers of each: what layouts balance."""
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
-from torch import nn
-
-from dtcp.mixer import mixers_of
+from dtcp.mixer import Mixer, MixerKinds
 from dtcp.sequence.masks import And, BlockBidirectional, Causal, Mask, Or
 from dtcp.softmax.mixer import CrossAttention, GatherSharedKV, MaskedMixer
 
 
-def masks_of(model: nn.Module) -> Mapping[Mask, int]:
+def masks_of(kinds: MixerKinds) -> Mapping[Mask, int]:
     """How often a model attends under each mask; once under Causal() where it has no such mixer.
 
     Layers of one mask count alike, whatever their heads. Attention to another sequence is left
     out, whose work is not that of this one's documents. Of images in text it is the mask of text:
     what their tokens see more is little, and a row cut wherever one starts has many pieces.
     """
-    apart, layers = (GatherSharedKV, CrossAttention), Counter[Mask]()
-    for mixer in mixers_of(model):
-        if isinstance(mixer, MaskedMixer) and not isinstance(mixer, apart):
-            layers[mixer.mask] += mixer.layers
-    of_text = Counter[Mask]()
-    for mask, count in layers.items():
-        of_text[_of_text(mask)] += count
-    return of_text or {Causal(): 1}
+    by_mask = kinds.remembered(_by_mask)
+    layers = {mask: sum(mixer.layers for mixer in of) for mask, of in by_mask.items()}
+    return layers or {Causal(): 1}
+
+
+def _by_mask(mixers: Sequence[Mixer]) -> Mapping[Mask, list[Mixer]]:
+    by_mask = defaultdict[Mask, list[Mixer]](list)
+    for mixer in mixers:
+        if isinstance(mixer, MaskedMixer) and not isinstance(
+            mixer, GatherSharedKV | CrossAttention
+        ):
+            by_mask[_of_text(mixer.mask)].append(mixer)
+    return by_mask
 
 
 def _of_text(mask: Mask) -> Mask:
