@@ -15,7 +15,7 @@ from dtcp.kernels.softmax.block_ranges import (
     block_ranges_of_parts,
 )
 from dtcp.kernels.softmax.pieces import no_pieces, pieces_of_parts
-from dtcp.metadata import AttentionMetadata, HostTensor
+from dtcp.metadata import AttentionMetadata, HostTensor, no_indices
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import expand_tokens
@@ -23,10 +23,6 @@ from dtcp.sequence.slot_runs import SlotRuns
 from dtcp.softmax.key_hops import key_hops
 from dtcp.softmax.positions import TokenPositions
 from dtcp.softmax.required_keys import PeerRuns, required_keys
-
-
-def _none() -> Tensor:
-    return torch.zeros(0, dtype=torch.int32)
 
 
 def _no_counts() -> Tensor:
@@ -41,9 +37,11 @@ class LocalMetadata(AttentionMetadata):
     last_key: Tensor  # [B, S] int32
     key_token_index: Tensor  # [S] int32
     block_ranges: HostTensor  # [B, tiles, 6] int64
-    position_ids: Tensor = field(default_factory=_none)  # [B, S] int32, for keys made from values
+    position_ids: Tensor = field(
+        default_factory=no_indices
+    )  # [B, S] int32, for keys made from values
     pieces: HostTensor = field(default_factory=no_pieces)  # [C, 9] int64, of find_pieces
-    query_token_index: Tensor = field(default_factory=_none)  # [S] int32
+    query_token_index: Tensor = field(default_factory=no_indices)  # [S] int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +55,14 @@ class KeyExchangeMetadata(AttentionMetadata):
     order: Tensor  # [K] int32: local and received keys in token order (all at once)
     key_token_index: Tensor  # [parts, K] int32; nobody reads what stands behind a part's keys
     block_ranges: HostTensor  # [parts, B, tiles, 6] int64
-    position_ids: Tensor = field(default_factory=_none)  # [B, L] int32, for keys made from values
-    key_position_ids: Tensor = field(default_factory=_none)  # [parts, B, K] int32, likewise
+    position_ids: Tensor = field(
+        default_factory=no_indices
+    )  # [B, L] int32, for keys made from values
+    key_position_ids: Tensor = field(default_factory=no_indices)  # [parts, B, K] int32, likewise
     pieces: HostTensor = field(default_factory=no_pieces)  # [parts, C, 9] int64, of find_pieces
-    query_token_index: Tensor = field(default_factory=_none)  # [L] int32
+    query_token_index: Tensor = field(default_factory=no_indices)  # [L] int32
     # Of keys that came in from other nodes and go on inside this one; empty where none do.
-    onward: Tensor = field(default_factory=_none)  # int32, which of the received, by peer
+    onward: Tensor = field(default_factory=no_indices)  # int32, which of the received, by peer
     onward_counts: HostTensor = field(default_factory=_no_counts)  # [2, n] int64, as counts
 
     @property

@@ -21,11 +21,9 @@ def masks_of(kinds: MixerKinds) -> Mapping[Mask, int]:
 
 
 def _by_mask(mixers: Sequence[Mixer]) -> Mapping[Mask, list[Mixer]]:
-    by_mask = defaultdict[Mask, list[Mixer]](list)
+    by_mask, apart = defaultdict[Mask, list[Mixer]](list), (GatherSharedKV, CrossAttention)
     for mixer in mixers:
-        if isinstance(mixer, MaskedMixer) and not isinstance(
-            mixer, GatherSharedKV | CrossAttention
-        ):
+        if isinstance(mixer, MaskedMixer) and not isinstance(mixer, apart):
             by_mask[_of_text(mixer.mask)].append(mixer)
     return by_mask
 

@@ -45,11 +45,8 @@ class AttentionShape(MixerShape):
     @property
     def grad_row(self) -> int:
         """Bytes that travel home for the gradients of one token's K and V."""
-        return (
-            self.key_row
-            // self.element_size
-            * (self.accumulated if self.wide else self.element_size)
-        )
+        size = self.accumulated if self.wide else self.element_size
+        return self.key_row // self.element_size * size
 
     @property
     def made_row(self) -> int:
