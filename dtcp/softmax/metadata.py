@@ -37,9 +37,7 @@ class LocalMetadata(AttentionMetadata):
     last_key: Tensor  # [B, S] int32
     key_token_index: Tensor  # [S] int32
     block_ranges: HostTensor  # [B, tiles, 6] int64
-    position_ids: Tensor = field(
-        default_factory=no_indices
-    )  # [B, S] int32, for keys made from values
+    position_ids: Tensor = field(default_factory=no_indices)  # [B, S] int32; of keys from values
     pieces: HostTensor = field(default_factory=no_pieces)  # [C, 9] int64, of find_pieces
     query_token_index: Tensor = field(default_factory=no_indices)  # [S] int32
 
@@ -55,9 +53,7 @@ class KeyExchangeMetadata(AttentionMetadata):
     order: Tensor  # [K] int32: local and received keys in token order (all at once)
     key_token_index: Tensor  # [parts, K] int32; nobody reads what stands behind a part's keys
     block_ranges: HostTensor  # [parts, B, tiles, 6] int64
-    position_ids: Tensor = field(
-        default_factory=no_indices
-    )  # [B, L] int32, for keys made from values
+    position_ids: Tensor = field(default_factory=no_indices)  # [B, L] int32; of keys from values
     key_position_ids: Tensor = field(default_factory=no_indices)  # [parts, B, K] int32, likewise
     pieces: HostTensor = field(default_factory=no_pieces)  # [parts, C, 9] int64, of find_pieces
     query_token_index: Tensor = field(default_factory=no_indices)  # [L] int32
