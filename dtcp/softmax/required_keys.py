@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtcp.kernels.softmax.block_ranges import KeyLine
 from dtcp.sequence.arguments import check_rank
 from dtcp.sequence.interval_runs import IntervalRuns, Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
@@ -109,14 +110,12 @@ def needed_by_rank(partition: Partition, intervals: KeyIntervals, seq_len: int) 
 def most_received(layout: SequenceLayout, intervals: KeyIntervals) -> int:
     """The most keys that any rank requires of others; every rank finds the same number."""
     keys_layout = intervals.layout_of_keys(layout)
-    keys = keys_layout.partition
+    keys, n = keys_layout.partition, layout.num_shards
     needed = needed_by_rank(layout.partition, intervals, keys_layout.seq_len)
-    run, piece = overlaps(needed.start, needed.stop, keys.start, keys.stop)
-    others = needed.peer[run] != keys.owner[piece]
-    run, piece = run[others], piece[others]
-    start, stop = needed.start[run], needed.stop[run]
-    lengths = np.minimum(stop, keys.stop[piece]) - np.maximum(start, keys.start[piece])
-    return int(np.bincount(needed.peer[run], lengths).max(initial=0))
+    by_owner = np.lexsort((keys.start, keys.owner))
+    own = KeyLine(keys.owner[by_owner], keys.start[by_owner], keys.stop[by_owner], n)
+    mine = own.before(needed.peer, needed.stop) - own.before(needed.peer, needed.start)
+    return int(np.bincount(needed.peer, needed.stop - needed.start - mine).max(initial=0))
 
 
 def _covered(partition: Partition, runs: IntervalRuns) -> tuple[Ints, Ints, Ints]:
