@@ -213,7 +213,8 @@ def shard_batch(
         fields: how each key is sharded and padded. A key of WHOLE stays as it is.
         device: where the parts go; None leaves them where they are.
         balance_for: the mask whose work BlockBalanced and DocumentBalanced balance, or several,
-            with the number of layers of each; None for those of the model, or Causal().
+            with the number of layers of each; None for those of the model, or Causal(). Other
+            layouts take none.
         compare_ranks: whether the ranks of a cp and tp group first compare shape, documents,
             layout, plan and a hash of every key (0.2 ms for four keys of 128K tokens on one CPU
             core, and the exchange); what differs is named on all of them. They call this together.
@@ -358,6 +359,9 @@ class _Cut:
         check_kind("A batch", (nn.Module, nothing), model=self.model)
         check_kind("A batch", (Mask, Mapping, nothing), balance_for=balance_for)
         check_kind("A batch", (ShardedBatch, nothing), memory=self.memory)
+        if balance_for is not None and not self.layout.balances_work:
+            kind = self.layout.__name__
+            raise ValueError(f"{kind} balances no work, got {balance_for=}: use DocumentBalanced.")
         for mask, layers in balance_for.items() if isinstance(balance_for, Mapping) else ():
             check_kind("Work to balance", (Mask,), mask=mask)
             check_ints("Work to balance", least=1, layers=layers)

@@ -315,8 +315,16 @@ def test_work_is_counted_only_for_a_layout_that_reads_it(layout):
             return super().intervals(coords)
 
     calls = []
-    on_one_rank({"input_ids": torch.zeros(1, 16)}, None, layout, balance_for=Counted())
-    assert len(calls) == (layout is BlockBalanced)
+    batch = {"input_ids": torch.zeros(1, 16)}
+    if layout is BlockBalanced:
+        on_one_rank(batch, None, layout, balance_for=Counted())
+        assert len(calls) == 1
+        return
+    with pytest.raises(ValueError, match=f"{layout.__name__} balances no work, got balance_for="):
+        on_one_rank(batch, None, layout, balance_for=Counted())
+    on_one_rank(batch, None, layout, model=SoftmaxAttention(Counted()))
+    # What masks read of a batch on one rank, and no work beside it.
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("layout", [PerDocument, BlockBalanced, DocumentBalanced])

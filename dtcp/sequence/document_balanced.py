@@ -69,6 +69,7 @@ class DocumentBalanced(SequenceLayout):
     """
 
     reads_documents = True
+    balances_work = True
 
     starts: tuple[int, ...] = field(repr=False)
     owners: tuple[int, ...] = field(repr=False)

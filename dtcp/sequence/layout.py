@@ -32,6 +32,8 @@ class SequenceLayout(ABC):
 
     reads_documents: ClassVar[bool] = False
     """Whether rows of different documents have different layouts of this kind."""
+    balances_work: ClassVar[bool] = False
+    """Whether `for_batch` reads the work of tokens."""
 
     seq_len: int
     num_shards: int
@@ -62,7 +64,7 @@ class SequenceLayout(ABC):
         """The layout of this class that suits the batch.
 
         Args:
-            work: counts the keys that each token sees, [S]; only BlockBalanced calls it.
+            work: counts the keys that each token sees, [S]; for those with `balances_work`.
         """
         _check_documents(cls, documents)
         return cls(documents.seq_len, num_shards)
@@ -264,6 +266,7 @@ class BlockBalanced(SequenceLayout):
     """
 
     reads_documents = True
+    balances_work = True
 
     block: int
     owners: tuple[int, ...]
