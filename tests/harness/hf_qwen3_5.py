@@ -1,42 +1,21 @@
 """transformers' Qwen3.5 as the oracle: in true fp64, document by document."""
 
 import importlib
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dtcp.check.true_fp64 import TrueFP64
+from dtcp.huggingface.plain_torch import without_gpu_kernels
 from dtcp.models.qwen3_5 import Qwen35Config, config_to_hf
-
-
-@contextmanager
-def without_fla() -> Iterator[None]:
-    """Hide fla: transformers would bind its GPU kernels at import, and they would run on CPUs."""
-    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name[:3] == "fla"}
-    finder = _NoFla()
-    sys.meta_path.insert(0, finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-        sys.modules.update(hidden)
-
-
-class _NoFla:
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name.partition(".")[0] == "fla":
-            raise ModuleNotFoundError(f"hidden: {name}")
 
 
 def modeling(folder: str) -> Any:
     """The modeling module of a folder of transformers, on torch's own operations."""
     from transformers.utils import import_utils
 
-    with without_fla():
+    with without_gpu_kernels():
         import_utils.is_flash_linear_attention_available.cache_clear()
         return importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
 
