@@ -116,9 +116,10 @@ def test_rank_that_does_something_else_with_its_rows_is_named_A3(mesh, other):
         model = mixer_on(mesh, style, mask)
         layout = Contiguous if odd and other == "layout" else HeadTail
         buckets = Buckets(MultiplesOf(24)) if odd and other == "buckets" else None
-        layout = DocumentBalanced if other == "balance" else layout
-        masks = SlidingWindow(1, right=0) if odd and other == "balance" else Causal()
-        options = {"model": model, "buckets": buckets, "balance_for": masks}
+        options = {"model": model, "buckets": buckets}
+        if other == "balance":
+            layout = DocumentBalanced
+            options["balance_for"] = SlidingWindow(1, right=0) if odd else Causal()
         shard_batch({"input_ids": IDS}, whole, layout, **options)
 
     with pytest.raises(ValueError, match="cp rank 1 has another layout, other buckets or another"):
