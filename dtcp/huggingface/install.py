@@ -13,9 +13,9 @@ from dtcp.huggingface import registry
 from dtcp.huggingface.distance_bias import install_bias_tables
 from dtcp.huggingface.encoder_decoder import DECODER, DECODER_TOKENS, TOKENS, install_encoder
 from dtcp.huggingface.expert_places import install_places
-from dtcp.huggingface.handed_on import hand_on_in_the_mask, hand_to_base
 from dtcp.huggingface.images import IMAGES, image_arguments, install_image_inputs
 from dtcp.huggingface.meta_device import survey_on_meta
+from dtcp.huggingface.metadata_as_mask import pass_metadata_as_mask, pass_metadata_to_base
 from dtcp.huggingface.own_attention import looked_up_in, own_attentions, use_registry
 from dtcp.huggingface.padding_ids import install_padding_ids
 from dtcp.huggingface.pooled_head import install_pooled_head
@@ -72,9 +72,9 @@ def install_mixers(model: Any) -> Survey:
     for module in own_attentions(model):
         use_registry(model, module)
     for name in result.givers:
-        hand_on_in_the_mask(name, model.get_submodule(name))
+        pass_metadata_as_mask(name, model.get_submodule(name))
     if result.base_unread:
-        hand_to_base(model)
+        pass_metadata_to_base(model)
     if result.pooled_head is not None:
         install_pooled_head(model, result.pooled_head)
     registry.register_attention(survey_mask)

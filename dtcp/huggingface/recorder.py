@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.huggingface.distance_bias import BIASES, is_of_bias
-from dtcp.huggingface.handed_on import batch_of_mask, mask_argument, mask_index
+from dtcp.huggingface.metadata_as_mask import mask_argument, mask_index, metadata_of_config
 from dtcp.huggingface.mixing_probe import own_operands
 from dtcp.huggingface.read_mask import read_mask
 from dtcp.huggingface.recurrent_layers import SurveyedMixer
@@ -269,5 +269,5 @@ def survey_mask(*, mask_function: Callable[..., Any], **arguments: Any) -> Tenso
     setattr(dense, _MASK, read_mask(mask_function))
     setattr(dense, _MADE, made is not None)
     setattr(dense, _HIDDEN, None if made is None or bool(made.all()) else made == 0)
-    setattr(dense, RECORDER, batch_of_mask(arguments.get("config")))
+    setattr(dense, RECORDER, metadata_of_config(arguments.get("config")))
     return dense

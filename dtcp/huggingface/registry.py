@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dtcp.huggingface.autocast import as_autocast_casts
-from dtcp.huggingface.handed_on import batch_of_mask
+from dtcp.huggingface.metadata_as_mask import metadata_of_config
 from dtcp.huggingface.own_attention import implementations
 from dtcp.metadata import BatchMetadata
 from dtcp.softmax.mixer import LatentAttention
@@ -114,7 +114,7 @@ def mixer_attention_forward(
         ValueError: dropout, a mask, or no metadata.
     """
     if isinstance(attention_mask, BatchMetadata):
-        # A layer above hands on no more than a mask (`handed_on`).
+        # A layer above hands on no more than a mask (`metadata_as_mask`).
         attn_metadata, attention_mask = attention_mask, None
     if getattr(module, OWN_MASK, False):
         attention_mask = None
@@ -152,7 +152,7 @@ def no_mask(*_: Any, config: Any = None, **__: Any) -> Any:
     One that the model made of its own is one of ones, the survey saw to that; a user's is refused
     where the model is called.
     """
-    return batch_of_mask(config)
+    return metadata_of_config(config)
 
 
 def layer_label(module: nn.Module) -> str:

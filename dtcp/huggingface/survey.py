@@ -19,8 +19,8 @@ from dtcp.huggingface import registry
 from dtcp.huggingface.distance_bias import noting_bias_tables
 from dtcp.huggingface.encoder_decoder import DECODER_TOKENS, encoder_name
 from dtcp.huggingface.expert_places import other_places, places_for_all, surveyed_places
-from dtcp.huggingface.handed_on import left_for_mask
 from dtcp.huggingface.images import TOKEN_TYPES, image_arguments, language_model
+from dtcp.huggingface.metadata_as_mask import metadata_for_masks
 from dtcp.huggingface.mixing_probe import (
     calls,
     differs_elsewhere,
@@ -378,7 +378,7 @@ def _survey_mode(model: Any, recorder: Recorder) -> Iterator[None]:
         with (
             without_router_logits(config),
             noting_kernels(model, recorder),
-            left_for_mask(config, recorder),
+            metadata_for_masks(config, recorder),
             noting_bias_tables(model),
             places_for_all(model),
         ):

@@ -26,14 +26,14 @@ from dtcp.planner.report import as_json, detail_lines, on_one_line, text_report
 from dtcp.planner.search import Candidate, Planner, Search, Wish, smallest_cluster
 
 MOST_PROCESSES = 8
-"""That look at steps at once: each takes up to 2 GB."""
+"""That trace steps at once: each takes up to 2 GB."""
 
 
 def run_planner(argv: list[str], *, processes: int = 1) -> int:
     """Plan what the arguments name. Returns 0; 1 where nothing fits; 2 for bad arguments.
 
     Args:
-        processes: that look at steps side by side, forked from this one.
+        processes: that trace steps side by side, forked from this one.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -49,7 +49,7 @@ def run_planner(argv: list[str], *, processes: int = 1) -> int:
         if arguments.sweep:
             return _sweep(request, cluster, arguments)
         planner = Planner(request.subject, cluster, request.wish, processes=processes)
-        with closing(planner.looks):
+        with closing(planner.row_forecasts):
             search = _search(planner, arguments)
             return _show(arguments, request, planner, cluster, search)
     except ModuleNotFoundError as error:
@@ -151,7 +151,7 @@ def _undivided(wish: Wish, cluster: Cluster) -> str:
 
 
 def _command(request: Request, planner: Planner, best: Candidate) -> list[str]:
-    reads_strategy = planner.looks.reads_strategy
+    reads_strategy = planner.row_forecasts.reads_strategy
     return command_lines(request, best, planner.cluster, reads_strategy=reads_strategy)
 
 

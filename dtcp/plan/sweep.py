@@ -73,7 +73,7 @@ def write_sweep(
         planner = Planner(request.subject, used, _wish(request, row))
         planner.wish.check_cut(Degrees(cp=point.ranks))
         found = planner.candidate(planner.plain(Degrees(cp=point.ranks)))
-        reads_strategy = planner.looks.reads_strategy
+        reads_strategy = planner.row_forecasts.reads_strategy
         options = {
             "training.steps": steps,
             "dump_folder": folder / point.name,

@@ -24,8 +24,8 @@ from dtcp.planner.axis_bytes import (
     over_cp,
     torch_bytes,
 )
+from dtcp.planner.captured_warnings import captured_warnings
 from dtcp.planner.even_routes import EXPERT_OPS, ExpertMoves
-from dtcp.planner.heard import heard_warnings
 from dtcp.planner.mixer_flops import mixer_flops
 from dtcp.planner.peak import PeakMemory, peak_memory
 from dtcp.planner.setup import Setup
@@ -92,7 +92,7 @@ class Forecast:
         by_axis: bytes received in a step, by axis: dp_replicate, fsdp, edp (weights of experts),
             tp, loss, and ep, where experts are chosen evenly; alike on all ranks. Those of cp are
             in `ranks`.
-        ranks: of the axis cp that were looked at.
+        ranks: of the axis cp that were traced.
         matmul_flops: of a rank and a micro-batch, forward and backward, without mixers.
         parameters: of the whole model.
         memory: at the peak of a rank's step.
@@ -108,11 +108,11 @@ class Forecast:
     experts: tuple[ExpertMoves, ...] = ()
     """What experts move over ep in a micro-batch, by kind of block."""
     styles: tuple[str, ...] = ()
-    """As of Look."""
+    """As of RowForecast."""
     warnings: tuple[str, ...] = ()
-    """As of Look."""
+    """As of RowForecast."""
     layout: SequenceLayout | None = None
-    """As of Look."""
+    """As of RowForecast."""
 
     @property
     def busiest(self) -> RankForecast:
@@ -155,12 +155,12 @@ def forecast(subject: Subject, setup: Setup, *, ranks: Sequence[int] | None = No
     """
     degrees = setup.degrees
     chosen = chosen_ranks(degrees.cp) if ranks is None else list(ranks)
-    return assembled(subject, setup, look_at(subject, setup, chosen))
+    return assembled(subject, setup, forecast_row(subject, setup, chosen))
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was seen of a row's ranks: the step of one, and what differs on others."""
+class RowForecast:
+    """A step of the ranks of one row, cp x tp: that of one rank, and what differs on others."""
 
     step: StepNumbers
     ranks: tuple[RankForecast, ...]
@@ -172,24 +172,24 @@ class Look:
     layout: SequenceLayout
 
 
-def look_at(subject: Subject, setup: Setup, chosen: Sequence[int]) -> Look:
+def forecast_row(subject: Subject, setup: Setup, chosen: Sequence[int]) -> RowForecast:
     """One row's ranks: what does not depend on how many rows there are, nor on who has weights."""
-    degrees = degrees_of_look(setup.degrees)
-    with heard_warnings() as said, fake_ranks(degrees.world, chosen[0] * degrees.tp):
-        step = trace_step(subject, mesh_of_look(degrees, nodes_of_look(setup)), setup)
+    degrees = row_degrees(setup.degrees)
+    with captured_warnings() as said, fake_ranks(degrees.world, chosen[0] * degrees.tp):
+        step = trace_step(subject, row_mesh(degrees, row_ranks_per_node(setup)), setup)
         forecasts = [rank_forecast(step, chosen[0], step.sharded.attn_metadata)]
         experts = expert_moves(step)
         note_other_groups(step)
     for rank in chosen[1:]:
         # Of other ranks only what they move over cp is asked.
         with fake_ranks(degrees.cp, rank):
-            groups = _groups_here(step, mesh_of_look(Degrees(cp=degrees.cp)))
+            groups = _groups_here(step, row_mesh(Degrees(cp=degrees.cp)))
             forecasts.append(rank_forecast(step, rank, metadata_of(step, rank), groups))
     lines, layout = tuple(style_lines(step)), step.sharded.layout
-    return Look(step.numbers(), tuple(forecasts), experts, lines, tuple(said), layout)
+    return RowForecast(step.numbers(), tuple(forecasts), experts, lines, tuple(said), layout)
 
 
-def mesh_of_look(degrees: Degrees, ranks_per_node: int = 0) -> ParallelMesh:
+def row_mesh(degrees: Degrees, ranks_per_node: int = 0) -> ParallelMesh:
     """A mesh of the axes that have ranks; one of one rank would take a group for each rank."""
     wide = [axis for axis in AXES if getattr(degrees, axis) > 1]
     # Weights of experts need an axis of other weights beside theirs.
@@ -211,19 +211,19 @@ def style_lines(step: TracedStep) -> Iterator[str]:
             yield f"{kind.name} (x {kind.count}): {', '.join(dict.fromkeys(styles))}"
 
 
-def degrees_of_look(degrees: Degrees) -> Degrees:
+def row_degrees(degrees: Degrees) -> Degrees:
     """The ranks of one row, or of as many rows as share experts."""
     row, spread = degrees.cp * degrees.tp, degrees.ep * degrees.etp
     return replace(degrees, dp_replicate=1, dp_shard=spread // gcd(spread, row))
 
 
-def nodes_of_look(setup: Setup) -> int:
-    """Ranks of a node among those that are looked at, which are the first of the run; 0: all.
+def row_ranks_per_node(setup: Setup) -> int:
+    """Ranks of a node among those of a row, which are the first of the run; 0: all.
 
     Raises:
         ValueError: nodes that cut cp into unequal parts, somewhere in the run.
     """
-    degrees = degrees_of_look(setup.degrees)
+    degrees = row_degrees(setup.degrees)
     neighbours_on_cp(degrees.cp, degrees.tp, setup.ranks_per_node)
     return setup.ranks_per_node if setup.ranks_per_node < degrees.world else 0
 
@@ -239,31 +239,31 @@ def _groups_here(step: TracedStep, mesh: ParallelMesh) -> dict[str, str]:
     return dict(zip(step.groups, here, strict=True))
 
 
-def assembled(subject: Subject, setup: Setup, look: Look) -> Forecast:
+def assembled(subject: Subject, setup: Setup, row: RowForecast) -> Forecast:
     """The whole model's numbers, from one block of each kind."""
-    step = look.step
+    step = row.step
     by_axis = torch_bytes(step, setup)
-    if look.experts:
-        there, back = (sum(x) for x in zip(*(x.received() for x in look.experts), strict=True))
+    if row.experts:
+        there, back = (sum(x) for x in zip(*(x.received() for x in row.experts), strict=True))
         by_axis["ep"] = AxisBytes(there, back).times(setup.micro_batches)
     matmuls = {place: n * step.times(place.part) for place, n in step.trace.flops.items()}
     return Forecast(
         subject.name,
         setup,
         by_axis,
-        look.ranks,
+        row.ranks,
         matmuls,
         step.parameters,
         peak_memory(step, setup),
-        look.experts,
-        look.styles,
-        look.warnings,
-        look.layout,
+        row.experts,
+        row.styles,
+        row.warnings,
+        row.layout,
     )
 
 
 def chosen_ranks(cp: int, most: int = 8) -> list[int]:
-    """Ranks of the axis to look at: all of a short one, else some, evenly spread."""
+    """Ranks of the axis to trace: all of a short one, else some, evenly spread."""
     if cp <= most:
         return list(range(cp))
     return sorted({round(index * (cp - 1) / (most - 1)) for index in range(most)})

@@ -8,7 +8,7 @@ from dtcp.distributed.nodes import even_on_cp
 from dtcp.parallelize import ActivationCheckpoint, NoCheckpoint, SelectiveCheckpoint
 from dtcp.planner.cluster import Cluster
 from dtcp.planner.forecast import Forecast, assembled
-from dtcp.planner.looks import Looks
+from dtcp.planner.row_forecasts import RowForecasts
 from dtcp.planner.setup import BF16, Precision, Setup
 from dtcp.planner.subject import Subject
 from dtcp.planner.timing import StepTime, step_time
@@ -18,7 +18,7 @@ from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.style import AttentionStyle
 
-MOST_LOOKS = 24
+MOST_ROW_FORECASTS = 24
 """Steps that are looked at before meshes that others make needless are passed over."""
 
 
@@ -136,24 +136,24 @@ class Planner:
     """Forecasts setups of one model; what several share is looked at once.
 
     Args:
-        processes: that look at steps; more than 1 are forked from this one.
+        processes: that trace steps; more than 1 are forked from this one.
     """
 
     def __init__(
         self, subject: Subject, cluster: Cluster, wish: Wish, *, processes: int = 1
     ) -> None:
         self.cluster, self.wish = cluster, wish
-        self.looks = Looks(subject, processes)
+        self.row_forecasts = RowForecasts(subject, processes)
 
     def on(self, cluster: Cluster) -> "Planner":
         """The same model and rows on another cluster; what was seen stays known."""
-        other = Planner(self.looks.subject, cluster, self.wish)
-        other.looks = self.looks
+        other = Planner(self.row_forecasts.subject, cluster, self.wish)
+        other.row_forecasts = self.row_forecasts
         return other
 
     def candidate(self, setup: Setup) -> Candidate:
         """Raises ValueError: the model does not take it."""
-        found = assembled(self.looks.subject, setup, self.looks.at(setup))
+        found = assembled(self.row_forecasts.subject, setup, self.row_forecasts.at(setup))
         return Candidate(setup, found, step_time(found, self.cluster), self.cluster.usable)
 
     def search_mesh(self, degrees: Degrees) -> Search:
@@ -177,7 +177,7 @@ class Planner:
         before = before or Search()
         found, refused = list(before.candidates), list(before.refused)
         tried = list(setups)
-        self.looks.prepare(tried)
+        self.row_forecasts.prepare(tried)
         for setup in tried:
             try:
                 found.append(self.candidate(setup))
@@ -191,7 +191,8 @@ class Planner:
         meshes = list(self.meshes())
         say(f"tries {len(meshes)} meshes")
         small, sifted = self.sift(self.plain(degrees) for degrees in meshes)
-        worth = small if self.looks.count(small) <= MOST_LOOKS else self._narrow(small)
+        few = self.row_forecasts.count(small) <= MOST_ROW_FORECASTS
+        worth = small if few else self._narrow(small)
         if not worth:
             # So that there is something to say of what is missing.
             worth = [each.setup for each in sifted.too_large[:2]]
@@ -213,7 +214,7 @@ class Planner:
         columns = columns_of(setups)
         spans = {key: (0, len(column)) for key, column in columns.items()}
         while middles := {key: sum(span) // 2 for key, span in spans.items() if span[0] < span[1]}:
-            self.looks.prepare(columns[key][middle] for key, middle in middles.items())
+            self.row_forecasts.prepare(columns[key][middle] for key, middle in middles.items())
             for key, middle in middles.items():
                 low, high = spans[key]
                 # A cp that is refused is too large for the row.
@@ -230,7 +231,7 @@ class Planner:
         worth, _ = self.sift(self.plain(degrees) for degrees in self.meshes())
         columns = list(columns_of(worth).values())
         # The largest cp that is not refused needs least; what leaves most room first.
-        columns.sort(key=lambda column: self.looks.least(column[-1]))
+        columns.sort(key=lambda column: self.row_forecasts.least(column[-1]))
         for column in columns:
             for setup in reversed(column):
                 if (fits := self._fits(setup)) is not None:
@@ -251,7 +252,7 @@ class Planner:
         worth, large, refused = [], [], []
         for setup in setups:
             try:
-                needs = self.looks.least(setup)
+                needs = self.row_forecasts.least(setup)
             except (ValueError, TypeError) as error:
                 refused.append(Refused(setup, str(error)))
                 continue
@@ -291,7 +292,7 @@ class Planner:
         return sorted({*possible[:1], *inside[-1:], *possible[-1:]})
 
     def _expert_degrees(self, degrees: Degrees) -> list[int]:
-        counts, etp = self.looks.expert_counts, self.wish.etp
+        counts, etp = self.row_forecasts.expert_counts, self.wish.etp
         ranks = degrees.sparse // etp if counts else 1
         possible = [ep for ep in _divisors(ranks) if not any(n % ep for n in counts)]
         # What splits experts beside ep needs one.
@@ -325,7 +326,7 @@ class Planner:
         return [setup for setup in others if setup != plain]
 
     def _others(self, plain: Setup) -> Iterator[Setup]:
-        is_open = self.wish.attention is None and self.looks.reads_strategy
+        is_open = self.wish.attention is None and self.row_forecasts.reads_strategy
         ways = attention_styles(plain.degrees.cp) if is_open else []
         for attention in ways or [plain.attention]:
             yield replace(plain, attention=attention, checkpoint=SelectiveCheckpoint())

@@ -12,8 +12,8 @@ from torch import distributed as dist
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.metadata import BatchMetadata
 from dtcp.parallelize import ActivationCheckpoint
+from dtcp.planner.captured_warnings import captured_warnings
 from dtcp.planner.forecast import received_over_cp, torch_bytes
-from dtcp.planner.heard import heard_warnings
 from dtcp.planner.peak import PeakMemory, peak_memory
 from dtcp.planner.setup import Precision, Setup
 from dtcp.planner.step import TracedStep, trace_step
@@ -127,7 +127,7 @@ def expectation(config: Any, mesh: ParallelMesh, micro_batches: int = 1) -> Expe
     style = section.attention_style(device_type_of(mesh.cp))
     setup = setup_of(config, mesh.degrees, rows, section.sequence_layout(), style)
     setup = replace(setup, micro_batches=micro_batches)
-    with heard_warnings():  # as its plan has said already
+    with captured_warnings():  # as its plan has said already
         step = trace_step(subject_of(config), mesh, setup)
     return Expectation(step, setup, peak_memory(step, setup))
 

@@ -113,7 +113,7 @@ def plan_strategy(config: Any, ranks: int) -> PlannedStrategy:
     )
     plain = setup_of(config, degrees, documents, layouts[0], RingAttention())
     plain = replace(plain, ranks_per_node=nodes if nodes < ranks else 0)
-    ways = _ways(section, degrees.cp if planner.looks.reads_strategy else 1)
+    ways = _ways(section, degrees.cp if planner.row_forecasts.reads_strategy else 1)
     plans = [replace(plain, attention=way) for way in ways]
     search = planner.ranked(plans)
     if search.candidates:
@@ -130,7 +130,7 @@ def _said(best: Candidate, planner: Planner, section: Section, tried: int) -> Pl
     setup = best.setup
     strategy = cast(StrategyName, strategy_name(setup).partition("(")[0])
     layout = cast(LayoutName, layout_name(setup))
-    read = strategy_name(setup) if planner.looks.reads_strategy else "of the model's own"
+    read = strategy_name(setup) if planner.row_forecasts.reads_strategy else "of the model's own"
     lines = [
         f"chosen      strategy {read}, layout {layout}, of {tried} that the planner tried: "
         f"{best.time.total:.3g} s a micro-batch, as on {planner.cluster}"

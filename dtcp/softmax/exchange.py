@@ -5,7 +5,6 @@ row per rank that used the key and is summed at home in fp32: a sum that travell
 rounded at every step (ring-flash-attention issue 42).
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,9 +19,15 @@ from dtcp.distributed.staging import (
     send_and_receive,
     start_exchange,
 )
-from dtcp.softmax.mates import Arrived, Arriving, Finished, MoveRows
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.op import OpContext
+from dtcp.softmax.row_transfers import (
+    ChainedTransfer,
+    CompletedTransfer,
+    MoveRows,
+    RowTransfer,
+    StartRows,
+)
 
 
 def accumulate_returned_grads(grads: Tensor, rows: Tensor, slots: Tensor) -> None:
@@ -80,19 +85,15 @@ def start_all_to_all_rows(
     return start_exchange(rows.contiguous(), group, receive=receive, send=send)
 
 
-Start = Callable[[Tensor, list[int], list[int]], Arriving]
-"""Starts a transfer of rows: those to send, how many to each of some ranks, how many from each."""
-
-
 def start_bringing(
-    rows: Tensor, send: list[int], receive: list[int], context: OpContext, start: Start
-) -> Arriving:
-    """Rows on their way from other groups; mates bring a part each, and hand it on here."""
-    mates = context.mates
-    if mates is None:
+    rows: Tensor, send: list[int], receive: list[int], context: OpContext, start: StartRows
+) -> RowTransfer:
+    """Rows on their way from other groups; replicas fetch a part each, and gather them here."""
+    replicas = context.replicas
+    if replicas is None:
         return start(rows, send, receive)
-    transfer = start(mates.own(rows, send), mates.shares(send), mates.shares(receive))
-    return Finished(transfer, lambda own: mates.gather(own, receive, _inside(context)))
+    transfer = start(replicas.own(rows, send), replicas.shares(send), replicas.shares(receive))
+    return ChainedTransfer(transfer, lambda own: replicas.gather(own, receive, _inside(context)))
 
 
 def start_returning(
@@ -101,15 +102,15 @@ def start_returning(
     receive: list[int],
     dtype: torch.dtype,
     context: OpContext,
-    start: Start,
-) -> Arriving:
-    """Gradients of brought rows on their way home in a dtype; those of mates are summed here."""
-    mates = context.mates
-    if mates is None:
+    start: StartRows,
+) -> RowTransfer:
+    """Gradients of brought rows on their way home in a dtype; those of replicas are summed here."""
+    replicas = context.replicas
+    if replicas is None:
         return start(rows.to(dtype).contiguous(), send, receive)
-    found = mates.reduce(rows, send, dtype, _inside(context)).to(dtype)
-    transfer = start(found, mates.shares(send), mates.shares(receive))
-    return Finished(transfer, lambda own: mates.widen(own, receive))
+    found = replicas.reduce(rows, send, dtype, _inside(context)).to(dtype)
+    transfer = start(found, replicas.shares(send), replicas.shares(receive))
+    return ChainedTransfer(transfer, lambda own: replicas.widen(own, receive))
 
 
 def _inside(context: OpContext) -> MoveRows:
@@ -117,11 +118,11 @@ def _inside(context: OpContext) -> MoveRows:
     return lambda rows, send, receive: all_to_all_rows(rows, send, receive, inner)
 
 
-def _at_once(context: OpContext) -> Start:
+def _at_once(context: OpContext) -> StartRows:
     """A transfer that is over when it has started."""
 
-    def start(rows: Tensor, send: list[int], receive: list[int]) -> Arriving:
-        return Arrived(all_to_all_rows(rows, send, receive, context))
+    def start(rows: Tensor, send: list[int], receive: list[int]) -> RowTransfer:
+        return CompletedTransfer(all_to_all_rows(rows, send, receive, context))
 
     return start
 

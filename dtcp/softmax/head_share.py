@@ -9,7 +9,7 @@ from dtcp.kernels.dtypes import accumulation
 
 @dataclass(frozen=True)
 class HeadShare:
-    """Which heads each of n ranks attends with: equal parts, kv heads copied where G < n."""
+    """Which heads each of n ranks attends with: equal parts, kv heads replicated where G < n."""
 
     heads: int
     kv_heads: int
@@ -25,7 +25,7 @@ class HeadShare:
             )
 
     @property
-    def copies(self) -> int:
+    def replicas(self) -> int:
         """Ranks that share one kv head."""
         return max(self.num_ranks // self.kv_heads, 1)
 
@@ -40,7 +40,7 @@ class HeadShare:
 
     def split_kv(self, x: Tensor) -> Tensor:
         """Kv heads by rank: [B, L, G, D] -> [n, B, L, max(G, n) / n, D]."""
-        return self.split(x.repeat_interleave(self.copies, dim=2))
+        return self.split(x.repeat_interleave(self.replicas, dim=2))
 
     def join(self, x: Tensor) -> Tensor:
         """Inverse of split."""
@@ -48,5 +48,5 @@ class HeadShare:
 
     def join_kv_gradient(self, x: Tensor) -> Tensor:
         """Gradient of split_kv: what the ranks sharing a kv head found is summed, in fp32."""
-        copied = self.join(x.to(accumulation(x.dtype)))
-        return copied.unflatten(2, (self.kv_heads, self.copies)).sum(3)
+        by_rank = self.join(x.to(accumulation(x.dtype)))
+        return by_rank.unflatten(2, (self.kv_heads, self.replicas)).sum(3)

@@ -8,8 +8,8 @@ from torch import distributed as dist
 
 from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moved, Moves
-from dtcp.softmax.copied_heads import CopiedHeads
 from dtcp.softmax.latent import LatentWidths
+from dtcp.softmax.replicated_head_exchange import ReplicatedHeadExchange
 from dtcp.style import MixerShape
 
 
@@ -192,8 +192,8 @@ def heads_moved(
         keys: local ones, where they are of another sequence; 0 where they are the queries' own.
         per_node: of the ranks, neighbours that share a node; 0: nobody has said.
     """
-    copies = max(num_ranks // shape.kv_heads, 1)
-    copied = CopiedHeads.of(num_ranks, rank, per_node, copies)
+    replicas = max(num_ranks // shape.kv_heads, 1)
+    replicated = ReplicatedHeadExchange.of(num_ranks, rank, per_node, replicas)
     kv_heads, keys = max(shape.kv_heads, num_ranks), keys or length
     of_keys = keys * kv_heads * (shape.value_dim + (0 if shape.values_only else shape.key_dim))
     widths = length * shape.heads * (shape.key_dim + shape.value_dim) + of_keys
@@ -202,12 +202,12 @@ def heads_moved(
     out = length * shape.heads * shape.key_dim + of_keys
     held = 2 * shape.batch * out * shape.element_size
     moved = Moved.alike(each, num_ranks, rank, workspace=held)
-    if copied is None:
+    if replicated is None:
         return Moves(moved, moved)
     widths = length * shape.heads * (shape.key_dim + shape.value_dim)
     each = shape.batch * widths * shape.element_size // num_ranks
     of_heads = Moved.alike(each, num_ranks, rank, workspace=held)
-    there = copied.moved(keys, shape.key_row // shape.kv_heads)
+    there = replicated.moved(keys, shape.key_row // shape.kv_heads)
     wide = there.workspace * shape.accumulated // shape.element_size
     home = Moved(there.received, there.sent, wide)
     return Moves(of_heads + there, of_heads + home)

@@ -30,12 +30,12 @@ from dtcp.softmax.exchange import (
     start_returning,
 )
 from dtcp.softmax.key_hops import KeyHops, key_hops
-from dtcp.softmax.mates import Arriving
 from dtcp.softmax.metadata import KeyExchangeMetadata, by_part, local_runs
 from dtcp.softmax.moves import AttentionShape, Peers, steps_moved
 from dtcp.softmax.op import OpContext
 from dtcp.softmax.payload import KVPayload
 from dtcp.softmax.required_keys import PeerRuns
+from dtcp.softmax.row_transfers import RowTransfer
 
 
 def node_ring_metadata(
@@ -186,7 +186,7 @@ class NodeRing:
         self.local = torch.empty(0)
         # Gradients on their way: inside the node, and from there home.
         self._found: tuple[int, Tensor, Transfer | None] | None = None
-        self._home: tuple[int, Arriving] | None = None
+        self._home: tuple[int, RowTransfer] | None = None
 
     def steps(self) -> Iterator[tuple[int, Keys]]:
         """(step, keys), from this node's own on."""
@@ -249,7 +249,7 @@ class NodeRing:
     def _start(self, rows: Tensor, send: list[int], receive: list[int]) -> Transfer:
         return start_all_to_all_rows(rows, send, receive, self.context)
 
-    def _bring(self, step: int) -> Arriving:
+    def _bring(self, step: int) -> RowTransfer:
         """The first hop of a step's keys."""
         send, receive = self._at(step, self.sent[step]), self._at(-step, self.received[step])
         with transfer_stream(self.slots[step]):

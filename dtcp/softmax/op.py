@@ -25,7 +25,7 @@ from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.metadata import AttentionMetadata
 from dtcp.softmax.inputs import AttentionInputs, check_inputs
-from dtcp.softmax.mates import Mates
+from dtcp.softmax.kv_head_replicas import KVHeadReplicas
 from dtcp.softmax.moves import AttentionShape, Peers
 
 
@@ -99,7 +99,7 @@ class OpContext:
     softmax: SoftmaxParams
     groups: Sequence[str]
     kv_heads: int
-    mates: Mates | None = None
+    replicas: KVHeadReplicas | None = None
     """Who reads the same rows of the last of the groups, in the one before."""
 
     def grad_dtype(self, dtype: torch.dtype) -> torch.dtype:

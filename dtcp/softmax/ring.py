@@ -22,18 +22,17 @@ from dtcp.kernels.softmax.api import (
 from dtcp.sequence.interval_runs import Intervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.exchange import (
-    Start,
     accumulate_returned_grads,
     isend_irecv,
     start_bringing,
     start_returning,
 )
-from dtcp.softmax.mates import Arriving
 from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
 from dtcp.softmax.moves import AttentionShape, Peers, counts_by_step, steps_moved
 from dtcp.softmax.node_ring import NodeRing, node_ring_metadata, node_ring_moves
 from dtcp.softmax.op import AttentionOp, OpContext
 from dtcp.softmax.payload import ExchangeStrategy, KVPayload
+from dtcp.softmax.row_transfers import RowTransfer, StartRows
 from dtcp.softmax.style import KeyExchangeAttention
 
 _GRADIENTS = 1  # tag of gradient transfers; keys travel under 0
@@ -106,12 +105,12 @@ class _RankRing:
         self.sent, self.received = metadata.counts.tolist()
         self.slots = metadata.send_slot[: sum(self.sent)].split(self.sent)
         self.dtype, self.local = dtype, torch.empty(0)
-        self._home: Arriving | None = None
+        self._home: RowTransfer | None = None
 
     def steps(self) -> Iterator[tuple[int, Keys]]:
         """(step, keys), from this rank's own on."""
         payload, last = self.payload, len(self.sent) - 1
-        arriving: Arriving | None = None
+        arriving: RowTransfer | None = None
         for step in range(last + 1):
             if arriving is not None:
                 k, v = payload.received(arriving.wait(), step)
@@ -140,7 +139,7 @@ class _RankRing:
         self._add(len(self.sent) - 1)
         return self.local
 
-    def _start(self, step: int, tag: int = 0) -> Start:
+    def _start(self, step: int, tag: int = 0) -> StartRows:
         return lambda rows, _, receive: isend_irecv(rows, receive[0], step, self.context, tag=tag)
 
     def _add(self, step: int) -> None:

@@ -13,16 +13,17 @@ from dtcp.distributed.moves import Moved, Moves
 from dtcp.distributed.staging import exchange
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.softmax.copied_heads import CopiedHeads
 from dtcp.softmax.exchange import all_to_all_rows
 from dtcp.softmax.head_share import HeadShare
 from dtcp.softmax.inputs import AttentionInputs, check_key_count
 from dtcp.softmax.joined_shards import LAST_FIELDS, UlyssesMetadata, ulysses_metadata
+from dtcp.softmax.kv_head_replicas import KVHeadReplicas
 from dtcp.softmax.local import LOCAL
-from dtcp.softmax.mates import Mates, MoveRows
 from dtcp.softmax.metadata import KeyExchangeMetadata, local_metadata
 from dtcp.softmax.moves import AttentionShape, Peers, heads_moved
 from dtcp.softmax.op import AttentionOp, ForwardResult, OpContext, Strategy
+from dtcp.softmax.replicated_head_exchange import ReplicatedHeadExchange
+from dtcp.softmax.row_transfers import MoveRows
 from dtcp.softmax.style import AttentionStyle
 
 PER_HEAD = ("sink", "bias", "slope")
@@ -122,9 +123,9 @@ class Ulysses:
         within = heads_moved(shape, length, u, peers.rank % u, keys=keys, per_node=per_node)
         outer = metadata[2:-LAST_FIELDS]
         between = self.outer.moves(each, u * length, outer, peers.between())
-        mates = Mates.of(u, peers.rank % u, per_node, max(u // shape.kv_heads, 1))
-        if mates is not None and u < peers.num_ranks:
-            between, inside = self._shared(mates, each, u * length, outer, peers)
+        replicas = KVHeadReplicas.of(u, peers.rank % u, per_node, max(u // shape.kv_heads, 1))
+        if replicas is not None and u < peers.num_ranks:
+            between, inside = self._shared(replicas, each, u * length, outer, peers)
             within += inside
         return Moves(
             peers.placed_within(within.forward) + peers.placed_between(between.forward),
@@ -133,18 +134,18 @@ class Ulysses:
 
     def _shared(
         self,
-        mates: Mates,
+        replicas: KVHeadReplicas,
         shape: AttentionShape,
         length: int,
         outer: Sequence[Tensor],
         peers: Peers,
     ) -> tuple[Moves, Moves]:
-        """What goes between groups where mates bring a part each, and what they hand on inside."""
+        """What goes between groups if replicas fetch a part each, and what they gather inside."""
         keys = KeyExchangeMetadata(*outer)
         sent, received = keys.counts.tolist()
-        parts = replace(keys, counts=torch.tensor([mates.shares(x) for x in (sent, received)]))
+        parts = replace(keys, counts=torch.tensor([replicas.shares(x) for x in (sent, received)]))
         between = self.outer.moves(shape, length, parts.tensors(), peers.between())
-        there = Moved.rows(*mates.inside(received), shape.key_row, mates.rank)
+        there = Moved.rows(*replicas.inside(received), shape.key_row, replicas.rank)
         home = Moved(there.received, there.sent)
         return between, Moves(there, there + home)
 
@@ -153,8 +154,8 @@ class Ulysses:
     ) -> list[Tensor]:
         """q, k and v, or q and v, of this rank's heads and all tokens: [B, n * L, heads, D]."""
         keys = [y for y in (x.k, x.v) if y is not None]
-        if (copied := _copied(share, context)) is not None:
-            parts = copied.to_sequence(keys, _mover(context))
+        if (replicated := _replicated(share, context)) is not None:
+            parts = replicated.to_sequence(keys, _mover(context))
             whole = [_ordered(y.movedim(0, 1).flatten(1, 2), orders.of_keys) for y in parts]
             whole = [y.contiguous() for y in whole]
             return [*_to_sequence([share.split(x.q)], orders.order, context), *whole]
@@ -174,12 +175,12 @@ class Ulysses:
     ) -> list[Tensor]:
         """The gradients of `_to_sequence`, travelling in a dtype, of all heads and local tokens."""
         q, *keys = [y for y in grads[:3] if y is not None]
-        if (copied := _copied(share, context)) is not None:
+        if (replicated := _replicated(share, context)) is not None:
             n = share.num_ranks
             (dq,) = _to_heads([q.to(dtype)], orders.restore, context)
             parts = [_ordered(y, orders.restore_keys).unflatten(1, (n, -1)) for y in keys]
             parts = [y.movedim(1, 0) for y in parts]
-            return [share.join(dq), *copied.home(parts, share.kv_heads, dtype, _mover(context))]
+            return [share.join(dq), *replicated.home(parts, share.kv_heads, dtype, _mover(context))]
         q, *keys = [y.to(dtype) for y in (q, *keys)]
         if not orders.apart:
             dq, *of_keys = _to_heads([q, *keys], orders.restore, context)
@@ -195,7 +196,7 @@ class Ulysses:
             context,
             metadata=outer,
             kv_heads=share.kv_heads_each,
-            mates=_mates(share, context) if len(context.groups) > 1 else None,
+            replicas=_replicas(share, context) if len(context.groups) > 1 else None,
         )
         return _Orders(order, restore, key_order, key_restore), inside
 
@@ -214,15 +215,15 @@ def _share(heads: int, context: OpContext) -> HeadShare:
     return HeadShare(heads, context.kv_heads, num_ranks)
 
 
-def _copied(share: HeadShare, context: OpContext) -> CopiedHeads | None:
+def _replicated(share: HeadShare, context: OpContext) -> ReplicatedHeadExchange | None:
     rank = dist.get_rank(_inner_group(context.groups))
     per_node = int(context.metadata[-1].sum())
-    return CopiedHeads.of(share.num_ranks, rank, per_node, share.copies)
+    return ReplicatedHeadExchange.of(share.num_ranks, rank, per_node, share.replicas)
 
 
-def _mates(share: HeadShare, context: OpContext) -> Mates | None:
+def _replicas(share: HeadShare, context: OpContext) -> KVHeadReplicas | None:
     rank = dist.get_rank(_inner_group(context.groups))
-    return Mates.of(share.num_ranks, rank, int(context.metadata[-1].sum()), share.copies)
+    return KVHeadReplicas.of(share.num_ranks, rank, int(context.metadata[-1].sum()), share.replicas)
 
 
 def _mover(context: OpContext) -> MoveRows:
@@ -295,12 +296,12 @@ class UlyssesAttention(AttentionStyle):
     """Attention in which each rank holds the whole sequence for its share of the heads.
 
     Balanced in every layout. Ranks divide the heads; kv heads divide the ranks or are divided
-    by them, and are then copied to the ranks that share one.
+    by them, and are then replicated to the ranks that share one.
 
     Keyword Args:
         boundary: InGraph() or EagerIsland().
         ranks_per_node: neighbours that share a node. Every rank gets heads of its own, but for kv
-            heads that are copied: these cross once to each node, and are spread inside.
+            heads that are replicated: these cross once to each node, and are spread inside.
 
     Traffic per rank, received: (n - 1) / n * L * (2 H + 2 max(G, n)) * D elements for equal key
     and value dims, forward, and the same backward; L of the keys' sequence for keys and values,

@@ -17,7 +17,7 @@ from dtcp.parallelize import FullCheckpoint, NoCheckpoint
 from dtcp.plan import __main__ as command
 from dtcp.plan.source import asked_documents
 from dtcp.planner.cluster import GB, cluster_of
-from dtcp.planner.forecast import degrees_of_look, forecast, nodes_of_look
+from dtcp.planner.forecast import forecast, row_degrees, row_ranks_per_node
 from dtcp.planner.search import Planner, Wish
 from dtcp.planner.setup import Setup
 from dtcp.planner.subject import FamilyModel, subject_of_hf
@@ -223,7 +223,7 @@ def test_plan_sees_on_the_first_rows_what_nodes_do_on_all_of_them():
             if world // etp % ep == 0:
                 degrees = Degrees(dp_shard=dp, cp=cp, tp=tp, ep=ep, etp=etp)
                 setup = Setup(degrees, ROW, ranks_per_node=nodes)
-                here, least = degrees_of_look(degrees), nodes_of_look(setup)
+                here, least = row_degrees(degrees), row_ranks_per_node(setup)
                 found = neighbours(here, least) if least else 0
                 assert found == neighbours(degrees, nodes), setup
                 seen += found > 0
@@ -246,9 +246,11 @@ def test_plan_does_not_run_steps_whose_weights_leave_no_room():
     worth, sifted = planner.sift(setups)
     assert len(worth) + len(sifted.refused) == len(setups) and not sifted.too_large
     for setup in worth:
-        assert planner.looks.least(setup) <= planner.candidate(setup).forecast.memory.total
-    tight = planner.on(replace(small, memory=small.reserved + planner.looks.least(setups[0]) - 1))
-    assert tight.sift(setups[:1])[1].too_large[0].needs == planner.looks.least(setups[0])
+        assert planner.row_forecasts.least(setup) <= planner.candidate(setup).forecast.memory.total
+    tight = planner.on(
+        replace(small, memory=small.reserved + planner.row_forecasts.least(setups[0]) - 1)
+    )
+    assert tight.sift(setups[:1])[1].too_large[0].needs == planner.row_forecasts.least(setups[0])
 
 
 @pytest.mark.slow

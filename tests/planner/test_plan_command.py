@@ -48,7 +48,7 @@ def planned_command(options, cluster, degrees):
     planner = Planner(request.subject, cluster, request.wish)
     candidate = planner.candidate(planner.plain(degrees))
     line, *_ = command_lines(
-        request, candidate, cluster, reads_strategy=planner.looks.reads_strategy
+        request, candidate, cluster, reads_strategy=planner.row_forecasts.reads_strategy
     )
     launcher, _, given = line.partition(" train.py ")
     config = parse(shlex.split(given))

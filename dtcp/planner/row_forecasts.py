@@ -1,4 +1,4 @@
-"""Steps that a search looks at, each once, in this process or in several."""
+"""Forecasts of a row's ranks that a search asks for, each made once, in one process or several."""
 
 import multiprocessing
 from collections.abc import Callable, Hashable, Iterable
@@ -12,8 +12,8 @@ from torch import nn
 
 from dtcp._torch import fake_ranks
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.planner.forecast import Look, chosen_ranks, degrees_of_look, look_at
-from dtcp.planner.heard import heard_warnings
+from dtcp.planner.captured_warnings import captured_warnings
+from dtcp.planner.forecast import RowForecast, chosen_ranks, forecast_row, row_degrees
 from dtcp.planner.peak import least_memory
 from dtcp.planner.setup import Setup
 from dtcp.planner.sharded_weights import Unit
@@ -23,17 +23,17 @@ from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.style import AttentionStyle
 
 T = TypeVar("T")
-Outcome = Look | ValueError | TypeError
+Outcome = RowForecast | ValueError | TypeError
 
 
-class Looks:
-    """What was seen of one model's steps.
+class RowForecasts:
+    """Forecasts of one model's steps on the ranks of a row, by setup.
 
     What a row's ranks do depends neither on how many rows there are nor on who has which weights,
-    so many meshes share a look.
+    so many meshes share a forecast.
 
     Args:
-        processes: forked from this one, each looking at a step at a time; 1 for none.
+        processes: forked from this one, each making one at a time; 1 for none.
     """
 
     def __init__(self, subject: Subject, processes: int = 1) -> None:
@@ -42,22 +42,22 @@ class Looks:
         self._units: dict[Hashable, list[Unit] | ValueError | TypeError] = {}
         self._pool = _pool(processes) if processes > 1 else None
 
-    def at(self, setup: Setup) -> Look:
+    def at(self, setup: Setup) -> RowForecast:
         """Raises ValueError, TypeError: the model does not take this setup."""
         key = _key(setup)
         if key not in self._known:
-            self._known[key] = look_or_refusal(self.subject, setup)
+            self._known[key] = forecast_or_refusal(self.subject, setup)
         return _or_raise(self._known[key])
 
     def prepare(self, setups: Iterable[Setup]) -> None:
-        """Look at all of them in the processes there are; without any, nothing is done."""
+        """Make all of them in the processes there are; without any, nothing is done."""
         if self._pool is None:
             return
         running: dict[Hashable, Future[Outcome]] = {}
         for setup in setups:
             key = _key(setup)
             if key not in self._known and key not in running:
-                running[key] = self._pool.submit(look_or_refusal, self.subject, setup)
+                running[key] = self._pool.submit(forecast_or_refusal, self.subject, setup)
         self._known.update((key, future.result()) for key, future in running.items())
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class Looks:
             self._pool.shutdown()
 
     def count(self, setups: Iterable[Setup]) -> int:
-        """How many looks they take."""
+        """How many forecasts they take."""
         return len({_key(setup) for setup in setups})
 
     def least(self, setup: Setup) -> int:
@@ -101,7 +101,7 @@ class Looks:
     def reads_strategy(self) -> bool:
         """Whether any mixer is carried out by the strategy that is asked for."""
         plans = []
-        with heard_warnings(), fake_ranks(2, 0), torch.device("meta"):
+        with captured_warnings(), fake_ranks(2, 0), torch.device("meta"):
             mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
             for attention in (RingAttention(), AllGatherAttention()):
 
@@ -116,9 +116,11 @@ class Looks:
         return plans[0] != plans[1]
 
 
-def look_or_refusal(subject: Subject, setup: Setup) -> Outcome:
-    """A look, or why there is none."""
-    return _or_refusal(subject, lambda: look_at(subject, setup, chosen_ranks(setup.degrees.cp)))
+def forecast_or_refusal(subject: Subject, setup: Setup) -> Outcome:
+    """A forecast of a row, or why there is none."""
+    return _or_refusal(
+        subject, lambda: forecast_row(subject, setup, chosen_ranks(setup.degrees.cp))
+    )
 
 
 def _or_refusal(subject: Subject, work: Callable[[], T]) -> T | ValueError | TypeError:
@@ -145,9 +147,9 @@ def _unknown_step(subject: Subject, error: Exception) -> ValueError:
 
 def _units_or_refusal(subject: Subject, setup: Setup) -> list[Unit] | ValueError | TypeError:
     def units() -> list[Unit]:
-        degrees = degrees_of_look(setup.degrees)
-        # A look at a step of this mesh says what is warned of.
-        with heard_warnings(), fake_ranks(degrees.world, 0):
+        degrees = row_degrees(setup.degrees)
+        # The forecast of a row of this mesh says what is warned of.
+        with captured_warnings(), fake_ranks(degrees.world, 0):
             mesh = ParallelMesh.from_degrees(degrees, "cpu")
             return place_model(subject, mesh, setup).units(setup, mesh.experts)
 
@@ -161,7 +163,7 @@ def _or_raise(outcome: T | ValueError | TypeError) -> T:
 
 
 def _key(setup: Setup) -> Hashable:
-    degrees = degrees_of_look(setup.degrees)
+    degrees = row_degrees(setup.degrees)
     how = (setup.layout, repr(setup.attention), setup.checkpoint, setup.precision, setup.reshard)
     nodes = setup.ranks_per_node if setup.ranks_per_node < degrees.world else 0
     return degrees, setup.documents, nodes, how

@@ -11,35 +11,37 @@ find as gradients is summed where the key came in, in fp32, and goes home once.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from dtcp.distributed.moves import Moved
 from dtcp.kernels.dtypes import accumulation
-from dtcp.softmax.mates import MoveRows, even_share, mates_of, size_of
+from dtcp.softmax.kv_head_replicas import even_share, replica_ranks, size_of
+from dtcp.softmax.row_transfers import MoveRows
 
 
 @dataclass(frozen=True)
-class CopiedHeads:
+class ReplicatedHeadExchange:
     """The ranks of a group that deals heads out, as one of them sees them.
 
     Args:
         num_ranks: of the group.
         per_node: of them, neighbours that share a node.
-        copies: neighbours that share a kv head.
+        replicas: neighbours that share a kv head.
     """
 
     num_ranks: int
     rank: int
     per_node: int
-    copies: int
+    replicas: int
 
     @classmethod
-    def of(cls, num_ranks: int, rank: int, per_node: int, copies: int) -> "CopiedHeads | None":
+    def of(cls, num_ranks: int, rank: int, per_node: int, replicas: int) -> Self | None:
         """None where no key crosses twice: no head is shared, or there is one node, or none."""
         crosses = 1 < per_node < num_ranks
-        return cls(num_ranks, rank, per_node, copies) if crosses and copies > 1 else None
+        return cls(num_ranks, rank, per_node, replicas) if crosses and replicas > 1 else None
 
     def to_sequence(self, parts: Sequence[Tensor], move: MoveRows) -> list[Tensor]:
         """Local keys and values [B, L, G, W] of all heads to those of all ranks, of one head.
@@ -48,19 +50,19 @@ class CopiedHeads:
             [n, B, L, 1, W] each, by owner.
         """
         rows = torch.cat(list(parts), dim=-1).permute(2, 1, 0, 3)  # [G, L, B, W]
-        length, mates = rows.shape[1], self._mates(self.rank)
-        to = [rows[peer // self.copies][self._goes(peer, length)] for peer in self._all]
+        length, replicas = rows.shape[1], self._replicas(self.rank)
+        to = [rows[peer // self.replicas][self._goes(peer, length)] for peer in self._all]
         sent, received = self._first_hop(length)
         by_owner = move(torch.cat(to), sent, received).split(received)
         brought = torch.stack([by_owner[peer] for peer in self._far])  # [far, share, B, W]
         sent, received = self._second_hop(length)
-        others = self._others(mates)
+        others = self._others(replicas)
         own = brought.flatten(0, 1)
         found = move(own.repeat(len(others), 1, 1), sent, received)
-        of_mate = dict(zip(others, found.split([received[mate] for mate in others]), strict=True))
-        of_mate[self.rank] = own
-        # Of each mate, its share of every owner's tokens.
-        each = [x.view(len(self._far), -1, *rows.shape[2:]) for x in (of_mate[m] for m in mates)]
+        of_peer = dict(zip(others, found.split([received[peer] for peer in others]), strict=True))
+        of_peer[self.rank] = own
+        # Of each replica, its share of every owner's tokens.
+        each = [x.view(len(self._far), -1, *rows.shape[2:]) for x in (of_peer[m] for m in replicas)]
         whole = iter(torch.cat(each, dim=1))
         out = [by_owner[peer] if self._near(peer) else next(whole) for peer in self._all]
         split = torch.stack(out).transpose(1, 2).split([x.shape[-1] for x in parts], dim=-1)
@@ -76,8 +78,8 @@ class CopiedHeads:
         """
         rows = torch.cat([x.squeeze(3) for x in parts], dim=-1).transpose(1, 2)  # [n, L, B, W]
         wide, length = accumulation(dtype), rows.shape[1]
-        far, others = rows[self._far], self._others(self._mates(self.rank))
-        shares = [far[:, self._share(mate, length)].flatten(0, 1).to(dtype) for mate in others]
+        far, others = rows[self._far], self._others(self._replicas(self.rank))
+        shares = [far[:, self._share(peer, length)].flatten(0, 1).to(dtype) for peer in others]
         sent, received = self._second_hop(length)
         found = move(torch.cat([far[:0, 0].to(dtype), *shares]), received, sent)
         own = far[:, self._share(self.rank, length)].to(wide)
@@ -88,7 +90,7 @@ class CopiedHeads:
         arrived = move(torch.cat([x.to(dtype) for x in back]), received, sent).split(sent)
         out = rows.new_zeros((kv_heads, *rows.shape[1:]), dtype=wide)
         for peer, x in enumerate(arrived):
-            out[peer // self.copies][self._goes(peer, length)] += x
+            out[peer // self.replicas][self._goes(peer, length)] += x
         return list(out.permute(2, 1, 0, 3).split([x.shape[-1] for x in parts], dim=-1))
 
     def moved(self, length: int, row: int) -> Moved:
@@ -96,7 +98,7 @@ class CopiedHeads:
         hops = zip(self._first_hop(length), self._second_hop(length), strict=True)
         sent, received = ([a + b for a, b in zip(*way, strict=True)] for way in hops)
         # All heads packed, what is sent and has come, and what all owners' come to, in its place.
-        heads = self.num_ranks // self.copies
+        heads = self.num_ranks // self.replicas
         held = sum(sent) + sum(received) + (heads + 2 * self.num_ranks) * length
         return Moved.rows(sent, received, row, self.rank, workspace=held * row)
 
@@ -112,16 +114,16 @@ class CopiedHeads:
     def _near(self, peer: int) -> bool:
         return peer // self.per_node == self.rank // self.per_node
 
-    def _mates(self, rank: int) -> tuple[int, ...]:
-        return mates_of(rank, self.per_node, self.copies)
+    def _replicas(self, rank: int) -> tuple[int, ...]:
+        return replica_ranks(rank, self.per_node, self.replicas)
 
-    def _others(self, mates: Sequence[int]) -> list[int]:
-        return [mate for mate in mates if mate != self.rank]
+    def _others(self, replicas: Sequence[int]) -> list[int]:
+        return [peer for peer in replicas if peer != self.rank]
 
     def _share(self, rank: int, length: int) -> slice:
         """Which tokens of an owner on another node a rank takes in."""
-        mates = self._mates(rank)
-        return even_share(mates.index(rank), len(mates), length)
+        replicas = self._replicas(rank)
+        return even_share(replicas.index(rank), len(replicas), length)
 
     def _goes(self, peer: int, length: int) -> slice:
         """Which of the local tokens go to a rank first."""
@@ -137,7 +139,7 @@ class CopiedHeads:
         """Tokens to each rank that shares the head in this node, and from each."""
         sent, received = [0] * self.num_ranks, [0] * self.num_ranks
         own, owners = size_of(self._share(self.rank, length)), len(self._far)
-        for mate in self._others(self._mates(self.rank)):
-            sent[mate] = owners * own
-            received[mate] = owners * size_of(self._share(mate, length))
+        for peer in self._others(self._replicas(self.rank)):
+            sent[peer] = owners * own
+            received[peer] = owners * size_of(self._share(peer, length))
         return sent, received

@@ -5,14 +5,15 @@ import warnings
 
 from dtcp.distributed.mesh import Degrees
 from dtcp.models import gemma4
-from dtcp.planner import cluster, heard, report, search
+from dtcp.planner import cluster, report, search
+from dtcp.planner.captured_warnings import captured_warnings
 from dtcp.planner.setup import Setup
 from dtcp.planner.subject import FamilyModel
 from dtcp.sequence.documents import Documents
 
 
 def test_plan_keeps_what_dtcp_warns_of_and_prints_nothing(capfd):
-    with heard.heard_warnings() as said:
+    with captured_warnings() as said:
         logging.getLogger("dtcp.anything").warning("%s is whole", "a layer")
         logging.getLogger("dtcp.anything").warning("%s is whole", "a layer")
         logging.getLogger("transformers.models").warning("a slow kernel")

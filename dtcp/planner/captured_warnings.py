@@ -1,4 +1,4 @@
-"""What is warned of while a model is placed: kept for a report instead of printed between lines."""
+"""Warnings while a model is placed: captured for a report instead of printed between its lines."""
 
 import logging
 import warnings
@@ -9,20 +9,20 @@ from pathlib import Path
 _HERE = Path(__file__).parents[1]
 
 
-class _Keeps(logging.Handler):
-    """Keeps what dtcp's loggers say of warnings."""
+class _Collect(logging.Handler):
+    """Collects the warnings of dtcp's loggers."""
 
-    def __init__(self, found: list[str]) -> None:
+    def __init__(self, messages: list[str]) -> None:
         super().__init__(logging.WARNING)
-        self.found = found
+        self.messages = messages
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.found.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
 @contextmanager
-def heard_warnings() -> Iterator[list[str]]:
-    """Keep dtcp's warnings, and print neither these nor those of others.
+def captured_warnings() -> Iterator[list[str]]:
+    """Capture dtcp's warnings, and print neither these nor those of others.
 
     Yields:
         what was said, each sentence once; complete when the block ends.
@@ -30,7 +30,7 @@ def heard_warnings() -> Iterator[list[str]]:
     said: list[str] = []
     found: list[str] = []
     log, foreign = logging.getLogger("dtcp"), logging.getLogger("transformers")
-    handler, propagates, level = _Keeps(said), log.propagate, foreign.level
+    handler, propagates, level = _Collect(said), log.propagate, foreign.level
     log.addHandler(handler)
     log.propagate = False
     foreign.setLevel(logging.ERROR)

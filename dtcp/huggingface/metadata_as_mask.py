@@ -1,0 +1,111 @@
+"""Layers that pass their attention a mask and no keyword arguments: the metadata go as the mask.
+
+Most layers of transformers pass the keyword arguments of the model's call on to their attention.
+Some drop them (StableLM, Nemotron); what they pass is the mask, and a model with mixers has none.
+Nothing is remembered between calls, so a checkpointed layer runs again as it did. A model that
+does not even pass them to its base model (Mamba2) is outside of all layers: it sets them on the
+base model while it is called.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from dtcp.forward import wrap_forward
+from dtcp.huggingface.recurrent_layers import kernel_names
+from dtcp.metadata import BatchMetadata
+
+MASK = "attention_mask"
+_INDEX, _BASE, _CONFIG = "dtcp_mask_index", "dtcp_metadata_of_base", "_dtcp_metadata"
+
+
+def mask_argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The mask that a module is called with; None without one."""
+    index = mask_index(module)
+    if MASK in kwargs or index is None:
+        return kwargs.get(MASK)
+    return args[index] if index < len(args) else None
+
+
+def mask_index(module: nn.Module) -> int | None:
+    """Where the mask stands among the arguments of a module's forward; None if it takes none."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return names.index(MASK) if MASK in names else None
+
+
+def pass_metadata_as_mask(name: str, layer: nn.Module) -> None:
+    """Let a layer, or a model, pass on the metadata of its batch where it passes on a mask."""
+    is_layer = any(part.isdigit() for part in name.split("."))
+    if not is_layer and _makes_masks(layer):
+        # No layer, but a model that passes its layers the mask that it makes.
+        wrap_forward(layer, _set_for_masks)
+        return
+    vars(layer)[_INDEX] = mask_index(layer)
+    wrap_forward(layer, _replace_mask)
+
+
+def _makes_masks(model: nn.Module) -> bool:
+    """Whether a model makes its masks by transformers' functions, or passes on what it is given."""
+    names = (name for module in model.modules() for name in kernel_names(module))
+    return any(name.startswith("create_") and "mask" in name for name in names)
+
+
+def _replace_mask(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    index = getattr(layer, _INDEX)
+    if index < len(args):
+        return forward(*args[:index], kwargs["attn_metadata"], *args[index + 1 :], **kwargs)
+    return forward(*args, **{**kwargs, MASK: kwargs["attn_metadata"]})
+
+
+class MetadataAsMask(BatchMetadata):
+    """The metadata of a batch in the place of a mask."""
+
+    def __init__(self, batch: BatchMetadata) -> None:
+        vars(self).update(vars(batch))
+
+    def to(self, _: Any) -> "MetadataAsMask":
+        """The same: some models convert their mask."""
+        return self
+
+
+def _set_for_masks(model: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with metadata_for_masks(model.config, MetadataAsMask(kwargs["attn_metadata"])):
+        return forward(*args, **kwargs)
+
+
+@contextmanager
+def metadata_for_masks(config: Any, batch: Any) -> Iterator[None]:
+    """Inside, masks that are made of this config stand for the metadata of a batch."""
+    setattr(config, _CONFIG, batch)
+    try:
+        yield
+    finally:
+        delattr(config, _CONFIG)
+
+
+def metadata_of_config(config: Any) -> Any:
+    """The metadata that masks of a config stand for; None where they are passed by keyword."""
+    return getattr(config, _CONFIG, None)
+
+
+def pass_metadata_to_base(model: Any) -> None:
+    """Let a model pass the metadata of its batch to its base model."""
+    wrap_forward(model.base_model, _take_from_base)
+    wrap_forward(model, _set_on_base)
+
+
+def _set_on_base(model: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    vars(model.base_model)[_BASE] = kwargs["attn_metadata"]
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        del vars(model.base_model)[_BASE]
+
+
+def _take_from_base(base: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if "attn_metadata" not in kwargs and _BASE in vars(base):
+        kwargs["attn_metadata"] = vars(base)[_BASE]
+    return forward(*args, **kwargs)
