@@ -7,7 +7,7 @@ refused before any rank starts: a window or a transform that nobody reads would 
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 from dtcp.torchtitan.attention import MixerAttention
 
@@ -20,7 +20,6 @@ from torchtitan.models.common.token_dispatcher import (
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.module import Module
 
-from dtcp._torch import config_owner
 from dtcp.sequence.masks import Bidirectional, Causal, Mask, SlidingWindow
 
 INSTEAD = (
@@ -243,8 +242,8 @@ def _known(
             f"Fields of {where} that are read are {table[name].split()}, got {sorted(added)} of "
             f"{_title(type(config))} besides: {INSTEAD}."
         )
-    owner = config_owner(config)
-    overridden = sorted(set(_overridden(owner, config_owner(base))))
+    owner = _owner(config)
+    overridden = sorted(set(_overridden(owner, _owner(base))))
     if overridden:
         raise ValueError(
             f"{where} computes as torchtitan's {name}, got {_title(owner or kind)} with its "
@@ -254,6 +253,11 @@ def _known(
 
 
 _HARMLESS = ("Config", "init_states", "init_weights")
+
+
+def _owner(config: object) -> type | None:
+    """The class that a config of torchtitan builds, as its Configurable wires it (0.3.0)."""
+    return cast("type | None", getattr(config, "_owner", None))
 
 
 def _overridden(owner: type | None, base: type | None) -> Iterator[str]:
