@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from benchmarks import attention_kernel
 from benchmarks.compile_time import compile_line
 from benchmarks.report import conditions, table, write
-from dtcp.batch import ShardedBatch, shard_batch
+from dtcp.batch import shard_batch
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.mixer import batch_metadata
@@ -38,6 +38,7 @@ from dtcp.mixer_plan import apply_plan
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Causal, Mask, SlidingWindow
+from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,

@@ -32,7 +32,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from benchmarks.report import conditions, table, write
-from dtcp.batch import ShardedBatch, shard_batch
+from dtcp.batch import shard_batch
 from dtcp.distributed.ledger import LEDGER, count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.kernels.delta_rule.api import DeltaInputs, delta_kernel
@@ -56,6 +56,7 @@ from dtcp.recurrent.metadata import chain_of
 from dtcp.recurrent.moves import DeltaShape
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sharded_batch import ShardedBatch
 
 HEAD = ("way", "layout", "fwd KiB", "bwd KiB", "step ms", "of gather all", "of gather and sort")
 MIB = 2**20

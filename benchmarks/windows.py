@@ -32,7 +32,7 @@ from benchmarks.window_bytes import (
     total,
     whole_chunk_ring,
 )
-from dtcp.batch import ShardedBatch, shard_batch
+from dtcp.batch import shard_batch
 from dtcp.distributed import collectives
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.kernels.softmax.api import SoftmaxParams
@@ -50,6 +50,7 @@ from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Causal, SlidingWindow
+from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax import HaloAttention, RingAttention
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import LocalMetadata

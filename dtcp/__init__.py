@@ -1,6 +1,6 @@
 """Context parallelism for long-sequence training: compiled, byte-minimal, never silently wrong."""
 
-from dtcp.batch import ShardedBatch, shard_batch
+from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, InGraph
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import causal_lm_loss
@@ -37,6 +37,7 @@ from dtcp.sequence.masks import (
     PrefixLM,
     SlidingWindow,
 )
+from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,

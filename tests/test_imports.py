@@ -33,6 +33,7 @@ FLOORS = (
         "dtcp.batch",
         "dtcp.row_parts",
         "dtcp.rows",
+        "dtcp.sharded_batch",
         "dtcp.distillation",
         "dtcp.linear_logits",
         "dtcp.logit_sums",

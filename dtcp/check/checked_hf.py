@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import ShardedBatch, shard_batch
+from dtcp.batch import shard_batch
 from dtcp.check.checked_model import (
     Mixing,
     check_logits,
@@ -29,6 +29,7 @@ from dtcp.parallelize.plans.huggingface import RECURRENT
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
+from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax.style import AttentionStyle
 
 REMEDY = "correct the config, by --set or in its file, or pass --hf-model module:function"

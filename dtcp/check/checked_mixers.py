@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import ShardedBatch, shard_batch
+from dtcp.batch import shard_batch
 from dtcp.check.checked_model import (
     Mixing,
     check_logits,
@@ -25,6 +25,7 @@ from dtcp.mixer import Mixer, batch_metadata
 from dtcp.parallelize import Compile, ParallelPlan, parallelize
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
+from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax.style import AttentionStyle
 
 

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import ShardedBatch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.own_errors import own_errors
 from dtcp.parallelize import Compile
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
+from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax.style import AttentionStyle
 
 

@@ -7,13 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import (
-    PreparedBatch,
-    ShardedBatch,
-    prepare_rows,
-    shard_prepared,
-    shard_rows,
-)
+from dtcp.batch import PreparedBatch, prepare_rows, shard_prepared, shard_rows
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.encoder_decoder import (
@@ -40,6 +34,7 @@ from dtcp.sequence.arguments import check_batch, check_kind
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.gate import DOCUMENT_KEYS
 from dtcp.sequence.layout import HeadTail, SequenceLayout
+from dtcp.sharded_batch import ShardedBatch
 
 LABELED_IN_PLACE = ("ForTokenClassification", "ForMaskedLM")
 """Kinds of models, in transformers' terms (`model.loss_type`), whose labels are not shifted."""

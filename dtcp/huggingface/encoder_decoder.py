@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import ShardedBatch, shard_rows
+from dtcp.batch import shard_rows
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.forward import wrap_forward
 from dtcp.huggingface.documents import documents_of_hf_batch
@@ -31,6 +31,7 @@ from dtcp.sequence.arguments import check_batch, check_tensor
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.gate import DOCUMENT_KEYS
 from dtcp.sequence.layout import SequenceLayout
+from dtcp.sharded_batch import ShardedBatch
 
 DECODER = "decoder_"
 """What the names of arguments begin with that belong to the decoder's tokens."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dtcp.batch import ShardedBatch
 from dtcp.router_balance import balance_loss
+from dtcp.sharded_batch import ShardedBatch
 
 
 def leave_out_own_balance(

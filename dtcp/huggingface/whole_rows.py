@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from dtcp.batch import PreparedBatch, ShardedBatch
+from dtcp.batch import PreparedBatch
 from dtcp.distributed.gathered import free_gathered
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.replicated_loss import sum_for_replicated_loss
@@ -32,6 +32,7 @@ from dtcp.loss import global_token_count, token_log_probs, token_mean_loss
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.layout import HeadTail, SequenceLayout
+from dtcp.sharded_batch import ShardedBatch
 from dtcp.token_statistics import token_statistics
 
 

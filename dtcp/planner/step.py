@@ -13,7 +13,6 @@ from torch.overrides import TorchFunctionMode
 
 from dtcp._torch.fake import fake_tensors
 from dtcp._torch.ops import storage_key
-from dtcp.batch import ShardedBatch
 from dtcp.distributed.groups import axis_group_name, group_name
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.metadata import BatchMetadata
@@ -28,6 +27,7 @@ from dtcp.planner.sharded_weights import Unit, UnitRole, modules_of_units, units
 from dtcp.planner.stand_in_loss import stand_in_loss
 from dtcp.planner.subject import Subject
 from dtcp.planner.trace import OUTSIDE, Place, StepRecorder, Trace, follow_blocks
+from dtcp.sharded_batch import ShardedBatch
 from dtcp.style import MixerStyle
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import ShardedBatch, shard_batch
+from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.config_fields import config_of
 from dtcp.huggingface.own_errors import own_errors
@@ -30,6 +30,7 @@ from dtcp.recurrent import RelayoutCP
 from dtcp.recurrent.style import RecurrentStyle
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
+from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax.style import AttentionStyle
 
 Batch = tuple[dict[str, Tensor], ShardedBatch]

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torchtitan.models.common.decoder import Decoder
 
-from dtcp.batch import PreparedBatch, ShardedBatch, prepare_batch, shard_prepared
+from dtcp.batch import PreparedBatch, prepare_batch, shard_prepared
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import look_ahead
 from dtcp.sequence.documents import Documents
+from dtcp.sharded_batch import ShardedBatch
 
 LocalBatch = tuple[Tensor, Tensor, dict[str, Any]]
 

@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from dtcp.batch import ShardedBatch, shard_batch
+from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.metadata import BatchMetadata
 from dtcp.sequence.documents import Documents
@@ -36,6 +36,7 @@ from dtcp.sequence.masks import (
     PrefixLM,
     SlidingWindow,
 )
+from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,

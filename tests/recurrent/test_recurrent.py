@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing import assert_close
 
-from dtcp.batch import ShardedBatch, shard_batch
+from dtcp.batch import shard_batch
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import Traffic, count_traffic
 from dtcp.distributed.mesh import ParallelMesh
@@ -40,6 +40,7 @@ from dtcp.sequence.layout import (
     PerDocument,
     SequenceLayout,
 )
+from dtcp.sharded_batch import ShardedBatch
 from tests.harness import packings, reference
 from tests.harness.attention_parity import refused
 from tests.harness.spmd import spmd

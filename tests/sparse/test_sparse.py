@@ -13,7 +13,7 @@ from torch.profiler import profile
 from torch.testing import assert_close
 
 from benchmarks.published_sparse import PublishedSparseCP
-from dtcp.batch import ShardedBatch, shard_batch
+from dtcp.batch import shard_batch
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
@@ -28,6 +28,7 @@ from dtcp.sequence.layout import (
     PerDocument,
     SequenceLayout,
 )
+from dtcp.sharded_batch import ShardedBatch
 from dtcp.sparse import CompressedSparseCP
 from dtcp.sparse.mixer import (
     CompressedSparseAttention,
