@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.balance_bounds import fewest_keys
-from benchmarks.balance_rivals import (
+from benchmarks.balance_baselines import (
     LAYOUTS,
     SUITES,
     Figures,
@@ -28,6 +27,7 @@ from benchmarks.balance_rivals import (
     received_by_nodes,
     rows_of,
 )
+from benchmarks.balance_bounds import fewest_keys
 from benchmarks.balance_steps import report
 from benchmarks.report import conditions, table, write
 from dtcp.sequence.coords import Coords

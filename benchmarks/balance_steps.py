@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.balance_rivals import rows_of
+from benchmarks.balance_baselines import rows_of
 from benchmarks.report import conditions, table, write
 from dtcp.batch import shard_batch
 from dtcp.distributed.ledger import count_traffic

@@ -223,7 +223,7 @@ def _rank(rank: int, meeting: str, ranks: int, shape: Shape, args: Any, results:
         _step(ways[WAYS[0]], inputs)
     row = shape.dim * x.element_size()
     results["received", rank] = sum(
-        traffic[f"dtcp::{op}"].received for op in ("tokens_to_experts", "results_home")
+        traffic[f"dtcp::{op}"].received for op in ("dispatch_tokens", "combine_results")
     )
     results["expected", rank] = 2 * row * _rows_here(index, shape, mesh.ep)
     together: Any = tuple(all_gather(y, mesh.ep, dim=0) for y in inputs)

@@ -17,9 +17,9 @@ from torch import Tensor
 from dtcp.distributed.same_rows import digests
 from dtcp.labels import IGNORED, check_labels
 from dtcp.sequence.arguments import check_batch, check_ints, check_kind
+from dtcp.sequence.batch_documents import DOCUMENT_KEYS, documents_and_counted, read_padding_mask
 from dtcp.sequence.block_runs import TokenTypes
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.gate import DOCUMENT_KEYS, documents_and_counted, read_padding_mask
 
 
 class Fill(Enum):

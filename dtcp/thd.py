@@ -26,8 +26,8 @@ from dtcp.sequence.arguments import (
     is_whole,
     rows_of,
 )
+from dtcp.sequence.batch_documents import read_padding_mask
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.gate import read_padding_mask
 from dtcp.sequence.layout import PerDocument
 from dtcp.sequence.restarts import check_restarts
 

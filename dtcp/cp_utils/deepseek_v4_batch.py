@@ -23,8 +23,8 @@ from dtcp.cp_utils.validation import check_one_document, check_rows
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
 from dtcp.sequence.arguments import check_batch, check_ints
+from dtcp.sequence.batch_documents import check_restarts_in_stretches
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.gate import check_restarts_in_stretches
 from dtcp.thd import SENTINEL, primary_key
 
 GROUP = "_dsv4_cp_group"

@@ -22,10 +22,10 @@ from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
 from dtcp.mixer import collect_metadata
 from dtcp.sequence.arguments import check_batch, check_kind
+from dtcp.sequence.batch_documents import check_restarts_in_stretches
 from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.gate import check_restarts_in_stretches
 from dtcp.sequence.layout import Contiguous
 from dtcp.thd import primary_key
 

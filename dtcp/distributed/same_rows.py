@@ -70,9 +70,9 @@ def prepared_alike(
 
     Traffic per rank: 8 numbers from each rank of the axes, in one all_gather per axis; if they
     differ, 3 for each row as well. Cost: 0.2 ms for the hashes of four keys of 128K tokens on one
-    CPU core, and the exchange (benchmarks/gates.py). A group with a backend for the host (gloo)
-    exchanges there; one of NCCL alone on the device, and then the host waits for what the device
-    has in hand.
+    CPU core, and the exchange (benchmarks/batch_checks.py). A group with a backend for the host
+    (gloo) exchanges there; one of NCCL alone on the device, and then the host waits for what the
+    device has in hand.
 
     Args:
         axes: whose ranks read the same rows; None for an axis of one rank. What is no DeviceMesh

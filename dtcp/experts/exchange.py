@@ -11,11 +11,11 @@ from dtcp.experts.op import (
     NO_EXPERT,
     NOT_FINITE,
     ExchangeGroups,
+    combine_results,
+    dispatch_tokens,
     receive_tokens,
-    results_home,
     route_tokens,
     send_tokens,
-    tokens_to_experts,
 )
 
 Compute = Callable[[Tensor, Tensor], Tensor]
@@ -92,12 +92,12 @@ class AllToAllExchange:
         routing = route_tokens(index, faults, num_experts=self.num_experts, ranks=ranks)
         per_token, other = index.shape[1], None
         if meanwhile is None:
-            rows = tokens_to_experts(x, routing, per_token=per_token, group=self.group)
+            rows = dispatch_tokens(x, routing, per_token=per_token, group=self.group)
         else:
             flying = send_tokens(x, routing, per_token=per_token, group=self.group)
             other = meanwhile()
             rows = receive_tokens(flying, routing)
-        out = results_home(compute(rows, routing.ends), routing, group=self.group)
+        out = combine_results(compute(rows, routing.ends), routing, group=self.group)
         return (out.unflatten(0, index.shape) * weight[..., None].to(out.dtype)).sum(1), other
 
 
@@ -145,7 +145,7 @@ class NodeExchange:
         )
 
         def bring(y: Tensor) -> Tensor:
-            return tokens_to_experts(y, routing, per_token=self.num_nodes, group=self.across)
+            return dispatch_tokens(y, routing, per_token=self.num_nodes, group=self.across)
 
         here = bring(index) - self.node * each
         elsewhere = (here < 0) | (here >= each)
@@ -154,5 +154,5 @@ class NodeExchange:
         arrived = RoutedTokens(bring(x), here, shares, meanwhile)
         # A fault is known to the ranks of its place alone: others hear of it inside their nodes.
         sums, other = local.carry_out(arrived, compute, routing.faults)
-        home = results_home(sums, routing, group=self.across)
+        home = combine_results(sums, routing, group=self.across)
         return home.unflatten(0, to_nodes.shape).sum(1), other

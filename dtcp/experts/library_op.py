@@ -20,7 +20,7 @@ from dtcp.experts.moves import moved_rows
 from dtcp.experts.op import own_share
 
 
-def out_moves(x: Tensor, counts: Tensor, group: str, *_: Any) -> Moved:
+def dispatch_moves(x: Tensor, counts: Tensor, group: str, *_: Any) -> Moved:
     """Of rows to the ranks of experts; what a library sends besides is not counted.
 
     Args:
@@ -30,7 +30,7 @@ def out_moves(x: Tensor, counts: Tensor, group: str, *_: Any) -> Moved:
     return moved_rows(x, send, receive, group)
 
 
-def home_moves(x: Tensor, counts: Tensor, group: str, *_: Any) -> Moved:
+def combine_moves(x: Tensor, counts: Tensor, group: str, *_: Any) -> Moved:
     """Of rows on their way back."""
     send, receive = counts.tolist()
     return moved_rows(x, receive, send, group)
@@ -40,7 +40,7 @@ def _record(op: str, moved: Moved, group: str) -> None:
     count_crossed(f"dtcp::{op}", group, moved.sent, moved.received)
 
 
-@communicating_op("dtcp::library_dispatch", moves=out_moves)
+@communicating_op("dtcp::library_dispatch", moves=dispatch_moves)
 def library_dispatch(
     x: Tensor,
     counts: Tensor,
@@ -59,7 +59,7 @@ def library_dispatch(
     Returns:
         rows [R, D] by expert, what each weighs [R], ends [E / n] int32, and the packed handle.
     """
-    _record("library_dispatch", out_moves(x, counts, group), group)
+    _record("library_dispatch", dispatch_moves(x, counts, group), group)
     own = own_share(index, num_experts, shared_by)
     rows, weights, ends, handle = library_of(library, group).dispatch(x, own, weight, num_experts)
     return rows, weights, ends, *pack_handle(handle)
@@ -87,7 +87,7 @@ def _(
     )
 
 
-@communicating_op("dtcp::library_combine", moves=home_moves)
+@communicating_op("dtcp::library_combine", moves=combine_moves)
 def library_combine(
     rows: Tensor,
     counts: Tensor,
@@ -104,7 +104,7 @@ def library_combine(
         layout, numbers: the packed handle of library_dispatch.
         like: [R], as many as there are rows.
     """
-    _record("library_combine", home_moves(rows, counts, group), group)
+    _record("library_combine", combine_moves(rows, counts, group), group)
     return library_of(library, group).combine(rows, unpack_handle(layout, numbers))
 
 
@@ -113,7 +113,7 @@ def _(rows: Tensor, *others: Any) -> Tensor:
     return rows.new_empty(others[-1], rows.shape[1])
 
 
-@communicating_op("dtcp::library_dispatch_backward", moves=home_moves)
+@communicating_op("dtcp::library_dispatch_backward", moves=combine_moves)
 def _library_dispatch_backward(
     rows: Tensor,
     counts: Tensor,
@@ -126,7 +126,7 @@ def _library_dispatch_backward(
     num_experts: int,
     shared_by: str,
 ) -> tuple[Tensor, Tensor]:
-    _record("library_dispatch_backward", home_moves(rows, counts, group), group)
+    _record("library_dispatch_backward", combine_moves(rows, counts, group), group)
     own, handle = own_share(index, num_experts, shared_by), unpack_handle(layout, numbers)
     x, weight = library_of(library, group).combine_weights(rows, weights, own, handle)
     # Of choices that were not routed a library may leave anything.
@@ -148,7 +148,7 @@ def _(
     return rows.new_empty(index.shape[0], rows.shape[1]), weights.new_empty(index.shape)
 
 
-@communicating_op("dtcp::library_combine_backward", moves=out_moves)
+@communicating_op("dtcp::library_combine_backward", moves=dispatch_moves)
 def _library_combine_backward(
     grad: Tensor,
     counts: Tensor,
@@ -158,7 +158,7 @@ def _library_combine_backward(
     numbers: Tensor,
     like: Tensor,
 ) -> Tensor:
-    _record("library_combine_backward", out_moves(grad, counts, group), group)
+    _record("library_combine_backward", dispatch_moves(grad, counts, group), group)
     return library_of(library, group).dispatch_again(grad, unpack_handle(layout, numbers))
 
 

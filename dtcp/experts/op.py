@@ -60,7 +60,7 @@ def route_tokens(
     return Routing(*_route_tokens(index, faults, num_experts, *ranks, refuse))
 
 
-def tokens_to_experts(x: Tensor, routing: Routing, *, per_token: int, group: str) -> Tensor:
+def dispatch_tokens(x: Tensor, routing: Routing, *, per_token: int, group: str) -> Tensor:
     """Send each token to the experts it has chosen.
 
     Args:
@@ -72,41 +72,41 @@ def tokens_to_experts(x: Tensor, routing: Routing, *, per_token: int, group: str
     Backward brings the gradients home and sums those of a token, in fp32 at least. Traffic per
     rank: D elements per row to and from other ranks, and as much back.
     """
-    sent: Tensor = _tokens_to_experts(
+    sent: Tensor = _dispatch_tokens(
         x, routing.order, routing.place, routing.counts, per_token, group
     )
     return sent
 
 
 def send_tokens(x: Tensor, routing: Routing, *, per_token: int, group: str) -> Tensor:
-    """Start `tokens_to_experts`, which `receive_tokens` ends: what comes between overlaps with it.
+    """Start `dispatch_tokens`, which `receive_tokens` ends: what comes between overlaps with it.
 
     Returns:
         [R, D], on its way: for `receive_tokens` alone.
 
-    Backward and traffic as of `tokens_to_experts`.
+    Backward and traffic as of `dispatch_tokens`.
     """
     sent: Tensor = _send_tokens(x, routing.order, routing.place, routing.counts, per_token, group)
     return sent
 
 
 def receive_tokens(flying: Tensor, routing: Routing) -> Tensor:
-    """Wait for the tokens of `send_tokens`: [R, D], in the order of `tokens_to_experts`."""
+    """Wait for the tokens of `send_tokens`: [R, D], in the order of `dispatch_tokens`."""
     rows: Tensor = _receive_tokens(flying, routing.place)
     return rows
 
 
-def results_home(rows: Tensor, routing: Routing, *, group: str) -> Tensor:
+def combine_results(rows: Tensor, routing: Routing, *, group: str) -> Tensor:
     """Bring each result back to the token that asked for it.
 
     Args:
-        rows: [R, D], in the order of `tokens_to_experts`.
+        rows: [R, D], in the order of `dispatch_tokens`.
     Returns:
         [N * k, D], a row per choice; zeros for those that were not routed.
 
-    Backward sends the gradients to the experts. Traffic per rank: as of `tokens_to_experts`.
+    Backward sends the gradients to the experts. Traffic per rank: as of `dispatch_tokens`.
     """
-    home: Tensor = _results_home(rows, routing.order, routing.place, routing.counts, group)
+    home: Tensor = _combine_results(rows, routing.order, routing.place, routing.counts, group)
     return home
 
 
@@ -152,17 +152,17 @@ def _(
     )
 
 
-@communicating_op("dtcp::tokens_to_experts", moves=token_moves)
-def _tokens_to_experts(
+@communicating_op("dtcp::dispatch_tokens", moves=token_moves)
+def _dispatch_tokens(
     x: Tensor, order: Tensor, place: Tensor, counts: Tensor, per_token: int, group: str
 ) -> Tensor:
     send, receive = counts.tolist()
-    _count("tokens_to_experts", x, group, send, receive)
+    _count("dispatch_tokens", x, group, send, receive)
     rows = x[order[: sum(send)] // per_token]
     return move_rows(rows, receive, send, group)[place]
 
 
-@_tokens_to_experts.register_fake
+@_dispatch_tokens.register_fake
 def _(
     x: Tensor, order: Tensor, place: Tensor, counts: Tensor, per_token: int, group: str
 ) -> Tensor:
@@ -195,10 +195,12 @@ def _(flying: Tensor, place: Tensor) -> Tensor:
     return flying.new_empty(place.shape[0], flying.shape[1])
 
 
-@communicating_op("dtcp::results_home", moves=result_moves)
-def _results_home(rows: Tensor, order: Tensor, place: Tensor, counts: Tensor, group: str) -> Tensor:
+@communicating_op("dtcp::combine_results", moves=result_moves)
+def _combine_results(
+    rows: Tensor, order: Tensor, place: Tensor, counts: Tensor, group: str
+) -> Tensor:
     send, receive = counts.tolist()
-    _count("results_home", rows, group, receive, send)
+    _count("combine_results", rows, group, receive, send)
     by_rank = torch.empty_like(rows, memory_format=torch.contiguous_format)
     by_rank.index_copy_(0, place, rows)
     arrived = move_rows(by_rank, send, receive, group)
@@ -206,7 +208,7 @@ def _results_home(rows: Tensor, order: Tensor, place: Tensor, counts: Tensor, gr
     return home.index_copy_(0, order[: len(arrived)], arrived)
 
 
-@_results_home.register_fake
+@_combine_results.register_fake
 def _(rows: Tensor, order: Tensor, place: Tensor, counts: Tensor, group: str) -> Tensor:
     return rows.new_empty(order.shape[0], rows.shape[1])
 
@@ -218,8 +220,8 @@ def _keep_way(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.dtype = x.dtype
 
 
-def _tokens_to_experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    home = _results_home(grad.contiguous(), *ctx.saved_tensors, ctx.group)
+def _dispatch_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    home = _combine_results(grad.contiguous(), *ctx.saved_tensors, ctx.group)
     summed = home.unflatten(0, (-1, ctx.per_token)).sum(1, dtype=sum_dtype(home))
     return summed.to(ctx.dtype), None, None, None, None, None
 
@@ -228,7 +230,7 @@ def _send_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     order, place, counts = ctx.saved_tensors
     # As they came, by rank: `receive_tokens` has put them back.
     in_order = torch.arange(grad.shape[0], device=grad.device)
-    home = _results_home(grad.contiguous(), order, in_order, counts, ctx.group)
+    home = _combine_results(grad.contiguous(), order, in_order, counts, ctx.group)
     summed = home.unflatten(0, (-1, ctx.per_token)).sum(1, dtype=sum_dtype(home))
     return summed.to(ctx.dtype), None, None, None, None, None
 
@@ -247,15 +249,15 @@ def _keep_way_home(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(order, place, counts)
 
 
-def _results_home_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    rows = _tokens_to_experts(grad.contiguous(), *ctx.saved_tensors, 1, ctx.group)
+def _combine_results_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    rows = _dispatch_tokens(grad.contiguous(), *ctx.saved_tensors, 1, ctx.group)
     return rows, None, None, None, None
 
 
-_tokens_to_experts.register_autograd(_tokens_to_experts_backward, setup_context=_keep_way)
+_dispatch_tokens.register_autograd(_dispatch_tokens_backward, setup_context=_keep_way)
 _send_tokens.register_autograd(_send_tokens_backward, setup_context=_keep_way)
 _receive_tokens.register_autograd(_receive_tokens_backward, setup_context=_keep_place)
-_results_home.register_autograd(_results_home_backward, setup_context=_keep_way_home)
+_combine_results.register_autograd(_combine_results_backward, setup_context=_keep_way_home)
 
 
 def own_share(index: Tensor, nowhere: int, shared_by: str) -> Tensor:

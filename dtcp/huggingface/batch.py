@@ -31,8 +31,8 @@ from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.rows import DEFAULT_FIELDS, WHOLE, Rows
 from dtcp.sequence.arguments import check_batch, check_kind
+from dtcp.sequence.batch_documents import DOCUMENT_KEYS
 from dtcp.sequence.buckets import Buckets
-from dtcp.sequence.gate import DOCUMENT_KEYS
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sharded_batch import ShardedBatch
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import check_batch, check_tensor, rows_of
-from dtcp.sequence.documents import Documents
-from dtcp.sequence.gate import (
+from dtcp.sequence.batch_documents import (
     DOCUMENT_KEYS,
     documents_of_batch,
     documents_of_ids,
     read_padding_mask,
 )
+from dtcp.sequence.documents import Documents
 
 
 def documents_of_hf_batch(batch: Mapping[str, Any]) -> Documents:

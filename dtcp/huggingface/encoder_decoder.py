@@ -28,8 +28,8 @@ from dtcp.labels import IGNORED
 from dtcp.metadata import BatchMetadata
 from dtcp.rows import DEFAULT_FIELDS, Rows
 from dtcp.sequence.arguments import check_batch, check_tensor
+from dtcp.sequence.batch_documents import DOCUMENT_KEYS
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.gate import DOCUMENT_KEYS
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sharded_batch import ShardedBatch
 

@@ -12,7 +12,7 @@ from dtcp.forward import wrap_forward
 from dtcp.huggingface import registry
 from dtcp.huggingface.distance_bias import install_bias_tables
 from dtcp.huggingface.encoder_decoder import DECODER, DECODER_TOKENS, TOKENS, install_encoder
-from dtcp.huggingface.expert_places import install_places
+from dtcp.huggingface.expert_capacity import install_capacity
 from dtcp.huggingface.images import IMAGES, image_arguments, install_image_inputs
 from dtcp.huggingface.meta_device import survey_on_meta
 from dtcp.huggingface.metadata_as_mask import pass_metadata_as_mask, pass_metadata_to_base
@@ -67,7 +67,7 @@ def install_mixers(model: Any) -> Survey:
     for name in result.own_masks:
         vars(model.get_submodule(name))[registry.OWN_MASK] = True
     install_recurrent_mixers(model, result.recurrent)
-    install_places(model)
+    install_capacity(model)
     install_bias_tables(model)
     for module in own_attentions(model):
         use_registry(model, module)

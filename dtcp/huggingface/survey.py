@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dtcp.huggingface import registry
 from dtcp.huggingface.distance_bias import noting_bias_tables
 from dtcp.huggingface.encoder_decoder import DECODER_TOKENS, encoder_name
-from dtcp.huggingface.expert_places import other_places, places_for_all, surveyed_places
+from dtcp.huggingface.expert_capacity import surveyed_capacity, unlimited_capacity, unread_capacity
 from dtcp.huggingface.images import TOKEN_TYPES, image_arguments, language_model
 from dtcp.huggingface.metadata_as_mask import metadata_for_masks
 from dtcp.huggingface.mixing_probe import (
@@ -62,7 +62,7 @@ class Survey:
 
     Args:
         recurrent: the mixers of recurrent layers.
-        places: those of routers whose experts have places for some tokens.
+        capacity: those of routers whose experts have a capacity.
         positions: how the positions of its tokens reach the model.
         givers: layers that hand on a mask and no metadata.
         base_unread: whether the model inside of the model receives no metadata.
@@ -83,7 +83,7 @@ class Survey:
     encoder: str = ""
     hides_padding: bool = False
     own_masks: tuple[str, ...] = ()
-    places: tuple[SurveyedMixer, ...] = ()
+    capacity: tuple[SurveyedMixer, ...] = ()
 
     def check(self) -> None:
         """Stop where something is refused.
@@ -106,7 +106,7 @@ def survey(model: Any) -> Survey:
     Args:
         model: on a real device, unsharded.
     """
-    refused = [*unsuited(model), *other_places(model)]
+    refused = [*unsuited(model), *unread_capacity(model)]
     if refused:
         return Survey((), tuple(refused))
     most = _most_positions(model)
@@ -135,7 +135,7 @@ def survey(model: Any) -> Survey:
         probe.encoder,
         recorder.hides_padding,
         tuple(recorder.own_masks),
-        surveyed_places(model),
+        surveyed_capacity(model),
     )
 
 
@@ -380,7 +380,7 @@ def _survey_mode(model: Any, recorder: Recorder) -> Iterator[None]:
             noting_kernels(model, recorder),
             metadata_for_masks(config, recorder),
             noting_bias_tables(model),
-            places_for_all(model),
+            unlimited_capacity(model),
         ):
             yield
     finally:

@@ -24,8 +24,8 @@ from dtcp.huggingface.images import IMAGES
 from dtcp.huggingface.install import model_with_mixers
 from dtcp.huggingface.linear_head import LinearHead
 from dtcp.huggingface.pooled_head import last_token_mixer
+from dtcp.huggingface.prefetched_rows import PrefetchedRows
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
-from dtcp.huggingface.rows_ahead import RowsAhead
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.linear_logits import LinearLogits
 from dtcp.loss import global_token_count, token_log_probs, token_mean_loss
@@ -81,7 +81,7 @@ class WholeRows(nn.Module):
         self.linear_head = LinearHead(module) if linear_head else None
         self.gathers_logits = False
         """Whether a call with labels gives logits, too: [B, S, V] on every rank."""
-        self._ahead = RowsAhead(self._prepared)
+        self._prefetched = PrefetchedRows(self._prepared)
 
     def prepare_ahead(self, rows: Mapping[str, Any]) -> None:
         """Lay out rows in a thread that the model is going to be called with, on the host.
@@ -89,7 +89,7 @@ class WholeRows(nn.Module):
         The call with these very tensors then finds it done. Rows of two sequences are left to it.
         """
         if not encoder_name(model_with_mixers(self.module)):
-            self._ahead.start(_read(rows))
+            self._prefetched.start(_read(rows))
 
     def forward(
         self,
@@ -170,7 +170,7 @@ class WholeRows(nn.Module):
 
     def _shards(self, rows: Mapping[str, Any]) -> tuple[dict[str, Tensor], ShardedBatch]:
         options: dict[str, Any] = {"device": self.device, "buckets": self.buckets}
-        options["prepared"] = self._ahead.take(rows)
+        options["prepared"] = self._prefetched.take(rows)
         return shard_hf_batch(rows, self.mesh, self.layout, model=self.module, **options)
 
     def _prepared(self, rows: Mapping[str, Any]) -> PreparedBatch:

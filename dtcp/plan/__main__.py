@@ -23,7 +23,7 @@ from dtcp.plan.source import Request, request_of
 from dtcp.plan.sweep import sweep_points, write_sweep
 from dtcp.planner.cluster import GB, Cluster, cluster_of
 from dtcp.planner.report import as_json, detail_lines, on_one_line, text_report
-from dtcp.planner.search import Candidate, Planner, Search, Wish, smallest_cluster
+from dtcp.planner.search import Candidate, Planner, Search, Workload, smallest_cluster
 
 MOST_PROCESSES = 8
 """That trace steps at once: each takes up to 2 GB."""
@@ -48,7 +48,7 @@ def run_planner(argv: list[str], *, processes: int = 1) -> int:
         request = request_of(arguments, rest)
         if arguments.sweep:
             return _sweep(request, cluster, arguments)
-        planner = Planner(request.subject, cluster, request.wish, processes=processes)
+        planner = Planner(request.subject, cluster, request.workload, processes=processes)
         with closing(planner.row_forecasts):
             search = _search(planner, arguments)
             return _show(arguments, request, planner, cluster, search)
@@ -74,7 +74,7 @@ def _sweep(request: Request, cluster: Cluster, arguments: argparse.Namespace) ->
     points = sweep_points(
         arguments.sweep,
         [*dict.fromkeys(int(word) for word in words)],
-        request.wish.documents.seq_len,
+        request.workload.documents.seq_len,
     )
     folder = Path(arguments.out)
     options = {"steps": arguments.steps, "documents": arguments.documents}
@@ -97,7 +97,7 @@ def _search(planner: Planner, arguments: argparse.Namespace) -> Search:
 
     if not arguments.mesh:
         return planner.search(say=say)
-    return planner.search_mesh(_degrees(arguments.mesh, planner.cluster, planner.wish.etp))
+    return planner.search_mesh(_degrees(arguments.mesh, planner.cluster, planner.workload.etp))
 
 
 def _show(
@@ -108,7 +108,7 @@ def _show(
     search: Search,
 ) -> int:
     if not search.candidates:
-        why = search.refused[0].why if search.refused else _undivided(request.wish, cluster)
+        why = search.refused[0].why if search.refused else _undivided(request.workload, cluster)
         print(
             f"error: No mesh of {cluster} carries the model: {on_one_line(why)}",
             file=sys.stderr,
@@ -116,18 +116,18 @@ def _show(
         return 2
     best = search.best
     if arguments.json:
-        found = as_json(request.subject.name, request.wish, cluster, search)
+        found = as_json(request.subject.name, request.workload, cluster, search)
         if best.fits:
             found["command"] = _command(request, planner, best)
         print(json.dumps(found, indent=1))
     else:
         parameters = best.forecast.parameters
-        report = text_report(request.subject.name, parameters, request.wish, cluster, search)
+        report = text_report(request.subject.name, parameters, request.workload, cluster, search)
         print("\n".join([*report, *detail_lines(best, cluster)]))
     if arguments.html:
         from dtcp.planner.page import write_page
 
-        write_page(Path(arguments.html), request.subject.name, request.wish, cluster, search)
+        write_page(Path(arguments.html), request.subject.name, request.workload, cluster, search)
         if not arguments.json:
             print(f"pictures    {arguments.html}, and PNGs beside it")
     if not best.fits:
@@ -140,13 +140,14 @@ def _show(
     return 0
 
 
-def _undivided(wish: Wish, cluster: Cluster) -> str:
+def _undivided(workload: Workload, cluster: Cluster) -> str:
     """What to change where no mesh has rows, or parts of them, for all of its ranks."""
-    seq_len, gpus = wish.documents.seq_len, cluster.gpus
-    rows = -(-wish.rows // gpus) * gpus
+    seq_len, gpus = workload.documents.seq_len, cluster.gpus
+    rows = -(-workload.rows // gpus) * gpus
     return (
-        f"{wish.rows} rows of {seq_len} tokens a step are not dealt out, or cut, among {gpus} GPUs "
-        f"evenly: give --global-batch {rows}, or --seq-len {-(-seq_len // gpus // 2) * gpus * 2}."
+        f"{workload.rows} rows of {seq_len} tokens a step are not dealt out, or cut, among {gpus} "
+        f"GPUs evenly: give --global-batch {rows}, "
+        f"or --seq-len {-(-seq_len // gpus // 2) * gpus * 2}."
     )
 
 
@@ -156,10 +157,10 @@ def _command(request: Request, planner: Planner, best: Candidate) -> list[str]:
 
 
 def _say_what_would_do(planner: Planner, best: Candidate, cluster: Cluster, *, named: str) -> None:
-    seq_len, most = planner.wish.documents.seq_len, 2 * cluster.gpus
+    seq_len, most = planner.workload.documents.seq_len, 2 * cluster.gpus
     if named and planner.has_room():
         would = f"another mesh would do, leave out --mesh {named}"
-    elif planner.wish.cuts_evenly and cluster.gpus > 1 and seq_len % most:
+    elif planner.workload.cuts_evenly and cluster.gpus > 1 and seq_len % most:
         near = max(1, round(seq_len / most)) * most
         would = f"rows of {seq_len} tokens are not cut among all GPUs; --seq-len {near} would be"
     elif gpus := smallest_cluster(planner):

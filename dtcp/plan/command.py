@@ -28,7 +28,7 @@ def command_lines(
     if not request.script.words:
         why = f"  # train.py: {request.script.why_not}" if request.script.why_not else ""
         return [f"{launcher} YOUR_SCRIPT.py{why}", "with", *_calls(request, setup)]
-    options = train_options(setup, cluster, request.wish.rows, reads_strategy=reads_strategy)
+    options = train_options(setup, cluster, request.workload.rows, reads_strategy=reads_strategy)
     lines = [request.script.before] if request.script.before else []
     lines.append(f"{launcher} {script_line(request, options)}")
     return [*lines, *([f"# {request.script.note}"] if request.script.note else [])]

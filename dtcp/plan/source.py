@@ -14,7 +14,7 @@ import numpy as np
 from dtcp.parallelize import ActivationCheckpoint, FullCheckpoint
 from dtcp.plan.script import Script, script_of
 from dtcp.planner.cluster import cluster_of
-from dtcp.planner.search import Wish
+from dtcp.planner.search import Workload
 from dtcp.planner.setup import BF16, Precision
 from dtcp.planner.subject import MadeHuggingFaceModel, OwnModel, Subject, subject_of_hf
 from dtcp.sequence.documents import Documents
@@ -33,7 +33,7 @@ class Request:
     """
 
     subject: Subject
-    wish: Wish
+    workload: Workload
     script: Script = field(default_factory=Script)
     given: Mapping[str, Sequence[str]] = field(default_factory=dict)
     checkpoint: ActivationCheckpoint = field(default_factory=FullCheckpoint)
@@ -49,13 +49,13 @@ def request_of(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
     """
     if arguments.config:
         return _of_config(arguments, rest)
-    wish = _wish(arguments, _seq_len(arguments, 131_072), BF16, default_rows=None)
+    workload = _workload(arguments, _seq_len(arguments, 131_072), BF16, default_rows=None)
     if arguments.model:
-        return Request(_own_model(arguments.model, arguments.plan), wish)
+        return Request(_own_model(arguments.model, arguments.plan), workload)
     subject = subject_of_hf(arguments.hf_config)
     script = script_of(subject, arguments.hf_config)
     given = {_COMPUTE: [f"--{_COMPUTE}", f"{BF16.compute}".removeprefix("torch.")]}
-    return Request(subject, replace(wish, cuts_evenly=bool(script.words)), script, given)
+    return Request(subject, replace(workload, cuts_evenly=bool(script.words)), script, given)
 
 
 _COMPUTE = "training.mixed_precision_param"
@@ -98,9 +98,9 @@ def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
     training, precision = config.training, precision_of(config.training)
     rows = training.global_batch_size if training.global_batch_size > 0 else None
     seq_len = _seq_len(arguments, training.seq_len)
-    wish = _wish(arguments, seq_len, precision, default_rows=rows)
-    wish = replace(
-        wish,
+    workload = _workload(arguments, seq_len, precision, default_rows=rows)
+    workload = replace(
+        workload,
         cuts_evenly=True,
         **_wished_of(config.dtcp, given),
         checkpoint=kept_by_blocks(config) if CHECKPOINT in given else None,
@@ -108,7 +108,7 @@ def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
         reshard=config.parallelism.fsdp_reshard_after_forward != "never",
     )
     script = Script(("train.py", "--config", arguments.config))
-    return Request(subject, wish, script, given, kept_by_blocks(config))
+    return Request(subject, workload, script, given, kept_by_blocks(config))
 
 
 CHECKPOINT = "activation_checkpoint"
@@ -161,9 +161,9 @@ def _wished_of(section: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return wished
 
 
-def _wish(
+def _workload(
     arguments: argparse.Namespace, seq_len: int, precision: Precision, default_rows: int | None
-) -> Wish:
+) -> Workload:
     rows = default_rows if arguments.global_batch is None else arguments.global_batch
     if rows is None:
         # About four million tokens a step, as many rows for each node, and odd factors of the
@@ -176,7 +176,7 @@ def _wish(
             f"A step has rows of tokens, got --seq-len {seq_len}, --global-batch {rows}: give 1 or "
             f"more of each."
         )
-    return Wish(asked_documents(arguments.documents, seq_len), rows, precision)
+    return Workload(asked_documents(arguments.documents, seq_len), rows, precision)
 
 
 def asked_documents(text: str, seq_len: int) -> Documents:

@@ -11,7 +11,7 @@ from dtcp.distributed.mesh import Degrees
 from dtcp.plan.command import script_line, train_options
 from dtcp.plan.source import Request, asked_documents
 from dtcp.planner.cluster import Cluster
-from dtcp.planner.search import Candidate, Planner, Wish
+from dtcp.planner.search import Candidate, Planner, Workload
 from dtcp.sequence.documents import Documents
 
 PLAN, RUNS = "plan.json", "runs.sh"
@@ -70,8 +70,8 @@ def write_sweep(
         head.append(request.script.before)
     for point in points:
         row, used = asked_documents(documents, point.seq_len), replace(cluster, gpus=point.ranks)
-        planner = Planner(request.subject, used, _wish(request, row))
-        planner.wish.check_cut(Degrees(cp=point.ranks))
+        planner = Planner(request.subject, used, _workload(request, row))
+        planner.workload.check_cut(Degrees(cp=point.ranks))
         found = planner.candidate(planner.plain(Degrees(cp=point.ranks)))
         reads_strategy = planner.row_forecasts.reads_strategy
         options = {
@@ -120,9 +120,9 @@ def _numbers(point: SweepPoint, found: Candidate) -> dict[str, Any]:
     }
 
 
-def _wish(request: Request, documents: Documents) -> Wish:
+def _workload(request: Request, documents: Documents) -> Workload:
     """One row a step, with what its config keeps for the backward pass."""
-    return replace(request.wish, documents=documents, rows=1, checkpoint=request.checkpoint)
+    return replace(request.workload, documents=documents, rows=1, checkpoint=request.checkpoint)
 
 
 _HEAD_NODE = 'HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'

@@ -16,7 +16,7 @@ from dtcp.experts.expected_moves import ExpertSizes, tokens_per_node
 
 ROUTE = "dtcp::route_tokens"
 EXPERT_OPS = frozenset(
-    [ROUTE, "dtcp::tokens_to_experts", "dtcp::send_tokens", "dtcp::results_home"]
+    [ROUTE, "dtcp::dispatch_tokens", "dtcp::send_tokens", "dtcp::combine_results"]
 )
 """What communicates over ep, by name of the op."""
 

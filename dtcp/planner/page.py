@@ -9,7 +9,7 @@ from typing import Any
 from dtcp.planner.cluster import Cluster
 from dtcp.planner.pictures import pictures
 from dtcp.planner.report import detail_lines, text_report
-from dtcp.planner.search import Search, Wish
+from dtcp.planner.search import Search, Workload
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto;
 padding: 0 1em; color: #222; }
@@ -31,7 +31,7 @@ WORDS: Mapping[str, str] = {
 }
 
 
-def write_page(path: Path, name: str, wish: Wish, cluster: Cluster, search: Search) -> None:
+def write_page(path: Path, name: str, workload: Workload, cluster: Cluster, search: Search) -> None:
     """Write the page, and each picture as <page>_<picture>.png beside it.
 
     Raises:
@@ -46,7 +46,7 @@ def write_page(path: Path, name: str, wish: Wish, cluster: Cluster, search: Sear
         caption = f"<figcaption>{html.escape(text)}</figcaption>"
         parts.append(f"<figure>{svg}{caption}</figure>")
     best = search.best
-    report = text_report(name, best.forecast.parameters, wish, cluster, search)
+    report = text_report(name, best.forecast.parameters, workload, cluster, search)
     text = html.escape("\n".join([*report, *detail_lines(best, cluster)]))
     assumed = "".join(f"<li>{html.escape(line)}</li>" for line in cluster.assumptions())
     words = "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in WORDS.items())
@@ -54,8 +54,8 @@ def write_page(path: Path, name: str, wish: Wish, cluster: Cluster, search: Sear
     path.write_text(
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
         f"<style>{STYLE}</style></head><body><h1>{title}</h1>"
-        f"<p>A training step of {wish.rows} rows of {wish.documents.seq_len:,} tokens, worked out "
-        f"without running it: what each GPU would hold, send and compute. A GPU of the "
+        f"<p>A training step of {workload.rows} rows of {workload.documents.seq_len:,} tokens, "
+        f"worked out without running it: what each GPU would hold, send and compute. A GPU of the "
         f"context-parallel group (cp) holds a part of every row; fsdp is the group that shares "
         f"the weights, tp the one that splits each matrix.</p>"
         f"{''.join(parts)}<h2>Words</h2><dl>{words}</dl>"

@@ -9,7 +9,7 @@ from dtcp.parallelize import FullCheckpoint, SelectiveCheckpoint
 from dtcp.planner.axis_bytes import AxisBytes
 from dtcp.planner.cluster import GB, Cluster
 from dtcp.planner.forecast import Forecast
-from dtcp.planner.search import Candidate, Search, Wish
+from dtcp.planner.search import Candidate, Search, Workload
 from dtcp.planner.setup import Setup
 from dtcp.sequence.documents import Documents
 from dtcp.softmax import AllGatherAttention, HybridAttention, UlyssesAttention
@@ -53,18 +53,24 @@ def mesh_name(setup: Setup) -> str:
 
 
 def text_report(
-    name: str, parameters: int, wish: Wish, cluster: Cluster, search: Search, *, shown: int = 12
+    name: str,
+    parameters: int,
+    workload: Workload,
+    cluster: Cluster,
+    search: Search,
+    *,
+    shown: int = 12,
 ) -> list[str]:
     """Ranked setups with what bounds each; what does not fit; and what all of it rests on."""
-    documents = wish.documents
+    documents = workload.documents
     lengths = documents.lengths[0]
     fitting = [candidate for candidate in search.candidates if candidate.fits]
     rest = [candidate for candidate in search.candidates if not candidate.fits]
     lines = [
         f"model       {name}, {_count(parameters)} parameters",
         f"cluster     {cluster}",
-        f"batch       {wish.rows} row{'s' * (wish.rows > 1)} of {documents.seq_len:,} tokens a "
-        f"step, {len(lengths):,} document{'s' * (len(lengths) > 1)} a row, the longest "
+        f"batch       {workload.rows} row{'s' * (workload.rows > 1)} of {documents.seq_len:,} "
+        f"tokens a step, {len(lengths):,} document{'s' * (len(lengths) > 1)} a row, the longest "
         f"{max(lengths):,}{_padding(documents)}",
     ]
     if fitting:
@@ -199,15 +205,15 @@ def crossing_bytes(forecast: Forecast, cluster: Cluster) -> dict[str, AxisBytes]
     return crossing
 
 
-def as_json(name: str, wish: Wish, cluster: Cluster, search: Search) -> dict[str, Any]:
+def as_json(name: str, workload: Workload, cluster: Cluster, search: Search) -> dict[str, Any]:
     """Everything, in bytes and seconds."""
     return {
         "model": name,
         "parameters": search.best.forecast.parameters if search.candidates else None,
         "cluster": str(cluster),
-        "seq_len": wish.documents.seq_len,
-        "documents": list(wish.documents.lengths[0]),
-        "rows": wish.rows,
+        "seq_len": workload.documents.seq_len,
+        "documents": list(workload.documents.lengths[0]),
+        "rows": workload.rows,
         "assumptions": cluster.assumptions(),
         "candidates": [_candidate_json(each, cluster) for each in search.candidates],
         "passed": search.passed,

@@ -23,8 +23,8 @@ MOST_ROW_FORECASTS = 24
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is to be run.
+class Workload:
+    """What is to be run, and what of it is settled.
 
     Args:
         documents: of one row.
@@ -140,14 +140,14 @@ class Planner:
     """
 
     def __init__(
-        self, subject: Subject, cluster: Cluster, wish: Wish, *, processes: int = 1
+        self, subject: Subject, cluster: Cluster, workload: Workload, *, processes: int = 1
     ) -> None:
-        self.cluster, self.wish = cluster, wish
+        self.cluster, self.workload = cluster, workload
         self.row_forecasts = RowForecasts(subject, processes)
 
     def on(self, cluster: Cluster) -> "Planner":
         """The same model and rows on another cluster; what was seen stays known."""
-        other = Planner(self.row_forecasts.subject, cluster, self.wish)
+        other = Planner(self.row_forecasts.subject, cluster, self.workload)
         other.row_forecasts = self.row_forecasts
         return other
 
@@ -163,12 +163,12 @@ class Planner:
             ValueError: the rows of a step do not divide among its data-parallel ranks.
         """
         data = degrees.dp_replicate * degrees.dp_shard
-        if self.wish.rows % data:
+        if self.workload.rows % data:
             raise ValueError(
                 f"A step has as many rows for each data-parallel rank, got --global-batch "
-                f"{self.wish.rows} on {data} of them: give a multiple of {data}."
+                f"{self.workload.rows} on {data} of them: give a multiple of {data}."
             )
-        self.wish.check_cut(degrees)
+        self.workload.check_cut(degrees)
         plain = self.plain(degrees)
         return self.ranked([plain, *self._variants(plain)])
 
@@ -267,12 +267,13 @@ class Planner:
         """Degrees whose product is the cluster, with rows for all data-parallel ranks."""
         world, node = self.cluster.gpus, self.cluster.ranks_per_node
         for tp in _divisors(node):
-            if self.wish.etp not in (1, tp):
+            if self.workload.etp not in (1, tp):
                 continue
             for cp in _divisors(world // tp):
                 data = world // tp // cp
-                seq_len, parts = self.wish.documents.seq_len, self.wish.parts(Degrees(cp=cp, tp=tp))
-                if self.wish.rows % data or seq_len < 2 * cp or seq_len % parts:
+                seq_len = self.workload.documents.seq_len
+                parts = self.workload.parts(Degrees(cp=cp, tp=tp))
+                if self.workload.rows % data or seq_len < 2 * cp or seq_len % parts:
                     continue
                 for replicas in sorted({1, *self._replicas(data, cp * tp)}):
                     degrees = Degrees(replicas, data // replicas, cp, tp)
@@ -288,11 +289,11 @@ class Planner:
         """Degrees of ep to try first: the least, that of a node, and all ranks that there are."""
         possible = self._expert_degrees(degrees)
         node = self.cluster.ranks_per_node
-        inside = [ep for ep in possible if ep * self.wish.etp <= node]
+        inside = [ep for ep in possible if ep * self.workload.etp <= node]
         return sorted({*possible[:1], *inside[-1:], *possible[-1:]})
 
     def _expert_degrees(self, degrees: Degrees) -> list[int]:
-        counts, etp = self.row_forecasts.expert_counts, self.wish.etp
+        counts, etp = self.row_forecasts.expert_counts, self.workload.etp
         ranks = degrees.sparse // etp if counts else 1
         possible = [ep for ep in _divisors(ranks) if not any(n % ep for n in counts)]
         # What splits experts beside ep needs one.
@@ -300,7 +301,7 @@ class Planner:
 
     def spread_over(self, degrees: Degrees, ep: int) -> Degrees:
         """The mesh with experts over ep, and over tp, too, where that is wished for."""
-        return replace(degrees, ep=ep, etp=self.wish.etp if ep > 1 else 1)
+        return replace(degrees, ep=ep, etp=self.workload.etp if ep > 1 else 1)
 
     def plain(self, degrees: Degrees) -> Setup:
         """A mesh in one way, the first to be tried."""
@@ -308,25 +309,25 @@ class Planner:
         given = {
             name: value
             for name in ("attention", "layout", "checkpoint")
-            if (value := getattr(self.wish, name)) is not None
+            if (value := getattr(self.workload, name)) is not None
         }
         return Setup(
             degrees,
-            self.wish.documents,
-            micro_batches=self.wish.rows // data,
-            precision=self.wish.precision,
-            reshard=self.wish.reshard,
+            self.workload.documents,
+            micro_batches=self.workload.rows // data,
+            precision=self.workload.precision,
+            reshard=self.workload.reshard,
             ranks_per_node=nodes_for(self.cluster, degrees),
             **given,
         )
 
     def _variants(self, plain: Setup) -> list[Setup]:
         """Other ways to run a mesh, of those that are wished for."""
-        others = (setup for setup in self._others(plain) if self.wish.takes(setup))
+        others = (setup for setup in self._others(plain) if self.workload.takes(setup))
         return [setup for setup in others if setup != plain]
 
     def _others(self, plain: Setup) -> Iterator[Setup]:
-        is_open = self.wish.attention is None and self.row_forecasts.reads_strategy
+        is_open = self.workload.attention is None and self.row_forecasts.reads_strategy
         ways = attention_styles(plain.degrees.cp) if is_open else []
         for attention in ways or [plain.attention]:
             yield replace(plain, attention=attention, checkpoint=SelectiveCheckpoint())

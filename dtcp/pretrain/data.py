@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 
-from dtcp.pretrain.ahead import Ahead
-from dtcp.pretrain.dealing import dealt_in_windows, share, work_of
+from dtcp.pretrain.balanced_packing import balanced_in_windows, share, work_of
 from dtcp.pretrain.fingerprint import changes
 from dtcp.pretrain.packing import Cursor, Row, pack
+from dtcp.pretrain.prefetch import Prefetcher
 from dtcp.pretrain.progress import say
 from dtcp.pretrain.sources import (
     HuggingFace,
@@ -125,16 +125,16 @@ class PackedDocuments(BaseDataLoader):
         self.prepare: Prepare | None = None
         """Called with each batch in the thread that reads it, while the one before it is used."""
         self._fingerprint: dict[str, Any] | None = None
-        self._ahead: Ahead[MicroBatch] | None = None
+        self._prefetched: Prefetcher[MicroBatch] | None = None
 
     def read_ahead(self) -> None:
         """Start on the first batch now, in the thread, before it is asked for."""
-        self._ahead = Ahead(self._micro_batches(self.cursor))
-        self._ahead.ask()
+        self._prefetched = Prefetcher(self._micro_batches(self.cursor))
+        self._prefetched.start()
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        started, self._ahead = self._ahead, None
-        for each in started or Ahead(self._micro_batches(self.cursor)):
+        started, self._prefetched = self._prefetched, None
+        for each in started or Prefetcher(self._micro_batches(self.cursor)):
             # Of the batch that is handed out: a checkpoint after its step must not repeat it.
             self.cursor, self.last_read, self.last_work = each.cursor, each.documents, each.work
             yield each.batch, each.labels
@@ -165,7 +165,7 @@ class PackedDocuments(BaseDataLoader):
             name=f"dataset={self.config.dataset}, part={self.config.part}",
         )
         window = self.config.balance_rows
-        return dealt_in_windows(rows, start, window) if window else rows
+        return balanced_in_windows(rows, start, window) if window else rows
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes the rows of this loader: the documents, their order, and how they are cut."""
@@ -195,7 +195,7 @@ class PackedDocuments(BaseDataLoader):
             ValueError: other data, naming what changed; unless `accept_changes` is set.
         """
         self._compare(json.loads(state_dict["fingerprint"]))
-        self._ahead = None  # which read from another place
+        self._prefetched = None  # which read from another place
         names = [field.name for field in fields(Cursor) if field.name in state_dict]
         self.cursor = Cursor(**{name: state_dict[name] for name in names})
 

@@ -59,7 +59,7 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class Care:
+class RestartPolicy:
     """What a launcher does for ranks that end before their work is done."""
 
     max_restarts: int = 0
@@ -171,11 +171,14 @@ def ranks_for(parallelism: Parallelism, device: Device) -> Ranks:
 
 
 def launch(
-    ranks: Ranks, work: Callable[[], int], command: Sequence[str], care: Care = Care()
+    ranks: Ranks,
+    work: Callable[[], int],
+    command: Sequence[str],
+    policy: RestartPolicy = RestartPolicy(),
 ) -> int:
     """Run the ranks of a job on this machine and return the exit code of the job.
 
-    A rank that fails ends the others, and all start again as often as `care` says, unless the run
+    A rank that fails ends the others, and all start again as often as `policy` says, unless the run
     was refused. Ranks say what went wrong themselves, once.
 
     Args:
@@ -189,17 +192,20 @@ def launch(
     entrypoint: Callable[..., None] | str = _forked_rank if fork else sys.executable
     args = (work, threads, os.getpid()) if fork else ("-u", *command)
     code = 0
-    for restarts in range(care.max_restarts + 1):
+    for restarts in range(policy.max_restarts + 1):
         if restarts:
-            _warn(f"restart     {restarts} of {care.max_restarts}, from the last checkpoint")
-        code = _attempt(ranks, entrypoint, args, care)
+            _warn(f"restart     {restarts} of {policy.max_restarts}, from the last checkpoint")
+        code = _attempt(ranks, entrypoint, args, policy)
         if code in (0, REFUSED) or code > 128:
             break
     return 1 if code == REFUSED else code
 
 
 def _attempt(
-    ranks: Ranks, entrypoint: Callable[..., None] | str, args: tuple[Any, ...], care: Care
+    ranks: Ranks,
+    entrypoint: Callable[..., None] | str,
+    args: tuple[Any, ...],
+    policy: RestartPolicy,
 ) -> int:
     """Start the ranks once and return the exit code of the first to fail, or 0."""
     spec = WorkerSpec(
@@ -212,7 +218,7 @@ def _attempt(
         # Seconds. A rank that was killed is to be noticed before its peers fail for want of it.
         monitor_interval=0.02,
     )
-    agent = Agent(spec, care.stop_seconds)
+    agent = Agent(spec, policy.stop_seconds)
     try:
         failures = agent.run().failures
     except SignalException as stopped:
@@ -266,7 +272,7 @@ def can_fork() -> bool:
     return sys.platform == "linux" and not torch.accelerator.is_available()
 
 
-def heeded() -> list[signal.Signals]:
+def handled_signals() -> list[signal.Signals]:
     """Signals that end a run, without those that it was started to ignore, as under nohup."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
@@ -292,7 +298,7 @@ def _forked_rank(work: Callable[[], int], threads: int | None, launcher: int) ->
     os.setpgid(0, 0)
     # The agent's settings came along with the fork. A rank that has to end says nothing.
     logging.disable(logging.NOTSET)
-    for number in heeded():
+    for number in handled_signals():
         signal.signal(number, signal.SIG_DFL)
     die_with(launcher)
     # torch read the environment when the launcher imported it.
@@ -311,7 +317,7 @@ def _prepare_environment(ranks: Ranks) -> int | None:
         the threads of a rank, where that person did not choose.
     """
     # The agent would heed what nohup makes a process ignore.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(each.name for each in heeded())
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(each.name for each in handled_signals())
     # Ranks of one machine have nothing to say to others.
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     for library in ("GLOO", "NCCL"):

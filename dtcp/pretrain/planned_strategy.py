@@ -16,7 +16,7 @@ from dtcp.compile import Boundary, EagerIsland, InGraph
 from dtcp.distributed.mesh import Degrees
 from dtcp.planner.cluster import cluster_here
 from dtcp.planner.report import layout_name, strategy_name
-from dtcp.planner.search import Candidate, Planner, Wish, attention_styles
+from dtcp.planner.search import Candidate, Planner, Workload, attention_styles
 from dtcp.pretrain.attempt import attempt_store, has_agent_store
 from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.expected import precision_of, setup_of, subject_of
@@ -109,7 +109,7 @@ def plan_strategy(config: Any, ranks: int) -> PlannedStrategy:
     planner = Planner(
         subject_of(config),
         cluster_here(ranks, nodes),
-        Wish(documents, documents.batch, precision_of(config.training)),
+        Workload(documents, documents.batch, precision_of(config.training)),
     )
     plain = setup_of(config, degrees, documents, layouts[0], RingAttention())
     plain = replace(plain, ranks_per_node=nodes if nodes < ranks else 0)

@@ -14,7 +14,7 @@ from dtcp.pretrain.config_check import check_on_ranks
 from dtcp.pretrain.dry_run import describe_dry, is_dry, made_dry
 from dtcp.pretrain.folder_lock import FolderLock, refuse_held
 from dtcp.pretrain.launch import (
-    Care,
+    RestartPolicy,
     check_world,
     end_with_launcher,
     launch,
@@ -61,9 +61,9 @@ def run(arguments: list[str], *, command: tuple[str, ...]) -> int:
             refuse_held(Path(config.dump_folder))
         if ranks.because:
             print(ranks.because, flush=True)
-        care = Care(config.dtcp.max_restarts, config.dtcp.stop_seconds)
+        policy = RestartPolicy(config.dtcp.max_restarts, config.dtcp.stop_seconds)
         work = functools.partial(run_rank, config)
-        return launch(ranks, work, (*command, *arguments), care)
+        return launch(ranks, work, (*command, *arguments), policy)
 
 
 def _play_alone(config: Trainer.Config) -> int:

@@ -150,7 +150,8 @@ def entering_along_chains(
 
     Args:
         own: [P, ..., K, K + V], summaries of this rank's P stretches.
-        tables: of `handing_tables`, in one direction; of `node_handing_tables` in two hops.
+        tables: of `state_passing_tables`, in one direction; in two hops, of
+            `node_state_passing_tables`.
     Returns:
         [P, ..., K, V], zero where nothing enters.
 

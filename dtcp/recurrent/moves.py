@@ -95,7 +95,7 @@ def states_moved(
     return replace(moved, workspace=6 * segments * summary)
 
 
-def handed_on(sent: Sequence[int], received: Sequence[int], summary: int, rank: int) -> Moved:
-    """What handing maps of so many bytes on along chains moves, one way."""
+def states_passed(sent: Sequence[int], received: Sequence[int], summary: int, rank: int) -> Moved:
+    """What passing maps of so many bytes along chains moves, one way."""
     workspace = summary * (sum(sent) + 2 * sum(received))
     return Moved.rows(sent, received, summary, rank, workspace=workspace)

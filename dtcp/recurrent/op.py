@@ -30,7 +30,7 @@ from dtcp.recurrent.exchange import (
     entering_by_scan,
 )
 from dtcp.recurrent.metadata import DeltaMetadata
-from dtcp.recurrent.moves import DeltaShape, handed_on, states_moved
+from dtcp.recurrent.moves import DeltaShape, states_moved, states_passed
 from dtcp.sequence.arguments import FLOATS, check_tensor
 
 SCHEMA = (
@@ -122,7 +122,7 @@ def rule_moves(
         if batch.onward_counts.numel():
             counts = counts + batch.onward_counts
         sent, received = counts[int(reverse)].tolist()
-        return handed_on(sent, received, summary // shape.batch, rank)
+        return states_passed(sent, received, summary // shape.batch, rank)
     num_ranks, segments = batch.chain.shape
     nodes = batch.neighbours
     return states_moved(

@@ -27,10 +27,10 @@ from dtcp.recurrent.mixer import (
     GatedLinearAttention,
     RecurrentMixer,
 )
-from dtcp.recurrent.moves import ChannelShape, DeltaShape, LinearShape, handed_on, states_moved
-from dtcp.recurrent.node_handing import NodeHanding
+from dtcp.recurrent.moves import ChannelShape, DeltaShape, LinearShape, states_moved, states_passed
+from dtcp.recurrent.node_state_passing import NodeStatePassing
 from dtcp.recurrent.op import gated_delta_rule, install_delta_rules
-from dtcp.recurrent.stretches import Handing
+from dtcp.recurrent.state_passing import StatePassing
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.coords import Coords, documents_of
 from dtcp.sequence.document_balanced import DocumentBalanced
@@ -218,8 +218,8 @@ class GatedDeltaCP(RecurrentStyle):
             stretches = Stretches.of(layout, documents_of(coords))
             summary, moved = shape.summary // shape.batch, []
             for reverse in (False, True):
-                sent, received = self._handed_on(stretches, rank, reverse=reverse)
-                moved.append(handed_on(sent, received, summary, rank))
+                sent, received = self._states_passed(stretches, rank, reverse=reverse)
+                moved.append(states_passed(sent, received, summary, rank))
             return Moves(*moved)
         ranks, segments = chain_of(layout).shape
         scan = self.states.scans(ranks, segments, shape.summary)
@@ -237,15 +237,15 @@ class GatedDeltaCP(RecurrentStyle):
         )
         return Moves(there, back)
 
-    def _handed_on(
+    def _states_passed(
         self, stretches: Stretches, rank: int, *, reverse: bool
     ) -> tuple[list[int], list[int]]:
         """Summaries sent to and received from each rank."""
         if (nodes := self.ranks_per_node) in (0, 1, stretches.num_shards):
-            sent, received = Handing.of(stretches, rank, reverse=reverse).counts.tolist()
+            sent, received = StatePassing.of(stretches, rank, reverse=reverse).counts.tolist()
         else:
-            handing = NodeHanding.of(stretches, rank, reverse=reverse, ranks_per_node=nodes)
-            sent, received = handing.moved.tolist()
+            passing = NodeStatePassing.of(stretches, rank, reverse=reverse, ranks_per_node=nodes)
+            sent, received = passing.moved.tolist()
         return sent, received
 
 

@@ -32,10 +32,10 @@ from dtcp.sequence.layout import (
 from dtcp.sparse.exchange import bring_left, prepend_halo
 from dtcp.sparse.metadata import SparseMetadata, rank_metadata
 from dtcp.sparse.mixer import CompressedSparseAttention, Index
-from dtcp.sparse.moved import MovedSparseMetadata, OwnTokens, moved
 from dtcp.sparse.moves import SparseShape, pieces_moved, relayouts_moved, sparse_moves
 from dtcp.sparse.operands import check_sparse_operands
 from dtcp.sparse.pieces import pieces_metadata
+from dtcp.sparse.relayout import OwnTokens, RelayoutSparseMetadata, relayout_operands
 from dtcp.style import MixerShape, MixerStyle
 
 
@@ -65,7 +65,7 @@ class ContextParallelSparse(ClaimedMixer, CompressedSparseAttention):
         # An indexer has no gradient, and so none travels back.
         no_gradient = [] if index is None else [index.q, index.weight, *_tensors(index.keys)]
         parts += [x.detach() for x in no_gradient]
-        q, keys, *rest = moved(parts, metadata.there, self.groups[0])
+        q, keys, *rest = relayout_operands(parts, metadata.there, self.groups[0])
         if tokens is not None:
             tokens = tokens._replace(value=rest[0], gate=rest[1])
         if index is not None:
@@ -184,7 +184,7 @@ class CompressedSparseCP(MixerStyle):
 
     def make_metadata(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
-    ) -> SparseMetadata | MovedSparseMetadata:
+    ) -> SparseMetadata | RelayoutSparseMetadata:
         assert isinstance(mixer, CompressedSparseAttention)
         self.check(mixer, layout)
         if isinstance(layout, Contiguous | HeadTail):
@@ -193,7 +193,7 @@ class CompressedSparseCP(MixerStyle):
             of, nodes = (mixer.window, mixer.compression), self.ranks_per_node
             return pieces_metadata(coords, layout, rank, *of, ranks_per_node=nodes)
         inside = _inside(layout)
-        return MovedSparseMetadata(
+        return RelayoutSparseMetadata(
             RelayoutMetadata.between(layout, inside, rank),
             OwnTokens.of(coords, layout, rank),
             self._of_segments(mixer, coords, inside, rank),

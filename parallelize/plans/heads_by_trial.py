@@ -1,6 +1,6 @@
 """Attention and feed-forwards of any form: what a rank of tp has of each layer, found by a run.
 
-Layers give made-up numbers, and autograd says of which of them the heads of a rank are made: the
+Layers give random numbers, and autograd says of which of them the heads of a rank are made: the
 rows that it has, be they one stretch of a layer, a stretch of each of its parts, or all. Then each
 rank is played with its rows, and what attention and the layer that narrows are handed has to be its
 part of what they are handed on one device, and all else what it is there.
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
 
 from dtcp.parallelize.plans.adapters import BASE
-from dtcp.parallelize.plans.made_up_calls import (
+from dtcp.parallelize.plans.dummy_calls import (
+    dummy_calls,
+    dummy_tensors,
     is_elementwise,
-    made_up_calls,
-    made_up_own,
     place_of,
     sizes_of_heads,
 )
@@ -64,7 +64,7 @@ def styles_by_trial(module: nn.Module, tp: int, rotary: Sequence[int], *, heads:
     width = _shape(next(iter(layers.values())))[1]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        for call in made_up_calls(forward_of(module), module, TOKENS, width, rotary):
+        for call in dummy_calls(forward_of(module), module, TOKENS, width, rotary):
             for down in reversed(list(layers)):
                 # Code of others, called as nobody promised that it could be: any class may come,
                 # and each gives the same answer, that nothing is known of it. It then stays whole
@@ -127,7 +127,7 @@ class _Trial:
             name: (0.25 + torch.rand(TOKENS, _shape(layer)[0])).requires_grad_(name != down)
             for name, layer in layers.items()
         }
-        self.own = made_up_own(module)
+        self.own = dummy_tensors(module)
         self.whole = StandInRun(self.outputs, down, everything, own=self.own)
         self.result = self.whole.run(module, **call)
         whole, around = self.whole, [x for x in call.values() if isinstance(x, Tensor)]

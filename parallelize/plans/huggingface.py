@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import Survey, install_mixers
-from dtcp.huggingface.expert_places import ExpertPlacesCP
+from dtcp.huggingface.expert_capacity import PositionInExpertCP
 from dtcp.huggingface.images import CUT, CutRowsCP
 from dtcp.huggingface.install import check_has_no_mixers
 from dtcp.huggingface.last_token import LastTokenCP
@@ -135,7 +135,7 @@ def hf_plan(
     }
     styles |= {each.name: RECURRENT[each.kind] for each in survey.recurrent}
     names += [each.name for each in survey.recurrent]
-    styles |= {each.name: ExpertPlacesCP() for each in survey.places}
+    styles |= {each.name: PositionInExpertCP() for each in survey.capacity}
     if survey.images:
         styles[f"{survey.images}.{CUT}"] = CutRowsCP()
     if survey.pooled_head is not None:

@@ -1,6 +1,6 @@
 """Attention and feed-forwards that transformers' plan says nothing of: split if a run shows how.
 
-Each rank of tp is played: layers that widen give its part of made-up numbers, and the one that
+Each rank of tp is played: layers that widen give its part of random numbers, and the one that
 narrows has to be handed its part of what it is handed on one device, while all else is what it is
 there. Of attention, so must be the operands, by heads.
 

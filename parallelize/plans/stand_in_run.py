@@ -1,7 +1,7 @@
-"""Run the forward of a module while its layers give made-up numbers: what reaches what?
+"""Run the forward of a module while its layers give random numbers: what reaches what?
 
 No weight is read, so a module on the meta device will do. Of each layer that has none of its own
-numbers, the first argument comes back; attention gives made-up numbers by heads.
+numbers, the first argument comes back; attention gives random numbers by heads.
 """
 
 import inspect
@@ -148,7 +148,7 @@ class _StandIn:
 
 
 class _Layer:
-    """A layer that gives made-up numbers; what else is read of it is its own."""
+    """A layer that gives random numbers; what else is read of it is its own."""
 
     def __init__(self, module: nn.Module, give: Callable[..., Tensor]) -> None:
         self._module, self._give = module, give

@@ -6,8 +6,8 @@ from torch import nn
 
 from dtcp.huggingface.latents import makes_keys_of_latents
 from dtcp.parallelize.plans.adapters import adapted
+from dtcp.parallelize.plans.dummy_calls import rotary_widths
 from dtcp.parallelize.plans.heads_by_trial import Styles, styles_by_trial
-from dtcp.parallelize.plans.made_up_calls import rotary_widths
 from dtcp.parallelize.plans.stand_in_run import calls_registry
 
 

@@ -88,7 +88,7 @@ def test_qwen3_5_experts_on_their_own_ranks_equal_transformers(truth, cell):
         # Those of forward and of recomputation overlap with the shared expert.
         assert traffic["dtcp::send_tokens"].calls == sends
         # Of the results' gradients.
-        assert traffic["dtcp::tokens_to_experts"].calls == layers
+        assert traffic["dtcp::dispatch_tokens"].calls == layers
 
 
 DEEPSEEK = [

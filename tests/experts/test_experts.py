@@ -128,7 +128,7 @@ def test_experts_receive_what_the_formula_says(mesh, ranks):
     counts = 8 * (ranks - 1) * (per_rank + 1)
     assert forward["dtcp::route_tokens"].received == forward["dtcp::route_tokens"].sent == counts
     for traffic in (forward, backward):
-        to_experts, homeward = traffic["dtcp::tokens_to_experts"], traffic["dtcp::results_home"]
+        to_experts, homeward = traffic["dtcp::dispatch_tokens"], traffic["dtcp::combine_results"]
         assert (to_experts.received, to_experts.sent) == (here * row, gone * row)
         assert (homeward.received, homeward.sent) == (gone * row, here * row)
     assert backward["dtcp::route_tokens"].calls == 0
@@ -162,9 +162,9 @@ def test_tokens_of_experts_cross_between_nodes_once_for_each_node(mesh):
     inside = (home % 2 != rank % 2) & real[:, None] & (held == rank)
     row, words = DIM * 8, K * (8 + 8)
     received = across * (row + words) + int(inside.sum()) * row
-    assert traffic["dtcp::tokens_to_experts"].received == received
+    assert traffic["dtcp::dispatch_tokens"].received == received
     returned = int((crosses[mine]).sum()) + int((stops_here & (held != rank)).sum())
-    assert traffic["dtcp::results_home"].received == returned * row
+    assert traffic["dtcp::combine_results"].received == returned * row
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

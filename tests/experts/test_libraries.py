@@ -160,7 +160,7 @@ def test_experts_of_a_dtype_that_no_library_takes_travel_by_torch(mesh):
         assert experts.exchange.library == "deep_ep"
         with count_traffic() as traffic:
             check(mesh, experts, case, own_tokens(mesh))
-        assert traffic["dtcp::tokens_to_experts"].calls > 0
+        assert traffic["dtcp::dispatch_tokens"].calls > 0
 
 
 def test_experts_go_by_the_library_that_is_installed():

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 SEED = int(os.environ.get("FUZZ_SEED", "2026"))
-"""Of all draws: `FUZZ_SEED=7 make test ARGS=tests/doors` draws others."""
+"""Of all draws: `FUZZ_SEED=7 make test ARGS=tests/entry_points` draws others."""
 REFUSALS = (ValueError, TypeError, KeyError, NotImplementedError)
 ROOT = Path(__file__).parents[2]
 HOME = tuple(str(ROOT / name) + "/" for name in ("dtcp", "models", "parallelize"))

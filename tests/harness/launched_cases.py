@@ -157,18 +157,18 @@ def slow_to_stop() -> int:
 
 
 CASES = {
-    work.__name__: (work, care)
-    for work, care in {
-        listening: launcher.Care(),
-        restarted: launcher.Care(max_restarts=2),
-        two_causes: launcher.Care(max_restarts=1),
-        frozen: launcher.Care(),
-        refused: launcher.Care(),
-        refused_at_the_start: launcher.Care(max_restarts=2),
-        absent: launcher.Care(),
-        alive: launcher.Care(),
-        stopped_early: launcher.Care(),
-        slow_to_stop: launcher.Care(max_restarts=3, stop_seconds=1),
+    work.__name__: (work, policy)
+    for work, policy in {
+        listening: launcher.RestartPolicy(),
+        restarted: launcher.RestartPolicy(max_restarts=2),
+        two_causes: launcher.RestartPolicy(max_restarts=1),
+        frozen: launcher.RestartPolicy(),
+        refused: launcher.RestartPolicy(),
+        refused_at_the_start: launcher.RestartPolicy(max_restarts=2),
+        absent: launcher.RestartPolicy(),
+        alive: launcher.RestartPolicy(),
+        stopped_early: launcher.RestartPolicy(),
+        slow_to_stop: launcher.RestartPolicy(max_restarts=3, stop_seconds=1),
     }.items()
 }
 
@@ -176,9 +176,9 @@ CASES = {
 def main() -> None:
     attempt.BEAT = float(sys.argv[1])
     for name in sys.argv[3:]:
-        work, care = CASES[name]
+        work, policy = CASES[name]
         print("case", name, flush=True)
-        print("exit", launcher.launch(launcher.Ranks(RANKS, "cpu"), work, (), care), flush=True)
+        print("exit", launcher.launch(launcher.Ranks(RANKS, "cpu"), work, (), policy), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def test_plan_of_kv_heads_that_tp_does_not_divide_says_so_in_the_report():
     documents = Documents.single(1, 256)
     subject = FamilyModel("tiny", "gemma4", gemma4.tiny())
     eight = cluster.cluster_of("4xH100")
-    planner = search.Planner(subject, eight, search.Wish(documents, 1))
+    planner = search.Planner(subject, eight, search.Workload(documents, 1))
     found = planner.candidate(Setup(Degrees(tp=4), documents))
     lines = [x for x in report.detail_lines(found, eight) if x.startswith("warning ")]
     assert lines and all("tp=4 does not divide the" in line for line in lines)

@@ -12,7 +12,7 @@ from dtcp.distributed.mesh import Degrees
 from dtcp.models import gemma4
 from dtcp.planner.cluster import cluster_of
 from dtcp.planner.page import write_page
-from dtcp.planner.search import Planner, Wish
+from dtcp.planner.search import Planner, Workload
 from dtcp.planner.subject import FamilyModel
 from dtcp.sequence.documents import Documents
 from tests.harness.patience import slowness
@@ -66,9 +66,9 @@ def page(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "plan.html"
     documents = Documents(((3000, 700, 396),), 4096)
     subject = FamilyModel("gemma4 <tiny>", "gemma4", gemma4.tiny())
-    planner = Planner(subject, cluster_of("8xH100"), Wish(documents, 2))
+    planner = Planner(subject, cluster_of("8xH100"), Workload(documents, 2))
     search = planner.search_mesh(Degrees(cp=8))
-    write_page(path, subject.name, planner.wish, planner.cluster, search)
+    write_page(path, subject.name, planner.workload, planner.cluster, search)
     return path
 
 

@@ -18,7 +18,7 @@ from dtcp.plan import __main__ as command
 from dtcp.plan.source import asked_documents
 from dtcp.planner.cluster import GB, cluster_of
 from dtcp.planner.forecast import forecast, row_degrees, row_ranks_per_node
-from dtcp.planner.search import Planner, Wish
+from dtcp.planner.search import Planner, Workload
 from dtcp.planner.setup import Setup
 from dtcp.planner.subject import FamilyModel, subject_of_hf
 from dtcp.sequence.documents import Documents
@@ -199,9 +199,9 @@ def test_forecast_gemma4_31b_in_contiguous_shards_receives_what_is_documented():
 
 
 def test_plan_of_thousands_of_gpus_looks_at_one_row_only():
-    planner = Planner(TINY, cluster_of("4096xH100"), Wish(Documents.single(1, 4096), 4096))
+    planner = Planner(TINY, cluster_of("4096xH100"), Workload(Documents.single(1, 4096), 4096))
     candidate = planner.candidate(
-        Setup(Degrees(dp_replicate=8, dp_shard=128, cp=4), planner.wish.documents)
+        Setup(Degrees(dp_replicate=8, dp_shard=128, cp=4), planner.workload.documents)
     )
     assert candidate.fits and candidate.setup.tokens == 4096 * 1024
 
@@ -232,17 +232,17 @@ def test_plan_sees_on_the_first_rows_what_nodes_do_on_all_of_them():
 
 def test_plan_tries_ranks_of_their_own_for_experts():
     subject = FamilyModel("tiny", "qwen3_5", qwen3_5.tiny(experts=True))
-    planner = Planner(subject, cluster_of("16xH100"), Wish(Documents.single(1, 4096), 16))
+    planner = Planner(subject, cluster_of("16xH100"), Workload(Documents.single(1, 4096), 16))
     assert {degrees.ep for degrees in planner.meshes()} == {1, 8}
-    dense = Planner(TINY, cluster_of("16xH100"), planner.wish)
+    dense = Planner(TINY, cluster_of("16xH100"), planner.workload)
     assert {degrees.ep for degrees in dense.meshes()} == {1}
 
 
 def test_plan_does_not_run_steps_whose_weights_leave_no_room():
     """Weights, their gradients and the optimizer take 16 bytes a parameter, whatever is kept."""
     small = replace(cluster_of("8xH100"), memory=5 * 10**9)
-    planner = Planner(TINY, small, Wish(Documents.single(1, 4096), 1))
-    setups = [Setup(degrees, planner.wish.documents) for degrees in planner.meshes()]
+    planner = Planner(TINY, small, Workload(Documents.single(1, 4096), 1))
+    setups = [Setup(degrees, planner.workload.documents) for degrees in planner.meshes()]
     worth, sifted = planner.sift(setups)
     assert len(worth) + len(sifted.refused) == len(setups) and not sifted.too_large
     for setup in worth:
@@ -256,8 +256,8 @@ def test_plan_does_not_run_steps_whose_weights_leave_no_room():
 @pytest.mark.slow
 def test_plan_passes_over_meshes_that_others_make_needless():
     """Of many meshes some are looked at, and the best of all is among them."""
-    wish = Wish(Documents.single(1, 2**14), 64)
-    planner = Planner(TINY, cluster_of("64xH100"), wish)
+    workload = Workload(Documents.single(1, 2**14), 64)
+    planner = Planner(TINY, cluster_of("64xH100"), workload)
     every = [planner.plain(degrees) for degrees in planner.meshes() if degrees.tp < 4]
     narrow = planner._narrow(every)
     assert 0 < len(narrow) < len(every)

@@ -45,7 +45,7 @@ def planned_command(options, cluster, degrees):
     """(launcher, config that train.py reads, setup) of a mesh, the first way of it."""
     arguments, rest = command._parser().parse_known_args(options)
     request, cluster = request_of(arguments, rest), cluster_of(cluster)
-    planner = Planner(request.subject, cluster, request.wish)
+    planner = Planner(request.subject, cluster, request.workload)
     candidate = planner.candidate(planner.plain(degrees))
     line, *_ = command_lines(
         request, candidate, cluster, reads_strategy=planner.row_forecasts.reads_strategy
@@ -83,17 +83,17 @@ def test_plan_keeps_to_what_is_given_of_a_config():
     assert kept_by_blocks(config) == SelectiveCheckpoint() == setup.checkpoint
     arguments, rest = command._parser().parse_known_args(given)
     request = request_of(arguments, rest)
-    planner = Planner(request.subject, cluster_of("8xH100"), request.wish)
+    planner = Planner(request.subject, cluster_of("8xH100"), request.workload)
     meshes = list(planner.meshes())
     assert meshes and all(each.tp == each.etp == 2 and each.ep > 1 for each in meshes)
-    assert all(request.wish.takes(each) for each in planner._variants(setup))
+    assert all(request.workload.takes(each) for each in planner._variants(setup))
 
 
 def planned_lines(options, cluster, degrees):
     """What is printed of the first way of a mesh."""
     arguments, rest = command._parser().parse_known_args(options)
     request, cluster = request_of(arguments, rest), cluster_of(cluster)
-    planner = Planner(request.subject, cluster, request.wish)
+    planner = Planner(request.subject, cluster, request.workload)
     candidate = planner.candidate(planner.plain(degrees))
     return command_lines(request, candidate, cluster)
 

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from dtcp.distributed.mesh import Degrees
 from dtcp.huggingface import batch as hf_batch
 from dtcp.huggingface import prepare_hf_batch, shard_hf_batch
-from dtcp.huggingface.rows_ahead import RowsAhead
+from dtcp.huggingface.prefetched_rows import PrefetchedRows
 from dtcp.labels import IGNORED
 from tests.harness.hf_models import build
 from tests.harness.spmd import spmd
@@ -26,7 +26,7 @@ def test_rows_ahead_are_taken_by_the_tensors_they_were_made_of():
         made.append(threading.current_thread())
         return dict(rows)
 
-    ahead = RowsAhead(prepare)
+    ahead = PrefetchedRows(prepare)
     batches = [{"input_ids": torch.arange(4)[None] + index} for index in range(3)]
     for batch in batches:
         ahead.start(batch)
@@ -39,7 +39,7 @@ def test_rows_ahead_are_taken_by_the_tensors_they_were_made_of():
 
 @pytest.mark.parametrize("change", ["written to", "another tensor", "one key more"])
 def test_rows_ahead_that_a_loop_changes_are_made_on_their_use_and_no_more_ahead(change):
-    ahead = RowsAhead(dict)
+    ahead = PrefetchedRows(dict)
     rows = {"input_ids": torch.arange(4)[None]}
     ahead.start(rows)
     called = dict(rows)
@@ -87,7 +87,7 @@ def test_trainer_of_transformers_lays_out_each_batch_but_the_first_while_another
     options = {"per_device_train_batch_size": 1, "max_steps": 4, "use_cpu": True}
     args = TrainingArguments(str(tmp_path), report_to=[], save_strategy="no", **options)
     trainer = MeshTrainer(build("llama"), args, mesh=ONE_RANK, train_dataset=rows)
-    ahead, order = trainer.rows_model._ahead, []
+    ahead, order = trainer.rows_model._prefetched, []
     start, take = ahead.start, ahead.take
 
     def started(batch):

@@ -5,7 +5,7 @@ import torch
 
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.huggingface.expert_places import ExpertPlaces, ExpertPlacesCP
+from dtcp.huggingface.expert_capacity import PositionInExpert, PositionInExpertCP
 from dtcp.mixer import batch_metadata
 from dtcp.mixer_plan import apply_plan
 from dtcp.sequence.documents import Documents
@@ -19,7 +19,7 @@ SEQ_LEN, EXPERTS = 24, 3
 class Router(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.places = ExpertPlaces()
+        self.places = PositionInExpert()
 
 
 def counted(expert):
@@ -47,7 +47,7 @@ def test_places_of_experts_are_counted_in_the_order_of_each_document(mesh, ranks
     whole = router.places(expert, batch_metadata(router, documents))
     assert torch.equal(whole.where(real, 0), counted(expert))
     on = ParallelMesh.from_degrees(Degrees(cp=ranks), "cpu")
-    apply_plan(router, on.cp, {"places": ExpertPlacesCP()})
+    apply_plan(router, on.cp, {"places": PositionInExpertCP()})
     local, sharded = shard_batch(
         {"input_ids": expert}, on, layout, model=router, documents=documents
     )

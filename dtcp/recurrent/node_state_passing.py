@@ -1,4 +1,4 @@
-"""States handed on along chains in two hops: a map crosses once to each node that reads it.
+"""State passing along chains in two hops: a map crosses once to each node that reads it.
 
 Of the ranks of a node that read a stretch's map one takes it in, each in turn, and hands it on
 inside the node; what several ranks of a node read travels the network once.
@@ -15,8 +15,8 @@ from dtcp.sequence.stretches import Stretches
 
 
 @dataclass(frozen=True, eq=False)
-class NodeHanding:
-    """One rank's part in handing states on, in one direction.
+class NodeStatePassing:
+    """One rank's part in passing states, in one direction.
 
     Summaries are numbered: the rank's own, then those that came in the first hop, by rank and
     index, then those of the second, by the rank that handed them on.
@@ -24,14 +24,14 @@ class NodeHanding:
 
     send: Ints  # own stretches, by the rank they go to
     counts: Ints  # [2, n], sent and received in the first hop
-    steps: Ints  # [T, 3], as of Handing
+    steps: Ints  # [T, 3], as of StatePassing
     onward: Ints  # which of those that came in the first hop go on, by the rank they go to
     onward_counts: Ints  # [2, n], in the second hop
 
     @classmethod
     def of(
         cls, stretches: Stretches, rank: int, *, reverse: bool, ranks_per_node: int
-    ) -> "NodeHanding":
+    ) -> "NodeStatePassing":
         """What this rank's stretches need, and what it sends and hands on for others."""
         n, own = stretches.num_shards, int((stretches.rank == rank).sum())
         chains = [chain[::-1] if reverse else chain for chain in stretches.chains]
@@ -100,15 +100,17 @@ def _steps(stretches: Stretches, along: Ints, number: Ints, rank: int) -> Ints:
     return steps
 
 
-def node_handing_tables(stretches: Stretches, rank: int, ranks_per_node: int) -> tuple[Tensor, ...]:
-    """`NodeHanding` to the right and to the left, of the same shapes on every rank.
+def node_state_passing_tables(
+    stretches: Stretches, rank: int, ranks_per_node: int
+) -> tuple[Tensor, ...]:
+    """`NodeStatePassing` to the right and to the left, of the same shapes on every rank.
 
     Returns:
         send [2, n * room], counts [2, 2, n], steps [2, (n + 1) * room, 3], onward
         [2, n * room * (ranks_per_node - 1)] and onward_counts [2, 2, n]; int64, -1 beyond.
     """
     both = [
-        NodeHanding.of(stretches, rank, reverse=reverse, ranks_per_node=ranks_per_node)
+        NodeStatePassing.of(stretches, rank, reverse=reverse, ranks_per_node=ranks_per_node)
         for reverse in (False, True)
     ]
     n, room = stretches.num_shards, stretches.room

@@ -1,4 +1,4 @@
-"""Rows of a data loader laid out in a thread, while the step before them runs.
+"""Rows of a data loader prefetched: laid out in a thread, while the step before them runs.
 
 A loop knows nothing of it: rows are recognized where the model is called with them.
 """
@@ -29,8 +29,8 @@ class _Coming:
         )
 
 
-class RowsAhead:
-    """Makes rows ahead for one caller, which takes them in the order in which they came.
+class PrefetchedRows:
+    """Prefetches rows for one caller, which takes them in the order in which they came.
 
     Args:
         prepare: all of a batch that needs no other rank and no device.
@@ -48,7 +48,7 @@ class RowsAhead:
             return
         if self._thread is None:
             # One for all batches: torch keeps a team of threads for each that computes.
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="rows ahead")
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetched rows")
         changes = {key: _changes(x) for key, x in rows.items()}
         self._coming.append(_Coming(rows, changes, self._thread.submit(self._prepare, rows)))
 

@@ -28,7 +28,7 @@ class OwnTokens(AttentionMetadata):
 
 
 @dataclass(frozen=True, eq=False)
-class MovedSparseMetadata(AttentionMetadata):
+class RelayoutSparseMetadata(AttentionMetadata):
     """What the mixer reads where its operands move to another layout."""
 
     there: RelayoutMetadata
@@ -36,7 +36,7 @@ class MovedSparseMetadata(AttentionMetadata):
     inside: SparseMetadata
 
 
-def moved(parts: Sequence[Tensor], there: RelayoutMetadata, group: str) -> list[Tensor]:
+def relayout_operands(parts: Sequence[Tensor], there: RelayoutMetadata, group: str) -> list[Tensor]:
     """All of [B, L, ...] to the layout inside, in one all-to-all, in the widest of their dtypes."""
     flat = [x.flatten(2) for x in parts]
     arrived = apply_relayout(torch.cat(flat, dim=-1), there, group)

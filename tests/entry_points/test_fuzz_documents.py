@@ -11,18 +11,18 @@ import torch
 from dtcp.batch import shard_batch
 from dtcp.huggingface.batch import shard_hf_batch
 from dtcp.labels import IGNORED, shift_labels
-from dtcp.sequence.buckets import Buckets, MultiplesOf, OneOf, PowersOfTwo
-from dtcp.sequence.documents import Documents
-from dtcp.sequence.gate import (
+from dtcp.sequence.batch_documents import (
     documents_of_batch,
     documents_of_boundaries,
     documents_of_ids,
     documents_of_lengths,
     read_padding_mask,
 )
+from dtcp.sequence.buckets import Buckets, MultiplesOf, OneOf, PowersOfTwo
+from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
-from tests.doors.test_fuzz_batches import OneOfMany, of_rows, picked
-from tests.doors.test_fuzz_planning import tokens_of
+from tests.entry_points.test_fuzz_batches import OneOfMany, of_rows, picked
+from tests.entry_points.test_fuzz_planning import tokens_of
 from tests.harness.fuzz import run_cases
 from tests.harness.hf_models import Placed
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtcp.pretrain.dealing import deal, share, work_of
+from dtcp.pretrain.balanced_packing import balanced_rows, share, work_of
 from dtcp.pretrain.packing import Cursor, pack
 from dtcp.pretrain.progress import largest_work
 from tests.pretrain.test_data import TOKENIZER, Texts, batches, loader
@@ -40,7 +40,7 @@ def imbalance(rows):
 
 def test_dealt_rows_hold_the_same_tokens_with_the_same_labels():
     before = stream(16)
-    after = deal(before)
+    after = balanced_rows(before)
     assert len(after) == 16
 
     def pairs(rows):
@@ -61,14 +61,14 @@ def test_dealt_rows_hold_the_same_tokens_with_the_same_labels():
 
 def test_dealt_rows_have_about_the_same_work():
     before = [imbalance(rows) for rows in zip(*[iter(stream(64))] * 8, strict=True)]
-    after = [imbalance(deal(rows)) for rows in zip(*[iter(stream(64))] * 8, strict=True)]
+    after = [imbalance(balanced_rows(rows)) for rows in zip(*[iter(stream(64))] * 8, strict=True)]
     assert np.mean(after) < 1.05 < 1.25 < np.mean(before)
 
 
 def test_a_document_longer_than_a_row_fills_rows():
     long = Texts(("a" * 150, "b", "c" * 20, "d" * 40, "e" * 9, "f" * 30))
     rows = islice(pack(long, TOKENIZER, 64, Cursor(), infinite=True, name="texts"), 4)
-    lengths = [row.lengths for row in deal(list(rows))]
+    lengths = [row.lengths for row in balanced_rows(list(rows))]
     assert lengths[:2] == [[64], [64]]
 
 

@@ -5,7 +5,7 @@ import torch
 
 from dtcp.mixer import batch_metadata
 from dtcp.sequence.documents import Documents
-from tests.doors.test_lengths import FAMILIES, VOCABULARY
+from tests.entry_points.test_lengths import FAMILIES, VOCABULARY
 from tests.harness.row_ids import of_row
 
 DOCUMENTS = Documents(((5, 7), (12,)), 12)

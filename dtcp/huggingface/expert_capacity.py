@@ -1,8 +1,9 @@
-"""Routers whose experts have places for some tokens of a row, the first that choose them.
+"""Routers whose experts have a capacity: so many tokens of a row, the first that choose them.
 
-Switch Transformers counts along a row how many tokens have chosen each expert; one that comes after
-the last place passes by. Tokens of other ranks take places, too, so tokens meet here: a mixer
-counts, and the router's own forward does the rest.
+Switch Transformers counts along a row how many tokens have chosen each expert; one whose position
+in its expert is past the capacity is dropped. Tokens of other ranks count, too, so tokens meet
+here: a mixer counts, and the router's own forward does the rest.
+From Fedus et al. 2021, Switch Transformers, section 2.2, https://arxiv.org/abs/2101.03961
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +31,7 @@ CAPACITY = "expert_capacity"
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertPlacesMetadata(AttentionMetadata):
+class PositionInExpertMetadata(AttentionMetadata):
     """In which order tokens choose.
 
     Args:
@@ -44,11 +45,11 @@ class ExpertPlacesMetadata(AttentionMetadata):
     document: Tensor
 
     @classmethod
-    def of(cls, coords: Coords, slot: Tensor, token_index: Tensor) -> "ExpertPlacesMetadata":
+    def of(cls, coords: Coords, slot: Tensor, token_index: Tensor) -> "PositionInExpertMetadata":
         return cls(slot, token_index, coords.document + 1)
 
 
-class ExpertPlaces(Mixer):
+class PositionInExpert(Mixer):
     """Count the tokens before each one, in its document, that have chosen the same expert."""
 
     def __init__(self) -> None:
@@ -60,7 +61,7 @@ class ExpertPlaces(Mixer):
         return self.carry_out(expert, attn_metadata)
 
     def carry_out(self, expert: Tensor, attn_metadata: BatchMetadata) -> Tensor:
-        metadata: ExpertPlacesMetadata = self.own(attn_metadata)
+        metadata: PositionInExpertMetadata = self.own(attn_metadata)
         chosen = self.of_all(expert.to(torch.int32))[:, metadata.slot].long()
         # Documents and their experts one after the other, tokens of each in their order.
         key = metadata.document * (chosen.max() + 1) + chosen
@@ -79,28 +80,28 @@ class ExpertPlaces(Mixer):
 
     def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:
         index = torch.arange(coords.document.shape[1])
-        return ExpertPlacesMetadata.of(coords, index, index)
+        return PositionInExpertMetadata.of(coords, index, index)
 
 
-class ContextParallelExpertPlaces(ClaimedMixer, ExpertPlaces):
-    """An ExpertPlaces that a style has taken over."""
+class ContextParallelPositionInExpert(ClaimedMixer, PositionInExpert):
+    """An PositionInExpert that a style has taken over."""
 
     def carry_out(self, *args: Any, **kwargs: Any) -> Tensor:
-        return ExpertPlaces.carry_out(self, *args, **kwargs)
+        return PositionInExpert.carry_out(self, *args, **kwargs)
 
     def of_all(self, expert: Tensor) -> Tensor:
         return all_gather(expert, self.axis, dim=1)
 
 
 @dataclass
-class ExpertPlacesCP(MixerStyle):
-    """Places of experts whose tokens lie on several ranks, in any layout.
+class PositionInExpertCP(MixerStyle):
+    """Positions in experts of tokens that lie on several ranks, in any layout.
 
     Traffic per rank: (n - 1) * B * L numbers of 4 bytes.
     """
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
-        ExpertPlaces: ContextParallelExpertPlaces
+        PositionInExpert: ContextParallelPositionInExpert
     }
     layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (SequenceLayout,)
 
@@ -108,18 +109,18 @@ class ExpertPlacesCP(MixerStyle):
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
     ) -> AttentionMetadata:
         self.check(mixer, layout)
-        return ExpertPlacesMetadata.of(coords, layout.inverse(), layout.token_indices(rank))
+        return PositionInExpertMetadata.of(coords, layout.inverse(), layout.token_indices(rank))
 
 
-def surveyed_places(model: nn.Module) -> tuple[SurveyedMixer, ...]:
+def surveyed_capacity(model: nn.Module) -> tuple[SurveyedMixer, ...]:
     """The mixers of a model's routers."""
     named = model.named_modules()
     routers = [name for name, module in named if type(module).__name__ in ROUTERS]
-    return tuple(SurveyedMixer(f"{name}.{MIXER}", ExpertPlaces, ()) for name in routers)
+    return tuple(SurveyedMixer(f"{name}.{MIXER}", PositionInExpert, ()) for name in routers)
 
 
-def other_places(model: nn.Module) -> Iterator[str]:
-    """What refuses routers that give places in another way, in sentences."""
+def unread_capacity(model: nn.Module) -> Iterator[str]:
+    """What refuses routers that keep a capacity in another way, in sentences."""
     for name, module in model.named_modules():
         kind = type(module).__name__
         if hasattr(module, CAPACITY) and kind not in ROUTERS:
@@ -131,12 +132,12 @@ def other_places(model: nn.Module) -> Iterator[str]:
 
 
 @contextmanager
-def places_for_all(model: nn.Module) -> Iterator[None]:
-    """Inside, experts have places for all tokens, so that none is moved by another one's choice."""
+def unlimited_capacity(model: nn.Module) -> Iterator[None]:
+    """Inside, experts have no capacity, so that no token is moved by another one's choice."""
     routers: list[Any] = [m for m in model.modules() if type(m).__name__ in ROUTERS]
     routers = [router for router in routers if "forward" not in vars(router)]
     for router in routers:
-        router.forward = MethodType(_without_places, router)
+        router.forward = MethodType(_without_capacity, router)
         router.classifier.forward = MethodType(_in_given_dtype, router.classifier)
     try:
         yield
@@ -145,7 +146,7 @@ def places_for_all(model: nn.Module) -> Iterator[None]:
             del router.forward, router.classifier.forward
 
 
-def install_places(model: nn.Module) -> None:
+def install_capacity(model: nn.Module) -> None:
     """Let routers count by a mixer, and every expert compute, if only on no token.
 
     A block hands its router the batch of its call; a rank whose tokens have chosen no expert has a
@@ -157,7 +158,7 @@ def install_places(model: nn.Module) -> None:
             wrap_forward(module, _all_experts)
         if type(module).__name__ not in ROUTERS:
             continue
-        module.add_module(MIXER, ExpertPlaces())
+        module.add_module(MIXER, PositionInExpert())
         wrap_forward(module, _first_tokens)
         wrap_forward(module.get_submodule("classifier"), _cast_to_input)
         parts = name.split(".")
@@ -182,14 +183,14 @@ def _hand_batch(block: Any, forward: Callable[..., Any], *args: Any, **kwargs: A
 
 
 def _first_tokens(router: Any, _: Any, hidden_states: Tensor) -> Any:
-    """The router's outputs, of all tokens, without those that come after the last place."""
+    """The router's outputs, of all tokens, without those past the capacity."""
     expert, probability, logits = _choice(router, hidden_states)
     place = router.get_submodule(MIXER)(expert, getattr(router, _BATCH))
     chosen = F.one_hot(expert, router.num_experts)
     return chosen * (place < router.expert_capacity)[..., None], probability, logits
 
 
-def _without_places(router: Any, hidden_states: Tensor) -> Any:
+def _without_capacity(router: Any, hidden_states: Tensor) -> Any:
     expert, probability, logits = _choice(router, hidden_states)
     return F.one_hot(expert, router.num_experts), probability, logits
 

@@ -17,9 +17,9 @@ from torch import nn
 
 from dtcp.batch import prepare_batch, shard_batch, shard_prepared
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.pretrain.ahead import Ahead, end
 from dtcp.pretrain.batches import BatchPreparation
 from dtcp.pretrain.data import PackedDocuments
+from dtcp.pretrain.prefetch import Prefetcher, end
 from dtcp.pretrain.validation import Validation
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
@@ -38,9 +38,9 @@ def test_items_come_in_order_and_one_is_made_while_the_last_is_used():
             made.put(threading.current_thread().name)
             yield number
 
-    items = Ahead(numbers())
+    items = Prefetcher(numbers())
     assert next(items) == 0
-    assert [made.get(), made.get()] == ["ahead", "ahead"]  # waits for item 1, which nobody asked
+    assert [made.get(), made.get()] == ["prefetch"] * 2  # waits for item 1, which nobody asked
     assert made.empty()
     assert list(items) == [1, 2, 3]
     assert list(items) == []
@@ -52,7 +52,7 @@ def test_an_error_is_raised_where_its_item_would_have_come():
         yield 2
         raise ValueError("no third item")
 
-    items = Ahead(broken())
+    items = Prefetcher(broken())
     assert [next(items), next(items)] == [1, 2]
     with pytest.raises(ValueError, match="no third item"):
         next(items)
@@ -60,9 +60,9 @@ def test_an_error_is_raised_where_its_item_would_have_come():
 
 
 def test_the_thread_ends_with_its_iterator():
-    items = Ahead(iter(int, 1))
+    items = Prefetcher(iter(int, 1))
     next(items)
-    thread = next(x for x in threading.enumerate() if x.name == "ahead")
+    thread = next(x for x in threading.enumerate() if x.name == "prefetch")
     del items
     thread.join()
 
@@ -77,10 +77,10 @@ def test_the_end_of_the_process_waits_for_the_item_in_hand_but_not_for_ever():
             go_on.wait(5 if number else 0)
             yield number
 
-    items = Ahead(slow())
+    items = Prefetcher(slow())
     next(items)
     assert [asked.get(), asked.get()] == [0, 1]  # the thread is in the midst of item 1
-    thread = weakref.ref(next(x for x in threading.enumerate() if x.name == "ahead"))
+    thread = weakref.ref(next(x for x in threading.enumerate() if x.name == "prefetch"))
     end(thread, items._requests, seconds=0)
     assert thread().is_alive()
     go_on.set()
@@ -105,7 +105,7 @@ def test_a_batch_is_prepared_in_the_thread_and_the_cursor_stays_with_the_one_in_
         state, again = data.state_dict(), loader()
         batches(again, step)
         assert state == again.state_dict()
-    assert set(names) == {"ahead"}
+    assert set(names) == {"prefetch"}
 
 
 @spmd(ranks=2)
@@ -150,7 +150,7 @@ def test_the_first_batch_is_made_when_it_is_asked_for_ahead():
     data, made = loader(), SimpleQueue()
     data.prepare = lambda batch, labels: made.put(threading.current_thread().name) or batch
     data.read_ahead()
-    assert made.get() == "ahead"  # nobody has taken it
+    assert made.get() == "prefetch"  # nobody has taken it
     state = data.state_dict()
     assert state == loader().state_dict()  # of the batch in use, which was none
     for ahead, plain in zip(batches(data, 3), batches(loader(), 3), strict=True):
@@ -219,7 +219,7 @@ def test_batches_of_a_validation_are_made_ahead_and_their_losses_stay(tmp_path):
     validation, models, logged, of_batches = validation_of(tmp_path)
     validation.validate(models, 1)
     threads = validation.preparation.threads
-    assert len(of_batches) == 3 and {threads.get() for _ in range(3)} == {"ahead"}
+    assert len(of_batches) == 3 and {threads.get() for _ in range(3)} == {"prefetch"}
     data = validation.dl_config.build(
         dp_world_size=1, dp_rank=0, tokenizer=TOKENIZER, seq_len=16, local_batch_size=2
     )
@@ -231,7 +231,7 @@ def test_batches_of_a_validation_are_made_ahead_and_their_losses_stay(tmp_path):
     while not threads.empty():  # one further may have been made already
         threads.get()
     validation.read_ahead()  # as the step before a validation does
-    assert threads.get() == "ahead" and len(of_batches) == 3
+    assert threads.get() == "prefetch" and len(of_batches) == 3
     validation.validate(models, 2)
     assert of_batches[3:] == expected and logged[0] == logged[1]
 

@@ -32,8 +32,8 @@ from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocumen
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import HaloAttention
 from dtcp.softmax.mixer import KeysFromValues, SoftmaxAttention
-from tests.doors.test_fuzz_batches import picked, spoiled_part, thd_of
-from tests.doors.test_fuzz_planning import (
+from tests.entry_points.test_fuzz_batches import picked, spoiled_part, thd_of
+from tests.entry_points.test_fuzz_planning import (
     a_layout,
     a_mask,
     block_of,
@@ -41,7 +41,7 @@ from tests.doors.test_fuzz_planning import (
     the_rule,
     tokens_of,
 )
-from tests.doors.test_fuzz_sparse import compressed_attention_across_ranks
+from tests.entry_points.test_fuzz_sparse import compressed_attention_across_ranks
 from tests.harness import reference
 from tests.harness.attention_parity import mixer_on, styles
 from tests.harness.fuzz import Tally, run_case

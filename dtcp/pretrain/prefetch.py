@@ -1,4 +1,4 @@
-"""One item ahead: a thread makes the next one while the last one is used."""
+"""Prefetching: a thread makes the next one while the last one is used."""
 
 import weakref
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ Made = tuple[list[T], BaseException | None]
 """What became of a request: an item, or none and an error, or neither at the end."""
 
 
-class Ahead(Iterator[T]):
+class Prefetcher(Iterator[T]):
     """The items of an iterable, each made in a thread while the one before it is used.
 
     What the iterable raises is raised where its item would have come, and nothing follows. It is
@@ -24,22 +24,22 @@ class Ahead(Iterator[T]):
         self._made: SimpleQueue[Made[T]] = SimpleQueue()
         parts = (iter(items), self._requests, self._made)
         # A daemon, so that a data source that hangs keeps no process from its end.
-        thread = Thread(target=_serve, args=parts, daemon=True, name="ahead")
+        thread = Thread(target=_serve, args=parts, daemon=True, name="prefetch")
         thread.start()
-        self._asked = self._ended = False
+        self._started = self._ended = False
         weakref.finalize(self, self._requests.put, False).atexit = False
         weakref.finalize(thread, end, weakref.ref(thread), self._requests)
 
-    def ask(self) -> None:
+    def start(self) -> None:
         """Have the first item made before anybody takes it."""
-        if not self._asked:
+        if not self._started:
             self._requests.put(True)
-            self._asked = True
+            self._started = True
 
     def __next__(self) -> T:
         if self._ended:
             raise StopIteration
-        self.ask()
+        self.start()
         items, error = self._made.get()
         if not items:
             self._ended = True

@@ -1,7 +1,7 @@
 """What it costs to hold a batch against itself and against other ranks' before it is cut.
 
-    python -m benchmarks.gates
-    python -m benchmarks.gates --write cpu
+    python -m benchmarks.batch_checks
+    python -m benchmarks.batch_checks --write cpu
 
 Host time of a batch of one row: on one process, all that `shard_batch` checks (documents, position
 ids, padding and labels against each other); on ranks, that and the comparison of the rows with the
@@ -82,7 +82,7 @@ def main() -> None:
         for name in alone
     ]
     given = {key: x for key, x in vars(args).items() if key not in ("write", "graph")}
-    text = f"{conditions('benchmarks.gates', given)}\n\nHost time of one batch, one row of "
+    text = f"{conditions('benchmarks.batch_checks', given)}\n\nHost time of one batch, one row of "
     text += f"{args.seq_len:,} tokens in documents of {DOCUMENT:,}, {MISSING} of padding: the "
     text += f"least of {args.repeats}, and the median of what the thread computed\n\n"
     text += f"{table(head, rows)}\n"

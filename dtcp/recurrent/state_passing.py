@@ -1,4 +1,4 @@
-"""How states are handed on along the stretches of a document that ranks hold.
+"""State passing along the stretches of a document that ranks hold.
 
 A summary goes straight to each rank that holds what follows in its document, once. Everything here
 grows with documents and pieces, not with tokens.
@@ -16,8 +16,8 @@ from dtcp.sequence.stretches import Stretches, with_room
 
 
 @dataclass(frozen=True, eq=False)
-class Handing:
-    """One rank's part in handing states on along chains, in one direction."""
+class StatePassing:
+    """One rank's part in passing states along chains, in one direction."""
 
     send: Ints  # own stretches, by the rank they go to
     counts: Ints  # [2, n], sent and received
@@ -65,13 +65,13 @@ def _steps(stretches: Stretches, along: Ints, others: Ints, own: int, rank: int)
     return np.stack((anew, number, whose), axis=1)
 
 
-def handing_tables(stretches: Stretches, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`Handing` to the right and to the left, of the same shapes on every rank.
+def state_passing_tables(stretches: Stretches, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`StatePassing` to the right and to the left, of the same shapes on every rank.
 
     Returns:
         send [2, n * room], counts [2, 2, n], steps [2, (n + 1) * room, 3]; int64, -1 beyond.
     """
-    both = [Handing.of(stretches, rank, reverse=reverse) for reverse in (False, True)]
+    both = [StatePassing.of(stretches, rank, reverse=reverse) for reverse in (False, True)]
     n, room = stretches.num_shards, stretches.room
     send = np.stack([with_room(x.send, n * room, -1) for x in both])
     steps = np.stack([with_room(x.steps, (n + 1) * room, -1) for x in both])

@@ -35,7 +35,7 @@ from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.sparse.mixer import CompressedSparseAttention, Compression
 from dtcp.thd import partition_indices, row_chunks, thd_layout, to_thd
 from dtcp.thd_attention import PackedAttention
-from tests.doors.test_fuzz_planning import (
+from tests.entry_points.test_fuzz_planning import (
     a_mask,
     block_of,
     prefix_of,

@@ -23,7 +23,7 @@ from dtcp.softmax.mixer import SoftmaxAttention
 from tests.check.test_check import CountsItsOwnPositions, Layer, Small
 from tests.harness.spmd import spmd
 
-HERE = "tests.doors.test_check"
+HERE = "tests.entry_points.test_check"
 QUIET = {"dropout": 0.0, "attention_dropout": 0.0}
 
 
@@ -237,7 +237,10 @@ def test_B7_claims_of_a_plan_that_no_rank_has_applied_name_the_plan():
             f"--model {HERE}:HasNoGraph --plan {HERE}:blocks_plan",
             "leave compile out, here by --compile ''; eager the model is right",
         ),
-        ("--model tests.doors.no_python:Model", "tests.doors.no_python is imported, got"),
+        (
+            "--model tests.entry_points.no_python:Model",
+            "tests.entry_points.no_python is imported, got",
+        ),
         ("--hf-config llama --seq-len 8", "into each row, got seq_len=8: give at least 14"),
         (f"--model {HERE}:Head", "Head.__init__() missing 1 required"),
         (f"--model {HERE}:Head --set classes=3 width=2", "unexpected keyword argument 'width'"),

@@ -18,19 +18,19 @@ from dtcp.pretrain.packing import Cursor, Row
 from dtcp.pretrain.tokenizer import Ids
 
 
-class Excerpt(NamedTuple):
+class DocumentPart(NamedTuple):
     """Tokens of one document that stand in one row."""
 
     tokens: Ids
     labels: Ids
     document: str
 
-    def cut(self, length: int) -> tuple["Excerpt", "Excerpt"]:
+    def cut(self, length: int) -> tuple["DocumentPart", "DocumentPart"]:
         """The first `length` tokens, and the rest."""
         first, rest = slice(length), slice(length, None)
         return (
-            Excerpt(self.tokens[first], self.labels[first], self.document),
-            Excerpt(self.tokens[rest], self.labels[rest], self.document),
+            DocumentPart(self.tokens[first], self.labels[first], self.document),
+            DocumentPart(self.tokens[rest], self.labels[rest], self.document),
         )
 
 
@@ -39,7 +39,7 @@ def work_of(lengths: Sequence[int]) -> int:
     return sum(length * (length + 1) // 2 for length in lengths)
 
 
-def dealt_in_windows(rows: Iterator[Row], start: Cursor, window: int) -> Iterator[Row]:
+def balanced_in_windows(rows: Iterator[Row], start: Cursor, window: int) -> Iterator[Row]:
     """Rows from a cursor on, the documents of `window` of them at a time dealt out among these.
 
     Rows are the same on every mesh; those of a window come by falling work, so that neighbours
@@ -52,21 +52,21 @@ def dealt_in_windows(rows: Iterator[Row], start: Cursor, window: int) -> Iterato
     place, taken = replace(start, taken=0), start.taken
     while together := list(islice(rows, window)):
         following = together[-1].next
-        for number, row in enumerate(deal(together), start=1):
+        for number, row in enumerate(balanced_rows(together), start=1):
             row.next = following if number == len(together) else replace(place, taken=number)
             if number > taken:
                 yield row
         place, taken = following, 0
 
 
-def deal(rows: Sequence[Row]) -> list[Row]:
+def balanced_rows(rows: Sequence[Row]) -> list[Row]:
     """As many rows of the same documents, with about the same work, by falling work."""
     seq_len = len(rows[0].tokens)
     pieces = [part for piece in _joined(rows) for part in _of_at_most(piece, seq_len)]
-    held: list[list[Excerpt]] = [[] for _ in rows]
+    held: list[list[DocumentPart]] = [[] for _ in rows]
     free, work = [seq_len] * len(rows), [0] * len(rows)
 
-    def give(piece: Excerpt, row: int) -> None:
+    def give(piece: DocumentPart, row: int) -> None:
         held[row].append(piece)
         free[row] -= len(piece.tokens)
         work[row] += work_of([len(piece.tokens)])
@@ -99,13 +99,13 @@ def share(rows: Sequence[Row], ranks: int) -> list[list[Row]]:
     return shares
 
 
-def _joined(rows: Sequence[Row]) -> list[Excerpt]:
+def _joined(rows: Sequence[Row]) -> list[DocumentPart]:
     """The documents of rows that follow each other, each as one piece."""
-    pieces: list[list[Excerpt]] = []
+    pieces: list[list[DocumentPart]] = []
     for number, row in enumerate(rows):
         bounds = [0, *np.cumsum(row.lengths).tolist()]
         for index, (start, stop) in enumerate(pairwise(bounds)):
-            piece = Excerpt(row.tokens[start:stop], row.labels[start:stop], row.names[index])
+            piece = DocumentPart(row.tokens[start:stop], row.labels[start:stop], row.names[index])
             goes_on = number > 0 and index == 0 and rows[number - 1].next.offset > 0
             if goes_on and pieces[-1][-1].document == piece.document:
                 pieces[-1].append(piece)
@@ -114,21 +114,21 @@ def _joined(rows: Sequence[Row]) -> list[Excerpt]:
     return [_one(parts) for parts in pieces]
 
 
-def _one(parts: Sequence[Excerpt]) -> Excerpt:
+def _one(parts: Sequence[DocumentPart]) -> DocumentPart:
     if len(parts) == 1:
         return parts[0]
     tokens, labels = (np.concatenate(x) for x in list(zip(*parts, strict=True))[:2])
-    return Excerpt(tokens, labels, parts[0].document)
+    return DocumentPart(tokens, labels, parts[0].document)
 
 
-def _of_at_most(piece: Excerpt, length: int) -> Iterator[Excerpt]:
+def _of_at_most(piece: DocumentPart, length: int) -> Iterator[DocumentPart]:
     while len(piece.tokens) > length:
         first, piece = piece.cut(length)
         yield first
     yield piece
 
 
-def _row_of(pieces: Sequence[Excerpt], seq_len: int) -> Row:
+def _row_of(pieces: Sequence[DocumentPart], seq_len: int) -> Row:
     row = Row.empty(seq_len)
     for piece in pieces:
         row.take(piece.tokens, piece.labels)

@@ -1,4 +1,4 @@
-"""How a module of a model of transformers is called with made-up numbers, and with which sizes."""
+"""How a module of a model of transformers is called with random numbers, and with which sizes."""
 
 import inspect
 import re
@@ -20,7 +20,7 @@ OF_ONE_HEAD = re.compile(r"head_(dim|size)$")
 """Sizes that are the same on all ranks."""
 
 
-def made_up_calls(
+def dummy_calls(
     forward: Any, module: Any, tokens: int, width: int, rotary: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """Arguments to call a forward with: tokens where it needs such, else nothing.
@@ -103,7 +103,7 @@ def is_elementwise(module: nn.Module, width: int, tp: int) -> bool:
     return torch.allclose(torch.cat(parts, -1), tried.forward(x), rtol=1e-5)
 
 
-def made_up_own(module: nn.Module) -> dict[str, Any]:
+def dummy_tensors(module: nn.Module) -> dict[str, Any]:
     """What a module has of its own, made up where it is a parameter or a table."""
     found = {
         **dict(module.named_parameters(recurse=False)),

@@ -260,12 +260,12 @@ def test_C2_a_section_that_a_subclass_adds_to_is_refused_where_it_says_something
             id="C2-nothing",
         ),
         pytest.param(
-            ["tests.doors.titan_overrides.windowed"],
+            ["tests.entry_points.titan_overrides.windowed"],
             "layers.0.attention .*'window'",
             id="C2-layer",
         ),
         pytest.param(
-            ["tests.doors.titan_overrides.mixing_rope"],
+            ["tests.entry_points.titan_overrides.mixing_rope"],
             "layers.0.attention.rope of .*MixingRoPE",
             id="C2-part",
         ),

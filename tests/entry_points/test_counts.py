@@ -137,7 +137,9 @@ def half_unlabeled():
 
 
 def test_A4_steps_and_validation_without_a_token_train_on(tmp_path):
-    train = partial(train_run.train, module="tests.doors.test_counts", config="half_unlabeled")
+    train = partial(
+        train_run.train, module="tests.entry_points.test_counts", config="half_unlabeled"
+    )
     code, output = train("--dump_folder", str(tmp_path))
     assert code == 0, output
     losses = train_run.losses(output)
