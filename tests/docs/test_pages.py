@@ -39,6 +39,17 @@ def test_paths_and_links_of_a_page_exist(page):
     assert missing == [] or page == "docs/decisions.md"
 
 
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
+def test_headings_of_a_page_stand_apart(page):
+    prose = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.M | re.S)
+    assert re.findall(r"[^\n]\n(#+ .*)", prose) == []
+
+
+def test_decisions_come_newest_first():
+    dates = re.findall(r"^## (\S+):", (ROOT / "docs/decisions.md").read_text(), re.M)
+    assert dates and dates == sorted(dates, reverse=True)
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.name != "README.md"]
