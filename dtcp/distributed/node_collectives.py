@@ -96,9 +96,9 @@ def _reduce_scatter(x: Tensor, dim: int, ranks_per_node: int, group: str) -> Ten
     between, inside = _peers(n, rank, m)
     parts = x.unflatten(dim, (n, -1)).movedim(dim, 0)  # [n, ...]
     by_place = parts.reshape(n // m, m, -1).transpose(0, 1)  # [m, nodes, ...]
-    mates = [mate for mate in range(m) if mate != place]
+    members = [member for member in range(m) if member != place]
     counts = [each * (n // m) for each in inside]
-    found = move_rows(by_place[mates].flatten(0, 1), counts, counts, group)
+    found = move_rows(by_place[members].flatten(0, 1), counts, counts, group)
     own = by_place[place].to(sum_dtype(x))
     summed = (found.unflatten(0, (m - 1, n // m)).sum(0, dtype=own.dtype) + own).to(x.dtype)
     others = [other for other in range(n // m) if other != node]

@@ -99,15 +99,15 @@ def prepared_alike(
         # presses Ctrl-C waits for nobody.
         error = raised
     whole = _weights(len(hashes), hashes.device) @ hashes
-    heard = numbers_of_ranks(torch.cat((torch.tensor(head), whole)), wide)
-    said = heard.tolist()
+    gathered = numbers_of_ranks(torch.cat((torch.tensor(head), whole)), wide)
+    said = gathered.tolist()
     rows_agree = all(each[0] == 1 and each[1] == said[0][1] for each in said)
     differ = any(each != said[0] for each in said)
     every_row = numbers_of_ranks(hashes, wide) if differ and rows_agree else None
     if error is not None:
         raise error
     if differ:
-        raise ValueError(_sentence(heard, every_row, wide))
+        raise ValueError(_sentence(gathered, every_row, wide))
     return result  # type: ignore[return-value]
 
 
@@ -195,7 +195,7 @@ def _odd(key: str) -> int:
     return zlib.crc32(key.encode()) | 1
 
 
-def _sentence(heard: Tensor, every_row: Tensor | None, axes: Sequence[DeviceMesh]) -> str:
+def _sentence(gathered: Tensor, every_row: Tensor | None, axes: Sequence[DeviceMesh]) -> str:
     """What differs, where: every rank is compared with the first one."""
 
     def other_rows(index: int) -> bool:
@@ -203,9 +203,9 @@ def _sentence(heard: Tensor, every_row: Tensor | None, axes: Sequence[DeviceMesh
         return every_row is not None and bool((every_row[index] != every_row[0]).any())
 
     said = []
-    for index in range(len(heard)):
-        name, head = _rank_name(index, axes), heard[index].tolist()
-        first = heard[0].tolist()
+    for index in range(len(gathered)):
+        name, head = _rank_name(index, axes), gathered[index].tolist()
+        first = gathered[0].tolist()
         if head[0] == 0:
             said.append(f"{name} refused its batch (its own error says why)")
         elif first[0] and head[1:3] != first[1:3]:

@@ -28,7 +28,7 @@ class StopRequest:
     def __init__(self, timeout: timedelta) -> None:
         self.signal = 0
         """The number of the signal that all ranks stop for; 0 as long as there is none."""
-        self.heard = 0
+        self.received = 0
         """The number of the signal that this rank was sent; 0 as long as there was none."""
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
@@ -48,7 +48,7 @@ class StopRequest:
         """
         self.settle()
         if not self.signal:
-            self._flag = torch.tensor([self.heard], dtype=torch.int32)
+            self._flag = torch.tensor([self.received], dtype=torch.int32)
             self._work = dist.all_reduce(
                 self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True
             )
@@ -69,8 +69,8 @@ class StopRequest:
         try:
             yield
         except RuntimeError as error:
-            if self.heard and is_of_peers(error):
-                raise SystemExit(128 + self.heard) from error
+            if self.received and is_of_peers(error):
+                raise SystemExit(128 + self.received) from error
             raise
 
     def close(self) -> None:
@@ -79,4 +79,4 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.heard = self.heard or number
+        self.received = self.received or number

@@ -75,8 +75,8 @@ def test_two_tier_bytes_of_a_relayout_are_those_of_one(layouts, ranks_per_node):
         for layout in (source, target)
     )
     for node, (mine, others) in enumerate(zip(held, wanted, strict=True)):
-        mates = range(node * m, node * m + m)
-        moved = [relayout_moved(metadata[rank].counts, 3, rank) for rank in mates]
-        crossing = [x.crossing(rank, m) for x, rank in zip(moved, mates, strict=True)]
+        members = range(node * m, node * m + m)
+        moved = [relayout_moved(metadata[rank].counts, 3, rank) for rank in members]
+        crossing = [x.crossing(rank, m) for x, rank in zip(moved, members, strict=True)]
         sent, received = (sum(x) for x in zip(*crossing, strict=True))
         assert (sent, received) == (3 * len(mine - others), 3 * len(others - mine))

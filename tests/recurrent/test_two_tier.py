@@ -127,9 +127,9 @@ def test_two_tier_halo_bytes_of_a_node_are_what_its_ranks_read_of_others(layout,
                 least = 0 if issubclass(layout, SEGMENTED) else start[token]
                 halo |= set(range(max(least, token - width + 1), token))
         expected = sum(owner[x] // m != node for x in halo)
-        mates = range(node * m, node * m + m)
-        assert sum(moves[rank].forward.crossing(rank, m)[1] for rank in mates) == expected
-        assert sum(moves[rank].backward.crossing(rank, m)[0] for rank in mates) == expected
+        members = range(node * m, node * m + m)
+        assert sum(moves[rank].forward.crossing(rank, m)[1] for rank in members) == expected
+        assert sum(moves[rank].backward.crossing(rank, m)[0] for rank in members) == expected
 
 
 @spmd(ranks=4)

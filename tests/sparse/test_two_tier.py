@@ -124,10 +124,10 @@ def test_two_tier_bytes_of_a_node_are_what_its_ranks_read_of_others(kind, layout
                 room = -(-placed.segment_len // kind.ratio) * len(placed.segments(0))
                 expected += (ranks - m) * room
         moves = [style.moves(mixer, coords, placed, r, shape) for r in range(ranks)]
-        mates = range(node * m, node * m + m)
-        assert sum(moves[r].forward.crossing(r, m)[1] for r in mates) == expected
+        members = range(node * m, node * m + m)
+        assert sum(moves[r].forward.crossing(r, m)[1] for r in members) == expected
         # Gradients go home once.
-        assert sum(moves[r].backward.crossing(r, m)[0] for r in mates) == expected
+        assert sum(moves[r].backward.crossing(r, m)[0] for r in members) == expected
 
 
 @spmd(ranks=4)
