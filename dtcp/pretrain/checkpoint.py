@@ -58,8 +58,8 @@ class Checkpoints(CheckpointManager):
         """After the last step, also write the weights as Hugging Face safetensors to hf/."""
 
         verify_checksums: bool = True
-        """Compare every file with its checksum before it is loaded; without, the small ones only,
-        and the size of all."""
+        """Compare every file with its checksum before it is loaded; else small files alone, and the
+        size of all."""
 
         hf_ignore: list[str] = field(default_factory=list)
         """Patterns of tensors in Hugging Face weights that the model does without on purpose."""

@@ -75,13 +75,13 @@ class PackedDocuments(BaseDataLoader):
         """"stdlib" (this Python's own source), "folder", or the name of a Hugging Face dataset."""
 
         dataset_path: str | None = None
-        """The folder of text and JSONL files; of a Hugging Face dataset the configuration."""
+        """The folder of text and JSONL files; the configuration of a Hugging Face dataset."""
 
         part: Part = "train"
         """Documents to read: one in twenty is held out for "validation"."""
 
         split: str = ""
-        """Split of a Hugging Face dataset; by default that of the same name as `part`."""
+        """Split of a Hugging Face dataset; by default the one named as `part`."""
 
         text_key: str = "text"
         """Key of the text in a JSONL line or a Hugging Face row."""
@@ -93,14 +93,14 @@ class PackedDocuments(BaseDataLoader):
         """Seed of the order of the files; the same on every rank."""
 
         replace_invalid: bool = False
-        """Read bytes of a folder's files that are no UTF-8 as U+FFFD, instead of refusing them."""
+        """Read bytes of a folder's files that are not UTF-8 as U+FFFD, instead of refusing them."""
 
         balance_rows: int = 0
-        """Of so many rows at a time, deal documents out so that all rows have about the same work
-        under a causal mask: a multiple of the rows of a step. 0 leaves documents in their order."""
+        """Deal the documents of this many rows, a multiple of the rows of a step, out so that all
+        rows have about the same work under a causal mask. 0 leaves documents in their order."""
 
         accept_changes: bool = False
-        """Go on from a checkpoint though its data were others, from the same place in the new."""
+        """Go on from a checkpoint of other data, at the same place in the new ones."""
 
     def __init__(
         self,

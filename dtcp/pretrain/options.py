@@ -12,6 +12,7 @@ type. The rest is torchtitan's own parser.
 import difflib
 import importlib
 import inspect
+import textwrap
 from dataclasses import replace
 from types import ModuleType
 
@@ -30,6 +31,14 @@ from dtcp.pretrain.trainer import Trainer
 
 MODULE = "dtcp.pretrain.configs"
 CONFIG = "llama_tiny"
+_HELP = """
+  --config NAME         the config to start from{configs}
+  --module MODULE       where configs are looked up: a module of yours, or a model of torchtitan's
+  --model.hf SOURCE     a model of transformers in its place: a folder, a config.json, a model type
+  --model.dtcp SOURCE   the same, as dtcp's own model of its family
+
+Everything in config {config} can be changed; words may be joined by - or by _:
+"""
 
 
 class OptionParser(ConfigManager):
@@ -65,6 +74,8 @@ def parse(arguments: list[str]) -> Trainer.Config:
             f"A run has one model, got --model.hf {source} with --model.dtcp {own}: leave one out."
         )
     _check_name(module, name)
+    if {"-h", "--help"} & {*rest}:
+        print(_HELP.format(config=name, configs=_listed(module)), flush=True)
     with usage_errors_once():
         try:
             config = OptionParser().parse_args(["--module", module, "--config", name, *rest])
@@ -148,6 +159,14 @@ def _take(arguments: list[str], option: str, default: str) -> tuple[str, list[st
         else:
             rest.append(word)
     return value, rest
+
+
+def _listed(module: str) -> str:
+    """The names of a registry, for a person who asks for help; torchtitan's are too many."""
+    if module in _supported_models | _supported_experiments:
+        return ""
+    names = textwrap.wrap(", ".join(config_names(_import_registry(module))), 74)
+    return ":\n" + textwrap.indent("\n".join(names), " " * 24)
 
 
 def _check_name(module: str, name: str) -> None:

@@ -21,7 +21,7 @@ class TokenLoss(BaseLoss):
     @dataclass(kw_only=True, slots=True)
     class Config(BaseLoss.Config):
         mtp_weight: float = 0.1
-        """Of the mean loss of all depths of multi-token prediction, in training."""
+        """Weight of the mean loss of all depths of multi-token prediction, in training."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         self.fn = functools.partial(summed_loss, mtp_weight=config.mtp_weight)

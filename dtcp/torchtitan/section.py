@@ -46,16 +46,15 @@ class Section:
     """How attention is carried out over `parallelism.context_parallel_degree` ranks."""
 
     strategy: StrategyName = "default"
-    """Exchange between the ranks of a context-parallel group: "default" for a ring on hosts and one
-    call over all keys on GPUs, whose kernels round what a ring merges; "auto" for the planner's
-    choice."""
+    """Exchange between the ranks of a context-parallel group: "default" is a ring on CPUs and
+    all-gather on GPUs, whose kernels round what a ring merges; "auto" is the planner's choice."""
 
     ulysses_degree: int = 2
-    """Of the hybrid strategy: ranks that exchange heads; the ring goes over the rest."""
+    """How many ranks exchange heads in the hybrid strategy; the ring runs between such groups."""
 
     layout: LayoutName = "document_balanced"
-    """Which tokens each rank holds; "auto" for the planner's choice. Rows are packed documents, and
-    by default every rank gets as many tokens and as much work; one document is cut head-tail."""
+    """Which tokens each rank holds; "auto" is the planner's choice. By default every rank gets as
+    many tokens and as much work of the row's documents; a single one is cut head-tail."""
 
     boundary: Literal["in_graph", "eager_island"] = "in_graph"
     """Collectives inside the compiled block, or one graph break around each attention."""
@@ -65,27 +64,27 @@ class Section:
     kernels where one is installed."""
 
     expert_tensor_parallel_degree: int = 1
-    """The degree of tp where it splits the channels of experts, which are then spread over ranks of
-    dp and cp alone; 1: experts are whole, and spread over tp, too."""
+    """1: experts are whole, and spread over tp, too. The degree of tp: tp splits the channels of
+    experts, which are spread over ranks of dp and cp alone."""
 
     ranks_per_node: int = 0
-    """Ranks of each machine: what several of them read over cp, and tokens for their experts, cross
-    to it once. 0: as torchrun starts them; the world size: exchanges have one tier."""
+    """Ranks of a machine, to which what several of them read over cp, and tokens for their experts,
+    cross once. 0: as torchrun starts them; the world size: exchanges have one tier."""
 
     kernel: str = "auto"
-    """What computes attention, by a name of `python -m dtcp.kernels`; "auto" for the fastest."""
+    """What computes attention, by a name of `python -m dtcp.kernels`; "auto" is the fastest."""
 
     device: Literal["auto", "cpu", "accelerator"] = "auto"
-    """What train.py starts ranks on by itself: "auto" takes accelerators where the mesh fits."""
+    """What train.py starts ranks on: "auto" is accelerators if there are enough, else the CPU."""
 
     forecast: bool = False
-    """Say at the start what a step should move and hold, and hold the bytes of each step to it."""
+    """Say at the start what a step should move and hold, and compare each step's bytes with it."""
 
     verify: int = 0
-    """Run this many steps, repeat them on one device, compare the losses, and stop."""
+    """Run this many steps, repeat them on one device, compare the losses, and stop; 0 trains."""
 
     max_restarts: int = 0
-    """Of ranks that train.py starts by itself: how often all start again after one has failed."""
+    """How often all ranks are started again after one has failed, where train.py started them."""
 
     stop_seconds: int = 120
     """How long ranks may take to save on SIGTERM or Ctrl-C before train.py kills them."""

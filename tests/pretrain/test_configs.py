@@ -81,6 +81,16 @@ def test_a_config_that_cannot_work_is_refused_before_ranks_start(option, says):
         parse(option).check()
 
 
+def test_help_says_how_to_choose_a_config_and_a_model(capsys):
+    """torchtitan's parser takes these options before it looks at any other."""
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--config", "gemma4_tiny", "--help"])
+    printed = capsys.readouterr().out
+    for option in ("--config", "--module", "--model.hf", "--model.dtcp"):
+        assert f"\n  {option}" in printed
+    assert all(name in printed for name in CONFIGS) and "in config gemma4_tiny" in printed
+
+
 def test_a_world_that_the_mesh_does_not_fill_is_refused():
     mesh = configs.llama_tiny().parallelism
     check_world(mesh, 8)

@@ -1,0 +1,118 @@
+"""Settings, options and names that pages speak of are there, and tables of settings are current."""
+
+import pkgutil
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from docs.train_tables import PAGE, page
+from dtcp.pretrain.configs import llama_tiny
+from tests.docs.blocks import PAGES, ROOT
+
+# Decisions and the changelog speak of what was; the families' tables, of transformers.
+NOW = [
+    path
+    for path in PAGES
+    if path.name not in ("decisions.md", "changelog.md", "families.md", "tp_parts.md")
+]
+NAMES = [str(path.relative_to(ROOT)) for path in NOW]
+CODE = "\n".join(
+    path.read_text()
+    for folder in ("dtcp", "parallelize", "models", "tests", "benchmarks", "examples", "docs")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if path != Path(__file__)
+) + "".join((ROOT / name).read_text() for name in ("train.py", "pyproject.toml", "Makefile"))
+WORDS = frozenset(re.findall(r"\w+", CODE))
+
+OF_TORCHRUN = frozenset(
+    [
+        "nproc-per-node",
+        "nnodes",
+        "rdzv-backend",
+        "rdzv-endpoint",
+        "max-restarts",
+        "shutdown-timeout",
+    ]
+)
+# Of other packages, and placeholders; docs/migrate.md is full of the first.
+FOREIGN = frozenset(
+    [
+        "NCCL_SOCKET_IFNAME",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+        "my_module",
+        "llama3_8b",
+        "hf_",
+        "ddp_",
+    ]
+)
+
+
+def settings_of(section: object, before: str = "") -> set[str]:
+    """All settings under a section of a config, by their path."""
+    names = set()
+    for field in fields(section):
+        value = getattr(section, field.name)
+        names.add(before + field.name)
+        if is_dataclass(value):
+            names |= settings_of(value, f"{before}{field.name}.")
+    return names
+
+
+def test_the_tables_of_settings_are_those_of_the_code():
+    assert PAGE.read_text() == page(PAGE.read_text()), "python -m docs.train_tables"
+
+
+def test_every_setting_that_a_page_names_is_one_of_train_py():
+    known = settings_of(llama_tiny()) | {"model.hf", "model.dtcp"}
+    named = {
+        (name, option)
+        for name, path in zip(NAMES, NOW, strict=True)
+        for option in re.findall(r"(?<![\w-])--([a-z]\w*\.[\w.-]*\w)", path.read_text())
+        if option != "section.key"
+    }
+    assert len(named) > 60
+    plain = [(name, re.sub(r"\.no_", ".", x.replace("-", "_"))) for name, x in named]
+    assert [each for each in plain if each[1] not in known] == []
+
+
+def test_every_option_that_a_page_names_is_in_a_parser():
+    known = set(re.findall(r'"--([a-z][\w-]*)"', CODE)) | settings_of(llama_tiny()) | OF_TORCHRUN
+    named = {
+        (name, option)
+        for name, path in zip(NAMES, NOW, strict=True)
+        for option in re.findall(r"(?<![\w-])--([a-z][\w-]*)(?![\w-]|\.\w)", path.read_text())
+    }
+    assert len(named) > 30
+    assert [each for each in named if each[1] not in known] == []
+
+
+def test_every_dotted_name_of_the_library_on_a_page_is_there():
+    settings = settings_of(llama_tiny())
+    named = {
+        (name, dotted)
+        for name, path in zip(NAMES, NOW, strict=True)
+        for dotted in re.findall(r"`(dtcp(?:\.\w+)+)[`(.]", path.read_text())
+        if dotted not in settings
+    }
+    assert len(named) > 20
+    for name, dotted in named:
+        try:
+            pkgutil.resolve_name(dotted)
+        except (ImportError, AttributeError) as error:
+            raise AssertionError(f"{name} names {dotted}") from error
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "docs/migrate.md"])
+def test_names_in_code_type_are_words_of_the_code(name):
+    """Finds what was renamed; not a word that the code has elsewhere."""
+    text = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)
+    named = {
+        word
+        for quoted in re.findall(r"`([^`\n]+)`", text)
+        for word in re.findall(r"(?<![\w./-])[A-Za-z]\w*(?:\.[A-Za-z]\w*)*", quoted)
+    }
+    parts = {part for word in named for part in word.split(".")} - FOREIGN
+    # Words of plain prose in quoted phrases are no names.
+    assert [part for part in sorted(parts - WORDS) if re.search(r"_|[a-z][A-Z]", part)] == []
