@@ -63,12 +63,13 @@ def files_of(page: str) -> dict[str, str]:
 
 def commands_of(blocks: list[Block]) -> list[tuple[str, str]]:
     """(page, command) of every line in blocks without a language that a shell would run."""
-    starts = ("$ ", "make ", "python ", "torchrun ", "pip ")
+    command = re.compile(
+        r"^(?:\$ )?(?:[A-Z]+=\S+ )*((?:make|python|torchrun|pip) .*?)(?:  #.*)?$", re.MULTILINE
+    )
     lines = [
-        (block.page, line.removeprefix("$ ").partition("  #")[0].strip())
+        (block.page, found.strip())
         for block in blocks
         if not block.language
-        for line in block.text.splitlines()
-        if line.startswith(starts)
+        for found in command.findall(block.text.replace("\\\n", ""))
     ]
     return list(dict.fromkeys(lines))

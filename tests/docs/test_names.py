@@ -1,15 +1,19 @@
 """Settings, options and names that pages speak of are there, and tables of settings are current."""
 
+import importlib
 import pkgutil
 import re
+import shlex
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
 from docs.train_tables import PAGE, page
+from dtcp.plan.options import check_options
 from dtcp.pretrain.configs import llama_tiny
-from tests.docs.blocks import PAGES, ROOT
+from dtcp.pretrain.options import parse
+from tests.docs.blocks import BLOCKS, PAGES, ROOT, commands_of
 
 # Decisions and the changelog speak of what was; the families' tables, of transformers.
 NOW = [
@@ -86,6 +90,30 @@ def test_every_option_that_a_page_names_is_in_a_parser():
     }
     assert len(named) > 30
     assert [each for each in named if each[1] not in known] == []
+
+
+COMMANDS = dict.fromkeys(command for _, command in commands_of(BLOCKS))
+# Their files are the reader's.
+OF_TRAIN = [x for x in COMMANDS if " train.py" in x and "path/to" not in x and "--help" not in x]
+
+
+@pytest.mark.parametrize("command", OF_TRAIN)
+def test_a_command_of_train_py_is_parsed(command):
+    parse(shlex.split(command.partition("train.py")[2]))
+
+
+@pytest.mark.parametrize("module", ["dtcp.check", "dtcp.plan", "docs.families"])
+def test_commands_of_a_module_are_parsed(module):
+    parser = importlib.import_module(f"{module}.__main__")._parser()
+    commands = [x for x in COMMANDS if f" -m {module} " in x]
+    assert len(commands) > 2
+    for command in commands:
+        arguments, rest = parser.parse_known_args(shlex.split(command.partition(module)[2]))
+        if module == "dtcp.plan":
+            defaults = {name: parser.get_default(name) for name in vars(arguments)}
+            check_options(arguments, defaults, rest)
+        else:
+            assert rest == [], command
 
 
 def test_every_dotted_name_of_the_library_on_a_page_is_there():
