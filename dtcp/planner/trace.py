@@ -33,7 +33,7 @@ from dtcp.metadata import BatchMetadata, MetadataKey
 from dtcp.planner.even_routes import ROUTE, EvenRoutes
 from dtcp.planner.mixer_flops import GROUPED_PRODUCTS, mixer_flops
 
-OUTSIDE = "outside of blocks"
+OUTSIDE = "what lies outside of blocks"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,13 @@
 
 import re
 
+import pytest
+
+from dtcp.distributed.mesh import Degrees
+from dtcp.planner.forecast import forecast
+from dtcp.planner.setup import Setup
+from dtcp.planner.subject import subject_of_hf
+from dtcp.sequence.documents import Documents
 from tests.docs.blocks import BLOCKS, PYTHON, ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -32,3 +39,12 @@ def test_ci_runs_the_test_command_it_names():
     commands = re.findall(r"^(make [\w-]+) ", README, re.MULTILINE)
     assert {"make train", "make test"} <= set(commands) and "make test-all" in README
     assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.slow
+def test_the_bytes_it_names_are_those_of_the_planner():
+    """Of one document of 128K tokens on 8 ranks of cp, head-tail: the defaults of a setup."""
+    setup = Setup(Degrees(cp=8), Documents.single(batch=1, seq_len=2**17))
+    said = re.search(r"Gemma 4\s+receives ([\d.]+) GB [^,]*, DeepSeek-V4-Flash ([\d.]+)", README)
+    for model, figure in zip(("gemma4-31b", "deepseek-v4-flash"), said.groups(), strict=True):
+        assert f"{forecast(subject_of_hf(model), setup).cp.forward / 1e9:.2f}" == figure
