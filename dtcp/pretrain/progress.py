@@ -233,8 +233,8 @@ def describe_run(trainer: Any) -> str:
     count = sum(p.numel() for part in trainer.model_parts for p in part.parameters())
     of_transformers = isinstance(spec.model, HuggingFaceConfig)
     layers = spec.model.num_layers if of_transformers else len(trainer.model_parts[0].layers)
-    rows = training.local_batch_size * dims.dp_replicate * dims.dp_shard
     steps = trainer.gradient_accumulation_steps
+    rows = training.local_batch_size * dims.dp_replicate * dims.dp_shard * steps
     compiled = config.compile.backend if config.compile.enable else "eager"
     lines = {
         "ranks": describe_device(),
@@ -243,7 +243,7 @@ def describe_run(trainer: Any) -> str:
         "layout": f"{config.dtcp.sequence_layout().__name__}, {training.seq_len // dims.cp} "
         f"of {training.seq_len} tokens per rank",
         "strategy": _strategies(trainer.model_parts) or "none, rows are whole",
-        "data": f"{config.dataloader.dataset}, {rows * steps} rows per step"
+        "data": f"{config.dataloader.dataset}, {rows} row{'s' * (rows > 1)} per step"
         + (f" in {steps} parts" if steps > 1 else ""),
         "output": "none" if is_dry(config) else config.dump_folder,
     }

@@ -75,7 +75,7 @@ class Section:
     """What computes attention, by a name of `python -m dtcp.kernels`; "auto" is the fastest."""
 
     device: Literal["auto", "cpu", "accelerator"] = "auto"
-    """What train.py starts ranks on: "auto" is accelerators if there are enough, else the CPU."""
+    """What train.py starts ranks on: "auto" is accelerators where the mesh fits, else the CPU."""
 
     forecast: bool = False
     """Say at the start what a step should move and hold, and compare each step's bytes with it."""
