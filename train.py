@@ -21,6 +21,7 @@ from the last checkpoint when it is started again. What it is made of is in dtcp
 import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 REQUIRED = ("torch", "torchtitan", "tensorboard", "matplotlib", "xxhash")
 
@@ -29,9 +30,13 @@ def main(arguments: list[str]) -> int:
     """Say what is about to happen, then run. Returns the exit code."""
     missing = [name for name in REQUIRED if find_spec(name) is None]
     if missing:
+        remedy = "pip install 'dtcp[train]' (in a checkout: make train)"
+        venv = Path(__file__).resolve().with_name(".venv")
+        if (venv / "train.stamp").exists() and Path(sys.prefix).resolve() != venv:
+            remedy = f"source {venv}/bin/activate, where make has installed them"
         print(
-            f"error: train.py needs packages that are not installed, got missing={missing}: "
-            f"pip install 'dtcp[train]' (in a checkout: make train).",
+            f"error: train.py needs packages that are not installed, got missing={missing} in "
+            f"{sys.executable}: {remedy}.",
             file=sys.stderr,
         )
         return 2

@@ -72,6 +72,17 @@ def test_training_without_its_extra_is_one_sentence(start, package, monkeypatch,
     assert package in said.err and "pip install 'dtcp[train]'" in said.err and not said.out
 
 
+def test_training_by_another_python_than_make_installed_for_names_that_one(
+    monkeypatch, capsys, tmp_path
+):
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/train.stamp").touch()
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    assert train.main([]) == 2
+    assert f"source {tmp_path}/.venv/bin/activate" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--model.hf", "--model.dtcp"])
 def test_training_a_model_of_transformers_without_it_is_one_sentence(option, monkeypatch):
     read_config.cache_clear()
