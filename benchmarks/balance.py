@@ -30,11 +30,11 @@ from benchmarks.balance_baselines import (
 from benchmarks.balance_bounds import fewest_keys
 from benchmarks.balance_steps import report
 from benchmarks.report import conditions, table, write
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
-    BlockBalanced,
     HeadTail,
     PerDocument,
     SequenceLayout,

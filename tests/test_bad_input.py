@@ -16,10 +16,10 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.distributed.relayout import roll
 from dtcp.mixer import batch_metadata
 from dtcp.mixer_plan import apply_plan
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
-    BlockBalanced,
     Contiguous,
     HeadTail,
     PerDocument,

@@ -13,10 +13,10 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.mixer import MixerKinds, batch_metadata
 from dtcp.rows import DEFAULT_FIELDS, WHOLE, Fill, TokenField
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
-    BlockBalanced,
     Contiguous,
     HeadTail,
     PerDocument,

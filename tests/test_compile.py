@@ -25,9 +25,9 @@ from dtcp.distributed.ops import selective_checkpoint_save_ops
 from dtcp.mixer_plan import apply_plan
 from dtcp.parallelize import Compile
 from dtcp.pretrain.compiler import missing_for_inductor
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
-    BlockBalanced,
     Contiguous,
     HeadTail,
     PerDocument,

@@ -27,9 +27,10 @@ from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.mixer import batch_metadata
 from dtcp.models.llama import PRESETS
 from dtcp.models.llama.model import Block
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
+from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument, SequenceLayout
 from dtcp.sequence.masks import Causal
 from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention

@@ -32,10 +32,10 @@ from dtcp.recurrent.node_state_passing import NodeStatePassing
 from dtcp.recurrent.op import gated_delta_rule, install_delta_rules
 from dtcp.recurrent.state_passing import StatePassing
 from dtcp.sequence.arguments import check_kind
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords, documents_of
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.layout import (
-    BlockBalanced,
     Contiguous,
     HeadTail,
     PerDocument,

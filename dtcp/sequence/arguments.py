@@ -20,8 +20,16 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def is_whole(value: object) -> bool:
     """Whether a value is an int of Python or numpy; True and False are none."""
-    # Most are ints; there may be one for each document.
-    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+    return _is_whole(type(value))
+
+
+def are_whole(values: Collection[object]) -> bool:
+    """`is_whole` of all, of which there may be one for each document: a look at each kind."""
+    return all(map(_is_whole, set(map(type, values))))
+
+
+def _is_whole(kind: type) -> bool:
+    return kind is int or (issubclass(kind, Integral) and not issubclass(kind, bool))
 
 
 def check_ints(subject: str, *, least: int | None = None, **values: Any) -> None:

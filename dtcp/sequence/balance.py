@@ -5,7 +5,7 @@ tokens the answer gives to each rank.
 """
 
 from collections.abc import Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heapreplace
 
 from torch import Tensor
 
@@ -46,7 +46,9 @@ def assign_blocks(work: Sequence[int], num_shards: int) -> tuple[int, ...]:
     https://doi.org/10.1137/0117039
     """
     check_ints("assign_blocks", num_shards=num_shards)
-    if not isinstance(work, Sequence) or not all(isinstance(x, int | float) for x in work):
+    if not isinstance(work, Sequence) or not all(
+        issubclass(kind, int | float) for kind in set(map(type, work))
+    ):
         raise TypeError(
             f"assign_blocks weighs one number per block, got work={work!r}: give a list of them."
         )
@@ -57,12 +59,13 @@ def assign_blocks(work: Sequence[int], num_shards: int) -> tuple[int, ...]:
         )
     room = [len(work) // num_shards] * num_shards
     loads = [(0, rank) for rank in range(num_shards)]
-    heapify(loads)
     owners = [0] * len(work)
-    for index in sorted(range(len(work)), key=lambda i: -work[i]):
-        load, rank = heappop(loads)
+    for index in sorted(range(len(work)), key=work.__getitem__, reverse=True):
+        load, rank = loads[0]
         owners[index] = rank
         room[rank] -= 1
         if room[rank]:
-            heappush(loads, (load + work[index], rank))
+            heapreplace(loads, (load + work[index], rank))
+        else:
+            heappop(loads)
     return tuple(owners)

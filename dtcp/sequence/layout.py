@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import gcd
 from typing import ClassVar, Self
 
@@ -17,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtcp.sequence.arguments import check_dim, check_ints, check_rank, is_whole
-from dtcp.sequence.balance import assign_blocks, block_work
+from dtcp.sequence.arguments import are_whole, check_dim, check_ints, check_rank
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.partition import Ints, Partition, Run, joined_runs
+from dtcp.sequence.partition import Ints, Partition, Run, joined_runs, sums_before
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,15 @@ class SequenceLayout(ABC):
     @cached_property
     def partition(self) -> Partition:
         """All runs, by token index: what an exchange between ranks is worked out from."""
-        found = []
-        for rank in range(self.num_shards):
-            slot = 0
-            for start, stop in self.runs(rank):
-                found.append((start, stop, rank, slot))
-                slot += stop - start
-        return Partition(*np.array(sorted(found), dtype=np.int64).T)
+        runs = [self.runs(rank) for rank in range(self.num_shards)]
+        ends = chain.from_iterable(chain.from_iterable(runs))
+        start, stop = np.fromiter(ends, dtype=np.int64).reshape(-1, 2).T
+        count = np.array([len(each) for each in runs])
+        before, first = sums_before(stop - start)[:-1], sums_before(count)[:-1]
+        owner = np.arange(self.num_shards).repeat(count)
+        slot = before - before[first[owner]]
+        order = np.lexsort((stop, start))
+        return Partition(*(x[order] for x in (start, stop, owner, slot)))
 
     @property
     def segment_len(self) -> int:
@@ -222,7 +224,7 @@ class PerDocument(SequenceLayout):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_tuple_of_ints("PerDocument", lengths=self.lengths)
+        check_tuple_of_ints("PerDocument", lengths=self.lengths)
         if min(self.lengths, default=1) < 1 or sum(self.lengths) > self.seq_len:
             raise ValueError(
                 f"PerDocument takes documents of one token or more that fit the sequence, got "
@@ -249,91 +251,6 @@ class PerDocument(SequenceLayout):
     ) -> Self:
         lengths = shared_lengths(cls, documents)
         return cls(documents.seq_len, num_shards, lengths)
-
-
-@dataclass(frozen=True)
-class BlockBalanced(SequenceLayout):
-    """Assign blocks of the sequence to ranks by the work that each is under the batch's mask.
-
-    Every rank holds the same number of blocks, in the order of the row. For masks that no rule
-    balances: sliding windows beside prefixes, documents of any length.
-
-        seq_len=8, n=2, block=2, owners=(0, 1, 1, 0)        rank 0: 0 1 6 7        rank 1: 2 3 4 5
-
-    Attributes:
-        block: tokens.
-        owners: the rank of each block.
-    """
-
-    reads_documents = True
-    balances_work = True
-
-    block: int
-    owners: tuple[int, ...]
-
-    blocks_per_shard: ClassVar[int] = 8
-    """The least number of blocks per rank, where for_batch chooses the block."""
-    largest_block: ClassVar[int] = 128
-    """Tokens; the tile that kernels either skip or compute."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ints("BlockBalanced", block=self.block)
-        _check_tuple_of_ints("BlockBalanced", owners=self.owners)
-        if self.block < 1 or self.shard_len % self.block:
-            raise ValueError(
-                f"BlockBalanced fills each shard with whole blocks, got block={self.block}, "
-                f"shard_len={self.shard_len}: choose a block that divides the shard."
-            )
-        counts = [self.owners.count(rank) for rank in range(self.num_shards)]
-        equal = self.shard_len // self.block
-        if len(self.owners) != equal * self.num_shards or set(counts) != {equal}:
-            raise ValueError(
-                f"BlockBalanced gives every rank {equal} blocks, got counts={counts} among "
-                f"{len(self.owners)} owners: let balance.assign_blocks choose them."
-            )
-
-    @property
-    def segment_len(self) -> int:
-        """One block, whatever the batch: the graph must not change with the owners."""
-        return self.block
-
-    def runs(self, rank: int) -> list[Run]:
-        # Not from the partition: dynamo traces this, and arrays would be tensors to it.
-        self._check_rank(rank)
-        mine = [block for block, owner in enumerate(self.owners) if owner == rank]
-        return joined_runs([(block * self.block, (block + 1) * self.block) for block in mine])
-
-    @cached_property
-    def partition(self) -> Partition:
-        start = np.arange(len(self.owners), dtype=np.int64) * self.block
-        return Partition.ascending(start, np.array(self.owners, dtype=np.int64), self.seq_len)
-
-    @classmethod
-    def multiple(cls, num_shards: int) -> int:
-        return cls.blocks_per_shard * num_shards
-
-    @classmethod
-    def for_batch(
-        cls, documents: Documents, num_shards: int, *, work: Callable[[], Tensor] | None = None
-    ) -> Self:
-        """Balance `work`, or that of a causal mask inside each document."""
-        shared_lengths(cls, documents)
-        check_ints(cls.__name__, least=1, num_shards=num_shards)
-        seq_len, per_shard = documents.seq_len, documents.seq_len // num_shards
-        block = gcd(per_shard, max(1, min(cls.largest_block, per_shard // cls.blocks_per_shard)))
-        if not block:
-            raise ValueError(
-                f"{cls.__name__} gives every rank a token at least, got num_shards={num_shards} "
-                f"with documents.seq_len={seq_len}: use fewer ranks, or longer rows."
-            )
-        if work is not None:
-            keys = work()
-        else:
-            visible = documents.document()[:1] >= 0
-            keys = torch.where(visible, documents.position_ids()[:1] + 1, 0)[0]
-        owners = assign_blocks(block_work(keys, block), num_shards)
-        return cls(seq_len, num_shards, block, owners)
 
 
 def _head_tail_chunks(lengths: Ints, num_shards: int) -> Ints:
@@ -381,9 +298,14 @@ def _check_documents(layout: type[SequenceLayout], documents: Documents) -> None
         )
 
 
-def _check_tuple_of_ints(kind: str, **values: tuple[int, ...]) -> None:
+def check_tuple_of_ints(kind: str, **values: tuple[int, ...]) -> None:
+    """Refuse what is no tuple of whole numbers: a layout is a value, and has a hash.
+
+    Raises:
+        TypeError: as above.
+    """
     for name, value in values.items():
-        if not isinstance(value, tuple) or not all(map(is_whole, value)):
+        if not isinstance(value, tuple) or not are_whole(value):
             raise TypeError(
                 f"{kind} takes a tuple of whole numbers, got {name}={value!r}: give a tuple of "
                 f"ints, so that the layout has a hash."

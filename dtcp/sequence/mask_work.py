@@ -11,7 +11,7 @@ from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.interval_runs import interval_runs
 from dtcp.sequence.masks import Mask
-from dtcp.sequence.partition import Ints, stops_of, unique_ascending
+from dtcp.sequence.partition import Ints, stops_of, sums_before, unique_ascending
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,23 @@ class WorkRuns:
 
     @property
     def total(self) -> int:
-        length = self.stop - self.start
-        return int((length * self.work + self.step * (length * (length - 1) // 2)).sum())
+        return int(self._of_runs().sum())
+
+    def of_blocks(self, block: int) -> Ints:
+        """The work of each of the equal blocks that the row is cut into: [S / block]."""
+        bounds = np.arange(0, int(self.stop[-1]) + 1, block)
+        run = self.start.searchsorted(bounds, side="right") - 1
+        some = bounds - self.start[run]
+        before = sums_before(self._of_runs())[run]
+        return np.diff(before + self._of_first(some, run))
+
+    def _of_runs(self) -> Ints:
+        return self._of_first(self.stop - self.start, slice(None))
+
+    def _of_first(self, count: Ints, run: Ints | slice) -> Ints:
+        """The work of so many tokens of each of some runs."""
+        out: Ints = count * self.work[run] + self.step[run] * (count * (count - 1) // 2)
+        return out
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,17 @@ class MaskWork:
     def __call__(self) -> Tensor:
         """Of all tokens, summed over rows: [S]."""
         return torch.stack([times * mask.work(self.coords) for mask, times in self.masks]).sum(0)
+
+    @property
+    def in_runs(self) -> bool:
+        """Whether `runs` tell all: not of masks that count the work of tokens otherwise."""
+        return all(type(mask).work is Mask.work for mask, _ in self.masks)
+
+    def of_blocks(self, block: int) -> list[int]:
+        """Of equal blocks of tokens, summed over rows; from runs."""
+        rows = range(self.coords.rows)
+        total: list[int] = np.sum([self.runs(row).of_blocks(block) for row in rows], 0).tolist()
+        return total
 
     def of_row(self, row: int) -> "MaskWork":
         """That of a row by itself."""

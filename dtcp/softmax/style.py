@@ -18,10 +18,11 @@ from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata, BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids
 from dtcp.sequence.arguments import check_ints, check_tensor
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
-from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument, SequenceLayout
+from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument, SequenceLayout
 from dtcp.sequence.row_layouts import RowLayouts, in_line
 from dtcp.softmax.dtensor import install_attention_rules
 from dtcp.softmax.inputs import AttentionInputs

@@ -20,10 +20,10 @@ from dtcp.distributed.relayout import RelayoutMetadata, apply_relayout
 from dtcp.kernels.sparse.pooling import Prepool
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.layout import (
-    BlockBalanced,
     Contiguous,
     HeadTail,
     PerDocument,

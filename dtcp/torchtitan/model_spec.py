@@ -36,7 +36,8 @@ from dtcp.parallelize import (
     qwen3_5_plan,
 )
 from dtcp.recurrent import RelayoutCP
-from dtcp.sequence.layout import BlockBalanced, PerDocument
+from dtcp.sequence.block_balanced import BlockBalanced
+from dtcp.sequence.layout import PerDocument
 from dtcp.softmax.default import device_type_of
 from dtcp.softmax.style import AttentionStyle
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dtcp.compile import Boundary, EagerIsland, InGraph
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.layout import (
-    BlockBalanced,
     Contiguous,
     HeadTail,
     PerDocument,

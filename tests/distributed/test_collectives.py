@@ -7,9 +7,9 @@ from torch.testing import assert_close
 from dtcp.distributed import collectives
 from dtcp.distributed.groups import group_name
 from dtcp.distributed.ledger import count_traffic
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
-    BlockBalanced,
     Contiguous,
     HeadTail,
     PerDocument,

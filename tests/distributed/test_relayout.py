@@ -16,9 +16,9 @@ from dtcp.distributed.relayout import (
     roll,
     shard,
 )
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
-    BlockBalanced,
     Contiguous,
     HeadTail,
     PerDocument,

@@ -14,10 +14,11 @@ from dtcp.loss import token_mean_loss
 from dtcp.mixer import batch_metadata
 from dtcp.recurrent import CausalConv1d
 from dtcp.sequence.balance import block_work
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
 from dtcp.sequence.masks import Causal, PrefixLM, SlidingWindow
 from dtcp.sequence.routes import halo_runs, rolled
 from dtcp.softmax.mixer import SoftmaxAttention

@@ -18,9 +18,10 @@ from dtcp.sequence.batch_documents import (
     documents_of_lengths,
     read_padding_mask,
 )
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.buckets import Buckets, MultiplesOf, OneOf, PowersOfTwo
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
 from tests.entry_points.test_fuzz_batches import OneOfMany, of_rows, picked
 from tests.entry_points.test_fuzz_planning import tokens_of
 from tests.harness.fuzz import run_cases

@@ -13,9 +13,10 @@ from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.labels import IGNORED, look_ahead, shift_labels
 from dtcp.recurrent.metadata import chain_of, halo_route
 from dtcp.sequence.balance import assign_blocks, block_work
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.documents import PADDING, Documents
-from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
 from dtcp.sequence.masks import (
     Bidirectional,
     BlockBidirectional,

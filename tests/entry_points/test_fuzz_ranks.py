@@ -27,8 +27,9 @@ from dtcp.labels import IGNORED, shift_labels
 from dtcp.mixer import batch_metadata
 from dtcp.mixer_plan import apply_plan
 from dtcp.recurrent import CausalConv1d, CausalConvCP, GatedDeltaCP, GatedDeltaRule
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import HaloAttention
 from dtcp.softmax.mixer import KeysFromValues, SoftmaxAttention

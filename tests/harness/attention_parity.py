@@ -19,9 +19,9 @@ from torch.distributed.tensor.parallel import parallelize_module
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.metadata import BatchMetadata
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
-    BlockBalanced,
     Contiguous,
     HeadTail,
     PerDocument,

@@ -16,9 +16,10 @@ from dtcp.mixer import batch_metadata
 from dtcp.parallelize import Compile
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.parallelize.plans.inferred_roles import inferred_roles
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
 from tests.harness.spmd import spmd
 
 FAMILIES = {

@@ -10,10 +10,11 @@ from dtcp.kernels.softmax.libraries.flash4 import block_size
 from dtcp.kernels.softmax.pieces import EVERY_ROW, MOST_PIECES, find_pieces, read_pieces
 from dtcp.kernels.softmax.sparsity import block_states, key_blocks, query_blocks
 from dtcp.kernels.softmax.types import Keys, Queries
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
 from dtcp.sequence.masks import Bidirectional, Causal, SlidingWindow
 from dtcp.softmax import (
     AllGatherAttention,

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import BlockBalanced, Contiguous, PerDocument
+from dtcp.sequence.layout import Contiguous, PerDocument
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention

@@ -8,10 +8,11 @@ import torch
 from dtcp.compile import count_graphs
 from dtcp.recurrent import FewestBytes, GatedDeltaCP, GatedDeltaRule, GatedLinearCP
 from dtcp.recurrent.moves import ChannelShape, DeltaShape, LinearShape
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import BlockBalanced, PerDocument
+from dtcp.sequence.layout import PerDocument
 from dtcp.sequence.stretches import Stretches, left_routes
 from tests.harness.spmd import spmd
 from tests.recurrent import test_linear

@@ -32,9 +32,9 @@ from dtcp.recurrent import (
     ScanStates,
 )
 from dtcp.recurrent.moves import ChannelShape, DeltaShape
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
-    BlockBalanced,
     Contiguous,
     HeadTail,
     PerDocument,

@@ -8,10 +8,11 @@ from dtcp.mixer_plan import apply_plan
 from dtcp.recurrent import CausalConv1d, CausalConvCP, GatedDeltaCP, GatherStates, ScanStates
 from dtcp.recurrent.metadata import SEGMENTED
 from dtcp.recurrent.moves import ChannelShape, DeltaShape
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
 from dtcp.sequence.stretches import Stretches
 from tests.harness.spmd import spmd
 from tests.harness.two_tier import of_node, owners_and_starts

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
-    BlockBalanced,
     Contiguous,
     HeadTail,
     PerDocument,

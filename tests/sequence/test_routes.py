@@ -2,9 +2,9 @@
 
 import torch
 
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
-    BlockBalanced,
     Contiguous,
     HeadTail,
     PerDocument,

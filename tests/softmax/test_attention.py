@@ -18,8 +18,8 @@ from dtcp.compile import EagerIsland, InGraph, count_graphs
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.mixer import batch_metadata
 from dtcp.mixer_plan import apply_plan
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.layout import (
-    BlockBalanced,
     Contiguous,
     HeadTail,
     PerDocument,

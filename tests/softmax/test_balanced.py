@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 
 from dtcp.compile import count_graphs
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import BlockBalanced, Contiguous, PerDocument
+from dtcp.sequence.layout import Contiguous, PerDocument
 from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention
 from tests.harness import packings
 from tests.harness.attention_parity import (

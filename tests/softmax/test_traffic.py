@@ -20,8 +20,9 @@ from dtcp.distributed.ledger import (
     count_traffic,
 )
 from dtcp.sdpa.aten_rules import install_sdpa_rules
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
-from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.sequence.row_layouts import RowLayouts
 from dtcp.softmax import (

@@ -26,8 +26,9 @@ from dtcp.recurrent import (
     GatedLinearAttention,
     GatedLinearCP,
 )
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
-from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
 from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,

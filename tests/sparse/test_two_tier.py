@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from dtcp.compile import count_graphs
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import BlockBalanced, Contiguous, HeadTail
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sparse import CompressedSparseCP, SparseShape
 from dtcp.sparse.exchange import bring_left
 from tests.harness.spmd import spmd

@@ -1,0 +1,107 @@
+"""Blocks of a row dealt to ranks by their work: for masks that no rule balances."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+from typing import ClassVar, Self
+
+import numpy as np
+from torch import Tensor
+
+from dtcp.sequence.arguments import check_ints
+from dtcp.sequence.balance import assign_blocks, block_work
+from dtcp.sequence.coords import Coords
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import SequenceLayout, check_tuple_of_ints, shared_lengths
+from dtcp.sequence.mask_work import MaskWork
+from dtcp.sequence.masks import Causal
+from dtcp.sequence.partition import Partition, Run, joined_runs
+
+
+@dataclass(frozen=True)
+class BlockBalanced(SequenceLayout):
+    """Assign blocks of the sequence to ranks by the work that each is under the batch's mask.
+
+    Every rank holds the same number of blocks, in the order of the row. For masks that no rule
+    balances: sliding windows beside prefixes, documents of any length.
+
+        seq_len=8, n=2, block=2, owners=(0, 1, 1, 0)        rank 0: 0 1 6 7        rank 1: 2 3 4 5
+
+    Attributes:
+        block: tokens.
+        owners: the rank of each block.
+    """
+
+    reads_documents = True
+    balances_work = True
+
+    block: int
+    owners: tuple[int, ...]
+
+    blocks_per_shard: ClassVar[int] = 8
+    """The least number of blocks per rank, where for_batch chooses the block."""
+    largest_block: ClassVar[int] = 128
+    """Tokens; the tile that kernels either skip or compute."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ints("BlockBalanced", block=self.block)
+        check_tuple_of_ints("BlockBalanced", owners=self.owners)
+        if self.block < 1 or self.shard_len % self.block:
+            raise ValueError(
+                f"BlockBalanced fills each shard with whole blocks, got block={self.block}, "
+                f"shard_len={self.shard_len}: choose a block that divides the shard."
+            )
+        blocks = Counter(self.owners)
+        counts = [blocks[rank] for rank in range(self.num_shards)]
+        equal = self.shard_len // self.block
+        if len(self.owners) != equal * self.num_shards or set(counts) != {equal}:
+            raise ValueError(
+                f"BlockBalanced gives every rank {equal} blocks, got counts={counts} among "
+                f"{len(self.owners)} owners: let balance.assign_blocks choose them."
+            )
+
+    @property
+    def segment_len(self) -> int:
+        """One block, whatever the batch: the graph must not change with the owners."""
+        return self.block
+
+    def runs(self, rank: int) -> list[Run]:
+        # Not from the partition: dynamo traces this, and arrays would be tensors to it.
+        self._check_rank(rank)
+        mine = [block for block, owner in enumerate(self.owners) if owner == rank]
+        return joined_runs([(block * self.block, (block + 1) * self.block) for block in mine])
+
+    @cached_property
+    def partition(self) -> Partition:
+        start = np.arange(len(self.owners), dtype=np.int64) * self.block
+        return Partition.ascending(start, np.array(self.owners, dtype=np.int64), self.seq_len)
+
+    @classmethod
+    def multiple(cls, num_shards: int) -> int:
+        return cls.blocks_per_shard * num_shards
+
+    @classmethod
+    def for_batch(
+        cls, documents: Documents, num_shards: int, *, work: Callable[[], Tensor] | None = None
+    ) -> Self:
+        """Balance `work`, or that of a causal mask inside each document."""
+        shared_lengths(cls, documents)
+        check_ints(cls.__name__, least=1, num_shards=num_shards)
+        seq_len, per_shard = documents.seq_len, documents.seq_len // num_shards
+        block = gcd(per_shard, max(1, min(cls.largest_block, per_shard // cls.blocks_per_shard)))
+        if not block:
+            raise ValueError(
+                f"{cls.__name__} gives every rank a token at least, got num_shards={num_shards} "
+                f"with documents.seq_len={seq_len}: use fewer ranks, or longer rows."
+            )
+        if work is None:
+            work = MaskWork(((Causal(), 1),), Coords.of(Documents(documents.lengths[:1], seq_len)))
+        if isinstance(work, MaskWork) and work.in_runs:
+            weights = work.of_blocks(block)
+        else:
+            weights = block_work(work(), block)
+        owners = assign_blocks(weights, num_shards)
+        return cls(seq_len, num_shards, block, owners)
