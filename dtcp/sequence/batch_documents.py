@@ -5,11 +5,11 @@ padding as a mask. Whoever cuts a batch reads them here, whatever the keys are c
 differ are refused by row and token, for one of them would be wrong without a word.
 """
 
-import operator
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +19,8 @@ from dtcp.sequence.documents import (
     Documents,
     anywhere,
     count_true,
-    places_after,
 )
+from dtcp.sequence.neighbours import places_after
 from dtcp.sequence.restarts import check_restarts
 
 ID_KEYS = ("document_ids", "seq_idx")
@@ -145,7 +145,7 @@ def documents_of_ids(ids: Tensor, *, name: str = "document_ids") -> Documents:
     ids = ids.cpu()
     seq_len, rows = ids.shape[1], []
     changes: list[list[int]] = [[0] for _ in ids]
-    for row, token in torch.stack(places_after(operator.ne, ids), dim=1).tolist():
+    for row, token in torch.stack(places_after(np.not_equal, ids), dim=1).tolist():
         changes[row].append(token)
     for row, (numbers, bounds) in enumerate(zip(ids, changes, strict=True)):
         firsts = numbers[bounds].tolist()

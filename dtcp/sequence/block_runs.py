@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
-from dtcp.sequence.partition import Ints, starts_of_groups, stops_of, unique_ascending
+from dtcp.sequence.neighbours import starts_of_equal
+from dtcp.sequence.partition import Ints, stops_of, unique_ascending
 
 VISION = (1, 2)
 """Token types of images and videos, as transformers' processors give them."""
@@ -50,7 +51,7 @@ class TokenTypes:
     @cached_property
     def starts(self) -> list[Ints]:
         """Where another type begins, in each row; its first token among them."""
-        return [starts_of_groups(row.numpy()) for row in self.types]
+        return [starts_of_equal(row.numpy()) for row in self.types]
 
     def row(self, row: int) -> "TokenTypes":
         """Those of one row."""
@@ -79,7 +80,7 @@ class BlockRuns(NamedTuple):
         Raises:
             ValueError: a block in several runs of a document: two runs would be two intervals.
         """
-        start = starts_of_groups(block.numpy())
+        start = starts_of_equal(block.numpy())
         stop, number = stops_of(start, len(block)), block.numpy()[start]
         runs, of = cls(start[number >= 0], stop[number >= 0])._cut(bounds)
         document = np.searchsorted(bounds, runs.start, side="right") - 1

@@ -1,16 +1,15 @@
 """Which document every token of a packed row belongs to, known on the host from lengths."""
 
-import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dtcp.sequence.arguments import BOOL, WHOLE_NUMBERS, check_ints, check_tensor, is_whole
+from dtcp.sequence.arguments import BOOL, WHOLE_NUMBERS, are_whole, check_ints, check_tensor
+from dtcp.sequence.neighbours import places_after
 
 PADDING = -1
 """Stands for the document of a token that belongs to none."""
@@ -19,22 +18,6 @@ PADDING = -1
 def anywhere(mask: Tensor) -> bool:
     """Whether a bool tensor is True somewhere; torch's own any takes ten times as long on CPUs."""
     return mask.numel() > 0 and bool(mask.view(torch.uint8).max())
-
-
-def places_after(compare: Callable[[Any, Any], Any], numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """(row, column) of the entries that `compare` holds for with the one before them, in order.
-
-    One pass over all tokens, by numpy, which compares twice as fast as torch on a CPU.
-
-    Args:
-        compare: operator.ne, operator.lt, ...: of an entry and the one before it.
-        numbers: [B, N]; columns from 1 on are compared.
-    """
-    numbers = numbers.detach().cpu()
-    array = (numbers.float() if numbers.dtype == torch.bfloat16 else numbers).numpy()
-    place = torch.from_numpy(np.flatnonzero(compare(array[:, 1:], array[:, :-1])))
-    columns = max(array.shape[1] - 1, 1)
-    return place // columns, place % columns + 1
 
 
 def count_true(mask: Tensor) -> Tensor:
@@ -52,9 +35,9 @@ def restarts(position_ids: Tensor, padding: Tensor | None = None) -> bool:
     """
     # One pass over all tokens; the rest looks at the few that do not count on.
     if position_ids.ndim == 3:
-        row, token = places_after(operator.lt, position_ids[0])
+        row, token = places_after(np.less, position_ids[0])
     else:
-        row, token = places_after(operator.le, position_ids)
+        row, token = places_after(np.less_equal, position_ids)
     if padding is None:
         return len(row) > 0
     padding = padding.bool().cpu()
@@ -80,7 +63,7 @@ class Documents:
     def __post_init__(self) -> None:
         check_ints("A row of documents", least=1, seq_len=self.seq_len)
         if not isinstance(self.lengths, tuple) or not all(
-            isinstance(row, tuple) and all(map(is_whole, row)) for row in self.lengths
+            isinstance(row, tuple) and are_whole(row) for row in self.lengths
         ):
             raise TypeError(
                 f"Documents are a tuple of lengths for every row, in whole tokens, got lengths="
@@ -190,11 +173,10 @@ class Documents:
                 f"Documents are read off rows of one token or more, got position_ids.shape="
                 f"{tuple(position_ids.shape)}: leave empty rows out."
             )
-        position_ids = position_ids.long()  # a uint8 would count down from 0 to 255
         seq_len = position_ids.shape[1]
         # One pass over all tokens. Between two places where they do not ascend, whole numbers
         # count up by one if the last is as far from the first as their places are.
-        row, token = places_after(operator.le, position_ids)
+        row, token = places_after(np.less_equal, position_ids)
         bounds = [[0] for _ in position_ids]
         for index, start in zip(row.tolist(), token.tolist(), strict=True):
             bounds[index].append(start)
@@ -202,7 +184,7 @@ class Documents:
         places = [(index, start) for index, starts in enumerate(bounds) for start in starts]
         row, first = torch.tensor(places, dtype=torch.int64).view(-1, 2).unbind(1)
         count = torch.tensor([length for each in lengths for length in each], dtype=torch.int64)
-        last = position_ids[row, first + count - 1]
+        last = position_ids[row, first + count - 1].long()
         if bool((position_ids[row, first] != 0).any()) or bool((last != count - 1).any()):
             raise ValueError(
                 f"Position ids count up by one and restart at 0 with each document, got "
@@ -259,7 +241,7 @@ class Documents:
             dtypes = WHOLE_NUMBERS
             check_tensor("One row", shape="[N + 1]", ndim=1, dtypes=dtypes, cu_seqlens=cu_seqlens)
             cu_seqlens = cu_seqlens.tolist()
-        if not isinstance(cu_seqlens, Sequence) or not all(map(is_whole, cu_seqlens)):
+        if not isinstance(cu_seqlens, Sequence) or not are_whole(cu_seqlens):
             raise TypeError(
                 f"The boundaries of a row's documents are whole numbers, got cu_seqlens="
                 f"{cu_seqlens!r}: give [N + 1] ints that start at 0."

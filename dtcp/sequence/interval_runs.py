@@ -11,9 +11,9 @@ of tokens, the keys that the tokens of a rank need.
     last key    0 1 2 3 4 | 5 6        it moves
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -303,10 +303,12 @@ class KeyIntervals:
 
     Args:
         keys: the layout of the sequence that has the keys, where that is another one.
+        found: what is worked out of them more than once, by what it is of.
     """
 
     rows: tuple[IntervalRuns, ...]
     keys: SequenceLayout | None = None
+    found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, mask: Mask, coords: Coords) -> "KeyIntervals":

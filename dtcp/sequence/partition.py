@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,28 +27,56 @@ class Partition:
     def ascending(cls, start: Ints, owner: Ints, seq_len: int) -> "Partition":
         """Of runs that each rank holds in ascending order."""
         stop = stops_of(start, seq_len)
-        order = owner.argsort(kind="stable")
-        ordered, before = owner[order], sums_before((stop - start)[order])[:-1]
+        out = cls(start, stop, owner, np.empty_like(start))
+        before = sums_before((stop - start)[out.by_owner])[:-1]
         # Of each run, the tokens of all ranks before its own.
-        first = starts_of_groups(ordered)
-        slot = np.empty_like(start)
-        slot[order] = before - before[first].repeat(np.diff(first, append=len(order)))
-        return cls(start, stop, owner, slot)
+        first = out.first_of_owner[:-1]
+        first, count = first[some := out.first_of_owner[1:] > first], np.diff(out.first_of_owner)
+        out.slot[out.by_owner] = before - before[first].repeat(count[some])
+        return out
+
+    @cached_property
+    def by_owner(self) -> Ints:
+        """Which runs each rank holds, rank 0's first, from left to right: [P]."""
+        return order_of_small(self.owner)
+
+    @cached_property
+    def first_of_owner(self) -> Ints:
+        """Where each rank's start in `by_owner`, and behind them their number: [ranks + 1]."""
+        return sums_before(np.bincount(self.owner))
+
+    def of_owner(self, rank: int) -> Ints:
+        """Which runs a rank holds, from left to right."""
+        if rank + 1 >= len(self.first_of_owner):
+            return self.by_owner[:0]
+        return self.by_owner[self.first_of_owner[rank] : self.first_of_owner[rank + 1]]
+
+    def pieces(self, rank: int) -> Ints:
+        """Which runs a rank holds, in the order of its slots."""
+        mine = self.of_owner(rank)
+        return mine[self.slot[mine].argsort(kind="stable")]
 
     def runs(self, rank: int) -> list[Run]:
-        """The rank's, ascending, neighbours joined."""
-        mine = self.owner == rank
+        """The rank's, in the order of its slots, neighbours joined."""
+        mine = self.pieces(rank)
         pairs = zip(self.start[mine].tolist(), self.stop[mine].tolist(), strict=True)
         return joined_runs(list(pairs))
 
     def tokens(self, rank: int) -> NDArray[np.int32]:
         """Token index of each of the rank's slots: [L]; worked out once, for all who read it."""
         if rank not in self.found:
-            mine = (self.owner == rank).nonzero()[0]
-            mine = mine[self.slot[mine].argsort()]
+            mine = self.pieces(rank)
             start = self.start[mine]
             self.found[rank] = expand_tokens(start, self.stop[mine] - start)
         return self.found[rank]
+
+
+def joined_neighbours(start: Ints, stop: Ints) -> tuple[Ints, Ints]:
+    """Runs from left to right with neighbours in one run."""
+    new = np.ones(len(start), dtype=bool)
+    np.not_equal(start[1:], stop[:-1], out=new[1:])
+    first = new.nonzero()[0]
+    return start[first], stop[stops_of(first, len(start)) - 1]
 
 
 def joined_runs(runs: Sequence[Run]) -> list[Run]:
@@ -127,8 +156,46 @@ def starts_of_groups(x: Ints) -> Ints:
 
 def unique_ascending(x: Ints) -> Ints:
     """The different numbers of x in ascending order; np.unique hashes them first."""
-    x = np.sort(x)
+    # x is mostly a few ascending lists one after another, which a stable sort merges.
+    x = np.sort(x, kind="stable")
     return x[differs(x)]
+
+
+def order_of_small(x: Ints) -> Ints:
+    """`x.argsort(kind="stable")` of numbers from 0 up; below 65536 they are not compared."""
+    small = x.astype(np.uint16) if x.max(initial=0) < 1 << 16 else x
+    return small.argsort(kind="stable")
+
+
+def ascending_order(x: Ints) -> Ints | None:
+    """`x.argsort(kind="stable")`, fast where x is ascending lists one after another.
+
+    None where x ascends: there is nothing to move.
+    """
+    if not len(x) or bool((x[1:] >= x[:-1]).all()):
+        return None
+    return x.argsort(kind="stable")
+
+
+def merged_cuts(one: Ints, other: Ints) -> tuple[Ints, Ints, Ints]:
+    """Where either of two lists has a cut, and the stretch of each list that begins there.
+
+    Both ascend from one place on. The second may be far shorter: only its own are searched for.
+
+    Returns:
+        places, and of each the last of `one` and the last of `other` up to it: three [C].
+    """
+    at = one.searchsorted(other)
+    new = one.take(at, mode="clip") != other
+    place = at + sums_before(new.astype(np.int64))[:-1]
+    count = np.diff(place, append=len(one) + np.count_nonzero(new))
+    of_other = np.arange(len(other)).repeat(count)
+    if not new.any():
+        return one, np.arange(len(one)), of_other
+    cuts = np.insert(one, at[new], other[new])
+    of_one = np.ones(len(cuts), dtype=np.int64)
+    of_one[place[new]] = 0
+    return cuts, of_one.cumsum() - 1, of_other
 
 
 def overlaps(start: Ints, stop: Ints, piece_start: Ints, piece_stop: Ints) -> tuple[Ints, Ints]:
@@ -137,3 +204,19 @@ def overlaps(start: Ints, stop: Ints, piece_start: Ints, piece_stop: Ints) -> tu
     high = piece_start.searchsorted(stop, side="left")
     count = np.maximum(high - low, 0)
     return np.arange(len(start)).repeat(count), expand(low, count)
+
+
+def intersections(
+    start: Ints, stop: Ints, piece_start: Ints, piece_stop: Ints
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """`overlaps`, and where what a run and a piece share starts and stops."""
+    run, piece = overlaps(start, stop, piece_start, piece_stop)
+    shared_start, shared_stop = piece_start[piece], piece_stop[piece]
+    # Of a run's pieces, the first one may start before it, and the last one stop behind it.
+    new = differs(run)
+    first = new.nonzero()[0]
+    last = stops_of(first, len(run)) - 1
+    of = run[first]
+    shared_start[first] = np.maximum(shared_start[first], start[of])
+    shared_stop[last] = np.minimum(shared_stop[last], stop[of])
+    return run, piece, shared_start, shared_stop

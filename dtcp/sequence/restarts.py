@@ -1,6 +1,5 @@
 """Position ids held against documents: where they restart, and whether they count every token."""
 
-import operator
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
@@ -9,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtcp.sequence.documents import Documents, check_token_positions, places_after
+from dtcp.sequence.documents import Documents, check_token_positions
+from dtcp.sequence.neighbours import places_after
 from dtcp.sequence.partition import Ints
 
 
@@ -33,7 +33,7 @@ def check_restarts(
     lines = position_ids[0] if position_ids.ndim == 3 else position_ids
     first = lines.expand(rows, -1)
     # One pass over all tokens; the rest looks at the few that do not count on.
-    row, token = places_after(operator.le, lines)
+    row, token = places_after(np.less_equal, lines)
     if rows > len(lines):
         row = torch.arange(rows).repeat_interleave(len(token))
         token = token.repeat(rows)

@@ -139,7 +139,8 @@ class HaloAttention(AllGatherAttention):
         if isinstance(layout, Contiguous | HeadTail):
             segments = 1 if isinstance(layout, Contiguous) else 2
             return min(layout.seq_len, own + segments * halo)
-        room, most = LEAST_HALOS * rows_on(layout) * halo, most_received(layout, intervals)
+        most = most_received(layout, intervals, limit=own)
+        room = LEAST_HALOS * rows_on(layout) * halo
         while room < most:
             room *= 2
         return min(layout.seq_len, own + min(room, own)) if most <= own else layout.seq_len

@@ -18,7 +18,7 @@ from dtcp.kernels.softmax.pieces import no_pieces, pieces_of_parts
 from dtcp.metadata import AttentionMetadata, HostTensor, no_indices
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.partition import expand_tokens
+from dtcp.sequence.partition import expand_tokens, joined_neighbours
 from dtcp.sequence.slot_runs import SlotRuns
 from dtcp.softmax.key_hops import key_hops
 from dtcp.softmax.positions import TokenPositions
@@ -157,6 +157,7 @@ def all_gather_metadata(
     hops = key_hops(layout, rank, intervals, ranks_per_node=ranks_per_node)
     keys_layout = intervals.layout_of_keys(layout)
     n, local_len, seq_len = layout.num_shards, keys_layout.shard_len, keys_layout.seq_len
+    capacity = seq_len if capacity is None else capacity
     # One all_to_all goes by rank, not by step: own keys first, then from rank 0 up.
     by_rank = np.arange(n)
     sent, received = hops.sent.sorted_by(by_rank), hops.received.sorted_by(by_rank)
@@ -165,18 +166,19 @@ def all_gather_metadata(
     starts = np.concatenate((hops.own_tokens.start, received.start, arriving.start))
     stops = np.concatenate((hops.own_tokens.stop, received.stop, arriving.stop))
     places = np.concatenate((hops.own_slots, local_len + lengths.cumsum() - lengths))
-    by_token = starts.argsort()
+    by_token = starts.argsort(kind="stable")  # which merges the ascending runs of each rank
     starts, stops, places = starts[by_token], stops[by_token], places[by_token]
+    order = expand_tokens(places, stops - starts, room=capacity)
     rows, first, last = local_runs(layout, rank, intervals)
+    starts, stops = joined_neighbours(starts, stops)
     keys = KeyLine(np.zeros_like(starts), starts, stops, 1)
-    capacity = seq_len if capacity is None else capacity
     ranges = block_ranges_of_parts(rows, keys, tile=tile)
     return KeyExchangeMetadata(
         first,
         last,
         sent.expanded(room=seq_len - local_len),
         torch.from_numpy(np.array((sent.counts(n), received.counts(n)))),
-        torch.from_numpy(expand_tokens(places, stops - starts, room=capacity)),
+        torch.from_numpy(order),
         torch.from_numpy(expand_tokens(starts, stops - starts, room=capacity))[None],
         ranges,
         pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
@@ -190,6 +192,8 @@ def all_gather_metadata(
 
 def _places(onward: PeerRuns, received: PeerRuns, room: int) -> Tensor:
     """Where the tokens that go on inside a node stand among the received ones."""
+    if not len(onward.start):
+        return torch.empty(room, dtype=torch.int32)
     by_token, lengths = received.start.argsort(), received.stop - received.start
     run = by_token[received.start[by_token].searchsorted(onward.start, side="right") - 1]
     place = (np.cumsum(lengths) - lengths)[run] + onward.start - received.start[run]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcp.kernels.softmax.block_ranges import KeyLine
@@ -20,10 +21,12 @@ from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import (
     Ints,
     Partition,
+    ascending_order,
     expand_tokens,
-    overlaps,
+    intersections,
+    merged_cuts,
+    order_of_small,
     stops_of,
-    unique_ascending,
 )
 
 
@@ -39,9 +42,16 @@ class PeerRuns(NamedTuple):
         lengths = self.stop - self.start
         return np.bincount(self.peer, lengths, num_shards).astype(np.int64)
 
+    def where(self, chosen: NDArray[np.bool_]) -> "PeerRuns":
+        """Some of them."""
+        return PeerRuns(*(x[chosen] for x in self))
+
     def sorted_by(self, key: Ints) -> "PeerRuns":
         """By a number for each peer, [n], then from left to right."""
-        order = np.lexsort((self.start, key[self.peer]))
+        number = key[self.peer] * (int(self.start.max(initial=0)) + 1) + self.start
+        order = ascending_order(number)
+        if order is None:
+            return self
         return PeerRuns(*(x[order] for x in self))
 
     def expanded(self, *, room: int) -> Tensor:
@@ -65,23 +75,21 @@ def required_keys(layout: SequenceLayout, rank: int, intervals: Intervals) -> Re
     intervals = KeyIntervals.read_off(intervals)
     intervals.check_whole_rows(layout)
     keys_layout = intervals.layout_of_keys(layout)
-    keys, mine = keys_layout.partition, keys_layout.partition.owner == rank
-    needed = needed_by_rank(layout.partition, intervals, keys_layout.seq_len)
+    keys, mine = keys_layout.partition, keys_layout.partition.of_owner(rank)
+    needed = _needed(layout, intervals)
 
-    wanted = needed.peer == rank
-    run, piece = overlaps(needed.start[wanted], needed.stop[wanted], keys.start, keys.stop)
-    start = np.maximum(needed.start[wanted][run], keys.start[piece])
-    stop = np.minimum(needed.stop[wanted][run], keys.stop[piece])
+    wanted = slice(*needed.peer.searchsorted([rank, rank + 1]))
+    _, piece, start, stop = intersections(
+        needed.start[wanted], needed.stop[wanted], keys.start, keys.stop
+    )
     received = PeerRuns(keys.owner[piece], start, stop)
-    received = PeerRuns(*(x[received.peer != rank] for x in received))
+    received = received.where(received.peer != rank)
 
     own_start, own_stop, own_slot = (x[mine] for x in (keys.start, keys.stop, keys.slot))
-    others = PeerRuns(*(x[~wanted] for x in needed))
-    run, piece = overlaps(others.start, others.stop, own_start, own_stop)
-    start = np.maximum(others.start[run], own_start[piece])
-    stop = np.minimum(others.stop[run], own_stop[piece])
-    shift = own_slot[piece] - own_start[piece]
-    sent = PeerRuns(others.peer[run], start + shift, stop + shift)
+    run, piece, start, stop = intersections(needed.start, needed.stop, own_start, own_stop)
+    shift = (own_slot - own_start)[piece]
+    sent = PeerRuns(needed.peer[run], start + shift, stop + shift)
+    sent = sent.where(sent.peer != rank)
     own = PeerRuns(np.full_like(own_start, rank), own_start, own_stop)
     return RequiredKeys(sent, received, own, own_slot)
 
@@ -93,37 +101,70 @@ def needed_by_rank(partition: Partition, intervals: KeyIntervals, seq_len: int) 
     is one run of keys.
     """
     parts = [_covered(partition, runs) for runs in intervals.rows]
-    rank, start, stop = (np.concatenate(x) for x in zip(*parts, strict=True))
+    rank, start, stop = (
+        parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+    )
     # Ranks one after another on one line, with a token between them.
     offset = rank * (seq_len + 1)
-    order = (start + offset).argsort()
-    offset, start, stop = offset[order], (start + offset)[order], (stop + offset)[order]
-    reached = np.maximum.accumulate(stop)
+    start, stop = start + offset, stop + offset
+    order = ascending_order(start)
+    if order is not None:
+        start, stop, rank = start[order], stop[order], rank[order]
+    np.maximum.accumulate(stop, out=stop)
     new = np.ones(len(start), dtype=bool)
-    new[1:] = start[1:] > reached[:-1]
+    np.greater(start[1:], stop[:-1], out=new[1:])
     first = new.nonzero()[0]
     last = stops_of(first, len(start)) - 1
-    offset = offset[first]
-    return PeerRuns(offset // (seq_len + 1), start[first] - offset, reached[last] - offset)
+    rank = rank[first]
+    offset = rank * (seq_len + 1)
+    return PeerRuns(rank, start[first] - offset, stop[last] - offset)
 
 
-def most_received(layout: SequenceLayout, intervals: KeyIntervals) -> int:
-    """The most keys that any rank requires of others; every rank finds the same number."""
+def _needed(layout: SequenceLayout, intervals: KeyIntervals) -> PeerRuns:
+    """`needed_by_rank`, remembered: a halo's room and its metadata are both worked out of it."""
+    partition, found = layout.partition, intervals.found
+    if partition not in found:
+        seq_len = intervals.layout_of_keys(layout).seq_len
+        found[partition] = needed_by_rank(partition, intervals, seq_len)
+    needed: PeerRuns = found[partition]
+    return needed
+
+
+def most_received(layout: SequenceLayout, intervals: KeyIntervals, *, limit: int) -> int:
+    """The most keys that any rank requires of others; every rank finds the same number.
+
+    Args:
+        limit: where it is more than this by far, so that shards alone tell, something less is
+            returned, but more than this.
+    """
     keys_layout = intervals.layout_of_keys(layout)
     keys, n = keys_layout.partition, layout.num_shards
-    needed = needed_by_rank(layout.partition, intervals, keys_layout.seq_len)
-    by_owner = np.lexsort((keys.start, keys.owner))
+    needed = _needed(layout, intervals)
+    # Its own are a shard at most.
+    at_least = int(needed.counts(n).max(initial=0)) - keys_layout.shard_len
+    if at_least > limit:
+        return at_least
+    by_owner = keys.by_owner
     own = KeyLine(keys.owner[by_owner], keys.start[by_owner], keys.stop[by_owner], n)
     mine = own.before(needed.peer, needed.stop) - own.before(needed.peer, needed.start)
     return int(np.bincount(needed.peer, needed.stop - needed.start - mine).max(initial=0))
 
 
 def _covered(partition: Partition, runs: IntervalRuns) -> tuple[Ints, Ints, Ints]:
-    """For each stretch of a rank's tokens that lies in one run: the rank, and the keys it sees."""
-    first_token = unique_ascending(np.concatenate((partition.start, runs.start)))
+    """For each stretch of a rank's tokens that lies in one run: the rank, and the keys it sees.
+
+    By rank, then from left to right.
+    """
+    first_token, piece, run = merged_cuts(partition.start, runs.start)
     last_token = stops_of(first_token, int(partition.stop[-1])) - 1
-    owner = partition.owner[partition.start.searchsorted(first_token, side="right") - 1]
-    start, _ = runs.at(first_token)
-    _, stop = runs.at(last_token)
-    seen = stop >= start
-    return owner[seen], start[seen], stop[seen] + 1
+    # An end of an interval is a number of its run, and the token where it moves.
+    first = (runs.first - runs.first_step * runs.start)[run] + runs.first_step[run] * first_token
+    last = (runs.last - runs.last_step * runs.start)[run] + runs.last_step[run] * last_token
+    owner = partition.owner[piece]
+    order = partition.by_owner if len(owner) == len(partition.owner) else order_of_small(owner)
+    count = np.bincount(owner)
+    owner, first, last = np.arange(len(count)).repeat(count), first[order], last[order]
+    seen = last >= first
+    if seen.all():
+        return owner, first, last + 1
+    return owner[seen], first[seen], last[seen] + 1
