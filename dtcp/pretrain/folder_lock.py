@@ -195,10 +195,13 @@ def _boot() -> str:
 
 
 def _counts(file: int, holder: Holder) -> bool:
-    """Whether the holder still counts; waits until it has, or was silent for too long."""
-    end = time.monotonic() + SILENCE
-    while time.monotonic() < end:
-        time.sleep(BEAT / 4)
+    """Whether the holder still counts; waits until it has, or was silent for too long.
+
+    By the number of looks: where this process stands still for a while, so may the holder.
+    """
+    pause = BEAT / 4
+    for _ in range(round(SILENCE / pause)):
+        time.sleep(pause)
         now = _read(file)
         if now is None:
             return False

@@ -13,10 +13,11 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
-from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
+from torch.distributed import DistBackendError, DistNetworkError, DistStoreError, Store
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dtcp.pretrain.attempt import (
@@ -42,33 +43,61 @@ OF_GLOO = ("gloo/", "closed by peer", "reset by peer", "Timed out waiting", "pai
 A_FAILURE = "a failure"
 """Said by the first rank that reports an error of its own."""
 
+TELLING = 10.0
+"""Seconds that a rank waits for another one to say what both know."""
 
-def first_to_say(text: str) -> bool:
-    """Whether this rank is the first of its attempt to report this text. Alone, it always is.
+
+@contextlib.contextmanager
+def said_once(text: str) -> Iterator[bool]:
+    """Inside, whether this rank is the first of its attempt to report a text. Alone, it always is.
+
+    No other rank leaves before the first one has left: the launcher kills all when one ends, which
+    would cut the report short. One that was killed over it is not waited for long.
+    """
+    is_first, store = _claim(text)
+    try:
+        yield is_first
+    finally:
+        told = f"told/{_digest(text)}"
+        with contextlib.suppress(*GONE):
+            if store is not None and is_first:
+                store.set(told, "")
+            elif store is not None:
+                store.wait([told], timedelta(seconds=TELLING))
+
+
+def _claim(text: str) -> tuple[bool, Store | None]:
+    """Whether no rank has claimed a text before, and the store that knows, if one does.
 
     Ranks meet in the launcher's store, which stands before a process group does and after it
     broke; if that is gone, ranks of one machine meet in its folder of temporary files.
     """
     if not has_agent_store():
-        return os.environ.get("RANK", "0") == "0"
-    digest = hashlib.sha256(text.encode()).hexdigest()
+        return os.environ.get("RANK", "0") == "0", None
     try:
-        return attempt_store().add(f"said/{digest}", 1) == 1
+        store = attempt_store()
+        return store.add(f"said/{_digest(text)}", 1) == 1, store
     except GONE:
-        name = f"dtcp-{os.environ.get('TORCHELASTIC_RUN_ID')}-{attempt_name()}-{digest}"
-        path = Path(tempfile.gettempdir(), hashlib.sha256(name.encode()).hexdigest())
+        name = f"dtcp-{os.environ.get('TORCHELASTIC_RUN_ID')}-{attempt_name()}-{_digest(text)}"
+        path = Path(tempfile.gettempdir(), _digest(name))
         with contextlib.suppress(OSError):
             try:
                 path.open("x").close()
             except FileExistsError:
-                return False
-        return True
+                return False, None
+        return True, None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def was_said(text: str) -> bool:
-    """Whether some rank of this attempt has reported this text."""
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return has_agent_store() and attempt_store().add(f"said/{digest}", 0) > 0
+    """Whether some rank of this attempt has reported this text; one that is about to is let."""
+    if not has_agent_store() or not attempt_store().add(f"said/{_digest(text)}", 0):
+        return False
+    with said_once(text):  # as one of those that are not the first
+        return True
 
 
 @dataclass
@@ -116,15 +145,20 @@ def say_failure(error: BaseException, folder: Path | None, attempt: Attempt | No
         _say_loss(error, attempt, where)
         return
     text = str(error).strip() or type(error).__name__
-    if not first_to_say(text):
-        return
-    if not first_to_say(A_FAILURE):
-        line = text.splitlines()[0][:200]
-        print(f"rank {os.environ.get('RANK')} then failed too: {line}", file=sys.stderr)
-    elif isinstance(error, EXPLAINED):
-        print(f"error: {text}{where}", file=sys.stderr, flush=True)
-    else:
-        traceback.print_exception(error)
+    with said_once(text) as is_first:
+        if is_first:
+            _say_own(error, text, where)
+
+
+def _say_own(error: BaseException, text: str, where: str) -> None:
+    with said_once(A_FAILURE) as is_first:
+        if not is_first:
+            line = text.splitlines()[0][:200]
+            print(f"rank {os.environ.get('RANK')} then failed too: {line}", file=sys.stderr)
+        elif isinstance(error, EXPLAINED):
+            print(f"error: {text}{where}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(error)
 
 
 def _say_loss(error: BaseException, attempt: Attempt, where: str) -> None:
@@ -149,8 +183,9 @@ def _say_loss(error: BaseException, attempt: Attempt, where: str) -> None:
             else f"error: ranks lost each other, and all are alive ({cause}): look at the network, "
             f"or raise --comm.train_timeout_seconds."
         )
-    if first_to_say("a loss"):
-        print(f"{text}{where}", file=sys.stderr, flush=True)
+    with said_once("a loss") as is_first:
+        if is_first:
+            print(f"{text}{where}", file=sys.stderr, flush=True)
 
 
 def is_of_peers(error: BaseException) -> bool:
@@ -176,6 +211,8 @@ def usage_errors_once() -> Iterator[None]:
         with contextlib.redirect_stderr(said):
             yield
     except SystemExit:
-        if said.getvalue() and first_to_say(said.getvalue()):
-            print(said.getvalue(), file=sys.stderr, end="", flush=True)
+        if said.getvalue():
+            with said_once(said.getvalue()) as is_first:
+                if is_first:
+                    print(said.getvalue(), file=sys.stderr, end="", flush=True)
         raise

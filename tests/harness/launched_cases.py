@@ -1,42 +1,77 @@
 """Launches of a few ranks that do next to nothing, one after another, for test_survive_processes.
 
-    python -m tests.harness.launched_cases BEAT FOLDER CASE ...
+    python -m tests.harness.launched_cases FOLDER CASE ...
 
-Prints "case NAME", what the ranks say, and "exit CODE" for each.
+Prints "case NAME", what the ranks say, and "exit CODE" for each. None of it depends on how fast a
+rank is: where one waits for seconds to pass, in the library, it waits here for what others do.
 """
 
+import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import distributed as dist
 
+from dtcp._torch.distributed import SET_PROCESS_GROUP_TIMEOUT
 from dtcp.pretrain import attempt
 from dtcp.pretrain import launch as launcher
+from dtcp.pretrain import report as reports
 from dtcp.pretrain.report import FailureReport
 from dtcp.pretrain.stop import StopRequest
 
 RANKS = 3
-FOREVER = 600
+FOREVER = 600.0
 """Seconds after which a case has failed."""
 
 
 def folder() -> Path:
-    return Path(sys.argv[2])
+    return Path(sys.argv[1])
 
 
-def meet(*, timeout: float = 60.0) -> FailureReport:
-    """Be a rank of a group; returns what reports its failures."""
+def meet() -> FailureReport:
+    """Be a rank of a group; returns what reports its failures.
+
+    Who only lost a peer is killed while it waits for signs of life, however slow the launcher is.
+    """
+    attempt.BEAT = FOREVER
+    return meet_with_beats()
+
+
+def meet_with_beats() -> FailureReport:
     report = FailureReport(folder())
-    report.attempt = attempt.Attempt(seconds=60.0)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    report.attempt = attempt.Attempt(seconds=FOREVER)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=FOREVER))
     dist.all_reduce(torch.ones(1))
     return report
+
+
+def meet_to_lose_each_other(*beating: int) -> FailureReport:
+    """Be a rank of a group that waits a second for others, and knows who is alive.
+
+    Args:
+        beating: ranks that live: who looks for signs of life waits until these gave two.
+    """
+    attempt.BEAT = 0.1
+    report = meet_with_beats()
+    assert report.attempt is not None
+    attempt.time = SimpleNamespace(sleep=lambda seconds: wait_for_beats(report.attempt, beating))
+    SET_PROCESS_GROUP_TIMEOUT(timedelta(seconds=1))
+    return report
+
+
+def wait_for_beats(met: attempt.Attempt, ranks: Sequence[int]) -> None:
+    store = attempt.attempt_store()
+    before = met._beats(store)
+    while any(met._beats(store)[rank] < before[rank] + 2 for rank in ranks):
+        time.sleep(0.01)
 
 
 def listening() -> int:
@@ -71,7 +106,6 @@ def sockets_of_the_family() -> Iterator[str]:
 def restarted() -> int:
     """Rank 1 is killed in the first attempt, with everybody in the group."""
     first = not (folder() / "restarted").exists()
-    # Who only lost a peer waits for signs of life before it fails, and is killed meanwhile.
     with meet():
         if launcher.rank() == 1 and first:
             (folder() / "restarted").touch()
@@ -91,9 +125,16 @@ def two_causes() -> int:
 
 
 def refused() -> int:
+    """All have the same to say, and who says it takes its time."""
+
+    def slowly(line: str, **options: Any) -> None:
+        time.sleep(0.5)
+        print(line, **options)
+
+    reports.print = slowly
     refusal = "a folder has one run, got two" if launcher.rank() == 0 else ""
     with FailureReport(folder()):
-        attempt.Attempt(seconds=60.0, refusal=refusal)
+        attempt.Attempt(seconds=FOREVER, refusal=refusal)
     return 0
 
 
@@ -109,15 +150,28 @@ def refused_at_the_start() -> int:
 
 
 def absent() -> int:
+    """Rank 1 does not come, and the time of rank 0 is over when rank 2 has come."""
     if launcher.rank() == 1:
         time.sleep(FOREVER)
+    if launcher.rank() == 0:
+        attempt.time = SimpleNamespace(
+            sleep=time.sleep, monotonic=lambda: 2 * FOREVER * has_come(2)
+        )
     with FailureReport(folder()):
-        attempt.Attempt(seconds=1.0)
+        attempt.Attempt(seconds=FOREVER)
     return 0
 
 
+def has_come(rank: int) -> bool:
+    """Whether a rank has found itself among those that rank 0 saw."""
+    host, port = attempt.agent_address()
+    store = dist.PrefixStore("dtcp/meeting", dist.TCPStore(host, port, is_master=False))
+    room = json.loads(store.get("room")) if store.check(["room"]) else {"name": ""}
+    return store.check([f"ack/{room['name']}/{rank}"])
+
+
 def frozen() -> int:
-    with meet(timeout=2.0):
+    with meet_to_lose_each_other(0, 2):
         if launcher.rank() == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         dist.all_reduce(torch.ones(1))
@@ -126,7 +180,7 @@ def frozen() -> int:
 
 def alive() -> int:
     """Rank 1 lives, and does not come to the collective."""
-    with meet(timeout=1.0):
+    with meet_to_lose_each_other(0, 1, 2):
         if launcher.rank() == 1:
             time.sleep(FOREVER)
         dist.all_reduce(torch.ones(1))
@@ -137,7 +191,7 @@ def stopped_early() -> int:
     """All are to stop when rank 0 alone listens."""
     with meet():
         if launcher.rank() == 0:
-            stop = StopRequest(timedelta(seconds=60))
+            stop = StopRequest(timedelta(seconds=FOREVER))
             dist.barrier()
             os.kill(os.getppid(), signal.SIGTERM)
             with stop.asked_of_all():
@@ -174,8 +228,7 @@ CASES = {
 
 
 def main() -> None:
-    attempt.BEAT = float(sys.argv[1])
-    for name in sys.argv[3:]:
+    for name in sys.argv[2:]:
         work, policy = CASES[name]
         print("case", name, flush=True)
         print("exit", launcher.launch(launcher.Ranks(RANKS, "cpu"), work, (), policy), flush=True)
