@@ -1,7 +1,9 @@
 """The campaign for a GPU, as far as a machine without one goes."""
 
+import itertools
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +11,12 @@ import torch
 from benchmarks.gpu import kernels, other_kernels, overlap, ranks, report, shared, supervise
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.problems import Case, Heads
-from benchmarks.gpu.run import forget_wrong, read_lines, run_stage, summary
+from benchmarks.gpu.run import forget_wrong, read_lines, run_stage, running_case, summary
 from benchmarks.gpu.stages import STAGES, Stage
 from benchmarks.gpu.wheels import PART, describe_transfer, pack, unpack
 from dtcp.kernels.softmax import api
 from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.default import default_attention
-from tests.harness.patience import slowness
 from tests.harness.stand_in_kernels import StandInKernels
 
 
@@ -168,8 +169,14 @@ for case in ("a", "crashes", "hangs", "b"):
 def test_a_case_of_the_campaign_that_crashes_or_hangs_costs_the_others_nothing(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(supervise, "CASE_SECONDS", slowness())
-    monkeypatch.setattr(supervise, "START_SECONDS", 600.0)
+    ticks = itertools.count()
+
+    def monotonic():
+        """A clock that stands still until a case hangs, and is a minute further at each look."""
+        hangs = running_case(tmp_path, "speed") == "hangs"
+        return 60.0 * next(ticks) if hangs else 0.0
+
+    monkeypatch.setattr(supervise, "time", SimpleNamespace(monotonic=monotonic))
     script = tmp_path / "stage.py"
     script.write_text(STAND_IN)
     wrong = supervise.supervise("speed", 1200.0, tmp_path, command=[sys.executable, str(script)])

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -24,3 +25,16 @@ class Patience:
         self.spent += (now - self._last) / slowness()
         self._last = now
         return max(0.0, self.seconds - self.spent)
+
+
+def patience_after(has_begun: Callable[[], bool]) -> type[Patience]:
+    """For tests of a limit: no second of it passes before what is to hang has begun."""
+
+    class After(Patience):
+        def left(self) -> float:
+            if not has_begun():
+                self._last = time.monotonic()
+                return self.seconds
+            return super().left()
+
+    return After

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.harness import patience
-from tests.harness.patience import Patience
+from tests.harness import patience, run_script
+from tests.harness.patience import Patience, patience_after
 from tests.harness.run_script import run_forked, run_python
 
 REDUCES = """
@@ -66,12 +66,25 @@ def test_a_script_ends_forked_as_it_does_in_a_process_of_its_own(script, text, c
     assert forked.errors == fresh.errors
 
 
-def test_a_script_that_hangs_is_found_by_the_clock(script):
-    path = script("import time; print('here', flush=True); time.sleep(1000)")
+HANGS = """
+import sys, time
+
+print("here", flush=True)
+open(sys.argv[1], "w").close()
+time.sleep(1000)
+"""
+
+
+def run_fresh(path, *arguments, ranks, seconds):
+    return run_python(str(path), *arguments, seconds=seconds)
+
+
+@pytest.mark.parametrize("run", [run_forked, run_fresh])
+def test_a_script_that_hangs_is_found_by_the_clock(run, script, tmp_path, monkeypatch):
+    path, asleep = script(HANGS), tmp_path / "asleep"
+    monkeypatch.setattr(run_script, "Patience", patience_after(asleep.exists))
     with pytest.raises(TimeoutError, match=r"still ran after 0\.5 s:\nhere"):
-        run_forked(path, ranks=0, seconds=0.5)
-    with pytest.raises(TimeoutError, match=r"still ran after 2 s:\nhere"):
-        run_python(str(path), seconds=2)
+        run(path, str(asleep), ranks=0, seconds=0.5)
 
 
 def test_seconds_pass_more_slowly_where_more_processes_want_the_cores(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from torch import distributed as dist
 
 from tests.harness import spmd as pool
+from tests.harness.patience import patience_after
 from tests.harness.spmd import RankError, run_ranks, spmd
 
 
@@ -60,8 +61,9 @@ def die_on_rank_1(mesh):
     dist.all_reduce(torch.ones(()))
 
 
-def sleep_on_rank_1(mesh):
+def sleep_on_rank_1(mesh, asleep):
     if mesh.get_local_rank() == 1:
+        asleep.touch()
         time.sleep(1000)
 
 
@@ -91,15 +93,20 @@ def test_values_come_back_in_rank_order():
         (return_a_lambda, "rank 0, 1 of 2 raised(.|\n)*pickle"),
     ],
 )
-def test_failure_on_a_rank_is_reported_and_the_pool_goes_on(fn, match):
+def test_failure_on_a_rank_is_reported_and_the_pool_goes_on(fn, match, monkeypatch):
+    if fn is not raise_on_rank_1:  # after which the other rank waits for ever
+        monkeypatch.setattr(pool, "GRACE", 600.0)
     with pytest.raises(RankError, match=match):
         run_ranks(fn, 2)
     assert run_ranks(rank_plus, 2, 0) == [0, 1]
 
 
-def test_rank_that_hangs_is_found_by_the_clock():
+def test_rank_that_hangs_is_found_by_the_clock(tmp_path, monkeypatch):
+    asleep = tmp_path / "asleep"
+    monkeypatch.setattr(pool, "Patience", patience_after(asleep.exists))
+    monkeypatch.setattr(pool, "GRACE", 600.0)  # that it has to say where
     with pytest.raises(RankError, match=r"rank 1 of 2 was still running after 1 s(.|\n)*sleep_on"):
-        run_ranks(sleep_on_rank_1, 2, timeout=1)
+        run_ranks(sleep_on_rank_1, 2, asleep, timeout=1)
 
 
 def test_rank_that_died_between_tests_is_replaced():

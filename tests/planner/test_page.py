@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -15,7 +14,7 @@ from dtcp.planner.page import write_page
 from dtcp.planner.search import Planner, Workload
 from dtcp.planner.subject import FamilyModel
 from dtcp.sequence.documents import Documents
-from tests.harness.patience import slowness
+from tests.harness.run_script import run_process
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 VOID = ("meta", "br")
@@ -98,8 +97,8 @@ def test_the_plans_page_has_all_letters_inside_its_pictures(page):
         return
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,800")
     command = (browser, *options, "--dump-dom", measured.as_uri())
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60 * slowness())
-    found = json.loads(re.search("<title>(.*?)</title>", ended.stdout)[1])
+    ended = run_process(*command, seconds=60)
+    found = json.loads(re.search("<title>(.*?)</title>", ended.printed)[1])
     assert found["wide"] <= 1000 and len(found["pictures"]) == 6
     for picture in found["pictures"]:
         assert picture["width"] > 400 and picture["height"] > 100 and picture["outside"] == []

@@ -59,10 +59,17 @@ def test_an_error_is_raised_where_its_item_would_have_come():
     assert list(items) == []
 
 
+def with_thread(items):
+    """Items made ahead, and the thread that makes them: earlier tests may have left others."""
+    before = threading.enumerate()
+    prefetcher = Prefetcher(items)
+    (thread,) = (x for x in threading.enumerate() if x.name == "prefetch" and x not in before)
+    return prefetcher, thread
+
+
 def test_the_thread_ends_with_its_iterator():
-    items = Prefetcher(iter(int, 1))
+    items, thread = with_thread(iter(int, 1))
     next(items)
-    thread = next(x for x in threading.enumerate() if x.name == "prefetch")
     del items
     thread.join()
 
@@ -74,18 +81,18 @@ def test_the_end_of_the_process_waits_for_the_item_in_hand_but_not_for_ever():
     def slow():
         for number in range(3):
             asked.put(number)
-            go_on.wait(5 if number else 0)
+            if number:
+                go_on.wait()
             yield number
 
-    items = Prefetcher(slow())
+    items, thread = with_thread(slow())
     next(items)
     assert [asked.get(), asked.get()] == [0, 1]  # the thread is in the midst of item 1
-    thread = weakref.ref(next(x for x in threading.enumerate() if x.name == "prefetch"))
-    end(thread, items._requests, seconds=0)
-    assert thread().is_alive()
+    end(weakref.ref(thread), items._requests, seconds=0)
+    assert thread.is_alive()
     go_on.set()
-    end(thread, items._requests)
-    assert thread() is None or not thread().is_alive()
+    end(weakref.ref(thread), items._requests, seconds=600)
+    assert not thread.is_alive()
     assert asked.empty()
     end(lambda: None, items._requests)
 

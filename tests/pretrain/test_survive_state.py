@@ -228,6 +228,7 @@ def test_survive_E8_a_save_in_the_background_is_said_when_it_is_on_disk(mesh):
             run.train(2)
             first = out.getvalue()
             visible = (run.root / "step-2").exists()
+            dist.barrier()  # until all ranks have looked
             may_finish.set()
             run.checkpoints.maybe_wait_for_saving()
             dist.barrier()
