@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,6 +30,16 @@ def set_dtensor_rule(op: CustomOpDef | OpOverload, rule: Callable[..., Any]) -> 
 def local_tensor(x: DTensor) -> Tensor:
     """The shard itself, inside a rule: to_local() would record an autograd node (2.11-2.15)."""
     return x._local_tensor
+
+
+def wait_for_shard(x: Tensor) -> None:
+    """Wait for the collective that the shard of a DTensor is still the result of, if it is.
+
+    A graph that was compiled for a shard on its way is taken for one that has arrived, too, and
+    breaks on it (2.13, pytorch #187073).
+    """
+    if isinstance(x, DTensor) and isinstance(x._local_tensor, AsyncCollectiveTensor):
+        x._local_tensor = x._local_tensor.trigger_wait()
 
 
 def process_group(name: str) -> dist.ProcessGroup:

@@ -12,7 +12,7 @@ from dtcp.torchtitan.attention import add_mixers
 from dtcp.torchtitan.latents import exchange_latents_of
 from dtcp.torchtitan.section import Section
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -38,6 +38,7 @@ from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.models.common.decoder import Decoder
 
+from dtcp._torch.distributed import wait_for_shard
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.ops import selective_checkpoint_save_ops
 from dtcp.mixer_plan import apply_plan, on_nodes
@@ -206,6 +207,9 @@ def parallelize_decoder(
         _activation_checkpointing(ac_config, dump_folder).apply(model)
     if compile_config.enable and "model" in compile_config.components:
         apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
+        if model.tok_embeddings is not None:
+            # What enters the first block is computed outside of the graphs.
+            model.tok_embeddings.register_forward_hook(_wait_for_output)
     names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
     apply_fsdp_to_decoder(
         model,
@@ -223,6 +227,10 @@ def parallelize_decoder(
             # A divide factor of 1 becomes PREMUL_SUM, which gloo does not have. A sum is the same.
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _wait_for_output(module: nn.Module, args: Any, output: Tensor) -> None:
+    wait_for_shard(output)
 
 
 def _activation_checkpointing(
