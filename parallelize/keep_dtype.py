@@ -7,7 +7,6 @@ same hooks and at the same time, so outside of every graph, in its own dtype, an
 """
 
 from collections.abc import Collection, Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -50,8 +49,8 @@ def gather_in_own_dtype(unit: FSDPModule, parameters: Collection[nn.Parameter]) 
     where it sent one.
     """
     kept_ids = {id(parameter) for parameter in parameters}
-    groups = _groups(unit) if kept_ids else []
-    for group in list(groups):
+    groups = fsdp_param_groups(unit) if kept_ids else ()
+    for group in tuple(groups):
         kept = [p for p in group.fsdp_params if id(p.sharded_param) in kept_ids]
         rest = [p for p in group.fsdp_params if id(p.sharded_param) not in kept_ids]
         param_dtype = group.mp_policy.param_dtype
@@ -60,26 +59,15 @@ def gather_in_own_dtype(unit: FSDPModule, parameters: Collection[nn.Parameter]) 
             continue
         own_group = group
         if rest:
+            if isinstance(groups, tuple):
+                raise NotImplementedError(
+                    f"Parameters that keep their dtype are gathered in a group of their own, and "
+                    f"units of this torch have one group only, got torch {torch.__version__} and "
+                    f"param_dtype={param_dtype}: use torch 2.13, or no param_dtype."
+                )
             group.fsdp_params = rest
             own_group = empty_param_group_like(group)
             # In front: a neighbour with one group prefetches only the last of ours (torch 2.13),
             # which then is the large one.
             groups.insert(0, own_group)
         own_group.fsdp_params, own_group.mp_policy = kept, OWN_DTYPE
-
-
-def _groups(unit: FSDPModule) -> list[Any]:
-    """The groups of parameters that a unit communicates.
-
-    torch 2.13 has them as a list, for experts on a mesh of their own; it has no public way to
-    them, nor to a dtype for each. All that follows from a group's dtypes is worked out at the
-    first step.
-    """
-    groups = fsdp_param_groups(unit)
-    if groups is None:
-        raise NotImplementedError(
-            f"Parameters that keep their dtype are gathered in a group of their own, and units of "
-            f"this torch have one group only, got torch {torch.__version__}: use torch 2.13, or "
-            f"no param_dtype."
-        )
-    return groups

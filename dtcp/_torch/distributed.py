@@ -80,12 +80,15 @@ def arrived(flying: Tensor) -> Tensor:
     return cast(Tensor, torch.ops._c10d_functional.wait_tensor(flying))
 
 
-def fsdp_param_groups(unit: FSDPModule) -> list[Any] | None:
-    """The groups of parameters that a unit communicates; None where it has but one (before 2.13).
+def fsdp_param_groups(unit: FSDPModule) -> list[Any] | tuple[Any, ...]:
+    """The groups of parameters that a unit communicates; before 2.13 a tuple, of at most one.
 
     A list, for experts on a mesh of their own. There is no public way to a group's dtype.
     """
-    return cast(list[Any] | None, getattr(unit._get_fsdp_state(), "_fsdp_param_groups", None))
+    state: Any = unit._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return cast(list[Any], state._fsdp_param_groups)
+    return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
 
 
 def has_param_meshes() -> bool:
