@@ -3,20 +3,33 @@
 import itertools
 import json
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.gpu import kernels, other_kernels, overlap, ranks, report, shared, supervise
+from benchmarks.gpu import kernels, other_kernels, overlap, ranks, report, shared, speed, supervise
 from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.candidates import candidates
+from benchmarks.gpu.keep import LINES, keep, resume
 from benchmarks.gpu.problems import Case, Heads
-from benchmarks.gpu.run import forget_wrong, read_lines, run_stage, running_case, summary
+from benchmarks.gpu.processes import error_in, run_watched
+from benchmarks.gpu.run import (
+    forget_wrong,
+    read_lines,
+    run_stage,
+    running_case,
+    summary,
+    verdict,
+)
 from benchmarks.gpu.stages import STAGES, Stage
-from benchmarks.gpu.wheels import PART, describe_transfer, pack, unpack
+from benchmarks.gpu.wheels import PART, add_packages, describe_transfer, pack, unpack
 from dtcp.kernels.softmax import api
 from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.default import default_attention
+from tests.harness.patience import Patience
 from tests.harness.stand_in_kernels import StandInKernels
 
 
@@ -65,6 +78,7 @@ def test_the_campaign_goes_on_where_it_was_stopped(tmp_path):
     assert all(line["torch"] == torch.__version__ and "card" in line for line in lines)
     assert run_stage(stage, tmp_path, again=True, device="cpu") == 2
     assert "| a 8192" in summary(tmp_path)
+    assert verdict(tmp_path) == "speed: 4 lines, 2 wrong: wrong; fails"
 
 
 def test_a_stage_of_the_campaign_ends_with_its_time(tmp_path, capsys):
@@ -129,12 +143,18 @@ def test_packages_for_a_gpu_are_cut_into_transfers(tmp_path):
     (packages / "library.so").write_bytes(bytes(noise.tolist()))
     pack(packages, tmp_path / "transfer", part=1500)
     parts = sorted((tmp_path / "transfer").iterdir())
-    assert len(parts) >= 3 and all(path.stat().st_size <= 1500 for path in parts)
+    sizes = [path.stat().st_size for path in parts]
+    assert len(parts) >= 3 and max(sizes) <= 1500 and max(sizes) - min(sizes) <= len(parts)
     unpack(tmp_path / "transfer", back)
     for path in packages.iterdir():
         assert (back / path.name).read_bytes() == path.read_bytes()
-    assert "packages.tar.xz.0" in describe_transfer(tmp_path / "transfer")
-    assert PART <= 64 * 2**20
+    assert "packages.tar.xz.1of" in describe_transfer(tmp_path / "transfer")
+    parts[-1].unlink()
+    elsewhere = tmp_path / "elsewhere"
+    said = add_packages(tmp_path / "transfer", elsewhere)
+    assert "of more are there" in said and not elsewhere.exists()
+    # With room for the project, 6 MiB in 2026, in a transfer of 64.
+    assert PART <= 50 * 2**20
 
 
 def test_results_of_the_campaign_are_lines_of_json(tmp_path):
@@ -149,7 +169,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 
 folder = Path(sys.argv[4])
-path, running = folder / "speed.jsonl", folder / "speed.running"
+path, running = folder / "speed.jsonl", folder / "speed.0.running"
 done = [json.loads(line)["case"] for line in path.read_text().splitlines()] if path.exists() else []
 for case in ("a", "crashes", "hangs", "b"):
     if case in done:
@@ -173,7 +193,7 @@ def test_a_case_of_the_campaign_that_crashes_or_hangs_costs_the_others_nothing(
 
     def monotonic():
         """A clock that stands still until a case hangs, and is a minute further at each look."""
-        hangs = running_case(tmp_path, "speed") == "hangs"
+        hangs = running_case(tmp_path, "speed", 0) == "hangs"
         return 60.0 * next(ticks) if hangs else 0.0
 
     monkeypatch.setattr(supervise, "time", SimpleNamespace(monotonic=monotonic))
@@ -183,9 +203,107 @@ def test_a_case_of_the_campaign_that_crashes_or_hangs_costs_the_others_nothing(
     lines = {line["case"]: line.get("failed", "") for line in read_lines(tmp_path / "speed.jsonl")}
     assert wrong == 2 and list(lines) == ["a", "crashes", "hangs", "b"]
     assert "status -9" in lines["crashes"] and "took longer" in lines["hangs"]
-    assert not (tmp_path / "speed.running").exists()
+    assert not list(tmp_path.glob("*.running"))
     forget_wrong(tmp_path, ["speed"])
     assert [line["case"] for line in read_lines(tmp_path / "speed.jsonl")] == ["a", "b"]
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from benchmarks.gpu.problems import Case
+from benchmarks.gpu.run import run_stage
+from benchmarks.gpu.stages import Stage
+
+folder, worker = Path(sys.argv[4]), int(sys.argv[6])
+together = [folder / "0.here", folder / "1.here"]
+together[worker].touch()
+while not all(path.exists() for path in together):
+    time.sleep(0.01)
+
+def measure():
+    time.sleep(0.2)
+    return {"worker": worker}
+
+cases = [Case(str(index), measure) for index in range(6)]
+run_stage(Stage("speed", "How?", 60.0, lambda device: cases), folder, again=False, device="cpu",
+          seconds=60.0, worker=worker)
+"""
+
+
+def test_processes_of_the_campaign_share_the_cases_of_a_stage(tmp_path, monkeypatch):
+    """Each case is measured once, and both measure some."""
+    monkeypatch.setattr(supervise, "START_SECONDS", 600.0)
+    command = [sys.executable, "-c", WORKER]
+    assert supervise.supervise("speed", 600.0, tmp_path, workers=2, command=command) == 0
+    lines = read_lines(tmp_path / "speed.jsonl")
+    assert sorted(line["case"] for line in lines) == list("012345")
+    assert {line["worker"] for line in lines} == {0, 1}
+    assert not list(tmp_path.glob("*.taken"))
+
+
+def has_ended(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_a_command_of_the_campaign_is_killed_with_all_that_it_started(tmp_path):
+    """Also what has made a session of its own, as torchrun's ranks do."""
+    said = tmp_path / "pid"
+    inner = f"import os, time; open({str(said)!r}, 'w').write(str(os.getpid())); time.sleep(3600)"
+    outer = (
+        "import subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {inner!r}], start_new_session=True)\n"
+        "time.sleep(3600)\n"
+    )
+    watch = lambda: "it is there" if said.exists() and said.read_text() else ""  # noqa: E731
+    ended = run_watched([sys.executable, "-c", outer], watch=watch)
+    assert ended.status is None and ended.killed_for == "it is there"
+    patience = Patience(10.0)
+    while not has_ended(int(said.read_text())):
+        assert patience.left()
+        time.sleep(0.05)
+
+
+def test_the_campaign_names_the_error_of_ranks_that_failed():
+    output = (
+        "W1129 torch/distributed/run.py: warning\n"
+        "[rank0]: Traceback (most recent call last):\n"
+        "[rank0]:   File 'x.py', line 1, in main\n"
+        "[rank0]: NotImplementedError: units of this torch have one group only\n"
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+        "====\n"
+    )
+    assert "one group only" in error_in(output)
+    assert error_in("a\nb\nc\nd") == "b | c | d"
+
+
+def test_the_campaign_goes_on_on_another_machine_from_what_was_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stage, ran = counting(["a 8192", "fails", "b 8192"])
+    first, _ = counting(["a 8192"])
+    run_stage(first, tmp_path / "lines", again=False, device="cpu")
+    keep(tmp_path / "lines", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [LINES]
+    resume(tmp_path / "out" / LINES, tmp_path / "other")
+    resume(tmp_path / "out" / LINES, tmp_path / "other")
+    run_stage(stage, tmp_path / "other", again=False, device="cpu")
+    assert ran == {"a 8192": 0, "fails": 1, "b 8192": 1}
+    assert len(read_lines(tmp_path / "other" / "speed.jsonl")) == 3
+    with pytest.raises(ValueError, match="name it, or leave --resume out"):
+        resume(tmp_path / "nowhere", tmp_path / "other")
+
+
+def test_a_share_of_the_candidates_is_every_nth_of_them(monkeypatch):
+    autotuner = pytest.importorskip("triton.runtime.autotuner")
+    tuner = SimpleNamespace(cache={"a": 1})
+    monkeypatch.setattr(autotuner.Autotuner, "prune_configs", lambda self, kwargs: list("abcde"))
+    for part, parts, share in ((0, 2, "ace"), (1, 2, "bd"), (7, 1000, "c")):
+        with candidates(part, parts):
+            assert autotuner.Autotuner.prune_configs(tuner, {}) == list(share)
+    assert autotuner.Autotuner.prune_configs(tuner, {}) == list("abcde") and tuner.cache == {}
 
 
 def test_a_stage_of_the_campaign_that_cannot_start_is_passed_over(tmp_path, capsys):
@@ -199,6 +317,12 @@ def test_the_campaign_holds_kernels_of_other_mixers_to_the_reference():
     for case in other_kernels.cases("cpu", length=96):
         result = case.run()
         assert result["right"] and result["kernel"], (case.name, result)
+
+
+def test_the_campaign_calls_flex_attention_up_to_where_a_gpu_is_needed(monkeypatch):
+    monkeypatch.setattr(speed, "HEADS", Heads(2, 1, 16))
+    with pytest.raises(NotImplementedError, match="backward on CPU"):
+        speed._flex(128, "cpu", 64)()
 
 
 @pytest.mark.slow

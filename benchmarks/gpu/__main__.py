@@ -3,6 +3,7 @@
     python -m benchmarks.gpu                            # or: make gpu
     python -m benchmarks.gpu --stages speed --again
     python -m benchmarks.gpu --retry                    # what was wrong or failed, once more
+    python -m benchmarks.gpu --out FOLDER               # and a copy of what there is, at any time
     python -m benchmarks.gpu --report                   # results -> a page and plots
     python -m benchmarks.gpu --prepare                  # wheels for a machine without a network
 
@@ -12,17 +13,25 @@ what it would run and what is prepared.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.gpu.keep import LINES, keep, resume
 from benchmarks.gpu.report import write_report
-from benchmarks.gpu.run import forget_wrong, run_stage, summary
+from benchmarks.gpu.run import forget_wrong, run_stage, summary, verdict
 from benchmarks.gpu.stages import STAGES, Stage
 from benchmarks.gpu.supervise import supervise
-from benchmarks.gpu.wheels import TRANSFER, add_packages, describe_transfer, prepare
+from benchmarks.gpu.wheels import (
+    TRANSFER,
+    add_packages,
+    compile_caches,
+    describe_transfer,
+    prepare,
+)
 
 RESULTS = Path("build/gpu/results")
 
@@ -40,7 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     if args.child:
         add_packages()
         (stage,) = (stage for stage in STAGES if stage.name == args.child)
-        run_stage(stage, args.results, again=False, seconds=args.seconds)
+        limits = {"seconds": args.seconds, "worker": args.worker}
+        run_stage(stage, args.results, again=False, **limits)
         return 0
     if not torch.cuda.is_available():
         print(_plan(stages))
@@ -50,10 +60,20 @@ def main(arguments: Sequence[str]) -> int:
     if args.again:
         for name in names:
             (args.results / f"{name}.jsonl").unlink(missing_ok=True)
+    if args.resume:
+        resume(args.resume, args.results)
     if args.retry:
         forget_wrong(args.results, names)
-    wrong = sum(supervise(stage.name, stage.seconds, args.results) for stage in stages)
+    os.environ.update(compile_caches())
+    wrong = 0
+    for stage in stages:
+        wrong += supervise(stage.name, stage.seconds, args.results, workers=stage.workers)
+        if args.out:
+            keep(args.results, args.out)
     print(summary(args.results))
+    if args.out:
+        print(write_report(args.results, args.out))
+    print(verdict(args.results))
     return 1 if wrong else 0
 
 
@@ -75,10 +95,17 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure what was measured already")
     parser.add_argument("--retry", action="store_true", help="measure again what was wrong")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON lines")
+    parser.add_argument(
+        "--out", type=Path, help="folder for a copy of the results, kept up after every stage"
+    )
+    parser.add_argument(
+        "--resume", type=Path, help=f"lines of an earlier run to go on from: a {LINES} of --out"
+    )
     parser.add_argument("--report", action="store_true", help="turn results into a page and plots")
     parser.add_argument("--prepare", action="store_true", help="fetch and pack wheels")
     parser.add_argument("--child", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

@@ -5,11 +5,13 @@ without kernels of its own runs on torch's matmuls here, and its line says so.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.candidates import candidates
 from benchmarks.gpu.problems import Case, lognormal_documents
 from benchmarks.gpu.timing import seconds_of
 from dtcp.kernels.delta_rule.api import DeltaInputs, delta_kernel
@@ -25,10 +27,12 @@ from dtcp.sparse.metadata import Compression, sparse_metadata
 
 BOUND, STATE_BOUND = 2.0**-6, 2.0**-5
 """Of bf16, as norms relative to the truth's; states are carried over many tokens."""
+PARTS = 6
+"""Cases that share what fla's autotuner tries: some 80 kernels, of 2 s each to compile."""
 
 
 def cases(device: str, length: int = 2048) -> list[Case]:
-    """What is held to the reference; then what the delta rule's summaries cost."""
+    """What is held to the reference; then what is compiled for the time of the delta rule."""
     found: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         ("sparse, selected entries", lambda: _sparse(device, length, ratio=4, selected=128)),
         ("sparse, runs of entries", lambda: _sparse(device, length, ratio=32, selected=None)),
@@ -38,8 +42,17 @@ def cases(device: str, length: int = 2048) -> list[Case]:
         ("experts", lambda: _experts(device, length)),
     ]
     if device == "cuda":
-        found.append(("delta rule's summaries, 131072 tokens", summary_overhead))
+        found += [
+            (f"delta rule's candidates {part + 1} of {PARTS}", partial(_compile_candidates, part))
+            for part in range(PARTS)
+        ]
     return [Case(name, run) for name, run in found]
+
+
+def _compile_candidates(part: int) -> dict[str, Any]:
+    """Compile a share of what the autotuner tries before the delta rule can be timed."""
+    with candidates(part, PARTS):
+        return {"kernel": summary_overhead(tokens=4096)["kernel"]}
 
 
 def _noise(device: str, dtype: torch.dtype = torch.bfloat16) -> Callable[..., Tensor]:
@@ -126,8 +139,10 @@ def _delta(device: str, length: int, *, by_channel: bool) -> dict[str, Any]:
     kernel, truth = delta_kernel(x), ReferenceDeltaRule()
     (right,), _ = truth.forward([exact], lambda summary: state.double())
     (rights,) = truth.backward([exact], [grad.double()], state.double(), lambda s: state.double())
-    (out,), _ = kernel.forward([x], lambda summary: state)
-    (grads,) = kernel.backward([x], [grad], state, lambda summary: state)
+    # A hundred candidates compile for minutes, and all of them compute the same.
+    with candidates(0, 1000):
+        (out,), _ = kernel.forward([x], lambda summary: state)
+        (grads,) = kernel.backward([x], [grad], state, lambda summary: state)
     names = ("out", *(f"d{name}" for name in grads._fields))
     return _compared(names, (out, *grads), (right, *rights), kernel, STATE_BOUND)
 

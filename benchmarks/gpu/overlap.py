@@ -18,7 +18,7 @@ from torch import distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.problems import Case
-from benchmarks.gpu.processes import no_later_than, run_watched
+from benchmarks.gpu.processes import run_ranks
 from benchmarks.gpu.wheels import add_packages
 from dtcp import (
     Causal,
@@ -31,8 +31,8 @@ from dtcp import (
     shard_batch,
 )
 
-SECONDS = 55.0
-TRACES = Path("build/gpu/results")
+SECONDS = 35.0
+TRACE = Path("build/gpu/ring_trace.json")
 Spans = Sequence[tuple[float, float]]
 
 
@@ -42,16 +42,7 @@ def cases(device: str, length: int = 65_536) -> list[Case]:
 
 
 def _launch(device: str, length: int) -> dict[str, Any]:
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["-m", "benchmarks.gpu.overlap", device, str(length)]
-    command = [sys.executable, "-m", *launch, *arguments]
-    ended = run_watched(command, watch=no_later_than(SECONDS), capture=True)
-    found = [line for line in ended.output.splitlines() if line.startswith("{")]
-    if ended.status or not found:
-        last = " | ".join(ended.output.strip().splitlines()[-3:])
-        raise RuntimeError(f"{ended.killed_for or ended.status}: {last}"[-400:])
-    result: dict[str, Any] = json.loads(found[-1])
-    return result
+    return run_ranks(2, "benchmarks.gpu.overlap", [device, str(length)], SECONDS)
 
 
 def main(device: str, length: int) -> None:
@@ -85,10 +76,9 @@ def main(device: str, length: int) -> None:
     with profile(activities=activities) as profiler:
         step()
     if rank == 0:
-        TRACES.mkdir(parents=True, exist_ok=True)
-        path = TRACES / "ring_trace.json"
-        profiler.export_chrome_trace(str(path))
-        print(json.dumps({"trace": str(path), **shown(json.loads(path.read_text()))}), flush=True)
+        TRACE.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(TRACE))
+        print(json.dumps(shown(json.loads(TRACE.read_text()))), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 

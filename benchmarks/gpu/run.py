@@ -1,5 +1,6 @@
 """Run the cases of a stage within its time, and keep a line of JSON for each."""
 
+import hashlib
 import json
 import os
 import platform
@@ -38,11 +39,14 @@ def run_stage(
     again: bool,
     device: str = "cuda",
     seconds: float | None = None,
+    worker: int | None = None,
 ) -> int:
     """Measure what has no line yet, until the time is over; how many cases were wrong or failed.
 
     Args:
         seconds: in the place of the stage's own.
+        worker: which of several processes this is, each of which takes what no other has; None for
+            the only one.
     Raises:
         SystemExit: an error of CUDA, after its case has a line; a new process can go on.
     """
@@ -53,22 +57,48 @@ def run_stage(
     done = {line["case"] for line in read_lines(path)}
     cases = [case for case in stage.cases(device) if case.name not in done]
     start, wrong = time.monotonic(), 0
-    print(f"{stage.name}: {stage.question} {len(cases)} cases", flush=True)
-    running = folder / f"{stage.name}.running"
+    if device == "cuda":
+        # A case may first ask for the memory that it will take.
+        torch.cuda.init()
+    if not worker:
+        print(f"{stage.name}: {stage.question} {len(cases)} cases", flush=True)
+    running = running_file(folder, stage.name, worker or 0)
     for index, case in enumerate(cases):
         if time.monotonic() - start > limit:
-            print(f"  time is over, {len(cases) - index} cases left for another run")
+            print(f"  {stage.name}: time is over, {len(cases) - index} cases left for another run")
             break
+        if worker is not None and not _is_first_at(case, stage, folder):
+            continue
         running.write_text(case.name)
         line = _line(stage, case, device)
         append(path, line)
         running.unlink()
         wrong += is_wrong(line)
         if is_wrong(line):
-            print(f"  WRONG {json.dumps(line)}", flush=True)
+            print(f"  WRONG {json.dumps(line)[:600]}", flush=True)
         if device == "cuda" and not _is_usable():
             raise SystemExit(POISONED)
     return wrong
+
+
+def _is_first_at(case: Case, stage: Stage, folder: Path) -> bool:
+    """Whether no other process of this run has taken the case; takes it."""
+    try:
+        _taken(folder, stage.name, case.name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _taken(folder: Path, stage: str, case: str) -> Path:
+    return folder / f"{stage}.{hashlib.md5(case.encode()).hexdigest()[:12]}.taken"
+
+
+def forget_taken(folder: Path, stage: str) -> None:
+    """Let the cases of a stage be taken again."""
+    for pattern in ("taken", "running"):
+        for path in folder.glob(f"{stage}.*.{pattern}"):
+            path.unlink(missing_ok=True)
 
 
 def _line(stage: Stage, case: Case, device: str) -> dict[str, Any]:
@@ -119,10 +149,15 @@ def is_wrong(line: dict[str, Any]) -> bool:
     return "failed" in line or line.get("right") is False
 
 
-def running_case(folder: Path, stage: str) -> str | None:
+def running_file(folder: Path, stage: str, worker: int) -> Path:
+    """Where a stage's process writes the case it is at."""
+    return folder / f"{stage}.{worker}.running"
+
+
+def running_case(folder: Path, stage: str, worker: int) -> str | None:
     """The case that a stage's process is at, or was when it ended."""
     try:
-        return (folder / f"{stage}.running").read_text() or None
+        return running_file(folder, stage, worker).read_text() or None
     except OSError:
         return None
 
@@ -159,6 +194,17 @@ def summary(folder: Path) -> str:
         if rows:
             texts.append(f"{path.stem}\n\n{table(names, rows)}")
     return "\n\n".join(texts) or "nothing was measured yet"
+
+
+def verdict(folder: Path) -> str:
+    """How many lines each stage has, and what is wrong: to be read where the tables are cut off."""
+    texts = []
+    for path in sorted(folder.glob("*.jsonl")):
+        lines = read_lines(path)
+        wrong = [line["case"] for line in lines if is_wrong(line)]
+        text = f"{path.stem}: {len(lines)} lines, {len(wrong)} wrong"
+        texts.append(f"{text}: {'; '.join(wrong)}" if wrong else text)
+    return "\n".join(texts)
 
 
 HIDDEN = ("stage", "seconds", "card", "torch", "python")

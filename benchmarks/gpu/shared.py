@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from benchmarks.gpu.problems import Case
-from benchmarks.gpu.processes import no_later_than, run_watched
+from benchmarks.gpu.processes import run_ranks
 from benchmarks.gpu.wheels import add_packages
 from dtcp import Degrees, Documents, ParallelMesh, batch_metadata, shard_batch
 from dtcp.labels import shift_labels
@@ -37,7 +37,7 @@ from dtcp.parallelize import (
 from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.style import AttentionStyle
 
-SECONDS = 60.0
+SECONDS = 80.0
 LOSS_BOUND, GRADIENT_BOUND = 1e-4, 5e-3
 """Of fp32: norms of differences, relative to those of one device's loss and gradients."""
 SEQ_LEN = 256
@@ -103,18 +103,7 @@ def cases(device: str) -> list[Case]:
 
 def _launch(name: str, step: Step, device: str) -> Callable[[], dict[str, Any]]:
     def run() -> dict[str, Any]:
-        launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(step.ranks)]
-        command = [sys.executable, "-m", *launch, "-m", "benchmarks.gpu.shared", name, device]
-        threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
-        ended = run_watched(
-            command, watch=no_later_than(SECONDS), capture=True, environment=threads
-        )
-        found = [line for line in ended.output.splitlines() if line.startswith("{")]
-        if ended.status or not found:
-            last = " | ".join(ended.output.strip().splitlines()[-3:])
-            raise RuntimeError(f"{ended.killed_for or ended.status}: {last}"[-400:])
-        result: dict[str, Any] = json.loads(found[-1])
-        return result
+        return run_ranks(step.ranks, "benchmarks.gpu.shared", [name, device], SECONDS)
 
     return run
 

@@ -17,8 +17,10 @@ from pathlib import Path
 
 TRANSFER = Path("build/gpu/transfer")
 PACKAGES = Path("build/gpu/packages")
-PART = 60 * 2**20
-"""Bytes; a transfer takes 64 MiB."""
+COMPILED = Path("build/gpu/compiled")
+ARCHIVE = "packages.tar.xz"
+PART = 48 * 2**20
+"""Bytes; a transfer takes 64 MiB, in which the project travels too."""
 MOST_PARTS = 2
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux2014_x86_64")
@@ -56,7 +58,7 @@ def prepare(transfer: Path = TRANSFER) -> str:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(packages)
         pack(packages, transfer)
-    parts = len(list(transfer.glob("packages.tar.xz.*")))
+    parts = len(parts_in(transfer))
     if parts > MOST_PARTS:
         raise ValueError(
             f"Packages travel in {MOST_PARTS} parts of {PART / 2**20:.0f} MiB, got {parts}: leave "
@@ -77,30 +79,57 @@ def pack(packages: Path, transfer: Path, *, part: int = PART) -> None:
     shutil.rmtree(transfer, ignore_errors=True)
     transfer.mkdir(parents=True)
     data = buffer.getvalue()
-    for index, start in enumerate(range(0, len(data), part)):
-        (transfer / f"packages.tar.xz.{index}").write_bytes(data[start : start + part])
+    # Of equal size, so that each leaves as much room as it can.
+    size = -(-len(data) // -(-len(data) // part))
+    for index, start in enumerate(range(0, len(data), size)):
+        name = f"{ARCHIVE}.{index + 1}of{-(-len(data) // size)}"
+        (transfer / name).write_bytes(data[start : start + size])
 
 
 def unpack(transfer: Path, packages: Path) -> None:
-    """Put the parts together and unpack them."""
-    data = b"".join(path.read_bytes() for path in sorted(transfer.glob("packages.tar.xz.*")))
+    """Put the parts together and unpack them; the folder is there once it is complete."""
+    data = b"".join(path.read_bytes() for path in parts_in(transfer))
+    part = packages.with_name(f"{packages.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:xz") as archive:
-        archive.extractall(packages, filter="data")
+        archive.extractall(part, filter="data")
+    part.rename(packages)
+
+
+def parts_in(transfer: Path) -> list[Path]:
+    """The parts of the archive that are there, in order."""
+    return sorted(transfer.glob(f"{ARCHIVE}.*of*"))
 
 
 def add_packages(transfer: Path = TRANSFER, packages: Path = PACKAGES) -> str:
     """Make what was transferred importable; what came of it."""
-    if not packages.exists() and transfer.exists():
+    parts = parts_in(transfer)
+    whole = bool(parts) and len(parts) == int(parts[0].name.rpartition("of")[2])
+    if not packages.exists() and whole:
         unpack(transfer, packages)
     if not packages.exists():
-        return "No packages were transferred: what is installed here is measured."
+        some = f", {len(parts)} parts of more are there" if parts else ""
+        return f"No packages were transferred{some}: what is installed here is measured."
     site.addsitedir(str(packages.resolve()))
     return f"Packages of {packages} are on the path."
 
 
+def compile_caches(folder: Path = COMPILED) -> dict[str, str]:
+    """The environment in which processes of the campaign share what each has compiled."""
+    folder = folder.resolve()
+    return {
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(folder / "flash"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        # Several processes compile at once.
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",
+    }
+
+
 def describe_transfer(transfer: Path = TRANSFER) -> str:
     """What is prepared for a machine without a network."""
-    parts = sorted(transfer.glob("packages.tar.xz.*"))
+    parts = parts_in(transfer)
     if not parts:
         return (
             f"No packages are prepared for a machine without a network: "

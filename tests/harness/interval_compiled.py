@@ -41,7 +41,12 @@ class Gpu(NamedTuple):
     shared: int  # bytes that a block of threads may have
 
 
-GPUS = {"h100": Gpu(90, 227 * 1024), "a100": Gpu(80, 163 * 1024), "rtx": Gpu(89, 99 * 1024)}
+GPUS = {
+    "h100": Gpu(90, 227 * 1024),
+    "b200": Gpu(100, 227 * 1024),
+    "a100": Gpu(80, 163 * 1024),
+    "rtx": Gpu(89, 99 * 1024),
+}
 
 
 class Used(NamedTuple):
