@@ -34,9 +34,10 @@ from dtcp.labels import shift_labels
 from dtcp.mixer_plan import apply_plan
 from dtcp.models.gemma4 import Gemma4, config_from_hf
 from dtcp.parallelize.plans.gemma4 import gemma4_context_plan
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import HeadTail, SequenceLayout
+from dtcp.sequence.layout import HeadTail, PerDocument, SequenceLayout
 from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.style import AttentionStyle
 
@@ -44,7 +45,7 @@ RESULTS = Path(__file__).parent / "results"
 RANKS = (8, 64, 512)
 DOCUMENTS = 256
 SEQ_LEN = 2**19
-LAYOUTS = (DocumentBalanced, HeadTail)
+LAYOUTS = (DocumentBalanced, HeadTail, BlockBalanced, PerDocument)
 
 
 def packed_row(seq_len: int, count: int = DOCUMENTS) -> Documents:
