@@ -203,7 +203,7 @@ def balance_cases(device: str, length: int = 131_072) -> list[Case]:
         Case("memory of a block at 1M tokens, cp 8", _block_memory(device, 8 * length)),
         Case("memory of attention at 1M tokens, cp 8", _memory(device, 8 * length)),
     ]
-    # Last, since candidates that an earlier stage had no time to compile would take all of this one.
+    # Last: candidates that an earlier stage had no time to compile would take all of this one.
     rest = [Case("delta rule's summaries, 131072 tokens", summary_overhead)]
     return [*found[:2], *memory, *found[2:], *(rest if device == "cuda" else [])]
 
