@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.kernels.softmax.api import SoftmaxParams
+from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.arguments import FLOATS, check_batch, check_tensor
 from dtcp.sequence.coords import Coords
@@ -33,11 +34,14 @@ class PackedAttention:
     Args:
         metadata: what the op reads.
         groups: names of the process groups it talks over; none on one device.
+        kernel, wide: as of SoftmaxParams.
     """
 
     op: AttentionOp
     metadata: AttentionMetadata
     groups: tuple[str, ...] = ()
+    kernel: str = AUTO
+    wide: bool = False
 
     @classmethod
     def of(
@@ -66,16 +70,19 @@ class PackedAttention:
         coords = _coords(list(zip(lengths, slots, strict=True)))
         mixer, device = SoftmaxAttention(mask), batch["cu_seqlens"].device
         if axis is None:
-            return cls(ATTENTION, mixer.make_metadata(coords, None).to(device))
+            metadata = mixer.make_metadata(coords, None).to(device)
+            return cls(ATTENTION, metadata, kernel=style.kernel)
         layout = thd_layout(padded, padded[-1], axis.size())
         metadata = style.make_metadata(mixer, coords, layout, axis.get_local_rank())
-        return cls(style.op, metadata.to(device), tuple(style.groups(axis)))
+        wide = style.sums_wide(axis.size())
+        return cls(style.op, metadata.to(device), tuple(style.groups(axis)), style.kernel, wide)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Attend: q [T, H, D], k [T, G, D], v [T, G, V] of this rank's tokens -> [T, H, V]."""
         shape = "[T, heads, width]"
         check_tensor("Attention on THD", shape=shape, ndim=3, dtypes=FLOATS, q=q, k=k, v=v)
-        softmax = SoftmaxParams(q.shape[-1] ** -0.5 if scale is None else scale)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        softmax = SoftmaxParams(scale, kernel=self.kernel, wide=self.wide)
         x = AttentionInputs(q[None], k[None], v[None])
         return self.op(x, self.metadata, softmax, groups=self.groups)[0]
 

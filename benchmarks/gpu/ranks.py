@@ -36,14 +36,14 @@ from dtcp.sequence.masks import Causal
 from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.moves import AttentionShape
-from dtcp.softmax.style import KeyExchangeAttention
+from dtcp.softmax.style import AttentionStyle
 
 HEADS = Heads(32, 8, 128)
 SMALL = Heads(4, 2, 128)
 ONE_CALL = 1.1
 """Times the error of one device that one call over gathered keys may have."""
 LAYOUTS = (Contiguous, HeadTail, PerDocument, BlockBalanced)
-STRATEGIES: tuple[tuple[str, KeyExchangeAttention], ...] = (
+STRATEGIES: tuple[tuple[str, AttentionStyle], ...] = (
     ("ring", RingAttention()),
     ("all-gather", AllGatherAttention()),
 )
@@ -73,7 +73,7 @@ def right_cases(device: str, length: int = 4096) -> list[Case]:
 
 
 def _right(
-    style: KeyExchangeAttention,
+    style: AttentionStyle,
     layout: type[SequenceLayout],
     mask: str,
     ranks: int,
@@ -140,7 +140,7 @@ def _against_one_device(
 
 
 def _parts(
-    style: KeyExchangeAttention,
+    style: AttentionStyle,
     layout: SequenceLayout,
     rank: int,
     intervals: tuple[torch.Tensor, torch.Tensor],
@@ -161,7 +161,7 @@ def _parts(
 
 
 def _rank_results(
-    style: KeyExchangeAttention,
+    style: AttentionStyle,
     layout: SequenceLayout,
     rank: int,
     intervals: tuple[torch.Tensor, torch.Tensor],

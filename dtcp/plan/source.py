@@ -156,6 +156,8 @@ def _wished_of(section: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     wished: dict[str, Any] = {}
     if {"dtcp.strategy", "dtcp.ulysses_degree"} & given.keys() and section.strategy != "auto":
         wished["attention"] = section.attention_style("cuda")
+    if "dtcp.reduce_dtype" in given:
+        wished["reduce_dtype"] = section.style_options["reduce_dtype"]
     if "dtcp.layout" in given and section.layout != "auto":
         wished["layout"] = section.sequence_layout()
     return wished

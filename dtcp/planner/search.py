@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 
 from dtcp.distributed.mesh import Degrees
 from dtcp.distributed.nodes import even_on_cp
@@ -32,6 +35,7 @@ class Workload:
         etp: as of Degrees; above 1, experts are split over all of tp.
         cuts_evenly: for train.py, which takes rows that cp and tp cut into equal parts alone.
         attention, layout, checkpoint: those alone; None to try what there is.
+        reduce_dtype: of strategies that are tried, as of AttentionStyle.
         reshard: as of Setup.
     """
 
@@ -42,6 +46,7 @@ class Workload:
     attention: AttentionStyle | None = None
     layout: type[SequenceLayout] | None = None
     checkpoint: ActivationCheckpoint | None = None
+    reduce_dtype: torch.dtype | None = None
     reshard: bool = True
     cuts_evenly: bool = False
 
@@ -306,7 +311,8 @@ class Planner:
     def plain(self, degrees: Degrees) -> Setup:
         """A mesh in one way, the first to be tried."""
         data = degrees.dp_replicate * degrees.dp_shard
-        given = {
+        given: dict[str, Any] = {"attention": RingAttention(reduce_dtype=self.workload.reduce_dtype)}
+        given |= {
             name: value
             for name in ("attention", "layout", "checkpoint")
             if (value := getattr(self.workload, name)) is not None
@@ -328,8 +334,8 @@ class Planner:
 
     def _others(self, plain: Setup) -> Iterator[Setup]:
         is_open = self.workload.attention is None and self.row_forecasts.reads_strategy
-        ways = attention_styles(plain.degrees.cp) if is_open else []
-        for attention in ways or [plain.attention]:
+        ways = attention_styles(plain.degrees.cp, reduce_dtype=self.workload.reduce_dtype)
+        for attention in ways if is_open else [plain.attention]:
             yield replace(plain, attention=attention, checkpoint=SelectiveCheckpoint())
             if not isinstance(attention, RingAttention):
                 yield replace(plain, attention=attention)
@@ -356,12 +362,17 @@ def nodes_for(cluster: Cluster, degrees: Degrees) -> int:
     return nodes if cluster.nodes > 1 and is_even else 0
 
 
-def attention_styles(cp: int) -> list[AttentionStyle]:
-    """The strategies of global attention that an axis of so many ranks has a use for."""
-    if cp == 1:
-        return [RingAttention()]
-    hybrids = [HybridAttention(inner_ranks=u) for u in (2, 4, 8) if u < cp and cp % u == 0]
-    return [RingAttention(), AllGatherAttention(), UlyssesAttention(), *hybrids]
+def attention_styles(cp: int, **options: Any) -> list[AttentionStyle]:
+    """The strategies of global attention that an axis of so many ranks has a use for.
+
+    Args:
+        options: of each of them, as boundary and reduce_dtype.
+    """
+    styles: list[AttentionStyle] = [RingAttention(**options)]
+    if cp > 1:
+        styles += [AllGatherAttention(**options), UlyssesAttention(**options)]
+    inner = [u for u in (2, 4, 8) if u < cp and cp % u == 0]
+    return styles + [HybridAttention(inner_ranks=u, **options) for u in inner]
 
 
 def columns_of(setups: Iterable[Setup]) -> dict[tuple[int, int, bool], list[Setup]]:

@@ -25,7 +25,7 @@ from torchtitan.models.common.moe import MoE
 from dtcp.distributed.mesh import Degrees
 from dtcp.distributed.nodes import neighbours_on_cp
 from dtcp.experts import library_for
-from dtcp.kernels.softmax.backends import check_kernel_name
+from dtcp.kernels.softmax.backends import check_kernel_name, check_unrounded
 from dtcp.parallelize.expert_exchange import check_experts
 from dtcp.pretrain.data import PackedDocuments, check_balance
 from dtcp.sequence.arguments import check_ints
@@ -43,6 +43,8 @@ def check_settings(config: Any) -> None:
     ours = not isinstance(model, Decoder.Config)
     compile_of(config.compile)
     check_kernel_name(config.dtcp.kernel)
+    if config.dtcp.reduce_dtype != "model":
+        check_unrounded(config.dtcp.kernel)
     refused = [checkpoint_refusal(config.activation_checkpoint, ours=ours)]
     for section in SECTIONS:
         values = getattr(config, section)

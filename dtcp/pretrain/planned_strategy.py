@@ -12,7 +12,6 @@ from typing import Any, cast
 from dtcp.torchtitan.section import AUTO, LAYOUT_CLASSES, LayoutName, Section, StrategyName
 
 from dtcp._torch.ops import available_device_type
-from dtcp.compile import Boundary, EagerIsland, InGraph
 from dtcp.distributed.mesh import Degrees
 from dtcp.planner.cluster import cluster_here
 from dtcp.planner.report import layout_name, strategy_name
@@ -169,8 +168,7 @@ def first_rows(config: Any) -> Documents:
 def _ways(section: Section, cp: int) -> list[AttentionStyle]:
     if section.strategy != AUTO:
         return [section.attention_style(available_device_type() or "cpu")]
-    boundary: Boundary = InGraph() if section.boundary == "in_graph" else EagerIsland()
-    return [replace(style, boundary=boundary) for style in attention_styles(cp)]
+    return attention_styles(cp, **section.style_options)
 
 
 def _layouts(section: Section, documents: Documents) -> Sequence[type[SequenceLayout]]:

@@ -97,7 +97,7 @@ def _of_model(config: Any) -> Iterator[str]:
             )
     if getattr(spec.model, "takes_strategy", True):
         return
-    for name, value in _named(section, ("strategy", "boundary", "kernel")):
+    for name, value in _named(section, ("strategy", "boundary", "kernel", "reduce_dtype")):
         if value != "auto":
             yield (
                 f"A strategy is for attention that several can carry out, got dtcp.{name}={value} "

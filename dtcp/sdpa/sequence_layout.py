@@ -72,6 +72,7 @@ class sequence_layout(TorchFunctionMode):
             for causal, mask in ((True, Causal()), (False, Bidirectional()))
         }
         self.op, self.groups = style.op, style.groups(axis)
+        self.kernel, self.wide = style.kernel, style.sums_wide(axis.size())
         self.layout = layout
         install_attention_rules(style.op)
 
@@ -116,7 +117,8 @@ class sequence_layout(TorchFunctionMode):
                 f"seq_len={query.shape[SDPA_SEQ]} with {self.layout}: leave the context first."
             )
         q, k, v = (x.transpose(SDPA_HEADS, SDPA_SEQ) for x in (query, key, value))
-        softmax = SoftmaxParams(query.shape[-1] ** -0.5 if scale is None else scale)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        softmax = SoftmaxParams(scale, kernel=self.kernel, wide=self.wide)
         x = AttentionInputs(q, k, v)
         out = self.op(x, self.metadata[is_causal], softmax, groups=self.groups)
         return out.transpose(SDPA_HEADS, SDPA_SEQ)

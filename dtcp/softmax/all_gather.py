@@ -20,7 +20,7 @@ from dtcp.softmax.exchange import bring_rows, return_grads, sort_by_index
 from dtcp.softmax.metadata import KeyExchangeMetadata, all_gather_metadata
 from dtcp.softmax.op import AttentionOp, OpContext
 from dtcp.softmax.payload import ExchangeStrategy, KVPayload
-from dtcp.softmax.style import KeyExchangeAttention
+from dtcp.softmax.style import AttentionStyle
 
 
 class AllGather(ExchangeStrategy):
@@ -84,7 +84,7 @@ ALL_GATHER = AttentionOp("all_gather_attention", AllGather(), communicates=True)
 
 
 @dataclass
-class AllGatherAttention(KeyExchangeAttention):
+class AllGatherAttention(AttentionStyle):
     """Attention that first brings all keys its queries require, in one exchange.
 
     One collective each way, and kernels see one long run of keys; a rank holds all the keys it
@@ -92,7 +92,7 @@ class AllGatherAttention(KeyExchangeAttention):
 
     Keyword Args:
         boundary: InGraph() or EagerIsland().
-        reduce_dtype: of gradients of keys, as of KeyExchangeAttention.
+        reduce_dtype: of gradients of keys, as of AttentionStyle.
         ranks_per_node: neighbours that share a node: a key then crosses to each node that reads it
             once, and is spread inside; gradients are summed inside a node and go home once. One
             more collective each way.
@@ -102,6 +102,8 @@ class AllGatherAttention(KeyExchangeAttention):
     much in all; between nodes, each key once per node that reads it.
     From Llama 3 team 2024, section 3.3.2, https://arxiv.org/abs/2407.21783
     """
+
+    takes_memory = True
 
     @property
     def op(self) -> AttentionOp:

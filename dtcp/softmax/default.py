@@ -3,6 +3,7 @@
 import logging
 from functools import cache
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.compile import Boundary, InGraph
@@ -14,7 +15,7 @@ IN_GRAPH = InGraph()
 
 
 def default_attention(
-    device_type: str, *, boundary: Boundary = IN_GRAPH
+    device_type: str, *, boundary: Boundary = IN_GRAPH, reduce_dtype: torch.dtype | None = None
 ) -> RingAttention | AllGatherAttention:
     """A ring on hosts; on GPUs one call over all keys that a rank requires.
 
@@ -26,9 +27,9 @@ def default_attention(
     once.
     """
     if device_type == "cpu":
-        return RingAttention(boundary=boundary)
-    _say_so()
-    return AllGatherAttention(boundary=boundary)
+        return RingAttention(boundary=boundary, reduce_dtype=reduce_dtype)
+    _say_so(reduce_dtype)
+    return AllGatherAttention(boundary=boundary, reduce_dtype=reduce_dtype)
 
 
 def device_type_of(cp: DeviceMesh | None) -> str:
@@ -37,11 +38,16 @@ def device_type_of(cp: DeviceMesh | None) -> str:
 
 
 @cache
-def _say_so() -> None:
+def _say_so(reduce_dtype: torch.dtype | None) -> None:
+    summed = (
+        "Gradients of keys are sums of what ranks have rounded, with 1.2 times one device's error; "
+        "none is rounded with reduce_dtype=torch.float32, on slower kernels in backward."
+        if reduce_dtype is None
+        else "Gradients of keys are summed in fp32, with the error of one device."
+    )
     LOG.info(
         "Attention over ranks is AllGatherAttention: one call over all required keys, with the "
         "error of one device, while a ring merges results that its kernels have rounded, with 1.4 "
-        "times that. Name RingAttention where the keys do not fit into memory. Gradients of keys "
-        "are sums of what ranks have rounded, with 1.2 times one device's error; none is rounded "
-        "with reduce_dtype=torch.float32, on slower kernels in backward."
+        "times that. Name RingAttention where the keys do not fit into memory. %s",
+        summed,
     )

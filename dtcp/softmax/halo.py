@@ -80,7 +80,7 @@ class HaloAttention(AllGatherAttention):
     Keyword Args:
         right: tokens right of a segment that a query may see (bidirectional blocks).
         boundary: InGraph() or EagerIsland().
-        reduce_dtype: of gradients of keys, as of KeyExchangeAttention.
+        reduce_dtype: of gradients of keys, as of AttentionStyle.
         ranks_per_node: as of AllGatherAttention; a window longer than a shard is read by several.
 
     Traffic per rank, received: at most (W - 1 + right) tokens a piece (one of Contiguous, two of

@@ -43,6 +43,8 @@ class HybridAttention(AttentionStyle):
 
     Keyword Args:
         boundary: InGraph() or EagerIsland().
+        reduce_dtype: between groups, of merged outputs and of gradients of keys, as of
+            AttentionStyle; inside a group of gradients of kv heads that are replicated.
         ranks_per_node: neighbours that share a node. With as many inner_ranks, heads are dealt out
             inside a node and the sequence over nodes: each key of a head crosses once to each node
             that reads it, where ranks of the node share the head, too. With fewer, `outer` has two
@@ -71,12 +73,6 @@ class HybridAttention(AttentionStyle):
         check_ints("HybridAttention", least=1, inner_ranks=self.inner_ranks)
         for part in (self.inner, self.outer):
             self.check_part(part)
-        if self.outer.wide:
-            raise ValueError(
-                f"HybridAttention sums gradients of heads in the model's dtype, got reduce_dtype="
-                f"{self.outer.reduce_dtype} of the {type(self.outer).__name__} inside: leave it "
-                f"out, or use {type(self.outer).__name__} by itself."
-            )
         if on_nodes := [x for x in (self.inner, self.outer) if x.ranks_per_node]:
             raise ValueError(
                 f"HybridAttention splits the ranks of a node itself, got {on_nodes[0]} inside: "

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import ScoreBias
 from dtcp.sequence.arguments import FLOATS, check_tensor
 from dtcp.softmax.latent import LatentWidths
@@ -40,10 +41,13 @@ class AttentionInputs(NamedTuple):
         return ScoreBias(self.bias, self.slope, query_index, self.q.dtype)
 
 
-def check_inputs(x: AttentionInputs) -> None:
+def check_inputs(x: AttentionInputs, *, keys_sum_grads: bool = False) -> None:
     """Refuse inputs that do not fit together, on all ranks alike and before anything moves.
 
     How many tokens there are is checked where the metadata are read.
+
+    Args:
+        keys_sum_grads: as of AttentionOp.
     """
     named: dict[str, Any] = {"q": x.q, "k": x.k, "v": x.v}
     if x.up is not None:
@@ -61,7 +65,15 @@ def check_inputs(x: AttentionInputs) -> None:
             f"Attention takes q [B, L, H, D], k [B, L, G, D] and v [B, L, G, V], got {shapes}: "
             f"give each its heads' dim."
         )
-    if len(set(dtypes.values())) > 1 or not x.q.is_floating_point():
+    expected = dict.fromkeys(dtypes, x.q.dtype)
+    if keys_sum_grads:
+        expected |= dict.fromkeys(dtypes.keys() - {"q"}, accumulation(x.q.dtype))
+    if keys_sum_grads and dtypes != expected:
+        raise TypeError(
+            f"Keys gathered with reduce_dtype=torch.float32 stay in the dtype in which layers sum "
+            f"their gradients, got {dtypes}: leave out what converts them before attention."
+        )
+    if dtypes != expected or not x.q.is_floating_point():
         raise TypeError(
             f"Attention computes in one floating dtype, got {dtypes}: convert q, k and v to one."
         )

@@ -1,6 +1,7 @@
 """Attention on one device: every key is here already."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -33,15 +34,9 @@ class _Local:
         metadata = LocalMetadata(*context.metadata)
         check_key_count(x, metadata.key_token_index.numel())
         queries = _queries(x, metadata)
-        keys = Keys(x.k, x.v, metadata.key_token_index)
-        out, lse = attend_once(
-            queries,
-            keys,
-            metadata.block_ranges,
-            context.softmax,
-            pieces=metadata.pieces,
-            sink=x.sink,
-        )
+        keys, ranges, pieces = _keys(x, metadata), metadata.block_ranges, metadata.pieces
+        softmax = replace(context.softmax, wide=False)  # nothing is merged
+        out, lse = attend_once(queries, keys, ranges, softmax, pieces=pieces, sink=x.sink)
         return ForwardResult(out, [lse])
 
     def backward(
@@ -51,8 +46,7 @@ class _Local:
         metadata = LocalMetadata(*context.metadata)
         saved = SavedForward(grad_out, result.out, result.saved[0])
         queries = _queries(x, metadata)
-        keys = Keys(x.k, x.v, metadata.key_token_index)
-        ranges, pieces = metadata.block_ranges, metadata.pieces
+        keys, ranges, pieces = _keys(x, metadata), metadata.block_ranges, metadata.pieces
         grads = attend_once_backward(saved, queries, keys, ranges, context.softmax, pieces=pieces)
         dbias, dslope = bias_gradients(queries)
         dsink = local_sink_gradient(saved, x.sink)
@@ -72,6 +66,12 @@ class _Local:
 def _queries(x: AttentionInputs, metadata: LocalMetadata) -> Queries:
     bias = x.score_bias(metadata.query_token_index)
     return Queries.of(x.q, metadata.first_key, metadata.last_key, bias)
+
+
+def _keys(x: AttentionInputs, metadata: LocalMetadata) -> Keys:
+    """In the queries' dtype: keys whose gradients are summed further may come in a wider one."""
+    assert x.k is not None
+    return Keys(x.k.to(x.q.dtype), x.v.to(x.q.dtype), metadata.key_token_index)
 
 
 LOCAL = _Local()

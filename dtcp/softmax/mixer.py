@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.api import SoftmaxParams
-from dtcp.kernels.softmax.backends import check_kernel_name
+from dtcp.kernels.softmax.backends import check_kernel_name, check_unrounded
 from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata, BatchMetadata, NoMetadata
 from dtcp.mixer import Mixer, check_position_ids, position_ids_of
@@ -87,11 +87,13 @@ def name_kernel(model: nn.Module, kernel: str) -> None:
     """Let one backend compute all attention of a model, claimed by a style or not.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or it rounds what a style sums in fp32.
     """
     check_kernel_name(kernel)
     for module in model.modules():
         if isinstance(module, MaskedMixer):
+            if module.wide:
+                check_unrounded(kernel)
             module.kernel = kernel
 
 

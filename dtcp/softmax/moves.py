@@ -196,20 +196,23 @@ def heads_moved(
     replicated = ReplicatedHeadExchange.of(num_ranks, rank, per_node, replicas)
     kv_heads, keys = max(shape.kv_heads, num_ranks), keys or length
     of_keys = keys * kv_heads * (shape.value_dim + (0 if shape.values_only else shape.key_dim))
-    widths = length * shape.heads * (shape.key_dim + shape.value_dim) + of_keys
-    each = shape.batch * widths * shape.element_size // num_ranks
+    # Gradients of a kv head that is replicated are summed at home.
+    factor = shape.grad_row // shape.key_row if replicas > 1 else 1
     # What is sent and what has arrived, of the wider of the two trades.
     out = length * shape.heads * shape.key_dim + of_keys
     held = 2 * shape.batch * out * shape.element_size
-    moved = Moved.alike(each, num_ranks, rank, workspace=held)
-    if replicated is None:
-        return Moves(moved, moved)
     widths = length * shape.heads * (shape.key_dim + shape.value_dim)
     each = shape.batch * widths * shape.element_size // num_ranks
     of_heads = Moved.alike(each, num_ranks, rank, workspace=held)
+    if replicated is None:
+        whole = shape.batch * of_keys * shape.element_size
+        ways = ((whole * x // num_ranks, 2 * whole * x) for x in (1, factor))
+        moves = (Moved.alike(each, num_ranks, rank, workspace=held) for each, held in ways)
+        return Moves(*(of_heads + moved for moved in moves))
     there = replicated.moved(keys, shape.key_row // shape.kv_heads)
     wide = there.workspace * shape.accumulated // shape.element_size
-    home = Moved(there.received, there.sent, wide)
+    home = replicated.moved(keys, shape.key_row // shape.kv_heads * factor)
+    home = Moved(home.received, home.sent, wide)
     return Moves(of_heads + there, of_heads + home)
 
 

@@ -181,16 +181,20 @@ class AttentionOp:
         softmax: SoftmaxParams,
         *,
         groups: Sequence[str] = (),
+        keys_sum_grads: bool = False,
     ) -> Tensor:
         """Attend: [B, L, H, V].
 
+        Args:
+            keys_sum_grads: k and v are in the dtype of `accumulation`, for others add to their
+                gradients.
         Raises:
             ValueError: inputs whose dims do not fit together.
             TypeError: inputs of several dtypes.
         """
         if not any(isinstance(each, DTensor) for each in x):
             # The op's DTensor rule checks the shards: a sink is of this rank's heads.
-            check_inputs(x)
+            check_inputs(x, keys_sum_grads=keys_sum_grads)
         tensors = metadata.tensors()
         rest = (softmax.scale, softmax.softcap, list(groups), softmax.kernel, metadata.in_line)
         result = self.forward(*x, tensors, *rest, softmax.wide)

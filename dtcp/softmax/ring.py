@@ -33,7 +33,7 @@ from dtcp.softmax.node_ring import NodeRing, node_ring_metadata, node_ring_moves
 from dtcp.softmax.op import AttentionOp, OpContext
 from dtcp.softmax.payload import ExchangeStrategy, KVPayload
 from dtcp.softmax.row_transfers import RowTransfer, StartRows
-from dtcp.softmax.style import KeyExchangeAttention
+from dtcp.softmax.style import AttentionStyle
 
 _GRADIENTS = 1  # tag of gradient transfers; keys travel under 0
 
@@ -151,7 +151,7 @@ RING = AttentionOp("ring_attention", _Ring(), communicates=True)
 
 
 @dataclass
-class RingAttention(KeyExchangeAttention):
+class RingAttention(AttentionStyle):
     """Attention that streams the other shards' keys past its queries.
 
     Step s attends to what came from s ranks back while step s + 1 is on its way. A rank never
@@ -160,7 +160,7 @@ class RingAttention(KeyExchangeAttention):
 
     Keyword Args:
         boundary: InGraph() or EagerIsland().
-        reduce_dtype: of merged outputs and of gradients of keys, as of KeyExchangeAttention.
+        reduce_dtype: of merged outputs and of gradients of keys, as of AttentionStyle.
         ranks_per_node: neighbours that share a node: steps then go from node to node. A key
             crosses to each node that reads it once, and is spread inside; gradients are summed
             inside a node and go home once. A rank then holds what it reads of three nodes.
@@ -171,6 +171,8 @@ class RingAttention(KeyExchangeAttention):
     From Liu et al. 2023, Ring Attention, section 3, https://arxiv.org/abs/2310.01889; transfers
     go straight from owner to user, so nothing is passed on for others.
     """
+
+    takes_memory = True
 
     @property
     def op(self) -> AttentionOp:

@@ -37,7 +37,7 @@ class ContextParallelGatherSharedKV(ClaimedMixer, GatherSharedKV):
     def carry_out(self, x: Tensor, attn_metadata: BatchMetadata) -> Tensor:
         metadata: KeyExchangeMetadata = self.own(attn_metadata)
         line = x.flatten(0, 1)[None] if metadata.in_line else x
-        out: Tensor = _gather(line, metadata.tensors(), self.groups[-1])
+        out: Tensor = _gather(line, metadata.tensors(), self.groups[-1], self.wide)
         return out.view(x.shape[0], -1, *x.shape[2:])
 
     def position_ids(self, position_ids: Tensor, attn_metadata: BatchMetadata) -> Tensor:
@@ -73,7 +73,7 @@ class AttentionToSharedKV(ClaimedMixer, SoftmaxAttention):
             in_line=keys.in_line,
         )
         x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope)
-        return ATTENTION(x, local, self.softmax(q))
+        return ATTENTION(x, local, self.softmax(q), keys_sum_grads=self.wide)
 
 
 @dataclass
@@ -88,6 +88,9 @@ class SharedKVAttention(AttentionStyle):
         gather: how keys are brought; decides which.
 
     Keyword Args:
+        reduce_dtype: of gradients of keys, as of AttentionStyle: with torch.float32 what is
+            gathered is fp32, too, so that the layers' gradients of it are summed unrounded; in
+            bf16 that doubles what is kept.
         ranks_per_node: as of AllGatherAttention.
 
     Traffic per rank, received: keys required from others x B * G * W elements forward, in the
@@ -146,32 +149,36 @@ class SharedKVAttention(AttentionStyle):
         if not isinstance(mixer, GatherSharedKV):
             return NOTHING
         metadata = self.make_metadata(mixer, coords, layout, rank)
-        row = shape.key_row // (shape.batch if metadata.in_line else 1)
-        return _shared_moves(metadata, row, shape.accumulated / shape.element_size, rank)
+        batch = 1 if metadata.in_line else shape.batch
+        shape = replace(shape, batch=batch, wide=self.sums_wide(layout.num_shards))
+        return _shared_moves(metadata, shape, rank)
 
 
 def _context(op: str, metadata: list[Tensor], x: Tensor, group: str) -> OpContext:
     return OpContext(f"dtcp::{op}", metadata, SoftmaxParams(1.0), [group], x.shape[2])
 
 
-def _shared_moves(metadata: KeyExchangeMetadata, row: int, widening: float, rank: int) -> Moves:
-    """Of rows of so many bytes; their gradients are summed in wider ones."""
+def _shared_moves(metadata: KeyExchangeMetadata, shape: AttentionShape, rank: int) -> Moves:
+    """Of rows of a shape; their gradients are summed in wider ones."""
     sent, received = metadata.moved.tolist()
+    row, back = shape.key_row, shape.grad_row
+    summed = row // shape.element_size * shape.accumulated
     held = metadata.first_key.shape[1] + sum(received)
-    home = int((1 + 2 * widening) * row * held)
+    there = row * (sum(sent) + sum(received) + held)
     return Moves(
-        Moved.rows(sent, received, row, rank, workspace=row * (sum(sent) + sum(received) + held)),
-        Moved.rows(received, sent, row, rank, workspace=home),
+        Moved.rows(sent, received, row, rank, workspace=there),
+        Moved.rows(received, sent, back, rank, workspace=(back + 2 * summed) * held),
     )
 
 
 def _op_moves(x: Tensor, metadata: list[Tensor], group: str) -> Moves:
-    row, size = x[:, :1].numel() * x.element_size(), x.element_size()
-    widening = accumulation(x.dtype).itemsize / size
-    return _shared_moves(KeyExchangeMetadata(*metadata), row, widening, Peers.of([group]).rank)
+    """Of rows, or of their gradients, that travel in their dtype."""
+    batch, _, heads, width = x.shape
+    shape = AttentionShape(batch, heads, heads, width, 0, x.element_size())
+    return _shared_moves(KeyExchangeMetadata(*metadata), shape, Peers.of([group]).rank)
 
 
-def _gather_moves(x: Tensor, metadata: list[Tensor], group: str) -> Moved:
+def _gather_moves(x: Tensor, metadata: list[Tensor], group: str, wide: bool) -> Moved:
     return _op_moves(x, metadata, group).forward
 
 
@@ -180,10 +187,14 @@ def _gather_backward_moves(grad: Tensor, metadata: list[Tensor], group: str) -> 
 
 
 @communicating_op("dtcp::gather_shared_kv", moves=_gather_moves)
-def _gather(x: Tensor, metadata: list[Tensor], group: str) -> Tensor:
+def _gather(x: Tensor, metadata: list[Tensor], group: str, wide: bool) -> Tensor:
     """Put local and required rows in token order: [B, L, G, W] -> [B, K, G, W], zero behind.
 
     K is the same on every rank and for every batch.
+
+    Args:
+        wide: give them in the dtype of `accumulation`, whatever they travel in, and so take their
+            gradients.
     """
     keys = KeyExchangeMetadata(*metadata)
     LEDGER.record("dtcp::gather_shared_kv")
@@ -191,7 +202,7 @@ def _gather(x: Tensor, metadata: list[Tensor], group: str) -> Tensor:
     rows = x.index_select(1, slots).transpose(0, 1).contiguous()
     received = bring_rows(rows, keys, _context("gather_shared_kv", metadata, x, group))
     every = torch.cat((x, received.transpose(0, 1)), dim=1)
-    out = x.new_zeros((x.shape[0], keys.key_token_index.shape[1], *x.shape[2:]))
+    out = torch.zeros_like(_gathered_like(x, keys, wide))
     order = sort_by_index(keys, x.shape[1])
     out[:, : order.numel()] = every.index_select(1, order)
     return out
@@ -209,9 +220,8 @@ def _gather_backward(grad: Tensor, metadata: list[Tensor], group: str) -> Tensor
 
 
 @_gather.register_fake
-def _(x: Tensor, metadata: list[Tensor], group: str) -> Tensor:
-    keys = KeyExchangeMetadata(*metadata)
-    return x.new_empty((x.shape[0], keys.key_token_index.shape[1], *x.shape[2:]))
+def _(x: Tensor, metadata: list[Tensor], group: str, wide: bool) -> Tensor:
+    return _gathered_like(x, KeyExchangeMetadata(*metadata), wide)
 
 
 @_gather_backward.register_fake
@@ -220,14 +230,21 @@ def _(grad: Tensor, metadata: list[Tensor], group: str) -> Tensor:
     return grad.new_empty((grad.shape[0], keys.first_key.shape[1], *grad.shape[2:]))
 
 
+def _gathered_like(x: Tensor, keys: KeyExchangeMetadata, wide: bool) -> Tensor:
+    shape = (x.shape[0], keys.key_token_index.shape[1], *x.shape[2:])
+    return x.new_empty(shape, dtype=accumulation(x.dtype) if wide else x.dtype)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, metadata, ctx.group = inputs
+    x, metadata, ctx.group, _ = inputs
+    ctx.dtype = x.dtype
     ctx.save_for_backward(*metadata)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     metadata = list(ctx.saved_tensors)
-    return _gather_backward(grad, metadata, ctx.group), [None] * len(metadata), None
+    found = _gather_backward(grad, metadata, ctx.group).to(ctx.dtype)
+    return found, [None] * len(metadata), None, None
 
 
 _gather.register_autograd(_differentiate, setup_context=_keep)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from dtcp.distributed.dtensor_rules import HEADS, SEQ
 from dtcp.distributed.moves import Moves
 from dtcp.kernels.rotary import rotate
-from dtcp.kernels.softmax.backends import BACKENDS, backend_named, check_kernel_name
+from dtcp.kernels.softmax.backends import check_kernel_name, check_unrounded
 from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata, BatchMetadata
@@ -140,6 +140,12 @@ class AttentionStyle(MixerStyle):
         tile: queries for which the host works out one range of keys.
         kernel: the backend that computes it (`python -m dtcp.kernels` lists them); by default the
             mixer's own choice.
+        reduce_dtype: in which ranks sum what each computed of the same key or query, as of FSDP's
+            MixedPrecisionPolicy: None for the model's dtype, torch.float32 for sums as exact as
+            one device's. Then kernels that round their results are passed over in backward (and
+            where a ring merges), and gradients of keys travel in fp32 to where they are summed:
+            twice the bytes home in bf16. Nothing changes where nothing is summed: on one rank, and
+            where heads are dealt out and no kv head is replicated.
     """
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
@@ -159,16 +165,23 @@ class AttentionStyle(MixerStyle):
     )
     tile: int = field(default=TILE, kw_only=True)
     kernel: str = field(default=AUTO, kw_only=True)
+    reduce_dtype: torch.dtype | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ints(type(self).__name__, least=1, tile=self.tile)
         check_kernel_name(self.kernel)
+        if self.reduce_dtype not in (None, torch.float32):
+            raise ValueError(
+                f"{type(self).__name__} sums what ranks computed in the model's dtype or in fp32, "
+                f"got reduce_dtype={self.reduce_dtype!r}: give it None or torch.float32."
+            )
+        if self.reduce_dtype is not None:
+            check_unrounded(self.kernel)
 
-    @property
-    def wide(self) -> bool:
-        """Whether what ranks computed of the same key or query is summed unrounded."""
-        return False
+    def sums_wide(self, num_ranks: int) -> bool:
+        """Whether what so many ranks computed of the same key or query is summed unrounded."""
+        return self.reduce_dtype is not None and num_ranks > 1
 
     @property
     def op(self) -> AttentionOp:
@@ -218,7 +231,8 @@ class AttentionStyle(MixerStyle):
     ) -> Moves:
         assert isinstance(shape, AttentionShape)
         metadata, length = self.make_metadata(mixer, coords, layout, rank), layout.shard_len
-        shape = replace(shape, values_only=isinstance(mixer, KeysFromValues), wide=self.wide)
+        values_only, wide = isinstance(mixer, KeysFromValues), self.sums_wide(layout.num_shards)
+        shape = replace(shape, values_only=values_only, wide=wide)
         if metadata.in_line:
             shape, length = replace(shape, batch=1), shape.batch * length
         peers = self.peers(layout.num_shards, rank)
@@ -227,7 +241,7 @@ class AttentionStyle(MixerStyle):
     def check_part(self, part: "AttentionStyle") -> None:
         """Refuse options of a style inside of this one, which takes the mixers over by itself."""
         plain, name = AttentionStyle(), type(self).__name__
-        for option in ("boundary", "tile", "kernel"):
+        for option in ("boundary", "tile", "kernel", "reduce_dtype"):
             value = getattr(part, option)
             if value != getattr(plain, option):
                 raise ValueError(
@@ -283,42 +297,9 @@ class AttentionStyle(MixerStyle):
         install_attention_rules(self.op)
         claimed = super()._apply(module, device_mesh)
         if isinstance(claimed, MaskedMixer):
-            claimed.wide = self.wide
             if self.kernel != AUTO:
                 claimed.kernel = self.kernel
+            claimed.wide = self.sums_wide(device_mesh.size(0))
+            if claimed.wide:
+                check_unrounded(claimed.kernel)
         return claimed
-
-
-@dataclass
-class KeyExchangeAttention(AttentionStyle):
-    """A strategy that brings to each rank the keys its queries require, and no others.
-
-    Keyword Args:
-        reduce_dtype: in which partial results are summed over ranks, as of FSDP: None for the
-            model's, torch.float32 for sums as exact as one device's. Then kernels that round their
-            results are passed over in backward (and where a ring merges), and gradients of keys
-            travel in fp32: twice the bytes home in bf16.
-    """
-
-    takes_memory = True
-
-    reduce_dtype: torch.dtype | None = field(default=None, kw_only=True)
-
-    @property
-    def wide(self) -> bool:
-        return self.reduce_dtype is not None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        name = type(self).__name__
-        if self.reduce_dtype not in (None, torch.float32):
-            raise ValueError(
-                f"{name} sums what ranks computed in the model's dtype or in fp32, got "
-                f"reduce_dtype={self.reduce_dtype!r}: give it None or torch.float32."
-            )
-        if self.wide and self.kernel != AUTO and backend_named(self.kernel).rounds:
-            unrounded = ", ".join(each.name for each in BACKENDS if not each.rounds)
-            raise ValueError(
-                f"{name} sums in fp32 what its kernel has not rounded, got reduce_dtype="
-                f"{self.reduce_dtype} with kernel={self.kernel!r}: name one of {AUTO}, {unrounded}."
-            )

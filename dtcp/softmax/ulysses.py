@@ -145,8 +145,9 @@ class Ulysses:
         sent, received = keys.counts.tolist()
         parts = replace(keys, counts=torch.tensor([replicas.shares(x) for x in (sent, received)]))
         between = self.outer.moves(shape, length, parts.tensors(), peers.between())
-        there = Moved.rows(*replicas.inside(received), shape.key_row, replicas.rank)
-        home = Moved(there.received, there.sent)
+        out, back = replicas.inside(received)
+        there = Moved.rows(out, back, shape.key_row, replicas.rank)
+        home = Moved.rows(back, out, shape.grad_row, replicas.rank)
         return between, Moves(there, there + home)
 
     def _to_sequence(
@@ -173,16 +174,21 @@ class Ulysses:
         orders: _Orders,
         context: OpContext,
     ) -> list[Tensor]:
-        """The gradients of `_to_sequence`, travelling in a dtype, of all heads and local tokens."""
+        """The gradients of `_to_sequence`, travelling in a dtype, of all heads and local tokens.
+
+        Those of kv heads that are replicated, which are summed at home, in that of the context.
+        """
         q, *keys = [y for y in grads[:3] if y is not None]
+        of_keys_dtype = context.grad_dtype(dtype) if share.replicas > 1 else dtype
         if (replicated := _replicated(share, context)) is not None:
             n = share.num_ranks
             (dq,) = _to_heads([q.to(dtype)], orders.restore, context)
             parts = [_ordered(y, orders.restore_keys).unflatten(1, (n, -1)) for y in keys]
             parts = [y.movedim(1, 0) for y in parts]
-            return [share.join(dq), *replicated.home(parts, share.kv_heads, dtype, _mover(context))]
-        q, *keys = [y.to(dtype) for y in (q, *keys)]
-        if not orders.apart:
+            home = replicated.home(parts, share.kv_heads, of_keys_dtype, _mover(context))
+            return [share.join(dq), *home]
+        q, *keys = q.to(dtype), *(y.to(of_keys_dtype) for y in keys)
+        if not orders.apart and of_keys_dtype == dtype:
             dq, *of_keys = _to_heads([q, *keys], orders.restore, context)
         else:
             (dq,) = _to_heads([q], orders.restore, context)
@@ -192,9 +198,13 @@ class Ulysses:
     def _parts(self, context: OpContext, share: HeadShare) -> tuple[_Orders, OpContext]:
         order, restore, *outer = context.metadata[:-LAST_FIELDS]
         key_order, key_restore = context.metadata[-LAST_FIELDS:][:2]
+        between = [dist.get_world_size(group_of(name)) for name in context.groups[2:]]
+        # Inside a group gradients are summed where ranks share a kv head, between groups by `outer`.
+        summed = max(share.replicas, *between, 1) > 1
         inside = replace(
             context,
             metadata=outer,
+            softmax=replace(context.softmax, wide=context.softmax.wide and summed),
             kv_heads=share.kv_heads_each,
             replicas=_replicas(share, context) if len(context.groups) > 1 else None,
         )
@@ -300,6 +310,7 @@ class UlyssesAttention(AttentionStyle):
 
     Keyword Args:
         boundary: InGraph() or EagerIsland().
+        reduce_dtype: of gradients of kv heads that are replicated, as of AttentionStyle.
         ranks_per_node: neighbours that share a node. Every rank gets heads of its own, but for kv
             heads that are replicated: these cross once to each node, and are spread inside.
 

@@ -59,7 +59,8 @@ class Family:
         mtp_depths: how many tokens further ahead than the next one a config's model predicts; its
             forward then takes `mtp_input_ids` and returns a tuple.
         num_experts: how many each of a config's layers chooses from; 0 for none.
-        takes_strategy: whether the section's strategy, boundary and kernel are for its attention.
+        takes_strategy: whether the section's strategy, boundary, kernel and reduce_dtype are for
+            its attention.
         before_step: done before every step of the optimizer, with the model and the axis of all
             ranks that have tokens; None for families with nothing outside of autograd.
     """

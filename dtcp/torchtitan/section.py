@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from dtcp.compile import Boundary, EagerIsland, InGraph
 from dtcp.sequence.block_balanced import BlockBalanced
@@ -59,6 +61,10 @@ class Section:
     boundary: Literal["in_graph", "eager_island"] = "in_graph"
     """Collectives inside the compiled block, or one graph break around each attention."""
 
+    reduce_dtype: Literal["model", "float32"] = "model"
+    """In which ranks sum what each computed of a key, as training.mixed_precision_reduce says it of
+    weights: "float32" for gradients of keys as exact as one device's, by slower kernels."""
+
     expert_exchange: Literal["auto", "all_to_all", "deep_ep", "hybrid_ep"] = "auto"
     """Under parallelism.expert_parallel_degree, what carries tokens: "auto" for a library of GPU
     kernels where one is installed."""
@@ -101,17 +107,23 @@ class Section:
 
     def attention_style(self, device_type: str) -> AttentionStyle:
         """The strategy, and for "default" that of such devices: "cpu", "cuda"."""
-        boundary: Boundary = InGraph() if self.boundary == "in_graph" else EagerIsland()
         match self.strategy:
             case "auto":
                 raise ValueError(_OPEN.format("strategy", "a strategy"))
             case "default":
-                return default_attention(device_type, boundary=boundary)
+                return default_attention(device_type, **self.style_options)
             case "ring":
-                return RingAttention(boundary=boundary)
+                return RingAttention(**self.style_options)
             case "all_gather":
-                return AllGatherAttention(boundary=boundary)
+                return AllGatherAttention(**self.style_options)
             case "ulysses":
-                return UlyssesAttention(boundary=boundary)
+                return UlyssesAttention(**self.style_options)
             case "hybrid":
-                return HybridAttention(inner_ranks=self.ulysses_degree, boundary=boundary)
+                return HybridAttention(inner_ranks=self.ulysses_degree, **self.style_options)
+
+    @property
+    def style_options(self) -> dict[str, Any]:
+        """What the section says of every strategy; the kernel is named for the whole model."""
+        boundary: Boundary = InGraph() if self.boundary == "in_graph" else EagerIsland()
+        reduce_dtype = torch.float32 if self.reduce_dtype == "float32" else None
+        return {"boundary": boundary, "reduce_dtype": reduce_dtype}

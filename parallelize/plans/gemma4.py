@@ -1,5 +1,7 @@
 """The plan of a Gemma 4: models/gemma4."""
 
+from typing import Any
+
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -70,16 +72,17 @@ def gemma4_context_plan(
     A layer whose keys others share gathers what all of those read, once for all of them.
     """
     ahead = config.longest_vision_block - 1 if config.vision_blocks else 0
-    boundary = attention.boundary
+    options: dict[str, Any] = {
+        "boundary": attention.boundary,
+        "reduce_dtype": attention.reduce_dtype,
+    }
     own_kv = {
-        LayerType.SLIDING: HaloAttention(config.window, ahead, boundary=boundary),
+        LayerType.SLIDING: HaloAttention(config.window, ahead, **options),
         LayerType.GLOBAL: attention,
     }
     shared_kv = {
-        LayerType.SLIDING: SharedKVAttention(
-            HaloAttention(config.window, ahead), boundary=boundary
-        ),
-        LayerType.GLOBAL: SharedKVAttention(AllGatherAttention(), boundary=boundary),
+        LayerType.SLIDING: SharedKVAttention(HaloAttention(config.window, ahead), **options),
+        LayerType.GLOBAL: SharedKVAttention(AllGatherAttention(), **options),
     }
     plan: dict[str, ParallelStyle] = {}
     for layer, layer_type in enumerate(config.layer_types):

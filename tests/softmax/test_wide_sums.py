@@ -5,16 +5,31 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dtcp.batch import shard_batch
+from dtcp.distributed.dtensor_rules import to_local
 from dtcp.distributed.ledger import count_traffic
+from dtcp.distributed.mesh import ParallelMesh
+from dtcp.distributed.ops import moves_of
 from dtcp.mixer import batch_metadata
+from dtcp.mixer_plan import apply_plan
 from dtcp.sequence.layout import Contiguous, HeadTail
-from dtcp.softmax import AllGatherAttention, HaloAttention, HybridAttention, RingAttention
-from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax import (
+    AllGatherAttention,
+    HaloAttention,
+    HybridAttention,
+    RingAttention,
+    SharedKVAttention,
+    UlyssesAttention,
+)
+from dtcp.softmax.mixer import GatherSharedKV, SoftmaxAttention, name_kernel
 from dtcp.softmax.moves import AttentionShape
-from tests.harness import packings
+from tests.harness import packings, reference
 from tests.harness.attention_parity import (
     BIDIRECTIONAL,
+    CAUSAL,
     WINDOW,
     Case,
     local_inputs,
@@ -36,28 +51,54 @@ def on_one_device(case, num_shards):
     return out, *torch.autograd.grad(out, inputs, right.grad_out.to(case.dtype))
 
 
+class Stated(TorchDispatchMode):
+    """Sums up what ops say that they receive."""
+
+    received = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if (moves := moves_of(op)) is not None:
+            self.received += sum(moves(*to_local(args), **to_local(kwargs or {})).received)
+        return op(*args, **(kwargs or {}))
+
+
+def held_to_formulas(mesh, style, mixer, sharded, shape, step):
+    """What a step returns, and the bytes that all ranks received in it: as style and ops say."""
+    with count_traffic() as traffic, Stated() as stated:
+        results = step()
+    moves = style.moves(mixer, sharded.coords, sharded.layout, mesh.get_local_rank(), shape)
+    received = moves.received.forward + moves.received.backward
+    assert traffic.received == received == stated.received, style
+    received = torch.tensor(received)
+    dist.all_reduce(received)
+    return results, int(received)
+
+
+def ratios(sharded, ours, theirs, exact):
+    """Of each of our local results, the error over that of a whole one of theirs, all ranks'."""
+    found = []
+    for own, other, right in zip(ours, theirs, exact, strict=True):
+        at = sharded.shard(right.detach())
+        errors = [(x.detach() - at).square().sum() for x in (own, sharded.shard(other))]
+        error = torch.stack(errors)
+        dist.all_reduce(error)
+        found.append(float((error[0] / error[1]).sqrt()))
+    return found
+
+
 def compared(mesh, style, case, layout):
     """The error of out, dq, dk and dv over one device's; bytes received by all ranks."""
     n, mixer = mesh.size(), mixer_on(mesh, style, case.mask_case.mask)
     sharded, right = shard_case(case, mixer, mesh, layout), truth(case, n)
-    with count_traffic() as traffic:
+    shape = AttentionShape(1, case.heads, case.kv_heads, case.key_dim, case.value_dim, 2)
+
+    def step():
         out, grads = run(case, mixer, sharded, local_inputs(case, sharded))
-    ratios = []
-    every = zip((out, *grads), on_one_device(case, n), (right.out, *right.grads), strict=True)
-    for ours, theirs, exact in every:
-        at = sharded.shard(exact.detach())
-        error = torch.stack(
-            [(x.detach() - at).square().sum() for x in (ours, sharded.shard(theirs))]
-        )
-        dist.all_reduce(error)
-        ratios.append(float((error[0] / error[1]).sqrt()))
-    shape = AttentionShape(1, 4, 2, 8, 8, 2)
-    moves = style.moves(mixer, sharded.coords, sharded.layout, mesh.get_local_rank(), shape)
-    stated = moves.received.forward + moves.received.backward
-    assert traffic.received == stated, style
-    received = torch.tensor(traffic.received)
-    dist.all_reduce(received)
-    return ratios, int(received)
+        return out, *grads
+
+    results, received = held_to_formulas(mesh, style, mixer, sharded, shape, step)
+    exact = (right.out, *right.grads)
+    return ratios(sharded, results, on_one_device(case, n), exact), received
 
 
 @spmd(ranks=(2, 4))
@@ -81,10 +122,121 @@ def test_keys_gradients_summed_in_fp32_have_the_error_of_one_device(mesh, ranks)
         assert 6 * more == (8 if mask_case is BIDIRECTIONAL else 9) * few
 
 
+OF = {"mask_case": BIDIRECTIONAL, "packing": packings.one_document, "sink": False}
+OF |= {"dtype": torch.bfloat16, "seq_len": 128}
+
+
+@pytest.mark.parametrize("per_node", [0, 2])
+@spmd(ranks=4)
+def test_gradients_of_heads_that_are_dealt_out_have_the_error_of_one_device(mesh, per_node):
+    """Between groups, and inside one where ranks share a kv head."""
+    outers, inner = (RingAttention(), AllGatherAttention()), {"inner_ranks": 2}
+    styles = [HybridAttention(outer=outer, **inner) for outer in outers]
+    for style in (*styles, UlyssesAttention()):
+        style = replace(style, ranks_per_node=per_node)
+        for kv_heads in (1, 2):
+            case = Case(kv_heads=kv_heads, **OF)
+            rounded, few = compared(mesh, style, case, HeadTail)
+            wide, more = compared(mesh, replace(style, reduce_dtype=WIDE), case, HeadTail)
+            assert max(*wide, *rounded[:2]) <= 1.1, f"{wide} and {rounded} with {style}"
+            assert min(rounded[2:]) > 1.15 and more > few, f"{rounded} with {style}"
+
+
+@spmd(ranks=2)
+def test_where_nothing_is_summed_nothing_travels_in_fp32(mesh):
+    """Each kv head is on one rank, where one kernel sums its gradients."""
+    for style in (UlyssesAttention(), HybridAttention()):
+        case = Case(**OF)
+        rounded, few = compared(mesh, style, case, HeadTail)
+        wide, more = compared(mesh, replace(style, reduce_dtype=WIDE), case, HeadTail)
+        assert wide == rounded and more == few and max(wide) <= 1.1
+
+
+@spmd(ranks=1)
+def test_one_rank_sums_nothing_over_ranks(mesh):
+    """So a kernel that rounds may compute it: the fastest."""
+    for style in (RingAttention, AllGatherAttention, UlyssesAttention, SharedKVAttention):
+        mixer = mixer_on(mesh, style(reduce_dtype=WIDE), CAUSAL.mask)
+        assert not mixer.wide
+        name_kernel(mixer, "cudnn")
+
+
+@spmd(ranks=2)
+def test_gradients_of_shared_keys_have_the_error_of_one_device(mesh):
+    """Two layers read them: their gradients are summed in fp32 before they go home."""
+    exact, grad_outs, whole = _two_layers(torch.float64)
+    alone = _two_layers(torch.bfloat16)[0]
+    received = []
+    for wide in (None, WIDE):
+        model = nn.ModuleDict({"gather": GatherSharedKV(CAUSAL.mask)})
+        model.update({f"layer{i}": SoftmaxAttention(CAUSAL.mask) for i in range(2)})
+        style = SharedKVAttention(reduce_dtype=wide)
+        apply_plan(model, mesh, dict.fromkeys(model, style))
+        ids, ranks = torch.zeros(1, 128, dtype=torch.int64), ParallelMesh.of_sequence(mesh)
+        _, sharded = shard_batch({"input_ids": ids}, ranks, HeadTail, model=model)
+        inputs = [sharded.shard(x.bfloat16()).requires_grad_() for x in whole]
+        grads = [sharded.shard(x.bfloat16()) for x in grad_outs]
+
+        def step(model=model, sharded=sharded, inputs=inputs, grads=grads):
+            rows = model["gather"](inputs[2], sharded.attn_metadata)
+            k, v = rows.chunk(2, dim=-1)
+            outs = [
+                model[f"layer{i}"](q, k, v, sharded.attn_metadata) for i, q in enumerate(inputs[:2])
+            ]
+            return *outs, *torch.autograd.grad(outs, inputs, grads)
+
+        shape = AttentionShape(1, 2, 2, 8, 8, 2)
+        results, bytes_ = held_to_formulas(mesh, style, model["gather"], sharded, shape, step)
+        found = ratios(sharded, results, alone, exact)
+        received.append(bytes_)
+        assert max(found[:-1]) <= 1.1
+        assert found[-1] <= 1.0 if wide else found[-1] > 1.1, f"{found} with {style}"
+    # In bf16 rows and gradients are as many bytes; in fp32 gradients are twice as many.
+    assert 2 * received[1] == 3 * received[0]
+    narrow = inputs[2].detach()
+    with pytest.raises(TypeError, match="stay in the dtype in which layers sum their gradients"):
+        model["layer0"](inputs[0], *narrow.chunk(2, dim=-1), sharded.attn_metadata)
+
+
+def _two_layers(dtype):
+    """out of two layers and gradients of their queries and of the rows [k | v] that both read."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(1, 128, 4, 8)] * 2 + [(1, 128, 2, 16)]
+    whole = [torch.randn(x, generator=generator).bfloat16() for x in shapes]
+    grad_outs = [torch.randn(shapes[0], generator=generator).bfloat16() for _ in range(2)]
+    inputs = [x.to(dtype).requires_grad_() for x in whole]
+    k, v = inputs[2].chunk(2, dim=-1)
+    mixer, documents = SoftmaxAttention(CAUSAL.mask), packings.one_document(128, 2)
+    visible = CAUSAL.visible(documents)
+
+    def attend(q):
+        if dtype == torch.float64:
+            return reference.attention(q, k, v, visible)[0]
+        return mixer(q, k, v, batch_metadata(mixer, documents))
+
+    outs = [attend(q) for q in inputs[:2]]
+    grads = torch.autograd.grad(outs, inputs, [x.to(dtype) for x in grad_outs])
+    return (*outs, *grads), grad_outs, whole
+
+
 def test_what_cannot_sum_in_fp32_is_refused():
     with pytest.raises(ValueError, match=r"got reduce_dtype=torch.float16: give it None or"):
         RingAttention(reduce_dtype=torch.float16)
     with pytest.raises(ValueError, match=r"with kernel='cudnn': name one of auto, triton, ref"):
         AllGatherAttention(reduce_dtype=WIDE, kernel="cudnn")
-    with pytest.raises(ValueError, match=r"RingAttention inside: leave it out, or use RingAtt"):
+    with pytest.raises(
+        ValueError, match=r"of the RingAttention inside: give it to HybridAttention"
+    ):
         HybridAttention(outer=RingAttention(reduce_dtype=WIDE))
+    with pytest.raises(ValueError, match=r"inside: give it to SharedKVAttention"):
+        SharedKVAttention(AllGatherAttention(reduce_dtype=WIDE))
+
+
+@spmd(ranks=2)
+def test_a_kernel_that_rounds_is_refused_where_it_is_named(mesh):
+    rounds = "with kernel='flash': name one of auto, triton, ref"
+    with pytest.raises(ValueError, match=rounds):
+        mixer_on(mesh, RingAttention(reduce_dtype=WIDE), CAUSAL.mask, kernel="flash")
+    mixer = mixer_on(mesh, RingAttention(reduce_dtype=WIDE), CAUSAL.mask)
+    with pytest.raises(ValueError, match=rounds):
+        name_kernel(mixer, "flash")

@@ -232,6 +232,20 @@ def check_kernel_name(name: str) -> None:
         backend_named(name)
 
 
+def check_unrounded(name: str) -> None:
+    """Refuse a name whose backend rounds what is summed further, in fp32.
+
+    Raises:
+        ValueError: it does, or there is none.
+    """
+    if name != AUTO and backend_named(name).rounds:
+        unrounded = ", ".join(backend.name for backend in BACKENDS if not backend.rounds)
+        raise ValueError(
+            f"Ranks sum in fp32 what their kernel has not rounded, got reduce_dtype=torch.float32 "
+            f"with kernel={name!r}: name one of {AUTO}, {unrounded}."
+        )
+
+
 def backend_named(name: str) -> Backend:
     """The backend of a name.
 
