@@ -199,8 +199,8 @@ class Ulysses:
         order, restore, *outer = context.metadata[:-LAST_FIELDS]
         key_order, key_restore = context.metadata[-LAST_FIELDS:][:2]
         between = [dist.get_world_size(group_of(name)) for name in context.groups[2:]]
-        # Inside a group gradients are summed where ranks share a kv head, between groups by `outer`.
-        summed = max(share.replicas, *between, 1) > 1
+        # Gradients are summed inside where ranks share a kv head, and between groups by `outer`.
+        summed = max([share.replicas, *between]) > 1
         inside = replace(
             context,
             metadata=outer,

@@ -63,6 +63,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"dtcp.boundary": "eager_island"},
         r"dtcp.boundary=eager_island for deepseek_v4",
     ),
+    "sums": (
+        "deepseek_v4_tiny",
+        {"dtcp.reduce_dtype": "float32"},
+        r"dtcp.reduce_dtype=float32 for deepseek_v4",
+    ),
 }
 
 TAKEN: list[tuple[str, dict[str, Any]]] = [

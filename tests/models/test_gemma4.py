@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
+from dtcp.compile import EagerIsland
 from dtcp.mixer import batch_metadata
 from dtcp.models.gemma4 import (
     PRESETS,
@@ -32,7 +33,7 @@ from dtcp.sequence.masks import (
     Coords,
     SlidingWindow,
 )
-from dtcp.softmax import RingAttention, UlyssesAttention
+from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.mixer import GatherSharedKV, KeysFromValues
 from tests.harness.hf_gemma4 import (
     SHAPE,
@@ -173,6 +174,16 @@ REFUSED: list[tuple[Any, str]] = [
     ),
 ]
 RING = RingAttention()
+
+
+def test_a_plan_gives_all_layers_the_options_of_the_strategy():
+    """Windows and shared keys, too, which have strategies of their own."""
+    options = {"boundary": EagerIsland(), "reduce_dtype": torch.float32}
+    for config in (tiny(), tiny_e()):
+        plan = gemma4_context_plan(config, AllGatherAttention(**options))
+        assert len({type(style) for style in plan.values()}) == 2
+        for style in plan.values():
+            assert {name: getattr(style, name) for name in options} == options
 
 
 def _settings(**changed: Any) -> dict[str, Any]:

@@ -73,13 +73,15 @@ def test_plan_keeps_to_what_is_given_of_a_config():
     given = [
         *("--config", "qwen3_5_moe_tiny", "--global-batch", "2", "--dtcp.strategy", "hybrid"),
         *("--dtcp.layout", "document_balanced", "--training.steps", "7"),
-        *("--dtcp.expert_tensor_parallel_degree", "2", "activation_checkpoint:selective"),
+        *("--dtcp.expert_tensor_parallel_degree", "2", "--dtcp.reduce_dtype", "float32"),
+        "activation_checkpoint:selective",
     ]
     degrees = Degrees(dp_shard=2, cp=2, tp=2, ep=2, etp=2)
     _, config, setup = planned_command(given, "8xH100", degrees)
     assert mesh_of(config.parallelism, 8, etp=2) == degrees
     assert config.dtcp.strategy == "hybrid" and config.dtcp.layout == "document_balanced"
     assert config.dtcp.expert_tensor_parallel_degree == 2 and config.training.steps == 7
+    assert config.dtcp.reduce_dtype == "float32" and setup.attention.reduce_dtype is torch.float32
     assert kept_by_blocks(config) == SelectiveCheckpoint() == setup.checkpoint
     arguments, rest = command._parser().parse_known_args(given)
     request = request_of(arguments, rest)
@@ -87,6 +89,17 @@ def test_plan_keeps_to_what_is_given_of_a_config():
     meshes = list(planner.meshes())
     assert meshes and all(each.tp == each.etp == 2 and each.ep > 1 for each in meshes)
     assert all(request.workload.takes(each) for each in planner._variants(setup))
+
+
+def test_plan_tries_strategies_with_the_sums_that_are_given():
+    given = ["--config", "llama_tiny", "--global-batch", "2", "--dtcp.reduce_dtype", "float32"]
+    _, config, setup = planned_command(given, "8xH100", Degrees(dp_shard=2, cp=4))
+    request = request_of(*command._parser().parse_known_args(given))
+    planner = Planner(request.subject, cluster_of("8xH100"), request.wish)
+    tried = [setup, *planner._variants(setup)]
+    assert len({type(each.attention) for each in tried}) == 4
+    assert {each.attention.reduce_dtype for each in tried} == {torch.float32}
+    assert config.dtcp.reduce_dtype == "float32"
 
 
 def planned_lines(options, cluster, degrees):

@@ -43,6 +43,16 @@ def test_plan_in_training_leaves_alone_what_is_named(texts):
     assert "UlyssesAttention(boundary=EagerIsland()" in choice.lines[1]
 
 
+def test_plan_in_training_sums_as_the_section_says(texts):
+    config = parse(["--config", "llama_tiny", *AUTO, "--dtcp.reduce_dtype", "float32", *texts])
+    choice = plan_strategy(config, ranks=4)
+    assert "reduce_dtype=torch.float32" in choice.lines[1]
+    assert choice.close(config.dtcp).reduce_dtype == "float32"
+    named = parse(["--config", "llama_tiny", "--dtcp.reduce_dtype=float32", "--dtcp.kernel=cudnn"])
+    with pytest.raises(ValueError, match=r"reduce_dtype=torch.float32 with kernel='cudnn'"):
+        named.check()
+
+
 def test_plan_in_training_knows_the_mesh_of_a_config():
     config = parse(["--config", "llama_tiny"])
     degrees = mesh_of(config.parallelism, 8)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtcp.batch import shard_batch
@@ -15,6 +16,7 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.ops import moves_of
 from dtcp.mixer import batch_metadata
 from dtcp.mixer_plan import apply_plan
+from dtcp.sdpa.local_shards import local_shards
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.softmax import (
     AllGatherAttention,
@@ -26,6 +28,8 @@ from dtcp.softmax import (
 )
 from dtcp.softmax.mixer import GatherSharedKV, SoftmaxAttention, name_kernel
 from dtcp.softmax.moves import AttentionShape
+from dtcp.thd import shard_thd, to_thd
+from dtcp.thd_attention import PackedAttention
 from tests.harness import packings, reference
 from tests.harness.attention_parity import (
     BIDIRECTIONAL,
@@ -69,9 +73,13 @@ def held_to_formulas(mesh, style, mixer, sharded, shape, step):
     moves = style.moves(mixer, sharded.coords, sharded.layout, mesh.get_local_rank(), shape)
     received = moves.received.forward + moves.received.backward
     assert traffic.received == received == stated.received, style
-    received = torch.tensor(received)
-    dist.all_reduce(received)
-    return results, int(received)
+    return results, of_all_ranks(received)
+
+
+def of_all_ranks(count):
+    total = torch.tensor(count)
+    dist.all_reduce(total)
+    return int(total)
 
 
 def ratios(sharded, ours, theirs, exact):
@@ -217,6 +225,35 @@ def _two_layers(dtype):
     outs = [attend(q) for q in inputs[:2]]
     grads = torch.autograd.grad(outs, inputs, [x.to(dtype) for x in grad_outs])
     return (*outs, *grads), grad_outs, whole
+
+
+@spmd(ranks=2)
+def test_a_style_sums_in_fp32_at_every_door_that_takes_one(mesh):
+    """A third more bytes, as of mixers."""
+    q, k, v = (torch.randn(1, heads, 32, 8).bfloat16() for heads in (4, 2, 2))
+    ids, lengths, layout = torch.zeros(1, 64).long(), torch.tensor([[64]]), HeadTail(64, 2)
+    rows = {"input_ids": ids, "labels": ids, "seq_lens": lengths, "seq_lens_padded": lengths}
+    local = shard_thd(to_thd(rows), mesh)
+
+    def inside(style, *qkv):
+        with local_shards(layout, mesh, style=style):
+            return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+
+    def on_slots(style, *qkv):
+        attend = PackedAttention.of(local, mesh, style=style)
+        return attend(*(x[0].transpose(0, 1) for x in qkv))
+
+    for door in (inside, on_slots):
+        received = []
+        for style in (RingAttention(), RingAttention(reduce_dtype=WIDE)):
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            with count_traffic() as traffic:
+                out = door(style, *inputs)
+                torch.autograd.grad(out, inputs, torch.ones_like(out))
+            received.append(of_all_ranks(traffic.received))
+        assert 3 * received[1] == 4 * received[0] > 0
+        with pytest.raises(ValueError, match="got kernel='cudnn', which does not run on a cpu"):
+            door(RingAttention(kernel="cudnn"), q, k, v)
 
 
 def test_what_cannot_sum_in_fp32_is_refused():

@@ -27,11 +27,17 @@ def test_the_cpu_device_answers_all_that_torchtitan_asks():
     device.synchronize()
 
 
-@pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses", "hybrid"])
-@pytest.mark.parametrize("boundary", ["in_graph", "eager_island"])
-def test_a_section_names_classes(strategy, boundary):
-    section = Section(strategy=strategy, boundary=boundary)
-    assert isinstance(section.attention_style("cpu"), AttentionStyle)
+@pytest.mark.parametrize("strategy", ["default", "ring", "all_gather", "ulysses", "hybrid"])
+@pytest.mark.parametrize(
+    ("boundary", "reduce_dtype"), [("in_graph", "model"), ("eager_island", "float32")]
+)
+def test_a_section_names_classes_and_their_options(strategy, boundary, reduce_dtype):
+    section = Section(strategy=strategy, boundary=boundary, reduce_dtype=reduce_dtype)
+    for device_type in ("cpu", "cuda"):
+        style = section.attention_style(device_type)
+        assert isinstance(style, AttentionStyle)
+        found = (isinstance(style.boundary, EagerIsland), style.reduce_dtype)
+        assert found == ((True, torch.float32) if boundary == "eager_island" else (False, None))
     assert all(issubclass(layout, SequenceLayout) for layout in LAYOUT_CLASSES.values())
 
 
