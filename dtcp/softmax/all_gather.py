@@ -12,6 +12,7 @@ from dtcp.kernels.softmax.api import (
     SavedForward,
     attend_backward,
     attend_once,
+    note_rounded_sums,
     zeros_for,
 )
 from dtcp.sequence.interval_runs import Intervals
@@ -51,6 +52,8 @@ class AllGather(ExchangeStrategy):
         buffers, dq = payload.grad_buffers(keys.v.shape[1]), zeros_for(queries.q)
         grads = GradAccumulators(dq, buffers.dk, buffers.dv)
         ranges, pieces = metadata.block_ranges[0], metadata.pieces[0]
+        if metadata.counts.shape[1] > 1:
+            note_rounded_sums(queries, keys, pieces, context.softmax)
         attend_backward(grads, saved, queries, keys, ranges, context.softmax, pieces=pieces)
 
         of_keys = payload.finish(buffers, keys.v, 0).transpose(0, 1)

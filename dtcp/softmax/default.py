@@ -21,14 +21,14 @@ def default_attention(
 
     The fast kernels of a GPU round what they return, and a ring merges n such results: 1.4 times
     the error of one device in bf16, where one call has the same error in its output and in the
-    gradients of queries. Gradients of keys are sums over ranks for every strategy. One call holds
-    these keys while it attends; where they do not fit, name RingAttention; with
-    reduce_dtype=torch.float32 its parts are merged in fp32, and so are gradients of keys. Said
-    once.
+    gradients of queries. Gradients of keys are sums over ranks for either, and what these have
+    rounded (`note_rounded_sums` says so). One call holds these keys while it attends; where they do
+    not fit, name RingAttention; with reduce_dtype=torch.float32 its parts are merged in fp32, and
+    so are gradients of keys. Said once.
     """
     if device_type == "cpu":
         return RingAttention(boundary=boundary, reduce_dtype=reduce_dtype)
-    _say_so(reduce_dtype)
+    _say_so()
     return AllGatherAttention(boundary=boundary, reduce_dtype=reduce_dtype)
 
 
@@ -38,16 +38,9 @@ def device_type_of(cp: DeviceMesh | None) -> str:
 
 
 @cache
-def _say_so(reduce_dtype: torch.dtype | None) -> None:
-    summed = (
-        "Gradients of keys are sums of what ranks have rounded, with 1.2 times one device's error; "
-        "none is rounded with reduce_dtype=torch.float32, on slower kernels in backward."
-        if reduce_dtype is None
-        else "Gradients of keys are summed in fp32, with the error of one device."
-    )
+def _say_so() -> None:
     LOG.info(
         "Attention over ranks is AllGatherAttention: one call over all required keys, with the "
         "error of one device, while a ring merges results that its kernels have rounded, with 1.4 "
-        "times that. Name RingAttention where the keys do not fit into memory. %s",
-        summed,
+        "times that. Name RingAttention where the keys do not fit into memory."
     )

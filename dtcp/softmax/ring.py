@@ -17,6 +17,7 @@ from dtcp.kernels.softmax.api import (
     attend,
     attend_backward,
     note_merged_parts,
+    note_rounded_sums,
     zeros_for,
 )
 from dtcp.sequence.interval_runs import Intervals
@@ -67,6 +68,8 @@ class _Ring(ExchangeStrategy):
         metadata, dq = KeyExchangeMetadata(*context.metadata), zeros_for(queries.q)
         way = _way_around(payload, metadata, context, context.grad_dtype(queries.q.dtype))
         for step, keys in way.steps():
+            if step == 0 and metadata.counts.shape[1] > 1:
+                note_rounded_sums(queries, keys, metadata.pieces[0], context.softmax)
             buffers = payload.grad_buffers(keys.v.shape[1])
             grads = GradAccumulators(dq, buffers.dk, buffers.dv)
             ranges, pieces = metadata.block_ranges[step], metadata.pieces[step]

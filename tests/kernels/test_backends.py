@@ -14,7 +14,12 @@ from dtcp.kernels.__main__ import print_backends
 from dtcp.kernels.softmax import api, demand
 from dtcp.kernels.softmax.backends import BACKENDS, backend_named
 from dtcp.kernels.softmax.calls import CallKind
-from dtcp.kernels.softmax.choice import choose_kernel, log_choice
+from dtcp.kernels.softmax.choice import (
+    choose_kernel,
+    log_choice,
+    log_rounded_parts,
+    log_rounded_sums,
+)
 from dtcp.kernels.softmax.demand import Demand, missing, refusal
 from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.kernels.softmax.self_test import fault_of
@@ -130,6 +135,18 @@ def test_losing_half_the_speed_of_a_backend_is_a_warning(monkeypatch, caplog):
     assert first.levelname == "WARNING" and "flash needs flash-attn-4;" in first.message
     assert "(up to 2.7 times as fast)" in first.message
     assert second.levelname == "INFO"
+
+
+def test_what_rounding_costs_a_strategy_is_said_once(caplog):
+    with caplog.at_level(logging.INFO, "dtcp.kernels"):
+        for say in (log_rounded_parts, log_rounded_sums):
+            say.cache_clear()
+            for name in ("flash", "flash", "triton", "reference"):
+                say(backend_named(name))
+    merged, summed = (record.message for record in caplog.records)
+    assert "A ring merges results that flash has rounded" in merged and "1.4 times" in merged
+    assert "Ranks sum gradients of keys, which flash has rounded" in summed
+    assert "1.2 times" in summed and "reduce_dtype=torch.float32" in summed
 
 
 def test_a_choice_of_a_backend_is_said_once(caplog):

@@ -253,7 +253,7 @@ def test_a_style_sums_in_fp32_at_every_door_that_takes_one(mesh):
             received.append(of_all_ranks(traffic.received))
         assert 3 * received[1] == 4 * received[0] > 0
         with pytest.raises(ValueError, match="got kernel='cudnn', which does not run on a cpu"):
-            door(RingAttention(kernel="cudnn"), q, k, v)
+            door(AllGatherAttention(kernel="cudnn"), q, k, v)
 
 
 def test_what_cannot_sum_in_fp32_is_refused():

@@ -4,6 +4,7 @@ All backends give the same result (`python -m dtcp.kernels` lists them): kernels
 and cuDNN where the mask is plain, Triton's for every mask, plain torch where those do not run.
 """
 
+from collections.abc import Callable
 from functools import cache, lru_cache, partial
 
 import torch
@@ -17,6 +18,7 @@ from dtcp.kernels.softmax.choice import (
     choose_kernel,
     log_choice,
     log_rounded_parts,
+    log_rounded_sums,
 )
 from dtcp.kernels.softmax.demand import Demand, demand_of
 from dtcp.kernels.softmax.libraries.load import library_kernel
@@ -51,6 +53,7 @@ __all__ = [
     "attention_kernel",
     "local_sink_gradient",
     "note_merged_parts",
+    "note_rounded_sums",
     "zeros_for",
 ]
 
@@ -88,10 +91,26 @@ def note_merged_parts(
     queries: Queries, keys: Keys, pieces: Tensor | None, params: SoftmaxParams
 ) -> None:
     """Say once if parts are going to be merged that their kernel has rounded."""
-    if not queries.q.is_cuda or queries.q.dtype not in HALF:
-        return
-    demand = demand_of(queries, keys, _calls(queries, keys, pieces), params)
-    log_rounded_parts(chosen(demand, params.kernel).backend)
+    _say_of_backend(log_rounded_parts, queries, keys, pieces, params)
+
+
+def note_rounded_sums(
+    queries: Queries, keys: Keys, pieces: Tensor | None, params: SoftmaxParams
+) -> None:
+    """Say once if ranks are going to sum gradients of keys that their kernels have rounded."""
+    _say_of_backend(log_rounded_sums, queries, keys, pieces, params)
+
+
+def _say_of_backend(
+    say: Callable[[Backend], None],
+    queries: Queries,
+    keys: Keys,
+    pieces: Tensor | None,
+    params: SoftmaxParams,
+) -> None:
+    if queries.q.is_cuda and queries.q.dtype in HALF:
+        demand = demand_of(queries, keys, _calls(queries, keys, pieces), params)
+        say(chosen(demand, params.kernel).backend)
 
 
 def attend(

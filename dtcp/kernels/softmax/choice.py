@@ -104,6 +104,18 @@ def log_rounded_parts(backend: Backend) -> None:
         )
 
 
+@cache
+def log_rounded_sums(backend: Backend) -> None:
+    """Say once what it costs that ranks sum gradients which this backend rounds, if it does."""
+    if backend.rounds:
+        LOG.info(
+            "Ranks sum gradients of keys, which %s has rounded to the inputs' dtype on each: about "
+            "1.2 times the error of one device. With reduce_dtype=torch.float32 none is rounded, "
+            "on slower kernels; UlyssesAttention on no more ranks than kv heads sums none.",
+            backend.name,
+        )
+
+
 def _speed(backend: Backend, demand: Demand) -> int:
     """Expected TFLOP/s on this device; 0 where it has nothing for it."""
     ability = ability_for(backend, demand)
