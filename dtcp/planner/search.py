@@ -311,7 +311,8 @@ class Planner:
     def plain(self, degrees: Degrees) -> Setup:
         """A mesh in one way, the first to be tried."""
         data = degrees.dp_replicate * degrees.dp_shard
-        given: dict[str, Any] = {"attention": RingAttention(reduce_dtype=self.workload.reduce_dtype)}
+        ring = RingAttention(reduce_dtype=self.workload.reduce_dtype)
+        given: dict[str, Any] = {"attention": ring}
         given |= {
             name: value
             for name in ("attention", "layout", "checkpoint")
@@ -363,11 +364,7 @@ def nodes_for(cluster: Cluster, degrees: Degrees) -> int:
 
 
 def attention_styles(cp: int, **options: Any) -> list[AttentionStyle]:
-    """The strategies of global attention that an axis of so many ranks has a use for.
-
-    Args:
-        options: of each of them, as boundary and reduce_dtype.
-    """
+    """Strategies of global attention that so many ranks have a use for, each with the options."""
     styles: list[AttentionStyle] = [RingAttention(**options)]
     if cp > 1:
         styles += [AllGatherAttention(**options), UlyssesAttention(**options)]

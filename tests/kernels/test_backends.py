@@ -142,7 +142,7 @@ def test_what_rounding_costs_a_strategy_is_said_once(caplog):
         for say in (log_rounded_parts, log_rounded_sums):
             say.cache_clear()
             for name in ("flash", "flash", "triton", "reference"):
-                say(backend_named(name))
+                say(name)
     merged, summed = (record.message for record in caplog.records)
     assert "A ring merges results that flash has rounded" in merged and "1.4 times" in merged
     assert "Ranks sum gradients of keys, which flash has rounded" in summed

@@ -102,7 +102,7 @@ def note_rounded_sums(
 
 
 def _say_of_backend(
-    say: Callable[[Backend], None],
+    say: Callable[[str], None],
     queries: Queries,
     keys: Keys,
     pieces: Tensor | None,
@@ -110,7 +110,7 @@ def _say_of_backend(
 ) -> None:
     if queries.q.is_cuda and queries.q.dtype in HALF:
         demand = demand_of(queries, keys, _calls(queries, keys, pieces), params)
-        say(chosen(demand, params.kernel).backend)
+        say(chosen(demand, params.kernel).backend.name)
 
 
 def attend(

@@ -93,26 +93,26 @@ def log_choice(choice: KernelChoice) -> None:
 
 
 @cache
-def log_rounded_parts(backend: Backend) -> None:
-    """Say once what it costs that a ring merges results which this backend rounds, if it does."""
-    if backend.rounds:
+def log_rounded_parts(name: str) -> None:
+    """Say once what it costs that a ring merges results which a backend rounds, if it does."""
+    if backend_named(name).rounds:
         LOG.info(
             "A ring merges results that %s has rounded to the inputs' dtype: up to 1.4 times the "
             "error of one call. AllGatherAttention makes one call; with reduce_dtype=torch.float32 "
             "a ring merges in fp32.",
-            backend.name,
+            name,
         )
 
 
 @cache
-def log_rounded_sums(backend: Backend) -> None:
-    """Say once what it costs that ranks sum gradients which this backend rounds, if it does."""
-    if backend.rounds:
+def log_rounded_sums(name: str) -> None:
+    """Say once what it costs that ranks sum gradients which a backend rounds, if it does."""
+    if backend_named(name).rounds:
         LOG.info(
             "Ranks sum gradients of keys, which %s has rounded to the inputs' dtype on each: about "
             "1.2 times the error of one device. With reduce_dtype=torch.float32 none is rounded, "
             "on slower kernels; UlyssesAttention on no more ranks than kv heads sums none.",
-            backend.name,
+            name,
         )
 
 
