@@ -95,7 +95,7 @@ def test_plan_tries_strategies_with_the_sums_that_are_given():
     given = ["--config", "llama_tiny", "--global-batch", "2", "--dtcp.reduce_dtype", "float32"]
     _, config, setup = planned_command(given, "8xH100", Degrees(dp_shard=2, cp=4))
     request = request_of(*command._parser().parse_known_args(given))
-    planner = Planner(request.subject, cluster_of("8xH100"), request.wish)
+    planner = Planner(request.subject, cluster_of("8xH100"), request.workload)
     tried = [setup, *planner._variants(setup)]
     assert len({type(each.attention) for each in tried}) == 4
     assert {each.attention.reduce_dtype for each in tried} == {torch.float32}
