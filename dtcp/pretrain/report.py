@@ -58,12 +58,12 @@ def said_once(text: str) -> Iterator[bool]:
     try:
         yield is_first
     finally:
-        told = f"told/{_digest(text)}"
+        printed = f"printed/{_digest(text)}"
         with contextlib.suppress(*GONE):
             if store is not None and is_first:
-                store.set(told, "")
+                store.set(printed, "")
             elif store is not None:
-                store.wait([told], timedelta(seconds=TELLING))
+                store.wait([printed], timedelta(seconds=TELLING))
 
 
 def _claim(text: str) -> tuple[bool, Store | None]:
