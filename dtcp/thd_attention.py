@@ -56,9 +56,10 @@ class PackedAttention:
 
         Args:
             mask: within a document; None for Causal().
-            style: the strategy; None for RingAttention().
+            style: the strategy, in the graph; None for RingAttention().
         """
         mask, style = mask or Causal(), style or RingAttention()
+        style.check_in_graph("PackedAttention")
         check_batch("A THD batch", batch, "cu_seqlens", "cu_seqlens_padded")
         real, padded = (read_bounds(key, batch[key]) for key in ("cu_seqlens", "cu_seqlens_padded"))
         lengths, slots = ([b - a for a, b in pairwise(x)] for x in (real, padded))

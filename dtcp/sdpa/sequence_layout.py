@@ -36,7 +36,7 @@ class sequence_layout(TorchFunctionMode):
         layout: of the sequence, over the ranks of `axis`.
         axis: the 1-D mesh the sequence is sharded on.
         documents: packed in each row, the same in all rows; None for one document per row.
-        style: the strategy; None for RingAttention().
+        style: the strategy, in the graph; None for RingAttention().
         device: where the tensors are.
     Raises:
         ValueError: a layout for another number of ranks; inside, a call that cannot be honoured.
@@ -65,6 +65,7 @@ class sequence_layout(TorchFunctionMode):
                 f"{axis.size()} ranks: build it with num_shards={axis.size()}."
             )
         style = RingAttention() if style is None else style
+        style.check_in_graph(f"Attention inside {type(self).__name__}")
         coords = Coords.of(documents or Documents.single(1, layout.seq_len))
         rank = axis.get_local_rank()
         self.metadata: Mapping[bool, AttentionMetadata] = {

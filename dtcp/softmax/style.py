@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from dtcp.compile import InGraph
 from dtcp.distributed.dtensor_rules import HEADS, SEQ
 from dtcp.distributed.moves import Moves
 from dtcp.kernels.rotary import rotate
@@ -248,6 +249,14 @@ class AttentionStyle(MixerStyle):
                     f"{name} takes mixers over with its own options, got {option}={value!r} of the "
                     f"{type(part).__name__} inside: give it to {name}."
                 )
+
+    def check_in_graph(self, name: str) -> None:
+        """Refuse a boundary where attention is called by itself, and no mixer leaves the graph."""
+        if not isinstance(self.boundary, InGraph):
+            raise ValueError(
+                f"{name} is one op wherever it is called, got boundary={self.boundary!r}: leave "
+                f"it out, or apply the style to a model's mixers by a plan."
+            )
 
     def check_memory(
         self, mixer: Mixer, layout: SequenceLayout, keys: SequenceLayout | None

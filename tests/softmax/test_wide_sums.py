@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtcp.batch import shard_batch
+from dtcp.compile import EagerIsland
 from dtcp.distributed.dtensor_rules import to_local
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
@@ -254,6 +255,8 @@ def test_a_style_sums_in_fp32_at_every_door_that_takes_one(mesh):
         assert 3 * received[1] == 4 * received[0] > 0
         with pytest.raises(ValueError, match="got kernel='cudnn', which does not run on a cpu"):
             door(AllGatherAttention(kernel="cudnn"), q, k, v)
+        with pytest.raises(ValueError, match=r"one op wherever it is called, got boundary=Eager"):
+            door(RingAttention(boundary=EagerIsland()), q, k, v)
 
 
 def test_what_cannot_sum_in_fp32_is_refused():
