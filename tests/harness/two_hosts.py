@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def missing_for_hosts() -> str:
     """What keeps this machine from having namespaces; empty if nothing does."""
     if sys.platform != "linux" or shutil.which("ip") is None:
         return "Linux with iproute2 (apt install iproute2)"
-    name = f"dtcp-try-{os.getpid()}"
+    name = f"dtcp-try-{secrets.token_hex(4)}"
     tried = subprocess.run(
         ["ip", "netns", "add", name], capture_output=True, text=True, check=False
     )
@@ -94,8 +95,9 @@ class Started:
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Hosts that reach each other, and nobody else; whatever runs there is killed at the end."""
-    mark = f"{os.getpid() % 100_000}"
-    hosts = tuple(Host(f"dtcp-{mark}-{i}", f"10.77.0.{i + 1}", f"cable{mark}{i}") for i in range(2))
+    # No process id: what a session that was killed left behind has one that comes again.
+    mark = secrets.token_hex(4)
+    hosts = tuple(Host(f"dtcp-{mark}-{i}", f"10.77.0.{i + 1}", f"cp{mark}{i}") for i in range(2))
     try:
         for host in hosts:
             _ip("netns", "add", host.name)

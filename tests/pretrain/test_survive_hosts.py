@@ -5,18 +5,16 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dtcp.torchtitan import compat as compat
 
 import pytest
 
-from dtcp.pretrain.progress import Progress
 from dtcp.pretrain.trainer import Trainer
+from tests.harness.held import Held, hold, release
 from tests.harness.patience import Patience, slowness
 from tests.harness.train_run import losses, train
 from tests.harness.two_hosts import Host, Started, missing_for_hosts, two_hosts
@@ -32,19 +30,7 @@ pytestmark = [
 ]
 
 
-class Unhurried(Progress):
-    """Steps that last long enough to be interrupted."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(Progress.Config):
-        pass
-
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        super().log(*args, **kwargs)
-        time.sleep(0.3)
-
-
-def hurried() -> Trainer.Config:
+def whole() -> Trainer.Config:
     config = micro()
     config.training.steps = STEPS
     config.lr_scheduler.total_steps = STEPS
@@ -52,9 +38,10 @@ def hurried() -> Trainer.Config:
     return config
 
 
-def unhurried() -> Trainer.Config:
-    config = hurried()
-    config.metrics = Unhurried.Config(log_freq=1, enable_tensorboard=True)
+def held() -> Trainer.Config:
+    """The same, to be interrupted behind a step."""
+    config = whole()
+    config.metrics = Held.Config(log_freq=1, enable_tensorboard=True)
     return config
 
 
@@ -64,8 +51,16 @@ def hosts() -> Iterator[tuple[Host, Host]]:
         yield pair
 
 
-def start(hosts: tuple[Host, Host], folder: Path, *, restarts: int = 0) -> list[Started]:
-    """An agent on each host, with a rank each; they meet at the first host."""
+def start(
+    hosts: tuple[Host, Host], folder: Path, *held_at: int, restarts: int = 0
+) -> list[Started]:
+    """An agent on each host, with a rank each; they meet at the first host.
+
+    Args:
+        held_at: steps behind which both ranks wait.
+    """
+    for step in held_at:
+        hold(folder, step, 0, 1)
     port = 20_000 + os.getpid() % 10_000
     endpoint = f"{hosts[0].address}:{port}"
     seconds = str(round(TIMEOUT * slowness()))
@@ -76,7 +71,7 @@ def start(hosts: tuple[Host, Host], folder: Path, *, restarts: int = 0) -> list[
         own = ("--local-addr", host.address, "--max-restarts", f"{restarts}")
         own += ("--rdzv-conf", f"is_host={host is hosts[0]}")
         command = ("train.py", "--module", "tests.pretrain.test_survive_hosts")
-        options = ("--config", "unhurried", "--dump_folder", str(folder))
+        options = ("--config", "held", "--dump_folder", str(folder))
         limits = ("--comm.train_timeout_seconds", seconds, "--comm.init_timeout_seconds", "600")
         agents.append(
             host.start(sys.executable, *agent, *meeting, *own, *command, *options, *limits)
@@ -108,7 +103,7 @@ def errors_of(agent: Started) -> list[str]:
 def undisturbed(tmp_path_factory) -> dict[int, float]:
     """The losses of a run that nothing happens to, on two ranks of this host."""
     folder = ("--dump_folder", str(tmp_path_factory.mktemp("undisturbed")))
-    code, output = train(*folder, module="tests.pretrain.test_survive_hosts", config="hurried")
+    code, output = train(*folder, module="tests.pretrain.test_survive_hosts", config="whole")
     assert code == 0, output
     return losses(output)
 
@@ -141,23 +136,25 @@ def still_runs(pid: int) -> bool:
     return state not in "ZX"
 
 
-def kill_agent(first: Started, other: Started) -> None:
+def kill_agent(first: Started, other: Started, go_on: Callable[[], None]) -> None:
     """An agent that is killed takes its ranks along, and the other host names the lost one."""
     (rank,) = ranks_of(other)
     other.process.send_signal(signal.SIGKILL)
+    go_on()
     assert first.wait(60) == 1
-    assert not Path(f"/proc/{rank}").exists()
+    assert not still_runs(rank)
     (error,) = errors_of(first)
     assert re.match(rf"error: rank 1 \(process {rank} on", error)
 
 
-def cut_cable(first: Started, other: Started, host: Host) -> None:
+def cut_cable(first: Started, other: Started, go_on: Callable[[], None], *, host: Host) -> None:
     """The ranks of both hosts end in time.
 
     torchrun's own agents wait up to five minutes for each other, when their ranks have ended.
     """
     ranks = [rank for agent in (first, other) for rank in ranks_of(agent)]
     host.ip("link", "set", host.cable, "down")
+    go_on()
     try:
         for agent in (first, other):
             agent.wait_for("\nerror: ", TIMEOUT + 90)
@@ -176,10 +173,11 @@ def cut_cable(first: Started, other: Started, host: Host) -> None:
     assert "is out of reach" in without
 
 
-def stop_rank(first: Started, other: Started) -> None:
+def stop_rank(first: Started, other: Started, go_on: Callable[[], None]) -> None:
     """A rank that is stopped is named."""
     (rank,) = ranks_of(other)
     os.kill(rank, signal.SIGSTOP)
+    go_on()
     assert first.wait(TIMEOUT + 90) == 1
     (error,) = errors_of(first)
     assert re.match(rf"error: rank 1 \(process {rank} on", error)
@@ -195,8 +193,8 @@ def test_survive_E7_E10_hosts_that_lose_each_other_go_on_when_started_again(
     before: list[Started] = []
     events = (kill_agent, partial(cut_cable, host=hosts[1]), stop_rank)
     for step, happens in zip((3, 8, 13), events, strict=True):
-        agents = start(hosts, tmp_path)
-        happens(*wait_for_step(agents, step))
+        agents = start(hosts, tmp_path, step)
+        happens(*wait_for_step(agents, step), partial(release, tmp_path, step))
         assert len(loaded(agents)) == (step > 3)
         before += agents
     agents = start(hosts, tmp_path)
@@ -207,11 +205,12 @@ def test_survive_E7_E10_hosts_that_lose_each_other_go_on_when_started_again(
 
 def test_survive_E10_two_agents_restart_killed_ranks(hosts, undisturbed, tmp_path):
     """One of each host, by themselves, from the last checkpoint, with the same losses."""
-    agents = start(hosts, tmp_path, restarts=2)
+    agents = start(hosts, tmp_path, 5, 10, restarts=2)
     for step, victim in zip((5, 10), agents, strict=True):
         wait_for_step(agents, step)
         (rank,) = ranks_of(victim)
         os.kill(rank, signal.SIGKILL)
+        release(tmp_path, step)
     assert [agent.wait(300) for agent in agents] == [0, 0], agents[0].said() + agents[1].said()
     assert len(loaded(agents)) == 2
     assert all_losses(agents) == undisturbed
