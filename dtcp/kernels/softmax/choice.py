@@ -109,9 +109,10 @@ def log_rounded_sums(name: str) -> None:
     """Say once what it costs that ranks sum gradients which a backend rounds, if it does."""
     if backend_named(name).rounds:
         LOG.info(
-            "Ranks sum gradients of keys, which %s has rounded to the inputs' dtype on each: about "
-            "1.2 times the error of one device. With reduce_dtype=torch.float32 none is rounded, "
-            "on slower kernels; UlyssesAttention on no more ranks than kv heads sums none.",
+            "Ranks sum gradients of keys, which %s has rounded to the inputs' dtype on each: 1.2 "
+            "to 1.5 times the error of one device. With reduce_dtype=torch.float32 none is "
+            "rounded, on slower kernels; UlyssesAttention on no more ranks than kv heads sums "
+            "none.",
             name,
         )
 
