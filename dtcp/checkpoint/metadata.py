@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dtcp._torch.distributed import StorageInfo
+from dtcp._torch import StorageInfo
 
 NAME = ".metadata"
 

@@ -21,8 +21,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from dtcp._torch.distributed import local_tensor
-from dtcp._torch.ops import OpOverload, argument_names
+from dtcp._torch import OpOverload, argument_names, local_tensor
 from dtcp.distributed.groups import axis_group_name
 
 SEQ, HEADS = 1, 2  # dims of [B, L, H, D], and of lse [B, L, H]

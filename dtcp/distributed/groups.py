@@ -6,7 +6,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp._torch.distributed import process_group
+from dtcp._torch import process_group
 
 
 def group_name(mesh: DeviceMesh) -> str:

@@ -23,7 +23,7 @@ from typing import Protocol
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dtcp._torch.distributed import unflattened
+from dtcp._torch import unflattened
 from dtcp.distributed.mesh_views import expert_axes, expert_weights_mesh, one_axis, weights_mesh
 from dtcp.distributed.nodes import check_same_nodes, even_neighbours, neighbours_on_axis
 from dtcp.sequence.arguments import check_ints, check_kind

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dtcp._torch.ops import OpOverload, argument_names
+from dtcp._torch import OpOverload, argument_names
 
 CHUNK = 64
 """Tokens that kernels of the delta rule work on at once."""

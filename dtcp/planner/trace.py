@@ -17,15 +17,15 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import flop_registry
 
-from dtcp._torch.distributed import process_group
-from dtcp._torch.fake import real_tensors
-from dtcp._torch.ops import (
+from dtcp._torch import (
     OpOverload,
     TorchDispatchMode,
     argument_names,
     flat_leaves,
     packet_of,
+    process_group,
     put_back,
+    real_tensors,
     storage_key,
 )
 from dtcp.distributed.ops import moves_of

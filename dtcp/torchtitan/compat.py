@@ -25,8 +25,7 @@ from typing import Any
 import torch
 import torch.distributed.fsdp as fsdp
 
-from dtcp._torch.distributed import SET_PROCESS_GROUP_TIMEOUT
-from dtcp._torch.ops import available_device_type
+from dtcp._torch import SET_PROCESS_GROUP_TIMEOUT, available_device_type
 
 PINNED = "0.3.0"
 
