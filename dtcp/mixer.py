@@ -11,6 +11,7 @@ each kind of mixer. A model takes it as an argument and hands it through.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from itertools import chain
+from operator import methodcaller
 from types import MethodType
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -305,7 +306,7 @@ class MixerKinds(NamedTuple):
 
 def _values(modules: Iterable[Mapping[str, nn.Module | None]]) -> list[nn.Module | None]:
     """The children of all of them, in one list: a model has hundreds."""
-    return [*chain.from_iterable(own.values() for own in modules)]
+    return [*chain.from_iterable(map(methodcaller("values"), modules))]
 
 
 _FOUND = "kinds_of_mixers"

@@ -28,7 +28,7 @@ from dtcp.distributed.collective_moves import (
     tokens_by_rank,
 )
 from dtcp.distributed.counting import count_crossed
-from dtcp.distributed.groups import group_name, group_of
+from dtcp.distributed.groups import gather_flat, group_name, group_of
 from dtcp.distributed.ops import communicating_op
 from dtcp.distributed.staging import exchange
 from dtcp.sequence.arguments import check_dim, check_ints, check_tensor
@@ -190,7 +190,7 @@ def _all_gather(x: Tensor, dim: int, group: str) -> Tensor:
     if n == 1:
         return _copy(x)
     out = x.new_empty(n * x.numel())
-    _gather_flat(out, x.contiguous().view(-1), group=group_of(group))
+    gather_flat(out, x.contiguous().view(-1), group=group_of(group))
     # Moving the ranks next to dim is where the data is copied, if dim is not the first.
     return out.view(n, *x.shape).movedim(0, dim).flatten(dim, dim + 1).contiguous()
 
@@ -352,10 +352,3 @@ def _copy(x: Tensor) -> Tensor:
 def sum_dtype(x: Tensor) -> torch.dtype:
     """In which gradients of several ranks are summed: fp32 for halves."""
     return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-
-
-def _gather_flat(out: Tensor, x: Tensor, *, group: dist.ProcessGroup) -> None:
-    """The one-tensor all-gather under the name that this torch does not warn of."""
-    # Torch 2.13 renames it; the old name alone is in 2.11.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(out, x, group=group)

@@ -3,6 +3,7 @@
 from typing import cast
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -38,6 +39,13 @@ def connect(name: str) -> None:
     group = group_of(name)
     if dist.get_backend(group) == "nccl":
         dist.barrier(group)
+
+
+def gather_flat(out: Tensor, x: Tensor, *, group: dist.ProcessGroup) -> None:
+    """The one-tensor all-gather under the name that this torch does not warn of."""
+    # Torch 2.13 renames it; the old name alone is in 2.11.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, x, group=group)
 
 
 def axis_of(name: str, device: torch.device) -> DeviceMesh:

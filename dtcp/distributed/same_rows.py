@@ -18,6 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtcp.distributed.groups import gather_flat
 from dtcp.sequence.arguments import WHOLE_NUMBERS
 from dtcp.sequence.documents import Documents
 
@@ -28,8 +29,8 @@ Contents = tuple[Mapping[str, Tensor], Documents | None]
 ASPECTS = ("documents", "token ids", "labels, positions or other keys")
 """What is compared in each row, in the order of its three hashes."""
 IDS = ("input_ids", "inputs_embeds")
-STRETCH = 4096
-"""Entries of a row that are weighed together."""
+STRETCH = 1024
+"""Entries of a row that are weighed together: their weights stay in a core's innermost cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +102,8 @@ def prepared_alike(
         error = raised
     whole = _weights(len(hashes), hashes.device) @ hashes
     gathered = numbers_of_ranks(torch.cat((torch.tensor(head), whole)), wide)
-    said = gathered.tolist()
-    rows_agree = all(each[0] == 1 and each[1] == said[0][1] for each in said)
-    differ = any(each != said[0] for each in said)
+    differ = bool((gathered != gathered[0]).any())
+    rows_agree = bool((gathered[:, 0] == 1).all() and (gathered[:, 1] == gathered[0, 1]).all())
     every_row = numbers_of_ranks(hashes, wide) if differ and rows_agree else None
     if error is not None:
         raise error
@@ -119,9 +119,11 @@ def compared_keys(batch: Mapping[str, Any]) -> Contents:
 
 def digests(rows: Sequence[Tensor]) -> Tensor:
     """A number for each row that changes with what it holds: [B, 1]; rows of whole numbers."""
-    none = torch.zeros(1, dtype=torch.int64)
-    each = [_sums(_numbers(row[None])).cpu() if row.numel() else none for row in rows]
-    return torch.stack(each)
+    out = torch.zeros(len(rows), 1, dtype=torch.int64)
+    for number, row in zip(out, rows, strict=True):
+        if row.numel():
+            number.copy_(_sums(_numbers(row[None])))
+    return out
 
 
 def numbers_of_ranks(x: Tensor, axes: Sequence[DeviceMesh]) -> Tensor:
@@ -132,9 +134,9 @@ def numbers_of_ranks(x: Tensor, axes: Sequence[DeviceMesh]) -> Tensor:
         on_host = "cpu:" in str(dist.get_backend_config(group))
         local = x.contiguous().to("cpu" if on_host else axis.device_type)
         # One tensor: to make one for each of many ranks takes longer than all else here.
-        parts = local.new_empty(axis.size(), *local.shape)
-        dist.all_gather(list(parts.unbind()), local, group=group)
-        x = parts.flatten(0, 1).cpu()
+        parts = local.new_empty(axis.size() * len(local), *local.shape[1:])
+        gather_flat(parts, local, group=group)
+        x = parts.cpu()
     return x
 
 
@@ -158,12 +160,13 @@ def _sums(numbers: Tensor) -> Tensor:
     A place has the weight of its stretch times that in its stretch: fewer weights to read.
     """
     rows, length = numbers.shape
-    whole = length // STRETCH * STRETCH
-    weights = _weights(STRETCH + length // STRETCH + 1, numbers.device)
-    in_stretch, of_stretch = weights[:STRETCH], weights[STRETCH:-1]
-    sums = _weighed(numbers[:, :whole].reshape(-1, STRETCH), in_stretch)
-    rest = numbers[:, whole:].long() @ in_stretch[: length - whole]
-    return sums.view(rows, -1) @ of_stretch + rest * weights[-1]
+    stretches, rest = divmod(length, STRETCH)
+    weights = _weights(STRETCH + stretches + 1, numbers.device)
+    sums = numbers[:, length - rest :].long() @ (weights[:rest] * weights[-1])
+    if stretches:
+        whole = numbers[:, : length - rest].reshape(-1, STRETCH)
+        sums += _weighed(whole, weights[:STRETCH]).view(rows, -1) @ weights[STRETCH:-1]
+    return sums
 
 
 def _weighed(stretches: Tensor, weights: Tensor) -> Tensor:

@@ -284,20 +284,21 @@ class _Lines:
         before = np.arange(self.ways) * self.seq_len
         return np.stack((before, before + heavy))[..., None]
 
-    def work_of_first(self) -> Callable[[Ints], Ints]:
-        """From a number of tokens to the work of so many, the first ones."""
+    def twice_work_of_first(self) -> Callable[[Ints], Ints]:
+        """From a number of tokens to twice the work of so many, the first ones."""
         line, places = self.line, self.places
-        # Of n tokens of a stretch: n * work + step * n * (n - 1) / 2. One stretch of nothing at the
-        # end, so that every number of tokens has a stretch.
-        table = np.zeros((4, len(places)), dtype=np.int64)
-        table[0], table[1] = places, sums_before(line.all_work())
-        table[2, :-1], table[3, :-1] = 2 * line.work - line.step, line.step
+        # Twice the work of n tokens of a stretch is n * (2 * work - step) + n * n * step, with n
+        # tokens less those before the stretch. One stretch of nothing at the end, so that every
+        # number of tokens has a stretch.
+        first, linear = places[:-1], 2 * line.work - line.step
+        table = np.zeros((3, len(places)), dtype=np.int64)
+        table[0] = 2 * sums_before(line.all_work())
+        table[0, :-1] += first * (first * line.step - linear)
+        table[1, :-1], table[2, :-1] = linear - 2 * first * line.step, line.step
 
         def total(tokens: Ints) -> Ints:
-            stretch = places.searchsorted(tokens, side="right") - 1
-            first, done, linear, square = table.take(stretch, axis=1)
-            some = tokens - first
-            out: Ints = done + some * (linear + square * some) // 2
+            constant, slope, square = table.take(places[1:].searchsorted(tokens, "right"), axis=1)
+            out: Ints = constant + tokens * (slope + tokens * square)
             return out
 
         return total
@@ -312,17 +313,17 @@ class _Lines:
         tokens = ranks * (self.seq_len // num_shards)
         first, ends = self.first, self.first[1] - self.first[0]
         low, high = np.maximum(0, tokens + ends - self.seq_len), np.minimum(tokens, ends)
-        work_of_first = self.work_of_first()
-        offset = work_of_first(first).sum(0)
+        twice_work_of_first = self.twice_work_of_first()
+        offset = twice_work_of_first(first).sum(0)
         mean, rest = divmod(total, num_shards)
-        enough = ranks * mean - -ranks * rest // num_shards + offset
+        enough = 2 * (ranks * mean - -ranks * rest // num_shards) + offset
         # A heavy token more is a light one less.
         places = first + np.stack((0 * tokens, tokens))[:, None]
         sign: Ints = np.array([1, -1]).reshape(-1, 1, 1, 1)
 
-        def work_before(heavy: Ints) -> Ints:
+        def twice_work_before(heavy: Ints) -> Ints:
             """And that of `offset`; [K, V, n + 1]."""
-            work = work_of_first(places[:, None] + sign * heavy)
+            work = twice_work_of_first(places[:, None] + sign * heavy)
             return work[0] + work[1]
 
         digits = np.arange(1, BASE).reshape(-1, 1, 1)
@@ -332,10 +333,10 @@ class _Lines:
         found = low - 1
         while step:
             tried = np.minimum(found + step * digits, high - 1)
-            found = found + step * (work_before(tried) < enough).sum(0)
+            found = found + step * (twice_work_before(tried) < enough).sum(0)
             step //= BASE
         found = np.minimum(found + 1, high)
-        return found, work_before(found[None])[0] - offset
+        return found, (twice_work_before(found[None])[0] - offset) // 2
 
     def dealt(self, before: Ints) -> tuple[Ints, Ints]:
         """Where the pieces of ranks start, from left to right, and whose they are.

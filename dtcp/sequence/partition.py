@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ class Partition:
     stop: Ints
     owner: Ints
     slot: Ints  # of the run's first token, in its owner's shard
-    found: dict[int, NDArray[np.int32]] = field(default_factory=dict, init=False, repr=False)
+    found: dict[tuple[str, int], Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def ascending(cls, start: Ints, owner: Ints, seq_len: int) -> "Partition":
@@ -57,18 +58,22 @@ class Partition:
         return mine[self.slot[mine].argsort(kind="stable")]
 
     def runs(self, rank: int) -> list[Run]:
-        """The rank's, in the order of its slots, neighbours joined."""
-        mine = self.pieces(rank)
-        pairs = zip(self.start[mine].tolist(), self.stop[mine].tolist(), strict=True)
-        return joined_runs(list(pairs))
+        """The rank's, in the order of its slots, neighbours joined; worked out once."""
+        if ("runs", rank) not in self.found:
+            mine = self.pieces(rank)
+            pairs = zip(self.start[mine].tolist(), self.stop[mine].tolist(), strict=True)
+            self.found["runs", rank] = joined_runs(list(pairs))
+        runs: list[Run] = self.found["runs", rank]
+        return runs
 
     def tokens(self, rank: int) -> NDArray[np.int32]:
         """Token index of each of the rank's slots: [L]; worked out once, for all who read it."""
-        if rank not in self.found:
+        if ("tokens", rank) not in self.found:
             mine = self.pieces(rank)
             start = self.start[mine]
-            self.found[rank] = expand_tokens(start, self.stop[mine] - start)
-        return self.found[rank]
+            self.found["tokens", rank] = expand_tokens(start, self.stop[mine] - start)
+        tokens: NDArray[np.int32] = self.found["tokens", rank]
+        return tokens
 
 
 def joined_neighbours(start: Ints, stop: Ints) -> tuple[Ints, Ints]:
@@ -115,6 +120,8 @@ def along_runs(
     """
     before = sums_before(length)
     count = int(before[-1])
+    if isinstance(step, np.ndarray) and (step == step[:1]).all():
+        step = int(step[:1].sum())
     # Of torch, whose empty memory tests fill: what is read of it by mistake is no token.
     out = torch.empty(count if room is None else room, dtype=torch.int32, device="cpu").numpy()
     steps = out[:count]

@@ -107,7 +107,8 @@ def _counted(
     other = starts[(first != 0) | (last != stops - 1 - starts)]
     if not np.array_equal(place, inner):
         other = np.append(other, np.setxor1d(place, inner))
-    return tuple((~np.isin(rows, other // seq_len)).tolist())
+    wrong = {*(other // seq_len).tolist()}
+    return tuple(row not in wrong for row in rows)
 
 
 def _restarts(position_ids: Tensor, row: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,11 @@ from dtcp.kernels.softmax.pieces import no_pieces, pieces_of_parts
 from dtcp.metadata import AttentionMetadata, HostTensor, no_indices
 from dtcp.sequence.interval_runs import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.sequence.partition import expand_tokens, joined_neighbours
+from dtcp.sequence.partition import Ints, expand_tokens, joined_neighbours
 from dtcp.sequence.slot_runs import SlotRuns
-from dtcp.softmax.key_hops import key_hops
+from dtcp.softmax.key_hops import KeyHops, key_hops
 from dtcp.softmax.positions import TokenPositions
-from dtcp.softmax.required_keys import PeerRuns, required_keys
+from dtcp.softmax.required_keys import required_keys
 
 
 def _no_counts() -> Tensor:
@@ -54,7 +54,8 @@ class KeyExchangeMetadata(AttentionMetadata):
     key_token_index: Tensor  # [parts, K] int32; nobody reads what stands behind a part's keys
     block_ranges: HostTensor  # [parts, B, tiles, 6] int64
     position_ids: Tensor = field(default_factory=no_indices)  # [B, L] int32; of keys from values
-    key_position_ids: Tensor = field(default_factory=no_indices)  # [parts, B, K] int32, likewise
+    # [parts, B, K] int32, of keys from values; nobody reads what stands behind a part's keys
+    key_position_ids: Tensor = field(default_factory=no_indices)
     pieces: HostTensor = field(default_factory=no_pieces)  # [parts, C, 9] int64, of find_pieces
     query_token_index: Tensor = field(default_factory=no_indices)  # [L] int32
     # Of keys that came in from other nodes and go on inside this one; empty where none do.
@@ -106,12 +107,12 @@ class KeyExchangeMetadata(AttentionMetadata):
         """The same, where queries are rotated before they come to these keys."""
         tokens = self.key_token_index.numpy()
         rows = 1 if self.in_line else positions.rows
-        table = np.zeros((len(tokens), rows, tokens.shape[1]), dtype=np.int32)
+        table = torch.empty(len(tokens), rows, tokens.shape[1], dtype=torch.int32)
         for part, count in enumerate(self.key_counts):
             if count:  # only what is used is looked up
-                out = table[part, :, :count]
+                out = table[part, :, :count].numpy()
                 positions.at(tokens[part, :count], in_line=self.in_line, out=out)
-        return replace(self, key_position_ids=torch.from_numpy(table))
+        return replace(self, key_position_ids=table)
 
 
 def local_metadata(
@@ -160,44 +161,45 @@ def all_gather_metadata(
     capacity = seq_len if capacity is None else capacity
     # One all_to_all goes by rank, not by step: own keys first, then from rank 0 up.
     by_rank = np.arange(n)
-    sent, received = hops.sent.sorted_by(by_rank), hops.received.sorted_by(by_rank)
-    onward, arriving = hops.onward.sorted_by(by_rank), hops.arriving.sorted_by(by_rank)
-    lengths = np.concatenate((received.stop - received.start, arriving.stop - arriving.start))
+    sent, received, arriving = hops.sent.sorted_by(by_rank), hops.received, hops.arriving
+    counts = np.array((sent.counts(n), received.counts(n)))
+    first_hop, second_hop = local_len, local_len + int(counts[1].sum())
     starts = np.concatenate((hops.own_tokens.start, received.start, arriving.start))
     stops = np.concatenate((hops.own_tokens.stop, received.stop, arriving.stop))
-    places = np.concatenate((hops.own_slots, local_len + lengths.cumsum() - lengths))
-    by_token = starts.argsort(kind="stable")  # which merges the ascending runs of each rank
+    places = (first_hop + received.places(by_rank), second_hop + arriving.places(by_rank))
+    places = np.concatenate((hops.own_slots, *places))
+    by_token = starts.argsort(kind="stable")  # which merges ascending runs
     starts, stops, places = starts[by_token], stops[by_token], places[by_token]
     order = expand_tokens(places, stops - starts, room=capacity)
     rows, first, last = local_runs(layout, rank, intervals)
     starts, stops = joined_neighbours(starts, stops)
     keys = KeyLine(np.zeros_like(starts), starts, stops, 1)
     ranges = block_ranges_of_parts(rows, keys, tile=tile)
-    return KeyExchangeMetadata(
+    metadata = KeyExchangeMetadata(
         first,
         last,
         sent.expanded(room=seq_len - local_len),
-        torch.from_numpy(np.array((sent.counts(n), received.counts(n)))),
+        torch.from_numpy(counts),
         torch.from_numpy(order),
         torch.from_numpy(expand_tokens(starts, stops - starts, room=capacity))[None],
         ranges,
         pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
         query_token_index=torch.from_numpy(layout.partition.tokens(rank)),
-        onward=_places(onward, received, hops.room),
-        onward_counts=torch.from_numpy(
-            np.array((onward.counts(n), arriving.counts(n)))[:, : n if hops.room else 0]
-        ),
     )
+    return _handed_on(metadata, hops, by_rank) if hops.room else metadata
 
 
-def _places(onward: PeerRuns, received: PeerRuns, room: int) -> Tensor:
-    """Where the tokens that go on inside a node stand among the received ones."""
-    if not len(onward.start):
-        return torch.empty(room, dtype=torch.int32)
-    by_token, lengths = received.start.argsort(), received.stop - received.start
-    run = by_token[received.start[by_token].searchsorted(onward.start, side="right") - 1]
-    place = (np.cumsum(lengths) - lengths)[run] + onward.start - received.start[run]
-    return torch.from_numpy(expand_tokens(place, onward.stop - onward.start, room=room))
+def _handed_on(metadata: KeyExchangeMetadata, hops: KeyHops, by_rank: Ints) -> KeyExchangeMetadata:
+    """The same, and where the tokens that go on inside a node stand among the received ones."""
+    onward, received = hops.onward.sorted_by(by_rank), hops.received
+    counts = np.array([x.counts(len(by_rank)) for x in (onward, hops.arriving)])
+    place = np.zeros(0, dtype=np.int64)
+    if len(onward.start):
+        by_token = received.start.argsort()
+        run = by_token[received.start[by_token].searchsorted(onward.start, side="right") - 1]
+        place = received.places(by_rank)[run] + onward.start - received.start[run]
+    index = expand_tokens(place, onward.stop - onward.start, room=hops.room)
+    return replace(metadata, onward=torch.from_numpy(index), onward_counts=torch.from_numpy(counts))
 
 
 def ring_metadata(

@@ -48,11 +48,26 @@ class PeerRuns(NamedTuple):
 
     def sorted_by(self, key: Ints) -> "PeerRuns":
         """By a number for each peer, [n], then from left to right."""
-        number = key[self.peer] * (int(self.start.max(initial=0)) + 1) + self.start
-        order = ascending_order(number)
+        order = self._order(key)
+        return self if order is None else PeerRuns(*(x[order] for x in self))
+
+    def places(self, key: Ints) -> Ints:
+        """Where the first token of each run comes to stand among all, once they are `sorted_by`."""
+        order, length = self._order(key), self.stop - self.start
         if order is None:
-            return self
-        return PeerRuns(*(x[order] for x in self))
+            return length.cumsum() - length
+        place, length = np.empty_like(length), length[order]
+        place[order] = length.cumsum() - length
+        return place
+
+    def _order(self, key: Ints) -> Ints | None:
+        """That of `sorted_by`; None where it is theirs already."""
+        if not len(self.peer):
+            return None
+        number = key[self.peer]
+        if ascending_order(self.start) is None:
+            return order_of_small(number)
+        return ascending_order(number * (int(self.start.max()) + 1) + self.start)
 
     def expanded(self, *, room: int) -> Tensor:
         """The tokens of all runs, one after another: [room] int32; nobody reads the rest."""

@@ -129,7 +129,11 @@ class SharedKVAttention(AttentionStyle):
         self.check(mixer, layout)
         metadata = self.batch_metadata(layout, rank, KeyIntervals.of(mixer.mask, coords))
         assert isinstance(metadata, KeyExchangeMetadata)
-        return metadata.with_position_ids(TokenPositions.of(coords), layout, rank)
+        metadata = metadata.with_position_ids(TokenPositions.of(coords), layout, rank)
+        # Models rotate as many keys as there is room for.
+        (count,) = metadata.key_counts
+        metadata.key_position_ids[..., count:] = 0
+        return metadata
 
     def rank_metadata(
         self, layout: SequenceLayout, rank: int, intervals: Intervals

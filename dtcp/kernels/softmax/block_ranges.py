@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_ints, check_tensor
 from dtcp.sequence.interval_runs import check_intervals
-from dtcp.sequence.partition import Ints
+from dtcp.sequence.partition import Ints, unique_ascending
 from dtcp.sequence.slot_runs import SlotRuns, Tiles
 
 TILE = 128
@@ -132,12 +132,18 @@ def block_ranges_of_parts(rows: Sequence[SlotRuns], keys: KeyLine, *, tile: int 
         np.stack(x) for x in zip(*((t.bounds, t.all_see) for t in by_row), strict=True)
     )
     ends = np.stack([tiles.ends for tiles in by_row], axis=1)
-    parts = np.arange(keys.parts).reshape(-1, 1, 1, 1)
+    # Of many ranks, most have no key that is needed here.
+    parts = unique_ascending(keys.part)
 
     def before(tokens: Ints) -> Ints:
-        return keys.before(parts, tokens).swapaxes(0, 1)
+        return keys.before(parts.reshape(-1, 1, 1, 1), tokens).swapaxes(0, 1)
 
-    return _ranges(Tiles(bounds, ends, all_see), before)
+    found = _ranges(Tiles(bounds, ends, all_see), before)
+    if len(parts) == keys.parts:
+        return found
+    ranges = torch.zeros(keys.parts, *found.shape[1:], dtype=torch.int64)
+    ranges[..., 0], ranges[..., 1] = (torch.from_numpy(x) for x in (bounds[:, :-1], bounds[:, 1:]))
+    return ranges.index_copy_(0, torch.from_numpy(parts), found)
 
 
 def _tiles(first_key: Tensor, last_key: Tensor, tile: int) -> Tiles:
