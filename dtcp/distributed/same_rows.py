@@ -102,8 +102,9 @@ def prepared_alike(
         error = raised
     whole = _weights(len(hashes), hashes.device) @ hashes
     gathered = numbers_of_ranks(torch.cat((torch.tensor(head), whole)), wide)
-    differ = bool((gathered != gathered[0]).any())
-    rows_agree = bool((gathered[:, 0] == 1).all() and (gathered[:, 1] == gathered[0, 1]).all())
+    alike = gathered == gathered[0]
+    differ = not bool(alike.all())
+    rows_agree = int(gathered[0, 0]) == 1 and bool(alike[:, :2].all())
     every_row = numbers_of_ranks(hashes, wide) if differ and rows_agree else None
     if error is not None:
         raise error
@@ -144,14 +145,14 @@ def _hashes(tensors: Mapping[str, Tensor], documents: Documents | None) -> tuple
     """Three hashes of every row, [B, 3], and the tokens of a row."""
     ids = next(key for key in IDS if key in tensors)
     rows, seq_len = tensors[ids].shape[:2]
-    hashes = torch.zeros(rows, len(ASPECTS), dtype=torch.int64)
+    hashes = np.zeros((rows, len(ASPECTS)), dtype=np.int64)
     if documents is not None:
-        hashes[:, 0] = torch.tensor([hash(row) for row in documents.lengths])
+        hashes[:, 0] = [hash(row) for row in documents.lengths]
     for key, x in tensors.items():
         numbers = _numbers(x)
         hashed = _sums(numbers.reshape(rows if len(numbers) == rows else 1, -1))
-        hashes[:, 1 if key == ids else 2] += hashed.cpu() * _odd(key)
-    return hashes, seq_len
+        hashes[:, 1 if key == ids else 2] += hashed.cpu().numpy() * _odd(key)
+    return torch.from_numpy(hashes), seq_len
 
 
 def _sums(numbers: Tensor) -> Tensor:
@@ -162,7 +163,9 @@ def _sums(numbers: Tensor) -> Tensor:
     rows, length = numbers.shape
     stretches, rest = divmod(length, STRETCH)
     weights = _weights(STRETCH + stretches + 1, numbers.device)
-    sums = numbers[:, length - rest :].long() @ (weights[:rest] * weights[-1])
+    sums = torch.zeros(rows, dtype=torch.int64, device=numbers.device)
+    if rest:
+        sums += numbers[:, length - rest :].long() @ weights[:rest] * weights[-1]
     if stretches:
         whole = numbers[:, : length - rest].reshape(-1, STRETCH)
         sums += _weighed(whole, weights[:STRETCH]).view(rows, -1) @ weights[STRETCH:-1]

@@ -103,8 +103,7 @@ def expand(start: Ints, length: Ints) -> Ints:
 
 def expand_tokens(start: Ints, length: Ints, *, room: int | None = None) -> NDArray[np.int32]:
     """`expand` to int32, for as many numbers as a rank has tokens; `room` as of `along_runs`."""
-    some = length > 0
-    return along_runs(start[some], 1, length[some], room=room)
+    return along_runs(start, 1, length, room=room)
 
 
 def along_runs(
@@ -113,24 +112,20 @@ def along_runs(
     """Numbers that change by the same from place to place of a run.
 
     Args:
-        first: of each run of one place or more, [R].
-        step, length: likewise.
+        first, length: of each run, [R].
+        step: likewise, or 1 for all.
         room: of the result, where it is more than the runs need: nobody reads the rest, and to
             fill it takes as long as all else.
     """
     before = sums_before(length)
-    count = int(before[-1])
-    if isinstance(step, np.ndarray) and (step == step[:1]).all():
-        step = int(step[:1].sum())
+    place = np.arange(before[-1], dtype=np.int32)
+    # Counted on through all places: what a run has at its own, less what it has at the first one.
+    offset = (first - step * before[:-1]).astype(np.int32).repeat(length)
     # Of torch, whose empty memory tests fill: what is read of it by mistake is no token.
-    out = torch.empty(count if room is None else room, dtype=torch.int32, device="cpu").numpy()
-    steps = out[:count]
-    steps[:] = step if isinstance(step, int) else step.astype(np.int32).repeat(length)
-    last = first + step * (length - 1)
-    jumps = first.copy()
-    jumps[1:] -= last[:-1]
-    steps[before[:-1]] = jumps
-    np.add.accumulate(steps, out=steps)
+    size = len(place) if room is None else room
+    out = torch.empty(size, dtype=torch.int32, device="cpu").numpy()
+    moved = place if isinstance(step, int) else place * step.astype(np.int32).repeat(length)
+    np.add(offset, moved, out=out[: len(place)])
     return out
 
 
@@ -195,14 +190,13 @@ def merged_cuts(one: Ints, other: Ints) -> tuple[Ints, Ints, Ints]:
     at = one.searchsorted(other)
     new = one.take(at, mode="clip") != other
     place = at + sums_before(new.astype(np.int64))[:-1]
-    count = np.diff(place, append=len(one) + np.count_nonzero(new))
-    of_other = np.arange(len(other)).repeat(count)
-    if not new.any():
-        return one, np.arange(len(one)), of_other
-    cuts = np.insert(one, at[new], other[new])
-    of_one = np.ones(len(cuts), dtype=np.int64)
-    of_one[place[new]] = 0
-    return cuts, of_one.cumsum() - 1, of_other
+    count, added = len(one) + np.count_nonzero(new), place[new]
+    of_other = np.arange(len(other)).repeat(stops_of(place, count) - place)
+    kept = np.ones(count, dtype=bool)
+    kept[added] = False
+    cuts = np.empty(count, dtype=np.int64)
+    cuts[kept], cuts[added] = one, other[new]
+    return cuts, kept.cumsum() - 1, of_other
 
 
 def overlaps(start: Ints, stop: Ints, piece_start: Ints, piece_stop: Ints) -> tuple[Ints, Ints]:
