@@ -190,7 +190,7 @@ def merged_cuts(one: Ints, other: Ints) -> tuple[Ints, Ints, Ints]:
     at = one.searchsorted(other)
     new = one.take(at, mode="clip") != other
     place = at + sums_before(new.astype(np.int64))[:-1]
-    count, added = len(one) + np.count_nonzero(new), place[new]
+    count, added = len(one) + int(np.count_nonzero(new)), place[new]
     of_other = np.arange(len(other)).repeat(stops_of(place, count) - place)
     kept = np.ones(count, dtype=bool)
     kept[added] = False

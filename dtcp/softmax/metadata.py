@@ -166,8 +166,8 @@ def all_gather_metadata(
     first_hop, second_hop = local_len, local_len + int(counts[1].sum())
     starts = np.concatenate((hops.own_tokens.start, received.start, arriving.start))
     stops = np.concatenate((hops.own_tokens.stop, received.stop, arriving.stop))
-    places = (first_hop + received.places(by_rank), second_hop + arriving.places(by_rank))
-    places = np.concatenate((hops.own_slots, *places))
+    brought = (first_hop + received.places(by_rank), second_hop + arriving.places(by_rank))
+    places = np.concatenate((hops.own_slots, *brought))
     by_token = starts.argsort(kind="stable")  # which merges ascending runs
     starts, stops, places = starts[by_token], stops[by_token], places[by_token]
     order = expand_tokens(places, stops - starts, room=capacity)

@@ -29,10 +29,11 @@ from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument, SequenceLayo
 from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.sequence.neighbours import BLOCK, where_neighbours
-from dtcp.sequence.partition import intersections, merged_cuts
+from dtcp.sequence.partition import along_runs, intersections, merged_cuts
 from dtcp.sequence.row_layouts import RowLayouts, in_line
 from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.softmax.required_keys import PeerRuns
 from tests.sequence.test_document_balanced import MASKS, a_row, coords_of
 
 WINDOW = Causal() & SlidingWindow(512)
@@ -169,6 +170,38 @@ def test_cuts_of_two_lists_are_those_of_plain_loops():
         assert cuts.tolist() == sorted({*one.tolist(), *other.tolist()})
         assert of_one.tolist() == [sum(one <= cut) - 1 for cut in cuts]
         assert of_other.tolist() == [sum(other <= cut) - 1 for cut in cuts]
+
+
+@pytest.mark.parametrize("room", [None, 300])
+def test_numbers_along_runs_are_those_of_plain_loops(room):
+    draw = random.Random(8)
+    for _ in range(100):
+        runs = [(draw.randrange(99), draw.randrange(2), draw.randrange(9)) for _ in range(20)]
+        first, step, length = np.array(runs[: draw.randrange(21)], dtype=np.int64).reshape(-1, 3).T
+        found = along_runs(first, step, length, room=room)
+        lists = zip(first, step, length, strict=True)
+        each = [a + by * place for a, by, count in lists for place in range(count)]
+        assert found.dtype == np.int32 and found[: len(each)].tolist() == each
+        assert len(found) == (len(each) if room is None else room)
+        counted = along_runs(first, 1, length, room=room)
+        assert np.array_equal(counted, along_runs(first, 0 * step + 1, length, room=room))
+
+
+def test_runs_stand_where_they_are_sorted_to():
+    draw = random.Random(9)
+    for ascending in (False, True):
+        for _ in range(100):
+            stretches = [draw.sample(range(50), 2) for _ in range(draw.randrange(9))]
+            pairs = sorted(map(sorted, stretches)) if ascending else [*map(sorted, stretches)]
+            start, stop = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+            peer = np.array([draw.randrange(6) for _ in pairs], dtype=np.int64)
+            runs, key = PeerRuns(peer, start, stop), np.array(draw.sample(range(6), 6))
+            by_key = sorted(range(len(pairs)), key=lambda i: (key[peer[i]], start[i]))
+            assert [x.tolist() for x in runs.sorted_by(key)] == [x[by_key].tolist() for x in runs]
+            length = (stop - start)[by_key].tolist()
+            assert runs.places(key)[by_key].tolist() == [
+                sum(length[:i]) for i in range(len(length))
+            ]
 
 
 def test_what_runs_and_pieces_share_is_that_of_plain_loops():
