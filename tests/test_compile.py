@@ -51,7 +51,7 @@ from tests.harness.attention_parity import (
 )
 from tests.harness.spmd import spmd
 
-SEQ_LEN, BATCHES = 64, 20
+SEQ_LEN, BATCHES = 64, 6
 boundaries = pytest.mark.parametrize("boundary", [InGraph(), EagerIsland()])
 
 
@@ -269,8 +269,8 @@ class OfWidth(nn.Module):
 
 @pytest.mark.parametrize("compiled", [Compile("eager").whole, Compile("eager").around_islands])
 def test_a_model_may_have_more_kinds_of_blocks_than_dynamo_allows_graphs(compiled):
-    """Twelve, to train and to validate; torch stops at eight, or goes on in eager mode."""
-    blocks = [OfWidth(width) for width in range(1, 13)]
+    """Nine, to train and to validate; torch stops at eight, or goes on in eager mode."""
+    blocks = [OfWidth(width) for width in range(1, 10)]
     calls = [compiled(block.forward) for block in blocks]
     with count_graphs() as graphs:
         for _ in range(2):
@@ -279,4 +279,4 @@ def test_a_model_may_have_more_kinds_of_blocks_than_dynamo_allows_graphs(compile
                 call(x)
                 with torch.no_grad():
                     call(x)
-    assert graphs.graphs == 24
+    assert graphs.graphs == 18

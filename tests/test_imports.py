@@ -4,7 +4,9 @@ Read with ast, so lazy and guarded imports count as well.
 """
 
 import ast
+import contextlib
 import functools
+import gc
 import graphlib
 import importlib
 import re
@@ -102,7 +104,15 @@ class File:
 
     @functools.cached_property
     def tree(self) -> ast.Module:
-        return ast.parse(self.text, self.path)
+        with collector_at_rest():
+            return ast.parse(self.text, self.path)
+
+    @functools.cached_property
+    def nodes(self) -> tuple[ast.AST, ...]:
+        """Of the tree, all."""
+        tree = self.tree
+        with collector_at_rest():
+            return tuple(ast.walk(tree))
 
     @functools.cached_property
     def module(self) -> str:
@@ -111,7 +121,7 @@ class File:
 
     def imports(self) -> Iterator[tuple[str, str]]:
         """(place, full name) of everything imported; `from a import b` gives a.b."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 yield from ((self.place(node), alias.name) for alias in node.names)
             if isinstance(node, ast.ImportFrom):
@@ -122,15 +132,37 @@ class File:
         return f"{self.path}:{getattr(node, 'lineno', 0)}"
 
 
+@contextlib.contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """No collection meanwhile: of a million nodes that all stay, each would pass over all."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterator[None]:
+    """No later test carries these trees along."""
+    yield
+    for cached in (file_of, files, graph, own_private_names):
+        cached.cache_clear()
+
+
 @functools.cache
 def files(*tops: str) -> tuple[File, ...]:
     """The Python files under these folders (or the files of that name), in order of path."""
     paths = [p for top in tops for p in ([ROOT / top] if top.endswith(".py") else tree_of(top))]
-    return tuple(
-        File(path.relative_to(ROOT).as_posix(), path.read_text("utf-8"))
-        for path in paths
-        if path.exists()
-    )
+    return tuple(file_of(path) for path in paths if path.exists())
+
+
+@functools.cache
+def file_of(path: Path) -> File:
+    """Read and parsed once, however many tests ask for it."""
+    return File(path.relative_to(ROOT).as_posix(), path.read_text("utf-8"))
 
 
 def tree_of(top: str) -> list[Path]:
@@ -258,9 +290,12 @@ def test_models_import_torch_and_the_seams_only():
 
 def test_models_and_plans_have_one_name():
     """That of a wheel, dtcp.models and dtcp.parallelize; under two names classes exist twice."""
+    # Most files are not parsed: no line of theirs can be such an import.
+    maybe = re.compile(r"\b(import|from)\b.*(?<![\w.])(models|parallelize)\b")
     imports = [
         f"{place} imports {name}"
         for file in files(*CODE, "tests", "benchmarks", "train.py")
+        if maybe.search(file.text.replace("\\\n", " "))
         for place, name in file.imports()
         if within(name, ("models", "parallelize"))
     ]
@@ -318,7 +353,7 @@ def private_names(file: File) -> Iterator[tuple[str, str]]:
     for place, name in [*file.imports(), *torch_attributes(file)]:
         if name.startswith("torch.") and is_private(name):
             yield place, name
-    for node in ast.walk(file.tree):
+    for node in file.nodes:
         if isinstance(node, ast.Attribute) and not dotted(node).startswith("torch."):
             name = node.attr
         elif isinstance(node, ast.Call) and dotted(node.func) in ("getattr", "setattr", "hasattr"):
@@ -334,7 +369,7 @@ def own_private_names() -> frozenset[str]:
     """What the project itself defines: functions, classes, variables, attributes of self."""
     names = {*OF_TRANSFORMERS, *OF_TORCHTITAN, *NAMED_TUPLE}
     for file in files(*CODE, "train.py"):
-        for node in ast.walk(file.tree):
+        for node in file.nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 names.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -356,7 +391,7 @@ def is_private(name: str) -> bool:
 
 def torch_attributes(file: File) -> Iterator[tuple[str, str]]:
     """Every attribute read off torch: torch.ops.aten.mm, torch._dynamo.reset."""
-    for node in ast.walk(file.tree):
+    for node in file.nodes:
         if isinstance(node, ast.Attribute) and dotted(node).startswith("torch."):
             yield file.place(node), dotted(node)
 
@@ -385,7 +420,7 @@ def test_environment_is_not_read():
         file.place(node)
         for file in files(*CODE)
         if file.path not in ENVIRONMENT_HOMES
-        for node in ast.walk(file.tree)
+        for node in file.nodes
         if isinstance(node, ast.Attribute) and dotted(node) in ("os.environ", "os.getenv")
     ]
     assert reads == []
@@ -454,7 +489,7 @@ def test_functions_fit_on_a_screen():
     long = {
         f"{file.place(node)} {node.name}": length
         for file in files(*CODE, "train.py")
-        for node in ast.walk(file.tree)
+        for node in file.nodes
         if isinstance(node, ast.FunctionDef)
         and (length := (node.end_lineno or 0) - node.lineno + 1) > 60
     }

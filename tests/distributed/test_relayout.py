@@ -70,7 +70,7 @@ def check_gather(mesh, layout, dim, ranks):
 @boundaries
 @spmd(ranks=(1, 2, 4))
 def test_shard_keeps_the_tokens_and_its_backward_gathers_every_gradient(mesh, compiled, ranks):
-    for kind in [Contiguous, HeadTail] if compiled else KINDS:
+    for kind in KINDS[ranks // 4 : ranks // 4 + 1] if compiled else KINDS:
         check_shard(mesh, kind.for_batch(DOCUMENTS, ranks), compiled, ranks)
 
 
@@ -110,18 +110,20 @@ def ways(mesh, source, target, dim):
         yield lambda x: apply_relayout(x, back, group, reverse=True)
 
 
-def check_relayout(mesh, source, target, dim, *, compiled):
+def check_relayout(mesh, source, target, dim, *, compiled=None):
+    """In every way, or compiled: in the way of that number."""
     ranks, rank = source.num_shards, mesh.get_local_rank()
     shape = shape_of(source, dim)
     held, wanted = (set(layout.token_indices(rank).tolist()) for layout in (source, target))
     moved = len(wanted - held) * torch.Size(shape).numel() // source.shard_len * FP64
-    for way in ways(mesh, source, target, dim):
+    all_ways = list(ways(mesh, source, target, dim))
+    for way in all_ways if compiled is None else [all_ways[compiled]]:
         forward, backward = assert_equals_one_process(
             mesh,
             way,
             lambda xs: shards_of(whole_of(xs, source, dim), target, dim),
             [shape] * ranks,
-            compiled=compiled,
+            compiled=compiled is not None,
         )
         assert (forward.calls, backward.calls) == (1, 1)
         assert forward.received == forward.sent == backward.received == backward.sent == moved
@@ -130,19 +132,18 @@ def check_relayout(mesh, source, target, dim, *, compiled):
 @spmd(ranks=(1, 2, 3, 4))
 def test_relayout_receives_only_tokens_that_change_owner(mesh, ranks):
     layouts = [kind.for_batch(DOCUMENTS, ranks) for kind in KINDS]
-    for source, target in product(layouts, layouts):
-        for dim in (0, 1, -1):
-            check_relayout(mesh, source, target, dim, compiled=False)
+    for index, (source, target) in enumerate(product(layouts, layouts)):
+        for dim in (1, (0, -1)[index % 2]):
+            check_relayout(mesh, source, target, dim)
 
 
-@pytest.mark.parametrize(
-    ("source", "target"),
-    [(Contiguous, HeadTail), (HeadTail, Contiguous), (Contiguous, BlockBalanced)],
-)
 @spmd(ranks=(2, 4))
-def test_relayout_in_a_graph_does_the_same(mesh, source, target, ranks):
-    layouts = (kind.for_batch(DOCUMENTS, ranks) for kind in (source, target))
-    check_relayout(mesh, *layouts, 1, compiled=True)
+def test_relayout_in_a_graph_does_the_same(mesh, ranks):
+    """Each way between other layouts, on two ranks than on four."""
+    pairs = [(Contiguous, HeadTail), (HeadTail, Contiguous), (Contiguous, BlockBalanced)]
+    for index, pair in enumerate(pairs):
+        layouts = (kind.for_batch(DOCUMENTS, ranks) for kind in pair)
+        check_relayout(mesh, *layouts, 1, compiled=(index + ranks) % 3)
 
 
 def check_roll(mesh, layout, shift, *, compiled):
@@ -165,9 +166,9 @@ def test_roll_moves_tokens_along_the_whole_sequence(mesh, ranks):
             check_roll(mesh, kind.for_batch(DOCUMENTS, ranks), shift, compiled=False)
 
 
-@pytest.mark.parametrize("kind", [Contiguous, HeadTail])
 @spmd(ranks=(2, 4))
-def test_roll_in_a_graph_does_the_same(mesh, kind, ranks):
+def test_roll_in_a_graph_does_the_same(mesh, ranks):
+    kind = Contiguous if ranks == 2 else HeadTail
     check_roll(mesh, kind(24, ranks), -1, compiled=True)
 
 
