@@ -35,6 +35,7 @@ MODELS = [
     )
     for make in titan.EXACT
 ]
+OWN_LAYERS = [pytest.param(f.__name__, id=f"C1-{f.__name__}") for f in titan.EXACT if f not in SLOW]
 
 
 def spec_of(name):
@@ -56,14 +57,14 @@ def test_an_adopted_model_on_two_ranks_computes_what_one_does(mesh, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OWN_LAYERS)
 @spmd(ranks=2)
 def test_an_adopted_model_by_all_gather_computes_what_one_does(mesh, name):
     check_on_ranks(mesh, name, AllGatherAttention())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OWN_LAYERS)
 @spmd(ranks=4)
 def test_an_adopted_model_by_ulysses_computes_what_one_does(mesh, name):
     check_on_ranks(mesh, name, UlyssesAttention())
