@@ -1,5 +1,6 @@
 """The seed's functions: a stranger's model, sharded, against the same model on one device."""
 
+import contextlib
 from functools import partial
 
 import pytest
@@ -86,32 +87,46 @@ def with_positions(batch):
     return {**batch, "position_ids": batch.get("position_ids", torch.arange(SEQ_LEN)[None])}
 
 
-@compiled_or_not
-@pytest.mark.parametrize("lengths", [PACKED, PADDED], ids=["packed", "padded"])
-@spmd(ranks=(1, 2, 3, 4))
-def test_step_on_ranks_equals_step_on_one(mesh, ranks, lengths, compiled):
-    """Loss and every gradient; two batches, one graph a layer; no patch, nothing left."""
-    model = Decoder(own_mask=True)
-    before = F.scaled_dot_product_attention
+def hooked(mesh, hooks_last):
+    """A model with the seed's hooks, attached in either order, and its plain twin."""
+    model, plain = Decoder(own_mask=True), Decoder()
+    plain.load_state_dict(model.state_dict())
     attach = [
         lambda: attach_context_parallel_hooks(model),
         lambda: attach_cp_sdpa_hooks(model, mesh),
     ]
-    for hook in attach[:: 1 if compiled else -1]:
+    for hook in attach[:: -1 if hooks_last else 1]:
         hook()
-    if compiled:
-        for layer in model.layers:
-            layer.compile(backend="aot_eager", fullgraph=True)
+    return model, plain
+
+
+def assert_steps_equal(model, plain, mesh, rows):
+    """Loss and every gradient of a batch of each; no patch, nothing left."""
+    before = F.scaled_dot_product_attention
+    for lengths in rows:
+        batch = with_positions(batch_of(lengths))
+        actual = on_mesh(model, mesh, batch)
+        assert F.scaled_dot_product_attention is before
+        assert_close(actual, on_one_device(plain, batch, lengths))
+
+
+@spmd(ranks=(1, 2, 3, 4))
+def test_step_on_ranks_equals_step_on_one(mesh, ranks):
+    model, plain = hooked(mesh, hooks_last=True)
+    assert_steps_equal(model, plain, mesh, (PACKED, PADDED, PACKED))
+
+
+@pytest.mark.parametrize("lengths", [PACKED, PADDED], ids=["packed", "padded"])
+@spmd(ranks=(1, 3))
+def test_compiled_step_on_ranks_equals_step_on_one(mesh, ranks, lengths):
+    """Two batches, one graph a layer. Layers share their code, but their parameters' versions
+    do not split it."""
+    model, plain = hooked(mesh, hooks_last=False)
+    for layer in model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
     with count_graphs() as graphs:
-        for _ in range(2):
-            batch = with_positions(batch_of(lengths))
-            actual = on_mesh(model, mesh, batch)
-            assert F.scaled_dot_product_attention is before
-            plain = Decoder()
-            plain.load_state_dict(model.state_dict())
-            assert_close(actual, on_one_device(plain, batch, lengths))
-    # Layers share their code, but their parameters' versions do not split it.
-    assert graphs.graphs <= 2 * compiled and graphs.breaks == 0
+        assert_steps_equal(model, plain, mesh, (lengths, lengths))
+    assert 0 < graphs.graphs <= 2 and graphs.breaks == 0
 
 
 @spmd(ranks=2)
@@ -148,7 +163,7 @@ def test_masks_that_say_more_are_refused(mesh, compiled):
         ~causal, torch.finfo(torch.float64).min
     )
     with context():
-        want = run(x, None)
+        want = layer(x, None)
         assert_close(run(x, causal), want)
         assert_close(run(x, added), want)
         kinds = RuntimeError if compiled else ValueError
@@ -385,17 +400,25 @@ def test_lengths_of_documents_are_heeded(mesh, ranks):
 @compiled_or_not
 @spmd(ranks=2)
 def test_claimed_module_outside_its_context_raises(mesh, compiled):
-    """So does one that does without torch's attention; none attends to its shard alone."""
+    """So does one that does without torch's attention; none attends to its shard alone.
+
+    Hooks after the first compiled call are seen.
+    """
     model = Decoder()
-    attach_cp_sdpa_hooks(model, mesh)
-    attach_cp_sdpa_hooks(model, mesh)
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    run(torch.ones(1, 4).long(), torch.arange(4)[None])
+    attach_cp_sdpa_hooks(model, mesh)
+    attach_cp_sdpa_hooks(model, mesh)
     batch = batch_of(PACKED)
     context, local = make_cp_batch_and_ctx(mesh, batch)
-    with context():
-        run(local["input_ids"], local["position_ids"])
-    with pytest.raises(Exception, match=r"runs inside the context|Observed exception"):
-        run(local["input_ids"], local["position_ids"])
+    for inside in (False, True, False):
+        with contextlib.ExitStack() as stack:
+            if inside:
+                stack.enter_context(context())
+            else:
+                says = r"runs inside the context|Observed exception"
+                stack.enter_context(pytest.raises(Exception, match=says))
+            run(local["input_ids"], local["position_ids"])
     if not compiled:
 
         class Eager(Attention):
@@ -408,17 +431,6 @@ def test_claimed_module_outside_its_context_raises(mesh, compiled):
             model(local["input_ids"], local["position_ids"])
 
 
-@spmd(ranks=2)
-def test_hooks_after_the_first_compiled_call_are_seen(mesh):
-    model = Decoder()
-    run = torch.compile(model, backend="aot_eager")
-    ids = torch.ones(1, 4).long()
-    run(ids, torch.arange(4)[None])
-    attach_cp_sdpa_hooks(model, mesh)
-    with pytest.raises(Exception, match=r"runs inside the context|Observed exception"):
-        run(ids, torch.arange(4)[None])
-
-
 def checkpointed(model, *, compiled, **options):
     """Checkpoints around layers, compiled or not, that recompute in the backward pass."""
     for layer in model.layers:
@@ -428,8 +440,9 @@ def checkpointed(model, *, compiled, **options):
         layer.forward = partial(checkpoint, forward, **options)
 
 
-@compiled_or_not
-@pytest.mark.parametrize("claimed", [False, True])
+@pytest.mark.parametrize(
+    ("claimed", "compiled"), [(False, False), (True, True)], ids=["free-eager", "claimed-compiled"]
+)
 @spmd(ranks=2)
 def test_reentrant_checkpoint_recomputes_inside_the_context(mesh, claimed, compiled):
     """Wherever backward is called, in one checkpoint or in another; nothing stays open."""
@@ -462,8 +475,9 @@ def test_reentrant_checkpoint_recomputes_inside_the_context(mesh, claimed, compi
         assert_close({name: gradients[name] for name in expected[1]}, expected[1])
 
 
-@compiled_or_not
-@pytest.mark.parametrize("claimed", [False, True])
+@pytest.mark.parametrize(
+    ("claimed", "compiled"), [(True, False), (False, True)], ids=["claimed-eager", "free-compiled"]
+)
 @spmd(ranks=2)
 def test_checkpoint_recomputes_inside_the_context_or_raises(mesh, claimed, compiled):
     model, plain = Decoder(), Decoder()
