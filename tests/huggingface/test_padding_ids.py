@@ -1,5 +1,7 @@
 """Padding that models of transformers read off their ids: in masks, and in what they count."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -25,7 +27,9 @@ def build(kind):
         return CheckedHuggingFaceModel(kind, QUIET[kind]).build()
 
 
+@cache
 def placed(kind):
+    """A model with its mixers, which these tests only call; and its mesh of one rank."""
     on = ParallelMesh.from_degrees(Degrees(), "cpu")
     return parallelize_hf(build(kind), on), on
 
