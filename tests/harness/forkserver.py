@@ -42,7 +42,11 @@ PRELOAD = (
     "dtcp.models.llama",
     "dtcp.models.qwen3_5",
     "dtcp.pretrain.configs",
-    "dtcp.pretrain.trainer",
+    "dtcp.pretrain.run",
+    # What a run of it imports when it begins and when it ends.
+    "tensorboard.backend.event_processing.event_accumulator",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "tests.harness.frozen_imports",
 )
 
@@ -56,10 +60,14 @@ def warm_up() -> None:
         standard.ensure_running()
 
 
-def start(target: Callable[..., None], *args: Any) -> Any:
-    """A daemon that runs target(*args) in the environment of a rank: multiprocessing's Process."""
+def start(target: Callable[..., None], *args: Any, daemon: bool = True) -> Any:
+    """A process that runs target(*args) in the environment of a rank: multiprocessing's Process.
+
+    Args:
+        daemon: whether it has no processes of its own, and may be left to end with this one.
+    """
     warm_up()
-    process = _CONTEXT.Process(target=target, args=args, daemon=True)
+    process = _CONTEXT.Process(target=target, args=args, daemon=daemon)
     process.start()
     return process
 

@@ -1,9 +1,10 @@
 """Launches of a few ranks that do next to nothing, one after another, for test_survive_processes.
 
-    python -m tests.harness.launched_cases FOLDER CASE ...
+    python tests/harness/launched_cases.py FOLDER CASE ...
 
-Prints "case NAME", what the ranks say, and "exit CODE" for each. None of it depends on how fast a
-rank is: where one waits for seconds to pass, in the library, it waits here for what others do.
+Prints "case NAME", what the ranks say, and "exit CODE" for each, errors in their places. None of
+it depends on how fast a rank is: where one waits for seconds to pass, in the library, it waits here
+for what others do.
 """
 
 import json
@@ -228,6 +229,9 @@ CASES = {
 
 
 def main() -> None:
+    os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
+    for chosen_by_the_launcher in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):
+        os.environ.pop(chosen_by_the_launcher, None)
     for name in sys.argv[2:]:
         work, policy = CASES[name]
         print("case", name, flush=True)

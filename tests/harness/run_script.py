@@ -110,7 +110,12 @@ def forked_ranks(
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
         forkserver.start(
-            _be_a_rank, ROOT / script, arguments, _environment(rank, ranks, store.port), files
+            be_script,
+            ROOT / script,
+            arguments,
+            _environment(rank, ranks, store.port),
+            files,
+            daemon=False,  # what is no rank may start some
         )
         for rank in range(max(ranks, 1))
     ]
@@ -163,7 +168,7 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def _be_a_rank(
+def be_script(
     script: Path, arguments: Sequence[str], environment: dict[str, str], files: Sequence[str]
 ) -> None:
     """Run the script in this process, and end it with the script's exit code."""
@@ -175,6 +180,14 @@ def _be_a_rank(
         # Whole lines, so that those of two ranks do not run into each other: with PYTHONUNBUFFERED
         # a line's end is a write of its own.
         stream.reconfigure(line_buffering=True, write_through=False)
+    code = exit_code_of(script, arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def exit_code_of(script: Path, arguments: Sequence[str]) -> int:
+    """Run a script as this process' own, up to where the process would end."""
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))  # as Python does for a script
     try:
@@ -188,6 +201,4 @@ def _be_a_rank(
     except BaseException as error:  # noqa: BLE001
         sys.excepthook(type(error), error, error.__traceback__)
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    return code

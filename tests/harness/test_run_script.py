@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.harness import patience, run_script
+from tests.harness import patience, run_script, spmd
 from tests.harness.patience import Patience, patience_after
 from tests.harness.run_script import run_forked, run_python
 
@@ -45,7 +45,8 @@ def test_forked_ranks_are_those_of_torchrun(script):
     assert sorted(ended.printed.splitlines()) == ranks
 
 
-def test_a_forked_rank_that_fails_ends_the_others(script):
+def test_a_forked_rank_that_fails_ends_the_others(script, monkeypatch):
+    monkeypatch.setattr(spmd, "GRACE", 0.2)  # for the other, which waits for ever
     ended = run_forked(script(FAILS_ON_RANK_1), ranks=2)
     assert ended.code == 1
     assert ended.errors.count("KeyError: 'lost my way'") == 1

@@ -1,21 +1,22 @@
 """Two network namespaces as two hosts, with a cable between them that can be cut."""
 
 import contextlib
-import os
+import ctypes
 import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO
+from typing import Any
 
-from tests.harness.patience import Patience
+from tests.harness import forkserver
+from tests.harness.run_script import ROOT, be_script
+from tests.harness.started import Forked, Started
 
-ROOT = Path(__file__).parents[2]
+CLONE_NEWNET = 0x40000000
+"""Of Linux' setns(2): the network is what a process enters."""
 
 
 def missing_for_hosts() -> str:
@@ -43,53 +44,31 @@ class Host:
     name: str
     address: str
     cable: str
-    processes: list["Started"] = field(default_factory=list)
+    processes: list[Started] = field(default_factory=list)
 
     def ip(self, *arguments: str) -> None:
         """Run ip(8) on this host."""
         _ip("-netns", self.name, *arguments)
 
-    def start(self, *command: str) -> "Started":
-        """Start a command on this host, which talks to others over the cable."""
-        output = tempfile.TemporaryFile()  # noqa: SIM115
-        process = subprocess.Popen(
-            ["ip", "netns", "exec", self.name, *command],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.cable},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+    def start(self, script: str, *arguments: str) -> Started:
+        """Fork a script of the project on this host, which talks to others over the cable."""
+        output = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        environment = {"GLOO_SOCKET_IFNAME": self.cable}
+        files = (output.name, output.name)
+        process = forkserver.start(
+            _be_on_host, self.name, ROOT / script, arguments, environment, files, daemon=False
         )
-        self.processes.append(Started(process, output))
+        self.processes.append(Started(Forked(process), output))
         return self.processes[-1]
 
 
-@dataclass
-class Started:
-    """A process of a host, and what it says."""
-
-    process: subprocess.Popen[bytes]
-    output: IO[bytes]
-
-    def said(self) -> str:
-        """All of its output so far."""
-        return os.pread(self.output.fileno(), 1 << 24, 0).decode(errors="replace")
-
-    def wait_for(self, text: str, seconds: float = 120.0) -> None:
-        """Return as soon as it has said this."""
-        patience = Patience(seconds)
-        while text not in self.said():
-            assert self.process.poll() is None, f"ended before {text!r}:\n{self.said()}"
-            assert patience.left(), f"no {text!r} in {seconds:g} s:\n{self.said()}"
-            time.sleep(0.05)
-
-    def wait(self, seconds: float = 120.0) -> int:
-        """Its exit code, once it has ended."""
-        patience = Patience(seconds)
-        while self.process.poll() is None:
-            assert patience.left(), f"still ran after {seconds:g} s:\n{self.said()}"
-            time.sleep(0.05)
-        return self.process.returncode
+def _be_on_host(name: str, *script: Any) -> None:
+    """Enter a host's network, as all threads and processes that this one starts; run a script."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{name}") as network:
+        if libc.setns(network.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns to {name} was refused")
+    be_script(*script)
 
 
 @contextlib.contextmanager

@@ -2,13 +2,10 @@
 
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.harness.run_script import run_forked
 
 SCRIPT = """
 import os, signal, sys, time
@@ -36,6 +33,11 @@ def launch(work, *command):
 def processes():
     sys.exit("a rank was forked")
 
+# Errors in their places; and the launcher's own choice of threads. Unbuffered, a line's end is a
+# write of its own, and the lines of two ranks run together.
+os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
+for name in ("OMP_NUM_THREADS", "PYTHONUNBUFFERED"):
+    os.environ.pop(name, None)
 for work in (forked, failed, killed, stopped):
     launch(work)
 launcher.can_fork = lambda: False
@@ -45,22 +47,13 @@ launch(processes, "-c", whole_line)
 
 
 @pytest.fixture(scope="module")
-def cases() -> dict[str, tuple[int, list[str]]]:
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str]]]:
     """What became of each launch: its exit code and the lines of its ranks, in order."""
-    # Unbuffered, a line's end is a write of its own, and the lines of two ranks run together.
-    left_out = ("OMP_NUM_THREADS", "PYTHONUNBUFFERED")
-    environment = {name: x for name, x in os.environ.items() if name not in left_out}
-    ran = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout
-    parts = re.findall(r"^case (\w+)\n(.*?)^exit (\d+)$", ran.stdout, re.MULTILINE | re.DOTALL)
+    script = tmp_path_factory.mktemp("launches") / "script.py"
+    script.write_text(SCRIPT)
+    ran = run_forked(script, ranks=0)
+    assert ran.code == 0, ran.output
+    parts = re.findall(r"^case (\w+)\n(.*?)^exit (\d+)$", ran.printed, re.MULTILINE | re.DOTALL)
     return {case: (int(code), sorted(text.splitlines())) for case, text, code in parts}
 
 

@@ -25,13 +25,15 @@ def texts(tmp_path):
 
 
 def test_plan_in_training_names_a_strategy_and_a_layout(texts):
-    config = parse(["--config", "llama_tiny", *AUTO, *texts])
+    """And sums as the section says."""
+    config = parse(["--config", "llama_tiny", *AUTO, "--dtcp.reduce_dtype", "float32", *texts])
     choice = plan_strategy(config, ranks=4)
     section = choice.close(config.dtcp)
     assert config.dtcp.is_open and not section.is_open
     assert choice.lines[0].startswith(f"chosen      strategy {choice.strategy}")
     assert f"layout {choice.layout}" in choice.lines[0]
     assert choice.lines[1].strip().startswith("layers.0 (x 4): ")
+    assert "reduce_dtype=torch.float32" in choice.lines[1] and section.reduce_dtype == "float32"
     assert plan_strategy(config, ranks=4) == choice
 
 
@@ -43,11 +45,7 @@ def test_plan_in_training_leaves_alone_what_is_named(texts):
     assert "UlyssesAttention(boundary=EagerIsland()" in choice.lines[1]
 
 
-def test_plan_in_training_sums_as_the_section_says(texts):
-    config = parse(["--config", "llama_tiny", *AUTO, "--dtcp.reduce_dtype", "float32", *texts])
-    choice = plan_strategy(config, ranks=4)
-    assert "reduce_dtype=torch.float32" in choice.lines[1]
-    assert choice.close(config.dtcp).reduce_dtype == "float32"
+def test_plan_in_training_refuses_sums_that_a_named_kernel_has_not():
     named = parse(["--config", "llama_tiny", "--dtcp.reduce_dtype=float32", "--dtcp.kernel=cudnn"])
     with pytest.raises(ValueError, match=r"reduce_dtype=torch.float32 with kernel='cudnn'"):
         named.check()

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,13 +15,15 @@ import pytest
 from dtcp.pretrain.trainer import Trainer
 from tests.harness.held import Held, hold, release
 from tests.harness.patience import Patience, slowness
+from tests.harness.started import Started
 from tests.harness.train_run import losses, train
-from tests.harness.two_hosts import Host, Started, missing_for_hosts, two_hosts
+from tests.harness.two_hosts import Host, missing_for_hosts, two_hosts
 from tests.pretrain.test_train import micro
 
 STEPS = 16
-TIMEOUT = 10.0
+TIMEOUT = 4.0
 """Seconds of a quiet machine that ranks wait for each other in a step."""
+AGENT = "tests/harness/forked_agent.py"
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,16 +67,15 @@ def start(
     seconds = str(round(TIMEOUT * slowness()))
     agents = []
     for host in hosts:
-        agent = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
+        agent = ("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", f"{restarts}")
         meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "test")
-        own = ("--local-addr", host.address, "--max-restarts", f"{restarts}")
-        own += ("--rdzv-conf", f"is_host={host is hosts[0]}")
+        own = ("--local-addr", host.address)
+        # An agent whose peer is gone looks for its store that long.
+        own += ("--rdzv-conf", f"is_host={host is hosts[0]},read_timeout={seconds}")
         command = ("train.py", "--module", "tests.pretrain.test_survive_hosts")
         options = ("--config", "held", "--dump_folder", str(folder))
         limits = ("--comm.train_timeout_seconds", seconds, "--comm.init_timeout_seconds", "600")
-        agents.append(
-            host.start(sys.executable, *agent, *meeting, *own, *command, *options, *limits)
-        )
+        agents.append(host.start(AGENT, *agent, *meeting, *own, *command, *options, *limits))
     return agents
 
 
@@ -181,9 +181,9 @@ def stop_rank(first: Started, other: Started, go_on: Callable[[], None]) -> None
     assert first.wait(TIMEOUT + 90) == 1
     (error,) = errors_of(first)
     assert re.match(rf"error: rank 1 \(process {rank} on", error)
-    for agent in (first, other):
-        agent.process.send_signal(signal.SIGTERM)
-        agent.wait(120)
+    # Its agent would give it 30 s to end.
+    os.kill(rank, signal.SIGKILL)
+    assert other.wait(120) == 1
 
 
 def test_survive_E7_E10_hosts_that_lose_each_other_go_on_when_started_again(

@@ -1,16 +1,14 @@
 """Rows E2, E7, E8, E10: what listens, who writes, what ends whom, and what starts again.
 
 One process plays the launcher, with ranks that do next to nothing, and goes through all cases
-(tests/harness/launched_cases.py): it imports torch once. Runs of train.py that stop and go on are
-in test_survive_runs.py.
+(tests/harness/launched_cases.py): it is forked, as the ranks are. Runs of train.py that
+stop and go on are in test_survive_runs.py.
 """
 
 import json
 import os
 import re
-import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,9 +18,8 @@ import pytest
 from dtcp.pretrain import folder_lock
 from dtcp.pretrain.folder_lock import FolderLock, refuse_held
 from tests.harness.patience import Patience, slowness
-
-ROOT = Path(__file__).parents[2]
-
+from tests.harness.run_script import run_forked
+from tests.harness.started import forked_script
 
 Cases = dict[str, tuple[int, list[str]]]
 
@@ -41,18 +38,9 @@ def more_cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
 
 
 def run_cases(folder: Path, *names: str) -> Cases:
-    left_out = ("OMP_NUM_THREADS", "PYTHONUNBUFFERED", "GLOO_SOCKET_IFNAME")
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.harness.launched_cases", str(folder), *names],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name not in left_out},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout
-    parts = re.findall(r"^case (\w+)\n(.*?)^exit (\d+)$", ran.stdout, re.MULTILINE | re.DOTALL)
+    ran = run_forked("tests/harness/launched_cases.py", str(folder), *names, ranks=0)
+    assert ran.code == 0, ran.output
+    parts = re.findall(r"^case (\w+)\n(.*?)^exit (\d+)$", ran.printed, re.MULTILINE | re.DOTALL)
     without = re.compile(r" \(traceback: .*\)$", re.MULTILINE)
     return {case: (int(code), without.sub("", text).splitlines()) for case, text, code in parts}
 
@@ -146,14 +134,16 @@ launcher.launch(launcher.Ranks(2, "cpu"), wait, ("-c", wait_again))
 
 @pytest.mark.slow_where(lambda kind: kind == "processes")
 @pytest.mark.parametrize("kind", ["forked", "processes"])
-def test_survive_E7_ranks_die_with_a_launcher_that_is_killed(kind):
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", ORPHANS, kind], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert launcher.stdout is not None
-    ranks = [int(launcher.stdout.readline().split()[1]) for _ in range(2)]
-    launcher.kill()
-    launcher.wait()
+def test_survive_E7_ranks_die_with_a_launcher_that_is_killed(kind, tmp_path):
+    script = tmp_path / "orphans.py"
+    script.write_text(ORPHANS)
+    with forked_script(script, kind) as launcher:
+        ranks: list[int] = []
+        patience = Patience(120)
+        while len(ranks) < 2 and patience.left():
+            time.sleep(0.02)
+            ranks = [int(pid) for pid in re.findall(r"^rank (\d+)\n", launcher.said(), re.M)]
+        assert len(ranks) == 2, launcher.said()
     patience = Patience(20)
     while any(map(runs, ranks)) and patience.left():
         time.sleep(0.02)
@@ -173,6 +163,7 @@ def runs(pid: int) -> bool:
 HOLDER = """
 import sys, time
 from pathlib import Path
+
 from dtcp.pretrain.folder_lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 print("held", flush=True)
@@ -180,26 +171,20 @@ time.sleep(600)
 """
 
 
-def hold(folder: Path) -> subprocess.Popen[str]:
-    """Another process that holds the folder."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    return process
-
-
 def test_survive_E7_a_folder_has_one_writer_and_a_dead_one_is_replaced(tmp_path):
-    other = hold(tmp_path)
-    refusal = f"{tmp_path}, which process {other.pid} on {socket.gethostname()}"
-    for look in (FolderLock, refuse_held):
-        with pytest.raises(ValueError, match=re.escape(refusal)):
-            look(tmp_path)
-    other.send_signal(signal.SIGKILL)
-    other.wait()
+    script = tmp_path / "holder.py"
+    script.write_text(HOLDER)
+    with forked_script(script, str(tmp_path)) as other:
+        other.wait_for("held\n")
+        pid = other.process.pid
+        refusal = f"{tmp_path}, which process {pid} on {socket.gethostname()}"
+        for look in (FolderLock, refuse_held):
+            with pytest.raises(ValueError, match=re.escape(refusal)):
+                look(tmp_path)
+    # It was killed.
     refuse_held(tmp_path)
     lock = FolderLock(tmp_path)
-    assert lock.taken_over is not None and f"process {other.pid}" in lock.taken_over
+    assert lock.taken_over is not None and f"process {pid}" in lock.taken_over
     lock.release()
     assert FolderLock(tmp_path).taken_over is None
 

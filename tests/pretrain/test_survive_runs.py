@@ -28,8 +28,8 @@ from dtcp.pretrain.trainer import Trainer
 from tests.harness import train_run
 from tests.harness.held import Held, hold, release
 from tests.harness.patience import Patience
+from tests.harness.started import Started, forked_script
 from tests.harness.train_run import losses
-from tests.harness.two_hosts import Started
 from tests.pretrain.test_survive_processes import runs
 from tests.pretrain.test_train import micro
 
@@ -148,13 +148,21 @@ def folders(run: Path, data: Path) -> tuple[str, ...]:
     return ("--dump_folder", str(run), "--dataloader.dataset_path", str(data))
 
 
-@contextlib.contextmanager
-def started(*options: str, config: str) -> Iterator[Started]:
-    """train.py as a person starts it, in a group of processes of its own."""
+def started(
+    *options: str, config: str, forked: bool = True
+) -> contextlib.AbstractContextManager[Started]:
+    """train.py as a person starts it, without an import's time where it is forked."""
     named = ("--module", "tests.pretrain.test_survive_runs", "--config", config)
+    arguments = (*named, *train_run.PATIENT, *options)
+    return forked_script("train.py", *arguments) if forked else in_a_terminal(*arguments)
+
+
+@contextlib.contextmanager
+def in_a_terminal(*arguments: str) -> Iterator[Started]:
+    """train.py in a group of processes of its own."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [sys.executable, "train.py", *named, *train_run.PATIENT, *options],
+            [sys.executable, "train.py", *arguments],
             cwd=train_run.ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
@@ -232,12 +240,13 @@ def test_survive_E13_an_error_of_the_data_names_step_and_document(data, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_survive_E8_a_launcher_that_is_stopped_saves_and_says_so(number, tmp_path):
     """SIGTERM to the launcher; Ctrl-C to the whole group of the terminal."""
-    with started("--dump_folder", str(tmp_path), config="endless") as run:
+    is_real = number == signal.SIGINT
+    with started("--dump_folder", str(tmp_path), config="endless", forked=not is_real) as run:
         run.wait_for("step     3/")
-        if number == signal.SIGTERM:
-            run.process.send_signal(number)
-        else:
+        if is_real:
             os.killpg(run.process.pid, number)
+        else:
+            run.process.send_signal(number)
         code = run.wait()
         output = run.said()
     assert code == 128 + number, output

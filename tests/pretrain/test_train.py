@@ -1,7 +1,7 @@
 """train.py on two or four ranks: runs, second starts, exports, and what it says when it fails.
 
-Three tests start it as a person does: by itself, under torchrun, and into an error. In the others
-the ranks are forked. One short run is shared by most; those that go on from it copy its folder.
+The second start of a run is as a person makes it, by itself and under torchrun; all others are
+forked. One short run is shared by most tests; those that go on from it copy its folder.
 """
 
 import json
@@ -61,9 +61,9 @@ launch = partial(train_run.launch, module="tests.pretrain.test_train", config="m
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
-    """Four steps on cp 2, started as a person does: the run's folder, exit code and output."""
+    """Four steps on cp 2, whose ranks train.py starts: the run's folder, exit code and output."""
     folder = tmp_path_factory.mktemp("run")
-    code, output = launch("--dump_folder", str(folder), "--checkpoint.export_hf")
+    code, output = train("--dump_folder", str(folder), "--checkpoint.export_hf", ranks=0)
     return folder, code, output
 
 
@@ -118,14 +118,14 @@ def test_an_export_starts_another_run(run, tmp_path):
 
 @pytest.mark.parametrize("torchrun", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_second_start_resumes_on_another_mesh_with_the_same_losses(run, copy, torchrun):
-    """From step 2 on cp 2, for the save of step 4 was cut short, to two ranks of FSDP, which
-    torchrun starts as well: steps 3 and 4 lose the same again."""
+    """From step 2 on cp 2, for the save of step 4 was cut short, to two ranks of FSDP, in a Python
+    of their own or in two of torchrun's: steps 3 and 4 lose the same again."""
     (copy / "checkpoint/step-4/.metadata").unlink()
     mesh = ["--parallelism.context_parallel_degree", "1"]
     mesh += ["--parallelism.data_parallel_shard_degree", "2"]
     mesh += ["--training.local_batch_size", "2"]
     arguments = ("--dump_folder", str(copy), *mesh)
-    code, output = launch(*arguments, torchrun=torchrun) if torchrun else train(*arguments)
+    code, output = launch(*arguments, torchrun=torchrun)
     assert code == 0, output
     assert "step-4/.metadata is missing" in output and "going on from step 2" in output
     assert re.search(r"^loaded .*step-2$", output, re.M)
@@ -173,7 +173,7 @@ def test_verify_repeats_the_steps_of_four_ranks_on_one_device(axis, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_one_error_and_the_last_checkpoint_stays(tmp_path):
-    code, output = launch("--dump_folder", str(tmp_path), config="diverging")
+    code, output = train("--dump_folder", str(tmp_path), config="diverging", ranks=0)
     assert code == 1
     assert output.count("error:") == 1 and "Traceback" not in output
     assert "at step=2" in output and "The last checkpoint is of step 1" in output
@@ -209,7 +209,7 @@ def test_forged_E1_a_checkpoint_that_names_code_is_one_error_on_all_ranks(
     if way == "initial_load_path":
         arguments[1] = str(tmp_path / "other")
         arguments += ["--checkpoint.initial_load_path", str(step)]
-    code, output = {"forked": train, "launched": launch}[start](*arguments)
+    code, output = train(*arguments, ranks={"forked": 2, "launched": 0}[start])
     assert code == 1 and not trace.exists()
     assert output.count("error:") == 1 and "Traceback" not in output
     assert "which names io.open: nothing of it was run" in output
