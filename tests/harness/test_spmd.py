@@ -85,8 +85,8 @@ def test_values_come_back_in_rank_order():
     [
         (
             raise_on_rank_1,
-            "rank 0 of 2 was still running when another rank had failed"
-            "(.|\n)*rank 1 of 2 raised(.|\n)*KeyError: 'lost my way'",
+            "rank 1 of 2 raised(.|\n)*KeyError: 'lost my way'"
+            "(.|\n)*rank 0 of 2 was still running when another rank had failed",
         ),
         (die_on_rank_1, "rank 1 of 2 died with exit code 7"),
         (

@@ -13,7 +13,10 @@ from dtcp.pretrain.planned_strategy import mesh_of, plan_strategy
 from tests.harness.train_run import train
 
 AUTO = ("--dtcp.strategy", "auto", "--dtcp.layout", "auto")
-EAGER = ("--compile.no-enable", "--validator.no-enable", "--training.steps", "2")
+EAGER = (
+    *("--compile.no-enable", "--validator.no-enable"),
+    *("--training.steps", "2", "--training.seq_len", "512"),
+)
 
 
 @pytest.fixture

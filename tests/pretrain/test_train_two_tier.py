@@ -10,6 +10,7 @@ FAMILIES = ("llama_tiny", "qwen3_5_tiny", "gemma4_tiny", "deepseek_v4_tiny")
 ON_NODES = (
     *("--compile.no-enable", "--validator.no-enable", "--dtcp.ranks_per_node", "2"),
     *("--parallelism.context_parallel_degree", "4", "--parallelism.tensor_parallel_degree", "1"),
+    *("--training.seq_len", "512"),
 )
 
 
