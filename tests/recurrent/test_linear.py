@@ -113,9 +113,10 @@ def test_mamba_equals_the_recurrence_and_moves_the_bytes_of_its_formula(mesh, ra
         GatedLinearCP(states=ScanStates()),
         GatedLinearCP(boundary=EagerIsland()),
     )
-    for style, layout in product(styles, (Contiguous, HeadTail)):
+    for (i, style), (j, layout) in product(enumerate(styles), enumerate((Contiguous, HeadTail))):
         mixer = claimed(mesh, style)
-        for kind, packing in product(KINDS if ranks == 2 else KINDS[:1], rows):
+        packing = rows[(i + j + ranks) % 3]
+        for kind in KINDS if ranks == 2 else KINDS[:1]:
             documents = packing(SEQ_LEN, ranks)
             sharded = shard_case(documents, mixer, mesh, layout)
             moved = assert_equals_the_recurrence(documents, kind, mixer, sharded)
