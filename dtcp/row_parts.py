@@ -86,7 +86,7 @@ def _shard(layout: SequenceLayout, x: Tensor, rank: int, dim: int) -> Tensor:
     if len(pieces.of_owner(rank)) <= MOST_SLICES:
         before = (slice(None),) * dim
         places = [(*before, slice(*run)) for run in pieces.runs(rank)]
-        if x.device.type == "cpu" and not x.is_floating_point():
+        if type(x) is Tensor and x.device.type == "cpu" and not x.is_floating_point():
             # In half of the time that torch takes.
             return torch.from_numpy(np.concatenate([x.numpy()[each] for each in places], axis=dim))
         return torch.cat([x[each] for each in places], dim=dim)

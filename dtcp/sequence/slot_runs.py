@@ -44,7 +44,7 @@ class SlotRuns:
     @classmethod
     def of(cls, runs: IntervalRuns, partition: Partition, rank: int) -> "SlotRuns":
         """Cut a mask's runs along the rank's pieces."""
-        mine = (partition.owner == rank).nonzero()[0]
+        mine = partition.of_owner(rank)
         start, stop = partition.start[mine], partition.stop[mine]
         piece = start.searchsorted(runs.start, side="right") - 1
         inside = (piece >= 0) & (runs.start < stop[piece])
