@@ -76,7 +76,8 @@ class DocumentBalanced(SequenceLayout):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        lengths, owners = np.diff([*self.starts, self.seq_len]), np.array(self.owners)
+        starts, owners = self._pieces
+        lengths = stops_of(starts, self.seq_len) - starts
         known = len(lengths) == len(owners) and self.starts[:1] == (0,) and (lengths > 0).all()
         known = known and ((owners >= 0) & (owners < self.num_shards)).all()
         held = np.bincount(owners, lengths, self.num_shards).tolist() if known else []
@@ -95,8 +96,13 @@ class DocumentBalanced(SequenceLayout):
         return joined_runs([(bounds[piece], bounds[piece + 1]) for piece in mine])
 
     @cached_property
+    def _pieces(self) -> tuple[Ints, Ints]:
+        """Where they start, and their owners."""
+        return np.array(self.starts), np.array(self.owners)
+
+    @cached_property
     def partition(self) -> Partition:
-        return Partition.ascending(np.array(self.starts), np.array(self.owners), self.seq_len)
+        return Partition.ascending(*self._pieces, self.seq_len)
 
     @classmethod
     def for_batch(
