@@ -63,8 +63,7 @@ class Partition:
             mine = self.pieces(rank)
             pairs = zip(self.start[mine].tolist(), self.stop[mine].tolist(), strict=True)
             self.found["runs", rank] = joined_runs(list(pairs))
-        runs: list[Run] = self.found["runs", rank]
-        return runs
+        return [*self.found["runs", rank]]
 
     def tokens(self, rank: int) -> NDArray[np.int32]:
         """Token index of each of the rank's slots: [L]; worked out once, for all who read it."""
