@@ -231,6 +231,7 @@ run_stage(Stage("speed", "How?", 60.0, lambda device: cases), folder, again=Fals
 """
 
 
+@pytest.mark.slow
 def test_processes_of_the_campaign_share_the_cases_of_a_stage(tmp_path, monkeypatch):
     """Each case is measured once, and both measure some."""
     monkeypatch.setattr(supervise, "START_SECONDS", 600.0)

@@ -58,8 +58,11 @@ TWO_LAYERS = {
     "num_hidden_layers": 2,
     "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
     "num_hash_layers": 1,
+    "n_routed_experts": 4,
+    "hc_mult": 2,
+    "hc_sinkhorn_iters": 2,
 }
-"""Compiles in half the time and has every kind of layer but that of the window alone."""
+"""Compiles in a third of the time and has every kind of layer but that of the window alone."""
 
 
 @functools.cache
@@ -173,6 +176,9 @@ EAGER = [
 ]
 
 
+@pytest.mark.slow_where(
+    lambda degrees, layout: (degrees.cp, layout) in ((3, Contiguous), (4, HeadTail))
+)
 @pytest.mark.parametrize(("degrees", "layout"), EAGER, ids=name_of)
 def test_deepseek_v4_on_a_mesh_equals_the_published_model(degrees, layout):
     assert run(degrees, layout) == (0, 0, 4)
@@ -277,7 +283,7 @@ def check_ahead(
 
 @pytest.mark.parametrize(
     ("degrees", "layout"),
-    [(Degrees(cp=4), HeadTail), (Degrees(cp=4), Contiguous), (Degrees(cp=2, tp=2), HeadTail)],
+    [(Degrees(cp=4), Contiguous), (Degrees(cp=2, tp=2), HeadTail)],
     ids=name_of,
 )
 def test_deepseek_v4_predicts_further_ahead_as_the_published_parts_do(degrees, layout):

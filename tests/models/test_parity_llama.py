@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from dtcp.compile import EagerIsland, count_graphs
@@ -23,16 +24,11 @@ from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.style import AttentionStyle
-from tests.harness.parity import (
-    CONFIG,
-    GRAPHS,
-    ROWS,
-    gradients,
-    on_mesh,
-    one_device,
-)
+from tests.harness import parity
+from tests.harness.parity import GRAPHS, ROWS, gradients, on_mesh, one_device
 from tests.harness.spmd import spmd
 
+CONFIG = replace(parity.CONFIG, num_layers=2)
 RING, KEEP_ALL = RingAttention(), NoCheckpoint()
 
 
@@ -60,19 +56,22 @@ def assert_parity(
         actual = on_mesh(model, mesh, ROWS, layout)
     assert_close(actual, expected)
     assert_close(gradients(model), gradients(reference))
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            assert parameter.grad.placements == parameter.placements
     return traffic
 
 
 TWO = [Degrees(cp=2), Degrees(tp=2), Degrees(dp_shard=2), Degrees(dp_replicate=2)]
 FOUR = [
-    Degrees(cp=2, tp=2),
-    Degrees(dp_shard=2, cp=2),
-    Degrees(dp_shard=2, tp=2),
-    Degrees(dp_replicate=2, cp=2),
-    Degrees(dp_replicate=2, tp=2),
-    Degrees(cp=4),
+    (Degrees(cp=2, tp=2), FullCheckpoint()),
+    (Degrees(dp_shard=2, cp=2), KEEP_ALL),
+    (Degrees(dp_shard=2, tp=2), SelectiveCheckpoint(1)),
+    (Degrees(dp_replicate=2, cp=2), SelectiveCheckpoint()),
+    (Degrees(dp_replicate=2, tp=2), SelectiveCheckpoint()),
+    (Degrees(cp=4), SelectiveCheckpoint(1)),
 ]
-CHECKPOINTS = [KEEP_ALL, FullCheckpoint(), SelectiveCheckpoint(), SelectiveCheckpoint(1)]
+CHECKPOINTS = [FullCheckpoint(), SelectiveCheckpoint()]
 
 
 @pytest.mark.parametrize("degrees", TWO)
@@ -81,10 +80,13 @@ def test_two_ranks_equal_one_device(mesh, degrees):
     assert_parity(degrees)
 
 
-@pytest.mark.parametrize("degrees", FOUR)
+@pytest.mark.parametrize(("degrees", "checkpoint"), FOUR)
 @spmd(ranks=4)
-def test_four_ranks_equal_one_device(mesh, degrees):
-    assert_parity(degrees)
+def test_four_ranks_equal_one_device(mesh, degrees, checkpoint):
+    """Attention, with what it communicates, is recomputed only where everything is."""
+    traffic = assert_parity(degrees, checkpoint=checkpoint)
+    if degrees.cp > 1:
+        assert traffic["dtcp::ring_attention"].calls == attended(checkpoint)
 
 
 @pytest.mark.parametrize("degrees", [Degrees(tp=2), Degrees(dp_shard=2)])
@@ -108,14 +110,6 @@ def test_llama_on_balanced_documents_equals_one_device(mesh):
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-@spmd(ranks=4)
-def test_checkpointing_changes_nothing_but_what_is_kept(mesh, checkpoint):
-    """Attention, with what it communicates, is recomputed only where everything is."""
-    traffic = assert_parity(Degrees(cp=2, tp=2), checkpoint=checkpoint)
-    assert traffic["dtcp::ring_attention"].calls == attended(checkpoint)
-
-
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @spmd(ranks=2)
 def test_compiled_block_is_one_graph_and_equals_one_device(mesh, checkpoint):
     with count_graphs() as counted:
@@ -124,7 +118,7 @@ def test_compiled_block_is_one_graph_and_equals_one_device(mesh, checkpoint):
     assert traffic["dtcp::ring_attention"].calls == attended(checkpoint)
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS[:3])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @spmd(ranks=2)
 def test_block_around_an_island_is_two_graphs_and_equals_one_device(mesh, checkpoint):
     """The checkpoint goes around: a break inside it would leave no graph at all."""
@@ -140,7 +134,7 @@ def test_block_around_an_island_is_two_graphs_and_equals_one_device(mesh, checkp
 @pytest.mark.parametrize(
     ("degrees", "attention", "checkpoint", "graphs"),
     [
-        (Degrees(cp=2, tp=2), RingAttention(), SelectiveCheckpoint(), 1),
+        (Degrees(cp=2, tp=2), RingAttention(), SelectiveCheckpoint(1), 1),
         pytest.param(
             *(Degrees(cp=2, tp=2), RingAttention(boundary=EagerIsland()), FullCheckpoint(), 2),
             marks=pytest.mark.slow,
@@ -157,6 +151,8 @@ def test_block_around_an_island_is_two_graphs_and_equals_one_device(mesh, checkp
 )
 @spmd(ranks=4)
 def test_compiled_on_four_ranks_equals_one_device(mesh, degrees, attention, checkpoint, graphs):
+    """With the embedding's gradient: under tp DTensor's unfinished output would enter the first
+    block's graph and lose it."""
     with count_graphs() as counted:
         assert_parity(degrees, attention=attention, checkpoint=checkpoint, compile=GRAPHS)
     assert counted.graphs == graphs

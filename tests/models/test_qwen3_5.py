@@ -208,6 +208,7 @@ def both_losses(mesh: Any, degrees: Degrees, layout: type[SequenceLayout]) -> No
     assert_close(gradients(model), gradients(reference))
 
 
+@pytest.mark.slow_where(lambda degrees, **_: degrees.tp > 1)
 @pytest.mark.parametrize(
     ("degrees", "layout"),
     [(Degrees(cp=3), HeadTail), (Degrees(cp=2, tp=2), Contiguous)],
