@@ -34,49 +34,49 @@ class MeshTrainer(MeshTrainerMixin, Trainer):
     pass
 
 
-def run_example(name, folder, *, ranks, kinds=KINDS):
+def run_example(name, folder, kinds_by_ranks):
     """As one process without a mesh, then on ranks, which compare themselves with it."""
     losses = folder / "alone.json"
-    alone = run_forked(f"examples/{name}.py", str(losses), *kinds, ranks=0)
+    every = [kind for kinds in kinds_by_ranks.values() for kind in kinds]
+    alone = run_forked(f"examples/{name}.py", str(losses), *every, ranks=0)
     assert alone.code == 0, alone.errors[-3000:]
-    ended = run_forked(f"examples/{name}.py", str(losses), *kinds, ranks=ranks)
-    assert ended.code == 0, ended.errors[-3000:]
-    said = re.findall(
-        r"^(\S.*): losses|on the mesh: \d|resumed on another: \d|logits \d", ended.printed, re.M
-    )
-    assert [each for each in said if each] == list(kinds)
-    assert len(said) == 4 * len(kinds), ended.printed
+    for ranks, kinds in kinds_by_ranks.items():
+        ended = run_forked(f"examples/{name}.py", str(losses), *kinds, ranks=ranks)
+        assert ended.code == 0, ended.errors[-3000:]
+        said = re.findall(
+            r"^(\S.*): losses|on the mesh: \d|resumed on another: \d|logits \d", ended.printed, re.M
+        )
+        assert [each for each in said if each] == list(kinds)
+        assert len(said) == 4 * len(kinds), ended.printed
     return json.loads(losses.read_text())
 
 
 def test_trainer_on_two_ranks_trains_saves_and_resumes_as_one_process(tmp_path):
     """With windows and sinks, padded rows, accumulation, clipping and evaluation."""
-    losses = run_example("hf_trainer", tmp_path, ranks=2, kinds=KINDS[:1])
+    losses = run_example("hf_trainer", tmp_path, {2: KINDS[:1]})
     assert [each["step"] for each in losses[KINDS[0]]] == [1, 2, 2, 3, 4, 4]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "kinds", "on_four_ranks"),
+    ("name", "on_two", "on_four"),
     [
-        ("hf_trainer", KINDS, KINDS),
-        ("trl_sft", KINDS, ("experts",)),
-        ("trl_dpo", KINDS, ("windows and sinks",)),
-        ("trl_lora", KINDS, ("windows",)),
+        # Windows and sinks: above.
+        ("hf_trainer", ("windows", "experts"), "hybrid"),
+        ("trl_sft", KINDS[:3], "experts"),
+        # Windows: among the preferences of test_options.py.
+        ("trl_dpo", KINDS[2:], "windows and sinks"),
+        ("trl_lora", ("windows and sinks", *KINDS[2:]), "windows"),
         # Whole models, and adapters beside a head of their own.
-        ("trl_reward", (*KINDS[::3], "experts with adapters"), ("experts with adapters",)),
+        ("trl_reward", KINDS[::3], "experts with adapters"),
     ],
     ids=["hf_trainer", "trl_sft", "trl_dpo", "trl_lora", "trl_reward"],
 )
 def test_trainer_of_an_example_trains_saves_and_resumes_as_one_process(
-    tmp_path, name, kinds, on_four_ranks
+    tmp_path, name, on_two, on_four
 ):
     """Cp beside tp, and dp beside cp, on four ranks; cp, and dp, on two of the other kinds."""
-    run_example(name, tmp_path, ranks=4, kinds=on_four_ranks)
-    others = tuple(kind for kind in kinds if kind not in on_four_ranks)
-    if others:
-        (tmp_path / "alone.json").unlink()
-        run_example(name, tmp_path, ranks=2, kinds=others)
+    run_example(name, tmp_path, {4: (on_four,), 2: on_two})
 
 
 @pytest.mark.slow

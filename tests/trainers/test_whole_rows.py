@@ -62,6 +62,7 @@ def assert_same_gradients(rows_model, reference):
         assert difference <= BOUND * grad.abs().max(), name
 
 
+@pytest.mark.slow_where(lambda kind: kind == "gpt_oss")
 @pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])
 @spmd(axes={"cp": 2, "tp": 2})
 def test_trainer_gets_the_loss_and_gradients_of_one_device(mesh, kind):
