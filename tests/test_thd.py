@@ -124,6 +124,7 @@ def test_embeddings_are_sharded_with_their_gradient(mesh):
     assert_close(embeds.grad.flatten(0, 1).sum(1).nonzero().flatten(), torch.tensor(sorted(mine)))
 
 
+@pytest.mark.slow_where(lambda compiled, ranks, **_: compiled and ranks > 2)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("style", [RingAttention(), AllGatherAttention()])
 @spmd(ranks=(1, 2, 3, 4))
