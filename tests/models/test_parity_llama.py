@@ -55,9 +55,6 @@ def assert_parity(
         actual = on_mesh(model, mesh, ROWS, layout)
     assert_close(actual, expected)
     assert_close(gradients(model), gradients(reference))
-    if compile is not None:
-        embedding = model.embedding.weight
-        assert embedding.grad.placements == embedding.placements
     return traffic
 
 
@@ -150,8 +147,6 @@ def test_block_around_an_island_is_two_graphs_and_equals_one_device(mesh, checkp
 )
 @spmd(ranks=4)
 def test_compiled_on_four_ranks_equals_one_device(mesh, degrees, attention, checkpoint, graphs):
-    """With the embedding's gradient: under tp DTensor's unfinished output would enter the first
-    block's graph and lose it."""
     with count_graphs() as counted:
         assert_parity(degrees, attention=attention, checkpoint=checkpoint, compile=GRAPHS)
     assert counted.graphs == graphs

@@ -107,6 +107,19 @@ def test_no_matmul_to_keep_is_refused():
         SelectiveCheckpoint(matmul_every=0)
 
 
+@spmd(ranks=2)
+def test_embedding_gradient_survives_the_entry_into_a_compiled_block(mesh):
+    """DTensor's unfinished output would enter the first block's graph and lose its gradient."""
+    reference, model, mesh = a_pair(Degrees(tp=2), compile=GRAPHS)
+    torch.manual_seed(1)
+    one_device(reference, ROWS)
+    torch.manual_seed(1)
+    on_mesh(model, mesh, ROWS, HeadTail)
+    grad = model.embedding.weight.grad
+    assert grad.placements == model.embedding.weight.placements
+    assert_close(grad.full_tensor(), reference.embedding.weight.grad)
+
+
 @pytest.mark.parametrize("degrees", [Degrees(tp=4), Degrees(dp_shard=2, tp=2), Degrees(cp=4)])
 @spmd(ranks=4)
 def test_clipping_and_a_step_of_adamw_equal_one_device(mesh, degrees):
