@@ -15,6 +15,7 @@ from dtcp.kernels.softmax.backends import HALF, Backend
 from dtcp.kernels.softmax.calls import Call, calls_of
 from dtcp.kernels.softmax.choice import (
     KernelChoice,
+    check_takes,
     choose_kernel,
     log_choice,
     log_rounded_parts,
@@ -27,6 +28,7 @@ from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.kernels.softmax.score_bias import ScoreBias
 from dtcp.kernels.softmax.self_test import fault_of
 from dtcp.kernels.softmax.types import (
+    AUTO,
     AttentionKernel,
     GradAccumulators,
     Keys,
@@ -51,6 +53,7 @@ __all__ = [
     "attend_once",
     "attend_once_backward",
     "attention_kernel",
+    "check_kernel",
     "local_sink_gradient",
     "note_merged_parts",
     "note_rounded_sums",
@@ -77,6 +80,22 @@ def attention_kernel(
     calls = _calls(queries, keys, pieces)
     demand = demand_of(queries, keys, calls, params)
     return _made(chosen(demand, params.kernel).backend, demand, calls)
+
+
+def check_kernel(
+    queries: Queries, *, kv_heads: int, value_width: int, params: SoftmaxParams
+) -> None:
+    """Refuse a named backend that cannot take such tensors, before ranks send each other any.
+
+    Raises:
+        ValueError: on every rank alike.
+    """
+    if params.kernel == AUTO:
+        return
+    q = queries.q
+    k, v = (q.new_empty(0, 0, kv_heads, width) for width in (q.shape[-1], value_width))
+    keys = Keys(k, v, queries.first_key[0, :0])
+    check_takes(demand_of(queries, keys, None, params), params.kernel)
 
 
 @cache

@@ -57,19 +57,12 @@ def choose_kernel(demand: Demand, name: str, self_test: SelfTest) -> KernelChoic
     while others wait for it.
 
     Raises:
-        ValueError: no backend has that name, or it cannot take such tensors on this device, or is
-            not installed: what is the same on every rank.
+        ValueError: as of `check_takes`.
     """
-    ranked = sorted(BACKENDS, key=lambda backend: -_speed(backend, demand))
+    ranked = _ranked(demand)
     if name != AUTO:
+        check_takes(demand, name)
         named = backend_named(name)
-        reason = refusal_of_inputs(named, demand)
-        if reason is not None:
-            able = [each.name for each in ranked if refusal(each, demand) is None]
-            raise ValueError(
-                f"Attention is computed by a kernel that can, got kernel={name!r}, which {reason}, "
-                f"for {demand}: name one of {', '.join([AUTO, *able])}."
-            )
         ranked.remove(named)
         ranked.insert(0, named)
     passed_over: list[tuple[str, str]] = []
@@ -85,6 +78,22 @@ def choose_kernel(demand: Demand, name: str, self_test: SelfTest) -> KernelChoic
             passed_over.append((backend.name, reason))
             fastest = max(fastest, speed if is_able(backend, demand) else 0)
     raise AssertionError("the reference computes everything")
+
+
+def check_takes(demand: Demand, name: str) -> None:
+    """Refuse a named backend that cannot take such tensors: on every rank alike.
+
+    Raises:
+        ValueError: no backend has that name, or it cannot take such tensors on this device, or is
+            not installed.
+    """
+    reason = refusal_of_inputs(backend_named(name), demand)
+    if reason is not None:
+        able = [each.name for each in _ranked(demand) if refusal(each, demand) is None]
+        raise ValueError(
+            f"Attention is computed by a kernel that can, got kernel={name!r}, which {reason}, "
+            f"for {demand}: name one of {', '.join([AUTO, *able])}."
+        )
 
 
 def log_choice(choice: KernelChoice) -> None:
@@ -115,6 +124,11 @@ def log_rounded_sums(name: str) -> None:
             "none.",
             name,
         )
+
+
+def _ranked(demand: Demand) -> list[Backend]:
+    """All backends, the fastest first."""
+    return sorted(BACKENDS, key=lambda backend: -_speed(backend, demand))
 
 
 def _speed(backend: Backend, demand: Demand) -> int:
