@@ -91,7 +91,7 @@ def _shard(layout: SequenceLayout, x: Tensor, rank: int, dim: int) -> Tensor:
             return torch.from_numpy(np.concatenate([x.numpy()[each] for each in places], axis=dim))
         return torch.cat([x[each] for each in places], dim=dim)
     token_index = torch.from_numpy(pieces.tokens(rank)).to(x.device)
-    if x.shape[:dim].numel() > 1:
+    if x.shape[:dim].numel() != 1:
         return x.index_select(dim, token_index)
     # Picked from the first dim, it takes a third of the time.
     part = x.reshape(x.shape[dim:]).index_select(0, token_index)

@@ -84,7 +84,7 @@ class PositionInExpert(Mixer):
 
 
 class ContextParallelPositionInExpert(ClaimedMixer, PositionInExpert):
-    """An PositionInExpert that a style has taken over."""
+    """A PositionInExpert that a style has taken over."""
 
     def carry_out(self, *args: Any, **kwargs: Any) -> Tensor:
         return PositionInExpert.carry_out(self, *args, **kwargs)

@@ -77,10 +77,12 @@ def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
     from dtcp.pretrain.config_check import check_settings
     from dtcp.pretrain.expected import kept_by_blocks, precision_of, subject_of
     from dtcp.pretrain.options import parse
+    from dtcp.pretrain.without_effect import check_effects
 
     given = _given(rest)
     config = parse(["--config", arguments.config, *rest])
     check_settings(config)
+    check_effects(config)
     try:
         subject = subject_of(config)
     except ValueError:
@@ -152,12 +154,10 @@ def _given(rest: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _wished_of(section: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given of the section dtcp, and not left open."""
-    wished: dict[str, Any] = {}
+    """What is given of the section dtcp, and not left open; sums are those of the config."""
+    wished: dict[str, Any] = {"reduce_dtype": section.style_options["reduce_dtype"]}
     if {"dtcp.strategy", "dtcp.ulysses_degree"} & given.keys() and section.strategy != "auto":
         wished["attention"] = section.attention_style("cuda")
-    if "dtcp.reduce_dtype" in given:
-        wished["reduce_dtype"] = section.style_options["reduce_dtype"]
     if "dtcp.layout" in given and section.layout != "auto":
         wished["layout"] = section.sequence_layout()
     return wished

@@ -191,6 +191,11 @@ def detail_lines(candidate: Candidate, cluster: Cluster) -> list[str]:
         f"time        {time.total:.2f} s a step: matmuls {time.matmuls:.2f}, attention "
         f"{time.mixers:.2f}, waited for {exposed}"
     )
+    if setup.attention.sums_wide(setup.degrees.cp):
+        lines.append(
+            "            with reduce_dtype=torch.float32 attention takes longer where ranks sum: "
+            "kernels that do not round have about half the speed"
+        )
     return lines
 
 

@@ -114,7 +114,10 @@ class DocumentBalanced(SequenceLayout):
         check_divides(cls, documents.seq_len, num_shards, num_shards)
         if work is None:
             work = MaskWork(((Causal(), 1),), Coords.of(documents))
-        runs = work.runs(0) if isinstance(work, MaskWork) else WorkRuns.of_tokens(work())
+        if isinstance(work, MaskWork) and work.in_runs:
+            runs = work.runs(0)
+        else:
+            runs = WorkRuns.of_tokens(work())
         starts, owners = best_pieces(runs, lengths, num_shards)
         return cls(documents.seq_len, num_shards, tuple(starts.tolist()), tuple(owners.tolist()))
 

@@ -52,7 +52,7 @@ class AllGather(ExchangeStrategy):
         buffers, dq = payload.grad_buffers(keys.v.shape[1]), zeros_for(queries.q)
         grads = GradAccumulators(dq, buffers.dk, buffers.dv)
         ranges, pieces = metadata.block_ranges[0], metadata.pieces[0]
-        if metadata.counts.shape[1] > 1:
+        if metadata.counts.shape[1] > 1 or context.shares_kv_heads:
             note_rounded_sums(queries, keys, pieces, context.softmax)
         attend_backward(grads, saved, queries, keys, ranges, context.softmax, pieces=pieces)
 

@@ -40,10 +40,8 @@ def _forward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[An
 
 def _backward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     x = BackwardArguments(**bind(op, args, kwargs))
-    like = next(each for each in (*x[1:], x.grad_out) if isinstance(each, DTensor))
-    grad_out = cast(DTensor, x.grad_out)
-    if grad_out.placements != like.placements:
-        grad_out = grad_out.redistribute(like.device_mesh, like.placements)
-    x = x._replace(grad_out=grad_out, kv_heads=x.kv_heads // num_shards(like, HEADS))
+    # Placed as the output was (op.py).
+    like = cast(DTensor, x.grad_out)
+    x = x._replace(kv_heads=x.kv_heads // num_shards(like, HEADS))
     dq, dk, dv, *of_parameters = op(*to_local(x))
     return (*(wrap(grad, like) for grad in (dq, dk, dv)), *of_parameters)

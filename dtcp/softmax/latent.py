@@ -56,16 +56,20 @@ def keys_and_values(rows: Tensor, up: Tensor, widths: LatentWidths) -> tuple[Ten
 
 
 def fold_back(
-    dk: Tensor, dv: Tensor, rows: Tensor, up: Tensor, widths: LatentWidths
+    dk: Tensor, dv: Tensor, rows: Tensor, up: Tensor, widths: LatentWidths, *, wide: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the rows [B, m, 1, C + R] and of up, in the dtype of `accumulation`.
 
-    Products are taken in the model's dtype, as autograd would.
+    Args:
+        wide: take products in that dtype, too, for ranks sum them unrounded; else in the model's,
+            as autograd would.
     """
     content, rotary = dk.split((widths.content, widths.rotary), dim=-1)
-    made = torch.cat((content, dv), dim=-1).flatten(2, 3).to(rows.dtype)  # [B, m, H * (N + V)]
-    wide, latent = accumulation(rows.dtype), rows[:, :, 0, : widths.latent]
-    d_latent = (made @ up.flatten(0, 1)).to(wide)
+    summed = accumulation(rows.dtype)
+    dtype = summed if wide else rows.dtype
+    made = torch.cat((content, dv), dim=-1).flatten(2, 3).to(dtype)  # [B, m, H * (N + V)]
+    latent = rows[:, :, 0, : widths.latent].to(dtype)
+    d_latent = (made @ up.flatten(0, 1).to(dtype)).to(summed)
     d_rows = torch.cat((d_latent[:, :, None], rotary.sum(2, keepdim=True)), dim=-1)
     d_up = made.flatten(0, 1).mT @ latent.flatten(0, 1)
-    return d_rows, d_up.to(wide).view(up.shape)
+    return d_rows, d_up.to(summed).view(up.shape)

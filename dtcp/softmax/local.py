@@ -14,6 +14,7 @@ from dtcp.kernels.softmax.api import (
     attend_once,
     attend_once_backward,
     local_sink_gradient,
+    note_rounded_sums,
 )
 from dtcp.softmax.inputs import AttentionInputs, check_key_count
 from dtcp.softmax.metadata import LocalMetadata
@@ -47,6 +48,8 @@ class _Local:
         saved = SavedForward(grad_out, result.out, result.saved[0])
         queries = _queries(x, metadata)
         keys, ranges, pieces = _keys(x, metadata), metadata.block_ranges, metadata.pieces
+        if context.shares_kv_heads:
+            note_rounded_sums(queries, keys, pieces, context.softmax)
         grads = attend_once_backward(saved, queries, keys, ranges, context.softmax, pieces=pieces)
         dbias, dslope = bias_gradients(queries)
         dsink = local_sink_gradient(saved, x.sink)

@@ -89,12 +89,12 @@ def name_kernel(model: nn.Module, kernel: str) -> None:
     Raises:
         ValueError: there is none of that name, or it rounds what a style sums in fp32.
     """
+    mixers = [module for module in model.modules() if isinstance(module, MaskedMixer)]
     check_kernel_name(kernel)
-    for module in model.modules():
-        if isinstance(module, MaskedMixer):
-            if module.wide:
-                check_unrounded(kernel)
-            module.kernel = kernel
+    if any(mixer.wide for mixer in mixers):
+        check_unrounded(kernel)
+    for mixer in mixers:
+        mixer.kernel = kernel
 
 
 class SoftmaxAttention(MaskedMixer):

@@ -101,6 +101,8 @@ class OpContext:
     kv_heads: int
     replicas: KVHeadReplicas | None = None
     """Who reads the same rows of the last of the groups, in the one before."""
+    shares_kv_heads: bool = False
+    """Whether several ranks attend with one kv head, and sum its gradients around this call."""
 
     def grad_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """In which gradients of keys travel, of those in this one."""
@@ -285,6 +287,7 @@ class AttentionOp:
         ctx.scale, ctx.softcap, ctx.groups, ctx.kernel = x.scale, x.softcap, x.groups, x.kernel
         ctx.in_line, ctx.wide, ctx.has_keys = x.in_line, x.wide, x.k is not None
         ctx.kv_heads, ctx.num_metadata = x.v.shape[2], len(x.metadata)
+        ctx.placements = result.out.placements if isinstance(result.out, DTensor) else None
         kept: tuple[Tensor | None, ...] = (*x.inputs, result.out)
         if self.strategy.keeps_own_form:
             # Its own q, k, v and out lead what it saved.
@@ -295,6 +298,8 @@ class AttentionOp:
         ctx.mark_non_differentiable(*result.saved)
 
     def _differentiate(self, ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
+        if isinstance(grad_out, DTensor) and grad_out.placements != ctx.placements:
+            grad_out = grad_out.redistribute(placements=ctx.placements)
         # Read once: checkpointing recomputes at the first look and refuses a second.
         tensors = list(ctx.saved_tensors)
         metadata, tensors = tensors[: ctx.num_metadata], tensors[ctx.num_metadata :]

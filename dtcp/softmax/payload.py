@@ -9,7 +9,7 @@ from torch import Tensor
 from dtcp.distributed.moves import Moves
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.rotary import rotate
-from dtcp.kernels.softmax.api import Queries, SavedForward, local_sink_gradient
+from dtcp.kernels.softmax.api import Queries, SavedForward, check_kernel, local_sink_gradient
 from dtcp.softmax.inputs import AttentionInputs, check_key_count
 from dtcp.softmax.latent import LatentWidths, fold_back, keys_and_values
 from dtcp.softmax.metadata import KeyExchangeMetadata
@@ -171,10 +171,12 @@ class LatentPayload:
         q: [B, L, H, N + R], of which the widths are read.
         rows: [B, L, 1, C + R].
         up: [H, N + V, C].
+        wide: as of SoftmaxParams.
     """
 
-    def __init__(self, q: Tensor, rows: Tensor, up: Tensor) -> None:
+    def __init__(self, q: Tensor, rows: Tensor, up: Tensor, *, wide: bool) -> None:
         self.rows, self.up, self.widths = rows, up, LatentWidths.of(q, rows, up)
+        self.wide = wide
         self.up_gradient = torch.zeros_like(up, dtype=accumulation(up.dtype))
         # The rows of the keys made last: a strategy finishes with these before it asks for others.
         self.current = rows
@@ -201,7 +203,8 @@ class LatentPayload:
         return GradBuffers(self.rows[:, :0], dk, dv)
 
     def finish(self, buffers: GradBuffers, v: Tensor, part: int) -> Tensor:
-        d_rows, d_up = fold_back(buffers.dk, buffers.dv, self.current, self.up, self.widths)
+        made = (buffers.dk, buffers.dv, self.current, self.up, self.widths)
+        d_rows, d_up = fold_back(*made, wide=self.wide)
         self.up_gradient += d_up
         return d_rows
 
@@ -213,12 +216,16 @@ class LatentPayload:
         return keys_and_values(rows, self.up, self.widths)
 
 
-def payload_of(x: AttentionInputs, metadata: KeyExchangeMetadata) -> KVPayload:
-    """What travels for these inputs."""
+def payload_of(x: AttentionInputs, metadata: KeyExchangeMetadata, *, wide: bool) -> KVPayload:
+    """What travels for these inputs.
+
+    Args:
+        wide: as of SoftmaxParams.
+    """
     if x.k is not None:
         return KeyValuePayload(x.k, x.v)
     if x.up is not None:
-        return LatentPayload(x.q, x.v, x.up)
+        return LatentPayload(x.q, x.v, x.up, wide=wide)
     assert x.key_scale is not None and x.frequency is not None
     return ValueOnlyPayload(x.v, x.key_scale, x.frequency, metadata.key_position_ids)
 
@@ -250,7 +257,12 @@ class ExchangeStrategy:
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
         metadata = KeyExchangeMetadata(*context.metadata)
         check_key_count(x, metadata.own_keys)
-        payload, queries = payload_of(x, metadata), _queries(x, metadata)
+        payload = payload_of(x, metadata, wide=context.softmax.wide)
+        queries = _queries(x, metadata)
+        # Not in the midst of a ring: what is on its way then is in the way of all that follows.
+        kv_heads = x.v.shape[2] if x.up is None else x.q.shape[2]
+        widths = {"kv_heads": kv_heads, "value_width": x.value_width}
+        check_kernel(queries, **widths, params=context.softmax)
         out, *saved = self.attend(queries, payload, x.sink, context)
         return ForwardResult(out, saved)
 
@@ -258,7 +270,8 @@ class ExchangeStrategy:
         self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
     ) -> AttentionInputs:
         metadata = KeyExchangeMetadata(*context.metadata)
-        payload, queries = payload_of(x, metadata), _queries(x, metadata)
+        payload = payload_of(x, metadata, wide=context.softmax.wide)
+        queries = _queries(x, metadata)
         lse, *kept = result.saved
         saved = SavedForward(grad_out, result.out, lse)
         dq, rows = self.attend_backward(queries, payload, saved, kept, context)

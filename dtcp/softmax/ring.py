@@ -68,7 +68,7 @@ class _Ring(ExchangeStrategy):
         metadata, dq = KeyExchangeMetadata(*context.metadata), zeros_for(queries.q)
         way = _way_around(payload, metadata, context, context.grad_dtype(queries.q.dtype))
         for step, keys in way.steps():
-            if step == 0 and metadata.counts.shape[1] > 1:
+            if step == 0 and (metadata.counts.shape[1] > 1 or context.shares_kv_heads):
                 note_rounded_sums(queries, keys, metadata.pieces[0], context.softmax)
             buffers = payload.grad_buffers(keys.v.shape[1])
             grads = GradAccumulators(dq, buffers.dk, buffers.dv)

@@ -1,7 +1,9 @@
 """Keys gathered once for several layers: exchanged where they are made, and kept."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +31,8 @@ from dtcp.softmax.op import AttentionOp, OpContext
 from dtcp.softmax.positions import TokenPositions
 from dtcp.softmax.style import AttentionStyle
 from dtcp.style import MixerShape
+
+LOG = logging.getLogger("dtcp.softmax")
 
 
 class ContextParallelGatherSharedKV(ClaimedMixer, GatherSharedKV):
@@ -122,6 +126,12 @@ class SharedKVAttention(AttentionStyle):
     def check(self, mixer: Mixer, layout: SequenceLayout) -> None:
         self.gather.check(mixer, layout)
 
+    def check_in_graph(self, name: str) -> None:
+        raise ValueError(
+            f"{name} gathers the keys of its own call, got style={self}, whose keys a "
+            f"GatherSharedKV of the model gathers: give it {type(self.gather).__name__}."
+        )
+
     def make_metadata(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
     ) -> KeyExchangeMetadata:
@@ -206,7 +216,7 @@ def _gather(x: Tensor, metadata: list[Tensor], group: str, wide: bool) -> Tensor
     rows = x.index_select(1, slots).transpose(0, 1).contiguous()
     received = bring_rows(rows, keys, _context("gather_shared_kv", metadata, x, group))
     every = torch.cat((x, received.transpose(0, 1)), dim=1)
-    out = torch.zeros_like(_gathered_like(x, keys, wide))
+    out = _gathered_like(x, keys, wide).zero_()
     order = sort_by_index(keys, x.shape[1])
     out[:, : order.numel()] = every.index_select(1, order)
     return out
@@ -218,9 +228,19 @@ def _gather_backward(grad: Tensor, metadata: list[Tensor], group: str) -> Tensor
     LEDGER.record("dtcp::gather_shared_kv_backward")
     length = keys.first_key.shape[1]
     count = sort_by_index(keys, length).numel()
+    if keys.counts.shape[1] > 1 and grad.dtype != accumulation(grad.dtype):
+        _say_rounded()
     rows = grad[:, :count].transpose(0, 1).to(accumulation(grad.dtype))
     context = _context("gather_shared_kv_backward", metadata, grad, group)
     return return_grads(rows, keys, length, grad.dtype, context).to(grad.dtype)
+
+
+@cache
+def _say_rounded() -> None:
+    LOG.info(
+        "Ranks sum gradients of keys that layers share, and each layer has rounded its own: more "
+        "than the error of one device. With reduce_dtype=torch.float32 none is rounded."
+    )
 
 
 @_gather.register_fake

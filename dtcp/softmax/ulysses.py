@@ -207,6 +207,7 @@ class Ulysses:
             softmax=replace(context.softmax, wide=context.softmax.wide and summed),
             kv_heads=share.kv_heads_each,
             replicas=_replicas(share, context) if len(context.groups) > 1 else None,
+            shares_kv_heads=share.replicas > 1,
         )
         return _Orders(order, restore, key_order, key_restore), inside
 

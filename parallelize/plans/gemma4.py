@@ -40,7 +40,8 @@ def gemma4_plan(
 
     Args:
         attention: the strategy of global layers on the axis cp: RingAttention or
-            AllGatherAttention where a key is made from its value.
+            AllGatherAttention where a key is made from its value. Its boundary and its
+            reduce_dtype are those of all layers.
     Raises:
         ValueError: what tp or ep would split is not a multiple of it.
     """

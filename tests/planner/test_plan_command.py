@@ -20,13 +20,16 @@ from dtcp.plan import __main__ as command
 from dtcp.plan.command import command_lines
 from dtcp.plan.source import request_of
 from dtcp.planner.cluster import cluster_of
+from dtcp.planner.report import detail_lines
 from dtcp.planner.search import Planner
 from dtcp.planner.subject import FamilyModel, HuggingFaceModel
 from dtcp.pretrain.config_check import check_batch_size, check_expert_degree, check_nodes
+from dtcp.pretrain.configs import llama_tiny
 from dtcp.pretrain.expected import kept_by_blocks, subject_of
 from dtcp.pretrain.launch import check_world
 from dtcp.pretrain.options import parse
 from dtcp.pretrain.planned_strategy import mesh_of
+from dtcp.pretrain.trainer import Trainer
 from tests.harness.run_script import run_forked
 from tests.harness.spmd import run_ranks
 from tests.harness.train_run import PATIENT, losses
@@ -91,8 +94,22 @@ def test_plan_keeps_to_what_is_given_of_a_config():
     assert all(request.workload.takes(each) for each in planner._variants(setup))
 
 
-def test_plan_tries_strategies_with_the_sums_that_are_given():
-    given = ["--config", "llama_tiny", "--global-batch", "2", "--dtcp.reduce_dtype", "float32"]
+def exact() -> Trainer.Config:
+    config = llama_tiny()
+    config.dtcp.reduce_dtype = "float32"
+    return config
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--config", "llama_tiny", "--dtcp.reduce_dtype", "float32"],
+        ["--config", "exact", "--module", "tests.planner.test_plan_command"],
+    ],
+    ids=["option", "config"],
+)
+def test_plan_tries_strategies_with_the_sums_of_the_run(given):
+    given = [*given, "--global-batch", "2"]
     _, config, setup = planned_command(given, "8xH100", Degrees(dp_shard=2, cp=4))
     request = request_of(*command._parser().parse_known_args(given))
     planner = Planner(request.subject, cluster_of("8xH100"), request.workload)
@@ -100,6 +117,8 @@ def test_plan_tries_strategies_with_the_sums_that_are_given():
     assert len({type(each.attention) for each in tried}) == 4
     assert {each.attention.reduce_dtype for each in tried} == {torch.float32}
     assert config.dtcp.reduce_dtype == "float32"
+    lines = detail_lines(planner.candidate(setup), planner.cluster)
+    assert "attention takes longer where ranks sum" in lines[-1]
 
 
 def planned_lines(options, cluster, degrees):
@@ -151,6 +170,8 @@ def test_plan_of_a_model_without_a_strategy_of_choice_names_none():
     given = ["--config", "deepseek_v4_tiny", "--global-batch", "2"]
     _, config, _ = planned_command(given, "2xH100", Degrees(cp=2))
     assert config.dtcp.strategy == "default"
+    with pytest.raises(ValueError, match=r"dtcp\.reduce_dtype=float32 for deepseek_v4"):
+        planned_command([*given, "--dtcp.reduce_dtype", "float32"], "2xH100", Degrees(cp=2))
 
 
 def test_plan_of_a_model_type_names_a_command_that_writes_its_config_first():

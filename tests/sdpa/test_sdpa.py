@@ -17,7 +17,7 @@ from dtcp.distributed.ledger import count_traffic
 from dtcp.sdpa.aten_rules import install_sdpa_rules
 from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
-from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
+from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from tests.harness import packings
 from tests.harness.attention_parity import refused
 from tests.harness.spmd import spmd
@@ -188,6 +188,19 @@ def test_attention_inside_a_layout_is_over_the_whole(mesh, style, compiled, rank
 
         order = layout.permutation()
         assert_equals_one_device(inside, mesh, [Shard(2)], causal=causal, order=order)
+
+
+@spmd(ranks=2)
+def test_a_gradient_that_comes_whole_is_cut_as_the_output_was(mesh):
+    """As that of a sum over all tokens comes."""
+    _, expected = on_one_device(causal=True)
+    for style in (RingAttention(), UlyssesAttention(), HybridAttention()):
+        inputs = [x.requires_grad_() for x in sharded(whole_inputs()[:3], mesh, [Shard(2)])]
+        with sequence_layout(Contiguous(SEQ_LEN, 2), mesh, style=style):
+            out = attend(*inputs)
+        (grad,) = sharded(whole_inputs()[3:], mesh, [Replicate()])
+        for actual, right in zip(torch.autograd.grad(out, inputs, grad), expected, strict=True):
+            assert_close(actual.full_tensor(), right)
 
 
 @spmd(ranks=4)

@@ -146,7 +146,8 @@ def test_work_of_blocks_is_that_of_their_tokens(mask):
         assert work.of_blocks(block) == block_work(work(), block)
 
 
-def test_block_balanced_asks_a_mask_that_counts_work_in_its_own_way():
+@pytest.mark.parametrize("kind", [BlockBalanced, DocumentBalanced])
+def test_layouts_ask_a_mask_that_counts_work_in_its_own_way(kind):
     class Dear(Causal):
         def work(self, coords):
             return torch.where(torch.arange(coords.seq_len) < 8, 100, 1)
@@ -154,9 +155,9 @@ def test_block_balanced_asks_a_mask_that_counts_work_in_its_own_way():
     documents = Documents(((32,),), 32)
     work = MaskWork.under(Dear(), Coords.of(documents))
     assert not work.in_runs
-    layout = BlockBalanced.for_batch(documents, 2, work=work)
-    assert layout == BlockBalanced.for_batch(documents, 2, work=work.__call__)
-    assert layout != BlockBalanced.for_batch(documents, 2)
+    layout = kind.for_batch(documents, 2, work=work)
+    assert layout == kind.for_batch(documents, 2, work=work.__call__)
+    assert layout != kind.for_batch(documents, 2)
 
 
 def test_cuts_of_two_lists_are_those_of_plain_loops():
@@ -230,7 +231,7 @@ LAYOUTS = (
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: type(x).__name__)
-@pytest.mark.parametrize("shape", [(1, 192), (3, 192), (1, 192, 5), (2, 3, 192)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 192), (3, 192), (0, 192), (1, 192, 5), (2, 3, 192)], ids=str)
 def test_parts_of_many_pieces_are_those_of_the_layout(layout, shape):
     x, dim = torch.randn(shape), shape.index(192)
     pieces = {len(layout.partition.of_owner(rank)) for rank in range(4)}

@@ -27,6 +27,7 @@ from dtcp.softmax import (
     RingAttention,
     UlyssesAttention,
 )
+from dtcp.softmax.latent import LatentWidths, fold_back
 from dtcp.softmax.mixer import LatentAttention
 from dtcp.softmax.style import AttentionShape
 from tests.harness import packings, reference
@@ -130,6 +131,18 @@ def assert_equals_truth(case, attend, mixer, mesh, layout):
     for grad, whole in zip(grads, expected.grads, strict=False):
         assert_close(grad, sharded.shard(whole))
     assert_close(d_up, expected.grads[3])
+
+
+def test_gradients_are_folded_back_into_latents_unrounded_where_ranks_sum_them_so():
+    draw, dtype = torch.Generator().manual_seed(6), torch.bfloat16
+    dk, dv = (torch.randn(1, 9, 4, width, generator=draw) for width in (10, 5))
+    rows, up = (torch.randn(x, generator=draw).to(dtype) for x in ((1, 9, 1, 16), (4, 11, 12)))
+    widths = LatentWidths.of(dk, rows, up)
+    exact = fold_back(dk.double(), dv.double(), rows.double(), up.double(), widths, wide=False)
+    for wide, least, most in ((True, 0.0, 1e-6), (False, 1e-3, 1e-2)):
+        for grad, right in zip(fold_back(dk, dv, rows, up, widths, wide=wide), exact, strict=True):
+            assert grad.dtype == torch.float32
+            assert least <= (grad - right).norm() / right.norm() <= most
 
 
 @pytest.mark.slow_where(lambda ranks: ranks in (1, 4))

@@ -26,8 +26,12 @@ from dtcp.softmax import (
     RingAttention,
     SharedKVAttention,
     UlyssesAttention,
+    all_gather,
+    local,
+    ring,
+    shared_kv,
 )
-from dtcp.softmax.mixer import GatherSharedKV, SoftmaxAttention, name_kernel
+from dtcp.softmax.mixer import GatherSharedKV, LatentAttention, SoftmaxAttention, name_kernel
 from dtcp.softmax.moves import AttentionShape
 from dtcp.thd import shard_thd, to_thd
 from dtcp.thd_attention import PackedAttention
@@ -39,8 +43,10 @@ from tests.harness.attention_parity import (
     Case,
     local_inputs,
     mixer_on,
+    refused,
     run,
     shard_case,
+    styles,
     truth,
 )
 from tests.harness.spmd import spmd
@@ -175,7 +181,9 @@ def test_gradients_of_shared_keys_have_the_error_of_one_device(mesh):
     """Two layers read them: their gradients are summed in fp32 before they go home."""
     exact, grad_outs, whole = _two_layers(torch.float64)
     alone = _two_layers(torch.bfloat16)[0]
-    received = []
+    received, said = [], []
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(shared_kv, "_say_rounded", lambda: said.append(len(received)))
     for wide in (None, WIDE):
         model = nn.ModuleDict({"gather": GatherSharedKV(CAUSAL.mask)})
         model.update({f"layer{i}": SoftmaxAttention(CAUSAL.mask) for i in range(2)})
@@ -200,6 +208,8 @@ def test_gradients_of_shared_keys_have_the_error_of_one_device(mesh):
         received.append(bytes_)
         assert max(found[:-1]) <= 1.1
         assert found[-1] <= 1.0 if wide else found[-1] > 1.1, f"{found} with {style}"
+    monkeypatch.undo()
+    assert said == [0]
     # In bf16 rows and gradients are as many bytes; in fp32 gradients are twice as many.
     assert 2 * received[1] == 3 * received[0]
     narrow = inputs[2].detach()
@@ -229,19 +239,67 @@ def _two_layers(dtype):
 
 
 @spmd(ranks=2)
+def test_gradients_of_latents_have_the_error_of_one_device(mesh):
+    """What is folded back into them is rounded as little as what travels."""
+    exact, grad_out, whole = _latents(torch.float64)
+    alone, ids = _latents(torch.bfloat16)[0], torch.zeros(1, 128, dtype=torch.int64)
+    shape = AttentionShape(1, 4, 4, 10, 5, 2, latent=16)
+    for kind in (RingAttention, AllGatherAttention):
+        found, received = [], []
+        for style in (kind(), kind(reduce_dtype=WIDE)):
+            mixer = LatentAttention(BIDIRECTIONAL.mask)
+            apply_plan(nn.ModuleDict({"mixer": mixer}), mesh, {"mixer": style})
+            ranks = ParallelMesh.of_sequence(mesh)
+            _, sharded = shard_batch({"input_ids": ids}, ranks, HeadTail, model=mixer)
+            inputs = [x.bfloat16() for x in (*map(sharded.shard, whole[:3]), whole[3])]
+            inputs = [x.clone().requires_grad_() for x in inputs]
+
+            def step(mixer=mixer, sharded=sharded, inputs=inputs):
+                out = mixer(*inputs, sharded.attn_metadata)
+                return out, *torch.autograd.grad(out, inputs[:3], sharded.shard(grad_out))
+
+            results, bytes_ = held_to_formulas(mesh, style, mixer, sharded, shape, step)
+            found.append(ratios(sharded, results, alone, exact))
+            received.append(bytes_)
+        rounded, wide = found
+        assert max(*wide, *rounded[:2]) <= 1.1, f"{rounded} and {wide} with {kind}"
+        assert wide[2] < 0.95 * rounded[2], f"{rounded} and {wide} with {kind}"
+        assert 3 * received[1] == 4 * received[0]
+
+
+def _latents(dtype):
+    """out of latent attention, gradients of queries, latents and rotary keys; what these are of."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(1, 128, 4, 10), (1, 128, 12), (1, 128, 4), (4, 11, 12)]
+    whole = [torch.randn(x, generator=generator).bfloat16() for x in shapes]
+    grad_out = torch.randn((1, 128, 4, 5), generator=generator).bfloat16()
+    inputs = [x.to(dtype).requires_grad_() for x in whole]
+    mixer, documents = LatentAttention(BIDIRECTIONAL.mask), packings.one_document(128, 2)
+    if dtype == torch.float64:
+        q, latent, rotary, up = inputs
+        made = torch.einsum("bsc,hwc->bshw", latent, up)
+        k = torch.cat((made[..., :6], rotary[:, :, None].expand(-1, -1, 4, -1)), dim=-1)
+        out, _ = reference.attention(q, k, made[..., 6:], BIDIRECTIONAL.visible(documents))
+    else:
+        out = mixer(*inputs, batch_metadata(mixer, documents))
+    grads = torch.autograd.grad(out, inputs[:3], grad_out.to(dtype))
+    return (out, *grads), grad_out, whole
+
+
+@spmd(ranks=2)
 def test_a_style_sums_in_fp32_at_every_door_that_takes_one(mesh):
     """A third more bytes, as of mixers."""
     q, k, v = (torch.randn(1, heads, 32, 8).bfloat16() for heads in (4, 2, 2))
     ids, lengths, layout = torch.zeros(1, 64).long(), torch.tensor([[64]]), HeadTail(64, 2)
     rows = {"input_ids": ids, "labels": ids, "seq_lens": lengths, "seq_lens_padded": lengths}
-    local = shard_thd(to_thd(rows), mesh)
+    part = shard_thd(to_thd(rows), mesh)
 
     def inside(style, *qkv):
         with local_shards(layout, mesh, style=style):
             return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
 
     def on_slots(style, *qkv):
-        attend = PackedAttention.of(local, mesh, style=style)
+        attend = PackedAttention.of(part, mesh, style=style)
         return attend(*(x[0].transpose(0, 1) for x in qkv))
 
     for door in (inside, on_slots):
@@ -253,10 +311,16 @@ def test_a_style_sums_in_fp32_at_every_door_that_takes_one(mesh):
                 torch.autograd.grad(out, inputs, torch.ones_like(out))
             received.append(of_all_ranks(traffic.received))
         assert 3 * received[1] == 4 * received[0] > 0
-        with pytest.raises(ValueError, match="got kernel='cudnn', which does not run on a cpu"):
-            door(AllGatherAttention(kernel="cudnn"), q, k, v)
+        for style in (RingAttention, AllGatherAttention):
+            # And leaves nothing on its way: the ranks can go on.
+            refused(
+                "got kernel='cudnn', which does not run on a cpu",
+                lambda door=door, style=style: door(style(kernel="cudnn"), q, k, v),
+            )
         with pytest.raises(ValueError, match=r"one op wherever it is called, got boundary=Eager"):
             door(RingAttention(boundary=EagerIsland()), q, k, v)
+        with pytest.raises(ValueError, match=r"keys of its own call, got style=SharedKVAttention"):
+            door(SharedKVAttention(), q, k, v)
 
 
 def test_what_cannot_sum_in_fp32_is_refused():
@@ -278,5 +342,25 @@ def test_a_kernel_that_rounds_is_refused_where_it_is_named(mesh):
     with pytest.raises(ValueError, match=rounds):
         mixer_on(mesh, RingAttention(reduce_dtype=WIDE), CAUSAL.mask, kernel="flash")
     mixer = mixer_on(mesh, RingAttention(reduce_dtype=WIDE), CAUSAL.mask)
+    model = nn.ModuleList([SoftmaxAttention(CAUSAL.mask), mixer])
     with pytest.raises(ValueError, match=rounds):
-        name_kernel(mixer, "flash")
+        name_kernel(model, "flash")
+    assert [each.kernel for each in model] == ["auto", "auto"]
+
+
+@spmd(ranks=2)
+def test_it_is_said_where_ranks_sum_what_kernels_have_rounded(mesh):
+    """Of every strategy, and of none whose kv heads are on one rank each."""
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (all_gather, local, ring):
+            patch.setattr(module, "note_rounded_sums", lambda *_: said.append(True))
+        for style in styles(2):
+            for kv_heads in (1, 2):
+                said.clear()
+                case = Case(mask_case=WINDOW, kv_heads=kv_heads, sink=False)
+                mixer = mixer_on(mesh, style, WINDOW.mask)
+                sharded = shard_case(case, mixer, mesh, HeadTail)
+                run(case, mixer, sharded, local_inputs(case, sharded))
+                by_heads = isinstance(style, UlyssesAttention | HybridAttention)
+                assert bool(said) == (kv_heads == 1 or not by_heads), f"{style}, {kv_heads}"
