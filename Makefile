@@ -10,7 +10,9 @@
 PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+# What pip would do on one core; a package may hold a file that is no Python.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 ARGS ?=
 # Files whose tests need no ranks go to a worker as wholes, so that their fixtures are made once.
 WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
@@ -58,16 +60,19 @@ $(VENV)/train.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing torch and torchtitan into $(VENV): a few minutes, some 2 GB'
 	$(PIP) '$(TORCH)' 2>/dev/null || $(PIP) --constraint constraints.txt torch
 	$(PIP) --constraint constraints.txt --editable '.[train]'
+	$(COMPILE)
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/train.stamp
 	@echo 'Installing what the tests need into $(VENV)'
 	$(PIP) --constraint constraints.txt --editable '.[test]'
+	$(COMPILE)
 	touch $@
 
 $(VENV)/docs.stamp: $(VENV)/train.stamp
 	@echo 'Installing what builds the documentation into $(VENV)'
 	$(PIP) --constraint constraints.txt --editable '.[docs]'
+	$(COMPILE)
 	touch $@
 
 $(BIN)/python:

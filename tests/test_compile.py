@@ -171,7 +171,7 @@ def graph_texts(mixer, mesh, layout, case):
     return texts
 
 
-@pytest.mark.slow_where(lambda layout: layout is Contiguous)
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [Contiguous, PerDocument])
 @spmd(ranks=4)
 def test_all_ranks_have_the_same_graphs(mesh, layout):

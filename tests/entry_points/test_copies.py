@@ -42,7 +42,7 @@ def assert_independent(model, run):
 WAYS = [
     (NoCheckpoint(), None),
     (FullCheckpoint(), None),
-    (SelectiveCheckpoint(), Compile(backend="aot_eager")),
+    pytest.param(*(SelectiveCheckpoint(), Compile(backend="aot_eager")), marks=pytest.mark.slow),
 ]
 
 

@@ -76,7 +76,7 @@ def test_B1_classifier_reads_the_last_token_of_the_row_and_not_of_the_shard(mesh
     assert_rows_equal(kind, Degrees(cp=2))
 
 
-@pytest.mark.slow_where(lambda layout: layout is Contiguous)
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [Contiguous, HeadTail])
 @spmd(ranks=3)
 def test_B1_classifier_on_more_ranks_compiled_and_checkpointed(mesh, layout):

@@ -122,6 +122,7 @@ def pair_of(family, mesh, **compile):
     return plain, parallelize(model, mesh, plan(config, mesh), compile=Compile(**compile))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["A10"])
 @spmd(ranks=1)
 def test_lengths_in_buckets_on_one_rank_are_exact_and_make_few_graphs(mesh, case):
@@ -202,6 +203,7 @@ def test_graphs_around_an_island_are_refused_too(mesh, case):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["A10"])
 @spmd(ranks=2)
 def test_numbers_of_rows_in_buckets_are_exact(mesh, case):

@@ -114,6 +114,7 @@ def test_compiled_block_is_one_graph_and_equals_one_device(mesh, checkpoint):
     assert traffic["dtcp::ring_attention"].calls == attended(checkpoint)
 
 
+@pytest.mark.slow_where(lambda checkpoint: isinstance(checkpoint, FullCheckpoint))
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @spmd(ranks=2)
 def test_block_around_an_island_is_two_graphs_and_equals_one_device(mesh, checkpoint):

@@ -185,7 +185,9 @@ KEEP_ALL, FULL, SELECTIVE = NoCheckpoint(), FullCheckpoint(), SelectiveCheckpoin
     ("family", "degrees", "layout", "checkpoint", "compile"),
     [
         ("deepseek_v4", Degrees(dp_shard=2, cp=2), Contiguous, FULL, None),
-        ("deepseek_v4", Degrees(cp=2, tp=2), HeadTail, SELECTIVE, None),
+        pytest.param(
+            *("deepseek_v4", Degrees(cp=2, tp=2), HeadTail, SELECTIVE, None), marks=pytest.mark.slow
+        ),
         ("deepseek_v4", Degrees(dp_replicate=2, dp_shard=2), Contiguous, KEEP_ALL, None),
         pytest.param(
             *("qwen3_5", Degrees(cp=2, tp=2), HeadTail, FULL, GRAPHS), marks=pytest.mark.slow

@@ -120,6 +120,7 @@ def test_embedding_gradient_survives_the_entry_into_a_compiled_block(mesh):
     assert_close(grad.full_tensor(), reference.embedding.weight.grad)
 
 
+@pytest.mark.slow_where(lambda degrees: degrees.tp == 4)
 @pytest.mark.parametrize("degrees", [Degrees(tp=4), Degrees(dp_shard=2, tp=2), Degrees(cp=4)])
 @spmd(ranks=4)
 def test_clipping_and_a_step_of_adamw_equal_one_device(mesh, degrees):

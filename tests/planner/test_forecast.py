@@ -212,6 +212,7 @@ EVERY_CHOICE = Documents(((150, 42, 480),), 672)
 """Of four ranks, each has a multiple of the ways to choose two of eight experts, or of four."""
 
 
+@pytest.mark.slow
 def test_forecast_bytes_of_two_tiers_are_those_of_real_ranks():
     """Four ranks as two nodes: attention, states and tokens for experts."""
     setup = Setup(Degrees(cp=4, ep=4), EVERY_CHOICE, precision=FP32, ranks_per_node=2)

@@ -165,6 +165,7 @@ def test_plan_of_a_config_file_names_a_command_for_a_model_of_dtcps(tmp_path):
     assert subject_of(config) == FamilyModel("small", "llama", llama.tiny(vocab_size=272))
 
 
+@pytest.mark.slow
 def test_plan_of_a_model_without_a_strategy_of_choice_names_none():
     """train.py refuses a strategy that nothing reads."""
     given = ["--config", "deepseek_v4_tiny", "--global-batch", "2"]

@@ -27,6 +27,7 @@ def texts(tmp_path):
     return ("--dataloader.dataset", "folder", "--dataloader.dataset_path", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_plan_in_training_names_a_strategy_and_a_layout(texts):
     """And sums as the section says."""
     config = parse(["--config", "llama_tiny", *AUTO, "--dtcp.reduce_dtype", "float32", *texts])

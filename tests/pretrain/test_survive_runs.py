@@ -186,6 +186,7 @@ def ranks_of(launcher: int) -> list[int]:
     return [int(child) for child in children.split()]
 
 
+@pytest.mark.slow
 def test_survive_E8_data_that_end_are_a_last_step_with_save_and_export(whole):
     folder, output = whole
     assert list(losses(output)) == [1, 2, 3, 4, 5, 6]

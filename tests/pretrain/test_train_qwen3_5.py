@@ -47,6 +47,7 @@ def run(folder: Path) -> tuple[int, str]:
     )
 
 
+@pytest.mark.slow
 def test_a_run_of_qwen3_5_resumes_alike_and_transformers_reads_its_export(tmp_path):
     code, output = run(tmp_path)
     assert code == 0, output
