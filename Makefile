@@ -10,12 +10,12 @@
 PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --no-compile
-# What pip would do on one core; a package may hold a file that is no Python.
-COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+PIP := $(BIN)/python -m pip install --quiet
 ARGS ?=
 # Files whose tests need no ranks go to a worker as wholes, so that their fixtures are made once.
 WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
+# Types are checked beside the first tests, which do not fill all cores.
+PYTEST := $(BIN)/mypy & $(BIN)/python -m pytest
 
 # Local builds of torch (+cpu, +cu130) sort by name, so pip alone may take the wrong one of them.
 # Where the wish cannot be met, the pinned version in whatever build there is will do.
@@ -25,21 +25,23 @@ else
 TORCH := torch==2.13.0,!=2.13.0+cpu
 endif
 
-.PHONY: train test test-all lint docs wheel gpu clean
+.PHONY: train test test-all lint style docs wheel gpu clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python train.py $(ARGS)
 
-test: lint
-	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
+test: style
+	$(PYTEST) $(WORKERS) $(ARGS); tests=$$?; wait $$! && exit $$tests
 
-test-all: lint
-	$(BIN)/python -m pytest $(WORKERS) -m 'not gpu' $(ARGS)
+test-all: style
+	$(PYTEST) $(WORKERS) -m 'not gpu' $(ARGS); tests=$$?; wait $$! && exit $$tests
 
-lint: $(VENV)/test.stamp
+lint: style
+	$(BIN)/mypy
+
+style: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -60,19 +62,16 @@ $(VENV)/train.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing torch and torchtitan into $(VENV): a few minutes, some 2 GB'
 	$(PIP) '$(TORCH)' 2>/dev/null || $(PIP) --constraint constraints.txt torch
 	$(PIP) --constraint constraints.txt --editable '.[train]'
-	$(COMPILE)
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/train.stamp
 	@echo 'Installing what the tests need into $(VENV)'
 	$(PIP) --constraint constraints.txt --editable '.[test]'
-	$(COMPILE)
 	touch $@
 
 $(VENV)/docs.stamp: $(VENV)/train.stamp
 	@echo 'Installing what builds the documentation into $(VENV)'
 	$(PIP) --constraint constraints.txt --editable '.[docs]'
-	$(COMPILE)
 	touch $@
 
 $(BIN)/python:

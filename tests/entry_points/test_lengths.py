@@ -264,6 +264,7 @@ def test_batches_of_transformers_in_buckets_are_exact_A10(mesh, layout):
         assert sharded.documents.batch == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["A10"])
 @spmd(ranks=2)
 def test_batches_of_training_loops_in_buckets_are_exact(mesh, case):

@@ -50,6 +50,7 @@ def test_an_adopted_model_computes_what_torchtitans_own_does(name):
     assert_close(actual_gradients, gradients)
 
 
+@pytest.mark.slow_where(lambda name: name == "qwen3")
 @pytest.mark.parametrize("name", MODELS)
 @spmd(ranks=2)
 def test_an_adopted_model_on_two_ranks_computes_what_one_does(mesh, name):
