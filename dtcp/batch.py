@@ -6,9 +6,9 @@ rows (`dtcp.distributed.same_rows`). What a batch says is read in `dtcp.rows`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,12 @@ class PreparedBatch:
         plan = " ".join(sorted(key.kinds for key in metadata))
         cut = f"{layout.kind.__name__} {layout.seq_len} {layout.num_shards} {pieces_digest(layout)}"
         return RowHashes.of(*self.rows.contents(), use=f"{cut} {plan}")
+
+    def hashed(self) -> Self:
+        """Itself, with what ranks compare worked out here, not where the batch is used."""
+        if self.sharded.mesh.cp is not None or self.sharded.mesh.tp is not None:
+            self.hashes  # noqa: B018
+        return self
 
     def to(self, device: torch.device | str | None) -> tuple[dict[str, Tensor], ShardedBatch]:
         """As `shard_batch` returns it; None leaves it where it is."""
@@ -108,44 +114,14 @@ def shard_batch(
             and padding that contradict each other (by row and token), or labels in padding.
         TypeError: a value that is no tensor.
     """
-    return shard_rows(
-        lambda: Rows.of(batch, fields, documents),
-        mesh,
-        layout,
-        model=model,
-        device=device,
-        balance_for=balance_for,
-        compare_ranks=compare_ranks,
-        buckets=buckets,
-        memory=memory,
-    )
-
-
-def shard_rows(
-    prepare: "Callable[[], Rows]",
-    mesh: ParallelMesh,
-    layout: type[SequenceLayout] = HeadTail,
-    *,
-    model: nn.Module | None = None,
-    device: torch.device | str | None = None,
-    balance_for: Mask | Mapping[Mask, int] | None = None,
-    compare_ranks: bool = True,
-    buckets: Buckets | None = None,
-    axes: Sequence[DeviceMesh] = (),
-    memory: ShardedBatch | None = None,
-) -> tuple[dict[str, Tensor], ShardedBatch]:
-    """`shard_batch` for a caller whose own preparation may refuse a batch on one rank only.
-
-    Args:
-        prepare: makes the rows; what it raises, the other ranks hear of.
-        axes: of ranks that read the same rows, besides those of the mesh.
-    """
 
     def prepared() -> PreparedBatch:
-        cut = _Cut(layout, model, balance_for, buckets, memory)
-        return cut.prepared(prepare(), mesh)
+        cut = BatchCut(
+            mesh, layout, model=model, balance_for=balance_for, buckets=buckets, memory=memory
+        )
+        return cut.prepared(Rows.of(batch, fields, documents))
 
-    return shard_prepared(prepared, mesh, device=device, compare_ranks=compare_ranks, axes=axes)
+    return shard_prepared(prepared, mesh, device=device, compare_ranks=compare_ranks)
 
 
 def shard_prepared(
@@ -161,7 +137,8 @@ def shard_prepared(
     The ranks of a cp and tp group call this together: it is all that they exchange of a batch.
 
     Args:
-        prepared: gives the batch of `prepare_batch`; what it raises, the other ranks hear of.
+        prepared: gives the batch of `prepare_batch`, or of a `BatchCut`; what it raises, the other
+            ranks hear of.
         device, compare_ranks: as in `shard_batch`.
         axes: of ranks that read the same rows, besides those of the mesh.
     """
@@ -186,47 +163,26 @@ def prepare_batch(
 
     Args and errors are those of `shard_batch`; `shard_prepared` does the rest.
     """
-    return prepare_rows(
-        lambda: Rows.of(batch, fields, documents),
-        mesh,
-        layout,
-        model=model,
-        balance_for=balance_for,
-        buckets=buckets,
-        memory=memory,
+    cut = BatchCut(
+        mesh, layout, model=model, balance_for=balance_for, buckets=buckets, memory=memory
     )
-
-
-def prepare_rows(
-    prepare: "Callable[[], Rows]",
-    mesh: ParallelMesh,
-    layout: type[SequenceLayout] = HeadTail,
-    *,
-    model: nn.Module | None = None,
-    balance_for: Mask | Mapping[Mask, int] | None = None,
-    buckets: Buckets | None = None,
-    memory: ShardedBatch | None = None,
-) -> PreparedBatch:
-    """`prepare_batch` for a caller who makes the rows, as for `shard_rows`."""
-    check_kind("A batch", ParallelMesh, mesh=mesh)
-    cut = _Cut(layout, model, balance_for, buckets, memory)
-    prepared = cut.prepared(prepare(), mesh)
-    if mesh.cp is not None or mesh.tp is not None:
-        prepared.hashes  # noqa: B018  # worked out here, not where the batch is used
-    return prepared
+    return cut.prepared(Rows.of(batch, fields, documents)).hashed()
 
 
 @dataclass(frozen=True, eq=False)
-class _Cut:
-    """How rows are cut: what of the arguments of `shard_batch` all ranks give alike."""
+class BatchCut:
+    """How a batch is cut: what of the arguments of `shard_batch` all ranks give alike."""
 
-    layout: type[SequenceLayout]
-    model: nn.Module | None
-    balance_for: Mask | Mapping[Mask, int] | None
-    buckets: Buckets | None
-    memory: ShardedBatch | None
+    mesh: ParallelMesh
+    layout: type[SequenceLayout] = HeadTail
+    _: KW_ONLY
+    model: nn.Module | None = None
+    balance_for: Mask | Mapping[Mask, int] | None = None
+    buckets: Buckets | None = None
+    memory: ShardedBatch | None = None
 
     def __post_init__(self) -> None:
+        check_kind("A batch", ParallelMesh, mesh=self.mesh)
         if not isinstance(self.layout, type) or not issubclass(self.layout, SequenceLayout):
             raise TypeError(
                 f"A batch is cut by a class of layouts, of which it gets an instance, got "
@@ -244,9 +200,10 @@ class _Cut:
             check_kind("Work to balance", (Mask,), mask=mask)
             check_ints("Work to balance", least=1, layers=layers)
 
-    def prepared(self, rows: Rows, mesh: ParallelMesh) -> PreparedBatch:
+    def prepared(self, rows: Rows) -> PreparedBatch:
+        """This rank's part of the rows, and what its mixers read; needs no other rank."""
         said, unpadded_rows, seq_len = rows, rows.documents.batch, rows.documents.seq_len
-        num_shards, rank = mesh.size("cp"), mesh.rank("cp")
+        mesh, num_shards, rank = self.mesh, self.mesh.size("cp"), self.mesh.rank("cp")
         if self.buckets is not None:
             rows = rows.padded(self.buckets.padded_rows(unpadded_rows))
         documents = rows.documents.padded(self.padded_len(seq_len, num_shards))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.batch import shard_rows
+from dtcp.batch import BatchCut, PreparedBatch, shard_prepared
 from dtcp.cp_utils.context import ContextFactory, get_train_context
 from dtcp.cp_utils.masks import documents_of_mask
 from dtcp.cp_utils.thd import make_cp_batch_for_te
@@ -132,13 +132,13 @@ class BatchSharder:
         """
         axes = () if tp_mesh is None else (tp_mesh,)
         batch = dict(batch) if loss_mask is None else {**batch, "loss_mask": loss_mask}
-        local, sharded = shard_rows(
-            lambda: self._rows(batch, padding_token_id),
-            ParallelMesh.of_sequence(cp_mesh),
-            self.layout,
-            axes=axes,
-            buckets=self.buckets,
-        )
+        mesh = ParallelMesh.of_sequence(cp_mesh)
+
+        def prepared() -> PreparedBatch:
+            cut = BatchCut(mesh, self.layout, buckets=self.buckets)
+            return cut.prepared(self._rows(batch, padding_token_id))
+
+        local, sharded = shard_prepared(prepared, mesh, axes=axes)
         position_ids = batch["position_ids"]
         device = position_ids.device
         if "padding_mask" in local:

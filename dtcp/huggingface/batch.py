@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import PreparedBatch, prepare_rows, shard_prepared, shard_rows
+from dtcp.batch import BatchCut, PreparedBatch, shard_prepared
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.encoder_decoder import (
@@ -105,7 +105,8 @@ def prepare_hf_batch(
     """
     check_kind("prepare_hf_batch", nn.Module, model=model)
     _check_one_sequence(model_with_mixers(model))
-    return prepare_rows(lambda: _rows_of(batch, model), mesh, layout, model=model, buckets=buckets)
+    cut = BatchCut(mesh, layout, model=model, buckets=buckets)
+    return cut.prepared(_rows_of(batch, model)).hashed()
 
 
 def _check_one_sequence(model: nn.Module) -> None:
@@ -123,33 +124,33 @@ def _shard(
     model: nn.Module,
     *,
     for_token_loss: bool,
+    device: torch.device | str | None,
+    compare_ranks: bool,
+    buckets: Buckets | None,
     prepared: Callable[[], PreparedBatch] | None = None,
-    **options: Any,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
     inside = model_with_mixers(model)
     if prepared is not None:
         _check_one_sequence(inside)
+    options: dict[str, Any] = {"device": device, "compare_ranks": compare_ranks}
     if encoder_name(inside):
         check_has_mixers(model)
         return shard_two_sequences(
-            batch, mesh, layout, inside, needs_labels=for_token_loss, **options
+            batch, mesh, layout, inside, needs_labels=for_token_loss, buckets=buckets, **options
         )
 
-    def prepare() -> Rows:
-        return _rows_of(batch, model, for_token_loss=for_token_loss)
+    def prepared_here() -> PreparedBatch:
+        cut = BatchCut(mesh, layout, model=model, buckets=buckets)
+        return cut.prepared(_rows_of(batch, model, for_token_loss=for_token_loss))
 
-    if prepared is None:
-        local, sharded = shard_rows(prepare, mesh, layout, model=model, **options)
-    else:
-        device, compare = options["device"], options["compare_ranks"]
-        local, sharded = shard_prepared(prepared, mesh, device=device, compare_ranks=compare)
+    made = prepared_here if prepared is None else prepared
+    local, sharded = shard_prepared(made, mesh, **options)
     images = {key: batch[key] for key in IMAGES if batch.get(key) is not None}
     metadata = agreed_on_images(sharded.attn_metadata, mesh, images=bool(images))
     sharded = replace(sharded, attn_metadata=metadata)
     if images:
         whole = {**whole_rows(batch, sharded.documents, inside), **images}
         local = {key: x for key, x in local.items() if key not in (*whole, "position_ids")}
-        device = options["device"]
         local |= {key: x if device is None else x.to(device) for key, x in whole.items()}
     return local, sharded
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcp.batch import shard_rows
+from dtcp.batch import BatchCut, PreparedBatch, shard_prepared
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.forward import wrap_forward
 from dtcp.huggingface.documents import documents_of_hf_batch
@@ -29,6 +29,7 @@ from dtcp.metadata import BatchMetadata
 from dtcp.rows import DEFAULT_FIELDS, Rows
 from dtcp.sequence.arguments import check_batch, check_tensor
 from dtcp.sequence.batch_documents import DOCUMENT_KEYS
+from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sharded_batch import ShardedBatch
@@ -74,33 +75,30 @@ def shard_two_sequences(
     model: Any,
     *,
     needs_labels: bool = False,
+    buckets: Buckets | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], ShardedBatch]:
     """As shard_hf_batch, for a model with an encoder: the ShardedBatch is the decoder's."""
 
-    def encoder_rows() -> Rows:
+    def encoded() -> PreparedBatch:
+        cut = BatchCut(mesh, layout, model=model.get_encoder(), buckets=buckets)
         check_batch("A batch", batch)
         check_ids(batch, model)
         if needs_labels:
             check_labeled(batch)
         rows = _encoder_rows(batch, model)
         check_longest(rows.documents, model)
-        return rows
+        return cut.prepared(rows)
 
-    def decoder_rows() -> Rows:
+    memory, of_memory = shard_prepared(encoded, mesh, **options)
+
+    def decoded() -> PreparedBatch:
+        cut = BatchCut(mesh, layout, model=model.get_decoder(), buckets=buckets, memory=of_memory)
         rows = _decoder_rows(batch, model)
         check_longest(rows.documents, model)
-        return rows
+        return cut.prepared(rows)
 
-    memory, of_memory = shard_rows(encoder_rows, mesh, layout, model=model.get_encoder(), **options)
-    local, sharded = shard_rows(
-        decoder_rows,
-        mesh,
-        layout,
-        model=model.get_decoder(),
-        memory=of_memory,
-        **options,
-    )
+    local, sharded = shard_prepared(decoded, mesh, **options)
     both = sharded.attn_metadata.with_memory(of_memory.attn_metadata)
     named = {key if key == "labels" else f"{DECODER}{key}": x for key, x in local.items()}
     named |= {key: x for key, x in memory.items() if key != "padding_mask"}

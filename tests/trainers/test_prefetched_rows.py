@@ -60,9 +60,13 @@ def test_trainer_calls_its_model_with_rows_that_were_laid_out_ahead(mesh):
     _, model = on_mesh("llama", Degrees(cp=2))
     rows = padded_rows()
     expected = model(**rows).loss
-    on_their_use = []
-    shard_rows = hf_batch.shard_rows
-    hf_batch.shard_rows = lambda *args, **kwargs: on_their_use.append(shard_rows(*args, **kwargs))
+    here, made_in, rows_of = threading.current_thread(), [], hf_batch._rows_of
+
+    def noted(*args, **kwargs):
+        made_in.append(threading.current_thread())
+        return rows_of(*args, **kwargs)
+
+    hf_batch._rows_of = noted
     try:
         model.prepare_ahead({**rows, "use_cache": False})
         assert_close(model(**rows).loss, expected, rtol=0.0, atol=0.0)
@@ -70,9 +74,9 @@ def test_trainer_calls_its_model_with_rows_that_were_laid_out_ahead(mesh):
         model.prepare_ahead(padded_left)
         with pytest.raises(ValueError, match="padding"):
             model(**padded_left)
-        assert on_their_use == []
+        assert len(made_in) == 2 and here not in made_in
     finally:
-        hf_batch.shard_rows = shard_rows
+        hf_batch._rows_of = rows_of
     # Written to since: the call reads them as they are.
     model.prepare_ahead(rows)
     rows["labels"][:, :9] = IGNORED
