@@ -6,7 +6,7 @@ batch's metadata are kept by value: mixers that read the same mask, carried out 
 share one.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Self
 
@@ -61,6 +61,13 @@ class AttentionMetadata:
             elif isinstance(value, AttentionMetadata):
                 tensors.extend(value.tensors())
         return tensors
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor]) -> Self:
+        """The way back from `tensors`, field by field, for metadata that nest no others."""
+        names = (each.name for each in fields(cls) if each.name != "in_line")
+        named: dict[str, Any] = dict(zip(names, tensors, strict=True))
+        return cls(**named)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def _backward_moves(grad_out, q, k, v, g, state, metadata, scan, groups):  # typ
 @communicating_op("dtcp::gated_linear_attention", schema=SCHEMA, moves=_forward_moves)
 def _forward(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_linear_attention")
-    batch = DeltaMetadata(*metadata)
+    batch = DeltaMetadata.of_tensors(metadata)
     parts = parts_of(LinearInputs(q, k, v, g, batch.starts), batch, "Linear attention")
     carry = carry_of(q, batch, scan, groups, reverse=False, maps=SCALES)
     out, state = linear_kernel(parts[0]).forward(parts, carry)
@@ -104,7 +104,7 @@ def _forward(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def
 
 @_forward.register_fake
 def _(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def]
-    shape = (states_kept(q, DeltaMetadata(*metadata)), v.shape[2], k.shape[3], v.shape[3])
+    shape = (states_kept(q, DeltaMetadata.of_tensors(metadata)), v.shape[2], k.shape[3], v.shape[3])
     return v.new_empty(v.shape), v.new_empty(shape, dtype=accumulation(v.dtype))
 
 
@@ -113,7 +113,7 @@ def _(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def]
 )
 def _backward(grad_out, q, k, v, g, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_linear_attention_backward")
-    batch = DeltaMetadata(*metadata)
+    batch = DeltaMetadata.of_tensors(metadata)
     parts = parts_of(LinearInputs(q, k, v, g, batch.starts), batch, "Linear attention")
     grad_parts, rows = cut_in_parts(grad_out, batch), sum(len(x.v) for x in parts)
     carry = carry_of(q, batch, scan, groups, reverse=True, maps=SCALES)

@@ -113,7 +113,7 @@ def rule_moves(
     if not groups:
         return Moved()
     batch, rank, summary = (
-        DeltaMetadata(*metadata),
+        DeltaMetadata.of_tensors(metadata),
         dist.get_rank(group_of(groups[0])),
         shape.summary,
     )
@@ -141,7 +141,7 @@ def _backward_moves(grad_out, q, k, v, g, beta, state, metadata, scan, groups): 
 @communicating_op("dtcp::gated_delta_rule", schema=SCHEMA, moves=_forward_moves)
 def _forward(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule")
-    batch = DeltaMetadata(*metadata)
+    batch = DeltaMetadata.of_tensors(metadata)
     parts = parts_of(DeltaInputs(q, k, v, g, beta, batch.starts), batch, "The delta rule")
     # Below its public functions, fla's kernels are launched on the device that is current.
     with torch.cuda.device_of(q):
@@ -152,7 +152,7 @@ def _forward(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyp
 
 @_forward.register_fake
 def _(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
-    rows = states_kept(q, DeltaMetadata(*metadata))
+    rows = states_kept(q, DeltaMetadata.of_tensors(metadata))
     shape = (rows, v.shape[2], k.shape[3], v.shape[3])
     return v.new_empty(v.shape), v.new_empty(shape, dtype=accumulation(v.dtype))
 
@@ -160,7 +160,7 @@ def _(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
 @communicating_op("dtcp::gated_delta_rule_backward", schema=BACKWARD_SCHEMA, moves=_backward_moves)
 def _backward(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # type: ignore[no-untyped-def]
     LEDGER.record("dtcp::gated_delta_rule_backward")
-    batch = DeltaMetadata(*metadata)
+    batch = DeltaMetadata.of_tensors(metadata)
     parts = parts_of(DeltaInputs(q, k, v, g, beta, batch.starts), batch, "The delta rule")
     grad_parts = cut_in_parts(grad_out, batch)
     rows = sum(len(x.v) for x in parts)

@@ -25,7 +25,7 @@ from dtcp._torch import OpOverload, num_results, set_dtensor_rule
 from dtcp.distributed.dtensor_rules import bind, to_local, wrap
 from dtcp.distributed.groups import axis_group_name, group_of
 from dtcp.distributed.moves import Moves
-from dtcp.kernels.softmax.types import AUTO
+from dtcp.metadata import NoMetadata
 from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
@@ -35,7 +35,14 @@ from dtcp.sequence.masks import Bidirectional, Causal, Mask
 from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
 from dtcp.softmax.moves import AttentionShape, Peers
-from dtcp.softmax.op import AttentionOp, BackwardArguments, ForwardResult, OpContext, Strategy
+from dtcp.softmax.op import (
+    AttentionOp,
+    BackwardArguments,
+    ForwardArguments,
+    ForwardResult,
+    OpContext,
+    Strategy,
+)
 from dtcp.softmax.ring import RING
 
 
@@ -49,6 +56,9 @@ class _ContiguousRows:
     def __init__(self, strategy: Strategy, mask: Mask) -> None:
         self.strategy, self.mask = strategy, mask
 
+    def metadata_of(self, tensors: Sequence[Tensor]) -> NoMetadata:
+        return NoMetadata()
+
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
         return self.strategy.forward(x, self._with_metadata(x.q, context))
 
@@ -58,22 +68,22 @@ class _ContiguousRows:
         return self.strategy.backward(grad_out, x, result, self._with_metadata(x.q, context))
 
     def saved_like(
-        self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
+        self, x: AttentionInputs, metadata: NoMetadata, groups: Sequence[str]
     ) -> list[Tensor]:
         return self.strategy.saved_like(x, metadata, groups)
 
     def moves(
-        self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
+        self, shape: AttentionShape, length: int, metadata: NoMetadata, peers: Peers
     ) -> Moves:
         n, rank = peers.num_ranks, peers.rank
         own = _contiguous_metadata(self.mask, n * length, n, rank, torch.device("cpu"))
-        return self.strategy.moves(shape, length, own.tensors(), peers)
+        return self.strategy.moves(shape, length, own, peers)
 
     def _with_metadata(self, q: Tensor, context: OpContext) -> OpContext:
         group = group_of(context.groups[0])
         n, rank = dist.get_world_size(group), dist.get_rank(group)
         metadata = _contiguous_metadata(self.mask, q.shape[1] * n, n, rank, q.device)
-        return replace(context, metadata=metadata.tensors())
+        return replace(context, metadata=metadata)
 
 
 @lru_cache(maxsize=32)
@@ -115,7 +125,10 @@ def _forward_rule(results_not_read: ResultsNotRead) -> Callable[..., Any]:
         if groups is None:
             return _on_local(op, call)
         x = AttentionInputs(*(_ours(call[name]) for name in ("query", "key", "value")))
-        out, (lse,) = _op(call).forward(*x, [], _scale(call), 0.0, groups, AUTO, False, False)
+        arguments = ForwardArguments(
+            *x, metadata=[], scale=_scale(call), softcap=0.0, groups=groups
+        )
+        out, (lse,) = _op(call).forward(*arguments)
         return (_torchs(out, q), _torchs(lse, q), *results_not_read(out))
 
     return rule
@@ -141,9 +154,6 @@ def _backward_rule(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
         scale=_scale(call),
         softcap=0.0,
         groups=groups,
-        kernel=AUTO,
-        in_line=False,
-        wide=False,
     )
     grads = _op(call).backward(*arguments)[:3]
     # Of a bias and the like, which nobody gave.

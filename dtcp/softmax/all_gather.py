@@ -30,7 +30,7 @@ class AllGather(ExchangeStrategy):
     def attend(
         self, queries: Queries, payload: KVPayload, sink: Tensor | None, context: OpContext
     ) -> tuple[Tensor, ...]:
-        metadata = KeyExchangeMetadata(*context.metadata)
+        metadata: KeyExchangeMetadata = context.metadata
         rows = self._bring(payload, metadata, context)
         keys = _in_token_order(payload, rows, metadata)
         ranges, pieces = metadata.block_ranges[0], metadata.pieces[0]
@@ -46,7 +46,7 @@ class AllGather(ExchangeStrategy):
         kept: Sequence[Tensor],
         context: OpContext,
     ) -> tuple[Tensor, Tensor]:
-        metadata = KeyExchangeMetadata(*context.metadata)
+        metadata: KeyExchangeMetadata = context.metadata
         rows = self.rows_of(kept, metadata) if kept else self._bring(payload, metadata, context)
         keys = _in_token_order(payload, rows, metadata)
         buffers, dq = payload.grad_buffers(keys.v.shape[1]), zeros_for(queries.q)

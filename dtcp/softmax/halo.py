@@ -37,26 +37,23 @@ class _Halo(AllGather):
         return kept[0][:, : int(metadata.moved[1].sum())].transpose(0, 1)
 
     def saved_like(
-        self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
+        self, x: AttentionInputs, metadata: KeyExchangeMetadata, groups: Sequence[str]
     ) -> list[Tensor]:
-        saved = super().saved_like(x, metadata, groups)
-        keys = KeyExchangeMetadata(*metadata)
-        room = keys.kept_rows
+        saved, room = super().saved_like(x, metadata, groups), metadata.kept_rows
         if room is not None:
             batch, length, heads, width = x.v.shape
             # Rows that are one line share its room.
-            room = room if keys.first_key.shape[1] == length else room // batch
+            room = room if metadata.first_key.shape[1] == length else room // batch
             width += 0 if x.k is None else x.k.shape[-1]
             saved.append(x.v.new_empty(batch, room, heads, width))
         return saved
 
     def moves(
-        self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
+        self, shape: AttentionShape, length: int, metadata: KeyExchangeMetadata, peers: Peers
     ) -> Moves:
-        keys = KeyExchangeMetadata(*metadata)
-        sent, received = keys.moved.tolist()
-        kept = keys.kept_rows is not None
-        return keys_moved(shape, sent, received, keys.own_keys, peers.rank, kept=kept)
+        sent, received = metadata.moved.tolist()
+        kept = metadata.kept_rows is not None
+        return keys_moved(shape, sent, received, metadata.own_keys, peers.rank, kept=kept)
 
 
 LEAST_HALOS = 4

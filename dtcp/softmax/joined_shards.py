@@ -1,7 +1,9 @@
 """What groups of ranks hold together, and what Ulysses reads of a batch for it."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,9 +29,35 @@ class UlyssesMetadata(AttentionMetadata):
     # [1], of the axis; empty where one node has them all, or nobody has said.
     ranks_per_node: HostTensor = field(default_factory=no_sizes)
 
+    @classmethod
+    def around(
+        cls, outer: Callable[[Sequence[Tensor]], AttentionMetadata], tensors: Sequence[Tensor]
+    ) -> Self:
+        """The way back from `tensors`; `outer` is that of what the strategy inside reads."""
+        names = [each.name for each in fields(cls) if each.name != "in_line"]
+        before = names.index("outer")
+        behind = len(tensors) - (len(names) - before - 1)
+        values = (*tensors[:before], outer(tensors[before:behind]), *tensors[behind:])
+        named: dict[str, Any] = dict(zip(names, values, strict=True))
+        return cls(**named)
 
-LAST_FIELDS = 5
-"""Fields of UlyssesMetadata behind those of what the strategy inside reads."""
+    @property
+    def neighbours(self) -> int:
+        """Ranks that share a node; 0 where one node has them all, or nobody has said."""
+        return int(self.ranks_per_node.sum())
+
+    @property
+    def num_keys(self) -> int:
+        """Keys of another sequence, which travel by themselves; 0: they are the queries' own."""
+        return self.key_order.numel()
+
+    @property
+    def order_of_keys(self) -> Tensor:
+        return self.key_order if self.num_keys else self.order
+
+    @property
+    def restore_of_keys(self) -> Tensor:
+        return self.key_restore if self.num_keys else self.restore
 
 
 @dataclass(frozen=True)
@@ -81,10 +109,11 @@ def ulysses_metadata(
         outer: what the strategy between the groups reads.
         ranks_per_node: neighbours that share a node; 0: nobody has said.
     """
-    own = reorder_indices(layout, num_shards, shard)
+    order, restore = reorder_indices(layout, num_shards, shard)
     nodes = torch.full((int(1 < ranks_per_node < layout.num_shards),), ranks_per_node)
+    own = UlyssesMetadata(order=order, restore=restore, outer=outer, ranks_per_node=nodes)
     if keys is None:
-        return UlyssesMetadata(*own, outer, ranks_per_node=nodes)
+        return own
     order = keys.permutation().view(num_shards, -1)[shard].argsort()
-    apart = order.to(torch.int32), order.argsort().to(torch.int32)
-    return UlyssesMetadata(*own, outer, *apart, ranks_per_node=nodes)
+    restore = order.argsort()
+    return replace(own, key_order=order.to(torch.int32), key_restore=restore.to(torch.int32))

@@ -30,9 +30,12 @@ class _Local:
     takes_values_only = False
     takes_latents = False
 
+    def metadata_of(self, tensors: Sequence[Tensor]) -> LocalMetadata:
+        return LocalMetadata.of_tensors(tensors)
+
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
         assert x.k is not None
-        metadata = LocalMetadata(*context.metadata)
+        metadata: LocalMetadata = context.metadata
         check_key_count(x, metadata.key_token_index.numel())
         queries = _queries(x, metadata)
         keys, ranges, pieces = _keys(x, metadata), metadata.block_ranges, metadata.pieces
@@ -44,7 +47,7 @@ class _Local:
         self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
     ) -> AttentionInputs:
         assert x.k is not None
-        metadata = LocalMetadata(*context.metadata)
+        metadata: LocalMetadata = context.metadata
         saved = SavedForward(grad_out, result.out, result.saved[0])
         queries = _queries(x, metadata)
         keys, ranges, pieces = _keys(x, metadata), metadata.block_ranges, metadata.pieces
@@ -56,12 +59,12 @@ class _Local:
         return AttentionInputs(*grads, dsink, bias=dbias, slope=dslope)
 
     def saved_like(
-        self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
+        self, x: AttentionInputs, metadata: LocalMetadata, groups: Sequence[str]
     ) -> list[Tensor]:
         return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
 
     def moves(
-        self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
+        self, shape: AttentionShape, length: int, metadata: LocalMetadata, peers: Peers
     ) -> Moves:
         return NOTHING
 

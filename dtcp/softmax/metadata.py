@@ -134,7 +134,12 @@ def local_metadata(
     token_index = torch.arange(num_keys, dtype=torch.int32)
     query_index = torch.arange(first.shape[1], dtype=torch.int32)
     return LocalMetadata(
-        first, last, token_index, ranges, pieces=pieces, query_token_index=query_index
+        first_key=first,
+        last_key=last,
+        key_token_index=token_index,
+        block_ranges=ranges,
+        pieces=pieces,
+        query_token_index=query_index,
     )
 
 
@@ -173,16 +178,17 @@ def all_gather_metadata(
     order = expand_tokens(places, stops - starts, room=capacity)
     rows, first, last = local_runs(layout, rank, intervals)
     starts, stops = joined_neighbours(starts, stops)
+    tokens = expand_tokens(starts, stops - starts, room=capacity)
     keys = KeyLine(np.zeros_like(starts), starts, stops, 1)
     ranges = block_ranges_of_parts(rows, keys, tile=tile)
     metadata = KeyExchangeMetadata(
-        first,
-        last,
-        sent.expanded(room=seq_len - local_len),
-        torch.from_numpy(counts),
-        torch.from_numpy(order),
-        torch.from_numpy(expand_tokens(starts, stops - starts, room=capacity))[None],
-        ranges,
+        first_key=first,
+        last_key=last,
+        send_slot=sent.expanded(room=seq_len - local_len),
+        counts=torch.from_numpy(counts),
+        order=torch.from_numpy(order),
+        key_token_index=torch.from_numpy(tokens)[None],
+        block_ranges=ranges,
         pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
         query_token_index=torch.from_numpy(layout.partition.tokens(rank)),
     )
@@ -229,13 +235,13 @@ def ring_metadata(
     keys = KeyLine(step, starts, stops, n)
     ranges = block_ranges_of_parts(rows, keys, tile=tile)
     return KeyExchangeMetadata(
-        first,
-        last,
-        sent.expanded(room=keys_layout.seq_len - local_len),
-        torch.from_numpy(counts),
-        torch.zeros(0, dtype=torch.int32),
-        by_part(tokens, [local_len, *counts[1, 1:].tolist()], local_len),
-        ranges,
+        first_key=first,
+        last_key=last,
+        send_slot=sent.expanded(room=keys_layout.seq_len - local_len),
+        counts=torch.from_numpy(counts),
+        order=no_indices(),
+        key_token_index=by_part(tokens, [local_len, *counts[1, 1:].tolist()], local_len),
+        block_ranges=ranges,
         pieces=pieces_of_parts(rows, keys, tiles=ranges.shape[2]),
         query_token_index=torch.from_numpy(layout.partition.tokens(rank)),
     )

@@ -71,13 +71,13 @@ def node_ring_metadata(
     ranges = block_ranges_of_parts(rows, line, tile=tile)
     counts = np.stack([x.counts(n) for x in (sent, received, onward, arriving)])
     return KeyExchangeMetadata(
-        first,
-        last,
-        sent.expanded(room=keys_layout.seq_len - local_len),
-        torch.from_numpy(counts[:2]),
-        order,
-        token_index,
-        ranges,
+        first_key=first,
+        last_key=last,
+        send_slot=sent.expanded(room=keys_layout.seq_len - local_len),
+        counts=torch.from_numpy(counts[:2]),
+        order=order,
+        key_token_index=token_index,
+        block_ranges=ranges,
         pieces=pieces_of_parts(rows, line, tiles=ranges.shape[2]),
         query_token_index=layout.token_indices(rank).to(torch.int32),
         onward=_places(onward, received, m, hops.room),
@@ -163,13 +163,8 @@ class NodeRing:
         dtype: in which gradients travel.
     """
 
-    def __init__(
-        self,
-        payload: KVPayload,
-        metadata: KeyExchangeMetadata,
-        context: OpContext,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, payload: KVPayload, context: OpContext, dtype: torch.dtype) -> None:
+        metadata: KeyExchangeMetadata = context.metadata
         group = group_of(context.groups[-1])
         self.payload, self.metadata, self.context = payload, metadata, context
         self.dtype = dtype

@@ -23,6 +23,7 @@ from dtcp.distributed.moves import Moved, Moves
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import SoftmaxParams
+from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata
 from dtcp.softmax.inputs import AttentionInputs, check_inputs
 from dtcp.softmax.kv_head_replicas import KVHeadReplicas
@@ -45,9 +46,9 @@ class ForwardArguments(NamedTuple):
     scale: float
     softcap: float
     groups: list[str]
-    kernel: str
-    in_line: bool
-    wide: bool
+    kernel: str = AUTO
+    in_line: bool = False
+    wide: bool = False
 
     @property
     def inputs(self) -> AttentionInputs:
@@ -74,13 +75,17 @@ class BackwardArguments(NamedTuple):
     scale: float
     softcap: float
     groups: list[str]
-    kernel: str
-    in_line: bool
-    wide: bool
+    kernel: str = AUTO
+    in_line: bool = False
+    wide: bool = False
 
     @property
     def inputs(self) -> AttentionInputs:
         return AttentionInputs(*(getattr(self, name) for name in AttentionInputs._fields))
+
+
+HANDED_ON = ("scale", "softcap", "groups", "kernel", "in_line", "wide")
+"""The arguments that forward hands on to backward as they are."""
 
 
 class ForwardResult(NamedTuple):
@@ -95,7 +100,8 @@ class OpContext:
     """What a call carries besides its inputs."""
 
     op: str
-    metadata: Sequence[Tensor]
+    metadata: Any
+    """Of the kind that the strategy reads (`Strategy.metadata_of`)."""
     softmax: SoftmaxParams
     groups: Sequence[str]
     kv_heads: int
@@ -127,8 +133,12 @@ class Strategy(Protocol):
     takes_latents: bool
     """Whether keys and values may be made of latents where they are read (`AttentionInputs.up`)."""
 
+    def metadata_of(self, tensors: Sequence[Tensor]) -> AttentionMetadata:
+        """What the style worked out for the batch, of its tensors: an op takes these alone."""
+        ...
+
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
-        """Attend; `context.metadata` is what the style worked out for the batch."""
+        """Attend."""
         ...
 
     def backward(
@@ -137,15 +147,11 @@ class Strategy(Protocol):
         """The gradients of x."""
         ...
 
-    def saved_like(
-        self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
-    ) -> list[Tensor]:
+    def saved_like(self, x: AttentionInputs, metadata: Any, groups: Sequence[str]) -> list[Tensor]:
         """Empty tensors of the shapes and dtypes of what forward saves."""
         ...
 
-    def moves(
-        self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
-    ) -> Moves:
+    def moves(self, shape: AttentionShape, length: int, metadata: Any, peers: Peers) -> Moves:
         """What a call of this shape on `length` local tokens moves, of what the host reads."""
         ...
 
@@ -197,21 +203,22 @@ class AttentionOp:
         if not any(isinstance(each, DTensor) for each in x):
             # The op's DTensor rule checks the shards: a sink is of this rank's heads.
             check_inputs(x, keys_sum_grads=keys_sum_grads)
-        tensors = metadata.tensors()
-        rest = (softmax.scale, softmax.softcap, list(groups), softmax.kernel, metadata.in_line)
-        result = self.forward(*x, tensors, *rest, softmax.wide)
-        return cast(Tensor, result[0])
+        arguments = ForwardArguments(
+            *x,
+            metadata=metadata.tensors(),
+            scale=softmax.scale,
+            softcap=softmax.softcap,
+            groups=list(groups),
+            kernel=softmax.kernel,
+            in_line=metadata.in_line,
+            wide=softmax.wide,
+        )
+        return cast(Tensor, self.forward(*arguments)[0])
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
-        x = ForwardArguments(*arguments)
-        LEDGER.record(f"dtcp::{self.name}")
-        context = OpContext(
-            f"dtcp::{self.name}",
-            x.metadata,
-            SoftmaxParams(x.scale, x.softcap, x.kernel, x.wide),
-            x.groups,
-            x.v.shape[2],
-        )
+        x, op = ForwardArguments(*arguments), f"dtcp::{self.name}"
+        LEDGER.record(op)
+        context = self._context(op, x, x.v.shape[2])
         out, saved = self.strategy.forward(_lined_up(x.inputs, x.in_line), context)
         rows = x.q.shape[0]
         out, *saved = _apart([each.contiguous() for each in (out, *saved)])
@@ -220,18 +227,13 @@ class AttentionOp:
     def _forward_fake(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
         x = ForwardArguments(*arguments)
         out = x.q.new_empty((*x.q.shape[:-1], x.inputs.value_width))
-        return out, self.strategy.saved_like(x.inputs, x.metadata, x.groups)
+        metadata = self.strategy.metadata_of(x.metadata)
+        return out, self.strategy.saved_like(x.inputs, metadata, x.groups)
 
     def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        x = BackwardArguments(*arguments)
-        LEDGER.record(f"dtcp::{self.name}_backward")
-        context = OpContext(
-            f"dtcp::{self.name}_backward",
-            x.metadata,
-            SoftmaxParams(x.scale, x.softcap, x.kernel, x.wide),
-            x.groups,
-            x.kv_heads,
-        )
+        x, op = BackwardArguments(*arguments), f"dtcp::{self.name}_backward"
+        LEDGER.record(op)
+        context = self._context(op, x, x.kv_heads)
         out, grad_out, *saved = (
             _on_a_line(each, x.in_line) for each in (x.out, x.grad_out, *x.saved)
         )
@@ -262,6 +264,14 @@ class AttentionOp:
                 empty[index] = own.new_empty((tokens[0], length, size, own.shape[-1]))
         return tuple(empty)
 
+    def _context(
+        self, op: str, x: ForwardArguments | BackwardArguments, kv_heads: int
+    ) -> OpContext:
+        """What a call carries besides its inputs, as strategies read it."""
+        metadata = self.strategy.metadata_of(x.metadata)
+        softmax = SoftmaxParams(x.scale, x.softcap, x.kernel, x.wide)
+        return OpContext(op, metadata, softmax, x.groups, kv_heads)
+
     def _forward_moves(self, *arguments: Any) -> Moved:
         x = ForwardArguments(*arguments)
         return self._moves(AttentionShape.of(x.q, x.k, x.v, x.up), x.q.shape[1], x).forward
@@ -280,13 +290,14 @@ class AttentionOp:
         shape = replace(shape, wide=x.wide)
         if x.in_line:
             shape, length = replace(shape, batch=1), shape.batch * length
-        return self.strategy.moves(shape, length, x.metadata, Peers.of(x.groups))
+        metadata = self.strategy.metadata_of(x.metadata)
+        return self.strategy.moves(shape, length, metadata, Peers.of(x.groups))
 
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
         x, result = ForwardArguments(*inputs), ForwardResult(*output)
-        ctx.scale, ctx.softcap, ctx.groups, ctx.kernel = x.scale, x.softcap, x.groups, x.kernel
-        ctx.in_line, ctx.wide, ctx.has_keys = x.in_line, x.wide, x.k is not None
-        ctx.kv_heads, ctx.num_metadata = x.v.shape[2], len(x.metadata)
+        handed_on = {name: getattr(x, name) for name in HANDED_ON}
+        ctx.handed_on = {**handed_on, "kv_heads": x.v.shape[2]}
+        ctx.has_keys, ctx.num_metadata = x.k is not None, len(x.metadata)
         ctx.placements = result.out.placements if isinstance(result.out, DTensor) else None
         kept: tuple[Tensor | None, ...] = (*x.inputs, result.out)
         if self.strategy.keeps_own_form:
@@ -308,8 +319,8 @@ class AttentionOp:
         if self.strategy.keeps_own_form:
             (x["q"], x["k"], x["v"], out), tensors = tensors[:4], tensors[4:]
             x["k"] = x["k"] if ctx.has_keys else None
-        rest = (metadata, ctx.kv_heads, ctx.scale, ctx.softcap, ctx.groups, ctx.kernel, ctx.in_line)
-        results = self.backward(grad_out, *x.values(), out, tensors, *rest, ctx.wide)
+        named: dict[str, Any] = {**x, "out": out, "saved": tensors, "metadata": metadata}
+        results = self.backward(*BackwardArguments(grad_out, **named, **ctx.handed_on))
         grads: dict[str, Any] = {
             name: grad
             for name, grad in zip(AttentionInputs._fields[:-1], results, strict=True)
@@ -317,7 +328,7 @@ class AttentionOp:
         }
         grads["metadata"] = [None] * len(metadata)
         # torch takes None for a list of names, but an empty list for an empty one.
-        grads["groups"] = None if ctx.groups else []
+        grads["groups"] = None if ctx.handed_on["groups"] else []
         return tuple(grads.get(name) for name in ForwardArguments._fields)
 
 

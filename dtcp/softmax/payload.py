@@ -216,18 +216,14 @@ class LatentPayload:
         return keys_and_values(rows, self.up, self.widths)
 
 
-def payload_of(x: AttentionInputs, metadata: KeyExchangeMetadata, *, wide: bool) -> KVPayload:
-    """What travels for these inputs.
-
-    Args:
-        wide: as of SoftmaxParams.
-    """
+def payload_of(x: AttentionInputs, context: OpContext) -> KVPayload:
+    """What travels for these inputs."""
     if x.k is not None:
         return KeyValuePayload(x.k, x.v)
     if x.up is not None:
-        return LatentPayload(x.q, x.v, x.up, wide=wide)
+        return LatentPayload(x.q, x.v, x.up, wide=context.softmax.wide)
     assert x.key_scale is not None and x.frequency is not None
-    return ValueOnlyPayload(x.v, x.key_scale, x.frequency, metadata.key_position_ids)
+    return ValueOnlyPayload(x.v, x.key_scale, x.frequency, context.metadata.key_position_ids)
 
 
 class ExchangeStrategy:
@@ -236,6 +232,9 @@ class ExchangeStrategy:
     keeps_own_form = False
     takes_values_only = True
     takes_latents = True
+
+    def metadata_of(self, tensors: Sequence[Tensor]) -> KeyExchangeMetadata:
+        return KeyExchangeMetadata.of_tensors(tensors)
 
     def attend(
         self, queries: Queries, payload: KVPayload, sink: Tensor | None, context: OpContext
@@ -255,9 +254,9 @@ class ExchangeStrategy:
         raise NotImplementedError
 
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
-        metadata = KeyExchangeMetadata(*context.metadata)
+        metadata: KeyExchangeMetadata = context.metadata
         check_key_count(x, metadata.own_keys)
-        payload = payload_of(x, metadata, wide=context.softmax.wide)
+        payload = payload_of(x, context)
         queries = _queries(x, metadata)
         # Not in the midst of a ring: what is on its way then is in the way of all that follows.
         kv_heads = x.v.shape[2] if x.up is None else x.q.shape[2]
@@ -269,9 +268,7 @@ class ExchangeStrategy:
     def backward(
         self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
     ) -> AttentionInputs:
-        metadata = KeyExchangeMetadata(*context.metadata)
-        payload = payload_of(x, metadata, wide=context.softmax.wide)
-        queries = _queries(x, metadata)
+        payload, queries = payload_of(x, context), _queries(x, context.metadata)
         lse, *kept = result.saved
         saved = SavedForward(grad_out, result.out, lse)
         dq, rows = self.attend_backward(queries, payload, saved, kept, context)
@@ -280,16 +277,15 @@ class ExchangeStrategy:
         return AttentionInputs(dq, dk, dv, dsink, dkey_scale, dup, *bias_gradients(queries))
 
     def saved_like(
-        self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
+        self, x: AttentionInputs, metadata: KeyExchangeMetadata, groups: Sequence[str]
     ) -> list[Tensor]:
         return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
 
     def moves(
-        self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
+        self, shape: AttentionShape, length: int, metadata: KeyExchangeMetadata, peers: Peers
     ) -> Moves:
-        keys = KeyExchangeMetadata(*metadata)
-        sent, received = keys.moved.tolist()
-        return keys_moved(shape, sent, received, keys.own_keys, peers.rank)
+        sent, received = metadata.moved.tolist()
+        return keys_moved(shape, sent, received, metadata.own_keys, peers.rank)
 
 
 def bias_gradients(queries: Queries) -> tuple[Tensor | None, Tensor | None]:

@@ -45,9 +45,9 @@ class _Ring(ExchangeStrategy):
     def attend(
         self, queries: Queries, payload: KVPayload, sink: Tensor | None, context: OpContext
     ) -> tuple[Tensor, ...]:
-        metadata = KeyExchangeMetadata(*context.metadata)
+        metadata: KeyExchangeMetadata = context.metadata
         partial = None
-        for step, keys in _way_around(payload, metadata, context, queries.q.dtype).steps():
+        for step, keys in _way_around(payload, context, queries.q.dtype).steps():
             if partial is None:
                 partial = OnlineSoftmax.empty(queries.q, keys.v.shape[-1])
                 if metadata.counts.shape[1] > 1:
@@ -65,8 +65,9 @@ class _Ring(ExchangeStrategy):
         kept: Sequence[Tensor],
         context: OpContext,
     ) -> tuple[Tensor, Tensor]:
-        metadata, dq = KeyExchangeMetadata(*context.metadata), zeros_for(queries.q)
-        way = _way_around(payload, metadata, context, context.grad_dtype(queries.q.dtype))
+        metadata: KeyExchangeMetadata = context.metadata
+        dq = zeros_for(queries.q)
+        way = _way_around(payload, context, context.grad_dtype(queries.q.dtype))
         for step, keys in way.steps():
             if step == 0 and (metadata.counts.shape[1] > 1 or context.shares_kv_heads):
                 note_rounded_sums(queries, keys, metadata.pieces[0], context.softmax)
@@ -78,32 +79,26 @@ class _Ring(ExchangeStrategy):
         return dq, way.finish()
 
     def moves(
-        self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
+        self, shape: AttentionShape, length: int, metadata: KeyExchangeMetadata, peers: Peers
     ) -> Moves:
-        keys = KeyExchangeMetadata(*metadata)
-        if keys.onward_counts.numel():
-            return node_ring_moves(shape, keys, peers, queries=length)
-        sent, received = counts_by_step(keys.counts, peers.rank)
-        return steps_moved(shape, sent, received, keys.own_keys, peers.rank, queries=length)
+        if metadata.onward_counts.numel():
+            return node_ring_moves(shape, metadata, peers, queries=length)
+        sent, received = counts_by_step(metadata.counts, peers.rank)
+        return steps_moved(shape, sent, received, metadata.own_keys, peers.rank, queries=length)
 
 
 def _way_around(
-    payload: KVPayload, metadata: KeyExchangeMetadata, context: OpContext, dtype: torch.dtype
+    payload: KVPayload, context: OpContext, dtype: torch.dtype
 ) -> "_RankRing | NodeRing":
-    kind = NodeRing if metadata.onward_counts.numel() else _RankRing
-    return kind(payload, metadata, context, dtype)
+    kind = NodeRing if context.metadata.onward_counts.numel() else _RankRing
+    return kind(payload, context, dtype)
 
 
 class _RankRing:
     """One call's way around the ranks; the next step's transfer is always under way already."""
 
-    def __init__(
-        self,
-        payload: KVPayload,
-        metadata: KeyExchangeMetadata,
-        context: OpContext,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, payload: KVPayload, context: OpContext, dtype: torch.dtype) -> None:
+        metadata: KeyExchangeMetadata = context.metadata
         self.payload, self.metadata, self.context = payload, metadata, context
         self.sent, self.received = metadata.counts.tolist()
         self.slots = metadata.send_slot[: sum(self.sent)].split(self.sent)

@@ -68,10 +68,10 @@ class AttentionToSharedKV(ClaimedMixer, SoftmaxAttention):
     ) -> Tensor:
         keys: KeyExchangeMetadata = self.own(attn_metadata)
         local = LocalMetadata(
-            keys.first_key,
-            keys.last_key,
-            keys.key_token_index[0],
-            keys.block_ranges[0],
+            first_key=keys.first_key,
+            last_key=keys.last_key,
+            key_token_index=keys.key_token_index[0],
+            block_ranges=keys.block_ranges[0],
             pieces=keys.pieces[0],
             query_token_index=keys.query_token_index,
             in_line=keys.in_line,
@@ -168,8 +168,8 @@ class SharedKVAttention(AttentionStyle):
         return _shared_moves(metadata, shape, rank)
 
 
-def _context(op: str, metadata: list[Tensor], x: Tensor, group: str) -> OpContext:
-    return OpContext(f"dtcp::{op}", metadata, SoftmaxParams(1.0), [group], x.shape[2])
+def _context(op: str, keys: KeyExchangeMetadata, x: Tensor, group: str) -> OpContext:
+    return OpContext(f"dtcp::{op}", keys, SoftmaxParams(1.0), [group], x.shape[2])
 
 
 def _shared_moves(metadata: KeyExchangeMetadata, shape: AttentionShape, rank: int) -> Moves:
@@ -189,7 +189,7 @@ def _op_moves(x: Tensor, metadata: list[Tensor], group: str) -> Moves:
     """Of rows, or of their gradients, that travel in their dtype."""
     batch, _, heads, width = x.shape
     shape = AttentionShape(batch, heads, heads, width, 0, x.element_size())
-    return _shared_moves(KeyExchangeMetadata(*metadata), shape, Peers.of([group]).rank)
+    return _shared_moves(KeyExchangeMetadata.of_tensors(metadata), shape, Peers.of([group]).rank)
 
 
 def _gather_moves(x: Tensor, metadata: list[Tensor], group: str, wide: bool) -> Moved:
@@ -210,11 +210,11 @@ def _gather(x: Tensor, metadata: list[Tensor], group: str, wide: bool) -> Tensor
         wide: give them in the dtype of `accumulation`, whatever they travel in, and so take their
             gradients.
     """
-    keys = KeyExchangeMetadata(*metadata)
+    keys = KeyExchangeMetadata.of_tensors(metadata)
     LEDGER.record("dtcp::gather_shared_kv")
     slots = keys.send_slot[: int(keys.counts[0].sum())]
     rows = x.index_select(1, slots).transpose(0, 1).contiguous()
-    received = bring_rows(rows, keys, _context("gather_shared_kv", metadata, x, group))
+    received = bring_rows(rows, keys, _context("gather_shared_kv", keys, x, group))
     every = torch.cat((x, received.transpose(0, 1)), dim=1)
     out = _gathered_like(x, keys, wide).zero_()
     order = sort_by_index(keys, x.shape[1])
@@ -224,14 +224,14 @@ def _gather(x: Tensor, metadata: list[Tensor], group: str, wide: bool) -> Tensor
 
 @communicating_op("dtcp::gather_shared_kv_backward", moves=_gather_backward_moves)
 def _gather_backward(grad: Tensor, metadata: list[Tensor], group: str) -> Tensor:
-    keys = KeyExchangeMetadata(*metadata)
+    keys = KeyExchangeMetadata.of_tensors(metadata)
     LEDGER.record("dtcp::gather_shared_kv_backward")
     length = keys.first_key.shape[1]
     count = sort_by_index(keys, length).numel()
     if keys.counts.shape[1] > 1 and grad.dtype != accumulation(grad.dtype):
         _say_rounded()
     rows = grad[:, :count].transpose(0, 1).to(accumulation(grad.dtype))
-    context = _context("gather_shared_kv_backward", metadata, grad, group)
+    context = _context("gather_shared_kv_backward", keys, grad, group)
     return return_grads(rows, keys, length, grad.dtype, context).to(grad.dtype)
 
 
@@ -245,12 +245,12 @@ def _say_rounded() -> None:
 
 @_gather.register_fake
 def _(x: Tensor, metadata: list[Tensor], group: str, wide: bool) -> Tensor:
-    return _gathered_like(x, KeyExchangeMetadata(*metadata), wide)
+    return _gathered_like(x, KeyExchangeMetadata.of_tensors(metadata), wide)
 
 
 @_gather_backward.register_fake
 def _(grad: Tensor, metadata: list[Tensor], group: str) -> Tensor:
-    keys = KeyExchangeMetadata(*metadata)
+    keys = KeyExchangeMetadata.of_tensors(metadata)
     return grad.new_empty((grad.shape[0], keys.first_key.shape[1], *grad.shape[2:]))
 
 

@@ -237,7 +237,7 @@ class AttentionStyle(MixerStyle):
         if metadata.in_line:
             shape, length = replace(shape, batch=1), shape.batch * length
         peers = self.peers(layout.num_shards, rank)
-        return self.op.strategy.moves(shape, length, metadata.tensors(), peers)
+        return self.op.strategy.moves(shape, length, metadata, peers)
 
     def check_part(self, part: "AttentionStyle") -> None:
         """Refuse options of a style inside of this one, which takes the mixers over by itself."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.exchange import all_to_all_rows
 from dtcp.softmax.head_share import HeadShare
 from dtcp.softmax.inputs import AttentionInputs, check_key_count
-from dtcp.softmax.joined_shards import LAST_FIELDS, UlyssesMetadata, ulysses_metadata
+from dtcp.softmax.joined_shards import UlyssesMetadata, ulysses_metadata
 from dtcp.softmax.kv_head_replicas import KVHeadReplicas
 from dtcp.softmax.local import LOCAL
 from dtcp.softmax.metadata import KeyExchangeMetadata, local_metadata
@@ -28,28 +28,6 @@ from dtcp.softmax.style import AttentionStyle
 
 PER_HEAD = ("sink", "bias", "slope")
 """The inputs of attention, beside q, k and v, that have a row for each head."""
-
-
-class _Orders(NamedTuple):
-    """How the slots of a group are put into the order of the row, and back."""
-
-    order: Tensor
-    restore: Tensor
-    key_order: Tensor
-    key_restore: Tensor
-
-    @property
-    def apart(self) -> bool:
-        """Whether keys are of another sequence, and travel by themselves."""
-        return self.key_order.numel() > 0
-
-    @property
-    def of_keys(self) -> Tensor:
-        return self.key_order if self.apart else self.order
-
-    @property
-    def restore_keys(self) -> Tensor:
-        return self.key_restore if self.apart else self.restore
 
 
 class Ulysses:
@@ -64,15 +42,17 @@ class Ulysses:
     def __init__(self, outer: Strategy) -> None:
         self.outer, self.takes_values_only = outer, outer.takes_values_only
 
+    def metadata_of(self, tensors: Sequence[Tensor]) -> UlyssesMetadata:
+        return UlyssesMetadata.around(self.outer.metadata_of, tensors)
+
     def forward(self, x: AttentionInputs, context: OpContext) -> ForwardResult:
+        metadata: UlyssesMetadata = context.metadata
         share = _share(x.q.shape[2], context)
-        orders, outer_context = self._parts(context, share)
-        apart = orders.apart
-        check_key_count(x, len(orders.of_keys) // share.num_ranks if apart else x.q.shape[1])
-        q, *k, v = self._to_sequence(x, share, orders, context)
+        check_key_count(x, metadata.num_keys // share.num_ranks or x.q.shape[1])
+        q, *k, v = self._to_sequence(x, share, context)
         own = AttentionInputs(q, k[0] if k else None, v, **_of_own_heads(x, share, context))
-        out, saved = self.outer.forward(own, outer_context)
-        (local,) = _to_heads((out,), orders.restore, context)
+        out, saved = self.outer.forward(own, self._outer_context(context, share))
+        (local,) = _to_heads((out,), metadata.restore, context)
         # In the place of keys that are not there, those of no token.
         kept = k[0] if k else v.new_empty(v.shape[0], 0, *v.shape[2:])
         return ForwardResult(share.join(local), [q, kept, v, out, *saved])
@@ -80,12 +60,12 @@ class Ulysses:
     def backward(
         self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
     ) -> AttentionInputs:
+        metadata: UlyssesMetadata = context.metadata
         share = _share(grad_out.shape[2], context)
-        orders, outer_context = self._parts(context, share)
-        (grad,) = _to_sequence((share.split(grad_out),), orders.order, context)
+        (grad,) = _to_sequence((share.split(grad_out),), metadata.order, context)
         own = AttentionInputs(*x[:3], **_of_own_heads(x, share, context))
-        grads = self.outer.backward(grad, own, result, outer_context)
-        dq, *dk, dv = self._to_heads(grads, x.q.dtype, share, orders, context)
+        grads = self.outer.backward(grad, own, result, self._outer_context(context, share))
+        dq, *dk, dv = self._to_heads(grads, x.q.dtype, share, context)
         per_head: dict[str, Any] = {}
         for name in PER_HEAD:
             whole, part = getattr(x, name), getattr(grads, name)
@@ -97,7 +77,7 @@ class Ulysses:
         return AttentionInputs(*made, key_scale=grads.key_scale, **per_head)
 
     def saved_like(
-        self, x: AttentionInputs, metadata: Sequence[Tensor], groups: Sequence[str]
+        self, x: AttentionInputs, metadata: UlyssesMetadata, groups: Sequence[str]
     ) -> list[Tensor]:
         q, v = x.q, x.v
         k = v[:, :0] if x.k is None else x.k
@@ -110,18 +90,18 @@ class Ulysses:
         inner_v = v.new_empty(batch, v.shape[1] * share.num_ranks, *inner_k.shape[2:3], v.shape[-1])
         out = q.new_empty(*inner_q.shape[:-1], v.shape[-1])
         inner = AttentionInputs(inner_q, inner_k, inner_v)
-        rest = self.outer.saved_like(inner, metadata[2:-LAST_FIELDS], groups)
+        rest = self.outer.saved_like(inner, metadata.outer, groups)
         return [inner_q, inner_k, inner_v, out, *rest]
 
     def moves(
-        self, shape: AttentionShape, length: int, metadata: Sequence[Tensor], peers: Peers
+        self, shape: AttentionShape, length: int, metadata: UlyssesMetadata, peers: Peers
     ) -> Moves:
         u = peers.group_size
         kv_heads = max(shape.kv_heads // u, 1)
         each = replace(shape, heads=shape.heads // u, kv_heads=kv_heads)
-        keys, per_node = metadata[1 - LAST_FIELDS].numel() // u, int(metadata[-1].sum())
+        outer: Any = metadata.outer
+        keys, per_node = metadata.num_keys // u, metadata.neighbours
         within = heads_moved(shape, length, u, peers.rank % u, keys=keys, per_node=per_node)
-        outer = metadata[2:-LAST_FIELDS]
         between = self.outer.moves(each, u * length, outer, peers.between())
         replicas = KVHeadReplicas.of(u, peers.rank % u, per_node, max(u // shape.kv_heads, 1))
         if replicas is not None and u < peers.num_ranks:
@@ -137,79 +117,77 @@ class Ulysses:
         replicas: KVHeadReplicas,
         shape: AttentionShape,
         length: int,
-        outer: Sequence[Tensor],
+        keys: KeyExchangeMetadata,
         peers: Peers,
     ) -> tuple[Moves, Moves]:
         """What goes between groups if replicas fetch a part each, and what they gather inside."""
-        keys = KeyExchangeMetadata(*outer)
         sent, received = keys.counts.tolist()
         parts = replace(keys, counts=torch.tensor([replicas.shares(x) for x in (sent, received)]))
-        between = self.outer.moves(shape, length, parts.tensors(), peers.between())
+        between = self.outer.moves(shape, length, parts, peers.between())
         out, back = replicas.inside(received)
         there = Moved.rows(out, back, shape.key_row, replicas.rank)
         home = Moved.rows(back, out, shape.grad_row, replicas.rank)
         return between, Moves(there, there + home)
 
     def _to_sequence(
-        self, x: AttentionInputs, share: HeadShare, orders: _Orders, context: OpContext
+        self, x: AttentionInputs, share: HeadShare, context: OpContext
     ) -> list[Tensor]:
         """q, k and v, or q and v, of this rank's heads and all tokens: [B, n * L, heads, D]."""
+        metadata: UlyssesMetadata = context.metadata
         keys = [y for y in (x.k, x.v) if y is not None]
         if (replicated := _replicated(share, context)) is not None:
             parts = replicated.to_sequence(keys, _mover(context))
-            whole = [_ordered(y.movedim(0, 1).flatten(1, 2), orders.of_keys) for y in parts]
+            whole = [_ordered(y.movedim(0, 1).flatten(1, 2), metadata.order_of_keys) for y in parts]
             whole = [y.contiguous() for y in whole]
-            return [*_to_sequence([share.split(x.q)], orders.order, context), *whole]
+            return [*_to_sequence([share.split(x.q)], metadata.order, context), *whole]
         of_keys = [share.split_kv(y) for y in keys]
-        if not orders.apart:
-            return _to_sequence([share.split(x.q), *of_keys], orders.order, context)
-        (q,) = _to_sequence([share.split(x.q)], orders.order, context)
-        return [q, *_to_sequence(of_keys, orders.of_keys, context)]
+        if not metadata.num_keys:
+            return _to_sequence([share.split(x.q), *of_keys], metadata.order, context)
+        (q,) = _to_sequence([share.split(x.q)], metadata.order, context)
+        return [q, *_to_sequence(of_keys, metadata.order_of_keys, context)]
 
     def _to_heads(
         self,
         grads: AttentionInputs,
         dtype: torch.dtype,
         share: HeadShare,
-        orders: _Orders,
         context: OpContext,
     ) -> list[Tensor]:
         """The gradients of `_to_sequence`, travelling in a dtype, of all heads and local tokens.
 
         Those of kv heads that are replicated, which are summed at home, in that of the context.
         """
+        metadata: UlyssesMetadata = context.metadata
         q, *keys = [y for y in grads[:3] if y is not None]
         of_keys_dtype = context.grad_dtype(dtype) if share.replicas > 1 else dtype
         if (replicated := _replicated(share, context)) is not None:
             n = share.num_ranks
-            (dq,) = _to_heads([q.to(dtype)], orders.restore, context)
-            parts = [_ordered(y, orders.restore_keys).unflatten(1, (n, -1)) for y in keys]
+            (dq,) = _to_heads([q.to(dtype)], metadata.restore, context)
+            parts = [_ordered(y, metadata.restore_of_keys).unflatten(1, (n, -1)) for y in keys]
             parts = [y.movedim(1, 0) for y in parts]
             home = replicated.home(parts, share.kv_heads, of_keys_dtype, _mover(context))
             return [share.join(dq), *home]
         q, *keys = q.to(dtype), *(y.to(of_keys_dtype) for y in keys)
-        if not orders.apart and of_keys_dtype == dtype:
-            dq, *of_keys = _to_heads([q, *keys], orders.restore, context)
+        if not metadata.num_keys and of_keys_dtype == dtype:
+            dq, *of_keys = _to_heads([q, *keys], metadata.restore, context)
         else:
-            (dq,) = _to_heads([q], orders.restore, context)
-            of_keys = _to_heads(keys, orders.restore_keys, context)
+            (dq,) = _to_heads([q], metadata.restore, context)
+            of_keys = _to_heads(keys, metadata.restore_of_keys, context)
         return [share.join(dq), *(share.join_kv_gradient(y) for y in of_keys)]
 
-    def _parts(self, context: OpContext, share: HeadShare) -> tuple[_Orders, OpContext]:
-        order, restore, *outer = context.metadata[:-LAST_FIELDS]
-        key_order, key_restore = context.metadata[-LAST_FIELDS:][:2]
+    def _outer_context(self, context: OpContext, share: HeadShare) -> OpContext:
+        """The context of the strategy inside."""
         between = [dist.get_world_size(group_of(name)) for name in context.groups[2:]]
         # Gradients are summed inside where ranks share a kv head, and between groups by `outer`.
         summed = max([share.replicas, *between]) > 1
-        inside = replace(
+        return replace(
             context,
-            metadata=outer,
+            metadata=context.metadata.outer,
             softmax=replace(context.softmax, wide=context.softmax.wide and summed),
             kv_heads=share.kv_heads_each,
             replicas=_replicas(share, context) if len(context.groups) > 1 else None,
             shares_kv_heads=share.replicas > 1,
         )
-        return _Orders(order, restore, key_order, key_restore), inside
 
 
 def _inner_name(groups: Sequence[str]) -> str:
@@ -228,13 +206,14 @@ def _share(heads: int, context: OpContext) -> HeadShare:
 
 def _replicated(share: HeadShare, context: OpContext) -> ReplicatedHeadExchange | None:
     rank = dist.get_rank(_inner_group(context.groups))
-    per_node = int(context.metadata[-1].sum())
+    per_node = context.metadata.neighbours
     return ReplicatedHeadExchange.of(share.num_ranks, rank, per_node, share.replicas)
 
 
 def _replicas(share: HeadShare, context: OpContext) -> KVHeadReplicas | None:
     rank = dist.get_rank(_inner_group(context.groups))
-    return KVHeadReplicas.of(share.num_ranks, rank, int(context.metadata[-1].sum()), share.replicas)
+    per_node = context.metadata.neighbours
+    return KVHeadReplicas.of(share.num_ranks, rank, per_node, share.replicas)
 
 
 def _mover(context: OpContext) -> MoveRows:

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -11,12 +11,19 @@ from dtcp.compile import EagerIsland, InGraph
 from dtcp.metadata import AttentionMetadata, BatchMetadata, HostTensor, NoMetadata, metadata_key
 from dtcp.mixer import batch_metadata
 from dtcp.mixer_plan import apply_plan
+from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import HeadTail
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal, Mask, SlidingWindow
 from dtcp.softmax import RingAttention
 from dtcp.softmax.mixer import KeysFromValues, SoftmaxAttention
-from tests.harness.attention_parity import WINDOW, Block, Case, assert_equals_one_device
+from tests.harness.attention_parity import (
+    WINDOW,
+    Block,
+    Case,
+    assert_equals_one_device,
+    styles,
+)
 from tests.harness.spmd import spmd
 
 
@@ -128,6 +135,21 @@ def test_what_the_host_reads_stays_there():
     assert (moved.index.device.type, moved.inner.sizes.device.type) == ("meta", "cpu")
     assert [x.numel() for x in moved.tensors()] == [2, 3]
     assert NoMetadata().to("meta").tensors() == []
+
+
+@pytest.mark.parametrize("style", styles(4), ids=lambda style: style.op.name)
+def test_metadata_come_back_from_the_tensors_that_an_op_takes(style):
+    """Field by field, with what they nest; of other metadata there are too few or too many."""
+    coords, layout = Coords.of(Documents(((9, 7),), 16)), Contiguous(16, 4)
+    made = style.make_metadata(SoftmaxAttention(WINDOW.mask), coords, layout, rank=1)
+    tensors, metadata_of = made.tensors(), style.op.strategy.metadata_of
+    back = metadata_of(tensors)
+    kinds = [[type(getattr(x, each.name)) for each in fields(x)] for x in (made, back)]
+    assert kinds[0] == kinds[1]
+    assert all(x is y for x, y in zip(back.tensors(), tensors, strict=True))
+    for other in (tensors[1:], [*tensors, tensors[0]]):
+        with pytest.raises(ValueError, match="zip"):
+            metadata_of(other)
 
 
 @pytest.mark.parametrize("boundary", [InGraph(), EagerIsland()])
