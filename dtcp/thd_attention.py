@@ -1,6 +1,6 @@
 """Attention on packed rows without a batch dim (THD), by documents, across all shards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.kernels.softmax.api import SoftmaxParams
-from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.arguments import FLOATS, check_batch, check_tensor
 from dtcp.sequence.coords import Coords
@@ -34,14 +33,13 @@ class PackedAttention:
     Args:
         metadata: what the op reads.
         groups: names of the process groups it talks over; none on one device.
-        kernel, wide: as of SoftmaxParams.
+        softmax: what scores become weights by, given their scale.
     """
 
     op: AttentionOp
     metadata: AttentionMetadata
     groups: tuple[str, ...] = ()
-    kernel: str = AUTO
-    wide: bool = False
+    softmax: Callable[[float], SoftmaxParams] = SoftmaxParams
 
     @classmethod
     def of(
@@ -72,19 +70,18 @@ class PackedAttention:
         mixer, device = SoftmaxAttention(mask), batch["cu_seqlens"].device
         if axis is None:
             metadata = mixer.make_metadata(coords, None).to(device)
-            return cls(ATTENTION, metadata, kernel=style.kernel)
+            return cls(ATTENTION, metadata, softmax=style.softmax_params(1))
         layout = thd_layout(padded, padded[-1], axis.size())
         metadata = style.make_metadata(mixer, coords, layout, axis.get_local_rank())
-        wide = style.sums_wide(axis.size())
-        return cls(style.op, metadata.to(device), tuple(style.groups(axis)), style.kernel, wide)
+        softmax = style.softmax_params(axis.size())
+        return cls(style.op, metadata.to(device), tuple(style.groups(axis)), softmax)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Attend: q [T, H, D], k [T, G, D], v [T, G, V] of this rank's tokens -> [T, H, V]."""
         shape = "[T, heads, width]"
         check_tensor("Attention on THD", shape=shape, ndim=3, dtypes=FLOATS, q=q, k=k, v=v)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        softmax = SoftmaxParams(scale, kernel=self.kernel, wide=self.wide)
-        x = AttentionInputs(q[None], k[None], v[None])
+        x, softmax = AttentionInputs(q[None], k[None], v[None]), self.softmax(scale)
         return self.op(x, self.metadata, softmax, groups=self.groups)[0]
 
 

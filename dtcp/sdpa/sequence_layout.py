@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.overrides import TorchFunctionMode
 
-from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.metadata import AttentionMetadata
 from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
 from dtcp.sequence.arguments import check_kind
@@ -73,7 +72,7 @@ class sequence_layout(TorchFunctionMode):
             for causal, mask in ((True, Causal()), (False, Bidirectional()))
         }
         self.op, self.groups = style.op, style.groups(axis)
-        self.kernel, self.wide = style.kernel, style.sums_wide(axis.size())
+        self.softmax = style.softmax_params(axis.size())
         self.layout = layout
         install_attention_rules(style.op)
 
@@ -119,7 +118,6 @@ class sequence_layout(TorchFunctionMode):
             )
         q, k, v = (x.transpose(SDPA_HEADS, SDPA_SEQ) for x in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        softmax = SoftmaxParams(scale, kernel=self.kernel, wide=self.wide)
-        x = AttentionInputs(q, k, v)
+        x, softmax = AttentionInputs(q, k, v), self.softmax(scale)
         out = self.op(x, self.metadata[is_causal], softmax, groups=self.groups)
         return out.transpose(SDPA_HEADS, SDPA_SEQ)

@@ -1,7 +1,8 @@
 """Styles of softmax attention, and what a mixer becomes once one has taken it over."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,6 +14,7 @@ from dtcp.compile import InGraph
 from dtcp.distributed.dtensor_rules import HEADS, SEQ
 from dtcp.distributed.moves import Moves
 from dtcp.kernels.rotary import rotate
+from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.backends import check_kernel_name, check_unrounded
 from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.kernels.softmax.types import AUTO
@@ -183,6 +185,10 @@ class AttentionStyle(MixerStyle):
     def sums_wide(self, num_ranks: int) -> bool:
         """Whether what so many ranks computed of the same key or query is summed unrounded."""
         return self.reduce_dtype is not None and num_ranks > 1
+
+    def softmax_params(self, num_ranks: int) -> Callable[[float], SoftmaxParams]:
+        """What scores become weights by on so many ranks, given their scale."""
+        return partial(SoftmaxParams, kernel=self.kernel, wide=self.sums_wide(num_ranks))
 
     @property
     def op(self) -> AttentionOp:
