@@ -119,21 +119,26 @@ def sparse_metadata(
     closing, order = _all_entries(coords, segments, compression)
     key_run, key_readers = key_runs(window_first, last, mine, left)
     entry_run, entry_readers = entry_runs(local.start, last, closing, mine)
+    end, has_previous, entry_position_ids = _own_entries(coords, mine, compression, halo=halo)
+    routes, onward = torch.zeros(2, 2, 2, 0, 3, dtype=torch.int64)
     return SparseMetadata(
-        window_first.int(),
-        local.start.int(),
-        last.int(),
-        position_ids_of(local),
-        key_token_index.clamp(min=-1).int(),
-        closing.int(),
-        *_own_entries(coords, mine, compression, halo=halo),
-        order.int(),
-        key_run.int(),
-        key_readers.int(),
-        entry_run.int(),
-        entry_readers.int(),
-        _tiles(entry_run, mine, window, left, tile),
-        *torch.zeros(2, 2, 2, 0, 3, dtype=torch.int64),
+        window_first=window_first.int(),
+        first=local.start.int(),
+        last=last.int(),
+        position_ids=position_ids_of(local),
+        key_token_index=key_token_index.clamp(min=-1).int(),
+        closing=closing.int(),
+        end=end,
+        has_previous=has_previous,
+        entry_position_ids=entry_position_ids,
+        order=order.int(),
+        key_run=key_run.int(),
+        key_readers=key_readers.int(),
+        entry_run=entry_run.int(),
+        entry_readers=entry_readers.int(),
+        tiles=_tiles(entry_run, mine, window, left, tile),
+        routes=routes,
+        onward=onward,
     )
 
 
