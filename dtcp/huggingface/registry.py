@@ -134,6 +134,9 @@ def mixer_attention_forward(
     mixer = module.get_submodule(MIXER)
     if isinstance(mixer, LatentAttention):
         # In the places of keys and values, latents and rotary keys (latents.py).
+        if mixer.wide:
+            # Their gradients are summed in the dtype that they have.
+            k, v = (x.transpose(1, 2) for x in (key, value))
         projection: Any = module.get_submodule(PROJECTION)
         weight = projection.weight
         if isinstance(weight, DTensor):

@@ -45,7 +45,7 @@ class _Halo(AllGather):
             # Rows that are one line share its room.
             room = room if metadata.first_key.shape[1] == length else room // batch
             width += 0 if x.k is None else x.k.shape[-1]
-            saved.append(x.v.new_empty(batch, room, heads, width))
+            saved.append(x.q.new_empty(batch, room, heads, width))
         return saved
 
     def moves(

@@ -67,7 +67,7 @@ def check_inputs(x: AttentionInputs, *, keys_sum_grads: bool = False) -> None:
         )
     expected = dict.fromkeys(dtypes, x.q.dtype)
     if keys_sum_grads:
-        expected |= dict.fromkeys(dtypes.keys() - {"q"}, accumulation(x.q.dtype))
+        expected |= dict.fromkeys(dtypes.keys() - {"q", "up"}, accumulation(x.q.dtype))
     if keys_sum_grads and dtypes != expected:
         raise TypeError(
             f"Keys gathered with reduce_dtype=torch.float32 stay in the dtype in which layers sum "

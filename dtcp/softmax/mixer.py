@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.backends import check_kernel_name, check_unrounded
@@ -272,13 +273,18 @@ class LatentAttention(MaskedMixer):
                 f"{tuple(latent.shape)}, key_rotary.shape={tuple(key_rotary.shape)}, up.shape="
                 f"{tuple(up.shape)}: give [B, L, C], [B, L, R] and [H, N + V, C]."
             )
-        dtypes = {x.dtype for x in (q, latent, key_rotary, up)}
+        summed = {accumulation(q.dtype)} if self.wide else set()
+        dtypes = {q.dtype, up.dtype} | ({latent.dtype, key_rotary.dtype} - summed)
         if len(dtypes) > 1:
             raise TypeError(
                 f"Latent attention computes in one floating dtype, got {dtypes}: convert q, "
                 f"latent, key_rotary and up to one."
             )
         return torch.cat((latent, key_rotary), dim=-1)[:, :, None]
+
+    def as_summed(self, x: Tensor) -> Tensor:
+        """A latent or rotary key in the dtype in which ranks sum its gradient."""
+        return x.to(accumulation(x.dtype)) if self.wide else x
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         q, latent, key_rotary, up = args[:4]

@@ -169,12 +169,14 @@ class LatentPayload:
 
     Args:
         q: [B, L, H, N + R], of which the widths are read.
-        rows: [B, L, 1, C + R].
+        rows: [B, L, 1, C + R], in the dtype that their gradient is to have; they are read, and
+            travel, in that of up.
         up: [H, N + V, C].
         wide: as of SoftmaxParams.
     """
 
     def __init__(self, q: Tensor, rows: Tensor, up: Tensor, *, wide: bool) -> None:
+        rows = rows.to(up.dtype)
         self.rows, self.up, self.widths = rows, up, LatentWidths.of(q, rows, up)
         self.wide = wide
         self.up_gradient = torch.zeros_like(up, dtype=accumulation(up.dtype))

@@ -123,10 +123,16 @@ class ContextParallelLatentAttention(ClaimedMixer, LatentAttention):
         rows = self.rows(q, latent, key_rotary, up)
         if self.mesh.ndim == 2:
             placements = (Shard(SEQ), Replicate())
+            rows = self.as_summed(rows)
             whole = DTensor.from_local(rows, self.mesh, placements, run_check=False)
             rows = whole.to_local(grad_placements=(Shard(SEQ), Partial()))
-        x = AttentionInputs(q, None, rows, up=up)
-        out: Tensor = self.style.op(x, self.own(attn_metadata), self.softmax(q), groups=self.groups)
+        out: Tensor = self.style.op(
+            AttentionInputs(q, None, rows, up=up),
+            self.own(attn_metadata),
+            self.softmax(q),
+            groups=self.groups,
+            keys_sum_grads=rows.dtype != q.dtype,
+        )
         return out
 
 
@@ -147,8 +153,9 @@ class AttentionStyle(MixerStyle):
             MixedPrecisionPolicy: None for the model's dtype, torch.float32 for sums as exact as
             one device's. Then kernels that round their results are passed over in backward (and
             where a ring merges), and gradients of keys travel in fp32 to where they are summed:
-            twice the bytes home in bf16. Nothing changes where nothing is summed: on one rank, and
-            where heads are dealt out and no kv head is replicated.
+            twice the bytes home in bf16. So do gradients of latents over tp, which splits the
+            heads that read them. Nothing changes where nothing is summed: on one rank, and where
+            heads are dealt out and no kv head is replicated.
     """
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
@@ -314,7 +321,9 @@ class AttentionStyle(MixerStyle):
         if isinstance(claimed, MaskedMixer):
             if self.kernel != AUTO:
                 claimed.kernel = self.kernel
-            claimed.wide = self.sums_wide(device_mesh.size(0))
+            # All heads read a latent, so that ranks of their axis sum its gradients as well.
+            of_heads = isinstance(claimed, LatentAttention)
+            claimed.wide = self.sums_wide(device_mesh.size(None if of_heads else 0))
             if claimed.wide:
                 check_unrounded(claimed.kernel)
         return claimed

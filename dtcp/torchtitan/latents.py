@@ -29,7 +29,9 @@ def exchange_latents_of(model: Decoder, style: AttentionStyle) -> None:
         return
     for attention in _latent_attentions(model):
         mixer = attention.inner_attention.mixer
-        attention.inner_attention.mixer = LatentAttention(mixer.mask, scale=mixer.scale)
+        attention.inner_attention.mixer = LatentAttention(
+            mixer.mask, scale=mixer.scale, softcap=mixer.softcap, kernel=mixer.kernel
+        )
         wrap_forward(attention, _attend_to_latents)
 
 

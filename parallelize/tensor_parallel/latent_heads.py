@@ -23,7 +23,8 @@ class LatentHeads(ParallelStyle):
     For a module whose projections to heads are split column-wise and whose others are whole. Where
     it projects latents itself, its projection sums their gradient.
 
-    Traffic per rank: backward, an all-reduce of rotary keys, and of latents if its mixer has them.
+    Traffic per rank: backward, an all-reduce of rotary keys, and of latents if its mixer has them;
+    in fp32 where its style has that reduce_dtype.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -31,8 +32,11 @@ class LatentHeads(ParallelStyle):
         hands_on = isinstance(getattr(attention, MIXER, None), LatentAttention)
 
         def of_own_heads(self: Any, kv_nope: Tensor, k_rot: Tensor) -> Any:
-            latent = copy_to_region(kv_nope, device_mesh) if hands_on else kv_nope
-            return getattr(self, _EXPAND)(latent, copy_to_region(k_rot, device_mesh))
+            if hands_on:
+                mixer: LatentAttention = getattr(self, MIXER)
+                kv_nope, k_rot = mixer.as_summed(kv_nope), mixer.as_summed(k_rot)
+                kv_nope = copy_to_region(kv_nope, device_mesh)
+            return getattr(self, _EXPAND)(kv_nope, copy_to_region(k_rot, device_mesh))
 
         vars(attention)[_EXPAND] = attention.expand_kv
         attention.expand_kv = MethodType(of_own_heads, attention)

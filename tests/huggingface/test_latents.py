@@ -10,10 +10,14 @@ from torch.testing import assert_close
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import install_mixers
 from dtcp.huggingface.latents import exchange_latents, hands_on_latents
+from dtcp.huggingface.registry import MIXER
 from dtcp.mixer import batch_metadata
 from dtcp.parallelize import Compile, SelectiveCheckpoint, parallelize_hf
+from dtcp.parallelize.tensor_parallel import LatentHeads
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.masks import Causal
 from dtcp.softmax import AllGatherAttention
+from dtcp.softmax.mixer import LatentAttention
 from tests.harness.hf_models import build
 from tests.harness.spmd import spmd
 from tests.huggingface.test_huggingface import PADDED, assert_parity, assert_same_step
@@ -112,3 +116,19 @@ def test_mla_is_known_by_how_it_makes_its_keys():
 
     attentions(model)[0].__class__ = Other
     assert [*map(hands_on_latents, attentions(model))] == [False, True]
+
+
+@spmd(ranks=2)
+def test_latents_handed_on_under_tp_have_gradients_summed_as_their_style_says(mesh):
+    """Of what would be lost if ranks rounded their shares first."""
+    for wide, left in ((False, 0.0), (True, 2.0**-10)):
+        attention = nn.Module()
+        attention.add_module(MIXER, LatentAttention(Causal()))
+        attention.get_submodule(MIXER).wide = wide
+        attention.expand_kv = lambda latent, rotary: (latent, rotary)
+        LatentHeads()._apply(attention, mesh)
+        inputs = [torch.ones(1, 1, 2, size).bfloat16().requires_grad_() for size in (12, 4)]
+        outs = attention.expand_kv(*inputs)
+        share = (1 + 2.0**-10, -1.0)[mesh.get_local_rank()]
+        grads = torch.autograd.grad(outs, inputs, [torch.full_like(x, share) for x in outs])
+        assert_close(grads, tuple(torch.full_like(x, left) for x in inputs), rtol=0, atol=0)

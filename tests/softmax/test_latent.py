@@ -16,7 +16,7 @@ from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, count_graphs
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.mixer import batch_metadata
+from dtcp.mixer import batch_metadata, collect_metadata
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail
@@ -289,3 +289,27 @@ def test_mla_of_shapes_that_do_not_fit_is_refused():
     ]:
         with pytest.raises((ValueError, TypeError), match=match):
             mixer(*{**good, name: x}.values(), metadata)
+
+
+@spmd(axes={"cp": 1, "tp": 2})
+def test_gradients_of_latents_are_summed_over_heads_unrounded_where_asked_for(mesh):
+    """The shares of two equal heads nearly cancel: to round them first leaves mostly rounding."""
+    draw, w = torch.Generator().manual_seed(7), Widths(heads=1)
+    shapes = ((1, 16, 1, 10), (1, 16, w.latent), (1, 16, w.rotary), (1, 11, w.latent))
+    inputs = [torch.randn(x, generator=draw).bfloat16().requires_grad_() for x in shapes]
+    cotangent = torch.randn(1, 16, 1, w.value, generator=draw).bfloat16()
+    shares = (cotangent, -(cotangent * 8).round() / 8)
+
+    alone, documents = LatentAttention(CAUSAL.mask), Documents.single(1, 16)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out = alone(*exact, batch_metadata(alone, documents))
+    expected = torch.autograd.grad(out, exact, sum(shares).double())[1:3]
+    errors = []
+    for style in (RingAttention(), RingAttention(reduce_dtype=torch.float32)):
+        mixer = claimed(mesh["cp", "tp"], style, LatentCase())
+        metadata = collect_metadata(mixer, Coords.of(documents), HeadTail(16, 1))
+        grad_out = shares[mesh["tp"].get_local_rank()]
+        grads = torch.autograd.grad(mixer(*inputs, metadata), inputs, grad_out)[1:3]
+        assert {grad.dtype for grad in grads} == {torch.bfloat16}
+        errors.append([(x - y).norm() / y.norm() for x, y in zip(grads, expected, strict=True)])
+    assert max(errors[1]) < 0.01 < 0.03 < min(errors[0]), errors
