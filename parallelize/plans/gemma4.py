@@ -1,5 +1,6 @@
 """The plan of a Gemma 4: models/gemma4."""
 
+from dataclasses import fields, replace
 from typing import Any
 
 from torch.distributed.tensor import Partial, Replicate, Shard
@@ -11,6 +12,8 @@ from torch.distributed.tensor.parallel import (
 
 from dtcp.distributed.dtensor_rules import HEADS
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.kernels.softmax.backends import takes_width
+from dtcp.kernels.softmax.types import AUTO
 from dtcp.models.gemma4 import Gemma4Config, LayerType
 from dtcp.parallelize.apply import ParallelPlan
 from dtcp.parallelize.experts import expert_styles
@@ -40,8 +43,9 @@ def gemma4_plan(
 
     Args:
         attention: the strategy of global layers on the axis cp: RingAttention or
-            AllGatherAttention where a key is made from its value. Its boundary and its
-            reduce_dtype are those of all layers.
+            AllGatherAttention where a key is made from its value. Its keyword options are those of
+            all layers, and its kernel that of sliding ones, too, if it takes heads of their width:
+            libraries take 256 channels or 512, not both.
     Raises:
         ValueError: what tp or ep would split is not a multiple of it.
     """
@@ -73,16 +77,16 @@ def gemma4_context_plan(
     A layer whose keys others share gathers what all of those read, once for all of them.
     """
     ahead = config.longest_vision_block - 1 if config.vision_blocks else 0
-    options: dict[str, Any] = {
-        "boundary": attention.boundary,
-        "reduce_dtype": attention.reduce_dtype,
-    }
+    options: dict[str, Any] = {x.name: getattr(attention, x.name) for x in fields(AttentionStyle)}
+    sliding, halo = dict(options), HaloAttention(config.window, ahead)
+    if not takes_width(attention.kernel, config.sliding_heads.head_dim):
+        sliding["kernel"] = AUTO
     own_kv = {
-        LayerType.SLIDING: HaloAttention(config.window, ahead, **options),
+        LayerType.SLIDING: replace(halo, **sliding),
         LayerType.GLOBAL: attention,
     }
     shared_kv = {
-        LayerType.SLIDING: SharedKVAttention(HaloAttention(config.window, ahead), **options),
+        LayerType.SLIDING: SharedKVAttention(halo, **sliding),
         LayerType.GLOBAL: SharedKVAttention(AllGatherAttention(), **options),
     }
     plan: dict[str, ParallelStyle] = {}

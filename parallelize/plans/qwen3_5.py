@@ -46,7 +46,7 @@ def qwen3_5_plan(
 
     Args:
         attention: the strategy of full attention on the axis cp.
-        delta: that of the gated delta rule.
+        delta: that of the gated delta rule; its ranks_per_node is the convolutions', too.
         relayout: move the tokens to contiguous shards before each layer of the delta rule, and
             back after it; None to leave every token where it is.
     Raises:
@@ -54,12 +54,13 @@ def qwen3_5_plan(
     """
     blocks = ["layers.*"] if config.num_layers else []
     blocks += ["ahead.layers.*"] if config.num_mtp_layers else []
+    conv = CausalConvCP(ranks_per_node=delta.ranks_per_node)
     cp: dict[str, ParallelStyle] = {}
     for index in range(config.num_layers):
         if config.attends(index):
             cp[f"layers.{index}.attention.mixer"] = attention
         else:
-            cp[f"layers.{index}.delta.conv"] = CausalConvCP()
+            cp[f"layers.{index}.delta.conv"] = conv
             cp[f"layers.{index}.delta.mixer"] = delta
             if relayout is not None:
                 cp[f"layers.{index}.delta"] = relayout

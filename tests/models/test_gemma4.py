@@ -1,6 +1,6 @@
 """Gemma 4 on one device against the published model, and its checkpoints' names and settings."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -35,6 +35,7 @@ from dtcp.sequence.masks import (
 )
 from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.mixer import GatherSharedKV, KeysFromValues
+from dtcp.softmax.style import AttentionStyle
 from tests.harness.hf_gemma4 import (
     SHAPE,
     VARIANTS,
@@ -178,12 +179,33 @@ RING = RingAttention()
 
 def test_a_plan_gives_all_layers_the_options_of_the_strategy():
     """Windows and shared keys, too, which have strategies of their own."""
-    options = {"boundary": EagerIsland(), "reduce_dtype": torch.float32}
+    options = {
+        "boundary": EagerIsland(),
+        "ranks_per_node": 2,
+        "tile": 64,
+        "kernel": "triton",
+        "reduce_dtype": torch.float32,
+    }
+    assert options.keys() == {each.name for each in fields(AttentionStyle)}
     for config in (tiny(), tiny_e()):
         plan = gemma4_context_plan(config, AllGatherAttention(**options))
         assert len({type(style) for style in plan.values()}) == 2
         for style in plan.values():
             assert {name: getattr(style, name) for name in options} == options
+
+
+def test_a_kernel_that_takes_wide_heads_alone_computes_the_layers_that_have_them():
+    """In their own strategy, and where layers share their keys."""
+    for config in (tiny(), tiny_e()):
+        config = replace(
+            config,
+            sliding_heads=replace(config.sliding_heads, head_dim=256),
+            global_heads=replace(config.global_heads, head_dim=512),
+        )
+        plan = gemma4_context_plan(config, AllGatherAttention(kernel="ffpa"))
+        for layer in range(config.num_layers):
+            wide = config.heads(layer).head_dim == 512
+            assert plan[f"layers.{layer}.attention.mixer"].kernel == ("ffpa" if wide else "auto")
 
 
 def _settings(**changed: Any) -> dict[str, Any]:

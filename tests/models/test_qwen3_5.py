@@ -27,12 +27,13 @@ from dtcp.models.qwen3_5 import (
     to_hf,
 )
 from dtcp.parallelize import parallelize, qwen3_5_plan
+from dtcp.recurrent import CausalConvCP, GatedDeltaCP
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.softmax import RingAttention
 from tests.harness import hf_qwen3_5
 from tests.harness.parity import ROWS, SEQ_LEN, gradients
-from tests.harness.spmd import run_ranks
+from tests.harness.spmd import run_ranks, spmd
 from tests.models.test_parity_qwen3_5 import DENSE, EXPERTS
 
 AHEAD = replace(DENSE, num_mtp_layers=1)
@@ -273,3 +274,12 @@ def test_bad_input_is_one_error_that_says_what_to_change():
         config_from_hf({**config_to_hf(DENSE), "layer_types": layer_types})
     with pytest.raises(ValueError, match="knows every parameter"):
         from_hf({"model.layers.0.linear_attn.in_proj_qkvz.weight": ids}, DENSE)
+
+
+@spmd(ranks=1)
+def test_a_plan_gives_convolutions_the_nodes_of_the_delta_rule(mesh):
+    axes, delta = ParallelMesh.from_degrees(Degrees(), "cpu"), GatedDeltaCP(ranks_per_node=2)
+    plan = qwen3_5_plan(DENSE, axes, RingAttention(), delta=delta).cp
+    styles = [style for name, style in plan.items() if ".delta." in name]
+    assert {type(style) for style in styles} == {GatedDeltaCP, CausalConvCP}
+    assert {style.ranks_per_node for style in styles} == {2}

@@ -246,6 +246,21 @@ def check_unrounded(name: str) -> None:
         )
 
 
+def takes_width(name: str, width: int) -> bool:
+    """Whether a backend takes keys and values of so many channels on some device; AUTO any.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name == AUTO:
+        return True
+    return any(
+        ability.widths.take(width, width, group=1)
+        for abilities in backend_named(name).on.values()
+        for ability in abilities
+    )
+
+
 def backend_named(name: str) -> Backend:
     """The backend of a name.
 
