@@ -233,11 +233,19 @@ class PerDocument(SequenceLayout):
 
     def runs(self, rank: int) -> list[Run]:
         self._check_rank(rank)
-        return self.partition.runs(rank)
+        if not torch.compiler.is_compiling():
+            return self.partition.runs(rank)
+        # Arrays would be tensors to dynamo.
+        return _head_tail_runs(self._lengths, self.num_shards, rank)
+
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        """Of documents, and of what follows them."""
+        return (*self.lengths, self.seq_len - sum(self.lengths))
 
     @cached_property
     def partition(self) -> Partition:
-        lengths = np.array([*self.lengths, self.seq_len - sum(self.lengths)], dtype=np.int64)
+        lengths = np.array(self._lengths, dtype=np.int64)
         chunks = _head_tail_chunks(lengths, self.num_shards).flatten()
         ranks = np.arange(self.num_shards)
         owner = np.tile(np.append(ranks, ranks[::-1]), len(lengths))
@@ -266,6 +274,30 @@ def _head_tail_chunks(lengths: Ints, num_shards: int) -> Ints:
     head, tail = chunk + (index < leftover), chunk + (index + num_shards < leftover)
     chunks: Ints = np.concatenate((head, tail[:, ::-1]), axis=1)
     return chunks
+
+
+def _head_tail_runs(lengths: tuple[int, ...], num_shards: int, rank: int) -> list[Run]:
+    """What one rank holds of documents that `_head_tail_chunks` cuts, in numbers of Python."""
+    runs: list[Run] = []
+    start = turn = 0
+    for length in lengths:
+        chunk, leftover = divmod(length, 2 * num_shards)
+        index = (rank - turn) % num_shards
+        before = _turns_before(rank, turn, min(leftover, num_shards), num_shards)
+        head = start + rank * chunk + before
+        start += length
+        before = _turns_before(rank, turn, leftover - num_shards, num_shards)
+        tail = start - rank * chunk - before
+        runs.append((head, head + chunk + (index < leftover)))
+        runs.append((tail - chunk - (index + num_shards < leftover), tail))
+        turn = (turn + leftover) % num_shards
+    return joined_runs(runs)
+
+
+def _turns_before(rank: int, turn: int, count: int, num_shards: int) -> int:
+    """How many of the ranks before one have a turn, of so many turns from rank `turn` on."""
+    end = turn + count
+    return max(0, min(rank, end) - turn) + max(0, min(rank, end - num_shards))
 
 
 def check_divides(

@@ -37,10 +37,10 @@ class RowLayouts(SequenceLayout):
     def kind(self) -> type[SequenceLayout]:
         return type(self.rows[0])
 
-    @cached_property
+    @property
     def alike(self) -> bool:
-        """Whether one layout serves all rows, after all."""
-        return len(set(self.rows)) == 1
+        """Whether one layout serves all rows, after all. Not cached: dynamo traces this."""
+        return all(row == self.rows[0] for row in self.rows[1:])
 
     def runs(self, rank: int) -> list[Run]:
         if self.alike:

@@ -8,12 +8,17 @@ import torch
 from torch.testing import assert_close
 
 from dtcp.sequence.block_balanced import BlockBalanced
+from dtcp.sequence.coords import Coords
+from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import (
     Contiguous,
     HeadTail,
     PerDocument,
 )
+from dtcp.sequence.mask_work import MaskWork
+from dtcp.sequence.masks import Causal
+from dtcp.sequence.row_layouts import layout_of_batch
 
 DOCUMENTS = Documents(((5, 17, 1, 40, 9),), 96)
 LAYOUTS = [
@@ -73,6 +78,32 @@ def test_segments_are_equal_on_all_ranks_and_cover_the_shard(layout):
 
 
 @layouts
+def test_runs_are_those_of_the_partition(layout):
+    pieces = layout.partition
+    for rank in range(layout.num_shards):
+        assert layout.runs(rank) == pieces.runs(rank)
+
+
+KINDS = (Contiguous, HeadTail, PerDocument, BlockBalanced, DocumentBalanced)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_graph_shards_and_restores(kind, rows):
+    """Rows of different documents, too, each laid out by itself."""
+    documents = Documents(((5, 17, 1, 40, 9), (96,))[:rows], 96)
+    work = MaskWork(((Causal(), 1),), Coords.of(documents))
+    layout = layout_of_batch(kind, documents, 3, work)
+    x = torch.arange(rows * 96).view(rows, 96)
+
+    def both(x):
+        return layout.shard(x, 1), layout.restore(x)
+
+    torch._dynamo.reset()
+    assert_close(torch.compile(both, backend="eager", fullgraph=True)(x), both(x))
+
+
+@layouts
 def test_layout_is_a_value(layout):
     again = type(layout).for_batch(DOCUMENTS, layout.num_shards)
     assert again == layout and hash(again) == hash(layout)
@@ -114,6 +145,10 @@ def test_per_document_cuts_any_documents_evenly():
         layout = PerDocument(seq_len, num_shards, tuple(lengths))
         assert layout.permutation().sort().values.tolist() == list(range(seq_len))
         assert {layout.token_indices(rank).numel() for rank in range(num_shards)} == {shard_len}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            traced = [layout.runs(rank) for rank in range(num_shards)]
+        assert traced == [layout.runs(rank) for rank in range(num_shards)]
 
 
 def test_per_document_balances_each_document_to_two_tokens():
