@@ -25,6 +25,7 @@ from dtcp.parallelize import (
     llama_plan,
     parallelize,
 )
+from dtcp.parallelize.tensor_parallel import reduce_from_region
 from dtcp.recurrent import CausalConv1d, CausalConvCP
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import RingAttention
@@ -279,3 +280,15 @@ def test_logits_under_tp_are_sharded_in_the_vocabulary(mesh):
     on_mesh(model, mesh, ROWS, HeadTail)
     assert isinstance(kept["logits"], DTensor)
     assert kept["logits"].placements == (Shard(2),)
+
+
+@spmd(ranks=2)
+def test_a_sum_over_tp_has_its_gradient_from_the_compiled_block_that_reads_it(mesh):
+    """One still on its way would lose it without a word."""
+    part, cotangent = torch.randn(2, 5, dtype=torch.float64)
+    whole = part.clone()
+    dist.all_reduce(whole)
+    block = torch.compile(torch.sin, backend="aot_eager", fullgraph=True)
+    total = reduce_from_region(part.requires_grad_(), mesh)
+    (grad,) = torch.autograd.grad(block(total), part, cotangent)
+    assert_close(grad, cotangent * whole.cos())
