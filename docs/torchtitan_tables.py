@@ -15,6 +15,7 @@ from dtcp.torchtitan.settings import settings_table
 
 from torchtitan.models import _supported_models
 
+from docs.marked_tables import with_tables
 from dtcp.pretrain.adopt import adopt_model
 
 PAGE = Path(__file__).parent / "torchtitan.md"
@@ -86,11 +87,7 @@ def _layers(group: list[Flavor]) -> str:
 
 def page(text: str) -> str:
     """The page with its tables made anew."""
-    for name, table in (("families", families_table()), ("settings", settings_table())):
-        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, rest = text.split(start)
-        text = f"{before}{start}{table}\n{end}{rest.split(end)[1]}"
-    return text
+    return with_tables(text, {"families": families_table(), "settings": settings_table()})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from dtcp.torchtitan.loss import TokenLoss
 from dtcp.torchtitan.section import Section
 
+from docs.marked_tables import with_tables
 from dtcp.pretrain import configs
 from dtcp.pretrain.checkpoint import Checkpoints
 from dtcp.pretrain.data import PackedDocuments
@@ -73,12 +74,8 @@ def _text(node: ast.stmt) -> str:
 
 def page(text: str) -> str:
     """The page with its tables made anew."""
-    tables = {"configs": configs_table(), **{name: settings_table(name) for name in SECTIONS}}
-    for name, table in tables.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, rest = text.split(start)
-        text = f"{before}{start}{table}\n{end}{rest.split(end)[1]}"
-    return text
+    of_sections = {name: settings_table(name) for name in SECTIONS}
+    return with_tables(text, {"configs": configs_table(), **of_sections})
 
 
 if __name__ == "__main__":
