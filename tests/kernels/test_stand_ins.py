@@ -44,7 +44,7 @@ from tests.harness.attention_parity import (
 )
 from tests.harness.spmd import spmd
 from tests.harness.stand_in_kernels import PLAIN, StandInKernels
-from tests.harness.stand_ins import signature_drift
+from tests.harness.stand_ins.drift import signature_drift
 
 
 @pytest.fixture(params=PLAIN)
