@@ -13,7 +13,7 @@ so do checkpoints, and dynamo guards what it compiles.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
@@ -101,6 +101,7 @@ def parallelize(
     units = [*([name] for name in blocks), *map(list, fsdp_units)]
     check_tied_parameters(find_tied_parameters(model), units)
 
+    mesh = _with_weights_axis(mesh, model, fsdp)
     _apply_styles(model, mesh, plan)
     for name, block in blocks.items():
         routes = mesh.ep is not None and _contains(name, block, plan.ep)
@@ -121,6 +122,22 @@ def parallelize(
             keep_dtype=keep_dtype,
         )
     return model
+
+
+def _with_weights_axis(mesh: ParallelMesh, model: nn.Module, fsdp: FSDP) -> ParallelMesh:
+    """The mesh with an axis for fully_shard where options ask for more than sharding.
+
+    Raises:
+        ValueError: there is no axis for it.
+    """
+    if mesh.hsdp is not None or not fsdp.is_needed(model):
+        return mesh
+    if mesh.narrow is None:
+        raise ValueError(
+            f"Weights are cast and offloaded by fully_shard, got {fsdp} for a mesh without an axis "
+            f"of theirs: add dp_shard, of size 1, or leave the option out."
+        )
+    return replace(mesh, hsdp=mesh.narrow)
 
 
 def _apply_styles(model: nn.Module, mesh: ParallelMesh, plan: ParallelPlan) -> None:

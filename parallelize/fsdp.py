@@ -40,6 +40,13 @@ class FSDP:
         check_kind("FSDP", OffloadPolicy, offload=self.offload)
         check_kind("FSDP", bool, reshard_after_forward=self.reshard_after_forward)
 
+    def is_needed(self, model: nn.Module) -> bool:
+        """Whether it changes a model that no axis shards: by a cast, or by offloading."""
+        policy = self.mixed_precision
+        weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        casts = policy.param_dtype is not None and weights != {policy.param_dtype}
+        return casts or policy.output_dtype is not None or type(self.offload) is not OffloadPolicy
+
 
 def shard_parameters(
     model: nn.Module,

@@ -24,7 +24,13 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtcp._torch import unflattened
-from dtcp.distributed.mesh_views import expert_axes, expert_weights_mesh, one_axis, weights_mesh
+from dtcp.distributed.mesh_views import (
+    expert_axes,
+    expert_weights_mesh,
+    narrow_axis,
+    one_axis,
+    weights_mesh,
+)
 from dtcp.distributed.nodes import check_same_nodes, even_neighbours, neighbours_on_axis
 from dtcp.sequence.arguments import check_ints, check_kind
 
@@ -134,6 +140,9 @@ class ParallelMesh:
     """What `fully_shard` gets for experts: edp_shard, or (dp_replicate, edp_shard)."""
     experts: DeviceMesh | None = None
     """What weights of experts are DTensors on: ep, or (ep, etp)."""
+    narrow: DeviceMesh | None = None
+    """An axis of one rank: what `fully_shard` gets where `hsdp` is None, and weights are to be cast
+    or offloaded all the same."""
     ranks_per_node: int = 0
     """Ranks of one machine, neighbours by their global ranks; 0: nobody has said."""
 
@@ -211,6 +220,7 @@ class ParallelMesh:
             ep=sparse and sparse["ep"],
             expert_hsdp=sparse and expert_weights_mesh(device_mesh, sparse),
             experts=sparse and (sparse["ep", "etp"] if etp > 1 else sparse["ep"]),
+            narrow=narrow_axis(device_mesh),
             ranks_per_node=ranks_per_node,
         )
 
@@ -233,6 +243,7 @@ class ParallelMesh:
             loss=cp,
             hsdp=cp,
             attention=cp,
+            narrow=axis if cp is None else None,
         )
 
     @classmethod
@@ -286,6 +297,7 @@ class ParallelMesh:
             # Kept with one rank, too: under ep it is what casts experts.
             expert_hsdp=expert_hsdp,
             experts=experts,
+            narrow=dims.get_optional_mesh("fsdp") if fsdp is None else None,
             ranks_per_node=ranks_per_node,
         )
 

@@ -19,6 +19,13 @@ def one_axis(device_mesh: DeviceMesh, axes: Sequence[str], name: str) -> DeviceM
     return device_mesh[wide[0]] if len(wide) == 1 else flattened(device_mesh[wide], name)
 
 
+def narrow_axis(device_mesh: DeviceMesh) -> DeviceMesh | None:
+    """An axis of weights that has one rank; None if there is none."""
+    names = device_mesh.mesh_dim_names or ()
+    narrow = (axis for axis in ("dp_shard", "cp") if axis in names)
+    return next((device_mesh[axis] for axis in narrow if device_mesh[axis].size() == 1), None)
+
+
 def weights_mesh(
     device_mesh: DeviceMesh, fsdp: DeviceMesh | None, *, needed: bool
 ) -> DeviceMesh | None:
@@ -33,13 +40,12 @@ def weights_mesh(
     if replicate is None and (fsdp is not None or not needed):
         return fsdp
     if fsdp is None:
-        narrow = [axis for axis in ("dp_shard", "cp") if axis in (device_mesh.mesh_dim_names or ())]
-        if not narrow:
+        fsdp = narrow_axis(device_mesh)
+        if fsdp is None:
             raise ValueError(
                 f"Weights need an axis to be sharded on, got "
                 f"mesh_dim_names={device_mesh.mesh_dim_names}: add dp_shard, of size 1."
             )
-        fsdp = device_mesh[narrow[0]]
     if replicate is None:
         return fsdp
     # The root mesh stays the same, as fully_shard wants it of its mesh and the tp mesh.

@@ -103,6 +103,7 @@ def test_views_of_torchtitans_meshes_span_the_right_ranks(mesh, degrees):
     made = ParallelMesh.from_parallel_dims(dims)
     check_views(made, degrees)
     check_hsdp_and_attention(made, degrees)
+    assert ParallelMesh.from_parallel_dims(titan_dims(Degrees(tp=4))).narrow.size() == 1
     dims.spmd_backend = "spmd_types"
     with pytest.raises(ValueError, match="spmd_backend='spmd_types': set"):
         ParallelMesh.from_parallel_dims(dims)
@@ -156,6 +157,7 @@ def test_one_rank_has_no_views(mesh):
     assert [getattr(made, name) for name in names] == [None] * 9
     assert [made.size(name) for name in VIEWS] == [1] * 6
     assert [made.rank(name) for name in VIEWS] == [0] * 6
+    assert made.narrow.size() == 1
 
 
 @pytest.mark.parametrize(

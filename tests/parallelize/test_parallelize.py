@@ -259,6 +259,36 @@ def test_bf16_compute_is_as_near_to_the_truth_as_on_one_device(mesh):
     assert distance(ours, true) < 1.1 * distance(one, true)
 
 
+@spmd(ranks=(1, 2))
+def test_weights_are_cast_where_no_axis_shards_them(mesh, ranks):
+    """One rank, or tp alone: fully_shard, on an axis of one rank, is what computes in bf16."""
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    degrees, fsdp = Degrees(tp=ranks), FSDP(mixed_precision=bf16)
+    truth, model, mesh = a_pair(degrees, dtype=torch.float32, fsdp=fsdp)
+    rounded = Llama(CONFIG).bfloat16()
+    rounded.load_state_dict(truth.state_dict())
+    seen = set()
+    model.get_submodule("layers.0").register_forward_hook(lambda *args: seen.add(args[-1].dtype))
+    for run in (
+        lambda: one_device(truth, ROWS),
+        lambda: one_device(rounded, ROWS),
+        lambda: on_mesh(model, mesh, ROWS, HeadTail),
+    ):
+        torch.manual_seed(1)
+        run()
+
+    assert seen == {torch.bfloat16}
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    true, one, ours = (gradients(m) for m in (truth, rounded, model))
+    assert 0 < distance(ours, true) < 1.1 * distance(one, true)
+    # What changes nothing needs no hooks.
+    same = FSDP(mixed_precision=MixedPrecisionPolicy(param_dtype=torch.float32))
+    _, plain, _ = a_pair(degrees, dtype=torch.float32, fsdp=same)
+    assert not any(isinstance(module, FSDPModule) for module in plain.modules())
+    with pytest.raises(ValueError, match=r"got FSDP\(.*bfloat16.* without an axis of theirs"):
+        parallelize(rounded.float(), replace(mesh, narrow=None), plan_of({}), fsdp=fsdp)
+
+
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
     return torch.stack([(a[name].float() - b[name].float()).norm() for name in b]).norm()
 
