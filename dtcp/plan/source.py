@@ -192,7 +192,7 @@ def asked_documents(text: str, seq_len: int) -> Documents:
     if text.startswith("lognormal:"):
         return _drawn(text, seq_len)
     path = Path(text)
-    if path.is_dir():
+    if text and path.is_dir():
         return _filled(_lengths_in_folder(path), seq_len, cut=True)
     if not path.is_file():
         raise ValueError(
@@ -255,11 +255,11 @@ def _filled(lengths: Sequence[int], seq_len: int, *, cut: bool) -> Documents:
 
 def _lengths_in_folder(folder: Path) -> list[int]:
     """Tokens of a folder's documents, at four bytes a token."""
-    from dtcp.pretrain.sources import TextFiles
+    from dtcp.pretrain import sources
 
     lengths = []
-    files = tuple(path for path in sorted(folder.rglob("*")) if path.is_file())
-    for document in TextFiles(files, root=folder).documents(epoch=0):
+    # The files that a run would read.
+    for document in sources.folder(f"{folder}", "all", text_key="text").documents(epoch=0):
         lengths.append(max(1, len(document.text.encode()) // 4))
         if len(lengths) == 100_000:
             break

@@ -221,6 +221,13 @@ def _exchange(trainer: Any) -> str:
     return " by all_to_all" + (f", {each} on each machine" if each else "")
 
 
+def _left_out(source: Any) -> str:
+    """Files of a data folder that a run does not read."""
+    others = getattr(source, "left_out", {})
+    ends = ", ".join(sorted(end or "no suffix" for end in others))
+    return f"; left out are {sum(others.values())} files of other kinds ({ends})" if others else ""
+
+
 def describe_run(trainer: Any) -> str:
     """Mesh, model, layout, strategy and data of a run, one line each."""
     config, dims = trainer.config, trainer.parallel_dims
@@ -244,7 +251,8 @@ def describe_run(trainer: Any) -> str:
         f"of {training.seq_len} tokens per rank",
         "strategy": _strategies(trainer.model_parts) or "none, rows are whole",
         "data": f"{config.dataloader.dataset}, {rows} row{'s' * (rows > 1)} per step"
-        + (f" in {steps} parts" if steps > 1 else ""),
+        + (f" in {steps} parts" if steps > 1 else "")
+        + _left_out(getattr(trainer.dataloader, "source", None)),
         "output": "none" if is_dry(config) else config.dump_folder,
     }
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items())

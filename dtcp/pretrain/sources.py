@@ -9,9 +9,9 @@ import random
 import sys
 import sysconfig
 import zlib
-from collections import deque
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -58,6 +58,8 @@ class TextFiles:
     """Read bytes that are no UTF-8 as U+FFFD; otherwise they are an error."""
     root: Path | None = None
     """The folder that the files lie in: a fingerprint names them from there."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Files of that folder that are not read: how many, by the end of their names."""
 
     def documents(self, epoch: int) -> Iterator[Document]:
         order = random.Random(self.seed + epoch)
@@ -195,7 +197,8 @@ def standard_library(part: Part, seed: int = 0) -> TextFiles:
     hundred bytes, so that a row of a tiny model holds several documents.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = _files_below(root, (".py",), skipped=NOT_THE_LIBRARY)
+    below, _ = _files_below(root, (".py",), skipped=NOT_THE_LIBRARY)
+    files = tuple(path for path in below if path.is_file())
     if not files:
         raise ValueError(
             f"The standard library comes as source files, got none in folder={root}: "
@@ -228,26 +231,80 @@ def folder(
             f"set --dataloader.dataset_path."
         )
     suffixes = (*TEXT_SUFFIXES, ".jsonl")
-    files = _files_below(root, suffixes)
+    files, others = _files_below(root, suffixes)
+    _refuse_unreadable(files)
     if not files:
         raise ValueError(
             f"A data folder holds files that end in {', '.join(sorted(suffixes))}, got none in "
             f"dataset_path={path}: convert them, or name another folder."
         )
     return TextFiles(
-        files, part, text_key=text_key, seed=seed, replace_invalid=replace_invalid, root=root
+        files,
+        part,
+        text_key=text_key,
+        seed=seed,
+        replace_invalid=replace_invalid,
+        root=root,
+        left_out=others,
     )
 
 
 def _files_below(
     root: Path, suffixes: tuple[str, ...], skipped: Collection[str] = ()
-) -> tuple[Path, ...]:
-    """Files with one of the suffixes, sorted; folders of a skipped name are not entered."""
+) -> tuple[tuple[Path, ...], Mapping[str, int]]:
+    """Files with one of the suffixes, sorted; and how many others there are, by suffix.
+
+    Links lead to folders elsewhere, too; what lies below the root is read in its own place alone.
+
+    Args:
+        skipped: names of folders that are not entered.
+    """
     paths: list[Path] = []
-    for parent, folders, names in os.walk(root, onerror=_refuse_folder):
-        folders[:] = [name for name in folders if name not in skipped]
-        paths += [Path(parent, name) for name in names if name.endswith(suffixes)]
-    return tuple(sorted(path for path in paths if path.suffix in suffixes and path.is_file()))
+    others: Counter[str] = Counter()
+    entered = [root.resolve()]
+    for parent, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
+        # In the same order on every machine, for it decides which of two links is followed.
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if name not in skipped and _is_entered(Path(parent, name), entered)
+        ]
+        wanted = {name for name in names if name.endswith(suffixes)}
+        paths += [Path(parent, name) for name in wanted]
+        rest = (name for name in names if name not in wanted and not name.startswith("."))
+        others.update(os.path.splitext(name)[1] for name in rest)
+    return tuple(sorted(path for path in paths if path.suffix in suffixes)), others
+
+
+def _is_entered(folder: Path, entered: list[Path]) -> bool:
+    """Whether a folder is walked through here: no link to what is walked through elsewhere.
+
+    Args:
+        entered: the root and what links led to so far; gets one more.
+    """
+    if not folder.is_symlink():
+        return True
+    real = folder.resolve()
+    if any(real.is_relative_to(each) for each in entered):
+        return False
+    if entered[0].is_relative_to(real):
+        raise DataError(
+            f"A data folder's links lead to other folders, got {folder}, which leads to {real}, "
+            f"that it lies in: remove it."
+        )
+    entered.append(real)
+    return True
+
+
+def _refuse_unreadable(files: Collection[Path]) -> None:
+    """Refuse names of texts that no text is behind: they would be left out without a word."""
+    for path in files:
+        if not path.is_file():
+            what = f"a link to {os.readlink(path)}" if path.is_symlink() else "no regular file"
+            raise DataError(
+                f"A data folder's texts are files, got {path}, {what}: put the file in its place, "
+                f"or remove it."
+            )
 
 
 def _refuse_folder(error: OSError) -> None:

@@ -142,6 +142,13 @@ def test_plan_of_documents_that_leave_padding_says_so(capsys, tmp_path):
     assert code == 0 and "2 documents a row, the longest 300, 524 tokens of padding" in out
 
 
+def test_plan_reads_the_files_of_a_folder_that_a_run_reads(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 400)
+    (tmp_path / "b.gz").write_bytes(bytes(range(256)))
+    (tmp_path / "c.json").write_text("y" * 40)
+    assert asked_documents(str(tmp_path), 300).lengths == ((100, 100, 100),)
+
+
 def test_plan_draws_documents_that_fill_the_row():
     (lengths,) = asked_documents("lognormal:2048:1.5", 2**17).lengths
     assert sum(lengths) == 2**17 and len(lengths) > 5

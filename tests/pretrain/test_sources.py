@@ -2,6 +2,7 @@
 
 import pytest
 
+from dtcp.pretrain.progress import _left_out
 from dtcp.pretrain.sources import TextFiles, folder, standard_library
 
 
@@ -41,3 +42,33 @@ def test_data_that_is_not_there_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "fine"}\nbroken\n')
     with pytest.raises(ValueError, match=r"x\.jsonl:2='broken"):
         list(folder(str(tmp_path), "all", text_key="text").documents(0))
+
+
+def test_links_of_a_data_folder_are_read_once_or_refused(tmp_path):
+    """Texts behind a link would be missing, or come twice where both lie in the folder."""
+    root, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for path in (root / "v2/a.txt", elsewhere / "b.txt"):
+        path.parent.mkdir(parents=True)
+        path.write_text(path.name)
+    (root / "latest").symlink_to(root / "v2")
+    (root / "part").symlink_to(elsewhere)
+    (root / "again").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root)
+    source = folder(str(root), "all", text_key="text")
+    assert [str(file.relative_to(root)) for file in source.files] == ["again/b.txt", "v2/a.txt"]
+    (root / "up").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"texts/up, which leads to .*, that it lies in"):
+        folder(str(root), "all", text_key="text")
+    (root / "up").unlink()
+    (root / "v2/gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"v2/gone.jsonl, a link to .*nowhere: put the file"):
+        folder(str(root), "all", text_key="text")
+
+
+def test_a_run_says_which_files_of_its_data_folder_it_does_not_read(tmp_path):
+    for name in ("a.txt", "b.jsonl.gz", "c.TXT", "d.gz", "LICENSE", ".hidden"):
+        (tmp_path / name).write_text("a text")
+    source = folder(str(tmp_path), "all", text_key="text")
+    assert [file.name for file in source.files] == ["a.txt"]
+    assert _left_out(source) == ("; left out are 4 files of other kinds (.TXT, .gz, no suffix)")
+    assert not _left_out(standard_library("all"))
