@@ -21,6 +21,7 @@ from the last checkpoint when it is started again. What it is made of is in dtcp
 import os
 import sys
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 
 REQUIRED = ("torch", "torchtitan", "tensorboard", "matplotlib", "xxhash")
@@ -40,6 +41,9 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A path may have bytes that are no text, or letters that a terminal has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if os.environ.get("RANK", "0") == "0":
         settings = " ".join(arguments) or "all settings as in the default config"
         print(f"start       {settings}; loading torch and torchtitan", flush=True)

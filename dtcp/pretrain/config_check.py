@@ -119,8 +119,13 @@ def check_batch_size(config: Any, ranks: int) -> None:
             f"{training.global_batch_size} with {rows} rows in a micro-batch of all ranks "
             f"(training.local_batch_size={training.local_batch_size}): give a multiple of {rows}."
         )
-    if isinstance(config.dataloader, PackedDocuments.Config):
-        check_balance(config.dataloader, rows)
+    loaders = [
+        config.dataloader,
+        *([config.validator.dataloader] if config.validator.enable else []),
+    ]
+    for loader in loaders:
+        if isinstance(loader, PackedDocuments.Config):
+            check_balance(loader, rows)
 
 
 def check_nodes(config: Any) -> None:

@@ -73,6 +73,22 @@ def launched() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
+def check_named() -> None:
+    """Refuse an environment that says by half which rank this is, as some schedulers leave it.
+
+    Raises:
+        ValueError: naming the variable.
+    """
+    for name in ("WORLD_SIZE", "RANK"):
+        text = os.environ.get(name, "")
+        if not text.isdecimal():
+            raise ValueError(
+                f"A rank of another launcher is RANK of WORLD_SIZE, got {name}={text!r} with "
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']!r}: start ranks by torchrun, or unset "
+                f"WORLD_SIZE, and train.py starts them by itself."
+            )
+
+
 def rank() -> int:
     """Of this process among all that were launched."""
     return int(os.environ["RANK"])

@@ -15,6 +15,7 @@ import inspect
 import textwrap
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 from dtcp.torchtitan import compat as compat
 from dtcp.torchtitan.hf_model import huggingface_spec
@@ -174,7 +175,7 @@ def _check_name(module: str, name: str) -> None:
         _check_titans_registry(module)
         return
     registry = _import_registry(module)
-    if callable(getattr(registry, name, None)):
+    if _is_config(getattr(registry, name, None)):
         return
     names = config_names(registry)
     close = difflib.get_close_matches(name, names, n=1)
@@ -183,6 +184,19 @@ def _check_name(module: str, name: str) -> None:
         f"A config is a function of the module, got --config {name} with --module {module}: "
         f"{hint} {', '.join(names)}."
     )
+
+
+def _is_config(value: Any) -> bool:
+    """Whether it can be called without arguments, as far as Python knows its parameters."""
+    if not callable(value):
+        return False
+    try:
+        inspect.signature(value).bind()
+    except TypeError:
+        return False
+    except ValueError:  # of what is not written in Python
+        return True
+    return True
 
 
 def _check_titans_registry(module: str) -> None:
@@ -200,7 +214,9 @@ def _check_titans_registry(module: str) -> None:
 
 
 def _import_registry(module: str) -> ModuleType:
-    for candidate in (f"{module}.config_registry", module):
+    # No name, or one that is relative to nothing, is none to Python either.
+    named = bool(module) and not module.startswith(".")
+    for candidate in (f"{module}.config_registry", module) if named else ():
         try:
             return importlib.import_module(candidate)
         except ModuleNotFoundError as error:

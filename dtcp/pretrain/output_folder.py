@@ -24,7 +24,16 @@ def check_output(config: Any) -> None:
     Raises:
         ValueError: naming the folder, and the room or the right that is missing.
     """
+    if not config.dump_folder.strip() or config.dump_folder.startswith("~"):
+        raise ValueError(
+            f"A run writes into a folder, got --dump_folder {config.dump_folder!r}: name one, in "
+            f"full (no shell replaces ~ behind =)."
+        )
     folder, saves = Path(config.dump_folder), config.checkpoint.enable and not config.dtcp.verify
+    if config.debug.save_config_file == "":
+        raise ValueError(
+            "A config is saved in a file, got --debug.save_config_file '': name it, or leave it."
+        )
     if saves:
         _check_settings(config)
     folder = folder / config.checkpoint.folder if saves else folder
@@ -66,6 +75,12 @@ def _check_settings(config: Any) -> None:
                 f"A checkpoint becomes visible by a rename, got the folder {folder}: object "
                 f"stores have none; save to a file system."
             )
+    inside = Path(os.path.normpath(checkpoint.folder))
+    if inside.is_absolute() or inside.parts[:1] in ((), ("..",)):
+        raise ValueError(
+            f"Checkpoints lie below the folder of their run, which has one writer, got "
+            f"--checkpoint.folder {checkpoint.folder}: give a name, and --dump_folder for the disk."
+        )
     on_cpu = config.dtcp.device == "cpu" or not torch.accelerator.is_available()
     if checkpoint.async_mode == "async_with_pinned_mem" and on_cpu:
         raise ValueError(

@@ -89,7 +89,8 @@ def _claim(text: str) -> tuple[bool, Store | None]:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    # A path may have bytes that are no text.
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def was_said(text: str) -> bool:
@@ -199,7 +200,8 @@ def _keep_traceback(error: BaseException, folder: Path) -> Path:
     path = folder / "errors" / f"rank_{os.environ.get('RANK', '0')}.txt"
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(traceback.format_exception(error)))
+        text = "".join(traceback.format_exception(error))
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 

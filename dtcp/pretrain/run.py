@@ -1,6 +1,8 @@
 """The order of a run: read its settings, start the ranks or be one of them, train or verify."""
 
 import functools
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 from dtcp.torchtitan import compat as compat
@@ -15,6 +17,7 @@ from dtcp.pretrain.dry_run import describe_dry, is_dry, made_dry
 from dtcp.pretrain.folder_lock import FolderLock, refuse_held
 from dtcp.pretrain.launch import (
     RestartPolicy,
+    check_named,
     check_world,
     end_with_launcher,
     launch,
@@ -41,8 +44,12 @@ def run(arguments: list[str], *, command: tuple[str, ...]) -> int:
     Args:
         command: what runs this again when it follows the interpreter: a script, or -m and a module.
     """
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A path may have bytes that are no text, or letters that a terminal has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     with FailureReport():
         if launched():
+            check_named()
             end_with_launcher()
         config = parse(arguments)
         if is_dry(config):
@@ -151,8 +158,16 @@ def train(config: Trainer.Config, lock: FolderLock | None, report: FailureReport
             f"raise --training.steps to go on, or choose another --dump_folder"
         )
     elif trainer.metrics_processor.losses and config.metrics.enable_tensorboard and not rank():
-        say(f"plotted     {plot_losses(Path(config.dump_folder))}")
+        say(_plotted(Path(config.dump_folder)))
     # A rank that ended with a code of its own would have the others killed.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 128 + trainer.stopped_by if trainer.stopped_by else 0
+
+
+def _plotted(folder: Path) -> str:
+    """Plot a run's loss; what became of it. A run that is done does not fail for its picture."""
+    try:
+        return f"plotted     {plot_losses(folder)}"
+    except OSError as error:
+        return f"not plotted {folder}, which cannot be written ({error.strerror})"

@@ -28,6 +28,12 @@ def check_counts(config: Any) -> None:
         raise ValueError(
             f"A seed has 64 bits, got --debug.seed {seed}: give one from 0 to 2**64 - 1."
         )
+    shards = config.parallelism.data_parallel_shard_degree
+    if shards < 1 and shards != -1:
+        raise ValueError(
+            f"An axis has ranks, or those that are left, got "
+            f"--parallelism.data_parallel_shard_degree {shards}: give 1 or more, or -1."
+        )
     _check_rows(config.training, config.parallelism)
     _check_seq_len(config.training.seq_len, config.parallelism)
 
@@ -36,6 +42,13 @@ def _counts(config: Any) -> Iterator[tuple[str, float, float]]:
     """Each count by its option, with the least that works."""
     training, section = config.training, config.dtcp
     yield "training.steps", training.steps, 1
+    for name in (
+        "data_parallel_replicate",
+        "context_parallel",
+        "tensor_parallel",
+        "expert_parallel",
+    ):
+        yield f"parallelism.{name}_degree", getattr(config.parallelism, f"{name}_degree"), 1
     yield "training.local_batch_size", training.local_batch_size, 1
     yield "training.seq_len", training.seq_len, 1
     yield "training.gc_freq", training.gc_freq, 1
@@ -92,6 +105,12 @@ def check_optimizer(config: Any) -> None:
                     f"give another."
                 )
     _check_schedule(config.lr_scheduler, config.training.steps)
+    weight = getattr(config.loss, "mtp_weight", 0.0)
+    if not 0 <= weight < math.inf:
+        raise ValueError(
+            f"A loss has a weight that is finite and not negative, got --loss.mtp_weight {weight}: "
+            f"give another."
+        )
     norm = config.training.max_norm
     if math.isnan(norm) or norm <= 0:
         raise ValueError(

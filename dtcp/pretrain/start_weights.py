@@ -5,6 +5,10 @@ from typing import Any
 
 from dtcp.checkpoint.huggingface import weight_files
 from dtcp.checkpoint.metadata import NAME as METADATA
+from dtcp.pretrain.tokenizer import VOCABULARY_FILES, Tokenizer
+
+STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+"""Of a checkpoint, beside the model, by torchtitan's names."""
 
 
 def check_start(config: Any) -> None:
@@ -14,6 +18,13 @@ def check_start(config: Any) -> None:
         ValueError: naming the folder, and what to name instead.
     """
     start = config.checkpoint
+    _check_tokenizer(config)
+    unknown = [name for name in start.exclude_from_loading if name not in STATES]
+    if unknown:
+        raise ValueError(
+            f"What is not loaded is one of {', '.join(STATES)}, got "
+            f"--checkpoint.exclude_from_loading {' '.join(unknown)}: correct it, or leave it out."
+        )
     if start.enable and start.initial_load_in_hf and not start.initial_load_path:
         raise ValueError(
             "Hugging Face weights are loaded from a folder, got --checkpoint.initial_load_in_hf "
@@ -34,6 +45,21 @@ def check_start(config: Any) -> None:
             f"A run starts from a checkpoint's folder, got --checkpoint.initial_load_path {path} "
             f"without {METADATA}: {_instead(path)}."
         )
+
+
+def _check_tokenizer(config: Any) -> None:
+    """Refuse a byte a token for weights that know the ids of a tokenizer: no number would tell."""
+    tokenizer, source = config.tokenizer, getattr(config.model_spec.model, "source", "")
+    start = config.checkpoint
+    loaded = start.initial_load_path if start.enable and start.initial_load_in_hf else ""
+    if not isinstance(tokenizer, Tokenizer.Config) or tokenizer.folder:
+        return
+    for folder in (Path(path) for path in (source, loaded) if path):
+        if folder.is_dir() and any((folder / name).is_file() for name in VOCABULARY_FILES):
+            raise ValueError(
+                f"Weights go with the ids of their tokenizer, got those of {folder}, which has "
+                f"one, for a byte a token: add --tokenizer.folder {folder}."
+            )
 
 
 def _instead(path: Path) -> str:

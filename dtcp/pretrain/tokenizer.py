@@ -27,6 +27,9 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+"""Of these, those that hold a vocabulary: a tokenizer's folder has one of them."""
+
 Ids = npt.NDArray[np.int64]
 
 
@@ -71,6 +74,12 @@ class Tokenizer(BaseTokenizer):
 
     def get_vocab_size(self) -> int:
         return self.inner.get_vocab_size()
+
+    def largest_id(self) -> int:
+        """Of all ids that it gives; where some are not used, it is not their number less one."""
+        if isinstance(self.inner, ByteTokenizer):
+            return EOS
+        return max(self.inner.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def fingerprint(self) -> str:
         """What tells this tokenizer from another one."""
@@ -128,7 +137,7 @@ def check_tokenizer_folder(folder: str) -> None:
             json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise _broken(path, error) from error
-    if not any(path.name in ("tokenizer.json", "vocab.json", "vocab.txt") for path in found):
+    if not any(path.name in VOCABULARY_FILES for path in found):
         raise ValueError(
             f"A tokenizer's folder holds tokenizer.json, or vocab.json with merges.txt, got "
             f"--tokenizer.folder {folder} without: name the folder that the model came in."

@@ -198,10 +198,12 @@ class Trainer(titan.Trainer):
         return f": {loader.last_read}" if isinstance(loader, PackedDocuments) else ""
 
     def _check_vocabulary(self) -> None:
-        tokens, scored = self.tokenizer.get_vocab_size(), self.model_config.vocab_size
-        if tokens > scored:
+        tokenizer, scored = self.tokenizer, self.model_config.vocab_size
+        own = isinstance(tokenizer, Tokenizer)
+        largest = tokenizer.largest_id() if own else tokenizer.get_vocab_size() - 1
+        if largest >= scored:
             raise ValueError(
-                f"A model embeds every token of its tokenizer, got {tokens} tokens for "
+                f"A model embeds every token of its tokenizer, got the id {largest} for "
                 f"vocab_size={scored}: choose another --tokenizer.folder or config."
             )
 

@@ -54,6 +54,7 @@ def _refusals(config: Any) -> Iterator[str]:
     yield from _of_data("dataloader", config.dataloader)
     if config.validator.enable:
         yield from _of_data("validator.dataloader", config.validator.dataloader)
+        yield from _of_validation(config.validator)
     yield from _of_model(config)
 
 
@@ -83,6 +84,27 @@ def _of_data(name: str, loader: Any) -> Iterator[str]:
             f"{loader.dataset}, which reads no {key}: leave it out, or name another --{name}."
             f"dataset (folder, or one of Hugging Face)."
         )
+
+
+def _of_validation(validator: Any) -> Iterator[str]:
+    loader = validator.dataloader
+    if not isinstance(loader, PackedDocuments.Config):
+        return
+    ways = {
+        "infinite": (
+            validator.steps > 0,
+            f"validator.steps={validator.steps}, which start over until all are taken: leave it "
+            f"out, or set --validator.steps -1 to read all documents once",
+        ),
+        "accept_changes": (
+            True,
+            "validations that begin anew each time, and go on from nothing: leave it out",
+        ),
+    }
+    for key, value in _named(loader, tuple(ways)):
+        holds, other = ways[key]
+        if holds:
+            yield f"A validation reads rows, got validator.dataloader.{key}={value!r} with {other}."
 
 
 def _of_model(config: Any) -> Iterator[str]:

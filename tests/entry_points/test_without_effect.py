@@ -52,6 +52,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"dataloader.dataset": "c4", "dataloader.replace_invalid": True},
         r"replace_invalid=True with dataloader.dataset=c4",
     ),
+    "end_of_validation": (
+        "llama_tiny",
+        {"validator.dataloader.infinite": False},
+        r"validator.dataloader.infinite=False with validator.steps=4",
+    ),
+    "changes": (
+        "llama_tiny",
+        {"validator.dataloader.accept_changes": True},
+        r"validator.dataloader.accept_changes=True with validations that begin anew",
+    ),
     "further_tokens": ("llama_tiny", {"loss.mtp_weight": 0.3}, r"loss.mtp_weight=0.3 for llama"),
     "strategy": (
         "deepseek_v4_tiny",
@@ -75,6 +85,7 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
     ("llama_tiny", {"dtcp.strategy": "ulysses", "checkpoint.export_hf": True}),
     ("llama_tiny", {"dataloader.dataset": "folder", "dataloader.dataset_path": "texts"}),
     ("llama_tiny", {"validator.enable": False, "validator.dataloader.split": "test"}),
+    ("llama_tiny", {"validator.steps": -1, "validator.dataloader.infinite": False}),
 ]
 
 

@@ -57,6 +57,8 @@ def test_options_change_a_config():
 MISTAKES = [
     (["--config", "lama_tiny"], "did you mean llama_tiny"),
     (["--module", "nowhere"], "--module nowhere: check the name"),
+    (["--module", ""], "--module : check the name"),
+    (["--config", "replace"], "got --config replace with"),
 ]
 
 

@@ -1,5 +1,8 @@
 """What is left of a run: a plot of its loss, one line for its failure."""
 
+import io
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,16 @@ def test_a_failure_is_one_line_and_a_file(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     say_failure(ValueError("x is y, got x=1: set it to 2."), tmp_path)
     assert not capsys.readouterr().err
+
+
+def test_a_failure_may_name_a_path_that_is_no_text(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")  # Python's
+    monkeypatch.setattr(sys, "stderr", said)
+    name = os.fsdecode(b"caf\xe9")
+    say_failure(ValueError(f"x is y, got {name}: rename it."), tmp_path)
+    assert said.buffer.getvalue().startswith(rb"error: x is y, got caf\udce9: rename it.")
+    assert r"caf\udce9" in (tmp_path / "errors/rank_0.txt").read_text()
 
 
 def test_a_run_that_ends_in_an_error_leaves_no_folder_to_take_over(tmp_path, monkeypatch):

@@ -6,12 +6,23 @@ from typing import Any
 
 import pytest
 
-from dtcp.pretrain.configs import llama_tiny
+from dtcp.pretrain.config_check import check_on_ranks
+from dtcp.pretrain.configs import deepseek_v4_tiny, llama_tiny
 from dtcp.pretrain.options import parse
+from dtcp.pretrain.run import run
+from dtcp.pretrain.start_weights import check_start
+from dtcp.pretrain.tokenizer import Tokenizer
 from tests.harness.work import calls_of
 
 REFUSED = {
     "steps": ("training.steps", 0, "--training.steps 0"),
+    **{
+        name: (f"parallelism.{name}_degree", 0, f"--parallelism.{name}_degree 0: give 1")
+        for name in (
+            *("data_parallel_replicate", "data_parallel_shard", "context_parallel"),
+            *("tensor_parallel", "expert_parallel"),
+        )
+    },
     "rows": ("training.local_batch_size", -1, "--training.local_batch_size -1"),
     "tokens": ("training.seq_len", 0, "--training.seq_len 0"),
     "uneven_tokens": (
@@ -40,6 +51,17 @@ REFUSED = {
     "decay": ("lr_scheduler.decay_ratio", -0.5, "--lr_scheduler.decay_ratio -0.5"),
     "least_rate": ("lr_scheduler.min_lr_factor", -0.1, "--lr_scheduler.min_lr_factor -0.1"),
     "no_rate": ("lr_scheduler.min_lr_factor", float("nan"), "--lr_scheduler.min_lr_factor nan"),
+    "home": ("dump_folder", "~/run", "--dump_folder '~/run'"),
+    "config_file": ("debug.save_config_file", "", "--debug.save_config_file ''"),
+    "not_loaded": (
+        "checkpoint.exclude_from_loading",
+        ["optimizr", "dataloader"],
+        "--checkpoint.exclude_from_loading optimizr:",
+    ),
+    "no_folder": ("dump_folder", " ", "--dump_folder ' '"),
+    "folder_elsewhere": ("checkpoint.folder", "/elsewhere", "--checkpoint.folder /elsewhere"),
+    "folder_above": ("checkpoint.folder", "a/../..", "--checkpoint.folder a/../.."),
+    "folder_itself": ("checkpoint.folder", ".", "--checkpoint.folder .:"),
     "tokenizer": ("tokenizer.folder", "/nowhere", "--tokenizer.folder /nowhere"),
 }
 
@@ -54,6 +76,14 @@ def test_survive_E9_an_impossible_setting_is_told_at_the_start(kind):
         section = getattr(section, part)
     setattr(section, name, value)
     with pytest.raises(ValueError, match=re.escape(said)):
+        config.check()
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -0.1])
+def test_survive_E9_a_weight_of_a_loss_is_a_number(weight):
+    config: Any = deepseek_v4_tiny()
+    config.loss.mtp_weight = weight
+    with pytest.raises(ValueError, match=f"--loss.mtp_weight {weight}"):
         config.check()
 
 
@@ -79,3 +109,44 @@ def test_survive_checks_at_the_start_take_little():
     config = parse(["--training.steps", "4"])
     config.check()
     assert 0 < calls_of(config.check) < 1_000_000
+
+
+def test_survive_E9_rows_of_a_validation_are_dealt_out_among_those_of_a_step():
+    config: Any = llama_tiny()
+    config.validator.dataloader.balance_rows = 2
+    with pytest.raises(ValueError, match=r"balance_rows=2 for 4 rows"):
+        check_on_ranks(config, 4)
+    config.validator.enable = False
+    check_on_ranks(config, 4)
+
+
+def test_survive_E9_weights_go_with_the_ids_of_their_tokenizer(tmp_path):
+    """Of a byte a token a pretrained model would learn anew, and its loss would only be high."""
+    config: Any = llama_tiny()
+    (tmp_path / "model.safetensors").touch()
+    weights = {"initial_load_path": str(tmp_path), "initial_load_in_hf": True}
+    config.checkpoint = replace(config.checkpoint, **weights, initial_load_model_only=True)
+    check_start(config)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"add --tokenizer.folder {tmp_path}"):
+        check_start(config)
+    config.tokenizer = Tokenizer.Config(folder=str(tmp_path))
+    check_start(config)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"WORLD_SIZE": "4"}, "got RANK='' with WORLD_SIZE='4'"),
+        ({"WORLD_SIZE": "", "RANK": "0"}, "got WORLD_SIZE='' with"),
+    ],
+)
+def test_survive_E9_a_rank_that_is_named_by_half_is_told_how(
+    environment, said, monkeypatch, capsys
+):
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="1"):
+        run(["--training.steps", "1"], command=())
+    assert said in capsys.readouterr().err
