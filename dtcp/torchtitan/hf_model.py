@@ -27,6 +27,7 @@ from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 from dtcp.checkpoint.huggingface import weight_files
 from dtcp.forward import wrap_forward
 from dtcp.huggingface.install import has_mixers
+from dtcp.huggingface.own_errors import own_errors
 from dtcp.huggingface.small_config import small_config
 from dtcp.parallelize import load_hf, parallelize_hf
 from dtcp.parallelize.tensor_parallel import is_experts, separate_gate_and_up
@@ -43,20 +44,23 @@ SEED = 0
 BYTE_VOCABULARY = 272
 """Of tiny models: bytes and two marks, filled up to a multiple of 16."""
 
+_CORRECT = "correct its config.json"
+
 
 @functools.lru_cache(maxsize=4)
 def read_config(source: str) -> Any:
     """The config of transformers that a folder or file holds, or a tiny one of a model type.
 
     Raises:
-        ValueError: neither such a file nor such a model type.
+        ValueError: neither such a file nor such a model type, or one that transformers refuses.
     """
     from transformers import AutoConfig
 
     path, remedy = Path(source), "name another one as --model.hf"
     if not path.exists():
         return small_config(source, {"vocab_size": BYTE_VOCABULARY}, remedy).config
-    return AutoConfig.from_pretrained(path)
+    with own_errors(f"transformers reads the config of --model.hf {source}", remedy):
+        return AutoConfig.from_pretrained(path)
 
 
 def weights_folder(source: str) -> Path | None:
@@ -112,9 +116,10 @@ class HuggingFaceConfig(BaseModel.Config):
         config = deepcopy(read_config(self.source))
         # That of --training.dtype, in which the Trainer builds: files name the dtype they were
         # written in.
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager", dtype=torch.get_default_dtype()
-        )
+        with own_errors(f"transformers builds the model of --model.hf {self.source}", _CORRECT):
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", dtype=torch.get_default_dtype()
+            )
         tied = find_tied_parameters(model)
 
         def fill(*, buffer_device: torch.device | None = None) -> None:

@@ -11,6 +11,7 @@ from dtcp.torchtitan.hf_model import (
     huggingface_spec,
     read_config,
 )
+from dtcp.torchtitan.section import Section
 
 import pytest
 import torch
@@ -18,11 +19,15 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from dtcp.pretrain.batches import batch_documents
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.parallelize import parallelize_hf
+from dtcp.pretrain.batches import BatchPreparation, batch_documents
 from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.options import parse
 from dtcp.pretrain.tokenizer import Tokenizer
+from dtcp.sequence.documents import Documents
 from tests.harness.run_script import run_forked
+from tests.harness.spmd import spmd
 from tests.harness.train_run import PATIENT, losses
 
 ROWS, SEQ_LEN = 2, 128
@@ -138,3 +143,35 @@ def test_trainer_of_torchtitan_refuses_what_it_would_not_carry_out(tmp_path):
     both = ("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_model_only")
     with pytest.raises(ValueError, match=r"initial_load_in_hf with --model.hf llama: name"):
         parse(["--model.hf", "llama", *both])
+
+
+def test_a_config_that_transformers_cannot_read_or_build_is_one_sentence(tmp_path):
+    """Whatever class of error transformers has for it, by the name of what was given."""
+    with pytest.raises(ValueError, match=rf"--model.hf {tmp_path}, got OSError"):
+        parse(["--model.hf", f"{tmp_path}"])
+    path = tmp_path / "config.json"
+    for text in ("{", "[]", '{"model_type": "llama", "hidden_size": "wide"}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"reads the config of --model.hf {path}, got"):
+            parse(["--model.hf", f"{path}"])
+    path.write_text('{"model_type": "llama", "vocab_size": 272, "num_attention_heads": 0}')
+    with pytest.raises(ValueError, match=rf"builds the model of --model.hf {path}, got"):
+        parse(["--model.hf", f"{path}"]).check()
+
+
+@spmd(ranks=1)
+def test_a_document_longer_than_the_learned_positions_is_refused(mesh):
+    """One rank would look up what is not there, and the others wait for it."""
+    mesh = ParallelMesh.from_degrees(Degrees(), "cpu")
+    model = parallelize_hf(AutoModelForCausalLM.from_config(read_config("gpt2")), mesh)
+    preparation = BatchPreparation(mesh, Section(layout="contiguous"), model, training=True)
+    most = read_config("gpt2").n_positions
+    for length in (most, most + 1):
+        documents = Documents.single(1, length)
+        tokens = torch.zeros(1, length, dtype=torch.int64)
+        batch = {"input": tokens, "positions": documents.position_ids(), "documents": documents}
+        if length == most:
+            preparation.prepared(batch, tokens)
+            continue
+        with pytest.raises(ValueError, match=rf"got one of {length} in row 0 .* with {most}"):
+            preparation.prepared(batch, tokens)
