@@ -1,5 +1,6 @@
 """How far a student's distribution over the vocabulary is from a teacher's, token by token."""
 
+import math
 from typing import Any, cast
 
 import torch
@@ -42,9 +43,10 @@ def token_divergence(
     """
     check_tensor("A divergence", shape="[B, L, V]", dtypes=FLOATS, student=student, teacher=teacher)
     check_labels_of(student.shape[:-1], labels)
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(
-            f"Logits are divided by a temperature above 0, got temperature={temperature}: give 1."
+            f"Logits are divided by a temperature above 0, which is finite, got "
+            f"temperature={temperature}: give 1."
         )
     placed = [x.placements if isinstance(x, DTensor) else None for x in (student, teacher)]
     if student.shape != teacher.shape or placed[0] != placed[1]:
@@ -84,7 +86,9 @@ class _Divergence(torch.autograd.Function):
         expected = student.new_zeros(len(student), dtype=dtype)
         for rows in chunks(len(student), student.shape[1], LOGITS_PER_CHUNK):
             of_student, of_teacher = _log_probs(student, teacher, lse, rows, temperature)
-            expected[rows] = (of_teacher.exp() * (of_teacher - of_student)).sum(dim=1)
+            terms = of_teacher.exp() * (of_teacher - of_student)
+            # A token that the teacher rules out adds nothing, as 0 log 0 is 0.
+            expected[rows] = terms.masked_fill_(of_teacher == -math.inf, 0).sum(dim=1)
         if mesh is not None:
             expected = all_parts(expected, mesh).sum(dim=0)
         ctx.save_for_backward(student, teacher, has_loss, lse)

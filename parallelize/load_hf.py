@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dtcp.parallelize.hf_files import WeightFiles, WeightGroup, weight_groups
 from dtcp.parallelize.tied_parameters import find_tied_parameters, restore_tied_parameters
-from dtcp.sequence.arguments import check_kind
+from dtcp.sequence.arguments import check_kind, check_tensor
 
 
 @torch.no_grad()
@@ -106,6 +106,8 @@ def _check_names(model: nn.Module, missing: Sequence[str], left_over: Sequence[s
 
 
 def _copy_shard(name: str, x: Tensor, whole: Tensor) -> None:
+    named: dict[str, Any] = {name: whole}
+    check_tensor("load_hf", **named)
     if whole.shape not in (x.shape, *_shapes_with_gate_and_up_merged(x.shape)):
         raise ValueError(
             f"Weights have the shape of their parameter, got {name} of {tuple(whole.shape)} for "

@@ -1,6 +1,7 @@
 """Save a model of transformers as its own save_pretrained would, one parameter at a time."""
 
 import json
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -21,6 +22,8 @@ from dtcp.sequence.arguments import check_ints, check_kind
 
 ONE_FILE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
+_WRITTEN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+"""Names that are given here, and by transformers: files of another name are not ours to remove."""
 
 
 @torch.no_grad()
@@ -165,8 +168,9 @@ class _Writer:
         count = len(self.files)
         names = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
         names = [ONE_FILE] if count == 1 else names
-        for path in self.folder.glob("model*.safetensors"):
-            path.unlink()
+        for path in list(self.folder.iterdir()):
+            if _WRITTEN.fullmatch(path.name):
+                path.unlink()
         for number, name in enumerate(names):
             self._part(number).rename(self.folder / name)
         index = self.folder / INDEX

@@ -137,6 +137,25 @@ def test_divergence_from_a_teacher_over_log_probs_equals_torch(mesh, sharded):
     assert_close(*(torch.autograd.grad(y, student, grad) for y in (actual, expected)))
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_divergence_leaves_out_what_the_teacher_rules_out(both):
+    """Logits of -inf, as of a padded vocabulary: as where these columns are not there at all."""
+    (hidden, weight, bias), labels = a_head()
+    student = F.linear(hidden, weight, bias).detach().requires_grad_()
+    teacher = F.linear(hidden, weight).detach().flip(1)
+    out = torch.tensor([1, 4])
+    given = [student.index_fill(-1, out, -torch.inf) if both else student for _ in range(2)]
+    log_probs = given[0].log_softmax(-1)
+    kept = [i for i in range(VOCABULARY) if i not in out]
+    target = teacher[..., kept].log_softmax(-1)
+    expected = F.kl_div(log_probs[..., kept], target, reduction="none", log_target=True).sum(-1)
+    expected = expected.where(labels != IGNORED, 0)
+    actual = token_divergence(given[1], teacher.index_fill(-1, out, -torch.inf), labels)
+    assert_close(actual, expected)
+    grad = torch.randn(2, 6, dtype=torch.float64)
+    assert_close(*(torch.autograd.grad(y, student, grad) for y in (actual, expected)))
+
+
 @spmd(ranks=(1, 2, 3))
 def test_balance_loss_beside_log_probs_is_that_of_all_tokens(mesh, ranks):
     """Two layers, padding left out; each rank has the gradient of its own tokens."""
@@ -164,6 +183,7 @@ def test_balance_loss_beside_log_probs_is_that_of_all_tokens(mesh, ranks):
         (lambda x, y: token_mean_loss(x, y, 9, label_smoothing=1.5), r"label_smoothing=1\.5"),
         (lambda x, y: token_mean_loss(x, y, 9, z_loss=-1.0), r"z_loss=-1\.0"),
         (lambda x, y: token_divergence(x, x, y, temperature=0.0), r"temperature=0\.0"),
+        (lambda x, y: token_divergence(x, x, y, temperature=float("inf")), "temperature=inf"),
         (lambda x, y: token_divergence(x, x[..., :3], y), "two distributions over one"),
         (lambda x, y: token_log_probs(LinearLogits(x, x[0, :, :3]), y), "the head's own input"),
         (lambda x, y: token_log_probs(LinearLogits(x, x[0]), y[:, :3]), "a label for each token"),

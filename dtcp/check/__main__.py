@@ -153,12 +153,25 @@ def _pair(text: str) -> tuple[str, object]:
         ) from None
 
 
+def _named(text: str) -> str:
+    """What names a model: not nothing, as a variable of a shell may be."""
+    if not text:
+        raise argparse.ArgumentTypeError("a model has a name, got none")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dtcp.check", description=__doc__)
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--hf-config", help="a model type of transformers, or a config.json")
-    model.add_argument("--hf-model", help="module:function that returns a transformers model")
-    model.add_argument("--model", help="module:function that returns a model with mixers")
+    model.add_argument(
+        "--hf-config", type=_named, help="a model type of transformers, or a config.json"
+    )
+    model.add_argument(
+        "--hf-model", type=_named, help="module:function that returns a transformers model"
+    )
+    model.add_argument(
+        "--model", type=_named, help="module:function that returns a model with mixers"
+    )
     parser.add_argument("--plan", default="", help="module:function (model, mesh, style) -> plan")
     parser.add_argument(
         "--set",

@@ -98,6 +98,7 @@ def parallelize_hf(
     """
     check_kind("parallelize_hf", nn.Module, model=model)
     check_kind("parallelize_hf", ParallelMesh, mesh=mesh)
+    _check_attention(attention)
     given, model = model, adapted_model(model)
     check_has_no_mixers(model)
     check_experts_without_adapters(model)
@@ -130,7 +131,9 @@ def hf_plan(
     """
     names = [attention_module.name for attention_module in survey.attentions]
     styles: dict[str, ParallelStyle] = {
-        f"{name}.{MIXER}": attention if isinstance(attention, AttentionStyle) else attention(name)
+        f"{name}.{MIXER}": attention
+        if isinstance(attention, AttentionStyle)
+        else _of(attention, name)
         for name in names
     }
     styles |= {each.name: RECURRENT[each.kind] for each in survey.recurrent}
@@ -151,6 +154,28 @@ def hf_plan(
         fsdp_units=(*across, *_fsdp_units(model)),
         keep_dtype=_keep_dtype(model),
     )
+
+
+def _check_attention(attention: Any) -> None:
+    """Refuse a strategy's name or class in the place of one.
+
+    Raises:
+        TypeError: as above.
+    """
+    if attention is None or isinstance(attention, AttentionStyle):
+        return
+    if isinstance(attention, type) or not callable(attention):
+        raise TypeError(
+            f"parallelize_hf takes a strategy, or a function of a module's name that gives one, "
+            f"got attention={attention!r}: give RingAttention(), say."
+        )
+
+
+def _of(attention: Callable[[str], AttentionStyle], name: str) -> AttentionStyle:
+    """The strategy of a module by a function of its name."""
+    style = attention(name)
+    check_kind(f"The attention of {name}", AttentionStyle, style=style)
+    return style
 
 
 def share_latents(model: Any, survey: Survey, mesh: ParallelMesh, plan: ParallelPlan) -> None:

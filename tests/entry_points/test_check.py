@@ -335,3 +335,10 @@ def test_B8_a_changed_id_is_one_of_those_there_are():
 def test_B8_a_remedy_that_sets_zero_works_where_a_config_wants_a_float():
     config = small_config("phimoe", {"router_jitter_noise": 0, "attention_dropout": 0}).config
     assert type(config.router_jitter_noise) is float and config.router_jitter_noise == 0.0
+
+
+@pytest.mark.parametrize("option", ["--hf-config", "--hf-model", "--model"])
+def test_a_model_without_a_name_is_refused(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([option, ""])
+    assert "a model has a name, got none" in capsys.readouterr().err

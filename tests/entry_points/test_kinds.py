@@ -69,6 +69,14 @@ CALLS = {
     "backend": (lambda: Compile(print), "got backend=<built-in"),
     "mixed precision": (lambda: FSDP(torch.bfloat16), "got mixed_precision=torch.bfloat16"),
     "hf model": (lambda: parallelize_hf("llama", ONE_RANK), "got model='llama'"),
+    "strategy of a name": (
+        lambda: parallelize_hf(nn.Module(), ONE_RANK, "ring"),
+        "attention='ring'",
+    ),
+    "strategy of a class": (
+        lambda: parallelize_hf(nn.Module(), ONE_RANK, RingAttention),
+        "got attention=<class",
+    ),
     "weights": (lambda: load_hf(nn.Module(), [1], device="cpu"), r"got weights=\[1\]"),
     "degrees": (lambda: ParallelMesh.from_degrees({"cp": 2}, "cpu"), r"got degrees=\{'cp': 2\}"),
     "device mesh": (lambda: ParallelMesh.from_device_mesh(None), "got device_mesh=None"),

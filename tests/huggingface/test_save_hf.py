@@ -58,6 +58,16 @@ def assert_saved(model, plain, folder, **options):
     assert ours == theirs
 
 
+def test_saving_replaces_its_own_files_and_no_others(tmp_path):
+    """Of an earlier save all parts go, for they would be read; what else lies there stays."""
+    for name in ("model-00001-of-00009.safetensors", "model.safetensors", "model_ema.safetensors"):
+        (tmp_path / name).write_text("before")
+    save_hf(build("qwen3"), tmp_path)
+    left = {path.name: path.read_bytes()[:6] for path in tmp_path.glob("*.safetensors")}
+    assert left.keys() == {"model.safetensors", "model_ema.safetensors"}
+    assert left["model_ema.safetensors"] == b"before" != left["model.safetensors"]
+
+
 @pytest.mark.slow_where(lambda kind, degrees: degrees.tp > 1 or kind == "gpt_oss")
 @pytest.mark.parametrize("degrees", [Degrees(cp=2), Degrees(tp=2)])
 @pytest.mark.parametrize("kind", ["qwen3", "mixtral", "gpt_oss"])
