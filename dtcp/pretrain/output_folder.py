@@ -37,13 +37,20 @@ def check_output(config: Any) -> None:
     if saves:
         _check_settings(config)
     folder = folder / config.checkpoint.folder if saves else folder
+    _check_folder(folder, "--dump_folder", config, room=saves and not config.checkpoint.load_only)
+    if config.metrics.enable_tensorboard and not config.dtcp.verify:
+        logs = Path(config.dump_folder, config.metrics.save_tb_folder)
+        _check_folder(logs, "--metrics.save_tb_folder", config, room=False)
+
+
+def _check_folder(folder: Path, option: str, config: Any, *, room: bool) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        _try(folder, config, room=saves and not config.checkpoint.load_only)
+        _try(folder, config, room=room)
     except OSError as error:
         raise ValueError(
             f"A run writes into its folder, got {folder} ({error.strerror}): mend it, or choose "
-            f"another --dump_folder."
+            f"another {option}."
         ) from error
     finally:
         # A run that is refused for something else leaves nothing.

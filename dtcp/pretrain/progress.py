@@ -225,7 +225,7 @@ def _left_out(source: Any) -> str:
     """Files of a data folder that a run does not read."""
     others = getattr(source, "left_out", {})
     ends = ", ".join(sorted(end or "no suffix" for end in others))
-    return f"; left out are {sum(others.values())} files of other kinds ({ends})" if others else ""
+    return f"; files of other kinds are left out: {sum(others.values())} ({ends})" if others else ""
 
 
 def describe_run(trainer: Any) -> str:

@@ -70,5 +70,5 @@ def test_a_run_says_which_files_of_its_data_folder_it_does_not_read(tmp_path):
         (tmp_path / name).write_text("a text")
     source = folder(str(tmp_path), "all", text_key="text")
     assert [file.name for file in source.files] == ["a.txt"]
-    assert _left_out(source) == ("; left out are 4 files of other kinds (.TXT, .gz, no suffix)")
+    assert _left_out(source) == ("; files of other kinds are left out: 4 (.TXT, .gz, no suffix)")
     assert not _left_out(standard_library("all"))

@@ -51,6 +51,7 @@ REFUSED = {
     "decay": ("lr_scheduler.decay_ratio", -0.5, "--lr_scheduler.decay_ratio -0.5"),
     "least_rate": ("lr_scheduler.min_lr_factor", -0.1, "--lr_scheduler.min_lr_factor -0.1"),
     "no_rate": ("lr_scheduler.min_lr_factor", float("nan"), "--lr_scheduler.min_lr_factor nan"),
+    "log_folder": ("metrics.save_tb_folder", "/proc/x", "another --metrics.save_tb_folder"),
     "home": ("dump_folder", "~/run", "--dump_folder '~/run'"),
     "config_file": ("debug.save_config_file", "", "--debug.save_config_file ''"),
     "not_loaded": (
