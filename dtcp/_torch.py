@@ -42,6 +42,10 @@ def overload_of(op: CustomOpDef | OpOverload) -> OpOverload:
     return op._opoverload if isinstance(op, CustomOpDef) else op
 
 
+no_autocast = torch._C._DisableAutocast
+"""Inside, no device casts; torch's public context is of one device, and slower (2.11-2.15)."""
+
+
 def argument_names(op: OpOverload) -> list[str]:
     """Of an op's schema, which has no public reader (2.11-2.15)."""
     return [argument.name for argument in op._schema.arguments]

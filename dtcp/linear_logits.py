@@ -5,7 +5,7 @@ much again. A loss reads three numbers of each token; here it has them from chun
 backward computes the chunks once more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from dtcp.autocast import as_autocast_casts, outside_autocast
 from dtcp.kernels.linear_cross_entropy import (
     LIGER,
     HeadDemand,
@@ -42,7 +43,8 @@ LOGITS_PER_CHUNK = 2**26
 @dataclass(frozen=True, eq=False)
 class LinearLogits:
     """What a loss takes in the place of logits: softcap * tanh(scale * (hidden @ weight.T + bias)
-    / softcap), or without the tanh where softcap is 0.
+    / softcap), or without the tanh where softcap is 0. All three are of one dtype, or become that
+    of torch.autocast where it is on.
 
     Args:
         hidden: [B, L, D], the same on all ranks that share the vocabulary.
@@ -66,6 +68,9 @@ def fused_loss_sum(
 ) -> Tensor | None:
     """The sum of the losses of all tokens, by a fused kernel; None where chunks compute it.
 
+    Args:
+        logits: of `checked_head`.
+
     Raises:
         ValueError: a kernel is named that cannot.
     """
@@ -78,7 +83,7 @@ def fused_loss_sum(
     )
     if head_kernel(demand, logits.kernel) != LIGER:
         return None
-    _check_head(hidden, weight, labels)
+    check_labels_of(hidden.shape[:-1], labels)
     if logits.scale != 1.0:
         hidden = hidden * logits.scale
         bias = None if bias is None else bias * logits.scale
@@ -102,8 +107,9 @@ def linear_logit_sums(
     Traffic per rank, sharded vocabulary only: forward, (n - 1) * B * L * 2 numbers (3 with_mean);
     backward, an all-reduce of hidden's gradient.
     """
+    logits = checked_head(logits)
     hidden, weight, bias = logits.hidden, logits.weight, logits.bias
-    _check_head(hidden, weight, labels)
+    check_labels_of(hidden.shape[:-1], labels)
     first, mesh, vocab_size = 0, None, weight.shape[0]
     if isinstance(weight, DTensor):
         first, mesh = vocabulary_shard(weight, 0, "A loss takes weights of a head")
@@ -122,10 +128,32 @@ def linear_logit_sums(
     return shaped_sums(sums, labels)
 
 
-def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+def checked_head(logits: LinearLogits) -> LinearLogits:
+    """The same, cast as a linear layer's operands are; refuses what does not fit together."""
+    hidden, weight, bias = logits.hidden, logits.weight, logits.bias
     check_tensor("A loss", shape="[B, L, D]", dtypes=FLOATS, hidden=hidden)
     check_tensor("A loss", shape="[V, D]", ndim=2, dtypes=FLOATS, weight=weight)
-    check_labels_of(hidden.shape[:-1], labels)
+    given: dict[str, Tensor] = {"hidden": hidden, "weight": weight}
+    if bias is not None:
+        check_tensor("A loss", shape="[V]", ndim=1, dtypes=FLOATS, bias=bias)
+        given["bias"] = bias
+    _check_head(hidden, weight, bias)
+    cast = dict(zip(given, as_autocast_casts(*given.values()), strict=True))
+    dtypes = {name: x.dtype for name, x in cast.items()}
+    if len(set(dtypes.values())) > 1:
+        raise TypeError(
+            f"A head computes logits in one floating dtype, got {dtypes}: convert them to one."
+        )
+    return replace(logits, **cast)
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is not None and (bias.shape != weight.shape[:1] or _placed(bias) != _placed(weight)):
+        raise ValueError(
+            f"A head adds a number to each entry of the vocabulary, got bias.shape="
+            f"{tuple(bias.shape)} placed {_placed(bias)} for weight.shape={tuple(weight.shape)} "
+            f"placed {_placed(weight)}: give [V], placed as the weight is."
+        )
     if hidden.shape[-1] != weight.shape[1] or isinstance(hidden, DTensor):
         raise ValueError(
             f"A head multiplies hidden states [B, L, D] that each rank holds by a weight [V, D], "
@@ -134,10 +162,16 @@ def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
         )
 
 
+def _placed(x: Tensor) -> Any:
+    """Mesh and placements of a DTensor; None of a plain tensor."""
+    return (x.device_mesh, x.placements) if isinstance(x, DTensor) else None
+
+
 class _LinearSums(torch.autograd.Function):
     """As the Function of logit_sums, of hidden [T, D] and this rank's weight [v, D], bias [v]."""
 
     @staticmethod
+    @outside_autocast
     def forward(
         ctx: Any,
         hidden: Tensor,
@@ -161,6 +195,7 @@ class _LinearSums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, lse = ctx.saved_tensors
         scale, softcap = ctx.after

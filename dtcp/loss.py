@@ -12,7 +12,12 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.labels import IGNORED
-from dtcp.linear_logits import LinearLogits, fused_loss_sum, linear_logit_sums
+from dtcp.linear_logits import (
+    LinearLogits,
+    checked_head,
+    fused_loss_sum,
+    linear_logit_sums,
+)
 from dtcp.logit_sums import LABEL_DTYPES, LogitSums, logit_sums
 from dtcp.sequence.arguments import check_ints, check_tensor
 
@@ -67,6 +72,7 @@ def token_mean_loss(
     _check_share("label_smoothing", label_smoothing, most=1.0)
     _check_share("z_loss", z_loss)
     if isinstance(logits, LinearLogits):
+        logits = checked_head(logits)
         fused = fused_loss_sum(logits, labels, label_smoothing=label_smoothing, z_loss=z_loss)
         if fused is not None:
             return fused / _at_least_one(global_tokens)

@@ -198,3 +198,23 @@ def test_losses_of_log_probs_refuse_what_they_would_get_wrong(call, match):
     (hidden, _, _), labels = a_head()
     with pytest.raises(ValueError, match=match):
         call(hidden, labels)
+
+
+def test_heads_that_do_not_fit_together_are_refused():
+    (hidden, weight, bias), labels = a_head()
+    for other, match in (
+        (LinearLogits(hidden, weight, bias[:1]), r"got bias.shape=\(1,\)"),
+        (LinearLogits(hidden, weight, bias.float()), "in one floating dtype, got"),
+        (LinearLogits(hidden.bfloat16(), weight), "in one floating dtype, got"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=match):
+            token_mean_loss(other, labels, 9)
+
+
+@spmd(axes={"tp": 2})
+def test_a_bias_that_is_not_placed_as_its_weight_is_refused(mesh):
+    (hidden, weight, bias), labels = a_head()
+    sharded = distribute_tensor(weight.detach(), mesh, [Shard(0)])
+    for other in (bias, distribute_tensor(bias.detach(), mesh, [Replicate()])):
+        with pytest.raises(ValueError, match="placed as the weight is"):
+            token_mean_loss(LinearLogits(hidden, sharded, other), labels, 9)

@@ -1,13 +1,51 @@
-"""Ops that communicate: how one is made, and how selective checkpointing knows it again."""
+"""How functions become ops, and how selective checkpointing knows those that communicate."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.library import CustomOpDef
 
 from dtcp._torch import OpOverload, overload_of
+from dtcp.autocast import outside_autocast
 from dtcp.distributed.moves import OpMoves
+
+
+def local_op(
+    name: str, *, schema: str | None = None
+) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Make a function an op that moves nothing; its body runs outside of autocast.
+
+    It has no derivative in forward mode, of which torch would drop its share without a word.
+
+    Args:
+        name: dtcp::<name>.
+        schema: as of torch.library.custom_op; None reads it off the annotations.
+    """
+
+    def make(function: Callable[..., Any]) -> CustomOpDef:
+        body = outside_autocast(_without_tangents(name, function))
+        return torch.library.custom_op(name, mutates_args=(), schema=schema)(body)
+
+    return make
+
+
+def _without_tangents(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The body of an op that refuses what forward mode gives a tangent."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in args):
+            raise NotImplementedError(
+                f"{name} is differentiated in reverse alone, got a dual tensor of forward mode: "
+                f"use torch.autograd.grad or torch.func.vjp, not jvp, for code around it."
+            )
+        return function(*args, **kwargs)
+
+    return run
 
 
 def communicating_op(
@@ -15,14 +53,14 @@ def communicating_op(
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Make a function an op that says of itself that it communicates.
 
-    Any other op is made with torch.library.custom_op. The difference is what selective
-    checkpointing goes by: it keeps what this op returns, and never communicates a second time.
+    Any other op is a `local_op`. The difference is what selective checkpointing goes by: it keeps
+    what this op returns, and never communicates a second time.
 
     Args:
         name: dtcp::<name>; a backward op is called dtcp::<name>_backward.
         moves: what it moves, from its arguments, with tensors of the right sizes and no data; what
             the host reads in its body, as counts of tokens, the host reads here too.
-        schema: as of torch.library.custom_op; None reads it off the annotations.
+        schema: as of `local_op`.
 
     Example::
         @communicating_op("dtcp::ring_shift", moves=lambda x, by, group: Moved(...))
@@ -30,7 +68,7 @@ def communicating_op(
     """
 
     def make(function: Callable[..., Any]) -> CustomOpDef:
-        op = torch.library.custom_op(name, mutates_args=(), schema=schema)(function)
+        op = local_op(name, schema=schema)(function)
         # Kept by the op, which torch holds for the process: no list of ours to go out of date.
         setattr(overload_of(op), _MOVES, moves)
         return op

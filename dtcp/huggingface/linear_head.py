@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dtcp.autocast import as_autocast_casts
 from dtcp.forward import wrap_forward
-from dtcp.huggingface.autocast import as_autocast_casts
 from dtcp.linear_logits import LinearLogits
 
 

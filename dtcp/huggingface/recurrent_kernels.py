@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dtcp.huggingface.autocast import as_autocast_casts
+from dtcp.autocast import as_autocast_casts
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttention
 
 CONV, RULE = "dtcp_conv", "dtcp_rule"

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from dtcp.distributed.ledger import LEDGER
+from dtcp.distributed.ops import local_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.sparse.api import Sight, SparseKeys, sparse_backward, sparse_forward
 from dtcp.kernels.sparse.indexer import top_entries
 
 
-@torch.library.custom_op("dtcp::select_entries", mutates_args=())
+@local_op("dtcp::select_entries")
 def select_entries(
     q: Tensor,
     weight: Tensor,
@@ -71,7 +72,7 @@ def sparse_attention(
     return _forward(q, keys, entries, selected, sink, list(sight), scale)[0]
 
 
-@torch.library.custom_op("dtcp::sparse_attention", mutates_args=())
+@local_op("dtcp::sparse_attention")
 def _forward(
     q: Tensor,
     keys: Tensor,
@@ -98,7 +99,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=accumulation(q.dtype))
 
 
-@torch.library.custom_op("dtcp::sparse_attention_backward", mutates_args=())
+@local_op("dtcp::sparse_attention_backward")
 def _backward(
     grad_out: Tensor,
     q: Tensor,
