@@ -15,12 +15,11 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.library import custom_op
 
 from dtcp.distributed.counting import count_crossed
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.moves import Moved, Moves
-from dtcp.distributed.ops import communicating_op
+from dtcp.distributed.ops import communicating_op, local_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.types import AUTO
@@ -167,9 +166,7 @@ class AttentionOp:
     def __init__(self, name: str, strategy: Strategy, *, communicates: bool) -> None:
         self.name, self.strategy = name, strategy
         make, make_backward = (
-            partial(communicating_op, moves=moves)
-            if communicates
-            else partial(custom_op, mutates_args=())
+            partial(communicating_op, moves=moves) if communicates else local_op
             for moves in (self._forward_moves, self._backward_moves)
         )
         forward = schema_of(ForwardArguments, "(Tensor, Tensor[])")
@@ -235,7 +232,7 @@ class AttentionOp:
         LEDGER.record(op)
         context = self._context(op, x, x.kv_heads)
         out, grad_out, *saved = (
-            _on_a_line(each, x.in_line) for each in (x.out, x.grad_out, *x.saved)
+            _for_kernels(each, x.in_line) for each in (x.out, x.grad_out, *x.saved)
         )
         inputs, result = _lined_up(x.inputs, x.in_line), ForwardResult(out, saved)
         grads = self.strategy.backward(grad_out, inputs, result, context)
@@ -350,9 +347,14 @@ def schema_of(arguments: type[Any], returns: str) -> str:
 
 def _lined_up(x: AttentionInputs, in_line: bool) -> AttentionInputs:
     """The inputs of a batch whose rows are one line: its metadata are those of one row."""
-    q, k, v = (None if each is None else _on_a_line(each, in_line) for each in x[:3])
+    q, k, v = (None if each is None else _for_kernels(each, in_line) for each in x[:3])
     assert q is not None and v is not None
     return x._replace(q=q, k=k, v=v)
+
+
+def _for_kernels(x: Tensor, in_line: bool) -> Tensor:
+    """What kernels read with their channels side by side: torch's own for CPUs do not look."""
+    return _on_a_line(x if x.stride(-1) == 1 else x.contiguous(), in_line)
 
 
 def _on_a_line(x: Tensor, in_line: bool) -> Tensor:
