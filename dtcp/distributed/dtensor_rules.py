@@ -79,6 +79,12 @@ def check_placements(name: str, tensors: Sequence[Tensor], axis: str) -> None:
                 f"{name} communicates over one mesh axis, on which the sequence is sharded, got "
                 f"placement={placement} on axis {index} of {mesh}: place it as one of {allowed}."
             )
+        sizes = [x.shape[placement.dim] for x in tensors] if isinstance(placement, Shard) else []
+        if any(size % mesh.size(index) for size in sizes):
+            raise ValueError(
+                f"{name} computes on shards of one size, got {sizes} in dim {placement.dim} on "
+                f"axis {index} of {mesh}: pad it to a multiple of {mesh.size(index)}."
+            )
     if Shard(SEQ) not in placements:
         raise ValueError(
             f"{name} communicates over an axis of its inputs' mesh, got inputs on {mesh}, which "

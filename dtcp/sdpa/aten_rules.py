@@ -11,7 +11,7 @@ width than keys, dropout on the CPU) becomes plain maths on DTensors, which gath
 slow, and right; or, if it is causal, an error of torch's own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -129,7 +129,7 @@ def _forward_rule(results_not_read: ResultsNotRead) -> Callable[..., Any]:
             *x, metadata=[], scale=_scale(call), softcap=0.0, groups=groups
         )
         out, (lse,) = _op(call).forward(*arguments)
-        return (_torchs(out, q), _torchs(lse, q), *results_not_read(out))
+        return (*_torchs((out, lse), (q, q)), *results_not_read(out))
 
     return rule
 
@@ -158,7 +158,8 @@ def _backward_rule(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     grads = _op(call).backward(*arguments)[:3]
     # Of a bias and the like, which nobody gave.
     no_grads = [None] * (num_results(op) - len(grads))
-    return (*(_torchs(x, q) for x in grads), *no_grads)
+    of = [call[name] for name in ("query", "key", "value")]
+    return (*_torchs(grads, of), *no_grads)
 
 
 def _sequence_group(call: Arguments) -> list[str] | None:
@@ -196,16 +197,38 @@ def _ours(x: DTensor) -> Tensor:
     return to_local(x).transpose(SDPA_HEADS, SDPA_SEQ)
 
 
-def _torchs(x: Tensor, like: DTensor) -> DTensor:
-    """A shard [B, L, H, ...] -> [B, H, L, ...]."""
-    return wrap(x.transpose(1, 2), like)
+def _torchs(shards: Iterable[Tensor], like: Iterable[DTensor]) -> list[DTensor]:
+    """Shards [B, L, H, ...] -> [B, H, L, ...]."""
+    return [_wrapped(x.transpose(1, 2), of) for x, of in zip(shards, like, strict=True)]
 
 
 def _on_local(op: OpOverload, call: Arguments) -> tuple[Any, ...]:
     """Batch and heads are independent: the kernel runs on the shards as it is."""
     results = op(**to_local(call))
+    q = call["query"]
+    # Of a backward kernel the gradients of all three, of a forward one out and lse.
+    of = [q, call["key"], call["value"]] if "out" in call else [q, q]
+    of += [q] * (len(results) - len(of))
     return tuple(
-        wrap(x, call["query"]) if isinstance(x, Tensor) and x.ndim >= 3 else x for x in results
+        _wrapped(x, like) if isinstance(x, Tensor) and x.ndim >= 3 else x
+        for x, like in zip(results, of, strict=True)
+    )
+
+
+def _wrapped(local: Tensor, like: DTensor) -> DTensor:
+    """A shard placed as another DTensor is, whose ranks may have unequal shares of a dim."""
+    mesh, placements = like.device_mesh, like.placements
+    cut = [(p.dim, mesh.size(i)) for i, p in enumerate(placements) if isinstance(p, Shard)]
+    if all(like.shape[dim] % size == 0 for dim, size in cut):
+        return wrap(local, like)
+    whole = list(local.shape)
+    for dim, _ in cut:
+        whole[dim] = like.shape[dim]
+    # Its strides are those of one that is contiguous.
+    of = torch.empty(whole, device="meta")
+    local = local.contiguous()
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=of.shape, stride=of.stride()
     )
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.testing import assert_close
 
 from dtcp.compile import EagerIsland, InGraph, count_graphs
-from dtcp.distributed.dtensor_rules import bind, to_local, wrap
+from dtcp.distributed.dtensor_rules import bind, check_placements, to_local, wrap
+from dtcp.distributed.groups import group_name
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import RingAttention
 from dtcp.softmax.op import AttentionInputs
@@ -115,3 +116,15 @@ def test_compiled_op_takes_dtensors_and_refuses_any_other_placement(mesh):
     assert_close(out.to_local(), eager.to_local())
     with pytest.raises(Exception, match="on which the sequence is sharded"):
         ours(mesh, [Shard(2), Shard(1)], attend, sharded)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 2, 4), (3, 8, 2, 4)])
+@spmd(ranks=2)
+def test_shards_of_several_sizes_are_refused_on_all_ranks(mesh, shape):
+    """One rank alone would find a token too few, and the other wait for it."""
+    tensors = [distribute_tensor(torch.zeros(shape), mesh, [Shard(1)]) for _ in range(3)]
+    if shape[1] % 2:
+        with pytest.raises(ValueError, match=r"got \[7, 7, 7\] in dim 1 on axis 0"):
+            check_placements("an op", tensors, group_name(mesh))
+    else:
+        check_placements("an op", tensors, group_name(mesh))

@@ -358,3 +358,19 @@ def test_sequence_sharded_on_two_axes_is_refused(mesh):
     install_sdpa_rules()
     q, k, v, _ = sharded(whole_inputs(), mesh, [Shard(2), Shard(2)])
     refused(r"on axes of \[2, 2\] ranks", lambda: attend(q, k, v))
+
+
+@pytest.mark.parametrize("heads", [3, 4])
+@spmd(ranks=2)
+def test_heads_of_which_ranks_have_unequal_shares_keep_their_number(mesh, heads):
+    install_sdpa_rules()
+    whole = [torch.randn(2, heads, 8, 4, dtype=torch.float64) for _ in range(4)]
+    *inputs, grad = (distribute_tensor(x, mesh, [Shard(1)]) for x in whole)
+    inputs = [x.requires_grad_() for x in inputs]
+    out = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    leaves = [x.requires_grad_() for x in whole[:3]]
+    expected = F.scaled_dot_product_attention(*leaves, is_causal=True)
+    assert out.shape == expected.shape
+    assert_close(out.full_tensor(), expected)
+    grads = [x.full_tensor() for x in torch.autograd.grad(out, inputs, grad)]
+    assert_close(grads, list(torch.autograd.grad(expected, leaves, whole[3])))
