@@ -216,11 +216,11 @@ class KeysFromValues(MaskedMixer):
                 f"{tuple(position_ids.shape)}: give each [B, L, ...]."
             )
         width = v.shape[3]
-        if (key_scale.shape, frequency.shape) != ((width,), (width // 2,)):
+        if (key_scale.shape, frequency.shape) != ((width,), (width // 2,)) or width % 2:
             raise ValueError(
-                f"{subject} scales and rotates all channels, got v.shape={tuple(v.shape)}, "
-                f"key_scale.shape={tuple(key_scale.shape)}, frequency.shape="
-                f"{tuple(frequency.shape)}: give [D] and [D / 2]."
+                f"{subject} scales and rotates all channels, in pairs, got v.shape="
+                f"{tuple(v.shape)}, key_scale.shape={tuple(key_scale.shape)}, "
+                f"frequency.shape={tuple(frequency.shape)}: give [D] and [D / 2]."
             )
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -97,6 +97,11 @@ class ContextParallelKeysFromValues(ClaimedMixer, KeysFromValues):
         attn_metadata: BatchMetadata,
     ) -> Tensor:
         self.check_operands(q, v, position_ids, key_scale, frequency)
+        if frequency.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"Keys that are made where they arrive give no gradient to what rotates them, got "
+                f"frequency.requires_grad=True for {self.style}: pass frequency.detach()."
+            )
         metadata: Any = self.own(attn_metadata)
         check_position_ids(position_ids, metadata.position_ids, metadata.sees)
         q = rotate(q, metadata.position_ids, frequency)

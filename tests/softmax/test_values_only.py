@@ -9,6 +9,7 @@ from dtcp.batch import shard_batch
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.rotary import rotate
+from dtcp.mixer import batch_metadata
 from dtcp.mixer_plan import apply_plan
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
@@ -96,3 +97,27 @@ def test_strategies_that_bring_no_values_alone_refuse_them(mesh):
     mixer = nn.ModuleList([KeysFromValues(Causal())])
     with pytest.raises(ValueError, match=r"HybridAttention too.*got UlyssesAttention"):
         apply_plan(mixer, mesh, {"0": UlyssesAttention()})
+
+
+@spmd(ranks=2)
+def test_frequencies_that_would_get_part_of_a_gradient_are_refused(mesh):
+    """Queries are rotated in the graph, keys where they arrive."""
+    documents = Documents.single(1, 8)
+    mixer = KeysFromValues(Causal())
+    apply_plan(nn.ModuleList([mixer]), mesh, {"0": RingAttention()})
+    batch = {"input_ids": torch.zeros(1, 8, dtype=torch.int64)}
+    ranks = ParallelMesh.of_sequence(mesh)
+    sharded = shard_batch(batch, ranks, HeadTail, model=mixer, documents=documents)[1]
+    q, positions = torch.randn(1, 4, 1, DIM), sharded.shard(documents.position_ids())
+    frequency = torch.rand(2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"frequency.requires_grad=True.*pass frequency.detach"):
+        mixer(q, q, positions, torch.ones(DIM), frequency, sharded.attn_metadata)
+    with torch.no_grad():
+        mixer(q, q, positions, torch.ones(DIM), frequency, sharded.attn_metadata)
+
+
+def test_channels_that_make_no_pairs_are_refused():
+    mixer, x = KeysFromValues(Causal()), torch.randn(1, 8, 1, 5)
+    operands = (x, x, torch.arange(8)[None], torch.ones(5), torch.rand(2))
+    with pytest.raises(ValueError, match=r"in pairs, got v.shape=\(1, 8, 1, 5\)"):
+        mixer(*operands, batch_metadata(mixer, Documents.single(1, 8)))
