@@ -85,9 +85,9 @@ def to_thd(batch: THDBatch, *, seq_lens_padding_value: int = SENTINEL) -> dict[s
 
     Args:
         batch: input_ids [B, S] (or embeddings [B, S, E]) or inputs_embeds, labels [B, S],
-            seq_lens and seq_lens_padded [B, N]; position_ids [B, S] or [axes, B, S], counted
-            through each slot if missing. Other tensors of [B, S, ...] are flattened likewise; any
-            other value stays as it is.
+            seq_lens and seq_lens_padded [B, N]; position_ids [B, S] or [axes, B, S], of one
+            row for all or of each, counted through each slot if missing. Other tensors of
+            [B, S, ...] are flattened likewise; any other value stays as it is.
     Returns:
         the same keys, and cu_seqlens [N + 1] int32, the cumulated lengths of documents;
         cu_seqlens_padded [N + 1] int32, those of slots; max_seqlen, int32, the longest slot;
@@ -203,6 +203,7 @@ def row_chunks(
     fill |= dict.fromkeys(("seq_lens", "seq_lens_padded"), seq_lens_padding_value)
     chunks: list[dict[str, Any]] = [{} for _ in range(num_chunks)]
     for key, x in batch.items():
+        x = _of_each_row(key, x, rows)
         dim = _row_dim(key, x, rows, seq_len)
         if dim is None:
             parts: Sequence[Any] = [x] * num_chunks
@@ -280,12 +281,20 @@ def _check_agrees(batch: THDBatch, slots: Slots, rows: int, seq_len: int) -> Non
 
 
 def _flat(key: str, x: Any, rows: int, seq_len: int) -> Any:
+    x = _of_each_row(key, x, rows)
     dim = _row_dim(key, x, rows, seq_len)
     if dim is None or x.shape[dim + 1 : dim + 2] != (seq_len,):
         return x
     flat = x.flatten(dim, dim + 1)
     # A RoPE of several axes keeps a batch dim of one row: [axes, 1, T].
     return flat.unsqueeze(1) if dim else flat
+
+
+def _of_each_row(key: str, x: Any, rows: int) -> Any:
+    """Position ids of one row, [1, S] or [axes, 1, S], stand for those of all."""
+    if key != "position_ids" or not isinstance(x, Tensor) or x.ndim < 2 or x.shape[-2] != 1:
+        return x
+    return x.expand(*x.shape[:-2], rows, -1)
 
 
 def _row_dim(key: str, x: Any, rows: int, seq_len: int) -> int | None:

@@ -173,3 +173,17 @@ def test_bad_batches_are_refused(mesh):
     for key in ("labels", "seq_lens", "seq_lens_padded"):
         with pytest.raises(KeyError, match=key):
             make_cp_batch_for_te(mesh, {k: x for k, x in rows().items() if k != key})
+
+
+@pytest.mark.parametrize("axes", [(), (3,)])
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_positions_of_one_row_stand_for_all(num_chunks, axes):
+    positions = torch.arange(SEQ_LEN).expand(*axes, 1, SEQ_LEN)
+    whole = {"seq_lens": torch.full((ROWS, 1), SEQ_LEN)}
+    whole["seq_lens_padded"] = whole["seq_lens"]
+    of_one, of_each = (
+        make_cp_batch_for_te(None, rows(**whole, position_ids=x), num_chunks=num_chunks)
+        for x in (positions, positions.expand(*axes, ROWS, SEQ_LEN).contiguous())
+    )
+    assert_close(of_one["position_ids"], of_each["position_ids"])
+    assert of_one["position_ids"].numel() == of_one["input_ids"].numel() * max(1, *axes, 0)
