@@ -205,6 +205,22 @@ def _check_keys(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | N
     other = {key: type(x).__name__ for key, x in batch.items() if not isinstance(x, Tensor)}
     if other:
         raise TypeError(f"A batch holds tensors, got {other}: leave out keys that have none.")
+    for key, x in batch.items():
+        rule = fields.get(key)
+        if rule is not None and not _holds(x.dtype, rule.pad):
+            raise TypeError(
+                f"Padding of a key is of its own dtype, got {key}.dtype={x.dtype}, which does not "
+                f"hold pad={rule.pad!r}: convert it (labels to int64), or name another pad."
+            )
+
+
+def _holds(dtype: torch.dtype, pad: int | float | bool | Fill) -> bool:
+    """Whether a tensor of this dtype can be filled with a value as it is."""
+    if isinstance(pad, Fill) or dtype.is_floating_point or dtype.is_complex:
+        return True
+    if dtype == torch.bool:
+        return pad in (0, 1)
+    return torch.iinfo(dtype).min <= pad <= torch.iinfo(dtype).max and pad == int(pad)
 
 
 def _shape(batch: Mapping[str, Tensor], fields: Mapping[str, TokenField | None]) -> tuple[int, int]:

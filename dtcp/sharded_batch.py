@@ -15,7 +15,7 @@ from dtcp.row_parts import part_of_rows
 from dtcp.rows import pad_end
 from dtcp.sequence.arguments import check_dim
 from dtcp.sequence.coords import Coords
-from dtcp.sequence.documents import Documents
+from dtcp.sequence.documents import PADDING, Documents
 from dtcp.sequence.layout import SequenceLayout
 
 
@@ -120,14 +120,13 @@ class ShardedBatch:
 
         Traffic per rank: (n - 1) * B * N numbers, and none back.
         """
-        rows, num_shards = self.documents.batch, self.layout.num_shards
+        rows = self.documents.batch
         if x.shape != (rows, self.layout.shard_len):
             raise ValueError(
                 f"A ShardedBatch sums a number of each token, got x.shape={tuple(x.shape)}: give "
                 f"[B, L] = {(rows, self.layout.shard_len)}."
             )
-        token_index = self.layout.token_indices(self.mesh.rank("cp") if num_shards > 1 else 0)
-        document = self.coords.document[:, token_index].to(x.device)
+        document = self.shard(self.documents.document(), pad=PADDING).to(x.device)
         count = max(len(lengths) for lengths in self.documents.lengths)
         # What is in no document is summed in a place that is cut off.
         place = document.where(document >= 0, count)

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.distributed.same_rows import RowHashes
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.mixer import MixerKinds, batch_metadata
 from dtcp.rows import DEFAULT_FIELDS, WHOLE, Fill, TokenField
@@ -432,3 +433,34 @@ def test_mixer_that_no_plan_claims_is_refused_on_a_sharded_sequence():
     coords_of_two = HeadTail(16, 2)
     with pytest.raises(ValueError, match="unclaimed SoftmaxAttention"):
         model.make_metadata(None, coords_of_two)
+
+
+def test_padding_that_is_cut_out_of_longer_rows_is_compared():
+    """Its bytes do not begin where eight of them can be read at once."""
+    longer = torch.zeros(1, 17, dtype=torch.bool)
+    longer[0, 15:] = True
+    ids, mask = torch.arange(16)[None], longer[:, 1:]
+    hashes = [RowHashes.of({"input_ids": ids, "padding_mask": x}, None) for x in (mask, ~mask)]
+    assert mask.is_contiguous() and not torch.equal(*(x.of_rows for x in hashes))
+
+
+def test_keys_whose_dtype_does_not_hold_their_padding_are_refused():
+    ids = torch.ones(1, 5, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"labels.dtype=torch.uint8, which does not hold pad=-100"):
+        on_one_rank({"input_ids": ids, "labels": ids.to(torch.uint8)}, None)
+    fields = {**DEFAULT_FIELDS, "weights": TokenField(1, 0.5)}
+    with pytest.raises(TypeError, match=r"weights.dtype=torch.int64, which does not hold pad=0.5"):
+        on_one_rank({"input_ids": ids, "weights": ids}, None, fields=fields)
+
+
+@pytest.mark.parametrize("layout", [HeadTail, PerDocument, DocumentBalanced])
+@spmd(ranks=2)
+def test_sums_over_documents_of_rows_that_are_laid_out_each_by_itself(mesh, layout):
+    documents = Documents(((5, 8, 3), (9,)), 16)
+    batch = {"input_ids": torch.zeros(2, 16, dtype=torch.int64)}
+    whole = ParallelMesh.from_device_mesh(mesh)
+    _, sharded = shard_batch(batch, whole, layout, documents=documents)
+    x = torch.arange(32.0).view(2, 16)
+    row, other = x
+    expected = [[row[:5].sum(), row[5:13].sum(), row[13:].sum()], [other[:9].sum(), 0, 0]]
+    assert_close(sharded.sum_by_document(sharded.shard(x)), torch.tensor(expected))

@@ -183,12 +183,18 @@ def _weighed(stretches: Tensor, weights: Tensor) -> Tensor:
 def _numbers(x: Tensor) -> Tensor:
     """Whole numbers that change with x: of vectors per token the first entry's bits."""
     x = x.detach()
-    if x.dtype == torch.bool and x.ndim == 2 and x.is_contiguous() and x.shape[1] % 8 == 0:
+    if x.dtype == torch.bool and x.ndim == 2 and _in_eights(x):
         return x.view(torch.int64)  # eight at once
     if not x.is_floating_point():
         return x if x.dtype in WHOLE_NUMBERS else x.long()
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return (x[..., 0] if x.ndim > 2 else x).contiguous().view(bits)
+
+
+def _in_eights(x: Tensor) -> bool:
+    """Whether the bytes of each row can be read eight at once; not of a row cut out of another."""
+    whole = (x.shape[1], x.stride(0), x.storage_offset())
+    return x.is_contiguous() and not any(each % 8 for each in whole)
 
 
 @lru_cache(maxsize=8)
