@@ -18,7 +18,7 @@ from dtcp.cp_utils.seq_padding import (
     _pad_position_ids_seq_dim_ as _pad_position_ids_seq_dim_,
 )
 from dtcp.cp_utils.seq_padding import _pad_tensor_seq_dim_ as _pad_tensor_seq_dim_
-from dtcp.cp_utils.validation import padding_of_mask
+from dtcp.cp_utils.validation import agreed_padding
 from dtcp.distributed.collectives import all_gather_over
 from dtcp.sequence.arguments import FLOATS, WHOLE_NUMBERS, check_ints, check_tensor
 
@@ -137,8 +137,6 @@ def padding_of(batch: Mapping[str, Any]) -> Tensor | None:
     """[B, S], True for padding: a batch's padding_mask, or what its attention_mask says.
 
     Raises:
-        ValueError: an attention_mask that `padding_of_mask` refuses.
+        ValueError: an attention_mask that `padding_of_mask` refuses, or two that differ.
     """
-    padding: Tensor | None = batch.get("padding_mask")
-    mask: Tensor | None = batch.get("attention_mask")
-    return padding if padding is not None or mask is None else padding_of_mask(mask)
+    return agreed_padding(batch.get("attention_mask"), batch.get("padding_mask"))

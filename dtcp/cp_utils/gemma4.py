@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp.cp_utils.batch import MODEL_OWNED, PACKED_SEQ_IDS, BatchDict
 from dtcp.cp_utils.context import ContextFactory
 from dtcp.cp_utils.seq_padding import _pad_position_ids_seq_dim_, _pad_tensor_seq_dim_
-from dtcp.cp_utils.validation import check_one_document, check_rows, padding_of_mask
+from dtcp.cp_utils.validation import agreed_padding, check_one_document, check_rows
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
 from dtcp.mixer import collect_metadata
@@ -123,8 +123,9 @@ def _prepare_manual_cp_batch(
         loss_mask).
     """
     mask = batch.pop("attention_mask", None)
-    if mask is not None and batch.get("padding_mask") is None:
-        batch["padding_mask"] = padding_of_mask(mask)
+    padding = agreed_padding(mask, batch.get("padding_mask"))
+    if padding is not None:
+        batch["padding_mask"] = padding
     primary = primary_key(batch)
     check_rows(batch, primary, (primary, "labels", "padding_mask", PACKED_SEQ_IDS))
     if batch.get(PACKED_SEQ_IDS) is None:
@@ -216,14 +217,15 @@ def _shard_for(
     padding_token_id: int = 0,
 ) -> tuple[ContextFactory, BatchDict]:
     """The model's own sharder: the same, plus the metadata of its mixers."""
-    whole = dict(batch)
-    key, seq_len, *_ = _prepare_manual_cp_batch(cp_mesh, tp_mesh, whole, loss_mask)
-    _synthesize_single_document_seq_ids(whole, key, seq_len)
     extra = {SEQ_DIMS: {**batch.get(SEQ_DIMS, {}), GROUPS: 1}}
     extra[PAD_VALUES] = {**batch.get(PAD_VALUES, {}), GROUPS: -1}
     context, local = make_contiguous_shard_cp_batch_and_ctx(
         cp_mesh, tp_mesh, {**batch, **extra}, loss_mask, padding_token_id
     )
+    # After ranks have compared their batches: who refuses its own alone leaves no other waiting.
+    whole = dict(batch)
+    key, seq_len, *_ = _prepare_manual_cp_batch(cp_mesh, tp_mesh, whole, loss_mask)
+    _synthesize_single_document_seq_ids(whole, key, seq_len)
     ranks = 1 if cp_mesh is None else cp_mesh.size()
     missing = -seq_len % (2 * ranks)
     documents = _documents(whole[PACKED_SEQ_IDS].cpu(), whole.get("padding_mask"), missing)

@@ -39,6 +39,32 @@ def padding_of_mask(mask: Tensor) -> Tensor:
     )
 
 
+def agreed_padding(mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
+    """The padding of a batch, [B, S], from its attention_mask, its padding_mask or both.
+
+    Args:
+        mask: as of `padding_of_mask`; None without.
+        padding: [B, S], True for padding; None without.
+    Raises:
+        ValueError: one that `padding_of_mask` refuses, or two that differ.
+    """
+    if mask is None:
+        return padding
+    found = padding_of_mask(mask)
+    if padding is None:
+        return found
+    check_tensor("A batch", shape="[B, S]", padding_mask=padding)
+    alike = padding.ndim == 2 and found.shape[1] == padding.shape[1]
+    alike = alike and len(found) in (1, len(padding))
+    if not alike or bool((padding.bool().cpu() != found.cpu()).any()):
+        raise ValueError(
+            f"A batch says once what is padding, got an attention_mask of shape "
+            f"{tuple(mask.shape)} and a padding_mask (True: padding) of shape "
+            f"{tuple(padding.shape)} that differ: pass one of them."
+        )
+    return padding
+
+
 def check_rows(batch: Mapping[str, Any], primary: str, keys: Collection[str]) -> None:
     """Refuse keys [B, S, ...] whose rows are not as long as those that the model reads.
 
@@ -89,9 +115,18 @@ def check_one_document(
     mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None and mask.ndim == 2 and bool((mask > 1).any()):
         hints.append("an attention_mask that numbers documents")
+    if mask is not None and mask.ndim == 4 and _cuts_documents(mask):
+        hints.append("an attention_mask in which tokens do not see the one before them")
     if position_ids is not None and restarts(position_ids, padding):
         hints.append("position_ids that restart")
     if hints:
         raise ValueError(
             f"A batch gives its documents where they are read, got {' and '.join(hints)}: {remedy}."
         )
+
+
+def _cuts_documents(mask: Tensor) -> bool:
+    """Whether some token of a mask [B, 1, S, S] does not see the one before it: they are packed."""
+    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    token, before = (seen.diagonal(offset, -2, -1) for offset in (0, -1))
+    return bool((token[:, 1:] & token[:, :-1] & ~before).any())

@@ -297,3 +297,26 @@ def test_lengths_that_do_not_fit_their_batch_are_refused():
     padded = {"seq_lens": torch.tensor([[2, 2]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
     with pytest.raises(ValueError, match="padding among the tokens 2 to 3 of row 0"):
         make(Axis(2, 0), None, {**plain_batch(4, 1), **padded})
+
+
+SEEDS = (make_dsv4_contiguous_shard_cp_batch_and_ctx, make_contiguous_shard_cp_batch_and_ctx)
+
+
+@pytest.mark.parametrize("make", SEEDS)
+def test_documents_that_a_mask_of_four_dims_tells_apart_are_refused(make):
+    """Its diagonal says what is padding; that tokens see no other document it says elsewhere."""
+    document = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
+    seen = (document[:, None] == document) & torch.ones(8, 8, dtype=torch.bool).tril()
+    batch = {**plain_batch(8), "attention_mask": seen.expand(2, 1, -1, -1)}
+    with pytest.raises(ValueError, match="tokens do not see the one before them"):
+        make(None, None, batch)
+
+
+@pytest.mark.parametrize("make", SEEDS)
+def test_a_mask_and_padding_that_differ_are_refused(make):
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    mask[1, 6:] = 0
+    alike = {**plain_batch(8), "attention_mask": mask, "padding_mask": mask == 0}
+    assert make(None, None, alike)[1]["padding_mask"].tolist() == (mask == 0).tolist()
+    with pytest.raises(ValueError, match="A batch says once what is padding"):
+        make(None, None, {**alike, "padding_mask": mask < 0})

@@ -186,3 +186,14 @@ def test_gemma4_refuses_a_hooked_batch_that_does_not_say_where_images_are():
     hooked = prepare_model_inputs_for_cp(model, {**batch, "_packed_seq_ids": seq_ids})
     with pytest.raises(ValueError, match="an id in several stretches of row 0"):
         hooked["_cp_make_batch_fn"](None, None, hooked)
+
+
+@spmd(ranks=2)
+def test_a_rank_that_refuses_its_hooked_batch_leaves_no_other_waiting(mesh):
+    batch = {key: BATCH[key] for key in ("input_ids", "labels")}
+    prepared = prepare_model_inputs_for_cp(Gemma4(replace(tiny(), vision_blocks=False)), batch)
+    if mesh.get_local_rank():
+        del prepared["labels"]
+    error, match = ((ValueError, "refused its batch"), (KeyError, "labels"))[mesh.get_local_rank()]
+    with pytest.raises(error, match=match):
+        make_cp_batch_and_ctx(mesh, prepared)
