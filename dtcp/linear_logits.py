@@ -144,7 +144,7 @@ def checked_head(logits: LinearLogits) -> LinearLogits:
         raise TypeError(
             f"A head computes logits in one floating dtype, got {dtypes}: convert them to one."
         )
-    return replace(logits, **cast)
+    return replace(logits, hidden=cast["hidden"], weight=cast["weight"], bias=cast.get("bias"))
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -19,6 +19,7 @@ from math import prod
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from dtcp._torch import OpOverload, argument_names, local_tensor
@@ -79,16 +80,24 @@ def check_placements(name: str, tensors: Sequence[Tensor], axis: str) -> None:
                 f"{name} communicates over one mesh axis, on which the sequence is sharded, got "
                 f"placement={placement} on axis {index} of {mesh}: place it as one of {allowed}."
             )
-        sizes = [x.shape[placement.dim] for x in tensors] if isinstance(placement, Shard) else []
-        if any(size % mesh.size(index) for size in sizes):
-            raise ValueError(
-                f"{name} computes on shards of one size, got {sizes} in dim {placement.dim} on "
-                f"axis {index} of {mesh}: pad it to a multiple of {mesh.size(index)}."
-            )
+        if isinstance(placement, Shard):
+            _check_equal_shards(name, tensors, placement.dim, mesh, index)
     if Shard(SEQ) not in placements:
         raise ValueError(
             f"{name} communicates over an axis of its inputs' mesh, got inputs on {mesh}, which "
             f"lacks it: use the mesh the plan was applied on."
+        )
+
+
+def _check_equal_shards(
+    name: str, tensors: Sequence[Tensor], dim: int, mesh: DeviceMesh, index: int
+) -> None:
+    """Refuse a dim that an axis cuts unevenly: on all ranks, where one alone would find less."""
+    sizes = [x.shape[dim] for x in tensors]
+    if any(size % mesh.size(index) for size in sizes):
+        raise ValueError(
+            f"{name} computes on shards of one size, got {sizes} in dim {dim} on axis {index} of "
+            f"{mesh}: pad it to a multiple of {mesh.size(index)}."
         )
 
 
