@@ -132,6 +132,16 @@ def test_every_dotted_name_of_the_library_on_a_page_is_there():
             raise AssertionError(f"{name} names {dotted}") from error
 
 
+def test_every_new_name_of_the_changelog_is_there():
+    """Of its tables the last column, where a name is spelled in full."""
+    page = (ROOT / "docs/changelog.md").read_text()
+    columns = re.findall(r"^\| .* \| (.*) \|$", page, re.MULTILINE)
+    named = {name for text in columns for name in re.findall(r"`(dtcp(?:\.\w+)+)`", text)}
+    assert len(named) > 20
+    for name in sorted(named):
+        pkgutil.resolve_name(name)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "docs/migrate.md"])
 def test_names_in_code_type_are_words_of_the_code(name):
     """Finds what was renamed; not a word that the code has elsewhere."""
