@@ -289,14 +289,14 @@ def rank_forecast(
     Args:
         groups: names of the trace's process groups in this process, where they differ.
     """
-    tables = {key: metadata[key].tensors() for key in metadata}
+    tensors = {key: metadata[key].tensors() for key in metadata}
     parts: dict[str, MixerBytes] = {}
     for call in step.trace.calls:
         if not over_cp(call, step):
             continue
         part = call.place.part
         known = parts.get(part, MixerBytes(part, step.times(part)))
-        moved, flops = _asked(call, tables, groups)
+        moved, flops = _asked(call, tensors, groups)
         if call.place.backward:
             known = replace(
                 known,
@@ -312,20 +312,20 @@ def rank_forecast(
 
 
 def _asked(
-    call: OpCall, tables: Mapping[MetadataKey, Sequence[Tensor]], groups: Mapping[str, str]
+    call: OpCall, tensors: Mapping[MetadataKey, Sequence[Tensor]], groups: Mapping[str, str]
 ) -> tuple[Moved, int]:
-    args, kwargs = call.arguments(tables, groups)
+    args, kwargs = call.arguments(tensors, groups)
     moves = moves_of(call.op)
     moved = Moved() if moves is None else moves(*args, **kwargs)
     return moved, mixer_flops(call.op, args)
 
 
 def received_over_cp(step: TracedStep, metadata: BatchMetadata) -> int:
-    """Bytes that this rank receives over cp for a batch: what the host's tables alone tell."""
-    tables = {key: metadata[key].tensors() for key in metadata}
+    """Bytes that this rank receives over cp for a batch: of what the host reads alone."""
+    tensors = {key: metadata[key].tensors() for key in metadata}
     total = 0
     for call in step.trace.calls:
         if (moves := moves_of(call.op)) is not None and call.op.name() not in EXPERT_OPS:
-            args, kwargs = call.arguments(tables, NO_GROUPS)
+            args, kwargs = call.arguments(tensors, NO_GROUPS)
             total += step.times(call.place.part) * sum(moves(*args, **kwargs).received)
     return total

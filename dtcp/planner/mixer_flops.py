@@ -1,11 +1,15 @@
 """FLOPs of our ops: of mixers from the keys that queries see, as of kernels that skip the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from dtcp._torch import OpOverload, argument_names
+from dtcp.kernels.sparse.types import Sight
+from dtcp.softmax.inputs import AttentionInputs
+from dtcp.softmax.joined_shards import UlyssesMetadata
+from dtcp.softmax.metadata import KeyExchangeMetadata
 
 CHUNK = 64
 """Tokens that kernels of the delta rule work on at once."""
@@ -13,6 +17,8 @@ GROUPED_PRODUCTS = frozenset(["dtcp::grouped_linear", "dtcp::grouped_weight_grad
 """Matmuls of experts, by name of the op."""
 BACKWARD = 2.5
 """Matmuls of attention's backward over those of its forward: five for two."""
+MADE_AGAIN = 3
+"""Products by which backward makes keys of latents again and brings their gradients back."""
 
 
 def mixer_flops(op: OpOverload, args: Sequence[Any]) -> int:
@@ -20,47 +26,54 @@ def mixer_flops(op: OpOverload, args: Sequence[Any]) -> int:
     name = op.name().partition("::")[2]
     backward = name.endswith("_backward")
     name = name.removesuffix("_backward")
+    call = dict(zip(argument_names(op), args, strict=False))
     if name in ("gated_delta_rule", "gated_linear_attention"):
-        return _delta_rule(args[1:] if backward else args, backward=backward)
+        return _delta_rule(call["q"], call["v"], backward=backward)
     if name == "sparse_attention":
-        return _sparse(args, backward=backward)
+        return _sparse(call, backward=backward)
     if name == "attention" or name.endswith("_attention"):
-        return _attention(name, op, args, backward=backward)
+        return _attention(name, call, backward=backward)
     if name == "grouped_linear":
-        weight = args[1].shape
-        return 2 * args[0].shape[0] * weight[1] * weight[2]
+        rows, weight = call["x"].shape[0], call["weight"].shape
+        return 2 * rows * weight[1] * weight[2]
     if name == "grouped_weight_gradient":
-        return 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
+        grad, x = call["grad"].shape, call["x"].shape
+        return 2 * grad[0] * grad[1] * x[1]
     if name == "select_entries":
-        return _indexer(args)
+        return _indexer(call["q"], call["tiles"], call["num_selected"])
     return 0
 
 
-def _attention(name: str, op: OpOverload, args: Sequence[Any], *, backward: bool) -> int:
-    named = dict(zip(argument_names(op), args, strict=False))
-    tables, q, v = named["metadata"], named["q"], named["v"]
-    out = named["grad_out"] if backward else q
+def _attention(name: str, call: Mapping[str, Any], *, backward: bool) -> int:
+    q, up, metadata = call["q"], call["up"], call["metadata"]
+    x = AttentionInputs(q, call["k"], call["v"], up=up)
+    out = call["grad_out"] if backward else q
     (rows, length, heads), key_dim = out.shape[:3], q.shape[-1]
-    value_dim = out.shape[-1] if backward or v is None else v.shape[-1]
+    value_dim = out.shape[-1] if backward else x.value_width
     shared = 1
     if name.startswith("ulysses"):
-        # The tables are of the whole row (of a group's part of it), for a share of the heads.
-        tables = tables[2:]
-        shared = max(1, tables[0].shape[-1] // length)
-    first, last = tables[0], tables[1]
-    pairs = int((last.long() - first.long() + 1).clamp(min=0).sum())
-    # Rows that are alike share their tables; those of a line have them all.
-    alike = rows // first.shape[0] if first.shape[1] <= length * shared else 1
+        # Its metadata are of the whole row (of a group's part of it), for a share of the heads.
+        metadata = metadata[_OUTER:]
+        shared = max(1, metadata[0].shape[-1] // length)
+    # What the metadata of every strategy start with.
+    first_key, last_key = metadata[:2]
+    pairs = int((last_key.long() - first_key.long() + 1).clamp(min=0).sum())
+    # The metadata of a line are of all its rows; else rows that are alike share theirs.
+    rows = rows if first_key.shape[1] <= length * shared else 1
+    alike = rows // first_key.shape[0]
     forward = 2 * pairs * alike * heads * (key_dim + value_dim) // shared
-    return int(forward * BACKWARD) if backward else forward
+    made = 0
+    if up is not None:
+        # Of latents, wherever these come from; of one device the op is given keys and values.
+        made = 2 * rows * sum(KeyExchangeMetadata.of_tensors(metadata).key_counts) * up.numel()
+    return int(forward * BACKWARD) + MADE_AGAIN * made if backward else forward + made
 
 
-def _tensors(x: Sequence[Any]) -> bool:
-    return bool(x) and all(isinstance(each, Tensor) for each in x)
+_OUTER = list(UlyssesMetadata.__annotations__).index("outer")
+"""Tensors of Ulysses' own in front of those that the strategy inside reads."""
 
 
-def _delta_rule(args: Sequence[Any], *, backward: bool) -> int:
-    q, _, v = args[:3]
+def _delta_rule(q: Tensor, v: Tensor, *, backward: bool) -> int:
     batch, length, heads, value_dim = v.shape
     key_dim = q.shape[-1]
     tokens = batch * length * heads
@@ -69,29 +82,21 @@ def _delta_rule(args: Sequence[Any], *, backward: bool) -> int:
     return 2 * forward if backward else forward
 
 
-def _sparse(args: Sequence[Any], *, backward: bool) -> int:
-    q, _, entries, selected = args[1:5] if backward else args[:4]
-    sight = next(arg for arg in args if isinstance(arg, list | tuple) and _tensors(arg))
-    window_first, first, last = sight[0], sight[1], sight[2]
-    pairs = int((last.long() - window_first.long() + 1).clamp(min=0).sum())
+def _sparse(call: Mapping[str, Any], *, backward: bool) -> int:
+    q, selected, sight = call["q"], call["selected"], Sight(*call["sight"])
+    keys, entries = (run[..., 1] - run[..., 0] for run in (sight.key_run, sight.entry_run))
+    if call["entries"] is None:
+        entries = entries[..., :0]
     if selected is not None:
-        pairs += selected.shape[0] * selected.shape[1] * selected.shape[2]
-    elif entries is not None:
-        seen = (last.long() - first.long() + 1).clamp(min=0).sum()
-        ratio = max(1, round(sight[0].shape[0] * _row(sight) / max(1, entries.shape[1])))
-        pairs += int(seen) // ratio
+        entries = entries.clamp(max=selected.shape[-1])
+    pairs = int(keys.sum()) + int(entries.sum())
     heads, dim = q.shape[2:]
     forward = 4 * pairs * heads * dim
     return int(forward * BACKWARD) if backward else forward
 
 
-def _row(sight: Sequence[Any]) -> int:
-    """Tokens of a row, as far as the last one seen."""
-    return int(sight[2].max()) + 1
-
-
-def _indexer(args: Sequence[Any]) -> int:
-    q, _, keys, first, last = args[:5]
-    seen = int((last.long() - first.long() + 1).clamp(min=0).sum())
-    share = keys.shape[1] / max(1, int(last.max()) + 1)
-    return int(2 * seen * share * q.shape[2] * q.shape[3])
+def _indexer(q: Tensor, tiles: Tensor, num_selected: int) -> int:
+    """Of whole tiles, as they are scored; one that sees no more than it may select is not."""
+    start, stop, _, _, low, high = tiles.long().unbind(-1)
+    scored = (stop - start) * (high - low) * (high - low > num_selected)
+    return 2 * int(scored.sum()) * q.shape[2] * q.shape[3]

@@ -164,9 +164,9 @@ def _or_raise(outcome: T | ValueError | TypeError) -> T:
 
 def _key(setup: Setup) -> Hashable:
     degrees = row_degrees(setup.degrees)
-    how = (setup.layout, repr(setup.attention), setup.checkpoint, setup.precision, setup.reshard)
+    kind = (setup.layout, repr(setup.attention), setup.checkpoint, setup.precision, setup.reshard)
     nodes = setup.ranks_per_node if setup.ranks_per_node < degrees.world else 0
-    return degrees, setup.documents, nodes, how
+    return degrees, setup.documents, nodes, kind
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:

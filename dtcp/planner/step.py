@@ -126,7 +126,8 @@ def trace_step(subject: Subject, mesh: ParallelMesh, setup: Setup) -> TracedStep
     # It makes two tensors of a shared parameter.
     restore_tied_parameters(model, tied)
     local, sharded = subject.batch(model, mesh, setup.layout, setup.documents)
-    inputs = bytes_of([*local.values(), *tables_of(sharded.attn_metadata), *placed.model.buffers()])
+    read = metadata_tensors(sharded.attn_metadata)
+    inputs = bytes_of([*local.values(), *read, *placed.model.buffers()])
     with fake:
         local = {key: fake.from_tensor(x) for key, x in local.items()}
     names = [kind.name for kind in kinds]
@@ -163,9 +164,9 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum({storage_key(each): each.nbytes() for each in storages}.values())
 
 
-def tables_of(metadata: BatchMetadata) -> list[Tensor]:
+def metadata_tensors(metadata: BatchMetadata) -> list[Tensor]:
     """What mixers read of a batch, without the model's modules that do."""
-    return [table for key in metadata for table in metadata[key].tensors()]
+    return [tensor for key in metadata for tensor in metadata[key].tensors()]
 
 
 def styles_of(model: nn.Module) -> list[Any]:

@@ -88,12 +88,12 @@ def _qwen3_5_plan(
 FAMILIES: Mapping[str, ModelFamily] = {
     "llama": ModelFamily(
         llama.Llama,
-        lambda config, mesh, how, _: llama_plan(config, mesh, how),
+        lambda config, mesh, attention, _: llama_plan(config, mesh, attention),
         llama.config_from_hf,
     ),
     "gemma4": ModelFamily(
         gemma4.Gemma4,
-        lambda config, mesh, how, _: gemma4_plan(config, mesh, how),
+        lambda config, mesh, attention, _: gemma4_plan(config, mesh, attention),
         gemma4.config_from_hf,
     ),
     "qwen3_5": ModelFamily(qwen3_5.Qwen35, _qwen3_5_plan, qwen3_5.config_from_hf),

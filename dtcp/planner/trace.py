@@ -53,7 +53,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Table:
+class MetadataTensor:
     """One of the tensors of a batch's metadata."""
 
     key: MetadataKey
@@ -70,13 +70,13 @@ class OpCall:
     leaves: tuple[Any, ...]
 
     def arguments(
-        self, tables: Mapping[MetadataKey, Sequence[Tensor]], groups: Mapping[str, str]
+        self, metadata: Mapping[MetadataKey, Sequence[Tensor]], groups: Mapping[str, str]
     ) -> tuple[Any, Any]:
-        """(args, kwargs) with a batch's tables and a rank's groups in the place of the traced."""
+        """(args, kwargs) with a batch's metadata and a rank's groups in place of the traced."""
         leaves = []
         for leaf in self.leaves:
-            if isinstance(leaf, Table):
-                leaf = tables[leaf.key][leaf.index]
+            if isinstance(leaf, MetadataTensor):
+                leaf = metadata[leaf.key][leaf.index]
             elif isinstance(leaf, str):
                 leaf = groups.get(leaf, leaf)
             elif isinstance(leaf, Size):
@@ -132,7 +132,7 @@ class StepRecorder(TorchDispatchMode):
     """Notes a step. Open it above fake tensors' mode, or around real ones.
 
     Args:
-        metadata: of the batch that is run; its tables are recognized in the calls.
+        metadata: of the batch that is run; its tensors are recognized in the calls.
         fake: tensors have no data: every expert gets as many tokens.
     """
 
@@ -144,8 +144,8 @@ class StepRecorder(TorchDispatchMode):
         """Bytes of whole gradients of weights."""
         self._alive: dict[int, int] = {}
         self._of_weights: dict[int, int] = {}
-        self._tables = {
-            id(tensor): Table(key, index)
+        self._of_batch = {
+            id(tensor): MetadataTensor(key, index)
             for key in metadata
             for index, tensor in enumerate(metadata[key].tensors())
         }
@@ -230,10 +230,10 @@ class StepRecorder(TorchDispatchMode):
     def _kept(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if id(leaf) in self._tables:
-            return self._tables[id(leaf)]
+        if id(leaf) in self._of_batch:
+            return self._of_batch[id(leaf)]
         if self.fake and type(leaf) is Tensor:
-            # What the host reads beside a batch's tables: how many tokens go to experts.
+            # What the host reads beside a batch's metadata: how many tokens go to experts.
             return leaf
         return Size(tuple(leaf.shape), leaf.dtype)
 

@@ -41,7 +41,7 @@ class Expectation:
     memory: PeakMemory
 
     def received(self, metadata: BatchMetadata) -> int:
-        """Bytes over cp for one micro-batch, forward and backward: read off the host's tables."""
+        """Bytes over cp for one micro-batch, forward and backward: of what the host reads alone."""
         return received_over_cp(self.step, metadata)
 
     def lines(self) -> str:
