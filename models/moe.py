@@ -17,6 +17,21 @@ Activation = Callable[[Tensor, Tensor], Tensor]
 """(gate, up) -> the hidden channels of a feed-forward part."""
 
 
+def check_top_k(config: str, field: str, top_k: int, num_experts: int) -> None:
+    """Refuse a config that routes a token to no expert, or to more than there are.
+
+    Args:
+        config, field: the names of the config and of its field, for the error.
+    Raises:
+        ValueError: a number that is not 1 to num_experts.
+    """
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(
+            f"{config} routes each token to some of the experts, got {field}={top_k} of "
+            f"num_experts={num_experts}: choose 1 to num_experts."
+        )
+
+
 class Experts(nn.Module):
     """E feed-forward parts, down(activation(gate(x), up(x))), of which each token goes through k.
 

@@ -1,8 +1,10 @@
 """Sizes of a DeepSeek-V4 decoder, and those of the published models."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dtcp.models.deepseek_v4.rope import TailRope, Yarn
+from dtcp.models.moe import check_top_k
 from dtcp.sparse.mixer import Compression
 
 WINDOW, SPARSE = 0, 4
@@ -73,12 +75,9 @@ class DeepseekV4Config:
                 "DeepseekV4 has a language-model head of its own, got tied=True: no published one "
                 "shares the embedding, and this model would not."
             )
-        if not 1 <= self.experts_per_token <= self.num_experts:
-            raise ValueError(
-                f"DeepseekV4Config routes each token to some of the experts, got experts_per_token="
-                f"{self.experts_per_token} of num_experts={self.num_experts}: choose 1 to "
-                f"num_experts."
-            )
+        check_top_k(
+            "DeepseekV4Config", "experts_per_token", self.experts_per_token, self.num_experts
+        )
         if self.num_heads % self.output_groups:
             raise ValueError(
                 f"DeepseekV4Config puts equally many heads in each output group, got num_heads="
@@ -136,7 +135,7 @@ def tiny(vocab_size: int = 512) -> DeepseekV4Config:
     )
 
 
-PRESETS: dict[str, DeepseekV4Config] = {
+PRESETS: Mapping[str, DeepseekV4Config] = {
     "tiny": tiny(),
     "deepseek-v4-flash": DeepseekV4Config(
         vocab_size=129_280,

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from dtcp.models.deepseek_v4.config import WINDOW, DeepseekV4Config
 from dtcp.models.deepseek_v4.rope import Yarn
+from dtcp.models.known_settings import check_known_settings
 from dtcp.models.names import NameMap
 
 _ATTENTION = (
@@ -357,9 +358,4 @@ def _refuse_foreign(config: Mapping[str, Any]) -> None:
         "mlp_bias": (False,),
         "tie_word_embeddings": (False,),
     }
-    for name, values in known.items():
-        if config.get(name, values[0]) not in values:
-            raise ValueError(
-                f"DeepseekV4 reads {name} in {values}, got {name}={config[name]}: this "
-                f"checkpoint needs a model of its own."
-            )
+    check_known_settings("DeepseekV4", config, known)

@@ -1,9 +1,11 @@
 """Sizes of a Gemma 4 text decoder: dense, with experts, or with per-layer embeddings."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from dtcp.models.gemma4.rope import ProportionalRope
+from dtcp.models.moe import check_top_k
 from dtcp.sequence.masks import (
     BlockBidirectional,
     Causal,
@@ -52,11 +54,7 @@ class MoEConfig:
     z_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(
-                f"MoEConfig routes each token to some of the experts, got top_k={self.top_k} of "
-                f"num_experts={self.num_experts}: choose 1 to num_experts."
-            )
+        check_top_k("MoEConfig", "top_k", self.top_k, self.num_experts)
 
 
 @dataclass(frozen=True)
@@ -209,7 +207,7 @@ def tiny_e(vocab_size: int = 512) -> Gemma4Config:
 
 _VOCABULARY = 262_144
 
-PRESETS: dict[str, Gemma4Config] = {
+PRESETS: Mapping[str, Gemma4Config] = {
     "tiny": tiny(),
     "tiny-moe": tiny_moe(),
     "tiny-e": tiny_e(),

@@ -19,6 +19,7 @@ from dtcp.models.gemma4.config import (
     MoEConfig,
     layer_pattern,
 )
+from dtcp.models.known_settings import check_known_settings
 from dtcp.models.names import NameMap
 
 LAYER = "layers.{i}"
@@ -274,9 +275,4 @@ def _refuse_foreign(text: Mapping[str, Any]) -> None:
         "attention_dropout": (0.0, 0, None),
         "use_bidirectional_attention": (None, "vision"),
     }
-    for name, values in known.items():
-        if text.get(name, values[0]) not in values:
-            raise ValueError(
-                f"Gemma4 reads {name} in {values}, got {name}={text[name]}: this checkpoint "
-                f"needs a model of its own."
-            )
+    check_known_settings("Gemma4", text, known)

@@ -1,5 +1,6 @@
 """Sizes of a dense decoder of the Llama or Qwen family, and those of the published models."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dtcp.models.rope import Llama3Scaling, Rope
@@ -56,7 +57,7 @@ def tiny(vocab_size: int = 512) -> LlamaConfig:
     )
 
 
-PRESETS: dict[str, LlamaConfig] = {
+PRESETS: Mapping[str, LlamaConfig] = {
     "tiny": tiny(),
     "llama3.1-8b": LlamaConfig(
         vocab_size=128_256,

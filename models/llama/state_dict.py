@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dtcp.models.known_settings import check_known_settings
 from dtcp.models.llama.config import LlamaConfig
 from dtcp.models.names import NameMap
 from dtcp.models.rope import Llama3Scaling
@@ -163,13 +164,9 @@ def _refuse_foreign(config: Mapping[str, Any]) -> None:
         "model_type": ("llama", "qwen2", "qwen3"),
         "hidden_act": ("silu",),
         "mlp_bias": (False,),
+        "attention_dropout": (0.0, None),
         "use_sliding_window": (False,),
     }
     if config["model_type"] != "qwen2":
         known["attention_bias"] = (False,)
-    for name, values in known.items():
-        if config.get(name, values[0]) not in values:
-            raise ValueError(
-                f"Llama reads {name} in {values}, got {name}={config[name]}: this checkpoint "
-                f"needs a model of its own."
-            )
+    check_known_settings("Llama", config, known)

@@ -1,7 +1,9 @@
 """Sizes of a Qwen3.5, dense or with experts, and those of the published models."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dtcp.models.moe import check_top_k
 from dtcp.models.qwen3_5.rope import InterleavedRope
 
 
@@ -46,11 +48,7 @@ class MoEConfig:
     z_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(
-                f"MoEConfig routes each token to some of the experts, got top_k={self.top_k} of "
-                f"num_experts={self.num_experts}: choose 1 to num_experts."
-            )
+        check_top_k("MoEConfig", "top_k", self.top_k, self.num_experts)
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def _published(
     )
 
 
-PRESETS: dict[str, Qwen35Config] = {
+PRESETS: Mapping[str, Qwen35Config] = {
     "tiny": tiny(),
     "tiny-moe": tiny(experts=True),
     "qwen3.5-0.8b": _published(24, 1024, (8, 2), 3584, 16, tied=True),

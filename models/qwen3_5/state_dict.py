@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtcp.models.known_settings import check_known_settings
 from dtcp.models.names import NameMap
 from dtcp.models.qwen3_5.config import DeltaNetConfig, MoEConfig, Qwen35Config
 
-_DELTA = {
+_DELTA: Mapping[str, str] = {
     "z_proj.weight": "in_proj_z.weight",
     "a_proj.weight": "in_proj_a.weight",
     "b_proj.weight": "in_proj_b.weight",
@@ -30,7 +31,7 @@ _DELTA = {
     "norm.weight": "norm.weight",
     "o_proj.weight": "out_proj.weight",
 }
-_FEED_FORWARD = {
+_FEED_FORWARD: Mapping[str, str] = {
     **{f"{part}.weight": f"{part}_proj.weight" for part in ("gate", "up", "down")},
     **{f"shared.{p}.weight": f"shared_expert.{p}_proj.weight" for p in ("gate", "up", "down")},
     "router.weight": "gate.weight",
@@ -257,19 +258,15 @@ def _layer_types(config: Qwen35Config) -> list[str]:
 def _refuse_foreign(config: Mapping[str, Any]) -> None:
     """Refuse what would load but compute something else."""
     rope = config.get("rope_parameters", {})
-    settings = {
-        "model_type": (config["model_type"], ("qwen3_5_text", "qwen3_5_moe_text")),
-        "hidden_act": (config.get("hidden_act", "silu"), ("silu",)),
-        "attention_bias": (config.get("attention_bias", False), (False,)),
-        "attention_dropout": (config.get("attention_dropout", 0.0), (0.0, None)),
-        "rope_type": (rope.get("rope_type", "default"), ("default",)),
+    known = {
+        "model_type": ("qwen3_5_text", "qwen3_5_moe_text"),
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "attention_dropout": (0.0, None),
+        "rope_type": ("default",),
     }
-    for name, (value, known) in settings.items():
-        if value not in known:
-            raise ValueError(
-                f"Qwen3.5 reads {name} in {known}, got {name}={value}: this checkpoint needs a "
-                f"model of its own."
-            )
+    settings = {**config, "rope_type": rope.get("rope_type", "default")}
+    check_known_settings("Qwen3.5", settings, known)
 
 
 def _renamed(block: str, pairs: tuple[tuple[str, str], ...]) -> str:

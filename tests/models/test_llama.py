@@ -124,6 +124,7 @@ def test_foreign_parameter_is_refused():
     [
         ({"model_type": "gpt2"}, "model_type=gpt2"),
         ({"attention_bias": True}, "attention_bias=True"),
+        ({"attention_dropout": 0.1}, r"attention_dropout=0\.1"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type=yarn"),
     ],
