@@ -315,19 +315,15 @@ def is_recomputed_elsewhere() -> bool:
 
 def _autograd_context() -> Any:
     """`ctx` of the innermost torch.autograd.Function whose forward is running, or None."""
-    for frame in _frames(sys._getframe(1)):
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
         code = frame.f_code
         if code.co_name == "forward" and code.co_argcount:
             first = frame.f_locals.get(code.co_varnames[0])
             if isinstance(first, torch._C._FunctionBase):
                 return first
-    return None
-
-
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
         frame = frame.f_back
+    return None
 
 
 StorageInfo = _StorageInfo
@@ -336,12 +332,16 @@ StorageInfo = _StorageInfo
 set_nested = set_element
 """Sets a value in nested dicts and lists by its path, as load planners do (2.11-2.15)."""
 
-
 SET_PROCESS_GROUP_TIMEOUT = _set_pg_timeout
 """What torch.distributed.set_timeout is called before 2.14."""
 
 available_device_type = _get_available_device_type
 """The accelerator of this machine, as torchtitan asks for it; None for a CPU (2.11-2.15)."""
+
+
+def children_of(module: torch.nn.Module) -> Mapping[str, torch.nn.Module | None]:
+    """The very dict that holds them, by name; public are copies alone (2.11-2.15)."""
+    return module._modules
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp._torch import assert_in_graph
+from dtcp._torch import assert_in_graph, children_of
 from dtcp.compile import EagerIsland, island
 from dtcp.distributed.groups import connect
 from dtcp.metadata import AttentionMetadata, BatchMetadata, MetadataKey, metadata_key
@@ -268,7 +268,7 @@ class MixerKinds(NamedTuple):
             mixers = tuple((x, x.metadata_key) for x in modules if isinstance(x, Mixer))
             first = {key: mixer for mixer, key in reversed(mixers)}
             order = dict.fromkeys(key for _, key in mixers)
-            children = [vars(module)["_modules"] for module in modules]
+            children = [children_of(module) for module in modules]
             # The model's own first, whether it has any or not; leaves get none later on.
             inside = tuple(x for x in children if x or x is children[0])
             kinds = tuple(first[key] for key in order)
@@ -297,7 +297,7 @@ class MixerKinds(NamedTuple):
     def hold(self, model: nn.Module) -> bool:
         """Whether it is what a look at all modules would find."""
         return (
-            self.inside[0] is vars(model)["_modules"]
+            self.inside[0] is children_of(model)
             and [*map(len, self.inside)] == self.counts
             and _values(self.inside) == self.children
             and all(mixer.metadata_key is key for mixer, key in self.mixers)

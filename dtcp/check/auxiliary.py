@@ -13,13 +13,13 @@ def auxiliary_losses(model: nn.Module, before: Collection[Tensor] = ()) -> dict[
     Args:
         before: what the forwards before it had left, in a list that grows for one.
     """
-    known = {id(loss) for loss in before}
+    known, plain = {id(loss) for loss in before}, vars(nn.Module()).keys()
     return {
         f"auxiliary loss {name}": loss
         for part, module in model.named_modules()
         for key, value in vars(module).items()
-        # Parameters, buffers and submodules, which are no losses.
-        if key not in ("_parameters", "_buffers", "_modules")
+        # What any module has (parameters, buffers, submodules) is no loss.
+        if key not in plain
         for name, loss in _losses(f"{part}.{key}".lstrip("."), value, known)
     }
 

@@ -40,7 +40,7 @@ def attach_context_parallel_hooks(model: nn.Module) -> None:
                 f"sliding_window={window}: give the layer a mixer, SoftmaxAttention with "
                 f"SlidingWindow({window})."
             )
-        parameters = _parameters(module)
+        parameters = _forward_parameters(module)
         free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if "is_causal" not in parameters and not free:
             raise ValueError(
@@ -129,7 +129,7 @@ def _self_attention(model: nn.Module) -> dict[str, nn.Module]:
 def _claim(module: Any, name: str, claim: type[nn.Module]) -> None:
     if isinstance(module, claim):
         return
-    names = list(_parameters(module))
+    names = list(_forward_parameters(module))
     if claim is _TakesIsCausal:
         has_mask = "attention_mask" in names
         module.cp_mask_index = names.index("attention_mask") if has_mask else 1 << 30
@@ -137,7 +137,7 @@ def _claim(module: Any, name: str, claim: type[nn.Module]) -> None:
     module.__class__ = _claimed_class(cast(Hashable, type(module)), cast(Hashable, claim))
 
 
-def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+def _forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     """Parameters of the forward of a module's own class, whether it is claimed already or not."""
     claims = (_AcrossShards, _TakesIsCausal)
     own = next(c for c in type(module).__mro__ if "forward" in vars(c) and c not in claims)

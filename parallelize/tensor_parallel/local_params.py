@@ -103,7 +103,8 @@ class _LazyView(ModuleView):
     """The view of a module inside: some call it and never read its weights, which may cost."""
 
     def __getattr__(self, name: str) -> Any:
-        if name not in self._tensors and self._module._parameters.get(name) is not None:
+        is_new = name not in self._tensors
+        if is_new and isinstance(getattr(self._module, name), nn.Parameter):
             self._tensors = {**self._tensors, name: _local(self._module, name)}
         return super().__getattr__(name)
 
