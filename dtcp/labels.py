@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import check_ints, check_tensor
-from dtcp.sequence.documents import Documents, anywhere, count_true
+from dtcp.sequence.documents import Documents, anywhere, check_documents, count_true
 
 IGNORED = -100
 """The label of a token that has no loss."""
@@ -25,7 +25,7 @@ def shift_labels(input_ids: Tensor, documents: Documents, *, by: int = 1) -> Ten
     """
     check_tensor("Labels of next tokens", shape="[B, S]", input_ids=input_ids)
     check_ints("Labels of next tokens", by=by)
-    _check_documents(documents)
+    check_documents("Labels end with their Documents", documents)
     document = documents.document()
     floats = input_ids.is_floating_point() or input_ids.is_complex()
     if by < 1 or floats or not input_ids.dtype.is_signed:
@@ -111,11 +111,3 @@ def _first_padding(used: list[int], padding: Tensor | None) -> int:
     if anywhere(padding[:, :-1] > padding[:, 1:]):
         return 0  # between documents
     return min(first, padding.shape[1] - int(count_true(padding).max()))
-
-
-def _check_documents(documents: Documents) -> None:
-    if not isinstance(documents, Documents):
-        raise TypeError(
-            f"Labels end with their Documents, got documents of type {type(documents).__name__}: "
-            f"give Documents(lengths, seq_len), or Documents.single(rows, seq_len)."
-        )

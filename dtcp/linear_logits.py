@@ -1,6 +1,6 @@
 """Logits of a linear head that are never held: computed some rows at a time, and computed again.
 
-Of S = 128K tokens on 8 ranks and 128K entries, logits are 4 GiB a rank in bf16, their gradient as
+Of S = 128K tokens on 8 ranks and 128K entries, logits are 4 GiB per rank in bf16, their gradient as
 much again. A loss reads three numbers of each token; here it has them from chunks of rows, and
 backward computes the chunks once more.
 """

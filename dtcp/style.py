@@ -92,6 +92,14 @@ class MixerStyle(ParallelStyle):
                 f"or another style."
             )
 
+    def check_one_axis(self, mesh: DeviceMesh) -> None:
+        """Refuse, when the plan is applied, a mesh of more axes than that of the sequence."""
+        if mesh.ndim != 1:
+            raise ValueError(
+                f"{self} is applied on the axis of the sequence, got a mesh of {mesh.ndim} axes: "
+                f"slice it, as in mesh['cp']."
+            )
+
     def groups(self, axis: DeviceMesh) -> list[str]:
         """Names of the process groups this style talks over; the axis's own first.
 

@@ -150,7 +150,7 @@ def _relayout_moves(
 
 
 def relayout_moved(counts: Tensor, token: int, rank: int, *, reverse: bool = False) -> Moved:
-    """What a relayout moves, of counts from its metadata and so many bytes a token."""
+    """What a relayout moves, of counts from its metadata and so many bytes per token."""
     send, receive = counts.flip(0).tolist() if reverse else counts.tolist()
     # The rows to send and those that arrived, before they lie in their places.
     return Moved.rows(send, receive, token, rank, workspace=2 * sum(send) * token)

@@ -81,17 +81,17 @@ def exclusive_scan_on_nodes(
         ranks_per_node: 0: nobody has said, and windows are those of ranks.
 
     Traffic per node, received from others: ceil(log2(nodes)) times x at most, one rank takes it in.
-    Inside: ceil(log2(ranks_per_node)) times x a rank at most, and once more.
+    Inside: ceil(log2(ranks_per_node)) times x per rank at most, and once more.
     """
     check_ints("A scan", least=0, ranks_per_node=ranks_per_node)
     check_ranks_per_node("A scan", mesh.size(), ranks_per_node)
     if ranks_per_node in (0, 1, mesh.size()):
         return exclusive_scan(x, combine, identity, mesh, reverse=reverse)
     _check_state(x, identity)
-    at = _Place.of(mesh.size(), mesh.get_local_rank(), ranks_per_node, reverse=reverse)
+    place = _Place.of(mesh.size(), mesh.get_local_rank(), ranks_per_node, reverse=reverse)
 
     def hop(state: State, to: Sequence[int], source: int | None) -> State:
-        send, receive = [0] * at.num_ranks, [0] * at.num_ranks
+        send, receive = [0] * place.num_ranks, [0] * place.num_ranks
         for rank in to:
             send[rank] = 1
         if source is not None:
@@ -100,10 +100,14 @@ def exclusive_scan_on_nodes(
         arrived = all_to_all(rows, mesh, receive=receive, send=send)
         return identity if source is None else _parts(arrived[0], state)
 
-    inside = _in_windows(x, combine, identity, at.per_node, lambda s, by: hop(s, *at.inside(by)))
+    inside = _in_windows(
+        x, combine, identity, place.per_node, lambda s, by: hop(s, *place.inside(by))
+    )
     whole = combine(inside, x)
-    earlier = _in_windows(whole, combine, identity, at.nodes, lambda s, by: hop(s, *at.between(by)))
-    to, source = at.spread()
+    earlier = _in_windows(
+        whole, combine, identity, place.nodes, lambda s, by: hop(s, *place.between(by))
+    )
+    to, source = place.spread()
     handed = hop(earlier, to, source)
     return combine(earlier if source is None else handed, inside)
 
@@ -119,10 +123,10 @@ def scanned(
             sent[(rank + way) % num_ranks] += 1
             received[(rank - way) % num_ranks] += 1
         return sent, received
-    at = _Place.of(num_ranks, rank, ranks_per_node, reverse=reverse)
-    hops = [at.inside(reach) for reach in _reaches(at.per_node)]
-    hops += [at.between(reach) for reach in _reaches(at.nodes)]
-    for to, source in (*hops, at.spread()):
+    place = _Place.of(num_ranks, rank, ranks_per_node, reverse=reverse)
+    hops = [place.inside(reach) for reach in _reaches(place.per_node)]
+    hops += [place.between(reach) for reach in _reaches(place.nodes)]
+    for to, source in (*hops, place.spread()):
         for peer in to:
             sent[peer] += 1
         if source is not None:

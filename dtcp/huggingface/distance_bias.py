@@ -1,7 +1,7 @@
 """Score biases by distance of transformers' models, handed on as a table instead of L x S numbers.
 
 T5 and its kin look a bias up for every pair of tokens, in a method of their attention,
-`compute_bias`, and hand it from layer to layer. Here the method gives one number a head for each
+`compute_bias`, and hand it from layer to layer. Here the method gives one number per head for each
 distance, [H, 2 R + 1], and the mixer adds it where it computes scores. That the method goes by
 distance, by T5's buckets, is tried and not read from names.
 """

@@ -254,7 +254,7 @@ def _filled(lengths: Sequence[int], seq_len: int, *, cut: bool) -> Documents:
 
 
 def _lengths_in_folder(folder: Path) -> list[int]:
-    """Tokens of a folder's documents, at four bytes a token."""
+    """Tokens of a folder's documents, at four bytes per token."""
     from dtcp.pretrain import sources
 
     lengths = []

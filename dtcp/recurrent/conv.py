@@ -40,7 +40,7 @@ def causal_conv(
         bias: [C], of the sum.
         groups: the process group of the sequence; none for whole rows.
 
-    Traffic per rank: w - 1 tokens a segment, and as much back.
+    Traffic per rank: w - 1 tokens per segment, and as much back.
     """
     reach = metadata.reach
     line = x.flatten(0, 1)[None] if metadata.in_line else x
@@ -96,7 +96,7 @@ def _taps(line: Tensor, weight: Tensor, reach: Tensor) -> Tensor:
 def halo_moved(
     routes: NodeRoutes, token: int, num_ranks: int, rank: int, *, reverse: bool = False
 ) -> Moved:
-    """What the halo of a convolution moves, with so many bytes a token."""
+    """What the halo of a convolution moves, with so many bytes per token."""
     counts = [[0] * num_ranks for _ in range(2)]
     for table in routes:
         for tokens, hops in zip(counts, _hops(table), strict=True):

@@ -118,7 +118,7 @@ def entering_by_scan(
 ) -> Tensor:
     """Compose what comes before, window by window: log2(n) rounds.
 
-    Args and result as of `entering_by_gather`; one segment a rank in order of the ranks
+    Args and result as of `entering_by_gather`; one segment per rank in order of the ranks
     (Contiguous), or two (HeadTail).
 
     Traffic per rank: ceil(log2(n)) summaries, three times that for two segments. Between nodes:
@@ -141,7 +141,7 @@ def entering_by_scan(
 
 def entering_along_chains(
     own: Tensor,
-    tables: tuple[Tensor, ...],
+    passing: tuple[Tensor, ...],
     axis: DeviceMesh,
     *,
     maps: StateMaps = MATRICES,
@@ -150,17 +150,17 @@ def entering_along_chains(
 
     Args:
         own: [P, ..., K, K + V], summaries of this rank's P stretches.
-        tables: of `state_passing_tables`, in one direction; in two hops, of
-            `node_state_passing_tables`.
+        passing: of `state_passing_tensors`, in one direction; in two hops, of
+            `node_state_passing_tensors`.
     Returns:
         [P, ..., K, V], zero where nothing enters.
 
     Traffic per rank: a summary from each stretch of others that comes before one of its own in a
     document, each once.
     """
-    steps, summaries = tables[2].tolist(), [own]
+    steps, summaries = passing[2].tolist(), [own]
     # The second hop hands on what came in the first.
-    for send, counts in (tables[:2], tables[3:])[: len(tables) // 2]:
+    for send, counts in (passing[:2], passing[3:])[: len(passing) // 2]:
         sent, received = counts.tolist()
         rows = summaries[-1].index_select(0, send[: sum(sent)].to(own.device))
         summaries.append(all_to_all(rows, axis, receive=received, send=sent))

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcp.metadata import AttentionMetadata, HostTensor, no_indices, no_sizes
-from dtcp.recurrent.node_state_passing import node_state_passing_tables
-from dtcp.recurrent.state_passing import state_passing_tables
+from dtcp.recurrent.node_state_passing import node_state_passing_tensors
+from dtcp.recurrent.state_passing import state_passing_tensors
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.coords import Coords, documents_of
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
@@ -36,11 +36,11 @@ class DeltaMetadata(AttentionMetadata):
     starts: Tensor  # [B, L] int32, 1 where a document starts
     chain: HostTensor  # [n, P] int64, the place of each rank's segments in the sequence
     lengths: HostTensor = field(default_factory=no_sizes)  # [room] int64, of stretches, then 0
-    send: HostTensor = field(default_factory=no_sizes)  # [2, n * room], of state_passing_tables
+    send: HostTensor = field(default_factory=no_sizes)  # [2, n * room], of state_passing_tensors
     counts: HostTensor = field(default_factory=no_sizes)  # [2, 2, n]
     steps: HostTensor = field(default_factory=no_sizes)  # [2, (n + 1) * room, 3]
     ranks_per_node: HostTensor = field(default_factory=no_sizes)  # [1], empty where nobody says
-    onward: HostTensor = field(default_factory=no_sizes)  # [2, R], of node_state_passing_tables
+    onward: HostTensor = field(default_factory=no_sizes)  # [2, R], of node_state_passing_tensors
     onward_counts: HostTensor = field(default_factory=no_sizes)  # [2, 2, n]
 
     @property
@@ -71,9 +71,9 @@ def delta_metadata(
     stretches = Stretches.of(layout, documents_of(coords))
     none, lengths = torch.zeros(layout.num_shards, 0, dtype=torch.int64), stretches.lengths(rank)
     if ranks_per_node in (0, 1, layout.num_shards):
-        return DeltaMetadata(starts, none, lengths, *state_passing_tables(stretches, rank))
-    tables = node_state_passing_tables(stretches, rank, ranks_per_node)
-    send, counts, steps, onward, onward_counts = tables
+        return DeltaMetadata(starts, none, lengths, *state_passing_tensors(stretches, rank))
+    tensors = node_state_passing_tensors(stretches, rank, ranks_per_node)
+    send, counts, steps, onward, onward_counts = tensors
     handed = replace(DeltaMetadata(starts, none, lengths), send=send, counts=counts, steps=steps)
     return replace(handed, onward=onward, onward_counts=onward_counts)
 

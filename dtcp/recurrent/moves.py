@@ -76,7 +76,7 @@ def states_moved(
     reverse: bool,
     ranks_per_node: int = 0,
 ) -> Moved:
-    """What bringing the states that enter `segments` segments a rank moves.
+    """What bringing the states that enter `segments` segments per rank moves.
 
     Args:
         summary: bytes of one segment's map.
@@ -86,7 +86,7 @@ def states_moved(
     """
     if not scan:
         return gathered_on_nodes(segments * summary, num_ranks, rank, ranks_per_node)
-    # From the left, or from the right; of two segments a rank, both, and pairs from the right.
+    # From the left, or from the right; of two segments per rank, both, and pairs from the right.
     ways = [(1, reverse)] if segments == 1 else [(1, False), (2, True)]
     moved = Moved()
     for maps, way in ways:

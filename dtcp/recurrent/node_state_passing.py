@@ -100,7 +100,7 @@ def _steps(stretches: Stretches, along: Ints, number: Ints, rank: int) -> Ints:
     return steps
 
 
-def node_state_passing_tables(
+def node_state_passing_tensors(
     stretches: Stretches, rank: int, ranks_per_node: int
 ) -> tuple[Tensor, ...]:
     """`NodeStatePassing` to the right and to the left, of the same shapes on every rank.
@@ -114,14 +114,14 @@ def node_state_passing_tables(
         for reverse in (False, True)
     ]
     n, room = stretches.num_shards, stretches.room
-    tables = (
+    both_ways = (
         [_filled(x.send, n * room) for x in both],
         [x.counts for x in both],
         [_filled(x.steps, (n + 1) * room) for x in both],
         [_filled(x.onward, n * room * (ranks_per_node - 1)) for x in both],
         [x.onward_counts for x in both],
     )
-    return tuple(torch.from_numpy(np.stack(pair)) for pair in tables)
+    return tuple(torch.from_numpy(np.stack(pair)) for pair in both_ways)
 
 
 def _filled(x: Ints, length: int) -> Ints:

@@ -255,10 +255,10 @@ def carry_of(
     axis = axis_of(groups[0], q.device)
     if metadata.in_stretches:
         way = int(reverse)
-        tables = [metadata.send[way], metadata.counts[way], metadata.steps[way]]
+        passing = [metadata.send[way], metadata.counts[way], metadata.steps[way]]
         if metadata.onward.numel():
-            tables += [metadata.onward[way], metadata.onward_counts[way]]
-        return partial(entering_along_chains, tables=tuple(tables), axis=axis, maps=maps)
+            passing += [metadata.onward[way], metadata.onward_counts[way]]
+        return partial(entering_along_chains, passing=tuple(passing), axis=axis, maps=maps)
     entering: Any = entering_by_scan if scan else entering_by_gather
     entering = partial(entering, axis=axis, ranks_per_node=metadata.neighbours)
     chain, segments = metadata.chain.tolist(), metadata.chain.shape[1]

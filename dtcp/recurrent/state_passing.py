@@ -65,7 +65,7 @@ def _steps(stretches: Stretches, along: Ints, others: Ints, own: int, rank: int)
     return np.stack((anew, number, whose), axis=1)
 
 
-def state_passing_tables(stretches: Stretches, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def state_passing_tensors(stretches: Stretches, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """`StatePassing` to the right and to the left, of the same shapes on every rank.
 
     Returns:

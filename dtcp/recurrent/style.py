@@ -157,11 +157,7 @@ class RecurrentStyle(MixerStyle):
         return delta_metadata(coords, layout, rank, ranks_per_node=self.ranks_per_node)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if device_mesh.ndim != 1:
-            raise ValueError(
-                f"{self} is applied on the axis of the sequence, got a mesh of "
-                f"{device_mesh.ndim} axes: slice it, as in mesh['cp']."
-            )
+        self.check_one_axis(device_mesh)
         install_delta_rules()
         install_linear_rules()
         return super()._apply(module, device_mesh)
@@ -185,7 +181,7 @@ class GatedDeltaCP(RecurrentStyle):
             from one rank of a node to one of another, with what the node's ranks have composed.
 
     Traffic per rank, received, each way: with summaries of B * H * K * (K + V) fp32 elements,
-    (n - 1) * P of them if gathered, P segments a rank (1 of Contiguous, 2 of HeadTail);
+    (n - 1) * P of them if gathered, P segments per rank (1 of Contiguous, 2 of HeadTail);
     ceil(log2(n)) if scanned, and three times that of HeadTail. On other layouts: one of H * K *
     (K + V) elements from each stretch of others that comes before one of its own in a document.
     """
@@ -259,7 +255,7 @@ class GatedLinearCP(GatedDeltaCP):
         states: how the maps are brought.
 
     Traffic per rank, received, each way: with summaries of B * H * K * (1 + V) fp32 elements,
-    (n - 1) * P of them if gathered, P segments a rank (1 of Contiguous, 2 of HeadTail);
+    (n - 1) * P of them if gathered, P segments per rank (1 of Contiguous, 2 of HeadTail);
     ceil(log2(n)) if scanned, and three times that of HeadTail.
     """
 

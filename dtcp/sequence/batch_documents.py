@@ -18,6 +18,7 @@ from dtcp.sequence.documents import (
     PADDING,
     Documents,
     anywhere,
+    check_padding_shape,
     count_true,
 )
 from dtcp.sequence.neighbours import places_after
@@ -111,11 +112,7 @@ def read_padding_mask(mask: Any, rows: int, seq_len: int) -> Tensor | None:
     if mask is None:
         return None
     mask = _tensor("padding_mask", mask).cpu()
-    if mask.shape != (rows, seq_len):
-        raise ValueError(
-            f"A padding_mask marks the tokens of its batch, got padding_mask.shape="
-            f"{tuple(mask.shape)} for {rows} rows of {seq_len}: give [B, S]."
-        )
+    check_padding_shape(mask, rows, seq_len)
     if mask.dtype == torch.bool:
         return mask
     if not mask.dtype.is_floating_point and mask.numel():

@@ -15,6 +15,14 @@ VISION = (1, 2)
 """Token types of images and videos, as transformers' processors give them."""
 
 
+def split_block(row: int) -> ValueError:
+    """The error of a block that lies apart: its runs would be as many intervals."""
+    return ValueError(
+        f"BlockBidirectional takes blocks of consecutive tokens, got a block id in several runs "
+        f"of row {row}: give each run an id of its own."
+    )
+
+
 def vision_blocks(mm_token_type_ids: Tensor) -> Tensor:
     """Number the runs of image and video tokens, from 0 in every row: [B, S], -1 for the rest.
 
@@ -86,10 +94,7 @@ class BlockRuns(NamedTuple):
         document = np.searchsorted(bounds, runs.start, side="right") - 1
         pairs = np.stack((document, number[number >= 0][of]), axis=1)
         if len(np.unique(pairs, axis=0)) != len(pairs):
-            raise ValueError(
-                f"BlockBidirectional takes blocks of consecutive tokens, got a block id in "
-                f"several runs of row {row}: give each run an id of its own."
-            )
+            raise split_block(row)
         return runs
 
     @classmethod

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.block_runs import BlockRuns, TokenTypes, vision_blocks
-from dtcp.sequence.documents import Documents, check_token_positions
+from dtcp.sequence.documents import Documents, check_documents, check_token_positions
 from dtcp.sequence.memory import Memory
 
 
@@ -61,11 +61,7 @@ class Coords:
         Args:
             image_types: of the first tokens of each row; without `block`, images are the blocks.
         """
-        if not isinstance(documents, Documents):
-            raise TypeError(
-                f"Coords are of the Documents of a batch, got documents of type "
-                f"{type(documents).__name__}: give Documents(lengths, seq_len)."
-            )
+        check_documents("Coords are of the Documents of a batch", documents)
         shape = (documents.batch, documents.seq_len)
         for name, extra in (("prefix", prefix), ("block", block)):
             if extra is None:
@@ -84,7 +80,7 @@ class Coords:
         return _WholeRows(documents, prefix, block, position_ids, memory, image_types)
 
     @cached_property
-    def found(self) -> dict[Hashable, Any]:
+    def memo(self) -> dict[Hashable, Any]:
         """What layouts and mixers both work out of these rows, by what it is of."""
         return {}
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,24 @@ def restarts(position_ids: Tensor, padding: Tensor | None = None) -> bool:
     if len(padding) > position_ids.shape[-2]:  # one row of position ids stands for all
         return not bool((padding[:, token] | padding[:, token - 1]).all())
     return not bool((padding[row, token] | padding[row, token - 1]).all())
+
+
+def check_documents(contract: str, documents: Any) -> None:
+    """Refuse what is no Documents; the contract says whose they are."""
+    if not isinstance(documents, Documents):
+        raise TypeError(
+            f"{contract}, got documents of type {type(documents).__name__}: give "
+            f"Documents(lengths, seq_len), or Documents.single(rows, seq_len)."
+        )
+
+
+def check_padding_shape(padding_mask: Tensor, rows: int, seq_len: int) -> None:
+    """Refuse a mask of other tokens than those of the batch."""
+    if padding_mask.shape != (rows, seq_len):
+        raise ValueError(
+            f"A padding_mask marks the tokens of its batch, got padding_mask.shape="
+            f"{tuple(padding_mask.shape)} for {rows} rows of {seq_len}: give [B, S]."
+        )
 
 
 @dataclass(frozen=True)
@@ -108,11 +127,7 @@ class Documents:
         padding = None
         if padding_mask is not None:
             check_tensor("A batch", shape="[B, S]", ndim=2, padding_mask=padding_mask)
-            if padding_mask.shape != (rows, seq_len):
-                raise ValueError(
-                    f"A padding_mask marks the tokens of its batch, got padding_mask.shape="
-                    f"{tuple(padding_mask.shape)} for {rows} rows of {seq_len}: give [B, S]."
-                )
+            check_padding_shape(padding_mask, rows, seq_len)
             padding = padding_mask.bool().cpu()
         if documents is None:
             if position_ids is not None:
@@ -124,11 +139,7 @@ class Documents:
                 documents = cls.from_position_ids(starting)
             else:
                 documents = cls.single(rows, seq_len)
-        if not isinstance(documents, Documents):
-            raise TypeError(
-                f"The documents of a batch are Documents, got documents of type "
-                f"{type(documents).__name__}: give Documents(lengths, seq_len)."
-            )
+        check_documents("The documents of a batch are Documents", documents)
         if (documents.batch, documents.seq_len) != (rows, seq_len):
             raise ValueError(
                 f"Documents describe the rows of their batch, got documents of {documents.batch} "

@@ -74,9 +74,9 @@ def interval_runs(mask: Mask, coords: Coords, row: int = 0) -> IntervalRuns:
     lengths = None if coords.documents is None else coords.documents.lengths[row]
     if lengths is None or not _is_known(mask) or not _is_prefix_of_documents(coords, row):
         return _read_off(*(x[row].numpy() for x in mask.intervals(coords)))
-    runs: IntervalRuns | None = coords.found.get((mask, row))
+    runs: IntervalRuns | None = coords.memo.get((mask, row))
     if runs is None:
-        runs = coords.found[mask, row] = _known_runs(mask, coords, row, lengths)
+        runs = coords.memo[mask, row] = _known_runs(mask, coords, row, lengths)
     return runs
 
 
@@ -303,12 +303,12 @@ class KeyIntervals:
 
     Args:
         keys: the layout of the sequence that has the keys, where that is another one.
-        found: what is worked out of them more than once, by what it is of.
+        memo: what is worked out of them more than once, by what it is of.
     """
 
     rows: tuple[IntervalRuns, ...]
     keys: SequenceLayout | None = None
-    found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, mask: Mask, coords: Coords) -> "KeyIntervals":

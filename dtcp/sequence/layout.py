@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import are_whole, check_dim, check_ints, check_rank
-from dtcp.sequence.documents import Documents
+from dtcp.sequence.documents import Documents, check_documents
 from dtcp.sequence.partition import Ints, Partition, Run, joined_runs, sums_before
 
 
@@ -66,7 +66,7 @@ class SequenceLayout(ABC):
         Args:
             work: counts the keys that each token sees, [S]; for those with `balances_work`.
         """
-        _check_documents(cls, documents)
+        check_documents(f"{cls.__name__} suits the Documents of a batch", documents)
         return cls(documents.seq_len, num_shards)
 
     @property
@@ -313,21 +313,13 @@ def check_divides(
 
 def shared_lengths(layout: type[SequenceLayout], documents: Documents) -> tuple[int, ...]:
     """The documents that all rows have in common: one permutation serves the whole batch."""
-    _check_documents(layout, documents)
+    check_documents(f"{layout.__name__} suits the Documents of a batch", documents)
     if len(set(documents.lengths)) != 1:
         raise ValueError(
             f"{layout.__name__} cuts all rows of a batch alike, got rows of differing documents, "
             f"lengths={documents.lengths}: use HeadTail, or one row per batch."
         )
     return documents.lengths[0]
-
-
-def _check_documents(layout: type[SequenceLayout], documents: Documents) -> None:
-    if not isinstance(documents, Documents):
-        raise TypeError(
-            f"{layout.__name__} suits the Documents of a batch, got documents of type "
-            f"{type(documents).__name__}: give Documents(lengths, seq_len)."
-        )
 
 
 def check_tuple_of_ints(kind: str, **values: tuple[int, ...]) -> None:

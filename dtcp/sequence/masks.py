@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import check_ints
+from dtcp.sequence.block_runs import split_block
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.memory import Memory
 
@@ -321,7 +322,4 @@ def _check_runs(block: Tensor, document: Tensor, border: Tensor) -> None:
         starts = border[row] & (block[row] >= 0) & (document[row] >= 0)
         runs = torch.stack((document[row][starts], block[row][starts]), dim=1)
         if runs.shape[0] != runs.unique(dim=0).shape[0]:
-            raise ValueError(
-                f"BlockBidirectional takes blocks of consecutive tokens, got a block id in "
-                f"several runs of row {row}: give each run an id of its own."
-            )
+            raise split_block(row)

@@ -22,7 +22,7 @@ class Partition:
     stop: Ints
     owner: Ints
     slot: Ints  # of the run's first token, in its owner's shard
-    found: dict[tuple[str, int], Any] = field(default_factory=dict, init=False, repr=False)
+    memo: dict[tuple[str, int], Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def ascending(cls, start: Ints, owner: Ints, seq_len: int) -> "Partition":
@@ -59,19 +59,19 @@ class Partition:
 
     def runs(self, rank: int) -> list[Run]:
         """The rank's, in the order of its slots, neighbours joined; worked out once."""
-        if ("runs", rank) not in self.found:
+        if ("runs", rank) not in self.memo:
             mine = self.pieces(rank)
             pairs = zip(self.start[mine].tolist(), self.stop[mine].tolist(), strict=True)
-            self.found["runs", rank] = joined_runs(list(pairs))
-        return [*self.found["runs", rank]]
+            self.memo["runs", rank] = joined_runs(list(pairs))
+        return [*self.memo["runs", rank]]
 
     def tokens(self, rank: int) -> NDArray[np.int32]:
         """Token index of each of the rank's slots: [L]; worked out once, for all who read it."""
-        if ("tokens", rank) not in self.found:
+        if ("tokens", rank) not in self.memo:
             mine = self.pieces(rank)
             start = self.start[mine]
-            self.found["tokens", rank] = expand_tokens(start, self.stop[mine] - start)
-        tokens: NDArray[np.int32] = self.found["tokens", rank]
+            self.memo["tokens", rank] = expand_tokens(start, self.stop[mine] - start)
+        tokens: NDArray[np.int32] = self.memo["tokens", rank]
         return tokens
 
 

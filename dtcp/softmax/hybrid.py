@@ -39,7 +39,7 @@ class HybridAttention(AttentionStyle):
     Args:
         inner: how a group works together.
         outer: how the groups do.
-        inner_ranks: neighbouring ranks a group; divides the axis.
+        inner_ranks: neighbouring ranks per group; divides the axis.
 
     Keyword Args:
         boundary: InGraph() or EagerIsland().
@@ -51,7 +51,7 @@ class HybridAttention(AttentionStyle):
             tiers, between the groups of a node and between nodes.
 
     Traffic per rank: that of Ulysses among u = inner_ranks, plus that of `outer` among n / u
-    shards of u * L tokens, with max(G, u) / u kv heads a rank.
+    shards of u * L tokens, with max(G, u) / u kv heads per rank.
     From Fang and Zhao 2024, USP, section 3, https://arxiv.org/abs/2405.07719
     """
 

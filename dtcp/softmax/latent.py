@@ -1,4 +1,4 @@
-"""Latent attention: one latent a token, from which the keys and the values of all heads are made.
+"""Latent attention: one latent per token, from which the keys and the values of all heads are made.
 
 A token hands on C numbers for its content, R more for its rotated key, which all heads share, and
 nothing else: `up` makes N content channels of a key and V of a value from the latent, per head.
@@ -39,8 +39,8 @@ class LatentWidths(NamedTuple):
             if rotary >= 0 and 0 <= content < up.shape[1]:
                 return cls(content, rotary, up.shape[1] - content, up.shape[2])
         raise ValueError(
-            f"Latent attention makes the keys and values of all heads from one latent a token, got "
-            f"shapes q={tuple(q.shape)}, latent and rotary key={tuple(rows.shape)}, "
+            f"Latent attention makes the keys and values of all heads from one latent per token, "
+            f"got shapes q={tuple(q.shape)}, latent and rotary key={tuple(rows.shape)}, "
             f"up={tuple(up.shape)}: give q [B, L, H, N + R], a latent [B, L, C], a rotary key "
             f"[B, L, R] and up [H, N + V, C]."
         )

@@ -232,10 +232,10 @@ class KeysFromValues(MaskedMixer):
 
 
 class LatentAttention(MaskedMixer):
-    """Attention in which the keys and values of all heads are made from one latent a token.
+    """Attention in which the keys and values of all heads are made from one latent per token.
 
     Multi-head latent attention, as DeepSeek and Kimi have it. On a sharded sequence ranks exchange
-    latents and rotary keys, C + R numbers a token, and make keys and values where they arrive.
+    latents and rotary keys, C + R numbers per token, and make keys and values where they arrive.
     """
 
     def forward(

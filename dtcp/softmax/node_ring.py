@@ -65,7 +65,7 @@ def node_ring_metadata(
     )
     first_hop, second_hop = ((x.stop - x.start, x.peer // m) for x in (received, arriving))
     keys = _lined_up(hops, received, arriving, (nodes, m, local_len))
-    order, token_index = _tables(keys, nodes, m * local_len)
+    order, token_index = _order_of_steps(keys, nodes, m * local_len)
     rows, first, last = local_runs(layout, rank, intervals)
     line = KeyLine(keys.step, keys.start, keys.stop, nodes)
     ranges = block_ranges_of_parts(rows, line, tile=tile)
@@ -120,7 +120,7 @@ def _lined_up(
     return _KeyRuns(*(x[order] for x in runs))
 
 
-def _tables(keys: _KeyRuns, nodes: int, capacity: int) -> tuple[Tensor, Tensor]:
+def _order_of_steps(keys: _KeyRuns, nodes: int, capacity: int) -> tuple[Tensor, Tensor]:
     """Where each key of a step stands among its rows, and its token index: [nodes, capacity]."""
     lengths = keys.stop - keys.start
     in_step = np.bincount(keys.step, lengths, nodes).astype(np.int64).tolist()

@@ -23,12 +23,12 @@ class TokenPositions:
 
     Args:
         documents: of the rows.
-        given: [B, S], whole numbers; None where they count the tokens of each document from 0.
+        position_ids: [B, S], whole numbers; None where they count each document's tokens from 0.
             Padding, which nothing sees, then counts on from its start.
     """
 
     documents: Documents | None
-    given: Tensor | None = None
+    position_ids: Tensor | None = None
 
     @classmethod
     def of(cls, coords: Coords) -> Self:
@@ -44,8 +44,8 @@ class TokenPositions:
             in_line: tokens are counted through all rows, one after another.
             out: [B, K], or [1, K] where tokens are counted through all rows.
         """
-        if self.given is not None:
-            lines = self.given.reshape(1, -1) if in_line else self.given
+        if self.position_ids is not None:
+            lines = self.position_ids.reshape(1, -1) if in_line else self.position_ids
             out[:] = lines.numpy()[:, tokens]
             return out
         for row, start in zip(out, self._starts(in_line=in_line), strict=True):
@@ -67,8 +67,8 @@ class TokenPositions:
     @property
     def rows(self) -> int:
         """B."""
-        if self.given is not None:
-            return len(self.given)
+        if self.position_ids is not None:
+            return len(self.position_ids)
         assert self.documents is not None
         return self.documents.batch
 

@@ -137,11 +137,11 @@ def needed_by_rank(partition: Partition, intervals: KeyIntervals, seq_len: int) 
 
 def _needed(layout: SequenceLayout, intervals: KeyIntervals) -> PeerRuns:
     """`needed_by_rank`, remembered: a halo's room and its metadata are both worked out of it."""
-    partition, found = layout.partition, intervals.found
-    if partition not in found:
+    partition, memo = layout.partition, intervals.memo
+    if partition not in memo:
         seq_len = intervals.layout_of_keys(layout).seq_len
-        found[partition] = needed_by_rank(partition, intervals, seq_len)
-    needed: PeerRuns = found[partition]
+        memo[partition] = needed_by_rank(partition, intervals, seq_len)
+    needed: PeerRuns = memo[partition]
     return needed
 
 

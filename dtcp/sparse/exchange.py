@@ -75,7 +75,7 @@ def stacked(routes: Sequence[NodeRoutes]) -> NodeRoutes:
 def left_moved(
     routes: NodeRoutes, tokens: Sequence[int], num_ranks: int, rank: int, *, reverse: bool = False
 ) -> Moved:
-    """What bringing the left tokens of each piece moves, with so many bytes a token of each."""
+    """What bringing the left tokens of each piece moves, with so many bytes per token of each."""
     counts = [[0] * num_ranks for _ in range(2)]
     for table in routes:
         for token, hops in zip(tokens, table.tolist(), strict=True):

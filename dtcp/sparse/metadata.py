@@ -102,7 +102,7 @@ def sparse_metadata(
     halo: bool,
     tile: int = SPARSE_TILE,
 ) -> SparseMetadata:
-    """Work out once a batch, on the host, what the mixer reads on one rank.
+    """Work out once per batch, on the host, what the mixer reads on one rank.
 
     Args:
         segments: stretches of positions that each rank holds, as long and as many on each.

@@ -225,11 +225,7 @@ class CompressedSparseCP(MixerStyle):
         return relayouts_moved(mixer, there, rank, shape) + moves
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if device_mesh.ndim != 1:
-            raise ValueError(
-                f"{self} is applied on the axis of the sequence, got a mesh of "
-                f"{device_mesh.ndim} axes: slice it, as in mesh['cp']."
-            )
+        self.check_one_axis(device_mesh)
         return super()._apply(module, device_mesh)
 
 

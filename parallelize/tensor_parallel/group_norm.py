@@ -24,7 +24,7 @@ class GroupNormOfParts(ParallelStyle):
         groups: of the whole layer; the axis is a multiple of them.
         gates_last: whether the gate comes behind the norm.
 
-    Traffic per rank: one number a token from each other rank, and as many back.
+    Traffic per rank: one number per token from each other rank, and as many back.
     """
 
     groups: int

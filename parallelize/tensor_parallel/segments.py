@@ -100,12 +100,12 @@ class RowRoute(NamedTuple):
     """How the rows of a rank's heads come from those that all ranks hold, one after the other.
 
     Args:
-        given: of the rows that this rank holds, those that it sends, rank by rank.
+        sent_rows: of the rows that this rank holds, those that it sends, rank by rank.
         send, receive: how many to and from each rank.
         places: where each run of rows lies in what comes, in the order of the layer.
     """
 
-    given: list[RowRun]
+    sent_rows: list[RowRun]
     send: list[int]
     receive: list[int]
     places: list[RowRun]
@@ -130,7 +130,7 @@ class RowRoute(NamedTuple):
 
     def exchange(self, local: Tensor, mesh: DeviceMesh) -> Tensor:
         """The rows of this rank's heads."""
-        out = cut(local, self.given) if self.given else local[:0]
+        out = cut(local, self.sent_rows) if self.sent_rows else local[:0]
         come = all_to_all(out, mesh, receive=self.receive, send=self.send)
         return cut(come, self.places)
 

@@ -3,8 +3,8 @@
     score + table[h, R + d] + slope[h] * d        d = key's token index - query's, R = reach
 
 A distance beyond the reach of the table reads its last entry. So T5's buckets are a table of
-2 R + 1 numbers a head, ALiBi is one number a head, and nothing here is as large as queries times
-keys: a tile of queries and a block of keys get theirs when they are computed.
+2 R + 1 numbers per head, ALiBi is one number per head, and nothing here is as large as queries
+times keys: a tile of queries and a block of keys get theirs when they are computed.
 """
 
 import torch

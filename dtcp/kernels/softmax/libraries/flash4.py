@@ -157,7 +157,7 @@ class FlashIntervalAttention:
             softmax_scale=params.scale,
             softcap=params.softcap or None,
             mask_mod=self.functions.interval_mask,
-            aux_tensors=_tables(queries, keys),
+            aux_tensors=_mask_tensors(queries, keys),
             block_sparse_tensors=self._sparse(query_blocks(queries, keys, *self.blocks)),
             return_lse=True,
         )
@@ -178,7 +178,7 @@ class FlashIntervalAttention:
             softmax_scale=params.scale,
             softcap=params.softcap,
             mask_mod=self.functions.interval_mask,
-            aux_tensors=_tables(queries, keys),
+            aux_tensors=_mask_tensors(queries, keys),
             block_sparse_tensors=self._sparse(key_blocks(queries, keys, *self.blocks)),
             dq=dq,
             dk=dk,
@@ -198,7 +198,7 @@ class FlashIntervalAttention:
         )
 
 
-def _tables(queries: Queries, keys: Keys) -> list[Tensor]:
+def _mask_tensors(queries: Queries, keys: Keys) -> list[Tensor]:
     """What the mask function reads, a row of intervals for every row of queries."""
     rows = queries.q.shape[0]
     first, last = (x.expand(rows, -1).contiguous() for x in (queries.first_key, queries.last_key))
