@@ -20,8 +20,8 @@ def read_mask(mask_function: Callable[..., Any]) -> Mask | None:
     row = _row(mask_function, FAR)
     if row is None or not row.any():
         return None
-    keys = row.nonzero().flatten()
-    first, last = int(keys[0]), int(keys[-1])
+    seen = row.to(torch.uint8)
+    first, last = int(seen.argmax()), len(seen) - 1 - int(seen.flip(0).argmax())
     left = None if first == 0 else FAR - first + 1
     right = None if last == len(row) - 1 else last - FAR
     queries = [*range(NEAR), 12_345, FAR]
@@ -65,13 +65,10 @@ def _row(mask_function: Callable[..., Any], query: int) -> Tensor | None:
 def _agrees(
     mask_function: Callable[..., Any], query: int, left: int | None, right: int | None
 ) -> bool:
-    row = _row(mask_function, query)
-    back = query - torch.arange(query + NEAR)
-    expected = torch.ones_like(back, dtype=torch.bool)
-    if left is not None:
-        expected &= back < left
-    if right is not None:
-        expected &= -back <= right
+    row, expected = _row(mask_function, query), torch.zeros(query + NEAR, dtype=torch.bool)
+    first = 0 if left is None else max(query - left + 1, 0)
+    end = len(expected) if right is None else max(query + right + 1, 0)
+    expected[first:end] = True
     return row is not None and torch.equal(row, expected)
 
 

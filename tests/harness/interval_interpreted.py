@@ -31,6 +31,7 @@ from tests.harness.attention_parity import (
     run,
     shard_case,
 )
+from tests.harness.interpreter import patch_language_once_a_launch
 from tests.harness.kernel_cases import kernel_cases, kernel_errors
 
 RANKS = 2
@@ -58,6 +59,7 @@ def rank_main(rank: int, store_path: str, results: Any) -> None:
 
 
 def main() -> None:
+    patch_language_once_a_launch()
     ranges.SCAN = 2  # so that rows as short as these need several steps
     results, errors_of = mp.get_context("fork").SimpleQueue(), {}
     with tempfile.TemporaryDirectory() as folder:
