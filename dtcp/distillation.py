@@ -5,7 +5,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -15,6 +14,7 @@ from dtcp.logit_sums import (
     all_parts,
     check_labels_of,
     chunks,
+    differentiated_once,
     vocabulary_shard,
 )
 from dtcp.sequence.arguments import FLOATS, check_tensor
@@ -96,7 +96,7 @@ class _Divergence(torch.autograd.Function):
         return expected.masked_fill(~has_loss, 0)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, has_loss, lse = ctx.saved_tensors
         grad_student = torch.empty_like(student)

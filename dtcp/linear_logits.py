@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -30,6 +29,7 @@ from dtcp.logit_sums import (
     RowSums,
     check_labels_of,
     chunks,
+    differentiated_once,
     grad_of_rows,
     shaped_sums,
     vocabulary_shard,
@@ -194,7 +194,7 @@ class _LinearSums(torch.autograd.Function):
         return sums.masked(whole)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     @outside_autocast
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, lse = ctx.saved_tensors

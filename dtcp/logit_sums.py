@@ -1,13 +1,13 @@
 """What losses read of logits, token by token, over a vocabulary that may be sharded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -47,9 +47,19 @@ def logit_sums(logits: Tensor, labels: Tensor, *, with_mean: bool = False) -> Lo
     return shaped_sums(sums, labels)
 
 
+def check_local_labels(subject: str, labels: Tensor) -> None:
+    """Refuse labels that are no whole numbers, or not those of this rank alone."""
+    check_tensor(subject, shape="[B, L]", dtypes=LABEL_DTYPES, labels=labels)
+    if isinstance(labels, DTensor):
+        raise TypeError(
+            f"{subject} reads the labels of this rank, got a DTensor placed {labels.placements}: "
+            f"give labels.to_local()."
+        )
+
+
 def check_labels_of(tokens: torch.Size, labels: Tensor) -> None:
     """Refuse labels that are not one for each token of [B, L, ..]."""
-    check_tensor("A loss", shape="[B, L]", dtypes=LABEL_DTYPES, labels=labels)
+    check_local_labels("A loss", labels)
     if tokens != labels.shape or not tokens:
         raise ValueError(
             f"A loss has a label for each token, got logits of {tuple(tokens)} tokens with "
@@ -158,6 +168,40 @@ def grad_of_rows(
     return chunk.masked_fill_(~columns.has_loss[rows, None], 0)
 
 
+def differentiated_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward whose gradients have no derivative of their own, and say so if one is asked for.
+
+    torch's once_differentiable gives those that follow from what was saved a derivative of zero.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not again:
+            return found
+        sources = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+        return tuple(None if x is None else _Once.apply(x, *sources) for x in found)
+
+    return run
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on its sources, in a way that nobody has differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "A loss over a vocabulary is differentiated once, got a second derivative of its "
+            "logits: leave create_graph out, or compute it by torch.nn.functional.cross_entropy."
+        )
+
+
 class _LogitSums(torch.autograd.Function):
     """lse, the label's logit and the mean, by chunks of rows and, maybe, shards of columns: [T]."""
 
@@ -183,7 +227,7 @@ class _LogitSums(torch.autograd.Function):
         return sums.masked(whole)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         logits, lse = ctx.saved_tensors
         grad = torch.empty_like(logits)

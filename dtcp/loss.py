@@ -18,7 +18,7 @@ from dtcp.linear_logits import (
     fused_loss_sum,
     linear_logit_sums,
 )
-from dtcp.logit_sums import LABEL_DTYPES, LogitSums, logit_sums
+from dtcp.logit_sums import LogitSums, check_local_labels, logit_sums
 from dtcp.sequence.arguments import check_ints, check_tensor
 
 
@@ -29,7 +29,7 @@ def global_token_count(labels: Tensor, mesh: DeviceMesh | None) -> Tensor:
         labels: [B, L], local.
         mesh: the ranks whose tokens make up a batch, ParallelMesh.loss; None for this rank alone.
     """
-    check_tensor("A count of tokens", shape="[B, L]", dtypes=LABEL_DTYPES, labels=labels)
+    check_local_labels("A count of tokens", labels)
     tokens = (labels != IGNORED).sum()
     if mesh is not None:
         dist.all_reduce(tokens, group=mesh.get_group())

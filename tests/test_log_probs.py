@@ -11,7 +11,7 @@ from dtcp import linear_logits, logit_sums
 from dtcp.distillation import token_divergence
 from dtcp.labels import IGNORED
 from dtcp.linear_logits import LinearLogits
-from dtcp.loss import token_log_probs, token_mean_loss
+from dtcp.loss import global_token_count, token_log_probs, token_mean_loss
 from dtcp.router_balance import balance_loss
 from tests.harness.spmd import spmd
 
@@ -218,3 +218,28 @@ def test_a_bias_that_is_not_placed_as_its_weight_is_refused(mesh):
     for other in (bias, distribute_tensor(bias.detach(), mesh, [Replicate()])):
         with pytest.raises(ValueError, match="placed as the weight is"):
             token_mean_loss(LinearLogits(hidden, sharded, other), labels, 9)
+
+
+def test_second_derivatives_of_losses_are_refused():
+    """Gradients that follow from saved logits would count as constants."""
+    (hidden, weight, _), labels = a_head()
+    teacher = torch.randn(2, 6, VOCABULARY, dtype=torch.float64)
+    for loss in (
+        lambda: token_mean_loss(F.linear(hidden, weight), labels, 9),
+        lambda: token_mean_loss(LinearLogits(hidden, weight), labels, 9),
+        lambda: token_divergence(F.linear(hidden, weight), teacher, labels).sum(),
+    ):
+        (grad,) = torch.autograd.grad(loss(), hidden, create_graph=True)
+        with pytest.raises(NotImplementedError, match="differentiated once, got a second"):
+            torch.autograd.grad(grad.square().sum(), hidden)
+
+
+@spmd(ranks=2)
+def test_labels_of_several_ranks_in_one_tensor_are_refused(mesh):
+    labels = distribute_tensor(torch.zeros(2, 4, dtype=torch.int64), mesh, [Shard(1)])
+    for call in (
+        lambda: token_mean_loss(torch.zeros(2, 4, 3), labels, 8),
+        lambda: global_token_count(labels, mesh),
+    ):
+        with pytest.raises(TypeError, match=r"got a DTensor placed \(Shard\(dim=1\),\)"):
+            call()

@@ -1,5 +1,6 @@
 """Softmax attention as a model calls it: several mixers, each for one device as it stands."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +56,11 @@ class MaskedMixer(Mixer):
                     f"Scores are scaled by one number, got {name}={factor!r} of type "
                     f"{type(factor).__name__}: give a float."
                 )
-        if softcap < 0:
+        if not math.isfinite(1.0 if scale is None else scale):
+            raise ValueError(
+                f"Scores are scaled by a finite number, got scale={scale}: give one, or None."
+            )
+        if not 0 <= softcap < math.inf:
             raise ValueError(
                 f"A softcap bounds scores on both sides, got softcap={softcap}: give a bound "
                 f"above 0, or 0 for none."

@@ -62,6 +62,7 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
         The op's rule checks their placements (dtensor.py), not traced code.
         """
         self.check_bias(bias, slope)
+        _check_plain(sink=sink, bias=bias, slope=slope)
         check_tensor("Attention", shape="[B, L, heads, width]", q=q, k=k, v=v)
         metadata, softmax = self.own(attn_metadata), self.softmax(q)
         distributed = any(isinstance(x, DTensor) for x in (q, k, v))
@@ -78,6 +79,17 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
 
     def _placements(self) -> tuple[Placement, ...]:
         return (Shard(SEQ), Shard(HEADS))[: self.mesh.ndim]
+
+
+def _check_plain(**per_head: Tensor | None) -> None:
+    """Refuse DTensors that would get the gradient of this rank's queries as a plain tensor."""
+    for name, x in per_head.items():
+        if isinstance(x, DTensor) and x.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                f"Attention on shards reads the {name} of this rank's heads, got a DTensor placed "
+                f"{x.placements}: give {name}.to_local(grad_placements=...), Partial() on the axis "
+                f"of the sequence."
+            )
 
 
 class ContextParallelCrossAttention(ContextParallelAttention, CrossAttention):
