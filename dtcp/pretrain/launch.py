@@ -269,6 +269,17 @@ class Agent(LocalElasticAgent):
         super().__init__(spec, DefaultLogsSpecs(os.devnull), start_method="fork")
         self.stop_seconds, self._is_closing = stop_seconds, False
 
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        if isinstance(worker_group.spec.entrypoint, str):
+            return super()._start_workers(worker_group)
+        # A forked rank hears nothing before it has handlers of its own: those of this process
+        # would raise in it, where it has hardly begun.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())
+        try:
+            return super()._start_workers(worker_group)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         # One rank is gone: the others wait for it in a collective, and cannot save. A rank that
         # is stopped (SIGSTOP) heeds no other signal.
@@ -316,6 +327,7 @@ def _forked_rank(work: Callable[[], int], threads: int | None, launcher: int) ->
     logging.disable(logging.NOTSET)
     for number in handled_signals():
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, handled_signals())
     die_with(launcher)
     # torch read the environment when the launcher imported it.
     if threads is not None:
