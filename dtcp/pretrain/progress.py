@@ -125,7 +125,7 @@ class Progress(MetricsProcessor):
             **({} if rows is None else {"data_parallel/largest_work": rows}),
             **(extra_metrics or {}),
         }
-        self.logger.log(metrics, step)
+        self._send(metrics, step)
         self.losses[step] = global_avg_loss
         say(
             f"step {step:>5}/{self.steps}  loss {global_avg_loss:8.5f}  grad {grad_norm:7.4f}  "
@@ -143,9 +143,23 @@ class Progress(MetricsProcessor):
     def log_validation(
         self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None
     ) -> None:
-        self.logger.log({"validation_metrics/loss": loss, **(extra_metrics or {})}, step)
+        self._send({"validation_metrics/loss": loss, **(extra_metrics or {})}, step)
         say(f"step {step:>5}/{self.steps}  validation loss {loss:8.5f}")
         self._reset()
+
+    def _send(self, metrics: dict[str, Any], step: int) -> None:
+        """Hand numbers to the loggers.
+
+        Raises:
+            ValueError: they are written to a disk that is full, or not there any more.
+        """
+        try:
+            self.logger.log(metrics, step)
+        except OSError as error:
+            raise ValueError(
+                f"A run writes its metrics into its folder, got {error.strerror} at step={step}: "
+                f"make room and start again, or do without (--metrics.no-enable_tensorboard)."
+            ) from error
 
     def _received(self) -> tuple[int, int, int]:
         """Bytes since the last line: for cp, for ep, and of both from other nodes."""

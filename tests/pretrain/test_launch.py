@@ -2,9 +2,13 @@
 
 import os
 import re
+import signal
+from types import SimpleNamespace
 
 import pytest
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
+from dtcp.pretrain.launch import Agent, handled_signals
 from tests.harness.run_script import run_forked
 
 SCRIPT = """
@@ -76,3 +80,18 @@ def test_a_launcher_that_is_stopped_ends_its_ranks(cases):
 
 def test_ranks_that_cannot_be_forked_are_processes_of_their_own(cases):
     assert cases["processes"] == (0, [f"rank {rank} is a process" for rank in range(2)])
+
+
+def test_ranks_are_forked_deaf_to_what_the_launcher_heeds(monkeypatch):
+    """Until they have handlers of their own; processes of their own would stay deaf."""
+
+    def masked():
+        return set(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    monkeypatch.setattr(LocalElasticAgent, "_start_workers", lambda *_: masked())
+    agent, before = Agent.__new__(Agent), masked()
+    for entrypoint, heard in ((print, set()), ("python", {*handled_signals()} - before)):
+        group = SimpleNamespace(spec=SimpleNamespace(entrypoint=entrypoint))
+        assert {*handled_signals()} - agent._start_workers(group) == heard
+        assert masked() == before
+    assert handled_signals()

@@ -1,9 +1,11 @@
 """What is left of a run: a plot of its loss, one line for its failure."""
 
+import errno
 import io
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
@@ -12,6 +14,7 @@ from dtcp.pretrain import run
 from dtcp.pretrain.folder_lock import FolderLock
 from dtcp.pretrain.options import parse
 from dtcp.pretrain.plot import TRAINING, plot_losses, read_losses
+from dtcp.pretrain.progress import Progress
 from dtcp.pretrain.report import say_failure
 
 
@@ -27,6 +30,16 @@ def test_a_plot_shows_a_step_as_it_was_last(tmp_path):
 def test_a_plot_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="got none in folder"):
         plot_losses(tmp_path)
+
+
+def test_metrics_that_cannot_be_written_end_a_run_in_a_sentence():
+    def log(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    progress = Progress.__new__(Progress)
+    progress.logger = SimpleNamespace(log=log)
+    with pytest.raises(ValueError, match=r"got No space left on device at step=3: make room"):
+        progress._send({"loss": 1.0}, 3)
 
 
 def test_a_failure_is_one_line_and_a_file(tmp_path: Path, capsys, monkeypatch):
