@@ -96,8 +96,9 @@ class PackedDocuments(BaseDataLoader):
         """Read bytes of a folder's files that are not UTF-8 as U+FFFD, instead of refusing them."""
 
         balance_rows: int = 0
-        """Deal the documents of this many rows, a multiple of the rows of a step, out so that all
-        rows have about the same work under a causal mask. 0 leaves documents in their order."""
+        """Deal the documents of this many rows out so that all have about the same work under a
+        causal mask. As many as a step has, or more; steps are less even where it is no multiple.
+        0 leaves documents in their order."""
 
         accept_changes: bool = False
         """Go on from a checkpoint of other data, at the same place in the new ones."""
@@ -115,7 +116,13 @@ class PackedDocuments(BaseDataLoader):
     ) -> None:
         self.config, self.tokenizer, self.seq_len = config, tokenizer, seq_len
         self.ranks, self.rank, self.rows_per_rank = dp_world_size, dp_rank, local_batch_size
-        check_balance(config, dp_world_size * local_batch_size)
+        rows = dp_world_size * local_batch_size
+        check_balance(config, rows)
+        if config.balance_rows % rows:
+            say(
+                f"data        documents are dealt out among {config.balance_rows} rows, no "
+                f"multiple of the {rows} of a micro-batch: some micro-batches are less even"
+            )
         self.source = open_source(config)
         self.cursor = Cursor()
         self.last_read = "nothing yet"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtcp.pretrain.balanced_packing import balanced_rows, share, work_of
+from dtcp.pretrain.balanced_packing import balanced_in_windows, balanced_rows, share, work_of
 from dtcp.pretrain.packing import Cursor, pack
 from dtcp.pretrain.progress import largest_work
 from tests.pretrain.test_data import TOKENIZER, Texts, batches, loader
@@ -133,3 +133,18 @@ def test_a_window_smaller_than_a_micro_batch_is_refused(window):
 def test_a_window_is_a_whole_number_of_rows(window):
     with pytest.raises(TypeError, match=r"takes whole numbers, got balance_rows="):
         dealt_loader(window)
+
+
+@pytest.mark.parametrize(("window", "uneven"), [(0, False), (4, False), (8, False), (9, True)])
+def test_a_window_that_is_no_multiple_of_a_micro_batch_is_said_to_be_less_even(
+    window, uneven, capsys
+):
+    dealt_loader(window)
+    said = f"dealt out among {window} rows, no multiple of the 4 of a micro-batch"
+    assert (said in capsys.readouterr().out) == uneven
+    if window:
+        # And drops none: an epoch's rows are those of documents in their order.
+        rows = stream(30)
+        dealt = list(balanced_in_windows(iter(rows), Cursor(), window))
+        before, after = (np.sort(np.concatenate([row.tokens for row in x])) for x in (rows, dealt))
+        assert len(dealt) == len(rows) and (before == after).all()
