@@ -136,7 +136,7 @@ class HalfUnlabeled(PackedDocuments):
 def half_unlabeled():
     config = micro()
     config.dataloader = HalfUnlabeled.Config()
-    config.validator.dataloader = HalfUnlabeled.Config(part="validation", infinite=False)
+    config.validator.dataloader = HalfUnlabeled.Config(part="validation")
     config.training.steps, config.validator.freq = 2, 2
     config.training.local_batch_size, config.training.global_batch_size = 1, 2
     return config
