@@ -22,6 +22,7 @@ from dtcp.rows import DEFAULT_FIELDS, Rows, TokenField
 from dtcp.sequence.arguments import check_ints, check_kind
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.host import on_host
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Mask
@@ -147,6 +148,7 @@ def shard_prepared(
     return prepared_alike(compared, prepared, lambda batch: batch.hashes).to(device)
 
 
+@on_host
 def prepare_batch(
     batch: Mapping[str, Any],
     mesh: ParallelMesh,

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from dtcp.sequence.arguments import check_ints, check_tensor
 from dtcp.sequence.documents import Documents, anywhere, check_documents, count_true
+from dtcp.sequence.host import on_host
 
 IGNORED = -100
 """The label of a token that has no loss."""
 
 
+@on_host
 def shift_labels(input_ids: Tensor, documents: Documents, *, by: int = 1) -> Tensor:
     """Labels of next-token prediction: the token `by` places further on, in the same document.
 
@@ -44,6 +46,7 @@ def shift_labels(input_ids: Tensor, documents: Documents, *, by: int = 1) -> Ten
     return labels
 
 
+@on_host
 def look_ahead(
     input_ids: Tensor, labels: Tensor, documents: Documents, *, depths: int
 ) -> dict[str, Tensor]:

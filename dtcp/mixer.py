@@ -26,6 +26,7 @@ from dtcp.metadata import AttentionMetadata, BatchMetadata, MetadataKey, metadat
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.host import on_host
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.memory import Memory
 
@@ -317,6 +318,7 @@ def mixers_of(model: nn.Module) -> tuple[Mixer, ...]:
     return tuple(mixer for mixer, _ in MixerKinds.of(model).mixers)
 
 
+@on_host
 def batch_metadata(
     model: nn.Module,
     documents: Documents,

@@ -28,6 +28,7 @@ from dtcp.sequence.arguments import (
 )
 from dtcp.sequence.batch_documents import read_padding_mask
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.host import on_host
 from dtcp.sequence.layout import PerDocument
 from dtcp.sequence.restarts import check_restarts
 
@@ -80,6 +81,7 @@ def partition_indices(cu_seqlens_padded: Tensor, total: int, num_shards: int, ra
     return thd_layout(bounds, total, num_shards).token_indices(rank)
 
 
+@on_host
 def to_thd(batch: THDBatch, *, seq_lens_padding_value: int = SENTINEL) -> dict[str, Any]:
     """Take the batch dim off packed rows: [B, S, ...] to [B * S, ...].
 
@@ -118,6 +120,7 @@ def to_thd(batch: THDBatch, *, seq_lens_padding_value: int = SENTINEL) -> dict[s
     return {**out, "qkv_format": "thd"}
 
 
+@on_host
 def shard_thd(batch: THDBatch, axis: DeviceMesh) -> dict[str, Any]:
     """This rank's tokens of what `to_thd` made; boundaries stay those of the whole.
 

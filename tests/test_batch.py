@@ -75,6 +75,29 @@ def test_mixers_are_found_though_they_come_after_a_batch():
     assert list(batch_metadata(model, documents)) == [SoftmaxAttention(Causal()).metadata_key]
 
 
+@spmd(ranks=(1, 2))
+def test_batches_are_planned_on_the_host_whatever_device_new_tensors_have(mesh, ranks):
+    parallel = ParallelMesh.of_sequence(mesh)
+    masks = {"near": Causal() & SlidingWindow(4), "far": Causal()}
+    mixers = {name: mixer_on(mesh, RingAttention(), mask) for name, mask in masks.items()}
+    model = nn.ModuleDict(mixers)
+    documents = Documents(((5, 19), (24,)), 24)
+    batch = a_batch(documents) | {"position_ids": documents.position_ids()}
+
+    def planned(layout):
+        local, sharded = shard_batch(batch, parallel, layout, model=model)
+        whole = sharded.gather(local["input_ids"])
+        sums = sharded.sum_by_document(local["loss_mask"].double())
+        metadata = sharded.attn_metadata
+        of_mixers = [x for key in metadata for x in metadata[key].tensors()]
+        return [*local.values(), *of_mixers, whole, sums, sharded.documents.starts()]
+
+    for layout in (Contiguous, HeadTail, DocumentBalanced):
+        expected = planned(layout)
+        with torch.device("meta"):  # as torch.set_default_device does
+            assert_close(planned(layout), expected, rtol=0, atol=0)
+
+
 @layouts
 @spmd(ranks=(1, 2, 3, 4))
 def test_every_key_is_cut_along_its_own_sequence_dim(mesh, layout, ranks):

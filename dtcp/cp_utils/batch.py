@@ -20,6 +20,7 @@ from dtcp.sdpa.local_shards import local_shards
 from dtcp.sequence.arguments import check_batch, check_tensor, rows_of
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.host import on_host
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.softmax.all_gather import AllGatherAttention
 from dtcp.softmax.style import AttentionStyle
@@ -106,6 +107,7 @@ class BatchSharder:
     seq_lens_padding_value: int = SENTINEL
     buckets: Buckets | None = None
 
+    @on_host
     def __call__(
         self,
         cp_mesh: DeviceMesh,

@@ -25,12 +25,14 @@ from dtcp.labels import IGNORED
 from dtcp.sequence.arguments import check_batch, check_ints
 from dtcp.sequence.batch_documents import check_restarts_in_stretches
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.host import on_host
 from dtcp.thd import SENTINEL, primary_key
 
 GROUP = "_dsv4_cp_group"
 POSITION_MAP = "_dsv4_cp_position_map"
 
 
+@on_host
 def make_dsv4_contiguous_shard_cp_batch_and_ctx(
     cp_mesh: DeviceMesh | None,
     tp_mesh: DeviceMesh | None,

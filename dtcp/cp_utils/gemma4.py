@@ -26,6 +26,7 @@ from dtcp.sequence.batch_documents import check_restarts_in_stretches
 from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.host import on_host
 from dtcp.sequence.layout import Contiguous
 from dtcp.thd import primary_key
 
@@ -207,6 +208,7 @@ def _make_contiguous_shard_cp_batch(
     return nullcontext, batch
 
 
+@on_host
 def _shard_for(
     model: nn.Module,
     cp_mesh: DeviceMesh | None,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
+from dtcp.sequence.host import on_host
 from dtcp.thd import (
     SENTINEL,
     row_chunks,
@@ -16,6 +17,7 @@ from dtcp.thd import (
 )
 
 
+@on_host
 def make_cp_batch_for_te(
     cp_mesh: DeviceMesh | None,
     batch: Mapping[str, Any],

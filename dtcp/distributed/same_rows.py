@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp.distributed.groups import gather_flat
 from dtcp.sequence.arguments import WHOLE_NUMBERS
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.host import on_host
 
 T = TypeVar("T")
 Contents = tuple[Mapping[str, Tensor], Documents | None]
@@ -63,6 +64,7 @@ class RowHashes:
         return cls(hashes, seq_len, keys, zlib.crc32(use.encode()))
 
 
+@on_host
 def prepared_alike(
     axes: Sequence[DeviceMesh | None],
     prepare: Callable[[], T],

@@ -33,6 +33,7 @@ from dtcp.rows import DEFAULT_FIELDS, WHOLE, Rows
 from dtcp.sequence.arguments import check_batch, check_kind
 from dtcp.sequence.batch_documents import DOCUMENT_KEYS
 from dtcp.sequence.buckets import Buckets
+from dtcp.sequence.host import on_host
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sharded_batch import ShardedBatch
 
@@ -88,6 +89,7 @@ def shard_hf_batch(
     return _shard(batch, mesh, layout, model, for_token_loss=False, **options)
 
 
+@on_host
 def prepare_hf_batch(
     batch: Mapping[str, Any],
     mesh: ParallelMesh,

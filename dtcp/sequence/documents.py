@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import BOOL, WHOLE_NUMBERS, are_whole, check_ints, check_tensor
+from dtcp.sequence.host import on_host
 from dtcp.sequence.neighbours import places_after
 
 PADDING = -1
@@ -102,6 +103,7 @@ class Documents:
                 )
 
     @classmethod
+    @on_host
     def of_batch(
         cls,
         rows: int,
@@ -157,6 +159,7 @@ class Documents:
         return cls(((seq_len,),) * batch, seq_len)
 
     @classmethod
+    @on_host
     def from_position_ids(cls, position_ids: Tensor) -> "Documents":
         """Read documents off position ids that restart at 0 where a document starts.
 
@@ -205,6 +208,7 @@ class Documents:
         return cls(lengths, seq_len)
 
     @classmethod
+    @on_host
     def from_padded(cls, position_ids: Tensor | None, padding: Tensor) -> "Documents":
         """Read the documents of rows that are padded on the right.
 
@@ -240,6 +244,7 @@ class Documents:
         return cls(tuple(rows), padding.shape[1])
 
     @classmethod
+    @on_host
     def from_cu_seqlens(cls, cu_seqlens: Sequence[int] | Tensor, seq_len: int) -> "Documents":
         """One row from its document boundaries: [N + 1] ints that start at 0 and ascend.
 
@@ -274,21 +279,25 @@ class Documents:
         """The same documents in longer rows; the new tokens are padding."""
         return self if seq_len == self.seq_len else Documents(self.lengths, seq_len)
 
+    @on_host
     def document(self) -> Tensor:
         """Index of each token's document in its row, -1 for padding: [B, S], int64."""
         return self._spread([list(range(len(row))) for row in self.lengths], PADDING)
 
+    @on_host
     def starts(self) -> Tensor:
         """Token index where each token's document starts; padding, its own: [B, S], int64."""
         firsts = [list(accumulate(row[:-1], initial=0)) if row else [] for row in self.lengths]
         starts = self._spread(firsts, PADDING)
         return torch.where(starts == PADDING, torch.arange(self.seq_len), starts)
 
+    @on_host
     def ends(self) -> Tensor:
         """Token index of the last token of each token's document; padding, its own: [B, S]."""
         ends = self._spread([[end - 1 for end in accumulate(row)] for row in self.lengths], PADDING)
         return torch.where(ends == PADDING, torch.arange(self.seq_len), ends)
 
+    @on_host
     def position_ids(self) -> Tensor:
         """What RoPE reads: 0 at the start of each document, 0 for padding: [B, S], int64."""
         return torch.arange(self.seq_len) - self.starts()

@@ -109,7 +109,7 @@ class SequenceLayout(ABC):
 
     def token_indices(self, rank: int) -> Tensor:
         """Token index of each of the rank's slots: [L], int64."""
-        return torch.cat([torch.arange(start, stop) for start, stop in self.runs(rank)])
+        return torch.cat([torch.arange(*run, device="cpu") for run in self.runs(rank)])
 
     def permutation(self) -> Tensor:
         """Token index of every slot, rank 0's slots first: [S], int64."""
@@ -118,7 +118,9 @@ class SequenceLayout(ABC):
     def inverse(self) -> Tensor:
         """Slot of every token: [S], int64."""
         permutation = self.permutation()
-        return torch.empty_like(permutation).scatter(0, permutation, torch.arange(self.seq_len))
+        return torch.empty_like(permutation).scatter(
+            0, permutation, torch.arange(self.seq_len, device="cpu")
+        )
 
     def shard(self, x: Tensor, rank: int, *, dim: int = 1) -> Tensor:
         """Pick the rank's tokens out of all: S in dim becomes L. No communication."""

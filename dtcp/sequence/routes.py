@@ -83,7 +83,7 @@ def halo_token_indices(layout: SequenceLayout, rank: int, *, left: int, right: i
         [segments * (left + right)], int64.
     """
     runs = halo_runs(layout, rank, left=left, right=right)
-    index = torch.cat([torch.arange(start, stop) for start, stop in runs])
+    index = torch.cat([torch.arange(*run, device="cpu") for run in runs])
     return torch.where((index >= 0) & (index < layout.seq_len), index, -1)
 
 
