@@ -202,6 +202,7 @@ class BatchCut:
             check_kind("Work to balance", (Mask,), mask=mask)
             check_ints("Work to balance", least=1, layers=layers)
 
+    @on_host
     def prepared(self, rows: Rows) -> PreparedBatch:
         """This rank's part of the rows, and what its mixers read; needs no other rank."""
         said, unpadded_rows, seq_len = rows, rows.documents.batch, rows.documents.seq_len

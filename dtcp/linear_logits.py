@@ -5,6 +5,7 @@ much again. A loss reads three numbers of each token; here it has them from chun
 backward computes the chunks once more.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from dtcp.kernels.linear_cross_entropy import (
 )
 from dtcp.labels import IGNORED
 from dtcp.logit_sums import (
+    DifferentiatedOnce,
     LabelColumns,
     LogitSums,
     RowSums,
@@ -84,6 +86,9 @@ def fused_loss_sum(
     if head_kernel(demand, logits.kernel) != LIGER:
         return None
     check_labels_of(hidden.shape[:-1], labels)
+    # Liger has gradients from forward on: constants, to a second derivative.
+    hidden, weight = DifferentiatedOnce.apply(hidden), DifferentiatedOnce.apply(weight)
+    bias = None if bias is None else DifferentiatedOnce.apply(bias)
     if logits.scale != 1.0:
         hidden = hidden * logits.scale
         bias = None if bias is None else bias * logits.scale
@@ -133,6 +138,11 @@ def checked_head(logits: LinearLogits) -> LinearLogits:
     hidden, weight, bias = logits.hidden, logits.weight, logits.bias
     check_tensor("A loss", shape="[B, L, D]", dtypes=FLOATS, hidden=hidden)
     check_tensor("A loss", shape="[V, D]", ndim=2, dtypes=FLOATS, weight=weight)
+    if not (math.isfinite(logits.scale) and 0 <= logits.softcap < math.inf):
+        raise ValueError(
+            f"A head's logits are finite, got scale={logits.scale}, softcap={logits.softcap}: give "
+            f"a finite scale, and a softcap above 0, or 0 for none."
+        )
     given: dict[str, Tensor] = {"hidden": hidden, "weight": weight}
     if bias is not None:
         check_tensor("A loss", shape="[V]", ndim=1, dtypes=FLOATS, bias=bias)

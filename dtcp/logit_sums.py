@@ -202,6 +202,20 @@ class _Once(torch.autograd.Function):
         )
 
 
+class DifferentiatedOnce(torch.autograd.Function):
+    """An input as it is, for a loss of others whose gradients have no derivative of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (grad,)
+
+
 class _LogitSums(torch.autograd.Function):
     """lse, the label's logit and the mean, by chunks of rows and, maybe, shards of columns: [T]."""
 

@@ -126,7 +126,7 @@ class ShardedBatch:
                 f"A ShardedBatch sums a number of each token, got x.shape={tuple(x.shape)}: give "
                 f"[B, L] = {(rows, self.layout.shard_len)}."
             )
-        document = self.shard(self.documents.document(), pad=PADDING).to(x.device)
+        document = self.shard(self.coords.document, pad=PADDING).to(x.device)
         count = max(len(lengths) for lengths in self.documents.lengths)
         # What is in no document is summed in a place that is cut off.
         place = document.where(document >= 0, count)

@@ -13,6 +13,7 @@ from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.arguments import FLOATS, check_batch, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import PADDING, Documents
+from dtcp.sequence.host import on_host
 from dtcp.sequence.masks import Causal, Mask
 from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.local import ATTENTION
@@ -42,6 +43,7 @@ class PackedAttention:
     softmax: Callable[[float], SoftmaxParams] = SoftmaxParams
 
     @classmethod
+    @on_host
     def of(
         cls,
         batch: THDBatch,

@@ -463,8 +463,10 @@ def test_padding_that_is_cut_out_of_longer_rows_is_compared():
     longer = torch.zeros(1, 17, dtype=torch.bool)
     longer[0, 15:] = True
     ids, mask = torch.arange(16)[None], longer[:, 1:]
-    hashes = [RowHashes.of({"input_ids": ids, "padding_mask": x}, None) for x in (mask, ~mask)]
-    assert mask.is_contiguous() and not torch.equal(*(x.of_rows for x in hashes))
+    masks = (mask, ~mask, mask.clone())
+    hashes = [RowHashes.of({"input_ids": ids, "padding_mask": x}, None).of_rows for x in masks]
+    assert mask.is_contiguous() and not torch.equal(*hashes[:2])
+    assert torch.equal(hashes[0], hashes[2])  # as of another rank, where it lies by itself
 
 
 def test_keys_whose_dtype_does_not_hold_their_padding_are_refused():

@@ -27,7 +27,14 @@ CODE = ("dtcp", "models", "parallelize")
 # Lowest first. A module imports from its own floor and from those below it.
 FLOORS = (
     ("dtcp._torch",),
-    ("dtcp.sequence", "dtcp.metadata", "dtcp.forward", "dtcp.autocast", "dtcp.checkpoint"),
+    (
+        "dtcp.sequence",
+        "dtcp.metadata",
+        "dtcp.forward",
+        "dtcp.autocast",
+        "dtcp.local_op",
+        "dtcp.checkpoint",
+    ),
     ("dtcp.distributed", "dtcp.compile"),
     ("dtcp.kernels",),
     ("dtcp.mixer", "dtcp.style"),

@@ -127,6 +127,6 @@ def check_one_document(
 
 def _cuts_documents(mask: Tensor) -> bool:
     """Whether some token of a mask [B, 1, S, S] does not see the one before it: they are packed."""
-    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-    token, before = (seen.diagonal(offset, -2, -1) for offset in (0, -1))
+    diagonals = (mask[:, 0].diagonal(offset, -2, -1) for offset in (0, -1))
+    token, before = (x if x.dtype == torch.bool else x == 0 for x in diagonals)
     return bool((token[:, 1:] & token[:, :-1] & ~before).any())

@@ -185,18 +185,19 @@ def _weighed(stretches: Tensor, weights: Tensor) -> Tensor:
 def _numbers(x: Tensor) -> Tensor:
     """Whole numbers that change with x: of vectors per token the first entry's bits."""
     x = x.detach()
-    if x.dtype == torch.bool and x.ndim == 2 and _in_eights(x):
-        return x.view(torch.int64)  # eight at once
+    if x.dtype == torch.bool and x.ndim == 2 and x.shape[1] % 8 == 0:
+        # Eight at once; what it holds decides so, not how it lies, which may differ by rank.
+        lies = x if _lies_in_eights(x) else x.clone(memory_format=torch.contiguous_format)
+        return lies.view(torch.int64)
     if not x.is_floating_point():
         return x if x.dtype in WHOLE_NUMBERS else x.long()
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return (x[..., 0] if x.ndim > 2 else x).contiguous().view(bits)
 
 
-def _in_eights(x: Tensor) -> bool:
+def _lies_in_eights(x: Tensor) -> bool:
     """Whether the bytes of each row can be read eight at once; not of a row cut out of another."""
-    whole = (x.shape[1], x.stride(0), x.storage_offset())
-    return x.is_contiguous() and not any(each % 8 for each in whole)
+    return x.is_contiguous() and x.stride(0) % 8 == 0 and x.storage_offset() % 8 == 0
 
 
 @lru_cache(maxsize=8)

@@ -22,6 +22,7 @@ from dtcp.distributed.counting import count_crossed
 from dtcp.distributed.groups import group_of
 from dtcp.distributed.ops import communicating_op
 from dtcp.experts.moves import counts_moves, result_moves, token_moves
+from dtcp.local_op import local_op
 from dtcp.metadata import HostTensor
 
 
@@ -185,7 +186,7 @@ def _(
     return x.new_empty(place.shape[0], x.shape[1])
 
 
-@torch.library.custom_op("dtcp::receive_tokens", mutates_args=())
+@local_op("dtcp::receive_tokens")
 def _receive_tokens(flying: Tensor, place: Tensor) -> Tensor:
     return arrived(flying)[place]
 

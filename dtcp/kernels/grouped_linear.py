@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dtcp.local_op import local_op
 
-@torch.library.custom_op("dtcp::grouped_linear", mutates_args=())
+
+@local_op("dtcp::grouped_linear")
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Multiply the rows of each group by that group's weight.
 
@@ -39,7 +41,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("dtcp::grouped_weight_gradient", mutates_args=())
+@local_op("dtcp::grouped_weight_gradient")
 def grouped_weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """Gradient of the weight: grad.T @ x over each group's rows, [E, F, D]; 0 for empty groups."""
     if _has_grouped_mm(x, grad.shape[1], x.shape[1]):

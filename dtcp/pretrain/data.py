@@ -97,8 +97,8 @@ class PackedDocuments(BaseDataLoader):
 
         balance_rows: int = 0
         """Deal the documents of this many rows out so that all have about the same work under a
-        causal mask. As many as a step has, or more; steps are less even where it is no multiple.
-        0 leaves documents in their order."""
+        causal mask. As many as a micro-batch has, or more; micro-batches are less even where it is
+        no multiple. 0 leaves documents in their order."""
 
         accept_changes: bool = False
         """Go on from a checkpoint of other data, at the same place in the new ones."""

@@ -79,14 +79,13 @@ def check_named() -> None:
     Raises:
         ValueError: naming the variable.
     """
-    for name in ("WORLD_SIZE", "RANK"):
-        text = os.environ.get(name, "")
-        if not text.isdecimal():
-            raise ValueError(
-                f"A rank of another launcher is RANK of WORLD_SIZE, got {name}={text!r} with "
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']!r}: start ranks by torchrun, or unset "
-                f"WORLD_SIZE, and train.py starts them by itself."
-            )
+    named = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
+    if not all(text.isdecimal() for text in named.values()):
+        raise ValueError(
+            f"A launcher sets RANK and WORLD_SIZE to numbers, got RANK={named['RANK']!r} and "
+            f"WORLD_SIZE={named['WORLD_SIZE']!r}: start ranks by torchrun, or unset both, and "
+            f"train.py starts ranks by itself."
+        )
 
 
 def rank() -> int:

@@ -86,7 +86,8 @@ def _check_settings(config: Any) -> None:
     if inside.is_absolute() or inside.parts[:1] in ((), ("..",)):
         raise ValueError(
             f"Checkpoints lie below the folder of their run, which has one writer, got "
-            f"--checkpoint.folder {checkpoint.folder}: give a name, and --dump_folder for the disk."
+            f"--checkpoint.folder {checkpoint.folder}: give a name, and the disk in "
+            f"--dump_folder, below which checkpoints of earlier runs may be moved."
         )
     on_cpu = config.dtcp.device == "cpu" or not torch.accelerator.is_available()
     if checkpoint.async_mode == "async_with_pinned_mem" and on_cpu:

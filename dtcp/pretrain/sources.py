@@ -287,10 +287,11 @@ def _is_entered(folder: Path, entered: list[Path]) -> bool:
     real = folder.resolve()
     if any(real.is_relative_to(each) for each in entered):
         return False
-    if entered[0].is_relative_to(real):
+    within = next((each for each in entered if each.is_relative_to(real)), None)
+    if within is not None:
         raise DataError(
-            f"A data folder's links lead to other folders, got {folder}, which leads to {real}, "
-            f"that it lies in: remove it."
+            f"A data folder's links lead to folders of their own, got {folder}, which leads to "
+            f"{real}, around {within}, whose texts are read already: remove one of the two links."
         )
     entered.append(real)
     return True

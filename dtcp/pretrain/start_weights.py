@@ -48,7 +48,7 @@ def check_start(config: Any) -> None:
 
 
 def _check_tokenizer(config: Any) -> None:
-    """Refuse a byte a token for weights that know the ids of a tokenizer: no number would tell."""
+    """Refuse the tokenizer of bytes for weights that know another's ids: no number would tell."""
     tokenizer, source = config.tokenizer, getattr(config.model_spec.model, "source", "")
     start = config.checkpoint
     loaded = start.initial_load_path if start.enable and start.initial_load_in_hf else ""
@@ -57,8 +57,8 @@ def _check_tokenizer(config: Any) -> None:
     for folder in (Path(path) for path in (source, loaded) if path):
         if folder.is_dir() and any((folder / name).is_file() for name in VOCABULARY_FILES):
             raise ValueError(
-                f"Weights go with the ids of their tokenizer, got those of {folder}, which has "
-                f"one, for a byte a token: add --tokenizer.folder {folder}."
+                f"Weights go with the token ids of their tokenizer, got those of {folder}, which "
+                f"has one, with a tokenizer of bytes: add --tokenizer.folder {folder}."
             )
 
 

@@ -29,6 +29,7 @@ from dtcp.metadata import NoMetadata
 from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.host import on_host
 from dtcp.sequence.interval_runs import KeyIntervals
 from dtcp.sequence.layout import Contiguous
 from dtcp.sequence.masks import Bidirectional, Causal, Mask
@@ -87,6 +88,7 @@ class _ContiguousRows:
 
 
 @lru_cache(maxsize=32)
+@on_host
 def _contiguous_metadata(
     mask: Mask, seq_len: int, num_shards: int, rank: int, device: torch.device
 ) -> KeyExchangeMetadata:

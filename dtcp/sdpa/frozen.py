@@ -138,7 +138,7 @@ def shard_target_inputs(
     rows, length = rows_of("A target", "input_ids", input_ids)
     device = input_ids.device
     if position_ids is None:
-        position_ids = torch.arange(length)[None]
+        position_ids = torch.arange(length, device=device)[None]
     check_tensor("A target", shape="[B, S]", ndim=2, position_ids=position_ids)
     if position_ids.shape not in ((rows, length), (1, length)):
         raise ValueError(

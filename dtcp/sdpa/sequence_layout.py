@@ -19,6 +19,7 @@ from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.host import on_host
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Bidirectional, Causal
 from dtcp.softmax.dtensor import install_attention_rules
@@ -45,6 +46,7 @@ class sequence_layout(TorchFunctionMode):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # DTensors
     """
 
+    @on_host
     def __init__(
         self,
         layout: SequenceLayout,

@@ -164,7 +164,7 @@ class _WholeRows(Coords):
 
     @cached_property
     def token_index(self) -> Tensor:
-        return torch.arange(self.seq_len).expand(self.rows, -1)
+        return torch.arange(self.seq_len, device="cpu").expand(self.rows, -1)
 
     @cached_property
     def document(self) -> Tensor:
@@ -204,5 +204,5 @@ def documents_of(coords: Coords) -> Documents:
 
 def tokens_in_documents(coords: Coords) -> Tensor:
     """Which tokens of whole rows are in a document, and not padding: [B, S] bool."""
-    used = torch.tensor([sum(lengths) for lengths in documents_of(coords).lengths])
-    return torch.arange(coords.seq_len) < used[:, None]
+    used = [sum(lengths) for lengths in documents_of(coords).lengths]
+    return coords.token_index < torch.tensor(used, device="cpu")[:, None]

@@ -19,10 +19,11 @@ from torch.distributed.tensor import DTensor
 from dtcp.distributed.counting import count_crossed
 from dtcp.distributed.ledger import LEDGER
 from dtcp.distributed.moves import Moved, Moves
-from dtcp.distributed.ops import communicating_op, local_op
+from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.types import AUTO
+from dtcp.local_op import local_op
 from dtcp.metadata import AttentionMetadata
 from dtcp.softmax.inputs import AttentionInputs, check_inputs
 from dtcp.softmax.kv_head_replicas import KVHeadReplicas

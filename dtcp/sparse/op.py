@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dtcp.distributed.ledger import LEDGER
-from dtcp.distributed.ops import local_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.sparse.api import Sight, SparseKeys, sparse_backward, sparse_forward
 from dtcp.kernels.sparse.indexer import top_entries
+from dtcp.local_op import local_op
 
 
 @local_op("dtcp::select_entries")

@@ -12,7 +12,8 @@ from torch.distributed.tensor.parallel import (
 
 from dtcp.distributed.dtensor_rules import HEADS
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.kernels.softmax.backends import takes_width
+from dtcp.kernels.softmax.backends import takes_heads
+from dtcp.kernels.softmax.calls import CallKind
 from dtcp.kernels.softmax.types import AUTO
 from dtcp.models.gemma4 import Gemma4Config, LayerType
 from dtcp.parallelize.apply import ParallelPlan
@@ -44,8 +45,8 @@ def gemma4_plan(
     Args:
         attention: the strategy of global layers on the axis cp: RingAttention or
             AllGatherAttention where a key is made from its value. Its keyword options are those of
-            all layers, and its kernel that of sliding ones, too, if it takes heads of their width:
-            libraries take 256 channels or 512, not both.
+            all layers, and its kernel that of sliding ones, too, if it takes windows and their
+            width: libraries take 256 channels or 512, not both.
     Raises:
         ValueError: what tp or ep would split is not a multiple of it.
     """
@@ -79,7 +80,8 @@ def gemma4_context_plan(
     ahead = config.longest_vision_block - 1 if config.vision_blocks else 0
     options: dict[str, Any] = {x.name: getattr(attention, x.name) for x in fields(AttentionStyle)}
     sliding, halo = dict(options), HaloAttention(config.window, ahead)
-    if not takes_width(attention.kernel, config.sliding_heads.head_dim):
+    kind = CallKind.INTERVAL if config.vision_blocks else CallKind.WINDOW
+    if not takes_heads(attention.kernel, config.sliding_heads.head_dim, kind):
         sliding["kernel"] = AUTO
     own_kv = {
         LayerType.SLIDING: replace(halo, **sliding),

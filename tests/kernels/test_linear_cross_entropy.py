@@ -86,6 +86,22 @@ def test_fused_loss_of_a_label_outside_of_the_vocabulary_is_inf(liger):
         assert loss == torch.inf
 
 
+def test_second_derivative_of_a_fused_loss_is_refused(liger):
+    """Its gradients are made in forward, and would count as constants."""
+    parts = [torch.randn(s).requires_grad_() for s in ((1, 3, 8), (11, 8), 11)]
+    loss = token_mean_loss(LinearLogits(*parts), torch.tensor([[1, 2, 3]]), 3)
+    for grad in torch.autograd.grad(loss, parts, create_graph=True):
+        with pytest.raises(NotImplementedError, match="differentiated once, got a second"):
+            grad.sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(torch.inf, 0.0), (1.0, torch.inf), (1.0, -1.0)])
+def test_scores_of_a_head_without_bounds_are_refused(scale, softcap):
+    logits = LinearLogits(torch.zeros(1, 3, 8), torch.zeros(11, 8), scale=scale, softcap=softcap)
+    with pytest.raises(ValueError, match=f"got scale={scale}, softcap={softcap}: give"):
+        token_mean_loss(logits, torch.tensor([[1, 2, 3]]), 3)
+
+
 @pytest.mark.parametrize(
     ("demand", "match"),
     [

@@ -14,6 +14,7 @@ from dtcp.mixer import batch_metadata
 from dtcp.models.gemma4 import (
     PRESETS,
     Gemma4,
+    LayerType,
     MoEConfig,
     config_from_hf,
     config_to_hf,
@@ -206,6 +207,14 @@ def test_a_kernel_that_takes_wide_heads_alone_computes_the_layers_that_have_them
         for layer in range(config.num_layers):
             wide = config.heads(layer).head_dim == 512
             assert plan[f"layers.{layer}.attention.mixer"].kernel == ("ffpa" if wide else "auto")
+
+
+def test_a_kernel_that_takes_no_windows_computes_global_layers_alone():
+    config = tiny()
+    plan = gemma4_context_plan(config, AllGatherAttention(kernel="cudnn"))
+    for layer, layer_type in enumerate(config.layer_types):
+        expected = "cudnn" if layer_type == LayerType.GLOBAL else "auto"
+        assert plan[f"layers.{layer}.attention.mixer"].kernel == expected
 
 
 def _settings(**changed: Any) -> dict[str, Any]:

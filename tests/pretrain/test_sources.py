@@ -57,9 +57,16 @@ def test_links_of_a_data_folder_are_read_once_or_refused(tmp_path):
     source = folder(str(root), "all", text_key="text")
     assert [str(file.relative_to(root)) for file in source.files] == ["again/b.txt", "v2/a.txt"]
     (root / "up").symlink_to(tmp_path)
-    with pytest.raises(ValueError, match=r"texts/up, which leads to .*, that it lies in"):
+    with pytest.raises(ValueError, match=r"texts/up, which leads to .*, around "):
         folder(str(root), "all", text_key="text")
     (root / "up").unlink()
+    (elsewhere / "sub").mkdir()
+    (root / "an").symlink_to(elsewhere / "sub")
+    (elsewhere / "sub/c.txt").write_text("c")
+    (root / "again").unlink()
+    with pytest.raises(ValueError, match=r"texts/part, which leads to .*, around .*sub, whose"):
+        folder(str(root), "all", text_key="text")
+    (root / "an").unlink()
     (root / "v2/gone.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"v2/gone.jsonl, a link to .*nowhere: put the file"):
         folder(str(root), "all", text_key="text")

@@ -246,8 +246,8 @@ def check_unrounded(name: str) -> None:
         )
 
 
-def takes_width(name: str, width: int) -> bool:
-    """Whether a backend takes keys and values of so many channels on some device; AUTO any.
+def takes_heads(name: str, width: int, kind: CallKind) -> bool:
+    """Whether a backend takes such calls with heads of this width on some device; AUTO any.
 
     Raises:
         ValueError: there is none of that name.
@@ -255,7 +255,7 @@ def takes_width(name: str, width: int) -> bool:
     if name == AUTO:
         return True
     return any(
-        ability.widths.take(width, width, group=1)
+        kind in ability.kinds and ability.widths.take(width, width, group=1)
         for abilities in backend_named(name).on.values()
         for ability in abilities
     )
