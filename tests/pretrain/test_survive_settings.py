@@ -138,8 +138,8 @@ def test_survive_E9_weights_go_with_the_ids_of_their_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"WORLD_SIZE": "4"}, "got RANK='' with WORLD_SIZE='4'"),
-        ({"WORLD_SIZE": "", "RANK": "0"}, "got WORLD_SIZE='' with"),
+        ({"WORLD_SIZE": "4"}, "got RANK='' and WORLD_SIZE='4'"),
+        ({"WORLD_SIZE": "", "RANK": "0"}, "got RANK='0' and WORLD_SIZE=''"),
     ],
 )
 def test_survive_E9_a_rank_that_is_named_by_half_is_told_how(
