@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from dtcp._torch import fake_ranks
+from dtcp._torch.fakes import fake_ranks
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.loss import token_mean_loss
 from dtcp.parallelize import FSDP, parallelize

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import dtcp.planner
 from benchmarks.report import conditions, table, write
-from dtcp._torch import fake_ranks
+from dtcp._torch.fakes import fake_ranks
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.labels import shift_labels

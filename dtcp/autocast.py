@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from dtcp._torch import no_autocast
+from dtcp._torch.ops import no_autocast
 
 P = ParamSpec("P")
 R = TypeVar("R")

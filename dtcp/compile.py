@@ -10,7 +10,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
-from dtcp._torch import (
+from dtcp._torch.compiler import (
     dynamo_has,
     dynamo_limits,
     graph_limit_error,

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp._torch import assert_in_graph, children_of
+from dtcp._torch.compiler import assert_in_graph
+from dtcp._torch.modules import children_of
 from dtcp.compile import EagerIsland, island
 from dtcp.distributed.groups import connect
 from dtcp.metadata import AttentionMetadata, BatchMetadata, MetadataKey, metadata_key

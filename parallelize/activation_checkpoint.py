@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from dtcp._torch import TorchDispatchMode
+from dtcp._torch.ops import TorchDispatchMode
 from dtcp.distributed.ops import selective_checkpoint_save_ops
 
 Forward = Callable[..., Any]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from dtcp._torch import unflattened
+from dtcp._torch.mesh import unflattened
 from dtcp.distributed.groups import connect, group_name
 from dtcp.experts import (
     AllToAllExchange,

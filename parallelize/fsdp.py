@@ -15,7 +15,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from dtcp._torch import has_param_meshes, param_mesh
+from dtcp._torch.fsdp import has_param_meshes, param_mesh
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.parallelize.keep_dtype import gather_in_own_dtype
 from dtcp.sequence.arguments import check_kind

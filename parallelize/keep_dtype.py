@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-from dtcp._torch import empty_param_group_like, fsdp_param_groups
+from dtcp._torch.fsdp import empty_param_group_like, fsdp_param_groups
 from dtcp.mixer_plan import matches
 
 OWN_DTYPE = MixedPrecisionPolicy()

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
-from dtcp._torch import TorchDispatchMode
+from dtcp._torch.ops import TorchDispatchMode
 
 
 class CollectiveCalls(TorchDispatchMode):

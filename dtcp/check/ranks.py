@@ -13,7 +13,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
-from dtcp._torch import dynamo_error
+from dtcp._torch.compiler import dynamo_error
 from dtcp.check.checked_model import CheckedModel, Mixing
 from dtcp.check.memory import MemoryEstimate
 from dtcp.check.parity import CheckOptions, ParityResult, compare, seeded

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dtcp._torch import StorageInfo
+from dtcp._torch.checkpoint import StorageInfo
 
 NAME = ".metadata"
 

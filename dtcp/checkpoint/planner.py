@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from dtcp._torch import set_nested
+from dtcp._torch.checkpoint import set_nested
 from dtcp.checkpoint.metadata import nested_pickles, refuse_code
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import loss_parallel
 
-from dtcp._torch import compiled_autograd
+from dtcp._torch.compiler import compiled_autograd
 from dtcp.sdpa.local_shards import local_shards
 from dtcp.sequence.arguments import check_dim
 from dtcp.sequence.layout import HeadTail

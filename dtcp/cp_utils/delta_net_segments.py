@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from dtcp._torch import assert_in_graph
+from dtcp._torch.compiler import assert_in_graph
 from dtcp.distributed.groups import group_name
 from dtcp.recurrent.metadata import ConvMetadata, DeltaMetadata, chain_of, halo_route
 from dtcp.recurrent.mixer import GatedDeltaRule

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from dtcp._torch import OpOverload, argument_names, local_tensor
+from dtcp._torch.dtensor import local_tensor
+from dtcp._torch.ops import OpOverload, argument_names
 from dtcp.distributed.groups import axis_group_name
 
 SEQ, HEADS = 1, 2  # dims of [B, L, H, D], and of lse [B, L, H]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp._torch import process_group
+from dtcp._torch.collectives import process_group
 
 
 def group_name(mesh: DeviceMesh) -> str:

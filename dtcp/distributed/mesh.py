@@ -23,7 +23,7 @@ from typing import Protocol
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dtcp._torch import unflattened
+from dtcp._torch.mesh import unflattened
 from dtcp.distributed.mesh_views import (
     expert_axes,
     expert_weights_mesh,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp._torch import concatenated, flattened, unflattened
+from dtcp._torch.mesh import concatenated, flattened, unflattened
 
 SPARSE_AXES = ("dp_shard", "cp", "tp")
 """What the axes of experts, edp_shard and ep, are carved out of."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.library import CustomOpDef
 
-from dtcp._torch import OpOverload, overload_of
+from dtcp._torch.ops import OpOverload, overload_of
 from dtcp.distributed.moves import OpMoves
 from dtcp.local_op import local_op
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dtcp._torch import TorchDispatchMode
+from dtcp._torch.ops import TorchDispatchMode
 
 
 class WholeDraws(TorchDispatchMode):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dtcp._torch import arrived, start_all_to_all
+from dtcp._torch.collectives import arrived, start_all_to_all
 from dtcp.distributed.collectives import move_rows, sum_dtype
 from dtcp.distributed.counting import count_crossed
 from dtcp.distributed.groups import group_of

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dtcp._torch import changes_of
+from dtcp._torch.tensors import changes_of
 from dtcp.batch import PreparedBatch
 
 

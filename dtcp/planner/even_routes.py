@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from dtcp._torch import OpOverload, argument_names, real_tensors
+from dtcp._torch.fakes import real_tensors
+from dtcp._torch.ops import OpOverload, argument_names
 from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moved
 from dtcp.experts.expected_moves import ExpertSizes, tokens_per_node

@@ -8,7 +8,7 @@ from math import gcd
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from dtcp._torch import fake_ranks
+from dtcp._torch.fakes import fake_ranks
 from dtcp.distributed.groups import group_name
 from dtcp.distributed.mesh import AXES, Degrees, ParallelMesh
 from dtcp.distributed.moves import Moved

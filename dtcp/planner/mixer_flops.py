@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dtcp._torch import OpOverload, argument_names
+from dtcp._torch.ops import OpOverload, argument_names
 from dtcp.kernels.sparse.types import Sight
 from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.joined_shards import UlyssesMetadata

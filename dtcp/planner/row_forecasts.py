@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from dtcp._torch import fake_ranks
+from dtcp._torch.fakes import fake_ranks
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.planner.captured_warnings import captured_warnings
 from dtcp.planner.forecast import RowForecast, chosen_ranks, forecast_row, row_degrees

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from dtcp._torch import fake_tensors, storage_key
+from dtcp._torch.fakes import fake_tensors
+from dtcp._torch.tensors import storage_key
 from dtcp.distributed.groups import axis_group_name, group_name
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.metadata import BatchMetadata

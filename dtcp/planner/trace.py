@@ -17,17 +17,10 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import flop_registry
 
-from dtcp._torch import (
-    OpOverload,
-    TorchDispatchMode,
-    argument_names,
-    flat_leaves,
-    packet_of,
-    process_group,
-    put_back,
-    real_tensors,
-    storage_key,
-)
+from dtcp._torch.collectives import process_group
+from dtcp._torch.fakes import real_tensors
+from dtcp._torch.ops import OpOverload, TorchDispatchMode, argument_names, packet_of
+from dtcp._torch.tensors import flat_leaves, put_back, storage_key
 from dtcp.distributed.ops import moves_of
 from dtcp.metadata import BatchMetadata, MetadataKey
 from dtcp.planner.even_routes import ROUTE, EvenRoutes

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from dtcp._torch import inductor_compilers
+from dtcp._torch.compiler import inductor_compilers
 
 FALLBACK = "aot_eager"
 

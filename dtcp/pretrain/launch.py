@@ -25,7 +25,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from dtcp._torch import set_inductor_processes
+from dtcp._torch.compiler import set_inductor_processes
 from dtcp.pretrain.processes import die_with
 from dtcp.pretrain.rendezvous import LoopbackRendezvous
 

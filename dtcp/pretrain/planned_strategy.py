@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from dtcp.torchtitan.section import AUTO, LAYOUT_CLASSES, LayoutName, Section, StrategyName
 
-from dtcp._torch import available_device_type
+from dtcp._torch.mesh import available_device_type
 from dtcp.distributed.mesh import Degrees
 from dtcp.planner.cluster import cluster_here
 from dtcp.planner.report import layout_name, strategy_name

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dtcp._torch import set_dtensor_rule
+from dtcp._torch.dtensor import set_dtensor_rule
 from dtcp.distributed.dtensor_rules import bind, check_placements, to_local, wrap
 from dtcp.distributed.groups import axis_of, group_of
 from dtcp.distributed.ledger import LEDGER

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from dtcp._torch import OpOverload, num_results, set_dtensor_rule
+from dtcp._torch.dtensor import set_dtensor_rule
+from dtcp._torch.ops import OpOverload, num_results
 from dtcp.distributed.dtensor_rules import bind, to_local, wrap
 from dtcp.distributed.groups import axis_group_name, group_of
 from dtcp.distributed.moves import Moves

@@ -17,15 +17,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from dtcp._torch import (
+from dtcp._torch.autograd import (
     SET_GRAD_ENABLED,
-    OpOverload,
-    assert_in_graph,
     is_recomputed_elsewhere,
-    overload_of,
     recompute_inside,
     run_backward,
 )
+from dtcp._torch.compiler import assert_in_graph
+from dtcp._torch.ops import OpOverload, overload_of
 from dtcp.sdpa.arguments import SDPA_SEQ
 from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.documents import Documents

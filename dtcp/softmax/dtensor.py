@@ -4,7 +4,7 @@ from typing import Any, cast
 
 from torch.distributed.tensor import DTensor
 
-from dtcp._torch import set_dtensor_rule
+from dtcp._torch.dtensor import set_dtensor_rule
 from dtcp.distributed.dtensor_rules import (
     HEADS,
     bind,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp._torch import unflattened
+from dtcp._torch.mesh import unflattened
 from dtcp.distributed.groups import group_name
 from dtcp.distributed.nodes import check_ranks_per_node
 from dtcp.metadata import AttentionMetadata

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 import torch.distributed.fsdp as fsdp
 
-from dtcp._torch import SET_PROCESS_GROUP_TIMEOUT, available_device_type
+from dtcp._torch.collectives import SET_PROCESS_GROUP_TIMEOUT
+from dtcp._torch.mesh import available_device_type
 
 PINNED = "0.3.0"
 

@@ -38,7 +38,7 @@ from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.models.common.decoder import Decoder
 
-from dtcp._torch import wait_for_shard
+from dtcp._torch.dtensor import wait_for_shard
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.ops import selective_checkpoint_save_ops
 from dtcp.mixer_plan import apply_plan, on_nodes

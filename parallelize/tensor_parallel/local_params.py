@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from dtcp._torch import parameters_replaced
+from dtcp._torch.modules import parameters_replaced
 from dtcp.forward import wrap_forward
 from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from dtcp._torch import SET_PROCESS_GROUP_TIMEOUT
+from dtcp._torch.collectives import SET_PROCESS_GROUP_TIMEOUT
 from dtcp.pretrain import attempt
 from dtcp.pretrain import launch as launcher
 from dtcp.pretrain import report as reports

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from dtcp._torch import process_group
+from dtcp._torch.collectives import process_group
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.experts import AllToAllExchange, NodeExchange

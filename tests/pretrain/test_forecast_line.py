@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dtcp._torch import fake_ranks
+from dtcp._torch.fakes import fake_ranks
 from dtcp.distributed.ledger import LEDGER
 from dtcp.pretrain.expected import warning
 from dtcp.pretrain.progress import Progress

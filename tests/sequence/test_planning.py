@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtcp._torch import fake_ranks
+from dtcp._torch.fakes import fake_ranks
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.distributed.same_rows import RowHashes

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from dtcp._torch import local_tensor, wait_for_shard
+from dtcp._torch.dtensor import local_tensor, wait_for_shard
 from tests.harness.spmd import spmd
 from tests.harness.train_run import train
 

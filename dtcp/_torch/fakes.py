@@ -1,0 +1,36 @@
+"""Runs without ranks or memory."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+
+@contextmanager
+def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
+    """So many ranks, of which this process plays one: nobody answers (private in 2.11-2.15)."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    # DTensor remembers results by equal meshes, and with them the groups of one that is gone.
+    _clear_sharding_prop_cache()
+    # It would put the rank before each line of every traceback, once more each time.
+    hook = sys.excepthook
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        _clear_sharding_prop_cache()
+        sys.excepthook = hook
+
+
+def fake_tensors() -> FakeTensorMode:
+    """Tensors with sizes and no memory; real ones are taken beside them (2.11-2.15)."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+real_tensors = unset_fake_temporarily
+"""Inside fake tensors' mode, a stretch in which the host reads tables (2.11-2.15)."""

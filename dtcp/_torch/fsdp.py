@@ -1,0 +1,52 @@
+"""The parameter groups of FSDP2, and parameters on meshes of their own."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Shard
+
+
+def fsdp_param_groups(unit: FSDPModule) -> list[Any] | tuple[Any, ...]:
+    """The groups of parameters that a unit communicates; before 2.13 a tuple, of at most one.
+
+    A list, for experts on a mesh of their own. There is no public way to a group's dtype.
+    """
+    state: Any = unit._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return cast(list[Any], state._fsdp_param_groups)
+    return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
+
+
+def has_param_meshes() -> bool:
+    """Whether parameters of one FSDP unit may lie on several meshes (2.13; not 2.11)."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_common
+
+    return hasattr(_fsdp_common, "ShardPlacementResult")
+
+
+def param_mesh(mesh: DeviceMesh) -> Callable[[Shard], Any]:
+    """What a shard_placement_fn returns for a parameter on a mesh of its own, by placement (2.13).
+
+    Public for the placement alone; torch 2.11 has one mesh per unit. All parameters of a mesh
+    have one and the same object for it.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_init
+
+    mesh_info: Any = _fsdp_init._get_mesh_info(mesh, None)
+    return lambda placement: _fsdp_common.ShardPlacementResult(placement, mesh_info)
+
+
+def empty_param_group_like(group: Any) -> Any:
+    """A group without parameters, on the mesh and under the policies of another (2.13)."""
+    return type(group)(
+        [],
+        group.modules,
+        group.mesh_info,
+        group.post_forward_mesh_info,
+        group.device,
+        None,
+        group.mp_policy,
+        group.offload_policy,
+    )

@@ -1,0 +1,34 @@
+"""Ops: what a definition, an overload and its schema say of themselves."""
+
+from typing import Any
+
+import torch
+from torch.library import CustomOpDef
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+OpOverload = torch._ops.OpOverload
+"""The type of torch.ops.<namespace>.<name>.default: no public name (2.11-2.15)."""
+
+
+def overload_of(op: CustomOpDef | OpOverload) -> OpOverload:
+    """The op behind a definition: what rules and policies are keyed by (2.11-2.15)."""
+    return op._opoverload if isinstance(op, CustomOpDef) else op
+
+
+def packet_of(op: OpOverload) -> Any:
+    """All overloads of an op: what torch's registry of FLOPs is keyed by (2.11-2.15)."""
+    return op._overloadpacket
+
+
+def argument_names(op: OpOverload) -> list[str]:
+    """Of an op's schema, which has no public reader (2.11-2.15)."""
+    return [argument.name for argument in op._schema.arguments]
+
+
+def num_results(op: OpOverload) -> int:
+    """Of an op's schema, which has no public reader (2.11-2.15)."""
+    return len(op._schema.returns)
+
+
+no_autocast = torch._C._DisableAutocast
+"""Inside, no device casts; torch's public context is of one device, and slower (2.11-2.15)."""
