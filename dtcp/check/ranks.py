@@ -32,6 +32,12 @@ _COMPILER = (
 )
 
 
+_NOTHING_TO_COMPARE = (
+    "A check compares layers that mix tokens, got a model with none: add one (num_hidden_layers of "
+    "a config)."
+)
+
+
 class RankFailed(RuntimeError):
     """A rank raised what is no refusal: the error, and a rank's traceback."""
 
@@ -82,6 +88,8 @@ def check_model(
     say(f"{memory}")
     memory.check()
     mixing = checked.mixing(seeded(checked), options.style, options.degrees.tp)
+    if not mixing.refused and not mixing.claims:
+        mixing = replace(mixing, refused=(_NOTHING_TO_COMPARE,))
     if mixing.refused:
         return CheckReport(mixing, options.bound)
     if options.backend:

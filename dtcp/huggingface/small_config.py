@@ -49,7 +49,7 @@ def small_config(source: str, change: Mapping[str, Any], remedy: str = CORRECT) 
     Raises:
         ValueError: no such file, model type or field, or values that the config refuses.
     """
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():
         source = str(Path(source, "config.json"))
     is_file = source.endswith(".json")
     given = _related(_read(source)) if is_file else {"model_type": source}

@@ -145,8 +145,8 @@ def _undivided(workload: Workload, cluster: Cluster) -> str:
     seq_len, gpus = workload.documents.seq_len, cluster.gpus
     rows = -(-workload.rows // gpus) * gpus
     return (
-        f"{workload.rows} rows of {seq_len} tokens a step are not dealt out, or cut, among {gpus} "
-        f"GPUs evenly: give --global-batch {rows}, "
+        f"a global batch of {workload.rows} rows of {seq_len} tokens is not dealt out, or cut, "
+        f"among {gpus} GPUs evenly: give --global-batch {rows}, "
         f"or --seq-len {-(-seq_len // gpus // 2) * gpus * 2}."
     )
 
@@ -169,7 +169,7 @@ def _say_what_would_do(planner: Planner, best: Candidate, cluster: Cluster, *, n
         would = f"4096x{cluster.name} would not do either: take a GPU with more memory"
     print(
         f"error: A run fits in the memory of its GPUs, got {cluster} where the best setup lacks "
-        f"{best.missing / GB:.1f} GB a GPU: {would}.",
+        f"{best.missing / GB:.1f} GB per GPU: {would}.",
         file=sys.stderr,
     )
 
@@ -204,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m dtcp.plan", description=__doc__, allow_abbrev=False
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--collect", default="", help="a sweep's folder: read its logs, plot them")
+    model.add_argument("--collect", help="a sweep's folder: read its logs, plot them")
     model.add_argument("--config", help="a config of train.py; --section.key VALUE changes it")
     model.add_argument("--hf-config", help="a config.json, its folder, a preset or a model type")
     model.add_argument(

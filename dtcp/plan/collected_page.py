@@ -56,7 +56,7 @@ def _panels(found: Collected) -> list[tuple[str, str, dict[str, Value]]]:
     return [
         (
             "Speed",
-            "tokens a second, all ranks together",
+            "tokens/s of all ranks together",
             {
                 "measured": measured("tokens_per_second"),
                 "planned": planned("tokens_per_second"),
@@ -82,7 +82,7 @@ def _panels(found: Collected) -> list[tuple[str, str, dict[str, Value]]]:
         ),
         (
             "Received for context parallelism, rank 0",
-            "MB a step",
+            "MB per step",
             {
                 "measured": measured("cp_bytes", 1e6),
                 "expected of the run's own batches": measured("expected_bytes", 1e6),

@@ -41,7 +41,7 @@ def _calls(request: Request, setup: Setup) -> list[str]:
     nodes = f", ranks_per_node={setup.ranks_per_node}" if setup.ranks_per_node else ""
     layout, kept = setup.layout.__name__, f"activation_checkpoint={setup.checkpoint!r}"
     rows = setup.documents.batch
-    row = f"{rows} row{'s' * (rows > 1)} of a rank, {setup.micro_batches} times a step"
+    row = f"{rows} row{'s' * (rows > 1)} of a rank, {setup.micro_batches} times per step"
     mesh = f'mesh = ParallelMesh.from_degrees(Degrees({given}), "cuda"{nodes})'
     if isinstance(request.subject, HuggingFaceModel):
         return [

@@ -38,6 +38,13 @@ def check_options(
         ValueError: naming the option.
     """
     options = {name: f"--{name.replace('_', '-')}" for name in vars(arguments)}
+    for name in ("collect", "config", "hf_config", "model"):
+        # As a variable of a shell may leave it.
+        if getattr(arguments, name) == "":
+            raise ValueError(
+                f"What is planned has a name, got {options[name]} '': name a config, a model or a "
+                f"folder."
+            )
     typos = [word for word in rest if _meant(word, list(options.values()))]
     if typos or (rest and not arguments.config):
         _refuse_unknown(typos or rest, list(options.values()))

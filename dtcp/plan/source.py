@@ -168,8 +168,8 @@ def _workload(
 ) -> Workload:
     rows = default_rows if arguments.global_batch is None else arguments.global_batch
     if rows is None:
-        # About four million tokens a step, as many rows for each node, and odd factors of the
-        # GPUs among the rows, for lengths of rows seldom have them.
+        # About four million tokens in a global batch, as many rows for each node, and odd factors
+        # of the GPUs among the rows, for lengths of rows seldom have them.
         cluster = cluster_of(arguments.cluster)
         unit = lcm(cluster.nodes, cluster.gpus // (cluster.gpus & -cluster.gpus))
         rows = unit * 2 ** max(0, (4_194_304 // max(1, seq_len) // unit).bit_length() - 1)

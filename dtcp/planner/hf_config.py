@@ -43,7 +43,7 @@ def config_file(source: str) -> Path | None:
     """
     preset = PRESETS / f"{source}.json"
     path = preset if preset.is_file() else Path(source)
-    if path.is_dir() and (path / "config.json").is_file():
+    if source and path.is_dir() and (path / "config.json").is_file():
         path = path / "config.json"
     if path.is_file():
         return path

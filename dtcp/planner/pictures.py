@@ -145,7 +145,7 @@ def _exchange(best: Candidate) -> Any:
                     table[row, peer] += mixer.count * size * best.setup.micro_batches
     figure, axes = _figure(2.2 + 0.22 * len(ranks))
     shown = axes.imshow(table / GB, cmap="Blues", aspect="auto")
-    figure.colorbar(shown, ax=axes, label="GB a step")
+    figure.colorbar(shown, ax=axes, label="GB per step")
     if cp <= 16:
         for row, sizes in enumerate(table):
             for column, size in enumerate(sizes):
@@ -242,7 +242,7 @@ def _meshes(search: Search) -> Any:
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("tokens a second, all GPUs together")
+    axes.set_xlabel("tokens/s of all GPUs together")
     axes.set_title("Setups that fit")
     return figure
 

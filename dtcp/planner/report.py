@@ -69,17 +69,22 @@ def text_report(
     lines = [
         f"model       {name}, {_count(parameters)} parameters",
         f"cluster     {cluster}",
-        f"batch       {workload.rows} row{'s' * (workload.rows > 1)} of {documents.seq_len:,} "
-        f"tokens a step, {len(lengths):,} document{'s' * (len(lengths) > 1)} a row, the longest "
+        f"batch       global, per step: {workload.rows} row{'s' * (workload.rows > 1)} of "
+        f"{documents.seq_len:,} tokens ({workload.rows * documents.seq_len:,} in all), "
+        f"{len(lengths):,} document{'s' * (len(lengths) > 1)} per row, the longest "
         f"{max(lengths):,}{_padding(documents)}",
     ]
     if fitting:
-        lines += ["", "fits, by modelled tokens/s (GB received a step by the busiest rank):", _HEAD]
+        lines += [
+            "",
+            "fits, by modelled tokens/s (GB received per step by the busiest rank):",
+            _HEAD,
+        ]
         lines += [_line(candidate) for candidate in fitting[:shown]]
         if len(fitting) > shown:
             lines.append(f"  and {len(fitting) - shown} more that fit")
     if rest or search.too_large:
-        lines += ["", f"does not fit in {cluster.usable / GB:.0f} GB a GPU:"]
+        lines += ["", f"does not fit in {cluster.usable / GB:.0f} GB per GPU:"]
         lines += _too_much(search, rest, cluster.usable, shown)
     if search.passed:
         lines += [
@@ -188,7 +193,7 @@ def detail_lines(candidate: Candidate, cluster: Cluster) -> list[str]:
             )
     exposed = ", ".join(f"{axis} {seconds:.2f}" for axis, seconds in time.exposed.items())
     lines.append(
-        f"time        {time.total:.2f} s a step: matmuls {time.matmuls:.2f}, attention "
+        f"time        {time.total:.2f} s per step: matmuls {time.matmuls:.2f}, attention "
         f"{time.mixers:.2f}, waited for {exposed}"
     )
     if setup.attention.sums_wide(setup.degrees.cp):

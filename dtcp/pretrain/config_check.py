@@ -27,6 +27,7 @@ from dtcp.distributed.nodes import neighbours_on_cp
 from dtcp.experts import library_for
 from dtcp.kernels.softmax.backends import check_kernel_name, check_unrounded
 from dtcp.parallelize.expert_exchange import check_experts
+from dtcp.parallelize.tensor_parallel import check_divisible
 from dtcp.pretrain.data import PackedDocuments, check_balance
 from dtcp.sequence.arguments import check_ints
 
@@ -101,6 +102,7 @@ def check_on_ranks(config: Any, ranks: int) -> None:
     check_batch_size(config, ranks)
     check_expert_degree(config, ranks)
     check_nodes(config)
+    check_heads(config)
 
 
 def check_batch_size(config: Any, ranks: int) -> None:
@@ -136,6 +138,27 @@ def check_nodes(config: Any) -> None:
     """
     degrees, nodes = config.parallelism, config.dtcp.ranks_per_node
     neighbours_on_cp(degrees.context_parallel_degree, degrees.tensor_parallel_degree, nodes)
+
+
+def check_heads(config: Any) -> None:
+    """Refuse groups of ranks that cp does not consist of, and a tp that does not divide a model.
+
+    Sizes that only some families split over tp are refused by their plans, on the ranks.
+
+    Raises:
+        ValueError: naming the degree and what it does not divide.
+    """
+    degrees, section, model = config.parallelism, config.dtcp, config.model_spec.model
+    cp, degree = degrees.context_parallel_degree, section.ulysses_degree
+    check_ints("The hybrid strategy", least=1, **{"dtcp.ulysses_degree": degree})
+    if section.strategy == "hybrid" and cp > 1 and cp % degree:
+        raise ValueError(
+            f"Ranks exchange heads in groups of equal size, got dtcp.ulysses_degree={degree} with "
+            f"parallelism.context_parallel_degree={cp}: choose a divisor."
+        )
+    if shape := getattr(model, "shape", None):
+        sizes = {"num_heads": shape.num_heads, "vocab_size": shape.vocab_size}
+        check_divisible(sizes, degrees.tensor_parallel_degree)
 
 
 def check_expert_degree(config: Any, ranks: int) -> None:

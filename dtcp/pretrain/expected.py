@@ -52,7 +52,7 @@ class Expectation:
         received |= {axis: by_axis[axis].total for axis in ("fsdp", "tp") if axis in by_axis}
         moved = ", ".join(f"{size / MIB:.1f} MiB for {axis}" for axis, size in received.items())
         return (
-            f"expected    rank {rank_of_process()} receives {moved} a step; "
+            f"expected    rank {rank_of_process()} receives {moved} per step; "
             f"{self.memory.total / GIB:.2f} GiB of tensors at most (eager), in {self.memory.where}"
         )
 

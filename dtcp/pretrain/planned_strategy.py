@@ -132,7 +132,7 @@ def _said(best: Candidate, planner: Planner, section: Section, tried: int) -> Pl
     read = strategy_name(setup) if planner.row_forecasts.reads_strategy else "of the model's own"
     lines = [
         f"chosen      strategy {read}, layout {layout}, of {tried} that the planner tried: "
-        f"{best.time.total:.3g} s a micro-batch, as on {planner.cluster}"
+        f"{best.time.total:.3g} s per micro-batch, as on {planner.cluster}"
     ]
     lines += [f"            {line}" for line in best.forecast.styles]
     inner = setup.attention.inner_ranks if isinstance(setup.attention, HybridAttention) else 0

@@ -202,6 +202,7 @@ def test_config_of_a_big_model_is_shrunk_with_a_layer_of_each_kind(tmp_path):
         ("--hf-model no.such:module", "No module named 'no'"),
         ("--hf-config llama --tp 3", "splits vocab_size into equal parts, got 64 with tp=3"),
         ("--hf-config llama --cp 0", "A degree counts ranks, got cp=0"),
+        ("--hf-config llama --set num_hidden_layers=0", "compares layers that mix tokens, got a"),
         ("--hf-config llama --set attention_dropout=0.1", "set config.attention_dropout = 0"),
     ],
 )

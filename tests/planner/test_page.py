@@ -78,7 +78,7 @@ def test_the_plans_page_explains_every_picture_and_fetches_nothing(page):
     assert not outline.open and len(outline.captions) == 6
     assert all(len(caption) > 40 for caption in outline.captions)
     # Each has a title, and says what its axes count.
-    units = ("token of the row", "TFLOP", "GB a step", "milliseconds", "GB (a H100", "tokens a sec")
+    units = ("token of the row", "TFLOP", "GB per step", "milliseconds", "GB (a H100", "tokens/s")
     for unit, texts in zip(units, outline.texts, strict=True):
         assert any(unit in text for text in texts) and len(texts) > 5
     assert all(each.startswith(("#", "data:")) for each in outline.fetched)

@@ -74,6 +74,8 @@ def test_plan_as_json_has_bytes_and_seconds(capsys):
     ("arguments", "said"),
     [
         (["--hf-config", "nowhere.json"], "A config is a config.json, its folder, a preset or a"),
+        (["--hf-config", ""], "got --hf-config '': name a config, a model or a folder"),
+        (["--config", ""], "got --config '': name a config"),
         (["--hf-config", "llama3.1-8b", "--cluster", "eight"], "A cluster is so many GPUs of a"),
         (["--hf-config", "llama3.1-8b", "--mesh", "cp=3"], "A mesh has all GPUs of its cluster"),
         (["--hf-config", "llama3.1-8b", "--mesh", "ep=3"], "A mesh is given as cp=8,tp=1"),
@@ -139,7 +141,7 @@ def test_plan_of_documents_that_leave_padding_says_so(capsys, tmp_path):
         *("--config", "llama_tiny", "--cluster", "2xH100", "--mesh", "cp=2"),
         *("--documents", str(lengths), "--global-batch", "1", "--dtcp.strategy", "ring"),
     )
-    assert code == 0 and "2 documents a row, the longest 300, 524 tokens of padding" in out
+    assert code == 0 and "2 documents per row, the longest 300, 524 tokens of padding" in out
 
 
 def test_plan_reads_the_files_of_a_folder_that_a_run_reads(tmp_path):

@@ -38,7 +38,9 @@ def test_a_dry_run_takes_steps_of_a_mesh_of_64_ranks(tmp_path):
 def test_a_dry_run_moves_what_is_forecast():
     output = dry("llama_tiny", CP, "8", TP, "2", DP, "4", "--dtcp.forecast")
     assert re.search(r"step +2/2 .* rank 0 received .* for cp, 1\.000 of what is expected", output)
-    assert re.search(r"expected    rank 0 receives .* for cp .* for fsdp, .* for tp a step", output)
+    assert re.search(
+        r"expected    rank 0 receives .* for cp .* for fsdp, .* for tp per step", output
+    )
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from dtcp.torchtitan.section import Section
 import pytest
 import torch
 from torch import nn
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 
 from dtcp.batch import prepare_batch, shard_batch, shard_prepared
 from dtcp.distributed.mesh import Degrees, ParallelMesh
@@ -190,7 +191,7 @@ class WatchedPreparation(BatchPreparation):
         return super().prepared(input_dict, labels)
 
 
-def validation_of(folder, **options):
+def validation_of(folder, *, steps=3, loader=None, **options):
     """A validator on one device, the losses it logs, and the losses of its batches."""
     logged, of_batches = [], []
 
@@ -203,7 +204,7 @@ def validation_of(folder, **options):
         ntokens_since_last_log=0, log_validation=lambda loss, step: logged.append(loss)
     )
     texts = PackedDocuments.Config(dataset="folder", dataset_path=str(folder), part="all")
-    made = Validation.Config(enable=True, freq=1, steps=3, dataloader=texts).build(
+    made = Validation.Config(enable=True, freq=1, steps=steps, dataloader=loader or texts).build(
         parallelism=None,
         dp_world_size=1,
         dp_rank=0,
@@ -241,6 +242,16 @@ def test_batches_of_a_validation_are_made_ahead_and_their_losses_stay(tmp_path):
     assert threads.get() == "prefetch" and len(of_batches) == 3
     validation.validate(models, 2)
     assert of_batches[3:] == expected and logged[0] == logged[1]
+
+
+@pytest.mark.parametrize("loader", [None, HuggingFaceTextDataLoader.Config()])
+def test_validations_to_the_end_warn_of_ranks_that_end_apart_where_they_can(
+    tmp_path, loader, caplog
+):
+    """Those of dtcp's loader end together: each packs every row."""
+    validation_of(tmp_path, steps=-1, loader=loader)
+    warned = [record for record in caplog.records if "hangs" in record.getMessage()]
+    assert len(warned) == (loader is not None)
 
 
 def test_an_error_of_a_batch_of_a_validation_is_raised_where_it_is_used(tmp_path):

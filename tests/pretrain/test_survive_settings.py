@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dtcp.pretrain.config_check import check_on_ranks
+from dtcp.pretrain.config_check import check_heads, check_on_ranks
 from dtcp.pretrain.configs import deepseek_v4_tiny, llama_tiny
 from dtcp.pretrain.options import parse
 from dtcp.pretrain.run import run
@@ -119,6 +119,24 @@ def test_survive_E9_rows_of_a_validation_are_dealt_out_among_those_of_a_step():
         check_on_ranks(config, 4)
     config.validator.enable = False
     check_on_ranks(config, 4)
+
+
+@pytest.mark.parametrize(
+    ("axis", "degree", "said"),
+    [
+        ("context_parallel", 4, "dtcp.ulysses_degree=3 with parallelism.context_parallel_degree=4"),
+        ("tensor_parallel", 3, "got num_heads=8 with tp=3"),
+    ],
+)
+def test_survive_E9_degrees_that_cut_heads_are_told_before_ranks_start(axis, degree, said):
+    config: Any = llama_tiny()
+    config.dtcp.strategy, config.dtcp.ulysses_degree = "hybrid", 3
+    for name, size in {"context_parallel": 3, "tensor_parallel": 1, axis: degree}.items():
+        setattr(config.parallelism, f"{name}_degree", size)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        check_heads(config)
+    setattr(config.parallelism, f"{axis}_degree", 1)
+    check_heads(config)
 
 
 def test_survive_E9_weights_go_with_the_ids_of_their_tokenizer(tmp_path):
