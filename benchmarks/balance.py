@@ -34,13 +34,10 @@ from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import (
-    HeadTail,
-    PerDocument,
-    SequenceLayout,
-)
+from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Causal, SlidingWindow
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.style import AttentionStyle

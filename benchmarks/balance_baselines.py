@@ -10,15 +10,12 @@ from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.interval_runs import Ints, KeyIntervals
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    PerDocument,
-    SequenceLayout,
-)
+from dtcp.sequence.interval_runs import Ints
+from dtcp.sequence.key_intervals import KeyIntervals
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.mask_work import WorkRuns
 from dtcp.sequence.masks import Causal
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax.joined_shards import joined
 from dtcp.softmax.required_keys import needed_by_rank
 

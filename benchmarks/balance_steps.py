@@ -38,13 +38,9 @@ from dtcp.parallelize import llama_plan, parallelize
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.interval_runs import Intervals, KeyIntervals
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    PerDocument,
-    SequenceLayout,
-)
+from dtcp.sequence.key_intervals import Intervals, KeyIntervals
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.slot_runs import SlotRuns
 from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.metadata import KeyExchangeMetadata

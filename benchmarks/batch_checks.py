@@ -28,7 +28,7 @@ from torch import Tensor, fx
 from benchmarks.report import conditions, table, write
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.distributed.same_rows import prepared_alike
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models.llama import Llama, tiny
 from dtcp.rows import DEFAULT_FIELDS, Rows
 from dtcp.sequence.documents import Documents

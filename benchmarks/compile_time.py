@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models.llama import tiny
 from dtcp.models.llama.model import Block
 from dtcp.sequence.documents import Documents

@@ -36,7 +36,7 @@ from dtcp.batch import shard_batch
 from dtcp.distributed.ledger import LEDGER, count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.kernels.delta_rule.api import DeltaInputs, delta_kernel
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.mixer_plan import apply_plan
 from dtcp.models.qwen3_5 import (
     PRESETS,

@@ -37,7 +37,8 @@ from dtcp.parallelize.plans.gemma4 import gemma4_context_plan
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import HeadTail, PerDocument, SequenceLayout
+from dtcp.sequence.layout import HeadTail, SequenceLayout
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.style import AttentionStyle
 

@@ -6,7 +6,7 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import causal_lm_loss
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_log_probs, token_mean_loss
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.mixer_plan import apply_plan
 from dtcp.recurrent import (
     CausalConv1d,
@@ -23,11 +23,7 @@ from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    PerDocument,
-)
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import (
     AttentionChunks,
     Bidirectional,
@@ -37,6 +33,7 @@ from dtcp.sequence.masks import (
     PrefixLM,
     SlidingWindow,
 )
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax import (
     AllGatherAttention,

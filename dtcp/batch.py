@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.same_rows import RowHashes, prepared_alike
-from dtcp.mixer import MixerKinds
+from dtcp.mixer_metadata import MixerKinds
 from dtcp.row_parts import padded_coords, part_of_rows, real_tokens
 from dtcp.rows import DEFAULT_FIELDS, Rows, TokenField
 from dtcp.sequence.arguments import check_ints, check_kind

@@ -29,7 +29,7 @@ from dtcp.sequence.arguments import (
 from dtcp.sequence.batch_documents import read_padding_mask
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.host import on_host
-from dtcp.sequence.layout import PerDocument
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.restarts import check_restarts
 
 THDBatch = Mapping[str, Any]

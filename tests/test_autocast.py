@@ -11,7 +11,7 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.sparse.pooling import Prepool
 from dtcp.linear_logits import LinearLogits
 from dtcp.loss import token_mean_loss
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.mixer_plan import apply_plan
 from dtcp.recurrent import GatedDeltaCP, GatedDeltaRule, GatherStates
 from dtcp.sequence.documents import Documents

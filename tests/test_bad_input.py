@@ -14,16 +14,12 @@ from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.distributed.relayout import roll
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.mixer_plan import apply_plan
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    PerDocument,
-)
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import (
     Bidirectional,
     BlockBidirectional,
@@ -31,6 +27,7 @@ from dtcp.sequence.masks import (
     PrefixLM,
     SlidingWindow,
 )
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,

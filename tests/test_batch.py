@@ -12,18 +12,15 @@ from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.distributed.same_rows import RowHashes
 from dtcp.labels import IGNORED, shift_labels
-from dtcp.mixer import MixerKinds, batch_metadata
+from dtcp.mixer_metadata import MixerKinds, batch_metadata
 from dtcp.rows import DEFAULT_FIELDS, WHOLE, Fill, TokenField
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    PerDocument,
-)
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import BlockBidirectional, Causal, SlidingWindow
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import RingAttention
 from dtcp.softmax.mixer import CrossAttention, GatherSharedKV, SoftmaxAttention
 from dtcp.softmax.model_masks import masks_of

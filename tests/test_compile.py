@@ -27,12 +27,9 @@ from dtcp.parallelize import Compile
 from dtcp.pretrain.compiler import missing_for_inductor
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    PerDocument,
-)
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal, SlidingWindow
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import RingAttention
 from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.mixer import SoftmaxAttention

@@ -37,7 +37,7 @@ FLOORS = (
     ),
     ("dtcp.distributed", "dtcp.compile"),
     ("dtcp.kernels",),
-    ("dtcp.mixer", "dtcp.style"),
+    ("dtcp.mixer", "dtcp.mixer_metadata", "dtcp.mixer_positions", "dtcp.style"),
     ("dtcp.softmax", "dtcp.recurrent", "dtcp.sparse", "dtcp.experts", "dtcp.mixer_plan"),
     (
         "dtcp.batch",

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from dtcp.compile import EagerIsland, InGraph, count_graphs
 from dtcp.distributed.ledger import count_traffic
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.mixer_plan import apply_plan
 from dtcp.sdpa.aten_rules import install_sdpa_rules
 from dtcp.sdpa.sequence_layout import sequence_layout

@@ -25,14 +25,15 @@ from dtcp.kernels.softmax.api import (
     attend_backward,
 )
 from dtcp.kernels.softmax.reference import ReferenceAttention
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models.llama import PRESETS
 from dtcp.models.llama.model import Block
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument, SequenceLayout
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Causal
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.moves import AttentionShape

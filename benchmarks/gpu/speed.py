@@ -15,7 +15,7 @@ from benchmarks.gpu.problems import WINDOW, Case, Heads, whole_problem
 from benchmarks.gpu.timing import seconds_of
 from dtcp.kernels.softmax.api import SavedForward, SoftmaxParams, attention_kernel
 from dtcp.kernels.softmax.backends import BACKENDS
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import Causal
 from dtcp.softmax.mixer import SoftmaxAttention

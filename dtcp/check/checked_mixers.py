@@ -21,7 +21,8 @@ from dtcp.check.checked_model import (
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.mixing_probe import find_mixing, mixers_without_mixing, probe_length
 from dtcp.huggingface.own_errors import ModelRefused, own_errors
-from dtcp.mixer import Mixer, batch_metadata
+from dtcp.mixer import Mixer
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.parallelize import Compile, ParallelPlan, parallelize
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout

@@ -17,7 +17,7 @@ from dtcp.recurrent.metadata import ConvMetadata, DeltaMetadata, chain_of, halo_
 from dtcp.recurrent.mixer import GatedDeltaRule
 from dtcp.recurrent.moves import DeltaShape
 from dtcp.recurrent.op import gated_delta_rule
-from dtcp.recurrent.style import FEWEST_BYTES
+from dtcp.recurrent.state_exchange import FEWEST_BYTES
 from dtcp.sequence.layout import SequenceLayout
 
 UNIT = GatedDeltaRule().unit

@@ -20,7 +20,7 @@ from dtcp.cp_utils.seq_padding import _pad_position_ids_seq_dim_, _pad_tensor_se
 from dtcp.cp_utils.validation import agreed_padding, check_one_document, check_rows
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
-from dtcp.mixer import collect_metadata
+from dtcp.mixer_metadata import collect_metadata
 from dtcp.sequence.arguments import check_batch, check_kind
 from dtcp.sequence.batch_documents import check_restarts_in_stretches
 from dtcp.sequence.block_runs import vision_blocks

@@ -6,52 +6,28 @@ all the same goes neither through the registry nor through a kernel that is know
 by name.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dtcp.huggingface import registry
 from dtcp.huggingface.distance_bias import noting_bias_tables
-from dtcp.huggingface.encoder_decoder import DECODER_TOKENS, encoder_name
+from dtcp.huggingface.encoder_decoder import encoder_name
 from dtcp.huggingface.expert_capacity import surveyed_capacity, unlimited_capacity, unread_capacity
-from dtcp.huggingface.images import TOKEN_TYPES, image_arguments, language_model
 from dtcp.huggingface.metadata_as_mask import metadata_for_masks
-from dtcp.huggingface.mixing_probe import (
-    calls,
-    differs_elsewhere,
-    find_mixing,
-    probe_ids,
-    probe_length,
-    tensors,
-)
-from dtcp.huggingface.own_attention import (
-    implementations,
-    own_attentions,
-    use_own,
-    use_registry,
-)
-from dtcp.huggingface.pooled_head import PooledHead, find_pooled_head, outputs_of_rows
-from dtcp.huggingface.positions import (
-    DECODER_KEY,
-    KEY,
-    Positions,
-    call_with_positions,
-    longest,
-    position_readers,
-    reading_positions,
-    takes_positions,
-)
-from dtcp.huggingface.recorder import Recorder, SurveyedAttention, survey_mask, varies
+from dtcp.huggingface.mixing_probe import calls, probe_length
+from dtcp.huggingface.own_attention import implementations, own_attentions, use_own, use_registry
+from dtcp.huggingface.pooled_head import PooledHead
+from dtcp.huggingface.positions import Positions
+from dtcp.huggingface.recorder import Recorder, SurveyedAttention, survey_mask
 from dtcp.huggingface.recurrent_layers import SurveyedMixer, noting_kernels
 from dtcp.huggingface.router_logits import without_router_logits
+from dtcp.huggingface.survey_probe import SurveyProbe, most_positions
 from dtcp.huggingface.unread_adapters import noting_unread_adapters
 from dtcp.huggingface.unsuited import unsuited
-from dtcp.sequence.block_runs import vision_blocks
 
 FROM_ZERO = Positions()
 
@@ -109,10 +85,10 @@ def survey(model: Any) -> Survey:
     refused = [*unsuited(model), *unread_capacity(model)]
     if refused:
         return Survey((), tuple(refused))
-    most = _most_positions(model)
+    most = most_positions(model)
     memory_len = probe_length(model, longer=True, most=most) if encoder_name(model) else 0
     recorder = Recorder(model, refused, memory_len)
-    probe = _Probe(model, recorder)
+    probe = SurveyProbe(model, recorder)
     with _survey_mode(model, recorder), calls(model) as running:
         try:
             with noting_unread_adapters(model, refused):
@@ -139,193 +115,6 @@ def survey(model: Any) -> Survey:
     )
 
 
-class _Probe:
-    """The runs of a survey, and what they say of the model as a whole."""
-
-    def __init__(self, model: Any, recorder: Recorder) -> None:
-        self.model, self.recorder = model, recorder
-        self.seq_len = probe_length(model, most=_most_positions(model))
-        self.input_ids = probe_ids(model, self.seq_len)
-        self.position_ids = torch.arange(self.seq_len, device=self.input_ids.device)[None]
-        self.encoder = encoder_name(model)
-        self.memory_ids = probe_ids(model, recorder.memory_len)
-        memory = torch.arange(recorder.memory_len, device=self.input_ids.device)[None]
-        self.memory_position_ids = memory
-        self.positions = Positions()
-        self.pooled_head: PooledHead | None = None
-        self.images = ""
-
-    def run(self) -> None:
-        """Run the model and note in the recorder what is found."""
-        model, refuse = self.model, self.recorder.refused.append
-        name = type(model).__name__
-        # Dropout shows in training mode only, and hides mixing: the probe runs in eval mode.
-        model.train()
-        if _differ(self.uncounted, self.uncounted):
-            refuse(
-                f"{name} is random in training (a dropout, or noise), which would depend on the "
-                f"mesh: set it to 0.0 in the config."
-            )
-        model.eval()
-        found = self.find_positions()
-        if found is None:
-            refuse(
-                f"{name} does not count the positions of a row from 0, as the batches of "
-                f"shard_hf_batch do: write it with mixers (docs/add_a_model.md)."
-            )
-        self.positions = found or Positions(taken=takes_positions(model))
-        with reading_positions(model, self.positions):
-            self.find_mixing()
-            if not self.positions.taken and not self.recorder.refused and self.counts():
-                refuse(
-                    f"{name} takes no position_ids: it counts positions from the start of its "
-                    f"input, and a shard does not start where its row does."
-                )
-            if self.recorder.made_masks:
-                self.look_at_padding()
-            self.images = language_model(model)
-            if self.images and not self.recorder.refused:
-                self.look_at_images()
-
-    def call(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """The model on rows that it counts by itself, or by position_ids if they are given.
-
-        Rows are the decoder's in a model with an encoder, which reads rows of its own.
-        """
-        kwargs |= {"use_cache": False, "attn_metadata": self.recorder}
-        run = partial(self.model, input_ids=input_ids)
-        if self.encoder:
-            own = {DECODER_TOKENS[0]: input_ids}
-            run = partial(self.model, input_ids=self.memory_ids, **own)
-            if KEY in kwargs:
-                kwargs[DECODER_KEY] = kwargs[KEY]
-                kwargs[KEY] = self.memory_position_ids
-        if KEY in kwargs:
-            return call_with_positions(self.model, self.positions, run, **kwargs)
-        return run(**kwargs)
-
-    def uncounted(self) -> Any:
-        return self.call(self.input_ids)
-
-    def counted(self) -> Any:
-        return self.call(self.input_ids, position_ids=self.position_ids)
-
-    def find_positions(self) -> Positions | None:
-        """How the model is given the positions that it would count; None if it is not known."""
-        taken, readers = takes_positions(self.model), position_readers(self.model)
-        padding = self.model.config.get_text_config().pad_token_id
-        offsets = dict.fromkeys([1, 2, 1 + (padding or 0)]) if taken and readers else ()
-        first = Positions(taken=True)
-        if not taken:
-            first = Positions(0, readers, taken=False, encoder=self.encoder)
-        for each in (first, *(Positions(offset, readers) for offset in offsets)):
-            self.positions = each
-            with reading_positions(self.model, each):
-                try:
-                    if not _differ(self.uncounted, self.counted):
-                        return each
-                except (IndexError, RuntimeError):
-                    # A table of positions that is too short for this offset.
-                    continue
-        return None
-
-    def find_mixing(self) -> None:
-        """Note the modules in which tokens meet, and the head of a model that pools."""
-        model, seq_len = self.model, self.seq_len
-        with torch.no_grad():
-            of_rows = outputs_of_rows(self.counted(), seq_len, self.recorder.memory_len)
-        if of_rows:
-            self.pooled_head = find_pooled_head(model, self.call_rows, seq_len)
-            if self.pooled_head is None:
-                self.recorder.refused.append(_unknown_outputs(model, of_rows))
-        mixing = find_mixing(model, self.counted, seq_len, pools=bool(of_rows))
-        if self.encoder:
-            mixing += find_mixing(model, self.counted, self.recorder.memory_len, pools=True)
-            mixing += self.mixing_before_keys()
-        self.recorder.refused += [
-            f"{name or 'the model'} ({type(model.get_submodule(name)).__name__}): tokens meet in "
-            f"it, and not through the attention registry: write it with a mixer "
-            f"(docs/add_a_model.md)."
-            for name in dict.fromkeys(mixing)
-        ]
-
-    def mixing_before_keys(self) -> list[str]:
-        """Names of cross attention whose keys are not of one token of the encoder each."""
-        memory_ids, length = self.memory_ids, self.recorder.memory_len
-
-        def operands(tokens: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
-            index = torch.tensor(tokens, dtype=torch.int64, device=memory_ids.device)
-            self.memory_ids = memory_ids.index_copy(1, index, memory_ids.roll(1, 1)[:, index])
-            with torch.no_grad():
-                self.counted()
-            self.memory_ids = memory_ids
-            return dict(self.recorder.memory)
-
-        before, mixing = operands(()), []
-        for tokens in ((length // 2,), (0, length - 1)):
-            for name, parts in operands(tokens).items():
-                pairs = zip(before[name], parts, strict=True)
-                if any(differs_elsewhere(a, b, length, tokens) for a, b in pairs):
-                    mixing.append(name)
-        return mixing
-
-    def call_rows(self, input_ids: Tensor) -> Any:
-        return self.call(input_ids, position_ids=self.position_ids.expand(len(input_ids), -1))
-
-    def counts(self) -> bool:
-        """Whether tokens of one id at one position differ: what counts them is not known."""
-        same = self.input_ids[:, :1].expand_as(self.input_ids).contiguous()
-        self.recorder.varies = False
-        memory = self.memory_ids, self.memory_position_ids
-        self.memory_ids = self.input_ids[:, :1].expand_as(memory[0]).contiguous()
-        self.memory_position_ids = torch.zeros_like(memory[1])
-        with torch.no_grad():
-            out = self.call(same, position_ids=torch.zeros_like(self.position_ids))
-        self.memory_ids, self.memory_position_ids = memory
-        dims = [(x, dim) for x in tensors(out) for dim in range(x.ndim)]
-        return self.recorder.varies or any(
-            varies(x, dim)
-            for x, dim in dims
-            if x.is_floating_point() and x.shape[dim] == self.seq_len
-        )
-
-    def look_at_padding(self) -> None:
-        """Let a model that makes masks of its own show whether it makes them of its tokens."""
-        padding = self.model.config.get_text_config().pad_token_id
-        if padding is None:
-            return
-        input_ids, memory_ids = self.input_ids.clone(), self.memory_ids.clone()
-        input_ids[:, self.seq_len // 2 :] = padding
-        memory_ids[:, self.seq_len // 2 :] = padding
-        self.recorder.padding = [input_ids == padding, memory_ids == padding]
-        with torch.no_grad():
-            self.call(input_ids, position_ids=self.position_ids)
-            if self.encoder:
-                before, self.memory_ids = self.memory_ids, memory_ids
-                self.call(self.input_ids, position_ids=self.position_ids)
-                self.memory_ids = before
-        if self.recorder.hides_padding and not self.encoder:
-            refuse = self.recorder.refused.append
-            refuse(
-                f"{type(self.model).__name__} makes a mask of its ids, which hides those of "
-                f"padding, and a shard has ids of its own alone: give it no pad_token_id."
-            )
-
-    def look_at_images(self) -> None:
-        """Note how masks change where tokens are marked as those of an image."""
-        types = torch.zeros_like(self.input_ids)
-        types[:, 7:13] = 1
-        self.recorder.block = vision_blocks(types.cpu())
-        keys = [key for key in TOKEN_TYPES if key in image_arguments(self.model)]
-        with torch.no_grad():
-            self.call(self.input_ids, position_ids=self.position_ids, **dict.fromkeys(keys, types))
-
-
-def _most_positions(model: Any) -> int | None:
-    """As many positions as a model has learned, wherever it counts from."""
-    return longest(model, None, language_model(model))
-
-
 def _stopped(model: nn.Module, running: list[str], error: Exception) -> str:
     """What refuses a model that cannot be run on a few tokens."""
     name = running[-1] if running else ""
@@ -335,31 +124,6 @@ def _stopped(model: nn.Module, running: list[str], error: Exception) -> str:
         f"{name or 'the model'} ({kind}): cannot be run on a few tokens on {device} "
         f"({type(error).__name__}: {said}), so how tokens meet in it is not known: run it where "
         f"its kernels can be, or write it with a mixer (docs/add_a_model.md)."
-    )
-
-
-def _unknown_outputs(model: nn.Module, outputs: list[Tensor]) -> str:
-    """What refuses a model that gives outputs of no token."""
-    return (
-        f"{type(model).__name__}: gives outputs of shapes {[tuple(x.shape) for x in outputs]} for "
-        f"a row of tokens, and not those of one module for its last token, so each rank would give "
-        f"those of its shard: parallelize the model without its head, gather the hidden states "
-        f"(ShardedBatch.gather) and pool them (docs/not_supported.md)."
-    )
-
-
-def _differ(*runs: Callable[[], object]) -> bool:
-    """Whether two runs of a model give different outputs; each starts from a seed of its own."""
-    outputs = []
-    with torch.no_grad(), torch.random.fork_rng():
-        for seed, run in enumerate(runs):
-            torch.manual_seed(seed)
-            outputs.append([x for x in tensors(run()) if x.is_floating_point()])
-    pairs = zip(*outputs, strict=True)
-    # Kernels may sum in another order from run to run: that much is no difference.
-    return any(
-        a.shape != b.shape or float((a - b).abs().max()) > 1e-4 * float(a.abs().max())
-        for a, b in pairs
     )
 
 

@@ -23,7 +23,8 @@ from dtcp.plan.source import Request, request_of
 from dtcp.plan.sweep import sweep_points, write_sweep
 from dtcp.planner.cluster import GB, Cluster, cluster_of
 from dtcp.planner.report import as_json, detail_lines, on_one_line, text_report
-from dtcp.planner.search import Candidate, Planner, Search, Workload, smallest_cluster
+from dtcp.planner.search import Candidate, Planner, Search, smallest_cluster
+from dtcp.planner.workload import Workload
 
 MOST_PROCESSES = 8
 """That trace steps at once: each takes up to 2 GB."""

@@ -14,9 +14,9 @@ import numpy as np
 from dtcp.parallelize import ActivationCheckpoint, FullCheckpoint
 from dtcp.plan.script import Script, script_of
 from dtcp.planner.cluster import cluster_of
-from dtcp.planner.search import Workload
 from dtcp.planner.setup import BF16, Precision
 from dtcp.planner.subject import MadeHuggingFaceModel, OwnModel, Subject, subject_of_hf
+from dtcp.planner.workload import Workload
 from dtcp.sequence.documents import Documents
 
 SEED = 0

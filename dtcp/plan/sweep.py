@@ -11,7 +11,8 @@ from dtcp.distributed.mesh import Degrees
 from dtcp.plan.command import script_line, train_options
 from dtcp.plan.source import Request, asked_documents
 from dtcp.planner.cluster import Cluster
-from dtcp.planner.search import Candidate, Planner, Workload
+from dtcp.planner.search import Candidate, Planner
+from dtcp.planner.workload import Workload
 from dtcp.sequence.documents import Documents
 
 PLAN, RUNS = "plan.json", "runs.sh"

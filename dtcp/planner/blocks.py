@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from dtcp.mixer import mixers_of
+from dtcp.mixer_metadata import mixers_of
 from dtcp.mixer_plan import find, matching
 from dtcp.parallelize import ParallelPlan
 

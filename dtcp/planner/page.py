@@ -9,7 +9,8 @@ from typing import Any
 from dtcp.planner.cluster import Cluster
 from dtcp.planner.pictures import pictures
 from dtcp.planner.report import detail_lines, text_report
-from dtcp.planner.search import Search, Workload
+from dtcp.planner.search import Search
+from dtcp.planner.workload import Workload
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto;
 padding: 0 1em; color: #222; }

@@ -9,8 +9,9 @@ from dtcp.parallelize import FullCheckpoint, SelectiveCheckpoint
 from dtcp.planner.axis_bytes import AxisBytes
 from dtcp.planner.cluster import GB, Cluster
 from dtcp.planner.forecast import Forecast
-from dtcp.planner.search import Candidate, Search, Workload
+from dtcp.planner.search import Candidate, Search
 from dtcp.planner.setup import Setup
+from dtcp.planner.workload import Workload
 from dtcp.sequence.documents import Documents
 from dtcp.softmax import AllGatherAttention, HybridAttention, UlyssesAttention
 

@@ -4,79 +4,24 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from dtcp.distributed.mesh import Degrees
 from dtcp.distributed.nodes import even_on_cp
-from dtcp.parallelize import ActivationCheckpoint, NoCheckpoint, SelectiveCheckpoint
+from dtcp.parallelize import NoCheckpoint, SelectiveCheckpoint
 from dtcp.planner.cluster import Cluster
 from dtcp.planner.forecast import Forecast, assembled
 from dtcp.planner.row_forecasts import RowForecasts
-from dtcp.planner.setup import BF16, Precision, Setup
+from dtcp.planner.setup import Setup
 from dtcp.planner.subject import Subject
 from dtcp.planner.timing import StepTime, step_time
+from dtcp.planner.workload import Workload
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import HeadTail, SequenceLayout
+from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.style import AttentionStyle
 
 MOST_ROW_FORECASTS = 24
 """Steps that are looked at before meshes that others make needless are passed over."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is to be run, and what of it is settled.
-
-    Args:
-        documents: of one row.
-        rows: of a step, on all ranks together.
-        etp: as of Degrees; above 1, experts are split over all of tp.
-        cuts_evenly: for train.py, which takes rows that cp and tp cut into equal parts alone.
-        attention, layout, checkpoint: those alone; None to try what there is.
-        reduce_dtype: of strategies that are tried, as of AttentionStyle.
-        reshard: as of Setup.
-    """
-
-    documents: Documents
-    rows: int
-    precision: Precision = BF16
-    etp: int = 1
-    attention: AttentionStyle | None = None
-    layout: type[SequenceLayout] | None = None
-    checkpoint: ActivationCheckpoint | None = None
-    reduce_dtype: torch.dtype | None = None
-    reshard: bool = True
-    cuts_evenly: bool = False
-
-    def parts(self, degrees: Degrees) -> int:
-        """The number that the tokens of a row are to be a multiple of."""
-        if not self.cuts_evenly:
-            return 1
-        return degrees.tp * (2 * degrees.cp if degrees.cp > 1 else 1)
-
-    def check_cut(self, degrees: Degrees) -> None:
-        """Refuse a mesh that train.py would not cut a row for.
-
-        Raises:
-            ValueError: naming a length that it would.
-        """
-        seq_len, parts = self.documents.seq_len, self.parts(degrees)
-        if seq_len % parts:
-            near = max(1, round(seq_len / parts)) * parts
-            raise ValueError(
-                f"A row is cut into {parts} parts by cp {degrees.cp} and tp {degrees.tp}, got "
-                f"{seq_len} tokens: give a multiple as --seq-len, {near} say."
-            )
-
-    def takes(self, setup: Setup) -> bool:
-        """Whether it is one of those that are wished for."""
-        return (
-            self.attention in (None, setup.attention)
-            and self.layout in (None, setup.layout)
-            and self.checkpoint in (None, setup.checkpoint)
-        )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torchtitan.distributed.utils import clip_grad_norm_
 from torchtitan.models.common.decoder import Decoder
 
 from dtcp.compile import compile_whole
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.pretrain.batches import ahead_of, batch_documents, forward_names
 from dtcp.pretrain.progress import say
 from dtcp.pretrain.trainer import Trainer, share_router_losses

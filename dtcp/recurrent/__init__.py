@@ -2,14 +2,8 @@
 
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttention
 from dtcp.recurrent.relayout_mixer import RelayoutCP
-from dtcp.recurrent.style import (
-    CausalConvCP,
-    FewestBytes,
-    GatedDeltaCP,
-    GatedLinearCP,
-    GatherStates,
-    ScanStates,
-)
+from dtcp.recurrent.state_exchange import FewestBytes, GatherStates, ScanStates
+from dtcp.recurrent.style import CausalConvCP, GatedDeltaCP, GatedLinearCP
 
 __all__ = [
     "CausalConv1d",

@@ -4,133 +4,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.moves import Moves
-from dtcp.metadata import AttentionMetadata, BatchMetadata
+from dtcp.metadata import AttentionMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
-from dtcp.recurrent.conv import causal_conv, halo_moved
-from dtcp.recurrent.exchange import summaries_received
-from dtcp.recurrent.linear import gated_linear_attention, install_linear_rules
-from dtcp.recurrent.metadata import (
-    SEGMENTED,
-    DeltaMetadata,
-    chain_of,
-    conv_metadata,
-    delta_metadata,
-    halo_route,
+from dtcp.recurrent.claimed import (
+    ContextParallelConv,
+    ContextParallelDeltaRule,
+    ContextParallelLinearAttention,
 )
-from dtcp.recurrent.mixer import (
-    CausalConv1d,
-    GatedDeltaRule,
-    GatedLinearAttention,
-    RecurrentMixer,
-)
-from dtcp.recurrent.moves import ChannelShape, DeltaShape, LinearShape, states_moved, states_passed
+from dtcp.recurrent.conv import halo_moved
+from dtcp.recurrent.linear import install_linear_rules
+from dtcp.recurrent.metadata import SEGMENTED, chain_of, conv_metadata, delta_metadata, halo_route
+from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttention, RecurrentMixer
+from dtcp.recurrent.moves import ChannelShape, DeltaShape, states_moved, states_passed
 from dtcp.recurrent.node_state_passing import NodeStatePassing
-from dtcp.recurrent.op import gated_delta_rule, install_delta_rules
+from dtcp.recurrent.op import install_delta_rules
+from dtcp.recurrent.state_exchange import (
+    FEWEST_BYTES,
+    FewestBytes,
+    GatherStates,
+    ScanStates,
+    StateExchange,
+)
 from dtcp.recurrent.state_passing import StatePassing
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords, documents_of
 from dtcp.sequence.document_balanced import DocumentBalanced
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    PerDocument,
-    SequenceLayout,
-)
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.node_routes import NodeRoutes
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.stretches import Stretches, left_routes
 from dtcp.style import MixerShape, MixerStyle
-
-
-@dataclass(frozen=True)
-class GatherStates:
-    """Every rank gathers the summaries of all segments, and folds those before its own: 1 round."""
-
-    def scans(self, num_shards: int, segments: int, summary: int) -> bool:
-        """Whether to scan, with summaries of so many bytes."""
-        return False
-
-
-@dataclass(frozen=True)
-class ScanStates:
-    """Ranks compose summaries in windows that double: ceil(log2(n)) rounds."""
-
-    def scans(self, num_shards: int, segments: int, summary: int) -> bool:
-        return True
-
-
-@dataclass(frozen=True)
-class FewestBytes:
-    """Whichever of the two receives less, if what a scan saves is worth the rounds it adds.
-
-    Small states are gathered: they cross in less time than one more round takes to begin.
-
-    Args:
-        a_round: bytes that have to be saved for each round beyond the first.
-    """
-
-    a_round: int = 2**20
-
-    def scans(self, num_shards: int, segments: int, summary: int) -> bool:
-        by_scan, by_gather = (
-            summaries_received(num_shards, segments, scan=scan) for scan in (True, False)
-        )
-        more_rounds = (num_shards - 1).bit_length() - 1
-        return (by_gather - by_scan) * summary > more_rounds * self.a_round
-
-
-StateExchange = GatherStates | ScanStates | FewestBytes
-FEWEST_BYTES = FewestBytes()
-
-
-class ContextParallelDeltaRule(ClaimedMixer, GatedDeltaRule):
-    """A GatedDeltaRule that a style has taken over."""
-
-    def carry_out(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, attn_metadata: BatchMetadata
-    ) -> Tensor:
-        metadata: DeltaMetadata = self.own(attn_metadata)
-        ranks, segments = metadata.chain.shape
-        scan = not metadata.in_stretches and self.style.states.scans(
-            ranks, segments, DeltaShape.of(k, v).summary
-        )
-        parts = (*self.unit(q, k), v, g, beta)
-        return gated_delta_rule(*parts, metadata, scan=scan, groups=self.groups)
-
-
-class ContextParallelLinearAttention(ClaimedMixer, GatedLinearAttention):
-    """A GatedLinearAttention that a style has taken over."""
-
-    def carry_out(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, attn_metadata: BatchMetadata
-    ) -> Tensor:
-        metadata: DeltaMetadata = self.own(attn_metadata)
-        ranks, segments = metadata.chain.shape
-        scan = not metadata.in_stretches and self.style.states.scans(
-            ranks, segments, LinearShape.of(k, v).summary
-        )
-        parts = (self.scaled(q), k, v, g)
-        return gated_linear_attention(*parts, metadata, scan=scan, groups=self.groups)
-
-
-class ContextParallelConv(ClaimedMixer, CausalConv1d):
-    """A CausalConv1d that a style has taken over."""
-
-    def carry_out(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        attn_metadata: BatchMetadata,
-        *,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        self.check_weight(x, weight, bias)
-        metadata = self.own(attn_metadata)
-        return causal_conv(x, weight, metadata, bias=bias, groups=self.groups)
 
 
 @dataclass

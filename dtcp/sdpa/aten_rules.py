@@ -31,21 +31,15 @@ from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.host import on_host
-from dtcp.sequence.interval_runs import KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import Contiguous
 from dtcp.sequence.masks import Bidirectional, Causal, Mask
 from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
 from dtcp.softmax.moves import AttentionShape, Peers
-from dtcp.softmax.op import (
-    AttentionOp,
-    BackwardArguments,
-    ForwardArguments,
-    ForwardResult,
-    OpContext,
-    Strategy,
-)
+from dtcp.softmax.op import AttentionOp, BackwardArguments, ForwardArguments
 from dtcp.softmax.ring import RING
+from dtcp.softmax.strategy import ForwardResult, OpContext, Strategy
 
 
 class _ContiguousRows:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.interval_runs import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.partition import Partition, Run

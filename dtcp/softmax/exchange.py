@@ -20,7 +20,6 @@ from dtcp.distributed.staging import (
     start_exchange,
 )
 from dtcp.softmax.metadata import KeyExchangeMetadata
-from dtcp.softmax.op import OpContext
 from dtcp.softmax.row_transfers import (
     ChainedTransfer,
     CompletedTransfer,
@@ -28,6 +27,7 @@ from dtcp.softmax.row_transfers import (
     RowTransfer,
     StartRows,
 )
+from dtcp.softmax.strategy import OpContext
 
 
 def accumulate_returned_grads(grads: Tensor, rows: Tensor, slots: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dtcp.distributed.moves import Moves
 from dtcp.sequence.arguments import check_ints
-from dtcp.sequence.interval_runs import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import Intervals, KeyIntervals
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.row_layouts import rows_on
 from dtcp.softmax.all_gather import AllGather, AllGatherAttention

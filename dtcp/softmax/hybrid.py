@@ -10,7 +10,7 @@ from dtcp.distributed.nodes import check_ranks_per_node
 from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.coords import Coords, tokens_in_documents
-from dtcp.sequence.interval_runs import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.all_gather import ALL_GATHER, AllGatherAttention
 from dtcp.softmax.joined_shards import UlyssesMetadata, joined, ulysses_metadata

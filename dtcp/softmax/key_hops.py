@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtcp.sequence.arguments import check_rank
-from dtcp.sequence.interval_runs import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import Ints, Partition, unique_ascending
 from dtcp.softmax.required_keys import PeerRuns, needed_by_rank, required_keys

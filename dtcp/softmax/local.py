@@ -19,8 +19,9 @@ from dtcp.kernels.softmax.api import (
 from dtcp.softmax.inputs import AttentionInputs, check_key_count
 from dtcp.softmax.metadata import LocalMetadata
 from dtcp.softmax.moves import AttentionShape, Peers
-from dtcp.softmax.op import AttentionOp, ForwardResult, OpContext
+from dtcp.softmax.op import AttentionOp
 from dtcp.softmax.payload import bias_gradients
+from dtcp.softmax.strategy import ForwardResult, OpContext
 
 
 class _Local:

@@ -16,7 +16,7 @@ from dtcp.kernels.softmax.block_ranges import (
 )
 from dtcp.kernels.softmax.pieces import no_pieces, pieces_of_parts
 from dtcp.metadata import AttentionMetadata, HostTensor, no_indices
-from dtcp.sequence.interval_runs import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import Ints, expand_tokens, joined_neighbours
 from dtcp.sequence.slot_runs import SlotRuns

@@ -13,10 +13,11 @@ from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.backends import check_kernel_name, check_unrounded
 from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata, BatchMetadata, NoMetadata
-from dtcp.mixer import Mixer, check_position_ids, position_ids_of
+from dtcp.mixer import Mixer
+from dtcp.mixer_positions import check_position_ids, position_ids_of
 from dtcp.sequence.arguments import FLOATS, WHOLE_NUMBERS, check_tensor
 from dtcp.sequence.coords import Coords
-from dtcp.sequence.interval_runs import KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.masks import Mask, MemoryDocument
 from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.latent import LatentWidths, keys_and_values

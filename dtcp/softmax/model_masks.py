@@ -3,7 +3,8 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from dtcp.mixer import Mixer, MixerKinds
+from dtcp.mixer import Mixer
+from dtcp.mixer_metadata import MixerKinds
 from dtcp.sequence.masks import And, BlockBidirectional, Causal, Mask, Or
 from dtcp.softmax.mixer import CrossAttention, GatherSharedKV, MaskedMixer
 

@@ -20,7 +20,7 @@ from dtcp.distributed.staging import Transfer, transfer_stream
 from dtcp.kernels.softmax.api import Keys
 from dtcp.kernels.softmax.block_ranges import TILE, KeyLine, block_ranges_of_parts
 from dtcp.kernels.softmax.pieces import pieces_of_parts
-from dtcp.sequence.interval_runs import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import Ints, Partition, expand_tokens
 from dtcp.softmax.exchange import (
@@ -32,10 +32,10 @@ from dtcp.softmax.exchange import (
 from dtcp.softmax.key_hops import KeyHops, key_hops
 from dtcp.softmax.metadata import KeyExchangeMetadata, by_part, local_runs
 from dtcp.softmax.moves import AttentionShape, Peers, steps_moved
-from dtcp.softmax.op import OpContext
 from dtcp.softmax.payload import KVPayload
 from dtcp.softmax.required_keys import PeerRuns
 from dtcp.softmax.row_transfers import RowTransfer
+from dtcp.softmax.strategy import OpContext
 
 
 def node_ring_metadata(

@@ -14,7 +14,7 @@ from dtcp.softmax.inputs import AttentionInputs, check_key_count
 from dtcp.softmax.latent import LatentWidths, fold_back, keys_and_values
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.moves import AttentionShape, Peers, keys_moved
-from dtcp.softmax.op import ForwardResult, OpContext
+from dtcp.softmax.strategy import ForwardResult, OpContext
 
 
 class GradBuffers(NamedTuple):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dtcp.kernels.softmax.block_ranges import KeyLine
 from dtcp.sequence.arguments import check_rank
-from dtcp.sequence.interval_runs import IntervalRuns, Intervals, KeyIntervals
+from dtcp.sequence.interval_runs import IntervalRuns
+from dtcp.sequence.key_intervals import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import (
     Ints,

@@ -20,7 +20,7 @@ from dtcp.kernels.softmax.api import (
     note_rounded_sums,
     zeros_for,
 )
-from dtcp.sequence.interval_runs import Intervals
+from dtcp.sequence.key_intervals import Intervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.exchange import (
     accumulate_returned_grads,
@@ -31,9 +31,10 @@ from dtcp.softmax.exchange import (
 from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
 from dtcp.softmax.moves import AttentionShape, Peers, counts_by_step, steps_moved
 from dtcp.softmax.node_ring import NodeRing, node_ring_metadata, node_ring_moves
-from dtcp.softmax.op import AttentionOp, OpContext
+from dtcp.softmax.op import AttentionOp
 from dtcp.softmax.payload import ExchangeStrategy, KVPayload
 from dtcp.softmax.row_transfers import RowTransfer, StartRows
+from dtcp.softmax.strategy import OpContext
 from dtcp.softmax.style import AttentionStyle
 
 _GRADIENTS = 1  # tag of gradient transfers; keys travel under 0

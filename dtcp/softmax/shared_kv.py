@@ -16,9 +16,10 @@ from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.block_ranges import UNUSED
 from dtcp.metadata import BatchMetadata
-from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids
+from dtcp.mixer import ClaimedMixer, Mixer
+from dtcp.mixer_positions import check_position_ids
 from dtcp.sequence.coords import Coords
-from dtcp.sequence.interval_runs import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.all_gather import AllGatherAttention
 from dtcp.softmax.exchange import bring_rows, return_grads, sort_by_index
@@ -27,8 +28,9 @@ from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import KeyExchangeMetadata, LocalMetadata
 from dtcp.softmax.mixer import GatherSharedKV, MaskedMixer, SoftmaxAttention
 from dtcp.softmax.moves import AttentionShape, Peers
-from dtcp.softmax.op import AttentionOp, OpContext
+from dtcp.softmax.op import AttentionOp
 from dtcp.softmax.positions import TokenPositions
+from dtcp.softmax.strategy import OpContext
 from dtcp.softmax.style import AttentionStyle
 from dtcp.style import MixerShape
 

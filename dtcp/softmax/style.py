@@ -3,32 +3,35 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from dtcp.compile import InGraph
-from dtcp.distributed.dtensor_rules import HEADS, SEQ
 from dtcp.distributed.moves import Moves
-from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.backends import check_kernel_name, check_unrounded
 from dtcp.kernels.softmax.block_ranges import TILE
 from dtcp.kernels.softmax.types import AUTO
-from dtcp.metadata import AttentionMetadata, BatchMetadata
-from dtcp.mixer import ClaimedMixer, Mixer, check_position_ids
-from dtcp.sequence.arguments import check_ints, check_tensor
+from dtcp.metadata import AttentionMetadata
+from dtcp.mixer import ClaimedMixer, Mixer
+from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
-from dtcp.sequence.interval_runs import Intervals, KeyIntervals
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument, SequenceLayout
+from dtcp.sequence.key_intervals import Intervals, KeyIntervals
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.row_layouts import RowLayouts, in_line
+from dtcp.softmax.claimed import (
+    ContextParallelAttention,
+    ContextParallelCrossAttention,
+    ContextParallelKeysFromValues,
+    ContextParallelLatentAttention,
+)
 from dtcp.softmax.dtensor import install_attention_rules
-from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.mixer import (
     CrossAttention,
@@ -41,116 +44,6 @@ from dtcp.softmax.moves import AttentionShape, Peers
 from dtcp.softmax.op import AttentionOp
 from dtcp.softmax.positions import TokenPositions
 from dtcp.style import MixerShape, MixerStyle
-
-
-class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
-    """A SoftmaxAttention that a style has taken over."""
-
-    def carry_out(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_metadata: BatchMetadata,
-        *,
-        sink: Tensor | None = None,
-        bias: Tensor | None = None,
-        slope: Tensor | None = None,
-    ) -> Tensor:
-        """Local shards in, local shard out; DTensors in, DTensor out.
-
-        The op's rule checks their placements (dtensor.py), not traced code.
-        """
-        self.check_bias(bias, slope)
-        _check_plain(sink=sink, bias=bias, slope=slope)
-        check_tensor("Attention", shape="[B, L, heads, width]", q=q, k=k, v=v)
-        metadata, softmax = self.own(attn_metadata), self.softmax(q)
-        distributed = any(isinstance(x, DTensor) for x in (q, k, v))
-        if not distributed:
-            q, k, v = (self._wrap(x) for x in (q, k, v))
-        x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope)
-        out = self.style.op(x, metadata, softmax, groups=self.groups)
-        if distributed:
-            return cast(Tensor, out)
-        return cast(DTensor, out).to_local(grad_placements=self._placements())
-
-    def _wrap(self, x: Tensor) -> DTensor:
-        return DTensor.from_local(x, self.mesh, self._placements(), run_check=False)
-
-    def _placements(self) -> tuple[Placement, ...]:
-        return (Shard(SEQ), Shard(HEADS))[: self.mesh.ndim]
-
-
-def _check_plain(**per_head: Tensor | None) -> None:
-    """Refuse DTensors that would get the gradient of this rank's queries as a plain tensor."""
-    for name, x in per_head.items():
-        if isinstance(x, DTensor) and x.requires_grad and torch.is_grad_enabled():
-            raise TypeError(
-                f"Attention on shards reads the {name} of this rank's heads, got a DTensor placed "
-                f"{x.placements}: give {name}.to_local(grad_placements=...), Partial() on the axis "
-                f"of the sequence."
-            )
-
-
-class ContextParallelCrossAttention(ContextParallelAttention, CrossAttention):
-    """A CrossAttention that a style has taken over."""
-
-
-class ContextParallelKeysFromValues(ClaimedMixer, KeysFromValues):
-    """A KeysFromValues that a style has taken over; takes local shards alone."""
-
-    def carry_out(
-        self,
-        q: Tensor,
-        v: Tensor,
-        position_ids: Tensor,
-        key_scale: Tensor,
-        frequency: Tensor,
-        attn_metadata: BatchMetadata,
-    ) -> Tensor:
-        self.check_operands(q, v, position_ids, key_scale, frequency)
-        if frequency.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"Keys that are made where they arrive give no gradient to what rotates them, got "
-                f"frequency.requires_grad=True for {self.style}: pass frequency.detach()."
-            )
-        metadata: Any = self.own(attn_metadata)
-        check_position_ids(position_ids, metadata.position_ids, metadata.sees)
-        q = rotate(q, metadata.position_ids, frequency)
-        x = AttentionInputs(q, None, v, key_scale=key_scale, frequency=frequency)
-        out: Tensor = self.style.op(x, metadata, self.softmax(q), groups=self.groups)
-        return out
-
-
-class ContextParallelLatentAttention(ClaimedMixer, LatentAttention):
-    """A LatentAttention that a style has taken over; takes local shards alone.
-
-    On the mesh of sequence and heads q and up are of this rank's heads, and the gradients of the
-    latent and of the rotary key are summed over the heads' axis.
-    """
-
-    def carry_out(
-        self,
-        q: Tensor,
-        latent: Tensor,
-        key_rotary: Tensor,
-        up: Tensor,
-        attn_metadata: BatchMetadata,
-    ) -> Tensor:
-        rows = self.rows(q, latent, key_rotary, up)
-        if self.mesh.ndim == 2:
-            placements = (Shard(SEQ), Replicate())
-            rows = self.as_summed(rows)
-            whole = DTensor.from_local(rows, self.mesh, placements, run_check=False)
-            rows = whole.to_local(grad_placements=(Shard(SEQ), Partial()))
-        out: Tensor = self.style.op(
-            AttentionInputs(q, None, rows, up=up),
-            self.own(attn_metadata),
-            self.softmax(q),
-            groups=self.groups,
-            keys_sum_grads=rows.dtype != q.dtype,
-        )
-        return out
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moved, Moves
 from dtcp.distributed.staging import exchange
-from dtcp.sequence.interval_runs import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.exchange import all_to_all_rows
 from dtcp.softmax.head_share import HeadShare
@@ -21,9 +21,10 @@ from dtcp.softmax.kv_head_replicas import KVHeadReplicas
 from dtcp.softmax.local import LOCAL
 from dtcp.softmax.metadata import KeyExchangeMetadata, local_metadata
 from dtcp.softmax.moves import AttentionShape, Peers, heads_moved
-from dtcp.softmax.op import AttentionOp, ForwardResult, OpContext, Strategy
+from dtcp.softmax.op import AttentionOp
 from dtcp.softmax.replicated_head_exchange import ReplicatedHeadExchange
 from dtcp.softmax.row_transfers import MoveRows
+from dtcp.softmax.strategy import ForwardResult, OpContext, Strategy
 from dtcp.softmax.style import AttentionStyle
 
 PER_HEAD = ("sink", "bias", "slope")

@@ -10,7 +10,7 @@ from dtcp.kernels.sparse.pooling import Windows
 from dtcp.kernels.sparse.read_ranges import entry_runs, key_runs
 from dtcp.kernels.sparse.types import NOWHERE, SPARSE_TILE, Sight
 from dtcp.metadata import AttentionMetadata, HostTensor, no_indices, no_sizes
-from dtcp.mixer import position_ids_of
+from dtcp.mixer_positions import position_ids_of
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dtcp.kernels.sparse.pooling import Prepool, pool
 from dtcp.metadata import BatchMetadata
-from dtcp.mixer import Mixer, check_position_ids
+from dtcp.mixer import Mixer
+from dtcp.mixer_positions import check_position_ids
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.coords import Coords
 from dtcp.sparse.metadata import Compression, SparseMetadata, sparse_metadata

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcp.kernels.sparse.types import NOWHERE, SPARSE_TILE
-from dtcp.mixer import position_ids_of
+from dtcp.mixer_positions import position_ids_of
 from dtcp.sequence.coords import Coords, documents_of
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.node_routes import NodeRoutes

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dtcp.distributed.relayout import RelayoutMetadata, apply_relayout
 from dtcp.metadata import AttentionMetadata
-from dtcp.mixer import position_ids_of
+from dtcp.mixer_positions import position_ids_of
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sparse.metadata import SparseMetadata

@@ -37,7 +37,7 @@ from dtcp.parallelize import (
 )
 from dtcp.recurrent import RelayoutCP
 from dtcp.sequence.block_balanced import BlockBalanced
-from dtcp.sequence.layout import PerDocument
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax.default import device_type_of
 from dtcp.softmax.style import AttentionStyle
 

@@ -4,13 +4,9 @@ transformers says a role for each module or pattern, "colwise" for example; each
 here, and norms, routers and embeddings, of which its plans say nothing, have styles too.
 """
 
-import dis
-import inspect
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
-from types import FunctionType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,11 +17,13 @@ from dtcp.distributed.dtensor_rules import HEADS
 from dtcp.huggingface.recurrent_layers import kernel_names, recurrent_layers
 from dtcp.mixer_plan import matches
 from dtcp.parallelize.plans.adapters import BASE, adapted, adapter_style
-from dtcp.parallelize.plans.inferred_heads import (
-    BIAS_OF_HEADS,
-    inferred_blocks,
-    inferred_heads,
+from dtcp.parallelize.plans.forward_code import (
+    adds_in_place,
+    has_parameters,
+    reads_weights,
+    reads_weights_elsewhere,
 )
+from dtcp.parallelize.plans.inferred_heads import BIAS_OF_HEADS, inferred_blocks, inferred_heads
 from dtcp.parallelize.plans.inferred_roles import COLWISE, ROWWISE, WHOLE, inferred_roles
 from dtcp.parallelize.plans.latent_heads import latent_heads
 from dtcp.parallelize.plans.recurrent_heads import recurrent_heads
@@ -74,7 +72,7 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     _check_divisible(model, tp_plan, tp)
     _check_embedding_is_called(model)
     modules = dict(model.named_modules())
-    owners = [name for name, module in modules.items() if any(True for _ in _own(module))]
+    owners = [name for name, module in modules.items() if has_parameters(module)]
     units = {name: _unit(name, modules) for name in modules}
     roles = {name: _role(name, tp_plan) for name in modules}
     latent_roles, containers = latent_heads(modules, tp)
@@ -98,7 +96,7 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     # These read the weights of modules inside of them.
     recurrent = {*recurrent_layers(model)} - {modules[name] for name in heads}
     plan |= {name: LocalParams() for name in modules if modules[name] in recurrent}
-    readers = (name for name in modules if name and _reads_weights(modules[name]))
+    readers = (name for name in modules if name and reads_weights(modules[name]))
     plan |= {name: LocalParams() for name in readers if name not in plan}
     _say_what_is_whole(missing, modules, tp)
     return {**_shared_inputs(plan), **plan}
@@ -131,7 +129,7 @@ def _styles(
             tp,
             beside_experts=beside,
         )
-        if isinstance(split, RowwiseParallel) and _adds_in_place(modules, target, units[target]):
+        if isinstance(split, RowwiseParallel) and adds_in_place(modules, target, units[target]):
             split = RowwiseOwnOutput()
         style = adapter_style(split, target, part) if part else _checked(name, modules[name], split)
         if isinstance(style, ReplicatedParams) and not roles[target] and units[name] in split_units:
@@ -154,10 +152,6 @@ def _inferred(
         parts.setdefault(units[name], []).append(name)
     unknown = {unit: names for unit, names in parts.items() if not any(map(roles.get, names))}
     return inferred_roles(modules, unknown, tp)
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return module.named_parameters(recurse=False)
 
 
 def _unit(name: str, modules: Mapping[str, nn.Module]) -> str:
@@ -271,63 +265,18 @@ def _is_bias_of_head(model: Any, module: nn.Module) -> bool:
     """Whether a module holds nothing but what the head holds as well, as those of BERT do."""
     head = model.get_output_embeddings()
     shared = set() if head is None else set(head.parameters(recurse=False))
-    return all(p in shared for _, p in _own(module))
+    return all(p in shared for p in module.parameters(recurse=False))
 
 
 def _checked(name: str, module: nn.Module, style: ParallelStyle | None) -> ParallelStyle | None:
     """Refuse a module that is not called, or not only: no style would see it."""
-    if "NotImplementedError" in kernel_names(module) or _weights_read_elsewhere(module):
+    if "NotImplementedError" in kernel_names(module) or reads_weights_elsewhere(module):
         raise ValueError(
             f"Tensor parallelism gives a module its parameters where it is called, got {name} "
             f"({type(module).__name__}), whose other methods are: set tp=1 and give the ranks to "
             f"cp."
         )
     return style
-
-
-def _reads_weights(module: nn.Module) -> bool:
-    """Whether a module reads the weight of one inside of it, beside or instead of calling it.
-
-    To know the dtype of a weight is not to compute with it.
-    """
-    names = kernel_names(module)
-    if "weight" not in names:
-        return False
-    inside = [each for name, each in module.named_children() if name in names]
-    forward = inspect.unwrap(type(module).forward)
-    read = any(
-        first.argval == "weight" and second.argval != "dtype"
-        for first, second in pairwise(dis.get_instructions(forward))
-    )
-    return read and any(True for each in inside for _ in _own(each))
-
-
-def _weights_read_elsewhere(module: nn.Module) -> bool:
-    """Whether a method that forward does not call reads the weight of a module inside."""
-    called, inside = (
-        {"forward", "__init__", *kernel_names(module)},
-        set(dict(module.named_children())),
-    )
-    others = (
-        set(method.__code__.co_names)
-        for name, method in vars(type(module)).items()
-        if name not in called and isinstance(method, FunctionType)
-    )
-    return any("weight" in names and names & inside for names in others)
-
-
-def _adds_in_place(modules: Mapping[str, nn.Module], name: str, unit: str) -> bool:
-    """Whether a module around one, up to the block, changes what it is given in place."""
-    block = unit.rpartition(".")[0]
-    around = [other for other in modules if other and name.startswith(f"{other}.")]
-    inside = [modules[other] for other in around if other == block or other.startswith(unit)]
-    return any(map(_has_in_place, inside))
-
-
-def _has_in_place(module: nn.Module) -> bool:
-    steps = dis.get_instructions(inspect.unwrap(type(module).forward))
-    adds = any(each.opname == "BINARY_OP" and each.argrepr.endswith("=") for each in steps)
-    return adds or "add_" in kernel_names(module)
 
 
 def _has_bias_around_head(model: Any) -> bool:
@@ -337,13 +286,13 @@ def _has_bias_around_head(model: Any) -> bool:
         return True
     name = next((name for name, module in model.named_modules() if module is head), "")
     parent = model.get_submodule(name.rpartition(".")[0])
-    own = {p for _, p in _own(parent)}
+    own = set(parent.parameters(recurse=False))
     return parent is not model and not own <= set(head.parameters(recurse=False))
 
 
 def _check_embedding_is_called(model: Any) -> None:
     """Refuse a model that reads the weight of its embedding, or of a layer, beside calling it."""
-    if _reads_weights(model):
+    if reads_weights(model):
         raise ValueError(
             f"Tensor parallelism gives a module its parameters where it is called, got "
             f"{type(model).__name__}, which reads the weight of one inside of it: set tp=1 and "

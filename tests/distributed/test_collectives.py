@@ -9,11 +9,8 @@ from dtcp.distributed.groups import group_name
 from dtcp.distributed.ledger import count_traffic
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    PerDocument,
-)
+from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.routes import Route, halo_token_indices
 from tests.harness.collective_reference import BOUNDARIES, assert_equals_one_process
 from tests.harness.spmd import spmd

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import forward_ad
 
 from dtcp.distributed.collectives import all_gather
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import Causal
 from dtcp.softmax.mixer import SoftmaxAttention

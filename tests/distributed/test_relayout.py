@@ -18,11 +18,8 @@ from dtcp.distributed.relayout import (
 )
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    PerDocument,
-)
+from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.per_document import PerDocument
 from tests.harness.collective_reference import (
     BOUNDARIES,
     assert_equals_one_process,

@@ -9,7 +9,8 @@ from dtcp.distributed.node_collectives import all_gather_on_nodes
 from dtcp.distributed.relayout import RelayoutMetadata, relayout_moved
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.per_document import PerDocument
 from tests.harness.attention_parity import refused
 from tests.harness.spmd import spmd
 

@@ -25,12 +25,13 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.labels import IGNORED
 from dtcp.loss import global_token_count, mtp_loss, token_mean_loss
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.recurrent import CausalConv1d, GatedDeltaRule
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import HaloAttention, HybridAttention, RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.sparse.mixer import CompressedSparseAttention, Compression

@@ -11,15 +11,16 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.labels import shift_labels
 from dtcp.loss import token_mean_loss
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.recurrent import CausalConv1d
 from dtcp.sequence.balance import block_work
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal, PrefixLM, SlidingWindow
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.routes import halo_runs, rolled
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.required_keys import required_keys

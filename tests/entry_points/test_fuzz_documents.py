@@ -21,7 +21,8 @@ from dtcp.sequence.batch_documents import (
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.buckets import Buckets, MultiplesOf, OneOf, PowersOfTwo
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.per_document import PerDocument
 from tests.entry_points.test_fuzz_batches import OneOfMany, of_rows, picked
 from tests.entry_points.test_fuzz_planning import tokens_of
 from tests.harness.fuzz import run_cases

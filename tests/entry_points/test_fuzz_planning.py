@@ -16,7 +16,7 @@ from dtcp.sequence.balance import assign_blocks, block_work
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.documents import PADDING, Documents
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import (
     Bidirectional,
     BlockBidirectional,
@@ -25,6 +25,7 @@ from dtcp.sequence.masks import (
     PrefixLM,
     SlidingWindow,
 )
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.routes import Route, halo_runs, halo_token_indices, rolled
 from dtcp.sequence.row_layouts import RowLayouts
 from dtcp.softmax.required_keys import required_keys

@@ -24,13 +24,14 @@ from dtcp.distributed import relayout
 from dtcp.distributed.collectives import all_gather, all_to_all, halo, reduce_scatter, ring_shift
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import IGNORED, shift_labels
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.mixer_plan import apply_plan
 from dtcp.recurrent import CausalConv1d, CausalConvCP, GatedDeltaCP, GatedDeltaRule
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal, SlidingWindow
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import HaloAttention
 from dtcp.softmax.mixer import KeysFromValues, SoftmaxAttention
 from tests.entry_points.test_fuzz_batches import picked, spoiled_part, thd_of

@@ -22,7 +22,7 @@ from dtcp.parallelize import (
     parallelize_hf,
 )
 from dtcp.recurrent import GatedDeltaCP, RelayoutCP
-from dtcp.recurrent.style import ScanStates
+from dtcp.recurrent.state_exchange import ScanStates
 from dtcp.rows import TokenField
 from dtcp.sdpa.frozen import FrozenTarget
 from dtcp.sequence.documents import Documents

@@ -22,7 +22,7 @@ from dtcp.huggingface import causal_lm_loss
 from dtcp.huggingface.batch import shard_hf_batch
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models.deepseek_v4 import DeepseekV4
 from dtcp.models.deepseek_v4 import tiny as tiny_deepseek_v4
 from dtcp.models.gemma4 import Gemma4, layer_pattern

@@ -9,7 +9,7 @@ import torch
 
 from dtcp.compile import EagerIsland, InGraph
 from dtcp.metadata import AttentionMetadata, BatchMetadata, HostTensor, NoMetadata, metadata_key
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.mixer_plan import apply_plan
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents

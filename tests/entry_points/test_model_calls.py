@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.documents import Documents
 from tests.entry_points.test_lengths import FAMILIES, VOCABULARY
 from tests.harness.row_ids import of_row

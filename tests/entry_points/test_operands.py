@@ -7,7 +7,7 @@ from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import causal_lm_loss
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.mixer_plan import apply_plan
 from dtcp.parallelize import parallelize_hf
 from dtcp.recurrent import CausalConv1d, CausalConvCP, GatedDeltaCP, GatedDeltaRule

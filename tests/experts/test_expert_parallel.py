@@ -17,7 +17,7 @@ from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.experts import op
 from dtcp.huggingface import WholeRows, install_mixers
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models.qwen3_5 import Qwen35
 from dtcp.parallelize import (
     FullCheckpoint,

@@ -21,12 +21,7 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.metadata import BatchMetadata
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    PerDocument,
-    SequenceLayout,
-)
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import (
     AttentionChunks,
     Bidirectional,
@@ -36,6 +31,7 @@ from dtcp.sequence.masks import (
     PrefixLM,
     SlidingWindow,
 )
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sharded_batch import ShardedBatch
 from dtcp.softmax import (
     AllGatherAttention,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dtcp.kernels.grouped_linear import grouped_linear
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttention
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import AttentionChunks, Causal, SlidingWindow

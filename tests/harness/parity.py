@@ -10,7 +10,7 @@ from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models.llama import Llama, LlamaConfig
 from dtcp.parallelize import Compile
 from dtcp.sequence.documents import Documents

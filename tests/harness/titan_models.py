@@ -24,7 +24,7 @@ from torchtitan.models.common.embedding import Embedding
 from torchtitan.models.common.moe import MoE
 from torchtitan.protocols.model_spec import ModelSpec
 
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.documents import Documents
 
 ROWS = ((30, 34), (7, 57))

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import WholeRows, causal_lm_loss, install_mixers, shard_hf_batch, survey
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.parallelize import Compile, SelectiveCheckpoint, load_hf, parallelize_hf
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail

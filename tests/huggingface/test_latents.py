@@ -11,7 +11,7 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import install_mixers
 from dtcp.huggingface.latents import exchange_latents, hands_on_latents
 from dtcp.huggingface.registry import MIXER
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.parallelize import Compile, SelectiveCheckpoint, parallelize_hf
 from dtcp.parallelize.tensor_parallel import LatentHeads
 from dtcp.sequence.documents import Documents

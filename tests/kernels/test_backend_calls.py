@@ -14,8 +14,9 @@ from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Bidirectional, Causal, SlidingWindow
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,

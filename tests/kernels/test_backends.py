@@ -23,7 +23,7 @@ from dtcp.kernels.softmax.choice import (
 from dtcp.kernels.softmax.demand import Demand, missing, refusal
 from dtcp.kernels.softmax.reference import ReferenceAttention
 from dtcp.kernels.softmax.self_test import fault_of
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import Causal
 from dtcp.softmax import RingAttention

@@ -23,7 +23,7 @@ from dtcp.kernels.softmax.api import (
 )
 from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.kernels.softmax.reference import ReferenceAttention
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import (
     Causal,

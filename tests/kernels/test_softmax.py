@@ -30,7 +30,7 @@ from dtcp.kernels.softmax.merge import (
     merge_into,
     sink_gradient,
 )
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.softmax.inputs import AttentionInputs

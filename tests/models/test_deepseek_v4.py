@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from dtcp.labels import look_ahead, shift_labels
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models.deepseek_v4 import (
     PRESETS,
     DeepseekV4,

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from dtcp.compile import EagerIsland
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models.gemma4 import (
     PRESETS,
     Gemma4,

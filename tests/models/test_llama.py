@@ -16,7 +16,7 @@ from transformers import (
 from transformers import Qwen2Config as HFQwen2Config
 from transformers import Qwen3Config as HFQwen3Config
 
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models.llama import (
     PRESETS,
     Llama,

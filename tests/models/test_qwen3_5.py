@@ -17,7 +17,7 @@ from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface.mixing_probe import find_mixing, mixers_without_mixing
 from dtcp.labels import look_ahead, shift_labels
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models.qwen3_5 import (
     PRESETS,
     Qwen35,

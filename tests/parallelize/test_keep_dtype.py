@@ -24,7 +24,7 @@ from dtcp.compile import count_graphs
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models import deepseek_v4, gemma4, qwen3_5
 from dtcp.parallelize import (
     FSDP,

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtcp.distributed.mesh import Degrees
 from dtcp.huggingface.small_config import small_config
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models import llama
 from dtcp.parallelize import NoCheckpoint
 from dtcp.planner.forecast import forecast

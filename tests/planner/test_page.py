@@ -11,8 +11,9 @@ from dtcp.distributed.mesh import Degrees
 from dtcp.models import gemma4
 from dtcp.planner.cluster import cluster_of
 from dtcp.planner.page import write_page
-from dtcp.planner.search import Planner, Workload
+from dtcp.planner.search import Planner
 from dtcp.planner.subject import FamilyModel
+from dtcp.planner.workload import Workload
 from dtcp.sequence.documents import Documents
 from tests.harness.run_script import run_process
 

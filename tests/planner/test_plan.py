@@ -18,9 +18,10 @@ from dtcp.plan import __main__ as command
 from dtcp.plan.source import asked_documents
 from dtcp.planner.cluster import GB, cluster_of
 from dtcp.planner.forecast import forecast, row_degrees, row_ranks_per_node
-from dtcp.planner.search import Planner, Workload
+from dtcp.planner.search import Planner
 from dtcp.planner.setup import Setup
 from dtcp.planner.subject import FamilyModel, subject_of_hf
+from dtcp.planner.workload import Workload
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 

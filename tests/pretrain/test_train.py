@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models.llama import Llama, config_from_hf, from_hf
 from dtcp.pretrain.configs import BYTE_SHAPE, llama_tiny
 from dtcp.pretrain.trainer import Trainer

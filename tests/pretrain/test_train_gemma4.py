@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models.gemma4 import (
     Gemma4,
     HeadShape,

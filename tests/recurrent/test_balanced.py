@@ -12,7 +12,7 @@ from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import PerDocument
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.stretches import Stretches, left_routes
 from tests.harness.spmd import spmd
 from tests.recurrent import test_linear

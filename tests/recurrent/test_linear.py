@@ -15,7 +15,7 @@ from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, count_graphs
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.recurrent import (
     GatedDeltaCP,
     GatedLinearAttention,
@@ -26,7 +26,8 @@ from dtcp.recurrent import (
 )
 from dtcp.recurrent.moves import LinearShape
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.per_document import PerDocument
 from tests.harness import packings, reference
 from tests.harness.attention_parity import refused
 from tests.harness.spmd import spmd

@@ -19,7 +19,7 @@ from dtcp.distributed.ledger import Traffic, count_traffic
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.delta_rule.chunks import CHUNK_LEN
 from dtcp.metadata import BatchMetadata
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.mixer_plan import apply_plan
 from dtcp.recurrent import (
     CausalConv1d,
@@ -34,12 +34,8 @@ from dtcp.recurrent import (
 from dtcp.recurrent.moves import ChannelShape, DeltaShape
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    PerDocument,
-    SequenceLayout,
-)
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sharded_batch import ShardedBatch
 from tests.harness import packings, reference
 from tests.harness.attention_parity import refused

@@ -3,7 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.recurrent import CausalConv1d, GatedDeltaRule, GatedLinearAttention
 from dtcp.sequence.documents import Documents
 

@@ -12,7 +12,8 @@ from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.stretches import Stretches
 from tests.harness.spmd import spmd
 from tests.harness.two_tier import of_node, owners_and_starts

@@ -11,13 +11,10 @@ from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    PerDocument,
-)
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Causal
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.row_layouts import layout_of_batch
 
 DOCUMENTS = Documents(((5, 17, 1, 40, 9),), 96)

@@ -11,7 +11,7 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import PerDocument
+from dtcp.sequence.per_document import PerDocument
 from dtcp.thd import to_thd
 
 ROW = 8

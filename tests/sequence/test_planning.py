@@ -24,12 +24,13 @@ from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.interval_runs import KeyIntervals
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument, SequenceLayout
+from dtcp.sequence.key_intervals import KeyIntervals
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.sequence.neighbours import BLOCK, where_neighbours
 from dtcp.sequence.partition import along_runs, intersections, merged_cuts
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.row_layouts import RowLayouts, in_line
 from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention

@@ -4,11 +4,8 @@ import torch
 
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    PerDocument,
-)
+from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.routes import Route, halo_token_indices, rolled
 
 DOCUMENTS = Documents(((5, 10, 3),), 24)

@@ -10,7 +10,8 @@ from dtcp.compile import count_graphs
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import Contiguous, PerDocument
+from dtcp.sequence.layout import Contiguous
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import AllGatherAttention, HybridAttention, RingAttention
 from tests.harness import packings
 from tests.harness.attention_parity import (

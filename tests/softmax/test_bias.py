@@ -19,7 +19,7 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.softmax.backends import BACKENDS, backend_named
 from dtcp.kernels.softmax.choice import choose_kernel
 from dtcp.kernels.softmax.demand import refusal
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail

@@ -15,15 +15,16 @@ from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, count_graphs
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Causal, MemoryDocument
 from dtcp.sequence.memory import Memory
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,

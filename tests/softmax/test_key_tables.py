@@ -9,7 +9,7 @@ import torch
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.interval_runs import KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import HeadTail
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention, SharedKVAttention

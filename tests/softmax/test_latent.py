@@ -16,7 +16,7 @@ from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, count_graphs
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.mixer import batch_metadata, collect_metadata
+from dtcp.mixer_metadata import batch_metadata, collect_metadata
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail

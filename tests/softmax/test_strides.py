@@ -3,7 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import Causal
 from dtcp.softmax.mixer import SoftmaxAttention

@@ -22,8 +22,9 @@ from dtcp.distributed.ledger import (
 from dtcp.sdpa.aten_rules import install_sdpa_rules
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal, SlidingWindow
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.row_layouts import RowLayouts
 from dtcp.softmax import (
     AllGatherAttention,

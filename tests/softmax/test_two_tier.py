@@ -28,7 +28,8 @@ from dtcp.recurrent import (
 )
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
-from dtcp.sequence.layout import Contiguous, HeadTail, PerDocument
+from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import (
     AllGatherAttention,
     HaloAttention,

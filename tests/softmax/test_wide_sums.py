@@ -15,7 +15,7 @@ from dtcp.distributed.dtensor_rules import to_local
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.ops import moves_of
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.mixer_plan import apply_plan
 from dtcp.sdpa.local_shards import local_shards
 from dtcp.sequence.layout import Contiguous, HeadTail

@@ -19,15 +19,11 @@ from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.sparse import indexer, reference
 from dtcp.kernels.sparse.types import SPARSE_TILE
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import (
-    Contiguous,
-    HeadTail,
-    PerDocument,
-    SequenceLayout,
-)
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.per_document import PerDocument
 from dtcp.sharded_batch import ShardedBatch
 from dtcp.sparse import CompressedSparseCP
 from dtcp.sparse.mixer import (

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.arguments import WHOLE_NUMBERS, check_ints, check_tensor
-from dtcp.sequence.interval_runs import check_intervals
+from dtcp.sequence.key_intervals import check_intervals
 from dtcp.sequence.partition import Ints, unique_ascending
 from dtcp.sequence.slot_runs import SlotRuns, Tiles
 

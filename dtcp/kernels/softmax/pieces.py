@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dtcp.kernels.softmax.block_ranges import UNUSED, KeyLine
-from dtcp.sequence.interval_runs import KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.partition import Ints, expand, starts_of_groups, stops_of, unique_ascending
 from dtcp.sequence.slot_runs import SlotRuns
 

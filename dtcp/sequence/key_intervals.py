@@ -1,0 +1,126 @@
+"""The keys that the tokens of a batch see: an interval each, held as runs of tokens, row by row."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtcp.sequence.arguments import WHOLE_NUMBERS, check_tensor
+from dtcp.sequence.coords import Coords
+from dtcp.sequence.interval_runs import IntervalRuns, interval_runs, read_off_runs
+from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.masks import Mask, MemoryDocument
+from dtcp.sequence.partition import Ints
+
+
+@dataclass(frozen=True, eq=False)
+class KeyIntervals:
+    """The keys that the tokens of each row of a batch see.
+
+    Args:
+        keys: the layout of the sequence that has the keys, where that is another one.
+        memo: what is worked out of them more than once, by what it is of.
+    """
+
+    rows: tuple[IntervalRuns, ...]
+    keys: SequenceLayout | None = None
+    memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def of(cls, mask: Mask, coords: Coords) -> "KeyIntervals":
+        keys = mask.memory(coords).layout if isinstance(mask, MemoryDocument) else None
+        return cls(tuple(interval_runs(mask, coords, row) for row in range(coords.rows)), keys)
+
+    def layout_of_keys(self, layout: SequenceLayout) -> SequenceLayout:
+        """How the keys of queries that lie in `layout` are sharded."""
+        return layout if self.keys is None else self.keys
+
+    @classmethod
+    def read_off(cls, intervals: "Intervals") -> "KeyIntervals":
+        """From the first and the last key of every token, [B, S] each; or what it is already."""
+        if isinstance(intervals, KeyIntervals):
+            return intervals
+        check_intervals(*intervals)
+        if not intervals[0].shape[1]:
+            raise ValueError(
+                f"Intervals are of the tokens of whole rows, got first_key.shape="
+                f"{tuple(intervals[0].shape)}: give [B, S]."
+            )
+        first, last = (x.numpy() for x in intervals)
+        return cls(tuple(map(read_off_runs, first, last)))
+
+    def check_whole_rows(self, layout: SequenceLayout) -> None:
+        """Refuse intervals that are not of the layout's rows."""
+        lengths = {int(runs.stop[-1]) for runs in self.rows}
+        num_keys = self.layout_of_keys(layout).seq_len
+        inside = all(
+            runs.first.min() >= 0
+            and (runs.last + runs.last_step * (runs.stop - runs.start - 1)).max() < num_keys
+            for runs in self.rows
+        )
+        if lengths != {layout.seq_len} or not inside:
+            raise ValueError(
+                f"The intervals of a mask are those of whole rows, got {len(self.rows)} rows of "
+                f"{sorted(lengths)} tokens with {layout}: take them from KeyIntervals.of(mask, "
+                f"coords) of the batch's coords."
+            )
+
+    def at(self, tokens: Ints) -> tuple[Tensor, Tensor]:
+        """The first and the last key of some tokens of each row: [L] to two [B, L], int32."""
+        rows = [runs.at(tokens) for runs in self.rows]
+        first, last = (np.stack(x).astype(np.int32) for x in zip(*rows, strict=True))
+        return torch.from_numpy(first), torch.from_numpy(last)
+
+    def in_line(self) -> "KeyIntervals":
+        """Those of the line of all rows; `row_layouts.in_line` lays out the keys on it, too."""
+        columns: list[list[Ints]] = [[], [], [], [], [], []]
+        for row, runs in enumerate(self.rows):
+            seq_len = int(runs.stop[-1])
+            start, stop = (x + row * seq_len for x in (runs.start, runs.stop))
+            num_keys = seq_len if self.keys is None else self.keys.seq_len
+            first_key, last_key = (x + row * num_keys for x in (runs.first, runs.last))
+            row_columns = (start, stop, first_key, runs.first_step, last_key, runs.last_step)
+            for column, x in zip(columns, row_columns, strict=True):
+                column.append(x)
+        return KeyIntervals((IntervalRuns(*map(np.concatenate, columns)),))
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """The first and the last key of every token: two [B, S], int32."""
+        return self.at(np.arange(int(self.rows[0].stop[-1])))
+
+    def reach(self) -> tuple[int, int]:
+        """How many tokens left and right of itself a token sees, at most."""
+        left = right = 0
+        for runs in self.rows:
+            end = runs.stop - runs.start - 1
+            for token, first, last in (
+                (runs.start, runs.first, runs.last),
+                (
+                    runs.stop - 1,
+                    runs.first + runs.first_step * end,
+                    runs.last + runs.last_step * end,
+                ),
+            ):
+                seen = last >= first
+                left = max(left, int((token - first)[seen].max(initial=0)))
+                right = max(right, int((last - token)[seen].max(initial=0)))
+        return left, right
+
+
+Intervals = KeyIntervals | tuple[Tensor, Tensor]
+"""Of all tokens of a batch: as runs, or the first and the last key of each, [B, S]."""
+
+
+def check_intervals(first_key: Tensor, last_key: Tensor) -> None:
+    """Refuse what is no interval per query, [B, L] each."""
+    named = {"first_key": first_key, "last_key": last_key}
+    check_tensor("Attention", shape="[B, L]", ndim=2, dtypes=WHOLE_NUMBERS, **named)
+    if first_key.shape != last_key.shape:
+        raise ValueError(
+            f"A query sees the keys from a first to a last one, got first_key.shape="
+            f"{tuple(first_key.shape)}, last_key.shape={tuple(last_key.shape)}: take both from "
+            f"Mask.intervals."
+        )

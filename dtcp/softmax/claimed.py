@@ -1,0 +1,126 @@
+"""What a mixer of softmax attention becomes once a style has taken it over."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from dtcp.distributed.dtensor_rules import HEADS, SEQ
+from dtcp.kernels.rotary import rotate
+from dtcp.metadata import BatchMetadata
+from dtcp.mixer import ClaimedMixer
+from dtcp.mixer_positions import check_position_ids
+from dtcp.sequence.arguments import check_tensor
+from dtcp.softmax.inputs import AttentionInputs
+from dtcp.softmax.mixer import CrossAttention, KeysFromValues, LatentAttention, SoftmaxAttention
+
+
+class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
+    """A SoftmaxAttention that a style has taken over."""
+
+    def carry_out(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_metadata: BatchMetadata,
+        *,
+        sink: Tensor | None = None,
+        bias: Tensor | None = None,
+        slope: Tensor | None = None,
+    ) -> Tensor:
+        """Local shards in, local shard out; DTensors in, DTensor out.
+
+        The op's rule checks their placements (dtensor.py), not traced code.
+        """
+        self.check_bias(bias, slope)
+        _check_plain(sink=sink, bias=bias, slope=slope)
+        check_tensor("Attention", shape="[B, L, heads, width]", q=q, k=k, v=v)
+        metadata, softmax = self.own(attn_metadata), self.softmax(q)
+        distributed = any(isinstance(x, DTensor) for x in (q, k, v))
+        if not distributed:
+            q, k, v = (self._wrap(x) for x in (q, k, v))
+        x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope)
+        out = self.style.op(x, metadata, softmax, groups=self.groups)
+        if distributed:
+            return cast(Tensor, out)
+        return cast(DTensor, out).to_local(grad_placements=self._placements())
+
+    def _wrap(self, x: Tensor) -> DTensor:
+        return DTensor.from_local(x, self.mesh, self._placements(), run_check=False)
+
+    def _placements(self) -> tuple[Placement, ...]:
+        return (Shard(SEQ), Shard(HEADS))[: self.mesh.ndim]
+
+
+class ContextParallelCrossAttention(ContextParallelAttention, CrossAttention):
+    """A CrossAttention that a style has taken over."""
+
+
+class ContextParallelKeysFromValues(ClaimedMixer, KeysFromValues):
+    """A KeysFromValues that a style has taken over; takes local shards alone."""
+
+    def carry_out(
+        self,
+        q: Tensor,
+        v: Tensor,
+        position_ids: Tensor,
+        key_scale: Tensor,
+        frequency: Tensor,
+        attn_metadata: BatchMetadata,
+    ) -> Tensor:
+        self.check_operands(q, v, position_ids, key_scale, frequency)
+        if frequency.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"Keys that are made where they arrive give no gradient to what rotates them, got "
+                f"frequency.requires_grad=True for {self.style}: pass frequency.detach()."
+            )
+        metadata: Any = self.own(attn_metadata)
+        check_position_ids(position_ids, metadata.position_ids, metadata.sees)
+        q = rotate(q, metadata.position_ids, frequency)
+        x = AttentionInputs(q, None, v, key_scale=key_scale, frequency=frequency)
+        out: Tensor = self.style.op(x, metadata, self.softmax(q), groups=self.groups)
+        return out
+
+
+class ContextParallelLatentAttention(ClaimedMixer, LatentAttention):
+    """A LatentAttention that a style has taken over; takes local shards alone.
+
+    On the mesh of sequence and heads q and up are of this rank's heads, and the gradients of the
+    latent and of the rotary key are summed over the heads' axis.
+    """
+
+    def carry_out(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        key_rotary: Tensor,
+        up: Tensor,
+        attn_metadata: BatchMetadata,
+    ) -> Tensor:
+        rows = self.rows(q, latent, key_rotary, up)
+        if self.mesh.ndim == 2:
+            placements = (Shard(SEQ), Replicate())
+            rows = self.as_summed(rows)
+            whole = DTensor.from_local(rows, self.mesh, placements, run_check=False)
+            rows = whole.to_local(grad_placements=(Shard(SEQ), Partial()))
+        out: Tensor = self.style.op(
+            AttentionInputs(q, None, rows, up=up),
+            self.own(attn_metadata),
+            self.softmax(q),
+            groups=self.groups,
+            keys_sum_grads=rows.dtype != q.dtype,
+        )
+        return out
+
+
+def _check_plain(**per_head: Tensor | None) -> None:
+    """Refuse DTensors that would get the gradient of this rank's queries as a plain tensor."""
+    for name, x in per_head.items():
+        if isinstance(x, DTensor) and x.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                f"Attention on shards reads the {name} of this rank's heads, got a DTensor placed "
+                f"{x.placements}: give {name}.to_local(grad_placements=...), Partial() on the axis "
+                f"of the sequence."
+            )
