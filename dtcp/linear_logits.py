@@ -143,12 +143,12 @@ def checked_head(logits: LinearLogits) -> LinearLogits:
             f"A head's logits are finite, got scale={logits.scale}, softcap={logits.softcap}: give "
             f"a finite scale, and a softcap above 0, or 0 for none."
         )
-    given: dict[str, Tensor] = {"hidden": hidden, "weight": weight}
+    operands: dict[str, Tensor] = {"hidden": hidden, "weight": weight}
     if bias is not None:
         check_tensor("A loss", shape="[V]", ndim=1, dtypes=FLOATS, bias=bias)
-        given["bias"] = bias
+        operands["bias"] = bias
     _check_head(hidden, weight, bias)
-    cast = dict(zip(given, as_autocast_casts(*given.values()), strict=True))
+    cast = dict(zip(operands, as_autocast_casts(*operands.values()), strict=True))
     dtypes = {name: x.dtype for name, x in cast.items()}
     if len(set(dtypes.values())) > 1:
         raise TypeError(

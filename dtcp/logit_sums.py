@@ -178,11 +178,11 @@ def differentiated_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     def run(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         again = torch.is_grad_enabled()
         with torch.no_grad():
-            found = backward(ctx, *grads)
+            gradients = backward(ctx, *grads)
         if not again:
-            return found
+            return gradients
         sources = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
-        return tuple(None if x is None else _Once.apply(x, *sources) for x in found)
+        return tuple(None if x is None else _Once.apply(x, *sources) for x in gradients)
 
     return run
 

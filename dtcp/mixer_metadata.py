@@ -82,8 +82,8 @@ class MixerKinds(NamedTuple):
         To look at all modules of a large model takes as long as the metadata of a mask.
         """
         check_kind("Metadata", nn.Module, model=model)
-        found = vars(model).get(_FOUND)
-        if found is None or not found.hold(model):
+        known = vars(model).get(_FOUND)
+        if known is None or not known.hold(model):
             modules = list(model.modules())
             mixers = tuple((x, x.metadata_key) for x in modules if isinstance(x, Mixer))
             first = {key: mixer for mixer, key in reversed(mixers)}
@@ -92,9 +92,9 @@ class MixerKinds(NamedTuple):
             # The model's own first, whether it has any or not; leaves get none later on.
             inside = tuple(x for x in children if x or x is children[0])
             kinds = tuple(first[key] for key in order)
-            found = cls(kinds, mixers, inside, _values(inside), [*map(len, inside)], {})
-            vars(model)[_FOUND] = found
-        return found
+            known = cls(kinds, mixers, inside, _values(inside), [*map(len, inside)], {})
+            vars(model)[_FOUND] = known
+        return known
 
     def metadata(
         self, coords: Coords, layout: SequenceLayout | None = None, *, real: Tensor | None = None
@@ -107,8 +107,8 @@ class MixerKinds(NamedTuple):
         """What a function makes of all mixers: once, for it depends on their keys alone."""
         if make not in self.made:
             self.made[make] = make([mixer for mixer, _ in self.mixers])
-        found: T = self.made[make]
-        return found
+        result: T = self.made[make]
+        return result
 
     def __reduce__(self) -> Any:
         """Neither copied nor saved with its model."""

@@ -171,14 +171,14 @@ def largest_load(parts: Iterable[nn.Module], axis: DeviceMesh | None) -> float |
     Traffic per rank: one all-reduce of the loads.
     """
     modules = [module for part in parts for module in part.modules()]
-    found = [module.load for module in modules if isinstance(module, Experts)]
-    found += [vars(module)[LOAD] for module in modules if LOAD in vars(module)]
-    if not found:
+    loads_of_layers = [module.load for module in modules if isinstance(module, Experts)]
+    loads_of_layers += [vars(module)[LOAD] for module in modules if LOAD in vars(module)]
+    if not loads_of_layers:
         return None
-    loads = torch.stack(found)
+    loads = torch.stack(loads_of_layers)
     if axis is not None and axis.size() > 1:
         dist.all_reduce(loads, group=axis.get_group())
-    for load in found:
+    for load in loads_of_layers:
         load.zero_()
     ratios = loads.amax(1) / loads.mean(1)
     return float(ratios.max()) if loads.any() else None

@@ -51,8 +51,8 @@ def hf_expert_plan(
             f"Experts of transformers are whole under ep, got etp={mesh.degrees.etp}: set etp to "
             f"1, and ep takes ranks of tp, too."
         )
-    found = {name: module for name, module in model.named_modules() if is_experts(module)}
-    for name, module in found.items():
+    experts = {name: module for name, module in model.named_modules() if is_experts(module)}
+    for name, module in experts.items():
         reason = why_not_known(module)
         if reason:
             raise ValueError(
@@ -60,7 +60,7 @@ def hf_expert_plan(
                 f"{type(module).__name__}: {reason}; set ep to 1."
             )
         check_experts(module.num_experts, mesh.size("ep"))
-    return {name: HFExpertParallel(mesh.tp, mesh.ep_ranks_per_node, exchange) for name in found}
+    return {name: HFExpertParallel(mesh.tp, mesh.ep_ranks_per_node, exchange) for name in experts}
 
 
 def check_experts_without_adapters(model: nn.Module) -> None:
@@ -125,8 +125,8 @@ def tell_experts_of_padding(
 
 
 def _telling(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    given = [x for x in (*args, *kwargs.values()) if isinstance(x, BatchMetadata)]
-    real = real_tokens(given[0]) if given else None
+    metadata = [x for x in (*args, *kwargs.values()) if isinstance(x, BatchMetadata)]
+    real = real_tokens(metadata[0]) if metadata else None
     for name in getattr(layer, EXPERTS):
         setattr(layer.get_submodule(name), REAL, real)
     return forward(*args, **kwargs)

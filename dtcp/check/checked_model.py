@@ -83,8 +83,8 @@ def imported(path: str) -> Callable[..., Any]:
     if not name:
         raise ValueError(f"A function is named module:function, got {path!r}: add its name.")
     with own_errors(f"{module} is imported", "correct it, or the path of Python (PYTHONPATH)"):
-        found = importlib.import_module(module)
-    function: Callable[..., Any] | None = getattr(found, name, None)
+        imported_module = importlib.import_module(module)
+    function: Callable[..., Any] | None = getattr(imported_module, name, None)
     if function is None:
         raise ValueError(
             f"A function is named module:function, got {path!r}: {module} has no {name}."

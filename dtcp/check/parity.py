@@ -239,9 +239,9 @@ def _on_one_device(
     sum(losses.values(), torch.zeros(())).backward()
     values = {name: loss.detach() for name, loss in losses.items()}
     if not all(bool(value.isfinite()) for value in values.values()):
-        found = {name: value.item() for name, value in values.items()}
+        losses_found = {name: value.item() for name, value in values.items()}
         raise ValueError(
-            f"A step to compare has a finite loss on one device, got {found} from "
+            f"A step to compare has a finite loss on one device, got {losses_found} from "
             f"{type(model).__name__}: correct the model, or its config by --set."
         )
     if not _scale(model) > 0:
@@ -307,11 +307,11 @@ def _scale(model: nn.Module) -> float:
 def _gradient_error(actual: Tensor | None, expected: Tensor | None, floor: float) -> float:
     """0 if there is no gradient on either side; one that is missing is one of zeros."""
     if expected is None or actual is None:
-        given = actual if expected is None else expected
-        if given is None:
+        present = actual if expected is None else expected
+        if present is None:
             return 0.0
-        expected = torch.zeros_like(given) if expected is None else expected
-        actual = torch.zeros_like(given) if actual is None else actual
+        expected = torch.zeros_like(present) if expected is None else expected
+        actual = torch.zeros_like(present) if actual is None else actual
     return _error(actual, expected, floor)
 
 

@@ -150,11 +150,11 @@ def _style(method: str | None) -> AttentionStyle:
 def _check_buffers(
     buffers: Sequence[Tensor], dims: Sequence[int], kept: Collection[Tensor]
 ) -> None:
-    for name, given in (("cp_buffers", buffers), ("cp_seq_dims", dims)):
-        if not isinstance(given, Sequence):
+    for name, value in (("cp_buffers", buffers), ("cp_seq_dims", dims)):
+        if not isinstance(value, Sequence):
             raise TypeError(
                 f"A context shards a list of buffers, each in one dim, got {name} of type "
-                f"{type(given).__name__}: give a list."
+                f"{type(value).__name__}: give a list."
             )
     if not isinstance(kept, Collection):
         raise TypeError(

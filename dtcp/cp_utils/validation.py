@@ -50,13 +50,13 @@ def agreed_padding(mask: Tensor | None, padding: Tensor | None) -> Tensor | None
     """
     if mask is None:
         return padding
-    found = padding_of_mask(mask)
+    of_mask = padding_of_mask(mask)
     if padding is None:
-        return found
+        return of_mask
     check_tensor("A batch", shape="[B, S]", padding_mask=padding)
-    alike = padding.ndim == 2 and found.shape[1] == padding.shape[1]
-    alike = alike and len(found) in (1, len(padding))
-    if not alike or bool((padding.bool().cpu() != found.cpu()).any()):
+    alike = padding.ndim == 2 and of_mask.shape[1] == padding.shape[1]
+    alike = alike and len(of_mask) in (1, len(padding))
+    if not alike or bool((padding.bool().cpu() != of_mask.cpu()).any()):
         raise ValueError(
             f"A batch says once what is padding, got an attention_mask of shape "
             f"{tuple(mask.shape)} and a padding_mask (True: padding) of shape "

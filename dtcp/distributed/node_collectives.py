@@ -98,9 +98,9 @@ def _reduce_scatter(x: Tensor, dim: int, ranks_per_node: int, group: str) -> Ten
     by_place = parts.reshape(n // m, m, -1).transpose(0, 1)  # [m, nodes, ...]
     members = [member for member in range(m) if member != place]
     counts = [each * (n // m) for each in inside]
-    found = move_rows(by_place[members].flatten(0, 1), counts, counts, group)
+    of_node = move_rows(by_place[members].flatten(0, 1), counts, counts, group)
     own = by_place[place].to(sum_dtype(x))
-    summed = (found.unflatten(0, (m - 1, n // m)).sum(0, dtype=own.dtype) + own).to(x.dtype)
+    summed = (of_node.unflatten(0, (m - 1, n // m)).sum(0, dtype=own.dtype) + own).to(x.dtype)
     others = [other for other in range(n // m) if other != node]
     arrived = move_rows(summed[others], between, between, group)
     _count("reduce_scatter_on_nodes", x, between, counts, group, x.numel() // n)

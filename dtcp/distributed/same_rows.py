@@ -93,10 +93,10 @@ def prepared_alike(
     head, error, result = [0, 0, 0, 0, 0], None, None
     try:
         result = prepare()
-        found = contents(result)
-        found = found if isinstance(found, RowHashes) else RowHashes.of(*found)
-        hashes = found.of_rows
-        head = [1, len(hashes), found.seq_len, found.keys, found.use]
+        row_hashes = contents(result)
+        row_hashes = row_hashes if isinstance(row_hashes, RowHashes) else RowHashes.of(*row_hashes)
+        hashes = row_hashes.of_rows
+        head = [1, len(hashes), row_hashes.seq_len, row_hashes.keys, row_hashes.use]
     except Exception as raised:  # noqa: BLE001
         # Held back, never swallowed: it is raised below. A rank that left without a word, for
         # whatever error, would leave the others waiting in the exchange. No BaseException: who

@@ -129,13 +129,13 @@ def _route_tokens(
     to_experts, from_ranks = sent[:, :-nodes], arrived[:, :-nodes]
     sums = torch.stack([to_experts.sum(1), from_ranks.sum(1), *arrived[:, -nodes:].T])
     summary = sums.cpu()
-    counts, found = summary[:2].clone(), summary[2:].flatten()
+    counts, fault_counts = summary[:2].clone(), summary[2:].flatten()
     if refuse:
-        _refuse_faults(found.tolist(), num_experts * nodes)
+        _refuse_faults(fault_counts.tolist(), num_experts * nodes)
     expert = torch.arange(from_ranks.shape[1], device=index.device).repeat(n)
     of_row = expert.repeat_interleave(from_ranks.flatten(), output_size=int(counts[1].sum()))
     ends = from_ranks.sum(0).cumsum(0).to(torch.int32)
-    return order, of_row.argsort(stable=True), ends, counts, found.to(index.device)
+    return order, of_row.argsort(stable=True), ends, counts, fault_counts.to(index.device)
 
 
 @_route_tokens.register_fake

@@ -34,8 +34,8 @@ def is_of_bias(value: Any) -> bool:
 
 def biased_attentions(model: nn.Module) -> list[Any]:
     """Modules of attention whose bias is that of T5, and those of their kind that have none."""
-    found = [m for m in model.modules() if hasattr(m, _METHOD) and hasattr(m, _HAS)]
-    return [m for m in found if not hasattr(m, TABLE) or _is_t5s(m)]
+    with_bias = [m for m in model.modules() if hasattr(m, _METHOD) and hasattr(m, _HAS)]
+    return [m for m in with_bias if not hasattr(m, TABLE) or _is_t5s(m)]
 
 
 def install_bias_tables(model: nn.Module) -> None:

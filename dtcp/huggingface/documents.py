@@ -88,9 +88,9 @@ def _check_counted(position_ids: Tensor, documents: Documents) -> None:
     wrong = (position_ids.cpu() != counted) & (document >= 0)
     if bool(wrong.any()):
         row, token = wrong.nonzero()[0].tolist()
-        given = position_ids.expand(documents.batch, -1)[row, token].item()
+        position = position_ids.expand(documents.batch, -1)[row, token].item()
         raise ValueError(
-            f"Position ids count each document from 0, got position_ids[{row}, {token}]={given} "
+            f"Position ids count each document from 0, got position_ids[{row}, {token}]={position} "
             f"at token {counted[row, token].item()} of document {document[row, token].item()}: "
             f"leave position_ids out, or shard the batch by shard_batch to keep others."
         )

@@ -117,14 +117,14 @@ def check_labeled(batch: Mapping[str, Any]) -> None:
 
 def _encoder_rows(batch: Mapping[str, Any], model: Any) -> Rows:
     _check_keys(batch)
-    given = {key: batch.get(key) for key in (*_OF_TOKENS, *DOCUMENT_KEYS)}
-    own = {key: x for key, x in given.items() if x is not None}
+    inputs = {key: batch.get(key) for key in (*_OF_TOKENS, *DOCUMENT_KEYS)}
+    own = {key: x for key, x in inputs.items() if x is not None}
     return _rows(with_padding_of_ids(own, model, "encoder"), model)
 
 
 def _decoder_rows(batch: Mapping[str, Any], model: Any) -> Rows:
-    given = {key: batch.get(f"{DECODER}{key}") for key in _OF_TOKENS}
-    own = {key: x for key, x in given.items() if x is not None}
+    inputs = {key: batch.get(f"{DECODER}{key}") for key in _OF_TOKENS}
+    own = {key: x for key, x in inputs.items() if x is not None}
     labels = batch.get("labels")
     if not any(key in own for key in TOKENS):
         if labels is None:
@@ -165,8 +165,8 @@ def _own_shift(model: Any) -> Callable[[Tensor], Tensor]:
     if method is not None:
         return partial(method)
     modules = (sys.modules[kind.__module__] for kind in type(model).__mro__)
-    found = (getattr(module, "shift_tokens_right", None) for module in modules)
-    function = next((each for each in found if each is not None), None)
+    shifts = (getattr(module, "shift_tokens_right", None) for module in modules)
+    function = next((each for each in shifts if each is not None), None)
     if function is None:
         raise ValueError(
             f"A decoder reads its labels, shifted as its model does it, got labels alone for "

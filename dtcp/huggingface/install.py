@@ -84,9 +84,9 @@ def install_mixers(model: Any) -> Survey:
     for name, module in model.named_modules():
         mixes = any(each.startswith(f"{name}.") for each in mixing)
         if name and mixes and _is_entry(module) and result.positions.taken:
-            given = inspect.signature(type(module).forward).parameters
+            parameters = inspect.signature(type(module).forward).parameters
             vars(module)[_ARGUMENTS] = [
-                key for key, x in given.items() if x.kind is x.POSITIONAL_OR_KEYWORD
+                key for key, x in parameters.items() if x.kind is x.POSITIONAL_OR_KEYWORD
             ]
             vars(module)[_CONFIGS] = _attention_configs(model, result)
             wrap_forward(module, _checked_inner_forward)
@@ -164,8 +164,8 @@ def check_has_mixers(model: nn.Module) -> None:
 def _attention_configs(model: Any, result: Survey) -> list[Any]:
     """The configs by whose names attention is looked up."""
     modules = [model.get_submodule(each.name) for each in result.attentions]
-    found = [looked_up_in(module) for module in modules]
-    return list({id(config): config for config in found if config is not None}.values())
+    configs = [looked_up_in(module) for module in modules]
+    return list({id(config): config for config in configs if config is not None}.values())
 
 
 _POSITIONS, _ARGUMENTS = "dtcp_positions_rule", "dtcp_arguments"
@@ -175,8 +175,8 @@ _OF_DECODER = "dtcp_decoder_arguments"
 
 def _inner_configs(model: Any) -> list[tuple[str, Any]]:
     keys = getattr(model.config, "sub_configs", {})
-    found = [(key, getattr(model.config, key, None)) for key in keys]
-    return [(key, config) for key, config in found if config is not None]
+    configs = [(key, getattr(model.config, key, None)) for key in keys]
+    return [(key, config) for key, config in configs if config is not None]
 
 
 def _leave_others(model: Any, result: Survey, before: Mapping[str, str]) -> None:

@@ -68,14 +68,14 @@ class LinearHead:
         return logits
 
     @torch.no_grad()
-    def _compare(self, logits: LinearLogits, given: Tensor) -> None:
-        given, weight = _local(given), _local(logits.weight)
+    def _compare(self, logits: LinearLogits, expected: Tensor) -> None:
+        expected, weight = _local(expected), _local(logits.weight)
         bias = None if logits.bias is None else _local(logits.bias)
         own = nn.functional.linear(logits.hidden[:, :1], weight, bias) * logits.scale
         if logits.softcap:
             own = logits.softcap * torch.tanh(own / logits.softcap)
-        scale = given.abs().max().clamp(min=1e-6) if given.numel() else 1.0
-        if given.numel() and float((own - given).abs().max() / scale) > 2**-6:
+        scale = expected.abs().max().clamp(min=1e-6) if expected.numel() else 1.0
+        if expected.numel() and float((own - expected).abs().max() / scale) > 2**-6:
             raise ValueError(
                 f"A loss computes logits as the model does, got a head of {self.name} whose "
                 f"outputs are changed in a way that scale={logits.scale} and softcap="

@@ -29,8 +29,8 @@ def own_attentions(model: nn.Module) -> list[Any]:
 def implementations(model: Any) -> list[Any]:
     """Configs that name how such modules attend: they may have none, but models around them do."""
     modules = model.modules() if own_attentions(model) else ()
-    found = {id(m.config): m.config for m in modules if hasattr(m, "config")}
-    return list(found.values())
+    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}
+    return list(configs.values())
 
 
 def use_registry(model: Any, module: nn.Module) -> None:

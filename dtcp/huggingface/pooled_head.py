@@ -51,12 +51,12 @@ def find_pooled_head(
         lengths = [seq_len, seq_len // 2, 3]
         in_row = torch.arange(seq_len) < torch.tensor(lengths)[:, None]
         ids = ids.where(in_row.to(ids.device), pad_token_id)
-    given: dict[str, Tensor] = {}
+    output_of: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
         def keep(_: nn.Module, __: Any, out: object) -> None:
             if isinstance(out, Tensor) and out.shape[:2] == ids.shape:
-                given[name] = out
+                output_of[name] = out
 
         return keep
 
@@ -68,7 +68,7 @@ def find_pooled_head(
         for hook in hooks:
             hook.remove()
     last = [length - 1 for length in lengths]
-    for name, out in reversed(given.items()):
+    for name, out in reversed(output_of.items()):
         expected = out[torch.arange(len(lengths)), last].flatten()
         if all(x.numel() == len(expected) and x.flatten().allclose(expected) for x in outputs):
             return PooledHead(name, pad_token_id)

@@ -18,9 +18,9 @@ COUNTS = "create_position_ids_from_input_ids"
 
 def is_position_table(module: nn.Module) -> bool:
     """Whether a module counts positions by ids, and looks sines up for them."""
-    given = inspect.signature(type(module).forward).parameters
+    parameters = inspect.signature(type(module).forward).parameters
     parts = (COUNTS, "get_embedding", "padding_idx", "weights", "embedding_dim")
-    return all(hasattr(module, each) for each in parts) and "position_ids" not in given
+    return all(hasattr(module, each) for each in parts) and "position_ids" not in parameters
 
 
 @torch.no_grad()

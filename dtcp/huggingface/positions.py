@@ -178,8 +178,8 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int | None) 
 def _read(reader: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A reader's forward, on the positions of the batch."""
     rule, needed, index = getattr(reader, _RULE)
-    given = getattr(reader, _GIVEN, None)
-    value = given if not rule.taken else _argument(args, kwargs, index)
+    position_ids = getattr(reader, _GIVEN, None)
+    value = position_ids if not rule.taken else _argument(args, kwargs, index)
     if value is None and needed:
         raise ValueError(
             f"A model is given the positions of its batch by its own forward, got a call of "
@@ -194,5 +194,5 @@ def _read(reader: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: 
         return forward(*args[:index], value + rule.offset, *args[index + 1 :], **kwargs)
     out = forward(*args, **{**kwargs, KEY: value + rule.offset})
     # Some readers expect the positions of one row, and add a dim for it.
-    more = given is not None and isinstance(out, Tensor) and out.ndim > value.ndim + 1
+    more = position_ids is not None and isinstance(out, Tensor) and out.ndim > value.ndim + 1
     return out.reshape(*value.shape, -1) if more else out

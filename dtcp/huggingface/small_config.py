@@ -52,16 +52,16 @@ def small_config(source: str, change: Mapping[str, Any], remedy: str = CORRECT) 
     if source and Path(source).is_dir():
         source = str(Path(source, "config.json"))
     is_file = source.endswith(".json")
-    given = _related(_read(source)) if is_file else {"model_type": source}
-    whole = config_of(given, remedy)
+    fields = _related(_read(source)) if is_file else {"model_type": source}
+    whole = config_of(fields, remedy)
     changed = _changed_fields(whole, change)
     if is_file:
-        exact = config_of(_merged(given, changed), remedy)
+        exact = config_of(_merged(fields, changed), remedy)
         if parameter_count(exact, remedy) <= MOST_PARAMETERS:
             return SmallConfig(exact)
     shrunk = _merged({"pad_token_id": 0, **_shrunk(whole, changed)}, changed)
     notes = tuple(_notes(whole, shrunk)) if is_file else ()
-    return SmallConfig(config_of(_merged(given, shrunk), remedy), notes)
+    return SmallConfig(config_of(_merged(fields, shrunk), remedy), notes)
 
 
 def _read(source: str) -> Fields:

@@ -63,13 +63,13 @@ class SurveyProbe:
                 f"mesh: set it to 0.0 in the config."
             )
         model.eval()
-        found = self.find_positions()
-        if found is None:
+        positions = self.find_positions()
+        if positions is None:
             refuse(
                 f"{name} does not count the positions of a row from 0, as the batches of "
                 f"shard_hf_batch do: write it with mixers (docs/add_a_model.md)."
             )
-        self.positions = found or Positions(taken=takes_positions(model))
+        self.positions = positions or Positions(taken=takes_positions(model))
         with reading_positions(model, self.positions):
             self.find_mixing()
             if not self.positions.taken and not self.recorder.refused and self.counts():

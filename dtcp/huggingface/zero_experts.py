@@ -16,10 +16,10 @@ from dtcp.kernels.grouped_linear import grouped_linear
 
 def compute_without_loop(model: nn.Module) -> bool:
     """Replace the loop of such experts; False in a model without any."""
-    found = [m for m in model.modules() if type(m).__name__ == "LongcatFlashExperts"]
-    for experts in found:
+    all_experts = [m for m in model.modules() if type(m).__name__ == "LongcatFlashExperts"]
+    for experts in all_experts:
         wrap_forward(experts, _all_at_once)
-    return bool(found)
+    return bool(all_experts)
 
 
 def _all_at_once(

@@ -43,8 +43,8 @@ class HeadDemand:
         if self.sharded:
             return "needs a vocabulary that is whole on each rank"
         if len(set(self.dtypes)) > 1 or self.dtypes[0] not in _DTYPES:
-            found = ", ".join(f"{each}".removeprefix("torch.") for each in self.dtypes)
-            return f"needs hidden states and weight of one dtype up to fp32, not {found}"
+            dtypes = ", ".join(f"{each}".removeprefix("torch.") for each in self.dtypes)
+            return f"needs hidden states and weight of one dtype up to fp32, not {dtypes}"
         if not self.hidden_grad:
             return "gives no gradient of a weight whose hidden states have none"
         if find_spec("liger_kernel") is None:

@@ -85,9 +85,9 @@ def _sweep(request: Request, cluster: Cluster, arguments: argparse.Namespace) ->
 
 
 def _collect(folder: Path) -> int:
-    found = collect(folder)
-    written = write_collected(folder, found)
-    print("\n".join([*collected_lines(found), f"written to {folder}: {', '.join(written)}"]))
+    collected = collect(folder)
+    written = write_collected(folder, collected)
+    print("\n".join([*collected_lines(collected), f"written to {folder}: {', '.join(written)}"]))
     return 0
 
 
@@ -117,10 +117,10 @@ def _show(
         return 2
     best = search.best
     if arguments.json:
-        found = as_json(request.subject.name, request.workload, cluster, search)
+        as_data = as_json(request.subject.name, request.workload, cluster, search)
         if best.fits:
-            found["command"] = _command(request, planner, best)
-        print(json.dumps(found, indent=1))
+            as_data["command"] = _command(request, planner, best)
+        print(json.dumps(as_data, indent=1))
     else:
         parameters = best.forecast.parameters
         report = text_report(request.subject.name, parameters, request.workload, cluster, search)
@@ -178,15 +178,15 @@ def _say_what_would_do(planner: Planner, best: Candidate, cluster: Cluster, *, n
 def _degrees(text: str, cluster: Cluster, etp: int) -> Degrees:
     try:
         pairs = [pair.split("=") for pair in text.split(",")]
-        given = {key: int(value) for key, value in pairs}
-        if len(given) < len(pairs):
+        degree_of = {key: int(value) for key, value in pairs}
+        if len(degree_of) < len(pairs):
             raise ValueError("an axis is given twice")
-        named = Degrees(**{axis: n for axis, n in given.items() if axis not in ("ep", "etp")})
+        named = Degrees(**{axis: n for axis, n in degree_of.items() if axis not in ("ep", "etp")})
         if etp > 1:
-            given.setdefault("etp", etp)
-        if "dp_shard" not in given and cluster.gpus % named.world == 0:
-            given["dp_shard"] = cluster.gpus // named.world
-        degrees = Degrees(**given)
+            degree_of.setdefault("etp", etp)
+        if "dp_shard" not in degree_of and cluster.gpus % named.world == 0:
+            degree_of["dp_shard"] = cluster.gpus // named.world
+        degrees = Degrees(**degree_of)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"A mesh is given as cp=8,tp=1, of dp_replicate, dp_shard, cp, tp, ep and etp, got "

@@ -160,13 +160,13 @@ def refit(cluster: Cluster, runs: Sequence[CollectedRun]) -> Cluster:
     )
     seconds = np.array([run.measured["seconds"] for run in runs])
     per_unit = _least_squares(work / seconds[:, None], np.ones(len(runs)))
-    found = {}
+    rates = {}
     for name, each, unit in zip(
         ("matmul", "mixer", "inside"), per_unit, (cluster.flops, cluster.flops, 1.0), strict=True
     ):
         if each > 0:
-            found[name] = 1 / each / unit
-    return replace(cluster, **found)
+            rates[name] = 1 / each / unit
+    return replace(cluster, **rates)
 
 
 def _least_squares(rows: Any, target: Any) -> Any:

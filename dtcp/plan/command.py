@@ -37,12 +37,12 @@ def command_lines(
 def _calls(request: Request, setup: Setup) -> list[str]:
     """What a script calls, in Python."""
     axes = vars(setup.degrees).items()
-    given = ", ".join(f"{axis}={degree}" for axis, degree in axes if degree > 1)
+    degrees = ", ".join(f"{axis}={degree}" for axis, degree in axes if degree > 1)
     nodes = f", ranks_per_node={setup.ranks_per_node}" if setup.ranks_per_node else ""
     layout, kept = setup.layout.__name__, f"activation_checkpoint={setup.checkpoint!r}"
     rows = setup.documents.batch
     row = f"{rows} row{'s' * (rows > 1)} of a rank, {setup.micro_batches} times per step"
-    mesh = f'mesh = ParallelMesh.from_degrees(Degrees({given}), "cuda"{nodes})'
+    mesh = f'mesh = ParallelMesh.from_degrees(Degrees({degrees}), "cuda"{nodes})'
     if isinstance(request.subject, HuggingFaceModel):
         return [
             mesh,

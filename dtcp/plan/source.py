@@ -62,8 +62,8 @@ _COMPUTE = "training.mixed_precision_param"
 
 
 def _seq_len(arguments: argparse.Namespace, default: int) -> int:
-    given: int = arguments.seq_len
-    return default if given is None else given
+    seq_len: int | None = arguments.seq_len
+    return default if seq_len is None else seq_len
 
 
 def _own_model(model: str, plan: str) -> Subject:
@@ -271,12 +271,11 @@ def _lengths_in_folder(folder: Path) -> list[int]:
 def _function(name: str) -> Callable[..., Any]:
     module, colon, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        made: Callable[..., Any] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"A model and its plan are functions, got {name!r}: give module:function ({error})."
         ) from None
-    if not colon or not callable(found):
+    if not colon or not callable(made):
         raise ValueError(f"A model and its plan are functions, got {name!r}: give module:function.")
-    made: Callable[..., Any] = found
     return made

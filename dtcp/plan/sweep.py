@@ -73,18 +73,18 @@ def write_sweep(
         row, used = asked_documents(documents, point.seq_len), replace(cluster, gpus=point.ranks)
         planner = Planner(request.subject, used, _workload(request, row))
         planner.workload.check_cut(Degrees(cp=point.ranks))
-        found = planner.candidate(planner.plain(Degrees(cp=point.ranks)))
+        candidate = planner.candidate(planner.plain(Degrees(cp=point.ranks)))
         reads_strategy = planner.row_forecasts.reads_strategy
         options = {
             "training.steps": steps,
             "dump_folder": folder / point.name,
             "dtcp.forecast": True,
-            **train_options(found.setup, used, rows=1, reads_strategy=reads_strategy),
+            **train_options(candidate.setup, used, rows=1, reads_strategy=reads_strategy),
         }
         commands.append(f"{_launcher(used)} {script_line(request, options)}")
         if used.nodes > 1 and _HEAD_NODE not in head:
             head.append(_HEAD_NODE)
-        runs[point.name] = _numbers(point, found)
+        runs[point.name] = _numbers(point, candidate)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RUNS).write_text("\n".join([*head, *commands]) + "\n")
     plan = {

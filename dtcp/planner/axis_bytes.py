@@ -99,7 +99,7 @@ def note_other_groups(step: TracedStep) -> None:
 
 def expert_moves(step: TracedStep) -> tuple[ExpertMoves, ...]:
     """What the traced rank's experts move over ep; the process group is the trace's."""
-    found: dict[tuple[str, str], ExpertMoves] = {}
+    by_part: dict[tuple[str, str], ExpertMoves] = {}
     for call in step.trace.calls:
         if call.op.name() not in EXPERT_OPS:
             continue
@@ -107,16 +107,16 @@ def expert_moves(step: TracedStep) -> tuple[ExpertMoves, ...]:
         group, part, moves = call.group, call.place.part, moves_of(call.op)
         assert moves is not None and group is not None  # each of them communicates
         moved = moves(*args, **kwargs)
-        known = found.get((part, group)) or ExpertMoves(
+        known = by_part.get((part, group)) or ExpertMoves(
             part,
             step.times(part),
             dist.get_rank(),
             tuple(dist.get_process_group_ranks(group_of(group))),
         )
         back = call.place.backward
-        found[part, group] = replace(
+        by_part[part, group] = replace(
             known,
             forward=known.forward if back else known.forward + moved,
             backward=known.backward + moved if back else known.backward,
         )
-    return tuple(found.values())
+    return tuple(by_part.values())

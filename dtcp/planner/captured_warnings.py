@@ -28,7 +28,7 @@ def captured_warnings() -> Iterator[list[str]]:
         what was said, each sentence once; complete when the block ends.
     """
     said: list[str] = []
-    found: list[str] = []
+    captured: list[str] = []
     log, foreign = logging.getLogger("dtcp"), logging.getLogger("transformers")
     handler, propagates, level = _Collect(said), log.propagate, foreign.level
     log.addHandler(handler)
@@ -37,14 +37,14 @@ def captured_warnings() -> Iterator[list[str]]:
     try:
         with warnings.catch_warnings(record=True) as others:
             warnings.simplefilter("default")
-            yield found
+            yield captured
         # Where one was raised tells whose it is: torch and transformers warn, too.
         said += [
             str(each.message)
             for each in others
             if each.category is UserWarning and _HERE in Path(each.filename).parents
         ]
-        found += dict.fromkeys(said)
+        captured += dict.fromkeys(said)
     finally:
         foreign.setLevel(level)
         log.propagate = propagates

@@ -113,13 +113,13 @@ def cluster_of(text: str) -> Cluster:
     """
     if text.endswith(".json"):
         return _of_file(Path(text))
-    found = re.fullmatch(r"([1-9]\d*)x(\w+)", text)
-    if found is None or found[2].upper() not in KINDS:
+    match = re.fullmatch(r"([1-9]\d*)x(\w+)", text)
+    if match is None or match[2].upper() not in KINDS:
         raise ValueError(
             f"A cluster is so many GPUs of a kind, got --cluster {text}: give one as 8xH100, of "
             f"the kinds {', '.join(KINDS)}, or a JSON file."
         )
-    return replace(KINDS[found[2].upper()], gpus=int(found[1]))
+    return replace(KINDS[match[2].upper()], gpus=int(match[1]))
 
 
 def cluster_here(gpus: int, ranks_per_node: int = 0) -> Cluster:
@@ -136,11 +136,11 @@ def cluster_here(gpus: int, ranks_per_node: int = 0) -> Cluster:
 
 def _of_file(path: Path) -> Cluster:
     try:
-        given = json.loads(path.read_text())
-        kind = KINDS.get(given.pop("kind", ""), None)
+        values = json.loads(path.read_text())
+        kind = KINDS.get(values.pop("kind", ""), None)
         base = {} if kind is None else asdict(kind)
         base.pop("gpus", None)  # how many there are is not a kind's to say
-        return Cluster(**{**base, **given})
+        return Cluster(**{**base, **values})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         names = ", ".join(each.name for each in fields(Cluster))
         raise ValueError(

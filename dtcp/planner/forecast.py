@@ -130,8 +130,8 @@ class Forecast:
 
     def crossing_cp(self, ranks_per_node: int) -> AxisBytes:
         """Bytes a step that come from other nodes to the rank that receives most over cp."""
-        found = self.busiest.crossing(self.setup.degrees.tp, ranks_per_node)
-        return found.times(self.setup.micro_batches)
+        crossing = self.busiest.crossing(self.setup.degrees.tp, ranks_per_node)
+        return crossing.times(self.setup.micro_batches)
 
     def crossing_ep(self, ranks_per_node: int) -> AxisBytes:
         """Bytes a step that experts bring from other nodes."""

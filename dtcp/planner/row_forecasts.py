@@ -94,8 +94,8 @@ class RowForecasts:
             with torch.device("meta"):
                 return experts_of(self.subject.build())
 
-        found = _or_raise(_or_refusal(self.subject, build))
-        return frozenset(int(getattr(experts, "num_experts", 0)) for experts in found)
+        experts_of_layers = _or_raise(_or_refusal(self.subject, build))
+        return frozenset(int(getattr(experts, "num_experts", 0)) for experts in experts_of_layers)
 
     @cached_property
     def reads_strategy(self) -> bool:
@@ -109,10 +109,10 @@ class RowForecasts:
                     model = self.subject.build()
                     return repr(self.subject.plan(model, mesh, attention, Setup.layout).cp)
 
-                found = _or_refusal(self.subject, styles)
-                if not isinstance(found, str):
+                plan_or_refusal = _or_refusal(self.subject, styles)
+                if not isinstance(plan_or_refusal, str):
                     return True
-                plans.append(found)
+                plans.append(plan_or_refusal)
         return plans[0] != plans[1]
 
 

@@ -103,8 +103,8 @@ class Planner:
 
     def candidate(self, setup: Setup) -> Candidate:
         """Raises ValueError: the model does not take it."""
-        found = assembled(self.row_forecasts.subject, setup, self.row_forecasts.at(setup))
-        return Candidate(setup, found, step_time(found, self.cluster), self.cluster.usable)
+        forecast = assembled(self.row_forecasts.subject, setup, self.row_forecasts.at(setup))
+        return Candidate(setup, forecast, step_time(forecast, self.cluster), self.cluster.usable)
 
     def search_mesh(self, degrees: Degrees) -> Search:
         """Every strategy, layout and checkpointing on one mesh.
@@ -125,16 +125,16 @@ class Planner:
     def ranked(self, setups: Iterable[Setup], before: Search | None = None) -> Search:
         """What becomes of each, beside what was found before, best first."""
         before = before or Search()
-        found, refused = list(before.candidates), list(before.refused)
+        candidates, refused = list(before.candidates), list(before.refused)
         tried = list(setups)
         self.row_forecasts.prepare(tried)
         for setup in tried:
             try:
-                found.append(self.candidate(setup))
+                candidates.append(self.candidate(setup))
             except (ValueError, TypeError) as error:
                 refused.append(Refused(setup, str(error)))
-        found.sort(key=lambda candidate: candidate.score, reverse=True)
-        return replace(before, candidates=tuple(found), refused=tuple(refused))
+        candidates.sort(key=lambda candidate: candidate.score, reverse=True)
+        return replace(before, candidates=tuple(candidates), refused=tuple(refused))
 
     def search(self, *, refine: int = 3, say: Callable[[str], None] = lambda _: None) -> Search:
         """Every mesh in one plain way, then other ways on the best meshes."""
@@ -172,8 +172,8 @@ class Planner:
                 spans[key] = (middle + 1, high) if goes_on else (low, middle)
         return [
             setup
-            for key, (found, _) in spans.items()
-            for setup in columns[key][max(0, found - 1) : found + 2]
+            for key, (smallest, _) in spans.items()
+            for setup in columns[key][max(0, smallest - 1) : smallest + 2]
         ]
 
     def has_room(self) -> bool:
@@ -257,8 +257,8 @@ class Planner:
         """A mesh in one way, the first to be tried."""
         data = degrees.dp_replicate * degrees.dp_shard
         ring = RingAttention(reduce_dtype=self.workload.reduce_dtype)
-        given: dict[str, Any] = {"attention": ring}
-        given |= {
+        settled: dict[str, Any] = {"attention": ring}
+        settled |= {
             name: value
             for name in ("attention", "layout", "checkpoint")
             if (value := getattr(self.workload, name)) is not None
@@ -270,7 +270,7 @@ class Planner:
             precision=self.workload.precision,
             reshard=self.workload.reshard,
             ranks_per_node=nodes_for(self.cluster, degrees),
-            **given,
+            **settled,
         )
 
     def _variants(self, plain: Setup) -> list[Setup]:

@@ -85,10 +85,10 @@ class PlacedModel:
         if trained is None:
             trained = {id(p) for p in self.model.parameters() if p.requires_grad}
         counts = {kind.name: kind.count for kind in self.kinds}
-        found = units_of(
+        units = units_of(
             self.model, self.plan, setup.precision, trained, experts=experts, reshard=setup.reshard
         )
-        return [replace(unit, count=counts.get(unit.part, 1)) for unit in found]
+        return [replace(unit, count=counts.get(unit.part, 1)) for unit in units]
 
 
 def place_model(subject: Subject, mesh: ParallelMesh, setup: Setup) -> PlacedModel:

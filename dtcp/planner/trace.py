@@ -83,8 +83,8 @@ class OpCall:
         """The name of the one process group that it was given; None where it takes none or more."""
         args, kwargs = put_back(list(self.leaves), self.spec)
         named = {**dict(zip(argument_names(self.op), args, strict=False)), **kwargs}
-        found: str | None = named.get("group")
-        return found
+        name: str | None = named.get("group")
+        return name
 
 
 @dataclass

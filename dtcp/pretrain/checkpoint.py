@@ -342,10 +342,10 @@ class Checkpoints(CheckpointManager):
             )
 
     def _tell_changes(self, manifest: Manifest) -> None:
-        found = config_changes(manifest.config, config_record(self.states[TRAIN_STATE].config))
-        if found and manifest.step > 0:
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-            say(f"changed     {', '.join(found[:5])}{more}, since step {manifest.step} was saved")
+        changed = config_changes(manifest.config, config_record(self.states[TRAIN_STATE].config))
+        if changed and manifest.step > 0:
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            say(f"changed     {', '.join(changed[:5])}{more}, since step {manifest.step} was saved")
 
     def _leave_behind(self, step: int) -> None:
         """Move later steps out of the way: the run goes another way from here."""

@@ -78,18 +78,18 @@ def choose(folders: SavedFolders, step: int, *, checksums: bool) -> Choice | Non
     Raises:
         ValueError: that step is not whole, or none is; the folder mixes runs. On every rank alike.
     """
-    found = agree(lambda: _look(folders, step))
+    manifests = agree(lambda: _look(folders, step))
     problems: list[str] = []
-    for at, manifest in found:
+    for at, manifest in manifests:
         problem = manifest if isinstance(manifest, str) else ""
         if not isinstance(manifest, str):
             problem = changed(folders.path(at), manifest, checksums=checksums)
             if not problem:
                 if step < 0:
-                    _refuse_mixed_runs(folders, manifest, found)
+                    _refuse_mixed_runs(folders, manifest, manifests)
                 return Choice(manifest, tuple(problems))
         problems.append(problem)
-    if not found and step < 0:
+    if not manifests and step < 0:
         return None
     raise ValueError(_explain(folders, step, problems, agree(folders.whole)))
 
@@ -101,8 +101,8 @@ def changed(folder: Path, manifest: Manifest, *, checksums: bool) -> str:
     names.sort(key=lambda name: manifest.files[name].size, reverse=True)
     mine = names[rank::ranks]
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda name: changed_file(folder, manifest, [name]), mine)
-        problem = next(filter(None, found), "")
+        of_files = pool.map(lambda name: changed_file(folder, manifest, [name]), mine)
+        problem = next(filter(None, of_files), "")
     problems = [problem] * ranks
     if dist.is_initialized():
         dist.all_gather_object(problems, problem)
@@ -132,13 +132,13 @@ def verified(folder: Path, *, checksums: bool) -> Manifest | None:
 def _look(folders: SavedFolders, step: int) -> list[tuple[int, Manifest | str]]:
     """Steps to try, the newest first, each with its manifest or why it is not whole."""
     steps = folders.steps() if step < 0 else [step]
-    found: list[tuple[int, Manifest | str]] = []
+    manifests: list[tuple[int, Manifest | str]] = []
     for at in reversed(steps):
         try:
-            found.append((at, folders.manifest(at)))
+            manifests.append((at, folders.manifest(at)))
         except ValueError as error:
-            found.append((at, str(error)))
-    return found
+            manifests.append((at, str(error)))
+    return manifests
 
 
 def _refuse_mixed_runs(

@@ -9,11 +9,11 @@ LEFT_OUT = ("dump_folder", "checkpoint", "metrics", "profiler", "comm", "debug")
 
 def config_record(config: Any) -> dict[str, str]:
     """Every setting of torchtitan's config by its dotted name, as text."""
-    found: dict[str, str] = {}
+    record: dict[str, str] = {}
     for key, value in config.to_dict().items():
         if key not in LEFT_OUT:
-            _walk(key, value, found)
-    return found
+            _walk(key, value, record)
+    return record
 
 
 def config_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -207,10 +207,10 @@ class PackedDocuments(BaseDataLoader):
         self.cursor = Cursor(**{name: state_dict[name] for name in names})
 
     def _compare(self, before: dict[str, Any]) -> None:
-        found = changes(before, self.fingerprint())
-        if not found:
+        changed = changes(before, self.fingerprint())
+        if not changed:
             return
-        what = "; ".join(found)
+        what = "; ".join(changed)
         if not self.config.accept_changes:
             raise ValueError(
                 f"A resumed run reads the data it began with, got other data ({what}): bring them "

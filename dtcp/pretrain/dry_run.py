@@ -38,30 +38,30 @@ def made_dry(config: Any) -> Any:
 def _refusals(config: Any) -> list[str]:
     start, ep = config.checkpoint, config.parallelism.expert_parallel_degree
     device, there = config.dtcp.device, torch.accelerator.is_available()
-    given = f"--comm.mode {MODE}"
+    mode = f"--comm.mode {MODE}"
     return [
         f"A dry run has no other ranks to compare with, got --dtcp.verify {config.dtcp.verify} "
-        f"with {given}: leave one of them out."
+        f"with {mode}: leave one of them out."
         if config.dtcp.verify
         else "",
         f"A dry run reads and writes no weights, got --checkpoint.create_seed_checkpoint with "
-        f"{given}: leave one of them out."
+        f"{mode}: leave one of them out."
         if start.create_seed_checkpoint
         else "",
         f"A dry run reads and writes no weights, got --checkpoint.initial_load_path "
-        f"{start.initial_load_path} with {given}: leave one of them out."
+        f"{start.initial_load_path} with {mode}: leave one of them out."
         if start.initial_load_path
         else "",
         f"How many tokens an expert gets is known once ranks have exchanged it, got "
-        f"--parallelism.expert_parallel_degree {ep} with {given}: set it to 1."
+        f"--parallelism.expert_parallel_degree {ep} with {mode}: set it to 1."
         if ep != 1
         else "",
-        f"A dry run is on the accelerator where there is one, got --dtcp.device cpu with {given}: "
+        f"A dry run is on the accelerator where there is one, got --dtcp.device cpu with {mode}: "
         f"hide it (CUDA_VISIBLE_DEVICES=)."
         if device == "cpu" and there
         else "",
         f"A dry run is on an accelerator of this machine, got --dtcp.device accelerator with "
-        f"{given} and none here: leave it out."
+        f"{mode} and none here: leave it out."
         if device == "accelerator" and not there
         else "",
     ]

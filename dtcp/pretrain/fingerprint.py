@@ -43,16 +43,16 @@ def fingerprint_of(file: Path) -> str:
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two fingerprints, a phrase for each; empty if nothing does."""
-    found = []
+    changed = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _changed_files(old, new)
+            changed += _changed_files(old, new)
         else:
-            found.append(f"{name} was {old!r} and is {new!r}")
-    return found
+            changed.append(f"{name} was {old!r} and is {new!r}")
+    return changed
 
 
 def _changed_files(old: dict[str, str], new: dict[str, str]) -> list[str]:

@@ -25,8 +25,8 @@ def not_finite(state: Mapping[str, Any]) -> list[str]:
     device = next((x.device for _, x in entries if isinstance(x, Tensor)), torch.device("cpu"))
     # A sum is a fifth of the price of a look at each element, and never finite where one is not.
     totals = torch.stack([_total(value).to(device) for _, value in entries])
-    found = (~totals.isfinite()).tolist()
-    bad = [suspect and _has_bad(x) for suspect, (_, x) in zip(found, entries, strict=True)]
+    suspects = (~totals.isfinite()).tolist()
+    bad = [suspect and _has_bad(x) for suspect, (_, x) in zip(suspects, entries, strict=True)]
     flags = torch.tensor(bad, dtype=torch.uint8, device=device)
     if dist.is_initialized():
         dist.all_reduce(flags, dist.ReduceOp.MAX)

@@ -149,19 +149,19 @@ def play_one_of(parallelism: Parallelism) -> int:
             f"start train.py by itself, with NGPU=8 for 8 ranks."
         )
     fixed = math.prod(d for d in degrees_of(parallelism).values() if d > 0)
-    given = {"NGPU": os.environ.get("NGPU", f"{fixed}"), "RANK": os.environ.get("RANK", "0")}
-    for name, text in given.items():
+    environment = {"NGPU": os.environ.get("NGPU", f"{fixed}"), "RANK": os.environ.get("RANK", "0")}
+    for name, text in environment.items():
         if not text.isdecimal():
             raise ValueError(
                 f"A dry run plays rank RANK of NGPU ranks, got {name}={text}: give a whole number."
             )
-    world, played = int(given["NGPU"]), int(given["RANK"])
+    world, played = int(environment["NGPU"]), int(environment["RANK"])
     check_world(parallelism, world)
     if played >= world:
         raise ValueError(
             f"Ranks count from 0, got RANK={played} of NGPU={world}: give {world - 1} at most."
         )
-    os.environ |= {**given, "WORLD_SIZE": f"{world}", "LOCAL_RANK": "0"}
+    os.environ |= {**environment, "WORLD_SIZE": f"{world}", "LOCAL_RANK": "0"}
     return world
 
 

@@ -77,8 +77,8 @@ def read_manifest(folder: Path) -> Manifest:
     path, _ = regular_file(folder, NAME)
     try:
         body = json.loads(path.read_bytes())
-        found = body.pop("checksum")
-        if found != _digest(body):
+        written = body.pop("checksum")
+        if written != _digest(body):
             raise ValueError("its checksum is another")
         if body.pop("format") != FORMAT:
             raise ValueError("it is of another version")
@@ -123,10 +123,10 @@ def changed_file(folder: Path, manifest: Manifest, names: Iterable[str]) -> str:
     """Why one of these files is not what was saved, by checksum; or nothing."""
     for name in names:
         try:
-            found = checksum(folder / name)
+            actual = checksum(folder / name)
         except OSError as error:
             return f"{folder / name} cannot be read ({error.strerror})"
-        if found != manifest.files[name].checksum:
+        if actual != manifest.files[name].checksum:
             return f"{folder / name} is not what was saved, by its checksum"
     return ""
 

@@ -142,11 +142,11 @@ def _said(best: Candidate, planner: Planner, section: Section, tried: int) -> Pl
 
 def mesh_of(parallelism: Any, ranks: int, *, etp: int = 1) -> Degrees:
     """The mesh of a config on so many ranks."""
-    given = degrees_of(parallelism)
-    given.pop("pp")
-    if given["dp_shard"] < 0:
-        given["dp_shard"] = ranks // (given["dp_replicate"] * given["cp"] * given["tp"])
-    return Degrees(**given, ep=parallelism.expert_parallel_degree, etp=etp)
+    degrees = degrees_of(parallelism)
+    degrees.pop("pp")
+    if degrees["dp_shard"] < 0:
+        degrees["dp_shard"] = ranks // (degrees["dp_replicate"] * degrees["cp"] * degrees["tp"])
+    return Degrees(**degrees, ep=parallelism.expert_parallel_degree, etp=etp)
 
 
 def first_rows(config: Any) -> Documents:

@@ -129,15 +129,15 @@ def check_tokenizer_folder(folder: str) -> None:
         raise ValueError(
             f"A tokenizer is read from a folder, got --tokenizer.folder {folder}: no such folder."
         )
-    found = [Path(folder, name) for name in TOKENIZER_FILES if Path(folder, name).is_file()]
-    for path in found:
+    paths = [Path(folder, name) for name in TOKENIZER_FILES if Path(folder, name).is_file()]
+    for path in paths:
         if path.suffix != ".json":
             continue
         try:
             json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise _broken(path, error) from error
-    if not any(path.name in VOCABULARY_FILES for path in found):
+    if not any(path.name in VOCABULARY_FILES for path in paths):
         raise ValueError(
             f"A tokenizer's folder holds tokenizer.json, or vocab.json with merges.txt, got "
             f"--tokenizer.folder {folder} without: name the folder that the model came in."

@@ -155,13 +155,13 @@ def _(
 def _halo_backward(grad: Tensor, route: Tensor, onward: Tensor, length: int, group: str) -> Tensor:
     """The gradients home, zero elsewhere: [B, L, C] in the dtype of sums."""
     axis = axis_of(group, grad.device)
-    found, wide = grad, accumulation(grad.dtype)
+    grad_inside, wide = grad, accumulation(grad.dtype)
     if hands_on(onward):
         send, receive = _hops(onward)
         inside = exchange_tokens(grad, Route(receive, send, grad.shape[1]), axis)
-        found = (grad.to(wide) + inside.to(wide)).to(grad.dtype)
+        grad_inside = (grad.to(wide) + inside.to(wide)).to(grad.dtype)
     send, receive = _hops(route)
-    return exchange_tokens(found, Route(receive, send, length), axis).to(wide)
+    return exchange_tokens(grad_inside, Route(receive, send, length), axis).to(wide)
 
 
 @_halo_backward.register_fake

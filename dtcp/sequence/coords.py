@@ -142,8 +142,8 @@ class _WholeRows(Coords):
         block_ends: Tensor | None = None,
         **known: Tensor,
     ) -> None:
-        given = {"prefix": prefix, "position_ids": position_ids, "block_ends": block_ends}
-        vars(self).update(documents=documents, memory=memory, image_types=image_types, **given)
+        others = {"prefix": prefix, "position_ids": position_ids, "block_ends": block_ends}
+        vars(self).update(documents=documents, memory=memory, image_types=image_types, **others)
         if block is not None:
             vars(self)["block"] = block
         # What is known already comes from dataclasses.replace.

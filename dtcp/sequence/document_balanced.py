@@ -339,13 +339,13 @@ class _Lines:
         step = 1
         while step * BASE <= int((high - low).max()):
             step *= BASE
-        found = low - 1
+        count = low - 1
         while step:
-            tried = np.minimum(found + step * digits, high - 1)
-            found = found + step * (twice_work_before(tried) < enough).sum(0)
+            tried = np.minimum(count + step * digits, high - 1)
+            count = count + step * (twice_work_before(tried) < enough).sum(0)
             step //= BASE
-        found = np.minimum(found + 1, high)
-        return found, (twice_work_before(found[None])[0] - offset) // 2
+        count = np.minimum(count + 1, high)
+        return count, (twice_work_before(count[None])[0] - offset) // 2
 
     def dealt(self, before: Ints) -> tuple[Ints, Ints]:
         """Where the pieces of ranks start, from left to right, and whose they are.

@@ -204,7 +204,7 @@ def _breaks(
     left = {window.size - 1 for window in windows}
     right = {window.right for window in windows if window.right is not None}
     rest = [0, bounds[-1]] if bounds[-1] < seq_len else [0]
-    found = [np.array(rest, dtype=np.int64)]
+    breaks = [np.array(rest, dtype=np.int64)]
     sizes: set[int | None] = {part.size for part in parts if isinstance(part, AttentionChunks)}
     for size in sizes | {None}:
         starts = bounds[:-1] if size is None else _chunk_starts(bounds, size)
@@ -212,13 +212,13 @@ def _breaks(
         places = [starts + reach for reach in left] + [ends - 1 - reach for reach in right]
         if size is None and prefixes.any():
             places += [starts + prefixes - 1 - reach for reach in right | {0}]
-        found += [starts, *(x[(x > starts) & (x < ends)] for x in places)]
+        breaks += [starts, *(x[(x > starts) & (x < ends)] for x in places)]
     if blocks is not None:
         starts, ends = blocks
         places = [starts + reach for reach in left | {0}]
         places += [ends - 1 - reach for reach in right | {0}]
-        found += [starts, ends[ends < seq_len], *(x[(x > starts) & (x < ends)] for x in places)]
-    return unique_ascending(np.concatenate(found))
+        breaks += [starts, ends[ends < seq_len], *(x[(x > starts) & (x < ends)] for x in places)]
+    return unique_ascending(np.concatenate(breaks))
 
 
 def _chunk_starts(bounds: Ints, size: int) -> Ints:

@@ -23,14 +23,14 @@ def where_neighbours(compare: np.ufunc, x: NDArray[np.generic]) -> Ints:
         compare: np.not_equal, np.less_equal, ...
         x: [N]; entries from 1 on are compared.
     """
-    found, count = [], len(x)
+    indices, count = [], len(x)
     out = np.empty(min(BLOCK, max(count - 1, 0)), dtype=bool)
     for start in range(1, count, BLOCK):
         stop = min(start + BLOCK, count)
         holds = out[: stop - start]
         compare(x[start:stop], x[start - 1 : stop - 1], out=holds)
-        found.append(holds.nonzero()[0] + start)
-    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+        indices.append(holds.nonzero()[0] + start)
+    return np.concatenate(indices) if indices else np.zeros(0, dtype=np.int64)
 
 
 def places_after(compare: np.ufunc, numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,18 +49,18 @@ def check_restarts(
     starting = [(index, end) for index, x in enumerate(documents.lengths) for end in _inner(x)]
     at_starts = torch.tensor(starting, dtype=torch.int64).view(-1, 2).unbind(1)
     inside = ~torch.isin(row * seq_len + token, at_starts[0] * seq_len + at_starts[1])
-    found = row[inside], token[inside], "inside a document"
+    wrong = row[inside], token[inside], "inside a document"
     if not bool(inside.any()):
         row, token = tokens.among(*at_starts)
         through = first[row, token] - first[row, token - 1] == 1
-        found = row[through], token[through], "where one starts"
-    if not len(found[0]):
+        wrong = row[through], token[through], "where one starts"
+    if not len(wrong[0]):
         return counted
-    at, index = int(found[0][0]), int(found[1][0])
+    at, index = int(wrong[0][0]), int(wrong[1][0])
     raise ValueError(
         f"Position ids restart where documents start and nowhere else, got position_ids "
         f"{first[at, index - 1].item()} and then {first[at, index].item()} at token {index} of row "
-        f"{at}, {found[2]} by {name}: correct one of them, or leave position_ids out."
+        f"{at}, {wrong[2]} by {name}: correct one of them, or leave position_ids out."
     )
 
 

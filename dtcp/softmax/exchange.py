@@ -108,8 +108,8 @@ def start_returning(
     replicas = context.replicas
     if replicas is None:
         return start(rows.to(dtype).contiguous(), send, receive)
-    found = replicas.reduce(rows, send, dtype, _inside(context)).to(dtype)
-    transfer = start(found, replicas.shares(send), replicas.shares(receive))
+    reduced = replicas.reduce(rows, send, dtype, _inside(context)).to(dtype)
+    transfer = start(reduced, replicas.shares(send), replicas.shares(receive))
     return ChainedTransfer(transfer, lambda own: replicas.widen(own, receive))
 
 
@@ -167,8 +167,8 @@ def return_grads(
     if metadata.onward_counts.numel():
         on, arrived = metadata.onward_counts.tolist()
         further = by_source[length + sum(receive) :].to(dtype)
-        found = all_to_all_rows(further, arrived, on, context)
-        brought.index_add_(0, metadata.onward[: sum(on)], found.to(brought.dtype))
+        of_node = all_to_all_rows(further, arrived, on, context)
+        brought.index_add_(0, metadata.onward[: sum(on)], of_node.to(brought.dtype))
     start = _at_once(context)
     returned = start_returning(brought, receive, send, dtype, context, start).wait()
     accumulate_returned_grads(local, returned, metadata.send_slot[: sum(send)])

@@ -69,9 +69,9 @@ class KVHeadReplicas:
         parts, wide = rows.split(counts), accumulation(dtype)
         taken = [[x[self._share(peer, len(x))] for x in parts] for peer in self._others]
         further = torch.cat([rows[:0], *(x for each in taken for x in each)])
-        found = move(further.to(dtype), sent, received)
+        received_rows = move(further.to(dtype), sent, received)
         own = self.own(rows, counts).to(wide)
-        return own + found.view(len(self._others), *own.shape).sum(0, dtype=wide)
+        return own + received_rows.view(len(self._others), *own.shape).sum(0, dtype=wide)
 
     def widen(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Rows at their places among all of their parts, zero where other replicas fetch them."""

@@ -180,7 +180,7 @@ class NodeRing:
         self.onward = metadata.onward[: sum(tokens)].split(tokens)
         self.local = torch.empty(0)
         # Gradients on their way: inside the node, and from there home.
-        self._found: tuple[int, Tensor, Transfer | None] | None = None
+        self._inside_node: tuple[int, Tensor, Transfer | None] | None = None
         self._home: tuple[int, RowTransfer] | None = None
 
     def steps(self) -> Iterator[tuple[int, Keys]]:
@@ -212,12 +212,12 @@ class NodeRing:
             by_source = by_source[own:]
         self._advance()
         first = sum(self.received[step])
-        found = None
+        inside = None
         if step:  # nothing goes on inside a node of what it holds itself
             with transfer_stream(by_source):
                 further = by_source[first:].to(self.dtype)
-                found = self._inside(further, self.arriving[step], self.on[step])
-        self._found = (step, by_source[:first], found)
+                inside = self._inside(further, self.arriving[step], self.on[step])
+        self._inside_node = (step, by_source[:first], inside)
 
     def finish(self) -> Tensor:
         """The gradients of all local rows [B, L, G, W], once those of other ranks are here."""
@@ -231,15 +231,15 @@ class NodeRing:
             step, transfer = self._home
             accumulate_returned_grads(self.local, transfer.wait(), self.slots[step])
             self._home = None
-        if self._found is not None:
-            step, brought, inside = self._found
+        if self._inside_node is not None:
+            step, brought, inside = self._inside_node
             if inside is not None:
                 brought.index_add_(0, self.onward[step], inside.wait().to(brought.dtype))
             send, receive = self._at(-step, self.received[step]), self._at(step, self.sent[step])
             with transfer_stream(brought):
                 of = (brought, send, receive, self.dtype, self.context)
                 home = start_returning(*of, self._start)
-            self._home, self._found = (step, home), None
+            self._home, self._inside_node = (step, home), None
 
     def _start(self, rows: Tensor, send: list[int], receive: list[int]) -> Transfer:
         return start_all_to_all_rows(rows, send, receive, self.context)

@@ -58,8 +58,8 @@ class ReplicatedHeadExchange:
         sent, received = self._second_hop(length)
         others = self._others(replicas)
         own = brought.flatten(0, 1)
-        found = move(own.repeat(len(others), 1, 1), sent, received)
-        of_peer = dict(zip(others, found.split([received[peer] for peer in others]), strict=True))
+        arrived = move(own.repeat(len(others), 1, 1), sent, received)
+        of_peer = dict(zip(others, arrived.split([received[peer] for peer in others]), strict=True))
         of_peer[self.rank] = own
         # Of each replica, its share of every owner's tokens.
         each = [x.view(len(self._far), -1, *rows.shape[2:]) for x in (of_peer[m] for m in replicas)]
@@ -81,9 +81,9 @@ class ReplicatedHeadExchange:
         far, others = rows[self._far], self._others(self._replicas(self.rank))
         shares = [far[:, self._share(peer, length)].flatten(0, 1).to(dtype) for peer in others]
         sent, received = self._second_hop(length)
-        found = move(torch.cat([far[:0, 0].to(dtype), *shares]), received, sent)
+        arrived_rows = move(torch.cat([far[:0, 0].to(dtype), *shares]), received, sent)
         own = far[:, self._share(self.rank, length)].to(wide)
-        own = own + found.view(len(others), *own.shape).sum(0, dtype=wide)
+        own = own + arrived_rows.view(len(others), *own.shape).sum(0, dtype=wide)
         summed = iter(own)
         back = [rows[peer] if self._near(peer) else next(summed) for peer in self._all]
         sent, received = self._first_hop(length)

@@ -138,14 +138,14 @@ def _return_grads(
     grads: Sequence[Tensor], routes: Tensor, onward: Tensor, lengths: Sequence[int], group: str
 ) -> list[Tensor]:
     op, dtype = "dtcp::bring_left_backward", grads[0].dtype
-    found: Sequence[Tensor] = grads
+    sums: Sequence[Tensor] = grads
     if hands_on(onward):
-        found = [x.to(accumulation(dtype), copy=True) for x in grads]
+        sums = [x.to(accumulation(dtype), copy=True) for x in grads]
         send, receive = onward.unbind(1)
-        _move(op, found, found, _Hops(receive, send, group, dtype), calls=0)
+        _move(op, sums, sums, _Hops(receive, send, group, dtype), calls=0)
     out = _zeros(grads, lengths)
     send, receive = routes.unbind(1)
-    _move(op, found, out, _Hops(receive, send, group, dtype))
+    _move(op, sums, out, _Hops(receive, send, group, dtype))
     return [x.to(dtype) for x in out]
 
 

@@ -83,8 +83,8 @@ def pieces_moved(
         halos.append((compression.reach, _pooled_width(mixer, shape)))
         index = shape.index_head_dim if compression.selected is not None else 0
         runs = EntryRuns.of(stretches, compression.ratio)
-        found, _ = entry_routes(runs, rank, num_ranks=n, ranks_per_node=ranks_per_node)
-        routes, keys = stacked([found]), shape.head_dim
+        routes_of_entries, _ = entry_routes(runs, rank, num_ranks=n, ranks_per_node=ranks_per_node)
+        routes, keys = stacked([routes_of_entries]), shape.head_dim
         moves = Moves(
             left_moved(routes, [(keys + index) * size], n, rank),
             left_moved(routes, [keys * size], n, rank, reverse=True),

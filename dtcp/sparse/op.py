@@ -140,9 +140,9 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, keys, entries, selected, sink, sight, ctx.scale = inputs
-    given = (q, keys, entries, selected, sink, *output)
-    ctx.there = [x is not None for x in given]
-    ctx.save_for_backward(*(x for x in given if x is not None), *sight)
+    kept = (q, keys, entries, selected, sink, *output)
+    ctx.there = [x is not None for x in kept]
+    ctx.save_for_backward(*(x for x in kept if x is not None), *sight)
     ctx.mark_non_differentiable(output[1])
 
 

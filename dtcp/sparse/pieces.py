@@ -201,7 +201,7 @@ def _tiles(own: _Own, entry_run: Ints, left: int, tile: int) -> Ints:
     most = np.maximum.reduceat(np.where(sees, high, 0), start)
     least = np.where(least < most, least, 0)
     # The first query of a tile sees what is lined up from its own place on, `left` to its left.
-    found = np.stack((start, stop, start + index * left, stop + (index + 1) * left, least, most), 1)
+    tiles = np.stack((start, stop, start + index * left, stop + (index + 1) * left, least, most), 1)
     out = np.zeros((-(-len(own.token) // tile) + own.room, 6), dtype=np.int64)
-    out[: len(found)] = found
+    out[: len(tiles)] = tiles
     return out

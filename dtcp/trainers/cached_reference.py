@@ -42,17 +42,17 @@ def with_reference_log_probs(
         num_workers=trainer.args.dataloader_num_workers,
     )
     model = trainer.ref_model or trainer.model
-    found: list[list[Tensor]] = []
+    batches: list[list[Tensor]] = []
     for batch in trainer.accelerator.prepare(rows):
         numbers = trainer.compute_ref_log_probs(model, prepare(batch))
-        given = tuple(x for x in numbers if x is not None)
-        found.append([x.cpu() for x in trainer.accelerator.gather_for_metrics(given)])
+        log_probs = tuple(x for x in numbers if x is not None)
+        batches.append([x.cpu() for x in trainer.accelerator.gather_for_metrics(log_probs)])
     names = ("ref_chosen_logps", "ref_rejected_logps")
     if hasattr(trainer, "calculate_KL"):
         names = ("ref_logps", "ref_KL_logps")
     columns = {
         name: torch.cat(parts).tolist()
-        for name, parts in zip(names, zip(*found, strict=True), strict=False)
+        for name, parts in zip(names, zip(*batches, strict=True), strict=False)
     }
     return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
 

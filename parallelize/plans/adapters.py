@@ -29,8 +29,8 @@ _PART = re.compile(
 
 def adapted(name: str) -> tuple[str, str]:
     """The layer of peft that a module is part of, and which part it is; itself and "" otherwise."""
-    found = _PART.match(name)
-    return (found.group(1), found.group(2)) if found else (name, "")
+    match = _PART.match(name)
+    return (match.group(1), match.group(2)) if match else (name, "")
 
 
 def adapter_style(base: ParallelStyle | None, target: str, part: str) -> ParallelStyle | None:

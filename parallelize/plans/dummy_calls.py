@@ -29,8 +29,8 @@ def dummy_calls(
         width: channels of a token.
         rotary: widths that tables of positions may have.
     """
-    given = list(inspect.signature(forward).parameters.values())[1:]
-    named = [x for x in given if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)]
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    named = [x for x in parameters if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)]
     call: dict[str, Any] = {}
     for number, each in enumerate(named):
         is_tensor = each.annotation in (Tensor, each.empty) or number == 0
@@ -64,9 +64,9 @@ def rotary_widths(model: nn.Module) -> list[int]:
 def sizes_of_heads(forward: Any, module: nn.Module, tp: int) -> Iterator[Mapping[str, int]]:
     """Sizes that a rank's heads may have, of what a module reads of itself: the fewest first."""
     sizes: dict[str, int] = {}
-    config, given = getattr(module, "config", None), SimpleNamespace(**_given(module))
+    config, arguments = getattr(module, "config", None), SimpleNamespace(**_given(module))
     for name in sorted(_names(forward, module), key=lambda name: ("head" not in name, name)):
-        for owner, prefix in ((module, ""), (given, ""), (config, "config.")):
+        for owner, prefix in ((module, ""), (arguments, ""), (config, "config.")):
             size = None if OF_ONE_HEAD.search(name) else getattr(owner, name, None)
             if type(size) is int and size > 1 and (size % tp == 0 or tp % size == 0):
                 sizes[prefix + name] = max(1, size // tp)
@@ -105,12 +105,12 @@ def is_elementwise(module: nn.Module, width: int, tp: int) -> bool:
 
 def dummy_tensors(module: nn.Module) -> dict[str, Any]:
     """What a module has of its own, made up where it is a parameter or a table."""
-    found = {
+    tensors = {
         **dict(module.named_parameters(recurse=False)),
         **dict(module.named_buffers("", False)),
     }
     own: dict[str, Any] = {
-        name: torch.randn(x.shape) for name, x in found.items() if x.is_floating_point()
+        name: torch.randn(x.shape) for name, x in tensors.items() if x.is_floating_point()
     }
     return own | _given(module)
 

@@ -70,23 +70,23 @@ def styles_by_trial(module: nn.Module, tp: int, rotary: Sequence[int], *, heads:
                 # and each gives the same answer, that nothing is known of it. It then stays whole
                 # on each rank of tp, which is exact, and a warning says so.
                 try:
-                    found = _Trial(module, layers, down, call, tp, heads=heads).styles()
+                    styles = _Trial(module, layers, down, call, tp, heads=heads).styles()
                 except Exception:  # noqa: BLE001
                     continue
-                if found:
-                    return found
+                if styles:
+                    return styles
     return {}
 
 
 def _layers(module: nn.Module) -> dict[str, nn.Module]:
     """The linear layers in a module, adapted or not, by their names there."""
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     for name, each in module.named_modules():
-        is_part = any(name.startswith(f"{other}.") for other in found)
+        is_part = any(name.startswith(f"{other}.") for other in layers)
         layer = getattr(each, BASE, each)
         if (isinstance(layer, nn.Linear) or is_conv1d(layer)) and not is_part:
-            found[name] = layer
-    return found
+            layers[name] = layer
+    return layers
 
 
 def _shape(layer: Any) -> tuple[int, int]:
@@ -99,8 +99,8 @@ class _NotSplit(Exception):
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What the runs of all ranks say."""
+class _HeadSplit:
+    """How the heads are split, as the runs of all ranks agree."""
 
     sizes: Mapping[str, int]
     cut_dims: Mapping[str, int]
@@ -143,13 +143,13 @@ class _Trial:
         segments = {name: self._segments(name) for name in self.ups}
         if all(each[0].pieces == 1 and len(each) == 1 for each in segments.values()):
             raise _NotSplit
-        found = self._found(segments)
+        split = self._head_split(segments)
         own_parameters = {name for name, _ in self.module.named_parameters(recurse=False)}
-        styles: Styles = {"": self._container(found, own_parameters)}
+        styles: Styles = {"": self._container(split, own_parameters)}
         styles |= {name: self._of_rows(name, parts) for name, parts in segments.items()}
         down = self.layers[self.down]
         styles[self.down] = Conv1DSum() if is_conv1d(down) else RowwiseParallel()
-        styles |= {name: self._other(name, kind) for name, kind in found.inputs.items()}
+        styles |= {name: self._other(name, kind) for name, kind in split.inputs.items()}
         return styles
 
     def _segments(self, name: str) -> Segments:
@@ -176,7 +176,7 @@ class _Trial:
 
     def _rows_by_sink(self, name: str) -> list[list[Tensor]]:
         """For each of what heads are made of, which rows of a layer each rank reads in it."""
-        found = []
+        masks_of_sinks = []
         for sink in self._sinks():
             masks = []
             for rank in range(self.tp):
@@ -190,8 +190,8 @@ class _Trial:
                 none = torch.zeros_like(self.outputs[name])
                 masks.append(((none if grad is None else grad) != 0).any(0))
             if any(bool(mask.any()) for mask in masks):
-                found.append(masks)
-        return found
+                masks_of_sinks.append(masks)
+        return masks_of_sinks
 
     def _sinks(self) -> list[tuple[Tensor, int]]:
         """Queries, keys and values by heads, and what the layer that narrows reads."""
@@ -231,7 +231,7 @@ class _Trial:
     def _heads(self) -> int:
         return self.whole.operands[0].shape[1] if self.whole.operands else 0
 
-    def _found(self, segments: Mapping[str, Segments]) -> _Found:
+    def _head_split(self, segments: Mapping[str, Segments]) -> _HeadSplit:
         """The fewest sizes of a module that let all ranks run, and what others are handed."""
         # A table may have as many channels as there are heads.
         tables = {name for name, _ in self.module.named_buffers(recurse=False)}
@@ -241,7 +241,7 @@ class _Trial:
             for cut_dims in (by_heads, others):
                 runs = [self._inputs(rank, segments, cut_dims, sizes) for rank in range(self.tp)]
                 if None not in runs and all(each == runs[0] for each in runs):
-                    return _Found(sizes, cut_dims, runs[0] or {})
+                    return _HeadSplit(sizes, cut_dims, runs[0] or {})
         raise _NotSplit
 
     def _inputs(
@@ -279,8 +279,8 @@ class _Trial:
         del inputs[self.down]
         return None if None in inputs.values() else {n: x or "" for n, x in inputs.items()}
 
-    def _container(self, found: _Found, parameters: set[str]) -> ParallelStyle:
-        forward, cut_dims = forward_of(self.module), found.cut_dims
+    def _container(self, split: _HeadSplit, parameters: set[str]) -> ParallelStyle:
+        forward, cut_dims = forward_of(self.module), split.cut_dims
         tokens = {name: x for name, x in self.call.items() if isinstance(x, Tensor)}
         reads = {
             name: next((arg for arg, x in tokens.items() if x is self.whole.reads[name]), "")
@@ -301,7 +301,7 @@ class _Trial:
         heads = self._heads()
         return HeadsOfLayer(
             dims,
-            found.sizes,
+            split.sizes,
             {name: (Segment(heads, heads),) for name in cut_dims if name not in parameters},
             {name: place_of(forward, name) for name in arguments} if alone else False,
             () if alone else tuple(reads),

@@ -99,7 +99,7 @@ def parallelize_hf(
     check_kind("parallelize_hf", nn.Module, model=model)
     check_kind("parallelize_hf", ParallelMesh, mesh=mesh)
     _check_attention(attention)
-    given, model = model, adapted_model(model)
+    outer, model = model, adapted_model(model)
     check_has_no_mixers(model)
     check_experts_without_adapters(model)
     _check_whole_weights(model)
@@ -114,7 +114,7 @@ def parallelize_hf(
     parallelize(
         model, mesh, plan, activation_checkpoint=activation_checkpoint, compile=compile, fsdp=fsdp
     )
-    return given
+    return outer
 
 
 def hf_plan(

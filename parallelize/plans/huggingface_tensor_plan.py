@@ -160,15 +160,15 @@ def _unit(name: str, modules: Mapping[str, nn.Module]) -> str:
     Where that is a list of parts (T5), each of which holds a norm beside what is split, it is up to
     what follows the second.
     """
-    found = re.match(r"(.*?\.\d+\.[^.]+)", name)
-    if found is None:
+    match = re.match(r"(.*?\.\d+\.[^.]+)", name)
+    if match is None:
         return name
-    listed = re.match(re.escape(found.group(1)) + r"(\.\d+)\.[^.]+", name)
-    if listed is None or not isinstance(modules[found.group(1)], nn.ModuleList):
-        return found.group(1)
-    entry = modules[found.group(1) + listed.group(1)]
+    listed = re.match(re.escape(match.group(1)) + r"(\.\d+)\.[^.]+", name)
+    if listed is None or not isinstance(modules[match.group(1)], nn.ModuleList):
+        return match.group(1)
+    entry = modules[match.group(1) + listed.group(1)]
     holds_layers = any(hasattr(each, "in_features") for each in entry.children())
-    return found.group(1) if holds_layers else listed.group(0)
+    return match.group(1) if holds_layers else listed.group(0)
 
 
 def _say_what_is_whole(

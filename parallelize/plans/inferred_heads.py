@@ -42,13 +42,13 @@ def inferred_heads(
     tried: dict[tuple[object, ...], Roles] = {}
     roles: Roles = {}
     for name, module in modules.items():
-        around, given = _around(name, modules)
-        if not calls_registry(module) or any(known.get(f"{around}.{part}") for part in given):
+        around, linears = _around(name, modules)
+        if not calls_registry(module) or any(known.get(f"{around}.{part}") for part in linears):
             continue
         has_table = id(module) in biased
         kind = (*_kind(modules[around]), name[len(around) :], has_table)
         if kind not in tried:
-            tried[kind] = _heads(modules[around], given, tp, has_table=has_table)
+            tried[kind] = _heads(modules[around], linears, tp, has_table=has_table)
         roles |= {f"{around}.{part}": role for part, role in tried[kind].items()}
     return roles
 
@@ -70,8 +70,8 @@ def inferred_blocks(modules: Mapping[str, nn.Module], known: Mapping[str, str], 
         free = {part: x for part, x in inside.items() if not known.get(f"{name}.{part}")}
         kind = (*_kind(module), *free)
         if kind not in tried:
-            found = up_and_down(free, tp)
-            ups, down = found if found is not None else ([], "")
+            pair = up_and_down(free, tp)
+            ups, down = pair if pair is not None else ([], "")
             before = _beside(module, ups)
             is_split = down and _splits(module, free, down, tp, heads=False, others=before)
             named = {**dict.fromkeys(before, WHOLE), **dict.fromkeys(ups, COLWISE), down: ROWWISE}
@@ -101,13 +101,13 @@ def _around(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, dict[str,
 
 def _linears(module: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers in a module, adapted or not, by their names there."""
-    found: dict[str, nn.Linear] = {}
+    linears: dict[str, nn.Linear] = {}
     for name, each in module.named_modules():
-        is_part = any(name.startswith(f"{other}.") for other in found)
+        is_part = any(name.startswith(f"{other}.") for other in linears)
         linear = getattr(each, BASE, each)
         if isinstance(linear, nn.Linear) and not is_part:
-            found[name] = linear
-    return found
+            linears[name] = linear
+    return linears
 
 
 def _kind(module: nn.Module) -> tuple[object, ...]:

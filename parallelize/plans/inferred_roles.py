@@ -28,10 +28,10 @@ def inferred_roles(
     tried: dict[tuple[object, ...], bool] = {}
     for unit, names in units.items():
         linears = {name: modules[name] for name in names}
-        found = up_and_down(linears, tp)
-        if unit not in modules or unit in names or found is None:
+        pair = up_and_down(linears, tp)
+        if unit not in modules or unit in names or pair is None:
             continue
-        ups, down = found
+        ups, down = pair
         shapes = [tuple(p.shape) for p in modules[unit].parameters()]
         kind = (*map(type, modules[unit].modules()), *shapes)
         if kind not in tried:

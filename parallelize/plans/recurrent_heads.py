@@ -38,8 +38,8 @@ def recurrent_heads(model: nn.Module, modules: Mapping[str, nn.Module], tp: int)
     styles: Styles = {}
     for name, module in modules.items():
         if id(module) in layers:
-            found = _styles(module, tp)
-            own = {f"{name}.{part}" if part else name: style for part, style in found.items()}
+            of_layer = _styles(module, tp)
+            own = {f"{name}.{part}" if part else name: style for part, style in of_layer.items()}
             own = {part: style for part, style in own.items() if part in modules}
             styles |= own if _covers(own, name, module) else {}
     return styles
@@ -48,11 +48,11 @@ def recurrent_heads(model: nn.Module, modules: Mapping[str, nn.Module], tp: int)
 def _styles(layer: Any, tp: int) -> Styles:
     for form in FORMS:
         try:
-            found = form(layer, tp)
+            styles = form(layer, tp)
         except AttributeError:
             continue  # It lacks what layers of this form have.
-        if found:
-            return found
+        if styles:
+            return styles
     return {}
 
 

@@ -123,14 +123,14 @@ class _StandIn:
             return False
         if self._prefix + name in self._run.own:
             return self._run.own[self._prefix + name]
-        found = getattr(self._module, name)
+        value = getattr(self._module, name)
         if name == "config":
-            return ChangedConfig(found, of_config(self._run.own))
-        if isinstance(found, nn.Dropout):
+            return ChangedConfig(value, of_config(self._run.own))
+        if isinstance(value, nn.Dropout):
             return nn.Identity()
-        if isinstance(found, MethodType) and found.__self__ is self._module:
-            return partial(found.__func__, self)
-        return self._of(found, self._prefix + name) if isinstance(found, nn.Module) else found
+        if isinstance(value, MethodType) and value.__self__ is self._module:
+            return partial(value.__func__, self)
+        return self._of(value, self._prefix + name) if isinstance(value, nn.Module) else value
 
     def _of(self, found: nn.Module, name: str) -> Any:
         if name in self._run.outputs:

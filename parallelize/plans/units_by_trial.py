@@ -34,9 +34,9 @@ def units_by_trial(
         kind = (*map(type, module.modules()), *(tuple(p.shape) for p in module.parameters()))
         if kind not in tried:
             tried[kind] = styles_by_trial(module, tp, rotary, heads=calls_registry(module))
-        found = {f"{unit}.{name}".rstrip("."): style for name, style in tried[kind].items()}
+        of_unit = {f"{unit}.{name}".rstrip("."): style for name, style in tried[kind].items()}
         parts = {adapted(name)[0] for name in owners if f"{name}.".startswith(f"{unit}.")}
-        styles |= found if parts <= found.keys() else {}
+        styles |= of_unit if parts <= of_unit.keys() else {}
     return styles
 
 

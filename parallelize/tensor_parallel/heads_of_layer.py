@@ -54,10 +54,10 @@ class HeadsOfLayer(ParallelStyle):
             return copy_to_region(x, device_mesh)
 
         def on_heads(layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-            found = {name: getattr(layer, name) for name in runs}
+            attributes = {name: getattr(layer, name) for name in runs}
             cuts = {
                 name: cut(x, runs[name], list(x.shape).index(rows[name]))
-                for name, x in found.items()
+                for name, x in attributes.items()
             }
             inside = {name: Reader(layer.get_submodule(name), read) for name in readers}
             view = ModuleView(layer, {**local_parameters(layer), **own, **cuts, **inside})

@@ -88,15 +88,15 @@ class ModuleView:
     def __getattr__(self, name: str) -> Any:
         if name in self._tensors:
             return self._tensors[name]
-        found = getattr(self._module, name)
-        if isinstance(found, MethodType) and found.__self__ is self._module:
-            return partial(found.__func__, self)
-        if isinstance(found, nn.Module) and _is_distributed(found):
+        value = getattr(self._module, name)
+        if isinstance(value, MethodType) and value.__self__ is self._module:
+            return partial(value.__func__, self)
+        if isinstance(value, nn.Module) and _is_distributed(value):
             # A layer may read the weight of a module inside of it, a convolution's for example.
             if name not in self._inside:
-                self._inside[name] = _LazyView(found, {})
+                self._inside[name] = _LazyView(value, {})
             return self._inside[name]
-        return found
+        return value
 
 
 class _LazyView(ModuleView):

@@ -138,12 +138,12 @@ def block_ranges_of_parts(rows: Sequence[SlotRuns], keys: KeyLine, *, tile: int 
     def before(tokens: Ints) -> Ints:
         return keys.before(parts.reshape(-1, 1, 1, 1), tokens).swapaxes(0, 1)
 
-    found = _ranges(Tiles(bounds, ends, all_see), before)
+    of_parts = _ranges(Tiles(bounds, ends, all_see), before)
     if len(parts) == keys.parts:
-        return found
-    ranges = torch.zeros(keys.parts, *found.shape[1:], dtype=torch.int64)
+        return of_parts
+    ranges = torch.zeros(keys.parts, *of_parts.shape[1:], dtype=torch.int64)
     ranges[..., 0], ranges[..., 1] = (torch.from_numpy(x) for x in (bounds[:, :-1], bounds[:, 1:]))
-    return ranges.index_copy_(0, torch.from_numpy(parts), found)
+    return ranges.index_copy_(0, torch.from_numpy(parts), of_parts)
 
 
 def _tiles(first_key: Tensor, last_key: Tensor, tile: int) -> Tiles:

@@ -164,8 +164,8 @@ def _lines(rows: Sequence[SlotRuns], keys: KeyLine) -> _Lines:
     skipped = np.where(seen == 0, np.where(stop_step > begin_step, 1, length), 0)
     kept = np.where(stop_step < begin_step, np.minimum(length, seen), length) - skipped
     ends = (begin + begin_step * skipped, begin_step, stop + stop_step * skipped, stop_step)
-    found = _Lines(part * len(rows) + row, slot + after + skipped, kept, *ends)
-    return _Lines(*(x[kept > 0] for x in found))
+    lines = _Lines(part * len(rows) + row, slot + after + skipped, kept, *ends)
+    return _Lines(*(x[kept > 0] for x in lines))
 
 
 def _cuts(keys: KeyLine, part: Ints, length: Ints, *ends: tuple[Ints, Ints]) -> tuple[Ints, Ints]:
