@@ -1,4 +1,4 @@
-"""A loop of one's own over a mesh, as one writes it with accelerate.
+"""A training loop of your own over a mesh, written as it would be with accelerate.
 
 torchrun --nproc-per-node 4 examples/own_loop.py      (two CPU cores, no download, seconds)
 """
