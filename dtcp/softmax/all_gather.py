@@ -18,9 +18,10 @@ from dtcp.kernels.softmax.api import (
 from dtcp.sequence.key_intervals import Intervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.exchange import bring_rows, return_grads, sort_by_index
+from dtcp.softmax.exchange_strategy import ExchangeStrategy
 from dtcp.softmax.metadata import KeyExchangeMetadata, all_gather_metadata
 from dtcp.softmax.op import AttentionOp
-from dtcp.softmax.payload import ExchangeStrategy, KVPayload
+from dtcp.softmax.payload import KVPayload
 from dtcp.softmax.strategy import OpContext
 from dtcp.softmax.style import AttentionStyle
 

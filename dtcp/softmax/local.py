@@ -16,11 +16,11 @@ from dtcp.kernels.softmax.api import (
     local_sink_gradient,
     note_rounded_sums,
 )
+from dtcp.softmax.exchange_strategy import bias_gradients
 from dtcp.softmax.inputs import AttentionInputs, check_key_count
 from dtcp.softmax.metadata import LocalMetadata
 from dtcp.softmax.moves import AttentionShape, Peers
 from dtcp.softmax.op import AttentionOp
-from dtcp.softmax.payload import bias_gradients
 from dtcp.softmax.strategy import ForwardResult, OpContext
 
 

@@ -28,11 +28,12 @@ from dtcp.softmax.exchange import (
     start_bringing,
     start_returning,
 )
+from dtcp.softmax.exchange_strategy import ExchangeStrategy
 from dtcp.softmax.metadata import KeyExchangeMetadata, ring_metadata
 from dtcp.softmax.moves import AttentionShape, Peers, counts_by_step, steps_moved
 from dtcp.softmax.node_ring import NodeRing, node_ring_metadata, node_ring_moves
 from dtcp.softmax.op import AttentionOp
-from dtcp.softmax.payload import ExchangeStrategy, KVPayload
+from dtcp.softmax.payload import KVPayload
 from dtcp.softmax.row_transfers import RowTransfer, StartRows
 from dtcp.softmax.strategy import OpContext
 from dtcp.softmax.style import AttentionStyle
