@@ -6,7 +6,8 @@ here, and norms, routers and embeddings, of which its plans say nothing, have st
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -71,22 +72,21 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     tp_plan = _tp_plan(model)
     _check_divisible(model, tp_plan, tp)
     _check_embedding_is_called(model)
-    modules = dict(model.named_modules())
-    owners = [name for name, module in modules.items() if has_parameters(module)]
-    units = {name: _unit(name, modules) for name in modules}
+    parts = _Parts.of(model)
+    modules, owners, units = parts.modules, parts.owners, parts.units
     roles = {name: _role(name, tp_plan) for name in modules}
     latent_roles, containers = latent_heads(modules, tp)
     heads = recurrent_heads(model, modules, tp)
     roles |= latent_roles
     roles |= inferred_heads(model, modules, roles, tp)
-    roles |= _inferred(modules, owners, units, roles, tp)
-    _, missing = _styles(model, modules, owners, units, roles, heads, tp)
+    roles |= inferred_roles(modules, parts.without_role(roles), tp)
+    _, missing = _styles(model, parts, roles, heads, tp)
     beside = beside_experts(modules, roles, EXPERTS)
     tried = units_by_trial(model, modules, owners, (*missing, *beside), tp)
     heads |= tried
     roles |= dict.fromkeys((name for name in owners if adapted(name)[0] in tried), "")
     roles |= inferred_blocks(modules, {**roles, **dict.fromkeys(heads, WHOLE)}, tp)
-    plan, missing = _styles(model, modules, owners, units, roles, heads, tp)
+    plan, missing = _styles(model, parts, roles, heads, tp)
     for name in owners:
         if units[name] in missing and roles[name] != EXPERTS:
             plan[name] = LocalParams()
@@ -102,16 +102,42 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     return {**_shared_inputs(plan), **plan}
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """The modules of a model, by name, and the parts of its blocks.
+
+    Args:
+        owners: names of the modules that have parameters of their own.
+        units: of each module, the part of a block that is split as one.
+    """
+
+    modules: dict[str, nn.Module]
+    owners: list[str]
+    units: dict[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Parts":
+        modules = dict(model.named_modules())
+        owners = [name for name, module in modules.items() if has_parameters(module)]
+        return cls(modules, owners, {name: _unit(name, modules) for name in modules})
+
+    def without_role(self, roles: Mapping[str, str]) -> dict[str, list[str]]:
+        """Units in which no module has a role, with the owners in each."""
+        owners_of: dict[str, list[str]] = {}
+        for name in self.owners:
+            owners_of.setdefault(self.units[name], []).append(name)
+        return {unit: names for unit, names in owners_of.items() if not any(map(roles.get, names))}
+
+
 def _styles(
     model: Any,
-    modules: Mapping[str, nn.Module],
-    owners: Sequence[str],
-    units: Mapping[str, str],
+    parts: _Parts,
     roles: Mapping[str, str],
     heads: Mapping[str, ParallelStyle],
     tp: int,
 ) -> tuple[dict[str, ParallelStyle], dict[str, str]]:
     """The style of each module that has parameters; and parts of which one has none, with it."""
+    modules, owners, units = parts.modules, parts.owners, parts.units
     experts = tuple(name for name in modules if roles[name] == EXPERTS)
     moes = tuple(f"{name.rpartition('.')[0]}." for name in experts)
     split_units = {units[name] for name in owners if roles[adapted(name)[0]] == COLWISE}
@@ -138,20 +164,6 @@ def _styles(
             missing.setdefault(units[name], name)
         plan[name] = style or LocalParams()
     return plan, missing
-
-
-def _inferred(
-    modules: Mapping[str, nn.Module],
-    owners: Sequence[str],
-    units: Mapping[str, str],
-    roles: Mapping[str, str],
-    tp: int,
-) -> dict[str, str]:
-    parts: dict[str, list[str]] = {}
-    for name in owners:
-        parts.setdefault(units[name], []).append(name)
-    unknown = {unit: names for unit, names in parts.items() if not any(map(roles.get, names))}
-    return inferred_roles(modules, unknown, tp)
 
 
 def _unit(name: str, modules: Mapping[str, nn.Module]) -> str:
