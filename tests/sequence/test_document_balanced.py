@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dtcp.sequence.block_runs import TokenTypes, vision_blocks
-from dtcp.sequence.document_balanced import DocumentBalanced, RowOfDocuments
+from dtcp.sequence.document_balanced import DocumentBalanced
+from dtcp.sequence.document_pieces import RowOfDocuments
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.interval_runs import interval_runs
 from dtcp.sequence.layout import HeadTail
