@@ -159,8 +159,8 @@ class ClaimedMixer(Mixer):
             )
         # Whoever wrote the style, and whether or not it asks.
         self.style.check(self, self.own_layout(layout))
-        made: AttentionMetadata = self.style.make_metadata(self, coords, layout, self.rank)
-        return made
+        metadata: AttentionMetadata = self.style.make_metadata(self, coords, layout, self.rank)
+        return metadata
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, style={self.style}, ranks={self.num_shards}"

@@ -100,8 +100,8 @@ class MixerKinds(NamedTuple):
         self, coords: Coords, layout: SequenceLayout | None = None, *, real: Tensor | None = None
     ) -> BatchMetadata:
         """`collect_metadata` of the model."""
-        made = {mixer.metadata_key: mixer.make_metadata(coords, layout) for mixer in self.first}
-        return BatchMetadata(made, real)
+        by_key = {mixer.metadata_key: mixer.make_metadata(coords, layout) for mixer in self.first}
+        return BatchMetadata(by_key, real)
 
     def remembered(self, make: Callable[[Sequence[Mixer]], T]) -> T:
         """What a function makes of all mixers: once, for it depends on their keys alone."""

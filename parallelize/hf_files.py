@@ -80,14 +80,14 @@ class WeightGroup:
         for name, pattern in self.sources:
             rule.add_tensor(self.target, name, pattern, files[name])
         try:
-            made = rule.convert(self.target, model=model, config=model.config)
+            converted = rule.convert(self.target, model=model, config=model.config)
         except RuntimeError as error:
             raise ValueError(
                 f"Weights of one parameter go together, got {len(self.sources)} for {self.target} "
                 f"({self.sources[0][0]}, ..) that do not ({error}): copy all files of the "
                 f"checkpoint."
             ) from error
-        return {name: x[0] if isinstance(x, list) else x for name, x in made.items()}
+        return {name: x[0] if isinstance(x, list) else x for name, x in converted.items()}
 
 
 def weight_groups(model: Any, files: Mapping[str, Tensor]) -> tuple[list[WeightGroup], list[str]]:
@@ -132,11 +132,11 @@ class SavedGroup:
         """Whole weights by their names in files."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        made = revert_weight_conversion(model, dict(whole))
+        reverted = revert_weight_conversion(model, dict(whole))
         # Parts of one tensor share its memory, which files do not.
         return {
             name: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
-            for name, x in made.items()
+            for name, x in reverted.items()
         }
 
 
@@ -166,5 +166,5 @@ def _rules_of_saving(model: Any) -> list[Any]:
     own = getattr(model, "_weight_conversions", None)
     if own is not None:
         return list(own)
-    made = get_model_conversion_mapping(model, add_legacy=False)
-    return [rule for rule in made if not isinstance(rule, PrefixChange)]
+    rules = get_model_conversion_mapping(model, add_legacy=False)
+    return [rule for rule in rules if not isinstance(rule, PrefixChange)]

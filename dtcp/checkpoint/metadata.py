@@ -148,11 +148,11 @@ Classes = Mapping[str, type[_StandIn]]
 
 def _metadata(value: Any, classes: Classes) -> Metadata:
     state = _state(value, classes["Metadata"])
-    of = _typed(state["state_dict_metadata"], dict)
+    entries = _typed(state["state_dict_metadata"], dict)
     storage = _typed(state["storage_data"], dict)
     planner = _typed(state.get("planner_data") or {}, dict)
     return Metadata(
-        state_dict_metadata={_typed(k, str): _storage(v, classes) for k, v in of.items()},
+        state_dict_metadata={_typed(k, str): _storage(v, classes) for k, v in entries.items()},
         planner_data={_typed(k, str): _object_path(v) for k, v in planner.items()},
         storage_data={_index(k, classes): _info(v, classes) for k, v in storage.items()},
         storage_meta=_storage_meta(state.get("storage_meta"), classes),

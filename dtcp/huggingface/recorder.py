@@ -265,9 +265,9 @@ def survey_mask(*, mask_function: Callable[..., Any], **arguments: Any) -> Tenso
     assert dense is not None
     # One of the model's own making, for it is called without: ones say nothing; any other would be
     # as long as a shard.
-    made = arguments.get("attention_mask")
+    own_mask = arguments.get("attention_mask")
     setattr(dense, _MASK, read_mask(mask_function))
-    setattr(dense, _MADE, made is not None)
-    setattr(dense, _HIDDEN, None if made is None or bool(made.all()) else made == 0)
+    setattr(dense, _MADE, own_mask is not None)
+    setattr(dense, _HIDDEN, None if own_mask is None or bool(own_mask.all()) else own_mask == 0)
     setattr(dense, RECORDER, metadata_of_config(arguments.get("config")))
     return dense

@@ -141,11 +141,11 @@ def with_kernels(layer: nn.Module, kernel: Callable[[str, Any], Callable[..., An
     # Without __name__, for dynamo (2.13) would look names up in the module of that name.
     own = {key: x for key, x in names.items() if key != "__name__"}
     own |= {name: kernel(name, names[name]) for name in KERNELS if name in names}
-    made = FunctionType(
+    function = FunctionType(
         forward.__code__, own, forward.__name__, forward.__defaults__, forward.__closure__
     )
-    made.__kwdefaults__ = forward.__kwdefaults__
-    return made
+    function.__kwdefaults__ = forward.__kwdefaults__
+    return function
 
 
 def _on_mixer(name: str, _: Any) -> Callable[..., Any]:

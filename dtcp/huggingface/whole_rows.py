@@ -174,8 +174,8 @@ class WholeRows(nn.Module):
         return shard_hf_batch(rows, self.mesh, self.layout, model=self.module, **options)
 
     def _prepared(self, rows: Mapping[str, Any]) -> PreparedBatch:
-        of = (rows, self.mesh, self.layout)
-        return prepare_hf_batch(*of, model=self.module, buckets=self.buckets)
+        arguments = (rows, self.mesh, self.layout)
+        return prepare_hf_batch(*arguments, model=self.module, buckets=self.buckets)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:

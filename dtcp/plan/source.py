@@ -271,11 +271,11 @@ def _lengths_in_folder(folder: Path) -> list[int]:
 def _function(name: str) -> Callable[..., Any]:
     module, colon, function = name.partition(":")
     try:
-        made: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        named: Callable[..., Any] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"A model and its plan are functions, got {name!r}: give module:function ({error})."
         ) from None
-    if not colon or not callable(made):
+    if not colon or not callable(named):
         raise ValueError(f"A model and its plan are functions, got {name!r}: give module:function.")
-    return made
+    return named

@@ -271,14 +271,14 @@ def chosen_ranks(cp: int, most: int = 8) -> list[int]:
 
 def metadata_of(step: TracedStep, rank: int) -> BatchMetadata:
     """What the mixers of the model read on another rank of the axis."""
-    made = {}
+    by_key = {}
     for module in step.model.modules():
-        if isinstance(module, ClaimedMixer) and module.metadata_key not in made:
+        if isinstance(module, ClaimedMixer) and module.metadata_key not in by_key:
             sharded = step.sharded
-            made[module.metadata_key] = module.style.make_metadata(
+            by_key[module.metadata_key] = module.style.make_metadata(
                 module, sharded.coords, sharded.layout, rank
             )
-    return BatchMetadata(made)
+    return BatchMetadata(by_key)
 
 
 def rank_forecast(

@@ -138,8 +138,8 @@ class GatheredWeights:
             return []
         moments = [self._above(0, others + unit.gradients + unit.summed)]
         self._summed = unit.summed
-        made = unit.shard + (unit.kept if self.copies else 0)
-        moments.append(self._above(0, others + made))
+        gathered = unit.shard + (unit.kept if self.copies else 0)
+        moments.append(self._above(0, others + gathered))
         self.done += 0 if self.accumulates else unit.kept
         self.done += unit.shard if self.replicas and self.copies else 0
         return moments

@@ -140,8 +140,8 @@ def _too_much(search: Search, rest: Sequence[Candidate], usable: int, shown: int
     """Setups that need more memory than there is, and by how much."""
     needs = [(_what(each.setup), each.forecast.memory.total, "") for each in rest]
     needs += [(_what(each.setup), each.needs, " or more") for each in search.too_large]
-    for what, size, more in needs[:shown]:
-        yield (f"  {what:<58} needs {size / GB:8.1f} GB{more}, {(size - usable) / GB:.1f} too many")
+    for name, size, more in needs[:shown]:
+        yield (f"  {name:<58} needs {size / GB:8.1f} GB{more}, {(size - usable) / GB:.1f} too many")
     if len(needs) > shown:
         yield f"  and {len(needs) - shown} more that do not fit"
 

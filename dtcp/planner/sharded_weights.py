@@ -99,8 +99,8 @@ class Unit:
 
     def kept(self, degrees: Degrees, *, spread: bool) -> int:
         """Bytes of a rank's own shards as they are gathered, of either kind of weight."""
-        of = _of_kind(self.weights, spread=spread)
-        return sum(weight.own(degrees) * weight.dtype.itemsize for weight in of)
+        weights = _of_kind(self.weights, spread=spread)
+        return sum(weight.own(degrees) * weight.dtype.itemsize for weight in weights)
 
     def summed(self, degrees: Degrees, precision: Precision, *, spread: bool) -> int:
         """Bytes of a rank's own gradients as they are summed, of either kind of weight."""

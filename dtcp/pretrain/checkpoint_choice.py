@@ -80,10 +80,10 @@ def choose(folders: SavedFolders, step: int, *, checksums: bool) -> Choice | Non
     """
     manifests = agree(lambda: _look(folders, step))
     problems: list[str] = []
-    for at, manifest in manifests:
+    for number, manifest in manifests:
         problem = manifest if isinstance(manifest, str) else ""
         if not isinstance(manifest, str):
-            problem = changed(folders.path(at), manifest, checksums=checksums)
+            problem = changed(folders.path(number), manifest, checksums=checksums)
             if not problem:
                 if step < 0:
                     _refuse_mixed_runs(folders, manifest, manifests)
@@ -133,11 +133,11 @@ def _look(folders: SavedFolders, step: int) -> list[tuple[int, Manifest | str]]:
     """Steps to try, the newest first, each with its manifest or why it is not whole."""
     steps = folders.steps() if step < 0 else [step]
     manifests: list[tuple[int, Manifest | str]] = []
-    for at in reversed(steps):
+    for number in reversed(steps):
         try:
-            manifests.append((at, folders.manifest(at)))
+            manifests.append((number, folders.manifest(number)))
         except ValueError as error:
-            manifests.append((at, str(error)))
+            manifests.append((number, str(error)))
     return manifests
 
 

@@ -36,9 +36,9 @@ def save_failure(error: CheckpointException, root: Path, step: int, newest: str)
         step: after which it was; -1 where it was saved in the background.
         newest: which checkpoint is the last one, as a sentence.
     """
-    at = f" at step={step}" if step >= 0 else " in the background"
+    when = f" at step={step}" if step >= 0 else " in the background"
     return (
-        f"A checkpoint is written as a whole, got {_cause(error)}{at} in {root}: what was "
+        f"A checkpoint is written as a whole, got {_cause(error)}{when} in {root}: what was "
         f"written of it is removed. {newest}; make room or mend the folder, and start again."
     )
 

@@ -210,14 +210,14 @@ class PackedDocuments(BaseDataLoader):
         changed = changes(before, self.fingerprint())
         if not changed:
             return
-        what = "; ".join(changed)
+        text = "; ".join(changed)
         if not self.config.accept_changes:
             raise ValueError(
-                f"A resumed run reads the data it began with, got other data ({what}): bring them "
+                f"A resumed run reads the data it began with, got other data ({text}): bring them "
                 f"back, or set --dataloader.accept_changes to go on at the same place in the new, "
                 f"where some documents come twice or never."
             )
-        say(f"data        changed and accepted: {what}")
+        say(f"data        changed and accepted: {text}")
 
     def _micro_batch(self, rows: Sequence[Row]) -> MicroBatch:
         """This rank's rows of a global micro-batch, as torchtitan wants them."""

@@ -73,15 +73,15 @@ def _hops(owner: Ints, along: Ints, m: int) -> tuple[Ints, Ints]:
     first, second = [], []
     for node in np.unique(ranks // m):
         members = ranks // m == node
-        at, which = reads[:, members].nonzero()
-        reader, here = ranks[members][which], owner[at] // m == node
-        count = reads[:, members].sum(1)[at]
-        turn = np.arange(len(at)) - np.searchsorted(at, at) == along[at] % np.maximum(count, 1)
+        run, which = reads[:, members].nonzero()
+        reader, here = ranks[members][which], owner[run] // m == node
+        count = reads[:, members].sum(1)[run]
+        turn = np.arange(len(run)) - np.searchsorted(run, run) == along[run] % np.maximum(count, 1)
         straight = here | turn
-        first.append(np.stack((owner[at], reader, along[at]), axis=1)[straight])
+        first.append(np.stack((owner[run], reader, along[run]), axis=1)[straight])
         taker = np.zeros(len(owner), dtype=np.int64)
-        taker[at[turn]] = reader[turn]
-        second.append(np.stack((taker[at], reader, along[at]), axis=1)[~straight])
+        taker[run[turn]] = reader[turn]
+        second.append(np.stack((taker[run], reader, along[run]), axis=1)[~straight])
     return np.concatenate(first), np.concatenate(second)
 
 

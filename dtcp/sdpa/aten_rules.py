@@ -155,8 +155,8 @@ def _backward_rule(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     grads = _op(call).backward(*arguments)[:3]
     # Of a bias and the like, which nobody gave.
     no_grads = [None] * (num_results(op) - len(grads))
-    of = [call[name] for name in ("query", "key", "value")]
-    return (*_torchs(grads, of), *no_grads)
+    inputs = [call[name] for name in ("query", "key", "value")]
+    return (*_torchs(grads, inputs), *no_grads)
 
 
 def _sequence_group(call: Arguments) -> list[str] | None:
@@ -204,11 +204,11 @@ def _on_local(op: OpOverload, call: Arguments) -> tuple[Any, ...]:
     results = op(**to_local(call))
     q = call["query"]
     # Of a backward kernel the gradients of all three, of a forward one out and lse.
-    of = [q, call["key"], call["value"]] if "out" in call else [q, q]
-    of += [q] * (len(results) - len(of))
+    likes = [q, call["key"], call["value"]] if "out" in call else [q, q]
+    likes += [q] * (len(results) - len(likes))
     return tuple(
         _wrapped(x, like) if isinstance(x, Tensor) and x.ndim >= 3 else x
-        for x, like in zip(results, of, strict=True)
+        for x, like in zip(results, likes, strict=True)
     )
 
 
@@ -222,10 +222,10 @@ def _wrapped(local: Tensor, like: DTensor) -> DTensor:
     for dim, _ in cut:
         whole[dim] = like.shape[dim]
     # Its strides are those of one that is contiguous.
-    of = torch.empty(whole, device="meta")
+    meta = torch.empty(whole, device="meta")
     local = local.contiguous()
     return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=of.shape, stride=of.stride()
+        local, mesh, placements, run_check=False, shape=meta.shape, stride=meta.stride()
     )
 
 

@@ -168,11 +168,11 @@ class RowOfDocuments(NamedTuple):
         count, end = len(self.bounds), ways * self.seq_len
         bounds = (np.arange(ways)[:, None] * self.seq_len + self.bounds).flatten()
         first = unique_ascending(np.concatenate((start, bounds[bounds < end])))
-        of = holder[start.searchsorted(first, side="right") - 1]
+        rank = holder[start.searchsorted(first, side="right") - 1]
         document = bounds.searchsorted(first, side="right") - 1
         reach = stops_of(first, end) - bounds[document]
         # Of each rank and document the last stretch, by one sort.
-        of_document = (of * count + document % count) * len(first)
+        of_document = (rank * count + document % count) * len(first)
         order = np.sort(of_document + np.arange(len(first)))
         pair, stretch = order // len(first), order % len(first)
         counted = np.append(pair[1:] != pair[:-1], True) & (pair % count < count - 1)
@@ -276,8 +276,8 @@ class _Lines:
         cuts = unique_ascending(np.concatenate((self.places, bounds)))
         first, last = cuts[:-1], cuts[1:]
         stretch = self.places.searchsorted(first, side="right") - 1
-        at = bounds.searchsorted(first, side="right") - 1
-        holder = at // (2 * num_shards) * num_shards + at % num_shards
+        chunk = bounds.searchsorted(first, side="right") - 1
+        holder = chunk // (2 * num_shards) * num_shards + chunk % num_shards
         place = self.places[stretch]
         start = self.way[stretch] * self.seq_len + np.where(
             self.turned[stretch],

@@ -135,16 +135,16 @@ def _in_window(causal: IntervalRuns, size: int) -> IntervalRuns:
     kept = np.arange(len(full))
     if size == 1:
         kept = (causal.last_step == 0).nonzero()[0]
-    of, start = np.concatenate((kept, moving)), np.concatenate((causal.start[kept], full[moving]))
+    run, start = np.concatenate((kept, moving)), np.concatenate((causal.start[kept], full[moving]))
     order = start.argsort()
-    of, start = of[order], start[order]
+    run, start = run[order], start[order]
     return IntervalRuns(
         start,
         stops_of(start, int(causal.stop[-1])),
-        causal.first[of],
+        causal.first[run],
         (order >= len(kept)).astype(np.int64),
-        np.where(causal.last_step[of] > 0, start, -1),
-        causal.last_step[of],
+        np.where(causal.last_step[run] > 0, start, -1),
+        causal.last_step[run],
     )
 
 

@@ -61,8 +61,8 @@ class _Hops(NamedTuple):
         hops = self.where(np.lexsort((self.place, self.source, self.to)))
         new = np.ones(len(hops.to), dtype=bool)
         new[1:] = (hops.to[1:] != hops.to[:-1]) | (hops.source[1:] != hops.source[:-1])
-        for at in (hops.slot, hops.place):
-            new[1:] |= at[1:] != at[:-1] + hops.length[:-1]
+        for ends in (hops.slot, hops.place):
+            new[1:] |= ends[1:] != ends[:-1] + hops.length[:-1]
         first = np.flatnonzero(new)
         length = np.add.reduceat(hops.length, first) if len(first) else hops.length
         return hops.where(first)._replace(length=length)
@@ -182,10 +182,10 @@ def _table(hops: _Hops, rank: int, padding: int, least: int) -> Ints:
     table = np.zeros((2, room, 3), dtype=np.int64)
     table[..., 0] = padding
     ends = ((hops.source, hops.to, hops.slot), (hops.to, hops.source, hops.place))
-    for out, (own, peer, at) in zip(table, ends, strict=True):
+    for out, (own, peer, places) in zip(table, ends, strict=True):
         mine = np.flatnonzero(own == rank)
         mine = mine[np.lexsort((hops.place[mine], peer[mine]))]
-        columns = (peer[mine], at[mine], at[mine] + hops.length[mine])
+        columns = (peer[mine], places[mine], places[mine] + hops.length[mine])
         out[: len(mine)] = np.stack(columns, axis=1)
     return table
 

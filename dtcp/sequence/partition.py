@@ -186,9 +186,9 @@ def merged_cuts(one: Ints, other: Ints) -> tuple[Ints, Ints, Ints]:
     Returns:
         places, and of each the last of `one` and the last of `other` up to it: three [C].
     """
-    at = one.searchsorted(other)
-    new = one.take(at, mode="clip") != other
-    place = at + sums_before(new.astype(np.int64))[:-1]
+    index = one.searchsorted(other)
+    new = one.take(index, mode="clip") != other
+    place = index + sums_before(new.astype(np.int64))[:-1]
     count, added = len(one) + int(np.count_nonzero(new)), place[new]
     of_other = np.arange(len(other)).repeat(stops_of(place, count) - place)
     kept = np.ones(count, dtype=bool)
@@ -216,7 +216,7 @@ def intersections(
     new = differs(run)
     first = new.nonzero()[0]
     last = stops_of(first, len(run)) - 1
-    of = run[first]
-    shared_start[first] = np.maximum(shared_start[first], start[of])
-    shared_stop[last] = np.minimum(shared_stop[last], stop[of])
+    run_of_first = run[first]
+    shared_start[first] = np.maximum(shared_start[first], start[run_of_first])
+    shared_stop[last] = np.minimum(shared_stop[last], stop[run_of_first])
     return run, piece, shared_start, shared_stop

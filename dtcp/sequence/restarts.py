@@ -120,7 +120,7 @@ def _restarts(position_ids: Tensor, row: Tensor, token: Tensor) -> tuple[Tensor,
     Args:
         row, token: where the first axis does not ascend.
     """
-    at = row % position_ids.shape[-2]
-    before, here = position_ids[..., at, token - 1], position_ids[..., at, token]
+    line = row % position_ids.shape[-2]
+    before, here = position_ids[..., line, token - 1], position_ids[..., line, token]
     kept = (here == 0).all(0) if position_ids.ndim == 3 else (here < before) | (here == 0)
     return row[kept], token[kept]

@@ -124,8 +124,8 @@ class _Parts(NamedTuple):
         slot, of_tile = self.slot[inner], self.slot[inner] // tile
         # Keys that are seen in the tile before each of the slots, and from there on.
         seen = sums_before(np.maximum(high - low, 0))
-        at = np.concatenate((self.slot.searchsorted(grid), [len(self.slot)]))
-        before, after = seen[inner] - seen[at[of_tile]], seen[at[of_tile + 1]] - seen[inner]
+        run = np.concatenate((self.slot.searchsorted(grid), [len(self.slot)]))
+        before, after = seen[inner] - seen[run[of_tile]], seen[run[of_tile + 1]] - seen[inner]
         passed = slot - grid[of_tile]
         left = np.minimum(tile, self.stop[-1] - grid[of_tile]) - passed
         spared = passed * after + left * before

@@ -90,12 +90,21 @@ class Stretches:
         new = np.ones(len(start), dtype=bool)
         cut = (enters[1:] >= 0) | (leaves[:-1] >= 0)
         new[1:] = (owner[1:] != owner[:-1]) | (cut & (start[1:] != stop[:-1]))
-        at = np.flatnonzero(new)
-        last = np.append(at[1:], len(start)) - 1
-        rank = owner[at]
-        index = np.arange(len(at)) - np.searchsorted(rank, rank)
-        length = slot[last] + stop[last] - start[last] - slot[at]
-        parts = (rank, index, slot[at], length, start[at], enters[at], stop[last], leaves[last])
+        first = np.flatnonzero(new)
+        last = np.append(first[1:], len(start)) - 1
+        rank = owner[first]
+        index = np.arange(len(first)) - np.searchsorted(rank, rank)
+        length = slot[last] + stop[last] - start[last] - slot[first]
+        parts = (
+            rank,
+            index,
+            slot[first],
+            length,
+            start[first],
+            enters[first],
+            stop[last],
+            leaves[last],
+        )
         return cls(layout.num_shards, documents.batch, line, of, *parts)
 
     @property
@@ -139,8 +148,8 @@ def left_routes(stretches: Stretches, reach: int, rank: int, ranks_per_node: int
     start = np.maximum(start, stop - reach)
     place = (index + 1) * reach - (stop - start)
     reads = Reads(stretches.rank[entering], start, stop, place)
-    of: dict[str, int] = {"num_ranks": stretches.num_shards, "ranks_per_node": ranks_per_node}
-    return node_routes(reads, stretches.line, rank, **of, least=stretches.least)
+    axis: dict[str, int] = {"num_ranks": stretches.num_shards, "ranks_per_node": ranks_per_node}
+    return node_routes(reads, stretches.line, rank, **axis, least=stretches.least)
 
 
 def with_room(x: Ints, length: int, value: int) -> Ints:

@@ -113,9 +113,9 @@ class HybridAttention(AttentionStyle):
         if keys is not None:
             intervals = replace(intervals, keys=joined(keys, groups))
         between = outer.rank_metadata(joined(layout, groups), group, intervals)
-        of = (layout, keys, between)
+        layouts = (layout, keys, between)
         return ulysses_metadata(
-            *of, num_shards=groups, shard=group, ranks_per_node=self.ranks_per_node
+            *layouts, num_shards=groups, shard=group, ranks_per_node=self.ranks_per_node
         )
 
     def with_position_ids(

@@ -71,8 +71,8 @@ class Ascending(SequenceLayout):
 
     @cached_property
     def partition(self) -> Partition:
-        each, of = self.of.num_shards // self.num_shards, self.of.partition
-        return Partition.ascending(of.start, of.owner // each, self.seq_len)
+        each, whole = self.of.num_shards // self.num_shards, self.of.partition
+        return Partition.ascending(whole.start, whole.owner // each, self.seq_len)
 
 
 def joined(layout: SequenceLayout, num_shards: int) -> SequenceLayout:

@@ -49,8 +49,8 @@ class LatentWidths(NamedTuple):
 def keys_and_values(rows: Tensor, up: Tensor, widths: LatentWidths) -> tuple[Tensor, Tensor]:
     """What `up` makes of the rows [B, m, 1, C + R]: k [B, m, H, N + R] and v [B, m, H, V]."""
     latent, rotary = rows.split((widths.latent, widths.rotary), dim=-1)
-    made = (latent[:, :, 0] @ up.flatten(0, 1).mT).unflatten(-1, up.shape[:2])
-    content, v = made.split((widths.content, widths.value), dim=-1)
+    expanded = (latent[:, :, 0] @ up.flatten(0, 1).mT).unflatten(-1, up.shape[:2])
+    content, v = expanded.split((widths.content, widths.value), dim=-1)
     shared = rotary.expand(*content.shape[:3], widths.rotary)
     return torch.cat((content, shared), dim=-1), v
 
@@ -67,9 +67,9 @@ def fold_back(
     content, rotary = dk.split((widths.content, widths.rotary), dim=-1)
     summed = accumulation(rows.dtype)
     dtype = summed if wide else rows.dtype
-    made = torch.cat((content, dv), dim=-1).flatten(2, 3).to(dtype)  # [B, m, H * (N + V)]
+    gradients = torch.cat((content, dv), dim=-1).flatten(2, 3).to(dtype)  # [B, m, H * (N + V)]
     latent = rows[:, :, 0, : widths.latent].to(dtype)
-    d_latent = (made @ up.flatten(0, 1).to(dtype)).to(summed)
+    d_latent = (gradients @ up.flatten(0, 1).to(dtype)).to(summed)
     d_rows = torch.cat((d_latent[:, :, None], rotary.sum(2, keepdim=True)), dim=-1)
-    d_up = made.flatten(0, 1).mT @ latent.flatten(0, 1)
+    d_up = gradients.flatten(0, 1).mT @ latent.flatten(0, 1)
     return d_rows, d_up.to(summed).view(up.shape)

@@ -17,7 +17,7 @@ def masks_of(kinds: MixerKinds) -> Mapping[Mask, int]:
     what their tokens see more is little, and a row cut wherever one starts has many pieces.
     """
     by_mask = kinds.remembered(_by_mask)
-    layers = {mask: sum(mixer.layers for mixer in of) for mask, of in by_mask.items()}
+    layers = {mask: sum(mixer.layers for mixer in mixers) for mask, mixers in by_mask.items()}
     return layers or {Causal(): 1}
 
 

@@ -237,8 +237,8 @@ class NodeRing:
                 brought.index_add_(0, self.onward[step], inside.wait().to(brought.dtype))
             send, receive = self._at(-step, self.received[step]), self._at(step, self.sent[step])
             with transfer_stream(brought):
-                of = (brought, send, receive, self.dtype, self.context)
-                home = start_returning(*of, self._start)
+                arguments = (brought, send, receive, self.dtype, self.context)
+                home = start_returning(*arguments, self._start)
             self._home, self._inside_node = (step, home), None
 
     def _start(self, rows: Tensor, send: list[int], receive: list[int]) -> Transfer:

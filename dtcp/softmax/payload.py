@@ -200,8 +200,8 @@ class LatentPayload:
         return GradBuffers(self.rows[:, :0], dk, dv)
 
     def finish(self, buffers: GradBuffers, v: Tensor, part: int) -> Tensor:
-        made = (buffers.dk, buffers.dv, self.current, self.up, self.widths)
-        d_rows, d_up = fold_back(*made, wide=self.wide)
+        arguments = (buffers.dk, buffers.dv, self.current, self.up, self.widths)
+        d_rows, d_up = fold_back(*arguments, wide=self.wide)
         self.up_gradient += d_up
         return d_rows
 

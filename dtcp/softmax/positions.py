@@ -49,8 +49,8 @@ class TokenPositions:
             out[:] = lines.numpy()[:, tokens]
             return out
         for row, start in zip(out, self._starts(in_line=in_line), strict=True):
-            at = tokens.searchsorted(start)
-            count = stops_of(at, len(tokens)) - at
+            index = tokens.searchsorted(start)
+            count = stops_of(index, len(tokens)) - index
             np.subtract(tokens, start.repeat(count), out=row)
         return out
 

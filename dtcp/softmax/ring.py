@@ -131,8 +131,8 @@ class _RankRing:
         self._add(step - 1)
         with transfer_stream(rows):
             send, receive = [self.received[step]], [self.sent[step]]
-            of = (rows.transpose(0, 1), send, receive, self.dtype, self.context)
-            self._home = start_returning(*of, self._start(-step, _GRADIENTS))
+            arguments = (rows.transpose(0, 1), send, receive, self.dtype, self.context)
+            self._home = start_returning(*arguments, self._start(-step, _GRADIENTS))
 
     def finish(self) -> Tensor:
         """The gradients of all local rows [B, L, G, W], once those of other ranks are here."""

@@ -74,8 +74,8 @@ class Ulysses:
             if whole is not None and part is not None:
                 per_head[name][_own_heads(share, context.groups)] = part
         # The scale of keys is that of all heads: this rank's share, as of its queries elsewhere.
-        made = (dq, dk[0] if dk else None, dv)
-        return AttentionInputs(*made, key_scale=grads.key_scale, **per_head)
+        gradients = (dq, dk[0] if dk else None, dv)
+        return AttentionInputs(*gradients, key_scale=grads.key_scale, **per_head)
 
     def saved_like(
         self, x: AttentionInputs, metadata: UlyssesMetadata, groups: Sequence[str]

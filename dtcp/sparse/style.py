@@ -72,8 +72,8 @@ class CompressedSparseCP(MixerStyle):
         if isinstance(layout, Contiguous | HeadTail):
             return self._of_segments(mixer, coords, layout, rank)
         if issubclass(layout.kind, DocumentBalanced):
-            of, nodes = (mixer.window, mixer.compression), self.ranks_per_node
-            return pieces_metadata(coords, layout, rank, *of, ranks_per_node=nodes)
+            sizes, nodes = (mixer.window, mixer.compression), self.ranks_per_node
+            return pieces_metadata(coords, layout, rank, *sizes, ranks_per_node=nodes)
         inside = _inside(layout)
         return RelayoutSparseMetadata(
             RelayoutMetadata.between(layout, inside, rank),
@@ -88,8 +88,8 @@ class CompressedSparseCP(MixerStyle):
         layout: SequenceLayout,
         rank: int,
     ) -> SparseMetadata:
-        of, nodes = (mixer.window, mixer.compression), self.ranks_per_node
-        return rank_metadata(coords, layout, rank, *of, ranks_per_node=nodes)
+        sizes, nodes = (mixer.window, mixer.compression), self.ranks_per_node
+        return rank_metadata(coords, layout, rank, *sizes, ranks_per_node=nodes)
 
     def moves(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape

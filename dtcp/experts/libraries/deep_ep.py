@@ -111,11 +111,11 @@ class DeepEP:
         needed = (len(x), x.shape[1], per_token)
         room = tuple(map(max, needed, self.room))
         group, fixed = group_of(self.group), torch.are_deterministic_algorithms_enabled()
-        made: Any = self.buffer
+        buffer: Any = self.buffer
         if (
-            made is None
-            or made.group is not group
-            or made.deterministic != fixed
+            buffer is None
+            or buffer.group is not group
+            or buffer.deterministic != fixed
             or room != self.room
         ):
             library: Any = importlib.import_module("deep_ep")

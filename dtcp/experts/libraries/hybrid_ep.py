@@ -82,8 +82,8 @@ class HybridEP:
         """The buffer, made anew where the batch is larger: all ranks have batches of one size."""
         needed = (len(x), x.shape[1], num_local_experts)
         room = tuple(map(max, needed, self.room))
-        group, made = group_of(self.group), self._made()
-        if made is None or made.group is not group or room != self.room:
+        group, buffer = group_of(self.group), self._made()
+        if buffer is None or buffer.group is not group or room != self.room:
             library: Any = importlib.import_module("deep_ep")
             tokens, hidden, experts = self.room = room
             self.buffer = library.HybridEPBuffer(

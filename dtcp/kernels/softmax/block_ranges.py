@@ -76,10 +76,10 @@ class KeyLine:
 
     def before(self, part: Ints, token: Ints) -> Ints:
         """How many keys of a part come before a token; both of one shape, or broadcast to it."""
-        line, at = self._line, self.place(part, token)
+        line, places = self._line, self.place(part, token)
         # Among all keys; of the parts before this one none is missing.
-        run = line.searchsorted(at, side="right") - 1
-        some = np.minimum(at - line[run], self._length[run])
+        run = line.searchsorted(places, side="right") - 1
+        some = np.minimum(places - line[run], self._length[run])
         count: Ints = self._total[run] + some - self._of_part[part]
         return count
 

@@ -178,12 +178,12 @@ def _cuts(keys: KeyLine, part: Ints, length: Ints, *ends: tuple[Ints, Ints]) -> 
     pairs = np.arange(len(part))
     found_pair, found_after = [pairs], [0 * pairs]
     for token, step in ends:
-        at = keys.place(part, token)
-        low = keys.bounds.searchsorted(at, side="right")
-        high = keys.bounds.searchsorted(at + step * (length - 1), side="right")
+        places = keys.place(part, token)
+        low = keys.bounds.searchsorted(places, side="right")
+        high = keys.bounds.searchsorted(places + step * (length - 1), side="right")
         pair = pairs.repeat(high - low)
         found_pair.append(pair)
-        found_after.append(keys.bounds[expand(low, high - low)] - at[pair])
+        found_after.append(keys.bounds[expand(low, high - low)] - places[pair])
     longest = int(length.max(initial=0)) + 1
     cut = unique_ascending(np.concatenate(found_pair) * longest + np.concatenate(found_after))
     return cut // longest, cut % longest

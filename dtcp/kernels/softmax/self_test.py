@@ -70,14 +70,14 @@ def _masks(demand: Demand) -> list[tuple[str, Tensor, Tensor]]:
     query = torch.arange(length)
     # Under a diagonal, the queries are those of the last keys.
     token = query + (num_keys - length if demand.skewed else 0)
-    made = {
+    masks_by_kind = {
         CallKind.RECTANGLE: (torch.zeros_like(query), torch.full_like(query, num_keys - 1)),
         CallKind.CAUSAL: (torch.zeros_like(query), token),
         CallKind.WINDOW: ((token - 63).clamp(min=0), token),
         # Blocks of tokens that see each other, among others that are causal.
         CallKind.INTERVAL: (query // 100 * 100, torch.where(query % 50 < 20, query | 15, query)),
     }
-    masks = [(kind.value, *made[kind]) for kind in CallKind if kind in demand.kinds]
+    masks = [(kind.value, *masks_by_kind[kind]) for kind in CallKind if kind in demand.kinds]
     if demand.packed:
         # Two documents, between which some queries see nothing and some keys are not seen.
         second = query >= 90
