@@ -73,7 +73,7 @@ def write_sweep(
         row, used = asked_documents(documents, point.seq_len), replace(cluster, gpus=point.ranks)
         planner = Planner(request.subject, used, _workload(request, row))
         planner.workload.check_cut(Degrees(cp=point.ranks))
-        candidate = planner.candidate(planner.plain(Degrees(cp=point.ranks)))
+        candidate = planner.candidate(planner.space.plain(Degrees(cp=point.ranks)))
         reads_strategy = planner.row_forecasts.reads_strategy
         options = {
             "training.steps": steps,

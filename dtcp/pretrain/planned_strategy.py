@@ -15,7 +15,8 @@ from dtcp._torch.mesh import available_device_type
 from dtcp.distributed.mesh import Degrees
 from dtcp.planner.cluster import cluster_here
 from dtcp.planner.report import layout_name, strategy_name
-from dtcp.planner.search import Candidate, Planner, attention_styles
+from dtcp.planner.search import Candidate, Planner
+from dtcp.planner.search_space import attention_styles
 from dtcp.planner.workload import Workload
 from dtcp.pretrain.attempt import attempt_store, has_agent_store
 from dtcp.pretrain.data import PackedDocuments

@@ -243,16 +243,16 @@ def test_plan_sees_on_the_first_rows_what_nodes_do_on_all_of_them():
 def test_plan_tries_ranks_of_their_own_for_experts():
     subject = FamilyModel("tiny", "qwen3_5", qwen3_5.tiny(experts=True))
     planner = Planner(subject, cluster_of("16xH100"), Workload(Documents.single(1, 4096), 16))
-    assert {degrees.ep for degrees in planner.meshes()} == {1, 8}
+    assert {degrees.ep for degrees in planner.space.meshes()} == {1, 8}
     dense = Planner(TINY, cluster_of("16xH100"), planner.workload)
-    assert {degrees.ep for degrees in dense.meshes()} == {1}
+    assert {degrees.ep for degrees in dense.space.meshes()} == {1}
 
 
 def test_plan_does_not_run_steps_whose_weights_leave_no_room():
     """Weights, their gradients and the optimizer take 16 bytes a parameter, whatever is kept."""
     small = replace(cluster_of("8xH100"), memory=5 * 10**9)
     planner = Planner(TINY, small, Workload(Documents.single(1, 4096), 1))
-    setups = [Setup(degrees, planner.workload.documents) for degrees in planner.meshes()]
+    setups = [Setup(degrees, planner.workload.documents) for degrees in planner.space.meshes()]
     worth, sifted = planner.sift(setups)
     assert len(worth) + len(sifted.refused) == len(setups) and not sifted.too_large
     for setup in worth:
@@ -268,7 +268,7 @@ def test_plan_passes_over_meshes_that_others_make_needless():
     """Of many meshes some are looked at, and the best of all is among them."""
     workload = Workload(Documents.single(1, 2**14), 64)
     planner = Planner(TINY, cluster_of("64xH100"), workload)
-    every = [planner.plain(degrees) for degrees in planner.meshes() if degrees.tp < 4]
+    every = [planner.space.plain(degrees) for degrees in planner.space.meshes() if degrees.tp < 4]
     narrow = planner._narrow(every)
     assert 0 < len(narrow) < len(every)
     best = max(map(planner.candidate, every), key=lambda each: each.score)

@@ -49,7 +49,7 @@ def planned_command(options, cluster, degrees):
     arguments, rest = command._parser().parse_known_args(options)
     request, cluster = request_of(arguments, rest), cluster_of(cluster)
     planner = Planner(request.subject, cluster, request.workload)
-    candidate = planner.candidate(planner.plain(degrees))
+    candidate = planner.candidate(planner.space.plain(degrees))
     line, *_ = command_lines(
         request, candidate, cluster, reads_strategy=planner.row_forecasts.reads_strategy
     )
@@ -89,9 +89,9 @@ def test_plan_keeps_to_what_is_given_of_a_config():
     arguments, rest = command._parser().parse_known_args(given)
     request = request_of(arguments, rest)
     planner = Planner(request.subject, cluster_of("8xH100"), request.workload)
-    meshes = list(planner.meshes())
+    meshes = list(planner.space.meshes())
     assert meshes and all(each.tp == each.etp == 2 and each.ep > 1 for each in meshes)
-    assert all(request.workload.takes(each) for each in planner._variants(setup))
+    assert all(request.workload.takes(each) for each in planner.space.variants(setup))
 
 
 def exact() -> Trainer.Config:
@@ -113,7 +113,7 @@ def test_plan_tries_strategies_with_the_sums_of_the_run(given):
     _, config, setup = planned_command(given, "8xH100", Degrees(dp_shard=2, cp=4))
     request = request_of(*command._parser().parse_known_args(given))
     planner = Planner(request.subject, cluster_of("8xH100"), request.workload)
-    tried = [setup, *planner._variants(setup)]
+    tried = [setup, *planner.space.variants(setup)]
     assert len({type(each.attention) for each in tried}) == 4
     assert {each.attention.reduce_dtype for each in tried} == {torch.float32}
     assert config.dtcp.reduce_dtype == "float32"
@@ -126,7 +126,7 @@ def planned_lines(options, cluster, degrees):
     arguments, rest = command._parser().parse_known_args(options)
     request, cluster = request_of(arguments, rest), cluster_of(cluster)
     planner = Planner(request.subject, cluster, request.workload)
-    candidate = planner.candidate(planner.plain(degrees))
+    candidate = planner.candidate(planner.space.plain(degrees))
     return command_lines(request, candidate, cluster)
 
 
