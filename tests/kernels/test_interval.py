@@ -59,7 +59,7 @@ def test_without_triton_attention_is_plain_torch():
         "import torch, dtcp\n"
         "from dtcp.sequence.documents import Documents\n"
         "from dtcp.sequence.masks import Causal\n"
-        "from dtcp.mixer import batch_metadata\n"
+        "from dtcp.mixer_metadata import batch_metadata\n"
         "from dtcp.softmax.mixer import SoftmaxAttention\n"
         "mixer, x = SoftmaxAttention(Causal()), torch.ones(1, 8, 2, 4)\n"
         "print(mixer(x, x, x, batch_metadata(mixer, Documents.single(1, 8))).sum().item())\n"

@@ -7,7 +7,7 @@ import torch
 
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.mixer import batch_metadata
+from dtcp.mixer_metadata import batch_metadata
 from dtcp.models import gemma4, llama
 from dtcp.parallelize import gemma4_plan, llama_plan, parallelize
 from dtcp.sequence.documents import Documents
