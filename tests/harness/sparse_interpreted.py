@@ -1,7 +1,8 @@
 """Run sparse attention's kernels in Triton's interpreter against dense fp64, for tests.
 
 Triton reads TRITON_INTERPRET when it is imported, so this script runs in a process of its own.
-Prints the largest error of each result, divided by its largest value.
+Prints the largest error of each result, divided by its largest value, and then what the self-test
+of these kernels finds.
 """
 
 import json
@@ -11,7 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dtcp.kernels.sparse.api import triton_kernel
 from dtcp.kernels.sparse.indexer import top_entries
+from dtcp.kernels.sparse.reference import ReferenceSparseAttention
+from dtcp.kernels.sparse.self_test import SparseReads, fault_of_sparse
 from dtcp.kernels.triton_support import triton_runs_on
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
@@ -143,6 +147,9 @@ def main() -> None:
     patch_language_once_a_launch()
     results = {name: errors(case) for name, case in CASES.items()}
     print(json.dumps({f"{n}: {k}": v for n, case in results.items() for k, v in case.items()}))
+    asked = (triton_kernel, ReferenceSparseAttention(), torch.float32, torch.device("cpu"), 16)
+    faults = {reads.value: fault_of_sparse(*asked, heads=3, reads=reads) for reads in SparseReads}
+    print(json.dumps(faults))
 
 
 if __name__ == "__main__":

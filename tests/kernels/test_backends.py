@@ -272,6 +272,15 @@ def kernel(name, calls, spoil=lambda out: out):
     return PlainAttention(plain, calls)
 
 
+def not_compiled(result):
+    """As Triton and CuTe raise, whose exceptions are no RuntimeError."""
+
+    class OutOfResources(Exception):
+        pass
+
+    raise OutOfResources("shared memory, Required: 262144")
+
+
 @pytest.mark.parametrize(
     ("spoil", "text"),
     [
@@ -279,6 +288,7 @@ def kernel(name, calls, spoil=lambda out: out):
         (lambda result: (result[0], result[1] + 1), "causal: an error of"),
         (lambda result: (result[0] * torch.nan, result[1]), "causal: an error of nan"),
         (lambda result: result[2], "IndexError"),
+        (not_compiled, "OutOfResources: shared memory"),
     ],
 )
 def test_the_self_test_finds_a_backend_that_is_wrong(spoil, text):

@@ -12,7 +12,7 @@ from dtcp.kernels.sparse.flash4 import (
     gathered_places,
 )
 from dtcp.kernels.sparse.reference import ReferenceSparseAttention
-from dtcp.kernels.sparse.self_test import fault_of_sparse, sparse_problem
+from dtcp.kernels.sparse.self_test import SparseReads, fault_of_sparse, sparse_problem
 from dtcp.kernels.sparse.types import SparseKeys
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
@@ -73,6 +73,50 @@ def test_a_backend_of_gathered_keys_is_held_to_the_reference_before_it_is_used()
     broken = GatheredFlashAttention(FUNCTIONS._replace(forward=wrong))
     fault = fault_of_sparse(lambda: broken, ReferenceSparseAttention(), torch.bfloat16, CPU, 32)
     assert fault is not None and "failed its self-test" in fault
+
+
+@pytest.mark.parametrize("spoiled", ["q", "keys", "entries", "sink"])
+@pytest.mark.parametrize("reads", list(SparseReads))
+def test_a_wrong_gradient_of_a_sparse_kernel_is_found_whatever_it_reads(reads, spoiled):
+    asked, right = (torch.bfloat16, CPU, 32), ReferenceSparseAttention()
+    of = {"heads": 4, "reads": reads}
+    assert fault_of_sparse(lambda: right, right, *asked, **of) is None
+    if reads is SparseReads.WINDOW and spoiled == "entries":
+        return
+
+    class Wrong(ReferenceSparseAttention):
+        def backward(self, *arguments):
+            grads = super().backward(*arguments)
+            return grads._replace(**{spoiled: 1.1 * getattr(grads, spoiled)})
+
+    fault = fault_of_sparse(Wrong, right, *asked, **of)
+    assert fault is not None and reads.value in fault
+
+
+def test_kernels_that_do_not_compile_leave_sparse_attention_to_torch(monkeypatch, caplog):
+    """Triton's exceptions are no RuntimeError."""
+
+    class NotCompiled(Exception):
+        pass
+
+    def compile_it():
+        raise NotCompiled("out of resource: shared memory")
+
+    monkeypatch.setattr(api, "triton_kernel", compile_it)
+    asked = (torch.bfloat16, CPU, 24, 3, SparseReads.RUNS)
+    with caplog.at_level("WARNING", "dtcp.kernels"):
+        fault = api._triton_fault(*asked)
+    assert "NotCompiled: out of resource" in fault
+    assert "heads of 24, bfloat16) is computed by plain torch" in caplog.text
+    api._triton_fault.cache_clear()
+
+
+def test_what_a_sparse_call_reads_is_what_its_kernel_is_compiled_for():
+    for reads in SparseReads:
+        keys = sparse_problem(torch.float32, CPU, 8, heads=2, reads=reads)[1]
+        assert SparseReads.of(keys) is reads
+    every = torch.zeros(1, 96, 200, dtype=torch.int32)
+    assert SparseReads.of(keys._replace(selected=every)) is SparseReads.RUNS
 
 
 def test_a_backend_of_gathered_keys_says_what_it_does_not_take(monkeypatch):

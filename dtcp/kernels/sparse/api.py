@@ -1,8 +1,8 @@
 """Attention to a window of keys and to compressed entries: what the op of the mixer calls.
 
 Three backends give the same result: FlashAttention 4's gathered keys on Blackwell GPUs, Triton's
-kernels on others, plain torch where those do not run. The log says once which, and why not a
-faster one.
+kernels on others, plain torch where those do not run. On a GPU a kernel is first compared with
+plain torch. The log says once which it is, and why not a faster one.
 """
 
 import logging
@@ -21,7 +21,7 @@ from dtcp.kernels.sparse.flash4 import (
     GatheredFunctions,
 )
 from dtcp.kernels.sparse.reference import ReferenceSparseAttention
-from dtcp.kernels.sparse.self_test import fault_of_sparse
+from dtcp.kernels.sparse.self_test import SparseReads, fault_of_sparse
 from dtcp.kernels.sparse.types import Sight, SparseGradients, SparseKernel, SparseKeys
 from dtcp.kernels.triton_support import tile_width, triton_runs_on
 
@@ -56,10 +56,11 @@ def sparse_kernel(q: Tensor, keys: SparseKeys) -> SparseKernel:
     fits = tile_width(q, q.shape[-1], shared=SPARSE_SHARED_MEMORY) <= WIDEST_SPARSE_HEAD
     if not (same_dtype and ordered and fits and triton_runs_on(q)):
         return ReferenceSparseAttention()
-    # Imports Triton, which not every machine has.
-    from dtcp.kernels.sparse.triton.attention import TritonSparseAttention
-
-    return TritonSparseAttention()
+    if q.is_cuda and _triton_fault(
+        q.dtype, q.device, q.shape[-1], q.shape[2], SparseReads.of(keys)
+    ):
+        return ReferenceSparseAttention()
+    return triton_kernel()
 
 
 def _gathered_refusal(q: Tensor, keys: SparseKeys) -> str | None:
@@ -84,6 +85,32 @@ def refusal_of_gathered(q: Tensor, keys: SparseKeys) -> str | None:
     elif torch.are_deterministic_algorithms_enabled():
         reason = "does not repeat itself bit by bit, which torch was asked for"
     return reason
+
+
+@cache
+def triton_kernel() -> SparseKernel:
+    """Our own kernels; imports Triton, which not every machine has."""
+    from dtcp.kernels.sparse.triton.attention import TritonSparseAttention
+
+    return TritonSparseAttention()
+
+
+@cache
+def _triton_fault(
+    dtype: torch.dtype, device: torch.device, width: int, heads: int, reads: SparseReads
+) -> str | None:
+    """What is wrong with their results on this device, found at their first use, and said."""
+    own = {"heads": heads, "reads": reads}
+    fault = fault_of_sparse(triton_kernel, ReferenceSparseAttention(), dtype, device, width, **own)
+    if fault is not None:
+        LOG.warning(
+            "sparse attention (heads of %d, %s) is computed by plain torch, many times slower: "
+            "triton %s",
+            width,
+            str(dtype).removeprefix("torch."),
+            fault,
+        )
+    return fault
 
 
 @cache

@@ -1,0 +1,33 @@
+"""What is wrong with a kernel on the device it will run on: how every self-test is run."""
+
+from collections.abc import Callable
+
+import torch
+
+BOUND = 3e-2
+"""Of the largest value; weights and results are rounded to half precision, by 4e-3 of theirs."""
+
+FAILED = "failed its self-test"
+"""What every fault begins with."""
+
+
+def fault_in(check: Callable[[], str | None], device: torch.device) -> str | None:
+    """What a check of a kernel says of it, in a few words; None if its results are right.
+
+    Args:
+        check: None, or what is wrong. It may wait for the device, which a step must not.
+    """
+    on_gpu = device.type == "cuda"
+    mode = torch.cuda.get_sync_debug_mode() if on_gpu else 0
+    try:
+        if on_gpu:
+            torch.cuda.set_sync_debug_mode(0)
+        wrong = check()
+    # Each library has exceptions of its own: of Triton and of CuTe neither is a RuntimeError.
+    except Exception as error:  # noqa: BLE001
+        text = str(error).strip().splitlines() or [""]
+        wrong = f"{type(error).__name__}: {text[0][:200]}"
+    finally:
+        if on_gpu:
+            torch.cuda.set_sync_debug_mode(mode)
+    return None if wrong is None else f"{FAILED} ({wrong})"
