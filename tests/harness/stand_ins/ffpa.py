@@ -2,9 +2,11 @@
 
 from tests.harness.stand_ins.conventions import attend, attend_backward, lengths_of, window_of
 
+NO_WINDOW = -(2**31)
+
 
 class FFPAOps:
-    """Causal to the bottom right corner; a window of -1 is none."""
+    """Causal to the bottom right corner; a bound of NO_WINDOW is none, and -1 is a window."""
 
     @staticmethod
     def _fwd_cute(q, k, v, softmax_scale, causal, return_lse):
@@ -34,7 +36,8 @@ class FFPAOps:
         softcap,
         pack_gqa,
     ):
-        assert (window_size_left, window_size_right, softcap) == (-1, -1, 0.0)
+        assert (window_size_left, window_size_right, softcap) == (NO_WINDOW, NO_WINDOW, 0.0)
+        assert pack_gqa == (q.shape[-2] > k.shape[-2])
         lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
         window = window_of(causal, None, None)
         return attend(q, k, v, window, lengths, None, softmax_scale, 0.0)
@@ -58,7 +61,8 @@ class FFPAOps:
         softcap,
         dlse,
     ):
-        assert (window_size_left, window_size_right, softcap, dlse) == (-1, -1, 0.0, None)
+        assert (window_size_left, window_size_right) == (NO_WINDOW, NO_WINDOW)
+        assert (softcap, dlse) == (0.0, None)
         lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q, k)
         window = window_of(causal, None, None)
         return attend_backward(dout, q, k, v, out, lse, window, lengths, None, softmax_scale, 0.0)

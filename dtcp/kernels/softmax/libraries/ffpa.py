@@ -12,7 +12,7 @@ from torch import Tensor
 from dtcp.kernels.softmax.plain import Window
 from dtcp.kernels.softmax.types import SavedForward, SoftmaxParams
 
-_ANY = -1  # no limit to a window
+_ANY = -(2**31)  # no limit to a window; -1 is one, which causal calls refuse
 _NO_WIDER_SUMS = 0  # dk and dv are stored in the model's dtype
 
 
@@ -47,7 +47,7 @@ class FFPA:
             _ANY,
             _ANY,
             0.0,
-            False,
+            q.shape[-2] > k.shape[-2],
         )
         return out, lse
 
