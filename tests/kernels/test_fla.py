@@ -6,9 +6,10 @@ import warnings
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
 
-from dtcp.kernels.delta_rule import api
-from dtcp.kernels.delta_rule.fla import FlaDeltaRule
+from dtcp.kernels.delta_rule import api, fla_inside
+from dtcp.kernels.delta_rule.fla import FlaDeltaRule, whole_chunks
 from dtcp.kernels.delta_rule.fla_channel import FlaChannelDeltaRule
 from dtcp.kernels.delta_rule.reference import ReferenceDeltaRule
 from dtcp.kernels.delta_rule.types import DeltaInputs
@@ -20,6 +21,44 @@ def test_fla_kernels_equal_the_reference():
     (errors,) = lines_of("tests.harness.fla_interpreted", TRITON_INTERPRET="1")
     assert len(errors) == 13
     assert {name: error for name, error in errors.items() if not error < 2e-5} == {}
+
+
+def test_chunks_of_a_long_row_are_taken_in_pieces(monkeypatch):
+    """Which give the same gradients, and hold less at a time."""
+    draw = torch.Generator().manual_seed(0)
+    rows, chunks, chunk, groups, heads, key, value = 2, 5, 8, 2, 4, 6, 3
+    tokens = (rows, chunks * chunk)
+    sizes = [
+        (*tokens, groups, key),
+        (*tokens, groups, key),
+        (*tokens, heads),
+        (*tokens, heads, value),
+        (rows, chunks, heads, key, value),
+        (*tokens, heads, value),
+        (rows, chunks, heads, key, value),
+        (*tokens, heads, value),
+    ]
+    q, k, decay, *rest = (torch.randn(size, generator=draw) for size in sizes)
+    x = dict(zip(("new", "h", "grad", "d_h", "d_new"), rest, strict=True))
+    whole = fla_inside.inside_chunks_in_torch(q, k, -decay.abs(), **x)
+    monkeypatch.setattr(fla_inside, "TOKENS_AT_ONCE", 2 * chunk)
+    most, by_chunk = [], fla_inside._by_chunk
+    watched = lambda part, size: most.append(part.shape[1]) or by_chunk(part, size)  # noqa: E731
+    monkeypatch.setattr(fla_inside, "_by_chunk", watched)
+    parts = fla_inside.inside_chunks_in_torch(q, k, -decay.abs(), **x)
+    assert max(most) == 2 * chunk
+    assert [part.shape for part in parts] == [part.shape for part in whole]
+    assert_close(parts, whole)
+    assert all(part.is_contiguous() for part in parts)
+
+
+def test_whole_chunks_are_not_copied():
+    """Of a long row q, k, v and the gradient are gigabytes."""
+    x = torch.randn(1, 128, 2, 3)
+    assert whole_chunks(x) is x
+    padded = whole_chunks(x[:, :70])
+    assert padded.shape[1] == 128 and padded.is_contiguous()
+    assert torch.equal(padded[:, :70], x[:, :70]) and not padded[:, 70:].any()
 
 
 def test_a_gpu_without_fla_warns_once(monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dtcp.kernels.delta_rule.fla_inside import inside_chunks_in_torch, is_guarded
 from dtcp.kernels.delta_rule.types import Carry, DeltaGradients, DeltaInputs, carried
 
 FORGET = -32.0
@@ -192,17 +193,13 @@ class FlaDeltaRule:
 def _inside_chunks(
     chunks: PreparedChunks, *, new: Tensor, h: Tensor, grad: Tensor, d_h: Tensor, d_new: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, w and of the running sum of the decay, from those of the states.
+    """Gradients of q, k, w and of the running sum of the decay, from those of the states."""
+    x = {"new": new, "h": h, "grad": grad, "d_h": d_h, "d_new": d_new}
+    if is_guarded():
+        return inside_chunks_in_torch(chunks.x.q, chunks.x.k, chunks.decay, **x)
+    from fla.ops.common.chunk_o import chunk_bwd_dqkwg
 
-    Triton 3.4 to 3.7.0 miscompiles fla's kernel on Hopper, and fla refuses to run it there
-    (flash-linear-attention issue 640): plain matmuls then compute the same.
-    """
-    from fla.ops.common import chunk_o
-
-    guarded = chunk_o.IS_NVIDIA_HOPPER and chunk_o.TRITON_ABOVE_3_4_0
-    if guarded and not chunk_o.TRITON_ABOVE_3_7_1:
-        return inside_chunks_in_torch(chunks, new=new, h=h, grad=grad, d_h=d_h, d_new=d_new)
-    grads = chunk_o.chunk_bwd_dqkwg(
+    grads = chunk_bwd_dqkwg(
         q=chunks.x.q,
         k=chunks.x.k,
         v=new,
@@ -217,44 +214,12 @@ def _inside_chunks(
     return cast("tuple[Tensor, Tensor, Tensor, Tensor]", grads)
 
 
-def inside_chunks_in_torch(
-    chunks: PreparedChunks, *, new: Tensor, h: Tensor, grad: Tensor, d_h: Tensor, d_new: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What fla's chunk_bwd_dqkwg computes, in matmuls batched over all chunks."""
-    heads, groups = chunks.u.shape[2], chunks.x.k.shape[2]
-    q, k = (_by_chunk(part.repeat_interleave(heads // groups, dim=2)) for part in chunks.x[:2])
-    new, grad, d_new = (_by_chunk(part) for part in (new, grad, d_new))
-    h, d_h = (part.transpose(1, 2).float() for part in (h, d_h))  # [R, H, N, K, V]
-    total = _by_chunk(chunks.decay[..., None])  # [R, H, N, C, 1]
-    enter, leave = total.exp2(), (total[..., -1:, :] - total).exp2()
-    decay = (total - total.mT).masked_fill(~_lower(total), -torch.inf).exp2()
-
-    d_entering, d_leaving = grad @ h.mT, new @ d_h.mT
-    d_score = (grad @ new.mT) * decay
-    dq = d_score @ k + enter * d_entering
-    dk = d_score.mT @ q + leave * d_leaving
-    dw = -(d_new @ h.mT)
-    pairs = d_score * (q @ k.mT)
-    entering, leaving = (enter * d_entering * q).sum(-1), (leave * d_leaving * k).sum(-1)
-    dg = pairs.sum(-1) - pairs.sum(-2) + entering - leaving
-    through = (h * d_h).sum((-2, -1)) * enter[..., -1, 0]
-    dg[..., -1] += through + leaving.sum(-1)
-    dq, dk, dw, dg = (_by_token(part) for part in (dq, dk, dw, dg[..., None]))
-    dq, dk = (part.unflatten(2, (groups, -1)).sum(3) for part in (dq, dk))
-    dtype = chunks.u.dtype
-    # The kernels that read these assume that they are contiguous.
-    return (
-        dq.to(dtype).contiguous(),
-        dk.to(dtype).contiguous(),
-        dw.to(dtype).contiguous(),
-        dg[..., 0].contiguous(),
-    )
-
-
 def whole_chunks(x: Tensor) -> Tensor:
-    """[R, T, ...] padded with zeros to whole chunks, contiguous."""
+    """[R, T, ...] padded with zeros to whole chunks, contiguous; x itself where it is both."""
     missing = -x.shape[1] % CHUNK
-    return F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing)).contiguous()
+    # Torch copies where there is nothing to pad, too.
+    x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing)) if missing else x
+    return x.contiguous()
 
 
 def one_row(x: Tensor) -> Tensor:
@@ -279,18 +244,3 @@ def transition_first(summary: Tensor, value_dim: int) -> Tensor:
 def _zero_state(chunks: PreparedChunks) -> Tensor:
     rows, _, heads, key_dim = chunks.w.shape
     return chunks.u.new_zeros(rows, heads, key_dim, chunks.u.shape[-1], dtype=torch.float32)
-
-
-def _by_chunk(x: Tensor) -> Tensor:
-    """[R, T, H, D] -> [R, H, N, C, D], fp32."""
-    return x.transpose(1, 2).unflatten(2, (-1, CHUNK)).float()
-
-
-def _by_token(x: Tensor) -> Tensor:
-    """[R, H, N, C, D] -> [R, T, H, D]."""
-    return x.flatten(2, 3).transpose(1, 2)
-
-
-def _lower(x: Tensor) -> Tensor:
-    chunk = x.shape[-2]
-    return torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
