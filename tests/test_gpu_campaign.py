@@ -1,5 +1,6 @@
 """The campaign for a GPU, as far as a machine without one goes."""
 
+import importlib
 import itertools
 import json
 import sys
@@ -10,11 +11,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.gpu import kernels, other_kernels, overlap, ranks, report, shared, speed, supervise
+from benchmarks.gpu import __main__ as campaign
+from benchmarks.gpu import (
+    kernels,
+    other_kernels,
+    overlap,
+    problems,
+    ranks,
+    report,
+    shared,
+    speed,
+    supervise,
+)
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.candidates import candidates
+from benchmarks.gpu.errors import errors_by_name, within, worst
 from benchmarks.gpu.keep import LINES, keep, resume
-from benchmarks.gpu.problems import Case, Heads
+from benchmarks.gpu.problems import Case, Heads, Problem, whole_problem
 from benchmarks.gpu.processes import error_in, run_watched
 from benchmarks.gpu.run import (
     forget_wrong,
@@ -27,6 +40,8 @@ from benchmarks.gpu.run import (
 from benchmarks.gpu.stages import STAGES, Stage
 from benchmarks.gpu.wheels import PART, add_packages, describe_transfer, pack, unpack
 from dtcp.kernels.softmax import api
+from dtcp.kernels.softmax.backends import backend_named
+from dtcp.kernels.softmax.types import SoftmaxParams
 from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.default import default_attention
 from tests.harness.patience import Patience
@@ -41,6 +56,24 @@ def test_without_a_gpu_the_campaign_says_what_it_would_run(capsys, monkeypatch, 
     for stage in STAGES:
         assert stage.name in said and f"{len(stage.cases('cuda'))} cases" in said
     assert sum(stage.seconds for stage in STAGES) <= 8 * 60
+
+
+def test_the_campaign_ends_within_its_limit(monkeypatch, tmp_path, capsys):
+    """Later stages get what is left, and none where nothing is."""
+    given, clock = {}, itertools.count(step=100.0)
+
+    def supervise_it(name, seconds, results, workers):
+        given[name] = seconds
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(campaign, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(campaign, "add_packages", lambda: "")
+    monkeypatch.setattr(campaign, "supervise", supervise_it)
+    monkeypatch.setattr(campaign, "compile_caches", dict)
+    assert main(["--limit", "260", "--results", str(tmp_path)]) == 0
+    assert given == {"kernels": 100, "others": 50}
+    assert "shared: the limit of 260 s is reached" in capsys.readouterr().out
 
 
 def test_a_campaign_without_results_reports_that(capsys, tmp_path):
@@ -102,7 +135,7 @@ def flash(monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     made = StandInKernels("flash")
     monkeypatch.setattr(api, "attention_kernel", made)
-    monkeypatch.setattr(kernels, "attention_kernel", made)
+    monkeypatch.setattr(Problem, "without", lambda self, params: None)
     return made
 
 
@@ -111,6 +144,35 @@ def test_the_campaign_measures_errors_of_a_backend(flash):
         if case.name.startswith("flash 64"):
             result = case.run()
             assert result["right"] and 1e-4 < result["out"] < 2**-7, (case.name, result)
+
+
+def test_what_is_not_a_number_is_wrong_in_the_campaign():
+    """Also behind others: `max` passes over it."""
+    numbers, broken = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    errors = errors_by_name(("out", "dq"), (numbers, broken), (numbers, numbers))
+    assert errors["out"] == 0 and not within(errors, 0.1) and within({"out": 0.0}, 0.1)
+    assert worst([0.1, errors["dq"], 0.2]) != worst([0.1, errors["dq"], 0.2])
+    assert worst([0.1, 0.2]) == 0.2 and not within({}, 0.1)
+    one_alone = errors_by_name(("dk", "dv"), (None, None), (numbers, None))
+    assert one_alone == {"dk": float("inf")}
+
+
+@pytest.mark.parametrize(
+    ("reason", "line"),
+    [
+        ("does not take packed documents", "refused"),
+        ("failed its self-test (causal: an error of 1.0e+00)", "failed"),
+    ],
+)
+def test_what_another_backend_computes_is_not_measured_as_the_named_one(monkeypatch, reason, line):
+    choice = SimpleNamespace(backend=backend_named("triton"), passed_over=(("cudnn", reason),))
+    monkeypatch.setattr(problems, "kernel_choice", lambda *call: choice)
+    problem = whole_problem("causal", 64, Heads(2, 1, 16), "cpu")
+    assert problem.without(SoftmaxParams(1.0, kernel="cudnn")) == {line: reason}
+    assert problem.without(SoftmaxParams(1.0, kernel="triton")) is None
+    monkeypatch.undo()
+    refused = problem.without(SoftmaxParams(1.0, kernel="cudnn"))["refused"]
+    assert "does not run on a cpu" in refused
 
 
 @pytest.mark.parametrize("layout", ["Contiguous", "HeadTail", "PerDocument", "BlockBalanced"])
@@ -155,6 +217,23 @@ def test_packages_for_a_gpu_are_cut_into_transfers(tmp_path):
     assert "of more are there" in said and not elsewhere.exists()
     # With room for the project, 6 MiB in 2026, in a transfer of 64.
     assert PART <= 50 * 2**20
+
+
+def test_the_campaign_runs_without_a_package_that_only_costs_it_time(tmp_path, monkeypatch):
+    """cutlass imports jax where there is one."""
+    packages = tmp_path / "packages"
+    (packages / "jax").mkdir(parents=True)
+    (packages / "jax" / "__init__.py").write_text("answer = 42\n")
+    (packages / "flash_stand_in.py").write_text("answer = 42\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.delitem(sys.modules, "jax", raising=False)
+    assert "are on the path" in add_packages(tmp_path / "transfer", packages)
+    assert importlib.import_module("flash_stand_in").answer == 42
+    with pytest.raises(ImportError, match="not imported by the campaign"):
+        importlib.import_module("jax.numpy")
+    assert "jax" not in sys.modules
+    del sys.modules["flash_stand_in"]
 
 
 def test_results_of_the_campaign_are_lines_of_json(tmp_path):

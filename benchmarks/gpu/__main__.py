@@ -4,6 +4,7 @@
     python -m benchmarks.gpu --stages speed --again
     python -m benchmarks.gpu --retry                    # what was wrong or failed, once more
     python -m benchmarks.gpu --out FOLDER               # and a copy of what there is, at any time
+    python -m benchmarks.gpu --limit 420                # over after so many seconds
     python -m benchmarks.gpu --report                   # results -> a page and plots
     python -m benchmarks.gpu --prepare                  # wheels for a machine without a network
 
@@ -15,6 +16,7 @@ what it would run and what is prepared.
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from benchmarks.gpu.keep import LINES, keep, resume
 from benchmarks.gpu.report import write_report
 from benchmarks.gpu.run import forget_wrong, run_stage, summary, verdict
 from benchmarks.gpu.stages import STAGES, Stage
-from benchmarks.gpu.supervise import supervise
+from benchmarks.gpu.supervise import GRACE, supervise
 from benchmarks.gpu.wheels import (
     TRANSFER,
     add_packages,
@@ -38,7 +40,7 @@ RESULTS = Path("build/gpu/results")
 
 def main(arguments: Sequence[str]) -> int:
     """Run, report or prepare; the exit status."""
-    args = _parsed(arguments)
+    args, start = _parsed(arguments), time.monotonic()
     if args.prepare:
         print(prepare())
         return 0
@@ -67,7 +69,12 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.update(compile_caches())
     wrong = 0
     for stage in stages:
-        wrong += supervise(stage.name, stage.seconds, args.results, workers=stage.workers)
+        left = args.limit - GRACE - (time.monotonic() - start)
+        if left <= 0:
+            print(f"{stage.name}: the limit of {args.limit:.0f} s is reached, left for another run")
+            continue
+        seconds = min(stage.seconds, left)
+        wrong += supervise(stage.name, seconds, args.results, workers=stage.workers)
         if args.out:
             keep(args.results, args.out)
     print(summary(args.results))
@@ -94,6 +101,9 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=names, help="some stages only")
     parser.add_argument("--again", action="store_true", help="measure what was measured already")
     parser.add_argument("--retry", action="store_true", help="measure again what was wrong")
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), help="seconds for all stages together"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON lines")
     parser.add_argument(
         "--out", type=Path, help="folder for a copy of the results, kept up after every stage"

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.candidates import candidates
+from benchmarks.gpu.errors import errors_by_name, within
 from benchmarks.gpu.problems import Case, lognormal_documents
 from benchmarks.gpu.timing import seconds_of
 from dtcp.kernels.delta_rule.api import DeltaInputs, delta_kernel
+from dtcp.kernels.delta_rule.fla_inside import is_guarded
 from dtcp.kernels.delta_rule.reference import ReferenceDeltaRule
 from dtcp.kernels.grouped_linear import grouped_linear
 from dtcp.kernels.linear_attention.api import linear_kernel
@@ -71,13 +73,9 @@ def _wide(x: Any) -> Any:
 def _compared(
     names: Sequence[str], ours: Sequence[Any], right: Sequence[Any], kernel: object, bound: float
 ) -> dict[str, Any]:
-    errors = {
-        name: float((a.detach().double() - b.detach()).norm() / b.detach().norm().clamp(min=1e-9))
-        for name, a, b in zip(names, ours, right, strict=True)
-        if a is not None
-    }
+    errors = errors_by_name(names, ours, right)
     name = kernel if isinstance(kernel, str) else type(kernel).__name__
-    return {"kernel": name, **errors, "right": max(errors.values()) <= bound}
+    return {"kernel": name, **errors, "right": within(errors, bound)}
 
 
 def _sparse(device: str, length: int, *, ratio: int, selected: int | None) -> dict[str, Any]:
@@ -196,6 +194,8 @@ def summary_overhead(tokens: int = 131_072, heads: int = 32) -> dict[str, Any]:
     )
     return {
         "kernel": type(kernel).__name__,
+        # Then a part of backward is torch's, in both.
+        "guarded": is_guarded(),
         "plain_ms": 1e3 * plain,
         "with_summaries_ms": 1e3 * whole,
         "overhead": whole / plain - 1,

@@ -31,7 +31,7 @@ from dtcp import (
     shard_batch,
 )
 
-SECONDS = 35.0
+SECONDS = 40.0
 TRACE = Path("build/gpu/ring_trace.json")
 Spans = Sequence[tuple[float, float]]
 

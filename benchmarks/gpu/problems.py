@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dtcp.kernels.faults import FAILED
 from dtcp.kernels.softmax.api import (
     Keys,
     Queries,
@@ -14,6 +15,7 @@ from dtcp.kernels.softmax.api import (
     SoftmaxParams,
     attend_once,
     attend_once_backward,
+    kernel_choice,
 )
 from dtcp.kernels.softmax.block_ranges import block_ranges
 from dtcp.kernels.softmax.pieces import find_pieces
@@ -57,6 +59,20 @@ class Problem(NamedTuple):
     block_ranges: Tensor
     pieces: Tensor
     pairs: int
+
+    def without(self, params: SoftmaxParams) -> dict[str, Any] | None:
+        """The line of a case whose backend does not compute it; None if it does.
+
+        What a named backend cannot do another one computes, which is not to be measured as it.
+        """
+        try:
+            choice = kernel_choice(self.queries, self.keys, self.pieces, params)
+        except ValueError as refused:
+            return {"refused": str(refused)}
+        if choice.backend.name == params.kernel:
+            return None
+        reason = dict(choice.passed_over)[params.kernel]
+        return {"failed" if FAILED in reason else "refused": reason}
 
     def forward(self, params: SoftmaxParams, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return attend_once(*self[:3], params, pieces=self.pieces, sink=sink)

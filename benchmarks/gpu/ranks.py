@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.errors import errors_by_name, relative_error, within, worst
 from benchmarks.gpu.kernels import BOUND
 from benchmarks.gpu.other_kernels import summary_overhead
 from benchmarks.gpu.problems import MASKS, Case, Heads, Problem, image_blocks, problem_of
@@ -105,11 +106,10 @@ def _right(
         dq, dk, dv = (x.to(out.dtype) for x in (dq, dk, dv))
         ours = (out[:, back], lse[:, back], dq[:, back], dk, dv)
         names = ("out", "lse", "dq", "dk", "dv")
-        pairs = zip(names, ours, (*state, *sums), strict=True)
-        errors = {name: float((a.double() - b).norm() / b.norm()) for name, a, b in pairs}
+        errors = errors_by_name(names, ours, (*state, *sums))
         of_queries, of_keys = _against_one_device(errors, whole, saved, (*state, *sums), params)
         once = not isinstance(style, RingAttention)
-        right = max(errors.values()) <= BOUND and (not once or of_queries <= ONE_CALL)
+        right = within(errors, BOUND) and (not once or of_queries <= ONE_CALL)
         return {**errors, "of_one": of_queries, "dk_of_one": of_keys, "right": right}
 
     return run
@@ -131,13 +131,13 @@ def _against_one_device(
     grads = whole.backward(SavedForward(grad_out, out, lse), params)
     dtype = whole.queries.q.dtype
     alone = {
-        name: float((a.to(dtype).double() - b).norm() / b.norm())
+        name: relative_error(a.to(dtype), b)
         for name, a, b in zip(
             ("out", "dq", "dk", "dv"), (out, *grads), truth[:1] + truth[2:], strict=True
         )
     }
     times = {name: errors[name] / alone[name] for name in alone}
-    return max(times["out"], times["dq"]), max(times["dk"], times["dv"])
+    return worst((times["out"], times["dq"])), worst((times["dk"], times["dv"]))
 
 
 def _parts(

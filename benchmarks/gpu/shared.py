@@ -19,6 +19,8 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from benchmarks.gpu.candidates import candidates
+from benchmarks.gpu.errors import relative_error, worst
 from benchmarks.gpu.problems import Case
 from benchmarks.gpu.processes import run_ranks
 from benchmarks.gpu.wheels import add_packages
@@ -121,21 +123,20 @@ def compared(step: Step, device: str) -> dict[str, Any]:
     plan = family.plan(config, mesh, STRATEGIES[step.strategy]())
     parallelize(model, mesh, plan, compile=Compile() if step.compiled else None)
     loss = _step_on(model, mesh, config.vocab_size, device)
+    grads = [(x.grad, y.grad) for x, y in zip(model.parameters(), alone.parameters(), strict=True)]
+    if any((x is None) != (y is None) for x, y in grads):
+        raise RuntimeError("a parameter has a gradient on one device or on ranks alone")
     pairs = [
-        (x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad, y.grad)
-        for x, y in zip(model.parameters(), alone.parameters(), strict=True)
-        if x.grad is not None and y.grad is not None
+        (x.full_tensor() if isinstance(x, DTensor) else x, y)
+        for x, y in grads
+        if x is not None and y is not None
     ]
     # Of some parameters the gradient is all but zero, and fp32 has no digits of it.
     usual = sum(float(right.norm()) for _, right in pairs) / len(pairs)
-    of_gradients = max(_error(*pair, least=1e-2 * usual) for pair in pairs)
-    of_loss = _error(loss, expected)
+    of_gradients = worst(relative_error(*pair, least=1e-2 * usual) for pair in pairs)
+    of_loss = relative_error(loss, expected)
     right = of_loss <= LOSS_BOUND and of_gradients <= GRADIENT_BOUND
     return {"loss": of_loss, "gradients": of_gradients, "compared": len(pairs), "right": right}
-
-
-def _error(ours: Tensor, right: Tensor, *, least: float = 1e-9) -> float:
-    return float((ours - right).norm() / right.norm().clamp(min=least))
 
 
 def _batch(vocabulary: int) -> tuple[dict[str, Tensor], Documents]:
@@ -184,13 +185,15 @@ def main(name: str, device: str) -> None:
         torch.cuda.set_device(0)
         torch.cuda.init()
     dist.init_process_group("gloo")
-    result = compared(STEPS[name], device)
+    # Of fla's candidates one: eighty compile for minutes, and all of them compute the same.
+    with candidates(3, 1000):
+        result = compared(STEPS[name], device)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, result)
     if dist.get_rank() == 0:
-        worst = {key: max(each[key] for each in every) for key in ("loss", "gradients")}
+        largest = {key: worst(each[key] for each in every) for key in ("loss", "gradients")}
         right = all(each["right"] for each in every)
-        print(json.dumps({**worst, "compared": result["compared"], "right": right}), flush=True)
+        print(json.dumps({**largest, "compared": result["compared"], "right": right}), flush=True)
     dist.destroy_process_group()
 
 

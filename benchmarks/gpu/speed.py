@@ -4,6 +4,7 @@ Work is 4 D operations per pair of a query and a key that the mask leaves, and h
 2.5 times that backward. torch's own attention and FlexAttention stand beside, in the same run.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch._functorch import config as functorch_config
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.gpu import problems
 from benchmarks.gpu.problems import WINDOW, Case, Heads, whole_problem
-from benchmarks.gpu.timing import seconds_of
-from dtcp.kernels.softmax.api import SavedForward, SoftmaxParams, attention_kernel
+from benchmarks.gpu.timing import host_seconds_of, seconds_of
+from dtcp.kernels.softmax.api import SavedForward, SoftmaxParams
 from dtcp.kernels.softmax.backends import BACKENDS
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.documents import Documents
@@ -22,36 +24,46 @@ from dtcp.softmax.mixer import SoftmaxAttention
 
 HEADS = Heads(32, 8, 128)
 LENGTHS = (8192, 32_768, 131_072)
-MASKS = ("causal", "full", "documents", "window")
+MASKS = ("causal", "documents", "window", "full")
 
 
-def cases(device: str, lengths: tuple[int, ...] = LENGTHS) -> list[Case]:
-    """The longest causal row first: what is reached in the time is worth most."""
-    found = [
-        Case(f"{backend.name} {mask} {length}", _backend(backend.name, mask, length, device))
-        for length in reversed(lengths)
-        for mask in MASKS
-        for backend in BACKENDS
-        if backend.name != "reference"
-    ]
-    for length in reversed(lengths[:2]):
-        found += [
-            Case(f"torch sdpa causal {length}", _sdpa(length, device)),
+def cases(device: str, lengths: tuple[int, int, int] = LENGTHS) -> list[Case]:
+    """What the targets are about first, then torch's own; whole rectangles of a long row last."""
+    short, middle, long = lengths
+
+    def backends(masks: Sequence[str], length: int) -> list[Case]:
+        names = [backend.name for backend in BACKENDS if backend.name != "reference"]
+        return [
+            Case(f"{name} {mask} {length}", _backend(name, mask, length, device))
+            for mask in masks
+            for name in names
         ]
-        if device == "cuda":
-            # Elsewhere it has no backward.
-            found += [
-                Case(f"torch flex_attention causal {length}", _flex(length, device, None)),
-                Case(f"torch flex_attention window {length}", _flex(length, device, WINDOW)),
-            ]
-    first = [
-        Case("wrapper at n = 1, causal 32768", _wrapper(lengths[1], device)),
-    ]
+
+    def of_torch(length: int) -> list[Case]:
+        found = [Case(f"torch sdpa causal {length}", _sdpa(length, device))]
+        # Elsewhere FlexAttention has no backward.
+        windows = (("causal", None), ("window", WINDOW)) if device == "cuda" else ()
+        return found + [
+            Case(f"torch flex_attention {mask} {length}", _flex(length, device, window))
+            for mask, window in windows
+        ]
+
+    steps = [Case(f"wrapper at n = 1, causal {middle}", _wrapper(middle, device))]
     if device == "cuda":
-        first.append(Case("host waits in a step, causal 8192", _host_waits(lengths[0], device)))
-    # After the longest causal row, which is what the target is about.
-    causal = len(BACKENDS) - 1
-    return [*found[:causal], *first, *found[causal:]]
+        steps += [
+            Case(f"host waits in a step, {mask} {short}", _host_waits(mask, short, device))
+            for mask in ("causal", "documents", "window")
+        ]
+    return [
+        *backends(("causal",), long),
+        *steps,
+        *backends(("documents", "window"), long),
+        *of_torch(middle),
+        *backends(MASKS, middle),
+        *backends(MASKS, short),
+        *of_torch(short),
+        *backends(("full",), long),
+    ]
 
 
 def tflops(pairs: int, seconds: float, factor: float = 1.0) -> float:
@@ -62,16 +74,14 @@ def _backend(name: str, mask: str, length: int, device: str) -> Any:
     def run() -> dict[str, Any]:
         problem = whole_problem(mask, length, HEADS, device)
         params = SoftmaxParams(HEADS.width**-0.5, kernel=name)
-        try:
-            kernel = attention_kernel(problem.queries, problem.keys, problem.pieces, params)
-        except ValueError as refused:
-            return {"refused": str(refused)}
+        without = problem.without(params)
+        if without is not None:
+            return without
         out, lse = problem.forward(params)
         saved = SavedForward(torch.randn_like(out), out, lse)
         forward = seconds_of(lambda: problem.forward(params), out.device)
         backward = seconds_of(lambda: problem.backward(saved, params), out.device)
         return {
-            "kernel": type(kernel).__name__,
             "forward_ms": 1e3 * forward,
             "backward_ms": 1e3 * backward,
             "forward_tflops": tflops(problem.pairs, forward),
@@ -132,13 +142,14 @@ def _flex(length: int, device: str, window: int | None) -> Any:
     return run
 
 
-def _host_waits(length: int, device: str) -> Any:
+def _host_waits(mask: str, length: int, device: str) -> Any:
     """Whether a mixer's step, forward and backward, waits for the GPU once it is compiled."""
 
     def run() -> dict[str, Any]:
-        problem = whole_problem("causal", length, HEADS, device)
-        mixer = SoftmaxAttention(Causal())
-        metadata = batch_metadata(mixer, Documents.single(1, length)).to(device)
+        problem = whole_problem(mask, length, HEADS, device)
+        rule, documents = problems.MASKS[mask](length)
+        mixer = SoftmaxAttention(rule)
+        metadata = batch_metadata(mixer, documents).to(device)
         q, k, v = (x.detach().requires_grad_() for x in (problem.queries.q, *problem.keys[:2]))
         grad_out = torch.randn_like(q)
         torch.autograd.grad(mixer(q, k, v, metadata), (q, k, v), grad_out)
@@ -171,6 +182,12 @@ def _wrapper(length: int, device: str) -> Any:
             problem.backward(SavedForward(grad_out, out, lse), params)
 
         whole, alone = (seconds_of(call, q.device) for call in (step, kernel))
-        return {"mixer_ms": 1e3 * whole, "kernel_ms": 1e3 * alone, "overhead": whole / alone - 1}
+        host = host_seconds_of(step, q.device) if q.is_cuda else 0.0
+        return {
+            "mixer_ms": 1e3 * whole,
+            "kernel_ms": 1e3 * alone,
+            "overhead": whole / alone - 1,
+            "host_ms": 1e3 * host,
+        }
 
     return run

@@ -13,7 +13,12 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 TRANSFER = Path("build/gpu/transfer")
 PACKAGES = Path("build/gpu/packages")
@@ -107,11 +112,32 @@ def add_packages(transfer: Path = TRANSFER, packages: Path = PACKAGES) -> str:
     whole = bool(parts) and len(parts) == int(parts[0].name.rpartition("of")[2])
     if not packages.exists() and whole:
         unpack(transfer, packages)
+        # Once and on all cores, rather than by each of the processes that import them at once.
+        compile_all = [sys.executable, "-m", "compileall", "-qq", "-j", "0", str(packages)]
+        subprocess.run(compile_all, check=False)
     if not packages.exists():
         some = f", {len(parts)} parts of more are there" if parts else ""
         return f"No packages were transferred{some}: what is installed here is measured."
     site.addsitedir(str(packages.resolve()))
+    sys.meta_path.insert(0, _NotImported("jax"))
     return f"Packages of {packages} are on the path."
+
+
+class _NotImported(MetaPathFinder, Loader):
+    """Lets the import of a package fail, as where it is not installed.
+
+    cutlass, on which FlashAttention 4 stands, imports jax where there is one: seconds for each
+    process, and one more package whose version would have to agree.
+    """
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        return spec_from_loader(name, self) if name == self.package else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        raise ImportError(f"{module.__name__} is not imported by the campaign")
 
 
 def compile_caches(folder: Path = COMPILED) -> dict[str, str]:

@@ -54,6 +54,7 @@ __all__ = [
     "attend_once_backward",
     "attention_kernel",
     "check_kernel",
+    "kernel_choice",
     "local_sink_gradient",
     "note_merged_parts",
     "note_rounded_sums",
@@ -80,6 +81,17 @@ def attention_kernel(
     calls = _calls(queries, keys, pieces)
     demand = demand_of(queries, keys, calls, params)
     return _made(chosen(demand, params.kernel).backend, demand, calls)
+
+
+def kernel_choice(
+    queries: Queries, keys: Keys, pieces: Tensor | None, params: SoftmaxParams
+) -> KernelChoice:
+    """What `attention_kernel` takes for these, and why not another.
+
+    Raises:
+        ValueError: as of `attention_kernel`.
+    """
+    return chosen(demand_of(queries, keys, _calls(queries, keys, pieces), params), params.kernel)
 
 
 def check_kernel(
@@ -128,8 +140,7 @@ def _say_of_backend(
     params: SoftmaxParams,
 ) -> None:
     if queries.q.is_cuda and queries.q.dtype in HALF:
-        demand = demand_of(queries, keys, _calls(queries, keys, pieces), params)
-        say(chosen(demand, params.kernel).backend.name)
+        say(kernel_choice(queries, keys, pieces, params).backend.name)
 
 
 def attend(
