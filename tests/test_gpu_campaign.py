@@ -22,6 +22,7 @@ from benchmarks.gpu import (
     shared,
     speed,
     supervise,
+    timing,
 )
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.candidates import candidates
@@ -195,6 +196,22 @@ def test_one_call_over_gathered_keys_has_the_error_of_one_device_on_a_rounding_b
     assert 1.1 < cases["ring HeadTail causal 4 ranks"].run()["of_one"] < 1.5
     assert isinstance(default_attention("cuda"), AllGatherAttention)
     assert isinstance(default_attention("cpu"), RingAttention)
+
+
+def test_a_call_is_timed_three_times_at_least_and_as_long_as_there_is_time(monkeypatch):
+    """After one that is not counted, in which it may compile."""
+    ran, clock = [], 0.0
+
+    def call():
+        nonlocal clock
+        ran.append(clock)
+        clock += 50.0 if len(ran) == 1 else took
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock))
+    for took, calls in ((0.5, 1 + 3), (0.05, 1 + 8), (0.001, 1 + 20)):
+        ran.clear()
+        assert timing.seconds_of(call, torch.device("cpu")) == pytest.approx(took)
+        assert len(ran) == calls
 
 
 def test_packages_for_a_gpu_are_cut_into_transfers(tmp_path):
