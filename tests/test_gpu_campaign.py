@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from benchmarks.gpu import (
     speed,
     supervise,
     timing,
+    wheels,
 )
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.candidates import candidates
@@ -39,7 +41,14 @@ from benchmarks.gpu.run import (
     verdict,
 )
 from benchmarks.gpu.stages import STAGES, Stage
-from benchmarks.gpu.wheels import PART, add_packages, describe_transfer, pack, unpack
+from benchmarks.gpu.wheels import (
+    PART,
+    add_packages,
+    describe_transfer,
+    pack,
+    unpack,
+    unpack_whole,
+)
 from dtcp.kernels.softmax import api
 from dtcp.kernels.softmax.backends import backend_named
 from dtcp.kernels.softmax.types import SoftmaxParams
@@ -69,6 +78,7 @@ def test_the_campaign_ends_within_its_limit(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(campaign, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(campaign, "unpack_whole", lambda: None)
     monkeypatch.setattr(campaign, "add_packages", lambda: "")
     monkeypatch.setattr(campaign, "supervise", supervise_it)
     monkeypatch.setattr(campaign, "compile_caches", dict)
@@ -214,7 +224,7 @@ def test_a_call_is_timed_three_times_at_least_and_as_long_as_there_is_time(monke
         assert len(ran) == calls
 
 
-def test_packages_for_a_gpu_are_cut_into_transfers(tmp_path):
+def test_packages_for_a_gpu_are_cut_into_transfers(tmp_path, monkeypatch):
     packages, back = tmp_path / "packages", tmp_path / "back"
     packages.mkdir()
     (packages / "module.py").write_text("answer = 42\n")
@@ -228,10 +238,17 @@ def test_packages_for_a_gpu_are_cut_into_transfers(tmp_path):
     for path in packages.iterdir():
         assert (back / path.name).read_bytes() == path.read_bytes()
     assert "packages.tar.xz.1of" in describe_transfer(tmp_path / "transfer")
+    elsewhere = tmp_path / "transfer", tmp_path / "elsewhere"
+    monkeypatch.setattr(wheels, "PYTHON", "3.0")
+    unpack_whole(*elsewhere)
+    assert "is for Python 3.0" in add_packages(*elsewhere) and not elsewhere[1].exists()
+    monkeypatch.setattr(wheels, "_is_for_this_python", lambda: True)
+    unpack_whole(*elsewhere)
+    assert (elsewhere[1] / "module.py").read_text() == "answer = 42\n"
+    shutil.rmtree(elsewhere[1])
     parts[-1].unlink()
-    elsewhere = tmp_path / "elsewhere"
-    said = add_packages(tmp_path / "transfer", elsewhere)
-    assert "of more are there" in said and not elsewhere.exists()
+    unpack_whole(*elsewhere)
+    assert "of more are there" in add_packages(*elsewhere) and not elsewhere[1].exists()
     # With room for the project, 6 MiB in 2026, in a transfer of 64.
     assert PART <= 50 * 2**20
 

@@ -33,6 +33,7 @@ from benchmarks.gpu.wheels import (
     compile_caches,
     describe_transfer,
     prepare,
+    unpack_whole,
 )
 
 RESULTS = Path("build/gpu/results")
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     if not torch.cuda.is_available():
         print(_plan(stages))
         return 0
+    unpack_whole()
     print(add_packages())
     names = [stage.name for stage in stages]
     if args.again:

@@ -1,7 +1,8 @@
 """What a machine without a network lacks, fetched and packed where there is one.
 
 Wheels are unpacked and packed again into one archive, which is compressed better than they are, and
-cut into parts that a transfer takes. On the other side `add_packages` puts them on the path.
+cut into parts that a transfer takes. On the other side `unpack_whole` puts them together again, and
+`add_packages` on the path of a process.
 """
 
 import io
@@ -106,21 +107,33 @@ def parts_in(transfer: Path) -> list[Path]:
     return sorted(transfer.glob(f"{ARCHIVE}.*of*"))
 
 
-def add_packages(transfer: Path = TRANSFER, packages: Path = PACKAGES) -> str:
-    """Make what was transferred importable; what came of it."""
+def unpack_whole(transfer: Path = TRANSFER, packages: Path = PACKAGES) -> None:
+    """Unpack what was transferred, if all of it is there: before several processes use it."""
     parts = parts_in(transfer)
     whole = bool(parts) and len(parts) == int(parts[0].name.rpartition("of")[2])
-    if not packages.exists() and whole:
-        unpack(transfer, packages)
-        # Once and on all cores, rather than by each of the processes that import them at once.
-        compile_all = [sys.executable, "-m", "compileall", "-qq", "-j", "0", str(packages)]
-        subprocess.run(compile_all, check=False)
+    if packages.exists() or not whole or not _is_for_this_python():
+        return
+    unpack(transfer, packages)
+    # Once and on all cores, rather than by each of the processes that import them at once.
+    compile_all = [sys.executable, "-m", "compileall", "-qq", "-j", "0", str(packages)]
+    subprocess.run(compile_all, check=False)
+
+
+def add_packages(transfer: Path = TRANSFER, packages: Path = PACKAGES) -> str:
+    """Make what was unpacked importable; what came of it."""
     if not packages.exists():
+        parts = parts_in(transfer)
         some = f", {len(parts)} parts of more are there" if parts else ""
+        if parts and not _is_for_this_python():
+            some = f", what is in {transfer} is for Python {PYTHON}"
         return f"No packages were transferred{some}: what is installed here is measured."
     site.addsitedir(str(packages.resolve()))
     sys.meta_path.insert(0, _NotImported("jax"))
     return f"Packages of {packages} are on the path."
+
+
+def _is_for_this_python() -> bool:
+    return f"{sys.version_info.major}.{sys.version_info.minor}" == PYTHON
 
 
 class _NotImported(MetaPathFinder, Loader):
