@@ -1,8 +1,9 @@
 """What is wrong with a kernel on the device it will run on: how every self-test is run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 
 BOUND = 3e-2
 """Of the largest value; weights and results are rounded to half precision, by 4e-3 of theirs."""
@@ -31,3 +32,18 @@ def fault_in(check: Callable[[], str | None], device: torch.device) -> str | Non
         if on_gpu:
             torch.cuda.set_sync_debug_mode(mode)
     return None if wrong is None else f"{FAILED} ({wrong})"
+
+
+def largest_error(ours: Tensor, right: Tensor) -> float:
+    """Over the largest value of what is right."""
+    return float((ours - right).abs().max() / right.abs().max().clamp(min=1e-9))
+
+
+def excess(what: str, errors: Mapping[str, float]) -> str | None:
+    """What to say where the error of a result is over the bound, as NaN is; None if none is."""
+    wrong = {name: error for name, error in errors.items() if not error <= BOUND}
+    if not wrong:
+        return None
+    # NaN is the worst, and the largest of all that it is compared with.
+    name = max(wrong, key=lambda name: (wrong[name] != wrong[name], wrong[name]))
+    return f"{what}: an error of {wrong[name]:.1e} in {name}"

@@ -90,7 +90,7 @@ def test_a_wrong_gradient_of_a_sparse_kernel_is_found_whatever_it_reads(reads, s
             return grads._replace(**{spoiled: 1.1 * getattr(grads, spoiled)})
 
     fault = fault_of_sparse(Wrong, right, *asked, **of)
-    assert fault is not None and reads.value in fault
+    assert fault is not None and reads.value in fault and f"in d{spoiled}" in fault
 
 
 def test_kernels_that_do_not_compile_leave_sparse_attention_to_torch(monkeypatch, caplog):

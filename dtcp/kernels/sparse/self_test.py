@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dtcp.kernels.faults import BOUND, fault_in
+from dtcp.kernels.faults import excess, fault_in, largest_error
 from dtcp.kernels.sparse.read_ranges import entry_runs, key_runs
 from dtcp.kernels.sparse.types import Sight, SparseKernel, SparseKeys
 
@@ -45,8 +44,7 @@ def fault_of_sparse(
 
     def check() -> str | None:
         problem = sparse_problem(dtype, device, width, heads=heads, reads=reads)
-        wrong = _largest_error(make_kernel(), reference, *problem)
-        return None if wrong <= BOUND else f"{reads.value}: an error of {wrong:.1e}"
+        return excess(reads.value, _errors(make_kernel(), reference, *problem))
 
     return fault_in(check, device)
 
@@ -96,9 +94,10 @@ def _sight(reads: SparseReads, device: torch.device) -> Sight:
     return Sight._make((*(x.to(device, torch.int32) for x in tables), tiles))
 
 
-def _largest_error(
+def _errors(
     kernel: SparseKernel, truth: SparseKernel, q: Tensor, keys: SparseKeys, sink: Tensor
-) -> float:
+) -> dict[str, float]:
+    """Of out, lse and the gradients, by name."""
     scale, dtype, device = q.shape[-1] ** -0.5, q.dtype, q.device
     right_out, right_lse = truth.forward(q, keys, sink, scale)
     generator = torch.Generator(device).manual_seed(1)
@@ -106,8 +105,10 @@ def _largest_error(
     saved = (grad_out, q, keys, sink, right_out, right_lse, scale)
     out, lse = kernel.forward(q, keys, sink, scale)
     ours, right = kernel.backward(*saved), truth.backward(*saved)
-    pairs: list[tuple[Any, Any]] = [(out, right_out), (lse, right_lse)]
-    # What one of them alone has no gradient of is a fault, too.
-    pairs += [pair for pair in zip(ours, right, strict=True) if any(x is not None for x in pair)]
-    errors = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-9)) for a, b in pairs]
-    return float("nan") if any(error != error for error in errors) else max(errors)
+    pairs = {"out": (out, right_out), "lse": (lse, right_lse)}
+    for name in right._fields:
+        pair = getattr(ours, name), getattr(right, name)
+        # What one of them alone has no gradient of is a fault, too.
+        if any(x is not None for x in pair):
+            pairs[f"d{name}"] = pair
+    return {name: largest_error(*pair) for name, pair in pairs.items()}
