@@ -48,13 +48,15 @@ def inside_chunks_in_torch(
     for start in range(0, h.shape[1], at_once):
         states = slice(start, start + at_once)
         tokens = slice(start * chunk, (start + at_once) * chunk)
-        x = [part[:, tokens] for part in (q, k, decay, new, grad, d_new)]
-        parts.append(_some_chunks(*x, h[:, states], d_h[:, states], chunk))
+        some = [part[:, tokens] for part in (q, k, decay, new, grad, d_new)]
+        some += [part[:, states] for part in (h, d_h)]
+        parts.append(_some_chunks(chunk, *some))
     dq, dk, dw, dg = (torch.cat(each, dim=1).contiguous() for each in zip(*parts, strict=True))
     return dq, dk, dw, dg
 
 
 def _some_chunks(
+    chunk: int,
     q: Tensor,
     k: Tensor,
     decay: Tensor,
@@ -63,7 +65,6 @@ def _some_chunks(
     d_new: Tensor,
     h: Tensor,
     d_h: Tensor,
-    chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, groups, shared = new.dtype, k.shape[2], new.shape[2] // k.shape[2]
     q, k = (_by_chunk(part.repeat_interleave(shared, dim=2), chunk) for part in (q, k))

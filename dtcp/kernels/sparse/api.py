@@ -100,8 +100,10 @@ def _triton_fault(
     dtype: torch.dtype, device: torch.device, width: int, heads: int, reads: SparseReads
 ) -> str | None:
     """What is wrong with their results on this device, found at their first use, and said."""
-    own = {"heads": heads, "reads": reads}
-    fault = fault_of_sparse(triton_kernel, ReferenceSparseAttention(), dtype, device, width, **own)
+    reference = ReferenceSparseAttention()
+    fault = fault_of_sparse(
+        triton_kernel, reference, dtype, device, width, heads=heads, reads=reads
+    )
     if fault is not None:
         LOG.warning(
             "sparse attention (heads of %d, %s) is computed by plain torch, many times slower: "
