@@ -321,6 +321,24 @@ def test_a_case_of_the_campaign_that_crashes_or_hangs_costs_the_others_nothing(
     assert [line["case"] for line in read_lines(tmp_path / "speed.jsonl")] == ["a", "b"]
 
 
+def test_a_case_that_the_end_of_its_stage_cuts_short_is_left_for_another_run(
+    tmp_path, monkeypatch, capsys
+):
+    ticks = itertools.count()
+
+    def monotonic():
+        hangs = running_case(tmp_path, "speed", 0) == "hangs"
+        return 9.0 * next(ticks) if hangs else 0.0
+
+    monkeypatch.setattr(supervise, "time", SimpleNamespace(monotonic=monotonic))
+    script = tmp_path / "stage.py"
+    script.write_text(STAND_IN.replace('"crashes", ', ""))
+    wrong = supervise.supervise("speed", 20.0, tmp_path, command=[sys.executable, str(script)])
+    assert wrong == 0 and [line["case"] for line in read_lines(tmp_path / "speed.jsonl")] == ["a"]
+    assert "in the middle of hangs" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.running"))
+
+
 WORKER = """
 import sys, time
 from pathlib import Path

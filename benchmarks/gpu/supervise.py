@@ -2,7 +2,8 @@
 
 An error of CUDA ends the process that met it, a kernel may hang or crash: the case that was running
 gets a line that says so, and a new process goes on with the next. A stage has its time, a case its
-own; a stage that cannot even start is passed over.
+own; a stage that cannot even start is passed over, and what its end cuts short is left for another
+run.
 """
 
 import sys
@@ -27,6 +28,7 @@ START_SECONDS = 60.0
 """Until a process names its first case."""
 GRACE = 10.0
 """For the last case of a stage, which may start just before its time is over."""
+OVER = "the time of its stage was over"
 
 
 def supervise(
@@ -72,9 +74,13 @@ def _run_worker(stage: str, worker: int, end: float, folder: Path, command: list
             break
         if ended.status == POISONED and case is None:
             continue
+        running_file(folder, stage, worker).unlink(missing_ok=True)
+        if ended.killed_for == OVER:
+            # Not wrong for that: another run measures it.
+            print(f"  {stage}: {OVER} in the middle of {case or 'its start'}", flush=True)
+            break
         why = ended.killed_for or f"the process ended with status {ended.status}"
         append(path, {"stage": stage, "case": case or "start", "failed": why})
-        running_file(folder, stage, worker).unlink(missing_ok=True)
         print(f"  WRONG {stage}, {case or 'start'}: {why}", flush=True)
         if case is None:
             break
@@ -95,4 +101,4 @@ class _Watch:
         limit = START_SECONDS if case is None else CASE_SECONDS
         if now - self.since > limit:
             return f"took longer than {limit:.0f} s"
-        return "the time of its stage was over" if now > self.end else ""
+        return OVER if now > self.end else ""
