@@ -11,7 +11,6 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 
 from dtcp._torch.compiler import (
-    dynamo_has,
     dynamo_limits,
     graph_limit_error,
     graphs_and_breaks,
@@ -98,7 +97,7 @@ def compile_whole(
     if "recompile_limit" in signature(torch.compile).parameters:
         options["recompile_limit"] = limits.pop("recompile_limit")
     if data_sizes:
-        limits |= _data_size_settings()
+        limits |= _CHECKPOINTED_DATA_SIZES
     # Before torch 2.13 the limit is dynamo's, read when a graph is made.
     compiled = torch.compile(function, **options)
     return FewGraphs(traced_with(compiled, limits) if limits else compiled, limit)
@@ -114,7 +113,7 @@ def compile_around_islands(
     """Compile code that holds an eager island: one graph before it and one after.
 
     However deep in the code the island lies: without nested breaks every module around it breaks
-    too, so that each attention breaks twice. The setting is new in torch 2.13, and off there.
+    too, so that each attention breaks twice. The setting is off in torch 2.11 to 2.15.
 
     Args:
         max_graphs: of this function; None for graph_limit().
@@ -126,10 +125,9 @@ def compile_around_islands(
     settings = _limits(limit)
     # Else dynamo would go on in eager mode, without a word.
     settings["fail_on_recompile_limit_hit"] = True
-    if dynamo_has("nested_graph_breaks"):
-        settings["nested_graph_breaks"] = True
+    settings["nested_graph_breaks"] = True
     if data_sizes:
-        settings |= _data_size_settings()
+        settings |= _CHECKPOINTED_DATA_SIZES
     return FewGraphs(traced_with(torch.compile(function, backend=backend), settings), limit)
 
 
@@ -137,13 +135,14 @@ DATA_SIZES: Mapping[str, Any] = {"capture_dynamic_output_shape_ops": True}
 """Settings of dynamo under which an op whose size depends on data is no break."""
 
 
-def _data_size_settings() -> dict[str, Any]:
-    """DATA_SIZES, and that a checkpointed layer may tell its experts of the padding of its call.
+_CHECKPOINTED_DATA_SIZES: Mapping[str, Any] = {
+    **DATA_SIZES,
+    "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
+}
+"""These, and that a checkpointed layer may tell its experts of the padding of its call.
 
-    It is read in the same call and nowhere else; a graph has it as its input.
-    """
-    telling = "skip_fwd_side_effects_in_bwd_under_checkpoint"
-    return {**DATA_SIZES, **({telling: True} if dynamo_has(telling) else {})}
+It is read in the same call and nowhere else; a graph has it as its input.
+"""
 
 
 def _limits(max_graphs: int) -> dict[str, Any]:

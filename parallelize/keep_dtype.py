@@ -53,9 +53,11 @@ def gather_in_own_dtype(unit: FSDPModule, parameters: Collection[nn.Parameter]) 
     for group in tuple(groups):
         kept = [p for p in group.fsdp_params if id(p.sharded_param) in kept_ids]
         rest = [p for p in group.fsdp_params if id(p.sharded_param) not in kept_ids]
-        param_dtype = group.mp_policy.param_dtype
+        if not kept:
+            continue
+        param_dtype = kept[0].mp_policy.param_dtype
         gathered = {param_dtype or p.sharded_param.dtype for p in group.fsdp_params}
-        if not kept or gathered == {p.sharded_param.dtype for p in kept}:
+        if gathered == {p.sharded_param.dtype for p in kept}:
             continue
         own_group = group
         if rest:
@@ -63,11 +65,14 @@ def gather_in_own_dtype(unit: FSDPModule, parameters: Collection[nn.Parameter]) 
                 raise NotImplementedError(
                     f"Parameters that keep their dtype are gathered in a group of their own, and "
                     f"units of this torch have one group only, got torch {torch.__version__} and "
-                    f"param_dtype={param_dtype}: use torch 2.13, or no param_dtype."
+                    f"param_dtype={param_dtype}: use torch 2.13 or newer, or no param_dtype."
                 )
             group.fsdp_params = rest
-            own_group = empty_param_group_like(group)
+            own_group = empty_param_group_like(group, OWN_DTYPE)
             # In front: a neighbour with one group prefetches only the last of ours (torch 2.13),
             # which then is the large one.
             groups.insert(0, own_group)
-        own_group.fsdp_params, own_group.mp_policy = kept, OWN_DTYPE
+        own_group.fsdp_params = kept
+        # FSDP reads a group's before torch 2.15, and each parameter's since.
+        for each in (own_group, *kept):
+            each.mp_policy = OWN_DTYPE

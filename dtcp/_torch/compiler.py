@@ -22,11 +22,6 @@ def graph_limit_error() -> type[Exception]:
     return cast(type[Exception], torch._dynamo.exc.FailOnRecompileLimitHit)
 
 
-def dynamo_has(setting: str) -> bool:
-    """Whether this torch's dynamo knows a setting: `nested_graph_breaks` is new in 2.13."""
-    return hasattr(torch._dynamo.config, setting)
-
-
 def traced_with(compiled: Callable[_P, _R], settings: Mapping[str, Any]) -> Callable[_P, _R]:
     """A compiled function that is traced under these settings of dynamo, read when it runs.
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import Shard
 
 
@@ -20,14 +20,14 @@ def fsdp_param_groups(unit: FSDPModule) -> list[Any] | tuple[Any, ...]:
 
 
 def has_param_meshes() -> bool:
-    """Whether parameters of one FSDP unit may lie on several meshes (2.13; not 2.11)."""
+    """Whether parameters of one FSDP unit may lie on several meshes (2.13-2.15; not 2.11)."""
     from torch.distributed.fsdp._fully_shard import _fsdp_common
 
     return hasattr(_fsdp_common, "ShardPlacementResult")
 
 
 def param_mesh(mesh: DeviceMesh) -> Callable[[Shard], Any]:
-    """What a shard_placement_fn returns for a parameter on a mesh of its own, by placement (2.13).
+    """What a shard_placement_fn returns for a parameter on another mesh, by placement (2.13-2.15).
 
     Public for the placement alone; torch 2.11 has one mesh per unit. All parameters of a mesh
     have one and the same object for it.
@@ -38,8 +38,8 @@ def param_mesh(mesh: DeviceMesh) -> Callable[[Shard], Any]:
     return lambda placement: _fsdp_common.ShardPlacementResult(placement, mesh_info)
 
 
-def empty_param_group_like(group: Any) -> Any:
-    """A group without parameters, on the mesh and under the policies of another (2.13)."""
+def empty_param_group_like(group: Any, policy: MixedPrecisionPolicy) -> Any:
+    """A group without parameters, on the mesh of another, under a policy of its own (2.13-2.15)."""
     return type(group)(
         [],
         group.modules,
@@ -47,6 +47,6 @@ def empty_param_group_like(group: Any) -> Any:
         group.post_forward_mesh_info,
         group.device,
         None,
-        group.mp_policy,
+        policy,
         group.offload_policy,
     )

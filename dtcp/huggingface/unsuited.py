@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from dtcp.huggingface.version import too_old
+
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -12,6 +14,7 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 def unsuited(model: Any) -> Iterator[str]:
     """What refuses a model before it is run, in sentences."""
+    yield from too_old()
     name = type(model).__name__
     if next(model.parameters()).is_meta:
         yield (

@@ -29,6 +29,7 @@ from dtcp.forward import wrap_forward
 from dtcp.huggingface.install import has_mixers
 from dtcp.huggingface.own_errors import own_errors
 from dtcp.huggingface.small_config import small_config
+from dtcp.huggingface.version import too_old
 from dtcp.parallelize import load_hf, parallelize_hf
 from dtcp.parallelize.tensor_parallel import is_experts, separate_gate_and_up
 from dtcp.parallelize.tied_parameters import (
@@ -52,10 +53,13 @@ def read_config(source: str) -> Any:
     """The config of transformers that a folder or file holds, or a tiny one of a model type.
 
     Raises:
-        ValueError: neither such a file nor such a model type, or one that transformers refuses.
+        ValueError: neither such a file nor such a model type, or one that transformers refuses; or
+            a transformers that is too old.
     """
     from transformers import AutoConfig
 
+    for sentence in too_old():
+        raise ValueError(sentence)
     path, remedy = Path(source), "name another one as --model.hf"
     if not path.exists():
         return small_config(source, {"vocab_size": BYTE_VOCABULARY}, remedy).config

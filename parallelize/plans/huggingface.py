@@ -269,7 +269,7 @@ def _block(name: str) -> str:
 
 def _keep_dtype(model: Any) -> tuple[str, ...]:
     """What transformers itself loads in fp32, whatever dtype it is asked for."""
-    keys = model._keep_in_fp32_modules_strict
+    keys = model._keep_in_fp32_modules_strict or ()
     pattern = re.compile("|".join(key.replace("*", ".*") for key in sorted(keys)))
     return tuple(name for name, _ in model.named_parameters() if keys and pattern.search(name))
 

@@ -13,6 +13,9 @@ from tests.harness.stand_ins.conventions import (
     window_of,
 )
 
+NOT_IN_2_11 = ("block_table", "num_splits")
+"""Arguments that torch 2.11 has not, and that are never passed."""
+
 
 class AtenOps:
     """FlashAttention 2 and cuDNN as torch has them; parameters as in their schemas."""

@@ -1,0 +1,25 @@
+"""Versions of transformers."""
+
+from dtcp.torchtitan.hf_model import read_config
+
+import pytest
+
+from dtcp.check.checked_hf import CheckedHuggingFaceModel
+from dtcp.huggingface import survey
+
+
+def test_transformers_before_5_is_refused_by_name(monkeypatch):
+    model = CheckedHuggingFaceModel("llama").build()
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    said = r"version 5\.0 on, got transformers=4\.57\.6: pip install 'transformers>=5\.0'"
+    with pytest.raises(ValueError, match=said):
+        survey(model).check()
+    with pytest.raises(ValueError, match=said):
+        read_config.__wrapped__("llama")
+
+
+@pytest.mark.parametrize("version", ["5.0.0", "5.25.0.dev0", "10.1"])
+def test_transformers_from_5_on_is_served(monkeypatch, version):
+    model = CheckedHuggingFaceModel("llama").build()
+    monkeypatch.setattr("transformers.__version__", version)
+    survey(model).check()
