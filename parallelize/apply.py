@@ -15,6 +15,7 @@ so do checkpoints, and dynamo guards what it compiles.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
@@ -125,19 +126,29 @@ def parallelize(
 
 
 def _with_weights_axis(mesh: ParallelMesh, model: nn.Module, fsdp: FSDP) -> ParallelMesh:
-    """The mesh with an axis for fully_shard where options ask for more than sharding.
+    """The mesh with an axis for fully_shard, where more than sharding is asked of it.
+
+    By its options, or under tp by torch 2.11: its `clip_grad_norm_` leaves gradients that are sums
+    yet to be made as they are, without a word, and fully_shard makes them.
 
     Raises:
         ValueError: there is no axis for it.
     """
-    if mesh.hsdp is not None or not fsdp.is_needed(model):
+    unclipped = mesh.tp is not None and torch.__version__ < (2, 12)
+    if mesh.hsdp is not None or not (unclipped or fsdp.is_needed(model)):
         return mesh
-    if mesh.narrow is None:
+    if mesh.narrow is not None:
+        return replace(mesh, hsdp=mesh.narrow)
+    if unclipped:
         raise ValueError(
-            f"Weights are cast and offloaded by fully_shard, got {fsdp} for a mesh without an axis "
-            f"of theirs: add dp_shard, of size 1, or leave the option out."
+            f"torch before 2.12 clips gradients only once fully_shard has summed them over tp, got "
+            f"torch {torch.__version__} and a mesh without an axis of fully_shard's: add dp_shard, "
+            f"of size 1, or use a newer torch."
         )
-    return replace(mesh, hsdp=mesh.narrow)
+    raise ValueError(
+        f"Weights are cast and offloaded by fully_shard, got {fsdp} for a mesh without an axis "
+        f"of theirs: add dp_shard, of size 1, or leave the option out."
+    )
 
 
 def _apply_styles(model: nn.Module, mesh: ParallelMesh, plan: ParallelPlan) -> None:

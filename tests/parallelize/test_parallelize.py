@@ -1,6 +1,7 @@
 """parallelize: what it promises of parameters, graphs and gradients, and what it refuses."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.testing import assert_close
+from torch.torch_version import TorchVersion
 
 from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, count_graphs
@@ -140,6 +142,25 @@ def test_clipping_and_a_step_of_adamw_equal_one_device(mesh, degrees):
     assert_close(norms[1].full_tensor(), norms[0])
     whole = {name: p.full_tensor() for name, p in model.named_parameters()}
     assert_close(whole, dict(reference.named_parameters()))
+
+
+@spmd(axes={"tp": 2})
+def test_sums_over_tp_are_made_for_a_torch_that_does_not_clip_them(mesh):
+    """torch 2.11 gives their norm and leaves them as they are."""
+    only_tp = ParallelMesh.from_device_mesh(mesh)
+    with patch.object(torch, "__version__", TorchVersion("2.11.0")):
+        reference, model, mesh = a_pair(Degrees(tp=2))
+        with pytest.raises(ValueError, match=r"got torch 2\.11\.0 and .* add dp_shard, of size 1"):
+            parallelize(Llama(CONFIG), only_tp, llama_plan(CONFIG, only_tp, RingAttention()))
+    torch.manual_seed(1)
+    one_device(reference, ROWS)
+    torch.manual_seed(1)
+    on_mesh(model, mesh, ROWS, HeadTail)
+    assert not any(x.is_partial() for p in model.parameters() for x in p.grad.placements)
+    for each in (reference, model):
+        nn.utils.clip_grad_norm_(each.parameters(), 0.1)
+    whole = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    assert_close(whole, {name: p.grad for name, p in reference.named_parameters()})
 
 
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, tied=True)])
