@@ -134,7 +134,7 @@ def _with_weights_axis(mesh: ParallelMesh, model: nn.Module, fsdp: FSDP) -> Para
     Raises:
         ValueError: there is no axis for it.
     """
-    unclipped = mesh.tp is not None and torch.__version__ < (2, 12)
+    unclipped = mesh.tp is not None and torch.__version__ < "2.12"
     if mesh.hsdp is not None or not (unclipped or fsdp.is_needed(model)):
         return mesh
     if mesh.narrow is not None:

@@ -144,8 +144,8 @@ def saved_groups(model: Any, names: Sequence[str]) -> list[SavedGroup]:
     """The weights of a model in the order of their names, those together that files have as one."""
     from transformers.core_model_loading import (
         WeightConverter,
-        apply_converters,
         dot_natural_key,
+        rename_source_key,
     )
 
     # As in revert_weight_conversion, which takes all weights at once.
@@ -153,7 +153,7 @@ def saved_groups(model: Any, names: Sequence[str]) -> list[SavedGroup]:
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     groups: dict[str, SavedGroup] = {}
     for name in sorted(names, key=dot_natural_key):
-        target, pattern = apply_converters(name, converters)
+        target, pattern = rename_source_key(name, [], converters, reverse=True)
         key = name if pattern is None else f"{target}, converted"
         groups.setdefault(key, SavedGroup()).names.append(name)
     return list(groups.values())

@@ -2,13 +2,18 @@
 
 from collections.abc import Iterator
 
+LEAST = (5, 15)
+
 
 def too_old() -> Iterator[str]:
-    """What refuses a transformers before 5.0, which makes masks and loads weights otherwise."""
+    """What refuses a transformers before 5.15.
+
+    It names the weights of files in another way, and before 5.0 makes other masks.
+    """
     from transformers import __version__
 
-    if int(__version__.split(".")[0]) < 5:
+    if tuple(int(part) for part in __version__.split(".")[:2]) < LEAST:
         yield (
-            f"Models of transformers are served from version 5.0 on, got "
-            f"transformers={__version__}: pip install 'transformers>=5.0'."
+            f"Models of transformers are served from version 5.15 on, got "
+            f"transformers={__version__}: pip install 'transformers>=5.15'."
         )
