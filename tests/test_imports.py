@@ -38,7 +38,14 @@ FLOORS = (
     ("dtcp.distributed", "dtcp.compile"),
     ("dtcp.kernels",),
     ("dtcp.mixer", "dtcp.mixer_metadata", "dtcp.mixer_positions", "dtcp.style"),
-    ("dtcp.softmax", "dtcp.recurrent", "dtcp.sparse", "dtcp.experts", "dtcp.mixer_plan"),
+    (
+        "dtcp.softmax",
+        "dtcp.recurrent",
+        "dtcp.sparse",
+        "dtcp.sparse_latent",
+        "dtcp.experts",
+        "dtcp.mixer_plan",
+    ),
     (
         "dtcp.batch",
         "dtcp.row_parts",

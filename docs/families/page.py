@@ -22,6 +22,7 @@ RECURRENT = {
     "CausalConv1d": "convolution",
     "SelectiveScan": "selective scan",
     "CrossAttention": "cross attention",
+    "SparseLatentAttention": "picked tokens",
 }
 """Kinds of masks and mixers, as the table calls them; plain ones have no name there."""
 

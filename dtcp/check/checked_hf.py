@@ -27,6 +27,7 @@ from dtcp.huggingface.small_config import SmallConfig, small_config
 from dtcp.parallelize import Compile, parallelize_hf
 from dtcp.parallelize.plans.huggingface import RECURRENT
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
+from dtcp.parallelize.plans.picked_latents import carried_out_by
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sharded_batch import ShardedBatch
@@ -79,7 +80,13 @@ class CheckedHuggingFaceModel:
             surveyed = survey(model)
         except ValueError as error:
             return Mixing({}, (str(error),), notes=notes)
-        claims = {f"{a.name}.{MIXER}": f"{style}, {a.mixer()}" for a in surveyed.attentions}
+        try:
+            claims = {
+                f"{a.name}.{MIXER}": f"{carried_out_by(a, style)}, {a.mixer()}"
+                for a in surveyed.attentions
+            }
+        except ValueError as error:
+            return Mixing({}, (*surveyed.refused, str(error)), notes=notes)
         claims |= {
             each.name: f"{RECURRENT[each.kind]}, {each.mixer()}" for each in surveyed.recurrent
         }

@@ -14,6 +14,7 @@ from dtcp.huggingface.distance_bias import install_bias_tables
 from dtcp.huggingface.encoder_decoder import DECODER, DECODER_TOKENS, TOKENS, install_encoder
 from dtcp.huggingface.expert_capacity import install_capacity
 from dtcp.huggingface.images import IMAGES, image_arguments, install_image_inputs
+from dtcp.huggingface.latents import read_picked_latents
 from dtcp.huggingface.meta_device import survey_on_meta
 from dtcp.huggingface.metadata_as_mask import pass_metadata_as_mask, pass_metadata_to_base
 from dtcp.huggingface.own_attention import looked_up_in, own_attentions, use_registry
@@ -28,7 +29,7 @@ from dtcp.huggingface.positions import (
     install_positions,
     note_longest,
 )
-from dtcp.huggingface.recorder import survey_mask
+from dtcp.huggingface.recorder import SurveyedAttention, survey_mask
 from dtcp.huggingface.recurrent_layers import install_recurrent_mixers
 from dtcp.huggingface.router_logits import leave_out_own_balance
 from dtcp.huggingface.survey import Survey, survey
@@ -63,7 +64,7 @@ def install_mixers(model: Any) -> Survey:
     result = survey_on_meta(model) if on_meta else survey(model)
     result.check()
     for attention in result.attentions:
-        model.get_submodule(attention.name).add_module(registry.MIXER, attention.mixer())
+        _install_attention(model.get_submodule(attention.name), attention)
     for name in result.own_masks:
         vars(model.get_submodule(name))[registry.OWN_MASK] = True
     install_recurrent_mixers(model, result.recurrent)
@@ -105,6 +106,12 @@ def install_mixers(model: Any) -> Survey:
         wrap_forward(model, leave_out_own_balance)
     wrap_forward(model, _checked_forward)
     return result
+
+
+def _install_attention(module: nn.Module, attention: SurveyedAttention) -> None:
+    module.add_module(registry.MIXER, attention.mixer())
+    if attention.num_selected:
+        read_picked_latents(module, attention.num_selected)
 
 
 def has_mixers(model: Any) -> bool:

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dtcp.huggingface.picking_attention import INDEXER
 from dtcp.huggingface.registry import MIXER, PROJECTION
 from dtcp.softmax.mixer import LatentAttention, SoftmaxAttention
+from dtcp.sparse_latent import LightningIndexer
 
 
 def hands_on_latents(attention: nn.Module) -> bool:
@@ -43,6 +45,20 @@ def exchange_latents(attention: nn.Module) -> None:
         mixer.mask, scale=mixer.scale, softcap=mixer.softcap, kernel=mixer.kernel
     )
     attention.add_module(MIXER, latent)
+    _hand_on_latents(attention)
+
+
+def read_picked_latents(attention: nn.Module, num_selected: int) -> None:
+    """Let a module whose mixer reads the latents of picked tokens hand them on, and pick them.
+
+    One without an indexer reads what the layer before it read.
+    """
+    if getattr(attention, "indexer", None) is not None:
+        attention.add_module(INDEXER, LightningIndexer(num_selected))
+    _hand_on_latents(attention)
+
+
+def _hand_on_latents(attention: nn.Module) -> None:
     # Bound to this very module, so that a deep copy has its own.
     attention.expand_kv = MethodType(_as_they_are, attention)  # type: ignore[assignment]
 

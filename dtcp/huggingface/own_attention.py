@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dtcp.huggingface.attend_by_name import CONFIG, ROPE, attend_by_name, check_no_cache
+from dtcp.huggingface.picking_attention import PICKING, own_values_of_picking
 from dtcp.softmax.distance_bias import alibi_slopes
 
-_ROPE, _CONFIG = "dtcp_rope", "dtcp_config"
 CODEGEN_PARTS = 4
-ATTEND = "_attend"
-"""What such a forward calls to attend, by its name in this module."""
 
 
 def own_attentions(model: nn.Module) -> list[Any]:
@@ -35,7 +34,7 @@ def implementations(model: Any) -> list[Any]:
 
 def use_registry(model: Any, module: nn.Module) -> None:
     """Let a module of a model call attention by the name in the config."""
-    vars(module)[_CONFIG] = model.config
+    vars(module)[CONFIG] = model.config
     for each in _with_own_alibi(model):
         each.use_alibi = False
     vars(module).update(own_values(module))
@@ -48,17 +47,19 @@ def own_values(module: Any) -> dict[str, Any]:
     That is the function that turns queries and keys by their positions, a slope for each head, and
     the parts of CodeGen's projection.
     """
+    if type(module).__name__ in PICKING:
+        return own_values_of_picking(module)
     rope = getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)
     names = ("num_heads", "n_heads", "num_attention_heads")
     heads = next(getattr(module, name) for name in names if hasattr(module, name))
     # Whatever device the model is built on.
     with torch.device("cpu"):
-        return {_ROPE: rope, "dtcp_slopes": alibi_slopes(heads), "dtcp_parts": CODEGEN_PARTS}
+        return {ROPE: rope, "dtcp_slopes": alibi_slopes(heads), "dtcp_parts": CODEGEN_PARTS}
 
 
 def looked_up_in(module: nn.Module) -> Any:
     """The config by whose name a module looks its attention up; None where it keeps none."""
-    return vars(module).get(_CONFIG, getattr(module, "config", None))
+    return vars(module).get(CONFIG, getattr(module, "config", None))
 
 
 def use_own(model: Any, module: nn.Module) -> None:
@@ -67,21 +68,12 @@ def use_own(model: Any, module: nn.Module) -> None:
         each.use_alibi = each.config.alibi
     for name in own_values(module):
         del vars(module)[name]
-    del module.forward, vars(module)[_CONFIG]
+    del module.forward, vars(module)[CONFIG]
 
 
 def _with_own_alibi(model: Any) -> list[Any]:
     """Models that add ALiBi to their mask, of all pairs of tokens."""
     return [m for m in model.modules() if type(m).__name__ == "FalconModel"]
-
-
-def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **arguments: Any) -> Tensor:
-    """[B, H or G, L, D] -> [B, L, H * D], by the registry."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    attend = ALL_ATTENTION_FUNCTIONS[getattr(module, _CONFIG)._attn_implementation]
-    out: Tensor = attend(module, q, k, v, mask, **arguments)[0]
-    return out.flatten(2)
 
 
 def _falcon(
@@ -96,16 +88,16 @@ def _falcon(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    _check_no_cache(self, layer_past)
+    check_no_cache(self, layer_past)
     parts = self._split_heads(self.query_key_value(hidden_states))
     q, k, v = (x.transpose(1, 2) for x in parts)
     if not self.config.alibi:
         assert position_embeddings is not None
-        q, k = getattr(self, _ROPE)(q, k, *position_embeddings)
+        q, k = getattr(self, ROPE)(q, k, *position_embeddings)
     else:
         # Scaled with the scores; the model rounds slopes to bf16, whatever it computes in.
         kwargs["slope"] = _slopes(self, q).bfloat16().float() * self.inv_norm_factor
-    out = _attend(self, q, k, v, attention_mask, scaling=self.inv_norm_factor, **kwargs)
+    out = attend_by_name(self, q, k, v, attention_mask, scaling=self.inv_norm_factor, **kwargs)
     return self.dense(out), None
 
 
@@ -120,11 +112,11 @@ def _bloom(
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    _check_no_cache(self, layer_past)
+    check_no_cache(self, layer_past)
     qkv = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, 3, -1))
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(-2))
     kwargs |= {"scaling": self.inv_norm_factor, "slope": _slopes(self, q)}
-    out = _attend(self, q, k, v, attention_mask, **kwargs)
+    out = attend_by_name(self, q, k, v, attention_mask, **kwargs)
     dropped = F.dropout(self.dense(out), p=self.hidden_dropout, training=self.training)
     return residual + dropped, None
 
@@ -137,7 +129,7 @@ def _mpt(
     attention_mask: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    _check_no_cache(self, past_key_values)
+    check_no_cache(self, past_key_values)
     qkv = self.Wqkv(hidden_states)
     if self.clip_qkv:
         qkv = qkv.clamp(min=-self.clip_qkv, max=self.clip_qkv)
@@ -145,7 +137,7 @@ def _mpt(
     kwargs |= {"scaling": self.softmax_scale, "slope": _slopes(self, q)}
     if self.training:
         kwargs["dropout"] = self.attn_dropout_p
-    return self.out_proj(_attend(self, q, k, v, attention_mask, **kwargs)), None
+    return self.out_proj(attend_by_name(self, q, k, v, attention_mask, **kwargs)), None
 
 
 def _gptj(
@@ -158,11 +150,11 @@ def _gptj(
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    _check_no_cache(self, layer_past)
+    check_no_cache(self, layer_past)
     projections = self.q_proj, self.k_proj, self.v_proj
     q, k, v = (each(hidden_states).unflatten(-1, (-1, self.head_dim)) for each in projections)
     q, k, v = _turned(self, q, k, v, position_ids)
-    out = _attend(self, q, k, v, attention_mask, **_gptjs(self), **kwargs)
+    out = attend_by_name(self, q, k, v, attention_mask, **_gptjs(self), **kwargs)
     return self.resid_dropout(self.out_proj(out)), None
 
 
@@ -176,13 +168,13 @@ def _codegen(
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    _check_no_cache(self, layer_past)
+    check_no_cache(self, layer_past)
     # In parts of as many heads, each with all queries, values and keys of its own.
     shape = self.dtcp_parts, 3, -1, self.head_dim
     qvk = self.qkv_proj(hidden_states).unflatten(-1, shape)
     q, v, k = (x.flatten(2, 3) for x in qvk.unbind(-3))
     q, k, v = _turned(self, q, k, v, position_ids)
-    out = _attend(self, q, k, v, attention_mask, **_gptjs(self), **kwargs)
+    out = attend_by_name(self, q, k, v, attention_mask, **_gptjs(self), **kwargs)
     return self.resid_dropout(self.out_proj(out)), None
 
 
@@ -196,7 +188,7 @@ def _turned(
 
     def turned(x: Tensor) -> Tensor:
         first, rest = x[..., :width], x[..., width:]
-        return torch.cat((getattr(module, _ROPE)(first, sin, cos), rest), dim=-1)
+        return torch.cat((getattr(module, ROPE)(first, sin, cos), rest), dim=-1)
 
     return turned(q).transpose(1, 2), turned(k).transpose(1, 2), v.transpose(1, 2)
 
@@ -213,19 +205,12 @@ def _slopes(module: Any, q: Tensor) -> Tensor:
     return slopes.to(q.device)
 
 
-def _check_no_cache(module: nn.Module, cache: Any) -> None:
-    if cache is not None:
-        raise ValueError(
-            f"Attention that mixers carry out reads the tokens of its batch, got a cache of type "
-            f"{type(cache).__name__} in {type(module).__name__}: leave it out."
-        )
-
-
 FORWARDS: Mapping[str, Callable[..., Any]] = {
     "FalconAttention": _falcon,
     "BloomAttention": _bloom,
     "MptAttention": _mpt,
     "GPTJAttention": _gptj,
     "CodeGenAttention": _codegen,
+    **PICKING,
 }
 """By the name of the class."""

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.huggingface.distance_bias import BIASES, is_of_bias
+from dtcp.huggingface.latents import hands_on_latents
 from dtcp.huggingface.metadata_as_mask import mask_argument, mask_index, metadata_of_config
 from dtcp.huggingface.mixing_probe import own_operands
 from dtcp.huggingface.read_mask import read_mask
 from dtcp.huggingface.recurrent_layers import SurveyedMixer
-from dtcp.huggingface.registry import RECORDER
+from dtcp.huggingface.registry import PROJECTION, RECORDER
 from dtcp.mixer import Mixer
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.masks import And, Bidirectional, BlockBidirectional, Mask
+from dtcp.sequence.masks import And, Bidirectional, BlockBidirectional, Causal, Mask
 from dtcp.softmax.mixer import CrossAttention, SoftmaxAttention
+from dtcp.sparse_latent import SparseLatentAttention
 
 HARMLESS = ("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits")
 """Arguments of an attention call that repeat what mask, positions and the model's call say."""
@@ -33,6 +35,7 @@ class SurveyedAttention:
         softcap: of scores; 0 for none.
         sink: whether calls bring sinks.
         cross: whether its keys are those of an encoder's tokens.
+        num_selected: tokens that an indexer picks for each query; 0 where queries read all.
     """
 
     name: str
@@ -41,8 +44,11 @@ class SurveyedAttention:
     softcap: float
     sink: bool
     cross: bool = False
+    num_selected: int = 0
 
-    def mixer(self) -> SoftmaxAttention:
+    def mixer(self) -> SoftmaxAttention | SparseLatentAttention:
+        if self.num_selected:
+            return SparseLatentAttention(scale=self.scale)
         if self.cross:
             return CrossAttention(scale=self.scale, softcap=self.softcap)
         return SoftmaxAttention(self.mask, scale=self.scale, softcap=self.softcap)
@@ -124,6 +130,8 @@ class Recorder:
         cross = k.shape[1] != q.shape[1] and k.shape[1] == self.memory_len
         merged = self.memory_len > 0 and k.shape[1] == q.shape[1] + self.memory_len
         problems = _problems(q, k, known_mask, arguments, cross=cross, merged=merged)
+        if arguments.get("num_selected"):
+            problems += _problems_of_picking(module, known_mask)
         self.refused += [f"{name} ({type(module).__name__}): {problem}" for problem in problems]
         if known_mask is not None and not problems:
             self._note(name, module, known_mask, arguments, cross=cross)
@@ -154,7 +162,8 @@ class Recorder:
         self, name: str, module: nn.Module, mask: Mask, arguments: dict[str, Any], *, cross: bool
     ) -> None:
         sink, softcap = arguments.get("s_aux") is not None, arguments.get("softcap") or 0.0
-        now = SurveyedAttention(name, mask, arguments.get("scaling"), softcap, sink, cross)
+        number = arguments.get("num_selected") or 0
+        now = SurveyedAttention(name, mask, arguments.get("scaling"), softcap, sink, cross, number)
         before = self.attentions.setdefault(name, now)
         if self.block is not None:
             before = self.attentions[name] = replace(before, mask=mask)
@@ -203,7 +212,7 @@ def _problems(
     merged: bool,
 ) -> list[str]:
     problems = []
-    known = ("scaling", "dropout", "s_aux", "softcap", "slope", *HARMLESS)
+    known = ("scaling", "dropout", "s_aux", "softcap", "slope", "num_selected", *HARMLESS)
     unknown = [
         key
         for key, value in arguments.items()
@@ -241,6 +250,22 @@ def _problems(
     if unknown:
         meant = ", ".join(f"{key} ({MEANT.get(key, 'unknown')})" for key in unknown)
         problems.append(f"it is called with {meant}, which no mixer honours: {REMEDY}.")
+    return problems
+
+
+def _problems_of_picking(module: nn.Module, mask: Mask | None) -> list[str]:
+    """Why a module does not read the latents of the tokens that an indexer picks."""
+    problems = []
+    if mask is not None and mask != Causal():
+        problems.append(
+            f"an indexer picks tokens of a document up to the query's, and its mask is {mask}: "
+            f"{REMEDY}."
+        )
+    if not hands_on_latents(module):
+        problems.append(
+            f"it reads the latents of the tokens that an indexer picks, and its {PROJECTION} is "
+            f"no plain projection: leave adapters and biases out of that."
+        )
     return problems
 
 

@@ -15,7 +15,8 @@ from dtcp.autocast import as_autocast_casts
 from dtcp.huggingface.metadata_as_mask import metadata_of_config
 from dtcp.huggingface.own_attention import implementations
 from dtcp.metadata import BatchMetadata
-from dtcp.softmax.mixer import LatentAttention
+from dtcp.softmax.latent import LatentMixer
+from dtcp.sparse_latent import SparseLatentAttention
 
 IMPLEMENTATION = "dtcp"
 """The `config._attn_implementation` of a model that attends by mixers."""
@@ -98,6 +99,7 @@ def mixer_attention_forward(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     slope: Tensor | None = None,
+    selected: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend by the module's mixer, which has the mask and the scale that the survey read.
@@ -108,6 +110,7 @@ def mixer_attention_forward(
         s_aux: [H], the sinks.
         position_bias: [H, 2 R + 1], by distance (distance_bias.py).
         slope: [H], ALiBi's (own_attention.py).
+        selected: [B, L, k], the tokens that queries read (picking_attention.py).
     Returns:
         [B, L, H, V].
     Raises:
@@ -132,19 +135,26 @@ def mixer_attention_forward(
     # Norms and rotary tables give fp32 under autocast.
     q, k, v = (x.transpose(1, 2) for x in as_autocast_casts(query, key, value))
     mixer = module.get_submodule(MIXER)
-    if isinstance(mixer, LatentAttention):
-        # In the places of keys and values, latents and rotary keys (latents.py).
+    if isinstance(mixer, LatentMixer):
         if mixer.wide:
-            # Their gradients are summed in the dtype that they have.
+            # Gradients of latents are summed in the dtype that they have.
             k, v = (x.transpose(1, 2) for x in (key, value))
-        projection: Any = module.get_submodule(PROJECTION)
-        weight = projection.weight
-        if isinstance(weight, DTensor):
-            # Its rows are those of the heads that this rank of tp makes.
-            weight = weight.to_local(grad_placements=weight.placements)
-        up = weight.to(q.dtype).unflatten(0, (q.shape[2], -1))
-        return mixer(q, k[:, :, 0], v[:, :, 0], up, attn_metadata), None
+        picked = [selected] if isinstance(mixer, SparseLatentAttention) else []
+        # In the places of keys and values, latents and rotary keys (latents.py).
+        latent, key_rotary = k[:, :, 0], v[:, :, 0]
+        up = _up_projection(module, q)
+        return mixer(q, latent, key_rotary, up, *picked, attn_metadata), None
     return mixer(q, k, v, attn_metadata, sink=s_aux, bias=position_bias, slope=slope), None
+
+
+def _up_projection(module: nn.Module, q: Tensor) -> Tensor:
+    """What makes the keys and values of the heads of q of latents: [H, N + V, C]."""
+    projection: Any = module.get_submodule(PROJECTION)
+    weight: Tensor = projection.weight
+    if isinstance(weight, DTensor):
+        # Its rows are those of the heads that this rank of tp makes.
+        weight = weight.to_local(grad_placements=weight.placements)
+    return weight.to(q.dtype).unflatten(0, (q.shape[2], -1))
 
 
 def no_mask(*_: Any, config: Any = None, **__: Any) -> Any:

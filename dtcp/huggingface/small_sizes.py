@@ -51,6 +51,8 @@ TINY: Mapping[str, int] = {name: size for size, names in _BY_SIZE.items() for na
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"mamba_n_heads": 8},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    # With few heads many scores are 0: of equal ones torch.topk picks any.
+    "deepseek_v32": {"index_n_heads": 16},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note_text": {"head_dim": 16, "num_key_value_heads": 4, "per_layer_config": {}},
     "gemma3n_text": {
@@ -60,6 +62,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 4,
         "num_kv_shared_layers": 2,
     },
+    "glm_moe_dsa": {"index_n_heads": 16},
     "granitemoehybrid": {"mamba_n_heads": 8},
     "lfm2": {
         "num_hidden_layers": 2,

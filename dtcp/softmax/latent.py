@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from dtcp.kernels.dtypes import accumulation
+from dtcp.mixer import Mixer
+from dtcp.sequence.arguments import FLOATS, check_tensor
 
 
 class LatentWidths(NamedTuple):
@@ -44,6 +46,38 @@ class LatentWidths(NamedTuple):
             f"up={tuple(up.shape)}: give q [B, L, H, N + R], a latent [B, L, C], a rotary key "
             f"[B, L, R] and up [H, N + V, C]."
         )
+
+
+class LatentMixer(Mixer):
+    """A mixer whose tokens hand on a latent and a rotary key each."""
+
+    wide: bool = False
+    """Whether ranks sum gradients of latents unrounded."""
+
+    def rows(self, q: Tensor, latent: Tensor, key_rotary: Tensor, up: Tensor) -> Tensor:
+        """What a token hands on, [B, L, 1, C + R], once all has been looked at."""
+        named = {"latent": latent, "key_rotary": key_rotary}
+        check_tensor("Latent attention", shape="[B, L, channels]", ndim=3, dtypes=FLOATS, **named)
+        check_tensor("Latent attention", shape="[B, L, H, D]", ndim=4, dtypes=FLOATS, q=q)
+        check_tensor("Latent attention", shape="[H, N + V, C]", ndim=3, dtypes=FLOATS, up=up)
+        if latent.shape[:2] != key_rotary.shape[:2] or latent.shape[2] != up.shape[2]:
+            raise ValueError(
+                f"Latent attention has a latent and a rotary key for each token, got latent.shape="
+                f"{tuple(latent.shape)}, key_rotary.shape={tuple(key_rotary.shape)}, up.shape="
+                f"{tuple(up.shape)}: give [B, L, C], [B, L, R] and [H, N + V, C]."
+            )
+        summed = {accumulation(q.dtype)} if self.wide else set()
+        dtypes = {q.dtype, up.dtype} | ({latent.dtype, key_rotary.dtype} - summed)
+        if len(dtypes) > 1:
+            raise TypeError(
+                f"Latent attention computes in one floating dtype, got {dtypes}: convert q, "
+                f"latent, key_rotary and up to one."
+            )
+        return torch.cat((latent, key_rotary), dim=-1)[:, :, None]
+
+    def as_summed(self, x: Tensor) -> Tensor:
+        """A latent or rotary key in the dtype in which ranks sum its gradient."""
+        return x.to(accumulation(x.dtype)) if self.wide else x
 
 
 def keys_and_values(rows: Tensor, up: Tensor, widths: LatentWidths) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.rotary import rotate
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.backends import check_kernel_name, check_unrounded
@@ -20,7 +18,7 @@ from dtcp.sequence.coords import Coords
 from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.masks import Mask, MemoryDocument
 from dtcp.softmax.inputs import AttentionInputs
-from dtcp.softmax.latent import LatentWidths, keys_and_values
+from dtcp.softmax.latent import LatentMixer, LatentWidths, keys_and_values
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import local_metadata
 
@@ -237,7 +235,7 @@ class KeysFromValues(MaskedMixer):
         return replace(local, position_ids=position_ids_of(coords))
 
 
-class LatentAttention(MaskedMixer):
+class LatentAttention(LatentMixer, MaskedMixer):
     """Attention in which the keys and values of all heads are made from one latent per token.
 
     Multi-head latent attention, as DeepSeek and Kimi have it. On a sharded sequence ranks exchange
@@ -266,31 +264,6 @@ class LatentAttention(MaskedMixer):
         rows = self.rows(q, latent, key_rotary, up)
         k, v = keys_and_values(rows, up, LatentWidths.of(q, rows, up))
         return ATTENTION(AttentionInputs(q, k, v), self.own(attn_metadata), self.softmax(q))
-
-    def rows(self, q: Tensor, latent: Tensor, key_rotary: Tensor, up: Tensor) -> Tensor:
-        """What a token hands on, [B, L, 1, C + R], once all has been looked at."""
-        named = {"latent": latent, "key_rotary": key_rotary}
-        check_tensor("Latent attention", shape="[B, L, channels]", ndim=3, dtypes=FLOATS, **named)
-        check_tensor("Latent attention", shape="[B, L, H, D]", ndim=4, dtypes=FLOATS, q=q)
-        check_tensor("Latent attention", shape="[H, N + V, C]", ndim=3, dtypes=FLOATS, up=up)
-        if latent.shape[:2] != key_rotary.shape[:2] or latent.shape[2] != up.shape[2]:
-            raise ValueError(
-                f"Latent attention has a latent and a rotary key for each token, got latent.shape="
-                f"{tuple(latent.shape)}, key_rotary.shape={tuple(key_rotary.shape)}, up.shape="
-                f"{tuple(up.shape)}: give [B, L, C], [B, L, R] and [H, N + V, C]."
-            )
-        summed = {accumulation(q.dtype)} if self.wide else set()
-        dtypes = {q.dtype, up.dtype} | ({latent.dtype, key_rotary.dtype} - summed)
-        if len(dtypes) > 1:
-            raise TypeError(
-                f"Latent attention computes in one floating dtype, got {dtypes}: convert q, "
-                f"latent, key_rotary and up to one."
-            )
-        return torch.cat((latent, key_rotary), dim=-1)[:, :, None]
-
-    def as_summed(self, x: Tensor) -> Tensor:
-        """A latent or rotary key in the dtype in which ranks sum its gradient."""
-        return x.to(accumulation(x.dtype)) if self.wide else x
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         q, latent, key_rotary, up = args[:4]

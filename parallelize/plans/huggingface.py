@@ -22,6 +22,7 @@ from dtcp.huggingface.images import CUT, CutRowsCP
 from dtcp.huggingface.install import check_has_no_mixers
 from dtcp.huggingface.last_token import LastTokenCP
 from dtcp.huggingface.latents import exchange_latents, hands_on_latents
+from dtcp.huggingface.picking_attention import INDEXER
 from dtcp.huggingface.registry import MIXER, PROJECTION
 from dtcp.huggingface.zero_experts import compute_without_loop
 from dtcp.mixer import Mixer
@@ -42,6 +43,7 @@ from dtcp.parallelize.hf_experts import (
 )
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
+from dtcp.parallelize.plans.picked_latents import mixer_styles
 from dtcp.parallelize.tensor_parallel import LatentHeads, LocalParams, separate_gate_and_up
 from dtcp.parallelize.tied_parameters import find_tied_parameters, units_across_blocks
 from dtcp.recurrent import (
@@ -90,7 +92,9 @@ def parallelize_hf(
             None for `default_attention`: a ring on hosts, one call over all keys on GPUs.
             Layers of multi-head latent attention (DeepSeek, Kimi) exchange latents by
             RingAttention, AllGatherAttention and HaloAttention, and by others the keys and values
-            that are made of them.
+            that are made of them. Layers whose tokens an indexer picks (DeepSeek-V3.2, GLM-5)
+            are carried out by SparseLatentCP, with the options of RingAttention or
+            AllGatherAttention.
         expert_exchange: what carries tokens on a mesh with an axis ep, as of ExpertParallel.
     Raises:
         ValueError: what the model needs and no mixer here does, by the names of the layers; or
@@ -130,12 +134,11 @@ def hf_plan(
         ValueError: the mesh has an axis tp, and a parameter has no style or tp does not divide it.
     """
     names = [attention_module.name for attention_module in survey.attentions]
-    styles: dict[str, ParallelStyle] = {
-        f"{name}.{MIXER}": attention
-        if isinstance(attention, AttentionStyle)
-        else _of(attention, name)
-        for name in names
-    }
+    styles: dict[str, ParallelStyle] = {}
+    for each in survey.attentions:
+        given = attention if isinstance(attention, AttentionStyle) else _of(attention, each.name)
+        picks = hasattr(model.get_submodule(each.name), INDEXER)
+        styles |= mixer_styles(each, given, picks=picks)
     styles |= {each.name: RECURRENT[each.kind] for each in survey.recurrent}
     names += [each.name for each in survey.recurrent]
     styles |= {each.name: PositionInExpertCP() for each in survey.capacity}
@@ -144,10 +147,12 @@ def hf_plan(
     if survey.pooled_head is not None:
         styles[f"{survey.pooled_head.name}.{MIXER}"] = LastTokenCP()
     experts = hf_expert_plan(model, mesh, expert_exchange)
+    tp = _without(experts, hf_tensor_plan(model, mesh.size("tp"))) if mesh.tp is not None else {}
+    _check_picked_latents(survey, mesh, tp)
     blocks = tuple(dict.fromkeys(_block(name) for name in names))
     across = units_across_blocks(find_tied_parameters(model), list(find(model, blocks)))
     return ParallelPlan(
-        tp=_without(experts, hf_tensor_plan(model, mesh.size("tp"))) if mesh.tp is not None else {},
+        tp=tp,
         ep=experts,
         cp=styles,
         blocks=blocks,
@@ -189,11 +194,31 @@ def share_latents(model: Any, survey: Survey, mesh: ParallelMesh, plan: Parallel
         attention = model.get_submodule(surveyed.name)
         style = plan.cp[f"{surveyed.name}.{MIXER}"]
         brings = isinstance(style, AttentionStyle) and style.op.strategy.takes_latents
-        # A style of tp would see no other projection than that of the latents' own style.
-        known = mesh.tp is None or isinstance(plan.tp.get(surveyed.name), LatentHeads)
-        whole = isinstance(plan.tp.get(f"{surveyed.name}.{PROJECTION}"), LocalParams)
-        if brings and (known or whole) and not surveyed.sink and hands_on_latents(attention):
+        reads = _reads_projection(surveyed.name, mesh, plan.tp)
+        if brings and reads and not surveyed.sink and hands_on_latents(attention):
             exchange_latents(attention)
+
+
+def _reads_projection(name: str, mesh: ParallelMesh, tp: Mapping[str, ParallelStyle]) -> bool:
+    """Whether a mixer finds in a module's projection the rows of the heads of its rank of tp.
+
+    A style of tp would see no other projection than that of the latents' own style.
+    """
+    known = mesh.tp is None or isinstance(tp.get(name), LatentHeads)
+    return known or isinstance(tp.get(f"{name}.{PROJECTION}"), LocalParams)
+
+
+def _check_picked_latents(
+    survey: Survey, mesh: ParallelMesh, tp: Mapping[str, ParallelStyle]
+) -> None:
+    """Refuse layers that read picked latents, and whose heads are split in a way not known."""
+    for each in survey.attentions:
+        if each.num_selected and not _reads_projection(each.name, mesh, tp):
+            raise ValueError(
+                f"Latents of picked tokens are read by the heads of each rank of tp, got "
+                f"tp={mesh.size('tp')} and {each.name}, whose {PROJECTION} is placed by "
+                f"{tp.get(f'{each.name}.{PROJECTION}')}: leave tp out, or what was added to it."
+            )
 
 
 def _without(

@@ -1,7 +1,8 @@
 """Multi-head latent attention of transformers by heads: what makes heads is split, latents are not.
 
 split     q_b_proj or q_proj, kv_b_proj, g_proj (a gate for each head), o_proj by its inputs
-whole     what makes latents of a token, and their norms: far smaller, and read by all heads
+whole     what makes latents of a token, and their norms: far smaller, and read by all heads; an
+          indexer, whose choice is that of all heads
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from dtcp.parallelize.tensor_parallel import LatentHeads
 
 OF_HEADS = ("q_proj", "q_b_proj", "kv_b_proj", "g_proj")
 OF_LATENTS = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
-OUT = "o_proj"
+OUT, INDEXER = "o_proj", "indexer"
 
 
 def latent_heads(
@@ -33,6 +34,7 @@ def latent_heads(
         if makes_keys_of_latents(module) and _is_known(module, tp):
             parts = {key for key, each in module.named_children() if _has_parameters(each)}
             roles |= {f"{name}.{part}": _role(part) for part in parts}
+            roles |= {each: WHOLE for each in modules if each.startswith(f"{name}.{INDEXER}.")}
             styles[name] = LatentHeads()
     return roles, styles
 
@@ -54,7 +56,7 @@ def _is_known(module: Any, tp: int) -> bool:
         if key in OF_HEADS and hasattr(part, "out_features")
     )
     counts = {"num_heads", "num_attention_heads"} & kernel_names(module)
-    known = parts.keys() <= {*OF_HEADS, *OF_LATENTS, OUT}
+    known = parts.keys() <= {*OF_HEADS, *OF_LATENTS, OUT, INDEXER}
     return known and by_heads and not own and not counts and heads % tp == 0
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcp.huggingface.own_attention import ATTEND, FORWARDS
+from dtcp.huggingface.attend_by_name import ATTEND
+from dtcp.huggingface.own_attention import FORWARDS
 from dtcp.parallelize.tensor_parallel import ChangedConfig, of_config
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"

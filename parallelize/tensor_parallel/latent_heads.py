@@ -10,7 +10,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.huggingface.registry import MIXER
 from dtcp.parallelize.tensor_parallel.regions import copy_to_region
-from dtcp.softmax.mixer import LatentAttention
+from dtcp.softmax.latent import LatentMixer
 
 _EXPAND = "dtcp_expand_kv_of_all"
 """Where a module keeps the method that it made keys and values by before."""
@@ -29,11 +29,11 @@ class LatentHeads(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         attention: Any = module
-        hands_on = isinstance(getattr(attention, MIXER, None), LatentAttention)
+        hands_on = isinstance(getattr(attention, MIXER, None), LatentMixer)
 
         def of_own_heads(self: Any, kv_nope: Tensor, k_rot: Tensor) -> Any:
             if hands_on:
-                mixer: LatentAttention = getattr(self, MIXER)
+                mixer: LatentMixer = getattr(self, MIXER)
                 kv_nope, k_rot = mixer.as_summed(kv_nope), mixer.as_summed(k_rot)
                 kv_nope = copy_to_region(kv_nope, device_mesh)
             return getattr(self, _EXPAND)(kv_nope, copy_to_region(k_rot, device_mesh))

@@ -53,6 +53,9 @@ SUBJECTS = {
     "hf_latents": lambda: HuggingFaceModel(
         "deepseek_v3", small_config("deepseek_v3", {"first_k_dense_replace": 2}).config
     ),
+    "hf_picked": lambda: HuggingFaceModel(
+        "deepseek_v32", small_config("deepseek_v32", {"mlp_layer_types": ["dense"] * 2}).config
+    ),
     "hf_moe": lambda: HuggingFaceModel("qwen3_moe", config_of("qwen3_moe")),
 }
 WITH_EXPERTS = ("deepseek_v4", "gemma4_moe", "hf_moe")
@@ -172,7 +175,7 @@ def test_forecast_bytes_are_those_of_real_ranks():
         # Others have dp_shard beside tp, and dp_replicate beside ep, below.
         *((Degrees(dp_shard=2, cp=2), kind) for kind in ("gemma4_e", "hf_latents")),
         *((Degrees(dp_replicate=2, cp=2), x) for x in ("llama", "gemma4_e", "hf", "hf_latents")),
-        *((Degrees(cp=3), kind) for kind in FAMILIES),
+        *((Degrees(cp=3), kind) for kind in (*FAMILIES, "hf_picked")),
     ],
     ids=str,
 )

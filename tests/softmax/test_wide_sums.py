@@ -27,9 +27,9 @@ from dtcp.softmax import (
     SharedKVAttention,
     UlyssesAttention,
     all_gather,
+    gathered_rows,
     local,
     ring,
-    shared_kv,
 )
 from dtcp.softmax.mixer import GatherSharedKV, LatentAttention, SoftmaxAttention, name_kernel
 from dtcp.softmax.moves import AttentionShape
@@ -183,7 +183,7 @@ def test_gradients_of_shared_keys_have_the_error_of_one_device(mesh):
     alone = _two_layers(torch.bfloat16)[0]
     received, said = [], []
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(shared_kv, "_say_rounded", lambda: said.append(len(received)))
+    monkeypatch.setattr(gathered_rows, "_say_rounded", lambda: said.append(len(received)))
     for wide in (None, WIDE):
         model = nn.ModuleDict({"gather": GatherSharedKV(CAUSAL.mask)})
         model.update({f"layer{i}": SoftmaxAttention(CAUSAL.mask) for i in range(2)})

@@ -1,0 +1,30 @@
+"""How a forward that is written again attends: by the name in its model's config."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+ROPE, CONFIG = "dtcp_rope", "dtcp_config"
+"""Where a module keeps the function that turns by positions, and the config with that name."""
+ATTEND = "attend_by_name"
+"""What such a forward calls to attend, by its name in its module."""
+
+
+def attend_by_name(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **arguments: Any
+) -> Tensor:
+    """[B, H or G, L, D] -> [B, L, H * D], by the registry."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attend = ALL_ATTENTION_FUNCTIONS[getattr(module, CONFIG)._attn_implementation]
+    out: Tensor = attend(module, q, k, v, mask, **arguments)[0]
+    return out.flatten(2)
+
+
+def check_no_cache(module: nn.Module, cache: Any) -> None:
+    """Refuse the keys of other calls."""
+    if cache is not None:
+        raise ValueError(
+            f"Attention that mixers carry out reads the tokens of its batch, got a cache of type "
+            f"{type(cache).__name__} in {type(module).__name__}: leave it out."
+        )

@@ -1,0 +1,6 @@
+"""Attention over latents to the tokens that an indexer picks, on a sharded sequence."""
+
+from dtcp.sparse_latent.mixer import LightningIndexer, SparseLatentAttention
+from dtcp.sparse_latent.style import SparseLatentCP, SparseLatentShape
+
+__all__ = ["LightningIndexer", "SparseLatentAttention", "SparseLatentCP", "SparseLatentShape"]

@@ -1,0 +1,59 @@
+"""What an indexer and the attention to what it picks become once a style has taken them over."""
+
+from torch import Tensor
+
+from dtcp.metadata import BatchMetadata
+from dtcp.mixer import ClaimedMixer
+from dtcp.softmax.gathered_rows import gather_rows
+from dtcp.sparse_latent.metadata import ExchangedTokens, TokensInSight
+from dtcp.sparse_latent.mixer import LightningIndexer, SparseLatentAttention, TokenReader
+
+
+class BringsTokens(ClaimedMixer, TokenReader):
+    """A TokenReader whose tokens come from other ranks."""
+
+    wide: bool = False
+
+    def bring(self, rows: Tensor, metadata: TokensInSight) -> Tensor:
+        assert isinstance(metadata, ExchangedTokens)
+        return gather_rows(rows, metadata.exchange.tensors(), self.groups[-1], self.wide)
+
+
+class ContextParallelIndexer(BringsTokens, LightningIndexer):
+    """A LightningIndexer that a style has taken over."""
+
+    def carry_out(
+        self, q: Tensor, weight: Tensor, key: Tensor, attn_metadata: BatchMetadata
+    ) -> Tensor:
+        self.check_operands(q, weight, key)
+        metadata: ExchangedTokens = self.own(attn_metadata)
+        if not metadata.in_line:
+            return self.select(q, weight, key, metadata)
+        selected = self.select(_on_line(q), _on_line(weight), _on_line(key), metadata)
+        return selected.view(*q.shape[:2], -1)
+
+
+class ContextParallelSparseLatent(BringsTokens, SparseLatentAttention):
+    """A SparseLatentAttention that a style has taken over."""
+
+    def carry_out(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        key_rotary: Tensor,
+        up: Tensor,
+        selected: Tensor,
+        attn_metadata: BatchMetadata,
+    ) -> Tensor:
+        rows = self.rows(q, latent, key_rotary, up)
+        self.check_selected(q, selected)
+        metadata: ExchangedTokens = self.own(attn_metadata)
+        if not metadata.in_line:
+            return self.attend(q, rows, up, selected, metadata)
+        out = self.attend(_on_line(q), _on_line(rows), up, _on_line(selected), metadata)
+        return out.view(*q.shape[:3], -1)
+
+
+def _on_line(x: Tensor) -> Tensor:
+    """The rows one after another: [B, L, ...] -> [1, B * L, ...]."""
+    return x.flatten(0, 1)[None]
