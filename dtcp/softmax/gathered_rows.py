@@ -119,8 +119,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     metadata = list(ctx.saved_tensors)
-    found = _gather_backward(grad, metadata, ctx.group).to(ctx.dtype)
-    return found, [None] * len(metadata), None, None
+    grad_shard = _gather_backward(grad, metadata, ctx.group).to(ctx.dtype)
+    return grad_shard, [None] * len(metadata), None, None
 
 
 gather_rows.register_autograd(_differentiate, setup_context=_keep)
