@@ -3,21 +3,38 @@
 import sys
 from pathlib import Path
 
+from dtcp.pretrain.folder_lock import NAME as LOCK
+
 TRAINING = "loss_metrics/global_avg_loss"
 VALIDATION = "validation_metrics/loss"
 
 
 def read_losses(folder: Path, tag: str) -> dict[int, float]:
-    """Loss by step over all starts of a run; a step that was repeated counts as it was last."""
+    """Loss by step over all starts of a run, as each step was last.
+
+    A start that went back leaves nothing behind of what was logged from its first step on: those
+    steps belong to a way that the run did not go.
+    """
     # A second to import; only rank 0 ever reads.
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     losses: dict[int, float] = {}
-    for events in sorted(folder.rglob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime):
+    for events in _logs_of(folder):
         log = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
-        if tag in log.Tags()["scalars"]:
+        tags = log.Tags()["scalars"]
+        first = min((log.Scalars(each)[0].step for each in tags), default=sys.maxsize)
+        losses = {step: value for step, value in losses.items() if step < first}
+        if tag in tags:
             losses.update({event.step: event.value for event in log.Scalars(tag)})
-    return dict(sorted(losses.items()))
+    return losses
+
+
+def _logs_of(folder: Path) -> list[Path]:
+    """Logs of a run in the order of its starts, without those of runs in folders below its own."""
+    runs = {lock.parent for lock in folder.rglob(LOCK)} - {folder}
+    logs = folder.rglob("events.out.tfevents.*")
+    # Their names begin with the second they were opened in; a copy has other times on the disk.
+    return sorted((x for x in logs if runs.isdisjoint(x.parents)), key=lambda path: path.name)
 
 
 def plot_losses(folder: Path, *, title: str = "") -> Path:

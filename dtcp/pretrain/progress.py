@@ -27,6 +27,7 @@ from dtcp.planner.even_routes import EXPERT_OPS
 from dtcp.pretrain.dry_run import is_dry
 from dtcp.pretrain.expected import rank_of_process, warning
 from dtcp.pretrain.launch import ranks_of_machine
+from dtcp.pretrain.row_losses import RowLosses
 
 RECENT = 20  # steps whose mean duration predicts the time that is left
 
@@ -36,6 +37,7 @@ EXPECTED = (
     "please use `get_last_lr",  # torchtitan asks a scheduler that it has just loaded
     "Set timeout is now only supported",  # of a dry run's process group there is nothing to wait
     "may not have complete support on cpu device mesh",  # why verify starts from whole weights
+    "Matplotlib created a temporary cache",  # where nobody has a home, as in many containers
 )
 
 
@@ -76,9 +78,12 @@ class Progress(MetricsProcessor):
         self._traffic = LEDGER.snapshot()
         self.is_held = False  # to a forecast
         self.expected = 0  # bytes over cp since the last line, of a run that is held
+        self.row_losses = RowLosses(self.parallel_dims)
         self.row_work: list[tuple[int, ...]] = []
         """Of each micro-batch since the last line, attention work by data-parallel rank."""
-        self._last_step: int | None = None
+        self._counted_from = 0
+        """The step after which what a line says was counted from."""
+        self._has_compiled = False
         self._seconds: deque[float] = deque(maxlen=RECENT)
 
     def log(
@@ -96,8 +101,7 @@ class Progress(MetricsProcessor):
         loaded one over the mean, in the worst layer; of rows, the work of the busiest rank.
         """
         now = time.perf_counter()
-        # The first line of a run counts one step, whatever step it resumed at.
-        steps = step - self._last_step if self._last_step is not None else 1
+        steps = step - self._counted_from
         seconds = (now - self.time_last_log) / steps
         batch_ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
         tokens = self.ntokens_since_last_log * batch_ranks / (now - self.time_last_log)
@@ -106,6 +110,8 @@ class Progress(MetricsProcessor):
         load = largest_load(self.model_parts, self.parallel_dims.get_optional_mesh("loss"))
         rows = largest_work(self.row_work)
         memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
+        if self.parallel_dims.cp > 1:
+            global_max_loss = self.row_losses.largest()
         if isnan(global_max_loss):
             # That of a rank without a token that has a loss: torchtitan (0.3.0) divides 0 by 0.
             global_max_loss = global_avg_loss
@@ -137,15 +143,15 @@ class Progress(MetricsProcessor):
         )
         if self.is_held and (said := warning(received, expected)):
             say(said)
-        self._last_step = step
-        self._reset()
+        self._has_compiled = True
+        self.count_from(step)
 
     def log_validation(
         self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None
     ) -> None:
         self._send({"validation_metrics/loss": loss, **(extra_metrics or {})}, step)
         say(f"step {step:>5}/{self.steps}  validation loss {loss:8.5f}")
-        self._reset()
+        self.count_from(step)
 
     def _send(self, metrics: dict[str, Any], step: int) -> None:
         """Hand numbers to the loggers.
@@ -177,7 +183,9 @@ class Progress(MetricsProcessor):
         said += f", {_bytes(of_experts)} for ep" if of_experts else ""
         return said + (f", {_bytes(between)} from other nodes" if self.ranks_per_node else "")
 
-    def _reset(self) -> None:
+    def count_from(self, step: int) -> None:
+        """Count tokens, bytes and seconds anew, of what comes after a step."""
+        self._counted_from = step
         self._traffic = LEDGER.snapshot()
         self.ntokens_since_last_log = 0
         self.expected = 0
@@ -188,7 +196,7 @@ class Progress(MetricsProcessor):
 
     def _time_left(self, step: int, seconds: float) -> str:
         # The first step compiles, and would make every estimate hours.
-        if self._last_step is not None:
+        if self._has_compiled:
             self._seconds.append(seconds)
         if not self._seconds:
             return "?"
@@ -242,6 +250,18 @@ def _left_out(source: Any) -> str:
     return f"; files of other kinds are left out: {sum(others.values())} ({ends})" if others else ""
 
 
+def _validated_on(config: Any) -> str:
+    """Data of a validation that are others than those of training."""
+    loader, own = config.dataloader, getattr(config.validator, "dataloader", None)
+    data, held_out = (
+        [getattr(each, name, None) for name in ("dataset", "dataset_path")]
+        for each in (loader, own)
+    )
+    if not config.validator.enable or data == held_out:
+        return ""
+    return f"; validated on {' '.join(filter(None, held_out))}"
+
+
 def describe_run(trainer: Any) -> str:
     """Mesh, model, layout, strategy and data of a run, one line each."""
     config, dims = trainer.config, trainer.parallel_dims
@@ -266,7 +286,10 @@ def describe_run(trainer: Any) -> str:
         "strategy": _strategies(trainer.model_parts) or "none, rows are whole",
         "data": f"{config.dataloader.dataset}, {rows} row{'s' * (rows > 1)} per step"
         + (f" in {steps} parts" if steps > 1 else "")
+        + _validated_on(config)
         + _left_out(getattr(trainer.dataloader, "source", None)),
         "output": "none" if is_dry(config) else config.dump_folder,
     }
+    if config.compile.enable:
+        lines["compiling"] = "in the first step, for a minute or so; the others are fast"
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items())

@@ -174,6 +174,7 @@ class Trainer(titan.Trainer):
         """One step of torchtitan's; where its loss is not finite, say what can be done."""
         if self.config.validator.enable and self.validator.should_validate(self.step):
             self.validator.read_ahead()
+        self.metrics_processor.row_losses.clear()
         try:
             super().train_step(data_iterator)
         except RuntimeError as error:
@@ -189,9 +190,37 @@ class Trainer(titan.Trainer):
             ) from error
         self.has_stepped = True
 
+    def forward_backward_step(
+        self, *, input_dict: Any, labels: Any, global_valid_tokens: Tensor
+    ) -> Tensor:
+        batch = {"input_dict": input_dict, "labels": labels}
+        loss: Tensor = super().forward_backward_step(
+            **batch, global_valid_tokens=global_valid_tokens
+        )
+        if self.metrics_processor.should_log(self.step):
+            self.metrics_processor.row_losses.add(loss, labels, global_valid_tokens)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """torchtitan's, with the tokens of all ranks, for another mesh goes on from them.
+
+        As a float: checkpoints of earlier versions have an int, the tokens of one of their ranks.
+        """
+        state: dict[str, Any] = super().state_dict()
+        return state | {"ntokens_seen": float(state["ntokens_seen"] * self._token_ranks())}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        seen = state_dict["ntokens_seen"]
+        if isinstance(seen, float):
+            seen = round(seen / self._token_ranks())
+        super().load_state_dict(state_dict | {"ntokens_seen": seen})
         self.resumed_step = self.step
+        self.metrics_processor.count_from(self.step)
+
+    def _token_ranks(self) -> int:
+        """Ranks that have tokens of their own, as many each."""
+        dims = self.parallel_dims
+        return int(dims.dp_replicate * dims.dp_shard * dims.cp)
 
     def _data_read(self) -> str:
         loader = self.dataloader

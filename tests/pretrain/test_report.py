@@ -27,6 +27,23 @@ def test_a_plot_shows_a_step_as_it_was_last(tmp_path):
     assert plot_losses(tmp_path).stat().st_size > 1000
 
 
+def test_a_plot_shows_the_way_that_a_run_went(tmp_path):
+    """Back to step 2, logged every third step: what came after it the first time is not its."""
+    for second, steps in enumerate(([1, 3, 6, 9], [3, 6])):
+        with SummaryWriter(str(tmp_path / "new")) as log:
+            for step in steps:
+                log.add_scalar(TRAINING, 10.0 * second + step, step)
+        (written,) = (tmp_path / "new").iterdir()
+        path = written.rename(tmp_path / f"events.out.tfevents.179597138{second}.host.1.0")
+        os.utime(path, (9 - second, 9 - second))  # as a copy may have them
+    other = tmp_path / "another_run"
+    with SummaryWriter(f"{other}/tb") as log:
+        log.add_scalar(TRAINING, 99.0, 2)
+    FolderLock(other).release()
+    assert read_losses(tmp_path, TRAINING) == {1: 1.0, 3: 13.0, 6: 16.0}
+    assert read_losses(other, TRAINING) == {2: 99.0}
+
+
 def test_a_plot_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="got none in folder"):
         plot_losses(tmp_path)

@@ -309,6 +309,7 @@ BROKEN_LINES = {
     "utf16": '{"text": "a"}'.encode("utf-16"),
     "surrogate": rb'{"text": "\ud83d"}',
     "nul": b"\x00\x00\x00",
+    "twice": b'{"text": "a", "text": "b"}',
 }
 
 
@@ -320,6 +321,13 @@ def test_survive_E13_a_broken_line_is_named_by_file_and_line(kind, tmp_path):
         take(loader(tmp_path), 20)
     assert len(str(caught.value)) < 700 and "\n" not in str(caught.value)
     assert "of epoch 0" in str(caught.value)
+
+
+def test_survive_E13_a_key_counts_again_in_its_own_object_alone(tmp_path):
+    inner = '{"meta": {"text": "x", "of": ["text"]}, "text": "one \\"text\\""}'
+    (tmp_path / "x.jsonl").write_text(inner)
+    source = folder(str(tmp_path), "all", text_key="text")
+    assert [document.text for document in source.documents(0)] == ['one "text"']
 
 
 def test_survive_E13_what_editors_leave_is_read(tmp_path):
