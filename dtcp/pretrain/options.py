@@ -13,6 +13,8 @@ import difflib
 import importlib
 import inspect
 import textwrap
+from collections.abc import Collection
+from copy import copy
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -23,12 +25,15 @@ from dtcp.torchtitan.hf_model import huggingface_spec
 from torchtitan.config import ConfigManager
 from torchtitan.experiments import _supported_experiments
 from torchtitan.models import _supported_models
+from torchtitan.models.common.decoder import Decoder
 
 from dtcp.pretrain.adopt import adopt, replaced_parts
 from dtcp.pretrain.family_model import family_spec, with_weights_of
 from dtcp.pretrain.launch import launched, rank
 from dtcp.pretrain.report import usage_errors_once
+from dtcp.pretrain.tokenizer import Tokenizer
 from dtcp.pretrain.trainer import Trainer
+from dtcp.pretrain.validation_data import options_of, validated_on_the_same
 
 MODULE = "dtcp.pretrain.configs"
 CONFIG = "llama_tiny"
@@ -53,6 +58,8 @@ class OptionParser(ConfigManager):
                 f"A config needs what it imports, got {' '.join(args[:4])}: {error}."
             ) from error
         adopted = adopt(config)
+        # Before the command line changes them.
+        self.loaders = tuple(map(copy, (adopted.dataloader, adopted.validator.dataloader)))
         for line in replaced_parts(config):
             if not launched() or rank() == 0:
                 print(f"adopted     {line}", flush=True)
@@ -77,14 +84,18 @@ def parse(arguments: list[str]) -> Trainer.Config:
     _check_name(module, name)
     if {"-h", "--help"} & {*rest}:
         print(_HELP.format(config=name, configs=_listed(module)), flush=True)
+    parser = OptionParser()
     with usage_errors_once():
         try:
-            config = OptionParser().parse_args(["--module", module, "--config", name, *rest])
+            config = parser.parse_args(["--module", module, "--config", name, *rest])
         except AssertionError as error:
             # Some sections of torchtitan (0.3.0) assert what they take.
             raise ValueError(
                 f"Options have values that their sections take, got {' '.join(rest)}: {error}."
             ) from error
+    named = options_of(rest)
+    config = validated_on_the_same(config, parser.loaders, named)
+    _refuse_assets(config, named)
     try:
         if own:
             return _with_family(config, own, rest)
@@ -94,6 +105,20 @@ def parse(arguments: list[str]) -> Trainer.Config:
             f"Models of transformers and their configs are read by it, got {source or own!r}, and "
             f"{error}: pip install 'dtcp[hf]'."
         ) from error
+
+
+def _refuse_assets(config: Trainer.Config, named: Collection[str]) -> None:
+    """Refuse torchtitan's option for a tokenizer where dtcp's own is used, and nothing reads it."""
+    if (
+        "hf_assets_path" in named
+        and isinstance(config.tokenizer, Tokenizer.Config)
+        and not isinstance(config.model_spec.model, Decoder.Config)
+    ):
+        raise ValueError(
+            f"A tokenizer of dtcp's is read from the folder that --tokenizer.folder names, got "
+            f"--hf_assets_path {config.hf_assets_path}: set --tokenizer.folder to it, and "
+            f"--checkpoint.initial_load_path for weights."
+        )
 
 
 def _take_model(arguments: list[str], option: str, what: str) -> tuple[str, list[str]]:

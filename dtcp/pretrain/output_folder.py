@@ -44,7 +44,8 @@ def check_output(config: Any) -> None:
 
 
 def _check_folder(folder: Path, option: str, config: Any, *, room: bool) -> None:
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    # `Path.exists` would raise below a folder that is closed to this user.
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         _try(folder, config, room=room)
     except OSError as error:

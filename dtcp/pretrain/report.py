@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
+from torch import distributed as dist
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError, Store
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -31,8 +32,9 @@ from dtcp.pretrain.attempt import (
 )
 from dtcp.pretrain.launch import REFUSED, of_this_launcher
 
-# Errors that state a contract, its value and its remedy: their text is all there is to know.
-EXPLAINED = (ValueError, TypeError, FileNotFoundError, NotImplementedError)
+# Errors that state a contract, its value and its remedy, or a path and what is wrong with it: their
+# text is all there is to know.
+EXPLAINED = (ValueError, TypeError, FileNotFoundError, PermissionError, NotImplementedError)
 
 OF_PEERS = (DistBackendError, DistNetworkError, DistStoreError)
 """What torch raises when another rank is gone."""
@@ -145,10 +147,23 @@ def say_failure(error: BaseException, folder: Path | None, attempt: Attempt | No
     if attempt is not None and attempt.peers and is_of_peers(error):
         _say_loss(error, attempt, where)
         return
+    if isinstance(error, GONE) and not has_agent_store() and not dist.is_initialized():
+        # Of ranks that no agent started each speaks for itself: they have no other place to meet.
+        print(f"error: {_no_meeting(error)}{where}", file=sys.stderr, flush=True)
+        return
     text = str(error).strip() or type(error).__name__
     with said_once(text) as is_first:
         if is_first:
             _say_own(error, text, where)
+
+
+def _no_meeting(error: BaseException) -> str:
+    address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return (
+        f"All ranks meet in a store of rank 0, got rank {os.environ.get('RANK')} alone at "
+        f"MASTER_ADDR:MASTER_PORT={address} ({' '.join(str(error).split())[:120]}): look at both "
+        f"variables, at the network and at the other ranks, or raise --comm.init_timeout_seconds."
+    )
 
 
 def _say_own(error: BaseException, text: str, where: str) -> None:

@@ -159,10 +159,23 @@ def train(config: Trainer.Config, lock: FolderLock | None, report: FailureReport
         )
     elif trainer.metrics_processor.losses and config.metrics.enable_tensorboard and not rank():
         say(_plotted(Path(config.dump_folder)))
+    if trainer.has_stepped and trainer.step >= config.training.steps:
+        say(_what_next(config))
     # A rank that ended with a code of its own would have the others killed.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 128 + trainer.stopped_by if trainer.stopped_by else 0
+
+
+def _what_next(config: Trainer.Config) -> str:
+    """How to go on from a run that is done, and where all of its numbers are."""
+    ways = []
+    if config.checkpoint.enable and not config.checkpoint.load_only:
+        ways.append(f"--training.steps {2 * config.training.steps} goes on from here")
+    if config.metrics.enable_tensorboard:
+        logs = Path(config.dump_folder, config.metrics.save_tb_folder)
+        ways.append(f"tensorboard --logdir {logs} shows every number")
+    return "; ".join([f"done        {config.training.steps} steps", *ways])
 
 
 def _plotted(folder: Path) -> str:

@@ -159,7 +159,8 @@ class HuggingFace:
                 f"A dataset of Hugging Face can be streamed, got {self.name} "
                 f"({self.subset or 'default'}, {self.split}), which failed {where} "
                 f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): look at "
-                f"--dataloader.dataset, --dataloader.dataset_path and --dataloader.split."
+                f"--dataloader.dataset, --dataloader.dataset_path and --dataloader.split (of a "
+                f"validation, --validator.dataloader.split, or --validator.no-enable)."
             ) from error
 
     def fingerprint(self) -> dict[str, Any]:

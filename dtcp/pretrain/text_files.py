@@ -94,6 +94,8 @@ def _text_of(line: str, place: str, text_key: str, replace_invalid: bool) -> str
         raise DataError(f"{wanted}={line[:SHOWN]!r} of type {type(value).__name__}: {remedy}")
     if text_key not in value:
         raise DataError(f"{wanted} with keys={sorted(value)[:8]}: {remedy}")
+    if _is_repeated(line, text_key):
+        raise DataError(f"{wanted} where it stands more than once: {remedy}")
     text = value[text_key]
     if not isinstance(text, str):
         raise DataError(
@@ -101,6 +103,14 @@ def _text_of(line: str, place: str, text_key: str, replace_invalid: bool) -> str
             f"{remedy}"
         )
     return _without_surrogates(text, place, replace_invalid)
+
+
+def _is_repeated(line: str, key: str) -> bool:
+    """Whether an object has a key again: json keeps the last one, and drops the others."""
+    if line.count(f'"{key}"') < 2:  # the price of most lines
+        return False
+    pairs = json.loads(line, object_pairs_hook=list)
+    return sum(name == key for name, _ in pairs) > 1
 
 
 def _without_surrogates(text: str, place: str, replace_invalid: bool) -> str:

@@ -55,7 +55,23 @@ def _refusals(config: Any) -> Iterator[str]:
     if config.validator.enable:
         yield from _of_data("validator.dataloader", config.validator.dataloader)
         yield from _of_validation(config.validator)
+        yield from _of_held_out(config.dataloader, config.validator.dataloader)
     yield from _of_model(config)
+    yield from _of_switches(config)
+
+
+def _of_switches(config: Any) -> Iterator[str]:
+    ways = (
+        ("debug", "deterministic", ("deterministic_warn_only",)),
+        ("comm", "trace_buf_size", ("save_traces_folder", "save_traces_file_prefix")),
+    )
+    for section, switch, names in ways:
+        values = getattr(config, section)
+        for name, value in _named(values, names) if not getattr(values, switch) else ():
+            yield (
+                f"A setting is of what is switched on, got {section}.{name}={value!r} with "
+                f"{section}.{switch}={getattr(values, switch)}: change one of them."
+            )
 
 
 def _of_checkpoints(config: Any) -> Iterator[str]:
@@ -63,6 +79,11 @@ def _of_checkpoints(config: Any) -> Iterator[str]:
     ways = [
         (checkpoint.load_only, OF_SAVES, "checkpoint.load_only, which saves nothing"),
         (not checkpoint.initial_load_in_hf, ("hf_ignore",), "no checkpoint.initial_load_in_hf"),
+        (
+            not (checkpoint.export_hf or checkpoint.last_save_model_only),
+            ("export_dtype",),
+            "neither checkpoint.export_hf nor checkpoint.last_save_model_only, which it is of",
+        ),
         (config.dtcp.verify, NOT_VERIFIED, f"dtcp.verify={config.dtcp.verify}, which keeps none"),
     ]
     if not checkpoint.enable and not is_dry(config):
@@ -105,6 +126,30 @@ def _of_validation(validator: Any) -> Iterator[str]:
         holds, other = ways[key]
         if holds:
             yield f"A validation reads rows, got validator.dataloader.{key}={value!r} with {other}."
+
+
+def _of_held_out(loader: Any, own: Any) -> Iterator[str]:
+    """A validation of documents that are held out, which training reads all the same."""
+    if not all(isinstance(each, PackedDocuments.Config) for each in (loader, own)):
+        return
+    if (loader.dataset, loader.dataset_path, "validation") != (
+        own.dataset,
+        own.dataset_path,
+        own.part,
+    ):
+        return
+    held_out = (
+        loader.part == "train"
+        if own.dataset in UNREAD
+        else (loader.split or loader.part) != (own.split or own.part)
+    )
+    if not held_out:
+        yield (
+            f"A validation reads documents that training does not, got validator.dataloader.part="
+            f"validation of {own.dataset} with dataloader.part={loader.part}, "
+            f"dataloader.split={loader.split!r}: train on another part or split, or set "
+            f"--validator.no-enable, or --validator.dataloader.part all to measure it all the same."
+        )
 
 
 def _of_model(config: Any) -> Iterator[str]:

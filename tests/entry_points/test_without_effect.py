@@ -62,6 +62,36 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"validator.dataloader.accept_changes": True},
         r"validator.dataloader.accept_changes=True with validations that begin anew",
     ),
+    "held_out_of_nothing": (
+        "llama_tiny",
+        {"dataloader.part": "all"},
+        r"part=validation of stdlib with dataloader.part=all",
+    ),
+    "held_out_of_a_split": (
+        "llama_tiny",
+        {
+            "dataloader.dataset": "c4",
+            "dataloader.split": "test",
+            "validator.dataloader.dataset": "c4",
+            "validator.dataloader.split": "test",
+        },
+        r"part=validation of c4 with dataloader.part=train, dataloader.split='test'",
+    ),
+    "dtype": (
+        "llama_tiny",
+        {"checkpoint.export_dtype": "bfloat16"},
+        r"export_dtype='bfloat16' with neither checkpoint.export_hf nor",
+    ),
+    "warnings": (
+        "llama_tiny",
+        {"debug.deterministic_warn_only": True},
+        r"debug.deterministic_warn_only=True with debug.deterministic=False",
+    ),
+    "traces": (
+        "llama_tiny",
+        {"comm.save_traces_folder": "x"},
+        r"comm.save_traces_folder='x' with comm.trace_buf_size=0",
+    ),
     "further_tokens": ("llama_tiny", {"loss.mtp_weight": 0.3}, r"loss.mtp_weight=0.3 for llama"),
     "strategy": (
         "deepseek_v4_tiny",
@@ -84,6 +114,10 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v4_tiny", {"loss.mtp_weight": 0.3, "dtcp.strategy": "auto"}),
     ("llama_tiny", {"dtcp.strategy": "ulysses", "checkpoint.export_hf": True}),
     ("llama_tiny", {"dataloader.dataset": "folder", "dataloader.dataset_path": "texts"}),
+    ("llama_tiny", {"dataloader.part": "all", "validator.enable": False}),
+    ("llama_tiny", {"dataloader.part": "all", "validator.dataloader.part": "all"}),
+    ("llama_tiny", {"dataloader.dataset": "c4", "validator.dataloader.dataset": "c4"}),
+    ("llama_tiny", {"checkpoint.export_dtype": "bfloat16", "checkpoint.export_hf": True}),
     ("llama_tiny", {"validator.enable": False, "validator.dataloader.split": "test"}),
     ("llama_tiny", {"validator.steps": -1, "validator.dataloader.infinite": False}),
 ]

@@ -1,0 +1,39 @@
+"""Which data a validation reads: those held out of what is trained on, unless others are named."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+from dtcp.pretrain.data import PackedDocuments
+
+FOLLOWED = ("dataset", "dataset_path", "text_key", "replace_invalid")
+"""Settings of a loader that say what it reads, but for the part of it."""
+
+
+def options_of(arguments: Collection[str]) -> set[str]:
+    """Names of the options on a command line, with words joined by _ and switches without `no`."""
+    words = (word.partition("=")[0] for word in arguments if word.startswith("--"))
+    names = {word.removeprefix("--").replace("-", "_") for word in words}
+    return names | {name.replace(".no_", ".") for name in names}
+
+
+def validated_on_the_same(config: Any, before: Any, named: Collection[str]) -> Any:
+    """The config whose validation follows where options have changed what is trained on.
+
+    Args:
+        config: a `Trainer.Config` after the command line.
+        before: the loader of the same config before, and its validation's.
+        named: the options of the command line. One that names the validation's dataset, or a
+            config that validates on other data, is left alone.
+    """
+    loader, own = config.dataloader, config.validator.dataloader
+    parts = (loader, own, *before)
+    if not all(isinstance(part, PackedDocuments.Config) for part in parts):
+        return config
+    was, own_was = before
+    together = all(getattr(was, name) == getattr(own_was, name) for name in FOLLOWED)
+    if not together or "validator.dataloader.dataset" in named:
+        return config
+    names = [name for name in FOLLOWED if f"validator.dataloader.{name}" not in named]
+    followed = replace(own, **{name: getattr(loader, name) for name in names})
+    return replace(config, validator=replace(config.validator, dataloader=followed))
