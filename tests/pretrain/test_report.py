@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed import DistNetworkError
 from torch.utils.tensorboard import SummaryWriter
 
 from dtcp.pretrain import run
@@ -67,6 +68,23 @@ def test_a_failure_is_one_line_and_a_file(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     say_failure(ValueError("x is y, got x=1: set it to 2."), tmp_path)
     assert not capsys.readouterr().err
+
+
+def test_a_rank_that_meets_nobody_says_where_it_looked(tmp_path: Path, capsys, monkeypatch):
+    """Of ranks that no agent started, each for itself."""
+    for name, value in {"RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    say_failure(DistNetworkError("Ping failed, invalid value"), tmp_path)
+    said = capsys.readouterr().err
+    assert said.startswith("error: All ranks meet in a store of rank 0, got rank 1 alone at ")
+    assert "=host:29500 (Ping failed, invalid value): look at" in said and said.count("\n") == 1
+
+
+def test_a_folder_that_is_closed_is_one_line(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    say_failure(PermissionError(errno.EACCES, "Permission denied", "/closed/data"), tmp_path)
+    said = capsys.readouterr().err
+    assert said.startswith("error: [Errno 13] Permission denied: '/closed/data' (traceback: ")
 
 
 def test_a_failure_may_name_a_path_that_is_no_text(tmp_path: Path, monkeypatch):
