@@ -1,5 +1,6 @@
 """A validation reads what is held out of the data that is trained on, unless others are named."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,8 @@ from dtcp.pretrain import configs
 from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.options import parse
 from dtcp.pretrain.progress import _validated_on
+from dtcp.pretrain.tokenizer import Tokenizer
+from dtcp.pretrain.validation import Validation
 
 TEXTS = ("--dataloader.dataset", "folder", "--dataloader.dataset-path", "texts")
 
@@ -59,6 +62,23 @@ def test_a_run_says_what_it_validates_on_where_it_is_something_else():
     assert _validated_on(parse([*TEXTS])) == ""
     off = SimpleNamespace(dataloader=config.dataloader, validator=SimpleNamespace(enable=False))
     assert _validated_on(off) == ""
+
+
+def test_a_validation_of_all_documents_ends(tmp_path):
+    """By --validator.steps -1 alone: documents that start over would be read forever."""
+    (tmp_path / "x.txt").write_text("a" * 40)
+    made = object.__new__(Validation)
+    made.config, made.tokenizer = (
+        SimpleNamespace(steps=-1),
+        Tokenizer.Config().build(tokenizer_path=""),
+    )
+    data = {"dataset": "folder", "dataset_path": str(tmp_path), "part": "all"}
+    made.dl_config, made.dp_world_size, made.dp_rank = PackedDocuments.Config(**data), 1, 0
+    made.seq_len, made.local_batch_size = 8, 2
+    made.preparation = SimpleNamespace(ahead=lambda batch, labels: {"prepared": batch["input"]})
+    made.read_ahead()
+    batches = list(itertools.islice(made._opened, 9))
+    assert [batch["prepared"].shape for batch, _ in batches] == [(2, 8)] * 2
 
 
 def test_the_folder_of_torchtitans_tokenizers_is_refused_where_nothing_reads_it():
