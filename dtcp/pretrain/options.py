@@ -33,7 +33,7 @@ from dtcp.pretrain.launch import launched, rank
 from dtcp.pretrain.report import usage_errors_once
 from dtcp.pretrain.tokenizer import Tokenizer
 from dtcp.pretrain.trainer import Trainer
-from dtcp.pretrain.validation_data import options_of, validated_on_the_same
+from dtcp.pretrain.validation_data import named_options, validated_on_the_same
 
 MODULE = "dtcp.pretrain.configs"
 CONFIG = "llama_tiny"
@@ -93,7 +93,7 @@ def parse(arguments: list[str]) -> Trainer.Config:
             raise ValueError(
                 f"Options have values that their sections take, got {' '.join(rest)}: {error}."
             ) from error
-    named = options_of(rest)
+    named = named_options(rest)
     config = validated_on_the_same(config, parser.loaders, named)
     _refuse_assets(config, named)
     try:

@@ -10,7 +10,7 @@ FOLLOWED = ("dataset", "dataset_path", "text_key", "replace_invalid")
 """Settings of a loader that say what it reads, but for the part of it."""
 
 
-def options_of(arguments: Collection[str]) -> set[str]:
+def named_options(arguments: Collection[str]) -> set[str]:
     """Names of the options on a command line, with words joined by _ and switches without `no`."""
     words = (word.partition("=")[0] for word in arguments if word.startswith("--"))
     names = {word.removeprefix("--").replace("-", "_") for word in words}
