@@ -124,14 +124,14 @@ def channel_dims(module: Any) -> dict[str, int]:
     return {up: up_dim, f"{up}_bias": 1, "down_proj": down_dim}
 
 
-TRAITS = ("has_gate", "has_bias", "is_concatenated", "is_transposed", "has_post_expert_norm")
+TRAITS = ("has_gate", "has_bias", "is_concatenated", "is_transposed")
 """What an experts module of transformers says of the layout of its weights."""
 
 
 LAYOUTS: Mapping[str, Mapping[str, bool]] = {
     "Llama4TextExperts": {
         **dict.fromkeys(("has_gate", "is_concatenated", "is_transposed"), True),
-        **dict.fromkeys(("has_bias", "has_post_expert_norm"), False),
+        "has_bias": False,
     },
 }
 """The same of classes that do not say it, by their names: their experts compute on all tokens."""
@@ -153,7 +153,8 @@ def why_not_known(module: Any) -> str:
     """Why experts of transformers cannot be computed by their weights alone; empty if they can."""
     if any(trait not in vars(module) for trait in TRAITS):
         return "it does not say how its weights are laid out"
-    if module.has_post_expert_norm:
+    # transformers 5.17 does not say so, and has no such experts.
+    if vars(module).get("has_post_expert_norm", False):
         return "it normalizes the output of each expert, of which a rank would have a part"
     names = {name for name, _ in module.named_parameters(recurse=False)}
     unknown = names - {*channel_dims(module), "down_proj_bias"}
