@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dtcp.labels import IGNORED
+from dtcp.local_op import check_differentiation
 from dtcp.logit_sums import (
     LOGITS_PER_CHUNK,
     all_parts,
@@ -61,6 +62,7 @@ def token_divergence(
         student = student.to_local(grad_placements=student.placements)
         teacher = teacher.to_local()
     flat = (student.flatten(0, -2), teacher.detach().flatten(0, -2))
+    check_differentiation("A divergence", student)
     divergence = _Divergence.apply(*flat, labels.flatten() != IGNORED, mesh, temperature)
     return cast(Tensor, divergence).view(labels.shape)
 

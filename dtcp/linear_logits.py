@@ -24,6 +24,7 @@ from dtcp.kernels.linear_cross_entropy import (
     liger_loss_sum,
 )
 from dtcp.labels import IGNORED
+from dtcp.local_op import check_differentiation
 from dtcp.logit_sums import (
     DifferentiatedOnce,
     LabelColumns,
@@ -121,6 +122,7 @@ def linear_logit_sums(
         weight = weight.to_local(grad_placements=weight.placements)
     if isinstance(bias, DTensor):
         bias = bias.to_local(grad_placements=bias.placements)
+    check_differentiation("A loss over a vocabulary", hidden, weight, bias)
     sums = _LinearSums.apply(
         hidden.flatten(0, -2),
         weight,

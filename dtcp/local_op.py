@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.library import CustomOpDef
 
+from dtcp._torch.functorch import set_transform_rule, transform_running
 from dtcp.autocast import outside_autocast
 
 
@@ -17,18 +18,45 @@ def local_op(
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Make a function an op that moves nothing; its body runs outside of autocast.
 
-    It has no derivative in forward mode, of which torch would drop its share without a word.
+    It has no derivative in forward mode, of which torch would drop its share without a word, and
+    takes no part in transforms of torch.func. What `register_autograd` is not called for has none
+    in reverse either, and says so when one is asked for.
 
     Args:
         name: dtcp::<name>.
         schema: as of torch.library.custom_op; None reads it off the annotations.
     """
 
+    def refuse(transform: str) -> NoReturn:
+        _refuse_transform(name, transform)
+
+    def no_derivative(ctx: Any, *grads: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{name} has no derivative of its own, got one asked of its result, as of a backward "
+            f"pass with create_graph=True: leave create_graph out, and differentiate once."
+        )
+
     def make(function: Callable[..., Any]) -> CustomOpDef:
         body = outside_autocast(_without_tangents(name, function))
-        return torch.library.custom_op(name, mutates_args=(), schema=schema)(body)
+        op = torch.library.custom_op(name, mutates_args=(), schema=schema)(body)
+        set_transform_rule(op, refuse)
+        op.register_autograd(no_derivative)
+        return op
 
     return make
+
+
+def check_differentiation(subject: str, *inputs: Tensor | None) -> None:
+    """Refuse what torch.autograd.Function has no rule for: forward mode, transforms of torch.func.
+
+    Args:
+        inputs: of the function that this precedes.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if transform_running():
+        _refuse_transform(subject, "any")
+    _check_tangents(subject, inputs)
 
 
 def _without_tangents(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,11 +64,22 @@ def _without_tangents(name: str, function: Callable[..., Any]) -> Callable[..., 
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in args):
-            raise NotImplementedError(
-                f"{name} is differentiated in reverse alone, got a dual tensor of forward mode: "
-                f"use torch.autograd.grad or torch.func.vjp, not jvp, for code around it."
-            )
+        _check_tangents(name, args)
         return function(*args, **kwargs)
 
     return run
+
+
+def _check_tangents(name: str, inputs: Any) -> None:
+    if any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            f"{name} is differentiated in reverse alone, got a dual tensor of forward mode: use "
+            f"torch.autograd.grad for code around it."
+        )
+
+
+def _refuse_transform(name: str, transform: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{name} takes no part in transforms of torch.func, got an argument of one ({transform}): "
+        f"use torch.autograd.grad for gradients, and the batch's own dim or a loop for vmap."
+    )

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dtcp.labels import IGNORED
+from dtcp.local_op import check_differentiation
 from dtcp.sequence.arguments import FLOATS, check_tensor
 
 LABEL_DTYPES = (torch.int64, torch.int32)
@@ -43,6 +44,7 @@ def logit_sums(logits: Tensor, labels: Tensor, *, with_mean: bool = False) -> Lo
         first, mesh = vocabulary_shard(logits, logits.ndim - 1, "A loss takes logits")
         logits = logits.to_local(grad_placements=logits.placements)
     check_labels_of(logits.shape[:-1], labels)
+    check_differentiation("A loss over a vocabulary", logits)
     sums = _LogitSums.apply(logits.flatten(0, -2), labels, first, mesh, vocab_size, with_mean)
     return shaped_sums(sums, labels)
 
