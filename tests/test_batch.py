@@ -13,6 +13,7 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.distributed.same_rows import RowHashes
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.mixer_metadata import MixerKinds, batch_metadata
+from dtcp.recurrent import CausalConv1d, GatedDeltaRule
 from dtcp.rows import DEFAULT_FIELDS, WHOLE, Fill, TokenField
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
@@ -93,6 +94,25 @@ def test_batches_are_planned_on_the_host_whatever_device_new_tensors_have(mesh, 
         expected = planned(layout)
         with torch.device("meta"):  # as torch.set_default_device does
             assert_close(planned(layout), expected, rtol=0, atol=0)
+
+
+def test_batches_planned_in_inference_mode_serve_training():
+    """torch refuses tensors that were made inside of it in a later step's backward pass."""
+    documents = Documents(((3, 5), (8,)), 8)
+    mixers = nn.ModuleList([SoftmaxAttention(Causal()), GatedDeltaRule(), CausalConv1d(3)])
+    with torch.inference_mode():
+        batch = a_batch(documents)
+        local, sharded = on_one_rank(batch, documents, model=mixers)
+        made = [batch_metadata(mixers, documents), sharded.attn_metadata]
+    tensors = [x for metadata in made for key in metadata for x in metadata[key].tensors()]
+    assert tensors and not any(x.is_inference() for x in (*tensors, *(x.real for x in made)))
+    with torch.inference_mode():
+        # Gradients are off in it, and stay so.
+        assert not on_one_rank(batch, documents)[0]["inputs_embeds"].requires_grad
+    q = torch.randn(2, 8, 1, 2, requires_grad=True)
+    for metadata in made:
+        (grad,) = torch.autograd.grad(mixers[0](q, q, q, metadata).sum(), q)
+        assert grad.abs().sum() > 0
 
 
 @layouts
