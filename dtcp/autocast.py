@@ -7,8 +7,9 @@ as those of torch's own ops do, and what they are given is cast before.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For code that is traced, and computes as an op's body would: in the dtypes it is given."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def as_autocast_casts(*xs: Tensor) -> tuple[Tensor, ...]:

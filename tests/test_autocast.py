@@ -1,5 +1,7 @@
 """Under torch.autocast our ops compute what they compute without it, forward and backward."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ from dtcp.sparse.mixer import CompressedSparseAttention, Index
 from tests.harness.mixer_cases import DOCUMENTS, MEMORY, mixer_cases
 from tests.harness.spmd import spmd
 
-# A LatentAttention on one device is torch's matmul and then an op.
+# A LatentAttention on one device is torch's matmul and then an op: of its own test.
 KINDS = tuple(name for name in mixer_cases() if name != "latents")
 
 
@@ -50,6 +52,24 @@ def test_mixers_compute_in_the_dtypes_they_are_given_under_autocast(kind):
         return case.mixer(**inputs, attn_metadata=metadata)
 
     assert_same_under_autocast(call, [torch.randn(shape) for shape in case.shapes.values()])
+
+
+def test_latents_are_taken_in_the_dtypes_they_are_given_under_autocast():
+    """As on shards, where keys are made inside an op. Backward runs outside, as torch asks."""
+    case = mixer_cases()["latents"]
+    attend = partial(case.mixer, attn_metadata=batch_metadata(case.mixer, DOCUMENTS))
+    leaves = [torch.randn(shape, requires_grad=True) for shape in case.shapes.values()]
+    out = attend(*leaves)
+    cotangent = torch.randn_like(out)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = attend(*leaves)
+    assert torch.equal(under, out)
+    assert_close(
+        torch.autograd.grad(under, leaves, cotangent),
+        torch.autograd.grad(out, leaves, cotangent),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_sparse_attention_computes_in_the_dtypes_it_is_given_under_autocast():

@@ -29,3 +29,8 @@ def rotate(x: Tensor, position_ids: Tensor, frequency: Tensor) -> Tensor:
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)
+
+
+def key_of_value(v: Tensor, key_scale: Tensor, position_ids: Tensor, frequency: Tensor) -> Tensor:
+    """A key that is its value [B, L, G, D], scaled by [D] and rotated; in the value's dtype."""
+    return rotate(v * key_scale, position_ids, frequency).to(v.dtype)

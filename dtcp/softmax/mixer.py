@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dtcp.kernels.rotary import rotate
+from dtcp.autocast import without_autocast
+from dtcp.kernels.rotary import key_of_value, rotate
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.kernels.softmax.backends import check_kernel_name, check_unrounded
 from dtcp.kernels.softmax.types import AUTO
@@ -202,7 +203,8 @@ class KeysFromValues(MaskedMixer):
         self.check_operands(q, v, position_ids, key_scale, frequency)
         own = self.own(attn_metadata)
         check_position_ids(position_ids, own.position_ids, own.last_key >= own.first_key)
-        q, k = (rotate(x, own.position_ids, frequency) for x in (q, v * key_scale))
+        q = rotate(q, own.position_ids, frequency)
+        k = key_of_value(v, key_scale, own.position_ids, frequency)
         return ATTENTION(AttentionInputs(q, k, v), own, self.softmax(q))
 
     def check_operands(
@@ -262,13 +264,15 @@ class LatentAttention(LatentMixer, MaskedMixer):
             [B, L, H, V].
         """
         rows = self.rows(q, latent, key_rotary, up)
-        k, v = keys_and_values(rows, up, LatentWidths.of(q, rows, up))
+        with without_autocast(rows.device):
+            k, v = keys_and_values(rows, up, LatentWidths.of(q, rows, up))
         return ATTENTION(AttentionInputs(q, k, v), self.own(attn_metadata), self.softmax(q))
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         q, latent, key_rotary, up = args[:4]
         rows = self.rows(q, latent, key_rotary, up)
-        return keys_and_values(rows, up, LatentWidths.of(q, rows, up))[1]
+        with without_autocast(rows.device):
+            return keys_and_values(rows, up, LatentWidths.of(q, rows, up))[1]
 
 
 class GatherSharedKV(MaskedMixer):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dtcp.kernels.dtypes import accumulation
-from dtcp.kernels.rotary import rotate
+from dtcp.kernels.rotary import key_of_value, rotate
 from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.latent import LatentWidths, fold_back, keys_and_values
 from dtcp.softmax.strategy import OpContext
@@ -150,7 +150,7 @@ class ValueOnlyPayload:
         return PayloadGradients(None, rows, key_scale=self.scale_gradient)
 
     def _key(self, v: Tensor, part: int) -> Tensor:
-        return rotate(v * self.key_scale, self._positions(v, part), self.frequency)
+        return key_of_value(v, self.key_scale, self._positions(v, part), self.frequency)
 
     def _positions(self, v: Tensor, part: int) -> Tensor:
         return self.position_ids[part, :, : v.shape[1]]

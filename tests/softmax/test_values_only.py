@@ -116,6 +116,40 @@ def test_frequencies_that_would_get_part_of_a_gradient_are_refused(mesh):
         mixer(q, q, positions, torch.ones(DIM), frequency, sharded.attn_metadata)
 
 
+@spmd(ranks=2)
+def test_a_scale_wider_than_its_values_makes_keys_of_the_values_dtype(mesh):
+    """On shards and on one device, against fp64."""
+    documents = Documents(((3, 5),), 8)
+    q, v, grad = (torch.randn(1, 8, 2, DIM) for _ in range(3))
+    scale, frequency = torch.rand(DIM, dtype=torch.float64), torch.tensor([1.0, 0.1])
+    wide = [x.double().requires_grad_() for x in (q, v, scale)]
+    expected = attend(*wide, frequency, documents)
+    wanted = torch.autograd.grad(expected, wide, grad.double())
+
+    mixer = KeysFromValues(Causal())
+    one_device = batch_metadata(mixer, documents)
+    whole = [x.requires_grad_() for x in (q, v, scale)]
+    out = mixer(q, v, documents.position_ids(), scale, frequency, one_device)
+    assert_close(out, expected.float())
+    grads = torch.autograd.grad(out, whole, grad)
+    assert grads[2].dtype == torch.float64
+    assert_close([x.float() for x in grads], [x.float() for x in wanted])
+
+    apply_plan(nn.ModuleList([mixer]), mesh, {"0": RingAttention()})
+    batch = {"input_ids": torch.zeros(1, 8, dtype=torch.int64)}
+    batch["position_ids"] = documents.position_ids()
+    ranks = ParallelMesh.of_sequence(mesh)
+    local, sharded = shard_batch(batch, ranks, HeadTail, model=mixer, documents=documents)
+    own = [sharded.shard(x) for x in (q, v)]
+    out = mixer(*own, local["position_ids"], scale, frequency, sharded.attn_metadata)
+    assert_close(out, sharded.shard(expected.float()))
+    grads = list(torch.autograd.grad(out, [*own, scale], sharded.shard(grad)))
+    torch.distributed.all_reduce(grads[2], group=mesh.get_group())
+    assert grads[2].dtype == torch.float64
+    right = [*(sharded.shard(x) for x in wanted[:2]), wanted[2]]
+    assert_close([x.float() for x in grads], [x.float() for x in right])
+
+
 def test_channels_that_make_no_pairs_are_refused():
     mixer, x = KeysFromValues(Causal()), torch.randn(1, 8, 1, 5)
     operands = (x, x, torch.arange(8)[None], torch.ones(5), torch.rand(2))
