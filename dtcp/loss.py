@@ -152,6 +152,11 @@ def _at_least_one(tokens: Tensor | int) -> Tensor | int:
     """What to divide by: where there is no token there is nothing to divide, and 0 / 0 is NaN."""
     if not isinstance(tokens, Tensor):
         check_ints("A mean over tokens", least=0, global_tokens=tokens)
+    elif tokens.numel() != 1:
+        raise ValueError(
+            f"A mean over tokens is divided by one number, got global_tokens.shape="
+            f"{tuple(tokens.shape)}: give the count of all ranks, from global_token_count."
+        )
     return tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1)
 
 

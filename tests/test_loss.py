@@ -101,3 +101,9 @@ def test_logits_sharded_in_another_way_are_refused(mesh):
     sharded = DTensor.from_local(logits, mesh, [Shard(1)])
     with pytest.raises(ValueError, match=r"whole or sharded in the vocabulary.*Shard\(dim=1\)"):
         token_mean_loss(sharded, labels, 8)
+
+
+def test_a_mean_over_tokens_is_divided_by_one_number():
+    logits, labels = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"divided by one number, got global_tokens.shape=\(2,\)"):
+        token_mean_loss(logits, labels, torch.tensor([3, 3]))

@@ -56,7 +56,7 @@ def check_inputs(x: AttentionInputs, *, keys_sum_grads: bool = False) -> None:
         del named["k"]
     check_tensor("Attention", **named)
     if x.sink is not None:
-        check_tensor("Attention", sink=x.sink)
+        check_tensor("Attention", dtypes=FLOATS, sink=x.sink)
     dtypes = {name: each.dtype for name, each in named.items()}
     named.pop("up", None)
     shapes = {name: tuple(each.shape) for name, each in named.items()}
@@ -73,9 +73,10 @@ def check_inputs(x: AttentionInputs, *, keys_sum_grads: bool = False) -> None:
             f"Keys gathered with reduce_dtype=torch.float32 stay in the dtype in which layers sum "
             f"their gradients, got {dtypes}: leave out what converts them before attention."
         )
-    if dtypes != expected or not x.q.is_floating_point():
+    if dtypes != expected or x.q.dtype not in FLOATS:
         raise TypeError(
-            f"Attention computes in one floating dtype, got {dtypes}: convert q, k and v to one."
+            f"Attention computes in one floating dtype, got {dtypes}: convert q, k and v to one "
+            f"of at least 16 bits."
         )
     if x.up is not None:
         LatentWidths.of(x.q, x.v, x.up)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dtcp.kernels.sparse.pooling import Prepool
-from dtcp.sequence.arguments import check_tensor
+from dtcp.sequence.arguments import FLOATS, check_tensor
 from dtcp.sparse.metadata import Compression
 
 SUBJECT = "Compressed sparse attention"
@@ -92,8 +92,8 @@ def _check_dtypes(q: Tensor, parts: dict[str, Tensor]) -> None:
     alike = {"q": q.dtype, "keys": parts["keys"].dtype}
     if "tokens.value" in parts:
         alike["tokens.value"] = parts["tokens.value"].dtype
-    others = {name: x.dtype for name, x in parts.items() if not x.is_floating_point()}
-    if others or not q.is_floating_point() or len(set(alike.values())) > 1:
+    others = {name: x.dtype for name, x in parts.items() if x.dtype not in FLOATS}
+    if others or q.dtype not in FLOATS or len(set(alike.values())) > 1:
         raise TypeError(
             f"Queries, keys and pooled tokens have one floating dtype, and other operands a "
             f"floating one, got {alike | others}: convert them."

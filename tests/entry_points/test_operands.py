@@ -16,6 +16,7 @@ from dtcp.sequence.layout import Contiguous
 from dtcp.sequence.masks import Bidirectional, Causal
 from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.mixer import SoftmaxAttention
+from dtcp.sparse.mixer import CompressedSparseAttention
 from tests.harness.attention_parity import refused
 from tests.harness.hf_models import build
 from tests.harness.parity import gradients
@@ -46,6 +47,22 @@ def test_operands_of_attention_fit_together_on_one_device_A2(inputs, match, erro
     metadata = batch_metadata(mixer, WHOLE)
     with pytest.raises(error, match=match):
         mixer(*inputs, metadata)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int64])
+def test_dtypes_that_nothing_is_summed_in_are_refused(dtype):
+    """Of a complex sink, say, only the real part was read."""
+    mixer, sparse = SoftmaxAttention(Bidirectional()), CompressedSparseAttention(4, None, scale=1.0)
+    metadata, of_sparse = batch_metadata(mixer, WHOLE), batch_metadata(sparse, WHOLE)
+    x, y, sink = heads(24), heads(24).to(dtype), torch.zeros(2).to(dtype)
+    with pytest.raises(TypeError, match="one floating dtype, got"):
+        mixer(y, y, y, metadata)
+    with pytest.raises(TypeError, match=f"got sink.dtype={dtype}"):
+        mixer(x, x, x, metadata, sink=sink)
+    with pytest.raises(TypeError, match="have one floating dtype"):
+        sparse(y, y[:, :, 0], of_sparse, sink=torch.zeros(2))
+    with pytest.raises(TypeError, match="other operands a floating one"):
+        sparse(x, x[:, :, 0], of_sparse, sink=sink)
 
 
 @pytest.mark.parametrize("style", [RingAttention(), AllGatherAttention(), UlyssesAttention()])
