@@ -20,6 +20,7 @@ ranks next to each other, and edp_shard is what is left of the three.
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
+import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -157,10 +158,12 @@ class ParallelMesh:
                 torchrun: what several of them read then crosses to their machine once. 0: nobody
                 has said.
         Raises:
-            ValueError: the degrees do not multiply to the world size.
+            ValueError: the degrees do not multiply to the world size, or this process has no
+                device of that type.
         """
         check_kind("A ParallelMesh", Degrees, degrees=degrees)
         check_kind("A ParallelMesh", str, device_type=device_type)
+        _check_devices(device_type)
         if not dist.is_initialized():
             raise ValueError(
                 f"A ParallelMesh lays out the ranks of the default process group, got {degrees} "
@@ -351,6 +354,19 @@ class ParallelMesh:
                 f"A ParallelMesh has the 1-D views {VIEWS}, got name={name!r}: use one."
             )
         return views[name]
+
+
+def _check_devices(device_type: str) -> None:
+    """Refuse a type that has no device here; torch's own error names a private function."""
+    try:
+        here = torch.get_device_module(device_type).is_available()
+    except RuntimeError:
+        here = False
+    if not here:
+        raise ValueError(
+            f"A ParallelMesh lies on devices of this machine, got device_type={device_type!r}, of "
+            f"which torch {torch.__version__} finds none: pass 'cpu', or run where they are."
+        )
 
 
 def _one_rank_fsdp(dims: ParallelDims) -> DeviceMesh | None:

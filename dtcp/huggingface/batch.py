@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.batch import BatchCut, PreparedBatch, shard_prepared
+from dtcp.distributed.gathered import free_gathered, no_inference_tensors
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.encoder_decoder import (
@@ -29,7 +30,7 @@ from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight
 from dtcp.huggingface.token_ids import check_ids
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
-from dtcp.rows import DEFAULT_FIELDS, WHOLE, Rows
+from dtcp.rows import DEFAULT_FIELDS, MASK_FIELDS, WHOLE, Rows
 from dtcp.sequence.arguments import check_batch, check_kind
 from dtcp.sequence.batch_documents import DOCUMENT_KEYS
 from dtcp.sequence.buckets import Buckets
@@ -157,6 +158,7 @@ def _shard(
     return local, sharded
 
 
+@no_inference_tensors()
 def causal_lm_loss(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -171,7 +173,8 @@ def causal_lm_loss(
 
     The shares of the ranks of mesh.loss add up to the mean loss of all their tokens, and their
     gradients to its gradient. With config.output_router_logits the balance loss of the experts,
-    over all tokens, is part of it.
+    over all tokens, is part of it. Without gradients nothing stays gathered for a backward pass,
+    so that an optimizer may be made after an evaluation.
 
     Args:
         batch: as shard_hf_batch takes it, with labels.
@@ -187,6 +190,8 @@ def causal_lm_loss(
     balanced = {"output_router_logits": True} if is_balanced(model) else {}
     out = model(**local, attn_metadata=sharded.attn_metadata, **balanced)
     loss = token_mean_loss(out.logits, labels, global_token_count(labels, mesh.loss))
+    if not torch.is_grad_enabled():
+        free_gathered(model)
     if not balanced:
         return loss
     balance = balance_weight(model) * balance_loss_of_batch(model, out.router_logits, sharded)
@@ -218,6 +223,12 @@ def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool
         whole["labels"] = shift_labels(rows["labels"], documents)
     if getattr(model, "loss_type", None) == "ForQuestionAnswering":
         fields = {**fields, **dict.fromkeys(ANSWER_KEYS, WHOLE)}
+    unknown = [key for key in whole if key not in fields and key not in MASK_FIELDS]
+    if unknown:
+        raise ValueError(
+            f"A batch of transformers holds what its model reads, got {unknown}: leave it out; "
+            f"what a loss of your own reads is cut by ShardedBatch.shard."
+        )
     return Rows.of(whole, fields, documents)
 
 

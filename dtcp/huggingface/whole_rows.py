@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from dtcp.batch import PreparedBatch
-from dtcp.distributed.gathered import free_gathered
+from dtcp.distributed.gathered import free_gathered, no_inference_tensors
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.replicated_loss import sum_for_replicated_loss
 from dtcp.huggingface.batch import LABELED_IN_PLACE, prepare_hf_batch, shard_hf_batch
@@ -121,13 +121,14 @@ class WholeRows(nn.Module):
         Without gradients nothing stays gathered for a backward pass: weights that a loop averages
         or steps after an evaluation are shards, and no copies.
         """
-        try:
-            return self._outputs(
-                rows, labels, num_items_in_batch, output_router_logits, numbers=fused_lm_head
-            )
-        finally:
-            if not torch.is_grad_enabled():
-                free_gathered(self.module)
+        with no_inference_tensors():
+            try:
+                return self._outputs(
+                    rows, labels, num_items_in_batch, output_router_logits, numbers=fused_lm_head
+                )
+            finally:
+                if not torch.is_grad_enabled():
+                    free_gathered(self.module)
 
     def _outputs(
         self,

@@ -46,6 +46,12 @@ def _question(name: str) -> OpOverload:
     return overload_of(op)
 
 
+FLEX_ATTENTION = torch.ops.higher_order.flex_attention
+_FLEX_REFUSED = (
+    "Attention in this context is F.scaled_dot_product_attention's, got flex_attention, which "
+    "would see this rank's tokens alone: call that function, or use SoftmaxAttention with a Mask."
+)
+
 _LAYOUT, _ATTENDED, _CAUSAL = (_question(f"ask_{x}") for x in ("layout", "attended", "causal"))
 
 
@@ -121,6 +127,8 @@ class local_shards(sequence_layout):
             recompute_inside(self)
         if func is Tensor.backward:
             return self._backward(*args, **(kwargs or {}))
+        if func is FLEX_ATTENTION:
+            raise ValueError(_FLEX_REFUSED)
         if func is Tensor.unflatten:
             # Dynamo (2.13) cannot trace, inside a mode, the method's call of its C parent.
             return torch.unflatten(*args, **(kwargs or {}))

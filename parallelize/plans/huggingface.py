@@ -24,6 +24,7 @@ from dtcp.huggingface.last_token import LastTokenCP
 from dtcp.huggingface.latents import exchange_latents, hands_on_latents
 from dtcp.huggingface.picking_attention import INDEXER
 from dtcp.huggingface.registry import MIXER, PROJECTION
+from dtcp.huggingface.whole_weights import refuse_whole_weights
 from dtcp.huggingface.zero_experts import compute_without_loop
 from dtcp.mixer import Mixer
 from dtcp.mixer_plan import find
@@ -118,6 +119,8 @@ def parallelize_hf(
     parallelize(
         model, mesh, plan, activation_checkpoint=activation_checkpoint, compile=compile, fsdp=fsdp
     )
+    refuse_whole_weights(model)
+    refuse_whole_weights(outer)
     return outer
 
 

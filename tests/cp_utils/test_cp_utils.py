@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from torch.testing import assert_close
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
@@ -216,6 +217,19 @@ def test_context_refuses_what_it_cannot_shard(mesh):
     ):
         with pytest.raises(ValueError, match=match):
             create_context_parallel_ctx(mesh, buffers, dims, kept, method)
+
+
+@compiled_or_not
+@spmd(ranks=2)
+def test_flex_attention_in_the_context_is_refused(mesh, compiled):
+    """It would see the shard alone, and nobody would notice."""
+    attend = torch.compile(flex_attention, backend="aot_eager") if compiled else flex_attention
+    x = torch.randn(1, 2, 32, 16)
+    in_context = create_context_parallel_ctx(mesh, [x], [2], set())
+    error = pytest.raises(Exception, match="got flex_attention, which would see this rank's")
+    with in_context, error:
+        attend(x, x, x)
+    assert attend(x, x, x).shape == x.shape
 
 
 @spmd(ranks=(2, 3))

@@ -186,6 +186,16 @@ def test_degrees_that_do_not_fit_the_world_are_refused(mesh):
         ParallelMesh.from_degrees(Degrees(cp=2, tp=3), "cpu")
 
 
+@pytest.mark.parametrize("device_type", ["gpu", "mps"])
+@spmd(ranks=1)
+def test_devices_that_are_not_there_are_refused(mesh, device_type):
+    """A script for GPUs on a laptop: torch's error named a private function of its own."""
+    with pytest.raises(
+        ValueError, match=f"got device_type='{device_type}', of which torch .* none"
+    ):
+        ParallelMesh.from_degrees(Degrees(), device_type)
+
+
 @spmd(ranks=2)
 def test_axes_of_other_names_or_another_order_are_refused(mesh):
     for names in [("dp", "cp"), ("cp", "dp_shard")]:

@@ -1,0 +1,43 @@
+"""Methods of transformers that read or replace whole weights, of which a rank has a shard.
+
+save_pretrained ends in an error of torch on the rank that writes, and the others go on as if it had
+been done; resize_token_embeddings puts plain weights beside sharded ones.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+ON_EVERY_RANK = "call dtcp.parallelize.save_hf(model, folder) on every rank"
+REMEDIES = {
+    "save_pretrained": ON_EVERY_RANK,
+    "push_to_hub": f"{ON_EVERY_RANK}, and upload the folder",
+    "resize_token_embeddings": "call it before parallelize_hf",
+}
+
+
+def refuse_whole_weights(model: nn.Module) -> None:
+    """Let a model refuse these methods from now on, as far as it has them.
+
+    A call that brings its own whole weights (`state_dict=`) is let through.
+    """
+    for name, remedy in REMEDIES.items():
+        if hasattr(type(model), name):
+            setattr(model, name, MethodType(_refusing(name, remedy), model))
+
+
+def _refusing(name: str, remedy: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        weights = kwargs.get("state_dict") or self.state_dict()
+        sharded = [key for key, x in weights.items() if isinstance(x, DTensor)]
+        if sharded:
+            raise ValueError(
+                f"A model on a mesh has shards of its weights, got {name} of a "
+                f"{type(self).__name__} whose {sharded[0]} is one: {remedy}."
+            )
+        return getattr(type(self), name)(self, *args, **kwargs)
+
+    return method

@@ -1,0 +1,79 @@
+"""What users of transformers do by habit, with a model on a mesh: done right, or refused."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.huggingface import WholeRows, causal_lm_loss
+from dtcp.parallelize import parallelize_hf
+from tests.harness.hf_models import build
+from tests.harness.spmd import spmd
+
+IDS = torch.arange(1, 17)[None]
+
+
+@pytest.mark.parametrize(
+    ("method", "argument", "remedy"),
+    [
+        ("save_pretrained", "folder", r"save_hf\(model, folder\) on every rank"),
+        ("push_to_hub", "name", r"save_hf\(model, folder\) on every rank, and upload"),
+        ("resize_token_embeddings", 80, "before parallelize_hf"),
+    ],
+)
+@spmd(ranks=2)
+def test_a_method_that_needs_whole_weights_is_refused_on_every_rank(
+    mesh, method, argument, remedy, tmp_path
+):
+    """torch's error was met by one rank alone; the others went on, and waited for it."""
+    model = parallelize_hf(build("llama"), ParallelMesh.from_degrees(Degrees(cp=2), "cpu"))
+    with pytest.raises(ValueError, match=f"got {method} of a .*LlamaForCausalLM whose .*{remedy}"):
+        getattr(model, method)(tmp_path / argument if method == "save_pretrained" else argument)
+    assert not list(tmp_path.iterdir())
+
+
+@spmd(ranks=1)
+def test_a_model_that_no_axis_shards_is_saved_as_ever(mesh, tmp_path):
+    """So is its copy, with weights of its own."""
+    model = parallelize_hf(build("llama"), ParallelMesh.from_degrees(Degrees(), "cpu"))
+    copy = deepcopy(model)
+    with torch.no_grad():
+        copy.lm_head.weight.zero_()
+    for each, folder in ((model, tmp_path / "model"), (copy, tmp_path / "copy")):
+        each.save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        assert_close(loaded.state_dict(), each.state_dict())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@spmd(ranks=2)
+def test_an_optimizer_made_after_an_evaluation_steps_the_models_weights(mesh, mode):
+    on = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    model = parallelize_hf(build("qwen3"), on)
+    batch = {"input_ids": IDS, "labels": IDS}
+    with mode():
+        evaluated = causal_lm_loss(model, batch, on)
+        rows = WholeRows(model, on)(**batch)
+    dist.all_reduce(evaluated)
+    assert_close(rows.loss, evaluated)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    causal_lm_loss(model, batch, on).backward()
+    expected = [(p - 0.1 * p.grad).full_tensor().detach() for p in model.parameters()]
+    optimizer.step()
+    assert_close([p.detach().full_tensor() for p in model.parameters()], expected)
+
+
+@spmd(ranks=1)
+def test_a_key_that_no_model_reads_is_refused_with_what_to_do(mesh):
+    """The remedy of other batches, an argument that this function lacks, was named here, too."""
+    on = ParallelMesh.from_degrees(Degrees(), "cpu")
+    model = parallelize_hf(build("llama"), on)
+    batch = {"input_ids": IDS, "labels": IDS, "loss_mask": IDS}
+    with pytest.raises(ValueError, match=r"\['loss_mask'\]: leave it out; .*ShardedBatch\.shard"):
+        causal_lm_loss(model, batch, on)
