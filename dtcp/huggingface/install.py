@@ -204,6 +204,8 @@ def _is_entry(module: nn.Module) -> bool:
 
 
 def _checked_forward(model: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # shard_hf_batch gives it for losses; to the model the metadata of the batch say the same.
+    kwargs.pop("padding_mask", None)
     _check_call(model, args, kwargs)
     _check_implementation(model, vars(model)[_CONFIGS])
     positions: Positions = vars(model)[_POSITIONS]
@@ -246,8 +248,9 @@ def _check_call(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         raise ValueError(
             f"A model with mixers is called with the input_ids, position_ids and attn_metadata of "
             f"shard_hf_batch, got with={unknown + switched_on}, use_cache="
-            f"{kwargs.get('use_cache')}: labels go to token_mean_loss, masks to shard_hf_batch; a "
-            f"cache (as generate has one) and attention weights have no sharded form."
+            f"{kwargs.get('use_cache')}: labels go to token_mean_loss, masks to shard_hf_batch, "
+            f"the rest to a loss of your own; a cache (as generate has one) and attention weights "
+            f"have no sharded form."
         )
     _check_inputs(kwargs)
     if vars(model)[_OF_DECODER]:

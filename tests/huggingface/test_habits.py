@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from dtcp.distributed.mesh import Degrees, ParallelMesh
-from dtcp.huggingface import WholeRows, causal_lm_loss
+from dtcp.huggingface import WholeRows, causal_lm_loss, shard_hf_batch
 from dtcp.parallelize import parallelize_hf
 from tests.harness.hf_models import build
 from tests.harness.spmd import spmd
@@ -74,6 +74,19 @@ def test_a_key_that_no_model_reads_is_refused_with_what_to_do(mesh):
     """The remedy of other batches, an argument that this function lacks, was named here, too."""
     on = ParallelMesh.from_degrees(Degrees(), "cpu")
     model = parallelize_hf(build("llama"), on)
-    batch = {"input_ids": IDS, "labels": IDS, "loss_mask": IDS}
-    with pytest.raises(ValueError, match=r"\['loss_mask'\]: leave it out; .*ShardedBatch\.shard"):
+    batch = {"input_ids": IDS, "labels": IDS, "length": IDS}
+    with pytest.raises(ValueError, match=r"\['length'\]: leave it out; .*ShardedBatch\.shard"):
         causal_lm_loss(model, batch, on)
+
+
+@spmd(ranks=2)
+def test_what_shard_hf_batch_gives_is_what_the_model_takes(mesh):
+    """Of rows that no layout divides, too: their padding_mask was an argument too many."""
+    on = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    alone, model = build("qwen3"), parallelize_hf(build("qwen3"), on)
+    ids = IDS[:, :-1]
+    local, sharded = shard_hf_batch({"input_ids": ids}, on, model=model)
+    assert local["padding_mask"].shape == (1, 8)
+    logits = model(**local, attn_metadata=sharded.attn_metadata).logits
+    # Its norms are computed in fp32.
+    assert_close(sharded.gather(logits).float(), alone(ids).logits.float())

@@ -119,7 +119,6 @@ def on_mesh(
     rows = {key: x[mine] for key, x in batch.items()}
     local, sharded = shard_hf_batch(rows, mesh, layout, model=model)
     labels = local.pop("labels")
-    local.pop("padding_mask", None)
     logits = model(**local, attn_metadata=sharded.attn_metadata).logits
     share = token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
     share.backward()
