@@ -4,7 +4,7 @@ save_pretrained ends in an error of torch on the rank that writes, and the other
 been done; resize_token_embeddings puts plain weights beside sharded ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 ON_EVERY_RANK = "call dtcp.parallelize.save_hf(model, folder) on every rank"
-REMEDIES = {
+REMEDIES: Mapping[str, str] = {
     "save_pretrained": ON_EVERY_RANK,
     "push_to_hub": f"{ON_EVERY_RANK}, and upload the folder",
     "resize_token_embeddings": "call it before parallelize_hf",
