@@ -25,6 +25,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from dtcp._torch.agent import end_ranks
 from dtcp._torch.compiler import set_inductor_processes
 from dtcp.pretrain.processes import die_with
 from dtcp.pretrain.rendezvous import LoopbackRendezvous
@@ -290,7 +291,8 @@ class Agent(LocalElasticAgent):
         # Again, where a second signal has cut the first wait short: it is not to wait any longer.
         death_sig = signal.SIGKILL if self._is_closing else death_sig
         self._is_closing = True
-        super()._shutdown(death_sig, self.stop_seconds)
+        end_ranks(self, death_sig, self.stop_seconds)
+        super()._shutdown(death_sig)
 
 
 def can_fork() -> bool:
