@@ -9,7 +9,11 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.library import CustomOpDef
 
-from dtcp._torch.functorch import set_transform_rule, transform_running
+from dtcp._torch.functorch import (
+    forward_mode_open,
+    set_transform_rule,
+    transform_running,
+)
 from dtcp.autocast import outside_autocast
 
 
@@ -41,6 +45,10 @@ def local_op(
         op = torch.library.custom_op(name, mutates_args=(), schema=schema)(body)
         set_transform_rule(op, refuse)
         op.register_autograd(no_derivative)
+        register = op.register_fake
+        op.register_fake = lambda fake: register(  # type: ignore[method-assign]
+            _outside_forward_mode(name, fake)
+        )
         return op
 
     return make
@@ -66,6 +74,24 @@ def _without_tangents(name: str, function: Callable[..., Any]) -> Callable[..., 
     def run(*args: Any, **kwargs: Any) -> Any:
         _check_tangents(name, args)
         return function(*args, **kwargs)
+
+    return run
+
+
+def _outside_forward_mode(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake of an op that stays out of graphs with tangents: these are gone when it is asked.
+
+    What was to be one graph breaks here, and the body looks at each tensor.
+    """
+
+    @wraps(fake)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if forward_mode_open():
+            raise NotImplementedError(
+                f"{name} is differentiated in reverse alone, got a trace inside of a dual_level of "
+                f"forward mode: compile what is around it."
+            )
+        return fake(*args, **kwargs)
 
     return run
 

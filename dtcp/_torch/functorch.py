@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
 from torch.library import CustomOpDef
 from torch.utils._pytree import tree_map_only
@@ -20,6 +21,11 @@ _NAMES = MappingProxyType(
 def transform_running() -> bool:
     """Whether a transform of torch.func is being carried out: it has no public reader."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def forward_mode_open() -> bool:
+    """Whether code runs inside of a forward_ad.dual_level: it has no public reader."""
+    return forward_ad._current_level >= 0
 
 
 def set_transform_rule(op: CustomOpDef, refuse: Callable[[str], None]) -> None:

@@ -34,6 +34,19 @@ def test_attention_in_forward_mode_is_refused():
         assert attend(q, k, v).shape == q.shape
 
 
+def test_forward_mode_inside_of_a_graph_is_refused():
+    """A graph held the op without its tangent: the sum had the rest of its own."""
+    attend = attention()
+
+    def tangent(x):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, x)
+            return forward_ad.unpack_dual(2 * dual + attend(dual, x, x)).tangent
+
+    with pytest.raises(NotImplementedError, match="dtcp::attention is differentiated in reverse"):
+        torch.compile(tangent, backend="aot_eager")(torch.randn(1, 4, 1, 2))
+
+
 def dual_inside(f):
     """The tangent of f by forward_ad, within a transform that knows nothing of it."""
 
