@@ -20,6 +20,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous
 from dtcp.sparse.metadata import Compression
 from dtcp.sparse.mixer import CompressedSparseAttention, Index
+from dtcp.sparse_latent import LightningIndexer, SparseLatentAttention
 from tests.harness.mixer_cases import DOCUMENTS, MEMORY, mixer_cases
 from tests.harness.spmd import spmd
 
@@ -70,6 +71,26 @@ def test_latents_are_taken_in_the_dtypes_they_are_given_under_autocast():
         rtol=0,
         atol=0,
     )
+
+
+def test_picked_latents_are_taken_in_the_dtypes_they_are_given_under_autocast():
+    """Of a model's wide norms or weights; backward runs outside, as torch asks."""
+    documents = Documents(((5, 8, 3), (16,)), 20)
+    pick, mixer = LightningIndexer(3), SparseLatentAttention()
+    metadata = batch_metadata(nn.ModuleList((pick, mixer)), documents)
+    index = torch.randn(2, 20, 2, 8), torch.randn(2, 20, 2), torch.randn(2, 20, 8)
+    shapes = (2, 20, 2, 12), (2, 20, 16), (2, 20, 4), (2, 20, 16)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+    def attend():
+        return mixer(*leaves, pick(*index, metadata), metadata)
+
+    out = attend()
+    with torch.autocast("cpu", torch.bfloat16):
+        under = attend()
+    assert torch.equal(under, out)
+    grads = [torch.autograd.grad(x, leaves, torch.ones_like(out)) for x in (under, out)]
+    assert all(map(torch.equal, *grads))
 
 
 def test_sparse_attention_computes_in_the_dtypes_it_is_given_under_autocast():

@@ -32,6 +32,7 @@ FLOORS = (
         "dtcp.metadata",
         "dtcp.forward",
         "dtcp.autocast",
+        "dtcp.inference_mode",
         "dtcp.local_op",
         "dtcp.checkpoint",
     ),

@@ -1,9 +1,5 @@
 """Weights that FSDP has gathered."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -17,17 +13,3 @@ def free_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-@contextmanager
-def no_inference_tensors() -> Iterator[None]:
-    """Inside torch.inference_mode, be without gradients in the plain way instead.
-
-    FSDP (torch 2.13) gathers for ever into the tensors that its first forward pass made. Made in
-    inference mode, they end the first training step with an error of torch's.
-    """
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.batch import BatchCut, PreparedBatch, shard_prepared
-from dtcp.distributed.gathered import free_gathered, no_inference_tensors
+from dtcp.distributed.gathered import free_gathered
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.encoder_decoder import (
@@ -28,6 +28,7 @@ from dtcp.huggingface.pooled_head import check_last_tokens, last_token_mixer
 from dtcp.huggingface.positions import check_longest
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
 from dtcp.huggingface.token_ids import check_ids
+from dtcp.inference_mode import no_inference_tensors
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.rows import DEFAULT_FIELDS, MASK_FIELDS, WHOLE, Rows

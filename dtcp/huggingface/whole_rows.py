@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from dtcp.batch import PreparedBatch
-from dtcp.distributed.gathered import free_gathered, no_inference_tensors
+from dtcp.distributed.gathered import free_gathered
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.distributed.replicated_loss import sum_for_replicated_loss
 from dtcp.huggingface.batch import LABELED_IN_PLACE, prepare_hf_batch, shard_hf_batch
@@ -26,6 +26,7 @@ from dtcp.huggingface.linear_head import LinearHead
 from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.prefetched_rows import PrefetchedRows
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
+from dtcp.inference_mode import no_inference_tensors
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.linear_logits import LinearLogits
 from dtcp.loss import global_token_count, token_log_probs, token_mean_loss

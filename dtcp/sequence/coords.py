@@ -62,6 +62,11 @@ class Coords:
             image_types: of the first tokens of each row; without `block`, images are the blocks.
         """
         check_documents("Coords are of the Documents of a batch", documents)
+        if not documents.batch:
+            raise ValueError(
+                f"A batch has at least one row, got {documents}: give lengths for each, or leave "
+                f"the batch out."
+            )
         shape = (documents.batch, documents.seq_len)
         for name, extra in (("prefix", prefix), ("block", block)):
             if extra is None:

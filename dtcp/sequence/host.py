@@ -6,6 +6,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from dtcp.inference_mode import no_inference_tensors
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -22,8 +24,7 @@ def on_host(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.is_inference_mode_enabled():
-            # By itself it would switch gradients on.
-            with torch.inference_mode(mode=False), torch.no_grad():
+            with no_inference_tensors():
                 return run(*args, **kwargs)
         if torch.get_default_device().type == "cpu":
             return function(*args, **kwargs)

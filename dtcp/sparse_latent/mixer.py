@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtcp.autocast import without_autocast
 from dtcp.metadata import BatchMetadata, metadata_key
 from dtcp.mixer import Mixer
 from dtcp.sequence.arguments import FLOATS, check_ints, check_tensor
@@ -151,13 +152,16 @@ class SparseLatentAttention(TokenReader, LatentMixer):
         widths = LatentWidths.of(q, rows, up)
         content, rotary = q.split((widths.content, widths.rotary), dim=-1)
         of_keys, of_values = up.split((widths.content, widths.value), dim=1)
-        absorbed = torch.cat((torch.einsum("blhn,hnc->blhc", content, of_keys), rotary), dim=-1)
+        with without_autocast(q.device):
+            absorbed = torch.einsum("blhn,hnc->blhc", content, of_keys)
+        absorbed = torch.cat((absorbed, rotary), dim=-1)
         entries = self.bring(rows, metadata)[:, :, 0]
         no_keys = entries.new_empty(entries.shape[0], 0, entries.shape[2])
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         sources = (no_keys, entries, selected, None, metadata.sight)
-        out = sparse_attention(absorbed, *sources, scale=scale)
-        return torch.einsum("blhc,hvc->blhv", out[..., : widths.latent], of_values)
+        out = sparse_attention(absorbed, *sources, scale=scale)[..., : widths.latent]
+        with without_autocast(q.device):
+            return torch.einsum("blhc,hvc->blhv", out, of_values)
 
     def check_selected(self, q: Tensor, selected: Tensor) -> None:
         """Refuse a choice for other tokens."""
@@ -172,7 +176,8 @@ class SparseLatentAttention(TokenReader, LatentMixer):
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         q, latent, key_rotary, up = args[:4]
         rows = self.rows(q, latent, key_rotary, up)
-        return keys_and_values(rows, up, LatentWidths.of(q, rows, up))[1]
+        with without_autocast(rows.device):
+            return keys_and_values(rows, up, LatentWidths.of(q, rows, up))[1]
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}"
