@@ -89,7 +89,7 @@ def _outside_forward_mode(name: str, fake: Callable[..., Any]) -> Callable[..., 
         if forward_mode_open():
             raise NotImplementedError(
                 f"{name} is differentiated in reverse alone, got a trace inside of a dual_level of "
-                f"forward mode: compile what is around it."
+                f"forward mode: compile what is around it, or call it once before."
             )
         return fake(*args, **kwargs)
 

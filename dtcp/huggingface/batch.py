@@ -189,10 +189,12 @@ def causal_lm_loss(
     labels = local.pop("labels")
     local.pop("padding_mask", None)
     balanced = {"output_router_logits": True} if is_balanced(model) else {}
-    out = model(**local, attn_metadata=sharded.attn_metadata, **balanced)
-    loss = token_mean_loss(out.logits, labels, global_token_count(labels, mesh.loss))
-    if not torch.is_grad_enabled():
-        free_gathered(model)
+    try:
+        out = model(**local, attn_metadata=sharded.attn_metadata, **balanced)
+        loss = token_mean_loss(out.logits, labels, global_token_count(labels, mesh.loss))
+    finally:
+        if not torch.is_grad_enabled():
+            free_gathered(model)
     if not balanced:
         return loss
     balance = balance_weight(model) * balance_loss_of_batch(model, out.router_logits, sharded)

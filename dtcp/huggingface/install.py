@@ -4,7 +4,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -204,12 +205,33 @@ def _is_entry(module: nn.Module) -> bool:
 
 
 def _checked_forward(model: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    # shard_hf_batch gives it for losses; to the model the metadata of the batch say the same.
-    kwargs.pop("padding_mask", None)
+    kwargs = _without_padding_mask(kwargs)
     _check_call(model, args, kwargs)
     _check_implementation(model, vars(model)[_CONFIGS])
     positions: Positions = vars(model)[_POSITIONS]
     return call_with_positions(model, positions, forward, **{**kwargs, "use_cache": False})
+
+
+def _without_padding_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments without the mask that shard_hf_batch gives for losses: the metadata say the same.
+
+    Raises:
+        ValueError: a mask of other tokens, whose values are read on hosts and outside of graphs.
+    """
+    mask = kwargs.get("padding_mask")
+    real = getattr(kwargs.get("attn_metadata"), "real", None)
+    if not isinstance(mask, Tensor) or real is None:
+        return kwargs
+    same = mask.shape == real.shape
+    if same and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        same = torch.equal(mask.bool(), ~real.cpu())
+    if not same:
+        raise ValueError(
+            f"A model with mixers hides the padding that its metadata were made of, got another "
+            f"padding_mask, of shape {tuple(mask.shape)} for tokens {tuple(real.shape)}: pass the "
+            f"one that shard_hf_batch gave with the metadata, or none."
+        )
+    return {key: x for key, x in kwargs.items() if key != "padding_mask"}
 
 
 def _checked_inner_forward(

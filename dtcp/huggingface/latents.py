@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dtcp.huggingface.picking_attention import INDEXER
+from dtcp.huggingface.picking_attention import INDEXER, OWN_INDEXER
 from dtcp.huggingface.registry import MIXER, PROJECTION
 from dtcp.softmax.mixer import LatentAttention, SoftmaxAttention
 from dtcp.sparse_latent import LightningIndexer
@@ -53,7 +53,7 @@ def read_picked_latents(attention: nn.Module, num_selected: int) -> None:
 
     One without an indexer reads what the layer before it read.
     """
-    if getattr(attention, "indexer", None) is not None:
+    if getattr(attention, OWN_INDEXER, None) is not None:
         attention.add_module(INDEXER, LightningIndexer(num_selected))
     _hand_on_latents(attention)
 

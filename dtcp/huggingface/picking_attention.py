@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtcp.autocast import as_autocast_casts
 from dtcp.huggingface.attend_by_name import ROPE, attend_by_name, check_no_cache
 from dtcp.kernels.dtypes import accumulation
 
-INDEXER = "dtcp_indexer"
-"""The indexer's mixer by its name in the attention module."""
+OWN_INDEXER, INDEXER = "indexer", "dtcp_indexer"
+"""Names in the attention module: of the model's own indexer, and of its mixer."""
 _INDEX_ROPE = "dtcp_index_rope"
 _ROPES: Mapping[str, str] = {
     "DeepseekV32Attention": "apply_rotary_pos_emb",
@@ -123,7 +124,9 @@ def _index_operands(
         (q_rotary, q), (key_rotary, key) = (x.split(widths, dim=-1) for x in (q, key))
         q_rotary, key_rotary = rope(q_rotary, key_rotary, *tables, unsqueeze_dim=2)
         q, key = torch.cat((q_rotary, q), dim=-1), torch.cat((key_rotary, key), dim=-1)
-        # transformers loads this layer in fp32.
+        # Norms and rotary tables give fp32 under autocast; scores are then products of its dtype.
+        q, key = as_autocast_casts(q, key)
+        # transformers keeps this layer in fp32 where the others are fp16.
         weight = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype))
         weight = weight.to(accumulation(weight.dtype))
         # Of products and of heads; both are positive, so that relu may come first.

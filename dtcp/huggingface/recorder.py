@@ -272,7 +272,7 @@ def _problems_of_picking(module: nn.Module, mask: Mask | None) -> list[str]:
 REMEDY = "write it with a mixer (docs/add_a_model.md)"
 
 MEANT: Mapping[str, str] = {
-    "indices": "keys that an indexer chooses for each query; dtcp.models.deepseek_v4 has a mixer",
+    "indices": "keys that an indexer chooses for each query, otherwise than LightningIndexer does",
     "position_bias": "a bias of scores that does not go by distance in T5's buckets",
 }
 """What arguments of attention calls mean that are refused."""

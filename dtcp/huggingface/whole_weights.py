@@ -4,6 +4,7 @@ save_pretrained ends in an error of torch on the rank that writes, and the other
 been done; resize_token_embeddings puts plain weights beside sharded ones.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
@@ -31,7 +32,8 @@ def refuse_whole_weights(model: nn.Module) -> None:
 
 def _refusing(name: str, remedy: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        weights = kwargs.get("state_dict") or self.state_dict()
+        given = inspect.signature(getattr(type(self), name)).bind_partial(self, *args, **kwargs)
+        weights = given.arguments.get("state_dict") or self.state_dict()
         sharded = [key for key, x in weights.items() if isinstance(x, DTensor)]
         if sharded:
             raise ValueError(

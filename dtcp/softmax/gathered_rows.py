@@ -37,32 +37,38 @@ def gathered_moves(metadata: KeyExchangeMetadata, shape: AttentionShape, rank: i
     )
 
 
-def _op_moves(x: Tensor, metadata: list[Tensor], group: str) -> Moves:
-    """Of rows, or of their gradients, that travel in their dtype."""
+def _op_moves(x: Tensor, metadata: list[Tensor], group: str, dtype: torch.dtype) -> Moves:
+    """Of rows, or of their gradients, that travel in a dtype."""
     batch, _, heads, width = x.shape
-    shape = AttentionShape(batch, heads, heads, width, 0, x.element_size())
+    shape = AttentionShape(batch, heads, heads, width, 0, dtype.itemsize)
     return gathered_moves(KeyExchangeMetadata.of_tensors(metadata), shape, Peers.of([group]).rank)
 
 
-def _forward_moves(x: Tensor, metadata: list[Tensor], group: str, wide: bool) -> Moved:
-    return _op_moves(x, metadata, group).forward
+def _forward_moves(
+    x: Tensor, metadata: list[Tensor], group: str, dtype: torch.dtype, wide: bool
+) -> Moved:
+    return _op_moves(x, metadata, group, dtype).forward
 
 
 def _backward_moves(grad: Tensor, metadata: list[Tensor], group: str) -> Moved:
-    return _op_moves(grad, metadata, group).backward
+    return _op_moves(grad, metadata, group, grad.dtype).backward
 
 
 @communicating_op("dtcp::gather_shared_kv", moves=_forward_moves)
-def gather_rows(x: Tensor, metadata: list[Tensor], group: str, wide: bool) -> Tensor:
+def gather_rows(
+    x: Tensor, metadata: list[Tensor], group: str, dtype: torch.dtype, wide: bool
+) -> Tensor:
     """Put local and required rows in token order: [B, L, G, W] -> [B, K, G, W], zero behind.
 
     K is the same on every rank and for every batch.
 
     Args:
+        x: in the dtype that its gradient is to have.
+        dtype: in which rows are read, this rank's own like the others', and travel.
         wide: give them in the dtype of `accumulation`, whatever they travel in, and so take their
             gradients.
     """
-    keys = KeyExchangeMetadata.of_tensors(metadata)
+    keys, x = KeyExchangeMetadata.of_tensors(metadata), x.to(dtype)
     LEDGER.record("dtcp::gather_shared_kv")
     slots = keys.send_slot[: int(keys.counts[0].sum())]
     rows = x.index_select(1, slots).transpose(0, 1).contiguous()
@@ -90,14 +96,14 @@ def _gather_backward(grad: Tensor, metadata: list[Tensor], group: str) -> Tensor
 @cache
 def _say_rounded() -> None:
     LOG.info(
-        "Ranks sum gradients of keys that layers share, and each layer has rounded its own: more "
-        "than the error of one device. With reduce_dtype=torch.float32 none is rounded."
+        "Ranks sum gradients of gathered keys or latents that each has rounded: more than one "
+        "device's error. With reduce_dtype=torch.float32 none is rounded."
     )
 
 
 @gather_rows.register_fake
-def _(x: Tensor, metadata: list[Tensor], group: str, wide: bool) -> Tensor:
-    return _gathered_like(x, KeyExchangeMetadata.of_tensors(metadata), wide)
+def _(x: Tensor, metadata: list[Tensor], group: str, dtype: torch.dtype, wide: bool) -> Tensor:
+    return _gathered_like(x.to(dtype), KeyExchangeMetadata.of_tensors(metadata), wide)
 
 
 @_gather_backward.register_fake
@@ -112,7 +118,7 @@ def _gathered_like(x: Tensor, keys: KeyExchangeMetadata, wide: bool) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, metadata, ctx.group, _ = inputs
+    x, metadata, ctx.group, *_ = inputs
     ctx.dtype = x.dtype
     ctx.save_for_backward(*metadata)
 
@@ -120,7 +126,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     metadata = list(ctx.saved_tensors)
     grad_shard = _gather_backward(grad, metadata, ctx.group).to(ctx.dtype)
-    return grad_shard, [None] * len(metadata), None, None
+    return grad_shard, [None] * len(metadata), None, None, None
 
 
 gather_rows.register_autograd(_differentiate, setup_context=_keep)

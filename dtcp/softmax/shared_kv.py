@@ -33,7 +33,7 @@ class ContextParallelGatherSharedKV(ClaimedMixer, GatherSharedKV):
     def carry_out(self, x: Tensor, attn_metadata: BatchMetadata) -> Tensor:
         metadata: KeyExchangeMetadata = self.own(attn_metadata)
         line = x.flatten(0, 1)[None] if metadata.in_line else x
-        out: Tensor = gather_rows(line, metadata.tensors(), self.groups[-1], self.wide)
+        out: Tensor = gather_rows(line, metadata.tensors(), self.groups[-1], x.dtype, self.wide)
         return out.view(x.shape[0], -1, *x.shape[2:])
 
     def position_ids(self, position_ids: Tensor, attn_metadata: BatchMetadata) -> Tensor:

@@ -1,5 +1,6 @@
 """What an indexer and the attention to what it picks become once a style has taken them over."""
 
+import torch
 from torch import Tensor
 
 from dtcp.metadata import BatchMetadata
@@ -14,9 +15,9 @@ class BringsTokens(ClaimedMixer, TokenReader):
 
     wide: bool = False
 
-    def bring(self, rows: Tensor, metadata: TokensInSight) -> Tensor:
+    def bring(self, rows: Tensor, metadata: TokensInSight, dtype: torch.dtype) -> Tensor:
         assert isinstance(metadata, ExchangedTokens)
-        return gather_rows(rows, metadata.exchange.tensors(), self.groups[-1], self.wide)
+        return gather_rows(rows, metadata.exchange.tensors(), self.groups[-1], dtype, self.wide)
 
 
 class ContextParallelIndexer(BringsTokens, LightningIndexer):

@@ -39,8 +39,12 @@ class TokenReader(Mixer):
     def whole_row_metadata(self, coords: Coords) -> TokensInSight:
         return TokensInSight.of_whole_rows(KeyIntervals.of(Causal(), coords))
 
-    def bring(self, rows: Tensor, metadata: TokensInSight) -> Tensor:
-        """Rows [B, L, 1, W] of all tokens in sight, [B, K, 1, W], in their order; here: all are."""
+    def bring(self, rows: Tensor, metadata: TokensInSight, dtype: torch.dtype) -> Tensor:
+        """Rows [B, L, 1, W] of all tokens in sight, [B, K, 1, W], in their order; here: all are.
+
+        Args:
+            dtype: in which they travel.
+        """
         return rows
 
 
@@ -80,7 +84,7 @@ class LightningIndexer(TokenReader):
     def select(self, q: Tensor, weight: Tensor, key: Tensor, metadata: TokensInSight) -> Tensor:
         """`forward`, once the batch's metadata are known."""
         q, weight, key = (x.detach() for x in (q, weight, key))
-        keys = self.bring(key[:, :, None], metadata)[:, :, 0]
+        keys = self.bring(key[:, :, None], metadata, key.dtype)[:, :, 0]
         number = min(self.num_selected, keys.shape[1])
         visible = (metadata.first, metadata.last, metadata.token_index, metadata.tiles)
         return select_entries(q, weight, keys, *visible, number)
@@ -155,7 +159,7 @@ class SparseLatentAttention(TokenReader, LatentMixer):
         with without_autocast(q.device):
             absorbed = torch.einsum("blhn,hnc->blhc", content, of_keys)
         absorbed = torch.cat((absorbed, rotary), dim=-1)
-        entries = self.bring(rows, metadata)[:, :, 0]
+        entries = self.bring(rows, metadata, q.dtype)[:, :, 0]
         no_keys = entries.new_empty(entries.shape[0], 0, entries.shape[2])
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         sources = (no_keys, entries, selected, None, metadata.sight)

@@ -64,6 +64,10 @@ class SparseLatentCP(MixerStyle):
         ranks_per_node: as of AllGatherAttention: a token crosses to each node that reads it once,
             and is spread inside; its gradients are summed inside a node and go home once.
 
+    Where tp splits heads, q, up and out are of this rank's, and each rank has its heads' share of
+    the gradients of `latent` and `key_rotary`: AllReduceInputGrad on the modules that make these
+    sums the shares.
+
     Traffic per rank, received, with K_r tokens in sight that others hold: B * K_r * index_dim
     elements of the indexer, and B * K_r * (C + R) of attention; backward the gradients of the
     latter, from each rank that read a token.
@@ -121,6 +125,14 @@ class SparseLatentCP(MixerStyle):
     def sums_wide(self, num_ranks: int) -> bool:
         """Whether what so many ranks computed of one token is summed unrounded."""
         return self.reduce_dtype is not None and num_ranks > 1
+
+    def check_one_axis(self, mesh: DeviceMesh) -> None:
+        if mesh.ndim != 1:
+            raise ValueError(
+                f"{self} is applied on the axis of the sequence, got a mesh of {mesh.ndim} axes: "
+                f"slice it, as in mesh['cp'], and where tp splits heads give AllReduceInputGrad() "
+                f"on tp to the modules that make `latent` and `key_rotary`, which all heads read."
+            )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         self.check_one_axis(device_mesh)

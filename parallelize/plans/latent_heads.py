@@ -12,13 +12,14 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.huggingface.latents import makes_keys_of_latents
+from dtcp.huggingface.picking_attention import OWN_INDEXER
 from dtcp.huggingface.recurrent_layers import kernel_names
 from dtcp.parallelize.plans.inferred_roles import COLWISE, ROWWISE, WHOLE
 from dtcp.parallelize.tensor_parallel import LatentHeads
 
 OF_HEADS = ("q_proj", "q_b_proj", "kv_b_proj", "g_proj")
 OF_LATENTS = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
-OUT, INDEXER = "o_proj", "indexer"
+OUT = "o_proj"
 
 
 def latent_heads(
@@ -34,7 +35,7 @@ def latent_heads(
         if makes_keys_of_latents(module) and _is_known(module, tp):
             parts = {key for key, each in module.named_children() if _has_parameters(each)}
             roles |= {f"{name}.{part}": _role(part) for part in parts}
-            roles |= {each: WHOLE for each in modules if each.startswith(f"{name}.{INDEXER}.")}
+            roles |= {each: WHOLE for each in modules if each.startswith(f"{name}.{OWN_INDEXER}.")}
             styles[name] = LatentHeads()
     return roles, styles
 
@@ -56,7 +57,7 @@ def _is_known(module: Any, tp: int) -> bool:
         if key in OF_HEADS and hasattr(part, "out_features")
     )
     counts = {"num_heads", "num_attention_heads"} & kernel_names(module)
-    known = parts.keys() <= {*OF_HEADS, *OF_LATENTS, OUT, INDEXER}
+    known = parts.keys() <= {*OF_HEADS, *OF_LATENTS, OUT, OWN_INDEXER}
     return known and by_heads and not own and not counts and heads % tp == 0
 
 

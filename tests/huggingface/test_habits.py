@@ -37,6 +37,18 @@ def test_a_method_that_needs_whole_weights_is_refused_on_every_rank(
     assert not list(tmp_path.iterdir())
 
 
+@spmd(ranks=2)
+def test_whole_weights_of_ones_own_are_saved(mesh, tmp_path):
+    """Named or in their place."""
+    model = parallelize_hf(build("llama"), ParallelMesh.from_degrees(Degrees(cp=2), "cpu"))
+    whole = {key: x.full_tensor() for key, x in model.state_dict().items()}
+    # It takes away what it has written.
+    model.save_pretrained(tmp_path, dist.get_rank() == 0, dict(whole))
+    dist.barrier()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert_close(loaded.state_dict(), whole)
+
+
 @spmd(ranks=1)
 def test_a_model_that_no_axis_shards_is_saved_as_ever(mesh, tmp_path):
     """So is its copy, with weights of its own."""
@@ -87,6 +99,9 @@ def test_what_shard_hf_batch_gives_is_what_the_model_takes(mesh):
     ids = IDS[:, :-1]
     local, sharded = shard_hf_batch({"input_ids": ids}, on, model=model)
     assert local["padding_mask"].shape == (1, 8)
+    other = {**local, "padding_mask": ~local["padding_mask"]}
+    with pytest.raises(ValueError, match="another padding_mask"):
+        model(**other, attn_metadata=sharded.attn_metadata)
     logits = model(**local, attn_metadata=sharded.attn_metadata).logits
     # Its norms are computed in fp32.
     assert_close(sharded.gather(logits).float(), alone(ids).logits.float())

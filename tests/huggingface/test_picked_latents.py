@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.testing import assert_close
@@ -63,9 +64,12 @@ def test_model_that_picks_latents_equals_the_unmodified_one(mesh, kind):
     there = traffic["dtcp::gather_shared_kv"]
     back = traffic["dtcp::gather_shared_kv_backward"]
     assert (there.calls, back.calls) == (layers + picking, layers)
-    # A token in sight is received once there; and sent home from here, as many in all.
-    rows, keys = (12 + 4) * layers, 8 * picking
-    assert there.received % ((rows + keys) * 8) == back.received % (rows * 8) == 0 < back.received
+    # A token in sight is received once there; and its gradient sent home from here.
+    row, key = (12 + 4) * layers * 8, 8 * picking * 8
+    assert there.received % (row + key) == back.received % row == 0
+    tokens = torch.tensor([there.received // (row + key), back.received // row])
+    dist.all_reduce(tokens)
+    assert tokens[0] == tokens[1] > 0
 
 
 @pytest.mark.slow

@@ -104,11 +104,28 @@ def test_kernels_that_do_not_compile_leave_sparse_attention_to_torch(monkeypatch
 
     monkeypatch.setattr(api, "triton_kernel", compile_it)
     asked = (torch.bfloat16, CPU, 24, 3, SparseReads.RUNS)
-    with caplog.at_level("WARNING", "dtcp.kernels"):
-        fault = api._triton_fault(*asked)
+    fault = api._triton_fault(*asked)
     assert "NotCompiled: out of resource" in fault
+    with caplog.at_level("WARNING", "dtcp.kernels"):
+        api._say_plain_torch(torch.bfloat16, 24, fault)
     assert "heads of 24, bfloat16) is computed by plain torch" in caplog.text
+    assert "triton failed its self-test (NotCompiled" in caplog.text
     api._triton_fault.cache_clear()
+    api._say_plain_torch.cache_clear()
+
+
+def test_our_own_kernels_say_what_they_do_not_take(monkeypatch):
+    """DeepSeek-V3.2's latents with their rotary keys have 576 channels."""
+    torch.use_deterministic_algorithms(False)
+    q, keys, _ = sparse_problem(torch.bfloat16, CPU, 512)
+    assert "runs on GPUs" in api.refusal_of_triton(q, keys)
+    monkeypatch.setattr(api, "triton_runs_on", lambda _: True)
+    monkeypatch.setattr(api, "tile_width", lambda _, width, **__: width)
+    assert api.refusal_of_triton(q, keys) is None
+    assert "at most 512" in api.refusal_of_triton(*sparse_problem(torch.bfloat16, CPU, 576)[:2])
+    assert "of one dtype" in api.refusal_of_triton(q.float(), keys)
+    torch.use_deterministic_algorithms(True)
+    assert "bit by bit" in api.refusal_of_triton(q, keys)
 
 
 def test_what_a_sparse_call_reads_is_what_its_kernel_is_compiled_for():

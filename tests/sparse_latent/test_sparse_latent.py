@@ -245,22 +245,34 @@ def test_layer_on_two_nodes_on_islands_and_in_wide_sums_equals_dense_attention(m
 
 @spmd(ranks=2)
 def test_gradients_of_latents_are_summed_unrounded_where_asked(mesh):
-    """What is brought is fp32, and so is what goes home: twice the bytes back, in bf16."""
+    """What goes home is fp32: twice the bytes back, in bf16. What comes travels in q's dtype.
+
+    Latents in fp32 are those of a tp group that sums their gradients, or of norms under autocast.
+    """
     packing, received = packings.one_document, []
-    for dtype in (None, torch.float32):
+    for dtype, of_latents in (
+        (None, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32),
+    ):
         layer = claimed(mesh, SparseLatentCP(reduce_dtype=dtype))
         batch = {"input_ids": torch.zeros(1, SEQ_LEN, dtype=torch.int64)}
         on = ParallelMesh.from_device_mesh(mesh)
         sharded = shard_batch(batch, on, HeadTail, model=layer, documents=packing(SEQ_LEN, 2))[1]
         whole = inputs(1)._asdict().items()
         local = (x if name == "up" else sharded.shard(x) for name, x in whole)
-        mine = Inputs(*(x.detach().bfloat16().requires_grad_() for x in local))
-        out = layer(mine, sharded.attn_metadata)
+        mine = Inputs(*(x.detach().bfloat16() for x in local))
+        latents = (x.to(of_latents) for x in (mine.latent, mine.rotary))
+        mine = Inputs(mine.q, *latents, *mine[3:])
+        mine = Inputs(*(x.requires_grad_() for x in mine))
+        with count_traffic() as there:
+            out = layer(mine, sharded.attn_metadata)
         with count_traffic() as back:
             grads = torch.autograd.grad(out.float().sum(), mine[:4])
-        assert {x.dtype for x in (out, *grads)} == {torch.bfloat16}
-        received.append(back.received)
-    assert received[1] == 2 * received[0] > 0
+        assert [x.dtype for x in (out, *grads)] == [torch.bfloat16, *(x.dtype for x in mine[:4])]
+        received.append((there.received, back.received))
+    assert received[1] == received[2] == (received[0][0], 2 * received[0][1])
+    assert min(received[0]) > 0
 
 
 def test_the_indexer_and_its_attention_share_their_metadata():
@@ -272,8 +284,13 @@ def test_the_indexer_and_its_attention_share_their_metadata():
 def test_operands_that_do_not_fit_are_refused():
     x, layer = inputs(1), Layer()
     metadata = batch_metadata(layer, Documents.single(1, SEQ_LEN))
-    with pytest.raises(ValueError, match=r"a weight for each head .* index|a weight for each head"):
-        layer.indexer(x.index_q, x.index_weight[..., :1], x.index_key, metadata)
+    for wrong in (
+        (x.index_weight[..., :1], x.index_key),
+        (x.index_weight, x.index_key[..., :1]),
+        (x.index_weight, x.index_key[:, :8]),
+    ):
+        with pytest.raises(ValueError, match="a weight for each head and a key for each token"):
+            layer.indexer(x.index_q, *wrong, metadata)
     selected = layer.indexer(x.index_q, x.index_weight, x.index_key, metadata)
     operands = (x.q, x.latent, x.rotary, x.up)
     with pytest.raises(ValueError, match=r"selected of torch\.int64"):

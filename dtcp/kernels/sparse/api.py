@@ -48,19 +48,33 @@ def sparse_kernel(q: Tensor, keys: SparseKeys) -> SparseKernel:
     Triton's gradients of selected entries are summed in no fixed order. Where torch is asked for
     deterministic algorithms, plain torch computes them instead.
     """
-    tensors = [x for x in (keys.keys, keys.entries) if x is not None]
     if _gathered_refusal(q, keys) is None:
         return gathered_kernel()
-    same_dtype = all(x.dtype == q.dtype for x in tensors)
-    ordered = keys.selected is None or not torch.are_deterministic_algorithms_enabled()
-    fits = tile_width(q, q.shape[-1], shared=SPARSE_SHARED_MEMORY) <= WIDEST_SPARSE_HEAD
-    if not (same_dtype and ordered and fits and triton_runs_on(q)):
-        return ReferenceSparseAttention()
-    if q.is_cuda and _triton_fault(
-        q.dtype, q.device, q.shape[-1], q.shape[2], SparseReads.of(keys)
-    ):
-        return ReferenceSparseAttention()
-    return triton_kernel()
+    reason = refusal_of_triton(q, keys)
+    if q.is_cuda:
+        asked = (q.dtype, q.device, q.shape[-1], q.shape[2], SparseReads.of(keys))
+        reason = reason or _triton_fault(*asked)
+        if reason is not None:
+            _say_plain_torch(q.dtype, q.shape[-1], reason)
+    return triton_kernel() if reason is None else ReferenceSparseAttention()
+
+
+def refusal_of_triton(q: Tensor, keys: SparseKeys) -> str | None:
+    """What of these tensors our own kernels do not do."""
+    dtypes = {x.dtype for x in (q, keys.keys, keys.entries) if x is not None}
+    reason = None
+    if not triton_runs_on(q):
+        reason = "runs on GPUs from Ampere on, in fp32, fp16 and bf16"
+    elif len(dtypes) > 1:
+        reason = f"takes q, keys and entries of one dtype, not of {len(dtypes)}"
+    elif tile_width(q, q.shape[-1], shared=SPARSE_SHARED_MEMORY) > WIDEST_SPARSE_HEAD:
+        reason = (
+            f"takes heads of at most {WIDEST_SPARSE_HEAD}, of half as many channels on GPUs with "
+            f"less shared memory than an H100"
+        )
+    elif keys.selected is not None and torch.are_deterministic_algorithms_enabled():
+        reason = "does not repeat itself bit by bit, which torch was asked for"
+    return reason
 
 
 def _gathered_refusal(q: Tensor, keys: SparseKeys) -> str | None:
@@ -99,20 +113,20 @@ def triton_kernel() -> SparseKernel:
 def _triton_fault(
     dtype: torch.dtype, device: torch.device, width: int, heads: int, reads: SparseReads
 ) -> str | None:
-    """What is wrong with their results on this device, found at their first use, and said."""
+    """What is wrong with their results on this device, found at their first use."""
     reference = ReferenceSparseAttention()
-    fault = fault_of_sparse(
-        triton_kernel, reference, dtype, device, width, heads=heads, reads=reads
+    return fault_of_sparse(triton_kernel, reference, dtype, device, width, heads=heads, reads=reads)
+
+
+@cache
+def _say_plain_torch(dtype: torch.dtype, width: int, reason: str) -> None:
+    LOG.warning(
+        "sparse attention (heads of %d, %s) is computed by plain torch, many times slower: "
+        "triton %s",
+        width,
+        str(dtype).removeprefix("torch."),
+        reason,
     )
-    if fault is not None:
-        LOG.warning(
-            "sparse attention (heads of %d, %s) is computed by plain torch, many times slower: "
-            "triton %s",
-            width,
-            str(dtype).removeprefix("torch."),
-            fault,
-        )
-    return fault
 
 
 @cache
