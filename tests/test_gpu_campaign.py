@@ -84,7 +84,8 @@ def test_the_campaign_ends_within_its_limit(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(campaign, "compile_caches", dict)
     assert main(["--limit", "260", "--results", str(tmp_path)]) == 0
     assert given == {"kernels": 100, "others": 50}
-    assert "shared: the limit of 260 s is reached" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "shared: the limit of 260 s is reached" in said and "shared: 0 lines" in said
 
 
 def test_a_campaign_without_results_reports_that(capsys, tmp_path):
@@ -123,6 +124,7 @@ def test_the_campaign_goes_on_where_it_was_stopped(tmp_path):
     assert run_stage(stage, tmp_path, again=True, device="cpu") == 2
     assert "| a 8192" in summary(tmp_path)
     assert verdict(tmp_path) == "speed: 4 lines, 2 wrong: wrong; fails"
+    assert verdict(tmp_path, ["overlap", "speed"]).startswith("overlap: 0 lines, 0 wrong\nspeed: 4")
 
 
 def test_a_stage_of_the_campaign_ends_with_its_time(tmp_path, capsys):
@@ -321,21 +323,27 @@ def test_a_case_of_the_campaign_that_crashes_or_hangs_costs_the_others_nothing(
     assert [line["case"] for line in read_lines(tmp_path / "speed.jsonl")] == ["a", "b"]
 
 
-def test_a_case_that_the_end_of_its_stage_cuts_short_is_left_for_another_run(
-    tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("start", [0.0, 12.0])
+def test_a_case_that_the_end_of_its_stage_cuts_short_is_wrong_unless_it_was_started_late(
+    tmp_path, monkeypatch, capsys, start
 ):
-    ticks = itertools.count()
+    ticks, hung = itertools.count(), []
 
     def monotonic():
-        hangs = running_case(tmp_path, "speed", 0) == "hangs"
-        return 9.0 * next(ticks) if hangs else 0.0
+        """A clock that stands still until a case hangs, in the first or second half of 20 s."""
+        if running_case(tmp_path, "speed", 0) == "hangs":
+            hung.append(True)
+        return start + 9.0 * next(ticks) if hung else 0.0
 
     monkeypatch.setattr(supervise, "time", SimpleNamespace(monotonic=monotonic))
     script = tmp_path / "stage.py"
     script.write_text(STAND_IN.replace('"crashes", ', ""))
     wrong = supervise.supervise("speed", 20.0, tmp_path, command=[sys.executable, str(script)])
-    assert wrong == 0 and [line["case"] for line in read_lines(tmp_path / "speed.jsonl")] == ["a"]
-    assert "in the middle of hangs" in capsys.readouterr().out
+    lines = {line["case"]: line.get("failed") for line in read_lines(tmp_path / "speed.jsonl")}
+    late = start > 10
+    ended = {} if late else {"hangs": "did not end within its stage"}
+    assert wrong == len(ended) and lines == {"a": None, **ended}
+    assert ("in the middle of hangs" in capsys.readouterr().out) == late
     assert not list(tmp_path.glob("*.running"))
 
 
@@ -457,9 +465,18 @@ def test_the_campaign_calls_flex_attention_up_to_where_a_gpu_is_needed(monkeypat
         speed._flex(128, "cpu", 64)()
 
 
+def test_ranks_of_the_campaign_that_hang_end_before_their_stage():
+    """With 15 seconds to start, so that their own error is the line."""
+    for stage in STAGES:
+        module = {"shared": shared, "overlap": overlap}.get(stage.name)
+        if module is not None:
+            assert stage.seconds + supervise.GRACE >= module.SECONDS + 15
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama ring 2 ranks", "gemma4 all-gather 2 ranks"])
-def test_ranks_of_the_campaign_that_share_a_device_equal_one(name):
+def test_ranks_of_the_campaign_that_share_a_device_equal_one(name, monkeypatch):
+    monkeypatch.setattr(shared, "SECONDS", 600.0)  # other tests may run beside
     (case,) = (case for case in shared.cases("cpu") if case.name == name)
     result = case.run()
     assert result["right"] and result["compared"] > 10, result

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     print(summary(args.results))
     if args.out:
         print(write_report(args.results, args.out))
-    print(verdict(args.results))
+    print(verdict(args.results, names))
     return 1 if wrong else 0
 
 

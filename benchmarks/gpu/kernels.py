@@ -1,4 +1,4 @@
-"""Stage 1: is every backend right on this card, forward and backward, for every kind of mask?
+"""Is every backend right on this card, forward and backward, for every kind of mask?
 
 Truth is plain torch in fp64 on the same card, from the same rounded numbers. Errors are norms
 relative to the truth's; `bound` is what rounding weights and results to the dtype may cost.

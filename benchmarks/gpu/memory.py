@@ -1,4 +1,4 @@
-"""Stage 5: does a step hold at most what the planner forecasts? One rank of eight, on one card.
+"""Does a step hold at most what the planner forecasts? One rank of eight, on one card.
 
 The real model with its real FSDP, strategies and optimizer, few layers of it, on a process group
 where nobody answers: what is allocated is what a rank of eight allocates.

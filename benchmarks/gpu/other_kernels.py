@@ -1,4 +1,4 @@
-"""Stage 1, second part: the kernels of other mixers, each against plain torch in fp64 on the card.
+"""The kernels of other mixers, each against plain torch in fp64 on the card.
 
 Sparse attention, the delta rule by head and by channel, gated linear attention, experts. A mixer
 without kernels of its own runs on torch's matmuls here, and its line says so.

@@ -1,4 +1,4 @@
-"""Stages 2 and 4: what ranks of a strategy compute, one rank after another on one card.
+"""What ranks of a strategy compute, one rank after another on one card.
 
 No rank talks to another here: the keys that a rank would have received are taken from the whole
 row. Right: out, lse and gradients of all ranks together are those of one device. Fast: the slowest

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +183,17 @@ def summary(folder: Path) -> str:
     return "\n\n".join(texts) or "nothing was measured yet"
 
 
-def verdict(folder: Path) -> str:
-    """How many lines each stage has, and what is wrong: to be read where the tables are cut off."""
+def verdict(folder: Path, stages: Sequence[str] = ()) -> str:
+    """How many lines each stage has, and what is wrong: to be read where the tables are cut off.
+
+    Args:
+        stages: named also where they have none.
+    """
     texts = []
-    for path in sorted(folder.glob("*.jsonl")):
-        lines = read_lines(path)
+    for name in dict.fromkeys([*stages, *(path.stem for path in sorted(folder.glob("*.jsonl")))]):
+        lines = read_lines(folder / f"{name}.jsonl")
         wrong = [line["case"] for line in lines if is_wrong(line)]
-        text = f"{path.stem}: {len(lines)} lines, {len(wrong)} wrong"
+        text = f"{name}: {len(lines)} lines, {len(wrong)} wrong"
         texts.append(f"{text}: {'; '.join(wrong)}" if wrong else text)
     return "\n".join(texts)
 

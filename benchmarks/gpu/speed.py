@@ -1,4 +1,4 @@
-"""Stage 3: TFLOP/s of every backend that can, forward and backward, and what our wrapper costs.
+"""TFLOP/s of every backend that can, forward and backward, and what our wrapper costs.
 
 Work is 4 D operations per pair of a query and a key that the mask leaves, and head, forward, and
 2.5 times that backward. torch's own attention and FlexAttention stand beside, in the same run.

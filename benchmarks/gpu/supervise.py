@@ -2,8 +2,8 @@
 
 An error of CUDA ends the process that met it, a kernel may hang or crash: the case that was running
 gets a line that says so, and a new process goes on with the next. A stage has its time, a case its
-own; a stage that cannot even start is passed over, and what its end cuts short is left for another
-run.
+own; a stage that cannot even start is passed over. A case that its end cuts short gets a line where
+it started in the first half; one that started later is left for another run.
 """
 
 import sys
@@ -29,6 +29,7 @@ START_SECONDS = 60.0
 GRACE = 10.0
 """For the last case of a stage, which may start just before its time is over."""
 OVER = "the time of its stage was over"
+UNENDED = "did not end within its stage"
 
 
 def supervise(
@@ -52,7 +53,7 @@ def supervise(
     end = time.monotonic() + seconds
     with ThreadPoolExecutor(workers) as pool:
         runs = [
-            pool.submit(_run_worker, stage, worker, end, folder, command or own)
+            pool.submit(_run_worker, stage, worker, end - seconds / 2, end, folder, command or own)
             for worker in range(workers)
         ]
     for run in runs:
@@ -61,13 +62,15 @@ def supervise(
     return sum(map(is_wrong, read_lines(path)[before:]))
 
 
-def _run_worker(stage: str, worker: int, end: float, folder: Path, command: list[str]) -> None:
+def _run_worker(
+    stage: str, worker: int, middle: float, end: float, folder: Path, command: list[str]
+) -> None:
     """Run a process to the end of the cases, and another where one ended at a case."""
     path = folder / f"{stage}.jsonl"
     while time.monotonic() < end:
         left = end - time.monotonic()
         options = ["--seconds", f"{left:.1f}", "--results", str(folder), "--worker", str(worker)]
-        watch = _Watch(folder, stage, worker, end + GRACE)
+        watch = _Watch(folder, stage, worker, middle, end)
         ended = run_watched([*command, *options], watch=watch)
         case = running_case(folder, stage, worker)
         if ended.status == 0:
@@ -89,8 +92,9 @@ def _run_worker(stage: str, worker: int, end: float, folder: Path, command: list
 class _Watch:
     """Why a stage's process must end: a case or the start took too long, or the stage did."""
 
-    def __init__(self, folder: Path, stage: str, worker: int, end: float) -> None:
-        self.folder, self.stage, self.worker, self.end = folder, stage, worker, end
+    def __init__(self, folder: Path, stage: str, worker: int, middle: float, end: float) -> None:
+        self.folder, self.stage, self.worker = folder, stage, worker
+        self.middle, self.end = middle, end
         self.case: str | None = None
         self.since = time.monotonic()
 
@@ -101,4 +105,6 @@ class _Watch:
         limit = START_SECONDS if case is None else CASE_SECONDS
         if now - self.since > limit:
             return f"took longer than {limit:.0f} s"
-        return OVER if now > self.end else ""
+        if now <= self.end + GRACE:
+            return ""
+        return OVER if case is None or self.since > self.middle else UNENDED
