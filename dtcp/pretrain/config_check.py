@@ -29,6 +29,7 @@ from dtcp.kernels.softmax.backends import check_kernel_name, check_unrounded
 from dtcp.parallelize.expert_exchange import check_experts
 from dtcp.parallelize.tensor_parallel import check_divisible
 from dtcp.pretrain.data import PackedDocuments, check_balance
+from dtcp.pretrain.validation_data import validates
 from dtcp.sequence.arguments import check_ints
 
 
@@ -123,7 +124,7 @@ def check_batch_size(config: Any, ranks: int) -> None:
         )
     loaders = [
         config.dataloader,
-        *([config.validator.dataloader] if config.validator.enable else []),
+        *([config.validator.dataloader] if validates(config) else []),
     ]
     for loader in loaders:
         if isinstance(loader, PackedDocuments.Config):

@@ -155,11 +155,15 @@ class PackedDocuments(BaseDataLoader):
                 yield self._micro_batch(rows)
                 rows, empty = [], False
         if empty and start == Cursor():
+            again = (
+                "set --validator.steps to a number (it reads them again) or --validator.no-enable"
+                if self.config.part == "validation"
+                else "read them again (--dataloader.infinite)"
+            )
             raise DataError(
                 f"A step takes {self.ranks * self.rows_per_rank} rows of {self.seq_len} tokens, "
                 f"got {len(rows)} from all documents of dataset={self.config.dataset}, "
-                f"part={self.config.part}: add documents, take fewer or shorter rows, or read "
-                f"them again (--dataloader.infinite)."
+                f"part={self.config.part}: add documents, take fewer or shorter rows, or {again}."
             )
 
     def _rows(self, start: Cursor) -> Iterator[Row]:

@@ -34,6 +34,7 @@ from dtcp.pretrain.report import usage_errors_once
 from dtcp.pretrain.tokenizer import Tokenizer
 from dtcp.pretrain.trainer import Trainer
 from dtcp.pretrain.validation_data import named_options, validated_on_the_same
+from dtcp.pretrain.without_effect import without_unread_export
 
 MODULE = "dtcp.pretrain.configs"
 CONFIG = "llama_tiny"
@@ -95,29 +96,37 @@ def parse(arguments: list[str]) -> Trainer.Config:
             ) from error
     named = named_options(rest)
     config = validated_on_the_same(config, parser.loaders, named)
-    _refuse_assets(config, named)
+    config = without_unread_export(config, named)
     try:
         if own:
-            return _with_family(config, own, rest)
-        return _with_huggingface(config, source, rest) if source else config
+            config = _with_family(config, own, rest)
+        elif source:
+            config = _with_huggingface(config, source, rest)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"Models of transformers and their configs are read by it, got {source or own!r}, and "
             f"{error}: pip install 'dtcp[hf]'."
         ) from error
+    _refuse_assets(config, named, source=source, own=own)
+    return config
 
 
-def _refuse_assets(config: Trainer.Config, named: Collection[str]) -> None:
+def _refuse_assets(
+    config: Trainer.Config, named: Collection[str], *, source: str, own: str
+) -> None:
     """Refuse torchtitan's option for a tokenizer where dtcp's own is used, and nothing reads it."""
     if (
         "hf_assets_path" in named
         and isinstance(config.tokenizer, Tokenizer.Config)
         and not isinstance(config.model_spec.model, Decoder.Config)
     ):
+        weights = "--checkpoint.initial_load_path with --checkpoint.initial_load_in_hf"
+        if source or own:
+            weights = "--model.hf" if source else "--model.dtcp"
         raise ValueError(
             f"A tokenizer of dtcp's is read from the folder that --tokenizer.folder names, got "
             f"--hf_assets_path {config.hf_assets_path}: set --tokenizer.folder to it, and "
-            f"--checkpoint.initial_load_path for weights."
+            f"{weights} for weights."
         )
 
 

@@ -251,13 +251,15 @@ def _left_out(source: Any) -> str:
 
 
 def _validated_on(config: Any) -> str:
-    """Data of a validation that are others than those of training."""
+    """Data of a validation that are others than those of training, or that there is none."""
     loader, own = config.dataloader, getattr(config.validator, "dataloader", None)
     data, held_out = (
         [getattr(each, name, None) for name in ("dataset", "dataset_path")]
         for each in (loader, own)
     )
-    if not config.validator.enable or data == held_out:
+    if not config.validator.enable:
+        return "; not validated"
+    if data == held_out:
         return ""
     return f"; validated on {' '.join(filter(None, held_out))}"
 

@@ -170,7 +170,9 @@ def train(config: Trainer.Config, lock: FolderLock | None, report: FailureReport
 def _what_next(config: Trainer.Config) -> str:
     """How to go on from a run that is done, and where all of its numbers are."""
     ways = []
-    if config.checkpoint.enable and not config.checkpoint.load_only:
+    checkpoint = config.checkpoint
+    # The weights alone are no state to go on from.
+    if checkpoint.enable and not (checkpoint.load_only or checkpoint.last_save_model_only):
         ways.append(f"--training.steps {2 * config.training.steps} goes on from here")
     if config.metrics.enable_tensorboard:
         logs = Path(config.dump_folder, config.metrics.save_tb_folder)

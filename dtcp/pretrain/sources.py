@@ -159,8 +159,9 @@ class HuggingFace:
                 f"A dataset of Hugging Face can be streamed, got {self.name} "
                 f"({self.subset or 'default'}, {self.split}), which failed {where} "
                 f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): look at "
-                f"--dataloader.dataset, --dataloader.dataset_path and --dataloader.split (of a "
-                f"validation, --validator.dataloader.split, or --validator.no-enable)."
+                f"--dataloader.dataset, --dataloader.dataset_path and --dataloader.split; for a "
+                f"validation name another split than training's, --validator.dataloader.split, or "
+                f"set --validator.no-enable."
             ) from error
 
     def fingerprint(self) -> dict[str, Any]:

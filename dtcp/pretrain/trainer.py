@@ -18,7 +18,9 @@ from typing import Any
 from dtcp.torchtitan.parallelize import mesh_with_section
 from dtcp.torchtitan.section import Section
 
+import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torchtitan import trainer as titan
 from torchtitan.components.dataloader import DataloaderExhaustedError
 
@@ -45,6 +47,7 @@ from dtcp.pretrain.start_weights import check_start
 from dtcp.pretrain.stop import StopRequest
 from dtcp.pretrain.text_files import DataError
 from dtcp.pretrain.tokenizer import Tokenizer, check_tokenizer_folder
+from dtcp.pretrain.validation_data import validates
 from dtcp.pretrain.without_effect import check_effects
 
 
@@ -99,6 +102,7 @@ class Trainer(titan.Trainer):
             super().__init__(replace(config, model_spec=replace(spec, parallelize_fn=bound)))
         self.mesh = mesh_with_section(self.parallel_dims, section)
         self._check_vocabulary()
+        self._check_validation()
         share_router_losses(self.model_parts[0], self.gradient_accumulation_steps)
         parts = (self.mesh, config.dtcp, self.model_parts[0])
         self.preparation = BatchPreparation(*parts, training=True)
@@ -236,6 +240,18 @@ class Trainer(titan.Trainer):
                 f"vocab_size={scored}: choose another --tokenizer.folder or config."
             )
 
+    def _check_validation(self) -> None:
+        """Refuse on all ranks that some of them validate: the others would not wait for them."""
+        enabled = float(self.config.validator.enable)
+        bounds = torch.tensor((enabled, -enabled), device=self.device)
+        dist.all_reduce(bounds, dist.ReduceOp.MAX)
+        if bounds.sum():
+            raise ValueError(
+                f"Ranks validate together, got some that hold out documents of dataset="
+                f"{self.config.dataloader.dataset} and some that do not: copy the same files to "
+                f"every machine, or set --validator.no-enable."
+            )
+
 
 def share_router_losses(model: nn.Module, parts: int) -> None:
     """Let routers' losses count once per step, however many micro-batches it is made of."""
@@ -246,7 +262,7 @@ def share_router_losses(model: nn.Module, parts: int) -> None:
 
 def _check_data(config: Trainer.Config) -> None:
     loaders = [config.dataloader]
-    if config.validator.enable:
+    if validates(config):
         loaders.append(config.validator.dataloader)
     for loader in loaders:
         if isinstance(loader, PackedDocuments.Config):

@@ -7,7 +7,7 @@ first batch while the training step before it runs, and each further one while t
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from dtcp.torchtitan import compat as compat
@@ -18,9 +18,6 @@ from torchtitan.components.validate import Validator
 
 from dtcp.pretrain.batches import BatchPreparation, LocalBatch
 from dtcp.pretrain.data import PackedDocuments
-
-ALL = -1
-"""Steps of a validation that reads all documents, once."""
 
 
 @dataclass
@@ -53,11 +50,7 @@ class Validation(Validator):
 
     def read_ahead(self) -> None:
         """Open the loader of the next validation, and start on its first batch."""
-        config = self.dl_config
-        if self.config.steps == ALL and isinstance(config, PackedDocuments.Config):
-            # Documents that start over have no last one.
-            config = replace(config, infinite=False)
-        self._opened = config.build(
+        self._opened = self.dl_config.build(
             dp_world_size=self.dp_world_size,
             dp_rank=self.dp_rank,
             tokenizer=self.tokenizer,

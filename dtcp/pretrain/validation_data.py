@@ -1,13 +1,22 @@
 """Which data a validation reads: those held out of what is trained on, unless others are named."""
 
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from dtcp.pretrain.data import PackedDocuments
+from dtcp.pretrain.data import PackedDocuments, open_source
+from dtcp.pretrain.settings import EMPTY_AFTER
+from dtcp.pretrain.sources import TextFiles
 
 FOLLOWED = ("dataset", "dataset_path", "text_key", "replace_invalid")
 """Settings of a loader that say what it reads, but for the part of it."""
+
+
+def validates(config: Any) -> bool:
+    """Whether a run of a `Trainer.Config` makes validations."""
+    leaves_out = config.dtcp.verify or config.checkpoint.create_seed_checkpoint
+    return bool(config.validator.enable and not leaves_out)
 
 
 def named_options(arguments: Collection[str]) -> set[str]:
@@ -19,6 +28,8 @@ def named_options(arguments: Collection[str]) -> set[str]:
 
 def validated_on_the_same(config: Any, before: Any, named: Collection[str]) -> Any:
     """The config whose validation follows where options have changed what is trained on.
+
+    Where no option is about the validation, one of data that may have nothing held out is off.
 
     Args:
         config: a `Trainer.Config` after the command line.
@@ -36,4 +47,19 @@ def validated_on_the_same(config: Any, before: Any, named: Collection[str]) -> A
         return config
     names = [name for name in FOLLOWED if f"validator.dataloader.{name}" not in named]
     followed = replace(own, **{name: getattr(loader, name) for name in names})
-    return replace(config, validator=replace(config.validator, dataloader=followed))
+    validator = replace(config.validator, dataloader=followed)
+    moved = (own.dataset, own.dataset_path) != (followed.dataset, followed.dataset_path)
+    asked_for = any(name.startswith("validator.") for name in named)
+    if moved and not asked_for and not _holds_out(followed):
+        validator = replace(validator, enable=False)
+    return replace(config, validator=validator)
+
+
+def _holds_out(loader: PackedDocuments.Config) -> bool:
+    """Whether data have documents for a validation, as far as this machine's disk tells."""
+    # What cannot be read is refused by the check of the config.
+    with suppress(ValueError):
+        source = open_source(loader)
+        # Splits of a Hugging Face dataset have any names, which its hub alone knows.
+        return isinstance(source, TextFiles) and not source.is_empty(EMPTY_AFTER)
+    return True

@@ -1,7 +1,7 @@
 """Settings that another one leaves without effect: refused, for nothing is accepted and ignored."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from dtcp.torchtitan.loss import TokenLoss
@@ -10,12 +10,14 @@ from dtcp.torchtitan.settings import default_of
 
 from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.dry_run import is_dry
+from dtcp.pretrain.validation_data import validates
 
 OF_SAVES = (
     "export_hf",
     "last_save_in_hf",
     "create_seed_checkpoint",
     "enable_first_step_checkpoint",
+    "export_dtype",
 )
 OF_CHECKPOINTS = (
     "initial_load_path",
@@ -49,10 +51,31 @@ def check_effects(config: Any) -> None:
         raise ValueError(refusal)
 
 
+def without_unread_export(config: Any, named: Collection[str]) -> Any:
+    """The config without a dtype of exports where it makes none and no option names one.
+
+    torchtitan's own configs have one beside no export, for runs that ask for some.
+
+    Args:
+        named: the options of the command line.
+    """
+    checkpoint = config.checkpoint
+    saves = checkpoint.enable and not checkpoint.load_only and not config.dtcp.verify
+    if "checkpoint.export_dtype" in named or (saves and _exports(checkpoint)):
+        return config
+    (dtype,) = (each for each in fields(checkpoint) if each.name == "export_dtype")
+    return replace(config, checkpoint=replace(checkpoint, export_dtype=default_of(dtype)))
+
+
+def _exports(checkpoint: Any) -> bool:
+    """Whether weights are saved by themselves, at the end."""
+    return bool(checkpoint.export_hf or checkpoint.last_save_model_only)
+
+
 def _refusals(config: Any) -> Iterator[str]:
     yield from _of_checkpoints(config)
     yield from _of_data("dataloader", config.dataloader)
-    if config.validator.enable:
+    if validates(config):
         yield from _of_data("validator.dataloader", config.validator.dataloader)
         yield from _of_validation(config.validator)
         yield from _of_held_out(config.dataloader, config.validator.dataloader)
@@ -80,7 +103,7 @@ def _of_checkpoints(config: Any) -> Iterator[str]:
         (checkpoint.load_only, OF_SAVES, "checkpoint.load_only, which saves nothing"),
         (not checkpoint.initial_load_in_hf, ("hf_ignore",), "no checkpoint.initial_load_in_hf"),
         (
-            not (checkpoint.export_hf or checkpoint.last_save_model_only),
+            not _exports(checkpoint),
             ("export_dtype",),
             "neither checkpoint.export_hf nor checkpoint.last_save_model_only, which it is of",
         ),

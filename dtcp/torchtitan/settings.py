@@ -262,7 +262,9 @@ OVERRIDE: Mapping[str, Setting] = {
 LOSS: Mapping[str, Setting] = {"mtp_weight": used("TokenLoss")}
 
 TOP: Mapping[str, Setting] = {
-    "hf_assets_path": used("a tokenizer of torchtitan's, and its models' weights"),
+    "hf_assets_path": used(
+        "a tokenizer of torchtitan's, and its models' weights; refused of a run that has neither"
+    ),
     "dump_folder": used(),
     "model_spec": used(),
     "tokenizer": used("the class that is given"),

@@ -82,6 +82,24 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"checkpoint.export_dtype": "bfloat16"},
         r"export_dtype='bfloat16' with neither checkpoint.export_hf nor",
     ),
+    "dtype_of_nothing_saved": (
+        "llama_tiny",
+        {
+            "checkpoint.load_only": True,
+            "checkpoint.last_save_model_only": True,
+            "checkpoint.export_dtype": "bfloat16",
+        },
+        r"export_dtype='bfloat16' with checkpoint.load_only, which saves nothing",
+    ),
+    "dtype_without_checkpoints": (
+        "llama_tiny",
+        {
+            "checkpoint.enable": False,
+            "checkpoint.last_save_model_only": True,
+            "checkpoint.export_dtype": "bfloat16",
+        },
+        r"export_dtype='bfloat16' with checkpoint.enable=False",
+    ),
     "warnings": (
         "llama_tiny",
         {"debug.deterministic_warn_only": True},
@@ -115,6 +133,8 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
     ("llama_tiny", {"dtcp.strategy": "ulysses", "checkpoint.export_hf": True}),
     ("llama_tiny", {"dataloader.dataset": "folder", "dataloader.dataset_path": "texts"}),
     ("llama_tiny", {"dataloader.part": "all", "validator.enable": False}),
+    ("llama_tiny", {"dataloader.part": "all", "dtcp.verify": 3}),
+    ("llama_tiny", {"dataloader.part": "all", "checkpoint.create_seed_checkpoint": True}),
     ("llama_tiny", {"dataloader.part": "all", "validator.dataloader.part": "all"}),
     ("llama_tiny", {"dataloader.dataset": "c4", "validator.dataloader.dataset": "c4"}),
     ("llama_tiny", {"checkpoint.export_dtype": "bfloat16", "checkpoint.export_hf": True}),

@@ -15,7 +15,9 @@ from dtcp.pretrain import configs, output_folder
 from dtcp.pretrain.adopt import adopt, adopt_model
 from dtcp.pretrain.launch import check_world, ranks_for
 from dtcp.pretrain.options import config_names, parse
+from dtcp.pretrain.run import _what_next
 from dtcp.pretrain.trainer import Trainer
+from dtcp.pretrain.without_effect import check_effects
 
 CONFIGS = config_names(configs)
 
@@ -115,3 +117,21 @@ def test_a_config_of_torchtitan_is_adopted_with_our_attention():
 def test_a_model_that_is_no_decoder_is_not_adopted():
     with pytest.raises(ValueError, match="model_spec=None"):
         adopt_model(None)
+
+
+def test_a_run_that_is_done_goes_on_from_whole_checkpoints_alone():
+    config = configs.llama_tiny()
+    assert "--training.steps 240 goes on from here" in _what_next(config)
+    for name, value in (("enable", False), ("load_only", True), ("last_save_model_only", True)):
+        other = replace(config, checkpoint=replace(config.checkpoint, **{name: value}))
+        assert "goes on" not in _what_next(other), name
+
+
+def test_a_dtype_of_exports_is_refused_where_it_is_named_and_nothing_is_exported():
+    """torchtitan's configs of Qwen3 have one and no export, for runs that ask for some."""
+    qwen3 = ["--module", "qwen3", "--config", "qwen3_1_7b"]
+    check_effects(parse(qwen3))
+    exported = [*qwen3, "--checkpoint.enable", "--checkpoint.export_hf"]
+    assert parse(exported).checkpoint.export_dtype == "float16"
+    with pytest.raises(ValueError, match=r"checkpoint.export_dtype='bfloat16' with checkpoint.ena"):
+        check_effects(parse([*qwen3, "--checkpoint.export_dtype", "bfloat16"]))

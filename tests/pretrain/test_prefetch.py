@@ -254,6 +254,14 @@ def test_validations_to_the_end_warn_of_ranks_that_end_apart_where_they_can(
     assert len(warned) == (loader is not None)
 
 
+def test_a_validation_of_all_documents_ends(tmp_path):
+    """By steps=-1 alone, which torchtitan says to the loader: 41 tokens are one batch of 2 x 16."""
+    (tmp_path / "texts.txt").write_text("a" * 40)
+    validation, models, logged, of_batches = validation_of(tmp_path, steps=-1)
+    validation.validate(models, 1)
+    assert len(of_batches) == len(logged) == 1
+
+
 def test_an_error_of_a_batch_of_a_validation_is_raised_where_it_is_used(tmp_path):
     (tmp_path / "texts.txt").write_text("the quick brown fox jumps over the lazy dog, again\n" * 9)
     validation, models, logged, of_batches = validation_of(tmp_path, fails_at=2)

@@ -1,16 +1,20 @@
 """A validation reads what is held out of the data that is trained on, unless others are named."""
 
-import itertools
+import zlib
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dtcp.pretrain import configs
 from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.options import parse
 from dtcp.pretrain.progress import _validated_on
-from dtcp.pretrain.tokenizer import Tokenizer
-from dtcp.pretrain.validation import Validation
+from dtcp.pretrain.sources import HELD_OUT
+from dtcp.pretrain.text_files import DataError
+from dtcp.pretrain.trainer import Trainer, _check_data
+from tests.harness.spmd import spmd
+from tests.pretrain.test_data import batches, loader
 
 TEXTS = ("--dataloader.dataset", "folder", "--dataloader.dataset-path", "texts")
 
@@ -61,27 +65,78 @@ def test_a_run_says_what_it_validates_on_where_it_is_something_else():
     assert _validated_on(config) == "; validated on stdlib"
     assert _validated_on(parse([*TEXTS])) == ""
     off = SimpleNamespace(dataloader=config.dataloader, validator=SimpleNamespace(enable=False))
-    assert _validated_on(off) == ""
+    assert _validated_on(off) == "; not validated"
 
 
-def test_a_validation_of_all_documents_ends(tmp_path):
-    """By --validator.steps -1 alone: documents that start over would be read forever."""
-    (tmp_path / "x.txt").write_text("a" * 40)
-    made = object.__new__(Validation)
-    made.config, made.tokenizer = (
-        SimpleNamespace(steps=-1),
-        Tokenizer.Config().build(tokenizer_path=""),
-    )
-    data = {"dataset": "folder", "dataset_path": str(tmp_path), "part": "all"}
-    made.dl_config, made.dp_world_size, made.dp_rank = PackedDocuments.Config(**data), 1, 0
-    made.seq_len, made.local_batch_size = 8, 2
-    made.preparation = SimpleNamespace(ahead=lambda batch, labels: {"prepared": batch["input"]})
-    made.read_ahead()
-    batches = list(itertools.islice(made._opened, 9))
-    assert [batch["prepared"].shape for batch, _ in batches] == [(2, 8)] * 2
+def held_out(text):
+    return zlib.crc32(text.encode()) % HELD_OUT == 0
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that holds nothing out, and what adds a file that is held out."""
+    texts = [next(t for t in map(str, range(999)) if held_out(t) == out) for out in (False, True)]
+    (tmp_path / "0.txt").write_text(texts[0])
+    return tmp_path, lambda: (tmp_path / "1.txt").write_text(texts[1])
+
+
+def test_a_folder_that_holds_nothing_out_is_trained_on_and_not_validated(folder):
+    path, hold_out = folder
+    options = ["--dataloader.dataset", "folder", "--dataloader.dataset_path", str(path)]
+    config = parse(options)
+    assert not config.validator.enable and _validated_on(config) == "; not validated"
+    _check_data(config)
+    asked_for = parse([*options, "--validator.freq=7"])
+    with pytest.raises(ValueError, match=r"got none for part=validation .*--validator\.no-enable"):
+        _check_data(asked_for)
+    hold_out()
+    assert parse(options).validator.enable
+
+
+@pytest.mark.parametrize("option", ["--dtcp.verify=3", "--checkpoint.create_seed_checkpoint"])
+def test_data_of_a_validation_that_is_not_made_are_not_looked_at(folder, option):
+    path = str(folder[0])
+    config = parse([option])
+    data = PackedDocuments.Config(dataset="folder", dataset_path=path, part="validation")
+    config.validator.dataloader = data
+    assert config.validator.enable
+    _check_data(config)
+
+
+def test_a_dataset_of_hugging_face_is_validated_on_where_an_option_asks_for_it():
+    """By itself it may have no split of that name, which only its first validation would tell."""
+    options = ["--dataloader.dataset", "c4"]
+    assert not parse(options).validator.enable
+    for more in ("--validator.dataloader.split=test", "--validator.enable"):
+        validator = parse([*options, more]).validator
+        assert validator.enable and validator.dataloader.dataset == "c4"
+
+
+def test_a_validation_that_fills_no_batch_names_its_own_options():
+    for part, says in (("validation", "--validator.steps to a"), ("all", "--dataloader.infinite")):
+        data = loader(infinite=False, part=part, rows=10_000)
+        with pytest.raises(DataError, match=says):
+            batches(data, 1)
 
 
 def test_the_folder_of_torchtitans_tokenizers_is_refused_where_nothing_reads_it():
-    with pytest.raises(ValueError, match=r"got --hf_assets_path x: set --tokenizer\.folder"):
-        parse(["--hf-assets-path", "x"])
+    assets = ["--hf-assets-path", "x"]
+    weights = {
+        (): "--checkpoint.initial_load_path with --checkpoint.initial_load_in_hf",
+        ("--config=titan_llama3_tiny", "--model.hf=llama"): "--model.hf",
+    }
+    for model, option in weights.items():
+        says = rf"got --hf_assets_path x: set --tokenizer\.folder to it, and {option} for weights"
+        with pytest.raises(ValueError, match=says):
+            parse([*model, *assets])
     assert parse(["--config", "titan_llama3_tiny", "--hf_assets_path=x"]).hf_assets_path == "x"
+
+
+@spmd(ranks=2)
+def test_ranks_of_which_some_hold_nothing_out_all_refuse_the_run(mesh):
+    """Their machines have other files; those that validate would wait for the others."""
+    trainer = SimpleNamespace(config=parse([]), device=torch.device("cpu"))
+    Trainer._check_validation(trainer)
+    trainer.config.validator.enable = mesh.get_local_rank() == 0
+    with pytest.raises(ValueError, match=r"some that do not: copy the same files to every machine"):
+        Trainer._check_validation(trainer)
