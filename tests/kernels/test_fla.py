@@ -24,7 +24,7 @@ def test_fla_kernels_equal_the_reference():
 
 
 def test_chunks_of_a_long_row_are_taken_in_pieces(monkeypatch):
-    """Which give the same gradients, and hold less at a time."""
+    """Which give the same gradients, and hold so many tokens of all rows at a time."""
     draw = torch.Generator().manual_seed(0)
     rows, chunks, chunk, groups, heads, key, value = 2, 5, 8, 2, 4, 6, 3
     tokens = (rows, chunks * chunk)
@@ -41,7 +41,7 @@ def test_chunks_of_a_long_row_are_taken_in_pieces(monkeypatch):
     q, k, decay, *rest = (torch.randn(size, generator=draw) for size in sizes)
     x = dict(zip(("new", "h", "grad", "d_h", "d_new"), rest, strict=True))
     whole = fla_inside.inside_chunks_in_torch(q, k, -decay.abs(), **x)
-    monkeypatch.setattr(fla_inside, "TOKENS_AT_ONCE", 2 * chunk)
+    monkeypatch.setattr(fla_inside, "TOKENS_AT_ONCE", rows * 2 * chunk)
     most, by_chunk = [], fla_inside._by_chunk
     watched = lambda part, size: most.append(part.shape[1]) or by_chunk(part, size)  # noqa: E731
     monkeypatch.setattr(fla_inside, "_by_chunk", watched)

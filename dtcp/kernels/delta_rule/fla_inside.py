@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 TOKENS_AT_ONCE = 8192
-"""Each number that is read becomes several in fp32: with 32 heads of 128, 2 GB for so many."""
+"""Of all rows. Each number that is read becomes several in fp32: with 32 heads of 128, 2 GB for so
+many."""
 
 
 def is_guarded() -> bool:
@@ -32,7 +33,7 @@ def inside_chunks_in_torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What fla's chunk_bwd_dqkwg computes, in matmuls batched over chunks.
 
-    Chunks are on their own here, so a long row is taken in pieces.
+    Chunks are on their own here, so long or many rows are taken in pieces.
 
     Args:
         q, k: [R, T, G, K], whole chunks.
@@ -43,16 +44,21 @@ def inside_chunks_in_torch(
         Gradients of q, k and w, and of the decay; contiguous, as the kernels that read them assume.
     """
     chunk = q.shape[1] // h.shape[1]
-    at_once = max(1, TOKENS_AT_ONCE // chunk)
-    parts = []
+    at_once = max(1, TOKENS_AT_ONCE // (chunk * q.shape[0]))
+    results = (
+        new.new_empty(q.shape),
+        new.new_empty(k.shape),
+        new.new_empty(*decay.shape, k.shape[-1]),
+        new.new_empty(decay.shape, dtype=torch.float32),
+    )
     for start in range(0, h.shape[1], at_once):
         states = slice(start, start + at_once)
         tokens = slice(start * chunk, (start + at_once) * chunk)
         some = [part[:, tokens] for part in (q, k, decay, new, grad, d_new)]
         some += [part[:, states] for part in (h, d_h)]
-        parts.append(_some_chunks(chunk, *some))
-    dq, dk, dw, dg = (torch.cat(each, dim=1).contiguous() for each in zip(*parts, strict=True))
-    return dq, dk, dw, dg
+        for result, part in zip(results, _some_chunks(chunk, *some), strict=True):
+            result[:, tokens] = part
+    return results
 
 
 def _some_chunks(
