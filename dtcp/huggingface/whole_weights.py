@@ -32,8 +32,9 @@ def refuse_whole_weights(model: nn.Module) -> None:
 
 def _refusing(name: str, remedy: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(getattr(type(self), name)).bind_partial(self, *args, **kwargs)
-        weights = given.arguments.get("state_dict") or self.state_dict()
+        # peft's method takes it as one of its **kwargs, by name alone.
+        in_place = inspect.signature(getattr(type(self), name)).bind_partial(self, *args).arguments
+        weights = (in_place | kwargs).get("state_dict") or self.state_dict()
         sharded = [key for key, x in weights.items() if isinstance(x, DTensor)]
         if sharded:
             raise ValueError(
