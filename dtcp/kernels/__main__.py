@@ -61,6 +61,8 @@ def _cells(backend: Backend, ability: Ability) -> tuple[str, ...]:
 
 def _here(backend: Backend) -> tuple[str, str]:
     package = backend.package
+    if package is None and 0 not in backend.on and torch.version.cuda is None:
+        return backend.name, f"needs a CUDA build of torch, got {torch.__version__}"
     if package is None:
         return backend.name, f"yes, with torch {torch.__version__}"
     return backend.name, missing(package) or f"yes, {package.name} {version_of(package)}"

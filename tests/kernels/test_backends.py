@@ -303,6 +303,9 @@ def test_the_table_of_backends_is_printed_and_its_page_is_current(capsys):
     for backend in BACKENDS:
         assert f"| {backend.name} " in printed
     assert "not installed" in printed and "installed here" in printed
+    brings = "yes, with torch" if torch.version.cuda else "needs a CUDA build of torch"
+    assert all(re.search(rf"\| {name} +\| {brings}", printed) for name in ("cudnn", "aten_flash"))
+    assert re.search(r"\| reference +\| yes, with torch", printed)
     assert print_backends(["--markdown"]) == 0
     page = (Path(__file__).parents[2] / "docs/kernels.md").read_text()
     assert capsys.readouterr().out.strip() in page
