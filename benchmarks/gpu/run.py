@@ -90,9 +90,11 @@ def forget_taken(folder: Path, stage: str) -> None:
 
 def _line(stage: Stage, case: Case, device: str) -> dict[str, Any]:
     start = time.monotonic()
-    # Whatever one kernel does, the next are still measured; each library has errors of its own.
     try:
         result = case.run()
+    # A case that raises is a finding, whatever the class, and compilers of kernels have classes
+    # of their own: its line says "failed" with the error, counts as wrong, is named in the verdict
+    # and makes the exit status 1. The next cases are still measured. Ctrl-C ends it.
     except Exception as error:  # noqa: BLE001
         result = {"failed": f"{type(error).__name__}: {error}"[:500]}
     return {

@@ -24,7 +24,10 @@ def fault_in(check: Callable[[], str | None], device: torch.device) -> str | Non
         if on_gpu:
             torch.cuda.set_sync_debug_mode(0)
         wrong = check()
-    # Each library has exceptions of its own: of Triton and of CuTe neither is a RuntimeError.
+    # Whether the kernel runs here is the question, so its error is the answer: it becomes the
+    # fault, for which the kernel is passed over, by name in the log. Compilers of kernels raise
+    # classes of their own: Triton's and CuTe's derive from Exception alone, so nothing narrower
+    # would catch them. No BaseException: Ctrl-C ends it.
     except Exception as error:  # noqa: BLE001
         text = str(error).strip().splitlines() or [""]
         wrong = f"{type(error).__name__}: {text[0][:200]}"
