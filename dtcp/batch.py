@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp.distributed.mesh import ParallelMesh
+from dtcp.distributed.mesh import ParallelMesh, check_parallel_mesh
 from dtcp.distributed.same_rows import RowHashes, prepared_alike
 from dtcp.mixer_metadata import MixerKinds
 from dtcp.row_parts import padded_coords, part_of_rows, real_tokens
@@ -143,7 +143,7 @@ def shard_prepared(
         device, compare_ranks: as in `shard_batch`.
         axes: of ranks that read the same rows, besides those of the mesh.
     """
-    check_kind("A batch", ParallelMesh, mesh=mesh)
+    check_parallel_mesh("A batch", mesh)
     compared = (mesh.cp, mesh.tp, *axes) if compare_ranks else ()
     return prepared_alike(compared, prepared, lambda batch: batch.hashes).to(device)
 
@@ -184,7 +184,7 @@ class BatchCut:
     memory: ShardedBatch | None = None
 
     def __post_init__(self) -> None:
-        check_kind("A batch", ParallelMesh, mesh=self.mesh)
+        check_parallel_mesh("A batch", self.mesh)
         if not isinstance(self.layout, type) or not issubclass(self.layout, SequenceLayout):
             raise TypeError(
                 f"A batch is cut by a class of layouts, of which it gets an instance, got "

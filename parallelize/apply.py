@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from dtcp.compile import EagerIsland
-from dtcp.distributed.mesh import ParallelMesh
+from dtcp.distributed.mesh import ParallelMesh, check_parallel_mesh
 from dtcp.experts import RouterLoss
 from dtcp.mixer_plan import apply_plan, find, matches, on_nodes
 from dtcp.parallelize.activation_checkpoint import (
@@ -90,7 +90,7 @@ def parallelize(
             with an axis ep for a model without experts.
     """
     check_kind("parallelize", nn.Module, model=model)
-    check_kind("parallelize", ParallelMesh, mesh=mesh)
+    check_parallel_mesh("parallelize", mesh)
     check_kind("parallelize", ParallelPlan, plan=plan)
     check_kind("parallelize", KINDS, activation_checkpoint=activation_checkpoint)
     check_kind("parallelize", (Compile, type(None)), compile=compile)

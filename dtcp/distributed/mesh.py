@@ -356,6 +356,18 @@ class ParallelMesh:
         return views[name]
 
 
+def check_parallel_mesh(subject: str, mesh: object) -> None:
+    """Refuse what is no ParallelMesh, and say how a DeviceMesh becomes one.
+
+    Raises:
+        TypeError: as above.
+    """
+    remedy = "give one"
+    if isinstance(mesh, DeviceMesh):
+        remedy = "give ParallelMesh.from_device_mesh(mesh), which reads its axes by name"
+    check_kind(subject, ParallelMesh, remedy, mesh=mesh)
+
+
 def _check_devices(device_type: str) -> None:
     """Refuse a type that has no device here; torch's own error names a private function."""
     try:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from dtcp.batch import PreparedBatch
 from dtcp.distributed.gathered import free_gathered
-from dtcp.distributed.mesh import ParallelMesh
+from dtcp.distributed.mesh import ParallelMesh, check_parallel_mesh
 from dtcp.distributed.replicated_loss import sum_for_replicated_loss
 from dtcp.huggingface.batch import LABELED_IN_PLACE, prepare_hf_batch, shard_hf_batch
 from dtcp.huggingface.documents import documents_of_hf_batch
@@ -75,7 +75,7 @@ class WholeRows(nn.Module):
     ) -> None:
         super().__init__()
         check_kind("WholeRows", nn.Module, module=module)
-        check_kind("WholeRows", ParallelMesh, mesh=mesh)
+        check_parallel_mesh("WholeRows", mesh)
         self.module, self.mesh, self.layout = module, mesh, layout
         self.device, self.buckets = device, buckets
         self.label_smoothing, self.z_loss, self.autocast = label_smoothing, z_loss, autocast

@@ -52,9 +52,13 @@ def check_ints(subject: str, *, least: int | None = None, **values: Any) -> None
             )
 
 
-def check_kind(subject: str, kinds: type | tuple[type, ...], /, **values: Any) -> None:
+def check_kind(
+    subject: str, kinds: type | tuple[type, ...], /, remedy: str = "give one", **values: Any
+) -> None:
     """Refuse what is of another class: a class where an instance is read, True for a choice.
 
+    Args:
+        remedy: what to do instead.
     Raises:
         TypeError: as above.
     """
@@ -62,7 +66,7 @@ def check_kind(subject: str, kinds: type | tuple[type, ...], /, **values: Any) -
         if not isinstance(value, kinds):
             several = kinds if isinstance(kinds, tuple) else (kinds,)
             names = " or ".join("None" if k is type(None) else k.__name__ for k in several)
-            raise TypeError(f"{subject} takes {name} of {names}, got {name}={value!r}: give one.")
+            raise TypeError(f"{subject} takes {name} of {names}, got {name}={value!r}: {remedy}.")
 
 
 def check_rank(subject: str, rank: int, num_shards: int) -> None:

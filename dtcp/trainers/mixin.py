@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.distributed.gathered import free_gathered
-from dtcp.distributed.mesh import ParallelMesh
+from dtcp.distributed.mesh import ParallelMesh, check_parallel_mesh
 from dtcp.forward import wrap_forward
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.pooled_head import last_token_mixer
@@ -23,7 +23,6 @@ from dtcp.huggingface.whole_rows import WholeRows
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.parallelize import parallelize_hf
 from dtcp.parallelize.plans.adapters import adapted_model
-from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.trainers.accelerator import MeshAccelerator
@@ -101,7 +100,7 @@ class MeshTrainerMixin:
         linear_head: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_kind("A Trainer on a mesh", ParallelMesh, mesh=mesh)
+        check_parallel_mesh("A Trainer on a mesh", mesh)
         check_trainer(type(self))
         self.mesh = mesh
         self._rows_options: dict[str, Any] = {

@@ -10,12 +10,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+from dtcp import HeadTail, shard_batch
 from dtcp.distributed.mesh import (
     AXES,
     VIEWS,
     Degrees,
     ParallelMesh,
 )
+from dtcp.parallelize import ParallelPlan, parallelize, parallelize_hf
 from tests.harness.spmd import spmd
 
 FOUR_RANKS = [
@@ -204,6 +206,19 @@ def test_axes_of_other_names_or_another_order_are_refused(mesh):
             ParallelMesh.from_device_mesh(other)
     with pytest.raises(ValueError, match="in this order"):
         ParallelMesh.from_device_mesh(init_device_mesh("cpu", (2,)))
+
+
+@spmd(ranks=1)
+def test_a_device_mesh_in_the_place_of_a_parallel_mesh_is_told_the_way(mesh):
+    own = init_device_mesh("cpu", (1,), mesh_dim_names=("cp",))
+    batch, module = {"input_ids": torch.zeros(1, 8, dtype=torch.long)}, torch.nn.Linear(1, 1)
+    for call in (
+        lambda: shard_batch(batch, own, HeadTail, model=module),
+        lambda: parallelize(module, own, ParallelPlan(tp={}, cp={}, blocks=())),
+        lambda: parallelize_hf(module, own),
+    ):
+        with pytest.raises(TypeError, match=r"ParallelMesh\.from_device_mesh\(mesh\)"):
+            call()
 
 
 @spmd(ranks=2)
