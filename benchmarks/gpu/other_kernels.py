@@ -15,11 +15,11 @@ from benchmarks.gpu.candidates import candidates
 from benchmarks.gpu.errors import errors_by_name, within
 from benchmarks.gpu.problems import Case, lognormal_documents
 from benchmarks.gpu.timing import seconds_of
-from dtcp.kernels.delta_rule.api import DeltaInputs, delta_kernel, fla_kernel
+from dtcp.kernels.delta_rule.api import DeltaInputs, delta_kernel, fla_delta_rule
 from dtcp.kernels.delta_rule.fla_inside import is_guarded
 from dtcp.kernels.delta_rule.reference import ReferenceDeltaRule
 from dtcp.kernels.grouped_linear import grouped_linear
-from dtcp.kernels.linear_attention.api import linear_kernel
+from dtcp.kernels.linear_attention.api import fla_linear_attention, linear_kernel
 from dtcp.kernels.linear_attention.reference import ReferenceLinearAttention
 from dtcp.kernels.linear_attention.types import LinearInputs
 from dtcp.kernels.sparse.api import SparseKeys, sparse_kernel, triton_kernel
@@ -145,7 +145,7 @@ def _delta(device: str, length: int, *, by_channel: bool) -> dict[str, Any]:
         kernel = delta_kernel(x)
         if device == "cuda" and isinstance(kernel, ReferenceDeltaRule):
             # What has failed its self-test is measured all the same.
-            kernel = fla_kernel(x)
+            kernel = fla_delta_rule(x)
         (out,), _ = kernel.forward([x], lambda summary: state)
         (grads,) = kernel.backward([x], [grad], state, lambda summary: state)
     names = ("out", *(f"d{name}" for name in grads._fields))
@@ -156,11 +156,15 @@ def _linear(device: str, length: int) -> dict[str, Any]:
     made, grad, state = _stretches(device, length, by_channel=False)
     x = LinearInputs(*made[:4], made.starts)
     exact = LinearInputs(*map(_wide, x))
-    kernel, truth = linear_kernel(x), ReferenceLinearAttention()
+    truth = ReferenceLinearAttention()
     (right,), _ = truth.forward([exact], lambda maps: state.double())
     (rights,) = truth.backward([exact], [grad.double()], state.double(), lambda m: state.double())
-    (out,), _ = kernel.forward([x], lambda maps: state)
-    (grads,) = kernel.backward([x], [grad], state, lambda maps: state)
+    with candidates(3, 1000):
+        kernel = linear_kernel(x)
+        if device == "cuda" and isinstance(kernel, ReferenceLinearAttention):
+            kernel = fla_linear_attention(x)
+        (out,), _ = kernel.forward([x], lambda maps: state)
+        (grads,) = kernel.backward([x], [grad], state, lambda maps: state)
     names = ("out", *(f"d{name}" for name in grads._fields))
     return _compared(names, (out, *grads), (right, *rights), kernel, STATE_BOUND)
 

@@ -8,7 +8,7 @@ both. Prints the largest error of each result, divided by its largest value.
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,14 @@ from dtcp.kernels.delta_rule.fla import FlaDeltaRule
 from dtcp.kernels.delta_rule.fla_channel import FlaChannelDeltaRule
 from dtcp.kernels.delta_rule.reference import ReferenceDeltaRule
 from dtcp.kernels.delta_rule.types import DeltaInputs
+from dtcp.kernels.linear_attention.fla import FlaLinearAttention
+from dtcp.kernels.linear_attention.reference import ReferenceLinearAttention
+from dtcp.kernels.linear_attention.types import LinearInputs
 from tests.harness.interpreter import patch_language_once_a_launch
 
 KERNELS = (
     "fla.ops.common.chunk_delta_h",
+    "fla.ops.common.chunk_h",
     "fla.ops.common.chunk_o",
     "fla.ops.gated_delta_rule.chunk_fwd",
     "fla.ops.gated_delta_rule.wy_fast",
@@ -65,7 +69,7 @@ def prepare_fla() -> Any:
     for module in modules:
         module.range = counters
         module._check_cp_device = lambda device: None
-    return modules[1]
+    return importlib.import_module("fla.ops.common.chunk_o")
 
 
 def inputs() -> tuple[DeltaInputs, Tensor, Tensor]:
@@ -87,29 +91,44 @@ def by_channel() -> dict[str, float]:
     The first row goes on with a document; the second one has documents of one token.
     """
     x, state, grad = inputs()
-    g = -torch.rand(*x.v.shape[:3], x.k.shape[-1])
+    decay = -torch.rand(*x.v.shape[:3], x.k.shape[-1])
+    x = x._replace(g=decay, starts=_many_starts(x))
+    return errors_of(FlaChannelDeltaRule(), ReferenceDeltaRule(), x, state, grad)
+
+
+def linear() -> tuple[LinearInputs, Tensor, Tensor]:
+    """For gated linear attention; one of the heads forgets at once, the other slowly."""
+    x, state, grad = inputs()
+    decay = x.g * torch.tensor([0.02, 20.0])
+    return LinearInputs(x.q, x.k, x.v, decay, _many_starts(x)), state, grad
+
+
+def _many_starts(x: DeltaInputs) -> Tensor:
     starts = x.starts.clone()
     starts[0, 0], starts[1, :60] = 0, 1
-    x = x._replace(g=g, starts=starts)
-    exact = DeltaInputs(*(part.double() if part.is_floating_point() else part for part in x))
+    return starts
+
+
+def errors_of(kernel: Any, reference: Any, x: Any, state: Tensor, grad: Tensor) -> dict[str, float]:
+    """Of output, gradients, and what ranks exchange on both ways; truth is in fp64."""
+    exact = type(x)(*(part.double() if part.is_floating_point() else part for part in x))
+    ours = results_of(kernel, x, state, grad)
+    truth = results_of(reference, exact, state.double(), grad.double())
+    return {name: relative_error(ours[name], right) for name, right in truth.items()}
+
+
+def results_of(kernel: Any, x: Any, state: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """By name."""
     seen: list[Tensor] = []
 
-    def keep(entering: Tensor) -> Callable[[Tensor], Tensor]:
-        def carry(summary: Tensor) -> Tensor:
-            seen.append(summary)
-            return entering
+    def carry(summary: Tensor) -> Tensor:
+        seen.append(summary)
+        return state
 
-        return carry
-
-    results = []
-    for kernel, given in ((FlaChannelDeltaRule(), x), (ReferenceDeltaRule(), exact)):
-        wide = given.v.dtype
-        (out,), _ = kernel.forward([given], keep(state.to(wide)))
-        (grads,) = kernel.backward([given], [grad.to(wide)], state.to(wide), keep(state.to(wide)))
-        results.append((out, *grads, *seen[-2:]))
-    names = ("out", *grads._fields, "summary forward", "summary backward")
-    each = zip(names, *results, strict=True)
-    return {name: relative_error(a, b) for name, a, b in each}
+    (out,), _ = kernel.forward([x], carry)
+    (grads,) = kernel.backward([x], [grad], state, carry)
+    summaries = {"summary forward": seen[0], "summary backward": seen[1]}
+    return {"out": out, **grads._asdict(), **summaries}
 
 
 def main() -> None:
@@ -117,34 +136,23 @@ def main() -> None:
     if "channels" in sys.argv[1:]:
         print(json.dumps(by_channel()))
         return
-    x, state, grad = inputs()
-    exact = DeltaInputs(*(part.double() if part.is_floating_point() else part for part in x))
-    seen: dict[str, Tensor] = {}
-
-    def carry(name: str, entering: Tensor) -> Callable[[Tensor], Tensor]:
-        def keep(summary: Tensor) -> Tensor:
-            seen[name] = summary
-            return entering
-
-        return keep
-
-    kernel, exactly, errors = FlaDeltaRule(), ReferenceDeltaRule(), {}
-    (out,), _ = kernel.forward([x], carry("forward", state))
-    (right,), _ = exactly.forward([exact], carry("forward exactly", state.double()))
-    (rights,) = exactly.backward(
-        [exact], [grad.double()], state.double(), carry("backward exactly", state.double())
-    )
-    errors["out"] = relative_error(out, right)
+    kernels = {
+        "delta rule": (FlaDeltaRule(), ReferenceDeltaRule(), *inputs()),
+        "linear": (FlaLinearAttention(), ReferenceLinearAttention(), *linear()),
+    }
+    errors = {}
     for hopper in (False, True):
-        # As on a Hopper with triton 3.6, whose kernel fla refuses to run.
-        chunk_o.IS_NVIDIA_HOPPER = chunk_o.TRITON_ABOVE_3_4_0 = hopper
-        chunk_o.TRITON_ABOVE_3_7_1 = not hopper
-        (grads,) = kernel.backward([x], [grad], state, carry("backward", state))
-        for name, ours, right in zip(grads._fields, grads, rights, strict=True):
-            errors[f"{name}, guarded {hopper}"] = relative_error(ours, right)
-    for way in ("forward", "backward"):
-        errors[f"summary {way}"] = relative_error(seen[way], seen[f"{way} exactly"])
+        guard(chunk_o, hopper=hopper)
+        for rule, given in kernels.items():
+            each = errors_of(*given)
+            errors |= {f"{rule}: {name}, guarded {hopper}": error for name, error in each.items()}
     print(json.dumps(errors))
+
+
+def guard(chunk_o: Any, *, hopper: bool) -> None:
+    """As on a Hopper with triton 3.6, whose kernel fla refuses to run; or as on another GPU."""
+    chunk_o.IS_NVIDIA_HOPPER = chunk_o.TRITON_ABOVE_3_4_0 = hopper
+    chunk_o.TRITON_ABOVE_3_7_1 = not hopper
 
 
 def relative_error(ours: Tensor, right: Tensor) -> float:

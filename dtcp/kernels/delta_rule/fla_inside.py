@@ -29,7 +29,7 @@ def inside_chunks_in_torch(
     h: Tensor,
     grad: Tensor,
     d_h: Tensor,
-    d_new: Tensor,
+    d_new: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What fla's chunk_bwd_dqkwg computes, in matmuls batched over chunks.
 
@@ -38,25 +38,27 @@ def inside_chunks_in_torch(
     Args:
         q, k: [R, T, G, K], whole chunks.
         decay: [R, T, H], running sum of log2-decay in each chunk.
-        new, grad, d_new: [R, T, H, V].
+        new, grad, d_new: [R, T, H, V]; a rule without w, linear attention's, has no d_new.
         h, d_h: [R, N, H, K, V].
     Returns:
         Gradients of q, k and w, and of the decay; contiguous, as the kernels that read them assume.
+        Without d_new that of w is empty.
     """
     chunk = q.shape[1] // h.shape[1]
     at_once = max(1, TOKENS_AT_ONCE // (chunk * q.shape[0]))
     results = (
         new.new_empty(q.shape),
         new.new_empty(k.shape),
-        new.new_empty(*decay.shape, k.shape[-1]),
+        new.new_empty(*decay.shape, 0 if d_new is None else k.shape[-1]),
         new.new_empty(decay.shape, dtype=torch.float32),
     )
     for start in range(0, h.shape[1], at_once):
         states = slice(start, start + at_once)
         tokens = slice(start * chunk, (start + at_once) * chunk)
-        some = [part[:, tokens] for part in (q, k, decay, new, grad, d_new)]
+        some = [part[:, tokens] for part in (q, k, decay, new, grad)]
         some += [part[:, states] for part in (h, d_h)]
-        for result, part in zip(results, _some_chunks(chunk, *some), strict=True):
+        writes = None if d_new is None else d_new[:, tokens]
+        for result, part in zip(results, _some_chunks(chunk, *some, d_new=writes), strict=True):
             result[:, tokens] = part
     return results
 
@@ -68,13 +70,14 @@ def _some_chunks(
     decay: Tensor,
     new: Tensor,
     grad: Tensor,
-    d_new: Tensor,
     h: Tensor,
     d_h: Tensor,
+    *,
+    d_new: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, groups, shared = new.dtype, k.shape[2], new.shape[2] // k.shape[2]
     q, k = (_by_chunk(part.repeat_interleave(shared, dim=2), chunk) for part in (q, k))
-    new, grad, d_new = (_by_chunk(part, chunk) for part in (new, grad, d_new))
+    new, grad = (_by_chunk(part, chunk) for part in (new, grad))
     h, d_h = (part.transpose(1, 2).float() for part in (h, d_h))  # [R, H, N, K, V]
     total = _by_chunk(decay[..., None], chunk)  # [R, H, N, C, 1]
     enter, leave = total.exp2(), (total[..., -1:, :] - total).exp2()
@@ -84,7 +87,7 @@ def _some_chunks(
     d_score = (grad @ new.mT) * between
     dq = d_score @ k + enter * d_entering
     dk = d_score.mT @ q + leave * d_leaving
-    dw = -(d_new @ h.mT)
+    dw = q.new_empty(*q.shape[:-1], 0) if d_new is None else -(_by_chunk(d_new, chunk) @ h.mT)
     pairs = d_score * (q @ k.mT)
     entering, leaving = (enter * d_entering * q).sum(-1), (leave * d_leaving * k).sum(-1)
     dg = pairs.sum(-1) - pairs.sum(-2) + entering - leaving

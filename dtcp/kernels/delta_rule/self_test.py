@@ -3,50 +3,102 @@
 Triton miscompiles some of them on some GPUs, without an error (flash-linear-attention issue 640).
 It has the widths, heads and dtype that were asked for, so what it compiles and tunes is used later:
 enough tokens that the autotuner's choice is good for long rows, too.
+
+The delta rule and gated linear attention have one contract, and one check.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dtcp.kernels.delta_rule.types import DeltaInputs, DeltaKernel
+from dtcp.kernels.delta_rule.types import Carry
 from dtcp.kernels.faults import excess, fault_in, largest_error
 
 TOKENS, SLOWER = 2048, 64
 
 
-def fault_of_delta_rule(
-    make_kernel: Callable[[], DeltaKernel],
-    reference: DeltaKernel,
-    like: DeltaInputs,
+class RecurrentKernel(Protocol):
+    """A `DeltaKernel`, of inputs that may lack beta."""
+
+    def forward(self, parts: Sequence[Any], carry: Carry | None) -> tuple[list[Tensor], Tensor]: ...
+
+    def backward(
+        self,
+        parts: Sequence[Any],
+        grads_out: Sequence[Tensor],
+        state: Tensor,
+        carry: Carry | None,
+    ) -> Sequence[Any]: ...
+
+
+class Sizes(NamedTuple):
+    """What a kernel is compiled for."""
+
+    inputs: type
+    """DeltaInputs or LinearInputs."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Of one token, by input."""
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Any) -> "Sizes":
+        shapes = tuple(tuple(part.shape[2:]) for part in x)
+        return cls(type(x), shapes, tuple(part.dtype for part in x), x.v.device)
+
+
+def fault_on_device(
+    make_kernel: Callable[[Any], RecurrentKernel],
+    make_reference: Callable[[], RecurrentKernel],
+    x: Any,
+) -> str | None:
+    """What is wrong with the results of a kernel for such inputs, found at its first use.
+
+    Args:
+        make_kernel: of such inputs; a function of a module, as what is found is kept for it.
+        x: DeltaInputs or LinearInputs on a GPU, of which shapes and dtypes are read.
+    """
+    return _fault(make_kernel, make_reference, Sizes.of(x))
+
+
+@cache
+def _fault(
+    make_kernel: Callable[[Any], RecurrentKernel],
+    make_reference: Callable[[], RecurrentKernel],
+    sizes: Sizes,
+) -> str | None:
+    return fault_in_stretches(make_kernel, make_reference(), sizes)
+
+
+def fault_in_stretches(
+    make_kernel: Callable[[Any], RecurrentKernel],
+    reference: RecurrentKernel,
+    sizes: Sizes,
     *,
     tokens: int = TOKENS,
 ) -> str | None:
-    """What is wrong with the results of a kernel, in a few words; None if they are right.
-
-    Args:
-        like: what it is asked for; only shapes, dtypes and the device are read.
-    """
+    """What is wrong with the results of a kernel, in a few words; None if they are right."""
 
     def check() -> str | None:
-        return excess("delta rule", _errors(make_kernel(), reference, like, tokens))
+        x, grad, state = _problem(sizes, tokens)
+        return excess("stretches", _errors(make_kernel(x), reference, x, grad, state))
 
-    return fault_in(check, like.v.device)
+    return fault_in(check, sizes.device)
 
 
 def _errors(
-    kernel: DeltaKernel, reference: DeltaKernel, like: DeltaInputs, tokens: int
+    kernel: RecurrentKernel, reference: RecurrentKernel, x: Any, grad: Tensor, state: Tensor
 ) -> dict[str, float]:
     """Of out, the summaries that ranks exchange, and the gradients, by name."""
-    x, grad, state = _problem(like, tokens)
     ours, right = (_results(each, x, grad, state) for each in (kernel, reference))
     return {name: largest_error(ours[name], right[name]) for name in right}
 
 
-def _results(kernel: DeltaKernel, x: DeltaInputs, grad: Tensor, state: Tensor) -> dict[str, Tensor]:
+def _results(kernel: RecurrentKernel, x: Any, grad: Tensor, state: Tensor) -> dict[str, Tensor]:
     summaries: list[Tensor] = []
 
     def carry(summary: Tensor) -> Tensor:
@@ -59,19 +111,19 @@ def _results(kernel: DeltaKernel, x: DeltaInputs, grad: Tensor, state: Tensor) -
     return {"out": out, **of_inputs, **dict(zip(("summary", "dsummary"), summaries, strict=True))}
 
 
-def _problem(like: DeltaInputs, tokens: int) -> tuple[DeltaInputs, Tensor, Tensor]:
+def _problem(sizes: Sizes, tokens: int) -> tuple[Any, Tensor, Tensor]:
     """One stretch of two documents that ends inside a chunk; a gradient of out, and a state."""
-    device = like.v.device
+    device, tokens = sizes.device, tokens - 1
     noise = partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
-    tokens -= 1
-    q, k = (F.normalize(noise(1, tokens, *x.shape[2:]), dim=-1) for x in (like.q, like.k))
-    v, grad = (noise(1, tokens, *like.v.shape[2:]) for _ in range(2))
+    shapes = dict(zip(sizes.inputs._fields, sizes.shapes, strict=True))  # type: ignore[attr-defined]
+    parts = {name: noise(1, tokens, *shape) for name, shape in shapes.items()}
+    parts |= {name: F.normalize(parts[name], dim=-1) for name in ("q", "k")}
     # A state that fades in one chunk would hide what is wrong with the chunks after it.
-    g = -F.softplus(noise(1, tokens, *like.g.shape[2:])) / SLOWER
-    beta = noise(1, tokens, v.shape[2]).sigmoid()
-    starts = torch.zeros(1, tokens, dtype=like.starts.dtype, device=device)
-    starts[0, tokens // 3] = 1
-    whole = DeltaInputs(q, k, v, g, beta, starts)
-    given = (part.to(wanted.dtype) for part, wanted in zip(whole, like, strict=True))
-    state = noise(1, v.shape[2], k.shape[3], v.shape[3])
-    return DeltaInputs(*given), grad.to(like.v.dtype), state
+    parts["g"] = -F.softplus(parts["g"]) / SLOWER
+    parts |= {name: parts[name].sigmoid() for name in ("beta",) if name in parts}
+    parts["starts"] = torch.zeros(1, tokens, device=device)
+    parts["starts"][0, tokens // 3] = 1
+    given = (part.to(dtype) for part, dtype in zip(parts.values(), sizes.dtypes, strict=True))
+    x = sizes.inputs(*given)
+    (heads, value_dim), key_dim = shapes["v"], shapes["k"][1]
+    return x, torch.randn_like(x.v), noise(1, heads, key_dim, value_dim)
