@@ -177,9 +177,15 @@ def _chunk(value: Any, classes: Classes) -> ChunkStorageMetadata:
 
 
 def _properties(value: Any, classes: Classes) -> TensorProperties:
-    """Only the dtype is read by torch; the other fields are those of any dense tensor."""
+    """Only the dtype is read by torch; the other fields are those of any dense tensor.
+
+    But for strides, which torch 2.15 adds.
+    """
     fields = _typed(_typed(value, classes["TensorProperties"]).state, tuple)
-    return TensorProperties(dtype=_typed(fields[0], torch.dtype))
+    added: dict[str, Any] = {}
+    if len(fields) > 5 and fields[5] is not None and hasattr(TensorProperties, "strides"):
+        added["strides"] = tuple(_typed(stride, int) for stride in _typed(fields[5], tuple))
+    return TensorProperties(dtype=_typed(fields[0], torch.dtype), **added)
 
 
 def _index(value: Any, classes: Classes) -> MetadataIndex:
