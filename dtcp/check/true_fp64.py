@@ -20,7 +20,7 @@ class TrueFP64(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.Tensor.float and args[0].is_floating_point():
+        if func is torch.Tensor.float:
             return args[0].double()
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64

@@ -35,6 +35,7 @@ TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 IMAGES = (
     *("pixel_values", "pixel_values_videos", "pixel_attention_mask", "image_sizes"),
     *("image_grid_thw", "video_grid_thw", "second_per_grid_ts"),
+    *("image_position_ids", "video_position_ids", "num_frames_per_video"),
 )
 """Arguments of images and videos, which have no sequence of tokens."""
 
@@ -183,7 +184,8 @@ def _on_shard(text: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any)
     )
     if embeds.shape[1] == cut.shard_len(metadata):
         return forward(*args, **kwargs)
-    whole = {key: kwargs.get(key) for key in ("inputs_embeds", "position_ids", "visual_pos_masks")}
+    tokens = ("inputs_embeds", "position_ids", "visual_pos_masks", "per_layer_inputs")
+    whole = {key: kwargs.get(key) for key in tokens}
     dims = {"position_ids": -1}
     kwargs |= {key: cut(x, metadata, dims.get(key, 1)) for key, x in whole.items() if x is not None}
     layers, mask = kwargs.get("deepstack_visual_embeds"), whole["visual_pos_masks"]

@@ -8,7 +8,7 @@ base model while it is called.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,10 +54,14 @@ def _makes_masks(model: nn.Module) -> bool:
 
 
 def _replace_mask(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    index = getattr(layer, _INDEX)
+    index, mask = getattr(layer, _INDEX), kwargs["attn_metadata"]
+    before = mask_argument(layer, args, kwargs)
+    if isinstance(before, Mapping):
+        # One for attention and one for convolutions, say: each part of a layer takes its own.
+        mask = dict.fromkeys(before, mask)
     if index < len(args):
-        return forward(*args[:index], kwargs["attn_metadata"], *args[index + 1 :], **kwargs)
-    return forward(*args, **{**kwargs, MASK: kwargs["attn_metadata"]})
+        return forward(*args[:index], mask, *args[index + 1 :], **kwargs)
+    return forward(*args, **{**kwargs, MASK: mask})
 
 
 class MetadataAsMask(BatchMetadata):

@@ -1,18 +1,85 @@
-"""Read a mask function of transformers, mask_function(row, head, query, key), as a Mask."""
+"""Read a mask function of transformers, mask_function(row, head, query, key), as a Mask.
+
+One that looks up the blocks of its tokens (images, in a table of numbers) is read as of a row of
+text, and then as of a row that is one image: beyond any row that a model could be run on.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from dtcp.sequence.masks import AttentionChunks, Bidirectional, Causal, Mask, SlidingWindow
+from dtcp.sequence.arguments import WHOLE_NUMBERS
+from dtcp.sequence.masks import (
+    And,
+    AttentionChunks,
+    Bidirectional,
+    BlockBidirectional,
+    Causal,
+    Mask,
+    SlidingWindow,
+)
 
 FAR = 2**20
 """The query whose keys are counted; a window as wide as this counts as none."""
 
 NEAR = 64
 """Queries from the start, and keys to the right of a query, that are tried too."""
+
+TEXT, ONE_IMAGE = -1, 0
+"""In the place of every number in a table of blocks."""
+
+
+class _BlocksOf(TorchFunctionMode):
+    """Inside, a table of the blocks of a row's tokens has one number for tokens as far as asked.
+
+    Args:
+        block: [1, S], those of the row that a model is run on, negative for none: what says the
+            same, in numbers of its own from 0 on, is such a table.
+        number: what is read instead.
+    """
+
+    def __init__(self, block: Tensor, number: int) -> None:
+        super().__init__()
+        self.block, self.number, self.was_read = block.cpu(), number, False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple) and self._is_said_by(args[0]):
+            self.was_read = True
+            index = torch.broadcast_tensors(*map(torch.as_tensor, args[1]))[0]
+            return torch.full_like(index, self.number)
+        return func(*args, **(kwargs or {}))
+
+    def _is_said_by(self, table: Tensor) -> bool:
+        if table.shape != self.block.shape or table.dtype not in WHOLE_NUMBERS:
+            return False
+        table, none = table.cpu(), self.block < 0
+        runs, blocks = (x.unique(return_inverse=True)[1] for x in (table, self.block))
+        is_text = (table[none] == TEXT).all() and (table[~none] >= 0).all()
+        return bool(is_text) and torch.equal(runs, blocks)
+
+
+def read_block_mask(mask_function: Callable[..., Any], block: Tensor) -> tuple[Mask | None, bool]:
+    """The mask that a function stands for which may look up blocks, and whether it looks them up.
+
+    Args:
+        block: [1, S], of the row that the function was made for; negative for tokens in none.
+    """
+    with _BlocksOf(block, TEXT) as blocks:
+        of_text = read_mask(mask_function)
+    if of_text is None or not blocks.was_read:
+        return of_text, False
+    with _BlocksOf(block, ONE_IMAGE):
+        of_image = read_mask(mask_function)
+    candidates: dict[Mask, Mask] = {Bidirectional(): of_text | BlockBidirectional()}
+    if isinstance(of_text, And):
+        # The other way round: no window ends within an image as short as those of a survey.
+        candidates[of_text.right] = (of_text.left | BlockBidirectional()) & of_text.right
+    return (None if of_image is None else candidates.get(of_image)), True
 
 
 def read_mask(mask_function: Callable[..., Any]) -> Mask | None:

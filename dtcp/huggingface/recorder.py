@@ -11,13 +11,13 @@ from dtcp.huggingface.distance_bias import BIASES, is_of_bias
 from dtcp.huggingface.latents import hands_on_latents
 from dtcp.huggingface.metadata_as_mask import mask_argument, mask_index, metadata_of_config
 from dtcp.huggingface.mixing_probe import own_operands
-from dtcp.huggingface.read_mask import read_mask
+from dtcp.huggingface.read_mask import read_block_mask
 from dtcp.huggingface.recurrent_layers import SurveyedMixer
 from dtcp.huggingface.registry import PROJECTION, RECORDER
 from dtcp.mixer import Mixer
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.masks import And, Bidirectional, BlockBidirectional, Causal, Mask
+from dtcp.sequence.masks import Bidirectional, Causal, Mask
 from dtcp.softmax.mixer import CrossAttention, SoftmaxAttention
 from dtcp.sparse_latent import SparseLatentAttention
 
@@ -76,6 +76,7 @@ class Recorder:
         self.hides_padding = False
         self.own_masks: dict[str, None] = {}
         self.block: Tensor | None = None
+        self.of_blocks: dict[str, None] = {}
         self.varies = False
         self._giver = ""
 
@@ -150,7 +151,9 @@ class Recorder:
             if not any(hidden.shape == x.shape and torch.equal(hidden, x) for x in self.padding):
                 return None
             self.hides_padding = True
-        known: Mask | None = getattr(mask, _MASK, None)
+        known, reads_blocks = self._read(mask)
+        if reads_blocks:
+            self.of_blocks[name] = None
         if known is None and _adds_nothing(mask):
             # Of the model's own making, for all keys and without positions.
             self.made_masks, self.own_masks[name] = True, None
@@ -170,18 +173,27 @@ class Recorder:
         if before != now:
             self._refuse_twice(module, before, now)
 
+    def _read(self, mask: Any) -> tuple[Mask | None, bool]:
+        """A mask that a function makes, read once for all layers; and whether it reads blocks."""
+        if not hasattr(mask, _FUNCTION):
+            return None, False
+        if not hasattr(mask, _READ):
+            block = torch.full((1, mask.shape[-1]), -1) if self.block is None else self.block
+            setattr(mask, _READ, read_block_mask(getattr(mask, _FUNCTION), block))
+        read: tuple[Mask | None, bool] = getattr(mask, _READ)
+        return read
+
     def _with_blocks(self, name: str, dense: Any) -> Mask | None:
         """The mask that was read without images, as it is where tokens of images are marked."""
         before = self.attentions[name].mask if name in self.attentions else None
         if before is None or dense is None or self.block is None:
             return before
-        candidates = [before, before | BlockBidirectional()]
-        if isinstance(before, And):
-            candidates.append((before.left | BlockBidirectional()) & before.right)
         documents = Documents(((self.block.shape[1],),), self.block.shape[1])
         coords = Coords.of(documents, block=self.block)
-        seen = dense[:, 0].cpu()
-        return next((m for m in candidates if torch.equal(m.visible(coords, coords), seen)), None)
+        known, reads_blocks = self._read(dense)
+        if known is None or (name in self.of_blocks and not reads_blocks):
+            return None
+        return known if torch.equal(known.visible(coords, coords), dense[:, 0].cpu()) else None
 
     def _refuse_twice(self, module: nn.Module, before: object, now: object) -> None:
         self.refused.append(
@@ -192,7 +204,9 @@ class Recorder:
 
 def _adds_nothing(mask: Any) -> bool:
     """Whether a mask that is no function's is added to all scores of a row alike, and is zero."""
-    is_plain = isinstance(mask, Tensor) and not hasattr(mask, _MASK) and mask.is_floating_point()
+    is_plain = (
+        isinstance(mask, Tensor) and not hasattr(mask, _FUNCTION) and mask.is_floating_point()
+    )
     return is_plain and mask.ndim == 4 and mask.shape[-2] == 1 and not bool(mask.any())
 
 
@@ -278,11 +292,12 @@ MEANT: Mapping[str, str] = {
 """What arguments of attention calls mean that are refused."""
 
 
-_MASK, _MADE, _HIDDEN = "dtcp_mask", "dtcp_made", "dtcp_hidden"
+_FUNCTION, _READ = "dtcp_mask_function", "dtcp_mask"
+_MADE, _HIDDEN = "dtcp_made", "dtcp_hidden"
 
 
 def survey_mask(*, mask_function: Callable[..., Any], **arguments: Any) -> Tensor:
-    """A dense mask of a few tokens, as sdpa takes it, with the Mask it stands for as attribute."""
+    """A dense mask of a few tokens, as sdpa takes it, with the function it is of as attribute."""
     from transformers.masking_utils import sdpa_mask
 
     arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -291,7 +306,7 @@ def survey_mask(*, mask_function: Callable[..., Any], **arguments: Any) -> Tenso
     # One of the model's own making, for it is called without: ones say nothing; any other would be
     # as long as a shard.
     own_mask = arguments.get("attention_mask")
-    setattr(dense, _MASK, read_mask(mask_function))
+    setattr(dense, _FUNCTION, mask_function)
     setattr(dense, _MADE, own_mask is not None)
     setattr(dense, _HIDDEN, None if own_mask is None or bool(own_mask.all()) else own_mask == 0)
     setattr(dense, RECORDER, metadata_of_config(arguments.get("config")))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dtcp.huggingface.recurrent_kernels import (
     causal_conv1d_fn,
     lightning_attention,
+    previous_token,
     selective_scan,
 )
 
@@ -59,6 +60,72 @@ def _zamba(self: Any, hidden_states: Tensor, *, attn_metadata: Any, **_: Any) ->
     return self.out_proj(out.to(hidden_states.dtype))
 
 
+def _griffin(
+    self: Any, input_states: Tensor, position_ids: Tensor, *, attn_metadata: Any, **_: Any
+) -> tuple[Tensor, None]:
+    """RecurrentGemmaRecurrentBlock, which loops over tokens: a state of a number per channel."""
+    gate, x = self.act_fn(self.linear_y(input_states)), self.linear_x(input_states)
+    weight, bias = self.conv_1d.weight.squeeze(1), self.conv_1d.bias
+    x = causal_conv1d_fn(x.transpose(1, 2), weight, bias, attn_metadata=attn_metadata)
+    value, decay = _gated_by_rg_lru(self.rg_lru, x.transpose(1, 2), position_ids)
+    # To linear attention a channel is a head with a key of 1, and a value and a decay of width 1.
+    one, value, decay = torch.ones_like(value[:, :, :1, None]), value[..., None], decay[..., None]
+    out = lightning_attention(one, one, value, decay, attn_metadata=attn_metadata)
+    return self.linear_out(out[..., 0] * gate), None
+
+
+def _gated_by_rg_lru(unit: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What the RG-LRU adds to its state, and the log of what it keeps: x [B, L, C] -> [B, L, C]."""
+    heads = x.unflatten(-1, (unit.num_attention_heads, unit.block_width))
+
+    def gate(weight: Tensor, bias: Tensor) -> Tensor:
+        return (torch.einsum("blhi,hij->blhj", heads, weight) + bias).flatten(2).sigmoid()
+
+    kept = gate(unit.recurrent_gate_weight, unit.recurrent_gate_bias).to(_wide(x))
+    decay = -8.0 * kept * F.softplus(unit.recurrent_param.to(_wide(x)))
+    added = _sqrt_of_bound_slope(1 - (2 * decay).exp())
+    added = added.where(position_ids[..., None] != 0, 1.0).to(x.dtype)
+    return x * gate(unit.input_gate_weight, unit.input_gate_bias) * added, decay
+
+
+def _sqrt_of_bound_slope(x: Tensor) -> Tensor:
+    """The square root, whose slope is that at 1 / (2 MOST_SLOPE) ** 2 left of it."""
+    slope = 0.5 / x.detach().clamp(min=0.25 / MOST_SLOPE**2).sqrt()
+    return x.detach().sqrt() + slope * (x - x.detach())
+
+
+def _zaya(
+    self: Any, hidden_states: Tensor, *_: Any, attn_metadata: Any, **__: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ZayaCCAProjection: queries and keys of the last tokens, half of the values of the one before.
+
+    Its two convolutions see nothing left of a document, and the second one sees the first one's
+    bias there.
+    """
+    q, k = self.q_proj(hidden_states), self.k_proj(hidden_states)
+    first, second = self.conv_qk_depthwise, self.conv_qk_grouped
+    both, weight = torch.cat((q, k), dim=-1).transpose(1, 2), first.weight.squeeze(1)
+    tap = causal_conv1d_fn(both, weight, attn_metadata=attn_metadata).transpose(1, 2)
+    taps = [tap]
+    for _tap in range(self.grouped_kernel_size - 1):
+        tap = previous_token(tap, attn_metadata=attn_metadata)
+        taps.insert(0, tap)
+    # [C, C / groups, w], and for each token its w last ones.
+    last = torch.stack(taps, dim=-1) + first.bias[:, None]
+    mixed = F.conv1d(last.flatten(0, 1), second.weight, second.bias, groups=second.groups)
+    mixed = mixed.view(both.mT.shape)
+    q, k = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k))
+    q = (q + k.repeat_interleave(self.num_key_value_groups, dim=2)) / 2
+    k = q.unflatten(2, (-1, self.num_key_value_groups)).mean(3)
+    of_q, of_k = mixed.split((q.flatten(2).shape[-1], k.flatten(2).shape[-1]), dim=-1)
+    delayed = self.v_proj_delayed(hidden_states)
+    # Of no token, it is the projection's bias.
+    none = self.v_proj_delayed(torch.zeros_like(hidden_states[:1, :1]))
+    delayed = previous_token(delayed - none, attn_metadata=attn_metadata) + none
+    v = torch.cat((self.v_proj_current(hidden_states), delayed), dim=-1)
+    return of_q.view_as(q) + q, of_k.view_as(k) + k, v.unflatten(-1, (-1, self.head_dim))
+
+
 def _convolved(kernel: Callable[..., Tensor], self: Any, x: Tensor, attn_metadata: Any) -> Tensor:
     """[B, L, C], each channel with its last tokens; the kernel is what its caller finds by name."""
     out = kernel(
@@ -75,12 +142,17 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+MOST_SLOPE = 1000.0
+"""Of the square root in the RG-LRU, as in transformers."""
+
 WRITTEN_AGAIN: Mapping[str, Any] = {
     "MiniMaxLightningAttention": _minimax,
     "MambaMixer": _mamba,
     "FalconMambaMixer": _mamba,
     "JambaMambaMixer": _mamba,
     "ZambaMambaMixer": _zamba,
+    "RecurrentGemmaRecurrentBlock": _griffin,
+    "ZayaCCAProjection": _zaya,
 }
 """By the name of the class."""
 READ_BY_WEIGHT = ("dt_proj",)

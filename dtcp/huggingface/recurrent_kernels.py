@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dtcp.autocast import as_autocast_casts
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttention
 
-CONV, RULE = "dtcp_conv", "dtcp_rule"
+CONV, RULE, SHIFT = "dtcp_conv", "dtcp_rule", "dtcp_shift"
 """The mixers' names in their layer."""
 
 
@@ -46,6 +46,23 @@ def _surveyed_conv(
     layer, notes = attn_metadata
     notes.note_kernel(layer, CONV, CausalConv1d, {"width": weight.shape[1]})
     return _activated(hidden_states.transpose(1, 2), bias, activation)
+
+
+def previous_token(x: Tensor, *, attn_metadata: Any) -> Tensor:
+    """What the token before has, of a layer that is written again: x [B, L, C] -> [B, L, C].
+
+    Zeros for the first one of a document. A convolution with the taps 1 and 0.
+    """
+    layer, metadata = attn_metadata
+    taps = torch.eye(1, 2, dtype=x.dtype, device=x.device).expand(x.shape[-1], 2)
+    out: Tensor = layer.get_submodule(SHIFT)(x, taps, metadata)
+    return out
+
+
+def _surveyed_previous_token(x: Tensor, *, attn_metadata: Any) -> Tensor:
+    layer, notes = attn_metadata
+    notes.note_kernel(layer, SHIFT, CausalConv1d, {"width": 2})
+    return x
 
 
 def _activated(x: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -146,7 +163,7 @@ def _discretized(
 def lightning_attention(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, attn_metadata: Any
 ) -> Tensor:
-    """Of a layer that is written again: q, k, v [B, L, H, D], g [B, L, H]."""
+    """Of a layer that is written again: q, k, v [B, L, H, D], g [B, L, H] or [B, L, H, D]."""
     layer, metadata = attn_metadata
     out: Tensor = layer.get_submodule(RULE)(*as_autocast_casts(q, k, v), g, metadata)
     return out
@@ -157,7 +174,8 @@ def _surveyed_lightning(
 ) -> Tensor:
     layer, notes = attn_metadata
     notes.note_kernel(layer, RULE, GatedLinearAttention, {"scale": 1.0})
-    return v + q.mean(-1, keepdim=True) + k.mean(-1, keepdim=True)
+    of_decay = g.flatten(2).mean(-1)[..., None, None].to(v.dtype)
+    return v + q.mean(-1, keepdim=True) + k.mean(-1, keepdim=True) + of_decay
 
 
 def selective_scan(
@@ -198,6 +216,7 @@ def _not_fused(*_: Any, **__: Any) -> None:
 
 KERNELS: Mapping[str, Callable[..., Any]] = {
     "causal_conv1d_fn": causal_conv1d_fn,
+    "previous_token": previous_token,
     "torch_chunk_gated_delta_rule": _delta_rule,
     "chunk_kimi_delta_attention": _delta_rule,
     "mamba2_chunk_scan": _chunk_scan,
@@ -210,6 +229,7 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
 
 SURVEYED_KERNELS: Mapping[str, Callable[..., Any]] = {
     "causal_conv1d_fn": _surveyed_conv,
+    "previous_token": _surveyed_previous_token,
     "torch_chunk_gated_delta_rule": _surveyed_delta_rule,
     "chunk_kimi_delta_attention": _surveyed_delta_rule,
     "mamba2_chunk_scan": _surveyed_chunk_scan,

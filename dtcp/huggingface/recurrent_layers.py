@@ -113,13 +113,16 @@ def _on_batch(
     forward: Callable[..., Any],
     *args: Any,
     attn_metadata: BatchMetadata | None = None,
-    attention_mask: Any = None,
     **kwargs: Any,
 ) -> Any:
     """A layer's forward, in which each kernel finds its mixer and its batch."""
-    if attn_metadata is None and isinstance(attention_mask, BatchMetadata):
-        # A layer above hands on no more than a mask.
-        attn_metadata, attention_mask = attention_mask, None
+    # A layer above may hand on no more than masks, in whose places the metadata are.
+    as_masks = [x for x in (*args, *kwargs.values()) if isinstance(x, BatchMetadata)]
+    if attn_metadata is None and as_masks:
+        attn_metadata = as_masks[0]
+    args = tuple(None if isinstance(x, BatchMetadata) else x for x in args)
+    kwargs = {key: x for key, x in kwargs.items() if not isinstance(x, BatchMetadata)}
+    attention_mask = kwargs.pop("attention_mask", None)
     if attn_metadata is None or attention_mask is not None:
         raise ValueError(
             f"{type(layer).__name__} reads the metadata of its batch alone, got attn_metadata of "

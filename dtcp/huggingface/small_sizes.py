@@ -50,6 +50,17 @@ TINY: Mapping[str, int] = {name: size for size, names in _BY_SIZE.items() for na
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"mamba_n_heads": 8},
+    "cohere_compass_text": {
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dbrx": {
+        "attn_config": {"model_type": "", "kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     # With few heads many scores are 0: of equal ones torch.topk picks any.
     "deepseek_v32": {"index_n_heads": 16},
@@ -86,6 +97,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "num_sparse_encoder_layers": 1,
         "num_sparse_decoder_layers": 1,
     },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
     "zamba": {

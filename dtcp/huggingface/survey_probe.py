@@ -82,6 +82,11 @@ class SurveyProbe:
             self.images = language_model(model)
             if self.images and not self.recorder.refused:
                 self.look_at_images()
+            elif self.recorder.of_blocks and not self.images:
+                refuse(
+                    f"{name} reads blocks of tokens in its masks, and takes no images that would "
+                    f"show which: write it with mixers (docs/add_a_model.md)."
+                )
 
     def call(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The model on rows that it counts by itself, or by position_ids if they are given.
@@ -208,9 +213,9 @@ class SurveyProbe:
             )
 
     def look_at_images(self) -> None:
-        """Note how masks change where tokens are marked as those of an image."""
+        """Note how masks change where tokens are marked as those of images."""
         types = torch.zeros_like(self.input_ids)
-        types[:, 7:13] = 1
+        types[:, 3:8] = types[:, 10:15] = 1
         self.recorder.block = vision_blocks(types.cpu())
         keys = [key for key in TOKEN_TYPES if key in image_arguments(self.model)]
         with torch.no_grad():

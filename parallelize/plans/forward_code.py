@@ -22,15 +22,18 @@ def reads_weights(module: nn.Module) -> bool:
     To know the dtype of a weight is not to compute with it.
     """
     names = kernel_names(module)
-    if "weight" not in names:
+    children = (each for name, each in module.named_children() if name in names)
+    inside = list(filter(has_parameters, children))
+    own = {name for each in inside for name, _ in each.named_parameters(recurse=False)}
+    weights = names & {"weight", *(name for name in own if not hasattr(module, name))} - {"bias"}
+    if not weights:
         return False
-    inside = [each for name, each in module.named_children() if name in names]
     forward = inspect.unwrap(type(module).forward)
     read = any(
-        first.argval == "weight" and second.argval != "dtype"
+        first.argval in weights and second.argval != "dtype"
         for first, second in pairwise(dis.get_instructions(forward))
     )
-    return read and any(map(has_parameters, inside))
+    return read and bool(inside)
 
 
 def reads_weights_elsewhere(module: nn.Module) -> bool:

@@ -137,6 +137,9 @@ class _Trial:
         # What heads read without a layer in between would be read by one rank's alone.
         if any(self._depends(x, around) for x, _ in self._sinks()):
             raise _NotSplit
+        # Every rank's gradient of another output is the whole one, and not a part to add up.
+        if any(self._depends(x, [self.outputs[name] for name in self.ups]) for x in whole.others):
+            raise _NotSplit
 
     def styles(self) -> Styles:
         """Styles by name in the module, which has the name ""."""

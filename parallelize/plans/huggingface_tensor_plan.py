@@ -40,6 +40,8 @@ from dtcp.parallelize.tensor_parallel import (
     ScaledVocabParallelEmbedding,
     VocabParallelEmbedding,
     WholeExperts,
+    is_experts,
+    why_not_known,
     why_not_split,
 )
 
@@ -74,7 +76,7 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     _check_embedding_is_called(model)
     parts = _Parts.of(model)
     modules, owners, units = parts.modules, parts.owners, parts.units
-    roles = {name: _role(name, tp_plan) for name in modules}
+    roles = {name: _role(name, tp_plan) or _own_role(module) for name, module in modules.items()}
     latent_roles, containers = latent_heads(modules, tp)
     heads = recurrent_heads(model, modules, tp)
     roles |= latent_roles
@@ -214,6 +216,12 @@ def _tp_plan(model: Any) -> Mapping[str, str]:
 
 def _role(name: str, tp_plan: Mapping[str, str]) -> str:
     return next((role for key, role in tp_plan.items() if matches(name, key)), "")
+
+
+def _own_role(module: nn.Module) -> str:
+    """That of a module which its model's plan says nothing of, where it is known what it computes:
+    experts say themselves how their weights are laid out."""
+    return EXPERTS if is_experts(module) and not why_not_known(module) else ""
 
 
 def _style(

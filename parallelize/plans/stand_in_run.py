@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.huggingface.attend_by_name import ATTEND
+from dtcp.huggingface.mixing_probe import tensors
 from dtcp.huggingface.own_attention import FORWARDS
 from dtcp.parallelize.tensor_parallel import ChangedConfig, of_config
 
@@ -58,14 +59,16 @@ class StandInRun:
         self.operands: tuple[Tensor, ...] = ()
         self.reads: dict[str, Tensor] = {}
         self.reads_two = False
+        self.others: list[Tensor] = []
         # Whether modules around attention return its weights, too.
         self.hands_pairs = True
         self.arguments: dict[str, Any] = {}
 
     def run(self, module: nn.Module, **kwargs: Any) -> Tensor:
-        """The first output of the module."""
+        """The first output of the module; the others are kept."""
         out = _StandIn(module, "", self)(**kwargs)
         first: Tensor = out[0] if isinstance(out, tuple) else out
+        self.others = [x for x in tensors(out) if x is not first]
         return first
 
     def give(self, name: str, x: Tensor) -> Tensor:

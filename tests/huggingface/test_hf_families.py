@@ -14,6 +14,7 @@ from dtcp.check.parity import CheckOptions, compare, seeded
 from dtcp.check.true_fp64 import TrueFP64
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import install_mixers, survey
+from dtcp.huggingface.recurrent_forwards import WRITTEN_AGAIN
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.parallelize import Compile
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
@@ -39,6 +40,8 @@ FAMILIES = {
     "llama4_text": {},
     "falcon": {},
     "jetmoe": {},
+    "recurrent_gemma": {},
+    "zaya": {"cca_time0": 4, "cca_time1": 3, "attention_bias": True},
     "mamba": {},
     "falcon_mamba": {},
     "jamba": {},
@@ -60,7 +63,8 @@ FAMILIES = {
 """Layers that hand on a mask alone; positions from 1; positions of its own; a short convolution;
 a delta rule with one decay a head, and with one a channel; Mamba-2 alone, beside attention and in
 another family's layers; lightning attention; chunks; attention that is written out; a router that
-sorts tokens; Mamba, alone, with norms and beside attention; an encoder and a decoder; ALiBi;
+sorts tokens; the RG-LRU beside attention; convolutions before attention, which are handed a mask
+among others; Mamba, alone, with norms and beside attention; an encoder and a decoder; ALiBi;
 experts that hand a token on; an encoder with one token's heads in two modules; blocks that share a
 part; positions counted by ids; a mask that is made of ids; experts with places for some tokens."""
 CHEAP = ("stablelm", "mamba2")
@@ -98,7 +102,7 @@ def test_packed_rows_of_a_family_equal_the_unmodified_model(mesh, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3_next", "bamba", "bart", "mamba", "mpt", "t5gemma"])
+@pytest.mark.parametrize("kind", ["qwen3_next", "bamba", "bart", "mamba", "mpt", "t5gemma", "zaya"])
 @spmd(ranks=3)
 def test_three_ranks_of_a_family_equal_one_device(mesh, kind):
     assert_step_equal(kind, Degrees(cp=3), layout=Contiguous)
@@ -120,7 +124,9 @@ def test_two_tier_family_equals_one_device(mesh, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bart", "roberta", "zamba", "t5gemma", "switch_transformers"])
+@pytest.mark.parametrize(
+    "kind", ["bart", "roberta", "zamba", "t5gemma", "switch_transformers", "zaya"]
+)
 @spmd(ranks=4)
 def test_tp_of_a_family_equals_one_device(mesh, kind):
     """Where transformers has no plan; test_tp_heads.py has the others."""
@@ -132,7 +138,7 @@ def test_tp_of_a_family_equals_one_device(mesh, kind):
     "kind",
     [
         *("stablelm", "qwen3_next", "bart", "mamba2", "falcon", "mamba", "bloom", "mpt"),
-        *("longcat_flash", "switch_transformers"),
+        *("longcat_flash", "switch_transformers", "recurrent_gemma"),
     ],
 )
 @spmd(ranks=2)
@@ -183,6 +189,32 @@ def test_mamba_moves_a_scale_and_a_write_for_each_number_of_its_states(mesh):
     )
     assert rule == 2 * layer.intermediate_size * layer.ssm_state_size * 2 * 8
     assert conv == (layer.conv_kernel_size - 1) * layer.intermediate_size * 8
+
+
+@pytest.mark.parametrize("kind", ["recurrent_gemma", "zaya"])
+def test_layer_that_is_written_again_equals_the_one_that_it_stands_for(kind):
+    """Its whole row, in true fp64: output and every gradient, that of its input among them."""
+    plain, model = (seeded(checked_family(kind)) for _ in range(2))
+    install_mixers(model)
+    name = next(n for n, m in plain.named_modules() if type(m).__name__ in WRITTEN_AGAIN)
+    own, layer = plain.get_submodule(name), model.get_submodule(name)
+    x = torch.randn(2, 37, plain.config.hidden_size, dtype=torch.float64)
+    positions = {"position_ids": torch.arange(37).expand(2, -1)} if kind != "zaya" else {}
+    ours = {**positions, "attn_metadata": batch_metadata(model, Documents.single(2, 37))}
+    theirs = {**positions, "attention_mask": None, "use_cache": False}
+    theirs = theirs if kind != "zaya" else {"past_key_values": None}
+    outputs, gradients = [], []
+    for module, given in ((own, theirs), (layer, ours)):
+        leaf = x.clone().requires_grad_()
+        with TrueFP64():
+            out = module(leaf, **given)
+        out = [part for part in out if part is not None]
+        cotangents = [torch.linspace(-1, 1, part.numel()).view_as(part).sin() for part in out]
+        sources = (leaf, *module.parameters())
+        outputs.append(out)
+        gradients.append(torch.autograd.grad(out, sources, [c.double() for c in cotangents]))
+    assert_close(outputs[1], outputs[0])
+    assert_close(gradients[1], gradients[0])
 
 
 @pytest.mark.slow
@@ -252,8 +284,8 @@ def test_a_model_without_positions_is_called_through_its_own_forward():
 
 
 def test_a_kernel_that_no_mixer_stands_for_is_refused_by_name():
-    refused = survey(CheckedHuggingFaceModel("recurrent_gemma").build()).refused
-    assert any("temporal_block.conv_1d (Conv1d): tokens meet in it" in each for each in refused)
+    refused = survey(CheckedHuggingFaceModel("xlstm").build()).refused
+    assert any("mlstm_backend (xLSTMBackend): tokens meet in it" in each for each in refused)
 
 
 @pytest.mark.parametrize(

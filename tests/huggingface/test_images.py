@@ -7,10 +7,13 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks
 
+from dtcp.check.true_fp64 import TrueFP64
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import causal_lm_loss, shard_hf_batch, survey
 from dtcp.huggingface.images import IMAGES
+from dtcp.huggingface.read_mask import read_block_mask
 from dtcp.parallelize import Compile, parallelize_hf
 from dtcp.sequence.masks import BlockBidirectional, Causal, SlidingWindow
 from tests.harness.hf_models import SHAPE, WINDOWS
@@ -21,12 +24,48 @@ from tests.huggingface.test_huggingface import far
 IMAGE, TOKENS, SEQ_LEN, ROWS = 60, 4, 24, 2
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 LAYERS = {"num_hidden_layers": 2, "image_size": 64, "patch_size": 16}
+# Narrower than an image, whose first token its last one does not see.
+NARROW = {**SHAPE, **WINDOWS, "sliding_window": 3}
+GEMMA4 = {
+    **NARROW,
+    "global_head_dim": 16,
+    "num_kv_shared_layers": 0,
+    "use_bidirectional_attention": "vision",
+}
 CONFIGS = {
     "gemma3": {
-        "text_config": {**SHAPE, **WINDOWS, "query_pre_attn_scalar": 16},
+        "text_config": {**NARROW, "query_pre_attn_scalar": 16},
         "vision_config": {**VISION, **LAYERS, "vision_use_head": False},
         "image_token_id": IMAGE,
         "mm_tokens_per_image": TOKENS,
+    },
+    "gemma4": {
+        "text_config": {
+            **GEMMA4,
+            "hidden_size_per_layer_input": 4,
+            "vocab_size_per_layer_input": 64,
+        },
+        "vision_config": {
+            **VISION,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "num_hidden_layers": 2,
+            "position_embedding_size": 16,
+        },
+        "image_token_id": IMAGE,
+    },
+    "gemma4_unified": {
+        "text_config": GEMMA4,
+        "vision_config": {
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "mm_embed_dim": 24,
+            "mm_posemb_size": 16,
+            "output_proj_dims": 24,
+        },
+        "image_token_id": IMAGE,
     },
     "qwen3_vl": {
         "text_config": {
@@ -80,7 +119,7 @@ def a_batch(kind):
         input_ids[row, first : first + TOKENS] = IMAGE
     types = (input_ids == IMAGE).long()
     mask = torch.ones_like(input_ids)
-    mask[1, 20:] = 0
+    mask[1, 22:] = 0
     batch = {"input_ids": input_ids, "labels": input_ids.clone(), "attention_mask": mask}
     if kind == "qwen3_vl":
         pixels = torch.randn(ROWS * 16, 3 * 2 * 16, generator=generator, dtype=torch.float64)
@@ -91,6 +130,14 @@ def a_batch(kind):
             "image_grid_thw": grid,
             "mm_token_type_ids": types,
         }
+    if kind.startswith("gemma4"):
+        # Patches with their places: 4 x 4 that are pooled by 2 x 2, or 2 x 2.
+        across = 4 if kind == "gemma4" else 2
+        places = torch.cartesian_prod(torch.arange(across), torch.arange(across)).flip(1)
+        shape = ROWS, across**2, 3 * (16 // across) ** 2
+        pixels = torch.rand(shape, generator=generator, dtype=torch.float64)
+        images = {"pixel_values": pixels, "image_position_ids": places.expand(ROWS, -1, -1)}
+        return {**batch, **images, "mm_token_type_ids": types}
     pixels = torch.randn(ROWS, 3, 64, 64, generator=generator, dtype=torch.float64)
     if kind == "mistral3":
         return {**batch, "pixel_values": pixels, "image_sizes": torch.tensor([[64, 64]] * ROWS)}
@@ -138,13 +185,32 @@ def adapted(kind):
         return get_peft_model(build(kind), config).double()
 
 
-def assert_step_equal(kind, degrees, *, make=build, trained="vis"):
+@pytest.mark.slow_where(lambda kind: kind != "gemma4")
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "gemma4_unified"])
+@spmd(ranks=2)
+def test_packed_documents_with_images_equal_rows_of_their_own(mesh, kind):
+    assert_step_equal(kind, Degrees(cp=2), packed=True)
+
+
+def packed_row(batch):
+    """The documents of all rows in one, and positions that start again."""
+    images = {key: x for key, x in batch.items() if key in IMAGES}
+    tokens = {key: x.reshape(1, -1) for key, x in batch.items() if key not in images}
+    positions = torch.arange(SEQ_LEN).repeat(ROWS)[None]
+    return {**tokens, **images, "position_ids": positions}
+
+
+def assert_step_equal(kind, degrees, *, make=build, trained="vis", packed=False):
     reference, model, batch = make(kind), make(kind), a_batch(kind)
+    if packed:
+        batch["attention_mask"][:] = 1
     mesh = ParallelMesh.from_degrees(degrees, "cpu")
     parallelize_hf(model, mesh)
-    expected = one_device(reference, batch)
-    share = causal_lm_loss(model, batch, mesh)
-    share.backward()
+    # Norms, and a tower that pools, would compute in fp32.
+    with TrueFP64():
+        expected = one_device(reference, batch)
+        share = causal_lm_loss(model, packed_row(batch) if packed else batch, mesh)
+        share.backward()
     loss = share.detach()
     dist.all_reduce(loss, group=mesh.loss.get_group())
     assert_close(loss, expected, rtol=1e-5, atol=0.0)
@@ -205,10 +271,33 @@ def test_text_alone_and_compiled_images_train_in_one_model(mesh):
 
 
 def test_survey_reads_which_layers_see_an_image_as_a_whole():
-    masks = [each.mask for each in survey(build("gemma3")).attentions]
-    windowed = Causal() & SlidingWindow(7)
-    assert masks == [windowed | BlockBidirectional(), Causal() | BlockBidirectional()]
+    """Gemma 4 does in the windows alone, and its unified form beyond their windows, too."""
+    image, window = BlockBidirectional(), SlidingWindow(3)
+    of_image = Causal() | image
+    masks = {
+        "gemma3": [of_image & window, of_image],
+        "gemma4": [of_image & window, Causal()],
+        "gemma4_unified": [(Causal() & window) | image, of_image],
+    }
+    for kind, expected in masks.items():
+        assert [each.mask for each in survey(build(kind)).attentions] == expected
     assert {each.mask for each in survey(build("qwen3_vl")).attentions} == {Causal()}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ((-1, 0, 0, -1, 1, 1), (Causal() | BlockBidirectional(), True)),
+        ((-1, 3, 3, -1, 7, 7), (Causal() | BlockBidirectional(), True)),
+        ((-1, 0, 0, -1, 0, 0), (None, False)),
+        ((0, 1, 1, 0, 2, 2), (None, False)),
+    ],
+)
+def test_a_table_is_read_as_blocks_if_it_says_the_same(numbers, expected):
+    """Images that see one another, and text that sees what comes behind it, are something else."""
+    block = torch.tensor([[-1, 0, 0, -1, 1, 1]])
+    function = or_masks(causal_mask_function, blockwise_overlay(torch.tensor([numbers])))
+    assert read_block_mask(function, block) == expected
 
 
 @spmd(ranks=1)

@@ -228,6 +228,31 @@ def test_rows_of_fused_heads_are_found_by_running_them(order, kv_heads):
     assert styles_by_trial(Fused(order, kv_heads), 8, [], heads=True) == {}
 
 
+class AlsoHidden(nn.Module):
+    """A feed-forward that hands on what it reads first, as routers do that read the one before."""
+
+    def __init__(self, alone):
+        super().__init__()
+        self.alone = alone
+        self.first, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        out = self.down(self.up(hidden).sigmoid())
+        return out if self.alone else (out, hidden)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_layers_whose_output_is_handed_on_beside_what_narrows_stay_whole(alone):
+    """Their gradient of that is whole on every rank, and that of the parts is a part."""
+    assert bool(styles_by_trial(AlsoHidden(alone), 2, [], heads=False)) is alone
+
+
+def test_experts_that_read_weights_of_a_module_inside_read_local_ones():
+    plan = hf_tensor_plan(CheckedHuggingFaceModel("dbrx").build(), 2)
+    assert plan["transformer.blocks.0.ffn.experts"] == LocalParams()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ANY)
 @spmd(ranks=4)
