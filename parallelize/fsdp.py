@@ -66,6 +66,10 @@ def shard_parameters(
             backward starts with it.
         keep_dtype: names of parameters that are gathered in their own dtype.
     """
+    for parameter in model.parameters():
+        if not parameter.is_contiguous():
+            # fully_shard flattens weights; those of averaged adapters are views of others.
+            parameter.data = parameter.data.contiguous()
     shared: dict[str, Any] = {"mesh": mesh.hsdp, "offload_policy": options.offload}
     if mesh.experts is not None and mesh.expert_hsdp is not None:
         shared["shard_placement_fn"] = _ExpertPlacement(mesh.experts, mesh.expert_hsdp)

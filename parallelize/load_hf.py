@@ -60,12 +60,17 @@ def fill_adapters(model: Any, folder: Path) -> None:
 
     files = WeightFiles(folder)
     # By the names that peft writes, of layers that are trained whole as well (modules_to_save).
-    parameters = get_peft_model_state_dict(
-        model,
-        model.state_dict(keep_vars=True),
-        adapter_name=model.active_adapter,
-        save_embedding_layers=False,
+    parameters, with_embeddings = (
+        get_peft_model_state_dict(
+            model,
+            model.state_dict(keep_vars=True),
+            adapter_name=model.active_adapter,
+            save_embedding_layers=embeddings,
+        )
+        for embeddings in (False, True)
     )
+    # peft writes embeddings of another size than those of the model that was adapted.
+    parameters |= {name: x for name, x in with_embeddings.items() if name in files}
     left_over = [name for name in files if name not in parameters]
     _check_names(model, [name for name in parameters if name not in files], left_over)
     for name, x in parameters.items():

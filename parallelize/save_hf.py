@@ -106,24 +106,34 @@ def _whole(model: Any, name: str, x: Tensor, dtype: torch.dtype | None) -> Tenso
 
 
 def _save_adapters(model: Any, dtype: torch.dtype | None, writer: "_Writer | None") -> None:
+    """What peft saves of a model on one device: adapters, and embeddings that changed their size.
+
+    The first rank says what that is: it may ask a folder or a hub that others do not reach.
+    """
+    state = model.state_dict(keep_vars=True)
+    kept: list[set[str]] = [set()]
+    if writer is not None:
+        writer.attempt(lambda: kept[0].update(_names_of_adapters(model, state)))
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(kept, src=0)
+    base = adapted_model(model)
+    inside = {id(x): name for name, x in base.state_dict(keep_vars=True).items()}
+    whole = {
+        name: _whole(base, inside[id(x)], x, dtype) for name, x in state.items() if name in kept[0]
+    }
+    if writer is not None:
+        writer.attempt(lambda: model.save_pretrained(writer.folder, state_dict=whole))
+
+
+def _names_of_adapters(model: Any, state: Mapping[str, Tensor]) -> set[str]:
     from peft import get_peft_model_state_dict
 
     own = {
         id(x)
         for adapter in model.peft_config
-        for x in get_peft_model_state_dict(
-            model, model.state_dict(keep_vars=True), adapter_name=adapter
-        ).values()
+        for x in get_peft_model_state_dict(model, state, adapter_name=adapter).values()
     }
-    state = model.state_dict(keep_vars=True)
-    base = adapted_model(model)
-    inside = {id(x): name for name, x in base.state_dict(keep_vars=True).items()}
-    whole = {
-        name: _whole(base, inside[id(x)], x, dtype) for name, x in state.items() if id(x) in own
-    }
-    if writer is not None:
-        options: dict[str, Any] = {"save_embedding_layers": False, "state_dict": whole}
-        writer.attempt(lambda: model.save_pretrained(writer.folder, **options))
+    return {name for name, x in state.items() if id(x) in own}
 
 
 class _Writer:

@@ -182,7 +182,7 @@ def check_expert_degree(config: Any, ranks: int) -> None:
             f"choose an ep that divides it."
         )
     _check_split_experts(config, sparse)
-    counts = _expert_counts(spec.model)
+    counts = expert_counts(spec.model)
     if not counts:
         raise ValueError(
             f"Ranks of ep have different experts, got {name} for {spec.name} {spec.flavor}, which "
@@ -237,7 +237,7 @@ def _check_split_experts(config: Any, sparse: int) -> None:
     Degrees(dp_shard=sparse // (cp * tp), cp=cp, tp=tp, ep=ep, etp=etp)
 
 
-def _expert_counts(model: Any) -> set[int]:
+def expert_counts(model: Any) -> set[int]:
     """How many experts the layers of a model's config choose from."""
     if isinstance(model, HuggingFaceConfig):
         return model.expert_counts()

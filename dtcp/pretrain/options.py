@@ -31,6 +31,7 @@ from dtcp.pretrain.adopt import adopt, replaced_parts
 from dtcp.pretrain.family_model import family_spec, with_weights_of
 from dtcp.pretrain.launch import launched, rank
 from dtcp.pretrain.report import usage_errors_once
+from dtcp.pretrain.switches import check_switched_on
 from dtcp.pretrain.tokenizer import Tokenizer
 from dtcp.pretrain.trainer import Trainer
 from dtcp.pretrain.validation_data import named_options, validated_on_the_same
@@ -108,6 +109,7 @@ def parse(arguments: list[str]) -> Trainer.Config:
             f"{error}: pip install 'dtcp[hf]'."
         ) from error
     _refuse_assets(config, named, source=source, own=own)
+    check_switched_on(config, named)
     return config
 
 

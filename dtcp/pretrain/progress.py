@@ -1,5 +1,6 @@
 """What a person sees of a run: its shape at the start, then one line per step."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -16,7 +17,8 @@ from dtcp.torchtitan.hf_model import HuggingFaceConfig
 import torch
 from torch import distributed as dist
 from torch import nn
-from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components import metrics as titan
+from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from torchtitan.models.common.decoder import Decoder
 
 from dtcp.distributed.ledger import LEDGER, traffic_since
@@ -62,6 +64,15 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
+class TensorBoard(titan.TensorBoardLogger):
+    """torchtitan's, with each line in the file once it is logged: a run may be killed after it."""
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        super().log(metrics, step)
+        # By itself the writer does so every two minutes; 0.2 ms.
+        self.writer.flush()
+
+
 class Progress(MetricsProcessor):
     """torchtitan's metrics (TensorBoard, W&B), and one line per step for the console."""
 
@@ -85,6 +96,15 @@ class Progress(MetricsProcessor):
         """The step after which what a line says was counted from."""
         self._has_compiled = False
         self._seconds: deque[float] = deque(maxlen=RECENT)
+
+    def _build_metric_logger(self, **kwargs: Any) -> BaseLogger:
+        # torchtitan (0.3.0) looks the class up by its name, and hides what it has made.
+        plain = titan.TensorBoardLogger
+        titan.TensorBoardLogger = TensorBoard  # type: ignore[misc]
+        try:
+            return super()._build_metric_logger(**kwargs)
+        finally:
+            titan.TensorBoardLogger = plain  # type: ignore[misc]
 
     def log(
         self,
@@ -166,6 +186,11 @@ class Progress(MetricsProcessor):
                 f"A run writes its metrics into its folder, got {error.strerror} at step={step}: "
                 f"make room and start again, or do without (--metrics.no-enable_tensorboard)."
             ) from error
+
+    def close(self) -> None:
+        # What was sent is in the files, or has ended the run: an error here would hide that one.
+        with contextlib.suppress(OSError):
+            super().close()
 
     def _received(self) -> tuple[int, int, int]:
         """Bytes since the last line: for cp, for ep, and of both from other nodes."""
@@ -250,22 +275,12 @@ def _left_out(source: Any) -> str:
     return f"; files of other kinds are left out: {sum(others.values())} ({ends})" if others else ""
 
 
-def _validated_on(config: Any) -> str:
-    """Data of a validation that are others than those of training, or that there is none."""
-    loader, own = config.dataloader, getattr(config.validator, "dataloader", None)
-    data, held_out = (
-        [getattr(each, name, None) for name in ("dataset", "dataset_path")]
-        for each in (loader, own)
-    )
-    if not config.validator.enable:
-        return "; not validated"
-    if data == held_out:
-        return ""
-    return f"; validated on {' '.join(filter(None, held_out))}"
+def describe_run(trainer: Any, validation: str) -> str:
+    """Mesh, model, layout, strategy and data of a run, one line each.
 
-
-def describe_run(trainer: Any) -> str:
-    """Mesh, model, layout, strategy and data of a run, one line each."""
+    Args:
+        validation: what is said of it behind the data that are trained on.
+    """
     config, dims = trainer.config, trainer.parallel_dims
     axes = {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard}
     axes |= {"cp": dims.cp, "tp": dims.tp}
@@ -288,7 +303,7 @@ def describe_run(trainer: Any) -> str:
         "strategy": _strategies(trainer.model_parts) or "none, rows are whole",
         "data": f"{config.dataloader.dataset}, {rows} row{'s' * (rows > 1)} per step"
         + (f" in {steps} parts" if steps > 1 else "")
-        + _validated_on(config)
+        + validation
         + _left_out(getattr(trainer.dataloader, "source", None)),
         "output": "none" if is_dry(config) else config.dump_folder,
     }

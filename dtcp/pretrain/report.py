@@ -5,6 +5,7 @@ is known whether that rank said why, and names it if it did not.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -35,6 +36,9 @@ from dtcp.pretrain.launch import REFUSED, of_this_launcher
 # Errors that state a contract, its value and its remedy, or a path and what is wrong with it: their
 # text is all there is to know.
 EXPLAINED = (ValueError, TypeError, FileNotFoundError, PermissionError, NotImplementedError)
+
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What writing fails with, whoever writes: a trace, a log, a config."""
 
 OF_PEERS = (DistBackendError, DistNetworkError, DistStoreError)
 """What torch raises when another rank is gone."""
@@ -143,7 +147,8 @@ def say_failure(error: BaseException, folder: Path | None, attempt: Attempt | No
     The first rank that fails prints. A rank that failed with other words of its own adds a line;
     one that lost another rank speaks only where nobody else knows why.
     """
-    where = "" if folder is None else f" (traceback: {_keep_traceback(error, folder)})"
+    path = None if folder is None else _keep_traceback(error, folder)
+    where = "" if path is None else f" (traceback: {path})"
     if attempt is not None and attempt.peers and is_of_peers(error):
         _say_loss(error, attempt, where)
         return
@@ -173,6 +178,14 @@ def _say_own(error: BaseException, text: str, where: str) -> None:
             print(f"rank {os.environ.get('RANK')} then failed too: {line}", file=sys.stderr)
         elif isinstance(error, EXPLAINED):
             print(f"error: {text}{where}", file=sys.stderr, flush=True)
+        elif isinstance(error, OSError) and error.errno in OF_DISKS:
+            file = f" at {error.filename}" if error.filename else ""
+            print(
+                f"error: A run writes into its folder, got {error.strerror}{file}: make room, and "
+                f"start again to go on from the last checkpoint{where}.",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             traceback.print_exception(error)
 
@@ -211,12 +224,15 @@ def is_of_peers(error: BaseException) -> bool:
     return isinstance(error, OF_PEERS) or any(text in str(error) for text in OF_GLOO)
 
 
-def _keep_traceback(error: BaseException, folder: Path) -> Path:
+def _keep_traceback(error: BaseException, folder: Path) -> Path | None:
+    """The file that a traceback was written to; None where the folder takes none."""
     path = folder / "errors" / f"rank_{os.environ.get('RANK', '0')}.txt"
-    with contextlib.suppress(OSError):
+    text = "".join(traceback.format_exception(error))
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(traceback.format_exception(error))
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError:
+        return None
     return path
 
 

@@ -27,6 +27,9 @@ WINDOW_CHARACTERS = 1 << 26  # in memory, however few documents hold them
 NOT_THE_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data")
 """Folders of a Python: other people's packages, tests, and tables that would outweigh the code."""
 
+HIDDEN = "hidden"
+"""What stands for a suffix where hidden folders and texts are counted."""
+
 
 class Source(Protocol):
     """Where documents come from: the same ones, in the same order, under one fingerprint."""
@@ -257,6 +260,7 @@ def _files_below(
     """Files with one of the suffixes, sorted; and how many others there are, by suffix.
 
     Links lead to folders elsewhere, too; what lies below the root is read in its own place alone.
+    Hidden folders and texts (.git, .cache, ._notes.txt) are what programs keep for themselves.
 
     Args:
         skipped: names of folders that are not entered.
@@ -265,17 +269,25 @@ def _files_below(
     others: Counter[str] = Counter()
     entered = [root.resolve()]
     for parent, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
+        others.update(HIDDEN for name in folders if _is_hidden(name))
         # In the same order on every machine, for it decides which of two links is followed.
         folders[:] = [
             name
             for name in sorted(folders)
-            if name not in skipped and _is_entered(Path(parent, name), entered)
+            if name not in skipped
+            and not _is_hidden(name)
+            and _is_entered(Path(parent, name), entered)
         ]
-        wanted = {name for name in names if name.endswith(suffixes)}
+        others.update(HIDDEN for name in names if _is_hidden(name) and name.endswith(suffixes))
+        shown = [name for name in names if not _is_hidden(name)]
+        wanted = {name for name in shown if name.endswith(suffixes)}
         paths += [Path(parent, name) for name in wanted]
-        rest = (name for name in names if name not in wanted and not name.startswith("."))
-        others.update(os.path.splitext(name)[1] for name in rest)
+        others.update(os.path.splitext(name)[1] for name in shown if name not in wanted)
     return tuple(sorted(path for path in paths if path.suffix in suffixes)), others
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _is_entered(folder: Path, entered: list[Path]) -> bool:

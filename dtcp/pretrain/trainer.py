@@ -47,7 +47,7 @@ from dtcp.pretrain.start_weights import check_start
 from dtcp.pretrain.stop import StopRequest
 from dtcp.pretrain.text_files import DataError
 from dtcp.pretrain.tokenizer import Tokenizer, check_tokenizer_folder
-from dtcp.pretrain.validation_data import validates
+from dtcp.pretrain.validation_data import describe_validation, validates
 from dtcp.pretrain.without_effect import check_effects
 
 
@@ -110,7 +110,7 @@ class Trainer(titan.Trainer):
             self.validator.preparation = BatchPreparation(*parts, training=False)
         if isinstance(self.dataloader, PackedDocuments):
             self.dataloader.prepare = self.preparation.ahead
-        say(describe_run(self))
+        say(describe_run(self, describe_validation(config)))
         if config.dtcp.forecast:
             self.expected = expectation(config, self.mesh, self.gradient_accumulation_steps)
             self.metrics_processor.is_held = True

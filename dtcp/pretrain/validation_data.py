@@ -63,3 +63,30 @@ def _holds_out(loader: PackedDocuments.Config) -> bool:
         # Splits of a Hugging Face dataset have any names, which its hub alone knows.
         return isinstance(source, TextFiles) and not source.is_empty(EMPTY_AFTER)
     return True
+
+
+def describe_validation(config: Any) -> str:
+    """Data of a validation that are others than those of training, or why there is none."""
+    loader, own = config.dataloader, getattr(config.validator, "dataloader", None)
+    data, held_out = (
+        [getattr(each, name, None) for name in ("dataset", "dataset_path")]
+        for each in (loader, own)
+    )
+    if not config.validator.enable:
+        return f"; not validated ({_reason(loader, own)})"
+    if data == held_out:
+        return ""
+    return f"; validated on {' '.join(filter(None, held_out))}"
+
+
+def _reason(loader: Any, own: Any) -> str:
+    """Why a run makes no validations, and what would make it do so."""
+    if all(isinstance(part, PackedDocuments.Config) for part in (loader, own)):
+        followed = all(getattr(loader, name) == getattr(own, name) for name in FOLLOWED)
+        if followed and not _holds_out(own):
+            return NOT_HELD_OUT if own.dataset == "folder" else UNKNOWN_SPLITS
+    return "switched off"
+
+
+NOT_HELD_OUT = "none of its documents is held out, see --validator.dataloader.dataset_path"
+UNKNOWN_SPLITS = "its splits are not known, name one by --validator.dataloader.split"

@@ -8,6 +8,7 @@ from dtcp.torchtitan.loss import TokenLoss
 from dtcp.torchtitan.section import Section
 from dtcp.torchtitan.settings import default_of
 
+from dtcp.pretrain.config_check import expert_counts
 from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.dry_run import is_dry
 from dtcp.pretrain.validation_data import validates
@@ -80,21 +81,6 @@ def _refusals(config: Any) -> Iterator[str]:
         yield from _of_validation(config.validator)
         yield from _of_held_out(config.dataloader, config.validator.dataloader)
     yield from _of_model(config)
-    yield from _of_switches(config)
-
-
-def _of_switches(config: Any) -> Iterator[str]:
-    ways = (
-        ("debug", "deterministic", ("deterministic_warn_only",)),
-        ("comm", "trace_buf_size", ("save_traces_folder", "save_traces_file_prefix")),
-    )
-    for section, switch, names in ways:
-        values = getattr(config, section)
-        for name, value in _named(values, names) if not getattr(values, switch) else ():
-            yield (
-                f"A setting is of what is switched on, got {section}.{name}={value!r} with "
-                f"{section}.{switch}={getattr(values, switch)}: change one of them."
-            )
 
 
 def _of_checkpoints(config: Any) -> Iterator[str]:
@@ -185,6 +171,12 @@ def _of_model(config: Any) -> Iterator[str]:
                 f"loss.mtp_weight={weight} for {spec.name} {spec.flavor}, which does not: leave it "
                 f"out."
             )
+    if config.debug.moe_force_load_balance and not expert_counts(spec.model):
+        yield (
+            f"Experts get the same number of tokens where a model has some, got debug."
+            f"moe_force_load_balance=True for {spec.name} {spec.flavor}, which has none: leave it "
+            f"out."
+        )
     if getattr(spec.model, "takes_strategy", True):
         return
     for name, value in _named(section, ("strategy", "boundary", "kernel", "reduce_dtype")):

@@ -70,7 +70,8 @@ def adapted_model(model: Any) -> Any:
     """The model of transformers inside of a PeftModel; the model itself if it is none.
 
     Raises:
-        ValueError: adapters that are tokens before the row: they would stand before every shard.
+        ValueError: adapters that are tokens before the row, which would stand before every shard;
+            or that add a loss, or routes, around the model.
     """
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         return model
@@ -79,5 +80,14 @@ def adapted_model(model: Any) -> Any:
         raise ValueError(
             f"Adapters are beside the layers of a model, got {prompts}, which learn tokens before "
             f"the row (prompt or prefix tuning): use LoRA."
+        )
+    from peft.tuners.tuners_utils import BaseTuner
+
+    tuner = type(model.base_model)
+    if tuner.forward is not BaseTuner.forward:
+        raise ValueError(
+            f"Adapters are beside the layers of a model, got {list(model.peft_config)} of "
+            f"{tuner.__name__}, which does something of its own around the model, as AdaLoRA adds "
+            f"a loss: use LoRA."
         )
     return model.get_base_model()

@@ -46,7 +46,11 @@ from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
 from dtcp.parallelize.plans.picked_latents import mixer_styles
 from dtcp.parallelize.tensor_parallel import LatentHeads, LocalParams, separate_gate_and_up
-from dtcp.parallelize.tied_parameters import find_tied_parameters, units_across_blocks
+from dtcp.parallelize.tied_parameters import (
+    TiedParameters,
+    find_tied_parameters,
+    units_across_blocks,
+)
 from dtcp.recurrent import (
     CausalConv1d,
     CausalConvCP,
@@ -303,15 +307,19 @@ def _keep_dtype(model: Any) -> tuple[str, ...]:
 
 
 def _fsdp_units(model: Any) -> tuple[tuple[str, ...], ...]:
-    """Embedding and head each gathered alone; a weight they share, with the rest of the model."""
+    """Embedding and head each gathered alone; a weight they share, with the rest of the model.
+
+    A layer of peft's has what it stands for inside: one that was shared goes on being so.
+    """
     names = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or _is_shared(model, embedding) or _is_shared(model, head):
+    units = [names[module] for module in (embedding, head) if module is not None]
+    tied = find_tied_parameters(model)
+    if head is None or any(_is_shared(tied, unit) for unit in units):
         return ()
     return (names[embedding],), (names[head],)
 
 
-def _is_shared(model: Any, module: Any) -> bool:
-    """Whether other modules look tokens up in a module's weight: a head's, or an encoder's."""
-    readers = (m for m in model.modules() if isinstance(m, nn.Embedding))
-    return any(m is not module and m.weight is module.weight for m in readers)
+def _is_shared(tied: TiedParameters, module: str) -> bool:
+    """Whether a parameter inside of a module is one outside of it, too."""
+    return any(len({name.startswith(f"{module}.") for name in group}) > 1 for group in tied)

@@ -100,15 +100,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         r"export_dtype='bfloat16' with checkpoint.enable=False",
     ),
-    "warnings": (
-        "llama_tiny",
-        {"debug.deterministic_warn_only": True},
-        r"debug.deterministic_warn_only=True with debug.deterministic=False",
-    ),
-    "traces": (
-        "llama_tiny",
-        {"comm.save_traces_folder": "x"},
-        r"comm.save_traces_folder='x' with comm.trace_buf_size=0",
+    "experts": (
+        "titan_llama3_tiny",
+        {"debug.moe_force_load_balance": True},
+        r"debug.moe_force_load_balance=True for llama3 debugmodel, which has none",
     ),
     "further_tokens": ("llama_tiny", {"loss.mtp_weight": 0.3}, r"loss.mtp_weight=0.3 for llama"),
     "strategy": (

@@ -2,16 +2,19 @@
 
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
     get_peft_model,
     inject_adapter_in_model,
 )
+from safetensors.torch import load_file
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
@@ -21,7 +24,9 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import install_mixers
 from dtcp.huggingface.survey import survey
 from dtcp.parallelize import Compile, FullCheckpoint, parallelize_hf, save_hf
+from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
+from dtcp.trainers import load_weights
 from tests.harness.hf_models import build
 from tests.harness.spmd import spmd
 from tests.huggingface.test_huggingface import (
@@ -36,13 +41,13 @@ ATTENTION = ("q_proj", "v_proj", "o_proj")
 DENSE = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
-def adapted(kind="llama", targets=DENSE, **change):
+def adapted(kind="llama", targets=DENSE, model=None, config=None, **change):
     """A model of fp64 with adapters that count; the same wherever it is built."""
-    model = build(kind, **change)
+    model = model or build(kind, **change)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        config = LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False)
-        return get_peft_model(model, config).double()
+        options = {"r": 4, "target_modules": [*targets], "init_lora_weights": False}
+        return get_peft_model(model, LoraConfig(**options, **(config or {}))).double()
 
 
 def on_mesh_of(model, degrees, **options):
@@ -123,6 +128,73 @@ def test_lora_is_saved_as_peft_loads_it(mesh, degrees):
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder[0])
+
+
+TIED = {"tie_word_embeddings": True}
+
+
+def averaged(model):
+    """Adapters that are the mean of two, whose weights peft leaves as transposed views."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model.add_adapter("other", model.peft_config["default"])
+    model.add_weighted_adapter(["default", "other"], [1.0, 0.5], "mean")
+    model.set_adapter("mean")
+    return model.double()
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "then"),
+    [
+        ({"modules_to_save": ["lm_head"]}, TIED, None),
+        ({"trainable_token_indices": [3, 5]}, TIED, None),
+        ({}, {}, averaged),
+    ],
+    ids=["head", "tokens", "mean"],
+)
+@spmd(ranks=2)
+def test_layers_that_peft_puts_around_others_train_as_on_one_device(mesh, config, change, then):
+    """A head that was tied, tokens of tied weights that are trained alone, averaged adapters."""
+    models = [adapted(targets=ATTENTION, config=config, **change) for _ in range(2)]
+    reference, model = models if then is None else map(then, models)
+    assert_same_step(reference, *on_mesh_of(model, Degrees(cp=2)))
+
+
+@pytest.mark.parametrize("resized", [False, True])
+@spmd(ranks=2)
+def test_adapters_are_saved_with_the_embeddings_that_peft_saves(mesh, resized):
+    """One that is adapted, or of another size than that of the model that was adapted."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder, src=0)
+    base, ours, theirs = (f"{folder[0]}/{name}" for name in ("base", "ours", "theirs"))
+    if dist.get_rank() == 0:
+        build("llama").save_pretrained(base)
+    dist.barrier()
+
+    def made():
+        model = build("llama")
+        model.config.name_or_path = model.name_or_path = base
+        if resized:
+            model.resize_token_embeddings(72, mean_resizing=False)
+        return adapted(model=model, targets=ATTENTION if resized else ("embed_tokens",))
+
+    model, _ = on_mesh_of(made(), Degrees(cp=2))
+    save_hf(model, ours)
+    load_weights(model, Path(ours))
+    if dist.get_rank() == 0:
+        made().save_pretrained(theirs)
+        files = [load_file(f"{path}/adapter_model.safetensors") for path in (ours, theirs)]
+        assert any("embed_tokens" in name and "lora" not in name for name in files[0])
+        assert_close(*files)
+        shutil.rmtree(folder[0])
+    dist.barrier()
+
+
+def test_adapters_that_do_something_around_the_model_are_refused():
+    """AdaLoRA adds a loss where the model gives one, which it does not on a mesh."""
+    config = AdaLoraConfig(target_modules=["q_proj"], total_step=10)
+    with pytest.raises(ValueError, match=r"got \['default'\] of AdaLoraModel, .*: use LoRA"):
+        adapted_model(get_peft_model(build("llama"), config))
 
 
 @spmd(ranks=2)

@@ -3,7 +3,9 @@
 import errno
 import io
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from dtcp.pretrain.options import parse
 from dtcp.pretrain.plot import TRAINING, plot_losses, read_losses
 from dtcp.pretrain.progress import Progress
 from dtcp.pretrain.report import say_failure
+from tests.harness.spmd import spmd
 
 
 def test_a_plot_shows_a_step_as_it_was_last(tmp_path):
@@ -60,6 +63,23 @@ def test_metrics_that_cannot_be_written_end_a_run_in_a_sentence():
         progress._send({"loss": 1.0}, 3)
 
 
+@spmd(ranks=1)
+def test_metrics_are_in_the_file_as_soon_as_they_are_logged(mesh):
+    """Without an end of the run: a killed one has its last lines, too."""
+    folder = Path(tempfile.mkdtemp())
+    progress = Progress.__new__(Progress)
+    dims = SimpleNamespace(pp_enabled=False)
+    config = Progress.Config(enable_tensorboard=True)
+    progress.logger = progress._build_metric_logger(
+        config=config, parallel_dims=dims, dump_folder=str(folder), pp_schedule=""
+    )
+    for step in (1, 2):
+        progress._send({TRAINING: 1.0 / step}, step)
+        assert read_losses(folder, TRAINING) == {s: 1.0 / s for s in range(1, step + 1)}
+    progress.close()
+    shutil.rmtree(folder)
+
+
 def test_a_failure_is_one_line_and_a_file(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     say_failure(ValueError("x is y, got x=1: set it to 2."), tmp_path)
@@ -78,6 +98,26 @@ def test_a_rank_that_meets_nobody_says_where_it_looked(tmp_path: Path, capsys, m
     said = capsys.readouterr().err
     assert said.startswith("error: All ranks meet in a store of rank 0, got rank 1 alone at ")
     assert "=host:29500 (Ping failed, invalid value): look at" in said and said.count("\n") == 1
+
+
+def test_a_disk_that_is_full_is_one_line_whoever_writes(tmp_path: Path, capsys, monkeypatch):
+    """Without a traceback that nobody can find: the folder takes no file either."""
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: os.open("/dev/null/x", 0))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "traces/rank0.json.gz")
+    say_failure(full, tmp_path)
+    assert capsys.readouterr().err == (
+        "error: A run writes into its folder, got No space left on device at traces/rank0.json.gz: "
+        "make room, and start again to go on from the last checkpoint.\n"
+    )
+
+
+def test_a_log_that_cannot_be_closed_hides_no_error():
+    def close():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    progress = Progress.__new__(Progress)
+    progress.logger = SimpleNamespace(close=close)
+    progress.close()
 
 
 def test_a_folder_that_is_closed_is_one_line(tmp_path: Path, capsys, monkeypatch):

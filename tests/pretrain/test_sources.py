@@ -79,3 +79,19 @@ def test_a_run_says_which_files_of_its_data_folder_it_does_not_read(tmp_path):
     assert [file.name for file in source.files] == ["a.txt"]
     assert _left_out(source) == ("; files of other kinds are left out: 4 (.TXT, .gz, no suffix)")
     assert not _left_out(standard_library("all"))
+
+
+def test_hidden_folders_and_texts_are_left_out_and_counted(tmp_path):
+    """What git, editors and the hub's client keep in a folder of texts is no text to train on."""
+    for name in (
+        ".git/hooks/README.md",
+        ".cache/a.jsonl",
+        "in/.venv/a.py",
+        "in/._a.txt",
+        "in/a.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("a text")
+    source = folder(str(tmp_path), "all", text_key="text")
+    assert [str(file.relative_to(tmp_path)) for file in source.files] == ["in/a.txt"]
+    assert _left_out(source) == "; files of other kinds are left out: 4 (hidden)"

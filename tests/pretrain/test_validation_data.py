@@ -9,10 +9,10 @@ import torch
 from dtcp.pretrain import configs
 from dtcp.pretrain.data import PackedDocuments
 from dtcp.pretrain.options import parse
-from dtcp.pretrain.progress import _validated_on
 from dtcp.pretrain.sources import HELD_OUT
 from dtcp.pretrain.text_files import DataError
 from dtcp.pretrain.trainer import Trainer, _check_data
+from dtcp.pretrain.validation_data import describe_validation
 from tests.harness.spmd import spmd
 from tests.pretrain.test_data import batches, loader
 
@@ -62,10 +62,9 @@ def test_a_config_that_validates_on_other_data_does_so(monkeypatch):
 
 def test_a_run_says_what_it_validates_on_where_it_is_something_else():
     config = parse([*TEXTS, "--validator.dataloader.dataset=stdlib"])
-    assert _validated_on(config) == "; validated on stdlib"
-    assert _validated_on(parse([*TEXTS])) == ""
-    off = SimpleNamespace(dataloader=config.dataloader, validator=SimpleNamespace(enable=False))
-    assert _validated_on(off) == "; not validated"
+    assert describe_validation(config) == "; validated on stdlib"
+    assert describe_validation(parse([*TEXTS])) == ""
+    assert describe_validation(parse(["--validator.no-enable"])) == "; not validated (switched off)"
 
 
 def held_out(text):
@@ -84,7 +83,10 @@ def test_a_folder_that_holds_nothing_out_is_trained_on_and_not_validated(folder)
     path, hold_out = folder
     options = ["--dataloader.dataset", "folder", "--dataloader.dataset_path", str(path)]
     config = parse(options)
-    assert not config.validator.enable and _validated_on(config) == "; not validated"
+    assert not config.validator.enable
+    assert describe_validation(config).startswith(
+        "; not validated (none of its documents is held out"
+    )
     _check_data(config)
     asked_for = parse([*options, "--validator.freq=7"])
     with pytest.raises(ValueError, match=r"got none for part=validation .*--validator\.no-enable"):
@@ -106,7 +108,9 @@ def test_data_of_a_validation_that_is_not_made_are_not_looked_at(folder, option)
 def test_a_dataset_of_hugging_face_is_validated_on_where_an_option_asks_for_it():
     """By itself it may have no split of that name, which only its first validation would tell."""
     options = ["--dataloader.dataset", "c4"]
-    assert not parse(options).validator.enable
+    config = parse(options)
+    assert not config.validator.enable
+    assert "(its splits are not known, name one by" in describe_validation(config)
     for more in ("--validator.dataloader.split=test", "--validator.enable"):
         validator = parse([*options, more]).validator
         assert validator.enable and validator.dataloader.dataset == "c4"
