@@ -100,11 +100,11 @@ class Progress(MetricsProcessor):
     def _build_metric_logger(self, **kwargs: Any) -> BaseLogger:
         # torchtitan (0.3.0) looks the class up by its name, and hides what it has made.
         plain = titan.TensorBoardLogger
-        titan.TensorBoardLogger = TensorBoard  # type: ignore[misc]
+        titan.TensorBoardLogger = TensorBoard
         try:
             return super()._build_metric_logger(**kwargs)
         finally:
-            titan.TensorBoardLogger = plain  # type: ignore[misc]
+            titan.TensorBoardLogger = plain
 
     def log(
         self,
