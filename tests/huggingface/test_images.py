@@ -164,7 +164,7 @@ def test_images_in_text_equal_one_device(mesh, ranks, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "gemma4"])
 @spmd(ranks=4)
 def test_images_beside_tp_equal_one_device(mesh, kind):
     assert_step_equal(kind, Degrees(cp=2, tp=2))
