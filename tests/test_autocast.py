@@ -24,8 +24,9 @@ from dtcp.sparse_latent import LightningIndexer, SparseLatentAttention
 from tests.harness.mixer_cases import DOCUMENTS, MEMORY, mixer_cases
 from tests.harness.spmd import spmd
 
-# A LatentAttention on one device is torch's matmul and then an op: of its own test.
-KINDS = tuple(name for name in mixer_cases() if name != "latents")
+LATENTS = ("latents", "picked latents")
+"""On one device these are torch's matmuls beside an op: of their own test."""
+KINDS = tuple(name for name in mixer_cases() if name not in LATENTS)
 
 
 def results(call, leaves, cotangent, *, autocast):
@@ -55,9 +56,10 @@ def test_mixers_compute_in_the_dtypes_they_are_given_under_autocast(kind):
     assert_same_under_autocast(call, [torch.randn(shape) for shape in case.shapes.values()])
 
 
-def test_latents_are_taken_in_the_dtypes_they_are_given_under_autocast():
+@pytest.mark.parametrize("kind", LATENTS)
+def test_latents_are_taken_in_the_dtypes_they_are_given_under_autocast(kind):
     """As on shards, where keys are made inside an op. Backward runs outside, as torch asks."""
-    case = mixer_cases()["latents"]
+    case = mixer_cases()[kind]
     attend = partial(case.mixer, attn_metadata=batch_metadata(case.mixer, DOCUMENTS))
     leaves = [torch.randn(shape, requires_grad=True) for shape in case.shapes.values()]
     out = attend(*leaves)

@@ -27,6 +27,16 @@ def test_every_mixer_on_a_gpu_equals_itself_in_fp64(name, dtype):
 
 
 @pytest.mark.gpu
+def test_picked_latents_of_published_widths_run_on_tritons_kernels():
+    """128 heads of 512 + 64 channels, each gradient against fp64."""
+    from benchmarks.gpu import other_kernels
+
+    (case,) = (x for x in other_kernels.cases("cuda") if x.name == "sparse, picked latents")
+    result = case.run()
+    assert result["right"] and result["kernel"] == "TritonSparseAttention", result
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["llama ring 2 ranks", "qwen3_5 ring 2 ranks"])
 def test_ranks_that_share_a_gpu_equal_one_device(name):
     from benchmarks.gpu import shared

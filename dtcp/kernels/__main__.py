@@ -13,6 +13,7 @@ import torch
 from dtcp.kernels.softmax.backends import BACKENDS, Ability, Backend
 from dtcp.kernels.softmax.calls import CallKind
 from dtcp.kernels.softmax.demand import missing, version_of
+from dtcp.kernels.sparse.blocks import widest_columns
 
 GPUS: Mapping[int, str] = {
     8: "Ampere, Ada",
@@ -21,6 +22,15 @@ GPUS: Mapping[int, str] = {
     12: "RTX Blackwell",
     0: "CPU",
 }
+SPARSE_GPUS: Mapping[str, tuple[int, int]] = {
+    "A100": (8, 163),
+    "L40S, RTX 4090": (8, 99),
+    "H100, H200": (9, 227),
+    "B200": (10, 227),
+    "RTX 5090": (12, 99),
+}
+"""By their names: compute capability, and KiB of shared memory that a block of threads may use."""
+SPARSE_HEAD = ("triton's sparse attention on", "channels in bf16, fp16", "in fp32")
 HEAD = ("backend", "on", "heads", "masks", "packed", "softcap", "bias", "repeats itself", "TFLOP/s")
 
 
@@ -32,6 +42,7 @@ def print_backends(arguments: Sequence[str]) -> int:
     parser.add_argument("--markdown", action="store_true", help="without this machine")
     markdown = parser.parse_args(arguments).markdown
     print(_table(HEAD, [row for backend in BACKENDS for row in _rows(backend)]))
+    print(f"\n{_table(SPARSE_HEAD, [_sparse_row(gpu) for gpu in SPARSE_GPUS])}")
     if not markdown:
         print(f"\n{_table(('backend', 'installed here'), [_here(each) for each in BACKENDS])}")
         print(f"\n{_device()}")
@@ -57,6 +68,12 @@ def _cells(backend: Backend, ability: Ability) -> tuple[str, ...]:
     speed = f"{'' if ability.measured else '~'}{ability.speed}" if ability.speed else ""
     can = (ability.packed, ability.softcap, ability.bias)
     return str(ability.widths), kinds, *("yes" if x else "no" for x in can), repeats, speed
+
+
+def _sparse_row(gpu: str) -> tuple[str, ...]:
+    major, kib = SPARSE_GPUS[gpu]
+    widths = (widest_columns(x, major, kib * 1024) for x in (torch.bfloat16, torch.float32))
+    return gpu, *(f"up to {width}" for width in widths)
 
 
 def _here(backend: Backend) -> tuple[str, str]:

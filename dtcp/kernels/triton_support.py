@@ -49,16 +49,21 @@ def tile_width(x: Tensor, width: int, *, shared: int) -> int:
         x: a tensor on the device in question.
         shared: bytes of shared memory that a thread block uses at the widest heads.
     """
-    return width if _shared_memory(x) >= shared else 2 * width
+    return width if shared_memory(x) >= shared else 2 * width
 
 
-def _shared_memory(x: Tensor) -> int:
+def shared_memory(x: Tensor) -> int:
     """Bytes of shared memory that a thread block may use; without a GPU there is no limit."""
     if not x.is_cuda:
         return sys.maxsize
     # Torch 2.13 has the attribute, but its stubs do not.
     properties = torch.cuda.get_device_properties(x.device)
     return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def capability_major(x: Tensor) -> int:
+    """The GPU's generation: 8 for Ampere, 9 for Hopper, 10 for Blackwell; 0 without a GPU."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
 
 
 @cache

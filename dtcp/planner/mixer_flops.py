@@ -91,7 +91,8 @@ def _sparse(call: Mapping[str, Any], *, backward: bool) -> int:
         entries = entries.clamp(max=selected.shape[-1])
     pairs = int(keys.sum()) + int(entries.sum())
     heads, dim = q.shape[2:]
-    forward = 4 * pairs * heads * dim
+    value_dim = call["out"].shape[-1] if backward else call["value_dim"]
+    forward = 2 * pairs * heads * (dim + value_dim)
     return int(forward * BACKWARD) if backward else forward
 
 

@@ -56,6 +56,7 @@ def sparse_attention(
     sight: Sight,
     *,
     scale: float,
+    value_dim: int | None = None,
 ) -> Tensor:
     """Attend to raw keys inside the window and to entries, in one softmax.
 
@@ -66,10 +67,12 @@ def sparse_attention(
         selected: [B, L, k] int32, which entries each query reads, of `select_entries`: ascending,
             then -1, and all that it sees where they are k or fewer. None: all it sees.
         sink: [H], a score that takes its share and adds nothing.
+        value_dim: V, channels of keys and entries that are values, from the first on; None: all.
     Returns:
-        [B, L, H, D].
+        [B, L, H, V].
     """
-    return _forward(q, keys, entries, selected, sink, list(sight), scale)[0]
+    value_dim = q.shape[-1] if value_dim is None else value_dim
+    return _forward(q, keys, entries, selected, sink, list(sight), scale, value_dim)[0]
 
 
 @local_op("dtcp::sparse_attention")
@@ -81,9 +84,11 @@ def _forward(
     sink: Tensor | None,
     sight: Sequence[Tensor],
     scale: float,
+    value_dim: int,
 ) -> tuple[Tensor, Tensor]:
     LEDGER.record("dtcp::sparse_attention")
-    return sparse_forward(q, SparseKeys(keys, entries, selected, Sight(*sight)), sink, scale)
+    sources = SparseKeys(keys, entries, selected, Sight(*sight), value_dim)
+    return sparse_forward(q, sources, sink, scale)
 
 
 @_forward.register_fake
@@ -95,8 +100,10 @@ def _(
     sink: Tensor | None,
     sight: Sequence[Tensor],
     scale: float,
+    value_dim: int,
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=accumulation(q.dtype))
+    rows = q.shape[:-1]
+    return q.new_empty(*rows, value_dim), q.new_empty(rows, dtype=accumulation(q.dtype))
 
 
 @local_op("dtcp::sparse_attention_backward")
@@ -113,7 +120,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     LEDGER.record("dtcp::sparse_attention_backward")
-    sources = SparseKeys(keys, entries, selected, Sight(*sight))
+    sources = SparseKeys(keys, entries, selected, Sight(*sight), out.shape[-1])
     dq, dkeys, *rest = sparse_backward(grad_out, q, sources, sink, out, lse, scale)
     dentries, dsink = (q.new_empty(0) if x is None else x for x in rest)
     return dq, dkeys.to(keys.dtype), dentries.to(keys.dtype), dsink
@@ -139,7 +146,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, keys, entries, selected, sink, sight, ctx.scale = inputs
+    q, keys, entries, selected, sink, sight, ctx.scale, _ = inputs
     kept = (q, keys, entries, selected, sink, *output)
     ctx.there = [x is not None for x in kept]
     ctx.save_for_backward(*(x for x in kept if x is not None), *sight)
@@ -153,7 +160,7 @@ def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
     dq, dkeys, dentries, dsink = grads
     dentries = None if entries is None else dentries
     dsink = None if sink is None else dsink
-    return dq, dkeys, dentries, None, dsink, [None] * len(kept), None
+    return dq, dkeys, dentries, None, dsink, [None] * len(kept), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

@@ -163,7 +163,7 @@ class SparseLatentAttention(TokenReader, LatentMixer):
         no_keys = entries.new_empty(entries.shape[0], 0, entries.shape[2])
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         sources = (no_keys, entries, selected, None, metadata.sight)
-        out = sparse_attention(absorbed, *sources, scale=scale)[..., : widths.latent]
+        out = sparse_attention(absorbed, *sources, scale=scale, value_dim=widths.latent)
         with without_autocast(q.device):
             return torch.einsum("blhc,hvc->blhv", out, of_values)
 

@@ -46,6 +46,7 @@ GPUS = {
     "b200": Gpu(100, 227 * 1024),
     "a100": Gpu(80, 163 * 1024),
     "rtx": Gpu(89, 99 * 1024),
+    "rtx50": Gpu(120, 99 * 1024),
 }
 
 
@@ -119,13 +120,19 @@ def launch(dtype: torch.dtype, key_dim: int, value_dim: int, softcap: float) -> 
     kernel.attend_backward(GradAccumulators(dq, dk, dv), saved, queries, keys, index, params)
 
 
+def pretend(gpu: NoGpu) -> None:
+    """Let kernels be chosen and compiled for it."""
+    driver.set_active(gpu)
+    triton_support.shared_memory = lambda x: gpu.gpu.shared
+    triton_support.capability_major = lambda x: gpu.gpu.capability // 10
+
+
 def main() -> None:
     for wanted in sys.argv[1:]:
         name, _, shape = wanted.rpartition(":")
         dtype, key_dim, value_dim, *softcap = shape.split(",")
         gpu = NoGpu(GPUS[name or "h100"])
-        driver.set_active(gpu)
-        triton_support._shared_memory = lambda x, gpu=gpu: gpu.gpu.shared
+        pretend(gpu)
         launch(getattr(torch, dtype), int(key_dim), int(value_dim), float(*softcap or (0.0,)))
         kernels = {name: used._asdict() for name, used in gpu.utils.used.items()}
         print(json.dumps({"wanted": wanted, "kernels": kernels}), flush=True)

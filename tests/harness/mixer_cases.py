@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttent
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import AttentionChunks, Causal, SlidingWindow
 from dtcp.softmax.mixer import CrossAttention, LatentAttention, SoftmaxAttention
+from dtcp.sparse_latent import LightningIndexer, SparseLatentAttention
 
 DOCUMENTS = Documents(((70, 1, 120), (200,)), 200)
 MEMORY = Documents(((30, 2, 60), (90,)), 96)
@@ -48,6 +49,12 @@ def mixer_cases() -> dict[str, MixerCase]:
         "key_rotary": (B, S, 16),
         "up": (H, 32 + 32, 64),
     }
+    picked = {
+        "q": (B, S, H, 32 + 64),
+        "latent": (B, S, 512),
+        "key_rotary": (B, S, 64),
+        "up": (H, 32 + 32, 512),
+    }
     cross = {**QKV, "k": (B, M, G, D), "v": (B, M, G, D)}
     forget = {"g": decay, "beta": torch.sigmoid}
     return {
@@ -59,6 +66,7 @@ def mixer_cases() -> dict[str, MixerCase]:
         "score bias": MixerCase(SoftmaxAttention(Causal()), bias),
         "chunks": MixerCase(SoftmaxAttention(Causal() & AttentionChunks(48)), QKV),
         "latents": MixerCase(LatentAttention(Causal()), latent),
+        "picked latents": MixerCase(PickedLatents(), picked),
         "cross attention": MixerCase(CrossAttention(), cross, memory=True),
         "delta rule": MixerCase(
             GatedDeltaRule(), {**STATE, "g": BY_HEAD, "beta": BY_HEAD}, prepared=forget
@@ -72,6 +80,21 @@ def mixer_cases() -> dict[str, MixerCase]:
         "convolution": MixerCase(CausalConv1d(4), {"x": (B, S, 48), "weight": (48, 4)}),
         "experts": MixerCase(Experts(), {"x": (B * S, 64), "weight": (4, 32, 64)}),
     }
+
+
+class PickedLatents(nn.Module):
+    """An indexer that scores by the rotary keys, and attention to the 40 tokens that it picks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.indexer, self.attention = LightningIndexer(40), SparseLatentAttention()
+
+    def forward(
+        self, q: Tensor, latent: Tensor, key_rotary: Tensor, up: Tensor, attn_metadata: Any
+    ) -> Tensor:
+        index_q, weight = q[..., -64:], q[..., 0].sigmoid()
+        selected = self.indexer(index_q, weight, key_rotary, attn_metadata)
+        return self.attention(q, latent, key_rotary, up, selected, attn_metadata)
 
 
 class Experts(nn.Module):

@@ -28,8 +28,8 @@ from dtcp.sparse_latent import SparseLatentAttention, SparseLatentCP
 from tests.harness.interpreter import patch_language_once_a_launch
 
 WINDOW = 5
-ROWS = ((9, 2, 20), (32,))
-"""Documents with borders anywhere, one shorter than a window; the first row ends in padding."""
+FIRST_ROW = (9, 2, 20)
+"""Documents with borders anywhere, one shorter than a window, then padding; a second row is one."""
 
 
 class Case(NamedTuple):
@@ -40,9 +40,10 @@ class Case(NamedTuple):
     dim: int
     sink: bool
     raw_keys: bool = True
+    value_dim: int | None = None  # channels of a key that are its value; None for all
 
 
-HEAD_TAIL, LAST = (HeadTail(32, 2), 1), (Contiguous(32, 4), 3)
+HEAD_TAIL, LAST, ODD = (HeadTail(32, 2), 1), (Contiguous(32, 4), 3), (Contiguous(33, 3), 2)
 CASES = {
     "window": Case(*LAST, None, heads=17, dim=16, sink=False),
     "runs": Case(*HEAD_TAIL, Compression(3), heads=5, dim=24, sink=True),
@@ -51,20 +52,41 @@ CASES = {
         *HEAD_TAIL, Compression(1, selected=7), heads=3, dim=24, sink=False, raw_keys=False
     ),
     "all picked": Case(*LAST, Compression(4, selected=9), heads=3, dim=8, sink=True),
+    "latents": Case(
+        *ODD,
+        Compression(1, selected=18),
+        heads=17,
+        dim=24,
+        sink=False,
+        raw_keys=False,
+        value_dim=19,
+    ),
+    "latents in runs": Case(*ODD, Compression(3), heads=3, dim=49, sink=True, value_dim=17),
 }
 """Blocks have 16 rows and 16 keys, so 17 heads take two blocks, and so do 17 entries."""
+WIDE = Case(
+    *LAST, Compression(1, selected=7), heads=2, dim=576, sink=False, raw_keys=False, value_dim=512
+)
+"""The latents of DeepSeek-V3.2 with their rotary keys."""
 
 
 def dense(
-    q: Tensor, keys: Tensor, entries: Tensor, sink: Tensor, seen: Tensor, scale: float
+    q: Tensor,
+    keys: Tensor,
+    entries: Tensor,
+    sink: Tensor,
+    seen: Tensor,
+    scale: float,
+    value_dim: int,
 ) -> tuple[Tensor, Tensor]:
-    """One softmax over all there is: out [B, L, H, D] and lse [B, L, H]."""
+    """One softmax over all there is: out [B, L, H, V] and lse [B, L, H]."""
     everything = torch.cat((keys, entries), dim=1)
     scores = torch.einsum("blhd,bkd->blhk", q, everything) * scale
     scores = scores.masked_fill(~seen[:, :, None], -inf)
     scores = torch.cat((scores, sink[:, None].expand(*scores.shape[:3], 1)), dim=-1)
     weights = scores.softmax(-1).nan_to_num()[..., :-1]
-    return torch.einsum("blhk,bkd->blhd", weights, everything), scores.logsumexp(-1)
+    values = everything[..., :value_dim]
+    return torch.einsum("blhk,bkd->blhd", weights, values), scores.logsumexp(-1)
 
 
 def chosen_by_index(
@@ -100,7 +122,8 @@ def predicate(first: Tensor, last: Tensor, position: Tensor) -> Tensor:
 
 def errors(case: Case) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
-    coords = Coords.of(Documents(ROWS, 32))
+    length, value_dim = case.layout.seq_len, case.value_dim or case.dim
+    coords = Coords.of(Documents((FIRST_ROW, (length,)), length))
     attn_metadata = metadata_of(case, coords)
     (rows, queries), entries = attn_metadata.first.shape, attn_metadata.closing.shape[1]
     shape = (rows, queries, case.heads, case.dim)
@@ -129,15 +152,16 @@ def errors(case: Case) -> dict[str, float]:
     q, keys = random(*shape), random(rows, seen.shape[-1], case.dim)
     entry_rows, sink = random(rows, entries, case.dim), random(case.heads)
     # Channels adjacent, all else in another order: as a rotation may pass a gradient on.
-    grad = random(*(shape[i] for i in (2, 0, 1, 3))).detach().permute(1, 2, 0, 3)
+    grad = random(case.heads, rows, queries, value_dim).detach().permute(1, 2, 0, 3)
     exact = [x.detach().double().requires_grad_() for x in (q, keys, entry_rows, sink)]
     nothing = torch.full((case.heads,), -inf, dtype=torch.float64)
     sees, scale = torch.cat((seen, in_sight), dim=2), case.dim**-0.5
-    right, right_lse = dense(*exact[:3], exact[3] if case.sink else nothing, sees, scale)
+    sinks = exact[3] if case.sink else nothing
+    right, right_lse = dense(*exact[:3], sinks, sees, scale, value_dim)
     parts = (None if case.kind is None else entry_rows, selected, sink if case.sink else None)
     sight = attn_metadata if isinstance(attn_metadata, Sight) else attn_metadata.sight
-    out = sparse_attention(q, keys, *parts, sight, scale=scale)
-    _, lse = torch.ops.dtcp.sparse_attention(q, keys, *parts, list(sight), scale)
+    out = sparse_attention(q, keys, *parts, sight, scale=scale, value_dim=value_dim)
+    _, lse = torch.ops.dtcp.sparse_attention(q, keys, *parts, list(sight), scale, value_dim)
     result = {"out": relative_error(out, right), "lse": relative_error(lse, right_lse)}
     names = ("q", "keys", "entries", "sink")
     ours = torch.autograd.grad(out, (q, keys, entry_rows, sink), grad, allow_unused=True)
@@ -160,10 +184,17 @@ def relative_error(ours: Tensor, right: Tensor) -> float:
 def main() -> None:
     assert triton_runs_on(torch.empty(0))
     patch_language_once_a_launch()
-    results = {name: errors(case) for name, case in CASES.items()}
+    cases = {**CASES, "published": WIDE}
+    results = {name: errors(case) for name, case in cases.items()}
     print(json.dumps({f"{n}: {k}": v for n, case in results.items() for k, v in case.items()}))
     asked = (triton_kernel, ReferenceSparseAttention(), torch.float32, torch.device("cpu"), 16)
-    faults = {reads.value: fault_of_sparse(*asked, heads=3, reads=reads) for reads in SparseReads}
+    faults = {
+        f"{reads.value}, values of {value_dim}": fault_of_sparse(
+            *asked, value_dim=value_dim, heads=3, reads=reads
+        )
+        for reads in SparseReads
+        for value_dim in (16, 11)
+    }
     print(json.dumps(faults))
 
 

@@ -46,7 +46,7 @@ def test_gathered_keys_on_a_stand_in_equal_the_reference(layout, number):
             (3,),
         )
     )
-    given = SparseKeys(keys, values, selected, metadata.sight)
+    given = SparseKeys(keys, values, selected, metadata.sight, 8)
     assert gathered_places(given).shape[-1] % BLOCK == 0
     ours, right = GatheredFlashAttention(FUNCTIONS), ReferenceSparseAttention()
     for own_sink in (sink, None):
@@ -79,7 +79,7 @@ def test_a_backend_of_gathered_keys_is_held_to_the_reference_before_it_is_used()
 @pytest.mark.parametrize("reads", list(SparseReads))
 def test_a_wrong_gradient_of_a_sparse_kernel_is_found_whatever_it_reads(reads, spoiled):
     asked, right = (torch.bfloat16, CPU, 32), ReferenceSparseAttention()
-    of = {"heads": 4, "reads": reads}
+    of = {"value_dim": 24, "heads": 4, "reads": reads}
     assert fault_of_sparse(lambda: right, right, *asked, **of) is None
     if reads is SparseReads.WINDOW and spoiled == "entries":
         return
@@ -103,7 +103,7 @@ def test_kernels_that_do_not_compile_leave_sparse_attention_to_torch(monkeypatch
         raise NotCompiled("out of resource: shared memory")
 
     monkeypatch.setattr(api, "triton_kernel", compile_it)
-    asked = (torch.bfloat16, CPU, 24, 3, SparseReads.RUNS)
+    asked = (torch.bfloat16, CPU, 24, 24, 3, SparseReads.RUNS)
     fault = api._triton_fault(*asked)
     assert "NotCompiled: out of resource" in fault
     with caplog.at_level("WARNING", "dtcp.kernels"):
@@ -115,14 +115,19 @@ def test_kernels_that_do_not_compile_leave_sparse_attention_to_torch(monkeypatch
 
 
 def test_our_own_kernels_say_what_they_do_not_take(monkeypatch):
-    """DeepSeek-V3.2's latents with their rotary keys have 576 channels."""
+    """DeepSeek-V3.2's latents with their rotary keys, 512 + 64 channels, they do take."""
     torch.use_deterministic_algorithms(False)
     q, keys, _ = sparse_problem(torch.bfloat16, CPU, 512)
     assert "runs on GPUs" in api.refusal_of_triton(q, keys)
     monkeypatch.setattr(api, "triton_runs_on", lambda _: True)
-    monkeypatch.setattr(api, "tile_width", lambda _, width, **__: width)
     assert api.refusal_of_triton(q, keys) is None
-    assert "at most 512" in api.refusal_of_triton(*sparse_problem(torch.bfloat16, CPU, 576)[:2])
+    latents = sparse_problem(torch.bfloat16, CPU, 576, 512)[:2]
+    assert api.refusal_of_triton(*latents) is None
+    reason = api.refusal_of_triton(*sparse_problem(torch.bfloat16, CPU, 576)[:2])
+    assert "at most 576" in reason and "here 1024 + 0" in reason
+    assert "here 512 + 128" in api.refusal_of_triton(
+        *sparse_problem(torch.bfloat16, CPU, 577, 512)[:2]
+    )
     assert "of one dtype" in api.refusal_of_triton(q.float(), keys)
     torch.use_deterministic_algorithms(True)
     assert "bit by bit" in api.refusal_of_triton(q, keys)
@@ -141,6 +146,7 @@ def test_a_backend_of_gathered_keys_says_what_it_does_not_take(monkeypatch):
     q, keys, _ = sparse_problem(torch.bfloat16, CPU, 512)
     assert api.refusal_of_gathered(q, keys) is None
     assert "heads of 512" in api.refusal_of_gathered(q[..., :256], keys)
+    assert "all of them values" in api.refusal_of_gathered(q, keys._replace(value_dim=448))
     assert "selected entries" in api.refusal_of_gathered(q, keys._replace(selected=None))
     assert "bfloat16" in api.refusal_of_gathered(q.float(), keys)
     assert "bfloat16" in api.refusal_of_gathered(q, keys._replace(keys=keys.keys.float()))

@@ -23,6 +23,7 @@ from dtcp.softmax import (
     UlyssesAttention,
 )
 from dtcp.sparse.mixer import CompressedSparseAttention, Compression, Index, Prepool
+from dtcp.sparse_latent import SparseLatentAttention
 
 FP32 = Precision(torch.float32, torch.float32, torch.float32)
 ROWS = Documents(((150, 42, 64), (256,)), 256)
@@ -85,6 +86,22 @@ def test_latents_are_counted_by_the_widths_of_their_heads_and_made_where_they_ar
     backward = sum(each.count * each.backward_flops for x in stated.ranks for each in x.mixers)
     assert forward == layers * (pairs + made)
     assert backward == layers * (pairs * 5 // 2 + 3 * made)
+
+
+def test_picked_latents_are_values_without_their_rotary_keys():
+    heads, content, rotary, latent, number, length = 2, 6, 4, 12, 5, 32
+    mixer = SparseLatentAttention()
+    metadata = batch_metadata(mixer, Documents.single(1, length))
+    selected = torch.full((1, length, number), -1, dtype=torch.int32)
+    widths = ((1, length, heads, content + rotary), (1, length, latent), (1, length, rotary))
+    q, rows, key = (torch.randn(x, requires_grad=True) for x in widths)
+    with Counted() as counted:
+        up = torch.randn(heads, content + 3, latent)
+        mixer(q, rows, key, up, selected, metadata).sum().backward()
+    pairs = sum(min(n, number) for n in range(1, length + 1))
+    forward = 2 * pairs * heads * (latent + rotary + latent)
+    assert counted.by_op["sparse_attention"] == forward
+    assert counted.by_op["sparse_attention_backward"] == forward * 5 // 2
 
 
 @pytest.mark.parametrize("selected", [None, 3])

@@ -14,6 +14,7 @@ from torch import Tensor
 from dtcp.kernels.softmax.backends import HALF, backend_named
 from dtcp.kernels.softmax.demand import missing
 from dtcp.kernels.softmax.libraries.load import functions_of
+from dtcp.kernels.sparse.blocks import Columns, sparse_fit, widest_columns
 from dtcp.kernels.sparse.flash4 import (
     GATHERED_WIDTH,
     MOST_HEADS,
@@ -23,7 +24,7 @@ from dtcp.kernels.sparse.flash4 import (
 from dtcp.kernels.sparse.reference import ReferenceSparseAttention
 from dtcp.kernels.sparse.self_test import SparseReads, fault_of_sparse
 from dtcp.kernels.sparse.types import Sight, SparseGradients, SparseKernel, SparseKeys
-from dtcp.kernels.triton_support import tile_width, triton_runs_on
+from dtcp.kernels.triton_support import capability_major, shared_memory, triton_runs_on
 
 __all__ = [
     "Sight",
@@ -36,10 +37,6 @@ __all__ = [
 ]
 
 LOG = logging.getLogger("dtcp.kernels")
-WIDEST_SPARSE_HEAD = 512
-"""Channels with which a block of rows fits into the registers of a GPU's processor."""
-SPARSE_SHARED_MEMORY = 200 * 1024
-"""Bytes that a thread block uses at that width: an A100 has less."""
 
 
 def sparse_kernel(q: Tensor, keys: SparseKeys) -> SparseKernel:
@@ -52,7 +49,8 @@ def sparse_kernel(q: Tensor, keys: SparseKeys) -> SparseKernel:
         return gathered_kernel()
     reason = refusal_of_triton(q, keys)
     if q.is_cuda:
-        asked = (q.dtype, q.device, q.shape[-1], q.shape[2], SparseReads.of(keys))
+        widths = (q.shape[-1], keys.value_dim)
+        asked = (q.dtype, q.device, *widths, q.shape[2], SparseReads.of(keys))
         reason = reason or _triton_fault(*asked)
         if reason is not None:
             _say_plain_torch(q.dtype, q.shape[-1], reason)
@@ -67,10 +65,12 @@ def refusal_of_triton(q: Tensor, keys: SparseKeys) -> str | None:
         reason = "runs on GPUs from Ampere on, in fp32, fp16 and bf16"
     elif len(dtypes) > 1:
         reason = f"takes q, keys and entries of one dtype, not of {len(dtypes)}"
-    elif tile_width(q, q.shape[-1], shared=SPARSE_SHARED_MEMORY) > WIDEST_SPARSE_HEAD:
+    elif sparse_fit(q, keys.value_dim) is None:
+        columns = Columns.of(q.shape[-1], keys.value_dim)
+        widest = widest_columns(q.dtype, capability_major(q), shared_memory(q))
         reason = (
-            f"takes heads of at most {WIDEST_SPARSE_HEAD}, of half as many channels on GPUs with "
-            f"less shared memory than an H100"
+            f"takes at most {widest} channels in this dtype on this GPU, those of values and those "
+            f"behind them rounded up to powers of two, here {columns.values} + {columns.others}"
         )
     elif keys.selected is not None and torch.are_deterministic_algorithms_enabled():
         reason = "does not repeat itself bit by bit, which torch was asked for"
@@ -90,8 +90,8 @@ def _gathered_refusal(q: Tensor, keys: SparseKeys) -> str | None:
 def refusal_of_gathered(q: Tensor, keys: SparseKeys) -> str | None:
     """What of these tensors gathered keys do not do."""
     reason = None
-    if q.shape[-1] != GATHERED_WIDTH or q.shape[2] > MOST_HEADS:
-        reason = f"takes heads of {GATHERED_WIDTH}, at most {MOST_HEADS}"
+    if {q.shape[-1], keys.value_dim} != {GATHERED_WIDTH} or q.shape[2] > MOST_HEADS:
+        reason = f"takes heads of {GATHERED_WIDTH}, all of them values, at most {MOST_HEADS}"
     elif keys.selected is None or keys.entries is None:
         reason = "takes selected entries only"
     elif q.dtype not in HALF or not q.dtype == keys.keys.dtype == keys.entries.dtype:
@@ -111,11 +111,24 @@ def triton_kernel() -> SparseKernel:
 
 @cache
 def _triton_fault(
-    dtype: torch.dtype, device: torch.device, width: int, heads: int, reads: SparseReads
+    dtype: torch.dtype,
+    device: torch.device,
+    width: int,
+    value_dim: int,
+    heads: int,
+    reads: SparseReads,
 ) -> str | None:
     """What is wrong with their results on this device, found at their first use."""
-    reference = ReferenceSparseAttention()
-    return fault_of_sparse(triton_kernel, reference, dtype, device, width, heads=heads, reads=reads)
+    return fault_of_sparse(
+        triton_kernel,
+        ReferenceSparseAttention(),
+        dtype,
+        device,
+        width,
+        value_dim=value_dim,
+        heads=heads,
+        reads=reads,
+    )
 
 
 @cache
@@ -157,7 +170,7 @@ def _say_refusal(reason: str | None) -> None:
 def sparse_forward(
     q: Tensor, keys: SparseKeys, sink: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend all queries: out [B, L, H, D] in q's dtype, and lse [B, L, H]."""
+    """Attend all queries: out [B, L, H, V] in q's dtype, and lse [B, L, H]."""
     return sparse_kernel(q, keys).forward(q, keys, sink, scale)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dtcp.kernels.dtypes import accumulation
-from dtcp.kernels.sparse.indexer import visible
+from dtcp.kernels.sparse.index_kernel import visible
 from dtcp.kernels.sparse.types import SparseGradients, SparseKeys
 
 MAX_TILE_SCORES = 2**24
@@ -27,7 +27,8 @@ class ReferenceSparseAttention:
         self, q: Tensor, keys: SparseKeys, sink: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         wide = accumulation(q.dtype)
-        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=wide)
+        out = q.new_empty(*q.shape[:-1], keys.value_dim)
+        lse = q.new_empty(q.shape[:-1], dtype=wide)
         sink = None if sink is None else sink.to(wide)
         for tile in _tiles(keys, q.shape[0], q.shape[2]):
             rows = (tile.row, tile.queries)
@@ -105,6 +106,7 @@ class _TileKeys(NamedTuple):
     hidden: Tensor  # [Q, 1, K] bool, True where a query does not see a shared key
     own: Tensor | None  # [Q, k, D]
     own_hidden: Tensor | None  # [Q, 1, k] bool
+    value_dim: int  # channels of a key that are its value
 
 
 def _tile_keys(keys: SparseKeys, tile: _Tile, dtype: torch.dtype) -> _TileKeys:
@@ -114,15 +116,16 @@ def _tile_keys(keys: SparseKeys, tile: _Tile, dtype: torch.dtype) -> _TileKeys:
     hidden = ~visible(first, last, token_index)
     shared = keys.keys[row, tile.keys].to(dtype)
     if keys.entries is None or tile.entries.start == tile.entries.stop:
-        return _TileKeys(shared, hidden[:, None], None, None)
+        return _TileKeys(shared, hidden[:, None], None, None, keys.value_dim)
     if tile.has_selection:
         places = _selected(keys, tile)
         own = keys.entries[row].index_select(0, places.clamp(min=0).flatten()).to(dtype)
         own = own.view(*places.shape, -1)
-        return _TileKeys(shared, hidden[:, None], own, (places < 0)[:, None])
+        return _TileKeys(shared, hidden[:, None], own, (places < 0)[:, None], keys.value_dim)
     seen = visible(sight.first[row, tile.queries], last, sight.closing[row, tile.entries])
     shared = torch.cat((shared, keys.entries[row, tile.entries].to(dtype)))
-    return _TileKeys(shared, torch.cat((hidden, ~seen), dim=1)[:, None], None, None)
+    hidden = torch.cat((hidden, ~seen), dim=1)[:, None]
+    return _TileKeys(shared, hidden, None, None, keys.value_dim)
 
 
 def _selected(keys: SparseKeys, tile: _Tile) -> Tensor:
@@ -134,12 +137,12 @@ def _selected(keys: SparseKeys, tile: _Tile) -> Tensor:
 def _attend_tile(
     q: Tensor, keys: _TileKeys, sink: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend the queries [Q, H, D] of a tile: out [Q, H, D] and lse [Q, H], sink included."""
+    """Attend the queries [Q, H, D] of a tile: out [Q, H, V] and lse [Q, H], sink included."""
     weights, lse = _weights(q, keys, sink, None, scale)
-    out = weights[0].flatten(0, 1) @ keys.shared
-    out = out.view(q.shape)
+    out = weights[0].flatten(0, 1) @ keys.shared[:, : keys.value_dim]
+    out = out.view(*q.shape[:-1], keys.value_dim)
     if keys.own is not None:
-        out = out.baddbmm_(weights[1], keys.own)
+        out = out.baddbmm_(weights[1], keys.own[..., : keys.value_dim])
     return out, lse
 
 
@@ -155,16 +158,20 @@ def _attend_tile_backward(
     """Gradients of one tile; delta [Q, H] is the sum of grad_out * out over channels."""
     weights, _ = _weights(q, keys, None, lse, scale)
     flat_q, flat_grad = q.flatten(0, 1), grad_out.flatten(0, 1)
-    d_weights = (flat_grad @ keys.shared.mT).view(weights[0].shape)
+    values = keys.value_dim
+    d_weights = (flat_grad @ keys.shared[:, :values].mT).view(weights[0].shape)
     d_scores = weights[0] * (d_weights - delta[..., None]) * scale
     dq = (d_scores.flatten(0, 1) @ keys.shared).view(q.shape)
     # A key is a value too: its gradient has a part from the scores and one from the output.
-    dshared = d_scores.flatten(0, 1).mT @ flat_q + weights[0].flatten(0, 1).mT @ flat_grad
+    dshared = d_scores.flatten(0, 1).mT @ flat_q
+    dshared[:, :values] += weights[0].flatten(0, 1).mT @ flat_grad
     if keys.own is None:
         return _TileGradients(dq, dshared, None)
-    d_scores = weights[1] * (grad_out @ keys.own.mT - delta[..., None]) * scale
-    dq = dq.baddbmm_(d_scores, keys.own)
-    return _TileGradients(dq, dshared, d_scores.mT @ q + weights[1].mT @ grad_out)
+    d_weights = grad_out @ keys.own[..., :values].mT
+    d_scores = weights[1] * (d_weights - delta[..., None]) * scale
+    dq, down = dq.baddbmm_(d_scores, keys.own), d_scores.mT @ q
+    down[..., :values] += weights[1].mT @ grad_out
+    return _TileGradients(dq, dshared, down)
 
 
 def _weights(

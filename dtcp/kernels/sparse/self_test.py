@@ -37,13 +37,19 @@ def fault_of_sparse(
     device: torch.device,
     width: int,
     *,
+    value_dim: int | None = None,
     heads: int = HEADS,
     reads: SparseReads = SparseReads.SELECTED,
 ) -> str | None:
-    """What is wrong with the results of a kernel, in a few words; None if they are right."""
+    """What is wrong with the results of a kernel, in a few words; None if they are right.
+
+    Args:
+        value_dim: channels of the width that are values; None for all.
+    """
 
     def check() -> str | None:
-        problem = sparse_problem(dtype, device, width, heads=heads, reads=reads)
+        widths = (width, value_dim)
+        problem = sparse_problem(dtype, device, *widths, heads=heads, reads=reads)
         return excess(reads.value, _errors(make_kernel(), reference, *problem))
 
     return fault_in(check, device)
@@ -53,6 +59,7 @@ def sparse_problem(
     dtype: torch.dtype,
     device: torch.device,
     width: int,
+    value_dim: int | None = None,
     *,
     heads: int = HEADS,
     reads: SparseReads = SparseReads.SELECTED,
@@ -65,9 +72,8 @@ def sparse_problem(
         for shape in ((1, QUERIES, heads, width), (1, QUERIES, width), (1, ENTRIES, width))
     )
     selected = _selected(device) if reads is SparseReads.SELECTED else None
-    has_entries = reads is not SparseReads.WINDOW
-    given = SparseKeys(keys, entries if has_entries else None, selected, _sight(reads, device))
-    return q, given, noise(heads)
+    read = (None if reads is SparseReads.WINDOW else entries, selected, _sight(reads, device))
+    return q, SparseKeys(keys, *read, value_dim or width), noise(heads)
 
 
 def _selected(device: torch.device) -> Tensor:
@@ -101,7 +107,7 @@ def _errors(
     scale, dtype, device = q.shape[-1] ** -0.5, q.dtype, q.device
     right_out, right_lse = truth.forward(q, keys, sink, scale)
     generator = torch.Generator(device).manual_seed(1)
-    grad_out = torch.randn(q.shape, generator=generator, device=device).to(dtype)
+    grad_out = torch.randn(right_out.shape, generator=generator, device=device).to(dtype)
     saved = (grad_out, q, keys, sink, right_out, right_lse, scale)
     out, lse = kernel.forward(q, keys, sink, scale)
     ours, right = kernel.backward(*saved), truth.backward(*saved)

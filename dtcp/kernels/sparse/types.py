@@ -1,6 +1,7 @@
 """The tensors that sparse attention reads, by name, and the contract of a backend.
 
-Keys are values too (K = V), and all query heads share the one head of keys.
+Keys are values too, or their first channels are (a latent and its rotary key), and all query heads
+share the one head of keys.
 """
 
 from typing import NamedTuple, Protocol
@@ -39,6 +40,7 @@ class SparseKeys(NamedTuple):
     entries: Tensor | None  # [B, P, D], in ascending order
     selected: Tensor | None  # [B, L, k] int32, ascending places of entries, then -1
     sight: Sight
+    value_dim: int  # V, the channels of a key that are its value, from the first on
 
 
 class SparseGradients(NamedTuple):
@@ -56,7 +58,7 @@ class SparseKernel(Protocol):
     def forward(
         self, q: Tensor, keys: SparseKeys, sink: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """out [B, L, H, D] in q's dtype, and lse [B, L, H]; q is [B, L, H, D], the sink [H]."""
+        """out [B, L, H, V] in q's dtype, and lse [B, L, H]; q is [B, L, H, D], the sink [H]."""
 
     def backward(
         self,

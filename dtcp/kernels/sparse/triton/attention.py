@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dtcp.kernels.sparse.blocks import BlockConfig, Columns, SparseBlocks, sparse_fit
 from dtcp.kernels.sparse.triton.backward import (
     SavedOperands,
     selected_gradient_kernel,
@@ -38,38 +39,15 @@ LEAST_READERS = 16
 """Queries per split, at least."""
 
 
-class BlockConfig(NamedTuple):
-    """Rows (queries times heads) and keys that a program holds, and how Triton runs it."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-class SparseBlocks(NamedTuple):
-    """The blocks of each kernel."""
-
-    forward: BlockConfig
-    query_gradients: BlockConfig
-    key_gradients: BlockConfig
-
-
-def sparse_blocks(dtype: torch.dtype) -> SparseBlocks:
-    """Blocks that fit into a GPU, where sparse_kernel says so; registers: docs/decisions.md."""
-    if dtype == torch.float32:
-        return SparseBlocks(*(BlockConfig(16, 16, 8, 1),) * 3)
-    by_queries = BlockConfig(64, 32, 8, 2)
-    return SparseBlocks(by_queries, by_queries, BlockConfig(32, 64, 8, 2))
-
-
 class SparseLaunch(NamedTuple):
     """The inputs of a call as kernels take them."""
 
     operands: SparseOperands
     sizes: SparseSizes
+    blocks: SparseBlocks
     batch: int
     dim: int
+    value_dim: int
     has_sink: bool
     has_entries: bool
     has_selection: bool
@@ -84,11 +62,15 @@ class SparseLaunch(NamedTuple):
         selected = sight.closing if keys.selected is None else keys.selected.contiguous()
         num_selected = selected.shape[-1] if has_selection else 0
         batch, length, heads, dim = q.shape
+        fit = sparse_fit(q, keys.value_dim)
+        assert fit is not None, "api.py leaves what does not fit to plain torch"
         return cls(
             SparseOperands(raw, entries, selected, *runs),
             SparseSizes(length, heads, raw.shape[1], number, num_selected),
+            fit.blocks,
             batch,
             dim,
+            keys.value_dim,
             sink is not None,
             number > 0,
             has_selection,
@@ -98,11 +80,11 @@ class SparseLaunch(NamedTuple):
         """What a kernel is compiled for; with a selection, a block of rows is of one query."""
         heads = min(block.rows, triton.next_power_of_2(self.sizes.heads))
         heads = block.rows if selection else heads
-        channels = max(16, triton.next_power_of_2(self.dim))
         # fp32 as three products on tensor cores, which keep all of its digits but the last.
         precision = "tf32x3" if dtype == torch.float32 else "ieee"
         reads = (self.has_sink, self.has_entries, self.has_selection)
-        sizes = (heads, block.rows, block.keys, self.dim, channels)
+        columns = Columns.of(self.dim, self.value_dim)
+        sizes = (heads, block.rows, block.keys, self.dim, self.value_dim, *columns)
         return BlockShape(*(tl.constexpr(x) for x in (*sizes, *reads, precision)))
 
     def grid(self, shape: BlockShape) -> tuple[int, int]:
@@ -118,9 +100,10 @@ class TritonSparseAttention:
     def forward(
         self, q: Tensor, keys: SparseKeys, sink: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        launch, block = SparseLaunch.of(q, keys, sink), sparse_blocks(q.dtype).forward
+        launch = SparseLaunch.of(q, keys, sink)
+        block = launch.blocks.forward
         shape = launch.shape(block, dtype=q.dtype, selection=launch.has_selection)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = q.new_empty(*q.shape[:-1], launch.value_dim)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
         with torch.cuda.device_of(q):
             sparse_forward_kernel[launch.grid(shape)](
@@ -147,7 +130,8 @@ class TritonSparseAttention:
         lse: Tensor,
         scale: float,
     ) -> SparseGradients:
-        launch, block = SparseLaunch.of(q, keys, sink), sparse_blocks(q.dtype).query_gradients
+        launch = SparseLaunch.of(q, keys, sink)
+        block = launch.blocks.query_gradients
         shape = launch.shape(block, dtype=q.dtype, selection=launch.has_selection)
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         saved = SavedOperands(head_rows(q), head_rows(grad_out), lse, torch.empty_like(lse))
@@ -182,7 +166,7 @@ def _entry_gradients(
     if not launch.has_selection:
         return _run_gradients(saved, launch, readers, entries, scale)
     dentries = torch.zeros(entries.shape, dtype=torch.float32, device=entries.device)
-    block = sparse_blocks(entries.dtype).key_gradients
+    block = launch.blocks.key_gradients
     blocks = triton.cdiv(launch.sizes.selected, block.keys)
     selected_gradient_kernel[launch.sizes.queries, blocks, launch.batch](
         saved,
@@ -202,7 +186,7 @@ def _run_gradients(
 ) -> Tensor:
     """Gradients of keys, or of entries, that are read in runs: [B, K, D] fp32."""
     batch, number, _ = keys.shape
-    block = sparse_blocks(keys.dtype).key_gradients
+    block = launch.blocks.key_gradients
     blocks = triton.cdiv(number, block.keys)
     most = launch.sizes.queries // LEAST_READERS
     splits = max(1, min(PROGRAMS // max(1, blocks * batch), most))

@@ -1,6 +1,7 @@
 """Sparse attention in Triton, backward: queries walk over their keys, keys over their readers.
 
-Weights are recomputed from the lse. A key is a value too, so its gradient has two parts.
+Weights are recomputed from the lse. A key's first channels are its value too, and their gradient
+has two parts.
 
 From Dao 2023, FlashAttention-2, section 3.1.2, https://arxiv.org/abs/2307.08691
 """
@@ -11,11 +12,15 @@ import triton
 import triton.language as tl
 
 from dtcp.kernels.sparse.triton.forward import (
+    add_products,
     load_channels,
-    load_rows,
     load_runs,
+    load_values,
+    multiply,
+    no_sums,
     result_offsets,
     row_block,
+    row_offsets,
     store_channels,
     walk,
 )
@@ -36,27 +41,28 @@ def sparse_query_gradient_kernel(saved, out, operands, dq, sizes, scale, shape: 
     """Grid: (blocks of rows, B). Writes dq [B, L, H, D], and delta for the other kernels."""
     rows = row_block(tl.program_id(0), tl.program_id(1).to(tl.int64), sizes, shape)
     start, offsets = result_offsets(rows, sizes)
-    outs = load_channels(out + start * shape.dim, offsets * shape.dim, rows.real, shape)
-    grads = load_rows(saved.grad_out, rows, shape).to(tl.float32)
-    delta = tl.sum(grads * outs.to(tl.float32), 1)
+    width = shape.value_dim
+    outs = load_values(out + start * width, offsets * width, rows.real, shape)
+    grad_start, grad_offsets = row_offsets(saved.grad_out, rows)
+    grads = load_values(saved.grad_out.pointer + grad_start, grad_offsets, rows.real, shape)
+    delta = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
     tl.store(saved.delta + start + offsets, delta, mask=rows.real)
     lse = _lse_in_log2(tl.load(saved.lse + start + offsets, mask=rows.real, other=0.0))
     inputs = (_load_interleaved(saved, rows, shape), lse, delta, scale * LOG2_E)
-    sums = tl.zeros([shape.rows, shape.channels], tl.float32)
-    sums = walk(_add_keys, inputs, sums, rows, operands, sizes, shape)
-    store_channels(dq + start * shape.dim, offsets * shape.dim, sums * scale, rows.real, shape)
+    sums = walk(_add_keys, inputs, no_sums(shape.rows, shape), rows, operands, sizes, shape)
+    sums = (sums[0] * scale, sums[1] * scale)
+    store_channels(dq + start * shape.dim, offsets * shape.dim, sums, rows.real, shape)
 
 
 @triton.jit
 def _add_keys(inputs, k, seen, sums, shape: tl.constexpr):
     """dq / scale, with the share of one more block of keys."""
     both, lse, delta, scale = inputs
-    products = tl.dot(both, tl.trans(k), input_precision=shape.precision)
+    products = multiply(both, k, shape)
     products = tl.permute(tl.reshape(products, (shape.rows, 2, shape.keys)), (0, 2, 1))
     scores, d_weights = tl.split(products)
     weights = tl.exp2(tl.where(seen, scores * scale, float("-inf")) - lse[:, None])
-    d_scores = weights * (d_weights - delta[:, None])
-    return tl.dot(d_scores.to(k.dtype), k, acc=sums, input_precision=shape.precision)
+    return add_products(sums, weights * (d_weights - delta[:, None]), k, shape)
 
 
 @triton.jit
@@ -77,7 +83,7 @@ def sparse_key_gradient_kernel(saved, keys, readers, dkeys, sizes, scale, shape:
     blocks = tl.cdiv(high, queries) - begin
     since = begin + blocks * split // tl.num_programs(1)
     until = begin + blocks * (split + 1) // tl.num_programs(1)
-    sums = tl.zeros([shape.keys, shape.channels], tl.float32)
+    sums = no_sums(shape.keys, shape)
     for block in range(since * parts, until * parts):
         rows = row_block(block, batch, sizes, shape)
         reader = tl.where(rows.real, rows.query.to(tl.int32) + rows.query_offset, -1)
@@ -98,20 +104,31 @@ def selected_gradient_kernel(saved, operands, dentries, sizes, scale, shape: tl.
     run = operands.entry_run + token * 2
     number = tl.minimum(sizes.selected, tl.load(run + 1) - tl.load(run))
     if first < number:
-        n, c = tl.arange(0, shape.keys), tl.arange(0, shape.channels)
+        n = tl.arange(0, shape.keys)
         selected = operands.selected + token * sizes.selected + first
         place = tl.load(selected + n, mask=n < number - first, other=-1).to(tl.int64)
         start = batch * sizes.entries * shape.dim
         k = load_channels(operands.entries + start, place * shape.dim, place >= 0, shape)
         parts = tl.cdiv(sizes.heads, shape.heads)
-        sums = tl.zeros([shape.keys, shape.channels], tl.float32)
+        sums = no_sums(shape.keys, shape)
         for block in range(query * parts, (query + 1) * parts):
             rows = row_block(block, batch, sizes, shape)
             seen = (place >= 0)[:, None] & rows.real[None, :]
             sums = _add_readers(saved, k, rows, seen, sums, sizes, scale, shape)
-        mask = (place >= 0)[:, None] & (c < shape.dim)[None, :]
-        offsets = place[:, None] * shape.dim + c[None, :]
-        tl.atomic_add(dentries + start + offsets, sums, mask=mask, sem="relaxed")
+        _add_channels(dentries + start, place * shape.dim, sums, place >= 0, shape)
+
+
+@triton.jit
+def _add_channels(x, offsets, parts, mask, shape: tl.constexpr):
+    """Add to all channels at x + offsets, but where masked, whoever else does."""
+    values, others = parts
+    c = tl.arange(0, shape.channels)
+    where = mask[:, None] & (c < shape.value_dim)[None, :]
+    tl.atomic_add(x + offsets[:, None] + c[None, :], values, mask=where, sem="relaxed")
+    if shape.others > 0:
+        c = shape.value_dim + tl.arange(0, shape.others)
+        where = mask[:, None] & (c < shape.dim)[None, :]
+        tl.atomic_add(x + offsets[:, None] + c[None, :], others, mask=where, sem="relaxed")
 
 
 @triton.jit
@@ -125,18 +142,21 @@ def _add_readers(saved, k, rows, seen, sums, sizes, scale, shape: tl.constexpr):
     lse = _lse_in_log2(tl.load(saved.lse + start + offsets, mask=rows.real, other=0.0))
     delta = tl.load(saved.delta + start + offsets, mask=rows.real, other=0.0)
     both = _load_interleaved(saved, rows, shape)
-    products = tl.dot(k, tl.trans(both), input_precision=shape.precision)
+    products = multiply(k, both, shape)
     scores, d_weights = tl.split(tl.reshape(products, (shape.keys, shape.rows, 2)))
     scores = tl.where(seen, scores * (scale * LOG2_E), float("-inf"))
     weights = tl.exp2(scores - lse[None, :])
     d_scores = weights * (d_weights - delta[None, :]) * scale
     factors = tl.reshape(tl.join(d_scores, weights), (shape.keys, 2 * shape.rows))
-    return tl.dot(factors.to(k.dtype), both, acc=sums, input_precision=shape.precision)
+    return add_products(sums, factors, both, shape)
 
 
 @triton.jit
 def _load_interleaved(saved, rows, shape: tl.constexpr):
-    """Row 2 i is row i of q, row 2 i + 1 is row i of grad_out: [2 rows, channels]."""
+    """Row 2 i is row i of q, row 2 i + 1 is row i of grad_out, 0 in the channels that it has not.
+
+    In two parts: [2 rows, channels] and, if there are other channels, [2 rows, others].
+    """
     m = tl.arange(0, 2 * shape.rows)
     query_offset, head_offset = m // 2 // shape.heads, m // 2 % shape.heads
     real = tl.reshape(tl.join(rows.real, rows.real), (2 * shape.rows,))
@@ -144,7 +164,14 @@ def _load_interleaved(saved, rows, shape: tl.constexpr):
     grad = _row_pointers(saved.grad_out, rows, query_offset, head_offset)
     c = tl.arange(0, shape.channels)
     pointers = tl.where(m % 2 == 1, grad, q)[:, None] + c[None, :]
-    return tl.load(pointers, mask=real[:, None] & (c < shape.dim)[None, :], other=0.0)
+    mask = real[:, None] & (c < shape.value_dim)[None, :]
+    values = tl.load(pointers, mask=mask, other=0.0)
+    if shape.others == 0:
+        return values, tl.cast(0.0, values.dtype)
+    else:
+        c = shape.value_dim + tl.arange(0, shape.others)
+        mask = (real & (m % 2 == 0))[:, None] & (c < shape.dim)[None, :]
+        return values, tl.load(q[:, None] + c[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

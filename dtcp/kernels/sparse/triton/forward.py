@@ -4,6 +4,10 @@ A block of rows is some heads of one query, or of a few queries where heads are 
 the one head of keys, which makes the products matrix products. Runs of keys are read in order;
 selected entries are gathered as they are read.
 
+The first channels of a key are its value. Where there are more (a latent's rotary key), these are
+a second, narrow matrix: what is summed is as wide as the value, and 576 channels are 512 + 64 and
+not 1,024.
+
 Scores are in units of log 2. Where a block starts is one int64 number, and places in it are
 int32: that saves registers.
 """
@@ -53,13 +57,15 @@ class SparseSizes(NamedTuple):
 
 
 class BlockShape(NamedTuple):
-    """What a kernel is compiled for; all sizes but `dim` are powers of two."""
+    """What a kernel is compiled for; all sizes but the two `dim` are powers of two."""
 
     heads: Any  # of one query, in a block of rows
     rows: Any
     keys: Any
-    dim: Any
-    channels: Any  # columns that hold dim
+    dim: Any  # of a query and a key
+    value_dim: Any  # of them, from the first on, those of a value
+    channels: Any  # columns that hold value_dim
+    others: Any  # columns that hold the rest of dim; 0 where there is none
     has_sink: Any
     has_entries: Any
     has_selection: Any
@@ -90,27 +96,85 @@ def row_block(block, batch, sizes, shape: tl.constexpr):
 
 
 @triton.jit
-def load_channels(x, offsets, mask, shape: tl.constexpr):
-    """The channels at x + offsets: [len(offsets), channels], zeros where masked."""
+def load_values(x, offsets, mask, shape: tl.constexpr):
+    """The channels of values at x + offsets: [len(offsets), channels], zeros where masked."""
     c = tl.arange(0, shape.channels)
-    mask = mask[:, None] & (c < shape.dim)[None, :]
+    mask = mask[:, None] & (c < shape.value_dim)[None, :]
     return tl.load(x + offsets[:, None] + c[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_channels(x, offsets, values, mask, shape: tl.constexpr):
+def load_others(x, offsets, mask, shape: tl.constexpr):
+    """The channels behind those of values: [len(offsets), others]; a number if there are none."""
+    if shape.others == 0:
+        return tl.cast(0.0, x.dtype.element_ty)
+    else:
+        c = shape.value_dim + tl.arange(0, shape.others)
+        mask = mask[:, None] & (c < shape.dim)[None, :]
+        return tl.load(x + offsets[:, None] + c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_channels(x, offsets, mask, shape: tl.constexpr):
+    """All channels at x + offsets, in two parts: values, and the others."""
+    values = load_values(x, offsets, mask, shape)
+    return values, load_others(x, offsets, mask, shape)
+
+
+@triton.jit
+def store_values(x, offsets, values, mask, shape: tl.constexpr):
     """Write values [len(offsets), channels] at x + offsets, but where masked."""
     c = tl.arange(0, shape.channels)
-    mask = mask[:, None] & (c < shape.dim)[None, :]
+    mask = mask[:, None] & (c < shape.value_dim)[None, :]
     tl.store(x + offsets[:, None] + c[None, :], values.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_rows(x, rows, shape: tl.constexpr):
-    """The channels of a block of rows of x [B, L, H, D]: [rows, channels]."""
+def store_channels(x, offsets, parts, mask, shape: tl.constexpr):
+    """Write all channels at x + offsets, but where masked."""
+    values, others = parts
+    store_values(x, offsets, values, mask, shape)
+    if shape.others > 0:
+        c = shape.value_dim + tl.arange(0, shape.others)
+        mask = mask[:, None] & (c < shape.dim)[None, :]
+        tl.store(x + offsets[:, None] + c[None, :], others.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def no_sums(NUMBER: tl.constexpr, shape: tl.constexpr):
+    """Zeros of all channels, fp32: [NUMBER, channels], and [NUMBER, others] if there are any."""
+    values = tl.zeros([NUMBER, shape.channels], tl.float32)
+    if shape.others == 0:
+        return values, tl.cast(0.0, tl.float32)
+    else:
+        return values, tl.zeros([NUMBER, shape.others], tl.float32)
+
+
+@triton.jit
+def multiply(a, b, shape: tl.constexpr):
+    """Products of rows with rows, over all channels: a @ b^T, both in two parts."""
+    products = tl.dot(a[0], tl.trans(b[0]), input_precision=shape.precision)
+    if shape.others > 0:
+        products = tl.dot(a[1], tl.trans(b[1]), acc=products, input_precision=shape.precision)
+    return products
+
+
+@triton.jit
+def add_products(sums, factors, rows, shape: tl.constexpr):
+    """sums + factors @ rows, over all channels; sums and rows in two parts."""
+    factors = factors.to(rows[0].dtype)
+    values, others = sums
+    values = tl.dot(factors, rows[0], acc=values, input_precision=shape.precision)
+    if shape.others > 0:
+        others = tl.dot(factors, rows[1], acc=others, input_precision=shape.precision)
+    return values, others
+
+
+@triton.jit
+def row_offsets(x, rows):
+    """Where a block of rows of x [B, L, H, D] starts, and each row's offset from it."""
     start = rows.batch * x.strides[0] + rows.query * x.strides[1] + rows.head * x.strides[2]
-    offsets = rows.query_offset * x.strides[1] + rows.head_offset * x.strides[2]
-    return load_channels(x.pointer + start, offsets, rows.real, shape)
+    return start, rows.query_offset * x.strides[1] + rows.head_offset * x.strides[2]
 
 
 @triton.jit
@@ -189,36 +253,38 @@ def _walk_selected(
 
 @triton.jit
 def sparse_forward_kernel(q, sink, operands, out, lse, sizes, scale, shape: tl.constexpr):
-    """Grid: (blocks of rows, B). Writes out [B, L, H, D] and lse [B, L, H]."""
+    """Grid: (blocks of rows, B). Writes out [B, L, H, V] and lse [B, L, H]."""
     rows = row_block(tl.program_id(0), tl.program_id(1).to(tl.int64), sizes, shape)
     total = tl.zeros([shape.rows], tl.float32)
     peak = total - float("inf")
     if shape.has_sink:
         peak = tl.load(sink + rows.head + rows.head_offset, mask=rows.real, other=0.0) * LOG2_E
         total += 1.0
-    inputs = (load_rows(q, rows, shape), scale * LOG2_E)
+    start, offsets = row_offsets(q, rows)
+    inputs = (load_channels(q.pointer + start, offsets, rows.real, shape), scale * LOG2_E)
     state = (tl.zeros([shape.rows, shape.channels], tl.float32), peak, total)
     sums, peak, total = walk(_attend_block, inputs, state, rows, operands, sizes, shape)
     start, offsets = result_offsets(rows, sizes)
     blind = total == 0.0
     total = tl.where(blind, 1.0, total)
     means = sums / total[:, None]
-    store_channels(out + start * shape.dim, offsets * shape.dim, means, rows.real, shape)
+    width = shape.value_dim
+    store_values(out + start * width, offsets * width, means, rows.real, shape)
     tl.store(lse + start + offsets, (peak + tl.log2(total)) / LOG2_E, mask=rows.real)
 
 
 @triton.jit
 def _attend_block(inputs, k, seen, state, shape: tl.constexpr):
-    """One step of the online softmax; keys are the values too."""
+    """One step of the online softmax; the first channels of keys are the values too."""
     q, scale = inputs
     sums, peak, total = state
-    scores = tl.dot(q, tl.trans(k), input_precision=shape.precision) * scale
-    scores = tl.where(seen, scores, float("-inf"))
+    scores = tl.where(seen, multiply(q, k, shape) * scale, float("-inf"))
     higher = tl.maximum(peak, tl.max(scores, 1))
     # Rows that have seen nothing yet keep weight 0, where -inf - -inf would be NaN.
     anchor = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(scores - anchor[:, None])
     rescale = tl.exp2(peak - anchor)
     sums = sums * rescale[:, None]
-    sums = tl.dot(weights.to(k.dtype), k, acc=sums, input_precision=shape.precision)
+    values = k[0]
+    sums = tl.dot(weights.to(values.dtype), values, acc=sums, input_precision=shape.precision)
     return sums, higher, total * rescale + tl.sum(weights, 1)
