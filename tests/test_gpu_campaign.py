@@ -15,6 +15,7 @@ import torch
 from benchmarks.gpu import __main__ as campaign
 from benchmarks.gpu import (
     kernels,
+    latents,
     other_kernels,
     overlap,
     problems,
@@ -457,6 +458,13 @@ def test_the_campaign_holds_kernels_of_other_mixers_to_the_reference():
     for case in other_kernels.cases("cpu", length=96):
         result = case.run()
         assert result["right"] and result["kernel"], (case.name, result)
+
+
+def test_the_campaign_times_picked_latents_and_their_indexer():
+    result = latents.picked_latents("cpu", 256, latents.LatentSizes(2, 24, 8, 2, 16, 20), 4)()
+    assert result["kernel"] == "ReferenceSparseAttention" and result["index_kernel"] is False
+    for name in ("indexer", "forward", "backward"):
+        assert result[f"{name}_ms"] > 0 and result[f"{name}_tflops"] > 0
 
 
 def test_the_campaign_calls_flex_attention_up_to_where_a_gpu_is_needed(monkeypatch):

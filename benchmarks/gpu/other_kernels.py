@@ -6,6 +6,7 @@ without kernels of its own runs on torch's matmuls here, and its line says so.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from dtcp.kernels.linear_attention.api import fla_linear_attention, linear_kerne
 from dtcp.kernels.linear_attention.reference import ReferenceLinearAttention
 from dtcp.kernels.linear_attention.types import LinearInputs
 from dtcp.kernels.sparse.api import SparseKeys, sparse_kernel, triton_kernel
+from dtcp.kernels.sparse.index_kernel import index_kernel, plain_scores, triton_scores
 from dtcp.kernels.sparse.reference import ReferenceSparseAttention
 from dtcp.sequence.coords import Coords
 from dtcp.sparse.metadata import Compression, sparse_metadata
+from dtcp.sparse_latent import SparseLatentAttention
 
 BOUND, STATE_BOUND = 2.0**-6, 2.0**-5
 """Of bf16, as norms relative to the truth's; states are carried over many tokens."""
@@ -38,6 +41,8 @@ def cases(device: str, length: int = 2048) -> list[Case]:
     found: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         ("sparse, selected entries", lambda: _sparse(device, length, ratio=4, selected=128)),
         ("sparse, runs of entries", lambda: _sparse(device, length, ratio=32, selected=None)),
+        ("sparse, picked latents", lambda: _latents(device, length, selected=256)),
+        ("indexer", lambda: _index(device, length)),
         ("delta rule, decay by head", lambda: _delta(device, length, by_channel=False)),
         ("delta rule, decay by channel", lambda: _delta(device, length, by_channel=True)),
         ("linear attention", lambda: _linear(device, length)),
@@ -89,21 +94,62 @@ def _sparse(device: str, length: int, *, ratio: int, selected: int | None) -> di
     entries = sight.closing.shape[1]
     q, keys, rows = noise(1, length, heads, dim), noise(1, length, dim), noise(1, entries, dim)
     places = None if selected is None else _places(sight.entry_run, selected)
-    sink, scale, grad = noise(heads).float(), dim**-0.5, noise(1, length, heads, dim)
-    given = SparseKeys(keys, rows, places, sight)
+    given = SparseKeys(keys, rows, places, sight, dim)
+    grad = noise(1, length, heads, dim)
+    return _held_to_fp64(q, given, noise(heads).float(), grad, dim**-0.5)
+
+
+def _latents(device: str, length: int, *, selected: int) -> dict[str, Any]:
+    """DeepSeek-V3.2's: 512 channels of a latent, which is the value, and 64 of a rotary key."""
+    heads, latent, rotary, noise = 128, 512, 64, _noise(device)
+    if device == "cpu":
+        heads, latent, rotary, selected = 4, 24, 8, 16
+    coords = Coords.of(lognormal_documents(length))
+    sight = SparseLatentAttention().whole_row_metadata(coords).to(device).sight
+    dim, places = latent + rotary, _places(sight.entry_run, selected)
+    q, rows = noise(1, length, heads, dim), noise(1, length, dim)
+    given = SparseKeys(rows[:, :0], rows, places, sight, latent)
+    grad = noise(1, length, heads, latent)
+    return _held_to_fp64(q, given, None, grad, (128 + rotary) ** -0.5)
+
+
+def _index(device: str, length: int) -> dict[str, Any]:
+    """DeepSeek-V3.2's scores of all that each query may pick from."""
+    heads, dim, noise = (64, 128, _noise(device)) if device == "cuda" else (3, 16, _noise(device))
+    coords = Coords.of(lognormal_documents(length))
+    sight = SparseLatentAttention().whole_row_metadata(coords).to(device).sight
+    q, weight, keys = noise(length, heads, dim), noise(length, heads), noise(length, dim)
+    kernel = index_kernel(q, keys) or (triton_scores() if device == "cuda" else plain_scores)
+    seen = (sight.first[0], sight.last[0], sight.closing[0])
+    ours, right = (
+        kernel(q, weight, keys, *seen),
+        plain_scores(*map(_wide, (q, weight, keys)), *seen),
+    )
+    blind = right == -inf
+    ours = ours.masked_fill(blind & (ours == -inf), 0.0)
+    compared = (("scores",), (ours,), (right.masked_fill(blind, 0.0),))
+    return _compared(*compared, kernel.__name__, BOUND)
+
+
+def _held_to_fp64(
+    q: Tensor, given: SparseKeys, sink: Tensor | None, grad: Tensor, scale: float
+) -> dict[str, Any]:
+    """The kernel that is chosen, beside plain torch."""
     kernel, truth = sparse_kernel(q, given), ReferenceSparseAttention()
-    if device == "cuda" and isinstance(kernel, ReferenceSparseAttention):
+    if q.is_cuda and isinstance(kernel, ReferenceSparseAttention):
         # What has failed its self-test is measured all the same: which gradient, and by how much.
         kernel = triton_kernel()
-    exact = given._replace(keys=keys.double(), entries=rows.double())
-    right_out, right_lse = truth.forward(q.double(), exact, sink.double(), scale)
-    right = truth.backward(
-        grad.double(), q.double(), exact, sink.double(), right_out, right_lse, scale
-    )
+    wide_q, wide_sink, wide_grad = map(_wide, (q, sink, grad))
+    exact = given._replace(keys=_wide(given.keys), entries=_wide(given.entries))
+    right_out, right_lse = truth.forward(wide_q, exact, wide_sink, scale)
+    right = truth.backward(wide_grad, wide_q, exact, wide_sink, right_out, right_lse, scale)
     out, lse = kernel.forward(q, given, sink, scale)
     ours = kernel.backward(grad, q, given, sink, out, lse, scale)
-    names = ("out", "lse", "dq", "dkeys", "dentries", "dsink")
-    return _compared(names, (out, lse, *ours), (right_out, right_lse, *right), kernel, BOUND)
+    made = {"out": (out, right_out), "lse": (lse, right_lse)}
+    for name, one, other in zip(right._fields, ours, right, strict=True):
+        if one is not None and one.numel():
+            made[f"d{name}"] = (one, other)
+    return _compared(list(made), *zip(*made.values(), strict=True), kernel, BOUND)
 
 
 def _places(run: Tensor, number: int) -> Tensor:

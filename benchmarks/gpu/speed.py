@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu import problems
+from benchmarks.gpu.latents import picked_latents
 from benchmarks.gpu.problems import WINDOW, Case, Heads, whole_problem
 from benchmarks.gpu.timing import host_seconds_of, seconds_of
 from dtcp.kernels.softmax.api import SavedForward, SoftmaxParams
@@ -49,6 +50,7 @@ def cases(device: str, lengths: tuple[int, int, int] = LENGTHS) -> list[Case]:
         ]
 
     steps = [Case(f"wrapper at n = 1, causal {middle}", _wrapper(middle, device))]
+    steps += [Case(f"picked latents {long}", picked_latents(device, long))]
     if device == "cuda":
         steps += [
             Case(f"host waits in a step, {mask} {short}", _host_waits(mask, short, device))

@@ -27,7 +27,7 @@ class Stage:
 
 STAGES = (
     Stage("kernels", "Is every backend right, forward and backward?", 100, kernels.cases, 10),
-    Stage("others", "Are the kernels of other mixers right?", 60, other_kernels.cases, 12),
+    Stage("others", "Are the kernels of other mixers right?", 60, other_kernels.cases, 14),
     Stage("shared", "Are ranks that share the card one device?", 75, shared.cases, 8),
     Stage("strategies", "Do all ranks of a strategy come to one device?", 30, ranks.right_cases, 6),
     Stage("speed", "How many TFLOP/s, and what does the wrapper cost?", 115, speed.cases),
