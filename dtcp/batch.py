@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp.distributed.mesh import ParallelMesh, check_parallel_mesh
 from dtcp.distributed.same_rows import RowHashes, prepared_alike
 from dtcp.mixer_metadata import MixerKinds
+from dtcp.mixer_ranks import check_memory_ranks, check_ranks
 from dtcp.row_parts import padded_coords, part_of_rows, real_tokens
 from dtcp.rows import DEFAULT_FIELDS, Rows, TokenField
 from dtcp.sequence.arguments import check_ints, check_kind
@@ -210,10 +211,14 @@ class BatchCut:
         if self.buckets is not None:
             rows = rows.padded(self.buckets.padded_rows(unpadded_rows))
         documents = rows.documents.padded(self.padded_len(seq_len, num_shards))
-        other = None if self.memory is None else Memory(self.memory.documents, self.memory.layout)
+        other = None
+        if self.memory is not None:
+            check_memory_ranks(self.memory.mesh.cp, mesh.cp)
+            other = Memory(self.memory.documents, self.memory.layout)
         coords = padded_coords(rows, documents, other)
         # Called by the layouts that read it: intervals of long rows take milliseconds.
         kinds = MixerKinds.of(nn.Module() if self.model is None else self.model)
+        check_ranks((mixer for mixer, _ in kinds.mixers), mesh.cp)
         masks = masks_of(kinds) if self.balance_for is None else self.balance_for
         layout = layout_of_batch(self.layout, documents, num_shards, MaskWork.under(masks, coords))
         metadata = kinds.metadata(coords, layout, real=real_tokens(documents, layout, rank))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.compile import EagerIsland, island
-from dtcp.distributed.groups import connect
+from dtcp.distributed.groups import connect, members_of
+from dtcp.distributed.mesh_views import check_places
 from dtcp.metadata import AttentionMetadata, BatchMetadata, metadata_key
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout
@@ -111,11 +112,14 @@ class ClaimedMixer(Mixer):
             )
         names = mesh.mesh_dim_names
         axis = mesh if mesh.ndim == 1 or names is None else mesh[names[0]]
+        for name in names or ():
+            check_places(mesh, (name,))
         self.style, self.mesh, self.axis = style, mesh, axis
         self.rank, self.num_shards = axis.get_local_rank(), axis.size()
         self.groups = style.groups(axis)
         for name in self.groups:
             connect(name)
+        self.members = [members_of(name) for name in self.groups]
         self.set_metadata_key()
         if isinstance(style.boundary, EagerIsland):
             self._run_on_island()

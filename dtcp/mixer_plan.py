@@ -34,10 +34,9 @@ def apply_plan(
     for key, style in plan.items():
         check_kind(f"The key {key!r} of a plan", ParallelStyle, style=style)
     check_kind("apply_plan", (DeviceMesh, type(None)), mesh=mesh)
-    find(model, plan)
-    mixers = [name for name, module in model.named_modules() if isinstance(module, Mixer)]
-    for name in mixers:
-        if not any(matches(name, key) for key in plan):
+    claimed = set(find(model, plan).values())
+    for name, module in model.named_modules():
+        if isinstance(module, Mixer) and module not in claimed:
             raise ValueError(
                 f"Under a sharded sequence every mixer is claimed, got mixer={name!r} and the "
                 f"keys {list(plan)}: add a style for it."
@@ -70,9 +69,12 @@ def find(model: nn.Module, keys: Iterable[str]) -> dict[str, nn.Module]:
         ValueError: a key that names none.
     """
     modules = dict(model.named_modules())
+    # With the other names of what several parents share.
+    every = dict(model.named_modules(remove_duplicate=False))
     modules_named: dict[str, nn.Module] = {}
     for key in keys:
-        named = {name: modules[name] for name in matching(modules, key)}
+        names = matching(modules, key) or matching(every, key)
+        named = {name: every[name] for name in names}
         if not named:
             raise ValueError(
                 f"A plan names modules of its model, got key={key!r}, which matches none of "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 from dtcp.batch import shard_batch
@@ -140,6 +141,33 @@ def test_mixer_that_layers_share_is_claimed_once(mesh):
     refused("name each mixer in one key", lambda: apply(mesh, two), TypeError)
 
 
+@spmd(ranks=2)
+def test_mixer_that_layers_share_is_named_by_any_of_its_names(mesh):
+    """torch finds it under each of them; as a list of all modules has it, it has the first."""
+    style = RingAttention()
+    for names in ([1], [0, 1], ["1"], ["*"]):
+        model, shared = two_attentions(), SoftmaxAttention(Causal())
+        for layer in model["layers"]:
+            layer["mixer"] = shared
+        apply_plan(model, mesh, {f"layers.{name}.mixer": style for name in names})
+        assert_equals_one_device(Case(), shared, shared, mesh, HeadTail)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: HybridAttention(RingAttention()),
+        lambda: HybridAttention(2),
+        lambda: HybridAttention(outer=UlyssesAttention()),
+        lambda: SharedKVAttention(RingAttention()),
+    ],
+)
+def test_styles_of_other_kinds_inside_of_another_are_refused(make):
+    """The first would be Ulysses all the same."""
+    with pytest.raises(TypeError, match=r"takes (inner|outer|gather) of .*Attention, got"):
+        make()
+
+
 @pytest.mark.parametrize(
     ("outer", "make"),
     [
@@ -258,6 +286,18 @@ def test_inner_ranks_that_do_not_divide_the_axis_are_refused(mesh):
             f"got 4 ranks with inner_ranks={inner}: choose a divisor",
             lambda style=style: mixer_on(mesh, style, Causal()),
         )
+
+
+@spmd(ranks=4)
+def test_neighbours_that_process_groups_count_otherwise_are_refused(mesh):
+    """They would be split in one order, and count themselves in another."""
+    crossed = DeviceMesh("cpu", [2, 0, 3, 1], mesh_dim_names=("cp",))
+    refused(
+        r"got ranks \[2, 0, 3, 1\]",
+        lambda: mixer_on(crossed, HybridAttention(inner_ranks=2), WINDOW.mask),
+    )
+    mixer = mixer_on(crossed, RingAttention(), WINDOW.mask)
+    assert_equals_one_device(Case(WINDOW), mixer, mixer, crossed, HeadTail)
 
 
 @pytest.mark.parametrize("layout", [Contiguous, HeadTail])

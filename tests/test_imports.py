@@ -38,7 +38,13 @@ FLOORS = (
     ),
     ("dtcp.distributed", "dtcp.compile"),
     ("dtcp.kernels",),
-    ("dtcp.mixer", "dtcp.mixer_metadata", "dtcp.mixer_positions", "dtcp.style"),
+    (
+        "dtcp.mixer",
+        "dtcp.mixer_metadata",
+        "dtcp.mixer_positions",
+        "dtcp.mixer_ranks",
+        "dtcp.style",
+    ),
     (
         "dtcp.softmax",
         "dtcp.recurrent",

@@ -1,6 +1,6 @@
 """Process groups by name: what our ops take, since a graph holds no groups."""
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,24 @@ def axis_group_name(mesh: DeviceMesh, index: int) -> str:
 def group_of(name: str) -> dist.ProcessGroup:
     """The process group of that name, inside an op's body."""
     return process_group(name)
+
+
+class Members(NamedTuple):
+    """Who is in a process group."""
+
+    place: int
+    """This rank's."""
+    ranks: tuple[int, ...]
+    """Global ranks, by place."""
+
+
+def members_of(name: str) -> Members | None:
+    """Who is in the group of that name now; None: there is none. Communicates nothing."""
+    try:
+        group = group_of(name)
+    except RuntimeError:  # what torch knows no group by, as after destroy_process_group
+        return None
+    return Members(dist.get_rank(group), tuple(dist.get_process_group_ranks(group)))
 
 
 def connect(name: str) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dtcp._torch.mesh import unflattened
 from dtcp.distributed.mesh_views import (
+    check_places,
     expert_axes,
     expert_weights_mesh,
     narrow_axis,
@@ -192,8 +193,8 @@ class ParallelMesh:
             etp: as of Degrees.
             ranks_per_node: as of from_degrees.
         Raises:
-            ValueError: an axis has another name, the axes come in another order, or ep does not
-                divide them.
+            ValueError: an axis has another name, the axes come in another order, ranks are listed
+                so that others of a group would be at other places, or ep does not divide them.
         """
         check_kind("A ParallelMesh", DeviceMesh, device_mesh=device_mesh)
         check_ints("A ParallelMesh", least=0, ranks_per_node=ranks_per_node)
@@ -203,6 +204,8 @@ class ParallelMesh:
                 f"A mesh has axes out of {AXES}, in this order, got mesh_dim_names={names}: "
                 f"name the axes so, or build the mesh with ParallelMesh.from_degrees."
             )
+        for axes in (("dp_replicate", "dp_shard"), ("cp",), ("tp",)):
+            check_places(device_mesh, axes)
         sizes = dict(zip(names, device_mesh.shape, strict=True))
         degrees = Degrees(**sizes, ep=ep, etp=etp)
         fsdp = one_axis(device_mesh, ("dp_shard", "cp"), "fsdp")

@@ -19,6 +19,30 @@ def one_axis(device_mesh: DeviceMesh, axes: Sequence[str], name: str) -> DeviceM
     return device_mesh[wide[0]] if len(wide) == 1 else flattened(device_mesh[wide], name)
 
 
+def check_places(device_mesh: DeviceMesh, axes: Sequence[str]) -> None:
+    """Refuse a mesh on which ranks that differ on other axes disagree about their places on these.
+
+    A process group counts its ranks upwards, in whatever order a mesh lists them: two ranks of tp
+    could hold other tokens than each other, or two of cp read other rows.
+
+    Args:
+        axes: of one view; those that the mesh lacks have one rank.
+    Raises:
+        ValueError: the same on every rank.
+    """
+    names = device_mesh.mesh_dim_names or ()
+    dims = [names.index(axis) for axis in axes if axis in names]
+    last = tuple(range(device_mesh.ndim - len(dims), device_mesh.ndim))
+    ranks = device_mesh.mesh.movedim(dims, last).flatten(device_mesh.ndim - len(dims))
+    places = ranks.reshape(-1, ranks.shape[-1] if dims else 1).argsort(1).argsort(1)
+    if (places != places[0]).any():
+        raise ValueError(
+            f"Process groups count ranks upwards, so a mesh lists them in one order along "
+            f"{' and '.join(axes)}, got {device_mesh.mesh.tolist()} on {names}: list ranks upwards "
+            f"along each axis."
+        )
+
+
 def narrow_axis(device_mesh: DeviceMesh) -> DeviceMesh | None:
     """An axis of weights that has one rank; None if there is none."""
     names = device_mesh.mesh_dim_names or ()

@@ -8,7 +8,7 @@ from dtcp._torch.mesh import unflattened
 from dtcp.distributed.groups import group_name
 from dtcp.distributed.nodes import check_ranks_per_node
 from dtcp.metadata import AttentionMetadata
-from dtcp.sequence.arguments import check_ints
+from dtcp.sequence.arguments import check_ints, check_kind
 from dtcp.sequence.coords import Coords, tokens_in_documents
 from dtcp.sequence.key_intervals import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
@@ -71,6 +71,8 @@ class HybridAttention(AttentionStyle):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ints("HybridAttention", least=1, inner_ranks=self.inner_ranks)
+        check_kind("HybridAttention", UlyssesAttention, inner=self.inner)
+        check_kind("HybridAttention", (RingAttention, AllGatherAttention), outer=self.outer)
         for part in (self.inner, self.outer):
             self.check_part(part)
         if on_nodes := [x for x in (self.inner, self.outer) if x.ranks_per_node]:
@@ -92,6 +94,11 @@ class HybridAttention(AttentionStyle):
             raise ValueError(
                 f"{self} splits its axis into equal groups, got {axis.size()} ranks with "
                 f"inner_ranks={self.inner_ranks}: choose a divisor."
+            )
+        if (axis.mesh.diff() < 0).any():
+            raise ValueError(
+                f"{self} splits its axis into neighbours, as process groups count them: upwards, "
+                f"got ranks {axis.mesh.tolist()}: list them upwards."
             )
         if self._made is None or self._made[0] is not axis:
             shape = (axis.size() // self.inner_ranks, self.inner_ranks)

@@ -11,6 +11,7 @@ from dtcp.kernels.softmax.block_ranges import UNUSED
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.mixer_positions import check_position_ids
+from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.key_intervals import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
@@ -33,6 +34,12 @@ class ContextParallelGatherSharedKV(ClaimedMixer, GatherSharedKV):
     def carry_out(self, x: Tensor, attn_metadata: BatchMetadata) -> Tensor:
         metadata: KeyExchangeMetadata = self.own(attn_metadata)
         line = x.flatten(0, 1)[None] if metadata.in_line else x
+        if metadata.first_key.shape[0] not in (1, len(line)) or metadata.own_keys != line.shape[1]:
+            raise ValueError(
+                f"Keys are gathered by the metadata of their own batch, got some for "
+                f"{metadata.own_keys} tokens with x.shape={tuple(x.shape)}: pass those made with "
+                f"this batch."
+            )
         out: Tensor = gather_rows(line, metadata.tensors(), self.groups[-1], x.dtype, self.wide)
         return out.view(x.shape[0], -1, *x.shape[2:])
 
@@ -102,6 +109,7 @@ class SharedKVAttention(AttentionStyle):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_kind("SharedKVAttention", AllGatherAttention, gather=self.gather)
         self.check_part(self.gather)
         if self.ranks_per_node and self.gather.ranks_per_node not in (0, self.ranks_per_node):
             raise ValueError(

@@ -268,3 +268,32 @@ def test_ep_of_a_mesh_in_another_order_knows_its_nodes(mesh):
     assert ParallelMesh.from_device_mesh(crossed, ep=2, ranks_per_node=2).ep_ranks_per_node == 1
     with pytest.raises(ValueError, match=r"takes ranks_per_node >= 0, got ranks_per_node=-1"):
         ParallelMesh.from_device_mesh(crossed, ranks_per_node=-1)
+
+
+LISTED = [
+    ([[3, 0], [2, 1]], ("dp_shard", "cp"), "dp_replicate and dp_shard"),
+    ([[3, 0], [2, 1]], ("cp", "tp"), "cp"),
+    ([[0, 2], [3, 1]], ("dp_shard", "tp"), "dp_replicate and dp_shard"),
+    ([[0, 1], [3, 2]], ("dp_shard", "cp"), "cp"),
+]
+
+
+@pytest.mark.parametrize(("rows", "names", "axes"), LISTED)
+@spmd(ranks=4)
+def test_ranks_that_would_disagree_on_their_places_are_refused(mesh, rows, names, axes):
+    """Two of one tp group would hold other tokens, two of one cp group read other rows."""
+    listed = DeviceMesh("cpu", rows, mesh_dim_names=names)
+    with pytest.raises(ValueError, match=rf"in one order along {axes}, got"):
+        ParallelMesh.from_device_mesh(listed)
+
+
+@pytest.mark.parametrize("rows", [[[0, 2], [1, 3]], [[3, 1], [2, 0]], [[2, 3], [0, 1]]])
+@spmd(ranks=4)
+def test_ranks_in_any_order_that_axes_agree_on_have_one_place(mesh, rows):
+    listed = DeviceMesh("cpu", rows, mesh_dim_names=("dp_shard", "cp"))
+    made = ParallelMesh.from_device_mesh(listed)
+    places = [None] * 4
+    dist.all_gather_object(places, (made.rank("batch"), made.rank("cp")))
+    for row in rows:
+        assert len({places[rank][0] for rank in row}) == 1
+        assert {places[rank][1] for rank in row} == {0, 1}

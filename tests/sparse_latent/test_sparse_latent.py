@@ -307,6 +307,30 @@ def test_operands_that_do_not_fit_are_refused():
         SparseLatentCP(reduce_dtype=torch.bfloat16)
 
 
+@spmd(ranks=2)
+def test_metadata_of_another_batch_are_refused(mesh):
+    """They would bring other tokens than the queries', before anyone looks at a size."""
+    x, one = inputs(1), Layer()
+    shorter = batch_metadata(one, Documents.single(1, 32))
+    with pytest.raises(ValueError, match=r"LightningIndexer reads .* own batch, got some for"):
+        one(x, shorter)
+    layer, on = claimed(mesh, SparseLatentCP()), ParallelMesh.from_device_mesh(mesh)
+    made = []
+    for seq_len in (SEQ_LEN, SEQ_LEN // 2, 2 * SEQ_LEN):
+        batch = {"input_ids": torch.zeros(1, seq_len, dtype=torch.int64)}
+        made.append(shard_batch(batch, on, HeadTail, model=layer)[1])
+    own, *others = made
+    local = Inputs(*(v if n == "up" else own.shard(v) for n, v in x._asdict().items()))
+    selected = layer.indexer(*local[4:], own.attn_metadata)
+    for other in others:
+        for call in (
+            lambda: layer.indexer(*local[4:], other.attn_metadata),  # noqa: B023
+            lambda: layer.attention(*local[:4], selected, other.attn_metadata),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=r"own batch, got some for .* with q\.shape"):
+                call()
+
+
 def test_coords_are_read_alike_on_one_device_and_on_one_rank():
     """The same runs and tiles, whether tokens are exchanged or not."""
     coords = Coords.of(packings.two_rows(SEQ_LEN, 1))
