@@ -67,8 +67,16 @@ def gather_rows(
         dtype: in which rows are read, this rank's own like the others', and travel.
         wide: give them in the dtype of `accumulation`, whatever they travel in, and so take their
             gradients.
+    Raises:
+        ValueError: rows of another batch, on all ranks alike and before they exchange any.
     """
     keys, x = KeyExchangeMetadata.of_tensors(metadata), x.to(dtype)
+    if keys.first_key.shape[0] not in (1, x.shape[0]) or keys.own_keys != x.shape[1]:
+        raise ValueError(
+            f"Rows are gathered by the metadata of their own batch, got some for {keys.own_keys} "
+            f"tokens of {keys.first_key.shape[0]} rows with x.shape={tuple(x.shape)}: pass those "
+            f"made with this batch."
+        )
     LEDGER.record("dtcp::gather_shared_kv")
     slots = keys.send_slot[: int(keys.counts[0].sum())]
     rows = x.index_select(1, slots).transpose(0, 1).contiguous()

@@ -29,6 +29,7 @@ def select_entries(
     num_selected: int,
 ) -> Tensor:
     """`top_entries` as an op, [B, L, num_selected] int32. Has no gradient."""
+    _check_batch("An indexer", last, q)
     LEDGER.record("dtcp::select_entries")
     return top_entries(q, weight, keys, first, last, closing, tiles, num_selected)
 
@@ -86,8 +87,9 @@ def _forward(
     scale: float,
     value_dim: int,
 ) -> tuple[Tensor, Tensor]:
-    LEDGER.record("dtcp::sparse_attention")
     sources = SparseKeys(keys, entries, selected, Sight(*sight), value_dim)
+    _check_batch("Sparse attention", sources.sight.last, q)
+    LEDGER.record("dtcp::sparse_attention")
     return sparse_forward(q, sources, sink, scale)
 
 
@@ -143,6 +145,15 @@ def _(
         q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (entries, sink)
     )
     return q.new_empty(q.shape), keys.new_empty(keys.shape), dentries, dsink
+
+
+def _check_batch(subject: str, last: Tensor, q: Tensor) -> None:
+    """Refuse the metadata of other tokens; in an op's body, where no graph is guarded by it."""
+    if last.shape != q.shape[:2]:
+        raise ValueError(
+            f"{subject} reads the metadata of its own batch, got some for {tuple(last.shape)} "
+            f"tokens with q.shape={tuple(q.shape)}: pass those made with this batch."
+        )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

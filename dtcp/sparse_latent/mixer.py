@@ -39,15 +39,6 @@ class TokenReader(Mixer):
     def whole_row_metadata(self, coords: Coords) -> TokensInSight:
         return TokensInSight.of_whole_rows(KeyIntervals.of(Causal(), coords))
 
-    def check_batch(self, q: Tensor, metadata: TokensInSight) -> None:
-        """Refuse the metadata of other tokens than those of q, before anything is brought."""
-        if metadata.first.shape != q.shape[:2]:
-            raise ValueError(
-                f"{type(self).__name__} reads the metadata of its own batch, got some for "
-                f"{tuple(metadata.first.shape)} tokens with q.shape={tuple(q.shape)}: pass those "
-                f"made with this batch."
-            )
-
     def bring(self, rows: Tensor, metadata: TokensInSight, dtype: torch.dtype) -> Tensor:
         """Rows [B, L, 1, W] of all tokens in sight, [B, K, 1, W], in their order; here: all are.
 
@@ -92,7 +83,6 @@ class LightningIndexer(TokenReader):
 
     def select(self, q: Tensor, weight: Tensor, key: Tensor, metadata: TokensInSight) -> Tensor:
         """`forward`, once the batch's metadata are known."""
-        self.check_batch(q, metadata)
         q, weight, key = (x.detach() for x in (q, weight, key))
         keys = self.bring(key[:, :, None], metadata, key.dtype)[:, :, 0]
         number = min(self.num_selected, keys.shape[1])
@@ -163,7 +153,6 @@ class SparseLatentAttention(TokenReader, LatentMixer):
         self, q: Tensor, rows: Tensor, up: Tensor, selected: Tensor, metadata: TokensInSight
     ) -> Tensor:
         """`forward`, once the batch's metadata are known; rows are [B, L, 1, C + R]."""
-        self.check_batch(q, metadata)
         widths = LatentWidths.of(q, rows, up)
         content, rotary = q.split((widths.content, widths.rotary), dim=-1)
         of_keys, of_values = up.split((widths.content, widths.value), dim=1)

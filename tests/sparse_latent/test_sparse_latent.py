@@ -312,7 +312,7 @@ def test_metadata_of_another_batch_are_refused(mesh):
     """They would bring other tokens than the queries', before anyone looks at a size."""
     x, one = inputs(1), Layer()
     shorter = batch_metadata(one, Documents.single(1, 32))
-    with pytest.raises(ValueError, match=r"LightningIndexer reads .* own batch, got some for"):
+    with pytest.raises(ValueError, match="An indexer reads the metadata of its own batch"):
         one(x, shorter)
     layer, on = claimed(mesh, SparseLatentCP()), ParallelMesh.from_device_mesh(mesh)
     made = []
@@ -327,7 +327,7 @@ def test_metadata_of_another_batch_are_refused(mesh):
             lambda: layer.indexer(*local[4:], other.attn_metadata),  # noqa: B023
             lambda: layer.attention(*local[:4], selected, other.attn_metadata),  # noqa: B023
         ):
-            with pytest.raises(ValueError, match=r"own batch, got some for .* with q\.shape"):
+            with pytest.raises(ValueError, match="metadata of their own batch, got some for"):
                 call()
 
 
