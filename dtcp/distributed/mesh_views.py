@@ -32,9 +32,11 @@ def check_places(device_mesh: DeviceMesh, axes: Sequence[str]) -> None:
     """
     names = device_mesh.mesh_dim_names or ()
     dims = [names.index(axis) for axis in axes if axis in names]
-    last = tuple(range(device_mesh.ndim - len(dims), device_mesh.ndim))
-    ranks = device_mesh.mesh.movedim(dims, last).flatten(device_mesh.ndim - len(dims))
-    places = ranks.reshape(-1, ranks.shape[-1] if dims else 1).argsort(1).argsort(1)
+    if not dims:
+        return
+    kept = device_mesh.ndim - len(dims)
+    ranks = device_mesh.mesh.movedim(dims, tuple(range(kept, device_mesh.ndim))).flatten(kept)
+    places = ranks.reshape(-1, ranks.shape[-1]).argsort(1).argsort(1)
     if (places != places[0]).any():
         raise ValueError(
             f"Process groups count ranks upwards, so a mesh lists them in one order along "
