@@ -180,6 +180,7 @@ def _refused(args: Any, mesh: ParallelMesh) -> Iterator[tuple[str, Any, str]]:
         "fp16_full_eval": "leave it False: weights stay as they are trained",
         "bf16_full_eval": "leave it False: weights stay as they are trained",
         "torch_compile_mode": "leave it out, for blocks are compiled one by one",
+        "ddp_find_unused_parameters": ddp,
         "ddp_bucket_cap_mb": ddp,
         "ddp_broadcast_buffers": ddp,
         "ddp_static_graph": ddp,

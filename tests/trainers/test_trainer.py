@@ -90,6 +90,7 @@ def test_trainer_of_ones_own_trains_saves_and_resumes_as_one_process():
     ("change", "match"),
     [
         ({"torch_compile_mode": "max-autotune"}, "blocks are compiled one by one"),
+        ({"ddp_find_unused_parameters": True}, "ddp_find_unused_parameters=True: leave it out"),
         ({"ddp_static_graph": True}, "ddp_static_graph=True: leave it out"),
         ({"save_on_each_node": True}, "one rank writes, into a folder that all ranks read"),
         ({"enable_jit_checkpoint": True}, "a signal reaches ranks at different steps"),
