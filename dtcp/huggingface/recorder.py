@@ -7,22 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcp.huggingface.distance_bias import BIASES, is_of_bias
-from dtcp.huggingface.latents import hands_on_latents
+from dtcp.huggingface.attention_problems import problems_of
+from dtcp.huggingface.compressed_attention import window_of
 from dtcp.huggingface.metadata_as_mask import mask_argument, mask_index, metadata_of_config
 from dtcp.huggingface.mixing_probe import own_operands
 from dtcp.huggingface.read_mask import read_block_mask
 from dtcp.huggingface.recurrent_layers import SurveyedMixer
-from dtcp.huggingface.registry import PROJECTION, RECORDER
+from dtcp.huggingface.registry import RECORDER
 from dtcp.mixer import Mixer
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.masks import Bidirectional, Causal, Mask
+from dtcp.sequence.masks import Bidirectional, Mask
 from dtcp.softmax.mixer import CrossAttention, SoftmaxAttention
+from dtcp.sparse.mixer import CompressedSparseAttention, Compression
 from dtcp.sparse_latent import SparseLatentAttention
-
-HARMLESS = ("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits")
-"""Arguments of an attention call that repeat what mask, positions and the model's call say."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,8 @@ class SurveyedAttention:
         sink: whether calls bring sinks.
         cross: whether its keys are those of an encoder's tokens.
         num_selected: tokens that an indexer picks for each query; 0 where queries read all.
+        window: keys that a query reads where keys are values and shared by all heads; else 0.
+        compression: how entries are made that it reads beside them; None for the window alone.
     """
 
     name: str
@@ -45,8 +45,13 @@ class SurveyedAttention:
     sink: bool
     cross: bool = False
     num_selected: int = 0
+    window: int = 0
+    compression: Compression | None = None
 
-    def mixer(self) -> SoftmaxAttention | SparseLatentAttention:
+    def mixer(self) -> SoftmaxAttention | SparseLatentAttention | CompressedSparseAttention:
+        if self.window:
+            assert self.scale is not None
+            return CompressedSparseAttention(self.window, self.compression, scale=self.scale)
         if self.num_selected:
             return SparseLatentAttention(scale=self.scale)
         if self.cross:
@@ -130,9 +135,7 @@ class Recorder:
             known_mask = self._with_blocks(name, mask)
         cross = k.shape[1] != q.shape[1] and k.shape[1] == self.memory_len
         merged = self.memory_len > 0 and k.shape[1] == q.shape[1] + self.memory_len
-        problems = _problems(q, k, known_mask, arguments, cross=cross, merged=merged)
-        if arguments.get("num_selected"):
-            problems += _problems_of_picking(module, known_mask)
+        problems = problems_of(module, q, k, known_mask, arguments, cross=cross, merged=merged)
         self.refused += [f"{name} ({type(module).__name__}): {problem}" for problem in problems]
         if known_mask is not None and not problems:
             self._note(name, module, known_mask, arguments, cross=cross)
@@ -167,6 +170,9 @@ class Recorder:
         sink, softcap = arguments.get("s_aux") is not None, arguments.get("softcap") or 0.0
         number = arguments.get("num_selected") or 0
         now = SurveyedAttention(name, mask, arguments.get("scaling"), softcap, sink, cross, number)
+        compressed = arguments.get("compressed")
+        if compressed is not None:
+            now = replace(now, window=window_of(mask), compression=compressed.compression)
         before = self.attentions.setdefault(name, now)
         if self.block is not None:
             before = self.attentions[name] = replace(before, mask=mask)
@@ -214,82 +220,6 @@ def varies(x: Tensor, dim: int) -> bool:
     """Whether the entries of a dim differ by more than rounding."""
     first = x.narrow(dim, 0, 1)
     return float((x - first).abs().max()) > 1e-5 * float(x.abs().max())
-
-
-def _problems(
-    q: Tensor,
-    k: Tensor,
-    mask: Mask | None,
-    arguments: dict[str, Any],
-    *,
-    cross: bool,
-    merged: bool,
-) -> list[str]:
-    problems = []
-    known = ("scaling", "dropout", "s_aux", "softcap", "slope", "num_selected", *HARMLESS)
-    unknown = [
-        key
-        for key, value in arguments.items()
-        if key not in known and value is not None and value is not False
-        if key not in BIASES or not is_of_bias(value)
-    ]
-    if cross and mask != Bidirectional():
-        problems.append(
-            f"its queries see a part of the encoder's tokens, by {mask}, and only attention to all "
-            f"of them is sharded: {REMEDY}."
-        )
-    elif cross:
-        pass
-    elif merged:
-        problems.append(
-            f"its queries meet the tokens of both sequences in one softmax, and no mixer's keys "
-            f"are of two sequences: {REMEDY}."
-        )
-    elif k.shape[1] != q.shape[1]:
-        problems.append(
-            f"{q.shape[1]} queries meet {k.shape[1]} keys (cross-attention to other tokens than an "
-            f"encoder's, or a cache), and only attention to the tokens of a sequence is sharded: "
-            f"{REMEDY}."
-        )
-    elif mask is None:
-        problems.append(
-            f"its mask is not one interval of keys around a token, or not made by "
-            f"transformers.masking_utils of positions alone, so its meaning is not known: {REMEDY}."
-        )
-    if arguments.get("dropout"):
-        problems.append(
-            f"dropout={arguments['dropout']} in training would depend on the mesh: set "
-            f"config.attention_dropout = 0.0."
-        )
-    if unknown:
-        meant = ", ".join(f"{key} ({MEANT.get(key, 'unknown')})" for key in unknown)
-        problems.append(f"it is called with {meant}, which no mixer honours: {REMEDY}.")
-    return problems
-
-
-def _problems_of_picking(module: nn.Module, mask: Mask | None) -> list[str]:
-    """Why a module does not read the latents of the tokens that an indexer picks."""
-    problems = []
-    if mask is not None and mask != Causal():
-        problems.append(
-            f"an indexer picks tokens of a document up to the query's, and its mask is {mask}: "
-            f"{REMEDY}."
-        )
-    if not hands_on_latents(module):
-        problems.append(
-            f"it reads the latents of the tokens that an indexer picks, and its {PROJECTION} is "
-            f"no plain projection: leave adapters and biases out of that."
-        )
-    return problems
-
-
-REMEDY = "write it with a mixer (docs/add_a_model.md)"
-
-MEANT: Mapping[str, str] = {
-    "indices": "keys that an indexer chooses for each query, otherwise than LightningIndexer does",
-    "position_bias": "a bias of scores that does not go by distance in T5's buckets",
-}
-"""What arguments of attention calls mean that are refused."""
 
 
 _FUNCTION, _READ = "dtcp_mask_function", "dtcp_mask"

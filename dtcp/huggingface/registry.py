@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dtcp.autocast import as_autocast_casts
+from dtcp.huggingface.compressed_attention import Compressed
 from dtcp.huggingface.metadata_as_mask import metadata_of_config
 from dtcp.huggingface.own_attention import implementations
 from dtcp.metadata import BatchMetadata
 from dtcp.softmax.latent import LatentMixer
+from dtcp.sparse.mixer import CompressedSparseAttention
 from dtcp.sparse_latent import SparseLatentAttention
 
 IMPLEMENTATION = "dtcp"
@@ -100,6 +102,8 @@ def mixer_attention_forward(
     position_bias: Tensor | None = None,
     slope: Tensor | None = None,
     selected: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    compressed: Compressed | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend by the module's mixer, which has the mask and the scale that the survey read.
@@ -111,6 +115,8 @@ def mixer_attention_forward(
         position_bias: [H, 2 R + 1], by distance (distance_bias.py).
         slope: [H], ALiBi's (own_attention.py).
         selected: [B, L, k], the tokens that queries read (picking_attention.py).
+        position_ids: [B or 1, L], what queries and keys were turned by.
+        compressed: what is read beside a window of keys (compressed_attention.py).
     Returns:
         [B, L, H, V].
     Raises:
@@ -144,6 +150,11 @@ def mixer_attention_forward(
         latent, key_rotary = k[:, :, 0], v[:, :, 0]
         up = _up_projection(module, q)
         return mixer(q, latent, key_rotary, up, *picked, attn_metadata), None
+    if isinstance(mixer, CompressedSparseAttention):
+        assert compressed is not None and position_ids is not None
+        mixer.check_position_ids(position_ids, attn_metadata)
+        parts = {"tokens": compressed.tokens, "index": compressed.picked_by}
+        return mixer(q, k[:, :, 0], attn_metadata, sink=s_aux, **parts), None
     return mixer(q, k, v, attn_metadata, sink=s_aux, bias=position_bias, slope=slope), None
 
 

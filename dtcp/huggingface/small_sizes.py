@@ -61,6 +61,21 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "dbrx": {
         "attn_config": {"model_type": "", "kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
     },
+    # Of all kinds of layers one; ratios that rows of a few tokens have entries of; for 16 heads of
+    # the indexer see below.
+    "deepseek_v4": {
+        "num_hidden_layers": 3,
+        "layer_types": [
+            "sliding_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+        ],
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 8},
+        "index_n_heads": 16,
+        "index_topk": 4,
+        "o_groups": 2,
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     # With few heads many scores are 0: of equal ones torch.topk picks any.
     "deepseek_v32": {"index_n_heads": 16},

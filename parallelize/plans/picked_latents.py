@@ -5,8 +5,10 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from dtcp.huggingface.picking_attention import INDEXER
 from dtcp.huggingface.recorder import SurveyedAttention
 from dtcp.huggingface.registry import MIXER
+from dtcp.parallelize.plans.compressed_entries import entries_style
 from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.style import AttentionStyle
+from dtcp.sparse import CompressedSparseCP
 from dtcp.sparse_latent import SparseLatentCP
 
 BRING_ALL = (RingAttention, AllGatherAttention)
@@ -31,12 +33,14 @@ def mixer_styles(
 
 def carried_out_by(
     attention: SurveyedAttention, style: AttentionStyle
-) -> AttentionStyle | SparseLatentCP:
+) -> AttentionStyle | SparseLatentCP | CompressedSparseCP:
     """What carries out the mixers of a module that was given a strategy, with the options of that.
 
     Raises:
         ValueError: as of `mixer_styles`.
     """
+    if attention.window:
+        return entries_style(attention, style)
     if not attention.num_selected:
         return style
     plain = AttentionStyle()

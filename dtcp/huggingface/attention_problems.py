@@ -1,0 +1,123 @@
+"""What keeps an attention call of transformers from being carried out by a mixer, in sentences."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from dtcp.huggingface.compressed_attention import window_of
+from dtcp.huggingface.distance_bias import BIASES, is_of_bias
+from dtcp.huggingface.latents import hands_on_latents
+from dtcp.huggingface.picking_attention import OWN_INDEXER
+from dtcp.huggingface.registry import PROJECTION
+from dtcp.sequence.masks import Bidirectional, Causal, Mask
+
+HARMLESS = ("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits")
+"""Arguments of an attention call that repeat what mask, positions and the model's call say."""
+WRITTEN_AGAIN = ("num_selected", "compressed")
+"""Arguments of the calls in forwards that are written again (own_attention.py)."""
+REMEDY = "write it with a mixer (docs/add_a_model.md)"
+
+MEANT: Mapping[str, str] = {
+    "indices": "keys that an indexer chooses for each query, otherwise than LightningIndexer does",
+    "position_bias": "a bias of scores that does not go by distance in T5's buckets",
+}
+"""What arguments of attention calls mean that are refused."""
+
+
+def problems_of(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    mask: Mask | None,
+    arguments: dict[str, Any],
+    *,
+    cross: bool,
+    merged: bool,
+) -> list[str]:
+    """Why no mixer carries out a call of attention, in sentences; none where one does.
+
+    Args:
+        q, k: [B, L, H or G, D].
+        mask: what it lets queries see; None if that is not known.
+        cross: whether keys are of an encoder's tokens.
+        merged: whether keys are of both sequences.
+    """
+    known = ("scaling", "dropout", "s_aux", "softcap", "slope", *WRITTEN_AGAIN, *HARMLESS)
+    unknown = [
+        key
+        for key, value in arguments.items()
+        if key not in known and value is not None and value is not False
+        if key not in BIASES or not is_of_bias(value)
+    ]
+    of_keys = _problem_of_keys(module, q, k, mask, cross=cross, merged=merged)
+    problems = [of_keys] if of_keys else []
+    if arguments.get("dropout"):
+        problems.append(
+            f"dropout={arguments['dropout']} in training would depend on the mesh: set "
+            f"config.attention_dropout = 0.0."
+        )
+    if unknown:
+        meant = ", ".join(f"{key} ({MEANT.get(key, 'unknown')})" for key in unknown)
+        problems.append(f"it is called with {meant}, which no mixer honours: {REMEDY}.")
+    if arguments.get("num_selected"):
+        problems += _problems_of_picking(module, mask)
+    if arguments.get("compressed") is not None and mask is not None and not window_of(mask):
+        problems.append(
+            f"compressed entries are read beside a window of keys up to the query's, and its mask "
+            f"is {mask}: give its config a sliding_window."
+        )
+    return problems
+
+
+def _problem_of_keys(
+    module: nn.Module, q: Tensor, k: Tensor, mask: Mask | None, *, cross: bool, merged: bool
+) -> str:
+    """Why queries do not see an interval of the keys of one sequence; empty where they do."""
+    if cross and mask != Bidirectional():
+        return (
+            f"its queries see a part of the encoder's tokens, by {mask}, and only attention to all "
+            f"of them is sharded: {REMEDY}."
+        )
+    if cross:
+        return ""
+    if merged:
+        return (
+            f"its queries meet the tokens of both sequences in one softmax, and no mixer's keys "
+            f"are of two sequences: {REMEDY}."
+        )
+    if k.shape[1] != q.shape[1]:
+        return (
+            f"{q.shape[1]} queries meet {k.shape[1]} keys (cross-attention to other tokens than an "
+            f"encoder's, or a cache), and only attention to the tokens of a sequence is sharded: "
+            f"{REMEDY}."
+        )
+    if mask is None and hasattr(module, OWN_INDEXER):
+        return (
+            f"its indexer picks blocks of keys for each query, and picked keys are read here only "
+            f"where they are values, too (latents by LightningIndexer, entries by "
+            f"CompressedSparseAttention): shard the model without parallelize_hf, on rows that one "
+            f"device holds, or {REMEDY}."
+        )
+    if mask is None:
+        return (
+            f"its mask is not one interval of keys around a token, or not made by "
+            f"transformers.masking_utils of positions alone, so its meaning is not known: {REMEDY}."
+        )
+    return ""
+
+
+def _problems_of_picking(module: nn.Module, mask: Mask | None) -> list[str]:
+    """Why a module does not read the latents of the tokens that an indexer picks."""
+    problems = []
+    if mask is not None and mask != Causal():
+        problems.append(
+            f"an indexer picks tokens of a document up to the query's, and its mask is {mask}: "
+            f"{REMEDY}."
+        )
+    if not hands_on_latents(module):
+        problems.append(
+            f"it reads the latents of the tokens that an indexer picks, and its {PROJECTION} is "
+            f"no plain projection: leave adapters and biases out of that."
+        )
+    return problems
