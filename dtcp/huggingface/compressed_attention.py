@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from dtcp.huggingface.attend_by_name import ROPE, attend_by_name, check_no_cache
 from dtcp.kernels.dtypes import accumulation
+from dtcp.metadata import BatchMetadata
 from dtcp.sequence.masks import And, Causal, Mask, SlidingWindow
-from dtcp.sparse.mixer import Compression, Index, Prepool
+from dtcp.sparse.mixer import CompressedSparseAttention, Compression, Index, Prepool
 
 OVERLAPPING = "DeepseekV4CSACompressor"
 """The class of compressors that pool the window before, too, and that have an indexer."""
@@ -25,6 +26,7 @@ OVERLAPPING = "DeepseekV4CSACompressor"
 class Compressed(NamedTuple):
     """What a module reads beside a window of keys; nothing in layers of the window alone."""
 
+    position_ids: Tensor  # [B or 1, L], by which queries and keys were turned
     compression: Compression | None = None
     tokens: Prepool | None = None
     picked_by: Index | None = None
@@ -33,6 +35,21 @@ class Compressed(NamedTuple):
 def own_values_of_compressed(module: nn.Module) -> dict[str, Any]:
     """The function of the module's own file that turns the last channels by positions."""
     return {ROPE: getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)}
+
+
+def attend_beside_entries(
+    mixer: CompressedSparseAttention,
+    q: Tensor,
+    keys: Tensor,
+    sink: Any,
+    compressed: Compressed,
+    attn_metadata: BatchMetadata,
+) -> Tensor:
+    """What the mixer of a module gives, [B, L, H, D], of q [B, L, H, D] and keys [B, L, D]."""
+    mixer.check_position_ids(compressed.position_ids, attn_metadata)
+    parts: dict[str, Any] = {"tokens": compressed.tokens, "index": compressed.picked_by}
+    out: Tensor = mixer(q, keys, attn_metadata, sink=sink, **parts)
+    return out
 
 
 def window_of(mask: Mask) -> int:
@@ -68,15 +85,14 @@ def _deepseek_v4(
     q = self.q_b_norm(self.q_b_proj(residual).unflatten(-1, (-1, self.head_dim)))
     q = rope(q, cos, sin, unsqueeze_dim=2).transpose(1, 2)
     keys = rope(self.kv_norm(self.kv_proj(hidden_states))[:, None], cos, sin)
-    compressed = Compressed()
+    compressed = Compressed(position_ids)
     if compressor is not None:
         parts = compressor(hidden_states, residual, position_ids)
-        compressed = Compressed(compression_of(compressor), *parts)
+        compressed = Compressed(position_ids, compression_of(compressor), *parts)
     arguments = {
         "scaling": self.scaling,
         "dropout": self.attention_dropout if self.training else 0.0,
         "s_aux": self.sinks,
-        "position_ids": position_ids,
         "compressed": compressed,
     }
     out = attend_by_name(self, q, keys, keys, attention_mask, **arguments, **kwargs)

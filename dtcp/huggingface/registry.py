@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dtcp.autocast import as_autocast_casts
-from dtcp.huggingface.compressed_attention import Compressed
+from dtcp.huggingface.compressed_attention import Compressed, attend_beside_entries
 from dtcp.huggingface.metadata_as_mask import metadata_of_config
 from dtcp.huggingface.own_attention import implementations
 from dtcp.metadata import BatchMetadata
@@ -102,7 +102,6 @@ def mixer_attention_forward(
     position_bias: Tensor | None = None,
     slope: Tensor | None = None,
     selected: Tensor | None = None,
-    position_ids: Tensor | None = None,
     compressed: Compressed | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -115,7 +114,6 @@ def mixer_attention_forward(
         position_bias: [H, 2 R + 1], by distance (distance_bias.py).
         slope: [H], ALiBi's (own_attention.py).
         selected: [B, L, k], the tokens that queries read (picking_attention.py).
-        position_ids: [B or 1, L], what queries and keys were turned by.
         compressed: what is read beside a window of keys (compressed_attention.py).
     Returns:
         [B, L, H, V].
@@ -128,13 +126,7 @@ def mixer_attention_forward(
     if getattr(module, OWN_MASK, False):
         attention_mask = None
     if dropout or attention_mask is not None or attn_metadata is None:
-        mask = None if attention_mask is None else tuple(attention_mask.shape)
-        raise ValueError(
-            f"{layer_label(module)} attends by the metadata of its batch alone, got "
-            f"dropout={dropout}, attention_mask of shape {mask}, attn_metadata of type "
-            f"{type(attn_metadata).__name__}: pass attn_metadata=sharded.attn_metadata of "
-            f"shard_hf_batch, no mask, and set the attention dropout of the config to 0.0."
-        )
+        raise ValueError(_not_by_metadata_alone(module, dropout, attention_mask, attn_metadata))
     if isinstance(s_aux, DTensor):
         # Sharded with the heads: each rank has the sinks of its own.
         s_aux = s_aux.to_local(grad_placements=s_aux.placements)
@@ -151,11 +143,21 @@ def mixer_attention_forward(
         up = _up_projection(module, q)
         return mixer(q, latent, key_rotary, up, *picked, attn_metadata), None
     if isinstance(mixer, CompressedSparseAttention):
-        assert compressed is not None and position_ids is not None
-        mixer.check_position_ids(position_ids, attn_metadata)
-        parts = {"tokens": compressed.tokens, "index": compressed.picked_by}
-        return mixer(q, k[:, :, 0], attn_metadata, sink=s_aux, **parts), None
+        assert compressed is not None
+        return attend_beside_entries(mixer, q, k[:, :, 0], s_aux, compressed, attn_metadata), None
     return mixer(q, k, v, attn_metadata, sink=s_aux, bias=position_bias, slope=slope), None
+
+
+def _not_by_metadata_alone(
+    module: nn.Module, dropout: float, attention_mask: Tensor | None, attn_metadata: Any
+) -> str:
+    mask = None if attention_mask is None else tuple(attention_mask.shape)
+    return (
+        f"{layer_label(module)} attends by the metadata of its batch alone, got "
+        f"dropout={dropout}, attention_mask of shape {mask}, attn_metadata of type "
+        f"{type(attn_metadata).__name__}: pass attn_metadata=sharded.attn_metadata of "
+        f"shard_hf_batch, no mask, and set the attention dropout of the config to 0.0."
+    )
 
 
 def _up_projection(module: nn.Module, q: Tensor) -> Tensor:
