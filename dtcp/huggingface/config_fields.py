@@ -16,6 +16,16 @@ def model_types() -> list[str]:
     return sorted(CONFIG_MAPPING.keys())
 
 
+def values_in_layers(config: Any, name: str) -> list[Any]:
+    """The values that a field has in a model: those of its layers, where these have their own.
+
+    Empty where a config has no such field, or None.
+    """
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    values = [getattr(layer, name, None) for layer in layers]
+    return [x for place, x in enumerate(values) if x is not None and x not in values[:place]]
+
+
 def config_of(fields: Mapping[str, Any], remedy: str = CORRECT) -> Any:
     """The config that these fields make, model_type among them.
 

@@ -96,6 +96,10 @@ def _survey_of_copy(model: Any, change: Callable[[Any], Any]) -> Survey:
 
 def _narrow_config(config: Any) -> Any:
     """The config, changed to one of a narrow model."""
+    of_layers = config.to_dict().get("per_layer_config") or {}
+    if of_layers:
+        # While layers have fields of their own, these cannot be read of the config as a whole.
+        config.per_layer_config = None
     heads, kv_heads = (
         getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")
     )
@@ -116,6 +120,11 @@ def _narrow_config(config: Any) -> Any:
     for key, size in narrow.items():
         before = getattr(config, key, None)
         setattr(config, key, [size] * len(before) if isinstance(before, list) else size)
+    if of_layers:
+        config.per_layer_config = {
+            layer: {key: narrow.get(key, value) for key, value in fields.items()}
+            for layer, fields in of_layers.items()
+        }
     return config
 
 

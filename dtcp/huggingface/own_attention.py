@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from dtcp.huggingface.attend_by_name import CONFIG, ROPE, attend_by_name, check_no_cache
 from dtcp.huggingface.compressed_attention import COMPRESSED, own_values_of_compressed
-from dtcp.huggingface.picking_attention import PICKING, own_values_of_picking
+from dtcp.huggingface.picking_attention import PICKING
+from dtcp.huggingface.picking_forms import own_values_of_picking
 from dtcp.softmax.distance_bias import alibi_slopes
 
 CODEGEN_PARTS = 4

@@ -137,11 +137,11 @@ def mixer_attention_forward(
         if mixer.wide:
             # Gradients of latents are summed in the dtype that they have.
             k, v = (x.transpose(1, 2) for x in (key, value))
-        picked = [selected] if isinstance(mixer, SparseLatentAttention) else []
         # In the places of keys and values, latents and rotary keys (latents.py).
-        latent, key_rotary = k[:, :, 0], v[:, :, 0]
-        up = _up_projection(module, q)
-        return mixer(q, latent, key_rotary, up, *picked, attn_metadata), None
+        operands = q, k[:, :, 0], v[:, :, 0], _up_projection(module, q)
+        if isinstance(mixer, SparseLatentAttention):
+            return mixer(*operands, selected, attn_metadata, sink=s_aux), None
+        return mixer(*operands, attn_metadata), None
     if isinstance(mixer, CompressedSparseAttention):
         assert compressed is not None
         return attend_beside_entries(mixer, q, k[:, :, 0], s_aux, compressed, attn_metadata), None

@@ -202,13 +202,19 @@ def _layers(config: Any, changed: Fields) -> Fields:
     fields |= {key: [_tiny(key, x[i]) for i in chosen] for key, x in per_layer.items()}
     fields |= {key: [n for n, i in enumerate(chosen) if i in x] for key, x in indices.items()}
     if overrides:
-        # Twice the size, so that layers go on to differ.
         fields["per_layer_config"] = {
-            n: {key: _tiny(key, x, 2) for key, x in overrides[i].items()}
-            for n, i in enumerate(chosen)
-            if i in overrides
+            n: _tiny_layer(overrides[i]) for n, i in enumerate(chosen) if i in overrides
         }
     return fields
+
+
+def _tiny_layer(own: Fields) -> Fields:
+    """Fields of one layer, twice as large as those of the others, so that they go on to differ."""
+    tiny = {key: _tiny(key, x, 2) for key, x in own.items()}
+    heads, kv_heads = _HEADS
+    if heads in own and own[heads] == own.get(kv_heads):
+        tiny[kv_heads] = tiny[heads]
+    return tiny
 
 
 def _are_layers(key: str, value: list[Any]) -> bool:

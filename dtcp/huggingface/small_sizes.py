@@ -49,6 +49,8 @@ TINY: Mapping[str, int] = {name: size for size, names in _BY_SIZE.items() for na
 """The largest size of each field in a tiny model."""
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    # With few heads many scores are 0: of equal ones torch.topk picks any.
+    "axk2": {"index_n_heads": 16},
     "bamba": {"mamba_n_heads": 8},
     "cohere_compass_text": {
         "num_hidden_layers": 2,
@@ -77,10 +79,9 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "o_groups": 2,
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    # With few heads many scores are 0: of equal ones torch.topk picks any.
     "deepseek_v32": {"index_n_heads": 16},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "dots3_note_text": {"head_dim": 16, "num_key_value_heads": 4, "per_layer_config": {}},
+    "dots3_note_text": {"head_dim": 24, "num_key_value_heads": 4, "index_n_heads": 16},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -90,6 +91,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
     "glm_moe_dsa": {"index_n_heads": 16},
     "granitemoehybrid": {"mamba_n_heads": 8},
+    "hy_v4": {"index_n_heads": 16},
     "lfm2": {
         "num_hidden_layers": 2,
         "full_attn_idxs": [1],

@@ -55,8 +55,6 @@ def check_inputs(x: AttentionInputs, *, keys_sum_grads: bool = False) -> None:
     if x.k is None and (x.key_scale is not None or x.up is not None):
         del named["k"]
     check_tensor("Attention", **named)
-    if x.sink is not None:
-        check_tensor("Attention", dtypes=FLOATS, sink=x.sink)
     dtypes = {name: each.dtype for name, each in named.items()}
     named.pop("up", None)
     shapes = {name: tuple(each.shape) for name, each in named.items()}
@@ -94,12 +92,20 @@ def check_inputs(x: AttentionInputs, *, keys_sum_grads: bool = False) -> None:
             f"Each kv head serves as many query heads, of its own width, got {shapes}: give q as "
             f"[B, L, H, D] with H a multiple of the G kv heads and D the keys' width."
         )
-    if x.sink is not None and x.sink.shape != x.q.shape[2:3]:
-        raise ValueError(
-            f"A sink is one score per query head, got sink.shape={tuple(x.sink.shape)} with "
-            f"{x.q.shape[2]} heads: give [H]."
-        )
+    check_sink(x.sink, x.q.shape[2])
     _check_bias(x)
+
+
+def check_sink(sink: Tensor | None, heads: int) -> None:
+    """Refuse sinks that are not one number for each of so many query heads."""
+    if sink is None:
+        return
+    check_tensor("Attention", dtypes=FLOATS, sink=sink)
+    if sink.shape != (heads,):
+        raise ValueError(
+            f"A sink is one score per query head, got sink.shape={tuple(sink.shape)} with "
+            f"{heads} heads: give [H]."
+        )
 
 
 def _check_bias(x: AttentionInputs) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import ClaimedMixer
 from dtcp.softmax.gathered_rows import gather_rows
+from dtcp.softmax.inputs import check_sink
 from dtcp.sparse_latent.metadata import ExchangedTokens, TokensInSight
 from dtcp.sparse_latent.mixer import LightningIndexer, SparseLatentAttention, TokenReader
 
@@ -45,13 +46,16 @@ class ContextParallelSparseLatent(BringsTokens, SparseLatentAttention):
         up: Tensor,
         selected: Tensor,
         attn_metadata: BatchMetadata,
+        *,
+        sink: Tensor | None = None,
     ) -> Tensor:
         rows = self.rows(q, latent, key_rotary, up)
         self.check_selected(q, selected)
+        check_sink(sink, q.shape[2])
         metadata: ExchangedTokens = self.own(attn_metadata)
         if not metadata.in_line:
-            return self.attend(q, rows, up, selected, metadata)
-        out = self.attend(_on_line(q), _on_line(rows), up, _on_line(selected), metadata)
+            return self.attend(q, rows, up, selected, metadata, sink)
+        out = self.attend(_on_line(q), _on_line(rows), up, _on_line(selected), metadata, sink)
         return out.view(*q.shape[:3], -1)
 
 

@@ -1,4 +1,4 @@
-"""Attention over latents to the tokens that an indexer picks: DeepSeek-V3.2's and GLM-5's.
+"""Attention over latents to the tokens that an indexer picks: DeepSeek-V3.2's and its like.
 
 Two mixers, since layers may share what one of them has picked: the indexer scores tokens and picks
 the best for each query; attention reads the latents of these, in absorbed form:
@@ -23,6 +23,7 @@ from dtcp.sequence.arguments import FLOATS, check_ints, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.masks import Causal
+from dtcp.softmax.inputs import check_sink
 from dtcp.softmax.latent import LatentMixer, LatentWidths, keys_and_values
 from dtcp.sparse.op import select_entries, sparse_attention
 from dtcp.sparse_latent.metadata import TokensInSight
@@ -132,6 +133,8 @@ class SparseLatentAttention(TokenReader, LatentMixer):
         up: Tensor,
         selected: Tensor,
         attn_metadata: BatchMetadata,
+        *,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """Attend to k = [up[:, :N] @ latent | key_rotary] and v = up[:, N:] @ latent.
 
@@ -142,15 +145,23 @@ class SparseLatentAttention(TokenReader, LatentMixer):
             up: [H, N + V, C], the weight of the up-projection (kv_b_proj) by heads.
             selected: [B, L, k] int32, of a LightningIndexer in the same batch.
             attn_metadata: what the batch brings.
+            sink: [H], one score per head that takes its share of the softmax and adds nothing.
         Returns:
             [B, L, H, V].
         """
         rows = self.rows(q, latent, key_rotary, up)
         self.check_selected(q, selected)
-        return self.attend(q, rows, up, selected, self.own(attn_metadata))
+        check_sink(sink, q.shape[2])
+        return self.attend(q, rows, up, selected, self.own(attn_metadata), sink)
 
     def attend(
-        self, q: Tensor, rows: Tensor, up: Tensor, selected: Tensor, metadata: TokensInSight
+        self,
+        q: Tensor,
+        rows: Tensor,
+        up: Tensor,
+        selected: Tensor,
+        metadata: TokensInSight,
+        sink: Tensor | None,
     ) -> Tensor:
         """`forward`, once the batch's metadata are known; rows are [B, L, 1, C + R]."""
         widths = LatentWidths.of(q, rows, up)
@@ -162,7 +173,7 @@ class SparseLatentAttention(TokenReader, LatentMixer):
         entries = self.bring(rows, metadata, q.dtype)[:, :, 0]
         no_keys = entries.new_empty(entries.shape[0], 0, entries.shape[2])
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        sources = (no_keys, entries, selected, None, metadata.sight)
+        sources = (no_keys, entries, selected, sink, metadata.sight)
         out = sparse_attention(absorbed, *sources, scale=scale, value_dim=widths.latent)
         with without_autocast(q.device):
             return torch.einsum("blhc,hvc->blhv", out, of_values)

@@ -26,6 +26,7 @@ from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from dtcp.checkpoint.huggingface import weight_files
 from dtcp.forward import wrap_forward
+from dtcp.huggingface.config_fields import values_in_layers
 from dtcp.huggingface.install import has_mixers
 from dtcp.huggingface.own_errors import own_errors
 from dtcp.huggingface.small_config import small_config
@@ -161,9 +162,10 @@ class HuggingFaceConfig(BaseModel.Config):
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         config = read_config(self.source).get_text_config()
         # None in a model without attention; some have another number in each layer.
-        heads = getattr(config, "num_attention_heads", 0)
-        heads = heads if isinstance(heads, int) else 0
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+        of_layers = values_in_layers(config, "num_attention_heads")
+        heads = of_layers[0] if len(of_layers) == 1 and isinstance(of_layers[0], int) else 0
+        widths = values_in_layers(config, "head_dim")
+        head_dim = widths[0] if len(widths) == 1 else config.hidden_size // max(heads, 1)
         return get_dense_model_nparams_and_flops(
             model,
             n_layers=config.num_hidden_layers,

@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from dtcp.distributed.dtensor_rules import HEADS
+from dtcp.huggingface.config_fields import values_in_layers
 from dtcp.huggingface.recurrent_layers import kernel_names, recurrent_layers
 from dtcp.mixer_plan import matches
 from dtcp.parallelize.plans.adapters import BASE, adapted, adapter_style
@@ -338,8 +339,6 @@ def _experts_style(name: str, module: nn.Module, tp: int) -> ParallelStyle:
 
 def _check_divisible(model: Any, tp_plan: Mapping[str, str], tp: int) -> None:
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    kv_heads = getattr(config, "num_key_value_heads", None)
     sizes = {"vocab_size": config.vocab_size}
     ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     # They may have rows for more tokens than the vocabulary says.
@@ -348,8 +347,10 @@ def _check_divisible(model: Any, tp_plan: Mapping[str, str], tp: int) -> None:
         for name, module in ends.items()
         if module is not None
     }
-    if heads and "colwise" in tp_plan.values():
-        sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads or heads}
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        if "colwise" in tp_plan.values():
+            # The first that tp does not divide, where layers have numbers of their own.
+            sizes[key] = next((x for x in values_in_layers(config, key) if x % tp), tp)
     for name, module in model.named_modules():
         name, part = adapted(name)
         if isinstance(module, nn.Linear) and part in ("", BASE):

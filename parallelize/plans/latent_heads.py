@@ -1,6 +1,6 @@
 """Multi-head latent attention of transformers by heads: what makes heads is split, latents are not.
 
-split     q_b_proj or q_proj, kv_b_proj, g_proj (a gate for each head), o_proj by its inputs
+split     q_b_proj or q_proj, kv_b_proj, gates of heads and sinks, o_proj by its inputs
 whole     what makes latents of a token, and their norms: far smaller, and read by all heads; an
           indexer, whose choice is that of all heads
 """
@@ -17,9 +17,12 @@ from dtcp.huggingface.recurrent_layers import kernel_names
 from dtcp.parallelize.plans.inferred_roles import COLWISE, ROWWISE, WHOLE
 from dtcp.parallelize.tensor_parallel import LatentHeads
 
-OF_HEADS = ("q_proj", "q_b_proj", "kv_b_proj", "g_proj")
-OF_LATENTS = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
-OUT = "o_proj"
+OF_HEADS = ("q_proj", "q_b_proj", "q_gate_proj", "kv_b_proj", "g_proj", "gate_proj")
+OF_LATENTS = (
+    *("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm"),
+    "k_rope_only_layernorm",
+)
+OUT, SINKS = "o_proj", "sinks"
 
 
 def latent_heads(
@@ -36,7 +39,9 @@ def latent_heads(
             parts = {key for key, each in module.named_children() if _has_parameters(each)}
             roles |= {f"{name}.{part}": _role(part) for part in parts}
             roles |= {each: WHOLE for each in modules if each.startswith(f"{name}.{OWN_INDEXER}.")}
-            styles[name] = LatentHeads()
+            own = [key for key, _ in module.named_parameters(recurse=False)]
+            roles |= dict.fromkeys([name] if own else [], WHOLE)
+            styles[name] = LatentHeads(*own)
     return roles, styles
 
 
@@ -48,7 +53,7 @@ def _role(part: str) -> str:
 
 def _is_known(module: Any, tp: int) -> bool:
     """Whether a module is made of known parts, by heads that tp divides, and counts no heads."""
-    own = any(True for _ in module.parameters(recurse=False))
+    own = {key for key, _ in module.named_parameters(recurse=False)}
     parts = {key: each for key, each in module.named_children() if _has_parameters(each)}
     heads = getattr(module, "num_heads", 1)
     by_heads = all(
@@ -58,7 +63,7 @@ def _is_known(module: Any, tp: int) -> bool:
     )
     counts = {"num_heads", "num_attention_heads"} & kernel_names(module)
     known = parts.keys() <= {*OF_HEADS, *OF_LATENTS, OUT, OWN_INDEXER}
-    return known and by_heads and not own and not counts and heads % tp == 0
+    return known and by_heads and own <= {SINKS} and not counts and heads % tp == 0
 
 
 def _has_parameters(module: nn.Module) -> bool:

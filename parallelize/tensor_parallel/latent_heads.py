@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dtcp.huggingface.registry import MIXER
+from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
 from dtcp.parallelize.tensor_parallel.regions import copy_to_region
 from dtcp.softmax.latent import LatentMixer
 
@@ -23,11 +25,19 @@ class LatentHeads(ParallelStyle):
     For a module whose projections to heads are split column-wise and whose others are whole. Where
     it projects latents itself, its projection sums their gradient.
 
+    Args:
+        sinks: the name of the module's sinks, one per head, which are split with the heads; empty
+            for none.
+
     Traffic per rank: backward, an all-reduce of rotary keys, and of latents if its mixer has them;
     in fp32 where its style has that reduce_dtype.
     """
 
+    sinks: str = ""
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if self.sinks:
+            distribute_parameter(module, self.sinks, device_mesh, Shard(0))
         attention: Any = module
         hands_on = isinstance(getattr(attention, MIXER, None), LatentMixer)
 

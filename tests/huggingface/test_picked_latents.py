@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2 and GLM-5: unmodified models, whose indexers pick what latents they read."""
+"""DeepSeek-V3.2 and its like: unmodified models, whose indexers pick what latents they read."""
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from dtcp.parallelize.tensor_parallel import LatentHeads
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention, UlyssesAttention
+from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.sparse_latent import LightningIndexer, SparseLatentAttention, SparseLatentCP
 from tests.harness.hf_models import build
 from tests.harness.spmd import spmd
@@ -50,7 +51,32 @@ KINDS = {
         "num_hidden_layers": 3,
         "index_topk_pattern": "FSF",
     },
+    "axk2": {**SMALL, "gated_norm_rank": 4},
+    "hy_v4": {**SMALL, "num_hidden_layers": 3},
+    # The last layer has a window instead, and heads of its own.
+    "dots3_note_text": {
+        **SMALL,
+        "num_hidden_layers": 3,
+        "shared_experts_intermediate_size": 24,
+        "head_dim": 10,
+        "sliding_window": 7,
+        "swa_num_attention_heads": 8,
+        "swa_num_key_value_heads": 8,
+        "swa_q_lora_rank": 8,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 10,
+        "swa_qk_nope_head_dim": 6,
+        "swa_v_head_dim": 5,
+    },
 }
+READ_AND_PICK = {
+    "deepseek_v32": (2, 2),
+    "glm_moe_dsa": (3, 2),
+    "axk2": (2, 2),
+    "hy_v4": (3, 2),
+    "dots3_note_text": (2, 2),
+}
+"""How many layers read picked tokens, and how many pick them."""
 
 
 @pytest.mark.slow_where(lambda kind: kind != "deepseek_v32")
@@ -59,13 +85,12 @@ KINDS = {
 def test_model_that_picks_latents_equals_the_unmodified_one(mesh, kind):
     """Loss and all gradients, of packed rows; what travels are latents and index keys."""
     traffic = assert_parity(kind, Degrees(cp=2), change=KINDS[kind])
-    layers = KINDS[kind].get("num_hidden_layers", 2)
-    picking = KINDS[kind].get("index_topk_pattern", "F" * layers).count("F")
+    reading, picking = READ_AND_PICK[kind]
     there = traffic["dtcp::gather_shared_kv"]
     back = traffic["dtcp::gather_shared_kv_backward"]
-    assert (there.calls, back.calls) == (layers + picking, layers)
+    assert (there.calls, back.calls) == (reading + picking, reading)
     # A token in sight is received once there; and its gradient sent home from here.
-    row, key = (12 + 4) * layers * 8, 8 * picking * 8
+    row, key = (12 + 4) * reading * 8, 8 * picking * 8
     assert there.received % (row + key) == back.received % row == 0
     tokens = torch.tensor([there.received // (row + key), back.received // row])
     dist.all_reduce(tokens)
@@ -87,10 +112,14 @@ def test_model_that_picks_latents_beside_tp_fsdp_and_compiled(mesh, kind):
 def test_layers_have_the_mixers_that_they_need_and_compute_what_they_did(kind):
     reference, model = build(kind, **KINDS[kind]), build(kind, **KINDS[kind])
     survey = install_mixers(model)
-    assert {each.num_selected for each in survey.attentions} == {6}
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        assert type(attention.get_submodule(MIXER)) is SparseLatentAttention
+    reading, picking = READ_AND_PICK[kind]
+    numbers = [each.num_selected for each in survey.attentions]
+    assert numbers == [6] * reading + [0] * (len(numbers) - reading)
+    attentions = [layer.self_attn for layer in model.model.layers]
+    assert sum(hasattr(each, INDEXER) for each in attentions) == picking
+    for attention, number in zip(attentions, numbers, strict=True):
+        expected = SparseLatentAttention if number else SoftmaxAttention
+        assert type(attention.get_submodule(MIXER)) is expected
         indexer = getattr(attention, INDEXER, None)
         assert (indexer is None) == (attention.indexer is None)
         assert indexer is None or type(indexer) is LightningIndexer
@@ -109,11 +138,16 @@ def test_layers_have_the_mixers_that_they_need_and_compute_what_they_did(kind):
             assert float((ours.grad - whole.grad).abs().max() / whole.grad.abs().max()) < 1e-5
 
 
-def test_tp_splits_heads_and_leaves_the_indexer_whole():
-    plan = hf_tensor_plan(build("deepseek_v32", **SMALL), 2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tp_splits_heads_and_leaves_the_indexer_whole(kind):
+    plan = hf_tensor_plan(build(kind, **KINDS[kind]), 2)
     layer = "model.layers.0.self_attn"
-    assert isinstance(plan[layer], LatentHeads)
-    assert isinstance(plan[f"{layer}.q_b_proj"], ColwiseParallel)
+    assert plan[layer] == LatentHeads(sinks="sinks" if kind == "hy_v4" else "")
+    of_heads = {name for name, style in plan.items() if isinstance(style, ColwiseParallel)}
+    queries = "q_gate_proj" if kind == "axk2" else "q_b_proj"
+    gates = {"hy_v4": ["gate_proj"], "dots3_note_text": ["g_proj"]}.get(kind, [])
+    own = {name.removeprefix(f"{layer}.") for name in of_heads if name.startswith(layer)}
+    assert own == {queries, "kv_b_proj", *gates}
     whole = {type(style) for name, style in plan.items() if name.startswith(f"{layer}.indexer")}
     assert whole and not any(issubclass(kind, ColwiseParallel | RowwiseParallel) for kind in whole)
 

@@ -37,13 +37,17 @@ INDEX_HEADS, INDEX_DIM, SELECTED = 2, 8, 5
 """Two heads of an indexer: a quarter of all scores are 0, equal to each other."""
 
 
+OF_HEADS = ("up", "sink")
+
+
 class Inputs(NamedTuple):
-    """All that the mixers read, of whole rows; the first four have gradients."""
+    """All that the mixers read, of whole rows; the first five have gradients."""
 
     q: Tensor
     latent: Tensor
     rotary: Tensor
     up: Tensor
+    sink: Tensor
     index_q: Tensor
     index_weight: Tensor
     index_key: Tensor
@@ -65,6 +69,7 @@ def inputs(batch: int) -> Inputs:
         (*rows, LATENT),
         (*rows, ROTARY),
         (HEADS, CONTENT + VALUE, LATENT),
+        (HEADS,),
         (*rows, INDEX_HEADS, INDEX_DIM),
         (*rows, INDEX_HEADS),
         (*rows, INDEX_DIM),
@@ -89,7 +94,7 @@ def picked(x: Inputs, documents: Documents, number: int) -> Tensor:
 
 @functools.cache
 @torch.enable_grad()
-def truth(packing: packings.Packing, num_shards: int, number: int = SELECTED) -> Truth:
+def truth(packing: packings.Packing, num_shards: int, number: int, sinks: bool) -> Truth:
     """Keys and values of every token, and dense attention to those that were picked."""
     documents = packing(SEQ_LEN, num_shards)
     x = inputs(documents.batch)
@@ -99,41 +104,46 @@ def truth(packing: packings.Packing, num_shards: int, number: int = SELECTED) ->
     read = picked(x, documents, number)
     scores = torch.einsum("bshd,bthd->bhst", x.q, k) * 0.3
     scores = scores.masked_fill(~read[:, None], -torch.inf)
-    weights = scores.softmax(-1).masked_fill(~read[:, None], 0.0)
+    if sinks:
+        shares = x.sink[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, shares), dim=-1)
+    weights = scores.softmax(-1)[..., :SEQ_LEN].masked_fill(~read[:, None], 0.0)
     out = torch.einsum("bhst,bthv->bshv", weights, made[..., CONTENT:])
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=out.dtype)
     grad_out = grad_out * (documents.document() >= 0)[..., None, None]
-    grads = torch.autograd.grad(out, x[:4], grad_out)
+    grads = torch.autograd.grad(out, x[: 5 if sinks else 4], grad_out)
     return Truth(Inputs(*(each.detach() for each in x)), grad_out, out.detach(), grads)
 
 
 class Layer(nn.Module):
     """An indexer and the attention that reads what it picks, between per-token operations."""
 
-    def __init__(self, number: int = SELECTED) -> None:
+    def __init__(self, number: int = SELECTED, *, sinks: bool = False) -> None:
         super().__init__()
         self.indexer, self.attention = LightningIndexer(number), SparseLatentAttention(scale=0.3)
+        self.sinks = sinks
 
     def forward(self, x: Inputs, attn_metadata: object) -> Tensor:
         selected = self.indexer(-x.index_q, x.index_weight, -x.index_key, attn_metadata)
-        return -self.attention(-x.q, x.latent, -x.rotary, -x.up, selected, attn_metadata)
+        operands = (-x.q, x.latent, -x.rotary, -x.up, selected, attn_metadata)
+        return -self.attention(*operands, sink=x.sink if self.sinks else None)
 
 
-def claimed(mesh, style, number=SELECTED) -> Layer:
-    layer = Layer(number)
+def claimed(mesh, style) -> Layer:
+    layer = Layer()
     parallelize_module(layer, mesh, {"indexer": style, "attention": style})
     return layer
 
 
-def step(layer, mesh, packing, layout, *, number=SELECTED, call=None):
+def step(layer, mesh, packing, layout, *, call=None):
     """Hold output and every gradient against dense attention; what moved, there and back."""
     ranks = mesh["cp"].size()
-    expected, documents = truth(packing, ranks, number), packing(SEQ_LEN, ranks)
+    expected, documents = truth(packing, ranks, SELECTED, layer.sinks), packing(SEQ_LEN, ranks)
     batch = {"input_ids": torch.zeros(documents.batch, SEQ_LEN, dtype=torch.int64)}
     on = ParallelMesh.from_device_mesh(mesh)
     sharded = shard_batch(batch, on, layout, model=layer, documents=documents)[1]
     local = {
-        name: (x if name == "up" else sharded.shard(x)).clone().requires_grad_()
+        name: (x if name in OF_HEADS else sharded.shard(x)).clone().requires_grad_()
         for name, x in expected.inputs._asdict().items()
     }
     mine = Inputs(**local)
@@ -142,19 +152,21 @@ def step(layer, mesh, packing, layout, *, number=SELECTED, call=None):
     with count_traffic() as back:
         grads = torch.autograd.grad(out, mine, sharded.shard(expected.grad_out), allow_unused=True)
     assert_close(out, sharded.shard(expected.out))
-    assert grads[4:] == (None,) * 3
+    assert grads[len(expected.grads) :] == (None,) * (8 - len(expected.grads))
     for actual, whole in zip(grads[:3], expected.grads, strict=False):
         assert_close(actual, sharded.shard(whole))
-    dist.all_reduce(grads[3])  # a weight: each rank has the share of its own queries
-    assert_close(grads[3], expected.grads[3])
+    for actual, whole in zip(grads[3:], expected.grads[3:], strict=False):
+        dist.all_reduce(actual)  # weights: each rank has the share of its own queries
+        assert_close(actual, whole)
     return sharded, there, back
 
 
 @pytest.mark.parametrize("packing", [packings.across_borders, packings.two_rows])
 @pytest.mark.parametrize("number", [1, SELECTED, SEQ_LEN + 1])
-def test_one_device_equals_dense_attention_to_what_is_picked(packing, number, monkeypatch):
+@pytest.mark.parametrize("sinks", [False, True])
+def test_one_device_equals_dense_attention_to_what_is_picked(packing, number, sinks, monkeypatch):
     """In one tile; and, cut again, in many. All that is in sight where more could be picked."""
-    expected, layer = truth(packing, 1, number), Layer(number)
+    expected, layer = truth(packing, 1, number, sinks), Layer(number, sinks=sinks)
     mine = Inputs(*(x.clone().requires_grad_() for x in expected.inputs))
     metadata = batch_metadata(layer, packing(SEQ_LEN, 1))
     for most in (2**24, 3 * SEQ_LEN):
@@ -162,7 +174,7 @@ def test_one_device_equals_dense_attention_to_what_is_picked(packing, number, mo
         monkeypatch.setattr(indexer, "MAX_INDEX_SCORES", most)
         out = layer(mine, metadata)
         assert_close(out, expected.out)
-        grads = torch.autograd.grad(out, mine[:4], expected.grad_out)
+        grads = torch.autograd.grad(out, mine[: len(expected.grads)], expected.grad_out)
         assert_close(grads, expected.grads)
 
 
@@ -181,13 +193,17 @@ def test_picked_tokens_are_fewer_than_all_and_scores_are_tied():
 @pytest.mark.slow_where(lambda ranks: ranks != 2)
 @spmd(ranks=(1, 2, 3, 4))
 def test_ranks_equal_dense_attention_and_receive_what_they_may_read(mesh, ranks):
-    """Packed rows, padding, rows packed differently, every layout; bytes counted token by token."""
+    """Packed rows, padding, rows packed differently, every layout; bytes counted token by token.
+
+    Every second layout with sinks, which are weights and do not travel.
+    """
     layer = claimed(mesh, style := SparseLatentCP())
     layouts = (*LAYOUTS, DocumentBalanced) if ranks in (2, 4) else (HeadTail,)
     rank = mesh["cp"].get_local_rank()
     for number, layout in enumerate(layouts):
         rows = [packings.across_borders, packings.last_shard_padding][number % 2]
         several = packings.two_rows if layout in (Contiguous, HeadTail) else packings.equal_rows
+        layer.sinks = number % 2 == 1
         for packing in (rows, several):
             sharded, there, back = step(layer, mesh, packing, layout)
             assert (there.received, back.received) == of_formula(style, layer, sharded, rank)
@@ -222,6 +238,7 @@ def tokens_of_others_in_sight(documents: Documents, ranks: int) -> list[int]:
 def test_compiled_layer_is_one_graph_and_equals_dense_attention(mesh):
     layer = claimed(mesh, SparseLatentCP())
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    layer.sinks = True
     with count_graphs() as graphs:
         for packing in (packings.across_borders, packings.one_document):
             step(layer, mesh, packing, HeadTail, call=compiled)
@@ -260,7 +277,7 @@ def test_gradients_of_latents_are_summed_unrounded_where_asked(mesh):
         on = ParallelMesh.from_device_mesh(mesh)
         sharded = shard_batch(batch, on, HeadTail, model=layer, documents=packing(SEQ_LEN, 2))[1]
         whole = inputs(1)._asdict().items()
-        local = (x if name == "up" else sharded.shard(x) for name, x in whole)
+        local = (x if name in OF_HEADS else sharded.shard(x) for name, x in whole)
         mine = Inputs(*(x.detach().bfloat16() for x in local))
         latents = (x.to(of_latents) for x in (mine.latent, mine.rotary))
         mine = Inputs(mine.q, *latents, *mine[3:])
@@ -297,6 +314,8 @@ def test_operands_that_do_not_fit_are_refused():
         layer.attention(*operands, selected.long(), metadata)
     with pytest.raises(ValueError, match=r"shape \(1, 8, 5\)"):
         layer.attention(*operands, selected[:, :8], metadata)
+    with pytest.raises(ValueError, match=r"one score per query head, got sink\.shape=\(2,\)"):
+        layer.attention(*operands, selected, metadata, sink=x.sink[:2])
     with pytest.raises(TypeError, match="selected"):
         layer.attention(*operands, None, metadata)
     with pytest.raises(ValueError, match="num_selected >= 1"):
@@ -320,11 +339,11 @@ def test_metadata_of_another_batch_are_refused(mesh):
         batch = {"input_ids": torch.zeros(1, seq_len, dtype=torch.int64)}
         made.append(shard_batch(batch, on, HeadTail, model=layer)[1])
     own, *others = made
-    local = Inputs(*(v if n == "up" else own.shard(v) for n, v in x._asdict().items()))
-    selected = layer.indexer(*local[4:], own.attn_metadata)
+    local = Inputs(*(v if n in OF_HEADS else own.shard(v) for n, v in x._asdict().items()))
+    selected = layer.indexer(*local[5:], own.attn_metadata)
     for other in others:
         for call in (
-            lambda: layer.indexer(*local[4:], other.attn_metadata),  # noqa: B023
+            lambda: layer.indexer(*local[5:], other.attn_metadata),  # noqa: B023
             lambda: layer.attention(*local[:4], selected, other.attn_metadata),  # noqa: B023
         ):
             with pytest.raises(ValueError, match="metadata of their own batch, got some for"):
