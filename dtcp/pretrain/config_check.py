@@ -288,6 +288,12 @@ def _package_refusal(config: Any) -> str:
             "Parameters are offloaded from an accelerator, got training.enable_cpu_offload=True "
             "for ranks on the CPU: leave it out."
         )
+    implementation = config.optimizer.implementation
+    if implementation == "fused_opt_states_bf16" and not accelerated:
+        return (
+            f"An optimizer's state in bf16 is read by kernels of accelerators, got optimizer."
+            f"implementation={implementation} for ranks on the CPU: choose fused or foreach."
+        )
     return ""
 
 

@@ -34,6 +34,7 @@ from dtcp.pretrain.options import config_names, parse
 ACTIVATION_CHECKPOINTS = [FullAC.Config(), SelectiveAC.Config()]
 
 LOOKED_AT_BELOW = (
+    "implementation",
     "dataloader",
     "backend",
     "enable_memory_snapshot",
@@ -162,6 +163,10 @@ ON_THE_LAUNCHER = {
     "C2-backend": (["--compile.backend", "inductr"], "backend='inductr': name one of aot_eager"),
     "C2-fake": (["--comm.mode", "local_tensor"], "comm.mode='local_tensor'"),
     "C2-offload": (["--training.enable_cpu_offload"], "training.enable_cpu_offload=True"),
+    "C2-bf16-states": (
+        ["--optimizer.implementation", "fused_opt_states_bf16"],
+        "implementation=fused_opt_states_bf16 for ranks on the CPU: choose fused or foreach",
+    ),
     "C2-garbage": (["--training.gc_debug"], "training.gc_debug=True without CUDA"),
     "C2-snapshot": (["--profiler.enable_memory_snapshot"], "profiler.enable_memory_snapshot=True"),
 }
