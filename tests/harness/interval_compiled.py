@@ -64,8 +64,10 @@ class RecordingLoader:
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self.used: dict[str, Used] = {}
+        self.loaded = 0
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
+        self.loaded += 1
         self.used[name] = Used(*registers_and_stack(binary), shared)
         return 0, 0, self.used[name].registers, 0, 1024
 

@@ -44,11 +44,14 @@ def launch(dtype: torch.dtype, heads: int, value_dim: int, others: int, num_sele
 
 
 def launch_index(dtype: torch.dtype, heads: int, dim: int) -> None:
+    """Of queries and keys that are cut anywhere, as blocks of an indexer are."""
     q, weight, keys = (
         torch.empty(ENTRIES, *shape, dtype=dtype) for shape in ((heads, dim), (heads,), (dim,))
     )
     token = torch.arange(ENTRIES, dtype=torch.int32)
-    index_scores(q, weight, keys, 0 * token, token, token)
+    for start, low in ((0, 0), (64, 128), (70, 3), (ENTRIES - 1, 16)):
+        of_queries = (0 * token[start:], token[start:])
+        index_scores(q[start:], weight[start:], keys[low:], *of_queries, token[low:])
 
 
 def main() -> None:
@@ -64,7 +67,8 @@ def main() -> None:
         else:
             launch_index(getattr(torch, dtype), int(heads), int(dim))
         kernels = {name: used._asdict() for name, used in gpu.utils.used.items()}
-        print(json.dumps({"wanted": wanted, "stated": stated, "kernels": kernels}), flush=True)
+        report = {"wanted": wanted, "stated": stated, "loaded": gpu.utils.loaded}
+        print(json.dumps({**report, "kernels": kernels}), flush=True)
 
 
 if __name__ == "__main__":

@@ -171,12 +171,15 @@ class Wrong:
     ],
 )
 def test_the_self_test_finds_what_is_wrong(inputs, reference, by_channel):
-    """Of out, summaries and each gradient; and nothing in what is right."""
+    """Of out, summaries and each gradient; and nothing in what is right. It draws nothing."""
     shapes = SIZES if by_channel else SIZES | {"g": (4,)}
     like = [torch.empty(1, 1, *shapes[name], dtype=torch.bfloat16) for name in inputs._fields]
     sizes = self_test.Sizes.of(inputs(*like[:-1], like[-1].int()))
     find = partial(self_test.fault_in_stretches, reference=reference(), sizes=sizes, tokens=256)
+    state = torch.get_rng_state()
     assert find(lambda x: reference()) is None
+    # In the first step of a run, between what a checkpointed block draws and what it draws again.
+    assert torch.equal(torch.get_rng_state(), state)
     wrong = [f"d{name}" for name in inputs._fields if name != "starts"]
     for result in ("out", "summary", "dsummary", *wrong):
         assert f"in {result})" in find(lambda x, result=result: Wrong(reference(), result))

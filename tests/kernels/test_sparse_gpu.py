@@ -44,6 +44,7 @@ def test_sparse_kernels_compile(tmp_path):
     for report in reports[-len(gpus) :]:
         (used,) = report["kernels"].values()
         assert used["stack"] == 0 and used["shared"] <= 99 * 1024
+        assert report["loaded"] == 1  # for whichever queries and keys
     for call, report in zip(calls, reports[: -len(gpus)], strict=False):
         kernels = report["kernels"]
         assert set(kernels) == {
@@ -56,6 +57,22 @@ def test_sparse_kernels_compile(tmp_path):
         assert shared == report["stated"] or (call is calls[0] and shared < report["stated"])
         # A block's sums take 128 registers of each thread: spilled, they alone are 512 bytes.
         assert max(used["stack"] for used in kernels.values()) < 512
+
+
+@pytest.mark.slow
+def test_blocks_of_other_widths_take_the_shared_memory_that_is_stated(tmp_path):
+    """Up to 256 channels, and in fp32, whose three products of each spill."""
+    calls = [
+        "rtx:bfloat16,64,256,512",
+        "rtx:float32,64,256,512",
+        "a100:float32,64,512,512",
+        "h100:float32,64,512+64,512",
+        "b200:bfloat16,64,256,512",
+    ]
+    reports = lines_of("tests.harness.sparse_compiled", *calls, TRITON_CACHE_DIR=str(tmp_path))
+    for call, report in zip(calls, reports, strict=True):
+        shared = max(used["shared"] for used in report["kernels"].values())
+        assert shared == report["stated"] or (call is calls[-1] and shared < report["stated"])
 
 
 def test_offsets_of_heads_stay_below_31_bits():

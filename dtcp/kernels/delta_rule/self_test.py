@@ -112,7 +112,10 @@ def _results(kernel: RecurrentKernel, x: Any, grad: Tensor, state: Tensor) -> di
 
 
 def _problem(sizes: Sizes, tokens: int) -> tuple[Any, Tensor, Tensor]:
-    """One stretch of two documents that ends inside a chunk; a gradient of out, and a state."""
+    """One stretch of two documents that ends inside a chunk; a gradient of out, and a state.
+
+    Of noise of its own: whoever draws next in a step, as a dropout does, draws what it always does.
+    """
     device, tokens = sizes.device, tokens - 1
     noise = partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
     shapes = dict(zip(sizes.inputs._fields, sizes.shapes, strict=True))  # type: ignore[attr-defined]
@@ -126,4 +129,5 @@ def _problem(sizes: Sizes, tokens: int) -> tuple[Any, Tensor, Tensor]:
     given = (part.to(dtype) for part, dtype in zip(parts.values(), sizes.dtypes, strict=True))
     x = sizes.inputs(*given)
     (heads, value_dim), key_dim = shapes["v"], shapes["k"][1]
-    return x, torch.randn_like(x.v), noise(1, heads, key_dim, value_dim)
+    grad = noise(*x.v.shape).to(x.v.dtype)
+    return x, grad, noise(1, heads, key_dim, value_dim)

@@ -68,7 +68,11 @@ def index_scores(
     return scores
 
 
-@triton.jit
+# Queries and keys are parts of a batch's, cut anywhere: each cut would be compiled anew.
+@triton.jit(
+    do_not_specialize=["queries", "number"],
+    do_not_specialize_on_alignment=["first", "last", "closing"],
+)
 def index_score_kernel(
     q, weight, keys, first, last, closing, scores, queries, heads, number, shape: tl.constexpr
 ):
