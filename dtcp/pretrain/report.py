@@ -181,8 +181,9 @@ def _say_own(error: BaseException, text: str, where: str) -> None:
         elif isinstance(error, OSError) and error.errno in OF_DISKS:
             file = f" at {error.filename}" if error.filename else ""
             print(
-                f"error: A run writes into its folder, got {error.strerror}{file}: make room, and "
-                f"start again to go on from the last checkpoint{where}.",
+                f"error: A run's disks take what it writes, got {error.strerror}{file}: make room "
+                f"there or write elsewhere, and start again to go on from the last "
+                f"checkpoint{where}.",
                 file=sys.stderr,
                 flush=True,
             )

@@ -97,8 +97,9 @@ def parallelize_hf(
             None for `default_attention`: a ring on hosts, one call over all keys on GPUs.
             Layers of multi-head latent attention (DeepSeek, Kimi) exchange latents by
             RingAttention, AllGatherAttention and HaloAttention, and by others the keys and values
-            that are made of them. Layers whose tokens an indexer picks (DeepSeek-V3.2, GLM-5)
-            are carried out by SparseLatentCP, with the options of RingAttention or
+            that are made of them. Layers whose tokens an indexer picks (DeepSeek-V3.2, GLM-5, and
+            their like) are carried out by SparseLatentCP, those with compressed entries
+            (DeepSeek-V4) by CompressedSparseCP, with the options of RingAttention or
             AllGatherAttention.
         expert_exchange: what carries tokens on a mesh with an axis ep, as of ExpertParallel.
     Raises:

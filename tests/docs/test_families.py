@@ -52,6 +52,12 @@ def test_B8_results_are_those_of_a_run(model_type):
         assert outcome_of(case, CHECKS[check]).verdict == expected.verdict
 
 
+def test_every_family_that_passes_is_on_the_page_of_parts():
+    """Made anew by `python -m docs.families.tp_parts` where it is not."""
+    rows = [row for row in PARTS_PAGE.read_text().splitlines() if row.startswith(("| `", "| (`"))]
+    assert len(rows) - 1 == Results.read().counts(FIRST)["passed"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["phi3", "bloom", "jetmoe"])
 def test_what_a_rank_of_tp_holds_is_that_of_its_plan(model_type):

@@ -100,14 +100,23 @@ def test_a_rank_that_meets_nobody_says_where_it_looked(tmp_path: Path, capsys, m
     assert "=host:29500 (Ping failed, invalid value): look at" in said and said.count("\n") == 1
 
 
-def test_a_disk_that_is_full_is_one_line_whoever_writes(tmp_path: Path, capsys, monkeypatch):
-    """Without a traceback that nobody can find: the folder takes no file either."""
+@pytest.mark.parametrize(
+    ("number", "path"),
+    [
+        (errno.ENOSPC, "traces/rank0.json.gz"),
+        (errno.ENOSPC, "/tmp/torchinductor/fxgraph"),
+        (errno.EROFS, "traces/rank0.json.gz"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_one_line_whoever_writes(
+    tmp_path: Path, capsys, monkeypatch, number, path
+):
+    """Of its folder or another; without a traceback that nobody can find: that takes no file."""
     monkeypatch.setattr(Path, "write_text", lambda *_, **__: os.open("/dev/null/x", 0))
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "traces/rank0.json.gz")
-    say_failure(full, tmp_path)
+    say_failure(OSError(number, os.strerror(number), path), tmp_path)
     assert capsys.readouterr().err == (
-        "error: A run writes into its folder, got No space left on device at traces/rank0.json.gz: "
-        "make room, and start again to go on from the last checkpoint.\n"
+        f"error: A run's disks take what it writes, got {os.strerror(number)} at {path}: make room "
+        f"there or write elsewhere, and start again to go on from the last checkpoint.\n"
     )
 
 
