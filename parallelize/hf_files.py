@@ -6,6 +6,7 @@ one tensor for each expert where the model has one for all, for example. The rul
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from dtcp.checkpoint.huggingface import weight_files
 
@@ -100,7 +102,8 @@ def weight_groups(model: Any, files: Mapping[str, Tensor]) -> tuple[list[WeightG
         rename_source_key,
     )
 
-    rules = get_model_conversion_mapping(model)
+    with own_classes(model):
+        rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -132,7 +135,8 @@ class SavedGroup:
         """Whole weights by their names in files."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        reverted = revert_weight_conversion(model, dict(whole))
+        with own_classes(model):
+            reverted = revert_weight_conversion(model, dict(whole))
         # Parts of one tensor share its memory, which files do not.
         return {
             name: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
@@ -159,6 +163,25 @@ def saved_groups(model: Any, names: Sequence[str]) -> list[SavedGroup]:
     return list(groups.values())
 
 
+@contextmanager
+def own_classes(model: Any) -> Iterator[None]:
+    """Inside, modules that FSDP has wrapped are of their own classes again.
+
+    transformers looks rules up by the names and places of classes, and takes FSDP's for code of a
+    user's, which has none: those of the model inside would count, relative to it.
+    """
+    wrapped = [
+        (module, type(module)) for module in model.modules() if isinstance(module, FSDPModule)
+    ]
+    for module, kind in wrapped:
+        module.__class__ = next(own for own in kind.__mro__ if not issubclass(own, FSDPModule))  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, kind in wrapped:
+            module.__class__ = kind
+
+
 def _rules_of_saving(model: Any) -> list[Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
@@ -166,5 +189,6 @@ def _rules_of_saving(model: Any) -> list[Any]:
     own = getattr(model, "_weight_conversions", None)
     if own is not None:
         return list(own)
-    rules = get_model_conversion_mapping(model, add_legacy=False)
+    with own_classes(model):
+        rules = get_model_conversion_mapping(model, add_legacy=False)
     return [rule for rule in rules if not isinstance(rule, PrefixChange)]

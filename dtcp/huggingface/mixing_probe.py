@@ -60,6 +60,7 @@ def find_mixing(model: nn.Module, run: RunModel, seq_len: int, *, pools: bool = 
     names = {module: name for name, module in model.named_modules()}
     mixing: list[str] = []
     called: set[str] = set()
+    pooling: set[str] = set()
     replaying = False
     # One at the start or at the end may be all that a module reads of a row.
     probes = ((seq_len // 2,), (0, seq_len - 1))
@@ -71,7 +72,8 @@ def find_mixing(model: nn.Module, run: RunModel, seq_len: int, *, pools: bool = 
             return
         replaying = True
         try:
-            moved = False
+            moved = _pools_too_few(out, (args, kwargs), seq_len)
+            pooling.update([names[module]] * moved)
             for tokens in probes:
                 changed_args, changed_kwargs = _change(args, kwargs, seq_len, tokens)
                 changed_out = module.forward(*changed_args, **changed_kwargs)
@@ -92,8 +94,9 @@ def find_mixing(model: nn.Module, run: RunModel, seq_len: int, *, pools: bool = 
         for hook in hooks:
             hook.remove()
     # A router that sorts the tokens of a row mixes them; where they come back as they went, the
-    # module around it does not.
-    undone = {name for name in mixing if _called_around(name, called) not in (None, *mixing)}
+    # module around it does not. Of what makes nothing of so few, no module shows the effect.
+    shown = [name for name in mixing if name not in pooling]
+    undone = {name for name in shown if _called_around(name, called) not in (None, *mixing)}
     mixing = [name for name in mixing if name not in undone]
     return [name for name in mixing if not any(_inside(other, name) for other in mixing)]
 
@@ -237,6 +240,14 @@ def _moved(
         for a, b in zip(tensors(out), tensors(changed_out), strict=True)
         if a.is_floating_point() and not (by_token and seq_len not in a.shape)
     )
+
+
+def _pools_too_few(out: object, given: object, seq_len: int) -> bool:
+    """Whether nothing comes of a sequence: windows of it are longer than what is run."""
+    empty = any(
+        x.is_floating_point() and x.numel() == 0 and seq_len not in x.shape for x in tensors(out)
+    )
+    return empty and any(_seq_dim(x, seq_len) is not None for x in tensors(given))
 
 
 def differs_elsewhere(a: Tensor, b: Tensor, seq_len: int, tokens: Sequence[int]) -> bool:

@@ -258,7 +258,7 @@ def test_B7_claims_of_a_plan_that_no_rank_has_applied_name_the_plan():
             "--set num_attention_heads=3 num_key_value_heads=3 hidden_size=48",
             "Tensor parallelism splits num_attention_heads into equal parts, got 3 with tp=2",
         ),
-        ("--hf-config dbrx", "transformers builds a model of 'dbrx', got AttributeError"),
+        ("--hf-config musicgen", "transformers builds a model of 'musicgen', got AttributeError"),
     ],
 )
 def test_B7_what_cannot_be_checked_is_a_sentence_and_an_exit_code(capsys, arguments, message):

@@ -10,13 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from dtcp.check.checked_hf import CheckedHuggingFaceModel
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.huggingface.language_model import model_of
+from dtcp.huggingface.small_config import small_config
 from dtcp.parallelize import load_hf, parallelize_hf, save_hf
-from dtcp.parallelize.hf_files import SavedGroup
+from dtcp.parallelize.hf_files import SavedGroup, saved_groups, weight_groups
 from tests.harness.hf_models import build, config_of
 from tests.harness.spmd import spmd
 
@@ -87,6 +91,25 @@ def test_saved_model_is_what_transformers_writes_and_loads(mesh, kind, degrees):
             assert not (mine / "ours").exists()
 
     in_a_folder(body)
+
+
+@spmd(ranks=1)
+def test_rules_of_files_are_those_of_classes_that_fsdp_has_not_wrapped(mesh):
+    """DeepSeek-V4's name weights from the root on: inside of the model they are others."""
+    model = model_of(small_config("deepseek_v4", {}).config, "correct it")
+    state = model.state_dict()
+    right = revert_weight_conversion(model, dict(state))
+    parallelize_hf(model, ParallelMesh.from_degrees(Degrees(), "cpu"))
+    fully_shard(model, mesh=mesh)
+    assert isinstance(model, FSDPModule)
+    ours = [
+        group.revert(model, {name: state[name] for name in group.names})
+        for group in saved_groups(model, list(state))
+    ]
+    assert {name for weights in ours for name in weights} == set(right)
+    groups, left_over = weight_groups(model, right)
+    assert {group.target for group in groups} == set(state) and not left_over
+    assert isinstance(model, FSDPModule)
 
 
 @spmd(ranks=2)
