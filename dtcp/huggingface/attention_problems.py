@@ -92,7 +92,7 @@ def _problem_of_keys(
             f"encoder's, or a cache), and only attention to the tokens of a sequence is sharded: "
             f"{REMEDY}."
         )
-    if mask is None and hasattr(module, OWN_INDEXER):
+    if mask is None and getattr(module, OWN_INDEXER, None) is not None:
         return (
             f"its indexer picks blocks of keys for each query, and picked keys are read here only "
             f"where they are values, too (latents by LightningIndexer, entries by "
