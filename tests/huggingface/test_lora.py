@@ -183,6 +183,7 @@ def test_adapters_are_saved_with_the_embeddings_that_peft_saves(mesh, resized):
     model, _ = on_mesh_of(made(), Degrees(cp=2))
     save_hf(model, ours)
     load_weights(model, Path(ours))
+    dist.barrier()  # the folder goes when all have read it
     if dist.get_rank() == 0:
         made().save_pretrained(theirs)
         files = [load_file(f"{path}/adapter_model.safetensors") for path in (ours, theirs)]
