@@ -19,6 +19,7 @@ from benchmarks.gpu.timing import seconds_of
 from dtcp.kernels.delta_rule.api import DeltaInputs, delta_kernel, fla_delta_rule
 from dtcp.kernels.delta_rule.fla_inside import is_guarded
 from dtcp.kernels.delta_rule.reference import ReferenceDeltaRule
+from dtcp.kernels.delta_rule.self_test import RecurrentKernel, results_of
 from dtcp.kernels.grouped_linear import grouped_linear
 from dtcp.kernels.linear_attention.api import fla_linear_attention, linear_kernel
 from dtcp.kernels.linear_attention.reference import ReferenceLinearAttention
@@ -181,38 +182,38 @@ def _stretches(device: str, length: int, *, by_channel: bool) -> tuple[DeltaInpu
 
 def _delta(device: str, length: int, *, by_channel: bool) -> dict[str, Any]:
     x, grad, state = _stretches(device, length, by_channel=by_channel)
-    exact = DeltaInputs(*map(_wide, x))
-    truth = ReferenceDeltaRule()
-    (right,), _ = truth.forward([exact], lambda summary: state.double())
-    (rights,) = truth.backward([exact], [grad.double()], state.double(), lambda s: state.double())
-    # A hundred candidates compile for minutes, and all of them compute the same. The first of the
-    # summaries' kernels spill 31 KB, which alone takes a minute; the fourth ones do not (sm_90).
-    with candidates(3, 1000):
-        kernel = delta_kernel(x)
-        if device == "cuda" and isinstance(kernel, ReferenceDeltaRule):
-            # What has failed its self-test is measured all the same.
-            kernel = fla_delta_rule(x)
-        (out,), _ = kernel.forward([x], lambda summary: state)
-        (grads,) = kernel.backward([x], [grad], state, lambda summary: state)
-    names = ("out", *(f"d{name}" for name in grads._fields))
-    return _compared(names, (out, *grads), (right, *rights), kernel, STATE_BOUND)
+    return _recurrent(x, grad, state, ReferenceDeltaRule(), delta_kernel, fla_delta_rule)
 
 
 def _linear(device: str, length: int) -> dict[str, Any]:
     made, grad, state = _stretches(device, length, by_channel=False)
     x = LinearInputs(*made[:4], made.starts)
-    exact = LinearInputs(*map(_wide, x))
     truth = ReferenceLinearAttention()
-    (right,), _ = truth.forward([exact], lambda maps: state.double())
-    (rights,) = truth.backward([exact], [grad.double()], state.double(), lambda m: state.double())
+    return _recurrent(x, grad, state, truth, linear_kernel, fla_linear_attention)
+
+
+def _recurrent(
+    x: Any,
+    grad: Tensor,
+    state: Tensor,
+    truth: RecurrentKernel,
+    choose: Callable[[Any], RecurrentKernel],
+    of_fla: Callable[[Any], RecurrentKernel],
+) -> dict[str, Any]:
+    """Errors of the kernel that is chosen for x; where the truth's own is, on a GPU, of fla's."""
+    exact = type(x)(*map(_wide, x))
+    right = results_of(truth, exact, grad.double(), state.double())
+    # A hundred candidates compile for minutes, and all of them compute the same. The first of the
+    # summaries' kernels spill 31 KB, which alone takes a minute; the fourth ones do not (sm_90).
     with candidates(3, 1000):
-        kernel = linear_kernel(x)
-        if device == "cuda" and isinstance(kernel, ReferenceLinearAttention):
-            kernel = fla_linear_attention(x)
-        (out,), _ = kernel.forward([x], lambda maps: state)
-        (grads,) = kernel.backward([x], [grad], state, lambda maps: state)
-    names = ("out", *(f"d{name}" for name in grads._fields))
-    return _compared(names, (out, *grads), (right, *rights), kernel, STATE_BOUND)
+        kernel = choose(x)
+        if x.v.is_cuda and type(kernel) is type(truth):
+            # What has failed its self-test is measured all the same.
+            kernel = of_fla(x)
+        ours = results_of(kernel, x, grad, state)
+    names = list(right)
+    pairs = ([each[name] for name in names] for each in (ours, right))
+    return _compared(names, *pairs, kernel, STATE_BOUND)
 
 
 def _experts(device: str, length: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from triton.runtime.interpreter import TensorHandle
 from dtcp.kernels.delta_rule.fla import FlaDeltaRule
 from dtcp.kernels.delta_rule.fla_channel import FlaChannelDeltaRule
 from dtcp.kernels.delta_rule.reference import ReferenceDeltaRule
+from dtcp.kernels.delta_rule.self_test import results_of
 from dtcp.kernels.delta_rule.types import DeltaInputs
 from dtcp.kernels.linear_attention.fla import FlaLinearAttention
 from dtcp.kernels.linear_attention.reference import ReferenceLinearAttention
@@ -112,23 +113,9 @@ def _many_starts(x: DeltaInputs) -> Tensor:
 def errors_of(kernel: Any, reference: Any, x: Any, state: Tensor, grad: Tensor) -> dict[str, float]:
     """Of output, gradients, and what ranks exchange on both ways; truth is in fp64."""
     exact = type(x)(*(part.double() if part.is_floating_point() else part for part in x))
-    ours = results_of(kernel, x, state, grad)
-    truth = results_of(reference, exact, state.double(), grad.double())
+    ours = results_of(kernel, x, grad, state)
+    truth = results_of(reference, exact, grad.double(), state.double())
     return {name: relative_error(ours[name], right) for name, right in truth.items()}
-
-
-def results_of(kernel: Any, x: Any, state: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """By name."""
-    seen: list[Tensor] = []
-
-    def carry(summary: Tensor) -> Tensor:
-        seen.append(summary)
-        return state
-
-    (out,), _ = kernel.forward([x], carry)
-    (grads,) = kernel.backward([x], [grad], state, carry)
-    summaries = {"summary forward": seen[0], "summary backward": seen[1]}
-    return {"out": out, **grads._asdict(), **summaries}
 
 
 def main() -> None:

@@ -94,11 +94,12 @@ def _errors(
     kernel: RecurrentKernel, reference: RecurrentKernel, x: Any, grad: Tensor, state: Tensor
 ) -> dict[str, float]:
     """Of out, the summaries that ranks exchange, and the gradients, by name."""
-    ours, right = (_results(each, x, grad, state) for each in (kernel, reference))
+    ours, right = (results_of(each, x, grad, state) for each in (kernel, reference))
     return {name: largest_error(ours[name], right[name]) for name in right}
 
 
-def _results(kernel: RecurrentKernel, x: Any, grad: Tensor, state: Tensor) -> dict[str, Tensor]:
+def results_of(kernel: RecurrentKernel, x: Any, grad: Tensor, state: Tensor) -> dict[str, Tensor]:
+    """Of one part: out, gradients, and the summaries that ranks exchange on both ways, by name."""
     summaries: list[Tensor] = []
 
     def carry(summary: Tensor) -> Tensor:
