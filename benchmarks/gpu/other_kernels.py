@@ -162,22 +162,20 @@ def _places(run: Tensor, number: int) -> Tensor:
 
 
 def _stretches(device: str, length: int, *, by_channel: bool) -> tuple[DeltaInputs, Tensor, Tensor]:
-    """Inputs, a gradient of the output, and the state that enters."""
+    """Inputs, two stretches; a gradient of the output, and the states that enter."""
     groups, heads, key, value, noise = 2, 4, 128, 128, _noise(device)
     unit = torch.nn.functional.normalize
-    q, k = (unit(noise(1, length, groups, key).float(), dim=-1).bfloat16() for _ in range(2))
-    v, grad = noise(1, length, heads, value), noise(1, length, heads, value)
-    shape = (1, length, heads, key) if by_channel else (1, length, heads)
+    q, k = (unit(noise(2, length, groups, key).float(), dim=-1).bfloat16() for _ in range(2))
+    v, grad = noise(2, length, heads, value), noise(2, length, heads, value)
+    shape = (2, length, heads, key) if by_channel else (2, length, heads)
     # A state that fades in one chunk would hide what is wrong with the chunks after it.
     g = -torch.nn.functional.softplus(noise(*shape).float()) / 64
-    beta = noise(1, length, heads).sigmoid()
-    starts = torch.zeros(1, length, dtype=torch.int32)
-    boundaries = [0]
-    for document in lognormal_documents(length).lengths[0]:
-        boundaries.append(boundaries[-1] + document)
-    starts[0, boundaries[:-1]] = 1
+    beta = noise(2, length, heads).sigmoid()
+    starts = torch.zeros(2, length, dtype=torch.int32)
+    # Summaries of a stretch without starts say what it makes of a state; of one with some, nothing.
+    starts[1, [length // 3, length // 3 + 1, 2 * length // 3]] = 1
     x = DeltaInputs(q, k, v, g, beta, starts.to(device))
-    return x, grad, noise(1, heads, key, value).float()
+    return x, grad, noise(2, heads, key, value).float()
 
 
 def _delta(device: str, length: int, *, by_channel: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from dtcp.kernels.delta_rule.types import Carry
 from dtcp.kernels.faults import excess, fault_in, largest_error
 
-TOKENS, SLOWER = 2048, 64
+TOKENS, SLOWER = 2048, 512
 
 
 class RecurrentKernel(Protocol):
@@ -113,22 +113,24 @@ def results_of(kernel: RecurrentKernel, x: Any, grad: Tensor, state: Tensor) -> 
 
 
 def _problem(sizes: Sizes, tokens: int) -> tuple[Any, Tensor, Tensor]:
-    """One stretch of two documents that ends inside a chunk; a gradient of out, and a state.
+    """Two stretches that end inside a chunk; a gradient of out, and states.
+
+    The first goes on with a document, so that its summary says what it makes of a state.
 
     Of noise of its own: whoever draws next in a step, as a dropout does, draws what it always does.
     """
-    device, tokens = sizes.device, tokens - 1
+    device, tokens = sizes.device, tokens // 2 - 1
     noise = partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
     shapes = dict(zip(sizes.inputs._fields, sizes.shapes, strict=True))  # type: ignore[attr-defined]
-    parts = {name: noise(1, tokens, *shape) for name, shape in shapes.items()}
+    parts = {name: noise(2, tokens, *shape) for name, shape in shapes.items()}
     parts |= {name: F.normalize(parts[name], dim=-1) for name in ("q", "k")}
     # A state that fades in one chunk would hide what is wrong with the chunks after it.
     parts["g"] = -F.softplus(parts["g"]) / SLOWER
     parts |= {name: parts[name].sigmoid() for name in ("beta",) if name in parts}
-    parts["starts"] = torch.zeros(1, tokens, device=device)
-    parts["starts"][0, tokens // 3] = 1
+    parts["starts"] = torch.zeros(2, tokens, device=device)
+    parts["starts"][1, tokens // 3] = 1
     given = (part.to(dtype) for part, dtype in zip(parts.values(), sizes.dtypes, strict=True))
     x = sizes.inputs(*given)
     (heads, value_dim), key_dim = shapes["v"], shapes["k"][1]
     grad = noise(*x.v.shape).to(x.v.dtype)
-    return x, grad, noise(1, heads, key_dim, value_dim)
+    return x, grad, noise(2, heads, key_dim, value_dim)
