@@ -1,6 +1,7 @@
 """Models of transformers with an encoder and a decoder, held against themselves on one device."""
 
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -199,8 +200,9 @@ def test_trainer_divides_the_loss_of_a_decoder_by_its_labels(mesh):
 
     on = ParallelMesh.from_degrees(Degrees(), "cpu")
     mixed = type("MeshTrainer", (MeshTrainerMixin, Trainer), {})
-    args = TrainingArguments(output_dir="unused", use_cpu=True, report_to=[])
-    trainer = mixed(parallelize_hf(build("t5"), on), args, mesh=on)
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(folder, use_cpu=True, report_to=[])
+        trainer = mixed(parallelize_hf(build("t5"), on), args, mesh=on)
     batch = a_batch()
     items = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
     assert int(items) == int((batch["labels"] != -100).sum())

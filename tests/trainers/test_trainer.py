@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -108,9 +109,9 @@ def test_trainer_refuses_arguments_that_a_mesh_would_ignore(tmp_path, change, ma
         check_training_arguments(args, ONE_RANK)
 
 
-def test_trainer_whose_batch_ranks_would_have_rows_of_different_number_is_refused():
+def test_trainer_whose_batch_ranks_would_have_rows_of_different_number_is_refused(tmp_path):
     two = SimpleNamespace(size=lambda axis: 2)
-    args = arguments(accelerator_config={"even_batches": False})
+    args = arguments(tmp_path, accelerator_config={"even_batches": False})
     with pytest.raises(ValueError, match="even_batches=False: leave it True, for a rank without"):
         check_training_arguments(args, two)
 
@@ -185,7 +186,7 @@ def test_trl_reference_computed_beforehand_of_a_stream_is_refused():
         with_reference_log_probs(SimpleNamespace(), rows, 1, lambda batch: batch)
 
 
-def arguments(folder="unused", **options):
+def arguments(folder, **options):
     return TrainingArguments(str(folder), use_cpu=True, report_to=[], **options)
 
 
@@ -250,11 +251,11 @@ def test_trainer_of_a_model_with_lora_dropout_is_refused(tmp_path):
 def test_trainer_given_the_tokens_of_another_world_is_refused(mesh):
     """Counted once more for each rank of a cp group, say, by a get_batch_samples of one's own."""
     whole = ParallelMesh.from_degrees(Degrees(), "cpu")
-    args = TrainingArguments(output_dir="unused", use_cpu=True, report_to=[])
-    trainer = MeshTrainer(parallelize_hf(build("llama"), whole), args, mesh=whole)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = MeshTrainer(parallelize_hf(build("llama"), whole), arguments(folder), mesh=whole)
     ids = torch.ones(1, 8, dtype=torch.int64)
     batch = {"input_ids": ids, "labels": ids}
-    (batch,), count = trainer.get_batch_samples(iter([batch]), 1, args.device)
+    (batch,), count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
     assert count == 7
     with pytest.raises(ValueError, match="num_items_in_batch=14 where there are 7"):
         trainer.training_step(trainer.rows_model, batch, 2 * count)
