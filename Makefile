@@ -59,7 +59,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/train.stamp: pyproject.toml constraints.txt | $(BIN)/python
-	@echo 'Installing torch and torchtitan into $(VENV): a few minutes, some 2 GB'
+	@echo 'Installing torch and torchtitan into $(VENV): a few minutes, 2 GB (5 with CUDA)'
 	$(PIP) '$(TORCH)' 2>/dev/null || $(PIP) --constraint constraints.txt torch
 	$(PIP) --constraint constraints.txt --editable '.[train]'
 	touch $@

@@ -23,6 +23,8 @@ from tests.docs.blocks import blocks_of
 ROOT = Path(__file__).parent.parent
 SOURCE = ("dtcp", "models", "parallelize", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 EXAMPLES = [block for block in blocks_of(ROOT / "README.md") if block.ranks]
+TRITON_OF_TORCH = {"2.13.0": "3.7.1"}
+"""What a build of torch for CUDA asks for; one for CPUs names no triton, so it cannot be asked."""
 
 
 def python(*arguments: str, folder: Path, path: Path | None = None) -> str:
@@ -54,6 +56,13 @@ def test_the_shim_is_imported_before_torchtitan():
         for path in (ROOT / "dtcp/pretrain").glob("*.py")
     }
     assert {names[0] for names in first.values() if names} == {"dtcp.torchtitan"}
+
+
+def test_constraints_name_the_triton_that_torch_asks_for():
+    """Else pip refuses the pair, and no command of the Makefile gets past it."""
+    pinned = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    versions = dict(pinned)
+    assert versions["triton"] == TRITON_OF_TORCH[versions["torch"]]
 
 
 @pytest.mark.parametrize("package", ["torchtitan", "tensorboard", "matplotlib", "xxhash"])
