@@ -5,8 +5,10 @@ is whole; where its inputs are split, so are those of A, whose sum over the rank
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from dtcp.parallelize.tensor_parallel import (
@@ -31,6 +33,17 @@ def adapted(name: str) -> tuple[str, str]:
     """The layer of peft that a module is part of, and which part it is; itself and "" otherwise."""
     match = _PART.match(name)
     return (match.group(1), match.group(2)) if match else (name, "")
+
+
+def adapted_layers(module: nn.Module, is_layer: Callable[[nn.Module], bool]) -> dict[str, Any]:
+    """The layers of a kind in a module, adapted or not, by their names there."""
+    layers: dict[str, Any] = {}
+    for name, each in module.named_modules():
+        is_part = any(name.startswith(f"{other}.") for other in layers)
+        layer = getattr(each, BASE, each)
+        if is_layer(layer) and not is_part:
+            layers[name] = layer
+    return layers
 
 
 def adapter_style(base: ParallelStyle | None, target: str, part: str) -> ParallelStyle | None:

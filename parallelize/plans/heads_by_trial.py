@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
 
-from dtcp.parallelize.plans.adapters import BASE
+from dtcp.parallelize.plans.adapters import adapted_layers
 from dtcp.parallelize.plans.dummy_calls import (
     dummy_calls,
     dummy_tensors,
@@ -58,7 +58,7 @@ def styles_by_trial(module: nn.Module, tp: int, rotary: Sequence[int], *, heads:
         rotary: widths that tables of positions may have.
         heads: whether it attends.
     """
-    layers = _layers(module)
+    layers = adapted_layers(module, lambda x: isinstance(x, nn.Linear) or is_conv1d(x))
     if not 2 <= len(layers) <= MOST_LAYERS or reads_its_class(type(module).forward):
         return {}
     width = _shape(next(iter(layers.values())))[1]
@@ -76,17 +76,6 @@ def styles_by_trial(module: nn.Module, tp: int, rotary: Sequence[int], *, heads:
                 if styles:
                     return styles
     return {}
-
-
-def _layers(module: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers in a module, adapted or not, by their names there."""
-    layers: dict[str, nn.Module] = {}
-    for name, each in module.named_modules():
-        is_part = any(name.startswith(f"{other}.") for other in layers)
-        layer = getattr(each, BASE, each)
-        if (isinstance(layer, nn.Linear) or is_conv1d(layer)) and not is_part:
-            layers[name] = layer
-    return layers
 
 
 def _shape(layer: Any) -> tuple[int, int]:

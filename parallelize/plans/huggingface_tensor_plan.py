@@ -25,8 +25,14 @@ from dtcp.parallelize.plans.forward_code import (
     reads_weights,
     reads_weights_elsewhere,
 )
-from dtcp.parallelize.plans.inferred_heads import BIAS_OF_HEADS, inferred_blocks, inferred_heads
-from dtcp.parallelize.plans.inferred_roles import COLWISE, ROWWISE, WHOLE, inferred_roles
+from dtcp.parallelize.plans.inferred_heads import (
+    BIAS_OF_HEADS,
+    COLWISE,
+    ROWWISE,
+    WHOLE,
+    inferred_blocks,
+    inferred_heads,
+)
 from dtcp.parallelize.plans.latent_heads import latent_heads
 from dtcp.parallelize.plans.recurrent_heads import recurrent_heads
 from dtcp.parallelize.plans.units_by_trial import beside_experts, units_by_trial
@@ -82,7 +88,6 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     heads = recurrent_heads(model, modules, tp)
     roles |= latent_roles
     roles |= inferred_heads(model, modules, roles, tp)
-    roles |= inferred_roles(modules, parts.without_role(roles), tp)
     _, missing = _styles(model, parts, roles, heads, tp)
     beside = beside_experts(modules, roles, EXPERTS)
     tried = units_by_trial(model, modules, owners, (*missing, *beside), tp)
@@ -123,13 +128,6 @@ class _Parts:
         modules = dict(model.named_modules())
         owners = [name for name, module in modules.items() if has_parameters(module)]
         return cls(modules, owners, {name: _unit(name, modules) for name in modules})
-
-    def without_role(self, roles: Mapping[str, str]) -> dict[str, list[str]]:
-        """Units in which no module has a role, with the owners in each."""
-        owners_of: dict[str, list[str]] = {}
-        for name in self.owners:
-            owners_of.setdefault(self.units[name], []).append(name)
-        return {unit: names for unit, names in owners_of.items() if not any(map(roles.get, names))}
 
 
 def _styles(

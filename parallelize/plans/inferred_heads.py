@@ -9,7 +9,7 @@ there. Of attention, so must be the operands, by heads.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -17,11 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.huggingface.distance_bias import TABLE, biased_attentions
-from dtcp.parallelize.plans.adapters import BASE
-from dtcp.parallelize.plans.inferred_roles import COLWISE, ROWWISE, WHOLE, up_and_down
-from dtcp.parallelize.plans.stand_in_run import StandInRun, calls_registry, everything
+from dtcp.parallelize.plans.adapters import adapted_layers
+from dtcp.parallelize.plans.forward_code import has_parameters
+from dtcp.parallelize.plans.stand_in_run import (
+    StandInRun,
+    calls_registry,
+    everything,
+    form_of,
+)
 from dtcp.parallelize.tensor_parallel.replicate_input import MEMORY
 
+COLWISE, ROWWISE, WHOLE = "colwise", "rowwise", "whole"
 BIAS_OF_HEADS = "bias_of_heads"
 """The role of a table with one column for each head."""
 TOKENS, OTHER_TOKENS = 3, 5
@@ -46,7 +52,7 @@ def inferred_heads(
         if not calls_registry(module) or any(known.get(f"{around}.{part}") for part in linears):
             continue
         has_table = id(module) in biased
-        kind = (*_kind(modules[around]), name[len(around) :], has_table)
+        kind = (*form_of(modules[around]), name[len(around) :], has_table)
         if kind not in tried:
             tried[kind] = _heads(modules[around], linears, tp, has_table=has_table)
         roles |= {f"{around}.{part}": role for part, role in tried[kind].items()}
@@ -68,9 +74,9 @@ def inferred_blocks(modules: Mapping[str, nn.Module], known: Mapping[str, str], 
             continue
         inside = _linears(module)
         free = {part: x for part, x in inside.items() if not known.get(f"{name}.{part}")}
-        kind = (*_kind(module), *free)
+        kind = (*form_of(module), *free)
         if kind not in tried:
-            pair = up_and_down(free, tp)
+            pair = _up_and_down(free, tp)
             ups, down = pair if pair is not None else ([], "")
             before = _beside(module, ups)
             is_split = down and _splits(module, free, down, tp, heads=False, others=before)
@@ -80,11 +86,25 @@ def inferred_blocks(modules: Mapping[str, nn.Module], known: Mapping[str, str], 
     return roles
 
 
+def _up_and_down(linears: Mapping[str, nn.Module], tp: int) -> tuple[list[str], str] | None:
+    """The layers that widen and the one that narrows, where a feed-forward is but these."""
+    plain = {name: x for name, x in linears.items() if type(x) is nn.Linear}
+    if len(plain) != len(linears) or len(plain) not in (2, 3):
+        return None
+    for down, layer in plain.items():
+        ups = [name for name in plain if name != down]
+        width, hidden = layer.in_features, layer.out_features
+        fits = all((plain[n].in_features, plain[n].out_features) == (hidden, width) for n in ups)
+        if fits and width > hidden and width % tp == 0:
+            return ups, down
+    return None
+
+
 def _beside(module: nn.Module, ups: Sequence[str]) -> list[str]:
     """Modules with parameters beside layers that widen, in a module of theirs: a norm before."""
     around = tuple(f"{up.rpartition('.')[0]}." for up in ups if "." in up)
     inside = tuple(f"{up}." for up in ups)
-    owners = (name for name, each in module.named_modules() if any(True for _ in _own(each)))
+    owners = (name for name, each in module.named_modules() if has_parameters(each))
     return [
         name for name in owners if name.startswith(around) and not f"{name}.".startswith(inside)
     ]
@@ -100,18 +120,7 @@ def _around(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, dict[str,
 
 
 def _linears(module: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers in a module, adapted or not, by their names there."""
-    linears: dict[str, nn.Linear] = {}
-    for name, each in module.named_modules():
-        is_part = any(name.startswith(f"{other}.") for other in linears)
-        linear = getattr(each, BASE, each)
-        if isinstance(linear, nn.Linear) and not is_part:
-            linears[name] = linear
-    return linears
-
-
-def _kind(module: nn.Module) -> tuple[object, ...]:
-    return (*map(type, module.modules()), *(tuple(p.shape) for p in module.parameters()))
+    return adapted_layers(module, lambda x: isinstance(x, nn.Linear))
 
 
 def _heads(
@@ -121,7 +130,7 @@ def _heads(
     if len(layers) != 4:
         return {}
     for down in reversed(list(layers)):
-        owners = [n for n, m in module.named_modules() if any(True for _ in _own(m))]
+        owners = [n for n, m in module.named_modules() if has_parameters(m)]
         others = [n for n in owners if not any(n == x or n.startswith(f"{x}.") for x in layers)]
         tables = [n for n in others if has_table and n == TABLE]
         whole = [n for n in others if n not in tables]
@@ -131,10 +140,6 @@ def _heads(
             named = {**dict.fromkeys(tables, BIAS_OF_HEADS), **dict.fromkeys(whole, WHOLE)}
             return {**named, **dict.fromkeys(ups, COLWISE), down: ROWWISE}
     return {}
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return module.named_parameters(recurse=False)
 
 
 def _splits(

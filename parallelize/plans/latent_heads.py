@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from dtcp.huggingface.latents import makes_keys_of_latents
 from dtcp.huggingface.picking_attention import OWN_INDEXER
 from dtcp.huggingface.recurrent_layers import kernel_names
-from dtcp.parallelize.plans.inferred_roles import COLWISE, ROWWISE, WHOLE
+from dtcp.parallelize.plans.inferred_heads import COLWISE, ROWWISE, WHOLE
 from dtcp.parallelize.tensor_parallel import LatentHeads
 
 OF_HEADS = ("q_proj", "q_b_proj", "q_gate_proj", "kv_b_proj", "g_proj", "gate_proj")

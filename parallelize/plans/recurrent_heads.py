@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
 
 from dtcp.huggingface.recurrent_layers import recurrent_layers
 from dtcp.parallelize.plans.adapters import adapted
+from dtcp.parallelize.plans.forward_code import has_parameters
 from dtcp.parallelize.tensor_parallel import (
     WHOLE_FOR_HEADS,
     GroupNormOfParts,
@@ -58,7 +59,7 @@ def _styles(layer: Any, tp: int) -> Styles:
 
 def _covers(styles: Styles, name: str, layer: nn.Module) -> bool:
     """Whether there is a style for each parameter of a layer."""
-    owners = [n for n, m in layer.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    owners = [n for n, m in layer.named_modules() if has_parameters(m)]
     return all(adapted(f"{name}.{owner}" if owner else name)[0] in styles for owner in owners)
 
 
@@ -99,40 +100,34 @@ def _group_norm(norm: Any, groups: int, width: int, tp: int) -> Styles | None:
         return {"norm": HeadsOfLayer({"weight": 0}, {"n_groups": groups // tp}, enters=False)}
     gates_last = bool(getattr(norm, "norm_before_gate", False))
     style = GroupNormOfParts(groups, gates_last)
-    return {"norm": style} if _is_gated_norm(norm, groups, width, gates_last=gates_last) else None
+    is_known = _is_gated_norm(norm, groups, width, gated=True, gates_last=gates_last)
+    return {"norm": style} if is_known else None
 
 
-@torch.no_grad()
-def _is_gated_norm(norm: Any, groups: int, width: int, *, gates_last: bool) -> bool:
-    """Whether a norm computes what `gated_norm` does, tried on the host."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        weight = nn.Parameter(torch.randn(width))
-        tried = deepcopy(norm, {id(norm.weight): weight})
-        x, gate = torch.randn(2, 1, 3, width)
-        y, z, w = (each.unflatten(-1, (groups, -1)) for each in (x, gate, weight.detach()))
-        size, eps = width // groups, norm.variance_epsilon
-        expected = gated_norm(y, z, w, size, eps, lambda sums: sums, gates_last=gates_last)
-        return torch.allclose(tried.forward(x, gate), expected.flatten(-2), rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
 def norm_of_parts(norm: Any, width: int) -> ParallelStyle | None:
     """The style of a norm of channels of which each rank has some; None of one that is not known.
 
-    Known is one by the mean square of all, tried on the host.
+    Known is one by the mean square of all.
     """
     named = [name for name, _ in norm.named_parameters()]
-    if named != ["weight"] or not hasattr(norm, "variance_epsilon"):
-        return None
+    known = named == ["weight"] and hasattr(norm, "variance_epsilon")
+    is_known = known and _is_gated_norm(norm, 1, width, gated=False, gates_last=False)
+    return GroupNormOfParts(1, gates_last=False) if is_known else None
+
+
+@torch.no_grad()
+def _is_gated_norm(norm: Any, groups: int, width: int, *, gated: bool, gates_last: bool) -> bool:
+    """Whether a norm computes what `gated_norm` does, with a gate or without, tried on the host."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(width))
         tried = deepcopy(norm, {id(norm.weight): weight})
-        x, eps = torch.randn(1, 3, width), norm.variance_epsilon
-        expected = gated_norm(x, None, weight, width, eps, lambda sums: sums, gates_last=False)
-        known = torch.allclose(tried.forward(x), expected, rtol=1e-4, atol=1e-5)
-    return GroupNormOfParts(1, gates_last=False) if known else None
+        inputs = torch.randn(1 + gated, 1, 3, width).unbind()
+        y, w, *gate = (x.unflatten(-1, (groups, -1)) for x in (inputs[0], weight, *inputs[1:]))
+        size, eps = width // groups, norm.variance_epsilon
+        z = gate[0] if gated else None
+        expected = gated_norm(y, z, w, size, eps, lambda sums: sums, gates_last=gates_last)
+        return torch.allclose(tried.forward(*inputs), expected.flatten(-2), rtol=1e-4, atol=1e-5)
 
 
 def _gated_delta(layer: Any, tp: int) -> Styles:

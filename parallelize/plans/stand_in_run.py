@@ -5,7 +5,7 @@ numbers, the first argument comes back; attention gives random numbers by heads.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import FunctionType, MappingProxyType, MethodType
 from typing import Any
@@ -136,6 +136,9 @@ class _StandIn:
             return partial(value.__func__, self)
         return self._of(value, self._prefix + name) if isinstance(value, nn.Module) else value
 
+    def __iter__(self) -> Iterator[Any]:
+        return (getattr(self, name) for name, _ in self._module.named_children())
+
     def _of(self, found: nn.Module, name: str) -> Any:
         if name in self._run.outputs:
             return _Layer(found, partial(self._run.give, name))
@@ -168,6 +171,11 @@ def forward_of(module: nn.Module) -> Any:
     """The forward of a module's class, or the one that is written again for it."""
     again = FORWARDS.get(type(module).__name__)
     return inspect.unwrap(type(module).forward) if again is None else again
+
+
+def form_of(module: nn.Module) -> tuple[object, ...]:
+    """What is the same of modules that run alike: their classes and their parameters' shapes."""
+    return (*map(type, module.modules()), *(tuple(p.shape) for p in module.parameters()))
 
 
 def calls_registry(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from dtcp.huggingface.latents import makes_keys_of_latents
 from dtcp.parallelize.plans.adapters import adapted
 from dtcp.parallelize.plans.dummy_calls import rotary_widths
 from dtcp.parallelize.plans.heads_by_trial import Styles, styles_by_trial
-from dtcp.parallelize.plans.stand_in_run import calls_registry
+from dtcp.parallelize.plans.stand_in_run import calls_registry, form_of
 
 
 def units_by_trial(
@@ -31,10 +31,10 @@ def units_by_trial(
         module = modules.get(unit)
         if module is None or not _is_tried(module):
             continue
-        kind = (*map(type, module.modules()), *(tuple(p.shape) for p in module.parameters()))
-        if kind not in tried:
-            tried[kind] = styles_by_trial(module, tp, rotary, heads=calls_registry(module))
-        of_unit = {f"{unit}.{name}".rstrip("."): style for name, style in tried[kind].items()}
+        form = form_of(module)
+        if form not in tried:
+            tried[form] = styles_by_trial(module, tp, rotary, heads=calls_registry(module))
+        of_unit = {f"{unit}.{name}".rstrip("."): style for name, style in tried[form].items()}
         parts = {adapted(name)[0] for name in owners if f"{name}.".startswith(f"{unit}.")}
         styles |= of_unit if parts <= of_unit.keys() else {}
     return styles

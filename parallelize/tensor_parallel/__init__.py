@@ -1,8 +1,7 @@
 """The styles that a tensor-parallel plan needs beside torch's own."""
 
 from dtcp.parallelize.tensor_parallel.conv1d import Conv1DRows, Conv1DSum, is_conv1d
-from dtcp.parallelize.tensor_parallel.distribute import distribute_parameter
-from dtcp.parallelize.tensor_parallel.divisible import check_divisible
+from dtcp.parallelize.tensor_parallel.distribute import check_divisible, distribute_parameter
 from dtcp.parallelize.tensor_parallel.group_norm import GroupNormOfParts, gated_norm
 from dtcp.parallelize.tensor_parallel.heads_of_layer import (
     WHOLE_FOR_HEADS,

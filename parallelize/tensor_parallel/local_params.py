@@ -1,7 +1,7 @@
 """A module that computes on plain tensors: the local parts of its own parameters."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
@@ -84,6 +84,10 @@ class ModuleView:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module itself, which has a style of its own."""
         return self._module(*args, **kwargs)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The modules inside, as those of nn.Sequential."""
+        return (getattr(self, name) for name, _ in self._module.named_children())
 
     def __getattr__(self, name: str) -> Any:
         if name in self._tensors:

@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 from dtcp.check.checked_hf import CheckedHuggingFaceModel
@@ -18,7 +17,6 @@ from dtcp.huggingface.recurrent_forwards import WRITTEN_AGAIN
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.parallelize import Compile
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
-from dtcp.parallelize.plans.inferred_roles import inferred_roles
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
@@ -286,20 +284,6 @@ def test_a_model_without_positions_is_called_through_its_own_forward():
 def test_a_kernel_that_no_mixer_stands_for_is_refused_by_name():
     refused = survey(CheckedHuggingFaceModel("xlstm").build()).refused
     assert any("mlstm_backend (xLSTMBackend): tokens meet in it" in each for each in refused)
-
-
-@pytest.mark.parametrize(
-    ("bias", "width", "split"), [(True, 48, True), (False, 48, True), (True, 7, False)]
-)
-def test_feed_forward_is_split_where_its_parts_add_up(bias, width, split):
-    """One that normalizes what it has widened does not; 7 channels cannot be divided."""
-    feed_forward = nn.Sequential(nn.Linear(4, width, bias), nn.GELU(), nn.Linear(width, 4, bias))
-    normalized = nn.Sequential(nn.Linear(4, 48), nn.Softmax(-1), nn.Linear(48, 4))
-    modules = {"l.0.mlp": feed_forward, "l.0.mlp.0": feed_forward[0], "l.0.mlp.2": feed_forward[2]}
-    modules |= {"l.0.ff": normalized, "l.0.ff.0": normalized[0], "l.0.ff.2": normalized[2]}
-    units = {unit: [f"{unit}.0", f"{unit}.2"] for unit in ("l.0.mlp", "l.0.ff")}
-    roles = inferred_roles(modules, units, 2)
-    assert roles == ({"l.0.mlp.0": "colwise", "l.0.mlp.2": "rowwise"} if split else {})
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "roberta"])

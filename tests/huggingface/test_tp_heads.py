@@ -11,7 +11,6 @@ import pytest
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dtcp.check.checked_hf import CheckedHuggingFaceModel
@@ -158,8 +157,8 @@ def test_heads_that_tp_does_not_divide_are_whole_and_said_to_be(caplog):
     said = {each.partition(" is whole on each of 8")[0] for each in caplog.messages}
     part = "encoder.block.0.layer"
     assert "encoder.block.*.layer.*.SelfAttention" in said and len(said) == 3
-    assert isinstance(plan[f"{part}.0.SelfAttention.q"], LocalParams)
-    assert isinstance(plan[f"{part}.1.DenseReluDense.wi"], ColwiseParallel)
+    assert plan[f"{part}.0.SelfAttention.q"] == LocalParams()
+    assert plan[f"{part}.1.DenseReluDense.wi"] == ROWS
 
 
 class Attention(nn.Module):
@@ -226,6 +225,22 @@ def test_rows_of_fused_heads_are_found_by_running_them(order, kv_heads):
     sizes = {"num_heads": 2} | ({} if kv_heads == 1 else {"kv_heads": kv_heads // 2})
     assert styles[""] == HeadsOfLayer(sizes=sizes, enters={"x": 0})
     assert styles_by_trial(Fused(order, kv_heads), 8, [], heads=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("width", "bias", "between", "split"),
+    [
+        (48, True, nn.GELU(), True),
+        (48, False, nn.GELU(), True),
+        (7, False, nn.GELU(), False),
+        (48, True, nn.Softmax(-1), False),
+    ],
+)
+def test_feed_forward_is_split_where_its_parts_add_up(width, bias, between, split):
+    """One that normalizes what it has widened does not; 7 channels cannot be divided."""
+    layers = nn.Linear(4, width, bias), between, nn.Linear(width, 4, bias)
+    styles = styles_by_trial(nn.Sequential(*layers), 2, [], heads=False)
+    assert styles.get("0") == (ROWS if split else None) and bool(styles) is split
 
 
 class AlsoHidden(nn.Module):
