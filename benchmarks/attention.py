@@ -14,22 +14,20 @@ instead, on one GPU (attention_kernel.py).
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks import attention_kernel
 from benchmarks.compile_time import compile_line
-from benchmarks.report import conditions, table, write
+from benchmarks.on_ranks import measured_on_ranks
+from benchmarks.report import conditions, publish, table
 from dtcp.batch import shard_batch
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
@@ -90,7 +88,7 @@ class Measured:
 def cases(ranks: int) -> list[Case]:
     """Every strategy where it is at home; packed documents beside whole ones."""
     window = Causal() & SlidingWindow(WINDOW)
-    found = [
+    tried = [
         Case("ring", RingAttention(), HeadTail, Causal()),
         Case("ring", RingAttention(), HeadTail, Causal(), documents=8),
         Case("all-gather", AllGatherAttention(), HeadTail, Causal()),
@@ -101,8 +99,8 @@ def cases(ranks: int) -> list[Case]:
         Case("halo", HaloAttention(WINDOW), HeadTail, window),
     ]
     if ranks % 2 == 0 and ranks > 2:
-        found.append(Case("Ulysses x ring", HybridAttention(inner_ranks=2), HeadTail, Causal()))
-    return found
+        tried.append(Case("Ulysses x ring", HybridAttention(inner_ranks=2), HeadTail, Causal()))
+    return tried
 
 
 def main() -> None:
@@ -111,32 +109,21 @@ def main() -> None:
     if args.device != "cpu":
         attention_kernel.main(args.device, args.repeats, args.write)
         return
-    with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
-        results = manager.dict()
-        options = (f"{folder}/meeting", args.ranks, args.seq_len, args.repeats, results)
-        mp.spawn(_rank, options, nprocs=args.ranks)
-        measured = dict(results)
+    measured = measured_on_ranks(args.ranks, _rank, args.ranks, args.seq_len, args.repeats)
     rows = [
         _row(case, [measured[index, rank] for rank in range(args.ranks)])
         for index, case in enumerate(cases(args.ranks))
     ]
-    given = {key: value for key, value in vars(args).items() if key not in ("write", "device")}
-    text = f"{conditions('benchmarks.attention', given)}\n"
+    text = f"{conditions('benchmarks.attention', vars(args), without=['device'])}\n"
     text += f"heads {HEADS}, kv heads {KV_HEADS}, head dim {HEAD_DIM}, fp32, window {WINDOW}\n\n"
     text += f"{table(HEAD, rows)}\n\n{compile_line()}\n"
-    print(text)
-    if args.write:
-        write(Path(__file__).parent / "results", f"attention_{args.write}", text)
+    publish("attention", args.write, text)
 
 
-def _rank(rank: int, meeting: str, ranks: int, seq_len: int, repeats: int, results: Any) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(meeting, ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+def _rank(rank: int, ranks: int, seq_len: int, repeats: int, results: Any) -> None:
     mesh = ParallelMesh.from_degrees(Degrees(cp=ranks), "cpu")
     for index, case in enumerate(cases(ranks)):
         results[index, rank] = _measure(case, mesh, seq_len, repeats)
-    dist.destroy_process_group()
 
 
 def _measure(case: Case, mesh: ParallelMesh, seq_len: int, repeats: int) -> Measured:
@@ -164,9 +151,9 @@ def _measure(case: Case, mesh: ParallelMesh, seq_len: int, repeats: int) -> Meas
     ):
         out = sharded(*local, plan.attn_metadata)
     with count_traffic() as backward:
-        found = torch.autograd.grad(out, local, plan.shard(cotangent))
+        sharded_gradients = torch.autograd.grad(out, local, plan.shard(cotangent))
     torch.testing.assert_close(out, plan.shard(expected.detach()), rtol=2e-5, atol=2e-5)
-    for ours, theirs in zip(found, gradients, strict=True):
+    for ours, theirs in zip(sharded_gradients, gradients, strict=True):
         torch.testing.assert_close(ours, plan.shard(theirs), rtol=2e-4, atol=2e-4)
 
     formula = _formula(case, plan, mesh)

@@ -9,13 +9,12 @@ times that backward. At 512 tokens the kernels are first compared with plain tor
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.report import conditions, table, write
+from benchmarks.report import conditions, publish, table
 from dtcp.kernels.softmax.api import (
     AttentionKernel,
     GradAccumulators,
@@ -59,9 +58,7 @@ def main(device: str, repeats: int, name: str) -> None:
     """Measure and print the table."""
     settings = {"device": device, "repeats": repeats}
     text = f"{conditions('benchmarks.attention', settings)}\n\n{measure(device, repeats)}\n"
-    print(text)
-    if name:
-        write(Path(__file__).parent / "results", f"attention_{name}", text)
+    publish("attention", name, text)
 
 
 def measure(

@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -29,7 +28,7 @@ from benchmarks.balance_baselines import (
 )
 from benchmarks.balance_bounds import fewest_keys
 from benchmarks.balance_steps import report
-from benchmarks.report import conditions, table, write
+from benchmarks.report import RESULTS, conditions, publish, table
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
@@ -42,7 +41,6 @@ from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention
 from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.style import AttentionStyle
 
-RESULTS = Path(__file__).parent / "results"
 TOKENS_A_RANK = 8192
 RANKS = (8, 64, 512)
 IMBALANCE = 1.01
@@ -98,9 +96,7 @@ def main() -> None:
     if arguments.steps:
         parts.append(report((2, 4), 2048, arguments.repeats, 30, lambda _: None))
     text = "# Balance of packed rows\n\n" + "\n\n".join(parts) + "\n"
-    print(text)
-    if arguments.write:
-        write(RESULTS, f"balance_{arguments.write}", text)
+    publish("balance", arguments.write, text)
 
 
 def _of_suites(arguments: argparse.Namespace) -> list[str]:
@@ -109,15 +105,15 @@ def _of_suites(arguments: argparse.Namespace) -> list[str]:
     for num_shards in RANKS:
         for suite in SUITES:
             rows = rows_of(suite, num_shards * TOKENS_A_RANK, arguments.packs)
-            found = {name: _layout_row(make, rows, num_shards) for name, make in LAYOUTS.items()}
+            by_name = {name: _layout_row(make, rows, num_shards) for name, make in LAYOUTS.items()}
             head = ("layout", "max / mean work", "keys to bring", "most sent", "pieces", "most")
             head += ("ms a layer", "moved under it", "keys once a node")
-            cells = [[name, *cells] for name, (_, cells) in found.items()]
+            cells = [[name, *cells] for name, (_, cells) in by_name.items()]
             bound = statistics.fmean(_fewest(documents, num_shards) for documents in rows)
             cells.append(["lower bound", f"{IMBALANCE}", f"{bound:.3f}", *["-"] * (len(head) - 3)])
             parts.append(f"## {suite}, {num_shards} ranks\n\n{table(head, cells)}")
             if num_shards == 64:
-                shown[suite] = {name: point for name, (point, _) in found.items()}
+                shown[suite] = {name: point for name, (point, _) in by_name.items()}
     if arguments.write:
         _draw(shown).savefig(RESULTS / f"balance_{arguments.write}.svg", bbox_inches="tight")
     model = ", ".join(f"{name} {value:g}" for name, value in vars(Model()).items())

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +24,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.balance_baselines import rows_of
-from benchmarks.report import conditions, table, write
+from benchmarks.on_ranks import in_group
+from benchmarks.report import conditions, keep, table
 from dtcp.batch import shard_batch
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
@@ -58,7 +58,6 @@ HEAD = (
     "KiB received",
     "steps",
 )
-RESULTS = Path(__file__).parent / "results"
 
 
 class GatherEverything(AllGatherAttention):
@@ -94,12 +93,12 @@ LAYOUTS = (DocumentBalanced, HeadTail, Contiguous, PerDocument, BlockBalanced)
 
 def cases() -> list[Case]:
     ways = {"ring": RingAttention, "needed keys": AllGatherAttention}
-    found = [
+    balanced = [
         Case(f"{layout.__name__}, {name}", layout, style())
         for name, style in ways.items()
         for layout in LAYOUTS
     ]
-    return [*found, Case("HeadTail, everything gathered", HeadTail, GatherEverything())]
+    return [*balanced, Case("HeadTail, everything gathered", HeadTail, GatherEverything())]
 
 
 class Step:
@@ -151,30 +150,22 @@ def measured(
     rows: Rows = []
     with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
         results = manager.Queue()
-        options = (f"{folder}/meeting", ranks, tokens_a_rank, repeats, seconds, results)
-        context = mp.spawn(_rank, options, nprocs=ranks, join=False)
+        options = (ranks, tokens_a_rank, repeats, seconds, results)
+        started = (f"{folder}/meeting", ranks, _rank, *options)
+        context = mp.spawn(in_group, started, nprocs=ranks, join=False)
         done = False
         while not done:
             done = context.join(timeout=0.5)
             while not results.empty():
-                found = results.get()
-                show(found)
-                rows += found
+                more = results.get()
+                show(more)
+                rows += more
     return rows
 
 
 def _rank(
-    rank: int,
-    meeting: str,
-    ranks: int,
-    tokens_a_rank: int,
-    repeats: int,
-    seconds: float,
-    results: Any,
+    rank: int, ranks: int, tokens_a_rank: int, repeats: int, seconds: float, results: Any
 ) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(meeting, ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     mesh = ParallelMesh.from_degrees(Degrees(cp=ranks), "cpu")
     for suite in SUITES:
         documents = scaled(rows_of(suite, ranks * TOKENS_OF_SUITES, 1)[0], ranks * tokens_a_rank)
@@ -189,7 +180,6 @@ def _rank(
         dist.all_gather_object(of_ranks, mine)
         if rank == 0:
             results.put(_rows(suite, of_ranks, len(steps[0].clock)))
-    dist.destroy_process_group()
 
 
 def _first_steps(steps: list[Step], suite: str) -> list[int]:
@@ -251,8 +241,8 @@ def report(
         f"step takes where each has a core of its own.\n\n"
     )
 
-    def show_more(found: Rows) -> None:
-        rows.extend(found)
+    def show_more(more: Rows) -> None:
+        rows.extend(more)
         show(note + table(HEAD, rows))
 
     for count in ranks:
@@ -279,7 +269,7 @@ def main() -> None:
         shown = len(lines)
         if args.write:
             text = f"# Steps of packed rows on real ranks\n\n{head}\n\n{section}\n"
-            write(RESULTS, f"balance_steps_{args.write}", text)
+            keep("balance_steps", args.write, text)
 
     print(f"{head}\n", flush=True)
     report(tuple(args.ranks), args.tokens_a_rank, args.repeats, args.seconds, show)

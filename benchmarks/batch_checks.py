@@ -13,19 +13,17 @@ calling thread computed, which changes less on a busy machine. None of it is par
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, fx
 
-from benchmarks.report import conditions, table, write
+from benchmarks.on_ranks import measured_on_ranks
+from benchmarks.report import conditions, publish, table
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.distributed.same_rows import prepared_alike
 from dtcp.mixer_metadata import batch_metadata
@@ -42,15 +40,15 @@ Batch = tuple[dict[str, Tensor], Documents | None]
 
 
 def ways_in(seq_len: int) -> Mapping[str, Batch]:
-    """One row of packed documents, told in every usual way."""
+    """One row of packed documents, tokens in every usual way."""
     lengths = [DOCUMENT] * (seq_len // DOCUMENT)
     lengths[-1] -= MISSING
     documents = Documents((tuple(lengths),), seq_len)
     document = documents.document()
     padding = document < 0
     ids = torch.randint(1000, (1, seq_len))
-    told = {"input_ids": ids, "labels": (ids + 1).masked_fill(padding, -100)}
-    placed = told | {"position_ids": documents.position_ids()}
+    tokens = {"input_ids": ids, "labels": (ids + 1).masked_fill(padding, -100)}
+    placed = tokens | {"position_ids": documents.position_ids()}
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     return {
         "documents=": (placed, documents),
@@ -58,7 +56,7 @@ def ways_in(seq_len: int) -> Mapping[str, Batch]:
         "position_ids": (placed | {"padding_mask": padding}, None),
         "position_ids, mask of int64": (placed | {"padding_mask": padding.long()}, None),
         "document_ids": (placed | {"document_ids": document, "padding_mask": padding}, None),
-        "one document": (told | {"padding_mask": padding}, None),
+        "one document": (tokens | {"padding_mask": padding}, None),
     }
 
 
@@ -70,25 +68,19 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     alone = {name: _alone(batch, args.repeats) for name, batch in ways_in(args.seq_len).items()}
-    with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
-        results = manager.dict()
-        options = (f"{folder}/meeting", args.ranks, args.seq_len, args.repeats, results)
-        mp.spawn(_rank, options, nprocs=args.ranks)
-        together = dict(results)
+    together = measured_on_ranks(args.ranks, _rank, args.ranks, args.seq_len, args.repeats)
     head = ("a batch tells its documents by", "1 process ms", "computed")
     head = (*head, f"{args.ranks} ranks ms", "computed")
     rows = [
         [name, *(f"{x * 1e3:.2f}" for x in (*_summary(alone[name]), *_summary(together[name])))]
         for name in alone
     ]
-    given = {key: x for key, x in vars(args).items() if key not in ("write", "graph")}
-    text = f"{conditions('benchmarks.batch_checks', given)}\n\nHost time of one batch, one row of "
+    text = conditions("benchmarks.batch_checks", vars(args), without=["graph"])
+    text += "\n\nHost time of one batch, one row of "
     text += f"{args.seq_len:,} tokens in documents of {DOCUMENT:,}, {MISSING} of padding: the "
     text += f"least of {args.repeats}, and the median of what the thread computed\n\n"
     text += f"{table(head, rows)}\n"
-    print(text)
-    if args.write:
-        write(Path(__file__).parent / "results", f"gates_{args.write}", text)
+    publish("gates", args.write, text)
 
 
 Times = list[tuple[float, float]]
@@ -115,10 +107,7 @@ def _timed(work: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - start, time.thread_time() - computed
 
 
-def _rank(rank: int, meeting: str, ranks: int, seq_len: int, repeats: int, results: Any) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(meeting, ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+def _rank(rank: int, ranks: int, seq_len: int, repeats: int, results: Any) -> None:
     mesh = ParallelMesh.from_degrees(Degrees(cp=ranks), "cpu")
     torch.manual_seed(0)
     for name, batch in ways_in(seq_len).items():
@@ -131,7 +120,6 @@ def _rank(rank: int, meeting: str, ranks: int, seq_len: int, repeats: int, resul
             times.append(tuple(slowest.tolist()))
         if rank == 0:
             results[name] = times
-    dist.destroy_process_group()
 
 
 def block_calls() -> Counter[str]:

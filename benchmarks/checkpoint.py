@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
-from benchmarks.report import conditions, table, write
+from benchmarks.report import conditions, publish, table
 from dtcp.checkpoint import SafeLoadPlanner, SafeReader
 from dtcp.pretrain.checkpoint_choice import choose
 from dtcp.pretrain.checkpoint_writer import CheckpointWriter
@@ -59,9 +59,7 @@ def main() -> None:
     text += f"{len(state)} tensors, medians (and the least); {load}\n"
     text += f"disk is {args.disk}, memory is {args.memory}\n\n"
     text += f"{table(HEAD, rows)}\n"
-    print(text)
-    if args.write:
-        write(Path(__file__).parent / "results", f"checkpoint_{args.write}", text)
+    publish("checkpoint", args.write, text)
 
 
 def _measure(name: str, state: State, folder: Path, repeats: int) -> list[tuple[str, ...]]:

@@ -19,19 +19,17 @@ up to 64 ranks; and on a GPU, what the summaries add to the plain kernel.
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
-from benchmarks.report import conditions, table, write
+from benchmarks.on_ranks import measured_on_ranks
+from benchmarks.report import conditions, publish, table
 from dtcp.batch import shard_batch
 from dtcp.distributed.ledger import LEDGER, count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
@@ -84,29 +82,19 @@ class Measured(NamedTuple):
 def main() -> None:
     """Measure every way on real ranks and print the tables."""
     args = _arguments()
-    given = {key: value for key, value in vars(args).items() if key not in ("write", "ranks")}
-    given["ranks"] = " ".join(map(str, args.ranks))
-    parts = [conditions("benchmarks.delta_rule", given)]
+    parts = [conditions("benchmarks.delta_rule", vars(args))]
     for ranks in args.ranks:
-        with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
-            results = manager.dict()
-            mp.spawn(_rank, (f"{folder}/meeting", ranks, args, results), nprocs=ranks)
-            found = dict(results)
-            parts += [f"{ranks} ranks:", _rows(found, ranks)]
-            parts += ["States alone, ms, one direction:", _exchange_rows(found)]
+        measured = measured_on_ranks(ranks, _rank, ranks, args)
+        parts += [f"{ranks} ranks:", _rows(measured, ranks)]
+        parts += ["States alone, ms, one direction:", _exchange_rows(measured)]
     parts.append(_by_formula())
     if torch.cuda.is_available():
         parts.append(_summary_overhead())
     text = "\n\n".join(parts) + "\n"
-    print(text)
-    if args.write:
-        write(Path(__file__).parent / "results", f"delta_rule_{args.write}", text)
+    publish("delta_rule", args.write, text)
 
 
-def _rank(rank: int, meeting: str, ranks: int, args: argparse.Namespace, results: Any) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(meeting, ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+def _rank(rank: int, ranks: int, args: argparse.Namespace, results: Any) -> None:
     mesh = ParallelMesh.from_degrees(Degrees(cp=ranks), "cpu")
     shape = Qwen35Config(
         vocab_size=8,
@@ -123,7 +111,6 @@ def _rank(rank: int, meeting: str, ranks: int, args: argparse.Namespace, results
         taken = _exchange_times(heads, mesh, EXCHANGE_REPEATS)
         if rank == 0:
             results["states", heads] = taken
-    dist.destroy_process_group()
 
 
 def _measure(
@@ -139,7 +126,7 @@ def _measure(
     expected = alone(leaf, batch_metadata(alone, documents))
     (right,) = torch.autograd.grad(expected, leaf, grad)
 
-    found: dict[tuple[str, str], Measured] = {}
+    measured: dict[tuple[str, str], Measured] = {}
     steps: dict[tuple[str, str], Callable[[], Any]] = {}
     for way, plan in _ways(alone, mesh, documents):
         local = plan.shard(x).requires_grad_()
@@ -152,7 +139,7 @@ def _measure(
         torch.testing.assert_close(out, plan.shard(expected.detach()), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(dx, plan.shard(right), rtol=1e-3, atol=1e-3)
         key = (way.name, way.layout.__name__)
-        found[key] = Measured(forward.received, backward.received, 0.0)
+        measured[key] = Measured(forward.received, backward.received, 0.0)
         steps[key] = _step(way, inputs, cotangent)
     taken: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for _ in range(repeats + 1):
@@ -161,7 +148,7 @@ def _measure(
             start = time.perf_counter()
             step()
             taken[key].append(time.perf_counter() - start)
-    return {key: m._replace(step=statistics.median(taken[key][1:])) for key, m in found.items()}
+    return {key: m._replace(step=statistics.median(taken[key][1:])) for key, m in measured.items()}
 
 
 def _exchange_times(heads: int, mesh: ParallelMesh, repeats: int) -> list[float]:
@@ -190,13 +177,13 @@ def _step(way: Way, inputs: tuple[Tensor, ...], cotangent: Tensor) -> Callable[[
 def _ways(
     alone: GatedDeltaNet, mesh: ParallelMesh, documents: Documents
 ) -> list[tuple[Way, ShardedBatch]]:
-    found = []
+    by_states = []
     for states in (GatherStates(), ScanStates()):
         said = "gathered" if isinstance(states, GatherStates) else "scanned"
         for layout in (HeadTail, Contiguous):
             layer, plan = _sharded(alone, mesh, documents, layout, GatedDeltaCP(states))
             call = _bound(layer, plan)
-            found.append((Way(f"states, {said}", layout, call), plan))
+            by_states.append((Way(f"states, {said}", layout, call), plan))
     states = GatedDeltaCP(GatherStates())
     dealt, plan = _sharded(alone, mesh, documents, HeadTail, states, relayout=True)
     contiguous, inside = _sharded(alone, mesh, documents, Contiguous, states)
@@ -218,7 +205,7 @@ def _ways(
         ("gather and sort", sorted_),
         ("gather all", gathered),
     )
-    return found + [(Way(name, HeadTail, call), plan) for name, call in ways]
+    return by_states + [(Way(name, HeadTail, call), plan) for name, call in ways]
 
 
 def _bound(layer: GatedDeltaNet, plan: ShardedBatch) -> Callable[[Tensor], Tensor]:

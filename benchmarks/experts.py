@@ -12,23 +12,21 @@ experts in the three ways, in the same run and checked against each other.
 import argparse
 import copy
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn import functional as F
 
-from benchmarks.report import conditions, table, write
+from benchmarks.on_ranks import measured_on_ranks
+from benchmarks.report import conditions, publish, table
 from dtcp.distributed.collectives import all_gather, reduce_scatter
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
@@ -106,11 +104,10 @@ def tokens_gathered(shape: Shape, tokens: int, ranks: int, size: int) -> float:
 def main() -> None:
     """Print every table, and keep them if asked to."""
     args = _arguments()
-    given = {key: value for key, value in vars(args).items() if key != "write"}
     head = ("model", "ranks", *WAYS, "gathered / ours")
     across = ("model", "ranks", "straight", "once a node", "straight / once")
     parts = [
-        conditions("benchmarks.experts", given),
+        conditions("benchmarks.experts", vars(args)),
         "## Bytes of a layer, by formula\n\nGB that a rank receives in a step, forward and "
         "backward, bf16, 8,192 tokens a rank, every expert chosen alike; gradients of weights in "
         f"fp32.\n\n{table(head, _formula(8192))}",
@@ -119,13 +116,11 @@ def main() -> None:
         f"and weights of its token.\n\n{table(across, _across())}",
     ]
     for ranks in (2, 4):
-        found = _run(args, ranks)
-        parts += [_step_table(args, ranks, found), _tp_table(args, ranks, found)]
-        parts.append(_overlap_table(args, ranks, found))
+        measured = _run(args, ranks)
+        parts += [_step_table(args, ranks, measured), _tp_table(args, ranks, measured)]
+        parts.append(_overlap_table(args, ranks, measured))
     text = "\n\n".join(parts) + "\n"
-    print(text)
-    if args.write:
-        write(Path(__file__).parent / "results", f"experts_{args.write}", text)
+    publish("experts", args.write, text)
 
 
 def _formula(tokens: int) -> list[list[str]]:
@@ -134,13 +129,13 @@ def _formula(tokens: int) -> list[list[str]]:
         for ranks in RANKS:
             if shape.num_experts % ranks:
                 continue
-            found = (
+            bytes_received = (
                 tokens_travel(shape, tokens, ranks, 2),
                 experts_gathered(shape, ranks, 2),
                 tokens_gathered(shape, tokens, ranks, 2),
             )
-            cells = [f"{x / 1e9:.2f}" for x in found]
-            rows.append([name, f"{ranks}", *cells, f"{found[1] / found[0]:.1f}"])
+            cells = [f"{x / 1e9:.2f}" for x in bytes_received]
+            rows.append([name, f"{ranks}", *cells, f"{bytes_received[1] / bytes_received[0]:.1f}"])
     return rows
 
 
@@ -158,42 +153,39 @@ def _across() -> list[list[str]]:
 def _run(args: argparse.Namespace, ranks: int) -> dict[Any, Any]:
     """What every rank found."""
     shape = Shape(args.dim, args.hidden_dim, args.num_experts, args.top_k)
-    with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
-        results = manager.dict()
-        mp.spawn(_rank, (f"{folder}/meeting", ranks, shape, args, results), nprocs=ranks)
-        return dict(results)
+    return measured_on_ranks(ranks, _rank, ranks, shape, args)
 
 
-def _rows(found: dict[Any, Any], names: Sequence[str], ranks: int) -> list[list[str]]:
-    slowest = {name: max(found[name, rank] for rank in range(ranks)) for name in names}
+def _rows(measured: dict[Any, Any], names: Sequence[str], ranks: int) -> list[list[str]]:
+    slowest = {name: max(measured[name, rank] for rank in range(ranks)) for name in names}
     first = slowest[names[0]]
     return [[name, f"{1e3 * x:.1f}", f"{x / first:.2f}"] for name, x in slowest.items()]
 
 
-def _step_table(args: argparse.Namespace, ranks: int, found: dict[Any, Any]) -> str:
+def _step_table(args: argparse.Namespace, ranks: int, measured: dict[Any, Any]) -> str:
     shape = Shape(args.dim, args.hidden_dim, args.num_experts, args.top_k)
-    received = sum(found["received", rank] for rank in range(ranks))
-    expected = sum(found["expected", rank] for rank in range(ranks))
+    received = sum(measured["received", rank] for rank in range(ranks))
+    expected = sum(measured["expected", rank] for rank in range(ranks))
     return (
         f"## A step on {ranks} ranks\n\nForward and backward of one layer of {shape}, "
         f"{args.tokens} tokens a rank, fp32, eager, median of {args.repeats}, the slowest rank.\n\n"
-        f"{table(('way', 'ms', '/ ours'), _rows(found, WAYS, ranks))}\n\nReceived by tokens and "
+        f"{table(('way', 'ms', '/ ours'), _rows(measured, WAYS, ranks))}\n\nReceived by tokens and "
         f"results on all ranks: {received:,} bytes as counted, {expected:,} by the routing."
     )
 
 
-def _tp_table(args: argparse.Namespace, ranks: int, found: dict[Any, Any]) -> str:
+def _tp_table(args: argparse.Namespace, ranks: int, measured: dict[Any, Any]) -> str:
     return (
         f"The same layer under tp {ranks}, whose ranks hold the same {args.tokens * ranks} "
         f"tokens.\n\n"
-        f"{table(('way', 'ms', '/ ours'), _rows(found, TP_WAYS, ranks))}"
+        f"{table(('way', 'ms', '/ ours'), _rows(measured, TP_WAYS, ranks))}"
     )
 
 
-def _overlap_table(args: argparse.Namespace, ranks: int, found: dict[Any, Any]) -> str:
+def _overlap_table(args: argparse.Namespace, ranks: int, measured: dict[Any, Any]) -> str:
     return (
         f"The same layer with a shared expert of {SHARED} times the hidden channels.\n\n"
-        f"{table(('way', 'ms', '/ ours'), _rows(found, OVERLAP, ranks))}"
+        f"{table(('way', 'ms', '/ ours'), _rows(measured, OVERLAP, ranks))}"
     )
 
 
@@ -201,10 +193,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _rank(rank: int, meeting: str, ranks: int, shape: Shape, args: Any, results: Any) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(meeting, ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+def _rank(rank: int, ranks: int, shape: Shape, args: Any, results: Any) -> None:
     mesh = ParallelMesh.from_degrees(Degrees(cp=ranks, ep=ranks), "cpu")
     assert mesh.ep is not None
     torch.manual_seed(0)
@@ -244,7 +233,6 @@ def _rank(rank: int, meeting: str, ranks: int, shape: Shape, args: Any, results:
             taken[name].append(time.perf_counter() - start)
     for name, seconds in taken.items():
         results[name, rank] = statistics.median(seconds[1:])
-    dist.destroy_process_group()
 
 
 def _rows_here(index: Tensor, shape: Shape, ep: DeviceMesh) -> int:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import dtcp.planner
-from benchmarks.report import conditions, table, write
+from benchmarks.report import conditions, publish, table
 from dtcp._torch.fakes import fake_ranks
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
@@ -42,7 +42,6 @@ from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.style import AttentionStyle
 
-RESULTS = Path(__file__).parent / "results"
 RANKS = (8, 64, 512)
 DOCUMENTS = 256
 SEQ_LEN = 2**19
@@ -117,15 +116,15 @@ def least_ms(work: Callable[[], object], repeats: int) -> float:
 def measured(repeats: int) -> list[list[str]]:
     """Rows of the table."""
     styles: Sequence[AttentionStyle] = (AllGatherAttention(), RingAttention())
-    found: dict[tuple[str, ...], list[str]] = {}
+    times_of: dict[tuple[str, ...], list[str]] = {}
     for style, images, ranks in itertools.product(styles, (False, True), RANKS):
         with model_on(ranks, style, images=images) as (model, mesh):
             for layout, seq_len in itertools.product(LAYOUTS, (SEQ_LEN, 4 * SEQ_LEN)):
                 work = planning(model, mesh, packed_row(seq_len), layout, images=images)
                 what = "text and images" if images else "text"
                 key = what, layout.__name__, type(style).__name__, f"{seq_len // 1024}K"
-                found.setdefault(key, []).append(f"{least_ms(work, repeats):.1f}")
-    return [[*key, *times] for key, times in sorted(found.items())]
+                times_of.setdefault(key, []).append(f"{least_ms(work, repeats):.1f}")
+    return [[*key, *times] for key, times in sorted(times_of.items())]
 
 
 def report(repeats: int) -> str:
@@ -163,9 +162,7 @@ def main() -> None:
         return
     head = conditions("benchmarks.planning", {"repeats": args.repeats})
     text = f"{head}\n\n{report(args.repeats)}\n"
-    print(text)
-    if args.write:
-        write(RESULTS, f"planning_{args.write}", text)
+    publish("planning", args.write, text)
 
 
 if __name__ == "__main__":

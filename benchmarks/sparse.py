@@ -13,21 +13,19 @@ differ on a shorter row in fp64, nothing is reported, the run fails.
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from benchmarks.on_ranks import measured_on_ranks
 from benchmarks.published_sparse import PublishedSparseCP
-from benchmarks.report import conditions, table, write
+from benchmarks.report import conditions, publish, table
 from dtcp.batch import shard_batch
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
@@ -79,26 +77,26 @@ class Stated:
 
 def ours(config: DeepseekV4Config, ratio: int, seq_len: int, ranks: int) -> Stated:
     """The most of any rank, by the style's own formula."""
-    how = _compression(config, ratio)
+    compression = _compression(config, ratio)
     layout, style = HeadTail(seq_len, ranks), CompressedSparseCP()
-    mixer = CompressedSparseAttention(config.window, how, scale=1.0)
+    mixer = CompressedSparseAttention(config.window, compression, scale=1.0)
     shape = SparseShape(1, config.head_dim, config.index_head_dim, BF16)
     # Ranks in the middle have two whole halos.
     coords = Coords.of(Documents.single(1, seq_len))
-    found = style.received(mixer, coords, layout, ranks // 2, shape)
-    return Stated(found.forward, found.backward, _tile(config, how, layout))
+    received = style.received(mixer, coords, layout, ranks // 2, shape)
+    return Stated(received.forward, received.backward, _tile(config, compression, layout))
 
 
-def _tile(config: DeepseekV4Config, how: Compression | None, layout: SequenceLayout) -> int:
+def _tile(config: DeepseekV4Config, compression: Compression | None, layout: SequenceLayout) -> int:
     """Scores of a tile, or the entries picked for it, or the indexer's scores: the largest."""
     heads, keys = config.num_heads, SPARSE_TILE + config.window - 1
-    if how is None:
+    if compression is None:
         return SPARSE_TILE * heads * keys * FP32
-    entries = 2 * layout.num_shards * segment_entries(layout.segment_len, how)
-    if how.selected is None:
+    entries = 2 * layout.num_shards * segment_entries(layout.segment_len, compression)
+    if compression.selected is None:
         rows = min(SPARSE_TILE, max(1, MAX_TILE_SCORES // (heads * (keys + entries))))
         return rows * heads * (keys + entries) * FP32
-    chosen = min(how.selected, entries)
+    chosen = min(compression.selected, entries)
     picked = SPARSE_TILE * chosen * config.head_dim * FP32
     scored = min(MAX_INDEX_SCORES, SPARSE_TILE * config.index_heads * entries) * FP32
     return max(SPARSE_TILE * heads * (keys + chosen) * FP32, picked, scored)
@@ -106,11 +104,11 @@ def _tile(config: DeepseekV4Config, how: Compression | None, layout: SequenceLay
 
 def published(config: DeepseekV4Config, ratio: int, seq_len: int, ranks: int) -> Stated:
     """The published way's: all shards are alike."""
-    others, how = seq_len - seq_len // ranks, _compression(config, ratio)
+    others, compression = seq_len - seq_len // ranks, _compression(config, ratio)
     keys = others * config.head_dim * BF16
-    length, entries = seq_len // ranks, 0 if how is None else seq_len // how.ratio
-    if how is None or how.selected is None:
-        pooled = others // ratio * config.head_dim * BF16 if how else 0
+    length, entries = seq_len // ranks, 0 if compression is None else seq_len // compression.ratio
+    if compression is None or compression.selected is None:
+        pooled = others // ratio * config.head_dim * BF16 if compression else 0
         mask = length * (seq_len + entries) * BF16
         return Stated(keys + pooled, keys + pooled, mask)
     # Values and gates, two halves each, of entries and of the indexer's keys.
@@ -172,30 +170,23 @@ class Measured:
 def main() -> None:
     """Print what is stated, measure on real ranks, print that."""
     args = _arguments()
-    with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
-        results = manager.dict()
-        options = (f"{folder}/meeting", args.ranks, args.seq_len, args.repeats, results)
-        mp.spawn(_rank, options, nprocs=args.ranks)
-        measured = dict(results)
+    measured = measured_on_ranks(args.ranks, _rank, args.ranks, args.seq_len, args.repeats)
     head = ("layer", "ours s", "published s", "faster", "ours fwd KiB", "published", "bwd", "")
     rows = [_row(name, measured, args.ranks) for name in KINDS]
-    given = {key: value for key, value in vars(args).items() if key != "write"}
-    text = f"{conditions('benchmarks.sparse', given)}\n\n"
+    text = f"{conditions('benchmarks.sparse', vars(args))}\n\n"
     text += "By formula, a rank and layer of DeepSeek-V4-Flash, bf16, head-tail\n\n"
     text += f"{stated_table()}\n\nMeasured: one attention layer, dim {SMALL.dim}, heads "
     text += f"{SMALL.num_heads} x {SMALL.head_dim}, index heads {SMALL.index_heads} x "
     text += f"{SMALL.index_head_dim}, {SMALL.num_selected} selected, window {SMALL.window}, "
     text += f"fp32, {args.ranks} ranks, S = {args.seq_len}, forward and backward, median; ours "
     text += f"head-tail, the published way contiguous\n\n{table(head, rows)}\n"
-    print(text)
-    if args.write:
-        write(Path(__file__).parent / "results", f"sparse_{args.write}", text)
+    publish("sparse", args.write, text)
 
 
 def _row(name: str, measured: Mapping[Any, Measured], ranks: int) -> list[str]:
     a, b = ([measured[name, way, rank] for rank in range(ranks)] for way in WAYS)
-    seconds = [max(m.seconds for m in found) for found in (a, b)]
-    bytes_ = [[max(m.received[way] for m in found) for found in (a, b)] for way in (0, 1)]
+    seconds = [max(m.seconds for m in way_ranks) for way_ranks in (a, b)]
+    bytes_ = [[max(m.received[way] for m in way_ranks) for way_ranks in (a, b)] for way in (0, 1)]
     sizes = [f"{size / 1024:,.0f}" for pair in bytes_ for size in pair]
     times = [f"{second:.2f}" for second in seconds]
     return [name, *times, f"{seconds[1] / seconds[0]:.1f}x", *sizes]
@@ -207,10 +198,7 @@ WAYS: Mapping[str, tuple[ParallelStyle, type[SequenceLayout]]] = {
 }
 
 
-def _rank(rank: int, meeting: str, ranks: int, seq_len: int, repeats: int, results: Any) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(meeting, ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+def _rank(rank: int, ranks: int, seq_len: int, repeats: int, results: Any) -> None:
     mesh = ParallelMesh.from_degrees(Degrees(cp=ranks), "cpu")
     for layer, name in enumerate(KINDS):
         ours, published = (_Layer(way, layer, mesh, CHECKED, torch.float64) for way in WAYS)
@@ -218,7 +206,6 @@ def _rank(rank: int, meeting: str, ranks: int, seq_len: int, repeats: int, resul
         del ours, published
         for way in WAYS:
             results[name, way, rank] = _Layer(way, layer, mesh, seq_len).measure(repeats)
-    dist.destroy_process_group()
 
 
 class _Layer:

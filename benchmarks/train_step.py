@@ -10,18 +10,16 @@ A mesh whose first loss is not one device's is not reported: the run fails.
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from benchmarks.report import conditions, table, write
+from benchmarks.on_ranks import measured_on_ranks
+from benchmarks.report import conditions, publish, table
 from dtcp.batch import shard_batch
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import count_traffic
@@ -67,29 +65,18 @@ def main() -> None:
         if abs(measured.loss - alone) > 1e-5 * alone:
             raise SystemExit(f"{degrees}: loss {measured.loss} is not one device's, {alone}.")
         rows.append(_row(degrees, measured, args.seq_len * args.rows))
-    options = {key: value for key, value in vars(args).items() if key != "write"}
-    text = f"{conditions('benchmarks.train_step', options)}\n"
+    text = f"{conditions('benchmarks.train_step', vars(args))}\n"
     text += f"models.llama tiny, fp32, ring attention on head-tail shards\n\n{table(HEAD, rows)}\n"
-    print(text)
-    if args.write:
-        write(Path(__file__).parent / "results", f"train_step_{args.write}", text)
+    publish("train_step", args.write, text)
 
 
 def _on_ranks(degrees: Degrees, args: argparse.Namespace) -> Measured:
-    with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
-        results = manager.dict()
-        mp.spawn(_rank, (f"{folder}/meeting", degrees, args, results), nprocs=degrees.world)
-        return results[0]
+    measured: Measured = measured_on_ranks(degrees.world, _rank, degrees, args)[0]
+    return measured
 
 
-def _rank(
-    rank: int, meeting: str, degrees: Degrees, args: argparse.Namespace, results: Any
-) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(meeting, degrees.world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=degrees.world)
+def _rank(rank: int, degrees: Degrees, args: argparse.Namespace, results: Any) -> None:
     results[rank] = _measure(ParallelMesh.from_degrees(degrees, "cpu"), args)
-    dist.destroy_process_group()
 
 
 def _measure(mesh: ParallelMesh, args: argparse.Namespace) -> Measured:

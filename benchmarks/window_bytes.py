@@ -71,12 +71,12 @@ def all_gather(
 def needed_tokens(layout: SequenceLayout, rank: int, left: int) -> int:
     """Tokens of other ranks among those that lie up to `left` places left of this rank's."""
     mine = layout.runs(rank)
-    found, stop_before = 0, 0
+    tokens, stop_before = 0, 0
     for start, stop in mine:
         # What a run reads begins after whatever the runs before it have read or are.
-        found += start - max(start - left, stop_before, 0)
+        tokens += start - max(start - left, stop_before, 0)
         stop_before = stop
-    return found if left < layout.seq_len else mine[-1][1] - layout.shard_len
+    return tokens if left < layout.seq_len else mine[-1][1] - layout.shard_len
 
 
 def _row(config: Gemma4Config, layer: int, element: int) -> int:

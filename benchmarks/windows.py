@@ -11,20 +11,18 @@ two ranks, ours and two kinds of all-gather in the same run, each checked agains
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.report import conditions, table, write
+from benchmarks.on_ranks import measured_on_ranks
+from benchmarks.report import conditions, publish, table
 from benchmarks.window_bytes import (
     LayerBytes,
     all_gather,
@@ -71,9 +69,8 @@ STEPS = ("halo (ours)", "all-gather, our kernel", "all-gather, dense mask")
 def main() -> None:
     """Print every table, and keep them if asked to."""
     args = _arguments()
-    given = {key: value for key, value in vars(args).items() if key != "write"}
     parts = [
-        conditions("benchmarks.windows", given),
+        conditions("benchmarks.windows", vars(args)),
         f"## Bytes of whole models\n\n{MODEL} and gemma4-e4b, bf16, one document a row, forward, "
         f"by formula: GB received by the rank that receives most (and on average).",
         table(("model", "S", "ranks", *WAYS), [*_models(MODEL), *_models("gemma4-e4b")]),
@@ -86,9 +83,7 @@ def main() -> None:
         _steps_text(args),
     ]
     text = "\n\n".join(parts) + "\n"
-    print(text)
-    if args.write:
-        write(Path(__file__).parent / "results", f"windows_{args.write}", text)
+    publish("windows", args.write, text)
 
 
 def _models(name: str) -> list[list[str]]:
@@ -98,8 +93,8 @@ def _models(name: str) -> list[list[str]]:
             totals = [
                 total(PRESETS[name], layout(seq_len, ranks), way) for layout, way in WAYS.values()
             ]
-            found = [f"{x.most / 1e9:.2f} ({x.mean / 1e9:.2f})" for x in totals]
-            rows.append([name, f"{seq_len}", f"{ranks}", *found])
+            gigabytes = [f"{x.most / 1e9:.2f} ({x.mean / 1e9:.2f})" for x in totals]
+            rows.append([name, f"{seq_len}", f"{ranks}", *gigabytes])
     return rows
 
 
@@ -170,16 +165,12 @@ def _building(repeats: int) -> list[list[str]]:
 
 
 def _steps_text(args: argparse.Namespace) -> str:
-    with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
-        results = manager.dict()
-        options = (f"{folder}/meeting", args.seq_len, args.window, args.repeats, results)
-        mp.spawn(_rank, options, nprocs=2)
-        found = dict(results)
+    measured = measured_on_ranks(2, _rank, args.seq_len, args.window, args.repeats)
     shape = _shape(args.window)
     rows = []
     for name in STEPS:
-        attention, layer = (max(found[name, part, r] for r in (0, 1)) for part in (0, 1))
-        first = [max(found[STEPS[0], part, r] for r in (0, 1)) for part in (0, 1)]
+        attention, layer = (max(measured[name, part, r] for r in (0, 1)) for part in (0, 1))
+        first = [max(measured[STEPS[0], part, r] for r in (0, 1)) for part in (0, 1)]
         ratios = (f"{attention / first[0]:.1f}", f"{layer / first[1]:.1f}")
         rows.append([name, f"{attention:.3f}", ratios[0], f"{layer:.3f}", ratios[1]])
     head = ("window layer", "attention s", "/ ours", "whole layer s", "/ ours")
@@ -206,10 +197,7 @@ def _shape(window: int) -> Gemma4Config:
     )
 
 
-def _rank(rank: int, meeting: str, seq_len: int, window: int, repeats: int, results: Any) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(meeting, 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def _rank(rank: int, seq_len: int, window: int, repeats: int, results: Any) -> None:
     mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
     torch.manual_seed(0)
     block = Block(_shape(window), 0)
@@ -227,8 +215,8 @@ def _rank(rank: int, meeting: str, seq_len: int, window: int, repeats: int, resu
     position_ids = torch.arange(seq_len // 2)[None] + rank * seq_len // 2
     first = _attend(halo, qkv, plan)
     for way in ways[1:]:
-        for expected, found in zip(first, _attend(way, qkv, plan), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        for expected, actual in zip(first, _attend(way, qkv, plan), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
     taken: dict[tuple[str, int], list[float]] = {}
     # Ways take turns, so that a slow moment of the machine is nobody's alone.
     for _ in range(repeats + 1):
@@ -243,7 +231,6 @@ def _rank(rank: int, meeting: str, seq_len: int, window: int, repeats: int, resu
                 taken.setdefault((name, part), []).append(_seconds(work))
     for (name, part), seconds in taken.items():
         results[name, part, rank] = statistics.median(seconds[1:])
-    dist.destroy_process_group()
 
 
 def _gathered(plan: ShardedBatch, window: int, *, dense: bool) -> Callable[..., Tensor]:
