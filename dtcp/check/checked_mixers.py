@@ -13,14 +13,18 @@ from dtcp.batch import shard_batch
 from dtcp.check.checked_model import (
     Mixing,
     check_logits,
-    imported,
     in_fp64,
     made_by,
     vocabulary,
 )
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.huggingface.mixing_probe import find_mixing, mixers_without_mixing, probe_length
-from dtcp.huggingface.own_errors import ModelRefused, own_errors
+from dtcp.huggingface.mixing_probe import (
+    calls,
+    find_mixing,
+    mixers_without_mixing,
+    probe_length,
+)
+from dtcp.huggingface.own_errors import ModelRefused, imported, own_errors
 from dtcp.mixer import Mixer
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.parallelize import Compile, ParallelPlan, parallelize
@@ -111,27 +115,11 @@ class CheckedMixerModel:
 @contextmanager
 def _named(model: nn.Module) -> Iterator[None]:
     """Name the mixer in what a mixer refuses: cross attention, heads that do not fit."""
-    running: list[str] = []
-    hooks = []
-    for name, mixer in model.named_modules():
-        if isinstance(mixer, Mixer):
-            hooks.append(mixer.register_forward_pre_hook(partial(_enter, running, name)))
-            hooks.append(mixer.register_forward_hook(partial(_leave, running)))
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        if not running:
-            raise
-        kind = type(model.get_submodule(running[-1])).__name__
-        raise ModelRefused(f"{running[-1]} ({kind}): {error}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _enter(running: list[str], name: str, *_: Any) -> None:
-    running.append(name)
-
-
-def _leave(running: list[str], *_: Any) -> None:
-    running.pop()
+    with calls(model, Mixer) as running:
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            if not running:
+                raise
+            kind = type(model.get_submodule(running[-1])).__name__
+            raise ModelRefused(f"{running[-1]} ({kind}): {error}") from error

@@ -1,7 +1,6 @@
 """A model to check: how it is built and called, on one device and on a mesh."""
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.huggingface.own_errors import own_errors
+from dtcp.huggingface.own_errors import imported, own_errors
 from dtcp.parallelize import Compile
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
@@ -71,25 +70,6 @@ class CheckedModel(Protocol):
     ) -> Tensor:
         """Logits of this rank's part, [1, L, C]."""
         ...
-
-
-def imported(path: str) -> Callable[..., Any]:
-    """Import the function that a path module:function names.
-
-    Raises:
-        ValueError: a path without a function, or a module without that function.
-    """
-    module, _, name = path.partition(":")
-    if not name:
-        raise ValueError(f"A function is named module:function, got {path!r}: add its name.")
-    with own_errors(f"{module} is imported", "correct it, or the path of Python (PYTHONPATH)"):
-        imported_module = importlib.import_module(module)
-    function: Callable[..., Any] | None = getattr(imported_module, name, None)
-    if function is None:
-        raise ValueError(
-            f"A function is named module:function, got {path!r}: {module} has no {name}."
-        )
-    return function
 
 
 def made_by(path: str, change: Mapping[str, Any]) -> nn.Module:

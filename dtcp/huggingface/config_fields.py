@@ -1,7 +1,9 @@
 """A config of transformers from its fields."""
 
 import difflib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dtcp.huggingface.own_errors import own_errors
@@ -14,6 +16,28 @@ def model_types() -> list[str]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return sorted(CONFIG_MAPPING.keys())
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a config.json, model_type among them.
+
+    Raises:
+        ValueError: no JSON, or no model_type in it.
+    """
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"A config is a file of JSON, got {str(path)!r}, where {error}: name the config.json "
+            f"that save_pretrained wrote."
+        ) from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        names = sorted(fields)[:8] if isinstance(fields, dict) else type(fields).__name__
+        raise ValueError(
+            f"A config names its model_type, got {str(path)!r} with {names}: add it to the file, "
+            f"or name a model type instead."
+        )
+    return fields
 
 
 def values_in_layers(config: Any, name: str) -> list[Any]:

@@ -108,8 +108,8 @@ def _called_around(name: str, called: set[str]) -> str | None:
 
 
 @contextmanager
-def calls(model: nn.Module) -> Iterator[list[str]]:
-    """Inside, the names of the modules that are being run, the innermost last.
+def calls(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[list[str]]:
+    """Inside, the names of the modules of a kind that are being run, the innermost last.
 
     After an error they are those that it was raised in.
     """
@@ -123,8 +123,9 @@ def calls(model: nn.Module) -> Iterator[list[str]]:
 
     hooks: list[Any] = []
     for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(enter(name)))
-        hooks.append(module.register_forward_hook(leave))
+        if isinstance(module, kind):
+            hooks.append(module.register_forward_pre_hook(enter(name)))
+            hooks.append(module.register_forward_hook(leave))
     try:
         yield running
     finally:

@@ -1,9 +1,11 @@
-"""What a model that somebody else wrote raises by itself, said in a sentence."""
+"""Code that somebody else wrote: how it is found, and what it raises, said in a sentence."""
 
+import importlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class ModelRefused(ValueError):
@@ -32,3 +34,23 @@ def own_errors(did: str, remedy: str) -> Iterator[None]:
             f"{did}, got {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno} "
             f"({reason.rstrip('.')}): {remedy}."
         ) from error
+
+
+def imported(path: str) -> Callable[..., Any]:
+    """Import the function that a path module:function names.
+
+    Raises:
+        ValueError: a path without a function, or a module without that function.
+    """
+    module, _, name = path.partition(":")
+    if not name:
+        raise ValueError(f"A function is named module:function, got {path!r}: add its name.")
+    with own_errors(f"{module} is imported", "correct it, or the path of Python (PYTHONPATH)"):
+        imported_module = importlib.import_module(module)
+    function: Callable[..., Any] | None = getattr(imported_module, name, None)
+    if not callable(function):
+        kind = "no" if function is None else f"a {type(function).__name__}"
+        raise ValueError(
+            f"A function is named module:function, got {path!r}: {module} has {kind} {name}."
+        )
+    return function

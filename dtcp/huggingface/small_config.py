@@ -1,12 +1,11 @@
 """Configs of transformers' models, small enough to run anywhere, with all their kinds of layers."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtcp.huggingface.config_fields import CORRECT, config_of
+from dtcp.huggingface.config_fields import CORRECT, config_of, read_fields
 from dtcp.huggingface.language_model import parameter_count
 from dtcp.huggingface.small_sizes import FAMILIES, REQUIRED, TINY
 
@@ -52,7 +51,9 @@ def small_config(source: str, change: Mapping[str, Any], remedy: str = CORRECT) 
     if source and Path(source).is_dir():
         source = str(Path(source, "config.json"))
     is_file = source.endswith(".json")
-    fields = _related(_read(source)) if is_file else {"model_type": source}
+    if is_file and not Path(source).is_file():
+        raise ValueError(f"A config is a file that exists, got {source!r}: correct the path.")
+    fields = _related(read_fields(Path(source))) if is_file else {"model_type": source}
     whole = config_of(fields, remedy)
     changed = _changed_fields(whole, change)
     if is_file:
@@ -62,25 +63,6 @@ def small_config(source: str, change: Mapping[str, Any], remedy: str = CORRECT) 
     shrunk = _merged({"pad_token_id": 0, **_shrunk(whole, changed)}, changed)
     notes = tuple(_notes(whole, shrunk)) if is_file else ()
     return SmallConfig(config_of(_merged(fields, shrunk), remedy), notes)
-
-
-def _read(source: str) -> Fields:
-    path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"A config is a file that exists, got {source!r}: correct the path.")
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"A config is a file of JSON, got {source!r}, where {error}: name the config.json that "
-            f"save_pretrained wrote."
-        ) from None
-    if not isinstance(fields, dict) or "model_type" not in fields:
-        raise ValueError(
-            f"A config names its model_type, got the fields {sorted(fields)[:8]}: add it, or name "
-            f"a model type instead of a file."
-        )
-    return fields
 
 
 def _related(fields: Fields) -> Fields:

@@ -23,7 +23,7 @@ from dtcp.plan.source import Request, request_of
 from dtcp.plan.sweep import sweep_points, write_sweep
 from dtcp.planner.cluster import GB, Cluster, cluster_of
 from dtcp.planner.report import as_json, detail_lines, on_one_line, text_report
-from dtcp.planner.search import Candidate, Planner, Search, smallest_cluster
+from dtcp.planner.search import MOST_GPUS, Candidate, Planner, Search, smallest_cluster
 from dtcp.planner.workload import Workload
 
 MOST_PROCESSES = 8
@@ -167,7 +167,7 @@ def _say_what_would_do(planner: Planner, best: Candidate, cluster: Cluster, *, n
     elif gpus := smallest_cluster(planner):
         would = f"{gpus}x{cluster.name} would do"
     else:
-        would = f"4096x{cluster.name} would not do either: take a GPU with more memory"
+        would = f"{MOST_GPUS}x{cluster.name} would not do either: take a GPU with more memory"
     print(
         f"error: A run fits in the memory of its GPUs, got {cluster} where the best setup lacks "
         f"{best.missing / GB:.1f} GB per GPU: {would}.",

@@ -1,8 +1,7 @@
 """What a person asks to be planned: a config of train.py, a config.json, a model of their own."""
 
 import argparse
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from math import inf, lcm
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dtcp.huggingface.own_errors import imported
 from dtcp.parallelize import ActivationCheckpoint, FullCheckpoint
 from dtcp.plan.script import Script, script_of
 from dtcp.planner.cluster import cluster_of
@@ -69,8 +69,8 @@ def _seq_len(arguments: argparse.Namespace, default: int) -> int:
 def _own_model(model: str, plan: str) -> Subject:
     """A model of a function: of transformers where it has no plan."""
     if plan:
-        return OwnModel(model, _function(model), _function(plan))
-    return MadeHuggingFaceModel(model, _function(model))
+        return OwnModel(model, imported(model), imported(plan))
+    return MadeHuggingFaceModel(model, imported(model))
 
 
 def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:
@@ -266,16 +266,3 @@ def _lengths_in_folder(folder: Path) -> list[int]:
     if not lengths:
         raise ValueError(f"A data folder holds texts, got {folder} without one: correct the path.")
     return lengths
-
-
-def _function(name: str) -> Callable[..., Any]:
-    module, colon, function = name.partition(":")
-    try:
-        named: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"A model and its plan are functions, got {name!r}: give module:function ({error})."
-        ) from None
-    if not colon or not callable(named):
-        raise ValueError(f"A model and its plan are functions, got {name!r}: give module:function.")
-    return named

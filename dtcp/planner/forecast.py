@@ -34,6 +34,9 @@ from dtcp.planner.subject import Subject
 from dtcp.planner.trace import OpCall, Place
 from dtcp.sequence.layout import SequenceLayout
 
+MOST_RANKS = 8
+"""Of the axis cp, that are traced."""
+
 
 @dataclass(frozen=True)
 class MixerBytes:
@@ -262,11 +265,11 @@ def assembled(subject: Subject, setup: Setup, row: RowForecast) -> Forecast:
     )
 
 
-def chosen_ranks(cp: int, most: int = 8) -> list[int]:
+def chosen_ranks(cp: int) -> list[int]:
     """Ranks of the axis to trace: all of a short one, else some, evenly spread."""
-    if cp <= most:
+    if cp <= MOST_RANKS:
         return list(range(cp))
-    return sorted({round(index * (cp - 1) / (most - 1)) for index in range(most)})
+    return sorted({round(i * (cp - 1) / (MOST_RANKS - 1)) for i in range(MOST_RANKS)})
 
 
 def metadata_of(step: TracedStep, rank: int) -> BatchMetadata:

@@ -1,12 +1,11 @@
 """The config that a person names: a preset, a config.json, its folder, or a model type."""
 
 import difflib
-import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from dtcp.huggingface.config_fields import config_of, model_types
+from dtcp.huggingface.config_fields import config_of, model_types, read_fields
 
 REMEDY = "correct the config, or give --model module:function, which returns the model"
 """Where transformers builds nothing of a config."""
@@ -22,15 +21,8 @@ def read_hf_config(source: str) -> tuple[str, dict[str, Any]]:
     """
     path = config_file(source)
     if path is None:
-        return source, default_config(source).to_dict()
-    try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"A config is a file of JSON, got {source!r}: {error}.") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
-        raise ValueError(
-            f"A config names its model_type, got {source!r} without one: add it to the file."
-        )
+        return source, config_of({"model_type": source}, REMEDY).to_dict()
+    fields = read_fields(path)
     name = path.absolute().parent.name if path.name == "config.json" else path.stem
     return name, fields
 
@@ -57,15 +49,6 @@ def config_file(source: str) -> Path | None:
         f"A config is a config.json, its folder, a preset or a model type of transformers, got "
         f"{source!r}: {hint} {', '.join(presets)}."
     )
-
-
-def default_config(model_type: str) -> Any:
-    """A config of the sizes that transformers gives a model type.
-
-    Raises:
-        ValueError: it gives none.
-    """
-    return config_of({"model_type": model_type}, REMEDY)
 
 
 def text_model_of(config: Any) -> Any:

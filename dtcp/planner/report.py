@@ -53,14 +53,12 @@ def mesh_name(setup: Setup) -> str:
     return (" x ".join(wide) or "one rank") + spread
 
 
+SHOWN = 12
+"""Setups of a kind that a report lists."""
+
+
 def text_report(
-    name: str,
-    parameters: int,
-    workload: Workload,
-    cluster: Cluster,
-    search: Search,
-    *,
-    shown: int = 12,
+    name: str, parameters: int, workload: Workload, cluster: Cluster, search: Search
 ) -> list[str]:
     """Ranked setups with what bounds each; what does not fit; and what all of it rests on."""
     documents = workload.documents
@@ -81,12 +79,12 @@ def text_report(
             "fits, by modelled tokens/s (GB received per step by the busiest rank):",
             _HEAD,
         ]
-        lines += [_line(candidate) for candidate in fitting[:shown]]
-        if len(fitting) > shown:
-            lines.append(f"  and {len(fitting) - shown} more that fit")
+        lines += [_line(candidate) for candidate in fitting[:SHOWN]]
+        if len(fitting) > SHOWN:
+            lines.append(f"  and {len(fitting) - SHOWN} more that fit")
     if rest or search.too_large:
         lines += ["", f"does not fit in {cluster.usable / GB:.0f} GB per GPU:"]
-        lines += _too_much(search, rest, cluster.usable, shown)
+        lines += _too_much(search, rest, cluster.usable)
     if search.passed:
         lines += [
             "",
@@ -136,14 +134,14 @@ def _what(setup: Setup) -> str:
     return ", ".join(parts)
 
 
-def _too_much(search: Search, rest: Sequence[Candidate], usable: int, shown: int) -> Iterator[str]:
+def _too_much(search: Search, rest: Sequence[Candidate], usable: int) -> Iterator[str]:
     """Setups that need more memory than there is, and by how much."""
     needs = [(_what(each.setup), each.forecast.memory.total, "") for each in rest]
     needs += [(_what(each.setup), each.needs, " or more") for each in search.too_large]
-    for name, size, more in needs[:shown]:
+    for name, size, more in needs[:SHOWN]:
         yield (f"  {name:<58} needs {size / GB:8.1f} GB{more}, {(size - usable) / GB:.1f} too many")
-    if len(needs) > shown:
-        yield f"  and {len(needs) - shown} more that do not fit"
+    if len(needs) > SHOWN:
+        yield f"  and {len(needs) - SHOWN} more that do not fit"
 
 
 def _reasons(search: Search) -> dict[str, int]:

@@ -16,6 +16,12 @@ from dtcp.planner.workload import Workload
 MOST_ROW_FORECASTS = 24
 """Steps that are looked at before meshes that others make needless are passed over."""
 
+REFINED = 3
+"""Of the best meshes, those of which other ways are tried."""
+
+MOST_GPUS = 4096
+"""Of a cluster that would do."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -134,7 +140,7 @@ class Planner:
         candidates.sort(key=lambda candidate: candidate.score, reverse=True)
         return replace(before, candidates=tuple(candidates), refused=tuple(refused))
 
-    def search(self, *, refine: int = 3, say: Callable[[str], None] = lambda _: None) -> Search:
+    def search(self, *, say: Callable[[str], None] = lambda _: None) -> Search:
         """Every mesh in one plain way, then other ways on the best meshes."""
         meshes = list(self.space.meshes())
         say(f"tries {len(meshes)} meshes")
@@ -147,7 +153,7 @@ class Planner:
             sifted = replace(sifted, too_large=sifted.too_large[2:])
         passed = len(small) - len(worth) if small else 0
         plain = replace(self.ranked(worth, sifted), passed=passed)
-        best = plain.candidates[:refine]
+        best = plain.candidates[:REFINED]
         say(f"tries other strategies, layouts and checkpointing on the best {len(best)}")
         return self.ranked(
             (setup for candidate in best for setup in self.space.variants(candidate.setup)), plain
@@ -222,10 +228,10 @@ def columns_of(setups: Iterable[Setup]) -> dict[tuple[int, int, bool], list[Setu
     return columns
 
 
-def smallest_cluster(planner: Planner, most: int = 4096) -> int | None:
-    """The fewest GPUs, by doubling, of which some plain mesh fits; None up to `most`."""
+def smallest_cluster(planner: Planner) -> int | None:
+    """The fewest GPUs, by doubling, of which some plain mesh fits; None up to MOST_GPUS."""
     gpus, node = planner.cluster.gpus * 2, planner.cluster.per_node
-    while gpus <= most:
+    while gpus <= MOST_GPUS:
         # Whole nodes, where there are several.
         taken = gpus if gpus < node else -(-gpus // node) * node
         if planner.on(replace(planner.cluster, gpus=taken)).has_room():

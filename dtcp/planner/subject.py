@@ -113,8 +113,36 @@ MODEL_TYPES: Mapping[str, str] = {
 """Hugging Face's model types that a family of ours carries out."""
 
 
+class _CalledWithMixers:
+    """A model that is called as ours are."""
+
+    def batch(
+        self,
+        model: nn.Module,
+        mesh: ParallelMesh,
+        layout: type[SequenceLayout],
+        documents: Documents,
+    ) -> Batch:
+        rows = self.rows(documents)
+        return shard_batch(
+            rows, mesh, layout, model=model, documents=documents, compare_ranks=False
+        )
+
+    def rows(self, documents: Documents) -> dict[str, Tensor]:
+        """A batch of these documents, whole."""
+        return _rows_of(documents)
+
+    def logits(
+        self, model: nn.Module, local: Mapping[str, Tensor], sharded: ShardedBatch
+    ) -> tuple[Tensor, ...]:
+        more = [local[key] for key in ("mtp_input_ids",) if key in local]
+        return _as_tuple(
+            model(local["input_ids"], local["position_ids"], sharded.attn_metadata, *more)
+        )
+
+
 @dataclass(frozen=True)
-class FamilyModel:
+class FamilyModel(_CalledWithMixers):
     """A model of one of dtcp's families, as train.py runs it.
 
     Args:
@@ -134,34 +162,14 @@ class FamilyModel:
     ) -> ParallelPlan:
         return FAMILIES[self.family].plan(self.config, mesh, attention, layout)
 
-    def batch(
-        self,
-        model: nn.Module,
-        mesh: ParallelMesh,
-        layout: type[SequenceLayout],
-        documents: Documents,
-    ) -> Batch:
+    def rows(self, documents: Documents) -> dict[str, Tensor]:
         rows = _rows_of(documents)
         ids = rows["input_ids"]
         if getattr(self.config, "vision_blocks", False):
             rows["mm_token_type_ids"] = torch.zeros_like(ids)
-        if depths := self._depths:
+        if depths := getattr(self.config, "num_mtp_layers", 0):
             rows |= look_ahead(ids, rows["labels"], documents, depths=depths)
-        return shard_batch(
-            rows, mesh, layout, model=model, documents=documents, compare_ranks=False
-        )
-
-    def logits(
-        self, model: nn.Module, local: Mapping[str, Tensor], sharded: ShardedBatch
-    ) -> tuple[Tensor, ...]:
-        inputs = [local["input_ids"], local["position_ids"], sharded.attn_metadata]
-        if self._depths:
-            inputs.append(local["mtp_input_ids"])
-        return _as_tuple(model(*inputs))
-
-    @property
-    def _depths(self) -> int:
-        return getattr(self.config, "num_mtp_layers", 0)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -237,7 +245,7 @@ class MadeHuggingFaceModel(HuggingFaceModel):
 
 
 @dataclass(frozen=True)
-class OwnModel:
+class OwnModel(_CalledWithMixers):
     """A model with mixers that somebody wrote, called as ours are, and its plan.
 
     Args:
@@ -256,23 +264,6 @@ class OwnModel:
         self, model: nn.Module, mesh: ParallelMesh, attention: AttentionStyle, layout: Any
     ) -> ParallelPlan:
         return self.make_plan(model, mesh, attention)
-
-    def batch(
-        self,
-        model: nn.Module,
-        mesh: ParallelMesh,
-        layout: type[SequenceLayout],
-        documents: Documents,
-    ) -> Batch:
-        rows = _rows_of(documents)
-        return shard_batch(
-            rows, mesh, layout, model=model, documents=documents, compare_ranks=False
-        )
-
-    def logits(
-        self, model: nn.Module, local: Mapping[str, Tensor], sharded: ShardedBatch
-    ) -> tuple[Tensor, ...]:
-        return _as_tuple(model(local["input_ids"], local["position_ids"], sharded.attn_metadata))
 
 
 def _rows_of(documents: Documents) -> dict[str, Tensor]:

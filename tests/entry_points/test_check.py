@@ -246,7 +246,7 @@ def test_B7_claims_of_a_plan_that_no_rank_has_applied_name_the_plan():
         (f"--model {HERE}:Head --set classes=3 width=2", "unexpected keyword argument 'width'"),
         (f"--model {HERE}:Head --set classes", "--set takes key=json, got 'classes'"),
         (f"--model {HERE}:Head --set classes=three", "--set takes key=json, got 'classes=three'"),
-        (f"--model {HERE}:QUIET", "A checked model is built by"),
+        (f"--model {HERE}:QUIET", "has a dict QUIET"),
         (f"--hf-model {HERE}:Small", "returns a model of transformers, got Small"),
         (f"--hf-model {HERE}:a_llama --set num_hidden_layers=0.5", "(num_hidden_layers=0.5), got"),
         ("--hf-config llama --set dropuot=0", "got 'dropuot', which that of 'llama' has not"),

@@ -97,7 +97,10 @@ def test_plan_as_json_has_bytes_and_seconds(capsys):
             [*("--config", "llama_tiny"), "--dtcp.expert_tensor_parallel_degree", "2"],
             "got dtcp.expert_tensor_parallel_degree=2 for a model without experts",
         ),
-        (["--model", "nowhere:f", "--plan", "nowhere:g"], "A model and its plan are functions"),
+        (
+            ["--model", "nowhere:f", "--plan", "nowhere:g"],
+            "nowhere is imported, got ModuleNotFound",
+        ),
         (["--hf-config", "gema4-31b"], "did you mean gemma4-31b? Presets are"),
         (["--hf-config", "mixtrall"], "got 'mixtrall': did you mean mixtral?"),
         (["--hf-config", "vit"], "give --model module:function, which returns the model"),
