@@ -15,8 +15,20 @@ from dtcp.distributed.nodes import check_ranks_per_node
 from dtcp.metadata import AttentionMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.sequence.arguments import check_ints, check_kind
+from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
-from dtcp.sequence.layout import SequenceLayout
+from dtcp.sequence.document_balanced import DocumentBalanced
+from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.per_document import PerDocument
+
+ALL_LAYOUTS: tuple[type[SequenceLayout], ...] = (
+    Contiguous,
+    HeadTail,
+    PerDocument,
+    BlockBalanced,
+    DocumentBalanced,
+)
+"""Of this library: those that a style of any layout accepts."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ loops written against them. Our own model (dtcp.models.deepseek_v4) needs none o
 raw keys, builds no mask of [L, S], and its shards need not be multiples of any ratio.
 """
 
-from collections.abc import Mapping
 from functools import reduce
 from math import lcm
 from typing import Any
@@ -18,7 +17,6 @@ from dtcp.cp_utils.seq_padding import (
     _pad_position_ids_seq_dim_ as _pad_position_ids_seq_dim_,
 )
 from dtcp.cp_utils.seq_padding import _pad_tensor_seq_dim_ as _pad_tensor_seq_dim_
-from dtcp.cp_utils.validation import agreed_padding
 from dtcp.distributed.collectives import all_gather_over
 from dtcp.sequence.arguments import FLOATS, WHOLE_NUMBERS, check_ints, check_tensor
 
@@ -131,12 +129,3 @@ def build_dsv4_cp_causal_padding_mask(
         seen = seen & ~padding.to(device).bool()[:, None]
     mask = torch.zeros(seen.shape, dtype=dtype, device=device)
     return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
-
-
-def padding_of(batch: Mapping[str, Any]) -> Tensor | None:
-    """[B, S], True for padding: a batch's padding_mask, or what its attention_mask says.
-
-    Raises:
-        ValueError: an attention_mask that `padding_of_mask` refuses, or two that differ.
-    """
-    return agreed_padding(batch.get("attention_mask"), batch.get("padding_mask"))

@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.cp_utils.batch import PACKED_SEQ_IDS
 from dtcp.cp_utils.context import ContextFactory
-from dtcp.cp_utils.deepseek_v4 import padding_of
 from dtcp.cp_utils.seq_padding import _pad_position_ids_seq_dim_, _pad_tensor_seq_dim_
-from dtcp.cp_utils.validation import check_one_document, check_rows
+from dtcp.cp_utils.validation import agreed_padding, check_one_document, check_rows
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
 from dtcp.sequence.arguments import check_batch, check_ints
@@ -81,7 +79,7 @@ def _made(
     rank = 0 if cp_mesh is None else cp_mesh.get_local_rank()
     packed = _is_packed(batch)
     primary = primary_key(batch)
-    padding = padding_of(batch)
+    padding = agreed_padding(batch.get("attention_mask"), batch.get("padding_mask"))
     if batch.get("labels") is None:
         if loss_mask is None:
             raise KeyError("labels: a batch to train on has them, or a loss_mask in their place.")
@@ -105,7 +103,7 @@ def _made(
         batch = {key: _part(key, x, rank, ranks, fills) for key, x in batch.items()}
     if packed:
         batch["qkv_format"] = "thd"
-    batch[GROUP] = None if cp_mesh is None else _group(cp_mesh)
+    batch[GROUP] = None if cp_mesh is None else cp_mesh.get_group()
     return nullcontext, batch
 
 
@@ -192,10 +190,6 @@ def _part(key: str, x: Any, rank: int, ranks: int, fills: Mapping[str, int | flo
     dim = x.ndim - 1 if key == "position_ids" else 1
     length = x.shape[dim] // ranks
     return x.narrow(dim, rank * length, length).contiguous()
-
-
-def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    return mesh.get_group()
 
 
 @dataclass(frozen=True)

@@ -31,27 +31,18 @@ from dtcp.recurrent.state_exchange import (
 )
 from dtcp.recurrent.state_passing import StatePassing
 from dtcp.sequence.arguments import check_kind
-from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords, documents_of
-from dtcp.sequence.document_balanced import DocumentBalanced
-from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.node_routes import NodeRoutes
-from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.stretches import Stretches, left_routes
-from dtcp.style import MixerShape, MixerStyle
+from dtcp.style import ALL_LAYOUTS, MixerShape, MixerStyle
 
 
 @dataclass
 class RecurrentStyle(MixerStyle):
     """Take a recurrent mixer over; applied to the 1-D axis of the sequence."""
 
-    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (
-        Contiguous,
-        HeadTail,
-        PerDocument,
-        BlockBalanced,
-        DocumentBalanced,
-    )
+    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = ALL_LAYOUTS
 
     def make_metadata(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int

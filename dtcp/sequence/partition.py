@@ -150,11 +150,6 @@ def differs(x: Ints) -> NDArray[np.bool_]:
     return new
 
 
-def starts_of_groups(x: Ints) -> Ints:
-    """Where another number begins: [groups]."""
-    return differs(x).nonzero()[0]
-
-
 def unique_ascending(x: Ints) -> Ints:
     """The different numbers of x in ascending order; np.unique hashes them first."""
     # x is mostly a few ascending lists one after another, which a stable sort merges.

@@ -18,12 +18,9 @@ from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.sequence.arguments import check_ints
-from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
-from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.key_intervals import Intervals, KeyIntervals
-from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.sequence.per_document import PerDocument
+from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.row_layouts import RowLayouts, in_line
 from dtcp.softmax.claimed import (
     ContextParallelAttention,
@@ -43,7 +40,7 @@ from dtcp.softmax.mixer import (
 from dtcp.softmax.moves import AttentionShape, Peers
 from dtcp.softmax.op import AttentionOp
 from dtcp.softmax.positions import TokenPositions
-from dtcp.style import MixerShape, MixerStyle
+from dtcp.style import ALL_LAYOUTS, MixerShape, MixerStyle
 
 
 @dataclass
@@ -76,13 +73,7 @@ class AttentionStyle(MixerStyle):
     }
     takes_memory: ClassVar[bool] = False
     """Whether keys may be those of another sequence, with a layout of its own."""
-    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (
-        Contiguous,
-        HeadTail,
-        PerDocument,
-        BlockBalanced,
-        DocumentBalanced,
-    )
+    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = ALL_LAYOUTS
     tile: int = field(default=TILE, kw_only=True)
     kernel: str = field(default=AUTO, kw_only=True)
     reduce_dtype: torch.dtype | None = field(default=None, kw_only=True)

@@ -16,18 +16,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp.distributed.moves import Moves
 from dtcp.distributed.relayout import RelayoutMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
-from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
-from dtcp.sequence.per_document import PerDocument
 from dtcp.sparse.claimed import ContextParallelSparse
 from dtcp.sparse.metadata import SparseMetadata, rank_metadata
 from dtcp.sparse.mixer import CompressedSparseAttention
 from dtcp.sparse.moves import SparseShape, pieces_moved, relayouts_moved, sparse_moves
 from dtcp.sparse.pieces import pieces_metadata
 from dtcp.sparse.relayout import OwnTokens, RelayoutSparseMetadata
-from dtcp.style import MixerShape, MixerStyle
+from dtcp.style import ALL_LAYOUTS, MixerShape, MixerStyle
 
 
 @dataclass
@@ -56,13 +54,7 @@ class CompressedSparseCP(MixerStyle):
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {
         CompressedSparseAttention: ContextParallelSparse
     }
-    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (
-        Contiguous,
-        HeadTail,
-        PerDocument,
-        BlockBalanced,
-        DocumentBalanced,
-    )
+    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = ALL_LAYOUTS
 
     def make_metadata(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int

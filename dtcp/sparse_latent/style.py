@@ -16,13 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.distributed.moves import Moved, Moves
 from dtcp.mixer import ClaimedMixer, Mixer
-from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
-from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.key_intervals import KeyIntervals
-from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
+from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.masks import Causal
-from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.row_layouts import RowLayouts, in_line
 from dtcp.softmax.gathered_rows import gathered_moves
 from dtcp.softmax.metadata import all_gather_metadata
@@ -30,7 +27,7 @@ from dtcp.softmax.moves import AttentionShape
 from dtcp.sparse_latent.claimed import ContextParallelIndexer, ContextParallelSparseLatent
 from dtcp.sparse_latent.metadata import ExchangedTokens
 from dtcp.sparse_latent.mixer import LightningIndexer, SparseLatentAttention, TokenReader
-from dtcp.style import MixerShape, MixerStyle
+from dtcp.style import ALL_LAYOUTS, MixerShape, MixerStyle
 
 
 @dataclass(frozen=True)
@@ -77,13 +74,7 @@ class SparseLatentCP(MixerStyle):
         LightningIndexer: ContextParallelIndexer,
         SparseLatentAttention: ContextParallelSparseLatent,
     }
-    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = (
-        Contiguous,
-        HeadTail,
-        PerDocument,
-        BlockBalanced,
-        DocumentBalanced,
-    )
+    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = ALL_LAYOUTS
     reduce_dtype: torch.dtype | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:

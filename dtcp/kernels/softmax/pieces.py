@@ -27,7 +27,8 @@ from torch import Tensor
 
 from dtcp.kernels.softmax.block_ranges import UNUSED, KeyLine
 from dtcp.sequence.key_intervals import KeyIntervals
-from dtcp.sequence.partition import Ints, expand, starts_of_groups, stops_of, unique_ascending
+from dtcp.sequence.neighbours import starts_of_equal
+from dtcp.sequence.partition import Ints, expand, stops_of, unique_ascending
 from dtcp.sequence.slot_runs import SlotRuns
 
 UNLIMITED = 1 << 40
@@ -151,7 +152,7 @@ def _lines(rows: Sequence[SlotRuns], keys: KeyLine) -> _Lines:
     )
     pair, after = _cuts(keys, part, length, (first, first_step), (last + 1, last_step))
     end = stops_of(after, 0)
-    end[stops_of(starts_of_groups(pair), len(pair)) - 1] = length
+    end[stops_of(starts_of_equal(pair), len(pair)) - 1] = length
     part, row, slot, first, first_step, last, last_step = (
         x[pair] for x in (part, row, slot, first, first_step, last, last_step)
     )
