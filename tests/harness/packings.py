@@ -94,11 +94,6 @@ PACKINGS: tuple[Packing, ...] = (
 )
 
 
-def same_in_every_row(packing: Packing) -> bool:
-    """Whether layouts that cut by document accept it."""
-    return packing not in (two_rows, empty_row)
-
-
 def prefix_lengths(documents: Documents) -> tuple[tuple[int, ...], ...]:
     """A prefix for every document: about a third of it, none for the shortest."""
     return tuple(tuple(length // 3 for length in row) for row in documents.lengths)

@@ -11,7 +11,6 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from dtcp.torchtitan import compat as compat
@@ -128,7 +127,6 @@ FORGERIES = [
     pipe,
 ]
 ROWS = [pytest.param(forgery, id=f"E1-{forgery.__name__}") for forgery in FORGERIES]
-Forgery = Callable[[Path, Payload], None]
 
 
 @pytest.mark.parametrize("call", ["open", "system"])

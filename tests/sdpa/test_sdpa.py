@@ -24,7 +24,6 @@ from tests.harness.attention_parity import refused
 from tests.harness.spmd import spmd
 
 SEQ_LEN = 32
-INPUTS = ("q", "k", "v")
 compiled_or_not = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 
 
