@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import os
 import shutil
 import sys
 import time
@@ -52,6 +53,7 @@ from benchmarks.gpu.wheels import (
 )
 from dtcp.kernels.softmax import api
 from dtcp.kernels.softmax.backends import backend_named
+from dtcp.kernels.softmax.calls import calls_of
 from dtcp.kernels.softmax.types import SoftmaxParams
 from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.default import default_attention
@@ -126,6 +128,34 @@ def test_the_campaign_goes_on_where_it_was_stopped(tmp_path):
     assert "| a 8192" in summary(tmp_path)
     assert verdict(tmp_path) == "speed: 4 lines, 2 wrong: wrong; fails"
     assert verdict(tmp_path, ["overlap", "speed"]).startswith("overlap: 0 lines, 0 wrong\nspeed: 4")
+
+
+def test_a_line_of_the_campaign_that_was_cut_short_costs_no_other(tmp_path):
+    """By whatever killed the process that wrote it; its case is measured again."""
+    stage, ran = counting(["a", "b"])
+    (tmp_path / "speed.jsonl").write_text('{"stage": "speed", "case": "a", "forw')
+    run_stage(stage, tmp_path, again=False, device="cpu")
+    assert [line["case"] for line in read_lines(tmp_path / "speed.jsonl")] == ["a", "b"]
+    assert ran == {"a": 1, "b": 1}
+
+
+def test_a_stage_ends_with_the_campaign_that_started_it(tmp_path, monkeypatch, capsys):
+    """Whose next run would share the card with it."""
+    parents = iter((7, 7, 1))
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    stage, ran = counting(["a", "b", "c"])
+    run_stage(stage, tmp_path, again=False, device="cpu")
+    assert ran == {"a": 1, "b": 0, "c": 0} and "which was killed" in capsys.readouterr().out
+
+
+def test_documents_of_the_campaign_are_several():
+    """At every length that they are measured at; one alone is no packed call."""
+    for length in (kernels.LENGTH, 2048, *speed.LENGTHS):
+        documents = problems.lognormal_documents(length)
+        assert len(documents.lengths[0]) > 3 and min(documents.lengths[0]) < 200
+    problem = whole_problem("documents", kernels.LENGTH, Heads(2, 1, 16), "cpu")
+    calls = calls_of(problem.pieces, batch=1, length=kernels.LENGTH, num_keys=kernels.LENGTH)
+    assert [call.packed for call in calls] == [True]
 
 
 def test_a_stage_of_the_campaign_ends_with_its_time(tmp_path, capsys):

@@ -19,7 +19,7 @@ from benchmarks.gpu.timing import seconds_of
 from dtcp.kernels.delta_rule.api import DeltaInputs, delta_kernel, fla_delta_rule
 from dtcp.kernels.delta_rule.fla_inside import is_guarded
 from dtcp.kernels.delta_rule.reference import ReferenceDeltaRule
-from dtcp.kernels.delta_rule.self_test import RecurrentKernel, results_of
+from dtcp.kernels.delta_rule.self_test import RecurrentKernel, results_of, slowed
 from dtcp.kernels.grouped_linear import grouped_linear
 from dtcp.kernels.linear_attention.api import fla_linear_attention, linear_kernel
 from dtcp.kernels.linear_attention.reference import ReferenceLinearAttention
@@ -136,7 +136,7 @@ def _held_to_fp64(
     q: Tensor, given: SparseKeys, sink: Tensor | None, grad: Tensor, scale: float
 ) -> dict[str, Any]:
     """The kernel that is chosen, beside plain torch."""
-    kernel, truth = sparse_kernel(q, given), ReferenceSparseAttention()
+    kernel, truth = sparse_kernel(q, given, sink), ReferenceSparseAttention()
     if q.is_cuda and isinstance(kernel, ReferenceSparseAttention):
         # What has failed its self-test is measured all the same: which gradient, and by how much.
         kernel = triton_kernel()
@@ -168,13 +168,11 @@ def _stretches(device: str, length: int, *, by_channel: bool) -> tuple[DeltaInpu
     q, k = (unit(noise(2, length, groups, key).float(), dim=-1).bfloat16() for _ in range(2))
     v, grad = noise(2, length, heads, value), noise(2, length, heads, value)
     shape = (2, length, heads, key) if by_channel else (2, length, heads)
-    # A state that fades in one chunk would hide what is wrong with the chunks after it.
-    g = -torch.nn.functional.softplus(noise(*shape).float()) / 64
-    beta = noise(2, length, heads).sigmoid()
+    slow = slowed({"k": k, "g": noise(*shape).float(), "beta": noise(2, length, heads)}, length)
     starts = torch.zeros(2, length, dtype=torch.int32)
     # Summaries of a stretch without starts say what it makes of a state; of one with some, nothing.
     starts[1, [length // 3, length // 3 + 1, 2 * length // 3]] = 1
-    x = DeltaInputs(q, k, v, g, beta, starts.to(device))
+    x = DeltaInputs(q, k, v, slow["g"], slow["beta"], starts.to(device))
     return x, grad, noise(2, heads, key, value).float()
 
 

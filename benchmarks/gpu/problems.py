@@ -89,14 +89,17 @@ class Problem(NamedTuple):
 
 
 def lognormal_documents(length: int, *, rows: int = 1, seed: int = 0) -> Documents:
-    """Documents of lengths as in text corpora: lognormal, with a median of 700 tokens."""
-    generator = torch.Generator().manual_seed(seed)
+    """Documents of lengths as in text corpora: lognormal, with a median of 700 tokens.
+
+    Shorter ones in a row that a few of those would fill: it is about rows of several documents.
+    """
+    generator, median = torch.Generator().manual_seed(seed), min(700.0, length / 8)
     lengths: list[tuple[int, ...]] = []
     for _ in range(rows):
         row: list[int] = []
         while sum(row) < length:
             drawn = float(torch.randn((), generator=generator))
-            document = int(max(16, 700 * 2.718281828 ** (1.2 * drawn)))
+            document = int(max(16, median * 2.718281828 ** (1.2 * drawn)))
             row.append(min(document, length - sum(row)))
         lengths.append(tuple(row))
     return Documents(tuple(lengths), length)

@@ -43,7 +43,7 @@ def run_stage(
         path.unlink(missing_ok=True)
     done = {line["case"] for line in read_lines(path)}
     cases = [case for case in stage.cases(device) if case.name not in done]
-    start, wrong = time.monotonic(), 0
+    start, wrong, parent = time.monotonic(), 0, os.getppid()
     if device == "cuda":
         # A case may first ask for the memory that it will take.
         torch.cuda.init()
@@ -53,6 +53,9 @@ def run_stage(
     for index, case in enumerate(cases):
         if time.monotonic() - start > limit:
             print(f"  {stage.name}: time is over, {len(cases) - index} cases left for another run")
+            break
+        if os.getppid() != parent:
+            print(f"  {stage.name}: ended with the campaign, which was killed")
             break
         if worker is not None and not _is_first_at(case, stage, folder):
             continue
@@ -128,8 +131,11 @@ def _is_usable() -> bool:
 
 def append(path: Path, line: dict[str, Any]) -> None:
     """Add a line, on the disk before anything else happens."""
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with path.open("ab+") as file:
+        # Not to one that a process was killed at: both would be lost.
+        size = file.seek(0, os.SEEK_END)
+        whole = size == 0 or os.pread(file.fileno(), 1, size - 1) == b"\n"
+        file.write((b"" if whole else b"\n") + json.dumps(line).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -71,8 +71,21 @@ def sparse_attention(
         value_dim: V, channels of keys and entries that are values, from the first on; None: all.
     Returns:
         [B, L, H, V].
+    Raises:
+        ValueError: keys or entries have other channels than q, or fewer than value_dim.
     """
+    widths = {x.shape[-1] for x in (q, keys, entries) if x is not None}
+    if len(widths) > 1:
+        raise ValueError(
+            f"Queries, keys and entries of sparse attention have the same channels, got "
+            f"{sorted(widths)}: project all to one width."
+        )
     value_dim = q.shape[-1] if value_dim is None else value_dim
+    if not 0 < value_dim <= q.shape[-1]:
+        raise ValueError(
+            f"A value is the first channels of its key, got value_dim={value_dim} with keys of "
+            f"{q.shape[-1]} channels: name at most as many, or leave it out for all."
+        )
     return _forward(q, keys, entries, selected, sink, list(sight), scale, value_dim)[0]
 
 

@@ -6,7 +6,9 @@ then what the self-test finds.
 """
 
 import json
+import tempfile
 from math import inf
+from pathlib import Path
 
 import torch
 
@@ -16,6 +18,7 @@ from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sparse_latent import SparseLatentAttention, SparseLatentCP
+from tests.harness.far_apart import far_apart
 from tests.harness.interpreter import patch_language_once_a_launch
 
 CASES: dict[str, tuple[SequenceLayout, int, int, int]] = {
@@ -60,11 +63,30 @@ def compared(layout: SequenceLayout, rank: int, heads: int, dim: int) -> tuple[f
     return float(error), alike
 
 
+def far_strides() -> bool:
+    """Whether scores are the same where channels, heads or weights are far apart; NaN stays NaN."""
+    draw = torch.Generator().manual_seed(0)
+    q, weight, keys = (torch.randn(size, generator=draw) for size in ((3, 5, 24), (3, 5), (40, 24)))
+    keys[7, 3] = torch.nan
+    first, last = torch.zeros(3, dtype=torch.int32), torch.tensor([9, 20, 39], dtype=torch.int32)
+    seen = (first, last, torch.arange(40, dtype=torch.int32))
+    near = triton_scores()(q, weight, keys, *seen)
+    assert near.isnan().any(1).all() and near.isnan().sum() == 3
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in "qhwk"]
+        far = (
+            (far_apart(q, 2, files[0]), weight, far_apart(keys, 1, files[3])),
+            (far_apart(q, 1, files[1]), far_apart(weight, 1, files[2]), keys),
+        )
+        results = [triton_scores()(*each, *seen) for each in far]
+    return all(torch.equal(each.nan_to_num(1.5), near.nan_to_num(1.5)) for each in results)
+
+
 def main() -> None:
     patch_language_once_a_launch()
     results = {name: compared(*case) for name, case in CASES.items()}
     print(json.dumps({name: error for name, (error, _) in results.items()}))
-    print(json.dumps({name: alike for name, (_, alike) in results.items()}))
+    print(json.dumps({n: alike for n, (_, alike) in results.items()} | {"far": far_strides()}))
     asked = (torch.float32, torch.device("cpu"), 3, 24)
     wrong = fault_of_index(lambda: lambda *given: 1.1 * triton_scores()(*given), *asked)
     print(json.dumps({"right": fault_of_index(triton_scores, *asked), "wrong": wrong}))

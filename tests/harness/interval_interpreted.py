@@ -11,14 +11,25 @@ Prints the largest error of each result, divided by its largest value.
 import json
 import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from dtcp.kernels.softmax.triton import ranges
+from dtcp.kernels.softmax.triton.attention import TritonAttention
+from dtcp.kernels.softmax.types import (
+    GradAccumulators,
+    Keys,
+    OnlineSoftmax,
+    Queries,
+    SavedForward,
+    SoftmaxParams,
+)
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import RingAttention
 from tests.harness import packings
@@ -31,10 +42,12 @@ from tests.harness.attention_parity import (
     run,
     shard_case,
 )
+from tests.harness.far_apart import far_apart
 from tests.harness.interpreter import patch_language_once_a_launch
 from tests.harness.kernel_cases import kernel_cases, kernel_errors
 
 RANKS = 2
+RESULTS = ("out", "lse", "dq", "dk", "dv")
 
 
 def ring() -> dict[str, float]:
@@ -46,11 +59,41 @@ def ring() -> dict[str, float]:
     return errors(case, run(case, mixer, sharded, local_inputs(case, sharded)), sharded)
 
 
+def far_strides() -> dict[str, float]:
+    """Operands as they are, and far apart in memory by token or by channel: the same bits."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(1, 130, 1, 16, generator=draw).half() for _ in range(4))
+    with tempfile.TemporaryDirectory() as folder:
+        files = (Path(folder, name) for name in "qkvg")
+        spread = zip((q, k, v, grad), (1, 3, 1, 3), files, strict=True)
+        far = _attended(*(far_apart(*each) for each in spread))
+        near = _attended(q, k, v, grad)
+    return {
+        name: float((ours != right).sum())
+        for name, ours, right in zip(RESULTS, far, near, strict=True)
+    }
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """Causal attention by Triton's kernels: out, lse, dq, dk and dv."""
+    index = torch.arange(q.shape[1], dtype=torch.int32)
+    queries, keys = Queries(q, 0 * index[None], index[None]), Keys(k, v, index)
+    kernel, params = TritonAttention(), SoftmaxParams(0.25)
+    state = OnlineSoftmax.empty(q, v.shape[-1])
+    kernel.attend(state, queries, keys, index, params)
+    saved = SavedForward(grad, state.out.half(), state.lse)
+    grads = GradAccumulators(*(torch.zeros(x.shape) for x in (q, k, v)))
+    kernel.attend_backward(grads, saved, queries, keys, index, params)
+    return (*state, *grads)
+
+
 def rank_main(rank: int, store_path: str, results: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of NaNs that the interpreter computes and a mask hides
     own = list(kernel_cases().items())[rank::RANKS]
     errors_of = {name: kernel_errors(case) for name, case in own}
+    if rank == 0:
+        errors_of["far apart"] = far_strides()
     store = dist.FileStore(store_path, RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     errors_of[f"ring, rank {rank}"] = ring()

@@ -137,6 +137,32 @@ def test_losing_half_the_speed_of_a_backend_is_a_warning(monkeypatch, caplog):
     assert second.levelname == "INFO"
 
 
+@pytest.mark.parametrize("arch", [60, 75, 110, 130])
+def test_a_gpu_that_no_kernel_serves_is_told_so(arch, caplog):
+    """Older than all of them or newer; in fp64 nothing is lost."""
+    without = replace(HOPPER, arch=arch, triton=False)
+    with caplog.at_level(logging.INFO, "dtcp.kernels"):
+        log_choice(choose_kernel(without, "auto", passed))
+        log_choice(choose_kernel(replace(without, dtypes=(torch.float64,) * 3), "auto", passed))
+    slow, exact = caplog.records
+    assert slow.levelname == "WARNING" and "by reference; in plain torch, many" in slow.message
+    assert exact.levelname == "INFO" and "plain torch" not in exact.message
+    with pytest.raises(ValueError, match=rf"does not run on sm_{arch}, .*: name one of auto, ref"):
+        choose_kernel(without, "flash", passed)
+
+
+def test_plain_torch_in_the_place_of_a_kernel_is_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(demand, "missing", lambda package: package and f"needs {package.name}")
+    asked = replace(HOPPER, kinds=INTERVAL, triton=False)
+    made = choose_kernel(asked, "auto", passed)
+    assert made.backend.name == "reference" and made.lost == float("inf")
+    with caplog.at_level(logging.INFO, "dtcp.kernels"):
+        log_choice(made)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "flash needs flash-attn-4" in record.message
+    assert "inf" not in record.message and "many times slower" in record.message
+
+
 def test_what_rounding_costs_a_strategy_is_said_once(caplog):
     with caplog.at_level(logging.INFO, "dtcp.kernels"):
         for say in (log_rounded_parts, log_rounded_sums):
@@ -232,7 +258,9 @@ def test_a_mask_that_a_named_backend_cannot_do_is_left_to_another(everything_ins
         (None, "needs flash-attn-4, which is not installed: pip install 'dtcp"),
         ("4.0.0b35", "from 4.0.0b36 to below 4.1, got 4.0.0b35"),
         ("4.1.0", "from 4.0.0b36 to below 4.1, got 4.1.0"),
+        ("4.1.0b1", "from 4.0.0b36 to below 4.1, got 4.1.0b1"),
         ("4.0.0b36", None),
+        ("4.0.0b37.dev1+g1a2b", None),
         ("4.0.1", None),
     ],
 )

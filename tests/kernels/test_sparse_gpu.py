@@ -27,7 +27,7 @@ def test_an_indexers_kernel_picks_what_plain_torch_picks():
     """Scores are exact where numbers are whole; of equal ones the earlier, however they are cut."""
     errors, alike, faults = lines_of("tests.harness.index_interpreted", TRITON_INTERPRET="1")
     assert errors and set(errors.values()) == {0.0}
-    assert errors.keys() == alike.keys() and all(alike.values())
+    assert errors.keys() | {"far"} == alike.keys() and all(alike.values())
     assert faults["right"] is None and "in scores" in faults["wrong"]
 
 
@@ -76,11 +76,17 @@ def test_blocks_of_other_widths_take_the_shared_memory_that_is_stated(tmp_path):
 
 
 def test_offsets_of_heads_stay_below_31_bits():
-    """With heads outermost in memory some offsets would be larger: those tensors are copied."""
+    """With heads outermost in memory some offsets would be larger: those tensors are copied.
+
+    So they are where the tokens of a block are as far apart.
+    """
     from dtcp.kernels.sparse.triton.forward import head_rows
 
-    for tokens, kept in ((65_536, False), (65_535, True)):
+    for tokens, kept in ((65_536, False), (65_534, True)):
         x = torch.empty(64, 1, tokens, 512, device="meta").permute(1, 2, 0, 3)
+        assert (head_rows(x).strides == x.stride()[:3]) is kept
+    for rows, kept in ((65_536, False), (65_000, True)):
+        x = torch.empty(3, rows, 1, 512, device="meta").transpose(0, 1)[:2]
         assert (head_rows(x).strides == x.stride()[:3]) is kept
 
 

@@ -103,7 +103,7 @@ def test_kernels_that_do_not_compile_leave_sparse_attention_to_torch(monkeypatch
         raise NotCompiled("out of resource: shared memory")
 
     monkeypatch.setattr(api, "triton_kernel", compile_it)
-    asked = (torch.bfloat16, CPU, 24, 24, 3, SparseReads.RUNS)
+    asked = (torch.bfloat16, CPU, 24, 24, 3, SparseReads.RUNS, True)
     fault = api._triton_fault(*asked)
     assert "NotCompiled: out of resource" in fault
     with caplog.at_level("WARNING", "dtcp.kernels"):
@@ -137,7 +137,7 @@ def test_what_a_sparse_call_reads_is_what_its_kernel_is_compiled_for():
     for reads in SparseReads:
         keys = sparse_problem(torch.float32, CPU, 8, heads=2, reads=reads)[1]
         assert SparseReads.of(keys) is reads
-    every = torch.zeros(1, 96, 200, dtype=torch.int32)
+    every = torch.zeros(1, 93, 203, dtype=torch.int32)
     assert SparseReads.of(keys._replace(selected=every)) is SparseReads.RUNS
 
 

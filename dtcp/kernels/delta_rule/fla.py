@@ -23,6 +23,7 @@ FORGET = -32.0
 
 CHUNK = 64
 TO_LOG2 = 1.4426950408889634
+MOST_PLACES = 2**31
 
 
 class PreparedChunks(NamedTuple):
@@ -157,21 +158,22 @@ class FlaDeltaRule:
         """The summary [M | b] of every row, in one launch."""
         from fla.ops.cp.chunk_fwd import chunk_cp_fwd_h
 
-        summary, rows = empty_summary(chunks), len(chunks.u)
-        ends = torch.arange(rows + 1, device=chunks.u.device) * chunks.u.shape[1]
+        ends = piece_ends(chunks.w, chunks.u)
+        summary = empty_summaries(chunks, len(ends) - 1)
         parts = (chunks.writing, chunks.w, chunks.u, chunks.decay)
         k, w, u, g = (one_row(part) for part in parts)
         decay = {self.decay_name: g}
         chunk_cp_fwd_h(k=k, w=w, u=u, hm=summary, **decay, cu_seqlens=ends, multi_seqs=True)
-        return transition_first(summary, chunks.u.shape[-1])
+        pieces = transition_first(summary, chunks.u.shape[-1])
+        return of_whole_rows(pieces.unflatten(0, (len(chunks.u), -1)))
 
     def _summary_backward(self, prepared: PreparedBackward) -> Tensor:
         """The summary [M^T | b] of every row, for gradients of states."""
         from fla.ops.cp.chunk_bwd import chunk_cp_bwd_dh
 
         chunks, grad, d_new = prepared.chunks, prepared.grad, prepared.d_new
-        summary = empty_summary(chunks)
-        ends = torch.arange(len(summary) + 1, device=chunks.u.device) * chunks.u.shape[1]
+        ends = piece_ends(chunks.w, chunks.u)
+        summary = empty_summaries(chunks, len(ends) - 1)
         parts = (chunks.reading, chunks.writing, chunks.w, grad, d_new, chunks.decay)
         q, k, w, do, dv, g = (one_row(part) for part in parts)
         decay = {self.decay_name: g}
@@ -187,7 +189,8 @@ class FlaDeltaRule:
                 scale=1.0,
                 cu_seqlens=ends[row : row + 2],
             )
-        return transition_first(summary, chunks.u.shape[-1])
+        pieces = transition_first(summary, chunks.u.shape[-1])
+        return of_whole_rows(pieces.unflatten(0, (len(chunks.u), -1)).flip(1))
 
 
 def _inside_chunks(
@@ -227,11 +230,35 @@ def one_row(x: Tensor) -> Tensor:
     return x.contiguous().flatten(0, 1)[None]
 
 
-def empty_summary(chunks: PreparedChunks) -> Tensor:
-    """[R, H, K, V + K] fp32 zeros, where fla's kernels write [b | M]."""
-    rows, _, heads, key_dim = chunks.w.shape
+def piece_ends(w: Tensor, u: Tensor) -> Tensor:
+    """Where the pieces of rows start whose summaries fla's kernels make, and where the last ends.
+
+    A row is one piece, unless it is longer than their places in 32 bits reach: they count tokens,
+    heads and channels from its first token on, and past that would read elsewhere without a word.
+    """
+    rows, length, heads, key_dim = w.shape
+    chunks = length // CHUNK
+    most = max(1, MOST_PLACES // (heads * max(key_dim, u.shape[-1]) * CHUNK))
+    number = max(1, -(-chunks // most))
+    index = torch.arange(rows * number + 1, device=w.device)
+    return index // number * length + index % number * chunks // number * CHUNK
+
+
+def of_whole_rows(pieces: Tensor) -> Tensor:
+    """The summaries [M | b] of rows from those of their pieces in order, [R, N, H, K, K + V]."""
+    whole, *others = pieces.unbind(1)
+    for each in others:
+        through, written = each.tensor_split((each.shape[-2],), dim=-1)
+        whole = through @ whole
+        whole[..., each.shape[-2] :] += written
+    return whole
+
+
+def empty_summaries(chunks: PreparedChunks, number: int) -> Tensor:
+    """[number, H, K, V + K] fp32 zeros, where fla's kernels write [b | M]."""
+    _, _, heads, key_dim = chunks.w.shape
     return chunks.u.new_zeros(
-        rows, heads, key_dim, key_dim + chunks.u.shape[-1], dtype=torch.float32
+        number, heads, key_dim, key_dim + chunks.u.shape[-1], dtype=torch.float32
     )
 
 

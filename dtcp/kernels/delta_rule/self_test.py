@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from dtcp.kernels.delta_rule.types import Carry
 from dtcp.kernels.faults import excess, fault_in, largest_error
 
-TOKENS, SLOWER = 2048, 512
+TOKENS = 2048
 
 
 class RecurrentKernel(Protocol):
@@ -99,7 +99,10 @@ def _errors(
 
 
 def results_of(kernel: RecurrentKernel, x: Any, grad: Tensor, state: Tensor) -> dict[str, Tensor]:
-    """Of one part: out, gradients, and the summaries that ranks exchange on both ways, by name."""
+    """Of one part, by name: out, gradients, and the summaries that ranks exchange on both ways.
+
+    A summary is two results: what is written to a state, and what becomes of the one that enters.
+    """
     summaries: list[Tensor] = []
 
     def carry(summary: Tensor) -> Tensor:
@@ -109,7 +112,25 @@ def results_of(kernel: RecurrentKernel, x: Any, grad: Tensor, state: Tensor) -> 
     (out,), _ = kernel.forward([x], carry)
     (grads,) = kernel.backward([x], [grad], state, carry)
     of_inputs = {f"d{name}": each for name, each in grads._asdict().items()}
-    return {"out": out, **of_inputs, **dict(zip(("summary", "dsummary"), summaries, strict=True))}
+    found = {"out": out, **of_inputs}
+    for prefix, summary in zip(("", "d"), summaries, strict=True):
+        through, written = summary.tensor_split((-x.v.shape[-1],), dim=-1)
+        found |= {f"{prefix}transition": through, f"{prefix}summary": written}
+    return found
+
+
+def slowed(parts: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """Noise as decays and writing strengths under which a state goes through so many tokens.
+
+    A state that fades in one chunk would hide what is wrong with the chunks after it: here some
+    tenths of it are left at the end, and so of what a summary says becomes of it.
+    """
+    slow = {"g": -F.softplus(parts["g"]) / tokens}
+    if "beta" in parts:
+        # Each token erases so much of one of the key's directions.
+        least = min(1.0, 2 * parts["k"].shape[-1] / tokens)
+        slow["beta"] = parts["beta"].sigmoid() * least
+    return parts | slow
 
 
 def _problem(sizes: Sizes, tokens: int) -> tuple[Any, Tensor, Tensor]:
@@ -124,9 +145,7 @@ def _problem(sizes: Sizes, tokens: int) -> tuple[Any, Tensor, Tensor]:
     shapes = dict(zip(sizes.inputs._fields, sizes.shapes, strict=True))  # type: ignore[attr-defined]
     parts = {name: noise(2, tokens, *shape) for name, shape in shapes.items()}
     parts |= {name: F.normalize(parts[name], dim=-1) for name in ("q", "k")}
-    # A state that fades in one chunk would hide what is wrong with the chunks after it.
-    parts["g"] = -F.softplus(parts["g"]) / SLOWER
-    parts |= {name: parts[name].sigmoid() for name in ("beta",) if name in parts}
+    parts = slowed(parts, tokens)
     parts["starts"] = torch.zeros(2, tokens, device=device)
     parts["starts"][1, tokens // 3] = 1
     given = (part.to(dtype) for part, dtype in zip(parts.values(), sizes.dtypes, strict=True))

@@ -7,6 +7,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from math import inf
+
+import torch
 
 from dtcp.kernels.softmax.backends import BACKENDS, Backend, backend_named
 from dtcp.kernels.softmax.demand import (
@@ -31,7 +34,7 @@ class KernelChoice:
     Args:
         passed_over: name and reason of the backends that would have been faster.
         lost: how many times as fast the fastest of those is expected to be that could do it, were
-            it installed and right; 0 for none.
+            it installed and right; 0 for none, inf where plain torch computes instead.
     """
 
     backend: Backend
@@ -44,9 +47,17 @@ class KernelChoice:
         if self.passed_over:
             reasons = "; ".join(f"{name} {reason}" for name, reason in self.passed_over)
             text += f"; faster ones passed over: {reasons}"
-        if self.lost >= 2:
+        if 2 <= self.lost < inf:
             text += f" (up to {self.lost:.1f} times as fast)"
+        if self.is_slow:
+            text += "; in plain torch, many times slower than by a kernel"
         return text
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether plain torch computes on a GPU what a kernel of some GPU would; none does fp64."""
+        plain = self.backend.name == "reference"
+        return plain and self.demand.arch > 0 and torch.float64 not in self.demand.dtypes
 
 
 def choose_kernel(demand: Demand, name: str, self_test: SelfTest) -> KernelChoice:
@@ -71,9 +82,8 @@ def choose_kernel(demand: Demand, name: str, self_test: SelfTest) -> KernelChoic
         reason = refusal(backend, demand) or self_test(backend, demand)
         speed = _speed(backend, demand)
         if reason is None:
-            return KernelChoice(
-                backend, demand, tuple(passed_over), fastest / speed if speed else 0.0
-            )
+            lost = fastest / speed if speed else inf if fastest else 0.0
+            return KernelChoice(backend, demand, tuple(passed_over), lost)
         if speed or backend.name == name:
             passed_over.append((backend.name, reason))
             fastest = max(fastest, speed if is_able(backend, demand) else 0)
@@ -97,8 +107,9 @@ def check_takes(demand: Demand, name: str) -> None:
 
 
 def log_choice(choice: KernelChoice) -> None:
-    """Say once what was chosen; louder where a kernel of twice the speed was passed over."""
-    LOG.log(logging.WARNING if choice.lost >= 2 else logging.INFO, "%s", choice)
+    """Say once what was chosen; louder where a kernel of twice the speed would be faster."""
+    loud = choice.lost >= 2 or choice.is_slow
+    LOG.log(logging.WARNING if loud else logging.INFO, "%s", choice)
 
 
 @cache

@@ -167,7 +167,8 @@ def missing(package: Package | None) -> str | None:
     installed = version_of(package)
     if installed is None:
         return f"needs {package.name}, which is not installed: {package.install}"
-    if not package.least <= TorchVersion(installed) < package.below:
+    # Pre-releases come before their release: those of `below` are not below it.
+    if not package.least <= TorchVersion(installed) < f"{package.below}.dev0":
         return (
             f"is known to work with {package.name} from {package.least} to below {package.below}, "
             f"got {installed}: {package.install}"

@@ -39,7 +39,7 @@ __all__ = [
 LOG = logging.getLogger("dtcp.kernels")
 
 
-def sparse_kernel(q: Tensor, keys: SparseKeys) -> SparseKernel:
+def sparse_kernel(q: Tensor, keys: SparseKeys, sink: Tensor | None = None) -> SparseKernel:
     """Triton's kernels where they run and take these dtypes and widths, else plain torch.
 
     Triton's gradients of selected entries are summed in no fixed order. Where torch is asked for
@@ -51,7 +51,7 @@ def sparse_kernel(q: Tensor, keys: SparseKeys) -> SparseKernel:
     if q.is_cuda:
         widths = (q.shape[-1], keys.value_dim)
         asked = (q.dtype, q.device, *widths, q.shape[2], SparseReads.of(keys))
-        reason = reason or _triton_fault(*asked)
+        reason = reason or _triton_fault(*asked, sink is not None)
         if reason is not None:
             _say_plain_torch(q.dtype, q.shape[-1], reason)
     return triton_kernel() if reason is None else ReferenceSparseAttention()
@@ -117,6 +117,7 @@ def _triton_fault(
     value_dim: int,
     heads: int,
     reads: SparseReads,
+    has_sink: bool,
 ) -> str | None:
     """What is wrong with their results on this device, found at their first use."""
     return fault_of_sparse(
@@ -128,6 +129,7 @@ def _triton_fault(
         value_dim=value_dim,
         heads=heads,
         reads=reads,
+        has_sink=has_sink,
     )
 
 
@@ -171,7 +173,7 @@ def sparse_forward(
     q: Tensor, keys: SparseKeys, sink: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend all queries: out [B, L, H, V] in q's dtype, and lse [B, L, H]."""
-    return sparse_kernel(q, keys).forward(q, keys, sink, scale)
+    return sparse_kernel(q, keys, sink).forward(q, keys, sink, scale)
 
 
 def sparse_backward(
@@ -184,4 +186,4 @@ def sparse_backward(
     scale: float,
 ) -> SparseGradients:
     """Gradients of `sparse_forward`."""
-    return sparse_kernel(q, keys).backward(grad_out, q, keys, sink, out, lse, scale)
+    return sparse_kernel(q, keys, sink).backward(grad_out, q, keys, sink, out, lse, scale)

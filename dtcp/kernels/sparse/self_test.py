@@ -7,11 +7,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dtcp.kernels.faults import excess, fault_in, largest_error
+from dtcp.kernels.faults import excess, fault_in, largest_error, lse_error, token_error
 from dtcp.kernels.sparse.read_ranges import entry_runs, key_runs
-from dtcp.kernels.sparse.types import Sight, SparseKernel, SparseKeys
+from dtcp.kernels.sparse.types import NOWHERE, Sight, SparseKernel, SparseKeys
 
-QUERIES, WINDOW, ENTRIES, SELECTED, HEADS = 96, 24, 200, 100, 64
+ROWS, QUERIES, WINDOW, ENTRIES, SELECTED, HEADS = 2, 93, 24, 203, 99, 64
+"""No whole blocks of any of them."""
+SECOND = 50
+"""Where the second row's second document starts; the first row is one document."""
 
 
 class SparseReads(Enum):
@@ -40,6 +43,7 @@ def fault_of_sparse(
     value_dim: int | None = None,
     heads: int = HEADS,
     reads: SparseReads = SparseReads.SELECTED,
+    has_sink: bool = True,
 ) -> str | None:
     """What is wrong with the results of a kernel, in a few words; None if they are right.
 
@@ -49,8 +53,9 @@ def fault_of_sparse(
 
     def check() -> str | None:
         widths = (width, value_dim)
-        problem = sparse_problem(dtype, device, *widths, heads=heads, reads=reads)
-        return excess(reads.value, _errors(make_kernel(), reference, *problem))
+        q, keys, sink = sparse_problem(dtype, device, *widths, heads=heads, reads=reads)
+        given = q, keys, sink if has_sink else None
+        return excess(reads.value, _errors(make_kernel(), reference, *given))
 
     return fault_in(check, device)
 
@@ -68,8 +73,8 @@ def sparse_problem(
     generator = torch.Generator(device).manual_seed(0)
     noise = partial(torch.randn, generator=generator, device=device)
     q, keys, entries = (
-        noise(*shape).to(dtype)
-        for shape in ((1, QUERIES, heads, width), (1, QUERIES, width), (1, ENTRIES, width))
+        noise(ROWS, *shape).to(dtype)
+        for shape in ((QUERIES, heads, width), (QUERIES, width), (ENTRIES, width))
     )
     selected = _selected(device) if reads is SparseReads.SELECTED else None
     read = (None if reads is SparseReads.WINDOW else entries, selected, _sight(reads, device))
@@ -77,31 +82,40 @@ def sparse_problem(
 
 
 def _selected(device: torch.device) -> Tensor:
-    """Every other entry for each query; some select fewer."""
+    """Every other entry for each query of a first document; some select fewer."""
     places = torch.arange(0, ENTRIES, 2, dtype=torch.int32, device=device)[:SELECTED]
-    selected = places.expand(1, QUERIES, SELECTED).clone()
+    selected = places.expand(ROWS, QUERIES, SELECTED).clone()
     selected[:, ::3, SELECTED // 2 :] = -1
+    selected[1, SECOND:] = -1
     return selected
 
 
 def _sight(reads: SparseReads, device: torch.device) -> Sight:
-    """One document: entries that are read in runs close along it, selected ones before it."""
-    query = torch.arange(QUERIES)[None]
+    """Entries that are read in runs close along the documents, some nowhere; selected ones before.
+
+    Padding ends the second row.
+    """
+    query = torch.arange(QUERIES).expand(ROWS, -1).contiguous()
     number = 0 if reads is SparseReads.WINDOW else ENTRIES
-    closing = torch.arange(number)[None] * QUERIES // ENTRIES
+    closing = (torch.arange(number) * QUERIES // ENTRIES).expand(ROWS, -1).contiguous()
     if reads is SparseReads.SELECTED:
-        closing = 0 * closing
-    first, window_first = 0 * query, (query - WINDOW + 1).clamp(min=0)
+        closing.zero_()
+    else:
+        closing[:, 90:97] = NOWHERE
+    first, last = 0 * query, query.clone()
+    first[1, SECOND:] = SECOND
+    last[1, -3:] = -1
+    window_first = torch.maximum(query - WINDOW + 1, first)
     segments = [(0, QUERIES)]
-    of_keys = key_runs(window_first, query, segments, 0)
-    of_entries = entry_runs(first, query, closing, segments)
-    tiles = torch.tensor([[[0, QUERIES, 0, QUERIES, 0, number]]])
-    tables = (window_first, first, query, query[0], closing, *of_keys, *of_entries)
+    of_keys = key_runs(window_first, last, segments, 0)
+    of_entries = entry_runs(first, last, closing, segments)
+    tiles = torch.tensor([[[0, QUERIES, 0, QUERIES, 0, number]]]).expand(ROWS, -1, -1)
+    tables = (window_first, first, last, query[0], closing, *of_keys, *of_entries)
     return Sight._make((*(x.to(device, torch.int32) for x in tables), tiles))
 
 
 def _errors(
-    kernel: SparseKernel, truth: SparseKernel, q: Tensor, keys: SparseKeys, sink: Tensor
+    kernel: SparseKernel, truth: SparseKernel, q: Tensor, keys: SparseKeys, sink: Tensor | None
 ) -> dict[str, float]:
     """Of out, lse and the gradients, by name."""
     scale, dtype, device = q.shape[-1] ** -0.5, q.dtype, q.device
@@ -111,10 +125,13 @@ def _errors(
     saved = (grad_out, q, keys, sink, right_out, right_lse, scale)
     out, lse = kernel.forward(q, keys, sink, scale)
     ours, right = kernel.backward(*saved), truth.backward(*saved)
-    pairs = {"out": (out, right_out), "lse": (lse, right_lse)}
+    pairs = {"out": (out, right_out)}
     for name in right._fields:
         pair = getattr(ours, name), getattr(right, name)
         # What one of them alone has no gradient of is a fault, too.
         if any(x is not None for x in pair):
             pairs[f"d{name}"] = pair
-    return {name: largest_error(*pair) for name, pair in pairs.items()}
+    errors = {"lse": lse_error(lse, right_lse)}
+    for name, pair in pairs.items():
+        errors[name] = largest_error(*pair) if name == "dsink" else token_error(*pair)
+    return errors

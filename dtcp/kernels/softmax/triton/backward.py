@@ -118,7 +118,7 @@ def key_gradient_kernel(
 ):
     """Grid: (blocks of keys, G, B). Adds to dk and dv, over the heads that share the keys."""
     block, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tiles = query_tiles.pointer + batch * query_tiles.strides[0] + block * 4
+    tiles = query_tiles.pointer + batch.to(tl.int64) * query_tiles.strides[0] + block * 4
     begin, stop = tl.load(tiles) * shape.queries, tl.load(tiles + 3) * shape.queries
     if begin >= stop:
         return

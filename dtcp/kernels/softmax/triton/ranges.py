@@ -76,7 +76,7 @@ def key_range_kernel(
     TILE: tl.constexpr,
 ):
     """Grid: (tiles, rows). Writes the three tensors of KeyRanges."""
-    tile, row = tl.program_id(0), tl.program_id(1)
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query = tile * TILE + tl.arange(0, TILE)
     real = query < length
     first = _load_interval_end(first_key, row, query, length)
@@ -98,7 +98,7 @@ def key_range_kernel(
 
 @triton.jit
 def _load_interval_end(x, row, query, length):
-    offset = row * x.strides[0] + tl.minimum(query, length - 1) * x.strides[1]
+    offset = row * x.strides[0] + tl.minimum(query, length - 1).to(tl.int64) * x.strides[1]
     return tl.load(x.pointer + offset).to(tl.int32)
 
 
@@ -123,7 +123,7 @@ def query_tile_kernel(tiles, query_tiles, num_tiles, BLOCK: tl.constexpr, STEP: 
     Intervals move on with the query, so the tiles that see a block are neighbours. Where they are
     not, some tiles in between are visited and find nothing to see.
     """
-    block, row = tl.program_id(0), tl.program_id(1)
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     key = block * BLOCK
     lowest = tl.full((STEP,), NO_KEY, tl.int32)
     highest = tl.zeros((STEP,), tl.int32)

@@ -66,17 +66,17 @@ class TokenTile(NamedTuple):
 
 @triton.jit
 def token_pointers(x, tile):
-    """One pointer per token, [rows]; only here may offsets pass 2**31."""
+    """One pointer per token, [rows]. Offsets may pass 2**31, in any layout even inside a tile."""
     base = (
         x.pointer + tile.batch.to(tl.int64) * x.strides[0] + tile.head.to(tl.int64) * x.strides[2]
     )
-    return base + tile.first.to(tl.int64) * x.strides[1] + tile.rows * x.strides[1]
+    return base + tile.first.to(tl.int64) * x.strides[1] + tile.rows.to(tl.int64) * x.strides[1]
 
 
 @triton.jit
 def channel_pointers(x, tile, BLOCK: tl.constexpr):
     """One pointer per token and channel, [rows, BLOCK]."""
-    column = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK).to(tl.int64)
     return token_pointers(x, tile)[:, None] + (column * x.strides[3])[None, :]
 
 
@@ -111,7 +111,7 @@ def add_to_tile(x, values, tile, stop, WIDTH: tl.constexpr, BLOCK: tl.constexpr)
 def range_ends(x, tile, length):
     """Begin or stop of each query's range, [rows]; past the last query, that of the last one."""
     query = tl.minimum(tile.first + tile.rows, length - 1)
-    return tl.load(x.pointer + tile.batch * x.strides[0] + query)
+    return tl.load(x.pointer + tile.batch.to(tl.int64) * x.strides[0] + query)
 
 
 @triton.jit

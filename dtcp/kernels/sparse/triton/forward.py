@@ -23,14 +23,16 @@ from dtcp.kernels.triton_constants import LOG2_E
 from dtcp.kernels.triton_support import StridedTensor
 
 _NOWHERE = tl.constexpr(NOWHERE)
+MOST_ROWS = 64
+"""Of any block in blocks.py, each of another query where there is one head."""
 
 
 def head_rows(x: Tensor) -> StridedTensor:
-    """x [B, L, H, D] for a kernel, copied unless channels are adjacent and heads are near.
+    """x [B, L, H, D] for a kernel, copied unless channels are adjacent, and heads and tokens near.
 
-    Offsets of heads are int32, so all heads of a token must lie within 2**31 numbers.
+    Offsets in a block of rows are int32: all heads of as many tokens must lie within 2**31 numbers.
     """
-    near = x.stride(2) * x.shape[2] < 2**31
+    near = x.stride(2) * x.shape[2] + x.stride(1) * MOST_ROWS < 2**31
     x = x if x.stride(-1) == 1 and near else x.contiguous()
     return StridedTensor(x, x.stride()[:3])
 

@@ -79,7 +79,8 @@ def index_score_kernel(
     """Grid: (blocks of keys, blocks of queries). Writes scores [Q, P]."""
     place = tl.program_id(0) * shape.keys + tl.arange(0, shape.keys)
     start, real = tl.program_id(1) * shape.queries, place < number
-    h, c = tl.arange(0, shape.heads), tl.arange(0, shape.channels)
+    # In any layout offsets may pass 2**31, those of heads and of channels, too.
+    h, c = tl.arange(0, shape.heads).to(tl.int64), tl.arange(0, shape.channels).to(tl.int64)
     closes = tl.load(closing + place, mask=real, other=0)
     rows = (
         keys.pointer + place.to(tl.int64)[:, None] * keys.strides[0] + c[None, :] * keys.strides[1]
@@ -91,12 +92,14 @@ def index_score_kernel(
         score = tl.full([shape.keys], float("-inf"), tl.float32)
         if tl.max(seen.to(tl.int32), 0) > 0:
             at = tl.cast(query, tl.int64)
-            heads_q = q.pointer + at * q.strides[0] + h[:, None].to(tl.int64) * q.strides[1]
+            heads_q = q.pointer + at * q.strides[0] + h[:, None] * q.strides[1]
             mask = (h < heads)[:, None] & (c < shape.dim)[None, :]
             heads_q = tl.load(heads_q + c[None, :] * q.strides[2], mask=mask, other=0.0)
             factor = weight.pointer + at * weight.strides[0] + h * weight.strides[1]
             factor = tl.load(factor, mask=h < heads, other=0.0).to(tl.float32)
             products = tl.dot(heads_q, tl.trans(k), input_precision=shape.precision)
-            sums = tl.sum(tl.maximum(products, 0.0) * factor[:, None], 0)
+            # NaN stays NaN, as in plain torch.
+            above = tl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            sums = tl.sum(above * factor[:, None], 0)
             score = tl.where(seen, sums, score)
         tl.store(scores + tl.cast(query, tl.int64) * number + place, score, mask=real)
