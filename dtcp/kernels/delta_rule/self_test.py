@@ -147,7 +147,8 @@ def _problem(sizes: Sizes, tokens: int) -> tuple[Any, Tensor, Tensor]:
     parts |= {name: F.normalize(parts[name], dim=-1) for name in ("q", "k")}
     parts = slowed(parts, tokens)
     parts["starts"] = torch.zeros(2, tokens, device=device)
-    parts["starts"][1, tokens // 3] = 1
+    # A document of one token, and one behind it.
+    parts["starts"][1, [tokens // 3, tokens // 3 + 1]] = 1
     given = (part.to(dtype) for part, dtype in zip(parts.values(), sizes.dtypes, strict=True))
     x = sizes.inputs(*given)
     (heads, value_dim), key_dim = shapes["v"], shapes["k"][1]
