@@ -17,6 +17,7 @@ from benchmarks.gpu import __main__ as campaign
 from benchmarks.gpu import (
     kernels,
     latents,
+    long_rows,
     other_kernels,
     overlap,
     problems,
@@ -188,6 +189,15 @@ def test_the_campaign_measures_errors_of_a_backend(flash):
         if case.name.startswith("flash 64"):
             result = case.run()
             assert result["right"] and 1e-4 < result["out"] < 2**-7, (case.name, result)
+
+
+def test_the_campaign_holds_the_end_of_a_long_row_to_fp64(flash):
+    (case,) = long_rows.cases("cpu", 700, Heads(2, 2, 16))[:1]
+    result = case.run()
+    assert case.name == "flash window 700" and flash.used["window"] == 2
+    assert result["right"] and 1e-4 < result["dk"] < 2**-7 and result["numbers"] == 700 * 32
+    tokens = long_rows.TOKENS * long_rows.HEADS.keys * long_rows.HEADS.width
+    assert tokens > 2**31
 
 
 def test_what_is_not_a_number_is_wrong_in_the_campaign():

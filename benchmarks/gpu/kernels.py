@@ -4,7 +4,7 @@ Truth is plain torch in fp64 on the same card, from the same rounded numbers. Er
 relative to the truth's; `bound` is what rounding weights and results to the dtype may cost.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ WIDTHS = (128, 64, 256, 512)
 """The usual one first: what is not reached in the time is worth least."""
 MASKS = ("causal", "full", "documents", "window", "images")
 BOUND = 2.0**-7
+
+
+class Truth(NamedTuple):
+    """What is compared."""
+
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
 
 
 def cases(device: str, length: int = LENGTH) -> list[Case]:
@@ -54,20 +64,28 @@ def _run(name: str, heads: Heads, mask: str, softcap: float, device: str, length
 
 def relative_errors(problem: Problem, params: SoftmaxParams, sink: Tensor) -> dict[str, float]:
     """Of out, lse and the gradients, against plain torch in fp64."""
-    wide, q = problem.to(torch.float64), problem.queries.q
-    truth = ReferenceAttention()
+    q, width = problem.queries.q, problem.keys.v.shape[-1]
+    grad_out = torch.randn(
+        (*q.shape[:-1], width),
+        device=q.device,
+        generator=torch.Generator(q.device).manual_seed(1),
+    ).to(q.dtype)
+    right = truth_of(problem, params, sink, grad_out)
+    out, lse = problem.forward(params, sink)
+    grads = problem.backward(SavedForward(grad_out, out, lse), params)
+    return errors_by_name(Truth._fields, (out, lse, *grads), right)
+
+
+def truth_of(
+    problem: Problem, params: SoftmaxParams, sink: Tensor | None, grad_out: Tensor
+) -> Truth:
+    """Plain torch in fp64, from the same rounded numbers."""
+    wide, truth = problem.to(torch.float64), ReferenceAttention()
     plain = SoftmaxParams(params.scale, params.softcap)
     state = OnlineSoftmax.empty(wide.queries.q, wide.keys.v.shape[-1])
     truth.attend(state, wide.queries, wide.keys, problem.block_ranges, plain)
-    right_out, right_lse = state.finish(sink.double(), torch.float64)
-    grad_out = torch.randn(
-        right_out.shape, device=q.device, generator=torch.Generator(q.device).manual_seed(1)
-    ).to(q.dtype)
+    out, lse = state.finish(None if sink is None else sink.double(), torch.float64)
     sums = GradAccumulators(*(torch.zeros_like(x) for x in (wide.queries.q, *wide.keys[:2])))
-    saved = SavedForward(grad_out.double(), right_out, right_lse)
+    saved = SavedForward(grad_out.double(), out, lse)
     truth.attend_backward(sums, saved, wide.queries, wide.keys, problem.block_ranges, plain)
-
-    out, lse = problem.forward(params, sink)
-    grads = problem.backward(SavedForward(grad_out, out, lse), params)
-    names = ("out", "lse", "dq", "dk", "dv")
-    return errors_by_name(names, (out, lse, *grads), (right_out, right_lse, *sums))
+    return Truth(out, lse, *sums)

@@ -3,7 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.gpu import kernels, memory, other_kernels, overlap, ranks, shared, speed
+from benchmarks.gpu import (
+    kernels,
+    long_rows,
+    memory,
+    other_kernels,
+    overlap,
+    ranks,
+    shared,
+    speed,
+)
 from benchmarks.gpu.problems import Case
 
 
@@ -30,8 +39,9 @@ STAGES = (
     Stage("others", "Are the kernels of other mixers right?", 60, other_kernels.cases, 14),
     Stage("shared", "Are ranks that share the card one device?", 75, shared.cases, 8),
     Stage("strategies", "Do all ranks of a strategy come to one device?", 30, ranks.right_cases, 6),
-    Stage("speed", "How many TFLOP/s, and what does the wrapper cost?", 115, speed.cases),
-    Stage("ranks", "How even is the work of 8 and 64 ranks?", 50, ranks.balance_cases),
+    Stage("speed", "How many TFLOP/s, and what does the wrapper cost?", 100, speed.cases),
+    Stage("long", "Are more than 2^31 numbers read to their end?", 25, long_rows.cases),
+    Stage("ranks", "How even is the work of 8 and 64 ranks?", 40, ranks.balance_cases),
     Stage("overlap", "Do transfers run beside what is computed?", 30, overlap.cases),
     Stage("memory", "Does a rank hold what the planner forecasts?", 20, memory.cases),
 )
