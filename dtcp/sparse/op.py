@@ -74,11 +74,11 @@ def sparse_attention(
     Raises:
         ValueError: keys or entries have other channels than q, or fewer than value_dim.
     """
-    widths = {x.shape[-1] for x in (q, keys, entries) if x is not None}
-    if len(widths) > 1:
+    widths = [x.shape[-1] for x in (q, keys, entries) if x is not None]
+    if any(width != q.shape[-1] for width in widths):
         raise ValueError(
-            f"Queries, keys and entries of sparse attention have the same channels, got "
-            f"{sorted(widths)}: project all to one width."
+            f"Queries, keys and entries of sparse attention have as many channels, got {widths}: "
+            f"project all to one width."
         )
     value_dim = q.shape[-1] if value_dim is None else value_dim
     if not 0 < value_dim <= q.shape[-1]:

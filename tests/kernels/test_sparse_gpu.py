@@ -7,6 +7,7 @@ from dtcp.kernels import triton_support
 from dtcp.kernels.sparse import api
 from dtcp.kernels.sparse.reference import ReferenceSparseAttention
 from dtcp.kernels.sparse.types import Sight, SparseKeys
+from dtcp.sparse.op import sparse_attention
 from tests.harness.run_script import lines_of
 
 
@@ -88,6 +89,18 @@ def test_offsets_of_heads_stay_below_31_bits():
     for rows, kept in ((65_536, False), (65_000, True)):
         x = torch.empty(3, rows, 1, 512, device="meta").transpose(0, 1)[:2]
         assert (head_rows(x).strides == x.stride()[:3]) is kept
+
+
+def test_channels_that_do_not_fit_are_refused():
+    """A kernel on a GPU would read beyond a row."""
+    q, rows = torch.empty(1, 4, 2, 8), torch.empty(1, 4, 8)
+    sight = Sight(*[torch.empty(1, 4)] * len(Sight._fields))
+    for width in (9, 0):
+        with pytest.raises(ValueError, match=f"first channels of its key, got value_dim={width}"):
+            sparse_attention(q, rows, None, None, None, sight, scale=1.0, value_dim=width)
+    for keys, entries in ((rows, rows[..., :7]), (rows[..., :7], None)):
+        with pytest.raises(ValueError, match=r"as many channels, got \[8, .*7\]"):
+            sparse_attention(q, keys, entries, None, None, sight, scale=1.0)
 
 
 def test_calls_that_kernels_do_not_take_are_computed_in_torch(monkeypatch):
