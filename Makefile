@@ -1,4 +1,4 @@
-# Every target needs Python 3.11 or newer and nothing else: set-up goes into .venv.
+# Every target needs Python 3.11 to 3.14 and nothing else: set-up goes into .venv.
 #
 #   make train      train the default config; settings in ARGS="--training.steps 10"
 #   make test       lint, types and the fast part of the suite; ARGS="tests/sequence" for a part
@@ -74,14 +74,15 @@ $(VENV)/docs.stamp: $(VENV)/train.stamp
 	$(PIP) --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
+# torch 2.13.0 has no build for Python 3.15.
 $(BIN)/python:
-	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
-	    if $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' \
+	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	    if $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info[1] not in range(11, 15))' \
 	        >/dev/null 2>&1; then \
 	        echo "$$python -m venv $(VENV)"; \
 	        exec $$python -m venv $(VENV); \
 	    fi; \
 	done; \
-	echo "make needs Python 3.11 or newer with venv and pip, got none on the PATH:" \
+	echo "make needs Python 3.11 to 3.14 with venv and pip, got none on the PATH:" \
 	    "install one, or name it: make PYTHON=/path/to/python3" >&2; \
 	exit 1

@@ -65,6 +65,23 @@ def test_constraints_name_the_triton_that_torch_asks_for():
     assert versions["triton"] == TRITON_OF_TORCH[versions["torch"]]
 
 
+FAKE_PYTHON = """#!/bin/sh
+if [ "$1" = -m ]; then exit; fi
+exec {python} -c 'import sys; sys.version_info = {version}; exec(sys.argv[1])' "$2"
+"""
+
+
+def test_make_passes_over_a_python_that_torch_has_no_build_for(tmp_path):
+    for name, version in {"python3": (3, 15), "python3.14": (3, 10), "python3.13": (3, 13)}.items():
+        script = tmp_path / name
+        script.write_text(FAKE_PYTHON.format(python=sys.executable, version=(*version, 0)))
+        script.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ("make", f"{tmp_path}/bin/python", f"VENV={tmp_path}")
+    made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert made.stdout == f"python3.13 -m venv {tmp_path}\n", made.stderr
+
+
 @pytest.mark.parametrize("package", ["torchtitan", "tensorboard", "matplotlib", "xxhash"])
 @pytest.mark.parametrize("start", [train.main, start_training])
 def test_training_without_its_extra_is_one_sentence(start, package, monkeypatch, capsys):

@@ -126,7 +126,7 @@ def _shares(readers: Bools, start: Ints, stop: Ints) -> tuple[Ints, Ints, Ints, 
     """Runs cut evenly for their readers in a node: run, place in the node, start, stop."""
     row, place = readers.nonzero()
     count = readers.sum(axis=1)[row]
-    index = np.arange(len(row)) - np.searchsorted(row, row)
+    index: Ints = np.arange(len(row)) - np.searchsorted(row, row)
     length = (stop - start)[row]
     low, high = start[row] + length * index // count, start[row] + length * (index + 1) // count
     some = low < high
