@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtcp.distributed.gradient_sums import warn_of_ddp
 from dtcp.distributed.mesh import ParallelMesh, check_parallel_mesh
 from dtcp.distributed.same_rows import RowHashes, prepared_alike
+from dtcp.labels import check_shifted
 from dtcp.mixer_metadata import MixerKinds
 from dtcp.mixer_ranks import check_memory_ranks, check_ranks
 from dtcp.row_parts import padded_coords, part_of_rows, real_tokens
@@ -121,7 +123,7 @@ def shard_batch(
         cut = BatchCut(
             mesh, layout, model=model, balance_for=balance_for, buckets=buckets, memory=memory
         )
-        return cut.prepared(Rows.of(batch, fields, documents))
+        return cut.prepared(_rows_of(batch, fields, documents))
 
     return shard_prepared(prepared, mesh, device=device, compare_ranks=compare_ranks)
 
@@ -169,7 +171,18 @@ def prepare_batch(
     cut = BatchCut(
         mesh, layout, model=model, balance_for=balance_for, buckets=buckets, memory=memory
     )
-    return cut.prepared(Rows.of(batch, fields, documents)).hashed()
+    return cut.prepared(_rows_of(batch, fields, documents)).hashed()
+
+
+def _rows_of(
+    batch: Mapping[str, Any],
+    fields: Mapping[str, TokenField | None],
+    documents: Documents | None,
+) -> Rows:
+    rows = Rows.of(batch, fields, documents)
+    if fields.get("labels") is not None:
+        check_shifted(rows.tokens)
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +199,7 @@ class BatchCut:
 
     def __post_init__(self) -> None:
         check_parallel_mesh("A batch", self.mesh)
+        warn_of_ddp(self.model)
         if not isinstance(self.layout, type) or not issubclass(self.layout, SequenceLayout):
             raise TypeError(
                 f"A batch is cut by a class of layouts, of which it gets an instance, got "

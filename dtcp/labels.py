@@ -1,6 +1,7 @@
 """Labels of whole rows: shifted before sharding, since a shard ends where its neighbour starts."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,59 @@ def look_ahead(
         "mtp_input_ids": ids.masked_fill(ids == IGNORED, 0),
         "mtp_labels": torch.stack([shift_labels(labels, documents, by=x) for x in steps], dim=1),
     }
+
+
+def check_shifted(batch: Mapping[str, Any]) -> None:
+    """Refuse labels that are not shifted yet: each is the very token that the model reads.
+
+    Args:
+        batch: maybe input_ids and labels, [B, S], on the host. Elsewhere, and of fewer than
+            LABELS_THAT_TELL labels, nothing is said.
+    """
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if _comparable(ids, labels) and _are_all(labels, ids) and not _are_next(labels, ids):
+        raise ValueError(
+            "Labels are shifted before rows are cut, got labels that are input_ids wherever there "
+            "is one, so that each token would predict itself: give shift_labels(labels, documents)."
+        )
+
+
+def check_not_shifted(batch: Mapping[str, Any]) -> None:
+    """Refuse labels that are shifted already, where they are going to be; as `check_shifted`."""
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if _comparable(ids, labels) and _are_next(labels, ids) and not _are_all(labels, ids):
+        raise ValueError(
+            "Labels of a language model of transformers are not shifted yet, got labels that are "
+            "the next of input_ids wherever there is one, so that tokens would predict the one "
+            "after: give them as transformers has them, labels[b, s] for input_ids[b, s]."
+        )
+
+
+LABELS_THAT_TELL = 16
+"""So many labels are not those of other tokens by chance."""
+
+
+def _comparable(ids: Any, labels: Any) -> bool:
+    """Whether both are token ids [B, S] on the host: where nothing waits for them."""
+    both = (ids, labels)
+    return all(
+        isinstance(x, Tensor) and x.ndim == 2 and x.dtype == torch.int64 and x.device.type == "cpu"
+        for x in both
+    ) and (ids.shape == labels.shape)
+
+
+def _are_next(labels: Tensor, ids: Tensor) -> bool:
+    return _are_all(labels[:, :-1], ids[:, 1:])
+
+
+def _are_all(labels: Tensor, ids: Tensor) -> bool:
+    """Whether labels are these ids wherever there is one. A few columns mostly tell."""
+    for step in (1 + labels.shape[1] // 256, 1):
+        some = labels[:, ::step]
+        labeled = some != IGNORED
+        if anywhere(labeled & (some != ids[:, ::step])):
+            return False
+    return int(count_true(labeled).sum()) >= LABELS_THAT_TELL
 
 
 def check_labels(batch: Mapping[str, Tensor], documents: Documents, padding: Tensor | None) -> None:

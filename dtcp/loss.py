@@ -11,6 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtcp.distributed.gradient_sums import check_output_summed
 from dtcp.labels import IGNORED
 from dtcp.linear_logits import (
     LinearLogits,
@@ -64,25 +65,41 @@ def token_mean_loss(
         A scalar, fp32 (fp64 for fp64), the same on all ranks that share these tokens.
     Raises:
         TypeError: logits that are not floating, labels that are not whole numbers.
-        ValueError: logits placed in any other way, or of other tokens than the labels.
+        ValueError: logits placed in any other way, or of other tokens than the labels; those that a
+            model of FSDP2 gave which averages gradients, as far as it shows
+            (docs/not_supported.md).
 
     Traffic per rank, sharded vocabulary only: (n - 1) * B * L * 2 numbers, forward; 3 with
     label_smoothing.
     """
+    check_output_summed(logits.hidden if isinstance(logits, LinearLogits) else logits)
+    parts = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    return divided_loss(logits, labels, global_tokens, **parts)
+
+
+def divided_loss(
+    logits: Tensor | LinearLogits,
+    labels: Tensor,
+    tokens: Tensor | int,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """`token_mean_loss`, divided by a number whose gradients may be averaged over ranks."""
     _check_share("label_smoothing", label_smoothing, most=1.0)
     _check_share("z_loss", z_loss)
     if isinstance(logits, LinearLogits):
         logits = checked_head(logits)
         fused = fused_loss_sum(logits, labels, label_smoothing=label_smoothing, z_loss=z_loss)
         if fused is not None:
-            return fused / _at_least_one(global_tokens)
+            return fused / _at_least_one(tokens)
     sums = _sums(logits, labels, with_mean=label_smoothing > 0)
     losses = sums.lse - sums.target
     if sums.mean is not None:
         losses = losses.lerp(sums.lse - sums.mean, label_smoothing)
     if z_loss:
         losses = losses + z_loss * sums.lse.square()
-    return losses.sum() / _at_least_one(global_tokens)
+    return losses.sum() / _at_least_one(tokens)
 
 
 def token_log_probs(logits: Tensor | LinearLogits, labels: Tensor) -> Tensor:

@@ -93,16 +93,19 @@ class MetadataKey:
         return self.label
 
 
-def metadata_key(*parts: object) -> MetadataKey:
+def metadata_key(*parts: object, ranks: tuple[int, ...] = ()) -> MetadataKey:
     """The key of a mixer that these parts identify: its type, its mask, its style.
 
+    Args:
+        ranks: that it exchanges with; none on one device. Rows that are cut for other ranks have
+            other tokens in the same shapes.
     Raises:
         TypeError: a part whose value is not known (`value_of`).
     """
     names = (part.__name__ if isinstance(part, type) else str(part) for part in parts)
-    label = ", ".join(names)
+    label = ", ".join([*names, f"ranks {list(ranks)}"] if ranks else names)
     value = tuple(value_of(part) for part in parts)
-    return MetadataKey(value, label, _kinds_of(value))
+    return MetadataKey((*value, ranks), label, _kinds_of(value))
 
 
 def _kinds_of(value: Hashable) -> str:

@@ -15,12 +15,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.compile import EagerIsland, island
 from dtcp.distributed.groups import connect, members_of
 from dtcp.distributed.mesh_views import check_places
-from dtcp.metadata import AttentionMetadata, BatchMetadata, metadata_key
+from dtcp.metadata import AttentionMetadata, BatchMetadata, MetadataKey, metadata_key
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.layout import SequenceLayout
 
@@ -33,6 +34,9 @@ class Mixer(nn.Module):
 
     style: Any = None
     """The style that has taken the mixer over, once one has."""
+
+    ranks: tuple[int, ...] = ()
+    """Global ranks that the style exchanges with, by their places on its axis."""
 
     layers: int = 1
     """How many layers it stands for, where one block of a kind stands for all of them."""
@@ -47,8 +51,12 @@ class Mixer(nn.Module):
 
     def set_metadata_key(self) -> None:
         """Work out whose metadata this mixer shares: mixers of one type, reading the same."""
+        self.metadata_key = self.key_of(type(self), *self.reads())
+
+    def key_of(self, *parts: object) -> MetadataKey:
+        """The key of these parts, carried out by this mixer's style on its ranks."""
         style = () if self.style is None else (self.style,)
-        self.metadata_key = metadata_key(type(self), *self.reads(), *style)
+        return metadata_key(*parts, *style, ranks=self.ranks)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As of any module; where it changes what the metadata depend on, it changes their key."""
@@ -120,6 +128,7 @@ class ClaimedMixer(Mixer):
         for name in self.groups:
             connect(name)
         self.members = [members_of(name) for name in self.groups]
+        self.ranks = tuple(dist.get_process_group_ranks(axis.get_group()))
         self.set_metadata_key()
         if isinstance(style.boundary, EagerIsland):
             self._run_on_island()

@@ -30,6 +30,7 @@ from dtcp.parallelize.activation_checkpoint import (
     NoCheckpoint,
 )
 from dtcp.parallelize.compile import Compile
+from dtcp.parallelize.earlier_optimizers import EarlierWeights
 from dtcp.parallelize.fsdp import FSDP, shard_parameters
 from dtcp.parallelize.keep_dtype import keep_dtype_names
 from dtcp.parallelize.tied_parameters import (
@@ -86,8 +87,8 @@ def parallelize(
         The model. Its gradients are sums over ranks: divide losses by the global token count.
     Raises:
         ValueError: a name in the plan that matches no module or parameter, a mixer without a
-            style, a shared parameter that styles place in two ways or two units gather, or a mesh
-            with an axis ep for a model without experts.
+            style, a shared parameter that styles place in two ways or two units gather, a mesh with
+            an axis ep for a model without experts, or an optimizer of its earlier parameters.
     """
     check_kind("parallelize", nn.Module, model=model)
     check_parallel_mesh("parallelize", mesh)
@@ -103,6 +104,7 @@ def parallelize(
     check_tied_parameters(find_tied_parameters(model), units)
 
     mesh = _with_weights_axis(mesh, model, fsdp)
+    earlier = EarlierWeights(model)
     _apply_styles(model, mesh, plan)
     for name, block in blocks.items():
         routes = mesh.ep is not None and _contains(name, block, plan.ep)
@@ -122,6 +124,7 @@ def parallelize(
             fsdp_units=[list(unit.values()) for unit in fsdp_units],
             keep_dtype=keep_dtype,
         )
+    earlier.check_no_optimizer(model)
     return model
 
 

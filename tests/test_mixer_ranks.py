@@ -1,5 +1,6 @@
 """A batch is cut for the ranks that mixers exchange with, or refused before it is used."""
 
+import pytest
 import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -37,6 +38,21 @@ def test_a_plan_on_another_axis_of_as_many_ranks_is_refused(mesh):
     for axis in ("cp", "tp"):
         refused(OTHER, lambda: cut_on(mesh[axis], both))  # noqa: B023
     assert len(cut_on(mesh["cp"], both[0]).attn_metadata) == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@spmd(axes={"tp": 2, "cp": 2})
+def test_metadata_of_a_batch_on_another_axis_are_refused(mesh, backend):
+    """Handed by hand to a mixer of the same kind: shapes are the same, tokens are not."""
+    mixers = {axis: mixer_on(mesh[axis], RingAttention(), Causal()) for axis in ("cp", "tp")}
+    metadata = {axis: cut_on(mesh[axis], mixer).attn_metadata for axis, mixer in mixers.items()}
+    q = torch.zeros(1, 16, 1, 8)
+    for axis, mixer in mixers.items():
+        attend = mixer if backend == "eager" else torch.compile(mixer, backend=backend)
+        other = metadata["tp" if axis == "cp" else "cp"]
+        ranks = f"ranks {list(mixer.members[0].ranks)}".replace("[", r"\[").replace("]", r"\]")
+        refused(f"got none for .*{ranks}", lambda x=other, f=attend: f(q, q, q, x))
+        assert attend(q, q, q, metadata[axis]).shape == q.shape
 
 
 @spmd(axes={"tp": 2, "cp": 2})

@@ -1,8 +1,9 @@
 """The parameter groups of FSDP2, and parameters on meshes of their own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import Shard
@@ -13,10 +14,38 @@ def fsdp_param_groups(unit: FSDPModule) -> list[Any] | tuple[Any, ...]:
 
     A list, for experts on a mesh of their own. There is no public way to a group's dtype.
     """
-    state: Any = unit._get_fsdp_state()
+    return _groups_of(unit._get_fsdp_state())
+
+
+def _groups_of(state: Any) -> list[Any] | tuple[Any, ...]:
     if hasattr(state, "_fsdp_param_groups"):
         return cast(list[Any], state._fsdp_param_groups)
     return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
+
+
+def param_groups_behind(x: Tensor) -> Iterator[Any]:
+    """The groups of the model whose output a tensor is, by FSDP's hook on it; none of another's.
+
+    On 2.11-2.15 the outputs of a root call the root's state when their gradient arrives.
+    """
+    for hook in (getattr(x, "_backward_hooks", None) or {}).values():
+        context = getattr(getattr(hook, "__self__", None), "_state_ctx", None)
+        for state in getattr(context, "all_states", ()):
+            yield from _groups_of(state)
+
+
+def reducing_ranks(group: Any) -> int:
+    """Over how many ranks a group reduces gradients; 0 where none of its parameters has any."""
+    trained = any(each.sharded_param.requires_grad for each in group.fsdp_params)
+    return cast(int, group.mesh_info.mesh.size()) if trained else 0
+
+
+def averaging_ranks(group: Any) -> int:
+    """Over how many ranks a group averages gradients, nobody having said what to divide them by.
+
+    What `set_gradient_divide_factor` sets has no public way back.
+    """
+    return 0 if group.gradient_divide_factor is not None else reducing_ranks(group)
 
 
 def has_param_meshes() -> bool:

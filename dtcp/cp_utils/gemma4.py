@@ -20,7 +20,8 @@ from dtcp.cp_utils.seq_padding import _pad_position_ids_seq_dim_, _pad_tensor_se
 from dtcp.cp_utils.validation import agreed_padding, check_one_document, check_rows
 from dtcp.distributed.same_rows import compared_keys, prepared_alike
 from dtcp.labels import IGNORED
-from dtcp.mixer_metadata import collect_metadata
+from dtcp.mixer_metadata import collect_metadata, mixers_of
+from dtcp.mixer_ranks import check_ranks
 from dtcp.sequence.arguments import check_batch, check_kind
 from dtcp.sequence.batch_documents import check_restarts_in_stretches
 from dtcp.sequence.block_runs import vision_blocks
@@ -237,6 +238,7 @@ def _shard_for(
     layout = Contiguous(documents.seq_len, ranks)
     position_ids = _pad_position_ids_seq_dim_(whole["position_ids"].cpu(), -1, missing)
     coords = Coords.of(documents, block=block, position_ids=position_ids)
+    check_ranks(mixers_of(model), cp_mesh)
     attn_metadata = collect_metadata(model, coords, layout)
     local["attn_metadata"] = attn_metadata.to(local[key].device)
     return context, local

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dtcp.batch import BatchCut, PreparedBatch, shard_prepared
 from dtcp.distributed.gathered import free_gathered
+from dtcp.distributed.gradient_sums import check_gradients_summed
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.encoder_decoder import (
@@ -29,7 +30,7 @@ from dtcp.huggingface.positions import check_longest
 from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight, is_balanced
 from dtcp.huggingface.token_ids import check_ids
 from dtcp.inference_mode import no_inference_tensors
-from dtcp.labels import shift_labels
+from dtcp.labels import check_not_shifted, shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.rows import DEFAULT_FIELDS, MASK_FIELDS, WHOLE, Rows
 from dtcp.sequence.arguments import check_batch, check_kind
@@ -184,6 +185,7 @@ def causal_lm_loss(
         ValueError: no labels, a model that gives outputs for rows, or what shard_hf_batch refuses.
     """
     check_kind("causal_lm_loss", nn.Module, model=model)
+    check_gradients_summed(model, mesh)
     options: dict[str, Any] = {"device": device, "compare_ranks": compare_ranks, "buckets": buckets}
     local, sharded = _shard(batch, mesh, layout, model, for_token_loss=True, **options)
     labels = local.pop("labels")
@@ -223,6 +225,7 @@ def _rows_of(batch: Mapping[str, Any], model: nn.Module, *, for_token_loss: bool
             check_last_tokens(rows["input_ids"], documents, pooling.pad_token_id)
         fields = {**fields, "labels": WHOLE}
     elif "labels" in rows and getattr(model, "loss_type", None) not in LABELED_IN_PLACE:
+        check_not_shifted(rows)
         whole["labels"] = shift_labels(rows["labels"], documents)
     if getattr(model, "loss_type", None) == "ForQuestionAnswering":
         fields = {**fields, **dict.fromkeys(ANSWER_KEYS, WHOLE)}

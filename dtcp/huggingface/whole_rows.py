@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from dtcp.batch import PreparedBatch
 from dtcp.distributed.gathered import free_gathered
+from dtcp.distributed.gradient_sums import check_gradients_summed
 from dtcp.distributed.mesh import ParallelMesh, check_parallel_mesh
 from dtcp.distributed.replicated_loss import sum_for_replicated_loss
 from dtcp.huggingface.batch import LABELED_IN_PLACE, prepare_hf_batch, shard_hf_batch
@@ -29,7 +30,7 @@ from dtcp.huggingface.router_logits import balance_loss_of_batch, balance_weight
 from dtcp.inference_mode import no_inference_tensors
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.linear_logits import LinearLogits
-from dtcp.loss import global_token_count, token_log_probs, token_mean_loss
+from dtcp.loss import divided_loss, global_token_count, token_log_probs
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.layout import HeadTail, SequenceLayout
@@ -141,6 +142,8 @@ class WholeRows(nn.Module):
         numbers: bool,
     ) -> RowOutputs:
         _check_rows(rows)
+        if self.mesh.cp is not None:
+            check_gradients_summed(self.module, self.mesh)
         if numbers:
             self._check_token_numbers(labels)
         batch = _read({**rows, "labels": labels})
@@ -201,7 +204,8 @@ class WholeRows(nn.Module):
         aux: Tensor | None,
     ) -> Tensor:
         tokens = global_token_count(targets, self.mesh.cp) if items is None else items
-        loss = token_mean_loss(
+        # Over one rank of cp a loop may average gradients, as it averages losses.
+        loss = divided_loss(
             logits, targets, tokens, label_smoothing=self.label_smoothing, z_loss=self.z_loss
         )
         if self.mesh.cp is not None:

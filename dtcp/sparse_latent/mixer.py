@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dtcp.autocast import without_autocast
-from dtcp.metadata import BatchMetadata, metadata_key
+from dtcp.metadata import BatchMetadata
 from dtcp.mixer import Mixer
 from dtcp.sequence.arguments import FLOATS, check_ints, check_tensor
 from dtcp.sequence.coords import Coords
@@ -34,8 +34,7 @@ class TokenReader(Mixer):
 
     def set_metadata_key(self) -> None:
         # An indexer and the attention that reads what it picked know the tokens by one numbering.
-        style = () if self.style is None else (self.style,)
-        self.metadata_key = metadata_key(TokenReader, *style)
+        self.metadata_key = self.key_of(TokenReader)
 
     def whole_row_metadata(self, coords: Coords) -> TokensInSight:
         return TokensInSight.of_whole_rows(KeyIntervals.of(Causal(), coords))

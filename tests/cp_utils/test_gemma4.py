@@ -19,6 +19,7 @@ from dtcp.cp_utils.gemma4 import (
     prepare_model_inputs_for_cp,
 )
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.mixer_plan import apply_plan
 from dtcp.models.gemma4 import Gemma4, tiny
 from dtcp.parallelize import gemma4_plan, parallelize
 from dtcp.sequence.layout import Contiguous
@@ -132,6 +133,17 @@ def test_a_hooked_gemma4_batch_numbers_images_in_whole_rows(mesh):
     expected = [[-1, 0, 0, -1], [-1, 1, 1, -1]][mesh.get_local_rank()]
     assert local["_gemma4_vision_group_ids"][0].tolist() == expected
     assert local["attn_metadata"]
+
+
+@spmd(axes={"tp": 2, "cp": 2})
+def test_a_hooked_gemma4_batch_on_another_axis_than_its_plan_is_refused(mesh):
+    model = Gemma4(tiny())
+    plan = gemma4_plan(model.config, ParallelMesh.of_sequence(mesh["cp"]), RING)
+    apply_plan(model, mesh["cp"], plan.cp)
+    batch = {key: BATCH[key] for key in ("input_ids", "labels", "mm_token_type_ids")}
+    prepared = prepare_model_inputs_for_cp(model, batch)
+    with pytest.raises(ValueError, match="cut for the ranks that its mixers exchange with"):
+        make_cp_batch_and_ctx(mesh["tp"], prepared)
 
 
 def test_the_seeds_helpers_for_gemma4_do_as_documented():

@@ -190,7 +190,7 @@ def test_position_ids_that_agree_are_left_as_they_are(position_ids):
 
 
 def test_labels_that_a_loss_mask_leaves_out_may_stand_in_padding_A5():
-    batch = {"labels": IDS, "loss_mask": (~PADDING).long(), "padding_mask": PADDING}
+    batch = {"labels": IDS + 1, "loss_mask": (~PADDING).long(), "padding_mask": PADDING}
     assert documents_of(batch) == Documents(((8,), (6,)), 8)
 
 

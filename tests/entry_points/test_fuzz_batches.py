@@ -92,7 +92,7 @@ def sharded_batches(draw):
     batch = {"input_ids": draw.bad("input_ids", ids, *wrong)}
     pads = {"input_ids": 0, "labels": IGNORED, "inputs_embeds": 0.0, "loss_mask": 0}
     padding = of_rows(documents.lengths, seq_len, 0) < 0
-    labels, scored = ids.masked_fill(padding, IGNORED), (ids > 9) | padding
+    labels, scored = (ids + 1).masked_fill(padding, IGNORED), (ids > 9) | padding
     whole = {"input_ids": ids, "labels": labels, "inputs_embeds": embeds, "loss_mask": scored}
     for key in ("labels", "inputs_embeds", "loss_mask"):
         if draw.chance(0.4):

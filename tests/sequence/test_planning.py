@@ -95,7 +95,7 @@ def test_planning_documents_given_as_lengths_makes_nothing_as_long_as_the_row(la
     seq_len, ranks = 2**22, 512
     lengths = [seq_len // 64] * 60 + [seq_len // 256] * 16
     ids = torch.zeros(1, seq_len, dtype=torch.int64)
-    batch = {"input_ids": ids, "labels": ids, "cu_seqlens": np.cumsum([0, *lengths]).tolist()}
+    batch = {"input_ids": ids, "labels": ids + 1, "cu_seqlens": np.cumsum([0, *lengths]).tolist()}
     with fake_ranks(ranks, 100):
         mesh = ParallelMesh.from_degrees(Degrees(cp=ranks), "cpu")
         plan = {"whole": AllGatherAttention(), "window": HaloAttention(512)}

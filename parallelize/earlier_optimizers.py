@@ -1,0 +1,41 @@
+"""Optimizers made of a model before it was parallelized: they would step weights nobody reads."""
+
+import gc
+import weakref
+from typing import Any
+
+from torch import nn
+
+
+class EarlierWeights:
+    """The weights of a model before styles and FSDP put others in their places."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # Without keeping them alive.
+        self._weights = [weakref.ref(parameter) for parameter in model.parameters()]
+
+    def check_no_optimizer(self, model: nn.Module) -> None:
+        """Refuse an optimizer that holds weights which the model has no longer.
+
+        It would train nothing: gradients arrive at the weights that took their places.
+
+        Raises:
+            ValueError: on every rank that has made one.
+        """
+        now = {id(parameter) for parameter in model.parameters()}
+        left = [x for ref in self._weights if (x := ref()) is not None and id(x) not in now]
+        # Mostly nobody holds any; to look for who does is to look through all objects.
+        held = sum(_is_an_optimizers(x) for x in gc.get_referrers(*left)) if left else 0
+        if held:
+            raise ValueError(
+                f"An optimizer is made of the parameters of a parallel model, got one with {held} "
+                f"parameter groups of this {type(model).__name__} from before: make it afterwards."
+            )
+
+
+def _is_an_optimizers(holder: Any) -> bool:
+    """Whether a list is that of a parameter group."""
+    return type(holder) is list and any(
+        type(group) is dict and group.get("params") is holder and "lr" in group
+        for group in gc.get_referrers(holder)
+    )
