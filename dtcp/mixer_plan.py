@@ -1,5 +1,6 @@
 """Plans: which style for which module, by name."""
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 
@@ -43,6 +44,7 @@ def apply_plan(
             )
     if mesh is not None and mesh.size() > 1:
         _check_router_losses(model, mesh)
+        _warn_of_dropout(model)
         _check_nodes(mesh, plan.values())
         parallelize_module(model, mesh, dict(plan))
     return model
@@ -112,6 +114,27 @@ def _check_router_losses(model: nn.Module, mesh: DeviceMesh) -> None:
                 f"balance={module.balance}, z={module.z} and axis=None: set its axis to "
                 f"ParallelMesh.loss first, as dtcp.parallelize.parallelize does."
             )
+
+
+def dropout_of(module: nn.Module) -> float:
+    """The rate of a module of torch's that drops at random, in training; 0 of any other."""
+    return float(module.p) if isinstance(module, _DROPOUT) else 0.0
+
+
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+def _warn_of_dropout(model: nn.Module) -> None:
+    """Say that a model in training will not be what it is on one device."""
+    for name, module in model.named_modules():
+        if module.training and dropout_of(module):
+            warnings.warn(
+                f"What dropout drops depends on the ranks that a row is cut for (of ranks that are "
+                f"seeded alike, the same places of each shard), got {name!r} with "
+                f"p={dropout_of(module)}: set it to 0 for results that no mesh changes.",
+                stacklevel=3,
+            )
+            return
 
 
 def _check_nodes(mesh: DeviceMesh, styles: Iterable[ParallelStyle]) -> None:

@@ -3,11 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
 from dtcp.huggingface.version import too_old
-
-_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+from dtcp.mixer_plan import dropout_of
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -34,7 +31,7 @@ def unsuited(model: Any) -> Iterator[str]:
             f"load it without device_map."
         )
     for part, module in model.named_modules():
-        rate = getattr(module, "p", 0.0) if isinstance(module, _DROPOUT) else 0.0
+        rate = dropout_of(module)
         if rate:
             yield (
                 f"{part} ({type(module).__name__}): dropout={rate} in training would depend on "

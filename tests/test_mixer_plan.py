@@ -1,0 +1,26 @@
+"""What a plan says of a model whose results a mesh changes."""
+
+import warnings
+
+import pytest
+from torch import nn
+
+from dtcp.mixer_plan import apply_plan
+from dtcp.sequence.masks import Causal
+from dtcp.softmax import RingAttention
+from dtcp.softmax.mixer import SoftmaxAttention
+from tests.harness.spmd import spmd
+
+
+def applied(mesh, *modules):
+    model = nn.Sequential(SoftmaxAttention(Causal()), *modules)
+    return apply_plan(model, mesh, {"0": RingAttention()})
+
+
+@spmd(ranks=2)
+def test_dropout_of_a_model_whose_rows_are_cut_is_warned_of(mesh):
+    with pytest.warns(UserWarning, match=r"got '2' with p=0\.1: set it to 0"):
+        applied(mesh, nn.Dropout(0.0), nn.Dropout(0.1))
+    with warnings.catch_warnings(action="error"):
+        applied(mesh, nn.Dropout(0.0), nn.Dropout(0.1).eval())
+        applied(None, nn.Dropout(0.1))
