@@ -93,7 +93,7 @@ class MetadataKey:
         return self.label
 
 
-def metadata_key(*parts: object, ranks: tuple[int, ...] = ()) -> MetadataKey:
+def metadata_key(*parts: object, ranks: str = "") -> MetadataKey:
     """The key of a mixer that these parts identify: its type, its mask, its style.
 
     Args:
@@ -103,7 +103,7 @@ def metadata_key(*parts: object, ranks: tuple[int, ...] = ()) -> MetadataKey:
         TypeError: a part whose value is not known (`value_of`).
     """
     names = (part.__name__ if isinstance(part, type) else str(part) for part in parts)
-    label = ", ".join([*names, f"ranks {list(ranks)}"] if ranks else names)
+    label = ", ".join([*names, f"ranks {ranks}"] if ranks else names)
     value = tuple(value_of(part) for part in parts)
     return MetadataKey((*value, ranks), label, _kinds_of(value))
 

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.compile import EagerIsland, island
-from dtcp.distributed.groups import connect, members_of
+from dtcp.distributed.groups import connect, in_words, members_of
 from dtcp.distributed.mesh_views import check_places
 from dtcp.metadata import AttentionMetadata, BatchMetadata, MetadataKey, metadata_key
 from dtcp.sequence.coords import Coords
@@ -35,8 +35,8 @@ class Mixer(nn.Module):
     style: Any = None
     """The style that has taken the mixer over, once one has."""
 
-    ranks: tuple[int, ...] = ()
-    """Global ranks that the style exchanges with, by their places on its axis."""
+    ranks: str = ""
+    """Which global ranks the style exchanges with, in words."""
 
     layers: int = 1
     """How many layers it stands for, where one block of a kind stands for all of them."""
@@ -128,7 +128,7 @@ class ClaimedMixer(Mixer):
         for name in self.groups:
             connect(name)
         self.members = [members_of(name) for name in self.groups]
-        self.ranks = tuple(dist.get_process_group_ranks(axis.get_group()))
+        self.ranks = in_words(dist.get_process_group_ranks(axis.get_group()))
         self.set_metadata_key()
         if isinstance(style.boundary, EagerIsland):
             self._run_on_island()

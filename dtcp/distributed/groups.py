@@ -1,5 +1,7 @@
 """Process groups by name: what our ops take, since a graph holds no groups."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -46,6 +48,15 @@ def members_of(name: str) -> Members | None:
     except RuntimeError:  # what torch knows no group by, as after destroy_process_group
         return None
     return Members(dist.get_rank(group), tuple(dist.get_process_group_ranks(group)))
+
+
+def in_words(ranks: Sequence[int]) -> str:
+    """The ranks of a group; of many that are evenly spaced the first and the last one say all."""
+    steps = {after - before for before, after in pairwise(ranks)}
+    if len(ranks) < 3 or len(steps) > 1:
+        return ", ".join(map(str, ranks))
+    step = steps.pop()
+    return f"{ranks[0]} to {ranks[-1]}" + ("" if step == 1 else f" in steps of {step}")
 
 
 def connect(name: str) -> None:
