@@ -87,8 +87,8 @@ def check_shifted(batch: Mapping[str, Any]) -> None:
         batch: maybe input_ids and labels, [B, S], on the host. Elsewhere, and of fewer than
             LABELS_THAT_TELL labels, nothing is said.
     """
-    ids, labels = batch.get("input_ids"), batch.get("labels")
-    if _comparable(ids, labels) and _are_all(labels, ids) and not _are_next(labels, ids):
+    both = _labels_and_ids(batch)
+    if both is not None and _are_all(*both) and not _are_next(*both):
         raise ValueError(
             "Labels are shifted before rows are cut, got labels that are input_ids wherever there "
             "is one, so that each token would predict itself: give shift_labels(labels, documents)."
@@ -97,8 +97,8 @@ def check_shifted(batch: Mapping[str, Any]) -> None:
 
 def check_not_shifted(batch: Mapping[str, Any]) -> None:
     """Refuse labels that are shifted already, where they are going to be; as `check_shifted`."""
-    ids, labels = batch.get("input_ids"), batch.get("labels")
-    if _comparable(ids, labels) and _are_next(labels, ids) and not _are_all(labels, ids):
+    both = _labels_and_ids(batch)
+    if both is not None and _are_next(*both) and not _are_all(*both):
         raise ValueError(
             "Labels of a language model of transformers are not shifted yet, got labels that are "
             "the next of input_ids wherever there is one, so that tokens would predict the one "
@@ -110,13 +110,14 @@ LABELS_THAT_TELL = 16
 """So many labels are not those of other tokens by chance."""
 
 
-def _comparable(ids: Any, labels: Any) -> bool:
-    """Whether both are token ids [B, S] on the host: where nothing waits for them."""
-    both = (ids, labels)
-    return all(
-        isinstance(x, Tensor) and x.ndim == 2 and x.dtype == torch.int64 and x.device.type == "cpu"
-        for x in both
-    ) and (ids.shape == labels.shape)
+def _labels_and_ids(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Both, where they can be compared and no device is waited for."""
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    if not isinstance(labels, Tensor) or not isinstance(ids, Tensor):
+        return None
+    kinds = {(x.dtype, x.device.type) for x in (labels, ids)}
+    alike = labels.ndim == 2 and labels.shape == ids.shape
+    return (labels, ids) if alike and kinds == {(torch.int64, "cpu")} else None
 
 
 def _are_next(labels: Tensor, ids: Tensor) -> bool:

@@ -143,7 +143,9 @@ def test_a_hooked_gemma4_batch_on_another_axis_than_its_plan_is_refused(mesh):
     batch = {key: BATCH[key] for key in ("input_ids", "labels", "mm_token_type_ids")}
     prepared = prepare_model_inputs_for_cp(model, batch)
     with pytest.raises(ValueError, match="cut for the ranks that its mixers exchange with"):
-        make_cp_batch_and_ctx(mesh["tp"], prepared)
+        prepared["_cp_make_batch_fn"](mesh["tp"], None, prepared)
+    _, local = prepared["_cp_make_batch_fn"](mesh["cp"], None, prepared)
+    assert local["attn_metadata"]
 
 
 def test_the_seeds_helpers_for_gemma4_do_as_documented():
