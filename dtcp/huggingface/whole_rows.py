@@ -23,6 +23,7 @@ from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.encoder_decoder import encoder_name
 from dtcp.huggingface.images import IMAGES
 from dtcp.huggingface.install import model_with_mixers
+from dtcp.huggingface.left_padding import left_padding, moved_back, moved_to_right
 from dtcp.huggingface.linear_head import LinearHead
 from dtcp.huggingface.pooled_head import last_token_mixer
 from dtcp.huggingface.prefetched_rows import PrefetchedRows
@@ -59,6 +60,7 @@ class WholeRows(nn.Module):
         linear_head: compute logits a part at a time, in the loss, and never hold them all. A call
             that asks for logits or for numbers of each token holds them.
         autocast: the dtype that torch.autocast lets the model compute in; None to leave it.
+        temperature: what logits are divided by before numbers of each token are made of them.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class WholeRows(nn.Module):
         z_loss: float = 0.0,
         linear_head: bool = False,
         autocast: torch.dtype | None = None,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         check_kind("WholeRows", nn.Module, module=module)
@@ -80,6 +83,7 @@ class WholeRows(nn.Module):
         self.module, self.mesh, self.layout = module, mesh, layout
         self.device, self.buckets = device, buckets
         self.label_smoothing, self.z_loss, self.autocast = label_smoothing, z_loss, autocast
+        self.temperature = temperature
         self.linear_head = LinearHead(module) if linear_head else None
         self.gathers_logits = False
         """Whether a call with labels gives logits, too: [B, S, V] on every rank."""
@@ -112,7 +116,7 @@ class WholeRows(nn.Module):
                 all batch ranks; None for the mean over these rows.
             fused_lm_head: give numbers of each token instead of a loss, as TRL's trainers ask for:
                 log_probs, entropy, mean_logits, is_top1, log_sum_sq_probs and label_mask,
-                [B, S - 1], of the next token of each.
+                [B, S - 1], of the next token of each. Rows may then be padded on the left, too.
             output_router_logits: add the balance loss of a mixture of experts; None for what the
                 config says.
             rows: what shard_hf_batch takes.
@@ -147,6 +151,9 @@ class WholeRows(nn.Module):
         if numbers:
             self._check_token_numbers(labels)
         batch = _read({**rows, "labels": labels})
+        padding = left_padding(batch) if numbers else None
+        if padding is not None:
+            given, batch = batch["labels"].shape[1], moved_to_right(batch, padding)
         local, sharded = self._shards(batch)
         targets = local.pop("labels", None)
         local.pop("padding_mask", None)
@@ -161,9 +168,11 @@ class WholeRows(nn.Module):
             return RowOutputs(logits=self._given(_whole_logits(out.logits, sharded)))
         aux = self._balance(out.router_logits, sharded) if asked else None
         if numbers:
-            outputs = RowOutputs(_numbers_of_tokens(out.logits, targets, sharded))
+            outputs = RowOutputs(self._numbers(out.logits, targets, sharded))
             mask = _has_next_token(batch.pop("labels"), batch)
             outputs["label_mask"] = mask.to(out.logits.device)
+            if padding is not None:
+                outputs = RowOutputs(moved_back(outputs, padding, given - 1))
         else:
             logits = out.logits if head is None else head.logits(out.logits)
             outputs = RowOutputs(loss=self._loss(logits, targets, items, aux))
@@ -215,6 +224,10 @@ class WholeRows(nn.Module):
         # A loss that is divided by the tokens of all ranks is multiplied by their number, later on.
         share = 1 if items is None else self.mesh.size("batch")
         return loss + balance_weight(self.module) / share * aux
+
+    def _numbers(self, logits: Tensor, targets: Tensor, sharded: ShardedBatch) -> dict[str, Tensor]:
+        scaled = logits if self.temperature == 1 else logits / self.temperature
+        return _numbers_of_tokens(scaled, targets, sharded)
 
     def _balance(self, router_logits: Any, sharded: ShardedBatch) -> Tensor:
         """The balance loss over all tokens; its gradient is that for a mean over batch ranks."""

@@ -71,6 +71,17 @@ class MeshAccelerator(Accelerator):
         """The values of all batch ranks, one after the other in dim 0."""
         return recursively_apply(self._gather_one, tensor, error_on_other_type=True)
 
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """Over batch ranks, each of which counts once; `scale` is for other devices, as ever."""
+
+        def of_all(x: Tensor) -> Tensor:
+            parts = self._gather_one(x[None])
+            if reduction == "max":
+                return parts.amax(0)
+            return parts.sum(0) / (self.num_processes if reduction == "mean" else 1)
+
+        return recursively_apply(of_all, tensor, error_on_other_type=True)
+
     def _gather_one(self, x: Tensor) -> Tensor:
         x = (x[None] if x.ndim == 0 else x).contiguous().to(self.device)
         if self.mesh.batch is None:

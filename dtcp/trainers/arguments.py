@@ -1,6 +1,6 @@
 """What a Trainer's arguments ask for that a mesh does in another way, refused by name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -9,6 +9,7 @@ from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.install import has_mixers
 from dtcp.parallelize.compile import Compile, has_compiled_blocks
 from dtcp.parallelize.plans.adapters import adapted_model
+from dtcp.trainers.policy_arguments import trains_policy
 
 
 def check_trained_model(model: Any) -> None:
@@ -48,13 +49,18 @@ def check_placed_as_asked(args: Any, model: Any) -> None:
         )
 
 
-def check_reference(trainer: type, model: Any, kwargs: Mapping[str, Any]) -> None:
+def check_reference(trainer: type, named: Mapping[str, Any]) -> None:
     """Refuse sharded adapters of which a trainer would make a copy, as its reference.
 
+    Args:
+        named: the trainer's arguments by name.
     Raises:
         ValueError: such a model, without a ref_model.
     """
-    makes_copies = hasattr(trainer, "compute_ref_log_probs") and kwargs.get("ref_model") is None
+    model = named.get("model")
+    makes_copies = hasattr(trainer, "compute_ref_log_probs") and named.get("ref_model") is None
+    if trains_policy(trainer):
+        makes_copies = getattr(named.get("args"), "beta", 0.0) != 0.0
     if not makes_copies or not isinstance(model, nn.Module) or not is_on_mesh(model):
         return
     if adapted_model(model) is not model and "ref" not in getattr(model, "peft_config", {}):
@@ -65,12 +71,12 @@ def check_reference(trainer: type, model: Any, kwargs: Mapping[str, Any]) -> Non
         )
 
 
-TRL_TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer")
+TRL_TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer")
 """Trainers of TRL whose losses are known to be those of one process."""
 
 
 def check_trainer(trainer: type) -> None:
-    """Refuse a trainer of TRL that generates what it trains on, or reads its model otherwise.
+    """Refuse a trainer of TRL that only generates what it trains on, or reads its model otherwise.
 
     Raises:
         TypeError: a class of TRL that is none of TRL_TRAINERS, nor made of one.
@@ -82,6 +88,22 @@ def check_trainer(trainer: type) -> None:
             f"to it, got {names[0]}: let a plain model generate rows, and train on them by one of "
             f"these or by WholeRows (docs/trainers.md)."
         )
+
+
+def check_callbacks(callbacks: Iterable[Any]) -> None:
+    """Refuse callbacks, or classes of them, that copy the model they find.
+
+    Raises:
+        TypeError: TRL's average of weights, which makes a whole model of what is sharded.
+    """
+    for each in callbacks:
+        kind = each if isinstance(each, type) else type(each)
+        of_trl = [its.__name__ for its in kind.__mro__ if its.__module__.startswith("trl.")]
+        if "BEMACallback" in of_trl:
+            raise TypeError(
+                f"A callback of a Trainer on a mesh leaves the model sharded, got {kind.__name__}, "
+                f"which copies it whole: leave it out, and average saved checkpoints."
+            )
 
 
 def computes_on_rows(trainer: type) -> bool:

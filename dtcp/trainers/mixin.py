@@ -28,6 +28,7 @@ from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.trainers.accelerator import MeshAccelerator
 from dtcp.trainers.arguments import (
     asked_of_placing,
+    check_callbacks,
     check_given_optimizer,
     check_launch,
     check_optimizer_name,
@@ -41,6 +42,8 @@ from dtcp.trainers.arguments import (
     smooths_by_itself,
 )
 from dtcp.trainers.cached_reference import shards_for_hashes, with_reference_log_probs
+from dtcp.trainers.policy import PolicyRows
+from dtcp.trainers.policy_arguments import arguments_by_name, check_policy, trains_policy
 from dtcp.trainers.repeated_rows import ignore_repeated
 from dtcp.trainers.saved import (
     load_optimizer,
@@ -50,7 +53,7 @@ from dtcp.trainers.saved import (
 )
 
 
-class MeshTrainerMixin:
+class MeshTrainerMixin(PolicyRows):
     """Put before a trainer's class: `class Trainer(MeshTrainerMixin, transformers.Trainer)`.
 
     Args:
@@ -113,7 +116,11 @@ class MeshTrainerMixin:
         self._counted: Tensor | None = None
         self._checks_count = True
         self._gives_logits = False
-        check_reference(type(self), args[0] if args else kwargs.get("model"), kwargs)
+        named = arguments_by_name(super().__init__, args, kwargs)
+        check_callbacks(named.get("callbacks") or ())
+        check_reference(type(self), named)
+        if trains_policy(type(self)):
+            check_policy(named)
         with ExitStack() as self._while_made:
             for each in (*args, *kwargs.values()):
                 if isinstance(each, nn.Module):
@@ -125,6 +132,12 @@ class MeshTrainerMixin:
         if not smooths_by_itself(type(self)):
             self.label_smoother = None  # the model's loss has it
         self.model_accepts_loss_kwargs = last_token_mixer(self.model) is None
+        if trains_policy(type(self)):
+            self._share_rollouts()
+
+    def add_callback(self, callback: Any) -> None:
+        check_callbacks([callback])
+        super().add_callback(callback)  # type: ignore[misc]
 
     def create_accelerator_and_postprocess(self) -> None:
         check_training_arguments(self.args, self.mesh)
@@ -134,6 +147,9 @@ class MeshTrainerMixin:
         if not smooths_by_itself(type(self)):
             self._rows_options["label_smoothing"] = self.args.label_smoothing_factor
         self._rows_options["autocast"] = torch.bfloat16 if self.args.bf16 else None
+        if trains_policy(type(self)):
+            self._count_generated_rows()
+            self._rows_options["temperature"] = self.args.temperature
         if self.model is not None:
             self._put_on_mesh(self.model)
             self._while_made.enter_context(shards_for_hashes(self.model))
@@ -230,11 +246,13 @@ class MeshTrainerMixin:
 
     def _ignore_repeated(self, batch: Any) -> None:
         state = self.accelerator.gradient_state
-        if self.model_accepts_loss_kwargs and ignore_repeated(batch, state, self.mesh):
+        of_tokens = self.model_accepts_loss_kwargs and isinstance(batch, Mapping)
+        if of_tokens and ignore_repeated(batch, state, self.mesh):
             self._lay_out_ahead(batch)  # anew
 
     def _shifts(self, batch: Any) -> bool:
-        return bool(self._loss_shifts_labels) and batch.get("labels") is not None
+        labeled = isinstance(batch, Mapping) and batch.get("labels") is not None
+        return bool(self._loss_shifts_labels) and labeled
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if self._checks_count and num_items_in_batch is not None and self._counted is not None:

@@ -218,6 +218,23 @@ def preferences(mesh: ParallelMesh | None, folder: str, **change: Any) -> Any:
     return trainer
 
 
+def many_preferences(mesh: ParallelMesh | None, folder: str) -> Any:
+    """All losses of preferences at once, and then what changes the scores that they compare."""
+    losses = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"]
+    losses += ["aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]
+    own = tiny.arguments(mesh, folder) | {"save_strategy": "no", "learning_rate": 1e-3}
+    rated = {"max_length": 96, "beta": 0.5, "label_smoothing": 0.1, **own}
+    weighed = {"use_weighting": True, "ld_alpha": 0.5, "f_divergence_type": "js_divergence"}
+    first, second = (
+        preferences(
+            mesh, folder, args=DPOConfig(**rated, **change), ref_model=tiny.build("windows")
+        )
+        for change in ({"loss_type": losses}, weighed)
+    )
+    second.state.log_history += first.state.log_history
+    return second
+
+
 def adapted_preferences(mesh: ParallelMesh | None, folder: str) -> Any:
     """The same of adapters, whose reference is the model without them."""
     lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -308,6 +325,7 @@ CASES = {
     "flattened": flattened,
     "compiled": compiled,
     "preferences": preferences,
+    "many_preferences": many_preferences,
     "adapted_preferences": adapted_preferences,
     "unpaired": unpaired,
     "cached_unpaired": cached_unpaired,

@@ -8,7 +8,13 @@ from tests.harness.run_script import run_forked
 
 CASES = {
     "rows": ("many", "uneven", "flattened", "compiled"),
-    "preferences": ("preferences", "adapted_preferences", "unpaired", "cached_unpaired"),
+    "preferences": (
+        "preferences",
+        "many_preferences",
+        "adapted_preferences",
+        "unpaired",
+        "cached_unpaired",
+    ),
     "two sequences": ("two_sequences", "bart", "adapted_two_sequences"),
 }
 """Those of a group share their processes, each of which imports TRL for seconds."""

@@ -11,7 +11,8 @@ from datasets import IterableDataset
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
-from trl import DistillationTrainer, DPOTrainer, GRPOTrainer, RLOOTrainer, SFTConfig
+from trl import BEMACallback, DistillationTrainer, DPOTrainer, RLOOTrainer, SFTConfig
+from trl.experimental.orpo import ORPOTrainer
 
 from dtcp.distributed.gathered import free_gathered
 from dtcp.distributed.mesh import Degrees, ParallelMesh
@@ -147,11 +148,20 @@ def test_trainer_that_does_not_know_of_all_ranks_is_refused(tmp_path):
         MeshTrainer(model, args, mesh=mesh)
 
 
-@pytest.mark.parametrize("trainer", [GRPOTrainer, RLOOTrainer, DistillationTrainer])
+@pytest.mark.parametrize("trainer", [RLOOTrainer, DistillationTrainer, ORPOTrainer])
 def test_trl_trainer_that_generates_its_rows_is_refused(trainer):
     mixed = type("Mixed", (MeshTrainerMixin, trainer), {})
     with pytest.raises(TypeError, match=f"got {trainer.__name__}: let a plain model generate"):
         mixed(build("llama"), mesh=ONE_RANK)
+
+
+def test_callback_that_would_copy_a_sharded_model_whole_is_refused(tmp_path):
+    match = "got BEMACallback, which copies it whole: leave it out"
+    with pytest.raises(TypeError, match=match):
+        MeshTrainer(build("llama"), arguments(tmp_path), mesh=ONE_RANK, callbacks=[BEMACallback()])
+    trainer = MeshTrainer(build("llama"), arguments(tmp_path), mesh=ONE_RANK)
+    with pytest.raises(TypeError, match=match):
+        trainer.add_callback(BEMACallback)
 
 
 def test_trainer_that_would_predict_by_generating_is_refused(tmp_path):

@@ -1,0 +1,59 @@
+"""Rows that are padded on the left, as prompts beside completions are, moved to the right and back.
+
+A trainer of policies puts the prompts of a batch flush at their ends and what follows them at its
+start, so that all completions lie in the same columns. A mesh computes rows that start at 0.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def left_padding(rows: Mapping[str, Any]) -> Tensor | None:
+    """How many tokens each row is padded by on the left, [B] on the host; None where none is."""
+    mask = rows.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or not len(mask):
+        return None
+    padding = mask.bool().int().argmax(1)
+    return padding if padding.any() else None
+
+
+def moved_to_right(rows: Mapping[str, Any], padding: Tensor) -> dict[str, Any]:
+    """The same rows with that padding at their ends, and no longer than the longest of them.
+
+    Args:
+        rows: attention_mask [B, S]; what else is [B, S] moves along.
+        padding: of left_padding.
+    """
+    mask = rows["attention_mask"]
+    columns = torch.arange(mask.shape[1]) + padding[:, None]
+    index = columns % mask.shape[1]
+    length = int((mask.gather(1, index) != 0).any(0).nonzero().max()) + 1
+    return {
+        key: x.gather(1, index[:, :length].to(x.device)) if _is_of_tokens(x, mask) else x
+        for key, x in rows.items()
+    }
+
+
+def moved_back(numbers: Mapping[str, Tensor], padding: Tensor, length: int) -> dict[str, Tensor]:
+    """Numbers of tokens where the rows had them that were moved; 0 elsewhere.
+
+    Args:
+        numbers: [B, s] each, of rows as they were computed.
+        length: tokens of each row as it was given, S.
+    Returns:
+        [B, length] each, with their gradients.
+    """
+    columns = torch.arange(length) - padding[:, None]
+    return {key: _picked(x, columns.to(x.device)) for key, x in numbers.items()}
+
+
+def _picked(x: Tensor, columns: Tensor) -> Tensor:
+    there = (columns >= 0) & (columns < x.shape[1])
+    return x.gather(1, columns.clamp(0, x.shape[1] - 1)).where(there, x.new_zeros(()))
+
+
+def _is_of_tokens(x: Any, mask: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.shape == mask.shape

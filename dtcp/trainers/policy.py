@@ -1,0 +1,137 @@
+"""TRL's GRPOTrainer on a mesh, whose rows others generate: a cp and tp group is one process.
+
+A trainer of policies asks for completions, has them judged, and compares those of one prompt. Of
+each group, the first rank asks, and what its rows were judged to be counts: the others would ask
+for other samples. A loss is TRL's own, of log-probabilities that all ranks of a group have whole.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from dtcp.distributed.mesh import ParallelMesh
+
+
+class PolicyRows:
+    """What a policy's trainer does on a mesh in another way; nothing, in another trainer."""
+
+    mesh: ParallelMesh
+    args: Any
+    _wrap_model: Callable[[Any], Any]
+
+    def _count_generated_rows(self) -> None:
+        """Rows that are generated at once, of all batch ranks: TRL counts those of all processes.
+
+        Raises:
+            ValueError: prompts whose completions would not all be among them.
+        """
+        args, ranks = self.args, self.mesh.size("batch")
+        rows = args.per_device_train_batch_size * args.steps_per_generation * ranks
+        counted = {"num_generations": (rows, args.num_generations)}
+        if args.do_eval and args.eval_strategy != "no":
+            evaluated = args.num_generations_eval or args.num_generations
+            counted["num_generations_eval"] = (args.per_device_eval_batch_size * ranks, evaluated)
+        for name, (count, each) in counted.items():
+            if count % each:
+                raise ValueError(
+                    f"Completions of one prompt are compared within a batch of all batch ranks, "
+                    f"got {name}={each} with {count} rows of {ranks} batch ranks: choose one that "
+                    f"divides them, or another batch size or steps_per_generation."
+                )
+        args.generation_batch_size = rows
+
+    def _share_rollouts(self) -> None:
+        """Let ranks of a group have the rollouts, logs and random numbers of the first of them."""
+        from accelerate.utils import set_seed
+
+        trainer: Any = self
+        trainer.rollout_func = _of_first_rank(trainer.rollout_func, self.mesh)
+        for name, log in trainer._logs.items():
+            if isinstance(log, deque):
+                trainer._logs[name] = _LogOfFirstRanks(self.mesh, log.maxlen)
+        trainer._logs["extra"] = defaultdict(
+            lambda: _LogOfFirstRanks(self.mesh, self.args.generation_batch_size)
+        )
+        # Advantages are those of all batch ranks already.
+        trainer._logs["advantages"] = deque(maxlen=self.args.generation_batch_size)
+        set_seed(self.args.seed + self.mesh.rank("batch"))
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        rows = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        # Rows are shuffled next: a rollout may have drawn from the first rank's numbers alone.
+        torch.set_rng_state(from_first_rank(torch.get_rng_state(), self.mesh))
+        return rows
+
+    def _calculate_rewards(self, *args: Any) -> Tensor:
+        """Of the rows of all batch ranks, as the first rank of each group has judged them."""
+        of_all_ranks: Tensor = super()._calculate_rewards(*args)  # type: ignore[misc]
+        return torch.cat(_of_first_ranks(self.mesh, of_all_ranks))
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = self._wrap_model(model)
+        return super()._get_per_token_logps_and_entropies(rows, *args, **kwargs)  # type: ignore[misc]
+
+
+class _LogOfFirstRanks(deque[Any]):
+    """Takes what was gathered of all ranks, and keeps the part of each group's first one."""
+
+    def __init__(self, mesh: ParallelMesh, length: int | None) -> None:
+        super().__init__(maxlen=length)
+        self.mesh = mesh
+
+    def extend(self, values: Iterable[Any]) -> None:
+        for part in _of_first_ranks(self.mesh, list(values)):
+            super().extend(part)
+
+
+def _of_first_ranks(mesh: ParallelMesh, values: Any) -> list[Any]:
+    """The parts of each group's first rank, by batch rank, of what all ranks have as much of."""
+    degrees = mesh.degrees
+    each, left = divmod(len(values), degrees.world)
+    if left:
+        raise ValueError(
+            f"Every rank logs a value of each of its rows, got {len(values)} values of "
+            f"{degrees.world} ranks: give log_extra as many on all of them."
+        )
+    # tp is the last axis, and cp the one before, whatever they are called.
+    first = mesh.device_mesh.mesh.reshape(-1, degrees.cp * degrees.tp)[:, 0].tolist()
+    return [values[rank * each : (rank + 1) * each] for rank in first]
+
+
+def from_first_rank(value: Any, mesh: ParallelMesh) -> Any:
+    """What the first rank of a cp and tp group has, pickled, on all of them."""
+    box = [value]
+    for axis in (mesh.cp, mesh.tp):
+        if axis is not None:
+            dist.broadcast_object_list(box, group=axis.get_group(), group_src=0)
+    return box[0]
+
+
+def _of_first_rank(ask: Callable[..., Any], mesh: ParallelMesh) -> Callable[..., Any]:
+    """A function that the first rank of each cp and tp group calls, for all of its group.
+
+    Raises:
+        RuntimeError: on the others, where it fails on the first one.
+    """
+
+    def asked(*args: Any) -> Any:
+        value, failure = None, None
+        if mesh.rank("cp") == mesh.rank("tp") == 0:
+            try:
+                value = ask(*args)
+            except BaseException as error:
+                from_first_rank((None, f"{type(error).__name__}: {error}"), mesh)
+                raise
+        value, failure = from_first_rank((value, failure), mesh)
+        if failure is not None:
+            raise RuntimeError(
+                f"Rollouts are those of the first rank of a cp and tp group, got its {failure}: "
+                f"mend rollout_func, which it calls alone."
+            )
+        return value
+
+    return asked
