@@ -62,6 +62,7 @@ FLOORS = (
         "dtcp.linear_logits",
         "dtcp.logit_sums",
         "dtcp.router_balance",
+        "dtcp.token_entropy",
         "dtcp.token_statistics",
         "dtcp.labels",
         "dtcp.loss",

@@ -8,11 +8,13 @@ from torch.testing import assert_close
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from dtcp import linear_logits, logit_sums
+from dtcp import token_entropy as entropies
 from dtcp.distillation import token_divergence
 from dtcp.labels import IGNORED
 from dtcp.linear_logits import LinearLogits
 from dtcp.loss import global_token_count, token_log_probs, token_mean_loss
 from dtcp.router_balance import balance_loss
+from dtcp.token_entropy import token_entropy
 from tests.harness.spmd import spmd
 
 VOCABULARY, WIDTH = 11, 5
@@ -63,6 +65,37 @@ def test_log_probs_of_a_head_and_its_losses_equal_those_of_whole_logits(monkeypa
         grad = torch.randn_like(actual)
         grads = [torch.autograd.grad(y, parts, grad, retain_graph=True) for y in (actual, expected)]
         assert_close(*grads)
+
+
+def plain_entropy(logits, labels):
+    log_probs = logits.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1).where(labels != IGNORED, 0)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_entropies_and_their_gradient_equal_those_of_whole_logits(monkeypatch, rows):
+    monkeypatch.setattr(entropies, "LOGITS_PER_CHUNK", rows * VOCABULARY)
+    (hidden, weight, bias), labels = a_head()
+    logits = F.linear(hidden, weight, bias)
+    actual, expected = token_entropy(logits, labels), plain_entropy(logits, labels)
+    assert_close(actual, expected)
+    grad, parts = torch.randn_like(actual), (hidden, weight, bias)
+    grads = [torch.autograd.grad(y, parts, grad, retain_graph=True) for y in (actual, expected)]
+    assert_close(*grads)
+
+
+@spmd(axes={"tp": 4})
+def test_entropies_over_a_sharded_vocabulary_equal_the_whole_ones(mesh):
+    """Eleven entries on four ranks: shards are uneven."""
+    (hidden, weight, bias), labels = a_head()
+    logits = F.linear(hidden, weight, bias).detach().requires_grad_()
+    shard = distribute_tensor(logits.detach(), mesh, [Shard(2)]).requires_grad_()
+    actual, expected = token_entropy(shard, labels), plain_entropy(logits, labels)
+    assert_close(actual, expected)
+    grad = torch.randn(labels.shape, dtype=actual.dtype, generator=torch.Generator().manual_seed(1))
+    (of_shard,) = torch.autograd.grad(actual, shard, grad)
+    (of_whole,) = torch.autograd.grad(expected, logits, grad)
+    assert_close(of_shard.full_tensor(), of_whole)
 
 
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()])

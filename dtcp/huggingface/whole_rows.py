@@ -5,7 +5,7 @@ give back, the loss or a number of each token, is the same on all of them; and e
 of its own tokens, to be summed over cp as FSDP does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -36,6 +36,7 @@ from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.buckets import Buckets
 from dtcp.sequence.layout import HeadTail, SequenceLayout
 from dtcp.sharded_batch import ShardedBatch
+from dtcp.token_entropy import token_entropy
 from dtcp.token_statistics import token_statistics
 
 
@@ -61,6 +62,7 @@ class WholeRows(nn.Module):
             that asks for logits or for numbers of each token holds them.
         autocast: the dtype that torch.autocast lets the model compute in; None to leave it.
         temperature: what logits are divided by before numbers of each token are made of them.
+        entropy_gradient: let the entropies among them have a gradient, as log_probs have one.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class WholeRows(nn.Module):
         linear_head: bool = False,
         autocast: torch.dtype | None = None,
         temperature: float = 1.0,
+        entropy_gradient: bool = False,
     ) -> None:
         super().__init__()
         check_kind("WholeRows", nn.Module, module=module)
@@ -83,7 +86,7 @@ class WholeRows(nn.Module):
         self.module, self.mesh, self.layout = module, mesh, layout
         self.device, self.buckets = device, buckets
         self.label_smoothing, self.z_loss, self.autocast = label_smoothing, z_loss, autocast
-        self.temperature = temperature
+        self.temperature, self.entropy_gradient = temperature, entropy_gradient
         self.linear_head = LinearHead(module) if linear_head else None
         self.gathers_logits = False
         """Whether a call with labels gives logits, too: [B, S, V] on every rank."""
@@ -226,8 +229,11 @@ class WholeRows(nn.Module):
         return loss + balance_weight(self.module) / share * aux
 
     def _numbers(self, logits: Tensor, targets: Tensor, sharded: ShardedBatch) -> dict[str, Tensor]:
-        scaled = logits if self.temperature == 1 else logits / self.temperature
-        return _numbers_of_tokens(scaled, targets, sharded)
+        if self.temperature != 1:  # in fp32 at least, for it would be rounded once more
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            logits = logits.to(dtype) / self.temperature
+        with_gradient = ("log_probs", "entropy") if self.entropy_gradient else ("log_probs",)
+        return _numbers_of_tokens(logits, targets, sharded, with_gradient)
 
     def _balance(self, router_logits: Any, sharded: ShardedBatch) -> Tensor:
         """The balance loss over all tokens; its gradient is that for a mean over batch ranks."""
@@ -315,7 +321,9 @@ def _whole_logits(logits: Tensor, sharded: ShardedBatch) -> Tensor:
     return sharded.gather(logits, replicated_loss=True)
 
 
-def _numbers_of_tokens(logits: Tensor, targets: Tensor, sharded: ShardedBatch) -> dict[str, Tensor]:
+def _numbers_of_tokens(
+    logits: Tensor, targets: Tensor, sharded: ShardedBatch, with_gradient: Collection[str]
+) -> dict[str, Tensor]:
     """Numbers of each token that has a next one, of whole rows: [B, S - 1] each.
 
     Traffic per rank: (n - 1) * B * L * 5 numbers over cp, and none back.
@@ -328,9 +336,10 @@ def _numbers_of_tokens(logits: Tensor, targets: Tensor, sharded: ShardedBatch) -
         "is_top1": of_tokens.is_top1,
         "log_sum_sq_probs": of_tokens.log_sum_sq_probs,
     }
+    if "entropy" in with_gradient:
+        numbers["entropy"] = token_entropy(logits, targets)
     stacked = torch.stack(tuple(numbers.values()), dim=-1)
     whole = sharded.gather(stacked, replicated_loss=True)[:, :-1]
     named = dict(zip(numbers, whole.unbind(-1), strict=True))
-    log_probs = named.pop("log_probs")
-    named = {key: x.detach() for key, x in named.items()}
-    return {"log_probs": log_probs, **named, "is_top1": named["is_top1"] > 0}
+    named = {key: x if key in with_gradient else x.detach() for key, x in named.items()}
+    return {**named, "is_top1": named["is_top1"] > 0}

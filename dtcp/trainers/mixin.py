@@ -43,7 +43,12 @@ from dtcp.trainers.arguments import (
 )
 from dtcp.trainers.cached_reference import shards_for_hashes, with_reference_log_probs
 from dtcp.trainers.policy import PolicyRows
-from dtcp.trainers.policy_arguments import arguments_by_name, check_policy, trains_policy
+from dtcp.trainers.policy_arguments import (
+    arguments_by_name,
+    check_policy,
+    trains_policy,
+    without_server,
+)
 from dtcp.trainers.repeated_rows import ignore_repeated
 from dtcp.trainers.saved import (
     load_optimizer,
@@ -65,6 +70,8 @@ class MeshTrainerMixin(PolicyRows):
             compile=Compile(..) besides where torch_compile is set.
         layout, buckets: as for shard_hf_batch.
         z_loss, linear_head: as for WholeRows.
+        sync_weights: for GRPOTrainer; takes weights to who generates, given the trainer. All ranks
+            call it, before rollouts that follow a step.
 
     Gradients are those of one process with the same rows: losses are divided by the tokens of all
     ranks and all micro-batches. Every other argument is the trainer's; one that the mesh would not
@@ -101,6 +108,7 @@ class MeshTrainerMixin(PolicyRows):
         buckets: Buckets | None = None,
         z_loss: float = 0.0,
         linear_head: bool = False,
+        sync_weights: Callable[[Any], None] | None = None,
         **kwargs: Any,
     ) -> None:
         check_parallel_mesh("A Trainer on a mesh", mesh)
@@ -119,9 +127,9 @@ class MeshTrainerMixin(PolicyRows):
         named = arguments_by_name(super().__init__, args, kwargs)
         check_callbacks(named.get("callbacks") or ())
         check_reference(type(self), named)
-        if trains_policy(type(self)):
-            check_policy(named)
+        check_policy(type(self), named, sync_weights)
         with ExitStack() as self._while_made:
+            self._while_made.enter_context(without_server(named.get("args")))
             for each in (*args, *kwargs.values()):
                 if isinstance(each, nn.Module):
                     self._while_made.enter_context(shards_for_hashes(each))
@@ -133,7 +141,7 @@ class MeshTrainerMixin(PolicyRows):
             self.label_smoother = None  # the model's loss has it
         self.model_accepts_loss_kwargs = last_token_mixer(self.model) is None
         if trains_policy(type(self)):
-            self._share_rollouts()
+            self._share_rollouts(sync_weights)
 
     def add_callback(self, callback: Any) -> None:
         check_callbacks([callback])
@@ -150,6 +158,7 @@ class MeshTrainerMixin(PolicyRows):
         if trains_policy(type(self)):
             self._count_generated_rows()
             self._rows_options["temperature"] = self.args.temperature
+            self._rows_options["entropy_gradient"] = self.args.entropy_coef != 0
         if self.model is not None:
             self._put_on_mesh(self.model)
             self._while_made.enter_context(shards_for_hashes(self.model))

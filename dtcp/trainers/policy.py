@@ -7,6 +7,7 @@ for other samples. A loss is TRL's own, of log-probabilities that all ranks of a
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,12 +45,21 @@ class PolicyRows:
                 )
         args.generation_batch_size = rows
 
-    def _share_rollouts(self) -> None:
-        """Let ranks of a group have the rollouts, logs and random numbers of the first of them."""
+    def _share_rollouts(self, sync_weights: Callable[[Any], None] | None) -> None:
+        """Let ranks of a group have the rollouts, logs and random numbers of the first of them.
+
+        Args:
+            sync_weights: takes weights to who generates, before rollouts that follow a step; all
+                ranks call it.
+        """
         from accelerate.utils import set_seed
 
         trainer: Any = self
-        trainer.rollout_func = _of_first_rank(trainer.rollout_func, self.mesh)
+        ask = _of_first_rank(trainer.rollout_func, self.mesh)
+        trainer.rollout_func = ask if sync_weights is None else _synced(ask, sync_weights)
+        if self.args.use_vllm:
+            trainer.use_vllm, trainer._last_loaded_step = True, -1
+            trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
         for name, log in trainer._logs.items():
             if isinstance(log, deque):
                 trainer._logs[name] = _LogOfFirstRanks(self.mesh, log.maxlen)
@@ -133,5 +143,19 @@ def _of_first_rank(ask: Callable[..., Any], mesh: ParallelMesh) -> Callable[...,
                 f"mend rollout_func, which it calls alone."
             )
         return value
+
+    return asked
+
+
+def _synced(ask: Callable[..., Any], sync_weights: Callable[[Any], None]) -> Callable[..., Any]:
+    """The same, after weights have been taken there that steps have changed since."""
+    steps: list[int] = []
+
+    def asked(prompts: Any, trainer: Any) -> Any:
+        step = trainer.state.global_step
+        if steps != [step]:
+            sync_weights(trainer)
+            steps[:] = [step]
+        return ask(prompts, trainer)
 
     return asked

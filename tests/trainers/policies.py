@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -37,18 +38,33 @@ MESHES = {
     "dp_cp": Degrees(dp_shard=2, cp=2),
 }
 PEERS = {"alone": 1, "dealt": 2}
+SERVER = {"use_vllm": True, "vllm_mode": "server"}
 LORA = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
 CASES: dict[str, dict[str, Any]] = {
     "grpo": {"kind": "windows and sinks", "temperature": 0.7},
     "bnpo": {"scale_rewards": "batch"},
     "dr_grpo": {"delta": 1.5},
     "dapo": {"kind": "experts", "beta": 0.1, "mask_truncated_completions": True},
+    # A balance loss is that of all batch ranks' tokens; TRL's, the mean of those of processes.
+    "unbalanced": {
+        "loss_type": "dapo",
+        "kind": "windows and sinks",
+        "beta": 0.1,
+        "router_aux_loss_coef": 0.0,
+    },
     "cispo": {"epsilon_high": 0.02, "off_policy_mask_threshold": 0.05},
     "sapo": {"kind": "hybrid"},
-    "luspo": {"importance_sampling_level": "sequence"},
-    "vespo": {"top_entropy_quantile": 0.5},
+    "luspo": {"importance_sampling_level": "sequence", "entropy_coef": 0.1},
+    "vespo": {"top_entropy_quantile": 0.5, "entropy_coef": 0.1, "temperature": 0.8},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
     "synced": {"loss_type": "dapo", "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2},
+    "corrected": {"loss_type": "dapo", **SERVER},
+    "corrected_tokens": {
+        "loss_type": "vespo",
+        "vllm_importance_sampling_mode": "token_truncate",
+        "vllm_importance_sampling_clip_max": 1.05,
+        **SERVER,
+    },
     "adapted": {"loss_type": "dapo", "beta": 0.1, "peft_config": LORA},
 }
 
@@ -108,7 +124,7 @@ def trained(case: str, mesh: ParallelMesh | None, folder: Path) -> dict[str, Any
     own = tiny.arguments(mesh, str(folder / f"{case}-{mesh is None}-{batch}"))
     own |= {"per_device_train_batch_size": 4 // batch, "per_device_eval_batch_size": 4 // batch}
     own |= {"save_strategy": "no", "optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.5}
-    own |= {"steps_per_generation": 4, "num_iterations": 2, "num_generations": 4, "max_steps": 6}
+    own |= {"steps_per_generation": 4, "num_iterations": 2, "num_generations": 4, "max_steps": 5}
     options = {
         "model": model,
         "reward_funcs": [odd, short],
@@ -119,10 +135,18 @@ def trained(case: str, mesh: ParallelMesh | None, folder: Path) -> dict[str, Any
         "rollout_func": rollouts,
         "peft_config": peft_config,
     }
-    trainer = GRPOTrainer(**options) if mesh is None else MeshGRPOTrainer(**options, mesh=mesh)
+    synced: list[int] = []
+    if mesh is None:
+        with mock.patch("trl.trainer.grpo_trainer.VLLMGeneration"):  # has no server to talk to
+            trainer = GRPOTrainer(**options)
+    else:
+        sync = {"sync_weights": lambda trainer: synced.append(sync_weights(trainer))}
+        trainer = MeshGRPOTrainer(**options, mesh=mesh, **sync)
     before = weights(trainer.model)
     trainer.train()
     after = weights(trainer.model)
+    if mesh is not None and synced != [0, 2, 4]:
+        raise SystemExit(f"{case}: weights are taken to a server once a step, got {synced}")
     return {
         "logs": [
             {key: x for key, x in each.items() if not any(part in key for part in UNLIKE)}
@@ -134,6 +158,12 @@ def trained(case: str, mesh: ParallelMesh | None, folder: Path) -> dict[str, Any
         },
         "added": {name: (after[name] - x).contiguous() for name, x in before.items()},
     }
+
+
+def sync_weights(trainer: Any) -> int:
+    """Gather a weight, as all ranks of a group can only together; give the step."""
+    weights(trainer.model)
+    return trainer.state.global_step
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

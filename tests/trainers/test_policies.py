@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import distributed as dist
 from torch.testing import assert_close
+from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from dtcp.distributed.mesh import Degrees, ParallelMesh
@@ -22,6 +23,8 @@ from tests.harness.spmd import spmd
 
 ONE_RANK = ParallelMesh(Degrees(), None, *[None] * 7)
 EVERY = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo", "gspo")
+CORRECTED = ("corrected", "corrected_tokens")
+SERVER, SYNCED = {"use_vllm": True, "vllm_mode": "server"}, {"sync_weights": len}
 BOUND = 1e-5
 
 
@@ -34,8 +37,8 @@ class MeshGRPOTrainer(MeshTrainerMixin, GRPOTrainer):
     ("peers", "on_mesh"),
     [
         # Every loss over cp, adapters and references too; the loader's part beside dp.
-        (1, {"cp": (*EVERY, "synced", "adapted"), "cp_tp": ("grpo", "dapo", "synced")}),
-        (2, {"dp": ("dapo", "bnpo", "vespo", "gspo"), "dp_cp": ("dapo", "grpo")}),
+        (1, {"cp": (*EVERY, "synced", "adapted", *CORRECTED), "cp_tp": ("grpo", "dapo", "synced")}),
+        (2, {"dp": ("unbalanced", "bnpo", "vespo", "gspo"), "dp_cp": ("unbalanced", "sapo")}),
     ],
     ids=["one process", "two processes"],
 )
@@ -147,15 +150,23 @@ def test_what_is_logged_of_completions_is_the_first_ranks_of_each_group():
         ({"tools": [len]}, {}, "tools=.*several turns"),
         ({"environment_factory": dict}, {}, "environment_factory=.*several turns"),
         ({"reward_funcs": torch.nn.Linear(1, 1)}, {}, "reward_funcs=a Linear: give a function"),
-        ({}, {"use_vllm": True}, "use_vllm=True: leave it False, and ask the server"),
+        ({}, {"use_vllm": True}, "vllm_mode='colocate': set 'server'"),
+        ({}, SERVER, "use_vllm=True: give sync_weights="),
+        (SYNCED, SERVER | {"vllm_server_port": 80}, "vllm_server_port=80: leave it out, and say"),
+        (SYNCED, SERVER | {"loss_type": "vespo"}, "vllm_importance_sampling_mode='sequence_mask'"),
         ({}, {"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32=True: leave it False"),
-        ({}, {"entropy_coef": 0.1}, "entropy_coef=0.1: leave it out: entropies on a mesh"),
-        ({}, {"use_adaptive_entropy": True}, "use_adaptive_entropy=True: leave it out"),
+        ({}, {"use_adaptive_entropy": True}, "use_adaptive_entropy=True: leave it out, for a"),
     ],
 )
 def test_policy_asked_for_what_a_mesh_does_not_do_is_refused(tmp_path, options, change, match):
     with pytest.raises(ValueError, match=match):
         policy(tmp_path, change, **options)
+
+
+def test_weights_for_who_generates_are_refused_where_nobody_does(tmp_path):
+    mixed = type("Mixed", (MeshTrainerMixin, Trainer), {})
+    with pytest.raises(ValueError, match="got sync_weights with Mixed: leave it out"):
+        mixed(build("llama"), mesh=ONE_RANK, sync_weights=len)
 
 
 def policy(folder, change=(), model=None, **options):
