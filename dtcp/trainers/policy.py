@@ -21,8 +21,15 @@ class PolicyRows:
     """What a policy's trainer does on a mesh in another way; nothing, in another trainer."""
 
     mesh: ParallelMesh
-    args: Any
     _wrap_model: Callable[[Any], Any]
+
+    # Of the trainer that follows in the order of classes.
+    args: Any
+    rollout_func: Any
+    use_vllm: bool
+    vllm_generation: Any
+    _last_loaded_step: int
+    _logs: Any
 
     def _count_generated_rows(self) -> None:
         """Rows that are generated at once, of all batch ranks: TRL counts those of all processes.
@@ -54,20 +61,19 @@ class PolicyRows:
         """
         from accelerate.utils import set_seed
 
-        trainer: Any = self
-        ask = _of_first_rank(trainer.rollout_func, self.mesh)
-        trainer.rollout_func = ask if sync_weights is None else _synced(ask, sync_weights)
+        ask = _of_first_rank(self.rollout_func, self.mesh)
+        self.rollout_func = ask if sync_weights is None else _synced(ask, sync_weights)
         if self.args.use_vllm:
-            trainer.use_vllm, trainer._last_loaded_step = True, -1
-            trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
-        for name, log in trainer._logs.items():
+            self.use_vllm, self._last_loaded_step = True, -1
+            self.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
+        for name, log in self._logs.items():
             if isinstance(log, deque):
-                trainer._logs[name] = _LogOfFirstRanks(self.mesh, log.maxlen)
-        trainer._logs["extra"] = defaultdict(
+                self._logs[name] = _LogOfFirstRanks(self.mesh, log.maxlen)
+        self._logs["extra"] = defaultdict(
             lambda: _LogOfFirstRanks(self.mesh, self.args.generation_batch_size)
         )
         # Advantages are those of all batch ranks already.
-        trainer._logs["advantages"] = deque(maxlen=self.args.generation_batch_size)
+        self._logs["advantages"] = deque(maxlen=self.args.generation_batch_size)
         set_seed(self.args.seed + self.mesh.rank("batch"))
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:

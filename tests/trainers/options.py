@@ -222,7 +222,7 @@ def many_preferences(mesh: ParallelMesh | None, folder: str) -> Any:
     """All losses of preferences at once, and then what changes the scores that they compare."""
     losses = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"]
     losses += ["aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]
-    own = tiny.arguments(mesh, folder) | {"save_strategy": "no", "learning_rate": 1e-3}
+    own = tiny.arguments(mesh, folder) | {"save_strategy": "no", "learning_rate": 3e-4}
     rated = {"max_length": 96, "beta": 0.5, "label_smoothing": 0.1, **own}
     weighed = {"use_weighting": True, "ld_alpha": 0.5, "f_divergence_type": "js_divergence"}
     first, second = (
