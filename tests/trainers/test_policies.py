@@ -37,8 +37,8 @@ class MeshGRPOTrainer(MeshTrainerMixin, GRPOTrainer):
     ("peers", "on_mesh"),
     [
         # Every loss over cp, adapters and references too; the loader's part beside dp.
-        (1, {"cp": (*EVERY, "synced", "adapted", *CORRECTED), "cp_tp": ("grpo", "dapo", "synced")}),
-        (2, {"dp": ("unbalanced", "bnpo", "vespo", "gspo"), "dp_cp": ("unbalanced", "sapo")}),
+        (1, {"cp": (*EVERY, "synced", "adapted", *CORRECTED), "cp_tp": ("dapo",)}),
+        (2, {"dp": ("bnpo", "vespo"), "dp_cp": ("unbalanced",)}),
     ],
     ids=["one process", "two processes"],
 )
