@@ -111,7 +111,9 @@ class ParallelDims(Protocol):
     @property
     def world_mesh(self) -> DeviceMesh: ...
 
-    def get_optional_mesh(self, dims: str | list[str]) -> DeviceMesh | None: ...
+    def get_optional_mesh(
+        self, dims: str | list[str], *, include_singleton_axes: bool = False
+    ) -> DeviceMesh | None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,14 +264,19 @@ class ParallelMesh:
             etp: as of Degrees; torchtitan (0.3.0) has no such axis, and one is added.
             ranks_per_node: as of from_degrees.
         Raises:
-            ValueError: a backend of torchtitan that has no fsdp axis.
+            ValueError: a backend of torchtitan whose parameters are DTensors on all axes.
         """
         check_ints("A ParallelMesh", least=0, ranks_per_node=ranks_per_node)
+        if dims.spmd_backend == "spmd_types":
+            # Its dense mesh has the axes of AXES, none of them merged.
+            dense = dims.get_optional_mesh(list(AXES), include_singleton_axes=True)
+            assert dense is not None
+            return cls.from_device_mesh(dense, ep=dims.ep, etp=etp, ranks_per_node=ranks_per_node)
         if dims.spmd_backend != "partial_dtensor":
             raise ValueError(
-                f"ParallelMesh shards weights over torchtitan's fsdp axis, got "
+                f"ParallelMesh has the axes of two of torchtitan's backends, got "
                 f"spmd_backend={dims.spmd_backend!r}: set parallelism.spmd_backend to "
-                f"'partial_dtensor'."
+                f"'spmd_types' or 'partial_dtensor'."
             )
 
         def view(*names: str) -> DeviceMesh | None:

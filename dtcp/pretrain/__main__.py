@@ -16,8 +16,13 @@ def start_training(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    from dtcp.pretrain.run import run
-
+    try:
+        from dtcp.pretrain.run import run
+    except ImportError as error:
+        if not (error.name or "").startswith("torchtitan"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return run(arguments, command=("-m", "dtcp.pretrain"))
 
 

@@ -90,7 +90,8 @@ def replaced_parts(config: titan.Trainer.Config) -> Iterator[str]:
     if isinstance(config, Trainer.Config):
         return
     yield "attention: dtcp's, carried out as --dtcp.strategy and --dtcp.layout say"
-    yield f"spmd_backend: {config.parallelism.spmd_backend} -> partial_dtensor"
+    if config.parallelism.spmd_backend != "partial_dtensor":
+        yield f"spmd_backend: {config.parallelism.spmd_backend} -> partial_dtensor"
     chunks = isinstance(config.loss, ChunkedLossWrapper.Config)
     yield (
         f"loss: {type(config.loss).__qualname__.removesuffix('.Config')}"

@@ -4,8 +4,10 @@ from copy import deepcopy
 from importlib.util import find_spec
 from typing import Any
 
+from dtcp.torchtitan.compat import fsdp_reads_annotations
 from dtcp.torchtitan.decoder_layers import (
     SPMD_TYPES_ONLY,
+    WRONG_UNDER_SPMD_TYPES,
     check_layers,
     foreign_modules,
     model_name,
@@ -17,7 +19,7 @@ from dtcp.torchtitan.section import Section
 from dtcp.torchtitan.settings import SECTIONS, refusals
 
 import torch
-from torchtitan.components.loss import ChunkedLossWrapper, MSELoss
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss, MSELoss
 from torchtitan.config.override import apply_overrides
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import MoE
@@ -253,6 +255,8 @@ def _loss_refusal(config: Any) -> str:
         why = "it calls the head itself, which a sharded model does not leave to it"
     elif isinstance(loss, MSELoss.Config):
         why = "labels are token ids"
+    elif isinstance(loss, CrossEntropyLoss.Config) and _has_types_over_tp(config.parallelism):
+        why = "under spmd_types it takes no logits that know how they are sharded over tp"
     elif type(loss).__qualname__ == "MTPLoss.Config":
         why = "it shifts labels inside shards of rows"
     elif type(loss).__qualname__ == "BaseLoss.Config":
@@ -263,6 +267,10 @@ def _loss_refusal(config: Any) -> str:
         f"Losses are summed over the tokens of a shard, got loss={type(loss).__qualname__}: {why}; "
         f"use dtcp.torchtitan.loss.{TokenLoss.__name__}, which works in chunks."
     )
+
+
+def _has_types_over_tp(parallelism: Any) -> bool:
+    return parallelism.spmd_backend == "spmd_types" and parallelism.tensor_parallel_degree > 1
 
 
 def _package_refusal(config: Any) -> str:
@@ -314,9 +322,35 @@ def _model_refusal(config: Any) -> str:
     if not isinstance(spec.model, Decoder.Config):
         return ""
     check_layers(spec)
-    if degrees.tensor_parallel_degree > 1 and model_name(spec.model) in SPMD_TYPES_ONLY:
+    return _backend_refusal(spec, degrees)
+
+
+def _backend_refusal(spec: Any, degrees: Any) -> str:
+    """A decoder of torchtitan that its backend does not shard over tp or ep, or not rightly."""
+    backend, tp = degrees.spmd_backend, degrees.tensor_parallel_degree
+    ep, name = degrees.expert_parallel_degree, model_name(spec.model)
+    has = f"parallelism.spmd_backend={backend} with parallelism.tensor_parallel_degree={tp}"
+    if backend != "spmd_types":
+        if tp > 1 and name in SPMD_TYPES_ONLY:
+            return (
+                f"torchtitan shards the heads of {spec.name} under spmd_types alone, got {has}: "
+                f"set the degree to 1, or the backend to spmd_types (torch 2.14)."
+            )
+        return ""
+    if tp > 1 and name in WRONG_UNDER_SPMD_TYPES:
         return (
-            f"torchtitan shards the heads of {spec.name} under spmd_types alone, got "
-            f"parallelism.tensor_parallel_degree={degrees.tensor_parallel_degree}: set it to 1."
+            f"A model computes the same on any mesh, got {has} for {spec.name}, and "
+            f"{WRONG_UNDER_SPMD_TYPES[name]}: set the backend to partial_dtensor."
+        )
+    if ep > 1:
+        return (
+            f"torchtitan's experts were never run under spmd_types, whose exchange of tokens gloo "
+            f"does not have, got {has} and parallelism.expert_parallel_degree={ep} for {spec.name}:"
+            f" set the backend to partial_dtensor."
+        )
+    if tp > 1 and not fsdp_reads_annotations():
+        return (
+            f"FSDP takes what spmd_types has sharded over tp from torch 2.14 on, got {has} on "
+            f"torch {torch.__version__}: set the backend to partial_dtensor."
         )
     return ""

@@ -6,11 +6,12 @@ its attention is read from its config (decoder_layers.py), before any rank start
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.protocols.module import Module
 
@@ -41,6 +42,16 @@ class MixerAttention(Module):
     def add_mixer(self, scale: float | None) -> None:
         """Called after torchtitan has checked that all modules are of its own kind."""
         self.mixer = SoftmaxAttention(self.mask, scale=scale)
+
+    def parallelize(self, parallel_dims: ParallelDims) -> None:
+        """As torchtitan's, but keys and values stay as they are on cp, where it gathers them.
+
+        What a rank lacks is brought by the mixer's style. On tp nothing changes at this place.
+        """
+        config = self._sharding_config
+        if config is not None:
+            self._sharding_config = replace(config, in_dst_shardings=config.in_src_shardings)
+        super().parallelize(parallel_dims)
 
     def forward(
         self,

@@ -17,8 +17,9 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,13 @@ from dtcp._torch.collectives import SET_PROCESS_GROUP_TIMEOUT
 from dtcp._torch.mesh import available_device_type
 
 PINNED = "0.3.0"
+
+REMOVED_SINCE = (
+    "components/dataloader.py",
+    "distributed/full_dtensor.py",
+    "distributed/parallel_dims.py",
+)
+"""Modules of 0.3.0 that its main branch lacks, whatever version that says it is."""
 
 
 class CpuDevice:
@@ -73,17 +81,46 @@ def resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def fsdp_reads_annotations() -> bool:
+    """Whether `fully_shard` takes the plain parameters that spmd_types annotates (torch 2.14)."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+
+
 class DataParallelMeshDims:
-    """Stands in for the class of torch 2.12; `spmd_backend="partial_dtensor"` never makes one."""
+    """Stands in for the class of torch 2.12; nothing makes one below torch 2.14."""
 
 
-def _check_version() -> None:
-    installed = version("torchtitan") if find_spec("torchtitan") else "none"
-    if installed != PINNED:
-        raise ImportError(
-            f"dtcp.torchtitan is written against torchtitan {PINNED}, got torchtitan={installed}: "
-            f"pip install 'dtcp[train]', or torchtitan=={PINNED}."
-        )
+def _check_release() -> None:
+    """Refuse another release before anything of it is imported, a checkout of one as well.
+
+    Raises:
+        ImportError: with the name "torchtitan", for train.py to say in one line.
+    """
+    spec = find_spec("torchtitan")
+    if spec is None or not spec.submodule_search_locations:
+        found = "none"
+    else:
+        folder = Path(spec.submodule_search_locations[0])
+        missing = [name for name in REMOVED_SINCE if not (folder / name).is_file()]
+        if _version_of(folder) == PINNED and not missing:
+            return
+        found = f"{_version_of(folder)} in {folder}" + (f" without {missing}" if missing else "")
+    raise ImportError(
+        f"dtcp's adapter knows torchtitan {PINNED}, got torchtitan={found}: pip install "
+        f"'dtcp[train]', or torchtitan=={PINNED}.",
+        name="torchtitan",
+    )
+
+
+def _version_of(folder: Path) -> str:
+    """What a checkout says of itself, or else the installed distribution."""
+    own = folder.parent / "assets" / "version.txt"
+    if own.is_file():
+        return own.read_text().strip()
+    try:
+        return version("torchtitan")
+    except PackageNotFoundError:
+        return "of no version"
 
 
 def _provide_cpu_device() -> None:
@@ -109,15 +146,28 @@ def _provide_set_timeout() -> None:
 
 
 def _provide_mesh_dims() -> None:
-    """torchtitan.distributed.fsdp imports the name (2.12) for backends that we do not use."""
+    """torchtitan.distributed.fsdp imports the name (2.12) for what FSDP takes from 2.14 on."""
     if not hasattr(fsdp, "DataParallelMeshDims"):
         fsdp.DataParallelMeshDims = DataParallelMeshDims
 
 
-_check_version()
+_check_release()
 _provide_set_timeout()
 _provide_mesh_dims()
 _provide_cpu_device()
+
+
+@contextmanager
+def without_spmd_types() -> Iterator[None]:
+    """Inside, torchtitan's models compute as on one device; spmd_types asks for a mesh (0.3.0)."""
+    from torchtitan.distributed import utils
+
+    before = utils.get_spmd_backend()
+    utils.set_spmd_backend("partial_dtensor")
+    try:
+        yield
+    finally:
+        utils.set_spmd_backend(before)
 
 
 @contextmanager

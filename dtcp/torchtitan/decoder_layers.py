@@ -90,7 +90,13 @@ REFUSED_PARTS: Mapping[str, str] = {
 """Parts of a decoder that need whole rows; each is refused where a config has one."""
 
 SPMD_TYPES_ONLY = ("muse_glimmer.model.MuseGlimmerModel",)
-"""Decoders whose tensor parallelism torchtitan has for another backend than ours alone."""
+"""Decoders whose tensor parallelism torchtitan has under spmd_types alone."""
+
+WRONG_UNDER_SPMD_TYPES: Mapping[str, str] = {
+    "gpt_oss.model.GptOssModel": "torchtitan 0.3.0 adds the bias of experts there once for each "
+    "rank of tp",  # its issue #4245
+}
+"""Decoders whose tensor parallelism is wrong there, and how."""
 
 
 def with_mixers(spec: ModelSpec, *, per_token: Collection[type] = ()) -> Any:
@@ -289,8 +295,9 @@ def foreign_modules(model: Any) -> dict[str, type]:
         kind = type(config)
         if kind.__module__ == "torchtitan.models.common.dist_gemm":
             raise ValueError(
-                f"Matrix products that communicate need another backend of torchtitan's, got "
-                f"{where} of {_title(kind)}: build the model with tp_gemm_backend='default'."
+                f"Matrix products that communicate need CUDA's symmetric memory and were never run "
+                f"here, got {where} of {_title(kind)}: build the model with "
+                f"tp_gemm_backend='default'."
             )
         known = kind.__module__.startswith("torchtitan.") or _listed(kind)
         if not (known or kind is MixerAttention.Config):

@@ -6,6 +6,7 @@ The order of application is not decided here: ours is in `parallelize`, its own 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from dtcp.torchtitan.attention import add_mixers
@@ -13,12 +14,14 @@ from dtcp.torchtitan.latents import exchange_latents_of
 from dtcp.torchtitan.section import Section
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
 )
+from torch.distributed.tensor import DTensor, Shard
 from torchtitan.config import (
     TORCH_DTYPE_MAP,
     CompileConfig,
@@ -36,6 +39,7 @@ from torchtitan.distributed.activation_checkpoint import (
 )
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
+from torchtitan.distributed.full_dtensor import resolve_fsdp_mesh
 from torchtitan.models.common.decoder import Decoder
 
 from dtcp._torch.dtensor import wait_for_shard
@@ -202,7 +206,10 @@ def parallelize_decoder(
     plan = {"layers.*.attention.inner_attention.mixer": style}
     apply_plan(model, mesh.cp, on_nodes(plan, mesh.cp_ranks_per_node()))
     if parallel_dims.tp_enabled or parallel_dims.ep_enabled:
-        model.parallelize(parallel_dims)
+        _shard_by_torchtitan(model, parallel_dims)
+        if parallel_dims.spmd_backend == "spmd_types" and parallel_dims.tp_enabled:
+            # There a shard of the vocabulary is a plain tensor, which a loss could not tell.
+            model.lm_head.register_forward_hook(partial(_vocabulary_shards, mesh.tp))
     if ac_config is not None:
         _activation_checkpointing(ac_config, dump_folder).apply(model)
     if compile_config.enable and "model" in compile_config.components:
@@ -210,12 +217,10 @@ def parallelize_decoder(
         if model.tok_embeddings is not None:
             # What enters the first block is computed outside of the graphs.
             model.tok_embeddings.register_forward_hook(_wait_for_output)
-    names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
     apply_fsdp_to_decoder(
         model,
-        parallel_dims.get_mesh(names),
+        **_fsdp_meshes(parallel_dims, mesh),
         ep_degree=parallel_dims.ep,
-        edp_mesh=mesh.expert_hsdp,
         param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
         reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
         pp_enabled=False,
@@ -227,6 +232,30 @@ def parallelize_decoder(
             # A divide factor of 1 becomes PREMUL_SUM, which gloo does not have. A sum is the same.
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _shard_by_torchtitan(model: Decoder, dims: ParallelDims) -> None:
+    """Its own tp and ep; what was frozen still is, though spmd_types makes parameters anew."""
+    frozen = [name for name, each in model.named_parameters() if not each.requires_grad]
+    model.parallelize(dims)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+
+
+def _fsdp_meshes(dims: ParallelDims, mesh: ParallelMesh) -> dict[str, Any]:
+    """What FSDP shards weights over, and those of experts.
+
+    Parameters that spmd_types has sharded over tp bring annotations of all axes, and FSDP gets as
+    many. Without tp they are plain ones under either backend.
+    """
+    if dims.spmd_backend == "spmd_types" and dims.tp_enabled:
+        return dict(zip(("dp_mesh", "dp_mesh_dims"), resolve_fsdp_mesh(dims), strict=True))
+    return {"dp_mesh": mesh.hsdp or mesh.narrow, "edp_mesh": mesh.expert_hsdp}
+
+
+def _vocabulary_shards(tp: DeviceMesh, module: nn.Module, args: Any, logits: Tensor) -> DTensor:
+    """A head's logits [B, L, V / tp] as partial_dtensor has them, for losses to know the rest."""
+    return DTensor.from_local(logits, tp, [Shard(-1)], run_check=False)
 
 
 def _wait_for_output(module: nn.Module, args: Any, output: Tensor) -> None:

@@ -87,9 +87,10 @@ PARALLELISM: Mapping[str, Setting] = {
         models=Models.OURS,
     ),
     "spmd_backend": limited(
-        "dtcp shards the sequence outside torchtitan's own types",
+        "the mesh, and how torchtitan's models are sharded over tp",
+        "spmd_types",
         "partial_dtensor",
-        instead="set it to partial_dtensor",
+        instead="choose spmd_types or partial_dtensor",
     ),
     "pipeline_parallel_degree": limited(
         _NO_STAGES, 1, instead="set it to 1, and cp or fsdp higher"
@@ -164,7 +165,7 @@ COMM: Mapping[str, Setting] = {
 DEBUG: Mapping[str, Setting] = {
     "seed": used(),
     "spmd_typechecking": limited(
-        "types are checked by a backend of torchtitan's that dtcp does not run under",
+        "batches and mixers of dtcp bring no types that could be checked",
         False,
         instead="leave it out",
     ),

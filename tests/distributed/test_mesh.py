@@ -68,11 +68,21 @@ def check_views(mesh, degrees):
             assert dist.get_process_group_ranks(view.get_group()) == members
 
 
-def titan_dims(degrees):
+BACKENDS = ("partial_dtensor", "spmd_types")
+"""Of torchtitan; its dense mesh has a merged axis under the first, all of ours under the other."""
+
+
+def titan_dims(degrees, backend):
     from torchtitan.distributed import ParallelDims
 
     axes = {name: degree for name, degree in asdict(degrees).items() if name != "etp"}
-    return ParallelDims(**axes, pp=1, world_size=4, spmd_backend="partial_dtensor")
+    return ParallelDims(**axes, pp=1, world_size=4, spmd_backend=backend)
+
+
+def groups(mesh):
+    """The names of the process groups of all views."""
+    views = (getattr(mesh, name) for name in VIEWS)
+    return [view and view.get_group().group_name for view in views]
 
 
 def check_hsdp_and_attention(mesh, degrees):
@@ -96,18 +106,23 @@ def test_views_of_degrees_span_the_right_ranks(mesh, degrees):
     check_hsdp_and_attention(made, degrees)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "degrees", [Degrees(cp=2, tp=2), Degrees(dp_replicate=2, cp=2), Degrees(dp_shard=4)], ids=str
 )
 @spmd(ranks=4)
-def test_views_of_torchtitans_meshes_span_the_right_ranks(mesh, degrees):
-    dims = titan_dims(degrees)
+def test_views_of_torchtitans_meshes_span_the_right_ranks(mesh, degrees, backend):
+    dims = titan_dims(degrees, backend)
     made = ParallelMesh.from_parallel_dims(dims)
     check_views(made, degrees)
     check_hsdp_and_attention(made, degrees)
-    assert ParallelMesh.from_parallel_dims(titan_dims(Degrees(tp=4))).narrow.size() == 1
-    dims.spmd_backend = "spmd_types"
-    with pytest.raises(ValueError, match="spmd_backend='spmd_types': set"):
+    # Asked for again, groups are not made again.
+    again = ParallelMesh.from_parallel_dims(dims)
+    assert groups(again) == groups(made)
+    narrow = ParallelMesh.from_parallel_dims(titan_dims(Degrees(tp=4), backend)).narrow
+    assert narrow.size() == 1
+    dims.spmd_backend = "full_dtensor"
+    with pytest.raises(ValueError, match="spmd_backend='full_dtensor': set"):
         ParallelMesh.from_parallel_dims(dims)
 
 
@@ -131,10 +146,12 @@ def check_experts(mesh, degrees):
 @pytest.mark.parametrize("degrees", EXPERTS, ids=str)
 @spmd(ranks=4)
 def test_experts_axes_are_carved_out_of_dp_shard_cp_and_tp(mesh, degrees):
-    dims = titan_dims(degrees)
     for made in (
         ParallelMesh.from_degrees(degrees, "cpu"),
-        ParallelMesh.from_parallel_dims(dims, etp=degrees.etp),
+        *(
+            ParallelMesh.from_parallel_dims(titan_dims(degrees, backend), etp=degrees.etp)
+            for backend in BACKENDS
+        ),
     ):
         check_views(made, degrees)
         check_experts(made, degrees)

@@ -26,10 +26,11 @@ from torchtitan.models.muse_glimmer.config_registry import muse_glimmer_debugmod
 
 from docs.torchtitan_tables import PAGE
 from dtcp.pretrain import config_check, configs
-from dtcp.pretrain.adopt import adopt, replaced_parts
+from dtcp.pretrain.adopt import adopt, adopt_model, replaced_parts
 from dtcp.pretrain.batches import BatchPreparation
 from dtcp.pretrain.config_check import check_batch_size, check_settings
 from dtcp.pretrain.options import config_names, parse
+from tests.harness import titan_models
 
 ACTIVATION_CHECKPOINTS = [FullAC.Config(), SelectiveAC.Config()]
 
@@ -204,6 +205,56 @@ def test_a_loss_that_cannot_work_is_refused(make, loss, says):
         check_settings(replace(make(), loss=loss))
 
 
+UNDER_TYPES = {
+    "C3-old-torch": (
+        titan_models.llama3,
+        2,
+        1,
+        False,
+        "from torch 2.14 on, got .*=2 on torch",
+    ),
+    "C3-ep": (
+        titan_models.qwen3_moe,
+        1,
+        2,
+        True,
+        "never run .*expert_parallel_degree=2 for",
+    ),
+    "C3-bias": (titan_models.gpt_oss, 2, 1, True, "bias of experts .*set .* to partial_dtensor"),
+    "C3-taken": (titan_models.llama3, 2, 1, True, ""),
+    "C3-heads-of-muse": (titan_models.muse_glimmer, 2, 1, True, ""),
+    "C3-one-rank": (titan_models.gpt_oss, 1, 1, False, ""),
+}
+
+
+@pytest.mark.parametrize("case", UNDER_TYPES)
+def test_what_spmd_types_shards_is_taken_where_fsdp_reads_it_and_it_is_right(case, monkeypatch):
+    make, tp, ep, reads, says = UNDER_TYPES[case]
+    monkeypatch.setattr(config_check, "fsdp_reads_annotations", lambda: reads)
+    config = replace(theirs(), model_spec=adopt_model(titan_models.small(make)))
+    config.parallelism = replace(
+        config.parallelism,
+        spmd_backend="spmd_types",
+        tensor_parallel_degree=tp,
+        expert_parallel_degree=ep,
+    )
+    if not says:
+        check_settings(config)
+        return
+    with pytest.raises(ValueError, match=says):
+        check_settings(config)
+
+
+def test_C3_torchtitans_own_loss_is_refused_where_it_would_not_know_the_vocabularys_shards():
+    config = replace(ours(), loss=CrossEntropyLoss.Config())
+    check_settings(config)
+    config.parallelism.spmd_backend = "spmd_types"
+    with pytest.raises(ValueError, match=r"loss=CrossEntropyLoss.Config: under spmd_types.*Token"):
+        check_settings(config)
+    config.parallelism.tensor_parallel_degree = 1
+    check_settings(config)
+
+
 def test_C3_what_is_replaced_in_a_config_of_torchtitan_is_said(capsys):
     config = llama3_debugmodel()
     said = " | ".join(replaced_parts(config))
@@ -349,7 +400,7 @@ def test_C2_heads_of_muse_glimmer_are_not_sharded():
     config = adopt(muse_glimmer_debugmodel())
     check_settings(config)
     config.parallelism.tensor_parallel_degree = 2
-    with pytest.raises(ValueError, match=r"parallelism.tensor_parallel_degree=2: set it to 1"):
+    with pytest.raises(ValueError, match=r"parallelism.tensor_parallel_degree=2: set the degree"):
         check_settings(config)
 
 

@@ -76,7 +76,7 @@ def test_an_unknown_config_is_refused(arguments, says):
         (["--dataloader.dataset", "folder"], "dataset_path=None: no such folder"),
         (["--tokenizer.folder", "/nowhere"], "--tokenizer.folder /nowhere: no such folder"),
         (["--checkpoint.initial_load_path", "/nowhere"], "initial_load_path /nowhere: no such"),
-        (["--parallelism.spmd_backend", "spmd_types"], "set it to partial_dtensor"),
+        (["--parallelism.spmd_backend", "full_dtensor"], "choose spmd_types or partial_dtensor"),
         (["--parallelism.pipeline_parallel_degree", "2"], "pipeline_parallel_degree=2"),
     ],
 )

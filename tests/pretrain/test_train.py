@@ -135,6 +135,16 @@ def test_a_second_start_resumes_on_another_mesh_with_the_same_losses(run, copy, 
     assert after[4] == pytest.approx(before[4], rel=1e-5)
 
 
+def test_a_checkpoint_is_gone_on_from_under_torchtitans_other_backend(run, copy):
+    """The step that was saved under partial_dtensor; the next ones lose the same."""
+    shutil.rmtree(copy / "checkpoint/step-4")
+    code, output = train("--dump_folder", str(copy), "--parallelism.spmd_backend", "spmd_types")
+    assert code == 0, output
+    assert "going on from step 2" in output or "step-2" in output
+    before, after = losses(run[2]), losses(output)
+    assert after == pytest.approx({step: before[step] for step in (3, 4)}, rel=1e-6)
+
+
 def test_a_start_after_the_last_step_says_so_and_succeeds(copy):
     code, output = train("--dump_folder", str(copy))
     assert code == 0, output
