@@ -40,10 +40,13 @@ def adopt(config: titan.Trainer.Config) -> Trainer.Config:
             f"A config to run is one of torchtitan's trainer, got {_title(config)}: name another."
         )
     _check_parts(config)
+    spec = config.model_spec
+    # With what its author has vouched for.
+    adopted = spec is not None and spec.parallelize_fn is parallelize_decoder
     return derive(
         config,
         Trainer.Config,
-        model_spec=adopt_model(config.model_spec),
+        model_spec=spec if adopted else adopt_model(spec),
         parallelism=_without_stages(config.parallelism),
         training=replace(config.training, disable_cuda_graphs=True),
         checkpoint=derive(config.checkpoint, Checkpoints.Config),
@@ -75,14 +78,32 @@ def adopt_model(spec: ModelSpec | None, *, per_token: Collection[type] = ()) -> 
     Args:
         per_token: classes of configs, not torchtitan's, whose modules treat every token alone.
     Raises:
-        ValueError: a model, a layer or a field that is not read; named, with the reason.
+        ValueError: a model, a layer or a field that is not read, or a function that is not called;
+            named, with the reason.
     """
     if spec is None:
         raise ValueError(
             "Our attention goes into a model, got model_spec=None: name a config that has one."
         )
+    _check_parallelize(spec)
     model = with_mixers(spec, per_token=per_token)
     return replace(spec, model=model, parallelize_fn=parallelize_decoder)
+
+
+def _check_parallelize(spec: ModelSpec) -> None:
+    """Refuse a function of somebody's own, in whose place ours would be called without a word."""
+    function = spec.parallelize_fn
+    function = getattr(function, "func", function)  # of a partial
+    module = getattr(function, "__module__", "")
+    if function in (None, parallelize_decoder) or module.startswith("torchtitan."):
+        return
+    name = getattr(function, "__qualname__", repr(function))
+    raise ValueError(
+        f"Decoders are parallelized by dtcp (mixers, torchtitan's tp, recomputation, compile, "
+        f"FSDP), got parallelize_fn={module}.{name} of {spec.name}, which nobody would call: set "
+        f"it to None where it does no more than that, else write a config that returns "
+        f"dtcp.pretrain.trainer.Trainer.Config."
+    )
 
 
 def replaced_parts(config: titan.Trainer.Config) -> Iterator[str]:
@@ -122,6 +143,13 @@ def _check_parts(config: titan.Trainer.Config) -> None:
             f"{_title(config)} besides: write a config that "
             f"returns dtcp.pretrain.trainer.Trainer.Config."
         )
+    owner = config._owner
+    if owner is not titan.Trainer:
+        raise ValueError(
+            f"The trainer that dtcp's stands for is torchtitan's own, got "
+            f"{_title(owner)}, whose methods would be dropped: derive it from "
+            f"dtcp.pretrain.trainer.Trainer, and return its Config."
+        )
     for name, expected in _REPLACED.items():
         _check_type(name, getattr(config, name), expected)
     loss: Any = config.loss
@@ -139,5 +167,6 @@ def _check_type(name: str, part: Any, expected: type) -> None:
         )
 
 
-def _title(config: Any) -> str:
-    return f"{type(config).__module__}.{type(config).__qualname__}"
+def _title(part: Any) -> str:
+    kind = part if isinstance(part, type) else type(part)
+    return f"{kind.__module__}.{kind.__qualname__}"

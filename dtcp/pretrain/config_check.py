@@ -6,6 +6,7 @@ from typing import Any
 
 from dtcp.torchtitan.compat import fsdp_reads_annotations
 from dtcp.torchtitan.decoder_layers import (
+    ADDS_IN_BFLOAT16,
     SPMD_TYPES_ONLY,
     WRONG_UNDER_SPMD_TYPES,
     check_layers,
@@ -322,6 +323,14 @@ def _model_refusal(config: Any) -> str:
     if not isinstance(spec.model, Decoder.Config):
         return ""
     check_layers(spec)
+    if model_name(spec.model) == ADDS_IN_BFLOAT16:
+        param = config.training.mixed_precision_param
+        if param != "bfloat16" or config.dtcp.verify:
+            return (
+                f"Experts of torchtitan's gpt-oss compute in bfloat16 and are added to nothing "
+                f"else, got training.mixed_precision_param={param} with dtcp.verify="
+                f"{config.dtcp.verify}, which is in fp32: set bfloat16, and leave the other out."
+            )
     return _backend_refusal(spec, degrees)
 
 

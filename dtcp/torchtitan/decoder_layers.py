@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from dtcp.torchtitan.attention import MixerAttention
 
+from torchtitan.components.lora import LoRAConverter
 from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.token_dispatcher import (
@@ -92,6 +93,9 @@ REFUSED_PARTS: Mapping[str, str] = {
 SPMD_TYPES_ONLY = ("muse_glimmer.model.MuseGlimmerModel",)
 """Decoders whose tensor parallelism torchtitan has under spmd_types alone."""
 
+ADDS_IN_BFLOAT16 = "gpt_oss.model.GptOssModel"
+"""Whose experts of 0.3.0 hand on bfloat16, to be added to tokens of that dtype alone."""
+
 WRONG_UNDER_SPMD_TYPES: Mapping[str, str] = {
     "gpt_oss.model.GptOssModel": "torchtitan 0.3.0 adds the bias of experts there once for each "
     "rank of tp",  # its issue #4245
@@ -169,7 +173,8 @@ def _mask(attention: Any, name: str, where: str) -> Mask:
     """What a layer's queries see, by its own field and by its kernel's."""
     window = getattr(attention, WINDOWS[name]) if name in WINDOWS else None
     inner = attention.inner_attention
-    if type(inner) is FlexAttention.Config:
+    kind = _without_lora(type(inner))
+    if kind is FlexAttention.Config:
         default = FlexAttention.Config()
         for option in ("block_size", "kernel_options"):
             if getattr(inner, option) != getattr(default, option):
@@ -179,7 +184,7 @@ def _mask(attention: Any, name: str, where: str) -> Mask:
                     f"attn_backend='flex'."
                 )
         return Causal() if window is None else Causal() & SlidingWindow(window)
-    if type(inner) is not VarlenAttention.Config:
+    if kind is not VarlenAttention.Config:
         raise ValueError(
             f"Inner attention that can be replaced is torchtitan's FlexAttention or "
             f"VarlenAttention, got {where}.inner_attention={_title(type(inner))}: {INSTEAD}."
@@ -213,7 +218,7 @@ def _check_one_window(model: Any) -> None:
     windows = {
         layer.attention.sliding_window_size
         for layer in model.layers
-        if type(layer.attention.inner_attention) is FlexAttention.Config
+        if _without_lora(type(layer.attention.inner_attention)) is FlexAttention.Config
     } - {None}
     if len(windows) > 1:
         raise ValueError(
@@ -292,7 +297,7 @@ def foreign_modules(model: Any) -> dict[str, type]:
             )
     foreign = {}
     for where, config, _, _ in model.traverse(Module.Config, recurse=True):
-        kind = type(config)
+        kind = _without_lora(type(config))
         if kind.__module__ == "torchtitan.models.common.dist_gemm":
             raise ValueError(
                 f"Matrix products that communicate need CUDA's symmetric memory and were never run "
@@ -303,6 +308,12 @@ def foreign_modules(model: Any) -> dict[str, type]:
         if not (known or kind is MixerAttention.Config):
             foreign[where] = kind
     return foreign
+
+
+def _without_lora(config_class: type) -> type:
+    """The class that torchtitan's LoRA has derived a config's from, to freeze or to adapt it."""
+    own = (each for each in config_class.__mro__ if each.__module__ != LoRAConverter.__module__)
+    return next(own)
 
 
 def model_name(config: Any) -> str:

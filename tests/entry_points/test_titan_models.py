@@ -1,5 +1,6 @@
 """C1: torchtitan's own decoders are adopted as they are, or refused by name before ranks start."""
 
+import functools
 import importlib
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -11,16 +12,18 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch.testing import assert_close
+from torchtitan.components.lora import LoRAConverter
 from torchtitan.models import _supported_models
 from torchtitan.models.common.attention import FlexAttention, GQAttention, VarlenAttention
 from torchtitan.models.common.feed_forward import FeedForward
+from torchtitan.models.llama3.config_registry import llama3_debugmodel
 from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
 
 from docs.torchtitan_tables import FAMILIES, families_table
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.mixer_plan import apply_plan
-from dtcp.pretrain.adopt import adopt_model
+from dtcp.pretrain.adopt import adopt, adopt_model
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
 from tests.docs.blocks import ROOT
@@ -298,6 +301,46 @@ def test_C1_a_layer_that_only_has_another_name_is_read():
 def test_C1_a_part_that_somebody_vouches_for_is_taken():
     spec = with_layer(feed_forward=OwnFeedForward)
     assert adopt_model(spec, per_token=[OwnFeedForward.Config]).name == "llama3"
+
+
+def test_C1_a_config_whose_model_somebody_vouched_for_is_adopted_as_it_is():
+    config = llama3_debugmodel()
+    spec = with_layer(feed_forward=OwnFeedForward)
+    config.model_spec = adopt_model(spec, per_token=[OwnFeedForward.Config])
+    assert adopt(config).model_spec is config.model_spec
+    config.model_spec = spec
+    with pytest.raises(ValueError, match=r"layers.1.feed_forward of .*OwnFeedForward"):
+        adopt(config)
+
+
+def with_lora(spec):
+    lora = LoRAConverter.Config(rank=4).build()
+    return replace(spec, model=lora.convert(spec.model))
+
+
+def test_C1_lora_of_torchtitans_is_adopted_and_hides_nothing():
+    spec = adopt_model(with_lora(titan.small(titan.gpt_oss)))
+    first, second = (layer.attention.inner_attention.mask for layer in spec.model.layers)
+    assert str(second) == "Causal()" and "SlidingWindow(size=9" in str(first)
+    trained = {name for name, x in spec.model.build().named_parameters() if x.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    own = with_lora(with_layer(feed_forward=OwnFeedForward))
+    with pytest.raises(ValueError, match=r"layers.1.feed_forward of .*OwnFeedForward"):
+        adopt_model(own)
+    assert adopt_model(own, per_token=[OwnFeedForward.Config]).name == "llama3"
+
+
+def own_parallelize(model: Any, **_: Any) -> Any:
+    """Somebody's, which freezes a layer or the like."""
+    return model
+
+
+@pytest.mark.parametrize("own", [own_parallelize, functools.partial(own_parallelize, x=1)])
+def test_C1_a_function_of_somebodys_own_that_nobody_would_call_is_refused(own):
+    spec = replace(titan.small(titan.llama3), parallelize_fn=own)
+    with pytest.raises(ValueError, match=r"test_titan_models.own_parallelize of llama3.*to None"):
+        adopt_model(spec)
+    assert adopt_model(replace(spec, parallelize_fn=None)).name == "llama3"
 
 
 def test_C1_adopting_leaves_the_spec_as_it_was_and_twice_is_once():

@@ -232,6 +232,7 @@ def test_what_spmd_types_shards_is_taken_where_fsdp_reads_it_and_it_is_right(cas
     make, tp, ep, reads, says = UNDER_TYPES[case]
     monkeypatch.setattr(config_check, "fsdp_reads_annotations", lambda: reads)
     config = replace(theirs(), model_spec=adopt_model(titan_models.small(make)))
+    config.training.mixed_precision_param = "bfloat16"
     config.parallelism = replace(
         config.parallelism,
         spmd_backend="spmd_types",
@@ -243,6 +244,18 @@ def test_what_spmd_types_shards_is_taken_where_fsdp_reads_it_and_it_is_right(cas
         return
     with pytest.raises(ValueError, match=says):
         check_settings(config)
+
+
+def test_C3_experts_that_add_in_bfloat16_alone_are_refused_another_dtype():
+    config = replace(theirs(), model_spec=adopt_model(titan_models.small(titan_models.gpt_oss)))
+    says = "mixed_precision_param={} with dtcp.verify={}.*: set bfloat16"
+    with pytest.raises(ValueError, match=says.format("float32", 0)):
+        check_settings(config)
+    config.training.mixed_precision_param, config.dtcp.verify = "bfloat16", 2
+    with pytest.raises(ValueError, match=says.format("bfloat16", 2)):
+        check_settings(config)
+    config.dtcp.verify = 0
+    check_settings(config)
 
 
 def test_C3_torchtitans_own_loss_is_refused_where_it_would_not_know_the_vocabularys_shards():
@@ -289,6 +302,23 @@ def test_C2_a_config_with_settings_of_another_trainer_is_refused():
     values = {each.name: getattr(config, each.name) for each in fields(config)}
     with pytest.raises(ValueError, match=r"got \['teacher'\] of .*Other.Config besides"):
         adopt(Other.Config(**values))
+
+
+def test_C2_a_trainer_with_methods_of_its_own_is_refused():
+    """Its config adds nothing: its steps were dropped without a word."""
+
+    class Distiller(titan.Trainer):
+        @dataclass(kw_only=True, slots=True)
+        class Config(titan.Trainer.Config):
+            pass
+
+        def forward_backward_step(self, **_: Any) -> Any:
+            """With a teacher."""
+
+    config = llama3_debugmodel()
+    values = {each.name: getattr(config, each.name) for each in fields(config)}
+    with pytest.raises(ValueError, match=r"own, got .*Distiller, whose methods would be dropped"):
+        adopt(Distiller.Config(**values))
 
 
 def test_C2_a_section_that_a_subclass_adds_to_is_refused_where_it_says_something():
