@@ -34,6 +34,7 @@ class MixerAttention(Module):
         """Whether the layer hands over a score per head that takes its share of the softmax."""
 
     mixer: SoftmaxAttention
+    _sharding_config: Any  # torchtitan's, set where a config is built
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -207,9 +207,10 @@ def parallelize_decoder(
     apply_plan(model, mesh.cp, on_nodes(plan, mesh.cp_ranks_per_node()))
     if parallel_dims.tp_enabled or parallel_dims.ep_enabled:
         _shard_by_torchtitan(model, parallel_dims)
-        if parallel_dims.spmd_backend == "spmd_types" and parallel_dims.tp_enabled:
+        if parallel_dims.spmd_backend == "spmd_types" and mesh.tp is not None:
             # There a shard of the vocabulary is a plain tensor, which a loss could not tell.
-            model.lm_head.register_forward_hook(partial(_vocabulary_shards, mesh.tp))
+            head: Any = model.lm_head
+            head.register_forward_hook(partial(_vocabulary_shards, mesh.tp))
     if ac_config is not None:
         _activation_checkpointing(ac_config, dump_folder).apply(model)
     if compile_config.enable and "model" in compile_config.components:
