@@ -173,10 +173,14 @@ def mixer_of(kind: Compression | None) -> CompressedSparseAttention:
 
 
 def sharded_for(
-    mixer: nn.Module, mesh: object, layout: type[SequenceLayout], rows: object = ROWS
+    mixer: nn.Module,
+    mesh: object,
+    layout: type[SequenceLayout],
+    rows: object = ROWS,
+    seq_len: int = SEQ_LEN,
 ) -> ShardedBatch:
-    batch = {"input_ids": torch.zeros(len(ROWS), SEQ_LEN, dtype=torch.int64)}
-    documents = Documents(rows, SEQ_LEN)
+    batch = {"input_ids": torch.zeros(len(ROWS), seq_len, dtype=torch.int64)}
+    documents = Documents(rows, seq_len)
     whole = ParallelMesh.of_sequence(mesh)
     return shard_batch(batch, whole, layout, model=mixer, documents=documents)[1]
 
@@ -276,6 +280,33 @@ def test_compiled_mixer_is_one_graph_and_equals_brute_force(mesh, kind, layout):
     with count_graphs() as graphs:
         assert_equals_one_device(mesh, kind, CompressedSparseCP(), layout, True)
     assert (graphs.graphs, graphs.breaks) == (1, 0)
+
+
+@pytest.mark.slow_where(lambda dynamic: dynamic is None)
+@pytest.mark.parametrize("dynamic", [None, True])
+@spmd(ranks=2)
+def test_lengths_that_change_make_one_more_graph_at_most(mesh, dynamic):
+    """Sizes are symbols in it, which traced checks must not spell; exact at every length."""
+    plain, mixer, made = mixer_of(SPARSE), mixer_of(SPARSE), []
+    parallelize_module(nn.Sequential(mixer), mesh, {"0": CompressedSparseCP()})
+    forward = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for seq_len in (48, 60, 72, 84):
+        rows, x = ((11, seq_len - 17), (seq_len,)), inputs(SPARSE, seq_len)
+        expected = run(plain, x, batch_metadata(plain, Documents(rows, seq_len)))
+        sharded = sharded_for(mixer, mesh, HeadTail, rows, seq_len)
+        local = {n: v if n in SHARED else sharded.shard(v) for n, v in x._asdict().items()}
+        mine = Inputs(**{n: v.detach().requires_grad_() for n, v in local.items()})
+        with count_graphs() as graphs:
+            out = forward(mixer, mine, sharded.attn_metadata)
+            grads = torch.autograd.grad(out.square().sum(), mine[:6])
+        made.append(graphs.graphs)
+        assert_close(out, sharded.shard(expected))
+        whole = torch.autograd.grad(expected.square().sum(), x[:6])
+        for name, actual, each in zip(Inputs._fields, grads, whole, strict=False):
+            if name in SHARED:
+                torch.distributed.all_reduce(actual, group=mesh.get_group())
+            assert_close(actual, each if name in SHARED else sharded.shard(each))
+    assert made == ([1, 0, 0, 0] if dynamic else [1, 1, 0, 0])
 
 
 @spmd(ranks=2)
