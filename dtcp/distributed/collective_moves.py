@@ -10,12 +10,12 @@ from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moved
 
 
-def all_gather_moves(x: Tensor, dim: int, group: str) -> Moved:
+def all_gather_moves(x: Tensor, dim: int, num_ranks: int, group: str) -> Moved:
     """x goes to each other rank."""
     return Moved.alike(x.numel() * x.element_size(), *_place(group))
 
 
-def reduce_scatter_moves(x: Tensor, dim: int, group: str) -> Moved:
+def reduce_scatter_moves(x: Tensor, dim: int, num_ranks: int, group: str) -> Moved:
     """The n-th part of x goes to each other rank; all of x is laid in order first."""
     n, rank = _place(group)
     return Moved.alike(x.numel() // n * x.element_size(), n, rank, workspace=_bytes(x))

@@ -42,13 +42,13 @@ def all_gather(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
     Backward reduce-scatters. Traffic per rank: (n - 1) * x.numel() elements, and as much back.
     """
     check_dim("all_gather", x, dim)
-    return _all_gather(x, dim % x.ndim, group_name(mesh))
+    return _all_gather(x, dim % x.ndim, mesh.size(), group_name(mesh))
 
 
 def all_gather_over(x: Tensor, group: dist.ProcessGroup, *, dim: int) -> Tensor:
     """`all_gather` for a caller that has a process group and no mesh."""
     check_dim("all_gather", x, dim)
-    return _all_gather(x, dim % x.ndim, cast(str, group.group_name))
+    return _all_gather(x, dim % x.ndim, group.size(), cast(str, group.group_name))
 
 
 def reduce_scatter(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
@@ -65,7 +65,7 @@ def reduce_scatter(x: Tensor, mesh: DeviceMesh, *, dim: int) -> Tensor:
             f"reduce_scatter gives every rank an equal part, got x.shape={tuple(x.shape)}, "
             f"dim={dim} on {mesh.size()} ranks: pad dim to a multiple of {mesh.size()}."
         )
-    return _reduce_scatter(x, dim % x.ndim, group_name(mesh))
+    return _reduce_scatter(x, dim % x.ndim, mesh.size(), group_name(mesh))
 
 
 def all_to_all(x: Tensor, mesh: DeviceMesh, *, receive: list[int], send: list[int]) -> Tensor:
@@ -183,9 +183,11 @@ def check_shard(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, dim: int) -
         )
 
 
+# The two below are told how many ranks there are: inductor's cache keeps graphs by their text and
+# inputs, groups of 2 and of 4 ranks may have one name, and the size of a result is in the code.
 @communicating_op("dtcp::all_gather", moves=all_gather_moves)
-def _all_gather(x: Tensor, dim: int, group: str) -> Tensor:
-    n = dist.get_world_size(group_of(group))
+def _all_gather(x: Tensor, dim: int, num_ranks: int, group: str) -> Tensor:
+    n = num_ranks
     _count("all_gather", x, [x.numel()] * n, [x.numel()] * n, group)
     if n == 1:
         return _copy(x)
@@ -196,13 +198,13 @@ def _all_gather(x: Tensor, dim: int, group: str) -> Tensor:
 
 
 @_all_gather.register_fake
-def _(x: Tensor, dim: int, group: str) -> Tensor:
-    return _resized(x, dim, x.shape[dim] * dist.get_world_size(group_of(group)))
+def _(x: Tensor, dim: int, num_ranks: int, group: str) -> Tensor:
+    return _resized(x, dim, x.shape[dim] * num_ranks)
 
 
 @communicating_op("dtcp::reduce_scatter", moves=reduce_scatter_moves)
-def _reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
-    n = dist.get_world_size(group_of(group))
+def _reduce_scatter(x: Tensor, dim: int, num_ranks: int, group: str) -> Tensor:
+    n = num_ranks
     _count("reduce_scatter", x, [x.numel() // n] * n, [x.numel() // n] * n, group)
     if n == 1:
         return _copy(x)
@@ -213,8 +215,8 @@ def _reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
 
 
 @_reduce_scatter.register_fake
-def _(x: Tensor, dim: int, group: str) -> Tensor:
-    return _resized(x, dim, x.shape[dim] // dist.get_world_size(group_of(group)))
+def _(x: Tensor, dim: int, num_ranks: int, group: str) -> Tensor:
+    return _resized(x, dim, x.shape[dim] // num_ranks)
 
 
 @communicating_op("dtcp::all_to_all", moves=all_to_all_moves)
@@ -278,11 +280,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _all_gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _reduce_scatter(grad, *ctx.args), None, None
+    return _reduce_scatter(grad, *ctx.args), None, None, None
 
 
 def _reduce_scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _all_gather(grad, *ctx.args), None, None
+    return _all_gather(grad, *ctx.args), None, None, None
 
 
 def _all_to_all_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

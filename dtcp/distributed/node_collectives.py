@@ -38,7 +38,7 @@ def all_gather_on_nodes(x: Tensor, mesh: DeviceMesh, *, dim: int, ranks_per_node
     check_ranks_per_node("all_gather_on_nodes", mesh.size(), ranks_per_node)
     if ranks_per_node in (0, 1, mesh.size()):
         return all_gather(x, mesh, dim=dim)
-    return _all_gather(x, dim % x.ndim, ranks_per_node, group_name(mesh))
+    return _all_gather(x, dim % x.ndim, ranks_per_node, mesh.size(), group_name(mesh))
 
 
 def gathered_on_nodes(size: int, num_ranks: int, rank: int, ranks_per_node: int) -> Moved:
@@ -62,19 +62,19 @@ def _peers(n: int, rank: int, m: int) -> tuple[list[int], list[int]]:
     return between, inside
 
 
-def _moves(x: Tensor, dim: int, ranks_per_node: int, group: str) -> Moved:
-    n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
-    return gathered_on_nodes(x.numel() * x.element_size(), n, rank, ranks_per_node)
+def _moves(x: Tensor, dim: int, ranks_per_node: int, num_ranks: int, group: str) -> Moved:
+    size, rank = x.numel() * x.element_size(), dist.get_rank(group_of(group))
+    return gathered_on_nodes(size, num_ranks, rank, ranks_per_node)
 
 
-def _scatter_moves(x: Tensor, dim: int, ranks_per_node: int, group: str) -> Moved:
-    n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
-    return gathered_on_nodes(x.numel() // n * x.element_size(), n, rank, ranks_per_node)
+def _scatter_moves(x: Tensor, dim: int, ranks_per_node: int, num_ranks: int, group: str) -> Moved:
+    size, rank = x.numel() // num_ranks * x.element_size(), dist.get_rank(group_of(group))
+    return gathered_on_nodes(size, num_ranks, rank, ranks_per_node)
 
 
 @communicating_op("dtcp::all_gather_on_nodes", moves=_moves)
-def _all_gather(x: Tensor, dim: int, ranks_per_node: int, group: str) -> Tensor:
-    n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
+def _all_gather(x: Tensor, dim: int, ranks_per_node: int, num_ranks: int, group: str) -> Tensor:
+    n, rank = num_ranks, dist.get_rank(group_of(group))
     m, place, node = ranks_per_node, rank % ranks_per_node, rank // ranks_per_node
     between, inside = _peers(n, rank, m)
     flat = x.reshape(1, -1)
@@ -90,8 +90,8 @@ def _all_gather(x: Tensor, dim: int, ranks_per_node: int, group: str) -> Tensor:
 
 
 @communicating_op("dtcp::reduce_scatter_on_nodes", moves=_scatter_moves)
-def _reduce_scatter(x: Tensor, dim: int, ranks_per_node: int, group: str) -> Tensor:
-    n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
+def _reduce_scatter(x: Tensor, dim: int, ranks_per_node: int, num_ranks: int, group: str) -> Tensor:
+    n, rank = num_ranks, dist.get_rank(group_of(group))
     m, place, node = ranks_per_node, rank % ranks_per_node, rank // ranks_per_node
     between, inside = _peers(n, rank, m)
     parts = x.unflatten(dim, (n, -1)).movedim(dim, 0)  # [n, ...]
@@ -116,15 +116,13 @@ def _count(
 
 
 @_all_gather.register_fake
-def _(x: Tensor, dim: int, ranks_per_node: int, group: str) -> Tensor:
-    n = dist.get_world_size(group_of(group))
-    return x.new_empty((*x.shape[:dim], n * x.shape[dim], *x.shape[dim + 1 :]))
+def _(x: Tensor, dim: int, ranks_per_node: int, num_ranks: int, group: str) -> Tensor:
+    return x.new_empty((*x.shape[:dim], num_ranks * x.shape[dim], *x.shape[dim + 1 :]))
 
 
 @_reduce_scatter.register_fake
-def _(x: Tensor, dim: int, ranks_per_node: int, group: str) -> Tensor:
-    n = dist.get_world_size(group_of(group))
-    return x.new_empty((*x.shape[:dim], x.shape[dim] // n, *x.shape[dim + 1 :]))
+def _(x: Tensor, dim: int, ranks_per_node: int, num_ranks: int, group: str) -> Tensor:
+    return x.new_empty((*x.shape[:dim], x.shape[dim] // num_ranks, *x.shape[dim + 1 :]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -132,11 +130,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _reduce_scatter(grad, *ctx.args), None, None, None
+    return _reduce_scatter(grad, *ctx.args), None, None, None, None
 
 
 def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _all_gather(grad, *ctx.args), None, None, None
+    return _all_gather(grad, *ctx.args), None, None, None, None
 
 
 _all_gather.register_autograd(_gather_backward, setup_context=_keep)
