@@ -79,6 +79,7 @@ def compile_whole(
     backend: str,
     max_graphs: int | None = None,
     data_sizes: bool = False,
+    dynamic: bool = False,
 ) -> Callable[P, R]:
     """Compile code to one graph, or raise what broke it; sizes are constants of the graph.
 
@@ -87,11 +88,12 @@ def compile_whole(
 
     Args:
         max_graphs: of this function; None for graph_limit().
+        dynamic: sizes of inputs are symbols of the graph instead, from the first call on.
         data_sizes: allow ops whose sizes depend on data; a size is then one of no known value.
     Raises:
         ValueError: when called, sizes that would make one graph more.
     """
-    options: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
+    options: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": dynamic}
     limit = graph_limit() if max_graphs is None else max_graphs
     limits = _limits(limit)
     if "recompile_limit" in signature(torch.compile).parameters:
@@ -109,6 +111,7 @@ def compile_around_islands(
     backend: str,
     max_graphs: int | None = None,
     data_sizes: bool = False,
+    dynamic: bool = False,
 ) -> Callable[P, R]:
     """Compile code that holds an eager island: one graph before it and one after.
 
@@ -118,6 +121,7 @@ def compile_around_islands(
     Args:
         max_graphs: of this function; None for graph_limit().
         data_sizes: allow ops whose sizes depend on data; a size is then one of no known value.
+        dynamic: sizes of inputs are symbols from the first call on, not once they have changed.
     Raises:
         ValueError: when called, sizes that would make one graph more.
     """
@@ -128,7 +132,8 @@ def compile_around_islands(
     settings["nested_graph_breaks"] = True
     if data_sizes:
         settings |= _CHECKPOINTED_DATA_SIZES
-    return FewGraphs(traced_with(torch.compile(function, backend=backend), settings), limit)
+    compiled = torch.compile(function, backend=backend, dynamic=True if dynamic else None)
+    return FewGraphs(traced_with(compiled, settings), limit)
 
 
 DATA_SIZES: Mapping[str, Any] = {"capture_dynamic_output_shape_ops": True}
@@ -201,7 +206,8 @@ class FewGraphs(Generic[P, R]):
 
 
 REMEDY = (
-    "pad batches to few sizes, as shard_batch(.., buckets=Buckets(PowersOfTwo())) does; "
+    "pad batches to few sizes, as shard_batch(.., buckets=Buckets(PowersOfTwo())) does, or make "
+    "one graph for all of them by Compile(dynamic=True); "
     "TORCH_LOGS=recompiles says what else differs"
 )
 

@@ -24,23 +24,29 @@ class Compile:
     the graph, and the module keeps its name and class.
 
     A graph is made for each size of batches, and takes its time: pad them to few sizes
-    (dtcp.sequence.buckets.Buckets).
+    (dtcp.sequence.buckets.Buckets), or have one graph for all of them (dynamic).
 
     Args:
         backend: of torch.compile.
         max_graphs: of one function, which all blocks of a kind share: its kinds times the sizes of
             batches, and twice that if it is validated too. One more is refused with the sizes seen.
             None: 64, or dynamo's limit (torch._dynamo.config.recompile_limit) where that is higher.
+        dynamic: sizes of batches are symbols of a graph, one for rows of all lengths: it takes
+            longer to make, and its code knows no length. One row, or a shard of one token, has a
+            graph of its own, as torch makes graphs. False: sizes are constants (around eager
+            islands, until they change).
         data_sizes: allow ops whose sizes depend on data, in one graph for all of them; set by
             `parallelize` for blocks whose experts are on other ranks.
     """
 
     backend: str = "inductor"
     max_graphs: int | None = None
+    dynamic: bool = False
     data_sizes: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_kind("Compile", str, backend=self.backend)
+        check_kind("Compile", bool, dynamic=self.dynamic)
         # To ask for the list imports the compiler.
         if self.backend not in _WELL_KNOWN and self.backend not in list_backends(exclude_tags=()):
             raise ValueError(
@@ -66,6 +72,7 @@ class Compile:
         return {
             "backend": self.backend,
             "max_graphs": self.max_graphs,
+            "dynamic": self.dynamic,
             "data_sizes": self.data_sizes,
         }
 

@@ -157,6 +157,27 @@ def assert_exact_in_few_graphs(mesh, family):
     assert made[0] == made[1] > 0 == sum(made[2:]), made
 
 
+@pytest.mark.slow_where(lambda family, case: family != "llama")
+@pytest.mark.parametrize("case", ["A10"])
+@pytest.mark.parametrize("family", FAMILIES)
+@spmd(ranks=2)
+def test_lengths_as_symbols_are_exact_and_make_one_graph_a_kind_of_block(mesh, family, case):
+    """No padding: whatever length comes first, the others make no graph."""
+    torch._dynamo.reset()
+    mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    plain, model = pair_of(family, mesh, backend="aot_eager", dynamic=True)
+    made = []
+    for seq_len in SIZES:
+        documents = packed(2, seq_len)
+        batch = batch_of(documents)
+        expected = unpadded_step(plain, batch, documents)
+        with count_graphs() as graphs:
+            loss, grads, _ = step(model, mesh, batch, documents)
+        made.append(graphs.graphs)
+        assert_close((loss, grads), expected)
+    assert made[0] > 0 == sum(made[1:]), made
+
+
 @pytest.mark.slow_where(lambda ranks, case: ranks == 2)
 @pytest.mark.parametrize("case", ["A10"])
 @spmd(ranks=(1, 2))
