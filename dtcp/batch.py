@@ -52,13 +52,14 @@ class PreparedBatch:
     def hashes(self) -> RowHashes:
         """What ranks compare: their rows, and what they do with them."""
         layout, metadata = self.sharded.layout, self.sharded.attn_metadata
-        plan = " ".join(sorted(key.kinds for key in metadata))
+        mixers = " ".join(sorted(key.kinds for key in metadata))
         cut = f"{layout.kind.__name__} {layout.seq_len} {layout.num_shards} {pieces_digest(layout)}"
-        return RowHashes.of(*self.rows.contents(), use=f"{cut} {plan}")
+        return RowHashes.of(*self.rows.contents(), use=cut, mixers=mixers)
 
     def hashed(self) -> Self:
         """Itself, with what ranks compare worked out here, not where the batch is used."""
-        if self.sharded.mesh.cp is not None or self.sharded.mesh.tp is not None:
+        mesh = self.sharded.mesh
+        if not mesh.cp is mesh.tp is mesh.pp is None:
             self.hashes  # noqa: B018
         return self
 
@@ -94,7 +95,8 @@ def shard_batch(
             cu_seqlens (or cu_seq_lens_q, cu_seq_lens_k) [N + 1] through all rows or [B, N + 1];
             they are read and go no further.
         layout: which tokens go to which rank; a class, of which the batch gets an instance.
-        model: whose mixers read the metadata; None makes none.
+        model: whose mixers read the metadata; None makes none. Under pp the stages of this rank, in
+            an nn.ModuleList if there are several.
         documents: of every row; None reads them off the batch: a document key, position_ids
             that restart, and otherwise each row is one document. What padding_mask marks is in
             none. What the batch says twice it says alike.
@@ -103,7 +105,7 @@ def shard_batch(
         balance_for: the mask whose work BlockBalanced and DocumentBalanced balance, or several,
             with the number of layers of each; None for those of the model, or Causal(). Other
             layouts take none.
-        compare_ranks: whether the ranks of a cp and tp group first compare shape, documents,
+        compare_ranks: whether the ranks of a cp, tp and pp group first compare shape, documents,
             layout, plan and a hash of every key (0.2 ms for four keys of 128K tokens on one CPU
             core, and the exchange); what differs is named on all of them. They call this together.
         buckets: sizes that the batch is padded to, so that a compiled model has few graphs; None
@@ -148,7 +150,9 @@ def shard_prepared(
     """
     check_parallel_mesh("A batch", mesh)
     compared = (mesh.cp, mesh.tp, *axes) if compare_ranks else ()
-    return prepared_alike(compared, prepared, lambda batch: batch.hashes).to(device)
+    stages = mesh.pp if compare_ranks else None
+    made = prepared_alike(compared, prepared, lambda batch: batch.hashes, stages=stages)
+    return made.to(device)
 
 
 @on_host

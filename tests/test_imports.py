@@ -66,6 +66,7 @@ FLOORS = (
         "dtcp.token_statistics",
         "dtcp.labels",
         "dtcp.loss",
+        "dtcp.microbatches",
         "dtcp.sdpa",
         "dtcp.thd",
         "dtcp.thd_attention",

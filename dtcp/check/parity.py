@@ -22,7 +22,7 @@ from dtcp.distributed.ledger import (
     count_traffic,
     traffic_since,
 )
-from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.distributed.mesh import Degrees, ParallelMesh, check_no_stages
 from dtcp.labels import IGNORED, shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.mixer import ClaimedMixer, Mixer
@@ -58,6 +58,7 @@ class CheckOptions:
     backend: str = "aot_eager"
 
     def __post_init__(self) -> None:
+        check_no_stages("A check", self.degrees)
         least = 12 + 2 * self.degrees.dp_shard * self.degrees.dp_replicate
         if self.seq_len < least:
             raise ValueError(

@@ -15,16 +15,17 @@ ranks next to each other, and edp_shard is what is left of the three.
 
     dp_shard=2, cp=2, ep=2      ep rank:      0  1  0  1      which experts a rank holds
                                 edp rank:     0  0  1  1      which part of each of them
+
+In front of them stands `pp`, whose ranks hold the layers of different stages: each of its ranks has
+the other axes to itself, and all of them read the same rows.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
 
 import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dtcp._torch.mesh import unflattened
 from dtcp.distributed.mesh_views import (
     check_places,
     expert_axes,
@@ -34,10 +35,13 @@ from dtcp.distributed.mesh_views import (
     weights_mesh,
 )
 from dtcp.distributed.nodes import check_same_nodes, even_neighbours, neighbours_on_axis
+from dtcp.distributed.parallel_dims import ParallelDims, axes_with_etp, one_rank_fsdp
 from dtcp.sequence.arguments import check_ints, check_kind
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
-VIEWS = ("cp", "tp", "fsdp", "batch", "loss", "ep")
+"""What the ranks of one stage are laid out over."""
+STAGED_AXES = ("pp", *AXES)
+VIEWS = ("cp", "tp", "fsdp", "batch", "loss", "ep", "pp")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Degrees:
         ep: ranks that have different experts, out of dp_shard * cp * tp; 1: each has all.
         etp: tp where it splits the channels of experts beside ep, which is then carved out of
             dp_shard * cp alone; 1: ep takes ranks of tp, too.
+        pp: ranks that hold different stages of the model.
     """
 
     dp_replicate: int = 1
@@ -56,6 +61,7 @@ class Degrees:
     tp: int = 1
     ep: int = 1
     etp: int = 1
+    pp: int = 1
 
     def __post_init__(self) -> None:
         for name, degree in asdict(self).items():
@@ -84,7 +90,7 @@ class Degrees:
     @property
     def world(self) -> int:
         """Ranks in all."""
-        return self.dp_replicate * self.sparse
+        return self.pp * self.dp_replicate * self.sparse
 
     @property
     def sparse(self) -> int:
@@ -92,28 +98,11 @@ class Degrees:
         return self.dp_shard * self.cp * self.tp
 
     def __str__(self) -> str:
-        dense = " * ".join(f"{name}={getattr(self, name)}" for name in AXES)
+        axes = STAGED_AXES if self.pp > 1 else AXES
+        dense = " * ".join(f"{name}={getattr(self, name)}" for name in axes)
         if self.ep == 1:
             return dense
         return f"{dense} (ep={self.ep}{f', etp={self.etp}' if self.etp > 1 else ''})"
-
-
-class ParallelDims(Protocol):
-    """What we read of torchtitan's `ParallelDims`, without importing it."""
-
-    dp_replicate: int
-    dp_shard: int
-    cp: int
-    tp: int
-    ep: int
-    spmd_backend: str
-
-    @property
-    def world_mesh(self) -> DeviceMesh: ...
-
-    def get_optional_mesh(
-        self, dims: str | list[str], *, include_singleton_axes: bool = False
-    ) -> DeviceMesh | None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +138,8 @@ class ParallelMesh:
     or offloaded all the same."""
     ranks_per_node: int = 0
     """Ranks of one machine, neighbours by their global ranks; 0: nobody has said."""
+    pp: DeviceMesh | None = None
+    """Whose ranks hold different stages; a schedule's `PipelineStage` gets its group."""
 
     @classmethod
     def from_degrees(
@@ -178,8 +169,9 @@ class ParallelMesh:
                 f"The degrees multiply to the world size, got {degrees} = {degrees.world} with "
                 f"world_size={world_size}: change a degree, or start {degrees.world} ranks."
             )
-        shape = tuple(getattr(degrees, name) for name in AXES)
-        device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+        axes = STAGED_AXES if degrees.pp > 1 else AXES
+        shape = tuple(getattr(degrees, name) for name in axes)
+        device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=axes)
         return cls.from_device_mesh(
             device_mesh, ep=degrees.ep, etp=degrees.etp, ranks_per_node=ranks_per_node
         )
@@ -201,12 +193,12 @@ class ParallelMesh:
         check_kind("A ParallelMesh", DeviceMesh, device_mesh=device_mesh)
         check_ints("A ParallelMesh", least=0, ranks_per_node=ranks_per_node)
         names = device_mesh.mesh_dim_names or ()
-        if not names or list(names) != [name for name in AXES if name in names]:
+        if not names or list(names) != [name for name in STAGED_AXES if name in names]:
             raise ValueError(
-                f"A mesh has axes out of {AXES}, in this order, got mesh_dim_names={names}: "
+                f"A mesh has axes out of {STAGED_AXES}, in this order, got mesh_dim_names={names}: "
                 f"name the axes so, or build the mesh with ParallelMesh.from_degrees."
             )
-        for axes in (("dp_replicate", "dp_shard"), ("cp",), ("tp",)):
+        for axes in (("pp",), ("dp_replicate", "dp_shard"), ("cp",), ("tp",)):
             check_places(device_mesh, axes)
         sizes = dict(zip(names, device_mesh.shape, strict=True))
         degrees = Degrees(**sizes, ep=ep, etp=etp)
@@ -230,6 +222,7 @@ class ParallelMesh:
             experts=sparse and (sparse["ep", "etp"] if etp > 1 else sparse["ep"]),
             narrow=narrow_axis(device_mesh),
             ranks_per_node=ranks_per_node,
+            pp=one_axis(device_mesh, ("pp",), "pp"),
         )
 
     @classmethod
@@ -268,8 +261,9 @@ class ParallelMesh:
         """
         check_ints("A ParallelMesh", least=0, ranks_per_node=ranks_per_node)
         if dims.spmd_backend == "spmd_types":
-            # Its dense mesh has the axes of AXES, none of them merged.
-            dense = dims.get_optional_mesh(list(AXES), include_singleton_axes=True)
+            # Its dense mesh has these axes, none of them merged.
+            names = STAGED_AXES if dims.pp > 1 else AXES
+            dense = dims.get_optional_mesh(list(names), include_singleton_axes=True)
             assert dense is not None
             return cls.from_device_mesh(dense, ep=dims.ep, etp=etp, ranks_per_node=ranks_per_node)
         if dims.spmd_backend != "partial_dtensor":
@@ -289,13 +283,9 @@ class ParallelMesh:
         edp = ["dp_replicate", "efsdp"] if dims.dp_replicate > 1 else ["efsdp"]
         ep, expert_hsdp = view("ep"), dims.get_optional_mesh(edp) if dims.ep > 1 else None
         experts = ep
-        degrees = Degrees(dims.dp_replicate, dims.dp_shard, dims.cp, dims.tp, dims.ep, etp)
+        degrees = Degrees(dims.dp_replicate, dims.dp_shard, dims.cp, dims.tp, dims.ep, etp, dims.pp)
         if etp > 1:
-            sizes = (dims.dp_replicate, degrees.sparse // dims.ep // etp, dims.ep, etp)
-            axes = unflattened(dims.world_mesh, sizes, ("dp_replicate", "edp_shard", "ep", "etp"))
-            ep, experts = axes["ep"], axes["ep", "etp"]
-            expert_hsdp = axes["dp_replicate", "edp_shard"]
-            expert_hsdp = expert_hsdp if dims.dp_replicate > 1 else axes["edp_shard"]
+            ep, experts, expert_hsdp = axes_with_etp(dims, etp)
         return cls(
             degrees=degrees,
             device_mesh=dims.world_mesh,
@@ -304,7 +294,7 @@ class ParallelMesh:
             fsdp=fsdp,
             batch=view("batch"),
             loss=view("loss"),
-            hsdp=replicated if dims.dp_replicate > 1 else fsdp or _one_rank_fsdp(dims),
+            hsdp=replicated if dims.dp_replicate > 1 else fsdp or one_rank_fsdp(dims),
             attention=view("cp", "tp") if cp and tp else cp or tp,
             ep=ep,
             # Kept with one rank, too: under ep it is what casts experts.
@@ -312,6 +302,7 @@ class ParallelMesh:
             experts=experts,
             narrow=dims.get_optional_mesh("fsdp") if fsdp is None else None,
             ranks_per_node=ranks_per_node,
+            pp=view("pp"),
         )
 
     def size(self, name: str) -> int:
@@ -359,6 +350,7 @@ class ParallelMesh:
     def _view(self, name: str) -> DeviceMesh | None:
         views = {"cp": self.cp, "tp": self.tp, "fsdp": self.fsdp}
         views |= {"batch": self.batch, "loss": self.loss, "ep": self.ep}
+        views["pp"] = self.pp
         if name not in views:
             raise ValueError(
                 f"A ParallelMesh has the 1-D views {VIEWS}, got name={name!r}: use one."
@@ -378,6 +370,19 @@ def check_parallel_mesh(subject: str, mesh: object) -> None:
     check_kind(subject, ParallelMesh, remedy, mesh=mesh)
 
 
+def check_no_stages(subject: str, degrees: Degrees) -> None:
+    """Refuse an axis pp where the model is whole: each of its ranks would do the same.
+
+    Raises:
+        ValueError: as above.
+    """
+    if degrees.pp > 1:
+        raise ValueError(
+            f"{subject} runs all layers of its model on every rank, got {degrees}: set pp to 1, or "
+            f"write a loop of stages (docs/pipeline.md)."
+        )
+
+
 def _check_devices(device_type: str) -> None:
     """Refuse a type that has no device here; torch's own error names a private function."""
     try:
@@ -389,9 +394,3 @@ def _check_devices(device_type: str) -> None:
             f"A ParallelMesh lies on devices of this machine, got device_type={device_type!r}, of "
             f"which torch {torch.__version__} finds none: pass 'cpu', or run where they are."
         )
-
-
-def _one_rank_fsdp(dims: ParallelDims) -> DeviceMesh | None:
-    """torchtitan's fsdp axis of one rank, where experts have several to be sharded on."""
-    several = dims.ep > 1 and dims.dp_shard * dims.cp * dims.tp > dims.ep
-    return dims.get_optional_mesh("fsdp") if several else None

@@ -30,6 +30,8 @@ Contents = tuple[Mapping[str, Tensor], Documents | None]
 ASPECTS = ("documents", "token ids", "labels, positions or other keys")
 """What is compared in each row, in the order of its three hashes."""
 IDS = ("input_ids", "inputs_embeds")
+MIXERS = 5
+"""Where a rank says what mixes its rows, among the numbers that go around."""
 STRETCH = 1024
 """Entries of a row that are weighed together: their weights stay in a core's innermost cache."""
 
@@ -42,26 +44,34 @@ class RowHashes:
         of_rows: [B, 3], by ASPECTS.
         seq_len: tokens of a row.
         keys: a number that changes with their names.
-        use: a number that changes with what is to be done with the rows.
+        use: a number that changes with how the rows are cut.
+        mixers: a number that changes with what mixes them; stages have others than each other.
     """
 
     of_rows: Tensor
     seq_len: int
     keys: int
     use: int
+    mixers: int
 
     @classmethod
     def of(
-        cls, tensors: Mapping[str, Tensor], documents: Documents | None, *, use: str = ""
+        cls,
+        tensors: Mapping[str, Tensor],
+        documents: Documents | None,
+        *,
+        use: str = "",
+        mixers: str = "",
     ) -> "RowHashes":
         """Of `Contents`.
 
         Args:
-            use: how rows are cut, and by what they are mixed.
+            use: how rows are cut.
+            mixers: by what they are mixed.
         """
         hashes, seq_len = _hashes(tensors, documents)
         keys = zlib.crc32(" ".join(sorted(tensors)).encode())
-        return cls(hashes, seq_len, keys, zlib.crc32(use.encode()))
+        return cls(hashes, seq_len, keys, zlib.crc32(use.encode()), zlib.crc32(mixers.encode()))
 
 
 @on_host
@@ -69,10 +79,12 @@ def prepared_alike(
     axes: Sequence[DeviceMesh | None],
     prepare: Callable[[], T],
     contents: Callable[[T], Contents | RowHashes],
+    *,
+    stages: DeviceMesh | None = None,
 ) -> T:
     """Prepare a batch, and refuse it on every rank if one rank has another or refused its own.
 
-    Traffic per rank: 8 numbers from each rank of the axes, in one all_gather per axis; if they
+    Traffic per rank: 9 numbers from each rank of the axes, in one all_gather per axis; if they
     differ, 3 for each row as well. Cost: 0.2 ms for the hashes of four keys of 128K tokens on one
     CPU core, and the exchange (benchmarks/batch_checks.py). A group with a backend for the host
     (gloo) exchanges there; one of NCCL alone on the device, and then the host waits for what the
@@ -83,20 +95,23 @@ def prepared_alike(
             has no ranks to ask.
         prepare: what may refuse the batch on this rank.
         contents: what is compared of the result, or its hashes.
+        stages: an axis whose ranks read the same rows, too, by mixers of their own.
     Raises:
         ValueError: ranks that differ, named with row; the same sentence on every rank.
     """
-    wide = [axis for axis in axes if isinstance(axis, DeviceMesh) and axis.size() > 1]
+    given = (*axes, stages)
+    wide = [axis for axis in given if isinstance(axis, DeviceMesh) and axis.size() > 1]
     if not wide:
         return prepare()
     hashes = torch.zeros(0, len(ASPECTS), dtype=torch.int64)
-    head, error, result = [0, 0, 0, 0, 0], None, None
+    head, error, result = [0, 0, 0, 0, 0, 0], None, None
     try:
         result = prepare()
         row_hashes = contents(result)
         row_hashes = row_hashes if isinstance(row_hashes, RowHashes) else RowHashes.of(*row_hashes)
         hashes = row_hashes.of_rows
-        head = [1, len(hashes), row_hashes.seq_len, row_hashes.keys, row_hashes.use]
+        read = (row_hashes.keys, row_hashes.use, row_hashes.mixers)
+        head = [1, len(hashes), row_hashes.seq_len, *read]
     except Exception as raised:  # noqa: BLE001
         # Held back, never swallowed: it is raised below. A rank that left without a word, for
         # whatever error, would leave the others waiting in the exchange. No BaseException: who
@@ -104,6 +119,7 @@ def prepared_alike(
         error = raised
     whole = _weights(len(hashes), hashes.device) @ hashes
     gathered = numbers_of_ranks(torch.cat((torch.tensor(head), whole)), wide)
+    gathered[:, MIXERS] = _other_mixers(gathered, 1 if stages is None else stages.size())
     alike = gathered == gathered[0]
     differ = not bool(alike.all())
     rows_agree = int(gathered[0, 0]) == 1 and bool(alike[:, :2].all())
@@ -208,6 +224,14 @@ def _weights(length: int, device: torch.device) -> Tensor:
     return weights * 0x3F58476D1CE4E5B9 | 1
 
 
+def _other_mixers(gathered: Tensor, stages: int) -> Tensor:
+    """Whether a rank mixes rows by others than the first rank of its stage, which has some."""
+    by_stage = gathered.view(stages, -1, gathered.shape[1])
+    first = by_stage[:, :1]
+    differ = (by_stage[..., MIXERS] != first[..., MIXERS]) & (first[..., 0] == 1)
+    return differ.flatten().to(gathered.dtype)
+
+
 def _odd(key: str) -> int:
     return zlib.crc32(key.encode()) | 1
 
@@ -231,15 +255,17 @@ def _sentence(gathered: Tensor, every_row: Tensor | None, axes: Sequence[DeviceM
             )
         elif first[0] and head[3] != first[3]:
             said.append(f"{name} has other keys")
-        elif first[0] and head[4] != first[4] and not other_rows(index):
+        elif first[0] and head[4 : MIXERS + 1] != first[4 : MIXERS + 1] and not other_rows(index):
             said.append(
                 f"{name} has another layout, other buckets or another plan (all have the same)"
             )
         if every_row is not None:
             for row, aspect in (every_row[index] != every_row[0]).nonzero()[:3].tolist():
                 said.append(f"{name} has other {ASPECTS[aspect]} in row {row}")
+    names = [(axis.mesh_dim_names or ("cp",))[0] for axis in axes]
+    groups = "cp, tp and pp" if "pp" in names else "cp and tp"
     return (
-        f"The ranks of a cp and tp group read the same rows, got others than those of "
+        f"The ranks of a {groups} group read the same rows, got others than those of "
         f"{_rank_name(0, axes)}: {'; '.join(said)}: give them one batch, by a sampler of "
         f"mesh.size('batch') replicas and rank mesh.rank('batch')."
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dtcp.distributed.mesh import Degrees
+from dtcp.distributed.mesh import Degrees, check_no_stages
 from dtcp.plan.collect import collect, collected_lines
 from dtcp.plan.collected_page import write_collected
 from dtcp.plan.command import command_lines
@@ -187,6 +187,7 @@ def _degrees(text: str, cluster: Cluster, etp: int) -> Degrees:
         if "dp_shard" not in degree_of and cluster.gpus % named.world == 0:
             degree_of["dp_shard"] = cluster.gpus // named.world
         degrees = Degrees(**degree_of)
+        check_no_stages("A plan", degrees)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"A mesh is given as cp=8,tp=1, of dp_replicate, dp_shard, cp, tp, ep and etp, got "

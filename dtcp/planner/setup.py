@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dtcp.distributed.mesh import Degrees
+from dtcp.distributed.mesh import Degrees, check_no_stages
 from dtcp.parallelize import ActivationCheckpoint, FullCheckpoint
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail, SequenceLayout
@@ -53,6 +53,9 @@ class Setup:
     micro_batches: int = 1
     reshard: bool = True
     ranks_per_node: int = 0
+
+    def __post_init__(self) -> None:
+        check_no_stages("A plan", self.degrees)
 
     @property
     def tokens(self) -> int:

@@ -44,7 +44,7 @@ def limited(why: str, *values: Any, instead: str, models: Models = Models.ALL) -
     return Setting(why, values, instead, models)
 
 
-_NO_STAGES = "there are no pipeline stages: each would need the metadata of the batch"
+_NO_STAGES = "there are no pipeline stages but in a loop of your own (docs/pipeline.md)"
 _NO_RECOMPUTE_OPTION = "blocks of dtcp's models are recomputed as its own plan says"
 
 TRAINING: Mapping[str, Setting] = {

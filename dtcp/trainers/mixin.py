@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.distributed.gathered import free_gathered
-from dtcp.distributed.mesh import ParallelMesh, check_parallel_mesh
+from dtcp.distributed.mesh import ParallelMesh, check_no_stages, check_parallel_mesh
 from dtcp.forward import wrap_forward
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.pooled_head import last_token_mixer
@@ -112,6 +112,7 @@ class MeshTrainerMixin(PolicyRows):
         **kwargs: Any,
     ) -> None:
         check_parallel_mesh("A Trainer on a mesh", mesh)
+        check_no_stages("A Trainer", mesh.degrees)
         check_trainer(type(self))
         self.mesh = mesh
         self._rows_options: dict[str, Any] = {

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from dtcp.distributed.mesh import ParallelMesh, check_parallel_mesh
+from dtcp.distributed.mesh import ParallelMesh, check_no_stages, check_parallel_mesh
 from dtcp.huggingface import Survey, install_mixers
 from dtcp.huggingface.expert_capacity import PositionInExpertCP
 from dtcp.huggingface.images import CUT, CutRowsCP
@@ -108,6 +108,7 @@ def parallelize_hf(
     """
     check_kind("parallelize_hf", nn.Module, model=model)
     check_parallel_mesh("parallelize_hf", mesh)
+    check_no_stages("parallelize_hf", mesh.degrees)
     _check_attention(attention)
     outer, model = model, adapted_model(model)
     check_has_no_mixers(model)

@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from dtcp import HeadTail, shard_batch
 from dtcp.distributed.mesh import (
-    AXES,
+    STAGED_AXES,
     VIEWS,
     Degrees,
     ParallelMesh,
@@ -28,8 +28,11 @@ FOUR_RANKS = [
     Degrees(dp_replicate=2, dp_shard=2),
     Degrees(dp_replicate=2, tp=2),
     Degrees(tp=4),
+    Degrees(pp=2, cp=2),
+    Degrees(pp=2, dp_replicate=2),
 ]
 INSIDE = {
+    "pp": ("pp",),
     "cp": ("cp",),
     "tp": ("tp",),
     "fsdp": ("dp_shard", "cp"),
@@ -50,13 +53,13 @@ EXPERTS = [
 
 def check_views(mesh, degrees):
     """Sizes, ranks and members of all views, from the global rank and the degrees alone."""
-    sizes = [getattr(degrees, axis) for axis in AXES]
+    sizes = [getattr(degrees, axis) for axis in STAGED_AXES]
     grid = torch.arange(degrees.world).view(sizes)
     here = (grid == dist.get_rank()).nonzero()[0].tolist()
     assert mesh.degrees == degrees
     for name in INSIDE:
         # All ranks that differ from this one only on the view's axes, the last axis fastest.
-        inside = [axis in INSIDE[name] for axis in AXES]
+        inside = [axis in INSIDE[name] for axis in STAGED_AXES]
         index = [slice(None) if free else place for free, place in zip(inside, here, strict=True)]
         members = grid[tuple(index)].flatten().tolist()
         assert mesh.size(name) == len(members)
@@ -76,7 +79,7 @@ def titan_dims(degrees, backend):
     from torchtitan.distributed import ParallelDims
 
     axes = {name: degree for name, degree in asdict(degrees).items() if name != "etp"}
-    return ParallelDims(**axes, pp=1, world_size=4, spmd_backend=backend)
+    return ParallelDims(**axes, world_size=4, spmd_backend=backend)
 
 
 def groups(mesh):
@@ -108,7 +111,14 @@ def test_views_of_degrees_span_the_right_ranks(mesh, degrees):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "degrees", [Degrees(cp=2, tp=2), Degrees(dp_replicate=2, cp=2), Degrees(dp_shard=4)], ids=str
+    "degrees",
+    [
+        Degrees(cp=2, tp=2),
+        Degrees(dp_replicate=2, cp=2),
+        Degrees(dp_shard=4),
+        Degrees(pp=2, dp_shard=2),
+    ],
+    ids=str,
 )
 @spmd(ranks=4)
 def test_views_of_torchtitans_meshes_span_the_right_ranks(mesh, degrees, backend):
@@ -173,9 +183,9 @@ def test_mesh_without_some_axes_has_one_rank_on_them(mesh):
 def test_one_rank_has_no_views(mesh):
     made = ParallelMesh.from_degrees(Degrees(), "cpu")
     names = (*VIEWS, "hsdp", "attention", "expert_hsdp")
-    assert [getattr(made, name) for name in names] == [None] * 9
-    assert [made.size(name) for name in VIEWS] == [1] * 6
-    assert [made.rank(name) for name in VIEWS] == [0] * 6
+    assert [getattr(made, name) for name in names] == [None] * 10
+    assert [made.size(name) for name in VIEWS] == [1] * 7
+    assert [made.rank(name) for name in VIEWS] == [0] * 7
     assert made.narrow.size() == 1
 
 

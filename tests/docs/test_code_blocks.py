@@ -57,7 +57,7 @@ def test_blocks_of_one_process_run(page):
             exec(compile(block.text, page, "exec"), namespace)
 
 
-@pytest.mark.slow_where(lambda page, ranks: page == "docs/transformers.md")
+@pytest.mark.slow_where(lambda page, ranks: page in ("docs/transformers.md", "docs/pipeline.md"))
 @pytest.mark.parametrize(("page", "ranks"), SCRIPTS)
 def test_blocks_of_ranks_run(page, ranks, tmp_path):
     """As one script, in a folder of its own."""

@@ -1,0 +1,124 @@
+"""A step of a pipeline schedule over micro-batches that were sharded one by one.
+
+What a schedule of torch's is given it cuts along dim 0 into micro-batches. What mixers read of a
+batch cannot be cut: each micro-batch has documents of its own. So each is sharded by itself, on
+the host, and every stage gets its metadata with it.
+
+    micro-batch       0           1           2
+    stage 0     x, metadata  x, metadata  x, metadata       pp rank 0
+    stage 1        metadata     metadata     metadata       pp rank 1, with labels: the last one
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtcp._torch.pipelining import (
+    ONE_PIECE,
+    Schedule,
+    has_loss,
+    micro_batches_of,
+    stages_of,
+    step_cut,
+)
+from dtcp.experts.losses import RouterLoss
+from dtcp.metadata import BatchMetadata
+from dtcp.sequence.arguments import check_kind
+
+Shapes = dict[str, torch.Size]
+
+
+def step_microbatches(
+    schedule: Schedule,
+    *,
+    arg_mbs: Sequence[tuple[Any, ...]],
+    kwarg_mbs: Sequence[Mapping[str, Any]],
+    target_mbs: Sequence[Tensor],
+    loss_kwargs: Mapping[str, Any] | None = None,
+) -> list[Tensor]:
+    """Run all micro-batches forward and backward; gradients are added up in the stages' parameters.
+
+    All ranks of all stages call it. As `schedule.step(arg_mbs=..., ...)` of torch 2.14, on 2.13 as
+    well, and what would be wrong without a word is refused. Losses of routers whose `parts` nobody
+    has set are divided by the number of micro-batches. The first step runs its first micro-batch
+    twice where stages were not given shapes (`input_args`, `output_args`).
+
+    Args:
+        schedule: with a loss_fn that is a share of the whole step's, as token_mean_loss is, and
+            scale_grads=False.
+        arg_mbs: of each micro-batch, what the first stage is called with; other stages ignore it.
+        kwarg_mbs: of each micro-batch, what every stage is called with besides: `attn_metadata`
+            and position ids, say.
+        target_mbs: of each micro-batch, what loss_fn gets after the output of the last stage.
+        loss_kwargs: what it gets by name: global_tokens, of all micro-batches together.
+    Returns:
+        the loss of each micro-batch where the last stage is; elsewhere none.
+    Raises:
+        TypeError: a schedule that cuts backward passes in two, or that is none.
+        ValueError: a schedule that scales gradients or has no loss; more or fewer micro-batches
+            than it has; micro-batches of different shapes.
+    """
+    _check_schedule(schedule)
+    named: dict[str, Any] = {"arg_mbs": arg_mbs, "kwarg_mbs": kwarg_mbs, "target_mbs": target_mbs}
+    for name, each in named.items():
+        check_kind("A step of micro-batches", Sequence, **{name: each})
+        if len(each) != micro_batches_of(schedule):
+            raise ValueError(
+                f"A schedule has {micro_batches_of(schedule)} micro-batches in a step, got "
+                f"{len(each)} in {name}: build it with n_microbatches={len(each)}."
+            )
+    shapes = [_shapes(*parts) for parts in zip(arg_mbs, kwarg_mbs, strict=True)]
+    # Stages keep the buffers that they receive in from the first step on.
+    first = vars(schedule).setdefault("shapes_of_microbatches", shapes[0])
+    for number, own in enumerate(shapes):
+        if own != first:
+            raise ValueError(
+                f"Stages send each other micro-batches of one shape, got {own} in micro-batch "
+                f"{number} and {first} in the first one of all: pad rows to one length, by buckets."
+            )
+    _share_router_losses(schedule)
+    losses: list[Tensor] = []
+    step_cut(schedule, arg_mbs, kwarg_mbs, target_mbs, losses, loss_kwargs or {})
+    return [loss.detach() for loss in losses]
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    if torch.__version__ < "2.13":
+        raise NotImplementedError(
+            f"Losses of micro-batches are divided by the tokens of all of them, which schedules of "
+            f"this torch hand on to no loss_fn, got torch {torch.__version__}: use 2.13 or newer."
+        )
+    check_kind(
+        "A step of micro-batches",
+        ONE_PIECE,
+        "use a schedule that runs each backward pass in one piece; cut in two, it does not reach "
+        "the weights that come before a mixer",
+        schedule=schedule,
+    )
+    if schedule.scale_grads:
+        raise ValueError(
+            "Losses are shares of a step's, whose gradients are summed, got a schedule with "
+            "scale_grads=True, which divides them by the number of micro-batches: build it with "
+            "scale_grads=False."
+        )
+    if not has_loss(schedule):
+        raise ValueError(
+            "A step of micro-batches has backward passes, got a schedule without loss_fn: build it "
+            "with one on every rank, token_mean_loss say."
+        )
+
+
+def _share_router_losses(schedule: Schedule) -> None:
+    for stage in stages_of(schedule):
+        for module in stage.submod.modules():
+            if isinstance(module, RouterLoss) and module.parts == 1:
+                module.parts = micro_batches_of(schedule)
+
+
+def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shapes:
+    """Shapes of what a stage is called with; of metadata, that of its tokens."""
+    named = {**{f"argument {i}": x for i, x in enumerate(args)}, **kwargs}
+    tensors = {name: x.real if isinstance(x, BatchMetadata) else x for name, x in named.items()}
+    return {name: x.shape for name, x in tensors.items() if isinstance(x, Tensor)}

@@ -1,0 +1,192 @@
+"""Stages of a pipeline, each with context parallelism inside: one device's loss and gradients."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
+from torch.testing import assert_close
+
+from dtcp.batch import shard_batch
+from dtcp.check import CheckOptions
+from dtcp.compile import count_graphs
+from dtcp.distributed.ledger import count_traffic
+from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.labels import shift_labels
+from dtcp.loss import global_token_count, token_mean_loss
+from dtcp.microbatches import step_microbatches
+from dtcp.models.llama import Llama
+from dtcp.parallelize import ParallelPlan, parallelize
+from dtcp.planner.setup import Setup
+from dtcp.sequence.documents import Documents
+from dtcp.sequence.layout import HeadTail
+from dtcp.softmax import RingAttention
+from tests.harness import parity
+from tests.harness.parity import GRAPHS, SEQ_LEN, Rows, gradients, one_device
+from tests.harness.spmd import spmd
+
+CONFIG = replace(parity.CONFIG, num_layers=4)
+MICROBATCHES: tuple[Rows, ...] = (((9, 16, 6),), ((32,),), ((1, 20, 11),), ((5, 5, 5),))
+"""Documents of four micro-batches of a row each."""
+ROWS = tuple(row for rows in MICROBATCHES for row in rows)
+
+
+class Stage(nn.Module):
+    """Some layers of a Llama, under the names that the whole has for them."""
+
+    def __init__(self, whole: Llama, index: int, stages: int) -> None:
+        super().__init__()
+        self.is_last = index == stages - 1
+        of_each = CONFIG.num_layers // stages
+        own = range(index * of_each, (index + 1) * of_each)
+        self.layers = nn.ModuleDict({str(i): whole.layers[i] for i in own})
+        self.embedding = whole.embedding if index == 0 else None
+        if self.is_last:
+            self.norm, self.lm_head = whole.norm, whole.lm_head
+
+    def forward(self, x: Tensor, position_ids: Tensor, attn_metadata: object) -> Tensor:
+        x = x if self.embedding is None else self.embedding(x)
+        for layer in self.layers.values():
+            x = layer(x, position_ids, attn_metadata)
+        return self.lm_head(self.norm(x)) if self.is_last else x
+
+
+def plan_of(stage: Stage) -> ParallelPlan:
+    return ParallelPlan(
+        tp={}, cp={"layers.*.attention.mixer": RingAttention()}, blocks=("layers.*",)
+    )
+
+
+class Pipeline:
+    """This rank's stages of a small Llama, and a schedule around them."""
+
+    def __init__(self, kind, degrees, compile=None, *, stages_of_rank=1, **options):
+        torch.manual_seed(0)
+        self.reference, whole = Llama(CONFIG).double(), Llama(CONFIG).double()
+        whole.load_state_dict(self.reference.state_dict())
+        self.mesh = mesh = ParallelMesh.from_degrees(degrees, "cpu")
+        total = degrees.pp * stages_of_rank
+        own = range(mesh.rank("pp"), total, degrees.pp)
+        self.parts = nn.ModuleList(Stage(whole, index, total) for index in own)
+        for part in self.parts:
+            parallelize(part, mesh, plan_of(part), compile=compile)
+        stages = [
+            PipelineStage(part, index, total, torch.device("cpu"), group=mesh.pp.get_group())
+            for index, part in zip(own, self.parts, strict=True)
+        ]
+        options = {"loss_fn": token_mean_loss, "scale_grads": False, **options}
+        given = stages if stages_of_rank > 1 else stages[0]
+        self.schedule = kind(given, n_microbatches=len(MICROBATCHES), **options)
+
+    def inputs(self, ids: Tensor) -> dict[str, list]:
+        """What a step is given, each micro-batch sharded on its own."""
+        inputs = {"arg_mbs": [], "kwarg_mbs": [], "target_mbs": []}
+        for row, rows in zip(ids, MICROBATCHES, strict=True):
+            documents = Documents(rows, ids.shape[1])
+            batch = {"input_ids": row[None], "position_ids": documents.position_ids()}
+            batch["labels"] = shift_labels(row[None], documents)
+            local, sharded = shard_batch(
+                batch, self.mesh, HeadTail, model=self.parts, documents=documents
+            )
+            inputs["arg_mbs"].append((local["input_ids"],))
+            read = {"attn_metadata": sharded.attn_metadata}
+            inputs["kwarg_mbs"].append({"position_ids": local["position_ids"], **read})
+            inputs["target_mbs"].append(local["labels"])
+        return inputs
+
+    def step(self, inputs: dict[str, list]) -> Tensor:
+        counts = [global_token_count(labels, self.mesh.loss) for labels in inputs["target_mbs"]]
+        shares = step_microbatches(
+            self.schedule, **inputs, loss_kwargs={"global_tokens": sum(counts)}
+        )
+        has_loss = any(part.is_last for part in self.parts)
+        assert len(shares) == has_loss * len(MICROBATCHES)
+        loss = sum(shares, torch.zeros((), dtype=torch.float64))
+        # Every rank of a stage has its own tokens, and stages before the last one have none.
+        dist.all_reduce(loss)
+        return loss
+
+    def assert_equals_one_device(self) -> None:
+        torch.manual_seed(1)
+        expected = one_device(self.reference, ROWS)
+        torch.manual_seed(1)
+        actual = self.step(self.inputs(torch.randint(CONFIG.vocab_size, (len(ROWS), SEQ_LEN))))
+        assert_close(actual, expected)
+        of_all = gradients(self.reference)
+        named = [part.named_parameters() for part in self.parts]
+        expected = {name: of_all[name] for each in named for name, _ in each}
+        assert_close({k: g for part in self.parts for k, g in gradients(part).items()}, expected)
+
+
+PP_AND_CP = Degrees(pp=2, cp=2)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [CheckOptions, lambda degrees: Setup(degrees, Documents.single(1, 8))],
+    ids=["check", "plan"],
+)
+def test_whole_models_are_refused_on_ranks_of_stages(use):
+    with pytest.raises(ValueError, match=r"all layers .* got pp=2 \* .*cp=2.*: set pp to 1"):
+        use(PP_AND_CP)
+
+
+@spmd(ranks=4)
+def test_stages_equal_one_device(mesh):
+    """In the first step, too, which finds out shapes by a run of its own."""
+    pipeline = Pipeline(Schedule1F1B, PP_AND_CP)
+    pipeline.assert_equals_one_device()
+    ids = torch.randint(CONFIG.vocab_size, (len(ROWS), SEQ_LEN))
+    inputs = pipeline.inputs(ids)
+    with count_traffic() as traffic:
+        pipeline.step(inputs)
+    layers = CONFIG.num_layers // 2
+    assert traffic["dtcp::ring_attention"].calls == layers * len(MICROBATCHES)
+    # The ranks of stages read the same rows, too, and mixers of their own.
+    with pytest.raises(ValueError, match=r"cp, tp and pp group .* pp rank 1 has other token ids"):
+        pipeline.inputs(ids ^ pipeline.mesh.rank("pp"))
+    with pytest.raises(ValueError, match=r"one shape, got .*\[1, 18\].* micro-batch 0 and .*16"):
+        pipeline.step(pipeline.inputs(torch.zeros(len(ROWS), 34, dtype=torch.int64)))
+    with pytest.raises(ValueError, match=r"4 micro-batches in a step, got 3 in kwarg_mbs: build"):
+        pipeline.step(inputs | {"kwarg_mbs": inputs["kwarg_mbs"][:3]})
+    schedule = pipeline.schedule
+    schedule.scale_grads = True
+    with pytest.raises(ValueError, match="scale_grads=True, which divides them"):
+        pipeline.step(inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "degrees", "compile", "stages_of_rank"),
+    [
+        (ScheduleGPipe, PP_AND_CP, None, 1),
+        (Schedule1F1B, PP_AND_CP, GRAPHS, 1),
+        (ScheduleInterleaved1F1B, PP_AND_CP, None, 2),
+        (ScheduleInterleaved1F1B, Degrees(pp=2, dp_replicate=2), GRAPHS, 2),
+    ],
+)
+@spmd(ranks=4)
+def test_schedules_equal_one_device(mesh, kind, degrees, compile, stages_of_rank):
+    pipeline = Pipeline(kind, degrees, compile, stages_of_rank=stages_of_rank)
+    with count_graphs() as counted:
+        for _ in range(2):
+            pipeline.reference.zero_grad()
+            pipeline.parts.zero_grad()
+            pipeline.assert_equals_one_device()
+    assert (counted.graphs, counted.breaks) == (bool(compile), 0)
+
+
+@spmd(ranks=2)
+def test_backward_passes_cut_in_two_are_refused(mesh):
+    """Their weights' gradients are wrong, without a word of torch's."""
+    pipeline = Pipeline(ScheduleInterleavedZeroBubble, Degrees(pp=2), stages_of_rank=2)
+    with pytest.raises(TypeError, match=r"got schedule=.*InterleavedZero.*: use a schedule"):
+        pipeline.step(pipeline.inputs(torch.zeros(len(ROWS), SEQ_LEN, dtype=torch.int64)))
