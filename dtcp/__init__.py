@@ -6,7 +6,6 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import causal_lm_loss
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_log_probs, token_mean_loss
-from dtcp.microbatches import step_microbatches
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.mixer_plan import apply_plan
 from dtcp.recurrent import (
@@ -92,7 +91,6 @@ __all__ = [
     "sequence_layout",
     "shard_batch",
     "shift_labels",
-    "step_microbatches",
     "t5_distance_bias",
     "token_log_probs",
     "token_mean_loss",
