@@ -93,8 +93,8 @@ def _check_schedule(schedule: Schedule) -> None:
     check_kind(
         "A step of micro-batches",
         ONE_PIECE,
-        "use a schedule that runs each backward pass in one piece; cut in two, it gives weights wrong "
-        "gradients",
+        "use one of these, which run each backward pass in one piece; cut in two, it gives weights "
+        "wrong gradients",
         schedule=schedule,
     )
     if schedule.scale_grads:

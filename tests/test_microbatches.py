@@ -194,5 +194,5 @@ def test_schedules_equal_one_device(mesh, kind, degrees, compile, stages_of_rank
 def test_backward_passes_cut_in_two_are_refused(mesh):
     """Their weights' gradients are wrong, without a word of torch's."""
     pipeline = Pipeline(ScheduleInterleavedZeroBubble, Degrees(pp=2), stages_of_rank=2)
-    with pytest.raises(TypeError, match=r"got schedule=.*InterleavedZero.*: use a schedule"):
+    with pytest.raises(TypeError, match=r"got schedule=.*InterleavedZero.*: use one of these"):
         pipeline.step(pipeline.inputs(torch.zeros(len(ROWS), SEQ_LEN, dtype=torch.int64)))
