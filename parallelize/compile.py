@@ -24,17 +24,17 @@ class Compile:
     the graph, and the module keeps its name and class.
 
     A graph is made for each size of batches, and takes its time: pad them to few sizes
-    (dtcp.sequence.buckets.Buckets), or have one graph for all of them (dynamic).
+    (dtcp.sequence.buckets.Buckets), or make sizes symbols (dynamic).
 
     Args:
         backend: of torch.compile.
         max_graphs: of one function, which all blocks of a kind share: its kinds times the sizes of
             batches, and twice that if it is validated too. One more is refused with the sizes seen.
             None: 64, or dynamo's limit (torch._dynamo.config.recompile_limit) where that is higher.
-        dynamic: sizes of batches are symbols of a graph, one for rows of all lengths: it takes
-            longer to make, and its code knows no length. One row, or a shard of one token, has a
-            graph of its own, as torch makes graphs. False: sizes are constants (around eager
-            islands, until they change).
+        dynamic: sizes of batches are symbols of a graph for rows of all lengths: it takes longer to
+            make, and its code knows no length. Sizes that were equal when torch traced are one
+            symbol, and 1 is none: another length, another number of rows, or one row may each make
+            one more. False: sizes are constants (around eager islands, until they change).
         data_sizes: allow ops whose sizes depend on data, in one graph for all of them; set by
             `parallelize` for blocks whose experts are on other ranks.
     """
