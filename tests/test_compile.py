@@ -264,6 +264,18 @@ class OfWidth(nn.Module):
         return self.linear(x).sum()
 
 
+@pytest.mark.parametrize("kind", ["whole", "around_islands"])
+def test_sizes_that_are_symbols_make_one_graph(kind):
+    """Where they are constants, one each, or around islands a second one."""
+    for dynamic, made in ((True, 1), (False, 4 if kind == "whole" else 2)):
+        torch._dynamo.reset()
+        call = getattr(Compile("eager", dynamic=dynamic), kind)(OfWidth(3).forward)
+        with count_graphs() as graphs:
+            for rows in (2, 5, 7, 11):
+                assert call(torch.ones(rows, 3)).isfinite()
+        assert graphs.graphs == made
+
+
 @pytest.mark.parametrize("compiled", [Compile("eager").whole, Compile("eager").around_islands])
 def test_a_model_may_have_more_kinds_of_blocks_than_dynamo_allows_graphs(compiled):
     """Nine, to train and to validate; torch stops at eight, or goes on in eager mode."""

@@ -157,7 +157,7 @@ def assert_exact_in_few_graphs(mesh, family):
     assert made[0] == made[1] > 0 == sum(made[2:]), made
 
 
-@pytest.mark.slow_where(lambda family, case: family != "llama")
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["A10"])
 @pytest.mark.parametrize("family", FAMILIES)
 @spmd(ranks=2)
