@@ -144,7 +144,8 @@ def value_of(part: object) -> Hashable:
             f"Masks and styles are identified by their fields, got one of "
             f"{type(part).__name__}, which has no hash: give a number, a tuple or a dataclass."
         ) from error
-    return part
+    # As text: a number would be a symbol of graphs whose sizes are, and those have no hash.
+    return (type(part), repr(part)) if isinstance(part, int | float) else part
 
 
 class BatchMetadata:

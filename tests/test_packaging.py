@@ -77,7 +77,7 @@ def test_make_passes_over_a_python_that_torch_has_no_build_for(tmp_path):
         script.write_text(FAKE_PYTHON.format(python=sys.executable, version=(*version, 0)))
         script.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = ("make", f"{tmp_path}/bin/python", f"VENV={tmp_path}")
+    command = ("make", "--no-print-directory", f"{tmp_path}/bin/python", f"VENV={tmp_path}")
     made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert made.stdout == f"python3.13 -m venv {tmp_path}\n", made.stderr
 

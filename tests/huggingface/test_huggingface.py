@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import Shard
-from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
@@ -422,7 +421,7 @@ def test_attention_without_a_style_is_whole_and_said_to_be(caplog):
     said = [each.partition(":")[0] for each in caplog.messages]
     assert said == ["model.layers.*.self_attn is whole on each of 2 tp ranks"]
     assert plan["model.layers.0.self_attn.q_proj"] == LocalParams()
-    assert isinstance(plan["model.layers.0.mlp.up_proj"], ColwiseParallel)
+    assert plan["model.layers.0.mlp.up_proj"] == LocalParams(Shard(0))
 
 
 @spmd(ranks=2)

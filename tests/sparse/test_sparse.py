@@ -282,7 +282,7 @@ def test_compiled_mixer_is_one_graph_and_equals_brute_force(mesh, kind, layout):
     assert (graphs.graphs, graphs.breaks) == (1, 0)
 
 
-@pytest.mark.slow_where(lambda dynamic: dynamic is None)
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 @spmd(ranks=2)
 def test_lengths_that_change_make_one_more_graph_at_most(mesh, dynamic):
