@@ -98,6 +98,17 @@ def test_subclasses_differ_from_their_base_A1():
     assert metadata_key(Causal() & SlidingWindow(3)) != metadata_key(Causal() | SlidingWindow(3))
 
 
+def test_keys_hold_no_numbers_that_a_graph_would_make_symbols_of():
+    """dynamo hashes keys while it traces; in DeepSeek-V4's blocks it had a ratio as a symbol."""
+
+    def leaves(value):
+        return [x for each in value for x in leaves(each)] if isinstance(value, tuple) else [value]
+
+    key = metadata_key(SlidingWindow(3), Causal() & SlidingWindow(4), 2, 0.5, True)
+    assert not any(isinstance(leaf, int | float) for leaf in leaves(key.value))
+    assert {"3", "4", "2", "0.5", "True"} <= set(map(str, leaves(key.value)))
+
+
 def test_kinds_of_mixers_do_not_share_metadata_A1():
     pair = torch.nn.ModuleList([SoftmaxAttention(Causal()), KeysFromValues(Causal())])
     assert len(batch_metadata(pair, Documents.single(1, 8))) == 2
