@@ -8,6 +8,7 @@
 #   make gpu        the campaign on one GPU, 8 minutes; without one, what it would run
 
 PYTHON ?=
+NAMED := $(if $(PYTHON),"$(PYTHON)")
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
@@ -76,13 +77,13 @@ $(VENV)/docs.stamp: $(VENV)/train.stamp
 
 # torch 2.13.0 has no build for Python 3.15.
 $(BIN)/python:
-	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11 python; do \
-	    if $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info[1] not in range(11, 15))' \
+	@for python in $(or $(NAMED),python3 python3.14 python3.13 python3.12 python3.11 python); do \
+	    if "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info[1] not in range(11, 15))' \
 	        >/dev/null 2>&1; then \
 	        echo "$$python -m venv $(VENV)"; \
-	        exec $$python -m venv $(VENV); \
+	        exec "$$python" -m venv $(VENV); \
 	    fi; \
 	done; \
-	echo "make needs Python 3.11 to 3.14 with venv and pip, got none on the PATH:" \
+	echo "make needs Python 3.11 to 3.14 with venv and pip, got $(or $(PYTHON),none on the PATH):" \
 	    "install one, or name it: make PYTHON=/path/to/python3" >&2; \
 	exit 1

@@ -71,15 +71,35 @@ exec {python} -c 'import sys; sys.version_info = {version}; exec(sys.argv[1])' "
 """
 
 
+def make_venv(folder, *options):
+    """What make does for a .venv in a folder, whose scripts come first on the PATH."""
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    command = ("make", "--no-print-directory", f"{folder}/bin/python", f"VENV={folder}", *options)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def fake_python(path, *version):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(FAKE_PYTHON.format(python=sys.executable, version=(*version, 0)))
+    path.chmod(0o755)
+
+
 def test_make_passes_over_a_python_that_torch_has_no_build_for(tmp_path):
     for name, version in {"python3": (3, 15), "python3.14": (3, 10), "python3.13": (3, 13)}.items():
-        script = tmp_path / name
-        script.write_text(FAKE_PYTHON.format(python=sys.executable, version=(*version, 0)))
-        script.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = ("make", "--no-print-directory", f"{tmp_path}/bin/python", f"VENV={tmp_path}")
-    made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        fake_python(tmp_path / name, *version)
+    made = make_venv(tmp_path)
     assert made.stdout == f"python3.13 -m venv {tmp_path}\n", made.stderr
+
+
+def test_make_takes_the_python_that_is_named_and_no_other(tmp_path):
+    python = tmp_path / "a folder/python3"
+    fake_python(python, 3, 12)
+    made = make_venv(tmp_path, f"PYTHON={python}")
+    assert made.stdout == f"{python} -m venv {tmp_path}\n", made.stderr
+    fake_python(python, 3, 15)
+    refused = make_venv(tmp_path, f"PYTHON={python}")
+    assert refused.returncode
+    assert f"3.14 with venv and pip, got {python}: install" in refused.stderr
 
 
 @pytest.mark.parametrize("package", ["torchtitan", "tensorboard", "matplotlib", "xxhash"])

@@ -45,8 +45,19 @@ def imported(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     if not name:
         raise ValueError(f"A function is named module:function, got {path!r}: add its name.")
-    with own_errors(f"{module} is imported", "correct it, or the path of Python (PYTHONPATH)"):
-        imported_module = importlib.import_module(module)
+    try:
+        with own_errors(f"{module} is imported", "correct it"):
+            imported_module = importlib.import_module(module)
+    except ValueError as error:
+        missing = getattr(error.__cause__, "name", None)
+        if isinstance(error.__cause__, ModuleNotFoundError) and f"{module}.".startswith(
+            f"{missing}."
+        ):
+            raise ValueError(
+                f"A function is named module:function, got {path!r}: there is no module {missing}; "
+                f"correct it, or the path of Python (PYTHONPATH)."
+            ) from error.__cause__
+        raise
     function: Callable[..., Any] | None = getattr(imported_module, name, None)
     if not callable(function):
         kind = "no" if function is None else f"a {type(function).__name__}"

@@ -4,6 +4,7 @@ python train.py --module llama3 --config llama3_debugmodel
     --parallelism.context_parallel_degree 4 --tokenizer.folder ... (and the rest as ever)
 """
 
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -93,17 +94,23 @@ def adopt_model(spec: ModelSpec | None, *, per_token: Collection[type] = ()) -> 
 def _check_parallelize(spec: ModelSpec) -> None:
     """Refuse a function of somebody's own, in whose place ours would be called without a word."""
     function = spec.parallelize_fn
-    function = getattr(function, "func", function)  # of a partial
-    module = getattr(function, "__module__", "")
-    if function in (None, parallelize_decoder) or module.startswith("torchtitan."):
+    if function in (None, parallelize_decoder) or _is_titans(function):
         return
-    name = getattr(function, "__qualname__", repr(function))
+    own = getattr(function, "func", function)  # of a partial
+    module, name = getattr(own, "__module__", ""), getattr(own, "__qualname__", repr(own))
     raise ValueError(
         f"Decoders are parallelized by dtcp (mixers, torchtitan's tp, recomputation, compile, "
         f"FSDP), got parallelize_fn={module}.{name} of {spec.name}, which nobody would call: set "
         f"it to None where it does no more than that, else write a config that returns "
         f"dtcp.pretrain.trainer.Trainer.Config."
     )
+
+
+def _is_titans(function: Any) -> bool:
+    """Whether torchtitan has it by its name, of which a wrapper of such a function has a copy."""
+    module = getattr(function, "__module__", "")
+    named = getattr(sys.modules.get(module), getattr(function, "__qualname__", ""), None)
+    return module.startswith("torchtitan.") and named is function
 
 
 def replaced_parts(config: titan.Trainer.Config) -> Iterator[str]:

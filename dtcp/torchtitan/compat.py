@@ -102,7 +102,8 @@ def _check_release() -> None:
     else:
         folder = Path(spec.submodule_search_locations[0])
         missing = [name for name in REMOVED_SINCE if not (folder / name).is_file()]
-        if _version_of(folder) == PINNED and not missing:
+        # A build's own mark, as in 0.3.0+cu130, is no other release; a candidate of one (rc1) is.
+        if _version_of(folder).partition("+")[0] == PINNED and not missing:
             return
         found = f"{_version_of(folder)} in {folder}" + (f" without {missing}" if missing else "")
     raise ImportError(

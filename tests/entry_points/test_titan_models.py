@@ -18,6 +18,7 @@ from torchtitan.models.common.attention import FlexAttention, GQAttention, Varle
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.llama3.config_registry import llama3_debugmodel
 from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
+from torchtitan.models.llama3.parallelize import parallelize_llama
 
 from docs.torchtitan_tables import FAMILIES, families_table
 from dtcp.batch import shard_batch
@@ -335,10 +336,18 @@ def own_parallelize(model: Any, **_: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("own", [own_parallelize, functools.partial(own_parallelize, x=1)])
-def test_C1_a_function_of_somebodys_own_that_nobody_would_call_is_refused(own):
+@pytest.mark.parametrize(
+    ("own", "name"),
+    [
+        (own_parallelize, "test_titan_models.own_parallelize"),
+        (functools.partial(own_parallelize, x=1), "test_titan_models.own_parallelize"),
+        (functools.partial(parallelize_llama, x=1), "parallelize.parallelize_llama"),
+        (functools.wraps(parallelize_llama)(lambda model: model), "parallelize.parallelize_llama"),
+    ],
+)
+def test_C1_a_function_of_somebodys_own_that_nobody_would_call_is_refused(own, name):
     spec = replace(titan.small(titan.llama3), parallelize_fn=own)
-    with pytest.raises(ValueError, match=r"test_titan_models.own_parallelize of llama3.*to None"):
+    with pytest.raises(ValueError, match=rf"{name} of llama3.*to None"):
         adopt_model(spec)
     assert adopt_model(replace(spec, parallelize_fn=None)).name == "llama3"
 

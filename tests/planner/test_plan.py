@@ -99,7 +99,7 @@ def test_plan_as_json_has_bytes_and_seconds(capsys):
         ),
         (
             ["--model", "nowhere:f", "--plan", "nowhere:g"],
-            "nowhere is imported, got ModuleNotFound",
+            "got 'nowhere:f': there is no module nowhere;",
         ),
         (["--hf-config", "gema4-31b"], "did you mean gemma4-31b? Presets are"),
         (["--hf-config", "mixtrall"], "got 'mixtrall': did you mean mixtral?"),

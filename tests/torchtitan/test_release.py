@@ -13,7 +13,9 @@ import train
 RELEASES = {
     "later": ("0.4.0", compat.REMOVED_SINCE, r"got torchtitan=0\.4\.0 in \S+: pip install"),
     "main": ("0.3.0", compat.REMOVED_SINCE[1:], r"0\.3\.0 in \S+ without \['components/datalo"),
+    "candidate": ("0.3.0rc1", compat.REMOVED_SINCE, r"got torchtitan=0\.3\.0rc1 in \S+: pip"),
     "same": ("0.3.0", compat.REMOVED_SINCE, ""),
+    "built here": ("0.3.0+cu130", compat.REMOVED_SINCE, ""),
 }
 
 

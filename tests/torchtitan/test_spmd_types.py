@@ -3,6 +3,8 @@
 from dtcp.torchtitan.compat import fsdp_reads_annotations
 
 import pytest
+import torch
+from torchtitan.models.common import Embedding
 
 from dtcp.pretrain.adopt import adopt_model
 from dtcp.pretrain.configs import titan_llama3_tiny
@@ -28,9 +30,17 @@ def muse_glimmer() -> Trainer.Config:
     config = llama3()
     spec = titan_models.small(titan_models.muse_glimmer)
     spec.model.vocab_size = spec.model.lm_head.out_features = config.model_spec.model.vocab_size
-    spec.model.tok_embeddings.num_embeddings = spec.model.vocab_size
+    for _, embedding, _, _ in spec.model.traverse(Embedding.Config):
+        embedding.num_embeddings = spec.model.vocab_size
     config.model_spec = adopt_model(spec)
     return config
+
+
+@pytest.mark.parametrize("config", [llama3, muse_glimmer])
+def test_configs_of_this_file_build(config):
+    """Of models whose tensor parallelism waits for another torch, too."""
+    with torch.device("meta"):
+        assert config().model_spec.model.build()
 
 
 @pytest.mark.slow
@@ -38,6 +48,7 @@ def muse_glimmer() -> Trainer.Config:
     ("model", "axis"),
     [
         ("llama3", "data_parallel_shard"),
+        ("muse_glimmer", "data_parallel_shard"),
         pytest.param("llama3", "tensor_parallel", marks=NEEDS_TYPES),
         pytest.param("muse_glimmer", "tensor_parallel", marks=NEEDS_TYPES),
     ],
