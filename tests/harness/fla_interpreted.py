@@ -93,10 +93,12 @@ def inputs() -> tuple[DeltaInputs, Tensor, Tensor]:
 def by_channel() -> dict[str, float]:
     """Errors of the kernels for decays by channel.
 
-    The first row is the middle of a document; the second one has documents of one token.
+    The first row is the middle of a document, through which a state goes slowly; the second one has
+    documents of one token, whose starts round what is added to them: it fades as fast.
     """
     x, state, grad = inputs()
-    decay = -torch.rand(*x.v.shape[:3], x.k.shape[-1]) / 40
+    decay = -torch.rand(*x.v.shape[:3], x.k.shape[-1])
+    decay[0] /= 40
     x = x._replace(g=decay, starts=_many_starts(x))
     return errors_of(FlaChannelDeltaRule(), ReferenceDeltaRule(), x, state, grad)
 
