@@ -58,7 +58,7 @@ def check_reference(trainer: type, named: Mapping[str, Any]) -> None:
         ValueError: such a model, without a ref_model.
     """
     model = named.get("model")
-    makes_copies = hasattr(trainer, "compute_ref_log_probs") and named.get("ref_model") is None
+    makes_copies = _has_reference(trainer) and named.get("ref_model") is None
     if trains_policy(trainer):
         makes_copies = getattr(named.get("args"), "beta", 0.0) != 0.0
     if not makes_copies or not isinstance(model, nn.Module) or not is_on_mesh(model):
@@ -69,6 +69,14 @@ def check_reference(trainer: type, named: Mapping[str, Any]) -> None:
             f"model, before it is sharded, got a {type(model).__name__} on its mesh and no "
             f"ref_model: give the Trainer the model as it was built."
         )
+
+
+def _has_reference(trainer: type) -> bool:
+    """Whether a loss of TRL's is of a reference; the mixin's own methods say nothing."""
+    return any(
+        each.__module__.startswith("trl.") and "compute_ref_log_probs" in vars(each)
+        for each in trainer.__mro__
+    )
 
 
 TRL_TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer")

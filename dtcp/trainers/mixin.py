@@ -45,9 +45,9 @@ from dtcp.trainers.cached_reference import shards_for_hashes, with_reference_log
 from dtcp.trainers.policy import PolicyRows
 from dtcp.trainers.policy_arguments import (
     arguments_by_name,
+    check_made_policy,
     check_policy,
     trains_policy,
-    without_server,
 )
 from dtcp.trainers.repeated_rows import ignore_repeated
 from dtcp.trainers.saved import (
@@ -125,12 +125,14 @@ class MeshTrainerMixin(PolicyRows):
         self._counted: Tensor | None = None
         self._checks_count = True
         self._gives_logits = False
-        named = arguments_by_name(super().__init__, args, kwargs)
+        self._sync_weights = sync_weights
+        classes = type(self).__mro__
+        following = classes[classes.index(MeshTrainerMixin) + 1 :]
+        named = arguments_by_name(following, args, kwargs)
         check_callbacks(named.get("callbacks") or ())
         check_reference(type(self), named)
         check_policy(type(self), named, sync_weights)
         with ExitStack() as self._while_made:
-            self._while_made.enter_context(without_server(named.get("args")))
             for each in (*args, *kwargs.values()):
                 if isinstance(each, nn.Module):
                     self._while_made.enter_context(shards_for_hashes(each))
@@ -150,6 +152,9 @@ class MeshTrainerMixin(PolicyRows):
 
     def create_accelerator_and_postprocess(self) -> None:
         check_training_arguments(self.args, self.mesh)
+        if trains_policy(type(self)):
+            check_made_policy(self, self._sync_weights)
+            self.use_vllm = False  # until it is made: it would connect to a server
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         check_launch(self.accelerator, self.mesh)
         MeshAccelerator.adopt(self.accelerator, self.mesh, self._rows_of, self._lay_out_ahead)
@@ -159,7 +164,8 @@ class MeshTrainerMixin(PolicyRows):
         if trains_policy(type(self)):
             self._count_generated_rows()
             self._rows_options["temperature"] = self.args.temperature
-            self._rows_options["entropy_gradient"] = self.args.entropy_coef != 0
+            rewarded = self.args.entropy_coef != 0 or self.args.use_adaptive_entropy
+            self._rows_options["entropy_gradient"] = rewarded
         if self.model is not None:
             self._put_on_mesh(self.model)
             self._while_made.enter_context(shards_for_hashes(self.model))

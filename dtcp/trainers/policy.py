@@ -5,6 +5,8 @@ each group, the first rank asks, and what its rows were judged to be counts: the
 for other samples. A loss is TRL's own, of log-probabilities that all ranks of a group have whole.
 """
 
+import pickle
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -30,6 +32,8 @@ class PolicyRows:
     vllm_generation: Any
     _last_loaded_step: int
     _logs: Any
+    _pending_metrics: Any
+    _pending_extra_logs: Any
 
     def _count_generated_rows(self) -> None:
         """Rows that are generated at once, of all batch ranks: TRL counts those of all processes.
@@ -50,7 +54,15 @@ class PolicyRows:
                     f"got {name}={each} with {count} rows of {ranks} batch ranks: choose one that "
                     f"divides them, or another batch size or steps_per_generation."
                 )
-        args.generation_batch_size = rows
+        counted_rows, args.generation_batch_size = args.generation_batch_size, rows
+        if counted_rows not in (None, rows) and args.process_index == 0:
+            warnings.warn(
+                f"Ranks of a cp and tp group generate the same rows, got generation_batch_size="
+                f"{counted_rows}, which counts those of each, where {ranks} batch ranks generate "
+                f"{rows} in steps_per_generation={args.steps_per_generation}: set "
+                f"steps_per_generation for more.",
+                stacklevel=2,
+            )
 
     def _share_rollouts(self, sync_weights: Callable[[Any], None] | None) -> None:
         """Let ranks of a group have the rollouts, logs and random numbers of the first of them.
@@ -83,8 +95,24 @@ class PolicyRows:
         return rows
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
-        """Of the rows of all batch ranks, as the first rank of each group has judged them."""
+        """Of the rows of all batch ranks, as the first rank of each group has judged them.
+
+        What its reward functions log counts, too: a metric may choose the best checkpoint.
+
+        Raises:
+            ValueError: columns of log_extra that ranks have not as much of.
+        """
         of_all_ranks: Tensor = super()._calculate_rewards(*args)  # type: ignore[misc]
+
+        def logged() -> Any:
+            metrics = {name: [float(x) for x in log] for name, log in self._pending_metrics.items()}
+            return metrics, dict(self._pending_extra_logs)
+
+        mend = "what reward functions log, which is pickled"
+        metrics, columns = _of_first_rank(logged, self.mesh, mend)()
+        _check_columns(columns, len(of_all_ranks) // self.mesh.degrees.world, self.mesh)
+        self._pending_metrics = defaultdict(list, metrics)
+        self._pending_extra_logs = defaultdict(list, columns)
         return torch.cat(_of_first_ranks(self.mesh, of_all_ranks))
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -118,6 +146,22 @@ def _of_first_ranks(mesh: ParallelMesh, values: Any) -> list[Any]:
     return [values[rank * each : (rank + 1) * each] for rank in first]
 
 
+def _check_columns(columns: dict[str, list[Any]], rows: int, mesh: ParallelMesh) -> None:
+    """Refuse, on all ranks, columns that cannot be cut by ranks once they are gathered."""
+    world = mesh.degrees.world
+    lengths: list[Any] = [{name: len(values) for name, values in columns.items()}]
+    if world > 1:
+        lengths *= world
+        dist.all_gather_object(lengths, lengths[0])
+    for name in sorted(set().union(*lengths)):
+        each = [of_rank.get(name, rows) for of_rank in lengths]
+        if len(set(each)) > 1:
+            raise ValueError(
+                f"Every rank logs a value of each of its rows, got log_extra of {name!r} with "
+                f"{each} values on ranks: give it one for each of {rows} rows."
+            )
+
+
 def from_first_rank(value: Any, mesh: ParallelMesh) -> Any:
     """What the first rank of a cp and tp group has, pickled, on all of them."""
     box = [value]
@@ -127,28 +171,30 @@ def from_first_rank(value: Any, mesh: ParallelMesh) -> Any:
     return box[0]
 
 
-def _of_first_rank(ask: Callable[..., Any], mesh: ParallelMesh) -> Callable[..., Any]:
+def _of_first_rank(
+    ask: Callable[..., Any], mesh: ParallelMesh, mend: str = "rollout_func, which it calls alone"
+) -> Callable[..., Any]:
     """A function that the first rank of each cp and tp group calls, for all of its group.
 
     Raises:
-        RuntimeError: on the others, where it fails on the first one.
+        RuntimeError: on the others, where it fails on the first one, or cannot be pickled there.
     """
 
     def asked(*args: Any) -> Any:
-        value, failure = None, None
+        pickled, failure = None, None
         if mesh.rank("cp") == mesh.rank("tp") == 0:
             try:
-                value = ask(*args)
+                pickled = pickle.dumps(ask(*args))
             except BaseException as error:
                 from_first_rank((None, f"{type(error).__name__}: {error}"), mesh)
                 raise
-        value, failure = from_first_rank((value, failure), mesh)
+        pickled, failure = from_first_rank((pickled, failure), mesh)
         if failure is not None:
             raise RuntimeError(
-                f"Rollouts are those of the first rank of a cp and tp group, got its {failure}: "
-                f"mend rollout_func, which it calls alone."
+                f"What the first rank of a cp and tp group has is its group's, got its {failure}: "
+                f"mend {mend}."
             )
-        return value
+        return pickle.loads(pickled)
 
     return asked
 

@@ -1,9 +1,9 @@
 """What a trainer of policies is asked for that a mesh does not do, refused by name."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from typing import Any
 
 from torch import nn
@@ -18,17 +18,36 @@ def trains_policy(trainer: type) -> bool:
 
 
 def arguments_by_name(
-    init: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    classes: Iterable[type], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a trainer is made of, whether it was given by place or by name."""
-    signature = inspect.signature(init)
-    places = [
-        each.name
-        for each in signature.parameters.values()
-        if each.kind is each.POSITIONAL_OR_KEYWORD
-    ]
+    """What a trainer is made of, whether it was given by place or by name.
+
+    Args:
+        classes: in the order of classes; one that takes `*args` hands them to the next.
+    Raises:
+        ValueError: an argument by place whose name nobody says.
+    """
+    places: list[str] = []
+    for each in classes:
+        if "__init__" not in vars(each):
+            continue
+        parameters = inspect.signature(vars(each)["__init__"]).parameters.values()
+        own = [its.name for its in parameters if its.kind is its.POSITIONAL_OR_KEYWORD][1:]
+        if own[: len(places)] != places:
+            break
+        places = own
+        if all(its.kind is not its.VAR_POSITIONAL for its in parameters):
+            break
+    if len(args) > len(places):
+        raise ValueError(
+            f"What a Trainer on a mesh is made of is known by name, got {len(args)} arguments by "
+            f"place, of which {len(places)} have one ({', '.join(places) or 'none'}): give the "
+            f"others by name."
+        )
     return dict(zip(places, args, strict=False)) | dict(kwargs)
 
+
+KNOWN_TRL = "1.16"
 
 OF_RATIOS = ("vllm_mode", "vllm_importance_sampling_")
 """What use_vllm asks for that is a loss's, not a server's."""
@@ -45,6 +64,7 @@ def check_policy(
         sync_weights: of the mixin.
     Raises:
         ValueError: naming the first of them, and what to do instead.
+        ImportError: another TRL.
     """
     if not trains_policy(trainer):
         if sync_weights is not None:
@@ -54,6 +74,7 @@ def check_policy(
             )
         return
     args = named.get("args")
+    _check_release(args)
     in_rollout = "do it in rollout_func, whose completions may have been made in several turns"
     for name, remedy in {"tools": in_rollout, "environment_factory": in_rollout}.items():
         if named.get(name):
@@ -79,6 +100,29 @@ def check_policy(
         )
 
 
+def check_made_policy(trainer: Any, sync_weights: Callable[..., Any] | None) -> None:
+    """The same of a trainer whose classes may have chosen its arguments by themselves.
+
+    Args:
+        trainer: as it makes its Accelerator, before it would connect to a server.
+    """
+    made = {"environment_factory": "environment_factories"}
+    names = ("args", "tools", "environment_factory", "reward_funcs", "rollout_func")
+    found = {name: getattr(trainer, made.get(name, name)) for name in names}
+    check_policy(type(trainer), found, sync_weights)
+
+
+def _check_release(args: Any) -> None:
+    if args is None or hasattr(args, "entropy_coef"):
+        return
+    raise ImportError(
+        f"A policy on a mesh is trained by GRPOTrainer as TRL {KNOWN_TRL} has it, got "
+        f"trl={version('trl')}, whose {type(args).__name__} has no entropy_coef: pip install "
+        f"'trl=={KNOWN_TRL}.*'.",
+        name="trl",
+    )
+
+
 def _check_server(args: Any, sync_weights: Callable[..., Any] | None) -> None:
     """Of use_vllm, losses keep the correction for what a server computes in another way."""
     if args.vllm_mode != "server":
@@ -97,19 +141,6 @@ def _check_server(args: Any, sync_weights: Callable[..., Any] | None) -> None:
     if args.loss_type == "vespo" and args.vllm_importance_sampling_correction and not of_tokens:
         mode = args.vllm_importance_sampling_mode
         _refuse("vllm_importance_sampling_mode", mode, "set a token_* one for loss_type='vespo'")
-
-
-@contextmanager
-def without_server(args: Any) -> Iterator[None]:
-    """Inside, a trainer is made that connects to no server, and sends it no shards."""
-    used = getattr(args, "use_vllm", False)
-    if used:
-        args.use_vllm = False
-    try:
-        yield
-    finally:
-        if used:
-            args.use_vllm = True
 
 
 def _refuse(name: str, value: Any, remedy: str) -> None:

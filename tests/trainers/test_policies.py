@@ -1,10 +1,14 @@
 """TRL's GRPOTrainer on a mesh: rows that others generate, and rewards, are those of one process."""
 
 import re
+import warnings
+from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import distributed as dist
 from torch.testing import assert_close
@@ -17,6 +21,7 @@ from dtcp.huggingface.whole_rows import WholeRows
 from dtcp.parallelize import parallelize_hf
 from dtcp.trainers import MeshTrainerMixin
 from dtcp.trainers.policy import PolicyRows, _LogOfFirstRanks, _of_first_rank
+from dtcp.trainers.policy_arguments import arguments_by_name, check_policy
 from tests.harness.hf_models import build
 from tests.harness.run_script import run_forked
 from tests.harness.spmd import spmd
@@ -131,6 +136,43 @@ def test_first_rank_of_a_group_alone_asks_for_rollouts_and_all_have_them(mesh):
         kind, match = RuntimeError, "got its ConnectionError: no server: mend rollout_func"
     with pytest.raises(kind, match=match):
         _of_first_rank(fail, on)(["a"])
+    # A rollout that cannot be pickled fails there, too, and nobody waits.
+    kind = RuntimeError if dist.get_rank() else Exception
+    with pytest.raises(kind, match=r"pickle.*lambda|lambda.*pickle"):
+        _of_first_rank(lambda prompts: lambda: None, on)(["a"])
+
+
+class Judge:
+    """As GRPOTrainer gathers rewards, of judges that differ on ranks."""
+
+    def _calculate_rewards(self, column):
+        rank = dist.get_rank()
+        self._pending_metrics = defaultdict(list, {"score": [torch.tensor(float(rank))]})
+        if rank:
+            self._pending_metrics["another"] = [1.0]
+        self._pending_extra_logs = defaultdict(list, {"who": column})
+        return torch.arange(4.0)
+
+
+class JudgedRows(PolicyRows, Judge):
+    pass
+
+
+@spmd(ranks=2)
+def test_what_reward_functions_log_is_the_first_ranks_of_each_group(mesh):
+    """Ranks that disagree on a metric would load other checkpoints as the best one."""
+    rows, rank = JudgedRows(), dist.get_rank()
+    rows.mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    rewards = rows._calculate_rewards([f"{rank}:{i}" for i in range(3 + rank)])
+    assert rewards.tolist() == [0.0, 1.0]
+    assert rows._pending_metrics == {"score": [0.0]}
+    assert rows._pending_extra_logs == {"who": ["0:0", "0:1", "0:2"]}
+    kind = RuntimeError if rank else Exception
+    with pytest.raises(kind, match=r"pickle.*lambda|lambda.*pickle"):
+        rows._calculate_rewards([lambda: None])
+    rows.mesh = ParallelMesh.from_degrees(Degrees(dp_shard=2), "cpu")
+    with pytest.raises(ValueError, match=r"log_extra of 'who' with \[3, 4\] values on ranks: give"):
+        rows._calculate_rewards([None] * (3 + rank))
 
 
 def test_what_is_logged_of_completions_is_the_first_ranks_of_each_group():
@@ -163,6 +205,71 @@ def test_policy_asked_for_what_a_mesh_does_not_do_is_refused(tmp_path, options, 
         policy(tmp_path, change, **options)
 
 
+class TakesPlaces(GRPOTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class ChoosesArguments(GRPOTrainer):
+    def __init__(self, model, chosen, **kwargs):
+        super().__init__(model, args=chosen, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True: leave it out, for a"),
+        (SERVER, "use_vllm=True: give sync_weights="),
+    ],
+)
+def test_arguments_by_place_and_those_a_class_chooses_are_refused_alike(
+    tmp_path, monkeypatch, change, match
+):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    import tiny
+
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], **change)
+    options = {"rollout_func": len, "mesh": ONE_RANK}
+    placed = type("Placed", (MeshTrainerMixin, TakesPlaces), {})
+    with pytest.raises(ValueError, match=match):
+        placed(build("llama"), len, args, **options)
+    chosen = type("Chosen", (MeshTrainerMixin, ChoosesArguments), {})
+    options |= {"train_dataset": Dataset.from_dict({"prompt": tiny.texts(1)})}
+    with pytest.raises(ValueError, match=match):
+        chosen(
+            tiny.build("windows"),
+            chosen=args,
+            reward_funcs=len,
+            processing_class=tiny.tokenizer(),
+            **options,
+        )
+
+
+def test_arguments_by_place_have_the_names_of_the_class_that_takes_them():
+    class Own(GRPOTrainer):
+        def __init__(self, model, *args, **kwargs):
+            super().__init__(model, *args, **kwargs)
+
+    class Folder(GRPOTrainer):
+        def __init__(self, folder, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    expected = {"model": 1, "reward_funcs": 2, "args": 3}
+    for each in (GRPOTrainer, TakesPlaces, Own):
+        assert arguments_by_name(each.__mro__, (1, 2), {"args": 3}) == expected
+    assert arguments_by_name(Folder.__mro__, (1,), {"args": 3}) == {"folder": 1, "args": 3}
+    with pytest.raises(
+        ValueError, match=r"got 2 arguments by place, of which 1 have one \(folder\)"
+    ):
+        arguments_by_name(Folder.__mro__, (1, 2), {})
+
+
+def test_policy_of_another_trl_is_refused_in_a_sentence():
+    args = SimpleNamespace(use_vllm=False)
+    with pytest.raises(ImportError, match=r"as TRL 1\.16 has it, got trl=.* has no entropy_coef"):
+        check_policy(MeshGRPOTrainer, {"args": args, "rollout_func": len}, None)
+
+
 def test_weights_for_who_generates_are_refused_where_nobody_does(tmp_path):
     mixed = type("Mixed", (MeshTrainerMixin, Trainer), {})
     with pytest.raises(ValueError, match="got sync_weights with Mixed: leave it out"):
@@ -188,8 +295,13 @@ def test_policy_counts_the_rows_of_batch_ranks_and_not_of_processes(tmp_path):
     given = {"per_device_train_batch_size": 8, "steps_per_generation": 3, "num_generations": 8}
     args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], **given)
     args.generation_batch_size = 192  # of eight processes
-    PolicyRows._count_generated_rows(SimpleNamespace(args=args, mesh=mesh))
+    counted = r"generation_batch_size=192, .* 2 batch ranks generate 48 .*: set steps_per_gen"
+    with pytest.warns(UserWarning, match=counted):
+        PolicyRows._count_generated_rows(SimpleNamespace(args=args, mesh=mesh))
     assert args.generation_batch_size == 48
+    with warnings.catch_warnings():  # once
+        warnings.simplefilter("error")
+        PolicyRows._count_generated_rows(SimpleNamespace(args=args, mesh=mesh))
     args.num_generations = 32
     with pytest.raises(ValueError, match="num_generations=32 with 48 rows of 2 batch ranks"):
         PolicyRows._count_generated_rows(SimpleNamespace(args=args, mesh=mesh))

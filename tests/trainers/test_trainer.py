@@ -11,7 +11,7 @@ from datasets import IterableDataset
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
-from trl import BEMACallback, DistillationTrainer, DPOTrainer, RLOOTrainer, SFTConfig
+from trl import BEMACallback, DistillationTrainer, DPOTrainer, RLOOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from dtcp.distributed.gathered import free_gathered
@@ -21,7 +21,12 @@ from dtcp.huggingface.install import has_mixers
 from dtcp.parallelize import Compile, parallelize_hf
 from dtcp.parallelize.compile import has_compiled_blocks
 from dtcp.trainers import MeshTrainerMixin
-from dtcp.trainers.arguments import check_launch, check_training_arguments, computes_on_rows
+from dtcp.trainers.arguments import (
+    check_launch,
+    check_reference,
+    check_training_arguments,
+    computes_on_rows,
+)
 from dtcp.trainers.cached_reference import with_reference_log_probs
 from dtcp.trainers.repeated_rows import ignore_repeated
 from tests.harness.hf_models import build
@@ -242,6 +247,14 @@ def test_trl_trainer_that_would_copy_sharded_lora_is_refused():
     model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"The reference of adapters is a copy .* as it was built"):
         mixed(parallelize_hf(model, ONE_RANK), mesh=ONE_RANK)
+
+
+def test_trainer_without_a_reference_takes_lora_that_is_on_its_mesh(tmp_path):
+    adapted = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
+    model = parallelize_hf(adapted, ONE_RANK)
+    for trainer in (MeshTrainer, type("Mixed", (MeshTrainerMixin, SFTTrainer), {})):
+        check_reference(trainer, {"model": model})
+    assert MeshTrainer(model, arguments(tmp_path), mesh=ONE_RANK).model is model
 
 
 def test_trainer_launched_with_a_parallelism_of_accelerate_is_refused():
