@@ -32,7 +32,7 @@ from dtcp.sequence.masks import Mask
 from dtcp.sequence.memory import Memory
 from dtcp.sequence.row_layouts import layout_of_batch, pieces_digest
 from dtcp.sharded_batch import ShardedBatch
-from dtcp.softmax.model_masks import masks_of
+from dtcp.softmax.model_masks import attends_both_ways, masks_of
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,10 @@ def shard_batch(
         added, and how it was sharded.
     Raises:
         ValueError: a key that no field names, rows of different lengths, documents, position ids
-            and padding that contradict each other (by row and token), or labels in padding.
+            and padding that contradict each other (by row and token), or labels in padding; labels
+            that are input_ids wherever there is one, since nobody has shifted them. Where a token
+            is its own target, and no `model` is given that attends to both sides, give them under
+            another key, of a TokenField in `fields`.
         TypeError: a value that is no tensor.
     """
 
@@ -125,7 +128,7 @@ def shard_batch(
         cut = BatchCut(
             mesh, layout, model=model, balance_for=balance_for, buckets=buckets, memory=memory
         )
-        return cut.prepared(_rows_of(batch, fields, documents))
+        return cut.prepared(_rows_of(batch, fields, documents, model))
 
     return shard_prepared(prepared, mesh, device=device, compare_ranks=compare_ranks)
 
@@ -175,16 +178,19 @@ def prepare_batch(
     cut = BatchCut(
         mesh, layout, model=model, balance_for=balance_for, buckets=buckets, memory=memory
     )
-    return cut.prepared(_rows_of(batch, fields, documents)).hashed()
+    return cut.prepared(_rows_of(batch, fields, documents, model)).hashed()
 
 
 def _rows_of(
     batch: Mapping[str, Any],
     fields: Mapping[str, TokenField | None],
     documents: Documents | None,
+    model: nn.Module | None,
 ) -> Rows:
     rows = Rows.of(batch, fields, documents)
-    if fields.get("labels") is not None:
+    # A token that sees what comes after it may well be its own target.
+    both_ways = model is not None and attends_both_ways(MixerKinds.of(model))
+    if fields.get("labels") is not None and not both_ways:
         check_shifted(rows.tokens)
     return rows
 

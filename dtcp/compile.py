@@ -88,8 +88,8 @@ def compile_whole(
 
     Args:
         max_graphs: of this function; None for graph_limit().
-        dynamic: sizes of inputs are symbols of the graph instead, from the first call on.
         data_sizes: allow ops whose sizes depend on data; a size is then one of no known value.
+        dynamic: sizes of inputs are symbols of the graph instead, from the first call on.
     Raises:
         ValueError: when called, sizes that would make one graph more.
     """
@@ -102,7 +102,7 @@ def compile_whole(
         limits |= _CHECKPOINTED_DATA_SIZES
     # Before torch 2.13 the limit is dynamo's, read when a graph is made.
     compiled = torch.compile(function, **options)
-    return FewGraphs(traced_with(compiled, limits) if limits else compiled, limit)
+    return FewGraphs(traced_with(compiled, limits) if limits else compiled, limit, dynamic=dynamic)
 
 
 def compile_around_islands(
@@ -133,7 +133,7 @@ def compile_around_islands(
     if data_sizes:
         settings |= _CHECKPOINTED_DATA_SIZES
     compiled = torch.compile(function, backend=backend, dynamic=True if dynamic else None)
-    return FewGraphs(traced_with(compiled, settings), limit)
+    return FewGraphs(traced_with(compiled, settings), limit, dynamic=dynamic)
 
 
 DATA_SIZES: Mapping[str, Any] = {"capture_dynamic_output_shape_ops": True}
@@ -168,8 +168,9 @@ class FewGraphs(Generic[P, R]):
     Each size costs a compilation, so it warns before: at MANY_SIZES, or half of the limit.
     """
 
-    def __init__(self, compiled: Callable[P, R], max_graphs: int) -> None:
+    def __init__(self, compiled: Callable[P, R], max_graphs: int, *, dynamic: bool) -> None:
         self.compiled, self.max_graphs = compiled, max_graphs
+        self.remedy = _remedy(dynamic)
         self.sizes: list[tuple[int, ...]] = []
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -182,7 +183,7 @@ class FewGraphs(Generic[P, R]):
             raise ValueError(
                 f"Compiled code makes a graph for each size of its input and no more than "
                 f"max_graphs={self.max_graphs}, got {_size((*args, *kwargs.values()))} after "
-                f"{self._seen()}: {REMEDY}; or allow more by Compile(max_graphs=..)."
+                f"{self._seen()}: {self.remedy}; or allow more by Compile(max_graphs=..)."
             ) from None
         if graphs_made() != graphs:
             self._remember(_size((*args, *kwargs.values())))
@@ -195,7 +196,8 @@ class FewGraphs(Generic[P, R]):
         if len(self.sizes) == max(2, min(MANY_SIZES, self.max_graphs // 2)):
             warnings.warn(
                 f"Compiled code has made a graph for each of {self._seen()}, which takes as long "
-                f"as the first one did, and refuses more than {self.max_graphs} graphs: {REMEDY}.",
+                f"as the first one did, and refuses more than {self.max_graphs} graphs: "
+                f"{self.remedy}.",
                 stacklevel=3,
             )
 
@@ -205,11 +207,12 @@ class FewGraphs(Generic[P, R]):
         return f"{len(self.sizes)} sizes ({more}{shown})"
 
 
-REMEDY = (
-    "pad batches to few sizes, as shard_batch(.., buckets=Buckets(PowersOfTwo())) does, or make "
-    "one graph for all of them by Compile(dynamic=True); "
-    "TORCH_LOGS=recompiles says what else differs"
-)
+def _remedy(dynamic: bool) -> str:
+    symbols = ", or make one graph, or one more, for all of them by Compile(dynamic=True);"
+    return (
+        f"pad batches to few sizes, as shard_batch(.., buckets=Buckets(PowersOfTwo())) does"
+        f"{';' if dynamic else symbols} TORCH_LOGS=recompiles says what else differs"
+    )
 
 
 def _size(inputs: Iterable[Any]) -> tuple[int, ...]:

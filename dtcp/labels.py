@@ -85,13 +85,15 @@ def check_shifted(batch: Mapping[str, Any]) -> None:
 
     Args:
         batch: maybe input_ids and labels, [B, S], on the host. Elsewhere, and of fewer than
-            LABELS_THAT_TELL labels, nothing is said.
+            LABELS_THAT_TELL labels, nothing is said, nor of rows of one token.
     """
     both = _labels_and_ids(batch)
     if both is not None and _are_all(*both) and not _are_next(*both):
         raise ValueError(
             "Labels are shifted before rows are cut, got labels that are input_ids wherever there "
-            "is one, so that each token would predict itself: give shift_labels(labels, documents)."
+            "is one, so that each token would predict itself: give shift_labels(labels, documents) "
+            "or, where that is meant, give them under another key, by fields=DEFAULT_FIELDS | "
+            '{"targets": TokenField(1, -100)} say.'
         )
 
 
@@ -116,7 +118,7 @@ def _labels_and_ids(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
     if not isinstance(labels, Tensor) or not isinstance(ids, Tensor):
         return None
     kinds = {(x.dtype, x.device.type) for x in (labels, ids)}
-    alike = labels.ndim == 2 and labels.shape == ids.shape
+    alike = labels.ndim == 2 and labels.shape == ids.shape and labels.shape[1] > 1
     return (labels, ids) if alike and kinds == {(torch.int64, "cpu")} else None
 
 

@@ -9,11 +9,14 @@ the host, and every stage gets its metadata with it.
     stage 1        metadata     metadata     metadata       pp rank 1, with labels: the last one
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from dtcp._torch.pipelining import (
     ONE_PIECE,
@@ -28,6 +31,8 @@ from dtcp.metadata import BatchMetadata
 from dtcp.sequence.arguments import check_kind
 
 Shapes = dict[str, torch.Size]
+SENT = "_dtcp_shapes_of_microbatches"
+"""Where a schedule that has made a step keeps the shapes of what its stages send each other."""
 
 
 def step_microbatches(
@@ -42,8 +47,10 @@ def step_microbatches(
 
     All ranks of all stages call it. As `schedule.step(arg_mbs=..., ...)` of torch 2.14, on 2.13 as
     well, and what would be wrong without a word is refused. Losses of routers whose `parts` nobody
-    has set are divided by the number of micro-batches. The first step runs its first micro-batch
-    twice where stages were not given shapes (`input_args`, `output_args`).
+    has set are divided by the number of micro-batches. The first step compares the names that
+    stages have for their parameters, and warns of one that two have: a checkpoint would keep one of
+    them. It runs its first micro-batch twice where stages were not given shapes (`input_args`,
+    `output_args`).
 
     Args:
         schedule: with a loss_fn that is a share of the whole step's, as token_mean_loss is, and
@@ -58,7 +65,7 @@ def step_microbatches(
     Raises:
         TypeError: a schedule that cuts backward passes in two, or that is none.
         ValueError: a schedule that scales gradients or has no loss; more or fewer micro-batches
-            than it has; micro-batches of different shapes.
+            than it has; micro-batches of different shapes; under no_grad.
     """
     _check_schedule(schedule)
     named: dict[str, Any] = {"arg_mbs": arg_mbs, "kwarg_mbs": kwarg_mbs, "target_mbs": target_mbs}
@@ -71,20 +78,29 @@ def step_microbatches(
             )
     shapes = [_shapes(*parts) for parts in zip(arg_mbs, kwarg_mbs, strict=True)]
     # Stages keep the buffers that they receive in from the first step on.
-    first = vars(schedule).setdefault("shapes_of_microbatches", shapes[0])
+    known: Shapes | None = vars(schedule).get(SENT)
+    first = shapes[0] if known is None else known
     for number, own in enumerate(shapes):
         if own != first:
             raise ValueError(
                 f"Stages send each other micro-batches of one shape, got {own} in micro-batch "
                 f"{number} and {first} in the first one of all: pad rows to one length, by buckets."
             )
-    _share_router_losses(schedule)
+    if known is None:
+        _warn_of_shared_names(schedule)
     losses: list[Tensor] = []
-    step_cut(schedule, arg_mbs, kwarg_mbs, target_mbs, losses, loss_kwargs or {})
+    with _router_losses_in_parts(schedule):
+        step_cut(schedule, arg_mbs, kwarg_mbs, target_mbs, losses, loss_kwargs or {})
+    vars(schedule)[SENT] = first
     return [loss.detach() for loss in losses]
 
 
 def _check_schedule(schedule: Schedule) -> None:
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "A step of micro-batches has backward passes, got one under no_grad or inference_mode: "
+            "leave it for the step; micro-batches are not run forward alone."
+        )
     if torch.__version__ < "2.13":
         raise NotImplementedError(
             f"Losses of micro-batches are divided by the tokens of all of them, which schedules of "
@@ -110,15 +126,44 @@ def _check_schedule(schedule: Schedule) -> None:
         )
 
 
-def _share_router_losses(schedule: Schedule) -> None:
-    for stage in stages_of(schedule):
-        for module in stage.submod.modules():
-            if isinstance(module, RouterLoss) and module.parts == 1:
-                module.parts = micro_batches_of(schedule)
+@contextmanager
+def _router_losses_in_parts(schedule: Schedule) -> Iterator[None]:
+    """Divide losses of routers by the number of micro-batches, for one step of this schedule."""
+    modules = (module for stage in stages_of(schedule) for module in stage.submod.modules())
+    unset = [x for x in modules if isinstance(x, RouterLoss) and x.parts == 1]
+    try:
+        for loss in unset:
+            loss.parts = micro_batches_of(schedule)
+        yield
+    finally:
+        for loss in unset:
+            loss.parts = 1
+
+
+def _warn_of_shared_names(schedule: Schedule) -> None:
+    """Compare the names of parameters over all stages: a checkpoint keeps tensors by name."""
+    stages = stages_of(schedule)
+    own = {s.stage_index: [name for name, _ in s.submod.named_parameters()] for s in stages}
+    of_ranks: list[Any] = [None] * stages[0].group_size
+    dist.all_gather_object(of_ranks, own, group=stages[0].group)
+    stage_of: dict[str, int] = {}
+    for index, names in sorted(item for rank in of_ranks for item in rank.items()):
+        for name in names:
+            if stage_of.setdefault(name, index) != index:
+                warnings.warn(
+                    f"A checkpoint keeps tensors by name and one of each, got {name!r} in stages "
+                    f"{stage_of[name]} and {index}: if you save both in one, name layers by their "
+                    f"number in the whole model, nn.ModuleDict({{str(number): layer}}) say.",
+                    stacklevel=3,
+                )
+                return
 
 
 def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shapes:
-    """Shapes of what a stage is called with; of metadata, that of its tokens."""
-    named = {**{f"argument {i}": x for i, x in enumerate(args)}, **kwargs}
-    tensors = {name: x.real if isinstance(x, BatchMetadata) else x for name, x in named.items()}
-    return {name: x.shape for name, x in tensors.items() if isinstance(x, Tensor)}
+    """Shapes of what follows stages from one to the next: of arguments, and of metadata's tokens.
+
+    Other keyword arguments go to each stage as they are, and may have a shape for each micro-batch.
+    """
+    sent: dict[str, Any] = {f"argument {i}": x for i, x in enumerate(args)}
+    sent |= {name: x.real for name, x in kwargs.items() if isinstance(x, BatchMetadata)}
+    return {name: x.shape for name, x in sent.items() if isinstance(x, Tensor)}

@@ -276,6 +276,16 @@ def test_sizes_that_are_symbols_make_one_graph(kind):
         assert graphs.graphs == made
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_graph_too_many_names_a_remedy_that_is_not_taken_yet(dynamic):
+    torch._dynamo.reset()
+    call = Compile("eager", max_graphs=1, dynamic=dynamic).whole(OfWidth(3).forward)
+    call(torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"max_graphs=1, got \(1, 3\) after .*: pad") as error:
+        call(torch.ones(1, 3))  # a size that is no symbol
+    assert ("dynamic=True" in str(error.value)) is not dynamic
+
+
 @pytest.mark.parametrize("compiled", [Compile("eager").whole, Compile("eager").around_islands])
 def test_a_model_may_have_more_kinds_of_blocks_than_dynamo_allows_graphs(compiled):
     """Nine, to train and to validate; torch stops at eight, or goes on in eager mode."""

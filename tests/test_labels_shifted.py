@@ -6,8 +6,11 @@ import torch
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import install_mixers, shard_hf_batch
-from dtcp.labels import check_not_shifted, check_shifted, shift_labels
+from dtcp.labels import IGNORED, check_not_shifted, check_shifted, shift_labels
+from dtcp.rows import DEFAULT_FIELDS, TokenField
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.masks import Bidirectional, Causal, SlidingWindow
+from dtcp.softmax.mixer import SoftmaxAttention
 from tests.harness.hf_models import build
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -40,10 +43,20 @@ def test_labels_are_refused_where_they_are_shifted_too_seldom_or_too_often(part)
         {"input_ids": IDS.masked_fill(ANSWERS, 0), "labels": IDS},
         {"input_ids": IDS, "labels": torch.full_like(IDS, -100)},
         {"input_ids": IDS[:, :8], "labels": IDS[:, :8].where(torch.arange(8) > 4, -100)},
+        {"input_ids": IDS[:1].T, "labels": IDS[:1].T},
         {"inputs_embeds": torch.zeros(1, 4, 8), "labels": IDS[:1, :4]},
         {"input_ids": IDS},
     ],
-    ids=["one token", "others", "denoised", "none", "few", "embeddings", "no labels"],
+    ids=[
+        "one token",
+        "others",
+        "denoised",
+        "none",
+        "few",
+        "rows of one",
+        "embeddings",
+        "no labels",
+    ],
 )
 def test_labels_that_do_not_tell_are_taken(batch):
     check_shifted(batch)
@@ -62,3 +75,24 @@ def test_batches_of_such_labels_are_refused():
         shard_hf_batch({"input_ids": IDS, "labels": SHIFTED}, alone, model=model)
     local, _ = shard_hf_batch({"input_ids": IDS, "labels": IDS}, alone, model=model)
     assert torch.equal(local["labels"], shift_labels(IDS, Documents.single(2, 600)))
+
+
+@pytest.mark.parametrize(
+    ("mask", "taken"),
+    [
+        (Bidirectional(), True),
+        (SlidingWindow(4, right=3), True),
+        (Causal() & SlidingWindow(4), False),
+        (SlidingWindow(4, right=0), False),
+    ],
+)
+def test_a_token_may_be_its_own_target_where_a_model_attends_to_both_sides(mask, taken):
+    alone = ParallelMesh(Degrees(), None, *[None] * 7)
+    model, batch = SoftmaxAttention(mask), {"input_ids": IDS, "labels": IDS}
+    if not taken:
+        with pytest.raises(ValueError, match="where that is meant, give them under another key"):
+            shard_batch(batch, alone, model=model)
+    fields = DEFAULT_FIELDS if taken else DEFAULT_FIELDS | {"targets": TokenField(1, IGNORED)}
+    key = "labels" if taken else "targets"
+    local, _ = shard_batch({"input_ids": IDS, key: IDS}, alone, model=model, fields=fields)
+    assert torch.equal(local[key], IDS)

@@ -20,6 +20,7 @@ from dtcp.check import CheckOptions
 from dtcp.compile import count_graphs
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.experts.losses import RouterLoss
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.microbatches import step_microbatches
@@ -162,6 +163,8 @@ def test_stages_equal_one_device(mesh):
         pipeline.step(pipeline.inputs(torch.zeros(len(ROWS), 34, dtype=torch.int64)))
     with pytest.raises(ValueError, match=r"4 micro-batches in a step, got 3 in kwarg_mbs: build"):
         pipeline.step(inputs | {"kwarg_mbs": inputs["kwarg_mbs"][:3]})
+    with torch.no_grad(), pytest.raises(ValueError, match="got one under no_grad"):
+        pipeline.step(inputs)
     schedule = pipeline.schedule
     schedule.scale_grads = True
     with pytest.raises(ValueError, match="scale_grads=True, which divides them"):
@@ -196,3 +199,74 @@ def test_backward_passes_cut_in_two_are_refused(mesh):
     pipeline = Pipeline(ScheduleInterleavedZeroBubble, Degrees(pp=2), stages_of_rank=2)
     with pytest.raises(TypeError, match=r"got schedule=.*InterleavedZero.*: use one of these"):
         pipeline.step(pipeline.inputs(torch.zeros(len(ROWS), SEQ_LEN, dtype=torch.int64)))
+
+
+class Routed(nn.Module):
+    """A layer whose router has losses of its own; also called with what no stage sends."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(8, 8, dtype=torch.float64)})
+        self.loss = RouterLoss(balance=0.3, z=0.2)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        (layer,) = self.layers.values()
+        x = layer(x)
+        logits = x.flatten(0, 1)
+        probabilities = logits.softmax(-1)
+        weight, index = probabilities.topk(2)
+        chosen = {"logits": logits, "probabilities": probabilities, "index": index}
+        weight = self.loss(weight, **chosen, real=None)
+        return x * weight.sum(-1).view(*x.shape[:2], 1)
+
+
+def routed(names):
+    torch.manual_seed(0)
+    return [Routed(name) for name in names]
+
+
+def expected_of_routers(layers, inputs, targets):
+    model = nn.Sequential(*layers)
+    for layer in layers:
+        layer.loss.parts = len(inputs)
+    for x, target in zip(inputs, targets, strict=True):
+        token_mean_loss(model(x), target, torch.tensor(4 * len(inputs))).backward()
+
+
+def step_of(part, mesh, inputs, targets):
+    index, count = mesh.rank("pp"), len(inputs)
+    stage = PipelineStage(part, index, 2, torch.device("cpu"), group=mesh.pp.get_group())
+    options = {"loss_fn": token_mean_loss, "scale_grads": False}
+    schedule = ScheduleGPipe(stage, n_microbatches=count, **options)
+    given = {"arg_mbs": [(x,) for x in inputs], "target_mbs": targets}
+    given["kwarg_mbs"] = [{"lengths": torch.arange(1 + i)} for i in range(count)]
+    tokens = {"global_tokens": torch.tensor(4 * count)}
+    uneven = given | {"arg_mbs": [(torch.ones(1, 5 + i, 8),) for i in range(count)]}
+    with pytest.raises(ValueError, match=r"one shape, got .* in micro-batch 1"):
+        step_microbatches(schedule, **uneven, loss_kwargs=tokens)
+    # Neither what was refused nor what no stage sends says what shape micro-batches have.
+    step_microbatches(schedule, **given, loss_kwargs=tokens)
+
+
+@spmd(ranks=2)
+def test_each_schedule_divides_losses_of_routers_by_its_own_micro_batches(mesh):
+    on = ParallelMesh.from_degrees(Degrees(pp=2), "cpu")
+    part = routed("01")[on.rank("pp")]
+    for count in (2, 4):
+        layers = routed("01")
+        inputs = list(torch.randn(count, 1, 4, 8, dtype=torch.float64))
+        targets = list(torch.randint(8, (count, 1, 4)))
+        expected_of_routers(layers, inputs, targets)
+        part.zero_grad()
+        step_of(part, on, inputs, targets)
+        assert_close(gradients(part), gradients(layers[on.rank("pp")]))
+        assert part.loss.parts == 1
+
+
+@spmd(ranks=2)
+def test_parameters_of_one_name_in_two_stages_are_warned_of(mesh):
+    """A checkpoint would load those of one stage into both."""
+    on = ParallelMesh.from_degrees(Degrees(pp=2), "cpu")
+    inputs, targets = [torch.randn(1, 4, 8, dtype=torch.float64)] * 2, [torch.ones(1, 4).long()] * 2
+    with pytest.warns(UserWarning, match=r"'layers\.0\.weight' in stages 0 and 1: if you save"):
+        step_of(routed("00")[on.rank("pp")], on, inputs, targets)

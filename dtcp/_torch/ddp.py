@@ -1,6 +1,12 @@
-"""What DistributedDataParallel knows of itself (2.11-2.15)."""
+"""What torch's older data parallelism knows of itself: DDP, `replicate`, FSDP1 (2.11-2.15)."""
+
+import sys
+from collections.abc import Callable
+from inspect import getclosurevars, isfunction
+from typing import Any
 
 from torch import distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -10,5 +16,43 @@ def running_ddp() -> DistributedDataParallel | None:
 
 
 def averaging_ranks_of_ddp(ddp: DistributedDataParallel) -> int:
-    """Over how many ranks it averages gradients: 1 where a hook of its own reduces them."""
-    return 1 if ddp._comm_hooks else dist.get_world_size(ddp.process_group)
+    """Over how many ranks it averages gradients: 1 where a hook of somebody's reduces them."""
+    sums = any(not _averages(hook) for hook, _ in ddp._comm_hooks)
+    return 1 if sums else dist.get_world_size(ddp.process_group)
+
+
+def averaging_ranks_of_replicated(module: nn.Module) -> int:
+    """As `averaging_ranks_of_ddp`, of what the composable `replicate` was called with; else 1."""
+    # Only who has imported it can have called it.
+    composable = sys.modules.get("torch.distributed._composable.replicate")
+    if composable is None or not isinstance(module, composable.DDP):
+        return 1
+    state: Any = composable.replicate.state(module)
+    if state.has_initialized:
+        return averaging_ranks_of_ddp(state._ddp)
+    given = [(*args, *kwargs.values()) for args, kwargs in state._comm_hook_args]
+    if any(callable(x) and not _averages(x) for each in given for x in each):
+        return 1
+    mesh = state._init_kwargs.get("device_mesh")
+    group = None if mesh is None else mesh.get_group()
+    return dist.get_world_size(state._init_kwargs.get("process_group", group))
+
+
+def averaging_ranks_of_fsdp1(module: nn.Module) -> int:
+    """Over how many ranks a FullyShardedDataParallel averages gradients; 1 of other modules."""
+    fsdp1 = getattr(sys.modules["torch.distributed.fsdp"], "FullyShardedDataParallel", None)
+    if fsdp1 is None or not isinstance(module, fsdp1):
+        return 1
+    state: Any = module
+    if state._comm_hook is not None and not _averages(state._comm_hook):
+        return 1
+    between = getattr(state, "_inter_node_pg", None)
+    nodes = 1 if between is None else dist.get_world_size(between)
+    return dist.get_world_size(state.process_group) * nodes
+
+
+def _averages(hook: Callable[..., Any]) -> bool:
+    """Whether a communication hook is torch's own, which average; of a wrapper, the one inside."""
+    while isfunction(hook) and callable(inner := getclosurevars(hook).nonlocals.get("hook")):
+        hook = inner
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.algorithms")

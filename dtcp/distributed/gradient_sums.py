@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from dtcp._torch.ddp import averaging_ranks_of_ddp, running_ddp
+from dtcp._torch.ddp import (
+    averaging_ranks_of_ddp,
+    averaging_ranks_of_fsdp1,
+    averaging_ranks_of_replicated,
+    running_ddp,
+)
 from dtcp._torch.fsdp import (
     averaging_ranks,
     fsdp_param_groups,
@@ -26,6 +31,7 @@ _SUM = (
     "in the model (under gloo set_force_sum_reduction_for_comms(True), too); a loss that makes up "
     "for the average is taken as such once that factor is set to any number"
 )
+_SUM_FSDP1 = "use dtcp.parallelize.parallelize, or fully_shard on ParallelMesh.hsdp"
 _SUM_BY_DDP = "use dtcp.parallelize.parallelize, or a hook that sums (register_comm_hook)"
 
 
@@ -44,6 +50,8 @@ def check_gradients_summed(model: nn.Module, mesh: ParallelMesh) -> None:
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel):
             _refuse_ddp(module)
+        _refuse(averaging_ranks_of_replicated(module), "a model in `replicate`", _SUM_BY_DDP)
+        _refuse(averaging_ranks_of_fsdp1(module), "FullyShardedDataParallel", _SUM_FSDP1)
         if not isinstance(module, FSDPModule):
             continue
         subject = f"FSDP of {name or type(model).__name__!r}"

@@ -5,7 +5,16 @@ from collections.abc import Mapping, Sequence
 
 from dtcp.mixer import Mixer
 from dtcp.mixer_metadata import MixerKinds
-from dtcp.sequence.masks import And, BlockBidirectional, Causal, Mask, Or
+from dtcp.sequence.masks import (
+    And,
+    AttentionChunks,
+    Bidirectional,
+    BlockBidirectional,
+    Causal,
+    Mask,
+    Or,
+    SlidingWindow,
+)
 from dtcp.softmax.mixer import CrossAttention, GatherSharedKV, MaskedMixer
 
 
@@ -19,6 +28,21 @@ def masks_of(kinds: MixerKinds) -> Mapping[Mask, int]:
     by_mask = kinds.remembered(_by_mask)
     layers = {mask: sum(mixer.layers for mixer in mixers) for mask, mixers in by_mask.items()}
     return layers or {Causal(): 1}
+
+
+def attends_both_ways(kinds: MixerKinds) -> bool:
+    """Whether each mask of a model's attention shows a token what comes after it, in text."""
+    return all(_sees_ahead(mask) for mask in masks_of(kinds))
+
+
+def _sees_ahead(mask: Mask) -> bool:
+    if isinstance(mask, And):
+        return _sees_ahead(mask.left) and _sees_ahead(mask.right)
+    if isinstance(mask, Or):
+        return _sees_ahead(mask.left) or _sees_ahead(mask.right)
+    if isinstance(mask, SlidingWindow):
+        return mask.right != 0
+    return isinstance(mask, (Bidirectional, AttentionChunks))
 
 
 def _by_mask(mixers: Sequence[Mixer]) -> Mapping[Mask, list[Mixer]]:

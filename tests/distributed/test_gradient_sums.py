@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -20,6 +22,7 @@ from dtcp import (
     causal_lm_loss,
     shard_batch,
 )
+from dtcp.distributed.gradient_sums import check_gradients_summed
 from dtcp.huggingface import WholeRows, install_mixers
 from dtcp.labels import shift_labels
 from dtcp.linear_logits import LinearLogits
@@ -113,6 +116,44 @@ def test_a_model_in_ddp_is_refused_unless_its_hook_sums(mesh):
     inputs, labels, tokens = shards(ddp, on)
     ddp(inputs, labels, tokens).backward()
     assert_close(ddp.module.model.qkv.weight.grad, expected_gradient())
+    check_gradients_summed(ddp, on)
+
+
+AVERAGING = (
+    default_hooks.allreduce_hook,
+    default_hooks.fp16_compress_hook,
+    default_hooks.fp16_compress_wrapper(default_hooks.allreduce_hook),
+)
+"""Hooks of torch's own: each divides by the ranks."""
+
+
+@spmd(ranks=2)
+def test_hooks_of_torch_average(mesh):
+    on = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    for hook in AVERAGING:
+        ddp = DistributedDataParallel(nn.Linear(4, 4))
+        ddp.register_comm_hook(None, hook)
+        refused("which averages over 2 ranks", lambda x=ddp: check_gradients_summed(x, on))
+    ddp = DistributedDataParallel(nn.Linear(4, 4))
+    ddp.register_comm_hook(None, default_hooks.fp16_compress_wrapper(sums))
+    check_gradients_summed(ddp, on)
+
+
+@spmd(ranks=2)
+def test_other_wrappers_that_average_are_refused(mesh):
+    on = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    sharded = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    refused("FullyShardedDataParallel, which aver", lambda: check_gradients_summed(sharded, on))
+    for kwargs in ({}, {"device_mesh": on.cp}):
+        model = replicate(nn.Linear(4, 4), **kwargs)
+        refused("replicate`, which averages", lambda x=model: check_gradients_summed(x, on))
+        model(torch.ones(1, 4))  # makes its DDP
+        refused("replicate`, which averages", lambda x=model: check_gradients_summed(x, on))
+    model = replicate(nn.Linear(4, 4))
+    model.register_comm_hook(None, sums)
+    check_gradients_summed(model, on)
+    model(torch.ones(1, 4))
+    check_gradients_summed(model, on)
 
 
 def of_transformers(mesh):
