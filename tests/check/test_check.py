@@ -199,7 +199,7 @@ def test_config_of_a_big_model_is_shrunk_with_a_layer_of_each_kind(tmp_path):
         ("--hf-config nowhere.json", "a file that exists, got 'nowhere.json'"),
         ("--hf-config no_such_model", "no_such_model"),
         ("--hf-model tests.check.test_check:nothing", "tests.check.test_check has no nothing"),
-        ("--hf-model no.such:module", "No module named 'no'"),
+        ("--hf-model no.such:module", "there is no module no;"),
         ("--hf-config llama --tp 3", "splits vocab_size into equal parts, got 64 with tp=3"),
         ("--hf-config llama --cp 0", "A degree counts ranks, got cp=0"),
         ("--hf-config llama --set num_hidden_layers=0", "compares layers that mix tokens, got a"),
