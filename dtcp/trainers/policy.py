@@ -185,7 +185,9 @@ def _of_first_rank(
         if mesh.rank("cp") == mesh.rank("tp") == 0:
             try:
                 pickled = pickle.dumps(ask(*args))
-            except BaseException as error:
+            # The others wait in the broadcast below: whatever a function of the user's raises, they
+            # hear of it, and it is raised again. No BaseException: Ctrl-C waits for nobody.
+            except Exception as error:
                 from_first_rank((None, f"{type(error).__name__}: {error}"), mesh)
                 raise
         pickled, failure = from_first_rank((pickled, failure), mesh)
