@@ -55,7 +55,9 @@ def serve(rank: int, pipe: connection.Connection, port: int, world: str, stacks:
         world: names these ranks in it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.register(signal.SIGUSR1, stacks.open("a"), all_threads=False)
+    dumps = stacks.open("a")
+    faulthandler.register(signal.SIGUSR1, dumps, all_threads=False)
+    faulthandler.enable(dumps)  # for signals that end this process
     torch.set_num_threads(1)
     exit_with_parent()
     # By default a semaphore of the system's, which a rank that is killed would leave behind.

@@ -155,7 +155,9 @@ class Worker:
             answer = pickle.loads(self.pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
             self.process.join()
-            return Answer("lost", f"died with exit code {self.process.exitcode}")
+            # Where a signal ended it, its stack is there.
+            text = f"died with exit code {self.process.exitcode}\n{self.stacks.read_text()}"
+            return Answer("lost", text.strip())
         assert isinstance(answer, Answer)
         return answer
 
@@ -178,7 +180,7 @@ class Pool:
 
     size: int
     workers: list[Worker] = field(default_factory=list)
-    jobs: int = 0  # since the ranks were started
+    jobs: list[str] = field(default_factory=list)  # since the ranks were started
 
     def __post_init__(self) -> None:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -195,18 +197,19 @@ class Pool:
     ) -> list[Answer]:
         """Run one job on all ranks of the pool and return their answers."""
         __tracebackhide__ = True
-        if self.jobs == JOBS_PER_START or not all(w.process.is_alive() for w in self.workers):
+        if len(self.jobs) == JOBS_PER_START or not all(w.process.is_alive() for w in self.workers):
             self.stop()
         if not self.workers:
             self._start()
-        self.jobs += 1
+        self.jobs.append(f"{fn.__module__}.{fn.__qualname__}")
         request = pickle.dumps(Job(fn.__module__, fn.__qualname__, args, kwargs, axes))
         for worker in self.workers:
             worker.ask(request)
         answers = _collect(self.workers, timeout)
         if any(answer.kind in ("error", "lost") for answer in answers):
+            report = _report(answers, self.jobs)
             self.stop()
-            raise RankError(_report(answers)) from None
+            raise RankError(report) from None
         return answers
 
     def stop(self) -> None:
@@ -217,7 +220,7 @@ class Pool:
             worker.process.join()
             worker.pipe.close()
         self.workers.clear()
-        self.jobs = 0
+        self.jobs.clear()
 
     def _start(self) -> None:
         self.starts += 1
@@ -225,7 +228,7 @@ class Pool:
 
     def _worker(self, rank: int) -> Worker:
         stacks = Path(self.folder.name, f"rank{rank}")
-        stacks.touch()
+        stacks.write_text("")
         ours, theirs = forkserver.pipe()
         process = forkserver.start(serve, rank, theirs, self.store.port, f"{self.starts}", stacks)
         theirs.close()
@@ -267,8 +270,11 @@ def _collect(workers: Sequence[Worker], timeout: float) -> list[Answer]:
     return [answers[worker.rank] for worker in workers]
 
 
-def _report(answers: Sequence[Answer]) -> str:
-    """Say what every rank met; ranks with the same words share them, errors come first."""
+def _report(answers: Sequence[Answer], jobs: Sequence[str]) -> str:
+    """Say what every rank met; ranks with the same words share them, errors come first.
+
+    Where one is lost, the jobs before may have to do with it, and are named.
+    """
     ranks: dict[tuple[bool, str], list[int]] = {}
     for rank, answer in enumerate(answers):
         if answer.kind in ("error", "lost"):
@@ -277,4 +283,6 @@ def _report(answers: Sequence[Answer]) -> str:
         f"rank {', '.join(map(str, who))} of {len(answers)} {text}"
         for (_, text), who in sorted(ranks.items())
     ]
+    if any(answer.kind == "lost" for answer in answers):
+        parts.append("these ranks had been given, one after another:\n" + "\n".join(jobs))
     return "\n\n".join(parts)

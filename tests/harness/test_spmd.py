@@ -61,6 +61,12 @@ def die_on_rank_1(mesh):
     dist.all_reduce(torch.ones(()))
 
 
+def abort_on_rank_1(mesh):
+    if mesh.get_local_rank() == 1:
+        os.abort()
+    dist.all_reduce(torch.ones(()))
+
+
 def sleep_on_rank_1(mesh, asleep):
     if mesh.get_local_rank() == 1:
         asleep.touch()
@@ -89,6 +95,11 @@ def test_values_come_back_in_rank_order():
             "(.|\n)*rank 0 of 2 was still running when another rank had failed",
         ),
         (die_on_rank_1, "rank 1 of 2 died with exit code 7"),
+        (
+            abort_on_rank_1,
+            "rank 1 of 2 died with exit code -6(.|\n)* in abort_on_rank_1\n"
+            "(.|\n)*one after another:(.|\n)*test_spmd.abort_on_rank_1$",
+        ),
         (
             skip_for_a_lack,
             "rank 0, 1 of 2 raised(.|\n)*could not import 'no_such_module'",
