@@ -26,6 +26,11 @@ def local_op(
     takes no part in transforms of torch.func. What `register_autograd` is not called for has none
     in reverse either, and says so when one is asked for.
 
+    Its fake and its derivative read its arguments alone: inductor's cache on the disk knows a graph
+    by its text and inputs, groups of 2 and of 4 ranks may have one name, and sizes of results are
+    in the code. So a release in which results have other sizes or dtypes, of arguments of the same
+    kinds, gives the op another name.
+
     Args:
         name: dtcp::<name>.
         schema: as of torch.library.custom_op; None reads it off the annotations.

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtcp.compile import EagerIsland, island
-from dtcp.distributed.groups import connect, in_words, members_of
+from dtcp.distributed.groups import connect, group_sizes, in_words, members_of
 from dtcp.distributed.mesh_views import check_places
 from dtcp.metadata import AttentionMetadata, BatchMetadata, MetadataKey, metadata_key
 from dtcp.sequence.coords import Coords
@@ -127,6 +127,7 @@ class ClaimedMixer(Mixer):
         self.groups = style.groups(axis)
         for name in self.groups:
             connect(name)
+        self.group_sizes = group_sizes(self.groups)
         self.members = [members_of(name) for name in self.groups]
         self.ranks = in_words(dist.get_process_group_ranks(axis.get_group()))
         self.set_metadata_key()

@@ -1,13 +1,14 @@
 """Attention on packed rows without a batch dim (THD), by documents, across all shards."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtcp.distributed.groups import group_sizes
 from dtcp.kernels.softmax.api import SoftmaxParams
 from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.arguments import FLOATS, check_batch, check_tensor
@@ -41,6 +42,10 @@ class PackedAttention:
     metadata: AttentionMetadata
     groups: tuple[str, ...] = ()
     softmax: Callable[[float], SoftmaxParams] = SoftmaxParams
+    group_sizes: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "group_sizes", tuple(group_sizes(self.groups)))
 
     @classmethod
     @on_host
@@ -84,7 +89,8 @@ class PackedAttention:
         check_tensor("Attention on THD", shape=shape, ndim=3, dtypes=FLOATS, q=q, k=k, v=v)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         x, softmax = AttentionInputs(q[None], k[None], v[None]), self.softmax(scale)
-        return self.op(x, self.metadata, softmax, groups=self.groups)[0]
+        sizes = self.group_sizes
+        return self.op(x, self.metadata, softmax, groups=self.groups, group_sizes=sizes)[0]
 
 
 def _coords(slots: Sequence[tuple[int, int]]) -> Coords:

@@ -207,7 +207,7 @@ def test_ops_keep_the_contract_of_torch_library(mesh):
         q, k, v, sink = local_inputs(case, sharded)
         metadata = sharded.attn_metadata[mixer.metadata_key].tensors()
         x = AttentionInputs(q, k, v, sink)
-        args = (*x, metadata, 0.3, 0.0, mixer.groups, "auto", False, False)
+        args = (*x, metadata, 0.3, 0.0, mixer.groups, mixer.group_sizes, "auto", False, False)
         torch.library.opcheck(style.op.forward, args)
 
 

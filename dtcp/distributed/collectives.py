@@ -183,8 +183,6 @@ def check_shard(x: Tensor, layout: SequenceLayout, mesh: DeviceMesh, dim: int) -
         )
 
 
-# The two below take the number of ranks as an argument: inductor's cache keeps graphs by their text
-# and inputs, groups of 2 and of 4 ranks may have one name, and sizes of results are in the code.
 @communicating_op("dtcp::all_gather", moves=all_gather_moves)
 def _all_gather(x: Tensor, dim: int, num_ranks: int, group: str) -> Tensor:
     n = num_ranks

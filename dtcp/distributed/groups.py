@@ -32,6 +32,14 @@ def group_of(name: str) -> dist.ProcessGroup:
     return process_group(name)
 
 
+def group_sizes(names: Sequence[str]) -> list[int]:
+    """How many ranks each group has, where a plan is applied: an op takes it beside the name.
+
+    In a graph neither the op's fake asks its group nor is traced code able to.
+    """
+    return [dist.get_world_size(group_of(name)) for name in names]
+
+
 class Members(NamedTuple):
     """Who is in a process group."""
 

@@ -1,12 +1,13 @@
 """How tokens reach experts on other ranks: the seam at which another library may stand in."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from dtcp.distributed.groups import group_sizes
 from dtcp.experts.op import (
     NO_EXPERT,
     NOT_FINITE,
@@ -75,6 +76,10 @@ class AllToAllExchange:
     num_experts: int
     group: str
     shared_by: str = ""
+    num_ranks: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_ranks", *group_sizes([self.group]))
 
     def __call__(self, tokens: RoutedTokens, compute: Compute) -> tuple[Tensor, Tensor | None]:
         return self.carry_out(tokens, compute, tokens.faults(self.num_experts))
@@ -88,7 +93,7 @@ class AllToAllExchange:
             faults: [M] int64, as route_tokens takes them.
         """
         x, index, weight, meanwhile = tokens
-        ranks = ExchangeGroups(self.group, self.shared_by)
+        ranks = ExchangeGroups(self.num_ranks, self.group, self.shared_by)
         routing = route_tokens(index, faults, num_experts=self.num_experts, ranks=ranks)
         per_token, other = index.shape[1], None
         if meanwhile is None:
@@ -128,6 +133,11 @@ class NodeExchange:
     inside: str
     node: int
     shared_by: str = ""
+    in_node: AllToAllExchange = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        local = AllToAllExchange(self.num_experts // self.num_nodes, self.inside)
+        object.__setattr__(self, "in_node", local)
 
     def __call__(self, tokens: RoutedTokens, compute: Compute) -> tuple[Tensor, Tensor | None]:
         x, index, weight, meanwhile = tokens
@@ -140,7 +150,7 @@ class NodeExchange:
             to_nodes,
             tokens.faults(self.num_experts),
             num_experts=self.num_nodes,
-            ranks=ExchangeGroups(self.across, self.shared_by),
+            ranks=ExchangeGroups(self.num_nodes, self.across, self.shared_by),
             refuse=False,
         )
 
@@ -150,9 +160,8 @@ class NodeExchange:
         here = bring(index) - self.node * each
         elsewhere = (here < 0) | (here >= each)
         here, shares = here.masked_fill(elsewhere, each), bring(weight).masked_fill(elsewhere, 0)
-        local = AllToAllExchange(each, self.inside)
         arrived = RoutedTokens(bring(x), here, shares, meanwhile)
         # A fault is known to the ranks of its place alone: others hear of it inside their nodes.
-        sums, other = local.carry_out(arrived, compute, routing.faults)
+        sums, other = self.in_node.carry_out(arrived, compute, routing.faults)
         home = combine_results(sums, routing, group=self.across)
         return home.unflatten(0, to_nodes.shape).sum(1), other

@@ -52,7 +52,7 @@ class LibraryExchange:
         ranks = torch.arange(n, device=index.device)
         # [N, n]: the ranks that hold a chosen expert.
         to_ranks = torch.where((index[:, :, None] // each == ranks).any(1), ranks, n)
-        own, faults = ExchangeGroups(self.group, self.shared_by), tokens.faults(self.num_experts)
+        own, faults = ExchangeGroups(n, self.group, self.shared_by), tokens.faults(self.num_experts)
         counts = route_tokens(to_ranks, faults, num_experts=n, ranks=own).counts
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         way = counts, self.group, self.library

@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from dtcp.distributed.counting import count_crossed
-from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moved
 from dtcp.distributed.ops import communicating_op
 from dtcp.experts.libraries import library_of
@@ -81,7 +79,7 @@ def _(
     return (
         x.new_empty(rows, x.shape[1]),
         weight.new_empty(rows),
-        x.new_empty(num_experts // dist.get_world_size(group_of(group)), dtype=torch.int32),
+        x.new_empty(num_experts // counts.shape[1], dtype=torch.int32),
         x.new_empty(sizes.new_dynamic_size(), dtype=torch.uint8),
         torch.empty(sizes.new_dynamic_size(), dtype=torch.int64, device="cpu"),
     )

@@ -11,12 +11,18 @@ COUNT = 8
 
 
 def counts_moves(
-    index: Tensor, faults: Tensor, num_experts: int, group: str, shared_by: str, refuse: bool
+    index: Tensor,
+    faults: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    shared_by: str,
+    refuse: bool,
 ) -> Moved:
     """Counts of rows for the experts of each other rank, and what is wrong."""
-    n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
     # A number for each expert of the other rank, and what is wrong.
-    return Moved.alike((num_experts // n + faults.shape[0]) * COUNT, n, rank)
+    size = (num_experts // num_ranks + faults.shape[0]) * COUNT
+    return Moved.alike(size, num_ranks, dist.get_rank(group_of(group)))
 
 
 def token_moves(

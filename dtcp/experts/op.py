@@ -39,6 +39,7 @@ class Routing(NamedTuple):
 class ExchangeGroups(NamedTuple):
     """Who exchanges tokens, by the names of process groups."""
 
+    num_ranks: int  # n, of `group`
     group: str  # of the ranks that have E / n experts each, the first rank the first ones
     shared_by: str = ""  # of ranks that hold the same tokens; each routes a part of them
 
@@ -113,9 +114,15 @@ def combine_results(rows: Tensor, routing: Routing, *, group: str) -> Tensor:
 
 @communicating_op("dtcp::route_tokens", moves=counts_moves)
 def _route_tokens(
-    index: Tensor, faults: Tensor, num_experts: int, group: str, shared_by: str, refuse: bool
+    index: Tensor,
+    faults: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    shared_by: str,
+    refuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n, nodes = dist.get_world_size(group_of(group)), len(faults)
+    n, nodes = num_ranks, len(faults)
     chosen = own_share(index, num_experts, shared_by).flatten()
     order = chosen.argsort(stable=True)
     experts = torch.arange(num_experts + 1, device=index.device)
@@ -140,9 +147,15 @@ def _route_tokens(
 
 @_route_tokens.register_fake
 def _(
-    index: Tensor, faults: Tensor, num_experts: int, group: str, shared_by: str, refuse: bool
+    index: Tensor,
+    faults: Tensor,
+    num_experts: int,
+    num_ranks: int,
+    group: str,
+    shared_by: str,
+    refuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n = dist.get_world_size(group_of(group))
+    n = num_ranks
     arrivals = torch.library.get_ctx().new_dynamic_size()
     return (
         index.new_empty(index.numel()),

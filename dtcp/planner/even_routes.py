@@ -71,8 +71,8 @@ class EvenRoutes:
     def __call__(self, func: OpOverload, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
         """Args: the call of `route_tokens`."""
         bound: Mapping[str, Any] = {**dict(zip(argument_names(func), args, strict=False)), **kwargs}
-        index, group = bound["index"], bound["group"]
-        n, rank = dist.get_world_size(group_of(group)), dist.get_rank(group_of(group))
+        index, n = bound["index"], bound["num_ranks"]
+        rank = dist.get_rank(group_of(bound["group"]))
         send = self._sent(index.shape, n, bound)
         with real_tensors():
             counts = torch.tensor([send, [send[rank]] * n])

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from dtcp._torch.dtensor import set_dtensor_rule
 from dtcp._torch.ops import OpOverload, num_results
 from dtcp.distributed.dtensor_rules import bind, to_local, wrap
-from dtcp.distributed.groups import axis_group_name, group_of
+from dtcp.distributed.groups import axis_group_name, group_of, group_sizes
 from dtcp.distributed.moves import Moves
 from dtcp.metadata import NoMetadata
 from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
@@ -64,9 +64,9 @@ class _ContiguousRows:
         return self.strategy.backward(grad_out, x, result, self._with_metadata(x.q, context))
 
     def saved_like(
-        self, x: AttentionInputs, metadata: NoMetadata, groups: Sequence[str]
+        self, x: AttentionInputs, metadata: NoMetadata, group_sizes: Sequence[int]
     ) -> list[Tensor]:
-        return self.strategy.saved_like(x, metadata, groups)
+        return self.strategy.saved_like(x, metadata, group_sizes)
 
     def moves(
         self, shape: AttentionShape, length: int, metadata: NoMetadata, peers: Peers
@@ -123,7 +123,12 @@ def _forward_rule(results_not_read: ResultsNotRead) -> Callable[..., Any]:
             return _on_local(op, call)
         x = AttentionInputs(*(_ours(call[name]) for name in ("query", "key", "value")))
         arguments = ForwardArguments(
-            *x, metadata=[], scale=_scale(call), softcap=0.0, groups=groups
+            *x,
+            metadata=[],
+            scale=_scale(call),
+            softcap=0.0,
+            groups=groups,
+            group_sizes=group_sizes(groups),
         )
         out, (lse,) = _op(call).forward(*arguments)
         return (*_torchs((out, lse), (q, q)), *results_not_read(out))

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.overrides import TorchFunctionMode
 
+from dtcp.distributed.groups import group_sizes
 from dtcp.metadata import AttentionMetadata
 from dtcp.sdpa.arguments import SDPA_HEADS, SDPA_SEQ, check_arguments
 from dtcp.sequence.arguments import check_kind
@@ -74,6 +75,7 @@ class sequence_layout(TorchFunctionMode):
             for causal, mask in ((True, Causal()), (False, Bidirectional()))
         }
         self.op, self.groups = style.op, style.groups(axis)
+        self.group_sizes = group_sizes(self.groups)
         self.softmax = style.softmax_params(axis.size())
         self.layout = layout
         install_attention_rules(style.op)
@@ -121,5 +123,6 @@ class sequence_layout(TorchFunctionMode):
         q, k, v = (x.transpose(SDPA_HEADS, SDPA_SEQ) for x in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         x, softmax = AttentionInputs(q, k, v), self.softmax(scale)
-        out = self.op(x, self.metadata[is_causal], softmax, groups=self.groups)
+        metadata, sizes = self.metadata[is_causal], self.group_sizes
+        out = self.op(x, metadata, softmax, groups=self.groups, group_sizes=sizes)
         return out.transpose(SDPA_HEADS, SDPA_SEQ)

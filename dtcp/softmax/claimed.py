@@ -42,7 +42,8 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
         if not distributed:
             q, k, v = (self._wrap(x) for x in (q, k, v))
         x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope)
-        out = self.style.op(x, metadata, softmax, groups=self.groups)
+        sizes = self.group_sizes
+        out = self.style.op(x, metadata, softmax, groups=self.groups, group_sizes=sizes)
         if distributed:
             return cast(Tensor, out)
         return cast(DTensor, out).to_local(grad_placements=self._placements())
@@ -80,7 +81,9 @@ class ContextParallelKeysFromValues(ClaimedMixer, KeysFromValues):
         check_position_ids(position_ids, metadata.position_ids, metadata.sees)
         q = rotate(q, metadata.position_ids, frequency)
         x = AttentionInputs(q, None, v, key_scale=key_scale, frequency=frequency)
-        out: Tensor = self.style.op(x, metadata, self.softmax(q), groups=self.groups)
+        out: Tensor = self.style.op(
+            x, metadata, self.softmax(q), groups=self.groups, group_sizes=self.group_sizes
+        )
         return out
 
 
@@ -110,6 +113,7 @@ class ContextParallelLatentAttention(ClaimedMixer, LatentAttention):
             self.own(attn_metadata),
             self.softmax(q),
             groups=self.groups,
+            group_sizes=self.group_sizes,
             keys_sum_grads=rows.dtype != q.dtype,
         )
         return out

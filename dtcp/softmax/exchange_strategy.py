@@ -65,7 +65,7 @@ class ExchangeStrategy:
         return AttentionInputs(dq, dk, dv, dsink, dkey_scale, dup, *bias_gradients(queries))
 
     def saved_like(
-        self, x: AttentionInputs, metadata: KeyExchangeMetadata, groups: Sequence[str]
+        self, x: AttentionInputs, metadata: KeyExchangeMetadata, group_sizes: Sequence[int]
     ) -> list[Tensor]:
         return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
 

@@ -37,9 +37,9 @@ class _Halo(AllGather):
         return kept[0][:, : int(metadata.moved[1].sum())].transpose(0, 1)
 
     def saved_like(
-        self, x: AttentionInputs, metadata: KeyExchangeMetadata, groups: Sequence[str]
+        self, x: AttentionInputs, metadata: KeyExchangeMetadata, group_sizes: Sequence[int]
     ) -> list[Tensor]:
-        saved, room = super().saved_like(x, metadata, groups), metadata.kept_rows
+        saved, room = super().saved_like(x, metadata, group_sizes), metadata.kept_rows
         if room is not None:
             batch, length, heads, width = x.v.shape
             # Rows that are one line share its room.

@@ -60,7 +60,7 @@ class _Local:
         return AttentionInputs(*grads, dsink, bias=dbias, slope=dslope)
 
     def saved_like(
-        self, x: AttentionInputs, metadata: LocalMetadata, groups: Sequence[str]
+        self, x: AttentionInputs, metadata: LocalMetadata, group_sizes: Sequence[int]
     ) -> list[Tensor]:
         return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
 

@@ -43,6 +43,7 @@ class ForwardArguments(NamedTuple):
     scale: float
     softcap: float
     groups: list[str]
+    group_sizes: list[int]
     kernel: str = AUTO
     in_line: bool = False
     wide: bool = False
@@ -116,11 +117,13 @@ class AttentionOp:
         softmax: SoftmaxParams,
         *,
         groups: Sequence[str] = (),
+        group_sizes: Sequence[int] = (),
         keys_sum_grads: bool = False,
     ) -> Tensor:
         """Attend: [B, L, H, V].
 
         Args:
+            group_sizes: how many ranks each of `groups` has.
             keys_sum_grads: k and v are in the dtype of `accumulation`, for others add to their
                 gradients.
         Raises:
@@ -136,6 +139,7 @@ class AttentionOp:
             scale=softmax.scale,
             softcap=softmax.softcap,
             groups=list(groups),
+            group_sizes=list(group_sizes),
             kernel=softmax.kernel,
             in_line=metadata.in_line,
             wide=softmax.wide,
@@ -155,7 +159,7 @@ class AttentionOp:
         x = ForwardArguments(*arguments)
         out = x.q.new_empty((*x.q.shape[:-1], x.inputs.value_width))
         metadata = self.strategy.metadata_of(x.metadata)
-        return out, self.strategy.saved_like(x.inputs, metadata, x.groups)
+        return out, self.strategy.saved_like(x.inputs, metadata, x.group_sizes)
 
     def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         x, op = BackwardArguments(*arguments), f"dtcp::{self.name}_backward"
@@ -256,6 +260,7 @@ class AttentionOp:
         grads["metadata"] = [None] * len(metadata)
         # torch takes None for a list of names, but an empty list for an empty one.
         grads["groups"] = None if ctx.handed_on["groups"] else []
+        grads["group_sizes"] = None if ctx.handed_on["groups"] else []
         return tuple(grads.get(name) for name in ForwardArguments._fields)
 
 
@@ -266,6 +271,7 @@ def schema_of(arguments: type[Any], returns: str) -> str:
         Tensor | None: "Tensor?",
         list[Tensor]: "Tensor[]",
         list[str]: "str[]",
+        list[int]: "int[]",
         float: "float",
         int: "int",
         str: "str",

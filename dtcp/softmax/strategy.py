@@ -76,8 +76,14 @@ class Strategy(Protocol):
         """The gradients of x."""
         ...
 
-    def saved_like(self, x: AttentionInputs, metadata: Any, groups: Sequence[str]) -> list[Tensor]:
-        """Empty tensors of the shapes and dtypes of what forward saves."""
+    def saved_like(
+        self, x: AttentionInputs, metadata: Any, group_sizes: Sequence[int]
+    ) -> list[Tensor]:
+        """Empty tensors of the shapes and dtypes of what forward saves.
+
+        Args:
+            group_sizes: how many ranks each of the op's groups has; which they are nobody says.
+        """
         ...
 
     def moves(self, shape: AttentionShape, length: int, metadata: Any, peers: Peers) -> Moves:

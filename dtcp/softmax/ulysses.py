@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -78,11 +78,11 @@ class Ulysses:
         return AttentionInputs(*gradients, key_scale=grads.key_scale, **per_head)
 
     def saved_like(
-        self, x: AttentionInputs, metadata: UlyssesMetadata, groups: Sequence[str]
+        self, x: AttentionInputs, metadata: UlyssesMetadata, group_sizes: Sequence[int]
     ) -> list[Tensor]:
         q, v = x.q, x.v
         k = v[:, :0] if x.k is None else x.k
-        share = HeadShare(q.shape[2], v.shape[2], dist.get_world_size(_inner_group(groups)))
+        share = HeadShare(q.shape[2], v.shape[2], _inner_of(group_sizes))
         batch, length = q.shape[:2]
         whole = (batch, length * share.num_ranks)
         inner_q = q.new_empty(*whole, share.heads // share.num_ranks, q.shape[-1])
@@ -91,7 +91,7 @@ class Ulysses:
         inner_v = v.new_empty(batch, v.shape[1] * share.num_ranks, *inner_k.shape[2:3], v.shape[-1])
         out = q.new_empty(*inner_q.shape[:-1], v.shape[-1])
         inner = AttentionInputs(inner_q, inner_k, inner_v)
-        rest = self.outer.saved_like(inner, metadata.outer, groups)
+        rest = self.outer.saved_like(inner, metadata.outer, group_sizes)
         return [inner_q, inner_k, inner_v, out, *rest]
 
     def moves(
@@ -191,13 +191,16 @@ class Ulysses:
         )
 
 
-def _inner_name(groups: Sequence[str]) -> str:
-    """groups is (axis,), or (axis, inner, outer) where the axis is split in two."""
+T = TypeVar("T")
+
+
+def _inner_of(groups: Sequence[T]) -> T:
+    """Names or sizes are those of (axis,), or of (axis, inner, outer) where it is split in two."""
     return groups[1] if len(groups) > 1 else groups[0]
 
 
 def _inner_group(groups: Sequence[str]) -> dist.ProcessGroup:
-    return group_of(_inner_name(groups))
+    return group_of(_inner_of(groups))
 
 
 def _share(heads: int, context: OpContext) -> HeadShare:
@@ -219,7 +222,7 @@ def _replicas(share: HeadShare, context: OpContext) -> KVHeadReplicas | None:
 
 def _mover(context: OpContext) -> MoveRows:
     """all_to_alls of rows among the ranks that deal heads out."""
-    inner = replace(context, groups=[_inner_name(context.groups)])
+    inner = replace(context, groups=[_inner_of(context.groups)])
     return lambda rows, send, receive: all_to_all_rows(rows, send, receive, inner)
 
 
@@ -275,7 +278,7 @@ def _all_to_all(rows: Tensor, context: OpContext) -> Tensor:
     out = torch.empty_like(rows)
     exchange(out.view(-1), rows.view(-1), _inner_group(context.groups))
     each = [rows[0].numel() * rows.element_size()] * n
-    context.count(_inner_name(context.groups), each, each)
+    context.count(_inner_of(context.groups), each, each)
     return out
 
 

@@ -347,7 +347,7 @@ def test_op_keeps_the_contract_of_torch_library(sink, value_dim):
     if sink:
         bias = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
         x = x._replace(bias=bias, slope=bias[:, 0].detach().requires_grad_())
-    args = (*x, metadata, 0.3, 0.0, [], "auto", False, False)
+    args = (*x, metadata, 0.3, 0.0, [], [], "auto", False, False)
     torch.library.opcheck(ATTENTION.forward, args)
 
 
