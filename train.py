@@ -48,14 +48,9 @@ def main(arguments: list[str]) -> int:
         settings = " ".join(arguments) or "all settings as in the default config"
         print(f"start       {settings}; loading torch and torchtitan", flush=True)
     # Importing torch and torchtitan takes seconds: nobody should wait for them in silence.
-    try:
-        from dtcp.pretrain.run import run
-    except ImportError as error:
-        if not (error.name or "").startswith("torchtitan"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return run(arguments, command=(__file__,))
+    from dtcp.pretrain.__main__ import start_training
+
+    return start_training(arguments, command=(__file__,))
 
 
 if __name__ == "__main__":

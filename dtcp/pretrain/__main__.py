@@ -6,8 +6,12 @@ from importlib.util import find_spec
 REQUIRED = ("torchtitan", "tensorboard", "matplotlib", "xxhash")
 
 
-def start_training(arguments: list[str]) -> int:
-    """Run as train.py does, where its extra is installed. Returns the exit code."""
+def start_training(arguments: list[str], command: tuple[str, ...] = ("-m", "dtcp.pretrain")) -> int:
+    """Run what train.py is made of, where its extra is installed. Returns the exit code.
+
+    Args:
+        command: how Python starts another rank of it.
+    """
     missing = [name for name in REQUIRED if find_spec(name) is None]
     if missing:
         print(
@@ -23,7 +27,7 @@ def start_training(arguments: list[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run(arguments, command=("-m", "dtcp.pretrain"))
+    return run(arguments, command=command)
 
 
 if __name__ == "__main__":
