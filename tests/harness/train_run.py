@@ -2,6 +2,7 @@
 
 import re
 import sys
+from typing import Any
 
 from tests.harness.run_script import ROOT as ROOT
 from tests.harness.run_script import SECONDS, run_forked, run_process
@@ -11,7 +12,11 @@ PATIENT = ("--comm.init_timeout_seconds", "3600", "--comm.train_timeout_seconds"
 
 
 def train(
-    *arguments: str, module: str, config: str, ranks: int = 2, seconds: float = SECONDS
+    *arguments: str,
+    module: str = "dtcp.pretrain.configs",
+    config: str,
+    ranks: int = 2,
+    seconds: float = SECONDS,
 ) -> tuple[int, str]:
     """Be the ranks of train.py, without what it takes to start them.
 
@@ -24,6 +29,13 @@ def train(
     named = ("--module", module, "--config", config, *PATIENT)
     ended = run_forked("train.py", *named, *arguments, ranks=ranks, seconds=seconds)
     return ended.code, ended.output
+
+
+def trained(*arguments: str, **options: Any) -> str:
+    """The output of `train`, which has to succeed."""
+    code, output = train(*arguments, **options)
+    assert code == 0, output
+    return output
 
 
 def launch(*arguments: str, module: str, config: str, torchrun: int = 0) -> tuple[int, str]:

@@ -10,7 +10,7 @@ import pytest
 from dtcp.pretrain import planned_strategy
 from dtcp.pretrain.options import parse
 from dtcp.pretrain.planned_strategy import mesh_of, plan_strategy
-from tests.harness.train_run import train
+from tests.harness.train_run import trained
 
 AUTO = ("--dtcp.strategy", "auto", "--dtcp.layout", "auto")
 EAGER = (
@@ -103,13 +103,11 @@ def test_a_section_that_no_plan_has_closed_has_no_strategy():
     ],
 )
 def test_plan_in_training_is_one_choice_that_verifies(config, options, ranks, tmp_path):
-    code, output = train(
+    output = trained(
         *(*AUTO, *EAGER, *options, "--dtcp.verify", "2", "--dump_folder", str(tmp_path)),
-        module="dtcp.pretrain.configs",
         config=config,
         ranks=ranks,
     )
-    assert code == 0, output
     (layout,) = re.findall(r"^chosen      strategy .*, layout (\w+)", output, re.M)
     assert "the losses of 2 steps agree" in output
     assert f"layout      {LAYOUT_CLASSES[layout].__name__}" in output
@@ -118,24 +116,20 @@ def test_plan_in_training_is_one_choice_that_verifies(config, options, ranks, tm
 @pytest.mark.slow
 def test_plan_in_training_moves_what_it_says(tmp_path):
     """What is chosen is held to its forecast: counted bytes over expected ones are 1."""
-    code, output = train(
+    output = trained(
         *(*AUTO, *EAGER, "--dtcp.forecast", "--dump_folder", str(tmp_path)),
-        module="dtcp.pretrain.configs",
         config="qwen3_5_moe_tiny",
         ranks=4,
     )
-    assert code == 0, output
     assert output.count("1.000 of what is expected") == 2 and "warning" not in output
 
 
 @pytest.mark.slow
 def test_plan_in_training_takes_a_model_of_transformers(tmp_path):
-    code, output = train(
+    output = trained(
         *("--model.hf", "mistral", *AUTO, *EAGER, "--dtcp.forecast"),
         *("--parallelism.tensor_parallel_degree", "1", "--dump_folder", str(tmp_path)),
-        module="dtcp.pretrain.configs",
         config="llama_tiny",
         ranks=2,
     )
-    assert code == 0, output
     assert "chosen      strategy " in output and output.count("1.000 of what is expected") == 2

@@ -16,7 +16,7 @@ from dtcp.pretrain.trainer import Trainer
 from tests.harness.held import Held, hold, release
 from tests.harness.patience import Patience, slowness
 from tests.harness.started import Started
-from tests.harness.train_run import losses, train
+from tests.harness.train_run import losses, trained
 from tests.harness.two_hosts import Host, missing_for_hosts, two_hosts
 from tests.pretrain.test_train import micro
 
@@ -103,8 +103,7 @@ def errors_of(agent: Started) -> list[str]:
 def undisturbed(tmp_path_factory) -> dict[int, float]:
     """The losses of a run that nothing happens to, on two ranks of this host."""
     folder = ("--dump_folder", str(tmp_path_factory.mktemp("undisturbed")))
-    code, output = train(*folder, module="tests.pretrain.test_survive_hosts", config="whole")
-    assert code == 0, output
+    output = trained(*folder, module="tests.pretrain.test_survive_hosts", config="whole")
     return losses(output)
 
 

@@ -55,8 +55,9 @@ def diverging() -> Trainer.Config:
     return config
 
 
-train = partial(train_run.train, module="tests.pretrain.test_train", config="micro")
-launch = partial(train_run.launch, module="tests.pretrain.test_train", config="micro")
+MICRO = {"module": "tests.pretrain.test_train", "config": "micro"}
+train, trained = partial(train_run.train, **MICRO), partial(train_run.trained, **MICRO)
+launch = partial(train_run.launch, **MICRO)
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +107,11 @@ def test_transformers_reads_the_export(run):
 
 
 def test_an_export_starts_another_run(run, tmp_path):
-    code, output = train(
+    output = trained(
         *("--dump_folder", str(tmp_path), "--training.steps", "1", "--checkpoint.load_only"),
         *("--checkpoint.initial_load_path", str(run[0] / "hf")),
         *("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_model_only"),
     )
-    assert code == 0, output
     # The first rows again, with weights that have seen them.
     assert losses(output)[1] < losses(run[2])[1]
 
@@ -138,16 +138,14 @@ def test_a_second_start_resumes_on_another_mesh_with_the_same_losses(run, copy, 
 def test_a_checkpoint_is_gone_on_from_under_torchtitans_other_backend(run, copy):
     """The step that was saved under partial_dtensor; the next ones lose the same."""
     shutil.rmtree(copy / "checkpoint/step-4")
-    code, output = train("--dump_folder", str(copy), "--parallelism.spmd_backend", "spmd_types")
-    assert code == 0, output
+    output = trained("--dump_folder", str(copy), "--parallelism.spmd_backend", "spmd_types")
     assert "going on from step 2" in output or "step-2" in output
     before, after = losses(run[2]), losses(output)
     assert after == pytest.approx({step: before[step] for step in (3, 4)}, rel=1e-6)
 
 
 def test_a_start_after_the_last_step_says_so_and_succeeds(copy):
-    code, output = train("--dump_folder", str(copy))
-    assert code == 0, output
+    output = trained("--dump_folder", str(copy))
     assert "already trained to step 4; raise --training.steps" in output
 
 
@@ -156,13 +154,12 @@ def test_accumulated_and_checkpointed_steps_lose_the_same(run, tmp_path):
 
     On another mesh: the weights that a seed stands for do not depend on it.
     """
-    code, output = train(
+    output = trained(
         *("--dump_folder", str(tmp_path), "--training.local_batch_size", "1"),
         *("--parallelism.context_parallel_degree", "1"),
         *("--parallelism.data_parallel_shard_degree", "2"),
         *("--training.global_batch_size", "4", "activation-checkpoint:selective"),
     )
-    assert code == 0, output
     assert losses(output)[1] == pytest.approx(losses(run[2])[1], rel=1e-6)
     assert losses(output)[4] == pytest.approx(losses(run[2])[4], rel=1e-5)
 
@@ -171,13 +168,12 @@ def test_accumulated_and_checkpointed_steps_lose_the_same(run, tmp_path):
 @pytest.mark.parametrize("axis", ["tensor_parallel", "data_parallel_shard"])
 def test_verify_repeats_the_steps_of_four_ranks_on_one_device(axis, tmp_path):
     """cp 2 x tp 2 and fsdp 2 x cp 2, compiled."""
-    code, output = train(
+    output = trained(
         *("--dtcp.verify", "2", "--dump_folder", str(tmp_path)),
         *("--compile.enable", "--compile.backend", "aot_eager"),
         *(f"--parallelism.{axis}_degree", "2"),
         ranks=4,
     )
-    assert code == 0, output
     assert "the losses of 2 steps agree" in output
     assert not (tmp_path / "checkpoint").exists()
 

@@ -71,9 +71,7 @@ def titan() -> Trainer.Config:
 
 
 def train(config: str, *arguments: str, ranks: int = 2) -> str:
-    code, output = train_run.train(*arguments, module=__name__, config=config, ranks=ranks)
-    assert code == 0, output
-    return output
+    return train_run.trained(*arguments, module=__name__, config=config, ranks=ranks)
 
 
 @pytest.mark.slow_where(lambda config: config != "qwen")
