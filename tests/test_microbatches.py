@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -32,7 +31,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import RingAttention
 from tests.harness import parity
-from tests.harness.parity import GRAPHS, SEQ_LEN, Rows, gradients, one_device
+from tests.harness.parity import GRAPHS, SEQ_LEN, Rows, gradients, one_device, summed
 from tests.harness.spmd import spmd
 
 CONFIG = replace(parity.CONFIG, num_layers=4)
@@ -114,9 +113,7 @@ class Pipeline:
         )
         has_loss = any(part.is_last for part in self.parts)
         assert len(shares) == has_loss * len(MICROBATCHES)
-        loss = sum(shares, torch.zeros((), dtype=torch.float64))
-        if self.mesh.loss is not None:
-            dist.all_reduce(loss, group=self.mesh.loss.get_group())
+        loss = summed(sum(shares, torch.zeros((), dtype=torch.float64)), self.mesh)
         return loss if has_loss else None
 
     def assert_equals_one_device(self) -> None:

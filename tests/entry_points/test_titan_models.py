@@ -29,6 +29,7 @@ from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
 from tests.docs.blocks import ROOT
 from tests.harness import titan_models as titan
+from tests.harness.parity import gradients
 from tests.harness.spmd import spmd
 
 # Layers of Kimi are DeepSeek-V3's; a fused projection computes what three do.
@@ -48,10 +49,10 @@ def spec_of(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_adopted_model_computes_what_torchtitans_own_does(name):
-    logits, gradients = titan.titans_own(spec_of(name))
+    logits, expected_grads = titan.titans_own(spec_of(name))
     actual, actual_gradients = titan.ours(adopt_model(spec_of(name)))
     assert_close(actual, logits)
-    assert_close(actual_gradients, gradients)
+    assert_close(actual_gradients, expected_grads)
 
 
 @pytest.mark.slow_where(lambda name: name == "qwen3")
@@ -76,7 +77,7 @@ def test_an_adopted_model_by_ulysses_computes_what_one_does(mesh, name):
 
 
 def check_on_ranks(mesh, name, style):
-    expected, gradients = titan.titans_own(spec_of(name))
+    expected, expected_grads = titan.titans_own(spec_of(name))
     model = titan.build(adopt_model(spec_of(name)))
     add_mixers(model)
     apply_plan(model, mesh, {"layers.*.attention.inner_attention.mixer": style})
@@ -93,10 +94,10 @@ def check_on_ranks(mesh, name, style):
         )
         (logits * sharded.shard(titan.cotangent(expected))).sum().backward()
     assert_close(logits.detach(), sharded.shard(expected))
-    actual = titan.gradients(model)
+    actual = gradients(model)
     for gradient in actual.values():
         dist.all_reduce(gradient)
-    assert_close(actual, gradients)
+    assert_close(actual, expected_grads)
 
 
 def test_C1_every_family_of_torchtitan_is_in_the_table():

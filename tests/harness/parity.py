@@ -1,4 +1,6 @@
-"""One step of a tiny decoder over packed rows: on one device, and on a mesh."""
+"""One step of a tiny decoder over packed rows, on one device and on a mesh, and how all compare."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +72,12 @@ def on_mesh(
     logits = model(local["input_ids"], local["position_ids"], sharded.attn_metadata)
     share = token_mean_loss(logits, local["labels"], tokens)
     share.backward()
-    loss = share.detach()
+    return summed(share, mesh)
+
+
+def summed(share: Tensor, mesh: ParallelMesh) -> Tensor:
+    """The loss of all ranks, of which this one has a share."""
+    loss = share.detach().clone()
     if mesh.loss is not None:
         dist.all_reduce(loss, group=mesh.loss.get_group())
     return loss
@@ -83,3 +90,25 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
         for name, p in model.named_parameters()
         if p.grad is not None
     }
+
+
+def assert_gradients(
+    model: nn.Module, expected: Mapping[str, Tensor], bound: float, *, floor: float = 0.0
+) -> None:
+    """Assert that a model has these gradients, each to within a part of its largest number.
+
+    Args:
+        floor: what part of the largest number of all counts as the largest of each, at least.
+    """
+    actual = gradients(model)
+    assert actual.keys() == expected.keys()
+    largest = {name: float(grad.abs().max()) for name, grad in expected.items()}
+    least = floor * max(largest.values())
+    worst = {
+        name: error
+        for name, grad in expected.items()
+        # Gate and up have a dim of their own where tp splits experts.
+        if not (error := float((actual[name].reshape(grad.shape) - grad).abs().max()))
+        <= bound * max(largest[name], least)
+    }
+    assert not worst, (worst, largest)

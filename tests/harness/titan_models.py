@@ -26,6 +26,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.documents import Documents
+from tests.harness.parity import gradients
 
 ROWS = ((30, 34), (7, 57))
 """Lengths of documents, longer than any window here, and cut by the borders of shards."""
@@ -190,10 +191,6 @@ def _run(model: Any, tokens: Tensor, **inputs: Any) -> tuple[Tensor, dict[str, T
     logits = model(tokens, **inputs)
     (logits * cotangent(logits)).sum().backward()
     return logits.detach(), gradients(model)
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def dense_flex(

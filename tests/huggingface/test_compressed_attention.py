@@ -8,7 +8,6 @@ from functools import cache
 
 import pytest
 import torch
-from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -35,7 +34,7 @@ from dtcp.softmax import AllGatherAttention, HaloAttention, RingAttention, Ulyss
 from dtcp.sparse import CompressedSparseCP, SparseShape
 from dtcp.sparse.mixer import CompressedSparseAttention, Compression
 from tests.harness import hf_deepseek_v4 as published
-from tests.harness.parity import gradients
+from tests.harness.parity import gradients, summed
 from tests.harness.spmd import spmd
 
 SEQ_LEN = 48
@@ -103,10 +102,7 @@ def assert_parity(degrees, layout=HeadTail, *, exact=True, experts="eager", **op
     logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
     real = sharded.shard((packed.document() >= 0)[..., None])
     assert_close(logits * real, sharded.shard(expected_logits[mine]), **near)
-    loss = share.detach()
-    if mesh.loss is not None:
-        dist.all_reduce(loss, group=mesh.loss.get_group())
-    assert_close(loss, expected_loss, **near)
+    assert_close(summed(share, mesh), expected_loss, **near)
     actual = gradients(model)
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():

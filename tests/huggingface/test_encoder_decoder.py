@@ -19,9 +19,8 @@ from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
 from dtcp.softmax.mixer import CrossAttention
 from dtcp.trainers import MeshTrainerMixin
-from tests.harness.parity import gradients
+from tests.harness.parity import assert_gradients, gradients, summed
 from tests.harness.spmd import spmd
-from tests.huggingface.test_huggingface import far
 
 SMALL = {
     "vocab_size": 64,
@@ -98,20 +97,9 @@ def assert_step_equal(kind, degrees, layout=HeadTail, attention=None, *, make=bu
         rows = {key: x[mine] for key, x in a_batch().items()}
         loss = causal_lm_loss(model, rows, mesh, layout)
         loss.backward()
-    actual = loss.detach().clone()
-    if mesh.loss is not None:
-        dist.all_reduce(actual, group=mesh.loss.get_group())
-    assert_close(actual, expected.detach(), rtol=1e-7, atol=0.0)
-    grads, expected_grads = gradients(model), gradients(reference)
-    assert grads.keys() == expected_grads.keys()
+    assert_close(summed(loss, mesh), expected.detach(), rtol=1e-7, atol=0.0)
     # Gradients that are rounding alone (a key's bias) are held against the others.
-    floor = 1e-3 * max(float(each.abs().max()) for each in expected_grads.values())
-    worst = {
-        name: error
-        for name, grad in expected_grads.items()
-        if not (error := float(far(grads[name], grad) / grad.abs().max().clamp(min=floor))) <= 1e-6
-    }
-    assert not worst, worst
+    assert_gradients(model, gradients(reference), 1e-6, floor=1e-3)
     return traffic
 
 

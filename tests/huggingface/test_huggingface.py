@@ -51,7 +51,7 @@ from tests.harness.hf_models import (
     build,
     config_of,
 )
-from tests.harness.parity import gradients
+from tests.harness.parity import assert_gradients, gradients, summed
 from tests.harness.spmd import spmd
 
 GRAPHS = Compile("aot_eager")
@@ -120,15 +120,7 @@ def on_mesh(
     logits = model(**local, attn_metadata=sharded.attn_metadata).logits
     share = token_mean_loss(logits, labels, global_token_count(labels, mesh.loss))
     share.backward()
-    loss = share.detach()
-    if mesh.loss is not None:
-        dist.all_reduce(loss, group=mesh.loss.get_group())
-    return loss
-
-
-def far(actual: Tensor, expected: Tensor) -> Tensor:
-    """Largest difference; gate and up have a dim of their own where tp splits experts."""
-    return (actual.reshape(expected.shape) - expected).abs().max()
+    return summed(share, mesh)
 
 
 def assert_parity(
@@ -162,14 +154,7 @@ def assert_step_is(expected: Step, model, mesh, *, rows=PACKED, layout=HeadTail)
     with count_traffic() as traffic:
         actual = on_mesh(model, mesh, a_batch(rows), layout)
     assert_close(actual, expected_loss, rtol=BOUND, atol=0.0)
-    grads = gradients(model)
-    assert expected_grads.keys() == grads.keys()
-    worst = {
-        name: error
-        for name, grad in expected_grads.items()
-        if not (error := float(far(grads[name], grad) / grad.abs().max())) <= BOUND
-    }
-    assert not worst, worst
+    assert_gradients(model, expected_grads, BOUND)
     return traffic
 
 
@@ -318,13 +303,8 @@ def test_balance_loss_of_experts_is_that_of_all_tokens(mesh, ranks):
     expected.backward()
     loss = causal_lm_loss(model, {**batch, "labels": labels}, mesh)
     loss.backward()
-    whole = loss.detach()
-    if mesh.loss is not None:
-        dist.all_reduce(whole, group=mesh.loss.get_group())
-    assert_close(whole, expected.detach(), rtol=BOUND, atol=0.0)
-    grads = gradients(model)
-    for name, grad in gradients(reference).items():
-        assert far(grads[name], grad) <= BOUND * grad.abs().max(), name
+    assert_close(summed(loss, mesh), expected.detach(), rtol=BOUND, atol=0.0)
+    assert_gradients(model, gradients(reference), BOUND)
 
 
 class Pooled(nn.Module):

@@ -27,6 +27,7 @@ from dtcp.parallelize.keep_dtype import keep_dtype_names
 from dtcp.parallelize.plans.deepseek_v4 import deepseek_v4_keep_dtype
 from dtcp.sequence.documents import Documents
 from tests.harness import hf_deepseek_v4 as published
+from tests.harness.parity import gradients
 
 DOCUMENTS = Documents(((37, 3, 49), (70, 26)), 96)
 """Unaligned with every window; shorter than all of them; padding in a row."""
@@ -58,10 +59,6 @@ def test_deepseek_v4_equals_the_published_model():
     assert_close(gradients(ours), from_hf(gradients(theirs), config))
     frozen = {name for name, p in ours.named_parameters() if p.grad is None}
     assert frozen == {name for name, _ in ours.named_parameters() if ".indexer." in name}
-
-
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def test_deepseek_v4_checkpoint_is_read_by_transformers_and_back(tmp_path):

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -45,7 +44,7 @@ from dtcp.parallelize import (
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from tests.harness import hf_deepseek_v4 as published
-from tests.harness.parity import GRAPHS, gradients
+from tests.harness.parity import GRAPHS, gradients, summed
 from tests.harness.spmd import run_ranks, spmd
 
 SEQ_LEN = 96
@@ -113,10 +112,7 @@ def step(
     local_logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
     real = sharded.shard((documents.document() >= 0)[..., None])
     assert_close(local_logits * real, sharded.shard(expected["logits"][mine]))
-    loss = share.detach()
-    if mesh.loss is not None:
-        dist.all_reduce(loss, group=mesh.loss.get_group())
-    return loss
+    return summed(share, mesh)
 
 
 def check(
@@ -273,10 +269,7 @@ def check_ahead(
     logits = model(*reads)
     share = mtp_loss(logits, local["labels"], local["mtp_labels"], tokens, weight=0.3)
     share.backward()
-    loss = share.detach()
-    if whole.loss is not None:
-        dist.all_reduce(loss, group=whole.loss.get_group())
-    assert_close(loss, expected["loss"])
+    assert_close(summed(share, whole), expected["loss"])
     actual = {name: x for name, x in gradients(model).items() if x is not None}
     assert_close(actual, expected["gradients"])
 

@@ -10,7 +10,7 @@ from dtcp.huggingface.whole_rows import WholeRows
 from dtcp.labels import IGNORED
 from dtcp.parallelize import parallelize_hf
 from tests.harness.hf_models import build
-from tests.harness.parity import gradients
+from tests.harness.parity import assert_gradients, gradients
 from tests.harness.spmd import spmd
 
 BOUND = 1e-5
@@ -53,15 +53,6 @@ def log_probs_of(model, rows):
     return picked.where(labels != IGNORED, 0), logits, labels != IGNORED
 
 
-def assert_same_gradients(rows_model, reference):
-    grads, expected = gradients(rows_model.module), gradients(reference)
-    for name, grad in expected.items():
-        if grad is None:
-            continue
-        difference = (grads[name].reshape(grad.shape) - grad).abs().max()
-        assert difference <= BOUND * grad.abs().max(), name
-
-
 @pytest.mark.slow_where(lambda kind: kind == "gpt_oss")
 @pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])
 @spmd(axes={"cp": 2, "tp": 2})
@@ -84,7 +75,7 @@ def test_trainer_gets_the_loss_and_gradients_of_one_device(mesh, kind):
     assert_close(out.loss, expected.double(), rtol=BOUND, atol=0.0)
     expected.backward()
     out.loss.backward()
-    assert_same_gradients(model, reference)
+    assert_gradients(model.module, gradients(reference), BOUND)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "qwen3"])
@@ -106,7 +97,7 @@ def test_trainer_that_never_holds_logits_gets_the_same_gradients(mesh, kind):
     assert_close(loss, expected, rtol=BOUND, atol=0.0)
     expected.backward()
     loss.backward()
-    assert_same_gradients(rows_model, reference)
+    assert_gradients(rows_model.module, gradients(reference), BOUND)
     # Logits are there where they are asked for.
     assert rows_model(input_ids=rows["input_ids"]).logits.shape == (2, SEQ_LEN, 64)
 
@@ -177,7 +168,7 @@ def test_trl_gets_log_probs_of_whole_rows_and_their_gradients(mesh, ranks, kind)
     for each in (out.log_probs, log_probs):
         chosen, rejected = each.sum(1)
         (-F.logsigmoid(0.5 * (chosen - rejected))).backward()
-    assert_same_gradients(model, reference)
+    assert_gradients(model.module, gradients(reference), BOUND)
 
 
 @spmd(axes={"tp": 2})
