@@ -8,7 +8,7 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group, _set_pg_timeout
 
 
-def process_group(name: str) -> dist.ProcessGroup:
+def group_of(name: str) -> dist.ProcessGroup:
     """The group of that name: no public way from one to the other (2.11-2.15)."""
     return _resolve_process_group(cast("dist.GroupName", name))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dtcp._torch.collectives import process_group
+from dtcp._torch.collectives import group_of as group_of
 
 
 def group_name(mesh: DeviceMesh) -> str:
@@ -25,11 +25,6 @@ def group_name(mesh: DeviceMesh) -> str:
 def axis_group_name(mesh: DeviceMesh, index: int) -> str:
     """`group_name` of one axis of a larger mesh; torch 2.11 cannot slice a mesh while tracing."""
     return cast(str, mesh.get_group(index).group_name)
-
-
-def group_of(name: str) -> dist.ProcessGroup:
-    """The process group of that name, inside an op's body."""
-    return process_group(name)
 
 
 def group_sizes(names: Sequence[str]) -> list[int]:

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import flop_registry
 
-from dtcp._torch.collectives import process_group
+from dtcp._torch.collectives import group_of
 from dtcp._torch.fakes import real_tensors
 from dtcp._torch.ops import OpOverload, TorchDispatchMode, argument_names, packet_of
 from dtcp._torch.tensors import flat_leaves, put_back, storage_key
@@ -268,7 +268,7 @@ def collective_bytes(func: OpOverload, args: Any, kwargs: Any) -> tuple[str, int
     group = _group_of(bound)
     if group is None:
         return "", 0
-    n = dist.get_world_size(process_group(group))
+    n = dist.get_world_size(group_of(group))
     tensors = [x for x in flat_leaves(args)[0] if isinstance(x, Tensor)]
     sizes = [x.numel() * x.element_size() for x in tensors]
     if "all_reduce" in name or "allreduce" in name:

@@ -17,7 +17,7 @@ from dtcp.kernels.softmax.api import (
 )
 from dtcp.sequence.key_intervals import Intervals
 from dtcp.sequence.layout import SequenceLayout
-from dtcp.softmax.exchange import bring_rows, return_grads, sort_by_index
+from dtcp.softmax.exchange import bring_rows, return_grads
 from dtcp.softmax.exchange_strategy import ExchangeStrategy
 from dtcp.softmax.metadata import KeyExchangeMetadata, all_gather_metadata
 from dtcp.softmax.op import AttentionOp
@@ -60,7 +60,7 @@ class AllGather(ExchangeStrategy):
 
         of_keys = payload.finish(buffers, keys.v, 0).transpose(0, 1)
         dtype = context.grad_dtype(queries.q.dtype)
-        return dq, return_grads(of_keys, metadata, metadata.own_keys, dtype, context)
+        return dq, return_grads(of_keys, metadata, dtype, context)
 
     def kept(self, rows: Tensor, metadata: KeyExchangeMetadata) -> list[Tensor]:
         """What backward is given again of the rows that arrived: nothing, they are many."""
@@ -80,9 +80,8 @@ class AllGather(ExchangeStrategy):
 
 def _in_token_order(payload: KVPayload, rows: Tensor, metadata: KeyExchangeMetadata) -> Keys:
     """Local and required keys."""
-    order = sort_by_index(metadata, metadata.own_keys)
-    k, v = payload.in_order(rows, order)
-    return Keys(k, v, metadata.key_token_index[0, : order.numel()])
+    k, v = payload.in_order(rows, metadata.key_order)
+    return Keys(k, v, metadata.key_token_index[0, : k.shape[1]])
 
 
 ALL_GATHER = AttentionOp("all_gather_attention", AllGather(), communicates=True)

@@ -40,7 +40,7 @@ def all_to_all_rows(
 ) -> Tensor:
     """One all_to_all of rows, ordered by rank: [sum(send), ...] -> [sum(receive), ...]."""
     group = group_of(context.groups[-1])
-    width = rows[:1].numel() if rows.shape[0] else rows.new_empty(1, *rows.shape[1:]).numel()
+    width = rows.shape[1:].numel()
     out = rows.new_empty(sum(receive), *rows.shape[1:])
     if len(send) > 1:
         of_receive, of_send = ([count * width for count in each] for each in (receive, send))
@@ -144,23 +144,15 @@ def bring_rows(packed: Tensor, metadata: KeyExchangeMetadata, context: OpContext
     return torch.cat((rows, all_to_all_rows(onward, send, receive, context)))
 
 
-def sort_by_index(metadata: KeyExchangeMetadata, length: int) -> Tensor:
-    """Where each key in token order comes from: the local ones [L], then the received ones."""
-    return metadata.order[: length + int(metadata.moved[1].sum())]
-
-
 def return_grads(
-    rows: Tensor,
-    metadata: KeyExchangeMetadata,
-    length: int,
-    dtype: torch.dtype,
-    context: OpContext,
+    rows: Tensor, metadata: KeyExchangeMetadata, dtype: torch.dtype, context: OpContext
 ) -> Tensor:
     """Gradients of rows in token order [K, B, G, W], summed on their owners: [B, L, G, W].
 
     In two hops, those of a node's readers are summed where the key came into the node.
     """
-    by_source = torch.empty_like(rows).index_copy_(0, sort_by_index(metadata, length).long(), rows)
+    length = metadata.own_keys
+    by_source = torch.empty_like(rows).index_copy_(0, metadata.key_order.long(), rows)
     local = by_source[:length].transpose(0, 1).contiguous()
     send, receive = metadata.counts.tolist()
     brought = by_source[length : length + sum(receive)]

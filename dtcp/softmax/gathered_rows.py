@@ -12,7 +12,7 @@ from dtcp.distributed.moves import Moved, Moves
 from dtcp.distributed.ops import communicating_op
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import SoftmaxParams
-from dtcp.softmax.exchange import bring_rows, return_grads, sort_by_index
+from dtcp.softmax.exchange import bring_rows, return_grads
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.moves import AttentionShape, Peers
 from dtcp.softmax.strategy import OpContext
@@ -83,7 +83,7 @@ def gather_rows(
     received = bring_rows(rows, keys, _context("gather_shared_kv", keys, x, group))
     every = torch.cat((x, received.transpose(0, 1)), dim=1)
     out = _gathered_like(x, keys, wide).zero_()
-    order = sort_by_index(keys, x.shape[1])
+    order = keys.key_order
     out[:, : order.numel()] = every.index_select(1, order)
     return out
 
@@ -92,13 +92,11 @@ def gather_rows(
 def _gather_backward(grad: Tensor, metadata: list[Tensor], group: str) -> Tensor:
     keys = KeyExchangeMetadata.of_tensors(metadata)
     LEDGER.record("dtcp::gather_shared_kv_backward")
-    length = keys.first_key.shape[1]
-    count = sort_by_index(keys, length).numel()
     if keys.counts.shape[1] > 1 and grad.dtype != accumulation(grad.dtype):
         _say_rounded()
-    rows = grad[:, :count].transpose(0, 1).to(accumulation(grad.dtype))
+    rows = grad[:, : keys.key_order.numel()].transpose(0, 1).to(accumulation(grad.dtype))
     context = _context("gather_shared_kv_backward", keys, grad, group)
-    return return_grads(rows, keys, length, grad.dtype, context).to(grad.dtype)
+    return return_grads(rows, keys, grad.dtype, context).to(grad.dtype)
 
 
 @cache

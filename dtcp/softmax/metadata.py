@@ -81,6 +81,11 @@ class KeyExchangeMetadata(AttentionMetadata):
         return counts.tolist()
 
     @property
+    def key_order(self) -> Tensor:
+        """Where each key in token order comes from: the local ones, then the received ones."""
+        return self.order[: self.own_keys + int(self.moved[1].sum())]
+
+    @property
     def kept_rows(self) -> int | None:
         """Room for what arrives, where it is bounded below all other shards; None where not.
 

@@ -1,4 +1,4 @@
-"""Styles of softmax attention, and what a mixer becomes once one has taken it over."""
+"""The base of styles of softmax attention."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

@@ -125,14 +125,6 @@ def bring_left(
     return [x.to(dtype) for x in out]
 
 
-@bring_left.register_fake
-def _(
-    pieces: Sequence[Tensor], routes: Tensor, onward: Tensor, lengths: Sequence[int], group: str
-) -> list[Tensor]:
-    both = zip(pieces, lengths, strict=True)
-    return [x.new_empty(x.shape[0], length, x.shape[2]) for x, length in both]
-
-
 @communicating_op("dtcp::bring_left_backward", moves=functools.partial(_left_moves, reverse=True))
 def _return_grads(
     grads: Sequence[Tensor], routes: Tensor, onward: Tensor, lengths: Sequence[int], group: str
@@ -149,12 +141,15 @@ def _return_grads(
     return [x.to(dtype) for x in out]
 
 
-@_return_grads.register_fake
-def _(
-    grads: Sequence[Tensor], routes: Tensor, onward: Tensor, lengths: Sequence[int], group: str
+def _as_fetched(
+    pieces: Sequence[Tensor], routes: Tensor, onward: Tensor, lengths: Sequence[int], group: str
 ) -> list[Tensor]:
-    both = zip(grads, lengths, strict=True)
+    both = zip(pieces, lengths, strict=True)
     return [x.new_empty(x.shape[0], length, x.shape[2]) for x, length in both]
+
+
+bring_left.register_fake(_as_fetched)
+_return_grads.register_fake(_as_fetched)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
