@@ -60,7 +60,7 @@ def run_stage(
         if worker is not None and not _is_first_at(case, stage, folder):
             continue
         running.write_text(case.name)
-        line = _line(stage, case, device)
+        line = _line(stage, case)
         append(path, line)
         running.unlink()
         wrong += is_wrong(line)
@@ -91,7 +91,7 @@ def forget_taken(folder: Path, stage: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def _line(stage: Stage, case: Case, device: str) -> dict[str, Any]:
+def _line(stage: Stage, case: Case) -> dict[str, Any]:
     start = time.monotonic()
     try:
         result = case.run()

@@ -8,7 +8,7 @@ field after a look at its type.
 
 import io
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -249,9 +249,7 @@ def nested_pickles(value: Any) -> Iterator[bytes]:
             yield from nested_pickles(item)
 
 
-def refuse_code(
-    data: bytes, subject: str, *, unpickler: Callable[..., Any] = DataUnpickler
-) -> None:
+def refuse_code(data: bytes, subject: str) -> None:
     """Refuse bytes that would run code if somebody unpickled them.
 
     Bytes that are no pickle are nobody's program, and pass.
@@ -260,7 +258,7 @@ def refuse_code(
         ValueError: naming the subject and what its pickle names.
     """
     try:
-        unpickler(io.BytesIO(data)).load()
+        DataUnpickler(io.BytesIO(data)).load()
     except NamesCode as error:
         raise ValueError(
             f"A checkpoint holds data and no code, got {subject}, which names {error}: nothing of "

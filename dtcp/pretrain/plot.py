@@ -37,7 +37,7 @@ def _logs_of(folder: Path) -> list[Path]:
     return sorted((x for x in logs if runs.isdisjoint(x.parents)), key=lambda path: path.name)
 
 
-def plot_losses(folder: Path, *, title: str = "") -> Path:
+def plot_losses(folder: Path) -> Path:
     """Write FOLDER/loss.png: training loss of each logged step, validation loss where measured.
 
     Raises:
@@ -59,7 +59,7 @@ def plot_losses(folder: Path, *, title: str = "") -> Path:
     axes.plot(list(training), list(training.values()), linewidth=1.2, label="training")
     if validation:
         axes.plot(list(validation), list(validation.values()), "o-", label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     path = folder / "loss.png"

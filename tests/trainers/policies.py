@@ -37,7 +37,6 @@ MESHES = {
     "cp_tp": Degrees(cp=2, tp=2),
     "dp_cp": Degrees(dp_shard=2, cp=2),
 }
-PEERS = {"alone": 1, "dealt": 2}
 SERVER = {"use_vllm": True, "vllm_mode": "server"}
 LORA = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
 CASES: dict[str, dict[str, Any]] = {
