@@ -14,14 +14,13 @@ from dtcp.check.checked_model import (
     Mixing,
     check_logits,
     in_fp64,
-    made_by,
 )
 from dtcp.check.true_fp64 import kernels_in_fp64
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface import shard_hf_batch, survey
 from dtcp.huggingface.encoder_decoder import encoder_name
 from dtcp.huggingface.language_model import model_of, parameter_count
-from dtcp.huggingface.own_errors import own_errors
+from dtcp.huggingface.own_errors import model_of_function, own_errors
 from dtcp.huggingface.registry import MIXER
 from dtcp.huggingface.small_config import SmallConfig, small_config
 from dtcp.parallelize import Compile, parallelize_hf
@@ -54,12 +53,13 @@ class CheckedHuggingFaceModel:
 
     def parameter_count(self) -> int:
         if ":" in self.config:
-            return sum(p.numel() for p in made_by(self.config, self.change).parameters())
+            model = model_of_function(self.config, **self.change)
+            return sum(p.numel() for p in model.parameters())
         return parameter_count(self._small().config, REMEDY)
 
     def build(self) -> Any:
         if ":" in self.config:
-            model: Any = made_by(self.config, self.change)
+            model: Any = model_of_function(self.config, **self.change)
         else:
             model = model_of(self._small().config, REMEDY)
         if not hasattr(model, "set_attn_implementation"):

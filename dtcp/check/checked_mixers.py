@@ -14,7 +14,6 @@ from dtcp.check.checked_model import (
     Mixing,
     check_logits,
     in_fp64,
-    made_by,
     vocabulary,
 )
 from dtcp.distributed.mesh import ParallelMesh
@@ -24,7 +23,7 @@ from dtcp.huggingface.mixing_probe import (
     mixers_without_mixing,
     probe_length,
 )
-from dtcp.huggingface.own_errors import ModelRefused, imported, own_errors
+from dtcp.huggingface.own_errors import ModelRefused, imported, model_of_function, own_errors
 from dtcp.mixer import Mixer
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.parallelize import Compile, ParallelPlan, parallelize
@@ -50,10 +49,10 @@ class CheckedMixerModel:
     change: Mapping[str, Any] = field(default_factory=dict)
 
     def parameter_count(self) -> int:
-        return sum(p.numel() for p in made_by(self.model, self.change).parameters())
+        return sum(p.numel() for p in model_of_function(self.model, **self.change).parameters())
 
     def build(self) -> nn.Module:
-        model: nn.Module = in_fp64(made_by(self.model, self.change))
+        model: nn.Module = in_fp64(model_of_function(self.model, **self.change))
         return model
 
     def mixing(self, model: nn.Module, style: AttentionStyle, tp: int = 1) -> Mixing:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from dtcp.distributed.mesh import ParallelMesh
-from dtcp.huggingface.own_errors import imported, own_errors
 from dtcp.parallelize import Compile
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
@@ -70,31 +69,6 @@ class CheckedModel(Protocol):
     ) -> Tensor:
         """Logits of this rank's part, [1, L, C]."""
         ...
-
-
-def made_by(path: str, change: Mapping[str, Any]) -> nn.Module:
-    """The model that a function returns.
-
-    Args:
-        path: module:function.
-        change: its keyword arguments.
-    Raises:
-        ValueError: the function fails, or returns something else.
-    """
-    function = imported(path)
-    remedy = "give a function that returns the model; --set gives its keyword arguments, key=json"
-    with own_errors(f"A checked model is built by {path}({_keywords(change)})", remedy):
-        model = function(**change)
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"A function of --model returns an nn.Module, got {type(model).__name__} from {path}: "
-            f"return the model."
-        )
-    return model
-
-
-def _keywords(change: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in change.items())
 
 
 def vocabulary(model: Any) -> int:

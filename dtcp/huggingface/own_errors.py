@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 
 class ModelRefused(ValueError):
     """What a model cannot do, in a sentence that names the place."""
@@ -65,3 +67,23 @@ def imported(path: str) -> Callable[..., Any]:
             f"A function is named module:function, got {path!r}: {module} has {kind} {name}."
         )
     return function
+
+
+def model_of_function(path: str, /, **change: Any) -> nn.Module:
+    """The model that a function module:function returns.
+
+    Args:
+        change: its keyword arguments.
+    Raises:
+        ValueError: there is no such function, or it fails, or returns something else.
+    """
+    function, keywords = imported(path), ", ".join(f"{key}={x!r}" for key, x in change.items())
+    remedy = "give a function that returns the model; dtcp.check's --set gives it key=json"
+    with own_errors(f"A model is built by {path}({keywords})", remedy):
+        model = function(**change)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"A function of --model returns an nn.Module, got {type(model).__name__} from {path}: "
+            f"return the model."
+        )
+    return model

@@ -68,9 +68,8 @@ def _seq_len(arguments: argparse.Namespace, default: int) -> int:
 
 def _own_model(model: str, plan: str) -> Subject:
     """A model of a function: of transformers where it has no plan."""
-    if plan:
-        return OwnModel(model, imported(model), imported(plan))
-    return MadeHuggingFaceModel(model, imported(model))
+    imported(model)
+    return OwnModel(model, imported(plan)) if plan else MadeHuggingFaceModel(model)
 
 
 def _of_config(arguments: argparse.Namespace, rest: Sequence[str]) -> Request:

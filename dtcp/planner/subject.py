@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dtcp.batch import shard_batch
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.huggingface.config_fields import config_of
-from dtcp.huggingface.own_errors import own_errors
+from dtcp.huggingface.own_errors import model_of_function
 from dtcp.labels import IGNORED, look_ahead
 from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
 from dtcp.parallelize import (
@@ -226,22 +226,18 @@ class HuggingFaceModel:
 
 @dataclass(frozen=True)
 class MadeHuggingFaceModel(HuggingFaceModel):
-    """A model of transformers that a function returns.
+    """A model of transformers that a function returns, module:function as its name."""
 
-    Args:
-        config: the function.
-    """
+    config: None = None
 
     def build(self) -> nn.Module:
-        with own_errors(f"A planned model is built by {self.name}()", "correct the function"):
-            model = self.config()
+        model = model_of_function(self.name)
         if not hasattr(model, "set_attn_implementation"):
             raise ValueError(
                 f"A model of one's own has a plan, got {type(model).__name__} from --model "
                 f"{self.name}, which is none of transformers, alone: add --plan module:function."
             )
-        made: nn.Module = model
-        return made
+        return model
 
 
 @dataclass(frozen=True)
@@ -249,16 +245,15 @@ class OwnModel(_CalledWithMixers):
     """A model with mixers that somebody wrote, called as ours are, and its plan.
 
     Args:
-        make: returns the model.
+        name: the function that returns it, module:function.
         make_plan: model, mesh and strategy to a ParallelPlan.
     """
 
     name: str
-    make: Callable[[], nn.Module]
     make_plan: Callable[[nn.Module, ParallelMesh, AttentionStyle], ParallelPlan]
 
     def build(self) -> nn.Module:
-        return self.make()
+        return model_of_function(self.name)
 
     def plan(
         self, model: nn.Module, mesh: ParallelMesh, attention: AttentionStyle, layout: Any

@@ -20,7 +20,7 @@ from dtcp.planner.cluster import GB, cluster_of
 from dtcp.planner.forecast import forecast, row_degrees, row_ranks_per_node
 from dtcp.planner.search import Planner
 from dtcp.planner.setup import Setup
-from dtcp.planner.subject import FamilyModel, subject_of_hf
+from dtcp.planner.subject import FamilyModel, OwnModel, subject_of_hf
 from dtcp.planner.workload import Workload
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
@@ -286,6 +286,11 @@ def test_plan_of_a_model_of_ones_own(capsys):
         *("--cluster", "2xH100", "--seq-len", "4096", "--mesh", "cp=2"),
     )
     assert code == 0 and "YOUR_SCRIPT.py" in out
+
+
+def test_a_function_that_returns_no_model_is_named():
+    with pytest.raises(ValueError, match="returns an nn.Module, got int from builtins:int"):
+        OwnModel("builtins:int", own_plan).build()
 
 
 def own_model() -> nn.Module:
