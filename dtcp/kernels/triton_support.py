@@ -42,14 +42,13 @@ def triton_runs_on(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype != torch.bfloat16 and _interprets()
 
 
-def tile_width(x: Tensor, width: int, *, shared: int) -> int:
+def tile_width(x: Tensor, width: int) -> int:
     """The head width that tiles are sized for: twice `width` on a GPU with less shared memory.
 
     Args:
         x: a tensor on the device in question.
-        shared: bytes of shared memory that a thread block uses at the widest heads.
     """
-    return width if shared_memory(x) >= shared else 2 * width
+    return width if shared_memory(x) >= ATTENTION_SHARED_MEMORY else 2 * width
 
 
 def shared_memory(x: Tensor) -> int:

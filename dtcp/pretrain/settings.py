@@ -8,9 +8,6 @@ from dtcp.torchtitan import compat as compat
 
 from torchtitan.config import ParallelismConfig
 
-EMPTY_AFTER = 1 << 23
-"""Bytes of data that are read to find one document of a part before a run starts."""
-
 
 def check_counts(config: Any) -> None:
     """Refuse counts that no run can have, and batches that the mesh does not divide.

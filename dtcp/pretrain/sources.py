@@ -23,6 +23,7 @@ Part = Literal["train", "validation", "all"]
 HELD_OUT = 20  # one document in 20 is kept for validation
 WINDOW = 4096  # documents in memory, to mix those of one file with others
 WINDOW_CHARACTERS = 1 << 26  # in memory, however few documents hold them
+EMPTY_AFTER = 1 << 23  # bytes of files that are read to find one document of a part
 
 NOT_THE_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data")
 """Folders of a Python: other people's packages, tests, and tables that would outweigh the code."""
@@ -70,14 +71,14 @@ class TextFiles:
         order.shuffle(files)
         return shuffled(self._wanted(files), order)
 
-    def is_empty(self, limit: int) -> bool:
-        """Whether there is no document, as far as reading files of `limit` bytes in all tells."""
+    def is_empty(self) -> bool:
+        """Whether there is no document, as far as the first EMPTY_AFTER bytes of files tell."""
         read = 0
         for file in self.files:
             for _ in self._wanted([file]):
                 return False
             read += file.stat().st_size
-            if read > limit:
+            if read > EMPTY_AFTER:
                 return False
         return True
 

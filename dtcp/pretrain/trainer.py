@@ -41,7 +41,7 @@ from dtcp.pretrain.folder_lock import FolderLock
 from dtcp.pretrain.launch import ranks_of_machine
 from dtcp.pretrain.output_folder import check_output
 from dtcp.pretrain.progress import describe_run, say
-from dtcp.pretrain.settings import EMPTY_AFTER, check_counts, check_optimizer, check_profiler
+from dtcp.pretrain.settings import check_counts, check_optimizer, check_profiler
 from dtcp.pretrain.sources import TextFiles
 from dtcp.pretrain.start_weights import check_start
 from dtcp.pretrain.stop import StopRequest
@@ -267,7 +267,7 @@ def _check_data(config: Trainer.Config) -> None:
     for loader in loaders:
         if isinstance(loader, PackedDocuments.Config):
             source = open_source(loader)
-            if isinstance(source, TextFiles) and source.is_empty(EMPTY_AFTER):
+            if isinstance(source, TextFiles) and source.is_empty():
                 raise ValueError(
                     f"A data source has documents, got none for part={loader.part} in "
                     f"{len(source.files)} files of dataset={loader.dataset}: add documents, or set "

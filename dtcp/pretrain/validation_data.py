@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from dtcp.pretrain.data import PackedDocuments, open_source
-from dtcp.pretrain.settings import EMPTY_AFTER
 from dtcp.pretrain.sources import TextFiles
 
 FOLLOWED = ("dataset", "dataset_path", "text_key", "replace_invalid")
@@ -61,7 +60,7 @@ def _holds_out(loader: PackedDocuments.Config) -> bool:
     with suppress(ValueError):
         source = open_source(loader)
         # Splits of a Hugging Face dataset have any names, which its hub alone knows.
-        return isinstance(source, TextFiles) and not source.is_empty(EMPTY_AFTER)
+        return isinstance(source, TextFiles) and not source.is_empty()
     return True
 
 

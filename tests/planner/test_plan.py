@@ -289,7 +289,7 @@ def test_plan_of_a_model_of_ones_own(capsys):
 
 
 def test_a_function_that_returns_no_model_is_named():
-    with pytest.raises(ValueError, match="returns an nn.Module, got int from builtins:int"):
+    with pytest.raises(ValueError, match="Module, got int from builtins:int: return"):
         OwnModel("builtins:int", own_plan).build()
 
 

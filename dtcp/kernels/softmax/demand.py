@@ -11,7 +11,7 @@ from torch.torch_version import TorchVersion
 from dtcp.kernels.softmax.backends import Ability, Backend, Package, Repeats
 from dtcp.kernels.softmax.calls import Call, CallKind
 from dtcp.kernels.softmax.types import Keys, Queries, SoftmaxParams
-from dtcp.kernels.triton_support import ATTENTION_SHARED_MEMORY, tile_width, triton_runs_on
+from dtcp.kernels.triton_support import tile_width, triton_runs_on
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def demand_of(
         softcap=params.softcap != 0.0,
         repeatable=torch.are_deterministic_algorithms_enabled(),
         triton=triton_runs_on(q),
-        triton_width=tile_width(q, widest, shared=ATTENTION_SHARED_MEMORY),
+        triton_width=tile_width(q, widest),
         bias=queries.bias is not None,
         wide=params.wide,
     )

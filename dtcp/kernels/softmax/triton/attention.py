@@ -28,7 +28,7 @@ from dtcp.kernels.softmax.types import (
     SavedForward,
     SoftmaxParams,
 )
-from dtcp.kernels.triton_support import ATTENTION_SHARED_MEMORY, StridedTensor, tile_width
+from dtcp.kernels.triton_support import StridedTensor, tile_width
 
 
 class TileConfig(NamedTuple):
@@ -86,7 +86,7 @@ FULL_TILINGS = (
 def attention_tiling(k: Tensor, v: Tensor) -> AttentionTiling:
     """The tiles for these widths, this dtype and the GPU's shared memory."""
     widest = max(k.shape[-1], v.shape[-1])
-    width = tile_width(k, widest, shared=ATTENTION_SHARED_MEMORY)
+    width = tile_width(k, widest)
     tilings = FULL_TILINGS if k.dtype == torch.float32 else HALF_TILINGS
     return next(tiling for upper, tiling in tilings if width <= upper)
 
