@@ -13,21 +13,14 @@ from dtcp.huggingface.config_fields import config_of
 from dtcp.huggingface.own_errors import model_of_function
 from dtcp.labels import IGNORED, look_ahead
 from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
-from dtcp.parallelize import (
-    ParallelPlan,
-    deepseek_v4_plan,
-    gemma4_plan,
-    llama_plan,
-    qwen3_5_plan,
-)
+from dtcp.parallelize import ParallelPlan
+from dtcp.parallelize.plans.families import FAMILY_PLANS
 from dtcp.planner.hf_config import (
     REMEDY,
     read_hf_config,
     text_model_of,
     without_dtype,
 )
-from dtcp.recurrent import RelayoutCP
-from dtcp.recurrent.style import RecurrentStyle
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sharded_batch import ShardedBatch
@@ -74,34 +67,14 @@ class ModelFamily:
     """A model family of dtcp's."""
 
     model: Callable[[Any], nn.Module]
-    plan: Callable[[Any, ParallelMesh, AttentionStyle, Any], ParallelPlan]
     config_from_hf: Callable[[Mapping[str, Any]], Any]
 
 
-def _qwen3_5_plan(
-    config: Any, mesh: ParallelMesh, attention: AttentionStyle, layout: Any
-) -> ParallelPlan:
-    relayout = None if layout in RecurrentStyle.layouts else RelayoutCP()
-    return qwen3_5_plan(config, mesh, attention, relayout=relayout)
-
-
 FAMILIES: Mapping[str, ModelFamily] = {
-    "llama": ModelFamily(
-        llama.Llama,
-        lambda config, mesh, attention, _: llama_plan(config, mesh, attention),
-        llama.config_from_hf,
-    ),
-    "gemma4": ModelFamily(
-        gemma4.Gemma4,
-        lambda config, mesh, attention, _: gemma4_plan(config, mesh, attention),
-        gemma4.config_from_hf,
-    ),
-    "qwen3_5": ModelFamily(qwen3_5.Qwen35, _qwen3_5_plan, qwen3_5.config_from_hf),
-    "deepseek_v4": ModelFamily(
-        deepseek_v4.DeepseekV4,
-        lambda config, mesh, *_: deepseek_v4_plan(config, mesh),
-        deepseek_v4.config_from_hf,
-    ),
+    "llama": ModelFamily(llama.Llama, llama.config_from_hf),
+    "gemma4": ModelFamily(gemma4.Gemma4, gemma4.config_from_hf),
+    "qwen3_5": ModelFamily(qwen3_5.Qwen35, qwen3_5.config_from_hf),
+    "deepseek_v4": ModelFamily(deepseek_v4.DeepseekV4, deepseek_v4.config_from_hf),
 }
 
 MODEL_TYPES: Mapping[str, str] = {
@@ -160,7 +133,7 @@ class FamilyModel(_CalledWithMixers):
     def plan(
         self, model: nn.Module, mesh: ParallelMesh, attention: AttentionStyle, layout: Any
     ) -> ParallelPlan:
-        return FAMILIES[self.family].plan(self.config, mesh, attention, layout)
+        return FAMILY_PLANS[self.family](self.config, mesh, attention, layout)
 
     def rows(self, documents: Documents) -> dict[str, Tensor]:
         rows = _rows_of(documents)

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dtcp.torchtitan.parallelize import MakePlan, parallelize_plain
-from dtcp.torchtitan.section import Section
+from dtcp.torchtitan.parallelize import parallelize_plain
 
 import torch
 from torch import nn
@@ -27,19 +26,7 @@ from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.models import deepseek_v4, gemma4, qwen3_5
 from dtcp.models import llama as llamas
-from dtcp.parallelize import (
-    ParallelPlan,
-    balance_experts,
-    deepseek_v4_plan,
-    gemma4_plan,
-    llama_plan,
-    qwen3_5_plan,
-)
-from dtcp.recurrent import RelayoutCP
-from dtcp.sequence.block_balanced import BlockBalanced
-from dtcp.sequence.per_document import PerDocument
-from dtcp.softmax.default import device_type_of
-from dtcp.softmax.style import AttentionStyle
+from dtcp.parallelize import balance_experts
 
 StateDict = dict[str, Any]
 Work = Callable[[nn.Module, DeviceMesh | None], None]
@@ -50,9 +37,9 @@ class Family:
     """The parts of a model family.
 
     Args:
+        name: that of its plan (parallelize/plans/families.py).
         model: built from its config; `init_weights()` draws its weights. The config has
             vocab_size, num_layers, num_heads, head_dim and tied.
-        plan: model config, mesh and section to a plan.
         to_hf: a state dict of ours and the config to the names of a Hugging Face checkpoint.
         from_hf: the way back.
         config_to_hf: the `config.json` that goes with the weights.
@@ -67,7 +54,6 @@ class Family:
 
     name: str
     model: type[Any]
-    plan: MakePlan
     to_hf: Callable[[StateDict, Any], StateDict]
     from_hf: Callable[[StateDict, Any], StateDict]
     config_to_hf: Callable[[Any], dict[str, Any]]
@@ -77,21 +63,9 @@ class Family:
     before_step: Work | None = None
 
 
-def _attention(mesh: ParallelMesh, section: Section) -> AttentionStyle:
-    return section.attention_style(device_type_of(mesh.cp))
-
-
-def _qwen3_5_plan(config: Any, mesh: ParallelMesh, section: Section) -> ParallelPlan:
-    """Where ranks have many pieces, each with a state of its own, tokens move to another layout."""
-    many = section.sequence_layout() in (PerDocument, BlockBalanced)
-    relayout = RelayoutCP() if many else None
-    return qwen3_5_plan(config, mesh, _attention(mesh, section), relayout=relayout)
-
-
 LLAMA = Family(
     name="llama",
     model=llamas.Llama,
-    plan=lambda config, mesh, section: llama_plan(config, mesh, _attention(mesh, section)),
     to_hf=llamas.to_hf,
     from_hf=llamas.from_hf,
     config_to_hf=llamas.config_to_hf,
@@ -100,7 +74,6 @@ LLAMA = Family(
 QWEN3_5 = Family(
     name="qwen3_5",
     model=qwen3_5.Qwen35,
-    plan=_qwen3_5_plan,
     to_hf=qwen3_5.to_hf,
     from_hf=qwen3_5.from_hf,
     config_to_hf=qwen3_5.config_to_hf,
@@ -111,7 +84,6 @@ QWEN3_5 = Family(
 GEMMA4 = Family(
     name="gemma4",
     model=gemma4.Gemma4,
-    plan=lambda config, mesh, section: gemma4_plan(config, mesh, _attention(mesh, section)),
     to_hf=gemma4.to_hf,
     from_hf=gemma4.from_hf,
     config_to_hf=gemma4.config_to_hf,
@@ -121,8 +93,6 @@ GEMMA4 = Family(
 DEEPSEEK_V4 = Family(
     name="deepseek_v4",
     model=deepseek_v4.DeepseekV4,
-    # Its mixers have one strategy of their own.
-    plan=lambda config, mesh, _: deepseek_v4_plan(config, mesh),
     to_hf=deepseek_v4.to_hf,
     from_hf=deepseek_v4.from_hf,
     config_to_hf=deepseek_v4.config_to_hf,
@@ -152,7 +122,7 @@ def spec_of(family: Family, flavor: str, shape: Any) -> ModelSpec:
         name=family.name,
         flavor=flavor,
         model=_titan(family).Config(shape=shape),
-        parallelize_fn=functools.partial(parallelize_plain, make_plan=family.plan),
+        parallelize_fn=functools.partial(parallelize_plain, family=family.name),
         pipelining_fn=None,
         post_optimizer_build_fn=family.before_step and BeforeStep(family.before_step),
         state_dict_adapter=functools.partial(NameMapAdapter, family),

@@ -4,7 +4,6 @@ torchtitan passes its sections and its ParallelDims; the `dtcp` section is bound
 The order of application is not decided here: ours is in `parallelize`, its own in torchtitan.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -52,15 +51,13 @@ from dtcp.parallelize import (
     Compile,
     FullCheckpoint,
     NoCheckpoint,
-    ParallelPlan,
     SelectiveCheckpoint,
     parallelize,
 )
 from dtcp.parallelize.expert_exchange import with_exchange
+from dtcp.parallelize.plans.families import FAMILY_PLANS
 from dtcp.softmax.default import device_type_of
 from dtcp.softmax.mixer import name_kernel
-
-MakePlan = Callable[[Any, ParallelMesh, Section], ParallelPlan]
 
 
 def mesh_with_section(dims: ParallelDims, section: Section) -> ParallelMesh:
@@ -82,16 +79,13 @@ def parallelize_plain(
     ac_config: ActivationCheckpointingConfig,
     dump_folder: str,
     section: Section,
-    make_plan: MakePlan,
+    family: str,
 ) -> nn.Module:
-    """A model of ours, by its plan.
-
-    Args:
-        make_plan: model config, mesh and section to a plan.
-    """
+    """A model of ours, by its family's plan."""
     mesh = mesh_with_section(parallel_dims, section)
     name_kernel(model, section.kernel)
-    plan = make_plan(model.config, mesh, section)
+    attention, layout = section.attention_style(device_type_of(mesh.cp)), section.sequence_layout()
+    plan = FAMILY_PLANS[family](model.config, mesh, attention, layout)
     return parallelize(
         model,
         mesh,
