@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from dtcp._torch.collectives import process_group
+from dtcp._torch.fakes import fake_ranks
+from dtcp.distributed.groups import group_of
 from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.experts import AllToAllExchange, NodeExchange
@@ -28,9 +29,11 @@ from dtcp.planner.setup import Precision, Setup
 from dtcp.planner.step import axes_of
 from dtcp.planner.subject import FamilyModel, HuggingFaceModel
 from dtcp.planner.trace import Place, StepRecorder
+from dtcp.recurrent import RelayoutCP
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
+from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import (
     AllGatherAttention,
     HybridAttention,
@@ -141,7 +144,7 @@ def axis(axes, group):
 
 
 def ranks_of(name):
-    return dist.get_process_group_ranks(process_group(name))
+    return dist.get_process_group_ranks(group_of(name))
 
 
 def assert_forecast_is_counted(kind, setup):
@@ -166,6 +169,21 @@ def setup_of(degrees, checkpoint=None, **options):
 
 def test_forecast_bytes_are_those_of_real_ranks():
     assert_forecast_is_counted("llama", setup_of(Degrees(cp=2, tp=2)))
+
+
+def test_a_forecast_follows_the_layout_as_a_run_does():
+    """Where ranks have many pieces, each with a state of its own, tokens move to another layout."""
+    subject = SUBJECTS["qwen3_5"]()
+    with fake_ranks(2, 0):
+        mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+        for layout in (HeadTail, PerDocument):
+            styles = subject.plan(subject.build(), mesh, RingAttention(), layout).cp.values()
+            assert any(isinstance(x, RelayoutCP) for x in styles) == (layout is PerDocument)
+
+
+@pytest.mark.slow
+def test_forecast_bytes_of_tokens_that_move_to_another_layout_are_those_of_real_ranks():
+    assert_forecast_is_counted("qwen3_5", setup_of(Degrees(cp=2), layout=PerDocument))
 
 
 @pytest.mark.slow
