@@ -28,16 +28,11 @@ from dtcp import Degrees, Documents, ParallelMesh, batch_metadata, shard_batch
 from dtcp.labels import shift_labels
 from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.models import deepseek_v4, gemma4, llama, qwen3_5
-from dtcp.parallelize import (
-    Compile,
-    deepseek_v4_plan,
-    gemma4_plan,
-    llama_plan,
-    parallelize,
-    qwen3_5_plan,
-)
+from dtcp.parallelize import Compile, parallelize
+from dtcp.parallelize.plans.families import FAMILY_PLANS
+from dtcp.planner.subject import FAMILIES
+from dtcp.sequence.layout import HeadTail
 from dtcp.softmax import AllGatherAttention, RingAttention, UlyssesAttention
-from dtcp.softmax.style import AttentionStyle
 
 SECONDS = 65.0
 """Less than the stage has after its start, so that ranks that hang get a line with their error."""
@@ -47,22 +42,13 @@ SEQ_LEN = 256
 ROWS = ((70, 130, 56), (256,), (1, 200, 40), (100, 100))
 
 
-class Family(NamedTuple):
-    """A model of a few thousand parameters, and its plan."""
-
-    build: Callable[[], nn.Module]
-    plan: Callable[[Any, ParallelMesh, AttentionStyle], Any]
-
-
-FAMILIES = {
-    "llama": Family(lambda: llama.Llama(llama.PRESETS["tiny"]), llama_plan),
-    "gemma4": Family(lambda: gemma4.Gemma4(gemma4.PRESETS["tiny"]), gemma4_plan),
-    "qwen3_5": Family(lambda: qwen3_5.Qwen35(qwen3_5.PRESETS["tiny"]), qwen3_5_plan),
-    "deepseek_v4": Family(
-        lambda: deepseek_v4.DeepseekV4(deepseek_v4.PRESETS["tiny"]),
-        lambda config, mesh, _: deepseek_v4_plan(config, mesh),
-    ),
+TINY: dict[str, Any] = {
+    "llama": llama.PRESETS["tiny"],
+    "gemma4": gemma4.PRESETS["tiny"],
+    "qwen3_5": qwen3_5.PRESETS["tiny"],
+    "deepseek_v4": deepseek_v4.PRESETS["tiny"],
 }
+"""Models of a few thousand parameters."""
 STRATEGIES = {"ring": RingAttention, "all-gather": AllGatherAttention, "ulysses": UlyssesAttention}
 
 
@@ -114,14 +100,14 @@ def _launch(name: str, step: Step, device: str) -> Callable[[], dict[str, Any]]:
 def compared(step: Step, device: str) -> dict[str, Any]:
     """The largest errors of this rank's loss and gradients; both models hold the same weights."""
     torch.manual_seed(0)
-    family = FAMILIES[step.family]
-    model = family.build()
+    config = TINY[step.family]
+    model = FAMILIES[step.family].model(config)
     model.init_weights()  # type: ignore[operator]
-    config, model = model.config, model.to(device)
+    model = model.to(device)
     alone = copy.deepcopy(model)
     expected = _step_alone(alone, config.vocab_size, device)
     mesh = ParallelMesh.from_degrees(step.degrees, device)
-    plan = family.plan(config, mesh, STRATEGIES[step.strategy]())
+    plan = FAMILY_PLANS[step.family](config, mesh, STRATEGIES[step.strategy](), HeadTail)
     parallelize(model, mesh, plan, compile=Compile() if step.compiled else None)
     loss = _step_on(model, mesh, config.vocab_size, device)
     grads = [(x.grad, y.grad) for x, y in zip(model.parameters(), alone.parameters(), strict=True)]
