@@ -249,8 +249,7 @@ class BatchCut:
         sharded = ShardedBatch(layout, documents, coords, metadata, seq_len, unpadded_rows, mesh)
         tokens = dict(rows.tokens)
         if documents.seq_len > seq_len:
-            no_padding = torch.zeros(documents.batch, seq_len, dtype=torch.bool)
-            tokens.setdefault("padding_mask", no_padding)
+            tokens.setdefault("padding_mask", coords.document[:, :seq_len] < 0)
         local = {}
         for key, x in tokens.items():
             rule = rows.rule(key)

@@ -133,7 +133,7 @@ class Rows:
         if rows == own:
             return self
         tokens = dict(self.tokens)
-        tokens.setdefault("padding_mask", torch.zeros(own, seq_len, dtype=torch.bool))
+        tokens.setdefault("padding_mask", self.documents.document() < 0)
         for key, x in tokens.items():
             rule = self.rule(key)
             if rule is not None:

@@ -16,6 +16,7 @@ from dtcp.mixer_metadata import MixerKinds, batch_metadata
 from dtcp.recurrent import CausalConv1d, GatedDeltaRule
 from dtcp.rows import DEFAULT_FIELDS, WHOLE, Fill, TokenField
 from dtcp.sequence.block_balanced import BlockBalanced
+from dtcp.sequence.buckets import Buckets, MultiplesOf, OneOf
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
@@ -54,6 +55,15 @@ def on_one_rank(batch, documents, layout=HeadTail, **options):
 
 ONE_RANK = ParallelMesh(Degrees(), None, *[None] * 7)
 """Nothing to communicate over."""
+
+
+def test_a_padding_mask_that_is_made_marks_all_padding():
+    """Not only what was added: what the documents leave, too."""
+    documents = Documents(((3,), (2, 3)), 5)
+    for buckets in (Buckets(MultiplesOf(8)), Buckets(rows=OneOf((4,)))):
+        batch = {"input_ids": torch.ones(2, 5, dtype=torch.int64)}
+        local, sharded = on_one_rank(batch, documents, buckets=buckets)
+        assert torch.equal(local["padding_mask"], sharded.documents.document() < 0)
 
 
 def test_mixers_are_found_though_they_come_after_a_batch():
