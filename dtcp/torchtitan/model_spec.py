@@ -2,7 +2,7 @@
 
 A model of ours *is* the module it was, with torchtitan's protocol beside it: no wrapper that
 would put a prefix on every name in a checkpoint. A family is what its folder in models/ and its
-plan in parallelize/ give; adding one is naming its parts here.
+plan in parallelize/ give; adding one is naming its parts here, and its plan in plans/families.py.
 """
 
 import functools
