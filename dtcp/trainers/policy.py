@@ -1,8 +1,8 @@
 """TRL's GRPOTrainer on a mesh, whose rows others generate: a cp and tp group is one process.
 
 A trainer of policies asks for completions, has them judged, and compares those of one prompt. Of
-each group, the first rank asks, and what its rows were judged to be counts: the others would ask
-for other samples. A loss is TRL's own, of log-probabilities that all ranks of a group have whole.
+each group, the first rank asks and judges: the others would ask for other samples. A loss is TRL's
+own, of log-probabilities that all ranks of a group have whole.
 """
 
 import pickle
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.trainers.rewards import FirstRankJudges, from_first_rank, is_first_rank
 
 
 class PolicyRows:
@@ -28,6 +28,8 @@ class PolicyRows:
     # Of the trainer that follows in the order of classes.
     args: Any
     rollout_func: Any
+    reward_funcs: Any
+    reward_func_names: Any
     use_vllm: bool
     vllm_generation: Any
     _last_loaded_step: int
@@ -94,23 +96,28 @@ class PolicyRows:
         torch.set_rng_state(from_first_rank(torch.get_rng_state(), self.mesh))
         return rows
 
-    def _calculate_rewards(self, *args: Any) -> Tensor:
-        """Of the rows of all batch ranks, as the first rank of each group has judged them.
+    def _calculate_rewards(self, inputs: Any, prompts: Any, *args: Any) -> Tensor:
+        """Of the rows of all batch ranks, as the first rank of each group has them judged.
 
         What its reward functions log counts, too: a metric may choose the best checkpoint.
 
         Raises:
-            ValueError: columns of log_extra that ranks have not as much of.
+            RuntimeError: on all ranks, where a reward function fails; there, what it raised.
+            ValueError: columns of log_extra that batch ranks have not as much of.
         """
-        of_all_ranks: Tensor = super()._calculate_rewards(*args)  # type: ignore[misc]
 
         def logged() -> Any:
             metrics = {name: [float(x) for x in log] for name, log in self._pending_metrics.items()}
             return metrics, dict(self._pending_extra_logs)
 
-        mend = "what reward functions log, which is pickled"
-        metrics, columns = _of_first_rank(logged, self.mesh, mend)()
-        _check_columns(columns, len(of_all_ranks) // self.mesh.degrees.world, self.mesh)
+        judges = FirstRankJudges(self.mesh, len(prompts))
+        own = self.reward_funcs
+        self.reward_funcs = judges.around(own, self.reward_func_names)
+        try:
+            of_all_ranks = super()._calculate_rewards(inputs, prompts, *args)  # type: ignore[misc]
+        finally:
+            self.reward_funcs = own
+        metrics, columns = judges.share(logged)
         self._pending_metrics = defaultdict(list, metrics)
         self._pending_extra_logs = defaultdict(list, columns)
         return torch.cat(_of_first_ranks(self.mesh, of_all_ranks))
@@ -146,34 +153,7 @@ def _of_first_ranks(mesh: ParallelMesh, values: Any) -> list[Any]:
     return [values[rank * each : (rank + 1) * each] for rank in first]
 
 
-def _check_columns(columns: dict[str, list[Any]], rows: int, mesh: ParallelMesh) -> None:
-    """Refuse, on all ranks, columns that cannot be cut by ranks once they are gathered."""
-    world = mesh.degrees.world
-    lengths: list[Any] = [{name: len(values) for name, values in columns.items()}]
-    if world > 1:
-        lengths *= world
-        dist.all_gather_object(lengths, lengths[0])
-    for name in sorted(set().union(*lengths)):
-        each = [of_rank.get(name, rows) for of_rank in lengths]
-        if len(set(each)) > 1:
-            raise ValueError(
-                f"Every rank logs a value of each of its rows, got log_extra of {name!r} with "
-                f"{each} values on ranks: give it one for each of {rows} rows."
-            )
-
-
-def from_first_rank(value: Any, mesh: ParallelMesh) -> Any:
-    """What the first rank of a cp and tp group has, pickled, on all of them."""
-    box = [value]
-    for axis in (mesh.cp, mesh.tp):
-        if axis is not None:
-            dist.broadcast_object_list(box, group=axis.get_group(), group_src=0)
-    return box[0]
-
-
-def _of_first_rank(
-    ask: Callable[..., Any], mesh: ParallelMesh, mend: str = "rollout_func, which it calls alone"
-) -> Callable[..., Any]:
+def _of_first_rank(ask: Callable[..., Any], mesh: ParallelMesh) -> Callable[..., Any]:
     """A function that the first rank of each cp and tp group calls, for all of its group.
 
     Raises:
@@ -182,7 +162,7 @@ def _of_first_rank(
 
     def asked(*args: Any) -> Any:
         pickled, failure = None, None
-        if mesh.rank("cp") == mesh.rank("tp") == 0:
+        if is_first_rank(mesh):
             try:
                 pickled = pickle.dumps(ask(*args))
             # The others wait in the broadcast below: whatever a function of the user's raises, they
@@ -194,7 +174,7 @@ def _of_first_rank(
         if failure is not None:
             raise RuntimeError(
                 f"What the first rank of a cp and tp group has is its group's, got its {failure}: "
-                f"mend {mend}."
+                f"mend rollout_func, which it calls alone."
             )
         return pickle.loads(pickled)
 

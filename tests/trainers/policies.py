@@ -91,15 +91,16 @@ def rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
 
 
 def odd(completion_ids: list[list[int]], log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
-    """How many tokens are odd; another number on every rank but the first of its group."""
-    strange = 100 * int(os.environ.get("STRANGE", "0"))
-    shares = [sum(x % 2 for x in ids) / len(ids) + strange for ids in completion_ids]
-    log_metric("odd_sum", sum(shares) - strange * len(shares))
+    """How many tokens are odd; called on the first rank of a group alone."""
+    if int(os.environ.get("STRANGE", "0")):
+        raise SystemExit("a judge is asked once")
+    shares = [sum(x % 2 for x in ids) / len(ids) for ids in completion_ids]
+    log_metric("odd_sum", sum(shares))
     log_extra("length", [len(ids) for ids in completion_ids])
     return shares
 
 
-def short(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+async def short(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     """Of some completions, no reward."""
     return [None if len(ids) % 4 == 0 else -len(ids) / 10 for ids in completion_ids]
 

@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,39 +139,6 @@ def test_first_rank_of_a_group_alone_asks_for_rollouts_and_all_have_them(mesh):
     kind = RuntimeError if dist.get_rank() else Exception
     with pytest.raises(kind, match=r"pickle.*lambda|lambda.*pickle"):
         _of_first_rank(lambda prompts: lambda: None, on)(["a"])
-
-
-class Judge:
-    """As GRPOTrainer gathers rewards, of judges that differ on ranks."""
-
-    def _calculate_rewards(self, column):
-        rank = dist.get_rank()
-        self._pending_metrics = defaultdict(list, {"score": [torch.tensor(float(rank))]})
-        if rank:
-            self._pending_metrics["another"] = [1.0]
-        self._pending_extra_logs = defaultdict(list, {"who": column})
-        return torch.arange(4.0)
-
-
-class JudgedRows(PolicyRows, Judge):
-    pass
-
-
-@spmd(ranks=2)
-def test_what_reward_functions_log_is_the_first_ranks_of_each_group(mesh):
-    """Ranks that disagree on a metric would load other checkpoints as the best one."""
-    rows, rank = JudgedRows(), dist.get_rank()
-    rows.mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
-    rewards = rows._calculate_rewards([f"{rank}:{i}" for i in range(3 + rank)])
-    assert rewards.tolist() == [0.0, 1.0]
-    assert rows._pending_metrics == {"score": [0.0]}
-    assert rows._pending_extra_logs == {"who": ["0:0", "0:1", "0:2"]}
-    kind = RuntimeError if rank else Exception
-    with pytest.raises(kind, match=r"pickle.*lambda|lambda.*pickle"):
-        rows._calculate_rewards([lambda: None])
-    rows.mesh = ParallelMesh.from_degrees(Degrees(dp_shard=2), "cpu")
-    with pytest.raises(ValueError, match=r"log_extra of 'who' with \[3, 4\] values on ranks: give"):
-        rows._calculate_rewards([None] * (3 + rank))
 
 
 def test_what_is_logged_of_completions_is_the_first_ranks_of_each_group():

@@ -1,0 +1,156 @@
+"""Rewards that the first rank of each cp and tp group has judged, for all of its group.
+
+A judge may be another model, a sandbox, or chance: a group that is one process asks it once.
+"""
+
+import functools
+import inspect
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from dtcp.distributed.mesh import ParallelMesh
+
+LOGGED = "log_metric and log_extra"
+"""What is said of what reward functions log, where it cannot be pickled."""
+
+
+class FirstRankJudges:
+    """Calls reward functions on the first ranks, and holds back what they raise.
+
+    All ranks wait in a gather that follows within the same function of TRL's: a rank that left it
+    would be missed there.
+    """
+
+    def __init__(self, mesh: ParallelMesh, rows: int) -> None:
+        """Of the rows of this rank."""
+        self.mesh, self.rows = mesh, rows
+        self.asks = is_first_rank(mesh)
+        self.failure: tuple[str, Exception] | None = None
+
+    def around(self, functions: Sequence[Any], names: Sequence[str]) -> list[Any]:
+        """Reward functions as TRL may call them on every rank; models are called by all."""
+        return [
+            each if isinstance(each, nn.Module) else self._around(each, name)
+            for each, name in zip(functions, names, strict=True)
+        ]
+
+    def _around(self, judge: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def asked(*args: Any, **kwargs: Any) -> list[float]:
+            rewards = [0.0] * self.rows
+            if self.asks and self.failure is None:
+                with self.holding_back(name):
+                    rewards = _as_numbers(judge(*args, **kwargs), self.rows)
+            return rewards
+
+        async def awaited(*args: Any, **kwargs: Any) -> list[float]:
+            rewards = [0.0] * self.rows
+            if self.asks and self.failure is None:
+                with self.holding_back(name):
+                    rewards = _as_numbers(await judge(*args, **kwargs), self.rows)
+            return rewards
+
+        return awaited if _is_async(judge) else asked
+
+    @contextmanager
+    def holding_back(self, name: str) -> Iterator[None]:
+        # No BaseException: Ctrl-C waits for nobody.
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            self.failure = self.failure or (name, error)
+
+    def share(self, logged: Callable[[], tuple[Any, dict[str, list[Any]]]]) -> Any:
+        """What the first rank's functions have logged, on all ranks of its group.
+
+        Args:
+            logged: gives metrics, and columns by name, of this rank.
+        Raises:
+            RuntimeError: on all ranks, where a function has failed on any; there, what it raised.
+            ValueError: columns of which first ranks have not as many values.
+        """
+        own, pickled = None, b""
+        if self.asks:
+            lengths: dict[str, int] = {}
+            with self.holding_back(LOGGED):
+                metrics, columns = logged()
+                pickled = pickle.dumps((metrics, columns))
+                lengths = {name: len(values) for name, values in columns.items()}
+            own = (self._said(), lengths)
+        reports = [report for report in _of_all_ranks(own, self.mesh) if report is not None]
+        self._raise([said for said, _ in reports if said])
+        _check_columns([lengths for _, lengths in reports], self.rows)
+        return pickle.loads(from_first_rank(pickled, self.mesh))
+
+    def _said(self) -> str:
+        if self.failure is None:
+            return ""
+        name, error = self.failure
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return f"{type(error).__name__}: {error} (of {name!r} on rank {rank})"
+
+    def _raise(self, failures: list[str]) -> None:
+        if self.failure is not None:
+            name, error = self.failure
+            error.add_note(f"Of {name!r}, which the first rank of a cp and tp group calls.")
+            raise error
+        if failures:
+            raise RuntimeError(
+                f"The first rank of each cp and tp group calls reward functions for its group, got "
+                f"{'; '.join(failures)}: mend the reward function."
+            )
+
+
+def is_first_rank(mesh: ParallelMesh) -> bool:
+    """Whether this is the rank that asks, of its cp and tp group."""
+    return mesh.rank("cp") == mesh.rank("tp") == 0
+
+
+def from_first_rank(value: Any, mesh: ParallelMesh) -> Any:
+    """What the first rank of a cp and tp group has, pickled, on all of them."""
+    box = [value]
+    for axis in (mesh.cp, mesh.tp):
+        if axis is not None:
+            dist.broadcast_object_list(box, group=axis.get_group(), group_src=0)
+    return box[0]
+
+
+def _of_all_ranks(value: Any, mesh: ParallelMesh) -> list[Any]:
+    values = [value] * mesh.degrees.world
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _as_numbers(rewards: Any, rows: int) -> list[float]:
+    """As TRL reads rewards, None included, so that what it refuses is raised here."""
+    numbers = [torch.nan if each is None else each for each in rewards]
+    if len(numbers) != rows:
+        raise ValueError(
+            f"A reward function gives each completion a reward or None, got {len(numbers)} rewards "
+            f"of {rows} completions: give as many."
+        )
+    of_rows: list[float] = torch.tensor(numbers, dtype=torch.float32).reshape(rows).tolist()
+    return of_rows
+
+
+def _is_async(judge: Any) -> bool:
+    while isinstance(judge, functools.partial):
+        judge = judge.func
+    return inspect.iscoroutinefunction(judge) or inspect.iscoroutinefunction(judge.__call__)
+
+
+def _check_columns(lengths: Sequence[dict[str, int]], rows: int) -> None:
+    """Refuse, on all ranks, columns that cannot be cut by ranks once they are gathered."""
+    for name in sorted(set().union(*lengths)):
+        each = [of_rank.get(name, rows) for of_rank in lengths]
+        if len(set(each)) > 1:
+            raise ValueError(
+                f"Every batch rank logs a value of each of its rows, got log_extra of {name!r} "
+                f"with {each} values on batch ranks: give it one for each of {rows} rows."
+            )
