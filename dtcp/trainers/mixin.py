@@ -50,9 +50,11 @@ from dtcp.trainers.policy_arguments import (
     trains_policy,
 )
 from dtcp.trainers.repeated_rows import ignore_repeated
+from dtcp.trainers.rewards import is_first_rank
 from dtcp.trainers.saved import (
     load_optimizer,
     load_weights,
+    random_states_of_batch_ranks,
     save_optimizer,
     save_weights,
 )
@@ -335,6 +337,15 @@ class MeshTrainerMixin(PolicyRows):
         save_optimizer(self.model, self.optimizer, Path(output_dir))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if is_first_rank(self.mesh):
+            with random_states_of_batch_ranks(self):
+                super()._save_rng_state(output_dir)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with random_states_of_batch_ranks(self):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(self.model, Path(resume_from_checkpoint))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dtcp.distributed.mesh import ParallelMesh
+from dtcp.trainers.policy_arguments import trains_policy
 from dtcp.trainers.rewards import FirstRankJudges, from_first_rank, is_first_rank
 
 
@@ -32,6 +33,9 @@ class PolicyRows:
     reward_func_names: Any
     use_vllm: bool
     vllm_generation: Any
+    num_iterations: int
+    _step: int
+    _buffered_inputs: Any
     _last_loaded_step: int
     _logs: Any
     _pending_metrics: Any
@@ -58,11 +62,12 @@ class PolicyRows:
                 )
         counted_rows, args.generation_batch_size = args.generation_batch_size, rows
         if counted_rows not in (None, rows) and args.process_index == 0:
+            # Nothing says whether a person has set it, or GRPOConfig, which fills it in.
             warnings.warn(
-                f"Ranks of a cp and tp group generate the same rows, got generation_batch_size="
-                f"{counted_rows}, which counts those of each, where {ranks} batch ranks generate "
-                f"{rows} in steps_per_generation={args.steps_per_generation}: set "
-                f"steps_per_generation for more.",
+                f"For information: GRPOConfig has generation_batch_size={counted_rows}, by all "
+                f"ranks, and those of a cp and tp group generate the same rows, so {ranks} batch "
+                f"ranks generate {rows} in steps_per_generation={args.steps_per_generation}. Where "
+                f"you have set generation_batch_size: set steps_per_generation in its place.",
                 stacklevel=2,
             )
 
@@ -121,6 +126,26 @@ class PolicyRows:
         self._pending_metrics = defaultdict(list, metrics)
         self._pending_extra_logs = defaultdict(list, columns)
         return torch.cat(_of_first_ranks(self.mesh, of_all_ranks))
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        """Of a checkpoint, the batches of rows that follow; TRL counts them from the start.
+
+        Completions are asked for anew where prompts are: at other steps its rows are of old ones,
+        which a checkpoint has not.
+        """
+        epochs, passed = super()._init_training_state(*args)  # type: ignore[misc]
+        if not trains_policy(type(self)):
+            return epochs, passed
+        self._step, self._buffered_inputs = passed, None
+        each = self.args.steps_per_generation * self.num_iterations
+        if passed % each and self.args.process_index == 0:
+            warnings.warn(
+                f"A checkpoint has no completions, got one of {passed % each} micro-batches of "
+                f"{each} that learn from the same completions: the others learn from new ones. "
+                f"Save where steps times gradient_accumulation_steps are a multiple of {each}.",
+                stacklevel=2,
+            )
+        return epochs, passed
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         rows = self._wrap_model(model)

@@ -1,7 +1,10 @@
 """What a Trainer keeps of a run on a mesh, readable on any other: weights as transformers writes
 them, and the optimizer's state by the names of its parameters."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,6 +69,21 @@ def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
     reader = SafeReader(folder / OPTIMIZER)
     dcp.load({OPTIMIZER: state}, storage_reader=reader, planner=SafeLoadPlanner())
     set_optimizer_state_dict(model, optimizer, optim_state_dict=state)
+
+
+@contextmanager
+def random_states_of_batch_ranks(trainer: Any) -> Iterator[None]:
+    """Let a Trainer name files of random states by batch ranks, as any mesh and one rank have them.
+
+    transformers names them by processes, and in another way where there is one; rows are shuffled,
+    and completions drawn, by numbers that all ranks of a cp and tp group share.
+    """
+    own, index = trainer.args, trainer.mesh.rank("batch")
+    trainer.args = SimpleNamespace(world_size=2, process_index=index, parallel_mode=None)
+    try:
+        yield
+    finally:
+        trainer.args = own
 
 
 def _own(optimizer: Any) -> Any:

@@ -261,7 +261,9 @@ def test_policy_counts_the_rows_of_batch_ranks_and_not_of_processes(tmp_path):
     given = {"per_device_train_batch_size": 8, "steps_per_generation": 3, "num_generations": 8}
     args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], **given)
     args.generation_batch_size = 192  # of eight processes
-    counted = r"generation_batch_size=192, .* 2 batch ranks generate 48 .*: set steps_per_gen"
+    counted = (
+        r"information: .* generation_batch_size=192, .* 2 batch ranks generate 48 .*: set steps"
+    )
     with pytest.warns(UserWarning, match=counted):
         PolicyRows._count_generated_rows(SimpleNamespace(args=args, mesh=mesh))
     assert args.generation_batch_size == 48
