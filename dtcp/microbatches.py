@@ -20,12 +20,14 @@ from torch import distributed as dist
 
 from dtcp._torch.pipelining import (
     ONE_PIECE,
+    TWO_PIECES,
     Schedule,
     has_loss,
     micro_batches_of,
     stages_of,
     step_cut,
 )
+from dtcp.cut_backward import check_backward_can_be_cut
 from dtcp.experts.losses import RouterLoss
 from dtcp.metadata import BatchMetadata
 from dtcp.sequence.arguments import check_kind
@@ -63,9 +65,10 @@ def step_microbatches(
     Returns:
         the loss of each micro-batch where the last stage is; elsewhere none.
     Raises:
-        TypeError: a schedule that cuts backward passes in two, or that is none.
-        ValueError: a schedule that scales gradients or has no loss; more or fewer micro-batches
-            than it has; micro-batches of different shapes; under no_grad.
+        TypeError: a schedule of another kind, or that is none.
+        ValueError: a schedule that scales gradients or has no loss; one that cuts backward passes
+            in two, of stages where that cannot be (`check_backward_can_be_cut`); more or fewer
+            micro-batches than it has; micro-batches of different shapes; under no_grad.
     """
     _check_schedule(schedule)
     named: dict[str, Any] = {"arg_mbs": arg_mbs, "kwarg_mbs": kwarg_mbs, "target_mbs": target_mbs}
@@ -108,11 +111,13 @@ def _check_schedule(schedule: Schedule) -> None:
         )
     check_kind(
         "A step of micro-batches",
-        ONE_PIECE,
-        "use one of these, which run each backward pass in one piece; cut in two, it gives weights "
-        "wrong gradients",
+        (*ONE_PIECE, *TWO_PIECES),
+        "use one of these, whose gradients are known to be right",
         schedule=schedule,
     )
+    if isinstance(schedule, TWO_PIECES):
+        for stage in stages_of(schedule):
+            check_backward_can_be_cut(stage.submod)
     if schedule.scale_grads:
         raise ValueError(
             "Losses are shares of a step's, whose gradients are summed, got a schedule with "

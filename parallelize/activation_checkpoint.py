@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     SelectiveCheckpointContext,
@@ -88,6 +89,13 @@ class SelectiveCheckpoint:
             return _contexts(_Policy(kept, self.matmul_every))
 
         return partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+
+
+def has_selective_blocks(model: nn.Module) -> bool:
+    """Whether a module of a model keeps some of what is in it: torch recomputes such once."""
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    wrapped = [f for f in forwards if isinstance(f, partial) and f.func is checkpoint]
+    return any("context_fn" in each.keywords for each in wrapped)
 
 
 ActivationCheckpoint = NoCheckpoint | FullCheckpoint | SelectiveCheckpoint

@@ -66,7 +66,6 @@ FLOORS = (
         "dtcp.token_statistics",
         "dtcp.labels",
         "dtcp.loss",
-        "dtcp.microbatches",
         "dtcp.sdpa",
         "dtcp.thd",
         "dtcp.thd_attention",
@@ -75,7 +74,14 @@ FLOORS = (
     ("dtcp",),
     ("dtcp.models",),
     ("dtcp.parallelize",),
-    ("dtcp.torchtitan", "dtcp.check", "dtcp.planner", "dtcp.trainers"),
+    (
+        "dtcp.torchtitan",
+        "dtcp.check",
+        "dtcp.planner",
+        "dtcp.trainers",
+        "dtcp.cut_backward",
+        "dtcp.microbatches",
+    ),
     ("dtcp.pretrain",),
     ("train", "dtcp.plan"),
 )

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
+    ScheduleDualPipeV,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
 )
 from torch.testing import assert_close
 
@@ -25,7 +27,14 @@ from dtcp.loss import global_token_count, token_mean_loss
 from dtcp.microbatches import step_microbatches
 from dtcp.mixer_plan import matching
 from dtcp.models.llama import Llama
-from dtcp.parallelize import ParallelPlan, llama_plan, parallelize
+from dtcp.parallelize import (
+    FSDP,
+    FullCheckpoint,
+    NoCheckpoint,
+    ParallelPlan,
+    llama_plan,
+    parallelize,
+)
 from dtcp.planner.setup import Setup
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail
@@ -38,6 +47,9 @@ CONFIG = replace(parity.CONFIG, num_layers=4)
 MICROBATCHES: tuple[Rows, ...] = (((9, 16, 6),), ((32,),), ((1, 20, 11),), ((5, 5, 5),))
 """Documents of four micro-batches of a row each."""
 ROWS = tuple(row for rows in MICROBATCHES for row in rows)
+KEEP_ALL = NoCheckpoint()
+V_SHAPED = (ScheduleZBVZeroBubble, ScheduleDualPipeV)
+CUT = (ScheduleInterleavedZeroBubble, *V_SHAPED)
 
 
 class Stage(nn.Module):
@@ -71,16 +83,20 @@ def plan_of(stage: Stage, mesh: ParallelMesh) -> ParallelPlan:
 class Pipeline:
     """This rank's stages of a small Llama, and a schedule around them."""
 
-    def __init__(self, kind, degrees, compile=None, *, stages_of_rank=1, **options):
+    def __init__(
+        self, kind, degrees, compile=None, *, stages_of_rank=1, checkpoint=KEEP_ALL, **options
+    ):
         torch.manual_seed(0)
         self.reference, whole = Llama(CONFIG).double(), Llama(CONFIG).double()
         whole.load_state_dict(self.reference.state_dict())
         self.mesh = mesh = ParallelMesh.from_degrees(degrees, "cpu")
-        total = degrees.pp * stages_of_rank
-        own = range(mesh.rank("pp"), total, degrees.pp)
+        total, rank = degrees.pp * stages_of_rank, mesh.rank("pp")
+        own = (rank, total - 1 - rank) if kind in V_SHAPED else range(rank, total, degrees.pp)
         self.parts = nn.ModuleList(Stage(whole, index, total) for index in own)
+        how = {"compile": compile, "activation_checkpoint": checkpoint}
         for part in self.parts:
-            parallelize(part, mesh, plan_of(part, mesh), compile=compile)
+            fsdp = FSDP(reshard_after_forward=kind not in CUT)
+            parallelize(part, mesh, plan_of(part, mesh), fsdp=fsdp, **how)
         stages = [
             PipelineStage(part, index, total, torch.device("cpu"), group=mesh.pp.get_group())
             for index, part in zip(own, self.parts, strict=True)
@@ -190,12 +206,35 @@ def test_schedules_equal_one_device(mesh, kind, degrees, compile, stages_of_rank
     assert (counted.graphs, counted.breaks) == (bool(compile), 0)
 
 
-@spmd(ranks=2)
-def test_backward_passes_cut_in_two_are_refused(mesh):
-    """Their weights' gradients are wrong, without a word of torch's."""
-    pipeline = Pipeline(ScheduleInterleavedZeroBubble, Degrees(pp=2), stages_of_rank=2)
-    with pytest.raises(TypeError, match=r"got schedule=.*InterleavedZero.*: use one of these"):
+@spmd(ranks=4)
+def test_backward_passes_cut_in_two_equal_one_device(mesh):
+    pipeline = Pipeline(ScheduleInterleavedZeroBubble, PP_AND_CP, stages_of_rank=2)
+    pipeline.assert_equals_one_device()
+    # What FSDP frees after forward would have no gradient, without a word of torch's.
+    for part in pipeline.parts:
+        part.set_reshard_after_forward(True)
+    with pytest.raises(ValueError, match=r"misses weights that FSDP frees .*_forward\(False\)"):
         pipeline.step(pipeline.inputs(torch.zeros(len(ROWS), SEQ_LEN, dtype=torch.int64)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "degrees", "checkpoint"),
+    [
+        (ScheduleZBVZeroBubble, PP_AND_CP, KEEP_ALL),
+        (ScheduleDualPipeV, PP_AND_CP, KEEP_ALL),
+        (ScheduleInterleavedZeroBubble, PP_AND_CP, FullCheckpoint()),
+        (ScheduleInterleavedZeroBubble, Degrees(pp=2, dp_replicate=2), KEEP_ALL),
+        (ScheduleInterleavedZeroBubble, Degrees(pp=2, tp=2), KEEP_ALL),
+    ],
+)
+@spmd(ranks=4)
+def test_schedules_that_cut_backward_passes_equal_one_device(mesh, kind, degrees, checkpoint):
+    pipeline = Pipeline(kind, degrees, stages_of_rank=2, checkpoint=checkpoint)
+    for _ in range(2):
+        pipeline.reference.zero_grad()
+        pipeline.parts.zero_grad()
+        pipeline.assert_equals_one_device()
 
 
 class Routed(nn.Module):

@@ -9,10 +9,22 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+_REPLICATE = "torch.distributed._composable.replicate"
+
 
 def running_ddp() -> DistributedDataParallel | None:
     """The one in whose forward pass this is; None outside of any."""
     return DistributedDataParallel._get_active_ddp_module()
+
+
+def reduces_as_gradients_arrive(module: nn.Module) -> bool:
+    """Whether it reduces gradients in hooks of their accumulation, which torch.autograd.grad skips.
+
+    DDP, the composable `replicate` and FullyShardedDataParallel do; fully_shard does not.
+    """
+    return (
+        isinstance(module, DistributedDataParallel) or _is_replicated(module) or _is_fsdp1(module)
+    )
 
 
 def averaging_ranks_of_ddp(ddp: DistributedDataParallel) -> int:
@@ -23,10 +35,9 @@ def averaging_ranks_of_ddp(ddp: DistributedDataParallel) -> int:
 
 def averaging_ranks_of_replicated(module: nn.Module) -> int:
     """As `averaging_ranks_of_ddp`, of what the composable `replicate` was called with; else 1."""
-    # Only who has imported it can have called it.
-    composable = sys.modules.get("torch.distributed._composable.replicate")
-    if composable is None or not isinstance(module, composable.DDP):
+    if not _is_replicated(module):
         return 1
+    composable = sys.modules[_REPLICATE]
     state: Any = composable.replicate.state(module)
     if state.has_initialized:
         return averaging_ranks_of_ddp(state._ddp)
@@ -40,8 +51,7 @@ def averaging_ranks_of_replicated(module: nn.Module) -> int:
 
 def averaging_ranks_of_fsdp1(module: nn.Module) -> int:
     """Over how many ranks a FullyShardedDataParallel averages gradients; 1 of other modules."""
-    fsdp1 = getattr(sys.modules["torch.distributed.fsdp"], "FullyShardedDataParallel", None)
-    if fsdp1 is None or not isinstance(module, fsdp1):
+    if not _is_fsdp1(module):
         return 1
     state: Any = module
     if state._comm_hook is not None and not _averages(state._comm_hook):
@@ -49,6 +59,17 @@ def averaging_ranks_of_fsdp1(module: nn.Module) -> int:
     between = getattr(state, "_inter_node_pg", None)
     nodes = 1 if between is None else dist.get_world_size(between)
     return dist.get_world_size(state.process_group) * nodes
+
+
+def _is_replicated(module: nn.Module) -> bool:
+    # Only who has imported it can have called it.
+    composable = sys.modules.get(_REPLICATE)
+    return composable is not None and isinstance(module, composable.DDP)
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    fsdp1 = getattr(sys.modules["torch.distributed.fsdp"], "FullyShardedDataParallel", None)
+    return fsdp1 is not None and isinstance(module, fsdp1)
 
 
 def _averages(hook: Callable[..., Any]) -> bool:

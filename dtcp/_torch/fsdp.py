@@ -23,6 +23,17 @@ def _groups_of(state: Any) -> list[Any] | tuple[Any, ...]:
     return () if state._fsdp_param_group is None else (state._fsdp_param_group,)
 
 
+def trained_groups_resharded_after_forward(root: FSDPModule, unit: FSDPModule) -> list[Any]:
+    """Those of a unit of this root's (2.13-2.15).
+
+    A root that was not told what to do keeps its own gathered, which its groups show once it ran.
+    """
+    if unit is root and unit._get_fsdp_state()._auto_reshard_after_forward:
+        return []
+    groups = fsdp_param_groups(unit)
+    return [x for x in groups if x.post_forward_mesh_info is not None and reducing_ranks(x)]
+
+
 def param_groups_behind(x: Tensor) -> Iterator[Any]:
     """The groups of the model whose output a tensor is, by FSDP's hook on it; none of another's.
 

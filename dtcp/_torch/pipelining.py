@@ -6,14 +6,21 @@ from typing import Any
 import torch
 from torch.distributed.pipelining import (
     Schedule1F1B,
+    ScheduleDualPipeV,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
     ScheduleLoopedBFS,
+    ScheduleZBVZeroBubble,
 )
 
-Schedule = ScheduleGPipe | Schedule1F1B | ScheduleInterleaved1F1B | ScheduleLoopedBFS
+OnePiece = ScheduleGPipe | Schedule1F1B | ScheduleInterleaved1F1B | ScheduleLoopedBFS
 ONE_PIECE = (ScheduleGPipe, Schedule1F1B, ScheduleInterleaved1F1B, ScheduleLoopedBFS)
 """Those that run a micro-batch's backward in one piece."""
+TwoPieces = ScheduleInterleavedZeroBubble | ScheduleZBVZeroBubble | ScheduleDualPipeV
+TWO_PIECES = (ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble, ScheduleDualPipeV)
+"""Those that compute gradients of a stage's inputs first, and of its weights when there is time."""
+Schedule = OnePiece | TwoPieces
 
 
 def step_cut(
@@ -44,7 +51,9 @@ def step_cut(
 
 def stages_of(schedule: Schedule) -> list[Any]:
     """The stages that this rank holds (2.13-2.15)."""
-    return [schedule._stage] if hasattr(schedule, "_stage") else list(schedule._stages)
+    if isinstance(schedule, (ScheduleGPipe, Schedule1F1B)):
+        return [schedule._stage]
+    return list(schedule._stages)
 
 
 def micro_batches_of(schedule: Schedule) -> int:
