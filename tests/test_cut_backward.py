@@ -177,7 +177,7 @@ def test_stages_whose_weights_would_be_missed_are_refused(mesh):
     freed.set_reshard_after_forward(False)
     check_backward_can_be_cut(freed)
     check_backward_can_be_cut(parallelize(Layers(), on, plan, fsdp=GATHERED))
-    # A root that was told nothing keeps its own gathered; weights that are not trained are no loss.
+    # A root without a choice of its own stays gathered; weights that are not trained are no loss.
     check_backward_can_be_cut(fully_shard(Layers(), mesh=mesh))
     refused("'FSDPLayers' with", fully_shard(Layers(), mesh=mesh, reshard_after_forward=True))
     frozen = Layers().requires_grad_(False)

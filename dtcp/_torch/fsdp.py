@@ -26,7 +26,7 @@ def _groups_of(state: Any) -> list[Any] | tuple[Any, ...]:
 def trained_groups_resharded_after_forward(root: FSDPModule, unit: FSDPModule) -> list[Any]:
     """Those of a unit of this root's (2.13-2.15).
 
-    A root that was not told what to do keeps its own gathered, which its groups show once it ran.
+    A root without a choice of its own stays gathered, which its groups show once it ran.
     """
     if unit is root and unit._get_fsdp_state()._auto_reshard_after_forward:
         return []
