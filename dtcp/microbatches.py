@@ -66,9 +66,10 @@ def step_microbatches(
         the loss of each micro-batch where the last stage is; elsewhere none.
     Raises:
         TypeError: a schedule of another kind, or that is none.
-        ValueError: a schedule that scales gradients or has no loss; one that cuts backward passes
-            in two, of stages where that cannot be (`check_backward_can_be_cut`); more or fewer
-            micro-batches than it has; micro-batches of different shapes; under no_grad.
+        ValueError: a schedule that scales gradients or has no loss; more or fewer micro-batches
+            than it has; micro-batches of different shapes; under no_grad; a schedule that cuts
+            backward passes in two, of stages where that cannot be (`check_backward_can_be_cut`):
+            in the first step on all ranks, later on those of the stage.
     """
     _check_schedule(schedule)
     named: dict[str, Any] = {"arg_mbs": arg_mbs, "kwarg_mbs": kwarg_mbs, "target_mbs": target_mbs}
@@ -89,8 +90,7 @@ def step_microbatches(
                 f"Stages send each other micro-batches of one shape, got {own} in micro-batch "
                 f"{number} and {first} in the first one of all: pad rows to one length, by buckets."
             )
-    if known is None:
-        _warn_of_shared_names(schedule)
+    _check_stages(schedule, first_step=known is None)
     losses: list[Tensor] = []
     with _router_losses_in_parts(schedule):
         step_cut(schedule, arg_mbs, kwarg_mbs, target_mbs, losses, loss_kwargs or {})
@@ -115,9 +115,6 @@ def _check_schedule(schedule: Schedule) -> None:
         "use one of these, whose gradients are known to be right",
         schedule=schedule,
     )
-    if isinstance(schedule, TWO_PIECES):
-        for stage in stages_of(schedule):
-            check_backward_can_be_cut(stage.submod)
     if schedule.scale_grads:
         raise ValueError(
             "Losses are shares of a step's, whose gradients are summed, got a schedule with "
@@ -129,6 +126,29 @@ def _check_schedule(schedule: Schedule) -> None:
             "A step of micro-batches has backward passes, got a schedule without loss_fn: build it "
             "with one on every rank, token_mean_loss say."
         )
+
+
+def _check_stages(schedule: Schedule, *, first_step: bool) -> None:
+    """Refuse stages whose backward passes cannot be cut; in the first step, compare them."""
+    refused = _why_not_cut(schedule) if isinstance(schedule, TWO_PIECES) else ""
+    if first_step:
+        # By all before any leaves, whom the other stages would wait for.
+        of_ranks = _of_all_stages(refused, schedule)
+        refused = refused or next(filter(None, of_ranks), "")
+    if refused:
+        raise ValueError(refused)
+    if first_step:
+        _warn_of_shared_names(schedule)
+
+
+def _why_not_cut(schedule: Schedule) -> str:
+    """What `check_backward_can_be_cut` says of a stage of this rank's; empty for a yes."""
+    try:
+        for stage in stages_of(schedule):
+            check_backward_can_be_cut(stage.submod)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @contextmanager
@@ -149,8 +169,7 @@ def _warn_of_shared_names(schedule: Schedule) -> None:
     """Compare the names of parameters over all stages: a checkpoint keeps tensors by name."""
     stages = stages_of(schedule)
     own = {s.stage_index: [name for name, _ in s.submod.named_parameters()] for s in stages}
-    of_ranks: list[Any] = [None] * stages[0].group_size
-    dist.all_gather_object(of_ranks, own, group=stages[0].group)
+    of_ranks = _of_all_stages(own, schedule)
     stage_of: dict[str, int] = {}
     for index, names in sorted(item for rank in of_ranks for item in rank.items()):
         for name in names:
@@ -159,9 +178,17 @@ def _warn_of_shared_names(schedule: Schedule) -> None:
                     f"A checkpoint keeps tensors by name and one of each, got {name!r} in stages "
                     f"{stage_of[name]} and {index}: if you save both in one, name layers by their "
                     f"number in the whole model, nn.ModuleDict({{str(number): layer}}) say.",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
                 return
+
+
+def _of_all_stages(value: Any, schedule: Schedule) -> list[Any]:
+    """What each pp rank has."""
+    stage = stages_of(schedule)[0]
+    values = [value] * stage.group_size
+    dist.all_gather_object(values, value, group=stage.group)
+    return values
 
 
 def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shapes:

@@ -209,12 +209,19 @@ def test_schedules_equal_one_device(mesh, kind, degrees, compile, stages_of_rank
 @spmd(ranks=4)
 def test_backward_passes_cut_in_two_equal_one_device(mesh):
     pipeline = Pipeline(ScheduleInterleavedZeroBubble, PP_AND_CP, stages_of_rank=2)
+    # What FSDP frees after forward would have no gradient, without a word of torch's. Ranks of the
+    # other stages would wait for those that refuse.
+    freed = pipeline.mesh.rank("pp") == 1
+    pipeline.parts[0].set_reshard_after_forward(freed)
+    inputs = pipeline.inputs(torch.zeros(len(ROWS), SEQ_LEN, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"misses weights that FSDP frees .*_forward\(False\)"):
+        pipeline.step(inputs)
+    pipeline.parts[0].set_reshard_after_forward(False)
     pipeline.assert_equals_one_device()
-    # What FSDP frees after forward would have no gradient, without a word of torch's.
     for part in pipeline.parts:
         part.set_reshard_after_forward(True)
-    with pytest.raises(ValueError, match=r"misses weights that FSDP frees .*_forward\(False\)"):
-        pipeline.step(pipeline.inputs(torch.zeros(len(ROWS), SEQ_LEN, dtype=torch.int64)))
+    with pytest.raises(ValueError, match=r"misses weights that FSDP frees"):
+        pipeline.step(inputs)
 
 
 @pytest.mark.slow
