@@ -114,7 +114,7 @@ def shard_batch(
             a batch of as many rows, and in each row as many documents.
     Returns:
         the local batch, with `padding_mask` (True: padding) if the batch had one or padding was
-        added, and how it was sharded.
+        added, and how it was sharded; `attn_metadata.real` marks what is no padding in any batch.
     Raises:
         ValueError: a key that no field names, rows of different lengths, documents, position ids
             and padding that contradict each other (by row and token), or labels in padding; labels

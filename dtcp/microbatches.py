@@ -11,7 +11,7 @@ the host, and every stage gets its metadata with it.
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from dtcp._torch.pipelining import (
     stages_of,
     step_cut,
 )
-from dtcp.cut_backward import check_backward_can_be_cut
+from dtcp.cut_backward import check_backward_can_be_cut, check_gradients_arrived
 from dtcp.experts.losses import RouterLoss
 from dtcp.metadata import BatchMetadata
 from dtcp.sequence.arguments import check_kind
@@ -48,11 +48,10 @@ def step_microbatches(
     """Run all micro-batches forward and backward; gradients are added up in the stages' parameters.
 
     All ranks of all stages call it. As `schedule.step(arg_mbs=..., ...)` of torch 2.14, on 2.13 as
-    well, and what would be wrong without a word is refused. Losses of routers whose `parts` nobody
-    has set are divided by the number of micro-batches. The first step compares the names that
-    stages have for their parameters, and warns of one that two have: a checkpoint would keep one of
-    them. It runs its first micro-batch twice where stages were not given shapes (`input_args`,
-    `output_args`).
+    well. Losses of routers whose `parts` nobody has set are divided by the number of micro-batches.
+    The first step compares stages' names of parameters, and warns of one that two have: a
+    checkpoint would keep one of them. It runs its first micro-batch twice where stages were not
+    given shapes (`input_args`, `output_args`).
 
     Args:
         schedule: with a loss_fn that is a share of the whole step's, as token_mean_loss is, and
@@ -68,8 +67,8 @@ def step_microbatches(
         TypeError: a schedule of another kind, or that is none.
         ValueError: a schedule that scales gradients or has no loss; more or fewer micro-batches
             than it has; micro-batches of different shapes; under no_grad; a schedule that cuts
-            backward passes in two, of stages where that cannot be (`check_backward_can_be_cut`):
-            in the first step on all ranks, later on those of the stage.
+            backward passes in two, where stages do not let it (`check_backward_can_be_cut`; in the
+            first step on all ranks), or that leaves out weights of theirs in the first step.
     """
     _check_schedule(schedule)
     named: dict[str, Any] = {"arg_mbs": arg_mbs, "kwarg_mbs": kwarg_mbs, "target_mbs": target_mbs}
@@ -94,6 +93,8 @@ def step_microbatches(
     losses: list[Tensor] = []
     with _router_losses_in_parts(schedule):
         step_cut(schedule, arg_mbs, kwarg_mbs, target_mbs, losses, loss_kwargs or {})
+    if known is None:
+        _check_gradients(schedule)
     vars(schedule)[SENT] = first
     return [loss.detach() for loss in losses]
 
@@ -130,25 +131,31 @@ def _check_schedule(schedule: Schedule) -> None:
 
 def _check_stages(schedule: Schedule, *, first_step: bool) -> None:
     """Refuse stages whose backward passes cannot be cut; in the first step, compare them."""
-    refused = _why_not_cut(schedule) if isinstance(schedule, TWO_PIECES) else ""
-    if first_step:
-        # By all before any leaves, whom the other stages would wait for.
-        of_ranks = _of_all_stages(refused, schedule)
-        refused = refused or next(filter(None, of_ranks), "")
-    if refused:
-        raise ValueError(refused)
+    if isinstance(schedule, TWO_PIECES):
+        with _refused_by_all(schedule) if first_step else nullcontext():
+            for stage in stages_of(schedule):
+                check_backward_can_be_cut(stage.submod)
     if first_step:
         _warn_of_shared_names(schedule)
 
 
-def _why_not_cut(schedule: Schedule) -> str:
-    """What `check_backward_can_be_cut` says of a stage of this rank's; empty for a yes."""
+def _check_gradients(schedule: Schedule) -> None:
+    if isinstance(schedule, TWO_PIECES):
+        with _refused_by_all(schedule):
+            check_gradients_arrived((s.stage_index, s.submod) for s in stages_of(schedule))
+
+
+@contextmanager
+def _refused_by_all(schedule: Schedule) -> Iterator[None]:
+    """Raise a ValueError of one rank's stages on the ranks of all, which would wait for it."""
+    refused = ""
     try:
-        for stage in stages_of(schedule):
-            check_backward_can_be_cut(stage.submod)
+        yield
     except ValueError as error:
-        return str(error)
-    return ""
+        refused = str(error)
+    of_ranks = _of_all_stages(refused, schedule)
+    if any(of_ranks):
+        raise ValueError(refused or next(filter(None, of_ranks)))
 
 
 @contextmanager

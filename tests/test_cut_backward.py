@@ -5,7 +5,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -186,6 +187,13 @@ def test_stages_whose_weights_would_be_missed_are_refused(mesh):
     fully_shard(outside.layers[0], mesh=mesh, reshard_after_forward=False)
     refused(r"got 'layers\.0' in a Layers, which is none: call fully_shard of", outside)
     refused("calls no hooks .* of DistributedDataParallel", DistributedDataParallel(Layers()))
+    refused("calls no hooks that reduce .* of DDPLayers", replicate(Layers()))
+    refused("calls no hooks that reduce", FullyShardedDataParallel(Layers(), device_id="cpu"))
+    stepped = Layers()
+    stepped.layers[1].bias.register_post_accumulate_grad_hook(lambda weight: None)
+    refused(r"hooks of gradients .* got one of 'layers\.1\.bias': call fully_shard", stepped)
+    # FSDP calls it.
+    check_backward_can_be_cut(fully_shard(stepped, mesh=mesh))
 
 
 @spmd(ranks=2)
@@ -196,6 +204,10 @@ def test_graphs_that_run_backward_once_are_refused(mesh):
         return parallelize(Layers(), on, plan, fsdp=GATHERED, **how)
 
     refused("are compiled", stage(compile=GRAPHS))
+    by_hand = stage()
+    by_hand.layers[0].compile(backend="eager")
+    refused("are compiled", by_hand)
+    refused("are compiled", torch.compile(Layers(), backend="eager"))
     check_backward_can_be_cut(stage(activation_checkpoint=FullCheckpoint()))
     for keeps_some in (SelectiveCheckpoint(), FullCheckpoint().keeping_routes()):
         refused("recomputes twice", stage(activation_checkpoint=keeps_some))

@@ -224,6 +224,23 @@ def test_backward_passes_cut_in_two_equal_one_device(mesh):
         pipeline.step(inputs)
 
 
+@spmd(ranks=4)
+def test_weights_that_a_cut_backward_pass_would_leave_out_are_refused_by_all(mesh):
+    """Behind a frozen stage no input needs a gradient, from which torch looks for weights."""
+    pipeline = Pipeline(ScheduleInterleavedZeroBubble, PP_AND_CP, stages_of_rank=2)
+    for part in pipeline.parts:
+        part.requires_grad_(part.embedding is None)
+    inputs = pipeline.inputs(torch.zeros(len(ROWS), SEQ_LEN, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"got none for \d+ of stage 1, 'layers\.1\..*use a sched"):
+        pipeline.step(inputs)
+
+
+def test_schedule_of_another_kind_is_refused():
+    nothing = {"arg_mbs": [], "kwarg_mbs": [], "target_mbs": []}
+    with pytest.raises(TypeError, match="use one of these, whose gradients are known to be right"):
+        step_microbatches(object(), **nothing)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "degrees", "checkpoint"),

@@ -107,7 +107,7 @@ def compared(step: Step, device: str) -> dict[str, Any]:
     alone = copy.deepcopy(model)
     expected = _step_alone(alone, config.vocab_size, device)
     mesh = ParallelMesh.from_degrees(step.degrees, device)
-    plan = FAMILY_PLANS[step.family](config, mesh, STRATEGIES[step.strategy](), HeadTail)
+    plan = FAMILY_PLANS[step.family](config, mesh, STRATEGIES[step.strategy], HeadTail)
     parallelize(model, mesh, plan, compile=Compile() if step.compiled else None)
     loss = _step_on(model, mesh, config.vocab_size, device)
     grads = [(x.grad, y.grad) for x, y in zip(model.parameters(), alone.parameters(), strict=True)]

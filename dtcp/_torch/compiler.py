@@ -1,12 +1,13 @@
 """Dynamo, inductor and compiled autograd: settings, errors and counters."""
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -20,6 +21,16 @@ def dynamo_error() -> type[Exception]:
 def graph_limit_error() -> type[Exception]:
     """What dynamo raises at its limit of graphs: it has no public name (2.11-2.15)."""
     return cast(type[Exception], torch._dynamo.exc.FailOnRecompileLimitHit)
+
+
+def is_compiled_module(module: nn.Module) -> bool:
+    """Whether torch.compile returned it, or its `compile` was called: no public reader (2.11-2.15).
+
+    Nothing is compiled where dynamo was never imported.
+    """
+    if module._compiled_call_impl is not None:
+        return True
+    return "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule)
 
 
 def traced_with(compiled: Callable[_P, _R], settings: Mapping[str, Any]) -> Callable[_P, _R]:

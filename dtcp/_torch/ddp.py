@@ -27,6 +27,11 @@ def reduces_as_gradients_arrive(module: nn.Module) -> bool:
     )
 
 
+def has_arrival_hooks(weight: nn.Parameter) -> bool:
+    """Whether register_post_accumulate_grad_hook was called of it: no public reader (2.11-2.15)."""
+    return bool(weight._post_accumulate_grad_hooks)
+
+
 def averaging_ranks_of_ddp(ddp: DistributedDataParallel) -> int:
     """Over how many ranks it averages gradients: 1 where a hook of somebody's reduces them."""
     sums = any(not _averages(hook) for hook, _ in ddp._comm_hooks)

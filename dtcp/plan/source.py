@@ -68,7 +68,7 @@ def _seq_len(arguments: argparse.Namespace, default: int) -> int:
 
 def _own_model(model: str, plan: str) -> Subject:
     """A model of a function: of transformers where it has no plan."""
-    imported(model)
+    imported(model)  # what cannot be is said before anything is planned
     return OwnModel(model, imported(plan)) if plan else MadeHuggingFaceModel(model)
 
 

@@ -133,7 +133,7 @@ class FamilyModel(_CalledWithMixers):
     def plan(
         self, model: nn.Module, mesh: ParallelMesh, attention: AttentionStyle, layout: Any
     ) -> ParallelPlan:
-        return FAMILY_PLANS[self.family](self.config, mesh, attention, layout)
+        return FAMILY_PLANS[self.family](self.config, mesh, lambda: attention, layout)
 
     def rows(self, documents: Documents) -> dict[str, Tensor]:
         rows = _rows_of(documents)

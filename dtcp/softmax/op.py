@@ -258,9 +258,9 @@ class AttentionOp:
             if x[name] is not None
         }
         grads["metadata"] = [None] * len(metadata)
-        # torch takes None for a list of names, but an empty list for an empty one.
-        grads["groups"] = None if ctx.handed_on["groups"] else []
-        grads["group_sizes"] = None if ctx.handed_on["groups"] else []
+        # torch takes None for a list of names or numbers, but an empty list for an empty one.
+        for name in ("groups", "group_sizes"):
+            grads[name] = None if ctx.handed_on["groups"] else []
         return tuple(grads.get(name) for name in ForwardArguments._fields)
 
 

@@ -82,7 +82,7 @@ class Strategy(Protocol):
         """Empty tensors of the shapes and dtypes of what forward saves.
 
         Args:
-            group_sizes: how many ranks each of the op's groups has; which they are nobody says.
+            group_sizes: the number of ranks of each of the op's groups, which a fake does not know.
         """
         ...
 

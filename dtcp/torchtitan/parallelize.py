@@ -84,8 +84,8 @@ def parallelize_plain(
     """A model of ours, by its family's plan."""
     mesh = mesh_with_section(parallel_dims, section)
     name_kernel(model, section.kernel)
-    attention, layout = section.attention_style(device_type_of(mesh.cp)), section.sequence_layout()
-    plan = FAMILY_PLANS[family](model.config, mesh, attention, layout)
+    attention = partial(section.attention_style, device_type_of(mesh.cp))
+    plan = FAMILY_PLANS[family](model.config, mesh, attention, section.sequence_layout())
     return parallelize(
         model,
         mesh,

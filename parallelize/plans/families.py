@@ -15,21 +15,22 @@ from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax.style import AttentionStyle
 
-FamilyPlan = Callable[[Any, ParallelMesh, AttentionStyle, type[SequenceLayout]], ParallelPlan]
-"""Of a model's config, on a mesh, for a strategy and a layout."""
+MakeAttention = Callable[[], AttentionStyle]
+FamilyPlan = Callable[[Any, ParallelMesh, MakeAttention, type[SequenceLayout]], ParallelPlan]
+"""Of a model's config, on a mesh, for a strategy, made where it is read, and a layout."""
 
 
 def _qwen3_5_plan(
-    config: Any, mesh: ParallelMesh, attention: AttentionStyle, layout: type[SequenceLayout]
+    config: Any, mesh: ParallelMesh, attention: MakeAttention, layout: type[SequenceLayout]
 ) -> ParallelPlan:
     """Where ranks have many pieces, each with a state of its own, tokens move to another layout."""
     relayout = RelayoutCP() if layout in (PerDocument, BlockBalanced) else None
-    return qwen3_5_plan(config, mesh, attention, relayout=relayout)
+    return qwen3_5_plan(config, mesh, attention(), relayout=relayout)
 
 
 FAMILY_PLANS: Mapping[str, FamilyPlan] = {
-    "llama": lambda config, mesh, attention, _: llama_plan(config, mesh, attention),
-    "gemma4": lambda config, mesh, attention, _: gemma4_plan(config, mesh, attention),
+    "llama": lambda config, mesh, attention, _: llama_plan(config, mesh, attention()),
+    "gemma4": lambda config, mesh, attention, _: gemma4_plan(config, mesh, attention()),
     "qwen3_5": _qwen3_5_plan,
     # Its mixers have one strategy of their own.
     "deepseek_v4": lambda config, mesh, *_: deepseek_v4_plan(config, mesh),

@@ -151,6 +151,8 @@ def assert_same_step(reference, model, mesh):
 
 def assert_step_is(expected: Step, model, mesh, *, rows=PACKED, layout=HeadTail):
     expected_loss, expected_grads = expected
+    # What is nowhere in the loss would be compared with nothing.
+    assert all(grad.any() for grad in expected_grads.values())
     with count_traffic() as traffic:
         actual = on_mesh(model, mesh, a_batch(rows), layout)
     assert_close(actual, expected_loss, rtol=BOUND, atol=0.0)
