@@ -3,6 +3,7 @@
 A judge may be another model, a sandbox, or chance: a group that is one process asks it once.
 """
 
+import asyncio
 import functools
 import inspect
 import pickle
@@ -12,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import nn
 
 from dtcp.distributed.mesh import ParallelMesh
 
 LOGGED = "log_metric and log_extra"
 """What is said of what reward functions log, where it cannot be pickled."""
+FAILURES = (Exception, asyncio.CancelledError)
+"""What other ranks hear of, that wait for a user's function: no Ctrl-C, which waits for nobody."""
 
 
 class FirstRankJudges:
@@ -31,14 +33,12 @@ class FirstRankJudges:
         """Of the rows of this rank."""
         self.mesh, self.rows = mesh, rows
         self.asks = is_first_rank(mesh)
-        self.failure: tuple[str, Exception] | None = None
+        self.failure: tuple[str, BaseException] | None = None
+        self.said = ""
 
     def around(self, functions: Sequence[Any], names: Sequence[str]) -> list[Any]:
-        """Reward functions as TRL may call them on every rank; models are called by all."""
-        return [
-            each if isinstance(each, nn.Module) else self._around(each, name)
-            for each, name in zip(functions, names, strict=True)
-        ]
+        """Reward functions as TRL may call them on every rank."""
+        return [self._around(each, name) for each, name in zip(functions, names, strict=True)]
 
     def _around(self, judge: Callable[..., Any], name: str) -> Callable[..., Any]:
         def asked(*args: Any, **kwargs: Any) -> list[float]:
@@ -59,11 +59,13 @@ class FirstRankJudges:
 
     @contextmanager
     def holding_back(self, name: str) -> Iterator[None]:
-        # No BaseException: Ctrl-C waits for nobody.
         try:
             yield
-        except Exception as error:  # noqa: BLE001
-            self.failure = self.failure or (name, error)
+        except FAILURES as error:
+            if self.failure is None:
+                rank = dist.get_rank() if dist.is_initialized() else 0
+                self.failure = name, error
+                self.said = f"{described(error)} (of {name!r} on rank {rank})"
 
     def share(self, logged: Callable[[], tuple[Any, dict[str, list[Any]]]]) -> Any:
         """What the first rank's functions have logged, on all ranks of its group.
@@ -81,18 +83,11 @@ class FirstRankJudges:
                 metrics, columns = logged()
                 pickled = pickle.dumps((metrics, columns))
                 lengths = {name: len(values) for name, values in columns.items()}
-            own = (self._said(), lengths)
+            own = (self.said, lengths)
         reports = [report for report in _of_all_ranks(own, self.mesh) if report is not None]
         self._raise([said for said, _ in reports if said])
         _check_columns([lengths for _, lengths in reports], self.rows)
         return pickle.loads(from_first_rank(pickled, self.mesh))
-
-    def _said(self) -> str:
-        if self.failure is None:
-            return ""
-        name, error = self.failure
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        return f"{type(error).__name__}: {error} (of {name!r} on rank {rank})"
 
     def _raise(self, failures: list[str]) -> None:
         if self.failure is not None:
@@ -104,6 +99,15 @@ class FirstRankJudges:
                 f"The first rank of each cp and tp group calls reward functions for its group, got "
                 f"{'; '.join(failures)}: mend the reward function."
             )
+
+
+def described(error: BaseException) -> str:
+    """Its type and what it says; its type alone, where it says nothing or fails at that."""
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}" if str(error) else name
+    except Exception:  # noqa: BLE001
+        return name
 
 
 def is_first_rank(mesh: ParallelMesh) -> bool:
@@ -130,13 +134,14 @@ def _of_all_ranks(value: Any, mesh: ParallelMesh) -> list[Any]:
 def _as_numbers(rewards: Any, rows: int) -> list[float]:
     """As TRL reads rewards, None included, so that what it refuses is raised here."""
     numbers = [torch.nan if each is None else each for each in rewards]
-    if len(numbers) != rows:
+    of_rows = torch.tensor(numbers, dtype=torch.float32)
+    if of_rows.shape != (rows,):
         raise ValueError(
-            f"A reward function gives each completion a reward or None, got {len(numbers)} rewards "
-            f"of {rows} completions: give as many."
+            f"A reward function gives each completion a number or None, got rewards of shape "
+            f"{list(of_rows.shape)} of {rows} completions: give a list of as many."
         )
-    of_rows: list[float] = torch.tensor(numbers, dtype=torch.float32).reshape(rows).tolist()
-    return of_rows
+    values: list[float] = of_rows.tolist()
+    return values
 
 
 def _is_async(judge: Any) -> bool:
