@@ -52,6 +52,8 @@ from dtcp.trainers.policy_arguments import (
 from dtcp.trainers.repeated_rows import ignore_repeated
 from dtcp.trainers.rewards import is_first_rank
 from dtcp.trainers.saved import (
+    RANDOM_STATES,
+    check_random_states,
     load_optimizer,
     load_weights,
     random_states_of_batch_ranks,
@@ -341,11 +343,15 @@ class MeshTrainerMixin(PolicyRows):
     def _save_rng_state(self, output_dir: str) -> None:
         if is_first_rank(self.mesh):
             with random_states_of_batch_ranks(self):
-                super()._save_rng_state(output_dir)  # type: ignore[misc]
+                super()._save_rng_state(str(Path(output_dir) / RANDOM_STATES))  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if self.args.process_index == 0:
+            check_random_states(Path(checkpoint))
         with random_states_of_batch_ranks(self):
-            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+            super()._load_rng_state(str(Path(checkpoint) / RANDOM_STATES))  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(self.model, Path(resume_from_checkpoint))

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.trainers.policy_arguments import trains_policy
-from dtcp.trainers.rewards import FirstRankJudges, from_first_rank, is_first_rank
+from dtcp.trainers.rewards import (
+    FAILURES,
+    FirstRankJudges,
+    described,
+    from_first_rank,
+    is_first_rank,
+)
 
 
 class PolicyRows:
@@ -40,6 +46,8 @@ class PolicyRows:
     _logs: Any
     _pending_metrics: Any
     _pending_extra_logs: Any
+
+    _sampler: Any = None
 
     def _count_generated_rows(self) -> None:
         """Rows that are generated at once, of all batch ranks: TRL counts those of all processes.
@@ -97,7 +105,8 @@ class PolicyRows:
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         rows = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
-        # Rows are shuffled next: a rollout may have drawn from the first rank's numbers alone.
+        # Rows are shuffled next, by random numbers: a rollout or a judge may have drawn some, on
+        # the first rank alone.
         torch.set_rng_state(from_first_rank(torch.get_rng_state(), self.mesh))
         return rows
 
@@ -127,16 +136,23 @@ class PolicyRows:
         self._pending_extra_logs = defaultdict(list, columns)
         return torch.cat(_of_first_ranks(self.mesh, of_all_ranks))
 
-    def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """Of a checkpoint, the batches of rows that follow; TRL counts them from the start.
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._sampler = super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
+        return self._sampler
 
-        Completions are asked for anew where prompts are: at other steps its rows are of old ones,
-        which a checkpoint has not.
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        """Goes on counting micro-batches from the checkpoint, where TRL starts from 0.
+
+        It would ask for completions in the middle of the micro-batches that share the same prompts.
+        Its sampler draws each epoch's prompts from numbers that carry on, and starts anew, too.
         """
         epochs, passed = super()._init_training_state(*args)  # type: ignore[misc]
         if not trains_policy(type(self)):
             return epochs, passed
         self._step, self._buffered_inputs = passed, None
+        if self._sampler is not None:  # an iterable dataset has none
+            for _ in range(epochs):
+                next(iter(self._sampler), None)
         each = self.args.steps_per_generation * self.num_iterations
         if passed % each and self.args.process_index == 0:
             warnings.warn(
@@ -191,9 +207,9 @@ def _of_first_rank(ask: Callable[..., Any], mesh: ParallelMesh) -> Callable[...,
             try:
                 pickled = pickle.dumps(ask(*args))
             # The others wait in the broadcast below: whatever a function of the user's raises, they
-            # hear of it, and it is raised again. No BaseException: Ctrl-C waits for nobody.
-            except Exception as error:
-                from_first_rank((None, f"{type(error).__name__}: {error}"), mesh)
+            # hear of it, and it is raised again.
+            except FAILURES as error:
+                from_first_rank((None, described(error)), mesh)
                 raise
         pickled, failure = from_first_rank((pickled, failure), mesh)
         if failure is not None:

@@ -1,10 +1,10 @@
 """What a Trainer keeps of a run on a mesh, readable on any other: weights as transformers writes
 them, and the optimizer's state by the names of its parameters."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from dtcp.parallelize.save_hf import save_hf
 
 OPTIMIZER = "optimizer"
 """The folder of torch's distributed checkpoint in that of a step."""
+RANDOM_STATES = "random_states"
+"""The folder of batch ranks' random states in that of a step, whose own files are of processes."""
 
 
 def save_weights(model: Any, folder: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -78,12 +80,36 @@ def random_states_of_batch_ranks(trainer: Any) -> Iterator[None]:
     transformers names them by processes, and in another way where there is one; rows are shuffled,
     and completions drawn, by numbers that all ranks of a cp and tp group share.
     """
-    own, index = trainer.args, trainer.mesh.rank("batch")
-    trainer.args = SimpleNamespace(world_size=2, process_index=index, parallel_mode=None)
+    own = trainer.args
+    trainer.args = _ArgumentsOfBatchRank(own, trainer.mesh.rank("batch"))
     try:
         yield
     finally:
         trainer.args = own
+
+
+def check_random_states(folder: Path) -> None:
+    """Warn of a checkpoint that has random states of processes alone: whose they are is unknown."""
+    others = sorted(file.name for file in folder.glob("rng_state*.pth"))
+    if others and not (folder / RANDOM_STATES).is_dir():
+        warnings.warn(
+            f"A run on a mesh goes on with the random states of batch ranks, got {folder} with "
+            f"{len(others)} files of processes ({others[0]}, say) and without the folder "
+            f"{RANDOM_STATES!r}: they are not read, and a policy's rows, say, are shuffled anew.",
+            stacklevel=2,
+        )
+
+
+class _ArgumentsOfBatchRank:
+    """A Trainer's arguments, but for the process: one of several, by its batch rank."""
+
+    world_size, parallel_mode = 2, None
+
+    def __init__(self, own: Any, batch_rank: int) -> None:
+        self._own, self.process_index = own, batch_rank
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
 
 
 def _own(optimizer: Any) -> Any:

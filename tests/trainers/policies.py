@@ -32,6 +32,7 @@ UNLIKE = ("runtime", "per_second", "flos", "step_time")
 BOUND = 1e-4
 """Of logs, and of what training has added to a weight, relative to the largest such change."""
 MESHES = {
+    "one": Degrees(),
     "cp": Degrees(cp=2),
     "dp": Degrees(dp_shard=2),
     "cp_tp": Degrees(cp=2, tp=2),
@@ -63,6 +64,16 @@ CASES: dict[str, dict[str, Any]] = {
         "vllm_importance_sampling_mode": "token_truncate",
         "vllm_importance_sampling_clip_max": 1.05,
         **SERVER,
+    },
+    # Two epochs of two rollouts each; `resumed` starts where `whole` has been between the last two.
+    "whole": {
+        "loss_type": "dapo",
+        "beta": 0.1,
+        "num_iterations": 1,
+        "max_steps": 8,
+        "save_strategy": "steps",
+        "prompts": 10,
+        "asked_at": [0, 2, 4, 6, 8],
     },
     "adapted": {"loss_type": "dapo", "beta": 0.1, "peft_config": LORA},
 }
@@ -107,7 +118,10 @@ async def short(completion_ids: list[list[int]], **_: Any) -> list[float | None]
 
 def trained(case: str, mesh: ParallelMesh | None, folder: Path) -> dict[str, Any]:
     """Logs, what was logged of completions, and what training has added to each weight."""
-    change = {"loss_type": case, **CASES[case]}
+    resumed = case == "resumed"
+    change = {"loss_type": case, **CASES["whole" if resumed else case]}
+    asked_at = [step for step in change.pop("asked_at", [0, 2, 4, 5]) if step >= 6 or not resumed]
+    prompts = change.pop("prompts", 6)
     kind, peft_config = change.pop("kind", "windows"), change.pop("peft_config", None)
     batch = (
         (dist.get_world_size() if dist.is_initialized() else 1)
@@ -129,7 +143,7 @@ def trained(case: str, mesh: ParallelMesh | None, folder: Path) -> dict[str, Any
         "model": model,
         "reward_funcs": [odd, short],
         "args": GRPOConfig(max_completion_length=40, **own | change),
-        "train_dataset": Dataset.from_dict({"prompt": tiny.texts(6, least=4)}),
+        "train_dataset": Dataset.from_dict({"prompt": tiny.texts(prompts, least=4)}),
         "eval_dataset": Dataset.from_dict({"prompt": tiny.texts(2)}),
         "processing_class": tiny.tokenizer(),
         "rollout_func": rollouts,
@@ -143,9 +157,9 @@ def trained(case: str, mesh: ParallelMesh | None, folder: Path) -> dict[str, Any
         sync = {"sync_weights": lambda trainer: synced.append(sync_weights(trainer))}
         trainer = MeshGRPOTrainer(**options, mesh=mesh, **sync)
     before = weights(trainer.model)
-    trainer.train()
+    trainer.train(str(folder / f"whole-False-{batch}" / "checkpoint-6") if resumed else None)
     after = weights(trainer.model)
-    if mesh is not None and synced != [0, 2, 4, 5]:
+    if mesh is not None and synced != asked_at:
         raise SystemExit(f"{case}: weights are taken to a server once a step, got {synced}")
     return {
         "logs": [
@@ -179,6 +193,8 @@ def is_close(case: str, found: dict[str, Any], expected: dict[str, Any]) -> bool
     same = [sorted(each) for each in found["logs"]] == [sorted(each) for each in expected["logs"]]
     errors = {"other entries": 0.0 if same else torch.inf}
     for mine, its in zip(found["logs"], expected["logs"], strict=True):
+        if case == "resumed":  # transformers' is that of the steps since
+            its = {key: x for key, x in its.items() if key != "train_loss"}
         for key, x in its.items():
             name = f"{key} at step {its['step']}"
             errors[name] = 0.0 if x is None else abs(mine.get(key, 0.0) - x) / max(1.0, abs(x))
@@ -216,7 +232,11 @@ def main(path: Path, role: str, cases: list[str]) -> None:
     far = [
         case
         for case in cases
-        if not is_close(case, trained(case, mesh, path.parent), expected[case])
+        if not is_close(
+            case,
+            trained(case, mesh, path.parent),
+            expected["whole" if case == "resumed" else case],
+        )
     ]
     dist.barrier()
     dist.destroy_process_group()

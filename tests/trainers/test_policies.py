@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from asyncio import CancelledError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,14 +128,23 @@ def test_first_rank_of_a_group_alone_asks_for_rollouts_and_all_have_them(mesh):
     dist.all_gather_object(everyone, found)
     assert everyone == [everyone[0]] * 4
 
-    def fail(prompts):
-        raise ConnectionError("no server")
+    class SaysNothing(Exception):
+        def __str__(self):
+            raise ConnectionError
 
-    kind, match = ConnectionError, "no server"
-    if dist.get_rank():
-        kind, match = RuntimeError, "got its ConnectionError: no server: mend rollout_func"
-    with pytest.raises(kind, match=match):
-        _of_first_rank(fail, on)(["a"])
+    def fail(failure):
+        raise failure
+
+    for failure, said in {
+        ConnectionError("no server"): "ConnectionError: no server",
+        CancelledError(): "CancelledError",  # no Exception
+        SaysNothing(): "SaysNothing",
+    }.items():
+        kind, match = type(failure), None
+        if dist.get_rank():
+            kind, match = RuntimeError, f"got its {said}: mend rollout_func"
+        with pytest.raises(kind, match=match):
+            _of_first_rank(fail, on)(failure)
     # A rollout that cannot be pickled fails there, too, and nobody waits.
     kind = RuntimeError if dist.get_rank() else Exception
     with pytest.raises(kind, match=r"pickle.*lambda|lambda.*pickle"):
