@@ -106,6 +106,8 @@ def described(error: BaseException) -> str:
     name = type(error).__name__
     try:
         return f"{name}: {error}" if str(error) else name
+    # Its own __str__ fails, in whatever class: the other ranks, which wait for this text, hear of
+    # its type, and the error itself is raised on this rank.
     except Exception:  # noqa: BLE001
         return name
 
