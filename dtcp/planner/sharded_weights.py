@@ -81,22 +81,6 @@ class Unit:
         """Of all dtypes that a rank keeps."""
         return sum(weight.own(degrees) for weight in self.weights)
 
-    def whole(self, degrees: Degrees) -> int:
-        """Numbers of the whole unit on one rank, padding included."""
-        return sum(
-            weight.own(degrees) * sharding_ranks(degrees, spread=weight.spread)
-            for weight in self.weights
-        )
-
-    def gathered(self, degrees: Degrees) -> int:
-        """Bytes of the whole unit on one rank."""
-        return sum(
-            weight.own(degrees)
-            * sharding_ranks(degrees, spread=weight.spread)
-            * weight.dtype.itemsize
-            for weight in self.weights
-        )
-
     def kept(self, degrees: Degrees, *, spread: bool) -> int:
         """Bytes of a rank's own shards as they are gathered, of either kind of weight."""
         weights = _of_kind(self.weights, spread=spread)

@@ -16,16 +16,11 @@ class StepTime:
 
     Args:
         matmuls, mixers: compute.
-        cp, fsdp, tp, ep: transfers, each as if alone; fsdp's are of all weights.
-        exposed: by axis, what compute does not hide.
+        exposed: of transfers by axis, what compute does not hide; fsdp's are of all weights.
     """
 
     matmuls: float
     mixers: float
-    cp: float
-    fsdp: float
-    tp: float
-    ep: float
     exposed: dict[str, float]
 
     @property
@@ -60,14 +55,13 @@ def step_time(forecast: Forecast, cluster: Cluster) -> StepTime:
     fsdp = 0.0
     for axis, (holders, stride) in _axes_of_weights(degrees).items():
         fsdp += _seconds(forecast.by_axis.get(axis, AxisBytes()), holders, stride, cluster)
-    ep = ep_seconds(forecast, cluster)
     exposed = {
         "cp": max(0.0, cp - mixers) if ring else cp,
         "tp": tp,
-        "ep": ep,
+        "ep": ep_seconds(forecast, cluster),
         "fsdp": max(0.0, fsdp - matmuls - mixers),
     }
-    return StepTime(matmuls, mixers, cp, fsdp, tp, ep, exposed)
+    return StepTime(matmuls, mixers, exposed)
 
 
 def cp_seconds(forecast: Forecast, rank: RankForecast, cluster: Cluster) -> float:

@@ -7,7 +7,7 @@ named by the block that they belong to, so that one block of a kind can stand fo
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,10 +115,6 @@ class Trace:
     flops: dict[Place, int] = field(default_factory=lambda: defaultdict(int))
     """Of matmuls, those of experts among them; those of mixers depend on the batch."""
     stretches: list[Stretch] = field(default_factory=list)
-
-    def parts(self) -> Iterator[str]:
-        """The names of all places."""
-        yield from dict.fromkeys(stretch.place.part for stretch in self.stretches)
 
 
 class StepRecorder(TorchDispatchMode):
