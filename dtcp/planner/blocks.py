@@ -32,15 +32,19 @@ class BlockKind:
 
 
 class SkippedBlock(nn.Module):
-    """Hands the stream on, in the place of a block of a kind that has been run already."""
+    """Hands the stream on, in the place of a block of a kind that has been run already.
 
-    def __init__(self, kind: BlockKind) -> None:
+    Args:
+        facts: what the block says of itself, by the names of its attributes.
+    """
+
+    def __init__(self, kind: BlockKind, facts: Mapping[str, Any]) -> None:
         super().__init__()
-        self.kind = [kind]  # no module, and not to be found by nn.Module
+        self.kind, self.facts = kind, facts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
-        members = self.kind[0].members
+        members = self.kind.members
         return (x, *[None] * (members - 1)) if members else x
 
     def __getattr__(self, name: str) -> Any:
@@ -48,13 +52,9 @@ class SkippedBlock(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             # transformers' models read a layer's own facts (its type of attention) off it.
-            return (
-                self.__dict__["facts"][name] if name in self.__dict__["facts"] else _missing(name)
-            )
-
-
-def _missing(name: str) -> Any:
-    raise AttributeError(name)
+            if name in self.facts:
+                return self.facts[name]
+            raise
 
 
 def block_kinds(blocks: Mapping[str, nn.Module]) -> list[BlockKind]:
@@ -77,13 +77,12 @@ def keep_one_of_each(model: nn.Module, plan: ParallelPlan) -> tuple[list[BlockKi
             mixer.layers = kind.count
         for name in kind.blocks[1:]:
             parent, _, last = name.rpartition(".")
-            skipped = SkippedBlock(kind)
-            skipped.__dict__["facts"] = {
+            facts = {
                 key: value
                 for key, value in vars(blocks[name]).items()
                 if not key.startswith("_") and not isinstance(value, nn.Module)
             }
-            setattr(model.get_submodule(parent), last, skipped)
+            setattr(model.get_submodule(parent), last, SkippedBlock(kind, facts))
     return kinds, _applicable(model, plan)
 
 
