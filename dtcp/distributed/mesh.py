@@ -348,14 +348,12 @@ class ParallelMesh:
         return 0 if run == ep else run
 
     def _view(self, name: str) -> DeviceMesh | None:
-        views = {"cp": self.cp, "tp": self.tp, "fsdp": self.fsdp}
-        views |= {"batch": self.batch, "loss": self.loss, "ep": self.ep}
-        views["pp"] = self.pp
-        if name not in views:
+        if name not in VIEWS:
             raise ValueError(
                 f"A ParallelMesh has the 1-D views {VIEWS}, got name={name!r}: use one."
             )
-        return views[name]
+        view: DeviceMesh | None = getattr(self, name)
+        return view
 
 
 def check_parallel_mesh(subject: str, mesh: object) -> None:
