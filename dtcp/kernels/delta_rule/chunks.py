@@ -19,6 +19,11 @@ def per_head(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
+def summed_per_head(x: Tensor, key_heads: int) -> Tensor:
+    """Gradients [R, T, H, K] of the keys that value heads read, to those of the key heads."""
+    return x.unflatten(2, (key_heads, -1)).sum(3)
+
+
 def by_channel(g: Tensor) -> Tensor:
     """[R, T, H] or [R, T, H, K] -> [R, T, H, 1 or K]."""
     return g if g.ndim == 4 else g[..., None]
@@ -35,3 +40,15 @@ def in_chunks(x: Tensor, chunk: int) -> Tensor:
 def in_tokens(x: Tensor, length: int) -> Tensor:
     """[R, H, N, C, D] -> [R, T, H, D]."""
     return x.flatten(2, 3)[:, :, :length].transpose(1, 2)
+
+
+def decay_gradient(d_sum: Tensor, g: Tensor, starts: Tensor) -> Tensor:
+    """The gradient of log-decays g, [R, T, H] or [R, T, H, K], from that of their running sums.
+
+    Args:
+        d_sum: [R, H, N, C, K], of the sums from a chunk's start to each of its tokens.
+        starts: [R, T], not 0 where a document starts: no decay reaches across.
+    """
+    d_sum = d_sum if g.ndim == 4 else d_sum.sum(-1, keepdim=True)
+    d_g = in_tokens(d_sum.flip(-2).cumsum(-2).flip(-2), g.shape[1]).reshape(g.shape)
+    return d_g.masked_fill(starts.view(*starts.shape, *(1,) * (g.ndim - 2)) != 0, 0)

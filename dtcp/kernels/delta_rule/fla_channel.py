@@ -10,6 +10,7 @@ Written against fla-core 0.6.
 
 from torch import Tensor
 
+from dtcp.kernels.delta_rule.chunks import summed_per_head
 from dtcp.kernels.delta_rule.fla import (
     CHUNK,
     FORGET,
@@ -117,8 +118,7 @@ class FlaChannelDeltaRule(FlaDeltaRule):
         dq, dk, d_beta, dg = chunk_kda_bwd_intra(
             **shared, dAqk=d_scores, dAkk=d_solved, dq=dq, dk=dk, db=d_beta, dg=dg
         )
-        # By value head: key heads are shared.
-        dq, dk = (part.unflatten(2, (k.shape[2], -1)).sum(3) for part in (dq, dk))
+        dq, dk = (summed_per_head(part, k.shape[2]) for part in (dq, dk))
         dg = chunk_local_cumsum(dg, chunk_size=CHUNK, reverse=True)
         length = x.v.shape[1]
         dg = dg[:, :length].masked_fill(x.starts[..., None, None] != 0, 0)

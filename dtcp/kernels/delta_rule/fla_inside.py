@@ -7,6 +7,8 @@ Triton 3.4 to 3.7.0 miscompiles that one on Hopper, and fla refuses to run it th
 import torch
 from torch import Tensor
 
+from dtcp.kernels.delta_rule.chunks import per_head, summed_per_head
+
 TOKENS_AT_ONCE = 8192
 """Of all rows. Each number that is read becomes several in fp32: with 32 heads of 128, 2 GB for so
 many."""
@@ -75,8 +77,8 @@ def _some_chunks(
     *,
     d_new: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype, groups, shared = new.dtype, k.shape[2], new.shape[2] // k.shape[2]
-    q, k = (_by_chunk(part.repeat_interleave(shared, dim=2), chunk) for part in (q, k))
+    dtype, key_heads, heads = new.dtype, k.shape[2], new.shape[2]
+    q, k = (_by_chunk(per_head(part, heads), chunk) for part in (q, k))
     new, grad = (_by_chunk(part, chunk) for part in (new, grad))
     h, d_h = (part.transpose(1, 2).float() for part in (h, d_h))  # [R, H, N, K, V]
     total = _by_chunk(decay[..., None], chunk)  # [R, H, N, C, 1]
@@ -94,7 +96,7 @@ def _some_chunks(
     through = (h * d_h).sum((-2, -1)) * enter[..., -1, 0]
     dg[..., -1] += through + leaving.sum(-1)
     dq, dk, dw, dg = (_by_token(part) for part in (dq, dk, dw, dg[..., None]))
-    dq, dk = (part.unflatten(2, (groups, -1)).sum(3) for part in (dq, dk))
+    dq, dk = (summed_per_head(part, key_heads) for part in (dq, dk))
     return dq.to(dtype), dk.to(dtype), dw.to(dtype), dg[..., 0]
 
 

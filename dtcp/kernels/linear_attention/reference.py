@@ -17,9 +17,11 @@ from dtcp.kernels.delta_rule.chunks import (
     CHUNK_LEN,
     by_channel,
     chunk_length,
+    decay_gradient,
     in_chunks,
     in_tokens,
     per_head,
+    summed_per_head,
 )
 from dtcp.kernels.delta_rule.decay import Decay, decay_of
 from dtcp.kernels.delta_rule.types import Carry, carried
@@ -149,10 +151,8 @@ def _gradients(
     like: LinearInputs, d_q: Tensor, d_k: Tensor, d_v: Tensor, d_sum: Tensor
 ) -> LinearGradients:
     """From chunks back to the shapes and dtypes of the inputs."""
-    length, groups = like.v.shape[1], like.k.shape[2]
-    d_sum = d_sum if like.g.ndim == 4 else d_sum.sum(-1, keepdim=True)
-    d_g = in_tokens(d_sum.flip(-2).cumsum(-2).flip(-2), length).reshape(like.g.shape)
-    d_g = d_g.masked_fill(like.starts.view(*like.starts.shape, *(1,) * (d_g.ndim - 2)) != 0, 0)
-    d_q, d_k = (in_tokens(x, length).unflatten(2, (groups, -1)).sum(3) for x in (d_q, d_k))
+    length, key_heads = like.v.shape[1], like.k.shape[2]
+    d_g = decay_gradient(d_sum, like.g, like.starts)
+    d_q, d_k = (summed_per_head(in_tokens(x, length), key_heads) for x in (d_q, d_k))
     grads = (d_q, d_k, in_tokens(d_v, length), d_g)
     return LinearGradients(*(x.to(part.dtype) for x, part in zip(grads, like, strict=False)))
