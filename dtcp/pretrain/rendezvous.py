@@ -7,7 +7,6 @@ its launcher knows the ranks.
 
 import socket
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous import (
@@ -19,7 +18,7 @@ from torch.distributed.elastic.rendezvous import (
 LOOPBACK = "127.0.0.1"
 
 
-def loopback_store(timeout: timedelta = timedelta(minutes=5)) -> TCPStore:
+def loopback_store() -> TCPStore:
     """A store that only processes of this machine can reach, on a free port."""
     listener = socket.create_server((LOOPBACK, 0), backlog=1024)
     port = listener.getsockname()[1]
@@ -27,7 +26,6 @@ def loopback_store(timeout: timedelta = timedelta(minutes=5)) -> TCPStore:
         LOOPBACK,
         port,
         is_master=True,
-        timeout=timeout,
         wait_for_workers=False,
         # By its port alone, the store would listen on all addresses. It closes the socket.
         master_listen_fd=listener.detach(),

@@ -101,11 +101,7 @@ class Tokenizer(BaseTokenizer):
 class ByteTokenizer(BaseTokenizer):
     """UTF-8 bytes are ids 0 to 255; 256 opens a document and 257 closes it."""
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(BaseTokenizer.Config):
-        pass
-
-    def __init__(self, config: Config | None = None, *, tokenizer_path: str = ""):
+    def __init__(self) -> None:
         super().__init__()
         self.bos_id, self.eos_id = BOS, EOS
 
