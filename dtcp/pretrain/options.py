@@ -100,9 +100,9 @@ def parse(arguments: list[str]) -> Trainer.Config:
     config = without_unread_export(config, named)
     try:
         if own:
-            config = _with_family(config, own, rest)
+            config = _with_family(config, own, named)
         elif source:
-            config = _with_huggingface(config, source, rest)
+            config = _with_huggingface(config, source, named)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"Models of transformers and their configs are read by it, got {source or own!r}, and "
@@ -144,19 +144,20 @@ def _take_model(arguments: list[str], option: str, what: str) -> tuple[str, list
     return source, rest
 
 
-def _with_family(config: Trainer.Config, source: str, rest: list[str]) -> Trainer.Config:
+def _with_family(config: Trainer.Config, source: str, named: Collection[str]) -> Trainer.Config:
     """The config with a model of dtcp's, and a folder of its own unless one is named."""
     spec = family_spec(source)
-    config = replace(config, model_spec=spec, dump_folder=_folder(config, spec.flavor, rest))
+    config = replace(config, model_spec=spec, dump_folder=_folder(config, spec.flavor, named))
     return with_weights_of(config, source)
 
 
-def _folder(config: Trainer.Config, name: str, rest: list[str]) -> str:
-    named = any(word.split("=")[0] == "--dump_folder" for word in rest)
-    return config.dump_folder if named else f"outputs/{name}"
+def _folder(config: Trainer.Config, name: str, named: Collection[str]) -> str:
+    return config.dump_folder if "dump_folder" in named else f"outputs/{name}"
 
 
-def _with_huggingface(config: Trainer.Config, source: str, rest: list[str]) -> Trainer.Config:
+def _with_huggingface(
+    config: Trainer.Config, source: str, named: Collection[str]
+) -> Trainer.Config:
     """The config with a model of transformers, and a folder of its own unless one is named."""
     if config.dtcp.verify:
         raise ValueError(
@@ -170,7 +171,8 @@ def _with_huggingface(config: Trainer.Config, source: str, rest: list[str]) -> T
             f"--model.hf, and leave it out."
         )
     spec = huggingface_spec(source)
-    return replace(config, model_spec=spec, dump_folder=_folder(config, f"hf_{spec.name}", rest))
+    folder = _folder(config, f"hf_{spec.name}", named)
+    return replace(config, model_spec=spec, dump_folder=folder)
 
 
 def config_names(registry: ModuleType) -> list[str]:

@@ -127,6 +127,15 @@ def test_a_run_that_is_done_goes_on_from_whole_checkpoints_alone():
         assert "goes on" not in _what_next(other), name
 
 
+@pytest.mark.parametrize("option", ["--dump_folder", "--dump-folder"])
+def test_a_model_in_the_place_of_a_config_runs_in_the_folder_that_is_named(option, tmp_path):
+    named = [option, str(tmp_path)]
+    for model in ("--model.dtcp", "--model.hf"):
+        assert parse([model, "llama", *named]).dump_folder == str(tmp_path)
+    assert parse(["--model.dtcp", "llama"]).dump_folder == "outputs/llama"
+    assert parse(["--model.hf", "llama"]).dump_folder == "outputs/hf_llama"
+
+
 def test_a_dtype_of_exports_is_refused_where_it_is_named_and_nothing_is_exported():
     """torchtitan's configs of Qwen3 have one and no export, for runs that ask for some."""
     qwen3 = ["--module", "qwen3", "--config", "qwen3_1_7b"]
