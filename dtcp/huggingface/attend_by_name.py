@@ -8,6 +8,8 @@ ROPE, CONFIG = "dtcp_rope", "dtcp_config"
 """Where a module keeps the function that turns by positions, and the config with that name."""
 ATTEND = "attend_by_name"
 """What such a forward calls to attend, by its name in its module."""
+CACHES = ("past_key_values", "cache", "layer_past")
+"""Arguments with the keys of other calls: the first one is called as the second from 5.24 on."""
 
 
 def attend_by_name(
@@ -21,10 +23,12 @@ def attend_by_name(
     return out.flatten(2)
 
 
-def check_no_cache(module: nn.Module, cache: Any) -> None:
-    """Refuse the keys of other calls."""
-    if cache is not None:
-        raise ValueError(
-            f"Attention that mixers carry out reads the tokens of its batch, got a cache of type "
-            f"{type(cache).__name__} in {type(module).__name__}: leave it out."
-        )
+def check_no_cache(module: nn.Module, arguments: dict[str, Any]) -> None:
+    """Refuse the keys of other calls among the arguments of a forward, and take their names out."""
+    for name in CACHES:
+        cache = arguments.pop(name, None)
+        if cache is not None:
+            raise ValueError(
+                f"Attention that mixers carry out reads the tokens of its batch, got a cache of "
+                f"type {type(cache).__name__} in {type(module).__name__}: leave it out."
+            )

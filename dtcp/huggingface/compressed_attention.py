@@ -75,10 +75,9 @@ def _deepseek_v4(
     position_embeddings: Mapping[str, tuple[Tensor, Tensor]],
     position_ids: Tensor,
     attention_mask: Any,
-    past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    check_no_cache(self, past_key_values)
+    check_no_cache(self, kwargs)
     cos, sin = position_embeddings[self.rope_layer_type]
     rope, compressor = getattr(self, ROPE), self.compressor
     residual = self.q_a_norm(self.q_a_proj(hidden_states))

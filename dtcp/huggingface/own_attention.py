@@ -24,7 +24,17 @@ CODEGEN_PARTS = 4
 
 def own_attentions(model: nn.Module) -> list[Any]:
     """Modules whose forward is written again here."""
-    return [m for m in model.modules() if type(m).__name__ in FORWARDS]
+    return [m for m in model.modules() if written_again(m) is not None]
+
+
+def written_again(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward that is written here for a module's own; None where there is no need of one.
+
+    GPT-J and CodeGen attend by the registry from transformers 5.24 on, without a table each.
+    """
+    forward = FORWARDS.get(type(module).__name__)
+    by_registry = forward in (_gptj, _codegen) and not hasattr(module, "embed_positions")
+    return None if by_registry else forward
 
 
 def implementations(model: Any) -> list[Any]:
@@ -86,13 +96,12 @@ def _falcon(
     alibi: Tensor | None,
     attention_mask: Any,
     position_ids: Tensor | None = None,
-    layer_past: Any = None,
     use_cache: bool = False,
     output_attentions: bool = False,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    check_no_cache(self, layer_past)
+    check_no_cache(self, kwargs)
     parts = self._split_heads(self.query_key_value(hidden_states))
     q, k, v = (x.transpose(1, 2) for x in parts)
     if not self.config.alibi:
@@ -111,12 +120,11 @@ def _bloom(
     residual: Tensor,
     alibi: Tensor,
     attention_mask: Any,
-    layer_past: Any = None,
     use_cache: bool = False,
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    check_no_cache(self, layer_past)
+    check_no_cache(self, kwargs)
     qkv = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, 3, -1))
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(-2))
     kwargs |= {"scaling": self.inv_norm_factor, "slope": _slopes(self, q)}
@@ -129,11 +137,10 @@ def _mpt(
     self: Any,
     hidden_states: Tensor,
     position_bias: Tensor,
-    past_key_values: Any = None,
     attention_mask: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    check_no_cache(self, past_key_values)
+    check_no_cache(self, kwargs)
     qkv = self.Wqkv(hidden_states)
     if self.clip_qkv:
         qkv = qkv.clamp(min=-self.clip_qkv, max=self.clip_qkv)
@@ -147,14 +154,13 @@ def _mpt(
 def _gptj(
     self: Any,
     hidden_states: Tensor,
-    layer_past: Any = None,
     attention_mask: Any = None,
     position_ids: Tensor | None = None,
     use_cache: bool = False,
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    check_no_cache(self, layer_past)
+    check_no_cache(self, kwargs)
     projections = self.q_proj, self.k_proj, self.v_proj
     q, k, v = (each(hidden_states).unflatten(-1, (-1, self.head_dim)) for each in projections)
     q, k, v = _turned(self, q, k, v, position_ids)
@@ -165,14 +171,13 @@ def _gptj(
 def _codegen(
     self: Any,
     hidden_states: Tensor,
-    layer_past: Any = None,
     attention_mask: Any = None,
     position_ids: Tensor | None = None,
     use_cache: bool = False,
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    check_no_cache(self, layer_past)
+    check_no_cache(self, kwargs)
     # In parts of as many heads, each with all queries, values and keys of its own.
     shape = self.dtcp_parts, 3, -1, self.head_dim
     qvk = self.qkv_proj(hidden_states).unflatten(-1, shape)

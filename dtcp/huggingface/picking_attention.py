@@ -25,12 +25,11 @@ def _attend_to_picked(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Any = None,
-    past_key_values: Any = None,
     position_ids: Tensor | None = None,
     prev_topk_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
-    check_no_cache(self, past_key_values)
+    check_no_cache(self, kwargs)
     form = getattr(self, FORM)
     residual, q, gate = form.queries(self, hidden_states)
     q, k, v = _queries_and_latents(self, hidden_states, q, position_embeddings)

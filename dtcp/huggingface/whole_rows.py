@@ -18,6 +18,7 @@ from dtcp.distributed.gathered import free_gathered
 from dtcp.distributed.gradient_sums import check_gradients_summed
 from dtcp.distributed.mesh import ParallelMesh, check_parallel_mesh
 from dtcp.distributed.replicated_loss import sum_for_replicated_loss
+from dtcp.huggingface.attend_by_name import CACHES
 from dtcp.huggingface.batch import LABELED_IN_PLACE, prepare_hf_batch, shard_hf_batch
 from dtcp.huggingface.documents import documents_of_hf_batch
 from dtcp.huggingface.encoder_decoder import encoder_name
@@ -278,11 +279,11 @@ CALL_KEYS = ("use_cache", "return_dict", "logits_to_keep", "output_attentions", 
 
 def _check_rows(rows: dict[str, Any]) -> None:
     """Refuse a call for something that whole rows are not computed with."""
-    if rows.get("use_cache") or rows.get("past_key_values") is not None:
+    if rows.get("use_cache") or any(rows.get(name) is not None for name in CACHES):
         raise ValueError(
-            "A model on a mesh computes whole rows, got a call with a cache (use_cache, "
-            "past_key_values), as generate makes them: save the model and generate with a plain "
-            "one."
+            f"A model on a mesh computes whole rows, got a call with a cache (use_cache, "
+            f"{', '.join(CACHES)}), as generate makes them: save the model and generate with a "
+            f"plain one."
         )
     for key in ("logits_to_keep", "output_attentions"):
         if isinstance(rows.get(key), Tensor) or rows.get(key):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dtcp.huggingface.attend_by_name import ATTEND
 from dtcp.huggingface.mixing_probe import tensors
-from dtcp.huggingface.own_attention import FORWARDS
+from dtcp.huggingface.own_attention import written_again
 from dtcp.parallelize.tensor_parallel import ChangedConfig, of_config
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
@@ -169,7 +169,7 @@ class _Layer:
 
 def forward_of(module: nn.Module) -> Any:
     """The forward of a module's class, or the one that is written again for it."""
-    again = FORWARDS.get(type(module).__name__)
+    again = written_again(module)
     return inspect.unwrap(type(module).forward) if again is None else again
 
 
