@@ -134,14 +134,16 @@ class CPAwareGatedDeltaNet(nn.Module):
         Raises:
             ValueError: a cache, tokens without an index, or arguments of another shape.
         """
+        # From transformers 5.24 on, a cache has another name.
+        cache = kwargs.pop("cache", None) if cache_params is None else cache_params
         cu_seqlens = kwargs.pop("cu_seq_lens_q", None) if cu_seqlens is None else cu_seqlens
         sharded = self._cp_mesh is not None and self._cp_mesh.size() > 1
-        if not sharded and (cache_params is not None or cu_seqlens is position_ids is None):
-            return self._published_forward(hidden_states, cache_params, attention_mask, **kwargs)
-        if cache_params is not None:
+        if not sharded and (cache is not None or cu_seqlens is position_ids is None):
+            return self._published_forward(hidden_states, cache, attention_mask, **kwargs)
+        if cache is not None:
             raise ValueError(
-                f"A sharded sequence is trained on whole, got cache_params="
-                f"{type(cache_params).__name__} in layer {self.layer_idx}: pass use_cache=False."
+                f"A sharded sequence is trained on whole, got a cache of type "
+                f"{type(cache).__name__} in layer {self.layer_idx}: pass use_cache=False."
             )
         check_call(hidden_states, attention_mask, qkv_format, cu_seqlens)
         if kwargs.get("seq_idx") is not None and cu_seqlens is position_ids is None:

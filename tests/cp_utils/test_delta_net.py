@@ -191,7 +191,8 @@ def refusing(mesh: Any) -> None:
     def call(x: Tensor = x, **arguments: Any) -> Callable[[], Tensor]:
         return lambda: layer(x, **arguments)
 
-    refused("use_cache=False", call(cache_params=object(), seq_index=place))
+    for name in ("cache_params", "cache"):
+        refused("use_cache=False", call(**{name: object()}, seq_index=place))
     refused("neither seq_index nor position_ids", call())
     refused("indices 0 to 15", call(position_ids=torch.arange(8)[None]))
     refused("as bshd or thd", call(seq_index=place, qkv_format="sbhd"))
