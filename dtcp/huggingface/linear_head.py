@@ -25,7 +25,7 @@ class LinearHead:
     Args:
         model: of parallelize_hf, a language model whose head is one linear layer.
     Raises:
-        ValueError: another head.
+        ValueError: another head, or one that trains more than its weight and bias.
     """
 
     def __init__(self, model: Any) -> None:
@@ -34,6 +34,13 @@ class LinearHead:
             raise ValueError(
                 f"A loss that computes logits by itself needs a linear head, got "
                 f"{type(head).__name__} of {type(model).__name__}: set linear_head=False."
+            )
+        more = _trained_besides(head)
+        if more:
+            raise ValueError(
+                f"A loss that computes logits by itself reads the weight and the bias of a head, "
+                f"got {type(head).__name__} of {type(model).__name__}, which trains {more}, too: "
+                f"set linear_head=False."
             )
         self.holding, self.known = False, False
         self.held: LinearLogits | None = None
@@ -81,6 +88,15 @@ class LinearHead:
                 f"outputs are changed in a way that scale={logits.scale} and softcap="
                 f"{logits.softcap} of its config do not tell: set linear_head=False."
             )
+
+
+def _trained_besides(head: Any) -> list[str]:
+    """Parameters of a head besides its weight and bias: adapters, or Dory's scale of each logit.
+
+    They may start as if they were not there, and the first call would show nothing of them.
+    """
+    read = {id(head.weight), id(getattr(head, "bias", None))}
+    return [name for name, p in head.named_parameters() if p.requires_grad and id(p) not in read]
 
 
 def _local(x: Tensor) -> Tensor:

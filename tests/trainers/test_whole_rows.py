@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -110,6 +111,20 @@ def test_trainer_of_a_head_that_its_config_does_not_tell_is_refused(mesh):
         rows_model(**padded_rows())
 
 
+@spmd(ranks=1)
+def test_head_that_trains_more_than_it_multiplies_by_is_refused(mesh):
+    """Its adapter, or a scale of each logit, does nothing in the first step."""
+    adapted = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["lm_head"]))
+    scaled = build("llama")
+    scaled.lm_head.logit_scale = torch.nn.Parameter(torch.ones(64))
+    mesh = ParallelMesh.from_degrees(Degrees(), "cpu")
+    for model, name in ((adapted, "lora_A"), (scaled, "logit_scale")):
+        with pytest.raises(ValueError, match=rf"which trains .*{name}.*linear_head=False"):
+            WholeRows(parallelize_hf(model, mesh), mesh, linear_head=True)
+    copied = get_peft_model(build("llama"), LoraConfig(r=4, modules_to_save=["lm_head"]))
+    WholeRows(parallelize_hf(copied, mesh), mesh, linear_head=True)
+
+
 def total_error(grads, exact):
     """Of all gradients together, relative."""
     errors = [(x.double() - grads[name].double()).square().sum() for name, x in exact.items()]
@@ -187,6 +202,7 @@ def test_trainer_gets_whole_logits_where_it_asks_for_them(mesh):
     ("change", "match"),
     [
         ({"use_cache": True}, "a call with a cache"),
+        ({"cache": object()}, "a call with a cache"),
         ({"shift_labels": torch.ones(2, SEQ_LEN)}, "collators give them that cut rows for ranks"),
         ({"attention_mask": torch.ones(2, SEQ_LEN).tril().flip(1).long()}, "pad on the right"),
         ({"position_ids": torch.arange(12, 12 + SEQ_LEN)[None]}, "count each document from 0"),
