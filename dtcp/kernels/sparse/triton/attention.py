@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dtcp.kernels.softmax.merge import sink_gradient_of
 from dtcp.kernels.sparse.blocks import BlockConfig, Columns, SparseBlocks, sparse_fit
 from dtcp.kernels.sparse.triton.backward import (
     SavedOperands,
@@ -155,7 +154,7 @@ class TritonSparseAttention:
                 dentries = _entry_gradients(saved, launch, keys.sight.entry_readers, scale)
         dsink = None
         if sink is not None:
-            dsink = sink_gradient_of(saved.delta, lse, sink)
+            dsink = -(torch.exp(sink.float() - lse) * saved.delta).sum((0, 1)).to(sink.dtype)
         return SparseGradients(dq, dkeys, dentries, dsink)
 
 
