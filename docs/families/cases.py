@@ -7,8 +7,8 @@ from typing import Any
 
 SPEECH = {
     *("audioflamingo3", "glmasr", "granite_speech", "granite_speech_plus", "musicflamingo"),
-    *("moss_transcribe_diarize", "nemo_speechlm", "qwen2_audio", "qwen3_asr", "seamless_m4t"),
-    *("seamless_m4t_v2", "vibevoice_asr", "voxtral", "voxtral_realtime"),
+    *("moss_transcribe_diarize", "nemo_speechlm", "omniasr", "qwen2_audio", "qwen3_asr"),
+    *("seamless_m4t", "seamless_m4t_v2", "vibevoice_asr", "voxtral", "voxtral_realtime"),
 }
 """Model types that read speech."""
 
