@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtcp.distributed.gradient_sums import warn_of_ddp
 from dtcp.distributed.mesh import ParallelMesh, check_parallel_mesh
 from dtcp.distributed.same_rows import RowHashes, prepared_alike
+from dtcp.distributed.same_weights import warn_of_other_weights
 from dtcp.labels import check_shifted
 from dtcp.mixer_metadata import MixerKinds
 from dtcp.mixer_ranks import check_memory_ranks, check_ranks
@@ -42,11 +43,13 @@ class PreparedBatch:
     Args:
         local: this rank's part of each key.
         rows: what the ranks of a cp and tp group compare before it is used.
+        model: whose weights ranks of cp compare, at some of its batches.
     """
 
     local: Mapping[str, Tensor]
     sharded: ShardedBatch
     rows: Rows
+    model: nn.Module | None = None
 
     @cached_property
     def hashes(self) -> RowHashes:
@@ -108,6 +111,7 @@ def shard_batch(
         compare_ranks: whether the ranks of a cp, tp and pp group first compare shape, documents,
             layout, plan and a hash of every key (0.2 ms for four keys of 128K tokens on one CPU
             core, and the exchange); what differs is named on all of them. They call this together.
+            With a `model`, at its batches 1, 2, 4, 8 .., ranks of cp compare its weights and warn.
         buckets: sizes that the batch is padded to, so that a compiled model has few graphs; None
             pads no further than the layout needs. ShardedBatch.padding_fraction says what it cost.
         memory: how the sequence was sharded that the model's cross attention reads (an encoder's):
@@ -155,6 +159,8 @@ def shard_prepared(
     compared = (mesh.cp, mesh.tp, *axes) if compare_ranks else ()
     stages = mesh.pp if compare_ranks else None
     made = prepared_alike(compared, prepared, lambda batch: batch.hashes, stages=stages)
+    if compare_ranks and made.model is not None:
+        warn_of_other_weights(made.model, mesh.cp)
     return made.to(device)
 
 
@@ -257,7 +263,7 @@ class BatchCut:
                 dims = {"dim": rule.seq_dim % x.ndim, "rows_dim": rule.rows_dim % x.ndim}
                 x = part_of_rows(x, layout, rank, **dims, pad=rule.pad)
             local[key] = x
-        return PreparedBatch(local, sharded, said)
+        return PreparedBatch(local, sharded, said, self.model)
 
     def padded_len(self, seq_len: int, num_shards: int) -> int:
         """Tokens of a row: what the buckets have for it, and a multiple that the layout cuts."""

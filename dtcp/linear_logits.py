@@ -37,7 +37,7 @@ from dtcp.logit_sums import (
     shaped_sums,
     vocabulary_shard,
 )
-from dtcp.sequence.arguments import FLOATS, check_tensor
+from dtcp.sequence.arguments import FLOATS, check_factor, check_tensor
 
 LOGITS_PER_CHUNK = 2**26
 """Logits held at a time, in fp32: 256 MiB. Smaller chunks read the head's weight more often."""
@@ -140,6 +140,8 @@ def checked_head(logits: LinearLogits) -> LinearLogits:
     hidden, weight, bias = logits.hidden, logits.weight, logits.bias
     check_tensor("A loss", shape="[B, L, D]", dtypes=FLOATS, hidden=hidden)
     check_tensor("A loss", shape="[V, D]", ndim=2, dtypes=FLOATS, weight=weight)
+    factors = {"scale": logits.scale, "softcap": logits.softcap}
+    check_factor("Logits of a head", "hidden", **factors)
     if not (math.isfinite(logits.scale) and 0 <= logits.softcap < math.inf):
         raise ValueError(
             f"A head's logits are finite, got scale={logits.scale}, softcap={logits.softcap}: give "

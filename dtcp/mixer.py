@@ -49,6 +49,9 @@ class Mixer(nn.Module):
         """The layout its tokens lie in, where the batch's is this one."""
         return layout
 
+    def check_setting(self, name: str, value: Any) -> None:
+        """Refuse what an attribute cannot be, whenever it is set."""
+
     def set_metadata_key(self) -> None:
         """Work out whose metadata this mixer shares: mixers of one type, reading the same."""
         self.metadata_key = self.key_of(type(self), *self.reads())
@@ -60,6 +63,7 @@ class Mixer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As of any module; where it changes what the metadata depend on, it changes their key."""
+        self.check_setting(name, value)
         super().__setattr__(name, value)
         known = vars(self).get("metadata_key")
         if known is None or name == "metadata_key" or torch.compiler.is_compiling():

@@ -22,9 +22,7 @@ def reduces_as_gradients_arrive(module: nn.Module) -> bool:
 
     DDP, the composable `replicate` and FullyShardedDataParallel do; fully_shard does not.
     """
-    return (
-        isinstance(module, DistributedDataParallel) or _is_replicated(module) or _is_fsdp1(module)
-    )
+    return isinstance(module, DistributedDataParallel) or _is_replicated(module) or is_fsdp1(module)
 
 
 def has_arrival_hooks(weight: nn.Parameter) -> bool:
@@ -56,7 +54,7 @@ def averaging_ranks_of_replicated(module: nn.Module) -> int:
 
 def averaging_ranks_of_fsdp1(module: nn.Module) -> int:
     """Over how many ranks a FullyShardedDataParallel averages gradients; 1 of other modules."""
-    if not _is_fsdp1(module):
+    if not is_fsdp1(module):
         return 1
     state: Any = module
     if state._comm_hook is not None and not _averages(state._comm_hook):
@@ -72,7 +70,8 @@ def _is_replicated(module: nn.Module) -> bool:
     return composable is not None and isinstance(module, composable.DDP)
 
 
-def _is_fsdp1(module: nn.Module) -> bool:
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether it is a FullyShardedDataParallel."""
     fsdp1 = getattr(sys.modules["torch.distributed.fsdp"], "FullyShardedDataParallel", None)
     return fsdp1 is not None and isinstance(module, fsdp1)
 

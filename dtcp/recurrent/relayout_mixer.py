@@ -90,9 +90,18 @@ class RelayoutCP(ParallelStyle):
         module.add_module("relayout", RelayoutMixer(self, device_mesh))
 
         def on_inside_layout(
-            layer: Any, forward: Callable[..., Tensor], x: Tensor, attn_metadata: BatchMetadata
+            layer: Any,
+            forward: Callable[..., Tensor],
+            x: Tensor,
+            attn_metadata: BatchMetadata,
+            *more: Any,
+            **named: Any,
         ) -> Tensor:
+            if more or named:
+                raise TypeError(_called(self, f"{2 + len(more)} by place and {[*named]} by name"))
             inner = forward(layer.relayout(x, attn_metadata), attn_metadata)
+            if not isinstance(inner, Tensor):
+                raise TypeError(_called(self, f"a result of type {type(inner).__name__}"))
             moved: Tensor = layer.relayout(inner, attn_metadata, reverse=True)
             return moved
 
@@ -110,6 +119,14 @@ class RelayoutCP(ParallelStyle):
     ) -> RelayoutMetadata:
         inside = self.inside(layout.seq_len, layout.num_shards)
         return RelayoutMetadata.between(layout, inside, rank)
+
+
+def _called(style: RelayoutCP, got: str) -> str:
+    return (
+        f"{style} moves the tokens of a layer that is called as layer(x, attn_metadata) and "
+        f"returns [B, L, D], got {got}: leave what else goes by token out of the call, or cut "
+        f"batches by {style.inside.__name__}, without this style."
+    )
 
 
 class RelayoutMixer(ClaimedMixer):

@@ -5,6 +5,7 @@ of whose argument it was, or would take for something else: True for 1, a rank o
 one, a float for an index.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from numbers import Integral
 from typing import Any
@@ -156,3 +157,28 @@ def rows_of(subject: str, name: str, x: Any) -> tuple[int, int]:
             f"[B, S], or embeddings [B, S, E]."
         )
     return x.shape[0], x.shape[1]
+
+
+def check_factor(subject: str, learned: str = "q", **factors: Any) -> None:
+    """Refuse a factor that is no number: a tensor would lose its gradient in an op.
+
+    Args:
+        subject: what is scaled.
+        learned: what to multiply by a factor that has a gradient.
+    """
+    for name, factor in factors.items():
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            raise TypeError(
+                f"{subject} are scaled by one number, got {name}={factor!r} of type "
+                f"{type(factor).__name__}: give a float, and multiply {learned} by a factor that "
+                f"is learned."
+            )
+
+
+def check_scale(scale: Any) -> None:
+    """Refuse a scale of scores that is no finite number."""
+    check_factor("Scores", scale=scale)
+    if not -math.inf < scale < math.inf:  # dynamo traces no math.isfinite of a symbol
+        raise ValueError(
+            f"Scores are scaled by a finite number, got scale={scale}: give one, or None."
+        )

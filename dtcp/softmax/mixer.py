@@ -14,7 +14,13 @@ from dtcp.kernels.softmax.types import AUTO
 from dtcp.metadata import AttentionMetadata, BatchMetadata, NoMetadata
 from dtcp.mixer import Mixer
 from dtcp.mixer_positions import check_position_ids, position_ids_of
-from dtcp.sequence.arguments import FLOATS, WHOLE_NUMBERS, check_tensor
+from dtcp.sequence.arguments import (
+    FLOATS,
+    WHOLE_NUMBERS,
+    check_factor,
+    check_scale,
+    check_tensor,
+)
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.masks import Mask, MemoryDocument
@@ -46,32 +52,29 @@ class MaskedMixer(Mixer):
         kernel: str = AUTO,
     ) -> None:
         super().__init__()
-        if not isinstance(mask, Mask):
-            raise TypeError(
-                f"A mixer attends as a mask allows, got mask={mask!r}: give a Mask, as Causal()."
-            )
-        for name, factor in (("scale", 1.0 if scale is None else scale), ("softcap", softcap)):
-            if isinstance(factor, bool) or not isinstance(factor, int | float):
-                raise TypeError(
-                    f"Scores are scaled by one number, got {name}={factor!r} of type "
-                    f"{type(factor).__name__}: give a float."
-                )
-        if not math.isfinite(1.0 if scale is None else scale):
-            raise ValueError(
-                f"Scores are scaled by a finite number, got scale={scale}: give one, or None."
-            )
-        if not 0 <= softcap < math.inf:
-            raise ValueError(
-                f"A softcap bounds scores on both sides, got softcap={softcap}: give a bound "
-                f"above 0, or 0 for none."
-            )
-        check_kernel_name(kernel)
         self.mask = mask
         self.scale = scale
         self.softcap = softcap
         self.kernel = kernel
         self.wide = False
         self.set_metadata_key()
+
+    def check_setting(self, name: str, value: Any) -> None:
+        if name == "mask" and not isinstance(value, Mask):
+            raise TypeError(
+                f"A mixer attends as a mask allows, got mask={value!r}: give a Mask, as Causal()."
+            )
+        if name == "scale" and value is not None:
+            check_scale(value)
+        if name == "softcap":
+            check_factor("Scores", softcap=value)
+        if name == "softcap" and not 0 <= value < math.inf:
+            raise ValueError(
+                f"A softcap bounds scores on both sides, got softcap={value}: give a bound "
+                f"above 0, or 0 for none."
+            )
+        if name == "kernel":
+            check_kernel_name(value)
 
     def reads(self) -> tuple[object, ...]:
         return (self.mask,)

@@ -16,7 +16,7 @@ from dtcp.kernels.sparse.pooling import Prepool, pool
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import Mixer
 from dtcp.mixer_positions import check_position_ids
-from dtcp.sequence.arguments import check_ints
+from dtcp.sequence.arguments import check_ints, check_scale
 from dtcp.sequence.coords import Coords
 from dtcp.sparse.metadata import Compression, SparseMetadata, sparse_metadata
 from dtcp.sparse.op import select_entries, sparse_attention
@@ -51,6 +51,10 @@ class CompressedSparseAttention(Mixer):
             )
         self.window, self.compression, self.scale = window, compression, scale
         self.set_metadata_key()
+
+    def check_setting(self, name: str, value: Any) -> None:
+        if name == "scale":
+            check_scale(value)
 
     def reads(self) -> tuple[object, ...]:
         return (self.window, self.compression)

@@ -10,7 +10,6 @@ A query may read its own document up to itself. From DeepSeek-AI 2025, DeepSeek-
 https://github.com/deepseek-ai/DeepSeek-V3.2-Exp
 """
 
-import math
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from dtcp.autocast import without_autocast
 from dtcp.metadata import BatchMetadata
 from dtcp.mixer import Mixer
-from dtcp.sequence.arguments import FLOATS, check_ints, check_tensor
+from dtcp.sequence.arguments import FLOATS, check_ints, check_scale, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.masks import Causal
@@ -117,12 +116,12 @@ class SparseLatentAttention(TokenReader, LatentMixer):
 
     def __init__(self, *, scale: float | None = None) -> None:
         super().__init__()
-        if scale is not None and not math.isfinite(scale):
-            raise ValueError(
-                f"Scores are scaled by a finite number, got scale={scale}: give one, or None."
-            )
         self.scale = scale
         self.set_metadata_key()
+
+    def check_setting(self, name: str, value: Any) -> None:
+        if name == "scale" and value is not None:
+            check_scale(value)
 
     def forward(
         self,

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from dtcp import batch_metadata, causal_lm_loss, sequence_layout
+from dtcp import batch_metadata, causal_lm_loss, sequence_layout, token_log_probs
 from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland
 from dtcp.cp_utils import apply_cp, attach_context_parallel_hooks, attach_cp_sdpa_hooks
 from dtcp.cp_utils.gemma4 import make_contiguous_shard_cp_batch_and_ctx
 from dtcp.distributed.mesh import Degrees, ParallelMesh
+from dtcp.linear_logits import LinearLogits
 from dtcp.mixer_plan import apply_plan
 from dtcp.models.llama import Llama
 from dtcp.parallelize import (
@@ -27,14 +28,19 @@ from dtcp.rows import TokenField
 from dtcp.sdpa.frozen import FrozenTarget
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import HeadTail
+from dtcp.sequence.masks import Causal
 from dtcp.softmax import HaloAttention, RingAttention
+from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.sparse import CompressedSparseCP
+from dtcp.sparse.mixer import CompressedSparseAttention
+from dtcp.sparse_latent import SparseLatentAttention
 from tests.harness.parity import CONFIG
 from tests.harness.row_ids import of_row
 
 ONE_RANK = ParallelMesh(Degrees(), None, *[None] * 7)
 BATCH = {"input_ids": torch.ones(1, 8, dtype=torch.int64)}
 WHOLE = Documents.single(1, 8)
+LEARNED = torch.tensor(0.5, requires_grad=True)
 
 
 def parallel(**change):
@@ -54,6 +60,23 @@ CALLS = {
     "boundary of sparse": (lambda: CompressedSparseCP(boundary=True), "got boundary=True"),
     "boundary of delta": (lambda: GatedDeltaCP(boundary="island"), "got boundary='island'"),
     "states": (lambda: GatedDeltaCP(ScanStates), "got states=<class"),
+    # An op took its number, and its gradient was nobody's.
+    "scale": (lambda: SoftmaxAttention(Causal(), scale=LEARNED), "got scale=tensor.*learned"),
+    "scale set": (lambda: setattr(SoftmaxAttention(Causal()), "scale", LEARNED), "scale=tensor"),
+    "softcap set": (lambda: setattr(SoftmaxAttention(Causal()), "softcap", LEARNED), "softcap=te"),
+    "mask set": (lambda: setattr(SoftmaxAttention(Causal()), "mask", Causal), "got mask=<class"),
+    "scale of picked": (lambda: SparseLatentAttention(scale=LEARNED), "got scale=tensor"),
+    "scale of entries": (
+        lambda: CompressedSparseAttention(4, None, scale=LEARNED),
+        "got scale=tensor",
+    ),
+    "scale of a head": (
+        lambda: token_log_probs(
+            LinearLogits(torch.ones(1, 2, 4), torch.ones(3, 4), scale=LEARNED),
+            torch.zeros(1, 2, dtype=torch.int64),
+        ),
+        "Logits of a head are scaled by one number.*multiply hidden",
+    ),
     "inside": (lambda: RelayoutCP(HeadTail(8, 2)), "got inside=HeadTail"),
     "style of a class": (lambda: apply_plan(Llama(CONFIG), None, {"*": RingAttention}), "style=<"),
     "plan": (lambda: apply_plan(Llama(CONFIG), None, None), "got plan=None"),

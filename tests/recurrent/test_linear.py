@@ -187,6 +187,36 @@ def test_mamba_on_a_layout_of_documents_moves_its_tokens_there_and_back(mesh):
     assert_close(grad, sharded.shard(whole))
 
 
+class Gated(Layer):
+    """A layer that reads something more of each token, or returns it."""
+
+    returns_two = False
+
+    def forward(self, x, attn_metadata, gate=None):
+        out = super().forward(x, attn_metadata)
+        return (out, gate) if self.returns_two else out
+
+
+@spmd(ranks=2)
+def test_a_layer_of_more_than_its_tokens_is_refused_where_tokens_move(mesh):
+    """All that goes by token would have to move; it ended in an error of Python's."""
+    layer = Gated()
+    root = nn.ModuleDict({"layer": layer})
+    parallelize_module(root, mesh, {"layer": RelayoutCP(), "layer.rule": GatedLinearCP()})
+    documents = packings.two_rows(SEQ_LEN, 2)
+    sharded = shard_case(documents, root, mesh, HeadTail)
+    whole = torch.cat([part.flatten(2) for part in truth(documents, "mamba").inputs], dim=-1)
+    x, attn_metadata = sharded.shard(whole), sharded.attn_metadata
+    with pytest.raises(TypeError, match=r"got 3 by place and \[\] by name"):
+        layer(x, attn_metadata, x)
+    with pytest.raises(TypeError, match=r"got 2 by place and \['gate'\] by name"):
+        layer(x, attn_metadata, gate=x)
+    assert layer(x, attn_metadata=attn_metadata).shape == x.shape
+    layer.returns_two = True
+    with pytest.raises(TypeError, match="got a result of type tuple"):
+        layer(x, attn_metadata)
+
+
 @spmd(ranks=2)
 def test_mamba_takes_dtensors_and_refuses_other_styles_and_layouts(mesh):
     mixer, documents = claimed(mesh, GatedLinearCP()), packings.across_borders(SEQ_LEN, 2)

@@ -60,6 +60,9 @@ class BiasCase:
     value_dim: int = 8
     heads: int = 4
     kv_heads: int = 2
+    hides: bool = False
+    """Whether its table hides far keys from the first heads, by -inf, and the last head has no
+    sink, by -inf, too."""
 
 
 class Truth(NamedTuple):
@@ -86,8 +89,12 @@ def truth(case: BiasCase, num_shards: int) -> Truth:
     }
     if case.table:
         inputs["bias"] = draw(H, 2 * REACH + 1)
+        if case.hides:
+            inputs["bias"][:2, : REACH - 1] = -torch.inf
     if case.slope:
         inputs["slope"] = draw(H) / 4
+    if case.hides:
+        inputs["sink"][-1] = -torch.inf
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
     k, v = (inputs[name].repeat_interleave(H // G, dim=2) for name in ("k", "v"))
     scores = torch.einsum("bqhd,bkhd->bhqk", inputs["q"], k) * 8**-0.5
@@ -148,6 +155,8 @@ def cases(num_ranks):
         BiasCase(BIDIRECTIONAL, packings.two_rows, slope=True, **heads),
         BiasCase(WINDOW, packings.last_shard_padding, table=False, slope=True, **heads),
         BiasCase(BIDIRECTIONAL, softcap=1.5, value_dim=6, **heads),
+        BiasCase(packing=packings.last_shard_padding, hides=True, **heads),
+        BiasCase(softcap=1.5, hides=True, **heads),
     )
 
 

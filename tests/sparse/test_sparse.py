@@ -36,6 +36,7 @@ from dtcp.sparse.mixer import (
 from dtcp.sparse.moves import SparseShape
 from dtcp.sparse.op import select_entries
 from dtcp.sparse.style import rank_metadata, work
+from tests.harness import reference as dense
 from tests.harness.spmd import spmd
 
 WINDOW, HEADS, DIM, INDEX_HEADS, INDEX_DIM = 9, 3, 8, 4, 4
@@ -395,6 +396,25 @@ def test_what_cannot_be_honoured_is_refused(mesh):
 def test_a_compression_of_nothing_is_refused(ratio, selected):
     with pytest.raises(ValueError, match="pools ratio >= 1 tokens"):
         Compression(ratio, selected=selected)
+
+
+def test_a_head_without_a_sink_sees_nothing_in_padding_and_has_gradients():
+    """Its sink is -inf, as the lse of a token of padding is: their difference was no number."""
+    draw = functools.partial(torch.randn, dtype=torch.float64)
+    q, keys, sink = draw(2, 12, HEADS, DIM), draw(2, 12, DIM), draw(HEADS)
+    sink[0] = -torch.inf
+    inputs = [x.requires_grad_() for x in (q, keys, sink)]
+    mixer = CompressedSparseAttention(3, None, scale=0.5)
+    lengths = ((5, 4), (12,))
+    metadata = batch_metadata(mixer, Documents(lengths, 12))
+    out = mixer(q, keys, metadata, sink=sink)
+    visible = dense.visible(lengths, 12, dense.Both(dense.causal, dense.Window(3)))
+    one_head = keys[:, :, None]
+    expected, _ = dense.attention(q, one_head, one_head, visible, scale=0.5, sink=sink)
+    assert_close(out, expected)
+    grad = draw(out.shape)
+    grads = [torch.autograd.grad(x, inputs, grad) for x in (out, expected)]
+    assert_close(*grads)
 
 
 def test_a_window_of_nothing_is_refused():

@@ -33,27 +33,29 @@ def block_attention(
         v: [B, K, G, V].
         bias: [B or 1, Q, K], 0 where a query sees a key and -inf where not, in the dtype of
             `accumulation`; None where every query sees every key.
-        score_bias: [H, Q, K], added to the scores, after the cap.
+        score_bias: [H, Q, K], added to the scores, after the cap; -inf hides a key from a head.
     Returns:
         out [B, Q, H, V] and lse [B, Q, H], fp32 (fp64 for fp64); a query that sees no key has
         out 0 and lse -inf.
     """
     q, k, v = (_wide(x) for x in (q, k, v))
+    added = _per_head(bias, score_bias)
     if _flash_applies(q, v, softcap):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *_heads_first(q, k, v), attn_mask=_per_head(bias, score_bias), scale=scale
+            *_heads_first(q, k, v), attn_mask=added, scale=scale
         )
         out, lse = out.transpose(1, 2), lse.transpose(1, 2)
     else:
-        scores = _scores(q, k, _per_head(bias, score_bias), scale, softcap)
+        scores = _scores(q, k, added, scale, softcap)
         lse = scores.logsumexp(dim=-1)
         weights = torch.exp(scores - lse.nan_to_num(neginf=0.0)[..., None])
         out = torch.einsum("bghqk,bkgv->bqghv", weights, v).flatten(2, 3)
         lse = lse.flatten(1, 2).transpose(1, 2)
-    if bias is None:
+    if added is None:
         return out, lse
-    # The flash kernel returns lse 0 for a query that sees nothing, which a merge would count.
-    blind = (bias == float("-inf")).all(dim=-1)[..., None]
+    # The flash kernel returns lse 0 for a query that sees nothing, which a merge would count. A
+    # score bias may hide keys, too: from some heads.
+    blind = (added == float("-inf")).all(dim=-1).transpose(1, 2)  # [B or 1, Q, H or 1]
     return out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, NOTHING_SEEN)
 
 

@@ -40,10 +40,17 @@ def add_sink(out: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Ten
     if sink is None:
         return out, lse
     sink = sink.to(lse.dtype)
-    return out * torch.sigmoid(lse - sink)[..., None], torch.logaddexp(lse, sink)
+    # A query that sees nothing has lse -inf, and so may a sink: their difference is no number.
+    weight = torch.sigmoid(lse - sink).masked_fill(lse == NOTHING_SEEN, 0.0)
+    return out * weight[..., None], torch.logaddexp(lse, sink)
 
 
 def sink_gradient(grad_out: Tensor, out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     """Gradient of the sinks, [H]; out and lse are those that add_sink returned."""
-    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [B, L, H]
-    return -(torch.exp(sink.to(lse.dtype) - lse) * delta).sum((0, 1)).to(sink.dtype)
+    return sink_gradient_of((grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1), lse, sink)
+
+
+def sink_gradient_of(delta: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """Gradient of the sinks, [H], from delta = rowsum(grad_out * out) and lse, [B, L, H] each."""
+    weight = torch.exp(sink.to(lse.dtype) - lse).masked_fill(lse == NOTHING_SEEN, 0.0)
+    return -(weight * delta).sum((0, 1)).to(sink.dtype)

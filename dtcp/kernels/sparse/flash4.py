@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dtcp.kernels.softmax.merge import NOTHING_SEEN, add_sink
+from dtcp.kernels.softmax.merge import NOTHING_SEEN, add_sink, sink_gradient
 from dtcp.kernels.sparse.types import Sight, SparseGradients, SparseKeys
 
 BLOCK = 128
@@ -92,8 +92,7 @@ class GatheredFlashAttention:
         dkeys, dentries = torch.cat(parts).split((keys.keys.shape[1], _entries(keys).shape[1]), 1)
         dsink = None
         if sink is not None:
-            delta = (grad_out.float() * out.float()).sum(-1)
-            dsink = -(torch.exp(sink.float() - lse) * delta).sum((0, 1)).to(sink.dtype)
+            dsink = sink_gradient(grad_out, out, lse, sink)
         return SparseGradients(dq, dkeys, dentries, dsink)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dtcp.kernels.dtypes import accumulation
+from dtcp.kernels.softmax.merge import sink_gradient_of
 from dtcp.kernels.sparse.index_kernel import visible
 from dtcp.kernels.sparse.types import SparseGradients, SparseKeys
 
@@ -69,7 +70,7 @@ class ReferenceSparseAttention:
                 dentries[tile.row].index_add_(0, places, grads.own.flatten(0, 1))
         dsink = None
         if sink is not None:
-            dsink = -(torch.exp(sink.to(wide) - lse) * delta).sum((0, 1)).to(sink.dtype)
+            dsink = sink_gradient_of(delta, lse, sink)
         return SparseGradients(dq, dkeys, dentries, dsink)
 
 

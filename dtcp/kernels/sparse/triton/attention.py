@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dtcp.kernels.softmax.merge import sink_gradient_of
 from dtcp.kernels.sparse.blocks import BlockConfig, Columns, SparseBlocks, sparse_fit
 from dtcp.kernels.sparse.triton.backward import (
     SavedOperands,
@@ -154,7 +155,7 @@ class TritonSparseAttention:
                 dentries = _entry_gradients(saved, launch, keys.sight.entry_readers, scale)
         dsink = None
         if sink is not None:
-            dsink = -(torch.exp(sink.float() - lse) * saved.delta).sum((0, 1)).to(sink.dtype)
+            dsink = sink_gradient_of(saved.delta, lse, sink)
         return SparseGradients(dq, dkeys, dentries, dsink)
 
 
