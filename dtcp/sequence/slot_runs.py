@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtcp.sequence.interval_runs import IntervalRuns
+from dtcp.sequence.neighbours import starts_of_equal
 from dtcp.sequence.partition import (
     Ints,
     Partition,
@@ -15,9 +16,6 @@ from dtcp.sequence.partition import (
     sums_before,
     unique_ascending,
 )
-
-LEAST_CUTS = 8
-"""Tiles beyond those of equal length that a table has room for, at least."""
 
 
 class Tiles(NamedTuple):
@@ -76,16 +74,16 @@ class SlotRuns:
         """Tiles of at most so many neighbouring slots.
 
         A tile reads all keys that any of its queries sees. So where its queries are of two pieces
-        or documents, it is cut between them if that spares more keys than a tile is worth: of the
-        most expensive places as many as there is room for. How many tiles there are the slots
-        alone decide; those that are not needed are empty ones at the end.
+        or documents, it is cut between them, once, if that spares more keys than a tile is worth.
+        Nothing outside of a tile decides that: a rank cuts the tiles of its chunks as one device
+        does. How many tiles there are the slots alone decide; those that are not needed are empty
+        ones at the end.
         """
         shard_len = int(self.slot[-1] + self.length[-1])
         grid = np.arange(0, shard_len, tile)
         parts = _Parts.of(self, grid, shard_len)
-        room = LEAST_CUTS + len(grid) // 16
-        start = np.sort(np.concatenate((grid, parts.costly_borders(grid, tile)[:room])))
-        bounds = np.full(len(grid) + room + 1, shard_len)
+        start = np.sort(np.concatenate((grid, parts.costly_borders(grid, tile))))
+        bounds = np.full(2 * len(grid) + 1, shard_len)
         bounds[: len(start)] = start
         return parts.tiles(start, bounds)
 
@@ -116,7 +114,7 @@ class _Parts(NamedTuple):
         )
 
     def costly_borders(self, grid: Ints, tile: int) -> Ints:
-        """Slots inside of tiles where other keys are seen from there on, the worst first."""
+        """Slots inside of tiles where other keys are seen from there on: the worst of each."""
         low, high = self.first, self.end_last + 1
         inner = (self.slot % tile > 0).nonzero()[0]
         apart = (low[inner] >= high[inner - 1]) | (high[inner] <= low[inner - 1])
@@ -129,8 +127,9 @@ class _Parts(NamedTuple):
         passed = slot - grid[of_tile]
         left = np.minimum(tile, self.stop[-1] - grid[of_tile]) - passed
         spared = passed * after + left * before
-        worth = (spared > tile * tile).nonzero()[0]
-        borders: Ints = slot[worth[(-spared[worth]).argsort(kind="stable")]]
+        worst = np.lexsort((-spared, of_tile))
+        worst = worst[starts_of_equal(of_tile[worst])]
+        borders: Ints = slot[worst[spared[worst] > tile * tile]]
         return borders
 
     def tiles(self, start: Ints, bounds: Ints) -> Tiles:

@@ -5,6 +5,7 @@ row per rank that used the key and is summed at home in fp32: a sum that travell
 rounded at every step (ring-flash-attention issue 42).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,6 +34,21 @@ from dtcp.softmax.strategy import OpContext
 def accumulate_returned_grads(grads: Tensor, rows: Tensor, slots: Tensor) -> None:
     """Add the gradient rows [m, B, G, W] of some local slots to all slots' own: [B, L, G, W]."""
     grads.index_add_(1, slots, rows.transpose(0, 1).to(grads.dtype))
+
+
+def accumulate_by_peer(sums: Tensor, rows: Tensor, places: Tensor, counts: Sequence[int]) -> None:
+    """Add rows [m, ...] to sums [L, ...] at their places: each peer's in turn, in order of rank.
+
+    A place is once among those of a peer. In one call with those of all a GPU would add them as
+    they come, by atomics, and two runs of a step would differ in the last bits.
+
+    Args:
+        counts: rows of each peer.
+    """
+    parts = zip(counts, places.split(list(counts)), rows.split(list(counts)), strict=True)
+    for count, at, part in parts:
+        if count:
+            sums.index_add_(0, at, part.to(sums.dtype))
 
 
 def all_to_all_rows(
@@ -160,8 +176,9 @@ def return_grads(
         on, arrived = metadata.onward_counts.tolist()
         further = by_source[length + sum(receive) :].to(dtype)
         of_node = all_to_all_rows(further, arrived, on, context)
-        brought.index_add_(0, metadata.onward[: sum(on)], of_node.to(brought.dtype))
+        accumulate_by_peer(brought, of_node, metadata.onward[: sum(on)], on)
     start = _at_once(context)
     returned = start_returning(brought, receive, send, dtype, context, start).wait()
-    accumulate_returned_grads(local, returned, metadata.send_slot[: sum(send)])
+    slots = metadata.send_slot[: sum(send)]
+    accumulate_by_peer(local.transpose(0, 1), returned, slots, send)
     return local

@@ -24,6 +24,7 @@ from dtcp.sequence.key_intervals import Intervals, KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import Ints, Partition, expand_tokens
 from dtcp.softmax.exchange import (
+    accumulate_by_peer,
     accumulate_returned_grads,
     start_all_to_all_rows,
     start_bringing,
@@ -234,7 +235,8 @@ class NodeRing:
         if self._inside_node is not None:
             step, brought, inside = self._inside_node
             if inside is not None:
-                brought.index_add_(0, self.onward[step], inside.wait().to(brought.dtype))
+                places, counts = self.onward[step], self.on[step]
+                accumulate_by_peer(brought, inside.wait(), places, counts)
             send, receive = self._at(-step, self.received[step]), self._at(step, self.sent[step])
             with transfer_stream(brought):
                 arguments = (brought, send, receive, self.dtype, self.context)

@@ -77,14 +77,56 @@ def far_strides() -> dict[str, float]:
 def _attended(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """Causal attention by Triton's kernels: out, lse, dq, dk and dv."""
     index = torch.arange(q.shape[1], dtype=torch.int32)
-    queries, keys = Queries(q, 0 * index[None], index[None]), Keys(k, v, index)
-    kernel, params = TritonAttention(), SoftmaxParams(0.25)
+    return _interval_attended(Queries(q, 0 * index[None], index[None]), Keys(k, v, index), grad)
+
+
+def _interval_attended(queries: Queries, keys: Keys, grad: Tensor) -> tuple[Tensor, ...]:
+    q, k, v = queries.q, keys.k, keys.v
+    kernel, params, unread = TritonAttention(), SoftmaxParams(0.25), keys.token_index
     state = OnlineSoftmax.empty(q, v.shape[-1])
-    kernel.attend(state, queries, keys, index, params)
-    saved = SavedForward(grad, state.out.half(), state.lse)
+    kernel.attend(state, queries, keys, unread, params)
+    saved = SavedForward(grad, state.out.to(q.dtype), state.lse)
     grads = GradAccumulators(*(torch.zeros(x.shape) for x in (q, k, v)))
-    kernel.attend_backward(grads, saved, queries, keys, index, params)
+    kernel.attend_backward(grads, saved, queries, keys, unread, params)
     return (*state, *grads)
+
+
+def on_other_ranks() -> dict[str, dict[str, int]]:
+    """How many numbers differ where ranks have a part of the queries, or of the heads.
+
+    A rank has the keys that its queries require, so that its tiles find theirs at other places.
+    """
+    cases = {"causal": (128, 128), "window": (128, 39), "cut tiles": (120, 120)}
+    return {name: _differ(*of_case, ranks=2) for name, of_case in cases.items()}
+
+
+def _differ(seq_len: int, window: int, *, ranks: int) -> dict[str, int]:
+    """Numbers of each result that are not one rank's: of ranks by tokens, and by heads."""
+    draw, layout = torch.Generator().manual_seed(0), HeadTail(seq_len, ranks)
+    q, k, v, grad = (torch.randn(1, seq_len, ranks, 16, generator=draw) for _ in range(4))
+    last = torch.arange(seq_len, dtype=torch.int32)
+    first = torch.maximum(torch.where(last < 45, 0, 45).int(), last - window + 1)
+    whole = _interval_attended(Queries(q, first[None], last[None]), Keys(k, v, last), grad)
+    # Of keys' gradients, ranks that have a part of the queries have a part of the sum.
+    counts = dict.fromkeys((*RESULTS[:3], *(f"{each} of heads" for each in RESULTS)), 0)
+    for rank in range(ranks):
+        own = layout.token_indices(rank)
+        seen = (first[own, None] <= last) & (last <= last[own, None])
+        required = seen.any(0).nonzero()[:, 0]
+        part = _interval_attended(
+            Queries(q[:, own], first[None, own], last[None, own]),
+            Keys(k[:, required], v[:, required], last[required]),
+            grad[:, own],
+        )
+        for name, ours, right in zip(RESULTS[:3], part, whole, strict=False):
+            counts[name] += int((ours != right[:, own]).sum())
+        heads = slice(rank, rank + 1)
+        q_own, k_own, v_own, grad_own = (x[:, :, heads] for x in (q, k, v, grad))
+        queries = Queries(q_own, first[None], last[None])
+        part = _interval_attended(queries, Keys(k_own, v_own, last), grad_own)
+        for name, ours, right in zip(RESULTS, part, whole, strict=True):
+            counts[f"{name} of heads"] += int((ours != right[:, :, heads]).sum())
+    return counts
 
 
 def rank_main(rank: int, store_path: str, results: Any) -> None:
@@ -94,6 +136,8 @@ def rank_main(rank: int, store_path: str, results: Any) -> None:
     errors_of = {name: kernel_errors(case) for name, case in own}
     if rank == 0:
         errors_of["far apart"] = far_strides()
+    else:
+        errors_of |= {f"on ranks, {name}": of_case for name, of_case in on_other_ranks().items()}
     store = dist.FileStore(store_path, RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     errors_of[f"ring, rank {rank}"] = ring()

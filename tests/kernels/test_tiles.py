@@ -7,10 +7,12 @@ from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.layout import Contiguous
+from dtcp.sequence.key_intervals import KeyIntervals
+from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal, SlidingWindow
 from dtcp.sequence.per_document import PerDocument
 from dtcp.softmax import AllGatherAttention, RingAttention
+from dtcp.softmax.metadata import local_metadata
 from dtcp.softmax.mixer import SoftmaxAttention
 
 SEQ_LEN, RANKS, TILE = 1024, 4, 32
@@ -70,3 +72,30 @@ def test_balanced_pieces_read_hardly_more_keys_than_contiguous_ones():
         of_layouts = [tables(packed(seed), x, style) for x in (DocumentBalanced, Contiguous)]
         balanced, contiguous = (read(x) for x in of_layouts)
         assert balanced <= 1.03 * contiguous
+
+
+@pytest.mark.parametrize("layout", [HeadTail, Contiguous])
+def test_a_rank_cuts_whole_tiles_as_one_device_does(layout):
+    """However many borders are worth it, or results would depend on the number of ranks."""
+    documents, tile = Documents(((33,) * 31,), SEQ_LEN), 16
+    style, made = AllGatherAttention(tile=tile), layout.for_batch(documents, RANKS)
+    for mask in (Causal(), Causal() & SlidingWindow(30)):
+        whole = local_metadata(KeyIntervals.of(mask, Coords.of(documents)), tile=tile)
+        expected, of_ranks = tokens_of_tiles(whole, np.arange(SEQ_LEN)), set()
+        for rank, metadata in enumerate(tables(documents, layout, style, mask)):
+            of_ranks |= tokens_of_tiles(metadata, made.token_indices(rank).numpy())
+        assert of_ranks == expected
+        assert len(expected) > 12 + SEQ_LEN // tile, "hardly a tile was worth cutting"
+
+
+def tokens_of_tiles(metadata, tokens):
+    """The first and last query of each tile, and of its keys and of those that all see."""
+    keys = metadata.key_token_index.flatten().numpy()
+    return {
+        (tokens[q_start], tokens[q_stop - 1], *keys[[start, stop - 1]], full_start - start, full)
+        for q_start, q_stop, start, full_start, full_stop, stop in (
+            metadata.block_ranges.reshape(-1, 6).tolist()
+        )
+        if q_start < q_stop
+        for full in [full_stop - full_start]
+    }
