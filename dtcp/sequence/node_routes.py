@@ -34,6 +34,9 @@ class Reads(NamedTuple):
     stop: Ints
     place: Ints  # of the first number of the stretch, among all that the rank reads
 
+    def where(self, chosen: Ints) -> "Reads":
+        return Reads(*(x[chosen] for x in self))
+
 
 class NodeRoutes(NamedTuple):
     """One rank's part of bringing what all ranks read."""
@@ -150,12 +153,7 @@ def _two_hops(reads: Reads, held: Partition, m: int) -> tuple[_Hops, _Hops]:
     return arriving, onward
 
 
-class _Parts(Reads):
-    def where(self, chosen: Ints) -> "_Parts":
-        return _Parts(*(x[chosen] for x in self))
-
-
-def _parts(reads: Reads, held: Partition, m: int) -> _Parts:
+def _parts(reads: Reads, held: Partition, m: int) -> Reads:
     """The reads, cut wherever one of the same node starts or ends, or a piece of that node does."""
     length = max(reads.stop.max(initial=0), held.stop.max(initial=0))
     of_reads, of_pieces = reads.rank // m * length, held.owner // m * length
@@ -172,7 +170,7 @@ def _parts(reads: Reads, held: Partition, m: int) -> _Parts:
     start = edges[at] - of_reads[read]
     stop = start + edges[at + 1] - edges[at]
     place = reads.place[read] + start - reads.start[read]
-    return _Parts(reads.rank[read], start, stop, place)
+    return Reads(reads.rank[read], start, stop, place)
 
 
 def _table(hops: _Hops, rank: int, padding: int, least: int) -> Ints:

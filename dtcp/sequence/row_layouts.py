@@ -87,8 +87,8 @@ class RowLayouts(SequenceLayout):
 def in_line(layout: SequenceLayout, intervals: Intervals) -> tuple[SequenceLayout, KeyIntervals]:
     """The layout of the line of all rows, and what the tokens on it see."""
     of_rows = KeyIntervals.read_off(intervals)
-    keys = None if of_rows.keys is None else _line_of(of_rows.keys, len(of_rows.rows))
-    return _line_of(layout, len(of_rows.rows)), replace(of_rows.in_line(), keys=keys)
+    keys = None if of_rows.keys is None else line_of(of_rows.keys, len(of_rows.rows))
+    return line_of(layout, len(of_rows.rows)), replace(of_rows.in_line(), keys=keys)
 
 
 def rows_on(layout: SequenceLayout) -> int:
@@ -96,7 +96,8 @@ def rows_on(layout: SequenceLayout) -> int:
     return len(layout.rows) if isinstance(layout, _Line) else 1
 
 
-def _line_of(layout: SequenceLayout, rows: int) -> SequenceLayout:
+def line_of(layout: SequenceLayout, rows: int) -> SequenceLayout:
+    """The layout of the line of so many rows."""
     if not isinstance(layout, RowLayouts):
         layout = RowLayouts(layout.seq_len, layout.num_shards, (layout,) * rows)
     return layout.in_line

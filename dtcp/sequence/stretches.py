@@ -24,7 +24,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.node_routes import LEAST_ROOM, NodeRoutes, Reads, node_routes, room_for
 from dtcp.sequence.partition import Ints, Partition
-from dtcp.sequence.row_layouts import RowLayouts
+from dtcp.sequence.row_layouts import line_of
 
 
 class LineOfDocuments(NamedTuple):
@@ -53,13 +53,6 @@ class LineOfDocuments(NamedTuple):
         if not len(self.start):
             return document
         return np.where(token > self.start[document], document, -1)
-
-
-def line_of(layout: SequenceLayout, rows: int) -> SequenceLayout:
-    """The layout of the line of all rows."""
-    if not isinstance(layout, RowLayouts):
-        layout = RowLayouts(layout.seq_len, layout.num_shards, (layout,) * rows)
-    return layout.in_line
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,7 @@ from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.masks import Causal
-from dtcp.sequence.row_layouts import layout_of_batch
-from dtcp.sequence.stretches import line_of
+from dtcp.sequence.row_layouts import layout_of_batch, line_of
 from dtcp.sparse.metadata import Compression
 from dtcp.sparse.pieces import pieces_metadata
 
