@@ -10,7 +10,7 @@ from functools import cache, lru_cache, partial
 import torch
 from torch import Tensor
 
-from dtcp.kernels.dtypes import accumulation
+from dtcp.kernels.dtypes import zeros_for
 from dtcp.kernels.softmax.backends import HALF, Backend
 from dtcp.kernels.softmax.calls import Call, calls_of
 from dtcp.kernels.softmax.choice import (
@@ -212,11 +212,6 @@ def attend_once_backward(
     grads = GradAccumulators(zeros_for(queries.q), zeros_for(keys.k), zeros_for(keys.v))
     kernel.attend_backward(grads, saved, queries, keys, block_ranges, params)
     return grads.dq, grads.dk, grads.dv
-
-
-def zeros_for(x: Tensor) -> Tensor:
-    """Zeros to sum gradients of x into, in the dtype of `accumulation`."""
-    return torch.zeros(x.shape, dtype=accumulation(x.dtype), device=x.device)
 
 
 def local_sink_gradient(saved: SavedForward, sink: Tensor | None) -> Tensor | None:

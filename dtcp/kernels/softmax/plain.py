@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dtcp.kernels.dtypes import accumulation
+from dtcp.kernels.dtypes import accumulation, zeros_for
 from dtcp.kernels.softmax.calls import Call, Lengths
 from dtcp.kernels.softmax.merge import NOTHING_SEEN, merge_into
 from dtcp.kernels.softmax.types import (
@@ -130,7 +130,7 @@ class PlainAttention:
             parts = next(self._backward(saved, queries, keys, params))[1]
             if _whole(call, queries) and call.keys == slice(0, keys.k.shape[1]):
                 return parts
-        sums = GradAccumulators(_sums(queries.q), _sums(keys.k), _sums(keys.v))
+        sums = GradAccumulators(zeros_for(queries.q), zeros_for(keys.k), zeros_for(keys.v))
         self.attend_backward(sums, saved, queries, keys, torch.empty(0), params)
         return sums.dq, sums.dk, sums.dv
 
@@ -164,10 +164,6 @@ class PlainAttention:
                 packed = SavedForward(*(x[0] for x in own))
                 dq, dk, dv = self.kernel.backward(packed, q[0], k[0], v[0], window, params)
                 yield call, (dq[None], dk[None], dv[None])
-
-
-def _sums(like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, dtype=accumulation(like.dtype), device=like.device)
 
 
 def _window(call: Call, device: torch.device) -> Window:
