@@ -465,14 +465,17 @@ def ranges_of_blocks(draw):
     high = draw.bad("last_key", last, last[:, 1:], last[0], None)
     ranges = block_ranges(low, high, given, tile=size)
     held = [x for x in index.tolist() if x >= 0]
-    assert ranges.shape == (rows, -(-length // tile), 6)
+    assert len(ranges) == rows
     for row in range(rows):
-        for number, (q0, q1, k0, f0, f1, k1) in enumerate(ranges[row].tolist()):
-            assert (q0, q1) == (number * tile, min(length, (number + 1) * tile))
+        done = 0
+        for q0, q1, k0, f0, f1, k1 in ranges[row].tolist():
+            assert q0 == done <= q1 <= q0 + tile
+            done = q1
             for query in range(q0, q1):
                 a, b = int(first[row, query]), int(last[row, query])
                 seen = {i for i, x in enumerate(held) if a <= x <= b}
                 assert seen <= set(range(k0, k1)) and set(range(f0, f1)) <= seen
+        assert done == length
 
 
 def keys_that_are_required(draw):
