@@ -50,6 +50,7 @@ FLOORS = (
         "dtcp.recurrent",
         "dtcp.sparse",
         "dtcp.sparse_latent",
+        "dtcp.sparse_blocks",
         "dtcp.experts",
         "dtcp.mixer_plan",
     ),

@@ -1,5 +1,7 @@
 """What an indexer and the attention to what it picks become once a style has taken them over."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,9 @@ from dtcp.sparse_latent.mixer import LightningIndexer, SparseLatentAttention, To
 class BringsTokens(ClaimedMixer, TokenReader):
     """A TokenReader whose tokens come from other ranks."""
 
+    has_gradients: ClassVar[bool] = True
+    """Whether what is brought has gradients."""
+
     wide: bool = False
 
     def bring(self, rows: Tensor, metadata: TokensInSight, dtype: torch.dtype) -> Tensor:
@@ -24,6 +29,8 @@ class BringsTokens(ClaimedMixer, TokenReader):
 class ContextParallelIndexer(BringsTokens, LightningIndexer):
     """A LightningIndexer that a style has taken over."""
 
+    has_gradients = False
+
     def carry_out(
         self, q: Tensor, weight: Tensor, key: Tensor, attn_metadata: BatchMetadata
     ) -> Tensor:
@@ -31,7 +38,7 @@ class ContextParallelIndexer(BringsTokens, LightningIndexer):
         metadata: ExchangedTokens = self.own(attn_metadata)
         if not metadata.in_line:
             return self.select(q, weight, key, metadata)
-        selected = self.select(_on_line(q), _on_line(weight), _on_line(key), metadata)
+        selected = self.select(on_line(q), on_line(weight), on_line(key), metadata)
         return selected.view(*q.shape[:2], -1)
 
 
@@ -55,10 +62,10 @@ class ContextParallelSparseLatent(BringsTokens, SparseLatentAttention):
         metadata: ExchangedTokens = self.own(attn_metadata)
         if not metadata.in_line:
             return self.attend(q, rows, up, selected, metadata, sink)
-        out = self.attend(_on_line(q), _on_line(rows), up, _on_line(selected), metadata, sink)
+        out = self.attend(on_line(q), on_line(rows), up, on_line(selected), metadata, sink)
         return out.view(*q.shape[:3], -1)
 
 
-def _on_line(x: Tensor) -> Tensor:
+def on_line(x: Tensor) -> Tensor:
     """The rows one after another: [B, L, ...] -> [1, B * L, ...]."""
     return x.flatten(0, 1)[None]

@@ -117,7 +117,7 @@ def _in_sight(first: Tensor, last: Tensor, token: Ints, held: Ints, room: int) -
         of_tokens = np.zeros((room, 2), dtype=np.int64)
         of_tokens[: len(held)] = np.where((begin < end)[:, None], np.stack((begin, end), -1), 0)
         readers.append(of_tokens)
-        tiles.append(_tiles(low, high))
+        tiles.append(tiles_of_runs(low, high))
     return _InSight(
         first.int(),
         last.masked_fill(last < first, -1).int(),
@@ -131,7 +131,7 @@ def _in_sight(first: Tensor, last: Tensor, token: Ints, held: Ints, room: int) -
     )
 
 
-def _tiles(low: Ints, high: Ints) -> Ints:
+def tiles_of_runs(low: Ints, high: Ints) -> Ints:
     """Tiles of neighbouring queries, no raw keys, and the tokens that any of them may read."""
     start = np.arange(0, len(low), SPARSE_TILE)
     sees, none = low < high, np.zeros_like(start)

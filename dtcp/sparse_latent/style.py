@@ -24,7 +24,11 @@ from dtcp.sequence.row_layouts import RowLayouts, in_line
 from dtcp.softmax.gathered_rows import gathered_moves
 from dtcp.softmax.metadata import all_gather_metadata
 from dtcp.softmax.moves import AttentionShape
-from dtcp.sparse_latent.claimed import ContextParallelIndexer, ContextParallelSparseLatent
+from dtcp.sparse_latent.claimed import (
+    BringsTokens,
+    ContextParallelIndexer,
+    ContextParallelSparseLatent,
+)
 from dtcp.sparse_latent.metadata import ExchangedTokens
 from dtcp.sparse_latent.mixer import LightningIndexer, SparseLatentAttention, TokenReader
 from dtcp.style import ALL_LAYOUTS, MixerShape, MixerStyle
@@ -46,7 +50,57 @@ class SparseLatentShape(MixerShape):
 
 
 @dataclass
-class SparseLatentCP(MixerStyle):
+class PickedTokensCP(MixerStyle):
+    """The base of styles that bring what queries may pick from: their document up to themselves.
+
+    Keyword Args:
+        reduce_dtype: in which gradients of what is brought are summed, as of AttentionStyle: with
+            torch.float32 what is brought is fp32, too, and plain torch computes.
+        ranks_per_node: as of AllGatherAttention: a token crosses to each node that reads it once,
+            and is spread inside; its gradients are summed inside a node and go home once.
+    """
+
+    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = ALL_LAYOUTS
+    reduce_dtype: torch.dtype | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reduce_dtype not in (None, torch.float32):
+            raise ValueError(
+                f"{type(self).__name__} sums gradients of {self.summed} in the model's dtype or in "
+                f"fp32, got reduce_dtype={self.reduce_dtype!r}: give it None or torch.float32."
+            )
+
+    summed: ClassVar[str]
+    """What has gradients, in words."""
+
+    def tokens_in_sight(
+        self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
+    ) -> tuple[ExchangedTokens, KeyIntervals]:
+        """What is brought, and what tokens see, on the line of all rows where layouts are of it."""
+        self.check(mixer, layout)
+        intervals = KeyIntervals.of(Causal(), coords)
+        on_line = isinstance(layout, RowLayouts)
+        if on_line:
+            layout, intervals = in_line(layout, intervals)
+        nodes = self.ranks_per_node
+        exchange = all_gather_metadata(layout, rank, intervals, ranks_per_node=nodes)
+        return ExchangedTokens.of(exchange, layout, rank, in_line=on_line), intervals
+
+    def sums_wide(self, num_ranks: int) -> bool:
+        """Whether what so many ranks computed of one token is summed unrounded."""
+        return self.reduce_dtype is not None and num_ranks > 1
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self.check_one_axis(device_mesh)
+        claimed = super()._apply(module, device_mesh)
+        if isinstance(claimed, BringsTokens) and claimed.has_gradients:
+            claimed.wide = self.sums_wide(device_mesh.size())
+        return claimed
+
+
+@dataclass
+class SparseLatentCP(PickedTokensCP):
     """Carry out LightningIndexer and SparseLatentAttention on a sharded sequence.
 
     Each brings what it reads of tokens in one exchange: the indexer its keys, which have no
@@ -74,29 +128,13 @@ class SparseLatentCP(MixerStyle):
         LightningIndexer: ContextParallelIndexer,
         SparseLatentAttention: ContextParallelSparseLatent,
     }
-    layouts: ClassVar[tuple[type[SequenceLayout], ...]] = ALL_LAYOUTS
-    reduce_dtype: torch.dtype | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.reduce_dtype not in (None, torch.float32):
-            raise ValueError(
-                f"{type(self).__name__} sums gradients of latents in the model's dtype or in fp32, "
-                f"got reduce_dtype={self.reduce_dtype!r}: give it None or torch.float32."
-            )
+    summed: ClassVar[str] = "latents"
 
     def make_metadata(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
     ) -> ExchangedTokens:
         assert isinstance(mixer, TokenReader)
-        self.check(mixer, layout)
-        intervals = KeyIntervals.of(Causal(), coords)
-        on_line = isinstance(layout, RowLayouts)
-        if on_line:
-            layout, intervals = in_line(layout, intervals)
-        nodes = self.ranks_per_node
-        exchange = all_gather_metadata(layout, rank, intervals, ranks_per_node=nodes)
-        return ExchangedTokens.of(exchange, layout, rank, in_line=on_line)
+        return self.tokens_in_sight(mixer, coords, layout, rank)[0]
 
     def moves(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int, shape: MixerShape
@@ -113,10 +151,6 @@ class SparseLatentCP(MixerStyle):
             return moves
         return Moves(moves.forward, Moved.alike(0, layout.num_shards, rank))
 
-    def sums_wide(self, num_ranks: int) -> bool:
-        """Whether what so many ranks computed of one token is summed unrounded."""
-        return self.reduce_dtype is not None and num_ranks > 1
-
     def check_one_axis(self, mesh: DeviceMesh) -> None:
         if mesh.ndim != 1:
             raise ValueError(
@@ -124,10 +158,3 @@ class SparseLatentCP(MixerStyle):
                 f"slice it, as in mesh['cp'], and where tp splits heads give AllReduceInputGrad() "
                 f"on tp to the modules that make `latent` and `key_rotary`, which all heads read."
             )
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        self.check_one_axis(device_mesh)
-        claimed = super()._apply(module, device_mesh)
-        if isinstance(claimed, ContextParallelSparseLatent):
-            claimed.wide = self.sums_wide(device_mesh.size())
-        return claimed

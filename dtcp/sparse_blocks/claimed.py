@@ -1,0 +1,23 @@
+"""What attention to picked blocks becomes once a style has taken it over."""
+
+from torch import Tensor
+
+from dtcp.metadata import BatchMetadata
+from dtcp.sparse_blocks.metadata import BlocksInSight
+from dtcp.sparse_blocks.mixer import BlockIndex, SparseBlockAttention
+from dtcp.sparse_latent.claimed import BringsTokens, on_line
+
+
+class ContextParallelSparseBlocks(BringsTokens, SparseBlockAttention):
+    """A SparseBlockAttention that a style has taken over."""
+
+    def carry_out(
+        self, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, attn_metadata: BatchMetadata
+    ) -> Tensor:
+        self.check_operands(q, k, v, index)
+        metadata: BlocksInSight = self.own(attn_metadata)
+        if not metadata.in_line:
+            return self.attend(q, k, v, index, metadata)
+        line = BlockIndex(*(on_line(x) for x in index[:3]), index.finish)
+        out = self.attend(on_line(q), on_line(k), on_line(v), line, metadata)
+        return out.view(*q.shape[:3], -1)

@@ -1,0 +1,62 @@
+"""Which blocks of tokens each query may pick, worked out on the host.
+
+A block is `block_len` tokens of one document, counted from its start, and closes with the last one
+(dtcp/sparse): what a query may pick are those that close between the start of its document and
+itself. So all tokens of such a block are in sight, and lie next to each other among these.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtcp.kernels.sparse.types import NOWHERE
+from dtcp.metadata import AttentionMetadata, HostTensor
+from dtcp.sequence.key_intervals import KeyIntervals
+from dtcp.sequence.partition import Ints
+from dtcp.sparse_latent.metadata import TokensInSight, tiles_of_runs
+
+
+@dataclass(frozen=True, eq=False)
+class BlocksInSight(AttentionMetadata):
+    """What queries may read, and the blocks of it that they pick from, in their order."""
+
+    tokens: TokensInSight
+    start: Tensor  # [B, P] int32, the place of a block's first token among those that are held
+    closing: Tensor  # [B, P] int32, token index of its last one; NOWHERE behind the blocks
+    tiles: HostTensor  # [B, tiles, 6] int64, as of Sight, with blocks for entries
+
+    @classmethod
+    def of(cls, tokens: TokensInSight, intervals: KeyIntervals, block_len: int) -> Self:
+        """The blocks of tokens that are held; intervals are of the whole rows, or of their line."""
+        index = tokens.token_index[0].numpy().astype(np.int64)
+        held, room = index[index < NOWHERE], max(1, len(index) // block_len)
+        firsts, lasts, tiles = [], [], []
+        rows = (*intervals.at(held), tokens.first, tokens.last)
+        for first, last, begin, end in zip(*(x.numpy() for x in rows), strict=True):
+            place = np.flatnonzero((last >= first) & ((held - first + 1) % block_len == 0))
+            # Of what another row alone has in sight, a part may be held.
+            place = place[place >= block_len - 1]
+            start = place - (block_len - 1)
+            whole = held[start] == held[place] - (block_len - 1)
+            start, closing = start[whole], held[place[whole]]
+            firsts.append(_filled(start, room, 0))
+            lasts.append(_filled(closing, room, NOWHERE))
+            low = np.where(end >= 0, closing.searchsorted(begin), 0)
+            high = np.where(end >= 0, closing.searchsorted(end, side="right"), 0)
+            tiles.append(tiles_of_runs(low, high))
+        return cls(
+            tokens,
+            torch.from_numpy(np.stack(firsts)).int(),
+            torch.from_numpy(np.stack(lasts)).int(),
+            torch.from_numpy(np.stack(tiles)),
+            in_line=tokens.in_line,
+        )
+
+
+def _filled(x: Ints, length: int, value: int) -> Ints:
+    out = np.full(length, value, dtype=np.int64)
+    out[: len(x)] = x
+    return out

@@ -1,0 +1,188 @@
+"""Attention to the tokens of blocks that an indexer picks, with keys and values by heads: Qwen4's.
+
+A block's index key is made of those of its tokens: their mean, finished by the model (a norm, and
+positions of the first token). Of the complete blocks of its document up to itself a query picks
+those of the highest sum_h relu(q_h . key), and reads their tokens and the ones behind the last
+complete block, itself included.
+
+From Qwen Team 2026, Qwen4-Exp, as of transformers 5.23 (models/qwen4_exp): QSA.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dtcp.kernels.dtypes import accumulation
+from dtcp.metadata import BatchMetadata
+from dtcp.sequence.arguments import FLOATS, check_ints, check_tensor
+from dtcp.sequence.coords import Coords
+from dtcp.sequence.key_intervals import KeyIntervals
+from dtcp.sequence.masks import Causal
+from dtcp.sparse.op import select_entries, sparse_attention
+from dtcp.sparse_blocks.metadata import BlocksInSight
+from dtcp.sparse_latent.metadata import TokensInSight
+from dtcp.sparse_latent.mixer import TokenReader
+
+SUBJECT = "Attention to picked blocks"
+
+
+class BlockIndex(NamedTuple):
+    """What blocks are picked by. Nothing of it has a gradient.
+
+    Args:
+        q: [B, L, H, D], finished queries, sizes of the indexer's own.
+        key: [B, L, D], raw keys, one for all heads.
+        table: [B, L, T], what `finish` reads of a block's first token: its rotary tables, say.
+        finish: means of keys [B, P, D] and tables [B, P, T] of first tokens -> keys [B, P, D].
+    """
+
+    q: Tensor
+    key: Tensor
+    table: Tensor
+    finish: Callable[[Tensor, Tensor], Tensor]
+
+
+class SparseBlockAttention(TokenReader):
+    """Attend to the tokens of picked blocks, and to those behind the last complete one.
+
+    Of equal scores the earlier block wins, so the choice depends on neither tiles nor ranks. It has
+    no gradient.
+
+    Args:
+        num_blocks: blocks that a query picks, at most.
+        block_len: tokens in a block.
+        scale: factor on the scores of attention; None for D ** -0.5.
+    """
+
+    def __init__(self, num_blocks: int, block_len: int, *, scale: float | None = None) -> None:
+        super().__init__()
+        check_ints(SUBJECT, least=1, num_blocks=num_blocks, block_len=block_len)
+        if scale is not None and not math.isfinite(scale):
+            raise ValueError(
+                f"Scores are scaled by a finite number, got scale={scale}: give one, or None."
+            )
+        self.num_blocks, self.block_len, self.scale = num_blocks, block_len, scale
+        self.set_metadata_key()
+
+    def reads(self) -> tuple[object, ...]:
+        return (self.block_len,)
+
+    def set_metadata_key(self) -> None:
+        self.metadata_key = self.key_of(SparseBlockAttention, *self.reads())
+
+    def whole_row_metadata(self, coords: Coords) -> BlocksInSight:  # type: ignore[override]
+        intervals = KeyIntervals.of(Causal(), coords)
+        return BlocksInSight.of(TokensInSight.of_whole_rows(intervals), intervals, self.block_len)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, attn_metadata: BatchMetadata
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            q: [B, L, H, D].
+            k: [B, L, G, D], v: [B, L, G, V]; H a multiple of G.
+            index: of the same tokens.
+            attn_metadata: what the batch brings.
+        Returns:
+            [B, L, H, V].
+        """
+        self.check_operands(q, k, v, index)
+        return self.attend(q, k, v, index, self.own(attn_metadata))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, metadata: BlocksInSight
+    ) -> Tensor:
+        """`forward`, once the batch's metadata are known.
+
+        To the kernels of dtcp/sparse a token is an entry, whose value is its first channels: the
+        value and the key of one kv head, read by queries that are 0 where the value is.
+        """
+        selected, value_dim = self.select(index, metadata), v.shape[-1]
+        rows = self.bring(torch.cat((v, k), dim=-1), metadata.tokens, q.dtype)
+        no_keys = rows.new_empty(rows.shape[0], 0, rows.shape[-1])
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        queries = F.pad(q, (value_dim, 0)).chunk(k.shape[2], dim=2)
+        out = [
+            sparse_attention(
+                of_head,
+                no_keys,
+                entries,
+                selected,
+                None,
+                metadata.tokens.sight,
+                scale=scale,
+                value_dim=value_dim,
+            )
+            for of_head, entries in zip(queries, rows.unbind(2), strict=True)
+        ]
+        return torch.cat(out, dim=2)
+
+    @torch.no_grad()
+    def select(self, index: BlockIndex, metadata: BlocksInSight) -> Tensor:
+        """Which tokens each query reads, [B, L, (num_blocks + 1) * block_len - 1] int32.
+
+        They are places among the tokens in sight of this rank's queries, ascending, then -1.
+        """
+        keys, tokens = self.block_keys(index, metadata), metadata.tokens
+        number = min(self.num_blocks, keys.shape[1])
+        visible = (tokens.first, tokens.last, metadata.closing, metadata.tiles)
+        picked = select_entries(index.q, torch.ones_like(index.q[..., 0]), keys, *visible, number)
+        return self.tokens_of(picked, metadata)
+
+    def block_keys(self, index: BlockIndex, metadata: BlocksInSight) -> Tensor:
+        """Keys of all blocks in sight, [B, P, D], in their order."""
+        rows = torch.cat((index.key, index.table), dim=-1)[:, :, None]
+        rows = self.bring(rows, metadata.tokens, rows.dtype)[:, :, 0]
+        keys, table = rows.split((index.key.shape[-1], index.table.shape[-1]), dim=-1)
+        start = metadata.start.long()
+        place = start[..., None] + torch.arange(self.block_len, device=start.device)
+        # Where there is room for a block that rows are too short for.
+        place = place.clamp(max=keys.shape[1] - 1)
+        of_blocks = keys.take_along_dim(place.flatten(1)[..., None], dim=1)
+        of_blocks = of_blocks.unflatten(1, place.shape[1:]).to(accumulation(index.key.dtype))
+        first = table.take_along_dim(start[..., None], dim=1)
+        mean = of_blocks.mean(2).to(index.key.dtype)
+        return index.finish(mean, first.to(index.table.dtype)).to(index.q.dtype)
+
+    def tokens_of(self, picked: Tensor, metadata: BlocksInSight) -> Tensor:
+        """The tokens of picked blocks [B, L, k], ascending then -1, and those behind the last."""
+        length, device = self.block_len, picked.device
+        of_row = picked.clamp(min=0).flatten(1).long()
+        start = metadata.start.gather(1, of_row).view_as(picked)
+        place = (start[..., None] + torch.arange(length, dtype=torch.int32, device=device)).flatten(
+            2
+        )
+        low, high = metadata.tokens.run.split(1, dim=-1)
+        behind = (high - low) % length
+        number = (picked >= 0).sum(-1, keepdim=True, dtype=torch.int32) * length
+        room = place.shape[-1] + length - 1
+        slot = torch.arange(room, dtype=torch.int32, device=device) - number
+        last = torch.where(slot < behind, high - behind + slot, -1)
+        return torch.where(slot < 0, F.pad(place, (0, length - 1)), last)
+
+    def check_operands(self, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> None:
+        """Refuse what would be broadcast, or read as something else."""
+        check_tensor(SUBJECT, shape="[B, L, H, D]", ndim=4, dtypes=FLOATS, q=q, k=k, v=v)
+        check_tensor(SUBJECT, shape="[B, L, H, D]", ndim=4, dtypes=FLOATS, index_q=index.q)
+        named = {"index_key": index.key, "index_table": index.table}
+        check_tensor(SUBJECT, ndim=3, dtypes=FLOATS, **named)
+        tokens, heads = q.shape[:2], k.shape[2]
+        of_heads = k.shape[3] == q.shape[3] and v.shape[2] == heads and q.shape[2] % heads == 0
+        of_index = index.key.shape[2] == index.q.shape[3]
+        alike = all(x.shape[:2] == tokens for x in (k, v, index.q, index.key, index.table))
+        if not (of_heads and of_index and alike):
+            shapes = {"q": q, "k": k, "v": v, "index.q": index.q, **named}
+            raise ValueError(
+                f"{SUBJECT} reads keys and values of its queries' tokens, by heads, and an index "
+                f"of them, got shapes { {name: tuple(x.shape) for name, x in shapes.items()} }: "
+                f"give q [B, L, H, D], k [B, L, G, D], v [B, L, G, V], index.q [B, L, I, W], "
+                f"index.key [B, L, W] and index.table [B, L, T], H a multiple of G."
+            )
+
+    def extra_repr(self) -> str:
+        return f"num_blocks={self.num_blocks}, block_len={self.block_len}, scale={self.scale}"
