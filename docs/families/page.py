@@ -23,6 +23,7 @@ RECURRENT = {
     "SelectiveScan": "selective scan",
     "CrossAttention": "cross attention",
     "SparseLatentAttention": "picked tokens",
+    "SparseBlockAttention": "picked blocks",
     "CompressedSparseAttention": "compressed entries",
 }
 """Kinds of masks and mixers, as the table calls them; plain ones have no name there."""

@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from dtcp.huggingface.compressed_attention import window_of
 from dtcp.huggingface.distance_bias import BIASES, is_of_bias
 from dtcp.huggingface.latents import hands_on_latents
-from dtcp.huggingface.picking_attention import OWN_INDEXER
 from dtcp.huggingface.registry import PROJECTION
 from dtcp.sequence.masks import Bidirectional, Causal, Mask
 
 HARMLESS = ("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits")
 """Arguments of an attention call that repeat what mask, positions and the model's call say."""
-WRITTEN_AGAIN = ("num_selected", "compressed")
+WRITTEN_AGAIN = ("num_selected", "compressed", "picked_blocks")
 """Arguments of the calls in forwards that are written again (own_attention.py)."""
 REMEDY = "write it with a mixer (docs/add_a_model.md)"
 
@@ -60,8 +59,17 @@ def problems_of(
     if unknown:
         meant = ", ".join(f"{key} ({MEANT.get(key, 'unknown')})" for key in unknown)
         problems.append(f"it is called with {meant}, which no mixer honours: {REMEDY}.")
-    if arguments.get("num_selected"):
-        problems += _problems_of_picking(module, mask)
+    picks = arguments.get("num_selected") or arguments.get("picked_blocks") is not None
+    if picks and mask is not None and mask != Causal():
+        problems.append(
+            f"an indexer picks tokens of a document up to the query's, and its mask is {mask}: "
+            f"{REMEDY}."
+        )
+    if arguments.get("num_selected") and not hands_on_latents(module):
+        problems.append(
+            f"it reads the latents of the tokens that an indexer picks, and its {PROJECTION} is "
+            f"no plain projection: leave adapters and biases out of that."
+        )
     if arguments.get("compressed") is not None and mask is not None and not window_of(mask):
         problems.append(
             f"compressed entries are read beside a window of keys up to the query's, and its mask "
@@ -92,32 +100,9 @@ def _problem_of_keys(
             f"encoder's, or a cache), and only attention to the tokens of a sequence is sharded: "
             f"{REMEDY}."
         )
-    if mask is None and getattr(module, OWN_INDEXER, None) is not None:
-        return (
-            f"its indexer picks blocks of keys for each query, and picked keys are read here only "
-            f"where they are values, too (latents by LightningIndexer, entries by "
-            f"CompressedSparseAttention): shard the model without parallelize_hf, on rows that one "
-            f"device holds, or {REMEDY}."
-        )
     if mask is None:
         return (
             f"its mask is not one interval of keys around a token, or not made by "
             f"transformers.masking_utils of positions alone, so its meaning is not known: {REMEDY}."
         )
     return ""
-
-
-def _problems_of_picking(module: nn.Module, mask: Mask | None) -> list[str]:
-    """Why a module does not read the latents of the tokens that an indexer picks."""
-    problems = []
-    if mask is not None and mask != Causal():
-        problems.append(
-            f"an indexer picks tokens of a document up to the query's, and its mask is {mask}: "
-            f"{REMEDY}."
-        )
-    if not hands_on_latents(module):
-        problems.append(
-            f"it reads the latents of the tokens that an indexer picks, and its {PROJECTION} is "
-            f"no plain projection: leave adapters and biases out of that."
-        )
-    return problems

@@ -18,7 +18,7 @@ from dtcp.forward import wrap_forward
 from dtcp.huggingface.recurrent_layers import kernel_names
 from dtcp.metadata import BatchMetadata
 
-MASK = "attention_mask"
+MASK, CONV_MASK = "attention_mask", "conv_mask"
 _INDEX, _BASE, _CONFIG = "dtcp_mask_index", "dtcp_metadata_of_base", "_dtcp_metadata"
 
 
@@ -59,6 +59,9 @@ def _replace_mask(layer: nn.Module, forward: Callable[..., Any], *args: Any, **k
     if isinstance(before, Mapping):
         # One for attention and one for convolutions, say: each part of a layer takes its own.
         mask = dict.fromkeys(before, mask)
+    if CONV_MASK in kwargs:
+        # By keyword, where a layer takes one for its convolutions apart.
+        kwargs[CONV_MASK] = kwargs["attn_metadata"]
     if index < len(args):
         return forward(*args[:index], mask, *args[index + 1 :], **kwargs)
     return forward(*args, **{**kwargs, MASK: mask})

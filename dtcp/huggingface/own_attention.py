@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dtcp.huggingface.attend_by_name import CONFIG, ROPE, attend_by_name, check_no_cache
+from dtcp.huggingface.block_attention import BLOCKS, own_values_of_blocks
 from dtcp.huggingface.compressed_attention import COMPRESSED, own_values_of_compressed
 from dtcp.huggingface.picking_attention import PICKING
 from dtcp.huggingface.picking_forms import own_values_of_picking
@@ -63,6 +64,8 @@ def own_values(module: Any) -> dict[str, Any]:
         return own_values_of_picking(module)
     if type(module).__name__ in COMPRESSED:
         return own_values_of_compressed(module)
+    if type(module).__name__ in BLOCKS:
+        return own_values_of_blocks(module)
     rope = getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)
     names = ("num_heads", "n_heads", "num_attention_heads")
     heads = next(getattr(module, name) for name in names if hasattr(module, name))
@@ -222,5 +225,6 @@ FORWARDS: Mapping[str, Callable[..., Any]] = {
     "CodeGenAttention": _codegen,
     **PICKING,
     **COMPRESSED,
+    **BLOCKS,
 }
 """By the name of the class."""

@@ -20,6 +20,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import Bidirectional, Mask
 from dtcp.softmax.mixer import CrossAttention, SoftmaxAttention
 from dtcp.sparse.mixer import CompressedSparseAttention, Compression
+from dtcp.sparse_blocks import SparseBlockAttention
 from dtcp.sparse_latent import SparseLatentAttention
 
 
@@ -36,6 +37,8 @@ class SurveyedAttention:
         num_selected: tokens that an indexer picks for each query; 0 where queries read all.
         window: keys that a query reads where keys are values and shared by all heads; else 0.
         compression: how entries are made that it reads beside them; None for the window alone.
+        blocks: how many blocks of tokens an indexer picks for each query, and tokens of each; else
+            nothing.
     """
 
     name: str
@@ -47,11 +50,14 @@ class SurveyedAttention:
     num_selected: int = 0
     window: int = 0
     compression: Compression | None = None
+    blocks: tuple[int, ...] = ()
 
-    def mixer(self) -> SoftmaxAttention | SparseLatentAttention | CompressedSparseAttention:
+    def mixer(self) -> Mixer:
         if self.window:
             assert self.scale is not None
             return CompressedSparseAttention(self.window, self.compression, scale=self.scale)
+        if self.blocks:
+            return SparseBlockAttention(*self.blocks, scale=self.scale)
         if self.num_selected:
             return SparseLatentAttention(scale=self.scale)
         if self.cross:
@@ -104,9 +110,11 @@ class Recorder:
             setattr(mask, RECORDER, self)
         return None
 
-    def note_unread(self) -> None:
+    def note_unread(self, module: nn.Module) -> None:
         """Note that a module that mixes receives no metadata, but what the last giver hands on."""
-        self.givers[self._giver] = None
+        # Where a part of the model is run again, another part may have been the last.
+        if not self._giver or self.names[module].startswith(f"{self._giver}."):
+            self.givers[self._giver] = None
 
     def note_kernel(
         self, layer: nn.Module, name: str, kind: type[Mixer], arguments: Mapping[str, Any]
@@ -173,6 +181,9 @@ class Recorder:
         compressed = arguments.get("compressed")
         if compressed is not None:
             now = replace(now, window=window_of(mask), compression=compressed.compression)
+        picked = arguments.get("picked_blocks")
+        if picked is not None:
+            now = replace(now, blocks=(picked.num_blocks, picked.block_len))
         before = self.attentions.setdefault(name, now)
         if self.block is not None:
             before = self.attentions[name] = replace(before, mask=mask)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dtcp.huggingface.ngram_layers import NGRAM_LAYERS
 from dtcp.huggingface.recurrent_kernels import (
     causal_conv1d_fn,
     lightning_attention,
@@ -153,6 +154,7 @@ WRITTEN_AGAIN: Mapping[str, Any] = {
     "ZambaMambaMixer": _zamba,
     "RecurrentGemmaRecurrentBlock": _griffin,
     "ZayaCCAProjection": _zaya,
+    **NGRAM_LAYERS,
 }
 """By the name of the class."""
 READ_BY_WEIGHT = ("dt_proj",)

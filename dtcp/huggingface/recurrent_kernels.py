@@ -40,11 +40,13 @@ def _surveyed_conv(
     bias: Tensor | None = None,
     activation: str | None = None,
     *,
+    dilation: int = 1,
     attn_metadata: Any,
     **_: Any,
 ) -> Tensor:
     layer, notes = attn_metadata
-    notes.note_kernel(layer, CONV, CausalConv1d, {"width": weight.shape[1]})
+    spread = {"dilation": dilation} if dilation > 1 else {}
+    notes.note_kernel(layer, CONV, CausalConv1d, {"width": weight.shape[1], **spread})
     return _activated(hidden_states.transpose(1, 2), bias, activation)
 
 
@@ -63,6 +65,25 @@ def _surveyed_previous_token(x: Tensor, *, attn_metadata: Any) -> Tensor:
     layer, notes = attn_metadata
     notes.note_kernel(layer, SHIFT, CausalConv1d, {"width": 2})
     return x
+
+
+def ids_before(ids: Tensor, count: int, none: int, *, attn_metadata: Any) -> Tensor:
+    """Ids of the tokens before each one in its document, the next one first: [B, L] -> [B, L, n].
+
+    Of a layer that is written again. A convolution with one tap a channel, in fp64, where every id
+    is exact; `none` where there is no token.
+    """
+    layer, metadata = attn_metadata
+    x = (ids - none).double()[..., None].expand(*ids.shape, count)
+    taps = torch.eye(count, count + 1, dtype=x.dtype, device=x.device).flip(0)
+    before: Tensor = layer.get_submodule(SHIFT)(x, taps, metadata)
+    return before.long() + none
+
+
+def _surveyed_ids_before(ids: Tensor, count: int, none: int, *, attn_metadata: Any) -> Tensor:
+    layer, notes = attn_metadata
+    notes.note_kernel(layer, SHIFT, CausalConv1d, {"width": count + 1})
+    return ids[..., None].expand(*ids.shape, count)
 
 
 def _activated(x: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -217,6 +238,7 @@ def _not_fused(*_: Any, **__: Any) -> None:
 KERNELS: Mapping[str, Callable[..., Any]] = {
     "causal_conv1d_fn": causal_conv1d_fn,
     "previous_token": previous_token,
+    "ids_before": ids_before,
     "torch_chunk_gated_delta_rule": _delta_rule,
     "chunk_kimi_delta_attention": _delta_rule,
     "mamba2_chunk_scan": _chunk_scan,
@@ -230,6 +252,7 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
 SURVEYED_KERNELS: Mapping[str, Callable[..., Any]] = {
     "causal_conv1d_fn": _surveyed_conv,
     "previous_token": _surveyed_previous_token,
+    "ids_before": _surveyed_ids_before,
     "torch_chunk_gated_delta_rule": _surveyed_delta_rule,
     "chunk_kimi_delta_attention": _surveyed_delta_rule,
     "mamba2_chunk_scan": _surveyed_chunk_scan,

@@ -44,7 +44,7 @@ class SurveyedMixer:
 class KernelNotes(Protocol):
     """Who notes what layers call while they are surveyed."""
 
-    def note_unread(self) -> None:
+    def note_unread(self, module: nn.Module) -> None:
         """A layer receives no metadata."""
         ...
 
@@ -102,7 +102,7 @@ def noting_kernels(model: nn.Module, notes: KernelNotes) -> Iterator[None]:
 def _surveyed(forward: Callable[..., Any], notes: KernelNotes) -> Callable[..., Any]:
     def run(layer: nn.Module, *args: Any, attn_metadata: Any = None, **kwargs: Any) -> Any:
         if attn_metadata is None:
-            notes.note_unread()
+            notes.note_unread(layer)
         return forward(layer, *args, **kwargs, attn_metadata=(layer, notes))
 
     return run

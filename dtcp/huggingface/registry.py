@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dtcp.autocast import as_autocast_casts
+from dtcp.huggingface.block_attention import PickedBlocks
 from dtcp.huggingface.compressed_attention import Compressed, attend_beside_entries
 from dtcp.huggingface.metadata_as_mask import metadata_of_config
 from dtcp.huggingface.own_attention import implementations
 from dtcp.metadata import BatchMetadata
 from dtcp.softmax.latent import LatentMixer
 from dtcp.sparse.mixer import CompressedSparseAttention
+from dtcp.sparse_blocks import SparseBlockAttention
 from dtcp.sparse_latent import SparseLatentAttention
 
 IMPLEMENTATION = "dtcp"
@@ -53,7 +55,7 @@ class AttentionNotes(Protocol):
         arguments: dict[str, Any],
     ) -> Tensor: ...
 
-    def note_unread(self) -> None: ...
+    def note_unread(self, module: nn.Module) -> None: ...
 
 
 def register_attention(survey_mask: Any) -> None:
@@ -103,6 +105,7 @@ def mixer_attention_forward(
     slope: Tensor | None = None,
     selected: Tensor | None = None,
     compressed: Compressed | None = None,
+    picked_blocks: PickedBlocks | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend by the module's mixer, which has the mask and the scale that the survey read.
@@ -115,6 +118,7 @@ def mixer_attention_forward(
         slope: [H], ALiBi's (own_attention.py).
         selected: [B, L, k], the tokens that queries read (picking_attention.py).
         compressed: what is read beside a window of keys (compressed_attention.py).
+        picked_blocks: by what blocks of tokens are picked that are read (block_attention.py).
     Returns:
         [B, L, H, V].
     Raises:
@@ -145,6 +149,9 @@ def mixer_attention_forward(
     if isinstance(mixer, CompressedSparseAttention):
         assert compressed is not None
         return attend_beside_entries(mixer, q, k[:, :, 0], s_aux, compressed, attn_metadata), None
+    if isinstance(mixer, SparseBlockAttention):
+        assert picked_blocks is not None
+        return mixer(q, k, v, picked_blocks.picked_by, attn_metadata), None
     return mixer(q, k, v, attn_metadata, sink=s_aux, bias=position_bias, slope=slope), None
 
 
@@ -200,7 +207,7 @@ def _survey_attention_forward(
     if attn_metadata is None:
         attn_metadata = getattr(attention_mask, RECORDER, None)
         if attn_metadata is not None:
-            attn_metadata.note_unread()
+            attn_metadata.note_unread(module)
     if attn_metadata is None:
         raise UnreadAttentionError(
             f"A model hands keyword arguments of its call on to its attention, got "

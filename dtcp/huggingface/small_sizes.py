@@ -100,12 +100,16 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "mobilebert": {"intra_bottleneck_size": 32},
+    # An end of text that random tokens have, too; n-grams in a layer whose state is linear.
     "qwen4_exp_text": {
-        "indexer_n_heads": 2,
+        "indexer_n_heads": 16,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 8,
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
+        "eos_token_id": 5,
+        "ple_layer_ids": [1],
+        "heads_per_ngram": 2,
     },
     "neomme": {"head_dim": 16},
     "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},

@@ -55,4 +55,5 @@ class ContextParallelConv(ClaimedMixer, CausalConv1d):
     ) -> Tensor:
         self.check_weight(x, weight, bias)
         metadata = self.own(attn_metadata)
-        return causal_conv(x, weight, metadata, bias=bias, groups=self.groups)
+        options = {"groups": self.groups, "dilation": self.dilation}
+        return causal_conv(x, weight, metadata, bias=bias, **options)

@@ -1,4 +1,4 @@
-"""A short causal convolution over a sharded sequence: w - 1 tokens from the left of each segment.
+"""A short causal convolution over a sharded sequence: tokens from the left of each segment.
 
 The exchange is an op of its own; the taps are a sum of w products in plain torch, which the
 compiler fuses with what stands around them.
@@ -28,8 +28,9 @@ def causal_conv(
     *,
     bias: Tensor | None = None,
     groups: Sequence[str] = (),
+    dilation: int = 1,
 ) -> Tensor:
-    """Each channel's own sum over the last w tokens of the document: [B, L, C].
+    """Each channel's own sum over w tokens of the document, the token's own last: [B, L, C].
 
     Sums, and those of gradients, are fp32 at least, and rounded once.
 
@@ -39,8 +40,9 @@ def causal_conv(
         metadata: of the batch.
         bias: [C], of the sum.
         groups: the process group of the sequence; none for whole rows.
+        dilation: d, tokens from one tap to the next.
 
-    Traffic per rank: w - 1 tokens per segment, and as much back.
+    Traffic per rank: (w - 1) * d tokens per segment, and as much back.
     """
     reach = metadata.reach
     line = x.flatten(0, 1)[None] if metadata.in_line else x
@@ -50,7 +52,7 @@ def causal_conv(
             f"{tuple(reach.shape)} tokens with x.shape={tuple(x.shape)}: pass those made "
             f"with this batch."
         )
-    left, count = weight.shape[1] - 1, reach.shape[1]
+    left, count = (weight.shape[1] - 1) * dilation, reach.shape[1]
     # Once for all taps and ranks: gradients of a token's copies are added up, and then rounded.
     line = line.to(accumulation(x.dtype))
     segments = line.unflatten(1, (count, -1))
@@ -58,38 +60,35 @@ def causal_conv(
         halo: Tensor = _halo(line, *metadata.routes, count * left, groups[0], x.dtype)
         halo = halo.unflatten(1, (count, -1)).to(line.dtype)
         line = torch.cat((halo, segments), dim=2)
-        out = _taps(line, weight, reach).flatten(1, 2)
+        out = _taps(line, weight, reach, dilation).flatten(1, 2)
     else:
-        out = _taps(F.pad(segments, (0, 0, left, 0)), weight, reach).flatten(1, 2)
+        out = _taps(F.pad(segments, (0, 0, left, 0)), weight, reach, dilation).flatten(1, 2)
         if groups and left:
-            out = _with_first_tokens(out, line, weight, metadata, groups[0], x.dtype)
+            halo = _halo(line, *metadata.routes, len(metadata.first_slots), groups[0], x.dtype)
+            out = _with_first_tokens(out, halo.to(line.dtype), weight, metadata, dilation)
     out = out if bias is None else out + bias.to(out.dtype)
     return out.reshape(x.shape).to(x.dtype)
 
 
 def _with_first_tokens(
-    out: Tensor,
-    line: Tensor,
-    weight: Tensor,
-    metadata: ConvMetadata,
-    group: str,
-    dtype: torch.dtype,
+    out: Tensor, halo: Tensor, weight: Tensor, metadata: ConvMetadata, dilation: int
 ) -> Tensor:
     """Add what the first tokens of stretches read of the tokens left of them: few, and so apart."""
     reach = metadata.first_reach
-    halo: Tensor = _halo(line, *metadata.routes, metadata.first_slots.shape[0], group, dtype)
-    beyond = F.pad(halo.unflatten(1, reach.shape[1:]), (0, 0, 0, reach.shape[2])).to(line.dtype)
-    return out.index_add(1, metadata.first_slots, _taps(beyond, weight, reach).flatten(1, 2))
+    beyond = F.pad(halo.unflatten(1, reach.shape[1:]), (0, 0, 0, reach.shape[2]))
+    taps = _taps(beyond, weight, reach, dilation).flatten(1, 2)
+    return out.index_add(1, metadata.first_slots, taps)
 
 
-def _taps(line: Tensor, weight: Tensor, reach: Tensor) -> Tensor:
-    """line [B, P, w - 1 + T, C], fp32 at least -> [B, P, T, C]."""
+def _taps(line: Tensor, weight: Tensor, reach: Tensor, dilation: int) -> Tensor:
+    """line [B, P, (w - 1) * d + T, C], fp32 at least -> [B, P, T, C]."""
     width, length = weight.shape[1], reach.shape[2]
-    weight = weight.to(line.dtype)
-    out = line[:, :, width - 1 :] * weight[:, width - 1]
-    for back in range(1, width):
-        tap = line.narrow(2, width - 1 - back, length) * weight[:, width - 1 - back]
-        out = out + tap.where((reach >= back)[..., None], 0)
+    weight, left = weight.to(line.dtype), (width - 1) * dilation
+    out = line[:, :, left:] * weight[:, width - 1]
+    for tap in range(1, width):
+        back = tap * dilation
+        read = line.narrow(2, left - back, length) * weight[:, width - 1 - tap]
+        out = out + read.where((reach >= back)[..., None], 0)
     return out
 
 

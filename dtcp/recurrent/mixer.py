@@ -131,17 +131,23 @@ class GatedLinearAttention(RecurrentMixer):
 
 
 class CausalConv1d(RecurrentMixer):
-    """A convolution of each channel with its own taps, over the last w tokens of a document.
+    """A convolution of each channel with its own taps, over w tokens of a document.
 
     Args:
         width: w, tokens, the token itself included.
+        dilation: d, tokens from one tap to the next: 1 for the last w tokens.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, dilation: int = 1) -> None:
         super().__init__()
-        check_ints("CausalConv1d", least=1, width=width)
-        self.width = width
+        check_ints("CausalConv1d", least=1, width=width, dilation=dilation)
+        self.width, self.dilation = width, dilation
         self.set_metadata_key()
+
+    @property
+    def reach(self) -> int:
+        """Tokens to its left that a token reads from, (w - 1) * d."""
+        return (self.width - 1) * self.dilation
 
     def forward(
         self,
@@ -153,7 +159,8 @@ class CausalConv1d(RecurrentMixer):
     ) -> Tensor:
         """x [B, L, C], weight [C, w], a token's own tap last, and bias [C] -> [B, L, C]."""
         self.check_weight(x, weight, bias)
-        return causal_conv(x, weight, self.own(attn_metadata), bias=bias)
+        metadata: ConvMetadata = self.own(attn_metadata)
+        return causal_conv(x, weight, metadata, bias=bias, dilation=self.dilation)
 
     def check_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Refuse taps of another width than the metadata are of, or of other channels."""
@@ -173,17 +180,17 @@ class CausalConv1d(RecurrentMixer):
                 )
 
     def reads(self) -> tuple[object, ...]:
-        return (*super().reads(), self.width)
+        return (*super().reads(), self.reach)
 
     def whole_row_metadata(self, coords: Coords) -> ConvMetadata:
-        return conv_metadata(coords, self.width, None)
+        return conv_metadata(coords, self.reach + 1, None)
 
     def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = args[0]
         return x
 
     def extra_repr(self) -> str:
-        return f"width={self.width}"
+        return f"width={self.width}, dilation={self.dilation}"
 
 
 def _unit(x: Tensor, length: float = 1.0) -> Tensor:

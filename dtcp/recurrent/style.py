@@ -52,7 +52,7 @@ class RecurrentStyle(MixerStyle):
         self.check(mixer, layout)
         if isinstance(mixer, CausalConv1d):
             nodes = self.ranks_per_node
-            return conv_metadata(coords, mixer.width, layout, rank, ranks_per_node=nodes)
+            return conv_metadata(coords, mixer.reach + 1, layout, rank, ranks_per_node=nodes)
         return delta_metadata(coords, layout, rank, ranks_per_node=self.ranks_per_node)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -165,17 +165,17 @@ class GatedLinearCP(GatedDeltaCP):
 
 @dataclass
 class CausalConvCP(RecurrentStyle):
-    """A causal convolution that brings the w - 1 tokens left of each segment.
+    """A causal convolution that brings the (w - 1) * d tokens left of each segment.
 
     They go straight to whoever holds what follows.
 
     Keyword Args:
         ranks_per_node: neighbours that share a node: what several of them read, as they do where a
-            rank has fewer tokens of a document than w - 1, crosses once.
+            rank has fewer tokens of a document than that, crosses once.
 
-    Traffic per rank, received: (w - 1) * B * C elements for each segment whose left neighbour
-    another rank holds, of Contiguous and HeadTail. Of other layouts: at most (w - 1) * C for each
-    stretch that starts inside of a document. As much back.
+    Traffic per rank, received: (w - 1) * d * B * C elements for each segment whose left neighbour
+    another rank holds, of Contiguous and HeadTail. Of other layouts: at most (w - 1) * d * C for
+    each stretch that starts inside of a document. As much back.
     """
 
     claims: ClassVar[Mapping[type[Mixer], type[ClaimedMixer]]] = {CausalConv1d: ContextParallelConv}
@@ -187,11 +187,11 @@ class CausalConvCP(RecurrentStyle):
         assert isinstance(mixer, CausalConv1d)
         layout, token = mixer.own_layout(layout), shape.token
         if issubclass(layout.kind, SEGMENTED):
-            route = halo_route(layout, mixer.width, rank)
+            route = halo_route(layout, mixer.reach + 1, rank)
             routes = NodeRoutes(route, route[:, :0])
         else:
             stretches = Stretches.of(layout, documents_of(coords))
-            routes = left_routes(stretches, mixer.width - 1, rank, self.ranks_per_node)
+            routes = left_routes(stretches, mixer.reach, rank, self.ranks_per_node)
             token //= shape.batch
         there, back = (
             halo_moved(routes, token, layout.num_shards, rank, reverse=reverse)

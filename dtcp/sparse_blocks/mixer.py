@@ -10,7 +10,7 @@ From Qwen Team 2026, Qwen4-Exp, as of transformers 5.23 (models/qwen4_exp): QSA.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,7 +169,7 @@ class SparseBlockAttention(TokenReader):
         """Refuse what would be broadcast, or read as something else."""
         check_tensor(SUBJECT, shape="[B, L, H, D]", ndim=4, dtypes=FLOATS, q=q, k=k, v=v)
         check_tensor(SUBJECT, shape="[B, L, H, D]", ndim=4, dtypes=FLOATS, index_q=index.q)
-        named = {"index_key": index.key, "index_table": index.table}
+        named: dict[str, Any] = {"index_key": index.key, "index_table": index.table}
         check_tensor(SUBJECT, ndim=3, dtypes=FLOATS, **named)
         tokens, heads = q.shape[:2], k.shape[2]
         of_heads = k.shape[3] == q.shape[3] and v.shape[2] == heads and q.shape[2] % heads == 0

@@ -9,6 +9,7 @@ from dtcp.parallelize.plans.compressed_entries import entries_style
 from dtcp.softmax import AllGatherAttention, RingAttention
 from dtcp.softmax.style import AttentionStyle
 from dtcp.sparse import CompressedSparseCP
+from dtcp.sparse_blocks import SparseBlockCP
 from dtcp.sparse_latent import SparseLatentCP
 
 BRING_ALL = (RingAttention, AllGatherAttention)
@@ -33,7 +34,7 @@ def mixer_styles(
 
 def carried_out_by(
     attention: SurveyedAttention, style: AttentionStyle
-) -> AttentionStyle | SparseLatentCP | CompressedSparseCP:
+) -> AttentionStyle | SparseLatentCP | SparseBlockCP | CompressedSparseCP:
     """What carries out the mixers of a module that was given a strategy, with the options of that.
 
     Raises:
@@ -41,17 +42,18 @@ def carried_out_by(
     """
     if attention.window:
         return entries_style(attention, style)
-    if not attention.num_selected:
+    if not attention.num_selected and not attention.blocks:
         return style
+    kind = SparseBlockCP if attention.blocks else SparseLatentCP
     plain = AttentionStyle()
     if type(style) not in BRING_ALL or (style.tile, style.kernel) != (plain.tile, plain.kernel):
         raise ValueError(
             f"An indexer may pick any token of a document up to the query's, so {attention.name} "
-            f"brings the latents of all of these (SparseLatentCP), got {style}: give "
+            f"brings the {kind.summed} of all of these ({kind.__name__}), got {style}: give "
             f"RingAttention() or AllGatherAttention(), without tile and kernel, or leave attention "
             f"out."
         )
-    return SparseLatentCP(
+    return kind(
         boundary=style.boundary,
         ranks_per_node=style.ranks_per_node,
         reduce_dtype=style.reduce_dtype,
