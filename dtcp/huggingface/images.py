@@ -39,6 +39,9 @@ IMAGES = (
 )
 """Arguments of images and videos, which have no sequence of tokens."""
 
+PER_LAYER = ("per_layer_inputs", "ple_input_ids")
+"""Arguments of a language model with what its layers look up for each token, or look it up by."""
+
 
 @dataclass(frozen=True, eq=False)
 class CutMetadata(AttentionMetadata):
@@ -184,7 +187,7 @@ def _on_shard(text: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any)
     )
     if embeds.shape[1] == cut.shard_len(metadata):
         return forward(*args, **kwargs)
-    tokens = ("inputs_embeds", "position_ids", "visual_pos_masks", "per_layer_inputs", "ple_input_ids")
+    tokens = ("inputs_embeds", "position_ids", "visual_pos_masks", *PER_LAYER)
     whole = {key: kwargs.get(key) for key in tokens}
     dims = {"position_ids": -1}
     kwargs |= {key: cut(x, metadata, dims.get(key, 1)) for key, x in whole.items() if x is not None}

@@ -18,7 +18,7 @@ class ContextParallelSparseBlocks(BringsTokens, SparseBlockAttention):
         metadata: BlocksInSight = self.own(attn_metadata)
         if not metadata.in_line:
             return self.attend(q, k, v, index, metadata)
-        parts = {"q": on_line(index.q), "key": on_line(index.key), "table": on_line(index.table)}
-        line = index._replace(**parts)
+        q_line, key, table = on_line(index.q), on_line(index.key), on_line(index.table)
+        line = BlockIndex(q_line, key, table, index.finish)
         out = self.attend(on_line(q), on_line(k), on_line(v), line, metadata)
         return out.view(*q.shape[:3], -1)

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.grouped_linear import grouped_linear
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.recurrent.mixer import CausalConv1d, GatedDeltaRule, GatedLinearAttention
 from dtcp.sequence.documents import Documents
 from dtcp.sequence.masks import AttentionChunks, Causal, SlidingWindow
 from dtcp.softmax.mixer import CrossAttention, LatentAttention, SoftmaxAttention
+from dtcp.sparse_blocks import BlockIndex, SparseBlockAttention
 from dtcp.sparse_latent import LightningIndexer, SparseLatentAttention
 
 DOCUMENTS = Documents(((70, 1, 120), (200,)), 200)
@@ -67,6 +69,7 @@ def mixer_cases() -> dict[str, MixerCase]:
         "chunks": MixerCase(SoftmaxAttention(Causal() & AttentionChunks(48)), QKV),
         "latents": MixerCase(LatentAttention(Causal()), latent),
         "picked latents": MixerCase(PickedLatents(), picked),
+        "picked blocks": MixerCase(PickedBlocks(), QKV),
         "cross attention": MixerCase(CrossAttention(), cross, memory=True),
         "delta rule": MixerCase(
             GatedDeltaRule(), {**STATE, "g": BY_HEAD, "beta": BY_HEAD}, prepared=forget
@@ -95,6 +98,20 @@ class PickedLatents(nn.Module):
         index_q, weight = q[..., -64:], q[..., 0].sigmoid()
         selected = self.indexer(index_q, weight, key_rotary, attn_metadata)
         return self.attention(q, latent, key_rotary, up, selected, attn_metadata)
+
+
+class PickedBlocks(nn.Module):
+    """Attention to 6 blocks of 8 tokens, picked by a part of queries and keys in a wide dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = SparseBlockAttention(6, 8)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_metadata: Any) -> Tensor:
+        wide, key = accumulation(q.dtype), k[:, :, 0]
+        table = key[..., :1].to(wide)
+        index = BlockIndex(q[..., :32].to(wide), key[..., :32].to(wide), table, torch.add)
+        return self.attention(q, k, v, index, attn_metadata)
 
 
 class Experts(nn.Module):

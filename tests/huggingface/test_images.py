@@ -12,7 +12,9 @@ from dtcp.check.true_fp64 import TrueFP64
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.huggingface import causal_lm_loss, shard_hf_batch, survey
 from dtcp.huggingface.images import IMAGES
+from dtcp.huggingface.plain_torch import without_gpu_kernels
 from dtcp.huggingface.read_mask import read_block_mask
+from dtcp.huggingface.small_sizes import FAMILIES
 from dtcp.parallelize import Compile, parallelize_hf
 from dtcp.sequence.masks import BlockBidirectional, Causal, SlidingWindow
 from tests.harness.hf_models import SHAPE, WINDOWS
@@ -89,6 +91,38 @@ CONFIGS = {
         "vision_start_token_id": 62,
         "vision_end_token_id": 63,
     },
+    "qwen4_exp": {
+        "text_config": {
+            **SHAPE,
+            **FAMILIES["qwen4_exp_text"],
+            "layer_types": ["linear_attention", "indexed_attention"],
+            **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "hc_count": 2,
+            "hc_lowrank": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24),
+            "ple_embed_dim": 16,
+            "ple_conv_kernel_size": 2,
+            "split_ngram_parts": 4,
+            "ngram_vocab_size_base": 64,
+            "make_ngram_vocab_size_divisible_by": 8,
+        },
+        "vision_config": {
+            **VISION,
+            "depth": 2,
+            "num_heads": 4,
+            "patch_size": 4,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+        },
+        "image_token_id": IMAGE,
+        "video_token_id": 61,
+        "vision_start_token_id": 62,
+        "vision_end_token_id": 63,
+    },
     "mistral3": {
         "text_config": {**SHAPE, "model_type": "mistral", "sliding_window": 7},
         "vision_config": {**VISION, **LAYERS, "model_type": "pixtral", "head_dim": 8},
@@ -100,10 +134,13 @@ CONFIGS = {
 
 def build(kind):
     config = AutoConfig.for_model(kind, **CONFIGS[kind])
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad(), without_gpu_kernels():
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
         model = model.double()
+        if getattr(model.config.get_text_config(), "num_experts", 0):
+            # torch 2.13 has no grouped matmul in fp64.
+            model.set_experts_implementation("batched_mm")
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.train()
@@ -119,7 +156,7 @@ def a_batch(kind):
     mask = torch.ones_like(input_ids)
     mask[1, 22:] = 0
     batch = {"input_ids": input_ids, "labels": input_ids.clone(), "attention_mask": mask}
-    if kind == "qwen3_vl":
+    if kind in ("qwen3_vl", "qwen4_exp"):
         pixels = torch.randn(ROWS * 16, 3 * 2 * 16, generator=generator, dtype=torch.float64)
         grid = torch.tensor([[1, 4, 4]] * ROWS)
         return {

@@ -42,6 +42,7 @@ from dtcp.softmax.mixer import SoftmaxAttention
 from dtcp.softmax.moves import AttentionShape
 from dtcp.sparse import CompressedSparseCP
 from dtcp.sparse.mixer import CompressedSparseAttention
+from dtcp.sparse_blocks import SparseBlockAttention, SparseBlockCP
 from dtcp.sparse_latent import SparseLatentAttention, SparseLatentCP
 from tests.harness import packings
 from tests.harness.attention_parity import (
@@ -417,6 +418,7 @@ EVERY_STYLE = {
     HaloAttention: SoftmaxAttention(WINDOW.mask),
     CompressedSparseCP: CompressedSparseAttention(4, None, scale=1.0),
     SparseLatentCP: SparseLatentAttention(),
+    SparseBlockCP: SparseBlockAttention(2, 3),
     GatedDeltaCP: GatedDeltaRule(),
     GatedLinearCP: GatedLinearAttention(),
     CausalConvCP: CausalConv1d(4),
