@@ -141,11 +141,7 @@ def mixer_attention_forward(
         if mixer.wide:
             # Gradients of latents are summed in the dtype that they have.
             k, v = (x.transpose(1, 2) for x in (key, value))
-        # In the places of keys and values, latents and rotary keys (latents.py).
-        operands = q, k[:, :, 0], v[:, :, 0], _up_projection(module, q)
-        if isinstance(mixer, SparseLatentAttention):
-            return mixer(*operands, selected, attn_metadata, sink=s_aux), None
-        return mixer(*operands, attn_metadata), None
+        return _attend_to_latents(module, mixer, (q, k, v), selected, s_aux, attn_metadata), None
     if isinstance(mixer, CompressedSparseAttention):
         assert compressed is not None
         return attend_beside_entries(mixer, q, k[:, :, 0], s_aux, compressed, attn_metadata), None
@@ -153,6 +149,24 @@ def mixer_attention_forward(
         assert picked_blocks is not None
         return mixer(q, k, v, picked_blocks.picked_by, attn_metadata), None
     return mixer(q, k, v, attn_metadata, sink=s_aux, bias=position_bias, slope=slope), None
+
+
+def _attend_to_latents(
+    module: nn.Module,
+    mixer: LatentMixer,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    selected: Tensor | None,
+    sink: Tensor | None,
+    attn_metadata: BatchMetadata,
+) -> Tensor:
+    """[B, L, H, V], of latents and rotary keys in the places of keys and values (latents.py)."""
+    q, k, v = qkv
+    operands = q, k[:, :, 0], v[:, :, 0], _up_projection(module, q)
+    if isinstance(mixer, SparseLatentAttention):
+        picking: Tensor = mixer(*operands, selected, attn_metadata, sink=sink)
+        return picking
+    out: Tensor = mixer(*operands, attn_metadata)
+    return out
 
 
 def _not_by_metadata_alone(

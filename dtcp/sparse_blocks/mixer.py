@@ -8,7 +8,6 @@ complete block, itself included.
 From Qwen Team 2026, Qwen4-Exp, as of transformers 5.23 (models/qwen4_exp): QSA.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from dtcp.kernels.dtypes import accumulation
 from dtcp.metadata import BatchMetadata
-from dtcp.sequence.arguments import FLOATS, check_ints, check_tensor
+from dtcp.sequence.arguments import FLOATS, check_ints, check_scale, check_tensor
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.masks import Causal
@@ -61,12 +60,12 @@ class SparseBlockAttention(TokenReader):
     def __init__(self, num_blocks: int, block_len: int, *, scale: float | None = None) -> None:
         super().__init__()
         check_ints(SUBJECT, least=1, num_blocks=num_blocks, block_len=block_len)
-        if scale is not None and not math.isfinite(scale):
-            raise ValueError(
-                f"Scores are scaled by a finite number, got scale={scale}: give one, or None."
-            )
         self.num_blocks, self.block_len, self.scale = num_blocks, block_len, scale
         self.set_metadata_key()
+
+    def check_setting(self, name: str, value: Any) -> None:
+        if name == "scale" and value is not None:
+            check_scale(value)
 
     def reads(self) -> tuple[object, ...]:
         return (self.block_len,)
@@ -151,17 +150,15 @@ class SparseBlockAttention(TokenReader):
 
     def tokens_of(self, picked: Tensor, metadata: BlocksInSight) -> Tensor:
         """The tokens of picked blocks [B, L, k], ascending then -1, and those behind the last."""
-        length, device = self.block_len, picked.device
+        length = self.block_len
         of_row = picked.clamp(min=0).flatten(1).long()
         start = metadata.start.gather(1, of_row).view_as(picked)
-        place = (start[..., None] + torch.arange(length, dtype=torch.int32, device=device)).flatten(
-            2
-        )
+        room = (picked.shape[-1] + 1) * length - 1
+        slot = torch.arange(room, dtype=torch.int32, device=picked.device)
+        place = (start[..., None] + slot[:length]).flatten(2)
         low, high = metadata.tokens.run.split(1, dim=-1)
         behind = (high - low) % length
-        number = (picked >= 0).sum(-1, keepdim=True, dtype=torch.int32) * length
-        room = place.shape[-1] + length - 1
-        slot = torch.arange(room, dtype=torch.int32, device=device) - number
+        slot = slot - (picked >= 0).sum(-1, keepdim=True, dtype=torch.int32) * length
         last = torch.where(slot < behind, high - behind + slot, -1)
         return torch.where(slot < 0, F.pad(place, (0, length - 1)), last)
 

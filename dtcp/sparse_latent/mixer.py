@@ -39,7 +39,7 @@ class TokenReader(Mixer):
         return TokensInSight.of_whole_rows(KeyIntervals.of(Causal(), coords))
 
     def bring(self, rows: Tensor, metadata: TokensInSight, dtype: torch.dtype) -> Tensor:
-        """Rows [B, L, 1, W] of all tokens in sight, [B, K, 1, W], in their order; here: all are.
+        """Rows [B, L, G, W] of all tokens in sight, [B, K, G, W], in their order; here: all are.
 
         Args:
             dtype: in which they travel.

@@ -61,6 +61,8 @@ class PickedTokensCP(MixerStyle):
     """
 
     layouts: ClassVar[tuple[type[SequenceLayout], ...]] = ALL_LAYOUTS
+    summed: ClassVar[str]
+    """What has gradients, in words."""
     reduce_dtype: torch.dtype | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -70,9 +72,6 @@ class PickedTokensCP(MixerStyle):
                 f"{type(self).__name__} sums gradients of {self.summed} in the model's dtype or in "
                 f"fp32, got reduce_dtype={self.reduce_dtype!r}: give it None or torch.float32."
             )
-
-    summed: ClassVar[str]
-    """What has gradients, in words."""
 
     def tokens_in_sight(
         self, mixer: Mixer, coords: Coords, layout: SequenceLayout, rank: int
