@@ -35,11 +35,10 @@ def _attend_to_blocks(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Any = None,
-    past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Qwen4ExpTextAttention."""
-    check_no_cache(self, past_key_values)
+    check_no_cache(self, kwargs)
     projections = self.q_proj, self.k_proj, self.v_proj
     q, k, v = (x(hidden_states).unflatten(-1, (-1, self.head_dim)) for x in projections)
     q, gate = q.unflatten(2, (-1, 2)).unbind(3)

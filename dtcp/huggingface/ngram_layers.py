@@ -19,13 +19,13 @@ def _qwen4_exp(
     self: Any,
     hidden_states: Tensor,
     input_ids: Tensor,
-    past_key_values: Any = None,
+    cache: Any = None,
     *,
     attn_metadata: Any,
     **_: Any,
 ) -> Tensor:
     """Qwen4ExpTextPLELayer, whose module of n-grams keeps the ids of a cache."""
-    check_no_cache(self, past_key_values)
+    check_no_cache(self, {"cache": cache})
     table, streams = self.ple_embedding, (self.hc_count, self.hidden_size)
     ids, end = input_ids.long(), table.eos_token_id
     before = ids_before(ids, table.ngram_size - 1, end, attn_metadata=attn_metadata)
