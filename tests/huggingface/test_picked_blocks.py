@@ -30,7 +30,17 @@ KIND, END = "qwen4_exp_text", 5
 # With so many heads of the indexer no score is 0 (small_sizes.py): torch.topk picks any of equal
 # ones, and a mixer the first. Halos of the n-grams' convolution, 3 x 2, are shorter than segments.
 CHECKED = CheckedHuggingFaceModel(
-    KIND, {"ple_conv_kernel_size": 3, "hc_count": 2, "output_gate_type": "sigmoid"}
+    KIND,
+    {
+        "ple_conv_kernel_size": 3,
+        "hc_count": 2,
+        "output_gate_type": "sigmoid",
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+        },
+    },
 )
 
 
@@ -51,8 +61,8 @@ def test_model_that_picks_blocks_equals_the_unmodified_one(mesh, ranks):
     there = result.by_op["dtcp::gather_shared_kv"]
     back = result.by_op["dtcp::gather_shared_kv_backward"]
     assert (there.calls, back.calls) == (2, 1)
-    # 8 channels of a key and 2 of its rotary tables; 2 heads of 8 + 8.
-    of_index, of_attention = (8 + 2) * 8, 2 * (8 + 8) * 8
+    # 8 channels of a key and 4 of rotary tables, that is half of each; 2 heads of 8 + 8.
+    of_index, of_attention = (8 + 4) * 8, 2 * (8 + 8) * 8
     assert there.received % (of_index + of_attention) == back.received % of_attention == 0
     assert there.received > 0
 
