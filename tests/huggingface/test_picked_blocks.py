@@ -3,6 +3,8 @@
 Held against themselves on one device in fp64, one document at a time.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -47,7 +49,10 @@ CHECKED = CheckedHuggingFaceModel(
 def assert_step_equal(degrees, layout=HeadTail, *, compile=None, ranks_per_node=0):
     """Assert that loss and every gradient on packed rows are those of one device."""
     mesh = ParallelMesh.from_degrees(degrees, "cpu", ranks_per_node=ranks_per_node)
-    result = compare(CHECKED, CheckOptions(degrees, layout=layout, seq_len=72), mesh, compile)
+    options = CheckOptions(degrees, layout=layout, seq_len=72)
+    # The square root of a gate makes much of what norms in fp32 round. Graphs have their own casts.
+    with TrueFP64() if compile is None else nullcontext():
+        result = compare(CHECKED, options, mesh, compile)
     wrong = {name: error for name, error in result.errors.items() if not error <= 1e-5}
     assert not wrong, wrong
     return result
