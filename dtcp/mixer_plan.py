@@ -25,7 +25,8 @@ def apply_plan(
 
     Args:
         mesh: the 1-D axis of the sequence (or the 2-D mesh of it and the heads' axis); None or
-            one rank: the model runs as it is, the plan is checked all the same.
+            one rank: the model runs as it is, by the kernels that the plan names; the plan is
+            checked all the same.
     Raises:
         ValueError: a key without a match, an unclaimed mixer, ranks that disagree on nodes, or
             losses of routers that do not know the ranks of a batch (`parallelize` tells them).
@@ -47,7 +48,17 @@ def apply_plan(
         _warn_of_dropout(model)
         _check_nodes(mesh, plan.values())
         parallelize_module(model, mesh, dict(plan))
+    else:
+        _apply_whole(model, plan)
     return model
+
+
+def _apply_whole(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> None:
+    """Let one device compute as ranks would: a kernel that is named is the same on any mesh."""
+    for key, style in plan.items():
+        if isinstance(style, MixerStyle):
+            for mixer in find(model, [key]).values():
+                style.apply_whole(mixer)
 
 
 def on_nodes(plan: Mapping[str, ParallelStyle], ranks_per_node: int) -> dict[str, ParallelStyle]:

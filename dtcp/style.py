@@ -121,6 +121,9 @@ class MixerStyle(ParallelStyle):
         check_ranks_per_node(type(self).__name__, axis.size(), self.ranks_per_node)
         return [group_name(axis)]
 
+    def apply_whole(self, mixer: nn.Module) -> None:
+        """Where one device holds rows whole: pass on what the style says of computing alone."""
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         kinds = " or ".join(kind.__name__ for kind in self.claims)
         if isinstance(module, ClaimedMixer):

@@ -210,6 +210,10 @@ class AttentionStyle(MixerStyle):
                 f"these."
             )
 
+    def apply_whole(self, mixer: nn.Module) -> None:
+        if self.kernel != AUTO and isinstance(mixer, MaskedMixer):
+            mixer.kernel = self.kernel
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if type(module) is KeysFromValues:
             self.check_values_only()
@@ -220,8 +224,7 @@ class AttentionStyle(MixerStyle):
         install_attention_rules(self.op)
         claimed = super()._apply(module, device_mesh)
         if isinstance(claimed, MaskedMixer):
-            if self.kernel != AUTO:
-                claimed.kernel = self.kernel
+            self.apply_whole(claimed)
             # All heads read a latent, so that ranks of their axis sum its gradients as well.
             of_heads = isinstance(claimed, LatentAttention)
             claimed.wide = self.sums_wide(device_mesh.size(None if of_heads else 0))
