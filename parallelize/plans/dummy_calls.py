@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtcp.huggingface.distance_bias import BIASES
 from dtcp.huggingface.own_attention import own_values, written_again
+from dtcp.parallelize.tensor_parallel import MEMORY
 
 TABLES, POSITIONS = "position_embeddings", "position_ids"
 """The arguments with cosines and sines of positions, and with positions."""
@@ -23,7 +25,8 @@ OF_ONE_HEAD = re.compile(r"head_(dim|size)$")
 def dummy_calls(
     forward: Any, module: Any, tokens: int, width: int, rotary: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Arguments to call a forward with: tokens where it needs such, else nothing.
+    """Arguments to call a forward with: tokens where it needs such, else nothing, or tokens of
+    another sequence.
 
     Args:
         width: channels of a token.
@@ -38,21 +41,17 @@ def dummy_calls(
             shape = 1, tokens, width
             call[each.name] = torch.randn(shape, requires_grad=True) if is_tensor else None
     if "layer_idx" in call:
-        call["layer_idx"] = module.layer_idx
+        call["layer_idx"] = getattr(module, "layer_idx", None)
     names = {each.name for each in named}
     if POSITIONS in names:
         call[POSITIONS] = torch.arange(tokens)[None]
-    if TABLES not in names:
-        yield call
-        return
-    for wide in rotary:
-        yield {**call, TABLES: tuple(torch.randn(2, 1, tokens, wide).unbind())}
-    yield call
-
-
-def place_of(forward: Any, argument: str) -> int:
-    """Where an argument stands among those of a forward, behind the module itself."""
-    return list(inspect.signature(forward).parameters).index(argument) - 1
+    # Else they would be looked up for all pairs of tokens.
+    call |= {name: torch.zeros(()) for name in BIASES if name in names - call.keys()}
+    tables = [tuple(torch.randn(2, 1, tokens, wide).unbind()) for wide in rotary]
+    with_tables = [{TABLES: each} for each in tables if TABLES in names]
+    others = torch.randn(1, tokens - 2, width, requires_grad=True)
+    for beside in ({}, *({name: others} for name in MEMORY if name in names)):
+        yield from ({**call, **beside, **each} for each in (*with_tables, {}))
 
 
 def rotary_widths(model: nn.Module) -> list[int]:

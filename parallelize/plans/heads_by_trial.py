@@ -10,27 +10,27 @@ part of what they are handed on one device, and all else what it is there.
     in groups    [queries that share a key, key, value]
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
+from dtcp.huggingface.distance_bias import TABLE, biased_attentions
 from dtcp.parallelize.plans.adapters import adapted_layers
 from dtcp.parallelize.plans.dummy_calls import (
     dummy_calls,
     dummy_tensors,
     is_elementwise,
-    place_of,
     sizes_of_heads,
 )
 from dtcp.parallelize.plans.recurrent_heads import ROWS, norm_of_parts
-from dtcp.parallelize.plans.stand_in_run import StandInRun, everything, forward_of
+from dtcp.parallelize.plans.stand_in_run import StandInRun, calls_registry, forward_of
 from dtcp.parallelize.tensor_parallel import (
-    MEMORY,
     WHOLE_FOR_HEADS,
     Conv1DRows,
     Conv1DSum,
@@ -51,31 +51,38 @@ Styles = dict[str, ParallelStyle]
 Segments = tuple[Segment, ...]
 
 
-def styles_by_trial(module: nn.Module, tp: int, rotary: Sequence[int], *, heads: bool) -> Styles:
+def styles_by_trial(
+    module: nn.Module, tp: int, rotary: Sequence[int], parts: Sequence[str] = ("",)
+) -> Styles:
     """Styles of a module and of those in it, by name; empty where it stays whole.
 
     Args:
         rotary: widths that tables of positions may have.
-        heads: whether it attends.
+        parts: modules in it, by name, whose layers are split as one; all else stays whole.
     """
-    layers = adapted_layers(module, lambda x: isinstance(x, nn.Linear) or is_conv1d(x))
-    if not 2 <= len(layers) <= MOST_LAYERS or reads_its_class(type(module).forward):
+    linear = adapted_layers(module, lambda x: isinstance(x, nn.Linear) or is_conv1d(x))
+    layers = {name: x for name, x in linear.items() if _is_in(name, parts)}
+    heads = any(calls_registry(x) for name, x in module.named_modules() if _is_in(name, parts))
+    if not 2 <= len(layers) <= MOST_LAYERS:
         return {}
     width = _shape(next(iter(layers.values())))[1]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        for call in dummy_calls(forward_of(module), module, TOKENS, width, rotary):
-            for down in reversed(list(layers)):
-                # Code of others, called as nobody promised that it could be: any class may come,
-                # and each gives the same answer, that nothing is known of it. It then stays whole
-                # on each rank of tp, which is exact, and a warning says so.
-                try:
-                    styles = _Trial(module, layers, down, call, tp, heads=heads).styles()
-                except Exception:  # noqa: BLE001
-                    continue
-                if styles:
-                    return styles
+        calls = dummy_calls(forward_of(module), module, TOKENS, width, rotary)
+        for call, pairs, down in product(calls, (True, False), reversed(list(layers))):
+            # Code of others, called as nobody promised that it could be: any class may come, and
+            # each gives the same answer, that nothing is known of it. It then stays whole on each
+            # rank of tp, which is exact, and a warning says so.
+            try:
+                trial = _Trial(module, layers, down, call, tp, heads=heads, pairs=pairs)
+                return trial.styles(parts)
+            except Exception:  # noqa: BLE001
+                continue
     return {}
+
+
+def _is_in(name: str, parts: Sequence[str]) -> bool:
+    return any(not part or f"{name}.".startswith(f"{part}.") for part in parts)
 
 
 def _shape(layer: Any) -> tuple[int, int]:
@@ -108,8 +115,10 @@ class _Trial:
         tp: int,
         *,
         heads: bool,
+        pairs: bool,
     ) -> None:
         self.module, self.layers, self.down, self.call, self.tp = module, layers, down, call, tp
+        self.pairs = pairs
         self.ups = [name for name in layers if name != down]
         # Small and positive: no activation is flat there.
         self.outputs = {
@@ -117,7 +126,7 @@ class _Trial:
             for name, layer in layers.items()
         }
         self.own = dummy_tensors(module)
-        self.whole = StandInRun(self.outputs, down, everything, own=self.own)
+        self.whole = StandInRun(self.outputs, None, self.own, pairs=pairs)
         self.result = self.whole.run(module, **call)
         whole, around = self.whole, [x for x in call.values() if isinstance(x, Tensor)]
         around = [x for x in around if x.requires_grad]
@@ -130,19 +139,21 @@ class _Trial:
         if any(self._depends(x, [self.outputs[name] for name in self.ups]) for x in whole.others):
             raise _NotSplit
 
-    def styles(self) -> Styles:
+    def styles(self, parts: Sequence[str]) -> Styles:
         """Styles by name in the module, which has the name ""."""
         segments = {name: self._segments(name) for name in self.ups}
         if all(each[0].pieces == 1 and len(each) == 1 for each in segments.values()):
             raise _NotSplit
         split = self._head_split(segments)
-        own_parameters = {name for name, _ in self.module.named_parameters(recurse=False)}
-        styles: Styles = {"": self._container(split, own_parameters)}
-        styles |= {name: self._of_rows(name, parts) for name, parts in segments.items()}
+        styles = {name: self._of_rows(name, parts) for name, parts in segments.items()}
         down = self.layers[self.down]
         styles[self.down] = Conv1DSum() if is_conv1d(down) else RowwiseParallel()
-        styles |= {name: self._other(name, kind) for name, kind in split.inputs.items()}
-        return styles
+        others = {name: self._other(name, kind) for name, kind in split.inputs.items()}
+        # Those that are in no part have styles of their own, for what is whole.
+        if any(x != LocalParams() for name, x in others.items() if not _is_in(name, parts)):
+            raise _NotSplit
+        styles |= {name: x for name, x in others.items() if _is_in(name, parts)}
+        return styles | self._containers(split, styles) | self._table()
 
     def _segments(self, name: str) -> Segments:
         """The parts of a layer's rows, and who has which."""
@@ -251,7 +262,7 @@ class _Trial:
         own = dict(self.own)
         own |= {name: _part(own[name], dim, rank, tp) for name, dim in cut_dims.items()}
         attended = None if whole.attended is None else _part(whole.attended, 2, rank, tp)
-        run = StandInRun(outputs, self.down, everything, attended, {**own, **sizes})
+        run = StandInRun(outputs, attended, {**own, **sizes}, pairs=self.pairs)
         try:
             with torch.no_grad():
                 result = run.run(self.module, **self.call)
@@ -268,36 +279,39 @@ class _Trial:
         if not _same_arguments(run, whole, rank, tp):
             return None
         inputs = {name: _kind(x, whole.inputs[name], rank, tp) for name, x in run.inputs.items()}
-        del inputs[self.down]
         return None if None in inputs.values() else {n: x or "" for n, x in inputs.items()}
 
-    def _container(self, split: _HeadSplit, parameters: set[str]) -> ParallelStyle:
-        forward, cut_dims = forward_of(self.module), split.cut_dims
-        tokens = {name: x for name, x in self.call.items() if isinstance(x, Tensor)}
-        reads = {
-            name: next((arg for arg, x in tokens.items() if x is self.whole.reads[name]), "")
-            for name in self.ups
-            if not self._depends(self.whole.reads[name], [self.outputs[n] for n in self.ups])
-        }
-        arguments = sorted(set(reads.values()))
-        alone = "" not in arguments and not self._depends(
-            self.result, [tokens[name] for name in arguments]
-        )
-        if not alone and any("." in name for name in reads):
-            raise _NotSplit
-        # Tokens of another sequence are read by heads alone, where there are any.
-        arguments += [name for name in MEMORY if name in inspect.signature(forward).parameters]
-        dims = {name: dim for name, dim in cut_dims.items() if name in parameters}
-        if dims.keys() != parameters:
-            raise _NotSplit
-        heads = self._heads()
-        return HeadsOfLayer(
-            dims,
-            split.sizes,
-            {name: (Segment(heads, heads),) for name in cut_dims if name not in parameters},
-            {name: place_of(forward, name) for name in arguments} if alone else False,
-            () if alone else tuple(reads),
-        )
+    def _containers(self, split: _HeadSplit, styles: Styles) -> Styles:
+        """Of modules around layers, which read copies; a layer by itself copies what it reads."""
+        inside = [self.outputs[name] for name in self.ups]
+        sizes, cut_dims, heads = split.sizes, split.cut_dims, self._heads()
+        readers: dict[str, list[str]] = {"": []} if sizes or cut_dims else {}
+        for name in self.ups:
+            if not self._depends(self.whole.reads[name], inside):
+                readers.setdefault(name.rpartition(".")[0], []).append(name)
+        containers: Styles = {}
+        for parent, names in readers.items():
+            module = self.module.get_submodule(parent)
+            of_heads = cut_dims if parent == "" else {}
+            of_rank = sizes if parent == "" else {}
+            if len(names) == 1 and not of_heads and not of_rank and styles[names[0]] == ROWS:
+                containers[names[0]] = ColwiseParallel()
+                continue
+            own = {name for name, _ in module.named_parameters(recurse=False)}
+            dims = {name: dim for name, dim in of_heads.items() if name in own}
+            runs = all(parent in self.whole.within[name] for name in names)
+            if dims.keys() != own or not runs or reads_its_class(type(module).forward):
+                raise _NotSplit
+            buffers = {name: (Segment(heads, heads),) for name in of_heads if name not in own}
+            inner = tuple(name.rpartition(".")[2] for name in names)
+            containers[parent] = HeadsOfLayer(dims, of_rank, buffers, False, inner)
+        return containers
+
+    def _table(self) -> Styles:
+        """Of a table of biases with a column for each head."""
+        is_known = self.module in biased_attentions(self.module) and hasattr(self.module, TABLE)
+        shape = self.module.get_parameter(f"{TABLE}.weight").shape if is_known else (0, 0)
+        return {TABLE: LocalParams(Shard(1))} if shape[1] == self._heads() > 0 else {}
 
     def _of_rows(self, name: str, parts: Segments) -> ParallelStyle:
         layer = self.layers[name]

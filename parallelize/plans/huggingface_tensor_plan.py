@@ -25,15 +25,7 @@ from dtcp.parallelize.plans.forward_code import (
     reads_weights,
     reads_weights_elsewhere,
 )
-from dtcp.parallelize.plans.inferred_heads import (
-    BIAS_OF_HEADS,
-    COLWISE,
-    ROWWISE,
-    WHOLE,
-    inferred_blocks,
-    inferred_heads,
-)
-from dtcp.parallelize.plans.latent_heads import latent_heads
+from dtcp.parallelize.plans.latent_heads import COLWISE, ROWWISE, WHOLE, latent_heads
 from dtcp.parallelize.plans.recurrent_heads import recurrent_heads
 from dtcp.parallelize.plans.units_by_trial import beside_experts, units_by_trial
 from dtcp.parallelize.tensor_parallel import (
@@ -87,13 +79,11 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     latent_roles, containers = latent_heads(modules, tp)
     heads = recurrent_heads(model, modules, tp)
     roles |= latent_roles
-    roles |= inferred_heads(model, modules, roles, tp)
     _, missing = _styles(model, parts, roles, heads, tp)
     beside = beside_experts(modules, roles, EXPERTS)
-    tried = units_by_trial(model, modules, owners, (*missing, *beside), tp)
+    tried = units_by_trial(model, modules, owners, missing, beside, tp)
     heads |= tried
     roles |= dict.fromkeys((name for name in owners if adapted(name)[0] in tried), "")
-    roles |= inferred_blocks(modules, {**roles, **dict.fromkeys(heads, WHOLE)}, tp)
     plan, missing = _styles(model, parts, roles, heads, tp)
     for name in owners:
         if units[name] in missing and roles[name] != EXPERTS:
@@ -107,7 +97,8 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     readers = (name for name in modules if name and reads_weights(modules[name]))
     plan |= {name: LocalParams() for name in readers if name not in plan}
     _say_what_is_whole(missing, modules, tp)
-    return {**_shared_inputs(plan), **plan}
+    by_role = {name: style for name, style in plan.items() if name not in heads}
+    return {**_shared_inputs(by_role), **plan}
 
 
 @dataclass(frozen=True)
@@ -256,8 +247,8 @@ def _style(
         return ReplicatedParams(Shard(HEADS))
     if role in (COLWISE, ROWWISE):
         return ColwiseParallel() if role == COLWISE else RowwiseParallel()
-    if role in (WHOLE, BIAS_OF_HEADS):
-        return LocalParams(Shard(1)) if role == BIAS_OF_HEADS else LocalParams()
+    if role == WHOLE:
+        return LocalParams()
     on_top = "." not in name and module is not model.base_model
     if (beside_experts or on_top) and not role:
         # A router, a shared expert that the plan does not split, or the head of a classifier: on

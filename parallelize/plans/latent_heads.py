@@ -14,9 +14,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from dtcp.huggingface.latents import makes_keys_of_latents
 from dtcp.huggingface.picking_attention import OWN_INDEXER
 from dtcp.huggingface.recurrent_layers import kernel_names
-from dtcp.parallelize.plans.inferred_heads import COLWISE, ROWWISE, WHOLE
 from dtcp.parallelize.tensor_parallel import LatentHeads
 
+COLWISE, ROWWISE, WHOLE = "colwise", "rowwise", "whole"
 OF_HEADS = ("q_proj", "q_b_proj", "q_gate_proj", "kv_b_proj", "g_proj", "gate_proj")
 OF_LATENTS = (
     *("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm"),

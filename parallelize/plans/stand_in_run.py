@@ -7,7 +7,7 @@ numbers, the first argument comes back; attention gives random numbers by heads.
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import FunctionType, MappingProxyType, MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -21,16 +21,6 @@ from dtcp.parallelize.tensor_parallel import ChangedConfig, of_config
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 """Where the forward of an attention module of transformers finds what attends."""
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-Part = Callable[[Tensor, int], Tensor]
-"""What a rank has of a tensor that is split in a dim."""
-
-
-def everything(x: Tensor, _: int) -> Tensor:
-    """The part of one device."""
-    return x
-
 
 class StandInRun:
     """One run of a module with stand-ins, as one rank would run it, and what they were handed.
@@ -38,30 +28,29 @@ class StandInRun:
     Args:
         outputs: whole outputs of layers, [tokens, channels], by their names in the module; there
             are enough of them for any input.
-        down: of these, the name of the one that reads all of its inputs, and gives the whole.
-        part: this rank's, of the outputs of the other layers and of attention.
         attended: what attention gives, [1, L, H, V]; None to make it up.
         own: what the module is said to have under some names, in the place of what it has; those
             of its config with "config." before them.
+        pairs: whether modules around attention return its weights, too.
     """
 
     def __init__(
         self,
         outputs: Mapping[str, Tensor],
-        down: str,
-        part: Part = everything,
-        attended: Tensor | None = None,
-        own: Mapping[str, Any] = NOTHING,
+        attended: Tensor | None,
+        own: Mapping[str, Any],
+        *,
+        pairs: bool,
     ) -> None:
-        self.outputs, self.down, self.part = outputs, down, part
-        self.attended, self.own = attended, own
+        self.outputs = outputs
+        self.attended, self.own, self.pairs = attended, own, pairs
         self.inputs: dict[str, Tensor] = {}
         self.operands: tuple[Tensor, ...] = ()
         self.reads: dict[str, Tensor] = {}
         self.reads_two = False
+        self.running: list[str] = []
+        self.within: dict[str, tuple[str, ...]] = {}
         self.others: list[Tensor] = []
-        # Whether modules around attention return its weights, too.
-        self.hands_pairs = True
         self.arguments: dict[str, Any] = {}
 
     def run(self, module: nn.Module, **kwargs: Any) -> Tensor:
@@ -72,14 +61,10 @@ class StandInRun:
         return first
 
     def give(self, name: str, x: Tensor) -> Tensor:
-        """The output of a layer for x."""
-        out = self.outputs[name]
+        """The output of a layer for x, and in which modules it runs."""
         self.reads_two |= self.reads.setdefault(name, x) is not x
-        if name == self.down:
-            self.inputs[name] = x
-        else:
-            out = self.part(out, 1)
-        return out[: x.shape[:-1].numel()].view(*x.shape[:-1], -1)
+        self.within[name] = tuple(self.running)
+        return self.outputs[name][: x.shape[:-1].numel()].view(*x.shape[:-1], -1)
 
     def hand_back(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Its first argument, of a layer that is none of these."""
@@ -101,12 +86,13 @@ class StandInRun:
         return out.flatten(2)
 
     def _attend(self, _: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.reads_two |= bool(self.operands)
         self.operands = (q, k, v)
         self.arguments = {**{f"{place}": x for place, x in enumerate(args)}, **kwargs}
         if self.attended is None:
             shape = 1, q.shape[2], q.shape[1], v.shape[3]
             self.attended = torch.randn(shape, requires_grad=torch.is_grad_enabled())
-        return self.part(self.attended, 2), None
+        return self.attended, None
 
 
 class _StandIn:
@@ -120,7 +106,10 @@ class _StandIn:
         names = {**own.__globals__, REGISTRY: self._run, ATTEND: self._run.attend}
         forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
         forward.__kwdefaults__ = own.__kwdefaults__
-        return forward(self, *args, **kwargs)
+        self._run.running.append(self._prefix.rstrip("."))
+        out = forward(self, *args, **kwargs)
+        self._run.running.pop()
+        return out
 
     def __getattr__(self, name: str) -> Any:
         if name == "training":
@@ -150,7 +139,7 @@ class _StandIn:
 
     def _hand_back(self, found: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
         first = self._run.hand_back(name, args, kwargs)
-        pairs = self._run.hands_pairs and any(map(calls_registry, found.modules()))
+        pairs = self._run.pairs and any(map(calls_registry, found.modules()))
         return (first, None) if pairs else first
 
 

@@ -1,6 +1,10 @@
-"""Parts of blocks that no plan splits, tried one by one: a part is split if all of it is."""
+"""Parts of blocks that no plan splits, tried one by one: a part is split if all of it is.
 
-from collections.abc import Iterable, Mapping, Sequence
+Layers that widen and narrow in parts of their own (fc1 and fc2) are tried together, in the module
+around them.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -15,28 +19,44 @@ def units_by_trial(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     owners: Sequence[str],
-    whole: Iterable[str],
+    missing: Collection[str],
+    beside: Collection[str],
     tp: int,
 ) -> Styles:
     """Styles of the modules in parts of blocks that are whole, by name, where tp splits them.
 
     Args:
         owners: modules that have parameters.
-        whole: names of the parts to try.
+        missing: names of the parts to try, alone and with the others in a module.
+        beside: of parts to try alone.
     """
     rotary = rotary_widths(model)
     tried: dict[tuple[object, ...], Styles] = {}
-    styles: Styles = {}
-    for unit in whole:
-        module = modules.get(unit)
-        if module is None or not _is_tried(module):
-            continue
-        form = form_of(module)
+
+    def styles_of(around: str, units: Sequence[str]) -> Styles:
+        module = modules[around]
+        names = tuple(unit[len(around) :].lstrip(".") for unit in units)
+        form = (*form_of(module), *names)
         if form not in tried:
-            tried[form] = styles_by_trial(module, tp, rotary, heads=calls_registry(module))
-        of_unit = {f"{unit}.{name}".rstrip("."): style for name, style in tried[form].items()}
-        parts = {adapted(name)[0] for name in owners if f"{name}.".startswith(f"{unit}.")}
-        styles |= of_unit if parts <= of_unit.keys() else {}
+            tried[form] = styles_by_trial(module, tp, rotary, names)
+        styles = {f"{around}.{name}".rstrip("."): style for name, style in tried[form].items()}
+        starts = tuple(f"{unit}." for unit in units)
+        parts = {adapted(name)[0] for name in owners if f"{name}.".startswith(starts)}
+        return styles if parts <= styles.keys() else {}
+
+    styles: Styles = {}
+    by_module: dict[str, list[str]] = {}
+    for unit in dict.fromkeys((*missing, *beside)):
+        module = modules.get(unit)
+        if module is None or any(map(makes_keys_of_latents, module.modules())):
+            continue
+        of_unit = styles_of(unit, [unit])
+        styles |= of_unit
+        attends = any(map(calls_registry, module.modules()))
+        if not of_unit and not attends and unit not in beside:
+            by_module.setdefault(unit.rpartition(".")[0], []).append(unit)
+    for around, units in by_module.items():
+        styles |= styles_of(around, units) if around and len(units) > 1 else {}
     return styles
 
 
@@ -52,9 +72,3 @@ def beside_experts(
     known = [name for name in modules if roles[name]]
     beside = (name for name in modules if name.rpartition(".")[0] in moes)
     return [name for name in beside if not any(f"{each}.".startswith(f"{name}.") for each in known)]
-
-
-def _is_tried(module: nn.Module) -> bool:
-    """Whether a module attends itself or is without attention, and has no latents."""
-    inside = any(calls_registry(each) for each in module.modules() if each is not module)
-    return not inside and not makes_keys_of_latents(module)

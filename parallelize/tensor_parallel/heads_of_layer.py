@@ -1,6 +1,6 @@
 """A layer that runs its own forward on the heads of its rank."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,17 +26,16 @@ class HeadsOfLayer(ParallelStyle):
             with "config." before the name.
         buffers: the parts of what is no parameter and is cut as such, by name, in the first dim
             that has as many rows.
-        enters: the arguments that its heads read, each the same on all ranks, with their places;
-            True: the first one. Else it comes from a layer around it that this style has.
-        readers: layers inside that copy what they read, where the layer reads it beside its heads.
+        enters: whether its heads read its first argument, which is the same on all ranks.
+        readers: layers inside that read what is the same on all ranks.
 
-    Traffic per rank: backward, an all-reduce of the gradient of each input that enters.
+    Traffic per rank: backward, an all-reduce of the gradient of each tensor that is so read.
     """
 
     dims: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     buffers: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
-    enters: bool | Mapping[str, int] = True
+    enters: bool = True
     readers: tuple[str, ...] = ()
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -50,60 +49,50 @@ class HeadsOfLayer(ParallelStyle):
         if of_config(sizes):
             own["config"] = ChangedConfig(module.config, of_config(sizes))
 
-        def read(x: Tensor) -> Tensor:
-            return copy_to_region(x, device_mesh)
-
         def on_heads(layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
             attributes = {name: getattr(layer, name) for name in runs}
             cuts = {
                 name: cut(x, runs[name], list(x.shape).index(rows[name]))
                 for name, x in attributes.items()
             }
-            inside = {name: Reader(layer.get_submodule(name), read) for name in readers}
+            copies = Copies(device_mesh)
+            inside = {name: Reader(layer.get_submodule(name), copies) for name in readers}
             view = ModuleView(layer, {**local_parameters(layer), **own, **cuts, **inside})
-            args, kwargs = _entered(enters, args, kwargs, read)
+            if enters and args:
+                args = (copies.of(args[0]), *args[1:])
+            elif enters:
+                first = next(iter(kwargs))
+                kwargs[first] = copies.of(kwargs[first])
             return forward.__func__(view, *args, **kwargs)
 
         wrap_forward(module, on_heads)
         return module
 
 
-Read = Callable[[Tensor], Tensor]
+class Copies:
+    """Copies of what heads read, which sum the gradients of all ranks: one of each tensor."""
 
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+        self._made: list[tuple[Tensor, Tensor]] = []
 
-def _entered(
-    enters: bool | Mapping[str, int], args: tuple[Any, ...], kwargs: dict[str, Any], read: Read
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a layer, with what its heads read copied, and the same tensor once."""
-    if enters is True:
-        enters = {next(iter(kwargs), ""): 0} if not args else {"": 0}
-    copied: list[tuple[Tensor, Tensor]] = []
-
-    def once(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        for before, copy in copied:
+    def of(self, x: Tensor) -> Tensor:
+        """The copy of a tensor."""
+        for before, copy in self._made:
             if before is x:
                 return copy
-        copied.append((x, read(x)))
-        return copied[-1][1]
-
-    for name, place in (enters or {}).items():
-        if place < len(args):
-            args = (*args[:place], once(args[place]), *args[place + 1 :])
-        elif name in kwargs:
-            kwargs = {**kwargs, name: once(kwargs[name])}
-    return args, kwargs
+        self._made.append((x, copy_to_region(x, self._mesh)))
+        return self._made[-1][1]
 
 
 class Reader:
-    """A layer that is handed a copy of what it reads, which sums the gradients of all ranks."""
+    """A layer that is handed a copy of what it reads."""
 
-    def __init__(self, module: nn.Module, read: Read) -> None:
-        self._module, self._read = module, read
+    def __init__(self, module: nn.Module, copies: Copies) -> None:
+        self._module, self._copies = module, copies
 
     def __call__(self, x: Tensor) -> Any:
-        return self._module(self._read(x))
+        return self._module(self._copies.of(x))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

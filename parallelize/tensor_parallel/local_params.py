@@ -66,8 +66,11 @@ def reads_its_class(forward: Any) -> bool:
     inside = getattr(inspect.unwrap(forward), "__code__", None)
     around = getattr(forward, "__code__", None)
     calls_base = inside is not None and "__class__" in inside.co_freevars
-    wrappers = {"gradient_checkpointing", "_active_collector"}
-    return calls_base or (around is not None and not wrappers.isdisjoint(around.co_names))
+    if around is None or around is inside:
+        return calls_base
+    return calls_base or not {"gradient_checkpointing", "_active_collector"}.isdisjoint(
+        around.co_names
+    )
 
 
 class ModuleView:

@@ -11,6 +11,7 @@ import pytest
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dtcp.check.checked_hf import CheckedHuggingFaceModel
@@ -19,7 +20,6 @@ from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.parallelize import Compile, parallelize_hf, save_hf
 from dtcp.parallelize.plans.heads_by_trial import styles_by_trial
 from dtcp.parallelize.plans.huggingface_tensor_plan import hf_tensor_plan
-from dtcp.parallelize.plans.inferred_heads import inferred_heads
 from dtcp.parallelize.plans.recurrent_heads import ROWS
 from dtcp.parallelize.tensor_parallel import HeadsOfLayer, LocalParams, Segment, SegmentRows
 from tests.harness.hf_models import build
@@ -56,6 +56,11 @@ ranks of tp 4; weights the other way round; one key for all queries; feed-forwar
 in between; fused by head, with slopes; in groups, with slopes; by part, with slopes; lightning
 attention; sinks; shared experts; gated."""
 
+BERT = {
+    "is_decoder": True,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 MAMBA2 = {"num_heads": 4, "head_dim": 16, "state_size": 6, "n_groups": 1, "chunk_size": 16}
 JAMBA = {
     "mamba_d_state": 6,
@@ -124,6 +129,8 @@ def test_tp_of_split_heads_equals_one_device(mesh, kind):
         ("jamba", ("in_proj", "x_proj", "out_proj"), JAMBA),
         ("phi3", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), {}),
         ("gpt2", ("c_attn", "c_proj", "c_fc"), {}),
+        ("opt", ("q_proj", "v_proj", "out_proj", "fc1", "fc2"), ANY["opt"]),
+        ("bert", ("query", "value", "dense"), BERT),
     ],
 )
 @spmd(ranks=4)
@@ -134,7 +141,15 @@ def test_lora_on_split_heads_equals_one_device(mesh, kind, targets, change):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "change"), [("deepseek_v3", SMALL), ("mamba2", MAMBA2), ("phi3", {}), ("gpt2", {})]
+    ("kind", "change"),
+    [
+        ("deepseek_v3", SMALL),
+        ("mamba2", MAMBA2),
+        ("phi3", {}),
+        ("gpt2", {}),
+        ("opt", ANY["opt"]),
+        ("bert", BERT),
+    ],
 )
 @spmd(ranks=2)
 def test_saved_split_heads_are_what_transformers_writes(mesh, kind, change):
@@ -158,7 +173,7 @@ def test_heads_that_tp_does_not_divide_are_whole_and_said_to_be(caplog):
     part = "encoder.block.0.layer"
     assert "encoder.block.*.layer.*.SelfAttention" in said and len(said) == 3
     assert plan[f"{part}.0.SelfAttention.q"] == LocalParams()
-    assert plan[f"{part}.1.DenseReluDense.wi"] == ROWS
+    assert isinstance(plan[f"{part}.1.DenseReluDense.wi"], ColwiseParallel)
 
 
 class Attention(nn.Module):
@@ -179,10 +194,11 @@ class Attention(nn.Module):
 @pytest.mark.parametrize(("normed", "tp", "splits"), [(0, 2, True), (1, 2, False), (0, 8, False)])
 def test_layers_of_heads_are_found_by_running_them(normed, tp, splits):
     """No rank has all that a norm of all heads reads; nor a part of a head."""
-    model = nn.ModuleDict({"it": Attention(normed=normed)})
-    roles = inferred_heads(model, dict(model.named_modules()), {}, tp)
-    ups = {f"it.{name}": "colwise" for name in ("query", "key", "value")}
-    assert roles == ({**ups, "it.out": "rowwise"} if splits else {})
+    styles = styles_by_trial(Attention(normed=normed), tp, [])
+    ups = ("query", "key", "value")
+    assert isinstance(styles.pop("out", None), RowwiseParallel) is splits
+    around = {"": HeadsOfLayer(enters=False, readers=ups)}
+    assert styles == ({**around, **dict.fromkeys(ups, ROWS)} if splits else {})
 
 
 class Fused(nn.Module):
@@ -219,12 +235,12 @@ PARTS = {
 @pytest.mark.parametrize(("order", "kv_heads"), PARTS)
 def test_rows_of_fused_heads_are_found_by_running_them(order, kv_heads):
     """With the sizes that the module reads of itself; None: one stretch of rows for each rank."""
-    styles = styles_by_trial(Fused(order, kv_heads), 2, [], heads=True)
+    styles = styles_by_trial(Fused(order, kv_heads), 2, [])
     parts = PARTS[order, kv_heads]
     assert styles["qkv"] == (ROWS if parts is None else SegmentRows(segments=parts))
     sizes = {"num_heads": 2} | ({} if kv_heads == 1 else {"kv_heads": kv_heads // 2})
-    assert styles[""] == HeadsOfLayer(sizes=sizes, enters={"x": 0})
-    assert styles_by_trial(Fused(order, kv_heads), 8, [], heads=True) == {}
+    assert styles[""] == HeadsOfLayer(sizes=sizes, enters=False, readers=("qkv",))
+    assert styles_by_trial(Fused(order, kv_heads), 8, []) == {}
 
 
 @pytest.mark.parametrize(
@@ -239,8 +255,8 @@ def test_rows_of_fused_heads_are_found_by_running_them(order, kv_heads):
 def test_feed_forward_is_split_where_its_parts_add_up(width, bias, between, split):
     """One that normalizes what it has widened does not; 7 channels cannot be divided."""
     layers = nn.Linear(4, width, bias), between, nn.Linear(width, 4, bias)
-    styles = styles_by_trial(nn.Sequential(*layers), 2, [], heads=False)
-    assert styles.get("0") == (ROWS if split else None) and bool(styles) is split
+    styles = styles_by_trial(nn.Sequential(*layers), 2, [])
+    assert isinstance(styles.get("0"), ColwiseParallel) is bool(styles) is split
 
 
 class AlsoHidden(nn.Module):
@@ -260,7 +276,54 @@ class AlsoHidden(nn.Module):
 @pytest.mark.parametrize("alone", [True, False])
 def test_layers_whose_output_is_handed_on_beside_what_narrows_stay_whole(alone):
     """Their gradient of that is whole on every rank, and that of the parts is a part."""
-    assert bool(styles_by_trial(AlsoHidden(alone), 2, [], heads=False)) is alone
+    assert bool(styles_by_trial(AlsoHidden(alone), 2, [])) is alone
+
+
+class Outside(nn.Module):
+    """Attention whose layers another module calls, or the one that they are in."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside, self.attention = inside, Attention(normed=False)
+
+    def forward(self, x):
+        if self.inside:
+            return x + self.attention(x)
+        own = self.attention
+        projected = (own.query(x), own.key(x), own.value(x))
+        q, k, v = (each.unflatten(-1, (-1, 2)).transpose(1, 2) for each in projected)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
+        return x + own.out(attend(self, q, k, v, None)[0].flatten(2))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_layers_that_their_module_does_not_call_stay_whole(inside):
+    """It would not see to what they read."""
+    assert bool(styles_by_trial(Outside(inside), 2, [])) is inside
+
+
+class Block(nn.Module):
+    """A block whose layers that widen are in the block itself, with a module between or without."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.attn = Attention(normed=False)
+        self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.between = between
+
+    def forward(self, x):
+        x = x + self.attn(x)
+        return x + self.down(self.between(self.gate(x).sigmoid() * self.up(x)))
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.PReLU(), nn.LayerNorm(16)])
+def test_layers_in_a_block_are_split_where_all_else_is_handed_what_is_whole(between):
+    parts = ("gate", "up", "down")
+    styles = styles_by_trial(Block(between), 2, [], parts)
+    is_split = isinstance(between, nn.Identity)
+    assert styles.keys() == ({"", *parts} if is_split else set())
+    if is_split:
+        assert styles[""] == HeadsOfLayer(enters=False, readers=("gate", "up"))
 
 
 def test_experts_that_read_weights_of_a_module_inside_read_local_ones():
