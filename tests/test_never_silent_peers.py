@@ -297,3 +297,36 @@ def test_heads_that_do_not_divide_are_refused_and_never_cut(mesh):
         with pytest.raises(ValueError, match="got heads=6, kv_heads=2, ranks=4"):
             run(case, mixer, sharded, local_inputs(case, sharded))
         dist.barrier()
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "out"])
+@pytest.mark.parametrize("style", [RingAttention, AllGatherAttention, UlyssesAttention])
+@spmd(ranks=2)
+def test_writing_to_what_backward_reads_is_right_or_refused(mesh, style, name):
+    """torch sees such a write to a tensor, and not to one that a DTensor was made from.
+
+    With Ulysses, which keeps copies by heads, q, k and v may be written to.
+    """
+    model = apply_plan(
+        nn.ModuleDict({"mixer": SoftmaxAttention(Causal())}), mesh, {"mixer": style()}
+    )
+    rows = {"inputs_embeds": torch.zeros(1, 16, 1)}
+    _, sharded = shard_batch(rows, ParallelMesh.of_sequence(mesh), model=model)
+    whole = {x: torch.randn(1, 16, 4, 8, dtype=torch.float64) for x in ("q", "k", "v")}
+    leaves = {x: sharded.shard(y).requires_grad_() for x, y in whole.items()}
+
+    def gradients(written=None):
+        tensors = {x: 1 * y for x, y in leaves.items()}
+        out = model["mixer"](*tensors.values(), sharded.attn_metadata)
+        loss = out.sum()
+        if written is not None:
+            with torch.no_grad():
+                {**tensors, "out": out}[written].mul_(3)
+        return torch.autograd.grad(loss, [*leaves.values()])
+
+    expected = gradients()
+    if style is UlyssesAttention:
+        assert_close(gradients(name), expected)
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradients(name)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 flat_leaves, put_back = tree_flatten, tree_unflatten
@@ -11,6 +12,11 @@ flat_leaves, put_back = tree_flatten, tree_unflatten
 def storage_key(storage: torch.UntypedStorage) -> int:
     """One number for all views of a piece of memory, fake ones included (2.11-2.15)."""
     return storage._cdata
+
+
+def weak_storage(x: Tensor) -> StorageWeakRef:
+    """Equal for views of one piece of memory; keeps its name, not the memory (2.11-2.15)."""
+    return StorageWeakRef(x.untyped_storage())
 
 
 def changes_of(x: Tensor) -> int:
