@@ -25,6 +25,7 @@ from dtcp._torch.autograd import (
 )
 from dtcp._torch.compiler import assert_in_graph
 from dtcp._torch.ops import OpOverload, overload_of
+from dtcp.distributed.dtensor_rules import SEQ
 from dtcp.sdpa.arguments import SDPA_SEQ
 from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.documents import Documents
@@ -154,15 +155,26 @@ class local_shards(sequence_layout):
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             _check_recomputed()
         self.attended = True
-        if isinstance(query, DTensor):
-            return super()._attend(query, key, value, *args, **kwargs)
-        placements = (Shard(SDPA_SEQ),)
-        q, k, v = (
-            DTensor.from_local(x, self.axis, placements, run_check=False)
-            for x in (query, key, value)
-        )
-        out = cast(DTensor, super()._attend(q, k, v, *args, **kwargs))
-        return out.to_local(grad_placements=placements)
+        return super()._attend(query, key, value, *args, **kwargs)
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, *call: Any) -> None:
+        query, key, value = (self._wrap(x.detach(), SDPA_SEQ) for x in (query, key, value))
+        super()._check(query, key, value, *call)
+
+    def _carry_out(
+        self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float | None
+    ) -> Tensor:
+        # Transposed before: a view of a DTensor has a shard that counts nobody's writes.
+        shards = (self._wrap(x, SEQ) for x in (q, k, v))
+        out = super()._carry_out(*shards, is_causal=is_causal, scale=scale)
+        if isinstance(q, DTensor):
+            return out
+        return cast(DTensor, out).to_local(grad_placements=(Shard(SEQ),))
+
+    def _wrap(self, x: Tensor, dim: int) -> Tensor:
+        if isinstance(x, DTensor):
+            return x
+        return DTensor.from_local(x, self.axis, (Shard(dim),), run_check=False)
 
     def _is_causal(self, mask: Tensor) -> bool:
         """Compare a mask with those that a causal model makes of this shard.

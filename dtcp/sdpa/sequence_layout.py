@@ -108,6 +108,21 @@ class sequence_layout(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        self._check(query, key, value, attn_mask, dropout_p, enable_gqa)
+        q, k, v = (x.transpose(SDPA_HEADS, SDPA_SEQ) for x in (query, key, value))
+        out = self._carry_out(q, k, v, is_causal=is_causal, scale=scale)
+        return out.transpose(SDPA_HEADS, SDPA_SEQ)
+
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        enable_gqa: bool,
+    ) -> None:
+        """Refuse a call that is not carried out over the whole sequence; all are DTensors."""
         check_arguments(cast(DTensor, query), key, value, attn_mask, dropout_p)
         heads, kv_heads = query.shape[SDPA_HEADS], key.shape[SDPA_HEADS]
         if heads != kv_heads and not enable_gqa:
@@ -120,9 +135,12 @@ class sequence_layout(TorchFunctionMode):
                 f"Inside sequence_layout a sequence is as long as the layout, got "
                 f"seq_len={query.shape[SDPA_SEQ]} with {self.layout}: leave the context first."
             )
-        q, k, v = (x.transpose(SDPA_HEADS, SDPA_SEQ) for x in (query, key, value))
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        x, softmax = AttentionInputs(q, k, v), self.softmax(scale)
+
+    def _carry_out(
+        self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float | None
+    ) -> Tensor:
+        """Attention of DTensors [B, S, H, D]."""
+        softmax = self.softmax(q.shape[-1] ** -0.5 if scale is None else scale)
         metadata, sizes = self.metadata[is_causal], self.group_sizes
-        out = self.op(x, metadata, softmax, groups=self.groups, group_sizes=sizes)
-        return out.transpose(SDPA_HEADS, SDPA_SEQ)
+        x = AttentionInputs(q, k, v)
+        return self.op(x, metadata, softmax, groups=self.groups, group_sizes=sizes)

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from dtcp.distributed.ledger import count_traffic
 from dtcp.sdpa.aten_rules import install_sdpa_rules
+from dtcp.sdpa.local_shards import local_shards
 from dtcp.sdpa.sequence_layout import sequence_layout
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.per_document import PerDocument
@@ -279,6 +280,24 @@ def test_compiled_code_heeds_the_layout_it_is_called_in(mesh):
 
         order = layout.permutation()
         assert_equals_one_device(inside, mesh, [Shard(2)], order=order, documents=packed)
+
+
+@pytest.mark.parametrize("written", range(3))
+@spmd(ranks=2)
+def test_writing_to_a_local_shard_that_backward_reads_is_refused(mesh, written):
+    """torch sees such a write to a tensor, and not to what a DTensor was made from.
+
+    What `attend` gives to the op is negated anew, so it is called here by torch's name.
+    """
+    layout = HeadTail(SEQ_LEN, 2)
+    own = layout.token_indices(mesh.get_local_rank())
+    shards = [x[:, :, own].requires_grad_() * 1 for x in whole_inputs()[:3]]
+    with local_shards(layout, mesh):
+        out = captured(*shards, is_causal=True, enable_gqa=True)
+    with torch.no_grad():
+        shards[written].mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 @spmd(ranks=2)
