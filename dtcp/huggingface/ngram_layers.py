@@ -40,7 +40,7 @@ def _qwen4_exp(
         self.norm_conv(value).transpose(1, 2),
         self.conv1d.weight.squeeze(1),
         activation="silu",
-        dilation=self.conv1d.dilation[0],
+        dilation=table.ngram_size,
         attn_metadata=attn_metadata,
     )
     return value + convolved.transpose(1, 2)

@@ -93,13 +93,14 @@ class PickingForm:
     wide_tables: bool = False
 
 
+_HY_V4 = PickingForm(_hy_v4_queries, rope=_HALVES, index_rotary_last=True, hands_on=True)
+
 FORMS: Mapping[str, PickingForm] = {
     "DeepseekV32Attention": PickingForm(),
     "GlmMoeDsaAttention": PickingForm(index_rope=_PAIRS, hands_on=True),
     "AXK2Attention": PickingForm(_axk2_queries),
-    "HYV4Attention": PickingForm(
-        _hy_v4_queries, rope=_HALVES, index_rotary_last=True, hands_on=True
-    ),
+    "HYV4Attention": _HY_V4,
+    "HYV4VLAttention": _HY_V4,
     "Dots3NoteTextAttention": PickingForm(
         _dots3_queries, _dots3_latents, index_rope=_PAIRS, wide_tables=True
     ),

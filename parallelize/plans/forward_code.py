@@ -38,16 +38,20 @@ def reads_weights(module: nn.Module) -> bool:
 
 def reads_weights_elsewhere(module: nn.Module) -> bool:
     """Whether a method that forward does not call reads the weight of a module inside."""
-    called, inside = (
-        {"forward", "__init__", *kernel_names(module)},
-        set(dict(module.named_children())),
-    )
-    others = (
-        set(method.__code__.co_names)
-        for name, method in vars(type(module)).items()
-        if name not in called and isinstance(method, FunctionType)
-    )
-    return any("weight" in names and names & inside for names in others)
+    called = {"forward", "__init__", *kernel_names(module)}
+    return any(name not in called for name in _methods_that_read_weights(module))
+
+
+def reads_weights_in_a_method(module: nn.Module) -> bool:
+    """Whether a method that forward calls reads the weight of a module inside."""
+    return not _methods_that_read_weights(module).isdisjoint(kernel_names(module))
+
+
+def _methods_that_read_weights(module: nn.Module) -> set[str]:
+    inside = set(dict(module.named_children()))
+    methods = {k: each for k, each in vars(type(module)).items() if isinstance(each, FunctionType)}
+    names = {name: set(method.__code__.co_names) for name, method in methods.items()}
+    return {name for name, read in names.items() if "weight" in read and read & inside}
 
 
 def adds_in_place(modules: Mapping[str, nn.Module], name: str, unit: str) -> bool:

@@ -6,7 +6,7 @@ here, and norms, routers and embeddings, of which its plans say nothing, have st
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from dtcp.parallelize.plans.forward_code import (
     has_parameters,
     reads_weights,
     reads_weights_elsewhere,
+    reads_weights_in_a_method,
 )
 from dtcp.parallelize.plans.latent_heads import COLWISE, ROWWISE, WHOLE, latent_heads
 from dtcp.parallelize.plans.recurrent_heads import recurrent_heads
@@ -94,7 +95,8 @@ def hf_tensor_plan(model: Any, tp: int) -> dict[str, ParallelStyle]:
     # These read the weights of modules inside of them.
     recurrent = {*recurrent_layers(model)} - {modules[name] for name in heads}
     plan |= {name: LocalParams() for name in modules if modules[name] in recurrent}
-    readers = (name for name in modules if name and reads_weights(modules[name]))
+    whole = {name for name in owners if plan[name] == LocalParams()}
+    readers = (name for name in modules if name and _reads_weights(name, modules, whole))
     plan |= {name: LocalParams() for name in readers if name not in plan}
     _say_what_is_whole(missing, modules, tp)
     by_role = {name: style for name, style in plan.items() if name not in heads}
@@ -173,6 +175,18 @@ def _unit(name: str, modules: Mapping[str, nn.Module]) -> str:
     entry = modules[match.group(1) + listed.group(1)]
     holds_layers = any(hasattr(each, "in_features") for each in entry.children())
     return match.group(1) if holds_layers else listed.group(0)
+
+
+def _reads_weights(name: str, modules: Mapping[str, nn.Module], whole: Collection[str]) -> bool:
+    """Whether a module reads the weight of one inside of it: in forward, or for parts that are all
+    whole in a method of its own, as towers do that stretch a table of positions over an image."""
+    module = modules[name]
+    owners = (
+        each for each in modules if each.startswith(f"{name}.") and has_parameters(modules[each])
+    )
+    return reads_weights(module) or (
+        reads_weights_in_a_method(module) and all(each in whole for each in owners)
+    )
 
 
 def _say_what_is_whole(

@@ -20,6 +20,7 @@ from dtcp.sequence.masks import BlockBidirectional, Causal, SlidingWindow
 from tests.harness.hf_models import SHAPE, WINDOWS
 from tests.harness.parity import assert_gradients, gradients, summed
 from tests.harness.spmd import spmd
+from tests.huggingface.test_picked_latents import SMALL as PICKING
 
 IMAGE, TOKENS, SEQ_LEN, ROWS = 60, 4, 24, 2
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -123,6 +124,28 @@ CONFIGS = {
         "vision_start_token_id": 62,
         "vision_end_token_id": 63,
     },
+    "hy_v4_vl": {
+        "text_config": {
+            **SHAPE,
+            **PICKING,
+            "num_hidden_layers": 3,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [1, 1, 0],
+            },
+        },
+        "vision_config": {
+            **VISION,
+            "num_hidden_layers": 2,
+            "patch_size": 4,
+            "out_hidden_size": 32,
+            "max_image_size": 64,
+        },
+        "image_token_id": IMAGE,
+        "video_token_id": 61,
+        "experts_implementation": "batched_mm",
+    },
     "mistral3": {
         "text_config": {**SHAPE, "model_type": "mistral", "sliding_window": 7},
         "vision_config": {**VISION, **LAYERS, "model_type": "pixtral", "head_dim": 8},
@@ -156,9 +179,12 @@ def a_batch(kind):
     mask = torch.ones_like(input_ids)
     mask[1, 22:] = 0
     batch = {"input_ids": input_ids, "labels": input_ids.clone(), "attention_mask": mask}
-    if kind in ("qwen3_vl", "qwen4_exp"):
-        pixels = torch.randn(ROWS * 16, 3 * 2 * 16, generator=generator, dtype=torch.float64)
-        grid = torch.tensor([[1, 4, 4]] * ROWS)
+    if kind in ("qwen3_vl", "qwen4_exp", "hy_v4_vl"):
+        # HY-V4 ends each row of an image with a token of its own, and has an image for a video's.
+        across, deep = (2, 1) if kind == "hy_v4_vl" else (4, 2)
+        shape = ROWS * 4 * across, 3 * deep * 16
+        pixels = torch.randn(shape, generator=generator, dtype=torch.float64)
+        grid = torch.tensor([[1, 4, across]] * ROWS)
         return {
             **batch,
             "pixel_values": pixels,

@@ -47,7 +47,7 @@ def adapted(kind="llama", targets=DENSE, model=None, config=None, **change):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         options = {"r": 4, "target_modules": [*targets], "init_lora_weights": False}
-        return get_peft_model(model, LoraConfig(**options, **(config or {}))).double()
+        return get_peft_model(model, LoraConfig(**options | (config or {}))).double()
 
 
 def on_mesh_of(model, degrees, **options):
