@@ -45,6 +45,15 @@ from tests.harness.spmd import run_ranks
 
 FP32 = Precision(torch.float32, torch.float32, torch.float32)
 DOCUMENTS = Documents(((150, 42, 64),), 256)
+
+
+def picks_blocks():
+    """Qwen4, small; grouped, torch takes experts in bf16 alone."""
+    config = small_config("qwen4_exp_text", {}).config
+    config._experts_implementation = "batched_mm"
+    return HuggingFaceModel("qwen4", config)
+
+
 SUBJECTS = {
     "llama": lambda: FamilyModel("llama", "llama", llama.tiny()),
     "gemma4": lambda: FamilyModel("gemma4", "gemma4", gemma4.tiny()),
@@ -59,6 +68,7 @@ SUBJECTS = {
     "hf_picked": lambda: HuggingFaceModel(
         "deepseek_v32", small_config("deepseek_v32", {"mlp_layer_types": ["dense"] * 2}).config
     ),
+    "hf_blocks": picks_blocks,
     "hf_moe": lambda: HuggingFaceModel("qwen3_moe", config_of("qwen3_moe")),
 }
 WITH_EXPERTS = ("deepseek_v4", "gemma4_moe", "hf_moe")
@@ -191,9 +201,9 @@ def test_forecast_bytes_of_tokens_that_move_to_another_layout_are_those_of_real_
     ("degrees", "kind"),
     [
         # Others have dp_shard beside tp, and dp_replicate beside ep, below.
-        *((Degrees(dp_shard=2, cp=2), kind) for kind in ("gemma4_e", "hf_latents")),
+        *((Degrees(dp_shard=2, cp=2), kind) for kind in ("gemma4_e", "hf_latents", "hf_blocks")),
         *((Degrees(dp_replicate=2, cp=2), x) for x in ("llama", "gemma4_e", "hf", "hf_latents")),
-        *((Degrees(cp=3), kind) for kind in (*FAMILIES, "hf_picked")),
+        *((Degrees(cp=3), kind) for kind in (*FAMILIES, "hf_picked", "hf_blocks")),
     ],
     ids=str,
 )
