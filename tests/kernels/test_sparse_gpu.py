@@ -61,6 +61,24 @@ def test_sparse_kernels_compile(tmp_path):
 
 
 @pytest.mark.slow
+def test_kernels_on_picked_blocks_equal_plain_torch():
+    """At Qwen4's widths: 256 channels of a value and 256 of a key behind them."""
+    (errors,) = lines_of("tests.harness.sparse_blocks_interpreted", TRITON_INTERPRET="1")
+    assert errors.pop("picked") == 0
+    assert len(errors) == 4 and all(error < 2e-6 for error in errors.values()), errors
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_picked_blocks(tmp_path):
+    calls = [f"{gpu}:bfloat16,8,256+256,1024" for gpu in ("h100", "b200", "a100", "rtx")]
+    reports = lines_of("tests.harness.sparse_compiled", *calls, TRITON_CACHE_DIR=str(tmp_path))
+    for report in reports:
+        assert len(report["kernels"]) == 4
+        assert max(used["shared"] for used in report["kernels"].values()) <= report["stated"]
+        assert max(used["stack"] for used in report["kernels"].values()) < 512
+
+
+@pytest.mark.slow
 def test_blocks_of_other_widths_take_the_shared_memory_that_is_stated(tmp_path):
     """Up to 256 channels, and in fp32, whose three products of each spill."""
     calls = [
