@@ -109,7 +109,9 @@ def dummy_tensors(module: nn.Module) -> dict[str, Any]:
         **dict(module.named_buffers("", False)),
     }
     own: dict[str, Any] = {
-        name: torch.randn(x.shape) for name, x in tensors.items() if x.is_floating_point()
+        name: torch.randn(x.shape).requires_grad_(isinstance(x, nn.Parameter))
+        for name, x in tensors.items()
+        if x.is_floating_point()
     }
     return own | _given(module)
 

@@ -128,12 +128,12 @@ class _Trial:
         self.own = dummy_tensors(module)
         self.whole = StandInRun(self.outputs, None, self.own, pairs=pairs)
         self.result = self.whole.run(module, **call)
-        whole, around = self.whole, [x for x in call.values() if isinstance(x, Tensor)]
-        around = [x for x in around if x.requires_grad]
+        whole = self.whole
         if whole.reads.keys() != layers.keys() or bool(whole.operands) != heads or whole.reads_two:
             raise _NotSplit
-        # What heads read without a layer in between would be read by one rank's alone.
-        if any(self._depends(x, around) for x, _ in self._sinks()):
+        # What heads read without a layer in between would be read by one rank's alone, and of what
+        # every rank has whole, its gradient would be a part.
+        if any(self._depends(x, self._whole_on_ranks()) for x, _ in self._sinks()):
             raise _NotSplit
         # Every rank's gradient of another output is the whole one, and not a part to add up.
         if any(self._depends(x, [self.outputs[name] for name in self.ups]) for x in whole.others):
@@ -154,6 +154,20 @@ class _Trial:
             raise _NotSplit
         styles |= {name: x for name, x in others.items() if _is_in(name, parts)}
         return styles | self._containers(split, styles) | self._table()
+
+    def _whole_on_ranks(self) -> list[Tensor]:
+        """Tokens, parameters that are no heads', and outputs of what is handed nothing of heads."""
+        by_heads, inside = self._cut_dims(), self._of_heads()
+        own = {name: x for name, x in self.own.items() if name not in by_heads}
+        inputs, marks = self.whole.inputs, self.whole.marks
+        outputs = [x for name, x in marks.items() if not self._depends(inputs[name], inside)]
+        every = [*self.call.values(), *own.values(), *outputs]
+        return [x for x in every if isinstance(x, Tensor) and x.requires_grad]
+
+    def _of_heads(self) -> list[Tensor]:
+        """What each rank has a part of: outputs of layers that are split, and of attention."""
+        attended = [] if self.whole.attended is None else [self.whole.attended]
+        return [self.outputs[name] for name in self.ups] + attended
 
     def _segments(self, name: str) -> Segments:
         """The parts of a layer's rows, and who has which."""
@@ -220,7 +234,7 @@ class _Trial:
         return parts
 
     def _depends(self, x: Tensor, on: Sequence[Tensor]) -> bool:
-        if not x.requires_grad:
+        if not (x.requires_grad and on):
             return False
         grads = torch.autograd.grad(x.sum(), on, allow_unused=True, retain_graph=True)
         return any(grad is not None for grad in grads)
@@ -327,10 +341,7 @@ class _Trial:
     def _other(self, name: str, kind: str) -> ParallelStyle:
         """The style of a module that is no linear layer, by what it is handed."""
         module, x = self.module.get_submodule(name), self.whole.inputs[name]
-        inside = [*(self.outputs[each] for each in self.ups)]
-        if self.whole.attended is not None:
-            inside.append(self.whole.attended)
-        if not self._depends(x, inside):
+        if not self._depends(x, self._of_heads()):
             return LocalParams()
         parameters = list(module.named_parameters())
         by_channel = all("." not in n and p.numel() in (1, x.shape[-1]) for n, p in parameters)

@@ -45,6 +45,7 @@ class StandInRun:
         self.outputs = outputs
         self.attended, self.own, self.pairs = attended, own, pairs
         self.inputs: dict[str, Tensor] = {}
+        self.marks: dict[str, Tensor] = {}
         self.operands: tuple[Tensor, ...] = ()
         self.reads: dict[str, Tensor] = {}
         self.reads_two = False
@@ -70,8 +71,10 @@ class StandInRun:
         """Its first argument, of a layer that is none of these."""
         first = args[0] if args else next(iter(kwargs.values()))
         self.inputs[name] = first
-        # Another tensor: what reads it does not read the argument.
-        return first.clone()
+        # Another tensor: what reads it does not read the argument. It says whose output it was.
+        if name not in self.marks:
+            self.marks[name] = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        return first + self.marks[name]
 
     def get_interface(self, *_: Any) -> Callable[..., Any]:
         """In the place of the registry's."""

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -324,6 +325,38 @@ def test_layers_in_a_block_are_split_where_all_else_is_handed_what_is_whole(betw
     assert styles.keys() == ({"", *parts} if is_split else set())
     if is_split:
         assert styles[""] == HeadsOfLayer(enters=False, readers=("gate", "up"))
+
+
+class Scaled(nn.Module):
+    """A feed-forward with something in the branch that ranks share out that reads no token."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.register_buffer("one", torch.ones(1))
+        if kind == "parameter":
+            self.alpha = nn.Parameter(torch.ones(1))
+        if kind == "module":
+            self.alpha = nn.LayerNorm(1)
+        if kind == "places":
+            self.alpha = nn.Embedding(64, 1)
+
+    def forward(self, x, position_ids):
+        hidden = self.up(x).sigmoid()
+        if self.kind == "parameter":
+            hidden = hidden * self.alpha
+        if self.kind == "module":
+            hidden = hidden * self.alpha(self.one)
+        if self.kind == "places":
+            hidden = hidden * self.alpha(position_ids).view(1, -1, 1)
+        return self.down(hidden)
+
+
+@pytest.mark.parametrize("kind", ["", "parameter", "module", "places"])
+def test_layers_beside_what_every_rank_has_whole_stay_whole(kind):
+    """A rank's gradient of that would be a part of it, which nobody sums."""
+    assert bool(styles_by_trial(Scaled(kind), 2, [])) is (kind == "")
 
 
 def test_experts_that_read_weights_of_a_module_inside_read_local_ones():
