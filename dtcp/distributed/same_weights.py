@@ -5,6 +5,7 @@ start from other numbers where ranks are seeded apart, and drift apart where nob
 gradients. The loss looks well.
 """
 
+import inspect
 import warnings
 
 import torch
@@ -55,8 +56,17 @@ def _compare(model: nn.Module, axis: DeviceMesh) -> None:
         f"Ranks that a row is cut for have the same weights, got others{which}: start them from "
         f"one seed or checkpoint, and sum gradients over the ranks of ParallelMesh.loss before an "
         f"optimizer's step, as dtcp.parallelize.parallelize does.",
-        stacklevel=6,  # the caller of shard_batch
+        stacklevel=_frames_of_ours(),
     )
+
+
+def _frames_of_ours() -> int:
+    """How far up a warning of the function that asks finds the line that called dtcp: a batch is
+    made by functions of several floors."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("dtcp."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _alike_on_ranks(model: nn.Module, axis: DeviceMesh) -> dict[str, Tensor]:

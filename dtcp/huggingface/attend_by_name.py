@@ -8,8 +8,8 @@ ROPE, CONFIG = "dtcp_rope", "dtcp_config"
 """Where a module keeps the function that turns by positions, and the config with that name."""
 ATTEND = "attend_by_name"
 """What such a forward calls to attend, by its name in its module."""
-CACHES = ("past_key_values", "cache", "layer_past")
-"""Arguments with the keys of other calls: the first one is called as the second from 5.24 on."""
+CACHES = ("past_key_values", "cache", "layer_past", "cache_params")
+"""Arguments with what other calls left: from transformers 5.24 on the second for them all."""
 
 
 def attend_by_name(

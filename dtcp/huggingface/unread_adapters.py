@@ -40,8 +40,8 @@ def noting_unread_adapters(model: nn.Module, refused: list[str]) -> Iterator[Non
 
     refused += [
         f"{name} (an adapter): {type(model.get_submodule(_parent(name))).__name__} reads the "
-        f"weight of this layer and does not call it, so the adapter has no effect: leave it out "
-        f"of target_modules."
+        f"weight of this layer and does not call it, so the adapter would have no effect: "
+        f"leave it out of target_modules."
         for name in layers
         if is_unread(name)
     ]

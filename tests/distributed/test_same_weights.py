@@ -131,8 +131,10 @@ def test_never_silent_batches_prepared_ahead(mesh):
     mesh = mesh_of(mesh)
     torch.manual_seed(dist.get_rank())
     prepared = prepare_batch({"inputs_embeds": torch.zeros(1, 4, 8)}, mesh, model=planned(mesh))
-    with pytest.warns(UserWarning, match="same weights, got others for 'qkv.weight'"):
+    said = "same weights, got others for 'qkv.weight'"
+    with pytest.warns(UserWarning, match=said) as caught:
         shard_prepared(lambda: prepared, mesh)
+    assert caught[0].filename == __file__
 
 
 @spmd(ranks=2)

@@ -219,7 +219,7 @@ def test_layer_that_is_written_again_equals_the_one_that_it_stands_for(kind):
     assert_close(gradients[1], gradients[0])
 
 
-@pytest.mark.parametrize("name", ["past_key_values", "cache", "layer_past"])
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "layer_past", "cache_params"])
 def test_cache_of_a_layer_that_is_written_again_is_refused_by_any_of_its_names(name):
     with pytest.raises(ValueError, match="got a cache of type list in Identity"):
         check_no_cache(torch.nn.Identity(), {name: []})

@@ -203,6 +203,7 @@ def test_trainer_gets_whole_logits_where_it_asks_for_them(mesh):
     [
         ({"use_cache": True}, "a call with a cache"),
         ({"cache": object()}, "a call with a cache"),
+        ({"cache_params": object()}, "a call with a cache"),
         ({"shift_labels": torch.ones(2, SEQ_LEN)}, "collators give them that cut rows for ranks"),
         ({"attention_mask": torch.ones(2, SEQ_LEN).tril().flip(1).long()}, "pad on the right"),
         ({"position_ids": torch.arange(12, 12 + SEQ_LEN)[None]}, "count each document from 0"),
