@@ -29,19 +29,23 @@ class ContextParallelAttention(ClaimedMixer, SoftmaxAttention):
         sink: Tensor | None = None,
         bias: Tensor | None = None,
         slope: Tensor | None = None,
+        relative: Tensor | None = None,
+        profiles: Tensor | None = None,
     ) -> Tensor:
         """Local shards in, local shard out; DTensors in, DTensor out.
 
         The op's rule checks their placements (dtensor.py), not traced code.
         """
-        self.check_bias(bias, slope)
-        _check_plain(sink=sink, bias=bias, slope=slope)
+        self.check_bias(bias, slope, relative, profiles)
+        _check_plain(sink=sink, bias=bias, slope=slope, profiles=profiles)
         check_tensor("Attention", shape="[B, L, heads, width]", q=q, k=k, v=v)
         metadata, softmax = self.own(attn_metadata), self.softmax(q)
         distributed = any(isinstance(x, DTensor) for x in (q, k, v))
         if not distributed:
             q, k, v = (self._wrap(x) for x in (q, k, v))
-        x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope)
+            relative = None if relative is None else self._wrap(relative)
+        own_bias = {"relative": relative, "profiles": profiles}
+        x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope, **own_bias)
         sizes = self.group_sizes
         out = self.style.op(x, metadata, softmax, groups=self.groups, group_sizes=sizes)
         if distributed:

@@ -13,8 +13,9 @@ from dtcp.distributed.dtensor_rules import (
     to_local,
     wrap,
 )
-from dtcp.softmax.inputs import check_inputs
+from dtcp.softmax.inputs import AttentionInputs, check_inputs
 from dtcp.softmax.op import (
+    OF_TOKENS,
     AttentionOp,
     BackwardArguments,
     ForwardArguments,
@@ -29,8 +30,8 @@ def install_attention_rules(op: AttentionOp) -> None:
 
 def _forward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     x = ForwardArguments(**bind(op, args, kwargs))
-    keys = () if x.k is None else (x.k,)
-    check_placements(str(op), (x.q, *keys, x.v), x.groups[0])
+    of_tokens = [y for y in (x.q, x.k, x.v, x.relative) if y is not None]
+    check_placements(str(op), of_tokens, x.groups[0])
     local = ForwardArguments(*to_local(x))
     check_inputs(local.inputs)
     out, saved = op(*local)
@@ -43,5 +44,6 @@ def _backward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
     # Placed as the output was (op.py).
     like = cast(DTensor, x.grad_out)
     x = x._replace(kv_heads=x.kv_heads // num_shards(like, HEADS))
-    dq, dk, dv, *of_parameters = op(*to_local(x))
-    return (*(wrap(grad, like) for grad in (dq, dk, dv)), *of_parameters)
+    present = [name for name in OF_TOKENS if name != "relative" or x.relative is not None]
+    grads = dict(zip(AttentionInputs._fields, op(*to_local(x)), strict=False))
+    return tuple(wrap(y, like) if name in present else y for name, y in grads.items())

@@ -1,13 +1,14 @@
 """Strategies that bring keys to the queries of each rank, whatever travels for a key."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from dtcp.distributed.moves import Moves
 from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import Queries, SavedForward, check_kernel, local_sink_gradient
-from dtcp.softmax.inputs import AttentionInputs, check_key_count
+from dtcp.softmax.inputs import SCORE_BIAS, AttentionInputs, check_key_count
 from dtcp.softmax.metadata import KeyExchangeMetadata
 from dtcp.softmax.moves import AttentionShape, Peers, keys_moved
 from dtcp.softmax.payload import KVPayload, payload_of
@@ -62,7 +63,7 @@ class ExchangeStrategy:
         dq, rows = self.attend_backward(queries, payload, saved, kept, context)
         dk, dv, dkey_scale, dup = payload.input_gradients(rows)
         dsink = local_sink_gradient(saved, x.sink)
-        return AttentionInputs(dq, dk, dv, dsink, dkey_scale, dup, *bias_gradients(queries))
+        return AttentionInputs(dq, dk, dv, dsink, dkey_scale, dup, **bias_gradients(queries))
 
     def saved_like(
         self, x: AttentionInputs, metadata: KeyExchangeMetadata, group_sizes: Sequence[int]
@@ -76,10 +77,10 @@ class ExchangeStrategy:
         return keys_moved(shape, sent, received, metadata.own_keys, peers.rank)
 
 
-def bias_gradients(queries: Queries) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of bias and slope, summed over this rank's queries."""
-    bias = queries.bias
-    return (None, None) if bias is None else (bias.table_gradient, bias.slope_gradient)
+def bias_gradients(queries: Queries) -> dict[str, Any]:
+    """Gradients of what a score bias is made of, over this rank's queries, by name."""
+    gradients = () if queries.bias is None else queries.bias.gradients
+    return dict(zip(SCORE_BIAS, gradients, strict=False))
 
 
 def _queries(x: AttentionInputs, metadata: KeyExchangeMetadata) -> Queries:

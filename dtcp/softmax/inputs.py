@@ -9,6 +9,9 @@ from dtcp.kernels.softmax.api import ScoreBias
 from dtcp.sequence.arguments import FLOATS, check_tensor
 from dtcp.softmax.latent import LatentWidths
 
+SCORE_BIAS = ("bias", "slope", "relative", "profiles")
+"""The inputs of attention that are added to scores by distance."""
+
 
 class AttentionInputs(NamedTuple):
     """What attention is of, as plain local tensors; or the gradients of these.
@@ -25,6 +28,8 @@ class AttentionInputs(NamedTuple):
     up: Tensor | None = None  # [H, N + V, C], D = N + R
     bias: Tensor | None = None  # [H, 2 R + 1], by distance (score_bias.py)
     slope: Tensor | None = None  # [H]
+    relative: Tensor | None = None  # [B, L, H, R], of queries
+    profiles: Tensor | None = None  # [R, W], by distance
     frequency: Tensor | None = None  # [D / 2]; has no gradient
 
     @property
@@ -36,9 +41,10 @@ class AttentionInputs(NamedTuple):
 
     def score_bias(self, query_index: Tensor) -> ScoreBias | None:
         """What is added to scores, for queries of these token indices."""
-        if self.bias is None and self.slope is None:
+        parts = [getattr(self, name) for name in SCORE_BIAS]
+        if all(each is None for each in parts):
             return None
-        return ScoreBias(self.bias, self.slope, query_index, self.q.dtype)
+        return ScoreBias(*parts, query_index=query_index, dtype=self.q.dtype)
 
 
 def check_inputs(x: AttentionInputs, *, keys_sum_grads: bool = False) -> None:
@@ -94,6 +100,7 @@ def check_inputs(x: AttentionInputs, *, keys_sum_grads: bool = False) -> None:
         )
     check_sink(x.sink, x.q.shape[2])
     _check_bias(x)
+    _check_relative(x)
 
 
 def check_sink(sink: Tensor | None, heads: int) -> None:
@@ -123,6 +130,27 @@ def _check_bias(x: AttentionInputs) -> None:
         raise ValueError(
             f"A bias has a number per query head and distance, from -R to R tokens, got bias.shape="
             f"{shape} with {heads} heads: give [H, 2 R + 1] (t5_distance_bias makes T5's)."
+        )
+
+
+def _check_relative(x: AttentionInputs) -> None:
+    named = {"relative": x.relative, "profiles": x.profiles}
+    given: dict[str, Any] = {name: each for name, each in named.items() if each is not None}
+    if not given:
+        return
+    check_tensor("A relative bias", dtypes=FLOATS, **given)
+    shapes = {name: tuple(each.shape) for name, each in given.items()}
+    of_queries, by_distance = shapes.get("relative", ()), shapes.get("profiles", ())
+    if x.relative is not None and x.relative.dtype != x.q.dtype:
+        raise TypeError(
+            f"Queries mix profiles in their own dtype, got relative of {x.relative.dtype} with q "
+            f"of {x.q.dtype}: convert one."
+        )
+    fits = len(of_queries) == 4 and of_queries[:3] == tuple(x.q.shape[:3])
+    if not fits or len(by_distance) != 2 or by_distance[0] != of_queries[3] or not by_distance[1]:
+        raise ValueError(
+            f"Each query mixes profiles of a bias by distance, got {shapes} with q.shape="
+            f"{tuple(x.q.shape)}: give both, relative [B, L, H, C] and profiles [C, W]."
         )
 
 

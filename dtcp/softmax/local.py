@@ -55,9 +55,8 @@ class _Local:
         if context.shares_kv_heads:
             note_rounded_sums(queries, keys, pieces, context.softmax)
         grads = attend_once_backward(saved, queries, keys, ranges, context.softmax, pieces=pieces)
-        dbias, dslope = bias_gradients(queries)
         dsink = local_sink_gradient(saved, x.sink)
-        return AttentionInputs(*grads, dsink, bias=dbias, slope=dslope)
+        return AttentionInputs(*grads, dsink, **bias_gradients(queries))
 
     def saved_like(
         self, x: AttentionInputs, metadata: LocalMetadata, group_sizes: Sequence[int]

@@ -119,6 +119,8 @@ class SoftmaxAttention(MaskedMixer):
         sink: Tensor | None = None,
         bias: Tensor | None = None,
         slope: Tensor | None = None,
+        relative: Tensor | None = None,
+        profiles: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -132,11 +134,15 @@ class SoftmaxAttention(MaskedMixer):
                 query, from -R to R; keys farther away get what the last of these get. T5's:
                 t5_distance_bias.
             slope: [H], added to a score that number of tokens times. ALiBi's: alibi_slopes.
+            relative: [B, L, H, C], with `profiles`, [C, W]: to the score of the key w tokens left
+                of a query, itself included, relative @ profiles[:, w] is added, to those W or more
+                tokens left, and right, nothing. Inkling's.
         Returns:
             [B, L, H, V].
         """
-        self.check_bias(bias, slope)
-        x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope)
+        self.check_bias(bias, slope, relative, profiles)
+        own_bias = {"relative": relative, "profiles": profiles}
+        x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope, **own_bias)
         return ATTENTION(x, self.own(attn_metadata), self.softmax(q))
 
     def check_bias(self, *bias: Tensor | None) -> None:
@@ -162,7 +168,7 @@ class CrossAttention(SoftmaxAttention):
         if any(each is not None for each in bias):
             raise ValueError(
                 "A score bias goes by the distance of two tokens of one sequence, got one for "
-                "cross attention: leave bias and slope out."
+                "cross attention: leave bias, slope and relative out."
             )
 
     def whole_row_metadata(self, coords: Coords) -> AttentionMetadata:

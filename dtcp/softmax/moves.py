@@ -22,6 +22,7 @@ class AttentionShape(MixerShape):
         latent: channels of the latent and the rotary key that travel where keys and values of all
             heads are made of them; 0 where these travel themselves.
         wide: gradients of keys travel in the dtype in which they are summed.
+        relative: channels that go with a query where it travels: what it mixes profiles by.
     """
 
     batch: int
@@ -33,6 +34,13 @@ class AttentionShape(MixerShape):
     values_only: bool = False
     latent: int = 0
     wide: bool = False
+    relative: int = 0
+
+    @property
+    def query_row(self) -> int:
+        """Bytes that travel for one token's queries."""
+        width = self.key_dim + self.relative
+        return self.batch * self.heads * width * self.element_size
 
     @property
     def key_row(self) -> int:
@@ -61,7 +69,12 @@ class AttentionShape(MixerShape):
 
     @classmethod
     def of(
-        cls, q: Tensor, k: Tensor | None, v: Tensor, up: Tensor | None = None
+        cls,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor,
+        up: Tensor | None = None,
+        relative: Tensor | None = None,
     ) -> "AttentionShape":
         """That of q [B, L, H, D], k [B, L, G, D] and v [B, L, G, V]; no k where values suffice.
 
@@ -73,7 +86,9 @@ class AttentionShape(MixerShape):
         if up is not None:
             value_dim = LatentWidths.of(q, v, up).value
             return cls(batch, heads, heads, key_dim, value_dim, size, latent=v.shape[3])
-        return cls(batch, heads, kv_heads, key_dim, value_dim, size, values_only=k is None)
+        beside = 0 if relative is None else relative.shape[-1]
+        sizes = (batch, heads, kv_heads, key_dim, value_dim, size)
+        return cls(*sizes, values_only=k is None, relative=beside)
 
 
 @dataclass(frozen=True)
@@ -199,10 +214,10 @@ def heads_moved(
     # Gradients of a kv head that is replicated are summed at home.
     factor = shape.grad_row // shape.key_row if replicas > 1 else 1
     # What is sent and what has arrived, of the wider of the two trades.
-    out = length * shape.heads * shape.key_dim + of_keys
-    held = 2 * shape.batch * out * shape.element_size
-    widths = length * shape.heads * (shape.key_dim + shape.value_dim)
-    each = shape.batch * widths * shape.element_size // num_ranks
+    queries = length * shape.query_row
+    held = 2 * (queries + shape.batch * of_keys * shape.element_size)
+    outputs = shape.batch * length * shape.heads * shape.value_dim * shape.element_size
+    each = (queries + outputs) // num_ranks
     of_heads = Moved.alike(each, num_ranks, rank, workspace=held)
     if replicated is None:
         whole = shape.batch * of_keys * shape.element_size

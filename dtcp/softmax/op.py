@@ -40,6 +40,8 @@ class ForwardArguments(NamedTuple):
     up: Tensor | None
     bias: Tensor | None
     slope: Tensor | None
+    relative: Tensor | None
+    profiles: Tensor | None
     frequency: Tensor | None
     metadata: list[Tensor]
     scale: float
@@ -67,6 +69,8 @@ class BackwardArguments(NamedTuple):
     up: Tensor | None
     bias: Tensor | None
     slope: Tensor | None
+    relative: Tensor | None
+    profiles: Tensor | None
     frequency: Tensor | None
     out: Tensor
     saved: list[Tensor]
@@ -84,6 +88,8 @@ class BackwardArguments(NamedTuple):
         return AttentionInputs(*(getattr(self, name) for name in AttentionInputs._fields))
 
 
+OF_TOKENS = ("q", "k", "v", "relative")
+"""The inputs that have a row for each token."""
 HANDED_ON = ("scale", "softcap", "groups", "kernel", "in_line", "wide")
 """The arguments that forward hands on to backward as they are."""
 
@@ -176,9 +182,11 @@ class AttentionOp:
             x.q.new_zeros(0) if each is None else each.to(like.dtype).contiguous()
             for each, like in zip(grads[:-1], _like(x.inputs), strict=True)
         )
-        dq, dk, dv, *rest = _apart(results)
-        rows = x.grad_out.shape[0]
-        return (*(_in_rows(each, rows) if each.numel() else each for each in (dq, dk, dv)), *rest)
+        rows, fields = x.grad_out.shape[0], AttentionInputs._fields[:-1]
+        return tuple(
+            _in_rows(each, rows) if name in OF_TOKENS and each.numel() else each
+            for name, each in zip(fields, _apart(results), strict=True)
+        )
 
     def _backward_fake(self, *arguments: Any) -> tuple[Tensor, ...]:
         x = BackwardArguments(*arguments)
@@ -194,7 +202,8 @@ class AttentionOp:
                     continue
                 # By heads, queries and keys are as many times as many.
                 length = own.shape[1] * tokens[1] // x.q.shape[1]
-                empty[index] = own.new_empty((tokens[0], length, size, own.shape[-1]))
+                width = own.shape[-1] if index else query_width(x)
+                empty[index] = own.new_empty((tokens[0], length, size, width))
         return tuple(empty)
 
     def _context(
@@ -207,14 +216,16 @@ class AttentionOp:
 
     def _forward_moves(self, *arguments: Any) -> Moved:
         x = ForwardArguments(*arguments)
-        return self._moves(AttentionShape.of(x.q, x.k, x.v, x.up), x.q.shape[1], x).forward
+        shape = AttentionShape.of(x.q, x.k, x.v, x.up, x.relative)
+        return self._moves(shape, x.q.shape[1], x).forward
 
     def _backward_moves(self, *arguments: Any) -> Moved:
         x = BackwardArguments(*arguments)
         batch, length, heads, value_dim = x.grad_out.shape
         # q, k and v may be by heads here, of more tokens and fewer heads.
-        own = AttentionShape.of(x.q, x.k, x.v, x.up)
-        shape = replace(own, batch=batch, heads=heads, kv_heads=x.kv_heads)
+        own = AttentionShape.of(x.q, x.k, x.v, x.up, x.relative)
+        width = query_width(x) if self.strategy.keeps_own_form else own.key_dim
+        shape = replace(own, batch=batch, heads=heads, kv_heads=x.kv_heads, key_dim=width)
         return self._moves(shape, length, x).backward
 
     def _moves(
@@ -311,11 +322,19 @@ def schema_of(arguments: type[Any], returns: str) -> str:
     return f"({', '.join(f'{spelled[kind]} {name}' for name, kind in fields)}) -> {returns}"
 
 
+def query_width(x: AttentionInputs | BackwardArguments) -> int:
+    """Channels of a query by heads, whose relative states came beside it (ulysses.py)."""
+    return x.q.shape[-1] - (0 if x.relative is None else x.relative.shape[-1])
+
+
 def _lined_up(x: AttentionInputs, in_line: bool) -> AttentionInputs:
     """The inputs of a batch whose rows are one line: its metadata are those of one row."""
-    q, k, v = (None if each is None else _for_kernels(each, in_line) for each in x[:3])
-    assert q is not None and v is not None
-    return x._replace(q=q, k=k, v=v)
+    of_tokens: dict[str, Any] = {name: getattr(x, name) for name in OF_TOKENS}
+    lined_up: dict[str, Any] = {
+        name: None if each is None else _for_kernels(each, in_line)
+        for name, each in of_tokens.items()
+    }
+    return x._replace(**lined_up)
 
 
 def _for_kernels(x: Tensor, in_line: bool) -> Tensor:

@@ -58,6 +58,8 @@ class AttentionToSharedKV(ClaimedMixer, SoftmaxAttention):
         sink: Tensor | None = None,
         bias: Tensor | None = None,
         slope: Tensor | None = None,
+        relative: Tensor | None = None,
+        profiles: Tensor | None = None,
     ) -> Tensor:
         keys: KeyExchangeMetadata = self.own(attn_metadata)
         local = LocalMetadata(
@@ -69,7 +71,8 @@ class AttentionToSharedKV(ClaimedMixer, SoftmaxAttention):
             query_token_index=keys.query_token_index,
             in_line=keys.in_line,
         )
-        x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope)
+        own_bias = {"relative": relative, "profiles": profiles}
+        x = AttentionInputs(q, k, v, sink, bias=bias, slope=slope, **own_bias)
         return ATTENTION(x, local, self.softmax(q), keys_sum_grads=self.wide)
 
 

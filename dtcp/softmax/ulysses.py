@@ -51,7 +51,7 @@ class Ulysses:
         share = _share(x.q.shape[2], context)
         check_key_count(x, metadata.num_keys // share.num_ranks or x.q.shape[1])
         q, *k, v = self._to_sequence(x, share, context)
-        own = AttentionInputs(q, k[0] if k else None, v, **_of_own_heads(x, share, context))
+        own = _by_heads(x._replace(q=q, k=k[0] if k else None, v=v), share, context)
         out, saved = self.outer.forward(own, self._outer_context(context, share))
         (local,) = _to_heads((out,), metadata.restore, context)
         # In the place of keys that are not there, those of no token.
@@ -64,18 +64,20 @@ class Ulysses:
         metadata: UlyssesMetadata = context.metadata
         share = _share(grad_out.shape[2], context)
         (grad,) = _to_sequence((share.split(grad_out),), metadata.order, context)
-        own = AttentionInputs(*x[:3], **_of_own_heads(x, share, context))
+        own = _by_heads(x, share, context)
         grads = self.outer.backward(grad, own, result, self._outer_context(context, share))
-        dq, *dk, dv = self._to_heads(grads, x.q.dtype, share, context)
-        per_head: dict[str, Any] = {}
+        beside = grads._replace(q=_beside(grads.q, grads.relative))
+        dq, *dk, dv = self._to_heads(beside, x.q.dtype, share, context)
+        dq, drelative = _apart(dq, grads.relative)
+        rest: dict[str, Any] = {"key_scale": grads.key_scale, "profiles": grads.profiles}
         for name in PER_HEAD:
             whole, part = getattr(x, name), getattr(grads, name)
-            per_head[name] = None if whole is None else torch.zeros_like(whole)
+            rest[name] = None if whole is None else torch.zeros_like(whole)
             if whole is not None and part is not None:
-                per_head[name][_own_heads(share, context.groups)] = part
-        # The scale of keys is that of all heads: this rank's share, as of its queries elsewhere.
+                rest[name][_own_heads(share, context.groups)] = part
+        # Key scale and profiles are of all heads: this rank's share, as of its queries elsewhere.
         gradients = (dq, dk[0] if dk else None, dv)
-        return AttentionInputs(*gradients, key_scale=grads.key_scale, **per_head)
+        return AttentionInputs(*gradients, relative=drelative, **rest)
 
     def saved_like(
         self, x: AttentionInputs, metadata: UlyssesMetadata, group_sizes: Sequence[int]
@@ -85,7 +87,8 @@ class Ulysses:
         share = HeadShare(q.shape[2], v.shape[2], _inner_of(group_sizes))
         batch, length = q.shape[:2]
         whole = (batch, length * share.num_ranks)
-        inner_q = q.new_empty(*whole, share.heads // share.num_ranks, q.shape[-1])
+        width = q.shape[-1] + (0 if x.relative is None else x.relative.shape[-1])
+        inner_q = q.new_empty(*whole, share.heads // share.num_ranks, width)
         keys = (batch, k.shape[1] * share.num_ranks, share.kv_heads_each)
         inner_k = k.new_empty(*keys, k.shape[-1])
         inner_v = v.new_empty(batch, v.shape[1] * share.num_ranks, *inner_k.shape[2:3], v.shape[-1])
@@ -135,16 +138,17 @@ class Ulysses:
     ) -> list[Tensor]:
         """q, k and v, or q and v, of this rank's heads and all tokens: [B, n * L, heads, D]."""
         metadata: UlyssesMetadata = context.metadata
+        q = share.split(_beside(x.q, x.relative))
         keys = [y for y in (x.k, x.v) if y is not None]
         if (replicated := _replicated(share, context)) is not None:
             parts = replicated.to_sequence(keys, _mover(context))
             whole = [_ordered(y.movedim(0, 1).flatten(1, 2), metadata.order_of_keys) for y in parts]
             whole = [y.contiguous() for y in whole]
-            return [*_to_sequence([share.split(x.q)], metadata.order, context), *whole]
+            return [*_to_sequence([q], metadata.order, context), *whole]
         of_keys = [share.split_kv(y) for y in keys]
         if not metadata.num_keys:
-            return _to_sequence([share.split(x.q), *of_keys], metadata.order, context)
-        (q,) = _to_sequence([share.split(x.q)], metadata.order, context)
+            return _to_sequence([q, *of_keys], metadata.order, context)
+        (q,) = _to_sequence([q], metadata.order, context)
         return [q, *_to_sequence(of_keys, metadata.order_of_keys, context)]
 
     def _to_heads(
@@ -235,12 +239,25 @@ def _own_heads(share: HeadShare, groups: Sequence[str]) -> slice:
     return slice(rank * each, (rank + 1) * each)
 
 
-def _of_own_heads(x: AttentionInputs, share: HeadShare, context: OpContext) -> dict[str, Any]:
-    """Of each input that has a row per head, those of this rank's heads."""
-    heads = _own_heads(share, context.groups)
+def _by_heads(x: AttentionInputs, share: HeadShare, context: OpContext) -> AttentionInputs:
+    """The inputs of this rank's heads, of those whose q, k and v are by heads."""
+    heads, (q, relative) = _own_heads(share, context.groups), _apart(x.q, x.relative)
     each = {name: getattr(x, name) for name in PER_HEAD}
-    of_all = {"key_scale": x.key_scale, "frequency": x.frequency}
-    return of_all | {name: None if y is None else y[heads] for name, y in each.items()}
+    own: dict[str, Any] = {name: None if y is None else y[heads] for name, y in each.items()}
+    return x._replace(q=q, relative=relative, **own)
+
+
+def _beside(q: Tensor, relative: Tensor | None) -> Tensor:
+    """Queries with what they mix profiles by, which travels with them."""
+    return q if relative is None else torch.cat((q, relative.to(q.dtype)), dim=-1)
+
+
+def _apart(q: Tensor, relative: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The way back; `relative` says of how many channels."""
+    if relative is None:
+        return q, None
+    width = relative.shape[-1]
+    return q[..., :-width], q[..., -width:]
 
 
 def _to_sequence(parts: Sequence[Tensor], order: Tensor, context: OpContext) -> list[Tensor]:

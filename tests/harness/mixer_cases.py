@@ -45,6 +45,7 @@ def decay(x: Tensor) -> Tensor:
 def mixer_cases() -> dict[str, MixerCase]:
     """Each kind once, what came with newer models included."""
     bias = {**QKV, "bias": (H, 2 * 16 + 1), "slope": (H,)}
+    of_queries = {**QKV, "relative": (B, S, H, 4), "profiles": (4, 20)}
     latent = {
         "q": (B, S, H, 48),
         "latent": (B, S, 64),
@@ -66,6 +67,7 @@ def mixer_cases() -> dict[str, MixerCase]:
         ),
         "softcap": MixerCase(SoftmaxAttention(Causal(), softcap=20.0), QKV),
         "score bias": MixerCase(SoftmaxAttention(Causal()), bias),
+        "bias of queries": MixerCase(SoftmaxAttention(Causal()), of_queries),
         "chunks": MixerCase(SoftmaxAttention(Causal() & AttentionChunks(48)), QKV),
         "latents": MixerCase(LatentAttention(Causal()), latent),
         "picked latents": MixerCase(PickedLatents(), picked),

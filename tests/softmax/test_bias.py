@@ -1,4 +1,4 @@
-"""Score biases by distance, T5's and ALiBi's: exact, with their gradients, and never L x S."""
+"""Score biases by distance, T5's, ALiBi's and Inkling's: exact, with gradients, never L x S."""
 
 import functools
 import math
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtcp.batch import shard_batch
 from dtcp.compile import EagerIsland, count_graphs
+from dtcp.distributed.ledger import count_traffic
 from dtcp.distributed.mesh import ParallelMesh
 from dtcp.kernels.softmax.backends import BACKENDS, backend_named
 from dtcp.kernels.softmax.choice import choose_kernel
@@ -33,6 +34,7 @@ from dtcp.softmax import (
 )
 from dtcp.softmax.distance_bias import alibi_slopes, t5_distance_bias
 from dtcp.softmax.mixer import CrossAttention, SoftmaxAttention
+from dtcp.softmax.moves import AttentionShape
 from tests.harness import packings
 from tests.harness.attention_parity import (
     BIDIRECTIONAL,
@@ -46,6 +48,7 @@ from tests.harness.spmd import spmd
 from tests.kernels.test_backends import HOPPER
 
 SEQ_LEN, REACH = 48, 9
+OF_TOKENS = ("q", "k", "v", "relative")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class BiasCase:
     packing: packings.Packing = packings.across_borders
     table: bool = True
     slope: bool = False
+    relative: int = 0
+    """Tokens that profiles are of; 0 for none."""
     softcap: float = 0.0
     value_dim: int = 8
     heads: int = 4
@@ -93,6 +98,9 @@ def truth(case: BiasCase, num_shards: int) -> Truth:
             inputs["bias"][:2, : REACH - 1] = -torch.inf
     if case.slope:
         inputs["slope"] = draw(H) / 4
+    if case.relative:
+        inputs["relative"] = draw(B, S, H, 3)
+        inputs["profiles"] = draw(3, case.relative)
     if case.hides:
         inputs["sink"][-1] = -torch.inf
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
@@ -112,6 +120,11 @@ def truth(case: BiasCase, num_shards: int) -> Truth:
     visible = case.mask_case.visible(documents)
     blind = ~visible.any(-1)
     scores = scores + torch.stack(rows, dim=1)
+    if case.relative:
+        mixed = torch.einsum("bqhc,cw->bhqw", inputs["relative"], inputs["profiles"])
+        for w in range(case.relative):  # the key w tokens back, of every query that has one
+            on_diagonal = torch.diag_embed(mixed[..., w:, w], offset=-w)[..., :S, :S]
+            scores = scores + on_diagonal
     scores = scores.masked_fill(~(visible | blind[..., None])[:, None], -torch.inf)
     sink = inputs["sink"].view(1, H, 1, 1).expand(B, H, S, 1)
     weights = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :S]
@@ -131,9 +144,8 @@ def shard_case(case, mixer, mesh, layout):
 
 def assert_equals_truth(case, attend, mixer, mesh, layout):
     sharded, expected = shard_case(case, mixer, mesh, layout), truth(case, mesh.size())
-    of_tokens = ("q", "k", "v")
     inputs = {
-        name: (sharded.shard(x) if name in of_tokens else x.clone()).requires_grad_()
+        name: (sharded.shard(x) if name in OF_TOKENS else x.clone()).requires_grad_()
         for name, x in expected.inputs.items()
     }
     q, k, v, *rest = inputs.items()
@@ -141,7 +153,7 @@ def assert_equals_truth(case, attend, mixer, mesh, layout):
     assert_close(out, sharded.shard(expected.out))
     grads = torch.autograd.grad(out, [*inputs.values()], sharded.shard(expected.grad_out))
     for name, grad in zip(inputs, grads, strict=True):
-        if name in of_tokens:
+        if name in OF_TOKENS:
             assert_close(grad, sharded.shard(expected.grads[name]), msg=lambda m: f"{name}: {m}")  # noqa: B023
         else:
             dist.all_reduce(grad)  # a parameter: each rank has the share of its own queries
@@ -157,6 +169,9 @@ def cases(num_ranks):
         BiasCase(BIDIRECTIONAL, softcap=1.5, value_dim=6, **heads),
         BiasCase(packing=packings.last_shard_padding, hides=True, **heads),
         BiasCase(softcap=1.5, hides=True, **heads),
+        BiasCase(table=False, relative=7, **heads),
+        BiasCase(WINDOW, packings.two_rows, relative=11, slope=True, **heads),
+        BiasCase(BIDIRECTIONAL, packings.two_rows, table=False, relative=60, value_dim=6, **heads),
     )
 
 
@@ -195,15 +210,16 @@ def test_bias_on_one_device_equals_a_dense_one():
 
 @spmd(axes={"cp": 2, "tp": 2})
 def test_bias_with_heads_sharded_is_of_each_ranks_own_heads(mesh):
-    case = BiasCase(BIDIRECTIONAL, packings.two_rows, slope=True)
+    case = BiasCase(BIDIRECTIONAL, packings.two_rows, slope=True, relative=9)
     mixer = mixer_on(mesh["cp", "tp"], RingAttention(), case.mask_case.mask)
     sharded, expected = shard_case(case, mixer, mesh["cp"], HeadTail), truth(case, 2)
     tp = mesh["tp"].get_local_rank()
     local = {}
     for name, x in expected.inputs.items():
-        of_tokens = name in ("q", "k", "v")
+        of_tokens = name in OF_TOKENS
         x = sharded.shard(x) if of_tokens else x
-        local[name] = x.chunk(2, dim=2 if of_tokens else 0)[tp].clone().requires_grad_()
+        own = x if name == "profiles" else x.chunk(2, dim=2 if of_tokens else 0)[tp]
+        local[name] = own.clone().requires_grad_()
     q, k, v, *rest = local.items()
     out = mixer(q[1], k[1], v[1], sharded.attn_metadata, **dict(rest))
     assert_close(out, sharded.shard(expected.out).chunk(2, dim=2)[tp])
@@ -211,11 +227,52 @@ def test_bias_with_heads_sharded_is_of_each_ranks_own_heads(mesh):
     grads = torch.autograd.grad(out, [*local.values()], grad_out)
     for name, grad in zip(local, grads, strict=True):
         whole = expected.grads[name]
-        if name in ("q", "k", "v"):
+        if name in OF_TOKENS:
             assert_close(grad, sharded.shard(whole).chunk(2, dim=2)[tp])
+        elif name == "profiles":  # those of all heads: a share of each rank
+            dist.all_reduce(grad)
+            assert_close(grad, whole)
         else:
             dist.all_reduce(grad, group=mesh["cp"].get_group())
             assert_close(grad, whole.chunk(2)[tp])
+
+
+@spmd(ranks=(2, 4))
+def test_bias_of_queries_travels_with_them_by_heads_and_stays_with_them_in_a_ring(mesh, ranks):
+    """3 channels more for each query that is traded, both ways; nothing where keys travel."""
+    case = BiasCase(table=False, relative=7)
+    for style, trading in (
+        (RingAttention(), 1),
+        (AllGatherAttention(), 1),
+        (UlyssesAttention(), ranks),
+        (HybridAttention(inner_ranks=2), 2),
+    ):
+        mixer = mixer_on(mesh, style, CAUSAL.mask)
+        sharded = shard_case(case, mixer, mesh, HeadTail)
+        local = {
+            name: (sharded.shard(x) if name in OF_TOKENS else x).clone().requires_grad_()
+            for name, x in truth(case, ranks).inputs.items()
+        }
+        shape = AttentionShape(1, case.heads, case.kv_heads, 8, case.value_dim, 8)
+        seen = {}
+        for relative in (0, 3):
+            x = {n: y for n, y in local.items() if relative or n not in ("relative", "profiles")}
+            q, k, v, *rest = x.items()
+            with count_traffic() as forward:
+                out = mixer(q[1], k[1], v[1], sharded.attn_metadata, **dict(rest))
+            with count_traffic() as backward:
+                torch.autograd.grad(out.sum(), [*x.values()])
+            moves = style.moves(
+                mixer,
+                sharded.coords,
+                sharded.layout,
+                mesh.get_local_rank(),
+                replace(shape, relative=relative),
+            )
+            seen[relative] = (forward.received, backward.received)
+            assert seen[relative] == (moves.received.forward, moves.received.backward)
+        more = (trading - 1) * sharded.layout.shard_len * case.heads * 3 * 8 // trading
+        assert seen[3] == (seen[0][0] + more, seen[0][1] + more)
 
 
 class Block(nn.Module):
@@ -237,7 +294,8 @@ def test_compiled_bias_is_one_graph_for_all_batches(mesh):
         attend = torch.compile(Block(mixer), backend="aot_eager", fullgraph=True)
         with count_graphs() as graphs:
             for packing in (packings.across_borders, packings.one_document):
-                assert_equals_truth(BiasCase(packing=packing), attend, mixer, mesh, HeadTail)
+                case = BiasCase(packing=packing, relative=20)
+                assert_equals_truth(case, attend, mixer, mesh, HeadTail)
         assert (graphs.graphs, graphs.breaks) == (1, 0)
 
 
@@ -262,8 +320,12 @@ def test_bias_makes_nothing_as_large_as_queries_times_keys():
     q, k, v = (torch.randn(1, length, heads, 8).requires_grad_() for _ in range(3))
     bias, slope = torch.randn(heads, 19).requires_grad_(), torch.ones(heads).requires_grad_()
     with _Largest() as largest:
-        out = mixer(q, k, v, metadata, bias=bias, slope=slope)
-        torch.autograd.grad(out.sum(), (q, k, v, bias, slope))
+        relative, profiles = (torch.randn_like(q) for _ in range(2))
+        profiles = profiles[0, :5, 0].T.contiguous().requires_grad_()
+        biases = {"bias": bias, "slope": slope, "relative": relative.requires_grad_()}
+        biases["profiles"] = profiles
+        out = mixer(q, k, v, metadata, **biases)
+        torch.autograd.grad(out.sum(), (q, k, v, *biases.values()))
     assert 0 < largest.elements <= 16 * length < length * length // 100
 
 

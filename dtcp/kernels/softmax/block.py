@@ -33,7 +33,8 @@ def block_attention(
         v: [B, K, G, V].
         bias: [B or 1, Q, K], 0 where a query sees a key and -inf where not, in the dtype of
             `accumulation`; None where every query sees every key.
-        score_bias: [H, Q, K], added to the scores, after the cap; -inf hides a key from a head.
+        score_bias: [B or 1, H, Q, K], added to the scores, after the cap; -inf hides a key from a
+            head.
     Returns:
         out [B, Q, H, V] and lse [B, Q, H], fp32 (fp64 for fp64); a query that sees no key has
         out 0 and lse -inf.
@@ -136,7 +137,7 @@ def _per_head(bias: Tensor | None, score_bias: Tensor | None) -> Tensor | None:
     """All that is added to scores: [B or 1, H or 1, Q, K]."""
     if score_bias is None:
         return None if bias is None else bias[:, None]
-    return score_bias[None] if bias is None else score_bias + bias[:, None]
+    return score_bias if bias is None else score_bias + bias[:, None]
 
 
 def _with_bias(scores: Tensor, bias: Tensor | None) -> Tensor:

@@ -85,17 +85,17 @@ class _Block(NamedTuple):
     bias: Tensor | None  # [B or 1, Q, K]; None where every query sees every key
 
     def score_bias(self, queries: Queries, keys: Keys) -> Tensor | None:
-        """What is added to the block's scores by distance: [H, Q, K]."""
+        """What is added to the block's scores by distance: [B or 1, H, Q, K]."""
         if queries.bias is None:
             return None
-        return queries.bias.of_block(self.queries[1], keys.token_index[self.keys[1]])
+        return queries.bias.of_block(self.queries, keys.token_index[self.keys[1]])
 
     def take_d_scores(self, queries: Queries, keys: Keys) -> Callable[[Tensor], None] | None:
         """What sums up the gradients of that."""
         if queries.bias is None:
             return None
         key_index = keys.token_index[self.keys[1]]
-        return partial(queries.bias.add_gradients, queries=self.queries[1], key_index=key_index)
+        return partial(queries.bias.add_gradients, queries=self.queries, key_index=key_index)
 
 
 def _blocks(queries: Queries, keys: Keys, block_ranges: Tensor) -> Iterator[_Block]:

@@ -1,14 +1,17 @@
-"""What is added to a score by how far its key lies from its query: per head, a table or a slope.
+"""What is added to a score by how far its key lies from its query.
 
-    score + table[h, R + d] + slope[h] * d        d = key's token index - query's, R = reach
+    score + table[h, R + d] + slope[h] * d + relative[q, h] @ profiles[:, -d]
 
-A distance beyond the reach of the table reads its last entry. So T5's buckets are a table of
-2 R + 1 numbers per head, ALiBi is one number per head, and nothing here is as large as queries
-times keys: a tile of queries and a block of keys get theirs when they are computed.
+d is the key's token index less the query's, R the reach of the table. A distance beyond the reach
+reads the table's last entry; profiles are of the query itself and W - 1 tokens left of it, and
+nothing is added beyond. So T5's buckets are a table of 2 R + 1 numbers per head, ALiBi is one
+number per head, Inkling's queries mix a few profiles, and nothing here is as large as queries times
+keys: a tile of queries and a block of keys get theirs when they are computed.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dtcp.kernels.dtypes import accumulation
 
@@ -19,38 +22,73 @@ class ScoreBias:
     Args:
         table: [H, 2 R + 1], or None.
         slope: [H], or None.
+        relative: [B, L, H, C], what each query makes of the C profiles, or None.
+        profiles: [C, W], with `relative`.
         query_index: [L], token index of each query.
         dtype: of scores.
     """
 
     def __init__(
-        self, table: Tensor | None, slope: Tensor | None, query_index: Tensor, dtype: torch.dtype
+        self,
+        table: Tensor | None,
+        slope: Tensor | None,
+        relative: Tensor | None = None,
+        profiles: Tensor | None = None,
+        *,
+        query_index: Tensor,
+        dtype: torch.dtype,
     ) -> None:
         wide = accumulation(dtype)
-        self.table = None if table is None else table.to(wide)
-        self.slope = None if slope is None else slope.to(wide)
+        parts = (table, slope, relative, profiles)
+        self.table, self.slope, self.relative, self.profiles = (
+            None if x is None else x.to(wide) for x in parts
+        )
         self.query_index = query_index
-        self.table_gradient = None if self.table is None else torch.zeros_like(self.table)
-        self.slope_gradient = None if self.slope is None else torch.zeros_like(self.slope)
+        self.gradients = tuple(
+            None if x is None else torch.zeros_like(x, dtype=wide) for x in parts
+        )
+        """Of table, slope, relative and profiles, summed over the blocks that have been added."""
 
-    def of_block(self, queries: slice, key_index: Tensor) -> Tensor:
-        """The bias of some queries' scores for keys of these token indices, [K]: [H, Q, K]."""
-        distance = self._distance(queries, key_index)
+    def of_block(self, queries: tuple[slice, slice], key_index: Tensor) -> Tensor:
+        """The bias of some queries' scores for keys of these token indices, [K].
+
+        Args:
+            queries: rows, and queries in them.
+        Returns:
+            [B or 1, H, Q, K].
+        """
+        distance = self._distance(queries[1], key_index)
         parts = []
         if self.table is not None:
-            parts.append(self.table[:, self._place(distance)])
+            parts.append(self.table[None, :, self._place(distance)])
         if self.slope is not None:
-            parts.append(self.slope[:, None, None] * distance)
+            parts.append((self.slope[:, None, None] * distance)[None])
+        if self.relative is not None and self.profiles is not None:
+            by_distance = (self.relative[queries] @ self.profiles).transpose(1, 2)
+            place = self._backward_place(distance).expand(*by_distance.shape[:2], -1, -1)
+            parts.append(F.pad(by_distance, (0, 1)).gather(-1, place))
         return sum(parts[1:], parts[0])
 
-    def add_gradients(self, d_scores: Tensor, queries: slice, key_index: Tensor) -> None:
+    def add_gradients(
+        self, d_scores: Tensor, queries: tuple[slice, slice], key_index: Tensor
+    ) -> None:
         """Sum up what the gradients [B, H, Q, K] of a block's scores come to."""
-        distance, by_head = self._distance(queries, key_index), d_scores.sum(0)
-        if self.table_gradient is not None:
-            place = self._place(distance).flatten()
-            self.table_gradient.index_add_(1, place, by_head.flatten(1))
-        if self.slope_gradient is not None:
-            self.slope_gradient += (by_head * distance).sum((1, 2))
+        distance, by_head = self._distance(queries[1], key_index), d_scores.sum(0)
+        table, slope, relative, profiles = self.gradients
+        if table is not None:
+            table.index_add_(1, self._place(distance).flatten(), by_head.flatten(1))
+        if slope is not None:
+            slope += (by_head * distance).sum((1, 2))
+        if relative is not None and profiles is not None:
+            assert self.relative is not None and self.profiles is not None
+            place = self._backward_place(distance).expand_as(d_scores)
+            width = profiles.shape[1]
+            # One key for each distance, but for what all keys beyond the profiles share.
+            by_distance = d_scores.new_zeros(*d_scores.shape[:3], width + 1)
+            by_distance = by_distance.scatter_add_(-1, place, d_scores)[..., :width]
+            relative[queries] += torch.einsum("bhqw,cw->bqhc", by_distance, self.profiles)
+            mixed = self.relative[queries]
+            profiles += torch.einsum("bqhc,bhqw->cw", mixed, by_distance)
 
     def _distance(self, queries: slice, key_index: Tensor) -> Tensor:
         """[Q, K], positive for keys on the right."""
@@ -60,3 +98,9 @@ class ScoreBias:
         assert self.table is not None
         reach = self.table.shape[1] // 2
         return distance.clamp(-reach, reach) + reach
+
+    def _backward_place(self, distance: Tensor) -> Tensor:
+        """How far each key lies back; W, behind all profiles, for one that none is of."""
+        assert self.profiles is not None
+        width = self.profiles.shape[1]
+        return torch.where((distance > 0) | (distance <= -width), width, -distance)
