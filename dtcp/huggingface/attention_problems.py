@@ -13,7 +13,7 @@ from dtcp.sequence.masks import Bidirectional, Causal, Mask
 
 HARMLESS = ("position_ids", "use_cache", "is_causal", "sliding_window", "output_router_logits")
 """Arguments of an attention call that repeat what mask, positions and the model's call say."""
-WRITTEN_AGAIN = ("num_selected", "compressed", "picked_blocks")
+WRITTEN_AGAIN = ("num_selected", "compressed", "picked_blocks", "relative_bias")
 """Arguments of the calls in forwards that are written again (own_attention.py)."""
 REMEDY = "write it with a mixer (docs/add_a_model.md)"
 

@@ -18,6 +18,7 @@ from dtcp.huggingface.block_attention import BLOCKS, own_values_of_blocks
 from dtcp.huggingface.compressed_attention import COMPRESSED, own_values_of_compressed
 from dtcp.huggingface.picking_attention import PICKING
 from dtcp.huggingface.picking_forms import own_values_of_picking
+from dtcp.huggingface.relative_attention import RELATIVE
 from dtcp.softmax.distance_bias import alibi_slopes
 
 CODEGEN_PARTS = 4
@@ -66,6 +67,8 @@ def own_values(module: Any) -> dict[str, Any]:
         return own_values_of_compressed(module)
     if type(module).__name__ in BLOCKS:
         return own_values_of_blocks(module)
+    if type(module).__name__ in RELATIVE:
+        return {}
     rope = getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)
     names = ("num_heads", "n_heads", "num_attention_heads")
     heads = next(getattr(module, name) for name in names if hasattr(module, name))
@@ -226,5 +229,6 @@ FORWARDS: Mapping[str, Callable[..., Any]] = {
     **PICKING,
     **COMPRESSED,
     **BLOCKS,
+    **RELATIVE,
 }
 """By the name of the class."""

@@ -89,12 +89,12 @@ class Recorder:
         self.block: Tensor | None = None
         self.of_blocks: dict[str, None] = {}
         self.varies = False
-        self._giver = ""
+        self._given: dict[str, None] = {}
 
     def see(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Look at the call of any module: which is the last that the metadata reach?
+        """Look at the call of any module: which of them do the metadata reach?
 
         Returns:
             what to call it with instead: the model inside of a model receives them always.
@@ -104,17 +104,17 @@ class Recorder:
             return args, {**kwargs, "attn_metadata": self}
         if kwargs.get("attn_metadata") is not self or mask_index(module) is None:
             return None
-        self._giver = self.names[module]
+        self._given[self.names[module]] = None
         mask = mask_argument(module, args, kwargs)
         if isinstance(mask, Tensor):
             setattr(mask, RECORDER, self)
         return None
 
     def note_unread(self, module: nn.Module) -> None:
-        """Note that a module that mixes receives no metadata, but what the last giver hands on."""
-        # Where a part of the model is run again, another part may have been the last.
-        if not self._giver or self.names[module].startswith(f"{self._giver}."):
-            self.givers[self._giver] = None
+        """Note that a module that mixes receives no metadata, but what one around it hands on."""
+        name = self.names[module]
+        around = (each for each in self._given if name.startswith(f"{each}."))
+        self.givers[max(around, key=len, default="")] = None
 
     def note_kernel(
         self, layer: nn.Module, name: str, kind: type[Mixer], arguments: Mapping[str, Any]
@@ -134,6 +134,9 @@ class Recorder:
     ) -> Tensor:
         """Note a call of attention, and return what it would be without mixing."""
         q, k, v = (x.transpose(1, 2) for x in qkv)
+        if arguments.get("relative_bias") is not None:
+            # Where tokens meet on the way to that, they meet in queries.
+            q = q + arguments["relative_bias"].relative.mean(-1, keepdim=True)
         name = self.names[module]
         known_mask = self._meaning(name, mask)
         self.varies |= varies(q, 1) or varies(k, 1)

@@ -127,6 +127,14 @@ def _zaya(
     return of_q.view_as(q) + q, of_k.view_as(k) + k, v.unflatten(-1, (-1, self.head_dim))
 
 
+def _inkling(self: Any, hidden_states: Tensor, *, attn_metadata: Any, **_: Any) -> Tensor:
+    """InklingShortConvolution: a convolution beside its input, in fp32."""
+    x = hidden_states.to(_wide(hidden_states))
+    weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+    out = causal_conv1d_fn(x.transpose(1, 2), weight, bias, attn_metadata=attn_metadata)
+    return (out.transpose(1, 2) + x).to(hidden_states.dtype)
+
+
 def _convolved(kernel: Callable[..., Tensor], self: Any, x: Tensor, attn_metadata: Any) -> Tensor:
     """[B, L, C], each channel with its last tokens; the kernel is what its caller finds by name."""
     out = kernel(
@@ -154,6 +162,7 @@ WRITTEN_AGAIN: Mapping[str, Any] = {
     "ZambaMambaMixer": _zamba,
     "RecurrentGemmaRecurrentBlock": _griffin,
     "ZayaCCAProjection": _zaya,
+    "InklingShortConvolution": _inkling,
     **NGRAM_LAYERS,
 }
 """By the name of the class."""

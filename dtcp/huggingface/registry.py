@@ -16,6 +16,7 @@ from dtcp.huggingface.block_attention import PickedBlocks
 from dtcp.huggingface.compressed_attention import Compressed, attend_beside_entries
 from dtcp.huggingface.metadata_as_mask import metadata_of_config
 from dtcp.huggingface.own_attention import implementations
+from dtcp.huggingface.relative_attention import RelativeBias
 from dtcp.metadata import BatchMetadata
 from dtcp.softmax.latent import LatentMixer
 from dtcp.sparse.mixer import CompressedSparseAttention
@@ -106,6 +107,7 @@ def mixer_attention_forward(
     selected: Tensor | None = None,
     compressed: Compressed | None = None,
     picked_blocks: PickedBlocks | None = None,
+    relative_bias: RelativeBias | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend by the module's mixer, which has the mask and the scale that the survey read.
@@ -119,6 +121,7 @@ def mixer_attention_forward(
         selected: [B, L, k], the tokens that queries read (picking_attention.py).
         compressed: what is read beside a window of keys (compressed_attention.py).
         picked_blocks: by what blocks of tokens are picked that are read (block_attention.py).
+        relative_bias: what queries add to scores by distance (relative_attention.py).
     Returns:
         [B, L, H, V].
     Raises:
@@ -148,7 +151,10 @@ def mixer_attention_forward(
     if isinstance(mixer, SparseBlockAttention):
         assert picked_blocks is not None
         return mixer(q, k, v, picked_blocks.picked_by, attn_metadata), None
-    return mixer(q, k, v, attn_metadata, sink=s_aux, bias=position_bias, slope=slope), None
+    bias = {"bias": position_bias, "slope": slope}
+    if relative_bias is not None:
+        bias |= {"relative": relative_bias.relative.to(q.dtype), "profiles": relative_bias.profiles}
+    return mixer(q, k, v, attn_metadata, sink=s_aux, **bias), None
 
 
 def _attend_to_latents(
