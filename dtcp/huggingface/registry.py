@@ -8,6 +8,7 @@ keyword argument that transformers hands on.
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -134,27 +135,23 @@ def mixer_attention_forward(
         attention_mask = None
     if dropout or attention_mask is not None or attn_metadata is None:
         raise ValueError(_not_by_metadata_alone(module, dropout, attention_mask, attn_metadata))
-    if isinstance(s_aux, DTensor):
-        # Sharded with the heads: each rank has the sinks of its own.
-        s_aux = s_aux.to_local(grad_placements=s_aux.placements)
     # Norms and rotary tables give fp32 under autocast.
     q, k, v = (x.transpose(1, 2) for x in as_autocast_casts(query, key, value))
+    sink = None if s_aux is None else _of_own_heads(s_aux)
     mixer = module.get_submodule(MIXER)
     if isinstance(mixer, LatentMixer):
         if mixer.wide:
             # Gradients of latents are summed in the dtype that they have.
             k, v = (x.transpose(1, 2) for x in (key, value))
-        return _attend_to_latents(module, mixer, (q, k, v), selected, s_aux, attn_metadata), None
+        return _attend_to_latents(module, mixer, (q, k, v), selected, sink, attn_metadata), None
     if isinstance(mixer, CompressedSparseAttention):
         assert compressed is not None
-        return attend_beside_entries(mixer, q, k[:, :, 0], s_aux, compressed, attn_metadata), None
+        return attend_beside_entries(mixer, q, k[:, :, 0], sink, compressed, attn_metadata), None
     if isinstance(mixer, SparseBlockAttention):
         assert picked_blocks is not None
         return mixer(q, k, v, picked_blocks.picked_by, attn_metadata), None
-    bias = {"bias": position_bias, "slope": slope}
-    if relative_bias is not None:
-        bias |= {"relative": relative_bias.relative.to(q.dtype), "profiles": relative_bias.profiles}
-    return mixer(q, k, v, attn_metadata, sink=s_aux, **bias), None
+    bias = {"bias": position_bias, "slope": slope, **_relative(relative_bias, q.dtype)}
+    return mixer(q, k, v, attn_metadata, sink=sink, **bias), None
 
 
 def _attend_to_latents(
@@ -190,11 +187,17 @@ def _not_by_metadata_alone(
 def _up_projection(module: nn.Module, q: Tensor) -> Tensor:
     """What makes the keys and values of the heads of q of latents: [H, N + V, C]."""
     projection: Any = module.get_submodule(PROJECTION)
-    weight: Tensor = projection.weight
-    if isinstance(weight, DTensor):
-        # Its rows are those of the heads that this rank of tp makes.
-        weight = weight.to_local(grad_placements=weight.placements)
+    weight = _of_own_heads(projection.weight)
     return weight.to(q.dtype).unflatten(0, (q.shape[2], -1))
+
+
+def _relative(bias: RelativeBias | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {} if bias is None else {"relative": bias.relative.to(dtype), "profiles": bias.profiles}
+
+
+def _of_own_heads(x: Tensor) -> Tensor:
+    """What tp shards with the heads: the part of those that this rank makes."""
+    return x.to_local(grad_placements=x.placements) if isinstance(x, DTensor) else x
 
 
 def no_mask(*_: Any, config: Any = None, **__: Any) -> Any:
