@@ -59,6 +59,15 @@ def averaging_ranks(group: Any) -> int:
     return 0 if group.gradient_divide_factor is not None else reducing_ranks(group)
 
 
+def weights_held_by(unit: FSDPModule) -> Iterator[Tensor]:
+    """The parameters that a unit shards, as shards and, where they were ever, as gathered."""
+    for group in fsdp_param_groups(unit):
+        for each in group.fsdp_params:
+            yield each.sharded_param
+            if hasattr(each, "_unsharded_param"):
+                yield each._unsharded_param
+
+
 def has_param_meshes() -> bool:
     """Whether parameters of one FSDP unit may lie on several meshes (2.13-2.15; not 2.11)."""
     from torch.distributed.fsdp._fully_shard import _fsdp_common

@@ -206,8 +206,14 @@ def whole_rows(
     """What a model that takes images is called with, as long as the padded rows: [B, S].
 
     Raises:
-        ValueError: packed documents where the model counts the positions of a row's images.
+        ValueError: tokens without ids; packed documents, or positions of one axis, where the model
+            counts the positions of a row's images.
     """
+    if rows.get("input_ids") is None:
+        raise ValueError(
+            f"Tokens of images take the places of their ids, got images with keys {sorted(rows)}: "
+            f"give input_ids."
+        )
     whole = {"input_ids": rows["input_ids"]}
     whole |= {key: rows[key] for key in TOKEN_TYPES if rows.get(key) is not None}
     padded = {key: pad_end(x, documents.seq_len - x.shape[1], 0, dim=1) for key, x in whole.items()}
@@ -218,6 +224,12 @@ def whole_rows(
         raise ValueError(
             f"A model that counts the positions of images on several axes takes one document in a "
             f"row, got several in rows {packed[:4]}: leave them unpacked, padded on the right."
+        )
+    if rows.get("position_ids") is not None:
+        raise ValueError(
+            f"A model that counts the positions of images on several axes does so by itself, got "
+            f"position_ids of shape {tuple(rows['position_ids'].shape)} beside images: leave them "
+            f"out."
         )
     return padded
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dtcp._torch.fsdp import weights_held_by
 from dtcp.forward import wrap_forward
 from dtcp.huggingface import registry
 from dtcp.huggingface.distance_bias import install_bias_tables
@@ -30,6 +31,7 @@ from dtcp.huggingface.positions import (
     install_positions,
     note_longest,
 )
+from dtcp.huggingface.query_temperature import install_query_temperature
 from dtcp.huggingface.recorder import SurveyedAttention, survey_mask
 from dtcp.huggingface.recurrent_layers import install_recurrent_mixers
 from dtcp.huggingface.router_logits import leave_out_own_balance
@@ -71,6 +73,7 @@ def install_mixers(model: Any) -> Survey:
     install_recurrent_mixers(model, result.recurrent)
     install_capacity(model)
     install_bias_tables(model)
+    install_query_temperature(model)
     for module in own_attentions(model):
         use_registry(model, module)
     for name in result.givers:
@@ -111,6 +114,7 @@ def install_mixers(model: Any) -> Survey:
 
 def _install_attention(module: nn.Module, attention: SurveyedAttention) -> None:
     module.add_module(registry.MIXER, attention.mixer())
+    vars(module)[registry.FIXED] = attention.arguments
     if attention.num_selected:
         read_picked_latents(module, attention.num_selected)
 
@@ -146,6 +150,8 @@ def check_has_no_mixers(model: Any) -> None:
 def check_has_mixers(model: nn.Module) -> None:
     """Refuse a model without mixers: its tokens would meet inside of shards alone.
 
+    So would gradients of a layer that was put into it, or around it, afterwards.
+
     Args:
         model: itself, or what holds it, as of peft.
     Raises:
@@ -156,16 +162,17 @@ def check_has_mixers(model: nn.Module) -> None:
             f"A batch is cut for a model that knows of its shards, got a {type(model).__name__} "
             f"as transformers builds it: call parallelize_hf(model, mesh) first."
         )
-    if has_mixers(model) or _LOOKED_AT in vars(model):
-        return
-    vars(model)[_LOOKED_AT] = True
-    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-    for name, parameter in model.named_parameters() if sharded else ():
-        if parameter.requires_grad and not isinstance(parameter, DTensor):
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    # Listed first: a step that runs beside this thread may gather a weight at any time.
+    parameters = list(model.named_parameters()) if sharded else []
+    held = {id(x) for unit in sharded for x in weights_held_by(unit)}
+    for name, parameter in parameters:
+        shard = isinstance(parameter, DTensor) or id(parameter) in held
+        if parameter.requires_grad and not shard:
             raise ValueError(
                 f"Weights that are trained are shards of their mesh, got {name} of a "
-                f"{type(model).__name__} put around a model that was sharded before: call "
-                f"parallelize_hf on the whole, adapters included."
+                f"{type(model).__name__} that was sharded before it had this weight: call "
+                f"parallelize_hf on the whole, with all its layers and adapters."
             )
 
 
@@ -177,7 +184,7 @@ def _attention_configs(model: Any, result: Survey) -> list[Any]:
 
 
 _POSITIONS, _ARGUMENTS = "dtcp_positions_rule", "dtcp_arguments"
-_CONFIGS, _LOOKED_AT = "dtcp_attention_configs", "dtcp_looked_at"
+_CONFIGS = "dtcp_attention_configs"
 _OF_DECODER = "dtcp_decoder_arguments"
 
 

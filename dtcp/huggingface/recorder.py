@@ -13,7 +13,7 @@ from dtcp.huggingface.metadata_as_mask import mask_argument, mask_index, metadat
 from dtcp.huggingface.mixing_probe import own_operands
 from dtcp.huggingface.read_mask import read_block_mask
 from dtcp.huggingface.recurrent_layers import SurveyedMixer
-from dtcp.huggingface.registry import RECORDER
+from dtcp.huggingface.registry import RECORDER, fixed_arguments
 from dtcp.mixer import Mixer
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
@@ -39,6 +39,7 @@ class SurveyedAttention:
         compression: how entries are made that it reads beside them; None for the window alone.
         blocks: how many blocks of tokens an indexer picks for each query, and tokens of each; else
             nothing.
+        arguments: those of its calls that must not change, by name.
     """
 
     name: str
@@ -51,6 +52,7 @@ class SurveyedAttention:
     window: int = 0
     compression: Compression | None = None
     blocks: tuple[int, ...] = ()
+    arguments: tuple[Any, ...] = ()
 
     def mixer(self) -> Mixer:
         if self.window:
@@ -181,6 +183,7 @@ class Recorder:
         sink, softcap = arguments.get("s_aux") is not None, arguments.get("softcap") or 0.0
         number = arguments.get("num_selected") or 0
         now = SurveyedAttention(name, mask, arguments.get("scaling"), softcap, sink, cross, number)
+        now = replace(now, arguments=fixed_arguments(arguments))
         compressed = arguments.get("compressed")
         if compressed is not None:
             now = replace(now, window=window_of(mask), compression=compressed.compression)

@@ -6,6 +6,7 @@ process-wide but two names. The metadata of a batch comes down from the model's 
 keyword argument that transformers hands on.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from dtcp.huggingface.block_attention import PickedBlocks
 from dtcp.huggingface.compressed_attention import Compressed, attend_beside_entries
 from dtcp.huggingface.metadata_as_mask import metadata_of_config
 from dtcp.huggingface.own_attention import implementations
+from dtcp.huggingface.query_temperature import tempered
 from dtcp.huggingface.relative_attention import RelativeBias
 from dtcp.metadata import BatchMetadata
 from dtcp.softmax.latent import LatentMixer
@@ -35,6 +37,9 @@ OWN_MASK = "dtcp_own_mask"
 
 MIXER = "dtcp_mixer"
 """The mixer's name in its attention module."""
+
+FIXED = "dtcp_fixed_arguments"
+"""What an attention module has: the arguments that it calls attention with, whatever the batch."""
 
 PROJECTION = "kv_b_proj"
 """What makes keys and values of latents, in modules that have them."""
@@ -109,7 +114,8 @@ def mixer_attention_forward(
     compressed: Compressed | None = None,
     picked_blocks: PickedBlocks | None = None,
     relative_bias: RelativeBias | None = None,
-    **_: Any,
+    query_positions: Tensor | None = None,
+    **arguments: Any,
 ) -> tuple[Tensor, None]:
     """Attend by the module's mixer, which has the mask and the scale that the survey read.
 
@@ -123,11 +129,13 @@ def mixer_attention_forward(
         compressed: what is read beside a window of keys (compressed_attention.py).
         picked_blocks: by what blocks of tokens are picked that are read (block_attention.py).
         relative_bias: what queries add to scores by distance (relative_attention.py).
+        query_positions: [B or 1, L], what queries are scaled by (query_temperature.py).
     Returns:
         [B, L, H, V].
     Raises:
-        ValueError: dropout, a mask, or no metadata.
+        ValueError: dropout, a mask, no metadata, or another scale or window than the survey read.
     """
+    _check_fixed(module, arguments)
     if isinstance(attention_mask, BatchMetadata):
         # A layer above hands on no more than a mask (`metadata_as_mask`).
         attn_metadata, attention_mask = attention_mask, None
@@ -135,6 +143,7 @@ def mixer_attention_forward(
         attention_mask = None
     if dropout or attention_mask is not None or attn_metadata is None:
         raise ValueError(_not_by_metadata_alone(module, dropout, attention_mask, attn_metadata))
+    query = query if query_positions is None else tempered(module, query, query_positions)
     # Norms and rotary tables give fp32 under autocast.
     q, k, v = (x.transpose(1, 2) for x in as_autocast_casts(query, key, value))
     sink = None if s_aux is None else _of_own_heads(s_aux)
@@ -152,6 +161,22 @@ def mixer_attention_forward(
         return mixer(q, k, v, picked_blocks.picked_by, attn_metadata), None
     bias = {"bias": position_bias, "slope": slope, **_relative(relative_bias, q.dtype)}
     return mixer(q, k, v, attn_metadata, sink=sink, **bias), None
+
+
+def fixed_arguments(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What scores and masks are made by, of the arguments of an attention call."""
+    return tuple(arguments.get(name) for name in ("scaling", "softcap", "sliding_window"))
+
+
+def _check_fixed(module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Refuse a module that was changed after its survey: the mixer would go on as before."""
+    given, surveyed = fixed_arguments(arguments), getattr(module, FIXED)
+    if given != surveyed:
+        raise ValueError(
+            f"{layer_label(module)} attends as it did when its model was surveyed, got scaling, "
+            f"softcap and sliding_window of {given} where they were {surveyed}: change a model "
+            f"before parallelize_hf."
+        )
 
 
 def _attend_to_latents(

@@ -35,7 +35,8 @@ _BY_SIZE: Mapping[int, str] = {
         num_decoder_attention_heads swa_num_attention_heads index_n_heads num_experts
         num_local_experts n_routed_experts moe_num_experts linear_num_heads mamba_n_heads
         mamba_num_heads linear_num_value_heads split_ngram_parts
-        centroid_intermediate_top_k num_attention_heads_per_layer zero_expert_num rotary_dim""",
+        centroid_intermediate_top_k num_attention_heads_per_layer zero_expert_num rotary_dim
+        floor_scale""",
     2: """num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads
         num_query_groups num_experts_per_tok moe_topk index_topk_blocks
         num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers

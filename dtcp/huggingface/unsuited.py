@@ -48,6 +48,12 @@ def unsuited(model: Any) -> Iterator[str]:
             f"{name} routes by noise of its own on each rank (router_jitter_noise): set "
             f"config.router_jitter_noise = 0.0."
         )
+    if getattr(model.config, "slow_but_exact", False) and model.config.pretraining_tp > 1:
+        yield (
+            f"{name} leaves out biases of its projections (slow_but_exact, pretraining_tp="
+            f"{model.config.pretraining_tp}), which are added here: set config.slow_but_exact = "
+            f"False."
+        )
     for kind in _rope_types(getattr(model.config, "rope_parameters", None)):
         if kind in LENGTH_DEPENDENT_ROPE:
             yield (

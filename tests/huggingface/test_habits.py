@@ -105,3 +105,34 @@ def test_what_shard_hf_batch_gives_is_what_the_model_takes(mesh):
     logits = model(**local, attn_metadata=sharded.attn_metadata).logits
     # Its norms are computed in fp32.
     assert_close(sharded.gather(logits).float(), alone(ids).logits.float())
+
+
+@spmd(ranks=2)
+def test_a_layer_put_into_a_sharded_model_is_refused(mesh):
+    """Each rank would have a gradient of its own tokens; after a batch without it, too."""
+    on = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
+    model, batch = parallelize_hf(build("llama"), on), {"input_ids": IDS, "labels": IDS}
+    causal_lm_loss(model, batch, on)
+    model.lm_head = torch.nn.Linear(32, 64, bias=False).double()
+    with pytest.raises(ValueError, match=r"got lm_head.weight .*sharded before it had this weight"):
+        causal_lm_loss(model, batch, on)
+    model.lm_head.requires_grad_(False)
+    assert causal_lm_loss(model, batch, on).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        ("model.layers.0.self_attn", "scaling", 0.7),
+        ("model.layers.1.self_attn", "attn_logit_softcapping", None),
+        ("model.layers.0.self_attn", "sliding_window", 3),
+    ],
+)
+@spmd(ranks=1)
+def test_attention_that_is_changed_after_its_survey_is_refused(mesh, owner, name, value):
+    """Its mixer went on with the numbers that the survey had read."""
+    on = ParallelMesh.from_degrees(Degrees(), "cpu")
+    model = parallelize_hf(build("gemma2"), on)
+    setattr(model.get_submodule(owner), name, value)
+    with pytest.raises(ValueError, match=r"layer \d attends as it did .*change a model before"):
+        causal_lm_loss(model, {"input_ids": IDS, "labels": IDS}, on)

@@ -25,6 +25,7 @@ from dtcp.sequence.documents import Documents
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.per_document import PerDocument
 from tests.harness.spmd import spmd
+from tests.huggingface.test_huggingface import assert_parity
 
 FAMILIES = {
     "stablelm": {},
@@ -145,6 +146,14 @@ def test_tp_of_a_family_equals_one_device(mesh, kind):
 def test_compiled_family_equals_one_device(mesh, kind):
     result = assert_step_equal(kind, Degrees(cp=2), compile=Compile("aot_eager"))
     assert result.graphs.breaks == 0
+
+
+@spmd(ranks=2)
+def test_queries_scaled_by_position_have_that_of_their_document(mesh):
+    """Llama 4 counts its input in layers without rotary positions, by steps of 8,192 tokens."""
+    change = {"floor_scale": 4, "attn_scale": 0.5, "no_rope_layers": [1, 0]}
+    with TrueFP64():
+        assert_parity("llama4_text", Degrees(cp=2), change=change)
 
 
 @spmd(ranks=2)

@@ -279,6 +279,7 @@ def test_survey_reads_every_mask_off_the_models_own(kind):
         ("doge", {}, r"layers\.0\.self_attn .*its meaning is not known"),
         ("llama", {"rope_parameters": DYNAMIC}, r"rope_type='dynamic'"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0"),
+        ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact = False"),
         ("starcoder2", {"residual_dropout": 0.1}, "Starcoder2ForCausalLM is random in training"),
         ("gpt_neox", {"hidden_dropout": 0.1}, r"layers\.0\.post_attention_dropout .*dropout=0\.1"),
         ("gpt_neox_japanese", {}, "GPTNeoXJapaneseForCausalLM .*keeps 'eager'"),

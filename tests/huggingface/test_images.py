@@ -355,3 +355,10 @@ def test_packed_documents_with_positions_of_images_are_refused(mesh):
     batch["position_ids"] = torch.arange(SEQ_LEN).remainder(16).expand(ROWS, -1)
     with pytest.raises(ValueError, match=r"one document in a row, got several in rows \[0, 1\]"):
         shard_hf_batch(batch, mesh, model=model)
+    # transformers takes these for those of all axes.
+    batch["position_ids"] = torch.arange(SEQ_LEN).expand(ROWS, -1)
+    with pytest.raises(ValueError, match=r"position_ids of shape \(2, 24\) beside images: leave"):
+        shard_hf_batch(batch, mesh, model=model)
+    embeds = {**batch, "input_ids": None, "inputs_embeds": torch.zeros(ROWS, SEQ_LEN, 32)}
+    with pytest.raises(ValueError, match="give input_ids"):
+        shard_hf_batch(embeds, mesh, model=model)
