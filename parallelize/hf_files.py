@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from dtcp.checkpoint.huggingface import weight_files
+from dtcp.checkpoint.huggingface import file_of_tensors, weight_files
 
 
 class WeightFiles(Mapping[str, Tensor]):
@@ -24,7 +24,7 @@ class WeightFiles(Mapping[str, Tensor]):
 
     Raises:
         ValueError: a folder that is not there, or whose files are missing or lie elsewhere; one
-            that is no safetensors file.
+            that is no safetensors file; a tensor that two files hold.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,16 +33,7 @@ class WeightFiles(Mapping[str, Tensor]):
                 f"Weights are read from the folder that save_pretrained wrote, got {folder}, which "
                 f"is none: correct the path."
             )
-        self.file_of: dict[str, Path] = {}
-        for path in weight_files(folder):
-            try:
-                with safe_open(path, "pt") as file:
-                    self.file_of |= dict.fromkeys(file.keys(), path)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"Weights are read from whole safetensors files, got {path} ({error}): copy it "
-                    f"again."
-                ) from error
+        self.file_of = file_of_tensors(weight_files(folder))
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self.file_of[name], "pt") as file:

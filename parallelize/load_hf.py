@@ -12,6 +12,8 @@ from dtcp.parallelize.hf_files import WeightFiles, WeightGroup, weight_groups
 from dtcp.parallelize.tied_parameters import find_tied_parameters, restore_tied_parameters
 from dtcp.sequence.arguments import check_kind, check_tensor
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @torch.no_grad()
 def load_hf(
@@ -24,8 +26,8 @@ def load_hf(
             whole tensors, by the names of such files or of the model. A weight that two modules
             share may have only one of its names. They are read one parameter at a time.
     Raises:
-        ValueError: a weight that is missing, left over, of another shape or not finite; a folder
-            or a file that is not there.
+        ValueError: a weight that is missing, left over, of another shape, quantized or not finite;
+            two that differ where the model has one; a folder or a file that is not there.
     """
     check_kind("load_hf", nn.Module, model=model)
     files, groups = _read_names(model, weights)
@@ -92,11 +94,15 @@ def _fill_parameters(
     model: Any, files: Mapping[str, Tensor], groups: Sequence[WeightGroup]
 ) -> None:
     parameters = model.state_dict(keep_vars=True)
-    filled: set[Tensor] = set()
+    filled: dict[Tensor, tuple[str, WeightGroup]] = {}
     for group in groups:
         for name, whole in group.weights(model, files).items():
-            _copy_shard(name, parameters[name], whole)
-            filled.add(parameters[name])
+            x = parameters[name]
+            if x in filled:
+                other, before = filled[x]
+                _check_shared(model, (name, whole), (other, before.weights(model, files)[other]))
+            _copy_shard(name, x, whole)
+            filled[x] = name, group
     missing = [name for name, x in parameters.items() if x not in filled]
     _check_names(model, missing, [])
 
@@ -110,6 +116,17 @@ def _check_names(model: nn.Module, missing: Sequence[str], left_over: Sequence[s
         )
 
 
+def _check_shared(model: Any, *weights: tuple[str, Tensor]) -> None:
+    """Refuse two weights where the model has one: transformers would not share it."""
+    (name, whole), (other, before) = weights
+    if not torch.equal(whole, before.to(whole.dtype)):
+        raise ValueError(
+            f"Modules that share a weight have one, got {name} and {other} that differ, for a "
+            f"{type(model).__name__}: set tie_word_embeddings=False in its config, or leave one "
+            f"of them out."
+        )
+
+
 def _copy_shard(name: str, x: Tensor, whole: Tensor) -> None:
     named: dict[str, Any] = {name: whole}
     check_tensor("load_hf", **named)
@@ -117,6 +134,11 @@ def _copy_shard(name: str, x: Tensor, whole: Tensor) -> None:
         raise ValueError(
             f"Weights have the shape of their parameter, got {name} of {tuple(whole.shape)} for "
             f"{tuple(x.shape)}: load the checkpoint of this config."
+        )
+    if x.is_floating_point() and whole.dtype not in _DTYPES:
+        raise ValueError(
+            f"Weights are numbers that need no scale, got {name} of dtype {whole.dtype}: load a "
+            f"checkpoint that is not quantized."
         )
     if whole.is_floating_point() and not bool(whole.isfinite().all()):
         raise ValueError(

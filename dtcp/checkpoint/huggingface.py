@@ -30,7 +30,7 @@ class SafeHuggingFaceReader(HuggingFaceStorageReader):
     def __init__(self, path: str | os.PathLike[str], thread_count: int = 1) -> None:
         super().__init__(os.fspath(path), thread_count)
         files = weight_files(Path(path))
-        _refuse_damaged(files)
+        file_of_tensors(files)
         self.fs = _Listed(files)
         self._parsed = super().read_metadata()
 
@@ -63,11 +63,17 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, in order of name.
 
     Raises:
-        ValueError: there are none, or the index names one that is not there.
+        ValueError: there are none, the index names one that is not there, or the folder has
+            weights without and with an index, of which transformers reads the first.
     """
     names = sorted({path.name for path in folder.glob("*.safetensors")})
     if (folder / INDEX).exists():
-        names = sorted(set(_indexed(folder).values()))
+        alone, names = "model.safetensors" in names, sorted(set(_indexed(folder).values()))
+        if alone and "model.safetensors" not in names:
+            raise ValueError(
+                f"A folder has its weights once, got model.safetensors and {INDEX} of other files "
+                f"in {folder}: remove the one that does not belong there."
+            )
     if not names:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         raise ValueError(
@@ -96,14 +102,22 @@ def _hub_blobs(folder: Path) -> tuple[Path, ...]:
     return (repository / "blobs",) if in_cache else ()
 
 
-def _refuse_damaged(files: Sequence[Path]) -> None:
+def file_of_tensors(files: Sequence[Path]) -> dict[str, Path]:
+    """The file of each tensor, by its name.
+
+    Raises:
+        ValueError: a file that is damaged or not safetensors; a tensor that two files hold.
+    """
     homes: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 names = list(opened.keys())
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is not a whole safetensors file ({error})") from error
+            raise ValueError(
+                f"Weights are read from whole safetensors files, got {file} ({error}): copy it "
+                f"again."
+            ) from error
         for name in names:
             if name in homes:
                 raise ValueError(
@@ -111,3 +125,4 @@ def _refuse_damaged(files: Sequence[Path]) -> None:
                     f"{file.name} of {file.parent}: remove the files that do not belong there."
                 )
             homes[name] = file
+    return homes

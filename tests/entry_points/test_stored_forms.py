@@ -5,6 +5,7 @@ import tempfile
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -126,6 +127,8 @@ def changed(weights, change):
         weights[name][1, 1] = torch.nan
     elif change == "infinity in an expert":
         weights["model.layers.1.mlp.experts.2.up_proj.weight"][0, 0] = torch.inf
+    elif change == "int8":
+        weights[name] = weights[name].to(torch.int8)
     else:
         weights[name] = weights[name][:-1]
     return weights
@@ -140,6 +143,7 @@ def changed(weights, change):
         ("extra layer", r"no use for \['model.layers.2.self_attn.k_proj.weight'\]"),
         ("NaN", r"got model.layers.1.self_attn.k_proj.weight with 1 entries of NaN"),
         ("infinity in an expert", r"got model.layers.1.mlp.experts.gate_up_proj with 1 entries"),
+        ("int8", r"got model.layers.1.self_attn.k_proj.weight of dtype torch.int8"),
         ("shape", r"got model.layers.1.self_attn.k_proj.weight of \(15, 32\) for \(16, 32\)"),
     ],
 )
@@ -150,12 +154,23 @@ def test_B5_weights_that_are_not_the_models_are_refused_by_name(change, match, t
         load_hf(empty("qwen3_moe"), weights, device="cpu")
 
 
+def test_B5_weights_that_differ_where_the_model_has_one_are_refused(tmp_path):
+    """transformers unties them; the embedding was taken for the head, without a word."""
+    weights = dict(build("qwen3").state_dict())
+    load_hf(empty("qwen3"), weights, device="cpu")
+    weights["lm_head.weight"] = weights["lm_head.weight"] + 1
+    with pytest.raises(ValueError, match=r"embed_tokens.weight and lm_head.weight that differ"):
+        load_hf(empty("qwen3"), weights, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         ("nothing", r"Weights are read from safetensors, got .* without any"),
         ("no folder", r"which is none: correct the path"),
         ("a shard is gone", r"model-00002-of-.*safetensors"),
+        ("one file besides", r"got model.safetensors and model.safetensors.index.json of other"),
+        ("a weight twice", r"A tensor is in one file of its folder, got lm_head.weight in model-"),
         ("a shard is cut", r"got .*model-00002-of-.*safetensors .*: copy it again"),
     ],
 )
@@ -166,6 +181,12 @@ def test_B5_folders_with_files_gone_or_cut_are_refused(change, match, tmp_path):
     elif change != "nothing":
         build("llama").save_pretrained(tmp_path, max_shard_size="20KB")
         shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    if change == "one file besides":
+        build("llama").save_pretrained(tmp_path / "other")
+        (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    if change == "a weight twice":
+        save_file({"lm_head.weight": torch.zeros(64, 32)}, shard)
+    if change == "a shard is cut":
         shard.write_bytes(shard.read_bytes()[:-100])
     if change == "a shard is gone":
         shard.unlink()
