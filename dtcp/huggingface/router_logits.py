@@ -61,6 +61,17 @@ def balance_loss_of_batch(model: Any, router_logits: Any, sharded: ShardedBatch)
 
 
 def balance_weight(model: Any) -> float:
-    """What a model's config weighs its balance loss by."""
-    weight: float = model.config.get_text_config().router_aux_loss_coef
+    """What a model's config weighs its balance loss by.
+
+    Raises:
+        ValueError: it has no such number: transformers makes no balance loss of this model.
+    """
+    config = model.config.get_text_config()
+    weights = (getattr(config, name, None) for name in ("router_aux_loss_coef", "aux_loss_coef"))
+    weight: float | None = next((x for x in weights if x is not None), None)
+    if weight is None:
+        raise ValueError(
+            f"A balance loss is weighed by router_aux_loss_coef, got output_router_logits=True in "
+            f"the config of a {type(model).__name__}, which has none: set it to False."
+        )
     return weight

@@ -136,3 +136,13 @@ def test_attention_that_is_changed_after_its_survey_is_refused(mesh, owner, name
     setattr(model.get_submodule(owner), name, value)
     with pytest.raises(ValueError, match=r"layer \d attends as it did .*change a model before"):
         causal_lm_loss(model, {"input_ids": IDS, "labels": IDS}, on)
+
+
+@spmd(ranks=1)
+def test_a_balance_loss_that_a_model_does_not_have_is_refused(mesh):
+    """It ended in an AttributeError of the config."""
+    on = ParallelMesh.from_degrees(Degrees(), "cpu")
+    model = parallelize_hf(build("llama"), on)
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="LlamaForCausalLM, which has none: set it to False"):
+        causal_lm_loss(model, {"input_ids": IDS, "labels": IDS}, on)

@@ -275,9 +275,7 @@ def test_lora_that_no_mesh_would_train_is_refused(mesh):
     mesh = ParallelMesh.from_degrees(Degrees(cp=2), "cpu")
     late = get_peft_model(parallelize_hf(build("llama"), mesh), LoraConfig(target_modules=DENSE))
     ids = torch.arange(1, 33)[None]
-    with pytest.raises(
-        ValueError, match=r"lora_A.default.weight of a PeftModel that was sharded before"
-    ):
+    with pytest.raises(ValueError, match=r"lora_A.default.weight of a PeftModel .* before"):
         causal_lm_loss(late, {"input_ids": ids, "labels": ids}, mesh)
     targets = {"target_parameters": ["experts.gate_up_proj"], "target_modules": []}
     experts = get_peft_model(build("qwen3_moe"), LoraConfig(**targets))
