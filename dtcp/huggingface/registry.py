@@ -136,13 +136,7 @@ def mixer_attention_forward(
         ValueError: dropout, a mask, no metadata, or another scale or window than the survey read.
     """
     _check_fixed(module, arguments)
-    if isinstance(attention_mask, BatchMetadata):
-        # A layer above hands on no more than a mask (`metadata_as_mask`).
-        attn_metadata, attention_mask = attention_mask, None
-    if getattr(module, OWN_MASK, False):
-        attention_mask = None
-    if dropout or attention_mask is not None or attn_metadata is None:
-        raise ValueError(_not_by_metadata_alone(module, dropout, attention_mask, attn_metadata))
+    attn_metadata = _metadata_alone(module, attention_mask, attn_metadata, dropout)
     query = query if query_positions is None else tempered(module, query, query_positions)
     # Norms and rotary tables give fp32 under autocast.
     q, k, v = (x.transpose(1, 2) for x in as_autocast_casts(query, key, value))
@@ -195,6 +189,23 @@ def _attend_to_latents(
         return picking
     out: Tensor = mixer(*operands, attn_metadata)
     return out
+
+
+def _metadata_alone(
+    module: nn.Module,
+    attention_mask: Tensor | BatchMetadata | None,
+    attn_metadata: BatchMetadata | None,
+    dropout: float,
+) -> BatchMetadata:
+    """What a module attends by, which is nothing else."""
+    if isinstance(attention_mask, BatchMetadata):
+        # A layer above hands on no more than a mask (`metadata_as_mask`).
+        attn_metadata, attention_mask = attention_mask, None
+    if getattr(module, OWN_MASK, False):
+        attention_mask = None
+    if dropout or attention_mask is not None or attn_metadata is None:
+        raise ValueError(_not_by_metadata_alone(module, dropout, attention_mask, attn_metadata))
+    return attn_metadata
 
 
 def _not_by_metadata_alone(
