@@ -8,11 +8,12 @@ nothing else: `up` makes N content channels of a key and V of a value from the l
 From DeepSeek-AI 2024, DeepSeek-V2, section 2.1, https://arxiv.org/abs/2405.04434
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dtcp.autocast import without_autocast
 from dtcp.kernels.dtypes import accumulation
 from dtcp.mixer import Mixer
 from dtcp.sequence.arguments import FLOATS, check_tensor
@@ -74,6 +75,12 @@ class LatentMixer(Mixer):
                 f"latent, key_rotary and up to one."
             )
         return torch.cat((latent, key_rotary), dim=-1)[:, :, None]
+
+    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
+        q, latent, key_rotary, up = args[:4]
+        rows = self.rows(q, latent, key_rotary, up)
+        with without_autocast(rows.device):
+            return keys_and_values(rows, up, LatentWidths.of(q, rows, up))[1]
 
     def as_summed(self, x: Tensor) -> Tensor:
         """A latent or rotary key in the dtype in which ranks sum its gradient."""

@@ -277,12 +277,6 @@ class LatentAttention(LatentMixer, MaskedMixer):
             k, v = keys_and_values(rows, up, LatentWidths.of(q, rows, up))
         return ATTENTION(AttentionInputs(q, k, v), self.own(attn_metadata), self.softmax(q))
 
-    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
-        q, latent, key_rotary, up = args[:4]
-        rows = self.rows(q, latent, key_rotary, up)
-        with without_autocast(rows.device):
-            return keys_and_values(rows, up, LatentWidths.of(q, rows, up))[1]
-
 
 class GatherSharedKV(MaskedMixer):
     """Where a layer hands its keys to all layers that attend to them, its own attention first.

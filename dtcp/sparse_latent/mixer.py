@@ -23,7 +23,7 @@ from dtcp.sequence.coords import Coords
 from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.masks import Causal
 from dtcp.softmax.inputs import check_sink
-from dtcp.softmax.latent import LatentMixer, LatentWidths, keys_and_values
+from dtcp.softmax.latent import LatentMixer, LatentWidths
 from dtcp.sparse.op import select_entries, sparse_attention
 from dtcp.sparse_latent.metadata import TokensInSight
 
@@ -185,12 +185,6 @@ class SparseLatentAttention(TokenReader, LatentMixer):
                 f"got selected of {selected.dtype}, shape {tuple(selected.shape)}, with q.shape="
                 f"{tuple(q.shape)}: pass the indexer's output of the same batch."
             )
-
-    def forward_without_mixing(self, *args: Any, **kwargs: Any) -> Tensor:
-        q, latent, key_rotary, up = args[:4]
-        rows = self.rows(q, latent, key_rotary, up)
-        with without_autocast(rows.device):
-            return keys_and_values(rows, up, LatentWidths.of(q, rows, up))[1]
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}"
