@@ -38,7 +38,7 @@ from dtcp.parallelize import llama_plan, parallelize
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.key_intervals import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.per_document import PerDocument
 from dtcp.sequence.slot_runs import SlotRuns
@@ -64,13 +64,12 @@ class GatherEverything(AllGatherAttention):
     """All keys to all ranks, whatever the mask, as by other libraries' all-gather."""
 
     def rank_metadata(
-        self, layout: SequenceLayout, rank: int, intervals: Intervals
+        self, layout: SequenceLayout, rank: int, intervals: KeyIntervals
     ) -> KeyExchangeMetadata:
         seq_len = layout.seq_len
         none = torch.zeros(1, seq_len, dtype=torch.int32)
-        every = super().rank_metadata(layout, rank, (none, none + seq_len - 1))
-        mask = KeyIntervals.read_off(intervals)
-        rows = [SlotRuns.of(runs, layout.partition, rank) for runs in mask.rows]
+        every = super().rank_metadata(layout, rank, KeyIntervals.read_off(none, none + seq_len - 1))
+        rows = [SlotRuns.of(runs, layout.partition, rank) for runs in intervals.rows]
         start = np.zeros(1, dtype=np.int64)
         keys = KeyLine(start, start, start + seq_len, 1)
         ranges = block_ranges_of_parts(rows, keys, tile=self.tile)

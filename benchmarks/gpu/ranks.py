@@ -32,6 +32,7 @@ from dtcp.models.llama.model import Block
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.masks import Causal
 from dtcp.sequence.per_document import PerDocument
@@ -148,7 +149,7 @@ def _parts(
     whole: Problem,
 ) -> Iterator[Problem]:
     """What a rank attends to, step after step, with the keys it would have received."""
-    metadata = style.rank_metadata(layout, rank, intervals)
+    metadata = style.rank_metadata(layout, rank, KeyIntervals.read_off(*intervals))
     device = whole.queries.q.device
     mine = layout.token_indices(rank).to(device)
     queries = Queries.of(

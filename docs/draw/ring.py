@@ -12,6 +12,7 @@ from matplotlib.patches import Circle, FancyArrowPatch
 from docs.draw.canvas import EMPTY, INK, RANKS, bare, figure, title
 from dtcp import Causal, Documents, HeadTail
 from dtcp.sequence.coords import Coords
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.softmax.required_keys import required_keys
 
 RANKS_USED = 4
@@ -22,10 +23,11 @@ BEND = -0.22
 def data() -> dict[str, Any]:
     """Tokens that each rank receives in each step, and the keys that each query sees, by slot."""
     layout = HeadTail.for_batch(DOCUMENTS, RANKS_USED)
-    intervals = Causal().intervals(Coords.of(DOCUMENTS))
+    coords = Coords.of(DOCUMENTS)
+    intervals = Causal().intervals(coords)
     received = []
     for rank in range(RANKS_USED):
-        keys = required_keys(layout, rank, intervals).receive_tokens
+        keys = required_keys(layout, rank, KeyIntervals.of(Causal(), coords)).receive_tokens
         by_step = [
             keys.counts(RANKS_USED)[(rank - step) % RANKS_USED] for step in range(RANKS_USED)
         ]

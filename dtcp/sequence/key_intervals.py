@@ -39,18 +39,15 @@ class KeyIntervals:
         return layout if self.keys is None else self.keys
 
     @classmethod
-    def read_off(cls, intervals: "Intervals") -> "KeyIntervals":
-        """From the first and the last key of every token, [B, S] each; or what it is already."""
-        if isinstance(intervals, KeyIntervals):
-            return intervals
-        check_intervals(*intervals)
-        if not intervals[0].shape[1]:
+    def read_off(cls, first_key: Tensor, last_key: Tensor) -> "KeyIntervals":
+        """From the first and the last key of every token, [B, S] each."""
+        check_intervals(first_key, last_key)
+        if not first_key.shape[1]:
             raise ValueError(
                 f"Intervals are of the tokens of whole rows, got first_key.shape="
-                f"{tuple(intervals[0].shape)}: give [B, S]."
+                f"{tuple(first_key.shape)}: give [B, S]."
             )
-        first, last = (x.numpy() for x in intervals)
-        return cls(tuple(map(read_off_runs, first, last)))
+        return cls(tuple(map(read_off_runs, first_key.numpy(), last_key.numpy())))
 
     def check_whole_rows(self, layout: SequenceLayout) -> None:
         """Refuse intervals that are not of the layout's rows."""
@@ -108,10 +105,6 @@ class KeyIntervals:
                 left = max(left, int((token - first)[seen].max(initial=0)))
                 right = max(right, int((last - token)[seen].max(initial=0)))
         return left, right
-
-
-Intervals = KeyIntervals | tuple[Tensor, Tensor]
-"""Of all tokens of a batch: as runs, or the first and the last key of each, [B, S]."""
 
 
 def check_intervals(first_key: Tensor, last_key: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dtcp.sequence.documents import Documents
-from dtcp.sequence.key_intervals import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.mask_work import MaskWork
 from dtcp.sequence.partition import Partition, Run
@@ -84,11 +84,11 @@ class RowLayouts(SequenceLayout):
         return torch.cat([do(layout, row) for layout, row in pairs], dim=rows_dim)
 
 
-def in_line(layout: SequenceLayout, intervals: Intervals) -> tuple[SequenceLayout, KeyIntervals]:
+def in_line(layout: SequenceLayout, intervals: KeyIntervals) -> tuple[SequenceLayout, KeyIntervals]:
     """The layout of the line of all rows, and what the tokens on it see."""
-    of_rows = KeyIntervals.read_off(intervals)
-    keys = None if of_rows.keys is None else line_of(of_rows.keys, len(of_rows.rows))
-    return line_of(layout, len(of_rows.rows)), replace(of_rows.in_line(), keys=keys)
+    rows = len(intervals.rows)
+    keys = None if intervals.keys is None else line_of(intervals.keys, rows)
+    return line_of(layout, rows), replace(intervals.in_line(), keys=keys)
 
 
 def rows_on(layout: SequenceLayout) -> int:

@@ -15,7 +15,7 @@ from dtcp.kernels.softmax.api import (
     note_rounded_sums,
     zeros_for,
 )
-from dtcp.sequence.key_intervals import Intervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.exchange import bring_rows, return_grads
 from dtcp.softmax.exchange_strategy import ExchangeStrategy
@@ -114,7 +114,7 @@ class AllGatherAttention(AttentionStyle):
         return ALL_GATHER
 
     def rank_metadata(
-        self, layout: SequenceLayout, rank: int, intervals: Intervals
+        self, layout: SequenceLayout, rank: int, intervals: KeyIntervals
     ) -> KeyExchangeMetadata:
         return all_gather_metadata(
             layout, rank, intervals, tile=self.tile, ranks_per_node=self.ranks_per_node

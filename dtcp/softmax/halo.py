@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dtcp.distributed.moves import Moves
 from dtcp.sequence.arguments import check_ints
-from dtcp.sequence.key_intervals import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import Contiguous, HeadTail, SequenceLayout
 from dtcp.sequence.row_layouts import rows_on
 from dtcp.softmax.all_gather import AllGather, AllGatherAttention
@@ -106,9 +106,8 @@ class HaloAttention(AllGatherAttention):
             )
 
     def rank_metadata(
-        self, layout: SequenceLayout, rank: int, intervals: Intervals
+        self, layout: SequenceLayout, rank: int, intervals: KeyIntervals
     ) -> KeyExchangeMetadata:
-        intervals = KeyIntervals.read_off(intervals)
         left, right = intervals.reach()
         if left >= self.window or right > self.right:
             raise ValueError(

@@ -10,7 +10,7 @@ from dtcp.distributed.nodes import check_ranks_per_node
 from dtcp.metadata import AttentionMetadata
 from dtcp.sequence.arguments import check_ints, check_kind
 from dtcp.sequence.coords import Coords, tokens_in_documents
-from dtcp.sequence.key_intervals import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.all_gather import ALL_GATHER, AllGatherAttention
 from dtcp.softmax.joined_shards import UlyssesMetadata, joined, ulysses_metadata
@@ -108,14 +108,13 @@ class HybridAttention(AttentionStyle):
         return self._made[1]
 
     def rank_metadata(
-        self, layout: SequenceLayout, rank: int, intervals: Intervals
+        self, layout: SequenceLayout, rank: int, intervals: KeyIntervals
     ) -> UlyssesMetadata:
         groups = layout.num_shards // self.inner_ranks
         group = rank // self.inner_ranks
         # Groups of one node are neighbours among the groups.
         nodes = self.ranks_per_node // self.inner_ranks
         outer = replace(self.outer, tile=self.tile, ranks_per_node=nodes)
-        intervals = KeyIntervals.read_off(intervals)
         keys = intervals.keys
         if keys is not None:
             intervals = replace(intervals, keys=joined(keys, groups))

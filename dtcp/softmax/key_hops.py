@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtcp.sequence.arguments import check_rank
-from dtcp.sequence.key_intervals import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import Ints, Partition, unique_ascending
 from dtcp.softmax.required_keys import PeerRuns, needed_by_rank, required_keys
@@ -54,7 +54,7 @@ class _Segments(NamedTuple):
 
 
 def key_hops(
-    layout: SequenceLayout, rank: int, intervals: Intervals, *, ranks_per_node: int
+    layout: SequenceLayout, rank: int, intervals: KeyIntervals, *, ranks_per_node: int
 ) -> KeyHops:
     """What this rank sends, receives and hands on.
 
@@ -67,7 +67,6 @@ def key_hops(
         own = required.own_tokens, required.own_slots
         return KeyHops(required.send_slots, required.receive_tokens, NONE, NONE, *own, room=0)
     check_rank(type(layout).__name__, rank, n)
-    intervals = KeyIntervals.read_off(intervals)
     intervals.check_whole_rows(layout)
     keys = intervals.layout_of_keys(layout)
     pieces, held = keys.partition, keys.partition.owner == rank

@@ -16,7 +16,7 @@ from dtcp.kernels.softmax.block_ranges import (
 )
 from dtcp.kernels.softmax.pieces import no_pieces, pieces_of_parts
 from dtcp.metadata import AttentionMetadata, HostTensor, no_indices
-from dtcp.sequence.key_intervals import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import Ints, expand_tokens, joined_neighbours
 from dtcp.sequence.slot_runs import SlotRuns
@@ -121,14 +121,13 @@ class KeyExchangeMetadata(AttentionMetadata):
 
 
 def local_metadata(
-    intervals: Intervals, *, num_keys: int | None = None, tile: int = TILE
+    intervals: KeyIntervals, *, num_keys: int | None = None, tile: int = TILE
 ) -> LocalMetadata:
     """Metadata of whole rows in token order, from the intervals of a mask.
 
     Args:
         num_keys: of another sequence; None for the queries' own.
     """
-    intervals = KeyIntervals.read_off(intervals)
     rows = [SlotRuns.whole(runs) for runs in intervals.rows]
     first, last = intervals.whole()
     num_keys = first.shape[1] if num_keys is None else num_keys
@@ -151,7 +150,7 @@ def local_metadata(
 def all_gather_metadata(
     layout: SequenceLayout,
     rank: int,
-    intervals: Intervals,
+    intervals: KeyIntervals,
     *,
     capacity: int | None = None,
     tile: int = TILE,
@@ -164,7 +163,6 @@ def all_gather_metadata(
             None for the whole sequence.
         ranks_per_node: neighbours that share a node, as of `key_hops`.
     """
-    intervals = KeyIntervals.read_off(intervals)
     hops = key_hops(layout, rank, intervals, ranks_per_node=ranks_per_node)
     keys_layout = intervals.layout_of_keys(layout)
     n, local_len, seq_len = layout.num_shards, keys_layout.shard_len, keys_layout.seq_len
@@ -216,7 +214,7 @@ def _handed_on(metadata: KeyExchangeMetadata, hops: KeyHops, by_rank: Ints) -> K
 def ring_metadata(
     layout: SequenceLayout,
     rank: int,
-    intervals: Intervals,
+    intervals: KeyIntervals,
     *,
     tile: int = TILE,
 ) -> KeyExchangeMetadata:
@@ -225,7 +223,6 @@ def ring_metadata(
     Step s of n pairs every rank r with the ranks s places away: r receives from r - s and sends to
     r + s.
     """
-    intervals = KeyIntervals.read_off(intervals)
     required, keys_layout = required_keys(layout, rank, intervals), intervals.layout_of_keys(layout)
     n, local_len = layout.num_shards, keys_layout.shard_len
     ahead, back = (np.arange(n) - rank) % n, (rank - np.arange(n)) % n

@@ -20,7 +20,7 @@ from dtcp.distributed.staging import Transfer, transfer_stream
 from dtcp.kernels.softmax.api import Keys
 from dtcp.kernels.softmax.block_ranges import TILE, KeyLine, block_ranges_of_parts
 from dtcp.kernels.softmax.pieces import pieces_of_parts
-from dtcp.sequence.key_intervals import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import Ints, Partition, expand_tokens
 from dtcp.softmax.exchange import (
@@ -42,7 +42,7 @@ from dtcp.softmax.strategy import OpContext
 def node_ring_metadata(
     layout: SequenceLayout,
     rank: int,
-    intervals: Intervals,
+    intervals: KeyIntervals,
     *,
     ranks_per_node: int,
     tile: int = TILE,
@@ -52,7 +52,6 @@ def node_ring_metadata(
     Counts go by step and place in a node, one row of [n] for what is sent and one for what is
     received: in the first hop to and from the node that many steps away, in the second inside.
     """
-    intervals = KeyIntervals.read_off(intervals)
     hops = key_hops(layout, rank, intervals, ranks_per_node=ranks_per_node)
     keys_layout = intervals.layout_of_keys(layout)
     n, m, local_len = layout.num_shards, ranks_per_node, keys_layout.shard_len

@@ -17,7 +17,7 @@ from torch import Tensor
 from dtcp.kernels.softmax.block_ranges import KeyLine
 from dtcp.sequence.arguments import check_rank
 from dtcp.sequence.interval_runs import IntervalRuns
-from dtcp.sequence.key_intervals import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.partition import (
     Ints,
@@ -85,10 +85,9 @@ class RequiredKeys:
     own_slots: Ints  # of the first token of each own run
 
 
-def required_keys(layout: SequenceLayout, rank: int, intervals: Intervals) -> RequiredKeys:
+def required_keys(layout: SequenceLayout, rank: int, intervals: KeyIntervals) -> RequiredKeys:
     """Work out what this rank sends and receives; every rank finds its side of the same pairs."""
     check_rank(type(layout).__name__, rank, layout.num_shards)
-    intervals = KeyIntervals.read_off(intervals)
     intervals.check_whole_rows(layout)
     keys_layout = intervals.layout_of_keys(layout)
     keys, mine = keys_layout.partition, keys_layout.partition.of_owner(rank)

@@ -20,7 +20,7 @@ from dtcp.kernels.softmax.api import (
     note_rounded_sums,
     zeros_for,
 )
-from dtcp.sequence.key_intervals import Intervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.exchange import (
     accumulate_returned_grads,
@@ -179,7 +179,7 @@ class RingAttention(AttentionStyle):
         return RING
 
     def rank_metadata(
-        self, layout: SequenceLayout, rank: int, intervals: Intervals
+        self, layout: SequenceLayout, rank: int, intervals: KeyIntervals
     ) -> KeyExchangeMetadata:
         if self.ranks_per_node in (0, 1, layout.num_shards):
             return ring_metadata(layout, rank, intervals, tile=self.tile)

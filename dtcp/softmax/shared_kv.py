@@ -13,7 +13,7 @@ from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.mixer_positions import check_position_ids
 from dtcp.sequence.arguments import check_kind
 from dtcp.sequence.coords import Coords
-from dtcp.sequence.key_intervals import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.all_gather import AllGatherAttention
 from dtcp.softmax.gathered_rows import gather_rows, gathered_moves
@@ -143,7 +143,7 @@ class SharedKVAttention(AttentionStyle):
         return metadata
 
     def rank_metadata(
-        self, layout: SequenceLayout, rank: int, intervals: Intervals
+        self, layout: SequenceLayout, rank: int, intervals: KeyIntervals
     ) -> KeyExchangeMetadata:
         gather = replace(self.gather, ranks_per_node=self.ranks_per_node, tile=self.tile)
         metadata = gather.rank_metadata(layout, rank, intervals)

@@ -19,7 +19,7 @@ from dtcp.metadata import AttentionMetadata
 from dtcp.mixer import ClaimedMixer, Mixer
 from dtcp.sequence.arguments import check_ints
 from dtcp.sequence.coords import Coords
-from dtcp.sequence.key_intervals import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.sequence.row_layouts import RowLayouts, in_line
 from dtcp.softmax.claimed import (
@@ -132,7 +132,7 @@ class AttentionStyle(MixerStyle):
         return replace(self.rank_metadata(line, rank, intervals), in_line=True)
 
     def rank_metadata(
-        self, layout: SequenceLayout, rank: int, intervals: Intervals
+        self, layout: SequenceLayout, rank: int, intervals: KeyIntervals
     ) -> AttentionMetadata:
         """What the op reads on `rank`, for a mask's intervals of the whole rows."""
         raise NotImplementedError

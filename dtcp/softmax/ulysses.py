@@ -11,7 +11,7 @@ from torch import Tensor
 from dtcp.distributed.groups import group_of
 from dtcp.distributed.moves import Moved, Moves
 from dtcp.distributed.staging import exchange
-from dtcp.sequence.key_intervals import Intervals, KeyIntervals
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import SequenceLayout
 from dtcp.softmax.exchange import all_to_all_rows
 from dtcp.softmax.head_share import HeadShare
@@ -329,9 +329,8 @@ class UlyssesAttention(AttentionStyle):
         return ULYSSES
 
     def rank_metadata(
-        self, layout: SequenceLayout, rank: int, intervals: Intervals
+        self, layout: SequenceLayout, rank: int, intervals: KeyIntervals
     ) -> UlyssesMetadata:
-        intervals = KeyIntervals.read_off(intervals)
         keys = intervals.keys
         num_keys = None if keys is None else keys.seq_len
         local = local_metadata(intervals, num_keys=num_keys, tile=self.tile)

@@ -18,6 +18,7 @@ from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Causal, PrefixLM, SlidingWindow
 from dtcp.sequence.per_document import PerDocument
@@ -171,12 +172,12 @@ def test_a_negative_prefix_throughout_a_document_is_refused_A6():
             "got tile=0",
         ),
         (
-            lambda: required_keys(HeadTail(8, 2), 2, Causal().intervals(Coords.of(TWO))),
+            lambda: required_keys(HeadTail(8, 2), 2, KeyIntervals.of(Causal(), Coords.of(TWO))),
             ValueError,
             "got rank=2",
         ),
         (
-            lambda: required_keys(HeadTail(16, 2), 0, Causal().intervals(Coords.of(TWO))),
+            lambda: required_keys(HeadTail(16, 2), 0, KeyIntervals.of(Causal(), Coords.of(TWO))),
             ValueError,
             r"whole rows, got 2 rows of \[8\] tokens",
         ),

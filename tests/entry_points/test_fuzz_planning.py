@@ -16,6 +16,7 @@ from dtcp.sequence.balance import assign_blocks, block_work
 from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.documents import PADDING, Documents
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import (
     Bidirectional,
@@ -488,7 +489,7 @@ def keys_that_are_required(draw):
     low = draw.bad("first_key", first, *wrong)
     high = draw.bad("last_key", last, last[:, 1:], last[0], last.clamp(min=0) + S, None)
     mine = draw.bad("rank", rank, n, -1, 0.5, None)
-    required = required_keys(layout, mine, (low, high))
+    required = required_keys(layout, mine, KeyIntervals.read_off(low, high))
 
     def needs(reader):
         return {

@@ -14,6 +14,7 @@ from dtcp.sequence.block_balanced import BlockBalanced
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.document_balanced import DocumentBalanced
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import Bidirectional, Causal, SlidingWindow
 from dtcp.sequence.per_document import PerDocument
@@ -125,7 +126,7 @@ def steps_of(style, layout, rank, mask, documents):
     """(calls, intervals of local queries, token index) of every attention a rank computes."""
     block = packings.blocks_of_tokens(documents)
     coords = Coords.of(documents, block=block, prefix=packings.prefix_of_tokens(documents))
-    metadata = style.rank_metadata(layout, rank, mask.intervals(coords))
+    metadata = style.rank_metadata(layout, rank, KeyIntervals.of(mask, coords))
     metadata = getattr(metadata, "outer", metadata)
     rows, length = metadata.first_key.shape
     indices = metadata.key_token_index

@@ -33,6 +33,7 @@ from dtcp.kernels.softmax.merge import (
 from dtcp.mixer_metadata import batch_metadata
 from dtcp.sequence.coords import Coords
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.softmax.inputs import AttentionInputs
 from dtcp.softmax.local import ATTENTION
 from dtcp.softmax.metadata import local_metadata
@@ -347,7 +348,7 @@ def test_compiled_attention_is_one_graph_with_one_live_op():
 def test_op_keeps_the_contract_of_torch_library(sink, value_dim):
     """Schema, fake against real, autograd registration, and AOT dispatch."""
     q, k, v = packings.qkv(Documents.single(1, 12))
-    intervals = CAUSAL.mask.intervals(Coords.of(Documents.single(1, 12)))
+    intervals = KeyIntervals.of(CAUSAL.mask, Coords.of(Documents.single(1, 12)))
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if sink else None
     v = v[..., :value_dim].detach().requires_grad_()
     metadata = local_metadata(intervals).tensors()

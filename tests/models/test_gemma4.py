@@ -27,6 +27,7 @@ from dtcp.models.gemma4 import (
 from dtcp.parallelize.plans.gemma4 import gemma4_context_plan, gemma4_tensor_plan
 from dtcp.sequence.block_runs import vision_blocks
 from dtcp.sequence.documents import Documents
+from dtcp.sequence.key_intervals import KeyIntervals
 from dtcp.sequence.layout import Contiguous, HeadTail
 from dtcp.sequence.masks import (
     BlockBidirectional,
@@ -221,11 +222,11 @@ def _settings(**changed: Any) -> dict[str, Any]:
     return {**Gemma4TextConfig(**SHAPE).to_dict(), **changed}
 
 
-def _images_of(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _images_of(length: int) -> KeyIntervals:
     block = torch.full((1, 32), -1)
     block[0, 8 : 8 + length] = 0
     mask = SlidingWindow(5) & (Causal() | BlockBidirectional())
-    return mask.intervals(Coords.of(Documents.single(1, 32), block=block))
+    return KeyIntervals.of(mask, Coords.of(Documents.single(1, 32), block=block))
 
 
 @pytest.mark.parametrize(("call", "match"), REFUSED)
