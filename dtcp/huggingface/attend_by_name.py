@@ -1,5 +1,6 @@
 """How a forward that is written again attends: by the name in its model's config."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,11 @@ ATTEND = "attend_by_name"
 """What such a forward calls to attend, by its name in its module."""
 CACHES = ("past_key_values", "cache", "layer_past", "cache_params")
 """Arguments with what other calls left: from transformers 5.24 on the second for them all."""
+
+
+def own_rope(module: nn.Module) -> dict[str, Any]:
+    """The function of the module's own file that turns by positions."""
+    return {ROPE: getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)}
 
 
 def attend_by_name(

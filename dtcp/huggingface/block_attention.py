@@ -4,13 +4,12 @@ Its indexer loops over queries, and makes a mask of all pairs of tokens of what 
 forwards are written again, up to what blocks are picked by.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dtcp.autocast import as_autocast_casts
 from dtcp.huggingface.attend_by_name import ROPE, attend_by_name, check_no_cache
@@ -23,11 +22,6 @@ class PickedBlocks(NamedTuple):
     num_blocks: int
     block_len: int
     picked_by: BlockIndex
-
-
-def own_values_of_blocks(module: nn.Module) -> dict[str, Any]:
-    """The function of the module's own file that turns by positions."""
-    return {ROPE: getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)}
 
 
 def _attend_to_blocks(

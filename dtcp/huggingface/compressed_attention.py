@@ -5,13 +5,12 @@ of all pairs of query and entry. Their forwards are written again, up to what is
 pools it, counting windows from the start of each document, and reads what the indexer picks.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dtcp.huggingface.attend_by_name import ROPE, attend_by_name, check_no_cache
 from dtcp.kernels.dtypes import accumulation
@@ -30,11 +29,6 @@ class Compressed(NamedTuple):
     compression: Compression | None = None
     tokens: Prepool | None = None
     picked_by: Index | None = None
-
-
-def own_values_of_compressed(module: nn.Module) -> dict[str, Any]:
-    """The function of the module's own file that turns the last channels by positions."""
-    return {ROPE: getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)}
 
 
 def attend_beside_entries(

@@ -4,7 +4,6 @@ The forward of such a module is written again, up to the call of attention: by t
 class, and held against the one that it stands for.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dtcp.huggingface.attend_by_name import CONFIG, ROPE, attend_by_name, check_no_cache
-from dtcp.huggingface.block_attention import BLOCKS, own_values_of_blocks
-from dtcp.huggingface.compressed_attention import COMPRESSED, own_values_of_compressed
+from dtcp.huggingface.attend_by_name import CONFIG, ROPE, attend_by_name, check_no_cache, own_rope
+from dtcp.huggingface.block_attention import BLOCKS
+from dtcp.huggingface.compressed_attention import COMPRESSED
 from dtcp.huggingface.picking_attention import PICKING
 from dtcp.huggingface.picking_forms import own_values_of_picking
 from dtcp.huggingface.relative_attention import RELATIVE
@@ -63,18 +62,16 @@ def own_values(module: Any) -> dict[str, Any]:
     """
     if type(module).__name__ in PICKING:
         return own_values_of_picking(module)
-    if type(module).__name__ in COMPRESSED:
-        return own_values_of_compressed(module)
-    if type(module).__name__ in BLOCKS:
-        return own_values_of_blocks(module)
+    if type(module).__name__ in (*COMPRESSED, *BLOCKS):
+        return own_rope(module)
     if type(module).__name__ in RELATIVE:
         return {}
-    rope = getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)
     names = ("num_heads", "n_heads", "num_attention_heads")
     heads = next(getattr(module, name) for name in names if hasattr(module, name))
     # Whatever device the model is built on.
     with torch.device("cpu"):
-        return {ROPE: rope, "dtcp_slopes": alibi_slopes(heads), "dtcp_parts": CODEGEN_PARTS}
+        slopes = alibi_slopes(heads)
+    return {**own_rope(module), "dtcp_slopes": slopes, "dtcp_parts": CODEGEN_PARTS}
 
 
 def looked_up_in(module: nn.Module) -> Any:
