@@ -58,9 +58,6 @@ class PositionInExpert(Mixer):
 
     def forward(self, expert: Tensor, attn_metadata: BatchMetadata) -> Tensor:
         """expert [B, L], the number of the one that a token chooses -> [B, L]."""
-        return self.carry_out(expert, attn_metadata)
-
-    def carry_out(self, expert: Tensor, attn_metadata: BatchMetadata) -> Tensor:
         metadata: PositionInExpertMetadata = self.own(attn_metadata)
         chosen = self.of_all(expert.to(torch.int32))[:, metadata.slot].long()
         # Documents and their experts one after the other, tokens of each in their order.
@@ -86,8 +83,7 @@ class PositionInExpert(Mixer):
 class ContextParallelPositionInExpert(ClaimedMixer, PositionInExpert):
     """A PositionInExpert that a style has taken over."""
 
-    def carry_out(self, *args: Any, **kwargs: Any) -> Tensor:
-        return PositionInExpert.carry_out(self, *args, **kwargs)
+    carry_out = PositionInExpert.forward
 
     def of_all(self, expert: Tensor) -> Tensor:
         return all_gather(expert, self.axis, dim=1)

@@ -64,9 +64,6 @@ class CutRows(Mixer):
 
     def forward(self, x: Tensor, attn_metadata: BatchMetadata, dim: int = 1) -> Tensor:
         """S tokens in dim -> L of them."""
-        return self.carry_out(x, attn_metadata, dim)
-
-    def carry_out(self, x: Tensor, attn_metadata: BatchMetadata, dim: int = 1) -> Tensor:
         metadata: CutMetadata = self.own(attn_metadata)
         return x.index_select(dim, metadata.token_index.to(x.device))
 
@@ -86,8 +83,7 @@ class CutRows(Mixer):
 class ContextParallelCutRows(ClaimedMixer, CutRows):
     """A CutRows that a style has taken over."""
 
-    def carry_out(self, *args: Any, **kwargs: Any) -> Tensor:
-        return CutRows.carry_out(self, *args, **kwargs)
+    carry_out = CutRows.forward
 
 
 @dataclass

@@ -72,9 +72,6 @@ class LastToken(Mixer):
 
         Traffic per rank: (n - 1) * B * (C + 1) numbers; nothing back.
         """
-        return self.carry_out(x)
-
-    def carry_out(self, x: Tensor) -> Tensor:
         if self.batch is None:
             raise ValueError(
                 "A head that pools reads the batch of its model's call, got a call of the head "
@@ -105,8 +102,7 @@ class LastToken(Mixer):
 class ContextParallelLastToken(ClaimedMixer, LastToken):
     """A LastToken that a style has taken over."""
 
-    def carry_out(self, *args: Any, **kwargs: Any) -> Tensor:
-        return LastToken.carry_out(self, *args, **kwargs)
+    carry_out = LastToken.forward
 
     def latest(self, last: Tensor, value: Tensor) -> Tensor:
         lasts = all_gather(last[None], self.axis, dim=0)
