@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dtcp.checkpoint.huggingface import INDEX
+from dtcp.distributed.groups import rank_of_process
 from dtcp.parallelize.hf_files import saved_groups
 from dtcp.parallelize.plans.adapters import adapted_model
 from dtcp.parallelize.tensor_parallel.huggingface_experts import join_gate_and_up
@@ -50,7 +51,7 @@ def save_hf(
     check_kind("save_hf", (str, Path), folder=folder)
     check_kind("save_hf", (torch.dtype, type(None)), dtype=dtype)
     check_ints("save_hf", least=1, shard_bytes=shard_bytes)
-    writer = _Writer(Path(folder), shard_bytes) if _is_first() else None
+    writer = _Writer(Path(folder), shard_bytes) if rank_of_process() == 0 else None
     try:
         if writer is not None:
             writer.attempt(writer.prepare)
@@ -67,10 +68,6 @@ def save_hf(
             f"A model is saved in a folder that the first rank can write, got {folder} "
             f"({failed[0]}): give it another one, or room."
         )
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _save_weights(model: Any, dtype: torch.dtype | None, writer: "_Writer | None") -> None:
@@ -99,7 +96,7 @@ def _saved(model: Any) -> dict[str, Tensor]:
 
 def _whole(model: Any, name: str, x: Tensor, dtype: torch.dtype | None) -> Tensor:
     whole = join_gate_and_up(model, name, x.full_tensor() if isinstance(x, DTensor) else x.detach())
-    if not _is_first():
+    if rank_of_process() != 0:
         return whole.new_empty(0)
     cast = whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
     return cast.cpu().contiguous()

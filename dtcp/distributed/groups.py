@@ -35,6 +35,11 @@ def group_sizes(names: Sequence[str]) -> list[int]:
     return [dist.get_world_size(group_of(name)) for name in names]
 
 
+def rank_of_process() -> int:
+    """Among all, of the default process group; 0 where there is none."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 class Members(NamedTuple):
     """Who is in a process group."""
 

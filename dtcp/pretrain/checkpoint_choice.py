@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 
 from torch import distributed as dist
 
+from dtcp.distributed.groups import rank_of_process
 from dtcp.pretrain.manifest import (
     NAME,
     Manifest,
@@ -34,7 +35,7 @@ class Choice:
 
 def first_rank() -> bool:
     """Whether this is the rank that decides, and that moves folders."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank_of_process() == 0
 
 
 def agree(decide: Callable[[], T]) -> T:

@@ -7,8 +7,8 @@ from dtcp.torchtitan.hf_model import HuggingFaceConfig, read_config
 from dtcp.torchtitan.parallelize import checkpoint_of
 
 import torch
-from torch import distributed as dist
 
+from dtcp.distributed.groups import rank_of_process
 from dtcp.distributed.mesh import Degrees, ParallelMesh
 from dtcp.metadata import BatchMetadata
 from dtcp.parallelize import ActivationCheckpoint
@@ -55,11 +55,6 @@ class Expectation:
             f"expected    rank {rank_of_process()} receives {moved} per step; "
             f"{self.memory.total / GIB:.2f} GiB of tensors at most (eager), in {self.memory.where}"
         )
-
-
-def rank_of_process() -> int:
-    """Among all, of the default process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def kept_by_blocks(config: Any) -> ActivationCheckpoint:

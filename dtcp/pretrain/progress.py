@@ -21,13 +21,14 @@ from torchtitan.components import metrics as titan
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from torchtitan.models.common.decoder import Decoder
 
+from dtcp.distributed.groups import rank_of_process
 from dtcp.distributed.ledger import LEDGER, traffic_since
 from dtcp.experts import library_for
 from dtcp.mixer import Mixer
 from dtcp.parallelize.experts import largest_load
 from dtcp.planner.even_routes import EXPERT_OPS
 from dtcp.pretrain.dry_run import is_dry
-from dtcp.pretrain.expected import rank_of_process, warning
+from dtcp.pretrain.expected import warning
 from dtcp.pretrain.launch import ranks_of_machine
 from dtcp.pretrain.row_losses import RowLosses
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from dtcp.distributed.groups import rank_of_process
 from dtcp.distributed.mesh import ParallelMesh
 
 LOGGED = "log_metric and log_extra"
@@ -63,9 +64,8 @@ class FirstRankJudges:
             yield
         except FAILURES as error:
             if self.failure is None:
-                rank = dist.get_rank() if dist.is_initialized() else 0
                 self.failure = name, error
-                self.said = f"{described(error)} (of {name!r} on rank {rank})"
+                self.said = f"{described(error)} (of {name!r} on rank {rank_of_process()})"
 
     def share(self, logged: Callable[[], tuple[Any, dict[str, list[Any]]]]) -> Any:
         """What the first rank's functions have logged, on all ranks of its group.
