@@ -32,6 +32,7 @@ from dtcp.kernels.softmax.backends import check_kernel_name, check_unrounded
 from dtcp.parallelize.expert_exchange import check_experts
 from dtcp.parallelize.tensor_parallel import check_divisible
 from dtcp.pretrain.data import PackedDocuments, check_balance
+from dtcp.pretrain.settings import check_whole_parts
 from dtcp.pretrain.validation_data import validates
 from dtcp.sequence.arguments import check_ints
 
@@ -116,20 +117,11 @@ def check_batch_size(config: Any, ranks: int) -> None:
         ValueError: a batch that micro-batches of all ranks do not make up, or documents dealt out
             among fewer rows than one of these has.
     """
-    degrees, training = config.parallelism, config.training
+    degrees = config.parallelism
     replicas = ranks // (degrees.context_parallel_degree * degrees.tensor_parallel_degree)
-    rows = training.local_batch_size * replicas
-    if training.global_batch_size >= 0 and training.global_batch_size % rows:
-        raise ValueError(
-            f"A step is made of whole micro-batches, got training.global_batch_size="
-            f"{training.global_batch_size} with {rows} rows in a micro-batch of all ranks "
-            f"(training.local_batch_size={training.local_batch_size}): give a multiple of {rows}."
-        )
-    loaders = [
-        config.dataloader,
-        *([config.validator.dataloader] if validates(config) else []),
-    ]
-    for loader in loaders:
+    rows = check_whole_parts(config.training, replicas)
+    own = [config.validator.dataloader] if validates(config) else []
+    for loader in (config.dataloader, *own):
         if isinstance(loader, PackedDocuments.Config):
             check_balance(loader, rows)
 

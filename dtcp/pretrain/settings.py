@@ -31,7 +31,8 @@ def check_counts(config: Any) -> None:
             f"An axis has ranks, or those that are left, got "
             f"--parallelism.data_parallel_shard_degree {shards}: give 1 or more, or -1."
         )
-    _check_rows(config.training, config.parallelism)
+    replicas = config.parallelism.data_parallel_replicate_degree * max(shards, 1)
+    check_whole_parts(config.training, replicas)
     _check_seq_len(config.training.seq_len, config.parallelism)
 
 
@@ -62,18 +63,21 @@ def _counts(config: Any) -> Iterator[tuple[str, float, float]]:
         yield "validator.freq", config.validator.freq, 1
 
 
-def _check_rows(training: Any, parallelism: ParallelismConfig) -> None:
-    """The rows of a step are whole parts of every data-parallel rank's rows."""
-    rows, local = training.global_batch_size, training.local_batch_size
-    if rows < 0:
-        return  # torchtitan's sign for one part per step
-    shards = parallelism.data_parallel_shard_degree
-    ranks = parallelism.data_parallel_replicate_degree * max(shards, 1)
-    if rows == 0 or rows % (local * ranks):
+def check_whole_parts(training: Any, replicas: int) -> int:
+    """Refuse a step that is not made of whole parts, each with rows of every replica.
+
+    Returns:
+        the rows of a part, on all ranks.
+    """
+    rows, part = training.global_batch_size, training.local_batch_size * replicas
+    # Negative is torchtitan's sign for one part per step.
+    if rows == 0 or (rows > 0 and rows % part):
         raise ValueError(
-            f"A step has whole parts of local_batch_size x data-parallel ranks = {local} x {ranks} "
-            f"rows, got --training.global_batch_size {rows}: give a multiple of {local * ranks}."
+            f"A step is made of whole micro-batches, got --training.global_batch_size {rows} with "
+            f"{part} rows in a micro-batch of all ranks (--training.local_batch_size "
+            f"{training.local_batch_size}): give a multiple of {part}."
         )
+    return part
 
 
 def _check_seq_len(seq_len: int, parallelism: ParallelismConfig) -> None:

@@ -384,7 +384,7 @@ def test_C3_batches_that_ranks_cannot_share_are_refused_on_the_launcher():
     config = ours()
     check_batch_size(config, 4)
     config.training.global_batch_size = 6
-    with pytest.raises(ValueError, match=r"global_batch_size=6 with 4 rows .* multiple of 4"):
+    with pytest.raises(ValueError, match=r"global_batch_size 6 with 4 rows .* multiple of 4"):
         check_batch_size(config, 4)
 
 
