@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 
 from dtcp.distributed.moves import Moves
-from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import Queries, SavedForward, check_kernel, local_sink_gradient
 from dtcp.softmax.inputs import SCORE_BIAS, AttentionInputs, check_key_count
 from dtcp.softmax.metadata import KeyExchangeMetadata
@@ -46,7 +45,7 @@ class ExchangeStrategy:
         metadata: KeyExchangeMetadata = context.metadata
         check_key_count(x, metadata.own_keys)
         payload = payload_of(x, context)
-        queries = _queries(x, metadata)
+        queries = x.queries(metadata)
         # Not in the midst of a ring: what is on its way then is in the way of all that follows.
         kv_heads = x.v.shape[2] if x.up is None else x.q.shape[2]
         widths = {"kv_heads": kv_heads, "value_width": x.value_width}
@@ -57,7 +56,7 @@ class ExchangeStrategy:
     def backward(
         self, grad_out: Tensor, x: AttentionInputs, result: ForwardResult, context: OpContext
     ) -> AttentionInputs:
-        payload, queries = payload_of(x, context), _queries(x, context.metadata)
+        payload, queries = payload_of(x, context), x.queries(context.metadata)
         lse, *kept = result.saved
         saved = SavedForward(grad_out, result.out, lse)
         dq, rows = self.attend_backward(queries, payload, saved, kept, context)
@@ -68,7 +67,7 @@ class ExchangeStrategy:
     def saved_like(
         self, x: AttentionInputs, metadata: KeyExchangeMetadata, group_sizes: Sequence[int]
     ) -> list[Tensor]:
-        return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
+        return [x.empty_lse()]
 
     def moves(
         self, shape: AttentionShape, length: int, metadata: KeyExchangeMetadata, peers: Peers
@@ -81,8 +80,3 @@ def bias_gradients(queries: Queries) -> dict[str, Any]:
     """Gradients of what a score bias is made of, over this rank's queries, by name."""
     gradients = () if queries.bias is None else queries.bias.gradients
     return dict(zip(SCORE_BIAS, gradients, strict=False))
-
-
-def _queries(x: AttentionInputs, metadata: KeyExchangeMetadata) -> Queries:
-    bias = x.score_bias(metadata.query_token_index)
-    return Queries.of(x.q, metadata.first_key, metadata.last_key, bias)

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dtcp.kernels.dtypes import accumulation
-from dtcp.kernels.softmax.api import ScoreBias
+from dtcp.kernels.softmax.api import Queries, ScoreBias
 from dtcp.sequence.arguments import FLOATS, check_tensor
 from dtcp.softmax.latent import LatentWidths
+from dtcp.softmax.metadata import KeyExchangeMetadata, LocalMetadata
 
 SCORE_BIAS = ("bias", "slope", "relative", "profiles")
 """The inputs of attention that are added to scores by distance."""
@@ -39,12 +40,17 @@ class AttentionInputs(NamedTuple):
             return self.v.shape[-1]
         return LatentWidths.of(self.q, self.v, self.up).value
 
-    def score_bias(self, query_index: Tensor) -> ScoreBias | None:
-        """What is added to scores, for queries of these token indices."""
-        parts = [getattr(self, name) for name in SCORE_BIAS]
-        if all(each is None for each in parts):
-            return None
-        return ScoreBias(*parts, query_index=query_index, dtype=self.q.dtype)
+    def queries(self, metadata: LocalMetadata | KeyExchangeMetadata) -> Queries:
+        """Local queries, what each of them sees, and what is added to its scores."""
+        bias, parts = None, [getattr(self, name) for name in SCORE_BIAS]
+        if any(each is not None for each in parts):
+            index = metadata.query_token_index
+            bias = ScoreBias(*parts, query_index=index, dtype=self.q.dtype)
+        return Queries.of(self.q, metadata.first_key, metadata.last_key, bias)
+
+    def empty_lse(self) -> Tensor:
+        """Of the shape and the dtype of what a forward keeps beside its output: [B, L, H]."""
+        return self.q.new_empty(self.q.shape[:-1], dtype=accumulation(self.q.dtype))
 
 
 def check_inputs(x: AttentionInputs, *, keys_sum_grads: bool = False) -> None:

@@ -6,10 +6,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from dtcp.distributed.moves import NOTHING, Moves
-from dtcp.kernels.dtypes import accumulation
 from dtcp.kernels.softmax.api import (
     Keys,
-    Queries,
     SavedForward,
     attend_once,
     attend_once_backward,
@@ -38,7 +36,7 @@ class _Local:
         assert x.k is not None
         metadata: LocalMetadata = context.metadata
         check_key_count(x, metadata.key_token_index.numel())
-        queries = _queries(x, metadata)
+        queries = x.queries(metadata)
         keys, ranges, pieces = _keys(x, metadata), metadata.block_ranges, metadata.pieces
         softmax = replace(context.softmax, wide=False)  # nothing is merged
         out, lse = attend_once(queries, keys, ranges, softmax, pieces=pieces, sink=x.sink)
@@ -50,7 +48,7 @@ class _Local:
         assert x.k is not None
         metadata: LocalMetadata = context.metadata
         saved = SavedForward(grad_out, result.out, result.saved[0])
-        queries = _queries(x, metadata)
+        queries = x.queries(metadata)
         keys, ranges, pieces = _keys(x, metadata), metadata.block_ranges, metadata.pieces
         if context.shares_kv_heads:
             note_rounded_sums(queries, keys, pieces, context.softmax)
@@ -61,17 +59,12 @@ class _Local:
     def saved_like(
         self, x: AttentionInputs, metadata: LocalMetadata, group_sizes: Sequence[int]
     ) -> list[Tensor]:
-        return [x.q.new_empty(x.q.shape[:-1], dtype=accumulation(x.q.dtype))]
+        return [x.empty_lse()]
 
     def moves(
         self, shape: AttentionShape, length: int, metadata: LocalMetadata, peers: Peers
     ) -> Moves:
         return NOTHING
-
-
-def _queries(x: AttentionInputs, metadata: LocalMetadata) -> Queries:
-    bias = x.score_bias(metadata.query_token_index)
-    return Queries.of(x.q, metadata.first_key, metadata.last_key, bias)
 
 
 def _keys(x: AttentionInputs, metadata: LocalMetadata) -> Keys:
