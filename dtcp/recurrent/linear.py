@@ -20,11 +20,12 @@ from dtcp.recurrent.moves import LinearShape
 from dtcp.recurrent.op import (
     carry_of,
     cut_in_parts,
+    empty_results,
     install_rules,
+    keep_inputs,
     kept_states,
     parts_of,
     rule_moves,
-    states_kept,
     whole_of_parts,
 )
 from dtcp.sequence.arguments import FLOATS, check_tensor
@@ -107,8 +108,7 @@ def _forward(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def
 
 @_forward.register_fake
 def _(q, k, v, g, metadata, scan, groups):  # type: ignore[no-untyped-def]
-    shape = (states_kept(q, DeltaMetadata.of_tensors(metadata)), v.shape[2], k.shape[3], v.shape[3])
-    return v.new_empty(v.shape), v.new_empty(shape, dtype=accumulation(v.dtype))
+    return empty_results(k, v, metadata)
 
 
 @communicating_op(
@@ -131,12 +131,6 @@ def _(grad_out, q, k, v, g, state, metadata, scan, groups):  # type: ignore[no-u
     return tuple(part.new_empty(part.shape) for part in (q, k, v, g))
 
 
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *parts, metadata, ctx.scan, ctx.groups = inputs
-    ctx.save_for_backward(*parts, output[1], *metadata)
-    ctx.mark_non_differentiable(output[1])
-
-
 def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
     q, k, v, g, state, *metadata = ctx.saved_tensors
     grads = _backward(grad_out, q, k, v, g, state, metadata, ctx.scan, ctx.groups)
@@ -144,7 +138,7 @@ def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
     return (*grads, [None] * len(metadata), None, None if ctx.groups else [])
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward.register_autograd(_differentiate, setup_context=keep_inputs)
 
 
 def install_linear_rules() -> None:

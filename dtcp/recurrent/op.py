@@ -152,9 +152,7 @@ def _forward(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyp
 
 @_forward.register_fake
 def _(q, k, v, g, beta, metadata, scan, groups):  # type: ignore[no-untyped-def]
-    rows = states_kept(q, DeltaMetadata.of_tensors(metadata))
-    shape = (rows, v.shape[2], k.shape[3], v.shape[3])
-    return v.new_empty(v.shape), v.new_empty(shape, dtype=accumulation(v.dtype))
+    return empty_results(k, v, metadata)
 
 
 @communicating_op("dtcp::gated_delta_rule_backward", schema=BACKWARD_SCHEMA, moves=_backward_moves)
@@ -176,12 +174,6 @@ def _(grad_out, q, k, v, g, beta, state, metadata, scan, groups):  # type: ignor
     return tuple(part.new_empty(part.shape) for part in (q, k, v, g, beta))
 
 
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *parts, metadata, ctx.scan, ctx.groups = inputs
-    ctx.save_for_backward(*parts, output[1], *metadata)
-    ctx.mark_non_differentiable(output[1])
-
-
 def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
     q, k, v, g, beta, state, *metadata = ctx.saved_tensors
     rest = (metadata, ctx.scan, ctx.groups)
@@ -190,7 +182,14 @@ def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
     return (*grads, [None] * len(metadata), None, None if ctx.groups else [])
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """What the backward op of a rule reads: the inputs, and the states that enter segments."""
+    *parts, metadata, ctx.scan, ctx.groups = inputs
+    ctx.save_for_backward(*parts, output[1], *metadata)
+    ctx.mark_non_differentiable(output[1])
+
+
+_forward.register_autograd(_differentiate, setup_context=keep_inputs)
 
 
 Inputs = TypeVar("Inputs", DeltaInputs, LinearInputs)
@@ -226,9 +225,12 @@ def whole_of_parts(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     return whole.reshape(like.shape).to(like.dtype).contiguous()
 
 
-def states_kept(x: Tensor, metadata: DeltaMetadata) -> int:
-    """How many states are saved with x [B, L, ...]."""
-    return metadata.lengths.shape[0] or x.shape[0] * metadata.chain.shape[1]
+def empty_results(k: Tensor, v: Tensor, metadata: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of the shapes and dtypes of what the forward op of a rule gives: out, and states."""
+    batch = DeltaMetadata.of_tensors(metadata)
+    rows = batch.lengths.shape[0] or k.shape[0] * batch.chain.shape[1]
+    states = v.new_empty(rows, v.shape[2], k.shape[3], v.shape[3], dtype=accumulation(v.dtype))
+    return v.new_empty(v.shape), states
 
 
 def kept_states(state: Tensor, metadata: DeltaMetadata) -> Tensor:
