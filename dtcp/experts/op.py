@@ -176,13 +176,6 @@ def _dispatch_tokens(
     return move_rows(rows, receive, send, group)[place]
 
 
-@_dispatch_tokens.register_fake
-def _(
-    x: Tensor, order: Tensor, place: Tensor, counts: Tensor, per_token: int, group: str
-) -> Tensor:
-    return x.new_empty(place.shape[0], x.shape[1])
-
-
 @communicating_op("dtcp::send_tokens", moves=token_moves)
 def _send_tokens(
     x: Tensor, order: Tensor, place: Tensor, counts: Tensor, per_token: int, group: str
@@ -192,6 +185,7 @@ def _send_tokens(
     return start_all_to_all(x[order[: sum(send)] // per_token], receive, send, group)
 
 
+@_dispatch_tokens.register_fake
 @_send_tokens.register_fake
 def _(
     x: Tensor, order: Tensor, place: Tensor, counts: Tensor, per_token: int, group: str
@@ -235,16 +229,20 @@ def _keep_way(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _dispatch_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    home = _combine_results(grad.contiguous(), *ctx.saved_tensors, ctx.group)
-    summed = home.unflatten(0, (-1, ctx.per_token)).sum(1, dtype=sum_dtype(home))
-    return summed.to(ctx.dtype), None, None, None, None, None
+    return _summed_at_home(ctx, grad, *ctx.saved_tensors)
 
 
 def _send_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     order, place, counts = ctx.saved_tensors
     # As they came, by rank: `receive_tokens` has put them back.
     in_order = torch.arange(grad.shape[0], device=grad.device)
-    home = _combine_results(grad.contiguous(), order, in_order, counts, ctx.group)
+    return _summed_at_home(ctx, grad, order, in_order, counts)
+
+
+def _summed_at_home(
+    ctx: Any, grad: Tensor, order: Tensor, place: Tensor, counts: Tensor
+) -> tuple[Tensor | None, ...]:
+    home = _combine_results(grad.contiguous(), order, place, counts, ctx.group)
     summed = home.unflatten(0, (-1, ctx.per_token)).sum(1, dtype=sum_dtype(home))
     return summed.to(ctx.dtype), None, None, None, None, None
 

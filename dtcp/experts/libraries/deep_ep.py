@@ -46,11 +46,8 @@ class DeepEP:
 
     def __init__(self, group: str) -> None:
         self.group, self.buffer = group, None
-        self.room: tuple[int, ...] = (
-            0,
-            0,
-            0,
-        )  # tokens, hidden channels and choices that the buffer is made for
+        # Tokens, hidden channels and choices that the buffer is made for.
+        self.room: tuple[int, ...] = (0, 0, 0)
 
     def dispatch(
         self, x: Tensor, index: Tensor, weight: Tensor, num_experts: int
