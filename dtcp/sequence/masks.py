@@ -220,14 +220,17 @@ class MemoryDocument(Mask):
 
 
 @dataclass(frozen=True)
-class And(Mask):
-    """Seen by both."""
-
+class _OfTwo(Mask):
     left: Mask
     right: Mask
 
     def __post_init__(self) -> None:
         _check_masks(self.left, self.right)
+
+
+@dataclass(frozen=True)
+class And(_OfTwo):
+    """Seen by both."""
 
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         return self.left._sees(q, k) & self.right._sees(q, k)
@@ -241,14 +244,8 @@ class And(Mask):
 
 
 @dataclass(frozen=True)
-class Or(Mask):
+class Or(_OfTwo):
     """Seen by either; the two must overlap or touch, or the keys are not one interval."""
-
-    left: Mask
-    right: Mask
-
-    def __post_init__(self) -> None:
-        _check_masks(self.left, self.right)
 
     def _sees(self, q: Coords, k: Coords) -> Tensor:
         return self.left._sees(q, k) | self.right._sees(q, k)
